@@ -1,0 +1,175 @@
+"""The one place that joins the rooms: trace → decompose → schedule → lower → render → compile.
+
+    kernel = spmm.decompose(A=tw.hyb()).schedule(tw.recipes.spmm).build("cuda")
+
+Everything up to `build` is a frozen value that prints. A `Kernel` is callable on whatever arrays
+the caller has; `bind` fixes the arguments and gives a call that costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tilewright import dtypes
+from tilewright.dtypes import DType
+from tilewright.errors import ProgramError
+from tilewright.ir.nodes import Program, Tensor
+from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
+from tilewright.codegen import cpp as cpp_text
+from tilewright.codegen import cuda as cuda_text
+from tilewright.codegen.cfamily import collect_params, host_text
+from tilewright.runtime import launch, native, nvrtc, place, toolchain
+from tilewright.runtime.kernel import Kernel, Manifest, StageSpec, TensorSpec, declarations
+from tilewright.schedule import Schedule
+from tilewright.sparse import formats, pack, trace
+from tilewright.target import Target
+from tilewright.target import target as parse_target
+
+pack.place = place.to_device
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """A program as the user wrote it, with the choices made so far: dtypes, formats, a schedule.
+
+    Each method returns a new Definition; `build` compiles it. Printing shows the program."""
+
+    function: Callable[..., Any]
+    given: tuple[tuple[str, DType], ...] = ()
+    formats: tuple[tuple[str, Any], ...] = ()
+    recipe: Callable[[Schedule], Schedule] | None = None
+    index: DType = dtypes.int32
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def program(self) -> Program:
+        """The program at the coordinate level."""
+        traced = trace.trace(self.function, dict(self.given), dict(self.formats), formats.csr())
+        return replace(traced, index=self.index)
+
+    def typed(self, index: Any = None, **of: Any) -> Definition:
+        """Other dtypes for parameters: `spmm.typed(A="float16", X="float16")`; `index="int64"` for
+        coordinates beyond 2³¹."""
+        self._known(of)
+        chosen = dict(self.given) | {name: dtypes.dtype(t) for name, t in of.items()}
+        return replace(self, given=tuple(chosen.items()), index=dtypes.dtype(index) if index else self.index)
+
+    def decompose(self, **of: Any) -> Definition:
+        """Formats for sparse parameters: `spmm.decompose(A=tw.hyb())`."""
+        self._known(of)
+        for name, fmt in of.items():
+            if not isinstance(fmt, (formats.Format, formats.Composed)):
+                raise ProgramError("P107", f"{name}={fmt!r} is not a format", where=name, hint="tw.csr(), tw.hyb(), …")
+        return replace(self, formats=tuple((dict(self.formats) | of).items()))
+
+    def schedule(self, recipe: Callable[[Schedule], Schedule]) -> Definition:
+        """A function from Schedule to Schedule: it runs when the kernel is built."""
+        return replace(self, recipe=recipe)
+
+    def scheduled(self, target: Target | str = "cpp") -> Schedule:
+        """The schedule before or after its recipe ran, to look at and to try verbs on."""
+        start = Schedule(self.program, lambda p: run_passes(p, BEFORE_SCHEDULE), parse_target(target))
+        return start if self.recipe is None else self.recipe(start)
+
+    def lower(self, target: Target | str = "cpp", watch: Callable[[str, Program], None] | None = None) -> Program:
+        """The program at the loop level for a target."""
+        t = parse_target(target)
+        s = self.scheduled(t)
+        return run_passes(s.lowered.program, AFTER_SCHEDULE, t.kind, watch)
+
+    def build(self, target: Target | str = "cpp") -> Kernel:
+        """Compile for a target, through the cache. Raises BuildError, ScheduleError, ProgramError."""
+        return _build(self, parse_target(target))
+
+    def _known(self, names: Any) -> None:
+        import inspect
+
+        known = inspect.signature(self.function).parameters
+        for name in names:
+            if name not in known:
+                raise ProgramError(
+                    "P101", f"{self.name} has no parameter {name!r}", where=name, hint=f"parameters: {', '.join(known)}"
+                )
+
+    def __str__(self) -> str:
+        return str(self.program)
+
+    __repr__ = __str__
+
+
+def program(function: Callable[..., Any]) -> Definition:
+    """Decorator: the function describes a program on coordinates (see `sparse.trace`)."""
+    made = Definition(function)
+    made.program  # noqa: B018 - errors belong to the definition, not to the first use
+    return made
+
+
+def _build(d: Definition, target: Target) -> Kernel:
+    program = d.lower(target)
+    manifest = _manifest(program, target)
+    if target.kind == "cpp" and not toolchain.has_compiler():
+        warnings.warn(
+            "no C++ compiler was found: kernels run on the NumPy interpreter, slowly. "
+            "Install g++ or clang++, or set TILEWRIGHT_CXX",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        target = Target("interp")
+    if target.kind == "interp":
+        return Kernel(manifest, launch.InterpLauncher(program), str(program))
+    text = declarations(manifest)
+    if target.kind == "cpp":
+        source = cpp_text.render(program, text)
+        path = native.compile_cpp(source.text, isa=target.arch or None)
+        return Kernel(manifest, launch.load_cpu(path, source.entries), source.text)
+    return _build_cuda(program, manifest, text, target)
+
+
+def _build_cuda(program: Program, manifest: Manifest, declared: str, target: Target) -> Kernel:
+    from tilewright.runtime import cuda
+
+    arch = target.arch or cuda.device_arch()
+    source = cuda_text.render(program, declared)
+    headers = cuda_text.headers()
+    cubin = nvrtc.compile_cuda(source.text, arch=arch, headers=headers)
+
+    def unaligned() -> bytes:
+        return nvrtc.compile_cuda("#define TW_UNALIGNED\n" + source.text, arch=arch, headers=headers).image
+
+    stages = tuple(replace(s, smem_bytes=b) for s, b in zip(manifest.stages, source.smem_bytes, strict=True))
+    return Kernel(replace(manifest, stages=stages), launch.CudaLauncher(cubin.image, unaligned), source.text, cubin.resources)
+
+
+def _manifest(program: Program, target: Target) -> Manifest:
+    params = collect_params(program)
+    used = {t.format for t in program.tensors if t.structure}
+    composed = next((f for f in used if isinstance(f, formats.Composed)), None)
+    cases = (0,)
+    if composed is not None:
+        cases = tuple(composed.formats.index(f) for _, f in composed.parts)
+    stages = tuple(
+        StageSpec(
+            f"stage{number}",
+            tuple(host_text(n.grid) for n in stage),
+            tuple(n.part for n in stage),
+            stage[0].threads,
+        )
+        for number, stage in enumerate(program.stages)
+    )
+    tensors = tuple(_spec(t) for t in program.tensors if t.role != "inline")
+    named = {t.structure: repr(t.format) for t in program.tensors if t.structure}
+    return Manifest(
+        program.name, str(target), tensors, params.params, params.row, stages, formats=tuple(named.items()),
+        part_cases=cases, sizes=program.sizes, index=program.index.name,
+    )  # fmt: skip
+
+
+def _spec(t: Tensor) -> TensorSpec:
+    role = "update" if t.role == "output" and t.kind == "state" else t.role
+    return TensorSpec(t.name, t.dims, t.dtype.name, role, t.structure, t.strided, t.fill)

@@ -1,0 +1,440 @@
+"""The C-family renderer: nodes of the loop level → text that C++ and CUDA both read.
+
+A stage of a program becomes one function for each nest (a *body*: params, row, unit) and one entry
+that finds the row of the work table a unit belongs to and calls its body. The targets override
+types, memory access and the entry.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from tilewright.dtypes import DType
+from tilewright.errors import InternalError
+from tilewright.ir.nodes import (
+    Alloc, Binary, Broadcast, Buffer, Cast, Const, Expr, For, If, Let, Load, Mma, MmaStore, MmaZero, Nest, Program,
+    Ramp, ReduceLanes, ReduceThreads, Search, Select, Seq, Stmt, Store, Sync, Tile, Unary, Var,
+)  # fmt: skip
+from tilewright.ir.rewrite import walk
+
+C_TYPES = {
+    "bool": "bool", "int8": "int8_t", "int16": "int16_t", "int32": "int32_t", "int64": "int64_t",
+    "uint8": "uint8_t", "uint16": "uint16_t", "uint32": "uint32_t", "uint64": "uint64_t",
+    "float16": "uint16_t", "bfloat16": "uint16_t", "float32": "float", "float64": "double",
+    "float8_e4m3": "uint8_t", "float8_e5m2": "uint8_t",
+}  # fmt: skip
+STORED_AS_BITS = ("float16", "bfloat16")
+_RESERVED = {"int", "float", "double", "char", "long", "short", "signed", "unsigned", "for", "if", "do", "new", "this",
+             "and", "or", "not", "xor", "p", "r", "unit"}  # fmt: skip
+
+
+def c_name(name: str) -> str:
+    """A C identifier for a name of the IR."""
+    text = re.sub(r"\W", "_", name)
+    return f"{text}_" if text in _RESERVED else text
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """The fields that a program's launches read: `(name, type)` as `runtime.layout.Struct` has them.
+
+    `params` are common to a launch, `row` belongs to one part of a composed tensor."""
+
+    params: tuple[tuple[str, ...], ...]
+    row: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Generated text of one program. `entries` names the function of each stage."""
+
+    text: str
+    entries: tuple[str, ...]
+    smem_bytes: tuple[int, ...] = ()
+
+
+def collect_params(program: Program) -> Params:
+    """Every buffer, stride, size and count of a program as fields of its two structs."""
+    params: dict[str, tuple[str, ...]] = {}
+    row: dict[str, tuple[str, ...]] = {}
+    written = {x.buffer.name for n in _nests(program) for x in walk(n.body) if isinstance(x, Store)}
+    written |= {x.to.buffer.name for n in _nests(program) for x in walk(n.body) if isinstance(x, MmaStore)}
+    for b in program.buffers:
+        const = "" if b.name in written else "const "
+        field_ = (c_name(b.name), "ptr", f"{const}{C_TYPES[b.dtype.name]}*")
+        if b.scope == "part":
+            row[b.name] = field_
+        elif b.shape == () and b.name not in written and _is_input(program, b.name):
+            params[b.name] = (c_name(b.name), _scalar_type(b.dtype))
+        else:
+            params[b.name] = field_
+    for name, dtype in _free_names(program).items():
+        (row if "_count" in name else params)[name] = (c_name(name), dtype)
+    return Params(tuple(params.values()), tuple(row.values()))
+
+
+def _is_input(program: Program, name: str) -> bool:
+    return any(t.name == name and t.role == "input" for t in program.tensors)
+
+
+def _scalar_type(dtype: DType) -> str:
+    return "uint16" if dtype.name in STORED_AS_BITS else dtype.name
+
+
+def _nests(program: Program) -> list[Nest]:
+    return [n for stage in program.stages for n in stage]
+
+
+def _free_names(program: Program) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for n in _nests(program):
+        for x in (*walk(n.body), *(v for g in n.grid for v in walk(g))):
+            if isinstance(x, Var) and (x.name.startswith("n_") or "_count" in x.name or "_stride" in x.name):
+                found[x.name] = "int64" if "_stride" in x.name or x.dtype.bits == 64 else "int32"
+    return found
+
+
+@dataclass
+class Renderer:
+    """Renders one program. `params` says which names are fields of which struct."""
+
+    program: Program
+    params: Params
+    namespace: str = "tw::"
+    lines: list[str] = field(default_factory=list)
+    depth: int = 0
+
+    def __post_init__(self) -> None:
+        self.row_fields = {f[0] for f in self.params.row}
+        self.param_fields = {f[0] for f in self.params.params}
+        self.inline_scalars = {f[0] for f in self.params.params if f[1] != "ptr"}
+        self.arrays: dict[str, Buffer] = {}
+
+    # -- types -----------------------------------------------------------------------------------
+
+    def type(self, t: DType) -> str:
+        if t.kind == "b" and t.lanes > 1:
+            raise InternalError("I101", "masks are not stored")
+        base = C_TYPES[t.name]
+        return base if t.lanes == 1 else f"{self.namespace}vec<{base}, {t.lanes}>"
+
+    # -- statements ------------------------------------------------------------------------------
+
+    def line(self, text: str) -> None:
+        self.lines.append("  " * self.depth + text)
+
+    def block(self, head: str, body: Stmt) -> None:
+        self.line(f"{head} {{")
+        self.depth += 1
+        self.stmt(body)
+        self.depth -= 1
+        self.line("}")
+
+    def stmt(self, s: Stmt) -> None:
+        if isinstance(s, Seq):
+            for b in s.body:
+                self.stmt(b)
+        elif isinstance(s, For):
+            self.loop(s)
+        elif isinstance(s, If):
+            self.block(f"if ({self.expr(s.cond)})", s.body)
+        elif isinstance(s, Let):
+            self.line(f"const {self.type(s.var.dtype)} {c_name(s.var.name)} = {self.expr(s.value)};")
+        elif isinstance(s, Alloc):
+            self.alloc(s.buffer)
+        elif isinstance(s, Store):
+            self.store(s)
+        elif isinstance(s, Sync):
+            self.sync()
+        elif isinstance(s, (Mma, MmaZero, MmaStore)):
+            self.mma(s)
+        else:
+            raise InternalError("I101", f"no text for {type(s).__name__}")
+
+    def loop(self, s: For) -> None:
+        kind, name = self.type(s.var.dtype), c_name(s.name)
+        if s.unroll_hint or s.kind == "unroll":
+            self.line(self.unroll_pragma(s.unroll_hint or 16))
+        end = self.expr(s.end)
+        if not isinstance(s.end, (Const, Var)):
+            self.line(f"const {kind} {name}_end = {end};")
+            end = f"{name}_end"
+            self.lines[-1] = self.lines[-1]
+        self.block(f"for ({kind} {name} = {self.expr(s.begin)}; {name} < {end}; ++{name})", s.body)
+
+    def unroll_pragma(self, n: int) -> str:
+        return f"#pragma GCC unroll {n}"
+
+    def alloc(self, b: Buffer) -> None:
+        name, kind = c_name(b.name), self.type(b.dtype)
+        if b.scope == "fragment":
+            raise InternalError("I101", "fragments belong to the target")
+        if b.shape:
+            total = 1
+            for e in b.shape:
+                total *= int(e.value)  # type: ignore[attr-defined]
+            self.line(f"{kind} {name}[{total}];")
+        else:
+            self.line(f"{kind} {name};")
+
+    def register(self, b: Buffer, index: tuple[Expr, ...]) -> str:
+        if not b.shape:
+            return c_name(b.name)
+        flat = "0"
+        for i, extent in zip(index, b.shape, strict=True):
+            flat = self.expr(i) if flat == "0" else f"({flat}) * {self.expr(extent)} + {self.expr(i)}"
+        return f"{c_name(b.name)}[{flat}]"
+
+    def store(self, s: Store) -> None:
+        value = self.expr(s.value)
+        if s.buffer.scope == "register":
+            place = self.register(s.buffer, s.index)
+            self.line(f"{place} = {self.combine(s.op, place, value, s.buffer.dtype)};")
+            return
+        pointer, offset = self.pointer(s.buffer), s.index[0]
+        lanes = s.value.dtype.lanes
+        if s.atomic:
+            self.atomic(s, pointer, value)
+        elif lanes == 1:
+            place = f"{pointer}[{self.expr(offset)}]"
+            self.line(f"{place} = {self.combine(s.op, place, value, s.buffer.dtype)};")
+        elif isinstance(offset, Ramp):
+            place = f"{pointer} + {self.expr(offset.base)}"
+            if s.op:
+                value = self.combine(s.op, self.load_vector(s.buffer, place, lanes), value, s.value.dtype)
+            self.line(self.store_vector(s.buffer, place, value, lanes))
+        else:
+            base, ns = C_TYPES[s.buffer.dtype.name], self.namespace
+            index = self.expr(offset)
+            if s.op:
+                value = self.combine(s.op, f"{ns}gather<{base}, {lanes}>({pointer}, {index})", value, s.value.dtype)
+            self.line(f"{ns}scatter<{base}, {lanes}>({pointer}, {index}, {value});")
+
+    def combine(self, op: str, old: str, value: str, dtype: DType) -> str:
+        if not op:
+            return value
+        if op in ("sum", "prod"):
+            return f"{old} {'+' if op == 'sum' else '*'} {value}"
+        return self.call_minmax(op, old, value, dtype)
+
+    def call_minmax(self, op: str, a: str, b: str, dtype: DType) -> str:
+        if dtype.lanes > 1:
+            return f"{self.namespace}v{op}<{C_TYPES[dtype.name]}, {dtype.lanes}>({a}, {b})"
+        return f"{self.namespace}{op}<{C_TYPES[dtype.name]}>({a}, {b})"
+
+    def atomic(self, s: Store, pointer: str, value: str) -> None:
+        if s.value.dtype.lanes == 1:
+            self.line(f"{self.namespace}atomic_{s.op}(&{pointer}[{self.expr(s.index[0])}], {value});")
+            return
+        index = self.expr(s.index[0])
+        self.line(f"{{ const auto value = {value}; const auto at = {index};")
+        self.line(f"  for (int l = 0; l < {s.value.dtype.lanes}; ++l) {self.namespace}atomic_{s.op}(&{pointer}[{self.lane('at', 'l')}], {self.lane('value', 'l')}); }}")
+
+    def lane(self, vector: str, lane: str) -> str:
+        return f"{vector}[{lane}]"
+
+    def sync(self) -> None:
+        raise InternalError("I101", "this target has no threads to synchronise")
+
+    def mma(self, s: Mma | MmaZero | MmaStore) -> None:
+        raise InternalError("I101", "this target has no matrix tiles")
+
+    # -- expressions -----------------------------------------------------------------------------
+
+    def pointer(self, b: Buffer) -> str:
+        if b.scope == "shared":
+            return c_name(b.name)
+        name = c_name(b.name)
+        return f"r.{name}" if name in self.row_fields else name
+
+    def const(self, e: Const) -> str:
+        if e.dtype.kind == "b":
+            return "true" if e.value else "false"
+        if not e.dtype.is_float:
+            return str(int(e.value)) if abs(int(e.value)) < 2**31 else f"INT64_C({int(e.value)})"
+        suffix = "" if e.dtype.bits == 64 else "f"
+        value = float(e.value)
+        if value != value:
+            return f"__builtin_nan{suffix}(\"\")"
+        if value in (float("inf"), float("-inf")):
+            return f"{'-' if value < 0 else ''}__builtin_inf{suffix}()"
+        text = repr(value)
+        return f"{text}{suffix}" if "." in text or "e" in text else f"{text}.0{suffix}"
+
+    def var(self, e: Var) -> str:
+        name = c_name(e.name)
+        if name in self.row_fields:
+            return f"r.{name}"
+        return f"p.{name}" if name in self.param_fields else name
+
+    def expr(self, e: Any) -> str:
+        if isinstance(e, Const):
+            return self.const(e)
+        if isinstance(e, Var):
+            return self.var(e)
+        if isinstance(e, Load):
+            return self.load(e)
+        if isinstance(e, Binary):
+            return self.binary(e)
+        if isinstance(e, Unary):
+            return self.unary(e)
+        if isinstance(e, Select):
+            return self.select(e)
+        if isinstance(e, Cast):
+            return self.cast(e)
+        if isinstance(e, Search):
+            verb = "find_last" if e.last else "find"
+            kind = C_TYPES[e.keys.dtype.name]
+            return (
+                f"{self.namespace}{verb}<{self.type(e.dtype)}, {kind}>({self.pointer(e.keys)}, "
+                f"{self.expr(e.lo)}, {self.expr(e.hi)}, {self.expr(e.key)})"
+            )
+        if isinstance(e, Ramp):
+            return f"{self.namespace}ramp<{C_TYPES[e.dtype.name]}, {e.dtype.lanes}>({self.expr(e.base)})"
+        if isinstance(e, Broadcast):
+            return f"{self.namespace}splat<{C_TYPES[e.dtype.name]}, {e.dtype.lanes}>({self.expr(e.a)})"
+        if isinstance(e, ReduceLanes):
+            t = e.a.dtype
+            return f"{self.namespace}fold_{e.op}<{C_TYPES[t.name]}, {t.lanes}>({self.expr(e.a)})"
+        if isinstance(e, ReduceThreads):
+            return self.reduce_threads(e)
+        raise InternalError("I101", f"no text for {type(e).__name__}")
+
+    def reduce_threads(self, e: ReduceThreads) -> str:
+        return self.expr(e.a)  # on a CPU the loop over threads has run in order
+
+    def load(self, e: Load) -> str:
+        b = e.buffer
+        if b.scope == "register":
+            return self.register(b, e.index)
+        if b.shape == () and c_name(b.name) in self.inline_scalars:
+            return f"p.{c_name(b.name)}"
+        pointer, offset, lanes = self.pointer(b), e.index[0], e.dtype.lanes
+        if lanes == 1:
+            return self.load_scalar(b, f"{pointer}[{self.expr(offset)}]")
+        if isinstance(offset, Ramp):
+            return self.load_vector(b, f"{pointer} + {self.expr(offset.base)}", lanes)
+        return f"{self.namespace}gather<{C_TYPES[b.dtype.name]}, {lanes}>({pointer}, {self.expr(offset)})"
+
+    def load_scalar(self, b: Buffer, place: str) -> str:
+        return place
+
+    def load_vector(self, b: Buffer, place: str, lanes: int) -> str:
+        return f"{self.namespace}load<{C_TYPES[b.dtype.name]}, {lanes}>({place})"
+
+    def store_vector(self, b: Buffer, place: str, value: str, lanes: int) -> str:
+        return f"{self.namespace}store<{C_TYPES[b.dtype.name]}, {lanes}>({place}, {value});"
+
+    def binary(self, e: Binary) -> str:
+        a, b = self.expr(e.a), self.expr(e.b)
+        if e.op in ("min", "max"):
+            return self.call_minmax(e.op, a, b, e.dtype)
+        if e.op in ("//", "%"):
+            return self.floor(e, a, b)
+        if e.dtype.kind == "b" and e.dtype.lanes == 1 and e.op in ("&", "|"):
+            return f"({a} {e.op}{e.op} {b})"
+        text = f"({a} {e.op} {b})"
+        narrow = e.dtype.is_int and e.dtype.bits < 32 and e.dtype.lanes == 1
+        return f"static_cast<{self.type(e.dtype)}>{text}" if narrow else text
+
+    def floor(self, e: Binary, a: str, b: str) -> str:
+        power = isinstance(e.b, Const) and e.b.value > 0 and e.b.value & (e.b.value - 1) == 0  # type: ignore[operator]
+        if power and e.dtype.lanes == 1:
+            n = int(e.b.value)  # type: ignore[attr-defined]
+            return f"({a} >> {n.bit_length() - 1})" if e.op == "//" else f"({a} & {n - 1})"
+        if e.dtype.lanes > 1:
+            return f"({a} {'/' if e.op == '//' else '%'} {b})"
+        verb = "floor_div" if e.op == "//" else "floor_mod"
+        return f"{self.namespace}{verb}<{self.type(e.dtype)}>({a}, {b})"
+
+    def unary(self, e: Unary) -> str:
+        a = self.expr(e.a)
+        if e.op == "-":
+            return f"(-{a})"
+        if e.op == "not":
+            return f"(!{a})"
+        template = f"<{e.dtype.lanes}>" if e.dtype.lanes > 1 and e.op != "abs" else ""
+        return f"{self.namespace}{e.op}{template}({a})"
+
+    def select(self, e: Select) -> str:
+        a, b = self.expr(e.a), self.expr(e.b)
+        if e.cond.dtype.lanes > 1:
+            return f"{self.namespace}select({self.expr(e.cond)}, {a}, {b})"
+        return f"({self.expr(e.cond)} ? {a} : {b})"
+
+    def cast(self, e: Cast) -> str:
+        source, to, a = e.a.dtype, e.dtype, self.expr(e.a)
+        lanes = f"<{to.lanes}>" if to.lanes > 1 else ""
+        if source.name in STORED_AS_BITS:
+            wide = f"{self.namespace}from_{source.name}{lanes}({a})"
+            return wide if to.name == "float32" else self.convert(wide, to)
+        if to.name in STORED_AS_BITS:
+            narrow = a if source.name == "float32" else self.convert(a, _float32(to))
+            return f"{self.namespace}to_{to.name}{lanes}({narrow})"
+        if source.kind == "b" and source.lanes > 1:
+            ones = f"{self.namespace}splat<{C_TYPES[to.name]}, {to.lanes}>(1)"
+            return f"{self.namespace}select({a}, {ones}, {self.type(to)}{{}})"
+        return self.convert(a, to)
+
+    def convert(self, text: str, to: DType) -> str:
+        if to.lanes > 1:
+            return f"{self.namespace}convert<{C_TYPES[to.name]}, {to.lanes}>({text})"
+        if to.kind == "b":
+            return f"({text} != 0)"
+        return f"static_cast<{C_TYPES[to.name]}>({text})"
+
+    # -- bodies ----------------------------------------------------------------------------------
+
+    def body_pointers(self, nest: Nest) -> list[str]:
+        """Local names for the pointers that a body reads from `params`."""
+        used = {x.buffer.name: x.buffer for x in walk(nest.body) if isinstance(x, (Load, Store, Tile))}
+        used |= {x.keys.name: x.keys for x in walk(nest.body) if isinstance(x, Search)}
+        names = {f[0]: f for f in self.params.params if f[1] == "ptr"}
+        return [
+            f"{names[c_name(b)][2]} {self.restrict} {c_name(b)} = p.{c_name(b)};"
+            for b in used if c_name(b) in names
+        ]  # fmt: skip
+
+    restrict = "__restrict"
+
+    def unit_to_grid(self, nest: Nest) -> list[str]:
+        """The grid variables of a unit: the last runs fastest."""
+        text: list[str] = []
+        rest = "unit"
+        for n in reversed(range(len(nest.grid))):
+            var, kind = c_name(nest.grid_vars[n].name), self.type(nest.grid_vars[n].dtype)
+            if n == 0:
+                text.append(f"const {kind} {var} = static_cast<{kind}>({rest});")
+            else:
+                extent = f"extent{n}"
+                text.append(f"const int64_t {extent} = {self.expr(nest.grid[n])};")
+                text.append(f"const {kind} {var} = static_cast<{kind}>({rest} % {extent});")
+                rest = f"({rest} / {extent})"
+        return text
+
+
+def _float32(to: DType) -> DType:
+    from tilewright import dtypes
+
+    return dtypes.float32.vector(to.lanes)
+
+
+def host_text(grid: tuple[Expr, ...]) -> str:
+    """The number of units of a nest as a Python expression over `v`, a mapping of sizes and counts."""
+    return " * ".join(f"({_host(e)})" for e in grid) or "1"
+
+
+def _host(e: Any) -> str:
+    if isinstance(e, Const):
+        return str(int(e.value))
+    if isinstance(e, Var):
+        return f"v[{e.name!r}]"
+    if isinstance(e, Cast):
+        return _host(e.a)
+    if isinstance(e, Binary) and e.op in ("min", "max"):
+        return f"{e.op}({_host(e.a)}, {_host(e.b)})"
+    if isinstance(e, Binary):
+        return f"({_host(e.a)} {e.op} {_host(e.b)})"
+    raise InternalError("I101", f"the host cannot compute {e}")

@@ -1,0 +1,3 @@
+"""CUDA C++ for NVRTC."""
+def headers(): return {}
+def render(program, declared): raise NotImplementedError

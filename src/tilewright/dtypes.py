@@ -1,0 +1,115 @@
+"""Data types, spelled as NumPy spells them (plus `bfloat16` and the 8-bit floats).
+
+A `DType` with `lanes > 1` is a vector register; only the loop level of the IR knows those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tilewright.errors import ArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """`kind` is one of `f` float, `i` signed, `u` unsigned, `b` bool; `bits` the width of one lane."""
+
+    name: str
+    kind: str
+    bits: int
+    lanes: int = 1
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one lane in memory."""
+        return max(self.bits // 8, 1)
+
+    @property
+    def is_float(self) -> bool:
+        return self.kind == "f"
+
+    @property
+    def is_int(self) -> bool:
+        return self.kind in "iu"
+
+    @property
+    def scalar(self) -> DType:
+        return self if self.lanes == 1 else replace(self, lanes=1)
+
+    @property
+    def accumulator(self) -> DType:
+        """What sums of this type are kept in: float32 for narrower floats, itself otherwise."""
+        return float32 if self.is_float and self.bits < 32 else self.scalar
+
+    @property
+    def numpy(self) -> np.dtype:
+        """The NumPy type that stores it; bfloat16 and the 8-bit floats are stored as their bits."""
+        return np.dtype(_NUMPY[self.name])
+
+    def vector(self, lanes: int) -> DType:
+        return replace(self, lanes=lanes)
+
+    def __str__(self) -> str:
+        return self.name if self.lanes == 1 else f"{self.name}x{self.lanes}"
+
+    __repr__ = __str__
+
+
+bool_ = DType("bool", "b", 8)
+int8, int16, int32, int64 = (DType(f"int{b}", "i", b) for b in (8, 16, 32, 64))
+uint8, uint16, uint32, uint64 = (DType(f"uint{b}", "u", b) for b in (8, 16, 32, 64))
+float16, float32, float64 = (DType(f"float{b}", "f", b) for b in (16, 32, 64))
+bfloat16 = DType("bfloat16", "f", 16)
+float8_e4m3, float8_e5m2 = DType("float8_e4m3", "f", 8), DType("float8_e5m2", "f", 8)
+
+ALL: dict[str, DType] = {
+    t.name: t
+    for t in (
+        bool_, int8, int16, int32, int64, uint8, uint16, uint32, uint64,
+        float16, bfloat16, float32, float64, float8_e4m3, float8_e5m2,
+    )
+}  # fmt: skip
+_NUMPY = {n: n for n in ALL} | {"bfloat16": "uint16", "float8_e4m3": "uint8", "float8_e5m2": "uint8"}
+_FROM_NUMPY = {np.dtype(t.numpy): t for n, t in ALL.items() if _NUMPY[n] == n}
+
+
+def dtype(of: DType | str | np.dtype | type) -> DType:
+    """The DType of a name, a NumPy dtype or scalar type. Raises ArgumentError[A102]."""
+    if isinstance(of, DType):
+        return of
+    if isinstance(of, str) and of in ALL:
+        return ALL[of]
+    try:
+        found = np.dtype(of)
+        if found in _FROM_NUMPY:
+            return _FROM_NUMPY[found]
+        if found.name in ALL:  # ml_dtypes' bfloat16 and friends
+            return ALL[found.name]
+    except TypeError:
+        pass
+    raise ArgumentError("A102", f"{of!r} is not a dtype", hint=f"one of {', '.join(ALL)}")
+
+
+def promote(a: DType, b: DType) -> DType:
+    """The type of `a op b`: the wider float; a float over an integer; the wider integer."""
+    if a == b:
+        return a
+    if a.is_float or b.is_float:
+        if a.is_float and b.is_float:
+            return max(a, b, key=lambda t: t.bits) if a.bits != b.bits else float32
+        return a if a.is_float else b
+    return max(a, b, key=lambda t: (t.bits, t.kind))
+
+
+def bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    """float32 → bfloat16 bits (uint16), rounded to nearest even, NaN kept quiet."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def bfloat16_values(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits (uint16) → float32, exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)

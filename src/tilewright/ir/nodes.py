@@ -1,0 +1,651 @@
+"""All node kinds of the IR on one page: expressions, then statements, then programs.
+
+Nodes are frozen; a pass builds new ones. Expressions carry their dtype, so that no pass infers it
+twice. `a + b`, `a < b`, … build nodes; `==` compares structure (use `equal(a, b)` for a node).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from tilewright import dtypes
+from tilewright.dtypes import DType
+from tilewright.errors import ProgramError
+
+# ---------------------------------------------------------------------------- expressions
+
+ARITHMETIC = {"+", "-", "*", "/", "//", "%", "min", "max"}
+BITWISE = {"&", "|", "^", "<<", ">>"}
+COMPARISON = {"<", "<=", ">", ">=", "==", "!="}
+UNARY = {"-", "not", "exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "abs", "floor"}
+REDUCTIONS = {"sum": "+", "max": "max", "min": "min", "prod": "*"}
+
+
+class Expr:
+    """Base of expressions. Operators build `Binary` and `Unary` nodes with promoted dtypes."""
+
+    __slots__ = ()
+    dtype: DType
+
+    def __add__(self, other: Any) -> Expr:
+        return binary("+", self, other)
+
+    def __radd__(self, other: Any) -> Expr:
+        return binary("+", other, self)
+
+    def __sub__(self, other: Any) -> Expr:
+        return binary("-", self, other)
+
+    def __rsub__(self, other: Any) -> Expr:
+        return binary("-", other, self)
+
+    def __mul__(self, other: Any) -> Expr:
+        return binary("*", self, other)
+
+    def __rmul__(self, other: Any) -> Expr:
+        return binary("*", other, self)
+
+    def __truediv__(self, other: Any) -> Expr:
+        return binary("/", self, other)
+
+    def __rtruediv__(self, other: Any) -> Expr:
+        return binary("/", other, self)
+
+    def __floordiv__(self, other: Any) -> Expr:
+        return binary("//", self, other)
+
+    def __mod__(self, other: Any) -> Expr:
+        return binary("%", self, other)
+
+    def __and__(self, other: Any) -> Expr:
+        return binary("&", self, other)
+
+    def __or__(self, other: Any) -> Expr:
+        return binary("|", self, other)
+
+    def __lshift__(self, other: Any) -> Expr:
+        return binary("<<", self, other)
+
+    def __rshift__(self, other: Any) -> Expr:
+        return binary(">>", self, other)
+
+    def __lt__(self, other: Any) -> Expr:
+        return binary("<", self, other)
+
+    def __le__(self, other: Any) -> Expr:
+        return binary("<=", self, other)
+
+    def __gt__(self, other: Any) -> Expr:
+        return binary(">", self, other)
+
+    def __ge__(self, other: Any) -> Expr:
+        return binary(">=", self, other)
+
+    def __neg__(self) -> Expr:
+        return unary("-", self)
+
+    def __bool__(self) -> bool:
+        raise ProgramError(
+            "P101",
+            "an expression of a program has no truth value",
+            hint="programs are traced: use tw.where(condition, a, b), and & | for and, or",
+        )
+
+    def cast(self, to: DType | str) -> Expr:
+        """The value converted to another dtype."""
+        return cast(self, dtypes.dtype(to))
+
+    def __str__(self) -> str:
+        from tilewright.ir.text import expr_text
+
+        return expr_text(self)
+
+    __repr__ = __str__
+
+
+def node(cls: type) -> Any:
+    return dataclass(frozen=True, slots=True, repr=False)(cls)
+
+
+@node
+class Const(Expr):
+    value: float | int | bool
+    dtype: DType
+
+
+@node
+class Var(Expr):
+    """A scalar: an index of a program, a loop variable, a `Let` name or a size."""
+
+    name: str
+    dtype: DType = dtypes.int32
+
+
+@node
+class Index(Var):
+    """Coordinate level: an index of a program, a variable over one dimension (a name or a size)."""
+
+    dim: str | int = ""
+
+
+@node
+class Access(Expr):
+    """Coordinate level: the value of `tensor` at coordinates; its fill where nothing is stored."""
+
+    tensor: Tensor
+    coords: tuple[Expr, ...]
+    dtype: DType
+
+
+@node
+class Load(Expr):
+    """`buffer[index…]`: one index per dimension (positions), or one flat offset (loops)."""
+
+    buffer: Buffer
+    index: tuple[Expr, ...]
+    dtype: DType
+
+
+@node
+class Binary(Expr):
+    op: str
+    a: Expr
+    b: Expr
+    dtype: DType
+
+
+@node
+class Unary(Expr):
+    op: str
+    a: Expr
+    dtype: DType
+
+
+@node
+class Select(Expr):
+    """`a` where `cond`, else `b`; the arm not taken is not evaluated (for scalars)."""
+
+    cond: Expr
+    a: Expr
+    b: Expr
+    dtype: DType
+
+
+@node
+class Cast(Expr):
+    a: Expr
+    dtype: DType
+
+
+@node
+class Reduce(Expr):
+    """Coordinate level: `op` over all values of `axes` of `body`; over stored coordinates where an
+    axis is driven by a sparse tensor. Binds `axes`."""
+
+    op: str
+    axes: tuple[Var, ...]
+    body: Expr
+    dtype: DType
+
+
+@node
+class Search(Expr):
+    """The position p in [lo, hi) with `keys[p] == key` (keys ascending), or -1.
+
+    With `last`, the greatest p with `keys[p] <= key`: the row of a fused position.
+    """
+
+    keys: Buffer
+    lo: Expr
+    hi: Expr
+    key: Expr
+    last: bool = False
+    dtype: DType = dtypes.int32
+
+
+@node
+class Ramp(Expr):
+    """Loop level: the vector base, base+1, … of `dtype.lanes` lanes."""
+
+    base: Expr
+    dtype: DType
+
+
+@node
+class Broadcast(Expr):
+    a: Expr
+    dtype: DType
+
+
+@node
+class ReduceLanes(Expr):
+    """Loop level: `op` over the lanes of a vector."""
+
+    op: str
+    a: Expr
+    dtype: DType
+
+
+@node
+class ReduceThreads(Expr):
+    """Loop level, CUDA: `op` over the `extent` threads along `axis`; all of them get the result.
+
+    `axis` is `thread.x` (shuffles, extent a power of two up to 32) or `thread.y` (shared memory).
+    """
+
+    op: str
+    a: Expr
+    axis: str
+    extent: int
+    dtype: DType
+
+
+# ---------------------------------------------------------------------------- tensors, buffers
+
+Role = Literal["input", "output", "temp", "inline"]  # inline: lives inside the nest that reads it
+Kind = Literal["weight", "activation", "kv", "state"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tensor:
+    """Coordinate level: a named array over named dimensions (or integer sizes).
+
+    `format` is None for dense tensors. Tensors with the same `structure` name share one sparsity
+    structure; `fill` is what a missing coordinate reads.
+    """
+
+    name: str
+    dims: tuple[str | int, ...]
+    dtype: DType
+    role: Role = "input"
+    format: Any = None
+    structure: str = ""
+    fill: float = 0.0
+    kind: Kind = "activation"
+    strided: bool = False
+
+    @property
+    def is_sparse(self) -> bool:
+        return bool(self.structure)
+
+    def __getitem__(self, coords: Any) -> Access:
+        coords = coords if isinstance(coords, tuple) else (coords,)
+        if len(coords) != len(self.dims):
+            raise ProgramError(
+                "P103",
+                f"{self.name} has dimensions {self.dims} but was read with {len(coords)} coordinates",
+                hint=f"write {self.name}[{', '.join('ijklmn'[: len(self.dims)])}]",
+            )
+        return Access(self, tuple(as_expr(c, dtypes.int32) for c in coords), self.dtype)
+
+    def __str__(self) -> str:
+        kind = f"sparse({self.format or 'csr'})" if self.is_sparse else "dense"
+        return f"{self.name}: {kind}[{' '.join(map(str, self.dims))}] {self.dtype}"
+
+    __repr__ = __str__
+
+
+Scope = Literal["global", "part", "register", "shared", "fragment"]
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Memory. `part` buffers belong to one part of a composed tensor and come with the work table.
+
+    `shape` and `strides` are in elements; run-time sizes are `Var`s. `strides` None = dense C order.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[Expr, ...]
+    scope: Scope = "global"
+    strides: tuple[Expr, ...] | None = None
+    kind: Kind = "activation"
+
+    def __getitem__(self, index: Any) -> Load:
+        index = index if isinstance(index, tuple) else (index,)
+        return Load(self, tuple(as_expr(i, dtypes.int32) for i in index), self.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.scope} {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+    __repr__ = __str__
+
+
+# ---------------------------------------------------------------------------- statements
+
+LoopKind = Literal[
+    "serial", "parallel", "vector", "unroll",
+    "cta.x", "cta.y", "thread.x", "thread.y",
+]  # fmt: skip
+
+
+class Stmt:
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        from tilewright.ir.text import stmt_text
+
+        return stmt_text(self)
+
+    __repr__ = __str__
+
+
+@node
+class Assign(Stmt):
+    """Coordinate level: `out[coords] = value` for every coordinate of `out` (stored ones, if sparse)."""
+
+    out: Access
+    value: Expr
+
+
+@node
+class Seq(Stmt):
+    body: tuple[Stmt, ...]
+
+
+@node
+class For(Stmt):
+    """`for name in begin:end`. `axes` are the coordinate axes the loop came from.
+
+    `private` reductions keep one accumulator per iteration of this loop (rfactor)."""
+
+    var: Var
+    begin: Expr
+    end: Expr
+    body: Stmt
+    kind: LoopKind = "serial"
+    axes: tuple[str, ...] = ()
+    private: bool = False
+    unroll_hint: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.var.name
+
+    @property
+    def extent(self) -> int | None:
+        """The trip count where it is a constant."""
+        if isinstance(self.begin, Const) and isinstance(self.end, Const):
+            return int(self.end.value) - int(self.begin.value)
+        return None
+
+
+@node
+class Let(Stmt):
+    """Names a value until the end of the enclosing `Seq`."""
+
+    var: Var
+    value: Expr
+
+
+@node
+class If(Stmt):
+    cond: Expr
+    body: Stmt
+
+
+@node
+class Compute(Stmt):
+    """Position level: `out = value`, or `out = op over the loops of the axes in reduce`.
+
+    `in_place`: the output was initialised by an earlier nest and is updated in memory (a row that
+    several iterations share). `atomic`: those updates may come from several units at once.
+    `mma`: the names of the three innermost loops, when they form a matrix tile.
+    """
+
+    out: Load
+    value: Expr
+    op: str = ""
+    reduce: tuple[str, ...] = ()
+    in_place: bool = False
+    atomic: bool = False
+    mma: tuple[str, str, str] | None = None
+
+
+@node
+class Store(Stmt):
+    """Loop level: `buffer[offset] op= value`; `op` empty sets."""
+
+    buffer: Buffer
+    index: tuple[Expr, ...]
+    value: Expr
+    op: str = ""
+    atomic: bool = False
+
+
+@node
+class Alloc(Stmt):
+    """Loop level: declares a register, shared or fragment buffer until the end of its `Seq`."""
+
+    buffer: Buffer
+
+
+@node
+class Sync(Stmt):
+    """All threads of the CTA meet here."""
+
+
+@node
+class Tile:
+    """A `rows × cols` window of a buffer for `Mma`: element (r, c) lies at
+    `offset + r*row_stride + c*col_stride`; rows beyond `row_limit` (cols: `col_limit`) read as 0."""
+
+    buffer: Buffer
+    offset: Expr
+    row_stride: Expr
+    col_stride: Expr
+    row_limit: Expr
+    col_limit: Expr
+
+
+@node
+class MmaZero(Stmt):
+    """Sets an m × n float32 fragment to zero."""
+
+    acc: Buffer
+    slot: Expr
+
+
+@node
+class Mma(Stmt):
+    """acc[slot] += a (m × k) · b (k × n), float16/bfloat16 in, float32 out."""
+
+    acc: Buffer
+    slot: Expr
+    a: Tile
+    b: Tile
+    shape: tuple[int, int, int]
+
+
+@node
+class MmaStore(Stmt):
+    """Writes (or adds) a fragment to a tile of memory, within its limits."""
+
+    to: Tile
+    acc: Buffer
+    slot: Expr
+    shape: tuple[int, int, int]
+    op: str = ""
+
+
+# ---------------------------------------------------------------------------- programs
+
+
+@dataclass(frozen=True, slots=True)
+class Nest:
+    """One launch, or one case of a launch over the parts of a decomposition.
+
+    `part` is the index of the format in the composed format whose parts it serves, or -1.
+    """
+
+    name: str
+    body: Stmt
+    part: int = -1
+    grid: tuple[Expr, ...] = ()
+    grid_vars: tuple[Var, ...] = ()
+    threads: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A program at any level. `level` is coordinates, positions or loops.
+
+    `stages` groups the nests that run in one launch: nests of a stage are independent of each other.
+    `orders` holds loop orders asked for (output name, then axes); `fused` the structures whose two
+    axes are walked as one; `sizes` dimensions that are fixed; `index` the type of coordinates.
+    """
+
+    name: str
+    level: str
+    tensors: tuple[Tensor, ...]
+    body: tuple[Assign, ...] = ()
+    stages: tuple[tuple[Nest, ...], ...] = ()
+    buffers: tuple[Buffer, ...] = ()
+    orders: tuple[tuple[str, ...], ...] = ()
+    fused: tuple[str, ...] = ()
+    sizes: tuple[tuple[str, int], ...] = ()
+    index: DType = dtypes.int32
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in self.tensors if t.role == "input")
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in self.tensors if t.role == "output")
+
+    def tensor(self, name: str) -> Tensor:
+        for t in self.tensors:
+            if t.name == name:
+                return t
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        from tilewright.ir.text import program_text
+
+        return program_text(self)
+
+    __repr__ = __str__
+
+
+# ---------------------------------------------------------------------------- building
+
+
+def size_var(dim: str | int, index: DType = dtypes.int32) -> Expr:
+    """The variable (or constant) that holds the size of a dimension."""
+    return Const(dim, index) if isinstance(dim, int) else Var(f"n_{dim}", index)
+
+
+def as_expr(x: Any, dtype: DType | None = None) -> Expr:
+    """Numbers become constants: of `dtype`, else bool, int32 or float32 by their Python type."""
+    if isinstance(x, Expr):
+        return x
+    if isinstance(x, bool):
+        return Const(x, dtypes.bool_)
+    if isinstance(x, int):
+        return Const(x, dtype or dtypes.int32)
+    if isinstance(x, float):
+        return Const(x, dtype or dtypes.float32)
+    raise ProgramError("P101", f"{x!r} cannot stand in an expression", hint="numbers and tensors can")
+
+
+def binary(op: str, a: Any, b: Any) -> Expr:
+    """`a op b` with promoted operands; a Python number takes the other operand's type."""
+    if isinstance(a, Expr):
+        b = as_expr(b, _literal_type(b, a.dtype))
+    else:
+        a = as_expr(a, _literal_type(a, b.dtype))
+    ta, tb = a.dtype.scalar, b.dtype.scalar
+    if op in BITWISE and (ta.is_float or tb.is_float):
+        raise ProgramError("P106", f"{op} needs integers, not {ta} and {tb}", where=f"{a} {op} {b}")
+    common = dtypes.promote(ta, tb)
+    if op in ("<<", ">>"):
+        common = ta
+    elif op == "/" and not common.is_float:
+        common = dtypes.float32
+    elif common.is_float:
+        common = common.accumulator
+    lanes = max(a.dtype.lanes, b.dtype.lanes)
+    a, b = cast(a, common), cast(b, common)
+    return Binary(op, a, b, (dtypes.bool_ if op in COMPARISON else common).vector(lanes))
+
+
+def _literal_type(x: Any, other: DType) -> DType | None:
+    if isinstance(x, float) and not other.is_float:
+        return dtypes.float32
+    if isinstance(x, (int, float)) and not isinstance(x, bool) and other.kind != "b":
+        return other.accumulator if other.is_float else other.scalar
+    return None
+
+
+def equal(a: Any, b: Any) -> Expr:
+    """The node `a == b`."""
+    return binary("==", a, b)
+
+
+def unary(op: str, a: Any) -> Expr:
+    a = as_expr(a)
+    if op in ("-", "abs"):
+        return Unary(op, a, a.dtype)
+    if op == "not":
+        return Unary(op, cast(a, dtypes.bool_), dtypes.bool_.vector(a.dtype.lanes))
+    if not a.dtype.is_float:
+        a = cast(a, dtypes.float32)
+    kept = a.dtype.accumulator.vector(a.dtype.lanes)
+    return Unary(op, cast(a, kept.scalar), kept)
+
+
+def cast(a: Expr, to: DType) -> Expr:
+    """`a` as `to`, keeping its lanes; nothing when it already is."""
+    if a.dtype.scalar == to:
+        return a
+    if isinstance(a, Const):
+        value = bool(a.value) if to.kind == "b" else float(a.value) if to.is_float else int(a.value)
+        return Const(value, to)
+    return Cast(a, to.vector(a.dtype.lanes))
+
+
+def select(cond: Any, a: Any, b: Any) -> Expr:
+    if isinstance(a, Expr):
+        b = as_expr(b, _literal_type(b, a.dtype))
+    elif isinstance(b, Expr):
+        a = as_expr(a, _literal_type(a, b.dtype))
+    a, b = as_expr(a), as_expr(b)
+    common = dtypes.promote(a.dtype.scalar, b.dtype.scalar)
+    cond = as_expr(cond)
+    lanes = max(a.dtype.lanes, b.dtype.lanes, cond.dtype.lanes)
+    return Select(cond, cast(a, common), cast(b, common), common.vector(lanes))
+
+
+def identity_of(op: str, dtype: DType) -> Const:
+    """What an empty reduction gives: 0, 1, or the far end of the type for max and min."""
+    if op in ("sum", "prod"):
+        return Const({"sum": 0, "prod": 1}[op] * (1.0 if dtype.is_float else 1), dtype)
+    if dtype.is_float:
+        return Const(float("-inf") if op == "max" else float("inf"), dtype)
+    low = 0 if dtype.kind == "u" else -(1 << (dtype.bits - 1))
+    high = (1 << (dtype.bits - (dtype.kind == "i"))) - 1
+    return Const(low if op == "max" else high, dtype)
+
+
+def seq(*statements: Stmt) -> Stmt:
+    """A flat sequence; a single statement stays itself."""
+    flat: list[Stmt] = []
+    for s in statements:
+        flat.extend(s.body if isinstance(s, Seq) else (s,))
+    return flat[0] if len(flat) == 1 else Seq(tuple(flat))
+
+
+def children(n: Any) -> Iterator[Any]:
+    """The node-valued fields of a node, tuples flattened."""
+    for f in fields(n):
+        value = getattr(n, f.name)
+        if isinstance(value, (Expr, Stmt, Tile)):
+            yield value
+        elif isinstance(value, tuple):
+            for v in value:
+                if isinstance(v, (Expr, Stmt)):
+                    yield v

@@ -1,0 +1,249 @@
+"""Walking and rebuilding trees of nodes; substitution; simplification of index arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from functools import cache
+from typing import Any, TypeVar
+
+from tilewright import dtypes
+from tilewright.ir.nodes import (
+    Binary,
+    Broadcast,
+    Cast,
+    Const,
+    Expr,
+    For,
+    If,
+    Index,
+    Let,
+    Load,
+    Reduce,
+    Search,
+    Select,
+    Seq,
+    Stmt,
+    Tile,
+    Var,
+    as_expr,
+    binary,
+    cast,
+    children,
+    seq,
+)
+
+N = TypeVar("N")
+
+
+@cache
+def _slots(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the fields that may hold nodes, and of all fields."""
+    names = tuple(f.name for f in fields(cls))
+    plain = {"dtype", "op", "kind", "axes", "private", "unroll_hint", "name", "lanes", "reduce",
+             "in_place", "atomic", "mma", "buffer", "tensor", "axis", "extent", "last", "keys"}  # fmt: skip
+    return tuple(n for n in names if n not in plain or (n == "axes" and cls is Reduce)), names
+
+
+def rebuild(n: N, f: Callable[[Any], Any]) -> N:
+    """`n` with `f` applied to each direct child; `n` itself when none changed."""
+    node_fields, names = _slots(type(n))
+    changed: dict[str, Any] = {}
+    for name in node_fields:
+        old = getattr(n, name)
+        if isinstance(old, (Expr, Stmt, Tile)):
+            new = f(old)
+        elif isinstance(old, tuple):
+            new = tuple(f(o) if isinstance(o, (Expr, Stmt, Tile)) else o for o in old)
+            if all(a is b for a, b in zip(old, new, strict=True)):
+                continue
+        else:
+            continue
+        if new is not old:
+            changed[name] = new
+    if not changed:
+        return n
+    return type(n)(**{name: changed.get(name, getattr(n, name)) for name in names})  # type: ignore[call-arg]
+
+
+def transform(n: N, f: Callable[[Any], Any]) -> N:
+    """Bottom-up: children first, then `f` on the rebuilt node. `f` returns its argument to keep it."""
+    return f(rebuild(n, lambda child: transform(child, f)))
+
+
+def walk(n: Any) -> Iterator[Any]:
+    """Every node below and including `n`, parents first."""
+    stack = [n]
+    while stack:
+        top = stack.pop()
+        yield top
+        stack.extend(reversed(list(children(top))))
+
+
+def substitute(n: N, values: Mapping[str, Expr]) -> N:
+    """Variables replaced by name. Names bound inside `n` (For, Let, Reduce) are expected to be fresh."""
+    if not values:
+        return n
+
+    def visit(x: Any) -> Any:
+        if isinstance(x, Var):
+            return values.get(x.name, x)
+        if isinstance(x, Reduce) and any(a.name in values for a in x.axes):
+            kept = {k: v for k, v in values.items() if k not in {a.name for a in x.axes}}
+            return Reduce(x.op, x.axes, substitute(x.body, kept), x.dtype)
+        return rebuild(x, visit)
+
+    return visit(n)
+
+
+def free_vars(n: Any) -> set[str]:
+    """Names of variables `n` reads and does not bind."""
+    found: set[str] = set()
+
+    def visit(x: Any, bound: frozenset[str]) -> None:
+        if isinstance(x, Var):
+            if x.name not in bound:
+                found.add(x.name)
+            return
+        if isinstance(x, Reduce):
+            visit(x.body, bound | {a.name for a in x.axes})
+            return
+        if isinstance(x, For):
+            visit(x.begin, bound)
+            visit(x.end, bound)
+            visit(x.body, bound | {x.var.name})
+            return
+        if isinstance(x, Seq):
+            for s in x.body:
+                if isinstance(s, Let):
+                    visit(s.value, bound)
+                    bound = bound | {s.var.name}
+                else:
+                    visit(s, bound)
+            return
+        for child in children(x):
+            visit(child, bound)
+
+    visit(n, frozenset())
+    return found
+
+
+def is_const(e: Expr, value: Any = None) -> bool:
+    return isinstance(e, Const) and (value is None or e.value == value)
+
+
+def simplify(n: N) -> N:
+    """Folds constants and the identities of integer arithmetic (floats are left alone).
+
+    before: (0*n + i)*1 + 0        after: i
+    """
+    return transform(n, _simplify_node)
+
+
+def _simplify_node(x: Any) -> Any:
+    if isinstance(x, Binary):
+        return _simplify_binary(x)
+    if isinstance(x, Cast) and isinstance(x.a, Const):
+        return cast(x.a, x.dtype.scalar) if x.dtype.lanes == 1 else x
+    if isinstance(x, Select) and isinstance(x.cond, Const):
+        return x.a if x.cond.value else x.b
+    if isinstance(x, If) and isinstance(x.cond, Const):
+        return x.body if x.cond.value else Seq(())
+    if isinstance(x, For) and x.extent is not None and x.extent <= 0:
+        return Seq(())
+    if isinstance(x, Seq):
+        return seq(*x.body) if x.body else x
+    return x
+
+
+_FOLD: dict[str, Callable[[Any, Any], Any]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "//": lambda a, b: a // b,
+    "%": lambda a, b: a % b,
+    "min": min,
+    "max": max,
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+    "==": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+}
+
+
+def _simplify_binary(x: Binary) -> Expr:
+    a, b, op = x.a, x.b, x.op
+    if x.dtype.kind == "b":
+        if op == "&" and isinstance(a, Const):
+            return b if a.value else a
+        if op == "&" and isinstance(b, Const):
+            return a if b.value else b
+    if a.dtype.is_float or b.dtype.is_float:
+        return x
+    if isinstance(a, Const) and isinstance(b, Const) and op in _FOLD:
+        if not (op in ("//", "%") and b.value == 0):
+            return Const(_FOLD[op](a.value, b.value), x.dtype)
+    if op == "+":
+        if is_const(a, 0):
+            return b
+        if is_const(b, 0):
+            return a
+        if isinstance(b, Const) and isinstance(a, Binary) and a.op == "+" and isinstance(a.b, Const):
+            return _simplify_binary(Binary("+", a.a, Const(a.b.value + b.value, b.dtype), x.dtype))
+    if op == "-" and is_const(b, 0):
+        return a
+    if op == "*":
+        if is_const(a, 1):
+            return b
+        if is_const(b, 1):
+            return a
+        if is_const(a, 0) or is_const(b, 0):
+            return Const(0, x.dtype) if x.dtype.lanes == 1 else x
+    if op == "//" and is_const(b, 1):
+        return a
+    if op == "%" and is_const(b, 1):
+        return Const(0, x.dtype) if x.dtype.lanes == 1 else x
+    return x
+
+
+def add(*terms: Any) -> Expr:
+    """The simplified sum of integer terms."""
+    total: Expr = as_expr(terms[0])
+    for t in terms[1:]:
+        total = _simplify_binary(binary("+", total, t))  # type: ignore[arg-type]
+    return total
+
+
+def mul(a: Any, b: Any) -> Expr:
+    """The simplified product of integers."""
+    out = binary("*", a, b)
+    return _simplify_binary(out) if isinstance(out, Binary) else out
+
+
+def ceil_div(a: Any, b: int) -> Expr:
+    return as_expr(a) if b == 1 else simplify(binary("//", add(a, b - 1), b))
+
+
+def as_int64(e: Expr) -> Expr:
+    return cast(e, dtypes.int64)
+
+
+def broadcast(e: Expr, lanes: int) -> Expr:
+    if lanes == 1 or e.dtype.lanes == lanes:
+        return e
+    return Broadcast(e, e.dtype.vector(lanes))
+
+
+def loads(n: Any) -> Iterator[Load]:
+    for x in walk(n):
+        if isinstance(x, Load):
+            yield x
+        elif isinstance(x, Search):
+            yield Load(x.keys, (x.lo,), x.keys.dtype)
+
+
+def indices_of(n: Any) -> list[Index]:
+    """The program indices below `n`, once each."""
+    return list({x.name: x for x in walk(n) if isinstance(x, Index)}.values())

@@ -1,0 +1,141 @@
+"""A verifier for each level. A violation is a bug of a pass (I101), never the user's fault."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tilewright.errors import InternalError
+from tilewright.ir.nodes import (
+    COMPARISON, Access, Alloc, Assign, Binary, Broadcast, Buffer, Compute, Const, Expr, For, If, Index, Let, Load,
+    Mma, MmaStore, MmaZero, Nest, Program, Ramp, Reduce, ReduceLanes, ReduceThreads, Search, Select, Seq, Stmt,
+    Store, Sync, Tile, Unary, Var, children,
+)  # fmt: skip
+
+LEGAL: dict[str, tuple[type, ...]] = {
+    "coordinates": (Assign, Access, Reduce, Index),
+    "positions": (Seq, For, Let, If, Compute, Load, Search),
+    "loops": (
+        Seq, For, Let, If, Store, Alloc, Sync, Load, Search, Ramp, Broadcast, ReduceLanes, ReduceThreads,
+        Mma, MmaZero, MmaStore, Tile,
+    ),
+}  # fmt: skip
+
+
+def verify(program: Program, after: str = "") -> None:
+    """Checks every node of a program: its kind, its types, and that each name is bound where it is
+    read. Raises InternalError[I101] that names the pass `after` which it ran."""
+    check = _Checker(program, after)
+    if program.level == "coordinates":
+        for statement in program.body:
+            check.assign(statement)
+    for stage in program.stages:
+        for nest in stage:
+            check.nest(nest)
+
+
+class _Checker:
+    def __init__(self, program: Program, after: str) -> None:
+        self.legal = LEGAL[program.level]
+        self.level, self.after = program.level, after
+        self.tensors = {t.name for t in program.tensors}
+
+    def fail(self, why: str, node: Any) -> None:
+        place = f" after {self.after}" if self.after else ""
+        raise InternalError("I101", f"{self.level} level{place}: {why}: {node}", hint="please report this bug")
+
+    def assign(self, s: Assign) -> None:
+        if s.out.tensor.name not in self.tensors:
+            self.fail("unknown tensor", s)
+        if s.value.dtype != s.out.dtype:
+            self.fail(f"{s.value.dtype} assigned to {s.out.dtype}", s)
+        bound = {x for c in s.out.coords for x in _names(c)}
+        self.expr(s.value, bound)
+
+    def nest(self, n: Nest) -> None:
+        bound = {v.name for v in n.grid_vars} | {"thread_x", "thread_y"}
+        self.stmt(n.body, bound, {})
+
+    def stmt(self, s: Stmt, bound: set[str], registers: dict[str, Buffer]) -> None:
+        if not isinstance(s, self.legal):
+            self.fail(f"{type(s).__name__} has no place here", s)
+        if isinstance(s, Seq):
+            bound, registers = set(bound), dict(registers)
+            for b in s.body:
+                self.stmt(b, bound, registers)
+                if isinstance(b, Let):
+                    if b.var.name in bound:
+                        self.fail(f"{b.var.name} is bound twice", b)
+                    bound.add(b.var.name)
+                if isinstance(b, Alloc):
+                    registers[b.buffer.name] = b.buffer
+            return
+        if isinstance(s, For):
+            self.expr(s.begin, bound, registers)
+            self.expr(s.end, bound, registers)
+            if s.name in bound:
+                self.fail(f"loop {s.name} hides another name", s)
+            self.stmt(s.body, bound | {s.name}, registers)
+        elif isinstance(s, If):
+            if s.cond.dtype.kind != "b" or s.cond.dtype.lanes != 1:
+                self.fail("a guard is one truth value", s.cond)
+            self.expr(s.cond, bound, registers)
+            self.stmt(s.body, bound, registers)
+        elif isinstance(s, Let):
+            self.expr(s.value, bound, registers)
+            if s.value.dtype != s.var.dtype:
+                self.fail(f"{s.var.name} is {s.var.dtype} but gets {s.value.dtype}", s)
+        elif isinstance(s, Compute):
+            self.expr(s.out, bound, None)
+            self.expr(s.value, bound, None)
+            if not s.op and s.value.dtype != s.out.dtype:
+                self.fail(f"{s.value.dtype} assigned to {s.out.dtype}", s)
+        elif isinstance(s, Store):
+            self.store(s, bound, registers)
+        else:
+            for child in children(s):
+                if isinstance(child, Expr):
+                    self.expr(child, bound, registers)
+
+    def store(self, s: Store, bound: set[str], registers: dict[str, Buffer]) -> None:
+        for i in s.index:
+            self.expr(i, bound, registers)
+        self.expr(s.value, bound, registers)
+        if s.value.dtype.scalar != s.buffer.dtype.scalar:
+            self.fail(f"{s.value.dtype} stored to {s.buffer.dtype}", s)
+        if s.buffer.scope == "register" and s.buffer.name not in registers:
+            self.fail(f"register {s.buffer.name} is not allocated here", s)
+
+    def expr(self, e: Expr, bound: set[str], registers: dict[str, Buffer] | None = None) -> None:
+        if isinstance(e, Var):
+            known = e.name in bound or e.name.startswith("n_") or "_count" in e.name or "_stride" in e.name
+            if not known:
+                self.fail(f"{e.name} is not bound", e)
+            return
+        if isinstance(e, Const):
+            return
+        if isinstance(e, Binary):
+            if e.a.dtype != e.b.dtype and e.op not in ("<<", ">>"):
+                self.fail(f"{e.a.dtype} {e.op} {e.b.dtype}", e)
+            if (e.op in COMPARISON) != (e.dtype.kind == "b") and e.op not in ("&", "|", "^"):
+                self.fail(f"{e.op} gives {e.dtype}", e)
+        elif isinstance(e, (Unary, Select)):
+            pass
+        elif isinstance(e, (Access, Reduce, Load, Search, Ramp, Broadcast, ReduceLanes, ReduceThreads)):
+            if not isinstance(e, self.legal):
+                self.fail(f"{type(e).__name__} has no place here", e)
+        if isinstance(e, Reduce):
+            self.expr(e.body, bound | {a.name for a in e.axes}, registers)
+            return
+        if isinstance(e, Load) and registers is not None and e.buffer.scope == "register" and e.buffer.name not in registers:
+            self.fail(f"register {e.buffer.name} is not allocated here", e)
+        if isinstance(e, Load) and e.buffer.scope == "register" and len(e.index) != len(e.buffer.shape):
+            self.fail(f"{e.buffer} read with {len(e.index)} indices", e)
+        for child in children(e):
+            self.expr(child, bound, registers)
+
+
+def _names(e: Expr) -> set[str]:
+    found = {e.name} if isinstance(e, Var) else set()
+    for child in children(e):
+        found |= _names(child)
+    return found

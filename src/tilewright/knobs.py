@@ -1,0 +1,87 @@
+"""The environment variables Tilewright reads: all of them, typed, in one table.
+
+`knobs.scope(debug=2)` overrides for a block of code. A bad value is an error at the first read that
+names the variable, the value and the expected form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tilewright.errors import KnobError
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise ValueError
+        return value
+
+    return parse
+
+
+def _flag(text: str) -> bool:
+    return {"0": False, "1": True}[text]
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    env: str
+    default: Any
+    parse: Callable[[str], Any]
+    form: str
+    doc: str
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tilewright"
+
+
+KNOBS: dict[str, Knob] = {
+    "cache_dir": Knob("TILEWRIGHT_CACHE_DIR", _default_cache, Path, "a folder", "where compiled kernels are kept"),
+    "cache": Knob("TILEWRIGHT_CACHE", True, _flag, "0 or 1", "0 compiles everything anew"),
+    "threads": Knob("TILEWRIGHT_THREADS", 0, _at_least(0), "an integer, 0 = all cores", "threads of the CPU target"),
+    "cxx": Knob("TILEWRIGHT_CXX", "", str, "a path or a name", "the C++ compiler; empty = c++, g++ or clang++ as found"),
+    "isa": Knob("TILEWRIGHT_ISA", "", str, "avx512, avx2, baseline or empty", "instruction set of the CPU target; empty = this CPU's"),
+    "verify": Knob("TILEWRIGHT_VERIFY", False, _flag, "0 or 1", "run the IR verifiers between all passes"),
+    "debug": Knob("TILEWRIGHT_DEBUG", 0, _at_least(0), "0 to 4", "1 timings, 2 schedules, 3 each pass, 4 source"),
+}  # fmt: skip
+
+_overrides: dict[str, Any] = {}
+
+
+def get(name: str) -> Any:
+    """The value of a knob: the override in force, else the environment's, else the default."""
+    if name in _overrides:
+        return _overrides[name]
+    knob = KNOBS[name]
+    text = os.environ.get(knob.env)
+    if text is None or text == "":
+        return knob.default() if callable(knob.default) else knob.default
+    try:
+        return knob.parse(text)
+    except (ValueError, KeyError):
+        raise KnobError(
+            "K101", f"{knob.env}={text!r} is not {knob.form}", where=f"environment variable {knob.env}", hint=knob.doc
+        ) from None
+
+
+@contextlib.contextmanager
+def scope(**values: Any) -> Iterator[None]:
+    """Override knobs inside a `with` block."""
+    global _overrides
+    unknown = values.keys() - KNOBS.keys()
+    if unknown:
+        raise KnobError("K101", f"no knob named {sorted(unknown)}", hint=f"knobs: {', '.join(KNOBS)}")
+    saved, _overrides = _overrides, _overrides | values
+    try:
+        yield
+    finally:
+        _overrides = saved

@@ -1,0 +1,67 @@
+"""The compiler on one screen: every pass, in order. Each is a pure function Program → Program.
+
+`schedule` is where a schedule's verbs rewrite the nests; without one the program runs as written.
+With the knob `verify` the level's verifier runs after each pass; `debug` 3 prints what changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tilewright import knobs
+from tilewright.ir.nodes import Program
+from tilewright.ir.verify import verify
+from tilewright.lower.bind import bind_grid, bind_threads, serialize_threads
+from tilewright.lower.flatten import flatten_addresses, inline_lets
+from tilewright.lower.hoist import hoist_reductions
+from tilewright.lower.positions import coordinates_to_positions
+from tilewright.lower.reductions import materialize_reductions
+from tilewright.lower.vectorize import split_registers, unroll_loops, vectorize_loops
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """`only`: the kinds of target it runs for (empty: all)."""
+
+    run: Callable[[Program], Program]
+    only: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
+
+
+BEFORE_SCHEDULE = (
+    Pass(hoist_reductions),
+    Pass(coordinates_to_positions),
+)
+AFTER_SCHEDULE = (
+    Pass(materialize_reductions),
+    Pass(inline_lets),
+    Pass(serialize_threads, only=("cpp", "interp")),
+    Pass(bind_grid),
+    Pass(bind_threads, only=("cuda",)),
+    Pass(flatten_addresses),
+    Pass(vectorize_loops),
+    Pass(unroll_loops),
+    Pass(split_registers),
+)
+
+
+def run_passes(program: Program, passes: tuple[Pass, ...], kind: str = "cpp", watch: Callable[[str, Program], None] | None = None) -> Program:
+    """The passes that apply to a kind of target, in order. `watch(name, program)` sees each result."""
+    verifying, debug = knobs.get("verify"), knobs.get("debug")
+    for p in passes:
+        if p.only and kind not in p.only:
+            continue
+        began, before = time.perf_counter(), program
+        program = p.run(program)
+        if verifying:
+            verify(program, p.name)
+        if debug >= 3 and program is not before:
+            print(f"-- {p.name}: {1e3 * (time.perf_counter() - began):.1f} ms\n{program}")
+        if watch is not None:
+            watch(p.name, program)
+    return program

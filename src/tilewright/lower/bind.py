@@ -1,0 +1,139 @@
+"""Pass: the outermost parallel loops become the grid of a launch, thread loops its threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from tilewright.errors import ScheduleError
+from tilewright.ir.nodes import (
+    Const, Expr, For, If, Let, Load, Mma, MmaStore, MmaZero, Nest, Program, Search, Seq, Stmt, Store, Var,
+    binary, seq,
+)  # fmt: skip
+from tilewright.ir.rewrite import rebuild, simplify, substitute, walk
+
+GRID = ("parallel", "cta.x", "cta.y")
+THREADS = ("thread.x", "thread.y")
+THREAD_X, THREAD_Y = Var("thread_x"), Var("thread_y")
+
+
+def bind_grid(program: Program) -> Program:
+    """Takes the chain of parallel loops off the top of each nest: they become units of work.
+
+    before: for i_o in 0:ceil(n/8)  # cta.x          after: grid (ceil(n/8)), i_o = unit
+              body                                          body
+    """
+    stages = tuple(tuple(_grid(n) for n in stage) for stage in program.stages)
+    return replace(program, stages=stages)
+
+
+def bind_threads(program: Program) -> Program:
+    """CUDA: a loop bound to threads becomes one iteration of each thread; what stands outside such
+    loops is done by all threads, but stored by one.
+
+    before: for lane in 0:32  # thread.x           after: Y[o + thread_x] = …
+              Y[o + lane] = …                             if thread_x == 0: Z[i] = …
+            Z[i] = …
+    """
+    stages = []
+    for stage in program.stages:
+        extents = {kind: max((_extent(n.body, kind) for n in stage), default=1) for kind in THREADS}
+        threads = (extents["thread.x"], extents["thread.y"])
+        stages.append(tuple(replace(n, body=simplify(_threads(n.body, extents, frozenset())), threads=threads) for n in stage))
+    return replace(program, stages=tuple(stages))
+
+
+def serialize_threads(program: Program) -> Program:
+    """CPU: thread loops of a schedule made for a GPU run one after the other.
+
+    before: for lane in 0:32  # thread.x            after: for lane in 0:32
+    """
+
+    def visit(s: Any) -> Any:
+        if isinstance(s, For) and s.kind in THREADS:
+            s = replace(s, kind="serial")
+        return rebuild(s, visit) if isinstance(s, (Seq, For, If)) else s
+
+    stages = tuple(tuple(replace(n, body=visit(n.body)) for n in stage) for stage in program.stages)
+    return replace(program, stages=stages)
+
+
+def _grid(nest: Nest) -> Nest:
+    extents: list[Expr] = []
+    variables: list[Var] = []
+    rewrap: list[Callable[[Stmt], Stmt]] = []
+    body = nest.body
+    while True:
+        if isinstance(body, For) and body.kind in GRID:
+            _check_host(body)
+            extents.append(body.end)
+            variables.append(body.var)
+            body = body.body
+        elif isinstance(body, If) and _has_grid(body.body):
+            rewrap.append(lambda b, c=body.cond: If(c, b))
+            body = body.body
+        elif isinstance(body, Seq) and _has_grid(body.body[-1]) and all(isinstance(b, Let) for b in body.body[:-1]):
+            rewrap.append(lambda b, lets=body.body[:-1]: seq(*lets, b))
+            body = body.body[-1]
+        else:
+            break
+    if _has_grid(body):
+        raise ScheduleError(
+            "S102", f"in {nest.name} a parallel loop stands below a serial one",
+            hint="reorder so that parallel loops come first: they are the units of the launch",
+        )  # fmt: skip
+    for wrap in reversed(rewrap):
+        body = wrap(body)
+    return replace(nest, body=body, grid=tuple(extents), grid_vars=tuple(variables))
+
+
+def _has_grid(s: Stmt) -> bool:
+    return any(isinstance(x, For) and x.kind in GRID for x in walk(s))
+
+
+def _check_host(loop: For) -> None:
+    begins_at_zero = isinstance(loop.begin, Const) and loop.begin.value == 0
+    inner = [x for x in walk(loop.end) if isinstance(x, (Load, Search)) or (isinstance(x, Var) and not host_known(x.name))]
+    if inner or not begins_at_zero:
+        raise ScheduleError(
+            "S102", f"loop {loop.name} cannot be parallel: its range {loop.begin}:{loop.end} is not known before the launch",
+            hint="only loops over a dimension, or over the outermost level of a format, are units of work",
+        )  # fmt: skip
+
+
+def host_known(name: str) -> bool:
+    """Whether the host knows a variable before a launch: sizes and counts."""
+    return name.startswith("n_") or "_count" in name
+
+
+def _extent(body: Stmt, kind: str) -> int:
+    found = 1
+    for x in walk(body):
+        if isinstance(x, For) and x.kind == kind:
+            if x.extent is None:
+                raise ScheduleError("S102", f"loop {x.name} is bound to {kind} but its extent is not a constant", hint="split it first")
+            found = max(found, x.extent)
+    return found
+
+
+def _threads(s: Stmt, extents: dict[str, int], inside: frozenset[str]) -> Stmt:
+    if isinstance(s, For) and s.kind in THREADS:
+        if s.kind in inside:
+            raise ScheduleError("S102", f"loop {s.name} is bound to {s.kind} inside a loop that already is")
+        var = THREAD_X if s.kind == "thread.x" else THREAD_Y
+        body = substitute(_threads(s.body, extents, inside | {s.kind}), {s.name: replace(var, dtype=s.var.dtype)})
+        partial = s.extent is not None and s.extent < extents[s.kind]
+        return If(binary("<", var, s.extent), body) if partial else body
+    if isinstance(s, (For, If)):
+        return replace(s, body=_threads(s.body, extents, inside))
+    if isinstance(s, Seq):
+        return seq(*(_threads(b, extents, inside) for b in s.body))
+    if isinstance(s, Store) and s.buffer.scope in ("global", "part"):
+        for kind, var in (("thread.x", THREAD_X), ("thread.y", THREAD_Y)):
+            if extents[kind] > 1 and kind not in inside:
+                s = If(binary("==", var, 0), s)  # type: ignore[assignment]
+        return s
+    if isinstance(s, (Mma, MmaZero, MmaStore)):
+        return s
+    return s

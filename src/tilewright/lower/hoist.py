@@ -1,0 +1,86 @@
+"""Pass: every reduction becomes a statement of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tilewright.ir.nodes import Access, Assign, Expr, Index, Program, Reduce, Tensor, cast
+from tilewright.ir.rewrite import rebuild, walk
+
+
+def hoist_reductions(program: Program) -> Program:
+    """Names each reduction that is part of a larger expression, innermost first.
+
+    before: out[i, j] = exp(A[i, j]) / sum(exp(A[i, j]) over j)
+    after:  out.0[i]  = sum(exp(A[i, j]) over j)          (inline: computed inside the nest of out)
+            out[i, j] = exp(A[i, j]) / out.0[i]
+
+    A reduction that depends on no index of its statement becomes a temporary with a stage of its own.
+    """
+    body: list[Assign] = []
+    tensors = {t.name: t for t in program.tensors}
+    for statement in program.body:
+        hoister = _Hoister(statement)
+        value = statement.value
+        inner = value.a if _is_plain_cast(value) else value
+        if isinstance(inner, Reduce):  # the statement itself reduces
+            new = Reduce(inner.op, inner.axes, hoister.visit(inner.body, (inner,)), inner.dtype)
+            value = cast(new, value.dtype)
+        else:
+            value = hoister.visit(value, ())
+        for made in hoister.made:
+            tensors[made.out.tensor.name] = made.out.tensor
+        body += [*hoister.made, Assign(statement.out, value)]
+    return replace(program, tensors=tuple(tensors.values()), body=tuple(body))
+
+
+def _is_plain_cast(e: Any) -> bool:
+    return hasattr(e, "a") and type(e).__name__ == "Cast"
+
+
+class _Hoister:
+    def __init__(self, statement: Assign) -> None:
+        self.out = statement.out
+        self.made: list[Assign] = []
+        self.known: dict[Any, Access] = {}
+
+    def visit(self, e: Any, binders: tuple[Reduce, ...]) -> Any:
+        if not isinstance(e, Reduce):
+            return rebuild(e, lambda child: self.visit(child, binders))
+        own = {a.name for a in e.axes}
+        free = _free_indices(e)
+        # The same text under another binder is another value: its indices mean other loops.
+        binding = tuple(id(b) for b in binders if {a.name for a in b.axes} & free.keys())
+        key = (e, binding)
+        if key in self.known:
+            return self.known[key]
+        inner = Reduce(e.op, e.axes, self.visit(e.body, (*binders, e)), e.dtype)
+        assert not own & free.keys()
+        name = f"{self.out.tensor.name}.{len(self.made)}"
+        role = "inline" if free or not self.out.coords else "temp"
+        ordered = sorted(free.values(), key=lambda x: self._rank(x, binders))
+        tensor = Tensor(name, tuple(x.dim for x in ordered), e.dtype, role)
+        self.known[key] = Access(tensor, tuple(ordered), e.dtype)
+        self.made.append(Assign(self.known[key], inner))
+        return self.known[key]
+
+    def _rank(self, x: Index, binders: tuple[Reduce, ...]) -> int:
+        order = [n.name for c in self.out.coords for n in walk(c) if isinstance(n, Index)]
+        order += [a.name for b in binders for a in b.axes]
+        return order.index(x.name)
+
+
+def _free_indices(e: Expr) -> dict[str, Index]:
+    found: dict[str, Index] = {}
+
+    def visit(x: Any, bound: frozenset[str]) -> None:
+        if isinstance(x, Index) and x.name not in bound:
+            found.setdefault(x.name, x)
+        elif isinstance(x, Reduce):
+            visit(x.body, bound | {a.name for a in x.axes})
+        else:
+            rebuild(x, lambda child: (visit(child, bound), child)[1])
+
+    visit(e, frozenset())
+    return found

@@ -1,0 +1,260 @@
+"""Pass: reductions get their accumulators; what was one `Compute` becomes init, update and store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import product
+from typing import Any
+
+from tilewright.errors import ScheduleError
+from tilewright.ir.nodes import (
+    REDUCTIONS, Alloc, Binary, Buffer, Compute, Const, Expr, For, If, Let, Load, Program,
+    ReduceLanes, ReduceThreads, Seq, Stmt, Store, cast, identity_of, seq,
+)  # fmt: skip
+from tilewright.ir.rewrite import free_vars, rebuild, transform, walk
+
+THREADS = ("thread.x", "thread.y")
+
+
+def materialize_reductions(program: Program) -> Program:
+    """An accumulator is opened just outside the outermost loop that reduces, as large as the spatial
+    loops inside that loop, and stored after it. The order of loops alone decides.
+
+    before: for k_o in 0:n/64                     after:  for k_o in 0:n/64
+              for j in …                                    alloc acc[4, 16]; … acc = 0
+                for k_u in 0:4  # unroll                    for j in …
+                  for k_v in 0:16  # vector                   … acc[k_u, k_v] += …
+                    Y[i, k] = sum(… over j)                 … Y[i, k] = acc[k_u, k_v]
+
+    A vector or private loop that reduces has one accumulator an iteration, joined at the end in a
+    fixed order; one bound to threads is joined across them. An output that is updated in place at
+    coordinates which the reduced loops themselves compute is updated in memory.
+    """
+    stages = tuple(
+        tuple(replace(nest, body=_scalars(_Materializer().visit(nest.body))) for nest in stage)
+        for stage in program.stages
+    )
+    return replace(program, level="loops", stages=stages)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """What lies between the outermost loop of a reduction and its statement."""
+
+    compute: Compute
+    spatial: tuple[For, ...]  # loops that do not reduce, outermost first
+    lanes: tuple[For, ...]  # reducing loops with an accumulator for each iteration
+    threads: tuple[For, ...]  # reducing loops bound to threads
+    frame: tuple[Any, ...]  # spatial loops, and the lets and guards that depend on nothing reduced
+    escapes: bool  # the output's coordinates depend on the reduced loops
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.compute.out, self.compute.op
+
+
+class _Materializer:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def visit(self, s: Stmt) -> Stmt:
+        out: list[Stmt] = []
+        pending = list(s.body) if isinstance(s, Seq) else [s]
+        while pending:
+            group = [pending.pop(0)]
+            targets = {c.key for c in _reductions(group[0])}
+            while pending and targets & {c.key for c in _reductions(pending[0])}:
+                group.append(pending.pop(0))
+            out += self._reduce(group) if targets else [self._plain(group[0])]
+        return seq(*out)
+
+    def _plain(self, s: Stmt) -> Stmt:
+        if isinstance(s, (For, If)):
+            return replace(s, body=self.visit(s.body))
+        if isinstance(s, Compute):
+            alloc = [Alloc(_scalar(s.out.buffer))] if s.out.buffer.scope == "register" else []
+            return seq(*alloc, _store(s, s.value))
+        return s
+
+    def _reduce(self, group: list[Stmt]) -> list[Stmt]:
+        """`group`: neighbouring loops that reduce into the same outputs (a loop and its cut tail)."""
+        keys = dict.fromkeys(c.key for s in group for c in _reductions(s))
+        before: list[Stmt] = []
+        after: list[Stmt] = []
+        for key in keys:
+            made: dict[Any, tuple[Buffer, _Chain]] = {}
+            for at, s in enumerate(group):
+                chain = next((c for c in _reductions(s) if c.key == key), None)
+                if chain is None:
+                    continue
+                if chain.escapes:
+                    group[at] = _replace(s, chain, lambda c: _store(c, c.value))
+                    continue
+                shape = tuple((f.var.name, f.extent) for f in chain.lanes)
+                if shape not in made:
+                    made[shape] = self._accumulator(chain), chain
+                acc = made[shape][0]
+                index = tuple(f.var for f in (*chain.spatial, *chain.lanes))
+                group[at] = _replace(
+                    s, chain,
+                    lambda c, acc=acc, index=index: Store(acc, index, cast(c.value, acc.dtype), c.op),
+                )  # fmt: skip
+            if made:
+                before += [x for acc, chain in made.values() for x in (Alloc(acc), _initial(acc, chain))]
+                after.append(_final(list(made.values())))
+                out = next(iter(made.values()))[1].compute.out.buffer
+                if out.scope == "register":
+                    before.insert(0, Alloc(_scalar(out)))
+        return [*before, *(self._plain(s) for s in group), *after]
+
+    def _accumulator(self, chain: _Chain) -> Buffer:
+        out = chain.compute.out.buffer
+        self.count += 1
+        for loop in (*chain.spatial, *chain.lanes):
+            if loop.extent is None or loop.begin.value != 0:  # type: ignore[attr-defined]
+                raise ScheduleError(
+                    "S102", f"loop {loop.name} lies inside the reduction of {out.name} and has a run-time extent",
+                    hint="an accumulator has a constant size: split the loop and keep only its inner part inside",
+                )  # fmt: skip
+        shape = tuple(Const(f.extent or 0, f.var.dtype) for f in (*chain.spatial, *chain.lanes))
+        return Buffer(f"{out.name}_acc{self.count}", chain.compute.value.dtype, shape, "register")
+
+
+def _reductions(s: Stmt) -> list[_Chain]:
+    """The reductions for which the loop `s` is the outermost one that reduces."""
+    if not isinstance(s, For):
+        return []
+    found: dict[Any, _Chain] = {}
+    for c in walk(s):
+        if isinstance(c, Compute) and c.op and set(s.axes) & set(c.reduce):
+            chain = _chain(s, c)
+            found.setdefault(chain.key, chain)
+    return list(found.values())
+
+
+def _chain(top: For, compute: Compute) -> _Chain:
+    path = _path(top, compute)
+    assert path is not None
+    spatial: list[For] = []
+    lanes: list[For] = []
+    threads: list[For] = []
+    frame: list[Any] = []
+    reduced: set[str] = set()  # variables that differ from one reduced iteration to the next
+    for s in path:
+        if isinstance(s, For):
+            if set(s.axes) & set(compute.reduce):
+                reduced.add(s.name)
+                if s.kind in THREADS:
+                    threads.append(s)
+                elif s.kind == "vector" or s.private:
+                    lanes.append(s)
+            elif (free_vars(s.begin) | free_vars(s.end)) & reduced:
+                reduced.add(s.name)
+            else:
+                spatial.append(s)
+                frame.append(s)
+        elif isinstance(s, Let) and free_vars(s.value) & reduced:
+            reduced.add(s.var.name)
+        elif isinstance(s, Let) or not free_vars(s.cond) & reduced:
+            frame.append(s)
+    place = {name for i in compute.out.index for name in free_vars(i)}
+    escapes = compute.out.buffer.scope != "register" and bool(place & reduced)
+    return _Chain(compute, tuple(spatial), tuple(lanes), tuple(threads), tuple(frame), escapes)
+
+
+def _path(s: Stmt, goal: Compute) -> list[Any] | None:
+    """From `s` to `goal`: the loops, guards and lets in whose scope it stands."""
+    if s is goal:
+        return []
+    if isinstance(s, (For, If)):
+        below = _path(s.body, goal)
+        return None if below is None else [s, *below]
+    if isinstance(s, Seq):
+        lets: list[Stmt] = []
+        for b in s.body:
+            if isinstance(b, Let):
+                lets.append(b)
+                continue
+            below = _path(b, goal)
+            if below is not None:
+                return [*lets, *below]
+    return None
+
+
+def _replace(s: Stmt, chain: _Chain, make: Any) -> Stmt:
+    """The computes of the reduction below `s`, replaced."""
+
+    def visit(x: Any) -> Any:
+        if isinstance(x, Compute):
+            return make(x) if (x.out, x.op) == chain.key else x
+        return rebuild(x, visit) if isinstance(x, (Seq, For, If)) else x
+
+    return visit(s)
+
+
+def _store(c: Compute, value: Expr) -> Store:
+    """The output set to `value`, or updated with it where it is updated in place."""
+    buffer, index = c.out.buffer, c.out.index
+    if buffer.scope == "register":
+        buffer, index = _scalar(buffer), ()
+    return Store(buffer, index, cast(value, buffer.dtype), c.op if c.in_place else "", c.atomic)
+
+
+def _initial(acc: Buffer, chain: _Chain) -> Stmt:
+    """Every element of the accumulator set to the identity."""
+    index = tuple(f.var for f in (*chain.spatial, *chain.lanes))
+    body: Stmt = Store(acc, index, identity_of(chain.compute.op, acc.dtype))
+    for f in reversed((*chain.spatial, *chain.lanes)):
+        body = For(f.var, f.begin, f.end, body, f.kind if f.kind == "vector" else "unroll")
+    return body
+
+
+def _final(parts: list[tuple[Buffer, _Chain]]) -> Stmt:
+    """Under the spatial loops and guards: the accumulators joined and stored."""
+    chain = parts[0][1]
+    c = chain.compute
+    value = reduce(
+        lambda a, b: Binary(REDUCTIONS[c.op], a, b, a.dtype), (_joined(acc, each) for acc, each in parts)
+    )
+    for f in chain.threads:
+        value = ReduceThreads(c.op, value, f.kind, f.extent or 0, value.dtype)
+    body: Stmt = _store(c, value)
+    for f in reversed(chain.frame):
+        if not isinstance(f, Let):
+            body = replace(f, body=body)
+        elif f.var.name in free_vars(body):
+            body = seq(f, body)
+    return body
+
+
+def _joined(acc: Buffer, chain: _Chain) -> Expr:
+    """The accumulators of one output element: private ones in order, then the lanes of a vector."""
+    spatial = tuple(f.var for f in chain.spatial)
+    vector = next((f for f in chain.lanes if f.kind == "vector"), None)
+    lanes = acc.dtype.vector(vector.extent or 1) if vector else acc.dtype
+    ranges = [range(1) if f is vector else range(f.extent or 0) for f in chain.lanes]
+    loads = (
+        Load(acc, (*spatial, *(Const(i, f.var.dtype) for i, f in zip(at, chain.lanes, strict=True))), lanes)
+        for at in product(*ranges)
+    )
+    op = chain.compute.op
+    total = reduce(lambda a, b: Binary(REDUCTIONS[op], a, b, a.dtype), loads)
+    return ReduceLanes(op, total, acc.dtype) if vector else total
+
+
+def _scalars(body: Stmt) -> Stmt:
+    """Reads of inline temporaries as reads of their one register."""
+    inline = {x.buffer.name for x in walk(body) if isinstance(x, Alloc) and not x.buffer.shape}
+
+    def visit(x: Any) -> Any:
+        if isinstance(x, Load) and x.buffer.name in inline and x.index:
+            return Load(_scalar(x.buffer), (), x.dtype)
+        return x
+
+    return transform(body, visit)
+
+
+def _scalar(buffer: Buffer) -> Buffer:
+    """An inline temporary as one register: all its own loops lie outside."""
+    return replace(buffer, shape=())

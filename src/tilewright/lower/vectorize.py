@@ -1,0 +1,289 @@
+"""Passes that spend loops: unrolled ones are written out, vector ones become vector registers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tilewright.dtypes import DType
+from tilewright.errors import ScheduleError
+from tilewright.ir.nodes import (
+    Alloc, Binary, Buffer, Cast, Const, Expr, For, If, Let, Load, Mma, MmaStore, MmaZero, Program,
+    Ramp, Select, Seq, Stmt, Store, Unary, Var, seq,
+)  # fmt: skip
+from tilewright.ir.rewrite import (
+    add, as_int64, broadcast, free_vars, mul, simplify, substitute, transform, walk,
+)  # fmt: skip
+
+
+def vectorize_loops(program: Program) -> Program:
+    """A vector loop becomes straight-line code on vector registers.
+
+    before: for v in 0:16  # vector          after: acc[0] += broadcast(a[p]) * X[o +: 16]
+              acc[0, v] += a[p] * X[o + v]          (acc: one register of 16 lanes)
+    """
+    stages = tuple(tuple(replace(n, body=_vectorize(n.body)) for n in stage) for stage in program.stages)
+    return replace(program, stages=stages)
+
+
+def unroll_loops(program: Program) -> Program:
+    """An unrolled loop of constant extent is written out.
+
+    before: for u in 0:2  # unroll           after: acc[0] = 0; acc[1] = 0
+              acc[u] = 0
+    """
+    stages = tuple(
+        tuple(replace(n, body=simplify(transform(n.body, _Unroller().visit))) for n in stage) for stage in program.stages
+    )
+    return replace(program, stages=stages)
+
+
+def split_registers(program: Program) -> Program:
+    """A register array that is only read at constants becomes that many registers: compilers keep
+    named vectors in registers where they leave arrays in memory.
+
+    before: alloc acc[4]; acc[0] = 0; …      after: alloc acc.0, acc.1, …; acc.0 = 0; …
+    """
+    stages = tuple(tuple(replace(n, body=_split(n.body)) for n in stage) for stage in program.stages)
+    return replace(program, stages=stages)
+
+
+# ---------------------------------------------------------------------------- unroll
+
+
+class _Unroller:
+    def __init__(self) -> None:
+        self.copies = 0
+
+    def visit(self, s: Any) -> Any:
+        if not (isinstance(s, For) and s.kind == "unroll" and s.extent is not None):
+            return s
+        first = int(s.begin.value)  # type: ignore[attr-defined]
+        copies = []
+        for i in range(first, first + s.extent):
+            self.copies += 1
+            body = substitute(s.body, {s.name: Const(i, s.var.dtype)})
+            copies.append(_renamed_lets(body, f".{self.copies}") if s.extent > 1 else body)
+        return seq(*copies)
+
+
+def _renamed_lets(s: Stmt, suffix: str) -> Stmt:
+    """Lets and registers of the outermost sequence under new names, so that copies stand side by side."""
+    if not isinstance(s, Seq):
+        return s
+    out: list[Stmt] = []
+    names: dict[str, Expr] = {}
+    buffers: dict[str, Buffer] = {}
+    for b in s.body:
+        b = _rename_buffers(substitute(b, names), buffers)
+        if isinstance(b, Let):
+            fresh = Var(b.var.name + suffix, b.var.dtype)
+            names[b.var.name] = fresh
+            b = Let(fresh, b.value)
+        elif isinstance(b, Alloc):
+            buffers[b.buffer.name] = replace(b.buffer, name=b.buffer.name + suffix)
+            b = Alloc(buffers[b.buffer.name])
+        out.append(b)
+    return Seq(tuple(out))
+
+
+def _rename_buffers(s: Any, buffers: dict[str, Buffer]) -> Any:
+    if not buffers:
+        return s
+
+    def visit(x: Any) -> Any:
+        if isinstance(x, (Load, Store)) and x.buffer.name in buffers:
+            return replace(x, buffer=replace(x.buffer, name=buffers[x.buffer.name].name))
+        if isinstance(x, (Mma, MmaZero, MmaStore)) and x.acc.name in buffers:
+            return replace(x, acc=buffers[x.acc.name])
+        return x
+
+    return transform(s, visit)
+
+
+# ---------------------------------------------------------------------------- vectorize
+
+
+def _vectorize(body: Stmt) -> Stmt:
+    wide: dict[str, tuple[int, int]] = {}  # accumulator -> (its vector dimension, lanes)
+
+    def visit(s: Any) -> Any:
+        if isinstance(s, For) and s.kind == "vector":
+            if s.extent is None or s.begin.value != 0:  # type: ignore[attr-defined]
+                raise ScheduleError(
+                    "S102", f"loop {s.name} is to be a vector but its extent is not a constant",
+                    hint="split it by the number of lanes first, with tail='cut'",
+                )  # fmt: skip
+            return s.body if s.extent == 1 else _Vectorizer(s, wide).stmt(s.body)
+        return s
+
+    return _narrow(transform(body, visit), wide)
+
+
+class _Vectorizer:
+    """Rewrites the body of one vector loop; `varying` are the names that differ by lane."""
+
+    def __init__(self, loop: For, wide: dict[str, tuple[int, int]]) -> None:
+        self.loop, self.wide = loop, wide
+        self.lanes = loop.extent or 1
+        self.varying: dict[str, DType] = {}
+        self.registers: set[str] = set()
+
+    def refuse(self, why: str) -> ScheduleError:
+        return ScheduleError("S102", f"loop {self.loop.name} cannot be a vector: {why}", hint="vectorize another loop")
+
+    def varies(self, e: Expr) -> bool:
+        for x in walk(e):
+            if isinstance(x, Var) and (x.name == self.loop.name or x.name in self.varying):
+                return True
+            if isinstance(x, Load) and x.buffer.name in self.registers:
+                return True
+        return False
+
+    def stmt(self, s: Stmt) -> Stmt:
+        if isinstance(s, Seq):
+            return seq(*(self.stmt(b) for b in s.body))
+        if isinstance(s, Let):
+            if not self.varies(s.value):
+                return s
+            value = self.vector(s.value)
+            self.varying[s.var.name] = value.dtype
+            return Let(Var(s.var.name, value.dtype), value)
+        if isinstance(s, Alloc):
+            self.registers.add(s.buffer.name)
+            return Alloc(replace(s.buffer, dtype=s.buffer.dtype.vector(self.lanes)))
+        if isinstance(s, If):
+            if self.varies(s.cond):
+                raise self.refuse(f"the guard {s.cond} differs from lane to lane")
+            return replace(s, body=self.stmt(s.body))
+        if isinstance(s, For):
+            if self.varies(s.begin) or self.varies(s.end):
+                raise self.refuse(f"the range of loop {s.name} differs from lane to lane")
+            return replace(s, body=self.stmt(s.body))
+        if isinstance(s, Store):
+            return self.store(s)
+        raise self.refuse(f"it holds a {type(s).__name__}")
+
+    def store(self, s: Store) -> Stmt:
+        value = self.vector(s.value)
+        if s.buffer.name in self.registers:
+            return replace(s, buffer=replace(s.buffer, dtype=s.buffer.dtype.vector(self.lanes)), value=value)
+        if s.buffer.scope == "register":
+            return replace(s, index=self.register_index(s.buffer, s.index), value=value)
+        found = self.linear(s.index[0])
+        if found is None or found[1] == 0:
+            raise self.refuse(f"lanes write {s.buffer.name} at unrelated places")
+        base, step = found
+        if s.atomic or step != 1:
+            return replace(s, index=(self.vector(s.index[0]),), value=value)
+        return replace(s, index=(Ramp(base, base.dtype.vector(self.lanes)),), value=value)
+
+    def register_index(self, buffer: Buffer, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+        at = [n for n, i in enumerate(index) if self.varies(i)]
+        if len(at) != 1 or not isinstance(index[at[0]], Var):
+            raise self.refuse(f"the accumulator {buffer.name} does not belong to one lane")
+        self.wide[buffer.name] = (at[0], self.lanes)
+        return tuple(Const(0, i.dtype) if n == at[0] else i for n, i in enumerate(index))
+
+    def vector(self, e: Expr) -> Expr:
+        return broadcast(e, self.lanes) if not self.varies(e) else self.expr(e)
+
+    def expr(self, e: Any) -> Expr:
+        if isinstance(e, Var):
+            if e.name == self.loop.name:
+                return Ramp(Const(0, e.dtype), e.dtype.vector(self.lanes))
+            return Var(e.name, self.varying[e.name])
+        if isinstance(e, Binary):
+            return Binary(e.op, self.vector(e.a), self.vector(e.b), e.dtype.vector(self.lanes))
+        if isinstance(e, (Unary, Cast)):
+            return replace(e, a=self.vector(e.a), dtype=e.dtype.vector(self.lanes))
+        if isinstance(e, Select):
+            dtype = e.dtype.vector(self.lanes)
+            return Select(self.vector(e.cond), self.vector(e.a), self.vector(e.b), dtype)
+        if isinstance(e, Load):
+            return self.load(e)
+        raise self.refuse(f"{e} has no vector form")
+
+    def load(self, e: Load) -> Expr:
+        dtype = e.dtype.vector(self.lanes)
+        if e.buffer.name in self.registers:
+            return Load(replace(e.buffer, dtype=dtype), e.index, dtype)
+        if e.buffer.scope == "register":
+            return Load(e.buffer, self.register_index(e.buffer, e.index), dtype)
+        found = self.linear(e.index[0])
+        if found and found[1] == 1:
+            return Load(e.buffer, (Ramp(found[0], found[0].dtype.vector(self.lanes)),), dtype)
+        return Load(e.buffer, (self.vector(e.index[0]),), dtype)
+
+    def linear(self, e: Expr) -> tuple[Expr, int] | None:
+        """(base, step) when e = base + step * lane."""
+        if isinstance(e, Var) and e.name == self.loop.name:
+            return Const(0, e.dtype), 1
+        if not self.varies(e):
+            return e, 0
+        if isinstance(e, Cast) and e.dtype.is_int:
+            inner = self.linear(e.a)
+            return inner and (as_int64(inner[0]) if e.dtype.bits == 64 else inner[0], inner[1])
+        if isinstance(e, Binary) and e.op == "+":
+            a, b = self.linear(e.a), self.linear(e.b)
+            return a and b and (add(a[0], b[0]), a[1] + b[1])
+        if isinstance(e, Binary) and e.op == "*":
+            a, b = self.linear(e.a), self.linear(e.b)
+            if a and b and a[1] == 0 and isinstance(a[0], Const):
+                a, b = b, a
+            if a and b and b[1] == 0 and isinstance(b[0], Const):
+                return mul(a[0], b[0]), a[1] * int(b[0].value)
+        return None
+
+
+def _narrow(body: Stmt, wide: dict[str, tuple[int, int]]) -> Stmt:
+    """Accumulators that vector loops filled lose that dimension and get lanes instead."""
+    if not wide:
+        return body
+
+    def buffer(b: Buffer) -> Buffer:
+        at, lanes = wide[b.name]
+        return replace(b, dtype=b.dtype.vector(lanes), shape=b.shape[:at] + b.shape[at + 1 :])
+
+    def visit(x: Any) -> Any:
+        if isinstance(x, Alloc) and x.buffer.name in wide:
+            return Alloc(buffer(x.buffer))
+        if isinstance(x, (Load, Store)) and x.buffer.name in wide and x.buffer.dtype.lanes == 1:
+            at, _ = wide[x.buffer.name]
+            return replace(x, buffer=buffer(x.buffer), index=x.index[:at] + x.index[at + 1 :])
+        return x
+
+    return transform(body, visit)
+
+
+# ---------------------------------------------------------------------------- registers
+
+
+def _split(body: Stmt) -> Stmt:
+    arrays = {x.buffer.name: x.buffer for x in walk(body) if isinstance(x, Alloc) and x.buffer.scope == "register" and x.buffer.shape}
+    for x in walk(body):
+        if isinstance(x, (Load, Store)) and x.buffer.name in arrays and free_vars(Seq((Store(x.buffer, x.index, Const(0, x.buffer.dtype)),))):
+            arrays.pop(x.buffer.name)
+
+    def one(b: Buffer, index: tuple[Expr, ...]) -> Buffer:
+        flat = 0
+        for i, extent in zip(index, b.shape, strict=True):
+            flat = flat * int(extent.value) + int(i.value)  # type: ignore[attr-defined]
+        return replace(b, name=f"{b.name}.{flat}", shape=())
+
+    def visit(x: Any) -> Any:
+        if isinstance(x, Alloc) and x.buffer.name in arrays:
+            total = 1
+            for extent in x.buffer.shape:
+                total *= int(extent.value)  # type: ignore[attr-defined]
+            return seq(*(Alloc(replace(x.buffer, name=f"{x.buffer.name}.{i}", shape=())) for i in range(total)))
+        if isinstance(x, (Load, Store)) and x.buffer.name in arrays and x.index:
+            return replace(x, buffer=one(x.buffer, x.index), index=())
+        if isinstance(x, Seq):
+            return seq(*x.body)
+        return x
+
+    return transform(body, visit)
+
+
+

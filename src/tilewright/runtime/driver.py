@@ -1,0 +1,217 @@
+"""The CUDA driver through ctypes: what Tilewright calls of it, checked.
+
+ctypes on `libcuda` launches a kernel in a third of the time that the typed bindings take, and
+needs no package. Nothing here runs at import; `driver()` loads the library and initialises it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from typing import Any
+
+from tilewright.errors import BuildError
+from tilewright.target import CUDA_ARCHS
+
+LIBRARIES: tuple[str, ...] = ("libcuda.so.1", "libcuda.so")
+
+_OUT, _IN = POINTER(c_void_p), c_void_p  # a handle returned, a handle passed
+_PROTOTYPES: dict[str, tuple[Any, ...]] = {
+    "cuInit": (c_uint,),
+    "cuDriverGetVersion": (POINTER(c_int),),
+    "cuGetErrorName": (c_int, POINTER(c_char_p)),
+    "cuGetErrorString": (c_int, POINTER(c_char_p)),
+    "cuDeviceGetCount": (POINTER(c_int),),
+    "cuDeviceGet": (POINTER(c_int), c_int),
+    "cuDeviceGetName": (c_char_p, c_int, c_int),
+    "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
+    "cuDeviceTotalMem_v2": (POINTER(c_size_t), c_int),
+    "cuDevicePrimaryCtxRetain": (_OUT, c_int),
+    "cuCtxGetCurrent": (_OUT,),
+    "cuCtxSetCurrent": (_IN,),
+    "cuModuleLoadData": (_OUT, c_char_p),
+    "cuModuleUnload": (_IN,),
+    "cuModuleGetFunction": (_OUT, _IN, c_char_p),
+    "cuFuncGetAttribute": (POINTER(c_int), c_int, _IN),
+    "cuFuncSetAttribute": (_IN, c_int, c_int),
+    "cuOccupancyMaxActiveBlocksPerMultiprocessor": (POINTER(c_int), _IN, c_int, c_size_t),
+    "cuLaunchKernel": (_IN, *(c_uint,) * 7, _IN, c_void_p, c_void_p),
+    "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
+    "cuMemFree_v2": (c_uint64,),
+    "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, _IN),
+    "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, _IN),
+    "cuMemsetD8Async": (c_uint64, ctypes.c_ubyte, c_size_t, _IN),
+    "cuPointerGetAttribute": (c_void_p, c_int, c_uint64),
+    "cuStreamCreate": (_OUT, c_uint),
+    "cuStreamDestroy_v2": (_IN,),
+    "cuStreamSynchronize": (_IN,),
+    "cuStreamBeginCapture_v2": (_IN, c_int),
+    "cuStreamEndCapture": (_IN, _OUT),
+    "cuGraphInstantiateWithFlags": (_OUT, _IN, ctypes.c_ulonglong),
+    "cuGraphLaunch": (_IN, _IN),
+    "cuGraphDestroy": (_IN,),
+    "cuGraphExecDestroy": (_IN,),
+}
+
+ATTRIBUTE_SMS = 16
+_ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 75, 76
+ATTRIBUTE_SMEM_OPTIN = 97
+ATTRIBUTE_L2_BYTES = 38
+
+
+class Driver:
+    """The loaded library; each function of `_PROTOTYPES` is called by name with `call`."""
+
+    def __init__(self) -> None:
+        self.library = _load()
+        self.functions: dict[str, Any] = {}
+        try:
+            for name, arguments in _PROTOTYPES.items():
+                function = getattr(self.library, name)
+                function.argtypes, function.restype = arguments, c_int
+                self.functions[name] = function
+        except AttributeError as error:
+            raise BuildError(
+                "B102", f"the CUDA driver is too old: {error}", hint="CUDA 12.0 or newer is needed"
+            ) from None
+        code = self.functions["cuInit"](0)
+        if code:
+            raise BuildError(
+                "B102",
+                f"the CUDA driver does not start: {self.error_name(code)}",
+                hint="is there an NVIDIA GPU? The cpp and interp targets need none",
+            )
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a function. Raises BuildError[B104] with the driver's name for the failure."""
+        code = self.functions[name](*arguments)
+        if code:
+            self.fail(name, code)
+
+    def fail(self, name: str, code: int) -> None:
+        """Raise BuildError[B104] for a result of `name` that is not success."""
+        text = c_char_p()
+        self.functions["cuGetErrorString"](code, ctypes.byref(text))
+        said = (text.value or b"unknown").decode(errors="replace")
+        raise BuildError("B104", f"{name} failed: {self.error_name(code)} ({said})")
+
+    def error_name(self, code: int) -> str:
+        name = c_char_p()
+        self.functions["cuGetErrorName"](code, ctypes.byref(name))
+        return name.value.decode() if name.value else f"CUresult {code}"
+
+    def integer(self, name: str, *arguments: Any) -> int:
+        """Call a function whose first argument returns an int."""
+        value = c_int()
+        self.call(name, ctypes.byref(value), *arguments)
+        return value.value
+
+    def handle(self, name: str, *arguments: Any) -> int:
+        """Call a function whose first argument returns a handle."""
+        value = c_void_p()
+        self.call(name, ctypes.byref(value), *arguments)
+        return value.value or 0
+
+
+def _load() -> ctypes.CDLL:
+    for name in LIBRARIES:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise BuildError(
+        "B102",
+        "there is no CUDA driver (libcuda.so.1 is not found)",
+        hint="running CUDA kernels needs an NVIDIA GPU; compiling them does not",
+    )
+
+
+_lock = threading.RLock()
+_driver: list[Driver] = []
+_devices: dict[int, Device] = {}
+_active = threading.local()
+
+
+def driver() -> Driver:
+    """The driver, loaded and initialised once. Raises BuildError[B102] where there is none."""
+    if not _driver:
+        with _lock:
+            if not _driver:
+                _driver.append(Driver())
+    return _driver[0]
+
+
+class Device:
+    """One GPU with its primary context, the one that torch and CuPy use."""
+
+    def __init__(self, ordinal: int) -> None:
+        api = driver()
+        self.count = api.integer("cuDeviceGetCount")
+        if not 0 <= ordinal < self.count:
+            raise BuildError("B102", f"there is no GPU {ordinal}; this machine has {self.count}")
+        self.ordinal = ordinal
+        self._id = api.integer("cuDeviceGet", ordinal)
+        self.context = api.handle("cuDevicePrimaryCtxRetain", self._id)
+
+    def activate(self) -> None:
+        """Make the context current in this thread."""
+        # With one GPU nobody moves the thread elsewhere; with more, torch does it all the time.
+        if self.count == 1 and getattr(_active, "ordinal", None) == self.ordinal:
+            return
+        api = driver()
+        if api.handle("cuCtxGetCurrent") != self.context:
+            api.call("cuCtxSetCurrent", self.context)
+        _active.ordinal = self.ordinal
+
+    def attribute(self, number: int) -> int:
+        """A CUdevice_attribute by its number."""
+        return driver().integer("cuDeviceGetAttribute", number, self._id)
+
+    @functools.cached_property
+    def name(self) -> str:
+        text = ctypes.create_string_buffer(256)
+        driver().call("cuDeviceGetName", text, len(text), self._id)
+        return text.value.decode(errors="replace")
+
+    @functools.cached_property
+    def arch(self) -> str:
+        """The architecture to compile for, as `sm_90a`: the best of `CUDA_ARCHS` that runs here."""
+        return arch_of(self.attribute(_ATTRIBUTE_MAJOR), self.attribute(_ATTRIBUTE_MINOR))
+
+    @functools.cached_property
+    def sms(self) -> int:
+        """Streaming multiprocessors."""
+        return self.attribute(ATTRIBUTE_SMS)
+
+    @functools.cached_property
+    def memory_bytes(self) -> int:
+        total = c_size_t()
+        driver().call("cuDeviceTotalMem_v2", ctypes.byref(total), self._id)
+        return total.value
+
+
+def device(ordinal: int = 0) -> Device:
+    """A GPU by its number. Raises BuildError[B102] where there is none."""
+    found = _devices.get(ordinal)
+    if found is None:
+        with _lock:
+            found = _devices.get(ordinal)
+            if found is None:
+                found = _devices[ordinal] = Device(ordinal)
+    return found
+
+
+def arch_of(major: int, minor: int) -> str:
+    """The architecture of a compute capability.
+
+    Before 9.0 a cubin runs on later minors of its major; from 9.0 on the `a` architectures, with
+    the tensor-core instructions that we use, run on their own capability alone.
+    """
+    if major >= 9:
+        return f"sm_{major}{minor}a"
+    usable = [
+        a for a in CUDA_ARCHS if a[3:].isdigit() and major * 10 <= int(a[3:]) <= major * 10 + minor
+    ]
+    return max(usable, key=lambda a: int(a[3:]), default=f"sm_{major}{minor}")

@@ -1,0 +1,111 @@
+"""C++ source text → shared library → loaded functions."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tilewright import knobs
+from tilewright.errors import BuildError
+from tilewright.runtime import cache, toolchain
+
+_MESSAGE_LINES = 30
+_TIMEOUT_S = 600
+
+_loaded: dict[Path, ctypes.CDLL] = {}
+
+
+def compile_cpp(
+    source: str, *, isa: str | None = None, flags: Sequence[str] = (), full_link: bool = False
+) -> Path:
+    """Compile one translation unit to a shared library, through the cache.
+
+    `isa` is a name of `toolchain.ISAS` (None: this CPU's). Functions to be loaded are `extern "C"`
+    with default visibility. `flags` are appended; `full_link` adds the C++ library, start files
+    and threads, which kernels do without.
+    Raises BuildError: B101 with the compiler's message, B102 without a compiler, B103 for an
+    instruction set that does not run here, B105 if nothing can be written.
+    """
+    target = toolchain.resolve_isa(isa)
+    compiler = toolchain.find_compiler()
+    link = toolchain.FULL_LINK if full_link else toolchain.BARE_LINK
+    compile_flags = (*toolchain.COMMON_FLAGS, *target.flags, *flags)
+    key = cache.key_of(
+        "cpp", source, "\0".join(compile_flags), "\0".join(link), compiler.path, compiler.version
+    )
+    found = cache.find("so", key)
+    if found is not None:
+        return found
+    began = time.perf_counter()
+    library = _compile(compiler.path, source, compile_flags, link, key)
+    elapsed_ms = (time.perf_counter() - began) * 1e3
+    cache.stats.compiled += 1
+    cache.stats.compile_ms += elapsed_ms
+    if knobs.get("debug") >= 1:
+        print(
+            f"tilewright: compiled {len(source)} characters of C++ in {elapsed_ms:.0f} ms",
+            file=sys.stderr,
+        )
+    return cache.put("so", key, library)
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Open a library of `compile_cpp`; the same path is opened once. Calls release the GIL."""
+    found = _loaded.get(path)
+    if found is None:
+        try:
+            found = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+        except OSError as error:
+            raise BuildError(
+                "B105",
+                f"a compiled library does not load: {error}",
+                where=str(path),
+                hint="is the cache on a disk mounted noexec? Set TILEWRIGHT_CACHE_DIR elsewhere",
+            ) from None
+        if knobs.get("cache"):  # without the cache the same path is compiled anew each time
+            _loaded[path] = found
+    return found
+
+
+def _compile(
+    compiler: str, source: str, flags: Sequence[str], link: Sequence[str], key: str
+) -> bytes:
+    """Run the compiler on standard input; the bytes of the library."""
+    try:
+        # in the cache's folder, where no other user can put a file in its place
+        handle, output = tempfile.mkstemp(prefix=".tmp-", dir=cache.current().folder)
+    except OSError as error:
+        raise BuildError("B105", f"no temporary file can be made: {error}") from None
+    os.close(handle)
+    try:
+        done = subprocess.run(
+            [compiler, *flags, "-x", "c++", "-", "-o", output, *link],
+            input=source.encode(),
+            capture_output=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+            env=os.environ | {"LC_ALL": "C"},
+        )
+        if done.returncode == 0:
+            return Path(output).read_bytes()
+        message = done.stderr.decode(errors="replace")
+    except (OSError, subprocess.SubprocessError) as error:
+        message = str(error)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(output)
+    kept = cache.put("failed", key, source.encode())
+    lines = message.strip().splitlines()
+    raise BuildError(
+        "B101",
+        "\n".join([f"{compiler} refused generated code:", *lines[:_MESSAGE_LINES]]),
+        where=str(kept),
+        hint="this is a bug of Tilewright or an old compiler; the source is kept in that file",
+    )

@@ -1,0 +1,232 @@
+"""CUDA C++ source text → cubin, by NVRTC, in the process; needs no GPU and no driver."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from tilewright import knobs
+from tilewright.errors import BuildError, MissingExtra
+from tilewright.runtime import cache
+
+FLAGS: tuple[str, ...] = ("--std=c++17", "--ptxas-options=-v", "-default-device")
+_MESSAGE_LINES = 30
+_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What ptxas says of one kernel (or function that was not inlined; those have 0 registers).
+
+    `registers` per thread; all else in bytes. `smem` is static shared memory only.
+    """
+
+    registers: int = 0
+    smem: int = 0
+    stack: int = 0
+    spill_stores: int = 0
+    spill_loads: int = 0
+
+    @property
+    def spill_bytes(self) -> int:
+        return self.spill_stores + self.spill_loads
+
+
+@dataclass(frozen=True, slots=True)
+class Cubin:
+    """A compiled module: its image for the driver, its architecture, resources by function."""
+
+    image: bytes
+    arch: str
+    resources: Mapping[str, Resources]
+
+
+def compile_cuda(
+    source: str,
+    *,
+    arch: str,
+    headers: Mapping[str, str] | None = None,
+    flags: Sequence[str] = (),
+) -> Cubin:
+    """Compile CUDA C++ to a cubin for `arch` (as `sm_90a`), through the cache.
+
+    `headers` are texts that `#include "name"` finds; CUDA's own (`<cuda_bf16.h>`) are found where
+    the wheels put them. Functions to be launched are `extern "C"`.
+    Raises BuildError[B101] with the compiler's message and the place of the kept source;
+    MissingExtra[E101] without NVRTC.
+    """
+    headers = headers or {}
+    named = [text for name in sorted(headers) for text in (name, headers[name])]
+    options = (f"--gpu-architecture={arch}", *FLAGS, *flags)
+    key = cache.key_of("cuda", toolkit_version(), "\0".join(options), source, *named)
+    stored = cache.get("cubin", key)
+    if stored is not None:
+        return _unpack(stored, arch)
+    began = time.perf_counter()
+    image, log = _compile(source, headers, options, key)
+    elapsed_ms = (time.perf_counter() - began) * 1e3
+    cache.stats.compiled += 1
+    cache.stats.compile_ms += elapsed_ms
+    resources = parse_resources(log)
+    if knobs.get("debug") >= 1:
+        print(
+            f"tilewright: compiled {', '.join(resources)} for {arch} in {elapsed_ms:.0f} ms",
+            file=sys.stderr,
+        )
+    cache.put("cubin", key, _pack(image, resources))
+    return Cubin(image, arch, MappingProxyType(resources))
+
+
+@functools.cache
+def toolkit_version() -> str:
+    """NVRTC and CUDA header versions, for keys and reports. Raises MissingExtra[E101]."""
+    from importlib import metadata
+
+    found = []
+    for wheel in ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime"):
+        for name in (wheel, f"{wheel}-cu12"):
+            try:
+                found.append(f"{name} {metadata.version(name)}")
+                break
+            except metadata.PackageNotFoundError:
+                continue
+    if len(found) == 2:
+        return ", ".join(found)
+    # a toolkit that is not made of wheels: ask the library, and name the place of its headers
+    status, major, minor = _nvrtc().nvrtcVersion()
+    _check(status, "nvrtcVersion")
+    return f"nvrtc {major}.{minor} with headers in {_include_folder()}"
+
+
+def available() -> bool:
+    """Whether CUDA source can be compiled here."""
+    try:
+        status, *_ = _nvrtc().nvrtcVersion()
+    except (MissingExtra, RuntimeError):
+        return False
+    return int(status) == 0
+
+
+def parse_resources(log: str) -> dict[str, Resources]:
+    """Resources by function from the report of `--ptxas-options=-v`."""
+    found: dict[str, dict[str, int]] = {}
+    entry = function = ""
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '([^']+)'", line):
+            entry = match[1]
+            found.setdefault(entry, {})
+        elif match := re.search(r"Function properties for (\S+)", line):
+            function = match[1]
+            found.setdefault(function, {})
+        elif match := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
+            names = ("stack", "spill_stores", "spill_loads")
+            found.setdefault(function, {}).update(zip(names, map(int, match.groups()), strict=True))
+        elif match := re.search(r"Used (\d+) registers", line):
+            used = found.setdefault(entry, {})
+            used["registers"] = int(match[1])
+            smem = re.search(r"(\d+) bytes smem", line)
+            used["smem"] = int(smem[1]) if smem else 0
+    return {name: Resources(**values) for name, values in found.items() if name}
+
+
+def _pack(image: bytes, resources: Mapping[str, Resources]) -> bytes:
+    """One cache entry: the image first, so that tools for cubins read the file as it is."""
+    report = json.dumps({name: asdict(one) for name, one in resources.items()}).encode()
+    return image + report + len(report).to_bytes(_LENGTH_BYTES, "little")
+
+
+def _unpack(stored: bytes, arch: str) -> Cubin:
+    length = int.from_bytes(stored[-_LENGTH_BYTES:], "little")
+    report = json.loads(stored[-_LENGTH_BYTES - length : -_LENGTH_BYTES])
+    resources = {name: Resources(**values) for name, values in report.items()}
+    return Cubin(stored[: -_LENGTH_BYTES - length], arch, MappingProxyType(resources))
+
+
+def _compile(
+    source: str, headers: Mapping[str, str], options: Sequence[str], key: str
+) -> tuple[bytes, str]:
+    """Run NVRTC; the cubin and the program log."""
+    nvrtc = _nvrtc()
+    folder = _include_folder()
+    if folder:
+        options = (*options, f"--include-path={folder}")
+    texts = [text.encode() for text in headers.values()]
+    names = [name.encode() for name in headers]
+    status, program = nvrtc.nvrtcCreateProgram(
+        source.encode(), b"tilewright.cu", len(names), texts, names
+    )
+    _check(status, "nvrtcCreateProgram")
+    try:
+        arguments = [option.encode() for option in options]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
+        log = _read_log(nvrtc, program)
+        if int(status) != 0:
+            kept = cache.put("failed", key, source.encode())
+            lines = [line for line in log.splitlines() if not line.startswith("ptxas info")]
+            raise BuildError(
+                "B101",
+                "\n".join(
+                    [f"NVRTC refused generated code ({status.name}):", *lines[:_MESSAGE_LINES]]
+                ),
+                where=str(kept),
+                hint=f"options: {' '.join(options)}; NVRTC: {toolkit_version()}",
+            )
+        status, size = nvrtc.nvrtcGetCUBINSize(program)
+        _check(status, "nvrtcGetCUBINSize")
+        image = bytes(bytearray(size))  # a buffer that the bindings fill in
+        (status,) = nvrtc.nvrtcGetCUBIN(program, image)
+        _check(status, "nvrtcGetCUBIN")
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    if not image:
+        raise BuildError("B101", f"NVRTC made no cubin from {options[0]}: not a real architecture?")
+    return image, log
+
+
+def _read_log(nvrtc: Any, program: Any) -> str:
+    status, size = nvrtc.nvrtcGetProgramLogSize(program)
+    if int(status) != 0 or size <= 1:
+        return ""
+    text = bytes(bytearray(size))
+    nvrtc.nvrtcGetProgramLog(program, text)
+    return text.rstrip(b"\0").decode(errors="replace")
+
+
+def _check(status: Any, what: str) -> None:
+    if int(status) != 0:
+        raise BuildError("B101", f"{what} failed: {status.name}")
+
+
+@functools.cache
+def _include_folder() -> str:
+    """Where CUDA's headers are, or nothing."""
+    try:
+        from cuda.pathfinder import find_nvidia_header_directory
+    except ImportError:
+        return ""
+    return find_nvidia_header_directory("cudart") or ""
+
+
+@functools.cache
+def _nvrtc() -> ModuleType:
+    """The bindings, with the library behind them. Raises MissingExtra[E101]."""
+    try:
+        nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+        nvrtc.nvrtcVersion()  # loads the library, which may be missing
+    except (ImportError, RuntimeError) as error:
+        raise MissingExtra(
+            "E101",
+            f"compiling for CUDA needs cuda-bindings and NVRTC ({error})",
+            hint="pip install 'tilewright[cuda]'",
+        ) from None
+    return nvrtc

@@ -1,0 +1,103 @@
+"""The CPU's thread pool, seen from Python: a list of launches runs as one native call."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from tilewright import knobs
+from tilewright.runtime import native
+from tilewright.runtime.layout import Struct
+
+LAUNCH = Struct(
+    "tw_launch",
+    [("body", "ptr"), ("params", "ptr", "const void*"), ("units", "int64"), ("grain", "int64")],
+)
+"""One launch: `body(params, begin, end)` over `units` parallel units, `grain` of them at a time."""
+
+SPIN_US = 100
+"""How long an idle thread spins before it sleeps: longer than the gap between two decode steps
+of a small model is not worth the electricity, shorter costs a wake-up (5–50 µs) each time."""
+
+_MAX_THREADS = 4096
+_lock = threading.Lock()
+_pools: list[Pool] = []
+
+
+class Pool:
+    """The pool of this process. `run(address, n)` runs `n` consecutive `tw_launch` at `address`.
+
+    Calls release the GIL; calls from several threads take turns. Threads start at the first large
+    launch, also in a forked child.
+    """
+
+    __slots__ = ("_configure", "_threads", "library", "run")
+
+    def __init__(self) -> None:
+        source = LAUNCH.c_decl + Path(__file__).with_name("pool.cpp").read_text()
+        # The pool gains nothing from wide vectors, so one build serves every CPU of the family.
+        path = native.compile_cpp("#include <stdint.h>\n" + source, isa="baseline", full_link=True)
+        self.library = native.load(path)
+        self.run = self.library.tw_pool_run
+        self.run.argtypes, self.run.restype = [ctypes.c_void_p, ctypes.c_int64], None
+        self._configure = self.library.tw_pool_configure
+        self._configure.argtypes, self._configure.restype = [ctypes.c_int64] * 3, None
+        count = self.library.tw_pool_threads
+        count.argtypes, count.restype = [], ctypes.c_int64
+        self._threads = 0
+        self.configure(wanted_threads())
+
+    @property
+    def threads(self) -> int:
+        """Threads in all, the calling one included."""
+        return int(self.library.tw_pool_threads())
+
+    def configure(self, threads: int, spin_us: float = SPIN_US) -> None:
+        """Set the number of threads and how long idle ones spin before they sleep."""
+        crowded = threads > available_cores()
+        self._configure(threads, int(spin_us * 1000), crowded)
+        self._threads = threads
+
+
+def pool() -> Pool:
+    """The pool, compiled at the first call, with as many threads as the `threads` knob says.
+
+    Raises BuildError[B102] without a C++ compiler.
+    """
+    with _lock:
+        if not _pools:
+            _pools.append(Pool())
+        found = _pools[0]
+        wanted = wanted_threads()
+        if found._threads != wanted:
+            found.configure(wanted)
+        return found
+
+
+def wanted_threads() -> int:
+    """The `threads` knob; where it is 0, the cores this process may use."""
+    return min(knobs.get("threads") or available_cores(), _MAX_THREADS)
+
+
+def available_cores() -> int:
+    """Cores in the affinity mask of this process."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def launch_array(launches: list[tuple[int, int, int, int]]) -> ctypes.Array[ctypes.c_char]:
+    """A buffer of `tw_launch` from `(body address, params address, units, grain)` each."""
+    buffer = ctypes.create_string_buffer(max(len(launches), 1) * LAUNCH.size)
+    for i, (body, params, units, grain) in enumerate(launches):
+        one = LAUNCH.pack(body=body, params=params, units=units, grain=grain)
+        ctypes.memmove(ctypes.addressof(buffer) + i * LAUNCH.size, one, LAUNCH.size)
+    return buffer
+
+
+def address_of(function: Any) -> int:
+    """The machine address of a loaded function, for `tw_launch.body`."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -1,0 +1,63 @@
+"""Verbs on coordinates: pure functions Program → Program, before positions exist."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tilewright.errors import ScheduleError
+from tilewright.ir.levels import Compressed, Dense
+from tilewright.ir.nodes import Program
+from tilewright.ir.rewrite import indices_of
+
+
+def order_axes(program: Program, output: str, *axes: str) -> Program:
+    """The loops of a statement in another order.
+
+    before: for i … for k … for j …: Y[i, k] = sum(A[i, j] * X[j, k] over j)
+    after:  for k … for i … for j …                                   (order_axes("out", "k", "i", "j"))
+
+    A level still stands inside the levels above it: positions decide, not wishes.
+    """
+    statement = next((s for s in program.body if s.out.tensor.name == output), None)
+    if statement is None:
+        known = ", ".join(s.out.tensor.name for s in program.body)
+        raise ScheduleError("S101", f"no statement computes {output!r}", hint=f"outputs: {known}")
+    has = {x.name for x in indices_of(statement)}
+    wrong = [a for a in axes if a not in has]
+    if wrong:
+        raise ScheduleError("S101", f"{output} has no axis {', '.join(wrong)}", hint=f"axes: {', '.join(sorted(has))}")
+    return replace(program, orders=(*program.orders, (output, *axes)))
+
+
+def fuse_axes(program: Program, structure: str) -> Program:
+    """The two axes of a sparse matrix are walked as one loop over its entries; the row of an entry is
+    found by binary search in indptr.
+
+    before: for i in 0:m                       after:  for ij in 0:nnz
+              for j_p in ptr[i]:ptr[i+1]                 let i = find_last(ij in ptr); let j = idx[ij]
+    """
+    tensor = next((t for t in program.tensors if t.name == structure and t.is_sparse), None)
+    if tensor is None:
+        raise ScheduleError("S101", f"no sparse tensor {structure!r}")
+    for fmt in tensor.format.formats:
+        two = len(fmt.levels) == 2 and isinstance(fmt.levels[1], Compressed) and isinstance(fmt.levels[0], (Dense, Compressed))
+        if not two or fmt.levels[0].block:
+            raise ScheduleError("S102", f"{fmt} is no list of rows of entries", hint="csr and dcsr have axes to fuse")
+    return replace(program, fused=(*program.fused, structure))
+
+
+def specialize(program: Program, dim: str, size: int) -> Program:
+    """A dimension gets a fixed size: loops over it have constant extents.
+
+    before: for k in 0:n_d                     after:  for k in 0:128           (specialize("d", 128))
+
+    The kernel then refuses (A103) arrays of another size.
+    """
+    if not any(dim in t.dims for t in program.tensors):
+        raise ScheduleError("S101", f"no dimension {dim!r}", hint=f"dimensions: {', '.join(sorted({str(d) for t in program.tensors for d in t.dims}))}")
+    if size < 1:
+        raise ScheduleError("S102", f"{dim} = {size}", hint="a positive size")
+    return replace(program, sizes=(*program.sizes, (dim, size)))
+
+
+

@@ -1,0 +1,284 @@
+"""Verbs on loops. Each is a pure function nest body → nest body; `Schedule` calls them by name,
+records them, and turns "no such loop" into an error that lists the loops there are.
+
+Every verb documents itself as before → after. None changes what is computed; one that cannot be
+done says why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tilewright import dtypes
+from tilewright.errors import ScheduleError
+from tilewright.ir.nodes import (
+    Binary, Compute, Const, Expr, For, If, Let, LoopKind, Seq, Stmt, Var, binary, seq,
+)  # fmt: skip
+from tilewright.ir.rewrite import add, free_vars, mul, rebuild, simplify, substitute, walk
+from tilewright.schedule.tree import Chain, build_chain, chain_from, computes, matches, reduces, rewrite_loops
+
+Found = tuple[Stmt, int]
+
+
+def split(body: Stmt, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None) -> Found:
+    """One loop becomes two: `factor` iterations inside.
+
+    before: for i in 0:n                after:  for i_o in 0:ceil(n/8)
+              S(i)                                for i_i in 0:8
+                                                    if i_o*8 + i_i < n: S(i_o*8 + i_i)
+
+    `tail` says what becomes of a range that is no multiple: `"guard"` tests each iteration, `"cut"`
+    adds a loop `i_t` for the rest, `"exact"` trusts (and requires) a range known to be a multiple.
+    """
+    if factor < 1:
+        raise ScheduleError("S102", f"split {loop} by {factor}", hint="a positive number")
+    if tail not in ("guard", "cut", "exact"):
+        raise ScheduleError("S102", f"tail={tail!r}", hint="guard, cut or exact")
+
+    def one(f: For) -> Stmt:
+        base = f.name
+        outer_name, inner_name = into or (f"{base}_o", f"{base}_i")
+        t = f.var.dtype
+        outer, inner = Var(outer_name, t), Var(inner_name, t)
+        extent = simplify(binary("-", f.end, f.begin))
+        exact = isinstance(extent, Const) and int(extent.value) % factor == 0
+        if tail == "exact" and not exact and not _known_multiple(extent, factor):
+            raise ScheduleError(
+                "S102", f"{extent} is not known to be a multiple of {factor}",
+                hint="specialize the dimension first, or use tail='cut'",
+            )  # fmt: skip
+        index = add(f.begin, add(mul(outer, factor), inner))
+        inside: Stmt = seq(Let(f.var, index), f.body)
+        if tail == "guard" and not exact:
+            inside = seq(Let(f.var, index), If(binary("<", f.var, f.end), f.body))
+        whole = tail != "guard" or exact
+        count = simplify(binary("//", extent if whole else add(extent, factor - 1), factor))
+        zero = Const(0, t)
+        nest: Stmt = For(outer, zero, count, For(inner, zero, Const(factor, t), inside, "serial", f.axes, f.private), f.kind, f.axes)
+        if tail != "cut" or exact:
+            return nest
+        start = simplify(add(f.begin, mul(count, factor)))
+        return seq(nest, substituted_loop(f, f"{base}_t", start))
+
+    return rewrite_loops(body, loop, one)
+
+
+def substituted_loop(f: For, name: str, begin: Expr) -> For:
+    """The loop `f` from `begin` on, under another name."""
+    var = Var(name, f.var.dtype)
+    return For(var, begin, f.end, substitute(f.body, {f.name: var}), "serial", f.axes)
+
+
+def _known_multiple(extent: Expr, factor: int) -> bool:
+    if isinstance(extent, Const):
+        return int(extent.value) % factor == 0
+    if isinstance(extent, Binary) and extent.op == "*":
+        return _known_multiple(extent.a, factor) or _known_multiple(extent.b, factor)
+    return False
+
+
+def fuse(body: Stmt, outer: str, inner: str, into: str = "") -> Found:
+    """Two loops, one right inside the other, become one.
+
+    before: for i in 0:n                after:  for ij in 0:n*m
+              for j in 0:m                        S(ij / m, ij % m)
+                S(i, j)
+    """
+
+    def one(f: For) -> Stmt:
+        chain = chain_from(f)
+        if len(chain.loops) < 2 or not matches(chain.loops[1], inner):
+            raise ScheduleError("S102", f"loop {inner} does not stand right inside loop {outer}", hint="reorder first")
+        a, b = chain.loops[:2]
+        own = {a.name} | {x.var.name for x in chain.lets}
+        if free_vars(b.begin) & own or free_vars(b.end) & own:
+            raise ScheduleError("S102", f"the range of {b.name} depends on {a.name}", hint="only rectangular loops fuse")
+        if {reduces(a, c) for c in computes(chain.body)} != {reduces(b, c) for c in computes(chain.body)}:
+            raise ScheduleError("S102", f"one of {a.name}, {b.name} reduces and the other does not")
+        width = simplify(binary("-", b.end, b.begin))
+        both = Var(into or a.name + b.name, a.var.dtype)
+        height = simplify(binary("-", a.end, a.begin))
+        joint = For(both, Const(0, both.dtype), mul(height, width), chain.body, a.kind, tuple(dict.fromkeys(a.axes + b.axes)))
+        lets = (
+            Let(a.var, add(a.begin, simplify(binary("//", both, width)))),
+            Let(b.var, add(b.begin, simplify(binary("%", both, width)))),
+        )
+        return build_chain(replace(chain, loops=(joint, *chain.loops[2:]), lets=(*lets, *chain.lets)), lambda _: True)
+
+    return rewrite_loops(body, outer, one)
+
+
+def reorder(body: Stmt, *order: str) -> Found:
+    """Loops of one chain in another order; lets and guards follow as far out as they can.
+
+    before: for i in 0:n                after:  for j in 0:m
+              for j in 0:m                        for i in 0:n
+                S(i, j)                             S(i, j)
+
+    Refused when a loop's range depends on one that would stand inside it, and when the outermost of
+    the loops does not reach the innermost without a branch.
+    """
+    count = 0
+
+    def visit(x: Any) -> Any:
+        nonlocal count
+        if isinstance(x, For) and any(matches(x, n) for n in order):
+            count += 1
+            return _reordered(x, order)
+        return rebuild(x, visit) if isinstance(x, (Seq, For, If)) else x
+
+    return visit(body), count
+
+
+def _reordered(top: For, order: tuple[str, ...]) -> Stmt:
+    chain = chain_from(top)
+    named = [next((f for f in chain.loops if matches(f, n)), None) for n in order]
+    present = [f for f in named if f is not None]
+    missing = [n for n, f in zip(order, named, strict=True) if f is None]
+    if missing and any(isinstance(x, For) and matches(x, m) for m in missing for x in walk(chain.body)):
+        raise ScheduleError(
+            "S102", f"between {top.name} and {', '.join(missing)} the nest branches",
+            hint="only loops with nothing else between them change places",
+        )  # fmt: skip
+    slots = iter(present)
+    loops = tuple(next(slots) if f in present else f for f in chain.loops)
+    return build_chain(replace(chain, loops=loops), lambda _: True)
+
+
+def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
+    """Says how a loop runs.
+
+    before: for i in 0:n                after:  for i in 0:n   # parallel
+
+    `parallel`, `cta.x`, `cta.y`: its iterations are units of the launch. `thread.x`, `thread.y`: the
+    threads of a CTA. `vector`: the lanes of a register. `unroll`: written out. A loop that reduces
+    may be a vector or threads (there is one accumulator an iteration, joined in a fixed order at the
+    end), not units.
+    """
+
+    def one(f: For) -> Stmt:
+        reducing = [c for c in computes(f.body) if reduces(f, c)]
+        if kind in ("parallel", "cta.x", "cta.y"):
+            for c in reducing:
+                if not (c.in_place and c.atomic):
+                    raise ScheduleError(
+                        "S102", f"loop {f.name} sums into {c.out.buffer.name}: its iterations cannot be separate units",
+                        hint="make the updates atomic, or parallelise a loop of the output",
+                    )  # fmt: skip
+            for c in computes(f.body):
+                if c.in_place and not c.atomic and not _owns_rows(f, c):
+                    raise ScheduleError(
+                        "S102", f"units of loop {f.name} update the same elements of {c.out.buffer.name}",
+                        hint="atomic(), or a format that keeps rows whole",
+                    )  # fmt: skip
+        if kind in ("vector", "thread.x", "thread.y") and f.extent is None:
+            raise ScheduleError("S102", f"loop {f.name} has no constant extent", hint="split it first")
+        if kind == "thread.x" and reducing and (f.extent or 0) & ((f.extent or 0) - 1):
+            raise ScheduleError("S102", f"threads that reduce come in powers of two, not {f.extent}")
+        return replace(f, kind=kind)
+
+    return rewrite_loops(body, loop, one)
+
+
+def _owns_rows(f: For, c: Compute) -> bool:
+    """Whether different iterations of `f` update different elements: an output index is its variable."""
+    derived = {f.name}
+    for x in walk(f.body):
+        if isinstance(x, Let) and free_vars(x.value) & derived and not any(type(y).__name__ == "Load" for y in walk(x.value)):
+            derived.add(x.var.name)
+    return any(free_vars(i) & derived for i in c.out.index)
+
+
+def unroll(body: Stmt, loop: str, factor: int = 0) -> Found:
+    """A loop of constant extent is written out; any other is hinted to be, `factor` at a time.
+
+    before: for u in 0:2                after:  S(0); S(1)
+              S(u)
+    """
+
+    def one(f: For) -> Stmt:
+        if f.extent is None and factor < 2:
+            raise ScheduleError("S102", f"loop {f.name} has no constant extent", hint="unroll(loop, 4) hints the compiler")
+        if f.extent is not None and f.extent > 256:
+            raise ScheduleError("S102", f"loop {f.name} would be written out {f.extent} times", hint="split it first")
+        return replace(f, kind="unroll") if not factor else replace(f, unroll_hint=factor)
+
+    return rewrite_loops(body, loop, one)
+
+
+def rfactor(body: Stmt, loop: str) -> Found:
+    """A reducing loop keeps one accumulator for each iteration; they are joined after it.
+
+    before: for p_i in 0:4              after:  for p_i in 0:4
+              acc += x[p_i]                       acc[p_i] += x[p_i]
+                                                Y = ((acc[0] + acc[1]) + acc[2]) + acc[3]
+    """
+
+    def one(f: For) -> Stmt:
+        if not any(reduces(f, c) for c in computes(f.body)):
+            raise ScheduleError("S102", f"loop {f.name} does not reduce", hint="rfactor splits a reduction")
+        if f.extent is None:
+            raise ScheduleError("S102", f"loop {f.name} has no constant extent", hint="split it first")
+        return replace(f, private=True)
+
+    return rewrite_loops(body, loop, one)
+
+
+def atomic(body: Stmt, output: str) -> Found:
+    """Updates of an output that is added to in place are made atomic, so that several units may share
+    its rows. The order of the sums, and with it the last bits, is then not fixed.
+
+    before: Y[i, k] = sum(…) in place          after:  Y[i, k] = sum(…) in place atomic
+    """
+    count = 0
+
+    def visit(x: Any) -> Any:
+        nonlocal count
+        if isinstance(x, Compute) and x.out.buffer.name == output and x.in_place:
+            count += 1
+            if x.out.dtype not in (dtypes.float32, dtypes.float64, dtypes.int32):
+                raise ScheduleError("S102", f"no atomic {x.op} on {x.out.dtype}", hint="float32, float64 or int32")
+            return replace(x, atomic=True)
+        return rebuild(x, visit) if isinstance(x, (Seq, For, If)) else x
+
+    return visit(body), count
+
+
+def mma(body: Stmt, rows: str, cols: str, depth: str) -> Found:
+    """The three innermost loops of a matrix product become one tile operation.
+
+    before: for i in 0:16                       after:  C[…] += mma(A tile, B tile)   16 × 8 × 16
+              for j in 0:8
+                for k in 0:16
+                  C[i, j] = sum(A[i, k] * B[k, j] over k)
+
+    float16 or bfloat16 operands, float32 sums; extents 16, 8, 16.
+    """
+    count = 0
+
+    def one(f: For) -> Stmt:
+        nonlocal count
+        chain = chain_from(f)
+        names = (rows, cols, depth)
+        loops = [next((x for x in chain.loops if matches(x, n)), None) for n in names]
+        if any(x is None for x in loops) or chain.loops[-3:] != tuple(loops) or not isinstance(chain.body, Compute):
+            raise ScheduleError("S102", f"{', '.join(names)} are not the three innermost loops of one product", hint="reorder first")
+        if tuple(x.extent for x in loops if x) != (16, 8, 16):
+            raise ScheduleError("S102", "a tile operation is 16 × 8 × 16", hint="split the loops by 16, 8 and 16")
+        c = chain.body
+        product = isinstance(c.value, Binary) and c.value.op == "*" and c.op == "sum"
+        if not product or not reduces(chain.loops[-1], c):
+            raise ScheduleError("S102", f"{c.out.buffer.name} is no sum of products over {depth}")
+        return replace_innermost(f, replace(c, mma=tuple(x.name for x in loops if x)))  # type: ignore[arg-type]
+
+    return rewrite_loops(body, rows, one)
+
+
+def replace_innermost(s: Any, c: Compute) -> Any:
+    if isinstance(s, Compute):
+        return c
+    return rebuild(s, lambda x: replace_innermost(x, c) if isinstance(x, Stmt) else x)
+
+
+VERBS = {f.__name__: f for f in (split, fuse, reorder, mark, unroll, rfactor, atomic, mma)}

@@ -1,0 +1,239 @@
+"""Reads the header of a GGUF file: metadata and where each tensor lies. Trusts no byte of it.
+
+Every count, length and offset is checked against the bytes that are there before anything is
+allocated or read, so a damaged file costs at most a small multiple of its own size and ends in a
+`ModelError`. Why this is not the `gguf` library: docs/design/models.md.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from tilewright.errors import ModelError
+from tilewright.serve.blocks import LAYOUTS, stored_bytes
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_KEYS = 1 << 16
+MAX_TENSORS = 1 << 16
+MAX_KEY_BYTES = 65535
+MAX_NAME_BYTES = 64
+MAX_STRINGS = 1 << 22  # in all the arrays of a file together
+MAX_ELEMENTS = 1 << 40
+
+Value = int | float | bool | str | np.ndarray | list[str]
+
+# Type numbers of metadata values.
+_SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_DTYPES = {number: np.dtype(name) for number, name in _SCALARS.items()}
+_KINDS = {layout.gguf: layout.kind for layout in LAYOUTS.values()}
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies in the file: `shape` slowest dimension first, `offset` in bytes."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What stands before the tensors. Arrays of numbers are views of the file."""
+
+    version: int
+    metadata: dict[str, Value]
+    tensors: dict[str, TensorInfo]
+
+
+def read_header(buffer: memoryview, where: str = "") -> Header:
+    """Read and check the header of a GGUF file held in `buffer` (all of the file, bytes).
+
+    Raises ModelError: M101 for a damaged file, M104 for a tensor of a type that is not supported.
+    Source: the GGUF specification of ggml, versions 2 and 3, little-endian.
+    """
+    return _Reader(buffer, where).header()
+
+
+class _Reader:
+    """A position in the file; every read checks that its bytes are there."""
+
+    def __init__(self, buffer: memoryview, where: str) -> None:
+        self.buffer, self.where = buffer, where
+        self.position, self.end = 0, len(buffer)
+        self.strings_left = MAX_STRINGS
+
+    def damaged(self, rule: str, code: str = "M101", hint: str = "") -> ModelError:
+        hint = hint or "fetch the file again and compare its checksum"
+        return ModelError(code, rule, where=f"{self.where} at byte {self.position}", hint=hint)
+
+    def take(self, nbytes: int, what: str) -> int:
+        """Step over `nbytes` and return where they start."""
+        if nbytes > self.end - self.position:
+            left = self.end - self.position
+            raise self.damaged(f"the file ends inside {what}: {nbytes} bytes wanted, {left} left")
+        start = self.position
+        self.position += nbytes
+        return start
+
+    def u32(self, what: str) -> int:
+        return _U32.unpack_from(self.buffer, self.take(4, what))[0]
+
+    def u64(self, what: str) -> int:
+        return _U64.unpack_from(self.buffer, self.take(8, what))[0]
+
+    def count(self, what: str, most: int, least_bytes: int) -> int:
+        """A number of things of at least `least_bytes` each that are to follow."""
+        number = self.u64(what)
+        if number > most or number * least_bytes > self.end - self.position:
+            raise self.damaged(f"{what} is {number}, which the file cannot hold (limit {most})")
+        return number
+
+    def text(self, raw: memoryview, what: str) -> str:
+        try:
+            return str(raw, "utf-8")
+        except UnicodeDecodeError:
+            raise self.damaged(f"{what} is not UTF-8") from None
+
+    def string(self, what: str, most: int) -> str:
+        length = self.count(f"the length of {what}", most, 1)
+        start = self.take(length, what)
+        return self.text(self.buffer[start : start + length], what)
+
+    def header(self) -> Header:
+        if bytes(self.buffer[:4]) != MAGIC:
+            raise self.damaged(
+                "the file does not begin with GGUF", hint="models are read from GGUF files"
+            )
+        self.position = 4
+        version = self.u32("the version")
+        if version not in VERSIONS:
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
+            hint = "the file is big-endian" if swapped else f"versions {VERSIONS} are read"
+            raise self.damaged(f"GGUF version {version} is not supported", hint=hint)
+        tensors = self.count("the number of tensors", MAX_TENSORS, 24)
+        keys = self.count("the number of metadata keys", MAX_KEYS, 13)
+        metadata: dict[str, Value] = {}
+        for _ in range(keys):
+            key = self.string("a metadata key", MAX_KEY_BYTES)
+            if key in metadata:
+                raise self.damaged(f"metadata key {key!r} stands twice")
+            metadata[key] = self.value(key, self.u32(f"the type of {key!r}"))
+        return Header(
+            version, metadata, self.tensors(tensors, metadata.get("general.alignment", 32))
+        )
+
+    def value(self, key: str, number: int) -> Value:
+        if number in _DTYPES:
+            dtype = _DTYPES[number]
+            start = self.take(dtype.itemsize, key)
+            return np.frombuffer(self.buffer, dtype, 1, start)[0].item()
+        if number == _BOOL:
+            byte = self.buffer[self.take(1, key)]
+            if byte > 1:
+                raise self.damaged(f"{key!r} is {byte}, which is no bool")
+            return bool(byte)
+        if number == _STRING:
+            return self.string(repr(key), self.end)
+        if number == _ARRAY:
+            return self.array(key, self.u32(f"the type of {key!r}"))
+        raise self.damaged(f"{key!r} has the unknown type {number}")
+
+    def array(self, key: str, number: int) -> Value:
+        if number == _STRING:
+            return self.strings(key, self.count(f"the length of {key!r}", self.strings_left, 8))
+        dtype = np.dtype(np.uint8) if number == _BOOL else _DTYPES.get(number)
+        if dtype is None:
+            raise self.damaged(f"{key!r} is an array of type {number}, which is not read")
+        length = self.count(f"the length of {key!r}", MAX_ELEMENTS, dtype.itemsize)
+        start = self.take(length * dtype.itemsize, key)
+        return np.frombuffer(self.buffer, dtype, length, start)
+
+    def strings(self, key: str, length: int) -> list[str]:
+        """An array of strings: nine tenths of the time to open a model, so written flat."""
+        self.strings_left -= length
+        buffer, position, end, unpack = self.buffer, self.position, self.end, _U64.unpack_from
+        out: list[str] = []
+        try:
+            for _ in range(length):
+                size = unpack(buffer, position)[0]
+                start = position + 8
+                position = start + size
+                if position > end:
+                    break
+                out.append(str(buffer[start:position], "utf-8"))
+        except UnicodeDecodeError:
+            raise self.damaged(f"string {len(out)} of {key!r} is not UTF-8") from None
+        except struct.error:
+            pass  # the file ends inside a length: told below
+        if len(out) < length:
+            raise self.damaged(f"the file ends inside string {len(out)} of {key!r}")
+        self.position = position
+        return out
+
+    def tensors(self, number: int, alignment: Value) -> dict[str, TensorInfo]:
+        if (
+            not isinstance(alignment, int)
+            or not 8 <= alignment <= 1 << 20
+            or alignment & (alignment - 1)
+        ):
+            raise self.damaged(f"general.alignment is {alignment!r}, not a power of two from 8 on")
+        relative = [self.tensor(alignment) for _ in range(number)]
+        start = -(-self.position // alignment) * alignment
+        infos: dict[str, TensorInfo] = {}
+        last, before = start, "the header"
+        for info in sorted(relative, key=lambda info: info.offset):
+            offset = start + info.offset
+            if info.name in infos:
+                raise self.damaged(f"tensor {info.name!r} stands twice")
+            if offset + info.nbytes > self.end:
+                ends = offset + info.nbytes
+                raise self.damaged(
+                    f"tensor {info.name!r} ends at byte {ends}, the file at {self.end}"
+                )
+            if offset < last:
+                raise self.damaged(f"tensor {info.name!r} overlaps {before}")
+            infos[info.name] = TensorInfo(info.name, info.kind, info.shape, offset, info.nbytes)
+            last, before = offset + info.nbytes, f"tensor {info.name!r}"
+        return infos
+
+    def tensor(self, alignment: int) -> TensorInfo:
+        """One tensor's entry, its offset still counted from the end of the header."""
+        name = self.string("a tensor's name", MAX_NAME_BYTES)
+        dimensions = self.u32(f"the dimensions of {name!r}")
+        if not 1 <= dimensions <= 4:
+            raise self.damaged(f"tensor {name!r} has {dimensions} dimensions, not 1 to 4")
+        shape = tuple(self.u64(f"the shape of {name!r}") for _ in range(dimensions))[::-1]
+        if not 1 <= math.prod(shape) <= MAX_ELEMENTS:
+            raise self.damaged(f"tensor {name!r} has the shape {shape}: empty or too large")
+        number = self.u32(f"the type of {name!r}")
+        if number not in _KINDS:
+            hint = f"supported: {', '.join(LAYOUTS)}; requantise the model to one of them"
+            raise self.damaged(f"tensor {name!r} has the weight type number {number}", "M104", hint)
+        kind = _KINDS[number]
+        if shape[-1] % LAYOUTS[kind].elements:
+            raise self.damaged(f"tensor {name!r}: rows of {shape[-1]} are not whole {kind} blocks")
+        offset = self.u64(f"the offset of {name!r}")
+        if offset % alignment:
+            raise self.damaged(f"tensor {name!r} starts at {offset}, not a multiple of {alignment}")
+        return TensorInfo(name, kind, shape, offset, stored_bytes(kind, shape))

@@ -1,0 +1,1 @@
+"""Sparse tensors: formats as lists of levels, packing, the traced language, decomposition."""

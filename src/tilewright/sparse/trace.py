@@ -1,0 +1,362 @@
+"""The language: a Python function on coordinates, run once on symbols, becomes a `Program`.
+
+    def spmm(A=sparse("m n"), X=dense("n d")):
+        i, j, k = indices("m n d")
+        return out[i, k](sum(A[i, j] * X[j, k], over=j))
+
+Parameters are described by their default values. A reduction `over` a sparse axis ranges over the
+*stored* coordinates of the first sparse operand that has the axis; elsewhere a missing coordinate
+reads as the tensor's fill. Nothing is executed here: `A[i, j]` is a node.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tilewright import dtypes
+from tilewright.dtypes import DType
+from tilewright.errors import ProgramError
+from tilewright.ir.nodes import (
+    Access, Assign, Expr, Index, Kind, Program, Reduce, Role, Tensor, Var,
+    as_expr, binary, cast, children, equal, select, size_var, unary,
+)  # fmt: skip
+from tilewright.ir.rewrite import walk
+
+LETTERS = "ijklpqrstuvw"
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What a parameter's default value says of it; `trace` turns it into a `Tensor`."""
+
+    dims: tuple[str | int, ...]
+    dtype: DType | None = None
+    is_sparse: bool = False
+    like: str = ""
+    fill: float = 0.0
+    kind: Kind = "activation"
+    strided: bool = False
+
+
+@dataclass(slots=True)
+class _Trace:
+    name: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    body: list[Assign] = field(default_factory=list)
+    indices: list[Index] = field(default_factory=list)
+
+
+_active: list[_Trace] = []
+
+
+def _trace() -> _Trace:
+    if not _active:
+        raise ProgramError("P101", "this only has a meaning inside a function under @program", where=_user_line())
+    return _active[-1]
+
+
+def _user_line() -> str:
+    """The file and line outside this package from which we were called."""
+    frame = sys._getframe(1)
+    while frame and frame.f_globals.get("__name__", "").startswith("tilewright."):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""
+
+
+# ---------------------------------------------------------------------------- parameters
+
+
+def _dims(text: str) -> tuple[str | int, ...]:
+    dims = tuple(int(d) if d.isdigit() else d for d in text.split())
+    for d in dims:
+        if isinstance(d, str) and not d.isidentifier():
+            raise ProgramError("P101", f"{d!r} is not a dimension name", where=_user_line(), hint='names and sizes: "m n 16"')
+    return dims
+
+
+def dense(dims: str, dtype: Any = None, *, kind: Kind = "activation", strided: bool = False) -> Any:
+    """A dense parameter over named dimensions or sizes: `dense("n d")`, `dense("n 16")`.
+
+    The last dimension is contiguous unless `strided`. `dtype` None: float32 until `typed` says
+    otherwise."""
+    return Declared(_dims(dims), dtypes.dtype(dtype) if dtype is not None else None, kind=kind, strided=strided)
+
+
+def sparse(dims: str, dtype: Any = None, *, like: str = "", fill: float = 0.0, kind: Kind = "activation") -> Any:
+    """A sparse parameter; its format is chosen by `decompose` (CSR otherwise).
+
+    `like="A"` shares the structure of parameter A; `fill` is what a missing coordinate reads."""
+    kind_ = dtypes.dtype(dtype) if dtype is not None else None
+    return Declared(_dims(dims), kind_, True, like, fill, kind)
+
+
+def scalar(dtype: Any = "float32") -> Any:
+    """A run-time number."""
+    return Declared((), dtypes.dtype(dtype))
+
+
+# ---------------------------------------------------------------------------- in the body
+
+
+def indices(dims: str) -> Any:
+    """Indices over dimensions: `i, j, k = indices("m n d")`; `indices("row:m col:n")` names them.
+
+    The same dimension may be given twice (square matrices). One dimension gives one index."""
+    trace = _trace()
+    made: list[Index] = []
+    for word in dims.split():
+        name, _, dim = word.rpartition(":")
+        if not name:
+            used = {x.name for x in trace.indices}
+            name = next((c for c in LETTERS if c not in used), f"i{len(used)}")
+        if not name.isidentifier() or any(x.name == name for x in trace.indices):
+            raise ProgramError("P102", f"index {name!r} is not a new name", where=_user_line())
+        known = {d for t in trace.tensors.values() for d in t.dims}
+        parsed: str | int = int(dim) if dim.isdigit() else dim
+        if isinstance(parsed, str) and parsed not in known:
+            raise ProgramError(
+                "P102", f"no parameter has a dimension {parsed!r}", where=_user_line(),
+                hint=f"dimensions: {', '.join(sorted(str(k) for k in known))}",
+            )  # fmt: skip
+        made.append(Index(name, dim=parsed))
+        trace.indices.append(made[-1])
+    return made[0] if len(made) == 1 else tuple(made)
+
+
+def size(dim: str) -> Expr:
+    """The run-time size of a dimension."""
+    return size_var(dim)
+
+
+def _reduce(op: str) -> Callable[..., Expr]:
+    def reduction(value: Any, over: Index | tuple[Index, ...]) -> Expr:
+        axes = over if isinstance(over, tuple) else (over,)
+        if not axes or not all(isinstance(a, Index) for a in axes):
+            raise ProgramError("P104", f"{op} over {over!r}: not indices", where=_user_line(), hint="over=j or over=(j, k)")
+        body = as_expr(value)
+        missing = {a.name for a in axes} - {x.name for x in walk(body) if isinstance(x, Var)}
+        if missing:
+            raise ProgramError("P104", f"{op} over {', '.join(sorted(missing))}, which its body does not use", where=_user_line())
+        dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
+        return Reduce(op, axes, cast(body, dtype), dtype)
+
+    reduction.__name__ = reduction.__qualname__ = op
+    reduction.__doc__ = f"The {op} of `value` over an index or a tuple of indices; an empty range gives its identity."
+    return reduction
+
+
+sum_, max_, min_, prod = (_reduce(op) for op in ("sum", "max", "min", "prod"))
+
+
+def _function(op: str) -> Callable[[Any], Expr]:
+    def apply(x: Any) -> Expr:
+        return unary(op, as_expr(x))
+
+    apply.__name__ = apply.__qualname__ = op
+    apply.__doc__ = f"{op} of a value, in float32 at least."
+    return apply
+
+
+exp, log, sqrt, rsqrt, tanh, sin, cos, abs_, floor = (
+    _function(op) for op in ("exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "abs", "floor")
+)
+
+
+def sigmoid(x: Any) -> Expr:
+    """1 / (1 + exp(-x))"""
+    return 1.0 / (1.0 + exp(-as_expr(x)))
+
+
+def maximum(a: Any, b: Any) -> Expr:
+    """The larger of two values."""
+    return binary("max", a, b)
+
+
+def minimum(a: Any, b: Any) -> Expr:
+    """The smaller of two values."""
+    return binary("min", a, b)
+
+
+def where(cond: Expr, a: Any, b: Any) -> Expr:
+    """`a` where `cond` holds, else `b`."""
+    return select(cond, a, b)
+
+
+# ---------------------------------------------------------------------------- outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """`out[i, k](value)` declares and computes an output; `temp` a value of the program's own.
+
+    `out.like(A)` has the structure of A; `out.named("Y")` a name; `out.typed("float16")` a dtype.
+    """
+
+    role: Role
+    name: str = ""
+    dtype: DType | None = None
+    structure_of: Tensor | None = None
+
+    def like(self, tensor: Tensor) -> Output:
+        if not tensor.is_sparse:
+            raise ProgramError("P103", f"{tensor.name} is dense: it has no structure to share", where=_user_line())
+        return replace(self, structure_of=tensor)
+
+    def named(self, name: str) -> Output:
+        return replace(self, name=name)
+
+    def typed(self, dtype: Any) -> Output:
+        return replace(self, dtype=dtypes.dtype(dtype))
+
+    def __getitem__(self, coords: Any) -> Callable[[Any], Tensor]:
+        coords = coords if isinstance(coords, tuple) else (coords,)
+        return lambda value: _assign(self, coords, as_expr(value))
+
+
+out, temp = Output("output"), Output("temp")
+
+
+def update(tensor: Tensor) -> Any:
+    """`update(pages)[slot[t], d](value)` writes into a parameter, at computed coordinates."""
+
+    class Update:
+        def __getitem__(self, coords: Any) -> Callable[[Any], Tensor]:
+            access = tensor[coords]
+
+            def assign(value: Any) -> Tensor:
+                trace = _trace()
+                written = replace(tensor, role="output", kind="state")
+                trace.tensors[tensor.name] = written
+                _check_bound(access.coords, as_expr(value))
+                target = Access(written, access.coords, written.dtype)
+                trace.body.append(Assign(target, cast(as_expr(value), written.dtype)))
+                return written
+
+            return assign
+
+    return Update()
+
+
+def _assign(how: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
+    trace = _trace()
+    if not all(isinstance(c, Index) for c in coords):
+        raise ProgramError("P103", f"an {how.role} is written at plain indices", where=_user_line(), hint="update() writes elsewhere")
+    if len({c.name for c in coords}) != len(coords):
+        raise ProgramError("P103", "an index stands twice in the coordinates of an output", where=_user_line())
+    _check_bound(coords, value)
+    number = len([t for t in trace.tensors.values() if t.role == how.role])
+    name = how.name or {"output": "out", "temp": "temp"}[how.role] + (str(number) if number else "")
+    if name in trace.tensors:
+        raise ProgramError("P101", f"{name} is defined twice", where=_user_line())
+    dtype = how.dtype or (_output_dtype(value) if how.role == "output" else value.dtype)
+    like = how.structure_of
+    if like is not None and tuple(c.dim for c in coords) != like.dims:
+        raise ProgramError("P103", f"{name} has the structure of {like.name} but other dimensions", where=_user_line())
+    tensor = Tensor(
+        name, tuple(c.dim for c in coords), dtype, how.role, structure=like.structure if like else "",
+        format=like.format if like else None,
+    )  # fmt: skip
+    trace.tensors[name] = tensor
+    trace.body.append(Assign(Access(tensor, coords, dtype), cast(value, dtype)))
+    return tensor
+
+
+def _output_dtype(value: Expr) -> DType:
+    """A float result takes the dtype of the last dense float operand, as a matrix product does."""
+    if not value.dtype.is_float:
+        return value.dtype
+    floats = [x.dtype for x in walk(value) if isinstance(x, Access) and x.dtype.is_float and not x.tensor.is_sparse and x.tensor.dims]
+    return floats[-1] if floats and floats[-1].bits <= value.dtype.bits else value.dtype
+
+
+def _check_bound(coords: tuple[Expr, ...], value: Expr) -> None:
+    """Every index is in the coordinates or under a reduction, and runs over one dimension."""
+    free: dict[str, Index] = {}
+
+    def visit(x: Any, bound: frozenset[str]) -> None:
+        if isinstance(x, Index):
+            if x.name not in bound:
+                free[x.name] = x
+        elif isinstance(x, Reduce):
+            visit(x.body, bound | {a.name for a in x.axes})
+        elif isinstance(x, Access):
+            for c, dim in zip(x.coords, x.tensor.dims, strict=True):
+                if isinstance(c, Index) and c.dim != dim:
+                    raise ProgramError(
+                        "P102", f"{c.name} runs over {c.dim} but stands for {dim} in {x}", where=_user_line(),
+                        hint="give the index and the tensor the same dimension name",
+                    )  # fmt: skip
+                visit(c, bound)
+        else:
+            for child in children(x):
+                visit(child, bound)
+
+    visit(value, frozenset())
+    written = {x.name for c in coords for x in walk(c) if isinstance(x, Index)}
+    loose = sorted(free.keys() - written)
+    if loose:
+        raise ProgramError(
+            "P104", f"index {', '.join(loose)} is neither in the output nor under a reduction", where=_user_line(),
+            hint=f"write sum(…, over={loose[0]})",
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- tracing
+
+
+@contextmanager
+def _tracing(name: str) -> Iterator[_Trace]:
+    _active.append(_Trace(name))
+    try:
+        yield _active[-1]
+    finally:
+        _active.pop()
+
+
+def trace(function: Callable[..., Any], given: dict[str, DType], formats: dict[str, Any], default: Any) -> Program:
+    """Run `function` on symbols. `given` overrides dtypes by parameter; `formats` by sparse
+    parameter (shared by its structure), `default` elsewhere. Raises ProgramError."""
+    declared = {n: p.default for n, p in inspect.signature(function).parameters.items()}
+    place = f"{inspect.getsourcefile(function)}:{function.__code__.co_firstlineno}"
+    with _tracing(function.__name__) as t:
+        for name, d in declared.items():
+            if not isinstance(d, Declared):
+                raise ProgramError(
+                    "P101", f"parameter {name} of {function.__name__} does not say what it is", where=place,
+                    hint=f'give it a default: {name}=tw.dense("m n")',
+                )  # fmt: skip
+            t.tensors[name] = _parameter(name, d, declared, given, formats, default, place)
+        returned = function(**t.tensors)
+        results = returned if isinstance(returned, tuple) else (returned,)
+        if not t.body or not all(isinstance(r, Tensor) for r in results):
+            raise ProgramError("P101", f"{function.__name__} must return what it computes", where=place, hint="return tw.out[i](…)")
+        return Program(t.name, "coordinates", tuple(t.tensors.values()), tuple(t.body))
+
+
+def _parameter(
+    name: str, d: Declared, declared: dict[str, Any], given: dict[str, DType],
+    formats: dict[str, Any], default: Any, place: str,
+) -> Tensor:  # fmt: skip
+    dtype = given.get(name) or d.dtype or dtypes.float32
+    if not d.is_sparse:
+        return Tensor(name, d.dims, dtype, kind=d.kind, strided=d.strided)
+    owner = d.like or name
+    other = declared.get(owner)
+    if not isinstance(other, Declared) or not other.is_sparse or other.dims != d.dims:
+        raise ProgramError("P101", f"{name} is like {owner!r}, which is no sparse parameter of its dimensions", where=place)
+    fmt = formats.get(owner, default)
+    if fmt.ndim != len(d.dims):
+        raise ProgramError("P107", f"{fmt} stores {fmt.ndim} dimensions, {name} has {len(d.dims)}", where=place)
+    return Tensor(name, d.dims, dtype, format=fmt, structure=owner, fill=d.fill, kind=d.kind)
+
+
+__all__ = [
+    "Declared", "Index", "Output", "abs_", "cos", "dense", "equal", "exp", "floor", "indices", "log",
+    "max_", "maximum", "min_", "minimum", "out", "prod", "rsqrt", "scalar", "sigmoid", "sin", "size", 
+    "sparse", "sqrt", "sum_", "tanh", "temp", "trace", "update", "where",
+]  # fmt: skip

@@ -1,0 +1,78 @@
+"""What tests stand on: their own kernel cache, verifiers on, seeded values, data and GPU skips."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+_cache = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before Tilewright is imported: a fresh kernel cache, and verifiers between all passes."""
+    config.stash[_cache] = tempfile.mkdtemp(prefix="tilewright-tests-")
+    os.environ["TILEWRIGHT_CACHE_DIR"] = config.stash[_cache]
+    os.environ["TILEWRIGHT_VERIFY"] = "1"
+    try:
+        import hypothesis
+    except ImportError:
+        return
+    # No deadline: the first call of a kernel compiles it.
+    hypothesis.settings.register_profile(
+        "tilewright", deadline=None, database=None, max_examples=50, print_blob=True
+    )
+    hypothesis.settings.load_profile("tilewright")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash.get(_cache, ""), ignore_errors=True)
+
+
+def has_gpu() -> bool:
+    """Whether a CUDA driver answers and shows at least one device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return (
+        driver.cuInit(0) == 0
+        and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+        and count.value > 0
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "data_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.data)
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu and not has_gpu():
+        for item in needs_gpu:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU or driver on this machine"))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of small real data: TILEWRIGHT_DATA, else ../shared/data beside the checkout."""
+    named = os.environ.get("TILEWRIGHT_DATA")
+    folder = Path(named) if named else ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}; set TILEWRIGHT_DATA to a folder that has it")
+    return folder
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random values that differ per test and per run, and repeat with `--randomly-seed=N`."""
+    seed = request.config.getoption("randomly_seed", default=0)
+    seed = seed if isinstance(seed, int) else 0
+    return np.random.default_rng([seed, zlib.crc32(request.node.nodeid.encode())])

@@ -1,0 +1,157 @@
+"""The kernel cache: private, atomic, and never believing a damaged file."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tilewright import knobs
+from tilewright.errors import BuildError
+from tilewright.runtime import cache
+
+
+def test_key_separates_parts() -> None:
+    assert cache.key_of("ab", "c") != cache.key_of("a", "bc")
+    assert cache.key_of("ab") != cache.key_of("ab", "")
+    assert cache.key_of(b"ab") == cache.key_of("ab")
+
+
+def test_round_trip_and_listing(tmp_path: Path, rng: np.random.Generator) -> None:
+    with knobs.scope(cache_dir=tmp_path / "cache"):
+        data = rng.bytes(1000)
+        key = cache.key_of(data)
+        misses, hits = cache.stats.misses, cache.stats.hits
+        assert cache.get("so", key) is None
+        path = cache.put("so", key, data)
+        assert cache.get("so", key) == data
+        assert cache.find("so", key) == path
+        assert cache.get("cubin", key) is None
+        assert (cache.stats.misses - misses, cache.stats.hits - hits) == (2, 2)
+        assert [(e.kind, e.key) for e in cache.entries()] == [("so", key)]
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+        assert cache.clear() == 1
+        assert cache.get("so", key) is None
+
+
+def test_empty_data_is_an_entry(tmp_path: Path) -> None:
+    store = cache.Cache(tmp_path)
+    store.put("so", cache.key_of("x"), b"")
+    assert store.get("so", cache.key_of("x")) == b""
+
+
+def test_damage_is_a_miss(tmp_path: Path, rng: np.random.Generator) -> None:
+    store, data = cache.Cache(tmp_path), rng.bytes(300)
+    key, other = cache.key_of("x"), cache.key_of("y")
+    path = store.put("so", key, data)
+    whole = path.read_bytes()
+    store.path("so", other).write_bytes(whole)  # moved to another key
+    store.path("cubin", key).write_bytes(whole)  # or to another kind
+    assert store.get("so", other) is None
+    assert store.get("cubin", key) is None
+    for _ in range(30):
+        damaged = bytearray(whole)
+        where = int(rng.integers(len(whole)))
+        damaged[where] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        assert store.find("so", key) is None
+        path.write_bytes(whole[:where])
+        assert store.find("so", key) is None
+    path.write_bytes(whole)
+    assert store.get("so", key) == data
+
+
+def test_folder_others_can_write_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with knobs.scope(cache_dir=folder), pytest.raises(BuildError, match=r"B105.*0777"):
+        cache.get("so", cache.key_of("x"))
+    folder.chmod(0o755)
+    with knobs.scope(cache_dir=folder):
+        assert cache.get("so", cache.key_of("x")) is None
+
+
+def test_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    with pytest.raises(BuildError, match=r"B105.*belongs to"):
+        cache.Cache(tmp_path)
+
+
+def test_unwritable_folder_falls_back_once(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with knobs.scope(cache_dir=blocked / "cache"):
+        with pytest.warns(RuntimeWarning, match="cannot be written"):
+            path = cache.put("so", cache.key_of("x"), b"data")
+        assert tmp_path not in path.parents
+        assert cache.get("so", cache.key_of("x")) == b"data"  # and no second warning
+
+
+def test_full_disk_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = cache.Cache.put
+
+    def full(self: cache.Cache, kind: str, key: str, data: bytes) -> Path:
+        if self.folder == tmp_path:
+            raise OSError(28, "No space left on device")
+        return put(self, kind, key, data)
+
+    monkeypatch.setattr(cache.Cache, "put", full)
+    with knobs.scope(cache_dir=tmp_path):
+        with pytest.warns(RuntimeWarning, match="No space left"):
+            cache.put("so", cache.key_of("x"), b"data")
+        assert cache.get("so", cache.key_of("x")) == b"data"
+
+
+def test_folder_deleted_under_us_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    with knobs.scope(cache_dir=folder):
+        cache.put("so", cache.key_of("x"), b"one")
+        assert cache.clear() == 1
+        folder.rmdir()
+        assert cache.put("so", cache.key_of("x"), b"two").parent == folder
+
+
+def test_knob_turns_it_off(tmp_path: Path) -> None:
+    with knobs.scope(cache_dir=tmp_path, cache=False):
+        path = cache.put("so", cache.key_of("x"), b"data")
+        assert path.exists()
+        assert cache.get("so", cache.key_of("x")) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str, target: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    store = cache.Cache(tmp_path)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="Input/output"):
+        store.put("so", cache.key_of("x"), b"data")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _hammer(folder: str, seed: int) -> bool:
+    store = cache.Cache(Path(folder))
+    rng = np.random.default_rng(seed)
+    for _ in range(150):
+        name = str(rng.integers(4))
+        key, data = cache.key_of(name), name.encode() * 20000
+        store.put("so", key, data)
+        found = store.get("so", key)
+        if found != data:
+            return False
+    return True
+
+
+def test_many_processes(tmp_path: Path) -> None:
+    """Writers of the same entries at the same time: a reader sees a whole one, always."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(3) as workers:
+        assert all(workers.starmap(_hammer, [(str(tmp_path), seed) for seed in range(3)]))
+    assert not list(tmp_path.glob(".tmp-*"))

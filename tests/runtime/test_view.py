@@ -1,0 +1,267 @@
+"""`view`: every framework's array described the same way, and what is not one refused."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tilewright import dtypes
+from tilewright.errors import ArgumentError
+from tilewright.runtime import view as views
+from tilewright.runtime.view import View, allocate, overlaps, view
+
+
+def read(v: View) -> np.ndarray:
+    """The elements of a CPU view, read through its pointer, shape and strides alone."""
+    item = v.dtype.itemsize
+    out = np.empty(v.shape, v.dtype.numpy)
+    for index in np.ndindex(v.shape):
+        at = v.pointer + item * sum(i * s for i, s in zip(index, v.strides, strict=True))
+        out[index] = np.frombuffer(ctypes.string_at(at, item), v.dtype.numpy)[0]
+    return out
+
+
+def random_slices(rng: np.random.Generator, x: Any) -> Any:
+    """A random strided, perhaps reversed and transposed part of an array."""
+    parts = []
+    for extent in x.shape:
+        step = int(rng.choice([-2, -1, 1, 2, 3]))
+        start = int(rng.integers(0, extent + 1))
+        parts.append(slice(start, None, step))
+    return x[tuple(parts)].transpose(rng.permutation(x.ndim))
+
+
+@pytest.mark.parametrize("name", [t for t in dtypes.ALL if dtypes.ALL[t].numpy.name == t])
+def test_numpy_arrays(name: str, rng: np.random.Generator) -> None:
+    whole = rng.integers(0, 2, (5, 4, 3)).astype(name)
+    for _ in range(20):
+        x = random_slices(rng, whole)
+        v = view(x)
+        assert (v.dtype.name, v.shape, v.device, v.owner) == (name, x.shape, "cpu", x)
+        assert np.array_equal(read(v), x)
+        assert v.is_contiguous == x.flags.c_contiguous
+
+
+def test_fast_address_is_the_slow_one(rng: np.random.Generator) -> None:
+    whole = rng.standard_normal((6, 5, 4))
+    for x in [random_slices(rng, whole) for _ in range(50)]:
+        assert view(x).pointer == x.ctypes.data
+
+
+def test_subclasses_scalars_and_empty(tmp_path: Path) -> None:
+    stored = np.memmap(tmp_path / "x", np.float32, "w+", shape=(3, 2))
+    assert view(stored).pointer == stored.ctypes.data
+    assert view(np.zeros(())).shape == ()
+    for shape in ((0,), (3, 0), (0, 4, 2)):
+        empty = view(np.zeros(shape))
+        assert (empty.size, empty.shape) == (0, shape)
+        assert empty.is_contiguous
+
+
+def test_readonly() -> None:
+    x = np.zeros(4)
+    x.flags.writeable = False
+    assert view(x).readonly
+    assert not view(x.copy()).readonly
+    assert view(np.broadcast_to(np.zeros(1), (4,))).strides == (0,)
+
+
+def test_views_are_frozen() -> None:
+    v = view(np.zeros(4))
+    assert type(v) is View
+    with pytest.raises(AttributeError):
+        v.pointer = 0  # pyright: ignore[reportAttributeAccessIssue]
+    assert "float64" in repr(v)
+
+
+def test_extension_types() -> None:
+    ml = pytest.importorskip("ml_dtypes")
+    for kind, name in (
+        (ml.bfloat16, "bfloat16"),
+        (ml.float8_e4m3fn, "float8_e4m3"),
+        (ml.float8_e5m2, "float8_e5m2"),
+    ):
+        x = np.zeros((2, 3), kind)
+        v = view(x)
+        assert (v.dtype.name, v.strides) == (name, (3, 1))
+        assert allocate(x, (4,), v.dtype).dtype == kind
+    with pytest.raises(ArgumentError, match="A102"):
+        view(np.zeros(2, ml.float8_e4m3))  # the IEEE-like one: other bits, other values
+    with pytest.raises(ArgumentError, match="A102"):
+        view(np.zeros(2, ml.float8_e5m2fnuz))
+
+
+@pytest.mark.parametrize(
+    ("x", "code"),
+    [
+        (3.0, "A107"),
+        ([1.0, 2.0], "A107"),
+        (None, "A107"),
+        ("text", "A107"),
+        (np.float32(1), "A107"),
+        (np.ma.masked_array([1.0], [True]), "A107"),
+        (np.zeros(2, np.complex64), "A102"),
+        (np.zeros(2, "S4"), "A102"),
+        (np.zeros(2, object), "A102"),
+        (np.zeros(2, [("a", "f4")]), "A102"),
+        (np.zeros(2, np.dtype("float32").newbyteorder()), "A102"),
+        (np.zeros(3, [("a", "i1"), ("b", "f4")])["b"], "A104"),
+        (np.frombuffer(bytes(9), np.float32, offset=1), "A104"),
+    ],
+)
+def test_refusals(x: object, code: str) -> None:
+    for _ in range(2):  # the second time through the tables
+        with pytest.raises(ArgumentError) as caught:
+            view(x)
+        assert caught.value.code == code
+
+
+def test_byte_order_says_so() -> None:
+    with pytest.raises(ArgumentError, match="byte order"):
+        view(np.zeros(2, np.dtype("int32").newbyteorder()))
+
+
+def test_sparse_matrix_is_pointed_to_pack() -> None:
+    sparse = pytest.importorskip("scipy.sparse")
+    with pytest.raises(ArgumentError, match="pack"):
+        view(sparse.eye_array(3).tocsr())
+
+
+class Exporter:
+    """Shares an array through DLPack only; `old` is from before versions."""
+
+    def __init__(self, x: Any, old: bool = False) -> None:
+        self.x, self.old = x, old
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.x.__dlpack_device__()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if self.old and options:
+            raise TypeError("unexpected keyword")
+        return self.x.__dlpack__(**options)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_dlpack(old: bool, rng: np.random.Generator) -> None:
+    whole = rng.standard_normal((5, 4, 3)).astype(np.float32)
+    for _ in range(20):
+        x = random_slices(rng, whole)
+        v = view(Exporter(x, old))
+        assert np.array_equal(read(v), x)
+        assert v.dtype == dtypes.float32
+
+
+def test_dlpack_keeps_memory_alive(rng: np.random.Generator) -> None:
+    class Temporary(Exporter):
+        def __dlpack__(self, **options: Any) -> Any:
+            return self.x.copy().__dlpack__(**options)
+
+    x = rng.standard_normal(10000)
+    v = view(Temporary(x))
+    rubbish = [np.full(10000, i) for i in range(20)]
+    assert np.array_equal(read(v), x)
+    assert len(rubbish) == 20
+
+
+def test_dlpack_readonly_and_refusals() -> None:
+    x = np.zeros(3)
+    x.flags.writeable = False
+    if np.lib.NumpyVersion(np.__version__) >= "2.1.0":
+        assert view(Exporter(x)).readonly
+    with pytest.raises(ArgumentError, match="A102"):
+        view(Exporter(np.zeros(3, np.complex128)))
+
+    class Broken(Exporter):
+        def __dlpack__(self, **options: Any) -> Any:
+            return 7
+
+    with pytest.raises(ArgumentError, match="A107"):
+        view(Broken(x))
+
+    class Elsewhere(Exporter):
+        def __dlpack__(self, **options: Any) -> Any:
+            raise BufferError("not today")
+
+    with pytest.raises(ArgumentError, match="not today"):
+        view(Elsewhere(x))
+
+
+def test_overlaps(rng: np.random.Generator) -> None:
+    whole = np.zeros((6, 8), np.int16)
+    low, high = np.lib.array_utils.byte_bounds(whole)
+    for _ in range(200):
+        x, y = random_slices(rng, whole), random_slices(rng, whole)
+        if x.size == 0 or y.size == 0:
+            assert not overlaps(view(x), view(y))
+            continue
+        (a, b), (c, d) = map(np.lib.array_utils.byte_bounds, (x, y))
+        assert low <= a < b <= high
+        assert overlaps(view(x), view(y)) == (a < d and c < b)
+    assert not overlaps(view(whole), view(whole.copy()))
+    assert overlaps(view(whole), view(whole[::-1].T))
+
+
+def test_allocate_numpy(rng: np.random.Generator) -> None:
+    like = np.zeros(2, np.int8)
+    for name in ("float32", "int64", "bool"):
+        made = allocate(like, (3, 2), dtypes.ALL[name])
+        assert (made.shape, made.dtype.name) == ((3, 2), name)
+    assert isinstance(allocate(Exporter(like), (3,), dtypes.float32), np.ndarray)
+
+
+def test_tables_do_not_grow_for_ever() -> None:
+    buffer = np.zeros(views._STRIDES_KEPT + 100, np.int8)
+    for i in range(views._STRIDES_KEPT + 10):
+        step = np.lib.stride_tricks.as_strided(buffer, (1,), (i + 1,))
+        overlaps(view(step), view(buffer))
+    assert len(views._STRIDES) <= views._STRIDES_KEPT
+    assert len(views._EXTENTS) <= views._STRIDES_KEPT
+
+
+# ---- torch ---------------------------------------------------------------------------------------
+
+
+def test_torch_tensors(rng: np.random.Generator) -> None:
+    torch = pytest.importorskip("torch")
+    for name, known in dtypes.ALL.items():
+        kind = getattr(torch, "float8_e4m3fn" if name == "float8_e4m3" else name)
+        x = torch.zeros((4, 6, 2), dtype=kind)[1:, ::2].transpose(0, 2)
+        v = view(x)
+        assert (v.dtype, v.shape, v.strides) == (known, (2, 3, 3), (1, 4, 12))
+        assert (v.pointer, v.device) == (x.data_ptr(), "cpu")
+        assert type(v.shape) is tuple
+        made = allocate(x, (5, 2), known)
+        assert (made.dtype, tuple(made.shape), made.device) == (kind, (5, 2), x.device)
+
+
+def test_torch_gradients_and_subclasses() -> None:
+    torch = pytest.importorskip("torch")
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    v = view(weight)
+    assert (v.dtype, v.pointer) == (dtypes.bfloat16, weight.data_ptr())
+    assert not allocate(weight, (3,), v.dtype).requires_grad
+    assert isinstance(allocate(weight, (2,), dtypes.float32), torch.Tensor)
+
+
+def test_torch_refusals() -> None:
+    torch = pytest.importorskip("torch")
+    x = torch.eye(3)
+    complex_part = torch.zeros(3, dtype=torch.complex64).conj().imag
+    with warnings.catch_warnings(action="ignore"):  # torch calls its CSR tensors beta
+        compressed = x.to_sparse_csr()
+    for bad, code in (
+        (torch.zeros(2, dtype=torch.complex64), "A102"),
+        (x.to_sparse(), "A107"),
+        (compressed, "A107"),
+        (torch.empty(3, device="meta"), "A105"),
+        (complex_part, "A107"),
+    ):
+        with pytest.raises(ArgumentError) as caught:
+            view(bad)
+        assert caught.value.code == code

@@ -1,0 +1,35 @@
+"""What the serving tests stand on: a tiny GGUF file made here, and real models where they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tilewright.errors import MissingExtra
+from tilewright.serve.weights import ModelFile, open_model, packaged_model
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF file of a two-layer model with random weights of every kind."""
+    pytest.importorskip("gguf", reason="the gguf library writes the test files")
+    from tests.serve.tiny import TinyModel
+
+    return TinyModel().write(tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def stories(data_dir: Path) -> ModelFile:
+    path = data_dir / "llm" / "stories260K.bin"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    return open_model(path)
+
+
+@pytest.fixture(scope="session")
+def smollm() -> ModelFile:
+    try:
+        return open_model(packaged_model())
+    except MissingExtra as missing:
+        pytest.skip(f"SmolLM2 is not installed: {missing.hint}")

