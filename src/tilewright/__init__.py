@@ -19,6 +19,7 @@ from tilewright.build import Definition, program
 from tilewright.errors import TilewrightError
 from tilewright.ir.nodes import equal
 from tilewright.runtime.kernel import Bound, Kernel
+from tilewright.runtime.launch import Step
 from tilewright.schedule import Schedule
 from tilewright.sparse.formats import (
     Composed, Format, Where, bsr, bucket, coo, csc, csr, dbsr, dcsr, ell, hyb, ragged,
@@ -37,7 +38,7 @@ from tilewright.target import Target, target
 __version__ = "0.1.0"
 
 __all__ = [
-    "Bound", "Composed", "Definition", "Format", "Kernel", "Packed", "Schedule", "Target", "TilewrightError", "Where",
+    "Bound", "Composed", "Definition", "Format", "Kernel", "Packed", "Schedule", "Step", "Target", "TilewrightError", "Where",
     "abs", "bsr", "bucket", "coo", "cos", "csc", "csr", "dbsr", "dcsr", "dense", "ell", "equal", "exp", "floor", "hyb",
     "indices", "log", "max", "maximum", "min", "minimum", "out", "prod", "program", "ragged", "rsqrt", "scalar",
     "sigmoid", "sin", "size", "sparse", "sqrt", "sum", "tanh", "target", "temp", "update", "where",

@@ -22,7 +22,8 @@ from tilewright.codegen import cpp as cpp_text
 from tilewright.codegen import cuda as cuda_text
 from tilewright.codegen.cfamily import collect_params, host_text
 from tilewright.runtime import launch, native, nvrtc, place, toolchain
-from tilewright.runtime.kernel import Kernel, Manifest, StageSpec, TensorSpec, declarations
+from tilewright.runtime.kernel import Kernel
+from tilewright.runtime.manifest import Manifest, StageSpec, TensorSpec, declarations
 from tilewright.schedule import Schedule
 from tilewright.sparse import formats, pack, trace
 from tilewright.target import Target

@@ -157,12 +157,11 @@ class Renderer:
         kind, name = self.type(s.var.dtype), c_name(s.name)
         if s.unroll_hint or s.kind == "unroll":
             self.line(self.unroll_pragma(s.unroll_hint or 16))
-        end = self.expr(s.end)
-        if not isinstance(s.end, (Const, Var)):
-            self.line(f"const {kind} {name}_end = {end};")
-            end = f"{name}_end"
-            self.lines[-1] = self.lines[-1]
-        self.block(f"for ({kind} {name} = {self.expr(s.begin)}; {name} < {end}; ++{name})", s.body)
+        begin, end = self.expr(s.begin), self.expr(s.end)
+        limit = end
+        if not isinstance(s.end, (Const, Var)):  # evaluated once
+            begin, limit = f"{begin}, {name}_end = {end}", f"{name}_end"
+        self.block(f"for ({kind} {name} = {begin}; {name} < {limit}; ++{name})", s.body)
 
     def unroll_pragma(self, n: int) -> str:
         return f"#pragma GCC unroll {n}"

@@ -12,6 +12,7 @@ from tilewright.ir.nodes import (
     Binary,
     Broadcast,
     Cast,
+    Compute,
     Const,
     Expr,
     For,
@@ -63,6 +64,8 @@ def rebuild(n: N, f: Callable[[Any], Any]) -> N:
             changed[name] = new
     if not changed:
         return n
+    if isinstance(n, Seq):
+        return seq(*changed["body"])  # type: ignore[return-value]
     return type(n)(**{name: changed.get(name, getattr(n, name)) for name in names})  # type: ignore[call-arg]
 
 
@@ -150,7 +153,8 @@ def _simplify_node(x: Any) -> Any:
     if isinstance(x, If) and isinstance(x.cond, Const):
         return x.body if x.cond.value else Seq(())
     if isinstance(x, For) and x.extent is not None and x.extent <= 0:
-        return Seq(())
+        # A reduction over nothing still gives its identity: the loop stays until it has its store.
+        return x if any(isinstance(y, Compute) for y in walk(x.body)) else Seq(())
     if isinstance(x, Seq):
         return seq(*x.body) if x.body else x
     return x

@@ -72,6 +72,8 @@ class _Materializer:
     def _plain(self, s: Stmt) -> Stmt:
         if isinstance(s, (For, If)):
             return replace(s, body=self.visit(s.body))
+        if isinstance(s, Seq):
+            return self.visit(s)
         if isinstance(s, Compute):
             alloc = [Alloc(_scalar(s.out.buffer))] if s.out.buffer.scope == "register" else []
             return seq(*alloc, _store(s, s.value))
@@ -217,15 +219,31 @@ def _final(parts: list[tuple[Buffer, _Chain]]) -> Stmt:
     value = reduce(
         lambda a, b: Binary(REDUCTIONS[c.op], a, b, a.dtype), (_joined(acc, each) for acc, each in parts)
     )
-    for f in chain.threads:
-        value = ReduceThreads(c.op, value, f.kind, f.extent or 0, value.dtype)
     body: Stmt = _store(c, value)
+    if chain.threads:
+        _check_uniform(chain)
+        for f in chain.threads:
+            value = ReduceThreads(c.op, value, f.kind, f.extent or 0, value.dtype)
+        # All threads take part in the sum; which of them stores it is decided afterwards.
+        total = Buffer(f"{parts[0][0].name}_all", value.dtype, (), "register")
+        body = seq(Alloc(total), Store(total, (), value), _store(c, Load(total, (), value.dtype)))
     for f in reversed(chain.frame):
         if not isinstance(f, Let):
             body = replace(f, body=body)
         elif f.var.name in free_vars(body):
             body = seq(f, body)
     return body
+
+
+def _check_uniform(chain: _Chain) -> None:
+    """Threads that meet in a reduction must all arrive: no guard may part them."""
+    own = {f.name for f in chain.frame if isinstance(f, For) and f.kind in THREADS}
+    for g in chain.frame:
+        if isinstance(g, If) and free_vars(g.cond) & own:
+            raise ScheduleError(
+                "S102", f"the guard {g.cond} would part threads that reduce together",
+                hint="use a tile that divides the dimension: specialize() it, and split with tail='exact'",
+            )  # fmt: skip
 
 
 def _joined(acc: Buffer, chain: _Chain) -> Expr:

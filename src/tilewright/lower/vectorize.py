@@ -9,7 +9,7 @@ from tilewright.dtypes import DType
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import (
     Alloc, Binary, Buffer, Cast, Const, Expr, For, If, Let, Load, Mma, MmaStore, MmaZero, Program,
-    Ramp, Select, Seq, Stmt, Store, Unary, Var, seq,
+    Ramp, ReduceThreads, Select, Seq, Stmt, Store, Unary, Var, seq,
 )  # fmt: skip
 from tilewright.ir.rewrite import (
     add, as_int64, broadcast, free_vars, mul, simplify, substitute, transform, walk,
@@ -114,7 +114,9 @@ def _vectorize(body: Stmt) -> Stmt:
                     "S102", f"loop {s.name} is to be a vector but its extent is not a constant",
                     hint="split it by the number of lanes first, with tail='cut'",
                 )  # fmt: skip
-            return s.body if s.extent == 1 else _Vectorizer(s, wide).stmt(s.body)
+            if s.extent == 1:
+                return substitute(s.body, {s.name: s.begin})
+            return _Vectorizer(s, wide).stmt(s.body)
         return s
 
     return _narrow(transform(body, visit), wide)
@@ -200,6 +202,8 @@ class _Vectorizer:
         if isinstance(e, Select):
             dtype = e.dtype.vector(self.lanes)
             return Select(self.vector(e.cond), self.vector(e.a), self.vector(e.b), dtype)
+        if isinstance(e, ReduceThreads):
+            return replace(e, a=self.vector(e.a), dtype=e.dtype.vector(self.lanes))
         if isinstance(e, Load):
             return self.load(e)
         raise self.refuse(f"{e} has no vector form")

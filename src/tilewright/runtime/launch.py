@@ -1,15 +1,20 @@
-"""How a prepared call runs: on the thread pool, on a GPU's stream, or on the interpreter."""
+"""How a filled frame runs: on the thread pool, on a GPU's stream, or on the interpreter.
+
+A frame knows its launches as plain data (`frame_launches`), so that a recorded step can put the
+launches of many kernels into one native call.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tilewright.ir.nodes import Program
 from tilewright.runtime import cuda, native
 from tilewright.runtime import pool as pools
-from tilewright.runtime.kernel import Call, Kernel, Launcher
+from tilewright.runtime.call import Frame
+from tilewright.runtime.kernel import Bound, Kernel, Launcher
 
 CHUNKS_PER_THREAD = 8  # enough for units of uneven size to even out, few enough to cost nothing
 
@@ -20,81 +25,64 @@ class CpuLauncher(Launcher):
     def __init__(self, library: ctypes.CDLL, entries: tuple[str, ...]) -> None:
         self.bodies = [pools.address_of(getattr(library, e)) for e in entries]
         self.pool = pools.pool()
-        self._run = self.pool.run
 
-    def launches(self, call: Call) -> ctypes.Array[ctypes.c_char]:
-        """The call as an array of `tw_launch`, empty stages left out."""
-        threads = self.pool.threads
-        return pools.launch_array(
-            [
-                (body, ctypes.addressof(block), units, max(1, units // (threads * CHUNKS_PER_THREAD)))
-                for body, block, units in zip(self.bodies, call.blocks, call.units, strict=True)
-                if units
-            ]
-        )
+    def launches(self, frame: Frame) -> list[tuple[int, int, int, int]]:
+        """(body, params, units, grain) of each stage that has units."""
+        chunks = self.pool.threads * CHUNKS_PER_THREAD
+        return [
+            (body, ctypes.addressof(block), units, max(1, units // chunks))
+            for body, block, units in zip(self.bodies, frame.blocks, frame.units, strict=True)
+            if units
+        ]
 
-    def launch(self, kernel: Kernel, call: Call) -> None:
-        array = self.launches(call)
-        self._run(ctypes.addressof(array), sum(1 for u in call.units if u))
-
-    def bind(self, kernel: Kernel, call: Call) -> Callable[[], None]:
-        array = self.launches(call)
-        count = sum(1 for u in call.units if u)
-        run, address = self._run, ctypes.addressof(array)
-
-        def go(_keep: Any = (array, call)) -> None:
-            run(address, count)
-
-        return go
+    def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
+        listed = self.launches(frame)
+        array = pools.launch_array(listed)
+        frame.keep.append(array)
+        run, address, count = self.pool.run, ctypes.addressof(array), len(listed)
+        return lambda: run(address, count)
 
 
 class CudaLauncher(Launcher):
-    """Functions of a cubin, loaded on the device of the call at its first launch there."""
+    """Functions of a cubin, loaded on the device of the call at its first launch there. Arrays that
+    are not aligned to 16 bytes take a second build without wide loads, made when first needed."""
 
     def __init__(self, image: bytes, unaligned: Callable[[], bytes]) -> None:
         self._images = {True: lambda: image, False: unaligned}
         self._functions: dict[tuple[int, bool], list[cuda.Function]] = {}
 
-    def functions(self, kernel: Kernel, call: Call) -> list[cuda.Function]:
-        ordinal = int(call.device.partition(":")[2] or 0)
-        aligned = all(v.pointer % 16 == 0 and _rows_aligned(v) for v in call.views.values())
-        found = self._functions.get((ordinal, aligned))
+    def functions(self, kernel: Kernel, frame: Frame) -> list[cuda.Function]:
+        ordinal = int(frame.device.partition(":")[2] or 0)
+        found = self._functions.get((ordinal, frame.aligned))
         if found is None:
-            module = cuda.load_cubin(self._images[aligned](), ordinal)
+            module = cuda.load_cubin(self._images[frame.aligned](), ordinal)
             found = [module.function(s.entry) for s in kernel.manifest.stages]
             for f, s in zip(found, kernel.manifest.stages, strict=True):
                 if s.smem_bytes > 48 * 1024:
                     f.allow_smem(s.smem_bytes)
-            self._functions[ordinal, aligned] = found
+            self._functions[ordinal, frame.aligned] = found
         return found
 
-    def launch(self, kernel: Kernel, call: Call) -> None:
-        stream = cuda.current_stream()
-        for f, s, block, units in zip(self.functions(kernel, call), kernel.manifest.stages, call.blocks, call.units, strict=True):
-            if units:
-                f.launch((units, 1, 1), (*s.threads, 1), s.smem_bytes, stream, block)
-
-    def bind(self, kernel: Kernel, call: Call) -> Callable[[], None]:
-        prepared = [
+    def launches(self, kernel: Kernel, frame: Frame) -> list[cuda.Launch]:
+        stages = kernel.manifest.stages
+        return [
             f.prepare((units, 1, 1), (*s.threads, 1), s.smem_bytes, block)
-            for f, s, block, units in zip(self.functions(kernel, call), kernel.manifest.stages, call.blocks, call.units, strict=True)
+            for f, s, block, units in zip(
+                self.functions(kernel, frame), stages, frame.blocks, frame.units, strict=True
+            )
             if units
         ]
+
+    def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
+        listed = self.launches(kernel, frame)
         current = cuda.current_stream
 
-        def go(_keep: Any = call) -> None:
+        def run() -> None:
             stream = current()
-            for p in prepared:
-                p.run(stream)
+            for one in listed:
+                one.run(stream)
 
-        go.prepared = prepared  # type: ignore[attr-defined]
-        return go
-
-
-def _rows_aligned(v: Any) -> bool:
-    """Whether every row starts at a multiple of 16 bytes."""
-    item = v.dtype.itemsize
-    return all(s * item % 16 == 0 or n <= 1 for s, n in zip(v.strides[:-1], v.shape[:-1], strict=True))
+        return run
 
 
 class InterpLauncher(Launcher):
@@ -103,14 +91,44 @@ class InterpLauncher(Launcher):
     def __init__(self, program: Program) -> None:
         self.program = program
 
-    def launch(self, kernel: Kernel, call: Call) -> None:
-        from tilewright.runtime.interpreter import run_call
+    def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
+        from tilewright.runtime.interpreter import run_frame
 
-        run_call(self.program, kernel, call)
+        return lambda: run_frame(self.program, kernel, frame)
 
-    def bind(self, kernel: Kernel, call: Call) -> Callable[[], None]:
-        return lambda: self.launch(kernel, call)
+
+class Step:
+    """A recorded step: the launches of many bound kernels as one native call (DESIGN 14).
+
+    On the CPU a list of launches that the pool runs with a barrier after each; on a GPU a graph.
+    `extra` are launches of other bodies with the same interface: (body, params, units, grain).
+    """
+
+    def __init__(self, bounds: Sequence[Any]) -> None:
+        self.keep = list(bounds)
+        first = next((b for b in bounds if isinstance(b, Bound)), None)
+        self.is_cuda = first is not None and isinstance(first.kernel.launcher, CudaLauncher)
+        if self.is_cuda:
+            listed = [x for b in bounds for x in b.kernel.launcher.launches(b.kernel, b.frame)]
+            self._graph = cuda.Graph.of(listed)
+            self.count = len(listed)
+            return
+        flat: list[tuple[int, int, int, int]] = []
+        for b in bounds:
+            flat += b.kernel.launcher.launches(b.frame) if isinstance(b, Bound) else [b]
+        self._array = pools.launch_array(flat)
+        self._run, self._address, self.count = pools.pool().run, ctypes.addressof(self._array), len(flat)
+
+    def __call__(self) -> None:
+        if self.is_cuda:
+            self._graph.launch(cuda.current_stream())
+        else:
+            self._run(self._address, self.count)
+
+    def __repr__(self) -> str:
+        return f"<step of {self.count} launches>"
 
 
 def load_cpu(path: Any, entries: tuple[str, ...]) -> CpuLauncher:
+    """The launcher of a compiled library."""
     return CpuLauncher(native.load(path), entries)

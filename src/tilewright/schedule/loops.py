@@ -104,7 +104,7 @@ def fuse(body: Stmt, outer: str, inner: str, into: str = "") -> Found:
             Let(a.var, add(a.begin, simplify(binary("//", both, width)))),
             Let(b.var, add(b.begin, simplify(binary("%", both, width)))),
         )
-        return build_chain(replace(chain, loops=(joint, *chain.loops[2:]), lets=(*lets, *chain.lets)), lambda _: True)
+        return build_chain(replace(chain, loops=(joint, *chain.loops[2:]), lets=(*lets, *chain.lets)))
 
     return rewrite_loops(body, outer, one)
 
@@ -143,7 +143,7 @@ def _reordered(top: For, order: tuple[str, ...]) -> Stmt:
         )  # fmt: skip
     slots = iter(present)
     loops = tuple(next(slots) if f in present else f for f in chain.loops)
-    return build_chain(replace(chain, loops=loops), lambda _: True)
+    return build_chain(replace(chain, loops=loops))
 
 
 def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:

@@ -7,12 +7,13 @@ out as the names they read allow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright.errors import ScheduleError
-from tilewright.ir.nodes import Compute, Expr, For, If, Let, Program, Seq, Stmt, seq
+from tilewright.ir.nodes import (
+    Compute, Expr, For, If, Let, Load, Program, Search, Seq, Stmt, seq,
+)  # fmt: skip
 from tilewright.ir.rewrite import free_vars, rebuild, walk
 
 
@@ -45,47 +46,45 @@ def chain_from(s: Stmt) -> Chain:
             return Chain(tuple(loops), tuple(lets), tuple(guards), s)
 
 
-def build_chain(chain: Chain, outside: Callable[[str], bool]) -> Stmt:
+def build_chain(chain: Chain) -> Stmt:
     """The chain as a statement: each let and guard right below the last name it needs.
 
-    `outside(name)` tells whether a name is bound above the chain."""
-    bound: set[str] = set()
+    What loads stands behind every guard that can be tested before it: a guard may be what keeps the
+    load inside its array."""
     own = {f.name for f in chain.loops} | {x.var.name for x in chain.lets}
+    return _below(chain.loops, (*chain.lets, *chain.guards), chain.body, own, frozenset())
 
-    def ready(e: Any) -> bool:
-        return all(name in bound or name not in own for name in free_vars(e))
 
-    def inner(loops: tuple[For, ...], lets: tuple[Let, ...], guards: tuple[Expr, ...]) -> Stmt:
-        placed: list[Let] = []
-        moved = True
-        while moved:
-            moved = False
-            for x in lets:
-                if x not in placed and ready(x.value):
-                    placed.append(x)
-                    bound.add(x.var.name)
-                    moved = True
-        lets = tuple(x for x in lets if x not in placed)
-        now = [g for g in guards if ready(g)]
-        guards = tuple(g for g in guards if g not in now)
-        if loops:
-            head = loops[0]
-            if not (ready(head.begin) and ready(head.end)):
-                raise ScheduleError(
-                    "S102", f"the range of loop {head.name} depends on loops that would stand inside it",
-                    hint="a level stays inside the levels above it",
-                )  # fmt: skip
-            bound.add(head.name)
-            body: Stmt = replace(head, body=inner(loops[1:], lets, guards))
-        else:
-            assert not lets and not guards
-            body = chain.body
-        for g in reversed(now):
-            body = If(g, body)
-        return seq(*placed, body)
+def _below(
+    loops: tuple[For, ...], waiting: tuple[Any, ...], body: Stmt, own: set[str], bound: frozenset[str]
+) -> Stmt:  # fmt: skip
+    def ready(*parts: Any) -> bool:
+        return all(name in bound or name not in own for e in parts for name in free_vars(e))
 
-    assert outside is not None
-    return inner(chain.loops, chain.lets, chain.guards)
+    def rank(x: Any) -> int:  # plain names, then guards, then loads
+        return 1 if not isinstance(x, Let) else 2 if _loads(x.value) else 0
+
+    now = [x for x in waiting if ready(x.value if isinstance(x, Let) else x)]
+    if now:
+        first = min(now, key=rank)
+        rest = tuple(x for x in waiting if x is not first)
+        if isinstance(first, Let):
+            return seq(first, _below(loops, rest, body, own, bound | {first.var.name}))
+        return If(first, _below(loops, rest, body, own, bound))
+    if not loops:
+        assert not waiting
+        return body
+    head = loops[0]
+    if not ready(head.begin, head.end):
+        raise ScheduleError(
+            "S102", f"the range of loop {head.name} depends on loops that would stand inside it",
+            hint="a level stays inside the levels above it",
+        )  # fmt: skip
+    return replace(head, body=_below(loops[1:], waiting, body, own, bound | {head.name}))
+
+
+def _loads(e: Expr) -> bool:
+    return any(isinstance(x, (Load, Search)) for x in walk(e))
 
 
 def loop_names(program: Program) -> list[str]:

@@ -1,0 +1,9 @@
+"""Operators written in the language, each with its recipes. They take bare arrays.
+
+An operator's file holds the program (the mathematics), the schedules that make it fast on each
+target, and the function that a user calls; the function picks format and schedule by shape.
+"""
+
+from tilewright.ops.spmm import pack_for_spmm, spmm
+
+__all__ = ["pack_for_spmm", "spmm"]
