@@ -159,7 +159,7 @@ def _manifest(program: Program, target: Target) -> Manifest:
             f"stage{number}",
             tuple(host_text(n.grid) for n in stage),
             tuple(n.part for n in stage),
-            stage[0].threads,
+            (cuda_text.stage_threads(stage), 1),
         )
         for number, stage in enumerate(program.stages)
     )

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from tilewright.codegen.cfamily import C_TYPES, Params, Renderer, Source, c_name, collect_params
 from tilewright.ir.nodes import (
-    Buffer, Const, Mma, MmaStore, MmaZero, Nest, Program, ReduceThreads, Store, Tile, Var,
+    Broadcast, Buffer, Const, Expr, Load, Mma, MmaStore, MmaZero, Nest, Program, Ramp, ReduceThreads, Select,
+    Store, Tile, Var,
 )  # fmt: skip
 from tilewright.ir.rewrite import walk
 
+RESIDENT = 1024  # threads of an SM that the register budget is made for: 64 registers each
 PRELUDE = Path(__file__).parent / "prelude"
 
 
@@ -71,6 +73,18 @@ class CudaRenderer(Renderer):
             return {"nan": "__uint_as_float(0x7fc00000u)", "inf": "__uint_as_float(0x7f800000u)", "-inf": "__uint_as_float(0xff800000u)"}[bits]
         return text
 
+    def select(self, e: Select) -> str:
+        """A load that a condition guards is predicated: a branch would part it from its neighbours
+        and their latencies would add up."""
+        if isinstance(e.a, Load) and e.cond.dtype.lanes == 1 and e.a.buffer.name not in self.written and _zero(e.b):
+            index = e.a.index[0].base if isinstance(e.a.index[0], Ramp) else e.a.index[0]
+            if e.dtype.lanes == 1 or isinstance(e.a.index[0], Ramp):
+                kind = f"{C_TYPES[e.dtype.name]}, {e.dtype.lanes}"
+                place = f"{self.pointer(e.a.buffer)} + {self.expr(index)}"
+                lanes = "" if e.dtype.lanes > 1 else "[0]"
+                return f"tw::load_const_if<{kind}>({self.expr(e.cond)}, {place}){lanes}"
+        return super().select(e)
+
     def reduce_threads(self, e: ReduceThreads) -> str:
         value, op = self.expr(e.a), f"tw::op_{e.op}<{self.type(e.dtype)}>"
         if e.axis == "thread.x":
@@ -101,6 +115,11 @@ class CudaRenderer(Renderer):
         return f"tw::tile({self.pointer(t.buffer)} + {self.expr(t.offset)}, {rest})"
 
 
+def _zero(e: Expr) -> bool:
+    e = e.a if isinstance(e, Broadcast) else e
+    return isinstance(e, Const) and e.value == 0
+
+
 def render(program: Program, declarations: str, params: Params | None = None) -> Source:
     """The source of a program at the loop level. `declarations` are the structs Params and Row."""
     params = params or collect_params(program)
@@ -128,27 +147,37 @@ def _body(program: Program, params: Params, nest: Nest, name: str) -> tuple[str,
     renderer.stmt(nest.body)
     lines = [f"  {line}" for line in (*renderer.body_pointers(nest), *renderer.unit_to_grid(nest))]
     body = "\n".join((*lines, *renderer.lines))
-    head = f"TW_INLINE void {name}(const Params& p, const Row& r, int64_t unit, int tx, int ty, char* smem)"
-    return f"// {nest.name}\n{head} {{\n{body}\n}}", renderer.smem_bytes
+    x, y = nest.threads
+    head = f"TW_INLINE void {name}(const Params& p, const Row& r, int64_t unit, int thread, char* smem)"
+    place = f"  const int tx = thread % {x}, ty = thread / {x};  // {x} x {y} threads"
+    return f"// {nest.name}\n{head} {{\n{place}\n{body}\n}}", renderer.smem_bytes
+
+
+def stage_threads(stage: tuple[Nest, ...]) -> int:
+    """Threads of a CTA: those of the body that has most; others leave the rest idle."""
+    return max(n.threads[0] * n.threads[1] for n in stage)
 
 
 def _shell(stage: tuple[Nest, ...], number: int) -> str:
-    threads = stage[0].threads[0] * stage[0].threads[1]
+    threads = stage_threads(stage)
     head = (
-        f'extern "C" __global__ void __launch_bounds__({threads}) stage{number}(const __grid_constant__ Params p) {{\n'
+        f'extern "C" __global__ void __launch_bounds__({threads}, {max(1, RESIDENT // threads)}) stage{number}(const __grid_constant__ Params p) {{\n'
         "  extern __shared__ __align__(16) char smem[];\n"
-        "  const int tx = threadIdx.x, ty = threadIdx.y;\n"
+        "  const int thread = threadIdx.x;\n"
         "  const int64_t unit = blockIdx.x;\n"
     )
+
+    def call(case: int, nest: Nest, unit: str, row: str) -> str:
+        mine = nest.threads[0] * nest.threads[1]
+        guard = f"if (thread < {mine}) " if mine < threads else ""
+        return f"{guard}body{number}_{case}(p, {row}, {unit}, thread, smem);"
+
     if stage[0].part < 0:
-        return head + f"  body{number}_0(p, p.rows[0], unit, tx, ty, smem);\n}}"
-    cases = "\n".join(
-        f"    case {n.part}: body{number}_{c}(p, r, unit - r.first, tx, ty, smem); break;" for c, n in enumerate(stage)
-    )
+        return head + f"  {call(0, stage[0], 'unit', 'p.rows[0]')}\n}}"
+    cases = "\n".join(f"    case {n.part}: {call(c, n, 'unit - r.first', 'r')} break;" for c, n in enumerate(stage))
     return head + (
         "  int at = 0;\n"
         "  while (at + 1 < p.row_count && unit >= p.rows[at + 1].first) ++at;\n"
         "  const Row& r = p.rows[at];\n"
         "  switch (static_cast<int>(r.body)) {\n" + cases + "\n  }\n}"
     )
-

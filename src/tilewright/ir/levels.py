@@ -26,7 +26,7 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.errors import FormatError
-from tilewright.ir.nodes import Buffer, Const, Expr, Load, Search, Var, binary, select
+from tilewright.ir.nodes import Buffer, Const, Expr, Load, Search, Var, binary, cast, select
 from tilewright.ir.rewrite import add, mul
 
 Arrays = dict[str, np.ndarray]
@@ -318,12 +318,14 @@ LEVELS: dict[str, type[Level]] = {
 def load_value(values: Buffer, position: Expr, fill: float) -> Expr:
     """`values[position]`, or `fill` where the position is -1 (a missing coordinate)."""
     value = Load(values, (position,), values.dtype)
-    if isinstance(position, (Var, Const)) or not _may_miss(position):
+    if isinstance(position, (Var, Const)) or not may_miss(position):
         return value
-    return select(binary(">=", position, 0), value, Const(type(fill)(fill), values.dtype))
+    kind = values.dtype.accumulator  # a narrow float is only stored, never chosen between
+    return select(binary(">=", position, 0), cast(value, kind), cast(Const(fill, dtypes.float64), kind))
 
 
-def _may_miss(position: Any) -> bool:
+def may_miss(position: Any) -> bool:
+    """Whether a position may be -1, because it was searched for."""
     from tilewright.ir.rewrite import walk
 
     return any(isinstance(x, Search) or getattr(x, "value", None) == -1 for x in walk(position))

@@ -540,7 +540,8 @@ def size_var(dim: str | int, index: DType = dtypes.int32) -> Expr:
 
 
 def as_expr(x: Any, dtype: DType | None = None) -> Expr:
-    """Numbers become constants: of `dtype`, else bool, int32 or float32 by their Python type."""
+    """Numbers become constants: of `dtype`, else bool, int32 or float32 by their Python type; a
+    tensor without dimensions is its one value."""
     if isinstance(x, Expr):
         return x
     if isinstance(x, bool):
@@ -549,6 +550,8 @@ def as_expr(x: Any, dtype: DType | None = None) -> Expr:
         return Const(x, dtype or dtypes.int32)
     if isinstance(x, float):
         return Const(x, dtype or dtypes.float32)
+    if isinstance(x, Tensor) and not x.dims:
+        return Access(x, (), x.dtype)
     raise ProgramError("P101", f"{x!r} cannot stand in an expression", hint="numbers and tensors can")
 
 

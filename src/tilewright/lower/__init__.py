@@ -17,6 +17,7 @@ from tilewright.lower.bind import bind_grid, bind_threads, serialize_threads
 from tilewright.lower.flatten import flatten_addresses, inline_lets
 from tilewright.lower.hoist import hoist_reductions
 from tilewright.lower.positions import coordinates_to_positions
+from tilewright.lower.predicate import predicate_loads
 from tilewright.lower.reductions import materialize_reductions
 from tilewright.lower.vectorize import split_registers, unroll_loops, vectorize_loops
 
@@ -43,6 +44,7 @@ AFTER_SCHEDULE = (
     Pass(serialize_threads, only=("cpp", "interp")),
     Pass(bind_grid),
     Pass(bind_threads, only=("cuda",)),
+    Pass(predicate_loads, only=("cuda",)),
     Pass(flatten_addresses),
     Pass(vectorize_loops),
     Pass(unroll_loops),

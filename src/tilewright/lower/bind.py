@@ -36,12 +36,14 @@ def bind_threads(program: Program) -> Program:
               Y[o + lane] = …                             if thread_x == 0: Z[i] = …
             Z[i] = …
     """
-    stages = []
-    for stage in program.stages:
-        extents = {kind: max((_extent(n.body, kind) for n in stage), default=1) for kind in THREADS}
-        threads = (extents["thread.x"], extents["thread.y"])
-        stages.append(tuple(replace(n, body=simplify(_threads(n.body, extents, frozenset())), threads=threads) for n in stage))
-    return replace(program, stages=tuple(stages))
+    stages = tuple(tuple(_bound(n) for n in stage) for stage in program.stages)
+    return replace(program, stages=stages)
+
+
+def _bound(nest: Nest) -> Nest:
+    extents = {kind: _extent(nest.body, kind) for kind in THREADS}
+    body = simplify(_threads(nest.body, extents, frozenset()))
+    return replace(nest, body=body, threads=(extents["thread.x"], extents["thread.y"]))
 
 
 def serialize_threads(program: Program) -> Program:

@@ -24,7 +24,8 @@ def hoist_reductions(program: Program) -> Program:
         hoister = _Hoister(statement)
         value = statement.value
         inner = value.a if _is_plain_cast(value) else value
-        if isinstance(inner, Reduce):  # the statement itself reduces
+        if isinstance(inner, Reduce) and not _has_two_drivers(statement, inner):
+            # The statement itself reduces.
             new = Reduce(inner.op, inner.axes, hoister.visit(inner.body, (inner,)), inner.dtype)
             value = cast(new, value.dtype)
         else:
@@ -33,6 +34,18 @@ def hoist_reductions(program: Program) -> Program:
             tensors[made.out.tensor.name] = made.out.tensor
         body += [*hoister.made, Assign(statement.out, value)]
     return replace(program, tensors=tuple(tensors.values()), body=tuple(body))
+
+
+def _has_two_drivers(statement: Assign, e: Reduce) -> bool:
+    """Whether the output follows the stored coordinates of one tensor, its reduction those of
+    another: a statement follows one."""
+    own = {a.name for a in e.axes}
+    return statement.out.tensor.is_sparse and any(
+        isinstance(x, Access)
+        and x.tensor.is_sparse
+        and any(isinstance(c, Index) and c.name in own for c in x.coords)
+        for x in walk(e.body)
+    )
 
 
 def _is_plain_cast(e: Any) -> bool:

@@ -8,12 +8,12 @@ and the statement stands in the innermost. Reductions it needs are placed as far
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir.levels import Level, Storage, load_value
+from tilewright.ir.levels import Level, Storage, load_value, may_miss
 from tilewright.ir.nodes import (
     Access, Assign, Binary, Buffer, Cast, Compute, Const, Expr, For, If, Index, Let, Load, Nest, Program,
     Reduce, Search, Select, Stmt, Tensor, Unary, Var,
@@ -94,13 +94,14 @@ class _Env:
     """What is known at a place of the nest: coordinates that are bound, positions of structures."""
 
     bound: dict[str, Expr] = field(default_factory=dict)
-    halves: dict[tuple[str, bool], Expr] = field(default_factory=dict)
+    halves: dict[tuple[str, int, bool], Expr] = field(default_factory=dict)
     vars: dict[tuple[str, int], Expr] = field(default_factory=dict)
     pos: dict[tuple[str, int], Expr] = field(default_factory=dict)
     coords: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    places: dict[tuple[str, tuple[str, ...]], Expr] = field(default_factory=dict)
 
     def copy(self) -> _Env:
-        return _Env(dict(self.bound), dict(self.halves), dict(self.vars), dict(self.pos), dict(self.coords))
+        return _Env(*(dict(getattr(self, f.name)) for f in fields(self)))
 
 
 class _Builder:
@@ -223,6 +224,8 @@ class _NestBuilder:
         self.structure, self.shared = structure, shared
         self.placed: set[str] = set()
         self.in_place = False
+        self.at = root  # the statement whose loops are being opened
+        self.hidden: frozenset[str] = frozenset()
         self.home = {t.out.tensor.name: self._home(t) for t in temps}
 
     def _home(self, t: _Statement) -> str:
@@ -242,16 +245,73 @@ class _NestBuilder:
     def emit(self, st: _Statement, env: _Env) -> Stmt:
         driver = self.owner.driver(st)
         if driver is None and st is self.root and self.structure:
-            driver = next(d for d in map(self.owner.driver, self.temps) if d and d[0] == self.structure)
+            driver = self._borrowed(st)
         if driver:
             env = env.copy()
-            env.coords.setdefault(driver[0], driver[1])
+            if st is not self.root:
+                self._check_whole_rows(st, driver)
+            self._follow(st, driver, env)
         specs = self._ordered(st, driver, env)
         in_place = bool(st.op) and self._is_in_place(st, specs)
         if in_place and st is not self.root:
             raise ProgramError("P107", f"a reduction inside {self.root.out.tensor.name} meets rows stored in pieces")
         self.in_place |= in_place
-        return self._loops(st, specs, env, in_place)
+        around, hidden = self.at, self.hidden
+        self.at, self.hidden = st, frozenset()
+        if st is not self.root:
+            others = (self.root, *(t for t in self.temps if t is not st))
+            known = {x.name for o in others for x in (*_indices(o.out.coords), *o.axes)}
+            self.hidden = frozenset({a.name for a in st.axes} & known)
+        nest = self._loops(st, specs, env, in_place)
+        self.at, self.hidden = around, hidden
+        return nest
+
+    def _borrowed(self, st: _Statement) -> tuple[str, tuple[str, ...]] | None:
+        """The driver of a reduction inside the root, where the root's own loops can follow it: where
+        no level of theirs stands below one that only the reduction walks."""
+        driver = next(d for d in map(self.owner.driver, self.temps) if d and d[0] == self.structure)
+        own = {x.name for x in _indices(st.out.coords)}
+        levels = self.owner.format[driver[0]].levels
+        walked = [driver[1][level.dim] in own for level in levels]
+        for depth, level in enumerate(levels):
+            if walked[depth] and not level.is_dense and not all(walked[:depth]):
+                if hasattr(self.owner.tensors[driver[0]].format, "parts"):
+                    raise _unsearchable(driver[0], self.owner.tensors[driver[0]].format)
+                return None
+        return driver
+
+    def _follow(self, st: _Statement, driver: tuple[str, tuple[str, ...]], env: _Env) -> None:
+        """Makes `driver` what its structure is read at. Positions below a level that is opened anew,
+        or that belong to other indices, are forgotten; a whole old position stays known."""
+        structure, names = driver
+        levels = self.owner.format[structure].levels
+        old = env.coords.get(structure, names)
+        if old != names and all((structure, d) in env.vars for d in range(len(levels))):
+            env.places[structure, old] = self._position(structure, len(levels) - 1, env)
+        env.coords[structure] = names
+        anew = {a.name for a in (*_indices(st.out.coords), *st.axes) if a.name not in env.bound}
+        anew |= {a.name for a in st.axes}
+        moved = False
+        for depth, level in enumerate(levels):
+            other = names[level.dim] in anew or old[level.dim] != names[level.dim]
+            if other or (moved and not level.is_dense):
+                env.vars.pop((structure, depth), None)
+            if other or moved:
+                env.pos.pop((structure, depth), None)
+                moved = True
+
+    def _check_whole_rows(self, st: _Statement, driver: tuple[str, tuple[str, ...]]) -> None:
+        """A reduction inside another statement is finished before it is read: its rows are whole."""
+        structure, names = driver
+        reduced = {a.name for a in st.axes}
+        levels = self.owner.format[structure].levels
+        pieces = any(not x.unique and names[x.dim] not in reduced for x in levels)
+        if pieces or (self.shared and structure == self.structure):
+            whole = self.owner.tensors[structure].format
+            raise ProgramError(
+                "P107", f"{self.root.out.tensor.name} is more than one sum (or max, min) and {whole} shares its rows",
+                hint="use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'",
+            )  # fmt: skip
 
     def _loops(self, st: _Statement, specs: list[_Spec], env: _Env, in_place: bool) -> Stmt:
         before: list[Stmt] = []
@@ -328,16 +388,23 @@ class _NestBuilder:
         if s.fused is not None:
             return self._open_fused(s, env)
         name = s.axis.name
+        tag = self._tag(name)
         if s.level is None:
             var = Var(self._fresh(name), self.owner.index)
             env.bound[name] = var
             end = self.owner.size(s.axis.dim)
-            return lambda body: For(var, Const(0, var.dtype), end, body, axes=(name,))
+            return lambda body: For(var, Const(0, var.dtype), end, body, axes=(tag,))
         level, storage = self.owner.storage(s.structure, s.depth)
         zero = Const(0, self.owner.index)
         # A dense level may be walked before the levels above it: its parent is only needed later.
         q = zero if level.is_dense else self._position(s.structure, s.depth - 1, env)
+        found: list[Stmt] = []
+        if may_miss(q):  # nothing is stored there: an empty range
+            q, found = self._named(s.structure, s.depth - 1, q, env)
         begin, end = level.loop(storage, q)
+        if found:
+            stored = binary(">=", q, 0)
+            begin, end = select(stored, begin, zero), select(stored, end, zero)
         suffix = ("_i" if level.inner else "_o") if level.block else ""
         is_own_coord = level.is_dense or not level.arrays or level.arrays == ("indptr",)
         var = Var(self._fresh(name + suffix + ("" if is_own_coord else "_p")), self.owner.index)
@@ -347,7 +414,13 @@ class _NestBuilder:
         lets, guards = self._bind(s, level, level.coord(storage, q, v), env)
         if single:
             return lambda body: _inside(lets, guards, body)
-        return lambda body: For(var, begin, end, _inside(lets, guards, body), axes=(name,))
+        return lambda body: seq(*found, For(var, begin, end, _inside(lets, guards, body), axes=(tag,)))
+
+    def _named(self, structure: str, depth: int, q: Expr, env: _Env) -> tuple[Var, list[Stmt]]:
+        """A located position under a name of its own."""
+        var = Var(self._fresh(f"{structure}_q{depth}"), q.dtype)
+        env.pos[structure, depth] = var
+        return var, [Let(var, q)]
 
     def _bind(self, s: _Spec, level: Level, coord: Expr, env: _Env) -> tuple[list[Stmt], list[Expr]]:
         """Names the coordinate; whole axes at once, blocked ones when both halves are known."""
@@ -361,9 +434,10 @@ class _NestBuilder:
         if not level.block:
             env.bound[name] = coord
             return lets, guards
-        env.halves[name, level.inner] = coord
-        if (name, not level.inner) in env.halves:
-            outer, inner = env.halves[name, False], env.halves[name, True]
+        block = level.block
+        env.halves[name, block, level.inner] = coord
+        if (name, block, not level.inner) in env.halves:
+            outer, inner = env.halves[name, block, False], env.halves[name, block, True]
             whole = Var(self._fresh(name), self.owner.index)
             lets.append(Let(whole, add(mul(outer, level.block), inner)))
             size = self.owner.size(s.axis.dim)
@@ -392,7 +466,7 @@ class _NestBuilder:
         env.bound |= {row: i, col: j}
         env.pos |= {(s.structure, 0): parent, (s.structure, 1): var}
         zero = Const(0, var.dtype)
-        return lambda body: For(var, zero, storage.count, _inside(lets, [], body), axes=(row, col))
+        return lambda body: For(var, zero, storage.count, _inside(lets, [], body), axes=(self._tag(row), self._tag(col)))
 
     def _position(self, structure: str, depth: int, env: _Env) -> Expr:
         """The position at a level: known from a loop, or located from bound coordinates."""
@@ -404,9 +478,11 @@ class _NestBuilder:
             return level.pos(storage, q, env.vars[structure, depth])
         if (structure, depth) not in env.pos:
             level, storage = self.owner.storage(structure, depth)
+            if not level.unique:
+                raise _unsearchable(structure, self.owner.format[structure])
             axis = env.coords[structure][level.dim]
-            if level.block and (axis, level.inner) in env.halves:
-                coord = env.halves[axis, level.inner]
+            if (axis, level.block, level.inner) in env.halves:
+                coord = env.halves[axis, level.block, level.inner]
             else:
                 coord = _part_of(level, env.bound[axis])
             env.pos[structure, depth] = level.locate(storage, self._position(structure, depth - 1, env), coord)
@@ -425,6 +501,7 @@ class _NestBuilder:
 
     def _leaf(self, st: _Statement, env: _Env, in_place: bool) -> Stmt:
         lets: list[Stmt] = []
+        guards = self._stored_guard(st, env, lets)
         value = self._resolve(st.value, env, lets)
         target = st.out.tensor
         if target.is_sparse:
@@ -440,7 +517,26 @@ class _NestBuilder:
             )  # fmt: skip
         if not st.op:
             value = cast(value, out.dtype)
-        return seq(*lets, Compute(out, value, st.op, tuple(a.name for a in st.axes), in_place))
+        compute = Compute(out, value, st.op, tuple(self._tag(a.name) for a in st.axes), in_place)
+        return _inside(lets, guards, compute)
+
+    def _tag(self, axis: str) -> str:
+        """The axis a loop walks, as verbs and reductions know it: an index that the statement at hand
+        reduces over, and that a statement around it has too, is another axis."""
+        return f"{axis}.{self.at.out.tensor.name}" if axis in self.hidden else axis
+
+    def _stored_guard(self, st: _Statement, env: _Env, lets: list[Stmt]) -> list[Expr]:
+        """Where the last level is searched, not walked, a reduction skips what is not stored."""
+        driver = self.owner.driver(st) if st.op else None
+        if driver is None or env.coords.get(driver[0]) != driver[1]:
+            return []
+        last = len(self.owner.format[driver[0]].levels) - 1
+        q = self._position(driver[0], last, env)
+        if not may_miss(q):
+            return []
+        var, named = self._named(driver[0], last, q, env)
+        lets += named
+        return [binary(">=", var, 0)]
 
     def _resolve(self, e: Any, env: _Env, lets: list[Stmt]) -> Any:
         """Accesses become loads; types are derived anew, since coordinates may be int64."""
@@ -472,6 +568,8 @@ class _NestBuilder:
         last = len(self.owner.format[tensor.structure].levels) - 1
         if env.coords.get(tensor.structure) == names:
             position = self._position(tensor.structure, last, env)
+        elif (tensor.structure, names) in env.places:
+            position = env.places[tensor.structure, names]
         else:
             position = self._locate(tensor, tuple(self._resolve(c, env, lets) for c in e.coords), lets)
         return load_value(self.owner.values(tensor), position, tensor.fill)
@@ -479,8 +577,8 @@ class _NestBuilder:
     def _locate(self, tensor: Tensor, coords: tuple[Expr, ...], lets: list[Stmt]) -> Expr:
         """Searches level by level; -1 once something is missing."""
         fmt = self.owner.format[tensor.structure]
-        if not hasattr(fmt, "levels"):
-            raise ProgramError("P107", f"{tensor.name} is composed of parts and cannot be searched", hint="pack it as csr")
+        if not hasattr(fmt, "levels") or not all(level.unique for level in fmt.levels):
+            raise _unsearchable(tensor.name, fmt)
         q: Expr = Const(0, self.owner.index)
         for depth, level in enumerate(fmt.levels):
             _, storage = self.owner.storage(tensor.structure, depth)
@@ -491,6 +589,13 @@ class _NestBuilder:
             lets.append(Let(var, found))
             q = var
         return add(q, 0) if all(level.is_dense for level in fmt.levels) else select(binary(">=", q, 0), q, as_expr(-1, self.owner.index))
+
+
+def _unsearchable(name: str, fmt: Any) -> ProgramError:
+    return ProgramError(
+        "P107", f"{name} is read where its entries are not followed, and {fmt} cannot be searched",
+        hint="store it as csr, or let the loops follow it",
+    )  # fmt: skip
 
 
 def _part_of(level: Level, coord: Expr) -> Expr:

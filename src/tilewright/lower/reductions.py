@@ -162,6 +162,8 @@ def _chain(top: For, compute: Compute) -> _Chain:
             frame.append(s)
     place = {name for i in compute.out.index for name in free_vars(i)}
     escapes = compute.out.buffer.scope != "register" and bool(place & reduced)
+    # A level of width 0 has forgotten what its coordinates depend on; it updates nothing.
+    escapes |= compute.in_place and any(isinstance(s, For) and s.extent == 0 for s in path)
     return _Chain(compute, tuple(spatial), tuple(lanes), tuple(threads), tuple(frame), escapes)
 
 

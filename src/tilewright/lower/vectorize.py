@@ -201,7 +201,8 @@ class _Vectorizer:
             return replace(e, a=self.vector(e.a), dtype=e.dtype.vector(self.lanes))
         if isinstance(e, Select):
             dtype = e.dtype.vector(self.lanes)
-            return Select(self.vector(e.cond), self.vector(e.a), self.vector(e.b), dtype)
+            cond = self.vector(e.cond) if self.varies(e.cond) else e.cond
+            return Select(cond, self.vector(e.a), self.vector(e.b), dtype)
         if isinstance(e, ReduceThreads):
             return replace(e, a=self.vector(e.a), dtype=e.dtype.vector(self.lanes))
         if isinstance(e, Load):

@@ -19,7 +19,7 @@ from tilewright.runtime import toolchain
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import formats, trace
-from tilewright.sparse.formats import Composed, Format
+from tilewright.sparse.formats import Composed, Format, Where
 from tilewright.sparse.pack import Packed
 from tilewright.sparse.trace import dense, indices, out, sparse
 
@@ -34,8 +34,9 @@ def spmm_program(A=sparse("m n"), X=dense("n d")):  # noqa: ANN001, ANN201
 
 ROWS_PER_UNIT = 16  # rows of one unit on the CPU: a few microseconds of work
 CPU_TILE = 128  # features kept in registers: 8 accumulators of 16 lanes
-TALL_ROWS = 16  # threads in y that share a long row
-BUCKETS = (1, 2, 4, 8, 16, 32)
+CTA = 256  # threads
+AHEAD = 8  # gathers in flight in each thread: what hides the latency of memory
+TALL, GIANT = "tall", "giant"  # rows that a CTA shares; rows that several CTAs share, by features
 
 
 def cpu_recipe(s: Schedule) -> Schedule:
@@ -62,25 +63,21 @@ def _rows(s: Schedule, n: int) -> Schedule:
 
 
 def gpu_recipe(s: Schedule) -> Schedule:
-    """Each nest by its format: rows of one length side by side, long rows by a whole CTA."""
+    """Each nest by its format: rows of one length side by side, a long row by a whole CTA."""
     d = dict(s.program.sizes).get("d")
     if d is None:
         raise AssertionError("the GPU recipe is made for one width: specialize d")
     lanes = next(v for v in (4, 2, 1) if d % v == 0)
-    across = min(_power(d // lanes), 32)  # threads of one row
-    for n, nest in enumerate(s.nests):
-        if not _sums(s, n):
-            s = _gpu_fill(s.on(n), lanes, across)
-            continue
+    for n in range(len(s.nests)):
         fmt = s.format_of(n)
-        width = getattr(fmt.levels[-1], "width", None)
-        s = _gpu_features(s.on(n), d, lanes, across)
-        s = _gpu_bucket(s, width, across) if width is not None else _gpu_rows(s, fmt, across)
+        shared = s.has("j", n) and fmt.name in (TALL, GIANT, "dcsr")
+        across = min(_power(d // lanes), 8 if fmt.name == GIANT else 32)  # threads of one row
+        s = _gpu_features(s.on(n), lanes, across)
+        if shared:
+            s = _gpu_shared_rows(s, CTA // across)
+        else:
+            s = _gpu_own_rows(s, n, CTA // across, getattr(fmt.levels[-1], "width", 0))
     return s.everywhere()
-
-
-def _sums(s: Schedule, n: int) -> bool:
-    return s.has("j", n)
 
 
 def _power(n: int) -> int:
@@ -88,36 +85,28 @@ def _power(n: int) -> int:
     return n & -n
 
 
-def _gpu_features(s: Schedule, d: int, lanes: int, across: int) -> Schedule:
-    """k → tiles of across × lanes: threads in x, a vector each."""
+def _gpu_features(s: Schedule, lanes: int, across: int) -> Schedule:
+    """k → tiles of across × lanes: threads in x, a vector each; tiles are units, the slowest ones, so
+    that the CTAs of one time gather from one slice of X."""
     s = s.split("k", lanes, into=("k_c", "k_v")).split("k_c", across, into=("k_tile", "k_x"))
-    return s.reorder("k_tile", "i", "k_x", "j", "k_v").bind("k_tile", "cta.y").vectorize("k_v")
+    s = s.reorder("k_tile", "i", "k_x", "j", "k_v") if s.has("j") else s.reorder("k_tile", "i", "k_x", "k_v")
+    return s.bind("k_tile", "cta.y").bind("k_x", "thread.x").vectorize("k_v")
 
 
-def _gpu_bucket(s: Schedule, width: int, across: int) -> Schedule:
-    """Rows of one width: threads in y, several rows each where rows are short."""
-    each = max(1, min(4, 8 // max(width, 1)))
-    s = s.split("i", 256 // across * each, into=("i_cta", "i_r")).split("i_r", each, into=("i_y", "i_u"))
-    s = s.reorder("k_tile", "i_cta", "i_y", "k_x", "j", "i_u", "k_v")
-    s = s.bind("i_cta", "cta.x").bind("i_y", "thread.y").bind("k_x", "thread.x").unroll("i_u")
-    return s.unroll("j", min(width, 8)) if width > 1 else s
+def _gpu_own_rows(s: Schedule, n: int, rows: int, width: int) -> Schedule:
+    """A row to each value of y; `AHEAD` of its entries in flight."""
+    s = s.split("i", rows, into=("i_cta", "i_y")).bind("i_cta", "cta.x").bind("i_y", "thread.y")
+    if not s.has("j", n):
+        return s
+    if width:
+        return s.unroll("j", min(width, AHEAD)) if width > 1 else s
+    return s.split("j", AHEAD // 2, into=("j_o", "j_u")).unroll("j_u")
 
 
-def _gpu_rows(s: Schedule, fmt: Format, across: int) -> Schedule:
-    rows = 256 // across
-    if fmt.levels[0].is_dense:  # csr: a row each
-        s = s.split("i", rows, into=("i_cta", "i_y")).bind("i_cta", "cta.x").bind("i_y", "thread.y")
-        return s.bind("k_x", "thread.x").unroll("j", 4)
-    s = s.split("j", rows, into=("j_o", "j_y")).reorder("k_x", "j_o", "j_y", "k_v")  # long rows: a CTA each
-    s = s.bind("i", "cta.x").bind("k_x", "thread.x").bind("j_y", "thread.y")
-    return s.unroll("j_o", 4)
-
-
-def _gpu_fill(s: Schedule, lanes: int, across: int) -> Schedule:
-    s = s.split("k", lanes, into=("k_c", "k_v")).split("k_c", across, into=("k_tile", "k_x"))
-    s = s.split("i", 256 // across, into=("i_cta", "i_y")).reorder("k_tile", "i_cta", "i_y", "k_x", "k_v")
-    s = s.bind("k_tile", "cta.y").bind("i_cta", "cta.x").bind("i_y", "thread.y").bind("k_x", "thread.x")
-    return s.vectorize("k_v")
+def _gpu_shared_rows(s: Schedule, rows: int) -> Schedule:
+    """A row to each CTA: the threads of y share its entries, `AHEAD` in flight in each."""
+    s = s.split("j", rows * max(1, min(AHEAD, 128 // rows)), into=("j_o", "j_r")).split("j_r", rows, into=("j_u", "j_y"))
+    return s.bind("i", "cta.x").bind("j_y", "thread.y").unroll("j_u")
 
 
 def recipe(s: Schedule) -> Schedule:
@@ -128,13 +117,25 @@ def recipe(s: Schedule) -> Schedule:
 # ---------------------------------------------------------------------------- the operator
 
 
+def by_length(widest: int, giant: int = 4096) -> Composed:
+    """Rows by length: padded buckets up to `widest` entries, a CTA for each longer row, and for rows
+    beyond `giant` CTAs that take a few features each. Every row is in one part: no atomics."""
+    widths = [2**b for b in range(widest.bit_length())]
+    lows = [1, *(w + 1 for w in widths[:-1])]
+    parts: list[tuple[Where, Format]] = [
+        (Where(giant + 1), formats.dcsr(GIANT)),
+        (Where(widest + 1, giant), formats.dcsr(TALL)),
+    ]
+    parts += [(Where(low, w), formats.bucket(w)) for low, w in zip(reversed(lows), reversed(widths), strict=True)]
+    parts.append((Where(0, 0), formats.bucket(0)))
+    return Composed(f"by_length({widest})", tuple(parts), disjoint_rows=True, covers_rows=True)
+
+
 def choose_format(rows: int, nnz: int, target: str) -> Format | Composed:
-    """hyb on a GPU once there is work for all of it, CSR otherwise."""
-    if not target.startswith("cuda") or nnz < 50_000:
+    """CSR on a CPU; on a GPU rows by length, with wider buckets where there is more work."""
+    if not target.startswith("cuda"):
         return formats.csr()
-    mean = nnz / max(rows, 1)
-    top = int(np.clip(2 ** np.ceil(np.log2(max(mean, 1))), 8, 64))
-    return formats.hyb(1, tuple(2**b for b in range(int(np.log2(top)) + 1)))
+    return by_length(16 if nnz < 200_000 else 64)
 
 
 def pack_for_spmm(matrix: Any, width: int = 128, target: str = "cpp", dtype: Any = None) -> Packed:

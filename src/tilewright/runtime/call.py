@@ -262,7 +262,7 @@ class Call:
         formats of other parts have."""
         for tensor, packed in self.packed.items():
             if name == f"{c_name(tensor)}_values":
-                return view(packed.values[part]).pointer
+                return view(packed.values[part if part < len(packed.values) else 0]).pointer
         for structure, s in self.structures.items():
             prefix = f"{c_name(structure)}_"
             if name.startswith(prefix):

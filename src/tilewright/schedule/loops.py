@@ -37,7 +37,7 @@ def split(body: Stmt, loop: str, factor: int, tail: str = "guard", into: tuple[s
         raise ScheduleError("S102", f"tail={tail!r}", hint="guard, cut or exact")
 
     def one(f: For) -> Stmt:
-        base = f.name
+        base = loop
         outer_name, inner_name = into or (f"{base}_o", f"{base}_i")
         t = f.var.dtype
         outer, inner = Var(outer_name, t), Var(inner_name, t)
@@ -200,7 +200,7 @@ def unroll(body: Stmt, loop: str, factor: int = 0) -> Found:
     def one(f: For) -> Stmt:
         if f.extent is None and factor < 2:
             raise ScheduleError("S102", f"loop {f.name} has no constant extent", hint="unroll(loop, 4) hints the compiler")
-        if f.extent is not None and f.extent > 256:
+        if not factor and f.extent is not None and f.extent > 256:
             raise ScheduleError("S102", f"loop {f.name} would be written out {f.extent} times", hint="split it first")
         return replace(f, kind="unroll") if not factor else replace(f, unroll_hint=factor)
 

@@ -23,7 +23,8 @@ from tilewright.ir.levels import Compressed, Dense, Fixed, Level, Ragged, Single
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Format:
-    """A list of levels, outermost first. `name` is for people; two equal lists are equal formats."""
+    """A list of levels, outermost first. Formats of other names are other formats, though their levels
+    be the same: so two parts of one matrix can have schedules of their own."""
 
     name: str
     levels: tuple[Level, ...]
@@ -63,12 +64,6 @@ class Format:
 
     def __repr__(self) -> str:
         return f"{self.name}: {' '.join(map(str, self.levels))}"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Format) and self.levels == other.levels
-
-    def __hash__(self) -> int:
-        return hash(self.levels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +136,6 @@ class Composed:
         rows = "\n".join(f"  {i}: {where}: {fmt!r}" for i, (where, fmt) in enumerate(self.parts))
         return f"{self.name}:\n{rows}"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Composed) and self.parts == other.parts
-
-    def __hash__(self) -> int:
-        return hash(self.parts)
-
 
 def _check_levels(f: Format) -> None:
     def bad(why: str, hint: str = "") -> FormatError:
@@ -183,9 +172,9 @@ def csc() -> Format:
     return Format("csc", (Dense(1), Compressed(0)))
 
 
-def dcsr() -> Format:
+def dcsr(name: str = "dcsr") -> Format:
     """Compressed rows of which the empty ones are left out."""
-    return Format("dcsr", (Compressed(0), Compressed(1)))
+    return Format(name, (Compressed(0), Compressed(1)))
 
 
 def coo() -> Format:

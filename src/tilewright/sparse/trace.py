@@ -41,6 +41,7 @@ class Declared:
     fill: float = 0.0
     kind: Kind = "activation"
     strided: bool = False
+    default: float | None = None
 
 
 @dataclass(slots=True)
@@ -95,9 +96,9 @@ def sparse(dims: str, dtype: Any = None, *, like: str = "", fill: float = 0.0, k
     return Declared(_dims(dims), kind_, True, like, fill, kind)
 
 
-def scalar(dtype: Any = "float32") -> Any:
-    """A run-time number."""
-    return Declared((), dtypes.dtype(dtype))
+def scalar(dtype: Any = "float32", default: float | None = None) -> Any:
+    """A run-time number. `default` is for scalars of attention variants; programs take none."""
+    return Declared((), dtypes.dtype(dtype), default=default)
 
 
 # ---------------------------------------------------------------------------- in the body
@@ -343,6 +344,10 @@ def _parameter(
     formats: dict[str, Any], default: Any, place: str,
 ) -> Tensor:  # fmt: skip
     dtype = given.get(name) or d.dtype or dtypes.float32
+    if d.default is not None:
+        raise ProgramError(
+            "P101", f"scalar {name} of a program has a default", where=place, hint="pass the number in the call"
+        )
     if not d.is_sparse:
         return Tensor(name, d.dims, dtype, kind=d.kind, strided=d.strided)
     owner = d.like or name

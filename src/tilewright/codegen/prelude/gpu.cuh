@@ -106,6 +106,15 @@ TW_INLINE vec<T, N> load_const(const T* p) {
   TW_EACH(N) r.v[l] = __ldg(p + l);
   return r;
 }
+// Zero where the condition fails: the load is predicated, and nothing is read then.
+template <class T, int N>
+TW_INLINE vec<T, N> load_const_if(bool c, const T* p) {
+  vec<T, N> r = {};
+  if (c) {
+    if constexpr (N == 1) r.v[0] = __ldg(p); else r = load_const<T, N>(p);
+  }
+  return r;
+}
 template <class T, int N>
 TW_INLINE void store(T* p, vec<T, N> x) {
 #ifndef TW_UNALIGNED

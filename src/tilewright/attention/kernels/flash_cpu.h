@@ -1,0 +1,424 @@
+// Flash attention on the CPU: one work item is some queries of one request, with one KV head.
+//
+// In front of this file stand the prelude (cpu.h), the constants of `flash` (D head_dim, G query
+// heads of a KV head, N lanes, T keys of a tile, RB × CB the register block, MAX_TOKENS of an item;
+// the element types Q and KV), `Params`, `Item`, kernels/bounds.h and the struct `Variant`.
+// Rows of an item are (token, query head of the group), tokens first: all of them share each load
+// of K and V. Sums are float32 and run in a fixed order, whatever thread runs the item.
+
+namespace flash {
+
+using tw::vec;
+using F = vec<float, N>;
+using I = vec<int32_t, N>;
+
+constexpr int NV = (D + N - 1) / N;  // vectors of a head
+constexpr int DP = NV * N;           // head_dim with padding
+constexpr int TV = T / N;            // vectors of a tile of keys
+constexpr int PARTIAL_ROW = DP + 2;  // floats of a partial result: sums, maximum, weight
+constexpr float LOWEST = -__builtin_inff();
+
+// -- elements ------------------------------------------------------------------------------------
+
+TW_INLINE F as_float(vec<float, N> x, float32) { return x; }
+TW_INLINE F as_float(vec<uint16_t, N> x, float16) { return tw::from_float16<N>(x); }
+TW_INLINE F as_float(vec<uint16_t, N> x, bfloat16) { return tw::from_bfloat16<N>(x); }
+
+// Vector `v` of a head at `p`; lanes beyond head_dim are 0.
+template <class E>
+TW_INLINE F load_head(const typename E::type* p, int v) {
+  if constexpr (D % N != 0) {
+    if (v == NV - 1) {
+      vec<typename E::type, N> part{};
+      __builtin_memcpy(&part, p + v * N, (D % N) * sizeof(typename E::type));
+      return as_float(part, E());
+    }
+  }
+  return as_float(tw::load<typename E::type, N>(p + v * N), E());
+}
+
+TW_INLINE F shuffle(F a, F b, I lanes) {
+#ifdef __clang__
+  F out;
+  for (int l = 0; l < N; ++l) out[l] = lanes[l] < N ? a[lanes[l]] : b[lanes[l] - N];
+  return out;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+// Lane i of the result is the sum of the lanes of x[i].
+TW_INLINE F sum_each(F* x) {
+  int count = N;
+#pragma GCC unroll 8
+  for (int width = N; width > 1; width /= 2) {  // groups of `width` lanes fold to half of it
+    I low, high;
+#pragma GCC unroll 16
+    for (int l = 0; l < N; ++l) {
+      int group = l / (width / 2), within = l % (width / 2), groups = N / width;
+      int from = group < groups ? group * width : N + (group - groups) * width;
+      low[l] = from + within;
+      high[l] = from + within + width / 2;
+    }
+    count /= 2;
+#pragma GCC unroll 16
+    for (int i = 0; i < N / 2; ++i) {
+      if (i < count) x[i] = shuffle(x[2 * i], x[2 * i + 1], low) + shuffle(x[2 * i], x[2 * i + 1], high);
+    }
+  }
+  return x[0];
+}
+
+// x becomes its transpose.
+TW_INLINE void transpose(F* x) {
+#pragma GCC unroll 8
+  for (int step = N / 2; step > 0; step /= 2) {
+    I low, high;
+#pragma GCC unroll 16
+    for (int l = 0; l < N; ++l) {
+      low[l] = l & step ? N + l - step : l;
+      high[l] = l & step ? N + l : l + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      if (i & step) continue;
+      F a = x[i], b = x[i + step];
+      x[i] = shuffle(a, b, low);
+      x[i + step] = shuffle(a, b, high);
+    }
+  }
+}
+
+// -- the mathematics of vectors that programs have only for scalars --------------------------------
+
+template <int L>
+TW_INLINE vec<float, L> tanh(vec<float, L> x) {
+  using V = vec<float, L>;
+  V near = x * x;  // near 0 a polynomial: the quotient below would cancel
+  V small = x + x * near * (-0.33333333f + near * (0.13333333f + near * (-0.05396825f + near * 0.02186949f)));
+  V a = x < V{} ? -x : x;
+  V large = 1.0f - 2.0f / (tw::exp<L>(a + a) + 1.0f);
+  V result = a < tw::splat<float, L>(0.25f) ? small : (x < V{} ? -large : large);
+  return x != x ? x : result;
+}
+template <int L>
+TW_INLINE vec<int32_t, L> floor_div(vec<int32_t, L> a, vec<int32_t, L> b) {
+  vec<int32_t, L> q = a / b, r = a - q * b;
+  return q + (((r != 0) & ((r ^ b) < 0)) ? tw::splat<int32_t, L>(-1) : vec<int32_t, L>{});
+}
+template <int L>
+TW_INLINE vec<int32_t, L> floor_mod(vec<int32_t, L> a, vec<int32_t, L> b) {
+  vec<int32_t, L> r = a % b;
+  return r + (((r != 0) & ((r ^ b) < 0)) ? b : vec<int32_t, L>{});
+}
+
+// -- the KV cache ----------------------------------------------------------------------------------
+
+struct Pages {  // the pages of one request, clamped to what the arrays hold
+  int64_t first, count;
+  int32_t length;  // in keys
+};
+
+TW_INLINE Pages pages_of(const Params& p, int32_t request) {
+  int64_t begin = p.kv_indptr[request], end = p.kv_indptr[request + 1];
+  if (begin < 0) begin = 0;
+  if (end > p.listed) end = p.listed;
+  int64_t count = end - begin;
+  if (count <= 0 || p.pages <= 0) return Pages{0, 0, 0};
+  int64_t last = p.last_page_len ? p.last_page_len[request] : p.page_size;
+  if (last < 0) last = 0;
+  if (last > p.page_size) last = p.page_size;
+  int64_t length = (count - 1) * p.page_size + last;
+  return Pages{begin, count, static_cast<int32_t>(length < 0x7fffffff ? length : 0x7fffffff)};
+}
+
+using K_t = typename KV::type;
+
+// Where the keys kv0 … kv0+n-1 lie.
+TW_INLINE void find_rows(const Params& p, const Pages& pages, int kv_head, int kv0, int n, const K_t** k, const K_t** v) {
+  int64_t page_number = kv0 / p.page_size, slot = kv0 % p.page_size;
+  const K_t* k_head = p.k + kv_head * p.k_head;
+  const K_t* v_head = p.v + kv_head * p.v_head;
+  for (int j = 0; j < n; ++page_number, slot = 0) {
+    int64_t page = pages.first + page_number;
+    if (p.kv_indices) {
+      page = p.kv_indices[page];
+      if (page < 0 || page >= p.pages) page = 0;
+    }
+    const K_t* k_row = k_head + page * p.k_page + slot * p.k_slot;
+    const K_t* v_row = v_head + page * p.v_page + slot * p.v_slot;
+    for (; j < n && slot < p.page_size; ++slot, ++j, k_row += p.k_slot, v_row += p.v_slot) {
+      k[j] = k_row;
+      v[j] = v_row;
+    }
+  }
+}
+
+// -- a block of rows -------------------------------------------------------------------------------
+
+struct Softmax {  // of one row, over the keys seen so far
+  float largest = LOWEST, weight = 0.0f;
+};
+
+// Scores in s become weights; returns what the sums so far are to be multiplied with.
+template <bool MASKED>
+TW_INLINE float online_softmax(const Variant& variant, const At& at, int kv0, int length, float* s, Softmax& row) {
+  F top = tw::splat<float, N>(LOWEST);
+  I kv = tw::ramp<int32_t, N>(kv0);
+  for (int c = 0; c < TV; ++c, kv += N) {
+    F x = variant.logits(tw::load<float, N>(s + c * N), at, kv);
+    if (MASKED) x = (variant.mask(at, kv) & (kv < length)) ? x : tw::splat<float, N>(LOWEST);
+    tw::store<float, N>(s + c * N, x);
+    top = tw::vmax<float, N>(top, x);
+  }
+  float largest = tw::max<float>(row.largest, tw::fold_max<float, N>(top));
+  float base = largest == LOWEST ? 0.0f : largest;  // nothing seen: all weights are 0
+  F sum{};
+  for (int c = 0; c < TV; ++c) {
+    F w = tw::exp<N>(tw::load<float, N>(s + c * N) - base);
+    tw::store<float, N>(s + c * N, w);
+    sum += w;
+  }
+  float keep = row.largest == largest ? 1.0f : tw::exp(row.largest - base);
+  row.weight = row.weight * keep + tw::fold_sum<float, N>(sum);
+  row.largest = largest;
+  return keep;
+}
+
+TW_INLINE float online_softmax(const Variant& variant, const At& at, int kv0, int length, bool masked, float* s, Softmax& row) {
+  return masked ? online_softmax<true>(variant, at, kv0, length, s, row)
+                : online_softmax<false>(variant, at, kv0, length, s, row);
+}
+
+// c[r] = keep[r] * c[r] + Σ_k a[r][k] b[k] for R rows and C vectors of columns.
+template <int R, int C, class LoadB>
+TW_INLINE void block(const float* a, int lda, LoadB b, int k_end, float* c, int ldc, const float* keep) {
+  F acc[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v) acc[r][v] = keep ? tw::load<float, N>(c + r * ldc + v * N) * keep[r] : F{};
+#pragma GCC unroll 1
+  for (int k = 0; k < k_end; ++k) {
+    F row[C];
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v) row[v] = b(k, v);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < C; ++v) acc[r][v] += a[r * lda + k] * row[v];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v) tw::store<float, N>(c + r * ldc + v * N, acc[r][v]);
+}
+
+// The same for all `VECTORS` of columns; `b(k, v)` is vector v of row k.
+template <int R, int VECTORS, class LoadB>
+TW_INLINE void product(const float* a, int lda, LoadB b, int k_end, float* c, int ldc, const float* keep) {
+  constexpr int whole = VECTORS / CB * CB;
+#pragma GCC unroll 1
+  for (int v0 = 0; v0 < whole; v0 += CB)
+    block<R, CB>(a, lda, [&](int k, int v) { return b(k, v0 + v); }, k_end, c + v0 * N, ldc, keep);
+  if constexpr (whole < VECTORS)
+    block<R, VECTORS - whole>(a, lda, [&](int k, int v) { return b(k, whole + v); }, k_end, c + whole * N, ldc, keep);
+}
+
+// -- one item --------------------------------------------------------------------------------------
+
+struct Work {  // an item with what the lengths in memory say of it
+  const Params& p;
+  const Item& item;
+  Variant variant;
+  Pages pages;
+  int32_t first;         // position of the first query
+  int tokens, rows;
+  int begin, end;        // its tiles of keys
+  int chunk, chunks;
+  At at(int row) const {
+    return At{first + row / G, item.kv_head * G + row % G, item.kv_head, item.request};
+  }
+  tw::Tile tile(int row0, int row1, int kv0, int kv1) const {  // both ends included
+    return tw::Tile{tw::Bound{first + row0 / G, first + row1 / G}, tw::Bound{kv0, kv1},
+                    tw::Bound{item.kv_head * G, item.kv_head * G + G - 1},
+                    tw::bound(item.kv_head), tw::bound(item.request)};
+  }
+  int tile_class(int row0, int row1, int t) const {
+    int kv1 = (t + 1) * T;
+    return variant.tile_class(tile(row0, row1, t * T, (kv1 < pages.length ? kv1 : pages.length) - 1));
+  }
+};
+
+// Queries in float32, scaled, with zeros up to `padded` rows.
+TW_INLINE void load_queries(const Work& w, int padded, float* q) {
+  for (int r = 0; r < padded; ++r) {
+    const typename Q::type* from =
+        w.p.q + static_cast<int64_t>(w.item.qo_begin + r / G) * w.p.q_token + (w.item.kv_head * G + r % G) * w.p.q_head;
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      F x = r < w.rows ? load_head<Q>(from, v) * w.p.sm_scale : F{};
+      tw::store<float, N>(q + r * DP + v * N, x);
+    }
+  }
+}
+
+// One query: dot products along the head, K and V read where they lie.
+TW_INLINE void attend_one(const Work& w, float* sums, Softmax* rows) {
+  alignas(64) float q[G * DP], s[G][T], keep[G];
+  const K_t *k[T], *v[T];
+  load_queries(w, G, q);
+  for (int t = w.begin; t < w.end; ++t) {
+    int kind = w.tile_class(0, G - 1, t);
+    if (kind == tw::EMPTY) continue;
+    int kv0 = t * T, n = w.pages.length - kv0 < T ? w.pages.length - kv0 : T;
+    find_rows(w.p, w.pages, w.item.kv_head, kv0, n, k, v);
+    for (int j0 = 0; j0 < T; j0 += N) {
+      F part[G][N];
+      for (int j = 0; j < N; ++j) {
+        if (j0 + j >= n) {
+          for (int g = 0; g < G; ++g) part[g][j] = F{};
+          continue;
+        }
+        F key[NV];
+#pragma GCC unroll 16
+        for (int d = 0; d < NV; ++d) key[d] = load_head<KV>(k[j0 + j], d);
+#pragma GCC unroll 8
+        for (int g = 0; g < G; ++g) {
+          F dot = key[0] * tw::load<float, N>(q + g * DP);
+#pragma GCC unroll 16
+          for (int d = 1; d < NV; ++d) dot += key[d] * tw::load<float, N>(q + g * DP + d * N);
+          part[g][j] = dot;
+        }
+      }
+      for (int g = 0; g < G; ++g) tw::store<float, N>(&s[g][j0], sum_each(part[g]));
+    }
+    for (int g = 0; g < G; ++g)
+      keep[g] = online_softmax(w.variant, w.at(g), kv0, w.pages.length, n < T || kind != tw::FULL, s[g], rows[g]);
+    auto value = [&](int j, int d) { return load_head<KV>(v[j], d); };
+    constexpr int whole = G / RB * RB;
+    for (int g = 0; g < whole; g += RB) product<RB, NV>(s[g], T, value, n, sums + g * DP, DP, keep + g);
+    if constexpr (whole < G) product<G - whole, NV>(s[whole], T, value, n, sums + whole * DP, DP, keep + whole);
+  }
+}
+
+// A tile of keys, transposed, and of values; both in float32, with zeros beyond n.
+TW_INLINE void load_tile(const K_t** k, const K_t** v, int n, float* keys, float* values) {
+  for (int j0 = 0; j0 < T; j0 += N) {
+#pragma GCC unroll 1
+    for (int d = 0; d < NV; ++d) {
+      F square[N];
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) square[j] = j0 + j < n ? load_head<KV>(k[j0 + j], d) : F{};
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) tw::store<float, N>(keys + (d * N + i) * T + j0, square[i]);
+    }
+  }
+  for (int j = 0; j < n; ++j)
+    for (int d = 0; d < NV; ++d) tw::store<float, N>(values + j * DP + d * N, load_head<KV>(v[j], d));
+}
+
+// Many queries: products of register blocks over a copied tile.
+TW_INLINE void attend_many(const Work& w, float* sums, Softmax* rows) {
+  constexpr int MAX_ROWS = (MAX_TOKENS * G + RB - 1) / RB * RB;
+  alignas(64) float q[MAX_ROWS * DP], keys[DP * T], values[T * DP], s[RB * T], keep[RB];
+  const K_t *k[T], *v[T];
+  load_queries(w, (w.rows + RB - 1) / RB * RB, q);
+  for (int t = w.begin; t < w.end; ++t) {
+    if (w.tile_class(0, w.rows - 1, t) == tw::EMPTY) continue;
+    int kv0 = t * T, n = w.pages.length - kv0 < T ? w.pages.length - kv0 : T;
+    find_rows(w.p, w.pages, w.item.kv_head, kv0, n, k, v);
+    load_tile(k, v, n, keys, values);
+    for (int r0 = 0; r0 < w.rows; r0 += RB) {
+      int count = w.rows - r0 < RB ? w.rows - r0 : RB;
+      int kind = w.tile_class(r0, r0 + count - 1, t);
+      if (kind == tw::EMPTY) continue;
+      auto key = [&](int d, int c) { return tw::load<float, N>(keys + d * T + c * N); };
+      product<RB, TV>(q + r0 * DP, DP, key, D, s, T, nullptr);
+      for (int r = 0; r < RB; ++r) {
+        keep[r] = 1.0f;
+        if (r < count)
+          keep[r] = online_softmax(w.variant, w.at(r0 + r), kv0, w.pages.length, n < T || kind != tw::FULL, s + r * T, rows[r0 + r]);
+      }
+      auto value = [&](int j, int d) { return tw::load<float, N>(values + j * DP + d * N); };
+      product<RB, NV>(s, T, value, n, sums + r0 * DP, DP, keep);
+    }
+  }
+}
+
+// -- results -----------------------------------------------------------------------------------------
+
+TW_INLINE void write_row(const Work& w, int row, const float* sums, const Softmax& softmax) {
+  int64_t at = static_cast<int64_t>(w.item.qo_begin + row / G) * w.p.qo_heads + w.item.kv_head * G + row % G;
+  float factor = softmax.largest == LOWEST ? 0.0f : 1.0f / softmax.weight;
+  float* o = w.p.o + at * D;
+  for (int d = 0; d < D; ++d) o[d] = sums[d] * factor;
+  if (w.p.lse) w.p.lse[at] = softmax.largest == LOWEST ? LOWEST : softmax.largest + __builtin_logf(softmax.weight);
+}
+
+// The partial results of an item's chunks, merged in their order by whoever comes last.
+TW_INLINE void write_partial(const Work& w, const float* sums, const Softmax* rows) {
+  int64_t size = static_cast<int64_t>(w.rows) * PARTIAL_ROW;
+  float* all = w.p.partials + w.item.slot * static_cast<int64_t>(MAX_TOKENS * G) * PARTIAL_ROW;
+  float* mine = all + w.chunk * size;
+  for (int r = 0; r < w.rows; ++r, mine += PARTIAL_ROW) {
+    __builtin_memcpy(mine, sums + r * DP, DP * sizeof(float));
+    mine[DP] = rows[r].largest;
+    mine[DP + 1] = rows[r].weight;
+  }
+  int32_t* counter = w.p.counters + w.item.counter;
+  if (__atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL) != w.chunks - 1) return;
+  __atomic_store_n(counter, 0, __ATOMIC_RELAXED);  // ready for the next replay
+  for (int r = 0; r < w.rows; ++r) {
+    alignas(64) float total[DP] = {};
+    Softmax whole;
+    for (int c = 0; c < w.chunks; ++c) whole.largest = tw::max<float>(whole.largest, all[c * size + r * PARTIAL_ROW + DP]);
+    for (int c = 0; c < w.chunks; ++c) {
+      const float* part = all + c * size + r * PARTIAL_ROW;
+      if (part[DP] == LOWEST) continue;
+      float factor = tw::exp(part[DP] - whole.largest);
+      whole.weight += part[DP + 1] * factor;
+      for (int d = 0; d < DP; ++d) total[d] += part[d] * factor;
+    }
+    write_row(w, r, total, whole);
+  }
+}
+
+static void run_item(const Params& p, const Item& item) {
+  Pages pages = pages_of(p, item.request);
+  int32_t qo_begin = p.qo_indptr[item.request], qo_end = p.qo_indptr[item.request + 1];
+  int tokens = item.qo_end - item.qo_begin;
+  int first = pages.length - (qo_end - qo_begin) + (item.qo_begin - qo_begin);
+  Work w{p, item, Variant(p), pages, first, tokens, tokens * G, 0, 0, item.chunk, item.chunks};
+  w.end = (pages.length + T - 1) / T;
+  while (w.begin < w.end && w.tile_class(0, w.rows - 1, w.begin) == tw::EMPTY) ++w.begin;
+  while (w.begin < w.end && w.tile_class(0, w.rows - 1, w.end - 1) == tw::EMPTY) --w.end;
+  int tiles = w.end - w.begin, start = w.begin;
+  if (w.chunks > 1 && tiles < 2 * w.chunks) w.chunks = tiles / 2 > 1 ? tiles / 2 : 1;
+  if (w.chunk < w.chunks) {  // else too short to cut: others do it all
+    w.begin = start + static_cast<int>(static_cast<int64_t>(tiles) * w.chunk / w.chunks);
+    w.end = start + static_cast<int>(static_cast<int64_t>(tiles) * (w.chunk + 1) / w.chunks);
+    constexpr int MAX_ROWS = (MAX_TOKENS * G + RB - 1) / RB * RB;
+    alignas(64) float sums[MAX_ROWS * DP];
+    Softmax rows[MAX_ROWS];
+    __builtin_memset(sums, 0, sizeof(float) * DP * ((w.rows + RB - 1) / RB * RB));
+    if (tokens == 1 && G <= 8) {
+      attend_one(w, sums, rows);
+    } else {
+      attend_many(w, sums, rows);
+    }
+    if (w.chunks > 1) {
+      write_partial(w, sums, rows);
+    } else {
+      for (int r = 0; r < w.rows; ++r) write_row(w, r, sums + r * DP, rows[r]);
+    }
+  }
+}
+
+}  // namespace flash
+
+extern "C" __attribute__((visibility("default"))) void stage0(const void* raw, int64_t begin, int64_t end) {
+  const Params& p = *static_cast<const Params*>(raw);
+  for (int64_t unit = begin; unit < end; ++unit) flash::run_item(p, p.items[unit]);
+}

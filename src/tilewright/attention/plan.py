@@ -1,0 +1,307 @@
+"""Plans: which part of a batch each work item does, as a frozen value.
+
+An item is some queries of one request with one KV head; long stretches of keys are cut into chunks
+whose partial results the last one merges, in order. A plan holds no lengths of keys: kernels read
+those from memory, so a plan stays right when they grow, and only its balance ages.
+"""
+
+from __future__ import annotations
+
+import heapq
+import io
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tilewright.attention.bounds import EMPTY, Interval, tile_class
+from tilewright.errors import ArgumentError
+from tilewright.ir.nodes import Expr
+from tilewright.runtime.layout import Struct
+
+KEY_TILE = 64
+"""Keys of a tile, on every target."""
+
+ITEM = Struct(
+    "Item",
+    [
+        (name, "int32")
+        for name in (
+            "request", "kv_head", "qo_begin", "qo_end", "chunk", "chunks", "slot", "counter",
+        )
+    ],
+)  # fmt: skip
+"""One work item. `qo_begin` … `qo_end` are rows of q; `slot` is the first partial result of its
+chunks, `counter` the place where they count their arrival."""
+
+_ITEMS_PER_WORKER = 8  # items to aim at: enough to even out, few enough to cost nothing
+_TILES_PER_CHUNK = 2  # the least keys worth cutting off
+_BLOCK = 1 << 20  # tiles classified at once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """A frozen plan. `items` is an array of `ITEM`, longest first; `qo_indptr` (requests + 1).
+
+    `qo_tile` is the most queries an item has; `slots` and `counters` size the work space;
+    `imbalance` is the longest worker's estimated work over the mean.
+    """
+
+    items: np.ndarray
+    qo_indptr: np.ndarray
+    kv_heads: int
+    qo_tile: int
+    workers: int
+    unit: str
+    slots: int
+    counters: int
+    imbalance: float
+
+    @property
+    def requests(self) -> int:
+        return len(self.qo_indptr) - 1
+
+    @property
+    def tokens(self) -> int:
+        return int(self.qo_indptr[-1])
+
+    def _key(self) -> tuple[Any, ...]:
+        scalars = (self.kv_heads, self.qo_tile, self.workers, self.unit, self.slots, self.counters)
+        return (*scalars, self.items.tobytes(), self.qo_indptr.tobytes())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        def many(n: int, noun: str) -> str:
+            return f"{n} {noun[:-1] if n == 1 else noun}"
+
+        return (
+            f"Plan: {many(self.requests, 'requests')}, {many(len(self.items), 'items')}, "
+            f"{many(self.workers, self.unit)}, imbalance {self.imbalance:.2f}"
+        )
+
+    def save(self) -> bytes:
+        """The plan as the bytes of an `.npz` file."""
+        file = io.BytesIO()
+        numbers = [self.kv_heads, self.qo_tile, self.workers, self.slots, self.counters]
+        np.savez(
+            file,
+            layout=np.array(ITEM.version),
+            items=self.items.view(np.int32),
+            qo_indptr=self.qo_indptr,
+            numbers=np.array(numbers, np.int64),
+            unit=np.array(self.unit),
+            imbalance=np.array(self.imbalance),
+        )
+        return file.getvalue()
+
+    @staticmethod
+    def load(data: bytes) -> Plan:
+        """The plan that `save` wrote. Raises ArgumentError[A107, A109] for anything else."""
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                found = {name: file[name] for name in file.files}
+            if str(found["layout"]) != ITEM.version:
+                raise ValueError("another version of the layout")
+            items = np.ascontiguousarray(found["items"])
+            qo_indptr = np.ascontiguousarray(found["qo_indptr"])
+            if items.dtype != np.int32 or qo_indptr.dtype != np.int32 or qo_indptr.ndim != 1:
+                raise ValueError("wrong dtypes")
+            numbers = [int(x) for x in found["numbers"].reshape(5)]
+            made = Plan(
+                _frozen(items.reshape(-1).view(ITEM.numpy)),
+                _frozen(qo_indptr),
+                *numbers[:3],
+                str(found["unit"]),
+                *numbers[3:],
+                float(found["imbalance"]),
+            )
+        except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ArgumentError("A107", f"these bytes are no plan: {error}", where="data") from None
+        check(made)
+        return made
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+# ---------------------------------------------------------------------------- planning
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a planner must know of the attention: its heads, its mask, the target's tile."""
+
+    kv_heads: int
+    group: int
+    mask: Expr
+    values: Mapping[str, Any]
+    qo_tile: int
+    can_split: bool
+
+
+def make(
+    qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int, unit: str
+) -> Plan:
+    """Cut a batch into items for `workers`; `qo_indptr` (requests + 1), `kv_lengths` (requests)."""
+    indptr = _frozen(np.array(qo_indptr, np.int32))
+    lengths = np.diff(indptr).astype(np.int64)
+    tiles = -(-lengths // shape.qo_tile)
+    request = np.repeat(np.arange(len(lengths)), tiles)
+    number = np.arange(len(request)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+    begin = indptr[:-1][request] + number * shape.qo_tile
+    end = np.minimum(begin + shape.qo_tile, indptr[1:][request])
+    first = kv_lengths[request] - (indptr[1:][request] - begin)
+    visible = visible_tiles(first, first + (end - begin) - 1, kv_lengths[request], shape)
+    cost = visible * ((end - begin) * shape.group + 4) + 4
+    chunks = np.ones(len(request), np.int64)
+    if shape.can_split and len(request):
+        target = max(float(cost.sum()) * shape.kv_heads / (workers * _ITEMS_PER_WORKER), 1.0)
+        wanted = np.ceil(cost / target).astype(np.int64)
+        wanted[cost < 1.5 * target] = 1
+        chunks = np.clip(wanted, 1, np.maximum(visible // _TILES_PER_CHUNK, 1))
+    return _listed(indptr, (request, begin, end, cost, chunks), shape, workers, unit)
+
+
+def _listed(
+    indptr: np.ndarray, parts: tuple[np.ndarray, ...], shape: Shape, workers: int, unit: str
+) -> Plan:
+    """Items of every KV head and chunk, longest first."""
+    request, begin, end, cost, chunks = (np.repeat(x, shape.kv_heads) for x in parts)
+    kv_head = np.tile(np.arange(shape.kv_heads), len(parts[0]))
+    cut = chunks > 1
+    slot = np.where(cut, np.cumsum(np.where(cut, chunks, 0)) - np.where(cut, chunks, 0), 0)
+    counter = np.where(cut, np.cumsum(cut) - 1, 0)
+    of = np.repeat(np.arange(len(request)), chunks)
+    items = np.zeros(len(of), ITEM.numpy)
+    items["chunk"] = np.arange(len(of)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+    columns = (request, kv_head, begin, end, chunks, slot, counter)
+    names = ("request", "kv_head", "qo_begin", "qo_end", "chunks", "slot", "counter")
+    for name, column in zip(names, columns, strict=True):
+        items[name] = column[of]
+    work = (cost / chunks)[of]
+    order = np.argsort(-work, kind="stable")
+    return Plan(
+        _frozen(items[order]),
+        indptr,
+        shape.kv_heads,
+        shape.qo_tile,
+        workers,
+        unit,
+        int(chunks[cut].sum()),
+        int(cut.sum()),
+        _imbalance(work[order], workers),
+    )
+
+
+def visible_tiles(
+    first: np.ndarray, last: np.ndarray, kv_lengths: np.ndarray, shape: Shape
+) -> np.ndarray:
+    """For queries at positions first … last, how many tiles of the keys the mask does not refuse."""
+    count = np.zeros(len(first), np.int64)
+    widest = -(-int(kv_lengths.max(initial=0)) // KEY_TILE)
+    if widest == 0:
+        return count
+    step = max(1, _BLOCK // widest)
+    starts = np.arange(widest, dtype=np.int64)[None, :] * KEY_TILE
+    heads = {
+        "at.qo_head": Interval.of(0, shape.kv_heads * shape.group - 1),
+        "at.kv_head": Interval.of(0, shape.kv_heads - 1),
+    }
+    for at in range(0, len(first), step):
+        some = slice(at, at + step)
+        length = kv_lengths[some, None]
+        places = {
+            "at.qo": Interval.of(first[some, None], last[some, None]),
+            "at.kv": Interval.of(starts, np.minimum(starts + KEY_TILE, length) - 1),
+        }
+        seen = tile_class(shape.mask, places | heads, shape.values) != EMPTY
+        count[some] = (np.broadcast_to(seen, (len(length), widest)) & (starts < length)).sum(1)
+    return count
+
+
+def _imbalance(work: np.ndarray, workers: int) -> float:
+    """Longest over mean when each item, longest first, goes to whoever is free."""
+    if not len(work):
+        return 1.0
+    loads = [0.0] * workers
+    for w in work.tolist():
+        heapq.heapreplace(loads, loads[0] + w)
+    return max(loads) * workers / float(work.sum())
+
+
+# ---------------------------------------------------------------------------- checking
+
+
+def check(plan: Plan) -> None:
+    """Every query of every KV head is done exactly once, within bounds. Raises A109."""
+
+    def refuse(what: str) -> None:
+        raise ArgumentError("A109", f"the plan is damaged: {what}", where="plan")
+
+    indptr, items = plan.qo_indptr, plan.items
+    if not len(indptr) or indptr[0] != 0 or bool(np.any(np.diff(indptr) < 0)):
+        refuse("qo_indptr does not rise from 0")
+    limits = (plan.kv_heads, plan.qo_tile, plan.workers)
+    if min(limits) < 1 or max(*limits, plan.slots, plan.counters) >= 2**31 or plan.slots < 0:
+        refuse("its numbers are out of range")
+    if not len(items):
+        if plan.tokens:
+            refuse("it has no items")
+        return
+    f = {name: items[name].astype(np.int64) for name in ITEM.numpy.names or ()}
+    inside = (f["request"] >= 0) & (f["request"] < plan.requests)
+    inside &= (f["kv_head"] >= 0) & (f["kv_head"] < plan.kv_heads)
+    inside &= (f["chunk"] >= 0) & (f["chunk"] < f["chunks"])
+    if not inside.all():
+        refuse("an item lies outside the batch")
+    size = f["qo_end"] - f["qo_begin"]
+    inside = (f["qo_begin"] >= indptr[f["request"]]) & (f["qo_end"] <= indptr[f["request"] + 1])
+    if not (inside & (size > 0) & (size <= plan.qo_tile)).all():
+        refuse("an item has queries of another request, or too many")
+    leads = f["chunk"] == 0
+    if int((size * leads).sum()) != plan.tokens * plan.kv_heads:
+        refuse("its items do not cover the queries")
+    order = np.lexsort((f["chunk"], f["qo_begin"], f["kv_head"]))
+    s = {name: column[order] for name, column in f.items()}
+    _check_sequence(s, plan, refuse)
+
+
+def _check_sequence(s: dict[str, np.ndarray], plan: Plan, refuse: Any) -> None:
+    """Items sorted by head, query and chunk follow each other without gaps or overlaps."""
+    lead = s["chunk"] == 0
+    if not lead[0]:
+        refuse("a chunk is missing")
+    same = ~lead[1:]
+    for name in ("kv_head", "qo_begin", "qo_end", "request", "chunks", "slot", "counter"):
+        if (s[name][1:] != s[name][:-1])[same].any():
+            refuse("the chunks of an item differ")
+    if (s["chunk"][1:] != s["chunk"][:-1] + 1)[same].any():
+        refuse("a chunk is missing or stands twice")
+    ends = np.append(lead[1:], True)
+    if (s["chunk"] + 1 != s["chunks"])[ends].any():
+        refuse("a chunk is missing")
+    begin, end = s["qo_begin"][lead], s["qo_end"][lead]
+    head = s["kv_head"][lead]
+    follows = head[1:] == head[:-1]
+    if (begin[1:] < end[:-1])[follows].any():
+        refuse("two items share a query")
+    cut = lead & (s["chunks"] > 1)
+    slot, count, counter = s["slot"][cut], s["chunks"][cut], s["counter"][cut]
+    if len(slot) and (slot.min() < 0 or (slot + count).max() > plan.slots):
+        refuse("a partial result lies outside the work space")
+    by = np.argsort(slot)
+    if (slot[by][1:] < (slot + count)[by][:-1]).any():
+        refuse("two items share a partial result")
+    if len(np.unique(counter)) != len(counter) or (
+        len(counter) and (counter.min() < 0 or counter.max() >= plan.counters)
+    ):
+        refuse("two items share a counter")

@@ -1,0 +1,122 @@
+"""The oracle: attention as its definition says, in float64 NumPy, one request at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tilewright import dtypes
+from tilewright.attention.kv import KV
+from tilewright.attention.merge import State
+from tilewright.attention.variant import traced_of
+from tilewright.errors import InternalError
+from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Select, Unary, Var
+from tilewright.runtime.place import to_host
+from tilewright.runtime.view import view
+
+_BINARY: dict[str, Callable[..., Any]] = {
+    "+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide, "//": np.floor_divide,
+    "%": np.mod, "min": np.minimum, "max": np.maximum, "<": np.less, "<=": np.less_equal,
+    ">": np.greater, ">=": np.greater_equal, "==": np.equal, "!=": np.not_equal,
+    "&": np.bitwise_and, "|": np.bitwise_or, "^": np.bitwise_xor,
+    "<<": np.left_shift, ">>": np.right_shift,
+}  # fmt: skip
+_UNARY: dict[str, Callable[..., Any]] = {
+    "-": np.negative, "not": np.logical_not, "exp": np.exp, "log": np.log, "sqrt": np.sqrt,
+    "rsqrt": lambda x: 1 / np.sqrt(x), "tanh": np.tanh, "sin": np.sin, "cos": np.cos,
+    "abs": np.abs, "floor": np.floor,
+}  # fmt: skip
+
+
+def evaluate(e: Expr, places: dict[str, Any], values: dict[str, Any]) -> Any:
+    """An expression of a variant over arrays: float64 for floats, int64 for integers."""
+    if isinstance(e, Const):
+        return e.value
+    if isinstance(e, Var):
+        return places[e.name]
+    if isinstance(e, Load):
+        value = np.asarray(values[e.buffer.name])
+        kept = value.astype(np.float64 if e.dtype.is_float else np.int64)
+        return kept[evaluate(e.index[0], places, values)] if e.index else kept.reshape(())
+    if isinstance(e, Binary):
+        return _BINARY[e.op](evaluate(e.a, places, values), evaluate(e.b, places, values))
+    if isinstance(e, Unary):
+        return _UNARY[e.op](evaluate(e.a, places, values))
+    if isinstance(e, Select):
+        arms = (evaluate(x, places, values) for x in (e.cond, e.a, e.b))
+        return np.where(*arms)
+    if isinstance(e, Cast):
+        kind = {"f": np.float64, "b": np.bool_}.get(e.dtype.kind, np.int64)
+        return np.asarray(evaluate(e.a, places, values)).astype(kind)
+    raise InternalError("I101", f"no value for {type(e).__name__}")
+
+
+def attention(
+    q: Any, kv: KV, qo_indptr: Any, variant: Any, *, sm_scale: float | None = None, **values: Any
+) -> State:
+    """softmax(logits(q·k·sm_scale) where mask)·v for each query, in float64.
+
+    `q` (tokens, qo_heads, head_dim); the last query of a request stands at its last key. Slow: it
+    makes the whole score matrix. A query that sees nothing has o = 0 and lse = −inf.
+    """
+    traced = traced_of(variant)
+    values = {n: v for n, v in variant.fixed} | {n: to_host(v) for n, v in values.items()}
+    queries = as_float64(q)
+    tokens, qo_heads, head_dim = queries.shape
+    scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    o, lse = np.zeros(queries.shape), np.full((tokens, qo_heads), -np.inf)
+    group = qo_heads // kv.kv_heads
+    indptr = np.asarray(to_host(qo_indptr)) if not isinstance(qo_indptr, list) else qo_indptr
+    for request in range(kv.requests):
+        rows = slice(int(indptr[request]), int(indptr[request + 1]))
+        keys, vals = gather(kv, request)
+        qo_len, kv_len = rows.stop - rows.start, len(keys)
+        for head in range(qo_heads if qo_len and kv_len else 0):
+            places = {
+                "s": queries[rows, head] @ keys[:, head // group].T * scale,
+                "at.qo": np.arange(kv_len - qo_len, kv_len)[:, None],
+                "at.kv": np.arange(kv_len)[None, :],
+                "at.qo_head": head,
+                "at.kv_head": head // group,
+                "at.request": request,
+            }
+            seen = np.broadcast_to(evaluate(traced.mask, places, values), places["s"].shape)
+            scores = np.where(seen, evaluate(traced.logits, places, values), -np.inf)
+            top = scores.max(1, keepdims=True)
+            weights = np.exp(scores - np.where(top == -np.inf, 0.0, top))
+            total = weights.sum(1)
+            some = total > 0
+            o[rows, head] = weights @ vals[:, head // group] / np.where(some, total, 1)[:, None]
+            lse[rows, head] = np.where(
+                some, top[:, 0] + np.log(np.where(some, total, 1)), -np.inf
+            )
+    return State(o, lse)
+
+
+def gather(kv: KV, request: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values of one request, (kv_len, kv_heads, head_dim) float64 each, copied."""
+    indptr = to_host(kv.arrays[2])
+    pages = np.arange(int(indptr[request]), int(indptr[request + 1]))
+    if kv.indices is not None:
+        pages = np.asarray(to_host(kv.arrays[3]))[pages]
+    length = int(kv.lengths()[request])
+    found = []
+    for array in kv.arrays[:2]:
+        taken = as_float64(array)[pages]
+        found.append(taken.reshape(-1, kv.kv_heads, kv.head_dim)[:length])
+    return found[0], found[1]
+
+
+def as_float64(array: Any) -> np.ndarray:
+    """Any float array as float64 on the host."""
+    kind = view(array).dtype
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return array.detach().to("cpu", torch.float64).numpy()
+    host = to_host(array)
+    if kind == dtypes.bfloat16 and host.dtype == np.uint16:
+        return dtypes.bfloat16_values(host).astype(np.float64)
+    return np.asarray(host, np.float64)

@@ -1,0 +1,140 @@
+"""A traced variant as C text: a struct `Variant` with `logits`, `mask` and `bound`.
+
+On the CPU a vector of scores along the keys is one value; on a GPU each thread has one score.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tilewright.attention.bounds import bound_text
+from tilewright.attention.variant import Traced, Value
+from tilewright.codegen.cfamily import C_TYPES, Params
+from tilewright.codegen.cpp import CppRenderer
+from tilewright.codegen.cuda import CudaRenderer
+from tilewright.ir.nodes import Binary, Broadcast, Cast, Expr, Load, Program, Select, Unary, Var
+from tilewright.ir.rewrite import transform
+
+_NOTHING = Program("variant", "loops", ())
+
+
+def param_fields(traced: Traced) -> list[tuple[str, ...]]:
+    """The fields that a variant adds to the parameters: a pointer for each of its values."""
+    return [(f"v_{v.name}", "ptr", f"const {C_TYPES[v.dtype.name]}*") for v in traced.values]
+
+
+def widened(e: Expr, lanes: int) -> Expr:
+    """`e` with the score and the key's position as vectors, and all that meets them."""
+
+    def wide(x: Any) -> Any:
+        return x if x.dtype.lanes > 1 else Broadcast(x, x.dtype.vector(lanes))
+
+    def visit(x: Any) -> Any:
+        if isinstance(x, Var) and x.name in ("s", "at.kv"):
+            return Var(x.name, x.dtype.vector(lanes))
+        if isinstance(x, Binary) and max(x.a.dtype.lanes, x.b.dtype.lanes) > 1:
+            return Binary(x.op, wide(x.a), wide(x.b), x.dtype.vector(lanes))
+        if isinstance(x, Select) and max(y.dtype.lanes for y in (x.cond, x.a, x.b)) > 1:
+            return Select(x.cond, wide(x.a), wide(x.b), x.dtype.vector(lanes))
+        if isinstance(x, (Unary, Cast)) and x.a.dtype.lanes > 1:
+            rest = (x.dtype.vector(lanes),)
+            return Unary(x.op, x.a, *rest) if isinstance(x, Unary) else Cast(x.a, *rest)
+        return x
+
+    return wide(transform(e, visit))
+
+
+class _OnVectors(CppRenderer):
+    """Adds what programs have not: conditions as vectors, floor division and tanh of vectors."""
+
+    def var(self, e: Var) -> str:
+        return {"at.kv": "kv", "s": "s"}.get(e.name, e.name)
+
+    def load(self, e: Load) -> str:
+        return f"v_{e.buffer.name}" + (f"[{self.expr(e.index[0])}]" if e.index else "")
+
+    def expr(self, e: Any) -> str:
+        if isinstance(e, Broadcast) and e.dtype.kind == "b":
+            return f"tw::splat<int32_t, {e.dtype.lanes}>(-static_cast<int32_t>({self.expr(e.a)}))"
+        return super().expr(e)
+
+    def convert(self, text: str, to: Any) -> str:
+        if to.lanes > 1 and to.kind == "b":
+            return f"({text} != 0)"
+        return super().convert(text, to)
+
+    def floor(self, e: Binary, a: str, b: str) -> str:
+        if e.dtype.lanes == 1 or e.dtype.is_float:
+            return super().floor(e, a, b)
+        verb = "floor_div" if e.op == "//" else "floor_mod"
+        return f"flash::{verb}<{e.dtype.lanes}>({a}, {b})"
+
+    def unary(self, e: Unary) -> str:
+        if e.op == "tanh" and e.dtype.lanes > 1:
+            return f"flash::tanh<{e.dtype.lanes}>({self.expr(e.a)})"
+        return super().unary(e)
+
+
+class _OnThreads(CudaRenderer):
+    def var(self, e: Var) -> str:
+        return e.name
+
+    def load(self, e: Load) -> str:
+        if not e.index:
+            return f"v_{e.buffer.name}"
+        return f"tw::load_const(v_{e.buffer.name} + {self.expr(e.index[0])})"
+
+
+def cpp_variant(traced: Traced, lanes: int) -> str:
+    """The struct for the CPU: `logits` and `mask` of `lanes` neighbouring keys."""
+    renderer = _OnVectors(_NOTHING, Params((), ()))
+    score, place = f"tw::vec<float, {lanes}>", f"tw::vec<int32_t, {lanes}>"
+    return _struct(
+        traced,
+        f"{score} logits({score} s, const At& at, {place} kv)",
+        renderer.expr(widened(traced.logits, lanes)),
+        f"{place} mask(const At& at, {place} kv)",
+        renderer.expr(widened(traced.mask, lanes)),
+        lambda v: f"*p.v_{v.name}",
+    )
+
+
+def cuda_variant(traced: Traced) -> str:
+    """The struct for a GPU: `logits` and `mask` of one score."""
+    renderer = _OnThreads(_NOTHING, Params((), ()))
+    return _struct(
+        traced,
+        "float logits(float s, const At& at)",
+        renderer.expr(traced.logits),
+        "bool mask(const At& at)",
+        renderer.expr(traced.mask),
+        lambda v: f"tw::load_const(p.v_{v.name})",
+    )
+
+
+def _struct(
+    traced: Traced, logits: str, logits_text: str, mask: str, mask_text: str, read: Any
+) -> str:
+    members, starts = [], []
+    for v in traced.values:
+        members.append(f"  {_member(v)};")
+        starts.append(f"v_{v.name}({read(v) if not v.heads else f'p.v_{v.name}'})")
+    return "\n".join(
+        (
+            f"// {traced.name}",
+            "struct Variant {",
+            *members,
+            f"  TW_METHOD explicit Variant(const Params& p){' : ' if starts else ''}"
+            f"{', '.join(starts)} {{ (void)p; }}",
+            f"  TW_METHOD {logits} const {{ return {logits_text}; }}",
+            f"  TW_METHOD {mask} const {{ return {mask_text}; }}",
+            "  TW_METHOD int tile_class(const tw::Tile& tile) const "
+            f"{{ return tw::tile_class({bound_text(traced.mask)}); }}",
+            "};",
+        )
+    )
+
+
+def _member(v: Value) -> str:
+    kind = C_TYPES[v.dtype.name]
+    return f"const {kind}* v_{v.name}" if v.heads else f"{kind} v_{v.name}"

@@ -1,0 +1,76 @@
+"""Pass: the guard of a sum moves into the loads that need it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tilewright.ir.nodes import Binary, Cast, Const, Expr, For, If, Let, Load, Program, Select, Seq, Stmt, Store, seq
+from tilewright.ir.rewrite import free_vars, rebuild, transform
+
+
+def predicate_loads(program: Program) -> Program:
+    """A guarded sum of products is added without a branch: what the guard protects reads as 0 where it
+    fails. A branch would part the loads of unrolled iterations, and their latencies would add up.
+
+    before: if j >= 0                                after: acc += A.values[p] * where(j >= 0, X[j, k], 0)
+              acc += A.values[p] * X[j, k]
+    before: if p < end                               after: let j = where(p < end, idx[p], 0)
+              let j = idx[p]                                acc += where(p < end, A.values[p], 0)
+              acc += A.values[p] * X[j, k]                       * where(p < end, X[j, k], 0)
+
+    Under a test of a padded coordinate the values of the format are loaded as they are (padding holds
+    0). Only products of loads: another factor could be infinite, and 0 · ∞ is not 0.
+    """
+    stages = tuple(tuple(replace(n, body=transform(n.body, _visit)) for n in stage) for stage in program.stages)
+    return replace(program, stages=stages)
+
+
+def _visit(s: Any) -> Any:
+    if not isinstance(s, If):
+        return s
+    padding = _is_padding_test(s.cond)
+    names = free_vars(s.cond)
+
+    def guarded(x: Load) -> bool:
+        return bool(free_vars(x) & names) if padding else True
+
+    body = _rewrite(s.body, s.cond, guarded)
+    return s if body is None else body
+
+
+def _rewrite(s: Stmt, cond: Expr, guarded: Any) -> Stmt | None:
+    """The statement without its guard, or None where it is no sum of products."""
+    if isinstance(s, For) and s.kind in ("vector", "unroll"):
+        body = _rewrite(s.body, cond, guarded)
+        return None if body is None else replace(s, body=body)
+    if isinstance(s, Seq):
+        made = [_rewrite(b, cond, guarded) for b in s.body]
+        return None if any(m is None for m in made) else seq(*(m for m in made if m is not None))
+    if isinstance(s, Let):
+        return Let(s.var, _where(s.value, cond)) if isinstance(s.value, Load) else None
+    if isinstance(s, Store) and s.buffer.scope == "register" and s.op == "sum" and _is_product(s.value, guarded):
+        return replace(s, value=_guard_loads(s.value, cond, guarded))
+    return None
+
+
+def _is_padding_test(cond: Expr) -> bool:
+    return isinstance(cond, Binary) and cond.op == ">=" and isinstance(cond.b, Const) and cond.b.value == 0
+
+
+def _is_product(e: Expr, guarded: Any) -> bool:
+    if isinstance(e, Cast):
+        return _is_product(e.a, guarded)
+    if isinstance(e, Binary) and e.op == "*":
+        return _is_product(e.a, guarded) and _is_product(e.b, guarded)
+    return isinstance(e, Load) and (e.buffer.scope == "part" or guarded(e))
+
+
+def _guard_loads(e: Expr, cond: Expr, guarded: Any) -> Expr:
+    if isinstance(e, Load):
+        return _where(e, cond) if guarded(e) else e
+    return rebuild(e, lambda c: _guard_loads(c, cond, guarded))
+
+
+def _where(e: Load, cond: Expr) -> Expr:
+    return Select(cond, e, Const(0.0 if e.dtype.is_float else 0, e.dtype), e.dtype)

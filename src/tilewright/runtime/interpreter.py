@@ -1,0 +1,578 @@
+"""Programs after any pass, run scalar by scalar in Python: what the passes are tested with.
+
+`execute` runs the position and the loop level. Each node becomes one Python closure; numbers have the
+program's dtypes (bfloat16 is kept as its bits, as kernels keep it), memory that nobody wrote is NaN,
+and an access outside a buffer raises InternalError[I101]. `run_frame` is the launcher's door: it
+runs the coordinate level (`runtime.evaluate`) on the arrays of a prepared call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from tilewright import dtypes
+from tilewright.dtypes import DType
+from tilewright.errors import InternalError
+from tilewright.ir.nodes import (
+    Alloc,
+    Binary,
+    Broadcast,
+    Buffer,
+    Cast,
+    Compute,
+    Const,
+    Expr,
+    For,
+    If,
+    Let,
+    Load,
+    Mma,
+    MmaStore,
+    MmaZero,
+    Nest,
+    Program,
+    Ramp,
+    ReduceLanes,
+    ReduceThreads,
+    Search,
+    Select,
+    Seq,
+    Stmt,
+    Store,
+    Sync,
+    Tensor,
+    Tile,
+    Unary,
+    Var,
+    identity_of,
+)
+from tilewright.ir.rewrite import walk
+from tilewright.runtime.evaluate import BINARY, UFUNCS, UNARY, evaluate
+
+__all__ = ["Part", "evaluate", "execute", "memory_of", "run_frame"]
+
+Env = dict[str, Any]
+Run = Callable[[Env], Any]
+
+
+@dataclass(slots=True)
+class Part:
+    """One row of the work table: the arrays and counts of a part, and the nests that serve it."""
+
+    case: int = 0
+    buffers: dict[str, np.ndarray] = field(default_factory=dict)
+    variables: dict[str, int] = field(default_factory=dict)
+
+
+def execute(
+    program: Program,
+    buffers: Mapping[str, np.ndarray],
+    variables: Mapping[str, int],
+    parts: Sequence[Part] = (),
+) -> None:
+    """Run a program at the position or the loop level, on arrays it reads and writes in place.
+
+    `buffers` are the dense arrays by name; `variables` the sizes (`n_m`); `parts` what belongs to the
+    parts of sparse tensors. `memory_of` makes all three. Strides are those of the arrays.
+    Raises InternalError[I101] for an access out of bounds or a register read before it is written.
+    """
+    memory = {name: _Array.of(name, a) for name, a in buffers.items()}
+    strides = {
+        f"{name}_stride{d}": s for name, a in memory.items() for d, s in enumerate(a.strides)
+    }
+    rows = parts or (Part(),)
+    with np.errstate(all="ignore"):
+        for stage in program.stages:
+            _identities(stage, memory, rows)
+            for nest in stage:
+                for number, part in enumerate(rows):
+                    if part.case == nest.part or (nest.part < 0 and number == 0):
+                        own = {name: _Array.of(name, a) for name, a in part.buffers.items()}
+                        env: Env = {**variables, **strides, **part.variables}
+                        _Nest(nest, memory | own, _is_flat(program), program.level).run(env)
+
+
+def memory_of(
+    program: Program, arrays: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, int], list[Part]]:
+    """(buffers, variables, parts) for `execute` from arrays by tensor name.
+
+    Sparse tensors are objects with `structure` and `values` (`sparse.pack.Packed`); those that are
+    computed must be given too. Dense outputs and temporaries that are not given are made, all NaN.
+    """
+    sizes = dict(program.sizes)
+    buffers: dict[str, np.ndarray] = {}
+    count = max((len(arrays[t.name].values) for t in program.tensors if _is_packed(t, arrays)), default=0)
+    parts = [Part() for _ in range(count)]
+    for t in program.tensors:
+        given = arrays.get(t.name)
+        if given is None:
+            continue
+        shape = given.shape if t.is_sparse else np.shape(given)
+        sizes |= {d: n for d, n in zip(t.dims, shape, strict=True) if isinstance(d, str)}
+        if t.is_sparse:
+            _take_parts(t, given, parts)
+        else:
+            buffers[t.name] = np.asarray(given)
+    for t in program.tensors:
+        if t.role in ("output", "temp") and not t.is_sparse and t.name not in buffers:
+            shape = tuple(d if isinstance(d, int) else sizes[d] for d in t.dims)
+            buffers[t.name] = poisoned(shape, t.dtype)
+    return buffers, {f"n_{d}": n for d, n in sizes.items() if isinstance(d, str)}, parts
+
+
+def _is_packed(t: Tensor, arrays: Mapping[str, Any]) -> bool:
+    return t.is_sparse and arrays.get(t.name) is not None
+
+
+def _take_parts(t: Tensor, packed: Any, rows: list[Part]) -> None:
+    """The arrays of each part; a tensor that is not composed stands in every row."""
+    made, cases = packed.structure.parts, packed.structure.format.formats
+    for number, row in enumerate(rows):
+        at = number if number < len(made) else 0
+        part = made[at]
+        row.buffers[f"{t.name}.values"] = packed.values[at]
+        row.case = max(row.case, cases.index(part.format))
+        for depth, level in enumerate(part.arrays):
+            row.variables[f"{t.structure}_count{depth}"] = part.counts[depth]
+            for kind, array in level.items():
+                row.buffers[f"{t.structure}.{kind}{depth}"] = array
+
+
+def poisoned(shape: tuple[int, ...], dtype: DType) -> np.ndarray:
+    """An array that shows when it is read before it is written: NaN, or the least integer."""
+    kind = dtype.numpy
+    if dtype.name == "bfloat16":
+        return np.full(shape, 0x7FC0, kind)
+    value = np.nan if kind.kind == "f" else 0 if kind.kind == "b" else np.iinfo(kind).min
+    return np.full(shape, value, kind)
+
+
+@dataclass(slots=True)
+class _Array:
+    """The memory of an array as one row of elements, from its first to its last."""
+
+    name: str
+    flat: np.ndarray
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, a: np.ndarray) -> _Array:
+        strides = tuple(s // a.itemsize for s in a.strides)
+        reach = 1 + sum((n - 1) * s for n, s in zip(a.shape, strides, strict=True)) if a.size else 0
+        flat = np.lib.stride_tricks.as_strided(a, (reach,), (a.itemsize,))
+        return cls(name, flat, a.shape, strides)
+
+    def offset(self, index: Sequence[int]) -> int:
+        """The offset of an element by its index in each dimension, checked."""
+        for i, n in zip(index, self.shape, strict=True):
+            if not 0 <= i < n:
+                raise InternalError("I101", f"{self.name}{list(index)} is outside {self.shape}")
+        return sum(i * s for i, s in zip(index, self.strides, strict=True))
+
+    def put(self, offset: Any, value: Any) -> None:
+        self.flat[self.at(offset)] = value
+
+    def at(self, offset: Any) -> Any:
+        """An offset, or an array of them, checked."""
+        low, high = (offset, offset) if isinstance(offset, int) else (offset.min(), offset.max())
+        if low < 0 or high >= len(self.flat):
+            raise InternalError("I101", f"{self.name}[{offset}] is outside 0…{len(self.flat) - 1}")
+        return offset
+
+
+def _identities(stage: tuple[Nest, ...], memory: dict[str, _Array], rows: Sequence[Part]) -> None:
+    """Positions level: what a stage sums into starts at the identity, as its accumulators will."""
+    for nest in stage:
+        for c in walk(nest.body):
+            if not isinstance(c, Compute) or not c.op or c.in_place:
+                continue
+            out, value = c.out.buffer, identity_of(c.op, c.value.dtype)
+            start = convert(constant(value), c.value.dtype, out.dtype)
+            if out.scope == "global":
+                array = memory[out.name]
+                for at in itertools.product(*map(range, array.shape)):
+                    array.flat[array.offset(at)] = start
+            elif out.scope == "part":
+                for row in rows:
+                    if row.case == nest.part or nest.part < 0:
+                        row.buffers[out.name][:] = start
+
+
+def _is_flat(program: Program) -> bool:
+    """Whether addresses are offsets already, and not one index a dimension."""
+    for stage in program.stages:
+        for nest in stage:
+            for x in walk(nest.body):
+                if isinstance(x, Var) and "_stride" in x.name:
+                    return True
+                if isinstance(x, (Load, Store)) and x.buffer.scope == "global":
+                    if len(x.index) != len(x.buffer.shape):
+                        return True
+    return False
+
+
+# ---------------------------------------------------------------------------- a nest
+
+
+class _Nest:
+    """One nest under one part: statements and expressions as closures over an environment."""
+
+    def __init__(self, nest: Nest, memory: dict[str, _Array], flat: bool, level: str) -> None:
+        self.memory, self.flat, self.positions = memory, flat, level == "positions"
+        self.registers: dict[str, Any] = {}  # values; at the position level one for each temporary
+        self.sums: dict[tuple[str, int], Any] = {}  # position level: accumulators of memory
+        self.kinds: dict[str, tuple[DType, DType]] = {}
+        self.started: set[str] = set()  # while building: temporaries whose sum has begun outside
+        self.grid = [(v.name, self.expr(e)) for v, e in zip(nest.grid_vars, nest.grid, strict=True)]
+        self.body = self.stmt(nest.body)
+
+    def run(self, env: Env) -> None:
+        extents = [range(int(extent(env))) for _, extent in self.grid]
+        for unit in itertools.product(*extents):
+            env.update(zip((name for name, _ in self.grid), unit, strict=True))
+            self.body(env)
+        for (name, offset), value in self.sums.items():
+            self.memory[name].flat[offset] = convert(value, *self.kinds[name])
+
+    # -- statements ------------------------------------------------------------------------------
+
+    def stmt(self, s: Stmt) -> Run:
+        made = getattr(self, f"_{type(s).__name__.lower()}", None)
+        if made is None:
+            raise InternalError("I101", f"{type(s).__name__} cannot be executed")
+        return made(s)
+
+    def _seq(self, s: Seq) -> Run:
+        """A loop and its tail that reduce into the same temporary share its start."""
+        before, steps = set(self.started), []
+        for b in s.body:
+            steps.append(self.stmt(b))
+            self.started |= _sums_of(b).keys()
+        self.started = before
+
+        def run(env: Env) -> None:
+            for step in steps:
+                step(env)
+
+        return run
+
+    def _for(self, s: For) -> Run:
+        starts = {n: v for n, v in _sums_of(s).items() if n not in self.started}
+        self.started |= starts.keys()
+        name, begin, end, body = s.name, self.expr(s.begin), self.expr(s.end), self.stmt(s.body)
+        self.started -= starts.keys()
+
+        def run(env: Env) -> None:
+            self.registers.update(starts)
+            for env[name] in range(int(begin(env)), int(end(env))):
+                body(env)
+
+        return run
+
+    def _let(self, s: Let) -> Run:
+        name, value = s.var.name, self.expr(s.value)
+
+        def run(env: Env) -> None:
+            env[name] = value(env)
+
+        return run
+
+    def _if(self, s: If) -> Run:
+        cond, body = self.expr(s.cond), self.stmt(s.body)
+
+        def run(env: Env) -> None:
+            if cond(env):
+                body(env)
+
+        return run
+
+    def _compute(self, s: Compute) -> Run:
+        value, buffer = self.expr(s.value), s.out.buffer
+        if buffer.scope == "register":
+            name, ufunc = buffer.name, UFUNCS[s.op] if s.op and buffer.name in self.started else None
+
+            def cell(env: Env) -> None:
+                new = value(env)
+                self.registers[name] = ufunc(self.registers[name], new) if ufunc else new
+
+            return cell
+        array, place = self.memory[buffer.name], self.place(buffer, s.out.index)
+        if not s.op:
+            return lambda env: array.put(place(env), value(env))
+        ufunc, start = UFUNCS[s.op], constant(identity_of(s.op, s.value.dtype))
+        if s.in_place:
+            return lambda env: array.put(place(env), ufunc(array.flat[place(env)], value(env)))
+        self.kinds[buffer.name] = s.value.dtype, s.out.dtype
+
+        def accumulate(env: Env) -> None:
+            key = buffer.name, array.at(place(env))
+            self.sums[key] = ufunc(self.sums.get(key, start), value(env))
+
+        return accumulate
+
+    def _alloc(self, s: Alloc) -> Run:
+        b = s.buffer
+        total = prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
+        lanes = (b.dtype.lanes,) if b.dtype.lanes > 1 else ()
+
+        def run(env: Env) -> None:
+            self.registers[b.name] = poisoned((total, *lanes), b.dtype.scalar)
+
+        return run
+
+    def _store(self, s: Store) -> Run:
+        value, place = self.expr(s.value), self.place(s.buffer, s.index)
+        ufunc = UFUNCS[s.op] if s.op else None
+        if s.buffer.scope == "register":
+            name = s.buffer.name
+
+            def register(env: Env) -> None:
+                at, cells = place(env), self.registers[name]
+                cells[at] = ufunc(cells[at], value(env)) if ufunc else value(env)
+
+            return register
+        array = self.memory[s.buffer.name]
+
+        def memory(env: Env) -> None:
+            at, new = array.at(place(env)), value(env)
+            array.flat[at] = ufunc(array.flat[at], new) if ufunc else new
+
+        return memory
+
+    def _sync(self, s: Sync) -> Run:
+        return lambda env: None
+
+    # -- tiles -----------------------------------------------------------------------------------
+
+    def _mmazero(self, s: MmaZero) -> Run:
+        return self.fragment(s.acc, s.slot, s.shape, lambda env, acc: acc.fill(0))
+
+    def _mma(self, s: Mma) -> Run:
+        m, n, k = s.shape
+        a, b = self.tile(s.a, m, k), self.tile(s.b, k, n)
+
+        def run(env: Env, acc: np.ndarray) -> None:
+            left, right = a(env), b(env)
+            x = [[convert(v, s.a.buffer.dtype, dtypes.float32) for v, _ in row] for row in left]
+            y = [[convert(v, s.b.buffer.dtype, dtypes.float32) for v, _ in row] for row in right]
+            acc += np.array(x, np.float32) @ np.array(y, np.float32)
+
+        return self.fragment(s.acc, s.slot, s.shape, run)
+
+    def _mmastore(self, s: MmaStore) -> Run:
+        m, n = s.shape[:2]
+        to, dtype, array = self.tile(s.to, m, n), s.to.buffer.dtype, self.memory[s.to.buffer.name]
+
+        def run(env: Env, acc: np.ndarray) -> None:
+            for (r, c), value in np.ndenumerate(acc):
+                old, at = to(env)[r][c]
+                if at is not None:
+                    new = value + convert(old, dtype, dtypes.float32) if s.op else value
+                    array.flat[at] = convert(new, dtypes.float32, dtype)
+
+        return self.fragment(s.acc, s.slot, s.shape, run)
+
+    def fragment(self, acc: Buffer, slot: Expr, shape: tuple[int, ...], act: Any) -> Run:
+        """`act` on one fragment, an m × n view of the accumulator."""
+        m, n = shape[:2]
+        number = self.expr(slot)
+
+        def run(env: Env) -> None:
+            first = number(env) * m * n
+            act(env, self.registers[acc.name][first : first + m * n].reshape(m, n))
+
+        return run
+
+    def tile(self, t: Tile, rows: int, cols: int) -> Callable[[Env], list[list[tuple[Any, Any]]]]:
+        """(element, offset) for each place of a tile; (0, None) beyond its limits."""
+        array = self.memory[t.buffer.name]
+        zero = array.flat.dtype.type(0)
+        fields = (t.offset, t.row_stride, t.col_stride, t.row_limit, t.col_limit)
+        made = [self.expr(f) for f in fields]
+
+        def read(env: Env) -> list[list[tuple[Any, Any]]]:
+            offset, down, right, high, wide = (int(f(env)) for f in made)
+
+            def element(r: int, c: int) -> tuple[Any, Any]:
+                if r >= high or c >= wide:
+                    return zero, None
+                at = array.at(offset + r * down + c * right)
+                return array.flat[at], at
+
+            return [[element(r, c) for c in range(cols)] for r in range(rows)]
+
+        return read
+
+    # -- places ----------------------------------------------------------------------------------
+
+    def place(self, b: Buffer, index: tuple[Expr, ...]) -> Run:
+        """The offset of an access: an integer, or an array with one for each lane."""
+        made = [self.expr(i) for i in index]
+        if b.scope == "register":
+            extents = [] if self.positions else [int(e.value) for e in b.shape]  # type: ignore[attr-defined]
+            return lambda env: _row_major(b.name, [i(env) for i in made], extents)
+        array = self.memory[b.name]
+        if b.scope == "part" or self.flat:
+            (only,) = made or [lambda env: 0]
+            return only
+        return lambda env: array.offset([i(env) for i in made])
+
+    # -- expressions -----------------------------------------------------------------------------
+
+    def expr(self, e: Expr) -> Run:
+        return getattr(self, f"_x_{type(e).__name__.lower()}")(e)
+
+    def _x_const(self, e: Const) -> Run:
+        value = constant(e)
+        return lambda env: value
+
+    def _x_var(self, e: Var) -> Run:
+        name = e.name
+
+        def read(env: Env) -> Any:
+            try:
+                return env[name]
+            except KeyError:
+                raise InternalError("I101", f"{name} is not bound") from None
+
+        return read
+
+    def _x_load(self, e: Load) -> Run:
+        b, name = e.buffer, e.buffer.name
+        integer = e.dtype.lanes == 1 and e.dtype.name in ("int32", "int64")
+        if b.scope == "register":
+            if self.positions:
+                return lambda env: self.registers[name]
+            place = self.place(b, e.index)
+            return lambda env: _plain(self.registers[name][place(env)], integer)
+        array, place = self.memory[name], self.place(b, e.index)
+        return lambda env: _plain(array.flat[array.at(place(env))], integer)
+
+    def _x_binary(self, e: Binary) -> Run:
+        a, b = self.expr(e.a), self.expr(e.b)
+        if e.dtype.kind == "b" and e.dtype.lanes == 1 and e.op in ("&", "|"):
+            return (lambda env: a(env) and b(env)) if e.op == "&" else lambda env: a(env) or b(env)
+        act = BINARY[e.op]
+        if e.a.dtype.lanes == 1 and e.a.dtype.is_int:
+            act = _INTEGER.get(e.op, act)
+        return lambda env: act(a(env), b(env))
+
+    def _x_unary(self, e: Unary) -> Run:
+        a, act = self.expr(e.a), UNARY[e.op]
+        return lambda env: act(a(env))
+
+    def _x_select(self, e: Select) -> Run:
+        cond, a, b = self.expr(e.cond), self.expr(e.a), self.expr(e.b)
+        if e.cond.dtype.lanes > 1:
+            return lambda env: np.where(cond(env), a(env), b(env))
+        return lambda env: a(env) if cond(env) else b(env)
+
+    def _x_cast(self, e: Cast) -> Run:
+        a, source, to = self.expr(e.a), e.a.dtype.scalar, e.dtype.scalar
+        return lambda env: convert(a(env), source, to)
+
+    def _x_search(self, e: Search) -> Run:
+        lo, hi, key, keys = self.expr(e.lo), self.expr(e.hi), self.expr(e.key), self.memory[e.keys.name]
+
+        def find(env: Env) -> int:
+            low, high, wanted = int(lo(env)), int(hi(env)), int(key(env))
+            if low < high:
+                keys.at(low), keys.at(high - 1)
+            side = "right" if e.last else "left"
+            at = low + int(np.searchsorted(keys.flat[low:high], wanted, side))
+            if e.last:
+                return at - 1
+            return at if at < high and keys.flat[at] == wanted else -1
+
+        return find
+
+    def _x_ramp(self, e: Ramp) -> Run:
+        base, steps = self.expr(e.base), np.arange(e.dtype.lanes)
+        return lambda env: base(env) + steps
+
+    def _x_broadcast(self, e: Broadcast) -> Run:
+        a, lanes, integer = self.expr(e.a), e.dtype.lanes, e.dtype.is_int
+        kind = None if integer or e.dtype.kind == "b" else e.dtype.numpy
+        return lambda env: np.full(lanes, a(env), kind)
+
+    def _x_reducelanes(self, e: ReduceLanes) -> Run:
+        a, ufunc, integer = self.expr(e.a), UFUNCS[e.op], e.dtype.name in ("int32", "int64")
+        return lambda env: _plain(ufunc.reduce(a(env)), integer)
+
+    def _x_reducethreads(self, e: ReduceThreads) -> Run:
+        return self.expr(e.a)  # the loop over threads has run in order
+
+
+_INTEGER: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv,
+    "%": operator.mod, "min": min, "max": max, "<": operator.lt, "<=": operator.le,
+    ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
+    "&": operator.and_, "|": operator.or_, "^": operator.xor,
+}  # fmt: skip
+
+
+def _sums_of(s: Stmt) -> dict[str, Any]:
+    """Temporaries that the loop `s` reduces into, and what they start from."""
+    if not isinstance(s, For):
+        return {}
+    return {
+        c.out.buffer.name: constant(identity_of(c.op, c.value.dtype))
+        for c in walk(s)
+        if isinstance(c, Compute) and c.out.buffer.scope == "register" and set(s.axes) & set(c.reduce)
+    }
+
+
+def _row_major(name: str, index: list[Any], extents: list[int]) -> int:
+    at = 0
+    for i, n in zip(index, extents, strict=False):
+        if not 0 <= i < n:
+            raise InternalError("I101", f"register {name}[{i}] is outside 0…{n - 1}")
+        at = at * n + i
+    return at
+
+
+def _plain(x: Any, integer: bool) -> Any:
+    """Index arithmetic is done on Python's integers."""
+    return int(x) if integer else x
+
+
+def constant(e: Const) -> Any:
+    if e.dtype.name in ("int32", "int64"):
+        return int(e.value)
+    if e.dtype.kind == "b":
+        return bool(e.value)
+    return convert(np.float64(e.value), dtypes.float64, e.dtype)
+
+
+def convert(x: Any, source: DType, to: DType) -> Any:
+    """A value (or one for each lane) of one dtype as another; bfloat16 is its bits."""
+    if source.name == "bfloat16":
+        x = (np.asarray(x).astype(np.uint32) << 16).view(np.float32)[()]
+    if to.name == "bfloat16":
+        x = np.asarray(x).astype(np.float32)
+        return dtypes.bfloat16_bits(x).reshape(x.shape)[()]
+    if np.ndim(x):
+        return x != 0 if to.kind == "b" else x.astype(to.numpy)
+    if to.kind == "b":
+        return bool(x != 0)
+    if to.name in ("int32", "int64"):
+        return int(x) if x == x and abs(x) != np.inf else 0
+    return np.asarray(x).astype(to.numpy)[()]
+
+
+# ---------------------------------------------------------------------------- the launcher's door
+
+
+def run_frame(program: Program, kernel: Any, frame: Any) -> None:
+    """Run the coordinate-level `program` on the arrays whose addresses stand in a frame."""
+    raise NotImplementedError

@@ -1,0 +1,168 @@
+"""`tilewright env`: what is installed, found, missing, and what to do. Standard library only.
+
+Every probe is guarded: a broken package is a line of the report, never the end of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+from tilewright.errors import TilewrightError
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line: `state` is ok, missing (an option that is not there) or bad (something broken)."""
+
+    section: str
+    name: str
+    value: str
+    state: str = "ok"
+    hint: str = ""
+
+
+# distribution, module to look for, the extra that brings it, what it is for
+PACKAGES: tuple[tuple[str, str, str, str], ...] = (
+    ("numpy", "numpy", "", "arrays; the only package that is required"),
+    ("scipy", "scipy", "scipy", "sparse matrices as arguments, and a peer in benchmarks"),
+    ("torch", "torch", "torch", "tensors as arguments, and a peer in benchmarks"),
+    ("cuda-bindings", "cuda.bindings", "cuda", "compiling for NVIDIA GPUs"),
+    ("nvidia-cuda-nvrtc", "nvidia", "cuda", "the compiler behind it"),
+    ("nvidia-cuda-runtime", "nvidia", "cuda", "its headers"),
+    ("jinja2", "jinja2", "models", "chat templates of models"),
+    ("matplotlib", "matplotlib", "plot", "bench --plot"),
+    ("cupy-cuda13x", "cupy", "", "arrays on the GPU, where you use it"),
+)
+
+
+def env_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object for each finding")
+
+
+def env(args: argparse.Namespace) -> int:
+    """Print the report; the exit status is 0 unless something found is broken."""
+    findings = report()
+    if args.json:
+        for finding in findings:
+            print(json.dumps(asdict(finding)))
+    else:
+        section = ""
+        for f in findings:
+            if f.section != section:
+                section = f.section
+                print(("\n" if f is not findings[0] else "") + section)
+            mark = {"ok": " ", "missing": "-", "bad": "!"}[f.state]
+            print(f" {mark} {f.name:22} {f.value}")
+            if f.hint:
+                print(f"   {'':22} → {f.hint}")
+    return 1 if any(f.state == "bad" for f in findings) else 0
+
+
+def report() -> list[Finding]:
+    """All findings, in the order they are printed."""
+    found: list[Finding] = []
+    for section, probe in (
+        ("Python", _python), ("CPU target", _cpu), ("Kernel cache", _cache), ("Packages", _packages), ("CUDA target", _cuda),
+    ):  # fmt: skip
+        try:
+            found += [Finding(section, *line) for line in probe()]
+        except Exception as error:  # a probe must not take the report with it
+            hint = getattr(error, "hint", "")
+            found.append(Finding(section, "probe failed", f"{type(error).__name__}: {error}", "bad", hint))
+    return found
+
+
+Line = tuple[str, ...]
+
+
+def _python() -> Iterable[Line]:
+    import tilewright
+
+    yield "tilewright", tilewright.__version__
+    yield "Python", f"{platform.python_version()} ({platform.python_implementation()})"
+    yield "platform", f"{platform.system()} {platform.machine()}"
+    from tilewright import knobs
+
+    for name, knob in knobs.KNOBS.items():
+        if os.environ.get(knob.env):
+            yield _try(knob.env, lambda name=name: str(knobs.get(name)))
+
+
+def _try(name: str, probe: Callable[[], str], hint: str = "") -> Line:
+    """A line from a probe; its error in place of the value where it fails."""
+    try:
+        return (name, probe())
+    except TilewrightError as error:
+        return (name, error.message, "bad", error.hint or hint)
+    except Exception as error:
+        return (name, f"{type(error).__name__}: {error}", "bad", hint)
+
+
+def _cpu() -> Iterable[Line]:
+    from tilewright.runtime import pool, toolchain
+
+    try:
+        compiler = toolchain.find_compiler()
+        yield "C++ compiler", f"{compiler.version} ({compiler.path})"
+    except TilewrightError as error:
+        yield "C++ compiler", error.message, "missing", error.hint
+    yield _try("instruction set", lambda: toolchain.resolve_isa().name)
+    can = ", ".join(n for n in toolchain.ISAS if toolchain.runnable(n))
+    yield "this CPU runs", can
+    yield _try("threads", lambda: f"{pool.wanted_threads()} of {os.cpu_count()} cores")
+
+
+def _cache() -> Iterable[Line]:
+    from tilewright.runtime import cache
+
+    yield _try("folder", lambda: str(cache.current().folder), "set TILEWRIGHT_CACHE_DIR")
+    entries = list(cache.entries())
+    yield "size", f"{len(entries)} entries, {sum(e.nbytes for e in entries) / 2**20:.1f} MiB"
+
+
+def _packages() -> Iterable[Line]:
+    for distribution, module, extra, purpose in PACKAGES:
+        version = _version(distribution)
+        if version:
+            yield distribution, version
+        elif distribution.startswith("nvidia-") and (old := _version(f"{distribution}-cu12")):
+            yield f"{distribution}-cu12", old
+        elif module not in ("nvidia",) and _exists(module):
+            yield distribution, "found, without package data"
+        else:
+            hint = f"pip install 'tilewright[{extra}]'" if extra else f"pip install {distribution}"
+            yield distribution, f"not installed ({purpose})", "missing", hint
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _exists(module: str) -> bool:
+    try:
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _cuda() -> Iterable[Line]:
+    from tilewright.runtime import cuda
+
+    hints = {
+        "NVRTC": "pip install 'tilewright[cuda]'",
+        "CUDA driver": "kernels for GPUs compile here but do not run: install NVIDIA's driver",
+    }
+    for name, value in cuda.describe():
+        works = value.startswith(("nvidia", "nvrtc", "CUDA ")) or name.startswith("GPU")
+        yield (name, value) if works else (name, value, "missing", hints.get(name, ""))

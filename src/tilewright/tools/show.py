@@ -1,0 +1,191 @@
+"""`tilewright show FILE [NAME] --stages`: a program at every level, then the text made of it.
+
+The file is executed, as Python would run it (what it prints goes to standard error): show only
+files that you would run. Its programs are the `Definition`s among its names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import runpy
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tilewright import build as building
+from tilewright.build import Definition
+from tilewright.codegen import cpp as cpp_text
+from tilewright.codegen import cuda as cuda_text
+from tilewright.codegen.cfamily import Source
+from tilewright.errors import ProgramError, TilewrightError
+from tilewright.ir.nodes import Program
+from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
+from tilewright.runtime.manifest import declarations
+from tilewright.schedule import Schedule
+from tilewright.target import Target
+from tilewright.target import target as parse_target
+
+DEFAULT_TARGETS = ("cpp", "cuda:sm_90a")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The program after something changed it. `title` says what; `level` is coordinates, positions
+    or loops, or the language of generated text."""
+
+    title: str
+    level: str
+    text: str
+
+
+def show_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="a Python file; it is executed")
+    parser.add_argument("name", nargs="?", help="one program of it (default: all)")
+    parser.add_argument("--stages", action="store_true", help="every verb and pass that changed something")
+    parser.add_argument(
+        "--target", action="append", metavar="T",
+        help=f"cpp or cuda:sm_90a, also several times (default: {' and '.join(DEFAULT_TARGETS)})",
+    )  # fmt: skip
+    parser.add_argument("--html", type=Path, metavar="OUT", help="write one self-contained page instead")
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print or write the stages of each program of a file. Raises ProgramError[P101]."""
+    targets = [parse_target(t) for t in args.target or DEFAULT_TARGETS]
+    definitions = load(args.file)
+    if args.name:
+        if args.name not in definitions:
+            raise ProgramError(
+                "P101", f"no program {args.name!r}", where=str(args.file), hint=f"programs: {', '.join(definitions)}"
+            )
+        definitions = {args.name: definitions[args.name]}
+    shown = {name: stages_of(d, targets) for name, d in definitions.items()}
+    if not args.stages and not args.html:
+        shown = {name: _ends(stages) for name, stages in shown.items()}
+    if args.html:
+        from tilewright.tools import page
+
+        args.html.write_text(page.html(args.file.name, shown), encoding="utf-8")
+        print(f"wrote {args.html}")
+        return 0
+    for name, stages in shown.items():
+        print(f"==== {name}")
+        for stage in stages:
+            print(f"\n---- {stage.title}   ({stage.level})\n{stage.text}")
+        print()
+    return 0
+
+
+def load(path: Path) -> dict[str, Definition]:
+    """Run a file and give its programs by name. Raises ProgramError[P101] without any."""
+    if not path.is_file():
+        raise ProgramError("P101", "no such file", where=str(path))
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            names = runpy.run_path(str(path))
+        except TilewrightError:
+            raise
+        except Exception as error:
+            line = _line_in(path, error)
+            raise ProgramError("P101", f"running it failed: {type(error).__name__}: {error}", where=f"{path}{line}") from error
+    found: dict[str, Definition] = {}
+    for name, value in names.items():
+        if isinstance(value, Definition) and not any(value is d for d in found.values()):
+            found[name] = value
+    if not found:
+        raise ProgramError("P101", "the file defines no program", where=str(path), hint="@tw.program above a function")
+    return found
+
+
+def _line_in(path: Path, error: BaseException) -> str:
+    trace, line = error.__traceback__, ""
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = f":{trace.tb_lineno}"
+        trace = trace.tb_next
+    return line
+
+
+def stages_of(definition: Definition, targets: list[Target]) -> list[Stage]:
+    """All stages for each target in turn; what a later target shares with an earlier is left out.
+
+    A target that the schedule does not fit gives one stage that says why."""
+    stages: list[Stage] = []
+    for target in targets:
+        try:
+            mine = list(_stages(definition, target))
+        except TilewrightError as error:
+            mine = [Stage(f"not for {target}", "refused", f"{type(error).__name__}{error}")]
+        known = {(s.title, s.text) for s in stages}
+        stages += [s for s in mine if (s.title, s.text) not in known]
+    return stages
+
+
+def _stages(definition: Definition, target: Target) -> Iterator[Stage]:
+    for program, title in _programs(definition, target):
+        yield Stage(title, program.level, str(program))
+        last = program
+    if target.kind == "interp":
+        return
+    language = "CUDA" if target.is_cuda else "C++"
+    yield Stage(f"{language} for {target}", language, source_text(last, target))
+
+
+def _programs(definition: Definition, target: Target) -> Iterator[tuple[Program, str]]:
+    """The program as written, and after each verb and each pass that changed it."""
+    schedule: Schedule | None = definition.scheduled(target)
+    states: list[Schedule] = []
+    while schedule is not None:
+        states.append(schedule)
+        schedule = schedule.before
+    states.reverse()
+    now = states[0].program
+    yield now, "as written"
+    seen = str(now)
+    for state in states[1:]:
+        if state.program.level != "coordinates":
+            break
+        now = state.program
+        yield now, f"schedule {state.history[-1]}"
+        seen = str(now)
+    for changed, name in _passes(now, "before", target):
+        now = changed
+        if str(now) != seen:
+            yield now, name
+            seen = str(now)
+    for state in states[1:]:
+        if state.program.level == "positions":
+            now = state.program
+            yield now, f"schedule {state.history[-1]}"
+            seen = str(now)
+    for changed, name in _passes(now, "after", target):
+        now = changed
+        if str(now) != seen:
+            yield now, name
+            seen = str(now)
+
+
+def _passes(program: Program, which: str, target: Target) -> list[tuple[Program, str]]:
+    results: list[tuple[Program, str]] = []
+    passes = BEFORE_SCHEDULE if which == "before" else AFTER_SCHEDULE
+    run_passes(program, passes, target.kind, lambda name, p: results.append((p, name)))
+    return results
+
+
+def source_text(program: Program, target: Target) -> str:
+    """The text generated for a program at the loop level, without the prelude that is the same for all."""
+    declared = declarations(building._manifest(program, target))
+    renderer = cuda_text if target.is_cuda else cpp_text
+    source: Source = renderer.render(program, declared)
+    text = source.text
+    for path in sorted(cpp_text.PRELUDE.iterdir()):
+        prelude = path.read_text()
+        text = text.replace(prelude, f"// … prelude/{path.name}, {len(prelude.splitlines())} lines …\n")
+    return text.strip()
+
+
+def _ends(stages: list[Stage]) -> list[Stage]:
+    """The program as written, and the texts generated."""
+    return [s for s in stages if s.title == "as written" or s.level in ("C++", "CUDA", "refused")]
