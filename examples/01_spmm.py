@@ -1,7 +1,7 @@
 """Lesson 1: a sparse operator, from the mathematics to a kernel. Run it, then see every step of it:
 
-    python examples/01_spmm.py
-    tilewright show examples/01_spmm.py scheduled --stages
+python examples/01_spmm.py
+tilewright show examples/01_spmm.py scheduled --stages
 """
 
 import numpy as np
@@ -52,4 +52,5 @@ if __name__ == "__main__":
     # 5. Another matrix of the same format needs no other kernel; new values need no new packing.
     B = hyb.pack(random_matrix(500, 2000).astype(np.float32))
     twice = A.with_values(2 * A.entry_values())
-    print(f"another matrix: {kernel(B, X).shape}; values doubled: {np.allclose(kernel(twice, X), 2 * Y)}")
+    doubled = np.allclose(kernel(twice, X), 2 * Y)
+    print(f"another matrix: {kernel(B, X).shape}; values doubled: {doubled}")

@@ -2,8 +2,8 @@
 
     python examples/02_rgcn.py
 
-The layer is Y[i] = Σ over neighbours j of A[i, j] · X[j] W[type of edge (i, j)]. The product of every
-node with every type's matrix, which libraries store, never exists.
+The layer is Y[i] = Σ over neighbours j of A[i, j] · X[j] W[type of edge (i, j)]. The product of
+every node with every type's matrix, which libraries store, never exists.
 """
 
 import numpy as np
@@ -12,7 +12,12 @@ import tilewright as tw
 
 
 @tw.program
-def rgcn(A=tw.sparse("m n"), R=tw.sparse("m n", "int32", like="A"), X=tw.dense("n d"), W=tw.dense("r d o")):
+def rgcn(
+    A=tw.sparse("m n"),
+    R=tw.sparse("m n", "int32", like="A"),
+    X=tw.dense("n d"),
+    W=tw.dense("r d o"),
+):
     i, j, k, o = tw.indices("i:m j:n k:d o:o")
     message = A[i, j] * X[j, k] * W[R[i, j], k, o]  # R[i, j] is read, then used as an index
     return tw.out[i, o](tw.sum(message, over=(j, k)))

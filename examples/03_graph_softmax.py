@@ -2,8 +2,8 @@
 
     python examples/03_graph_softmax.py
 
-Scores exist at the stored coordinates only. A reduction over `j` ranges over the neighbours of `i`, so
-the softmax is one of each row; a missing edge is not a zero, it is not there.
+Scores exist at the stored coordinates only. A reduction over `j` ranges over the neighbours of `i`,
+so the softmax is one of each row; a missing edge is not a zero, it is not there.
 """
 
 import numpy as np
@@ -12,7 +12,9 @@ import tilewright as tw
 
 
 @tw.program
-def attend(A=tw.sparse("m n"), Q=tw.dense("m d"), K=tw.dense("n d"), V=tw.dense("n v"), scale=tw.scalar()):
+def attend(
+    A=tw.sparse("m n"), Q=tw.dense("m d"), K=tw.dense("n d"), V=tw.dense("n v"), scale=tw.scalar()
+):
     i, j, k, c = tw.indices("m n d v")
     score = tw.temp.like(A)[i, j](scale * A[i, j] * tw.sum(Q[i, k] * K[j, k], over=k))
     weight = tw.exp(score[i, j] - tw.max(score[i, j], over=j))
@@ -36,4 +38,5 @@ if __name__ == "__main__":
         A = fmt.pack(adjacency)
         O = attend.decompose(A=fmt).build()(A, Q, K, V, scale)
         share = A.nnz / sum(part.size for part in A.structure.parts)
-        print(f"{fmt!s:24} {100 * share:5.1f} % of slots used, farthest from NumPy {np.abs(O - expected).max():.1e}")
+        error = np.abs(O - expected).max()
+        print(f"{fmt!s:20} {100 * share:5.1f} % of slots used, farthest from NumPy: {error:.1e}")

@@ -123,7 +123,7 @@ def _build(d: Definition, target: Target) -> Kernel:
         )
         target = Target("interp")
     if target.kind == "interp":
-        return Kernel(manifest, launch.InterpLauncher(program), str(program))
+        return Kernel(manifest, launch.InterpLauncher(d.program), str(program))
     text = declarations(manifest)
     if target.kind == "cpp":
         source = cpp_text.render(program, text)

@@ -37,7 +37,9 @@ class KV:
     arrays: tuple[Any, ...] = field(repr=False)
 
     @staticmethod
-    def paged(k_pages: Any, v_pages: Any, kv_indptr: Any, kv_indices: Any, last_page_len: Any) -> KV:
+    def paged(
+        k_pages: Any, v_pages: Any, kv_indptr: Any, kv_indices: Any, last_page_len: Any
+    ) -> KV:
         """A paged cache.
 
         `k_pages`, `v_pages`: (pages, page_size, kv_heads, head_dim), float32, float16 or bfloat16,
@@ -157,12 +159,10 @@ def _heads(name: str, array: Any, ndim: int) -> View:
         )
     if found.ndim != ndim:
         form = {3: "(tokens, kv_heads, head_dim)", 4: "(pages, page_size, kv_heads, head_dim)"}
-        raise ArgumentError(
-            "A103", f"{name} has shape {found.shape}, not {form[ndim]}", where=name
-        )
+        raise ArgumentError("A103", f"{name} has shape {found.shape}, not {form[ndim]}", where=name)
     if min(found.shape[1:]) < 1:
         raise ArgumentError("A103", f"{name} of shape {found.shape} has no heads", where=name)
-    if found.shape[-1] > 1 and found.strides[-1] != 1:
+    if found.size and found.shape[-1] > 1 and found.strides[-1] != 1:
         raise ArgumentError(
             "A104",
             f"head_dim of {name} has stride {found.strides[-1]}",

@@ -90,9 +90,7 @@ def attention(
             total = weights.sum(1)
             some = total > 0
             o[rows, head] = weights @ vals[:, head // group] / np.where(some, total, 1)[:, None]
-            lse[rows, head] = np.where(
-                some, top[:, 0] + np.log(np.where(some, total, 1)), -np.inf
-            )
+            lse[rows, head] = np.where(some, top[:, 0] + np.log(np.where(some, total, 1)), -np.inf)
     return State(o, lse)
 
 

@@ -116,7 +116,7 @@ class _Heads:
                 f"{self.name} is read by query head and by KV head",
                 hint="declare two values",
             )
-        buffer = Buffer(self.name, self.declared.dtype, (Var(f"n_{by}"),))
+        buffer = Buffer(self.name, self.declared.dtype, (Var(f"size_{by}"),))
         return Load(buffer, (index,), self.declared.dtype)
 
 

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir.nodes import (
@@ -91,7 +92,7 @@ def _free_names(program: Program) -> dict[str, str]:
     found: dict[str, str] = {}
     for n in _nests(program):
         for x in (*walk(n.body), *(v for g in n.grid for v in walk(g))):
-            if isinstance(x, Var) and (x.name.startswith("n_") or "_count" in x.name or "_stride" in x.name):
+            if isinstance(x, Var) and (x.name.startswith("size_") or "_count" in x.name or "_stride" in x.name):
                 found[x.name] = "int64" if "_stride" in x.name or x.dtype.bits == 64 else "int32"
     return found
 
@@ -372,6 +373,8 @@ class Renderer:
         if to.name in STORED_AS_BITS:
             narrow = a if source.name == "float32" else self.convert(a, _float32(to))
             return f"{self.namespace}to_{to.name}{lanes}({narrow})"
+        if source.is_int and source.bits < 32 and to.is_float and to.lanes > 1:
+            a = self.convert(a, _int32(to))  # one step would go lane by lane
         if source.kind == "b" and source.lanes > 1:
             ones = f"{self.namespace}splat<{C_TYPES[to.name]}, {to.lanes}>(1)"
             return f"{self.namespace}select({a}, {ones}, {self.type(to)}{{}})"
@@ -414,9 +417,11 @@ class Renderer:
         return text
 
 
-def _float32(to: DType) -> DType:
-    from tilewright import dtypes
+def _int32(to: DType) -> DType:
+    return dtypes.int32.vector(to.lanes)
 
+
+def _float32(to: DType) -> DType:
     return dtypes.float32.vector(to.lanes)
 
 

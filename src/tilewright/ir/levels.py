@@ -19,6 +19,7 @@ Reference: the level functions of taco (Chou et al., OOPSLA 2018, §3) and Spars
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -88,7 +89,9 @@ class Level:
         raise NotImplementedError
 
     # data
-    def build(self, q: np.ndarray, c: np.ndarray, parents: int, extent: int) -> tuple[Arrays, np.ndarray, int]:
+    def build(
+        self, q: np.ndarray, c: np.ndarray, parents: int, extent: int
+    ) -> tuple[Arrays, np.ndarray, int]:
         """From the parent position and the coordinate of each entry (sorted): the arrays of the
         level, the position of each entry, and the number of positions."""
         raise NotImplementedError
@@ -98,7 +101,9 @@ class Level:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        dim = f"d{self.dim}" + (f"%{self.block}" if self.inner else f"/{self.block}" if self.block else "")
+        dim = f"d{self.dim}" + (
+            f"%{self.block}" if self.inner else f"/{self.block}" if self.block else ""
+        )
         return f"{type(self).__name__.lower()}({dim}{self._extra()})"
 
     __repr__ = __str__
@@ -216,7 +221,11 @@ class Compressed(Level):
             rank = np.arange(len(q)) - np.repeat(starts, np.diff(np.append(starts, len(q))))
             new |= rank % self.chunk == 0
         first = np.flatnonzero(new)
-        return {"indptr": _segments(q[first], parents), "indices": c[first]}, np.cumsum(new) - 1, len(first)
+        return (
+            {"indptr": _segments(q[first], parents), "indices": c[first]},
+            np.cumsum(new) - 1,
+            len(first),
+        )
 
     def expand(self, arrays, parents, extent):
         indptr = arrays["indptr"].astype(np.int64)
@@ -315,13 +324,37 @@ LEVELS: dict[str, type[Level]] = {
 }  # fmt: skip
 
 
+def coordinates(
+    levels: Sequence[Level], arrays: Sequence[Arrays], counts: Sequence[int], shape: Sequence[int]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The coordinates of everything one part stores (one array a dimension), and its positions.
+    Padding is left out; explicit zeros inside dense levels are not."""
+    parents, chain = 1, []
+    for level, own, count in zip(levels, arrays, counts, strict=True):
+        chain.append((level, *level.expand(own, parents, level.extent_of(tuple(shape)))))
+        parents = count
+    position = np.arange(parents)
+    stored = np.ones(parents, bool)
+    coords = [np.zeros(parents, np.int64) for _ in shape]
+    for level, q, c in reversed(chain):
+        here = c[position].astype(np.int64)
+        stored &= here >= 0
+        coords[level.dim] += here * (level.block if level.block and not level.inner else 1)
+        position = q[position]
+    for c, n in zip(coords, shape, strict=True):
+        stored &= c < n
+    return [c[stored] for c in coords], np.flatnonzero(stored)
+
+
 def load_value(values: Buffer, position: Expr, fill: float) -> Expr:
     """`values[position]`, or `fill` where the position is -1 (a missing coordinate)."""
     value = Load(values, (position,), values.dtype)
     if isinstance(position, (Var, Const)) or not may_miss(position):
         return value
     kind = values.dtype.accumulator  # a narrow float is only stored, never chosen between
-    return select(binary(">=", position, 0), cast(value, kind), cast(Const(fill, dtypes.float64), kind))
+    return select(
+        binary(">=", position, 0), cast(value, kind), cast(Const(fill, dtypes.float64), kind)
+    )
 
 
 def may_miss(position: Any) -> bool:

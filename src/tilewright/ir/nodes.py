@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, dataclass_transform
 
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ProgramError
+
+T = TypeVar("T")
 
 # ---------------------------------------------------------------------------- expressions
 
@@ -105,7 +107,9 @@ class Expr:
     __repr__ = __str__
 
 
-def node(cls: type) -> Any:
+@dataclass_transform(frozen_default=True)
+def node(cls: type[T]) -> type[T]:
+    """A frozen dataclass that prints as program text."""
     return dataclass(frozen=True, slots=True, repr=False)(cls)
 
 
@@ -536,7 +540,7 @@ class Program:
 
 def size_var(dim: str | int, index: DType = dtypes.int32) -> Expr:
     """The variable (or constant) that holds the size of a dimension."""
-    return Const(dim, index) if isinstance(dim, int) else Var(f"n_{dim}", index)
+    return Const(dim, index) if isinstance(dim, int) else Var(f"size_{dim}", index)
 
 
 def as_expr(x: Any, dtype: DType | None = None) -> Expr:
@@ -552,7 +556,9 @@ def as_expr(x: Any, dtype: DType | None = None) -> Expr:
         return Const(x, dtype or dtypes.float32)
     if isinstance(x, Tensor) and not x.dims:
         return Access(x, (), x.dtype)
-    raise ProgramError("P101", f"{x!r} cannot stand in an expression", hint="numbers and tensors can")
+    raise ProgramError(
+        "P101", f"{x!r} cannot stand in an expression", hint="numbers and tensors can"
+    )
 
 
 def binary(op: str, a: Any, b: Any) -> Expr:

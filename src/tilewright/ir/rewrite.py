@@ -66,7 +66,7 @@ def rebuild(n: N, f: Callable[[Any], Any]) -> N:
         return n
     if isinstance(n, Seq):
         return seq(*changed["body"])  # type: ignore[return-value]
-    return type(n)(**{name: changed.get(name, getattr(n, name)) for name in names})  # type: ignore[call-arg]
+    return type(n)(**{name: changed.get(name, getattr(n, name)) for name in names})
 
 
 def transform(n: N, f: Callable[[Any], Any]) -> N:
@@ -194,7 +194,12 @@ def _simplify_binary(x: Binary) -> Expr:
             return b
         if is_const(b, 0):
             return a
-        if isinstance(b, Const) and isinstance(a, Binary) and a.op == "+" and isinstance(a.b, Const):
+        if (
+            isinstance(b, Const)
+            and isinstance(a, Binary)
+            and a.op == "+"
+            and isinstance(a.b, Const)
+        ):
             return _simplify_binary(Binary("+", a.a, Const(a.b.value + b.value, b.dtype), x.dtype))
     if op == "-" and is_const(b, 0):
         return a

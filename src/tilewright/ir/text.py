@@ -81,10 +81,15 @@ def _lines(s: Any, depth: int) -> list[str]:
             return [f"{pad}{expr_text(s.out)} = {expr_text(s.value)}"]
         how = (" in place" if s.in_place else "") + (" atomic" if s.atomic else "")
         how += f" mma({', '.join(s.mma)})" if s.mma else ""
-        return [f"{pad}{expr_text(s.out)} = {s.op}({expr_text(s.value)} over {' '.join(s.reduce)}){how}"]
+        return [
+            f"{pad}{expr_text(s.out)} = {s.op}({expr_text(s.value)} over {' '.join(s.reduce)}){how}"
+        ]
     if isinstance(s, n.Store):
         op = {"": "=", "sum": "+=", "prod": "*="}.get(s.op, f"{s.op}=")
-        return [f"{pad}{s.buffer.name}[{_commas(s.index)}] {op} {expr_text(s.value)}" + (" atomic" if s.atomic else "")]
+        return [
+            f"{pad}{s.buffer.name}[{_commas(s.index)}] {op} {expr_text(s.value)}"
+            + (" atomic" if s.atomic else "")
+        ]
     if isinstance(s, n.Alloc):
         return [f"{pad}alloc {s.buffer}"]
     if isinstance(s, n.Sync):
@@ -92,9 +97,13 @@ def _lines(s: Any, depth: int) -> list[str]:
     if isinstance(s, n.MmaZero):
         return [f"{pad}mma_zero {s.acc.name}[{expr_text(s.slot)}]"]
     if isinstance(s, n.Mma):
-        return [f"{pad}mma {s.acc.name}[{expr_text(s.slot)}] += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}"]
+        return [
+            f"{pad}mma {s.acc.name}[{expr_text(s.slot)}] += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}"
+        ]
     if isinstance(s, n.MmaStore):
-        return [f"{pad}mma_store {_tile(s.to)} {'+' if s.op else ''}= {s.acc.name}[{expr_text(s.slot)}]"]
+        return [
+            f"{pad}mma_store {_tile(s.to)} {'+' if s.op else ''}= {s.acc.name}[{expr_text(s.slot)}]"
+        ]
     raise AssertionError(type(s))
 
 

@@ -6,9 +6,40 @@ from typing import Any
 
 from tilewright.errors import InternalError
 from tilewright.ir.nodes import (
-    COMPARISON, Access, Alloc, Assign, Binary, Broadcast, Buffer, Compute, Const, Expr, For, If, Index, Let, Load,
-    Mma, MmaStore, MmaZero, Nest, Program, Ramp, Reduce, ReduceLanes, ReduceThreads, Search, Select, Seq, Stmt,
-    Store, Sync, Tile, Unary, Var, children,
+    COMPARISON,
+    Access,
+    Alloc,
+    Assign,
+    Binary,
+    Broadcast,
+    Buffer,
+    Compute,
+    Const,
+    Expr,
+    For,
+    If,
+    Index,
+    Let,
+    Load,
+    Mma,
+    MmaStore,
+    MmaZero,
+    Nest,
+    Program,
+    Ramp,
+    Reduce,
+    ReduceLanes,
+    ReduceThreads,
+    Search,
+    Select,
+    Seq,
+    Stmt,
+    Store,
+    Sync,
+    Tile,
+    Unary,
+    Var,
+    children,
 )  # fmt: skip
 
 LEGAL: dict[str, tuple[type, ...]] = {
@@ -41,7 +72,9 @@ class _Checker:
 
     def fail(self, why: str, node: Any) -> None:
         place = f" after {self.after}" if self.after else ""
-        raise InternalError("I101", f"{self.level} level{place}: {why}: {node}", hint="please report this bug")
+        raise InternalError(
+            "I101", f"{self.level} level{place}: {why}: {node}", hint="please report this bug"
+        )
 
     def assign(self, s: Assign) -> None:
         if s.out.tensor.name not in self.tensors:
@@ -107,7 +140,12 @@ class _Checker:
 
     def expr(self, e: Expr, bound: set[str], registers: dict[str, Buffer] | None = None) -> None:
         if isinstance(e, Var):
-            known = e.name in bound or e.name.startswith("n_") or "_count" in e.name or "_stride" in e.name
+            known = (
+                e.name in bound
+                or e.name.startswith("size_")
+                or "_count" in e.name
+                or "_stride" in e.name
+            )
             if not known:
                 self.fail(f"{e.name} is not bound", e)
             return
@@ -120,15 +158,26 @@ class _Checker:
                 self.fail(f"{e.op} gives {e.dtype}", e)
         elif isinstance(e, (Unary, Select)):
             pass
-        elif isinstance(e, (Access, Reduce, Load, Search, Ramp, Broadcast, ReduceLanes, ReduceThreads)):
+        elif isinstance(
+            e, (Access, Reduce, Load, Search, Ramp, Broadcast, ReduceLanes, ReduceThreads)
+        ):
             if not isinstance(e, self.legal):
                 self.fail(f"{type(e).__name__} has no place here", e)
         if isinstance(e, Reduce):
             self.expr(e.body, bound | {a.name for a in e.axes}, registers)
             return
-        if isinstance(e, Load) and registers is not None and e.buffer.scope == "register" and e.buffer.name not in registers:
+        if (
+            isinstance(e, Load)
+            and registers is not None
+            and e.buffer.scope == "register"
+            and e.buffer.name not in registers
+        ):
             self.fail(f"register {e.buffer.name} is not allocated here", e)
-        if isinstance(e, Load) and e.buffer.scope == "register" and len(e.index) != len(e.buffer.shape):
+        if (
+            isinstance(e, Load)
+            and e.buffer.scope == "register"
+            and len(e.index) != len(e.buffer.shape)
+        ):
             self.fail(f"{e.buffer} read with {len(e.index)} indices", e)
         for child in children(e):
             self.expr(child, bound, registers)

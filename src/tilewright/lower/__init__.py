@@ -52,7 +52,12 @@ AFTER_SCHEDULE = (
 )
 
 
-def run_passes(program: Program, passes: tuple[Pass, ...], kind: str = "cpp", watch: Callable[[str, Program], None] | None = None) -> Program:
+def run_passes(
+    program: Program,
+    passes: tuple[Pass, ...],
+    kind: str = "cpp",
+    watch: Callable[[str, Program], None] | None = None,
+) -> Program:
     """The passes that apply to a kind of target, in order. `watch(name, program)` sees each result."""
     verifying, debug = knobs.get("verify"), knobs.get("debug")
     for p in passes:

@@ -8,8 +8,24 @@ from typing import Any
 
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import (
-    Const, Expr, For, If, Let, Load, Mma, MmaStore, MmaZero, Nest, Program, Search, Seq, Stmt, Store, Var,
-    binary, seq,
+    Const,
+    Expr,
+    For,
+    If,
+    Let,
+    Load,
+    Mma,
+    MmaStore,
+    MmaZero,
+    Nest,
+    Program,
+    Search,
+    Seq,
+    Stmt,
+    Store,
+    Var,
+    binary,
+    seq,
 )  # fmt: skip
 from tilewright.ir.rewrite import rebuild, simplify, substitute, walk
 
@@ -75,7 +91,11 @@ def _grid(nest: Nest) -> Nest:
         elif isinstance(body, If) and _has_grid(body.body):
             rewrap.append(lambda b, c=body.cond: If(c, b))
             body = body.body
-        elif isinstance(body, Seq) and _has_grid(body.body[-1]) and all(isinstance(b, Let) for b in body.body[:-1]):
+        elif (
+            isinstance(body, Seq)
+            and _has_grid(body.body[-1])
+            and all(isinstance(b, Let) for b in body.body[:-1])
+        ):
             rewrap.append(lambda b, lets=body.body[:-1]: seq(*lets, b))
             body = body.body[-1]
         else:
@@ -96,7 +116,11 @@ def _has_grid(s: Stmt) -> bool:
 
 def _check_host(loop: For) -> None:
     begins_at_zero = isinstance(loop.begin, Const) and loop.begin.value == 0
-    inner = [x for x in walk(loop.end) if isinstance(x, (Load, Search)) or (isinstance(x, Var) and not host_known(x.name))]
+    inner = [
+        x
+        for x in walk(loop.end)
+        if isinstance(x, (Load, Search)) or (isinstance(x, Var) and not host_known(x.name))
+    ]
     if inner or not begins_at_zero:
         raise ScheduleError(
             "S102", f"loop {loop.name} cannot be parallel: its range {loop.begin}:{loop.end} is not known before the launch",
@@ -106,7 +130,7 @@ def _check_host(loop: For) -> None:
 
 def host_known(name: str) -> bool:
     """Whether the host knows a variable before a launch: sizes and counts."""
-    return name.startswith("n_") or "_count" in name
+    return name.startswith("size_") or "_count" in name
 
 
 def _extent(body: Stmt, kind: str) -> int:
@@ -114,7 +138,11 @@ def _extent(body: Stmt, kind: str) -> int:
     for x in walk(body):
         if isinstance(x, For) and x.kind == kind:
             if x.extent is None:
-                raise ScheduleError("S102", f"loop {x.name} is bound to {kind} but its extent is not a constant", hint="split it first")
+                raise ScheduleError(
+                    "S102",
+                    f"loop {x.name} is bound to {kind} but its extent is not a constant",
+                    hint="split it first",
+                )
             found = max(found, x.extent)
     return found
 
@@ -122,9 +150,13 @@ def _extent(body: Stmt, kind: str) -> int:
 def _threads(s: Stmt, extents: dict[str, int], inside: frozenset[str]) -> Stmt:
     if isinstance(s, For) and s.kind in THREADS:
         if s.kind in inside:
-            raise ScheduleError("S102", f"loop {s.name} is bound to {s.kind} inside a loop that already is")
+            raise ScheduleError(
+                "S102", f"loop {s.name} is bound to {s.kind} inside a loop that already is"
+            )
         var = THREAD_X if s.kind == "thread.x" else THREAD_Y
-        body = substitute(_threads(s.body, extents, inside | {s.kind}), {s.name: replace(var, dtype=s.var.dtype)})
+        body = substitute(
+            _threads(s.body, extents, inside | {s.kind}), {s.name: replace(var, dtype=s.var.dtype)}
+        )
         partial = s.extent is not None and s.extent < extents[s.kind]
         return If(binary("<", var, s.extent), body) if partial else body
     if isinstance(s, (For, If)):
@@ -134,7 +166,7 @@ def _threads(s: Stmt, extents: dict[str, int], inside: frozenset[str]) -> Stmt:
     if isinstance(s, Store) and s.buffer.scope in ("global", "part"):
         for kind, var in (("thread.x", THREAD_X), ("thread.y", THREAD_Y)):
             if extents[kind] > 1 and kind not in inside:
-                s = If(binary("==", var, 0), s)  # type: ignore[assignment]
+                s = If(binary("==", var, 0), s)
         return s
     if isinstance(s, (Mma, MmaZero, MmaStore)):
         return s

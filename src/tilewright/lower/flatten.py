@@ -6,7 +6,21 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.ir.nodes import Const, Expr, For, If, Let, Load, Program, Search, Seq, Stmt, Store, cast, seq
+from tilewright.ir.nodes import (
+    Const,
+    Expr,
+    For,
+    If,
+    Let,
+    Load,
+    Program,
+    Search,
+    Seq,
+    Stmt,
+    Store,
+    cast,
+    seq,
+)
 from tilewright.ir.rewrite import add, as_int64, mul, rebuild, simplify, substitute, transform, walk
 
 HEAVY = (Load, Search)
@@ -35,7 +49,9 @@ def _inline(s: Any, known: dict[str, Expr]) -> Any:
                 out.append(_inline(b, known))
         return seq(*out) if out else Seq(())
     if isinstance(s, (For, If)):
-        new = rebuild(s, lambda c: _inline(c, known) if isinstance(c, Stmt) else substitute(c, known))
+        new = rebuild(
+            s, lambda c: _inline(c, known) if isinstance(c, Stmt) else substitute(c, known)
+        )
         return new
     return substitute(s, known)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tilewright.ir.nodes import Access, Assign, Expr, Index, Program, Reduce, Tensor, cast
+from tilewright.ir.nodes import Access, Assign, Cast, Expr, Index, Program, Reduce, Tensor, cast
 from tilewright.ir.rewrite import rebuild, walk
 
 
@@ -23,7 +23,7 @@ def hoist_reductions(program: Program) -> Program:
     for statement in program.body:
         hoister = _Hoister(statement)
         value = statement.value
-        inner = value.a if _is_plain_cast(value) else value
+        inner = value.a if isinstance(value, Cast) else value
         if isinstance(inner, Reduce) and not _has_two_drivers(statement, inner):
             # The statement itself reduces.
             new = Reduce(inner.op, inner.axes, hoister.visit(inner.body, (inner,)), inner.dtype)
@@ -46,10 +46,6 @@ def _has_two_drivers(statement: Assign, e: Reduce) -> bool:
         and any(isinstance(c, Index) and c.name in own for c in x.coords)
         for x in walk(e.body)
     )
-
-
-def _is_plain_cast(e: Any) -> bool:
-    return hasattr(e, "a") and type(e).__name__ == "Cast"
 
 
 class _Hoister:

@@ -15,11 +15,38 @@ from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir.levels import Level, Storage, load_value, may_miss
 from tilewright.ir.nodes import (
-    Access, Assign, Binary, Buffer, Cast, Compute, Const, Expr, For, If, Index, Let, Load, Nest, Program,
-    Reduce, Search, Select, Stmt, Tensor, Unary, Var,
-    as_expr, binary, cast, identity_of, select, seq, size_var, unary,
+    Access,
+    Assign,
+    Binary,
+    Buffer,
+    Cast,
+    Compute,
+    Const,
+    Expr,
+    For,
+    If,
+    Index,
+    Let,
+    Load,
+    Nest,
+    Program,
+    Reduce,
+    Search,
+    Select,
+    Stmt,
+    Tensor,
+    Unary,
+    Var,
+    as_expr,
+    binary,
+    cast,
+    identity_of,
+    select,
+    seq,
+    size_var,
+    unary,
 )  # fmt: skip
-from tilewright.ir.rewrite import add, ceil_div, mul, simplify, walk
+from tilewright.ir.rewrite import add, ceil_div, mul, rebuild, simplify, walk
 
 
 def coordinates_to_positions(program: Program) -> Program:
@@ -37,7 +64,9 @@ def coordinates_to_positions(program: Program) -> Program:
     for root, inline in _roots(program):
         stages += builder.stages(root, inline)
     buffers = {b.name: b for stage in stages for nest in stage for b in _buffers(nest.body)}
-    return replace(program, level="positions", stages=tuple(stages), buffers=tuple(buffers.values()))
+    return replace(
+        program, level="positions", stages=tuple(stages), buffers=tuple(buffers.values())
+    )
 
 
 def _roots(program: Program) -> Iterable[tuple[Assign, list[Assign]]]:
@@ -122,31 +151,33 @@ class _Builder:
         whole = self.tensors[structure].format if structure else None
         formats = whole.formats if whole is not None else (None,)
         composed = whole is not None and len(getattr(whole, "parts", ())) > 0
-        nests, in_place = [], False
+        shared = composed and whole is not None and not whole.unique_rows
+        nests: list[Nest] = []
+        empty: list[Nest] = []
+        in_place = False
         for number, fmt in enumerate(formats):
             self.format = {t.structure: t.format for t in self.tensors.values() if t.structure}
             if structure:
                 self.format[structure] = fmt
+            part = number if composed else -1
             self.names = set()
-            nest = _NestBuilder(self, statement, temps, structure, shared=composed and not whole.unique_rows)
-            body = simplify(nest.build())
+            nest = _NestBuilder(self, statement, temps, structure, shared=shared)
+            nests.append(Nest(statement.out.tensor.name, simplify(nest.build()), part))
             in_place |= nest.in_place
-            nests.append(Nest(statement.out.tensor.name, body, number if composed else -1))
+            if statement.out.tensor.is_sparse:
+                empty.append(self._init(statement, temps, structure, part))
         if in_place and temps:
-            raise ProgramError(
-                "P107", f"{statement.out.tensor.name} is more than one sum (or max, min) and {whole} shares its rows",
-                hint="use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'",
-            )  # fmt: skip
-        covered = structure == "" or statement.out.tensor.is_sparse or (not in_place and whole.covers_rows)
-        return [tuple(nests)] if covered else [(self._init(statement, temps),), tuple(nests)]
+            raise _shares_rows(statement.out.tensor.name, whole)
+        if whole is None or (not in_place and (empty or whole.covers_rows)):
+            return [tuple(nests)]
+        return [tuple(empty or [self._init(statement, temps, structure, -1)]), tuple(nests)]
 
-    def _init(self, st: _Statement, temps: list[_Statement]) -> Nest:
-        """The value of rows without entries, for all of the output."""
-        nothing = {t.out.tensor.name: identity_of(t.op, t.out.dtype) for t in temps}
+    def _init(self, st: _Statement, temps: list[_Statement], structure: str, part: int) -> Nest:
+        """The value where nothing is stored, for all of the output (of a part of it, if sparse)."""
+        followers = [t for t in temps if (self.driver(t) or ("",))[0] == structure]
+        nothing = {t.out.tensor.name: identity_of(t.op, t.out.dtype) for t in followers}
 
         def visit(e: Any) -> Any:
-            from tilewright.ir.rewrite import rebuild
-
             if isinstance(e, Access) and e.tensor.name in nothing:
                 return nothing[e.tensor.name]
             return rebuild(e, visit)
@@ -154,8 +185,10 @@ class _Builder:
         value = cast(identity_of(st.op, st.value.dtype), st.out.dtype) if st.op else visit(st.value)
         self.names = set()
         plain = _Statement(st.out, "", (), value, lambda e: e)
-        body = simplify(_NestBuilder(self, plain, [], "", shared=False).build())
-        return Nest(f"{st.out.tensor.name}.init", body)
+        rest = [replace(t, value=visit(t.value)) for t in temps if t not in followers]
+        rest = [] if st.op else rest
+        body = simplify(_NestBuilder(self, plain, rest, "", shared=False).build())
+        return Nest(f"{st.out.tensor.name}.init", body, part)
 
     def _root_driver(self, st: _Statement, temps: list[_Statement]) -> str:
         own = self.driver(st)
@@ -196,20 +229,32 @@ class _Builder:
             size = ceil_div(size, level.block)
         count = Var(f"{structure}_count{depth}", self.index)
         made = {
-            name: Buffer(f"{structure}.{name}{depth}", self.index, (add(count, 1) if name == "indptr" else count,), "part")
+            name: Buffer(
+                f"{structure}.{name}{depth}",
+                self.index,
+                (add(count, 1) if name == "indptr" else count,),
+                "part",
+            )
             for name in level.arrays
         }
         return level, Storage(size, count, made.get("indptr"), made.get("indices"))
 
     def values(self, tensor: Tensor) -> Buffer:
         last = len(self.format[tensor.structure].levels) - 1
-        return Buffer(f"{tensor.name}.values", tensor.dtype, (Var(f"{tensor.structure}_count{last}", self.index),), "part")
+        return Buffer(
+            f"{tensor.name}.values",
+            tensor.dtype,
+            (Var(f"{tensor.structure}_count{last}", self.index),),
+            "part",
+        )
 
     def buffer(self, tensor: Tensor) -> Buffer:
         shape = tuple(self.size(d) for d in tensor.dims)
         if tensor.role == "inline":
             return Buffer(tensor.name, tensor.dtype, shape, "register")
-        strides: list[Expr] = [Var(f"{tensor.name}_stride{d}", dtypes.int64) for d in range(len(shape))]
+        strides: list[Expr] = [
+            Var(f"{tensor.name}_stride{d}", dtypes.int64) for d in range(len(shape))
+        ]
         if strides and not tensor.strided:
             strides[-1] = Const(1, dtypes.int64)
         kind = "state" if tensor.role == "temp" else tensor.kind
@@ -219,7 +264,15 @@ class _Builder:
 class _NestBuilder:
     """Builds the nest of one root statement under one choice of formats."""
 
-    def __init__(self, owner: _Builder, root: _Statement, temps: list[_Statement], structure: str, *, shared: bool) -> None:
+    def __init__(
+        self,
+        owner: _Builder,
+        root: _Statement,
+        temps: list[_Statement],
+        structure: str,
+        *,
+        shared: bool,
+    ) -> None:
         self.owner, self.root, self.temps = owner, root, temps
         self.structure, self.shared = structure, shared
         self.placed: set[str] = set()
@@ -235,7 +288,10 @@ class _NestBuilder:
         if needed <= spatial:
             return self.root.out.tensor.name
         for reader in (*self.temps, self.root):
-            if any(isinstance(x, Access) and x.tensor.name == t.out.tensor.name for x in walk(reader.value)):
+            if any(
+                isinstance(x, Access) and x.tensor.name == t.out.tensor.name
+                for x in walk(reader.value)
+            ):
                 return reader.out.tensor.name
         raise AssertionError(f"nobody reads {t.out}")
 
@@ -248,13 +304,18 @@ class _NestBuilder:
             driver = self._borrowed(st)
         if driver:
             env = env.copy()
+            if not hasattr(self.owner.format[driver[0]], "levels"):
+                raise _unsearchable(driver[0], self.owner.format[driver[0]])
             if st is not self.root:
                 self._check_whole_rows(st, driver)
             self._follow(st, driver, env)
         specs = self._ordered(st, driver, env)
         in_place = bool(st.op) and self._is_in_place(st, specs)
         if in_place and st is not self.root:
-            raise ProgramError("P107", f"a reduction inside {self.root.out.tensor.name} meets rows stored in pieces")
+            raise ProgramError(
+                "P107",
+                f"a reduction inside {self.root.out.tensor.name} meets rows stored in pieces",
+            )
         self.in_place |= in_place
         around, hidden = self.at, self.hidden
         self.at, self.hidden = st, frozenset()
@@ -308,10 +369,7 @@ class _NestBuilder:
         pieces = any(not x.unique and names[x.dim] not in reduced for x in levels)
         if pieces or (self.shared and structure == self.structure):
             whole = self.owner.tensors[structure].format
-            raise ProgramError(
-                "P107", f"{self.root.out.tensor.name} is more than one sum (or max, min) and {whole} shares its rows",
-                hint="use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'",
-            )  # fmt: skip
+            raise _shares_rows(self.root.out.tensor.name, whole)
 
     def _loops(self, st: _Statement, specs: list[_Spec], env: _Env, in_place: bool) -> Stmt:
         before: list[Stmt] = []
@@ -329,7 +387,9 @@ class _NestBuilder:
 
     # -- order -------------------------------------------------------------------------------
 
-    def _ordered(self, st: _Statement, driver: tuple[str, tuple[str, ...]] | None, env: _Env) -> list[_Spec]:
+    def _ordered(
+        self, st: _Statement, driver: tuple[str, tuple[str, ...]] | None, env: _Env
+    ) -> list[_Spec]:
         spatial = [x for x in _indices(st.out.coords) if x.name not in env.bound]
         wanted = [*spatial, *st.axes]
         for order in self.owner.program.orders:
@@ -367,19 +427,20 @@ class _NestBuilder:
     def _is_in_place(self, st: _Statement, specs: list[_Spec]) -> bool:
         """Whether an output element is met again after other elements: no accumulator can hold it."""
         reduced = {a.name for a in st.axes}
+        is_sparse = st.out.tensor.is_sparse  # each stored entry is then an element of its own
         seen_reduction = False
         for s in specs:
             if s.axis.name in reduced:
                 seen_reduction = True
                 if s.fused is not None:
                     return True
-            elif s.fused is not None and s.fused.name in reduced:
+            elif (
+                (s.fused is not None and s.fused.name in reduced)
+                or (s.level is not None and not s.level.unique and not is_sparse)
+                or (s.level is not None and not s.level.is_dense and seen_reduction)
+            ):
                 return True
-            elif s.level is not None and not s.level.unique:
-                return True
-            elif s.level is not None and not s.level.is_dense and seen_reduction:
-                return True
-        return self.shared and st is self.root
+        return self.shared and st is self.root and not is_sparse
 
     # -- opening a loop ----------------------------------------------------------------------
 
@@ -414,7 +475,9 @@ class _NestBuilder:
         lets, guards = self._bind(s, level, level.coord(storage, q, v), env)
         if single:
             return lambda body: _inside(lets, guards, body)
-        return lambda body: seq(*found, For(var, begin, end, _inside(lets, guards, body), axes=(tag,)))
+        return lambda body: seq(
+            *found, For(var, begin, end, _inside(lets, guards, body), axes=(tag,))
+        )
 
     def _named(self, structure: str, depth: int, q: Expr, env: _Env) -> tuple[Var, list[Stmt]]:
         """A located position under a name of its own."""
@@ -422,7 +485,9 @@ class _NestBuilder:
         env.pos[structure, depth] = var
         return var, [Let(var, q)]
 
-    def _bind(self, s: _Spec, level: Level, coord: Expr, env: _Env) -> tuple[list[Stmt], list[Expr]]:
+    def _bind(
+        self, s: _Spec, level: Level, coord: Expr, env: _Env
+    ) -> tuple[list[Stmt], list[Expr]]:
         """Names the coordinate; whole axes at once, blocked ones when both halves are known."""
         name, lets, guards = s.axis.name, [], []
         if not isinstance(coord, Var):
@@ -456,9 +521,11 @@ class _NestBuilder:
         var = Var(self._fresh(f"{row}{col}"), self.owner.index)
         i, j = Var(self._fresh(row), self.owner.index), Var(self._fresh(col), self.owner.index)
         rows = upper_storage.size if upper.is_dense else upper_storage.count
-        q = Search(storage.indptr, Const(0, self.owner.index), add(rows, 1), var, True, self.owner.index)
+        q = Search(
+            storage.indptr, Const(0, self.owner.index), add(rows, 1), var, True, self.owner.index
+        )
         parent = Var(self._fresh(f"{row}_q"), self.owner.index)
-        lets = [
+        lets: list[Stmt] = [
             Let(parent, q),
             Let(i, upper.coord(upper_storage, parent, parent)),
             Let(j, lower.coord(storage, parent, var)),
@@ -466,7 +533,9 @@ class _NestBuilder:
         env.bound |= {row: i, col: j}
         env.pos |= {(s.structure, 0): parent, (s.structure, 1): var}
         zero = Const(0, var.dtype)
-        return lambda body: For(var, zero, storage.count, _inside(lets, [], body), axes=(self._tag(row), self._tag(col)))
+        return lambda body: For(
+            var, zero, storage.count, _inside(lets, [], body), axes=(self._tag(row), self._tag(col))
+        )
 
     def _position(self, structure: str, depth: int, env: _Env) -> Expr:
         """The position at a level: known from a loop, or located from bound coordinates."""
@@ -485,7 +554,9 @@ class _NestBuilder:
                 coord = env.halves[axis, level.block, level.inner]
             else:
                 coord = _part_of(level, env.bound[axis])
-            env.pos[structure, depth] = level.locate(storage, self._position(structure, depth - 1, env), coord)
+            env.pos[structure, depth] = level.locate(
+                storage, self._position(structure, depth - 1, env), coord
+            )
         return env.pos[structure, depth]
 
     def _fresh(self, name: str) -> str:
@@ -506,10 +577,16 @@ class _NestBuilder:
         target = st.out.tensor
         if target.is_sparse:
             last = len(self.owner.format[target.structure].levels) - 1
-            out = Load(self.owner.values(target), (self._position(target.structure, last, env),), target.dtype)
+            out = Load(
+                self.owner.values(target),
+                (self._position(target.structure, last, env),),
+                target.dtype,
+            )
         else:
             buffer = self.owner.buffer(target)
-            out = Load(buffer, tuple(self._resolve(c, env, lets) for c in st.out.coords), target.dtype)
+            out = Load(
+                buffer, tuple(self._resolve(c, env, lets) for c in st.out.coords), target.dtype
+            )
         if in_place and out.dtype != value.dtype:
             raise ProgramError(
                 "P107", f"{target.name} is added to in memory, in {out.dtype}, where {value.dtype} is needed",
@@ -547,7 +624,11 @@ class _NestBuilder:
         if isinstance(e, Index):
             return env.bound[e.name]
         if isinstance(e, Var):
-            return Const(self.owner.sizes[e.name[2:]], self.owner.index) if e.name[2:] in self.owner.sizes else Var(e.name, self.owner.index)
+            return (
+                Const(self.owner.sizes[e.name[5:]], self.owner.index)
+                if e.name[5:] in self.owner.sizes
+                else Var(e.name, self.owner.index)
+            )
         if isinstance(e, Access):
             tensor = self.owner.tensors[e.tensor.name]
             if tensor.is_sparse:
@@ -571,7 +652,9 @@ class _NestBuilder:
         elif (tensor.structure, names) in env.places:
             position = env.places[tensor.structure, names]
         else:
-            position = self._locate(tensor, tuple(self._resolve(c, env, lets) for c in e.coords), lets)
+            position = self._locate(
+                tensor, tuple(self._resolve(c, env, lets) for c in e.coords), lets
+            )
         return load_value(self.owner.values(tensor), position, tensor.fill)
 
     def _locate(self, tensor: Tensor, coords: tuple[Expr, ...], lets: list[Stmt]) -> Expr:
@@ -588,7 +671,19 @@ class _NestBuilder:
             var = Var(self._fresh(f"{tensor.name}_q{depth}"), self.owner.index)
             lets.append(Let(var, found))
             q = var
-        return add(q, 0) if all(level.is_dense for level in fmt.levels) else select(binary(">=", q, 0), q, as_expr(-1, self.owner.index))
+        return (
+            add(q, 0)
+            if all(level.is_dense for level in fmt.levels)
+            else select(binary(">=", q, 0), q, as_expr(-1, self.owner.index))
+        )
+
+
+def _shares_rows(name: str, fmt: Any) -> ProgramError:
+    return ProgramError(
+        "P107",
+        f"{name} is more than one sum (or max, min) and {fmt} shares its rows",
+        hint="use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'",
+    )
 
 
 def _unsearchable(name: str, fmt: Any) -> ProgramError:
@@ -615,6 +710,3 @@ def _indices(coords: tuple[Expr, ...]) -> list[Index]:
     """The indices in output coordinates, in order, once each."""
     found = [x for c in coords for x in walk(c) if isinstance(x, Index)]
     return list({x.name: x for x in found}.values())
-
-
-

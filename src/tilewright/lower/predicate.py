@@ -5,7 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tilewright.ir.nodes import Binary, Cast, Const, Expr, For, If, Let, Load, Program, Select, Seq, Stmt, Store, seq
+from tilewright.ir.nodes import (
+    Binary,
+    Cast,
+    Const,
+    Expr,
+    For,
+    If,
+    Let,
+    Load,
+    Program,
+    Select,
+    Seq,
+    Stmt,
+    Store,
+    seq,
+)
 from tilewright.ir.rewrite import free_vars, rebuild, transform
 
 
@@ -22,7 +37,9 @@ def predicate_loads(program: Program) -> Program:
     Under a test of a padded coordinate the values of the format are loaded as they are (padding holds
     0). Only products of loads: another factor could be infinite, and 0 · ∞ is not 0.
     """
-    stages = tuple(tuple(replace(n, body=transform(n.body, _visit)) for n in stage) for stage in program.stages)
+    stages = tuple(
+        tuple(replace(n, body=transform(n.body, _visit)) for n in stage) for stage in program.stages
+    )
     return replace(program, stages=stages)
 
 
@@ -49,13 +66,23 @@ def _rewrite(s: Stmt, cond: Expr, guarded: Any) -> Stmt | None:
         return None if any(m is None for m in made) else seq(*(m for m in made if m is not None))
     if isinstance(s, Let):
         return Let(s.var, _where(s.value, cond)) if isinstance(s.value, Load) else None
-    if isinstance(s, Store) and s.buffer.scope == "register" and s.op == "sum" and _is_product(s.value, guarded):
+    if (
+        isinstance(s, Store)
+        and s.buffer.scope == "register"
+        and s.op == "sum"
+        and _is_product(s.value, guarded)
+    ):
         return replace(s, value=_guard_loads(s.value, cond, guarded))
     return None
 
 
 def _is_padding_test(cond: Expr) -> bool:
-    return isinstance(cond, Binary) and cond.op == ">=" and isinstance(cond.b, Const) and cond.b.value == 0
+    return (
+        isinstance(cond, Binary)
+        and cond.op == ">="
+        and isinstance(cond.b, Const)
+        and cond.b.value == 0
+    )
 
 
 def _is_product(e: Expr, guarded: Any) -> bool:

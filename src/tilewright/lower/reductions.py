@@ -9,8 +9,26 @@ from typing import Any
 
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import (
-    REDUCTIONS, Alloc, Binary, Buffer, Compute, Const, Expr, For, If, Let, Load, Program,
-    ReduceLanes, ReduceThreads, Seq, Stmt, Store, cast, identity_of, seq,
+    REDUCTIONS,
+    Alloc,
+    Binary,
+    Buffer,
+    Compute,
+    Const,
+    Expr,
+    For,
+    If,
+    Let,
+    Load,
+    Program,
+    ReduceLanes,
+    ReduceThreads,
+    Seq,
+    Stmt,
+    Store,
+    cast,
+    identity_of,
+    seq,
 )  # fmt: skip
 from tilewright.ir.rewrite import free_vars, rebuild, transform, walk
 
@@ -103,7 +121,9 @@ class _Materializer:
                     lambda c, acc=acc, index=index: Store(acc, index, cast(c.value, acc.dtype), c.op),
                 )  # fmt: skip
             if made:
-                before += [x for acc, chain in made.values() for x in (Alloc(acc), _initial(acc, chain))]
+                before += [
+                    x for acc, chain in made.values() for x in (Alloc(acc), _initial(acc, chain))
+                ]
                 after.append(_final(list(made.values())))
                 out = next(iter(made.values()))[1].compute.out.buffer
                 if out.scope == "register":
@@ -219,7 +239,8 @@ def _final(parts: list[tuple[Buffer, _Chain]]) -> Stmt:
     chain = parts[0][1]
     c = chain.compute
     value = reduce(
-        lambda a, b: Binary(REDUCTIONS[c.op], a, b, a.dtype), (_joined(acc, each) for acc, each in parts)
+        lambda a, b: Binary(REDUCTIONS[c.op], a, b, a.dtype),
+        (_joined(acc, each) for acc, each in parts),
     )
     body: Stmt = _store(c, value)
     if chain.threads:
@@ -255,7 +276,11 @@ def _joined(acc: Buffer, chain: _Chain) -> Expr:
     lanes = acc.dtype.vector(vector.extent or 1) if vector else acc.dtype
     ranges = [range(1) if f is vector else range(f.extent or 0) for f in chain.lanes]
     loads = (
-        Load(acc, (*spatial, *(Const(i, f.var.dtype) for i, f in zip(at, chain.lanes, strict=True))), lanes)
+        Load(
+            acc,
+            (*spatial, *(Const(i, f.var.dtype) for i, f in zip(at, chain.lanes, strict=True))),
+            lanes,
+        )
         for at in product(*ranges)
     )
     op = chain.compute.op

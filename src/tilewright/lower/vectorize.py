@@ -8,11 +8,40 @@ from typing import Any
 from tilewright.dtypes import DType
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import (
-    Alloc, Binary, Buffer, Cast, Const, Expr, For, If, Let, Load, Mma, MmaStore, MmaZero, Program,
-    Ramp, ReduceThreads, Select, Seq, Stmt, Store, Unary, Var, seq,
+    Alloc,
+    Binary,
+    Buffer,
+    Cast,
+    Const,
+    Expr,
+    For,
+    If,
+    Let,
+    Load,
+    Mma,
+    MmaStore,
+    MmaZero,
+    Program,
+    Ramp,
+    ReduceThreads,
+    Select,
+    Seq,
+    Stmt,
+    Store,
+    Unary,
+    Var,
+    seq,
 )  # fmt: skip
 from tilewright.ir.rewrite import (
-    add, as_int64, broadcast, free_vars, mul, simplify, substitute, transform, walk,
+    add,
+    as_int64,
+    broadcast,
+    free_vars,
+    mul,
+    simplify,
+    substitute,
+    transform,
+    walk,
 )  # fmt: skip
 
 
@@ -22,7 +51,9 @@ def vectorize_loops(program: Program) -> Program:
     before: for v in 0:16  # vector          after: acc[0] += broadcast(a[p]) * X[o +: 16]
               acc[0, v] += a[p] * X[o + v]          (acc: one register of 16 lanes)
     """
-    stages = tuple(tuple(replace(n, body=_vectorize(n.body)) for n in stage) for stage in program.stages)
+    stages = tuple(
+        tuple(replace(n, body=_vectorize(n.body)) for n in stage) for stage in program.stages
+    )
     return replace(program, stages=stages)
 
 
@@ -33,7 +64,8 @@ def unroll_loops(program: Program) -> Program:
               acc[u] = 0
     """
     stages = tuple(
-        tuple(replace(n, body=simplify(transform(n.body, _Unroller().visit))) for n in stage) for stage in program.stages
+        tuple(replace(n, body=simplify(transform(n.body, _Unroller().visit))) for n in stage)
+        for stage in program.stages
     )
     return replace(program, stages=stages)
 
@@ -44,7 +76,9 @@ def split_registers(program: Program) -> Program:
 
     before: alloc acc[4]; acc[0] = 0; …      after: alloc acc.0, acc.1, …; acc.0 = 0; …
     """
-    stages = tuple(tuple(replace(n, body=_split(n.body)) for n in stage) for stage in program.stages)
+    stages = tuple(
+        tuple(replace(n, body=_split(n.body)) for n in stage) for stage in program.stages
+    )
     return replace(program, stages=stages)
 
 
@@ -132,7 +166,11 @@ class _Vectorizer:
         self.registers: set[str] = set()
 
     def refuse(self, why: str) -> ScheduleError:
-        return ScheduleError("S102", f"loop {self.loop.name} cannot be a vector: {why}", hint="vectorize another loop")
+        return ScheduleError(
+            "S102",
+            f"loop {self.loop.name} cannot be a vector: {why}",
+            hint="vectorize another loop",
+        )
 
     def varies(self, e: Expr) -> bool:
         for x in walk(e):
@@ -169,7 +207,9 @@ class _Vectorizer:
     def store(self, s: Store) -> Stmt:
         value = self.vector(s.value)
         if s.buffer.name in self.registers:
-            return replace(s, buffer=replace(s.buffer, dtype=s.buffer.dtype.vector(self.lanes)), value=value)
+            return replace(
+                s, buffer=replace(s.buffer, dtype=s.buffer.dtype.vector(self.lanes)), value=value
+            )
         if s.buffer.scope == "register":
             return replace(s, index=self.register_index(s.buffer, s.index), value=value)
         found = self.linear(s.index[0])
@@ -265,9 +305,17 @@ def _narrow(body: Stmt, wide: dict[str, tuple[int, int]]) -> Stmt:
 
 
 def _split(body: Stmt) -> Stmt:
-    arrays = {x.buffer.name: x.buffer for x in walk(body) if isinstance(x, Alloc) and x.buffer.scope == "register" and x.buffer.shape}
+    arrays = {
+        x.buffer.name: x.buffer
+        for x in walk(body)
+        if isinstance(x, Alloc) and x.buffer.scope == "register" and x.buffer.shape
+    }
     for x in walk(body):
-        if isinstance(x, (Load, Store)) and x.buffer.name in arrays and free_vars(Seq((Store(x.buffer, x.index, Const(0, x.buffer.dtype)),))):
+        if (
+            isinstance(x, (Load, Store))
+            and x.buffer.name in arrays
+            and free_vars(Seq((Store(x.buffer, x.index, Const(0, x.buffer.dtype)),)))
+        ):
             arrays.pop(x.buffer.name)
 
     def one(b: Buffer, index: tuple[Expr, ...]) -> Buffer:
@@ -281,7 +329,12 @@ def _split(body: Stmt) -> Stmt:
             total = 1
             for extent in x.buffer.shape:
                 total *= int(extent.value)  # type: ignore[attr-defined]
-            return seq(*(Alloc(replace(x.buffer, name=f"{x.buffer.name}.{i}", shape=())) for i in range(total)))
+            return seq(
+                *(
+                    Alloc(replace(x.buffer, name=f"{x.buffer.name}.{i}", shape=()))
+                    for i in range(total)
+                )
+            )
         if isinstance(x, (Load, Store)) and x.buffer.name in arrays and x.index:
             return replace(x, buffer=one(x.buffer, x.index), index=())
         if isinstance(x, Seq):
@@ -289,6 +342,3 @@ def _split(body: Stmt) -> Stmt:
         return x
 
     return transform(body, visit)
-
-
-

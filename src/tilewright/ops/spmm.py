@@ -71,7 +71,7 @@ def gpu_recipe(s: Schedule) -> Schedule:
     for n in range(len(s.nests)):
         fmt = s.format_of(n)
         shared = s.has("j", n) and fmt.name in (TALL, GIANT, "dcsr")
-        across = min(_power(d // lanes), 8 if fmt.name == GIANT else 32)  # threads of one row
+        across = min(_power(d // lanes), 2 if fmt.name == GIANT else 32)  # threads of one row
         s = _gpu_features(s.on(n), lanes, across)
         if shared:
             s = _gpu_shared_rows(s, CTA // across)
@@ -105,7 +105,7 @@ def _gpu_own_rows(s: Schedule, n: int, rows: int, width: int) -> Schedule:
 
 def _gpu_shared_rows(s: Schedule, rows: int) -> Schedule:
     """A row to each CTA: the threads of y share its entries, `AHEAD` in flight in each."""
-    s = s.split("j", rows * max(1, min(AHEAD, 128 // rows)), into=("j_o", "j_r")).split("j_r", rows, into=("j_u", "j_y"))
+    s = s.split("j", rows * max(1, min(AHEAD, 512 // rows)), into=("j_o", "j_r")).split("j_r", rows, into=("j_u", "j_y"))
     return s.bind("i", "cta.x").bind("j_y", "thread.y").unroll("j_u")
 
 
@@ -117,7 +117,7 @@ def recipe(s: Schedule) -> Schedule:
 # ---------------------------------------------------------------------------- the operator
 
 
-def by_length(widest: int, giant: int = 4096) -> Composed:
+def by_length(widest: int, giant: int = 1024) -> Composed:
     """Rows by length: padded buckets up to `widest` entries, a CTA for each longer row, and for rows
     beyond `giant` CTAs that take a few features each. Every row is in one part: no atomics."""
     widths = [2**b for b in range(widest.bit_length())]
@@ -135,7 +135,8 @@ def choose_format(rows: int, nnz: int, target: str) -> Format | Composed:
     """CSR on a CPU; on a GPU rows by length, with wider buckets where there is more work."""
     if not target.startswith("cuda"):
         return formats.csr()
-    return by_length(16 if nnz < 200_000 else 64)
+    mean = max(nnz / max(rows, 1), 1)
+    return by_length(int(np.clip(2 ** np.ceil(np.log2(6 * mean)), 32, 256)))
 
 
 def pack_for_spmm(matrix: Any, width: int = 128, target: str = "cpp", dtype: Any = None) -> Packed:

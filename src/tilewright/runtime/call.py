@@ -38,6 +38,8 @@ class Frame:
     outputs: list[tuple[TensorSpec, tuple[int, ...]]]
     structures: dict[str, Any]
     keep: list[Any]
+    views: dict[str, View]
+    sizes: dict[Any, int]
     run: Callable[[], None] | None = None
 
 
@@ -83,7 +85,7 @@ class Call:
                 "A103", f"{name} has {len(v.shape)} dimensions, expected {_spell(spec)}", where=where
             )
         self._take_sizes(spec, v.shape)
-        if not spec.strided and v.strides[-1] != 1 and v.shape[-1] > 1:
+        if not spec.strided and v.strides[-1] != 1 and v.shape[-1] > 1 and v.size:
             raise ArgumentError(
                 "A104", f"the last dimension of {name} has stride {v.strides[-1]}", where=where,
                 hint="make it contiguous (np.ascontiguousarray, .contiguous())",
@@ -211,7 +213,10 @@ class Call:
         aligned = all(v.pointer % 16 == 0 and _rows_aligned(v) for v in self.views.values())
         made = [(t, () if t.structure else self.shape_of(t)) for t in outputs]
         slots = self._slots(blocks, row, params)
-        return Frame(blocks, units, self.device, aligned, slots, made, dict(self.structures), [])
+        return Frame(
+            blocks, units, self.device, aligned, slots, made, dict(self.structures), [],
+            dict(self.views), dict(self.sizes),
+        )  # fmt: skip
 
     def _slots(self, blocks: list[Any], row: Struct, params: Struct) -> dict[str, list[Any]]:
         """Where the address of each dense array, the values of each sparse one and each number go."""
@@ -244,13 +249,13 @@ class Call:
         for known, value in self.scalars.items():
             if name == c_name(known):
                 return value
-        if name.startswith("n_"):
-            return self.sizes[name[2:]]
+        if name.startswith("size_"):
+            return self.sizes[name[5:]]
         raise InternalError("I101", f"nothing fills the field {name}")
 
     def _row(self, row: Struct, part: int) -> tuple[dict[str, Any], dict[str, int]]:
         """The fields of one row of the work table, and the names its unit count may read."""
-        env = {f"n_{k}": v for k, v in self.sizes.items() if isinstance(k, str)}
+        env = {f"size_{k}": v for k, v in self.sizes.items() if isinstance(k, str)}
         for structure, s in self.structures.items():
             counts = s.parts[part if part < len(s.parts) else 0].counts
             env |= {f"{structure}_count{level}": count for level, count in enumerate(counts)}

@@ -2,14 +2,14 @@
 
 This is what every kernel is compared with, and what runs where no C++ compiler is found.
 An iteration space is a product of *groups*: a dense axis is a group, and so are all the stored
-coordinates of a sparse tensor together. The value of an expression is an array with one dimension for
-each group, of length 1 where it does not vary; sums of products become matrix products.
+coordinates of a sparse tensor together. The value of an expression is an array with one dimension
+for each group, of length 1 where it does not vary; sums of products become matrix products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -36,42 +36,25 @@ from tilewright.ir.nodes import (
     identity_of,
 )
 from tilewright.ir.rewrite import indices_of
+from tilewright.runtime.spaces import (
+    BINARY,
+    UFUNCS,
+    UNARY,
+    Group,
+    Space,
+    Stored,
+    contract,
+    decode,
+    encode,
+    flattened,
+    pieces,
+    range_of,
+    shape_of,
+    single,
+    slice_of,
+)  # fmt: skip
 
 CHUNK = 1 << 22  # elements of the largest array that is made at once
-
-UFUNCS: dict[str, np.ufunc] = {
-    "sum": np.add,
-    "prod": np.multiply,
-    "max": np.maximum,
-    "min": np.minimum,
-}
-BINARY: dict[str, Callable[[Any, Any], Any]] = {
-    "+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide, "//": np.floor_divide,
-    "%": np.remainder, "min": np.minimum, "max": np.maximum, "&": np.bitwise_and,
-    "|": np.bitwise_or, "^": np.bitwise_xor, "<<": np.left_shift, ">>": np.right_shift,
-    "<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal, "==": np.equal,
-    "!=": np.not_equal,
-}  # fmt: skip
-UNARY: dict[str, Callable[[Any], Any]] = {
-    "-": np.negative, "not": np.logical_not, "exp": np.exp, "log": np.log, "sqrt": np.sqrt,
-    "rsqrt": lambda x: 1 / np.sqrt(x), "tanh": np.tanh, "sin": np.sin, "cos": np.cos,
-    "abs": np.abs, "floor": np.floor,
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Stored:
-    """The stored coordinates of a structure, in row-major order, one array a dimension."""
-
-    shape: tuple[int, ...]
-    coords: tuple[np.ndarray, ...]
-
-    def keys(self, dims: Iterable[int], coords: Iterable[np.ndarray]) -> np.ndarray:
-        """Coordinates of some dimensions as single numbers, ordered as the coordinates are."""
-        key: Any = np.zeros((), np.int64)
-        for d, c in zip(dims, coords, strict=True):
-            key = key * max(self.shape[d], 1) + c
-        return key
 
 
 def evaluate(
@@ -84,10 +67,10 @@ def evaluate(
     """The outputs of a program at the coordinate level, by name.
 
     `arrays` holds the inputs: dense arrays; for sparse tensors anything with `shape` and
-    `unpack() -> (coords, values)`, or a dense array whose non-zeros are stored; numbers for scalars.
-    A sparse output comes as its values, (nnz,), in the order of `unpack`. `exact` computes floats in
-    float64; otherwise each value has the program's own dtype. Parameters that the program updates
-    are copied first. Raises InternalError[I101] for an access out of bounds.
+    `unpack() -> (coords, values)`, or a dense array whose non-zeros are stored; numbers for
+    scalars. A sparse output comes as its values, (nnz,), in the order of `unpack`. `exact` computes
+    floats in float64; otherwise each value has the program's own dtype. Parameters that the program
+    updates are copied first. Raises InternalError[I101] for an access out of bounds.
     """
     memory = Memory(program, dict(sizes or {}))
     written = {s.out.tensor.name for s in program.body}
@@ -102,7 +85,7 @@ def evaluate(
 
 
 class Memory:
-    """The arrays of one evaluation: `data` by tensor (values only, if sparse), sizes, structures."""
+    """The arrays of one evaluation: `data` by tensor (the values, if sparse), sizes, structures."""
 
     def __init__(self, program: Program, sizes: dict[str, int]) -> None:
         self.sizes = dict(program.sizes) | sizes
@@ -156,85 +139,6 @@ def run(program: Program, memory: Memory, *, exact: bool) -> None:
                 evaluator.assign(statement)
 
 
-def decode(raw: np.ndarray, dtype: DType, *, exact: bool) -> np.ndarray:
-    """Stored values as numbers: bfloat16 bits become float32; everything float64 if `exact`."""
-    if dtype.name == "bfloat16" and raw.dtype == np.uint16:
-        raw = dtypes.bfloat16_values(raw)
-    elif raw.dtype.kind == "V" or raw.dtype.name == "bfloat16":
-        raw = raw.astype(np.float32)
-    return raw.astype(np.float64) if exact and dtype.is_float else raw
-
-
-def encode(values: np.ndarray, dtype: DType, to: np.dtype) -> np.ndarray:
-    """Numbers as they are stored in an array of NumPy type `to`."""
-    if dtype.name == "bfloat16" and to == np.uint16:
-        return dtypes.bfloat16_bits(values.astype(np.float32)).reshape(values.shape)
-    return values.astype(to)
-
-
-# ---------------------------------------------------------------------------- spaces
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Group:
-    """One dimension of an iteration space: the coordinates of its indices, point by point.
-
-    `first` is set for a dense range first … first+length-1; `entries` (structure, index names,
-    numbers of the stored entries) where the points are stored coordinates.
-    """
-
-    length: int
-    index: dict[str, np.ndarray]
-    first: int | None = None
-    entries: tuple[str, tuple[str, ...], np.ndarray] | None = None
-
-    @classmethod
-    def dense(cls, name: str, extent: int) -> Group:
-        return cls(extent, {name: np.arange(extent)}, 0)
-
-    def cut(self, a: int, b: int) -> Group:
-        """The points a … b-1."""
-        entries = self.entries and (*self.entries[:2], self.entries[2][a:b])
-        first = None if self.first is None else self.first + a
-        return Group(b - a, {n: c[a:b] for n, c in self.index.items()}, first, entries)
-
-
-Space = tuple[Group, ...]
-
-
-def _shape(space: Space) -> tuple[int, ...]:
-    return tuple(g.length for g in space)
-
-
-def _pieces(space: Space, limit: int) -> Iterator[tuple[tuple[slice, ...], Space]]:
-    """The space cut along its longest group until a piece has at most `limit` points."""
-
-    def cut(at: tuple[slice, ...], s: Space) -> Iterator[tuple[tuple[slice, ...], Space]]:
-        if prod(_shape(s)) <= limit or max(_shape(s), default=0) <= 1:
-            yield at, s
-            return
-        d = int(np.argmax(_shape(s)))
-        half = s[d].length // 2
-        for a, b in ((0, half), (half, s[d].length)):
-            where = slice(at[d].start + a, at[d].start + b)
-            yield from cut((*at[:d], where, *at[d + 1 :]), (*s[:d], s[d].cut(a, b), *s[d + 1 :]))
-
-    yield from cut(tuple(slice(0, g.length) for g in space), space)
-
-
-def _flat(groups: Space) -> Group:
-    """Several groups as one, the last running fastest."""
-    length, index = prod(_shape(groups)), {}
-    inner = length
-    outer = 1
-    for g in groups:
-        inner = inner // max(g.length, 1) if length else 0
-        for name, c in g.index.items():
-            index[name] = np.tile(np.repeat(c, inner), outer)
-        outer *= g.length
-    return Group(length, index)
-
-
 # ---------------------------------------------------------------------------- evaluation
 
 
@@ -258,8 +162,8 @@ class _Evaluator:
             unique = {x.name: x for x in found}.values()
             space = tuple(Group.dense(x.name, memory.size(x.dim)) for x in unique)
         done = []
-        for at, piece in _pieces(space, CHUNK):
-            value = np.broadcast_to(self.expr(s.value, piece, None), _shape(piece))
+        for at, piece in pieces(space, CHUNK):
+            value = np.broadcast_to(self.expr(s.value, piece, None), shape_of(piece))
             done.append((at, piece, encode(value, t.dtype, memory.data[t.name].dtype)))
         for at, piece, value in done:
             if t.is_sparse or all(isinstance(c, Index) for c in s.out.coords):
@@ -284,7 +188,7 @@ class _Evaluator:
         if isinstance(e, Index):
             return self.index(e.name, space)
         if isinstance(e, Var):
-            return np.full((1,) * len(space), self.memory.sizes[e.name.removeprefix("n_")])
+            return np.full((1,) * len(space), self.memory.sizes[e.name.removeprefix("size_")])
         if isinstance(e, Access):
             return self.access(e, space, mask)
         if isinstance(e, Reduce):
@@ -316,7 +220,7 @@ class _Evaluator:
     def index(self, name: str, space: Space) -> np.ndarray:
         for d, g in enumerate(space):
             if name in g.index:
-                return g.index[name].reshape(_single(len(space), d, g.length))
+                return g.index[name].reshape(single(len(space), d, g.length))
         raise InternalError("I101", f"index {name} is not bound")
 
     def access(self, e: Access, space: Space, mask: np.ndarray | None) -> np.ndarray:
@@ -330,7 +234,7 @@ class _Evaluator:
         for d, g in enumerate(space):
             if g.entries is not None and g.entries[:2] == (t.structure, names):
                 values = decode(raw[g.entries[2]], t.dtype, exact=self.exact)
-                return values.reshape(_single(len(space), d, g.length))
+                return values.reshape(single(len(space), d, g.length))
         return self.search(e, decode(raw, t.dtype, exact=self.exact), space)
 
     def search(self, e: Access, values: np.ndarray, space: Space) -> np.ndarray:
@@ -371,11 +275,13 @@ class _Evaluator:
             return raw.reshape((1,) * len(space))
         sliced: dict[int, int] = {}  # dimension of the tensor -> group
         for d, c in enumerate(e.coords):
-            g = _range_of(c, space)
+            g = range_of(c, space)
             if g is not None and g not in sliced.values():
                 sliced[d] = g
         part = raw[
-            tuple(_slice(space[sliced[d]]) if d in sliced else slice(None) for d in range(raw.ndim))
+            tuple(
+                slice_of(space[sliced[d]]) if d in sliced else slice(None) for d in range(raw.ndim)
+            )
         ]
         gathered = [d for d in range(raw.ndim) if d not in sliced]
         part = part.transpose(*gathered, *sliced)
@@ -449,13 +355,13 @@ class _Evaluator:
         bound = {n for n in names if n not in {a.name for a in e.axes}}
         joined = [d for d, g in enumerate(space) if bound & g.index.keys()]
         others = [d for d in range(len(space)) if d not in joined]
-        points = _flat(tuple(space[d] for d in joined))
+        points = flattened(tuple(space[d] for d in joined))
         owner, group = self.join(points, driver, bound)
         rest = tuple(space[d] for d in others)
-        shape = (points.length, *_shape(rest))
+        shape = (points.length, *shape_of(rest))
         ufunc = UFUNCS[e.op]
         total = np.full(shape, identity_of(e.op, e.dtype).value, self.kind(e.dtype))
-        step = max(1, CHUNK // max(prod(_shape(rest)), 1))
+        step = max(1, CHUNK // max(prod(shape_of(rest)), 1))
         for a in range(0, group.length, step):
             b = min(a + step, group.length)
             value = self.fold(e, (group.cut(a, b), *rest, *dense), 1 + len(rest))
@@ -463,7 +369,7 @@ class _Evaluator:
             first = np.flatnonzero(np.append(True, mine[1:] != mine[:-1]))
             at = mine[first]
             total[at] = ufunc(total[at], ufunc.reduceat(value, first, axis=0))
-        total = total.reshape(*(space[d].length for d in joined), *_shape(rest))
+        total = total.reshape(*(space[d].length for d in joined), *shape_of(rest))
         return total.transpose(np.argsort([*joined, *others]))
 
     def join(
@@ -491,13 +397,13 @@ class _Evaluator:
     def fold(self, e: Reduce, space: Space, keep: int) -> np.ndarray:
         """`e.op` over all groups from number `keep` on, in pieces that fit into memory."""
         if any(g.length == 0 for g in space):
-            shape = _shape(space[:keep])
+            shape = shape_of(space[:keep])
             return np.full(shape, identity_of(e.op, e.dtype).value, self.kind(e.dtype))
         factors = _factors(e.body) if e.op == "sum" and e.dtype.is_float else [e.body]
         apart = len(factors) > 1
-        needed = max(self.points(f, space) for f in factors) if apart else prod(_shape(space))
+        needed = max(self.points(f, space) for f in factors) if apart else prod(shape_of(space))
         if needed > CHUNK:
-            d = int(np.argmax(_shape(space)))
+            d = int(np.argmax(shape_of(space)))
             half = space[d].length // 2
             if half:
                 both = [
@@ -507,8 +413,8 @@ class _Evaluator:
                 return np.concatenate(both, axis=d) if d < keep else UFUNCS[e.op](*both)
         if apart:
             values = [self.cast(self.expr(f, space, None), e.dtype) for f in factors]
-            return _contract(values, _shape(space), keep)
-        value = np.broadcast_to(self.expr(e.body, space, None), _shape(space))
+            return contract(values, shape_of(space), keep)
+        value = np.broadcast_to(self.expr(e.body, space, None), shape_of(space))
         axes = tuple(range(keep, len(space)))
         return UFUNCS[e.op].reduce(value, axis=axes, dtype=self.kind(e.dtype)) if axes else value
 
@@ -519,24 +425,6 @@ class _Evaluator:
 
 
 _COMPUTED = {"bfloat16": "float32"}  # values of a dtype that NumPy has not
-
-
-def _single(ndim: int, d: int, length: int) -> tuple[int, ...]:
-    return tuple(length if n == d else 1 for n in range(ndim))
-
-
-def _slice(g: Group) -> slice:
-    assert g.first is not None
-    return slice(g.first, g.first + g.length)
-
-
-def _range_of(c: Expr, space: Space) -> int | None:
-    """The group of a plain index over a dense range."""
-    if isinstance(c, Index):
-        for d, g in enumerate(space):
-            if c.name in g.index:
-                return d if g.first is not None else None
-    return None
 
 
 def _only(e: Access, dims: list[int]) -> Access:
@@ -576,57 +464,3 @@ def _factors(e: Expr) -> list[Expr]:
         inner = _factors(e.a)
         return inner if len(inner) > 1 else [e]
     return [e]
-
-
-def _contract(factors: list[np.ndarray], shape: tuple[int, ...], keep: int) -> np.ndarray:
-    """The product of the factors, summed over the dimensions from `keep` on."""
-    ndim = len(shape)
-    varies = [{d for d in range(ndim) if f.shape[d] > 1} for f in factors]
-    scale = prod(n for d, n in enumerate(shape) if d >= keep and not any(d in v for v in varies))
-    out = [d for d in range(keep) if any(d in v for v in varies)]
-    if not any(d >= keep for v in varies for d in v):
-        value = factors[0]
-        for f in factors[1:]:
-            value = value * f
-        value = value.reshape(value.shape[:keep])
-    elif len(factors) == 2:
-        value = _matmul(factors, varies, out, keep)
-    else:
-        letters = [[*v] for v in map(sorted, varies)]
-        flat = [f.reshape([n for n in f.shape if n > 1]) for f in factors]
-        operands = [x for pair in zip(flat, letters, strict=True) for x in pair]
-        value = np.einsum(*operands, out, optimize="greedy")
-        value = value.reshape([shape[d] if d in out else 1 for d in range(keep)])
-    return np.broadcast_to(value if scale == 1 else value * scale, shape[:keep])
-
-
-def _matmul(
-    factors: list[np.ndarray], varies: list[set[int]], out: list[int], keep: int
-) -> np.ndarray:
-    """Two factors as one (batched) matrix product."""
-    a, b = factors
-    for f in range(2):  # what only one of them has is summed first
-        lone = tuple(d for d in varies[f] - varies[1 - f] if d >= keep)
-        if lone:
-            summed = factors[f].sum(axis=lone, keepdims=True)
-            a, b = (summed, b) if f == 0 else (a, summed)
-    both = varies[0] & varies[1]
-    batch = [d for d in out if d in both]
-    inner = sorted(d for d in both if d >= keep)
-    left = [d for d in out if d in varies[0] and d not in both]
-    right = [d for d in out if d in varies[1] and d not in both]
-    size = {d: max(a.shape[d], b.shape[d]) for d in range(a.ndim)}
-    b_size, i_size, l_size, r_size = (prod(size[d] for d in x) for x in (batch, inner, left, right))
-    rest_a = [d for d in range(a.ndim) if d not in (*batch, *left, *inner)]
-    rest_b = [d for d in range(b.ndim) if d not in (*batch, *inner, *right)]
-    x = a.transpose(*batch, *left, *inner, *rest_a).reshape(b_size, l_size, i_size)
-    y = b.transpose(*batch, *inner, *right, *rest_b).reshape(b_size, i_size, r_size)
-    if l_size == r_size == 1:
-        value = np.einsum("bi,bi->b", x[:, 0], y[..., 0])
-    elif b_size == 1:  # NumPy hands two dimensions to BLAS as they are, three it may copy
-        value = x[0] @ y[0]
-    else:
-        value = x @ y
-    order = [*batch, *left, *right]
-    value = value.reshape([size[d] for d in order]).transpose(np.argsort(order))
-    return value.reshape([size[d] if d in out else 1 for d in range(keep)])

@@ -21,6 +21,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
+from tilewright.ir.levels import coordinates
 from tilewright.ir.nodes import (
     Alloc,
     Binary,
@@ -55,7 +56,8 @@ from tilewright.ir.nodes import (
     identity_of,
 )
 from tilewright.ir.rewrite import walk
-from tilewright.runtime.evaluate import BINARY, UFUNCS, UNARY, evaluate
+from tilewright.runtime.evaluate import Memory, evaluate, run
+from tilewright.runtime.spaces import BINARY, UFUNCS, UNARY, Stored
 
 __all__ = ["Part", "evaluate", "execute", "memory_of", "run_frame"]
 
@@ -110,7 +112,9 @@ def memory_of(
     """
     sizes = dict(program.sizes)
     buffers: dict[str, np.ndarray] = {}
-    count = max((len(arrays[t.name].values) for t in program.tensors if _is_packed(t, arrays)), default=0)
+    count = max(
+        (len(arrays[t.name].values) for t in program.tensors if _is_packed(t, arrays)), default=0
+    )
     parts = [Part() for _ in range(count)]
     for t in program.tensors:
         given = arrays.get(t.name)
@@ -126,7 +130,7 @@ def memory_of(
         if t.role in ("output", "temp") and not t.is_sparse and t.name not in buffers:
             shape = tuple(d if isinstance(d, int) else sizes[d] for d in t.dims)
             buffers[t.name] = poisoned(shape, t.dtype)
-    return buffers, {f"n_{d}": n for d, n in sizes.items() if isinstance(d, str)}, parts
+    return buffers, {f"size_{d}": n for d, n in sizes.items() if isinstance(d, str)}, parts
 
 
 def _is_packed(t: Tensor, arrays: Mapping[str, Any]) -> bool:
@@ -216,7 +220,8 @@ def _is_flat(program: Program) -> bool:
                 if isinstance(x, Var) and "_stride" in x.name:
                     return True
                 if isinstance(x, (Load, Store)) and x.buffer.scope == "global":
-                    if len(x.index) != len(x.buffer.shape):
+                    flat = len(x.index) != len(x.buffer.shape)
+                    if flat:
                         return True
     return False
 
@@ -274,7 +279,8 @@ class _Nest:
 
         def run(env: Env) -> None:
             self.registers.update(starts)
-            for env[name] in range(int(begin(env)), int(end(env))):
+            for i in range(int(begin(env)), int(end(env))):
+                env[name] = i
                 body(env)
 
         return run
@@ -299,7 +305,10 @@ class _Nest:
     def _compute(self, s: Compute) -> Run:
         value, buffer = self.expr(s.value), s.out.buffer
         if buffer.scope == "register":
-            name, ufunc = buffer.name, UFUNCS[s.op] if s.op and buffer.name in self.started else None
+            name, ufunc = (
+                buffer.name,
+                UFUNCS[s.op] if s.op and buffer.name in self.started else None,
+            )
 
             def cell(env: Env) -> None:
                 new = value(env)
@@ -482,7 +491,12 @@ class _Nest:
         return lambda env: convert(a(env), source, to)
 
     def _x_search(self, e: Search) -> Run:
-        lo, hi, key, keys = self.expr(e.lo), self.expr(e.hi), self.expr(e.key), self.memory[e.keys.name]
+        lo, hi, key, keys = (
+            self.expr(e.lo),
+            self.expr(e.hi),
+            self.expr(e.key),
+            self.memory[e.keys.name],
+        )
 
         def find(env: Env) -> int:
             low, high, wanted = int(lo(env)), int(hi(env)), int(key(env))
@@ -528,7 +542,9 @@ def _sums_of(s: Stmt) -> dict[str, Any]:
     return {
         c.out.buffer.name: constant(identity_of(c.op, c.value.dtype))
         for c in walk(s)
-        if isinstance(c, Compute) and c.out.buffer.scope == "register" and set(s.axes) & set(c.reduce)
+        if isinstance(c, Compute)
+        and c.out.buffer.scope == "register"
+        and set(s.axes) & set(c.reduce)
     }
 
 
@@ -575,4 +591,78 @@ def convert(x: Any, source: DType, to: DType) -> Any:
 
 def run_frame(program: Program, kernel: Any, frame: Any) -> None:
     """Run the coordinate-level `program` on the arrays whose addresses stand in a frame."""
-    raise NotImplementedError
+    memory = Memory(program, {d: n for d, n in frame.sizes.items() if isinstance(d, str)})
+    write_back: list[Callable[[], None]] = []
+    for t in program.tensors:
+        slots = frame.slots.get(t.name, ())
+        if t.role in ("temp", "inline"):
+            continue
+        if t.is_sparse:
+            memory.stored[t.structure], order = _stored(frame.structures[t.structure])
+            parts = [p.size for p in frame.structures[t.structure].parts]
+            arrays = [
+                _array_at(slot.value, t.dtype, (n,), (1,))
+                for slot, n in zip(slots, parts, strict=False)
+            ]
+            flat = np.concatenate(arrays) if slots else np.zeros(sum(parts), t.dtype.numpy)
+            memory.data[t.name] = values = flat[order]
+            if t.role == "output":
+                write_back.append(lambda f=flat, o=order, v=values, a=arrays: _scatter(f, o, v, a))
+        elif not t.dims:
+            memory.data[t.name] = _number(t.dtype, slots[0].value if slots else 0)
+        else:
+            v = frame.views[t.name]
+            pointer = slots[0].value if slots else v.pointer
+            memory.data[t.name] = _array_at(pointer, t.dtype, v.shape, v.strides)
+    for t in program.tensors:
+        if t.role == "temp":
+            memory.allocate(t)
+    run(program, memory, exact=False)
+    for write in write_back:
+        write()
+
+
+def _stored(structure: Any) -> tuple[Stored, np.ndarray]:
+    """The stored coordinates of a structure, and where their values stand in its parts, one after the
+    other; found once."""
+    known = structure.tables.get("stored")
+    if known is None:
+        found, base = [], 0
+        for p in structure.parts:
+            coords, at = coordinates(p.format.levels, p.arrays, p.counts, structure.shape)
+            found.append((*coords, at + base))
+            base += p.size
+        *coords, place = (np.concatenate(c) for c in zip(*found, strict=True))
+        order = np.lexsort(coords[::-1])
+        stored = Stored(tuple(structure.shape), tuple(c[order] for c in coords))
+        known = structure.tables["stored"] = stored, place[order]
+    return known
+
+
+def _scatter(flat: np.ndarray, order: np.ndarray, values: np.ndarray, parts: list[Any]) -> None:
+    """Values by entry back into the arrays of the parts; padding keeps what it held."""
+    flat[order] = values
+    for part, piece in zip(
+        parts, np.split(flat, np.cumsum([len(p) for p in parts])[:-1]), strict=True
+    ):
+        part[:] = piece
+
+
+def _array_at(
+    pointer: int, dtype: DType, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> np.ndarray:
+    """The array at an address; `strides` count elements."""
+    kind = dtype.numpy
+    if 0 in shape:
+        return np.empty(shape, kind)
+    reach = [(n - 1) * s * kind.itemsize for n, s in zip(shape, strides, strict=True)]
+    low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + kind.itemsize
+    memory = (ctypes.c_char * (high - low)).from_address(pointer + low)
+    return np.ndarray(shape, kind, memory, -low, [s * kind.itemsize for s in strides])
+
+
+def _number(dtype: DType, value: float) -> np.ndarray:
+    """A scalar as its slot holds it: narrow floats as bits."""
+    if dtype.name == "float16":
+        return np.array(value, np.uint16).view(np.float16)
+    return np.array(value, dtype.numpy)

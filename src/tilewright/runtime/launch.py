@@ -86,7 +86,7 @@ class CudaLauncher(Launcher):
 
 
 class InterpLauncher(Launcher):
-    """The NumPy interpreter: slow, and right."""
+    """The program at the coordinate level, evaluated with NumPy: no compiler, and slow."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -113,6 +113,11 @@ class Step:
             self._graph = cuda.Graph.of(listed)
             self.count = len(listed)
             return
+        self._calls: list[Callable[[], None]] = []
+        if first is not None and isinstance(first.kernel.launcher, InterpLauncher):
+            self._calls = [b.frame.run for b in bounds]
+            self.count = len(bounds)
+            return
         flat: list[tuple[int, int, int, int]] = []
         for b in bounds:
             flat += b.kernel.launcher.launches(b.frame) if isinstance(b, Bound) else [b]
@@ -122,6 +127,9 @@ class Step:
     def __call__(self) -> None:
         if self.is_cuda:
             self._graph.launch(cuda.current_stream())
+        elif self._calls:
+            for call in self._calls:
+                call()
         else:
             self._run(self._address, self.count)
 

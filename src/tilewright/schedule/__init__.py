@@ -118,7 +118,9 @@ class Schedule:
 
     # -- verbs on loops --------------------------------------------------------------------------
 
-    def split(self, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None) -> Schedule:
+    def split(
+        self, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
+    ) -> Schedule:
         return self._loops(loops.split, loop, factor, tail=tail, into=into)
 
     def fuse(self, outer: str, inner: str, into: str = "") -> Schedule:
@@ -156,7 +158,9 @@ class Schedule:
 
     def _coords(self, verb: Callable[..., Program], *args: Any) -> Schedule:
         if self.program.level != "coordinates":
-            raise ScheduleError("S102", f"{verb.__name__} comes before the verbs on loops", hint="call it first")
+            raise ScheduleError(
+                "S102", f"{verb.__name__} comes before the verbs on loops", hint="call it first"
+            )
         return self._recorded(verb(self.program, *args), Step(verb.__name__, args))
 
     def _loops(self, verb: Callable[..., tuple[Stmt, int]], *args: Any, **options: Any) -> Schedule:
@@ -175,7 +179,9 @@ class Schedule:
             stages.append(tuple(nests))
         if not done:
             raise ScheduleError(
-                "S101", f"{verb.__name__}: nothing here is called {args[0]!r}", hint=f"loops: {', '.join(self.loops)}"
+                "S101",
+                f"{verb.__name__}: nothing here is called {args[0]!r}",
+                hint=f"loops: {', '.join(self.loops)}",
             )
         given = tuple((k, v) for k, v in options.items() if v)
         step = Step(verb.__name__, args, given, self.selected)
@@ -187,7 +193,11 @@ class Schedule:
     def has(self, loop: str, nest: int | None = None) -> bool:
         """Whether there is a loop of that name (in one nest)."""
         chosen = self.nests if nest is None else (self.nests[nest],)
-        return any(isinstance(x, For) and (x.name == loop or x.name == f"{loop}_p") for n in chosen for x in walk(n.body))
+        return any(
+            isinstance(x, For) and (x.name == loop or x.name == f"{loop}_p")
+            for n in chosen
+            for x in walk(n.body)
+        )
 
 
 def replay(schedule: Schedule, steps: tuple[Step, ...]) -> Schedule:

@@ -25,7 +25,11 @@ def order_axes(program: Program, output: str, *axes: str) -> Program:
     has = {x.name for x in indices_of(statement)}
     wrong = [a for a in axes if a not in has]
     if wrong:
-        raise ScheduleError("S101", f"{output} has no axis {', '.join(wrong)}", hint=f"axes: {', '.join(sorted(has))}")
+        raise ScheduleError(
+            "S101",
+            f"{output} has no axis {', '.join(wrong)}",
+            hint=f"axes: {', '.join(sorted(has))}",
+        )
     return replace(program, orders=(*program.orders, (output, *axes)))
 
 
@@ -40,9 +44,17 @@ def fuse_axes(program: Program, structure: str) -> Program:
     if tensor is None:
         raise ScheduleError("S101", f"no sparse tensor {structure!r}")
     for fmt in tensor.format.formats:
-        two = len(fmt.levels) == 2 and isinstance(fmt.levels[1], Compressed) and isinstance(fmt.levels[0], (Dense, Compressed))
+        two = (
+            len(fmt.levels) == 2
+            and isinstance(fmt.levels[1], Compressed)
+            and isinstance(fmt.levels[0], (Dense, Compressed))
+        )
         if not two or fmt.levels[0].block:
-            raise ScheduleError("S102", f"{fmt} is no list of rows of entries", hint="csr and dcsr have axes to fuse")
+            raise ScheduleError(
+                "S102",
+                f"{fmt} is no list of rows of entries",
+                hint="csr and dcsr have axes to fuse",
+            )
     return replace(program, fused=(*program.fused, structure))
 
 
@@ -54,10 +66,11 @@ def specialize(program: Program, dim: str, size: int) -> Program:
     The kernel then refuses (A103) arrays of another size.
     """
     if not any(dim in t.dims for t in program.tensors):
-        raise ScheduleError("S101", f"no dimension {dim!r}", hint=f"dimensions: {', '.join(sorted({str(d) for t in program.tensors for d in t.dims}))}")
+        raise ScheduleError(
+            "S101",
+            f"no dimension {dim!r}",
+            hint=f"dimensions: {', '.join(sorted({str(d) for t in program.tensors for d in t.dims}))}",
+        )
     if size < 1:
         raise ScheduleError("S102", f"{dim} = {size}", hint="a positive size")
     return replace(program, sizes=(*program.sizes, (dim, size)))
-
-
-

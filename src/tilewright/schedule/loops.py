@@ -13,15 +13,36 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import (
-    Binary, Compute, Const, Expr, For, If, Let, LoopKind, Seq, Stmt, Var, binary, seq,
+    Binary,
+    Compute,
+    Const,
+    Expr,
+    For,
+    If,
+    Let,
+    LoopKind,
+    Seq,
+    Stmt,
+    Var,
+    binary,
+    seq,
 )  # fmt: skip
 from tilewright.ir.rewrite import add, free_vars, mul, rebuild, simplify, substitute, walk
-from tilewright.schedule.tree import Chain, build_chain, chain_from, computes, matches, reduces, rewrite_loops
+from tilewright.schedule.tree import (
+    build_chain,
+    chain_from,
+    computes,
+    matches,
+    reduces,
+    rewrite_loops,
+)
 
 Found = tuple[Stmt, int]
 
 
-def split(body: Stmt, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None) -> Found:
+def split(
+    body: Stmt, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
+) -> Found:
     """One loop becomes two: `factor` iterations inside.
 
     before: for i in 0:n                after:  for i_o in 0:ceil(n/8)
@@ -39,6 +60,8 @@ def split(body: Stmt, loop: str, factor: int, tail: str = "guard", into: tuple[s
     def one(f: For) -> Stmt:
         base = loop
         outer_name, inner_name = into or (f"{base}_o", f"{base}_i")
+        if f.name in (outer_name, inner_name):
+            raise ScheduleError("S102", f"split {loop} into {outer_name}, {inner_name}: the name is taken", hint="new names")
         t = f.var.dtype
         outer, inner = Var(outer_name, t), Var(inner_name, t)
         extent = simplify(binary("-", f.end, f.begin))
@@ -55,7 +78,14 @@ def split(body: Stmt, loop: str, factor: int, tail: str = "guard", into: tuple[s
         whole = tail != "guard" or exact
         count = simplify(binary("//", extent if whole else add(extent, factor - 1), factor))
         zero = Const(0, t)
-        nest: Stmt = For(outer, zero, count, For(inner, zero, Const(factor, t), inside, "serial", f.axes, f.private), f.kind, f.axes)
+        nest: Stmt = For(
+            outer,
+            zero,
+            count,
+            For(inner, zero, Const(factor, t), inside, "serial", f.axes, f.private),
+            f.kind,
+            f.axes,
+        )
         if tail != "cut" or exact:
             return nest
         start = simplify(add(f.begin, mul(count, factor)))
@@ -89,22 +119,41 @@ def fuse(body: Stmt, outer: str, inner: str, into: str = "") -> Found:
     def one(f: For) -> Stmt:
         chain = chain_from(f)
         if len(chain.loops) < 2 or not matches(chain.loops[1], inner):
-            raise ScheduleError("S102", f"loop {inner} does not stand right inside loop {outer}", hint="reorder first")
+            raise ScheduleError(
+                "S102",
+                f"loop {inner} does not stand right inside loop {outer}",
+                hint="reorder first",
+            )
         a, b = chain.loops[:2]
         own = {a.name} | {x.var.name for x in chain.lets}
         if free_vars(b.begin) & own or free_vars(b.end) & own:
-            raise ScheduleError("S102", f"the range of {b.name} depends on {a.name}", hint="only rectangular loops fuse")
-        if {reduces(a, c) for c in computes(chain.body)} != {reduces(b, c) for c in computes(chain.body)}:
+            raise ScheduleError(
+                "S102",
+                f"the range of {b.name} depends on {a.name}",
+                hint="only rectangular loops fuse",
+            )
+        if {reduces(a, c) for c in computes(chain.body)} != {
+            reduces(b, c) for c in computes(chain.body)
+        }:
             raise ScheduleError("S102", f"one of {a.name}, {b.name} reduces and the other does not")
         width = simplify(binary("-", b.end, b.begin))
         both = Var(into or a.name + b.name, a.var.dtype)
         height = simplify(binary("-", a.end, a.begin))
-        joint = For(both, Const(0, both.dtype), mul(height, width), chain.body, a.kind, tuple(dict.fromkeys(a.axes + b.axes)))
+        joint = For(
+            both,
+            Const(0, both.dtype),
+            mul(height, width),
+            chain.body,
+            a.kind,
+            tuple(dict.fromkeys(a.axes + b.axes)),
+        )
         lets = (
             Let(a.var, add(a.begin, simplify(binary("//", both, width)))),
             Let(b.var, add(b.begin, simplify(binary("%", both, width)))),
         )
-        return build_chain(replace(chain, loops=(joint, *chain.loops[2:]), lets=(*lets, *chain.lets)))
+        return build_chain(
+            replace(chain, loops=(joint, *chain.loops[2:]), lets=(*lets, *chain.lets))
+        )
 
     return rewrite_loops(body, outer, one)
 
@@ -136,7 +185,9 @@ def _reordered(top: For, order: tuple[str, ...]) -> Stmt:
     named = [next((f for f in chain.loops if matches(f, n)), None) for n in order]
     present = [f for f in named if f is not None]
     missing = [n for n, f in zip(order, named, strict=True) if f is None]
-    if missing and any(isinstance(x, For) and matches(x, m) for m in missing for x in walk(chain.body)):
+    if missing and any(
+        isinstance(x, For) and matches(x, m) for m in missing for x in walk(chain.body)
+    ):
         raise ScheduleError(
             "S102", f"between {top.name} and {', '.join(missing)} the nest branches",
             hint="only loops with nothing else between them change places",
@@ -173,9 +224,13 @@ def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
                         hint="atomic(), or a format that keeps rows whole",
                     )  # fmt: skip
         if kind in ("vector", "thread.x", "thread.y") and f.extent is None:
-            raise ScheduleError("S102", f"loop {f.name} has no constant extent", hint="split it first")
+            raise ScheduleError(
+                "S102", f"loop {f.name} has no constant extent", hint="split it first"
+            )
         if kind == "thread.x" and reducing and (f.extent or 0) & ((f.extent or 0) - 1):
-            raise ScheduleError("S102", f"threads that reduce come in powers of two, not {f.extent}")
+            raise ScheduleError(
+                "S102", f"threads that reduce come in powers of two, not {f.extent}"
+            )
         return replace(f, kind=kind)
 
     return rewrite_loops(body, loop, one)
@@ -185,7 +240,11 @@ def _owns_rows(f: For, c: Compute) -> bool:
     """Whether different iterations of `f` update different elements: an output index is its variable."""
     derived = {f.name}
     for x in walk(f.body):
-        if isinstance(x, Let) and free_vars(x.value) & derived and not any(type(y).__name__ == "Load" for y in walk(x.value)):
+        if (
+            isinstance(x, Let)
+            and free_vars(x.value) & derived
+            and not any(type(y).__name__ == "Load" for y in walk(x.value))
+        ):
             derived.add(x.var.name)
     return any(free_vars(i) & derived for i in c.out.index)
 
@@ -199,9 +258,17 @@ def unroll(body: Stmt, loop: str, factor: int = 0) -> Found:
 
     def one(f: For) -> Stmt:
         if f.extent is None and factor < 2:
-            raise ScheduleError("S102", f"loop {f.name} has no constant extent", hint="unroll(loop, 4) hints the compiler")
+            raise ScheduleError(
+                "S102",
+                f"loop {f.name} has no constant extent",
+                hint="unroll(loop, 4) hints the compiler",
+            )
         if not factor and f.extent is not None and f.extent > 256:
-            raise ScheduleError("S102", f"loop {f.name} would be written out {f.extent} times", hint="split it first")
+            raise ScheduleError(
+                "S102",
+                f"loop {f.name} would be written out {f.extent} times",
+                hint="split it first",
+            )
         return replace(f, kind="unroll") if not factor else replace(f, unroll_hint=factor)
 
     return rewrite_loops(body, loop, one)
@@ -217,9 +284,13 @@ def rfactor(body: Stmt, loop: str) -> Found:
 
     def one(f: For) -> Stmt:
         if not any(reduces(f, c) for c in computes(f.body)):
-            raise ScheduleError("S102", f"loop {f.name} does not reduce", hint="rfactor splits a reduction")
+            raise ScheduleError(
+                "S102", f"loop {f.name} does not reduce", hint="rfactor splits a reduction"
+            )
         if f.extent is None:
-            raise ScheduleError("S102", f"loop {f.name} has no constant extent", hint="split it first")
+            raise ScheduleError(
+                "S102", f"loop {f.name} has no constant extent", hint="split it first"
+            )
         return replace(f, private=True)
 
     return rewrite_loops(body, loop, one)
@@ -238,7 +309,9 @@ def atomic(body: Stmt, output: str) -> Found:
         if isinstance(x, Compute) and x.out.buffer.name == output and x.in_place:
             count += 1
             if x.out.dtype not in (dtypes.float32, dtypes.float64, dtypes.int32):
-                raise ScheduleError("S102", f"no atomic {x.op} on {x.out.dtype}", hint="float32, float64 or int32")
+                raise ScheduleError(
+                    "S102", f"no atomic {x.op} on {x.out.dtype}", hint="float32, float64 or int32"
+                )
             return replace(x, atomic=True)
         return rebuild(x, visit) if isinstance(x, (Seq, For, If)) else x
 
@@ -262,15 +335,25 @@ def mma(body: Stmt, rows: str, cols: str, depth: str) -> Found:
         chain = chain_from(f)
         names = (rows, cols, depth)
         loops = [next((x for x in chain.loops if matches(x, n)), None) for n in names]
-        if any(x is None for x in loops) or chain.loops[-3:] != tuple(loops) or not isinstance(chain.body, Compute):
-            raise ScheduleError("S102", f"{', '.join(names)} are not the three innermost loops of one product", hint="reorder first")
+        if (
+            any(x is None for x in loops)
+            or chain.loops[-3:] != tuple(loops)
+            or not isinstance(chain.body, Compute)
+        ):
+            raise ScheduleError(
+                "S102",
+                f"{', '.join(names)} are not the three innermost loops of one product",
+                hint="reorder first",
+            )
         if tuple(x.extent for x in loops if x) != (16, 8, 16):
-            raise ScheduleError("S102", "a tile operation is 16 × 8 × 16", hint="split the loops by 16, 8 and 16")
+            raise ScheduleError(
+                "S102", "a tile operation is 16 × 8 × 16", hint="split the loops by 16, 8 and 16"
+            )
         c = chain.body
         product = isinstance(c.value, Binary) and c.value.op == "*" and c.op == "sum"
         if not product or not reduces(chain.loops[-1], c):
             raise ScheduleError("S102", f"{c.out.buffer.name} is no sum of products over {depth}")
-        return replace_innermost(f, replace(c, mma=tuple(x.name for x in loops if x)))  # type: ignore[arg-type]
+        return replace_innermost(f, replace(c, mma=tuple(x.name for x in loops if x)))
 
     return rewrite_loops(body, rows, one)
 

@@ -7,12 +7,23 @@ out as the names they read allow.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import (
-    Compute, Expr, For, If, Let, Load, Program, Search, Seq, Stmt, seq,
+    Compute,
+    Expr,
+    For,
+    If,
+    Let,
+    Load,
+    Program,
+    Search,
+    Seq,
+    Stmt,
+    seq,
 )  # fmt: skip
 from tilewright.ir.rewrite import free_vars, rebuild, walk
 
@@ -39,7 +50,11 @@ def chain_from(s: Stmt) -> Chain:
         elif isinstance(s, If):
             guards.append(s.cond)
             s = s.body
-        elif isinstance(s, Seq) and all(isinstance(b, Let) for b in s.body[:-1]) and not isinstance(s.body[-1], Let):
+        elif (
+            isinstance(s, Seq)
+            and all(isinstance(b, Let) for b in s.body[:-1])
+            and not isinstance(s.body[-1], Let)
+        ):
             lets += s.body[:-1]  # type: ignore[arg-type]
             s = s.body[-1]
         else:

@@ -81,7 +81,9 @@ class Where:
         cols = f", columns {self.col_part}/{self.col_parts}" if self.col_parts > 1 else ""
         return f"rows of {self.shortest}…{top} entries{cols}"
 
-    def rows(self, row_of: np.ndarray, col_of: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def rows(
+        self, row_of: np.ndarray, col_of: np.ndarray, shape: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Masks of the rows and of the entries it takes."""
         inside = None
         if self.col_parts > 1:
@@ -110,9 +112,13 @@ class Composed:
 
     def __post_init__(self) -> None:
         if not self.parts:
-            raise FormatError("F101", f"{self.name} has no parts", hint="give at least one (where, format)")
+            raise FormatError(
+                "F101", f"{self.name} has no parts", hint="give at least one (where, format)"
+            )
         if len({f.ndim for _, f in self.parts}) != 1:
-            raise FormatError("F101", f"the parts of {self.name} have different numbers of dimensions")
+            raise FormatError(
+                "F101", f"the parts of {self.name} have different numbers of dimensions"
+            )
 
     @property
     def ndim(self) -> int:
@@ -154,7 +160,9 @@ def _check_levels(f: Format) -> None:
         if len(blocks) != 1 or 0 in blocks or kinds != [False, True]:
             raise bad(f"dimension {dim} must be whole, or once its quotient and once its remainder")
     for above, level in zip((None, *f.levels), f.levels, strict=False):
-        if isinstance(level, Singleton) and not (isinstance(above, Compressed) and above.chunk == -1):
+        if isinstance(level, Singleton) and not (
+            isinstance(above, Compressed) and above.chunk == -1
+        ):
             raise bad("a singleton level needs compressed(chunk=-1) above it")
         if isinstance(level, Fixed) and level.width < 0:
             raise bad(f"a fixed level of width {level.width}")
@@ -233,7 +241,9 @@ def hyb(
     """
     if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1 or col_parts < 1:
         raise FormatError(
-            "F101", f"hyb(col_parts={col_parts}, buckets={buckets})", hint="ascending widths, at least 1 each"
+            "F101",
+            f"hyb(col_parts={col_parts}, buckets={buckets})",
+            hint="ascending widths, at least 1 each",
         )
     if long_rows not in ("csr", "split"):
         raise FormatError("F101", f"long_rows={long_rows!r}", hint="csr or split")
@@ -249,5 +259,7 @@ def hyb(
             parts.append((Where(low, None if split else width, **here), bucket(width, split=split)))
     if disjoint:
         parts.append((Where(0, 0), bucket(0)))
-    name = f"hyb({col_parts}; {', '.join(map(str, buckets))}{'' if long_rows == 'csr' else '; split'})"
+    name = (
+        f"hyb({col_parts}; {', '.join(map(str, buckets))}{'' if long_rows == 'csr' else '; split'})"
+    )
     return Composed(name, tuple(parts), disjoint_rows=disjoint, covers_rows=disjoint)

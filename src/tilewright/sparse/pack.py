@@ -16,6 +16,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import FormatError
+from tilewright.ir.levels import coordinates
 from tilewright.sparse.formats import Composed, Format
 
 
@@ -96,8 +97,12 @@ class Packed:
         kind = dtypes.dtype(dtype) if dtype is not None else dtypes.dtype(values.dtype)
         arrays = tuple(_scatter(p, values, kind, self.fill) for p in self.structure.parts)
         packed = Packed(self.structure, arrays, kind, self.fill)
-        return packed if self.device == "cpu" else Packed(
-            self.structure, tuple(place(a, self.device) for a in arrays), kind, self.fill
+        return (
+            packed
+            if self.device == "cpu"
+            else Packed(
+                self.structure, tuple(place(a, self.device) for a in arrays), kind, self.fill
+            )
         )
 
     repack_values = with_values
@@ -112,7 +117,10 @@ class Packed:
     def unpack(self) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         """Coordinates (one array a dimension) and values of what is stored, in row-major order;
         padding is left out, explicit zeros inside dense levels are not."""
-        found = [_unpack_part(p, v, self.shape) for p, v in zip(self.structure.parts, self.values, strict=True)]
+        found = [
+            _unpack_part(p, v, self.shape)
+            for p, v in zip(self.structure.parts, self.values, strict=True)
+        ]
         coords = [np.concatenate([c[d] for c, _ in found]) for d in range(len(self.shape))]
         values = np.concatenate([v for _, v in found])
         order = np.lexsort(coords[::-1])
@@ -145,7 +153,8 @@ class Packed:
         ]
         if len(self.structure.parts) > 1:
             lines += [
-                f"  {p.format}: {len(p.entries)} entries in {p.counts[0]} rows" for p in self.structure.parts
+                f"  {p.format}: {len(p.entries)} entries in {p.counts[0]} rows"
+                for p in self.structure.parts
             ]
         return "\n".join(lines)
 
@@ -162,14 +171,18 @@ def pack(fmt: Format | Composed, matrix: Any, *, dtype: Any = None, values: Any 
     coords, found, shape = _entries(matrix)
     if len(shape) != fmt.ndim:
         raise FormatError(
-            "F102", f"{fmt} stores {fmt.ndim} dimensions, the matrix has {len(shape)}", where="matrix"
+            "F102",
+            f"{fmt} stores {fmt.ndim} dimensions, the matrix has {len(shape)}",
+            where="matrix",
         )
     given = found if values is None else np.asarray(values)
     nnz = len(coords[0])
     if given is None:
         given = np.ones(nnz, np.float32)
     if given.shape != (nnz,):
-        raise FormatError("F102", f"{nnz} entries but values of shape {given.shape}", where="values")
+        raise FormatError(
+            "F102", f"{nnz} entries but values of shape {given.shape}", where="values"
+        )
     kind = dtypes.dtype(dtype) if dtype is not None else dtypes.dtype(given.dtype)
     order = _row_major(coords, shape)
     coords = [c if order is None else c[order] for c in coords]
@@ -177,7 +190,8 @@ def pack(fmt: Format | Composed, matrix: Any, *, dtype: Any = None, values: Any 
     largest = max([nnz, *shape, *(_slots_bound(f, shape) for f in fmt.formats)])
     index = dtypes.int32 if largest < 2**31 else dtypes.int64
     parts = tuple(
-        _pack_part(f, coords, shape, mine, roots, index, order) for f, mine, roots in _split(fmt, coords, shape)
+        _pack_part(f, coords, shape, mine, roots, index, order)
+        for f, mine, roots in _split(fmt, coords, shape)
     )
     structure = Structure(fmt, tuple(shape), parts, nnz, index)
     return Packed(structure, tuple(_scatter(p, given, kind, 0.0) for p in parts), kind)
@@ -190,10 +204,13 @@ def _slots_bound(f: Format, shape: Sequence[int]) -> int:
 
 
 def _entries(matrix: Any) -> tuple[list[np.ndarray], np.ndarray | None, tuple[int, ...]]:
-    if isinstance(matrix, tuple) and len(matrix) == 4:
-        return _from_csr(*matrix)
-    if isinstance(matrix, tuple) and len(matrix) == 3:
-        return _from_coo(*matrix)
+    if isinstance(matrix, tuple):
+        if len(matrix) not in (3, 4):
+            raise FormatError(
+                "F102", f"a tuple of {len(matrix)} is no matrix", where="matrix",
+                hint="(indptr, indices, values, shape) or (coords, values, shape)",
+            )  # fmt: skip
+        return _from_csr(*matrix) if len(matrix) == 4 else _from_coo(*matrix)
     if hasattr(matrix, "tocsr") and hasattr(matrix, "nnz"):
         m = matrix.tocsr()
         if m is matrix and not m.has_sorted_indices:
@@ -219,18 +236,27 @@ def _entries(matrix: Any) -> tuple[list[np.ndarray], np.ndarray | None, tuple[in
 def _integers(x: Any, name: str) -> np.ndarray:
     a = _host(x)
     if a.ndim != 1 or a.dtype.kind not in "iu":
-        raise FormatError("F102", f"{name} has shape {a.shape} and dtype {a.dtype}", where=name, hint="a 1-D integer array")
+        raise FormatError(
+            "F102",
+            f"{name} has shape {a.shape} and dtype {a.dtype}",
+            where=name,
+            hint="a 1-D integer array",
+        )
     return a
 
 
-def _from_csr(indptr: Any, indices: Any, values: Any, shape: Any) -> tuple[list[np.ndarray], np.ndarray | None, tuple[int, ...]]:
+def _from_csr(
+    indptr: Any, indices: Any, values: Any, shape: Any
+) -> tuple[list[np.ndarray], np.ndarray | None, tuple[int, ...]]:
     indptr, indices = _integers(indptr, "indptr"), _integers(indices, "indices")
     shape = tuple(int(s) for s in shape)
     if len(shape) != 2 or min(shape) < 0:
         raise FormatError("F102", f"shape {shape} is not that of a matrix", where="shape")
     if len(indptr) != shape[0] + 1:
         raise FormatError(
-            "F103", f"indptr has {len(indptr)} elements, a matrix of {shape[0]} rows needs {shape[0] + 1}", where="indptr"
+            "F103",
+            f"indptr has {len(indptr)} elements, a matrix of {shape[0]} rows needs {shape[0] + 1}",
+            where="indptr",
         )
     if indptr[0] != 0 or indptr[-1] != len(indices):
         raise FormatError(
@@ -240,12 +266,18 @@ def _from_csr(indptr: Any, indices: Any, values: Any, shape: Any) -> tuple[list[
     steps = np.diff(indptr.astype(np.int64))
     if len(steps) and steps.min() < 0:
         row = int(steps.argmin())
-        raise FormatError("F103", f"indptr falls from {indptr[row]} to {indptr[row + 1]} at row {row}", where="indptr")
+        raise FormatError(
+            "F103",
+            f"indptr falls from {indptr[row]} to {indptr[row + 1]} at row {row}",
+            where="indptr",
+        )
     rows = np.repeat(np.arange(shape[0], dtype=indices.dtype), steps)
     return _from_coo((rows, indices), values, shape)
 
 
-def _from_coo(coords: Any, values: Any, shape: Any) -> tuple[list[np.ndarray], np.ndarray | None, tuple[int, ...]]:
+def _from_coo(
+    coords: Any, values: Any, shape: Any
+) -> tuple[list[np.ndarray], np.ndarray | None, tuple[int, ...]]:
     shape = tuple(int(s) for s in shape)
     coords = [_integers(c, f"coordinates of dimension {d}") for d, c in enumerate(coords)]
     if len(coords) != len(shape) or len({len(c) for c in coords}) > 1:
@@ -296,16 +328,24 @@ def _split(fmt: Format | Composed, coords: list[np.ndarray], shape: tuple[int, .
         rows, entries = where.rows(coords[0], coords[1], shape)
         taken += entries
         row_parts += rows
-        chosen.append((part, np.flatnonzero(entries), np.flatnonzero(rows) if fmt.covers_rows else None))
+        chosen.append(
+            (part, np.flatnonzero(entries), np.flatnonzero(rows) if fmt.covers_rows else None)
+        )
     if nnz and (taken.min() != 1 or taken.max() != 1):
         at = int(np.flatnonzero(taken != 1)[0])
         raise FormatError(
             "F106", f"entry {tuple(int(c[at]) for c in coords)} is in {int(taken[at])} parts of {fmt.name}",
             hint="each entry must be in exactly one part",
         )  # fmt: skip
-    if fmt.disjoint_rows and row_parts.size and row_parts.max() > 1 or fmt.covers_rows and row_parts.size and row_parts.min() < 1:
+    if (fmt.disjoint_rows and row_parts.size and row_parts.max() > 1) or (
+        fmt.covers_rows and row_parts.size and row_parts.min() < 1
+    ):
         at = int(np.flatnonzero(row_parts != 1)[0])
-        raise FormatError("F106", f"row {at} is in {int(row_parts[at])} parts of {fmt.name}", hint="its promise says one")
+        raise FormatError(
+            "F106",
+            f"row {at} is in {int(row_parts[at])} parts of {fmt.name}",
+            hint="its promise says one",
+        )
     yield from chosen
 
 
@@ -336,7 +376,11 @@ def _with_roots(built: dict[str, np.ndarray], q: np.ndarray, roots: np.ndarray):
     at = np.searchsorted(roots, built["indices"])
     if len(built["indices"]) and len(np.unique(built["indices"])) != len(built["indices"]):
         return built, q, len(built["indices"])
-    return {"indptr": np.array([0, len(roots)]), "indices": roots}, at[q] if len(q) else q, len(roots)
+    return (
+        {"indptr": np.array([0, len(roots)]), "indices": roots},
+        at[q] if len(q) else q,
+        len(roots),
+    )
 
 
 def _scatter(part: Part, values: np.ndarray, dtype: DType, fill: float) -> np.ndarray:
@@ -349,24 +393,12 @@ def _scatter(part: Part, values: np.ndarray, dtype: DType, fill: float) -> np.nd
     return out
 
 
-def _unpack_part(part: Part, values: Any, shape: tuple[int, ...]) -> tuple[list[np.ndarray], np.ndarray]:
-    parents, chain = 1, []
-    for level, arrays, count in zip(part.format.levels, part.arrays, part.counts, strict=True):
-        host = {k: _host(a) for k, a in arrays.items()}
-        chain.append((level, *level.expand(host, parents, level.extent_of(shape))))
-        parents = count
-    position = np.arange(part.size)
-    stored = np.ones(part.size, bool)
-    coords: list[Any] = [0] * len(shape)
-    for level, q, c in reversed(chain):
-        here = c[position].astype(np.int64)
-        stored &= here >= 0
-        scale = level.block if level.block and not level.inner else 1
-        coords[level.dim] = coords[level.dim] + here * scale
-        position = q[position]
-    for d, n in enumerate(shape):
-        stored &= coords[d] < n
-    return [c[stored] for c in coords], _host(values)[stored]
+def _unpack_part(
+    part: Part, values: Any, shape: tuple[int, ...]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    arrays = [{k: _host(a) for k, a in level.items()} for level in part.arrays]
+    coords, positions = coordinates(part.format.levels, arrays, part.counts, shape)
+    return coords, _host(values)[positions]
 
 
 def _host(x: Any) -> np.ndarray:

@@ -22,8 +22,24 @@ from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ProgramError
 from tilewright.ir.nodes import (
-    Access, Assign, Expr, Index, Kind, Program, Reduce, Role, Tensor, Var,
-    as_expr, binary, cast, children, equal, select, size_var, unary,
+    Access,
+    Assign,
+    Expr,
+    Index,
+    Kind,
+    Program,
+    Reduce,
+    Role,
+    Tensor,
+    Var,
+    as_expr,
+    binary,
+    cast,
+    children,
+    equal,
+    select,
+    size_var,
+    unary,
 )  # fmt: skip
 from tilewright.ir.rewrite import walk
 
@@ -57,7 +73,9 @@ _active: list[_Trace] = []
 
 def _trace() -> _Trace:
     if not _active:
-        raise ProgramError("P101", "this only has a meaning inside a function under @program", where=_user_line())
+        raise ProgramError(
+            "P101", "this only has a meaning inside a function under @program", where=_user_line()
+        )
     return _active[-1]
 
 
@@ -76,7 +94,12 @@ def _dims(text: str) -> tuple[str | int, ...]:
     dims = tuple(int(d) if d.isdigit() else d for d in text.split())
     for d in dims:
         if isinstance(d, str) and not d.isidentifier():
-            raise ProgramError("P101", f"{d!r} is not a dimension name", where=_user_line(), hint='names and sizes: "m n 16"')
+            raise ProgramError(
+                "P101",
+                f"{d!r} is not a dimension name",
+                where=_user_line(),
+                hint='names and sizes: "m n 16"',
+            )
     return dims
 
 
@@ -85,10 +108,14 @@ def dense(dims: str, dtype: Any = None, *, kind: Kind = "activation", strided: b
 
     The last dimension is contiguous unless `strided`. `dtype` None: float32 until `typed` says
     otherwise."""
-    return Declared(_dims(dims), dtypes.dtype(dtype) if dtype is not None else None, kind=kind, strided=strided)
+    return Declared(
+        _dims(dims), dtypes.dtype(dtype) if dtype is not None else None, kind=kind, strided=strided
+    )
 
 
-def sparse(dims: str, dtype: Any = None, *, like: str = "", fill: float = 0.0, kind: Kind = "activation") -> Any:
+def sparse(
+    dims: str, dtype: Any = None, *, like: str = "", fill: float = 0.0, kind: Kind = "activation"
+) -> Any:
     """A sparse parameter; its format is chosen by `decompose` (CSR otherwise).
 
     `like="A"` shares the structure of parameter A; `fill` is what a missing coordinate reads."""
@@ -138,11 +165,20 @@ def _reduce(op: str) -> Callable[..., Expr]:
     def reduction(value: Any, over: Index | tuple[Index, ...]) -> Expr:
         axes = over if isinstance(over, tuple) else (over,)
         if not axes or not all(isinstance(a, Index) for a in axes):
-            raise ProgramError("P104", f"{op} over {over!r}: not indices", where=_user_line(), hint="over=j or over=(j, k)")
+            raise ProgramError(
+                "P104",
+                f"{op} over {over!r}: not indices",
+                where=_user_line(),
+                hint="over=j or over=(j, k)",
+            )
         body = as_expr(value)
         missing = {a.name for a in axes} - {x.name for x in walk(body) if isinstance(x, Var)}
         if missing:
-            raise ProgramError("P104", f"{op} over {', '.join(sorted(missing))}, which its body does not use", where=_user_line())
+            raise ProgramError(
+                "P104",
+                f"{op} over {', '.join(sorted(missing))}, which its body does not use",
+                where=_user_line(),
+            )
         dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
         return Reduce(op, axes, cast(body, dtype), dtype)
 
@@ -205,7 +241,9 @@ class Output:
 
     def like(self, tensor: Tensor) -> Output:
         if not tensor.is_sparse:
-            raise ProgramError("P103", f"{tensor.name} is dense: it has no structure to share", where=_user_line())
+            raise ProgramError(
+                "P103", f"{tensor.name} is dense: it has no structure to share", where=_user_line()
+            )
         return replace(self, structure_of=tensor)
 
     def named(self, name: str) -> Output:
@@ -246,9 +284,16 @@ def update(tensor: Tensor) -> Any:
 def _assign(how: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
     trace = _trace()
     if not all(isinstance(c, Index) for c in coords):
-        raise ProgramError("P103", f"an {how.role} is written at plain indices", where=_user_line(), hint="update() writes elsewhere")
+        raise ProgramError(
+            "P103",
+            f"an {how.role} is written at plain indices",
+            where=_user_line(),
+            hint="update() writes elsewhere",
+        )
     if len({c.name for c in coords}) != len(coords):
-        raise ProgramError("P103", "an index stands twice in the coordinates of an output", where=_user_line())
+        raise ProgramError(
+            "P103", "an index stands twice in the coordinates of an output", where=_user_line()
+        )
     _check_bound(coords, value)
     number = len([t for t in trace.tensors.values() if t.role == how.role])
     name = how.name or {"output": "out", "temp": "temp"}[how.role] + (str(number) if number else "")
@@ -257,7 +302,11 @@ def _assign(how: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
     dtype = how.dtype or (_output_dtype(value) if how.role == "output" else value.dtype)
     like = how.structure_of
     if like is not None and tuple(c.dim for c in coords) != like.dims:
-        raise ProgramError("P103", f"{name} has the structure of {like.name} but other dimensions", where=_user_line())
+        raise ProgramError(
+            "P103",
+            f"{name} has the structure of {like.name} but other dimensions",
+            where=_user_line(),
+        )
     tensor = Tensor(
         name, tuple(c.dim for c in coords), dtype, how.role, structure=like.structure if like else "",
         format=like.format if like else None,
@@ -268,10 +317,14 @@ def _assign(how: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
 
 
 def _output_dtype(value: Expr) -> DType:
-    """A float result takes the dtype of the last dense float operand, as a matrix product does."""
+    """A float result takes the dtype of the last dense float activation, as a matrix product does."""
     if not value.dtype.is_float:
         return value.dtype
-    floats = [x.dtype for x in walk(value) if isinstance(x, Access) and x.dtype.is_float and not x.tensor.is_sparse and x.tensor.dims]
+    floats = [
+        x.dtype
+        for x in walk(value)
+        if isinstance(x, Access) and x.dtype.is_float and x.tensor.kind == "activation" and not x.tensor.is_sparse and x.tensor.dims
+    ]
     return floats[-1] if floats and floats[-1].bits <= value.dtype.bits else value.dtype
 
 
@@ -319,7 +372,9 @@ def _tracing(name: str) -> Iterator[_Trace]:
         _active.pop()
 
 
-def trace(function: Callable[..., Any], given: dict[str, DType], formats: dict[str, Any], default: Any) -> Program:
+def trace(
+    function: Callable[..., Any], given: dict[str, DType], formats: dict[str, Any], default: Any
+) -> Program:
     """Run `function` on symbols. `given` overrides dtypes by parameter; `formats` by sparse
     parameter (shared by its structure), `default` elsewhere. Raises ProgramError."""
     declared = {n: p.default for n, p in inspect.signature(function).parameters.items()}
@@ -335,7 +390,12 @@ def trace(function: Callable[..., Any], given: dict[str, DType], formats: dict[s
         returned = function(**t.tensors)
         results = returned if isinstance(returned, tuple) else (returned,)
         if not t.body or not all(isinstance(r, Tensor) for r in results):
-            raise ProgramError("P101", f"{function.__name__} must return what it computes", where=place, hint="return tw.out[i](…)")
+            raise ProgramError(
+                "P101",
+                f"{function.__name__} must return what it computes",
+                where=place,
+                hint="return tw.out[i](…)",
+            )
         return Program(t.name, "coordinates", tuple(t.tensors.values()), tuple(t.body))
 
 
@@ -346,22 +406,31 @@ def _parameter(
     dtype = given.get(name) or d.dtype or dtypes.float32
     if d.default is not None:
         raise ProgramError(
-            "P101", f"scalar {name} of a program has a default", where=place, hint="pass the number in the call"
+            "P101",
+            f"scalar {name} of a program has a default",
+            where=place,
+            hint="pass the number in the call",
         )
     if not d.is_sparse:
         return Tensor(name, d.dims, dtype, kind=d.kind, strided=d.strided)
     owner = d.like or name
     other = declared.get(owner)
     if not isinstance(other, Declared) or not other.is_sparse or other.dims != d.dims:
-        raise ProgramError("P101", f"{name} is like {owner!r}, which is no sparse parameter of its dimensions", where=place)
+        raise ProgramError(
+            "P101",
+            f"{name} is like {owner!r}, which is no sparse parameter of its dimensions",
+            where=place,
+        )
     fmt = formats.get(owner, default)
     if fmt.ndim != len(d.dims):
-        raise ProgramError("P107", f"{fmt} stores {fmt.ndim} dimensions, {name} has {len(d.dims)}", where=place)
+        raise ProgramError(
+            "P107", f"{fmt} stores {fmt.ndim} dimensions, {name} has {len(d.dims)}", where=place
+        )
     return Tensor(name, d.dims, dtype, format=fmt, structure=owner, fill=d.fill, kind=d.kind)
 
 
 __all__ = [
     "Declared", "Index", "Output", "abs_", "cos", "dense", "equal", "exp", "floor", "indices", "log",
-    "max_", "maximum", "min_", "minimum", "out", "prod", "rsqrt", "scalar", "sigmoid", "sin", "size", 
+    "max_", "maximum", "min_", "minimum", "out", "prod", "rsqrt", "scalar", "sigmoid", "sin", "size",
     "sparse", "sqrt", "sum_", "tanh", "temp", "trace", "update", "where",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One way to compute the result. `run` is the call as a user writes it; `to_host` brings what it
-    returns into the form that the check takes. `costs` are milliseconds spent before: pack, build."""
+    """One way to compute the result. `run` is the call as a user writes it; `to_host` brings what
+    it returns into the form that the check takes. `costs` are milliseconds spent before."""
 
     impl: str
     run: Callable[[], Any]
@@ -71,12 +71,16 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     suites = parser.add_subparsers(dest="suite", metavar="SUITE", required=True)
     for name, (module, text) in SUITES.items():
         one = suites.add_parser(name, help=text, description=text)
-        one.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+        one.add_argument(
+            "--json", action="store_true", help="one JSON object a line instead of a table"
+        )
         one.add_argument(
             "--keep", nargs="?", type=Path, const=Path("bench/results"), metavar="DIR",
             help="append the rows to DIR/<device>/<suite>.jsonl (default: bench/results)",
         )  # fmt: skip
-        one.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios (needs matplotlib)")
+        one.add_argument(
+            "--plot", type=Path, metavar="FILE.png", help="draw the ratios (needs matplotlib)"
+        )
         getattr(importlib.import_module(f"tilewright.tools.{module}"), f"{name}_arguments")(one)
 
 
@@ -91,7 +95,10 @@ def bench(args: argparse.Namespace) -> int:
         elif args.suite in ("spmm", "sddmm"):
             print(line(row), flush=True)
         else:
-            print(f"{row['input']:28} {row['impl']:34} {row['value']:12.4g} {row['metric']}", flush=True)
+            print(
+                f"{row['input']:28} {row['impl']:34} {row['value']:12.4g} {row['metric']}",
+                flush=True,
+            )
         if args.keep:
             keep(args.keep, row)
     if not args.json and any(r.get("ratio") for r in rows):
@@ -121,7 +128,8 @@ def line(row: Row) -> str:
     costs = "".join(f"  {k[:-3]} {row[k]:.0f} ms" for k in ("pack_ms", "build_ms") if k in row)
     wrong = f"  {row['wrong']}" if row.get("wrong") else ""
     value = f"{row['value']:9.1f} {row['metric']}" if row.get("value") is not None else ""
-    return f"{row['input']:16} {row['width']:5} {row['impl']:34} {ms}{graph} {value}{ratio}{costs}{wrong}"
+    head = f"{row['input']:16} {row['width']:5} {row['impl']:34}"
+    return f"{head} {ms}{graph} {value}{ratio}{costs}{wrong}"
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -147,7 +155,9 @@ def summary(rows: Sequence[Row]) -> str:
 # ---------------------------------------------------------------------------- timing
 
 
-def measure(contenders: Sequence[Contender], on_gpu: bool, budget_s: float = 2.0) -> dict[str, Timing]:
+def measure(
+    contenders: Sequence[Contender], on_gpu: bool, budget_s: float = 2.0
+) -> dict[str, Timing]:
     """Median times of all contenders, run in turns for about `budget_s` in all."""
     return _measure_gpu(contenders, budget_s) if on_gpu else _measure_cpu(contenders, budget_s)
 
@@ -203,11 +213,18 @@ def _measure_gpu(contenders: Sequence[Contender], budget_s: float) -> dict[str, 
             pair[1].record()
             events[c.impl].append(pair)
     torch.cuda.synchronize()
-    cold = {k: statistics.median(a.elapsed_time(b) for a, b in pairs) for k, pairs in events.items()}
-    return {impl: Timing(cold[impl], g) for impl, g in _measure_graphs(contenders, cold, budget_s / 2).items()}
+    cold = {
+        k: statistics.median(a.elapsed_time(b) for a, b in pairs) for k, pairs in events.items()
+    }
+    return {
+        impl: Timing(cold[impl], g)
+        for impl, g in _measure_graphs(contenders, cold, budget_s / 2).items()
+    }
 
 
-def _measure_graphs(contenders: Sequence[Contender], cold: dict[str, float], budget_s: float) -> dict[str, float | None]:
+def _measure_graphs(
+    contenders: Sequence[Contender], cold: dict[str, float], budget_s: float
+) -> dict[str, float | None]:
     torch = require_torch()
     graphs: dict[str, tuple[Any, int]] = {}
     found: dict[str, float | None] = dict.fromkeys(cold)
@@ -242,7 +259,9 @@ def _measure_graphs(contenders: Sequence[Contender], cold: dict[str, float], bud
 # ---------------------------------------------------------------------------- rows
 
 
-def compare(base: Row, contenders: Iterable[Contender], check: Callable[[Any], str], work: float) -> list[Row]:
+def compare(
+    base: Row, contenders: Iterable[Contender], check: Callable[[Any], str], work: float
+) -> list[Row]:
     """Check, time and rank contenders for one input: a row each, ours last.
 
     `base` holds what all rows share; `check` gives what is wrong with a result, or nothing; `work`
@@ -253,14 +272,30 @@ def compare(base: Row, contenders: Iterable[Contender], check: Callable[[Any], s
     for c in contenders:
         wrong = check(c.to_host(c.run()))
         if wrong:
-            rows.append(base | {"impl": c.impl, "ms": None, "metric": "GFLOP/s", "value": None, "ratio": None, "wrong": wrong})
+            rows.append(
+                base
+                | {
+                    "impl": c.impl,
+                    "ms": None,
+                    "metric": "GFLOP/s",
+                    "value": None,
+                    "ratio": None,
+                    "wrong": wrong,
+                }
+            )
         else:
             good.append(c)
     times = measure(good, on_gpu=base["target"].startswith("cuda"))
     peers = [times[c.impl] for c in good if not c.is_ours]
     for c in sorted(good, key=lambda c: (c.is_ours, -times[c.impl].ms)):
         t = times[c.impl]
-        row = base | {"impl": c.impl, "ms": t.ms, "metric": "GFLOP/s", "value": work / t.ms / 1e6, "ratio": None}
+        row = base | {
+            "impl": c.impl,
+            "ms": t.ms,
+            "metric": "GFLOP/s",
+            "value": work / t.ms / 1e6,
+            "ratio": None,
+        }
         row |= {f"{k}_ms": v for k, v in c.costs.items()}
         if t.graph_ms is not None:
             row["graph_ms"] = t.graph_ms
@@ -276,9 +311,14 @@ def compare(base: Row, contenders: Iterable[Contender], check: Callable[[Any], s
 def base_row(suite: str, op: str, target: str) -> Row:
     """What every row of a run shares: device, commit, versions."""
     return {
-        "suite": suite, "op": op, "target": target, "device": device_name(target), "commit": commit(),
-        "versions": versions(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }  # fmt: skip
+        "suite": suite,
+        "op": op,
+        "target": target,
+        "device": device_name(target),
+        "commit": commit(),
+        "versions": versions(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 @functools.cache
@@ -293,7 +333,10 @@ def device_name(target: str) -> str:
     name = platform.processor() or platform.machine()
     try:
         text = Path("/proc/cpuinfo").read_text()
-        name = next((v.partition(":")[2].strip() for v in text.splitlines() if v.startswith("model name")), name)
+        name = next(
+            (v.partition(":")[2].strip() for v in text.splitlines() if v.startswith("model name")),
+            name,
+        )
     except OSError:
         pass
     return f"{name}, {pool.wanted_threads()} threads"
@@ -311,8 +354,20 @@ def commit() -> str:
     folder = Path(__file__).resolve().parent
     try:
         git = ["git", "-C", str(folder)]
-        done = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=20, check=True)
-        edited = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+        edited = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
         return done.stdout.strip() + ("+" if edited.stdout.strip() else "")
     except (OSError, subprocess.SubprocessError):
         return f"v{versions()['tilewright']}"
@@ -338,7 +393,9 @@ def require_torch() -> Any:
         import torch
     except ImportError:
         raise MissingExtra(
-            "E101", "benchmarks on a GPU are timed with torch", hint="pip install 'tilewright[torch]'"
+            "E101",
+            "benchmarks on a GPU are timed with torch",
+            hint="pip install 'tilewright[torch]'",
         ) from None
     if not torch.cuda.is_available():
         raise ArgumentError("A105", "torch finds no GPU here", hint="--target cpp")
@@ -348,8 +405,3 @@ def require_torch() -> Any:
 def note(text: str) -> None:
     """A remark for people, away from the rows."""
     print(f"# {text}", file=sys.stderr, flush=True)
-
-
-def with_costs(contender: Contender, **costs: float) -> Contender:
-    """The same contender with more costs."""
-    return replace(contender, costs=contender.costs | costs)

@@ -1,7 +1,7 @@
 """cuSPARSE through ctypes: the SpMM and SDDMM that vendors' users get at best.
 
-Row-major operands, int32 indices, float32 sums, the analysis done beforehand. Reference: the cuSPARSE
-documentation, generic API (cusparseSpMM, cusparseSDDMM).
+Row-major operands, int32 indices, float32 sums, the analysis done beforehand.
+Reference: the cuSPARSE documentation, generic API (cusparseSpMM, cusparseSDDMM).
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def library() -> ctypes.CDLL:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    raise MissingExtra("E101", "no cuSPARSE library is found", hint="pip install 'tilewright[torch]' with CUDA")
+    raise MissingExtra(
+        "E101", "no cuSPARSE library is found", hint="pip install 'tilewright[torch]' with CUDA"
+    )
 
 
 def _check(status: int, what: str) -> None:
@@ -61,7 +63,8 @@ def _csr(graph: Graph, values: Any) -> tuple[c_void_p, list[Any]]:
     made = c_void_p()
     status = library().cusparseCreateCsr(
         byref(made), c_int64(graph.shape[0]), c_int64(graph.shape[1]), c_int64(graph.nnz),
-        *(c_void_p(a.data_ptr()) for a in (*arrays, values)), _INDEX_32, _INDEX_32, _BASE_ZERO, _type(values),
+        *(c_void_p(a.data_ptr()) for a in (*arrays, values)),
+        _INDEX_32, _INDEX_32, _BASE_ZERO, _type(values),
     )  # fmt: skip
     _check(status, "cusparseCreateCsr")
     return made, [*arrays, values]
@@ -71,7 +74,13 @@ def _dense(array: Any) -> c_void_p:
     made = c_void_p()
     rows, cols = array.shape
     status = library().cusparseCreateDnMat(
-        byref(made), c_int64(rows), c_int64(cols), c_int64(cols), c_void_p(array.data_ptr()), _type(array), _ROW_MAJOR
+        byref(made),
+        c_int64(rows),
+        c_int64(cols),
+        c_int64(cols),
+        c_void_p(array.data_ptr()),
+        _type(array),
+        _ROW_MAJOR,
     )
     _check(status, "cusparseCreateDnMat")
     return made
@@ -87,7 +96,10 @@ def _prepared(name: str, arguments: list[Any], keep: Any, result: Any) -> Callab
 
     cusparse, handle = library(), _handle()
     size = c_size_t()
-    _check(getattr(cusparse, f"{name}_bufferSize")(handle, *arguments, byref(size)), f"{name}_bufferSize")
+    _check(
+        getattr(cusparse, f"{name}_bufferSize")(handle, *arguments, byref(size)),
+        f"{name}_bufferSize",
+    )
     workspace = torch.empty(max(size.value, 16), dtype=torch.uint8, device="cuda")
     place = c_void_p(workspace.data_ptr())
     _check(getattr(cusparse, f"{name}_preprocess")(handle, *arguments, place), f"{name}_preprocess")
@@ -110,8 +122,10 @@ def _scalars(array: Any) -> tuple[Any, Any, int]:
     return kind(1), kind(0), _TYPES["float64"] if kind is c_double else _TYPES["float32"]
 
 
-def spmm(graph: Graph, values: Any, x: Any, algorithm: int) -> tuple[Callable[[], Any], Callable[[Any], np.ndarray]]:
-    """Y = A X into memory allocated once. `values` (nnz) and `x` (n, d) are torch tensors on the GPU."""
+def spmm(
+    graph: Graph, values: Any, x: Any, algorithm: int
+) -> tuple[Callable[[], Any], Callable[[Any], np.ndarray]]:
+    """Y = A X into memory allocated once; `values` (nnz) and `x` (n, d) are tensors on the GPU."""
     import torch
 
     from tilewright.tools.bench_peers import to_host
@@ -134,6 +148,21 @@ def sddmm(
     out = torch.empty_like(values)
     c, arrays = _csr(graph, out)
     one, zero, kind = _scalars(p)
-    arguments = [_PLAIN, _TRANSPOSED, byref(one), _dense(p), _dense(q), byref(zero), c, kind, _SDDMM_DEFAULT]
+    arguments = [
+        _PLAIN,
+        _TRANSPOSED,
+        byref(one),
+        _dense(p),
+        _dense(q),
+        byref(zero),
+        c,
+        kind,
+        _SDDMM_DEFAULT,
+    ]
     run = _prepared("cusparseSDDMM", arguments, (arrays, p, q, one, zero), out)
-    return run, lambda result: to_host(result).astype(np.float32 if exact.dtype != np.float64 else np.float64) * exact
+    return (
+        run,
+        lambda result: (
+            to_host(result).astype(np.float32 if exact.dtype != np.float64 else np.float64) * exact
+        ),
+    )

@@ -1,7 +1,7 @@
-"""`tilewright bench host`: what a call, an import and a build cost apart from the kernel's own work.
+"""`tilewright bench host`: what a call, an import and a build cost apart from the kernel's work.
 
-Calls run on a matrix so small that its kernel takes next to nothing; builds run in a cache folder of
-their own, empty (cold), then filled (cached), so that neither touches the user's.
+Calls run on a matrix so small that its kernel takes next to nothing; builds run in a cache folder
+of their own, empty (cold), then filled (cached), so that neither touches the user's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tilewright.runtime import cache, cuda, native, nvrtc
 from tilewright.sparse import formats
 from tilewright.tools.bench import Row, base_row, note
 
-_CALLS, _REPEATS, _IMPORTS = 2000, 7, 5
+_CALLS, _REPEATS, _IMPORTS, _BUILDS = 2000, 7, 5, 3
 _WIDTH = 32
 
 _IMPORT = """
@@ -37,7 +37,12 @@ print(time.perf_counter() - began)
 
 
 def host_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", default="", metavar="SM", help="CUDA architecture to build for (default: this GPU's, else sm_90a)")
+    parser.add_argument(
+        "--arch",
+        default="",
+        metavar="SM",
+        help="CUDA architecture to build for (default: this GPU's, else sm_90a)",
+    )
 
 
 def host(args: argparse.Namespace) -> Iterator[Row]:
@@ -66,7 +71,9 @@ def _row(op: str, target: str, impl: str, value: float, metric: str) -> Row:
 def _imports() -> Iterator[Row]:
     times = []
     for _ in range(_IMPORTS):
-        done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True, timeout=120
+        )
         times.append(float(done.stdout) * 1e3)
     yield _row("import", "cpp", "tilewright, after numpy", statistics.median(times), "ms")
 
@@ -154,12 +161,16 @@ def _builds(target: str) -> Iterator[Row]:
             _warm(target)
         for name, fmt in made.items():
             found: dict[str, list[float]] = {"cold": [], "cached": []}
-            for turn in range(3):
+            for turn in range(_BUILDS):
                 with knobs.scope(cache_dir=Path(folder) / f"{name}{turn}"):
                     for state, times in found.items():
-                        times.append(_build_ms(_definition(fmt, scheduled), target, state == "cold"))
+                        times.append(
+                            _build_ms(_definition(fmt, scheduled), target, state == "cold")
+                        )
             for state, times in found.items():
-                yield _row(f"build.{name}", target, f"tilewright {state}", statistics.median(times), "ms")
+                yield _row(
+                    f"build.{name}", target, f"tilewright {state}", statistics.median(times), "ms"
+                )
 
 
 def _definition(fmt: Any, scheduled: Callable[[Any], Any] | None) -> Any:

@@ -1,7 +1,8 @@
-"""Peers of the sparse benchmarks: what else computes the same here, each in its best configuration.
+"""Peers of the sparse benchmarks: what else computes the same, each in its best configuration.
 
-CPU: SciPy, torch's CSR with int32 and with int64 indices, on as many threads as ours. GPU: cuSPARSE,
-every algorithm with preprocessing, and torch's CSR. A peer that does not run is named and left out.
+CPU: SciPy, torch's CSR with int32 and with int64 indices, on as many threads as ours. GPU:
+cuSPARSE, every algorithm with preprocessing, and torch's CSR. A peer that does not run is named and
+left out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from tilewright.runtime import pool
 from tilewright.tools.bench import Contender, note
 from tilewright.tools.graphs import Graph
 
-Make = Callable[[], tuple[Callable[[], Any], Callable[[Any], np.ndarray]]]
+Made = tuple[Callable[[], Any], Callable[[Any], np.ndarray]]
+Make = Callable[[], Made]
 
 
 def place(values: np.ndarray, dtype: str, target: str) -> Any:
@@ -42,16 +44,21 @@ def to_host(array: Any) -> np.ndarray:
     return array.cpu().numpy()
 
 
-def spmm_peers(graph: Graph, values: np.ndarray, x: Any, dtype: str, target: str) -> Iterator[Contender]:
+def spmm_peers(
+    graph: Graph, values: np.ndarray, x: Any, dtype: str, target: str
+) -> Iterator[Contender]:
     """Peers of Y = A X. `values` are float32 where NumPy lacks the dtype."""
     makers: dict[str, Make] = {}
     if target == "cpp":
         if dtype in ("float32", "float64"):
             makers["scipy csr @ X"] = lambda: _scipy(graph, values, x)
         for index in ("int32", "int64"):
-            makers[f"torch csr {index} @ X"] = lambda index=index: _torch_mm(graph, values, x, dtype, index)
+            for given in (False, True):
+                makers[f"torch csr {index}{', out=' if given else ' @ X'}"] = (
+                    lambda index=index, given=given: _torch_mm(graph, values, x, index, given)
+                )
     else:
-        makers["torch csr int32 @ X"] = lambda: _torch_mm(graph, values, x, dtype, "int32")
+        makers["torch csr int32 @ X"] = lambda: _torch_mm(graph, values, x, "int32", False)
         from tilewright.tools import bench_cusparse
 
         for name, number in bench_cusparse.SPMM_ALGORITHMS.items():
@@ -70,11 +77,15 @@ def sddmm_peers(
     if target == "cpp":
         makers["numpy gather"] = lambda: _numpy_sddmm(graph, values, pq)
     for index in ("int32", "int64") if target == "cpp" else ("int32",):
-        makers[f"torch sampled_addmm {index}"] = lambda index=index: _sampled(graph, values, pq, dtype, index)
+        makers[f"torch sampled_addmm {index}"] = lambda index=index: _sampled(
+            graph, values, pq, dtype, index
+        )
     if target == "cuda":
         from tilewright.tools import bench_cusparse
 
-        makers["cusparse sddmm"] = lambda: bench_cusparse.sddmm(graph, values, place(values, dtype, target), *pq)
+        makers["cusparse sddmm"] = lambda: bench_cusparse.sddmm(
+            graph, values, place(values, dtype, target), *pq
+        )
     yield from _ready(makers)
 
 
@@ -89,12 +100,13 @@ def _ready(makers: dict[str, Make]) -> Iterator[Contender]:
             pack_ms = 1e3 * (time.perf_counter() - began)
             run()
         except Exception as error:  # a peer may lack the dtype, the package, the memory
-            note(f"{name}: left out ({type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''})")
+            reason = (str(error).splitlines() or [""])[0][:90]
+            note(f"{name}: left out ({type(error).__name__}: {reason})")
             continue
         yield Contender(name, run, host, costs={"pack": pack_ms})
 
 
-def _scipy(graph: Graph, values: np.ndarray, x: Any):  # noqa: ANN202
+def _scipy(graph: Graph, values: np.ndarray, x: Any) -> Made:
     import scipy.sparse
 
     a = scipy.sparse.csr_matrix((values, graph.indices, graph.indptr), shape=graph.shape)
@@ -109,11 +121,12 @@ def _torch_csr(graph: Graph, values: np.ndarray, dtype: str, index: str, device:
     if device == "cpu":
         torch.set_num_threads(pool.wanted_threads())
     kind = getattr(torch, index)
-    arrays = [torch.from_numpy(a).to(kind) for a in (graph.indptr, graph.indices)]
+    rows, cols = (torch.from_numpy(a).to(kind) for a in (graph.indptr, graph.indices))
+    of = torch.from_numpy(values).to(getattr(torch, dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its own CSR a beta
-        made = torch.sparse_csr_tensor(*arrays, torch.from_numpy(values).to(getattr(torch, dtype)), size=graph.shape)
-    return made.to(device)
+        made = torch.sparse_csr_tensor(rows, cols, of, size=graph.shape)
+    return made.cuda() if device == "cuda" else made
 
 
 def _torch_of(array: Any) -> Any:
@@ -122,15 +135,18 @@ def _torch_of(array: Any) -> Any:
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
 
 
-def _torch_mm(graph: Graph, values: np.ndarray, x: Any, dtype: str, index: str):  # noqa: ANN202
+def _torch_mm(graph: Graph, values: np.ndarray, x: Any, index: str, given: bool) -> Made:
     import torch
 
     t = _torch_of(x)
-    a = _torch_csr(graph, values, dtype, index, t.device.type)
-    return lambda: torch.sparse.mm(a, t), to_host
+    a = _torch_csr(graph, values, str(t.dtype).rpartition(".")[2], index, t.device.type)
+    if not given:
+        return lambda: torch.sparse.mm(a, t), to_host
+    out = torch.empty(graph.shape[0], t.shape[1], dtype=t.dtype, device=t.device)
+    return lambda: torch.mm(a, t, out=out), to_host
 
 
-def _sampled(graph: Graph, values: np.ndarray, pq: tuple[Any, ...], dtype: str, index: str):  # noqa: ANN202
+def _sampled(graph: Graph, values: np.ndarray, pq: tuple[Any, ...], dtype: str, index: str) -> Made:
     import torch
 
     p, q = _torch_of(pq[0]), _torch_of(pq[1])
@@ -148,7 +164,7 @@ def _scaled(sampled: np.ndarray, values: np.ndarray) -> np.ndarray:
     return wide * values
 
 
-def _numpy_sddmm(graph: Graph, values: np.ndarray, pq: tuple[Any, ...]):  # noqa: ANN202
+def _numpy_sddmm(graph: Graph, values: np.ndarray, pq: tuple[Any, ...]) -> Made:
     if dtypes.dtype(str(values.dtype)).bits < 32 or not all(isinstance(a, np.ndarray) for a in pq):
         raise TypeError("NumPy sums narrow floats in their own precision")
     rows = np.repeat(np.arange(graph.shape[0]), graph.lengths)

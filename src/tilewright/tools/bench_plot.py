@@ -10,7 +10,14 @@ from typing import Any
 
 from tilewright.errors import ArgumentError, MissingExtra
 
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # told apart by all eyes
+_COLOURS = (
+    "#4477aa",
+    "#ee6677",
+    "#228833",
+    "#ccbb44",
+    "#66ccee",
+    "#aa3377",
+)  # told apart by all eyes
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -24,13 +31,19 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        raise MissingExtra("E101", "--plot needs matplotlib", hint="pip install 'tilewright[plot]'") from None
+        raise MissingExtra(
+            "E101", "--plot needs matplotlib", hint="pip install 'tilewright[plot]'"
+        ) from None
     ours = [r for r in rows if r.get("ratio")]
     if not ours:
-        raise ArgumentError("A109", "no row has a ratio to draw", where="--plot", hint="no peer ran on these inputs")
+        raise ArgumentError(
+            "A109", "no row has a ratio to draw", where="--plot", hint="no peer ran on these inputs"
+        )
     inputs = list(dict.fromkeys(r["input"] for r in ours))
     widths = sorted({r["width"] for r in ours})
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.0 + 0.9 * len(inputs)), 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(
+        figsize=(max(6.0, 1.0 + 0.9 * len(inputs)), 4.2), layout="constrained"
+    )
     bar = 0.8 / len(widths)
     for n, width in enumerate(widths):
         colour = _COLOURS[n % len(_COLOURS)]
@@ -38,15 +51,28 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         at = [inputs.index(r["input"]) + (n - (len(widths) - 1) / 2) * bar for r in mine]
         heights = [r["ratio"] for r in mine]
         mean = math.exp(statistics.fmean(map(math.log, heights)))
-        axes.bar(at, [h - 1 for h in heights], bar * 0.92, bottom=1, color=colour, label=f"width {width} (mean {mean:.2f})")
-        replayed = [(x, r["graph_ratio"]) for x, r in zip(at, mine, strict=True) if r.get("graph_ratio")]
+        axes.bar(
+            at,
+            [h - 1 for h in heights],
+            bar * 0.92,
+            bottom=1,
+            color=colour,
+            label=f"width {width} (mean {mean:.2f})",
+        )
+        replayed = [
+            (x, r["graph_ratio"]) for x, r in zip(at, mine, strict=True) if r.get("graph_ratio")
+        ]
         if replayed:
             axes.plot(*zip(*replayed, strict=True), "o", color="black", markersize=3.5, label="_")
     values = [r["ratio"] for r in ours] + [r["graph_ratio"] for r in ours if r.get("graph_ratio")]
     low, high = min(0.5, *values), max(2.0, *values)
     axes.set_yscale("log")
     axes.set_ylim(low / 1.15, high * 1.15)
-    ticks = [t for t in (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50) if low / 1.15 <= t <= high * 1.15]
+    ticks = [
+        t
+        for t in (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)
+        if low / 1.15 <= t <= high * 1.15
+    ]
     axes.set_yticks(ticks, [f"{t:g}×" for t in ticks])
     axes.minorticks_off()
     axes.axhline(1, color="black", linewidth=1)

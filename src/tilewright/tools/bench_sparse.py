@@ -1,7 +1,7 @@
 """The suites `spmm`, `sddmm` and `graphs` of `tilewright bench`.
 
-Inputs are the synthetic graphs of `tools.graphs` or a folder of `.npz`; values are random. The call of
-ours is the one a user writes, `ops.spmm(A, X)`, with `A` packed by the operator's own choice.
+Inputs are the synthetic graphs of `tools.graphs` or a folder of `.npz`; values are random. The call
+of ours is the one a user writes, `ops.spmm(A, X)`, with `A` packed by the operator's own choice.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,21 @@ def spmm_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=("cpp", "cuda"), default="cpp")
     parser.add_argument("--width", type=int, nargs="+", default=[32, 128, 512], metavar="N")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a folder of .npz with indptr, indices, shape")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="a folder of .npz with indptr, indices, shape"
+    )
     parser.add_argument(
         "--graphs", nargs="+", metavar="NAME",
         help=f"synthetic graphs: {', '.join(synthesis.LAWS)}, or `synthetic` for the usual ones",
     )  # fmt: skip
-    parser.add_argument("--f", type=float, nargs="+", default=[0.0, 0.8], metavar="F", help="shares inside communities")
+    parser.add_argument(
+        "--f",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.8],
+        metavar="F",
+        help="shares inside communities",
+    )
 
 
 def sddmm_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +56,9 @@ def sddmm_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def graphs_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--graphs", nargs="+", default=list(SMALL), metavar="NAME", help=", ".join(synthesis.LAWS))
+    parser.add_argument(
+        "--graphs", nargs="+", default=list(SMALL), metavar="NAME", help=", ".join(synthesis.LAWS)
+    )
     parser.add_argument("--f", type=float, nargs="+", default=[0.0, 0.8], metavar="F")
     parser.set_defaults(data=None, target="cpp")
 
@@ -87,13 +98,23 @@ def graphs(args: argparse.Namespace) -> Iterator[Row]:
     """How each synthetic graph fits its law, and what a window of rows could reuse."""
     for graph in inputs(args):
         law = synthesis.LAWS[graph.name.rpartition("-f")[0]]
-        base = base_row("graphs", "graph", "cpp") | {"input": graph.name, "width": 0, "dtype": "", "ms": None, "ratio": None}
+        base = base_row("graphs", "graph", "cpp") | {
+            "input": graph.name,
+            "width": 0,
+            "dtype": "",
+            "ms": None,
+            "ratio": None,
+        }
         lengths = graph.lengths
         for impl, metric, value in (
             ("entries", f"of {law.nnz}", graph.nnz),
             ("longest row", f"of {law.max_degree}", int(lengths.max())),
             ("empty rows", f"% of {100 * law.empty:g}", 100 * float((lengths == 0).mean())),
-            ("hyb padding", f"% of {law.padding:g}", synthesis.hyb_padding(graph, law.widest, law.col_parts)),
+            (
+                "hyb padding",
+                f"% of {law.padding:g}",
+                synthesis.hyb_padding(graph, law.widest, law.col_parts),
+            ),
             ("entries per column, 8 rows", "", synthesis.window_columns(graph, 8)),
             ("entries per column, 16 rows", "", synthesis.window_columns(graph, 16)),
         ):
@@ -152,29 +173,52 @@ def _sddmm_case(graph: Graph, width: int, dtype: str, target: str) -> list[Row]:
 
 
 def _describe(graph: Graph, width: int, dtype: str) -> Row:
-    return {"input": graph.name, "width": width, "dtype": dtype, "nnz": graph.nnz, "shape": list(graph.shape)}
+    return {
+        "input": graph.name,
+        "width": width,
+        "dtype": dtype,
+        "nnz": graph.nnz,
+        "shape": list(graph.shape),
+    }
 
 
 # ---------------------------------------------------------------------------- ours
 
 
 def ours_spmm(graph: Graph, values: np.ndarray, x: Any, dtype: str, target: str) -> list[Contender]:
-    """`ops.spmm(A, X)`, and the same with its arguments bound once."""
+    """`ops.spmm(A, X)`, and the same into memory given once."""
     from tilewright import ops
 
     matrix = (graph.indptr, graph.indices, values, graph.shape)
-    packed, pack_ms = _timed(lambda: ops.pack_for_spmm(matrix, x.shape[1], target, dtype=dtype), target)
-    plain = Contender("tilewright", lambda: ops.spmm(packed, x), bench_peers.to_host, is_ours=True, is_default=True)
-    return [_built(plain, pack_ms, target)]
+    packed, pack_ms = _timed(
+        lambda: ops.pack_for_spmm(matrix, x.shape[1], target, dtype=dtype), target
+    )
+    plain = Contender(
+        "tilewright",
+        lambda: ops.spmm(packed, x),
+        bench_peers.to_host,
+        is_ours=True,
+        is_default=True,
+    )
+    plain = _built(plain, pack_ms, target)
+    out = ops.spmm(packed, x)
+    given = Contender(
+        "tilewright, out=", lambda: ops.spmm(packed, x, out=out), bench_peers.to_host, is_ours=True
+    )
+    return [given, plain]
 
 
-def ours_sddmm(graph: Graph, values: np.ndarray, pq: tuple[Any, ...], dtype: str, target: str) -> list[Contender]:
+def ours_sddmm(
+    graph: Graph, values: np.ndarray, pq: tuple[Any, ...], dtype: str, target: str
+) -> list[Contender]:
     """`ops.sddmm(A, P, Q)`."""
     from tilewright import ops
     from tilewright.sparse import formats
 
     matrix = (graph.indptr, graph.indices, values, graph.shape)
-    pack = getattr(ops, "pack_for_sddmm", None)
+    operator, pack = getattr(ops, "sddmm", None), getattr(ops, "pack_for_sddmm", None)
+    if operator is None:
+        raise ArgumentError("A109", "this build has no sddmm operator", where="bench sddmm")
 
     def make() -> Any:
         if pack is not None:
@@ -183,9 +227,9 @@ def ours_sddmm(graph: Graph, values: np.ndarray, pq: tuple[Any, ...], dtype: str
         return made.to("cuda") if target == "cuda" else made
 
     packed, pack_ms = _timed(make, target)
-    if not hasattr(ops, "sddmm"):
-        raise ArgumentError("A109", "this build has no sddmm operator")
-    plain = Contender("tilewright", lambda: ops.sddmm(packed, *pq), _entries, is_ours=True, is_default=True)
+    plain = Contender(
+        "tilewright", lambda: operator(packed, *pq), _entries, is_ours=True, is_default=True
+    )
     return [_built(plain, pack_ms, target)]
 
 
@@ -210,7 +254,7 @@ def _built(contender: Contender, pack_ms: float, target: str) -> Contender:
     costs = {"pack": pack_ms, "first_call": first}
     if cache.stats.compiled > compiled:  # a kernel found in the cache says nothing of building
         costs["build"] = max(first - second, 0.0)
-    return Contender(contender.impl, contender.run, contender.to_host, contender.is_ours, contender.is_default, costs)
+    return replace(contender, costs=costs)
 
 
 def _wait(target: str) -> None:
@@ -228,8 +272,8 @@ _UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat1
 
 
 class SpmmOracle:
-    """float64 A X: each row of small inputs; of large ones sampled rows, the longest among them, and
-    of every row its product with one random vector."""
+    """float64 A X: each row of small inputs; of large ones sampled rows, the longest among them,
+    and of every row its product with one random vector."""
 
     def __init__(self, graph: Graph, values: np.ndarray, x: np.ndarray, dtype: str) -> None:
         self.graph, self.values, self.x = graph, values, x
@@ -237,14 +281,16 @@ class SpmmOracle:
         self.unit = min(self.rounding, _UNIT["float32"])  # sums are kept in float32 at least
         rng = np.random.default_rng(11)
         m = graph.shape[0]
-        some = np.arange(m) if m <= 4 * _SAMPLED_ROWS else rng.choice(m, _SAMPLED_ROWS, replace=False)
+        some = (
+            np.arange(m) if m <= 4 * _SAMPLED_ROWS else rng.choice(m, _SAMPLED_ROWS, replace=False)
+        )
         longest = np.argsort(graph.lengths)[-8:]
         self.rows = np.unique(np.concatenate([some, longest]))
         self.vector = rng.standard_normal(x.shape[1])
         self.expected, self.size = self._rows()
 
     def _rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sampled rows of A X, and of |A| |X|, which bounds the rounding of any order of summation."""
+        """Sampled rows of A X, and of |A| |X|, which bounds the rounding of any order of sums."""
         shape = (len(self.rows), self.x.shape[1])
         expected, size = np.zeros(shape), np.zeros(shape)
         for at, row in enumerate(self.rows):
@@ -259,13 +305,21 @@ class SpmmOracle:
             return f"wrong shape {y.shape}"
         grow = 8 + 4 * np.sqrt(self.graph.lengths)
         got = y[self.rows].astype(np.float64)
-        bound = grow[self.rows, None] * self.unit * self.size + 2 * self.rounding * np.abs(self.expected) + self.floor
+        bound = (
+            grow[self.rows, None] * self.unit * self.size
+            + 2 * self.rounding * np.abs(self.expected)
+            + self.floor
+        )
         if found := _beyond(got, self.expected, bound):
             return found
         wide = y.astype(np.float64)
         weight = np.abs(self.vector)
         size = self._sums(np.abs(self.values), np.abs(self.x) @ weight)
-        bound = grow * self.unit * size + 2 * self.rounding * (np.abs(wide) @ weight) + self.floor * weight.sum()
+        bound = (
+            grow * self.unit * size
+            + 2 * self.rounding * (np.abs(wide) @ weight)
+            + self.floor * weight.sum()
+        )
         return _beyond(wide @ self.vector, self._sums(self.values, self.x @ self.vector), bound)
 
     def _sums(self, values: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -281,7 +335,9 @@ class SpmmOracle:
 class SddmmOracle:
     """float64 A ∘ (P Qᵀ) at the stored entries; of large inputs at sampled ones."""
 
-    def __init__(self, graph: Graph, values: np.ndarray, pq: tuple[np.ndarray, ...], dtype: str) -> None:
+    def __init__(
+        self, graph: Graph, values: np.ndarray, pq: tuple[np.ndarray, ...], dtype: str
+    ) -> None:
         nnz = graph.nnz
         self.nnz, self.rounding, self.floor = nnz, _UNIT[dtype], _FLOOR.get(dtype, 1e-30)
         self.unit = min(self.rounding, _UNIT["float32"])
@@ -295,7 +351,10 @@ class SddmmOracle:
             part = slice(begin, begin + (1 << 17))
             product = pq[0][rows[part]] * pq[1][cols[part]]
             v = values[self.at[part]]
-            self.expected[part], self.size[part] = v * product.sum(1), np.abs(v) * np.abs(product).sum(1)
+            self.expected[part], self.size[part] = (
+                v * product.sum(1),
+                np.abs(v) * np.abs(product).sum(1),
+            )
         self.grow = 8 + 4 * np.sqrt(pq[0].shape[1])
 
     def wrong(self, values: np.ndarray) -> str:
@@ -304,7 +363,11 @@ class SddmmOracle:
             return f"wrong shape {values.shape}"
         if not np.isfinite(values.astype(np.float32)).all():
             return "not finite"
-        bound = self.grow * (self.unit + self.rounding / 4) * self.size + 4 * self.rounding * np.abs(self.expected) + self.floor
+        bound = (
+            self.grow * (self.unit + self.rounding / 4) * self.size
+            + 4 * self.rounding * np.abs(self.expected)
+            + self.floor
+        )
         return _beyond(values[self.at].astype(np.float64), self.expected, bound)
 
 

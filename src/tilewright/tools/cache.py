@@ -26,7 +26,11 @@ def cache(args: argparse.Namespace) -> int:
     folder = store.current().folder
     if args.action == "clear":
         removed = store.clear()
-        print(json.dumps({"folder": str(folder), "removed": removed}) if args.json else f"removed {removed} entries of {folder}")
+        print(
+            json.dumps({"folder": str(folder), "removed": removed})
+            if args.json
+            else f"removed {removed} entries of {folder}"
+        )
         return 0
     rows = []
     for entry in store.entries():

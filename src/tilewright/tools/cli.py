@@ -1,8 +1,8 @@
 """The command line: `tilewright VERB …`. A verb's module is imported when the verb is used.
 
 The module of a verb has two functions named after it: `env_arguments(parser)` describes the
-arguments, `env(args) -> int` runs it and gives the exit status. Errors of Tilewright print without a
-traceback and exit with 2, an interrupt with 130.
+arguments, `env(args) -> int` runs it and gives the exit status. Errors of Tilewright print without
+a traceback and exit with 2, an interrupt with 130.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="tilewright", description="Sparse and attention kernels, written in Python, run as native code."
+        prog="tilewright",
+        description="Sparse and attention kernels, written in Python, run as native code.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")

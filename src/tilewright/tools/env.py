@@ -70,13 +70,19 @@ def report() -> list[Finding]:
     """All findings, in the order they are printed."""
     found: list[Finding] = []
     for section, probe in (
-        ("Python", _python), ("CPU target", _cpu), ("Kernel cache", _cache), ("Packages", _packages), ("CUDA target", _cuda),
-    ):  # fmt: skip
+        ("Python", _python),
+        ("CPU target", _cpu),
+        ("Kernel cache", _cache),
+        ("Packages", _packages),
+        ("CUDA target", _cuda),
+    ):
         try:
             found += [Finding(section, *line) for line in probe()]
         except Exception as error:  # a probe must not take the report with it
             hint = getattr(error, "hint", "")
-            found.append(Finding(section, "probe failed", f"{type(error).__name__}: {error}", "bad", hint))
+            found.append(
+                Finding(section, "probe failed", f"{type(error).__name__}: {error}", "bad", hint)
+            )
     return found
 
 

@@ -1,8 +1,8 @@
 """Synthetic graphs with the sizes and degree laws of data sets that graph kernels are measured on.
 
 Degrees are lognormal, fitted to each set's edge count, maximum, empty rows and hyb padding; columns
-follow the same popularity law, a share `f` of them inside the row's own eighth; symmetric graphs are
-matchings of half-edges. Every count is exact. Values are N(0, 1), never all ones.
+follow the same popularity law, a share `f` of them inside the row's own eighth; symmetric graphs
+are matchings of half-edges. Every count is exact. Values are N(0, 1), never all ones.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ LAWS: dict[str, Law] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
-    """A sparse matrix in CSR: `indptr` (rows+1), `indices` (nnz) sorted in each row, `values` (nnz)."""
+    """A CSR matrix: `indptr` (rows+1), `indices` (nnz) sorted in each row, `values` (nnz)."""
 
     name: str
     indptr: np.ndarray
@@ -121,7 +121,9 @@ def load(path: Path) -> Graph:
     if missing:
         raise FormatError("F102", f"the file lacks {', '.join(missing)}", where=str(path))
     indptr, indices, shape = found["indptr"], found["indices"], found["shape"]
-    if shape.shape != (2,) or any(a.ndim != 1 or a.dtype.kind not in "iu" for a in (indptr, indices)):
+    if shape.shape != (2,) or any(
+        a.ndim != 1 or a.dtype.kind not in "iu" for a in (indptr, indices)
+    ):
         raise FormatError("F102", "these are not the arrays of a CSR matrix", where=str(path))
     rows, cols = int(shape[0]), int(shape[1])
     ends = len(indptr) == rows + 1 and indptr[0] == 0 and indptr[-1] == len(indices)
@@ -133,7 +135,9 @@ def load(path: Path) -> Graph:
     if given is None:
         given = np.random.default_rng(0).standard_normal(len(indices), np.float32)
     if given.shape != indices.shape:
-        raise FormatError("F102", f"{given.shape} values for {len(indices)} entries", where=str(path))
+        raise FormatError(
+            "F102", f"{given.shape} values for {len(indices)} entries", where=str(path)
+        )
     parts = (indptr.astype(np.int32), indices.astype(np.int32), given.astype(np.float32))
     return Graph(path.stem, *parts, (rows, cols))
 
@@ -189,6 +193,7 @@ def fit_degrees(law: Law) -> np.ndarray:
     normal = NormalDist()
     z = law.sigma * np.array([normal.inv_cdf((i + 0.5) / full) for i in range(full)])
     low, high = -20.0, 20.0
+    degrees = np.zeros(full, np.int64)
     for _ in range(80):
         mu = (low + high) / 2
         degrees = np.clip(np.round(np.exp(z + mu)), 1, law.max_degree).astype(np.int64)

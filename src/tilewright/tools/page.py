@@ -24,9 +24,10 @@ _STYLE = """
 * { box-sizing: border-box }
 body { margin: 0; background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif;
   display: grid; grid-template-columns: 17rem minmax(0, 1fr); }
-nav { position: sticky; top: 0; height: 100vh; overflow: auto; padding: 1rem; border-right: 1px solid var(--line);
-  background: var(--panel); font-size: 13px; }
-nav a { display: block; color: inherit; text-decoration: none; padding: .1rem 0; overflow-wrap: anywhere }
+nav { position: sticky; top: 0; height: 100vh; overflow: auto; padding: 1rem;
+  border-right: 1px solid var(--line); background: var(--panel); font-size: 13px; }
+nav a { display: block; color: inherit; text-decoration: none; padding: .1rem 0;
+  overflow-wrap: anywhere }
 nav a:hover, nav a:focus { color: var(--accent); text-decoration: underline }
 nav small, summary small { color: var(--quiet) }
 main { padding: 1rem 1.5rem; min-width: 0 }
@@ -34,7 +35,7 @@ h1 { font-size: 1.3rem } h2 { font-size: 1.05rem; margin: 1.5rem 0 .5rem }
 details { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0; overflow: hidden }
 summary { cursor: pointer; padding: .4rem .8rem; background: var(--panel); font-weight: 600 }
 .scroll { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font: 12.5px/1.45 ui-monospace, monospace; tab-size: 2 }
+table { border-collapse: collapse; width: 100%; font: 12.5px/1.45 ui-monospace, monospace }
 td { vertical-align: top; white-space: pre; padding: 0 .6rem; width: 50% }
 td + td { border-left: 1px solid var(--line) }
 td.new { background: var(--new) } td.old { background: var(--old) }
@@ -46,7 +47,10 @@ button { font: inherit; font-size: 13px; margin-right: .5rem }
 
 _SCRIPT = """
 function all(open) { document.querySelectorAll("details").forEach(d => d.open = open) }
-function reveal() { const d = document.getElementById(location.hash.slice(1)); if (d) d.open = true }
+function reveal() {
+  const d = document.getElementById(location.hash.slice(1));
+  if (d) d.open = true;
+}
 addEventListener("hashchange", reveal); reveal();
 """
 
@@ -63,7 +67,9 @@ def html(title: str, programs: dict[str, list[Stage]]) -> str:
             head = f"{escape(stage.title)} <small>{escape(stage.level)}</small>"
             menu.append(f'<a href="#s{number}">{head}</a>')
             plain = before is None or stage.level in GENERATED
-            inner = f"<pre>{escape(stage.text)}</pre>" if plain else _beside(before or "", stage.text)
+            inner = (
+                f"<pre>{escape(stage.text)}</pre>" if plain else _beside(before or "", stage.text)
+            )
             body.append(f'<details id="s{number}" open><summary>{head}</summary>{inner}</details>')
             if stage.level not in GENERATED:
                 before = stage.text
@@ -73,7 +79,8 @@ def html(title: str, programs: dict[str, list[Stage]]) -> str:
         f"<title>{escape(title)}: stages</title><style>{_STYLE}</style></head>\n"
         f'<body><nav aria-label="stages">{"".join(menu)}</nav>\n<main><h1>{escape(title)}</h1>'
         "<p>Each stage on the right, the one before it on the left; changed lines are marked.</p>"
-        '<p><button onclick="all(true)">open all</button><button onclick="all(false)">close all</button></p>\n'
+        '<p><button onclick="all(true)">open all</button>'
+        '<button onclick="all(false)">close all</button></p>\n'
         f"{chr(10).join(body)}\n</main><script>{_SCRIPT}</script></body></html>\n"
     )
 
@@ -88,6 +95,7 @@ def _rows(old: list[str], new: list[str]) -> Iterator[str]:
         for k in range(max(b - a, d - c)):
             left = old[a + k] if a + k < b else ""
             right = new[c + k] if c + k < d else ""
-            left_class = ' class="old"' if kind != "equal" and a + k < b else ""
-            right_class = ' class="new"' if kind != "equal" and c + k < d else ""
-            yield f"<tr><td{left_class}>{escape(left)}</td><td{right_class}>{escape(right)}</td></tr>"
+            old_class = ' class="old"' if kind != "equal" and a + k < b else ""
+            new_class = ' class="new"' if kind != "equal" and c + k < d else ""
+            cells = f"<td{old_class}>{escape(left)}</td><td{new_class}>{escape(right)}</td>"
+            yield f"<tr>{cells}</tr>"

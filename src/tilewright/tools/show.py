@@ -43,12 +43,16 @@ class Stage:
 def show_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a Python file; it is executed")
     parser.add_argument("name", nargs="?", help="one program of it (default: all)")
-    parser.add_argument("--stages", action="store_true", help="every verb and pass that changed something")
+    parser.add_argument(
+        "--stages", action="store_true", help="every verb and pass that changed something"
+    )
     parser.add_argument(
         "--target", action="append", metavar="T",
         help=f"cpp or cuda:sm_90a, also several times (default: {' and '.join(DEFAULT_TARGETS)})",
     )  # fmt: skip
-    parser.add_argument("--html", type=Path, metavar="OUT", help="write one self-contained page instead")
+    parser.add_argument(
+        "--html", type=Path, metavar="OUT", help="write one self-contained page instead"
+    )
 
 
 def show(args: argparse.Namespace) -> int:
@@ -58,7 +62,10 @@ def show(args: argparse.Namespace) -> int:
     if args.name:
         if args.name not in definitions:
             raise ProgramError(
-                "P101", f"no program {args.name!r}", where=str(args.file), hint=f"programs: {', '.join(definitions)}"
+                "P101",
+                f"no program {args.name!r}",
+                where=str(args.file),
+                hint=f"programs: {', '.join(definitions)}",
             )
         definitions = {args.name: definitions[args.name]}
     shown = {name: stages_of(d, targets) for name, d in definitions.items()}
@@ -89,13 +96,20 @@ def load(path: Path) -> dict[str, Definition]:
             raise
         except Exception as error:
             line = _line_in(path, error)
-            raise ProgramError("P101", f"running it failed: {type(error).__name__}: {error}", where=f"{path}{line}") from error
+            raise ProgramError(
+                "P101", f"running it failed: {type(error).__name__}: {error}", where=f"{path}{line}"
+            ) from error
     found: dict[str, Definition] = {}
     for name, value in names.items():
         if isinstance(value, Definition) and not any(value is d for d in found.values()):
             found[name] = value
     if not found:
-        raise ProgramError("P101", "the file defines no program", where=str(path), hint="@tw.program above a function")
+        raise ProgramError(
+            "P101",
+            "the file defines no program",
+            where=str(path),
+            hint="@tw.program above a function",
+        )
     return found
 
 
@@ -124,9 +138,9 @@ def stages_of(definition: Definition, targets: list[Target]) -> list[Stage]:
 
 
 def _stages(definition: Definition, target: Target) -> Iterator[Stage]:
-    for program, title in _programs(definition, target):
-        yield Stage(title, program.level, str(program))
-        last = program
+    last = definition.program
+    for last, title in _programs(definition, target):
+        yield Stage(title, last.level, str(last))
     if target.kind == "interp":
         return
     language = "CUDA" if target.is_cuda else "C++"
@@ -175,14 +189,16 @@ def _passes(program: Program, which: str, target: Target) -> list[tuple[Program,
 
 
 def source_text(program: Program, target: Target) -> str:
-    """The text generated for a program at the loop level, without the prelude that is the same for all."""
+    """The text generated for a program at the loop level; the prelude common to all is left out."""
     declared = declarations(building._manifest(program, target))
     renderer = cuda_text if target.is_cuda else cpp_text
     source: Source = renderer.render(program, declared)
     text = source.text
     for path in sorted(cpp_text.PRELUDE.iterdir()):
         prelude = path.read_text()
-        text = text.replace(prelude, f"// … prelude/{path.name}, {len(prelude.splitlines())} lines …\n")
+        text = text.replace(
+            prelude, f"// … prelude/{path.name}, {len(prelude.splitlines())} lines …\n"
+        )
     return text.strip()
 
 

@@ -139,9 +139,43 @@ TW_INLINE vec<uint16_t, N> to_float16(vec<float, N> f) {
   return out;
 }
 
+template <class T, class U> struct same { static constexpr bool value = false; };
+template <class T> struct same<T, T> { static constexpr bool value = true; };
+
+// Bytes to 32 bits: GCC 12 takes __builtin_convertvector apart lane by lane here.
+template <int N, bool Signed, class V>
+TW_INLINE vec<int32_t, N> widen_bytes(V v) {
+  typedef char b16 __attribute__((vector_size(16)));
+#ifdef __AVX512F__
+  if constexpr (N == 16) {
+    if constexpr (Signed) return (vec<int32_t, 16>)__builtin_ia32_pmovsxbd512_mask((b16)v, vec<int32_t, 16>{}, -1);
+    else return (vec<int32_t, 16>)__builtin_ia32_pmovzxbd512_mask((b16)v, vec<int32_t, 16>{}, -1);
+  }
+#endif
+#ifdef __AVX2__
+  if constexpr (N == 8) {
+    b16 low = {};
+    __builtin_memcpy(&low, &v, 8);
+    if constexpr (Signed) return (vec<int32_t, 8>)__builtin_ia32_pmovsxbd256(low);
+    else return (vec<int32_t, 8>)__builtin_ia32_pmovzxbd256(low);
+  }
+  if constexpr (N == 16) {
+    vec<int8_t, 8> half[2];
+    __builtin_memcpy(half, &v, 16);
+    vec<int32_t, 8> wide[2] = {widen_bytes<8, Signed>(half[0]), widen_bytes<8, Signed>(half[1])};
+    vec<int32_t, 16> out;
+    __builtin_memcpy(&out, wide, 64);
+    return out;
+  }
+#endif
+  return __builtin_convertvector(v, vec<int32_t, N>);
+}
+
 template <class To, int N, class V>
 TW_INLINE vec<To, N> convert(V v) {
-  return __builtin_convertvector(v, vec<To, N>);
+  if constexpr (same<To, int32_t>::value && same<V, vec<int8_t, N>>::value) return widen_bytes<N, true>(v);
+  else if constexpr (same<To, int32_t>::value && same<V, vec<uint8_t, N>>::value) return widen_bytes<N, false>(v);
+  else return __builtin_convertvector(v, vec<To, N>);
 }
 
 // -- arithmetic ----------------------------------------------------------------------------------

@@ -1,0 +1,199 @@
+// Flash attention on any NVIDIA GPU from sm_80 on, by CUDA cores in float32: simple and right.
+//
+// In front of this file stand gpu.cuh, the constants of `flash` (D head_dim, G query heads of a KV
+// head, MAX_TOKENS of an item; the element types Q and KV), `Params`, `Item`, kernels/bounds.h and
+// the struct `Variant`. A CTA runs one item: some queries of one request with one KV head. Its warps
+// take tiles of 32 keys in turn, a key a thread; rows (token, query head of the group) go ROWS at a
+// time and share each load of K and V. The warps' sums are merged in their order.
+
+namespace flash {
+
+constexpr int WARPS = 4;
+constexpr int THREADS = WARPS * 32;
+constexpr int ROWS = 8;
+constexpr int COLUMNS = (D + 31) / 32;  // of the output, for each thread
+constexpr int DP = COLUMNS * 32;        // head_dim with padding
+constexpr int T = 32;                   // keys of a tile
+constexpr int Q_FLOATS = ROWS * DP;
+constexpr int SMEM_BYTES = (Q_FLOATS + WARPS * ROWS * (DP + 2)) * 4;
+constexpr unsigned ALL = 0xffffffffu;
+
+TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
+
+TW_INLINE float as_float(float x, float32) { return x; }
+TW_INLINE float as_float(uint16_t x, float16) { return tw::from_float16(x); }
+TW_INLINE float as_float(uint16_t x, bfloat16) { return tw::from_bfloat16(x); }
+
+struct Pages {  // the pages of one request, clamped to what the arrays hold
+  int64_t first;
+  int length;  // in keys
+};
+
+TW_INLINE Pages pages_of(const Params& p, int request) {
+  int64_t begin = p.kv_indptr[request], end = p.kv_indptr[request + 1];
+  begin = begin < 0 ? 0 : begin;
+  end = end > p.listed ? p.listed : end;
+  int64_t count = p.pages > 0 ? end - begin : 0;
+  int64_t last = p.last_page_len ? p.last_page_len[request] : p.page_size;
+  last = last < 0 ? 0 : last > p.page_size ? p.page_size : last;
+  int64_t length = count > 0 ? (count - 1) * p.page_size + last : 0;
+  return Pages{begin, static_cast<int>(length < 0x7fffffff ? length : 0x7fffffff)};
+}
+
+struct Place { int64_t page, slot; };
+
+TW_INLINE Place find(const Params& p, const Pages& pages, int kv) {
+  int64_t page = pages.first + kv / p.page_size;
+  if (p.kv_indices) {
+    page = p.kv_indices[page];
+    page = page < 0 || page >= p.pages ? 0 : page;
+  }
+  return Place{page, kv % p.page_size};
+}
+
+// The dot products of one key with all rows of q (shared memory, padded with zeros).
+TW_INLINE void dot_rows(const typename KV::type* key, const float* q, float* s) {
+  constexpr int W = D % 4 == 0 ? 4 : 1;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) s[r] = 0.0f;
+#pragma unroll 1
+  for (int d = 0; d < D; d += W) {
+    tw::vec<typename KV::type, W> x = tw::load<typename KV::type, W>(key + d);
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      float value = as_float(x[i], KV());
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) s[r] += value * q[r * DP + d + i];
+    }
+  }
+}
+
+struct Rows {  // of one warp: sums of this thread's columns, maxima and weights of all rows
+  float sums[ROWS][COLUMNS], largest[ROWS], weight[ROWS];
+};
+
+TW_INLINE void start(Rows& rows) {
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    rows.largest[r] = lowest();
+    rows.weight[r] = 0.0f;
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) rows.sums[r][c] = 0.0f;
+  }
+}
+
+struct Work {
+  int first, row0, rows;  // position of the item's first query; rows of this pass
+  int kv_head, request;
+};
+
+// One tile of 32 keys for one warp.
+TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& w, const Pages& pages, int kv0, int kind, const float* q, int lane, Rows& rows) {
+  int n = pages.length - kv0 < T ? pages.length - kv0 : T;
+  bool inside = lane < n;
+  int kv = inside ? kv0 + lane : kv0;
+  Place place = find(p, pages, kv);
+  float s[ROWS];
+  dot_rows(p.k + w.kv_head * p.k_head + place.page * p.k_page + place.slot * p.k_slot, q, s);
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    int row = w.row0 + r;
+    At at{w.first + row / G, kv, w.kv_head * G + row % G, w.kv_head, w.request};
+    float x = lowest();
+    if (inside && r < w.rows && (kind == tw::FULL || variant.mask(at))) x = variant.logits(s[r], at);
+    float largest = tw::max(rows.largest[r], tw::across_lanes<tw::op_max<float>, 32>(x));
+    float base = largest == lowest() ? 0.0f : largest;
+    float keep = rows.largest[r] == largest ? 1.0f : tw::exp(rows.largest[r] - base);
+    s[r] = tw::exp(x - base);
+    rows.weight[r] = rows.weight[r] * keep + tw::across_lanes<tw::op_sum<float>, 32>(s[r]);
+    rows.largest[r] = largest;
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) rows.sums[r][c] *= keep;
+  }
+  const typename KV::type* values = p.v + w.kv_head * p.v_head;
+  int64_t mine = place.page * p.v_page + place.slot * p.v_slot;
+  for (int j = 0; j < n; ++j) {
+    const typename KV::type* value = values + __shfl_sync(ALL, mine, j);
+    float x[COLUMNS];
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) x[c] = lane + c * 32 < D ? as_float(value[lane + c * 32], KV()) : 0.0f;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      float weight = __shfl_sync(ALL, s[r], j);
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c) rows.sums[r][c] += weight * x[c];
+    }
+  }
+}
+
+// The warps' sums meet in shared memory; each thread finishes some outputs.
+TW_INLINE void finish(const Params& p, const Item& item, const Work& w, const Rows& rows, float* meeting, int thread) {
+  int warp = thread / 32, lane = thread % 32;
+  float* mine = meeting + warp * ROWS * (DP + 2);
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) mine[r * (DP + 2) + lane + c * 32] = rows.sums[r][c];
+    if (lane == 0) {
+      mine[r * (DP + 2) + DP] = rows.largest[r];
+      mine[r * (DP + 2) + DP + 1] = rows.weight[r];
+    }
+  }
+  tw::meet(1, THREADS);
+  for (int i = thread; i < w.rows * DP; i += THREADS) {
+    int r = i / DP, d = i % DP, row = w.row0 + r;
+    const float* all = meeting + r * (DP + 2);
+    float largest = lowest(), weight = 0.0f, total = 0.0f;
+    for (int k = 0; k < WARPS; ++k) largest = tw::max(largest, all[k * ROWS * (DP + 2) + DP]);
+    float base = largest == lowest() ? 0.0f : largest;
+    for (int k = 0; k < WARPS; ++k) {
+      const float* part = all + k * ROWS * (DP + 2);
+      float factor = tw::exp(part[DP] - base);
+      weight += part[DP + 1] * factor;
+      total += part[d] * factor;
+    }
+    int64_t at = static_cast<int64_t>(item.qo_begin + row / G) * p.qo_heads + w.kv_head * G + row % G;
+    if (d < D) p.o[at * D + d] = largest == lowest() ? 0.0f : __fdividef(total, weight);
+    if (d == 0 && p.lse) p.lse[at] = largest == lowest() ? lowest() : largest + tw::log(weight);
+  }
+  tw::meet(1, THREADS);
+}
+
+TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
+  const Item item = p.items[unit];
+  const Variant variant(p);
+  const Pages pages = pages_of(p, item.request);
+  int qo_begin = p.qo_indptr[item.request], qo_end = p.qo_indptr[item.request + 1];
+  int first = pages.length - (qo_end - qo_begin) + (item.qo_begin - qo_begin);
+  int all_rows = (item.qo_end - item.qo_begin) * G;
+  float* q = reinterpret_cast<float*>(smem);
+  float* meeting = q + Q_FLOATS;
+  for (int row0 = 0; row0 < all_rows; row0 += ROWS) {
+    Work w{first, row0, all_rows - row0 < ROWS ? all_rows - row0 : ROWS, item.kv_head, item.request};
+    for (int i = thread; i < Q_FLOATS; i += THREADS) {
+      int r = i / DP, d = i % DP, row = row0 + r;
+      int64_t token = item.qo_begin + row / G;
+      bool inside = r < w.rows && d < D;
+      q[i] = inside ? as_float(p.q[token * p.q_token + (w.kv_head * G + row % G) * p.q_head + d], Q()) * p.sm_scale : 0.0f;
+    }
+    tw::meet(1, THREADS);
+    Rows rows;
+    start(rows);
+    tw::Tile tile{tw::Bound{first + row0 / G, first + (row0 + w.rows - 1) / G}, tw::Bound{0, 0},
+                  tw::Bound{w.kv_head * G, w.kv_head * G + G - 1}, tw::bound(w.kv_head), tw::bound(w.request)};
+    for (int kv0 = thread / 32 * T; kv0 < pages.length; kv0 += WARPS * T) {
+      int end = pages.length - kv0 < T ? pages.length : kv0 + T;
+      tile.kv = tw::Bound{kv0, end - 1};
+      int kind = variant.tile_class(tile);
+      if (kind != tw::EMPTY) attend_tile(p, variant, w, pages, kv0, kind, q, thread % 32, rows);
+    }
+    finish(p, item, w, rows, meeting, thread);
+  }
+}
+
+}  // namespace flash
+
+extern "C" __global__ void __launch_bounds__(flash::THREADS, 2) stage0(const __grid_constant__ Params p) {
+  extern __shared__ __align__(16) char smem[];
+  flash::body(p, blockIdx.x, threadIdx.x, smem);
+}

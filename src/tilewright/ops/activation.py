@@ -1,0 +1,34 @@
+"""Element by element: SiLU and multiply, add."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from tilewright.build import program
+from tilewright.ops import recipes
+from tilewright.runtime.kernel import Kernel
+from tilewright.sparse.trace import dense, indices, out, sigmoid
+
+
+@program
+def silu_mul(G=dense("t k"), U=dense("t k")):  # noqa: ANN001, ANN201
+    t, k = indices("t:t k:k")
+    return out[t, k](G[t, k] * sigmoid(G[t, k]) * U[t, k])
+
+
+@program
+def add(A=dense("t k"), B=dense("t k")):  # noqa: ANN001, ANN201
+    t, k = indices("t:t k:k")
+    return out[t, k](A[t, k] + B[t, k])
+
+
+@cache
+def silu_mul_kernel(target: str = "cpp") -> Kernel:
+    """silu(G) · U, both (t, k)."""
+    return silu_mul.schedule(lambda s: recipes.rows(s, "t", "k")).build(target)
+
+
+@cache
+def add_kernel(target: str = "cpp") -> Kernel:
+    """A + B, both (t, k)."""
+    return add.schedule(lambda s: recipes.rows(s, "t", "k")).build(target)

@@ -1,0 +1,115 @@
+"""Linear layers: Y = X Wᵀ, for weights in float32, bfloat16, float16, Q8_0 and Q4_1.
+
+Quantised weights stay as the model file has them, in blocks of 32 along a row; a program says what a
+block means, with shifts and scales, and the values exist in registers only.
+
+    Q8_0: w = q · d               34 bytes: d float16, q int8[32]
+    Q4_1: w = q · d + m           20 bytes: d, m float16, q uint4[32], low halves first
+Reference: the block formats of GGUF.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from tilewright.build import Definition, program
+from tilewright.errors import ModelError
+from tilewright.runtime import toolchain
+from tilewright.runtime.kernel import Kernel
+from tilewright.schedule import Schedule
+from tilewright.sparse import trace
+from tilewright.sparse.trace import dense, indices, out
+
+BLOCK = 32
+
+
+@program
+def linear_dense(X=dense("t k"), W=dense("n k", kind="weight")):  # noqa: ANN001, ANN201
+    t, n, k = indices("t:t n:n k:k")
+    return out[t, n](trace.sum_(X[t, k] * W[n, k].cast("float32"), over=k))
+
+
+@program
+def linear_q8_0(
+    X=dense("t k"),  # noqa: ANN001
+    D=dense("n b", "float16", kind="weight", strided=True),  # noqa: ANN001
+    Q=dense("n b 32", "int8", kind="weight"),  # noqa: ANN001
+):  # noqa: ANN201
+    t, n, b, half, lane = indices("t:t n:n b:b h:2 l:16")
+    e = half * 16 + lane
+    w = Q[n, b, e].cast("float32") * D[n, b]
+    return out[t, n](trace.sum_(X[t, b * 32 + e] * w, over=(b, half, lane)))
+
+
+@program
+def linear_q4_1(
+    X=dense("t k"),  # noqa: ANN001
+    D=dense("n b", "float16", kind="weight", strided=True),  # noqa: ANN001
+    M=dense("n b", "float16", kind="weight", strided=True),  # noqa: ANN001
+    Q=dense("n b 16", "uint8", kind="weight"),  # noqa: ANN001
+):  # noqa: ANN201
+    t, n, b, half, lane = indices("t:t n:n b:b h:2 l:16")
+    nibble = (Q[n, b, lane].cast("int32") >> (half * 4)) & 15
+    w = nibble.cast("float32") * D[n, b] + M[n, b]
+    return out[t, n](trace.sum_(X[t, b * 32 + half * 16 + lane] * w, over=(b, half, lane)))
+
+
+PROGRAMS: dict[str, Definition] = {
+    "f32": linear_dense,
+    "bf16": linear_dense.typed(W="bfloat16"),
+    "f16": linear_dense.typed(W="float16"),
+    "q8_0": linear_q8_0,
+    "q4_1": linear_q4_1,
+}
+
+ROWS = 4  # rows of W in registers together
+TOKENS = 4  # rows of X likewise, when there are many
+
+
+def cpu_recipe(s: Schedule, many: bool) -> Schedule:
+    """Rows of W in parallel, a few rows and tokens in registers, the lanes of a vector along k."""
+    lanes = toolchain.vector_bits() // 32
+    s = s.split("n", 16 if many else 8, into=("n_unit", "n_rows")).split("n_rows", ROWS, into=("n_o", "n_i"))
+    depth = ("b", "h") if s.has("b") else ("k",)
+    s = s.reorder("n_unit", "n_o", "t", *depth, "n_i")
+    if many:
+        s = s.split("t", TOKENS, tail="cut", into=("t_o", "t_i")).reorder("t_o", *depth, "n_i", "t_i")
+        s = s.unroll("t_i")
+    if depth == ("k",):
+        s = s.split("k", lanes, tail="cut", into=("k_o", "l")).reorder("k_o", "n_i", "t_i", "l")
+    else:
+        s = s.reorder("h", "n_i", "t_i", "l").unroll("h")
+    return s.parallel("n_unit").unroll("n_i").vectorize("l")
+
+
+@cache
+def linear_kernel(kind: str, many: bool, n: int, k: int, target: str = "cpp") -> Kernel:
+    """The built kernel for a kind of weight of n × k. `many`: more than a few rows of X.
+
+    Sizes are fixed: the layers of a model have few shapes, and none of them needs guards then."""
+    if kind not in PROGRAMS:
+        raise ModelError("M104", f"no linear layer for weights of kind {kind}", hint=f"kinds: {', '.join(PROGRAMS)}")
+
+    def scheduled(s: Schedule) -> Schedule:
+        s = s.specialize("n", n)
+        s = s.specialize("b", k // BLOCK) if kind.startswith("q") else s.specialize("k", k)
+        return cpu_recipe(s, many)
+
+    return PROGRAMS[kind].schedule(scheduled).build(target)
+
+
+def weight_views(kind: str, data: np.ndarray) -> tuple[Any, ...]:
+    """The arrays of a weight as `linear` takes them: views, never copies.
+
+    `data`: (n, k) of float32 or bits, or uint8 (n, bytes of a row) of blocks."""
+    if kind == "q8_0":
+        blocks = data.reshape(data.shape[0], -1, 34)
+        return blocks[:, :, :2].view(np.float16)[..., 0], blocks[:, :, 2:].view(np.int8)
+    if kind == "q4_1":
+        blocks = data.reshape(data.shape[0], -1, 20)
+        scales = blocks[:, :, :4].view(np.float16)
+        return scales[..., 0], scales[..., 1], blocks[:, :, 4:]
+    return (data,)

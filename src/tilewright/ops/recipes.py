@@ -1,0 +1,33 @@
+"""Schedules that several operators share: rows in parallel, elements in vectors or threads."""
+
+from __future__ import annotations
+
+from tilewright.runtime import toolchain
+from tilewright.schedule import Schedule
+
+THREADS_X, THREADS_Y = 32, 8  # a CTA that works on one row: a warp for the sums, eight of them
+
+
+def cpu_lanes() -> int:
+    """float32 lanes of this CPU's vectors."""
+    return toolchain.vector_bits() // 32
+
+
+def rows(s: Schedule, row: str, *elements: str) -> Schedule:
+    """Each row a unit; the loops over its elements (sums too) in vectors on a CPU, threads on a GPU."""
+    if s.target.is_cuda:
+        s = s.bind(row, "cta.x")
+        for e in elements:
+            s = s.split(e, THREADS_X * THREADS_Y, into=(f"{e}_o", f"{e}_r"))
+            s = s.split(f"{e}_r", THREADS_X, into=(f"{e}_y", f"{e}_x"))
+            s = s.bind(f"{e}_y", "thread.y").bind(f"{e}_x", "thread.x")
+        return s
+    s = s.parallel(row)
+    for e in elements:
+        s = vectors(s, e)
+    return s
+
+
+def vectors(s: Schedule, loop: str) -> Schedule:
+    """A loop in vectors, what is left over one by one."""
+    return s.split(loop, cpu_lanes(), tail="cut", into=(f"{loop}_o", f"{loop}_v")).vectorize(f"{loop}_v")

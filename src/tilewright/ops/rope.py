@@ -1,0 +1,104 @@
+"""Rotary position embedding, and writing keys and values into the pages of a KV cache.
+
+A head's elements are pairs; pair p of the token at position s turns by the angle s · base^(-2p/d).
+The two layouts differ in where a pair lies: neighbours (`interleaved`), or half a head apart.
+Tables of cosines and sines are made once, in float64. Source: Su et al., RoFormer (2021), §3.4.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from tilewright.build import program
+from tilewright.ir.nodes import equal
+from tilewright.runtime.kernel import Kernel
+from tilewright.schedule import Schedule
+from tilewright.sparse.trace import dense, indices, out, update, where
+
+
+def _turned(X: Any, t: Any, h: Any, p: Any, e: Any, C: Any, S: Any, P: Any, interleaved: bool) -> Any:  # noqa: N803
+    """Element e of the turned pair: (x0 cos − x1 sin, x0 sin + x1 cos)."""
+    sign = where(equal(e, 0), -1.0, 1.0)
+    mine, other = (X[t, h, p, e], X[t, h, p, 1 - e]) if interleaved else (X[t, h, e, p], X[t, h, 1 - e, p])
+    return mine * C[P[t], p] + sign * other * S[P[t], p]
+
+
+@program
+def rope_pairs(X=dense("t h p 2"), C=dense("s p", kind="weight"), S=dense("s p", kind="weight"), P=dense("t", "int32")):  # noqa: ANN001, ANN201
+    t, h, p, e = indices("t:t h:h p:p e:2")
+    return out[t, h, p, e](_turned(X, t, h, p, e, C, S, P, True))
+
+
+@program
+def rope_halves(X=dense("t h 2 p"), C=dense("s p", kind="weight"), S=dense("s p", kind="weight"), P=dense("t", "int32")):  # noqa: ANN001, ANN201
+    t, h, e, p = indices("t:t h:h e:2 p:p")
+    return out[t, h, e, p](_turned(X, t, h, p, e, C, S, P, False))
+
+
+@program
+def append_pairs(
+    K=dense("g f h p 2", kind="kv"),  # noqa: ANN001
+    X=dense("t h p 2"),  # noqa: ANN001
+    C=dense("s p", kind="weight"),  # noqa: ANN001
+    S=dense("s p", kind="weight"),  # noqa: ANN001
+    P=dense("t", "int32"),  # noqa: ANN001
+    page=dense("t", "int32"),  # noqa: ANN001
+    slot=dense("t", "int32"),  # noqa: ANN001
+):  # noqa: ANN201
+    t, h, p, e = indices("t:t h:h p:p e:2")
+    return update(K)[page[t], slot[t], h, p, e](_turned(X, t, h, p, e, C, S, P, True))
+
+
+@program
+def append_halves(
+    K=dense("g f h 2 p", kind="kv"),  # noqa: ANN001
+    X=dense("t h 2 p"),  # noqa: ANN001
+    C=dense("s p", kind="weight"),  # noqa: ANN001
+    S=dense("s p", kind="weight"),  # noqa: ANN001
+    P=dense("t", "int32"),  # noqa: ANN001
+    page=dense("t", "int32"),  # noqa: ANN001
+    slot=dense("t", "int32"),  # noqa: ANN001
+):  # noqa: ANN201
+    t, h, e, p = indices("t:t h:h e:2 p:p")
+    return update(K)[page[t], slot[t], h, e, p](_turned(X, t, h, p, e, C, S, P, False))
+
+
+@program
+def append_plain(V=dense("g f h d", kind="kv"), X=dense("t h d"), page=dense("t", "int32"), slot=dense("t", "int32")):  # noqa: ANN001, ANN201
+    t, h, d = indices("t:t h:h d:d")
+    return update(V)[page[t], slot[t], h, d](X[t, h, d])
+
+
+def _by_token(s: Schedule) -> Schedule:
+    if not s.target.is_cuda:
+        return s.parallel("t")
+    inner = "d" if s.has("d") else "p"
+    s = s.reorder("t", "h", "e", inner) if s.has("e") else s
+    return s.bind("t", "cta.y").bind("h", "cta.x").split(inner, 32, into=("x_o", "x_i")).bind("x_i", "thread.x")
+
+
+@cache
+def rope_kernel(interleaved: bool, target: str = "cpp") -> Kernel:
+    """X (t, h, p, 2) or (t, h, 2, p), C and S (positions, p), P (t,) → X turned."""
+    return (rope_pairs if interleaved else rope_halves).schedule(_by_token).build(target)
+
+
+@cache
+def rope_append_kernel(interleaved: bool, target: str = "cpp") -> Kernel:
+    """Turns keys and writes them to `page[t], slot[t]` of the pages (g, f, h, …)."""
+    return (append_pairs if interleaved else append_halves).schedule(_by_token).build(target)
+
+
+@cache
+def append_kernel(target: str = "cpp") -> Kernel:
+    """Writes values to `page[t], slot[t]` of the pages (g, f, h, d)."""
+    return append_plain.schedule(_by_token).build(target)
+
+
+def rope_tables(positions: int, head_dim: int, base: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines, float32 (positions, head_dim / 2)."""
+    turns = np.arange(positions)[:, None] * base ** (-np.arange(0, head_dim, 2) / head_dim)[None]
+    return np.cos(turns).astype(np.float32), np.sin(turns).astype(np.float32)

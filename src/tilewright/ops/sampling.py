@@ -1,0 +1,55 @@
+"""Choosing the next token: argmax, and sampling at a temperature by the Gumbel-max trick.
+
+argmax(x / T + g) with g Gumbel noise is a sample of softmax(x / T) (Gumbel, 1954): no sum, no sort.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from tilewright.build import program
+from tilewright.ops import recipes
+from tilewright.runtime.kernel import Kernel
+from tilewright.schedule import Schedule
+from tilewright.sparse import trace
+from tilewright.sparse.trace import dense, indices, out, scalar, where
+
+NONE = 2**31 - 1
+
+
+@program
+def argmax(X=dense("t v")):  # noqa: ANN001, ANN201
+    t, v = indices("t:t v:v")
+    peak = trace.max_(X[t, v], over=v)
+    return out[t](trace.min_(where(X[t, v] >= peak, v, NONE), over=v))
+
+
+@program
+def sample(X=dense("t v"), G=dense("t v"), warmth=scalar()):  # noqa: ANN001, ANN201
+    t, v = indices("t:t v:v")
+    score = X[t, v] * warmth[()] + G[t, v]
+    peak = trace.max_(score, over=v)
+    return out[t](trace.min_(where(score >= peak, v, NONE), over=v))
+
+
+def _recipe(s: Schedule) -> Schedule:
+    return recipes.rows(s, "t", "v", "v2")
+
+
+@cache
+def argmax_kernel(target: str = "cpp") -> Kernel:
+    """X (t, v) → the smallest index of the largest value of each row, int32 (t,)."""
+    return argmax.schedule(_recipe).build(target)
+
+
+@cache
+def sample_kernel(target: str = "cpp") -> Kernel:
+    """X (t, v), Gumbel noise (t, v), 1 / temperature → tokens int32 (t,)."""
+    return sample.schedule(_recipe).build(target)
+
+
+def gumbel(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Gumbel noise, float32."""
+    return rng.gumbel(size=shape).astype(np.float32)

@@ -1,0 +1,102 @@
+"""Random batches for the tests of attention: KV caches with poison wherever nothing may be read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import tilewright.attention.variant as variants
+from tilewright.attention.kv import KV
+from tilewright.sparse.trace import maximum, scalar, tanh, where
+
+TYPES: dict[str, Any] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
+
+
+@variants.variant
+class SoftcapAlibi:
+    soft_cap = scalar("float32", 30.0)
+    slopes = variants.per_head("float32")
+
+    def logits(self, s, at):
+        capped = self.soft_cap * tanh(s / self.soft_cap)
+        return capped + self.slopes[at.qo_head] * (at.kv - at.qo)
+
+    def mask(self, at):
+        return at.kv <= at.qo
+
+
+@variants.variant
+class Strange:
+    """Uses what the built-in ones do not: floor division, remainders, KV heads, requests, no float."""
+
+    stride = scalar("int32", 7)
+    sinks = variants.per_head("int32")
+
+    def logits(self, s, at):
+        near = (at.kv - at.qo) // 3 % 5
+        return where(at.request % 2 == 0, maximum(s, -1.0), s * 0.5) + near * 0.1
+
+    def mask(self, at):
+        first = at.kv < self.sinks[at.kv_head]
+        return (first | ((at.qo - at.kv) % self.stride != 3)) & (at.kv <= at.qo + 2)
+
+
+def paged(
+    rng: np.random.Generator,
+    lengths: list[int],
+    shape: tuple[int, int, int],
+    dtype: Any = np.float32,
+) -> KV:
+    """A paged cache of (page_size, kv_heads, head_dim), its pages in disorder, NaN where no key is."""
+    page_size, kv_heads, head_dim = shape
+    counts = [-(-n // page_size) for n in lengths]
+    total = sum(counts) + 2
+    k = np.full((total, page_size, kv_heads, head_dim), np.nan, np.float32)
+    v = k.copy()
+    names = rng.permutation(total)[: sum(counts)].astype(np.int32)
+    indptr = np.cumsum([0, *counts]).astype(np.int32)
+    last = [n - (c - 1) * page_size if c else 0 for n, c in zip(lengths, counts, strict=True)]
+    for r, n in enumerate(lengths):
+        for i in range(n):
+            page = names[indptr[r] + i // page_size]
+            k[page, i % page_size] = rng.standard_normal((kv_heads, head_dim))
+            v[page, i % page_size] = rng.standard_normal((kv_heads, head_dim))
+    return KV.paged(k.astype(dtype), v.astype(dtype), indptr, names, np.array(last, np.int32))
+
+
+def queries(
+    rng: np.random.Generator, lengths: list[int], heads: int, head_dim: int, dtype: Any = np.float32
+) -> tuple[np.ndarray, np.ndarray]:
+    """q (tokens, heads, head_dim) and qo_indptr."""
+    indptr = np.cumsum([0, *lengths]).astype(np.int32)
+    return rng.standard_normal((int(indptr[-1]), heads, head_dim)).astype(dtype), indptr
+
+
+def values_of(
+    rng: np.random.Generator, variant: Any, qo_heads: int, kv_heads: int
+) -> dict[str, Any]:
+    """Random per-head values for a variant."""
+    found = {}
+    for v in variant.traced.values:
+        if v.heads:
+            n = qo_heads if v.heads == "qo_head" else kv_heads
+            drawn = rng.integers(0, 9, n) if v.dtype.is_int else rng.uniform(0, 0.3, n)
+            found[v.name] = drawn.astype(v.dtype.numpy)
+    return found
+
+
+ALL_VARIANTS = {
+    "causal": variants.Causal(),
+    "full": variants.Full(),
+    "softcap": variants.Softcap(soft_cap=5.0),
+    "window": variants.SlidingWindow(window=19),
+    "alibi": variants.Alibi(),
+    "softcap_alibi": SoftcapAlibi(soft_cap=8.0),
+    "strange": Strange(stride=5),
+}

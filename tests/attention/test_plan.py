@@ -1,0 +1,139 @@
+"""Plans: every query once, balanced, frozen; damaged ones are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.attention.cases import paged
+
+from tilewright.attention import plan as plans
+from tilewright.attention.batch import Attention
+from tilewright.attention.plan import KEY_TILE, Plan, Shape
+from tilewright.attention.variant import Causal, Full, SlidingWindow
+from tilewright.errors import ArgumentError
+
+batches = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 2000)), max_size=8)
+
+
+def shape_of(variant, **more):
+    made = Shape(2, 3, variant.traced.mask, dict(variant.fixed), 32, True)
+    return dataclasses.replace(made, **more)
+
+
+def make(batch, workers=2, variant=None, **more):
+    indptr = np.cumsum([0, *(q for q, _ in batch)])
+    lengths = np.array([n for _, n in batch], np.int64)
+    return plans.make(indptr, lengths, shape_of(variant or Causal(), **more), workers, "threads")
+
+
+@given(batches, st.integers(1, 200), st.booleans())
+def test_every_query_of_every_head_once(batch, workers, can_split):
+    plan = make(batch, workers, can_split=can_split)
+    plans.check(plan)
+    done = np.zeros((plan.tokens, plan.kv_heads))
+    for item in plan.items:
+        done[item["qo_begin"] : item["qo_end"], item["kv_head"]] += 1 / item["chunks"]
+    np.testing.assert_allclose(done, 1)
+    if not can_split:
+        assert plan.slots == plan.counters == 0
+
+
+@given(batches, st.integers(1, 9))
+def test_save_and_load(batch, workers):
+    plan = make(batch, workers)
+    again = Plan.load(plan.save())
+    assert again == plan and hash(again) == hash(plan) and repr(again) == repr(plan)
+    assert not again.items.flags.writeable
+
+
+def test_it_prints_and_compares(rng):
+    kv = paged(rng, [100, 40, 1], (16, 2, 64))
+    attn = Attention(6, 2, 64)
+    plan = attn.plan([0, 1, 2, 3], kv, workers=2)
+    assert str(plan).startswith("Plan: 3 requests, ") and ", 2 threads, imbalance " in str(plan)
+    assert plan == attn.plan([0, 1, 2, 3], kv, workers=2) != attn.plan([0, 2, 2, 3], kv, workers=2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.workers = 3  # type: ignore[misc]
+    with pytest.raises(ValueError, match="read-only"):
+        plan.items["chunk"] = 1
+
+
+def test_work_is_cut_until_it_balances():
+    skewed = [(1, 50), (1, 16000), (1, 300), (1, 20)]
+    assert make(skewed, 8).imbalance < 1.3
+    assert make(skewed, 8, can_split=False).imbalance > 3
+
+
+def test_longest_first():
+    items = make([(1, 10), (64, 900), (1, 400)], can_split=False).items
+    assert items["request"][0] == 1 and items["request"][-1] == 0
+
+
+@given(st.integers(1, 80), st.integers(0, 900), st.integers(1, 200))
+def test_visible_tiles_are_those_with_a_score(qo_len, kv_len, window):
+    first = np.array([kv_len - qo_len], np.int64)
+    last, length = first + qo_len - 1, np.array([kv_len], np.int64)
+    qo, kv = np.arange(first[0], last[0] + 1)[:, None], np.arange(kv_len)[None]
+    for variant, seen in (
+        (Full(), np.ones((qo_len, kv_len), bool)),
+        (Causal(), kv <= qo),
+        (SlidingWindow(window=window), (kv <= qo) & (qo - kv < window)),
+    ):
+        found = int(plans.visible_tiles(first, last, length, shape_of(variant))[0])
+        columns = seen.any(0)
+        wanted = sum(columns[t : t + KEY_TILE].any() for t in range(0, kv_len, KEY_TILE))
+        # two conditions may each hold somewhere in a tile, but nowhere together
+        assert wanted <= found <= wanted + (1 if isinstance(variant, SlidingWindow) else 0)
+
+
+# ---------------------------------------------------------------------------- damage
+
+
+def refused(data):
+    with pytest.raises(ArgumentError) as e:
+        Plan.load(data)
+    assert e.value.code in ("A107", "A109")
+
+
+def test_bytes_that_are_no_plan():
+    good = make([(3, 700), (1, 9000)]).save()
+    for data in (b"", b"PK\x03\x04", good[:-30], good[: len(good) // 2], b"\x80\x04."):
+        refused(data)
+    file = io.BytesIO()
+    np.savez(file, items=np.zeros(3, np.int32))
+    refused(file.getvalue())
+    file = io.BytesIO()
+    np.save(file, np.zeros(3))
+    refused(file.getvalue())
+
+
+@given(st.data())
+def test_damaged_items_are_refused(data):
+    """Any one number of any item changed: refused, or still a plan that does every query once."""
+    plan = make([(40, 700), (1, 9000), (1, 30)], workers=4)
+    items = plan.items.copy()
+    row = data.draw(st.integers(0, len(items) - 1))
+    name = data.draw(st.sampled_from(items.dtype.names))
+    items[name][row] += data.draw(st.sampled_from([-(2**30), -1, 1, 2, 33, 2**30]))
+    changed = dataclasses.replace(plan, items=items)
+    unused = items["chunks"][row] == 1 and name in ("slot", "counter")
+    if unused:  # an item that is not cut reads neither
+        plans.check(changed)
+    else:
+        refused(changed.save())
+
+
+def test_missing_and_doubled_items_are_refused():
+    plan = make([(40, 700), (1, 9000)], workers=4)
+    for items in (plan.items[1:], plan.items[:-1], np.append(plan.items, plan.items[:1])):
+        refused(dataclasses.replace(plan, items=items).save())
+    refused(dataclasses.replace(plan, items=plan.items[:0]).save())
+    refused(dataclasses.replace(plan, slots=plan.slots - 1).save())
+    refused(dataclasses.replace(plan, counters=0).save())
+    refused(dataclasses.replace(plan, qo_tile=16).save())
+    refused(dataclasses.replace(plan, kv_heads=0).save())

@@ -1,0 +1,246 @@
+"""Variants: what tracing gives, what it refuses, and what a mask says of tiles."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.attention.cases import ALL_VARIANTS, Strange
+
+from tilewright import dtypes
+from tilewright.attention import bounds, flash, reference
+from tilewright.attention.variant import (
+    Alibi,
+    Causal,
+    Full,
+    SlidingWindow,
+    Softcap,
+    per_head,
+    traced_of,
+    variant,
+)
+from tilewright.codegen import cpp
+from tilewright.errors import ArgumentError, ProgramError
+from tilewright.ir.nodes import Var, equal, select, unary
+from tilewright.runtime import native, toolchain
+from tilewright.sparse import trace
+from tilewright.sparse.trace import scalar
+
+
+def test_it_prints():
+    assert "at.kv <= at.qo" in str(Softcap.traced)
+    assert "tanh" in str(Softcap.traced.logits)
+    assert repr(Softcap()) == "Softcap(soft_cap=30.0)"
+    assert repr(SlidingWindow(window=5)) == "SlidingWindow(window=5)"
+
+
+def test_values_are_frozen_and_compare():
+    assert Softcap(soft_cap=2.0) == Softcap(soft_cap=2.0) != Softcap()
+    assert len({Causal(), Causal(), Full()}) == 2
+    with pytest.raises(AttributeError):
+        Softcap().soft_cap = 3.0
+    assert traced_of(Alibi()).values[0].heads == "qo_head"
+
+
+def test_constants_and_helpers_of_the_class():
+    @variant
+    class Chunked:
+        size = 16
+
+        def chunk(self, x):
+            return x // self.size
+
+        def mask(self, at):
+            return equal(self.chunk(at.kv), self.chunk(at.qo))
+
+    places = {"at.kv": np.arange(40)[None], "at.qo": np.arange(40)[:, None]}
+    seen = reference.evaluate(Chunked.traced.mask, places, {})
+    np.testing.assert_array_equal(seen, np.kron(np.eye(3), np.ones((16, 16)))[:40, :40] != 0)
+
+
+def test_a_subclass_may_fix_a_value():
+    @variant
+    class Fixed(Softcap):
+        soft_cap = 7.0
+
+    assert Fixed.traced.values == () and "7.0" in str(Fixed.traced.logits)
+
+
+def refused(code, **members):
+    with pytest.raises(ProgramError) as e:
+        variant(type("Bad", (), members))
+    assert e.value.code == code, str(e.value)
+
+
+def test_ill_formed_variants():
+    refused("P101", logits=lambda self, s: s)
+    refused("P101", mask=lambda self, at, more: at.kv <= at.qo)
+    refused("P101", mask=True)
+    refused("P101", logits=lambda self, s, at: None)
+    refused("P101", logits=lambda self, s, at: "s")
+    refused("P101", logits=lambda self, s, at: s * at.head)
+    refused("P101", logits=lambda self, s, at: s * self.missing)
+    refused("P101", mask=lambda self, at: at.kv <= at.qo and at.kv > 3)
+    refused("P101", slopes=per_head(), logits=lambda self, s, at: s * self.slopes)
+    refused("P101", slopes=per_head(), logits=lambda self, s, at: s * self.slopes[at.kv])
+    refused("P101", slopes=per_head(), logits=lambda self, s, at: s * self.slopes[0])
+    refused(
+        "P102",
+        slopes=per_head(),
+        logits=lambda self, s, at: s * self.slopes[at.qo_head] * self.slopes[at.kv_head],
+    )
+    refused("P101", table=trace.dense("n"), logits=lambda self, s, at: s)
+    refused("P104", logits=lambda self, s, at: s * Var("x", dtypes.float32))
+    refused("P106", mask=lambda self, at: at.kv - at.qo)
+    refused("P106", logits=lambda self, s, at: at.kv <= at.qo)
+    refused("P106", logits=lambda self, s, at: s.cast("float64"))
+    refused("P106", logits=lambda self, s, at: s // 2.0)
+    refused("P106", mask=lambda self, at: (at.kv <= at.qo) + (at.kv < 3))
+    refused("P106", cap=scalar("float64"), logits=lambda self, s, at: s * self.cap)
+    refused("P106", cap=per_head("float16"), logits=lambda self, s, at: s)
+
+
+def test_bad_values():
+    for code, make in {
+        "A101": lambda: Softcap(cap=3.0),
+        "A102": lambda: Softcap(soft_cap="big"),
+        "A109": lambda: SlidingWindow(window=2**40),
+    }.items():
+        with pytest.raises(ArgumentError) as e:
+            make()
+        assert e.value.code == code
+    with pytest.raises(ArgumentError):
+        SlidingWindow(window=1.5)
+    with pytest.raises(ArgumentError):
+        Alibi(slopes=3.0)
+
+
+def test_programs_refuse_defaults():
+    from tilewright.build import program
+
+    with pytest.raises(ProgramError) as e:
+
+        @program
+        def scaled(X=trace.dense("n"), a=scalar("float32", 2.0)):
+            i = trace.indices("n")
+            return trace.out[i](X[i] * a)
+
+    assert e.value.code == "P101"
+
+
+# ---------------------------------------------------------------------------- tiles
+
+QO, KEY = Var("at.qo", dtypes.int32), Var("at.kv", dtypes.int32)
+
+
+def integer(rng, depth):
+    """A random integer expression of the two positions."""
+    kind = rng.integers(0, 11) if depth else 11
+    if kind > 9:
+        return (QO, KEY, QO * 0 + int(rng.integers(-20, 20)))[rng.integers(0, 3)]
+    a, b, by = integer(rng, depth - 1), integer(rng, depth - 1), int(rng.integers(1, 9))
+    makers = (
+        lambda: a + b,
+        lambda: a - b,
+        lambda: a * b,
+        lambda: trace.maximum(a, b),
+        lambda: trace.minimum(a, b),
+        lambda: -a,
+        lambda: unary("abs", a),
+        lambda: a // by,
+        lambda: a % by,
+        lambda: select(condition(rng, 0), a, b),
+    )
+    return makers[kind]()
+
+
+def condition(rng, depth):
+    """A random condition on the two positions."""
+    kind = rng.integers(0, 8) if depth else 7
+    if kind > 5:
+        op = ("<", "<=", ">", ">=", "==", "!=")[rng.integers(0, 6)]
+        return trace.binary(op, integer(rng, depth), integer(rng, depth))
+    a, b = condition(rng, depth - 1), condition(rng, depth - 1)
+    makers = (
+        lambda: a & b,
+        lambda: a | b,
+        lambda: trace.binary("^", a, b),
+        lambda: unary("not", a),
+        lambda: integer(rng, depth).cast("bool"),
+        lambda: select(condition(rng, 0), a, b),
+    )
+    return makers[kind]()
+
+
+tiles = st.tuples(*(st.integers(-30, 60), st.integers(0, 20)) * 2)
+
+
+@given(st.integers(0, 2**32), st.lists(tiles, min_size=1, max_size=8))
+@settings(max_examples=300)
+def test_a_class_is_never_wrong(seed, where):
+    """EMPTY means no score of the tile counts, FULL that all do: against every score."""
+    mask = condition(np.random.default_rng(seed), 2)
+    for qo, qo_more, kv, kv_more in where:
+        rows, columns = np.arange(qo, qo + qo_more + 1), np.arange(kv, kv + kv_more + 1)
+        places = {"at.qo": rows[:, None], "at.kv": columns[None]}
+        shape = (len(rows), len(columns))
+        seen = np.broadcast_to(reference.evaluate(mask, places, {}), shape)
+        intervals = {
+            "at.qo": bounds.Interval.of(rows[0], rows[-1]),
+            "at.kv": bounds.Interval.of(columns[0], columns[-1]),
+        }
+        kind = int(bounds.tile_class(mask, intervals, {}))
+        if kind == bounds.EMPTY:
+            assert not seen.any()
+        elif kind == bounds.FULL:
+            assert seen.all()
+
+
+def test_usual_masks_are_classified_sharply():
+    def kind(what, qo, kv, **values):
+        places = {"at.qo": bounds.Interval.of(*qo), "at.kv": bounds.Interval.of(*kv)}
+        return int(bounds.tile_class(what.traced.mask, places, values))
+
+    assert kind(Causal, (10, 20), (0, 10)) == bounds.FULL
+    assert kind(Causal, (10, 20), (0, 11)) == bounds.PARTIAL
+    assert kind(Causal, (10, 20), (21, 30)) == bounds.EMPTY
+    assert kind(Full, (10, 20), (0, 99)) == bounds.FULL
+    assert kind(SlidingWindow, (10, 20), (0, 5), window=5) == bounds.EMPTY
+    assert kind(SlidingWindow, (10, 12), (8, 10), window=5) == bounds.FULL
+    assert kind(SlidingWindow, (10, 12), (8, 10)) == bounds.PARTIAL
+    assert kind(Strange, (10, 20), (30, 40), stride=7) == bounds.EMPTY
+
+
+def test_the_text_agrees_with_numpy(rng):
+    """kernels/bounds.h gives the classes that bounds.py gives."""
+    if not toolchain.has_compiler():
+        pytest.skip("no C++ compiler")
+    masks = [v.traced.mask for v in ALL_VARIANTS.values()]
+    masks += [condition(rng, 3) for _ in range(40)]
+    known = {"window": 19, "stride": 5}
+    cases = "\n".join(
+        f"    case {n}: return tw::tile_class({bounds.bound_text(m)});" for n, m in enumerate(masks)
+    )
+    text = "\n".join((cpp.prelude("cpu.h"), (flash.KERNELS / "bounds.h").read_text()))
+    source = f"""{text}
+extern "C" __attribute__((visibility("default")))
+int classify(int n, int64_t a, int64_t b, int64_t c, int64_t d) {{
+  const tw::Bound any = tw::bound_int();
+  const tw::Tile tile{{tw::Bound{{a, b}}, tw::Bound{{c, d}}, any, any, any}};
+  const int v_window = 19, v_stride = 5; (void)v_window; (void)v_stride; (void)tile;
+  switch (n) {{
+{cases}
+  }}
+  return -1;
+}}"""
+    classify = native.load(native.compile_cpp(source)).classify
+    classify.argtypes = [ctypes.c_int, *(ctypes.c_int64,) * 4]
+    for n, mask in enumerate(masks):
+        for _ in range(40):
+            a, c = rng.integers(-40, 80, 2).tolist()
+            b, d = a + int(rng.integers(0, 30)), c + int(rng.integers(0, 30))
+            places = {"at.qo": bounds.Interval.of(a, b), "at.kv": bounds.Interval.of(c, d)}
+            assert classify(n, a, b, c, d) == int(bounds.tile_class(mask, places, known)), mask

@@ -1,0 +1,331 @@
+"""Programs, formats, matrices and comparisons that the compiler's tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import tilewright as tw
+from tilewright import dtypes
+from tilewright.ir.levels import coordinates
+from tilewright.ir.nodes import Program, Tensor
+from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
+from tilewright.runtime.interpreter import evaluate, execute, memory_of, poisoned
+from tilewright.sparse.pack import Packed
+
+Arrays = dict[str, Any]
+
+# ---------------------------------------------------------------------------- programs
+
+
+@tw.program
+def spmm(A=tw.sparse("m n"), X=tw.dense("n d")):
+    i, j, k = tw.indices("m n d")
+    return tw.out[i, k](tw.sum(A[i, j] * X[j, k], over=j))
+
+
+@tw.program
+def spmm_t(A=tw.sparse("m n"), X=tw.dense("m d")):
+    i, j, k = tw.indices("m n d")
+    return tw.out[j, k](tw.sum(A[i, j] * X[i, k], over=i))
+
+
+@tw.program
+def row_max(A=tw.sparse("m n"), X=tw.dense("n d")):
+    i, j, k = tw.indices("m n d")
+    return tw.out[i, k](tw.max(A[i, j] * X[j, k], over=j))
+
+
+@tw.program
+def sddmm(A=tw.sparse("m n"), P=tw.dense("m d"), Q=tw.dense("n d")):
+    i, j, k = tw.indices("m n d")
+    return tw.out.like(A)[i, j](A[i, j] * tw.sum(P[i, k] * Q[j, k], over=k))
+
+
+@tw.program
+def sddmm_plain(A=tw.sparse("m n"), P=tw.dense("m d"), Q=tw.dense("n d")):
+    i, j, k = tw.indices("m n d")
+    return tw.out.like(A)[i, j](tw.sum(P[i, k] * Q[j, k], over=k))
+
+
+@tw.program
+def softmax(A=tw.sparse("m n")):
+    i, j = tw.indices("m n")
+    e = tw.exp(A[i, j] - tw.max(A[i, j], over=j))
+    return tw.out.like(A)[i, j](e / tw.sum(e, over=j))
+
+
+@tw.program
+def logsumexp(A=tw.sparse("m n")):
+    i, j = tw.indices("m n")
+    return tw.out[i](tw.log(tw.sum(tw.exp(A[i, j]), over=j)))
+
+
+@tw.program
+def rgcn(
+    A=tw.sparse("m n"),
+    R=tw.sparse("m n", dtype="int32", like="A"),
+    W=tw.dense("r f o"),
+    X=tw.dense("n f"),
+):
+    i, j, f, o = tw.indices("m n f o")
+    return tw.out[i, o](tw.sum(A[i, j] * X[j, f] * W[R[i, j], f, o], over=(j, f)))
+
+
+@tw.program
+def both_ways(A=tw.sparse("m n"), X=tw.dense("n d"), Z=tw.dense("m d")):
+    i, j, k = tw.indices("m n d")
+    down = tw.out.named("down")[i, k](tw.sum(A[i, j] * X[j, k], over=j))
+    up = tw.out.named("up")[j, k](tw.sum(A[i, j] * Z[i, k], over=i))
+    return down, up
+
+
+@tw.program
+def attention(A=tw.sparse("m n"), Q=tw.dense("m d"), K=tw.dense("n d"), V=tw.dense("n d")):
+    i, j, k = tw.indices("m n d")
+    s = tw.temp.like(A).named("s")[i, j](tw.sum(Q[i, k] * K[j, k], over=k))
+    top = tw.temp.named("top")[i](tw.max(s[i, j], over=j))
+    total = tw.temp.named("total")[i](tw.sum(tw.exp(s[i, j] - top[i]), over=j))
+    return tw.out[i, k](tw.sum(tw.exp(s[i, j] - top[i]) / total[i] * V[j, k], over=j))
+
+
+@tw.program
+def square(A=tw.sparse("n n"), X=tw.dense("n d")):
+    i, j, k = tw.indices("n n d")
+    return tw.out[i, k](X[i, k] + tw.sum(A[i, j] * (X[j, k] - X[i, k]), over=j))
+
+
+@tw.program
+def two_sparse(A=tw.sparse("m n"), B=tw.sparse("m n")):
+    i, j = tw.indices("m n")
+    return tw.out[i](tw.sum(A[i, j] * (B[i, j] + 0.5), over=j))
+
+
+@tw.program
+def triangles(A=tw.sparse("n n"), B=tw.sparse("n n")):
+    i, j, k = tw.indices("n n n")
+    return tw.out.like(A)[i, j](A[i, j] * tw.sum(B[j, k] * A[i, k], over=k))
+
+
+@tw.program
+def farthest(A=tw.sparse("n n"), B=tw.sparse("n n")):
+    i, j, k = tw.indices("n n n")
+    return tw.out.like(A)[i, j](tw.max(B[j, k] * A[i, k], over=k))
+
+
+@tw.program
+def filled(A=tw.sparse("m n", fill=float("inf")), X=tw.dense("n")):
+    i, j = tw.indices("m n")
+    return tw.out[i, j](tw.where(A[i, j] < 1e30, A[i, j] * X[j], -1.0))
+
+
+@tw.program
+def gemv(W=tw.dense("n k"), x=tw.dense("k")):
+    i, k = tw.indices("n k")
+    return tw.out[i](tw.sum(W[i, k] * x[k], over=k))
+
+
+@tw.program
+def gemm(A=tw.dense("m k"), B=tw.dense("k n")):
+    i, j, k = tw.indices("m n k")
+    return tw.out[i, j](tw.sum(A[i, k] * B[k, j], over=k))
+
+
+@tw.program
+def rmsnorm(X=tw.dense("m k"), W=tw.dense("k"), eps=tw.scalar()):
+    i, k = tw.indices("m k")
+    mean = tw.sum(X[i, k] * X[i, k], over=k) / tw.size("k")
+    return tw.out[i, k](-X[i, k] * W[k] * tw.rsqrt(mean + eps))
+
+
+@tw.program
+def gather_rows(T=tw.dense("v d"), at=tw.dense("t", dtype="int32")):
+    t, k = tw.indices("t d")
+    return tw.out[t, k](tw.where(at[t] >= 0, T[at[t], k], 0.0))
+
+
+SPARSE = (spmm, spmm_t, row_max, sddmm, sddmm_plain, softmax, logsumexp, rgcn, both_ways)
+SQUARE = (square, triangles, farthest)
+DENSE = (gemv, gemm, rmsnorm, gather_rows)
+SEARCHED = (two_sparse, triangles, farthest)
+
+# ---------------------------------------------------------------------------- formats
+
+FORMATS: dict[str, Any] = {
+    "csr": tw.csr(),
+    "csc": tw.csc(),
+    "coo": tw.coo(),
+    "dcsr": tw.dcsr(),
+    "ell": tw.ell(8),
+    "ragged": tw.ragged(),
+    "bsr": tw.bsr(2),
+    "bsr3": tw.bsr(3),
+    "dbsr": tw.dbsr(2),
+    "hyb": tw.hyb(buckets=(1, 2, 4)),
+    "hyb split": tw.hyb(buckets=(1, 2), long_rows="split"),
+    "hyb 2": tw.hyb(2, (1, 3)),
+    "hyb 3 split": tw.hyb(3, (1, 2), long_rows="split"),
+}
+
+MATRICES = ("random", "sparse", "empty", "dense", "one row", "one column", "diagonal")
+
+
+def matrix(kind: str, m: int, n: int, rng: np.random.Generator) -> np.ndarray:
+    """A dense array with the pattern of a kind; no stored value is zero."""
+    values = rng.uniform(0.25, 1.5, (m, n)) * rng.choice([-1, 1], (m, n))
+    keep = {
+        "random": rng.random((m, n)) < 0.4,
+        "sparse": rng.random((m, n)) < 0.12,
+        "empty": np.zeros((m, n), bool),
+        "dense": np.ones((m, n), bool),
+        "one row": np.arange(m)[:, None] == m // 2,
+        "one column": np.broadcast_to(np.arange(n) == n // 2, (m, n)),
+        "diagonal": np.eye(m, n, dtype=bool),
+    }[kind]
+    return np.where(keep, values, 0).astype(np.float32)
+
+
+def pack(fmt: Any, dense: np.ndarray, dtype: str = "float32") -> Packed:
+    """Packed, with NaN in all padding that no program may read."""
+    return poison_padding(fmt.pack(dense, dtype=dtype))
+
+
+def poison_padding(a: Packed) -> Packed:
+    values = []
+    for part, old in zip(a.structure.parts, a.values, strict=True):
+        _, stored = coordinates(part.format.levels, part.arrays, part.counts, a.shape)
+        new = poisoned(old.shape, a.dtype)
+        new[stored] = old[stored]
+        values.append(new)
+    return dataclasses.replace(a, values=tuple(values))
+
+
+# ---------------------------------------------------------------------------- arguments
+
+
+def arguments(
+    definition: Any, rng: np.random.Generator, kind: str = "random", **sizes: int
+) -> Arrays:
+    """Random arguments of a program, by name. Sizes not given are odd and small."""
+    program = definition.program
+    known = {"m": 5, "n": 6, "d": 3, "k": 7, "f": 3, "o": 2, "r": 3, "v": 4, "t": 5, **sizes}
+    out: Arrays = {}
+    for t in program.inputs:
+        shape = tuple(d if isinstance(d, int) else known[d] for d in t.dims)
+        if t.structure and t.structure != t.name:
+            owner = out[t.structure]
+            out[t.name] = owner.with_values(rng.integers(0, known["r"], owner.nnz).astype(np.int32))
+        elif t.is_sparse:
+            packed = pack(t.format, matrix(kind, *shape, rng), t.dtype.name)
+            out[t.name] = dataclasses.replace(packed, fill=t.fill)
+        elif not t.dims:
+            out[t.name] = 0.125
+        elif t.dtype.is_int:
+            out[t.name] = rng.integers(-1, known["v"], shape).astype(t.dtype.numpy)
+        else:
+            out[t.name] = stored(rng.uniform(-1, 1, shape), t.dtype)
+    return out
+
+
+def stored(values: np.ndarray, dtype: Any) -> np.ndarray:
+    """Numbers as a kernel keeps them: bfloat16 is its bits."""
+    kind = dtypes.dtype(dtype)
+    if kind.name == "bfloat16":
+        return dtypes.bfloat16_bits(values.astype(np.float32)).reshape(values.shape)
+    return values.astype(kind.numpy)
+
+
+def numbers(values: np.ndarray, dtype: Any) -> np.ndarray:
+    """What stored values mean, in float64."""
+    if dtypes.dtype(dtype).name == "bfloat16" and values.dtype == np.uint16:
+        values = dtypes.bfloat16_values(values)
+    return values.astype(np.float64)
+
+
+def poisoned_output(t: Tensor, args: Arrays, definition: Any) -> Any:
+    """An output (or sparse temporary) full of NaN."""
+    if not t.is_sparse:
+        sizes = sizes_of(definition.program, args)
+        return poisoned(tuple(d if isinstance(d, int) else sizes[d] for d in t.dims), t.dtype)
+    owner = args[t.structure]
+    values = tuple(poisoned(v.shape, t.dtype) for v in owner.values)
+    return dataclasses.replace(owner, values=values, dtype=t.dtype)
+
+
+def sizes_of(program: Program, args: Arrays) -> dict[Any, int]:
+    return {
+        d: n
+        for t in program.inputs
+        for d, n in zip(t.dims, np.shape(args[t.name]) if not t.is_sparse else args[t.name].shape, strict=True)
+    }
+
+
+# ---------------------------------------------------------------------------- comparing
+
+
+def flat(t: Tensor, x: Any) -> np.ndarray:
+    """An output as numbers; of a sparse one the stored values."""
+    return numbers(x.unpack()[1] if t.is_sparse else np.asarray(x), t.dtype)
+
+
+TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "float16": 2e-2, "bfloat16": 8e-2, "int32": 0.0}
+
+
+def close(got: np.ndarray, wanted: np.ndarray, dtype: str, what: str = "") -> None:
+    np.testing.assert_allclose(
+        got, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=False, err_msg=what
+    )
+
+
+def after_every_pass(
+    definition: Any, args: Arrays, recipe: Callable[[Any], Any] | None = None, target: str = "cpp"
+) -> list[str]:
+    """Runs the program after each pass that changed it and compares with its meaning. Returns the
+    names of those passes."""
+    wanted = evaluate(definition.program, args)
+    seen: list[str] = []
+    last: list[Program] = [definition.program]
+
+    def watch(name: str, program: Program) -> None:
+        if program == last[0] or program.level == "coordinates":
+            return
+        last[0] = program
+        seen.append(name)
+        got = executed(definition, program, args)
+        for t in definition.program.outputs:
+            close(got[t.name], wanted[t.name], t.dtype.name, f"{t.name} after {name}\n{program}")
+
+    if recipe is None:
+        lowered = run_passes(definition.program, BEFORE_SCHEDULE, watch=watch)
+    else:
+        lowered = recipe(definition.scheduled(target)).lowered.program
+        watch("schedule", lowered)
+    run_passes(lowered, AFTER_SCHEDULE, "cpp", watch)
+    return seen
+
+
+def executed(definition: Any, program: Program, args: Arrays) -> dict[str, np.ndarray]:
+    """The outputs of a program at the position or loop level, from the interpreter."""
+    given = dict(args)
+    for t in program.tensors:
+        if t.role in ("output", "temp") and t.name not in given:
+            given[t.name] = poisoned_output(t, args, definition)
+    buffers, variables, parts = memory_of(program, given)
+    execute(program, buffers, variables, parts)
+    return {
+        t.name: flat(t, given[t.name] if t.is_sparse else buffers[t.name])
+        for t in definition.program.outputs
+    }
+
+
+def called(kernel: Any, definition: Any, args: Arrays) -> dict[str, np.ndarray]:
+    """The outputs of a kernel, called with outputs that are all NaN before."""
+    outputs = definition.program.outputs
+    outs = tuple(poisoned_output(t, args, definition) for t in outputs)
+    returned = kernel(**args, out=outs)
+    results = returned if isinstance(returned, tuple) else (returned,)
+    assert all(a is b for a, b in zip(results, outs, strict=True))
+    return {t.name: flat(t, o) for t, o in zip(outputs, outs, strict=True)}

@@ -1,0 +1,256 @@
+"""Benchmarks: wrong results are caught, ratios are of the best right peer, rows are complete."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tilewright.errors import ArgumentError
+from tilewright.tools import bench, bench_host, bench_plot, bench_sparse, cli, graphs
+from tilewright.tools.bench import Contender
+
+FIELDS = ("suite", "op", "input", "width", "dtype", "target", "impl", "ms", "metric", "value")
+FIELDS += ("ratio", "device", "commit", "versions", "nnz")
+
+
+def random_graph(rng: np.random.Generator, rows=300, cols=200) -> graphs.Graph:
+    stored = rng.random((rows, cols)) < rng.random((rows, 1)) ** 3
+    stored[::7] = False
+    indptr = np.concatenate([[0], np.cumsum(stored.sum(1))]).astype(np.int32)
+    indices = np.nonzero(stored)[1].astype(np.int32)
+    values = rng.standard_normal(len(indices), np.float32)
+    return graphs.Graph("random", indptr, indices, values, (rows, cols))
+
+
+def dense_of(graph: graphs.Graph) -> np.ndarray:
+    dense = np.zeros(graph.shape, np.float32)
+    dense[np.repeat(np.arange(graph.shape[0]), graph.lengths), graph.indices] = graph.values
+    return dense
+
+
+# ---- the oracle -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_oracle_accepts_rounding_and_nothing_else(rng, dtype, sampled, monkeypatch):
+    if sampled:  # the rows it looks at in full are few; one projection covers the others
+        monkeypatch.setattr(bench_sparse, "_SAMPLED_ROWS", 16)
+    graph = random_graph(rng)
+    values = bench_sparse.rounded_to(graph.values, dtype).astype(np.float64)
+    x = bench_sparse.rounded_to(rng.standard_normal((200, 24), np.float32), dtype)
+    x = x.astype(np.float64)
+    oracle = bench_sparse.SpmmOracle(graph, values, x, dtype)
+    whole = dense_of(graph).astype(np.float64)
+    whole[whole != 0] = values[values != 0]
+    kind = np.float64 if dtype == "float64" else np.float32
+    y = bench_sparse.rounded_to((whole @ x).astype(kind), dtype)
+    assert oracle.wrong(y) == ""
+    assert "wrong shape" in oracle.wrong(y[1:])
+    full = int(np.argmax(graph.lengths > 2))
+    for spoil in (lambda a: a * 1.5, np.zeros_like, lambda a: a + np.nan):
+        bad = y.copy()
+        bad[full] = spoil(bad[full])
+        assert "WRONG" in oracle.wrong(bad)
+    empty = int(np.argmin(graph.lengths))
+    bad = y.copy()
+    bad[empty, 3] = 1  # a row that is empty must be zero
+    assert "WRONG" in oracle.wrong(bad)
+
+
+def test_the_oracle_sees_one_entry_left_out(rng):
+    graph = random_graph(rng)
+    x = rng.standard_normal((200, 8))
+    oracle = bench_sparse.SpmmOracle(graph, graph.values.astype(np.float64), x, "float32")
+    dense = dense_of(graph).astype(np.float64)
+    at = int(np.argmax(np.abs(graph.values)))
+    row = int(np.searchsorted(graph.indptr, at, side="right") - 1)
+    dense[row, graph.indices[at]] = 0
+    assert "WRONG" in oracle.wrong((dense @ x).astype(np.float32))
+
+
+def test_the_sddmm_oracle(rng):
+    graph = random_graph(rng)
+    p, q = rng.standard_normal((300, 24)), rng.standard_normal((200, 24))
+    oracle = bench_sparse.SddmmOracle(graph, graph.values.astype(np.float64), (p, q), "float32")
+    full = dense_of(graph) * (p @ q.T)
+    right = full[np.repeat(np.arange(300), graph.lengths), graph.indices].astype(np.float32)
+    assert oracle.wrong(right) == ""
+    assert "WRONG" in oracle.wrong(np.roll(right, 1))
+    bad = right.copy()
+    bad[5] = np.inf
+    assert oracle.wrong(bad) == "not finite"
+
+
+# ---- comparing --------------------------------------------------------------------------------
+
+
+def test_the_ratio_is_that_of_the_best_right_peer():
+    def sleeper(seconds: float):
+        return lambda: time.sleep(seconds) or np.array([seconds])
+
+    def contender(name: str, seconds: float, ours=False):
+        return Contender(name, sleeper(seconds), np.asarray, is_ours=ours, is_default=ours)
+
+    wrong = contender("hasty", 0.0)
+    slow, fast = contender("slow", 0.02), contender("fast", 0.004)
+    ours = contender("tilewright", 0.002, ours=True)
+
+    def check(result: np.ndarray) -> str:
+        return "WRONG" if result[0] == 0 else ""
+
+    rows = bench.compare({"target": "cpp"}, [wrong, slow, fast, ours], check, 1e6)
+    by_name = {r["impl"]: r for r in rows}
+    assert rows[-1]["impl"] == "tilewright"
+    assert by_name["hasty"]["wrong"] == "WRONG" and by_name["hasty"]["ms"] is None
+    expected = by_name["fast"]["ms"] / by_name["tilewright"]["ms"]
+    assert by_name["tilewright"]["ratio"] == pytest.approx(expected)
+    assert [r["impl"] for r in rows if r["ratio"] is not None] == ["tilewright"]
+
+
+def test_summary_has_the_mean_and_the_worst():
+    rows = [
+        {"input": "a", "width": 32, "ratio": 4.0},
+        {"input": "b", "width": 32, "ratio": 1.0},
+        {"input": "c", "width": 64, "ratio": None},
+    ]
+    text = bench.summary(rows)
+    assert "geometric mean  2.00 of 2" in text and "worst  1.00 (b, 32)" in text
+    assert "64" not in text
+
+
+def test_a_device_name_becomes_a_folder_name():
+    assert bench.slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
+    assert bench.slug("Intel(R) Xeon(R) CPU @ 2.70GHz, 2 threads") == "intel-xeon-2-70ghz-2-threads"
+
+
+# ---- the command line -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Timings nobody will read."""
+    monkeypatch.setattr(bench, "MAX_ROUNDS", 1)
+    monkeypatch.setattr(bench, "MIN_ROUNDS", 1)
+
+
+@pytest.fixture
+def folder(tmp_path, rng):
+    graph = random_graph(rng)
+    path = tmp_path / "data"
+    path.mkdir()
+    arrays: dict[str, Any] = {
+        "indptr": graph.indptr,
+        "indices": graph.indices,
+        "shape": np.array(graph.shape),
+    }
+    np.savez(path / "mine.npz", **arrays)
+    return path
+
+
+def rows_of(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_bench_spmm_prints_and_keeps_complete_rows(brief, folder, tmp_path, capsys, dtype):
+    pytest.importorskip("scipy")
+    command = ["bench", "spmm", "--data", str(folder), "--width", "16", "20", "--dtype", dtype]
+    assert cli.main([*command, "--json", "--keep", str(tmp_path / "kept")]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert all(field in row for row in rows for field in FIELDS)
+    assert {r["width"] for r in rows} == {16, 20} and {r["input"] for r in rows} == {"mine"}
+    assert not any(r.get("wrong") for r in rows)
+    default = [r for r in rows if r["ratio"] is not None]
+    assert [r["impl"] for r in default] == ["tilewright"] * 2
+    assert all(r["pack_ms"] >= 0 for r in default)
+    (kept,) = (tmp_path / "kept").glob("*/*.jsonl")
+    assert kept.name == f"spmm-{dtype}.jsonl"
+    assert rows_of(kept.read_text()) == rows
+
+
+def test_bench_draws_a_picture(brief, folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy")
+    picture = tmp_path / "ratios.png"
+    command = ["bench", "spmm", "--data", str(folder), "--width", "16", "--plot", str(picture)]
+    assert cli.main(command) == 0
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "geometric mean" in capsys.readouterr().out
+
+
+def test_bench_sddmm(brief, folder, capsys):
+    from tilewright import ops
+
+    if not hasattr(ops, "sddmm"):
+        pytest.skip("ops.sddmm is not there yet")
+    command = ["bench", "sddmm", "--data", str(folder), "--width", "24", "--json"]
+    assert cli.main(command) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert rows[-1]["impl"] == "tilewright" and rows[-1]["ratio"] > 0
+    assert not any(r.get("wrong") for r in rows)
+
+
+def test_peers_of_sddmm_agree_with_the_oracle(brief, rng):
+    from tilewright.tools import bench_peers
+
+    graph = random_graph(rng)
+    pq = bench_sparse.operands([(300, 24), (200, 24)], "float32", "cpp")
+    oracle = bench_sparse.SddmmOracle(graph, graph.values.astype(float), pq.exact, "float32")
+    found = list(bench_peers.sddmm_peers(graph, graph.values, pq.arrays, "float32", "cpp"))
+    assert "numpy gather" in [c.impl for c in found]
+    assert [oracle.wrong(c.to_host(c.run())) for c in found] == [""] * len(found)
+
+
+def test_a_wrong_result_of_ours_fails_the_run(brief, folder, capsys, monkeypatch):
+    from tilewright import ops
+
+    right = ops.spmm
+    monkeypatch.setattr(ops, "spmm", lambda a, x, out=None: right(a, x, out=out) * np.float32(1.01))
+    assert cli.main(["bench", "spmm", "--data", str(folder), "--width", "16", "--json"]) == 1
+    rows = rows_of(capsys.readouterr().out)
+    assert any(r["impl"] == "tilewright" and "WRONG" in r["wrong"] for r in rows)
+
+
+def test_bench_graphs_reports_the_fit(capsys):
+    command = ["bench", "graphs", "--graphs", "cora", "--f", "0", "--json"]
+    assert cli.main(command) == 0
+    found = {r["impl"]: r["value"] for r in rows_of(capsys.readouterr().out)}
+    assert found["entries"] == 10_556 and found["longest row"] == 168
+
+
+def test_bench_host_measures_calls_and_builds(capsys, monkeypatch):
+    monkeypatch.setattr(bench_host, "_CALLS", 100)
+    monkeypatch.setattr(bench_host, "_REPEATS", 1)
+    monkeypatch.setattr(bench_host, "_IMPORTS", 1)
+    monkeypatch.setattr(bench_host, "_BUILDS", 1)
+    assert cli.main(["bench", "host", "--json"]) == 0
+    printed = capsys.readouterr()
+    rows = rows_of(printed.out)
+    ops = {r["op"] for r in rows}
+    assert {"import", "host.call", "build.csr", "build.hyb"} <= ops
+    assert all(r["value"] > 0 for r in rows)
+    assert "met the other kind of cache" not in printed.err
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ArgumentError, match="A109"):
+        bench_plot.draw([{"ratio": None}], tmp_path / "x.png")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("suite", ["spmm", "sddmm"])
+def test_bench_on_a_gpu(brief, suite, folder, capsys):
+    pytest.importorskip("torch")
+    command = ["bench", suite, "--data", str(folder), "--target", "cuda", "--width", "32"]
+    assert cli.main([*command, "--json"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert not any(r.get("wrong") for r in rows)
+    assert any(r["impl"].startswith("cusparse") for r in rows)
+    ours = next(r for r in rows if r["impl"] == "tilewright")
+    assert ours["ratio"] > 0 and ours["graph_ratio"] > 0

@@ -1,0 +1,139 @@
+"""The command line: exit statuses, messages without tracebacks, and the small verbs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tilewright import errors, knobs
+from tilewright.runtime import cache as store
+from tilewright.tools import cli, env, explain
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tilewright", *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+
+
+def test_python_m_tilewright_is_the_command_line():
+    done = run("--version")
+    assert done.returncode == 0 and done.stdout.startswith("tilewright ")
+
+
+def test_an_error_prints_its_message_and_no_traceback():
+    done = run("show", "no-such-file.py")
+    assert done.returncode == 2
+    assert done.stderr.startswith("ProgramError[P101]") and "Traceback" not in done.stderr
+
+
+def test_nothing_to_do_prints_the_verbs(capsys):
+    assert cli.main([]) == 2
+    printed = capsys.readouterr().out
+    assert all(verb in printed for verb in cli.VERBS)
+
+
+def test_an_unknown_verb_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["sing"])
+    assert caught.value.code == 2
+    assert "sing" in capsys.readouterr().err
+
+
+def test_an_interrupt_exits_with_130(monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(env, "env", interrupted)
+    assert cli.main(["env"]) == 130
+
+
+def test_listing_the_verbs_loads_no_optional_package():
+    code = (
+        "import sys; from tilewright.tools import cli; cli.main([])\n"
+        "heavy = {'torch', 'scipy', 'matplotlib', 'cuda'} & set(sys.modules)\n"
+        "tools = [m for m in sys.modules if m.startswith('tilewright.tools.')]\n"
+        "assert not heavy and tools == ['tilewright.tools.cli'], (heavy, tools)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- env --------------------------------------------------------------------------------------
+
+
+def test_env_reports_every_section(capsys):
+    assert cli.main(["env"]) == 0
+    printed = capsys.readouterr().out
+    for section in ("Python", "CPU target", "Kernel cache", "Packages", "CUDA target"):
+        assert f"{section}\n" in printed
+
+
+def test_env_json_is_one_finding_a_line(capsys):
+    cli.main(["env", "--json"])
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {"section", "name", "value", "state", "hint"} == set(found[0])
+    assert any(f["name"] == "numpy" and f["state"] == "ok" for f in found)
+
+
+def test_a_missing_package_comes_with_its_pip_line(monkeypatch):
+    monkeypatch.setattr(env, "_version", lambda distribution: "")
+    monkeypatch.setattr(env, "_exists", lambda module: False)
+    scipy = next(f for f in env.report() if f.name == "scipy")
+    assert scipy.state == "missing" and scipy.hint == "pip install 'tilewright[scipy]'"
+
+
+def test_a_broken_probe_is_a_line_of_the_report(monkeypatch, capsys):
+    def broken():
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(env, "_cache", broken)
+    assert cli.main(["env"]) == 1
+    printed = capsys.readouterr().out
+    assert "the disk is gone" in printed and "CUDA target" in printed
+
+
+def test_a_bad_knob_is_reported_not_raised(monkeypatch):
+    monkeypatch.setenv("TILEWRIGHT_THREADS", "many")
+    bad = [f for f in env.report() if f.state == "bad"]
+    assert any("TILEWRIGHT_THREADS" in f.name + f.value for f in bad)
+
+
+# ---- cache ------------------------------------------------------------------------------------
+
+
+def test_cache_lists_and_clears(tmp_path, capsys):
+    with knobs.scope(cache_dir=tmp_path / "kernels"):
+        store.put("so", store.key_of("one"), b"library")
+        assert cli.main(["cache", "ls"]) == 0
+        assert "1 entries" in capsys.readouterr().out
+        cli.main(["cache", "ls", "--json"])
+        listed = json.loads(capsys.readouterr().out)
+        assert [e["kind"] for e in listed["entries"]] == ["so"]
+        assert cli.main(["cache", "clear", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["removed"] == 1
+        assert list(store.entries()) == []
+
+
+# ---- explain ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", sorted(errors.CATALOG))
+def test_every_code_is_explained(code, capsys):
+    assert cli.main(["explain", code.lower()]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{code}: {errors.CATALOG[code]}")
+    assert explain.FAMILIES[code[0]] in printed
+
+
+def test_explanations_are_of_codes_that_exist():
+    assert set(explain.EXPLAIN) <= set(errors.CATALOG)
+    assert all(text.strip() == text and text for text in explain.EXPLAIN.values())
+
+
+def test_an_unknown_code_names_its_neighbours(capsys):
+    assert cli.main(["explain", "F999"]) == 2
+    assert "no error code F999" in capsys.readouterr().err
