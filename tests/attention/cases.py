@@ -33,7 +33,7 @@ class SoftcapAlibi:
 
 @variants.variant
 class Strange:
-    """Uses what the built-in ones do not: floor division, remainders, KV heads, requests, no float."""
+    """What the built-in ones do not use: floor division, remainders, KV heads, requests."""
 
     stride = scalar("int32", 7)
     sinks = variants.per_head("int32")
@@ -53,7 +53,7 @@ def paged(
     shape: tuple[int, int, int],
     dtype: Any = np.float32,
 ) -> KV:
-    """A paged cache of (page_size, kv_heads, head_dim), its pages in disorder, NaN where no key is."""
+    """A cache of (page_size, kv_heads, head_dim), pages in disorder, NaN where no key is."""
     page_size, kv_heads, head_dim = shape
     counts = [-(-n // page_size) for n in lengths]
     total = sum(counts) + 2

@@ -87,7 +87,7 @@ def test_other_vector_widths(rng, isa):
 
 
 def test_strided_arrays(rng):
-    """(pages, heads, slots, dim) seen as pages of slots, K and V side by side; q from a wider array."""
+    """(pages, heads, slots, dim) seen as pages of slots, K beside V; q from a wider array."""
     both = rng.standard_normal((6, 2, 16, 128)).astype(np.float32)
     kv = KV.paged(
         both[..., :64].transpose(0, 2, 1, 3),

@@ -1,4 +1,4 @@
-"""The portable CUDA kernel: it compiles for every architecture, and gives the reference's values."""
+"""The portable CUDA kernel: it compiles everywhere, and gives the reference's values."""
 
 from __future__ import annotations
 

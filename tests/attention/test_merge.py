@@ -1,4 +1,4 @@
-"""States merge: associative up to rounding, with an identity, and as one attention over all keys."""
+"""States merge: in any grouping, with an identity, and as one attention over all keys."""
 
 from __future__ import annotations
 

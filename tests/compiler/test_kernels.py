@@ -10,8 +10,8 @@ import pytest
 import tilewright as tw
 from tests.compiler.cases import (
     DENSE, FORMATS, MATRICES, SPARSE, arguments, attention, called, close, farthest, filled, flat,
-    matrix, numbers, pack, poisoned_output, rgcn, softmax, spmm, spmm_t, square, triangles,
-    two_sparse,
+    gemm, matrix, numbers, pack, poisoned_output, rgcn, rmsnorm, softmax, spmm, spmm_t, square,
+    triangles, two_sparse,
 )  # fmt: skip
 from tilewright.errors import ProgramError
 from tilewright.runtime import toolchain
@@ -76,6 +76,13 @@ def test_square_graphs(fmt, rng):
 def test_value_types(dtype, fmt, rng):
     for program in (spmm, softmax):
         agree(program.decompose(A=FORMATS[fmt]).typed(A=dtype, **({"X": dtype} if program is spmm else {})), rng)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("target", ["cpp", "interp"])
+def test_value_types_of_dense_programs(dtype, target, rng):
+    agree(rmsnorm.typed(X=dtype, W=dtype), rng, target=target)
+    agree(gemm.typed(A=dtype, B=dtype), rng, target=target)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -1,1 +1,1 @@
-"""The attention engine: variants, views of KV caches, plans, states, and the kernels that run them."""
+"""The attention engine: variants, views of KV caches, plans, states, and their kernels."""

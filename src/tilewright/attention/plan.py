@@ -113,13 +113,16 @@ class Plan:
             qo_indptr = np.ascontiguousarray(found["qo_indptr"])
             if items.dtype != np.int32 or qo_indptr.dtype != np.int32 or qo_indptr.ndim != 1:
                 raise ValueError("wrong dtypes")
-            numbers = [int(x) for x in found["numbers"].reshape(5)]
+            kv_heads, qo_tile, workers, slots, counters = map(int, found["numbers"].reshape(5))
             made = Plan(
                 _frozen(items.reshape(-1).view(ITEM.numpy)),
                 _frozen(qo_indptr),
-                *numbers[:3],
+                kv_heads,
+                qo_tile,
+                workers,
                 str(found["unit"]),
-                *numbers[3:],
+                slots,
+                counters,
                 float(found["imbalance"]),
             )
         except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
@@ -205,7 +208,7 @@ def _listed(
 def visible_tiles(
     first: np.ndarray, last: np.ndarray, kv_lengths: np.ndarray, shape: Shape
 ) -> np.ndarray:
-    """For queries at positions first … last, how many tiles of the keys the mask does not refuse."""
+    """How many tiles of keys the mask does not refuse to queries at positions first … last."""
     count = np.zeros(len(first), np.int64)
     widest = -(-int(kv_lengths.max(initial=0)) // KEY_TILE)
     if widest == 0:

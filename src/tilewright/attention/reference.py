@@ -63,7 +63,7 @@ def attention(
     makes the whole score matrix. A query that sees nothing has o = 0 and lse = −inf.
     """
     traced = traced_of(variant)
-    values = {n: v for n, v in variant.fixed} | {n: to_host(v) for n, v in values.items()}
+    values = dict(variant.fixed) | {n: to_host(v) for n, v in values.items()}
     queries = as_float64(q)
     tokens, qo_heads, head_dim = queries.shape
     scale = head_dim**-0.5 if sm_scale is None else sm_scale

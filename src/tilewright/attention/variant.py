@@ -12,6 +12,7 @@ The class is traced when it is defined. Its values are frozen: `Softcap(soft_cap
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType, MethodType
@@ -82,7 +83,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A variant after tracing: `logits` is float32, `mask` bool, over `s`, `at.…` and the values."""
+    """A variant after tracing: `logits` float32, `mask` bool, over `s`, `at.…` and the values."""
 
     name: str
     logits: Expr
@@ -295,15 +296,13 @@ def variant(cls: type) -> Any:
     functions: list[Callable[..., Any]] = [__init__, __setattr__, __repr__, __eq__, __hash__]
     for function in functions:
         setattr(cls, function.__name__, function)
-    cls.traced = traced  # type: ignore[attr-defined]
+    cls.traced = traced
     return cls
 
 
 def check_number(value: Value, given: Any) -> None:
     """A Python or NumPy number fits a scalar. Raises ArgumentError[A102]."""
-    import numbers
-
-    kind = numbers.Integral if value.dtype.is_int else numbers.Real
+    kind: Any = numbers.Integral if value.dtype.is_int else numbers.Real
     if isinstance(given, bool) or not isinstance(given, kind):
         raise ArgumentError(
             "A102", f"{value.name}={given!r} is not a number of {value.dtype}", where=value.name

@@ -597,7 +597,8 @@ def equal(a: Any, b: Any) -> Expr:
 
 def unary(op: str, a: Any) -> Expr:
     a = as_expr(a)
-    if op in ("-", "abs"):
+    if op in ("-", "abs"):  # a narrow float is only stored, never computed with
+        a = cast(a, a.dtype.scalar.accumulator) if a.dtype.is_float else a
         return Unary(op, a, a.dtype)
     if op == "not":
         return Unary(op, cast(a, dtypes.bool_), dtypes.bool_.vector(a.dtype.lanes))

@@ -85,6 +85,18 @@ def cpu_recipe(s: Schedule, many: bool) -> Schedule:
     return s.parallel("n_unit").unroll("n_i").vectorize("l")
 
 
+GPU_ROWS = 16  # rows of W of one CTA
+
+
+def gpu_recipe(s: Schedule, n: int) -> Schedule:
+    """A row of W to each value of y; the lanes of x share its sum."""
+    rows = next(r for r in (GPU_ROWS, 8, 4, 2, 1) if n % r == 0)
+    s = s.split("n", rows, into=("n_cta", "n_y")).bind("t", "cta.y").bind("n_cta", "cta.x").bind("n_y", "thread.y")
+    if s.has("b"):
+        return s.bind("l", "thread.x").unroll("h").unroll("b", 4)
+    return s.split("k", 32, into=("k_o", "k_x")).bind("k_x", "thread.x").unroll("k_o", 4)
+
+
 @cache
 def linear_kernel(kind: str, many: bool, n: int, k: int, target: str = "cpp") -> Kernel:
     """The built kernel for a kind of weight of n × k. `many`: more than a few rows of X.
@@ -96,7 +108,7 @@ def linear_kernel(kind: str, many: bool, n: int, k: int, target: str = "cpp") ->
     def scheduled(s: Schedule) -> Schedule:
         s = s.specialize("n", n)
         s = s.specialize("b", k // BLOCK) if kind.startswith("q") else s.specialize("k", k)
-        return cpu_recipe(s, many)
+        return gpu_recipe(s, n) if s.target.is_cuda else cpu_recipe(s, many)
 
     return PROGRAMS[kind].schedule(scheduled).build(target)
 

@@ -274,11 +274,12 @@ class DeviceArray:
     Copies are ordered on the stream that they are given (default: `current_stream`).
     """
 
-    __slots__ = ("__weakref__", "device", "dtype", "pointer", "shape")
+    __slots__ = ("__weakref__", "device", "dtype", "owner", "pointer", "shape")
 
     def __init__(self, shape: Sequence[int], dtype: DType | str, ordinal: int = 0) -> None:
         """Uninitialised memory. Raises BuildError[B102, B104]."""
         self.pointer = 0
+        self.owner: DeviceArray | None = None
         self.device = device(ordinal)
         self.shape = tuple(int(n) for n in shape)
         self.dtype = to_dtype(dtype)
@@ -297,6 +298,24 @@ class DeviceArray:
         """A copy on the GPU. `dtype` names what the bits mean, as `bfloat16` for uint16."""
         made = cls(array.shape, to_dtype(array.dtype if dtype is None else dtype), ordinal)
         made.copy_from(array)
+        return made
+
+    def reshape(self, *shape: int) -> DeviceArray:
+        """The same memory under another shape of as many elements. Raises ArgumentError[A103]."""
+        if math.prod(shape) != math.prod(self.shape):
+            raise ArgumentError("A103", f"{self.shape} cannot be seen as {shape}")
+        made = DeviceArray.__new__(DeviceArray)
+        made.pointer, made.device, made.dtype = self.pointer, self.device, self.dtype
+        made.owner, made.shape = self, tuple(shape)
+        return made
+
+    def rows(self, begin: int, end: int) -> DeviceArray:
+        """Rows begin … end-1 of the first dimension, the same memory. Raises ArgumentError[A103]."""
+        if not 0 <= begin <= end <= self.shape[0]:
+            raise ArgumentError("A103", f"rows {begin}:{end} of {self.shape[0]}")
+        made = self.reshape(*self.shape)
+        made.shape = (end - begin, *self.shape[1:])
+        made.pointer += begin * math.prod(self.shape[1:]) * self.dtype.itemsize
         return made
 
     def copy_from(self, array: np.ndarray, stream: int | None = None) -> None:
@@ -352,7 +371,8 @@ class DeviceArray:
         return f"DeviceArray({self.shape}, {self.dtype}, cuda:{self.device.ordinal})"
 
     def __del__(self) -> None:
-        if getattr(self, "pointer", 0) and not sys.is_finalizing():
+        own = getattr(self, "pointer", 0) and self.owner is None
+        if own and not sys.is_finalizing():
             self.device.activate()
             driver().functions["cuMemFree_v2"](self.pointer)
 

@@ -238,6 +238,7 @@ class _Nest:
         self.sums: dict[tuple[str, int], Any] = {}  # position level: accumulators of memory
         self.kinds: dict[str, tuple[DType, DType]] = {}
         self.started: set[str] = set()  # while building: temporaries whose sum has begun outside
+        self.lanes = _lane_dimensions(nest.body)
         self.grid = [(v.name, self.expr(e)) for v, e in zip(nest.grid_vars, nest.grid, strict=True)]
         self.body = self.stmt(nest.body)
 
@@ -331,7 +332,7 @@ class _Nest:
 
     def _alloc(self, s: Alloc) -> Run:
         b = s.buffer
-        total = prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
+        total = prod(_integer(e) for e in b.shape)
         lanes = (b.dtype.lanes,) if b.dtype.lanes > 1 else ()
 
         def run(env: Env) -> None:
@@ -428,7 +429,7 @@ class _Nest:
         """The offset of an access: an integer, or an array with one for each lane."""
         made = [self.expr(i) for i in index]
         if b.scope == "register":
-            extents = [] if self.positions else [int(e.value) for e in b.shape]  # type: ignore[attr-defined]
+            extents = [] if self.positions else [_integer(e) for e in b.shape]
             return lambda env: _row_major(b.name, [i(env) for i in made], extents)
         array = self.memory[b.name]
         if b.scope == "part" or self.flat:
@@ -462,8 +463,13 @@ class _Nest:
         if b.scope == "register":
             if self.positions:
                 return lambda env: self.registers[name]
-            place = self.place(b, e.index)
-            return lambda env: _plain(self.registers[name][place(env)], integer)
+            place, step = self.place(b, e.index), 1
+            if e.dtype.lanes == b.dtype.lanes:
+                return lambda env: _plain(self.registers[name][place(env)], integer)
+            for extent in b.shape[self.lanes[name] + 1 :]:  # one vector of many scalars
+                step *= _integer(extent)
+            reach = step * (e.dtype.lanes - 1) + 1
+            return lambda env: self.registers[name][place(env) :][:reach:step]
         array, place = self.memory[name], self.place(b, e.index)
         return lambda env: _plain(array.flat[array.at(place(env))], integer)
 
@@ -546,6 +552,24 @@ def _sums_of(s: Stmt) -> dict[str, Any]:
         and c.out.buffer.scope == "register"
         and set(s.axes) & set(c.reduce)
     }
+
+
+def _lane_dimensions(body: Stmt) -> dict[str, int]:
+    """Which dimension of an accumulator belongs to the lanes of a loop that is still to be a vector."""
+    return {
+        s.buffer.name: d
+        for loop in walk(body)
+        if isinstance(loop, For) and loop.kind == "vector"
+        for s in walk(loop)
+        if isinstance(s, Store) and s.buffer.scope == "register"
+        for d, i in enumerate(s.index)
+        if isinstance(i, Var) and i.name == loop.name
+    }
+
+
+def _integer(e: Expr) -> int:
+    assert isinstance(e, Const)
+    return int(e.value)
 
 
 def _row_major(name: str, index: list[Any], extents: list[int]) -> int:

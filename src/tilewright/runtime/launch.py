@@ -26,7 +26,7 @@ class CpuLauncher(Launcher):
         self.bodies = [pools.address_of(getattr(library, e)) for e in entries]
         self.pool = pools.pool()
 
-    def launches(self, frame: Frame) -> list[tuple[int, int, int, int]]:
+    def launches(self, kernel: Kernel, frame: Frame) -> list[tuple[int, int, int, int]]:
         """(body, params, units, grain) of each stage that has units."""
         chunks = self.pool.threads * CHUNKS_PER_THREAD
         return [
@@ -36,7 +36,7 @@ class CpuLauncher(Launcher):
         ]
 
     def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
-        listed = self.launches(frame)
+        listed = self.launches(kernel, frame)
         array = pools.launch_array(listed)
         frame.keep.append(array)
         run, address, count = self.pool.run, ctypes.addressof(array), len(listed)
@@ -98,40 +98,30 @@ class InterpLauncher(Launcher):
 
 
 class Step:
-    """A recorded step: the launches of many bound kernels as one native call (DESIGN 14).
+    """A recorded step: the launches of many bound calls as one native call (DESIGN 14).
 
     On the CPU a list of launches that the pool runs with a barrier after each; on a GPU a graph.
-    `extra` are launches of other bodies with the same interface: (body, params, units, grain).
+    `bounds` are `Bound`s, or anything with a `.launch`: `(body, params, units, grain)` on the CPU, a
+    `runtime.cuda.Launch` on a GPU. All of one device.
     """
 
     def __init__(self, bounds: Sequence[Any]) -> None:
         self.keep = list(bounds)
-        first = next((b for b in bounds if isinstance(b, Bound)), None)
-        self.is_cuda = first is not None and isinstance(first.kernel.launcher, CudaLauncher)
-        if self.is_cuda:
-            listed = [x for b in bounds for x in b.kernel.launcher.launches(b.kernel, b.frame)]
-            self._graph = cuda.Graph.of(listed)
-            self.count = len(listed)
-            return
-        self._calls: list[Callable[[], None]] = []
-        if first is not None and isinstance(first.kernel.launcher, InterpLauncher):
-            self._calls = [b.frame.run for b in bounds]
-            self.count = len(bounds)
-            return
-        flat: list[tuple[int, int, int, int]] = []
+        listed: list[Any] = []
         for b in bounds:
-            flat += b.kernel.launcher.launches(b.frame) if isinstance(b, Bound) else [b]
-        self._array = pools.launch_array(flat)
-        self._run, self._address, self.count = pools.pool().run, ctypes.addressof(self._array), len(flat)
+            listed += b.kernel.launcher.launches(b.kernel, b.frame) if isinstance(b, Bound) else [b.launch]
+        self.count = len(listed)
+        if listed and not isinstance(listed[0], tuple):
+            graph = cuda.Graph.of(listed)
+            self._go = lambda: graph.launch(cuda.current_stream())
+            return
+        array = pools.launch_array(listed)
+        self.keep.append(array)
+        run, address, count = pools.pool().run, ctypes.addressof(array), len(listed)
+        self._go = lambda: run(address, count)
 
     def __call__(self) -> None:
-        if self.is_cuda:
-            self._graph.launch(cuda.current_stream())
-        elif self._calls:
-            for call in self._calls:
-                call()
-        else:
-            self._run(self._address, self.count)
+        self._go()
 
     def __repr__(self) -> str:
         return f"<step of {self.count} launches>"

@@ -229,7 +229,9 @@ def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
             )
         if kind == "thread.x" and reducing and (f.extent or 0) & ((f.extent or 0) - 1):
             raise ScheduleError(
-                "S102", f"threads that reduce come in powers of two, not {f.extent}"
+                "S102",
+                f"loop {f.name} reduces over {f.extent} threads: they come in powers of two",
+                hint="split it by a power of two first",
             )
         return replace(f, kind=kind)
 

@@ -287,7 +287,7 @@ def compare(
             good.append(c)
     times = measure(good, on_gpu=base["target"].startswith("cuda"))
     peers = [times[c.impl] for c in good if not c.is_ours]
-    for c in sorted(good, key=lambda c: (c.is_ours, -times[c.impl].ms)):
+    for c in sorted(good, key=lambda c: (c.is_ours, c.is_default, -times[c.impl].ms)):
         t = times[c.impl]
         row = base | {
             "impl": c.impl,

@@ -118,9 +118,13 @@ def _peer_calls(dense: np.ndarray, x: Any, target: str) -> dict[str, Callable[[]
 
             a = scipy.sparse.csr_matrix(dense)
             return {"scipy csr @ X": lambda: a @ x}
+        import warnings
+
         import torch
 
-        sparse = torch.from_numpy(dense).cuda().to_sparse_csr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls its own CSR a beta
+            sparse = torch.from_numpy(dense).cuda().to_sparse_csr()
         return {"torch csr @ X": lambda: torch.sparse.mm(sparse, x)}
     except ImportError:
         return {}

@@ -31,7 +31,7 @@ _SAMPLED_ROWS, _SAMPLED_ENTRIES = 1024, 2_000_000
 
 def spmm_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=("cpp", "cuda"), default="cpp")
-    parser.add_argument("--width", type=int, nargs="+", default=[32, 128, 512], metavar="N")
+    parser.add_argument("--width", type=positive, nargs="+", default=[32, 128, 512], metavar="N")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="a folder of .npz with indptr, indices, shape"
@@ -48,6 +48,13 @@ def spmm_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="shares inside communities",
     )
+
+
+def positive(text: str) -> int:
+    """A number above zero, for argparse."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def sddmm_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,48 @@
+"""Where a model's arrays live: NumPy on the CPU, device memory on a GPU. No torch is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tilewright import dtypes
+from tilewright.target import Target
+
+
+class Memory:
+    """Makes, fills and reads arrays of one target."""
+
+    def __init__(self, target: Target) -> None:
+        self.on_cuda = target.is_cuda
+
+    def empty(self, *shape: int, dtype: str = "float32") -> Any:
+        """A new array, not initialised."""
+        if not self.on_cuda:
+            return np.empty(shape, dtypes.dtype(dtype).numpy)
+        from tilewright.runtime.cuda import DeviceArray
+
+        return DeviceArray(shape, dtype)
+
+    def put(self, array: np.ndarray, dtype: str | None = None) -> Any:
+        """The array where the target reads it: itself on the CPU, a copy on a GPU."""
+        if not self.on_cuda:
+            return array
+        from tilewright.runtime.cuda import DeviceArray
+
+        return DeviceArray.from_numpy(np.ascontiguousarray(array), dtype)
+
+    def write(self, array: Any, values: Any) -> None:
+        """Overwrites an array of the target."""
+        if isinstance(array, np.ndarray):
+            array[...] = values
+        else:
+            array.copy_from(np.broadcast_to(np.asarray(values, array.dtype.numpy), array.shape))
+
+    def read(self, array: Any) -> np.ndarray:
+        """The contents on the host."""
+        return array if isinstance(array, np.ndarray) else array.to_numpy()
+
+    def row(self, array: Any, n: int) -> Any:
+        """Row n of a (rows, cols) array, as (1, cols), in place."""
+        return array[n : n + 1] if isinstance(array, np.ndarray) else array.rows(n, n + 1)

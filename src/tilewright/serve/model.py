@@ -1,0 +1,268 @@
+"""A Llama model on Tilewright's kernels: `prefill` reads a prompt, `decode` one token.
+
+Every operator comes from `ops` and `attention`; this file only says which, in what order, over what
+memory. A decode step is recorded once and replayed as one native call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tilewright.attention.batch import Attention
+from tilewright.errors import ModelError
+from tilewright.ops.activation import add_kernel, silu_mul_kernel
+from tilewright.ops.embedding import embedding_kernel
+from tilewright.ops.linear import linear_kernel, weight_views
+from tilewright.ops.rmsnorm import rmsnorm_kernel
+from tilewright.ops.rope import append_kernel, rope_append_kernel, rope_kernel, rope_tables
+from tilewright.ops.sampling import argmax_kernel
+from tilewright.runtime.launch import Step
+from tilewright.serve.kv_pool import KVPool
+from tilewright.serve.memory import Memory
+from tilewright.serve.weights import ModelFile, Weight
+from tilewright.target import Target, target
+
+PREFILL_CHUNK = 512  # tokens of a prompt that run together
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer: its weight where the target reads it, and the shape of that weight."""
+
+    kind: str
+    arrays: tuple[Any, ...]
+    rows: int
+    cols: int
+
+    def kernel(self, many: bool, where: str) -> Any:
+        return linear_kernel(self.kind, many, self.rows, self.cols, where)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    attn_norm: Any
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    ffn_norm: Any
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+@dataclass(slots=True)
+class Buffers:
+    """The activations of `tokens` tokens."""
+
+    tokens: int
+    ids: Any
+    position: Any
+    page: Any
+    slot: Any
+    x: list[Any]
+    normed: Any
+    q: Any
+    k: Any
+    v: Any
+    turned: Any
+    attended: Any
+    projected: Any
+    gate: Any
+    up: Any
+    mixed: Any
+    logits: Any
+    token: Any
+
+
+class Llama:
+    """`file` opened, its kernels built for a target, and a cache for one sequence.
+
+    `context`: tokens the cache holds (None: the model's, at most 2048). Raises ModelError, BuildError.
+    """
+
+    def __init__(self, file: ModelFile, where: Target | str = "cpp", context: int | None = None) -> None:
+        self.target = target(where)
+        self.name = str(self.target)
+        self.file, self.config = file, file.config
+        self.memory = Memory(self.target)
+        wanted = min(self.config.context, 2048) if context is None else context
+        if not 0 < wanted <= self.config.context:
+            raise ModelError("M105", f"a context of {wanted} tokens; the model allows {self.config.context}", where="context")
+        self.cache = KVPool(self.config, wanted, self.memory)
+        self.embedding = self._linear("embed")
+        self.head = self.embedding if self.config.tied_embedding else self._linear("lm_head")
+        self.norm = self._vector("norm")
+        self.layers = [self._layer(f"layers.{i}.") for i in range(self.config.layers)]
+        c = self.config
+        self.attention = Attention(qo_heads=c.qo_heads, kv_heads=c.kv_heads, head_dim=c.head_dim)
+        tables = rope_tables(self.cache.capacity, c.head_dim, c.rope_base)
+        self.cosines, self.sines = (self.memory.put(t) for t in tables)
+        self._one = self._buffers(1)
+        self._step: Step | None = None
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    def _layer(self, at: str) -> Layer:
+        return Layer(
+            self._vector(at + "attn_norm"),
+            self._linear(at + "attn.q"), self._linear(at + "attn.k"), self._linear(at + "attn.v"), self._linear(at + "attn.o"),
+            self._vector(at + "ffn_norm"),
+            self._linear(at + "ffn.gate"), self._linear(at + "ffn.up"), self._linear(at + "ffn.down"),
+        )  # fmt: skip
+
+    def _linear(self, name: str) -> Linear:
+        w: Weight = self.file.tensors[name]
+        rows, cols = w.shape
+        names = {"bf16": "bfloat16"}
+        arrays = tuple(self.memory.put(a, names.get(w.kind)) for a in weight_views(w.kind, w.data))
+        return Linear(w.kind, arrays, rows, cols)
+
+    def _vector(self, name: str) -> Any:
+        w: Weight = self.file.tensors[name]
+        return self.memory.put(np.ascontiguousarray(w.data, np.float32))
+
+    # -- buffers ---------------------------------------------------------------------------------
+
+    def _buffers(self, t: int) -> Buffers:
+        c, new = self.config, self.memory.empty
+        q, kv = c.qo_heads * c.head_dim, c.kv_heads * c.head_dim
+        integers = [new(t, dtype="int32") for _ in range(4)]
+        return Buffers(
+            t, *integers, [new(t, c.dim), new(t, c.dim)], new(t, c.dim), new(t, q), new(t, kv), new(t, kv),
+            new(t, q), new(t, c.qo_heads, c.head_dim), new(t, c.dim), new(t, c.ffn_dim), new(t, c.ffn_dim),
+            new(t, c.ffn_dim), new(1, c.vocab), new(1, dtype="int32"),
+        )  # fmt: skip
+
+    def _pairs(self, array: Any, tokens: int, heads: int) -> Any:
+        """A projection seen as heads of rotated pairs."""
+        half = self.config.head_dim // 2
+        return array.reshape(tokens, heads, *((half, 2) if self.config.rope_interleaved else (2, half)))
+
+    # -- the layers ------------------------------------------------------------------------------
+
+    def _run(self, b: Buffers, attend: Any, do: Any) -> None:
+        """All layers over the tokens of `b`, and the logits of the last one.
+
+        `do(kernel, *args, out)` runs or binds one call; `attend(layer)` the attention of a layer."""
+        c, name, t = self.config, self.name, b.tokens
+        norm, silu = rmsnorm_kernel(name), silu_mul_kernel(name)
+        rope, rope_append = (f(c.rope_interleaved, name) for f in (rope_kernel, rope_append_kernel))
+        append, plus = append_kernel(name), add_kernel(name)
+
+        def linear(w: Linear, x: Any, out: Any) -> None:
+            do(w.kernel(t > 1, name), x, *w.arrays, out=out)
+
+        embedded = b.x[0].reshape(t, *self._embedded_shape())
+        do(embedding_kernel(self.embedding.kind, name), b.ids, *self.embedding.arrays, out=embedded)
+        for i, layer in enumerate(self.layers):
+            do(norm, b.x[0], layer.attn_norm, c.rms_eps, out=b.normed)
+            linear(layer.q, b.normed, b.q)
+            linear(layer.k, b.normed, b.k)
+            linear(layer.v, b.normed, b.v)
+            turned = self._pairs(b.turned, t, c.qo_heads)
+            do(rope, self._pairs(b.q, t, c.qo_heads), self.cosines, self.sines, b.position, out=turned)
+            keys = self._paged_pairs(self.cache.keys[i])
+            do(rope_append, keys, self._pairs(b.k, t, c.kv_heads), self.cosines, self.sines, b.position, b.page, b.slot)
+            do(append, self.cache.values[i], b.v.reshape(t, c.kv_heads, c.head_dim), b.page, b.slot)
+            attend(i, b.turned.reshape(t, c.qo_heads, c.head_dim), b.attended)
+            linear(layer.o, b.attended.reshape(t, c.qo_heads * c.head_dim), b.projected)
+            do(plus, b.x[0], b.projected, out=b.x[1])
+            do(norm, b.x[1], layer.ffn_norm, c.rms_eps, out=b.normed)
+            linear(layer.gate, b.normed, b.gate)
+            linear(layer.up, b.normed, b.up)
+            do(silu, b.gate, b.up, out=b.mixed)
+            linear(layer.down, b.mixed, b.projected)
+            do(plus, b.x[1], b.projected, out=b.x[0])
+
+    def _paged_pairs(self, pages: Any) -> Any:
+        half = self.config.head_dim // 2
+        inner = (half, 2) if self.config.rope_interleaved else (2, half)
+        return pages.reshape(*pages.shape[:3], *inner)
+
+    def _embedded_shape(self) -> tuple[int, ...]:
+        dim = self.config.dim
+        return {"q8_0": (dim // 32, 32), "q4_1": (dim // 32, 2, 16)}.get(self.embedding.kind, (dim,))
+
+    def _finish(self, x: Any, b: Buffers, do: Any) -> None:
+        """The logits of one row, and the token of the largest."""
+        one = self._one
+        do(rmsnorm_kernel(self.name), x, self.norm, self.config.rms_eps, out=one.normed)
+        do(self.head.kernel(False, self.name), one.normed, *self.head.arrays, out=b.logits)
+        do(argmax_kernel(self.name), b.logits, out=b.token)
+
+    # -- prompts ---------------------------------------------------------------------------------
+
+    def prefill(self, tokens: list[int] | np.ndarray) -> np.ndarray:
+        """Reads tokens after those in the cache; the logits of the last one, float32 (vocab,).
+
+        Raises ModelError: M105 when they do not fit, M106 for no tokens or one out of range."""
+        ids = np.asarray(tokens, np.int64)
+        if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.config.vocab:
+            raise ModelError("M106", f"tokens must be 1 or more numbers below {self.config.vocab}", where="tokens")
+        if self.cache.length + len(ids) > self.cache.capacity:
+            self.cache.grow(len(ids))  # says why it cannot
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            self._chunk(ids[start : start + PREFILL_CHUNK].astype(np.int32))
+        return self.memory.read(self._one.logits)[0]
+
+    def _chunk(self, ids: np.ndarray) -> None:
+        b = self._buffers(len(ids))
+        position, page, slot = self.cache.grow(len(ids))
+        for array, values in ((b.ids, ids), (b.position, position), (b.page, page), (b.slot, slot)):
+            self.memory.write(array, values)
+        plan = self.attention.plan(np.array([0, len(ids)], np.int32), self.cache.views[0])
+
+        def attend(i: int, q: Any, out: Any) -> None:
+            self.attention.run(q, self.cache.views[i], plan, out=out)
+
+        def do(kernel: Any, *args: Any, out: Any = None) -> None:
+            kernel(*args, out=out)
+
+        self._run(b, attend, do)
+        last = self.memory.row(b.x[0], len(ids) - 1)
+        self._finish(last, self._one, do)
+
+    # -- one token -------------------------------------------------------------------------------
+
+    def decode(self, token: int) -> int:
+        """Reads one token; the token with the largest logit comes next. `logits()` has them all."""
+        position, page, slot = self.cache.grow(1)
+        b = self._one
+        for array, value in ((b.ids, token), (b.position, position), (b.page, page), (b.slot, slot)):
+            self.memory.write(array, value)
+        if self._step is None:
+            self._step = self._record()
+        self._step()
+        return int(self.memory.read(b.token)[0])
+
+    def logits(self) -> np.ndarray:
+        """The logits after the last token, float32 (vocab,)."""
+        return self.memory.read(self._one.logits)[0]
+
+    def greedy(self) -> int:
+        """The token with the largest logit."""
+        return int(self.memory.read(self._one.token)[0])
+
+    def _record(self) -> Step:
+        b, length = self._one, self.cache.length
+        self.cache.truncate(self.cache.capacity)  # attention is cut for the longest sequence
+        bounds: list[Any] = []
+
+        def attend(i: int, q: Any, out: Any) -> None:
+            bounds.append(self.attention.bind(q, self.cache.views[i], out))
+
+        def do(kernel: Any, *args: Any, out: Any = None) -> None:
+            bounds.append(kernel.bind(*args, out=out))
+
+        self._run(b, attend, do)
+        self._finish(b.x[0], b, do)
+        self.cache.truncate(length)
+        return Step(bounds)
+
+    def reset(self, length: int = 0) -> None:
+        """Forgets all but the first `length` tokens."""
+        self.cache.truncate(min(length, self.cache.length))
