@@ -243,6 +243,11 @@ class Llama:
         """The logits after the last token, float32 (vocab,)."""
         return self.memory.read(self._one.logits)[0]
 
+    @property
+    def logits_on_device(self) -> Any:
+        """The same, (1, vocab), where the model's target has them."""
+        return self._one.logits
+
     def greedy(self) -> int:
         """The token with the largest logit."""
         return int(self.memory.read(self._one.token)[0])

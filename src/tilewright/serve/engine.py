@@ -1,0 +1,147 @@
+"""`LLM`: a model file in, text out. Offline, one sequence at a time.
+
+    llm = LLM("SmolLM2-135M-Instruct.gguf")
+    for piece in llm.stream("What is the capital of France?"): print(piece, end="")
+
+What the cache already holds of a conversation is not read again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tilewright.errors import ModelError
+from tilewright.ops.sampling import gumbel, sample_kernel
+from tilewright.serve.chat import ChatTemplate
+from tilewright.serve.model import Llama
+from tilewright.serve.tokenizer import load_tokenizer
+from tilewright.serve.weights import open_model
+from tilewright.target import Target
+
+
+@dataclass(slots=True)
+class Counts:
+    """What an answer took: tokens and seconds of prompt and answer, and the time to the first token."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    answer_tokens: int = 0
+    prompt_s: float = 0.0
+    answer_s: float = 0.0
+
+    @property
+    def prompt_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prompt_s if self.prompt_s else 0.0
+
+    @property
+    def answer_rate(self) -> float:
+        """Answer tokens a second, the first not counted: it belongs to the prompt."""
+        return (self.answer_tokens - 1) / self.answer_s if self.answer_s and self.answer_tokens > 1 else 0.0
+
+
+class LLM:
+    """A model, its tokenizer and its chat template. Raises ModelError, BuildError.
+
+    `target`: cpp or cuda; `context`: tokens of prompt and answer together."""
+
+    def __init__(self, path: str | os.PathLike[str], *, target: Target | str = "cpp", context: int | None = None) -> None:
+        file = open_model(path)
+        self.tokenizer = load_tokenizer(file)
+        self.template = ChatTemplate.from_metadata(file.metadata, self.tokenizer) if _has_template(file.metadata) else None
+        self.model = Llama(file, target, context)
+        self.read: list[int] = []  # the tokens that the cache holds
+        self.counts = Counts()
+
+    def stream(
+        self, prompt: str | list[dict[str, Any]], *, max_tokens: int = 256, temperature: float = 0.0, seed: int | None = None
+    ) -> Iterator[str]:
+        """The answer, piece by piece. `prompt`: a question, or messages of a chat; a model without a
+        chat template continues the text. `temperature` 0 takes the likeliest token.
+
+        Raises ModelError: M105 for a prompt longer than the context, M106 for bad arguments."""
+        if max_tokens < 1 or not temperature >= 0 or temperature == float("inf"):
+            raise ModelError(
+                "M106", f"max_tokens={max_tokens}, temperature={temperature}", where="arguments",
+                hint="max_tokens from 1, a finite temperature from 0",
+            )  # fmt: skip
+        return self._answer(self._tokens(prompt), max_tokens, temperature, np.random.default_rng(seed))
+
+    def generate(self, prompt: str | list[dict[str, Any]], **options: Any) -> str:
+        """The whole answer."""
+        return "".join(self.stream(prompt, **options))
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _tokens(self, prompt: str | list[dict[str, Any]]) -> list[int]:
+        capacity = self.model.cache.capacity
+        if self.template is None:
+            if not isinstance(prompt, str):
+                raise ModelError("M107", "this model has no chat template", where="prompt", hint="give it a text to continue")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            ids = self.tokenizer.encode(self.template.render(messages))
+        if len(ids) >= capacity:
+            raise ModelError(
+                "M105", f"the prompt has {len(ids)} tokens, the context {capacity}", where="prompt",
+                hint="shorten it, or open the model with a larger context=",
+            )  # fmt: skip
+        return ids
+
+    def _answer(self, ids: list[int], max_tokens: int, temperature: float, rng: np.random.Generator) -> Iterator[str]:
+        model, text = self.model, self.tokenizer.stream()
+        counts = self.counts = Counts()
+        token = self._prompt(ids, counts, temperature, rng)
+        began = time.perf_counter()
+        while token not in self._stops:
+            counts.answer_tokens += 1
+            counts.answer_s = time.perf_counter() - began
+            piece = text.push(token)
+            if piece:
+                yield piece
+            if counts.answer_tokens == max_tokens or model.cache.length == model.cache.capacity:
+                break
+            self.read.append(token)
+            token = model.decode(token)
+            if temperature:
+                token = self._sampled(temperature, rng)
+        counts.answer_s = time.perf_counter() - began
+        rest = text.finish()
+        if rest:
+            yield rest
+
+    def _prompt(self, ids: list[int], counts: Counts, temperature: float, rng: np.random.Generator) -> int:
+        """Reads what the cache does not hold yet; the first token of the answer."""
+        began = time.perf_counter()
+        same = 0
+        while same < min(len(self.read), len(ids) - 1) and self.read[same] == ids[same]:
+            same += 1
+        self.model.reset(same)
+        self.read = ids[:same]
+        self.model.prefill(ids[same:])
+        self.read = list(ids)
+        token = self._sampled(temperature, rng) if temperature else self.model.greedy()
+        counts.prompt_tokens, counts.cached_tokens = len(ids) - same, same
+        counts.prompt_s = time.perf_counter() - began
+        return token
+
+    def _sampled(self, temperature: float, rng: np.random.Generator) -> int:
+        model = self.model
+        noise = model.memory.put(gumbel(rng, (1, model.config.vocab)))
+        chosen = sample_kernel(model.name)(model.logits_on_device, noise, 1.0 / temperature)
+        return int(model.memory.read(chosen)[0])
+
+    @property
+    def _stops(self) -> set[int]:
+        return {t for t in (self.tokenizer.eos,) if t is not None}
+
+
+def _has_template(metadata: Any) -> bool:
+    return bool(metadata.get("tokenizer.chat_template"))

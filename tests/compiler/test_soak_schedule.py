@@ -1,0 +1,239 @@
+"""Schedules: no legal sequence of verbs changes what is computed; illegal ones change nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tilewright as tw
+from tests.compiler.cases import (
+    FORMATS, after_every_pass, arguments, called, close, gemm, rgcn, rmsnorm, row_max, sddmm, softmax,
+    spmm, spmm_t,
+)  # fmt: skip
+from tilewright.errors import ScheduleError, TilewrightError
+from tilewright.runtime import toolchain
+from tilewright.runtime.interpreter import evaluate
+from tilewright.schedule import replay
+
+PROGRAMS = (spmm, spmm_t, row_max, sddmm, softmax, rgcn, gemm, rmsnorm)
+FEW = ("csr", "coo", "csc", "dcsr", "ell", "bsr", "hyb", "hyb 3 split")
+
+
+def tried(s, verb, *args, **options):
+    """The schedule after a verb; itself, untouched, where the verb is refused."""
+    text, history = str(s.program), s.history
+    try:
+        new = getattr(s, verb)(*args, **options)
+    except ScheduleError as e:
+        assert e.code in ("S101", "S102", "S103") and e.message and e.hint, str(e)
+        assert str(s.program) == text and s.history == history
+        return s
+    assert len(new.history) == len(history) + 1
+    return new
+
+
+def random_schedule(s, draw, steps):
+    """Some verbs on loops that are there, in any order."""
+    verbs = ("split", "split", "reorder", "reorder", "vectorize", "unroll", "rfactor", "fuse", "parallel")
+    for _ in range(steps):
+        names = s.loops
+        a, b = draw(st.sampled_from(names)), draw(st.sampled_from(names))
+        verb = draw(st.sampled_from(verbs))
+        if verb == "split":
+            s = tried(s, verb, a, draw(st.sampled_from((1, 2, 3, 4))), tail=draw(st.sampled_from(("guard", "cut", "exact"))))
+        elif verb in ("reorder", "fuse"):
+            s = tried(s, verb, a, b) if a != b else s
+        else:
+            s = tried(s, verb, a)
+    return s
+
+
+@st.composite
+def scheduled(draw):
+    program = draw(st.sampled_from(PROGRAMS))
+    if any(t.is_sparse for t in program.program.inputs):
+        program = program.decompose(A=FORMATS[draw(st.sampled_from(FEW))])
+    try:
+        start = program.scheduled()
+        start.loops  # noqa: B018 - lowers: refused formats show here
+    except TilewrightError as e:
+        assert e.code == "P107"
+        return None
+    made = random_schedule(start, draw, draw(st.integers(1, 7)))
+    seed = draw(st.integers(0, 2**32 - 1))
+    return program, made, seed
+
+
+@settings(max_examples=2500)
+@given(scheduled(), st.sampled_from(("random", "sparse", "dense")), st.integers(0, 6), st.integers(0, 6), st.integers(1, 5))
+def test_random_schedules_keep_the_meaning(case, kind, m, n, d):
+    if case is None:
+        return
+    program, made, seed = case
+    args = arguments(program, np.random.default_rng(seed), kind, m=m, n=n, d=d, k=d)
+    again = replay(program.scheduled(), made.history)
+    assert again.history == made.history and str(again.program) == str(made.program)
+    assert str(made.undo(len(made.history)).program) == str(program.scheduled().program) or made.history
+    try:
+        after_every_pass(program, args, lambda s: replay(s, made.history))
+    except ScheduleError as e:  # some choices show only together: an accumulator without a size
+        assert e.code == "S102" and e.hint, str(e)
+
+
+CPU = [
+    (spmm, "csr", lambda s: s.split("k", 4, tail="cut").reorder("j", "k_i").vectorize("k_i").split("i", 3).parallel("i_o")),
+    (spmm, "csr", lambda s: s.split("k", 8).reorder("j", "k_i").unroll("k_i").parallel("i")),
+    (spmm, "csr", lambda s: s.split("j", 4, tail="cut").rfactor("j_i").unroll("j_i").parallel("i")),
+    (spmm, "ell", lambda s: s.split("j", 4, tail="exact").rfactor("j_i").parallel("i")),
+    (spmm, "hyb", lambda s: s.split("k", 4, tail="cut").reorder("j", "k_i").vectorize("k_i").parallel("i")),
+    (spmm, "coo", lambda s: s.atomic("out").parallel("i").split("k", 4, tail="cut").vectorize("k_i")),
+    (spmm_t, "csr", lambda s: s.atomic("out").parallel("i")),
+    (sddmm, "csr", lambda s: s.split("k", 4, tail="cut").vectorize("k_i").parallel("i")),
+    (gemm, None, lambda s: s.split("j", 4, tail="cut").reorder("k", "j_i").vectorize("j_i").parallel("i")),
+    (gemm, None, lambda s: s.split("k", 4, tail="cut").vectorize("k_i").fuse("i", "j").parallel("ij")),
+    (rmsnorm, None, lambda s: s.parallel("i").split("j2", 4, tail="cut").vectorize("j2_i")),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize(("program", "fmt", "recipe"), CPU)
+def test_scheduled_kernels(program, fmt, recipe, rng):
+    definition = program.decompose(A=FORMATS[fmt]) if fmt else program
+    kernel = definition.schedule(recipe).build()
+    for m, n, d in ((5, 6, 3), (9, 8, 17), (1, 1, 4), (0, 3, 8), (3, 0, 1)):
+        args = arguments(definition, rng, "random", m=m, n=n, d=d, k=d)
+        wanted = evaluate(definition.program, args)
+        for t in definition.program.outputs:
+            close(called(kernel, definition, args)[t.name], wanted[t.name], "float32")
+    after_every_pass(definition, arguments(definition, rng, d=9, k=9), recipe)
+
+
+@pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
+def test_fused_axes_and_fixed_sizes(rng):
+    def recipe(s):
+        return s.fuse_axes("A").specialize("d", 8).atomic("out").split("ij", 4).parallel("ij_o")
+
+    definition = spmm
+    kernel = definition.schedule(recipe).build()
+    args = arguments(definition, rng, "random", m=7, n=6, d=8)
+    wanted = evaluate(definition.program, args)["out"]
+    close(called(kernel, definition, args)["out"], wanted, "float32")
+    after_every_pass(definition, args, recipe)
+    with pytest.raises(tw.TilewrightError, match="A103"):
+        kernel(**arguments(definition, rng, d=9))
+
+
+@pytest.mark.parametrize("fmt", ["csr", "csc", "bsr", "ell", "coo"])
+@pytest.mark.parametrize("order", ["ikj", "kij", "jik", "kji"])
+def test_order_of_axes(fmt, order, rng):
+    program = spmm.decompose(A=FORMATS[fmt])
+    try:
+        after_every_pass(program, arguments(program, rng), lambda s: s.order_axes("out", *order))
+    except ScheduleError as e:  # a loop without a constant extent ends up inside the sum
+        assert e.code == "S102" and order[-1] != "j" and e.hint
+
+
+def test_order_of_axes_of_a_sparse_output(rng):
+    program = sddmm
+    args = arguments(program, rng)
+    for order in ("kij", "ikj", "jik"):
+        after_every_pass(program, args, lambda s, o=order: s.order_axes("out", *o))
+
+
+def test_gpu_schedules_run_on_the_interpreter(rng):
+    """Loops bound to threads run one after the other."""
+
+    def recipe(s):
+        s = s.bind("i", "cta.x").split("k", 4).bind("k_i", "thread.x")
+        return s.reorder("k_i", "j") if "j_p" in s.loops else s
+
+    after_every_pass(spmm, arguments(spmm, rng, d=9), recipe)
+
+    def over_threads(s):
+        return s.split("k", 4).bind("k_i", "thread.x").parallel("i")
+
+    after_every_pass(gemm, arguments(gemm, rng, k=9), over_threads)
+
+
+def test_a_schedule_prints_and_goes_back():
+    start = spmm.scheduled()
+    made = start.split("k", 4).vectorize("k_i").split("i", 8).parallel("i_o")
+    assert [str(h) for h in made.history] == [
+        ".split('k', 4, tail='guard')", ".mark('k_i', 'vector')",
+        ".split('i', 8, tail='guard')", ".mark('i_o', 'parallel')",
+    ]  # fmt: skip
+    assert "# vector" in str(made) and "i_o" in made.loops
+    assert str(made.undo().program) == str(start.split("k", 4).vectorize("k_i").split("i", 8).program)
+    assert str(made.undo(4).program) == str(start.program) and start.history == ()
+    with pytest.raises(ScheduleError, match="undo"):
+        start.undo()
+    assert str(replay(start, made.history).program) == str(made.program)
+
+
+def test_verbs_on_some_nests(rng):
+    program = spmm.decompose(A=FORMATS["hyb"])
+    s = program.scheduled()
+
+    def recipe(s):
+        for n in range(len(s.nests)):
+            s = s.on(n).split("k", 2 + n)
+        return s.everywhere().parallel("i")
+
+    made = recipe(s)
+    assert made.history[0].nests == (0,) and ".on(0,)" in str(made.history[0])
+    assert [s.format_of(n).name for n in range(3)] == ["dcsr", "bucket(4)", "bucket(2)"]
+    after_every_pass(program, arguments(program, rng), recipe)
+
+
+REFUSED = [
+    ("S101", lambda s: s.split("zz", 4), "zz"),
+    ("S101", lambda s: s.on(7), "7"),
+    ("S101", lambda s: s.order_axes("nope", "i"), "nope"),
+    ("S101", lambda s: s.order_axes("out", "z"), "z"),
+    ("S101", lambda s: s.fuse_axes("X"), "X"),
+    ("S101", lambda s: s.specialize("q", 4), "q"),
+    ("S102", lambda s: s.specialize("d", 0), "d"),
+    ("S102", lambda s: s.split("k", 0), "k"),
+    ("S102", lambda s: s.split("k", 4, tail="none"), "none"),
+    ("S102", lambda s: s.split("k", 4, tail="exact"), "4"),
+    ("S102", lambda s: s.vectorize("k"), "k"),
+    ("S102", lambda s: s.unroll("k"), "k"),
+    ("S102", lambda s: s.split("k", 512).unroll("k_i"), "k_i"),
+    ("S102", lambda s: s.rfactor("k"), "k"),
+    ("S102", lambda s: s.rfactor("j"), "j"),
+    ("S102", lambda s: s.parallel("j"), "j"),
+    ("S102", lambda s: s.reorder("j", "i"), "j"),
+    ("S102", lambda s: s.fuse("i", "j"), "j"),
+    ("S102", lambda s: s.fuse("k", "j"), "j"),
+    ("S102", lambda s: s.bind("j", "thread.x"), "j"),
+    ("S102", lambda s: s.split("j", 3).bind("j_i", "thread.x"), "j_i"),
+    ("S102", lambda s: s.mma("i", "k", "j"), "i"),
+    ("S102", lambda s: s.split("k", 4).order_axes("out", "k"), "order_axes"),
+    ("S101", lambda s: s.atomic("out"), "out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "verb", "name"), REFUSED, ids=range(len(REFUSED)))
+def test_refusals_say_why_and_change_nothing(code, verb, name):
+    s = spmm.scheduled()
+    before = str(s)
+    with pytest.raises(ScheduleError) as caught:
+        verb(s)
+    assert caught.value.code == code and name in caught.value.message, str(caught.value)
+    assert str(s) == before and s.history == ()
+
+
+LATE = [
+    (lambda s: s.reorder("k", "i").parallel("i").split("k", 4), "parallel"),
+    (lambda s: s.split("k", 4).vectorize("k_i"), "vector"),
+    (lambda s: s.reorder("j", "k"), "k"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "name"), LATE, ids=range(len(LATE)))
+def test_what_only_shows_together_is_refused_when_lowered(recipe, name):
+    with pytest.raises(ScheduleError) as caught:
+        spmm.schedule(recipe).lower()
+    assert caught.value.code == "S102" and name in str(caught.value) and caught.value.hint
