@@ -75,7 +75,7 @@ class Definition:
 
     def scheduled(self, target: Target | str = "cpp") -> Schedule:
         """The schedule before or after its recipe ran, to look at and to try verbs on."""
-        start = Schedule(self.program, lambda p: run_passes(p, BEFORE_SCHEDULE), parse_target(target))
+        start = Schedule(self.program, _Positions(), parse_target(target))
         return start if self.recipe is None else self.recipe(start)
 
     def lower(self, target: Target | str = "cpp", watch: Callable[[str, Program], None] | None = None) -> Program:
@@ -102,6 +102,21 @@ class Definition:
         return str(self.program)
 
     __repr__ = __str__
+
+
+class _Positions:
+    """Coordinates → positions. A recipe looks at the loops many times before its first verb; the last
+    program is lowered once."""
+
+    __slots__ = ("given", "made")
+
+    def __init__(self) -> None:
+        self.given = self.made = None
+
+    def __call__(self, program: Program) -> Program:
+        if self.made is None or self.given is not program:
+            self.given, self.made = program, run_passes(program, BEFORE_SCHEDULE)
+        return self.made
 
 
 def program(function: Callable[..., Any]) -> Definition:

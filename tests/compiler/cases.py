@@ -147,6 +147,49 @@ def gather_rows(T=tw.dense("v d"), at=tw.dense("t", dtype="int32")):
     return tw.out[t, k](tw.where(at[t] >= 0, T[at[t], k], 0.0))
 
 
+@tw.program
+def column_share(A=tw.sparse("m n")):
+    i, j = tw.indices("m n")
+    return tw.out.like(A)[i, j](A[i, j] / tw.sum(A[i, j] * A[i, j], over=i))
+
+
+@tw.program
+def row_pairs(A=tw.sparse("m n")):
+    i, j, k = tw.indices("m n n")
+    return tw.out.like(A)[i, j](tw.sum(A[i, k] * A[i, j], over=k) + A[i, j])
+
+
+@tw.program
+def neighbours(A=tw.sparse("n n")):
+    i, j, k = tw.indices("n n n")
+    return tw.out.like(A)[i, j](tw.max(A[j, k], over=k) + A[i, j])
+
+
+@tw.program
+def reverse(A=tw.sparse("n n")):
+    i, j = tw.indices("n n")
+    return tw.out.like(A)[i, j](A[i, j] + A[j, i])
+
+
+@tw.program
+def mixed(A=tw.sparse("m n"), X=tw.dense("m d")):
+    i, j, k = tw.indices("m n d")
+    return tw.out[i](tw.sum(A[i, j], over=j) * 2.0 + tw.sum(X[i, k], over=k))
+
+
+@tw.program
+def column_norm(A=tw.sparse("m n")):
+    i, j = tw.indices("m n")
+    return tw.out[j](tw.sqrt(tw.sum(A[i, j] * A[i, j], over=i)))
+
+
+@tw.program
+def whole_sum(A=tw.sparse("m n")):
+    i, j = tw.indices("m n")
+    return tw.out[()](tw.sum(A[i, j], over=(i, j)))
+
+
+OTHER = (column_share, row_pairs, neighbours, reverse, mixed, column_norm, whole_sum)
 SPARSE = (spmm, spmm_t, row_max, sddmm, sddmm_plain, softmax, logsumexp, rgcn, both_ways)
 SQUARE = (square, triangles, farthest)
 DENSE = (gemv, gemm, rmsnorm, gather_rows)
@@ -168,6 +211,12 @@ FORMATS: dict[str, Any] = {
     "hyb split": tw.hyb(buckets=(1, 2), long_rows="split"),
     "hyb 2": tw.hyb(2, (1, 3)),
     "hyb 3 split": tw.hyb(3, (1, 2), long_rows="split"),
+    "csr + bsr": tw.Composed(
+        "csr + bsr", ((tw.Where(3), tw.csr()), (tw.Where(0, 2), tw.bsr(2))), disjoint_rows=True
+    ),
+    "dbsr + csc": tw.Composed(
+        "dbsr + csc", ((tw.Where(0, None, 0, 2), tw.dbsr(2)), (tw.Where(0, None, 1, 2), tw.csc()))
+    ),
 }
 
 MATRICES = ("random", "sparse", "empty", "dense", "one row", "one column", "diagonal")

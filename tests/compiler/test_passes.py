@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.compiler.cases import (
-    DENSE, FORMATS, MATRICES, SEARCHED, SPARSE, SQUARE, after_every_pass, arguments, attention,
+    DENSE, FORMATS, MATRICES, OTHER, SEARCHED, SPARSE, SQUARE, after_every_pass, arguments, attention,
     filled,
 )  # fmt: skip
 from tilewright.errors import ProgramError
@@ -44,6 +44,14 @@ def test_two_structures_and_square_graphs(program, f, g, kind, n, seed):
     if legal(program):
         args = arguments(program, np.random.default_rng(seed), kind, m=n, n=n)
         after_every_pass(program, args)
+
+
+@settings(max_examples=120)
+@given(st.sampled_from(OTHER), st.sampled_from(list(FORMATS)), st.sampled_from(MATRICES), st.integers(0, 6), SEEDS)
+def test_one_structure_read_in_several_ways(program, fmt, kind, n, seed):
+    program = program.decompose(A=FORMATS[fmt])
+    if legal(program):
+        after_every_pass(program, arguments(program, np.random.default_rng(seed), kind, n=n))
 
 
 @settings(max_examples=20)

@@ -41,10 +41,12 @@ def c_name(name: str) -> str:
 class Params:
     """The fields that a program's launches read: `(name, type)` as `runtime.layout.Struct` has them.
 
-    `params` are common to a launch, `row` belongs to one part of a composed tensor."""
+    `params` are common to a launch, `row` belongs to one part of a composed tensor; `written` names
+    the buffers that the program stores to."""
 
     params: tuple[tuple[str, ...], ...]
     row: tuple[tuple[str, ...], ...]
+    written: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,10 @@ def collect_params(program: Program) -> Params:
     """Every buffer, stride, size and count of a program as fields of its two structs."""
     params: dict[str, tuple[str, ...]] = {}
     row: dict[str, tuple[str, ...]] = {}
-    written = {x.buffer.name for n in _nests(program) for x in walk(n.body) if isinstance(x, Store)}
-    written |= {x.to.buffer.name for n in _nests(program) for x in walk(n.body) if isinstance(x, MmaStore)}
+    written = frozenset(
+        x.buffer.name if isinstance(x, Store) else x.to.buffer.name
+        for n in _nests(program) for x in walk(n.body) if isinstance(x, (Store, MmaStore))
+    )  # fmt: skip
     for b in program.buffers:
         const = "" if b.name in written else "const "
         field_ = (c_name(b.name), "ptr", f"{const}{C_TYPES[b.dtype.name]}*")
@@ -73,7 +77,7 @@ def collect_params(program: Program) -> Params:
             params[b.name] = field_
     for name, dtype in _free_names(program).items():
         (row if "_count" in name else params)[name] = (c_name(name), dtype)
-    return Params(tuple(params.values()), tuple(row.values()))
+    return Params(tuple(params.values()), tuple(row.values()), written)
 
 
 def _is_input(program: Program, name: str) -> bool:

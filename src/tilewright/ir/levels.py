@@ -346,6 +346,17 @@ def coordinates(
     return [c[stored] for c in coords], np.flatnonzero(stored)
 
 
+def row_major(coords: Sequence[np.ndarray], is_entry: np.ndarray) -> np.ndarray:
+    """The order that sorts stored positions by their coordinates. Of several at one coordinate (the
+    blocks of two parts may overlap) the one that holds an entry is kept, not the explicit zeros."""
+    order = np.lexsort((~is_entry, *coords[::-1]))
+    new = np.zeros(len(order), bool)
+    new[:1] = True
+    for c in coords:
+        new[1:] |= c[order][1:] != c[order][:-1]
+    return order[new]
+
+
 def load_value(values: Buffer, position: Expr, fill: float) -> Expr:
     """`values[position]`, or `fill` where the position is -1 (a missing coordinate)."""
     value = Load(values, (position,), values.dtype)

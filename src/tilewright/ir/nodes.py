@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 from tilewright import dtypes
@@ -447,7 +448,7 @@ class Tile:
 
 @node
 class MmaZero(Stmt):
-    """Sets an m × n float32 fragment to zero."""
+    """Sets an m × n float32 fragment to zero. `acc` is an array of fragments: its shape is (slots, m, n)."""
 
     acc: Buffer
     slot: Expr
@@ -649,13 +650,21 @@ def seq(*statements: Stmt) -> Stmt:
     return flat[0] if len(flat) == 1 else Seq(tuple(flat))
 
 
+_HOLDS_ONE = frozenset({"Expr", "Stmt", "Var", "Access", "Load", "Tile"})
+_HOLDS_MANY = frozenset(f"tuple[{t}, ...]" for t in _HOLDS_ONE)
+
+
+@cache
+def child_fields(cls: type) -> tuple[tuple[str, bool], ...]:
+    """The fields of a node class that hold nodes, by their declared types; True for tuples."""
+    held = [f for f in fields(cls) if f.type in _HOLDS_ONE | _HOLDS_MANY]
+    return tuple((f.name, f.type in _HOLDS_MANY) for f in held)
+
+
 def children(n: Any) -> Iterator[Any]:
-    """The node-valued fields of a node, tuples flattened."""
-    for f in fields(n):
-        value = getattr(n, f.name)
-        if isinstance(value, (Expr, Stmt, Tile)):
-            yield value
-        elif isinstance(value, tuple):
-            for v in value:
-                if isinstance(v, (Expr, Stmt)):
-                    yield v
+    """The nodes in the fields of a node, in order, tuples flattened."""
+    for name, many in child_fields(type(n)):
+        if many:
+            yield from getattr(n, name)
+        else:
+            yield getattr(n, name)

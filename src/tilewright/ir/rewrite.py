@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import cache
+from operator import is_
 from typing import Any, TypeVar
 
 from tilewright import dtypes
@@ -25,11 +26,11 @@ from tilewright.ir.nodes import (
     Select,
     Seq,
     Stmt,
-    Tile,
     Var,
     as_expr,
     binary,
     cast,
+    child_fields,
     children,
     seq,
 )
@@ -38,40 +39,40 @@ N = TypeVar("N")
 
 
 @cache
-def _slots(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the fields that may hold nodes, and of all fields."""
-    names = tuple(f.name for f in fields(cls))
-    plain = {"dtype", "op", "kind", "axes", "private", "unroll_hint", "name", "lanes", "reduce",
-             "in_place", "atomic", "mma", "buffer", "tensor", "axis", "extent", "last", "keys"}  # fmt: skip
-    return tuple(n for n in names if n not in plain or (n == "axes" and cls is Reduce)), names
+def _all_fields(cls: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(cls))
 
 
 def rebuild(n: N, f: Callable[[Any], Any]) -> N:
     """`n` with `f` applied to each direct child; `n` itself when none changed."""
-    node_fields, names = _slots(type(n))
-    changed: dict[str, Any] = {}
-    for name in node_fields:
+    changed: dict[str, Any] | None = None
+    for name, many in child_fields(type(n)):
         old = getattr(n, name)
-        if isinstance(old, (Expr, Stmt, Tile)):
-            new = f(old)
-        elif isinstance(old, tuple):
-            new = tuple(f(o) if isinstance(o, (Expr, Stmt, Tile)) else o for o in old)
-            if all(a is b for a, b in zip(old, new, strict=True)):
+        if many:
+            new = tuple([f(o) for o in old])
+            if all(map(is_, new, old)):
                 continue
         else:
-            continue
-        if new is not old:
-            changed[name] = new
-    if not changed:
+            new = f(old)
+            if new is old:
+                continue
+        if changed is None:
+            changed = {}
+        changed[name] = new
+    if changed is None:
         return n
     if isinstance(n, Seq):
         return seq(*changed["body"])  # type: ignore[return-value]
-    return type(n)(**{name: changed.get(name, getattr(n, name)) for name in names})
+    return type(n)(*[changed[x] if x in changed else getattr(n, x) for x in _all_fields(type(n))])
 
 
 def transform(n: N, f: Callable[[Any], Any]) -> N:
-    """Bottom-up: children first, then `f` on the rebuilt node. `f` returns its argument to keep it."""
-    return f(rebuild(n, lambda child: transform(child, f)))
+    """Bottom-up: children first, then `f` on the rebuilt node; `f` returns what it keeps."""
+
+    def visit(x: Any) -> Any:
+        return f(rebuild(x, visit) if child_fields(type(x)) else x)
+
+    return visit(n)
 
 
 def walk(n: Any) -> Iterator[Any]:
@@ -80,7 +81,23 @@ def walk(n: Any) -> Iterator[Any]:
     while stack:
         top = stack.pop()
         yield top
-        stack.extend(reversed(list(children(top))))
+        for name, many in reversed(child_fields(type(top))):
+            if many:
+                stack.extend(reversed(getattr(top, name)))
+            else:
+                stack.append(getattr(top, name))
+
+
+def statements(s: Any) -> Iterator[Stmt]:
+    """Every statement below and including `s`, outermost first; expressions are left out."""
+    stack = [s]
+    while stack:
+        top = stack.pop()
+        yield top
+        if isinstance(top, (For, If)):
+            stack.append(top.body)
+        elif isinstance(top, Seq):
+            stack.extend(reversed(top.body))
 
 
 def substitute(n: N, values: Mapping[str, Expr]) -> N:
@@ -154,7 +171,7 @@ def _simplify_node(x: Any) -> Any:
         return x.body if x.cond.value else Seq(())
     if isinstance(x, For) and x.extent is not None and x.extent <= 0:
         # A reduction over nothing still gives its identity: the loop stays until it has its store.
-        return x if any(isinstance(y, Compute) for y in walk(x.body)) else Seq(())
+        return x if any(isinstance(y, Compute) for y in statements(x.body)) else Seq(())
     if isinstance(x, Seq):
         return seq(*x.body) if x.body else x
     return x

@@ -108,7 +108,12 @@ def _lines(s: Any, depth: int) -> list[str]:
 
 
 def _tile(t: n.Tile) -> str:
-    return f"{t.buffer.name}[{expr_text(t.offset)} + r*{expr_text(t.row_stride, 7)} + c*{expr_text(t.col_stride, 7)}]"
+    limits = [
+        f"{name} < {expr_text(e)}" for name, e in (("r", t.row_limit), ("c", t.col_limit)) if not isinstance(e, n.Const)
+    ]
+    where = f" where {', '.join(limits)}" if limits else ""
+    at = (expr_text(t.offset), f"r*{expr_text(t.row_stride, 7)}", f"c*{expr_text(t.col_stride, 7)}")
+    return f"{t.buffer.name}[{' + '.join(at)}{where}]"
 
 
 def program_text(p: n.Program) -> str:

@@ -44,7 +44,9 @@ from tilewright.ir.nodes import (
 
 LEGAL: dict[str, tuple[type, ...]] = {
     "coordinates": (Assign, Access, Reduce, Index),
-    "positions": (Seq, For, Let, If, Compute, Load, Search),
+    "positions": (
+        Seq, For, Let, If, Compute, Load, Search, Alloc, Mma, MmaZero, MmaStore, Tile,
+    ),
     "loops": (
         Seq, For, Let, If, Store, Alloc, Sync, Load, Search, Ramp, Broadcast, ReduceLanes, ReduceThreads,
         Mma, MmaZero, MmaStore, Tile,
@@ -125,9 +127,11 @@ class _Checker:
         elif isinstance(s, Store):
             self.store(s, bound, registers)
         else:
+            if isinstance(s, (Mma, MmaZero, MmaStore)) and s.acc.name not in registers:
+                self.fail(f"fragment {s.acc.name} is not allocated here", s)
             for child in children(s):
-                if isinstance(child, Expr):
-                    self.expr(child, bound, registers)
+                for e in children(child) if isinstance(child, Tile) else (child,):
+                    self.expr(e, bound, registers)
 
     def store(self, s: Store, bound: set[str], registers: dict[str, Buffer]) -> None:
         for i in s.index:

@@ -19,6 +19,7 @@ from tilewright.lower.hoist import hoist_reductions
 from tilewright.lower.positions import coordinates_to_positions
 from tilewright.lower.predicate import predicate_loads
 from tilewright.lower.reductions import materialize_reductions
+from tilewright.lower.tiles import materialize_tiles
 from tilewright.lower.vectorize import split_registers, unroll_loops, vectorize_loops
 
 
@@ -39,6 +40,7 @@ BEFORE_SCHEDULE = (
     Pass(coordinates_to_positions),
 )
 AFTER_SCHEDULE = (
+    Pass(materialize_tiles),
     Pass(materialize_reductions),
     Pass(inline_lets),
     Pass(serialize_threads, only=("cpp", "interp")),

@@ -27,10 +27,11 @@ from tilewright.ir.nodes import (
     binary,
     seq,
 )  # fmt: skip
-from tilewright.ir.rewrite import rebuild, simplify, substitute, walk
+from tilewright.ir.rewrite import rebuild, simplify, statements, substitute, walk
 
 GRID = ("parallel", "cta.x", "cta.y")
 THREADS = ("thread.x", "thread.y")
+WARP = 32  # threads of a tile operation
 THREAD_X, THREAD_Y = Var("thread_x"), Var("thread_y")
 
 
@@ -51,6 +52,8 @@ def bind_threads(program: Program) -> Program:
     before: for lane in 0:32  # thread.x           after: Y[o + thread_x] = …
               Y[o + lane] = …                             if thread_x == 0: Z[i] = …
             Z[i] = …
+
+    A nest with tile operations has 32 threads along x: a tile operation is done by a warp.
     """
     stages = tuple(tuple(_bound(n) for n in stage) for stage in program.stages)
     return replace(program, stages=stages)
@@ -58,6 +61,13 @@ def bind_threads(program: Program) -> Program:
 
 def _bound(nest: Nest) -> Nest:
     extents = {kind: _extent(nest.body, kind) for kind in THREADS}
+    if any(isinstance(x, MmaZero) for x in walk(nest.body)):
+        if extents["thread.x"] > WARP:
+            raise ScheduleError(
+                "S102", f"{extents['thread.x']} threads along thread.x beside tile operations",
+                hint="a tile operation takes the 32 threads of thread.x: bind other loops to thread.y",
+            )  # fmt: skip
+        extents["thread.x"] = WARP
     body = simplify(_threads(nest.body, extents, frozenset()))
     return replace(nest, body=body, threads=(extents["thread.x"], extents["thread.y"]))
 
@@ -111,7 +121,7 @@ def _grid(nest: Nest) -> Nest:
 
 
 def _has_grid(s: Stmt) -> bool:
-    return any(isinstance(x, For) and x.kind in GRID for x in walk(s))
+    return any(isinstance(x, For) and x.kind in GRID for x in statements(s))
 
 
 def _check_host(loop: For) -> None:
@@ -135,7 +145,7 @@ def host_known(name: str) -> bool:
 
 def _extent(body: Stmt, kind: str) -> int:
     found = 1
-    for x in walk(body):
+    for x in statements(body):
         if isinstance(x, For) and x.kind == kind:
             if x.extent is None:
                 raise ScheduleError(
@@ -151,7 +161,9 @@ def _threads(s: Stmt, extents: dict[str, int], inside: frozenset[str]) -> Stmt:
     if isinstance(s, For) and s.kind in THREADS:
         if s.kind in inside:
             raise ScheduleError(
-                "S102", f"loop {s.name} is bound to {s.kind} inside a loop that already is"
+                "S102",
+                f"loop {s.name} is bound to {s.kind} inside a loop that already is",
+                hint="bind one of them to the other kind of thread",
             )
         var = THREAD_X if s.kind == "thread.x" else THREAD_Y
         body = substitute(
@@ -169,5 +181,11 @@ def _threads(s: Stmt, extents: dict[str, int], inside: frozenset[str]) -> Stmt:
                 s = If(binary("==", var, 0), s)
         return s
     if isinstance(s, (Mma, MmaZero, MmaStore)):
-        return s
+        if "thread.x" in inside:
+            raise ScheduleError(
+                "S102", "a tile operation stands inside a loop bound to thread.x",
+                hint="its own 32 threads are those of thread.x: bind the loop to thread.y",
+            )  # fmt: skip
+        if isinstance(s, MmaStore) and extents["thread.y"] > 1 and "thread.y" not in inside:
+            return If(binary("==", THREAD_Y, 0), s)
     return s

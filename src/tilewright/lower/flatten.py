@@ -64,13 +64,14 @@ def flatten_addresses(program: Program) -> Program:
 
     def visit(x: Any) -> Any:
         if isinstance(x, (Load, Store)) and x.buffer.scope in ("global", "part", "shared"):
-            return replace(x, index=(_offset(x),))
+            return replace(x, index=(flat_offset(x),))
         return x
 
     return _each_body(program, lambda s: simplify(transform(s, visit)))
 
 
-def _offset(x: Load | Store) -> Expr:
+def flat_offset(x: Load | Store) -> Expr:
+    """The 64-bit offset of an access, in elements."""
     buffer = x.buffer
     if buffer.scope == "part":
         return x.index[0]

@@ -152,6 +152,8 @@ class _Builder:
         formats = whole.formats if whole is not None else (None,)
         composed = whole is not None and len(getattr(whole, "parts", ())) > 0
         shared = composed and whole is not None and not whole.unique_rows
+        if composed and not all(f.is_exact for f in formats if f is not None):
+            self._check_overlap(statement, temps, whole)
         nests: list[Nest] = []
         empty: list[Nest] = []
         in_place = False
@@ -171,6 +173,15 @@ class _Builder:
         if whole is None or (not in_place and (empty or whole.covers_rows)):
             return [tuple(nests)]
         return [tuple(empty or [self._init(statement, temps, structure, -1)]), tuple(nests)]
+
+    def _check_overlap(self, st: _Statement, temps: list[_Statement], whole: Any) -> None:
+        """Parts with blocks may store a coordinate twice: once an entry, once an explicit zero."""
+        if st.out.tensor.is_sparse or temps or st.op != "sum":
+            raise ProgramError(
+                "P107",
+                f"{st.out.tensor.name} is no plain sum, and parts of {whole} may overlap",
+                hint="compose formats without blocks, or use one format for all",
+            )
 
     def _init(self, st: _Statement, temps: list[_Statement], structure: str, part: int) -> Nest:
         """The value where nothing is stored, for all of the output (of a part of it, if sparse)."""
@@ -277,6 +288,7 @@ class _NestBuilder:
         self.structure, self.shared = structure, shared
         self.placed: set[str] = set()
         self.in_place = False
+        self.rows: dict[str, str] = {}  # structure -> the index of the rows it is followed at
         self.at = root  # the statement whose loops are being opened
         self.hidden: frozenset[str] = frozenset()
         self.home = {t.out.tensor.name: self._home(t) for t in temps}
@@ -306,7 +318,9 @@ class _NestBuilder:
             env = env.copy()
             if not hasattr(self.owner.format[driver[0]], "levels"):
                 raise _unsearchable(driver[0], self.owner.format[driver[0]])
-            if st is not self.root:
+            if st is self.root:
+                self.rows[driver[0]] = driver[1][0]
+            else:
                 self._check_whole_rows(st, driver)
             self._follow(st, driver, env)
         specs = self._ordered(st, driver, env)
@@ -367,9 +381,21 @@ class _NestBuilder:
         reduced = {a.name for a in st.axes}
         levels = self.owner.format[structure].levels
         pieces = any(not x.unique and names[x.dim] not in reduced for x in levels)
-        if pieces or (self.shared and structure == self.structure):
-            whole = self.owner.tensors[structure].format
-            raise _shares_rows(self.root.out.tensor.name, whole)
+        if pieces or (self._is_part(structure) and (self.shared or names[0] in reduced)):
+            raise _shares_rows(self.root.out.tensor.name, self.owner.tensors[structure].format)
+        self._check_own_rows(structure, names)
+
+    def _is_part(self, structure: str) -> bool:
+        """Whether the nest sees only a part of a structure."""
+        return structure == self.structure and hasattr(
+            self.owner.tensors[structure].format, "parts"
+        )
+
+    def _check_own_rows(self, structure: str, names: tuple[str, ...]) -> None:
+        """A part is read at its own rows only: other rows may be in other parts."""
+        own = self.rows.setdefault(structure, names[0])
+        if self._is_part(structure) and (own != names[0] or self.shared):
+            raise _unsearchable(structure, self.owner.tensors[structure].format)
 
     def _loops(self, st: _Statement, specs: list[_Spec], env: _Env, in_place: bool) -> Stmt:
         before: list[Stmt] = []
@@ -646,12 +672,16 @@ class _NestBuilder:
 
     def _read_sparse(self, tensor: Tensor, e: Access, env: _Env, lets: list[Stmt]) -> Expr:
         names = tuple(c.name if isinstance(c, Index) else "" for c in e.coords)
-        last = len(self.owner.format[tensor.structure].levels) - 1
+        fmt = self.owner.format[tensor.structure]
+        if not hasattr(fmt, "levels"):
+            raise _unsearchable(tensor.name, fmt)
+        last = len(fmt.levels) - 1
         if env.coords.get(tensor.structure) == names:
             position = self._position(tensor.structure, last, env)
         elif (tensor.structure, names) in env.places:
             position = env.places[tensor.structure, names]
         else:
+            self._check_own_rows(tensor.structure, names)
             position = self._locate(
                 tensor, tuple(self._resolve(c, env, lets) for c in e.coords), lets
             )
@@ -660,7 +690,7 @@ class _NestBuilder:
     def _locate(self, tensor: Tensor, coords: tuple[Expr, ...], lets: list[Stmt]) -> Expr:
         """Searches level by level; -1 once something is missing."""
         fmt = self.owner.format[tensor.structure]
-        if not hasattr(fmt, "levels") or not all(level.unique for level in fmt.levels):
+        if not all(level.unique for level in fmt.levels):
             raise _unsearchable(tensor.name, fmt)
         q: Expr = Const(0, self.owner.index)
         for depth, level in enumerate(fmt.levels):

@@ -15,6 +15,7 @@ from tilewright.ir.nodes import (
     Let,
     Load,
     Program,
+    Search,
     Select,
     Seq,
     Stmt,
@@ -65,6 +66,8 @@ def _rewrite(s: Stmt, cond: Expr, guarded: Any) -> Stmt | None:
         made = [_rewrite(b, cond, guarded) for b in s.body]
         return None if any(m is None for m in made) else seq(*(m for m in made if m is not None))
     if isinstance(s, Let):
+        if isinstance(s.value, Search):  # stays inside its array, whatever the key
+            return s
         return Let(s.var, _where(s.value, cond)) if isinstance(s.value, Load) else None
     if (
         isinstance(s, Store)

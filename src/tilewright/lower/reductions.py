@@ -30,7 +30,7 @@ from tilewright.ir.nodes import (
     identity_of,
     seq,
 )  # fmt: skip
-from tilewright.ir.rewrite import free_vars, rebuild, transform, walk
+from tilewright.ir.rewrite import free_vars, rebuild, statements, transform
 
 THREADS = ("thread.x", "thread.y")
 
@@ -148,7 +148,7 @@ def _reductions(s: Stmt) -> list[_Chain]:
     if not isinstance(s, For):
         return []
     found: dict[Any, _Chain] = {}
-    for c in walk(s):
+    for c in statements(s):
         if isinstance(c, Compute) and c.op and set(s.axes) & set(c.reduce):
             chain = _chain(s, c)
             found.setdefault(chain.key, chain)
@@ -156,7 +156,7 @@ def _reductions(s: Stmt) -> list[_Chain]:
 
 
 def _chain(top: For, compute: Compute) -> _Chain:
-    path = _path(top, compute)
+    path = path_to(top, compute)
     assert path is not None
     spatial: list[For] = []
     lanes: list[For] = []
@@ -187,12 +187,12 @@ def _chain(top: For, compute: Compute) -> _Chain:
     return _Chain(compute, tuple(spatial), tuple(lanes), tuple(threads), tuple(frame), escapes)
 
 
-def _path(s: Stmt, goal: Compute) -> list[Any] | None:
+def path_to(s: Stmt, goal: Compute) -> list[Any] | None:
     """From `s` to `goal`: the loops, guards and lets in whose scope it stands."""
     if s is goal:
         return []
     if isinstance(s, (For, If)):
-        below = _path(s.body, goal)
+        below = path_to(s.body, goal)
         return None if below is None else [s, *below]
     if isinstance(s, Seq):
         lets: list[Stmt] = []
@@ -200,7 +200,7 @@ def _path(s: Stmt, goal: Compute) -> list[Any] | None:
             if isinstance(b, Let):
                 lets.append(b)
                 continue
-            below = _path(b, goal)
+            below = path_to(b, goal)
             if below is not None:
                 return [*lets, *below]
     return None
@@ -242,15 +242,26 @@ def _final(parts: list[tuple[Buffer, _Chain]]) -> Stmt:
         lambda a, b: Binary(REDUCTIONS[c.op], a, b, a.dtype),
         (_joined(acc, each) for acc, each in parts),
     )
-    body: Stmt = _store(c, value)
     if chain.threads:
-        _check_uniform(chain)
-        for f in chain.threads:
-            value = ReduceThreads(c.op, value, f.kind, f.extent or 0, value.dtype)
-        # All threads take part in the sum; which of them stores it is decided afterwards.
-        total = Buffer(f"{parts[0][0].name}_all", value.dtype, (), "register")
-        body = seq(Alloc(total), Store(total, (), value), _store(c, Load(total, (), value.dtype)))
-    for f in reversed(chain.frame):
+        return _across_threads(parts[0][0].name, chain, value)
+    return _framed(_store(c, value), chain.frame)
+
+
+def _across_threads(name: str, chain: _Chain, value: Expr) -> Stmt:
+    """The value joined across threads, then stored. All threads take part in the sum: guards stand
+    around the store only, or they would part threads that meet."""
+    for f in chain.threads:
+        value = ReduceThreads(chain.compute.op, value, f.kind, f.extent or 0, value.dtype)
+    total = Buffer(f"{name}_all", value.dtype, (), "register")
+    guards = tuple(f for f in chain.frame if not isinstance(f, For))
+    store = _framed(_store(chain.compute, Load(total, (), value.dtype)), guards)
+    body = seq(Alloc(total), Store(total, (), value), store)
+    return _framed(body, tuple(f for f in chain.frame if isinstance(f, For)))
+
+
+def _framed(body: Stmt, frame: tuple[Any, ...]) -> Stmt:
+    """The body under loops and guards, with the lets that it needs."""
+    for f in reversed(frame):
         if not isinstance(f, Let):
             body = replace(f, body=body)
         elif f.var.name in free_vars(body):
@@ -258,21 +269,10 @@ def _final(parts: list[tuple[Buffer, _Chain]]) -> Stmt:
     return body
 
 
-def _check_uniform(chain: _Chain) -> None:
-    """Threads that meet in a reduction must all arrive: no guard may part them."""
-    own = {f.name for f in chain.frame if isinstance(f, For) and f.kind in THREADS}
-    for g in chain.frame:
-        if isinstance(g, If) and free_vars(g.cond) & own:
-            raise ScheduleError(
-                "S102", f"the guard {g.cond} would part threads that reduce together",
-                hint="use a tile that divides the dimension: specialize() it, and split with tail='exact'",
-            )  # fmt: skip
-
-
 def _joined(acc: Buffer, chain: _Chain) -> Expr:
     """The accumulators of one output element: private ones in order, then the lanes of a vector."""
     spatial = tuple(f.var for f in chain.spatial)
-    vector = next((f for f in chain.lanes if f.kind == "vector"), None)
+    vector = next((f for f in chain.lanes if f.kind == "vector" and f.extent != 1), None)
     lanes = acc.dtype.vector(vector.extent or 1) if vector else acc.dtype
     ranges = [range(1) if f is vector else range(f.extent or 0) for f in chain.lanes]
     loads = (
@@ -290,7 +290,7 @@ def _joined(acc: Buffer, chain: _Chain) -> Expr:
 
 def _scalars(body: Stmt) -> Stmt:
     """Reads of inline temporaries as reads of their one register."""
-    inline = {x.buffer.name for x in walk(body) if isinstance(x, Alloc) and not x.buffer.shape}
+    inline = {x.buffer.name for x in statements(body) if isinstance(x, Alloc) and not x.buffer.shape}
 
     def visit(x: Any) -> Any:
         if isinstance(x, Load) and x.buffer.name in inline and x.index:

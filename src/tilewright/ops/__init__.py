@@ -4,6 +4,7 @@ An operator's file holds the program (the mathematics), the schedules that make 
 target, and the function that a user calls; the function picks format and schedule by shape.
 """
 
+from tilewright.ops.sddmm import pack_for_sddmm, sddmm
 from tilewright.ops.spmm import pack_for_spmm, spmm
 
-__all__ = ["pack_for_spmm", "spmm"]
+__all__ = ["pack_for_sddmm", "pack_for_spmm", "sddmm", "spmm"]

@@ -97,13 +97,18 @@ def gpu_recipe(s: Schedule, n: int) -> Schedule:
     return s.split("k", 32, into=("k_o", "k_x")).bind("k_x", "thread.x").unroll("k_o", 4)
 
 
+def check_kind(kind: str, name: str = "") -> None:
+    """Raises ModelError[M104] for a kind of weight that there is no linear layer for."""
+    if kind not in PROGRAMS:
+        raise ModelError("M104", f"no linear layer for weights of kind {kind}", where=name, hint=f"kinds: {', '.join(PROGRAMS)}")
+
+
 @cache
 def linear_kernel(kind: str, many: bool, n: int, k: int, target: str = "cpp") -> Kernel:
     """The built kernel for a kind of weight of n × k. `many`: more than a few rows of X.
 
     Sizes are fixed: the layers of a model have few shapes, and none of them needs guards then."""
-    if kind not in PROGRAMS:
-        raise ModelError("M104", f"no linear layer for weights of kind {kind}", hint=f"kinds: {', '.join(PROGRAMS)}")
+    check_kind(kind)
 
     def scheduled(s: Schedule) -> Schedule:
         s = s.specialize("n", n)

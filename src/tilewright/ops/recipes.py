@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tilewright.runtime import toolchain
 from tilewright.schedule import Schedule
 
@@ -31,3 +33,15 @@ def rows(s: Schedule, row: str, *elements: str) -> Schedule:
 def vectors(s: Schedule, loop: str) -> Schedule:
     """A loop in vectors, what is left over one by one."""
     return s.split(loop, cpu_lanes(), tail="cut", into=(f"{loop}_o", f"{loop}_v")).vectorize(f"{loop}_v")
+
+
+def fixed_width(width: int, device: str) -> int:
+    """The width that a kernel is made for; 0 for one that takes any."""
+    if device != "cpu":
+        return width
+    return width if width % 16 == 0 and width <= 1024 else 0
+
+
+def dtype_name(array: Any) -> str:
+    """The name of an array's dtype in any framework; float32 for what is no array."""
+    return str(getattr(array, "dtype", "float32")).rpartition(".")[2]

@@ -23,7 +23,8 @@ NONE = 2**31 - 1
 def argmax(X=dense("t v")):  # noqa: ANN001, ANN201
     t, v = indices("t:t v:v")
     peak = trace.max_(X[t, v], over=v)
-    return out[t](trace.min_(where(X[t, v] >= peak, v, NONE), over=v))
+    # Not `>=`: one element at least is not below the peak, also where a logit is NaN.
+    return out[t](trace.min_(where(X[t, v] < peak, NONE, v), over=v))
 
 
 @program
@@ -31,7 +32,7 @@ def sample(X=dense("t v"), G=dense("t v"), warmth=scalar()):  # noqa: ANN001, AN
     t, v = indices("t:t v:v")
     score = X[t, v] * warmth[()] + G[t, v]
     peak = trace.max_(score, over=v)
-    return out[t](trace.min_(where(score >= peak, v, NONE), over=v))
+    return out[t](trace.min_(where(score < peak, NONE, v), over=v))
 
 
 def _recipe(s: Schedule) -> Schedule:
@@ -40,7 +41,8 @@ def _recipe(s: Schedule) -> Schedule:
 
 @cache
 def argmax_kernel(target: str = "cpp") -> Kernel:
-    """X (t, v) → the smallest index of the largest value of each row, int32 (t,)."""
+    """X (t, v) → the smallest index of the largest value of each row, int32 (t,). A row with NaN gives
+    some index of it."""
     return argmax.schedule(_recipe).build(target)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.build import Definition, program
+from tilewright.ops import recipes
 from tilewright.runtime import toolchain
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
@@ -34,6 +35,7 @@ def spmm_program(A=sparse("m n"), X=dense("n d")):  # noqa: ANN001, ANN201
 
 ROWS_PER_UNIT = 16  # rows of one unit on the CPU: a few microseconds of work
 CPU_TILE = 128  # features kept in registers: 8 accumulators of 16 lanes
+L2_BYTES = 40 << 20  # of X, beyond which a sweep takes fewer features (an H100 has 50 MB)
 CTA = 256  # threads
 AHEAD = 8  # gathers in flight in each thread: what hides the latency of memory
 TALL, GIANT = "tall", "giant"  # rows that a CTA shares; rows that several CTAs share, by features
@@ -62,8 +64,10 @@ def _rows(s: Schedule, n: int) -> Schedule:
     return s.split("i", n, into=("i_unit", "i_row")).parallel("i_unit")
 
 
-def gpu_recipe(s: Schedule) -> Schedule:
-    """Each nest by its format: rows of one length side by side, a long row by a whole CTA."""
+def gpu_recipe(s: Schedule, tile: int = 128) -> Schedule:
+    """Each nest by its format: rows of one length side by side, a long row by a whole CTA.
+
+    `tile`: features that one sweep over A takes; a smaller one keeps a slice of X in the L2."""
     d = dict(s.program.sizes).get("d")
     if d is None:
         raise AssertionError("the GPU recipe is made for one width: specialize d")
@@ -71,7 +75,7 @@ def gpu_recipe(s: Schedule) -> Schedule:
     for n in range(len(s.nests)):
         fmt = s.format_of(n)
         shared = s.has("j", n) and fmt.name in (TALL, GIANT, "dcsr")
-        across = min(_power(d // lanes), 2 if fmt.name == GIANT else 32)  # threads of one row
+        across = min(_power(d // lanes), 2 if fmt.name == GIANT else tile // lanes)  # threads of one row
         s = _gpu_features(s.on(n), lanes, across)
         if shared:
             s = _gpu_shared_rows(s, CTA // across)
@@ -117,26 +121,38 @@ def recipe(s: Schedule) -> Schedule:
 # ---------------------------------------------------------------------------- the operator
 
 
-def by_length(widest: int, giant: int = 1024) -> Composed:
-    """Rows by length: padded buckets up to `widest` entries, a CTA for each longer row, and for rows
-    beyond `giant` CTAs that take a few features each. Every row is in one part: no atomics."""
-    widths = [2**b for b in range(widest.bit_length())]
+def by_length(widths: tuple[int, ...], giant: int = 1024) -> Composed:
+    """Rows by length: padded buckets of these widths, a CTA for each longer row, and for rows beyond
+    `giant` CTAs that take a few features each. Every row is in one part: no atomics."""
     lows = [1, *(w + 1 for w in widths[:-1])]
-    parts: list[tuple[Where, Format]] = [
-        (Where(giant + 1), formats.dcsr(GIANT)),
-        (Where(widest + 1, giant), formats.dcsr(TALL)),
-    ]
+    giant = max(giant, widths[-1])
+    parts: list[tuple[Where, Format]] = [(Where(giant + 1), formats.dcsr(GIANT))]
+    if giant > widths[-1]:
+        parts.append((Where(widths[-1] + 1, giant), formats.dcsr(TALL)))
     parts += [(Where(low, w), formats.bucket(w)) for low, w in zip(reversed(lows), reversed(widths), strict=True)]
     parts.append((Where(0, 0), formats.bucket(0)))
-    return Composed(f"by_length({widest})", tuple(parts), disjoint_rows=True, covers_rows=True)
+    return Composed(f"by_length({', '.join(map(str, widths))})", tuple(parts), disjoint_rows=True, covers_rows=True)
+
+
+WIDE = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # finer: less padding
+
+
+def powers(top: int) -> tuple[int, ...]:
+    """1, 2, 4, … top."""
+    return tuple(2**b for b in range(top.bit_length()))
 
 
 def choose_format(rows: int, nnz: int, target: str) -> Format | Composed:
-    """CSR on a CPU; on a GPU rows by length, with wider buckets where there is more work."""
+    """CSR on a CPU; on a GPU rows by length.
+
+    A row in a bucket is walked by one group of threads: cheap where there are rows enough to hide
+    its latency, the critical path where there are not. So the more entries, the wider the widest
+    bucket. A row is a giant when it alone would outlast the rest."""
     if not target.startswith("cuda"):
         return formats.csr()
-    mean = max(nnz / max(rows, 1), 1)
-    return by_length(int(np.clip(2 ** np.ceil(np.log2(6 * mean)), 32, 256)))
+    if nnz < 8_000_000:
+        return by_length(powers(32 if nnz < 200_000 else 128))
+    return by_length(WIDE, giant=nnz // 2000)
 
 
 def pack_for_spmm(matrix: Any, width: int = 128, target: str = "cpp", dtype: Any = None) -> Packed:
@@ -161,15 +177,13 @@ def spmm(A: Packed, X: Any, out: Any = None) -> Any:
     Kernels are built for the format and the width at first use and cached. Raises ArgumentError.
     """
     width = getattr(X, "shape", (0, 0))[-1]
-    kernel = spmm_kernel(A.format, str(A.dtype), _name(X), _fixed(width, A.device), A.structure.index_dtype.name, A.device)
+    on_cuda = A.device != "cpu"
+    tile = 64 if on_cuda and A.shape[1] * width * 4 > L2_BYTES else 128
+    fixed = width if on_cuda or (width % 16 == 0 and 0 < width <= 1024) else 0
+    kernel = spmm_kernel(
+        A.format, str(A.dtype), _name(X), fixed, A.structure.index_dtype.name, "cuda" if on_cuda else "cpp", tile
+    )
     return kernel(A, X, out=out)
-
-
-def _fixed(width: int, device: str) -> int:
-    """The width a kernel is made for; 0 for one that takes any."""
-    if device != "cpu":
-        return width
-    return width if width % 16 == 0 and width <= 1024 else 0
 
 
 def _name(x: Any) -> str:
@@ -177,12 +191,12 @@ def _name(x: Any) -> str:
 
 
 @cache
-def spmm_kernel(fmt: Any, a: str, x: str, width: int, index: str, device: str) -> Kernel:
-    """The built kernel for a format, dtypes, a width (0 = any), an index type and a device."""
+def spmm_kernel(fmt: Any, a: str, x: str, width: int, index: str, target: str, tile: int = 128) -> Kernel:
+    """The built kernel for a format, dtypes, a width (0 = any), an index type and a target."""
     made: Definition = spmm_program.typed(A=a, X=dtypes.dtype(x), index=index).decompose(A=fmt)
 
     def scheduled(s: Schedule) -> Schedule:
-        return recipe(s.specialize("d", width) if width else s)
+        s = s.specialize("d", width) if width else s
+        return gpu_recipe(s, tile) if s.target.is_cuda else cpu_recipe(s)
 
-    return made.schedule(scheduled).build("cuda" if device.startswith("cuda") else "cpp")
-
+    return made.schedule(scheduled).build(target)

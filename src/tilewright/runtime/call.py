@@ -161,7 +161,9 @@ class Call:
     def take_output(self, spec: TensorSpec, array: Any, inputs: list[TensorSpec]) -> None:
         """An output that the caller gave: checked like an input, writable, apart from all inputs."""
         if spec.structure:
+            given = dict(self.packed)
             self._take_sparse(spec, array)
+            check_values_apart(array, spec.name, given)
             return
         self.take_dense(spec, array, written=True)
         for t in inputs:
@@ -302,6 +304,17 @@ def sparse_output(like: Any, kind: DType) -> Any:
         allocate(v, (p.size,), kind) for v, p in zip(like.values, like.structure.parts, strict=True)
     )
     return dataclasses.replace(like, values=values, dtype=kind)
+
+
+def check_values_apart(mine: Any, name: str, inputs: Mapping[str, Any]) -> None:
+    """Refuses a sparse output whose values overlap those of a sparse input."""
+    for other, packed in inputs.items():
+        pairs = ((view(a), view(b)) for a in mine.values for b in packed.values)
+        if any(overlaps(a, b) for a, b in pairs):
+            raise ArgumentError(
+                "A108", f"the output {name} overlaps the input {other}", where="out",
+                hint="give it memory of its own",
+            )  # fmt: skip
 
 
 def c_name(name: str) -> str:

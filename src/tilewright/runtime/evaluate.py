@@ -369,7 +369,7 @@ class _Evaluator:
             first = np.flatnonzero(np.append(True, mine[1:] != mine[:-1]))
             at = mine[first]
             total[at] = ufunc(total[at], ufunc.reduceat(value, first, axis=0))
-        total = total.reshape(*(space[d].length for d in joined), *shape_of(rest))
+        total = total.reshape((*(space[d].length for d in joined), *shape_of(rest)))
         return total.transpose(np.argsort([*joined, *others]))
 
     def join(

@@ -21,7 +21,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
-from tilewright.ir.levels import coordinates
+from tilewright.ir.levels import coordinates, row_major
 from tilewright.ir.nodes import (
     Alloc,
     Binary,
@@ -217,11 +217,10 @@ def _is_flat(program: Program) -> bool:
     for stage in program.stages:
         for nest in stage:
             for x in walk(nest.body):
-                if isinstance(x, Var) and "_stride" in x.name:
-                    return True
                 if isinstance(x, (Load, Store)) and x.buffer.scope == "global":
-                    flat = len(x.index) != len(x.buffer.shape)
-                    if flat:
+                    # Tiles have strides from the start; they say nothing of loads and stores.
+                    names = (y.name for i in x.index for y in walk(i) if isinstance(y, Var))
+                    if len(x.index) != len(x.buffer.shape) or any("_stride" in n for n in names):
                         return True
     return False
 
@@ -654,10 +653,12 @@ def _stored(structure: Any) -> tuple[Stored, np.ndarray]:
         found, base = [], 0
         for p in structure.parts:
             coords, at = coordinates(p.format.levels, p.arrays, p.counts, structure.shape)
-            found.append((*coords, at + base))
+            is_entry = np.zeros(p.size, bool)
+            is_entry[p.slots] = True
+            found.append((*coords, at + base, is_entry[at]))
             base += p.size
-        *coords, place = (np.concatenate(c) for c in zip(*found, strict=True))
-        order = np.lexsort(coords[::-1])
+        *coords, place, is_entry = (np.concatenate(c) for c in zip(*found, strict=True))
+        order = row_major(coords, is_entry)
         stored = Stored(tuple(structure.shape), tuple(c[order] for c in coords))
         known = structure.tables["stored"] = stored, place[order]
     return known

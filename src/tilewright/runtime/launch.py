@@ -108,6 +108,11 @@ class Step:
     def __init__(self, bounds: Sequence[Any]) -> None:
         self.keep = list(bounds)
         listed: list[Any] = []
+        if any(isinstance(b, Bound) and isinstance(b.kernel.launcher, InterpLauncher) for b in bounds):
+            calls = [b.frame.run for b in bounds]
+            self.count = len(calls)
+            self._go = lambda: [call() for call in calls] and None
+            return
         for b in bounds:
             listed += b.kernel.launcher.launches(b.kernel, b.frame) if isinstance(b, Bound) else [b.launch]
         self.count = len(listed)

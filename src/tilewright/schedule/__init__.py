@@ -15,7 +15,7 @@ from typing import Any
 
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import For, LoopKind, Nest, Program, Stmt
-from tilewright.ir.rewrite import walk
+from tilewright.ir.rewrite import statements
 from tilewright.schedule import coords, loops
 from tilewright.schedule.tree import loop_names
 from tilewright.target import Target
@@ -81,7 +81,9 @@ class Schedule:
         s: Schedule = self
         for _ in range(steps):
             if s.before is None:
-                raise ScheduleError("S102", "there is nothing to undo")
+                raise ScheduleError(
+                    "S102", "there is nothing to undo", hint=f"{len(self.history)} verbs were called"
+                )
             s = s.before
         return s
 
@@ -196,7 +198,7 @@ class Schedule:
         return any(
             isinstance(x, For) and (x.name == loop or x.name == f"{loop}_p")
             for n in chosen
-            for x in walk(n.body)
+            for x in statements(n.body)
         )
 
 

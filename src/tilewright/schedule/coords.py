@@ -42,7 +42,8 @@ def fuse_axes(program: Program, structure: str) -> Program:
     """
     tensor = next((t for t in program.tensors if t.name == structure and t.is_sparse), None)
     if tensor is None:
-        raise ScheduleError("S101", f"no sparse tensor {structure!r}")
+        known = ", ".join(t.name for t in program.tensors if t.is_sparse)
+        raise ScheduleError("S101", f"no sparse tensor {structure!r}", hint=f"there are: {known}")
     for fmt in tensor.format.formats:
         two = (
             len(fmt.levels) == 2

@@ -27,7 +27,16 @@ from tilewright.ir.nodes import (
     binary,
     seq,
 )  # fmt: skip
-from tilewright.ir.rewrite import add, free_vars, mul, rebuild, simplify, substitute, walk
+from tilewright.ir.rewrite import (
+    add,
+    free_vars,
+    mul,
+    rebuild,
+    simplify,
+    statements,
+    substitute,
+    walk,
+)
 from tilewright.schedule.tree import (
     build_chain,
     chain_from,
@@ -132,10 +141,12 @@ def fuse(body: Stmt, outer: str, inner: str, into: str = "") -> Found:
                 f"the range of {b.name} depends on {a.name}",
                 hint="only rectangular loops fuse",
             )
-        if {reduces(a, c) for c in computes(chain.body)} != {
-            reduces(b, c) for c in computes(chain.body)
-        }:
-            raise ScheduleError("S102", f"one of {a.name}, {b.name} reduces and the other does not")
+        if any(reduces(a, c) != reduces(b, c) for c in computes(chain.body)):
+            raise ScheduleError(
+                "S102",
+                f"one of {a.name}, {b.name} reduces and the other does not",
+                hint="fuse loops of the output, or loops of the sum",
+            )
         width = simplify(binary("-", b.end, b.begin))
         both = Var(into or a.name + b.name, a.var.dtype)
         height = simplify(binary("-", a.end, a.begin))
@@ -186,7 +197,7 @@ def _reordered(top: For, order: tuple[str, ...]) -> Stmt:
     present = [f for f in named if f is not None]
     missing = [n for n, f in zip(order, named, strict=True) if f is None]
     if missing and any(
-        isinstance(x, For) and matches(x, m) for m in missing for x in walk(chain.body)
+        isinstance(x, For) and matches(x, m) for m in missing for x in statements(chain.body)
     ):
         raise ScheduleError(
             "S102", f"between {top.name} and {', '.join(missing)} the nest branches",
@@ -241,7 +252,7 @@ def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
 def _owns_rows(f: For, c: Compute) -> bool:
     """Whether different iterations of `f` update different elements: an output index is its variable."""
     derived = {f.name}
-    for x in walk(f.body):
+    for x in statements(f.body):
         if (
             isinstance(x, Let)
             and free_vars(x.value) & derived
@@ -354,7 +365,11 @@ def mma(body: Stmt, rows: str, cols: str, depth: str) -> Found:
         c = chain.body
         product = isinstance(c.value, Binary) and c.value.op == "*" and c.op == "sum"
         if not product or not reduces(chain.loops[-1], c):
-            raise ScheduleError("S102", f"{c.out.buffer.name} is no sum of products over {depth}")
+            raise ScheduleError(
+                "S102",
+                f"{c.out.buffer.name} is no sum of products over {depth}",
+                hint="only sum(A[i, k] * B[k, j], over=k) becomes tiles",
+            )
         return replace_innermost(f, replace(c, mma=tuple(x.name for x in loops if x)))
 
     return rewrite_loops(body, rows, one)

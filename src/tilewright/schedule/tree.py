@@ -25,7 +25,7 @@ from tilewright.ir.nodes import (
     Stmt,
     seq,
 )  # fmt: skip
-from tilewright.ir.rewrite import free_vars, rebuild, walk
+from tilewright.ir.rewrite import free_vars, rebuild, statements, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def loop_names(program: Program) -> list[str]:
     found: dict[str, None] = {}
     for stage in program.stages:
         for nest in stage:
-            for x in walk(nest.body):
+            for x in statements(nest.body):
                 if isinstance(x, For):
                     found.setdefault(x.name)
     return list(found)
@@ -133,7 +133,7 @@ def rewrite_loops(s: Stmt, name: str, f: Callable[[For], Stmt]) -> tuple[Stmt, i
 
 
 def computes(s: Stmt) -> list[Compute]:
-    return [x for x in walk(s) if isinstance(x, Compute)]
+    return [x for x in statements(s) if isinstance(x, Compute)]
 
 
 def reduces(loop: For, c: Compute) -> bool:

@@ -24,6 +24,8 @@ from tilewright.serve.tokenizer import load_tokenizer
 from tilewright.serve.weights import open_model
 from tilewright.target import Target
 
+COLDEST = 1e-6  # a lower temperature samples as this one does, and overflows nothing
+
 
 @dataclass(slots=True)
 class Counts:
@@ -58,6 +60,7 @@ class LLM:
         self.model = Llama(file, target, context)
         self.read: list[int] = []  # the tokens that the cache holds
         self.counts = Counts()
+        self._answers = 0  # begun so far
 
     def stream(
         self, prompt: str | list[dict[str, Any]], *, max_tokens: int = 256, temperature: float = 0.0, seed: int | None = None
@@ -65,13 +68,11 @@ class LLM:
         """The answer, piece by piece. `prompt`: a question, or messages of a chat; a model without a
         chat template continues the text. `temperature` 0 takes the likeliest token.
 
-        Raises ModelError: M105 for a prompt longer than the context, M106 for bad arguments."""
-        if max_tokens < 1 or not temperature >= 0 or temperature == float("inf"):
-            raise ModelError(
-                "M106", f"max_tokens={max_tokens}, temperature={temperature}", where="arguments",
-                hint="max_tokens from 1, a finite temperature from 0",
-            )  # fmt: skip
-        return self._answer(self._tokens(prompt), max_tokens, temperature, np.random.default_rng(seed))
+        One answer at a time: a new one ends those before it. Raises ModelError: M105 for a prompt longer
+        than the context, M106 for bad arguments, and where an ended answer is read on."""
+        _check_options(max_tokens, temperature, seed)
+        self._answers += 1
+        return self._answer(self._answers, self._tokens(prompt), max_tokens, temperature, np.random.default_rng(seed))
 
     def generate(self, prompt: str | list[dict[str, Any]], **options: Any) -> str:
         """The whole answer."""
@@ -95,8 +96,9 @@ class LLM:
             )  # fmt: skip
         return ids
 
-    def _answer(self, ids: list[int], max_tokens: int, temperature: float, rng: np.random.Generator) -> Iterator[str]:
+    def _answer(self, turn: int, ids: list[int], max_tokens: int, temperature: float, rng: np.random.Generator) -> Iterator[str]:
         model, text = self.model, self.tokenizer.stream()
+        self._check_turn(turn)
         counts = self.counts = Counts()
         token = self._prompt(ids, counts, temperature, rng)
         began = time.perf_counter()
@@ -106,10 +108,12 @@ class LLM:
             piece = text.push(token)
             if piece:
                 yield piece
+                self._check_turn(turn)
             if counts.answer_tokens == max_tokens or model.cache.length == model.cache.capacity:
                 break
-            self.read.append(token)
-            token = model.decode(token)
+            following = model.decode(token)
+            self.read.append(token)  # only now: an interrupt leaves `read` no longer than the cache
+            token = following
             if temperature:
                 token = self._sampled(temperature, rng)
         counts.answer_s = time.perf_counter() - began
@@ -135,12 +139,27 @@ class LLM:
     def _sampled(self, temperature: float, rng: np.random.Generator) -> int:
         model = self.model
         noise = model.memory.put(gumbel(rng, (1, model.config.vocab)))
-        chosen = sample_kernel(model.name)(model.logits_on_device, noise, 1.0 / temperature)
+        warmth = 1.0 / max(temperature, COLDEST)
+        chosen = sample_kernel(model.name)(model.logits_on_device, noise, warmth)
         return int(model.memory.read(chosen)[0])
+
+    def _check_turn(self, turn: int) -> None:
+        if turn != self._answers:
+            raise ModelError("M106", "another answer has begun since", where="stream", hint="read one answer at a time")
 
     @property
     def _stops(self) -> set[int]:
         return {t for t in (self.tokenizer.eos,) if t is not None}
+
+
+def _check_options(max_tokens: Any, temperature: Any, seed: Any) -> None:
+    whole = isinstance(max_tokens, int) and max_tokens >= 1
+    warm = isinstance(temperature, (int, float)) and 0 <= temperature < float("inf")
+    if not whole or not warm or not (seed is None or (isinstance(seed, int) and seed >= 0)):
+        raise ModelError(
+            "M106", f"max_tokens={max_tokens!r}, temperature={temperature!r}, seed={seed!r}", where="arguments",
+            hint="max_tokens from 1, a finite temperature from 0, a seed from 0",
+        )  # fmt: skip
 
 
 def _has_template(metadata: Any) -> bool:

@@ -17,10 +17,10 @@ PAGE_SIZE = 16
 
 
 class KVPool:
-    """Room for `tokens` tokens of one sequence, float32."""
+    """Room for `tokens` tokens (`capacity`) of one sequence, float32; `length` of them are in use."""
 
     def __init__(self, config: LlamaConfig, tokens: int, memory: Memory) -> None:
-        self.memory = memory
+        self.memory, self.capacity = memory, tokens
         self.pages = -(-tokens // PAGE_SIZE)
         self.length = 0
         shape = (self.pages, PAGE_SIZE, config.kv_heads, config.head_dim)
@@ -33,11 +33,6 @@ class KVPool:
             KV.paged(k, v, self.indptr, self.indices, self.last)
             for k, v in zip(self.keys, self.values, strict=True)
         ]
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit."""
-        return self.pages * PAGE_SIZE
 
     def grow(self, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Makes room for the next tokens: their positions, pages and slots, int32 (tokens,).

@@ -15,7 +15,7 @@ from tilewright.attention.batch import Attention
 from tilewright.errors import ModelError
 from tilewright.ops.activation import add_kernel, silu_mul_kernel
 from tilewright.ops.embedding import embedding_kernel
-from tilewright.ops.linear import linear_kernel, weight_views
+from tilewright.ops.linear import check_kind, linear_kernel, weight_views
 from tilewright.ops.rmsnorm import rmsnorm_kernel
 from tilewright.ops.rope import append_kernel, rope_append_kernel, rope_kernel, rope_tables
 from tilewright.ops.sampling import argmax_kernel
@@ -90,7 +90,7 @@ class Llama:
         self.file, self.config = file, file.config
         self.memory = Memory(self.target)
         wanted = min(self.config.context, 2048) if context is None else context
-        if not 0 < wanted <= self.config.context:
+        if not isinstance(wanted, int) or not 0 < wanted <= self.config.context:
             raise ModelError("M105", f"a context of {wanted} tokens; the model allows {self.config.context}", where="context")
         self.cache = KVPool(self.config, wanted, self.memory)
         self.embedding = self._linear("embed")
@@ -117,6 +117,7 @@ class Llama:
     def _linear(self, name: str) -> Linear:
         w: Weight = self.file.tensors[name]
         rows, cols = w.shape
+        check_kind(w.kind, name)
         names = {"bf16": "bfloat16"}
         arrays = tuple(self.memory.put(a, names.get(w.kind)) for a in weight_views(w.kind, w.data))
         return Linear(w.kind, arrays, rows, cols)
@@ -200,14 +201,22 @@ class Llama:
         """Reads tokens after those in the cache; the logits of the last one, float32 (vocab,).
 
         Raises ModelError: M105 when they do not fit, M106 for no tokens or one out of range."""
-        ids = np.asarray(tokens, np.int64)
-        if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.config.vocab:
-            raise ModelError("M106", f"tokens must be 1 or more numbers below {self.config.vocab}", where="tokens")
+        ids = self._checked(tokens)
         if self.cache.length + len(ids) > self.cache.capacity:
             self.cache.grow(len(ids))  # says why it cannot
         for start in range(0, len(ids), PREFILL_CHUNK):
             self._chunk(ids[start : start + PREFILL_CHUNK].astype(np.int32))
-        return self.memory.read(self._one.logits)[0]
+        return self.logits()
+
+    def _checked(self, tokens: Any) -> np.ndarray:
+        """Tokens as an array: they index the embedding, so none may lie outside."""
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:
+            ids = np.empty(0)
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= self.config.vocab:
+            raise ModelError("M106", f"tokens must be 1 or more whole numbers below {self.config.vocab}", where="tokens")
+        return ids
 
     def _chunk(self, ids: np.ndarray) -> None:
         b = self._buffers(len(ids))
@@ -229,7 +238,10 @@ class Llama:
     # -- one token -------------------------------------------------------------------------------
 
     def decode(self, token: int) -> int:
-        """Reads one token; the token with the largest logit comes next. `logits()` has them all."""
+        """Reads one token; the token with the largest logit comes next. `logits()` has them all.
+
+        Raises ModelError: M105 when the context is full, M106 for a token out of range."""
+        self._checked([token])
         position, page, slot = self.cache.grow(1)
         b = self._one
         for array, value in ((b.ids, token), (b.position, position), (b.page, page), (b.slot, slot)):
@@ -240,8 +252,8 @@ class Llama:
         return int(self.memory.read(b.token)[0])
 
     def logits(self) -> np.ndarray:
-        """The logits after the last token, float32 (vocab,)."""
-        return self.memory.read(self._one.logits)[0]
+        """The logits after the last token, float32 (vocab,), in memory of their own."""
+        return self.memory.read(self._one.logits)[0].copy()
 
     @property
     def logits_on_device(self) -> Any:

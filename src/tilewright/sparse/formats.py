@@ -47,6 +47,14 @@ class Format:
         return self.levels[0].unique
 
     @property
+    def is_exact(self) -> bool:
+        """Whether only entries are stored, no explicit zeros around them."""
+        stored = [level.is_dense for level in self.levels]
+        first = stored.index(False) if False in stored else 0
+        ragged = any(isinstance(level, Ragged) for level in self.levels)
+        return not ragged and not any(stored[first:])
+
+    @property
     def covers_rows(self) -> bool:
         """Whether every row is stored, the empty ones too."""
         return self.levels[0].is_dense
@@ -131,7 +139,11 @@ class Composed:
 
     @property
     def unique_rows(self) -> bool:
-        return self.disjoint_rows and all(f.unique_rows for _, f in self.parts)
+        """Whether each row of the result belongs to one part: parts that list their rows, one by one.
+        A dense or blocked level of rows walks rows of other parts too."""
+        tops = [f.levels[0] for _, f in self.parts]
+        listed = all(isinstance(t, Compressed) and t.dim == 0 and not t.block for t in tops)
+        return self.disjoint_rows and listed and all(t.unique for t in tops)
 
     pack = Format.pack
 

@@ -16,7 +16,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import FormatError
-from tilewright.ir.levels import coordinates
+from tilewright.ir.levels import coordinates, row_major
 from tilewright.sparse.formats import Composed, Format
 
 
@@ -121,9 +121,9 @@ class Packed:
             _unpack_part(p, v, self.shape)
             for p, v in zip(self.structure.parts, self.values, strict=True)
         ]
-        coords = [np.concatenate([c[d] for c, _ in found]) for d in range(len(self.shape))]
-        values = np.concatenate([v for _, v in found])
-        order = np.lexsort(coords[::-1])
+        coords = [np.concatenate([c[d] for c, *_ in found]) for d in range(len(self.shape))]
+        values = np.concatenate([v for _, v, _ in found])
+        order = row_major(coords, np.concatenate([e for *_, e in found]))
         return tuple(c[order] for c in coords), values[order]
 
     def dense(self) -> np.ndarray:
@@ -395,10 +395,13 @@ def _scatter(part: Part, values: np.ndarray, dtype: DType, fill: float) -> np.nd
 
 def _unpack_part(
     part: Part, values: Any, shape: tuple[int, ...]
-) -> tuple[list[np.ndarray], np.ndarray]:
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Coordinates and values of what a part stores, and which of them are entries."""
     arrays = [{k: _host(a) for k, a in level.items()} for level in part.arrays]
     coords, positions = coordinates(part.format.levels, arrays, part.counts, shape)
-    return coords, _host(values)[positions]
+    is_entry = np.zeros(part.size, bool)
+    is_entry[part.slots] = True
+    return coords, _host(values)[positions], is_entry[positions]
 
 
 def _host(x: Any) -> np.ndarray:

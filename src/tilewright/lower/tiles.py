@@ -1,0 +1,390 @@
+"""Pass: products marked `mma` become tile operations, with their accumulators in fragments.
+
+The addresses of both operands and of the output must be affine in the three loops of the tile: their
+coefficients are the strides of the tile, so that a transposed operand needs no word of its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tilewright import dtypes
+from tilewright.dtypes import DType
+from tilewright.errors import ScheduleError
+from tilewright.ir.nodes import (
+    Alloc,
+    Binary,
+    Buffer,
+    Cast,
+    Compute,
+    Const,
+    Expr,
+    For,
+    If,
+    Let,
+    Load,
+    Mma,
+    MmaStore,
+    MmaZero,
+    Program,
+    Search,
+    Seq,
+    Stmt,
+    Tile,
+    Var,
+    binary,
+    cast,
+    seq,
+)  # fmt: skip
+from tilewright.ir.rewrite import add, free_vars, mul, rebuild, simplify, substitute, walk
+from tilewright.lower.flatten import flat_offset
+from tilewright.lower.reductions import path_to
+
+SHAPE = (16, 8, 16)  # rows, columns and depth of one tile operation
+OPERANDS = ("float16", "bfloat16")
+RESULTS = ("float32", "float16", "bfloat16")
+
+
+def materialize_tiles(program: Program) -> Program:
+    """The three loops of a tile become one operation. Its fragment is opened just outside the outermost
+    loop that reduces, with a slot for each spatial iteration inside that loop, and stored after it.
+    Guards on the three loops become limits: beyond them a tile reads 0 and writes nothing.
+
+    before: for k_o in 0:ceil(k/16)               after:  alloc acc[4 fragments]; … mma_zero acc[u]
+              for u in 0:4  # unroll                      for k_o in 0:ceil(k/16)
+                for i_i in 0:16                             for u in 0:4  # unroll
+                  if i < m                                    mma acc[u] += A tile @ B tile
+                    for j_i in 0:8                        for u in 0:4  # unroll
+                      if j < n                              mma_store C tile = acc[u]
+                        for k_i in 0:16
+                          if k < size_k
+                            C[i, j] = sum(…) mma(i_i, j_i, k_i)
+
+    An output that is updated in place at coordinates which the reduced loops compute is updated in
+    memory, a tile at a time. Raises ScheduleError[S102] for what is no product of two such tiles.
+    """
+    stages = tuple(
+        tuple(replace(n, body=_Tiler(n.body).visit(n.body)) for n in stage)
+        for stage in program.stages
+    )
+    return replace(program, stages=stages)
+
+
+class _Tiler:
+    """One nest."""
+
+    def __init__(self, body: Stmt) -> None:
+        self.count = 0
+        computes = [x for x in walk(body) if isinstance(x, Compute)]
+        times = Counter((c.out, c.op) for c in computes)
+        for c in computes:
+            if c.mma and times[c.out, c.op] > 1:
+                raise ScheduleError(
+                    "S102", f"{c.out.buffer.name} is summed by a tile operation and by another loop",
+                    hint="split the reduced loop with tail='guard'",
+                )  # fmt: skip
+
+    def visit(self, s: Any) -> Any:
+        if isinstance(s, For):
+            mine = [
+                c for c in walk(s)
+                if isinstance(c, Compute) and c.mma and (_reduces(s, c) or s.name == c.mma[0])
+            ]  # fmt: skip
+            if mine:
+                return self.reduce(s, mine)
+        return rebuild(s, self.visit) if isinstance(s, (Seq, For, If)) else s
+
+    def reduce(self, top: Stmt, computes: list[Compute]) -> Stmt:
+        """`top` is the outermost loop of these products that reduces, or the first of their tile."""
+        before: list[Stmt] = []
+        after: list[Stmt] = []
+        for c in computes:
+            p = _Product.of(top, c)
+            self.count += 1
+            slots = () if p.escapes else p.slots
+            total = 1
+            for f in slots:
+                total *= f.extent or 0
+            shape = tuple(Const(n, dtypes.int32) for n in (total, *SHAPE[:2]))
+            acc = Buffer(f"{c.out.buffer.name}_tile{self.count}", dtypes.float32, shape, "fragment")
+            slot = _slot(slots)
+            update, store = p.update(acc, slot), p.store(acc, slot)
+            if p.escapes:
+                tile = seq(Alloc(acc), MmaZero(acc, slot, SHAPE), update, store)
+                top = _replaced(top, p.first, p.wrapped(tile))
+                continue
+            top = _replaced(top, p.first, p.wrapped(update))
+            zero: Stmt = MmaZero(acc, slot, SHAPE)
+            for f in reversed(slots):
+                zero = For(f.var, f.begin, f.end, zero, "unroll")
+            before += [Alloc(acc), zero]
+            after.append(p.framed(store))
+        # The rest of the loop may hold products whose own reductions start further in.
+        return seq(*before, rebuild(top, self.visit), *after)
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """One product on its way: what surrounds its tile, and what its tile reads and writes.
+
+    `outer`: loops, lets and guards from the outermost loop that reduces to the tile. `inner`: lets and
+    guards of the tile that no loop of the tile decides. `limits`: how many iterations of each loop of
+    the tile lie inside. `reduced`: names that differ from one reduced iteration to the next."""
+
+    compute: Compute
+    first: For
+    names: tuple[str, str, str]
+    outer: tuple[Any, ...]
+    inner: tuple[Any, ...]
+    known: dict[str, Expr]
+    limits: dict[str, Expr]
+    reduced: frozenset[str]
+
+    @classmethod
+    def of(cls, top: Stmt, c: Compute) -> _Product:
+        assert c.mma is not None
+        path = path_to(top, c)
+        assert path is not None
+        loops = [s for s in path if isinstance(s, For)][-3:]
+        exact = tuple(f.extent for f in loops) == SHAPE and all(
+            f.kind == "serial" and not f.private and _is_zero(f.begin) for f in loops
+        )
+        if tuple(f.name for f in loops) != c.mma or not exact:
+            raise ScheduleError(
+                "S102", f"the loops {', '.join(c.mma)} are no longer one tile of 16 × 8 × 16",
+                hint="call mma() after every other verb on these loops",
+            )  # fmt: skip
+        if any(_reduces(f, c) for f in loops[:2]) or not _reduces(loops[2], c):
+            raise ScheduleError("S102", f"a tile operation sums over its last loop only, {c.mma[2]}")
+        if c.atomic:
+            raise ScheduleError("S102", "a tile operation has no atomic updates", hint="a format that keeps rows whole")
+        at = next(n for n, s in enumerate(path) if s is loops[0])
+        outer, region = tuple(path[:at]), path[at:]
+        inner, known, limits = _region(region, frozenset(c.mma))
+        reduced = _reduced((*outer, *inner), c)
+        p = cls(c, loops[0], c.mma, outer, inner, known, limits, reduced)
+        for name in c.mma[:2]:
+            if name in limits and free_vars(limits[name]) & reduced:
+                raise _not_affine(f"how many iterations of {name} there are depends on a reduced loop")
+        return p
+
+    @property
+    def escapes(self) -> bool:
+        """Whether the reduced loops decide where the output lies."""
+        to = self.tile(self.compute.out, *self.names[:2])
+        return bool((free_vars(to.offset) | free_vars(to.row_stride) | free_vars(to.col_stride)) & self.reduced)
+
+    @property
+    def slots(self) -> tuple[For, ...]:
+        """The spatial loops inside the reduction."""
+        found = tuple(s for s in self.outer if isinstance(s, For) and s.name not in self.reduced)
+        for f in found:
+            if f.extent is None or not _is_zero(f.begin):
+                raise ScheduleError(
+                    "S102", f"loop {f.name} lies inside the reduction of {self.compute.out.buffer.name} and has a run-time extent",
+                    hint="a warp keeps a constant number of tiles: split the loop and keep only its inner part inside",
+                )  # fmt: skip
+        return found
+
+    def update(self, acc: Buffer, slot: Expr) -> Stmt:
+        """acc[slot] += a tile · b tile."""
+        rows, cols, depth = self.names
+        x, y = self._operands()
+        a, b = self.tile(x, rows, depth), self.tile(y, depth, cols)
+        return Mma(acc, slot, a, b, SHAPE)
+
+    def store(self, acc: Buffer, slot: Expr) -> Stmt:
+        c = self.compute
+        to = self.tile(c.out, *self.names[:2])
+        return MmaStore(to, acc, slot, SHAPE, c.op if c.in_place else "")
+
+    def _operands(self) -> tuple[Load, Load]:
+        """The factor that has the rows, then the one that has the columns."""
+        c = self.compute
+        value = c.value
+        if not (isinstance(value, Binary) and value.op == "*" and c.op == "sum"):
+            raise ScheduleError("S102", f"{c.out.buffer.name} is no sum of products of two tiles")
+        factors = []
+        for e in (value.a, value.b):
+            while isinstance(e, Cast):
+                e = e.a
+            if not isinstance(e, Load) or e.buffer.scope not in ("global", "part"):
+                raise _not_affine(f"{e} is no element of an array")
+            factors.append(e)
+        x, y = factors
+        kinds = x.dtype.name, y.dtype.name
+        if x.dtype != y.dtype or x.dtype.name not in OPERANDS or c.out.dtype.name not in RESULTS:
+            raise ScheduleError(
+                "S102", f"a tile operation multiplies float16 or bfloat16 into float32, not {kinds[0]} × {kinds[1]} into {c.out.dtype}",
+                hint='build it .typed(A="float16", B="float16"), with the output typed("float32")',
+            )  # fmt: skip
+        rows, cols, _ = self.names
+        x_has, y_has = self._varies(x), self._varies(y)
+        if cols in x_has or rows in y_has:
+            x, y, x_has, y_has = y, x, y_has, x_has
+        if cols in x_has or rows in y_has:
+            raise _not_affine(f"{x} and {y} share a loop of the output's tile")
+        return x, y
+
+    def _varies(self, x: Load) -> set[str]:
+        return {name for i in x.index for name in free_vars(substitute(i, self.known))} & set(self.names)
+
+    def tile(self, x: Load, rows: str, cols: str) -> Tile:
+        """The window of memory that `x` runs over as the loops `rows` and `cols` run."""
+        if x.buffer.scope not in ("global", "part"):
+            raise _not_affine(f"{x.buffer.name} lies in no memory that tiles can be cut from")
+        x = replace(x, index=tuple(substitute(i, self.known) for i in x.index))
+        names = frozenset(self.names)
+        base, step = _affine(flat_offset(x), names, dtypes.int64)
+        if set(step) - {rows, cols}:
+            raise _not_affine(f"{x} depends on {', '.join(sorted(set(step) - {rows, cols}))} too")
+        zero = Const(0, dtypes.int64)
+        strides = (simplify(step.get(n, zero)) for n in (rows, cols))
+        extents = dict(zip(self.names, SHAPE, strict=True))
+        limits = (self.limits.get(n, Const(extents[n], dtypes.int32)) for n in (rows, cols))
+        return Tile(x.buffer, simplify(base), *strides, *limits)
+
+    def wrapped(self, body: Stmt) -> Stmt:
+        """Under the lets and guards of the tile that concern all of it."""
+        for s in reversed(self.inner):
+            body = seq(s, body) if isinstance(s, Let) else If(s, body)
+        return body
+
+    def framed(self, body: Stmt) -> Stmt:
+        """Under the spatial loops, and the lets and guards that depend on nothing reduced."""
+        for s in reversed((*self.outer, *self.inner)):
+            if isinstance(s, For):
+                body = replace(s, body=body) if s.name not in self.reduced else body
+            elif isinstance(s, Let):
+                needed = s.var.name in free_vars(body) and s.var.name not in self.reduced
+                body = seq(s, body) if needed else body
+            else:
+                cond = s.cond if isinstance(s, If) else s
+                body = body if free_vars(cond) & self.reduced else If(cond, body)
+        return body
+
+
+# ---------------------------------------------------------------------------- what surrounds a tile
+
+
+def _reduces(f: For, c: Compute) -> bool:
+    return bool(set(f.axes) & set(c.reduce))
+
+
+def _is_zero(e: Expr) -> bool:
+    return isinstance(e, Const) and e.value == 0
+
+
+def _slot(slots: tuple[For, ...]) -> Expr:
+    """The number of a fragment: the last spatial loop runs fastest."""
+    at: Expr = Const(0, slots[0].var.dtype if slots else dtypes.int32)
+    for f in slots:
+        at = add(mul(at, f.extent or 1), f.var)
+    return at
+
+
+def _replaced(s: Any, old: For, new: Stmt) -> Any:
+    if s is old:
+        return new
+    return rebuild(s, lambda x: _replaced(x, old, new)) if isinstance(s, (Seq, For, If)) else s
+
+
+def _region(
+    region: list[Any], names: frozenset[str]
+) -> tuple[tuple[Any, ...], dict[str, Expr], dict[str, Expr]]:
+    """The inside of a tile: (lets and guards that its loops do not decide, what the other lets stand
+    for, the limits of its loops)."""
+    inner: list[Any] = []
+    known: dict[str, Expr] = {}
+    limits: dict[str, Expr] = {}
+    for s in region:
+        if isinstance(s, Let):
+            value = substitute(s.value, known)
+            heavy = any(isinstance(x, (Load, Search)) for x in walk(value))
+            if heavy and not free_vars(value) & names:
+                inner.append(Let(s.var, value))
+            else:
+                known[s.var.name] = value
+        elif isinstance(s, If):
+            for cond in _conditions(substitute(s.cond, known)):
+                if not free_vars(cond) & names:
+                    inner.append(cond)
+                    continue
+                name, limit = _limit(cond, names)
+                limits[name] = binary("min", limits[name], limit) if name in limits else limit
+    return tuple(inner), known, limits
+
+
+def _conditions(e: Expr) -> list[Expr]:
+    if isinstance(e, Binary) and e.op == "&":
+        return [*_conditions(e.a), *_conditions(e.b)]
+    return [e]
+
+
+def _limit(cond: Expr, names: frozenset[str]) -> tuple[str, Expr]:
+    """(loop, n) such that the condition holds for the first n iterations of the loop."""
+    if isinstance(cond, Binary) and cond.op in ("<", "<=", ">", ">="):
+        low, high = (cond.a, cond.b) if cond.op in ("<", "<=") else (cond.b, cond.a)
+        if not low.dtype.is_int:
+            raise _not_affine(f"the guard {cond} compares no integers")
+        base, step = _affine(low, names, low.dtype)
+        if len(step) == 1 and not free_vars(high) & names:
+            ((name, by),) = step.items()
+            if isinstance(by, Const) and by.value == 1:
+                more = 1 if cond.op in ("<=", ">=") else 0
+                return name, simplify(add(binary("-", high, base), more))
+    raise _not_affine(f"the guard {cond} does not end one loop of the tile")
+
+
+def _reduced(outer: tuple[Any, ...], c: Compute) -> frozenset[str]:
+    """Names around a tile that differ from one reduced iteration to the next."""
+    reduced: set[str] = set()
+    for s in outer:
+        if isinstance(s, For) and _reduces(s, c):
+            if s.kind in ("vector", "thread.x", "thread.y") or s.private:
+                raise ScheduleError(
+                    "S102", f"loop {s.name} reduces outside a tile and is {s.kind if not s.private else 'private'}",
+                    hint="loops around a tile that reduce are serial",
+                )  # fmt: skip
+            reduced.add(s.name)
+        elif isinstance(s, For) and (free_vars(s.begin) | free_vars(s.end)) & reduced:
+            reduced.add(s.name)
+        elif isinstance(s, Let) and free_vars(s.value) & reduced:
+            reduced.add(s.var.name)
+    return frozenset(reduced)
+
+
+# ---------------------------------------------------------------------------- affine addresses
+
+
+def _affine(e: Expr, names: frozenset[str], to: DType) -> tuple[Expr, dict[str, Expr]]:
+    """`e` as base + Σ coefficient · name, computed in the type `to`; names that do not occur are left
+    out. Raises ScheduleError[S102] where it is not affine."""
+    if isinstance(e, Var) and e.name in names:
+        return Const(0, to), {e.name: Const(1, to)}
+    if isinstance(e, Cast) and e.a.dtype.is_int and e.dtype.is_int:
+        return _affine(e.a, names, to)
+    if isinstance(e, Binary) and e.op in ("+", "-", "*") and e.dtype.is_int:
+        (a, p), (b, q) = _affine(e.a, names, to), _affine(e.b, names, to)
+        if e.op == "*" and not (p and q):
+            if q:
+                a, p, b, q = b, q, a, p
+            return mul(a, b), {name: mul(by, b) for name, by in p.items()}
+        if e.op == "+":
+            return add(a, b), {n: add(p[n], q[n]) if n in p and n in q else p.get(n, q.get(n)) for n in p | q}  # type: ignore[misc]
+        if e.op == "-":
+            zero = Const(0, to)
+            return simplify(binary("-", a, b)), {n: simplify(binary("-", p.get(n, zero), q.get(n, zero))) for n in p | q}
+    if free_vars(e) & names:
+        raise _not_affine(f"{e} is no sum of multiples of {', '.join(sorted(names))}")
+    return cast(e, to), {}
+
+
+def _not_affine(why: str) -> ScheduleError:
+    return ScheduleError(
+        "S102", f"no tile: {why}",
+        hint="the operands and the output of a tile operation are read at affine addresses: "
+        "tile other loops, or use a format whose blocks are dense, such as bsr(16)",
+    )  # fmt: skip

@@ -1,0 +1,131 @@
+"""SDDMM: O[i, j] = A[i, j] · Σ_k P[i, k] Q[j, k], at the stored entries of A only.
+
+On a CPU: rows of A in parallel, a row of P stays in the cache, k in vectors with several sums. On a
+GPU: entries are the units, whatever their rows, so that every thread has equal work; a few threads
+share an entry, and each keeps several loads in flight. The row of an entry is stored (COO) or found
+by search (CSR). No atomics; sums have a fixed order.
+Reference: SparseTIR (ASPLOS 2023, §4.2), its SDDMM; FeatGraph (SC 2020), entries as units.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from tilewright import dtypes
+from tilewright.build import Definition, program
+from tilewright.errors import ArgumentError
+from tilewright.ops import recipes
+from tilewright.runtime import toolchain
+from tilewright.runtime.kernel import Kernel
+from tilewright.schedule import Schedule
+from tilewright.sparse import formats, trace
+from tilewright.sparse.formats import Format
+from tilewright.sparse.pack import Packed
+from tilewright.sparse.trace import dense, indices, out, sparse
+
+
+@program
+def sddmm_program(A=sparse("m n"), P=dense("m d"), Q=dense("n d")):  # noqa: ANN001, ANN201
+    i, j, k = indices("m n d")
+    return out.like(A)[i, j](trace.sum_(A[i, j] * P[i, k] * Q[j, k], over=k))
+
+
+# ---------------------------------------------------------------------------- recipes
+
+ROWS_PER_UNIT, ENTRIES_PER_UNIT = 16, 256  # of one unit on the CPU
+SUMS = 4  # vector accumulators: enough to hide the latency of an addition
+CTA = 256  # threads
+LINE = 128  # bytes of a row that neighbouring threads load together
+IN_FLIGHT = 4  # loads of Q that a thread waits for at once
+FORMATS = ("csr", "dcsr", "coo")
+
+
+def cpu_recipe(s: Schedule) -> Schedule:
+    """k in `SUMS` vectors, then in one, then one by one; rows (entries of COO) in parallel."""
+    lanes = toolchain.vector_bits() // 32
+    rest = "k"
+    for width in (SUMS * lanes, lanes):
+        tile = f"k{width}"
+        s = s.split(rest, width, tail="cut", into=(tile, f"{tile}_i"))
+        s = s.split(f"{tile}_i", lanes, into=(f"{tile}_u", f"{tile}_v"))
+        s = s.rfactor(f"{tile}_u").unroll(f"{tile}_u").vectorize(f"{tile}_v")
+        fixed = dict(s.program.sizes).get("d", 1)
+        if fixed % width == 0:
+            break
+        rest = f"{rest}_t"
+    size = ENTRIES_PER_UNIT if _is_coo(s) else ROWS_PER_UNIT
+    return s.split("i", size, into=("i_unit", "i_in")).parallel("i_unit")
+
+
+def gpu_recipe(s: Schedule) -> Schedule:
+    """Entries across CTAs and y; x across k, a vector each; the sum of an entry by shuffles."""
+    d = dict(s.program.sizes).get("d")
+    if d is None:
+        raise AssertionError("the GPU recipe is made for one width: specialize d")
+    entries = "i"
+    if not _is_coo(s):
+        s, entries = s.fuse_axes("A"), "ij"
+    itemsize = next(t.dtype.itemsize for t in s.program.tensors if t.name == "Q")
+    lanes = next(v for v in (16 // itemsize, 4, 2, 1) if d % v == 0)
+    across = min(LINE // (lanes * itemsize), _power_above(d // lanes))
+    rows, steps = CTA // across, -(-d // (lanes * across))
+    together = max(1, IN_FLIGHT // steps)
+    s = s.split(entries, rows * together, into=("e_cta", "e_r")).split("e_r", rows, into=("e_u", "e_y"))
+    s = s.split("k", lanes, into=("k_c", "k_v")).split("k_c", across, into=("k_o", "k_x"))
+    s = s.reorder("e_cta", "e_y", "k_x", "e_u", "k_o", "k_v")
+    s = s.bind("e_cta", "cta.x").bind("e_y", "thread.y").bind("k_x", "thread.x").vectorize("k_v")
+    return s.unroll("e_u").unroll("k_o", 0 if steps <= IN_FLIGHT else IN_FLIGHT)
+
+
+def _is_coo(s: Schedule) -> bool:
+    return next(t for t in s.program.tensors if t.name == "A").format.name == "coo"
+
+
+def _power_above(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def recipe(s: Schedule) -> Schedule:
+    """The schedule of SDDMM for the target it is built for."""
+    return gpu_recipe(s) if s.target.is_cuda else cpu_recipe(s)
+
+
+# ---------------------------------------------------------------------------- the operator
+
+
+def pack_for_sddmm(matrix: Any, width: int = 128, target: str = "cpp", dtype: Any = None) -> Packed:
+    """Pack a matrix into the format that `sddmm` is fastest on, on the device of the target.
+
+    `matrix`: as `Format.pack` takes it. `width`: columns of P and Q."""
+    on_gpu = target.startswith("cuda")
+    packed = (formats.coo() if on_gpu else formats.csr()).pack(matrix, dtype=dtype)
+    return packed.to("cuda") if on_gpu else packed
+
+
+def sddmm(A: Packed, P: Any, Q: Any, out: Any = None) -> Packed:  # noqa: N803
+    """O = A ∘ (P Qᵀ), with the structure of A. A: (m, n) packed as csr, dcsr or coo; P: (m, d), Q:
+    (n, d) arrays; O: Packed, of Q's dtype. `out`: a Packed of A's structure to write to.
+
+    Kernels are built for the format and the width at first use and cached. Raises ArgumentError.
+    """
+    if not isinstance(A, Packed) or not isinstance(A.format, Format) or A.format.name not in FORMATS:
+        kind = A.format if isinstance(A, Packed) else type(A).__name__
+        raise ArgumentError("A106", f"A is {kind}", where="argument A", hint=f"pack it as one of: {', '.join(FORMATS)}")
+    width = recipes.fixed_width(getattr(Q, "shape", (0, 0))[-1], A.device)
+    types = str(A.dtype), recipes.dtype_name(P), recipes.dtype_name(Q)
+    return sddmm_kernel(A.format, types, width, A.structure.index_dtype.name, A.device)(A, P, Q, out=out)
+
+
+@cache
+def sddmm_kernel(fmt: Format, types: tuple[str, str, str], width: int, index: str, device: str) -> Kernel:
+    """The built kernel for a format, the dtypes of A, P and Q, a width (0 = any), an index type and a
+    device."""
+    a, p, q = types
+    made: Definition = sddmm_program.typed(A=a, P=dtypes.dtype(p), Q=dtypes.dtype(q), index=index).decompose(A=fmt)
+
+    def scheduled(s: Schedule) -> Schedule:
+        return recipe(s.specialize("d", width) if width else s)
+
+    return made.schedule(scheduled).build("cuda" if device.startswith("cuda") else "cpp")
