@@ -15,6 +15,9 @@ Needs NumPy only; everything else is found when it is used.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from tilewright.build import Definition, program
 from tilewright.errors import TilewrightError
 from tilewright.ir.nodes import equal
@@ -22,24 +25,155 @@ from tilewright.runtime.kernel import Bound, Kernel
 from tilewright.runtime.launch import Step
 from tilewright.schedule import Schedule
 from tilewright.sparse.formats import (
-    Composed, Format, Where, bsr, bucket, coo, csc, csr, dbsr, dcsr, ell, hyb, ragged,
+    Composed,
+    Format,
+    Where,
+    bsr,
+    bucket,
+    coo,
+    csc,
+    csr,
+    dbsr,
+    dcsr,
+    ell,
+    hyb,
+    ragged,
 )  # fmt: skip
 from tilewright.sparse.pack import Packed
-from tilewright.sparse.trace import (
-    cos, dense, exp, floor, indices, log, maximum, minimum, out, prod, rsqrt, scalar, sigmoid, sin, size,
-    sparse, sqrt, tanh, temp, update, where,
-)  # fmt: skip
 from tilewright.sparse.trace import abs_ as abs
+from tilewright.sparse.trace import (
+    cos,
+    dense,
+    exp,
+    floor,
+    indices,
+    log,
+    maximum,
+    minimum,
+    out,
+    prod,
+    rsqrt,
+    scalar,
+    sigmoid,
+    sin,
+    size,
+    sparse,
+    sqrt,
+    tanh,
+    temp,
+    update,
+    where,
+)  # fmt: skip
 from tilewright.sparse.trace import max_ as max
 from tilewright.sparse.trace import min_ as min
 from tilewright.sparse.trace import sum_ as sum
 from tilewright.target import Target, target
 
+if TYPE_CHECKING:
+    from tilewright import ops
+    from tilewright.attention.batch import Attention
+    from tilewright.attention.kv import KV
+    from tilewright.attention.merge import State
+    from tilewright.attention.plan import Plan
+    from tilewright.attention.variant import (
+        Alibi,
+        Causal,
+        Full,
+        SlidingWindow,
+        Softcap,
+        per_head,
+        variant,
+    )
+    from tilewright.ops import schedules as recipes
+    from tilewright.serve.engine import LLM
+
 __version__ = "0.1.0"
 
+_ON_DEMAND = {
+    "ops": "ops",
+    "recipes": "ops.schedules",
+    "LLM": "serve.engine",
+    "Attention": "attention.batch",
+    "KV": "attention.kv",
+    "State": "attention.merge",
+    "Plan": "attention.plan",
+    **dict.fromkeys(
+        ("Alibi", "Causal", "Full", "SlidingWindow", "Softcap", "per_head", "variant"),
+        "attention.variant",
+    ),
+}
+"""Names that are imported when they are first used: whoever needs none of them waits for none."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module 'tilewright' has no attribute {name!r}")
+    module = import_module(f"tilewright.{_ON_DEMAND[name]}")
+    return module if name in ("ops", "recipes") else getattr(module, name)
+
+
 __all__ = [
-    "Bound", "Composed", "Definition", "Format", "Kernel", "Packed", "Schedule", "Step", "Target", "TilewrightError", "Where",
-    "abs", "bsr", "bucket", "coo", "cos", "csc", "csr", "dbsr", "dcsr", "dense", "ell", "equal", "exp", "floor", "hyb",
-    "indices", "log", "max", "maximum", "min", "minimum", "out", "prod", "program", "ragged", "rsqrt", "scalar",
-    "sigmoid", "sin", "size", "sparse", "sqrt", "sum", "tanh", "target", "temp", "update", "where",
-]  # fmt: skip
+    "KV",
+    "LLM",
+    "Alibi",
+    "Attention",
+    "Bound",
+    "Causal",
+    "Composed",
+    "Definition",
+    "Format",
+    "Full",
+    "Kernel",
+    "Packed",
+    "Plan",
+    "Schedule",
+    "SlidingWindow",
+    "Softcap",
+    "State",
+    "Step",
+    "Target",
+    "TilewrightError",
+    "Where",
+    "abs",
+    "bsr",
+    "bucket",
+    "coo",
+    "cos",
+    "csc",
+    "csr",
+    "dbsr",
+    "dcsr",
+    "dense",
+    "ell",
+    "equal",
+    "exp",
+    "floor",
+    "hyb",
+    "indices",
+    "log",
+    "max",
+    "maximum",
+    "min",
+    "minimum",
+    "ops",
+    "out",
+    "per_head",
+    "prod",
+    "program",
+    "ragged",
+    "recipes",
+    "rsqrt",
+    "scalar",
+    "sigmoid",
+    "sin",
+    "size",
+    "sparse",
+    "sqrt",
+    "sum",
+    "tanh",
+    "target",
+    "temp",
+    "update",
+    "variant",
+    "where",
+]

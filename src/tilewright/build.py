@@ -8,20 +8,22 @@ the caller has; `bind` fixes the arguments and gives a call that costs next to n
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tilewright import dtypes
+from tilewright import dtypes, knobs
 from tilewright.dtypes import DType
-from tilewright.errors import ProgramError
+from tilewright.errors import BuildError, ProgramError, TilewrightError
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
 from tilewright.codegen import cpp as cpp_text
 from tilewright.codegen import cuda as cuda_text
-from tilewright.codegen.cfamily import collect_params, host_text
-from tilewright.runtime import launch, native, nvrtc, place, toolchain
+from tilewright.codegen.cfamily import Params, collect_params, host_text
+from tilewright.runtime import launch, native, nvrtc, place, store, toolchain
+from tilewright.runtime.identity import identity
 from tilewright.runtime.kernel import Kernel
 from tilewright.runtime.manifest import Manifest, StageSpec, TensorSpec, declarations
 from tilewright.schedule import Schedule
@@ -30,6 +32,9 @@ from tilewright.target import Target
 from tilewright.target import target as parse_target
 
 pack.place = place.to_device
+
+Watch = Callable[[str, Program], None]
+WATCHED = 2  # the debug level from which passes and schedules are printed, so that they must run
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +80,23 @@ class Definition:
 
     def scheduled(self, target: Target | str = "cpp") -> Schedule:
         """The schedule before or after its recipe ran, to look at and to try verbs on."""
-        start = Schedule(self.program, _Positions(), parse_target(target))
+        return self._scheduled(self.program, parse_target(target))
+
+    def _scheduled(self, program: Program, target: Target) -> Schedule:
+        start = Schedule(program, _Positions(), target)
         return start if self.recipe is None else self.recipe(start)
 
-    def lower(self, target: Target | str = "cpp", watch: Callable[[str, Program], None] | None = None) -> Program:
+    def lower(self, target: Target | str = "cpp", watch: Watch | None = None) -> Program:
         """The program at the loop level for a target."""
-        t = parse_target(target)
-        s = self.scheduled(t)
-        return run_passes(s.lowered.program, AFTER_SCHEDULE, t.kind, watch)
+        return self._lowered(self.program, parse_target(target), watch)
+
+    def _lowered(self, program: Program, target: Target, watch: Watch | None) -> Program:
+        s = self._scheduled(program, target)
+        return run_passes(s.lowered.program, AFTER_SCHEDULE, target.kind, watch)
 
     def build(self, target: Target | str = "cpp") -> Kernel:
-        """Compile for a target, through the cache. Raises BuildError, ScheduleError, ProgramError."""
+        """Compile for a target, through the cache: a program, recipe and target that were built before
+        are neither lowered nor compiled. Raises BuildError, ScheduleError, ProgramError."""
         return _build(self, parse_target(target))
 
     def _known(self, names: Any) -> None:
@@ -127,8 +138,6 @@ def program(function: Callable[..., Any]) -> Definition:
 
 
 def _build(d: Definition, target: Target) -> Kernel:
-    program = d.lower(target)
-    manifest = _manifest(program, target)
     if target.kind == "cpp" and not toolchain.has_compiler():
         warnings.warn(
             "no C++ compiler was found: kernels run on the NumPy interpreter, slowly. "
@@ -137,33 +146,65 @@ def _build(d: Definition, target: Target) -> Kernel:
             stacklevel=3,
         )
         target = Target("interp")
+    program = d.program
+    key = _key(d, program, target)
+    built = store.load(key) if key else None
+    if built is None:
+        built = _made(d._lowered(program, target, None), target)
+        if key and key == _key(d, program, target):  # else the recipe changed what it is made of
+            with contextlib.suppress(BuildError):  # the next process lowers again
+                store.save(key, built)
     if target.kind == "interp":
-        return Kernel(manifest, launch.InterpLauncher(d.program), str(program))
-    text = declarations(manifest)
+        return Kernel(built.manifest, launch.InterpLauncher(program), built.source)
     if target.kind == "cpp":
-        source = cpp_text.render(program, text)
-        path = native.compile_cpp(source.text, isa=target.arch or None)
-        return Kernel(manifest, launch.load_cpu(path, source.entries), source.text)
-    return _build_cuda(program, manifest, text, target)
+        path = native.compile_cpp(built.source, isa=target.arch or None)
+        return Kernel(built.manifest, launch.load_cpu(path, built.entries), built.source)
+    return _cuda_kernel(built, target)
 
 
-def _build_cuda(program: Program, manifest: Manifest, declared: str, target: Target) -> Kernel:
+def _key(d: Definition, program: Program, target: Target) -> str | None:
+    """All that decides what lowering makes; None where that cannot be told, or is to be watched."""
+    if knobs.get("verify") or knobs.get("debug") >= WATCHED:
+        return None
+    try:
+        version, isa = store.version(), toolchain.resolve_isa().name
+    except TilewrightError:  # told where it matters
+        return None
+    what = identity(program, d.recipe) if version else None
+    return what and store.key_of("kernel", version or "", str(target), isa, what)
+
+
+def _made(program: Program, target: Target) -> store.Built:
+    """The program at the loop level as text, and what a call needs to know of it."""
+    params = collect_params(program)
+    manifest = _manifest(program, params, target)
+    if target.kind == "interp":
+        return store.Built(manifest, str(program), ())
+    if target.kind == "cpp":
+        source = cpp_text.render(program, declarations(manifest), params)
+        return store.Built(manifest, source.text, source.entries)
+    source = cuda_text.render(program, declarations(manifest), params)
+    smem = zip(manifest.stages, source.smem_bytes, strict=True)
+    stages = tuple(replace(s, smem_bytes=b) for s, b in smem)
+    return store.Built(replace(manifest, stages=stages), source.text, source.entries)
+
+
+def _cuda_kernel(built: store.Built, target: Target) -> Kernel:
     from tilewright.runtime import cuda
 
     arch = target.arch or cuda.device_arch()
-    source = cuda_text.render(program, declared)
     headers = cuda_text.headers()
-    cubin = nvrtc.compile_cuda(source.text, arch=arch, headers=headers)
+    cubin = nvrtc.compile_cuda(built.source, arch=arch, headers=headers)
 
     def unaligned() -> bytes:
-        return nvrtc.compile_cuda("#define TW_UNALIGNED\n" + source.text, arch=arch, headers=headers).image
+        source = "#define TW_UNALIGNED\n" + built.source
+        return nvrtc.compile_cuda(source, arch=arch, headers=headers).image
 
-    stages = tuple(replace(s, smem_bytes=b) for s, b in zip(manifest.stages, source.smem_bytes, strict=True))
-    return Kernel(replace(manifest, stages=stages), launch.CudaLauncher(cubin.image, unaligned), source.text, cubin.resources)
+    launcher = launch.CudaLauncher(cubin.image, unaligned)
+    return Kernel(built.manifest, launcher, built.source, cubin.resources)
 
 
-def _manifest(program: Program, target: Target) -> Manifest:
-    params = collect_params(program)
+def _manifest(program: Program, params: Params, target: Target) -> Manifest:
     used = {t.format for t in program.tensors if t.structure}
     composed = next((f for f in used if isinstance(f, formats.Composed)), None)
     cases = (0,)

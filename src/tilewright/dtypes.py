@@ -14,7 +14,8 @@ from tilewright.errors import ArgumentError
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """`kind` is one of `f` float, `i` signed, `u` unsigned, `b` bool; `bits` the width of one lane."""
+    """`kind` is one of `f` float, `i` signed, `u` unsigned, `b` bool; `bits` the width of one
+    lane."""
 
     name: str
     kind: str
@@ -71,7 +72,11 @@ ALL: dict[str, DType] = {
         float16, bfloat16, float32, float64, float8_e4m3, float8_e5m2,
     )
 }  # fmt: skip
-_NUMPY = {n: n for n in ALL} | {"bfloat16": "uint16", "float8_e4m3": "uint8", "float8_e5m2": "uint8"}
+_NUMPY = {n: n for n in ALL} | {
+    "bfloat16": "uint16",
+    "float8_e4m3": "uint8",
+    "float8_e5m2": "uint8",
+}
 _FROM_NUMPY = {np.dtype(t.numpy): t for n, t in ALL.items() if _NUMPY[n] == n}
 
 

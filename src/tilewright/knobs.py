@@ -69,7 +69,10 @@ def get(name: str) -> Any:
         return knob.parse(text)
     except (ValueError, KeyError):
         raise KnobError(
-            "K101", f"{knob.env}={text!r} is not {knob.form}", where=f"environment variable {knob.env}", hint=knob.doc
+            "K101",
+            f"{knob.env}={text!r} is not {knob.form}",
+            where=f"environment variable {knob.env}",
+            hint=knob.doc,
         ) from None
 
 
@@ -79,7 +82,9 @@ def scope(**values: Any) -> Iterator[None]:
     global _overrides
     unknown = values.keys() - KNOBS.keys()
     if unknown:
-        raise KnobError("K101", f"no knob named {sorted(unknown)}", hint=f"knobs: {', '.join(KNOBS)}")
+        raise KnobError(
+            "K101", f"no knob named {sorted(unknown)}", hint=f"knobs: {', '.join(KNOBS)}"
+        )
     saved, _overrides = _overrides, _overrides | values
     try:
         yield

@@ -11,7 +11,8 @@ CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`kind` is interp, cpp or cuda; `arch` the CUDA architecture, or the instruction set of the CPU.
+    """`kind` is interp, cpp or cuda; `arch` the CUDA architecture, or the instruction set of the
+    CPU.
 
     An empty `arch` means the machine's own; it is resolved when something is compiled.
     """
@@ -28,7 +29,8 @@ class Target:
 
 
 def target(of: Target | str) -> Target:
-    """Parse `"cpp"`, `"cpp:avx2"`, `"cuda"`, `"cuda:sm_90a"`, `"interp"`. Raises BuildError[B103]."""
+    """Parse `"cpp"`, `"cpp:avx2"`, `"cuda"`, `"cuda:sm_90a"`, `"interp"`. Raises
+    BuildError[B103]."""
     if isinstance(of, Target):
         return of
     kind, _, arch = of.partition(":")
@@ -38,5 +40,7 @@ def target(of: Target | str) -> Target:
     if kind == "cuda" and arch and arch not in CUDA_ARCHS:
         raise BuildError("B103", f"unknown CUDA architecture {arch!r}", hint=", ".join(CUDA_ARCHS))
     if kind == "cpp" and arch not in ("", "avx512", "avx2", "baseline"):
-        raise BuildError("B103", f"unknown instruction set {arch!r}", hint="avx512, avx2 or baseline")
+        raise BuildError(
+            "B103", f"unknown instruction set {arch!r}", hint="avx512, avx2 or baseline"
+        )
     return Target(kind, arch)

@@ -150,7 +150,7 @@ def gather_rows(T=tw.dense("v d"), at=tw.dense("t", dtype="int32")):
 @tw.program
 def column_share(A=tw.sparse("m n")):
     i, j = tw.indices("m n")
-    return tw.out.like(A)[i, j](A[i, j] / tw.sum(A[i, j] * A[i, j], over=i))
+    return tw.out.like(A)[i, j](A[i, j] / (1.0 + tw.sum(A[i, j] * A[i, j], over=i)))
 
 
 @tw.program
@@ -268,7 +268,7 @@ def arguments(
             owner = out[t.structure]
             out[t.name] = owner.with_values(rng.integers(0, known["r"], owner.nnz).astype(np.int32))
         elif t.is_sparse:
-            packed = pack(t.format, matrix(kind, *shape, rng), t.dtype.name)
+            packed = pack(t.format, matrix(kind, shape[0], shape[1], rng), t.dtype.name)
             out[t.name] = dataclasses.replace(packed, fill=t.fill)
         elif not t.dims:
             out[t.name] = 0.125
@@ -308,7 +308,9 @@ def sizes_of(program: Program, args: Arrays) -> dict[Any, int]:
     return {
         d: n
         for t in program.inputs
-        for d, n in zip(t.dims, np.shape(args[t.name]) if not t.is_sparse else args[t.name].shape, strict=True)
+        for d, n in zip(
+            t.dims, np.shape(args[t.name]) if not t.is_sparse else args[t.name].shape, strict=True
+        )
     }
 
 

@@ -6,15 +6,39 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tests.compiler.cases import (
+    FORMATS,
+    arguments,
+    logsumexp,
+    matrix,
+    rgcn,
+    sddmm,
+    softmax,
+    spmm,
+    triangles,
+    two_sparse,
+)  # fmt: skip
 
 import tilewright as tw
-from tests.compiler.cases import (
-    FORMATS, arguments, logsumexp, matrix, rgcn, sddmm, softmax, spmm, triangles, two_sparse,
-)  # fmt: skip
-from tilewright.errors import ArgumentError, FormatError, InternalError, ProgramError, TilewrightError
+from tilewright.errors import (
+    ArgumentError,
+    FormatError,
+    InternalError,
+    ProgramError,
+    TilewrightError,
+)
 from tilewright.ir.levels import Compressed, Dense, Fixed, Singleton
 from tilewright.ir.nodes import (
-    Assign, Binary, Const, For, Let, Nest, Program, Seq, Store, Var,
+    Assign,
+    Binary,
+    Const,
+    For,
+    Let,
+    Nest,
+    Program,
+    Seq,
+    Store,
+    Var,
 )  # fmt: skip
 from tilewright.ir.verify import verify
 
@@ -47,8 +71,13 @@ FORMS = [
     ("col_parts=0", lambda: tw.hyb(0)),
     ("long_rows='no'", lambda: tw.hyb(long_rows="no")),
     ("no parts", lambda: tw.Composed("c", ())),
-    ("dimensions", lambda: tw.Composed("c", ((tw.Where(), tw.csr()), (tw.Where(), tw.Format("v", (Dense(0),)))))),
-]  # fmt: skip
+    (
+        "dimensions",
+        lambda: tw.Composed(
+            "c", ((tw.Where(), tw.csr()), (tw.Where(), tw.Format("v", (Dense(0),))))
+        ),
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "make"), FORMS, ids=range(len(FORMS)))
@@ -103,38 +132,46 @@ def test_f106_parts_that_do_not_cover():
 
 def traced(body, **parameters):
     """A program whose function has these parameters."""
-    text = f"lambda {', '.join(f'{n}=_given[{n!r}]' for n in parameters)}: _body({', '.join(parameters)})"
+    defaults = ", ".join(f"{n}=_given[{n!r}]" for n in parameters)
+    text = f"lambda {defaults}: _body({', '.join(parameters)})"
     return lambda: tw.program(eval(text, {"_given": parameters, "_body": body}))
 
 
 A, X, D = tw.sparse("m n"), tw.dense("n d"), tw.dense("m n")
 
 
-def ij(dims="m n"):
-    return tw.indices(dims)
+def over(make, **parameters):
+    """`traced`, with the indices of m and n handed over as well."""
+    return traced(lambda a, *more: make(*tw.indices("m n"), a, *more), **parameters)
+
+
+def twice(i, j, a):
+    """Two outputs of one name."""
+    out = tw.out.named("o")
+    return out[i, j](a[i, j]), out[i, j](a[i, j])
 
 
 PROGRAMS = [
     ("P101", "x", traced(lambda x: x, x=3)),
     ("P101", "return", traced(lambda x: None, x=D)),
-    ("P101", "truth", traced(lambda a: 1 if a[ij()] > 0 else 0, a=D)),
-    ("P101", "None", traced(lambda a: tw.out[ij()](a[ij("p:m q:n")] + None), a=D)),  # type: ignore[operator]
-    ("P101", "defined twice", traced(lambda a: (lambda i, j: (tw.out.named("o")[i, j](a[i, j]), tw.out.named("o")[i, j](a[i, j])))(*ij()), a=D)),
+    ("P101", "truth", over(lambda i, j, a: 1 if a[i, j] > 0 else 0, a=D)),
+    ("P101", "None", over(lambda i, j, a: tw.out[i, j](a[i, j] + None), a=D)),
+    ("P101", "defined twice", over(twice, a=D)),
     ("P101", "R", traced(lambda A, R: None, A=A, R=tw.sparse("n m", like="A"))),
     ("P101", "R", traced(lambda A, R: None, A=A, R=tw.sparse("m n", like="B"))),
-    ("P102", "j", traced(lambda a: (lambda i, j: tw.out[i, j](a[j, i]))(*ij()), a=D)),
+    ("P102", "j", over(lambda i, j, a: tw.out[i, j](a[j, i]), a=D)),
     ("P102", "dimension", traced(lambda a: tw.indices("m q"), a=D)),
     ("P102", "new name", traced(lambda a: tw.indices("i:m i:n"), a=D)),
-    ("P103", "a", traced(lambda a: (lambda i, j: tw.out[i](a[i]))(*ij()), a=D)),
-    ("P103", "plain", traced(lambda a: (lambda i, j: tw.out[i + 1, j](a[i, j]))(*ij()), a=D)),
-    ("P103", "twice", traced(lambda a: (lambda i, j: tw.out[i, i](tw.sum(a[i, j], over=j)))(*ij()), a=D)),
-    ("P103", "dense", traced(lambda a: (lambda i, j: tw.out.like(a)[i, j](a[i, j]))(*ij()), a=D)),
-    ("P103", "A", traced(lambda A: (lambda i, j: tw.out.like(A)[j, i](A[i, j]))(*ij()), A=A)),
-    ("P104", "j", traced(lambda a: (lambda i, j: tw.out[i](a[i, j]))(*ij()), a=D)),
-    ("P104", "j", traced(lambda a: (lambda i, j: tw.out[i](tw.sum(a[i, i * 0], over=j)))(*ij()), a=D)),
-    ("P104", "over 3", traced(lambda a: (lambda i, j: tw.out[i](tw.sum(a[i, j], over=3)))(*ij()), a=D)),  # type: ignore[arg-type]
-    ("P106", "integers", traced(lambda a: (lambda i, j: tw.out[i, j](a[i, j] & 1))(*ij()), a=D)),
-]  # fmt: skip
+    ("P103", "a", over(lambda i, j, a: tw.out[i](a[i]), a=D)),
+    ("P103", "plain", over(lambda i, j, a: tw.out[i + 1, j](a[i, j]), a=D)),
+    ("P103", "twice", over(lambda i, j, a: tw.out[i, i](tw.sum(a[i, j], over=j)), a=D)),
+    ("P103", "dense", over(lambda i, j, a: tw.out.like(a)[i, j](a[i, j]), a=D)),
+    ("P103", "A", over(lambda i, j, A: tw.out.like(A)[j, i](A[i, j]), A=A)),
+    ("P104", "j", over(lambda i, j, a: tw.out[i](a[i, j]), a=D)),
+    ("P104", "j", over(lambda i, j, a: tw.out[i](tw.sum(a[i, i * 0], over=j)), a=D)),
+    ("P104", "over 3", over(lambda i, j, a: tw.out[i](tw.sum(a[i, j], over=3)), a=D)),
+    ("P106", "integers", over(lambda i, j, a: tw.out[i, j](a[i, j] & 1), a=D)),
+]
 
 
 @pytest.mark.parametrize(("code", "name", "act"), PROGRAMS, ids=range(len(PROGRAMS)))
@@ -156,12 +193,15 @@ P107 = [
     ("1 dimensions", lambda: spmm.decompose(A=tw.Format("v", (Compressed(0),))).program),
     ("shares its rows", lambda: softmax.decompose(A=tw.coo()).lower()),
     ("shares its rows", lambda: logsumexp.decompose(A=tw.hyb(2, (1, 2))).lower()),
-    ("shares its rows", lambda: logsumexp.decompose(A=tw.hyb(1, (1, 2), long_rows="split")).lower()),
+    (
+        "shares its rows",
+        lambda: logsumexp.decompose(A=tw.hyb(1, (1, 2), long_rows="split")).lower(),
+    ),
     ("cannot be searched", lambda: two_sparse.decompose(B=tw.coo()).lower()),
     ("cannot be searched", lambda: two_sparse.decompose(B=tw.hyb()).lower()),
     ("cannot be searched", lambda: triangles.decompose(B=tw.hyb()).lower()),
     ("float16", lambda: spmm.decompose(A=tw.coo()).typed(A="float16", X="float16").lower()),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "act"), P107, ids=range(len(P107)))
@@ -316,5 +356,5 @@ def test_i101_verifiers_find_broken_programs(number):
 def test_verifiers_pass_what_the_compiler_makes():
     for fmt in FORMATS.values():
         seen = []
-        spmm.decompose(A=fmt).lower(watch=lambda name, p, s=seen: (verify(p, name), s.append(name)))
+        spmm.decompose(A=fmt).lower(watch=lambda name, p, s=seen: s.append(name) or verify(p, name))
         assert seen[-1] == "split_registers"

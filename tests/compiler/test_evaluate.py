@@ -6,12 +6,30 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.compiler.cases import (
+    FORMATS,
+    MATRICES,
+    SPARSE,
+    arguments,
+    attention,
+    farthest,
+    filled,
+    gather_rows,
+    gemm,
+    matrix,
+    numbers,
+    rgcn,
+    row_max,
+    sddmm,
+    softmax,
+    spmm,
+    spmm_t,
+    square,
+    triangles,
+    two_sparse,
+)  # fmt: skip
 
 import tilewright as tw
-from tests.compiler.cases import (
-    FORMATS, MATRICES, SPARSE, arguments, attention, farthest, filled, gather_rows, gemm, matrix,
-    numbers, rgcn, row_max, sddmm, softmax, spmm, spmm_t, square, triangles, two_sparse,
-)  # fmt: skip
 from tilewright.errors import InternalError
 from tilewright.runtime import evaluate as module
 from tilewright.runtime.interpreter import evaluate
@@ -45,7 +63,11 @@ def by_hand(program, args):
         if name == "sddmm_plain":
             return (a["P"] @ a["Q"].T)[mask]
         if name == "softmax":
-            e = np.where(mask, np.exp(d - np.where(mask, d, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)), 0)
+            e = np.where(
+                mask,
+                np.exp(d - np.where(mask, d, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)),
+                0,
+            )
             return (e / e.sum(axis=1, keepdims=True))[mask]
         if name == "logsumexp":
             return np.log(np.where(mask, np.exp(d), 0).sum(axis=1))
@@ -58,7 +80,15 @@ def by_hand(program, args):
 
 
 @settings(max_examples=120)
-@given(st.sampled_from(SPARSE), st.sampled_from(list(FORMATS)), st.sampled_from(MATRICES), st.integers(0, 6), st.integers(0, 6), st.sampled_from((1, 7, 1 << 22)), SEEDS)
+@given(
+    st.sampled_from(SPARSE),
+    st.sampled_from(list(FORMATS)),
+    st.sampled_from(MATRICES),
+    st.integers(0, 6),
+    st.integers(0, 6),
+    st.sampled_from((1, 7, 1 << 22)),
+    SEEDS,
+)
 def test_against_dense_arrays(program, fmt, kind, m, n, chunk, seed):
     """Whatever the format, the matrix, and the pieces in which it is computed."""
     program = program.decompose(A=FORMATS[fmt])
@@ -114,7 +144,10 @@ def test_the_first_operand_with_the_axis_is_followed(rng):
     args = arguments(farthest, rng, "random", n=6)
     (a, _), (b, stored) = dense(args["A"]), dense(args["B"])
     rows, cols = args["A"].unpack()[0]
-    wanted = [max((b[j, k] * a[i, k] for k in np.flatnonzero(stored[j])), default=-np.inf) for i, j in zip(rows, cols, strict=True)]
+    wanted = [
+        max((b[j, k] * a[i, k] for k in np.flatnonzero(stored[j])), default=-np.inf)
+        for i, j in zip(rows, cols, strict=True)
+    ]
     np.testing.assert_allclose(evaluate(farthest.program, args)["out"], wanted, rtol=1e-6)
 
 
@@ -125,7 +158,9 @@ def test_two_sparse_operands(rng):
     np.testing.assert_allclose(evaluate(two_sparse.program, args)["out"], wanted, rtol=1e-6)
     args = arguments(triangles, rng, "random", n=6)
     (a, mask), (b, _) = dense(args["A"]), dense(args["B"])
-    np.testing.assert_allclose(evaluate(triangles.program, args)["out"], (a * (a @ b.T))[mask], rtol=1e-6)
+    np.testing.assert_allclose(
+        evaluate(triangles.program, args)["out"], (a * (a @ b.T))[mask], rtol=1e-6
+    )
 
 
 def test_one_dimension_under_two_indices(rng):
@@ -143,7 +178,9 @@ def test_temporaries_and_later_statements(rng):
     with np.errstate(invalid="ignore"):
         e = np.exp(s - s.max(axis=1, keepdims=True))
         wanted = np.nan_to_num(e / e.sum(axis=1, keepdims=True)) @ v
-    np.testing.assert_allclose(evaluate(attention.program, args)["out"], wanted, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        evaluate(attention.program, args)["out"], wanted, rtol=1e-6, atol=1e-9
+    )
 
 
 def test_the_arm_not_taken_is_not_read(rng):
@@ -208,4 +245,9 @@ def test_a_large_product_stays_small_in_memory(rng):
     wanted = (d * (args["P"].astype(float) @ args["Q"].T))[mask]
     np.testing.assert_allclose(evaluate(sddmm.program, args)["out"], wanted, rtol=1e-9, atol=1e-9)
     many = arguments(spmm_t, rng, "random", m=300, n=200, d=64)
-    np.testing.assert_allclose(evaluate(spmm_t.program, many)["out"], dense(many["A"])[0].T @ many["X"], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        evaluate(spmm_t.program, many)["out"],
+        dense(many["A"])[0].T @ many["X"],
+        rtol=1e-9,
+        atol=1e-9,
+    )

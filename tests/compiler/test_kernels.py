@@ -6,13 +6,35 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tests.compiler.cases import (
+    DENSE,
+    FORMATS,
+    MATRICES,
+    SPARSE,
+    arguments,
+    attention,
+    called,
+    close,
+    farthest,
+    filled,
+    flat,
+    gemm,
+    matrix,
+    numbers,
+    pack,
+    poisoned_output,
+    rgcn,
+    rmsnorm,
+    softmax,
+    spmm,
+    spmm_t,
+    square,
+    triangles,
+    two_sparse,
+)  # fmt: skip
 
 import tilewright as tw
-from tests.compiler.cases import (
-    DENSE, FORMATS, MATRICES, SPARSE, arguments, attention, called, close, farthest, filled, flat,
-    gemm, matrix, numbers, pack, poisoned_output, rgcn, rmsnorm, softmax, spmm, spmm_t, square,
-    triangles, two_sparse,
-)  # fmt: skip
+from tilewright.dtypes import int64
 from tilewright.errors import ProgramError
 from tilewright.runtime import toolchain
 from tilewright.runtime.interpreter import evaluate
@@ -75,7 +97,12 @@ def test_square_graphs(fmt, rng):
 @pytest.mark.parametrize("fmt", ["csr", "ell", "hyb", "bsr"])
 def test_value_types(dtype, fmt, rng):
     for program in (spmm, softmax):
-        agree(program.decompose(A=FORMATS[fmt]).typed(A=dtype, **({"X": dtype} if program is spmm else {})), rng)
+        agree(
+            program.decompose(A=FORMATS[fmt]).typed(
+                A=dtype, **({"X": dtype} if program is spmm else {})
+            ),
+            rng,
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -99,10 +126,12 @@ def test_wide_coordinates(fmt, rng):
     args = arguments(program, rng)
     s = args["A"].structure
     parts = tuple(
-        dataclasses.replace(p, arrays=tuple({k: a.astype(np.int64) for k, a in x.items()} for x in p.arrays))
+        dataclasses.replace(
+            p, arrays=tuple({k: a.astype(np.int64) for k, a in x.items()} for x in p.arrays)
+        )
         for p in s.parts
     )
-    wide = dataclasses.replace(s, parts=parts, index_dtype=tw.target and s.index_dtype.__class__("int64", "i", 64))
+    wide = dataclasses.replace(s, parts=parts, index_dtype=int64)
     args["A"] = dataclasses.replace(args["A"], structure=wide)
     check(kernel, program, args)
 
@@ -231,5 +260,12 @@ def test_the_output_of_a_sparse_program_has_the_structure_of_its_input(rng):
     made = softmax.decompose(A=FORMATS["hyb"]).build()(a)
     assert made.structure is a.structure
     t = softmax.program.outputs[0]
-    close(flat(t, made), evaluate(softmax.decompose(A=FORMATS["hyb"]).program, {"A": a})["out"], "float32")
-    assert numbers(poisoned_output(t, {"A": a}, softmax).values[0], "float32").shape == a.values[0].shape
+    close(
+        flat(t, made),
+        evaluate(softmax.decompose(A=FORMATS["hyb"]).program, {"A": a})["out"],
+        "float32",
+    )
+    assert (
+        numbers(poisoned_output(t, {"A": a}, softmax).values[0], "float32").shape
+        == a.values[0].shape
+    )

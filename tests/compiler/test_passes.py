@@ -6,11 +6,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tests.compiler.cases import (
-    DENSE, FORMATS, MATRICES, OTHER, SEARCHED, SPARSE, SQUARE, after_every_pass, arguments, attention,
+    DENSE,
+    FORMATS,
+    MATRICES,
+    OTHER,
+    SEARCHED,
+    SPARSE,
+    SQUARE,
+    after_every_pass,
+    arguments,
+    attention,
     filled,
-)  # fmt: skip
+)
+
 from tilewright.errors import ProgramError
 
 SIZES = st.integers(0, 6)
@@ -28,7 +37,15 @@ def legal(definition) -> bool:
 
 
 @settings(max_examples=150)
-@given(st.sampled_from(SPARSE), st.sampled_from(list(FORMATS)), st.sampled_from(MATRICES), SIZES, SIZES, st.integers(1, 3), SEEDS)
+@given(
+    st.sampled_from(SPARSE),
+    st.sampled_from(list(FORMATS)),
+    st.sampled_from(MATRICES),
+    SIZES,
+    SIZES,
+    st.integers(1, 3),
+    SEEDS,
+)
 def test_sparse_programs(program, fmt, kind, m, n, d, seed):
     program = program.decompose(A=FORMATS[fmt])
     if legal(program):
@@ -37,7 +54,14 @@ def test_sparse_programs(program, fmt, kind, m, n, d, seed):
 
 
 @settings(max_examples=60)
-@given(st.sampled_from((*SQUARE, *SEARCHED)), st.sampled_from(list(FORMATS)), st.sampled_from(list(FORMATS)), st.sampled_from(MATRICES), st.integers(0, 5), SEEDS)
+@given(
+    st.sampled_from((*SQUARE, *SEARCHED)),
+    st.sampled_from(list(FORMATS)),
+    st.sampled_from(list(FORMATS)),
+    st.sampled_from(MATRICES),
+    st.integers(0, 5),
+    SEEDS,
+)
 def test_two_structures_and_square_graphs(program, f, g, kind, n, seed):
     names = {t.name for t in program.program.inputs}
     program = program.decompose(**{k: FORMATS[v] for k, v in (("A", f), ("B", g)) if k in names})
@@ -47,7 +71,13 @@ def test_two_structures_and_square_graphs(program, f, g, kind, n, seed):
 
 
 @settings(max_examples=120)
-@given(st.sampled_from(OTHER), st.sampled_from(list(FORMATS)), st.sampled_from(MATRICES), st.integers(0, 6), SEEDS)
+@given(
+    st.sampled_from(OTHER),
+    st.sampled_from(list(FORMATS)),
+    st.sampled_from(MATRICES),
+    st.integers(0, 6),
+    SEEDS,
+)
 def test_one_structure_read_in_several_ways(program, fmt, kind, n, seed):
     program = program.decompose(A=FORMATS[fmt])
     if legal(program):

@@ -6,12 +6,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.compiler.cases import (
+    FORMATS,
+    after_every_pass,
+    arguments,
+    called,
+    close,
+    gemm,
+    rgcn,
+    rmsnorm,
+    row_max,
+    sddmm,
+    softmax,
+    spmm,
+    spmm_t,
+)
 
 import tilewright as tw
-from tests.compiler.cases import (
-    FORMATS, after_every_pass, arguments, called, close, gemm, rgcn, rmsnorm, row_max, sddmm, softmax,
-    spmm, spmm_t,
-)  # fmt: skip
 from tilewright.errors import ScheduleError, TilewrightError
 from tilewright.runtime import toolchain
 from tilewright.runtime.interpreter import evaluate
@@ -36,13 +47,29 @@ def tried(s, verb, *args, **options):
 
 def random_schedule(s, draw, steps):
     """Some verbs on loops that are there, in any order."""
-    verbs = ("split", "split", "reorder", "reorder", "vectorize", "unroll", "rfactor", "fuse", "parallel")
+    verbs = (
+        "split",
+        "split",
+        "reorder",
+        "reorder",
+        "vectorize",
+        "unroll",
+        "rfactor",
+        "fuse",
+        "parallel",
+    )
     for _ in range(steps):
         names = s.loops
         a, b = draw(st.sampled_from(names)), draw(st.sampled_from(names))
         verb = draw(st.sampled_from(verbs))
         if verb == "split":
-            s = tried(s, verb, a, draw(st.sampled_from((1, 2, 3, 4))), tail=draw(st.sampled_from(("guard", "cut", "exact"))))
+            s = tried(
+                s,
+                verb,
+                a,
+                draw(st.sampled_from((1, 2, 3, 4))),
+                tail=draw(st.sampled_from(("guard", "cut", "exact"))),
+            )
         elif verb in ("reorder", "fuse"):
             s = tried(s, verb, a, b) if a != b else s
         else:
@@ -68,7 +95,13 @@ def scheduled(draw):
 
 
 @settings(max_examples=250)
-@given(scheduled(), st.sampled_from(("random", "sparse", "dense")), st.integers(0, 6), st.integers(0, 6), st.integers(1, 5))
+@given(
+    scheduled(),
+    st.sampled_from(("random", "sparse", "dense")),
+    st.integers(0, 6),
+    st.integers(0, 6),
+    st.integers(1, 5),
+)
 def test_random_schedules_keep_the_meaning(case, kind, m, n, d):
     if case is None:
         return
@@ -83,18 +116,44 @@ def test_random_schedules_keep_the_meaning(case, kind, m, n, d):
 
 
 CPU = [
-    (spmm, "csr", lambda s: s.split("k", 4, tail="cut").reorder("j", "k_i").vectorize("k_i").split("i", 3).parallel("i_o")),
+    (
+        spmm,
+        "csr",
+        lambda s: (
+            s.split("k", 4, tail="cut")
+            .reorder("j", "k_i")
+            .vectorize("k_i")
+            .split("i", 3)
+            .parallel("i_o")
+        ),
+    ),
     (spmm, "csr", lambda s: s.split("k", 8).reorder("j", "k_i").unroll("k_i").parallel("i")),
     (spmm, "csr", lambda s: s.split("j", 4, tail="cut").rfactor("j_i").unroll("j_i").parallel("i")),
     (spmm, "ell", lambda s: s.split("j", 4, tail="exact").rfactor("j_i").parallel("i")),
-    (spmm, "hyb", lambda s: s.split("k", 4, tail="cut").reorder("j", "k_i").vectorize("k_i").parallel("i")),
-    (spmm, "coo", lambda s: s.atomic("out").parallel("i").split("k", 4, tail="cut").vectorize("k_i")),
+    (
+        spmm,
+        "hyb",
+        lambda s: s.split("k", 4, tail="cut").reorder("j", "k_i").vectorize("k_i").parallel("i"),
+    ),
+    (
+        spmm,
+        "coo",
+        lambda s: s.atomic("out").parallel("i").split("k", 4, tail="cut").vectorize("k_i"),
+    ),
     (spmm_t, "csr", lambda s: s.atomic("out").parallel("i")),
     (sddmm, "csr", lambda s: s.split("k", 4, tail="cut").vectorize("k_i").parallel("i")),
-    (gemm, None, lambda s: s.split("j", 4, tail="cut").reorder("k", "j_i").vectorize("j_i").parallel("i")),
-    (gemm, None, lambda s: s.split("k", 4, tail="cut").vectorize("k_i").fuse("i", "j").parallel("ij")),
+    (
+        gemm,
+        None,
+        lambda s: s.split("j", 4, tail="cut").reorder("k", "j_i").vectorize("j_i").parallel("i"),
+    ),
+    (
+        gemm,
+        None,
+        lambda s: s.split("k", 4, tail="cut").vectorize("k_i").fuse("i", "j").parallel("ij"),
+    ),
     (rmsnorm, None, lambda s: s.parallel("i").split("j2", 4, tail="cut").vectorize("j2_i")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
@@ -165,7 +224,9 @@ def test_a_schedule_prints_and_goes_back():
         ".split('i', 8, tail='guard')", ".mark('i_o', 'parallel')",
     ]  # fmt: skip
     assert "# vector" in str(made) and "i_o" in made.loops
-    assert str(made.undo().program) == str(start.split("k", 4).vectorize("k_i").split("i", 8).program)
+    assert str(made.undo().program) == str(
+        start.split("k", 4).vectorize("k_i").split("i", 8).program
+    )
     assert str(made.undo(4).program) == str(start.program) and start.history == ()
     with pytest.raises(ScheduleError, match="undo"):
         start.undo()

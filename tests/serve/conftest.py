@@ -20,6 +20,15 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def runnable_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with kinds of weights that there are kernels for, and an output matrix of its own."""
+    pytest.importorskip("gguf", reason="the gguf library writes the test files")
+    from tests.serve.tiny import runnable
+
+    return runnable().write(tmp_path_factory.mktemp("models") / "runnable.gguf")
+
+
+@pytest.fixture(scope="session")
 def stories(data_dir: Path) -> ModelFile:
     path = data_dir / "llm" / "stories260K.bin"
     if not path.is_file():

@@ -15,8 +15,34 @@ from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir.nodes import (
-    Alloc, Binary, Broadcast, Buffer, Cast, Const, Expr, For, If, Let, Load, Mma, MmaStore, MmaZero, Nest, Program,
-    Ramp, ReduceLanes, ReduceThreads, Search, Select, Seq, Stmt, Store, Sync, Tile, Unary, Var,
+    Alloc,
+    Binary,
+    Broadcast,
+    Buffer,
+    Cast,
+    Const,
+    Expr,
+    For,
+    If,
+    Let,
+    Load,
+    Mma,
+    MmaStore,
+    MmaZero,
+    Nest,
+    Program,
+    Ramp,
+    ReduceLanes,
+    ReduceThreads,
+    Search,
+    Select,
+    Seq,
+    Stmt,
+    Store,
+    Sync,
+    Tile,
+    Unary,
+    Var,
 )  # fmt: skip
 from tilewright.ir.rewrite import walk
 
@@ -27,8 +53,10 @@ C_TYPES = {
     "float8_e4m3": "uint8_t", "float8_e5m2": "uint8_t",
 }  # fmt: skip
 STORED_AS_BITS = ("float16", "bfloat16")
-_RESERVED = {"int", "float", "double", "char", "long", "short", "signed", "unsigned", "for", "if", "do", "new", "this",
-             "and", "or", "not", "xor", "p", "r", "unit"}  # fmt: skip
+_RESERVED = frozenset(
+    ("int", "float", "double", "char", "long", "short", "signed", "unsigned", "for", "if", "do")
+    + ("new", "this", "and", "or", "not", "xor", "p", "r", "unit")
+)
 
 
 def c_name(name: str) -> str:
@@ -39,7 +67,8 @@ def c_name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """The fields that a program's launches read: `(name, type)` as `runtime.layout.Struct` has them.
+    """The fields that a program's launches read: `(name, type)` as `runtime.layout.Struct` has
+    them.
 
     `params` are common to a launch, `row` belongs to one part of a composed tensor; `written` names
     the buffers that the program stores to."""
@@ -96,7 +125,9 @@ def _free_names(program: Program) -> dict[str, str]:
     found: dict[str, str] = {}
     for n in _nests(program):
         for x in (*walk(n.body), *(v for g in n.grid for v in walk(g))):
-            if isinstance(x, Var) and (x.name.startswith("size_") or "_count" in x.name or "_stride" in x.name):
+            if isinstance(x, Var) and (
+                x.name.startswith("size_") or "_count" in x.name or "_stride" in x.name
+            ):
                 found[x.name] = "int64" if "_stride" in x.name or x.dtype.bits == 64 else "int32"
     return found
 
@@ -146,7 +177,9 @@ class Renderer:
         elif isinstance(s, If):
             self.block(f"if ({self.expr(s.cond)})", s.body)
         elif isinstance(s, Let):
-            self.line(f"const {self.type(s.var.dtype)} {c_name(s.var.name)} = {self.expr(s.value)};")
+            self.line(
+                f"const {self.type(s.var.dtype)} {c_name(s.var.name)} = {self.expr(s.value)};"
+            )
         elif isinstance(s, Alloc):
             self.alloc(s.buffer)
         elif isinstance(s, Store):
@@ -188,7 +221,9 @@ class Renderer:
             return c_name(b.name)
         flat = "0"
         for i, extent in zip(index, b.shape, strict=True):
-            flat = self.expr(i) if flat == "0" else f"({flat}) * {self.expr(extent)} + {self.expr(i)}"
+            flat = (
+                self.expr(i) if flat == "0" else f"({flat}) * {self.expr(extent)} + {self.expr(i)}"
+            )
         return f"{c_name(b.name)}[{flat}]"
 
     def store(self, s: Store) -> None:
@@ -207,13 +242,17 @@ class Renderer:
         elif isinstance(offset, Ramp):
             place = f"{pointer} + {self.expr(offset.base)}"
             if s.op:
-                value = self.combine(s.op, self.load_vector(s.buffer, place, lanes), value, s.value.dtype)
+                value = self.combine(
+                    s.op, self.load_vector(s.buffer, place, lanes), value, s.value.dtype
+                )
             self.line(self.store_vector(s.buffer, place, value, lanes))
         else:
             base, ns = C_TYPES[s.buffer.dtype.name], self.namespace
             index = self.expr(offset)
             if s.op:
-                value = self.combine(s.op, f"{ns}gather<{base}, {lanes}>({pointer}, {index})", value, s.value.dtype)
+                value = self.combine(
+                    s.op, f"{ns}gather<{base}, {lanes}>({pointer}, {index})", value, s.value.dtype
+                )
             self.line(f"{ns}scatter<{base}, {lanes}>({pointer}, {index}, {value});")
 
     def combine(self, op: str, old: str, value: str, dtype: DType) -> str:
@@ -230,11 +269,15 @@ class Renderer:
 
     def atomic(self, s: Store, pointer: str, value: str) -> None:
         if s.value.dtype.lanes == 1:
-            self.line(f"{self.namespace}atomic_{s.op}(&{pointer}[{self.expr(s.index[0])}], {value});")
+            self.line(
+                f"{self.namespace}atomic_{s.op}(&{pointer}[{self.expr(s.index[0])}], {value});"
+            )
             return
         index = self.expr(s.index[0])
         self.line(f"{{ const auto value = {value}; const auto at = {index};")
-        self.line(f"  for (int l = 0; l < {s.value.dtype.lanes}; ++l) {self.namespace}atomic_{s.op}(&{pointer}[{self.lane('at', 'l')}], {self.lane('value', 'l')}); }}")
+        place, one = f"&{pointer}[{self.lane('at', 'l')}]", self.lane("value", "l")
+        self.line(f"  for (int l = 0; l < {s.value.dtype.lanes}; ++l)")
+        self.line(f"    {self.namespace}atomic_{s.op}({place}, {one}); }}")
 
     def lane(self, vector: str, lane: str) -> str:
         return f"{vector}[{lane}]"
@@ -261,7 +304,7 @@ class Renderer:
         suffix = "" if e.dtype.bits == 64 else "f"
         value = float(e.value)
         if value != value:
-            return f"__builtin_nan{suffix}(\"\")"
+            return f'__builtin_nan{suffix}("")'
         if value in (float("inf"), float("-inf")):
             return f"{'-' if value < 0 else ''}__builtin_inf{suffix}()"
         text = repr(value)
@@ -296,9 +339,12 @@ class Renderer:
                 f"{self.expr(e.lo)}, {self.expr(e.hi)}, {self.expr(e.key)})"
             )
         if isinstance(e, Ramp):
-            return f"{self.namespace}ramp<{C_TYPES[e.dtype.name]}, {e.dtype.lanes}>({self.expr(e.base)})"
+            kind = f"{C_TYPES[e.dtype.name]}, {e.dtype.lanes}"
+            return f"{self.namespace}ramp<{kind}>({self.expr(e.base)})"
         if isinstance(e, Broadcast):
-            return f"{self.namespace}splat<{C_TYPES[e.dtype.name]}, {e.dtype.lanes}>({self.expr(e.a)})"
+            return (
+                f"{self.namespace}splat<{C_TYPES[e.dtype.name]}, {e.dtype.lanes}>({self.expr(e.a)})"
+            )
         if isinstance(e, ReduceLanes):
             t = e.a.dtype
             return f"{self.namespace}fold_{e.op}<{C_TYPES[t.name]}, {t.lanes}>({self.expr(e.a)})"
@@ -320,7 +366,8 @@ class Renderer:
             return self.load_scalar(b, f"{pointer}[{self.expr(offset)}]")
         if isinstance(offset, Ramp):
             return self.load_vector(b, f"{pointer} + {self.expr(offset.base)}", lanes)
-        return f"{self.namespace}gather<{C_TYPES[b.dtype.name]}, {lanes}>({pointer}, {self.expr(offset)})"
+        kind = f"{C_TYPES[b.dtype.name]}, {lanes}"
+        return f"{self.namespace}gather<{kind}>({pointer}, {self.expr(offset)})"
 
     def load_scalar(self, b: Buffer, place: str) -> str:
         return place
@@ -395,7 +442,9 @@ class Renderer:
 
     def body_pointers(self, nest: Nest) -> list[str]:
         """Local names for the pointers that a body reads from `params`."""
-        used = {x.buffer.name: x.buffer for x in walk(nest.body) if isinstance(x, (Load, Store, Tile))}
+        used = {
+            x.buffer.name: x.buffer for x in walk(nest.body) if isinstance(x, (Load, Store, Tile))
+        }
         used |= {x.keys.name: x.keys for x in walk(nest.body) if isinstance(x, Search)}
         names = {f[0]: f for f in self.params.params if f[1] == "ptr"}
         return [
@@ -430,7 +479,8 @@ def _float32(to: DType) -> DType:
 
 
 def host_text(grid: tuple[Expr, ...]) -> str:
-    """The number of units of a nest as a Python expression over `v`, a mapping of sizes and counts."""
+    """The number of units of a nest as a Python expression over `v`, a mapping of sizes and
+    counts."""
     return " * ".join(f"({_host(e)})" for e in grid) or "1"
 
 

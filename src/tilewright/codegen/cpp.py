@@ -74,19 +74,28 @@ def _body(program: Program, params: Params, nest: Nest, name: str) -> str:
     renderer.stmt(nest.body)
     lines = [f"  {line}" for line in (*renderer.body_pointers(nest), *renderer.unit_to_grid(nest))]
     body = "\n".join((*lines, *renderer.lines))
-    return f"// {nest.name}\nstatic inline void {name}(const Params& p, const Row& r, int64_t unit) {{\n{body}\n}}"
+    head = f"static inline void {name}(const Params& p, const Row& r, int64_t unit)"
+    return f"// {nest.name}\n{head} {{\n{body}\n}}"
 
 
 def _entry(stage: tuple[Nest, ...], number: int) -> str:
     head = (
         f'extern "C" __attribute__((visibility("default"))) void stage{number}'
-        "(const void* raw, int64_t begin, int64_t end) {\n  const Params& p = *static_cast<const Params*>(raw);\n"
+        "(const void* raw, int64_t begin, int64_t end) {\n"
+        "  const Params& p = *static_cast<const Params*>(raw);\n"
     )
     if stage[0].part < 0:
         if len(stage) != 1:
             raise InternalError("I101", "several nests in one launch need a work table")
-        return head + f"  for (int64_t unit = begin; unit < end; ++unit) body{number}_0(p, p.rows[0], unit);\n}}"
-    cases = "\n".join(f"      case {n.part}: body{number}_{c}(p, r, unit - r.first); break;" for c, n in enumerate(stage))
+        return (
+            head
+            + "  for (int64_t unit = begin; unit < end; ++unit) "
+            + f"body{number}_0(p, p.rows[0], unit);\n}}"
+        )
+    cases = "\n".join(
+        f"      case {n.part}: body{number}_{c}(p, r, unit - r.first); break;"
+        for c, n in enumerate(stage)
+    )
     return head + (
         "  int64_t at = 0;\n"
         "  for (int64_t unit = begin; unit < end; ++unit) {\n"
@@ -94,5 +103,3 @@ def _entry(stage: tuple[Nest, ...], number: int) -> str:
         "    const Row& r = p.rows[at];\n"
         "    switch (r.body) {\n" + cases + "\n    }\n  }\n}"
     )
-
-

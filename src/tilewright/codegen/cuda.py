@@ -7,20 +7,38 @@ to find it, and a new matrix needs no new launch configuration but the number of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from tilewright.codegen.cfamily import C_TYPES, Params, Renderer, Source, c_name, collect_params
 from tilewright.ir.nodes import (
-    Broadcast, Buffer, Const, Expr, Load, Mma, MmaStore, MmaZero, Nest, Program, Ramp, ReduceThreads, Select,
-    Tile, Var,
+    Broadcast,
+    Buffer,
+    Const,
+    Expr,
+    Load,
+    Mma,
+    MmaStore,
+    MmaZero,
+    Nest,
+    Program,
+    Ramp,
+    ReduceThreads,
+    Select,
+    Tile,
+    Var,
 )  # fmt: skip
 from tilewright.ir.rewrite import walk
 
 RESIDENT = 1024  # threads of an SM that the register budget is made for: 64 registers each
-RESIDENT_MMA = 512  # where accumulators are fragments: 128 registers each
+RESIDENT_MMA = 384  # where accumulators are fragments: 168 registers each
 PRELUDE = Path(__file__).parent / "prelude"
+
+
+_BITS32 = {"nan": "0x7fc00000", "inf": "0x7f800000", "-inf": "0xff800000"}
+_BITS64 = {"nan": "0x7ff8000000000000", "inf": "0x7ff0000000000000", "-inf": "0xfff0000000000000"}
 
 
 @cache
@@ -60,20 +78,22 @@ class CudaRenderer(Renderer):
         return f"tw::{verb}<{C_TYPES[b.dtype.name]}, {lanes}>({place})"
 
     def const(self, e: Const) -> str:
-        text = super().const(e)
-        if "__builtin" in text:
-            value = float(e.value)
-            bits = "nan" if value != value else "-inf" if value < 0 else "inf"
-            if e.dtype.bits == 64:
-                return {"nan": "__longlong_as_double(0x7ff8000000000000ll)", "inf": "__longlong_as_double(0x7ff0000000000000ll)",
-                        "-inf": "__longlong_as_double(0xfff0000000000000ll)"}[bits]  # fmt: skip
-            return {"nan": "__uint_as_float(0x7fc00000u)", "inf": "__uint_as_float(0x7f800000u)", "-inf": "__uint_as_float(0xff800000u)"}[bits]
-        return text
+        if not e.dtype.is_float or math.isfinite(e.value):
+            return super().const(e)
+        which = "nan" if math.isnan(e.value) else "inf" if e.value > 0 else "-inf"
+        if e.dtype.bits == 64:
+            return f"__longlong_as_double({_BITS64[which]}ll)"
+        return f"__uint_as_float({_BITS32[which]}u)"
 
     def select(self, e: Select) -> str:
         """A load that a condition guards is predicated: a branch would part it from its neighbours
         and their latencies would add up."""
-        if isinstance(e.a, Load) and e.cond.dtype.lanes == 1 and e.a.buffer.name not in self.written and _zero(e.b):
+        if (
+            isinstance(e.a, Load)
+            and e.cond.dtype.lanes == 1
+            and e.a.buffer.name not in self.written
+            and _zero(e.b)
+        ):
             index = e.a.index[0].base if isinstance(e.a.index[0], Ramp) else e.a.index[0]
             if e.dtype.lanes == 1 or isinstance(e.a.index[0], Ramp):
                 kind = f"{C_TYPES[e.dtype.name]}, {e.dtype.lanes}"
@@ -101,14 +121,18 @@ class CudaRenderer(Renderer):
         if isinstance(s, MmaZero):
             self.line(f"tw::mma_zero({acc});")
         elif isinstance(s, Mma):
-            self.line(f"tw::mma_{s.a.buffer.dtype.name}({acc}, {self.tile(s.a)}, {self.tile(s.b)}, tx);")
+            self.line(
+                f"tw::mma_{s.a.buffer.dtype.name}({acc}, {self.tile(s.a)}, {self.tile(s.b)}, tx);"
+            )
         else:
             kind = f"tw::{s.to.buffer.dtype.name}_bits"
             verb = "mma_add" if s.op else "mma_store"
             self.line(f"tw::{verb}<{kind}>({self.tile(s.to)}, {acc}, tx);")
 
     def tile(self, t: Tile) -> str:
-        rest = ", ".join(self.expr(f) for f in (t.row_stride, t.col_stride, t.row_limit, t.col_limit))
+        rest = ", ".join(
+            self.expr(f) for f in (t.row_stride, t.col_stride, t.row_limit, t.col_limit)
+        )
         return f"tw::tile({self.pointer(t.buffer)} + {self.expr(t.offset)}, {rest})"
 
 
@@ -145,7 +169,8 @@ def _body(program: Program, params: Params, nest: Nest, name: str) -> tuple[str,
     lines = [f"  {line}" for line in (*renderer.body_pointers(nest), *renderer.unit_to_grid(nest))]
     body = "\n".join((*lines, *renderer.lines))
     x, y = nest.threads
-    head = f"TW_INLINE void {name}(const Params& p, const Row& r, int64_t unit, int thread, char* smem)"
+    args = "const Params& p, const Row& r, int64_t unit, int thread, char* smem"
+    head = f"TW_INLINE void {name}({args})"
     place = f"  const int tx = thread % {x}, ty = thread / {x};  // {x} x {y} threads"
     return f"// {nest.name}\n{head} {{\n{place}\n{body}\n}}", renderer.smem_bytes
 
@@ -159,8 +184,9 @@ def _shell(stage: tuple[Nest, ...], number: int) -> str:
     threads = stage_threads(stage)
     fragments = any(isinstance(x, MmaZero) for n in stage for x in walk(n.body))
     resident = RESIDENT_MMA if fragments else RESIDENT
+    bounds = f"__launch_bounds__({threads}, {max(1, resident // threads)})"
     head = (
-        f'extern "C" __global__ void __launch_bounds__({threads}, {max(1, resident // threads)}) stage{number}(const __grid_constant__ Params p) {{\n'
+        f'extern "C" __global__ void {bounds} stage{number}(const __grid_constant__ Params p) {{\n'
         "  extern __shared__ __align__(16) char smem[];\n"
         "  const int thread = threadIdx.x;\n"
         "  const int64_t unit = blockIdx.x;\n"
@@ -173,7 +199,10 @@ def _shell(stage: tuple[Nest, ...], number: int) -> str:
 
     if stage[0].part < 0:
         return head + f"  {call(0, stage[0], 'unit', 'p.rows[0]')}\n}}"
-    cases = "\n".join(f"    case {n.part}: {call(c, n, 'unit - r.first', 'r')} break;" for c, n in enumerate(stage))
+    cases = "\n".join(
+        f"    case {n.part}: {call(c, n, 'unit - r.first', 'r')} break;"
+        for c, n in enumerate(stage)
+    )
     return head + (
         "  int at = 0;\n"
         "  while (at + 1 < p.row_count && unit >= p.rows[at + 1].first) ++at;\n"

@@ -14,7 +14,8 @@ else about formats is derived from these: pack, unpack, loops, addresses, search
 | Singleton  | one                | idx[q]           | q             | compare         |
 
 A new level (affine, bitmap, N:M) is a new class here and a change nowhere else.
-Reference: the level functions of taco (Chou et al., OOPSLA 2018, §3) and SparseTIR (ASPLOS 2023, §3.1).
+Reference: the level functions of taco (Chou et al., OOPSLA 2018, §3) and SparseTIR (ASPLOS 2023,
+§3.1).
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """`dim` is the dimension of the tensor it stores: all of it, or, with `block` b, the quotient by
-    b (`inner` False) or the remainder (`inner` True)."""
+    """`dim` is the dimension of the tensor it stores: all of it, or, with `block` b, the quotient
+    by b (`inner` False) or the remainder (`inner` True)."""
 
     dim: int
     block: int = 0
@@ -136,10 +137,12 @@ class Dense(Level):
     def locate(self, s: Storage, q: Expr, c: Expr) -> Expr:
         return add(mul(q, s.size), c)
 
-    def build(self, q, c, parents, extent):
+    def build(
+        self, q: np.ndarray, c: np.ndarray, parents: int, extent: int
+    ) -> tuple[Arrays, np.ndarray, int]:
         return {}, q * extent + c, parents * extent
 
-    def expand(self, arrays, parents, extent):
+    def expand(self, arrays: Arrays, parents: int, extent: int) -> tuple[np.ndarray, np.ndarray]:
         return np.repeat(np.arange(parents), extent), np.tile(np.arange(extent), parents)
 
 
@@ -165,14 +168,16 @@ class Ragged(Level):
         inside = binary("<", c, binary("-", s.indptr[add(q, 1)], s.indptr[q]))
         return select(inside, add(s.indptr[q], c), -1)
 
-    def build(self, q, c, parents, extent):
+    def build(
+        self, q: np.ndarray, c: np.ndarray, parents: int, extent: int
+    ) -> tuple[Arrays, np.ndarray, int]:
         length = np.zeros(parents, np.int64)
         np.maximum.at(length, q, c + 1)
         indptr = np.zeros(parents + 1, np.int64)
         np.cumsum(length, out=indptr[1:])
         return {"indptr": indptr}, indptr[q] + c, int(indptr[-1])
 
-    def expand(self, arrays, parents, extent):
+    def expand(self, arrays: Arrays, parents: int, extent: int) -> tuple[np.ndarray, np.ndarray]:
         indptr = arrays["indptr"].astype(np.int64)
         q = np.repeat(np.arange(parents), np.diff(indptr))
         return q, np.arange(indptr[-1]) - indptr[q]
@@ -208,7 +213,9 @@ class Compressed(Level):
         lo, hi = self.loop(s, q)
         return Search(s.indices, lo, hi, c)
 
-    def build(self, q, c, parents, extent):
+    def build(
+        self, q: np.ndarray, c: np.ndarray, parents: int, extent: int
+    ) -> tuple[Arrays, np.ndarray, int]:
         if not len(q):
             return {"indptr": np.zeros(parents + 1, np.int64), "indices": c}, q, 0
         new = np.empty(len(q), bool)
@@ -227,7 +234,7 @@ class Compressed(Level):
             len(first),
         )
 
-    def expand(self, arrays, parents, extent):
+    def expand(self, arrays: Arrays, parents: int, extent: int) -> tuple[np.ndarray, np.ndarray]:
         indptr = arrays["indptr"].astype(np.int64)
         return np.repeat(np.arange(parents), np.diff(indptr)), arrays["indices"]
 
@@ -262,14 +269,17 @@ class Fixed(Level):
             found = select(binary("==", s.indices[p], c), p, found)
         return found
 
-    def build(self, q, c, parents, extent):
+    def build(
+        self, q: np.ndarray, c: np.ndarray, parents: int, extent: int
+    ) -> tuple[Arrays, np.ndarray, int]:
         ptr = _segments(q, parents)
         rank = np.arange(len(q)) - ptr[q]
         if len(rank) and int(rank.max()) >= self.width:
             worst = int(q[rank.argmax()])
             raise FormatError(
                 "F108",
-                f"row {worst} has {int(ptr[worst + 1] - ptr[worst])} entries but the level holds {self.width}",
+                f"row {worst} has {int(ptr[worst + 1] - ptr[worst])} entries but the level holds "
+                f"{self.width}",
                 hint="use a wider ELL, or hyb, which chooses a width for each row",
             )
         position = q * self.width + rank
@@ -277,7 +287,7 @@ class Fixed(Level):
         indices[position] = c
         return {"indices": indices}, position, parents * self.width
 
-    def expand(self, arrays, parents, extent):
+    def expand(self, arrays: Arrays, parents: int, extent: int) -> tuple[np.ndarray, np.ndarray]:
         return np.repeat(np.arange(parents), self.width), arrays["indices"]
 
     def _extra(self) -> str:
@@ -304,7 +314,9 @@ class Singleton(Level):
         assert s.indices
         return select(binary("==", s.indices[q], c), q, -1)
 
-    def build(self, q, c, parents, extent):
+    def build(
+        self, q: np.ndarray, c: np.ndarray, parents: int, extent: int
+    ) -> tuple[Arrays, np.ndarray, int]:
         indices = np.full(parents, -1, np.int64)
         indices[q] = c
         if len(q) != parents or len(np.unique(q)) != parents:
@@ -315,7 +327,7 @@ class Singleton(Level):
             )
         return {"indices": indices}, q, parents
 
-    def expand(self, arrays, parents, extent):
+    def expand(self, arrays: Arrays, parents: int, extent: int) -> tuple[np.ndarray, np.ndarray]:
         return np.arange(parents), arrays["indices"]
 
 

@@ -280,7 +280,8 @@ class Tensor:
         if len(coords) != len(self.dims):
             raise ProgramError(
                 "P103",
-                f"{self.name} has dimensions {self.dims} but was read with {len(coords)} coordinates",
+                f"{self.name} has dimensions {self.dims} but was read with {len(coords)} "
+                "coordinates",
                 hint=f"write {self.name}[{', '.join('ijklmn'[: len(self.dims)])}]",
             )
         return Access(self, tuple(as_expr(c, dtypes.int32) for c in coords), self.dtype)
@@ -299,7 +300,8 @@ Scope = Literal["global", "part", "register", "shared", "fragment"]
 class Buffer:
     """Memory. `part` buffers belong to one part of a composed tensor and come with the work table.
 
-    `shape` and `strides` are in elements; run-time sizes are `Var`s. `strides` None = dense C order.
+    `shape` and `strides` are in elements; run-time sizes are `Var`s. `strides` None = dense C
+    order.
     """
 
     name: str
@@ -340,7 +342,8 @@ class Stmt:
 
 @node
 class Assign(Stmt):
-    """Coordinate level: `out[coords] = value` for every coordinate of `out` (stored ones, if sparse)."""
+    """Coordinate level: `out[coords] = value` for every coordinate of `out` (stored ones, if
+    sparse)."""
 
     out: Access
     value: Expr
@@ -436,7 +439,8 @@ class Sync(Stmt):
 @node
 class Tile:
     """A `rows × cols` window of a buffer for `Mma`: element (r, c) lies at
-    `offset + r*row_stride + c*col_stride`; rows beyond `row_limit` (cols: `col_limit`) read as 0."""
+    `offset + r*row_stride + c*col_stride`; rows beyond `row_limit` (cols: `col_limit`) read as
+    0."""
 
     buffer: Buffer
     offset: Expr
@@ -448,10 +452,12 @@ class Tile:
 
 @node
 class MmaZero(Stmt):
-    """Sets an m × n float32 fragment to zero. `acc` is an array of fragments: its shape is (slots, m, n)."""
+    """Sets an m × n float32 fragment to zero. `acc` is an array of fragments: its shape is (slots,
+    m, n)."""
 
     acc: Buffer
     slot: Expr
+    shape: tuple[int, int, int]
 
 
 @node
@@ -498,9 +504,10 @@ class Nest:
 class Program:
     """A program at any level. `level` is coordinates, positions or loops.
 
-    `stages` groups the nests that run in one launch: nests of a stage are independent of each other.
-    `orders` holds loop orders asked for (output name, then axes); `fused` the structures whose two
-    axes are walked as one; `sizes` dimensions that are fixed; `index` the type of coordinates.
+    `stages` groups the nests that run in one launch: nests of a stage are independent of each
+    other. `orders` holds loop orders asked for (output name, then axes); `fused` the structures
+    whose two axes are walked as one; `sizes` dimensions that are fixed; `index` the type of
+    coordinates.
     """
 
     name: str

@@ -101,7 +101,8 @@ def statements(s: Any) -> Iterator[Stmt]:
 
 
 def substitute(n: N, values: Mapping[str, Expr]) -> N:
-    """Variables replaced by name. Names bound inside `n` (For, Let, Reduce) are expected to be fresh."""
+    """Variables replaced by name. Names bound inside `n` (For, Let, Reduce) are expected to be
+    fresh."""
     if not values:
         return n
 
@@ -203,21 +204,11 @@ def _simplify_binary(x: Binary) -> Expr:
             return a if b.value else b
     if a.dtype.is_float or b.dtype.is_float:
         return x
-    if isinstance(a, Const) and isinstance(b, Const) and op in _FOLD:
-        if not (op in ("//", "%") and b.value == 0):
-            return Const(_FOLD[op](a.value, b.value), x.dtype)
+    by_zero = op in ("//", "%") and is_const(b, 0)
+    if isinstance(a, Const) and isinstance(b, Const) and op in _FOLD and not by_zero:
+        return Const(_FOLD[op](a.value, b.value), x.dtype)
     if op == "+":
-        if is_const(a, 0):
-            return b
-        if is_const(b, 0):
-            return a
-        if (
-            isinstance(b, Const)
-            and isinstance(a, Binary)
-            and a.op == "+"
-            and isinstance(a.b, Const)
-        ):
-            return _simplify_binary(Binary("+", a.a, Const(a.b.value + b.value, b.dtype), x.dtype))
+        return _simplify_sum(x)
     if op == "-" and is_const(b, 0):
         return a
     if op == "*":
@@ -225,12 +216,22 @@ def _simplify_binary(x: Binary) -> Expr:
             return b
         if is_const(b, 1):
             return a
-        if is_const(a, 0) or is_const(b, 0):
-            return Const(0, x.dtype) if x.dtype.lanes == 1 else x
     if op == "//" and is_const(b, 1):
         return a
-    if op == "%" and is_const(b, 1):
-        return Const(0, x.dtype) if x.dtype.lanes == 1 else x
+    is_zero = (op == "*" and (is_const(a, 0) or is_const(b, 0))) or (op == "%" and is_const(b, 1))
+    return Const(0, x.dtype) if is_zero and x.dtype.lanes == 1 else x
+
+
+def _simplify_sum(x: Binary) -> Expr:
+    """i + 0, 0 + i, (i + 1) + 2"""
+    a, b = x.a, x.b
+    if is_const(a, 0):
+        return b
+    if is_const(b, 0):
+        return a
+    if isinstance(b, Const) and isinstance(a, Binary) and a.op == "+" and isinstance(a.b, Const):
+        both = Const(a.b.value + b.value, b.dtype)
+        return _simplify_binary(Binary("+", a.a, both, x.dtype))
     return x
 
 

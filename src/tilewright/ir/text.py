@@ -98,7 +98,8 @@ def _lines(s: Any, depth: int) -> list[str]:
         return [f"{pad}mma_zero {s.acc.name}[{expr_text(s.slot)}]"]
     if isinstance(s, n.Mma):
         return [
-            f"{pad}mma {s.acc.name}[{expr_text(s.slot)}] += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}"
+            f"{pad}mma {s.acc.name}[{expr_text(s.slot)}] += {_tile(s.a)} @ {_tile(s.b)}   # "
+            f"{s.shape}"
         ]
     if isinstance(s, n.MmaStore):
         return [
@@ -109,7 +110,9 @@ def _lines(s: Any, depth: int) -> list[str]:
 
 def _tile(t: n.Tile) -> str:
     limits = [
-        f"{name} < {expr_text(e)}" for name, e in (("r", t.row_limit), ("c", t.col_limit)) if not isinstance(e, n.Const)
+        f"{name} < {expr_text(e)}"
+        for name, e in (("r", t.row_limit), ("c", t.col_limit))
+        if not isinstance(e, n.Const)
     ]
     where = f" where {', '.join(limits)}" if limits else ""
     at = (expr_text(t.offset), f"r*{expr_text(t.row_stride, 7)}", f"c*{expr_text(t.col_stride, 7)}")

@@ -31,13 +31,11 @@ from tilewright.ir.nodes import (
     ReduceLanes,
     ReduceThreads,
     Search,
-    Select,
     Seq,
     Stmt,
     Store,
     Sync,
     Tile,
-    Unary,
     Var,
     children,
 )  # fmt: skip
@@ -45,13 +43,42 @@ from tilewright.ir.nodes import (
 LEGAL: dict[str, tuple[type, ...]] = {
     "coordinates": (Assign, Access, Reduce, Index),
     "positions": (
-        Seq, For, Let, If, Compute, Load, Search, Alloc, Mma, MmaZero, MmaStore, Tile,
+        Seq,
+        For,
+        Let,
+        If,
+        Compute,
+        Load,
+        Search,
+        Alloc,
+        Mma,
+        MmaZero,
+        MmaStore,
+        Tile,
     ),
     "loops": (
-        Seq, For, Let, If, Store, Alloc, Sync, Load, Search, Ramp, Broadcast, ReduceLanes, ReduceThreads,
-        Mma, MmaZero, MmaStore, Tile,
+        Seq,
+        For,
+        Let,
+        If,
+        Store,
+        Alloc,
+        Sync,
+        Load,
+        Search,
+        Ramp,
+        Broadcast,
+        ReduceLanes,
+        ReduceThreads,
+        Mma,
+        MmaZero,
+        MmaStore,
+        Tile,
     ),
-}  # fmt: skip
+}
+
+
+LEVELLED = (Access, Reduce, Load, Search, Ramp, Broadcast, ReduceLanes, ReduceThreads)
 
 
 def verify(program: Program, after: str = "") -> None:
@@ -94,17 +121,8 @@ class _Checker:
         if not isinstance(s, self.legal):
             self.fail(f"{type(s).__name__} has no place here", s)
         if isinstance(s, Seq):
-            bound, registers = set(bound), dict(registers)
-            for b in s.body:
-                self.stmt(b, bound, registers)
-                if isinstance(b, Let):
-                    if b.var.name in bound:
-                        self.fail(f"{b.var.name} is bound twice", b)
-                    bound.add(b.var.name)
-                if isinstance(b, Alloc):
-                    registers[b.buffer.name] = b.buffer
-            return
-        if isinstance(s, For):
+            self.seq(s, set(bound), dict(registers))
+        elif isinstance(s, For):
             self.expr(s.begin, bound, registers)
             self.expr(s.end, bound, registers)
             if s.name in bound:
@@ -120,10 +138,7 @@ class _Checker:
             if s.value.dtype != s.var.dtype:
                 self.fail(f"{s.var.name} is {s.var.dtype} but gets {s.value.dtype}", s)
         elif isinstance(s, Compute):
-            self.expr(s.out, bound, None)
-            self.expr(s.value, bound, None)
-            if not s.op and s.value.dtype != s.out.dtype:
-                self.fail(f"{s.value.dtype} assigned to {s.out.dtype}", s)
+            self.compute(s, bound)
         elif isinstance(s, Store):
             self.store(s, bound, registers)
         else:
@@ -132,6 +147,22 @@ class _Checker:
             for child in children(s):
                 for e in children(child) if isinstance(child, Tile) else (child,):
                     self.expr(e, bound, registers)
+
+    def seq(self, s: Seq, bound: set[str], registers: dict[str, Buffer]) -> None:
+        for b in s.body:
+            self.stmt(b, bound, registers)
+            if isinstance(b, Let):
+                if b.var.name in bound:
+                    self.fail(f"{b.var.name} is bound twice", b)
+                bound.add(b.var.name)
+            if isinstance(b, Alloc):
+                registers[b.buffer.name] = b.buffer
+
+    def compute(self, s: Compute, bound: set[str]) -> None:
+        self.expr(s.out, bound, None)
+        self.expr(s.value, bound, None)
+        if not s.op and s.value.dtype != s.out.dtype:
+            self.fail(f"{s.value.dtype} assigned to {s.out.dtype}", s)
 
     def store(self, s: Store, bound: set[str], registers: dict[str, Buffer]) -> None:
         for i in s.index:
@@ -160,13 +191,8 @@ class _Checker:
                 self.fail(f"{e.a.dtype} {e.op} {e.b.dtype}", e)
             if (e.op in COMPARISON) != (e.dtype.kind == "b") and e.op not in ("&", "|", "^"):
                 self.fail(f"{e.op} gives {e.dtype}", e)
-        elif isinstance(e, (Unary, Select)):
-            pass
-        elif isinstance(
-            e, (Access, Reduce, Load, Search, Ramp, Broadcast, ReduceLanes, ReduceThreads)
-        ):
-            if not isinstance(e, self.legal):
-                self.fail(f"{type(e).__name__} has no place here", e)
+        elif isinstance(e, LEVELLED) and not isinstance(e, self.legal):
+            self.fail(f"{type(e).__name__} has no place here", e)
         if isinstance(e, Reduce):
             self.expr(e.body, bound | {a.name for a in e.axes}, registers)
             return

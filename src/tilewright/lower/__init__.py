@@ -60,7 +60,8 @@ def run_passes(
     kind: str = "cpp",
     watch: Callable[[str, Program], None] | None = None,
 ) -> Program:
-    """The passes that apply to a kind of target, in order. `watch(name, program)` sees each result."""
+    """The passes that apply to a kind of target, in order. `watch(name, program)` sees each
+    result."""
     verifying, debug = knobs.get("verify"), knobs.get("debug")
     for p in passes:
         if p.only and kind not in p.only:

@@ -64,9 +64,10 @@ def _bound(nest: Nest) -> Nest:
     if any(isinstance(x, MmaZero) for x in walk(nest.body)):
         if extents["thread.x"] > WARP:
             raise ScheduleError(
-                "S102", f"{extents['thread.x']} threads along thread.x beside tile operations",
-                hint="a tile operation takes the 32 threads of thread.x: bind other loops to thread.y",
-            )  # fmt: skip
+                "S102",
+                f"{extents['thread.x']} threads along thread.x beside tile operations",
+                hint="a tile operation takes all of thread.x: bind other loops to thread.y",
+            )
         extents["thread.x"] = WARP
     body = simplify(_threads(nest.body, extents, frozenset()))
     return replace(nest, body=body, threads=(extents["thread.x"], extents["thread.y"]))
@@ -133,9 +134,11 @@ def _check_host(loop: For) -> None:
     ]
     if inner or not begins_at_zero:
         raise ScheduleError(
-            "S102", f"loop {loop.name} cannot be parallel: its range {loop.begin}:{loop.end} is not known before the launch",
-            hint="only loops over a dimension, or over the outermost level of a format, are units of work",
-        )  # fmt: skip
+            "S102",
+            f"loop {loop.name} cannot be parallel: its range {loop.begin}:{loop.end} is not known "
+            "before the launch",
+            hint="units of work: loops over a dimension, or over the outermost level of a format",
+        )
 
 
 def host_known(name: str) -> bool:

@@ -16,7 +16,8 @@ def hoist_reductions(program: Program) -> Program:
     after:  out.0[i]  = sum(exp(A[i, j]) over j)          (inline: computed inside the nest of out)
             out[i, j] = exp(A[i, j]) / out.0[i]
 
-    A reduction that depends on no index of its statement becomes a temporary with a stage of its own.
+    A reduction that depends on no index of its statement becomes a temporary with a stage of its
+    own.
     """
     body: list[Assign] = []
     tensors = {t.name: t for t in program.tensors}

@@ -26,17 +26,18 @@ from tilewright.ir.rewrite import free_vars, rebuild, transform
 
 
 def predicate_loads(program: Program) -> Program:
-    """A guarded sum of products is added without a branch: what the guard protects reads as 0 where it
-    fails. A branch would part the loads of unrolled iterations, and their latencies would add up.
+    """A guarded sum of products is added without a branch: what the guard protects reads as 0
+    where it fails. A branch would part the loads of unrolled iterations, and their latencies would
+    add up.
 
-    before: if j >= 0                                after: acc += A.values[p] * where(j >= 0, X[j, k], 0)
-              acc += A.values[p] * X[j, k]
+    before: if j >= 0                                after: acc += A.values[p]
+              acc += A.values[p] * X[j, k]                         * where(j >= 0, X[j, k], 0)
     before: if p < end                               after: let j = where(p < end, idx[p], 0)
               let j = idx[p]                                acc += where(p < end, A.values[p], 0)
               acc += A.values[p] * X[j, k]                       * where(p < end, X[j, k], 0)
 
-    Under a test of a padded coordinate the values of the format are loaded as they are (padding holds
-    0). Only products of loads: another factor could be infinite, and 0 · ∞ is not 0.
+    Under a test of a padded coordinate the values of the format are loaded as they are (padding
+    holds 0). Only products of loads: another factor could be infinite, and 0 · ∞ is not 0.
     """
     stages = tuple(
         tuple(replace(n, body=transform(n.body, _visit)) for n in stage) for stage in program.stages

@@ -1,10 +1,12 @@
-"""Pass: reductions get their accumulators; what was one `Compute` becomes init, update and store."""
+"""Pass: reductions get their accumulators; what was one `Compute` becomes init, update and
+store."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import product
+from itertools import count, product
 from typing import Any
 
 from tilewright.errors import ScheduleError
@@ -36,8 +38,8 @@ THREADS = ("thread.x", "thread.y")
 
 
 def materialize_reductions(program: Program) -> Program:
-    """An accumulator is opened just outside the outermost loop that reduces, as large as the spatial
-    loops inside that loop, and stored after it. The order of loops alone decides.
+    """An accumulator is opened just outside the outermost loop that reduces, as large as the
+    spatial loops inside that loop, and stored after it. The order of loops alone decides.
 
     before: for k_o in 0:n/64                     after:  for k_o in 0:n/64
               for j in …                                    alloc acc[4, 16]; … acc = 0
@@ -58,8 +60,10 @@ def materialize_reductions(program: Program) -> Program:
 
 @dataclass(frozen=True, slots=True)
 class _Chain:
-    """What lies between the outermost loop of a reduction and its statement."""
+    """What lies between the outermost loop of a reduction and its statement, the `number`-th
+    `Compute` below that loop (a cut tail inside another loop that reduces makes it several)."""
 
+    number: int
     compute: Compute
     spatial: tuple[For, ...]  # loops that do not reduce, outermost first
     lanes: tuple[For, ...]  # reducing loops with an accumulator for each iteration
@@ -98,28 +102,17 @@ class _Materializer:
         return s
 
     def _reduce(self, group: list[Stmt]) -> list[Stmt]:
-        """`group`: neighbouring loops that reduce into the same outputs (a loop and its cut tail)."""
-        keys = dict.fromkeys(c.key for s in group for c in _reductions(s))
+        """`group`: neighbouring loops that reduce into the same outputs (a loop and its cut
+        tail)."""
+        found = [_reductions(s) for s in group]
+        changed: list[dict[int, Stmt]] = [{} for _ in group]
         before: list[Stmt] = []
         after: list[Stmt] = []
-        for key in keys:
+        for key in dict.fromkeys(c.key for chains in found for c in chains):
             made: dict[Any, tuple[Buffer, _Chain]] = {}
-            for at, s in enumerate(group):
-                chain = next((c for c in _reductions(s) if c.key == key), None)
-                if chain is None:
-                    continue
-                if chain.escapes:
-                    group[at] = _replace(s, chain, lambda c: _store(c, c.value))
-                    continue
-                shape = tuple((f.var.name, f.extent) for f in chain.lanes)
-                if shape not in made:
-                    made[shape] = self._accumulator(chain), chain
-                acc = made[shape][0]
-                index = tuple(f.var for f in (*chain.spatial, *chain.lanes))
-                group[at] = _replace(
-                    s, chain,
-                    lambda c, acc=acc, index=index: Store(acc, index, cast(c.value, acc.dtype), c.op),
-                )  # fmt: skip
+            for chains, new in zip(found, changed, strict=True):
+                for chain in (c for c in chains if c.key == key):
+                    new[chain.number] = self._update(chain, made)
             if made:
                 before += [
                     x for acc, chain in made.values() for x in (Alloc(acc), _initial(acc, chain))
@@ -128,7 +121,21 @@ class _Materializer:
                 out = next(iter(made.values()))[1].compute.out.buffer
                 if out.scope == "register":
                     before.insert(0, Alloc(_scalar(out)))
-        return [*before, *(self._plain(s) for s in group), *after]
+        inside = (_replace(s, new) for s, new in zip(group, changed, strict=True))
+        return [*before, *(self._plain(s) for s in inside), *after]
+
+    def _update(self, chain: _Chain, made: dict[Any, tuple[Buffer, _Chain]]) -> Stmt:
+        """What becomes of a `Compute`: an update of memory, or of one of the accumulators
+        `made`."""
+        c = chain.compute
+        if chain.escapes:
+            return _store(c, c.value)
+        shape = tuple((f.var.name, f.extent) for f in (*chain.lanes, *chain.threads))
+        if shape not in made:
+            made[shape] = self._accumulator(chain), chain
+        acc = made[shape][0]
+        index = tuple(f.var for f in (*chain.spatial, *chain.lanes))
+        return Store(acc, index, cast(c.value, acc.dtype), c.op)
 
     def _accumulator(self, chain: _Chain) -> Buffer:
         out = chain.compute.out.buffer
@@ -136,9 +143,12 @@ class _Materializer:
         for loop in (*chain.spatial, *chain.lanes):
             if loop.extent is None or loop.begin.value != 0:  # type: ignore[attr-defined]
                 raise ScheduleError(
-                    "S102", f"loop {loop.name} lies inside the reduction of {out.name} and has a run-time extent",
-                    hint="an accumulator has a constant size: split the loop and keep only its inner part inside",
-                )  # fmt: skip
+                    "S102",
+                    f"loop {loop.name} lies inside the reduction of {out.name} and has a run-time "
+                    "extent",
+                    hint="an accumulator has a constant size: split the loop, keep its inner "
+                    "part inside",
+                )
         shape = tuple(Const(f.extent or 0, f.var.dtype) for f in (*chain.spatial, *chain.lanes))
         return Buffer(f"{out.name}_acc{self.count}", chain.compute.value.dtype, shape, "register")
 
@@ -147,17 +157,14 @@ def _reductions(s: Stmt) -> list[_Chain]:
     """The reductions for which the loop `s` is the outermost one that reduces."""
     if not isinstance(s, For):
         return []
-    found: dict[Any, _Chain] = {}
-    for c in statements(s):
-        if isinstance(c, Compute) and c.op and set(s.axes) & set(c.reduce):
-            chain = _chain(s, c)
-            found.setdefault(chain.key, chain)
-    return list(found.values())
+    return [
+        _chain(number, c, path)
+        for number, (c, path) in enumerate(_computes(s, []))
+        if c.op and set(s.axes) & set(c.reduce)
+    ]
 
 
-def _chain(top: For, compute: Compute) -> _Chain:
-    path = path_to(top, compute)
-    assert path is not None
+def _chain(number: int, compute: Compute, path: list[Any]) -> _Chain:
     spatial: list[For] = []
     lanes: list[For] = []
     threads: list[For] = []
@@ -169,7 +176,7 @@ def _chain(top: For, compute: Compute) -> _Chain:
                 reduced.add(s.name)
                 if s.kind in THREADS:
                     threads.append(s)
-                elif s.kind == "vector" or s.private:
+                elif (s.kind == "vector" or s.private) and s.extent != 0:
                     lanes.append(s)
             elif (free_vars(s.begin) | free_vars(s.end)) & reduced:
                 reduced.add(s.name)
@@ -184,7 +191,9 @@ def _chain(top: For, compute: Compute) -> _Chain:
     escapes = compute.out.buffer.scope != "register" and bool(place & reduced)
     # A level of width 0 has forgotten what its coordinates depend on; it updates nothing.
     escapes |= compute.in_place and any(isinstance(s, For) and s.extent == 0 for s in path)
-    return _Chain(compute, tuple(spatial), tuple(lanes), tuple(threads), tuple(frame), escapes)
+    return _Chain(
+        number, compute, tuple(spatial), tuple(lanes), tuple(threads), tuple(frame), escapes
+    )
 
 
 def path_to(s: Stmt, goal: Compute) -> list[Any] | None:
@@ -206,12 +215,28 @@ def path_to(s: Stmt, goal: Compute) -> list[Any] | None:
     return None
 
 
-def _replace(s: Stmt, chain: _Chain, make: Any) -> Stmt:
-    """The computes of the reduction below `s`, replaced."""
+def _computes(s: Stmt, path: list[Any]) -> Iterator[tuple[Compute, list[Any]]]:
+    """Every `Compute` below `s`, with the loops, guards and lets in whose scope it stands."""
+    if isinstance(s, Compute):
+        yield s, path
+    elif isinstance(s, (For, If)):
+        yield from _computes(s.body, [*path, s])
+    elif isinstance(s, Seq):
+        lets: list[Any] = []
+        for b in s.body:
+            if isinstance(b, Let):
+                lets.append(b)
+            else:
+                yield from _computes(b, [*path, *lets])
+
+
+def _replace(s: Stmt, by: dict[int, Stmt]) -> Stmt:
+    """The computes below `s` replaced by number."""
+    numbers = count()
 
     def visit(x: Any) -> Any:
         if isinstance(x, Compute):
-            return make(x) if (x.out, x.op) == chain.key else x
+            return by.get(next(numbers), x)
         return rebuild(x, visit) if isinstance(x, (Seq, For, If)) else x
 
     return visit(s)
@@ -240,18 +265,23 @@ def _final(parts: list[tuple[Buffer, _Chain]]) -> Stmt:
     c = chain.compute
     value = reduce(
         lambda a, b: Binary(REDUCTIONS[c.op], a, b, a.dtype),
-        (_joined(acc, each) for acc, each in parts),
+        (_over_threads(_joined(acc, each), each) for acc, each in parts),
     )
-    if chain.threads:
-        return _across_threads(parts[0][0].name, chain, value)
+    if any(each.threads for _, each in parts):
+        return _met(parts[0][0].name, chain, value)
     return _framed(_store(c, value), chain.frame)
 
 
-def _across_threads(name: str, chain: _Chain, value: Expr) -> Stmt:
-    """The value joined across threads, then stored. All threads take part in the sum: guards stand
-    around the store only, or they would part threads that meet."""
+def _over_threads(value: Expr, chain: _Chain) -> Expr:
+    """A tail that all threads compute is not joined across them: each has all of it."""
     for f in chain.threads:
         value = ReduceThreads(chain.compute.op, value, f.kind, f.extent or 0, value.dtype)
+    return value
+
+
+def _met(name: str, chain: _Chain, value: Expr) -> Stmt:
+    """The value joined across threads, then stored. All threads take part in the sum: guards stand
+    around the store only, or they would part threads that meet."""
     total = Buffer(f"{name}_all", value.dtype, (), "register")
     guards = tuple(f for f in chain.frame if not isinstance(f, For))
     store = _framed(_store(chain.compute, Load(total, (), value.dtype)), guards)
@@ -290,7 +320,9 @@ def _joined(acc: Buffer, chain: _Chain) -> Expr:
 
 def _scalars(body: Stmt) -> Stmt:
     """Reads of inline temporaries as reads of their one register."""
-    inline = {x.buffer.name for x in statements(body) if isinstance(x, Alloc) and not x.buffer.shape}
+    inline = {
+        x.buffer.name for x in statements(body) if isinstance(x, Alloc) and not x.buffer.shape
+    }
 
     def visit(x: Any) -> Any:
         if isinstance(x, Load) and x.buffer.name in inline and x.index:

@@ -1,7 +1,7 @@
 """Pass: products marked `mma` become tile operations, with their accumulators in fragments.
 
-The addresses of both operands and of the output must be affine in the three loops of the tile: their
-coefficients are the strides of the tile, so that a transposed operand needs no word of its own.
+The addresses of both operands and of the output must be affine in the three loops of the tile:
+their coefficients are the strides of the tile, so a transposed operand needs no word of its own.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ RESULTS = ("float32", "float16", "bfloat16")
 
 
 def materialize_tiles(program: Program) -> Program:
-    """The three loops of a tile become one operation. Its fragment is opened just outside the outermost
-    loop that reduces, with a slot for each spatial iteration inside that loop, and stored after it.
-    Guards on the three loops become limits: beyond them a tile reads 0 and writes nothing.
+    """The three loops of a tile become one operation. Its fragment is opened just outside the
+    outermost loop that reduces, with a slot for each spatial iteration inside that loop, and stored
+    after it. Guards on the three loops become limits: beyond them a tile reads 0, writes nothing.
 
     before: for k_o in 0:ceil(k/16)               after:  alloc acc[4 fragments]; … mma_zero acc[u]
               for u in 0:4  # unroll                      for k_o in 0:ceil(k/16)
@@ -82,7 +82,8 @@ class _Tiler:
         for c in computes:
             if c.mma and times[c.out, c.op] > 1:
                 raise ScheduleError(
-                    "S102", f"{c.out.buffer.name} is summed by a tile operation and by another loop",
+                    "S102",
+                    f"{c.out.buffer.name} is summed by a tile operation and by another loop",
                     hint="split the reduced loop with tail='guard'",
                 )  # fmt: skip
 
@@ -97,7 +98,7 @@ class _Tiler:
         return rebuild(s, self.visit) if isinstance(s, (Seq, For, If)) else s
 
     def reduce(self, top: Stmt, computes: list[Compute]) -> Stmt:
-        """`top` is the outermost loop of these products that reduces, or the first of their tile."""
+        """`top` is the outermost loop of these products that reduces, or the first of a tile."""
         before: list[Stmt] = []
         after: list[Stmt] = []
         for c in computes:
@@ -129,9 +130,10 @@ class _Tiler:
 class _Product:
     """One product on its way: what surrounds its tile, and what its tile reads and writes.
 
-    `outer`: loops, lets and guards from the outermost loop that reduces to the tile. `inner`: lets and
-    guards of the tile that no loop of the tile decides. `limits`: how many iterations of each loop of
-    the tile lie inside. `reduced`: names that differ from one reduced iteration to the next."""
+    `outer`: loops, lets and guards from the outermost loop that reduces to the tile. `inner`: lets
+    and guards of the tile that no loop of the tile decides; `known`: what its other lets stand for.
+    `limits`: how many iterations of each loop of the tile lie inside. `reduced`: names that differ
+    from one reduced iteration to the next."""
 
     compute: Compute
     first: For
@@ -157,9 +159,15 @@ class _Product:
                 hint="call mma() after every other verb on these loops",
             )  # fmt: skip
         if any(_reduces(f, c) for f in loops[:2]) or not _reduces(loops[2], c):
-            raise ScheduleError("S102", f"a tile operation sums over its last loop only, {c.mma[2]}")
+            raise ScheduleError(
+                "S102", f"a tile operation sums over its last loop only, {c.mma[2]}"
+            )
         if c.atomic:
-            raise ScheduleError("S102", "a tile operation has no atomic updates", hint="a format that keeps rows whole")
+            raise ScheduleError(
+                "S102",
+                "a tile operation has no atomic updates",
+                hint="a format that keeps rows whole",
+            )
         at = next(n for n, s in enumerate(path) if s is loops[0])
         outer, region = tuple(path[:at]), path[at:]
         inner, known, limits = _region(region, frozenset(c.mma))
@@ -167,14 +175,19 @@ class _Product:
         p = cls(c, loops[0], c.mma, outer, inner, known, limits, reduced)
         for name in c.mma[:2]:
             if name in limits and free_vars(limits[name]) & reduced:
-                raise _not_affine(f"how many iterations of {name} there are depends on a reduced loop")
+                raise _not_affine(
+                    f"how many iterations of {name} there are depends on a reduced loop"
+                )
         return p
 
     @property
     def escapes(self) -> bool:
         """Whether the reduced loops decide where the output lies."""
         to = self.tile(self.compute.out, *self.names[:2])
-        return bool((free_vars(to.offset) | free_vars(to.row_stride) | free_vars(to.col_stride)) & self.reduced)
+        return bool(
+            (free_vars(to.offset) | free_vars(to.row_stride) | free_vars(to.col_stride))
+            & self.reduced
+        )
 
     @property
     def slots(self) -> tuple[For, ...]:
@@ -182,10 +195,13 @@ class _Product:
         found = tuple(s for s in self.outer if isinstance(s, For) and s.name not in self.reduced)
         for f in found:
             if f.extent is None or not _is_zero(f.begin):
+                out = self.compute.out.buffer.name
                 raise ScheduleError(
-                    "S102", f"loop {f.name} lies inside the reduction of {self.compute.out.buffer.name} and has a run-time extent",
-                    hint="a warp keeps a constant number of tiles: split the loop and keep only its inner part inside",
-                )  # fmt: skip
+                    "S102",
+                    f"loop {f.name} lies inside the reduction of {out} and has a run-time extent",
+                    hint="a warp keeps a constant number of tiles: split the loop, and keep only "
+                    "its inner part inside",
+                )
         return found
 
     def update(self, acc: Buffer, slot: Expr) -> Stmt:
@@ -214,12 +230,13 @@ class _Product:
                 raise _not_affine(f"{e} is no element of an array")
             factors.append(e)
         x, y = factors
-        kinds = x.dtype.name, y.dtype.name
         if x.dtype != y.dtype or x.dtype.name not in OPERANDS or c.out.dtype.name not in RESULTS:
             raise ScheduleError(
-                "S102", f"a tile operation multiplies float16 or bfloat16 into float32, not {kinds[0]} × {kinds[1]} into {c.out.dtype}",
+                "S102",
+                "a tile operation multiplies float16 or bfloat16 into float32, "
+                f"not {x.dtype} × {y.dtype} into {c.out.dtype}",
                 hint='build it .typed(A="float16", B="float16"), with the output typed("float32")',
-            )  # fmt: skip
+            )
         rows, cols, _ = self.names
         x_has, y_has = self._varies(x), self._varies(y)
         if cols in x_has or rows in y_has:
@@ -229,7 +246,9 @@ class _Product:
         return x, y
 
     def _varies(self, x: Load) -> set[str]:
-        return {name for i in x.index for name in free_vars(substitute(i, self.known))} & set(self.names)
+        return {name for i in x.index for name in free_vars(substitute(i, self.known))} & set(
+            self.names
+        )
 
     def tile(self, x: Load, rows: str, cols: str) -> Tile:
         """The window of memory that `x` runs over as the loops `rows` and `cols` run."""
@@ -294,8 +313,8 @@ def _replaced(s: Any, old: For, new: Stmt) -> Any:
 def _region(
     region: list[Any], names: frozenset[str]
 ) -> tuple[tuple[Any, ...], dict[str, Expr], dict[str, Expr]]:
-    """The inside of a tile: (lets and guards that its loops do not decide, what the other lets stand
-    for, the limits of its loops)."""
+    """The inside of a tile: (lets and guards that its loops do not decide, what the other lets
+    stand for, the limits of its loops)."""
     inner: list[Any] = []
     known: dict[str, Expr] = {}
     limits: dict[str, Expr] = {}
@@ -344,10 +363,12 @@ def _reduced(outer: tuple[Any, ...], c: Compute) -> frozenset[str]:
     for s in outer:
         if isinstance(s, For) and _reduces(s, c):
             if s.kind in ("vector", "thread.x", "thread.y") or s.private:
+                kind = "private" if s.private else s.kind
                 raise ScheduleError(
-                    "S102", f"loop {s.name} reduces outside a tile and is {s.kind if not s.private else 'private'}",
+                    "S102",
+                    f"loop {s.name} reduces outside a tile and is {kind}",
                     hint="loops around a tile that reduce are serial",
-                )  # fmt: skip
+                )
             reduced.add(s.name)
         elif isinstance(s, For) and (free_vars(s.begin) | free_vars(s.end)) & reduced:
             reduced.add(s.name)
@@ -360,8 +381,8 @@ def _reduced(outer: tuple[Any, ...], c: Compute) -> frozenset[str]:
 
 
 def _affine(e: Expr, names: frozenset[str], to: DType) -> tuple[Expr, dict[str, Expr]]:
-    """`e` as base + Σ coefficient · name, computed in the type `to`; names that do not occur are left
-    out. Raises ScheduleError[S102] where it is not affine."""
+    """`e` as base + Σ coefficient · name, computed in the type `to`; names that do not occur are
+    left out. Raises ScheduleError[S102] where it is not affine."""
     if isinstance(e, Var) and e.name in names:
         return Const(0, to), {e.name: Const(1, to)}
     if isinstance(e, Cast) and e.a.dtype.is_int and e.dtype.is_int:
@@ -372,11 +393,10 @@ def _affine(e: Expr, names: frozenset[str], to: DType) -> tuple[Expr, dict[str, 
             if q:
                 a, p, b, q = b, q, a, p
             return mul(a, b), {name: mul(by, b) for name, by in p.items()}
-        if e.op == "+":
-            return add(a, b), {n: add(p[n], q[n]) if n in p and n in q else p.get(n, q.get(n)) for n in p | q}  # type: ignore[misc]
-        if e.op == "-":
+        if e.op != "*":
             zero = Const(0, to)
-            return simplify(binary("-", a, b)), {n: simplify(binary("-", p.get(n, zero), q.get(n, zero))) for n in p | q}
+            step = {n: simplify(binary(e.op, p.get(n, zero), q.get(n, zero))) for n in p | q}
+            return simplify(binary(e.op, a, b)), step
     if free_vars(e) & names:
         raise _not_affine(f"{e} is no sum of multiples of {', '.join(sorted(names))}")
     return cast(e, to), {}

@@ -102,7 +102,8 @@ class _Unroller:
 
 
 def _renamed_lets(s: Stmt, suffix: str) -> Stmt:
-    """Lets and registers of the outermost sequence under new names, so that copies stand side by side."""
+    """Lets and registers of the outermost sequence under new names, so that copies stand side by
+    side."""
     if not isinstance(s, Seq):
         return s
     out: list[Stmt] = []

@@ -4,7 +4,9 @@ An operator's file holds the program (the mathematics), the schedules that make 
 target, and the function that a user calls; the function picks format and schedule by shape.
 """
 
+from tilewright.ops.bsr_spmm import bsr_spmm
+from tilewright.ops.gemm import gemm
 from tilewright.ops.sddmm import pack_for_sddmm, sddmm
 from tilewright.ops.spmm import pack_for_spmm, spmm
 
-__all__ = ["pack_for_sddmm", "pack_for_spmm", "sddmm", "spmm"]
+__all__ = ["bsr_spmm", "gemm", "pack_for_sddmm", "pack_for_spmm", "sddmm", "spmm"]

@@ -35,7 +35,7 @@ def sddmm_program(A=sparse("m n"), P=dense("m d"), Q=dense("n d")):  # noqa: ANN
 
 ROWS_PER_UNIT, ENTRIES_PER_UNIT = 16, 256  # of one unit on the CPU
 SUMS = 4  # vector accumulators: enough to hide the latency of an addition
-CTA = 256  # threads
+CTA, WARP = 256, 32  # threads
 LINE = 128  # bytes of a row that neighbouring threads load together
 IN_FLIGHT = 4  # loads of Q that a thread waits for at once
 FORMATS = ("csr", "dcsr", "coo")
@@ -68,7 +68,7 @@ def gpu_recipe(s: Schedule) -> Schedule:
         s, entries = s.fuse_axes("A"), "ij"
     itemsize = next(t.dtype.itemsize for t in s.program.tensors if t.name == "Q")
     lanes = next(v for v in (16 // itemsize, 4, 2, 1) if d % v == 0)
-    across = min(LINE // (lanes * itemsize), _power_above(d // lanes))
+    across = min(WARP, LINE // (lanes * itemsize), _power_above(d // lanes))
     rows, steps = CTA // across, -(-d // (lanes * across))
     together = max(1, IN_FLIGHT // steps)
     s = s.split(entries, rows * together, into=("e_cta", "e_r")).split("e_r", rows, into=("e_u", "e_y"))
@@ -115,17 +115,18 @@ def sddmm(A: Packed, P: Any, Q: Any, out: Any = None) -> Packed:  # noqa: N803
         raise ArgumentError("A106", f"A is {kind}", where="argument A", hint=f"pack it as one of: {', '.join(FORMATS)}")
     width = recipes.fixed_width(getattr(Q, "shape", (0, 0))[-1], A.device)
     types = str(A.dtype), recipes.dtype_name(P), recipes.dtype_name(Q)
-    return sddmm_kernel(A.format, types, width, A.structure.index_dtype.name, A.device)(A, P, Q, out=out)
+    target = "cpp" if A.device == "cpu" else "cuda"
+    return sddmm_kernel(A.format, types, width, A.structure.index_dtype.name, target)(A, P, Q, out=out)
 
 
 @cache
-def sddmm_kernel(fmt: Format, types: tuple[str, str, str], width: int, index: str, device: str) -> Kernel:
+def sddmm_kernel(fmt: Format, types: tuple[str, str, str], width: int, index: str, target: str) -> Kernel:
     """The built kernel for a format, the dtypes of A, P and Q, a width (0 = any), an index type and a
-    device."""
+    target."""
     a, p, q = types
     made: Definition = sddmm_program.typed(A=a, P=dtypes.dtype(p), Q=dtypes.dtype(q), index=index).decompose(A=fmt)
 
     def scheduled(s: Schedule) -> Schedule:
         return recipe(s.specialize("d", width) if width else s)
 
-    return made.schedule(scheduled).build("cuda" if device.startswith("cuda") else "cpp")
+    return made.schedule(scheduled).build(target)

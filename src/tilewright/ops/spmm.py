@@ -68,14 +68,15 @@ def gpu_recipe(s: Schedule, tile: int = 128) -> Schedule:
     """Each nest by its format: rows of one length side by side, a long row by a whole CTA.
 
     `tile`: features that one sweep over A takes; a smaller one keeps a slice of X in the L2."""
-    d = dict(s.program.sizes).get("d")
-    if d is None:
-        raise AssertionError("the GPU recipe is made for one width: specialize d")
-    lanes = next(v for v in (4, 2, 1) if d % v == 0)
+    d = dict(s.program.sizes).get("d", 0)  # 0: known at run time only
+    lanes = next(v for v in (4, 2, 1) if d % v == 0) if d else 1
+    even = d > 0 and (_power(d // lanes) >= 8 or d // lanes == _power(d // lanes))
     for n in range(len(s.nests)):
         fmt = s.format_of(n)
-        shared = s.has("j", n) and fmt.name in (TALL, GIANT, "dcsr")
-        across = min(_power(d // lanes), 2 if fmt.name == GIANT else tile // lanes)  # threads of one row
+        # Threads that share a row meet; a tail of features would part them.
+        shared = even and s.has("j", n) and fmt.name in (TALL, GIANT, "dcsr")
+        across = 2 if shared and fmt.name == GIANT else tile // lanes if lanes > 1 else 32
+        across = min(_power(d // lanes), across) if even else across  # threads of one row
         s = _gpu_features(s.on(n), lanes, across)
         if shared:
             s = _gpu_shared_rows(s, CTA // across)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,8 @@ from tilewright.runtime.view import View, allocate, overlaps, view
 class Frame:
     """The parameter blocks of a call, one a stage, ready to be launched again.
 
-    `slots[name]` are the places that hold the address (or the value) of an argument: writing them is
-    all that another call with the same layout has to do. `keep` are arrays that must stay alive.
+    `slots[name]` are the places that hold the address (or the value) of an argument: writing them
+    is all that another call with the same layout has to do. `keep` are arrays that must stay alive.
     """
 
     blocks: list[Any]
@@ -82,7 +82,9 @@ class Call:
             )  # fmt: skip
         if len(v.shape) != len(spec.dims):
             raise ArgumentError(
-                "A103", f"{name} has {len(v.shape)} dimensions, expected {_spell(spec)}", where=where
+                "A103",
+                f"{name} has {len(v.shape)} dimensions, expected {_spell(spec)}",
+                where=where,
             )
         self._take_sizes(spec, v.shape)
         if not spec.strided and v.strides[-1] != 1 and v.shape[-1] > 1 and v.size:
@@ -108,9 +110,11 @@ class Call:
         built_for = dict(self.manifest.formats)[spec.structure]
         if repr(s.format) != built_for:
             raise ArgumentError(
-                "A106", f"{name} is packed as {s.format}, the kernel was built for {built_for}", where=where,
+                "A106",
+                f"{name} is packed as {s.format}, the kernel was built for {built_for}",
+                where=where,
                 hint="decompose() with that format, or pack with this one",
-            )  # fmt: skip
+            )
         if self.structures.setdefault(spec.structure, s) is not s:
             raise ArgumentError(
                 "A106", f"{name} must share the structure of {spec.structure}", where=where,
@@ -118,14 +122,19 @@ class Call:
             )  # fmt: skip
         if s.index_dtype.name != self.manifest.index:
             raise ArgumentError(
-                "A102", f"{name} has {s.index_dtype} coordinates, the kernel was built for {self.manifest.index}",
-                where=where, hint=f'build with .typed(index="{s.index_dtype}")',
-            )  # fmt: skip
+                "A102",
+                f"{name} has {s.index_dtype} coordinates, "
+                f"the kernel was built for {self.manifest.index}",
+                where=where,
+                hint=f'build with .typed(index="{s.index_dtype}")',
+            )
         if arg.dtype != self.kinds[name]:
             raise ArgumentError(
-                "A102", f"{name} is {arg.dtype}, the kernel was built for {self.kinds[name]}", where=where,
+                "A102",
+                f"{name} is {arg.dtype}, the kernel was built for {self.kinds[name]}",
+                where=where,
                 hint=f'build with .typed({name}="{arg.dtype}")',
-            )  # fmt: skip
+            )
         self._take_sizes(spec, s.shape)
         self._take_device(f"{s.device}:0" if s.device == "cuda" else s.device, name)
         self.packed[name] = arg
@@ -135,22 +144,28 @@ class Call:
             wanted = dim if isinstance(dim, int) else self.sizes.setdefault(dim, n)
             if wanted != n:
                 raise ArgumentError(
-                    "A103", f"{spec.name} has {n} where {dim!r} is {wanted}; its shape is {tuple(shape)}",
-                    where=f"argument {spec.name}", hint=f"expected {_spell(spec)}",
-                )  # fmt: skip
+                    "A103",
+                    f"{spec.name} has {n} where {dim!r} is {wanted}; its shape is {tuple(shape)}",
+                    where=f"argument {spec.name}",
+                    hint=f"expected {_spell(spec)}",
+                )
 
     def _take_device(self, device: str, name: str) -> None:
         if self.device and device != self.device:
             raise ArgumentError(
-                "A105", f"{name} is on {device}, other arguments on {self.device}", where=f"argument {name}",
+                "A105",
+                f"{name} is on {device}, other arguments on {self.device}",
+                where=f"argument {name}",
                 hint="move it with .to()",
-            )  # fmt: skip
+            )
         wants = "cuda" if self.manifest.target.startswith("cuda") else "cpu"
         if device.partition(":")[0] != wants:
             raise ArgumentError(
-                "A105", f"{name} is on {device}, the kernel was built for {self.manifest.target}",
-                where=f"argument {name}", hint=f'build("{device.partition(":")[0]}"), or move the arrays',
-            )  # fmt: skip
+                "A105",
+                f"{name} is on {device}, the kernel was built for {self.manifest.target}",
+                where=f"argument {name}",
+                hint=f'build("{device.partition(":")[0]}"), or move the arrays',
+            )
         self.device = device
 
     # -- outputs ---------------------------------------------------------------------------------
@@ -159,7 +174,8 @@ class Call:
         return tuple(d if isinstance(d, int) else self.sizes[d] for d in spec.dims)
 
     def take_output(self, spec: TensorSpec, array: Any, inputs: list[TensorSpec]) -> None:
-        """An output that the caller gave: checked like an input, writable, apart from all inputs."""
+        """An output that the caller gave: checked like an input, writable, apart from all
+        inputs."""
         if spec.structure:
             given = dict(self.packed)
             self._take_sparse(spec, array)
@@ -170,15 +186,25 @@ class Call:
             other = self.views.get(t.name)
             if other is not None and overlaps(self.views[spec.name], other):
                 raise ArgumentError(
-                    "A108", f"the output {spec.name} overlaps the input {t.name}", where="out",
+                    "A108",
+                    f"the output {spec.name} overlaps the input {t.name}",
+                    where="out",
                     hint="give it memory of its own",
-                )  # fmt: skip
+                )
 
     def make_output(self, spec: TensorSpec) -> Any:
-        """A new output in the framework of the first dense argument, or of the values it resembles."""
+        """A new output in the framework of the first dense argument, or of the values it
+        resembles."""
         kind = self.kinds[spec.name]
         if spec.structure:
-            made = sparse_output(next(p for p in self.packed.values() if p.structure is self.structures[spec.structure]), kind)
+            made = sparse_output(
+                next(
+                    p
+                    for p in self.packed.values()
+                    if p.structure is self.structures[spec.structure]
+                ),
+                kind,
+            )
             self.packed[spec.name] = made
             return made
         if self.like is None:
@@ -198,7 +224,9 @@ class Call:
         blocks, units = [], []
         for stage, of_case in zip(manifest.stages, counts, strict=True):
             block = ctypes.create_string_buffer(at + len(rows) * row.size)
-            params.pack_into(block, **dict(zip((f.name for f in params.fields), values, strict=True)))
+            params.pack_into(
+                block, **dict(zip((f.name for f in params.fields), values, strict=True))
+            )
             total = 0
             for i, (fields, env) in enumerate(rows):
                 case = manifest.part_cases[i]
@@ -221,21 +249,28 @@ class Call:
         )  # fmt: skip
 
     def _slots(self, blocks: list[Any], row: Struct, params: Struct) -> dict[str, list[Any]]:
-        """Where the address of each dense array, the values of each sparse one and each number go."""
+        """Where the address of each dense array, the values of each sparse one and each number
+        go."""
         found: dict[str, list[Any]] = {}
         known = {c_name(n): n for n in (*self.views, *self.scalars)}
         number = {"float32": ctypes.c_float, "float64": ctypes.c_double}
         for block in blocks:
             for f in params.fields:
                 if f.name in known:
-                    place = ctypes.c_uint64 if f.type == "ptr" else number.get(f.type) or getattr(ctypes, f"c_{f.type}")
+                    place = (
+                        ctypes.c_uint64
+                        if f.type == "ptr"
+                        else number.get(f.type) or getattr(ctypes, f"c_{f.type}")
+                    )
                     found.setdefault(known[f.name], []).append(place.from_buffer(block, f.offset))
             for part in range(len(self.manifest.part_cases)):
                 base = rows_at(params) + part * row.size
                 for name in self.packed:
                     field = f"{c_name(name)}_values"
                     if any(f.name == field for f in row.fields):
-                        found.setdefault(name, []).append(ctypes.c_uint64.from_buffer(block, base + row.offset(field)))
+                        found.setdefault(name, []).append(
+                            ctypes.c_uint64.from_buffer(block, base + row.offset(field))
+                        )
         return found
 
     def _field(self, name: str) -> Any:
@@ -289,7 +324,9 @@ def scalar_value(spec: TensorSpec, kind: DType, arg: Any) -> float | int:
         value = float(arg) if kind.is_float else int(arg)
     except (TypeError, ValueError):
         raise ArgumentError(
-            "A107", f"{spec.name} is a number, not {type(arg).__name__}", where=f"argument {spec.name}"
+            "A107",
+            f"{spec.name} is a number, not {type(arg).__name__}",
+            where=f"argument {spec.name}",
         ) from None
     if kind.name == "bfloat16":
         return int(dtypes.bfloat16_bits(np.array(value, np.float32)))
@@ -324,7 +361,9 @@ def c_name(name: str) -> str:
 def _rows_aligned(v: View) -> bool:
     """Whether every row starts at a multiple of 16 bytes."""
     item = v.dtype.itemsize
-    return all(s * item % 16 == 0 or n <= 1 for s, n in zip(v.strides[:-1], v.shape[:-1], strict=True))
+    return all(
+        s * item % 16 == 0 or n <= 1 for s, n in zip(v.strides[:-1], v.shape[:-1], strict=True)
+    )
 
 
 def _same_bits(v: View, wanted: DType) -> bool:

@@ -1,7 +1,7 @@
 """What a value is, as a key that means the same in every process; or that nobody can say.
 
 A wrong key would be a wrong kernel in silence. So a value counts as known only where everything
-that it can do follows from what is hashed here: numbers, texts, tuples, frozen dataclasses, and
+that it can do follows from what is hashed here: numbers, texts, containers, frozen dataclasses, and
 functions with their code, defaults, closures and the globals they name. All else is refused.
 """
 
@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
-import enum
 import functools
 import opcode
 import sys
 from types import (
     BuiltinFunctionType,
-    CellType,
     CodeType,
     FunctionType,
     GetSetDescriptorType,
@@ -31,18 +29,24 @@ import numpy as np
 from tilewright.runtime.cache import key_of
 
 # Compiler rooms: the version of Tilewright covers what their functions and classes do.
-ROOMS = ("ir", "sparse", "schedule", "lower", "codegen", "dtypes", "errors", "target", "build")
-# Of the toolchain, what the resolved instruction set answers; that is part of a kernel's key.
-TOOLCHAIN, ANSWERED = "tilewright.runtime.toolchain", ("vector_bits", "resolve_isa")
-# Modules whose functions depend on their arguments only, but for those named below.
+ROOMS = {"ir", "sparse", "schedule", "lower", "codegen", "dtypes", "errors", "target", "build"}
+# Of the toolchain, what the resolved instruction set answers: that is part of a kernel's key.
+TOOLCHAIN, ANSWERED = "tilewright.runtime.toolchain", {"vector_bits", "resolve_isa"}
+# Modules whose functions depend on their arguments only, but for the names below.
 PURE = {"builtins", "math", "operator", "itertools", "functools", "dataclasses", "typing", "numpy"}
 IMPURE = {
     "open", "eval", "exec", "compile", "__import__", "input", "print", "globals", "locals", "vars",
     "id", "hash", "breakpoint", "load", "loadtxt", "fromfile", "genfromtxt", "memmap", "seterr",
 }  # fmt: skip
-SCALARS = (bool, int, float, complex, str, bytes, type(None), type(...), range)
+HIDDEN = {"__globals__", "__dict__", "__closure__", "__code__", "__subclasses__", "f_globals"}
+DYNAMIC = {"getattr", "attrgetter", "methodcaller"}
+SCALARS = {bool, int, float, complex, str, bytes, type(None), type(...), range}
 STATEFUL = {opcode.opmap[name] for name in ("IMPORT_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")}
 GENERATED = "<string>"  # the file of the methods that dataclasses make
+DESCRIBES = {
+    "__module__", "__qualname__", "__doc__", "__annotations__", "__dataclass_fields__",
+    "__dataclass_params__", "__firstlineno__", "__static_attributes__", "__slots__",
+}  # fmt: skip
 
 
 class Unidentified(Exception):
@@ -54,8 +58,9 @@ def identity(*values: Any) -> str | None:
     try:
         walker = _Walker()
         for v in values:
-            walker.visit(v, frozenset())
-    except (Unidentified, RecursionError):
+            walker.visit(v)
+        walker.ask_modules()
+    except (Unidentified, RecursionError, ValueError):
         return None
     return key_of(sys.implementation.cache_tag or sys.version, np.__version__, *walker.parts)
 
@@ -67,27 +72,27 @@ class _Walker:
         self.parts: list[str | bytes] = []
         self.seen: dict[int, int] = {}
         self.alive: list[Any] = []  # so that no id is used twice
+        self.names: set[str] = set()  # what any of the code may ask an object for
+        self.modules: list[ModuleType] = []
 
-    def visit(self, x: Any, names: frozenset[str]) -> None:
-        """`names`: attributes that the code which holds a module may ask it for."""
+    def visit(self, x: Any) -> None:
         kind = type(x)
         if kind in SCALARS:
             self.put(kind.__name__, repr(x))
         elif kind in (tuple, list):
             self.many(kind.__name__, x)
-        elif kind in (frozenset, set):
-            self.put(kind.__name__, str(len(x)), *sorted(_alone(v) for v in x))
         elif kind in (dict, MappingProxyType):
             self.many("dict", [half for item in x.items() for half in item])
-        elif dataclasses.is_dataclass(x) and not isinstance(x, type):
-            self.record(x)
-        elif isinstance(x, enum.Enum):
-            self.visit(type(x), names)
-            self.put("member", x.name)
+        elif kind in (frozenset, set):
+            if any(type(v) not in SCALARS for v in x):
+                raise Unidentified(x)
+            self.put("set", str(len(x)), *sorted(f"{type(v).__name__} {v!r}" for v in x))
         elif isinstance(x, (np.generic, np.dtype)):
             self.put("numpy", kind.__name__, repr(x))
+        elif dataclasses.is_dataclass(x) and not isinstance(x, type):
+            self.record(x)
         elif not self.met(x):
-            self.behaviour(x, names)
+            self.behaviour(x)
 
     def put(self, *parts: str | bytes) -> None:
         self.parts += parts
@@ -95,7 +100,7 @@ class _Walker:
     def many(self, kind: str, values: Any) -> None:
         self.put(kind, str(len(values)))
         for v in values:
-            self.visit(v, frozenset())
+            self.visit(v)
 
     def met(self, x: Any) -> bool:
         """Whether a function, class or module stands further up; it is then named by its number."""
@@ -107,31 +112,53 @@ class _Walker:
         return True
 
     def record(self, x: Any) -> None:
-        fields = [f.name for f in dataclasses.fields(x)]
-        if not type(x).__dataclass_params__.frozen or getattr(x, "__dict__", {}).keys() - fields:
+        names = _fields(type(x))
+        if not type(x).__dataclass_params__.frozen or vars_beyond(x, names):
             raise Unidentified(type(x))
-        if not self.met(type(x)):
-            self.behaviour(type(x), frozenset())
-        self.many("record", [getattr(x, name) for name in fields])
+        self.visit(type(x))
+        self.many("record", [getattr(x, name) for name in names])
+
+    # -- modules ---------------------------------------------------------------------------------
+
+    def ask_modules(self) -> None:
+        """What the code may find in the modules it reaches, until nothing new is found. A function may
+        hand a module to another, so names are looked for in all of them."""
+        asked: set[tuple[int, str]] = set()
+        more = True
+        while more:
+            more = False
+            for number, m in enumerate(self.modules):
+                for name in sorted(self.names & vars(m).keys()):
+                    if (number, name) not in asked:
+                        asked.add((number, name))
+                        self.put("of", str(number), name)
+                        self.visit(vars(m)[name])
+                        more = True
+        own = [m for m in self.modules if not _pure(m.__name__) and not _in_rooms(m.__name__)]
+        if self.names & HIDDEN or (own and self.names & DYNAMIC):
+            raise Unidentified("attributes by computed names")
+        if any("__getattr__" in vars(m) for m in own):
+            raise Unidentified("a module that makes its attributes")
 
     # -- what can be called ----------------------------------------------------------------------
 
-    def behaviour(self, x: Any, names: frozenset[str]) -> None:
+    def behaviour(self, x: Any) -> None:
         if isinstance(x, ModuleType):
-            self.module(x, names)
+            self.put("module", x.__name__)
+            self.modules.append(x)
         elif isinstance(x, FunctionType):
             self.function(x)
         elif isinstance(x, CodeType):
             self.code(x)
         elif isinstance(x, type):
             self.type(x)
-        elif isinstance(x, functools.partial) and type(x) is functools.partial:
+        elif type(x) is functools.partial:
             self.many("partial", [x.func, x.args, x.keywords])
         elif isinstance(x, MethodType):
             self.many("method", [x.__self__, x.__func__])
         elif isinstance(x, functools._lru_cache_wrapper):
             self.many("cached", [x.__wrapped__])
-        elif isinstance(x, property):
+        elif type(x) is property:
             self.many("property", [x.fget, x.fset])
         elif isinstance(x, (staticmethod, classmethod)):
             self.many(type(x).__name__, [x.__func__])
@@ -140,106 +167,104 @@ class _Walker:
 
     def native(self, x: Any) -> None:
         """A function that is not written in Python, of a module that keeps no state."""
-        module, name = getattr(x, "__module__", None), getattr(x, "__name__", "")
-        owner = getattr(x, "__self__", None)
-        bound = isinstance(x, BuiltinFunctionType) and not isinstance(owner, (ModuleType, type(None)))
-        if not callable(x) or module not in PURE or name in IMPURE or bound:
+        name = getattr(x, "__name__", "")
+        if isinstance(x, BuiltinFunctionType) and not isinstance(
+            x.__self__, (ModuleType, type(None))
+        ):
+            raise Unidentified(x)  # bound to some object
+        module = "numpy" if isinstance(x, np.ufunc) else getattr(x, "__module__", "")
+        if not callable(x) or module not in PURE | {"_operator", "_functools"} or name in IMPURE:
             raise Unidentified(x)
         self.put("native", module, name)
 
-    def module(self, m: ModuleType, names: frozenset[str]) -> None:
-        if "__getattr__" in vars(m) and not _pure(m.__name__):
-            raise Unidentified(m)
-        found = sorted(names & vars(m).keys())
-        self.put("module", m.__name__, str(len(found)))
-        for name in found:
-            self.put(name)
-            self.visit(vars(m)[name], names)
-
     def type(self, cls: type) -> None:
         self.put("type", cls.__module__, cls.__qualname__)
-        if _pure(cls.__module__) or _in_rooms(cls.__module__) or cls is object:
+        if _pure(cls.__module__) or _in_rooms(cls.__module__):
             if cls.__name__ in IMPURE or "<locals>" in cls.__qualname__:
                 raise Unidentified(cls)
             return
-        if type(cls) not in (type, enum.EnumType):
+        if type(cls) is not type:
             raise Unidentified(cls)
         self.many("bases", cls.__bases__)
         for name, value in sorted(vars(cls).items()):
-            if isinstance(value, (MemberDescriptorType, GetSetDescriptorType)) or _made(value):
-                continue
-            if name.startswith("__") and not callable(value) or name.startswith("_") and "_" in name[1:2]:
-                continue
-            if isinstance(cls, enum.EnumType) and (name.startswith("_") or name in cls.__members__):
-                value = value.value if isinstance(value, cls) else None
-            self.put(name)
-            self.visit(value, frozenset())
+            described = isinstance(value, (MemberDescriptorType, GetSetDescriptorType))
+            if name not in DESCRIBES and not described and not _made(value):
+                self.put("has", name)
+                self.visit(value)
 
     def function(self, f: FunctionType) -> None:
-        self.put("function", f.__module__, f.__qualname__)
-        self.visit(f.__code__, frozenset())
-        self.visit(f.__defaults__, frozenset())
-        self.visit(f.__kwdefaults__, frozenset())
-        self.put("cells", str(len(f.__closure__ or ())))
-        names = _names(f.__code__)
-        for cell in f.__closure__ or ():
-            self.cell(cell, names)
-        self.visit(f.__dict__, frozenset())
-        if f.__module__ == TOOLCHAIN:
-            if f.__name__ not in ANSWERED:
-                raise Unidentified(f)
-        elif not _in_rooms(f.__module__) and not _pure(f.__module__):
-            self.globals(f, names)
-
-    def cell(self, cell: CellType, names: frozenset[str]) -> None:
+        module = str(
+            f.__globals__.get("__name__")
+        )  # `__module__` may be that of a wrapped function
+        self.put("function", module, f.__qualname__)
         try:
-            value = cell.cell_contents
+            cells = [c.cell_contents for c in f.__closure__ or ()]
         except ValueError:  # a name that is not bound yet
-            raise Unidentified(cell) from None
-        self.visit(value, names)
+            raise Unidentified(f) from None
+        self.many("given", [f.__defaults__, f.__kwdefaults__, cells, f.__dict__])
+        if _pure(module) or _in_rooms(module):
+            if f.__name__ in IMPURE or (module == TOOLCHAIN and f.__name__ not in ANSWERED):
+                raise Unidentified(f)
+            self.put(f.__code__.co_code)
+        else:
+            self.code(f.__code__)
+            self.globals(f)
 
-    def globals(self, f: FunctionType, names: frozenset[str]) -> None:
+    def globals(self, f: FunctionType) -> None:
         """The globals that its code names; a name may be an attribute only, which does no harm."""
-        for name in sorted(names):
+        for name in sorted(_names(f.__code__)):
             if name in f.__globals__:
                 self.put("global", name)
-                self.visit(f.__globals__[name], names)
+                self.visit(f.__globals__[name])
             elif name in IMPURE and hasattr(builtins, name):
                 raise Unidentified(name)
 
     def code(self, c: CodeType) -> None:
         """Everything that runs; places in files are left out."""
-        if STATEFUL & set(c.co_code[::2]):
+        if STATEFUL.intersection(c.co_code[::2]):
             raise Unidentified(c)
-        self.put("code", c.co_code, c.co_exceptiontable, c.co_name)
-        counts = (c.co_argcount, c.co_posonlyargcount, c.co_kwonlyargcount, c.co_nlocals, c.co_flags)
-        self.put(repr(counts), repr((c.co_names, c.co_varnames, c.co_freevars, c.co_cellvars)))
+        counts = (
+            c.co_argcount,
+            c.co_posonlyargcount,
+            c.co_kwonlyargcount,
+            c.co_nlocals,
+            c.co_flags,
+        )
+        self.put("code", c.co_code, c.co_exceptiontable, c.co_name, repr(counts))
+        self.put(repr((c.co_names, c.co_varnames, c.co_freevars, c.co_cellvars)))
+        self.names.update(c.co_names)
+        self.names.update(v for v in c.co_consts if type(v) is str and v.isidentifier())
         self.many("consts", c.co_consts)
 
 
-def _alone(x: Any) -> str:
-    """One element of a set, whose order means nothing."""
-    walker = _Walker()
-    walker.visit(x, frozenset())
-    return key_of(*walker.parts)
+@functools.cache
+def _fields(cls: type) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(cls))
 
 
-def _names(c: CodeType) -> frozenset[str]:
+def vars_beyond(x: Any, names: tuple[str, ...]) -> bool:
+    """Whether an object keeps more than its fields."""
+    return not getattr(x, "__dict__", {}).keys() <= set(names)
+
+
+def _names(c: CodeType) -> set[str]:
     """The names of globals and attributes in a function and in those it makes."""
     found = set(c.co_names)
     for inner in c.co_consts:
         if isinstance(inner, CodeType):
             found |= _names(inner)
-    return frozenset(found)
+    return found
 
 
-def _in_rooms(module: str | None) -> bool:
-    parts = (module or "").split(".")
-    return len(parts) > 1 and parts[0] == "tilewright" and parts[1] in ROOMS or module == TOOLCHAIN
+def _in_rooms(module: str) -> bool:
+    parts = module.split(".")
+    if module == TOOLCHAIN:
+        return True
+    return len(parts) > 1 and parts[0] == "tilewright" and parts[1] in ROOMS
 
 
-def _pure(module: str | None) -> bool:
-    return (module or "").split(".")[0] in PURE
+def _pure(module: str) -> bool:
+    return module.split(".")[0] in PURE
 
 
 def _made(value: Any) -> bool:

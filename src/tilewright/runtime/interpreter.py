@@ -1,14 +1,13 @@
 """Programs after any pass, run scalar by scalar in Python: what the passes are tested with.
 
-`execute` runs the position and the loop level. Each node becomes one Python closure; numbers have the
-program's dtypes (bfloat16 is kept as its bits, as kernels keep it), memory that nobody wrote is NaN,
-and an access outside a buffer raises InternalError[I101]. `run_frame` is the launcher's door: it
-runs the coordinate level (`runtime.evaluate`) on the arrays of a prepared call.
+`execute` runs the position and the loop level. Each node becomes one Python closure; numbers have
+the program's dtypes (bfloat16 is kept as its bits, as kernels keep it), memory that nobody wrote is
+NaN, and an access outside a buffer raises InternalError[I101]. The coordinate level has an
+evaluator of its own (`runtime.evaluate`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,6 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
-from tilewright.ir.levels import coordinates, row_major
 from tilewright.ir.nodes import (
     Alloc,
     Binary,
@@ -53,13 +51,14 @@ from tilewright.ir.nodes import (
     Tile,
     Unary,
     Var,
+    children,
     identity_of,
 )
 from tilewright.ir.rewrite import walk
-from tilewright.runtime.evaluate import Memory, evaluate, run
-from tilewright.runtime.spaces import BINARY, UFUNCS, UNARY, Stored
+from tilewright.runtime.evaluate import evaluate
+from tilewright.runtime.spaces import BINARY, UFUNCS, UNARY
 
-__all__ = ["Part", "evaluate", "execute", "memory_of", "run_frame"]
+__all__ = ["Part", "evaluate", "execute", "memory_of", "poisoned"]
 
 Env = dict[str, Any]
 Run = Callable[[Env], Any]
@@ -82,8 +81,8 @@ def execute(
 ) -> None:
     """Run a program at the position or the loop level, on arrays it reads and writes in place.
 
-    `buffers` are the dense arrays by name; `variables` the sizes (`n_m`); `parts` what belongs to the
-    parts of sparse tensors. `memory_of` makes all three. Strides are those of the arrays.
+    `buffers` are the dense arrays by name; `variables` the sizes (`n_m`); `parts` what belongs to
+    the parts of sparse tensors. `memory_of` makes all three. Strides are those of the arrays.
     Raises InternalError[I101] for an access out of bounds or a register read before it is written.
     """
     memory = {name: _Array.of(name, a) for name, a in buffers.items()}
@@ -213,16 +212,20 @@ def _identities(stage: tuple[Nest, ...], memory: dict[str, _Array], rows: Sequen
 
 
 def _is_flat(program: Program) -> bool:
-    """Whether addresses are offsets already, and not one index a dimension."""
-    for stage in program.stages:
-        for nest in stage:
-            for x in walk(nest.body):
-                if isinstance(x, (Load, Store)) and x.buffer.scope == "global":
-                    # Tiles have strides from the start; they say nothing of loads and stores.
-                    names = (y.name for i in x.index for y in walk(i) if isinstance(y, Var))
-                    if len(x.index) != len(x.buffer.shape) or any("_stride" in n for n in names):
-                        return True
-    return False
+    """Whether addresses are offsets already, and not one index a dimension. (Tiles always are.)"""
+
+    def flat(x: Any) -> bool:
+        if isinstance(x, Tile):
+            return False
+        if isinstance(x, Var) and "_stride" in x.name:
+            return True
+        if isinstance(x, (Load, Store)) and x.buffer.scope == "global":
+            dims = len(x.buffer.shape)
+            if len(x.index) != dims:
+                return True
+        return any(flat(child) for child in children(x))
+
+    return any(flat(nest.body) for stage in program.stages for nest in stage)
 
 
 # ---------------------------------------------------------------------------- a nest
@@ -431,7 +434,7 @@ class _Nest:
             extents = [] if self.positions else [_integer(e) for e in b.shape]
             return lambda env: _row_major(b.name, [i(env) for i in made], extents)
         array = self.memory[b.name]
-        if b.scope == "part" or self.flat:
+        if b.scope == "part" or self.flat or array.strides == (1,):
             (only,) = made or [lambda env: 0]
             return only
         return lambda env: array.offset([i(env) for i in made])
@@ -506,7 +509,8 @@ class _Nest:
         def find(env: Env) -> int:
             low, high, wanted = int(lo(env)), int(hi(env)), int(key(env))
             if low < high:
-                keys.at(low), keys.at(high - 1)
+                keys.at(low)
+                keys.at(high - 1)
             side = "right" if e.last else "left"
             at = low + int(np.searchsorted(keys.flat[low:high], wanted, side))
             if e.last:
@@ -554,7 +558,8 @@ def _sums_of(s: Stmt) -> dict[str, Any]:
 
 
 def _lane_dimensions(body: Stmt) -> dict[str, int]:
-    """Which dimension of an accumulator belongs to the lanes of a loop that is still to be a vector."""
+    """Which dimension of an accumulator belongs to the lanes of a loop that is still to be a
+    vector."""
     return {
         s.buffer.name: d
         for loop in walk(body)
@@ -607,87 +612,3 @@ def convert(x: Any, source: DType, to: DType) -> Any:
     if to.name in ("int32", "int64"):
         return int(x) if x == x and abs(x) != np.inf else 0
     return np.asarray(x).astype(to.numpy)[()]
-
-
-# ---------------------------------------------------------------------------- the launcher's door
-
-
-def run_frame(program: Program, kernel: Any, frame: Any) -> None:
-    """Run the coordinate-level `program` on the arrays whose addresses stand in a frame."""
-    memory = Memory(program, {d: n for d, n in frame.sizes.items() if isinstance(d, str)})
-    write_back: list[Callable[[], None]] = []
-    for t in program.tensors:
-        slots = frame.slots.get(t.name, ())
-        if t.role in ("temp", "inline"):
-            continue
-        if t.is_sparse:
-            memory.stored[t.structure], order = _stored(frame.structures[t.structure])
-            parts = [p.size for p in frame.structures[t.structure].parts]
-            arrays = [
-                _array_at(slot.value, t.dtype, (n,), (1,))
-                for slot, n in zip(slots, parts, strict=False)
-            ]
-            flat = np.concatenate(arrays) if slots else np.zeros(sum(parts), t.dtype.numpy)
-            memory.data[t.name] = values = flat[order]
-            if t.role == "output":
-                write_back.append(lambda f=flat, o=order, v=values, a=arrays: _scatter(f, o, v, a))
-        elif not t.dims:
-            memory.data[t.name] = _number(t.dtype, slots[0].value if slots else 0)
-        else:
-            v = frame.views[t.name]
-            pointer = slots[0].value if slots else v.pointer
-            memory.data[t.name] = _array_at(pointer, t.dtype, v.shape, v.strides)
-    for t in program.tensors:
-        if t.role == "temp":
-            memory.allocate(t)
-    run(program, memory, exact=False)
-    for write in write_back:
-        write()
-
-
-def _stored(structure: Any) -> tuple[Stored, np.ndarray]:
-    """The stored coordinates of a structure, and where their values stand in its parts, one after the
-    other; found once."""
-    known = structure.tables.get("stored")
-    if known is None:
-        found, base = [], 0
-        for p in structure.parts:
-            coords, at = coordinates(p.format.levels, p.arrays, p.counts, structure.shape)
-            is_entry = np.zeros(p.size, bool)
-            is_entry[p.slots] = True
-            found.append((*coords, at + base, is_entry[at]))
-            base += p.size
-        *coords, place, is_entry = (np.concatenate(c) for c in zip(*found, strict=True))
-        order = row_major(coords, is_entry)
-        stored = Stored(tuple(structure.shape), tuple(c[order] for c in coords))
-        known = structure.tables["stored"] = stored, place[order]
-    return known
-
-
-def _scatter(flat: np.ndarray, order: np.ndarray, values: np.ndarray, parts: list[Any]) -> None:
-    """Values by entry back into the arrays of the parts; padding keeps what it held."""
-    flat[order] = values
-    for part, piece in zip(
-        parts, np.split(flat, np.cumsum([len(p) for p in parts])[:-1]), strict=True
-    ):
-        part[:] = piece
-
-
-def _array_at(
-    pointer: int, dtype: DType, shape: tuple[int, ...], strides: tuple[int, ...]
-) -> np.ndarray:
-    """The array at an address; `strides` count elements."""
-    kind = dtype.numpy
-    if 0 in shape:
-        return np.empty(shape, kind)
-    reach = [(n - 1) * s * kind.itemsize for n, s in zip(shape, strides, strict=True)]
-    low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + kind.itemsize
-    memory = (ctypes.c_char * (high - low)).from_address(pointer + low)
-    return np.ndarray(shape, kind, memory, -low, [s * kind.itemsize for s in strides])
-
-
-def _number(dtype: DType, value: float) -> np.ndarray:
-    """A scalar as its slot holds it: narrow floats as bits."""
-    if dtype.name == "float16":
-        return np.array(value, np.uint16).view(np.float16)
-    return np.array(value, dtype.numpy)

@@ -4,14 +4,14 @@ calls of that layout only write addresses into it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
-from tilewright.runtime.call import Call, Frame, scalar_value, sparse_output
-from tilewright.runtime.manifest import Manifest, TensorSpec, structs
+from tilewright.runtime.call import Call, Frame, check_values_apart, scalar_value, sparse_output
+from tilewright.runtime.manifest import Manifest, TensorSpec, structs, unit_count
 from tilewright.runtime.view import allocate, overlaps, view
 
 FRAMES_KEPT = 64  # layouts remembered by one kernel
@@ -24,17 +24,28 @@ class Launcher:
         """A function that launches the frame as it then stands."""
         raise NotImplementedError
 
+    def launches(self, kernel: Kernel, frame: Frame) -> Sequence[Any]:
+        """The frame's launches as plain data, for a recorded step; none without native code."""
+        return ()
+
 
 class Kernel:
-    """A built program. Call it with its parameters in order, or by name; outputs are allocated by the
-    framework of the first dense argument, or given as `out=` (a tuple for several).
+    """A built program. Call it with its parameters in order, or by name; outputs are allocated by
+    the framework of the first dense argument, or given as `out=` (a tuple for several).
 
     Raises ArgumentError (A codes) before anything is written. `source` is the generated text,
     `report()` what the compiler said of it.
     """
 
-    def __init__(self, manifest: Manifest, launcher: Launcher, source: str, resources: Any = None) -> None:
-        self.manifest, self.launcher, self.source, self.resources = manifest, launcher, source, resources
+    def __init__(
+        self, manifest: Manifest, launcher: Launcher, source: str, resources: Any = None
+    ) -> None:
+        self.manifest, self.launcher, self.source, self.resources = (
+            manifest,
+            launcher,
+            source,
+            resources,
+        )
         self.row, self.params = structs(manifest)
         self.inputs = [t for t in manifest.tensors if t.role in ("input", "update")]
         self.results = [t for t in manifest.tensors if t.role == "output"]
@@ -68,8 +79,8 @@ class Kernel:
         return self._returned(made, args)
 
     def bind(self, *args: Any, out: Any = None, **named: Any) -> Bound:
-        """A call with everything fixed: running it again costs one native call. The arrays must stay
-        where they are; their contents may change."""
+        """A call with everything fixed: running it again costs one native call. The arrays must
+        stay where they are; their contents may change."""
         if named or len(args) != len(self.inputs):
             args = self._matched(args, named)
         outs = () if out is None else out if isinstance(out, tuple) else (out,)
@@ -78,11 +89,15 @@ class Kernel:
         return Bound(self, frame, self._returned(made, args))
 
     def report(self) -> str:
-        """Entries, threads, and registers, shared memory and spills where the compiler tells them."""
+        """Entries, threads, and registers, shared memory and spills where the compiler tells
+        them."""
         lines = [f"{self.manifest.name} for {self.manifest.target}"]
         for s in self.manifest.stages:
             found = (self.resources or {}).get(s.entry)
-            lines.append(f"  {s.entry}: {len(s.units)} bodies, {s.threads[0]}×{s.threads[1]} threads, {found or ''}")
+            lines.append(
+                f"  {s.entry}: {len(s.units)} bodies, {s.threads[0] * s.threads[1]} threads, "
+                f"{found or ''}"
+            )
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -96,7 +111,9 @@ class Kernel:
         for spec, arg in zip(self.inputs, args, strict=True):
             call.take(spec, arg)
         if outs and len(outs) != len(self.results):
-            raise ArgumentError("A101", f"{len(outs)} outputs given, {len(self.results)} expected", where="out")
+            raise ArgumentError(
+                "A101", f"{len(outs)} outputs given, {len(self.results)} expected", where="out"
+            )
         made = []
         for n, spec in enumerate(self.results):
             if outs and outs[n] is not None:
@@ -121,7 +138,9 @@ class Kernel:
             if n < len(args) and self._numbers[n]:
                 key.append(None)
                 addresses.append(arg)
-            elif (self._sparse[n] if n < len(args) else hasattr(arg, "structure")) and hasattr(arg, "structure"):
+            elif (self._sparse[n] if n < len(args) else hasattr(arg, "structure")) and hasattr(
+                arg, "structure"
+            ):
                 key += (id(arg.structure), arg.dtype)
                 addresses.append(arg)
             elif arg is None:
@@ -148,7 +167,9 @@ class Kernel:
             where = f"argument {names[min(n, len(names) - 1)]}"
             raise ArgumentError(e.code, e.message, where=where, hint=e.hint) from None
 
-    def _reuse(self, frame: Frame, addresses: list[Any], args: tuple[Any, ...], outs: tuple[Any, ...]) -> list[Any]:
+    def _reuse(
+        self, frame: Frame, addresses: list[Any], args: tuple[Any, ...], outs: tuple[Any, ...]
+    ) -> list[Any]:
         slots = frame.slots
         for n, spec in enumerate(self.inputs):
             what = addresses[n]
@@ -165,11 +186,24 @@ class Kernel:
         for n, (spec, shape) in enumerate(frame.outputs):
             given = outs[n] if outs else None
             if spec.structure:
-                like = next(a for a, t in zip(args, self.inputs, strict=True) if t.structure == spec.structure)
+                like = next(
+                    a
+                    for a, t in zip(args, self.inputs, strict=True)
+                    if t.structure == spec.structure
+                )
                 array = given if given is not None else sparse_output(like, self._dtypes[spec.name])
+                if given is not None:
+                    sparse = {
+                        t.name: a for a, t in zip(args, self.inputs, strict=True) if t.structure
+                    }
+                    check_values_apart(given, spec.name, sparse)
                 _point(slots.get(spec.name, ()), array)
             else:
-                array = given if given is not None else allocate(self._like(args), shape, self._dtypes[spec.name])
+                array = (
+                    given
+                    if given is not None
+                    else allocate(self._like(args), shape, self._dtypes[spec.name])
+                )
                 v = addresses[len(args) + n] if given is not None else view(array)
                 if given is not None:
                     self._check_apart(v, addresses[: len(args)], spec)
@@ -209,18 +243,22 @@ class Kernel:
         if len(args) > len(names) or missing or given.keys() & named.keys():
             which = f"missing: {', '.join(missing)}" if missing else "too many, or one given twice"
             raise ArgumentError(
-                "A101", f"{self.manifest.name}: {which}", where="arguments", hint=f"arguments: {', '.join(names)}"
+                "A101",
+                f"{self.manifest.name}: {which}",
+                where="arguments",
+                hint=f"arguments: {', '.join(names)}",
             )
         return tuple(given[n] if n in given else named[n] for n in names)
 
     @cached_property
     def _unit_counts(self) -> tuple[tuple[Callable[..., int], ...], ...]:
         """For each stage, for each of its bodies: sizes and counts → number of units."""
-        return tuple(tuple(eval(f"lambda v: {text}", {}) for text in s.units) for s in self.manifest.stages)
+        return tuple(tuple(unit_count(text) for text in s.units) for s in self.manifest.stages)
 
 
 def _point(slots: Any, packed: Any) -> None:
-    """The addresses of a sparse tensor's values, part by part (stage after stage), into their slots."""
+    """The addresses of a sparse tensor's values, part by part (stage after stage), into their
+    slots."""
     parts = len(packed.values)
     addresses = [view(v).pointer for v in packed.values]
     for n, slot in enumerate(slots):

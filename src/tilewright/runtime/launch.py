@@ -92,29 +92,35 @@ class InterpLauncher(Launcher):
         self.program = program
 
     def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
-        from tilewright.runtime.interpreter import run_frame
+        from tilewright.runtime.fallback import run_frame
 
-        return lambda: run_frame(self.program, kernel, frame)
+        return lambda: run_frame(self.program, frame)
 
 
 class Step:
     """A recorded step: the launches of many bound calls as one native call (DESIGN 14).
 
     On the CPU a list of launches that the pool runs with a barrier after each; on a GPU a graph.
-    `bounds` are `Bound`s, or anything with a `.launch`: `(body, params, units, grain)` on the CPU, a
-    `runtime.cuda.Launch` on a GPU. All of one device.
+    `bounds` are `Bound`s, or anything with a `.launch`: `(body, params, units, grain)` on the
+    CPU, a `runtime.cuda.Launch` on a GPU. All of one device.
     """
 
     def __init__(self, bounds: Sequence[Any]) -> None:
         self.keep = list(bounds)
         listed: list[Any] = []
-        if any(isinstance(b, Bound) and isinstance(b.kernel.launcher, InterpLauncher) for b in bounds):
+        if any(
+            isinstance(b, Bound) and isinstance(b.kernel.launcher, InterpLauncher) for b in bounds
+        ):
             calls = [b.frame.run for b in bounds]
             self.count = len(calls)
             self._go = lambda: [call() for call in calls] and None
             return
         for b in bounds:
-            listed += b.kernel.launcher.launches(b.kernel, b.frame) if isinstance(b, Bound) else [b.launch]
+            listed += (
+                b.kernel.launcher.launches(b.kernel, b.frame)
+                if isinstance(b, Bound)
+                else [b.launch]
+            )
         self.count = len(listed)
         if listed and not isinstance(listed[0], tuple):
             graph = cuda.Graph.of(listed)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ast
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from tilewright.errors import InternalError
 from tilewright.runtime.layout import Struct
 
 
@@ -72,3 +76,61 @@ def declarations(manifest: Manifest) -> str:
 
 def rows_at(params: Struct) -> int:
     return -(-params.size // 8) * 8
+
+
+# ---------------------------------------------------------------------------- on disk
+
+
+def manifest_text(manifest: Manifest) -> dict[str, Any]:
+    """A manifest as JSON holds it; `manifest_from` reads it back."""
+    return asdict(manifest)
+
+
+def manifest_from(held: dict[str, Any]) -> Manifest:
+    """The manifest that `manifest_text` wrote, equal to it."""
+    tensors = tuple(TensorSpec(**_tuples(t)) for t in held["tensors"])
+    stages = tuple(StageSpec(**_tuples(s)) for s in held["stages"])
+    return Manifest(**_tuples(held) | {"tensors": tensors, "stages": stages})
+
+
+def _tuples(x: Any) -> Any:
+    """JSON's lists as tuples, but for the fields of the dictionary at the top."""
+    if isinstance(x, dict):
+        return {name: _tuples(v) for name, v in x.items()}
+    return tuple(_tuples(v) for v in x) if isinstance(x, list) else x
+
+
+# ---------------------------------------------------------------------------- units
+
+_OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
+
+
+def unit_count(text: str) -> Callable[[Mapping[str, int]], int]:
+    """A host expression (`StageSpec.units`) as a function of sizes and counts by name.
+
+    Integers, `v["name"]`, + - * // %, min(…) and max(…) only. Raises InternalError[I101]."""
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, RecursionError):
+        tree = None
+    if tree is None or not _is_count(tree.body):
+        raise InternalError(
+            "I101", f"{text!r} is no number of units", hint="run tilewright cache clear"
+        )
+    return eval(f"lambda v: {ast.unparse(tree)}", {"__builtins__": {"min": min, "max": max}})
+
+
+def _is_count(e: ast.expr) -> bool:
+    if isinstance(e, ast.Constant):
+        return type(e.value) is int
+    if isinstance(e, ast.Subscript):
+        named = isinstance(e.value, ast.Name) and e.value.id == "v"
+        return named and isinstance(e.slice, ast.Constant) and type(e.slice.value) is str
+    if isinstance(e, ast.BinOp):
+        return isinstance(e.op, _OPERATORS) and _is_count(e.left) and _is_count(e.right)
+    if isinstance(e, ast.UnaryOp):
+        return isinstance(e.op, ast.USub) and _is_count(e.operand)
+    if isinstance(e, ast.Call):
+        known = isinstance(e.func, ast.Name) and e.func.id in ("min", "max") and not e.keywords
+        return known and len(e.args) > 1 and all(_is_count(a) for a in e.args)
+    return False

@@ -23,7 +23,9 @@ def to_device(array: Any, device: str) -> Any:
         import torch
 
         if torch.cuda.is_available():
-            unsigned = {"uint16": np.int16, "uint32": np.int32, "uint64": np.int64}.get(host.dtype.name)
+            unsigned = {"uint16": np.int16, "uint32": np.int32, "uint64": np.int64}.get(
+                host.dtype.name
+            )
             return torch.from_numpy(host.view(unsigned) if unsigned else host).to(device)
     from tilewright.runtime.cuda import DeviceArray
 

@@ -18,6 +18,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
+from tilewright.runtime import pages
 
 
 @dataclass(slots=True)
@@ -98,7 +99,8 @@ def allocate(like: object, shape: tuple[int, ...], dtype: DType) -> Any:
     bfloat16 and 8-bit floats in NumPy are those of `ml_dtypes` where it is imported, else bits.
     """
     if isinstance(like, np.ndarray):
-        return np.empty(shape, _numpy_type(dtype))
+        large = math.prod(shape) * dtype.itemsize >= pages.SMALLEST and dtype.name in _PLAIN
+        return pages.empty(shape, dtype.numpy) if large else np.empty(shape, _numpy_type(dtype))
     module = _root_module(type(like))
     if module == "torch":
         torch = sys.modules["torch"]

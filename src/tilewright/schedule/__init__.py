@@ -3,8 +3,8 @@
     s = s.split("i", 8).mark("i_o", "parallel").mark("k_i", "vector")
     print(s); s.history; s.undo()
 
-A `Schedule` is a frozen value; each verb returns a new one or refuses (S codes) and changes nothing.
-Verbs on coordinates come first; the first verb on loops lowers the program to positions.
+A `Schedule` is a frozen value; each verb returns a new one or refuses (S codes) and changes
+nothing. Verbs on coordinates come first; the first verb on loops lowers the program to positions.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Schedule:
-    """`program` at the coordinate or position level; `lowering` takes it from the first to the second."""
+    """`program` at the coordinate or position level; `lowering` takes it from the first to the
+    second."""
 
     program: Program
     lowering: Callable[[Program], Program]
@@ -82,7 +83,9 @@ class Schedule:
         for _ in range(steps):
             if s.before is None:
                 raise ScheduleError(
-                    "S102", "there is nothing to undo", hint=f"{len(self.history)} verbs were called"
+                    "S102",
+                    "there is nothing to undo",
+                    hint=f"{len(self.history)} verbs were called",
                 )
             s = s.before
         return s
@@ -135,7 +138,8 @@ class Schedule:
         return self._loops(loops.mark, loop, kind)
 
     def bind(self, loop: str, to: LoopKind) -> Schedule:
-        """`mark` under the name the field gives it on GPUs: `cta.x`, `cta.y`, `thread.x`, `thread.y`."""
+        """`mark` under the name the field gives it on GPUs: `cta.x`, `cta.y`, `thread.x`,
+        `thread.y`."""
         return self._loops(loops.mark, loop, to)
 
     def parallel(self, loop: str) -> Schedule:

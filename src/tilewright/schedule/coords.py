@@ -14,7 +14,7 @@ def order_axes(program: Program, output: str, *axes: str) -> Program:
     """The loops of a statement in another order.
 
     before: for i … for k … for j …: Y[i, k] = sum(A[i, j] * X[j, k] over j)
-    after:  for k … for i … for j …                                   (order_axes("out", "k", "i", "j"))
+    after:  for k … for i … for j …                      (order_axes("out", "k", "i", "j"))
 
     A level still stands inside the levels above it: positions decide, not wishes.
     """
@@ -34,11 +34,12 @@ def order_axes(program: Program, output: str, *axes: str) -> Program:
 
 
 def fuse_axes(program: Program, structure: str) -> Program:
-    """The two axes of a sparse matrix are walked as one loop over its entries; the row of an entry is
-    found by binary search in indptr.
+    """The two axes of a sparse matrix are walked as one loop over its entries; the row of an entry
+    is found by binary search in indptr.
 
     before: for i in 0:m                       after:  for ij in 0:nnz
-              for j_p in ptr[i]:ptr[i+1]                 let i = find_last(ij in ptr); let j = idx[ij]
+              for j_p in ptr[i]:ptr[i+1]                 let i = find_last(ij in ptr)
+                let j = idx[j_p]                         let j = idx[ij]
     """
     tensor = next((t for t in program.tensors if t.name == structure and t.is_sparse), None)
     if tensor is None:
@@ -62,15 +63,16 @@ def fuse_axes(program: Program, structure: str) -> Program:
 def specialize(program: Program, dim: str, size: int) -> Program:
     """A dimension gets a fixed size: loops over it have constant extents.
 
-    before: for k in 0:n_d                     after:  for k in 0:128           (specialize("d", 128))
+    before: for k in 0:size_d            after:  for k in 0:128         (specialize("d", 128))
 
     The kernel then refuses (A103) arrays of another size.
     """
-    if not any(dim in t.dims for t in program.tensors):
+    known = sorted({str(d) for t in program.tensors for d in t.dims})
+    if dim not in known:
         raise ScheduleError(
             "S101",
             f"no dimension {dim!r}",
-            hint=f"dimensions: {', '.join(sorted({str(d) for t in program.tensors for d in t.dims}))}",
+            hint=f"dimensions: {', '.join(known)}",
         )
     if size < 1:
         raise ScheduleError("S102", f"{dim} = {size}", hint="a positive size")

@@ -67,10 +67,18 @@ def split(
         raise ScheduleError("S102", f"tail={tail!r}", hint="guard, cut or exact")
 
     def one(f: For) -> Stmt:
+        if f.kind in ("vector", "unroll", "thread.x", "thread.y"):
+            raise ScheduleError(
+                "S102", f"loop {f.name} is marked {f.kind}", hint="split it first, then mark a part"
+            )
         base = loop
         outer_name, inner_name = into or (f"{base}_o", f"{base}_i")
         if f.name in (outer_name, inner_name):
-            raise ScheduleError("S102", f"split {loop} into {outer_name}, {inner_name}: the name is taken", hint="new names")
+            raise ScheduleError(
+                "S102",
+                f"split {loop} into {outer_name}, {inner_name}: the name is taken",
+                hint="new names",
+            )
         t = f.var.dtype
         outer, inner = Var(outer_name, t), Var(inner_name, t)
         extent = simplify(binary("-", f.end, f.begin))
@@ -213,10 +221,10 @@ def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
 
     before: for i in 0:n                after:  for i in 0:n   # parallel
 
-    `parallel`, `cta.x`, `cta.y`: its iterations are units of the launch. `thread.x`, `thread.y`: the
-    threads of a CTA. `vector`: the lanes of a register. `unroll`: written out. A loop that reduces
-    may be a vector or threads (there is one accumulator an iteration, joined in a fixed order at the
-    end), not units.
+    `parallel`, `cta.x`, `cta.y`: its iterations are units of the launch. `thread.x`, `thread.y`:
+    the threads of a CTA. `vector`: the lanes of a register. `unroll`: written out. A loop that
+    reduces may be a vector or threads (there is one accumulator an iteration, joined in a fixed
+    order at the end), not units.
     """
 
     def one(f: For) -> Stmt:
@@ -225,23 +233,26 @@ def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
             for c in reducing:
                 if not (c.in_place and c.atomic):
                     raise ScheduleError(
-                        "S102", f"loop {f.name} sums into {c.out.buffer.name}: its iterations cannot be separate units",
+                        "S102",
+                        f"loop {f.name} sums into {c.out.buffer.name}: its iterations cannot be "
+                        "separate units",
                         hint="make the updates atomic, or parallelise a loop of the output",
-                    )  # fmt: skip
+                    )
             for c in computes(f.body):
                 if c.in_place and not c.atomic and not _owns_rows(f, c):
                     raise ScheduleError(
-                        "S102", f"units of loop {f.name} update the same elements of {c.out.buffer.name}",
+                        "S102",
+                        f"units of loop {f.name} update the same elements of {c.out.buffer.name}",
                         hint="atomic(), or a format that keeps rows whole",
-                    )  # fmt: skip
+                    )
         if kind in ("vector", "thread.x", "thread.y") and f.extent is None:
             raise ScheduleError(
                 "S102", f"loop {f.name} has no constant extent", hint="split it first"
             )
-        if kind == "thread.x" and reducing and (f.extent or 0) & ((f.extent or 0) - 1):
+        if kind == "thread.x" and reducing and f.extent not in (1, 2, 4, 8, 16, 32):
             raise ScheduleError(
                 "S102",
-                f"loop {f.name} reduces over {f.extent} threads: they come in powers of two",
+                f"loop {f.name} reduces over {f.extent} threads: they come in powers of two, to 32",
                 hint="split it by a power of two first",
             )
         return replace(f, kind=kind)
@@ -250,7 +261,8 @@ def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
 
 
 def _owns_rows(f: For, c: Compute) -> bool:
-    """Whether different iterations of `f` update different elements: an output index is its variable."""
+    """Whether different iterations of `f` update different elements: an output index is its
+    variable."""
     derived = {f.name}
     for x in statements(f.body):
         if (
@@ -310,8 +322,8 @@ def rfactor(body: Stmt, loop: str) -> Found:
 
 
 def atomic(body: Stmt, output: str) -> Found:
-    """Updates of an output that is added to in place are made atomic, so that several units may share
-    its rows. The order of the sums, and with it the last bits, is then not fixed.
+    """Updates of an output that is added to in place are made atomic, so that several units may
+    share its rows. The order of the sums, and with it the last bits, is then not fixed.
 
     before: Y[i, k] = sum(…) in place          after:  Y[i, k] = sum(…) in place atomic
     """

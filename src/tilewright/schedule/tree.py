@@ -71,8 +71,12 @@ def build_chain(chain: Chain) -> Stmt:
 
 
 def _below(
-    loops: tuple[For, ...], waiting: tuple[Any, ...], body: Stmt, own: set[str], bound: frozenset[str]
-) -> Stmt:  # fmt: skip
+    loops: tuple[For, ...],
+    waiting: tuple[Any, ...],
+    body: Stmt,
+    own: set[str],
+    bound: frozenset[str],
+) -> Stmt:
     def ready(*parts: Any) -> bool:
         return all(name in bound or name not in own for e in parts for name in free_vars(e))
 
@@ -80,7 +84,9 @@ def _below(
         return 1 if not isinstance(x, Let) else 2 if _loads(x.value) else 0
 
     now = [x for x in waiting if ready(x.value if isinstance(x, Let) else x)]
-    if now:
+    # Not above the outermost loop: a name there would be bound for the chain's neighbours too.
+    inside = bound or not loops or not ready(loops[0].begin, loops[0].end)
+    if now and inside:
         first = min(now, key=rank)
         rest = tuple(x for x in waiting if x is not first)
         if isinstance(first, Let):

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -153,9 +154,9 @@ class LLM:
 
 
 def _check_options(max_tokens: Any, temperature: Any, seed: Any) -> None:
-    whole = isinstance(max_tokens, int) and max_tokens >= 1
-    warm = isinstance(temperature, (int, float)) and 0 <= temperature < float("inf")
-    if not whole or not warm or not (seed is None or (isinstance(seed, int) and seed >= 0)):
+    whole = isinstance(max_tokens, Integral) and max_tokens >= 1
+    warm = isinstance(temperature, Real) and 0 <= temperature < float("inf")
+    if not whole or not warm or not (seed is None or (isinstance(seed, Integral) and seed >= 0)):
         raise ModelError(
             "M106", f"max_tokens={max_tokens!r}, temperature={temperature!r}, seed={seed!r}", where="arguments",
             hint="max_tokens from 1, a finite temperature from 0, a seed from 0",

@@ -17,7 +17,8 @@ PAGE_SIZE = 16
 
 
 class KVPool:
-    """Room for `tokens` tokens (`capacity`) of one sequence, float32; `length` of them are in use."""
+    """Room for `tokens` tokens (`capacity`) of one sequence, float32; `length` of them are in
+    use."""
 
     def __init__(self, config: LlamaConfig, tokens: int, memory: Memory) -> None:
         self.memory, self.capacity = memory, tokens
@@ -40,9 +41,11 @@ class KVPool:
         Raises ModelError[M105] when they do not fit."""
         if self.length + tokens > self.capacity:
             raise ModelError(
-                "M105", f"{self.length + tokens} tokens do not fit into a context of {self.capacity}", where="prompt",
+                "M105",
+                f"{self.length + tokens} tokens do not fit into a context of {self.capacity}",
+                where="prompt",
                 hint="shorten the prompt, or ask for fewer tokens",
-            )  # fmt: skip
+            )
         positions = np.arange(self.length, self.length + tokens, dtype=np.int32)
         self.truncate(self.length + tokens)
         return positions, positions // PAGE_SIZE, positions % PAGE_SIZE

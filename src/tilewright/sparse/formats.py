@@ -23,8 +23,8 @@ from tilewright.ir.levels import Compressed, Dense, Fixed, Level, Ragged, Single
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Format:
-    """A list of levels, outermost first. Formats of other names are other formats, though their levels
-    be the same: so two parts of one matrix can have schedules of their own."""
+    """A list of levels, outermost first. Formats of other names are other formats, though their
+    levels be the same: so two parts of one matrix can have schedules of their own."""
 
     name: str
     levels: tuple[Level, ...]
@@ -139,8 +139,8 @@ class Composed:
 
     @property
     def unique_rows(self) -> bool:
-        """Whether each row of the result belongs to one part: parts that list their rows, one by one.
-        A dense or blocked level of rows walks rows of other parts too."""
+        """Whether each row of the result belongs to one part: parts that list their rows, one by
+        one. A dense or blocked level of rows walks rows of other parts too."""
         tops = [f.levels[0] for _, f in self.parts]
         listed = all(isinstance(t, Compressed) and t.dim == 0 and not t.block for t in tops)
         return self.disjoint_rows and listed and all(t.unique for t in tops)
@@ -234,7 +234,8 @@ def dbsr(block: int) -> Format:
 
 
 def bucket(width: int, *, split: bool = False) -> Format:
-    """A list of rows (pieces of rows, with `split`) of at most `width` entries, padded to `width`."""
+    """A list of rows (pieces of rows, with `split`) of at most `width` entries, padded to
+    `width`."""
     rows = Compressed(0, chunk=width if split else 0)
     return Format(f"bucket({width}{', split' if split else ''})", (rows, Fixed(1, width=width)))
 

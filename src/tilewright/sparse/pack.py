@@ -2,7 +2,8 @@
 
 pack:    map coordinates to levels → sort → fold the levels' `build` → scatter the values.
 unpack:  expand the levels' arrays to one coordinate for each position.
-The slot of each entry is kept, so new values need one scatter (`repack_values`) and no new structure.
+The slot of each entry is kept, so new values need one scatter (`repack_values`) and no new
+structure.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class Packed:
         return 1 - self.nnz / stored if stored else 0.0
 
     def with_values(self, values: Any, *, dtype: Any = None) -> Packed:
-        """A tensor of the same structure with other values: (nnz,), in the order of the entries that
-        were packed. Raises FormatError[F107] when there are not nnz of them."""
+        """A tensor of the same structure with other values: (nnz,), in the order of the entries
+        that were packed. Raises FormatError[F107] when there are not nnz of them."""
         values = np.asarray(values)
         if values.shape != (self.nnz,):
             raise FormatError(
@@ -134,15 +135,21 @@ class Packed:
         return out
 
     def to(self, device: str) -> Packed:
-        """The same tensor on another device (`"cuda"`): its structure and values are copied there."""
+        """The same tensor on another device (`"cuda"`): its structure and values are copied
+        there."""
         if device == self.device:
             return self
         s = self.structure
         parts = tuple(
-            Part(p.format, tuple({k: place(a, device) for k, a in level.items()} for level in p.arrays),
-                 p.counts, p.entries, p.slots)
+            Part(
+                p.format,
+                tuple({k: place(a, device) for k, a in level.items()} for level in p.arrays),
+                p.counts,
+                p.entries,
+                p.slots,
+            )
             for p in s.parts
-        )  # fmt: skip
+        )
         moved = Structure(s.format, s.shape, parts, s.nnz, s.index_dtype, device)
         return Packed(moved, tuple(place(v, device) for v in self.values), self.dtype, self.fill)
 
@@ -164,9 +171,10 @@ class Packed:
 def pack(fmt: Format | Composed, matrix: Any, *, dtype: Any = None, values: Any = None) -> Packed:
     """Pack `matrix` into `fmt`.
 
-    `matrix`: a SciPy sparse matrix or array, a dense array (its non-zeros), a tuple (indptr, indices,
-    values or None, shape) of CSR, or (coords, values or None, shape) of COO with one coordinate array
-    a dimension. `values` overrides the values; `dtype` converts them. Raises FormatError F102–F106, F108.
+    `matrix`: a SciPy sparse matrix or array, a dense array (its non-zeros), a tuple (indptr,
+    indices, values or None, shape) of CSR, or (coords, values or None, shape) of COO with one
+    coordinate array a dimension. `values` overrides the values; `dtype` converts them. Raises
+    FormatError F102–F106, F108.
     """
     coords, found, shape = _entries(matrix)
     if len(shape) != fmt.ndim:
@@ -213,22 +221,26 @@ def _entries(matrix: Any) -> tuple[list[np.ndarray], np.ndarray | None, tuple[in
         return _from_csr(*matrix) if len(matrix) == 4 else _from_coo(*matrix)
     if hasattr(matrix, "tocsr") and hasattr(matrix, "nnz"):
         m = matrix.tocsr()
-        if m is matrix and not m.has_sorted_indices:
+        if m is matrix and not m.has_canonical_format:  # the caller's is left as it is
             m = m.copy()
         m.sum_duplicates()
         return _from_csr(m.indptr, m.indices, m.data, m.shape)
     if hasattr(matrix, "crow_indices"):
-        parts = (matrix.crow_indices(), matrix.col_indices(), matrix.values())
-        return _from_csr(*(_host(p.detach()) for p in parts), tuple(matrix.shape))
+        indptr, indices = matrix.crow_indices(), matrix.col_indices()
+        values = matrix.values().detach()
+        return _from_csr(_host(indptr), _host(indices), _host(values), tuple(matrix.shape))
     try:
         array = np.asarray(matrix)
     except Exception:
         array = None
     if array is None or array.dtype == object or array.ndim == 0:
         raise FormatError(
-            "F102", f"cannot pack a {type(matrix).__name__}", where="matrix",
-            hint="a SciPy matrix, a dense array, (indptr, indices, values, shape) or (coords, values, shape)",
-        )  # fmt: skip
+            "F102",
+            f"cannot pack a {type(matrix).__name__}",
+            where="matrix",
+            hint="a SciPy matrix, a dense array, (indptr, indices, values, shape) or "
+            "(coords, values, shape)",
+        )
     coords = [c.astype(np.int64) for c in np.nonzero(array)]
     return coords, array[tuple(coords)], array.shape
 
@@ -260,9 +272,11 @@ def _from_csr(
         )
     if indptr[0] != 0 or indptr[-1] != len(indices):
         raise FormatError(
-            "F103", f"indptr runs from {indptr[0]} to {indptr[-1]} but indices has {len(indices)} elements",
-            where="indptr", hint="take both arrays from the same matrix",
-        )  # fmt: skip
+            "F103",
+            f"indptr runs from {indptr[0]} to {indptr[-1]} but indices has {len(indices)} elements",
+            where="indptr",
+            hint="take both arrays from the same matrix",
+        )
     steps = np.diff(indptr.astype(np.int64))
     if len(steps) and steps.min() < 0:
         row = int(steps.argmin())
@@ -286,9 +300,11 @@ def _from_coo(
         if len(c) and (int(c.min()) < 0 or int(c.max()) >= shape[d]):
             bad = int(c.min()) if int(c.min()) < 0 else int(c.max())
             raise FormatError(
-                "F104", f"coordinate {bad} of dimension {d} is outside 0…{shape[d] - 1}", where="indices",
+                "F104",
+                f"coordinate {bad} of dimension {d} is outside 0…{shape[d] - 1}",
+                where="indices",
                 hint="check that rows and columns are not swapped",
-            )  # fmt: skip
+            )
     return coords, None if values is None else _host(values), shape
 
 
@@ -310,9 +326,11 @@ def _check_unique(coords: list[np.ndarray]) -> None:
     if same.any():
         at = int(same.argmax())
         raise FormatError(
-            "F105", f"the entry at {tuple(int(c[at]) for c in coords)} is stored twice", where="indices",
+            "F105",
+            f"the entry at {tuple(int(c[at]) for c in coords)} is stored twice",
+            where="indices",
             hint="sum duplicates first (SciPy: sum_duplicates)",
-        )  # fmt: skip
+        )
 
 
 def _split(fmt: Format | Composed, coords: list[np.ndarray], shape: tuple[int, ...]):
@@ -334,9 +352,10 @@ def _split(fmt: Format | Composed, coords: list[np.ndarray], shape: tuple[int, .
     if nnz and (taken.min() != 1 or taken.max() != 1):
         at = int(np.flatnonzero(taken != 1)[0])
         raise FormatError(
-            "F106", f"entry {tuple(int(c[at]) for c in coords)} is in {int(taken[at])} parts of {fmt.name}",
+            "F106",
+            f"entry {tuple(int(c[at]) for c in coords)} is in {int(taken[at])} parts of {fmt.name}",
             hint="each entry must be in exactly one part",
-        )  # fmt: skip
+        )
     if (fmt.disjoint_rows and row_parts.size and row_parts.max() > 1) or (
         fmt.covers_rows and row_parts.size and row_parts.min() < 1
     ):

@@ -183,7 +183,9 @@ def _reduce(op: str) -> Callable[..., Expr]:
         return Reduce(op, axes, cast(body, dtype), dtype)
 
     reduction.__name__ = reduction.__qualname__ = op
-    reduction.__doc__ = f"The {op} of `value` over an index or a tuple of indices; an empty range gives its identity."
+    reduction.__doc__ = (
+        f"The {op} of `value` over an index or a tuple of indices; its identity over none."
+    )
     return reduction
 
 
@@ -308,22 +310,31 @@ def _assign(how: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
             where=_user_line(),
         )
     tensor = Tensor(
-        name, tuple(c.dim for c in coords), dtype, how.role, structure=like.structure if like else "",
+        name,
+        tuple(c.dim for c in coords),
+        dtype,
+        how.role,
+        structure=like.structure if like else "",
         format=like.format if like else None,
-    )  # fmt: skip
+    )
     trace.tensors[name] = tensor
     trace.body.append(Assign(Access(tensor, coords, dtype), cast(value, dtype)))
     return tensor
 
 
 def _output_dtype(value: Expr) -> DType:
-    """A float result takes the dtype of the last dense float activation, as a matrix product does."""
+    """A float result takes the dtype of the last dense float activation, as a matrix product
+    does."""
     if not value.dtype.is_float:
         return value.dtype
     floats = [
         x.dtype
         for x in walk(value)
-        if isinstance(x, Access) and x.dtype.is_float and x.tensor.kind == "activation" and not x.tensor.is_sparse and x.tensor.dims
+        if isinstance(x, Access)
+        and x.dtype.is_float
+        and x.tensor.kind == "activation"
+        and not x.tensor.is_sparse
+        and x.tensor.dims
     ]
     return floats[-1] if floats and floats[-1].bits <= value.dtype.bits else value.dtype
 
@@ -342,9 +353,11 @@ def _check_bound(coords: tuple[Expr, ...], value: Expr) -> None:
             for c, dim in zip(x.coords, x.tensor.dims, strict=True):
                 if isinstance(c, Index) and c.dim != dim:
                     raise ProgramError(
-                        "P102", f"{c.name} runs over {c.dim} but stands for {dim} in {x}", where=_user_line(),
+                        "P102",
+                        f"{c.name} runs over {c.dim} but stands for {dim} in {x}",
+                        where=_user_line(),
                         hint="give the index and the tensor the same dimension name",
-                    )  # fmt: skip
+                    )
                 visit(c, bound)
         else:
             for child in children(x):
@@ -355,9 +368,11 @@ def _check_bound(coords: tuple[Expr, ...], value: Expr) -> None:
     loose = sorted(free.keys() - written)
     if loose:
         raise ProgramError(
-            "P104", f"index {', '.join(loose)} is neither in the output nor under a reduction", where=_user_line(),
+            "P104",
+            f"index {', '.join(loose)} is neither in the output nor under a reduction",
+            where=_user_line(),
             hint=f"write sum(…, over={loose[0]})",
-        )  # fmt: skip
+        )
 
 
 # ---------------------------------------------------------------------------- tracing
@@ -383,9 +398,11 @@ def trace(
         for name, d in declared.items():
             if not isinstance(d, Declared):
                 raise ProgramError(
-                    "P101", f"parameter {name} of {function.__name__} does not say what it is", where=place,
+                    "P101",
+                    f"parameter {name} of {function.__name__} does not say what it is",
+                    where=place,
                     hint=f'give it a default: {name}=tw.dense("m n")',
-                )  # fmt: skip
+                )
             t.tensors[name] = _parameter(name, d, declared, given, formats, default, place)
         returned = function(**t.tensors)
         results = returned if isinstance(returned, tuple) else (returned,)
@@ -430,7 +447,34 @@ def _parameter(
 
 
 __all__ = [
-    "Declared", "Index", "Output", "abs_", "cos", "dense", "equal", "exp", "floor", "indices", "log",
-    "max_", "maximum", "min_", "minimum", "out", "prod", "rsqrt", "scalar", "sigmoid", "sin", "size",
-    "sparse", "sqrt", "sum_", "tanh", "temp", "trace", "update", "where",
-]  # fmt: skip
+    "Declared",
+    "Index",
+    "Output",
+    "abs_",
+    "cos",
+    "dense",
+    "equal",
+    "exp",
+    "floor",
+    "indices",
+    "log",
+    "max_",
+    "maximum",
+    "min_",
+    "minimum",
+    "out",
+    "prod",
+    "rsqrt",
+    "scalar",
+    "sigmoid",
+    "sin",
+    "size",
+    "sparse",
+    "sqrt",
+    "sum_",
+    "tanh",
+    "temp",
+    "trace",
+    "update",
+    "where",
+]

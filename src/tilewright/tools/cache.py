@@ -11,6 +11,8 @@ from tilewright.runtime import cache as store
 _KINDS = {
     "so": "shared library (C++)",
     "cubin": "module (CUDA)",
+    "kernel": "source and manifest of a program",
+    "version": "hash of the compiler's sources",
     "cxx": "version of a compiler",
     "failed": "source that a compiler refused",
 }

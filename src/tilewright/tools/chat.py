@@ -26,14 +26,18 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `chat`."""
-    parser.add_argument("model", nargs="?", help="a GGUF file (default: the packaged SmolLM2-135M-Instruct)")
+    parser.add_argument(
+        "model", nargs="?", help="a GGUF file (default: the packaged SmolLM2-135M-Instruct)"
+    )
     _shared_arguments(parser)
 
 
 def _shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="cpp", help="cpp or cuda")
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
+    )
     parser.add_argument("--seed", type=int)
     parser.add_argument("--context", type=int, help="tokens of prompt and answer together")
 
@@ -102,15 +106,24 @@ def _turn(llm: LLM, messages: list[dict[str, str]], question: str, options: dict
         return
     messages.append({"role": "assistant", "content": "".join(answer)})
     c = llm.counts
-    print(f"\n[{c.prompt_tokens} + {c.cached_tokens} cached tokens read at {c.prompt_rate:.0f}/s, {c.answer_tokens} written at {c.answer_rate:.0f}/s]")
+    print(
+        f"\n[{c.prompt_tokens} + {c.cached_tokens} cached tokens read at {c.prompt_rate:.0f}/s, "
+        f"{c.answer_tokens} written at {c.answer_rate:.0f}/s]"
+    )
 
 
 def _report(llm: LLM, opened_s: float, first_s: float) -> None:
     c, stats = llm.counts, cache.stats
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     rows = [
-        ("model", f"{llm.model.file.nbytes / 1e6:.0f} MB of weights, opened in {1e3 * opened_s:.0f} ms"),
-        ("kernels", f"{stats.compiled} compiled in {stats.compile_ms:.0f} ms, {stats.hits} from the cache"),
+        (
+            "model",
+            f"{llm.model.file.nbytes / 1e6:.0f} MB of weights, opened in {1e3 * opened_s:.0f} ms",
+        ),
+        (
+            "kernels",
+            f"{stats.compiled} compiled in {stats.compile_ms:.0f} ms, {stats.hits} from the cache",
+        ),
         ("first token", f"{1e3 * first_s:.0f} ms after the start"),
         ("prompt", f"{c.prompt_tokens} tokens, {c.prompt_rate:.0f} tokens/s"),
         ("answer", f"{c.answer_tokens} tokens, {c.answer_rate:.0f} tokens/s"),

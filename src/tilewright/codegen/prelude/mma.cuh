@@ -1,0 +1,142 @@
+// Matrix tiles of a warp: mma.sync m16n8k16, float16 or bfloat16 in, float32 out (sm_80 and newer).
+//
+// All 32 lanes of a warp call these functions together. With g = lane / 4 and t = lane % 4 a lane holds
+//   of a (16 × 16): words (g, 2t) (g+8, 2t) (g, 2t+8) (g+8, 2t+8), two neighbours of a row in each
+//   of b (16 × 8):  words (2t, g) (2t+8, g), two neighbours of a column in each
+//   of the sum (16 × 8): (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1)
+// Reference: PTX ISA, warp-level matrix instructions, fragments of m16n8k16.
+#pragma once
+
+namespace tw {
+
+// A window of memory: element (r, c) lies at p[r * down + c * right]; beyond rows and cols it reads
+// as 0 and is not written.
+template <class T>
+struct window {
+  T* p;
+  int64_t down, right;
+  int rows, cols;  // at most 16
+};
+template <class I>
+TW_INLINE int tile_limit(I n) { return n < 16 ? static_cast<int>(n < 0 ? 0 : n) : 16; }
+template <class T, class R, class C>
+TW_INLINE window<T> tile(T* p, int64_t down, int64_t right, R rows, C cols) {
+  return {p, down, right, tile_limit(rows), tile_limit(cols)};
+}
+template <class T>
+TW_INLINE window<T> transposed(window<T> w) { return {w.p, w.right, w.down, w.cols, w.rows}; }
+
+struct fragment { float v[4]; };                  // of a sum
+struct fragment_a { uint32_t v[4]; };
+struct fragment_b { uint32_t v[2]; };
+
+// What the elements of a window mean.
+struct float32_bits {
+  static TW_INLINE float read(float x) { return x; }
+  static TW_INLINE float write(float x) { return x; }
+};
+struct float16_bits {
+  static TW_INLINE float read(uint16_t x) { return from_float16(x); }
+  static TW_INLINE uint16_t write(float x) { return to_float16(x); }
+};
+struct bfloat16_bits {
+  static TW_INLINE float read(uint16_t x) { return from_bfloat16(x); }
+  static TW_INLINE uint16_t write(float x) { return to_bfloat16(x); }
+};
+
+// -- memory to fragments -------------------------------------------------------------------------
+
+// Whether neighbours of a row, from an even column on, are one aligned word, inside or outside as one.
+template <class T>
+TW_INLINE bool in_pairs(window<T> w) {
+  const uint64_t mask = 2 * sizeof(T) - 1;
+  const uint64_t at = reinterpret_cast<uint64_t>(w.p) | static_cast<uint64_t>(w.down) * sizeof(T);
+  return w.right == 1 && (at & mask) == 0 && w.cols % 2 == 0;
+}
+
+// Elements (r, c) and (r, c + 1), the first in the low half. `pairs` is in_pairs(w), the same for all.
+template <class T>
+TW_INLINE uint32_t load_pair(window<T> w, int r, int c, bool pairs) {
+  const T* p = w.p + r * w.down + c * w.right;
+  uint32_t low = 0, high = 0;
+  if (pairs) {
+    if (r < w.rows && c < w.cols) low = __ldg(reinterpret_cast<const uint32_t*>(p));
+    return low;
+  }
+  if (r < w.rows && c < w.cols) low = __ldg(p);
+  if (r < w.rows && c + 1 < w.cols) high = __ldg(p + w.right);
+  return low | high << 16;
+}
+
+template <class T>
+TW_INLINE void load_fragment(fragment_a& f, window<T> w, int lane) {
+  const int g = lane >> 2, t = (lane & 3) * 2;
+  const bool pairs = in_pairs(w);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) f.v[i] = load_pair(w, g + (i & 1) * 8, t + (i >> 1) * 8, pairs);
+}
+template <class T>
+TW_INLINE void load_fragment(fragment_b& f, window<T> w, int lane) {
+  const int g = lane >> 2, t = (lane & 3) * 2;
+  const window<T> columns = transposed(w);
+  const bool pairs = in_pairs(columns);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) f.v[i] = load_pair(columns, g, t + i * 8, pairs);
+}
+
+// -- the operation -------------------------------------------------------------------------------
+
+TW_INLINE void mma_zero(fragment& acc) {
+  TW_EACH(4) acc.v[l] = 0.0f;
+}
+
+#define TW_MMA(name, kind)                                                                       \
+  TW_INLINE void name(fragment& acc, const fragment_a& a, const fragment_b& b) {                 \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." kind "." kind ".f32 "                           \
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
+        : "+f"(acc.v[0]), "+f"(acc.v[1]), "+f"(acc.v[2]), "+f"(acc.v[3])                         \
+        : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]));         \
+  }                                                                                              \
+  template <class A, class B>                                                                    \
+  TW_INLINE void name(fragment& acc, window<A> a, window<B> b, int lane) {                       \
+    fragment_a x;                                                                                \
+    fragment_b y;                                                                                \
+    load_fragment(x, a, lane);                                                                   \
+    load_fragment(y, b, lane);                                                                   \
+    name(acc, x, y);                                                                             \
+  }
+TW_MMA(mma_float16, "f16")
+TW_MMA(mma_bfloat16, "bf16")
+#undef TW_MMA
+
+// -- fragments to memory -------------------------------------------------------------------------
+
+template <class Kind, class T>
+TW_INLINE void mma_store(window<T> to, const fragment& acc, int lane) {
+  const int g = lane >> 2, t = (lane & 3) * 2;
+  const bool pairs = in_pairs(to);
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const int r = g + i * 4;
+    T* p = to.p + r * to.down + t * to.right;
+    const T low = Kind::write(acc.v[i]), high = Kind::write(acc.v[i + 1]);
+    if (pairs) {
+      if (r < to.rows && t < to.cols) store<T, 2>(p, vec<T, 2>{{low, high}});
+    } else {
+      if (r < to.rows && t < to.cols) p[0] = low;
+      if (r < to.rows && t + 1 < to.cols) p[to.right] = high;
+    }
+  }
+}
+template <class Kind, class T>
+TW_INLINE void mma_add(window<T> to, const fragment& acc, int lane) {
+  const int g = lane >> 2, t = (lane & 3) * 2;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int r = g + (i >> 1) * 8, c = t + (i & 1);
+    T* p = to.p + r * to.down + c * to.right;
+    if (r < to.rows && c < to.cols) *p = Kind::write(Kind::read(*p) + acc.v[i]);
+  }
+}
+
+}  // namespace tw

@@ -1,0 +1,81 @@
+// Matrix tiles on the CPU: the true twin of mma.cuh. A fragment is M × N floats, row by row.
+
+namespace tw {
+
+// A window of memory: element (r, c) lies at p[r * down + c * right]; beyond rows and cols it reads
+// as 0 and is not written.
+template <class T>
+struct window {
+  T* p;
+  int64_t down, right, rows, cols;
+};
+template <class T>
+TW_INLINE window<T> tile(T* p, int64_t down, int64_t right, int64_t rows, int64_t cols) {
+  return {p, down, right, rows, cols};
+}
+
+// What the elements of a window mean.
+struct float32_bits {
+  TW_INLINE float read(float x) { return x; }
+  TW_INLINE float write(float x) { return x; }
+};
+struct float16_bits {
+  TW_INLINE float read(uint16_t x) { return from_float16(x); }
+  TW_INLINE uint16_t write(float x) { return to_float16(x); }
+  template <int N> TW_INLINE vec<float, N> read(vec<uint16_t, N> x) { return from_float16<N>(x); }
+};
+struct bfloat16_bits {
+  TW_INLINE float read(uint16_t x) { return from_bfloat16(x); }
+  TW_INLINE uint16_t write(float x) { return to_bfloat16(x); }
+  template <int N> TW_INLINE vec<float, N> read(vec<uint16_t, N> x) { return from_bfloat16<N>(x); }
+};
+
+// A window as numbers, R × C.
+template <class Kind, int R, int C, class T>
+TW_INLINE void read_tile(float* to, window<T> w) {
+  const bool whole = w.right == 1 && w.cols >= C;
+  for (int r = 0; r < R; ++r) {
+    const T* row = w.p + r * w.down;
+    if (whole && r < w.rows) {
+      store<float, C>(to + r * C, Kind::template read<C>(load<uint16_t, C>(row)));
+    } else {
+      for (int c = 0; c < C; ++c)
+        to[r * C + c] = r < w.rows && c < w.cols ? Kind::read(row[c * w.right]) : 0.0f;
+    }
+  }
+}
+
+template <int M, int N>
+TW_INLINE void mma_zero(float* acc) {
+  for (int i = 0; i < M * N; ++i) acc[i] = 0.0f;
+}
+
+// acc += a (M × K) · b (K × N)
+template <class Kind, int M, int N, int K, class A, class B>
+TW_INLINE void mma(float* acc, window<A> a, window<B> b) {
+  float x[M * K], y[K * N];
+  read_tile<Kind, M, K>(x, a);
+  read_tile<Kind, K, N>(y, b);
+  for (int r = 0; r < M; ++r) {
+    vec<float, N> sum = load<float, N>(acc + r * N);
+    for (int k = 0; k < K; ++k) sum += x[r * K + k] * load<float, N>(y + k * N);
+    store<float, N>(acc + r * N, sum);
+  }
+}
+
+template <class Kind, int M, int N, class T>
+TW_INLINE void mma_store(window<T> to, const float* acc) {
+  for (int r = 0; r < M && r < to.rows; ++r)
+    for (int c = 0; c < N && c < to.cols; ++c)
+      to.p[r * to.down + c * to.right] = Kind::write(acc[r * N + c]);
+}
+template <class Kind, int M, int N, class T>
+TW_INLINE void mma_add(window<T> to, const float* acc) {
+  for (int r = 0; r < M && r < to.rows; ++r)
+    for (int c = 0; c < N && c < to.cols; ++c) {
+      T& place = to.p[r * to.down + c * to.right];
+      place = Kind::write(Kind::read(place) + acc[r * N + c]);
+    }
+}
+
+}  // namespace tw

@@ -1,0 +1,644 @@
+"""One statement as a nest of loops over stored positions: what `lower.positions` is made of.
+
+The loops of a statement's indices are put in order (spatial ones first, a level never before its
+parents), opened one by one (a level tells its range, its coordinate and its position), and the
+statement stands in the innermost. Reductions it needs are placed as far out as they can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from tilewright import dtypes
+from tilewright.errors import ProgramError
+from tilewright.ir.levels import Level, Storage, load_value, may_miss
+from tilewright.ir.nodes import (
+    Access,
+    Assign,
+    Binary,
+    Buffer,
+    Cast,
+    Compute,
+    Const,
+    Expr,
+    For,
+    If,
+    Index,
+    Let,
+    Load,
+    Program,
+    Reduce,
+    Search,
+    Select,
+    Stmt,
+    Tensor,
+    Unary,
+    Var,
+    as_expr,
+    binary,
+    cast,
+    select,
+    seq,
+    size_var,
+    unary,
+)  # fmt: skip
+from tilewright.ir.rewrite import add, ceil_div, mul, simplify, walk
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """An assignment taken apart: `out op= value over axes`."""
+
+    out: Access
+    op: str
+    axes: tuple[Index, ...]
+    value: Expr
+    wrap: Callable[[Expr], Expr]
+
+    @classmethod
+    def of(cls, a: Assign) -> Statement:
+        value, to = a.value, a.out.dtype
+        inner = value.a if isinstance(value, Cast) else value
+        if isinstance(inner, Reduce):
+            return cls(a.out, inner.op, inner.axes, inner.body, lambda e: cast(e, to))  # type: ignore[arg-type]
+        return cls(a.out, "", (), value, lambda e: e)
+
+
+@dataclass(frozen=True, slots=True)
+class _Spec:
+    """One loop to open: level `depth` of a structure, a dense axis, or two levels as one
+    (`fused`)."""
+
+    axis: Index
+    structure: str = ""
+    depth: int = -1
+    level: Level | None = None
+    fused: Index | None = None
+
+
+@dataclass(slots=True)
+class _Env:
+    """What is known at a place of the nest: coordinates that are bound, positions of structures."""
+
+    bound: dict[str, Expr] = field(default_factory=dict)
+    halves: dict[tuple[str, int, bool], Expr] = field(default_factory=dict)
+    vars: dict[tuple[str, int], Expr] = field(default_factory=dict)
+    pos: dict[tuple[str, int], Expr] = field(default_factory=dict)
+    coords: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    places: dict[tuple[str, tuple[str, ...]], Expr] = field(default_factory=dict)
+
+    def copy(self) -> _Env:
+        return _Env(*(dict(getattr(self, f.name)) for f in fields(self)))
+
+
+class Tables:
+    """What the nests of one program share: its tensors, their formats in the nest that is being
+    built, and the buffers they are stored in."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.tensors = {t.name: t for t in program.tensors}
+        self.index = program.index
+        self.sizes = dict(program.sizes)
+        self.format: dict[str, Any] = {}  # structure -> the format it has in the nest being built
+        self.names: set[str] = set()
+
+    def driver(self, st: Statement) -> tuple[str, tuple[str, ...]] | None:
+        """The structure whose stored coordinates the statement follows, and its index names."""
+        if st.out.tensor.is_sparse:
+            return st.out.tensor.structure, tuple(c.name for c in st.out.coords)  # type: ignore[attr-defined]
+        reduced = {a.name for a in st.axes}
+        for x in walk(st.value):
+            if isinstance(x, Access) and x.tensor.is_sparse:
+                names = tuple(c.name if isinstance(c, Index) else "" for c in x.coords)
+                if "" not in names and len(set(names)) == len(names) and reduced & set(names):
+                    return x.tensor.structure, names
+        return None
+
+    # -- buffers -----------------------------------------------------------------------------
+
+    def size(self, dim: str | int) -> Expr:
+        if isinstance(dim, str) and dim in self.sizes:
+            return Const(self.sizes[dim], self.index)
+        return size_var(dim, self.index)
+
+    def storage(self, structure: str, depth: int) -> tuple[Level, Storage]:
+        level = self.format[structure].levels[depth]
+        size = self.size(self.tensors[structure].dims[level.dim])
+        if level.inner:
+            size = Const(level.block, self.index)
+        elif level.block:
+            size = ceil_div(size, level.block)
+        count = Var(f"{structure}_count{depth}", self.index)
+        made = {
+            name: Buffer(
+                f"{structure}.{name}{depth}",
+                self.index,
+                (add(count, 1) if name == "indptr" else count,),
+                "part",
+            )
+            for name in level.arrays
+        }
+        return level, Storage(size, count, made.get("indptr"), made.get("indices"))
+
+    def values(self, tensor: Tensor) -> Buffer:
+        last = len(self.format[tensor.structure].levels) - 1
+        return Buffer(
+            f"{tensor.name}.values",
+            tensor.dtype,
+            (Var(f"{tensor.structure}_count{last}", self.index),),
+            "part",
+        )
+
+    def buffer(self, tensor: Tensor) -> Buffer:
+        shape = tuple(self.size(d) for d in tensor.dims)
+        if tensor.role == "inline":
+            return Buffer(tensor.name, tensor.dtype, shape, "register")
+        strides: list[Expr] = [
+            Var(f"{tensor.name}_stride{d}", dtypes.int64) for d in range(len(shape))
+        ]
+        if strides and not tensor.strided:
+            strides[-1] = Const(1, dtypes.int64)
+        kind = "state" if tensor.role == "temp" else tensor.kind
+        return Buffer(tensor.name, tensor.dtype, shape, "global", tuple(strides), kind)
+
+
+class NestBuilder:
+    """Builds the nest of one root statement under one choice of formats."""
+
+    def __init__(
+        self,
+        owner: Tables,
+        root: Statement,
+        temps: list[Statement],
+        structure: str,
+        *,
+        shared: bool,
+    ) -> None:
+        self.owner, self.root, self.temps = owner, root, temps
+        self.structure, self.shared = structure, shared
+        self.placed: set[str] = set()
+        self.in_place = False
+        self.rows: dict[str, str] = {}  # structure -> the index of the rows it is followed at
+        self.at = root  # the statement whose loops are being opened
+        self.hidden: frozenset[str] = frozenset()
+        self.home = {t.out.tensor.name: self._home(t) for t in temps}
+
+    def _home(self, t: Statement) -> str:
+        """The statement inside whose loops `t` stands: the root, or the reduction whose index it
+        needs."""
+        spatial = {x.name for x in indices_in(self.root.out.coords)}
+        needed = {x.name for x in indices_in(t.out.coords)}
+        if needed <= spatial:
+            return self.root.out.tensor.name
+        for reader in (*self.temps, self.root):
+            if any(
+                isinstance(x, Access) and x.tensor.name == t.out.tensor.name
+                for x in walk(reader.value)
+            ):
+                return reader.out.tensor.name
+        raise AssertionError(f"nobody reads {t.out}")
+
+    def build(self) -> Stmt:
+        return self.emit(self.root, _Env())
+
+    def emit(self, st: Statement, env: _Env) -> Stmt:
+        driver = self.owner.driver(st)
+        if driver is None and st is self.root and self.structure:
+            driver = self._borrowed(st)
+        if driver:
+            env = env.copy()
+            if not hasattr(self.owner.format[driver[0]], "levels"):
+                raise unsearchable(driver[0], self.owner.format[driver[0]])
+            if st is self.root:
+                self.rows[driver[0]] = driver[1][0]
+            else:
+                self._check_whole_rows(st, driver)
+            self._follow(st, driver, env)
+        specs = self._ordered(st, driver, env)
+        in_place = bool(st.op) and self._is_in_place(st, specs)
+        if in_place and st is not self.root:
+            raise ProgramError(
+                "P107",
+                f"a reduction inside {self.root.out.tensor.name} meets rows stored in pieces",
+            )
+        self.in_place |= in_place
+        around, hidden = self.at, self.hidden
+        self.at, self.hidden = st, frozenset()
+        if st is not self.root:
+            others = (self.root, *(t for t in self.temps if t is not st))
+            known = {x.name for o in others for x in (*indices_in(o.out.coords), *o.axes)}
+            self.hidden = frozenset({a.name for a in st.axes} & known)
+        nest = self._loops(st, specs, env, in_place)
+        self.at, self.hidden = around, hidden
+        return nest
+
+    def _borrowed(self, st: Statement) -> tuple[str, tuple[str, ...]] | None:
+        """The driver of a reduction inside the root, where the root's own loops can follow it:
+        where no level of theirs stands below one that only the reduction walks."""
+        driver = next(d for d in map(self.owner.driver, self.temps) if d and d[0] == self.structure)
+        own = {x.name for x in indices_in(st.out.coords)}
+        levels = self.owner.format[driver[0]].levels
+        walked = [driver[1][level.dim] in own for level in levels]
+        for depth, level in enumerate(levels):
+            if walked[depth] and not level.is_dense and not all(walked[:depth]):
+                if hasattr(self.owner.tensors[driver[0]].format, "parts"):
+                    raise unsearchable(driver[0], self.owner.tensors[driver[0]].format)
+                return None
+        return driver
+
+    def _follow(self, st: Statement, driver: tuple[str, tuple[str, ...]], env: _Env) -> None:
+        """Makes `driver` what its structure is read at. Positions below a level that is opened
+        anew, or that belong to other indices, are forgotten; a whole old position stays known."""
+        structure, names = driver
+        levels = self.owner.format[structure].levels
+        old = env.coords.get(structure, names)
+        if old != names and all((structure, d) in env.vars for d in range(len(levels))):
+            env.places[structure, old] = self._position(structure, len(levels) - 1, env)
+        env.coords[structure] = names
+        anew = {a.name for a in (*indices_in(st.out.coords), *st.axes) if a.name not in env.bound}
+        anew |= {a.name for a in st.axes}
+        for axis, block, inner in list(env.halves):
+            if axis in anew:
+                del env.halves[axis, block, inner]
+        moved = False
+        for depth, level in enumerate(levels):
+            other = names[level.dim] in anew or old[level.dim] != names[level.dim]
+            if other or (moved and not level.is_dense):
+                env.vars.pop((structure, depth), None)
+            if other or moved:
+                env.pos.pop((structure, depth), None)
+                moved = True
+
+    def _check_whole_rows(self, st: Statement, driver: tuple[str, tuple[str, ...]]) -> None:
+        """A reduction inside another statement is finished before it is read: its rows are
+        whole."""
+        structure, names = driver
+        reduced = {a.name for a in st.axes}
+        levels = self.owner.format[structure].levels
+        pieces = any(not x.unique and names[x.dim] not in reduced for x in levels)
+        if pieces or (self._is_part(structure) and (self.shared or names[0] in reduced)):
+            raise shares_rows(self.root.out.tensor.name, self.owner.tensors[structure].format)
+        self._check_own_rows(structure, names)
+
+    def _is_part(self, structure: str) -> bool:
+        """Whether the nest sees only a part of a structure."""
+        return structure == self.structure and hasattr(
+            self.owner.tensors[structure].format, "parts"
+        )
+
+    def _check_own_rows(self, structure: str, names: tuple[str, ...]) -> None:
+        """A part is read at its own rows only: other rows may be in other parts."""
+        own = self.rows.setdefault(structure, names[0])
+        if self._is_part(structure) and (own != names[0] or self.shared):
+            raise unsearchable(structure, self.owner.tensors[structure].format)
+
+    def _loops(self, st: Statement, specs: list[_Spec], env: _Env, in_place: bool) -> Stmt:
+        before: list[Stmt] = []
+        for t in self.temps:
+            name = t.out.tensor.name
+            ready = all(x.name in env.bound for x in indices_in(t.out.coords))
+            if name not in self.placed and self.home[name] == st.out.tensor.name and ready:
+                self.placed.add(name)
+                before.append(self.emit(t, env))
+        if not specs:
+            return seq(*before, self._leaf(st, env, in_place))
+        inside = env.copy()
+        wrap = self._open(specs[0], inside)
+        return seq(*before, wrap(self._loops(st, specs[1:], inside, in_place)))
+
+    # -- order -------------------------------------------------------------------------------
+
+    def _ordered(
+        self, st: Statement, driver: tuple[str, tuple[str, ...]] | None, env: _Env
+    ) -> list[_Spec]:
+        spatial = [x for x in indices_in(st.out.coords) if x.name not in env.bound]
+        wanted = [*spatial, *st.axes]
+        for order in self.owner.program.orders:
+            if order[0] == st.out.tensor.name:
+                rank = {name: r for r, name in enumerate(order[1:])}
+                wanted.sort(key=lambda x: rank.get(x.name, len(rank)))
+        levels: dict[int, _Spec] = {}
+        if driver:
+            structure, names = driver
+            for depth, level in enumerate(self.owner.format[structure].levels):
+                axis = next((x for x in wanted if x.name == names[level.dim]), None)
+                if axis is not None:
+                    levels[depth] = _Spec(axis, structure, depth, level)
+            if structure in self.owner.program.fused and len(levels) == 2:
+                both = _Spec(levels[0].axis, structure, 1, levels[1].level, fused=levels[1].axis)
+                rest = [x for x in wanted if x not in (both.axis, both.fused)]
+                return [both, *(_Spec(x) for x in rest)]
+        result: list[_Spec] = []
+
+        def place(spec: _Spec) -> None:
+            if spec in result:
+                return
+            if spec.level is not None and not spec.level.is_dense:
+                for depth in sorted(levels):
+                    if depth < spec.depth:
+                        place(levels[depth])
+            result.append(spec)
+
+        for axis in wanted:
+            mine = [s for s in levels.values() if s.axis.name == axis.name]
+            for spec in mine or [_Spec(axis)]:
+                place(spec)
+        return result
+
+    def _is_in_place(self, st: Statement, specs: list[_Spec]) -> bool:
+        """Whether an output element is met again after other elements: no accumulator can hold
+        it."""
+        reduced = {a.name for a in st.axes}
+        is_sparse = st.out.tensor.is_sparse  # each stored entry is then an element of its own
+        seen_reduction = False
+        for s in specs:
+            if s.axis.name in reduced:
+                seen_reduction = True
+                if s.fused is not None:
+                    return True
+            elif (
+                (s.fused is not None and s.fused.name in reduced)
+                or (s.level is not None and not s.level.unique and not is_sparse)
+                or (s.level is not None and not s.level.is_dense and seen_reduction)
+            ):
+                return True
+        return self.shared and st is self.root and not is_sparse
+
+    # -- opening a loop ----------------------------------------------------------------------
+
+    def _open(self, s: _Spec, env: _Env) -> Callable[[Stmt], Stmt]:
+        """Enters the loop of `s`: updates `env`, returns what wraps a body into it."""
+        if s.fused is not None:
+            return self._open_fused(s, env)
+        name = s.axis.name
+        tag = self._tag(name)
+        if s.level is None:
+            var = Var(self._fresh(name), self.owner.index)
+            env.bound[name] = var
+            end = self.owner.size(s.axis.dim)
+            return lambda body: For(var, Const(0, var.dtype), end, body, axes=(tag,))
+        level, storage = self.owner.storage(s.structure, s.depth)
+        zero = Const(0, self.owner.index)
+        # A dense level may be walked before the levels above it: its parent is only needed later.
+        q = zero if level.is_dense else self._position(s.structure, s.depth - 1, env)
+        found: list[Stmt] = []
+        if may_miss(q):  # nothing is stored there: an empty range
+            q, found = self._named(s.structure, s.depth - 1, q, env)
+        begin, end = level.loop(storage, q)
+        if found:
+            stored = binary(">=", q, 0)
+            begin, end = select(stored, begin, zero), select(stored, end, zero)
+        suffix = ("_i" if level.inner else "_o") if level.block else ""
+        is_own_coord = level.is_dense or not level.arrays or level.arrays == ("indptr",)
+        var = Var(self._fresh(name + suffix + ("" if is_own_coord else "_p")), self.owner.index)
+        single = "indices" in level.arrays and not level.pads and "indptr" not in level.arrays
+        v: Expr = q if single else var
+        env.vars[s.structure, s.depth] = v
+        lets, guards = self._bind(s, level, level.coord(storage, q, v), env)
+        if single:
+            return lambda body: _inside(lets, guards, body)
+        return lambda body: seq(
+            *found, For(var, begin, end, _inside(lets, guards, body), axes=(tag,))
+        )
+
+    def _named(self, structure: str, depth: int, q: Expr, env: _Env) -> tuple[Var, list[Stmt]]:
+        """A located position under a name of its own."""
+        var = Var(self._fresh(f"{structure}_q{depth}"), q.dtype)
+        env.pos[structure, depth] = var
+        return var, [Let(var, q)]
+
+    def _bind(
+        self, s: _Spec, level: Level, coord: Expr, env: _Env
+    ) -> tuple[list[Stmt], list[Expr]]:
+        """Names the coordinate; whole axes at once, blocked ones when both halves are known."""
+        name, lets, guards = s.axis.name, [], []
+        if not isinstance(coord, Var):
+            known = Var(self._fresh(name + ("_o" if level.block else "")), self.owner.index)
+            lets.append(Let(known, coord))
+            coord = known
+            if level.pads:
+                guards.append(binary(">=", known, 0))
+        if not level.block:
+            env.bound[name] = coord
+            return lets, guards
+        block = level.block
+        env.halves[name, block, level.inner] = coord
+        if (name, block, not level.inner) in env.halves:
+            outer, inner = env.halves[name, block, False], env.halves[name, block, True]
+            whole = Var(self._fresh(name), self.owner.index)
+            lets.append(Let(whole, add(mul(outer, level.block), inner)))
+            size = self.owner.size(s.axis.dim)
+            if not (isinstance(size, Const) and size.value % level.block == 0):
+                guards.append(binary("<", whole, size))
+            env.bound[name] = whole
+        return lets, guards
+
+    def _open_fused(self, s: _Spec, env: _Env) -> Callable[[Stmt], Stmt]:
+        """Two levels walked as one: entry e of the lower level; its row by search in indptr."""
+        assert s.fused is not None
+        upper, upper_storage = self.owner.storage(s.structure, 0)
+        lower, storage = self.owner.storage(s.structure, 1)
+        assert storage.indptr is not None, "checked by the verb"
+        row, col = s.axis.name, s.fused.name
+        var = Var(self._fresh(f"{row}{col}"), self.owner.index)
+        i, j = Var(self._fresh(row), self.owner.index), Var(self._fresh(col), self.owner.index)
+        rows = upper_storage.size if upper.is_dense else upper_storage.count
+        q = Search(
+            storage.indptr, Const(0, self.owner.index), add(rows, 1), var, True, self.owner.index
+        )
+        parent = Var(self._fresh(f"{row}_q"), self.owner.index)
+        lets: list[Stmt] = [
+            Let(parent, q),
+            Let(i, upper.coord(upper_storage, parent, parent)),
+            Let(j, lower.coord(storage, parent, var)),
+        ]
+        env.bound |= {row: i, col: j}
+        env.pos |= {(s.structure, 0): parent, (s.structure, 1): var}
+        zero = Const(0, var.dtype)
+        return lambda body: For(
+            var, zero, storage.count, _inside(lets, [], body), axes=(self._tag(row), self._tag(col))
+        )
+
+    def _position(self, structure: str, depth: int, env: _Env) -> Expr:
+        """The position at a level: known from a loop, or located from bound coordinates."""
+        if depth < 0:
+            return Const(0, self.owner.index)
+        if (structure, depth) in env.vars:
+            level, storage = self.owner.storage(structure, depth)
+            q = self._position(structure, depth - 1, env)
+            return level.pos(storage, q, env.vars[structure, depth])
+        if (structure, depth) not in env.pos:
+            level, storage = self.owner.storage(structure, depth)
+            if not level.unique:
+                raise unsearchable(structure, self.owner.format[structure])
+            axis = env.coords[structure][level.dim]
+            if (axis, level.block, level.inner) in env.halves:
+                coord = env.halves[axis, level.block, level.inner]
+            else:
+                coord = _part_of(level, env.bound[axis])
+            env.pos[structure, depth] = level.locate(
+                storage, self._position(structure, depth - 1, env), coord
+            )
+        return env.pos[structure, depth]
+
+    def _fresh(self, name: str) -> str:
+        """`name`, or with a number where another loop of the nest already has it."""
+        chosen, n = name, 1
+        while chosen in self.owner.names:
+            n += 1
+            chosen = f"{name}{n}"
+        self.owner.names.add(chosen)
+        return chosen
+
+    # -- the innermost statement -------------------------------------------------------------
+
+    def _leaf(self, st: Statement, env: _Env, in_place: bool) -> Stmt:
+        lets: list[Stmt] = []
+        guards = self._stored_guard(st, env, lets)
+        value = self._resolve(st.value, env, lets)
+        target = st.out.tensor
+        if target.is_sparse:
+            last = len(self.owner.format[target.structure].levels) - 1
+            out = Load(
+                self.owner.values(target),
+                (self._position(target.structure, last, env),),
+                target.dtype,
+            )
+        else:
+            buffer = self.owner.buffer(target)
+            out = Load(
+                buffer, tuple(self._resolve(c, env, lets) for c in st.out.coords), target.dtype
+            )
+        if in_place and out.dtype != value.dtype:
+            raise ProgramError(
+                "P107",
+                f"{target.name} is added to in memory, in {out.dtype}, where {value.dtype} is "
+                "needed",
+                hint=f'make it {value.dtype}, tw.out.typed("{value.dtype}")[…], or choose a format '
+                "that keeps rows whole",
+            )
+        if not st.op:
+            value = cast(value, out.dtype)
+        compute = Compute(out, value, st.op, tuple(self._tag(a.name) for a in st.axes), in_place)
+        return _inside(lets, guards, compute)
+
+    def _tag(self, axis: str) -> str:
+        """The axis a loop walks, as verbs and reductions know it: an index that the statement at
+        hand reduces over, and that a statement around it has too, is another axis."""
+        return f"{axis}.{self.at.out.tensor.name}" if axis in self.hidden else axis
+
+    def _stored_guard(self, st: Statement, env: _Env, lets: list[Stmt]) -> list[Expr]:
+        """Where the last level is searched, not walked, a reduction skips what is not stored."""
+        driver = self.owner.driver(st) if st.op else None
+        if driver is None or env.coords.get(driver[0]) != driver[1]:
+            return []
+        last = len(self.owner.format[driver[0]].levels) - 1
+        q = self._position(driver[0], last, env)
+        if not may_miss(q):
+            return []
+        var, named = self._named(driver[0], last, q, env)
+        lets += named
+        return [binary(">=", var, 0)]
+
+    def _resolve(self, e: Any, env: _Env, lets: list[Stmt]) -> Any:
+        """Accesses become loads; types are derived anew, since coordinates may be int64."""
+
+        def visit(x: Any) -> Any:
+            return self._resolve(x, env, lets)
+
+        if isinstance(e, Index):
+            return env.bound[e.name]
+        if isinstance(e, Var):
+            return (
+                Const(self.owner.sizes[e.name[5:]], self.owner.index)
+                if e.name[5:] in self.owner.sizes
+                else Var(e.name, self.owner.index)
+            )
+        if isinstance(e, Access):
+            tensor = self.owner.tensors[e.tensor.name]
+            if tensor.is_sparse:
+                return self._read_sparse(tensor, e, env, lets)
+            return Load(self.owner.buffer(tensor), tuple(visit(c) for c in e.coords), e.dtype)
+        if isinstance(e, Binary):
+            return binary(e.op, visit(e.a), visit(e.b))
+        if isinstance(e, Unary):
+            return unary(e.op, visit(e.a))
+        if isinstance(e, Select):
+            return select(visit(e.cond), visit(e.a), visit(e.b))
+        if isinstance(e, Cast):
+            return cast(visit(e.a), e.dtype)
+        return e
+
+    def _read_sparse(self, tensor: Tensor, e: Access, env: _Env, lets: list[Stmt]) -> Expr:
+        names = tuple(c.name if isinstance(c, Index) else "" for c in e.coords)
+        fmt = self.owner.format[tensor.structure]
+        if not hasattr(fmt, "levels"):
+            raise unsearchable(tensor.name, fmt)
+        last = len(fmt.levels) - 1
+        if env.coords.get(tensor.structure) == names:
+            position = self._position(tensor.structure, last, env)
+        elif (tensor.structure, names) in env.places:
+            position = env.places[tensor.structure, names]
+        else:
+            self._check_own_rows(tensor.structure, names)
+            position = self._locate(
+                tensor, tuple(self._resolve(c, env, lets) for c in e.coords), lets
+            )
+        return load_value(self.owner.values(tensor), position, tensor.fill)
+
+    def _locate(self, tensor: Tensor, coords: tuple[Expr, ...], lets: list[Stmt]) -> Expr:
+        """Searches level by level; -1 once something is missing."""
+        fmt = self.owner.format[tensor.structure]
+        if not all(level.unique for level in fmt.levels):
+            raise unsearchable(tensor.name, fmt)
+        q: Expr = Const(0, self.owner.index)
+        for depth, level in enumerate(fmt.levels):
+            _, storage = self.owner.storage(tensor.structure, depth)
+            found = level.locate(storage, q, _part_of(level, coords[level.dim]))
+            if isinstance(q, Var) and depth and not fmt.levels[depth - 1].is_dense:
+                found = select(binary(">=", q, 0), found, as_expr(-1, self.owner.index))
+            var = Var(self._fresh(f"{tensor.name}_q{depth}"), self.owner.index)
+            lets.append(Let(var, found))
+            q = var
+        return (
+            add(q, 0)
+            if all(level.is_dense for level in fmt.levels)
+            else select(binary(">=", q, 0), q, as_expr(-1, self.owner.index))
+        )
+
+
+def shares_rows(name: str, fmt: Any) -> ProgramError:
+    return ProgramError(
+        "P107",
+        f"{name} is more than one sum (or max, min) and {fmt} shares its rows",
+        hint="use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'",
+    )
+
+
+def unsearchable(name: str, fmt: Any) -> ProgramError:
+    return ProgramError(
+        "P107", f"{name} is read where its entries are not followed, and {fmt} cannot be searched",
+        hint="store it as csr, or let the loops follow it",
+    )  # fmt: skip
+
+
+def _part_of(level: Level, coord: Expr) -> Expr:
+    if not level.block:
+        return coord
+    return simplify(binary("%" if level.inner else "//", coord, level.block))
+
+
+def _inside(lets: list[Stmt], guards: list[Expr], body: Stmt) -> Stmt:
+    """Lets, then the body under the guards that use them."""
+    for g in reversed(guards):
+        body = If(g, body)
+    return seq(*lets, body)
+
+
+def indices_in(coords: tuple[Expr, ...]) -> list[Index]:
+    """The indices in output coordinates, in order, once each."""
+    found = [x for c in coords for x in walk(c) if isinstance(x, Index)]
+    return list({x.name: x for x in found}.values())

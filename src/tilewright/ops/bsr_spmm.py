@@ -1,0 +1,89 @@
+"""SpMM with dense blocks: Y = A X for A in BSR, on tile operations of 16 × 8 × 16.
+
+float16 or bfloat16 in, float32 out. A block of A is a tile as it lies in memory, and the rows of X
+that it meets are neighbours. On a GPU the warps of a CTA share a row of blocks, 32 features each.
+Reference: SparseTIR (ASPLOS 2023), its block-sparse kernels on tensor cores.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from tilewright.build import program
+from tilewright.errors import ArgumentError
+from tilewright.ops.recipes import fixed_width
+from tilewright.runtime.kernel import Kernel
+from tilewright.schedule import Schedule
+from tilewright.sparse import formats, trace
+from tilewright.sparse.formats import Format
+from tilewright.sparse.pack import Packed
+from tilewright.sparse.trace import dense, indices, out, sparse
+
+ROWS, COLS, DEPTH = 16, 8, 16  # one tile operation
+WARP_COLS = 32  # features that a warp keeps in its registers
+WARP_ROWS = 32  # rows of a block likewise; taller blocks are walked more than once
+WARPS = 4  # of a CTA, at most
+HALVES = ("float16", "bfloat16")
+
+
+@program
+def bsr_spmm_program(A=sparse("m n"), X=dense("n d")):
+    i, j, k = indices("m n d")
+    return out.typed("float32")[i, k](trace.sum_(A[i, j] * X[j, k], over=j))
+
+
+def block_of(fmt: Any) -> int:
+    """The block of a BSR format that tiles fit into, or 0."""
+    block = fmt.levels[0].block if isinstance(fmt, Format) else 0
+    return block if block and block % ROWS == 0 and fmt == formats.bsr(block) else 0
+
+
+def recipe(s: Schedule) -> Schedule:
+    """The schedule of SpMM on bsr(16), bsr(32), … for the target it is built for."""
+    block = block_of(s.format_of(0))
+    d = dict(s.program.sizes).get("d")
+    warps = min(WARPS, -(-d // WARP_COLS)) if d else WARPS
+    across = WARP_COLS * warps if s.target.is_cuda else WARP_COLS
+    s = s.split("i_i", ROWS, into=("i_u", "i_v")).split("j_i", DEPTH, into=("j_u", "j_v"))
+    s = s.split("k", across, into=("k_o", "k_r")).split("k_r", WARP_COLS, into=("k_y", "k_w"))
+    s = s.split("k_w", COLS, into=("k_u", "k_v"))
+    few = block <= WARP_ROWS
+    around = ("j_o", "j_u", "i_u") if few else ("i_u", "j_o", "j_u")
+    s = s.reorder("i_o", "k_o", "k_y", *around, "k_u", "i_v", "k_v", "j_v")
+    s = (s.unroll("i_u") if few else s).unroll("k_u").mma("i_v", "k_v", "j_v")
+    if s.target.is_cuda:
+        return s.bind("i_o", "cta.x").bind("k_o", "cta.y").bind("k_y", "thread.y")
+    return s.parallel("i_o").parallel("k_o")
+
+
+@cache
+def bsr_spmm_kernel(
+    fmt: Format, dtype: str, width: int = 0, index: str = "int32", target: str = "cpp"
+) -> Kernel:
+    """The built kernel for a format and a dtype. `kernel(A, X, out=None)`; `width` 0: any d."""
+    made = bsr_spmm_program.typed(A=dtype, X=dtype, index=index).decompose(A=fmt)
+    return made.schedule(lambda s: recipe(s.specialize("d", width) if width else s)).build(target)
+
+
+def bsr_spmm(A: Packed, X: Any, out: Any = None) -> Any:
+    """Y = A X. A: (m, n) packed as bsr(b), b a multiple of 16, float16 or bfloat16; X: (n, d) of
+    the same dtype; Y: (m, d) float32. Raises ArgumentError.
+    """
+    if not block_of(A.format):
+        raise ArgumentError(
+            "A106", f"A is packed as {A.format}", where="argument A",
+            hint="pack it as tw.bsr(16) or tw.bsr(32); spmm() takes every format",
+        )  # fmt: skip
+    if A.dtype.name not in HALVES:
+        raise ArgumentError(
+            "A102",
+            f"A is {A.dtype}, tile operations multiply {' or '.join(HALVES)}",
+            where="argument A",
+            hint='pack it with dtype="float16"; spmm() takes every dtype',
+        )
+    shape = getattr(X, "shape", ())
+    width = fixed_width(int(shape[-1]), A.device) if shape else 0
+    target = "cuda" if A.device.startswith("cuda") else "cpp"
+    index = A.structure.index_dtype.name
+    return bsr_spmm_kernel(A.format, A.dtype.name, width, index, target)(A, X, out=out)

@@ -1,0 +1,97 @@
+"""Where there is no compiler: the arrays of a prepared call, and the program evaluated on them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tilewright.dtypes import DType
+from tilewright.ir.levels import coordinates, row_major
+from tilewright.ir.nodes import Program
+from tilewright.runtime.evaluate import Memory, run
+from tilewright.runtime.spaces import Stored
+
+
+def run_frame(program: Program, frame: Any) -> None:
+    """Run the coordinate-level `program` on the arrays whose addresses stand in a frame."""
+    memory = Memory(program, {d: n for d, n in frame.sizes.items() if isinstance(d, str)})
+    write_back: list[Callable[[], None]] = []
+    for t in program.tensors:
+        slots = frame.slots.get(t.name, ())
+        if t.role in ("temp", "inline"):
+            continue
+        if t.is_sparse:
+            memory.stored[t.structure], order = _stored(frame.structures[t.structure])
+            parts = [p.size for p in frame.structures[t.structure].parts]
+            arrays = [
+                _array_at(slot.value, t.dtype, (n,), (1,))
+                for slot, n in zip(slots, parts, strict=False)
+            ]
+            flat = np.concatenate(arrays) if slots else np.zeros(sum(parts), t.dtype.numpy)
+            memory.data[t.name] = values = flat[order]
+            if t.role == "output":
+                write_back.append(lambda f=flat, o=order, v=values, a=arrays: _scatter(f, o, v, a))
+        elif not t.dims:
+            memory.data[t.name] = _number(t.dtype, slots[0].value if slots else 0)
+        else:
+            v = frame.views[t.name]
+            pointer = slots[0].value if slots else v.pointer
+            memory.data[t.name] = _array_at(pointer, t.dtype, v.shape, v.strides)
+    for t in program.tensors:
+        if t.role == "temp":
+            memory.allocate(t)
+    run(program, memory, exact=False)
+    for write in write_back:
+        write()
+
+
+def _stored(structure: Any) -> tuple[Stored, np.ndarray]:
+    """The stored coordinates of a structure, and where their values stand in its parts, one after
+    the other; found once."""
+    known = structure.tables.get("stored")
+    if known is None:
+        found, base = [], 0
+        for p in structure.parts:
+            coords, at = coordinates(p.format.levels, p.arrays, p.counts, structure.shape)
+            is_entry = np.zeros(p.size, bool)
+            is_entry[p.slots] = True
+            found.append((*coords, at + base, is_entry[at]))
+            base += p.size
+        *coords, place, is_entry = (np.concatenate(c) for c in zip(*found, strict=True))
+        order = row_major(coords, is_entry)
+        stored = Stored(tuple(structure.shape), tuple(c[order] for c in coords))
+        known = structure.tables["stored"] = stored, place[order]
+    return known
+
+
+def _scatter(flat: np.ndarray, order: np.ndarray, values: np.ndarray, parts: list[Any]) -> None:
+    """Values by entry back into the arrays of the parts; padding keeps what it held."""
+    flat[order] = values
+    for part, piece in zip(
+        parts, np.split(flat, np.cumsum([len(p) for p in parts])[:-1]), strict=True
+    ):
+        part[:] = piece
+
+
+def _array_at(
+    pointer: int, dtype: DType, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> np.ndarray:
+    """The array at an address; `strides` count elements."""
+    kind = dtype.numpy
+    if 0 in shape:
+        return np.empty(shape, kind)
+    reach = [(n - 1) * s * kind.itemsize for n, s in zip(shape, strides, strict=True)]
+    low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + kind.itemsize
+    memory = (ctypes.c_uint8 * (high - low)).from_address(pointer + low)
+    flat = np.ctypeslib.as_array(memory)
+    return np.ndarray(shape, kind, flat, -low, [s * kind.itemsize for s in strides])
+
+
+def _number(dtype: DType, value: float) -> np.ndarray:
+    """A scalar as its slot holds it: narrow floats as bits."""
+    if dtype.name == "float16":
+        return np.array(value, np.uint16).view(np.float16)
+    return np.array(value, dtype.numpy)

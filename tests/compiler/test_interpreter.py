@@ -1,0 +1,199 @@
+"""The interpreter of the lower levels: it must see what a kernel would do wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tests.compiler.cases import (
+    FORMATS,
+    after_every_pass,
+    arguments,
+    close,
+    executed,
+    gather_rows,
+    gemm,
+    numbers,
+    spmm,
+)
+
+import tilewright as tw
+from tilewright import dtypes
+from tilewright.errors import InternalError
+from tilewright.ir.nodes import (
+    Alloc,
+    Binary,
+    Broadcast,
+    Buffer,
+    Cast,
+    Const,
+    For,
+    If,
+    Load,
+    Nest,
+    Program,
+    Ramp,
+    ReduceLanes,
+    Search,
+    Select,
+    Seq,
+    Store,
+    Sync,
+    Var,
+)
+from tilewright.ir.rewrite import transform
+from tilewright.runtime.interpreter import execute
+
+f32, i32, i64 = dtypes.float32, dtypes.int32, dtypes.int64
+N = Var("size_n")
+X, Y = (Buffer(name, f32, (N,), "global") for name in "XY")
+IDS = Buffer("ids", i32, (N,), "global")
+
+
+def c(value: int, dtype: dtypes.DType = i64) -> Const:
+    return Const(value, dtype)
+
+
+def ran(body, n: int = 8, grid=(), grid_vars=(), **more: np.ndarray) -> dict[str, np.ndarray]:
+    program = Program("p", "loops", (), stages=((Nest("n", body, -1, grid, grid_vars),),))
+    buffers = {
+        "X": np.arange(n, dtype=np.float32),
+        "Y": np.full(n, np.nan, np.float32),
+        "ids": np.array([0, 2, 2, 5, 7, 9, 9, 12][:n], np.int32),
+        **more,
+    }
+    execute(program, buffers, {"size_n": n})
+    return buffers
+
+
+def load(at, lanes: int = 1) -> Load:
+    return Load(X, (at,), f32.vector(lanes))
+
+
+def test_loops_units_and_guards():
+    i, j = Var("i", i64), Var("j", i64)
+    at = Binary("+", Binary("*", i, c(4), i64), j, i64)
+    guard = If(Binary("<", at, c(7), dtypes.bool_), Store(Y, (at,), load(at)))
+    body = For(j, c(0), c(4), guard)
+    got = ran(body, grid=(c(2),), grid_vars=(i,))["Y"]
+    np.testing.assert_array_equal(got[:7], np.arange(7))
+    assert np.isnan(got[7])
+
+
+@pytest.mark.parametrize("at", [-1, 8])
+def test_accesses_out_of_bounds_are_found(at):
+    with pytest.raises(InternalError, match="outside"):
+        ran(Store(Y, (c(0),), load(c(at))))
+    with pytest.raises(InternalError, match="outside"):
+        ran(Store(Y, (c(at),), load(c(0))))
+    with pytest.raises(InternalError, match="outside"):
+        ran(Store(Y, (Ramp(c(at - 2), i64.vector(4)),), load(Ramp(c(0), i64.vector(4)), 4)))
+
+
+def test_the_arm_not_taken_is_not_read():
+    away = Select(Binary(">=", c(-1), c(0), dtypes.bool_), load(c(-1)), Const(3.0, f32), f32)
+    assert ran(Store(Y, (c(0),), away))["Y"][0] == 3
+
+
+def test_a_register_that_nobody_wrote_is_not_a_number():
+    r = Buffer("r", f32, (), "register")
+    assert np.isnan(ran(Seq((Alloc(r), Store(Y, (c(0),), Load(r, (), f32)))))["Y"][0])
+    four = Buffer("r", f32, (c(4),), "register")
+    with pytest.raises(InternalError, match="register"):
+        ran(Seq((Alloc(four), Store(four, (c(4),), Const(1.0, f32)))))
+    with pytest.raises(InternalError, match="not bound"):
+        ran(Store(Y, (c(0),), load(Var("nobody", i64))))
+
+
+def test_vectors():
+    lanes = Ramp(c(1), i64.vector(4))
+    two = Broadcast(Const(2.0, f32), f32.vector(4))
+    body = Store(Y, (lanes,), Binary("*", load(lanes, 4), two, f32.vector(4)))
+    np.testing.assert_array_equal(ran(body)["Y"][1:5], [2, 4, 6, 8])
+    scattered = Binary("*", lanes, Broadcast(c(1), i64.vector(4)), i64.vector(4))
+    body = Store(Y, (scattered,), load(scattered, 4))
+    np.testing.assert_array_equal(ran(body)["Y"][1:5], [1, 2, 3, 4])
+    for op, value in (("sum", 10), ("max", 4), ("min", 1), ("prod", 24)):
+        total = ReduceLanes(op, load(lanes, 4), f32)
+        assert ran(Seq((Sync(), Store(Y, (c(0),), total))))["Y"][0] == value
+
+
+def test_updates_in_memory():
+    for op, value in (("sum", 10), ("max", 7), ("min", 3), ("prod", 21)):
+        body = Seq((Store(Y, (c(0),), load(c(3))), Store(Y, (c(0),), load(c(7)), op)))
+        assert ran(body)["Y"][0] == value
+
+
+@pytest.mark.parametrize(
+    ("key", "found", "last"), [(0, 0, 0), (2, 1, 2), (5, 3, 3), (6, -1, 3), (99, -1, 7)]
+)
+def test_searches(key, found, last):
+    for is_last, wanted in ((False, found), (True, last)):
+        where = Search(IDS, c(0, i32), c(8, i32), c(key, i32), is_last, i32)
+        assert ran(Store(Y, (c(0),), Cast(where, f32)))["Y"][0] == wanted
+    with pytest.raises(InternalError, match="outside"):
+        ran(Store(Y, (c(0),), Cast(Search(IDS, c(0, i32), c(9, i32), c(key, i32)), f32)))
+
+
+def test_arithmetic_is_that_of_the_dtype(rng):
+    small, big = Const(1.0, f32), Const(float(2**24), f32)
+    assert ran(Store(Y, (c(0),), Binary("+", big, small, f32)))["Y"][0] == 2**24
+    for op in ("exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "floor", "abs", "-"):
+        got = ran(Store(Y, (c(0),), Unary(op, load(c(3)), f32)))["Y"][0]
+        wanted = {"rsqrt": 3**-0.5, "-": -3.0}.get(op) or getattr(np, op)(np.float32(3))
+        np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    assert ran(Store(Y, (c(0),), Cast(Cast(Const(-7.9, f32), i32), f32)))["Y"][0] == -7
+    for value in rng.normal(size=20):
+        bits = Cast(Cast(Const(float(value), f32), dtypes.bfloat16), f32)
+        wanted = numbers(dtypes.bfloat16_bits(np.array([value], np.float32)), "bfloat16")[0]
+        assert ran(Store(Y, (c(0),), bits))["Y"][0] == wanted
+        half = Cast(Cast(Const(float(value), f32), dtypes.float16), f32)
+        assert ran(Store(Y, (c(0),), half))["Y"][0] == np.float32(np.float16(np.float32(value)))
+
+
+def test_a_wrong_pass_does_not_go_unseen(rng):
+    """Reading one column too far, and padding, show in the result."""
+    args = arguments(spmm.decompose(A=FORMATS["ell"]), rng, "sparse", m=4, n=6)
+    program = spmm.decompose(A=FORMATS["ell"]).lower()
+
+    def unguarded(x):
+        return x.body if isinstance(x, If) else x.a if isinstance(x, Select) else x
+
+    stages = tuple(
+        tuple(replace(n, body=transform(n.body, unguarded)) for n in stage)
+        for stage in program.stages
+    )
+    with pytest.raises(InternalError, match="outside"):
+        executed(spmm, replace(program, stages=stages), args)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("sizes", [(16, 8, 16), (17, 9, 19), (33, 20, 40)])
+def test_tiles(dtype, sizes, rng):
+    """A product as tile operations, with rows, columns and depth that do not fill them."""
+
+    def recipe(s):
+        s = s.split("i", 16).split("j", 8).split("k", 16)
+        s = s.reorder("i_o", "j_o", "k_o", "i_i", "j_i", "k_i").mma("i_i", "j_i", "k_i")
+        return s.parallel("i_o")
+
+    m, n, k = sizes
+    program = gemm.typed(A=dtype, B=dtype)
+    seen = after_every_pass(program, arguments(program, rng, m=m, n=n, k=k), recipe)
+    assert "materialize_tiles" in seen
+
+
+def test_indirect_reads(rng):
+    args = arguments(gather_rows, rng)
+    after_every_pass(gather_rows, args)
+    args["at"] = np.array([99], np.int32)
+    with pytest.raises(InternalError, match="outside"):
+        executed(gather_rows, gather_rows.lower(), args)
+
+
+def test_threads_are_a_number_of_units_on_the_cpu(rng):
+    kernel = spmm.schedule(lambda s: s.parallel("i")).build("interp")
+    args = arguments(spmm, rng)
+    close(kernel(**args), executed(spmm, spmm.lower(), args)["out"], "float32")
+    assert isinstance(kernel, tw.Kernel)

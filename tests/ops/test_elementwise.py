@@ -1,0 +1,71 @@
+"""RMSNorm, SiLU and sums, row by row, against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tests.ops.cases import TOKENS, close, normal, poisoned
+
+from tilewright.errors import ArgumentError
+from tilewright.ops.activation import add_kernel, silu_mul_kernel
+from tilewright.ops.rmsnorm import rmsnorm_kernel
+
+WIDTHS = (1, 7, 16, 33, 100)
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+def test_rmsnorm(rng, k):
+    for t in TOKENS:
+        x, w, y = normal(rng, t, k), normal(rng, k), poisoned(t, k)
+        rmsnorm_kernel()(x, w, 1e-5, out=y)
+        wide = x.astype(np.float64)
+        wanted = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * w
+        close(y, wanted, np.abs(wanted))
+
+
+def test_rmsnorm_of_zeros_and_of_large_numbers():
+    x, w = np.zeros((2, 20), np.float32), np.ones(20, np.float32)
+    x[1] = 1e18
+    y = rmsnorm_kernel()(x, w, 1e-5)
+    assert (y[0] == 0).all()
+    np.testing.assert_allclose(y[1], 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+def test_silu_mul(rng, k):
+    for t in TOKENS:
+        g, u, y = 4 * normal(rng, t, k), normal(rng, t, k), poisoned(t, k)
+        silu_mul_kernel()(g, u, out=y)
+        wide = g.astype(np.float64)
+        close(y, wide / (1 + np.exp(-wide)) * u, np.abs(wide * u) + 1e-6)
+
+
+def test_silu_far_out():
+    """Where exp overflows or vanishes: the limits, and no NaN."""
+    g = np.array([[-1000.0, -104, -88.7, 0, 88.7, 1000, -0.0]], np.float32)
+    y = silu_mul_kernel()(g, np.ones_like(g))
+    np.testing.assert_allclose(y, [[0, 0, 0, 0, 88.7, 1000, 0]], rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+def test_add(rng, k):
+    for t in TOKENS:
+        a, b, y = normal(rng, t, k), normal(rng, t, k), poisoned(t, k)
+        add_kernel()(a, b, out=y)
+        np.testing.assert_array_equal(y, a + b)
+
+
+def test_wrong_arguments(rng):
+    a = normal(rng, 3, 8)
+    for code, call in (
+        ("A103", lambda: add_kernel()(a, a[:, :7])),
+        ("A103", lambda: silu_mul_kernel()(a, a[:2])),
+        ("A108", lambda: add_kernel()(a, a.copy(), out=a)),
+        ("A103", lambda: rmsnorm_kernel()(a, a[0, :7], 1e-5)),
+        ("A107", lambda: rmsnorm_kernel()(a, a[0], "small")),
+        ("A102", lambda: rmsnorm_kernel()(a, a[0].astype(np.float16), 1e-5)),
+        ("A103", lambda: add_kernel()(a, a, out=poisoned(3, 9))),
+    ):
+        with pytest.raises(ArgumentError) as caught:
+            call()
+        assert caught.value.code == code

@@ -1,0 +1,96 @@
+"""Linear layers and embeddings, for every kind of weight, against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tests.ops.cases import KINDS, TOKENS, arrays, close, normal, poisoned, values, weight
+
+from tilewright.errors import ArgumentError, ModelError
+from tilewright.ops.embedding import embedding_kernel
+from tilewright.ops.linear import linear_kernel
+
+SIZES = {  # rows and columns that are no multiples of tiles and lanes
+    "f32": ((1, 1), (20, 37), (13, 100)),
+    "f16": ((21, 41),),
+    "bf16": ((21, 41),),
+    "q8_0": ((3, 32), (21, 96)),
+    "q4_1": ((3, 32), (21, 96)),
+}
+CASES = [(kind, n, k) for kind in KINDS for n, k in SIZES[kind]]
+
+
+@pytest.mark.parametrize(("kind", "n", "k"), CASES)
+@pytest.mark.parametrize("many", [False, True])
+def test_linear(rng, kind, n, k, many):
+    w = weight(rng, kind, n, k)
+    kernel = linear_kernel(kind, many, n, k)
+    for t in TOKENS if many else (1, 2):
+        x, y = normal(rng, t, k), poisoned(t, n)
+        assert kernel(x, *arrays(w), out=y) is y
+        close(y, x @ values(w).T, np.abs(x) @ np.abs(values(w)).T + 1)
+
+
+def test_linear_of_no_tokens():
+    w = np.ones((20, 37), np.float32)
+    assert linear_kernel("f32", True, 20, 37)(np.empty((0, 37), np.float32), w).shape == (0, 20)
+
+
+def test_linear_reads_rows_that_lie_apart(rng):
+    """Rows of X and Y with gaps between them; the gaps keep their values."""
+    w, x = weight(rng, "f32", 20, 37), poisoned(5, 64)
+    x[:, 3:40] = normal(rng, 5, 37)
+    y = poisoned(5, 40)
+    linear_kernel("f32", True, 20, 37)(x[:, 3:40], *arrays(w), out=y[:, 10:30])
+    inside = x[:, 3:40]
+    close(y[:, 10:30], inside @ values(w).T, np.abs(inside) @ np.abs(values(w)).T)
+    assert np.isnan(y[:, :10]).all() and np.isnan(y[:, 30:]).all()
+
+
+def test_linear_refuses_what_does_not_fit(rng):
+    kernel = linear_kernel("f32", False, 20, 37)
+    w, x = normal(rng, 20, 37), normal(rng, 1, 37)
+    y = poisoned(1, 20)
+    for code, args in (
+        ("A103", (x[:, :36], w)),
+        ("A103", (x, w[:19])),
+        ("A103", (x[0], w)),
+        ("A102", (x.astype(np.float64), w)),
+        ("A104", (np.asfortranarray(normal(rng, 2, 37)), w)),
+        ("A101", (x,)),
+        ("A107", (x, "w")),
+    ):
+        with pytest.raises(ArgumentError) as caught:
+            kernel(*args, out=y)
+        assert caught.value.code == code, args
+    assert np.isnan(y).all()
+    with pytest.raises(ArgumentError, match="A108"):
+        linear_kernel("f32", False, 37, 37)(x, normal(rng, 37, 37), out=x)
+
+
+def test_unknown_kinds_are_refused():
+    for make in (lambda: linear_kernel("q9", False, 8, 8), lambda: embedding_kernel("q9")):
+        with pytest.raises(ModelError) as caught:
+            make()
+        assert caught.value.code == "M104" and "q8_0" in caught.value.hint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embedding(rng, kind):
+    k = 96 if kind.startswith("q") else 37
+    w = weight(rng, kind, 11, k)
+    shape = {"q8_0": (k // 32, 32), "q4_1": (k // 32, 2, 16)}.get(kind, (k,))
+    for t in TOKENS:
+        ids, out = rng.integers(0, 11, t).astype(np.int32), poisoned(t, *shape)
+        ids[-1] = 10
+        embedding_kernel(kind)(ids, *arrays(w), out=out)
+        wanted = values(w)[ids]
+        close(out.reshape(t, k), wanted, np.abs(wanted) + 1)
+
+
+def test_embedding_refuses_other_ids():
+    table = np.ones((4, 8), np.float32)
+    with pytest.raises(ArgumentError, match="A102"):
+        embedding_kernel("f32")(np.zeros(2, np.int64), table)
+    with pytest.raises(ArgumentError, match="A103"):
+        embedding_kernel("f32")(np.zeros((2, 1), np.int32), table)

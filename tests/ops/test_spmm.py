@@ -1,0 +1,145 @@
+"""SpMM on the CPU: formats, widths that fill tiles and leave tails, dtypes; against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.ops.cases import close, normal, poisoned
+
+import tilewright as tw
+from tilewright import ops
+from tilewright.errors import ArgumentError
+from tilewright.ops.spmm import by_length, choose_format
+from tilewright.sparse.pack import Packed
+
+FORMATS = {
+    "csr": tw.csr(),
+    "hyb": tw.hyb(buckets=(1, 2, 4)),
+    "by_length": by_length((1, 2, 4, 8), giant=16),
+}
+WIDTHS = (1, 7, 16, 33, 128)
+UNIT = {"float32": 2.0**-22, "float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 2.0**-50}
+
+
+def matrix(rng: np.random.Generator, m: int, n: int) -> np.ndarray:
+    """Rows of all lengths, none among them; values away from 0."""
+    share = rng.choice([0.0, 0.02, 0.1, 0.5, 1.0], (m, 1))
+    signs = rng.choice([-1.0, 1.0], (m, n))
+    return np.where(rng.random((m, n)) < share, signs * rng.uniform(0.5, 2, (m, n)), 0).astype(np.float32)
+
+
+def bfloat16(x: np.ndarray) -> Any:
+    return pytest.importorskip("torch").from_numpy(x).bfloat16()
+
+
+def exact(x: Any) -> np.ndarray:
+    return x.astype(np.float64) if isinstance(x, np.ndarray) else x.double().numpy()
+
+
+def of_type(x: np.ndarray, dtype: str) -> Any:
+    return bfloat16(x) if dtype == "bfloat16" else x.astype(dtype)
+
+
+def check(a: np.ndarray, packed: Packed, x: Any, unit: float, out: Any = None) -> None:
+    y = ops.spmm(packed, x, out=out)
+    assert y.dtype == x.dtype and type(y) is type(x) and (out is None or y is out)
+    wanted, size = a.astype(np.float64) @ exact(x), np.abs(a) @ np.abs(exact(x))
+    close(exact(y), wanted, size + np.abs(wanted), unit)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("d", WIDTHS)
+def test_formats_and_widths(rng, fmt, d):
+    for m, n in ((50, 40), (3, 100)):
+        a = matrix(rng, m, n)
+        check(a, FORMATS[fmt].pack(a), normal(rng, n, d), UNIT["float32"], poisoned(m, d))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_dtypes(rng, fmt, dtype):
+    a = matrix(rng, 30, 20)
+    for d in (7, 48):
+        check(a, FORMATS[fmt].pack(a), of_type(normal(rng, 20, d), dtype), UNIT[dtype])
+
+
+def test_values_in_half_precision(rng):
+    a = matrix(rng, 30, 20).astype(np.float16)
+    check(a.astype(np.float64), tw.csr().pack(a), normal(rng, 20, 33).astype(np.float16), UNIT["float16"])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (4, 6)])
+def test_empty_matrices(rng, shape):
+    for fmt in FORMATS.values():
+        a = np.zeros(shape, np.float32)
+        y = poisoned(shape[0], 16)
+        ops.spmm(fmt.pack(a), normal(rng, shape[1], 16), out=y)
+        assert (y == 0).all()
+
+
+def test_columns_of_none(rng):
+    assert ops.spmm(tw.csr().pack(matrix(rng, 4, 5)), np.empty((5, 0), np.float32)).shape == (4, 0)
+
+
+def test_another_matrix_and_other_values_take_the_same_kernel(rng):
+    from tilewright.runtime import cache
+
+    first, second = matrix(rng, 40, 30), matrix(rng, 25, 35)
+    x = normal(rng, 30, 32)
+    packed = ops.pack_for_spmm(first)
+    ops.spmm(packed, x)
+    compiled = cache.stats.compiled
+    check(second, ops.pack_for_spmm(second), normal(rng, 35, 32), UNIT["float32"])
+    changed = packed.with_values(3 * packed.entry_values())
+    check(3 * first, changed, x, UNIT["float32"])
+    assert cache.stats.compiled == compiled
+
+
+def test_the_same_result_every_time(rng):
+    a = FORMATS["by_length"].pack(matrix(rng, 200, 100))
+    x = normal(rng, 100, 128)
+    first = ops.spmm(a, x)
+    for _ in range(5):
+        np.testing.assert_array_equal(ops.spmm(a, x), first)
+
+
+def test_formats_chosen_for_a_gpu_hold_every_matrix(rng):
+    for m, n in ((50, 40), (3, 100), (0, 4)):
+        a = matrix(rng, m, n)
+        fmt = choose_format(m, np.count_nonzero(a), "cuda")
+        np.testing.assert_array_equal(fmt.pack(a).dense(), a)
+    assert choose_format(50, 10, "cpp") == tw.csr()
+
+
+def test_wrong_arguments(rng):
+    a, x = tw.csr().pack(matrix(rng, 6, 5)), normal(rng, 5, 16)
+    y = poisoned(6, 16)
+    for code, args in (
+        ("A103", (a, normal(rng, 6, 16))),
+        ("A103", (a, x[0])),
+        ("A104", (a, np.asfortranarray(normal(rng, 5, 16)))),
+        ("A107", (a, [[1.0] * 16] * 5)),
+    ):
+        with pytest.raises(ArgumentError) as caught:
+            ops.spmm(*args, out=y)
+        assert caught.value.code == code, args
+    for code, out in (("A103", poisoned(6, 17)), ("A102", poisoned(6, 16, dtype=np.float64)), ("A107", "y")):
+        with pytest.raises(ArgumentError) as caught:
+            ops.spmm(a, x, out=out)
+        assert caught.value.code == code
+    assert np.isnan(y).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", WIDTHS)
+def test_on_a_gpu(rng, d):
+    from tilewright.runtime.cuda import DeviceArray
+
+    for m, n in ((50, 40), (3, 3000), (2000, 30)):
+        a = matrix(rng, m, n)
+        x, y = normal(rng, n, d), DeviceArray.from_numpy(poisoned(m, d))
+        ops.spmm(ops.pack_for_spmm(a, d, "cuda"), DeviceArray.from_numpy(x), out=y)
+        wanted, size = a.astype(np.float64) @ x, np.abs(a).astype(np.float64) @ np.abs(x)
+        close(y.to_numpy(), wanted, size + 1, 2.0**-19)

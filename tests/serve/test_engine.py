@@ -1,0 +1,274 @@
+"""`LLM`: answers, what it remembers of a conversation, sampling, and hostile arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jinja2", reason="chat templates need the models extra")
+
+from tilewright.errors import BuildError, ModelError
+from tilewright.serve.engine import LLM
+from tilewright.serve.model import Llama
+from tilewright.serve.weights import ModelFile
+
+HELLO = "and the thing is in the land"
+OTHER = "what then"
+
+
+@pytest.fixture(scope="module")
+def llm(runnable_path: Path) -> LLM:
+    """A tiny model: its words mean nothing, and it says the same ones every time."""
+    return LLM(runnable_path)
+
+
+@pytest.fixture
+def fresh(runnable_path: Path) -> LLM:
+    """One that has read nothing."""
+    return LLM(runnable_path)
+
+
+def talk(*contents: str) -> list[dict[str, Any]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": c} for n, c in enumerate(contents)]
+
+
+def spoken(llm: LLM, tokens: list[int]) -> str:
+    """The text of tokens as an answer shows it: special ones are left out."""
+    stream = llm.tokenizer.stream()
+    return "".join(stream.push(token) for token in tokens) + stream.finish()
+
+
+def test_an_answer_is_greedy_decoding(llm: LLM):
+    text = llm.generate(HELLO, max_tokens=12)
+    ids = llm._tokens(HELLO)
+    model = Llama(llm.model.file)
+    model.prefill(ids)
+    tokens = [model.greedy()]
+    while len(tokens) < 12:
+        tokens.append(model.decode(tokens[-1]))
+    assert text == spoken(llm, tokens)
+    assert llm.counts.answer_tokens == 12
+    assert llm.counts.prompt_tokens + llm.counts.cached_tokens == len(ids)
+
+
+def test_pieces_are_the_whole(llm: LLM):
+    pieces = list(llm.stream(HELLO, max_tokens=30))
+    assert len(pieces) > 1 and all(pieces)
+    assert "".join(pieces) == llm.generate(HELLO, max_tokens=30)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 17])
+def test_max_tokens(llm: LLM, limit: int):
+    whole = llm.generate(HELLO, max_tokens=40)
+    assert whole.startswith(llm.generate(HELLO, max_tokens=limit).rstrip("\ufffd"))
+    assert llm.counts.answer_tokens == limit
+
+
+def test_stops_at_the_end_token(fresh: LLM):
+    ids = fresh._tokens(HELLO)
+    fresh.model.prefill(ids)
+    tokens = [fresh.model.greedy()]
+    while len(tokens) < 30:
+        tokens.append(fresh.model.decode(tokens[-1]))
+    last = next(n for n in range(3, 30) if tokens[n] not in tokens[:n])
+    fresh.tokenizer.eos = tokens[last]
+    assert fresh.generate(HELLO) == spoken(fresh, tokens[:last])
+    assert fresh.counts.answer_tokens == last
+    fresh.tokenizer.eos = tokens[0]
+    assert fresh.generate(HELLO) == "" and fresh.counts.answer_tokens == 0
+
+
+def test_a_full_context_ends_the_answer(runnable_path: Path):
+    llm = LLM(runnable_path, context=64)
+    prompt = len(llm._tokens(HELLO))
+    llm.generate(HELLO, max_tokens=1000)
+    assert llm.model.cache.length <= 64
+    assert llm.counts.answer_tokens == 64 - prompt + 1  # the last token is said, not read
+
+
+# ---------------------------------------------------------------------------- what is remembered
+
+
+def test_a_conversation_is_not_read_twice(llm: LLM, fresh: LLM):
+    first = llm.generate(talk(HELLO), max_tokens=10)
+    read = len(llm._tokens(talk(HELLO)))
+    longer = talk(HELLO, first, OTHER)
+    answer = llm.generate(longer, max_tokens=10)
+    assert llm.counts.cached_tokens >= read
+    assert llm.counts.prompt_tokens + llm.counts.cached_tokens == len(llm._tokens(longer))
+    assert answer == fresh.generate(longer, max_tokens=10)
+    assert fresh.counts.cached_tokens == 0
+
+
+def test_the_same_prompt_again(fresh: LLM):
+    first = fresh.generate(HELLO, max_tokens=5)
+    assert fresh.generate(HELLO, max_tokens=5) == first
+    assert fresh.counts.prompt_tokens == 1  # the last one, for its logits
+
+
+def test_another_conversation(llm: LLM, fresh: LLM):
+    llm.generate(HELLO, max_tokens=20)
+    assert llm.generate(OTHER, max_tokens=20) == fresh.generate(OTHER, max_tokens=20)
+
+
+def test_an_answer_that_is_left(llm: LLM, fresh: LLM):
+    stream = llm.stream(HELLO, max_tokens=40)
+    next(stream)
+    stream.close()
+    assert llm.generate(OTHER, max_tokens=9) == fresh.generate(OTHER, max_tokens=9)
+
+
+def test_one_answer_at_a_time(llm: LLM, fresh: LLM):
+    first = llm.stream(HELLO, max_tokens=40)
+    next(first)
+    second = llm.generate(OTHER, max_tokens=9)
+    assert second == fresh.generate(OTHER, max_tokens=9)
+    with pytest.raises(ModelError) as caught:
+        list(first)
+    assert caught.value.code == "M106"
+    assert llm.generate(OTHER, max_tokens=9) == second
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_leaves_no_trace(
+    llm: LLM, fresh: LLM, monkeypatch: pytest.MonkeyPatch, when: str
+):
+    """Ctrl-C at any point of a step: the next answer is as if there had been none."""
+    decode, calls = llm.model.decode, [0]
+
+    def interrupted(token: int) -> int:
+        calls[0] += 1
+        if calls[0] == 4 and when == "after":
+            decode(token)
+        if calls[0] == 4:
+            raise KeyboardInterrupt
+        return decode(token)
+
+    monkeypatch.setattr(llm.model, "decode", interrupted)
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        for piece in llm.stream(HELLO, max_tokens=40):
+            said.append(piece)
+    monkeypatch.undo()
+    longer = talk(HELLO, "".join(said), OTHER)
+    assert llm.generate(longer, max_tokens=9) == fresh.generate(longer, max_tokens=9)
+    assert llm.generate(HELLO, max_tokens=9) == fresh.generate(HELLO, max_tokens=9)
+
+
+# ---------------------------------------------------------------------------- sampling
+
+
+def test_a_seed_repeats(llm: LLM):
+    def said(seed: int, temperature: float = 1.0) -> str:
+        return llm.generate(HELLO, max_tokens=20, temperature=temperature, seed=seed)
+
+    assert said(1) == said(1)
+    assert len({said(seed) for seed in range(4)}) > 1
+    assert said(1, 0.7) == said(1, 0.7)
+
+
+def test_without_a_seed_answers_differ(llm: LLM):
+    assert len({llm.generate(HELLO, max_tokens=20, temperature=2.0) for _ in range(3)}) > 1
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-300, 5e-324])
+def test_the_coldest_is_greedy(llm: LLM, temperature: float):
+    greedy = llm.generate(HELLO, max_tokens=20)
+    assert llm.generate(HELLO, max_tokens=20, temperature=temperature, seed=3) == greedy
+
+
+def test_the_hottest_is_any_token(llm: LLM):
+    llm.generate(HELLO, max_tokens=20, temperature=1e300, seed=3)
+    assert llm.counts.answer_tokens > 0
+
+
+# ---------------------------------------------------------------------------- hostile arguments
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": "5"}, {"max_tokens": 1.5},
+        {"max_tokens": None}, {"temperature": -1}, {"temperature": float("nan")},
+        {"temperature": float("inf")}, {"temperature": "hot"}, {"temperature": None},
+        {"temperature": 1j}, {"seed": -1}, {"seed": "x"}, {"seed": 0.5}, {"seed": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_hostile_options(llm: LLM, options: dict[str, Any]):
+    read = list(llm.read)
+    with pytest.raises(ModelError) as caught:
+        llm.stream(HELLO, **options)  # at the call, not at the first piece
+    assert caught.value.code == "M106"
+    assert llm.read == read
+
+
+def test_numbers_of_numpy_are_numbers(llm: LLM):
+    said = llm.generate(
+        HELLO, max_tokens=np.int64(5), temperature=np.float32(0.5), seed=np.int32(1)
+    )
+    assert said == llm.generate(HELLO, max_tokens=5, temperature=0.5, seed=1)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [None, 5, b"bytes", [], {}, [1], [{}], [{"role": "king", "content": "x"}], [{"role": "user"}]],
+    ids=str,
+)
+def test_hostile_prompts(llm: LLM, prompt: Any):
+    with pytest.raises(ModelError) as caught:
+        llm.stream(prompt)
+    assert caught.value.code == "M106"
+
+
+@pytest.mark.parametrize("text", ["", " ", "\0", "\ud800", "<|im_end|>", "é\U0001f600\u202e"])
+def test_strange_texts_are_answered(llm: LLM, text: str):
+    try:
+        llm.generate(text, max_tokens=3)
+    except ModelError as error:
+        assert text == "\ud800" and error.code in ("M106", "M107")
+
+
+def test_a_prompt_beyond_the_context(llm: LLM):
+    before = llm.generate(HELLO, max_tokens=5)
+    read = list(llm.read)
+    with pytest.raises(ModelError) as caught:
+        llm.stream("the " * 500)
+    assert caught.value.code == "M105" and "128" in caught.value.message
+    assert llm.read == read and llm.generate(HELLO, max_tokens=5) == before
+
+
+def test_a_model_without_a_template(stories: ModelFile):
+    llm = LLM(stories.path)
+    assert llm.generate("Zoo", max_tokens=20).startswith(" was a little girl named Lily.")
+    with pytest.raises(ModelError) as caught:
+        llm.stream(talk(HELLO))
+    assert caught.value.code == "M107"
+
+
+def test_files_and_targets_that_cannot_be_used(runnable_path: Path, tmp_path: Path):
+    (tmp_path / "text.gguf").write_text("hello" * 20)
+    for path in (tmp_path / "none.gguf", tmp_path, tmp_path / "text.gguf", "", "a\0b"):
+        with pytest.raises(ModelError) as caught:
+            LLM(path)
+        assert caught.value.code == "M101"
+    with pytest.raises(BuildError, match="B103"):
+        LLM(runnable_path, target="tpu")
+
+
+@pytest.mark.slow
+def test_smollm(smollm: ModelFile):
+    llm = LLM(smollm.path, context=512)
+    question = talk("What is the capital of France?")
+    assert llm.generate(question) == "The capital of France is Paris."
+    assert 5 < llm.counts.answer_tokens < 12  # the end token ended it
+    longer = [*question, *talk("", "The capital of France is Paris.", "And of Italy?")[1:]]
+    longer[-1]["role"] = "user"
+    assert "Rome" in llm.generate(longer, max_tokens=40)
+    assert llm.counts.cached_tokens > llm.counts.prompt_tokens
+    warm = [llm.generate(question, temperature=0.7, seed=s, max_tokens=20) for s in (1, 1, 2, 3, 4)]
+    assert warm[0] == warm[1] and len(set(warm)) > 1

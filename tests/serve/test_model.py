@@ -1,0 +1,260 @@
+"""The model on compiled kernels against the plain NumPy one, and its cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.models.reference import ReferenceLlama
+from tests.models.test_reference import GOLDEN
+
+from tilewright.errors import ModelError
+from tilewright.runtime import pool as pools
+from tilewright.serve import model as model_module
+from tilewright.serve.chat import ChatTemplate
+from tilewright.serve.model import Llama
+from tilewright.serve.tokenizer import load_tokenizer
+from tilewright.serve.weights import ModelFile, open_model
+
+STEPS = 64
+TIE = 1e-4  # logits closer than this count as equal
+QUESTIONS = (
+    "What is the capital of France?",
+    "What is 2+2?",
+    "What colour is the sky on a clear day?",
+    "Write one sentence about the sea.",
+    "Name three fruits.",
+)
+OPENINGS = ("Zoo", "Once upon a time", "Lily had a red ball", "The dragon was", "Tom and Ben")
+
+
+@pytest.fixture(scope="module")
+def tiny(runnable_path: Path) -> ModelFile:
+    return open_model(runnable_path)
+
+
+@pytest.fixture(scope="module")
+def llama(tiny: ModelFile) -> Llama:
+    """One model for many tests; each begins with `reset`."""
+    return Llama(tiny)
+
+
+def greedy(model: Llama, prompt: list[int], steps: int) -> tuple[list[int], np.ndarray]:
+    """Tokens, and the logits that each was chosen from."""
+    model.reset()
+    rows = [model.prefill(prompt)]
+    tokens = [model.greedy()]
+    while len(tokens) < steps:
+        tokens.append(model.decode(tokens[-1]))
+        rows.append(model.logits())
+    return tokens, np.stack(rows)
+
+
+def check_greedy(
+    model: Llama, reference: ReferenceLlama, prompt: list[int], steps: int, atol: float
+) -> None:
+    """Each token is the reference's own choice after the tokens before it, or ties with it."""
+    tokens, logits = greedy(model, prompt, steps)
+    reference.reset()
+    wanted = reference.forward([*prompt, *tokens[:-1]])[len(prompt) - 1 :]
+    np.testing.assert_allclose(logits, wanted, rtol=0, atol=atol)
+    for step, token in enumerate(tokens):
+        behind = wanted[step].max() - wanted[step, token]
+        assert behind <= TIE, f"token {step} is {token}, {behind} behind {wanted[step].argmax()}"
+    np.testing.assert_array_equal(logits.argmax(1), tokens)
+
+
+def check_smollm(file: ModelFile, target: str) -> None:
+    tokenizer = load_tokenizer(file)
+    chat = ChatTemplate.from_metadata(file.metadata, tokenizer)
+    model, reference = Llama(file, target, context=256), ReferenceLlama(file)
+    for question in QUESTIONS:
+        prompt = tokenizer.encode(chat.render([{"role": "user", "content": question}]))
+        check_greedy(model, reference, prompt, STEPS, atol=1e-3)
+
+
+def check_stories(file: ModelFile, target: str) -> None:
+    tokenizer = load_tokenizer(file)
+    model, reference = Llama(file, target), ReferenceLlama(file)
+    for opening in OPENINGS:
+        check_greedy(model, reference, tokenizer.encode(opening), STEPS, atol=1e-3)
+    prompt = tokenizer.encode("Zoo")
+    tokens, _ = greedy(model, prompt, 60 - 3)
+    assert tokenizer.decode([*prompt, *tokens]) == GOLDEN
+
+
+def check_tiny(file: ModelFile, target: str) -> None:
+    """Weights of every kind, both layouts of rotary positions."""
+    for interleaved in (True, False):
+        config = replace(file.config, rope_interleaved=interleaved)
+        one = replace(file, config=config)
+        model, reference = Llama(one, target), ReferenceLlama(one)
+        for prompt in ([5], list(range(3, 40)), [7] * 17):
+            check_greedy(model, reference, prompt, STEPS, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_smollm(smollm: ModelFile):
+    pytest.importorskip("jinja2", reason="chat templates need the models extra")
+    check_smollm(smollm, "cpp")
+
+
+def test_stories(stories: ModelFile):
+    check_stories(stories, "cpp")
+
+
+def test_tiny(tiny: ModelFile):
+    check_tiny(tiny, "cpp")
+
+
+@pytest.mark.gpu
+def test_smollm_on_a_gpu(smollm: ModelFile):
+    pytest.importorskip("jinja2", reason="chat templates need the models extra")
+    check_smollm(smollm, "cuda")
+
+
+@pytest.mark.gpu
+def test_stories_on_a_gpu(stories: ModelFile):
+    check_stories(stories, "cuda")
+
+
+@pytest.mark.gpu
+def test_tiny_on_a_gpu(tiny: ModelFile):
+    check_tiny(tiny, "cuda")
+
+
+# ---------------------------------------------------------------------------- prompts
+
+
+PROMPT = [int(t) for t in np.random.default_rng(5).integers(3, 260, 50)]
+
+
+def fresh(llama: Llama, tokens: list[int]) -> np.ndarray:
+    llama.reset()
+    return llama.prefill(tokens)
+
+
+def close(a: np.ndarray, b: np.ndarray) -> None:
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+def test_at_once_is_token_by_token(llama: Llama):
+    at_once = fresh(llama, PROMPT)
+    llama.reset()
+    for token in PROMPT:
+        by_prefill = llama.prefill([token])
+    close(by_prefill, at_once)
+    llama.reset()
+    for token in PROMPT:
+        llama.decode(token)
+    close(llama.logits(), at_once)
+    assert llama.cache.length == len(PROMPT)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 49, 50])
+def test_chunks(llama: Llama, monkeypatch: pytest.MonkeyPatch, chunk: int):
+    at_once = fresh(llama, PROMPT)
+    monkeypatch.setattr(model_module, "PREFILL_CHUNK", chunk)
+    close(fresh(llama, PROMPT), at_once)
+
+
+def test_a_prompt_in_pieces(llama: Llama):
+    at_once = fresh(llama, PROMPT)
+    fresh(llama, PROMPT[:13])
+    llama.prefill(np.array(PROMPT[13:31]))
+    close(llama.prefill(PROMPT[31:]), at_once)
+
+
+def test_a_kept_beginning(llama: Llama):
+    """Tokens of another sequence stay in the pages; none of them is seen."""
+    other = PROMPT[::-1]
+    wanted = fresh(llama, PROMPT[:20] + other)
+    fresh(llama, PROMPT)
+    llama.decode(9)
+    llama.reset(20)
+    assert llama.cache.length == 20
+    close(llama.prefill(other), wanted)
+    llama.reset(1000)  # keeps what there is
+    assert llama.cache.length == 20 + len(other)
+
+
+def test_logits_have_their_own_memory(llama: Llama):
+    first = fresh(llama, PROMPT)
+    kept = first.copy()
+    llama.decode(4)
+    np.testing.assert_array_equal(first, kept)
+    assert np.abs(llama.logits() - first).max() > 1e-3
+
+
+def test_what_does_not_fit_changes_nothing(tiny: ModelFile):
+    small = Llama(tiny, context=40)
+    wanted = small.prefill(PROMPT[:30])
+    for tokens in (PROMPT[:11], PROMPT, [3] * 1000):
+        with pytest.raises(ModelError) as caught:
+            small.prefill(tokens)
+        assert caught.value.code == "M105" and "40" in caught.value.message
+        assert small.cache.length == 30
+        np.testing.assert_array_equal(small.logits(), wanted)
+    for token in PROMPT[30:40]:
+        small.decode(token)
+    full = small.logits()
+    with pytest.raises(ModelError, match="M105"):
+        small.decode(3)
+    assert small.cache.length == 40
+    np.testing.assert_array_equal(small.logits(), full)
+    close(full, fresh(Llama(tiny), PROMPT[:40]))
+
+
+BAD_TOKENS = ([], [-1], [268], [3, 2**31], [2**70], [1.5], ["a"], [[3, 4]], [[3], [4, 5]], 3, None, [None])
+
+
+@pytest.mark.parametrize("tokens", BAD_TOKENS, ids=str)
+def test_hostile_tokens(llama: Llama, tokens: object):
+    fresh(llama, PROMPT[:5])
+    with pytest.raises(ModelError) as caught:
+        llama.prefill(tokens)  # type: ignore[arg-type]
+    assert caught.value.code == "M106"
+    for token in (-1, 268, 2**40, 0.5, None, "x"):
+        with pytest.raises(ModelError, match="M106"):
+            llama.decode(token)  # type: ignore[arg-type]
+    assert llama.cache.length == 5
+
+
+@pytest.mark.parametrize("context", [0, -1, 129, 2**40, "64", 1.5])
+def test_hostile_contexts(tiny: ModelFile, context: object):
+    with pytest.raises(ModelError) as caught:
+        Llama(tiny, context=context)  # type: ignore[arg-type]
+    assert caught.value.code == "M105"
+
+
+def test_kinds_without_a_kernel_are_refused_when_opened(tiny_path: Path):
+    with pytest.raises(ModelError) as caught:
+        Llama(open_model(tiny_path))
+    assert caught.value.code == "M104" and "q4_0" in caught.value.message
+    assert caught.value.where == "layers.0.ffn.gate"
+
+
+# ---------------------------------------------------------------------------- the recorded step
+
+
+def test_a_decode_step_is_one_native_call(tiny: ModelFile, monkeypatch: pytest.MonkeyPatch):
+    pool = pools.pool()
+    calls: list[int] = []
+    run = pool.run
+
+    def counted(address: int, launches: int) -> None:
+        calls.append(launches)
+        run(address, launches)
+
+    monkeypatch.setattr(pool, "run", counted)
+    model = Llama(tiny)
+    model.prefill(PROMPT)
+    model.decode(3)
+    for token in (4, 5, 6):
+        calls.clear()
+        model.decode(token)
+        assert model._step is not None
+        assert calls == [model._step.count]
+    assert model._step.count > tiny.config.layers  # all layers stand in it

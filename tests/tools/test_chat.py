@@ -1,0 +1,235 @@
+"""`tilewright demo` and `tilewright chat`: answers, history, Ctrl-C, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("jinja2", reason="chat templates need the models extra")
+
+from tilewright.errors import MissingExtra, ModelError
+from tilewright.serve.engine import Counts
+from tilewright.serve.weights import packaged_model
+from tilewright.tools import chat as tool
+
+COMMAND = [sys.executable, "-m", "tilewright"]
+PATIENCE_S = 120
+
+
+@pytest.fixture(scope="module")
+def smollm() -> Path:
+    try:
+        return packaged_model()
+    except MissingExtra as missing:
+        pytest.skip(f"SmolLM2 is not installed: {missing.hint}")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("gguf", reason="the gguf library writes the test files")
+    from tests.serve.tiny import runnable
+
+    return runnable().write(tmp_path_factory.mktemp("models") / "runnable.gguf")
+
+
+def run(*arguments: str | Path, typed: str = "") -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(
+        command, input=typed, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+
+
+# ---------------------------------------------------------------------------- demo
+
+
+@pytest.mark.slow
+def test_demo(smollm: Path):
+    done = run("demo")
+    assert done.returncode == 0, done.stderr
+    assert "> What is the capital of France?" in done.stdout
+    assert "The capital of France is Paris." in done.stdout
+    for row in ("model", "kernels", "first token", "prompt", "answer", "memory"):
+        assert any(line.startswith(row) for line in done.stdout.splitlines()), row
+    assert done.stderr == ""
+
+
+def test_demo_of_another_model(tiny: Path):
+    done = run("demo", "the thing", "--model", tiny, "--max-tokens", "5")
+    assert done.returncode == 0, done.stderr
+    assert tiny.name in done.stdout and "> the thing" in done.stdout
+    assert "5 tokens" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("chat", "no-such-file.gguf"), "ModelError[M101]"),
+        (("demo", "--model", "no-such-file.gguf"), "ModelError[M101]"),
+        (("chat", os.devnull), "ModelError[M101]"),
+        (("chat", "MODEL", "--target", "tpu"), "BuildError[B103]"),
+        (("chat", "MODEL", "--context", "0"), "ModelError[M105]"),
+        (("demo", "--model", "MODEL", "--max-tokens", "0"), "ModelError[M106]"),
+        (("demo", "--model", "MODEL", "--temperature", "-1"), "ModelError[M106]"),
+        (("demo", "--model", "MODEL", "--seed", "-1", "--temperature", "1"), "ModelError[M106]"),
+    ],
+)
+def test_errors_are_coded(tiny: Path, arguments: tuple[str, ...], code: str):
+    done = run(*(str(tiny) if a == "MODEL" else a for a in arguments))
+    assert done.returncode == 2
+    assert done.stderr.startswith(code) and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------- chat
+
+
+@pytest.mark.parametrize("typed", ["/exit\n", "/quit\n", "", "\n\n/exit\n"])
+def test_ways_to_leave(tiny: Path, typed: str):
+    done = run("chat", tiny, typed=typed)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "/exit leaves" in done.stdout
+
+
+def test_a_question_too_long_does_not_end_the_chat(tiny: Path):
+    done = run("chat", tiny, "--max-tokens", "5", typed="the " * 400 + "\nthe\n/exit\n")
+    assert done.returncode == 0
+    assert done.stderr.startswith("ModelError[M105]")
+    assert "5 written" in done.stdout
+
+
+@pytest.mark.slow
+def test_chat_keeps_its_history(smollm: Path):
+    asked = "What is the capital of France?\nAnd of Italy?\n/new\nAnd of Spain?\n"
+    done = run("chat", smollm, "--max-tokens", "30", typed=asked)
+    assert done.returncode == 0, done.stderr
+    assert "The capital of France is Paris." in done.stdout and "Rome" in done.stdout
+    cached = [int(line.split()[2]) for line in done.stdout.splitlines() if " cached tokens" in line]
+    assert len(cached) == 3 and cached[1] > cached[2] > cached[0] == 0  # the system text is cached
+
+
+class FakeLLM:
+    """Notes what it is asked; answers with a number, an error or an interrupt."""
+
+    template = object()
+    model = SimpleNamespace(file=SimpleNamespace(path="fake.gguf"))
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+        self.counts = Counts()
+
+    def stream(self, prompt: list[dict[str, str]], **options: Any) -> Iterator[str]:
+        self.asked.append([m["content"] for m in prompt])
+        yield f"answer {len(self.asked)}"
+        if prompt[-1]["content"] == "interrupt":
+            raise KeyboardInterrupt
+        if prompt[-1]["content"] == "fail":
+            raise ModelError("M105", "too long")
+
+
+def test_what_a_turn_sends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    fake = FakeLLM()
+    lines = iter(["one", "interrupt", " two ", "fail", "three", "", "/new", "four", "/exit"])
+    monkeypatch.setattr(tool, "_open", lambda args: (fake, 0.0))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    args = argparse.Namespace(target="cpp", max_tokens=9, temperature=0.0, seed=None)
+    assert tool.chat(args) == 0
+    assert fake.asked == [
+        ["one"],
+        ["one", "answer 1", "interrupt"],
+        ["one", "answer 1", "interrupt", "answer 2", "two"],
+        ["one", "answer 1", "interrupt", "answer 2", "two", "answer 3", "fail"],
+        ["one", "answer 1", "interrupt", "answer 2", "two", "answer 3", "three"],
+        ["four"],
+    ]
+    printed = capsys.readouterr()
+    assert printed.out.count("[stopped]") == 1 and "ModelError[M105]" in printed.err
+
+
+# ---------------------------------------------------------------------------- Ctrl-C, at a terminal
+
+
+class Terminal:
+    """A chat at a pseudo-terminal: what it shows is read until an awaited text stands there."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
+        self.here, there = pty.openpty()
+        command = [*COMMAND, *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command, stdin=there, stdout=there, stderr=there, start_new_session=True
+        )
+        os.close(there)
+        self.shown = ""
+
+    def until(self, text: str) -> str:
+        """What is shown up to `text`, from where the last call ended."""
+        deadline = time.monotonic() + PATIENCE_S
+        while text not in self.shown:
+            left = deadline - time.monotonic()
+            assert left > 0 and select.select([self.here], [], [], left)[0], self.shown
+            try:
+                read = os.read(self.here, 4096)
+            except OSError:  # the other side is closed
+                read = b""
+            assert read, f"it ended before {text!r}: {self.shown}"
+            self.shown += read.decode(errors="replace")
+        before, _, self.shown = self.shown.partition(text)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.here, text.encode())
+
+    def close(self) -> int:
+        """Its exit status."""
+        try:
+            return self.process.wait(PATIENCE_S)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+            os.close(self.here)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_answer_and_not_the_program(smollm: Path):
+    terminal = Terminal("chat", smollm, "--max-tokens", "1500", "--context", "2048")
+    try:
+        terminal.until("\n> ")
+        terminal.type("Write a very long story about a dragon.\n")
+        terminal.until("dragon.")  # the echo
+        terminal.until(" ")  # a first word of the answer
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.until("[stopped]")
+        terminal.until("\n> ")
+        terminal.type("What is the capital of France?\n")
+        terminal.until("written at")  # a whole answer, its counts behind it
+        terminal.until("\n> ")
+        terminal.type("/exit\n")
+    finally:
+        status = terminal.close()
+    assert status == 0
+
+
+@pytest.mark.parametrize("key", ["\x03", "\x04"])
+def test_keys_that_end_the_program(tiny: Path, key: str):
+    """Ctrl-C and Ctrl-D at the prompt."""
+    terminal = Terminal("chat", tiny)
+    try:
+        terminal.until("\n> ")
+        if key == "\x03":
+            terminal.process.send_signal(signal.SIGINT)
+        else:
+            terminal.type(key)
+    finally:
+        status = terminal.close()
+    assert status == 0
