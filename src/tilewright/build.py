@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright import dtypes, knobs
+from tilewright.codegen import cpp as cpp_text
+from tilewright.codegen import cuda as cuda_text
+from tilewright.codegen.cfamily import Params, collect_params, host_text
 from tilewright.dtypes import DType
 from tilewright.errors import BuildError, ProgramError, TilewrightError
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
-from tilewright.codegen import cpp as cpp_text
-from tilewright.codegen import cuda as cuda_text
-from tilewright.codegen.cfamily import Params, collect_params, host_text
 from tilewright.runtime import launch, native, nvrtc, place, store, toolchain
 from tilewright.runtime.identity import identity
 from tilewright.runtime.kernel import Kernel
@@ -64,14 +64,21 @@ class Definition:
         coordinates beyond 2³¹."""
         self._known(of)
         chosen = dict(self.given) | {name: dtypes.dtype(t) for name, t in of.items()}
-        return replace(self, given=tuple(chosen.items()), index=dtypes.dtype(index) if index else self.index)
+        return replace(
+            self, given=tuple(chosen.items()), index=dtypes.dtype(index) if index else self.index
+        )
 
     def decompose(self, **of: Any) -> Definition:
         """Formats for sparse parameters: `spmm.decompose(A=tw.hyb())`."""
         self._known(of)
         for name, fmt in of.items():
             if not isinstance(fmt, (formats.Format, formats.Composed)):
-                raise ProgramError("P107", f"{name}={fmt!r} is not a format", where=name, hint="tw.csr(), tw.hyb(), …")
+                raise ProgramError(
+                    "P107",
+                    f"{name}={fmt!r} is not a format",
+                    where=name,
+                    hint="tw.csr(), tw.hyb(), …",
+                )
         return replace(self, formats=tuple((dict(self.formats) | of).items()))
 
     def schedule(self, recipe: Callable[[Schedule], Schedule]) -> Definition:
@@ -95,8 +102,8 @@ class Definition:
         return run_passes(s.lowered.program, AFTER_SCHEDULE, target.kind, watch)
 
     def build(self, target: Target | str = "cpp") -> Kernel:
-        """Compile for a target, through the cache: a program, recipe and target that were built before
-        are neither lowered nor compiled. Raises BuildError, ScheduleError, ProgramError."""
+        """Compile for a target, through the cache: a program, recipe and target that were built
+        before are neither lowered nor compiled. Raises BuildError, ScheduleError, ProgramError."""
         return _build(self, parse_target(target))
 
     def _known(self, names: Any) -> None:
@@ -106,7 +113,10 @@ class Definition:
         for name in names:
             if name not in known:
                 raise ProgramError(
-                    "P101", f"{self.name} has no parameter {name!r}", where=name, hint=f"parameters: {', '.join(known)}"
+                    "P101",
+                    f"{self.name} has no parameter {name!r}",
+                    where=name,
+                    hint=f"parameters: {', '.join(known)}",
                 )
 
     def __str__(self) -> str:
@@ -116,8 +126,8 @@ class Definition:
 
 
 class _Positions:
-    """Coordinates → positions. A recipe looks at the loops many times before its first verb; the last
-    program is lowered once."""
+    """Coordinates → positions. A recipe looks at the loops many times before its first verb; the
+    last program is lowered once."""
 
     __slots__ = ("given", "made")
 
@@ -222,8 +232,9 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
     tensors = tuple(_spec(t) for t in program.tensors if t.role != "inline")
     named = {t.structure: repr(t.format) for t in program.tensors if t.structure}
     return Manifest(
-        program.name, str(target), tensors, params.params, params.row, stages, formats=tuple(named.items()),
-        part_cases=cases, sizes=program.sizes, index=program.index.name,
+        program.name, str(target), tensors, params.params, params.row, stages,
+        formats=tuple(named.items()), part_cases=cases, sizes=program.sizes,
+        index=program.index.name,
     )  # fmt: skip
 
 

@@ -115,7 +115,8 @@ def test_keys_differ_where_kernels_do() -> None:
         plain.typed(A="float64"),
         plain.typed(index="int64"),
         *(plain.decompose(A=f) for f in (
-            tw.coo(), tw.bsr(4), tw.bsr(8), tw.dcsr(), tw.dcsr("other"), tw.hyb(), tw.hyb(2), tw.hyb(buckets=(1, 2)),
+            tw.coo(), tw.bsr(4), tw.bsr(8), tw.dcsr(), tw.dcsr("other"), tw.hyb(), tw.hyb(2),
+            tw.hyb(buckets=(1, 2)),
         )),
         *(plain.schedule(split_by(n)) for n in (2, 4, 8)),
         plain.schedule(split_by(4, "guard")),
@@ -197,7 +198,13 @@ def test_defaults_and_methods_and_nested_functions() -> None:
         return recipe
 
     def nested(n):
-        return lambda s: (lambda t: t.split("k", n))(s)
+        def recipe(s):
+            def inner(t):
+                return t.split("k", n)
+
+            return inner(s)
+
+        return recipe
 
     def by_choice(c):
         return lambda s: s.split("k", c.double())
@@ -292,7 +299,7 @@ def _random():
 
 
 def _global_random():
-    return lambda s: s.split("k", int(np.random.rand() * 4) + 1)
+    return lambda s: s.split("k", int(np.random.rand() * 4) + 1)  # noqa: NPY002
 
 
 def _imports():
@@ -349,7 +356,8 @@ def _states():
 
 
 UNKNOWN = (
-    _opaque, _environment, _random, _global_random, _imports, _file, _knob, _compiler, _computed_name,
+    _opaque, _environment, _random, _global_random, _imports, _file, _knob, _compiler,
+    _computed_name,
     _hidden, _mutable, _generator, _states,
 )  # fmt: skip
 
@@ -410,8 +418,8 @@ def test_a_second_build_is_not_lowered_and_computes_the_same(
 
 
 def test_other_programs_recipes_and_types_are_lowered(lowered: list[str]) -> None:
-    for d in (spmm, spmm.typed(X="float64"), spmm.typed(index="int64"), spmm.decompose(A=tw.coo()), spmm_max,
-              spmm.schedule(split_by(4)), spmm.schedule(split_by(8))):  # fmt: skip
+    for d in (spmm, spmm.typed(X="float64"), spmm.typed(index="int64"), spmm.decompose(A=tw.coo()),
+              spmm_max, spmm.schedule(split_by(4)), spmm.schedule(split_by(8))):  # fmt: skip
         d.build("interp")
     assert len(lowered) == 7
 
@@ -517,12 +525,37 @@ def test_numbers_of_units() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "__import__('os').system('true')", "v.keys()", "v", "v[0]", "v[x]", "x", "1.5", "True", "'a'", "",
-        "min", "min(1)", "min(*v)", "min(1, 2, key=abs)", "2 ** 9", "1 if v else 2", "(lambda: 1)()", "[1][0]",
-        "v['a'].real", "1; 2", "1\n2", "1 << 3", "1 / 2", "max(1, open('f'))", "v['a' + 'b']", "(yield)", "x := 1",
-        "(" * 300 + "1" + ")" * 300, "0\0",
+        "__import__('os').system('true')",
+        "v.keys()",
+        "v",
+        "v[0]",
+        "v[x]",
+        "x",
+        "1.5",
+        "True",
+        "'a'",
+        "",
+        "min",
+        "min(1)",
+        "min(*v)",
+        "min(1, 2, key=abs)",
+        "2 ** 9",
+        "1 if v else 2",
+        "(lambda: 1)()",
+        "[1][0]",
+        "v['a'].real",
+        "1; 2",
+        "1\n2",
+        "1 << 3",
+        "1 / 2",
+        "max(1, open('f'))",
+        "v['a' + 'b']",
+        "(yield)",
+        "x := 1",
+        "(" * 300 + "1" + ")" * 300,
+        "0\0",
     ],
-)  # fmt: skip
+)
 def test_other_texts_are_no_numbers_of_units(text: str) -> None:
     with pytest.raises(InternalError, match="I101"):
         unit_count(text)

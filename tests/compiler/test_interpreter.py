@@ -40,6 +40,7 @@ from tilewright.ir.nodes import (
     Seq,
     Store,
     Sync,
+    Unary,
     Var,
 )
 from tilewright.ir.rewrite import transform

@@ -24,7 +24,9 @@ def _linear(kind: str, n: int, k: int) -> Callable[[str], Kernel]:
     return lambda t: linear.linear_kernel(kind, False, n, k, t)
 
 
-def _spmm(fmt: tw.Composed | tw.Format, dtype: str, d: int, tile: int = 128) -> Callable[[str], Kernel]:
+def _spmm(
+    fmt: tw.Composed | tw.Format, dtype: str, d: int, tile: int = 128
+) -> Callable[[str], Kernel]:
     return lambda t: spmm_kernel(fmt, dtype, dtype, d, "int32", t, tile)
 
 
@@ -37,7 +39,10 @@ KERNELS: dict[str, Callable[[str], Kernel]] = {
     "linear f32 172x64": _linear("f32", 172, 64),
     "linear f32 odd": _linear("f32", 13, 37),
     "linear q4_1 odd": _linear("q4_1", 13, 96),
-    **{f"embedding {kind}": lambda t, kind=kind: embedding.embedding_kernel(kind, t) for kind in KINDS},
+    **{
+        f"embedding {kind}": lambda t, kind=kind: embedding.embedding_kernel(kind, t)
+        for kind in KINDS
+    },
     "rmsnorm": rmsnorm.rmsnorm_kernel,
     "silu_mul": activation.silu_mul_kernel,
     "add": activation.add_kernel,

@@ -23,7 +23,9 @@ def weight(rng: np.random.Generator, kind: str, n: int, k: int) -> Weight:
     if kind == "bf16":
         return Weight("w", kind, (n, k), dtypes.bfloat16_bits(normal(rng, n, k)))
     if kind in ("f32", "f16"):
-        return Weight("w", kind, (n, k), normal(rng, n, k).astype({"f32": "<f4", "f16": "<f2"}[kind]))
+        return Weight(
+            "w", kind, (n, k), normal(rng, n, k).astype({"f32": "<f4", "f16": "<f2"}[kind])
+        )
     layout = LAYOUTS[kind]
     blocks = rng.integers(0, 256, (n, k // 32, layout.nbytes), dtype=np.uint8)
     scales = rng.uniform(0.01, 0.1, (n, k // 32, 1)).astype("<f2")
@@ -55,4 +57,6 @@ def close(got: np.ndarray, wanted: np.ndarray, size: Any = 1.0, rounding: float 
     assert np.isfinite(got.astype(np.float64)).all()
     error = np.abs(got.astype(np.float64) - wanted)
     bound = rounding * np.maximum(size, 1e-30)
-    assert (error <= bound).all(), f"largest error {error.max():.3g}, {(error / bound).max():.2f} × the bound"
+    assert (error <= bound).all(), (
+        f"largest error {error.max():.3g}, {(error / bound).max():.2f} × the bound"
+    )

@@ -8,7 +8,7 @@ from tests.ops.cases import KINDS, TOKENS, arrays, close, normal, poisoned, valu
 
 from tilewright.errors import ArgumentError, ModelError
 from tilewright.ops.embedding import embedding_kernel
-from tilewright.ops.linear import linear_kernel
+from tilewright.ops.linear import PROGRAMS, gpu_recipe, linear_kernel
 
 SIZES = {  # rows and columns that are no multiples of tiles and lanes
     "f32": ((1, 1), (20, 37), (13, 100)),
@@ -29,6 +29,21 @@ def test_linear(rng, kind, n, k, many):
         x, y = normal(rng, t, k), poisoned(t, n)
         assert kernel(x, *arrays(w), out=y) is y
         close(y, x @ values(w).T, np.abs(x) @ np.abs(values(w)).T + 1)
+
+
+@pytest.mark.parametrize(("kind", "n", "k"), CASES)
+def test_the_schedule_of_a_gpu_run_on_the_cpu(rng, kind, n, k):
+    """Its loops, guards and indices, one thread after the other."""
+    dims = {"n": n} | ({"b": k // 32} if kind.startswith("q") else {"k": k})
+
+    def scheduled(s):
+        for dim, size in dims.items():
+            s = s.specialize(dim, size)
+        return gpu_recipe(s, n)
+
+    w, x, y = weight(rng, kind, n, k), normal(rng, 3, k), poisoned(3, n)
+    PROGRAMS[kind].schedule(scheduled).build("cpp")(x, *arrays(w), out=y)
+    close(y, x @ values(w).T, np.abs(x) @ np.abs(values(w)).T + 1)
 
 
 def test_linear_of_no_tokens():

@@ -53,11 +53,17 @@ def test_tables():
     cos, sin = rope_tables(5000, 64, 1e5)
     angle = 4999 * 1e5 ** (-2 * 31 / 64)
     assert cos.shape == sin.shape == (5000, 32) and cos.dtype == np.float32
-    np.testing.assert_allclose([cos[4999, 31], sin[4999, 31]], [np.cos(angle), np.sin(angle)], rtol=1e-6)
-    np.testing.assert_allclose([cos[4999, 0], sin[4999, 0]], [np.cos(4999), np.sin(4999)], rtol=1e-6)
+    np.testing.assert_allclose(
+        [cos[4999, 31], sin[4999, 31]], [np.cos(angle), np.sin(angle)], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        [cos[4999, 0], sin[4999, 0]], [np.cos(4999), np.sin(4999)], rtol=1e-6
+    )
 
 
-def places(rng: np.random.Generator, t: int, pages: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def places(
+    rng: np.random.Generator, t: int, pages: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Different slots for t tokens, anywhere."""
     chosen = rng.permutation(pages * size)[:t]
     return (chosen // size).astype(np.int32), (chosen % size).astype(np.int32)
@@ -70,8 +76,13 @@ def test_keys_are_turned_into_their_slots(rng, interleaved, h, d):
     for t in TOKENS:
         x, at = normal(rng, t, h, d), rng.integers(0, POSITIONS, t).astype(np.int32)
         page, slot = places(rng, t, 7, 5)
-        keys = heads_of(poisoned(35, h, d), interleaved).reshape(7, 5, *heads_of(x, interleaved).shape[1:])
-        assert rope_append_kernel(interleaved)(keys, heads_of(x, interleaved), *tables, at, page, slot) is keys
+        keys = heads_of(poisoned(35, h, d), interleaved).reshape(
+            7, 5, *heads_of(x, interleaved).shape[1:]
+        )
+        assert (
+            rope_append_kernel(interleaved)(keys, heads_of(x, interleaved), *tables, at, page, slot)
+            is keys
+        )
         close(keys[page, slot], turned(x, at, interleaved), 4.0)
         assert np.isnan(keys).sum() == (35 - t) * h * d  # no other slot was written
 

@@ -11,8 +11,10 @@ from tests.ops.test_spmm import exact, matrix, of_type
 
 import tilewright as tw
 from tilewright import dtypes, ops
-from tilewright.errors import ArgumentError
-from tilewright.ops.sddmm import sddmm_program
+from tilewright.errors import ArgumentError, ScheduleError
+from tilewright.ir.nodes import If, ReduceThreads
+from tilewright.ir.rewrite import walk
+from tilewright.ops.sddmm import gpu_recipe, sddmm_program
 from tilewright.sparse.pack import Packed
 
 FORMATS = {"csr": tw.csr(), "dcsr": tw.dcsr(), "coo": tw.coo()}
@@ -62,7 +64,9 @@ def test_dtypes(rng, dtype):
 def test_empty_matrices(rng):
     for m, n in ((0, 5), (5, 0), (4, 6)):
         for fmt in FORMATS.values():
-            out = ops.sddmm(fmt.pack(np.zeros((m, n), np.float32)), normal(rng, m, 16), normal(rng, n, 16))
+            out = ops.sddmm(
+                fmt.pack(np.zeros((m, n), np.float32)), normal(rng, m, 16), normal(rng, n, 16)
+            )
             assert out.nnz == 0 and out.shape == (m, n)
 
 
@@ -100,7 +104,7 @@ def test_wrong_arguments(rng):
     ):
         for _ in range(2):  # the second call may take the shorter way
             with pytest.raises(ArgumentError) as caught:
-                ops.sddmm(*args, out=given)
+                ops.sddmm(*args, out=given)  # type: ignore[arg-type]
             assert caught.value.code == code, args
     assert np.isnan(out.entry_values()).all()
     ops.sddmm(a, p, q, out=out)
@@ -111,6 +115,40 @@ def test_wrong_arguments(rng):
 
 def test_reads_as_the_mathematics():
     assert "A[i, j] * P[i, k] * Q[j, k] over k" in str(sddmm_program)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("d", WIDTHS)
+def test_the_schedule_of_a_gpu_run_on_the_cpu(rng, fmt, d):
+    """Its loops, guards and indices, one thread after the other."""
+    made = sddmm_program.decompose(A=FORMATS[fmt])
+    kernel = made.schedule(lambda s: gpu_recipe(s.specialize("d", d))).build("cpp")
+    for m, n in ((50, 40), (3, 100), (1, 1)):
+        a = matrix(rng, m, n)
+        packed, p, q = FORMATS[fmt].pack(a), normal(rng, m, d), normal(rng, n, d)
+        out = poisoned(packed)
+        kernel(packed, p, q, out=out)
+        result, size = wanted(a, p.astype(np.float64), q.astype(np.float64))
+        close(out.dense(), result, size + 1e-6, UNIT["float32"])
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("d", [7, 33, 128])
+def test_threads_that_sum_together_are_never_parted(fmt, d):
+    """The guard of the last entries stands around loads and stores, not around the exchange."""
+    made = sddmm_program.decompose(A=FORMATS[fmt])
+    lowered = made.schedule(lambda s: gpu_recipe(s.specialize("d", d))).lower("cuda:sm_90a")
+    body = lowered.stages[0][0].body
+    guarded = [x for s in walk(body) if isinstance(s, If) for x in walk(s)]
+    assert any(isinstance(x, ReduceThreads) for x in walk(body))
+    assert not any(isinstance(x, ReduceThreads) for x in guarded)
+
+
+def test_a_sum_across_more_threads_than_a_warp_is_refused():
+    start = sddmm_program.schedule(lambda s: s.specialize("d", 64).split("k", 64))
+    with pytest.raises(ScheduleError) as caught:
+        start.scheduled("cuda:sm_90a").bind("k_i", "thread.x")
+    assert caught.value.code == "S102" and "64 threads" in caught.value.message
 
 
 @pytest.mark.gpu

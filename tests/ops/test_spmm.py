@@ -11,7 +11,7 @@ from tests.ops.cases import close, normal, poisoned
 import tilewright as tw
 from tilewright import ops
 from tilewright.errors import ArgumentError
-from tilewright.ops.spmm import by_length, choose_format
+from tilewright.ops.spmm import by_length, choose_format, gpu_recipe, spmm_program
 from tilewright.sparse.pack import Packed
 
 FORMATS = {
@@ -27,7 +27,9 @@ def matrix(rng: np.random.Generator, m: int, n: int) -> np.ndarray:
     """Rows of all lengths, none among them; values away from 0."""
     share = rng.choice([0.0, 0.02, 0.1, 0.5, 1.0], (m, 1))
     signs = rng.choice([-1.0, 1.0], (m, n))
-    return np.where(rng.random((m, n)) < share, signs * rng.uniform(0.5, 2, (m, n)), 0).astype(np.float32)
+    return np.where(rng.random((m, n)) < share, signs * rng.uniform(0.5, 2, (m, n)), 0).astype(
+        np.float32
+    )
 
 
 def bfloat16(x: np.ndarray) -> Any:
@@ -67,7 +69,12 @@ def test_dtypes(rng, fmt, dtype):
 
 def test_values_in_half_precision(rng):
     a = matrix(rng, 30, 20).astype(np.float16)
-    check(a.astype(np.float64), tw.csr().pack(a), normal(rng, 20, 33).astype(np.float16), UNIT["float16"])
+    check(
+        a.astype(np.float64),
+        tw.csr().pack(a),
+        normal(rng, 20, 33).astype(np.float16),
+        UNIT["float16"],
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (4, 6)])
@@ -108,7 +115,7 @@ def test_the_same_result_every_time(rng):
 def test_formats_chosen_for_a_gpu_hold_every_matrix(rng):
     for m, n in ((50, 40), (3, 100), (0, 4)):
         a = matrix(rng, m, n)
-        fmt = choose_format(m, np.count_nonzero(a), "cuda")
+        fmt = choose_format(m, int(np.count_nonzero(a)), "cuda")
         np.testing.assert_array_equal(fmt.pack(a).dense(), a)
     assert choose_format(50, 10, "cpp") == tw.csr()
 
@@ -125,11 +132,28 @@ def test_wrong_arguments(rng):
         with pytest.raises(ArgumentError) as caught:
             ops.spmm(*args, out=y)
         assert caught.value.code == code, args
-    for code, out in (("A103", poisoned(6, 17)), ("A102", poisoned(6, 16, dtype=np.float64)), ("A107", "y")):
+    for code, out in (
+        ("A103", poisoned(6, 17)),
+        ("A102", poisoned(6, 16, dtype=np.float64)),
+        ("A107", "y"),
+    ):
         with pytest.raises(ArgumentError) as caught:
             ops.spmm(a, x, out=out)
         assert caught.value.code == code
     assert np.isnan(y).all()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("d", WIDTHS)
+def test_the_schedule_of_a_gpu_run_on_the_cpu(rng, fmt, d):
+    """Its loops, guards and indices, one thread after the other."""
+    made = spmm_program.decompose(A=FORMATS[fmt])
+    kernel = made.schedule(lambda s: gpu_recipe(s.specialize("d", d))).build("cpp")
+    for m, n in ((50, 40), (3, 100)):
+        a, x, y = matrix(rng, m, n), normal(rng, n, d), poisoned(m, d)
+        kernel(FORMATS[fmt].pack(a), x, out=y)
+        wanted, size = a.astype(np.float64) @ x, np.abs(a).astype(np.float64) @ np.abs(x)
+        close(y, wanted, size + 1e-6, UNIT["float32"])
 
 
 @pytest.mark.gpu

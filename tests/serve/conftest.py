@@ -21,7 +21,7 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def runnable_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with kinds of weights that there are kernels for, and an output matrix of its own."""
+    """The same with weights that there are kernels for, and an output matrix of its own."""
     pytest.importorskip("gguf", reason="the gguf library writes the test files")
     from tests.serve.tiny import runnable
 

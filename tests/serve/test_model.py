@@ -144,8 +144,8 @@ def test_at_once_is_token_by_token(llama: Llama):
     at_once = fresh(llama, PROMPT)
     llama.reset()
     for token in PROMPT:
-        by_prefill = llama.prefill([token])
-    close(by_prefill, at_once)
+        llama.prefill([token])
+    close(llama.logits(), at_once)
     llama.reset()
     for token in PROMPT:
         llama.decode(token)
@@ -207,7 +207,20 @@ def test_what_does_not_fit_changes_nothing(tiny: ModelFile):
     close(full, fresh(Llama(tiny), PROMPT[:40]))
 
 
-BAD_TOKENS = ([], [-1], [268], [3, 2**31], [2**70], [1.5], ["a"], [[3, 4]], [[3], [4, 5]], 3, None, [None])
+BAD_TOKENS = (
+    [],
+    [-1],
+    [268],
+    [3, 2**31],
+    [2**70],
+    [1.5],
+    ["a"],
+    [[3, 4]],
+    [[3], [4, 5]],
+    3,
+    None,
+    [None],
+)
 
 
 @pytest.mark.parametrize("tokens", BAD_TOKENS, ids=str)

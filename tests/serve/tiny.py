@@ -111,7 +111,7 @@ class TinyModel:
 
 
 def runnable() -> TinyModel:
-    """A tiny model of weights that there are kernels for, its output matrix apart from the embedding."""
+    """A tiny model of weights that there are kernels for, with an output matrix of its own."""
     made = TinyModel()
     for name, (kind, values) in made.tensors.items():
         if kind == "q4_0":

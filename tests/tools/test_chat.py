@@ -226,10 +226,17 @@ def test_keys_that_end_the_program(tiny: Path, key: str):
     terminal = Terminal("chat", tiny)
     try:
         terminal.until("\n> ")
-        if key == "\x03":
-            terminal.process.send_signal(signal.SIGINT)
-        else:
-            terminal.type(key)
+        for _ in range(10):
+            time.sleep(0.2)  # a signal between the prompt and the read that follows is not seen
+            if key == "\x03":
+                terminal.process.send_signal(signal.SIGINT)
+            else:
+                terminal.type(key)
+            try:
+                terminal.process.wait(5)
+                break
+            except subprocess.TimeoutExpired:
+                continue
     finally:
         status = terminal.close()
     assert status == 0

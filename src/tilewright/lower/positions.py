@@ -21,7 +21,8 @@ from tilewright.ir.nodes import (
     identity_of,
 )  # fmt: skip
 from tilewright.ir.rewrite import rebuild, simplify, walk
-from tilewright.lower.nests import NestBuilder, Statement, Tables, indices_in, shares_rows
+from tilewright.lower.nests import NestBuilder
+from tilewright.lower.tables import Statement, Tables, indices_in, shares_rows
 
 
 def coordinates_to_positions(program: Program) -> Program:
@@ -71,11 +72,12 @@ class _Builder(Tables):
     def stages(self, root: Assign, inline: list[Assign]) -> list[tuple[Nest, ...]]:
         statement = Statement.of(root)
         temps = [Statement.of(a) for a in inline]
-        structure = self._root_driver(statement, temps)
+        structure, names = self._root_driver(statement, temps)
         whole = self.tensors[structure].format if structure else None
         formats = whole.formats if whole is not None else (None,)
         composed = whole is not None and len(getattr(whole, "parts", ())) > 0
-        shared = composed and whole is not None and not whole.unique_rows
+        own_rows = bool(names) and names[0] in {x.name for x in indices_in(root.out.coords)}
+        shared = composed and whole is not None and not (whole.unique_rows and own_rows)
         if composed and not all(f.is_exact for f in formats if f is not None):
             self._check_overlap(statement, temps, whole)
         nests: list[Nest] = []
@@ -125,13 +127,14 @@ class _Builder(Tables):
         body = simplify(NestBuilder(self, plain, rest, "", shared=False).build())
         return Nest(f"{st.out.tensor.name}.init", body, part)
 
-    def _root_driver(self, st: Statement, temps: list[Statement]) -> str:
+    def _root_driver(self, st: Statement, temps: list[Statement]) -> tuple[str, tuple[str, ...]]:
+        """The structure that the loops of a root statement follow, and its indices; or nothing."""
         own = self.driver(st)
         if own:
-            return own[0]
+            return own
         axes = {x.name for x in indices_in(st.out.coords)}
         for t in temps:
             found = self.driver(t)
             if found and axes & set(found[1]):
-                return found[0]
-        return ""
+                return found
+        return "", ()

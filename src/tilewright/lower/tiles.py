@@ -174,7 +174,8 @@ class _Product:
         reduced = _reduced((*outer, *inner), c)
         p = cls(c, loops[0], c.mma, outer, inner, known, limits, reduced)
         for name in c.mma[:2]:
-            if name in limits and free_vars(limits[name]) & reduced:
+            # Beyond a limit one operand alone is 0, and 0 · ∞ would enter a sum that goes on.
+            if name in limits and free_vars(limits[name]) & reduced and not p.escapes:
                 raise _not_affine(
                     f"how many iterations of {name} there are depends on a reduced loop"
                 )

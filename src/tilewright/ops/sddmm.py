@@ -26,7 +26,7 @@ from tilewright.sparse.trace import dense, indices, out, sparse
 
 
 @program
-def sddmm_program(A=sparse("m n"), P=dense("m d"), Q=dense("n d")):  # noqa: ANN001, ANN201
+def sddmm_program(A=sparse("m n"), P=dense("m d"), Q=dense("n d")):
     i, j, k = indices("m n d")
     return out.like(A)[i, j](trace.sum_(A[i, j] * P[i, k] * Q[j, k], over=k))
 
@@ -71,7 +71,9 @@ def gpu_recipe(s: Schedule) -> Schedule:
     across = min(WARP, LINE // (lanes * itemsize), _power_above(d // lanes))
     rows, steps = CTA // across, -(-d // (lanes * across))
     together = max(1, IN_FLIGHT // steps)
-    s = s.split(entries, rows * together, into=("e_cta", "e_r")).split("e_r", rows, into=("e_u", "e_y"))
+    s = s.split(entries, rows * together, into=("e_cta", "e_r")).split(
+        "e_r", rows, into=("e_u", "e_y")
+    )
     s = s.split("k", lanes, into=("k_c", "k_v")).split("k_c", across, into=("k_o", "k_x"))
     s = s.reorder("e_cta", "e_y", "k_x", "e_u", "k_o", "k_v")
     s = s.bind("e_cta", "cta.x").bind("e_y", "thread.y").bind("k_x", "thread.x").vectorize("k_v")
@@ -104,27 +106,42 @@ def pack_for_sddmm(matrix: Any, width: int = 128, target: str = "cpp", dtype: An
     return packed.to("cuda") if on_gpu else packed
 
 
-def sddmm(A: Packed, P: Any, Q: Any, out: Any = None) -> Packed:  # noqa: N803
+def sddmm(A: Packed, P: Any, Q: Any, out: Any = None) -> Packed:
     """O = A ∘ (P Qᵀ), with the structure of A. A: (m, n) packed as csr, dcsr or coo; P: (m, d), Q:
     (n, d) arrays; O: Packed, of Q's dtype. `out`: a Packed of A's structure to write to.
 
     Kernels are built for the format and the width at first use and cached. Raises ArgumentError.
     """
-    if not isinstance(A, Packed) or not isinstance(A.format, Format) or A.format.name not in FORMATS:
+    if (
+        not isinstance(A, Packed)
+        or not isinstance(A.format, Format)
+        or A.format.name not in FORMATS
+    ):
         kind = A.format if isinstance(A, Packed) else type(A).__name__
-        raise ArgumentError("A106", f"A is {kind}", where="argument A", hint=f"pack it as one of: {', '.join(FORMATS)}")
+        raise ArgumentError(
+            "A106",
+            f"A is {kind}",
+            where="argument A",
+            hint=f"pack it as one of: {', '.join(FORMATS)}",
+        )
     width = recipes.fixed_width(getattr(Q, "shape", (0, 0))[-1], A.device)
     types = str(A.dtype), recipes.dtype_name(P), recipes.dtype_name(Q)
     target = "cpp" if A.device == "cpu" else "cuda"
-    return sddmm_kernel(A.format, types, width, A.structure.index_dtype.name, target)(A, P, Q, out=out)
+    return sddmm_kernel(A.format, types, width, A.structure.index_dtype.name, target)(
+        A, P, Q, out=out
+    )
 
 
 @cache
-def sddmm_kernel(fmt: Format, types: tuple[str, str, str], width: int, index: str, target: str) -> Kernel:
-    """The built kernel for a format, the dtypes of A, P and Q, a width (0 = any), an index type and a
-    target."""
+def sddmm_kernel(
+    fmt: Format, types: tuple[str, str, str], width: int, index: str, target: str
+) -> Kernel:
+    """The built kernel for a format, the dtypes of A, P and Q, a width (0 = any), an index type and
+    a target."""
     a, p, q = types
-    made: Definition = sddmm_program.typed(A=a, P=dtypes.dtype(p), Q=dtypes.dtype(q), index=index).decompose(A=fmt)
+    made: Definition = sddmm_program.typed(
+        A=a, P=dtypes.dtype(p), Q=dtypes.dtype(q), index=index
+    ).decompose(A=fmt)
 
     def scheduled(s: Schedule) -> Schedule:
         return recipe(s.specialize("d", width) if width else s)

@@ -121,8 +121,8 @@ class _Walker:
     # -- modules ---------------------------------------------------------------------------------
 
     def ask_modules(self) -> None:
-        """What the code may find in the modules it reaches, until nothing new is found. A function may
-        hand a module to another, so names are looked for in all of them."""
+        """What the code may find in the modules it reaches, until nothing new is found. A function
+        may hand a module to another, so names are looked for in all of them."""
         asked: set[tuple[int, str]] = set()
         more = True
         while more:
@@ -264,7 +264,7 @@ def _in_rooms(module: str) -> bool:
 
 
 def _pure(module: str) -> bool:
-    return module.split(".")[0] in PURE
+    return module.partition(".")[0] in PURE
 
 
 def _made(value: Any) -> bool:

@@ -386,8 +386,9 @@ class _Nest:
         to, dtype, array = self.tile(s.to, m, n), s.to.buffer.dtype, self.memory[s.to.buffer.name]
 
         def run(env: Env, acc: np.ndarray) -> None:
+            places = to(env)
             for (r, c), value in np.ndenumerate(acc):
-                old, at = to(env)[r][c]
+                old, at = places[r][c]
                 if at is not None:
                     new = value + convert(old, dtype, dtypes.float32) if s.op else value
                     array.flat[at] = convert(new, dtypes.float32, dtype)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
@@ -88,22 +89,29 @@ def compile_cuda(
 @functools.cache
 def toolkit_version() -> str:
     """NVRTC and CUDA header versions, for keys and reports. Raises MissingExtra[E101]."""
-    from importlib import metadata
-
     found = []
     for wheel in ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime"):
         for name in (wheel, f"{wheel}-cu12"):
-            try:
-                found.append(f"{name} {metadata.version(name)}")
+            version = _wheel_version(name)
+            if version:
+                found.append(f"{name} {version}")
                 break
-            except metadata.PackageNotFoundError:
-                continue
     if len(found) == 2:
         return ", ".join(found)
     # a toolkit that is not made of wheels: ask the library, and name the place of its headers
     status, major, minor = _nvrtc().nvrtcVersion()
     _check(status, "nvrtcVersion")
     return f"nvrtc {major}.{minor} with headers in {_include_folder()}"
+
+
+def _wheel_version(name: str) -> str:
+    """The version of an installed wheel, or nothing; by the name of its folder, which is far
+    faster than reading its metadata."""
+    stem = name.replace("-", "_")
+    for folder in sys.path:
+        for found in sorted(Path(folder or ".").glob(f"{stem}-[0-9]*.dist-info")):
+            return found.name.removeprefix(f"{stem}-").removesuffix(".dist-info")
+    return ""
 
 
 def available() -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -26,6 +26,7 @@ from tilewright.serve.weights import open_model
 from tilewright.target import Target
 
 COLDEST = 1e-6  # a lower temperature samples as this one does, and overflows nothing
+HOTTEST = 1e30
 
 
 @dataclass(slots=True)
@@ -65,7 +66,7 @@ class LLM:
 
     def stream(
         self, prompt: str | list[dict[str, Any]], *, max_tokens: int = 256, temperature: float = 0.0, seed: int | None = None
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The answer, piece by piece. `prompt`: a question, or messages of a chat; a model without a
         chat template continues the text. `temperature` 0 takes the likeliest token.
 
@@ -97,7 +98,7 @@ class LLM:
             )  # fmt: skip
         return ids
 
-    def _answer(self, turn: int, ids: list[int], max_tokens: int, temperature: float, rng: np.random.Generator) -> Iterator[str]:
+    def _answer(self, turn: int, ids: list[int], max_tokens: int, temperature: float, rng: np.random.Generator) -> Generator[str, None, None]:
         model, text = self.model, self.tokenizer.stream()
         self._check_turn(turn)
         counts = self.counts = Counts()
@@ -154,12 +155,12 @@ class LLM:
 
 
 def _check_options(max_tokens: Any, temperature: Any, seed: Any) -> None:
-    whole = isinstance(max_tokens, Integral) and max_tokens >= 1
-    warm = isinstance(temperature, Real) and 0 <= temperature < float("inf")
-    if not whole or not warm or not (seed is None or (isinstance(seed, Integral) and seed >= 0)):
+    whole = isinstance(max_tokens, Integral) and int(max_tokens) >= 1
+    warm = isinstance(temperature, Real) and 0 <= temperature <= HOTTEST  # type: ignore[operator]
+    if not whole or not warm or not (seed is None or (isinstance(seed, Integral) and int(seed) >= 0)):
         raise ModelError(
             "M106", f"max_tokens={max_tokens!r}, temperature={temperature!r}, seed={seed!r}", where="arguments",
-            hint="max_tokens from 1, a finite temperature from 0, a seed from 0",
+            hint=f"max_tokens from 1, a temperature of 0…{HOTTEST:g}, a seed from 0",
         )  # fmt: skip
 
 

@@ -1,0 +1,139 @@
+"""Statements taken apart, and the buffers that tensors become: what nests are built from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tilewright import dtypes
+from tilewright.errors import ProgramError
+from tilewright.ir.levels import Level, Storage
+from tilewright.ir.nodes import (
+    Access,
+    Assign,
+    Buffer,
+    Cast,
+    Const,
+    Expr,
+    Index,
+    Program,
+    Reduce,
+    Tensor,
+    Var,
+    cast,
+    size_var,
+)  # fmt: skip
+from tilewright.ir.rewrite import add, ceil_div, walk
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """An assignment taken apart: `out op= value over axes`."""
+
+    out: Access
+    op: str
+    axes: tuple[Index, ...]
+    value: Expr
+    wrap: Callable[[Expr], Expr]
+
+    @classmethod
+    def of(cls, a: Assign) -> Statement:
+        value, to = a.value, a.out.dtype
+        inner = value.a if isinstance(value, Cast) else value
+        if isinstance(inner, Reduce):
+            return cls(a.out, inner.op, inner.axes, inner.body, lambda e: cast(e, to))  # type: ignore[arg-type]
+        return cls(a.out, "", (), value, lambda e: e)
+
+
+class Tables:
+    """What the nests of one program share: its tensors, their formats in the nest that is being
+    built, and the buffers they are stored in."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.tensors = {t.name: t for t in program.tensors}
+        self.index = program.index
+        self.sizes = dict(program.sizes)
+        self.format: dict[str, Any] = {}  # structure -> the format it has in the nest being built
+        self.names: set[str] = set()
+
+    def driver(self, st: Statement) -> tuple[str, tuple[str, ...]] | None:
+        """The structure whose stored coordinates the statement follows, and its index names."""
+        if st.out.tensor.is_sparse:
+            return st.out.tensor.structure, tuple(c.name for c in st.out.coords)  # type: ignore[attr-defined]
+        reduced = {a.name for a in st.axes}
+        for x in walk(st.value):
+            if isinstance(x, Access) and x.tensor.is_sparse:
+                names = tuple(c.name if isinstance(c, Index) else "" for c in x.coords)
+                if "" not in names and len(set(names)) == len(names) and reduced & set(names):
+                    return x.tensor.structure, names
+        return None
+
+    # -- buffers -----------------------------------------------------------------------------
+
+    def size(self, dim: str | int) -> Expr:
+        if isinstance(dim, str) and dim in self.sizes:
+            return Const(self.sizes[dim], self.index)
+        return size_var(dim, self.index)
+
+    def storage(self, structure: str, depth: int) -> tuple[Level, Storage]:
+        level = self.format[structure].levels[depth]
+        size = self.size(self.tensors[structure].dims[level.dim])
+        if level.inner:
+            size = Const(level.block, self.index)
+        elif level.block:
+            size = ceil_div(size, level.block)
+        count = Var(f"{structure}_count{depth}", self.index)
+        made = {
+            name: Buffer(
+                f"{structure}.{name}{depth}",
+                self.index,
+                (add(count, 1) if name == "indptr" else count,),
+                "part",
+            )
+            for name in level.arrays
+        }
+        return level, Storage(size, count, made.get("indptr"), made.get("indices"))
+
+    def values(self, tensor: Tensor) -> Buffer:
+        last = len(self.format[tensor.structure].levels) - 1
+        return Buffer(
+            f"{tensor.name}.values",
+            tensor.dtype,
+            (Var(f"{tensor.structure}_count{last}", self.index),),
+            "part",
+        )
+
+    def buffer(self, tensor: Tensor) -> Buffer:
+        shape = tuple(self.size(d) for d in tensor.dims)
+        if tensor.role == "inline":
+            return Buffer(tensor.name, tensor.dtype, shape, "register")
+        strides: list[Expr] = [
+            Var(f"{tensor.name}_stride{d}", dtypes.int64) for d in range(len(shape))
+        ]
+        if strides and not tensor.strided:
+            strides[-1] = Const(1, dtypes.int64)
+        kind = "state" if tensor.role == "temp" else tensor.kind
+        return Buffer(tensor.name, tensor.dtype, shape, "global", tuple(strides), kind)
+
+
+def shares_rows(name: str, fmt: Any) -> ProgramError:
+    return ProgramError(
+        "P107",
+        f"{name} is more than one sum (or max, min) and {fmt} shares its rows",
+        hint="use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'",
+    )
+
+
+def unsearchable(name: str, fmt: Any) -> ProgramError:
+    return ProgramError(
+        "P107", f"{name} is read where its entries are not followed, and {fmt} cannot be searched",
+        hint="store it as csr, or let the loops follow it",
+    )  # fmt: skip
+
+
+def indices_in(coords: tuple[Expr, ...]) -> list[Index]:
+    """The indices in output coordinates, in order, once each."""
+    found = [x for c in coords for x in walk(c) if isinstance(x, Index)]
+    return list({x.name: x for x in found}.values())
