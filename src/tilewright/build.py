@@ -160,7 +160,7 @@ def _build(d: Definition, target: Target) -> Kernel:
     key = _key(d, program, target)
     built = store.load(key) if key else None
     if built is None:
-        built = _made(d._lowered(program, target, None), target)
+        built = rendered(d._lowered(program, target, None), target)
         if key and key == _key(d, program, target):  # else the recipe changed what it is made of
             with contextlib.suppress(BuildError):  # the next process lowers again
                 store.save(key, built)
@@ -184,7 +184,7 @@ def _key(d: Definition, program: Program, target: Target) -> str | None:
     return what and store.key_of("kernel", version or "", str(target), isa, what)
 
 
-def _made(program: Program, target: Target) -> store.Built:
+def rendered(program: Program, target: Target) -> store.Built:
     """The program at the loop level as text, and what a call needs to know of it."""
     params = collect_params(program)
     manifest = _manifest(program, params, target)

@@ -54,8 +54,10 @@ C_TYPES = {
 }  # fmt: skip
 STORED_AS_BITS = ("float16", "bfloat16")
 _RESERVED = frozenset(
-    ("int", "float", "double", "char", "long", "short", "signed", "unsigned", "for", "if", "do")
-    + ("new", "this", "and", "or", "not", "xor", "p", "r", "unit")
+    [
+        *("int", "float", "double", "char", "long", "short", "signed", "unsigned", "for", "if"),
+        *("do", "new", "this", "and", "or", "not", "xor", "p", "r", "unit"),
+    ]
 )
 
 

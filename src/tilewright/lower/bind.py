@@ -19,6 +19,7 @@ from tilewright.ir.nodes import (
     MmaZero,
     Nest,
     Program,
+    ReduceThreads,
     Search,
     Seq,
     Stmt,
@@ -27,7 +28,7 @@ from tilewright.ir.nodes import (
     binary,
     seq,
 )  # fmt: skip
-from tilewright.ir.rewrite import rebuild, simplify, statements, substitute, walk
+from tilewright.ir.rewrite import free_vars, rebuild, simplify, statements, substitute, walk
 
 GRID = ("parallel", "cta.x", "cta.y")
 THREADS = ("thread.x", "thread.y")
@@ -70,6 +71,7 @@ def _bound(nest: Nest) -> Nest:
             )
         extents["thread.x"] = WARP
     body = simplify(_threads(nest.body, extents, frozenset()))
+    _check_meetings(body, guarded=False)
     return replace(nest, body=body, threads=(extents["thread.x"], extents["thread.y"]))
 
 
@@ -158,6 +160,28 @@ def _extent(body: Stmt, kind: str) -> int:
                 )
             found = max(found, x.extent)
     return found
+
+
+def _check_meetings(s: Stmt, *, guarded: bool) -> None:
+    """A sum over thread.y meets at a barrier: no guard may keep some of its threads away."""
+    if isinstance(s, If):
+        parts = free_vars(s.cond) & {THREAD_X.name, THREAD_Y.name}
+        _check_meetings(s.body, guarded=guarded or bool(parts))
+    elif isinstance(s, For):
+        _check_meetings(s.body, guarded=guarded)
+    elif isinstance(s, Seq):
+        for b in s.body:
+            _check_meetings(b, guarded=guarded)
+    elif guarded and isinstance(s, Store) and _meets(s.value):
+        raise ScheduleError(
+            "S102",
+            "a guard parts threads that reduce together along thread.y",
+            hint="specialize() the dimension and split it by a factor that divides it",
+        )
+
+
+def _meets(e: Expr) -> bool:
+    return any(isinstance(x, ReduceThreads) and x.axis == "thread.y" for x in walk(e))
 
 
 def _threads(s: Stmt, extents: dict[str, int], inside: frozenset[str]) -> Stmt:

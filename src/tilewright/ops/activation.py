@@ -11,13 +11,13 @@ from tilewright.sparse.trace import dense, indices, out, sigmoid
 
 
 @program
-def silu_mul(G=dense("t k"), U=dense("t k")):  # noqa: ANN001, ANN201
+def silu_mul(G=dense("t k"), U=dense("t k")):
     t, k = indices("t:t k:k")
     return out[t, k](G[t, k] * sigmoid(G[t, k]) * U[t, k])
 
 
 @program
-def add(A=dense("t k"), B=dense("t k")):  # noqa: ANN001, ANN201
+def add(A=dense("t k"), B=dense("t k")):
     t, k = indices("t:t k:k")
     return out[t, k](A[t, k] + B[t, k])
 

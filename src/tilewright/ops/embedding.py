@@ -12,31 +12,33 @@ from tilewright.sparse.trace import dense, indices, out
 
 
 @program
-def embed_dense(ids=dense("t", "int32"), W=dense("n k", kind="weight")):  # noqa: ANN001, ANN201
+def embed_dense(ids=dense("t", "int32"), W=dense("n k", kind="weight")):
     t, k = indices("t:t k:k")
     return out.typed("float32")[t, k](W[ids[t], k].cast("float32"))
 
 
 @program
 def embed_q8_0(
-    ids=dense("t", "int32"),  # noqa: ANN001
-    D=dense("n b", "float16", kind="weight", strided=True),  # noqa: ANN001
-    Q=dense("n b 32", "int8", kind="weight"),  # noqa: ANN001
-):  # noqa: ANN201
+    ids=dense("t", "int32"),
+    D=dense("n b", "float16", kind="weight", strided=True),
+    Q=dense("n b 32", "int8", kind="weight"),
+):
     t, b, e = indices("t:t b:b e:32")
     return out.typed("float32")[t, b, e](Q[ids[t], b, e].cast("float32") * D[ids[t], b])
 
 
 @program
 def embed_q4_1(
-    ids=dense("t", "int32"),  # noqa: ANN001
-    D=dense("n b", "float16", kind="weight", strided=True),  # noqa: ANN001
-    M=dense("n b", "float16", kind="weight", strided=True),  # noqa: ANN001
-    Q=dense("n b 16", "uint8", kind="weight"),  # noqa: ANN001
-):  # noqa: ANN201
+    ids=dense("t", "int32"),
+    D=dense("n b", "float16", kind="weight", strided=True),
+    M=dense("n b", "float16", kind="weight", strided=True),
+    Q=dense("n b 16", "uint8", kind="weight"),
+):
     t, b, half, lane = indices("t:t b:b h:2 l:16")
     nibble = (Q[ids[t], b, lane].cast("int32") >> (half * 4)) & 15
-    return out.typed("float32")[t, b, half, lane](nibble.cast("float32") * D[ids[t], b] + M[ids[t], b])
+    return out.typed("float32")[t, b, half, lane](
+        nibble.cast("float32") * D[ids[t], b] + M[ids[t], b]
+    )
 
 
 PROGRAMS: dict[str, Definition] = {
@@ -59,5 +61,7 @@ def _by_token(s: Schedule) -> Schedule:
 def embedding_kernel(kind: str, target: str = "cpp") -> Kernel:
     """ids (t,), the arrays of `weight_views` → (t, k), or (t, blocks, …) for quantised tables."""
     if kind not in PROGRAMS:
-        raise ModelError("M104", f"no embedding for weights of kind {kind}", hint=f"kinds: {', '.join(PROGRAMS)}")
+        raise ModelError(
+            "M104", f"no embedding for weights of kind {kind}", hint=f"kinds: {', '.join(PROGRAMS)}"
+        )
     return PROGRAMS[kind].schedule(_by_token).build(target)

@@ -1,7 +1,7 @@
 """Linear layers: Y = X Wᵀ, for weights in float32, bfloat16, float16, Q8_0 and Q4_1.
 
-Quantised weights stay as the model file has them, in blocks of 32 along a row; a program says what a
-block means, with shifts and scales, and the values exist in registers only.
+Quantised weights stay as the model file has them, in blocks of 32 along a row; a program says
+what a block means, with shifts and scales, and the values exist in registers only.
 
     Q8_0: w = q · d               34 bytes: d float16, q int8[32]
     Q4_1: w = q · d + m           20 bytes: d, m float16, q uint4[32], low halves first
@@ -27,17 +27,17 @@ BLOCK = 32
 
 
 @program
-def linear_dense(X=dense("t k"), W=dense("n k", kind="weight")):  # noqa: ANN001, ANN201
+def linear_dense(X=dense("t k"), W=dense("n k", kind="weight")):
     t, n, k = indices("t:t n:n k:k")
     return out[t, n](trace.sum_(X[t, k] * W[n, k].cast("float32"), over=k))
 
 
 @program
 def linear_q8_0(
-    X=dense("t k"),  # noqa: ANN001
-    D=dense("n b", "float16", kind="weight", strided=True),  # noqa: ANN001
-    Q=dense("n b 32", "int8", kind="weight"),  # noqa: ANN001
-):  # noqa: ANN201
+    X=dense("t k"),
+    D=dense("n b", "float16", kind="weight", strided=True),
+    Q=dense("n b 32", "int8", kind="weight"),
+):
     t, n, b, half, lane = indices("t:t n:n b:b h:2 l:16")
     e = half * 16 + lane
     w = Q[n, b, e].cast("float32") * D[n, b]
@@ -46,11 +46,11 @@ def linear_q8_0(
 
 @program
 def linear_q4_1(
-    X=dense("t k"),  # noqa: ANN001
-    D=dense("n b", "float16", kind="weight", strided=True),  # noqa: ANN001
-    M=dense("n b", "float16", kind="weight", strided=True),  # noqa: ANN001
-    Q=dense("n b 16", "uint8", kind="weight"),  # noqa: ANN001
-):  # noqa: ANN201
+    X=dense("t k"),
+    D=dense("n b", "float16", kind="weight", strided=True),
+    M=dense("n b", "float16", kind="weight", strided=True),
+    Q=dense("n b 16", "uint8", kind="weight"),
+):
     t, n, b, half, lane = indices("t:t n:n b:b h:2 l:16")
     nibble = (Q[n, b, lane].cast("int32") >> (half * 4)) & 15
     w = nibble.cast("float32") * D[n, b] + M[n, b]
@@ -72,11 +72,15 @@ TOKENS = 4  # rows of X likewise, when there are many
 def cpu_recipe(s: Schedule, many: bool) -> Schedule:
     """Rows of W in parallel, a few rows and tokens in registers, the lanes of a vector along k."""
     lanes = toolchain.vector_bits() // 32
-    s = s.split("n", 16 if many else 8, into=("n_unit", "n_rows")).split("n_rows", ROWS, into=("n_o", "n_i"))
+    s = s.split("n", 16 if many else 8, into=("n_unit", "n_rows")).split(
+        "n_rows", ROWS, into=("n_o", "n_i")
+    )
     depth = ("b", "h") if s.has("b") else ("k",)
     s = s.reorder("n_unit", "n_o", "t", *depth, "n_i")
     if many:
-        s = s.split("t", TOKENS, tail="cut", into=("t_o", "t_i")).reorder("t_o", *depth, "n_i", "t_i")
+        s = s.split("t", TOKENS, tail="cut", into=("t_o", "t_i")).reorder(
+            "t_o", *depth, "n_i", "t_i"
+        )
         s = s.unroll("t_i")
     if depth == ("k",):
         s = s.split("k", lanes, tail="cut", into=("k_o", "l")).reorder("k_o", "n_i", "t_i", "l")
@@ -91,7 +95,12 @@ GPU_ROWS = 16  # rows of W of one CTA
 def gpu_recipe(s: Schedule, n: int) -> Schedule:
     """A row of W to each value of y; the lanes of x share its sum."""
     rows = next(r for r in (GPU_ROWS, 8, 4, 2, 1) if n % r == 0)
-    s = s.split("n", rows, into=("n_cta", "n_y")).bind("t", "cta.y").bind("n_cta", "cta.x").bind("n_y", "thread.y")
+    s = (
+        s.split("n", rows, into=("n_cta", "n_y"))
+        .bind("t", "cta.y")
+        .bind("n_cta", "cta.x")
+        .bind("n_y", "thread.y")
+    )
     if s.has("b"):
         return s.bind("l", "thread.x").unroll("h").unroll("b", 4)
     return s.split("k", 32, into=("k_o", "k_x")).bind("k_x", "thread.x").unroll("k_o", 4)
@@ -100,7 +109,12 @@ def gpu_recipe(s: Schedule, n: int) -> Schedule:
 def check_kind(kind: str, name: str = "") -> None:
     """Raises ModelError[M104] for a kind of weight that there is no linear layer for."""
     if kind not in PROGRAMS:
-        raise ModelError("M104", f"no linear layer for weights of kind {kind}", where=name, hint=f"kinds: {', '.join(PROGRAMS)}")
+        raise ModelError(
+            "M104",
+            f"no linear layer for weights of kind {kind}",
+            where=name,
+            hint=f"kinds: {', '.join(PROGRAMS)}",
+        )
 
 
 @cache

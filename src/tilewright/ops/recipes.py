@@ -16,7 +16,8 @@ def cpu_lanes() -> int:
 
 
 def rows(s: Schedule, row: str, *elements: str) -> Schedule:
-    """Each row a unit; the loops over its elements (sums too) in vectors on a CPU, threads on a GPU."""
+    """Each row a unit; the loops over its elements (sums too) in vectors on a CPU, threads on a
+    GPU."""
     if s.target.is_cuda:
         s = s.bind(row, "cta.x")
         for e in elements:
@@ -32,7 +33,9 @@ def rows(s: Schedule, row: str, *elements: str) -> Schedule:
 
 def vectors(s: Schedule, loop: str) -> Schedule:
     """A loop in vectors, what is left over one by one."""
-    return s.split(loop, cpu_lanes(), tail="cut", into=(f"{loop}_o", f"{loop}_v")).vectorize(f"{loop}_v")
+    return s.split(loop, cpu_lanes(), tail="cut", into=(f"{loop}_o", f"{loop}_v")).vectorize(
+        f"{loop}_v"
+    )
 
 
 def fixed_width(width: int, device: str) -> int:

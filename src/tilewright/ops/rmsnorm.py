@@ -12,7 +12,7 @@ from tilewright.sparse.trace import dense, indices, out, rsqrt, scalar, size
 
 
 @program
-def rmsnorm(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar()):  # noqa: ANN001, ANN201
+def rmsnorm(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar()):
     t, k = indices("t:t k:k")
     mean = trace.sum_(X[t, k] * X[t, k], over=k) / size("k").cast("float32")
     return out[t, k](X[t, k] * rsqrt(mean + eps[()]) * W[k])

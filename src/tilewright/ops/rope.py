@@ -19,55 +19,72 @@ from tilewright.schedule import Schedule
 from tilewright.sparse.trace import dense, indices, out, update, where
 
 
-def _turned(X: Any, t: Any, h: Any, p: Any, e: Any, C: Any, S: Any, P: Any, interleaved: bool) -> Any:  # noqa: N803
-    """Element e of the turned pair: (x0 cos − x1 sin, x0 sin + x1 cos)."""
-    sign = where(equal(e, 0), -1.0, 1.0)
-    mine, other = (X[t, h, p, e], X[t, h, p, 1 - e]) if interleaved else (X[t, h, e, p], X[t, h, 1 - e, p])
-    return mine * C[P[t], p] + sign * other * S[P[t], p]
+def _turned(mine: Any, other: Any, e: Any, cosine: Any, sine: Any) -> Any:
+    """Element e of a turned pair (x0 cos − x1 sin, x0 sin + x1 cos), from it and its partner."""
+    return mine * cosine + where(equal(e, 0), -1.0, 1.0) * other * sine
 
 
 @program
-def rope_pairs(X=dense("t h p 2"), C=dense("s p", kind="weight"), S=dense("s p", kind="weight"), P=dense("t", "int32")):  # noqa: ANN001, ANN201
+def rope_pairs(
+    X=dense("t h p 2"),
+    C=dense("s p", kind="weight"),
+    S=dense("s p", kind="weight"),
+    P=dense("t", "int32"),
+):
     t, h, p, e = indices("t:t h:h p:p e:2")
-    return out[t, h, p, e](_turned(X, t, h, p, e, C, S, P, True))
+    return out[t, h, p, e](_turned(X[t, h, p, e], X[t, h, p, 1 - e], e, C[P[t], p], S[P[t], p]))
 
 
 @program
-def rope_halves(X=dense("t h 2 p"), C=dense("s p", kind="weight"), S=dense("s p", kind="weight"), P=dense("t", "int32")):  # noqa: ANN001, ANN201
+def rope_halves(
+    X=dense("t h 2 p"),
+    C=dense("s p", kind="weight"),
+    S=dense("s p", kind="weight"),
+    P=dense("t", "int32"),
+):
     t, h, e, p = indices("t:t h:h e:2 p:p")
-    return out[t, h, e, p](_turned(X, t, h, p, e, C, S, P, False))
+    return out[t, h, e, p](_turned(X[t, h, e, p], X[t, h, 1 - e, p], e, C[P[t], p], S[P[t], p]))
 
 
 @program
 def append_pairs(
-    K=dense("g f h p 2", kind="kv"),  # noqa: ANN001
-    X=dense("t h p 2"),  # noqa: ANN001
-    C=dense("s p", kind="weight"),  # noqa: ANN001
-    S=dense("s p", kind="weight"),  # noqa: ANN001
-    P=dense("t", "int32"),  # noqa: ANN001
-    page=dense("t", "int32"),  # noqa: ANN001
-    slot=dense("t", "int32"),  # noqa: ANN001
-):  # noqa: ANN201
+    K=dense("g f h p 2", kind="kv"),
+    X=dense("t h p 2"),
+    C=dense("s p", kind="weight"),
+    S=dense("s p", kind="weight"),
+    P=dense("t", "int32"),
+    page=dense("t", "int32"),
+    slot=dense("t", "int32"),
+):
     t, h, p, e = indices("t:t h:h p:p e:2")
-    return update(K)[page[t], slot[t], h, p, e](_turned(X, t, h, p, e, C, S, P, True))
+    return update(K)[page[t], slot[t], h, p, e](
+        _turned(X[t, h, p, e], X[t, h, p, 1 - e], e, C[P[t], p], S[P[t], p])
+    )
 
 
 @program
 def append_halves(
-    K=dense("g f h 2 p", kind="kv"),  # noqa: ANN001
-    X=dense("t h 2 p"),  # noqa: ANN001
-    C=dense("s p", kind="weight"),  # noqa: ANN001
-    S=dense("s p", kind="weight"),  # noqa: ANN001
-    P=dense("t", "int32"),  # noqa: ANN001
-    page=dense("t", "int32"),  # noqa: ANN001
-    slot=dense("t", "int32"),  # noqa: ANN001
-):  # noqa: ANN201
+    K=dense("g f h 2 p", kind="kv"),
+    X=dense("t h 2 p"),
+    C=dense("s p", kind="weight"),
+    S=dense("s p", kind="weight"),
+    P=dense("t", "int32"),
+    page=dense("t", "int32"),
+    slot=dense("t", "int32"),
+):
     t, h, e, p = indices("t:t h:h e:2 p:p")
-    return update(K)[page[t], slot[t], h, e, p](_turned(X, t, h, p, e, C, S, P, False))
+    return update(K)[page[t], slot[t], h, e, p](
+        _turned(X[t, h, e, p], X[t, h, 1 - e, p], e, C[P[t], p], S[P[t], p])
+    )
 
 
 @program
-def append_plain(V=dense("g f h d", kind="kv"), X=dense("t h d"), page=dense("t", "int32"), slot=dense("t", "int32")):  # noqa: ANN001, ANN201
+def append_plain(
+    V=dense("g f h d", kind="kv"),
+    X=dense("t h d"),
+    page=dense("t", "int32"),
+    slot=dense("t", "int32"),
+):
     t, h, d = indices("t:t h:h d:d")
     return update(V)[page[t], slot[t], h, d](X[t, h, d])
 
@@ -77,7 +94,12 @@ def _by_token(s: Schedule) -> Schedule:
         return s.parallel("t")
     inner = "d" if s.has("d") else "p"
     s = s.reorder("t", "h", "e", inner) if s.has("e") else s
-    return s.bind("t", "cta.y").bind("h", "cta.x").split(inner, 32, into=("x_o", "x_i")).bind("x_i", "thread.x")
+    return (
+        s.bind("t", "cta.y")
+        .bind("h", "cta.x")
+        .split(inner, 32, into=("x_o", "x_i"))
+        .bind("x_i", "thread.x")
+    )
 
 
 @cache

@@ -20,7 +20,7 @@ NONE = 2**31 - 1
 
 
 @program
-def argmax(X=dense("t v")):  # noqa: ANN001, ANN201
+def argmax(X=dense("t v")):
     t, v = indices("t:t v:v")
     peak = trace.max_(X[t, v], over=v)
     # Not `>=`: one element at least is not below the peak, also where a logit is NaN.
@@ -28,7 +28,7 @@ def argmax(X=dense("t v")):  # noqa: ANN001, ANN201
 
 
 @program
-def sample(X=dense("t v"), G=dense("t v"), warmth=scalar()):  # noqa: ANN001, ANN201
+def sample(X=dense("t v"), G=dense("t v"), warmth=scalar()):
     t, v = indices("t:t v:v")
     score = X[t, v] * warmth[()] + G[t, v]
     peak = trace.max_(score, over=v)
@@ -41,8 +41,8 @@ def _recipe(s: Schedule) -> Schedule:
 
 @cache
 def argmax_kernel(target: str = "cpp") -> Kernel:
-    """X (t, v) → the smallest index of the largest value of each row, int32 (t,). A row with NaN gives
-    some index of it."""
+    """X (t, v) → the smallest index of the largest value of each row, int32 (t,). A row with NaN
+    gives some index of it."""
     return argmax.schedule(_recipe).build(target)
 
 

@@ -1,6 +1,7 @@
 """SpMM: Y = A X, sparse times dense.
 
-On a CPU: CSR, rows in parallel, the features of a row in vector registers. On a GPU: hyb, so that all
+On a CPU: CSR, rows in parallel, the features of a row in vector registers. On a GPU: hyb, so that
+all
 threads of a warp walk rows of one length, where the graph is large enough to pay for it; long rows
 share a CTA. No atomics: every row has one owner, and sums have a fixed order.
 Reference: SparseTIR (ASPLOS 2023, §4.2), its SpMM on hyb(c, k).
@@ -15,7 +16,6 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.build import Definition, program
-from tilewright.ops import recipes
 from tilewright.runtime import toolchain
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
@@ -26,7 +26,7 @@ from tilewright.sparse.trace import dense, indices, out, sparse
 
 
 @program
-def spmm_program(A=sparse("m n"), X=dense("n d")):  # noqa: ANN001, ANN201
+def spmm_program(A=sparse("m n"), X=dense("n d")):
     i, j, k = indices("m n d")
     return out[i, k](trace.sum_(A[i, j] * X[j, k], over=j))
 
@@ -91,10 +91,14 @@ def _power(n: int) -> int:
 
 
 def _gpu_features(s: Schedule, lanes: int, across: int) -> Schedule:
-    """k → tiles of across × lanes: threads in x, a vector each; tiles are units, the slowest ones, so
-    that the CTAs of one time gather from one slice of X."""
+    """k → tiles of across × lanes: threads in x, a vector each; tiles are units, the slowest
+    ones, so that the CTAs of one time gather from one slice of X."""
     s = s.split("k", lanes, into=("k_c", "k_v")).split("k_c", across, into=("k_tile", "k_x"))
-    s = s.reorder("k_tile", "i", "k_x", "j", "k_v") if s.has("j") else s.reorder("k_tile", "i", "k_x", "k_v")
+    s = (
+        s.reorder("k_tile", "i", "k_x", "j", "k_v")
+        if s.has("j")
+        else s.reorder("k_tile", "i", "k_x", "k_v")
+    )
     return s.bind("k_tile", "cta.y").bind("k_x", "thread.x").vectorize("k_v")
 
 
@@ -110,7 +114,9 @@ def _gpu_own_rows(s: Schedule, n: int, rows: int, width: int) -> Schedule:
 
 def _gpu_shared_rows(s: Schedule, rows: int) -> Schedule:
     """A row to each CTA: the threads of y share its entries, `AHEAD` in flight in each."""
-    s = s.split("j", rows * max(1, min(AHEAD, 512 // rows)), into=("j_o", "j_r")).split("j_r", rows, into=("j_u", "j_y"))
+    s = s.split("j", rows * max(1, min(AHEAD, 512 // rows)), into=("j_o", "j_r")).split(
+        "j_r", rows, into=("j_u", "j_y")
+    )
     return s.bind("i", "cta.x").bind("j_y", "thread.y").unroll("j_u")
 
 
@@ -123,16 +129,24 @@ def recipe(s: Schedule) -> Schedule:
 
 
 def by_length(widths: tuple[int, ...], giant: int = 1024) -> Composed:
-    """Rows by length: padded buckets of these widths, a CTA for each longer row, and for rows beyond
-    `giant` CTAs that take a few features each. Every row is in one part: no atomics."""
+    """Rows by length: padded buckets of these widths, a CTA for each longer row, and for rows
+    beyond `giant` CTAs that take a few features each. Every row is in one part: no atomics."""
     lows = [1, *(w + 1 for w in widths[:-1])]
     giant = max(giant, widths[-1])
     parts: list[tuple[Where, Format]] = [(Where(giant + 1), formats.dcsr(GIANT))]
     if giant > widths[-1]:
         parts.append((Where(widths[-1] + 1, giant), formats.dcsr(TALL)))
-    parts += [(Where(low, w), formats.bucket(w)) for low, w in zip(reversed(lows), reversed(widths), strict=True)]
+    parts += [
+        (Where(low, w), formats.bucket(w))
+        for low, w in zip(reversed(lows), reversed(widths), strict=True)
+    ]
     parts.append((Where(0, 0), formats.bucket(0)))
-    return Composed(f"by_length({', '.join(map(str, widths))})", tuple(parts), disjoint_rows=True, covers_rows=True)
+    return Composed(
+        f"by_length({', '.join(map(str, widths))})",
+        tuple(parts),
+        disjoint_rows=True,
+        covers_rows=True,
+    )
 
 
 WIDE = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # finer: less padding
@@ -182,7 +196,13 @@ def spmm(A: Packed, X: Any, out: Any = None) -> Any:
     tile = 64 if on_cuda and A.shape[1] * width * 4 > L2_BYTES else 128
     fixed = width if on_cuda or (width % 16 == 0 and 0 < width <= 1024) else 0
     kernel = spmm_kernel(
-        A.format, str(A.dtype), _name(X), fixed, A.structure.index_dtype.name, "cuda" if on_cuda else "cpp", tile
+        A.format,
+        str(A.dtype),
+        _name(X),
+        fixed,
+        A.structure.index_dtype.name,
+        "cuda" if on_cuda else "cpp",
+        tile,
     )
     return kernel(A, X, out=out)
 
@@ -192,7 +212,9 @@ def _name(x: Any) -> str:
 
 
 @cache
-def spmm_kernel(fmt: Any, a: str, x: str, width: int, index: str, target: str, tile: int = 128) -> Kernel:
+def spmm_kernel(
+    fmt: Any, a: str, x: str, width: int, index: str, target: str, tile: int = 128
+) -> Kernel:
     """The built kernel for a format, dtypes, a width (0 = any), an index type and a target."""
     made: Definition = spmm_program.typed(A=a, X=dtypes.dtype(x), index=index).decompose(A=fmt)
 

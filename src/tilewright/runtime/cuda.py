@@ -310,7 +310,8 @@ class DeviceArray:
         return made
 
     def rows(self, begin: int, end: int) -> DeviceArray:
-        """Rows begin … end-1 of the first dimension, the same memory. Raises ArgumentError[A103]."""
+        """Rows begin … end-1 of the first dimension, the same memory. Raises
+        ArgumentError[A103]."""
         if not 0 <= begin <= end <= self.shape[0]:
             raise ArgumentError("A103", f"rows {begin}:{end} of {self.shape[0]}")
         made = self.reshape(*self.shape)

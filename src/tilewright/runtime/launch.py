@@ -101,8 +101,8 @@ class Step:
     """A recorded step: the launches of many bound calls as one native call (DESIGN 14).
 
     On the CPU a list of launches that the pool runs with a barrier after each; on a GPU a graph.
-    `bounds` are `Bound`s, or anything with a `.launch`: `(body, params, units, grain)` on the
-    CPU, a `runtime.cuda.Launch` on a GPU. All of one device.
+    `bounds` are `Bound`s, launches (`(body, params, units, grain)` on the CPU, a
+    `runtime.cuda.Launch` on a GPU), or anything with one as `.launch`. All of one device.
     """
 
     def __init__(self, bounds: Sequence[Any]) -> None:
@@ -119,7 +119,7 @@ class Step:
             listed += (
                 b.kernel.launcher.launches(b.kernel, b.frame)
                 if isinstance(b, Bound)
-                else [b.launch]
+                else [getattr(b, "launch", b)]
             )
         self.count = len(listed)
         if listed and not isinstance(listed[0], tuple):

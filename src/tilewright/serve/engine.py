@@ -31,7 +31,8 @@ HOTTEST = 1e30
 
 @dataclass(slots=True)
 class Counts:
-    """What an answer took: tokens and seconds of prompt and answer, and the time to the first token."""
+    """What an answer took: tokens and seconds of prompt and answer, and the time to the first
+    token."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -47,7 +48,11 @@ class Counts:
     @property
     def answer_rate(self) -> float:
         """Answer tokens a second, the first not counted: it belongs to the prompt."""
-        return (self.answer_tokens - 1) / self.answer_s if self.answer_s and self.answer_tokens > 1 else 0.0
+        return (
+            (self.answer_tokens - 1) / self.answer_s
+            if self.answer_s and self.answer_tokens > 1
+            else 0.0
+        )
 
 
 class LLM:
@@ -55,26 +60,47 @@ class LLM:
 
     `target`: cpp or cuda; `context`: tokens of prompt and answer together."""
 
-    def __init__(self, path: str | os.PathLike[str], *, target: Target | str = "cpp", context: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        target: Target | str = "cpp",
+        context: int | None = None,
+    ) -> None:
         file = open_model(path)
         self.tokenizer = load_tokenizer(file)
-        self.template = ChatTemplate.from_metadata(file.metadata, self.tokenizer) if _has_template(file.metadata) else None
+        self.template = (
+            ChatTemplate.from_metadata(file.metadata, self.tokenizer)
+            if _has_template(file.metadata)
+            else None
+        )
         self.model = Llama(file, target, context)
         self.read: list[int] = []  # the tokens that the cache holds
         self.counts = Counts()
         self._answers = 0  # begun so far
 
     def stream(
-        self, prompt: str | list[dict[str, Any]], *, max_tokens: int = 256, temperature: float = 0.0, seed: int | None = None
+        self,
+        prompt: str | list[dict[str, Any]],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int | None = None,
     ) -> Generator[str, None, None]:
-        """The answer, piece by piece. `prompt`: a question, or messages of a chat; a model without a
-        chat template continues the text. `temperature` 0 takes the likeliest token.
+        """The answer, piece by piece. `prompt`: a question, or messages of a chat; a model
+        without a chat template continues the text. `temperature` 0 takes the likeliest token.
 
-        One answer at a time: a new one ends those before it. Raises ModelError: M105 for a prompt longer
-        than the context, M106 for bad arguments, and where an ended answer is read on."""
+        One answer at a time: a new one ends those before it. Raises ModelError: M105 for a prompt
+        longer than the context, M106 for bad arguments, and where an ended answer is read on."""
         _check_options(max_tokens, temperature, seed)
         self._answers += 1
-        return self._answer(self._answers, self._tokens(prompt), max_tokens, temperature, np.random.default_rng(seed))
+        return self._answer(
+            self._answers,
+            self._tokens(prompt),
+            max_tokens,
+            temperature,
+            np.random.default_rng(seed),
+        )
 
     def generate(self, prompt: str | list[dict[str, Any]], **options: Any) -> str:
         """The whole answer."""
@@ -86,7 +112,12 @@ class LLM:
         capacity = self.model.cache.capacity
         if self.template is None:
             if not isinstance(prompt, str):
-                raise ModelError("M107", "this model has no chat template", where="prompt", hint="give it a text to continue")
+                raise ModelError(
+                    "M107",
+                    "this model has no chat template",
+                    where="prompt",
+                    hint="give it a text to continue",
+                )
             ids = self.tokenizer.encode(prompt)
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -98,7 +129,14 @@ class LLM:
             )  # fmt: skip
         return ids
 
-    def _answer(self, turn: int, ids: list[int], max_tokens: int, temperature: float, rng: np.random.Generator) -> Generator[str, None, None]:
+    def _answer(
+        self,
+        turn: int,
+        ids: list[int],
+        max_tokens: int,
+        temperature: float,
+        rng: np.random.Generator,
+    ) -> Generator[str, None, None]:
         model, text = self.model, self.tokenizer.stream()
         self._check_turn(turn)
         counts = self.counts = Counts()
@@ -123,7 +161,9 @@ class LLM:
         if rest:
             yield rest
 
-    def _prompt(self, ids: list[int], counts: Counts, temperature: float, rng: np.random.Generator) -> int:
+    def _prompt(
+        self, ids: list[int], counts: Counts, temperature: float, rng: np.random.Generator
+    ) -> int:
         """Reads what the cache does not hold yet; the first token of the answer."""
         began = time.perf_counter()
         same = 0
@@ -147,7 +187,12 @@ class LLM:
 
     def _check_turn(self, turn: int) -> None:
         if turn != self._answers:
-            raise ModelError("M106", "another answer has begun since", where="stream", hint="read one answer at a time")
+            raise ModelError(
+                "M106",
+                "another answer has begun since",
+                where="stream",
+                hint="read one answer at a time",
+            )
 
     @property
     def _stops(self) -> set[int]:
@@ -157,11 +202,17 @@ class LLM:
 def _check_options(max_tokens: Any, temperature: Any, seed: Any) -> None:
     whole = isinstance(max_tokens, Integral) and int(max_tokens) >= 1
     warm = isinstance(temperature, Real) and 0 <= temperature <= HOTTEST  # type: ignore[operator]
-    if not whole or not warm or not (seed is None or (isinstance(seed, Integral) and int(seed) >= 0)):
+    if (
+        not whole
+        or not warm
+        or not (seed is None or (isinstance(seed, Integral) and int(seed) >= 0))
+    ):
         raise ModelError(
-            "M106", f"max_tokens={max_tokens!r}, temperature={temperature!r}, seed={seed!r}", where="arguments",
+            "M106",
+            f"max_tokens={max_tokens!r}, temperature={temperature!r}, seed={seed!r}",
+            where="arguments",
             hint=f"max_tokens from 1, a temperature of 0…{HOTTEST:g}, a seed from 0",
-        )  # fmt: skip
+        )
 
 
 def _has_template(metadata: Any) -> bool:

@@ -81,17 +81,24 @@ class Buffers:
 class Llama:
     """`file` opened, its kernels built for a target, and a cache for one sequence.
 
-    `context`: tokens the cache holds (None: the model's, at most 2048). Raises ModelError, BuildError.
+    `context`: tokens the cache holds (None: the model's, at most 2048). Raises ModelError,
+    BuildError.
     """
 
-    def __init__(self, file: ModelFile, where: Target | str = "cpp", context: int | None = None) -> None:
+    def __init__(
+        self, file: ModelFile, where: Target | str = "cpp", context: int | None = None
+    ) -> None:
         self.target = target(where)
         self.name = str(self.target)
         self.file, self.config = file, file.config
         self.memory = Memory(self.target)
         wanted = min(self.config.context, 2048) if context is None else context
         if not isinstance(wanted, int) or not 0 < wanted <= self.config.context:
-            raise ModelError("M105", f"a context of {wanted} tokens; the model allows {self.config.context}", where="context")
+            raise ModelError(
+                "M105",
+                f"a context of {wanted} tokens; the model allows {self.config.context}",
+                where="context",
+            )
         self.cache = KVPool(self.config, wanted, self.memory)
         self.embedding = self._linear("embed")
         self.head = self.embedding if self.config.tied_embedding else self._linear("lm_head")
@@ -109,10 +116,15 @@ class Llama:
     def _layer(self, at: str) -> Layer:
         return Layer(
             self._vector(at + "attn_norm"),
-            self._linear(at + "attn.q"), self._linear(at + "attn.k"), self._linear(at + "attn.v"), self._linear(at + "attn.o"),
+            self._linear(at + "attn.q"),
+            self._linear(at + "attn.k"),
+            self._linear(at + "attn.v"),
+            self._linear(at + "attn.o"),
             self._vector(at + "ffn_norm"),
-            self._linear(at + "ffn.gate"), self._linear(at + "ffn.up"), self._linear(at + "ffn.down"),
-        )  # fmt: skip
+            self._linear(at + "ffn.gate"),
+            self._linear(at + "ffn.up"),
+            self._linear(at + "ffn.down"),
+        )
 
     def _linear(self, name: str) -> Linear:
         w: Weight = self.file.tensors[name]
@@ -131,24 +143,41 @@ class Llama:
     def _buffers(self, t: int) -> Buffers:
         c, new = self.config, self.memory.empty
         q, kv = c.qo_heads * c.head_dim, c.kv_heads * c.head_dim
-        integers = [new(t, dtype="int32") for _ in range(4)]
         return Buffers(
-            t, *integers, [new(t, c.dim), new(t, c.dim)], new(t, c.dim), new(t, q), new(t, kv), new(t, kv),
-            new(t, q), new(t, c.qo_heads, c.head_dim), new(t, c.dim), new(t, c.ffn_dim), new(t, c.ffn_dim),
-            new(t, c.ffn_dim), new(1, c.vocab), new(1, dtype="int32"),
-        )  # fmt: skip
+            tokens=t,
+            ids=new(t, dtype="int32"),
+            position=new(t, dtype="int32"),
+            page=new(t, dtype="int32"),
+            slot=new(t, dtype="int32"),
+            x=[new(t, c.dim), new(t, c.dim)],
+            normed=new(t, c.dim),
+            q=new(t, q),
+            k=new(t, kv),
+            v=new(t, kv),
+            turned=new(t, q),
+            attended=new(t, c.qo_heads, c.head_dim),
+            projected=new(t, c.dim),
+            gate=new(t, c.ffn_dim),
+            up=new(t, c.ffn_dim),
+            mixed=new(t, c.ffn_dim),
+            logits=new(1, c.vocab),
+            token=new(1, dtype="int32"),
+        )
 
     def _pairs(self, array: Any, tokens: int, heads: int) -> Any:
         """A projection seen as heads of rotated pairs."""
         half = self.config.head_dim // 2
-        return array.reshape(tokens, heads, *((half, 2) if self.config.rope_interleaved else (2, half)))
+        return array.reshape(
+            tokens, heads, *((half, 2) if self.config.rope_interleaved else (2, half))
+        )
 
     # -- the layers ------------------------------------------------------------------------------
 
     def _run(self, b: Buffers, attend: Any, do: Any) -> None:
         """All layers over the tokens of `b`, and the logits of the last one.
 
-        `do(kernel, *args, out)` runs or binds one call; `attend(layer)` the attention of a layer."""
+        `do(kernel, *args, out)` runs or binds one call; `attend(layer)` the attention of a
+        layer."""
         c, name, t = self.config, self.name, b.tokens
         norm, silu = rmsnorm_kernel(name), silu_mul_kernel(name)
         rope, rope_append = (f(c.rope_interleaved, name) for f in (rope_kernel, rope_append_kernel))
@@ -165,9 +194,25 @@ class Llama:
             linear(layer.k, b.normed, b.k)
             linear(layer.v, b.normed, b.v)
             turned = self._pairs(b.turned, t, c.qo_heads)
-            do(rope, self._pairs(b.q, t, c.qo_heads), self.cosines, self.sines, b.position, out=turned)
+            do(
+                rope,
+                self._pairs(b.q, t, c.qo_heads),
+                self.cosines,
+                self.sines,
+                b.position,
+                out=turned,
+            )
             keys = self._paged_pairs(self.cache.keys[i])
-            do(rope_append, keys, self._pairs(b.k, t, c.kv_heads), self.cosines, self.sines, b.position, b.page, b.slot)
+            do(
+                rope_append,
+                keys,
+                self._pairs(b.k, t, c.kv_heads),
+                self.cosines,
+                self.sines,
+                b.position,
+                b.page,
+                b.slot,
+            )
             do(append, self.cache.values[i], b.v.reshape(t, c.kv_heads, c.head_dim), b.page, b.slot)
             attend(i, b.turned.reshape(t, c.qo_heads, c.head_dim), b.attended)
             linear(layer.o, b.attended.reshape(t, c.qo_heads * c.head_dim), b.projected)
@@ -186,7 +231,9 @@ class Llama:
 
     def _embedded_shape(self) -> tuple[int, ...]:
         dim = self.config.dim
-        return {"q8_0": (dim // 32, 32), "q4_1": (dim // 32, 2, 16)}.get(self.embedding.kind, (dim,))
+        return {"q8_0": (dim // 32, 32), "q4_1": (dim // 32, 2, 16)}.get(
+            self.embedding.kind, (dim,)
+        )
 
     def _finish(self, x: Any, b: Buffers, do: Any) -> None:
         """The logits of one row, and the token of the largest."""
@@ -214,8 +261,18 @@ class Llama:
             ids = np.asarray(tokens)
         except ValueError:
             ids = np.empty(0)
-        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= self.config.vocab:
-            raise ModelError("M106", f"tokens must be 1 or more whole numbers below {self.config.vocab}", where="tokens")
+        if (
+            ids.ndim != 1
+            or not len(ids)
+            or ids.dtype.kind not in "iu"
+            or ids.min() < 0
+            or ids.max() >= self.config.vocab
+        ):
+            raise ModelError(
+                "M106",
+                f"tokens must be 1 or more whole numbers below {self.config.vocab}",
+                where="tokens",
+            )
         return ids
 
     def _chunk(self, ids: np.ndarray) -> None:
@@ -244,7 +301,12 @@ class Llama:
         self._checked([token])
         position, page, slot = self.cache.grow(1)
         b = self._one
-        for array, value in ((b.ids, token), (b.position, position), (b.page, page), (b.slot, slot)):
+        for array, value in (
+            (b.ids, token),
+            (b.position, position),
+            (b.page, page),
+            (b.slot, slot),
+        ):
             self.memory.write(array, value)
         if self._step is None:
             self._step = self._record()

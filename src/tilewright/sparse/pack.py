@@ -20,6 +20,8 @@ from tilewright.errors import FormatError
 from tilewright.ir.levels import coordinates, row_major
 from tilewright.sparse.formats import Composed, Format
 
+ROUNDED_UP = 1 << 20  # units of the last CTA may count this far beyond the last entry
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
@@ -196,7 +198,7 @@ def pack(fmt: Format | Composed, matrix: Any, *, dtype: Any = None, values: Any 
     coords = [c if order is None else c[order] for c in coords]
     _check_unique(coords)
     largest = max([nnz, *shape, *(_slots_bound(f, shape) for f in fmt.formats)])
-    index = dtypes.int32 if largest < 2**31 else dtypes.int64
+    index = dtypes.int32 if largest < 2**31 - ROUNDED_UP else dtypes.int64
     parts = tuple(
         _pack_part(f, coords, shape, mine, roots, index, order)
         for f, mine, roots in _split(fmt, coords, shape)

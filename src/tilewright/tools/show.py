@@ -17,12 +17,9 @@ from pathlib import Path
 from tilewright import build as building
 from tilewright.build import Definition
 from tilewright.codegen import cpp as cpp_text
-from tilewright.codegen import cuda as cuda_text
-from tilewright.codegen.cfamily import Source
 from tilewright.errors import ProgramError, TilewrightError
 from tilewright.ir.nodes import Program
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
-from tilewright.runtime.manifest import declarations
 from tilewright.schedule import Schedule
 from tilewright.target import Target
 from tilewright.target import target as parse_target
@@ -190,10 +187,7 @@ def _passes(program: Program, which: str, target: Target) -> list[tuple[Program,
 
 def source_text(program: Program, target: Target) -> str:
     """The text generated for a program at the loop level; the prelude common to all is left out."""
-    declared = declarations(building._manifest(program, target))
-    renderer = cuda_text if target.is_cuda else cpp_text
-    source: Source = renderer.render(program, declared)
-    text = source.text
+    text = building.rendered(program, target).source
     for path in sorted(cpp_text.PRELUDE.iterdir()):
         prelude = path.read_text()
         text = text.replace(

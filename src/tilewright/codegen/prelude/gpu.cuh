@@ -279,11 +279,20 @@ TW_FOLD(max)
 TW_FOLD(min)
 #undef TW_FOLD
 
+// The lanes of one group of `Extent` neighbours: other groups of the warp may be elsewhere.
+template <int Extent>
+TW_INLINE unsigned int group_mask() {
+  if constexpr (Extent == 32) return 0xffffffffu;
+  unsigned int lane;
+  asm("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return ((1u << (Extent & 31)) - 1u) << (lane & ~static_cast<unsigned int>(Extent - 1));
+}
 // Over `Extent` neighbouring threads of a warp (a power of two); all of them get the result.
 template <class Op, int Extent, class T>
 TW_INLINE T across_lanes(T x) {
 #pragma unroll
-  for (int step = Extent / 2; step; step /= 2) x = Op::of(x, __shfl_xor_sync(0xffffffffu, x, step));
+  for (int step = Extent / 2; step; step /= 2)
+    x = Op::of(x, __shfl_xor_sync(group_mask<Extent>(), x, step));
   return x;
 }
 
@@ -292,7 +301,7 @@ TW_INLINE vec<T, N> across_lanes(vec<T, N> x) {
 #pragma unroll
   for (int step = Extent / 2; step; step /= 2) {
     vec<T, N> other;
-    TW_EACH(N) other.v[l] = __shfl_xor_sync(0xffffffffu, x.v[l], step);
+    TW_EACH(N) other.v[l] = __shfl_xor_sync(group_mask<Extent>(), x.v[l], step);
     x = Op::of(x, other);
   }
   return x;
