@@ -166,3 +166,10 @@ def test_on_a_gpu(rng, fmt, d):
         ops.sddmm(there, DeviceArray.from_numpy(p), DeviceArray.from_numpy(q), out=out)
         result, size = wanted(a, p.astype(np.float64), q.astype(np.float64))
         close(out.dense(), result, size + 1e-6, 2.0**-19)
+
+
+def test_bfloat16_values_are_bits_whatever_numpy_has_learned(rng):
+    pytest.importorskip("ml_dtypes")  # importing it teaches NumPy a bfloat16
+    p, q = (of_type(normal(rng, rows, 16), "bfloat16") for rows in (30, 20))
+    out = ops.sddmm(tw.csr().pack(matrix(rng, 30, 20)), p, q)
+    assert out.values[0].dtype == np.uint16

@@ -338,7 +338,8 @@ def scalar_value(spec: TensorSpec, kind: DType, arg: Any) -> float | int:
 def sparse_output(like: Any, kind: DType) -> Any:
     """A tensor of the structure of `like` with new values; padding is zero, entries are not set."""
     values = tuple(
-        allocate(v, (p.size,), kind) for v, p in zip(like.values, like.structure.parts, strict=True)
+        _as_stored(allocate(v, (p.size,), kind), kind)
+        for v, p in zip(like.values, like.structure.parts, strict=True)
     )
     return dataclasses.replace(like, values=values, dtype=kind)
 
@@ -352,6 +353,12 @@ def check_values_apart(mine: Any, name: str, inputs: Mapping[str, Any]) -> None:
                 "A108", f"the output {name} overlaps the input {other}", where="out",
                 hint="give it memory of its own",
             )  # fmt: skip
+
+
+def _as_stored(values: Any, kind: DType) -> Any:
+    """Values of a packed tensor on the host are bits where NumPy lacks the dtype, whatever other
+    packages teach it."""
+    return values.view(kind.numpy) if isinstance(values, np.ndarray) else values
 
 
 def c_name(name: str) -> str:
