@@ -298,3 +298,38 @@ def test_what_only_shows_together_is_refused_when_lowered(recipe, name):
     with pytest.raises(ScheduleError) as caught:
         spmm.schedule(recipe).lower()
     assert caught.value.code == "S102" and name in str(caught.value) and caught.value.hint
+
+
+def test_prefetch_changes_no_result_and_reads_nothing(rng):
+    """Rows are asked for beyond the end of a row, never beyond the end of the matrix."""
+    spmm = tw.program(_spmm)
+    dense = np.where(rng.random((40, 30)) < 0.2, rng.standard_normal((40, 30)), 0).astype(
+        np.float32
+    )
+    x = rng.standard_normal((30, 32)).astype(np.float32)
+    for ahead in (1, 16, 1000):
+        d = spmm.schedule(lambda s, n=ahead: s.prefetch("X", "j", n))
+        assert "prefetch X[" in str(d.scheduled())
+        out = np.full((40, 32), np.nan, np.float32)
+        d.build()(tw.csr().pack(dense), x, out=out)
+        assert np.allclose(out, dense @ x, atol=1e-4)
+        empty = d.build()(tw.csr().pack(np.zeros((40, 30), np.float32)), x)
+        assert (empty == 0).all()
+
+
+def test_prefetch_is_refused_where_it_has_no_meaning():
+    start = tw.program(_spmm).scheduled()
+    for args, code in (
+        (("X", "i", 4), "S102"),
+        (("X", "j", 0), "S102"),
+        (("Z", "j", 4), "S101"),
+        (("X", "nowhere", 4), "S101"),
+    ):
+        with pytest.raises(ScheduleError) as e:
+            start.prefetch(*args)
+        assert e.value.code == code and e.value.hint
+
+
+def _spmm(A=tw.sparse("m n"), X=tw.dense("n d")):
+    i, j, k = tw.indices("m n d")
+    return tw.out[i, k](tw.sum(A[i, j] * X[j, k], over=j))

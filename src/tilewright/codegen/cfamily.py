@@ -30,6 +30,7 @@ from tilewright.ir.nodes import (
     MmaStore,
     MmaZero,
     Nest,
+    Prefetch,
     Program,
     Ramp,
     ReduceLanes,
@@ -186,6 +187,9 @@ class Renderer:
             self.alloc(s.buffer)
         elif isinstance(s, Store):
             self.store(s)
+        elif isinstance(s, Prefetch):
+            place = f"{self.pointer(s.place.buffer)} + {self.expr(s.place.index[0])}"
+            self.line(self.prefetch(place))
         elif isinstance(s, Sync):
             self.sync()
         elif isinstance(s, (Mma, MmaZero, MmaStore)):
@@ -283,6 +287,9 @@ class Renderer:
 
     def lane(self, vector: str, lane: str) -> str:
         return f"{vector}[{lane}]"
+
+    def prefetch(self, place: str) -> str:
+        return f"__builtin_prefetch({place});"
 
     def sync(self) -> None:
         raise InternalError("I101", "this target has no threads to synchronise")

@@ -63,6 +63,9 @@ class CudaRenderer(Renderer):
 
     restrict = "__restrict__"
 
+    def prefetch(self, place: str) -> str:
+        return f"tw::prefetch({place});"
+
     def var(self, e: Var) -> str:
         if e.name in ("thread_x", "thread_y"):
             return f"static_cast<{self.type(e.dtype)}>({'tx' if e.name == 'thread_x' else 'ty'})"

@@ -432,6 +432,13 @@ class Alloc(Stmt):
 
 
 @node
+class Prefetch(Stmt):
+    """Asks for the memory of `place` without reading it: nothing depends on it."""
+
+    place: Load
+
+
+@node
 class Sync(Stmt):
     """All threads of the CTA meet here."""
 

@@ -92,6 +92,8 @@ def _lines(s: Any, depth: int) -> list[str]:
         ]
     if isinstance(s, n.Alloc):
         return [f"{pad}alloc {s.buffer}"]
+    if isinstance(s, n.Prefetch):
+        return [f"{pad}prefetch {expr_text(s.place)}"]
     if isinstance(s, n.Sync):
         return [f"{pad}sync"]
     if isinstance(s, n.MmaZero):

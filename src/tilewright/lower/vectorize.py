@@ -21,6 +21,7 @@ from tilewright.ir.nodes import (
     Mma,
     MmaStore,
     MmaZero,
+    Prefetch,
     Program,
     Ramp,
     ReduceThreads,
@@ -203,6 +204,9 @@ class _Vectorizer:
             return replace(s, body=self.stmt(s.body))
         if isinstance(s, Store):
             return self.store(s)
+        if isinstance(s, Prefetch):  # the line of the first lane: a register is one line
+            found = self.linear(s.place.index[0])
+            return Seq(()) if found is None else Prefetch(replace(s.place, index=(found[0],)))
         raise self.refuse(f"it holds a {type(s).__name__}")
 
     def store(self, s: Store) -> Stmt:

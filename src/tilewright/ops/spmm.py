@@ -36,6 +36,7 @@ def spmm_program(A=sparse("m n"), X=dense("n d")):
 ROWS_PER_UNIT = 16  # rows of one unit on the CPU: a few microseconds of work
 CPU_TILE = 128  # features kept in registers: 8 accumulators of 16 lanes
 L2_BYTES = 40 << 20  # of X, beyond which a sweep takes fewer features (an H100 has 50 MB)
+AHEAD_CPU = 16  # entries whose rows of X are asked for early: two or three rows of a citation graph
 CTA = 256  # threads
 AHEAD = 8  # gathers in flight in each thread: what hides the latency of memory
 TALL, GIANT = "tall", "giant"  # rows that a CTA shares; rows that several CTAs share, by features
@@ -57,7 +58,13 @@ def cpu_recipe(s: Schedule) -> Schedule:
         if whole:
             break
         rest = f"{rest}_t"
-    return _rows(s, ROWS_PER_UNIT)
+    s = _rows(s, ROWS_PER_UNIT)
+    gathers = all(f.name in ("csr", "dcsr") for f in _formats(s))
+    return s.prefetch("X", "j", AHEAD_CPU) if gathers else s
+
+
+def _formats(s: Schedule) -> list[Format]:
+    return [f for t in s.program.tensors if t.is_sparse for f in t.format.formats]
 
 
 def _rows(s: Schedule, n: int) -> Schedule:
@@ -192,10 +199,18 @@ def spmm(A: Packed, X: Any, out: Any = None) -> Any:
     Kernels are built for the format and the width at first use and cached. Raises ArgumentError.
     """
     width = getattr(X, "shape", (0, 0))[-1]
+    key = "spmm", A.dtype, getattr(X, "dtype", None), width
+    kernel = A.structure.tables.get(key)  # found by the structure: formats are long to hash
+    if kernel is None:
+        kernel = A.structure.tables[key] = _chosen(A, X, width)
+    return kernel(A, X, out=out)
+
+
+def _chosen(A: Packed, X: Any, width: int) -> Kernel:
     on_cuda = A.device != "cpu"
     tile = 64 if on_cuda and A.shape[1] * width * 4 > L2_BYTES else 128
     fixed = width if on_cuda or (width % 16 == 0 and 0 < width <= 1024) else 0
-    kernel = spmm_kernel(
+    return spmm_kernel(
         A.format,
         str(A.dtype),
         _name(X),
@@ -204,7 +219,6 @@ def spmm(A: Packed, X: Any, out: Any = None) -> Any:
         "cuda" if on_cuda else "cpp",
         tile,
     )
-    return kernel(A, X, out=out)
 
 
 def _name(x: Any) -> str:

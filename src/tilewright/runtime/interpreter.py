@@ -37,6 +37,7 @@ from tilewright.ir.nodes import (
     MmaStore,
     MmaZero,
     Nest,
+    Prefetch,
     Program,
     Ramp,
     ReduceLanes,
@@ -362,6 +363,9 @@ class _Nest:
         return memory
 
     def _sync(self, s: Sync) -> Run:
+        return lambda env: None
+
+    def _prefetch(self, s: Prefetch) -> Run:
         return lambda env: None
 
     # -- tiles -----------------------------------------------------------------------------------

@@ -160,6 +160,9 @@ class Schedule:
     def mma(self, rows: str, cols: str, depth: str) -> Schedule:
         return self._loops(loops.mma, rows, cols, depth)
 
+    def prefetch(self, buffer: str, loop: str, ahead: int) -> Schedule:
+        return self._loops(loops.prefetch, buffer, loop, ahead)
+
     # -- how a verb is done ----------------------------------------------------------------------
 
     def _coords(self, verb: Callable[..., Program], *args: Any) -> Schedule:

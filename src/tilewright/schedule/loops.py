@@ -20,7 +20,9 @@ from tilewright.ir.nodes import (
     For,
     If,
     Let,
+    Load,
     LoopKind,
+    Prefetch,
     Seq,
     Stmt,
     Var,
@@ -393,4 +395,68 @@ def replace_innermost(s: Any, c: Compute) -> Any:
     return rebuild(s, lambda x: replace_innermost(x, c) if isinstance(x, Stmt) else x)
 
 
-VERBS = {f.__name__: f for f in (split, fuse, reorder, mark, unroll, rfactor, atomic, mma)}
+def prefetch(body: Stmt, buffer: str, loop: str, ahead: int) -> Found:
+    """Rows of `buffer` that a loop over stored positions will gather are asked for `ahead`
+    positions early, beyond the end of a row too: the next one needs them.
+
+    before: for j_p in ptr[i]:ptr[i+1]        after:  for j_p in ptr[i]:ptr[i+1]
+              let j = idx[j_p]                          let j = idx[j_p]
+              Y[i, k] = sum(… X[j, k] …)                let j_ahead = idx[min(j_p + 16, last)]
+                                                        prefetch X[j_ahead, k]
+                                                        Y[i, k] = sum(… X[j, k] …)
+    The last verb on a nest: other verbs do not look past a prefetch.
+    """
+    if ahead < 1:
+        raise ScheduleError("S102", f"prefetch {ahead} positions ahead", hint="a positive number")
+
+    def one(f: For) -> Stmt:
+        lines = f.body.body if isinstance(f.body, Seq) else (f.body,)
+        let = next((b for b in lines if isinstance(b, Let) and _is_coordinate(b, f)), None)
+        if let is None:
+            raise ScheduleError(
+                "S102",
+                f"loop {f.name} does not load its coordinates one after the other",
+                hint="prefetch follows loops over compressed levels, before they are split",
+            )
+        assert isinstance(let.value, Load)
+        indices = let.value.buffer
+        last = add(indices.shape[0], -1)
+        place = binary("min", add(f.var, ahead), last)
+        later = Var(f"{let.var.name}_ahead", let.var.dtype)
+        found = 0
+
+        def asked(x: Any) -> Any:
+            nonlocal found
+            if isinstance(x, Compute):
+                rows = [
+                    y
+                    for y in walk(x.value)
+                    if isinstance(y, Load)
+                    and y.buffer.name == buffer
+                    and let.var.name in free_vars(y)
+                ]
+                found += len(rows)
+                asks = (Prefetch(substitute(y, {let.var.name: later})) for y in rows)
+                return seq(*asks, x)
+            return rebuild(x, asked) if isinstance(x, (Seq, For, If)) else x
+
+        at = lines.index(let) + 1
+        rest = seq(*(asked(b) for b in lines[at:]))
+        if not found:
+            raise ScheduleError(
+                "S101", f"loop {f.name} gathers nothing from {buffer!r}", hint="name an operand"
+            )
+        ahead_of = Let(later, Load(indices, (place,), indices.dtype))
+        return replace(f, body=seq(*lines[:at], ahead_of, rest))
+
+    return rewrite_loops(body, loop, one)
+
+
+def _is_coordinate(let: Let, f: For) -> bool:
+    value = let.value
+    return isinstance(value, Load) and value.buffer.scope == "part" and value.index == (f.var,)
+
+
+VERBS = {
+    f.__name__: f for f in (split, fuse, reorder, mark, unroll, rfactor, atomic, mma, prefetch)
+}

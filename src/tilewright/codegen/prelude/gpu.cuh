@@ -106,6 +106,7 @@ TW_INLINE vec<T, N> load_const(const T* p) {
   TW_EACH(N) r.v[l] = __ldg(p + l);
   return r;
 }
+TW_INLINE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // Zero where the condition fails: the load is predicated, and nothing is read then.
 template <class T, int N>
 TW_INLINE vec<T, N> load_const_if(bool c, const T* p) {
