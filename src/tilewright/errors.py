@@ -1,8 +1,8 @@
 """Every error a user can meet: coded, located, hinted.
 
 An error says *what rule was broken by which value* (the message), *where* (the argument, or the
-line
-of the traced program) and *how to mend it* (the hint). The code is stable and stands in `CATALOG`.
+line of the traced program) and *how to mend it* (the hint). The code is stable and stands in
+`CATALOG`.
 
     FormatError[F104]: indices of A: column 9 is outside 0..7
       --> argument A

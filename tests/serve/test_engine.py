@@ -273,3 +273,15 @@ def test_smollm(smollm: ModelFile):
     assert llm.counts.cached_tokens > llm.counts.prompt_tokens
     warm = [llm.generate(question, temperature=0.7, seed=s, max_tokens=20) for s in (1, 1, 2, 3, 4)]
     assert warm[0] == warm[1] and len(set(warm)) > 1
+
+
+def test_a_conversation_that_outgrows_the_context(llm: LLM):
+    messages = talk(*(f"{n} " * 3 for n in range(2 * llm.model.cache.capacity + 1)))
+    left_out = llm.too_many(messages)
+    assert 0 < left_out < len(messages)
+    rest = messages[left_out:]
+    assert rest[0]["role"] == "user" and llm.too_many(rest) == 0
+    assert llm.generate(rest, max_tokens=1) is not None
+    with pytest.raises(ModelError) as e:
+        llm.too_many(talk("word " * 4 * llm.model.cache.capacity))
+    assert e.value.code == "M105"

@@ -127,6 +127,9 @@ class FakeLLM:
         self.asked: list[list[str]] = []
         self.counts = Counts()
 
+    def too_many(self, messages: list[dict[str, str]]) -> int:
+        return max(len(messages) - 7, 0)
+
     def stream(self, prompt: list[dict[str, str]], **options: Any) -> Iterator[str]:
         self.asked.append([m["content"] for m in prompt])
         yield f"answer {len(self.asked)}"
@@ -153,6 +156,19 @@ def test_what_a_turn_sends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     ]
     printed = capsys.readouterr()
     assert printed.out.count("[stopped]") == 1 and "ModelError[M105]" in printed.err
+
+
+def test_a_long_conversation_loses_its_oldest_turns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    fake = FakeLLM()
+    lines = iter([*"abcdef", "/exit"])
+    monkeypatch.setattr(tool, "_open", lambda args: (fake, 0.0))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    args = argparse.Namespace(target="cpp", max_tokens=9, temperature=0.0, seed=None)
+    assert tool.chat(args) == 0
+    assert fake.asked[-1] == ["c", "answer 3", "d", "answer 4", "e", "answer 5", "f"]
+    assert "oldest messages no longer fit" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- Ctrl-C, at a terminal

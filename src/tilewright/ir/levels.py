@@ -58,7 +58,6 @@ class Level:
 
     arrays: ClassVar[tuple[str, ...]] = ()
     pads: ClassVar[bool] = False  # coord may be -1: nothing is stored there
-    needs_parent: ClassVar[bool] = True  # the loop depends on the parent position
     is_dense: ClassVar[bool] = False
     unique: ClassVar[bool] = True  # one position per coordinate below a parent
 
@@ -122,7 +121,6 @@ def _segments(q: np.ndarray, parents: int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Dense(Level):
-    needs_parent: ClassVar[bool] = False
     is_dense: ClassVar[bool] = True
 
     def loop(self, s: Storage, q: Expr) -> tuple[Expr, Expr]:
@@ -249,7 +247,6 @@ class Fixed(Level):
     width: int = 0
     arrays: ClassVar[tuple[str, ...]] = ("indices",)
     pads: ClassVar[bool] = True
-    needs_parent: ClassVar[bool] = False
 
     def loop(self, s: Storage, q: Expr) -> tuple[Expr, Expr]:
         return Const(0, dtypes.int32), Const(self.width, dtypes.int32)
@@ -329,11 +326,6 @@ class Singleton(Level):
 
     def expand(self, arrays: Arrays, parents: int, extent: int) -> tuple[np.ndarray, np.ndarray]:
         return np.arange(parents), arrays["indices"]
-
-
-LEVELS: dict[str, type[Level]] = {
-    c.__name__.lower(): c for c in (Dense, Ragged, Compressed, Fixed, Singleton)
-}  # fmt: skip
 
 
 def coordinates(

@@ -42,7 +42,7 @@ def fixed_width(width: int, device: str) -> int:
     """The width that a kernel is made for; 0 for one that takes any."""
     if device != "cpu":
         return width
-    return width if width % 16 == 0 and width <= 1024 else 0
+    return width if width % 16 == 0 and 0 < width <= 1024 else 0
 
 
 def dtype_name(array: Any) -> str:

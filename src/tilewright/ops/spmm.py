@@ -1,9 +1,8 @@
 """SpMM: Y = A X, sparse times dense.
 
-On a CPU: CSR, rows in parallel, the features of a row in vector registers. On a GPU: hyb, so that
-all
-threads of a warp walk rows of one length, where the graph is large enough to pay for it; long rows
-share a CTA. No atomics: every row has one owner, and sums have a fixed order.
+On a CPU: CSR, rows in parallel, the features of a row in vector registers. On a GPU: rows by
+length, so that all threads of a warp walk rows of one length; long rows have a CTA, giants several.
+No atomics: every row has one owner, and sums have a fixed order.
 Reference: SparseTIR (ASPLOS 2023, §4.2), its SpMM on hyb(c, k).
 """
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.build import Definition, program
+from tilewright.ops.recipes import dtype_name, fixed_width
 from tilewright.runtime import toolchain
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
@@ -209,20 +209,15 @@ def spmm(A: Packed, X: Any, out: Any = None) -> Any:
 def _chosen(A: Packed, X: Any, width: int) -> Kernel:
     on_cuda = A.device != "cpu"
     tile = 64 if on_cuda and A.shape[1] * width * 4 > L2_BYTES else 128
-    fixed = width if on_cuda or (width % 16 == 0 and 0 < width <= 1024) else 0
     return spmm_kernel(
         A.format,
         str(A.dtype),
-        _name(X),
-        fixed,
+        dtype_name(X),
+        fixed_width(width, A.device),
         A.structure.index_dtype.name,
         "cuda" if on_cuda else "cpp",
         tile,
     )
-
-
-def _name(x: Any) -> str:
-    return str(getattr(x, "dtype", "float32")).rpartition(".")[2]
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,9 @@ class Frame:
     """The parameter blocks of a call, one a stage, ready to be launched again.
 
     `slots[name]` are the places that hold the address (or the value) of an argument: writing them
-    is all that another call with the same layout has to do. `keep` are arrays that must stay alive.
+    is all that another call with the same layout has to do. A frame owns none of the caller's
+    arrays and sees structures through weak references: a kernel that waits for its next call keeps
+    nothing alive. `keep` is the frame's own memory (a bound call adds its arguments).
     """
 
     blocks: list[Any]
@@ -36,7 +39,7 @@ class Frame:
     aligned: bool
     slots: dict[str, list[Any]]
     outputs: list[tuple[TensorSpec, tuple[int, ...]]]
-    structures: dict[str, Any]
+    structures: dict[str, weakref.ref[Any]]
     keep: list[Any]
     views: dict[str, View]
     sizes: dict[Any, int]
@@ -244,9 +247,17 @@ class Call:
         made = [(t, () if t.structure else self.shape_of(t)) for t in outputs]
         slots = self._slots(blocks, row, params)
         return Frame(
-            blocks, units, self.device, aligned, slots, made, dict(self.structures), [],
-            dict(self.views), dict(self.sizes),
-        )  # fmt: skip
+            blocks=blocks,
+            units=units,
+            device=self.device,
+            aligned=aligned,
+            slots=slots,
+            outputs=made,
+            structures={n: weakref.ref(s) for n, s in self.structures.items()},
+            keep=[],
+            views={n: dataclasses.replace(v, owner=None) for n, v in self.views.items()},
+            sizes=dict(self.sizes),
+        )
 
     def _slots(self, blocks: list[Any], row: Struct, params: Struct) -> dict[str, list[Any]]:
         """Where the address of each dense array, the values of each sparse one and each number

@@ -24,8 +24,9 @@ def run_frame(program: Program, frame: Any) -> None:
         if t.role in ("temp", "inline"):
             continue
         if t.is_sparse:
-            memory.stored[t.structure], order = _stored(frame.structures[t.structure])
-            parts = [p.size for p in frame.structures[t.structure].parts]
+            structure = frame.structures[t.structure]()
+            memory.stored[t.structure], order = _stored(structure)
+            parts = [p.size for p in structure.parts]
             arrays = [
                 _array_at(slot.value, t.dtype, (n,), (1,))
                 for slot, n in zip(slots, parts, strict=False)

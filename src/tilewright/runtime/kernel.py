@@ -4,6 +4,7 @@ calls of that layout only write addresses into it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -73,6 +74,7 @@ class Kernel:
                 if len(self._frames) >= FRAMES_KEPT:
                     self._frames.clear()
                 ready = self._frames[key] = []
+                self._forget_with(key, frame)
         assert frame.run is not None
         frame.run()
         ready.append(frame)
@@ -126,6 +128,14 @@ class Kernel:
         frame.keep += temps
         frame.run = self.launcher.prepare(self, frame)
         return frame, made
+
+    def _forget_with(self, key: Any, frame: Frame) -> None:
+        """The key names structures by `id`: it goes when one of them does, before another object
+        can have that number."""
+        for name in frame.structures.values():
+            structure = name()
+            if structure is not None:
+                weakref.finalize(structure, self._frames.pop, key, None).atexit = False
 
     # -- later calls -----------------------------------------------------------------------------
 

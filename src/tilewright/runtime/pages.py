@@ -1,9 +1,8 @@
 """Memory for large results on the CPU, kept for the next result of the same size.
 
 Fresh memory costs a page fault and a cleared page for every 4 KiB: for the result of a sparse
-product
-more time than the product. What the caller has dropped is handed out again, as GPU allocators do.
-"""
+product more time than the product. What the caller has dropped is handed out again, as GPU
+allocators do."""
 
 from __future__ import annotations
 

@@ -29,6 +29,9 @@ COLDEST = 1e-6  # a lower temperature samples as this one does, and overflows no
 HOTTEST = 1e30
 
 
+ANSWER_ROOM = 64  # tokens
+
+
 @dataclass(slots=True)
 class Counts:
     """What an answer took: tokens and seconds of prompt and answer, and the time to the first
@@ -105,6 +108,14 @@ class LLM:
     def generate(self, prompt: str | list[dict[str, Any]], **options: Any) -> str:
         """The whole answer."""
         return "".join(self.stream(prompt, **options))
+
+    def too_many(self, messages: list[dict[str, Any]]) -> int:
+        """How many of the oldest messages must go to leave `ANSWER_ROOM` tokens (at most half of
+        the context) for an answer. Raises ModelError[M105] when even the last one is too long."""
+        assert self.template is not None
+        capacity = self.model.cache.capacity
+        limit = capacity - min(ANSWER_ROOM, capacity // 2)
+        return self.template.fit(messages, self.tokenizer, limit)[1]
 
     # -- inside ----------------------------------------------------------------------------------
 

@@ -42,11 +42,12 @@ class Part:
         return self.counts[-1]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Structure:
     """Where the entries of a matrix are: what several tensors of one sparsity share.
 
-    `tables` holds what kernels derived from it (work tables), by kernel layout."""
+    `tables` holds what others found out about it once: the kernel that an operator chose, its
+    coordinates."""
 
     format: Format | Composed
     shape: tuple[int, ...]

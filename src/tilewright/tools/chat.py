@@ -94,7 +94,7 @@ def _turn(llm: LLM, messages: list[dict[str, str]], question: str, options: dict
     messages.append({"role": "user", "content": question})
     answer: list[str] = []
     try:
-        prompt = list(messages) if llm.template else question
+        prompt = _within_context(llm, messages) if llm.template else question
         for piece in llm.stream(prompt, **options):
             answer.append(piece)
             print(piece, end="", flush=True)
@@ -110,6 +110,15 @@ def _turn(llm: LLM, messages: list[dict[str, str]], question: str, options: dict
         f"\n[{c.prompt_tokens} + {c.cached_tokens} cached tokens read at {c.prompt_rate:.0f}/s, "
         f"{c.answer_tokens} written at {c.answer_rate:.0f}/s]"
     )
+
+
+def _within_context(llm: LLM, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The conversation, its oldest turns dropped for good where no room for an answer is left."""
+    left_out = llm.too_many(messages)
+    if left_out:
+        del messages[:left_out]
+        print(f"[the {left_out} oldest messages no longer fit]")
+    return list(messages)
 
 
 def _report(llm: LLM, opened_s: float, first_s: float) -> None:
