@@ -109,12 +109,13 @@ CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* count, CUfunction, int
   return CUDA_SUCCESS;
 }
 
-CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
-                        unsigned by, unsigned bz, unsigned smem, CUstream stream, void** params,
-                        void** extra) {
-  unsigned grid = gx * gy * gz, block = bx * by * bz;
-  if (function != kAxpy || !grid || !block || block > 1024 || extra ||
-      static_cast<int>(smem) > smem_allowed) return CUDA_ERROR_INVALID_VALUE;
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** params,
+                          void** extra) {
+  unsigned grid = config->gridDimX * config->gridDimY * config->gridDimZ;
+  unsigned block = config->blockDimX * config->blockDimY * config->blockDimZ;
+  CUstream stream = config->hStream;
+  if (function != kAxpy || !grid || !block || block > 1024 || extra || config->numAttrs ||
+      static_cast<int>(config->sharedMemBytes) > smem_allowed) return CUDA_ERROR_INVALID_VALUE;
   if (!active) return CUDA_ERROR_INVALID_CONTEXT;
   Step step{grid * block, *static_cast<Axpy*>(params[0])};
   if (capturing && stream == capture_stream) {

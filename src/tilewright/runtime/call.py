@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,21 @@ from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError, InternalError
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.manifest import ROW_HEAD, Manifest, TensorSpec, rows_at
-from tilewright.runtime.view import View, allocate, overlaps, view
+from tilewright.runtime.view import View, allocate, allocator, byte_range, overlaps, view
+
+
+@dataclass(slots=True)
+class Result:
+    """One output of a frame. `make(like)` allocates it in the framework of the argument that call
+    number `like` has (None: the output is sparse, or only values can say); `reach` are its first
+    and last byte relative to its address."""
+
+    spec: TensorSpec
+    shape: tuple[int, ...]
+    slots: Sequence[Any]
+    like: int | None
+    make: Callable[[Any], Any]
+    reach: tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -38,11 +52,13 @@ class Frame:
     device: str
     aligned: bool
     slots: dict[str, list[Any]]
-    outputs: list[tuple[TensorSpec, tuple[int, ...]]]
+    results: list[Result]
     structures: dict[str, weakref.ref[Any]]
     keep: list[Any]
     views: dict[str, View]
     sizes: dict[Any, int]
+    fills: list[Sequence[Any]]  # the slots of each input
+    reach: list[tuple[int, int]]  # of each input: first and last byte relative to its address
     run: Callable[[], None] | None = None
 
 
@@ -58,6 +74,8 @@ class Call:
         self.structures: dict[str, Any] = {}
         self.device = ""
         self.like: Any = None
+        self.like_number: int | None = None  # among the inputs
+        self._taken = 0
 
     # -- arguments -------------------------------------------------------------------------------
 
@@ -67,8 +85,11 @@ class Call:
             self._take_sparse(spec, arg)
         elif spec.dims:
             self.take_dense(spec, arg, written=spec.role == "update")
+            if self.like is None:
+                self.like, self.like_number = arg, self._taken
         else:
             self.scalars[spec.name] = scalar_value(spec, self.kinds[spec.name], arg)
+        self._taken += 1
 
     def take_dense(self, spec: TensorSpec, arg: Any, *, written: bool = False) -> None:
         """A dense array: dtype, rank, sizes, strides, device, and that it may be written."""
@@ -98,8 +119,6 @@ class Call:
         if written and v.readonly:
             raise ArgumentError("A104", f"{name} is written to but is read-only", where=where)
         self._take_device(v.device, name)
-        if self.like is None:
-            self.like = arg
         self.views[name] = v
 
     def _take_sparse(self, spec: TensorSpec, arg: Any) -> None:
@@ -210,9 +229,10 @@ class Call:
             )
             self.packed[spec.name] = made
             return made
-        if self.like is None:
-            self.like = next(iter(self.packed.values())).values[0]
-        made = allocate(self.like, self.shape_of(spec), kind)
+        like = self.like
+        if like is None:
+            like = next(iter(self.packed.values())).values[0]
+        made = allocate(like, self.shape_of(spec), kind)
         self.take_dense(spec, made, written=True)
         return made
 
@@ -244,19 +264,35 @@ class Call:
             blocks.append(block)
             units.append(total)
         aligned = all(v.pointer % 16 == 0 and _rows_aligned(v) for v in self.views.values())
-        made = [(t, () if t.structure else self.shape_of(t)) for t in outputs]
         slots = self._slots(blocks, row, params)
+        inputs = [t for t in manifest.tensors if t.role in ("input", "update")]
         return Frame(
             blocks=blocks,
             units=units,
             device=self.device,
             aligned=aligned,
             slots=slots,
-            outputs=made,
+            results=[self._result(t, slots.get(t.name, ())) for t in outputs],
             structures={n: weakref.ref(s) for n, s in self.structures.items()},
             keep=[],
             views={n: dataclasses.replace(v, owner=None) for n, v in self.views.items()},
             sizes=dict(self.sizes),
+            fills=[slots.get(t.name, ()) for t in inputs],
+            reach=[
+                byte_range(self.views[t.name]) if t.dims and not t.structure else (0, 0)
+                for t in inputs
+            ],
+        )
+
+    def _result(self, spec: TensorSpec, slots: Sequence[Any]) -> Result:
+        kind = self.kinds[spec.name]
+        if spec.structure:
+            return Result(spec, (), slots, None, lambda like: sparse_output(like, kind), (0, 0))
+        shape, reach = self.shape_of(spec), byte_range(self.views[spec.name])
+        if self.like_number is None:
+            return Result(spec, shape, slots, None, lambda v: allocate(v, shape, kind), reach)
+        return Result(
+            spec, shape, slots, self.like_number, allocator(self.like, shape, kind), reach
         )
 
     def _slots(self, blocks: list[Any], row: Struct, params: Struct) -> dict[str, list[Any]]:

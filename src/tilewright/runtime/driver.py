@@ -37,7 +37,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuFuncGetAttribute": (POINTER(c_int), c_int, _IN),
     "cuFuncSetAttribute": (_IN, c_int, c_int),
     "cuOccupancyMaxActiveBlocksPerMultiprocessor": (POINTER(c_int), _IN, c_int, c_size_t),
-    "cuLaunchKernel": (_IN, *(c_uint,) * 7, _IN, c_void_p, c_void_p),
+    "cuLaunchKernelEx": (c_void_p, _IN, c_void_p, c_void_p),
     "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
     "cuMemFree_v2": (c_uint64,),
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, _IN),

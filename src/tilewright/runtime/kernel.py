@@ -11,10 +11,11 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
-from tilewright.runtime.call import Call, Frame, check_values_apart, scalar_value, sparse_output
+from tilewright.runtime.call import Call, Frame, Result, check_values_apart, scalar_value
 from tilewright.runtime.manifest import Manifest, TensorSpec, structs, unit_count
-from tilewright.runtime.view import allocate, overlaps, view
+from tilewright.runtime.view import layout
 
+DENSE, SPARSE = "dense", "sparse"
 FRAMES_KEPT = 64  # layouts remembered by one kernel
 
 
@@ -54,8 +55,10 @@ class Kernel:
         self.updates = [n for n, t in enumerate(self.inputs) if t.role == "update"]
         self._dtypes = {t.name: dtypes.ALL[t.dtype] for t in manifest.tensors}
         self._frames: dict[Any, list[Frame]] = {}
-        self._sparse = [bool(t.structure) for t in self.inputs]
-        self._numbers = [not t.structure and not t.dims for t in self.inputs]
+        self._specs = [  # how an argument is looked at in later calls; a number by its own spec
+            SPARSE if t.structure else DENSE if t.dims or t.role == "output" else t
+            for t in (*self.inputs, *self.results)
+        ]
 
     # -- calling ---------------------------------------------------------------------------------
 
@@ -63,11 +66,15 @@ class Kernel:
         if named or len(args) != len(self.inputs):
             args = self._matched(args, named)
         outs = () if out is None else out if isinstance(out, tuple) else (out,)
-        key, addresses = self._layout(args, outs)
+        try:
+            key, places, keep = self._layout(args, outs)
+        except ArgumentError:
+            self._first(args, outs)  # says which argument it is
+            raise
         ready = self._frames.get(key)
         if ready:
             frame = ready.pop()
-            made = self._reuse(frame, addresses, args, outs)
+            made = self._refill(frame, places, args, outs)
         else:
             frame, made = self._first(args, outs)
             if ready is None:
@@ -77,6 +84,7 @@ class Kernel:
                 self._forget_with(key, frame)
         assert frame.run is not None
         frame.run()
+        del keep  # until here
         ready.append(frame)
         return self._returned(made, args)
 
@@ -139,104 +147,94 @@ class Kernel:
 
     # -- later calls -----------------------------------------------------------------------------
 
-    def _layout(self, args: tuple[Any, ...], outs: tuple[Any, ...]) -> tuple[Any, list[Any]]:
-        """What must be equal for a frame to fit, and what goes into its slots."""
+    def _layout(
+        self, args: tuple[Any, ...], outs: tuple[Any, ...]
+    ) -> tuple[Any, list[Any], list[Any]]:
+        """What must be equal for a frame to fit; what goes into its slots; what must live on."""
         key: list[Any] = []
-        addresses: list[Any] = []
-        aligned = 0
-        for n, arg in enumerate((*args, *outs)):
-            if n < len(args) and self._numbers[n]:
+        places: list[Any] = []
+        keep: list[Any] = []
+        specs = self._specs
+        for n, arg in enumerate((*args, *outs) if outs else args):
+            spec = specs[n] if n < len(specs) else DENSE
+            if spec is DENSE and arg is not None:
+                same, pointer, owner = layout(arg)
+                key += (same, pointer & 15)
+                places.append(pointer)
+                if owner is not None:
+                    keep.append(owner)
+                continue
+            places.append(arg)
+            if arg is None:
                 key.append(None)
-                addresses.append(arg)
-            elif (self._sparse[n] if n < len(args) else hasattr(arg, "structure")) and hasattr(
-                arg, "structure"
-            ):
-                key += (id(arg.structure), arg.dtype)
-                addresses.append(arg)
-            elif arg is None:
-                key.append("made")
-                addresses.append(None)
-            else:
-                v = self._view(arg, n)
-                key += (v.dtype, v.shape, v.strides, v.device, v.readonly)
-                aligned |= v.pointer & 15
-                addresses.append(v)
-        key += (aligned == 0, len(outs))
-        return tuple(key), addresses
+            elif spec is SPARSE:
+                structure = getattr(arg, "structure", None)  # None: the first call says what it is
+                key += (id(structure), structure and arg.dtype.name)
+        return (*key, len(outs)), places, keep
 
-    def _view(self, arg: Any, n: int) -> Any:
-        try:
-            return view(arg)
-        except ArgumentError as e:
-            names = [*(t.name for t in self.inputs), *(t.name for t in self.results)]
-            if n < len(self.inputs) and self._sparse[n]:
-                raise ArgumentError(
-                    "A106", f"{names[n]} is sparse but a {type(arg).__name__} was given",
-                    where=f"argument {names[n]}", hint="pack it: fmt.pack(matrix)",
-                ) from None  # fmt: skip
-            where = f"argument {names[min(n, len(names) - 1)]}"
-            raise ArgumentError(e.code, e.message, where=where, hint=e.hint) from None
-
-    def _reuse(
-        self, frame: Frame, addresses: list[Any], args: tuple[Any, ...], outs: tuple[Any, ...]
+    def _refill(
+        self, frame: Frame, places: list[Any], args: tuple[Any, ...], outs: tuple[Any, ...]
     ) -> list[Any]:
-        slots = frame.slots
-        for n, spec in enumerate(self.inputs):
-            what = addresses[n]
-            if self._sparse[n]:
-                _point(slots.get(spec.name, ()), what)
-            elif self._numbers[n]:
+        """Writes the addresses of a call into a frame of its layout; the outputs."""
+        for n, slots in enumerate(frame.fills):
+            what, spec = places[n], self._specs[n]
+            if spec is DENSE:
+                for slot in slots:
+                    slot.value = what
+            elif spec is SPARSE:
+                _point(slots, what)
+            elif isinstance(spec, TensorSpec):
                 value = scalar_value(spec, self._dtypes[spec.name], what)
-                for slot in slots.get(spec.name, ()):
+                for slot in slots:
                     slot.value = value
-            else:
-                for slot in slots.get(spec.name, ()):
-                    slot.value = what.pointer
         made: list[Any] = []
-        for n, (spec, shape) in enumerate(frame.outputs):
+        for n, result in enumerate(frame.results):
             given = outs[n] if outs else None
-            if spec.structure:
-                like = next(
-                    a
-                    for a, t in zip(args, self.inputs, strict=True)
-                    if t.structure == spec.structure
-                )
-                array = given if given is not None else sparse_output(like, self._dtypes[spec.name])
-                if given is not None:
-                    sparse = {
-                        t.name: a for a, t in zip(args, self.inputs, strict=True) if t.structure
-                    }
-                    check_values_apart(given, spec.name, sparse)
-                _point(slots.get(spec.name, ()), array)
+            if result.spec.structure:
+                array = self._sparse_result(result, args, given)
+                _point(result.slots, array)
+                made.append(array)
+                continue
+            if given is None:
+                like = self._like(args) if result.like is None else args[result.like]
+                array = result.make(like)
+                pointer = layout(array)[1]
             else:
-                array = (
-                    given
-                    if given is not None
-                    else allocate(self._like(args), shape, self._dtypes[spec.name])
-                )
-                v = addresses[len(args) + n] if given is not None else view(array)
-                if given is not None:
-                    self._check_apart(v, addresses[: len(args)], spec)
-                for slot in slots.get(spec.name, ()):
-                    slot.value = v.pointer
+                array, pointer = given, places[len(args) + n]
+                self._check_apart(frame, pointer, result, places)
+            for slot in result.slots:
+                slot.value = pointer
             made.append(array)
         return made
 
+    def _sparse_result(self, result: Result, args: tuple[Any, ...], given: Any) -> Any:
+        spec = result.spec
+        sparse = {t.name: a for a, t in zip(args, self.inputs, strict=True) if t.structure}
+        if given is not None:
+            check_values_apart(given, spec.name, sparse)
+            return given
+        like = next(sparse[t.name] for t in self.inputs if t.structure == spec.structure)
+        return result.make(like)
+
     def _like(self, args: tuple[Any, ...]) -> Any:
-        for n, a in enumerate(args):
-            if not self._sparse[n] and not self._numbers[n]:
-                return a
+        """Values of a sparse argument, where there is no dense one to resemble."""
         return next(a for a in args if hasattr(a, "values")).values[0]
 
-    def _check_apart(self, mine: Any, inputs: list[Any], spec: TensorSpec) -> None:
-        for t, v in zip(self.inputs, inputs, strict=True):
-            if hasattr(v, "pointer") and overlaps(mine, v):
+    def _check_apart(self, frame: Frame, pointer: int, result: Result, places: list[Any]) -> None:
+        """Refuses an output whose bytes meet those of an input."""
+        low, high = (pointer + at for at in result.reach)
+        for n, (t, reach) in enumerate(zip(self.inputs, frame.reach, strict=True)):
+            if low == high or reach[0] == reach[1]:  # no elements
+                continue
+            if low < places[n] + reach[1] and places[n] + reach[0] < high:
                 raise ArgumentError(
-                    "A108", f"the output {spec.name} overlaps the input {t.name}", where="out",
-                    hint="give it memory of its own",
+                    "A108", f"the output {result.spec.name} overlaps the input {t.name}",
+                    where="out", hint="give it memory of its own",
                 )  # fmt: skip
 
     def _returned(self, made: list[Any], args: tuple[Any, ...]) -> Any:
+        if len(made) == 1 and not self.updates:
+            return made[0]
         everything = [*made, *(args[n] for n in self.updates)]
         return everything[0] if len(everything) == 1 else tuple(everything)
 
@@ -270,9 +268,8 @@ def _point(slots: Any, packed: Any) -> None:
     """The addresses of a sparse tensor's values, part by part (stage after stage), into their
     slots."""
     parts = len(packed.values)
-    addresses = [view(v).pointer for v in packed.values]
     for n, slot in enumerate(slots):
-        slot.value = addresses[n % parts]
+        slot.value = layout(packed.values[n % parts])[1]
 
 
 class Bound:

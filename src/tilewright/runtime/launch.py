@@ -75,12 +75,15 @@ class CudaLauncher(Launcher):
 
     def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
         listed = self.launches(kernel, frame)
-        current = cuda.current_stream
+        gpu = cuda.device(int(frame.device.partition(":")[2] or 0))
+        ordinal, activate, current = gpu.ordinal, gpu.activate, cuda.current_stream
+        launches = [one.run_active for one in listed]
 
         def run() -> None:
-            stream = current()
-            for one in listed:
-                one.run(stream)
+            activate()
+            stream = current(ordinal)
+            for launch in launches:
+                launch(stream)
 
         return run
 

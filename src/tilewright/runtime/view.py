@@ -1,7 +1,9 @@
 """One internal description of every array that enters: `View`, and its adapters.
 
 Arrays are recognised by the type's own module, so no framework is imported that the caller has
-not imported already. Adapters are found once per type; a NumPy array then costs under 1 µs.
+not imported already. Adapters are found once per type. `view` checks an array and describes it
+(0.7 µs); `layout` only tells whether it is like one that was checked before, and where it lies now
+(0.2 µs): a kernel calls the first once, and the second at each call.
 """
 
 from __future__ import annotations
@@ -82,12 +84,31 @@ def view(x: object) -> View:
     return adapter(x)
 
 
+def layout(x: object) -> tuple[Any, int, object]:
+    """What stays equal among arrays that `view` describes alike except for the address; the
+    address; and what else must live as long as it is used (None: the array itself will do).
+
+    Equal keys and equal low four bits of the address promise an equal View. Raises ArgumentError.
+    """
+    adapter = _LAYOUTS.get(type(x))
+    if adapter is None:
+        plain = _ADAPTERS.get(type(x)) or _find_adapter(type(x))
+        adapter = _FAST.get(plain, _layout_any)
+        _LAYOUTS[type(x)] = adapter
+    return adapter(x)
+
+
+def _layout_any(x: object) -> tuple[Any, int, object]:
+    v = view(x)
+    return (v.dtype, v.shape, v.strides, v.device, v.readonly), v.pointer, v
+
+
 def overlaps(a: View, b: View) -> bool:
     """Whether the byte ranges of two views meet. Ranges, so interleaved views count as meeting."""
     if a.device != b.device:
         return False
-    a_low, a_high = _extent(a)
-    b_low, b_high = _extent(b)
+    a_low, a_high = byte_range(a)
+    b_low, b_high = byte_range(b)
     if a_low == a_high or b_low == b_high:  # no elements
         return False
     return a.pointer + a_low < b.pointer + b_high and b.pointer + b_low < a.pointer + a_high
@@ -98,26 +119,39 @@ def allocate(like: object, shape: tuple[int, ...], dtype: DType) -> Any:
 
     bfloat16 and 8-bit floats in NumPy are those of `ml_dtypes` where it is imported, else bits.
     """
+    return allocator(like, shape, dtype)(like)
+
+
+def allocator(like: object, shape: tuple[int, ...], dtype: DType) -> Callable[[Any], Any]:
+    """`allocate` for one shape and dtype, decided once: called with arrays that have the layout of
+    `like`, it makes one more result."""
     if isinstance(like, np.ndarray):
         large = math.prod(shape) * dtype.itemsize >= pages.SMALLEST and dtype.name in _PLAIN
-        return pages.empty(shape, dtype.numpy) if large else np.empty(shape, _numpy_type(dtype))
+        kind = dtype.numpy if large else _numpy_type(dtype)
+        empty = pages.empty if large else np.empty
+        return lambda _: empty(shape, kind)
     module = _root_module(type(like))
     if module == "torch":
         torch = sys.modules["torch"]
         if not _TO_TORCH:
             _learn_torch()
         kind = _TO_TORCH[dtype.name]
-        return torch.empty(shape, dtype=kind, device=like.device)  # pyright: ignore[reportAttributeAccessIssue]
+        if like.dtype is kind:  # pyright: ignore[reportAttributeAccessIssue]
+            return lambda like: like.new_empty(shape)
+        return lambda like: torch.empty(shape, dtype=kind, device=like.device)
     if module == "cupy":
-        cupy = sys.modules["cupy"]
-        with like.device:  # pyright: ignore[reportAttributeAccessIssue]
-            return cupy.empty(shape, _numpy_type(dtype))
+        return lambda like: _empty_cupy(like, shape, dtype)
     place = view(like).device
     if place == "cpu":
-        return np.empty(shape, _numpy_type(dtype))
+        return lambda _: np.empty(shape, _numpy_type(dtype))
     from tilewright.runtime.cuda import DeviceArray
 
-    return DeviceArray(shape, dtype, int(place.partition(":")[2]))
+    return lambda _: DeviceArray(shape, dtype, int(place.partition(":")[2]))
+
+
+def _empty_cupy(like: Any, shape: tuple[int, ...], dtype: DType) -> Any:
+    with like.device:
+        return sys.modules["cupy"].empty(shape, _numpy_type(dtype))
 
 
 # ---- NumPy ------------------------------------------------------------------------------------
@@ -131,23 +165,21 @@ _STRIDES_KEPT = 4096
 
 def _view_numpy(x: np.ndarray) -> View:
     kind = x.dtype
-    known = _NUMPY_TYPES.get(kind)
-    if known is None:
-        known = _NUMPY_TYPES[kind] = _numpy_dtype(kind)
+    known = numpy_dtype(kind)
     key = (x.strides, kind.itemsize)
     strides = _STRIDES.get(key)
     if strides is None:
-        strides = _element_strides(x.strides, kind.itemsize)
+        strides = element_strides(x.strides, kind.itemsize)
         if len(_STRIDES) >= _STRIDES_KEPT:
             _STRIDES.clear()
         _STRIDES[key] = strides
     pointer = _address(x)
     if pointer % key[1]:
-        _refuse_alignment(pointer, known)
-    return _made(pointer, known, x.shape, strides, "cpu", x, not x.flags.writeable)
+        refuse_alignment(pointer, known)
+    return made_view(pointer, known, x.shape, strides, "cpu", x, not x.flags.writeable)
 
 
-def _made(
+def made_view(
     pointer: int,
     dtype: DType,
     shape: tuple[int, ...],
@@ -159,6 +191,10 @@ def _made(
     draft = _Draft(pointer, dtype, shape, strides, device, owner, readonly)
     draft.__class__ = View  # pyright: ignore[reportAttributeAccessIssue]  # the same slots
     return draft  # pyright: ignore[reportReturnType]
+
+
+def _layout_numpy(x: np.ndarray) -> tuple[Any, int, object]:
+    return (x.dtype, x.shape, x.strides, x.flags.writeable), _address(x), None
 
 
 def _slow_address(x: np.ndarray) -> int:
@@ -188,8 +224,15 @@ def _choose_address() -> Callable[[np.ndarray], int]:
 _address = _choose_address()
 
 
-def _numpy_dtype(kind: np.dtype) -> DType:
-    """The DType of a NumPy dtype that the table lacks."""
+def numpy_dtype(kind: np.dtype) -> DType:
+    """The DType of a NumPy dtype. Raises ArgumentError[A102]."""
+    found = _NUMPY_TYPES.get(kind)
+    if found is None:
+        found = _NUMPY_TYPES[kind] = _unusual_dtype(kind)
+    return found
+
+
+def _unusual_dtype(kind: np.dtype) -> DType:
     if not kind.isnative:
         raise ArgumentError(
             "A102",
@@ -258,8 +301,16 @@ def _view_torch(x: Any) -> View:
     if x.is_neg():
         raise ArgumentError("A107", "a lazily negated tensor is not dense", hint="x.resolve_neg()")
     if pointer % known.itemsize:
-        _refuse_alignment(pointer, known)
-    return _made(pointer, known, tuple(x.shape), strides, device, x, False)
+        refuse_alignment(pointer, known)
+    return made_view(pointer, known, tuple(x.shape), strides, device, x, False)
+
+
+def _layout_torch(x: Any) -> tuple[Any, int, object]:
+    try:
+        key = x.dtype, x.shape, x.stride(), x.device, x.is_neg()
+        return key, x.data_ptr(), None
+    except RuntimeError:  # what is no dense array: `view` says so
+        return _layout_any(x)
 
 
 def _torch_place(place: Any) -> str:
@@ -269,144 +320,6 @@ def _torch_place(place: Any) -> str:
         _learn_torch()
     named = "cpu" if place.type == "cpu" else f"cuda:{place.index or 0}"
     return _TORCH_PLACES.setdefault(place, named)
-
-
-# ---- CuPy, __cuda_array_interface__, our own -----------------------------------------------------
-
-
-def _view_cupy(x: Any) -> View:
-    known = _NUMPY_TYPES.get(x.dtype) or _numpy_dtype(x.dtype)
-    strides = _element_strides(x.strides, x.dtype.itemsize)
-    return _made(x.data.ptr, known, x.shape, strides, f"cuda:{x.device.id}", x, False)
-
-
-def _view_device_array(x: Any) -> View:
-    strides = _row_major(x.shape)
-    return _made(x.pointer, x.dtype, x.shape, strides, f"cuda:{x.device.ordinal}", x, False)
-
-
-def _view_cuda_interface(x: Any) -> View:
-    from tilewright.runtime import cuda
-
-    said = x.__cuda_array_interface__
-    if said.get("mask") is not None:
-        raise ArgumentError("A107", "a masked array is not a dense array")
-    kind = np.dtype(said["typestr"])
-    known = _NUMPY_TYPES.get(kind) or _numpy_dtype(kind)
-    shape = tuple(said["shape"])
-    steps = said.get("strides")
-    strides = _row_major(shape) if steps is None else _element_strides(tuple(steps), kind.itemsize)
-    pointer, readonly = said["data"]
-    ordinal = cuda.pointer_device(pointer) if pointer else cuda.current_device()
-    stream = said.get("stream")
-    if stream is not None and stream != (cuda.current_stream(ordinal) or 1):
-        cuda.synchronize(stream, ordinal)  # the producer may still be writing there
-    return _made(pointer or 0, known, shape, strides, f"cuda:{ordinal}", x, bool(readonly))
-
-
-# ---- DLPack -----------------------------------------------------------------------------------
-
-
-class _DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-class _DLVersioned(ctypes.Structure):
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-        ("tensor", _DLTensor),
-    )
-
-
-_DL_READONLY = 1
-_DL_CPU = (1, 3)  # host memory; host memory pinned for CUDA
-_DL_CUDA = (2, 13)  # device memory; managed memory
-_DL_TYPES = {
-    (code, t.bits): t
-    for code, kind in ((0, "i"), (1, "u"), (2, "f"), (6, "b"))
-    for t in dtypes.ALL.values()
-    if t.kind == kind and (t.name.startswith(("int", "uint", "bool")) or t.name[5:].isdigit())
-} | {(4, 16): dtypes.bfloat16, (10, 8): dtypes.float8_e4m3, (12, 8): dtypes.float8_e5m2}
-
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.argtypes, _capsule_pointer.restype = (
-    [ctypes.py_object, ctypes.c_char_p],
-    ctypes.c_void_p,
-)
-_capsule_is = ctypes.pythonapi.PyCapsule_IsValid
-_capsule_is.argtypes, _capsule_is.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_int
-
-
-def _view_dlpack(x: Any) -> View:
-    """The capsule stays unconsumed in `owner`: its own destructor gives the memory back."""
-    capsule = _export(x)
-    readonly = False
-    if _capsule_is(capsule, b"dltensor_versioned"):
-        managed = _DLVersioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
-        if managed.major != 1:
-            raise ArgumentError(
-                "A107", f"DLPack version {managed.major} is not known", hint="version 1"
-            )
-        tensor, readonly = managed.tensor, bool(managed.flags & _DL_READONLY)
-    elif _capsule_is(capsule, b"dltensor"):
-        tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
-    else:
-        raise ArgumentError("A107", f"{type(x).__name__}.__dlpack__ gave no DLPack capsule")
-    known = _DL_TYPES.get((tensor.code, tensor.bits))
-    if known is None or tensor.lanes != 1:
-        spelled = f"type {tensor.code} of {tensor.bits} bits x {tensor.lanes}"
-        raise ArgumentError("A102", f"DLPack arrays of {spelled} cannot be used")
-    if tensor.device_type in _DL_CPU:
-        device = "cpu"
-    elif tensor.device_type in _DL_CUDA:
-        device = f"cuda:{tensor.device_id}"
-    else:
-        raise ArgumentError(
-            "A105", f"DLPack device type {tensor.device_type} is not known", hint="cpu or cuda"
-        )
-    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
-    strides = (
-        tuple(tensor.strides[i] for i in range(tensor.ndim))
-        if tensor.strides
-        else _row_major(shape)
-    )
-    pointer = (tensor.data or 0) + tensor.byte_offset
-    if pointer % known.itemsize:
-        _refuse_alignment(pointer, known)
-    return _made(pointer, known, shape, strides, device, (x, capsule), readonly)
-
-
-def _export(x: Any) -> Any:
-    """The capsule of an array, ordered on our stream."""
-    options: dict[str, Any] = {}
-    if x.__dlpack_device__()[0] in _DL_CUDA:
-        from tilewright.runtime import cuda
-
-        options["stream"] = cuda.current_stream() or 1  # 1 is the protocol's word for stream 0
-    try:
-        try:
-            return x.__dlpack__(max_version=(1, 0), **options)
-        except TypeError:  # an exporter older than versions
-            return x.__dlpack__(**options)
-    except (BufferError, TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentError(
-            "A107", f"{type(x).__name__} cannot be shared by DLPack: {error}"
-        ) from None
 
 
 # ---- finding the adapter ------------------------------------------------------------------------
@@ -430,18 +343,22 @@ def _find_adapter(kind: type) -> Callable[[Any], View]:
     module = _root_module(kind)
     if module == "torch":
         return _view_torch
+    from tilewright.runtime import exchange
+
     if module == "cupy":
-        return _view_cupy
+        return exchange.view_cupy
     if kind.__module__ == "tilewright.runtime.cuda":
-        return _view_device_array
+        return exchange.view_device_array
     if hasattr(kind, "__cuda_array_interface__"):
-        return _view_cuda_interface
+        return exchange.view_cuda_interface
     if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
-        return _view_dlpack
+        return exchange.view_dlpack
     return _refuse
 
 
 _ADAPTERS: dict[type, Callable[[Any], View]] = {np.ndarray: _view_numpy}
+_LAYOUTS: dict[type, Callable[[Any], tuple[Any, int, object]]] = {np.ndarray: _layout_numpy}
+_FAST = {_view_numpy: _layout_numpy, _view_torch: _layout_torch}
 
 
 def _root_module(kind: type) -> str:
@@ -456,7 +373,7 @@ def _root_module(kind: type) -> str:
 # ---- arithmetic -------------------------------------------------------------------------------
 
 
-def _element_strides(steps: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+def element_strides(steps: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     if any(step % itemsize for step in steps):
         raise ArgumentError(
             "A104",
@@ -466,7 +383,7 @@ def _element_strides(steps: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(step // itemsize for step in steps)
 
 
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for extent in reversed(shape):
         strides.append(step)
@@ -477,7 +394,7 @@ def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 _EXTENTS: dict[tuple[tuple[int, ...], tuple[int, ...], int], tuple[int, int]] = {}
 
 
-def _extent(v: View) -> tuple[int, int]:
+def byte_range(v: View) -> tuple[int, int]:
     """First and last byte (exclusive) relative to the pointer; equal for an empty view."""
     key = (v.shape, v.strides, v.dtype.bits)
     found = _EXTENTS.get(key)
@@ -494,7 +411,7 @@ def _extent(v: View) -> tuple[int, int]:
     return found
 
 
-def _refuse_alignment(pointer: int, dtype: DType) -> None:
+def refuse_alignment(pointer: int, dtype: DType) -> None:
     raise ArgumentError(
         "A104",
         f"the data at {pointer:#x} is not aligned to {dtype.itemsize} bytes of {dtype}",

@@ -1,0 +1,159 @@
+"""Arrays of other libraries: by DLPack, by `__cuda_array_interface__`, CuPy's, Tilewright's own.
+
+Loaded when the first of them enters; NumPy's and torch's are known to `runtime.view` itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from tilewright import dtypes
+from tilewright.errors import ArgumentError
+from tilewright.runtime.view import (
+    View,
+    element_strides,
+    made_view,
+    numpy_dtype,
+    refuse_alignment,
+    row_major_strides,
+)
+
+
+def view_cupy(x: Any) -> View:
+    known = numpy_dtype(x.dtype)
+    strides = element_strides(x.strides, x.dtype.itemsize)
+    return made_view(x.data.ptr, known, x.shape, strides, f"cuda:{x.device.id}", x, False)
+
+
+def view_device_array(x: Any) -> View:
+    strides = row_major_strides(x.shape)
+    return made_view(x.pointer, x.dtype, x.shape, strides, f"cuda:{x.device.ordinal}", x, False)
+
+
+def view_cuda_interface(x: Any) -> View:
+    from tilewright.runtime import cuda
+
+    said = x.__cuda_array_interface__
+    if said.get("mask") is not None:
+        raise ArgumentError("A107", "a masked array is not a dense array")
+    kind = np.dtype(said["typestr"])
+    known = numpy_dtype(kind)
+    shape = tuple(said["shape"])
+    steps = said.get("strides")
+    strides = (
+        row_major_strides(shape) if steps is None else element_strides(tuple(steps), kind.itemsize)
+    )
+    pointer, readonly = said["data"]
+    ordinal = cuda.pointer_device(pointer) if pointer else cuda.current_device()
+    stream = said.get("stream")
+    if stream is not None and stream != (cuda.current_stream(ordinal) or 1):
+        cuda.synchronize(stream, ordinal)  # the producer may still be writing there
+    return made_view(pointer or 0, known, shape, strides, f"cuda:{ordinal}", x, bool(readonly))
+
+
+# ---- DLPack -----------------------------------------------------------------------------------
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _DLVersioned(ctypes.Structure):
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _DLTensor),
+    )
+
+
+_DL_READONLY = 1
+_DL_CPU = (1, 3)  # host memory; host memory pinned for CUDA
+_DL_CUDA = (2, 13)  # device memory; managed memory
+_DL_TYPES = {
+    (code, t.bits): t
+    for code, kind in ((0, "i"), (1, "u"), (2, "f"), (6, "b"))
+    for t in dtypes.ALL.values()
+    if t.kind == kind and (t.name.startswith(("int", "uint", "bool")) or t.name[5:].isdigit())
+} | {(4, 16): dtypes.bfloat16, (10, 8): dtypes.float8_e4m3, (12, 8): dtypes.float8_e5m2}
+
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.argtypes, _capsule_pointer.restype = (
+    [ctypes.py_object, ctypes.c_char_p],
+    ctypes.c_void_p,
+)
+_capsule_is = ctypes.pythonapi.PyCapsule_IsValid
+_capsule_is.argtypes, _capsule_is.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_int
+
+
+def view_dlpack(x: Any) -> View:
+    """The capsule stays unconsumed in `owner`: its own destructor gives the memory back."""
+    capsule = _export(x)
+    readonly = False
+    if _capsule_is(capsule, b"dltensor_versioned"):
+        managed = _DLVersioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
+        if managed.major != 1:
+            raise ArgumentError(
+                "A107", f"DLPack version {managed.major} is not known", hint="version 1"
+            )
+        tensor, readonly = managed.tensor, bool(managed.flags & _DL_READONLY)
+    elif _capsule_is(capsule, b"dltensor"):
+        tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
+    else:
+        raise ArgumentError("A107", f"{type(x).__name__}.__dlpack__ gave no DLPack capsule")
+    known = _DL_TYPES.get((tensor.code, tensor.bits))
+    if known is None or tensor.lanes != 1:
+        spelled = f"type {tensor.code} of {tensor.bits} bits x {tensor.lanes}"
+        raise ArgumentError("A102", f"DLPack arrays of {spelled} cannot be used")
+    if tensor.device_type in _DL_CPU:
+        device = "cpu"
+    elif tensor.device_type in _DL_CUDA:
+        device = f"cuda:{tensor.device_id}"
+    else:
+        raise ArgumentError(
+            "A105", f"DLPack device type {tensor.device_type} is not known", hint="cpu or cuda"
+        )
+    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    strides = (
+        tuple(tensor.strides[i] for i in range(tensor.ndim))
+        if tensor.strides
+        else row_major_strides(shape)
+    )
+    pointer = (tensor.data or 0) + tensor.byte_offset
+    if pointer % known.itemsize:
+        refuse_alignment(pointer, known)
+    return made_view(pointer, known, shape, strides, device, (x, capsule), readonly)
+
+
+def _export(x: Any) -> Any:
+    """The capsule of an array, ordered on our stream."""
+    options: dict[str, Any] = {}
+    if x.__dlpack_device__()[0] in _DL_CUDA:
+        from tilewright.runtime import cuda
+
+        options["stream"] = cuda.current_stream() or 1  # 1 is the protocol's word for stream 0
+    try:
+        try:
+            return x.__dlpack__(max_version=(1, 0), **options)
+        except TypeError:  # an exporter older than versions
+            return x.__dlpack__(**options)
+    except (BufferError, TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            "A107", f"{type(x).__name__} cannot be shared by DLPack: {error}"
+        ) from None
