@@ -12,12 +12,13 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tilewright import dtypes, knobs
 from tilewright.codegen import cpp as cpp_text
 from tilewright.codegen import cuda as cuda_text
-from tilewright.codegen.cfamily import Params, collect_params, host_text
+from tilewright.codegen.params import Params, collect_params, host_text
 from tilewright.dtypes import DType
 from tilewright.errors import BuildError, ProgramError, TilewrightError
 from tilewright.ir.nodes import Program, Tensor
@@ -167,8 +168,7 @@ def _build(d: Definition, target: Target) -> Kernel:
     if target.kind == "interp":
         return Kernel(built.manifest, launch.InterpLauncher(program), built.source)
     if target.kind == "cpp":
-        path = native.compile_cpp(built.source, isa=target.arch or None)
-        return Kernel(built.manifest, launch.load_cpu(path, built.entries), built.source)
+        return _cpp_kernel(built, target)
     return _cuda_kernel(built, target)
 
 
@@ -199,6 +199,18 @@ def rendered(program: Program, target: Target) -> store.Built:
     return store.Built(replace(manifest, stages=stages), source.text, source.entries)
 
 
+def _defining(names: tuple[str, ...], source: str) -> str:
+    """The source that takes fewer things for granted: `Frame.lacks` names them."""
+    return "".join(f"#define {name}\n" for name in names) + source
+
+
+def _cpp_kernel(built: store.Built, target: Target) -> Kernel:
+    def compiled(lacks: tuple[str, ...]) -> Path:
+        return native.compile_cpp(_defining(lacks, built.source), isa=target.arch or None)
+
+    return Kernel(built.manifest, launch.CpuLauncher(compiled, built.entries), built.source)
+
+
 def _cuda_kernel(built: store.Built, target: Target) -> Kernel:
     from tilewright.runtime import cuda
 
@@ -206,11 +218,13 @@ def _cuda_kernel(built: store.Built, target: Target) -> Kernel:
     headers = cuda_text.headers()
     cubin = nvrtc.compile_cuda(built.source, arch=arch, headers=headers)
 
-    def unaligned() -> bytes:
-        source = "#define TW_UNALIGNED\n" + built.source
+    def compiled(lacks: tuple[str, ...]) -> bytes:
+        if not lacks:
+            return cubin.image
+        source = _defining(lacks, built.source)
         return nvrtc.compile_cuda(source, arch=arch, headers=headers).image
 
-    launcher = launch.CudaLauncher(cubin.image, unaligned)
+    launcher = launch.CudaLauncher(compiled)
     return Kernel(built.manifest, launcher, built.source, cubin.resources)
 
 
@@ -235,7 +249,13 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
         program.name, str(target), tensors, params.params, params.row, stages,
         formats=tuple(named.items()), part_cases=cases, sizes=program.sizes,
         index=program.index.name,
+        packed=tuple(t.name for t in program.tensors if _strides_known(t, params)),
     )  # fmt: skip
+
+
+def _strides_known(t: Tensor, params: Params) -> bool:
+    """Whether generated code takes a stride of `t` for granted (beyond the last, which is 1)."""
+    return any(f"{t.name}_stride{d}" in params.packed for d in range(len(t.dims) - 1))
 
 
 def _spec(t: Tensor) -> TensorSpec:

@@ -218,6 +218,27 @@ def test_later_calls_reuse_the_frame(fmt, target, rng):
 
 
 @pytest.mark.parametrize("target", ["cpp", "interp"])
+def test_arrays_with_gaps_take_their_own_strides(target, rng):
+    """A fixed width makes strides constants of the code; an array with gaps, in and out, in any
+    order with those without, is right all the same, and nothing between its rows is touched."""
+    kernel = spmm.schedule(lambda s: s.specialize("d", 16)).build(target)
+    assert kernel.manifest.packed == ("X", "out")
+    args = arguments(spmm, rng, d=16)
+    wanted = evaluate(spmm.program, args)["out"]
+    wide = np.full((len(args["X"]), 40), np.nan, np.float32)
+    wide[:, 3:19] = args["X"]
+    for x_gaps, out_gaps in ((0, 0), (1, 0), (0, 1), (1, 1), (0, 0)):
+        room = np.full((len(wanted), 40), -7, np.float32)
+        x = wide[:, 3:19] if x_gaps else args["X"]
+        out = room[:, 5:21] if out_gaps else room[:, :16].copy()
+        for _ in range(2):
+            out[:] = np.nan
+            kernel(args["A"], x, out=out)
+            close(out, wanted, "float32")
+        assert (np.delete(room, np.s_[5:21], 1) == -7).all()
+
+
+@pytest.mark.parametrize("target", ["cpp", "interp"])
 def test_a_bound_call_sees_new_contents(target, rng):
     kernel = spmm.build(target)
     args = arguments(spmm, rng)

@@ -447,7 +447,7 @@ def test_cubins_use_tensor_cores_and_spill_nothing(name, arch, tmp_path):
     launcher = kernel.launcher
     assert isinstance(launcher, CudaLauncher)
     path = tmp_path / "kernel.cubin"
-    path.write_bytes(launcher._images[True]())
+    path.write_bytes(launcher.image(()))
     text = subprocess.run(
         [tool, "-c", str(path)], capture_output=True, text=True, check=True
     ).stdout
@@ -455,7 +455,7 @@ def test_cubins_use_tensor_cores_and_spill_nothing(name, arch, tmp_path):
     assert ("HMMA.16816.F32.BF16" if bf16 else "HMMA.16816.F32 ") in text
     assert bf16 or "BF16" not in text
     if arch == "sm_80":  # what arrays at odd addresses take
-        assert launcher._images[False]()[:4] == b"\x7fELF"
+        assert launcher.image(("TW_UNALIGNED",))[:4] == b"\x7fELF"
 
 
 def on_gpu(array, dtype):

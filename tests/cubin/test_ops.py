@@ -25,9 +25,9 @@ def _linear(kind: str, n: int, k: int) -> Callable[[str], Kernel]:
 
 
 def _spmm(
-    fmt: tw.Composed | tw.Format, dtype: str, d: int, tile: int = 128
+    fmt: tw.Composed | tw.Format, dtype: str, d: int, gathers_far: bool = False
 ) -> Callable[[str], Kernel]:
-    return lambda t: spmm_kernel(fmt, dtype, dtype, d, "int32", t, tile)
+    return lambda t: spmm_kernel(fmt, dtype, dtype, d, "int32", t, gathers_far)
 
 
 def _sddmm(fmt: tw.Format, dtype: str, d: int, index: str = "int32") -> Callable[[str], Kernel]:
@@ -54,7 +54,7 @@ KERNELS: dict[str, Callable[[str], Kernel]] = {
     "argmax": sampling.argmax_kernel,
     "sample": sampling.sample_kernel,
     **{f"spmm by_length f32 {d}": _spmm(LENGTHS, "float32", d) for d in (1, 7, 33, 128)},
-    "spmm by_length f32 512, tile 64": _spmm(LENGTHS, "float32", 512, 64),
+    "spmm by_length f32 512, X beyond the L2": _spmm(LENGTHS, "float32", 512, True),
     "spmm by_length f16 128": _spmm(LENGTHS, "float16", 128),
     "spmm csr bf16 32": _spmm(tw.csr(), "bfloat16", 32),
     "spmm hyb f64 32": _spmm(tw.hyb(), "float64", 32),

@@ -15,7 +15,7 @@ from tilewright.attention import render
 from tilewright.attention.plan import ITEM, KEY_TILE
 from tilewright.attention.variant import Traced
 from tilewright.codegen import cpp, cuda
-from tilewright.codegen.cfamily import C_TYPES
+from tilewright.codegen.params import C_TYPES
 from tilewright.dtypes import DType
 from tilewright.runtime import native, nvrtc, pool, toolchain
 from tilewright.runtime.layout import Struct

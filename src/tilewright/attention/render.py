@@ -9,9 +9,9 @@ from typing import Any
 
 from tilewright.attention.bounds import bound_text
 from tilewright.attention.variant import Traced, Value
-from tilewright.codegen.cfamily import C_TYPES, Params
 from tilewright.codegen.cpp import CppRenderer
 from tilewright.codegen.cuda import CudaRenderer
+from tilewright.codegen.params import C_TYPES, Params
 from tilewright.ir.nodes import Binary, Broadcast, Cast, Expr, Load, Program, Select, Unary, Var
 from tilewright.ir.rewrite import transform
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from tilewright.codegen.cfamily import Params, Renderer, Source, c_name, collect_params
+from tilewright.codegen.cfamily import Renderer, Source
+from tilewright.codegen.params import Params, c_name, collect_params
 from tilewright.errors import InternalError
 from tilewright.ir.nodes import Mma, MmaStore, MmaZero, Nest, Program, Tile
 from tilewright.ir.rewrite import walk

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tilewright.codegen.cfamily import C_TYPES, Params, Renderer, Source, c_name, collect_params
+from tilewright.codegen.cfamily import Renderer, Source
+from tilewright.codegen.params import C_TYPES, Params, c_name, collect_params
 from tilewright.ir.nodes import (
     Broadcast,
     Buffer,

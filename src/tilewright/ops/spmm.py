@@ -37,13 +37,16 @@ ROWS_PER_UNIT = 16  # rows of one unit on the CPU: a few microseconds of work
 CPU_TILE = 128  # features kept in registers: 8 accumulators of 16 lanes
 L2_BYTES = 40 << 20  # of X, beyond which a sweep takes fewer features (an H100 has 50 MB)
 AHEAD_CPU = 16  # entries whose rows of X are asked for early: two or three rows of a citation graph
+AHEAD_TILED = 8  # where a row has several tiles: beyond its end comes the row again, not the next
 CTA = 256  # threads
 AHEAD = 8  # gathers in flight in each thread: what hides the latency of memory
 TALL, GIANT = "tall", "giant"  # rows that a CTA shares; rows that several CTAs share, by features
 
 
-def cpu_recipe(s: Schedule) -> Schedule:
-    """Features in registers, widest tiles first, the rest in narrower ones; rows in parallel."""
+def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
+    """Features in registers, widest tiles first, the rest in narrower ones; rows in parallel.
+
+    `gathers_far`: X is larger than the nearest caches, so that its rows are asked for early."""
     lanes = toolchain.vector_bits() // 32
     fixed = dict(s.program.sizes).get("d")
     rest = "k"
@@ -59,8 +62,9 @@ def cpu_recipe(s: Schedule) -> Schedule:
             break
         rest = f"{rest}_t"
     s = _rows(s, ROWS_PER_UNIT)
-    gathers = all(f.name in ("csr", "dcsr") for f in _formats(s))
-    return s.prefetch("X", "j", AHEAD_CPU) if gathers else s
+    if not gathers_far or any(f.name not in ("csr", "dcsr") for f in _formats(s)):
+        return s
+    return s.prefetch("X", "j", AHEAD_CPU if fixed and fixed <= CPU_TILE else AHEAD_TILED)
 
 
 def _formats(s: Schedule) -> list[Format]:
@@ -208,7 +212,7 @@ def spmm(A: Packed, X: Any, out: Any = None) -> Any:
 
 def _chosen(A: Packed, X: Any, width: int) -> Kernel:
     on_cuda = A.device != "cpu"
-    tile = 64 if on_cuda and A.shape[1] * width * 4 > L2_BYTES else 128
+    x_bytes = A.shape[1] * width * 4
     return spmm_kernel(
         A.format,
         str(A.dtype),
@@ -216,19 +220,23 @@ def _chosen(A: Packed, X: Any, width: int) -> Kernel:
         fixed_width(width, A.device),
         A.structure.index_dtype.name,
         "cuda" if on_cuda else "cpp",
-        tile,
+        x_bytes > (L2_BYTES if on_cuda else toolchain.l2_bytes() // 2),
     )
 
 
 @cache
 def spmm_kernel(
-    fmt: Any, a: str, x: str, width: int, index: str, target: str, tile: int = 128
+    fmt: Any, a: str, x: str, width: int, index: str, target: str, gathers_far: bool = False
 ) -> Kernel:
-    """The built kernel for a format, dtypes, a width (0 = any), an index type and a target."""
+    """The built kernel for a format, dtypes, a width (0 = any), an index type and a target.
+
+    `gathers_far`: X does not fit the cache that gathers should hit, the L2."""
     made: Definition = spmm_program.typed(A=a, X=dtypes.dtype(x), index=index).decompose(A=fmt)
 
     def scheduled(s: Schedule) -> Schedule:
         s = s.specialize("d", width) if width else s
-        return gpu_recipe(s, tile) if s.target.is_cuda else cpu_recipe(s)
+        if s.target.is_cuda:
+            return gpu_recipe(s, 64 if gathers_far else 128)
+        return cpu_recipe(s, gathers_far)
 
     return made.schedule(scheduled).build(target)

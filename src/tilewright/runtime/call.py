@@ -50,7 +50,7 @@ class Frame:
     blocks: list[Any]
     units: list[int]
     device: str
-    aligned: bool
+    lacks: tuple[str, ...]  # what generated code takes for granted and these arrays do not have
     slots: dict[str, list[Any]]
     results: list[Result]
     structures: dict[str, weakref.ref[Any]]
@@ -263,14 +263,13 @@ class Call:
                 total += n
             blocks.append(block)
             units.append(total)
-        aligned = all(v.pointer % 16 == 0 and _rows_aligned(v) for v in self.views.values())
         slots = self._slots(blocks, row, params)
         inputs = [t for t in manifest.tensors if t.role in ("input", "update")]
         return Frame(
             blocks=blocks,
             units=units,
             device=self.device,
-            aligned=aligned,
+            lacks=self._lacks(),
             slots=slots,
             results=[self._result(t, slots.get(t.name, ())) for t in outputs],
             structures={n: weakref.ref(s) for n, s in self.structures.items()},
@@ -283,6 +282,16 @@ class Call:
                 for t in inputs
             ],
         )
+
+    def _lacks(self) -> tuple[str, ...]:
+        found = []
+        if self.device != "cpu" and not all(
+            v.pointer % 16 == 0 and _rows_aligned(v) for v in self.views.values()
+        ):
+            found.append("TW_UNALIGNED")
+        if not all(self.views[name].is_contiguous for name in self.manifest.packed):
+            found.append("TW_STRIDED")
+        return tuple(found)
 
     def _result(self, spec: TensorSpec, slots: Sequence[Any]) -> Result:
         kind = self.kinds[spec.name]

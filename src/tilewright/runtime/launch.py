@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tilewright.ir.nodes import Program
@@ -20,18 +21,34 @@ CHUNKS_PER_THREAD = 8  # enough for units of uneven size to even out, few enough
 
 
 class CpuLauncher(Launcher):
-    """Entries of a shared library, run by the thread pool."""
+    """Entries of a shared library, run by the thread pool. `compiled` gives the library's path for
+    what a frame lacks; the one for frames that lack nothing is made at once."""
 
-    def __init__(self, library: ctypes.CDLL, entries: tuple[str, ...]) -> None:
-        self.bodies = [pools.address_of(getattr(library, e)) for e in entries]
+    def __init__(
+        self, compiled: Callable[[tuple[str, ...]], Path], entries: tuple[str, ...]
+    ) -> None:
+        self._compiled, self._entries = compiled, entries
+        self._bodies: dict[tuple[str, ...], list[int]] = {}
+        self.bodies(())
         self.pool = pools.pool()
+
+    def bodies(self, lacks: tuple[str, ...]) -> list[int]:
+        """The addresses of the entries."""
+        found = self._bodies.get(lacks)
+        if found is None:
+            library = native.load(self._compiled(lacks))
+            found = [pools.address_of(getattr(library, e)) for e in self._entries]
+            self._bodies[lacks] = found
+        return found
 
     def launches(self, kernel: Kernel, frame: Frame) -> list[tuple[int, int, int, int]]:
         """(body, params, units, grain) of each stage that has units."""
         chunks = self.pool.threads * CHUNKS_PER_THREAD
         return [
             (body, ctypes.addressof(block), units, max(1, units // chunks))
-            for body, block, units in zip(self.bodies, frame.blocks, frame.units, strict=True)
+            for body, block, units in zip(
+                self.bodies(frame.lacks), frame.blocks, frame.units, strict=True
+            )
             if units
         ]
 
@@ -44,23 +61,24 @@ class CpuLauncher(Launcher):
 
 
 class CudaLauncher(Launcher):
-    """Functions of a cubin, loaded on the device of the call at its first launch there. Arrays that
-    are not aligned to 16 bytes take a second build without wide loads, made when first needed."""
+    """Functions of a cubin, loaded on the device of the call at its first launch there. `image`
+    gives the cubin for what a frame lacks: arrays that are not aligned to 16 bytes take one without
+    wide loads, arrays with gaps one that reads their strides, made when first needed."""
 
-    def __init__(self, image: bytes, unaligned: Callable[[], bytes]) -> None:
-        self._images = {True: lambda: image, False: unaligned}
-        self._functions: dict[tuple[int, bool], list[cuda.Function]] = {}
+    def __init__(self, image: Callable[[tuple[str, ...]], bytes]) -> None:
+        self.image = image
+        self._functions: dict[tuple[int, tuple[str, ...]], list[cuda.Function]] = {}
 
     def functions(self, kernel: Kernel, frame: Frame) -> list[cuda.Function]:
         ordinal = int(frame.device.partition(":")[2] or 0)
-        found = self._functions.get((ordinal, frame.aligned))
+        found = self._functions.get((ordinal, frame.lacks))
         if found is None:
-            module = cuda.load_cubin(self._images[frame.aligned](), ordinal)
+            module = cuda.load_cubin(self.image(frame.lacks), ordinal)
             found = [module.function(s.entry) for s in kernel.manifest.stages]
             for f, s in zip(found, kernel.manifest.stages, strict=True):
                 if s.smem_bytes > 48 * 1024:
                     f.allow_smem(s.smem_bytes)
-            self._functions[ordinal, frame.aligned] = found
+            self._functions[ordinal, frame.lacks] = found
         return found
 
     def launches(self, kernel: Kernel, frame: Frame) -> list[cuda.Launch]:
@@ -139,8 +157,3 @@ class Step:
 
     def __repr__(self) -> str:
         return f"<step of {self.count} launches>"
-
-
-def load_cpu(path: Any, entries: tuple[str, ...]) -> CpuLauncher:
-    """The launcher of a compiled library."""
-    return CpuLauncher(native.load(path), entries)

@@ -38,7 +38,8 @@ class StageSpec:
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What a call needs to know of a built program. `part_formats` gives, for each part of the
-    composed format, the case of the kernel that serves it; `format` is its text."""
+    composed format, the case of the kernel that serves it; `format` is its text. `packed` names
+    the arrays of which the code takes for granted that they have no gaps."""
 
     name: str
     target: str
@@ -50,6 +51,7 @@ class Manifest:
     part_cases: tuple[int, ...] = (0,)
     sizes: tuple[tuple[str, int], ...] = ()
     index: str = "int32"
+    packed: tuple[str, ...] = ()
 
 
 ROW_HEAD = (("first", "int64"), ("units", "int64"), ("body", "int64"))

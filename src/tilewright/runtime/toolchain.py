@@ -122,6 +122,16 @@ def vector_bits(isa: str | None = None) -> int:
     return resolve_isa(isa).vector_bits
 
 
+@functools.cache
+def l2_bytes() -> int:
+    """Bytes of a core's second-level cache; 1 MiB where the system does not tell."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
+        return int(text.rstrip("K")) << 10
+    except (OSError, ValueError):
+        return 1 << 20
+
+
 def find_compiler() -> Compiler:
     """The compiler of the `cxx` knob, else c++, g++ or clang++. Raises BuildError[B102]."""
     asked = knobs.get("cxx")

@@ -8,6 +8,13 @@ namespace tw {
 
 #define TW_INLINE static inline __attribute__((always_inline))
 
+// The stride of an array: what it is without gaps, known when this is compiled, or as it was given.
+#ifdef TW_STRIDED
+#define TW_STRIDE(given, packed) (given)
+#else
+#define TW_STRIDE(given, packed) INT64_C(packed)
+#endif
+
 template <class T, int N>
 struct vec_of {
   typedef T type __attribute__((vector_size(N * sizeof(T))));

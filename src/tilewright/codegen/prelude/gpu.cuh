@@ -16,6 +16,13 @@ typedef unsigned long long uint64_t;
 #define INT64_C(x) x##ll
 #define TW_INLINE __device__ __forceinline__
 
+// The stride of an array: what it is without gaps, known when this is compiled, or as it was given.
+#ifdef TW_STRIDED
+#define TW_STRIDE(given, packed) (given)
+#else
+#define TW_STRIDE(given, packed) INT64_C(packed)
+#endif
+
 namespace tw {
 
 template <class T, int N>

@@ -1,0 +1,147 @@
+"""What a program's launches read: the fields of their parameter blocks, C's names and types."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tilewright.dtypes import DType
+from tilewright.errors import InternalError
+from tilewright.ir.nodes import (
+    Binary,
+    Cast,
+    Const,
+    Expr,
+    MmaStore,
+    Nest,
+    Program,
+    Store,
+    Tensor,
+    Var,
+)
+from tilewright.ir.rewrite import walk
+
+C_TYPES = {
+    "bool": "bool", "int8": "int8_t", "int16": "int16_t", "int32": "int32_t", "int64": "int64_t",
+    "uint8": "uint8_t", "uint16": "uint16_t", "uint32": "uint32_t", "uint64": "uint64_t",
+    "float16": "uint16_t", "bfloat16": "uint16_t", "float32": "float", "float64": "double",
+    "float8_e4m3": "uint8_t", "float8_e5m2": "uint8_t",
+}  # fmt: skip
+STORED_AS_BITS = ("float16", "bfloat16")
+_RESERVED = frozenset(
+    [
+        *("int", "float", "double", "char", "long", "short", "signed", "unsigned", "for", "if"),
+        *("do", "new", "this", "and", "or", "not", "xor", "p", "r", "unit"),
+    ]
+)
+
+
+def c_name(name: str) -> str:
+    """A C identifier for a name of the IR."""
+    text = re.sub(r"\W", "_", name)
+    return f"{text}_" if text in _RESERVED else text
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """The fields that a program's launches read: `(name, type)` as `runtime.layout.Struct` has
+    them.
+
+    `params` are common to a launch, `row` belongs to one part of a composed tensor; `written` names
+    the buffers that the program stores to; `packed` are the strides of `packed_strides`, by their
+    fields."""
+
+    params: tuple[tuple[str, ...], ...]
+    row: tuple[tuple[str, ...], ...]
+    written: frozenset[str] = frozenset()
+    packed: Mapping[str, int] = field(default_factory=dict)
+
+
+def collect_params(program: Program) -> Params:
+    """Every buffer, stride, size and count of a program as fields of its two structs."""
+    params: dict[str, tuple[str, ...]] = {}
+    row: dict[str, tuple[str, ...]] = {}
+    written = frozenset(
+        x.buffer.name if isinstance(x, Store) else x.to.buffer.name
+        for n in _nests(program) for x in walk(n.body) if isinstance(x, (Store, MmaStore))
+    )  # fmt: skip
+    for b in program.buffers:
+        const = "" if b.name in written else "const "
+        field_ = (c_name(b.name), "ptr", f"{const}{C_TYPES[b.dtype.name]}*")
+        if b.scope == "part":
+            row[b.name] = field_
+        elif b.shape == () and b.name not in written and _is_input(program, b.name):
+            params[b.name] = (c_name(b.name), _scalar_type(b.dtype))
+        else:
+            params[b.name] = field_
+    for name, dtype in _free_names(program).items():
+        (row if "_count" in name else params)[name] = (c_name(name), dtype)
+    packed = {
+        f"{t.name}_stride{d}": stride
+        for t in program.tensors
+        for d, stride in enumerate(packed_strides(t, dict(program.sizes)))
+        if stride is not None
+    }
+    return Params(tuple(params.values()), tuple(row.values()), written, packed)
+
+
+def packed_strides(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int | None, ...]:
+    """The strides that a dense tensor without gaps has, in elements; None where a size inside is
+    known at run time only, and for tensors that are declared `strided`.
+
+    Generated code takes these for granted: an address is then a shift, not a product. Arrays with
+    gaps run the same source compiled with `TW_STRIDED`, where the given strides hold."""
+    if tensor.structure or tensor.strided or tensor.role == "inline":
+        return ()
+    found: list[int | None] = []
+    step: int | None = 1
+    for dim in reversed(tensor.dims):
+        found.append(step)
+        extent = dim if isinstance(dim, int) else sizes.get(dim)
+        step = None if step is None or extent is None else step * extent
+    return tuple(reversed(found))
+
+
+def _is_input(program: Program, name: str) -> bool:
+    return any(t.name == name and t.role == "input" for t in program.tensors)
+
+
+def _scalar_type(dtype: DType) -> str:
+    return "uint16" if dtype.name in STORED_AS_BITS else dtype.name
+
+
+def _nests(program: Program) -> list[Nest]:
+    return [n for stage in program.stages for n in stage]
+
+
+def _free_names(program: Program) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for n in _nests(program):
+        for x in (*walk(n.body), *(v for g in n.grid for v in walk(g))):
+            if isinstance(x, Var) and (
+                x.name.startswith("size_") or "_count" in x.name or "_stride" in x.name
+            ):
+                found[x.name] = "int64" if "_stride" in x.name or x.dtype.bits == 64 else "int32"
+    return found
+
+
+def host_text(grid: tuple[Expr, ...]) -> str:
+    """The number of units of a nest as a Python expression over `v`, a mapping of sizes and
+    counts."""
+    return " * ".join(f"({_host(e)})" for e in grid) or "1"
+
+
+def _host(e: Any) -> str:
+    if isinstance(e, Const):
+        return str(int(e.value))
+    if isinstance(e, Var):
+        return f"v[{e.name!r}]"
+    if isinstance(e, Cast):
+        return _host(e.a)
+    if isinstance(e, Binary) and e.op in ("min", "max"):
+        return f"{e.op}({_host(e.a)}, {_host(e.b)})"
+    if isinstance(e, Binary):
+        return f"({_host(e.a)} {e.op} {_host(e.b)})"
+    raise InternalError("I101", f"the host cannot compute {e}")
