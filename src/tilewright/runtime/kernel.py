@@ -13,7 +13,7 @@ from tilewright import dtypes
 from tilewright.errors import ArgumentError
 from tilewright.runtime.call import Call, Frame, Result, check_values_apart, scalar_value
 from tilewright.runtime.manifest import Manifest, TensorSpec, structs, unit_count
-from tilewright.runtime.view import layout
+from tilewright.runtime.view import address, layout
 
 DENSE, SPARSE = "dense", "sparse"
 FRAMES_KEPT = 64  # layouts remembered by one kernel
@@ -198,7 +198,7 @@ class Kernel:
             if given is None:
                 like = self._like(args) if result.like is None else args[result.like]
                 array = result.make(like)
-                pointer = layout(array)[1]
+                pointer = address(array)
             else:
                 array, pointer = given, places[len(args) + n]
                 self._check_apart(frame, pointer, result, places)
@@ -269,7 +269,7 @@ def _point(slots: Any, packed: Any) -> None:
     slots."""
     parts = len(packed.values)
     for n, slot in enumerate(slots):
-        slot.value = layout(packed.values[n % parts])[1]
+        slot.value = address(packed.values[n % parts])
 
 
 class Bound:

@@ -95,7 +95,15 @@ def layout(x: object) -> tuple[Any, int, object]:
         plain = _ADAPTERS.get(type(x)) or _find_adapter(type(x))
         adapter = _FAST.get(plain, _layout_any)
         _LAYOUTS[type(x)] = adapter
+        if plain is _view_torch:
+            _ADDRESSES[type(x)] = type(x).data_ptr  # pyright: ignore[reportAttributeAccessIssue]
     return adapter(x)
+
+
+def address(x: object) -> int:
+    """The address of an array of a type that `layout` has described before."""
+    found = _ADDRESSES.get(type(x))
+    return layout(x)[1] if found is None else found(x)
 
 
 def _layout_any(x: object) -> tuple[Any, int, object]:
@@ -136,9 +144,13 @@ def allocator(like: object, shape: tuple[int, ...], dtype: DType) -> Callable[[A
         if not _TO_TORCH:
             _learn_torch()
         kind = _TO_TORCH[dtype.name]
-        if like.dtype is kind:  # pyright: ignore[reportAttributeAccessIssue]
-            return lambda like: like.new_empty(shape)
-        return lambda like: torch.empty(shape, dtype=kind, device=like.device)
+        device = like.device  # pyright: ignore[reportAttributeAccessIssue]
+        # One element seen as the whole: `empty_like` costs two thirds of `empty`.
+        if math.prod(shape) and shape:
+            seen = torch.empty(1, dtype=kind, device=device).expand(shape)
+            if torch.empty_like(seen).is_contiguous():
+                return lambda _: torch.empty_like(seen)
+        return lambda _: torch.empty(shape, dtype=kind, device=device)
     if module == "cupy":
         return lambda like: _empty_cupy(like, shape, dtype)
     place = view(like).device
@@ -358,6 +370,7 @@ def _find_adapter(kind: type) -> Callable[[Any], View]:
 
 _ADAPTERS: dict[type, Callable[[Any], View]] = {np.ndarray: _view_numpy}
 _LAYOUTS: dict[type, Callable[[Any], tuple[Any, int, object]]] = {np.ndarray: _layout_numpy}
+_ADDRESSES: dict[type, Callable[[Any], int]] = {np.ndarray: _address}
 _FAST = {_view_numpy: _layout_numpy, _view_torch: _layout_torch}
 
 
