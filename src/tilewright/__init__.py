@@ -23,7 +23,6 @@ from tilewright.errors import TilewrightError
 from tilewright.ir.nodes import equal
 from tilewright.runtime.kernel import Bound, Kernel
 from tilewright.runtime.launch import Step
-from tilewright.schedule import Schedule
 from tilewright.sparse.formats import (
     Composed,
     Format,
@@ -85,6 +84,7 @@ if TYPE_CHECKING:
         variant,
     )
     from tilewright.ops import schedules as recipes
+    from tilewright.schedule import Schedule
     from tilewright.serve.engine import LLM
 
 __version__ = "0.1.0"
@@ -92,6 +92,7 @@ __version__ = "0.1.0"
 _ON_DEMAND = {
     "ops": "ops",
     "recipes": "ops.schedules",
+    "Schedule": "schedule",
     "LLM": "serve.engine",
     "Attention": "attention.batch",
     "KV": "attention.kv",

@@ -13,28 +13,26 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tilewright import dtypes, knobs
-from tilewright.codegen import cpp as cpp_text
-from tilewright.codegen import cuda as cuda_text
-from tilewright.codegen.params import Params, collect_params, host_text
+from tilewright.codegen import texts
 from tilewright.dtypes import DType
 from tilewright.errors import BuildError, ProgramError, TilewrightError
-from tilewright.ir.nodes import Program, Tensor
-from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
+from tilewright.ir.nodes import Program
 from tilewright.runtime import launch, native, nvrtc, place, store, toolchain
 from tilewright.runtime.identity import identity
 from tilewright.runtime.kernel import Kernel
-from tilewright.runtime.manifest import Manifest, StageSpec, TensorSpec, declarations
-from tilewright.schedule import Schedule
 from tilewright.sparse import formats, pack, trace
 from tilewright.target import Target
 from tilewright.target import target as parse_target
 
+if TYPE_CHECKING:
+    from tilewright.compiler import Recipe, Watch
+    from tilewright.schedule import Schedule
+
 pack.place = place.to_device
 
-Watch = Callable[[str, Program], None]
 WATCHED = 2  # the debug level from which passes and schedules are printed, so that they must run
 
 
@@ -47,7 +45,7 @@ class Definition:
     function: Callable[..., Any]
     given: tuple[tuple[str, DType], ...] = ()
     formats: tuple[tuple[str, Any], ...] = ()
-    recipe: Callable[[Schedule], Schedule] | None = None
+    recipe: Recipe | None = None
     index: DType = dtypes.int32
 
     @property
@@ -82,25 +80,21 @@ class Definition:
                 )
         return replace(self, formats=tuple((dict(self.formats) | of).items()))
 
-    def schedule(self, recipe: Callable[[Schedule], Schedule]) -> Definition:
+    def schedule(self, recipe: Recipe) -> Definition:
         """A function from Schedule to Schedule: it runs when the kernel is built."""
         return replace(self, recipe=recipe)
 
     def scheduled(self, target: Target | str = "cpp") -> Schedule:
         """The schedule before or after its recipe ran, to look at and to try verbs on."""
-        return self._scheduled(self.program, parse_target(target))
+        from tilewright import compiler
 
-    def _scheduled(self, program: Program, target: Target) -> Schedule:
-        start = Schedule(program, _Positions(), target)
-        return start if self.recipe is None else self.recipe(start)
+        return compiler.scheduled(self.program, self.recipe, parse_target(target))
 
     def lower(self, target: Target | str = "cpp", watch: Watch | None = None) -> Program:
         """The program at the loop level for a target."""
-        return self._lowered(self.program, parse_target(target), watch)
+        from tilewright import compiler
 
-    def _lowered(self, program: Program, target: Target, watch: Watch | None) -> Program:
-        s = self._scheduled(program, target)
-        return run_passes(s.lowered.program, AFTER_SCHEDULE, target.kind, watch)
+        return compiler.lowered(self.program, self.recipe, parse_target(target), watch)
 
     def build(self, target: Target | str = "cpp") -> Kernel:
         """Compile for a target, through the cache: a program, recipe and target that were built
@@ -126,21 +120,6 @@ class Definition:
     __repr__ = __str__
 
 
-class _Positions:
-    """Coordinates → positions. A recipe looks at the loops many times before its first verb; the
-    last program is lowered once."""
-
-    __slots__ = ("given", "made")
-
-    def __init__(self) -> None:
-        self.given = self.made = None
-
-    def __call__(self, program: Program) -> Program:
-        if self.made is None or self.given is not program:
-            self.given, self.made = program, run_passes(program, BEFORE_SCHEDULE)
-        return self.made
-
-
 def program(function: Callable[..., Any]) -> Definition:
     """Decorator: the function describes a program on coordinates (see `sparse.trace`)."""
     made = Definition(function)
@@ -161,7 +140,9 @@ def _build(d: Definition, target: Target) -> Kernel:
     key = _key(d, program, target)
     built = store.load(key) if key else None
     if built is None:
-        built = rendered(d._lowered(program, target, None), target)
+        from tilewright import compiler
+
+        built = compiler.rendered(compiler.lowered(program, d.recipe, target), target)
         if key and key == _key(d, program, target):  # else the recipe changed what it is made of
             with contextlib.suppress(BuildError):  # the next process lowers again
                 store.save(key, built)
@@ -184,21 +165,6 @@ def _key(d: Definition, program: Program, target: Target) -> str | None:
     return what and store.key_of("kernel", version or "", str(target), isa, what)
 
 
-def rendered(program: Program, target: Target) -> store.Built:
-    """The program at the loop level as text, and what a call needs to know of it."""
-    params = collect_params(program)
-    manifest = _manifest(program, params, target)
-    if target.kind == "interp":
-        return store.Built(manifest, str(program), ())
-    if target.kind == "cpp":
-        source = cpp_text.render(program, declarations(manifest), params)
-        return store.Built(manifest, source.text, source.entries)
-    source = cuda_text.render(program, declarations(manifest), params)
-    smem = zip(manifest.stages, source.smem_bytes, strict=True)
-    stages = tuple(replace(s, smem_bytes=b) for s, b in smem)
-    return store.Built(replace(manifest, stages=stages), source.text, source.entries)
-
-
 def _defining(names: tuple[str, ...], source: str) -> str:
     """The source that takes fewer things for granted: `Frame.lacks` names them."""
     return "".join(f"#define {name}\n" for name in names) + source
@@ -215,7 +181,7 @@ def _cuda_kernel(built: store.Built, target: Target) -> Kernel:
     from tilewright.runtime import cuda
 
     arch = target.arch or cuda.device_arch()
-    headers = cuda_text.headers()
+    headers = texts.headers()
     cubin = nvrtc.compile_cuda(built.source, arch=arch, headers=headers)
 
     def compiled(lacks: tuple[str, ...]) -> bytes:
@@ -226,38 +192,3 @@ def _cuda_kernel(built: store.Built, target: Target) -> Kernel:
 
     launcher = launch.CudaLauncher(compiled)
     return Kernel(built.manifest, launcher, built.source, cubin.resources)
-
-
-def _manifest(program: Program, params: Params, target: Target) -> Manifest:
-    used = {t.format for t in program.tensors if t.structure}
-    composed = next((f for f in used if isinstance(f, formats.Composed)), None)
-    cases = (0,)
-    if composed is not None:
-        cases = tuple(composed.formats.index(f) for _, f in composed.parts)
-    stages = tuple(
-        StageSpec(
-            f"stage{number}",
-            tuple(host_text(n.grid) for n in stage),
-            tuple(n.part for n in stage),
-            (cuda_text.stage_threads(stage), 1),
-        )
-        for number, stage in enumerate(program.stages)
-    )
-    tensors = tuple(_spec(t) for t in program.tensors if t.role != "inline")
-    named = {t.structure: repr(t.format) for t in program.tensors if t.structure}
-    return Manifest(
-        program.name, str(target), tensors, params.params, params.row, stages,
-        formats=tuple(named.items()), part_cases=cases, sizes=program.sizes,
-        index=program.index.name,
-        packed=tuple(t.name for t in program.tensors if _strides_known(t, params)),
-    )  # fmt: skip
-
-
-def _strides_known(t: Tensor, params: Params) -> bool:
-    """Whether generated code takes a stride of `t` for granted (beyond the last, which is 1)."""
-    return any(f"{t.name}_stride{d}" in params.packed for d in range(len(t.dims) - 1))
-
-
-def _spec(t: Tensor) -> TensorSpec:
-    role = "update" if t.role == "output" and t.kind == "state" else t.role
-    return TensorSpec(t.name, t.dims, t.dtype.name, role, t.structure, t.strided, t.fill)

@@ -22,7 +22,7 @@ from tilewright.attention.variant import (
     traced_of,
     variant,
 )
-from tilewright.codegen import cpp
+from tilewright.codegen import texts
 from tilewright.errors import ArgumentError, ProgramError
 from tilewright.ir.nodes import Var, equal, select, unary
 from tilewright.runtime import native, toolchain
@@ -224,7 +224,7 @@ def test_the_text_agrees_with_numpy(rng):
     cases = "\n".join(
         f"    case {n}: return tw::tile_class({bounds.bound_text(m)});" for n, m in enumerate(masks)
     )
-    text = "\n".join((cpp.prelude("cpu.h"), (flash.KERNELS / "bounds.h").read_text()))
+    text = "\n".join((texts.prelude("cpu.h"), (flash.KERNELS / "bounds.h").read_text()))
     source = f"""{text}
 extern "C" __attribute__((visibility("default")))
 int classify(int n, int64_t a, int64_t b, int64_t c, int64_t d) {{

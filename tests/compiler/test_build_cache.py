@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import tilewright as tw
-from tilewright import build, knobs
+from tilewright import build, compiler, knobs
 from tilewright.errors import BuildError, InternalError, ScheduleError
 from tilewright.ir.levels import Compressed, Dense
 from tilewright.ir.rewrite import add
@@ -54,13 +54,13 @@ def fresh(tmp_path: Path) -> Iterator[None]:
 def lowered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the programs that were lowered."""
     names: list[str] = []
-    run = build.Definition._lowered
+    run = compiler.lowered
 
-    def watched(self, program, *rest):
+    def watched(program, *rest):
         names.append(program.name)
-        return run(self, program, *rest)
+        return run(program, *rest)
 
-    monkeypatch.setattr(build.Definition, "_lowered", watched)
+    monkeypatch.setattr(compiler, "lowered", watched)
     return names
 
 

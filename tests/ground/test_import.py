@@ -47,7 +47,10 @@ def test_import_works_where_no_extra_is_installed():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", ["errors", "dtypes", "knobs", "target"])
+GROUND = ("errors", "dtypes", "knobs", "target")
+
+
+@pytest.mark.parametrize("module", GROUND)
 def test_ground_floor_imports_nothing_above_it(module: str):
     code = f"""
 import importlib.util, json, sys, types
@@ -59,5 +62,4 @@ print(json.dumps([name for name in sys.modules if name.startswith("tilewright.")
 """
     done = run(code)
     assert done.returncode == 0, done.stderr
-    ground = {f"tilewright.{name}" for name in ("errors", "dtypes", "knobs", "target")}
-    assert set(json.loads(done.stdout)) <= ground
+    assert set(json.loads(done.stdout)) <= {f"tilewright.{name}" for name in GROUND}

@@ -75,7 +75,7 @@ def test_mathematics_without_the_cpp_library(rng: np.random.Generator) -> None:
     x = rng.standard_normal(100).astype(np.float32)
     y = np.empty_like(x)
     library.f(ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(y.ctypes.data), ctypes.c_int64(100))
-    assert np.allclose(y, np.exp(x) + np.tanh(x), rtol=1e-5)
+    assert np.allclose(y, np.exp(x) + np.tanh(x), rtol=1e-5, atol=1e-6)  # the sum may cancel
 
 
 @needs_cxx

@@ -150,8 +150,8 @@ def test_the_page_escapes_what_it_shows():
 
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 def test_the_cuda_shown_compiles(file):
-    from tilewright.codegen import cuda as cuda_text
+    from tilewright.codegen import texts
 
     stages = show.stages_of(show.load(file)["spmm"], [target("cuda:sm_90a")])
-    cubin = nvrtc.compile_cuda(stages[-1].text, arch="sm_90a", headers=cuda_text.headers())
+    cubin = nvrtc.compile_cuda(stages[-1].text, arch="sm_90a", headers=texts.headers())
     assert "stage0" in cubin.resources

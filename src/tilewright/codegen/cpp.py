@@ -6,22 +6,12 @@ begin … end-1, on whatever thread calls it.
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
-
 from tilewright.codegen.cfamily import Renderer, Source
 from tilewright.codegen.params import Params, c_name, collect_params
+from tilewright.codegen.texts import prelude
 from tilewright.errors import InternalError
 from tilewright.ir.nodes import Mma, MmaStore, MmaZero, Nest, Program, Tile
 from tilewright.ir.rewrite import walk
-
-PRELUDE = Path(__file__).parent / "prelude"
-
-
-@cache
-def prelude(name: str) -> str:
-    """A file of `codegen/prelude`."""
-    return (PRELUDE / name).read_text()
 
 
 class CppRenderer(Renderer):

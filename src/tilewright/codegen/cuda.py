@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 from tilewright.codegen.cfamily import Renderer, Source
 from tilewright.codegen.params import C_TYPES, Params, c_name, collect_params
@@ -35,17 +33,10 @@ from tilewright.ir.rewrite import walk
 
 RESIDENT = 1024  # threads of an SM that the register budget is made for: 64 registers each
 RESIDENT_MMA = 384  # where accumulators are fragments: 168 registers each
-PRELUDE = Path(__file__).parent / "prelude"
 
 
 _BITS32 = {"nan": "0x7fc00000", "inf": "0x7f800000", "-inf": "0xff800000"}
 _BITS64 = {"nan": "0x7ff8000000000000", "inf": "0x7ff0000000000000", "-inf": "0xfff0000000000000"}
-
-
-@cache
-def headers() -> dict[str, str]:
-    """The prelude's CUDA files by name, as NVRTC includes them."""
-    return {p.name: p.read_text() for p in sorted(PRELUDE.glob("*.cuh"))}
 
 
 @dataclass

@@ -14,9 +14,7 @@ import contextlib
 import hashlib
 import os
 import re
-import shutil
 import stat
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -94,6 +92,8 @@ class Cache:
 
     def put(self, kind: str, key: str, data: bytes) -> Path:
         """Store an entry in one step, replacing what is there. Raises OSError."""
+        import tempfile  # not needed to read, as a program does that finds all its kernels
+
         path = self.path(kind, key)
         handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=self.folder)
         try:
@@ -244,6 +244,8 @@ def _fall_back(folder: Path, error: OSError) -> Cache:
 
 def _temporary() -> Cache:
     """A folder of this process alone, removed when it ends."""
+    import tempfile
+
     if not _private:
         try:
             folder = tempfile.mkdtemp(prefix="tilewright-")
@@ -259,5 +261,7 @@ def _temporary() -> Cache:
 
 
 def _remove_temporary(owner: int, folder: str) -> None:
+    import shutil
+
     if os.getpid() == owner:  # a forked child must not take its parent's kernels away
         shutil.rmtree(folder, ignore_errors=True)

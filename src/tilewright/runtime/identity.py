@@ -29,7 +29,10 @@ import numpy as np
 from tilewright.runtime.cache import key_of
 
 # Compiler rooms: the version of Tilewright covers what their functions and classes do.
-ROOMS = {"ir", "sparse", "schedule", "lower", "codegen", "dtypes", "errors", "target", "build"}
+ROOMS = {
+    "ir", "sparse", "schedule", "lower", "codegen", "dtypes", "errors", "target", "compiler",
+    "build",
+}  # fmt: skip
 # Of the toolchain, what the resolved instruction set answers: that is part of a kernel's key.
 TOOLCHAIN, ANSWERED = "tilewright.runtime.toolchain", {"vector_bits", "resolve_isa"}
 # Modules whose functions depend on their arguments only, but for the names below.
@@ -60,16 +63,17 @@ def identity(*values: Any) -> str | None:
         for v in values:
             walker.visit(v)
         walker.ask_modules()
+        text = repr(walker.parts)  # of scalars only: equal texts are equal parts
     except (Unidentified, RecursionError, ValueError):
         return None
-    return key_of(sys.implementation.cache_tag or sys.version, np.__version__, *walker.parts)
+    return key_of(sys.implementation.cache_tag or sys.version, np.__version__, text)
 
 
 class _Walker:
     """Writes a prefix code: each kind of value says how many parts follow it."""
 
     def __init__(self) -> None:
-        self.parts: list[str | bytes] = []
+        self.parts: list[Any] = []
         self.seen: dict[int, int] = {}
         self.alive: list[Any] = []  # so that no id is used twice
         self.names: set[str] = set()  # what any of the code may ask an object for
@@ -78,7 +82,7 @@ class _Walker:
     def visit(self, x: Any) -> None:
         kind = type(x)
         if kind in SCALARS:
-            self.put(kind.__name__, repr(x))
+            self.parts += (kind.__name__, x)
         elif kind in (tuple, list):
             self.many(kind.__name__, x)
         elif kind in (dict, MappingProxyType):
@@ -86,33 +90,35 @@ class _Walker:
         elif kind in (frozenset, set):
             if any(type(v) not in SCALARS for v in x):
                 raise Unidentified(x)
-            self.put("set", str(len(x)), *sorted(f"{type(v).__name__} {v!r}" for v in x))
+            self.put("set", len(x), *sorted(f"{type(v).__name__} {v!r}" for v in x))
+        elif (names := _fields(kind)) is not None:
+            if not self.met(x):
+                self.record(x, names)
         elif isinstance(x, (np.generic, np.dtype)):
             self.put("numpy", kind.__name__, repr(x))
-        elif dataclasses.is_dataclass(x) and not isinstance(x, type):
-            self.record(x)
         elif not self.met(x):
             self.behaviour(x)
 
-    def put(self, *parts: str | bytes) -> None:
+    def put(self, *parts: Any) -> None:
+        """Scalars, and tuples of names: what `repr` tells apart."""
         self.parts += parts
 
     def many(self, kind: str, values: Any) -> None:
-        self.put(kind, str(len(values)))
+        self.parts += (kind, len(values))
         for v in values:
             self.visit(v)
 
     def met(self, x: Any) -> bool:
-        """Whether a function, class or module stands further up; it is then named by its number."""
+        """Whether a function, class, module or record stands further up; it is then named by its
+        number."""
         number = self.seen.setdefault(id(x), len(self.seen))
         if number == len(self.alive):
             self.alive.append(x)
             return False
-        self.put("seen", str(number))
+        self.parts += ("seen", number)
         return True
 
-    def record(self, x: Any) -> None:
-        names = _fields(type(x))
+    def record(self, x: Any, names: tuple[str, ...]) -> None:
         if not type(x).__dataclass_params__.frozen or vars_beyond(x, names):
             raise Unidentified(type(x))
         self.visit(type(x))
@@ -131,7 +137,7 @@ class _Walker:
                 for name in sorted(self.names & vars(m).keys()):
                     if (number, name) not in asked:
                         asked.add((number, name))
-                        self.put("of", str(number), name)
+                        self.put("of", number, name)
                         self.visit(vars(m)[name])
                         more = True
         own = [m for m in self.modules if not _pure(m.__name__) and not _in_rooms(m.__name__)]
@@ -230,21 +236,24 @@ class _Walker:
             c.co_nlocals,
             c.co_flags,
         )
-        self.put("code", c.co_code, c.co_exceptiontable, c.co_name, repr(counts))
-        self.put(repr((c.co_names, c.co_varnames, c.co_freevars, c.co_cellvars)))
+        self.put("code", c.co_code, c.co_exceptiontable, c.co_name, *counts)
+        self.put(c.co_names, c.co_varnames, c.co_freevars, c.co_cellvars)
         self.names.update(c.co_names)
         self.names.update(v for v in c.co_consts if type(v) is str and v.isidentifier())
         self.many("consts", c.co_consts)
 
 
 @functools.cache
-def _fields(cls: type) -> tuple[str, ...]:
+def _fields(cls: type) -> tuple[str, ...] | None:
+    """The fields of a dataclass, or None for another class."""
+    if not dataclasses.is_dataclass(cls):
+        return None
     return tuple(f.name for f in dataclasses.fields(cls))
 
 
 def vars_beyond(x: Any, names: tuple[str, ...]) -> bool:
     """Whether an object keeps more than its fields."""
-    return not getattr(x, "__dict__", {}).keys() <= set(names)
+    return hasattr(x, "__dict__") and not vars(x).keys() <= set(names)
 
 
 def _names(c: CodeType) -> set[str]:

@@ -30,7 +30,11 @@ class CpuLauncher(Launcher):
         self._compiled, self._entries = compiled, entries
         self._bodies: dict[tuple[str, ...], list[int]] = {}
         self.bodies(())
-        self.pool = pools.pool()
+
+    @property
+    def pool(self) -> pools.Pool:
+        """What a call needs, and a build does not: compiled or loaded at the first one."""
+        return pools.pool()
 
     def bodies(self, lacks: tuple[str, ...]) -> list[int]:
         """The addresses of the entries."""

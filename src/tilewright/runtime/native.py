@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +76,9 @@ def _compile(
     compiler: str, source: str, flags: Sequence[str], link: Sequence[str], key: str
 ) -> bytes:
     """Run the compiler on standard input; the bytes of the library."""
+    import subprocess  # what only a kernel that the cache does not know needs
+    import tempfile
+
     try:
         # in the cache's folder, where no other user can put a file in its place
         handle, output = tempfile.mkstemp(prefix=".tmp-", dir=cache.current().folder)

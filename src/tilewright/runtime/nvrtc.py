@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
@@ -89,10 +90,11 @@ def compile_cuda(
 @functools.cache
 def toolkit_version() -> str:
     """NVRTC and CUDA header versions, for keys and reports. Raises MissingExtra[E101]."""
+    wheels = _wheels("nvidia_cuda_")
     found = []
     for wheel in ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime"):
         for name in (wheel, f"{wheel}-cu12"):
-            version = _wheel_version(name)
+            version = wheels.get(name.replace("-", "_"))
             if version:
                 found.append(f"{name} {version}")
                 break
@@ -104,14 +106,19 @@ def toolkit_version() -> str:
     return f"nvrtc {major}.{minor} with headers in {_include_folder()}"
 
 
-def _wheel_version(name: str) -> str:
-    """The version of an installed wheel, or nothing; by the name of its folder, which is far
-    faster than reading its metadata."""
-    stem = name.replace("-", "_")
+def _wheels(prefix: str) -> dict[str, str]:
+    """Versions of the installed wheels whose names begin so; by the names of their folders, which
+    is far faster than reading their metadata. The first folder of the search path counts."""
+    found: dict[str, str] = {}
     for folder in sys.path:
-        for found in sorted(Path(folder or ".").glob(f"{stem}-[0-9]*.dist-info")):
-            return found.name.removeprefix(f"{stem}-").removesuffix(".dist-info")
-    return ""
+        if not os.path.isdir(os.path.join(folder, "nvidia")):  # what these wheels hold
+            continue
+        with contextlib.suppress(OSError):
+            for name in sorted(n for n in os.listdir(folder or ".") if n.startswith(prefix)):
+                wheel, _, version = name.removesuffix(".dist-info").partition("-")
+                if name.endswith(".dist-info"):
+                    found.setdefault(wheel, version)
+    return found
 
 
 def available() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +41,9 @@ def load(key: str) -> Built | None:
 
 
 def save(key: str, built: Built) -> None:
-    """Keep an entry. Raises BuildError[B105] where nothing can be written."""
-    if knobs.get("cache"):
+    """Keep an entry, unless the compiler was edited since the key was made: its files are read when
+    they are first needed. Raises BuildError[B105] where nothing can be written."""
+    if knobs.get("cache") and _stamp() == _LOADED:
         held = {"entries": built.entries, "source": built.source}
         text = json.dumps(held | {"manifest": manifest_text(built.manifest)})
         cache.put(KIND, key, text.encode())
@@ -54,27 +56,29 @@ def _stamp() -> tuple[tuple[str, int, int], ...]:
     """Names, times and sizes of the compiler's files."""
     found = []
     for room in ROOMS:
-        for p in sorted((PACKAGE / room).iterdir()):
-            if p.suffix in (".py", ".h", ".cuh"):
-                status = p.stat()
-                found.append((f"{room}/{p.name}", status.st_mtime_ns, status.st_size))
-    return tuple(found)
+        with os.scandir(f"{PACKAGE}/{room}") as files:
+            for f in files:
+                if f.name.endswith((".py", ".h", ".cuh")):
+                    status = f.stat()
+                    found.append((f"{room}/{f.name}", status.st_mtime_ns, status.st_size))
+    return tuple(sorted(found))
 
 
-_LOADED = _stamp()  # of the files as they were when this process read them
+_LOADED = _stamp()  # of the files as they are before this process reads those that lower
 
 
 @functools.cache
 def version() -> str | None:
-    """A hash of the compiler's sources, or None when they were edited since they were loaded."""
-    if _stamp() != _LOADED:
-        return None
+    """A hash of the compiler's sources as they were at the start of this process, or None when they
+    were edited since and it is not known."""
     key = key_of("version", str(PACKAGE), repr(_LOADED))
     known = cache.current().get("version", key) if knobs.get("cache") else None
     if known is not None:
         return known.decode()
     names = [name for name, *_ in _LOADED]
     texts = [part for n in names for part in (n, (PACKAGE / n.lstrip("/")).read_bytes())]
+    if _stamp() != _LOADED:
+        return None
     found = key_of(*texts)
     cache.put("version", key, found.encode())
     return found

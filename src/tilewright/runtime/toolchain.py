@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,13 +75,13 @@ def cpu_features() -> frozenset[str]:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return frozenset()
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        with open("/proc/cpuinfo") as file:  # made as it is read: the first core is enough
+            for line in file:
+                name, _, value = line.partition(":")
+                if name.strip() == "flags":
+                    return frozenset(value.split())
     except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "flags":
-            return frozenset(value.split())
+        pass
     return frozenset()
 
 
@@ -135,10 +133,13 @@ def l2_bytes() -> int:
 def find_compiler() -> Compiler:
     """The compiler of the `cxx` knob, else c++, g++ or clang++. Raises BuildError[B102]."""
     asked = knobs.get("cxx")
-    for name in (asked,) if asked else ("c++", "g++", "clang++"):
-        path = shutil.which(name)
-        if path is not None:
-            return _describe(os.path.realpath(path))
+    search = os.environ.get("PATH", os.defpath)
+    path = _located(asked, search)
+    if path is None or not os.access(path, os.X_OK):  # not there yet, or not there any more
+        _located.cache_clear()
+        path = _located(asked, search)
+    if path is not None:
+        return _describe(path)
     raise BuildError(
         "B102",
         f"no C++ compiler: {asked!r} is not found" if asked else "no C++ compiler is installed",
@@ -156,6 +157,18 @@ def has_compiler() -> bool:
 
 
 @functools.lru_cache(maxsize=16)
+def _located(asked: str, search: str) -> str | None:
+    """The file of the compiler on a search path."""
+    import shutil
+
+    for name in (asked,) if asked else ("c++", "g++", "clang++"):
+        path = shutil.which(name, path=search)
+        if path is not None:
+            return os.path.realpath(path)
+    return None
+
+
+@functools.lru_cache(maxsize=16)
 def _describe(path: str) -> Compiler:
     """Ask a compiler for its version; the answer is kept on disk until the file changes."""
     status = os.stat(path)
@@ -163,6 +176,8 @@ def _describe(path: str) -> Compiler:
     known = cache.current().get("cxx", key)
     if known is not None:
         return Compiler(path, known.decode())
+    import subprocess  # 3 ms, for a question that is rarely asked
+
     try:
         answer = subprocess.run(
             [path, "--version"], capture_output=True, text=True, timeout=60, check=True

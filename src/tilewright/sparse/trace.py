@@ -393,7 +393,7 @@ def trace(
     """Run `function` on symbols. `given` overrides dtypes by parameter; `formats` by sparse
     parameter (shared by its structure), `default` elsewhere. Raises ProgramError."""
     declared = {n: p.default for n, p in inspect.signature(function).parameters.items()}
-    place = f"{inspect.getsourcefile(function)}:{function.__code__.co_firstlineno}"
+    place = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
     with _tracing(function.__name__) as t:
         for name, d in declared.items():
             if not isinstance(d, Declared):

@@ -95,10 +95,8 @@ def bench(args: argparse.Namespace) -> int:
         elif args.suite in ("spmm", "sddmm"):
             print(line(row), flush=True)
         else:
-            print(
-                f"{row['input']:28} {row['impl']:34} {row['value']:12.4g} {row['metric']}",
-                flush=True,
-            )
+            what = f"{row['input']:18} {row['target']:12} {row['impl']:34}"
+            print(f"{what} {row['value']:9.4g} {row['metric']}", flush=True)
         if args.keep:
             keep(args.keep, row)
     if not args.json and any(r.get("ratio") for r in rows):

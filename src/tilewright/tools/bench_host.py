@@ -1,12 +1,16 @@
 """`tilewright bench host`: what a call, an import and a build cost apart from the kernel's work.
 
-Calls run on a matrix so small that its kernel takes next to nothing; builds run in a cache folder
-of their own, empty (cold), then filled (cached), so that neither touches the user's.
+Calls run on a matrix so small that its kernel takes next to nothing. Imports and builds run in
+processes of their own, with Tilewright's byte code in place as an installation leaves it, and in
+cache folders of their own, so that nothing touches the user's.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,21 +22,45 @@ from typing import Any
 
 import numpy as np
 
-from tilewright import knobs
-from tilewright.errors import TilewrightError
-from tilewright.runtime import cache, cuda, native, nvrtc
+from tilewright.runtime import cuda, nvrtc
 from tilewright.sparse import formats
 from tilewright.tools.bench import Row, base_row, note
 
 _CALLS, _REPEATS, _IMPORTS, _BUILDS = 2000, 7, 5, 3
 _WIDTH = 32
 
+_SIZES = {"csr": ("csr", _WIDTH), "hyb": ("hyb", _WIDTH), "hyb.any": ("hyb", 0)}  # 0: any width
+
 _IMPORT = """
-import time
+import json, time
 import numpy
 began = time.perf_counter()
 import tilewright
-print(time.perf_counter() - began)
+print(json.dumps(time.perf_counter() - began))
+"""
+
+# What a machine finds out once: the versions of Tilewright and of the C++ compiler.
+_ONCE = """
+import json
+from tilewright.runtime import store, toolchain
+print(json.dumps([store.version(), toolchain.has_compiler()]))
+"""
+
+# The operator's own program and recipe, built, and built again.
+_BUILD = """
+import json, sys, time
+import tilewright as tw
+from tilewright.ops.spmm import recipe, spmm_program
+from tilewright.runtime import cache
+target, fmt, width = sys.argv[1], sys.argv[2], int(sys.argv[3])
+times = []
+for _ in range(2):
+    made = spmm_program.decompose(A=getattr(tw, fmt)())
+    made = made.schedule(lambda s: recipe(s.specialize("d", width) if width else s))
+    began = time.perf_counter()
+    made.build(target)
+    times.append(time.perf_counter() - began)
+print(json.dumps({"times": times, "compiled": cache.stats.compiled}))
 """
 
 
@@ -47,34 +75,48 @@ def host_arguments(parser: argparse.ArgumentParser) -> None:
 
 def host(args: argparse.Namespace) -> Iterator[Row]:
     """Rows in µs (calls) and ms (import, builds)."""
-    yield from _imports()
+    with tempfile.TemporaryDirectory() as folder:
+        yield from _imports(Path(folder))
     yield from _calls("cpp")
     if cuda.available():
         yield from _calls("cuda")
-    yield from _builds("cpp")
-    if nvrtc.available():
-        arch = args.arch or (cuda.device_arch() if cuda.available() else "sm_90a")
-        yield from _builds(f"cuda:{arch}")
-    else:
-        note("CUDA builds left out: NVRTC is not installed (pip install 'tilewright[cuda]')")
+    with tempfile.TemporaryDirectory() as folder:
+        yield from _builds("cpp", Path(folder))
+        if nvrtc.available():
+            arch = args.arch or (cuda.device_arch() if cuda.available() else "sm_90a")
+            yield from _builds(f"cuda:{arch}", Path(folder))
+        else:
+            note("CUDA builds left out: NVRTC is not installed (pip install 'tilewright[cuda]')")
 
 
-def _row(op: str, target: str, impl: str, value: float, metric: str) -> Row:
+def _row(op: str, target: str, impl: str, value: float, metric: str, width: int = _WIDTH) -> Row:
     ms = value if metric == "ms" else value / 1e3
     base = base_row("host", op, "cpp" if target.startswith("cuda:") else target)
     return base | {
-        "target": target, "input": op, "width": _WIDTH, "dtype": "float32", "impl": impl,
+        "target": target, "input": op, "width": width, "dtype": "float32", "impl": impl,
         "ms": ms, "metric": metric, "value": value, "ratio": None,
     }  # fmt: skip
 
 
-def _imports() -> Iterator[Row]:
-    times = []
-    for _ in range(_IMPORTS):
-        done = subprocess.run(
-            [sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True, timeout=120
-        )
-        times.append(float(done.stdout) * 1e3)
+def _child(code: str, folder: Path, cache_dir: str, *args: str) -> Any:
+    """What a fresh process prints. `folder` keeps byte code, also where none is to be written
+    beside the sources; processes after the first find it there."""
+    own = {
+        "PYTHONPYCACHEPREFIX": str(folder / "bytecode"),
+        "TILEWRIGHT_CACHE_DIR": str(folder / cache_dir),
+        "TILEWRIGHT_CACHE": "1", "TILEWRIGHT_VERIFY": "0", "TILEWRIGHT_DEBUG": "0",
+    }  # fmt: skip
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | own
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        capture_output=True, text=True, check=True, timeout=300, env=env,
+    )  # fmt: skip
+    return json.loads(done.stdout)
+
+
+def _imports(folder: Path) -> Iterator[Row]:
+    _child(_IMPORT, folder, "cache")  # writes the byte code
+    times = [_child(_IMPORT, folder, "cache") * 1e3 for _ in range(_IMPORTS)]
     yield _row("import", "cpp", "tilewright, after numpy", statistics.median(times), "ms")
 
 
@@ -154,55 +196,26 @@ def _per_call(run: Callable[[], Any], target: str) -> float:
 # ---------------------------------------------------------------------------- builds
 
 
-def _builds(target: str) -> Iterator[Row]:
-    """SpMM on CSR and on hyb: compiled anew, and found in the cache. The compilers are warm."""
-    from tilewright.ops import spmm as operator
-
-    made = {"csr": formats.csr(), "hyb": formats.hyb()}
-    scheduled = getattr(operator, "recipe", None)
-    with tempfile.TemporaryDirectory() as folder:
-        with knobs.scope(cache_dir=Path(folder) / "warm"):
-            _warm(target)
-        for name, fmt in made.items():
-            found: dict[str, list[float]] = {"cold": [], "cached": []}
-            for turn in range(_BUILDS):
-                with knobs.scope(cache_dir=Path(folder) / f"{name}{turn}"):
-                    for state, times in found.items():
-                        times.append(
-                            _build_ms(_definition(fmt, scheduled), target, state == "cold")
-                        )
-            for state, times in found.items():
-                yield _row(
-                    f"build.{name}", target, f"tilewright {state}", statistics.median(times), "ms"
-                )
-
-
-def _definition(fmt: Any, scheduled: Callable[[Any], Any] | None) -> Any:
-    """The operator's own program with its own recipe, for one width."""
-    from tilewright.ops.spmm import spmm_program
-
-    made = spmm_program.decompose(A=fmt)
-    if scheduled is None:
-        return made
-    return made.schedule(lambda s: scheduled(s.specialize("d", _WIDTH)))
-
-
-def _build_ms(definition: Any, target: str, is_cold: bool) -> float:
-    compiled = cache.stats.compiled
-    began = time.perf_counter()
-    definition.build(target)
-    elapsed = 1e3 * (time.perf_counter() - began)
-    if (cache.stats.compiled > compiled) != is_cold:
-        note(f"a {'cold' if is_cold else 'cached'} build for {target} met the other kind of cache")
-    return elapsed
-
-
-def _warm(target: str) -> None:
-    """Load what a first compilation loads: NVRTC, or the version of the C++ compiler."""
-    try:
-        if target.startswith("cuda"):
-            nvrtc.compile_cuda('extern "C" __global__ void k() {}', arch=target.partition(":")[2])
-        else:
-            native.compile_cpp('extern "C" void k() {}')
-    except TilewrightError as error:
-        note(f"{target}: {error.message}")
+def _builds(target: str, folder: Path) -> Iterator[Row]:
+    """SpMM in processes of their own: compiled anew (cold, with what it takes to load a compiler
+    that the process has not used yet), found in the cache by the next process (cached), and once
+    more there (again)."""
+    kind = target.partition(":")[0]
+    _child(_ONCE, folder, f"{kind}-once")
+    _child(_BUILD, folder, f"{kind}-first", target, "csr", "0")  # byte code; NVRTC in memory
+    for name, (fmt, width) in _SIZES.items():
+        found: dict[str, list[float]] = {"cold": [], "cached": [], "again": []}
+        for turn in range(_BUILDS):
+            cache_dir = f"{kind}-{name}-{turn}"
+            shutil.copytree(folder / f"{kind}-once", folder / cache_dir)
+            cold, cached = (
+                _child(_BUILD, folder, cache_dir, target, fmt, str(width)) for _ in range(2)
+            )
+            if cold["compiled"] != 1 or cached["compiled"] != 0:
+                note(f"builds of {name} for {target} met another kind of cache")
+            found["cold"].append(cold["times"][0])
+            found["cached"].append(cached["times"][0])
+            found["again"].append(cached["times"][1])
+        for state, times in found.items():
+            ms = 1e3 * statistics.median(times)
+            yield _row(f"build.{name}", target, f"tilewright {state}", ms, "ms", width)

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tilewright import build as building
+from tilewright import compiler
 from tilewright.build import Definition
-from tilewright.codegen import cpp as cpp_text
+from tilewright.codegen import texts
 from tilewright.errors import ProgramError, TilewrightError
 from tilewright.ir.nodes import Program
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
@@ -187,8 +187,8 @@ def _passes(program: Program, which: str, target: Target) -> list[tuple[Program,
 
 def source_text(program: Program, target: Target) -> str:
     """The text generated for a program at the loop level; the prelude common to all is left out."""
-    text = building.rendered(program, target).source
-    for path in sorted(cpp_text.PRELUDE.iterdir()):
+    text = compiler.rendered(program, target).source
+    for path in sorted(texts.PRELUDE.iterdir()):
         prelude = path.read_text()
         text = text.replace(
             prelude, f"// … prelude/{path.name}, {len(prelude.splitlines())} lines …\n"
