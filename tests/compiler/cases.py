@@ -252,6 +252,19 @@ def poison_padding(a: Packed) -> Packed:
     return dataclasses.replace(a, values=tuple(values))
 
 
+def widened(a: Packed) -> Packed:
+    """The same matrix with coordinates in int64."""
+    s = a.structure
+    parts = tuple(
+        dataclasses.replace(
+            p, arrays=tuple({k: x.astype(np.int64) for k, x in level.items()} for level in p.arrays)
+        )
+        for p in s.parts
+    )
+    wide = dataclasses.replace(s, parts=parts, index_dtype=dtypes.int64)
+    return dataclasses.replace(a, structure=wide)
+
+
 # ---------------------------------------------------------------------------- arguments
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from tests.compiler.cases import (
@@ -31,10 +29,10 @@ from tests.compiler.cases import (
     square,
     triangles,
     two_sparse,
+    widened,
 )  # fmt: skip
 
 import tilewright as tw
-from tilewright.dtypes import int64
 from tilewright.errors import ProgramError
 from tilewright.runtime import toolchain
 from tilewright.runtime.interpreter import evaluate
@@ -124,15 +122,7 @@ def test_wide_coordinates(fmt, rng):
     program = spmm.decompose(A=FORMATS[fmt]).typed(index="int64")
     kernel = program.build()
     args = arguments(program, rng)
-    s = args["A"].structure
-    parts = tuple(
-        dataclasses.replace(
-            p, arrays=tuple({k: a.astype(np.int64) for k, a in x.items()} for x in p.arrays)
-        )
-        for p in s.parts
-    )
-    wide = dataclasses.replace(s, parts=parts, index_dtype=int64)
-    args["A"] = dataclasses.replace(args["A"], structure=wide)
+    args["A"] = widened(args["A"])
     check(kernel, program, args)
 
 

@@ -24,7 +24,7 @@ from tests.compiler.cases import (
 
 import tilewright as tw
 from tilewright.errors import ScheduleError, TilewrightError
-from tilewright.runtime import toolchain
+from tilewright.runtime import nvrtc, toolchain
 from tilewright.runtime.interpreter import evaluate
 from tilewright.schedule import replay
 
@@ -57,6 +57,9 @@ def random_schedule(s, draw, steps):
         "rfactor",
         "fuse",
         "parallel",
+        "cache",
+        "cache",
+        "privatize",
     )
     for _ in range(steps):
         names = s.loops
@@ -70,6 +73,11 @@ def random_schedule(s, draw, steps):
                 draw(st.sampled_from((1, 2, 3, 4))),
                 tail=draw(st.sampled_from(("guard", "cut", "exact"))),
             )
+        elif verb == "cache":
+            operand = draw(st.sampled_from([t.name for t in s.program.tensors]))
+            s = tried(s, verb, operand, a, draw(st.sampled_from(("register", "shared"))))
+        elif verb == "privatize":
+            s = tried(s, verb, "out", a, draw(st.integers(2, 3)))
         elif verb in ("reorder", "fuse"):
             s = tried(s, verb, a, b) if a != b else s
         else:
@@ -333,3 +341,30 @@ def test_prefetch_is_refused_where_it_has_no_meaning():
 def _spmm(A=tw.sparse("m n"), X=tw.dense("n d")):
     i, j, k = tw.indices("m n d")
     return tw.out[i, k](tw.sum(A[i, j] * X[j, k], over=j))
+
+
+@tw.program
+def neighbours(X=tw.dense("m n"), W=tw.dense("m d")):
+    i, j = tw.indices("m d")
+    return tw.out[i, j](X[i, j + 1] + W[i, j])
+
+
+def in_vectors(s):
+    return s.specialize("d", 32).split("j", 4).vectorize("j_i").parallel("i")
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
+def test_vectors_that_begin_anywhere_are_not_loaded_as_words():
+    """X[i, j + 1] lies at no multiple of 16 bytes: a load of a word there is a fault on a GPU."""
+    source = neighbours.schedule(in_vectors).build("cuda:sm_80").source
+    assert "load_const<float, 4, true>(X" in source and "load_const<float, 4>(W" in source
+
+
+@pytest.mark.gpu
+def test_vectors_that_begin_anywhere_on_a_gpu(rng):
+    from tilewright.runtime.cuda import DeviceArray
+
+    args = arguments(neighbours, rng, m=5, n=36, d=32)
+    kernel = neighbours.schedule(in_vectors).build("cuda")
+    out = kernel(*(DeviceArray.from_numpy(args[name]) for name in "XW"))
+    close(out.to_numpy(), args["X"][:, 1:33] + args["W"], "float32")

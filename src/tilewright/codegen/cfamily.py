@@ -110,8 +110,7 @@ class Renderer:
         elif isinstance(s, Store):
             self.store(s)
         elif isinstance(s, Prefetch):
-            place = f"{self.pointer(s.place.buffer)} + {self.expr(s.place.index[0])}"
-            self.line(self.prefetch(place))
+            self.line(self.prefetch(self.place(s.place.buffer, s.place.index[0])))
         elif isinstance(s, Sync):
             self.sync()
         elif isinstance(s, (Mma, MmaZero, MmaStore)):
@@ -168,12 +167,10 @@ class Renderer:
             place = f"{pointer}[{self.expr(offset)}]"
             self.line(f"{place} = {self.combine(s.op, place, value, s.buffer.dtype)};")
         elif isinstance(offset, Ramp):
-            place = f"{pointer} + {self.expr(offset.base)}"
             if s.op:
-                value = self.combine(
-                    s.op, self.load_vector(s.buffer, place, lanes), value, s.value.dtype
-                )
-            self.line(self.store_vector(s.buffer, place, value, lanes))
+                old = self.load_vector(s.buffer, offset.base, lanes)
+                value = self.combine(s.op, old, value, s.value.dtype)
+            self.line(self.store_vector(s.buffer, offset.base, value, lanes))
         else:
             base, ns = C_TYPES[s.buffer.dtype.name], self.namespace
             index = self.expr(offset)
@@ -298,18 +295,22 @@ class Renderer:
         if lanes == 1:
             return self.load_scalar(b, f"{pointer}[{self.expr(offset)}]")
         if isinstance(offset, Ramp):
-            return self.load_vector(b, f"{pointer} + {self.expr(offset.base)}", lanes)
+            return self.load_vector(b, offset.base, lanes)
         kind = f"{C_TYPES[b.dtype.name]}, {lanes}"
         return f"{self.namespace}gather<{kind}>({pointer}, {self.expr(offset)})"
 
     def load_scalar(self, b: Buffer, place: str) -> str:
         return place
 
-    def load_vector(self, b: Buffer, place: str, lanes: int) -> str:
-        return f"{self.namespace}load<{C_TYPES[b.dtype.name]}, {lanes}>({place})"
+    def place(self, b: Buffer, offset: Expr) -> str:
+        return f"{self.pointer(b)} + {self.expr(offset)}"
 
-    def store_vector(self, b: Buffer, place: str, value: str, lanes: int) -> str:
-        return f"{self.namespace}store<{C_TYPES[b.dtype.name]}, {lanes}>({place}, {value});"
+    def load_vector(self, b: Buffer, base: Expr, lanes: int) -> str:
+        return f"{self.namespace}load<{C_TYPES[b.dtype.name]}, {lanes}>({self.place(b, base)})"
+
+    def store_vector(self, b: Buffer, base: Expr, value: str, lanes: int) -> str:
+        kind = f"{C_TYPES[b.dtype.name]}, {lanes}"
+        return f"{self.namespace}store<{kind}>({self.place(b, base)}, {value});"
 
     def binary(self, e: Binary) -> str:
         a, b = self.expr(e.a), self.expr(e.b)

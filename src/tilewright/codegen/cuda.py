@@ -8,13 +8,15 @@ to find it, and a new matrix needs no new launch configuration but the number of
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tilewright.codegen.cfamily import Renderer, Source
 from tilewright.codegen.params import C_TYPES, Params, c_name, collect_params
 from tilewright.ir.nodes import (
+    Binary,
     Broadcast,
     Buffer,
+    Cast,
     Const,
     Expr,
     Load,
@@ -26,12 +28,15 @@ from tilewright.ir.nodes import (
     Ramp,
     ReduceThreads,
     Select,
+    Stmt,
     Tile,
     Var,
 )  # fmt: skip
 from tilewright.ir.rewrite import walk
 
 RESIDENT = 1024  # threads of an SM that the register budget is made for: 64 registers each
+EIGHT = 8  # elements of a row that ldmatrix reads at once
+WIDE = 16  # bytes of the widest access: where an array of shared memory may start
 RESIDENT_MMA = 384  # where accumulators are fragments: 168 registers each
 
 
@@ -44,11 +49,22 @@ class CudaRenderer(Renderer):
     """The GPU's renderer: read-only loads, reductions across threads, matrix tiles of a warp."""
 
     threads: tuple[int, int] = (1, 1)
-    smem_bytes: int = 0
+    smem_bytes: int = 0  # what the body has taken of shared memory so far
+    fragments: dict[str, str] = field(default_factory=dict)  # operand tiles in registers, by text
+    fragment_count: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.written = self.params.written
+
+    def block(self, head: str, body: Stmt) -> None:
+        self.fragments.clear()
+        super().block(head, body)
+        self.fragments.clear()
+
+    def sync(self) -> None:
+        self.fragments.clear()
+        self.line(f"tw::meet(1, {self.threads[0] * self.threads[1]});")
 
     def unroll_pragma(self, n: int) -> str:
         return f"#pragma unroll {n}"
@@ -68,9 +84,12 @@ class CudaRenderer(Renderer):
             return place
         return f"tw::load_const(&{place})"
 
-    def load_vector(self, b: Buffer, place: str, lanes: int) -> str:
+    def load_vector(self, b: Buffer, base: Expr, lanes: int) -> str:
         verb = "load" if b.name in self.written or b.scope == "shared" else "load_const"
-        return f"tw::{verb}<{C_TYPES[b.dtype.name]}, {lanes}>({place})"
+        return f"tw::{verb}<{_vector_of(b, base, lanes)}>({self.place(b, base)})"
+
+    def store_vector(self, b: Buffer, base: Expr, value: str, lanes: int) -> str:
+        return f"tw::store<{_vector_of(b, base, lanes)}>({self.place(b, base)}, {value});"
 
     def const(self, e: Const) -> str:
         if not e.dtype.is_float or math.isfinite(e.value):
@@ -91,9 +110,9 @@ class CudaRenderer(Renderer):
         ):
             index = e.a.index[0].base if isinstance(e.a.index[0], Ramp) else e.a.index[0]
             if e.dtype.lanes == 1 or isinstance(e.a.index[0], Ramp):
-                kind = f"{C_TYPES[e.dtype.name]}, {e.dtype.lanes}"
-                place = f"{self.pointer(e.a.buffer)} + {self.expr(index)}"
+                kind = _vector_of(e.a.buffer, index, e.dtype.lanes)
                 lanes = "" if e.dtype.lanes > 1 else "[0]"
+                place = self.place(e.a.buffer, index)
                 return f"tw::load_const_if<{kind}>({self.expr(e.cond)}, {place}){lanes}"
         return super().select(e)
 
@@ -101,13 +120,17 @@ class CudaRenderer(Renderer):
         value, op = self.expr(e.a), f"tw::op_{e.op}<{self.type(e.dtype)}>"
         if e.axis == "thread.x":
             return f"tw::across_lanes<{op}, {e.extent}>({value})"
-        width = self.threads[0]
-        self.smem_bytes = max(self.smem_bytes, width * e.extent * e.dtype.itemsize * e.dtype.lanes)
-        return f"tw::across_rows<{op}, {e.extent}>({value}, smem, {width}, tx, ty)"
+        return f"tw::across_rows<{op}, {e.extent}>({value}, smem, {self.threads[0]}, tx, ty)"
 
     def alloc(self, b: Buffer) -> None:
         if b.scope == "fragment":
             self.line(f"tw::fragment {c_name(b.name)}[{self.expr(b.shape[0])}];")
+        elif b.scope == "shared":
+            kind, first = self.type(b.dtype), -(-self.smem_bytes // WIDE) * WIDE
+            self.line(
+                f"{kind}* const {c_name(b.name)} = reinterpret_cast<{kind}*>(smem + {first});"
+            )
+            self.smem_bytes = first + b.dtype.itemsize * math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
         else:
             super().alloc(b)
 
@@ -116,19 +139,59 @@ class CudaRenderer(Renderer):
         if isinstance(s, MmaZero):
             self.line(f"tw::mma_zero({acc});")
         elif isinstance(s, Mma):
-            self.line(
-                f"tw::mma_{s.a.buffer.dtype.name}({acc}, {self.tile(s.a)}, {self.tile(s.b)}, tx);"
-            )
+            a, b = self.fragment(s.a, "a"), self.fragment(s.b, "b")
+            self.line(f"tw::mma_{s.a.buffer.dtype.name}({acc}, {a}, {b});")
         else:
             kind = f"tw::{s.to.buffer.dtype.name}_bits"
             verb = "mma_add" if s.op else "mma_store"
             self.line(f"tw::{verb}<{kind}>({self.tile(s.to)}, {acc}, tx);")
 
+    def fragment(self, t: Tile, side: str) -> str:
+        """An operand tile in registers: loaded once for all neighbouring products that take it."""
+        tile = self.tile(t)
+        name = self.fragments.get(tile + side)
+        if name is None:
+            name = self.fragments[tile + side] = f"{side}{self.fragment_count}"
+            self.fragment_count += 1
+            self.line(f"tw::fragment_{side} {name};")
+            self.line(f"tw::load_fragment({name}, {tile}, tx);")
+        return name
+
     def tile(self, t: Tile) -> str:
-        rest = ", ".join(
-            self.expr(f) for f in (t.row_stride, t.col_stride, t.row_limit, t.col_limit)
-        )
-        return f"tw::tile({self.pointer(t.buffer)} + {self.expr(t.offset)}, {rest})"
+        place = self.place(t.buffer, t.offset)
+        fields = (t.row_stride, t.col_stride, t.row_limit, t.col_limit)
+        if t.buffer.scope != "shared":
+            return f"tw::tile({place}, {', '.join(map(self.expr, fields))})"
+        down, right = (self.expr(f) for f in fields[:2])
+        if _is_multiple(t.offset, EIGHT):
+            if right == "1" and _is_multiple(t.row_stride, EIGHT):
+                return f"tw::shared_rows_at({place}, {down})"
+            if down == "1" and _is_multiple(t.col_stride, EIGHT):
+                return f"tw::shared_cols_at({place}, {right})"
+        return f"tw::shared_tile({place}, {down}, {right})"
+
+
+def _vector_of(b: Buffer, base: Expr, lanes: int) -> str:
+    """Template arguments of a vector access: one whose place is not known to be a multiple of its
+    size is done element by element."""
+    apart = "" if _is_multiple(base, lanes) else ", true"
+    return f"{C_TYPES[b.dtype.name]}, {lanes}{apart}"
+
+
+def _is_multiple(e: Expr, n: int) -> bool:
+    """Whether an offset is a multiple of n, strides of arrays being multiples of 16 bytes: arrays
+    for which that does not hold run the code that is compiled with TW_UNALIGNED."""
+    if n == 1 or (isinstance(e, Var) and "_stride" in e.name):
+        return True
+    if isinstance(e, Const):
+        return int(e.value) % n == 0
+    if isinstance(e, Cast):
+        return _is_multiple(e.a, n)
+    if isinstance(e, Binary) and e.op == "*":
+        return _is_multiple(e.a, n) or _is_multiple(e.b, n)
+    if isinstance(e, Binary) and e.op in ("+", "-", "min", "max"):
+        return _is_multiple(e.a, n) and _is_multiple(e.b, n)
+    return False
 
 
 def _zero(e: Expr) -> bool:
@@ -158,7 +221,7 @@ def render(program: Program, declarations: str, params: Params | None = None) ->
 
 
 def _body(program: Program, params: Params, nest: Nest, name: str) -> tuple[str, int]:
-    renderer = CudaRenderer(program, params, threads=nest.threads)
+    renderer = CudaRenderer(program, params, threads=nest.threads, smem_bytes=_met_bytes(nest))
     renderer.depth = 1
     renderer.stmt(nest.body)
     lines = [f"  {line}" for line in (*renderer.body_pointers(nest), *renderer.unit_to_grid(nest))]
@@ -168,6 +231,13 @@ def _body(program: Program, params: Params, nest: Nest, name: str) -> tuple[str,
     head = f"TW_INLINE void {name}({args})"
     place = f"  const int tx = thread % {x}, ty = thread / {x};  // {x} x {y} threads"
     return f"// {nest.name}\n{head} {{\n{place}\n{body}\n}}", renderer.smem_bytes
+
+
+def _met_bytes(nest: Nest) -> int:
+    """The start of shared memory, where sums over thread.y meet."""
+    sums = (x for x in walk(nest.body) if isinstance(x, ReduceThreads) and x.axis == "thread.y")
+    sizes = (nest.threads[0] * x.extent * x.dtype.itemsize * x.dtype.lanes for x in sums)
+    return max(sizes, default=0)
 
 
 def stage_threads(stage: tuple[Nest, ...]) -> int:

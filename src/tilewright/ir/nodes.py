@@ -324,7 +324,7 @@ class Buffer:
 
 LoopKind = Literal[
     "serial", "parallel", "vector", "unroll",
-    "cta.x", "cta.y", "thread.x", "thread.y",
+    "cta.x", "cta.y", "thread.x", "thread.y", "threads",  # threads: shared out among all of a CTA
 ]  # fmt: skip
 
 

@@ -100,6 +100,25 @@ def statements(s: Any) -> Iterator[Stmt]:
             stack.extend(reversed(top.body))
 
 
+def path_to(s: Stmt, goal: Compute) -> list[Any] | None:
+    """From `s` to `goal`: the loops, guards and lets in whose scope it stands."""
+    if s is goal:
+        return []
+    if isinstance(s, (For, If)):
+        below = path_to(s.body, goal)
+        return None if below is None else [s, *below]
+    if isinstance(s, Seq):
+        lets: list[Stmt] = []
+        for b in s.body:
+            if isinstance(b, Let):
+                lets.append(b)
+                continue
+            below = path_to(b, goal)
+            if below is not None:
+                return [*lets, *below]
+    return None
+
+
 def substitute(n: N, values: Mapping[str, Expr]) -> N:
     """Variables replaced by name. Names bound inside `n` (For, Let, Reduce) are expected to be
     fresh."""

@@ -49,6 +49,8 @@ LEGAL: dict[str, tuple[type, ...]] = {
         Let,
         If,
         Compute,
+        Store,
+        Sync,
         Prefetch,
         Load,
         Search,

@@ -40,10 +40,10 @@ BEFORE_SCHEDULE = (
     Pass(coordinates_to_positions),
 )
 AFTER_SCHEDULE = (
+    Pass(serialize_threads, only=("cpp", "interp")),
     Pass(materialize_tiles),
     Pass(materialize_reductions),
     Pass(inline_lets),
-    Pass(serialize_threads, only=("cpp", "interp")),
     Pass(bind_grid),
     Pass(bind_threads, only=("cuda",)),
     Pass(predicate_loads, only=("cuda",)),

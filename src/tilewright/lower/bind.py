@@ -8,6 +8,7 @@ from typing import Any
 
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import (
+    Alloc,
     Const,
     Expr,
     For,
@@ -24,15 +25,27 @@ from tilewright.ir.nodes import (
     Seq,
     Stmt,
     Store,
+    Sync,
     Var,
     binary,
     seq,
 )  # fmt: skip
-from tilewright.ir.rewrite import free_vars, rebuild, simplify, statements, substitute, walk
+from tilewright.ir.rewrite import (
+    add,
+    free_vars,
+    mul,
+    rebuild,
+    simplify,
+    statements,
+    substitute,
+    walk,
+)
 
 GRID = ("parallel", "cta.x", "cta.y")
 THREADS = ("thread.x", "thread.y")
-WARP = 32  # threads of a tile operation
+SHARED_BYTES = 96 << 10  # what every GPU since sm_80 has for one CTA
+WARP = 32  # threads of a tile operation, and the unit in which threads meet
+UNROLLED = 8  # rounds of a copy to shared memory that are written out
 THREAD_X, THREAD_Y = Var("thread_x"), Var("thread_y")
 
 
@@ -52,7 +65,9 @@ def bind_threads(program: Program) -> Program:
 
     before: for lane in 0:32  # thread.x           after: Y[o + thread_x] = …
               Y[o + lane] = …                             if thread_x == 0: Z[i] = …
-            Z[i] = …
+            Z[i] = …                                      for o in 0:ceil(96/32)
+            for t in 0:96  # threads                        let t = o*32 + thread_x
+              S[t] = …                                      if t < 96: S[t] = …
 
     A nest with tile operations has 32 threads along x: a tile operation is done by a warp.
     """
@@ -70,19 +85,46 @@ def _bound(nest: Nest) -> Nest:
                 hint="a tile operation takes all of thread.x: bind other loops to thread.y",
             )
         extents["thread.x"] = WARP
+    _check_shared(nest, extents["thread.x"] * extents["thread.y"])
     body = simplify(_threads(nest.body, extents, frozenset()))
     _check_meetings(body, guarded=False)
     return replace(nest, body=body, threads=(extents["thread.x"], extents["thread.y"]))
+
+
+def _check_shared(nest: Nest, threads: int) -> None:
+    meets = any(isinstance(x, Sync) for x in statements(nest.body))
+    if meets and threads % WARP:
+        raise ScheduleError(
+            "S102",
+            f"{nest.name} has {threads} threads that meet: a barrier takes whole warps",
+            hint="bind loops to threads so that their product is a multiple of 32",
+        )
+    total = 0
+    for x in statements(nest.body):
+        if isinstance(x, Alloc) and x.buffer.scope == "shared":
+            nbytes = x.buffer.dtype.itemsize
+            for e in x.buffer.shape:
+                nbytes *= int(e.value)  # type: ignore[attr-defined]
+            total += nbytes
+    if total > SHARED_BYTES:
+        raise ScheduleError(
+            "S102", f"{nest.name} keeps {total} bytes in shared memory",
+            hint=f"a CTA has {SHARED_BYTES}: smaller tiles",
+        )  # fmt: skip
 
 
 def serialize_threads(program: Program) -> Program:
     """CPU: thread loops of a schedule made for a GPU run one after the other.
 
     before: for lane in 0:32  # thread.x            after: for lane in 0:32
+            for t in 0:96     # threads                    for t in 0:96
+            meet
     """
 
     def visit(s: Any) -> Any:
-        if isinstance(s, For) and s.kind in THREADS:
+        if isinstance(s, Sync):
+            return seq()
+        if isinstance(s, For) and s.kind in (*THREADS, "threads"):
             s = replace(s, kind="serial")
         return rebuild(s, visit) if isinstance(s, (Seq, For, If)) else s
 
@@ -163,7 +205,8 @@ def _extent(body: Stmt, kind: str) -> int:
 
 
 def _check_meetings(s: Stmt, *, guarded: bool) -> None:
-    """A sum over thread.y meets at a barrier: no guard may keep some of its threads away."""
+    """Threads meet at a barrier to sum over thread.y and to share memory: no guard may keep some of
+    them away."""
     if isinstance(s, If):
         parts = free_vars(s.cond) & {THREAD_X.name, THREAD_Y.name}
         _check_meetings(s.body, guarded=guarded or bool(parts))
@@ -172,10 +215,10 @@ def _check_meetings(s: Stmt, *, guarded: bool) -> None:
     elif isinstance(s, Seq):
         for b in s.body:
             _check_meetings(b, guarded=guarded)
-    elif guarded and isinstance(s, Store) and _meets(s.value):
+    elif guarded and (isinstance(s, Sync) or (isinstance(s, Store) and _meets(s.value))):
         raise ScheduleError(
             "S102",
-            "a guard parts threads that reduce together along thread.y",
+            "a guard parts threads that meet",
             hint="specialize() the dimension and split it by a factor that divides it",
         )
 
@@ -185,6 +228,13 @@ def _meets(e: Expr) -> bool:
 
 
 def _threads(s: Stmt, extents: dict[str, int], inside: frozenset[str]) -> Stmt:
+    if isinstance(s, Sync) or (isinstance(s, For) and s.kind == "threads"):
+        if inside:
+            raise ScheduleError(
+                "S102", "shared memory is filled inside a loop bound to threads",
+                hint="cache at a loop around those bound to threads",
+            )  # fmt: skip
+        return s if isinstance(s, Sync) else _shared_out(s, extents)
     if isinstance(s, For) and s.kind in THREADS:
         if s.kind in inside:
             raise ScheduleError(
@@ -216,3 +266,24 @@ def _threads(s: Stmt, extents: dict[str, int], inside: frozenset[str]) -> Stmt:
         if isinstance(s, MmaStore) and extents["thread.y"] > 1 and "thread.y" not in inside:
             return If(binary("==", THREAD_Y, 0), s)
     return s
+
+
+def _shared_out(s: For, extents: dict[str, int]) -> Stmt:
+    """A loop whose iterations all threads of the CTA do together, neighbours by neighbours."""
+    assert s.extent is not None
+    x, y = extents["thread.x"], extents["thread.y"]
+    dtype = s.var.dtype
+    thread: Expr = replace(THREAD_X, dtype=dtype)
+    if y > 1:
+        thread = add(mul(replace(THREAD_Y, dtype=dtype), x), thread)
+    rounds, whole = -(-s.extent // (x * y)), s.extent % (x * y) == 0
+    outer = Var(f"{s.name}_o", dtype)
+    body = s.body if whole else If(binary("<", s.var, s.extent), s.body)
+    body = seq(Let(s.var, add(mul(outer, x * y), thread)), body)
+    return For(
+        outer,
+        Const(0, dtype),
+        Const(rounds, dtype),
+        body,
+        "unroll" if rounds <= UNROLLED else "serial",
+    )

@@ -65,7 +65,7 @@ class _Chain:
 
     number: int
     compute: Compute
-    spatial: tuple[For, ...]  # loops that do not reduce, outermost first
+    spatial: tuple[For, ...]  # loops that do not reduce and are not bound to threads
     lanes: tuple[For, ...]  # reducing loops with an accumulator for each iteration
     threads: tuple[For, ...]  # reducing loops bound to threads
     frame: tuple[Any, ...]  # spatial loops, and the lets and guards that depend on nothing reduced
@@ -181,7 +181,8 @@ def _chain(number: int, compute: Compute, path: list[Any]) -> _Chain:
             elif (free_vars(s.begin) | free_vars(s.end)) & reduced:
                 reduced.add(s.name)
             else:
-                spatial.append(s)
+                if s.kind not in THREADS:  # each thread has registers of its own
+                    spatial.append(s)
                 frame.append(s)
         elif isinstance(s, Let) and free_vars(s.value) & reduced:
             reduced.add(s.var.name)
@@ -194,25 +195,6 @@ def _chain(number: int, compute: Compute, path: list[Any]) -> _Chain:
     return _Chain(
         number, compute, tuple(spatial), tuple(lanes), tuple(threads), tuple(frame), escapes
     )
-
-
-def path_to(s: Stmt, goal: Compute) -> list[Any] | None:
-    """From `s` to `goal`: the loops, guards and lets in whose scope it stands."""
-    if s is goal:
-        return []
-    if isinstance(s, (For, If)):
-        below = path_to(s.body, goal)
-        return None if below is None else [s, *below]
-    if isinstance(s, Seq):
-        lets: list[Stmt] = []
-        for b in s.body:
-            if isinstance(b, Let):
-                lets.append(b)
-                continue
-            below = path_to(b, goal)
-            if below is not None:
-                return [*lets, *below]
-    return None
 
 
 def _computes(s: Stmt, path: list[Any]) -> Iterator[tuple[Compute, list[Any]]]:

@@ -38,12 +38,22 @@ from tilewright.ir.nodes import (
     cast,
     seq,
 )  # fmt: skip
-from tilewright.ir.rewrite import add, free_vars, mul, rebuild, simplify, substitute, walk
+from tilewright.ir.rewrite import (
+    add,
+    free_vars,
+    mul,
+    path_to,
+    rebuild,
+    simplify,
+    substitute,
+    walk,
+)
 from tilewright.lower.flatten import flat_offset
-from tilewright.lower.reductions import path_to
 
 SHAPE = (16, 8, 16)  # rows, columns and depth of one tile operation
 OPERANDS = ("float16", "bfloat16")
+THREADS = ("thread.x", "thread.y")
+MEMORY = ("global", "part", "shared")
 RESULTS = ("float32", "float16", "bfloat16")
 
 
@@ -192,8 +202,11 @@ class _Product:
 
     @property
     def slots(self) -> tuple[For, ...]:
-        """The spatial loops inside the reduction."""
-        found = tuple(s for s in self.outer if isinstance(s, For) and s.name not in self.reduced)
+        """The spatial loops inside the reduction; each thread has fragments of its own."""
+        found = tuple(
+            s for s in self.outer
+            if isinstance(s, For) and s.name not in self.reduced and s.kind not in THREADS
+        )  # fmt: skip
         for f in found:
             if f.extent is None or not _is_zero(f.begin):
                 out = self.compute.out.buffer.name
@@ -227,7 +240,7 @@ class _Product:
         for e in (value.a, value.b):
             while isinstance(e, Cast):
                 e = e.a
-            if not isinstance(e, Load) or e.buffer.scope not in ("global", "part"):
+            if not isinstance(e, Load) or e.buffer.scope not in MEMORY:
                 raise _not_affine(f"{e} is no element of an array")
             factors.append(e)
         x, y = factors
@@ -253,7 +266,7 @@ class _Product:
 
     def tile(self, x: Load, rows: str, cols: str) -> Tile:
         """The window of memory that `x` runs over as the loops `rows` and `cols` run."""
-        if x.buffer.scope not in ("global", "part"):
+        if x.buffer.scope not in MEMORY:
             raise _not_affine(f"{x.buffer.name} lies in no memory that tiles can be cut from")
         x = replace(x, index=tuple(substitute(i, self.known) for i in x.index))
         names = frozenset(self.names)

@@ -29,6 +29,7 @@ from tilewright.ir.nodes import (
     Seq,
     Stmt,
     Store,
+    Tile,
     Unary,
     Var,
     seq,
@@ -132,6 +133,8 @@ def _rename_buffers(s: Any, buffers: dict[str, Buffer]) -> Any:
             return replace(x, buffer=replace(x.buffer, name=buffers[x.buffer.name].name))
         if isinstance(x, (Mma, MmaZero, MmaStore)) and x.acc.name in buffers:
             return replace(x, acc=buffers[x.acc.name])
+        if isinstance(x, Tile) and x.buffer.name in buffers:
+            return replace(x, buffer=buffers[x.buffer.name])
         return x
 
     return transform(s, visit)
@@ -299,7 +302,12 @@ def _narrow(body: Stmt, wide: dict[str, tuple[int, int]]) -> Stmt:
         if isinstance(x, Alloc) and x.buffer.name in wide:
             return Alloc(buffer(x.buffer))
         if isinstance(x, (Load, Store)) and x.buffer.name in wide and x.buffer.dtype.lanes == 1:
-            at, _ = wide[x.buffer.name]
+            at, lanes = wide[x.buffer.name]
+            if (x.value if isinstance(x, Store) else x).dtype.lanes != lanes:
+                raise ScheduleError(
+                    "S102", f"{x.buffer.name} holds {lanes} lanes in one loop and not in another",
+                    hint="vectorize the loop before cache(), and every loop over it alike",
+                )  # fmt: skip
             return replace(x, buffer=buffer(x.buffer), index=x.index[:at] + x.index[at + 1 :])
         return x
 

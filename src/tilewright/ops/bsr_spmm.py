@@ -1,7 +1,8 @@
 """SpMM with dense blocks: Y = A X for A in BSR, on tile operations of 16 × 8 × 16.
 
 float16 or bfloat16 in, float32 out. A block of A is a tile as it lies in memory, and the rows of X
-that it meets are neighbours. On a GPU the warps of a CTA share a row of blocks, 32 features each.
+that it meets are neighbours. On a GPU the warps of a CTA share a row of blocks, 32 features each,
+and copy a block, and the rows of X that it meets, to shared memory together.
 Reference: SparseTIR (ASPLOS 2023), its block-sparse kernels on tensor cores.
 """
 
@@ -22,7 +23,7 @@ from tilewright.sparse.trace import dense, indices, out, sparse
 
 ROWS, COLS, DEPTH = 16, 8, 16  # one tile operation
 WARP_COLS = 32  # features that a warp keeps in its registers
-WARP_ROWS = 32  # rows of a block likewise; taller blocks are walked more than once
+WARP_ROWS = {"cpp": 32, "cuda": 64}  # of a block likewise; taller ones are walked more than once
 WARPS = 4  # of a CTA, at most
 HALVES = ("float16", "bfloat16")
 
@@ -48,13 +49,15 @@ def recipe(s: Schedule) -> Schedule:
     s = s.split("i_i", ROWS, into=("i_u", "i_v")).split("j_i", DEPTH, into=("j_u", "j_v"))
     s = s.split("k", across, into=("k_o", "k_r")).split("k_r", WARP_COLS, into=("k_y", "k_w"))
     s = s.split("k_w", COLS, into=("k_u", "k_v"))
-    few = block <= WARP_ROWS
-    around = ("j_o", "j_u", "i_u") if few else ("i_u", "j_o", "j_u")
-    s = s.reorder("i_o", "k_o", "k_y", *around, "k_u", "i_v", "k_v", "j_v")
+    few = block <= WARP_ROWS["cuda" if s.target.is_cuda else "cpp"]
+    inside, around = (("i_u",), ()) if few else ((), ("i_u",))
+    s = s.reorder("i_o", "k_o", *around, "j_o", "k_y", "j_u", *inside, "k_u", "i_v", "k_v", "j_v")
     s = (s.unroll("i_u") if few else s).unroll("k_u").mma("i_v", "k_v", "j_v")
-    if s.target.is_cuda:
-        return s.bind("i_o", "cta.x").bind("k_o", "cta.y").bind("k_y", "thread.y")
-    return s.parallel("i_o").parallel("k_o")
+    if not s.target.is_cuda:
+        return s.parallel("i_o").parallel("k_o")
+    s = s.bind("i_o", "cta.x").bind("k_o", "cta.y").bind("k_y", "thread.y")
+    s = s.cache("A", "j_o", "shared")
+    return s.cache("X", "j_o", "shared") if d else s  # where a vector of it lies inside a row
 
 
 @cache

@@ -1,7 +1,7 @@
 """GEMM: C = A B, float16 or bfloat16 in, float32 out, on tile operations of 16 × 8 × 16.
 
-Fragments are loaded straight from memory. On a GPU a warp owns 32 × 32 elements of C, and the warps
-of a CTA stand side by side, so that they share the rows of A in the cache.
+On a GPU a warp owns 32 × 32 elements of C, and four warps a square of 64 × 64, for which they copy
+tiles of A and B to shared memory together. On a CPU fragments are loaded straight from memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from tilewright.sparse.trace import dense, indices, out
 
 ROWS, COLS, DEPTH = 16, 8, 16  # one tile operation
 WARP_ROWS, WARP_COLS = 32, 32  # elements of C that a warp keeps in its registers
-WARPS = 4  # of a CTA
+WARPS = 2  # of a CTA, down and across
+STEP = 64  # of the sum, between two meetings of a CTA
+LOAD = 8  # elements that a thread copies at once: 16 bytes
 HALVES = ("float16", "bfloat16")
 
 
@@ -32,21 +34,49 @@ def gemm_program(A=dense("m k"), B=dense("k n")):
 
 def recipe(s: Schedule) -> Schedule:
     """The schedule of GEMM for the target it is built for."""
-    s = s.split("i", WARP_ROWS, into=("i_o", "i_r")).split("i_r", ROWS, into=("i_u", "i_v"))
-    across = WARP_COLS * WARPS if s.target.is_cuda else WARP_COLS
-    s = s.split("j", across, into=("j_o", "j_r")).split("j_r", WARP_COLS, into=("j_y", "j_w"))
-    s = s.split("j_w", COLS, into=("j_u", "j_v")).split("k", DEPTH, into=("k_o", "k_v"))
-    s = s.reorder("i_o", "j_o", "j_y", "k_o", "i_u", "j_u", "i_v", "j_v", "k_v")
-    s = s.unroll("i_u").unroll("j_u").mma("i_v", "j_v", "k_v")
-    if s.target.is_cuda:
-        return s.bind("i_o", "cta.x").bind("j_o", "cta.y").bind("j_y", "thread.y")
-    return s.parallel("i_o").parallel("j_o")
+    return gpu_recipe(s) if s.target.is_cuda else cpu_recipe(s)
+
+
+def cpu_recipe(s: Schedule) -> Schedule:
+    """C in squares that stay in registers."""
+    s = s.split("i", WARP_ROWS, into=("i_o", "i_w")).split("j", WARP_COLS, into=("j_o", "j_w"))
+    s = _tiles(s.split("k", DEPTH, into=("k_o", "k_v")))
+    s = s.reorder("i_o", "j_o", "k_o", "i_u", "j_u", "i_v", "j_v", "k_v")
+    return s.mma("i_v", "j_v", "k_v").parallel("i_o").parallel("j_o")
+
+
+def gpu_recipe(s: Schedule) -> Schedule:
+    """A square of C for each CTA, one for each of its warps; operands by way of shared memory."""
+    s = s.split("i", WARP_ROWS * WARPS, into=("i_o", "i_r")).split(
+        "i_r", WARP_ROWS, into=("i_y", "i_w")
+    )
+    s = s.split("j", WARP_COLS * WARPS, into=("j_o", "j_r")).split(
+        "j_r", WARP_COLS, into=("j_y", "j_w")
+    )
+    s = _tiles(s.split("k", STEP, into=("k_o", "k_r")).split("k_r", DEPTH, into=("k_u", "k_v")))
+    s = s.reorder("i_o", "j_o", "k_o", "i_y", "j_y", "k_u", "i_u", "j_u", "i_v", "j_v", "k_v")
+    s = s.unroll("k_u").mma("i_v", "j_v", "k_v").fuse("i_y", "j_y", into="warp")
+    s = s.bind("i_o", "cta.x").bind("j_o", "cta.y").bind("warp", "thread.y")
+    return s.cache("A", "k_o", "shared").cache("B", "k_o", "shared")
+
+
+def _tiles(s: Schedule) -> Schedule:
+    """The square of a warp in tile operations."""
+    s = s.split("i_w", ROWS, into=("i_u", "i_v")).split("j_w", COLS, into=("j_u", "j_v"))
+    return s.unroll("i_u").unroll("j_u")
 
 
 @cache
-def gemm_kernel(dtype: str, target: str = "cpp") -> Kernel:
-    """The built kernel for operands of a dtype. `kernel(A, B, out=None)`: any sizes."""
-    return gemm_program.typed(A=dtype, B=dtype).schedule(recipe).build(target)
+def gemm_kernel(dtype: str, n: int = 0, k: int = 0, target: str = "cpp") -> Kernel:
+    """The built kernel for operands of a dtype. `kernel(A, B, out=None)`: any m; `n` and `k` as
+    given, or any where they are 0."""
+    made = gemm_program.typed(A=dtype, B=dtype)
+    return made.schedule(lambda s: recipe(_fixed(s, n, k))).build(target)
+
+
+def _fixed(s: Schedule, n: int, k: int) -> Schedule:
+    s = s.specialize("n", n) if n else s
+    return s.specialize("k", k) if k else s
 
 
 def gemm(A: Any, B: Any, out: Any = None, *, dtype: Any = None) -> Any:
@@ -61,4 +91,8 @@ def gemm(A: Any, B: Any, out: Any = None, *, dtype: Any = None) -> Any:
             "A102", f"A is {kind}, GEMM multiplies {' or '.join(HALVES)}", where="argument A",
             hint='for bfloat16 held in uint16 pass dtype="bfloat16"',
         )  # fmt: skip
-    return gemm_kernel(kind, "cuda" if a.device.startswith("cuda") else "cpp")(A, B, out=out)
+    if not a.device.startswith("cuda"):
+        return gemm_kernel(kind)(A, B, out=out)
+    k, n = (int(x) for x in view(B).shape) if len(view(B).shape) == 2 else (0, 0)
+    known = (n, k) if n % LOAD == 0 and k % LOAD == 0 else (0, 0)
+    return gemm_kernel(kind, *known, "cuda")(A, B, out=out)

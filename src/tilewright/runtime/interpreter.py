@@ -220,7 +220,7 @@ def _is_flat(program: Program) -> bool:
             return False
         if isinstance(x, Var) and "_stride" in x.name:
             return True
-        if isinstance(x, (Load, Store)) and x.buffer.scope == "global":
+        if isinstance(x, (Load, Store)) and x.buffer.scope in ("global", "shared"):
             dims = len(x.buffer.shape)
             if len(x.index) != dims:
                 return True
@@ -236,7 +236,8 @@ class _Nest:
     """One nest under one part: statements and expressions as closures over an environment."""
 
     def __init__(self, nest: Nest, memory: dict[str, _Array], flat: bool, level: str) -> None:
-        self.memory, self.flat, self.positions = memory, flat, level == "positions"
+        self.memory, self.flat, self.positions = dict(memory), flat, level == "positions"
+        self.scratch: set[str] = set()  # registers that a statement allocates
         self.registers: dict[str, Any] = {}  # values; at the position level one for each temporary
         self.sums: dict[tuple[str, int], Any] = {}  # position level: accumulators of memory
         self.kinds: dict[str, tuple[DType, DType]] = {}
@@ -335,7 +336,13 @@ class _Nest:
 
     def _alloc(self, s: Alloc) -> Run:
         b = s.buffer
-        total = prod(_integer(e) for e in b.shape)
+        self.scratch.add(b.name)
+        extents = tuple(_integer(e) for e in b.shape)
+        if b.scope == "shared":
+            empty = poisoned(extents, b.dtype)
+            array = self.memory[b.name] = _Array.of(b.name, empty.copy())
+            return lambda env: np.copyto(array.flat, empty.ravel())
+        total = prod(extents)
         lanes = (b.dtype.lanes,) if b.dtype.lanes > 1 else ()
 
         def run(env: Env) -> None:
@@ -436,7 +443,8 @@ class _Nest:
         """The offset of an access: an integer, or an array with one for each lane."""
         made = [self.expr(i) for i in index]
         if b.scope == "register":
-            extents = [] if self.positions else [_integer(e) for e in b.shape]
+            known = not self.positions or b.name in self.scratch
+            extents = [_integer(e) for e in b.shape] if known else []
             return lambda env: _row_major(b.name, [i(env) for i in made], extents)
         array = self.memory[b.name]
         if b.scope == "part" or self.flat or array.strides == (1,):
@@ -468,7 +476,7 @@ class _Nest:
         b, name = e.buffer, e.buffer.name
         integer = e.dtype.lanes == 1 and e.dtype.name in ("int32", "int64")
         if b.scope == "register":
-            if self.positions:
+            if self.positions and name not in self.scratch:
                 return lambda env: self.registers[name]
             place, step = self.place(b, e.index), 1
             if e.dtype.lanes == b.dtype.lanes:

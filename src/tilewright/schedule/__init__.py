@@ -16,11 +16,12 @@ from typing import Any
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import For, LoopKind, Nest, Program, Stmt
 from tilewright.ir.rewrite import statements
-from tilewright.schedule import coords, loops
+from tilewright.schedule import coords, loops, staging
 from tilewright.schedule.tree import loop_names
 from tilewright.target import Target
 
 Nests = tuple[int, ...] | None
+OPERAND_FIRST = (loops.prefetch, staging.cache)  # verbs whose loop is their second argument
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,16 @@ class Schedule:
     def prefetch(self, buffer: str, loop: str, ahead: int) -> Schedule:
         return self._loops(loops.prefetch, buffer, loop, ahead)
 
+    # -- verbs that give values a second home ----------------------------------------------------
+
+    def cache(self, buffer: str, loop: str, scope: staging.CacheScope = "register") -> Schedule:
+        return self._loops(staging.cache, buffer, loop, scope)
+
+    def privatize(self, output: str, loop: str, copies: int) -> Schedule:
+        args = output, loop, copies
+        program = staging.privatize(self.lowered.program, *args)
+        return self._recorded(program, Step("privatize", args))
+
     # -- how a verb is done ----------------------------------------------------------------------
 
     def _coords(self, verb: Callable[..., Program], *args: Any) -> Schedule:
@@ -187,9 +198,12 @@ class Schedule:
                 number += 1
             stages.append(tuple(nests))
         if not done:
+            missing = f"nothing here is called {args[0]!r}"
+            if verb in OPERAND_FIRST:
+                missing = f"no loop {args[1]!r} reads {args[0]!r}"
             raise ScheduleError(
                 "S101",
-                f"{verb.__name__}: nothing here is called {args[0]!r}",
+                f"{verb.__name__}: {missing}",
                 hint=f"loops: {', '.join(self.loops)}",
             )
         given = tuple((k, v) for k, v in options.items() if v)
@@ -213,9 +227,5 @@ def replay(schedule: Schedule, steps: tuple[Step, ...]) -> Schedule:
     """The recorded steps done again, on another program of the same loops."""
     for step in steps:
         schedule = replace(schedule, selected=step.nests)
-        verb = getattr(loops, step.verb, None)
-        if verb is not None:
-            schedule = schedule._loops(verb, *step.args, **dict(step.options))
-        else:
-            schedule = schedule._coords(getattr(coords, step.verb), *step.args)
+        schedule = getattr(schedule, step.verb)(*step.args, **dict(step.options))
     return schedule

@@ -84,10 +84,11 @@ template <> struct word_of<4> { using type = unsigned int; };
 template <> struct word_of<8> { using type = uint2; };
 template <> struct word_of<16> { using type = uint4; };
 
-template <class T, int N>
+// `Apart`: p may be no multiple of the vector's size, and its elements are accessed one by one.
+template <class T, int N, bool Apart = false>
 TW_INLINE vec<T, N> load(const T* p) {
 #ifndef TW_UNALIGNED
-  if constexpr (sizeof(T) * N <= 16) {
+  if constexpr (!Apart && sizeof(T) * N <= 16) {
     using Word = typename word_of<sizeof(T) * N>::type;
     Word w = *reinterpret_cast<const Word*>(p);
     return reinterpret_cast<vec<T, N>&>(w);
@@ -100,10 +101,10 @@ TW_INLINE vec<T, N> load(const T* p) {
 // The same for memory that no thread writes during the launch: through the read-only path.
 template <class T>
 TW_INLINE T load_const(const T* p) { return __ldg(p); }
-template <class T, int N>
+template <class T, int N, bool Apart = false>
 TW_INLINE vec<T, N> load_const(const T* p) {
 #ifndef TW_UNALIGNED
-  if constexpr (sizeof(T) * N <= 16) {
+  if constexpr (!Apart && sizeof(T) * N <= 16) {
     using Word = typename word_of<sizeof(T) * N>::type;
     Word w = __ldg(reinterpret_cast<const Word*>(p));
     return reinterpret_cast<vec<T, N>&>(w);
@@ -115,18 +116,18 @@ TW_INLINE vec<T, N> load_const(const T* p) {
 }
 TW_INLINE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // Zero where the condition fails: the load is predicated, and nothing is read then.
-template <class T, int N>
+template <class T, int N, bool Apart = false>
 TW_INLINE vec<T, N> load_const_if(bool c, const T* p) {
   vec<T, N> r = {};
   if (c) {
-    if constexpr (N == 1) r.v[0] = __ldg(p); else r = load_const<T, N>(p);
+    if constexpr (N == 1) r.v[0] = __ldg(p); else r = load_const<T, N, Apart>(p);
   }
   return r;
 }
-template <class T, int N>
+template <class T, int N, bool Apart = false>
 TW_INLINE void store(T* p, vec<T, N> x) {
 #ifndef TW_UNALIGNED
-  if constexpr (sizeof(T) * N <= 16) {
+  if constexpr (!Apart && sizeof(T) * N <= 16) {
     using Word = typename word_of<sizeof(T) * N>::type;
     *reinterpret_cast<Word*>(p) = reinterpret_cast<Word&>(x);
     return;

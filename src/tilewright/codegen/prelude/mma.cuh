@@ -23,6 +23,20 @@ template <class T, class R, class C>
 TW_INLINE window<T> tile(T* p, int64_t down, int64_t right, R rows, C cols) {
   return {p, down, right, tile_limit(rows), tile_limit(cols)};
 }
+// Windows of shared memory, all of whose 16 rows and columns are there: scratch holds 0 beyond limits.
+// In `shared_rows` eight neighbours of a row are aligned and lie side by side, in `shared_cols` eight
+// neighbours of a column.
+template <class T> struct shared_rows { const T* p; int64_t down; };
+template <class T> struct shared_cols { const T* p; int64_t right; };
+template <class T> struct shared_window { const T* p; int64_t down, right; };
+
+template <class T>
+TW_INLINE shared_rows<T> shared_rows_at(const T* p, int64_t down) { return {p, down}; }
+template <class T>
+TW_INLINE shared_cols<T> shared_cols_at(const T* p, int64_t right) { return {p, right}; }
+template <class T>
+TW_INLINE shared_window<T> shared_tile(const T* p, int64_t down, int64_t right) { return {p, down, right}; }
+
 template <class T>
 TW_INLINE window<T> transposed(window<T> w) { return {w.p, w.right, w.down, w.cols, w.rows}; }
 
@@ -84,6 +98,61 @@ TW_INLINE void load_fragment(fragment_b& f, window<T> w, int lane) {
   for (int i = 0; i < 2; ++i) f.v[i] = load_pair(columns, g, t + i * 8, pairs);
 }
 
+TW_INLINE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+TW_INLINE void load_matrices(uint32_t (&v)[4], const void* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(shared_address(p)) : "memory");
+}
+TW_INLINE void load_matrices_transposed(uint32_t (&v)[4], const void* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(shared_address(p)) : "memory");
+}
+TW_INLINE void load_matrices(uint32_t (&v)[2], const void* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(v[0]), "=r"(v[1]) : "r"(shared_address(p)) : "memory");
+}
+TW_INLINE void load_matrices_transposed(uint32_t (&v)[2], const void* p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(v[0]), "=r"(v[1]) : "r"(shared_address(p)) : "memory");
+}
+
+// Each lane gives the place of one row (column) of eight: of the upper and lower half, then of the
+// right half.
+template <class T>
+TW_INLINE void load_fragment(fragment_a& f, shared_rows<T> w, int lane) {
+  load_matrices(f.v, w.p + (lane & 15) * w.down + (lane >> 4) * 8);
+}
+template <class T>
+TW_INLINE void load_fragment(fragment_a& f, shared_cols<T> w, int lane) {
+  load_matrices_transposed(f.v, w.p + ((lane & 7) + (lane >> 4) * 8) * w.right + (lane >> 3 & 1) * 8);
+}
+template <class T>
+TW_INLINE void load_fragment(fragment_b& f, shared_rows<T> w, int lane) {
+  load_matrices_transposed(f.v, w.p + (lane & 15) * w.down);
+}
+template <class T>
+TW_INLINE void load_fragment(fragment_b& f, shared_cols<T> w, int lane) {
+  load_matrices(f.v, w.p + (lane & 7) * w.right + (lane >> 3 & 1) * 8);
+}
+
+template <class T>
+TW_INLINE uint32_t shared_pair(const T* p, int64_t right) {
+  return static_cast<uint32_t>(p[0]) | static_cast<uint32_t>(p[right]) << 16;
+}
+template <class T>
+TW_INLINE void load_fragment(fragment_a& f, shared_window<T> w, int lane) {
+  const int g = lane >> 2, t = (lane & 3) * 2;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    f.v[i] = shared_pair(w.p + (g + (i & 1) * 8) * w.down + (t + (i >> 1) * 8) * w.right, w.right);
+}
+template <class T>
+TW_INLINE void load_fragment(fragment_b& f, shared_window<T> w, int lane) {
+  const int g = lane >> 2, t = (lane & 3) * 2;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) f.v[i] = shared_pair(w.p + (t + i * 8) * w.down + g * w.right, w.down);
+}
+
 // -- the operation -------------------------------------------------------------------------------
 
 TW_INLINE void mma_zero(fragment& acc) {
@@ -96,14 +165,6 @@ TW_INLINE void mma_zero(fragment& acc) {
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
         : "+f"(acc.v[0]), "+f"(acc.v[1]), "+f"(acc.v[2]), "+f"(acc.v[3])                         \
         : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]));         \
-  }                                                                                              \
-  template <class A, class B>                                                                    \
-  TW_INLINE void name(fragment& acc, window<A> a, window<B> b, int lane) {                       \
-    fragment_a x;                                                                                \
-    fragment_b y;                                                                                \
-    load_fragment(x, a, lane);                                                                   \
-    load_fragment(y, b, lane);                                                                   \
-    name(acc, x, y);                                                                             \
   }
 TW_MMA(mma_float16, "f16")
 TW_MMA(mma_bfloat16, "bf16")

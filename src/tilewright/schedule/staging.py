@@ -1,0 +1,540 @@
+"""Verbs that give values a second home: operands gathered to scratch memory near the threads, and
+outputs with a copy for each group of units. They come after the verbs that move loops.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import Any, Literal
+
+from tilewright import dtypes
+from tilewright.errors import ScheduleError
+from tilewright.ir.nodes import (
+    Alloc,
+    Binary,
+    Buffer,
+    Compute,
+    Const,
+    Expr,
+    For,
+    If,
+    Let,
+    Load,
+    Nest,
+    Program,
+    Search,
+    Select,
+    Seq,
+    Stmt,
+    Store,
+    Sync,
+    Tensor,
+    Var,
+    binary,
+    cast,
+    seq,
+    size_var,
+)  # fmt: skip
+from tilewright.ir.rewrite import (
+    add,
+    ceil_div,
+    free_vars,
+    mul,
+    path_to,
+    rebuild,
+    simplify,
+    statements,
+    substitute,
+    transform,
+    walk,
+)
+from tilewright.schedule.tree import computes, matches, rewrite_loops
+
+CacheScope = Literal["register", "shared"]
+GRID = ("parallel", "cta.x", "cta.y")
+THREADS = ("thread.x", "thread.y")
+SHARED_BYTES = 96 << 10  # of one scratch array: what every GPU since sm_80 has for a CTA
+REGISTERS = 256  # elements of one scratch array in registers
+WIDE = 16  # bytes of the widest load
+APART = 32  # rows of shared memory that are multiples of it lie in the same banks
+
+
+# ---------------------------------------------------------------------------- operands
+
+
+def cache(body: Stmt, buffer: str, loop: str, scope: CacheScope = "register") -> tuple[Stmt, int]:
+    """What one iteration of `loop` reads of an operand is copied to scratch memory first; a gather
+    becomes a dense tile.
+
+    before: for j_o in 0:n/8                after:  for j_o in 0:n/8
+              for j_i in 0:8                          alloc X_shared: shared [8, 32]
+                let j = idx[j_o*8 + j_i]              for j_i, k in 0:8, 0:32  # threads
+                for k in 0:32                           X_shared[j_i, k] = X[idx[…], k]
+                  Y[i, k] = sum(… X[j, k] …)          sync
+                                                      for j_i in 0:8
+                                                        for k in 0:32
+                                                          Y[i, k] = sum(… X_shared[j_i, k] …)
+                                                      sync
+
+    Scratch has a dimension for each loop inside `loop` that the access depends on; their extents
+    are constants. `scope`: `"register"`, or `"shared"` by the threads of a CTA, which copy together
+    (on a CPU an array of the body). Where a guard would keep an element from being read, scratch
+    holds 0. `buffer`: a dense operand, or a sparse one for its values.
+    """
+    if scope not in ("register", "shared"):
+        raise ScheduleError("S102", f"scope={scope!r}", hint="register or shared")
+    reads = (x for c in computes(body) for x in walk(c.value) if _is_memory(x))
+    if not any(_is_of(x.buffer.name, buffer) for x in reads):
+        return body, 0
+    return rewrite_loops(body, loop, lambda f: _Staging(f, buffer, scope).result())
+
+
+def _is_memory(x: Any) -> bool:
+    return isinstance(x, Load) and x.buffer.scope in ("global", "part")
+
+
+def _is_of(name: str, operand: str) -> bool:
+    return name in (operand, f"{operand}.values")
+
+
+class _Staging:
+    """`cache` at one loop: the accesses, the scratch they share, its copy."""
+
+    def __init__(self, at: For, operand: str, scope: CacheScope) -> None:
+        self.at, self.operand = at, operand
+        self.scope: CacheScope = scope
+        self.path: list[Any] = []
+        self.found: Load | None = None
+        self.groups: list[list[For]] = []  # the loops of each dimension of scratch
+        for c in computes(at.body):
+            for x in walk(c.value):
+                if _is_memory(x) and _is_of(x.buffer.name, operand):
+                    self._take(x, c)
+        if self.found is None:
+            raise self.refuse(f"loop {at.name} reads no {operand}", "name the loop around the read")
+        if any(c.out.buffer.name == self.found.buffer.name for c in computes(at.body)):
+            raise self.refuse("it is written in the same loop", "only operands are cached")
+        self.inner = {s.name: s for s in self.path if isinstance(s, For)}
+        self.lets = {s.var.name: s.value for s in self.path if isinstance(s, Let)}
+        self._part_fused()
+
+    def refuse(self, why: str, hint: str) -> ScheduleError:
+        return ScheduleError("S102", f"{self.operand} cannot be cached: {why}", hint=hint)
+
+    def _take(self, x: Load, c: Compute) -> None:
+        path = path_to(self.at.body, c)
+        assert path is not None
+        if self.found is None:
+            self.found, self.path = x, path
+        elif x != self.found or [s for s in path if not isinstance(s, If)] != [
+            s for s in self.path if not isinstance(s, If)
+        ]:
+            raise self.refuse(
+                f"loop {self.at.name} reads it in more than one way", "choose a loop further in"
+            )
+
+    def _part_fused(self) -> None:
+        """Two loops that were fused count as two: an access may depend on one of them alone."""
+        assert self.found is not None
+        parts: dict[str, tuple[For, For]] = {}
+        for name, value in self.lets.items():
+            part = _part_of(value, self.inner)
+            if part is not None:
+                parts[name] = part[0], replace(part[0], var=Var(name, value.dtype), end=part[1])
+        rest = {name: value for name, value in self.lets.items() if name not in parts}
+        guards = [s.cond for s in self.path if isinstance(s, If)]
+        used = {n for e in (*rest.values(), *guards, *self.found.index) for n in free_vars(e)}
+        kept = {name: f for name, (whole, f) in parts.items() if whole.name not in used}
+        every = self.inner | kept
+        order = (s.var.name for s in self.path if isinstance(s, (For, Let)))
+        self.inner = {name: every[name] for name in order if name in every}  # as they stand
+        self.lets = {name: value for name, value in self.lets.items() if name not in kept}
+
+    def reads(self, e: Any) -> set[str]:
+        """Names that an expression depends on, through the lets that it names."""
+        found: set[str] = set()
+        waiting = list(free_vars(e))
+        while waiting:
+            name = waiting.pop()
+            if name not in found:
+                found.add(name)
+                waiting += free_vars(self.lets[name]) if name in self.lets else ()
+        return found
+
+    def result(self) -> For:
+        assert self.found is not None
+        loops = self._dimensions()
+        scratch = self._scratch()
+        source, inside = self.found, Load(scratch, self._index(), self.found.dtype)
+
+        def visit(x: Any) -> Any:
+            return inside if x == source else x
+
+        def reads(s: Any) -> Any:
+            if isinstance(s, Compute):
+                return replace(s, value=transform(s.value, visit))
+            return rebuild(s, reads) if isinstance(s, (Seq, For, If)) else s
+
+        fill, body = seq(Alloc(scratch), self._fill(scratch, loops)), reads(self.at.body)
+        lines = list(body.body) if isinstance(body, Seq) else [body]
+        filled = _filled(lines)
+        if self.scope == "register":
+            lines.insert(filled, fill)
+        elif not isinstance(lines[-1], Sync):
+            lines = [*lines[:filled], fill, Sync(), *lines[filled:], Sync()]
+        elif any(isinstance(x, Load) and x.buffer.scope == "shared" for x in walk(fill)):
+            lines[filled:filled] = [fill, Sync()]
+        else:  # one meeting for all copies
+            lines.insert(next(n for n, s in enumerate(lines) if isinstance(s, Sync)), fill)
+        return replace(self.at, body=seq(*lines))
+
+    # -- what scratch is indexed by --------------------------------------------------------------
+
+    def _dimensions(self) -> list[For]:
+        """The loops inside that the access depends on, in the order of its indices."""
+        assert self.found is not None
+        if any(s.kind in GRID for s in self.inner.values()):
+            raise self.refuse(
+                f"units of the launch stand inside loop {self.at.name}", "choose a loop further in"
+            )
+        found: dict[str, For] = {}
+        for index in self.found.index:
+            needed = self.reads(index)
+            mine = [f for name, f in self.inner.items() if name in needed and name not in found]
+            self.groups.append(mine)
+            found |= {f.name: f for f in mine}
+        if self.scope == "register" or len(self.groups) == 1:  # no rows: each loop for itself
+            self.groups = [[f] for f in found.values()]
+        self.groups = [g for g in self.groups if g]
+        for f in found.values():
+            if f.extent is None or not isinstance(f.begin, Const) or f.begin.value != 0:
+                raise self.refuse(
+                    f"loop {f.name} inside {self.at.name} has a run-time extent",
+                    "split it: scratch has a constant size",
+                )
+            if f.kind in THREADS and self.scope == "register":
+                raise self.refuse(
+                    f"loop {f.name} inside {self.at.name} is bound to threads, and a register "
+                    "belongs to one", 'scope="shared", or a loop inside of it',
+                )  # fmt: skip
+        return list(found.values())
+
+    def _index(self) -> tuple[Expr, ...]:
+        """Where scratch is read: the loops of a group count as one number."""
+        made: list[Expr] = []
+        for group in self.groups:
+            at: Expr = group[0].var
+            for f in group[1:]:
+                at = add(mul(at, f.extent or 1), f.var)
+            made.append(at)
+        return tuple(made)
+
+    def _scratch(self) -> Buffer:
+        assert self.found is not None
+        name, dtype = f"{self.operand}_{self.scope}", self.found.dtype
+        extents = [prod(f.extent or 0 for f in g) for g in self.groups]
+        if (
+            self.scope == "shared"
+            and len(extents) > 1
+            and extents[-1] * dtype.itemsize % APART == 0
+        ):
+            extents[-1] += WIDE // dtype.itemsize
+        total = prod(extents)
+        if self.scope == "register" and total > REGISTERS:
+            raise self.refuse(f"{total} registers", f"at most {REGISTERS}: a smaller tile")
+        if self.scope == "shared" and total * dtype.itemsize > SHARED_BYTES:
+            raise self.refuse(
+                f"{total * dtype.itemsize} bytes of shared memory",
+                f"at most {SHARED_BYTES}: a smaller tile",
+            )
+        shape = tuple(Const(n, size_var("x").dtype) for n in extents)
+        return Buffer(name, dtype, shape, self.scope)
+
+    # -- the copy --------------------------------------------------------------------------------
+
+    def _fill(self, scratch: Buffer, loops: list[For]) -> Stmt:
+        """Loops over scratch, with the lets that the access needs and its guards as a select."""
+        fresh = {f.name: Var(f"{f.name}_{scratch.name}", f.var.dtype) for f in loops}
+        if self.scope == "shared":
+            return self._fill_together(scratch, loops, fresh)
+        body, _ = self._element(scratch, fresh, tuple(fresh.values()))
+        for f in reversed(loops):
+            kind = "vector" if f.kind == "vector" else "unroll"
+            body = For(fresh[f.name], f.begin, f.end, body, kind)
+        return body
+
+    def _fill_together(self, scratch: Buffer, loops: list[For], fresh: dict[str, Var]) -> Stmt:
+        """All threads of the CTA copy scratch: row after row, neighbours by neighbours."""
+        dtype = loops[0].var.dtype if loops else size_var("x").dtype
+        at = Var(f"{scratch.name}_at", dtype)
+        numbers = tuple(Var(f"{scratch.name}_{n}", dtype) for n in range(len(self.groups)))
+        element, guarded = self._element(scratch, fresh, numbers)
+        lanes = 1 if guarded else self._lanes(loops)
+        lane, rest = Var(f"{scratch.name}_lane", dtype), at
+        outside: list[Stmt] = []
+        inside: list[Stmt] = []
+        for n, group in reversed(list(enumerate(self.groups))):
+            by = lanes if n == len(self.groups) - 1 else 1
+            number, rest = _digit(rest, prod(f.extent or 1 for f in group) // by, n == 0)
+            if by > 1:  # the last number is a multiple of a vector, and the lane
+                block = Var(f"{numbers[n].name}_block", dtype)
+                outside.append(Let(block, number))
+                inside.append(Let(numbers[n], add(mul(block, by), lane)))
+                number = block
+            else:
+                outside.append(Let(numbers[n], number))
+                number = numbers[n]
+            for f in reversed(group):
+                wide = by if f is loops[-1] else 1
+                digit, number = _digit(number, (f.extent or 1) // wide, f is group[0])
+                value = add(mul(digit, wide), lane) if wide > 1 else digit
+                (inside if wide > 1 else outside).append(Let(fresh[f.name], value))
+        body: Stmt = seq(*inside, element)
+        if lanes > 1:
+            body = For(lane, _zero(), _zero(lanes), body, "vector")
+        total = prod(f.extent or 0 for f in loops) // lanes
+        return For(at, _zero(), _zero(total), seq(*outside, body), "threads")
+
+    def _lanes(self, loops: list[For]) -> int:
+        """Elements that one thread copies at once: neighbours of a row, where they are."""
+        assert self.found is not None
+        if not loops:
+            return 1
+        last = loops[-1].name
+        if any(last in self.reads(i) for i in self.found.index[:-1]):
+            return 1
+        lanes = WIDE // self.found.dtype.itemsize
+        return lanes if (loops[-1].extent or 0) % lanes == 0 else 1
+
+    def _element(
+        self, scratch: Buffer, fresh: dict[str, Var], place: tuple[Expr, ...]
+    ) -> tuple[Stmt, bool]:
+        """Scratch element = operand element, and whether a guard depends on the last loop."""
+        assert self.found is not None
+        guards = self._guards(set(fresh))
+        needed = {n for e in (*self.found.index, *guards) for n in self.reads(e)}
+        names: dict[str, Expr] = dict(fresh)
+        out: list[Stmt] = []
+        held: Expr | None = None
+        for s in self.path:
+            if isinstance(s, Let) and s.var.name in needed - fresh.keys():
+                var = Var(f"{s.var.name}_{scratch.name}", s.var.dtype)
+                value = substitute(s.value, names)
+                out.append(Let(var, _where(held, value) if _loads(value) else value))
+                names[s.var.name] = var
+            for cond in _parts(s.cond) if isinstance(s, If) else ():
+                if cond in guards:
+                    cond = substitute(cond, names)
+                    held = cond if held is None else binary("&", held, cond)
+        x = self.found
+        at = tuple(substitute(i, names) for i in x.index)
+        store = Store(scratch, place, _where(held, Load(x.buffer, at, x.dtype)))
+        last = next(reversed(fresh), "")
+        uses_last = any(last in self.reads(g) for g in guards)
+        return seq(*out, store), uses_last
+
+    def _guards(self, own: set[str]) -> list[Expr]:
+        """The conditions that keep elements of the operand from being read; others keep other loops
+        from other elements."""
+        found: list[Expr] = []
+        for s in self.path:
+            for cond in _parts(s.cond) if isinstance(s, If) else ():
+                reads = self.reads(cond) & self.inner.keys()
+                if reads and not reads & own:
+                    continue
+                if reads - own:
+                    raise self.refuse(
+                        f"the guard {cond} reads loops that the access does not",
+                        "split with tail='cut', or specialize the dimension",
+                    )
+                found.append(cond)
+        return found
+
+
+def _part_of(e: Expr, loops: dict[str, For]) -> tuple[For, Expr] | None:
+    """The fused loop that a number is a part of, and the extent of the part."""
+    if not (isinstance(e, Binary) and isinstance(e.a, Var) and isinstance(e.b, Const)):
+        return None
+    f = loops.get(e.a.name)
+    if f is None or f.extent is None or e.op not in ("//", "%"):
+        return None
+    return f, e.b if e.op == "%" else Const(-(-f.extent // int(e.b.value)), e.dtype)
+
+
+def _filled(lines: list[Stmt]) -> int:
+    """Where the copies that a loop already makes end: later ones may read them."""
+    end = 0
+    for n, s in enumerate(lines):
+        if computes(s):
+            break
+        if any(isinstance(x, (Store, Sync)) for x in statements(s)):
+            end = n + 1
+    return end
+
+
+def _digit(number: Expr, extent: int, first: bool) -> tuple[Expr, Expr]:
+    """The last digit of a number in mixed radix, and the number without it."""
+    if first:
+        return number, number
+    return binary("%", number, extent), binary("//", number, extent)
+
+
+def _zero(n: int = 0) -> Const:
+    return Const(n, size_var("x").dtype)
+
+
+def _parts(cond: Expr) -> list[Expr]:
+    if isinstance(cond, Binary) and cond.op == "&":
+        return [*_parts(cond.a), *_parts(cond.b)]
+    return [cond]
+
+
+def _loads(e: Expr) -> bool:
+    return any(isinstance(x, (Load, Search)) for x in walk(e))
+
+
+def _where(cond: Expr | None, value: Expr) -> Expr:
+    if cond is None:
+        return value
+    return Select(cond, value, cast(Const(0, size_var("x").dtype), value.dtype), value.dtype)
+
+
+# ---------------------------------------------------------------------------- outputs
+
+
+def privatize(program: Program, output: str, loop: str, copies: int) -> Program:
+    """An output that is updated in place gets a copy for each of `copies` groups of iterations of
+    an outermost loop; the groups are units, and a last stage adds the copies in their order: units
+    may share rows, and the sums are the same each time.
+
+    before: Y[i, k] = 0                            after:  Y.copies[c, i, k] = 0
+            for p in 0:nnz                                 for c in 0:8  # parallel
+              let i = row[p]                                 for p in c*n : min(nnz, (c + 1)*n)
+              Y[i, k] = sum(…) in place                        Y.copies[c, i, k] = sum(…) in place
+                                                           Y[i, k] = Y.copies[0, i, k] + …
+    """
+    if copies < 2 or copies > 64:
+        raise ScheduleError("S102", f"{copies} copies of {output}", hint="2 to 64")
+    tensor = next((t for t in program.tensors if t.name == output and t.role == "output"), None)
+    if tensor is None:
+        known = ", ".join(t.name for t in program.outputs)
+        raise ScheduleError("S101", f"no output {output!r}", hint=f"outputs: {known}")
+    mine = [
+        c for stage in program.stages for n in stage for c in computes(n.body)
+        if c.out.buffer.name == output
+    ]  # fmt: skip
+    if not any(c.in_place for c in mine):
+        raise ScheduleError(
+            "S102", f"{output} is not updated in place: its units share no rows",
+            hint="parallel() or bind() its loops",
+        )  # fmt: skip
+    return _Copies(tensor, mine[0].out.buffer, loop, copies).applied(program)
+
+
+class _Copies:
+    """`privatize` of one output."""
+
+    def __init__(self, tensor: Tensor, buffer: Buffer, loop: str, copies: int) -> None:
+        self.output, self.whole, self.loop, self.copies = tensor, buffer, loop, copies
+        name = f"{tensor.name}.copies"
+        self.tensor = replace(
+            tensor, name=name, dims=(copies, *tensor.dims), role="temp", kind="state",
+            dtype=tensor.dtype.accumulator,
+        )  # fmt: skip
+        index = buffer.shape[0].dtype if buffer.shape else size_var("x").dtype
+        strides = (
+            *(Var(f"{name}_stride{d}", dtypes.int64) for d in range(len(tensor.dims))),
+            _one64(),
+        )
+        self.buffer = Buffer(
+            name, self.tensor.dtype, (Const(copies, index), *buffer.shape), "global", strides,
+            "state",
+        )  # fmt: skip
+        self.copy = Var("copy", index)
+
+    def applied(self, program: Program) -> Program:
+        stages: list[tuple[Nest, ...]] = []
+        op = ""
+        for stage in program.stages:
+            if not any(
+                c.out.buffer.name == self.output.name for n in stage for c in computes(n.body)
+            ):
+                stages.append(stage)
+                continue
+            updates = [c for n in stage for c in computes(n.body) if c.in_place]
+            if not updates:
+                stages.append(tuple(self._start(n) for n in stage))
+                continue
+            if len(stage) != 1 or stage[0].part >= 0:
+                raise ScheduleError(
+                    "S102", f"{len(stage)} parts of a composed format update {self.output.name}",
+                    hint="atomic(), or a format that keeps rows whole",
+                )  # fmt: skip
+            op = updates[0].op
+            stages += [(self._update(stage[0]),), (self._join(op),)]
+        return replace(
+            program,
+            tensors=(*program.tensors, self.tensor),
+            buffers=(*program.buffers, self.buffer),
+            stages=tuple(stages),
+        )
+
+    def _start(self, nest: Nest) -> Nest:
+        """All copies start where the output did."""
+
+        def started(c: Compute) -> Stmt:
+            first = replace(c, out=self._at(self.copy, c), value=cast(c.value, self.buffer.dtype))
+            return For(self.copy, _zero(), _zero(self.copies), first)
+
+        return replace(nest, body=self._each(nest.body, started))
+
+    def _update(self, nest: Nest) -> Nest:
+        top = nest.body
+        if not (isinstance(top, For) and matches(top, self.loop)):
+            raise ScheduleError(
+                "S101", f"{self.loop!r} is not the outermost loop that updates {self.output.name}",
+                hint=f"the outermost is {getattr(top, 'name', 'none')}",
+            )  # fmt: skip
+        if top.kind != "serial":
+            raise ScheduleError(
+                "S102", f"loop {top.name} is marked {top.kind}", hint="privatize it first"
+            )
+        extent = simplify(binary("-", top.end, top.begin))
+        share = ceil_div(extent, self.copies)
+        begin = add(top.begin, mul(self.copy, share))
+        end = binary("min", top.end, add(begin, share))
+        body = self._each(top.body, lambda c: replace(c, out=self._at(self.copy, c), atomic=False))
+        groups = For(
+            self.copy, _zero(), _zero(self.copies),
+            For(top.var, begin, end, body, "serial", top.axes), "parallel",
+        )  # fmt: skip
+        return replace(nest, body=groups)
+
+    def _join(self, op: str) -> Nest:
+        """The output from its copies, the first one first."""
+        axes = [Var(f"copy_{d}", self.copy.dtype) for d in range(len(self.output.dims))]
+        loads = [
+            Load(self.buffer, (Const(n, self.copy.dtype), *axes), self.buffer.dtype)
+            for n in range(self.copies)
+        ]
+        value: Expr = loads[0]
+        for x in loads[1:]:
+            value = Binary({"sum": "+", "prod": "*"}.get(op, op), value, x, value.dtype)
+        out = Load(self.whole, tuple(axes), self.whole.dtype)
+        body: Stmt = Compute(out, cast(value, out.dtype))
+        for d, (var, size) in reversed(list(enumerate(zip(axes, self.whole.shape, strict=True)))):
+            body = For(var, _zero(), size, body, "parallel" if d == 0 else "serial")
+        return Nest(f"{self.output.name}.join", body)
+
+    def _at(self, copy: Expr, c: Compute) -> Load:
+        return Load(self.buffer, (copy, *c.out.index), self.buffer.dtype)
+
+    def _each(self, s: Any, f: Any) -> Any:
+        if isinstance(s, Compute):
+            return f(s) if s.out.buffer.name == self.output.name else s
+        return rebuild(s, lambda x: self._each(x, f)) if isinstance(s, (Seq, For, If)) else s
+
+
+def _one64() -> Const:
+    return Const(1, dtypes.int64)
