@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from tilewright import dtypes
 from tilewright.ir.nodes import (
+    Access,
     Binary,
     Broadcast,
     Cast,
@@ -32,7 +33,9 @@ from tilewright.ir.nodes import (
     cast,
     child_fields,
     children,
+    identity_of,
     seq,
+    unary,
 )
 
 N = TypeVar("N")
@@ -166,6 +169,37 @@ def free_vars(n: Any) -> set[str]:
 
     visit(n, frozenset())
     return found
+
+
+def conditioned(e: Any, held: tuple[Expr, ...] = ()) -> Any:
+    """`e` with each reduction that stands in a `where`, and computes where it reads dense tensors,
+    under the condition itself: it is then the identity where nothing asks for it, and reads nothing.
+
+    before: where(i > 0, sum(X[i - 1, j] over j), 0)
+    after:  where(i > 0, sum(where(i > 0, X[i - 1, j], 0) over j), 0)
+    """
+    if isinstance(e, Select):
+        cond = conditioned(e.cond, held)
+        a, b = conditioned(e.a, (*held, cond)), conditioned(e.b, (*held, unary("not", cond)))
+        return Select(cond, a, b, e.dtype)
+    if isinstance(e, Reduce):
+        body = conditioned(e.body, held)
+        if _computes_places(body):
+            nothing = identity_of(e.op, body.dtype)
+            for cond in reversed(held):
+                body = Select(cond, body, nothing, body.dtype)
+        return Reduce(e.op, e.axes, body, e.dtype)
+    return rebuild(e, lambda child: conditioned(child, held))
+
+
+def _computes_places(e: Expr) -> bool:
+    """Whether a dense tensor is read at coordinates that are not the indices of its dimensions."""
+    return any(
+        not (isinstance(c, Index) and c.dim == dim)
+        for x in walk(e)
+        if isinstance(x, Access) and not x.tensor.is_sparse
+        for c, dim in zip(x.coords, x.tensor.dims, strict=True)
+    )
 
 
 def is_const(e: Expr, value: Any = None) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.ir.nodes import Access, Assign, Cast, Expr, Index, Program, Reduce, Tensor, cast
-from tilewright.ir.rewrite import rebuild, walk
+from tilewright.ir.rewrite import conditioned, rebuild, walk
 
 
 def hoist_reductions(program: Program) -> Program:
@@ -17,13 +17,13 @@ def hoist_reductions(program: Program) -> Program:
             out[i, j] = exp(A[i, j]) / out.0[i]
 
     A reduction that depends on no index of its statement becomes a temporary with a stage of its
-    own.
+    own. One under a `where` takes the condition along where it must (`conditioned`).
     """
     body: list[Assign] = []
     tensors = {t.name: t for t in program.tensors}
     for statement in program.body:
         hoister = _Hoister(statement)
-        value = statement.value
+        value = conditioned(statement.value)
         inner = value.a if isinstance(value, Cast) else value
         if isinstance(inner, Reduce) and not _has_two_drivers(statement, inner):
             # The statement itself reduces.

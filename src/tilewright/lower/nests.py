@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import reduce
 from typing import Any
 
 from tilewright.errors import ProgramError
@@ -488,30 +489,41 @@ class NestBuilder:
             position = env.places[tensor.structure, names]
         else:
             self._check_own_rows(tensor.structure, names)
-            position = self._locate(
-                tensor, tuple(self._resolve(c, env, lets) for c in e.coords), lets
-            )
+            coords = tuple(self._resolve(c, env, lets) for c in e.coords)
+            position = self._locate(tensor, coords, self._within(tensor, e, coords), lets)
         return load_value(self.owner.values(tensor), position, tensor.fill)
 
-    def _locate(self, tensor: Tensor, coords: tuple[Expr, ...], lets: list[Stmt]) -> Expr:
-        """Searches level by level; -1 once something is missing."""
+    def _within(self, tensor: Tensor, e: Access, coords: tuple[Expr, ...]) -> list[Expr]:
+        """Conditions that keep computed coordinates inside the tensor; its own indices are."""
+        found: list[Expr] = []
+        for c, at, dim in zip(e.coords, coords, tensor.dims, strict=True):
+            if not (isinstance(c, Index) and c.dim == dim):
+                found += [
+                    binary(">=", at, 0),
+                    binary("<", at, cast(self.owner.size(dim), at.dtype)),
+                ]
+        return found
+
+    def _locate(
+        self, tensor: Tensor, coords: tuple[Expr, ...], within: list[Expr], lets: list[Stmt]
+    ) -> Expr:
+        """Searches level by level; -1 (or less, on dense levels) once something is missing."""
         fmt = self.owner.format[tensor.structure]
         if not all(level.unique for level in fmt.levels):
             raise unsearchable(tensor.name, fmt)
         q: Expr = Const(0, self.owner.index)
+        held, nothing = list(within), as_expr(-1, self.owner.index)  # under which q is a position
         for depth, level in enumerate(fmt.levels):
             _, storage = self.owner.storage(tensor.structure, depth)
             found = level.locate(storage, q, _part_of(level, coords[level.dim]))
-            if isinstance(q, Var) and depth and not fmt.levels[depth - 1].is_dense:
-                found = select(binary(">=", q, 0), found, as_expr(-1, self.owner.index))
+            if held:
+                found = select(reduce(lambda a, b: binary("&", a, b), held), found, nothing)
             var = Var(self._fresh(f"{tensor.name}_q{depth}"), self.owner.index)
             lets.append(Let(var, found))
             q = var
-        return (
-            add(q, 0)
-            if all(level.is_dense for level in fmt.levels)
-            else select(binary(">=", q, 0), q, as_expr(-1, self.owner.index))
-        )
+            if held or not level.is_dense:
+                held = [binary(">=", q, 0)]
+        return select(held[0], q, nothing) if held else add(q, 0)
 
 
 def _part_of(level: Level, coord: Expr) -> Expr:

@@ -249,6 +249,8 @@ class _Vectorizer:
             return replace(e, a=self.vector(e.a), dtype=e.dtype.vector(self.lanes))
         if isinstance(e, Select):
             dtype = e.dtype.vector(self.lanes)
+            if self.varies(e.cond) and any(_in_memory(x) for b in (e.a, e.b) for x in walk(b)):
+                raise self.refuse(f"whether it reads {e.a} differs from lane to lane")
             cond = self.vector(e.cond) if self.varies(e.cond) else e.cond
             return Select(cond, self.vector(e.a), self.vector(e.b), dtype)
         if isinstance(e, ReduceThreads):
@@ -287,6 +289,10 @@ class _Vectorizer:
             if a and b and b[1] == 0 and isinstance(b[0], Const):
                 return mul(a[0], b[0]), a[1] * int(b[0].value)
         return None
+
+
+def _in_memory(e: Any) -> bool:
+    return isinstance(e, Load) and e.buffer.scope != "register"
 
 
 def _narrow(body: Stmt, wide: dict[str, tuple[int, int]]) -> Stmt:

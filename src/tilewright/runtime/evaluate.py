@@ -35,7 +35,7 @@ from tilewright.ir.nodes import (
     children,
     identity_of,
 )
-from tilewright.ir.rewrite import indices_of
+from tilewright.ir.rewrite import conditioned, indices_of
 from tilewright.runtime.spaces import (
     BINARY,
     UFUNCS,
@@ -161,9 +161,9 @@ class _Evaluator:
             found = [x for c in s.out.coords for x in indices_of(c)]
             unique = {x.name: x for x in found}.values()
             space = tuple(Group.dense(x.name, memory.size(x.dim)) for x in unique)
-        done = []
+        done, meaning = [], conditioned(s.value)
         for at, piece in pieces(space, CHUNK):
-            value = np.broadcast_to(self.expr(s.value, piece, None), shape_of(piece))
+            value = np.broadcast_to(self.expr(meaning, piece, None), shape_of(piece))
             done.append((at, piece, encode(value, t.dtype, memory.data[t.name].dtype)))
         for at, piece, value in done:
             if t.is_sparse or all(isinstance(c, Index) for c in s.out.coords):
