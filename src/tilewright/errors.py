@@ -28,7 +28,6 @@ CATALOG: dict[str, str] = {
     "P102": "an index is used over two different dimensions",
     "P103": "a tensor is accessed with the wrong number of coordinates",
     "P104": "an index is not bound by the output or by a reduction",
-    "P105": "the loop over a sparse axis has no stored structure to follow",
     "P106": "data types do not go together",
     "P107": "the decomposition does not apply to this program",
     # S: schedules

@@ -171,6 +171,12 @@ PROGRAMS = [
     ("P104", "j", over(lambda i, j, a: tw.out[i](tw.sum(a[i, i * 0], over=j)), a=D)),
     ("P104", "over 3", over(lambda i, j, a: tw.out[i](tw.sum(a[i, j], over=3)), a=D)),
     ("P106", "integers", over(lambda i, j, a: tw.out[i, j](a[i, j] & 1), a=D)),
+    (
+        "P106",
+        "float8_e4m3",
+        over(lambda i, j, a: tw.out[i, j](a[i, j] * 2), a=tw.dense("m n", "float8_e4m3")),
+    ),
+    ("P106", "float8_e5m2", over(lambda i, j, a: tw.out[i, j](a[i, j].cast("float8_e5m2")), a=D)),
 ]
 
 

@@ -34,7 +34,7 @@ from tests.compiler.cases import (
 
 import tilewright as tw
 from tilewright.errors import ProgramError
-from tilewright.runtime import toolchain
+from tilewright.runtime import nvrtc, toolchain
 from tilewright.runtime.interpreter import evaluate
 
 pytestmark = pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
@@ -280,3 +280,24 @@ def test_the_output_of_a_sparse_program_has_the_structure_of_its_input(rng):
         numbers(poisoned_output(t, {"A": a}, softmax).values[0], "float32").shape
         == a.values[0].shape
     )
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
+@pytest.mark.parametrize(
+    "dtype", ["bool", "int8", "uint8", "int64", "float16", "bfloat16", "float64"]
+)
+def test_every_dtype_compiles_for_gpus(dtype):
+    kernel = gemm.typed(A=dtype, B=dtype).build("cuda:sm_80")
+    assert all(found.spill_bytes == 0 for found in kernel.resources.values())
+
+
+@tw.program
+def counts(P=tw.dense("m n", "bool"), Q=tw.dense("m n", "bool")):
+    i, j = tw.indices("m n")
+    return tw.out[i](tw.sum(P[i, j] * Q[i, j] + (-P[i, j]), over=j))
+
+
+@pytest.mark.parametrize("target", ["interp", "cpp"])
+def test_conditions_count_as_numbers(target, rng):
+    p, q = rng.random((5, 9)) < 0.5, rng.random((5, 9)) < 0.5
+    assert np.array_equal(counts.build(target)(p, q), (p & q).sum(1) - p.sum(1))

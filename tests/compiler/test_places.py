@@ -1,4 +1,4 @@
-"""Coordinates that are computed: a read of what is not there gives the fill, wherever it lies, and a
+"""Computed coordinates: a read of what is not there gives the fill, wherever it lies, and a
 `where` keeps loads from happening."""
 
 from __future__ import annotations

@@ -318,3 +318,13 @@ def test_a_second_home_prints(rng):
     assert "X_shared" in text and "# threads" in text and ".cache('X', 'j_o', 'shared')" in text
     text = str(spmm_t.scheduled().privatize("out", "i", 4))
     assert "out.copies" in text and "out.join" in text
+
+
+def test_what_a_cta_does_not_have_is_refused():
+    def many(s):
+        s = s.split("i", 64).split("k", 64).reorder("i_o", "k_o", "i_i", "k_i", "j")
+        return s.bind("i_i", "thread.y").bind("k_i", "thread.x")
+
+    with pytest.raises(ScheduleError, match="4096 threads") as caught:
+        spmm.schedule(many).lower("cuda:sm_90a")
+    assert caught.value.code == "S103" and caught.value.hint

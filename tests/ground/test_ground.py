@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tilewright
 from tilewright import dtypes, errors, knobs
 from tilewright.dtypes import DType, bfloat16_bits, bfloat16_values, dtype, promote
 from tilewright.errors import CATALOG, ArgumentError, BuildError, KnobError, TilewrightError
@@ -33,6 +34,13 @@ def test_every_code_formats(code: str):
     ]
     assert str(TilewrightError(code, "short")) == f"[{code}] short"
     assert CATALOG[code]
+
+
+@pytest.mark.parametrize("code", sorted(CATALOG))
+def test_every_code_is_raised_somewhere(code: str):
+    package = Path(tilewright.__file__).parent
+    sources = (p for p in package.rglob("*.py") if p.name not in ("errors.py", "explain.py"))
+    assert any(f'"{code}"' in p.read_text() for p in sources)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -591,6 +591,8 @@ def binary(op: str, a: Any, b: Any) -> Expr:
         common = dtypes.float32
     elif common.is_float:
         common = common.accumulator
+    elif common.kind == "b" and op not in COMPARISON and op not in BITWISE:
+        common = dtypes.int32  # conditions count as 0 and 1
     lanes = max(a.dtype.lanes, b.dtype.lanes)
     a, b = cast(a, common), cast(b, common)
     return Binary(op, a, b, (dtypes.bool_ if op in COMPARISON else common).vector(lanes))
@@ -613,6 +615,7 @@ def unary(op: str, a: Any) -> Expr:
     a = as_expr(a)
     if op in ("-", "abs"):  # a narrow float is only stored, never computed with
         a = cast(a, a.dtype.scalar.accumulator) if a.dtype.is_float else a
+        a = cast(a, dtypes.int32) if a.dtype.kind == "b" else a
         return Unary(op, a, a.dtype)
     if op == "not":
         return Unary(op, cast(a, dtypes.bool_), dtypes.bool_.vector(a.dtype.lanes))

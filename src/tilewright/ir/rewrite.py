@@ -173,7 +173,7 @@ def free_vars(n: Any) -> set[str]:
 
 def conditioned(e: Any, held: tuple[Expr, ...] = ()) -> Any:
     """`e` with each reduction that stands in a `where`, and computes where it reads dense tensors,
-    under the condition itself: it is then the identity where nothing asks for it, and reads nothing.
+    under the condition itself: it is then the identity where nothing asks for it and reads nothing.
 
     before: where(i > 0, sum(X[i - 1, j] over j), 0)
     after:  where(i > 0, sum(where(i > 0, X[i - 1, j], 0) over j), 0)

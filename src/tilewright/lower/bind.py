@@ -43,6 +43,7 @@ from tilewright.ir.rewrite import (
 
 GRID = ("parallel", "cta.x", "cta.y")
 THREADS = ("thread.x", "thread.y")
+CTA_THREADS = 1024
 SHARED_BYTES = 96 << 10  # what every GPU since sm_80 has for one CTA
 WARP = 32  # threads of a tile operation, and the unit in which threads meet
 UNROLLED = 8  # rounds of a copy to shared memory that are written out
@@ -85,13 +86,18 @@ def _bound(nest: Nest) -> Nest:
                 hint="a tile operation takes all of thread.x: bind other loops to thread.y",
             )
         extents["thread.x"] = WARP
-    _check_shared(nest, extents["thread.x"] * extents["thread.y"])
+    _check_cta(nest, extents["thread.x"] * extents["thread.y"])
     body = simplify(_threads(nest.body, extents, frozenset()))
     _check_meetings(body, guarded=False)
     return replace(nest, body=body, threads=(extents["thread.x"], extents["thread.y"]))
 
 
-def _check_shared(nest: Nest, threads: int) -> None:
+def _check_cta(nest: Nest, threads: int) -> None:
+    if threads > CTA_THREADS:
+        raise ScheduleError(
+            "S103", f"{nest.name} has {threads} threads in a CTA",
+            hint=f"at most {CTA_THREADS}: bind smaller loops",
+        )  # fmt: skip
     meets = any(isinstance(x, Sync) for x in statements(nest.body))
     if meets and threads % WARP:
         raise ScheduleError(
@@ -108,7 +114,7 @@ def _check_shared(nest: Nest, threads: int) -> None:
             total += nbytes
     if total > SHARED_BYTES:
         raise ScheduleError(
-            "S102", f"{nest.name} keeps {total} bytes in shared memory",
+            "S103", f"{nest.name} keeps {total} bytes in shared memory",
             hint=f"a CTA has {SHARED_BYTES}: smaller tiles",
         )  # fmt: skip
 

@@ -24,6 +24,7 @@ from tilewright.errors import ProgramError
 from tilewright.ir.nodes import (
     Access,
     Assign,
+    Cast,
     Expr,
     Index,
     Kind,
@@ -413,7 +414,22 @@ def trace(
                 where=place,
                 hint="return tw.out[i](…)",
             )
-        return Program(t.name, "coordinates", tuple(t.tensors.values()), tuple(t.body))
+        made = Program(t.name, "coordinates", tuple(t.tensors.values()), tuple(t.body))
+        _check_dtypes(made, place)
+        return made
+
+
+def _check_dtypes(program: Program, place: str) -> None:
+    """float8 arrays can be viewed and handed on; no target computes with them yet."""
+    casts = (x.dtype for s in program.body for x in walk(s.value) if isinstance(x, Cast))
+    for kind in (*(t.dtype for t in program.tensors), *casts):
+        if kind.is_float and kind.bits < 16:
+            raise ProgramError(
+                "P106",
+                f"{program.name} computes with {kind}",
+                where=place,
+                hint="convert to float16 or bfloat16 before the call",
+            )
 
 
 def _parameter(

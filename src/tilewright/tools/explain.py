@@ -40,14 +40,12 @@ P102 One index runs over one dimension: a name that is used for two of different
      two indices: i, j = tw.indices("m n")
 P103 A[i, j] needs as many coordinates as the tensor was declared with.
 P104 Every index is either one of the output's or one that a reduction runs `over`.
-P105 A reduction over a sparse axis follows the stored entries of a sparse operand; one must
-     stand inside the reduction and have that axis.
 P106 Cast one side, or declare the parameters with .typed(A=..., X=...).
 P107 decompose takes names of sparse parameters and formats of as many dimensions. A program
      that is not a sum needs parts without shared rows.
 S101 The hint lists the loops that are there; print the schedule to see them in place.
 S102 The verb would change the result here, for example a reorder across a reduction.
-S103 A loop is bound to something the target lacks, or is larger than it may be.
+S103 A CTA has at most 1024 threads and 96 KB of shared memory: split by less, or cache less.
 A101 Arguments are given by position or by the names in the signature, each once.
 A102 A kernel is built for fixed dtypes. Convert, or build another: spmm.typed(X="float16")
 A103 Dimensions of one name have one size in all arguments. The message says which differ.

@@ -101,6 +101,7 @@ TW_INLINE vec<T, N> load(const T* p) {
 // The same for memory that no thread writes during the launch: through the read-only path.
 template <class T>
 TW_INLINE T load_const(const T* p) { return __ldg(p); }
+TW_INLINE bool load_const(const bool* p) { return __ldg(reinterpret_cast<const unsigned char*>(p)) != 0; }
 template <class T, int N, bool Apart = false>
 TW_INLINE vec<T, N> load_const(const T* p) {
 #ifndef TW_UNALIGNED
@@ -111,7 +112,7 @@ TW_INLINE vec<T, N> load_const(const T* p) {
   }
 #endif
   vec<T, N> r;
-  TW_EACH(N) r.v[l] = __ldg(p + l);
+  TW_EACH(N) r.v[l] = load_const(p + l);
   return r;
 }
 TW_INLINE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
@@ -120,7 +121,7 @@ template <class T, int N, bool Apart = false>
 TW_INLINE vec<T, N> load_const_if(bool c, const T* p) {
   vec<T, N> r = {};
   if (c) {
-    if constexpr (N == 1) r.v[0] = __ldg(p); else r = load_const<T, N, Apart>(p);
+    if constexpr (N == 1) r.v[0] = load_const(p); else r = load_const<T, N, Apart>(p);
   }
   return r;
 }
