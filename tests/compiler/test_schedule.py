@@ -328,7 +328,7 @@ def test_prefetch_changes_no_result_and_reads_nothing(rng):
 def test_prefetch_is_refused_where_it_has_no_meaning():
     start = tw.program(_spmm).scheduled()
     for args, code in (
-        (("X", "i", 4), "S102"),
+        (("X", "i", 4), "S101"),  # the place in X comes from memory: no row to name yet
         (("X", "j", 0), "S102"),
         (("Z", "j", 4), "S101"),
         (("X", "nowhere", 4), "S101"),
@@ -336,6 +336,33 @@ def test_prefetch_is_refused_where_it_has_no_meaning():
         with pytest.raises(ScheduleError) as e:
             start.prefetch(*args)
         assert e.value.code == code and e.value.hint
+
+
+def test_prefetch_along_a_plain_loop(rng):
+    """What later rows of W read is asked for once, inside W: the last rows ask for the last."""
+    gemv = tw.program(_gemv)
+
+    def ahead(s):
+        s = s.split("i", 4, into=("unit", "row")).reorder("unit", "j", "row").split("j", 16)
+        s = s.reorder("unit", "j_o", "row", "j_i").unroll("row").vectorize("j_i")
+        return s.parallel("unit").prefetch("W", "unit", 3)
+
+    W, x = rng.standard_normal((37, 64), np.float32), rng.standard_normal(64, np.float32)
+    made = gemv.schedule(lambda s: ahead(s.specialize("n", 64)))
+    text = str(made.lower())
+    assert text.count("prefetch") == 4 and "min(unit + 3" in text.replace("(unit) + 3", "unit + 3")
+    out = np.full(37, np.nan, np.float32)
+    made.build()(W, x, out=out)
+    assert np.allclose(out, W @ x, atol=1e-4)
+    twice = gemv.schedule(lambda s: s.split("j", 2).unroll("j_i").prefetch("W", "i", 1))
+    assert str(twice.lower()).count("prefetch") == 2  # W[i + 1, j], W[i + 1, j + 1]
+    same = gemv.schedule(lambda s: s.split("j", 2).unroll("j_i").prefetch("x", "j_o", 1))
+    assert str(same.lower()).count("prefetch") == 2
+
+
+def _gemv(W=tw.dense("m n"), x=tw.dense("n")):
+    i, j = tw.indices("m n")
+    return tw.out[i](tw.sum(W[i, j] * x[j], over=j))
 
 
 def _spmm(A=tw.sparse("m n"), X=tw.dense("n d")):

@@ -57,12 +57,12 @@ class Bench:
         self.a, self.b = np.zeros(n, np.int64), np.zeros(n, np.int64)
         self.params = PARAMS.pack(a=self.a.ctypes.data, b=self.b.ctypes.data, n=n)
 
-    def launch(self, name: str, units: int, grain: int) -> tuple[int, int, int, int]:
+    def launch(self, name: str, units: int, grain: int, guided: bool = False) -> pools.Launch:
         body = pools.address_of(getattr(self.library, name))
-        return body, ctypes.addressof(self.params), units, grain
+        return body, ctypes.addressof(self.params), units, grain, guided
 
 
-def run(launches: list[tuple[int, int, int, int]]) -> None:
+def run(launches: list[pools.Launch]) -> None:
     array = pools.launch_array(launches)
     pools.pool().run(ctypes.addressof(array), len(launches))
 
@@ -80,7 +80,7 @@ def test_every_unit_once(rng: np.random.Generator) -> None:
     launches = []
     for _ in range(200):
         units, grain = int(rng.integers(0, 1001)), int(rng.integers(1, 300))
-        launches.append(bench.launch("add_one", units, grain))
+        launches.append(bench.launch("add_one", units, grain, bool(rng.integers(2))))
         expected[:units] += 1
     run(launches)
     assert np.array_equal(bench.a, expected)
@@ -90,8 +90,9 @@ def test_launches_do_not_overlap() -> None:
     n, rounds = 97, 150
     bench = Bench(n)
     pair = [bench.launch("shift_a_to_b", n, 3), bench.launch("shift_b_to_a", n, 5)]
-    run(pair * rounds)
-    assert np.array_equal(bench.a, np.full(n, 2 * rounds))
+    guided = [bench.launch("shift_a_to_b", n, 1, True), bench.launch("shift_b_to_a", n, 2, True)]
+    run((pair + guided) * rounds)
+    assert np.array_equal(bench.a, np.full(n, 4 * rounds))
 
 
 def test_small_and_large_launches_mix() -> None:
@@ -104,14 +105,24 @@ def test_small_and_large_launches_mix() -> None:
 def test_chunks_have_the_grain(threads: int) -> None:
     library = native.load(native.compile_cpp(BODIES))
     chunks = np.zeros(2, np.int64)
-    run([(pools.address_of(library.note_chunks), chunks.ctypes.data, 1003, 10)])
+    run([(pools.address_of(library.note_chunks), chunks.ctypes.data, 1003, 10, False)])
     assert chunks.tolist() == ([1, 1003] if threads == 1 else [101, 10])
     chunks[:] = 0
-    run([(pools.address_of(library.note_chunks), chunks.ctypes.data, 10, 10)])
+    run([(pools.address_of(library.note_chunks), chunks.ctypes.data, 10, 10, False)])
     assert chunks.tolist() == [1, 10]
 
 
-def test_odd_sizes() -> None:
+def test_guided_chunks_shrink(threads: int) -> None:
+    """The first is a thread's share of all; then there are fewer and fewer, down to the grain."""
+    library = native.load(native.compile_cpp(BODIES))
+    chunks = np.zeros(2, np.int64)
+    run([(pools.address_of(library.note_chunks), chunks.ctypes.data, 1000, 1, True)])
+    count, largest = chunks.tolist()
+    assert largest == 1000 // threads
+    assert count == 1 if threads == 1 else threads < count <= threads * 10
+
+
+def test_odd_sizes(threads: int) -> None:
     """No units, a grain of nothing, and units that 32 bits cannot count."""
     bench = Bench(8)
     run([])
@@ -121,8 +132,11 @@ def test_odd_sizes() -> None:
     assert np.array_equal(bench.a, np.ones(8))
     body = native.load(native.compile_cpp(BODIES)).note_chunks
     chunks = np.zeros(2, np.int64)
-    run([(pools.address_of(body), chunks.ctypes.data, 2**62, 2**45)])
+    run([(pools.address_of(body), chunks.ctypes.data, 2**62, 2**45, False)])
     assert chunks.sum() in (2**17 + 2**45, 1 + 2**62)
+    chunks[:] = 0
+    run([(pools.address_of(body), chunks.ctypes.data, 2**62, 1, True)])  # more than there are bits
+    assert chunks[1] >= 2**62 // threads - 2**34
 
 
 def test_many_callers_at_once() -> None:

@@ -59,7 +59,7 @@ void* call(void* p) {
   for (int round = 0; round < kRounds; ++round) {
     for (int i = 0; i < 8; ++i) {
       int64_t grain = (i + round) % 5 == 0 ? kUnits : 1 + (i + round) % 7;
-      list[i] = {(void*)(i % 2 ? back : forth), &d, kUnits, grain};
+      list[i] = {(void*)(i % 2 ? back : forth), &d, kUnits, grain, (i + round) % 3 == 0};
     }
     tw_pool_run(list, 8);
     if (round % 16 == 15) { timespec t = {0, 500000}; nanosleep(&t, nullptr); }

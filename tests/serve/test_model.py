@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +110,35 @@ def test_stories(stories: ModelFile):
 
 def test_tiny(tiny: ModelFile):
     check_tiny(tiny, "cpp")
+
+
+UNCOMPILED = """
+import sys
+from tilewright.serve.model import Llama
+from tilewright.serve.weights import open_model
+model = Llama(open_model(sys.argv[1]))
+model.prefill([5, 9, 2])
+tokens = [model.greedy()]
+while len(tokens) < 6:
+    tokens.append(model.decode(tokens[-1]))
+print(*tokens, model._step.count)
+"""
+
+
+def test_without_a_compiler(tiny: ModelFile):
+    """Kernels, attention and recorded steps on the interpreter, and one warning for all of it."""
+    ran = subprocess.run(
+        [sys.executable, "-W", "always", "-c", UNCOMPILED, str(tiny.path)],
+        env=os.environ | {"TILEWRIGHT_CXX": "no-such-compiler"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    *tokens, launches = map(int, ran.stdout.split())
+    assert ran.stderr.count("Warning") == ran.stderr.count("no C++ compiler was found") == 1
+    assert launches > tiny.config.layers
+    wanted = ReferenceLlama(tiny).forward([5, 9, 2, *tokens[:-1]])[2:]
+    for step, token in enumerate(tokens):
+        assert wanted[step].max() - wanted[step, token] <= TIE
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention import flash, plan
+from tilewright.attention import flash, plan, reference
 from tilewright.attention.kv import KV, KV_TYPES, named_view
 from tilewright.attention.merge import State
 from tilewright.attention.plan import Plan
@@ -252,11 +252,13 @@ class Attention:
 class BoundAttention:
     """A run with its memory fixed; calling it runs it and returns the state.
 
-    `launch` is what a recorded step takes: on the CPU `(body, params, units, grain)`, on a GPU a
-    `runtime.cuda.Launch`. Keep this object as long as the step.
+    `launch` is what a recorded step takes: on the CPU a `runtime.pool.Launch`, on a GPU a
+    `runtime.cuda.Launch`, None where attention is evaluated with NumPy (no C++ compiler). Keep this
+    object as long as the step.
     """
 
     __slots__ = ("_keep", "_run", "launch", "source", "state")
+    launch: Any
 
     def __init__(
         self,
@@ -272,10 +274,28 @@ class BoundAttention:
         views = {n: found for n, (_, found) in values.items()}
         fields = _fields(attn, queries[1], kv, self.state, views)
         self._keep: list[Any] = [queries, kv, plan, outputs, values]
-        if kv.device == "cpu":
+        if kv.device == "cpu" and not toolchain.has_compiler():
+            self._on_interpreter(attn, queries[0], kv, plan, values)
+        elif kv.device == "cpu":
             self._on_cpu(spec, plan, fields)
         else:
             self._on_cuda(spec, plan, fields, kv)
+
+    def _on_interpreter(
+        self, attn: Attention, q: Any, kv: KV, plan: Plan, values: dict[str, tuple[Any, View]]
+    ) -> None:
+        toolchain.warn_of_interpreter()
+        given = {name: array for name, (array, _) in values.items()}
+        o, lse = np.asarray(self.state.o), np.asarray(self.state.lse)
+        self.source, self.launch = "", None
+
+        def run() -> None:
+            found = reference.attention(
+                q, kv, plan.qo_indptr, attn.variant, sm_scale=attn.scale, **given
+            )
+            o[...], lse[...] = found.o, found.lse
+
+        self._run = run
 
     def _on_cpu(self, spec: flash.Spec, plan: Plan, fields: dict[str, Any]) -> None:
         kernel = flash.cpu_kernel(spec, toolchain.resolve_isa().name)
@@ -292,7 +312,7 @@ class BoundAttention:
             counters=counters.ctypes.data,
         )
         self.source = kernel.source
-        self.launch: Any = (kernel.body, ctypes.addressof(block), len(plan.items), 1)
+        self.launch = (kernel.body, ctypes.addressof(block), len(plan.items), 1, False)
         array = pools.launch_array([self.launch])
         run, address = pools.pool().run, ctypes.addressof(array)
         self._keep += [kernel, partials, counters, block, array]

@@ -100,7 +100,22 @@ class _Unroller:
             self.copies += 1
             body = substitute(s.body, {s.name: Const(i, s.var.dtype)})
             copies.append(_renamed_lets(body, f".{self.copies}") if s.extent > 1 else body)
-        return seq(*copies)
+        return _asked_once(seq(*copies))
+
+
+def _asked_once(s: Stmt) -> Stmt:
+    """Copies that ask for the same place ask for it once."""
+    if not isinstance(s, Seq):
+        return s
+    asked: set[Prefetch] = set()
+    out: list[Stmt] = []
+    for b in s.body:
+        if isinstance(b, Prefetch):
+            if b in asked:
+                continue
+            asked.add(b)
+        out.append(b)
+    return seq(*out)
 
 
 def _renamed_lets(s: Stmt, suffix: str) -> Stmt:

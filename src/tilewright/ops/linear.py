@@ -86,7 +86,8 @@ def cpu_recipe(s: Schedule, many: bool) -> Schedule:
         s = s.split("k", lanes, tail="cut", into=("k_o", "l")).reorder("k_o", "n_i", "t_i", "l")
     else:
         s = s.reorder("h", "n_i", "t_i", "l").unroll("h")
-    return s.parallel("n_unit").unroll("n_i").vectorize("l")
+    s = s.parallel("n_unit").unroll("n_i").vectorize("l")
+    return s if many or not s.has("b") else s.prefetch("Q", "n_unit", 1)
 
 
 GPU_ROWS = 16  # rows of W of one CTA

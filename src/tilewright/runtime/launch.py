@@ -45,11 +45,11 @@ class CpuLauncher(Launcher):
             self._bodies[lacks] = found
         return found
 
-    def launches(self, kernel: Kernel, frame: Frame) -> list[tuple[int, int, int, int]]:
-        """(body, params, units, grain) of each stage that has units."""
+    def launches(self, kernel: Kernel, frame: Frame) -> list[pools.Launch]:
+        """The launch of each stage that has units."""
         chunks = self.pool.threads * CHUNKS_PER_THREAD
         return [
-            (body, ctypes.addressof(block), units, max(1, units // chunks))
+            (body, ctypes.addressof(block), units, max(1, units // chunks), True)
             for body, block, units in zip(
                 self.bodies(frame.lacks), frame.blocks, frame.units, strict=True
             )
@@ -122,23 +122,27 @@ class InterpLauncher(Launcher):
         return lambda: run_frame(self.program, frame)
 
 
+def _is_interpreted(b: Any) -> bool:
+    if isinstance(b, Bound):
+        return isinstance(b.kernel.launcher, InterpLauncher)
+    return hasattr(b, "launch") and b.launch is None
+
+
 class Step:
     """A recorded step: the launches of many bound calls as one native call (DESIGN 14).
 
     On the CPU a list of launches that the pool runs with a barrier after each; on a GPU a graph.
-    `bounds` are `Bound`s, launches (`(body, params, units, grain)` on the CPU, a
-    `runtime.cuda.Launch` on a GPU), or anything with one as `.launch`. All of one device.
+    `bounds` are `Bound`s, launches (a `runtime.pool.Launch` on the CPU, a `runtime.cuda.Launch` on
+    a GPU), or anything with one as `.launch`. All of one device. Where there is no C++ compiler
+    they are called one after the other.
     """
 
     def __init__(self, bounds: Sequence[Any]) -> None:
         self.keep = list(bounds)
         listed: list[Any] = []
-        if any(
-            isinstance(b, Bound) and isinstance(b.kernel.launcher, InterpLauncher) for b in bounds
-        ):
-            calls = [b.frame.run for b in bounds]
-            self.count = len(calls)
-            self._go = lambda: [call() for call in calls] and None
+        if any(map(_is_interpreted, bounds)):
+            self.count = len(bounds)
+            self._go = self._one_by_one
             return
         for b in bounds:
             listed += (
@@ -155,6 +159,10 @@ class Step:
         self.keep.append(array)
         run, address, count = pools.pool().run, ctypes.addressof(array), len(listed)
         self._go = lambda: run(address, count)
+
+    def _one_by_one(self) -> None:
+        for bound in self.keep:
+            bound()
 
     def __call__(self) -> None:
         self._go()

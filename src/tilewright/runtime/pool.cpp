@@ -3,11 +3,14 @@
 // `struct tw_launch` is generated from runtime/pool.py and put in front of this file.
 //
 // All of the hand-over is one 64-bit word, the cursor: the number of the current launch (high half)
-// and how many of its chunks are still to be taken (low half). A thread takes a chunk by
-// subtracting one, so what it gets always names the launch it belongs to. Whoever finishes the last
-// chunk of a launch publishes the next one: there is no barrier that all threads must reach, and a
-// thread which the system has put aside while it holds no chunk delays nobody. Launches of one
-// chunk are run on the spot by the publisher.
+// and how many of its chunks are still to be taken (low half). A thread takes chunks by exchanging
+// it for a smaller one, so what it gets always names the launch it belongs to. Whoever finishes the
+// last chunk of a launch publishes the next one: there is no barrier that all threads must reach,
+// and a thread which the system has put aside while it holds no chunk delays nobody. Launches of
+// one chunk are run on the spot by the publisher.
+//
+// Of a guided launch a thread takes a part of its share of what is left, so that it walks a long
+// stretch of memory first and threads even out at the end.
 
 #include <pthread.h>
 #include <sched.h>
@@ -21,17 +24,16 @@ namespace {
 
 using Body = void (*)(const void*, int64_t, int64_t);
 
-constexpr uint64_t kBias = 1u << 16;    // room for threads that subtract when nothing is left
 constexpr uint64_t kIdle = 1u << 31;    // no job is running
-constexpr int64_t kMaxChunks = 1 << 30;
-constexpr int kMaxThreads = 4096;       // less than kBias
+constexpr uint64_t kGuided = 1u << 30;  // the current launch is guided
+constexpr int64_t kMaxChunks = kGuided - 1;
+constexpr int64_t kShares = 1;          // a thread takes its share of what is left in so many parts
+constexpr int kMaxThreads = 4096;
 constexpr int kClockEvery = 32;         // pauses between two looks at the clock
 constexpr int64_t kYieldAfterNs = 20000;
 
 uint32_t launch_of(uint64_t cursor) { return static_cast<uint32_t>(cursor >> 32); }
-int64_t chunks_left(uint64_t cursor) {
-  return static_cast<int64_t>(cursor & (kIdle - 1)) - static_cast<int64_t>(kBias);
-}
+int64_t chunks_left(uint64_t cursor) { return static_cast<int64_t>(cursor & (kGuided - 1)); }
 
 struct Current {  // the launch being handed out: written between launches, by the publisher only
   Body body;
@@ -103,9 +105,9 @@ void wake(Sleepers& sleepers, int64_t wanted) {
 
 // Moves the cursor to the next launch, or to idle when `chunks` is 0. Nothing of `current` may be
 // touched afterwards: the job may be over, and another one begun.
-void publish(int64_t chunks) {
+void publish(int64_t chunks, bool guided = false) {
   uint64_t number = ++pool.current.number;
-  uint64_t low = chunks ? kBias + static_cast<uint64_t>(chunks) : kIdle | kBias;
+  uint64_t low = chunks ? static_cast<uint64_t>(chunks) | (guided ? kGuided : 0) : kIdle;
   pool.cursor.store(number << 32 | low, std::memory_order_seq_cst);
   if (chunks) wake(pool.workers, chunks - 1);
   wake(pool.caller, 1);
@@ -129,10 +131,16 @@ void advance() {
     now.grain = grain;
     now.chunks = (launch.units - 1) / grain + 1;
     pool.pending.store(now.chunks, std::memory_order_relaxed);
-    publish(now.chunks);
+    publish(now.chunks, launch.guided != 0);
     return;
   }
   publish(0);
+}
+
+// How many chunks a thread takes at once; at least one of those left.
+int64_t portion(uint64_t cursor) {
+  int64_t part = cursor & kGuided ? chunks_left(cursor) / (kShares * pool.wanted) : 1;
+  return part > 1 ? part : 1;
 }
 
 // Takes chunks while there are any; returns a cursor without chunks to take.
@@ -141,14 +149,16 @@ uint64_t work() {
     uint64_t seen = pool.cursor.load(std::memory_order_acquire);
     int64_t mine = 0;  // chunks done of one launch: it cannot end before they are reported
     while (chunks_left(seen) > 0) {
-      seen = pool.cursor.fetch_sub(1, std::memory_order_acq_rel);
-      if (chunks_left(seen) <= 0) break;
+      int64_t taken = portion(seen);
+      if (!pool.cursor.compare_exchange_weak(seen, seen - static_cast<uint64_t>(taken),
+                                             std::memory_order_acq_rel, std::memory_order_acquire))
+        continue;
       const Current& now = pool.current;
       int64_t begin = (now.chunks - chunks_left(seen)) * now.grain;
-      int64_t rest = now.units - begin;
-      now.body(now.params, begin, begin + (rest < now.grain ? rest : now.grain));
-      ++mine;
-      --seen;  // what the cursor holds if nobody else came
+      int64_t rest = now.units - begin, size = taken * now.grain;
+      now.body(now.params, begin, begin + (rest < size ? rest : size));
+      mine += taken;
+      seen = pool.cursor.load(std::memory_order_acquire);
     }
     if (mine == 0) return seen;
     if (pool.pending.fetch_sub(mine, std::memory_order_acq_rel) == mine) advance();
@@ -204,7 +214,7 @@ void reset_pool() {
   reset(pool.caller);
   pool.started = 0;
   pool.stop.store(false, std::memory_order_relaxed);
-  pool.cursor.store(kIdle | kBias, std::memory_order_relaxed);
+  pool.cursor.store(kIdle, std::memory_order_relaxed);
   inside = false;
 }
 

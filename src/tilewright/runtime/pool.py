@@ -14,9 +14,16 @@ from tilewright.runtime.layout import Struct
 
 LAUNCH = Struct(
     "tw_launch",
-    [("body", "ptr"), ("params", "ptr", "const void*"), ("units", "int64"), ("grain", "int64")],
-)
-"""One launch: `body(params, begin, end)` over `units` parallel units, `grain` of them at a time."""
+    [
+        ("body", "ptr"), ("params", "ptr", "const void*"),
+        ("units", "int64"), ("grain", "int64"), ("guided", "int64"),
+    ],
+)  # fmt: skip
+"""One launch: `body(params, begin, end)` over `units` parallel units, `grain` of them at a time; of
+a `guided` one many at first and fewer towards the end, for units of about equal work."""
+
+Launch = tuple[int, int, int, int, bool]
+"""The address of a body, that of its parameters, units, grain, and whether it is guided."""
 
 SPIN_US = 100
 """How long an idle thread spins before it sleeps: longer than the gap between two decode steps
@@ -89,11 +96,11 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def launch_array(launches: list[tuple[int, int, int, int]]) -> ctypes.Array[ctypes.c_char]:
-    """A buffer of `tw_launch` from `(body address, params address, units, grain)` each."""
+def launch_array(launches: list[Launch]) -> ctypes.Array[ctypes.c_char]:
+    """A buffer of `tw_launch`."""
     buffer = ctypes.create_string_buffer(max(len(launches), 1) * LAUNCH.size)
-    for i, (body, params, units, grain) in enumerate(launches):
-        one = LAUNCH.pack(body=body, params=params, units=units, grain=grain)
+    for i, (body, params, units, grain, guided) in enumerate(launches):
+        one = LAUNCH.pack(body=body, params=params, units=units, grain=grain, guided=guided)
         ctypes.memmove(ctypes.addressof(buffer) + i * LAUNCH.size, one, LAUNCH.size)
     return buffer
 

@@ -10,6 +10,7 @@ import functools
 import os
 import platform
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,6 +155,17 @@ def has_compiler() -> bool:
     except BuildError:
         return False
     return True
+
+
+@functools.cache
+def warn_of_interpreter() -> None:
+    """Says, once a process, that there is no C++ compiler and what runs in its place."""
+    warnings.warn(
+        "no C++ compiler was found: kernels run on the NumPy interpreter, slowly. "
+        "Install g++ or clang++, or set TILEWRIGHT_CXX",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 @functools.lru_cache(maxsize=16)

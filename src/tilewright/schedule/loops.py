@@ -23,6 +23,7 @@ from tilewright.ir.nodes import (
     Load,
     LoopKind,
     Prefetch,
+    Search,
     Seq,
     Stmt,
     Var,
@@ -396,65 +397,90 @@ def replace_innermost(s: Any, c: Compute) -> Any:
 
 
 def prefetch(body: Stmt, buffer: str, loop: str, ahead: int) -> Found:
-    """Rows of `buffer` that a loop over stored positions will gather are asked for `ahead`
-    positions early, beyond the end of a row too: the next one needs them.
+    """What a loop will read of `buffer` is asked for `ahead` iterations early. Where the loop walks
+    stored positions, these are the rows that it will gather.
+
+    before: for n in 0:size_n                 after:  for n in 0:size_n
+              for k in 0:size_k                         let n_ahead = min(n + 8, size_n - 1)
+                y[n] = sum(… W[n, k] …)                 for k in 0:size_k
+                                                          prefetch W[n_ahead, k]
+                                                          y[n] = sum(… W[n, k] …)
 
     before: for j_p in ptr[i]:ptr[i+1]        after:  for j_p in ptr[i]:ptr[i+1]
               let j = idx[j_p]                          let j = idx[j_p]
               Y[i, k] = sum(… X[j, k] …)                let j_ahead = idx[min(j_p + 16, last)]
                                                         prefetch X[j_ahead, k]
                                                         Y[i, k] = sum(… X[j, k] …)
-    The last verb on a nest: other verbs do not look past a prefetch.
+
+    A gather goes on beyond the end of a row: the next one needs what is there. The last verb on a
+    nest: other verbs do not look past a prefetch.
     """
     if ahead < 1:
-        raise ScheduleError("S102", f"prefetch {ahead} positions ahead", hint="a positive number")
+        raise ScheduleError("S102", f"prefetch {ahead} iterations ahead", hint="a positive number")
 
     def one(f: For) -> Stmt:
         lines = f.body.body if isinstance(f.body, Seq) else (f.body,)
         let = next((b for b in lines if isinstance(b, Let) and _is_coordinate(b, f)), None)
         if let is None:
-            raise ScheduleError(
-                "S102",
-                f"loop {f.name} does not load its coordinates one after the other",
-                hint="prefetch follows loops over compressed levels, before they are split",
-            )
-        assert isinstance(let.value, Load)
-        indices = let.value.buffer
-        last = add(indices.shape[0], -1)
-        place = binary("min", add(f.var, ahead), last)
-        later = Var(f"{let.var.name}_ahead", let.var.dtype)
-        found = 0
-
-        def asked(x: Any) -> Any:
-            nonlocal found
-            if isinstance(x, Compute):
-                rows = [
-                    y
-                    for y in walk(x.value)
-                    if isinstance(y, Load)
-                    and y.buffer.name == buffer
-                    and let.var.name in free_vars(y)
-                ]
-                found += len(rows)
-                asks = (Prefetch(substitute(y, {let.var.name: later})) for y in rows)
-                return seq(*asks, x)
-            return rebuild(x, asked) if isinstance(x, (Seq, For, If)) else x
-
-        at = lines.index(let) + 1
-        rest = seq(*(asked(b) for b in lines[at:]))
+            last = add(f.end, -1)
+            ahead_of = Let(_later(f.var), binary("min", add(f.var, ahead), last))
+            at, moving = 0, f.var
+        else:
+            assert isinstance(let.value, Load)
+            last = add(let.value.buffer.shape[0], -1)
+            place = binary("min", add(f.var, ahead), last)
+            ahead_of = Let(_later(let.var), replace(let.value, index=(place,)))
+            at, moving = lines.index(let) + 1, let.var
+        rest, found = _asked(seq(*lines[at:]), buffer, {moving.name: ahead_of.var})
         if not found:
             raise ScheduleError(
-                "S101", f"loop {f.name} gathers nothing from {buffer!r}", hint="name an operand"
+                "S101",
+                f"loop {f.name} reads nothing of {buffer!r} by way of {moving.name}",
+                hint="name an operand, and a loop that its place depends on",
             )
-        ahead_of = Let(later, Load(indices, (place,), indices.dtype))
         return replace(f, body=seq(*lines[:at], ahead_of, rest))
 
     return rewrite_loops(body, loop, one)
 
 
+def _later(v: Var) -> Var:
+    return Var(f"{v.name}_ahead", v.dtype)
+
+
 def _is_coordinate(let: Let, f: For) -> bool:
     value = let.value
     return isinstance(value, Load) and value.buffer.scope == "part" and value.index == (f.var,)
+
+
+def _asked(body: Stmt, buffer: str, later: dict[str, Expr]) -> tuple[Stmt, int]:
+    """`body` with a prefetch before each statement for what it reads of `buffer`, at the places
+    that it has when the names of `later` have their values; and how many there are."""
+    found = 0
+
+    def visit(x: Any, names: dict[str, Expr]) -> Any:
+        nonlocal found
+        if isinstance(x, Seq):
+            names, out = dict(names), []
+            for b in x.body:
+                out.append(visit(b, names))
+                if isinstance(b, Let) and not _loads(b.value) and free_vars(b.value) & names.keys():
+                    names[b.var.name] = substitute(b.value, names)
+            return seq(*out)
+        if isinstance(x, Compute):
+            reads = dict.fromkeys(
+                y
+                for y in walk(x.value)
+                if isinstance(y, Load) and y.buffer.name == buffer and free_vars(y) & names.keys()
+            )
+            found += len(reads)
+            return seq(*(Prefetch(substitute(y, names)) for y in reads), x)
+        return rebuild(x, lambda y: visit(y, names)) if isinstance(x, (For, If)) else x
+
+    return visit(body, later), found
+
+
+def _loads(e: Expr) -> bool:
+    return any(isinstance(x, (Load, Search)) for x in walk(e))
 
 
 VERBS = {

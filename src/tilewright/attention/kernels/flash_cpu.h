@@ -263,16 +263,26 @@ TW_INLINE void load_queries(const Work& w, int padded, float* q) {
   }
 }
 
-// One query: dot products along the head, K and V read where they lie.
+// Asks for the memory of a head.
+TW_INLINE void prefetch_head(const K_t* p) {
+#pragma GCC unroll 16
+  for (int d = 0; d < D; d += 64 / sizeof(K_t)) __builtin_prefetch(p + d);
+}
+
+// One query: dot products along the head, K and V read where they lie. Each is asked for while the
+// other is worked on: V of the same keys, K of the next tile.
 TW_INLINE void attend_one(const Work& w, float* sums, Softmax* rows) {
   alignas(64) float q[G * DP], s[G][T], keep[G];
-  const K_t *k[T], *v[T];
+  const K_t *keys[2][T], *vals[2][T];
   load_queries(w, G, q);
+  auto length_of = [&](int t) { return w.pages.length - t * T < T ? w.pages.length - t * T : T; };
+  if (w.begin < w.end) find_rows(w.p, w.pages, w.item.kv_head, w.begin * T, length_of(w.begin), keys[w.begin & 1], vals[w.begin & 1]);
   for (int t = w.begin; t < w.end; ++t) {
+    const K_t *const *k = keys[t & 1], *const *v = vals[t & 1], *const *next = keys[(t + 1) & 1];
+    int kv0 = t * T, n = length_of(t), coming = t + 1 < w.end ? length_of(t + 1) : 0;
+    find_rows(w.p, w.pages, w.item.kv_head, kv0 + T, coming, keys[(t + 1) & 1], vals[(t + 1) & 1]);
     int kind = w.tile_class(0, G - 1, t);
     if (kind == tw::EMPTY) continue;
-    int kv0 = t * T, n = w.pages.length - kv0 < T ? w.pages.length - kv0 : T;
-    find_rows(w.p, w.pages, w.item.kv_head, kv0, n, k, v);
     for (int j0 = 0; j0 < T; j0 += N) {
       F part[G][N];
       for (int j = 0; j < N; ++j) {
@@ -281,6 +291,7 @@ TW_INLINE void attend_one(const Work& w, float* sums, Softmax* rows) {
           continue;
         }
         F key[NV];
+        prefetch_head(v[j0 + j]);
 #pragma GCC unroll 16
         for (int d = 0; d < NV; ++d) key[d] = load_head<KV>(k[j0 + j], d);
 #pragma GCC unroll 8
@@ -295,7 +306,10 @@ TW_INLINE void attend_one(const Work& w, float* sums, Softmax* rows) {
     }
     for (int g = 0; g < G; ++g)
       keep[g] = online_softmax(w.variant, w.at(g), kv0, w.pages.length, n < T || kind != tw::FULL, s[g], rows[g]);
-    auto value = [&](int j, int d) { return load_head<KV>(v[j], d); };
+    auto value = [&](int j, int d) {
+      if (d == 0 && j < coming) prefetch_head(next[j]);
+      return load_head<KV>(v[j], d);
+    };
     constexpr int whole = G / RB * RB;
     for (int g = 0; g < whole; g += RB) product<RB, NV>(s[g], T, value, n, sums + g * DP, DP, keep + g);
     if constexpr (whole < G) product<G - whole, NV>(s[whole], T, value, n, sums + whole * DP, DP, keep + whole);
