@@ -8,7 +8,14 @@ from tests.ops.cases import KINDS, TOKENS, arrays, close, normal, poisoned, valu
 
 from tilewright.errors import ArgumentError, ModelError
 from tilewright.ops.embedding import embedding_kernel
-from tilewright.ops.linear import PROGRAMS, gpu_recipe, linear_kernel
+from tilewright.ops.linear import (
+    INTERLEAVED,
+    PROGRAMS,
+    can_interleave,
+    gpu_recipe,
+    interleave,
+    linear_kernel,
+)
 
 SIZES = {  # rows and columns that are no multiples of tiles and lanes
     "f32": ((1, 1), (20, 37), (13, 100)),
@@ -44,6 +51,27 @@ def test_the_schedule_of_a_gpu_run_on_the_cpu(rng, kind, n, k):
     w, x, y = weight(rng, kind, n, k), normal(rng, 3, k), poisoned(3, n)
     PROGRAMS[kind].schedule(scheduled).build("cpp")(x, *arrays(w), out=y)
     close(y, x @ values(w).T, np.abs(x) @ np.abs(values(w)).T + 1)
+
+
+@pytest.mark.parametrize("kind", sorted(INTERLEAVED))
+@pytest.mark.parametrize(("n", "k"), [(16, 32), (48, 96)])
+@pytest.mark.parametrize("many", [False, True])
+def test_interleaved_rows(rng, kind, n, k, many):
+    w = weight(rng, kind, n, k)
+    assert can_interleave(kind, n) and not can_interleave(kind, n + 8)
+    kernel = linear_kernel(kind, many, n, k, interleaved=True)
+    for t in TOKENS if many else (1, 2):
+        x, y = normal(rng, t, k), poisoned(t, n)
+        kernel(x, *interleave(w.kind, w.data), out=y.reshape(t, -1, 16))
+        close(y, x @ values(w).T, np.abs(x) @ np.abs(values(w)).T + 1)
+
+
+def test_interleaving_moves_rows_and_nothing_else(rng):
+    w = weight(rng, "q4_1", 32, 64)
+    for plain, moved in zip(arrays(w), interleave(w.kind, w.data), strict=True):
+        assert moved.flags.c_contiguous and moved.shape == (2, *plain.shape[1:], 16)
+        for row in (0, 15, 16, 31):
+            assert np.array_equal(moved[row // 16, ..., row % 16], plain[row])
 
 
 def test_linear_of_no_tokens():

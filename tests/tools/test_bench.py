@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tilewright.errors import ArgumentError
-from tilewright.tools import bench, bench_host, bench_plot, bench_sparse, cli, graphs
+from tilewright.tools import bench, bench_host, bench_model, bench_plot, bench_sparse, cli, graphs
 from tilewright.tools.bench import Contender
 
 FIELDS = ("suite", "op", "input", "width", "dtype", "target", "impl", "ms", "metric", "value")
@@ -236,6 +236,20 @@ def test_bench_host_measures_calls_and_builds(capsys, monkeypatch):
     assert all(r["value"] > 0 for r in rows)
     assert len([r for r in rows if r["op"].startswith("build")]) in (9, 18)
     assert "another kind of cache" not in printed.err
+
+
+def test_bench_model_times_prompts_and_answers(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gguf", reason="the gguf library writes the test files")
+    from tests.serve.tiny import runnable
+
+    monkeypatch.setattr(bench_model, "_ROUNDS", 1)
+    path = str(runnable().write(tmp_path / "runnable.gguf"))
+    args = ["bench", "model", "--model", path, "--prompt", "30", "--tokens", "4", "--json"]
+    assert cli.main(args) == 0
+    found = rows_of(capsys.readouterr().out)
+    ours = {(r["op"], r["width"]) for r in found if r["impl"] == "tilewright"}
+    assert ours == {(f"model.{op}", n) for op in ("prompt", "decode") for n in (20, 30)}
+    assert all(r["value"] > 0 and r["metric"] == "tokens/s" for r in found)
 
 
 def test_nothing_to_draw_is_an_error(tmp_path):

@@ -271,8 +271,28 @@ def _simplify_binary(x: Binary) -> Expr:
             return a
     if op == "//" and is_const(b, 1):
         return a
+    if op in ("<<", ">>") and _number(b) == 0:
+        return a
+    if op == "&" and (mask := _number(b)) is not None and not ~mask & ((1 << _bits(a)) - 1):
+        return a
     is_zero = (op == "*" and (is_const(a, 0) or is_const(b, 0))) or (op == "%" and is_const(b, 1))
     return Const(0, x.dtype) if is_zero and x.dtype.lanes == 1 else x
+
+
+def _number(e: Expr) -> int | None:
+    """The value of an integer constant, also of one in every lane."""
+    e = e.a if isinstance(e, Broadcast) else e
+    return int(e.value) if isinstance(e, Const) and e.dtype.is_int else None
+
+
+def _bits(e: Expr) -> int:
+    """Bits that hold every value of a number known not to be negative; else those of its type."""
+    if isinstance(e, Cast) and e.a.dtype.kind == "u" and e.dtype.is_int:
+        return min(_bits(e.a), e.dtype.bits)
+    if isinstance(e, Binary) and e.op == ">>" and (by := _number(e.b)) is not None:
+        known = _bits(e.a)
+        return max(known - by, 0) if known < e.dtype.bits or e.dtype.kind == "u" else known
+    return e.dtype.bits
 
 
 def _simplify_sum(x: Binary) -> Expr:

@@ -5,13 +5,15 @@ what a block means, with shifts and scales, and the values exist in registers on
 
     Q8_0: w = q · d               34 bytes: d float16, q int8[32]
     Q4_1: w = q · d + m           20 bytes: d, m float16, q uint4[32], low halves first
+
+A CPU takes them with sixteen rows interleaved: the lanes of a vector are then rows, scales are
+vectors, a value of X goes to all lanes, and no sum runs across lanes.
 Reference: the block formats of GGUF.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -57,6 +59,31 @@ def linear_q4_1(
     return out[t, n](trace.sum_(X[t, b * 32 + half * 16 + lane] * w, over=(b, half, lane)))
 
 
+@program
+def linear_q8_0_interleaved(
+    X=dense("t k"),
+    D=dense("g b 16", "float16", kind="weight"),
+    Q=dense("g b 32 16", "int8", kind="weight"),
+):
+    t, g, b, half, lane, r = indices("t:t g:g b:b h:2 l:16 r:16")
+    e = half * 16 + lane
+    w = Q[g, b, e, r].cast("float32") * D[g, b, r]
+    return out[t, g, r](trace.sum_(X[t, b * 32 + e] * w, over=(b, half, lane)))
+
+
+@program
+def linear_q4_1_interleaved(
+    X=dense("t k"),
+    D=dense("g b 16", "float16", kind="weight"),
+    M=dense("g b 16", "float16", kind="weight"),
+    Q=dense("g b 16 16", "uint8", kind="weight"),
+):
+    t, g, b, half, lane, r = indices("t:t g:g b:b h:2 l:16 r:16")
+    nibble = (Q[g, b, lane, r].cast("int32") >> (half * 4)) & 15
+    w = nibble.cast("float32") * D[g, b, r] + M[g, b, r]
+    return out[t, g, r](trace.sum_(X[t, b * 32 + half * 16 + lane] * w, over=(b, half, lane)))
+
+
 PROGRAMS: dict[str, Definition] = {
     "f32": linear_dense,
     "bf16": linear_dense.typed(W="bfloat16"),
@@ -65,12 +92,19 @@ PROGRAMS: dict[str, Definition] = {
     "q4_1": linear_q4_1,
 }
 
+INTERLEAVED = {"q8_0": linear_q8_0_interleaved, "q4_1": linear_q4_1_interleaved}
+
 ROWS = 4  # rows of W in registers together
 TOKENS = 4  # rows of X likewise, when there are many
+WIDE_TOKENS = 8  # of an interleaved W, whose sixteen rows are one register
+SUMS = 4  # of each half of a block, so that one multiply-add need not wait for the other
+TOGETHER = 16  # rows that are interleaved
 
 
 def cpu_recipe(s: Schedule, many: bool) -> Schedule:
     """Rows of W in parallel, a few rows and tokens in registers, the lanes of a vector along k."""
+    if s.has("r"):
+        return _interleaved_recipe(s, many)
     lanes = toolchain.vector_bits() // 32
     s = s.split("n", 16 if many else 8, into=("n_unit", "n_rows")).split(
         "n_rows", ROWS, into=("n_o", "n_i")
@@ -86,8 +120,18 @@ def cpu_recipe(s: Schedule, many: bool) -> Schedule:
         s = s.split("k", lanes, tail="cut", into=("k_o", "l")).reorder("k_o", "n_i", "t_i", "l")
     else:
         s = s.reorder("h", "n_i", "t_i", "l").unroll("h")
-    s = s.parallel("n_unit").unroll("n_i").vectorize("l")
-    return s if many or not s.has("b") else s.prefetch("Q", "n_unit", 1)
+    return s.parallel("n_unit").unroll("n_i").vectorize("l")
+
+
+def _interleaved_recipe(s: Schedule, many: bool) -> Schedule:
+    """Sixteen rows of W are the lanes of a vector. One token: several sums, and the weights of the
+    next rows asked for, since nothing else waits for memory. Many: a weight serves them all."""
+    s = s.reorder("g", "t", "b", "l", "h", "r").parallel("g").vectorize("r").unroll("h")
+    if many:
+        s = s.split("t", WIDE_TOKENS, tail="cut", into=("t_o", "t_i"))
+        return s.reorder("t_o", "b", "l", "h", "t_i", "r").unroll("t_i")
+    s = s.split("l", SUMS, into=("l_o", "l_i")).unroll("l_i").rfactor("l_i").rfactor("h")
+    return s.prefetch("Q", "g", 1)
 
 
 GPU_ROWS = 16  # rows of W of one CTA
@@ -119,22 +163,27 @@ def check_kind(kind: str, name: str = "") -> None:
 
 
 @cache
-def linear_kernel(kind: str, many: bool, n: int, k: int, target: str = "cpp") -> Kernel:
+def linear_kernel(
+    kind: str, many: bool, n: int, k: int, target: str = "cpp", interleaved: bool = False
+) -> Kernel:
     """The built kernel for a kind of weight of n × k. `many`: more than a few rows of X.
 
-    Sizes are fixed: the layers of a model have few shapes, and none of them needs guards then."""
+    `kernel(X, *arrays, out=None)` with the arrays of `weight_views` gives (t, n); with those of
+    `interleave` (t, n / 16, 16), which is the same memory. Sizes are fixed: the layers of a model
+    have few shapes, and none of them needs guards then."""
     check_kind(kind)
+    made = INTERLEAVED[kind] if interleaved else PROGRAMS[kind]
 
     def scheduled(s: Schedule) -> Schedule:
-        s = s.specialize("n", n)
+        s = s.specialize("g", n // TOGETHER) if interleaved else s.specialize("n", n)
         s = s.specialize("b", k // BLOCK) if kind.startswith("q") else s.specialize("k", k)
         return gpu_recipe(s, n) if s.target.is_cuda else cpu_recipe(s, many)
 
-    return PROGRAMS[kind].schedule(scheduled).build(target)
+    return made.schedule(scheduled).build(target)
 
 
-def weight_views(kind: str, data: np.ndarray) -> tuple[Any, ...]:
-    """The arrays of a weight as `linear` takes them: views, never copies.
+def weight_views(kind: str, data: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The arrays of a weight as they lie in the file: views, never copies.
 
     `data`: (n, k) of float32 or bits, or uint8 (n, bytes of a row) of blocks."""
     if kind == "q8_0":
@@ -145,3 +194,18 @@ def weight_views(kind: str, data: np.ndarray) -> tuple[Any, ...]:
         scales = blocks[:, :, :4].view(np.float16)
         return scales[..., 0], scales[..., 1], blocks[:, :, 4:]
     return (data,)
+
+
+def can_interleave(kind: str, rows: int) -> bool:
+    """Whether a weight has the layout that a CPU reads fastest: quantised, in whole sixteens."""
+    return kind in INTERLEAVED and rows % TOGETHER == 0
+
+
+def interleave(kind: str, data: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The arrays of a weight with the rows of each sixteen side by side: (n / 16, blocks, 16) of
+    scales, (n / 16, blocks, numbers, 16) of numbers. Copies; `data` as `weight_views` takes it."""
+    found = []
+    for x in weight_views(kind, data):
+        grouped = x.reshape(x.shape[0] // TOGETHER, TOGETHER, *x.shape[1:])
+        found.append(np.ascontiguousarray(np.moveaxis(grouped, 1, -1)))
+    return tuple(found)

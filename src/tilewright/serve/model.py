@@ -15,7 +15,14 @@ from tilewright.attention.batch import Attention
 from tilewright.errors import ModelError
 from tilewright.ops.activation import add_kernel, silu_mul_kernel
 from tilewright.ops.embedding import embedding_kernel
-from tilewright.ops.linear import check_kind, linear_kernel, weight_views
+from tilewright.ops.linear import (
+    TOGETHER,
+    can_interleave,
+    check_kind,
+    interleave,
+    linear_kernel,
+    weight_views,
+)
 from tilewright.ops.rmsnorm import rmsnorm_kernel
 from tilewright.ops.rope import append_kernel, rope_append_kernel, rope_kernel, rope_tables
 from tilewright.ops.sampling import argmax_kernel
@@ -30,15 +37,20 @@ PREFILL_CHUNK = 512  # tokens of a prompt that run together
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer: its weight where the target reads it, and the shape of that weight."""
+    """A linear layer: its weight where and as the target reads it, and the shape of that weight."""
 
     kind: str
     arrays: tuple[Any, ...]
     rows: int
     cols: int
+    interleaved: bool
 
     def kernel(self, many: bool, where: str) -> Any:
-        return linear_kernel(self.kind, many, self.rows, self.cols, where)
+        return linear_kernel(self.kind, many, self.rows, self.cols, where, self.interleaved)
+
+    def written(self, out: Any) -> Any:
+        """An array (t, rows) as the kernel writes it."""
+        return out.reshape(len(out), -1, TOGETHER) if self.interleaved else out
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +112,11 @@ class Llama:
                 where="context",
             )
         self.cache = KVPool(self.config, wanted, self.memory)
-        self.embedding = self._linear("embed")
-        self.head = self.embedding if self.config.tied_embedding else self._linear("lm_head")
+        tied = self.config.tied_embedding
+        self.head = self._linear("embed" if tied else "lm_head")
+        self.table_kind = self.file.tensors["embed"].kind
+        shares = tied and not self.head.interleaved
+        self.table = self.head.arrays if shares else self._placed("embed", weight_views)
         self.norm = self._vector("norm")
         self.layers = [self._layer(f"layers.{i}.") for i in range(self.config.layers)]
         c = self.config
@@ -127,12 +142,18 @@ class Llama:
         )
 
     def _linear(self, name: str) -> Linear:
-        w: Weight = self.file.tensors[name]
+        w = self.file.tensors[name]
         rows, cols = w.shape
+        interleaved = not self.target.is_cuda and can_interleave(w.kind, rows)
+        arrays = self._placed(name, interleave if interleaved else weight_views)
+        return Linear(w.kind, arrays, rows, cols, interleaved)
+
+    def _placed(self, name: str, layout: Any) -> tuple[Any, ...]:
+        """The arrays of a weight in a layout, where the target reads them."""
+        w: Weight = self.file.tensors[name]
         check_kind(w.kind, name)
-        names = {"bf16": "bfloat16"}
-        arrays = tuple(self.memory.put(a, names.get(w.kind)) for a in weight_views(w.kind, w.data))
-        return Linear(w.kind, arrays, rows, cols)
+        dtype = "bfloat16" if w.kind == "bf16" else None
+        return tuple(self.memory.put(a, dtype) for a in layout(w.kind, w.data))
 
     def _vector(self, name: str) -> Any:
         w: Weight = self.file.tensors[name]
@@ -184,10 +205,10 @@ class Llama:
         append, plus = append_kernel(name), add_kernel(name)
 
         def linear(w: Linear, x: Any, out: Any) -> None:
-            do(w.kernel(t > 1, name), x, *w.arrays, out=out)
+            do(w.kernel(t > 1, name), x, *w.arrays, out=w.written(out))
 
         embedded = b.x[0].reshape(t, *self._embedded_shape())
-        do(embedding_kernel(self.embedding.kind, name), b.ids, *self.embedding.arrays, out=embedded)
+        do(embedding_kernel(self.table_kind, name), b.ids, *self.table, out=embedded)
         for i, layer in enumerate(self.layers):
             do(norm, b.x[0], layer.attn_norm, c.rms_eps, out=b.normed)
             linear(layer.q, b.normed, b.q)
@@ -231,15 +252,14 @@ class Llama:
 
     def _embedded_shape(self) -> tuple[int, ...]:
         dim = self.config.dim
-        return {"q8_0": (dim // 32, 32), "q4_1": (dim // 32, 2, 16)}.get(
-            self.embedding.kind, (dim,)
-        )
+        return {"q8_0": (dim // 32, 32), "q4_1": (dim // 32, 2, 16)}.get(self.table_kind, (dim,))
 
     def _finish(self, x: Any, b: Buffers, do: Any) -> None:
         """The logits of one row, and the token of the largest."""
         one = self._one
         do(rmsnorm_kernel(self.name), x, self.norm, self.config.rms_eps, out=one.normed)
-        do(self.head.kernel(False, self.name), one.normed, *self.head.arrays, out=b.logits)
+        logits = self.head.written(b.logits)
+        do(self.head.kernel(False, self.name), one.normed, *self.head.arrays, out=logits)
         do(argmax_kernel(self.name), b.logits, out=b.token)
 
     # -- prompts ---------------------------------------------------------------------------------

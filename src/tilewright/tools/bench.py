@@ -30,6 +30,7 @@ from tilewright.errors import ArgumentError, MissingExtra
 SUITES = {
     "spmm": ("bench_sparse", "sparse times dense"),
     "sddmm": ("bench_sparse", "dense times dense at stored entries"),
+    "model": ("bench_model", "tokens a second of a model, for prompts and for answers"),
     "host": ("bench_host", "time of a call, of import and of building, apart from the kernel"),
     "graphs": ("bench_sparse", "the synthetic graphs and how well they fit"),
 }
@@ -95,8 +96,9 @@ def bench(args: argparse.Namespace) -> int:
         elif args.suite in ("spmm", "sddmm"):
             print(line(row), flush=True)
         else:
-            what = f"{row['input']:18} {row['target']:12} {row['impl']:34}"
-            print(f"{what} {row['value']:9.4g} {row['metric']}", flush=True)
+            what = f"{row['input']:18} {row['width']:5} {row['target']:12} {row['impl']:34}"
+            ratio = f"  ratio {row['ratio']:.2f}" if row["ratio"] else ""
+            print(f"{what} {row['value']:9.4g} {row['metric']}{ratio}", flush=True)
         if args.keep:
             keep(args.keep, row)
     if not args.json and any(r.get("ratio") for r in rows):

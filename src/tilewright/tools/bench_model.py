@@ -1,0 +1,115 @@
+"""`tilewright bench model`: tokens a second of a real model, for prompts and for answers.
+
+Beside it, where `llama_cpp` is installed and the target is a CPU, llama.cpp on the same file, with
+as many threads, in turns with ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tilewright.runtime import pool
+from tilewright.serve.model import Llama
+from tilewright.serve.weights import open_model, packaged_model
+from tilewright.tools.bench import Row, base_row, note
+
+_ROUNDS = 7
+_SHORT = 20  # tokens before an answer that follows a question
+_OURS = "tilewright"
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """One engine: `read(tokens)` begins anew with a prompt, `write(n)` answers with n tokens."""
+
+    impl: str
+    read: Callable[[list[int]], Any]
+    write: Callable[[int], Any]
+
+
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a model file (default: the packaged SmolLM2)")
+    parser.add_argument("--target", default="cpp", help="cpp or cuda")
+    parser.add_argument("--prompt", type=int, default=400, help="tokens of the long prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer")
+
+
+def model(args: argparse.Namespace) -> Iterator[Row]:
+    """Rows in tokens a second."""
+    path = Path(args.model or packaged_model())
+    ours = Llama(open_model(path), args.target, context=args.prompt + args.tokens)
+    prompt = np.random.default_rng(5).integers(3, ours.config.vocab, args.prompt).tolist()
+    runners = [_ours(ours)]
+    if args.target == "cpp" and path.suffix == ".gguf":
+        runners += _llama_cpp(path, args.prompt + args.tokens)
+    short = min(_SHORT, args.prompt)
+    samples: dict[tuple[str, int, str], list[float]] = {}
+    for turn in range(_ROUNDS + 1):
+        for runner in runners:
+            for length in dict.fromkeys((short, args.prompt)):
+                read, written = _timed(runner, prompt[:length], args.tokens)
+                if turn:  # the first builds kernels and records the step
+                    samples.setdefault(("prompt", length, runner.impl), []).append(read)
+                    samples.setdefault(("decode", length, runner.impl), []).append(written)
+    rates = {key: statistics.median(found) for key, found in samples.items()}
+    for (op, length, impl), rate in rates.items():
+        peers = [r for (o, n, i), r in rates.items() if (o, n) == (op, length) and i != _OURS]
+        ratio = rate / max(peers) if impl == _OURS and peers else None
+        yield base_row("model", f"model.{op}", args.target) | {
+            "input": f"{path.stem} {op}", "width": length, "dtype": "float32", "impl": impl,
+            "ms": 1e3 / rate, "metric": "tokens/s", "value": rate, "ratio": ratio,
+        }  # fmt: skip
+
+
+def _timed(runner: Runner, prompt: list[int], tokens: int) -> tuple[float, float]:
+    """Tokens a second of the prompt, and of the answer after it."""
+    began = time.perf_counter()
+    runner.read(prompt)
+    between = time.perf_counter()
+    runner.write(tokens)
+    ended = time.perf_counter()
+    return len(prompt) / (between - began), tokens / (ended - between)
+
+
+def _ours(model: Llama) -> Runner:
+    def read(prompt: list[int]) -> None:
+        model.reset()
+        model.prefill(prompt)
+
+    def write(tokens: int) -> None:
+        token = model.greedy()
+        for _ in range(tokens):
+            token = model.decode(token)
+
+    return Runner(_OURS, read, write)
+
+
+def _llama_cpp(path: Path, context: int) -> list[Runner]:
+    try:
+        import llama_cpp  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        note("llama.cpp left out: pip install llama-cpp-python")
+        return []
+    threads = pool.wanted_threads()
+    peer = llama_cpp.Llama(
+        str(path), n_ctx=context, n_batch=512, n_threads=threads, n_threads_batch=threads,
+        verbose=False,
+    )  # fmt: skip
+
+    def read(prompt: list[int]) -> None:
+        peer.reset()
+        peer.eval(prompt)
+
+    def write(tokens: int) -> None:
+        for _ in range(tokens):
+            peer.eval([peer.sample(temp=0.0)])
+
+    return [Runner("llama.cpp", read, write)]

@@ -1,0 +1,67 @@
+"""Simplification keeps values, and takes away what a mask or a shift cannot change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tilewright import dtypes
+from tilewright.ir.nodes import Binary, Cast, Const, Expr, Var, binary, cast
+from tilewright.ir.rewrite import simplify, walk
+
+X = Var("x", dtypes.uint8)
+WIDE = cast(X, dtypes.int32)
+
+
+def value(e: Expr, x: int) -> int:
+    """What an integer expression of x is, by NumPy."""
+    if isinstance(e, Var):
+        return int(e.dtype.numpy.type(x))
+    if isinstance(e, Const):
+        return int(e.value)
+    if isinstance(e, Cast):
+        return int(np.array(value(e.a, x)).astype(e.dtype.numpy))
+    assert isinstance(e, Binary)
+    a, b = (np.array(value(y, x), e.dtype.numpy) for y in (e.a, e.b))
+    op = {"&": np.bitwise_and, ">>": np.right_shift, "<<": np.left_shift, "+": np.add}[e.op]
+    return int(op(a, b))
+
+
+@pytest.mark.parametrize(
+    ("given_", "wanted"),
+    [
+        ((WIDE >> 4) & 15, WIDE >> 4),
+        (WIDE & 255, WIDE),
+        (WIDE & 0x1FF, WIDE),
+        ((WIDE >> 0) & 15, WIDE & 15),
+        (((WIDE >> 3) & 31) << 0, WIDE >> 3),
+    ],
+    ids=str,
+)
+def test_what_changes_nothing_goes(given_, wanted):
+    assert simplify(given_) == wanted
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [WIDE & 15, WIDE & 0xF0, (WIDE >> 3) & 15, Var("n") & 255, (Var("n") >> 28) & 15],
+    ids=str,
+)
+def test_what_changes_something_stays(kept):
+    assert simplify(kept) == kept
+
+
+STEPS = st.lists(st.tuples(st.sampled_from(("&", ">>", "<<")), st.integers(0, 255)), max_size=5)
+
+
+@given(x=st.integers(-(2**31), 2**31 - 1), steps=STEPS, narrow=st.booleans())
+def test_bits_keep_their_value(x, steps, narrow):
+    e: Expr = WIDE if narrow else Var("x")
+    x = x & 255 if narrow else x
+    for op, n in steps:
+        e = binary(op, e, n if op == "&" else n % 20)
+    small = simplify(e)
+    assert value(small, x) == value(e, x)
+    assert sum(1 for _ in walk(small)) <= sum(1 for _ in walk(e))
