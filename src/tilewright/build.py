@@ -62,9 +62,12 @@ class Definition:
         coordinates beyond 2³¹."""
         self._known(of)
         chosen = dict(self.given) | {name: dtypes.dtype(t) for name, t in of.items()}
-        return replace(
-            self, given=tuple(chosen.items()), index=dtypes.dtype(index) if index else self.index
-        )
+        wide = self.index if index is None else dtypes.dtype(index)
+        if wide not in (dtypes.int32, dtypes.int64):
+            raise ProgramError(
+                "P106", f"coordinates are {wide}", where="index", hint="int32, int64"
+            )
+        return replace(self, given=tuple(chosen.items()), index=wide)
 
     def decompose(self, **of: Any) -> Definition:
         """Formats for sparse parameters: `spmm.decompose(A=tw.hyb())`."""
@@ -77,10 +80,19 @@ class Definition:
                     where=name,
                     hint="tw.csr(), tw.hyb(), …",
                 )
+            if name not in {t.structure for t in self.program.tensors}:
+                raise ProgramError(
+                    "P107",
+                    f"{name} is no sparse parameter with a structure of its own",
+                    where=name,
+                    hint="dense parameters have no format; one declared like=… shares another's",
+                )
         return replace(self, formats=tuple((dict(self.formats) | of).items()))
 
     def schedule(self, recipe: Recipe) -> Definition:
         """A function from Schedule to Schedule: it runs when the kernel is built."""
+        if not callable(recipe):
+            raise ProgramError("P101", f"{recipe!r} is no recipe", hint="a function of a Schedule")
         return replace(self, recipe=recipe)
 
     def scheduled(self, target: Target | str = "cpp") -> Schedule:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from tilewright.codegen import cpp, cuda
 from tilewright.codegen.params import Params, collect_params, host_text
-from tilewright.ir.nodes import Program, Tensor
+from tilewright.errors import ScheduleError
+from tilewright.ir.nodes import Program, Tensor, stride_name
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
 from tilewright.runtime.manifest import Manifest, StageSpec, TensorSpec, declarations
 from tilewright.runtime.store import Built
 from tilewright.schedule import Schedule
-from tilewright.sparse import formats
 from tilewright.target import Target
 
 Watch = Callable[[str, Program], None]
@@ -25,7 +26,12 @@ Recipe = Callable[[Schedule], Schedule]
 def scheduled(program: Program, recipe: Recipe | None, target: Target) -> Schedule:
     """The schedule of a program at the coordinate level, after its recipe ran."""
     start = Schedule(program, _Positions(), target)
-    return start if recipe is None else recipe(start)
+    made = start if recipe is None else recipe(start)
+    if not isinstance(made, Schedule):
+        raise ScheduleError(
+            "S102", f"the recipe of {program.name} gave {made!r}", hint="return the schedule"
+        )
+    return made
 
 
 def lowered(
@@ -67,16 +73,14 @@ def rendered(program: Program, target: Target) -> Built:
 
 
 def _manifest(program: Program, params: Params, target: Target) -> Manifest:
-    used = {t.format for t in program.tensors if t.structure}
-    composed = next((f for f in used if isinstance(f, formats.Composed)), None)
-    cases = (0,)
-    if composed is not None:
-        cases = tuple(composed.formats.index(f) for _, f in composed.parts)
+    of = {t.structure: t.format for t in program.tensors if t.structure}
     stages = tuple(
         StageSpec(
             f"stage{number}",
             tuple(host_text(n.grid) for n in stage),
-            tuple(n.part for n in stage),
+            _rows(of.get(stage[0].structure)),
+            stage[0].structure,
+            any(n.is_ordered for n in stage),
             (cuda.stage_threads(stage), 1),
         )
         for number, stage in enumerate(program.stages)
@@ -84,16 +88,23 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
     tensors = tuple(_spec(t) for t in program.tensors if t.role != "inline")
     named = {t.structure: repr(t.format) for t in program.tensors if t.structure}
     return Manifest(
-        program.name, str(target), tensors, params.params, params.row, stages,
-        formats=tuple(named.items()), part_cases=cases, sizes=program.sizes,
-        index=program.index.name,
+        program.name, str(target), tensors, params.params, params.row,
+        params.param_names, params.row_names, stages,
+        formats=tuple(named.items()), sizes=program.sizes, index=program.index.name,
         packed=tuple(t.name for t in program.tensors if _strides_known(t, params)),
     )  # fmt: skip
 
 
+def _rows(followed: Any) -> tuple[int, ...]:
+    """For each row of a stage's work table the body that serves it."""
+    if followed is None:
+        return (0,)
+    return tuple(followed.formats.index(f) for _, f in followed.parts)
+
+
 def _strides_known(t: Tensor, params: Params) -> bool:
     """Whether generated code takes a stride of `t` for granted (beyond the last, which is 1)."""
-    return any(f"{t.name}_stride{d}" in params.packed for d in range(len(t.dims) - 1))
+    return any(stride_name(t.name, d) in params.packed for d in range(len(t.dims) - 1))
 
 
 def _spec(t: Tensor) -> TensorSpec:

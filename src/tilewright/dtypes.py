@@ -41,8 +41,10 @@ class DType:
 
     @property
     def accumulator(self) -> DType:
-        """What sums of this type are kept in: float32 for narrower floats, itself otherwise."""
-        return float32 if self.is_float and self.bits < 32 else self.scalar
+        """What sums of this type are kept in: 32 bits for narrower numbers, itself otherwise."""
+        if self.bits >= 32 or self.kind == "b":
+            return self.scalar
+        return float32 if self.is_float else int32
 
     @property
     def numpy(self) -> np.dtype:

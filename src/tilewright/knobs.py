@@ -16,10 +16,10 @@ from typing import Any
 from tilewright.errors import KnobError
 
 
-def _at_least(low: int) -> Callable[[str], int]:
+def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text)
-        if value < low:
+        if value < low or (high is not None and value > high):
             raise ValueError
         return value
 
@@ -39,19 +39,32 @@ class Knob:
     doc: str
 
 
+def folder(path: str | Path) -> Path:
+    """A path with its `~` resolved. Raises KnobError[K101] where no such user has a home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise KnobError(
+            "K101",
+            f"no folder {str(path)!r}: {error}",
+            where="environment variable TILEWRIGHT_CACHE_DIR",
+            hint="write the folder without ~",
+        ) from None
+
+
 def _default_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "tilewright"
+    return (Path(base) if base else folder("~/.cache")) / "tilewright"
 
 
 KNOBS: dict[str, Knob] = {
-    "cache_dir": Knob("TILEWRIGHT_CACHE_DIR", _default_cache, Path, "a folder", "where compiled kernels are kept"),
+    "cache_dir": Knob("TILEWRIGHT_CACHE_DIR", _default_cache, folder, "a folder", "where compiled kernels are kept"),
     "cache": Knob("TILEWRIGHT_CACHE", True, _flag, "0 or 1", "0 compiles everything anew"),
-    "threads": Knob("TILEWRIGHT_THREADS", 0, _at_least(0), "an integer, 0 = all cores", "threads of the CPU target"),
+    "threads": Knob("TILEWRIGHT_THREADS", 0, _integer(0), "an integer, 0 = all cores", "threads of the CPU target"),
     "cxx": Knob("TILEWRIGHT_CXX", "", str, "a path or a name", "the C++ compiler; empty = c++, g++ or clang++ as found"),
     "isa": Knob("TILEWRIGHT_ISA", "", str, "avx512, avx2, baseline or empty", "instruction set of the CPU target; empty = this CPU's"),
     "verify": Knob("TILEWRIGHT_VERIFY", False, _flag, "0 or 1", "run the IR verifiers between all passes"),
-    "debug": Knob("TILEWRIGHT_DEBUG", 0, _at_least(0), "0 to 4", "1 timings, 2 schedules, 3 each pass, 4 source"),
+    "debug": Knob("TILEWRIGHT_DEBUG", 0, _integer(0, 4), "0 to 4", "1 timings, 2 schedules, 3 each pass, 4 source"),
 }  # fmt: skip
 
 _overrides: dict[str, Any] = {}
@@ -67,6 +80,8 @@ def get(name: str) -> Any:
         return knob.default() if callable(knob.default) else knob.default
     try:
         return knob.parse(text)
+    except KnobError:
+        raise
     except (ValueError, KeyError):
         raise KnobError(
             "K101",

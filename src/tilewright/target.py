@@ -8,6 +8,13 @@ from tilewright.errors import BuildError
 
 CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 
+# What `arch` is called, and which there are, for each kind of target.
+ARCHS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "interp": ("architecture", ()),
+    "cpp": ("instruction set", ("avx512", "avx2", "baseline")),
+    "cuda": ("CUDA architecture", CUDA_ARCHS),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -19,6 +26,20 @@ class Target:
 
     kind: str
     arch: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises BuildError[B103]."""
+        if not isinstance(self.kind, str) or self.kind not in ARCHS:
+            raise BuildError(
+                "B103", f"unknown target {self.kind!r}", hint="cpp, cuda, cuda:sm_90a or interp"
+            )
+        what, known = ARCHS[self.kind]
+        if self.arch not in ("", *known):
+            raise BuildError(
+                "B103",
+                f"unknown {what} {self.arch!r}",
+                hint=", ".join(known) or f"{self.kind} has none",
+            )
 
     @property
     def is_cuda(self) -> bool:
@@ -33,14 +54,7 @@ def target(of: Target | str) -> Target:
     BuildError[B103]."""
     if isinstance(of, Target):
         return of
+    if not isinstance(of, str):
+        raise BuildError("B103", f"{of!r} is no target", hint="cpp, cuda, cuda:sm_90a or interp")
     kind, _, arch = of.partition(":")
-    kind = {"cpu": "cpp"}.get(kind, kind)
-    if kind not in ("interp", "cpp", "cuda"):
-        raise BuildError("B103", f"unknown target {of!r}", hint="cpp, cuda, cuda:sm_90a or interp")
-    if kind == "cuda" and arch and arch not in CUDA_ARCHS:
-        raise BuildError("B103", f"unknown CUDA architecture {arch!r}", hint=", ".join(CUDA_ARCHS))
-    if kind == "cpp" and arch not in ("", "avx512", "avx2", "baseline"):
-        raise BuildError(
-            "B103", f"unknown instruction set {arch!r}", hint="avx512, avx2 or baseline"
-        )
-    return Target(kind, arch)
+    return Target({"cpu": "cpp"}.get(kind, kind), arch)

@@ -48,6 +48,34 @@ def test_pages_are_read_in_their_order(rng):
     np.testing.assert_array_equal(keys[16:32], k[names[1]])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_memory_without_keys_is_not_touched(rng, dtype):
+    """Signalling NaN where no key is: NumPy warns when one of them is converted."""
+    kv = paged(rng, [40, 3], (16, 2, 8), dtype)
+    wanted = [reference.gather(kv, r) for r in (0, 1)]
+    bits = {4: np.uint32(0x7F800001), 2: np.uint16(0x7C01)}[np.dtype(dtype).itemsize]
+    for pages in kv.arrays[:2]:
+        empty = np.isnan(pages)
+        pages.view(bits.dtype)[empty] = bits
+    for r in (0, 1):
+        np.testing.assert_array_equal(reference.gather(kv, r), wanted[r])
+
+
+def test_what_went_bad_in_place_is_clamped(rng):
+    """As the kernels do it: no page means page 0, no length more than what is there."""
+    kv = paged(rng, [40, 3], (16, 2, 8))
+    k, indptr, names, last = kv.arrays[0], *kv.arrays[2:]
+    names[0] = 77
+    np.testing.assert_array_equal(reference.gather(kv, 0)[0][:16], k[0])
+    last[:] = 99, -5
+    assert kv.lengths().tolist() == [48, 0]
+    indptr[:] = -7, 2, 10**9
+    assert kv.lengths().tolist() == [32, 16] and kv.capacity().tolist() == [32, 32]
+    assert [len(reference.gather(kv, r)[0]) for r in (0, 1)] == [32, 16]
+    indptr[:] = 3, 1, 0
+    assert kv.lengths().tolist() == [0, 0]
+
+
 def test_bad_arrays():
     zeros = np.zeros((6, 16, 2, 8), np.float32)
     refused("A102", "k_pages", k_pages=zeros.astype(np.float64))
@@ -74,6 +102,8 @@ def test_contents_out_of_range():
     refused("A109", "kv_indptr", kv_indptr=np.array([0, 2, 1, 4], np.int32))
     refused("A109", "kv_indptr", kv_indptr=np.array([1, 2, 2, 4], np.int32))
     refused("A109", "kv_indptr", kv_indptr=np.array([0, 2, 2, 5], np.int32))
+    wraps = np.array([0, 2**31 - 1, -(2**31), 4], np.int32)  # its differences are not negative
+    refused("A109", "kv_indptr", kv_indptr=wraps)
     refused("A109", "kv_indices", kv_indices=np.array([5, 0, 6, 1], np.int32))
     refused("A109", "kv_indices", kv_indices=np.array([5, -1, 3, 1], np.int32))
     refused("A109", "last_page_len", last_page_len=np.array([4, 0, 17], np.int32))
@@ -84,7 +114,8 @@ def test_ragged():
     k = np.zeros((9, 2, 8), np.float16)
     kv = KV.ragged(k, k.copy(), np.array([0, 4, 9], np.int32))
     assert kv.lengths().tolist() == [4, 5] and "ragged" in repr(kv)
-    for code, indptr in (("A109", [0, 4, 10]), ("A109", [0, 5, 4])):
+    wraps = [0, 2**31 - 1, -(2**31), -1, 9]
+    for code, indptr in (("A109", [0, 4, 10]), ("A109", [0, 5, 4]), ("A109", wraps)):
         with pytest.raises(ArgumentError) as e:
             KV.ragged(k, k, np.array(indptr, np.int32))
         assert e.value.code == code

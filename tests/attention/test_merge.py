@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -81,3 +83,12 @@ def test_errors():
     with pytest.raises(ArgumentError) as e:
         merge.empty(1, 2, 3).merge(merge.empty(1, 2, 4))
     assert e.value.code == "A103"
+    no_states: list[Any] = [None, 5, [merge.empty(1, 2, 3)], "xy"]
+    for others in no_states:
+        with pytest.raises(ArgumentError) as e:
+            merge.empty(1, 2, 3).merge(others)
+        assert e.value.code == "A107"
+    for states in (None, 5, "xy", [None]):
+        with pytest.raises(ArgumentError) as e:
+            merge.merge(states)  # pyright: ignore[reportArgumentType]
+        assert e.value.code == "A107"

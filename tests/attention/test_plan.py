@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
+import pickle
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -100,6 +103,14 @@ def refused(data):
     assert e.value.code in ("A107", "A109")
 
 
+def refused_with(plan, **changed):
+    """A changed plan is refused when it is made, and when it is loaded."""
+    with pytest.raises(ArgumentError, match="A109"):
+        dataclasses.replace(plan, **changed)
+    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)} | changed
+    refused(Plan(**fields, planned=True).save())
+
+
 def test_bytes_that_are_no_plan():
     good = make([(3, 700), (1, 9000)]).save()
     for data in (b"", b"PK\x03\x04", good[:-30], good[: len(good) // 2], b"\x80\x04."):
@@ -120,20 +131,78 @@ def test_damaged_items_are_refused(data):
     row = data.draw(st.integers(0, len(items) - 1))
     name = data.draw(st.sampled_from([f.name for f in plans.ITEM.fields]))
     items[name][row] += data.draw(st.sampled_from([-(2**30), -1, 1, 2, 33, 2**30]))
-    changed = dataclasses.replace(plan, items=items)
-    unused = items["chunks"][row] == 1 and name in ("slot", "counter")
-    if unused:  # an item that is not cut reads neither
-        plans.check(changed)
+    if items["chunks"][row] == 1 and name in ("slot", "counter"):
+        dataclasses.replace(plan, items=items)  # an item that is not cut reads neither
     else:
-        refused(changed.save())
+        refused_with(plan, items=items)
 
 
 def test_missing_and_doubled_items_are_refused():
     plan = make([(40, 700), (1, 9000)], workers=4)
     for items in (plan.items[1:], plan.items[:-1], np.append(plan.items, plan.items[:1])):
-        refused(dataclasses.replace(plan, items=items).save())
-    refused(dataclasses.replace(plan, items=plan.items[:0]).save())
-    refused(dataclasses.replace(plan, slots=plan.slots - 1).save())
-    refused(dataclasses.replace(plan, counters=0).save())
-    refused(dataclasses.replace(plan, qo_tile=16).save())
-    refused(dataclasses.replace(plan, kv_heads=0).save())
+        refused_with(plan, items=items)
+    refused_with(plan, items=plan.items[:0])
+    refused_with(plan, slots=plan.slots - 1)
+    refused_with(plan, slots=2**31 - 1)  # its work space would take all memory
+    refused_with(plan, counters=0)
+    refused_with(plan, qo_tile=16)
+    refused_with(plan, kv_heads=0)
+    refused_with(plan, qo_indptr=np.array([0, 2**31 - 1, -(2**31), -1, 41], np.int32))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"items": None}, {"items": [1]}, {"items": np.zeros(8, np.int32)}, {"qo_indptr": [0, 1]},
+        {"qo_indptr": np.zeros((1, 1), np.int32)}, {"qo_indptr": np.zeros(0, np.int32)},
+        {"workers": "3"}, {"workers": 2.0}, {"slots": None}, {"unit": 5}, {"imbalance": "1"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_fields_of_other_types_are_refused(changed):
+    with pytest.raises(ArgumentError, match="A109"):
+        dataclasses.replace(make([(40, 700)]), **changed)
+
+
+def test_a_plan_keeps_what_was_checked():
+    plan = make([(40, 700), (1, 9000)], workers=4)
+    items = plan.items.copy()
+    again = dataclasses.replace(plan, items=items)
+    items["request"] = 10**8
+    assert again == plan
+    for other in (copy.copy(plan), copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        assert other == plan and not other.items.flags.writeable
+
+
+# ---------------------------------------------------------------------------- bad arguments
+
+
+def test_bad_arguments_of_plan_and_run(rng):
+    kv, attn = paged(rng, [100, 40], (16, 2, 64)), Attention(6, 2, 64)
+    bad = [("A103", "workers", {"workers": w}) for w in ("3", 2.5, 0, True, 10**12)]
+    indptrs = [("A107", [[1], [2, 3]]), ("A103", None), ("A103", "abc"), ("A109", [0, 2, 1])]
+    wraps = np.array([0, -(2**63), 3], np.int64)
+    bad += [(code, "qo_indptr", {"qo_indptr": x}) for code, x in [*indptrs, ("A109", wraps)]]
+    for code, where, changed in bad:
+        with pytest.raises(ArgumentError) as e:
+            attn.plan(**cast(Any, {"qo_indptr": [0, 1, 2], "kv": kv} | changed))
+        assert (e.value.code, e.value.where) == (code, where), str(e.value)
+    assert attn.plan([0, 1, 2], kv, workers=np.int64(3)).workers == 3  # pyright: ignore[reportArgumentType]
+    q = np.zeros((2, 6, 64), np.float32)
+    for plan in (None, 5):
+        with pytest.raises(ArgumentError, match="A107"):
+            attn.run(q, kv, plan)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("scale", ["x", float("nan"), float("inf"), 10**400, True, [1.0]], ids=str)
+def test_bad_scales(scale):
+    with pytest.raises(ArgumentError, match="A102"):
+        Attention(6, 2, 64, sm_scale=scale)
+
+
+def test_numbers_of_numpy_are_numbers():
+    numbers: list[Any] = [np.int64(6), np.int32(2), np.int64(64), Causal(), np.float32(0.5)]
+    attn = Attention(*numbers)
+    assert attn == Attention(6, 2, 64, sm_scale=0.5) and attn.scale == 0.5
+    with pytest.raises(ArgumentError, match="A103"):
+        Attention(True, 1, 64)

@@ -514,10 +514,10 @@ def test_manifests_survive_json() -> None:
 
 
 def test_numbers_of_units() -> None:
-    v = {"size_m": 10, "A_count0": 3}
+    v = {"m.size": 10, "A.count0": 3}
     for text, expected in {
-        "1": 1, "(v['size_m'])": 10, "((v['size_m'] + 7) // 8) * (min(v['A_count0'], 2))": 4,
-        "max(1, v['size_m'] % 4) - -1": 3,
+        "1": 1, "(v['m.size'])": 10, "((v['m.size'] + 7) // 8) * (min(v['A.count0'], 2))": 4,
+        "max(1, v['m.size'] % 4) - -1": 3,
     }.items():  # fmt: skip
         assert unit_count(text)(v) == expected
 

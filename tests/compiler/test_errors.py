@@ -322,7 +322,7 @@ def test_a102_unknown_dtypes():
 
 # ---------------------------------------------------------------------------- verifiers
 
-N = Var("size_n")
+N = Var("n.size")
 i_ = Var("i")
 ZERO = Const(0, i_.dtype)
 

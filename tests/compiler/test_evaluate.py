@@ -187,8 +187,8 @@ def test_the_arm_not_taken_is_not_read(rng):
     table, at = rng.normal(size=(4, 3)), np.array([2, -1, 0, -7])
     got = evaluate(gather_rows.program, {"T": table, "at": at})["out"]
     np.testing.assert_array_equal(got, np.where(at[:, None] >= 0, table[at * (at >= 0)], 0))
-    with pytest.raises(InternalError, match="I101"):
-        evaluate(gather_rows.program, {"T": table, "at": np.array([4])})
+    far = evaluate(gather_rows.program, {"T": table, "at": np.array([4, 2**31 - 1])})["out"]
+    assert not far.any()  # nor is anything read outside
 
 
 def test_narrow_floats_are_rounded_where_the_program_says(rng):
@@ -214,13 +214,13 @@ def test_whole_number_arithmetic():
 
 def test_updates_leave_the_arguments_alone(rng):
     @tw.program
-    def shift(x=tw.dense("n")):
+    def shift(x=tw.dense("n"), y=tw.dense("n")):
         i = tw.indices("n")
-        return tw.update(x)[(i + 1) % tw.size("n")](x[i] * 2.0)
+        return tw.update(x)[(i + 1) % tw.size("n")](y[i] * 2.0)
 
-    x = rng.normal(size=5)
+    x, y = rng.normal(size=5), rng.normal(size=5)
     before = x.copy()
-    np.testing.assert_allclose(evaluate(shift.program, {"x": x})["x"], np.roll(2 * x, 1))
+    np.testing.assert_allclose(evaluate(shift.program, {"x": x, "y": y})["x"], np.roll(2 * y, 1))
     np.testing.assert_array_equal(x, before)
 
 

@@ -100,3 +100,56 @@ def test_lanes_that_do_not_all_read_are_no_vector(rng):
     with pytest.raises(ScheduleError, match="differs from lane to lane") as caught:
         recipe.lower()
     assert caught.value.code == "S102" and caught.value.hint
+
+
+# ---------------------------------------------------------------------------- outside of arrays
+
+
+@tw.program
+def moved(x=tw.dense("n"), at=tw.dense("t", "int32"), far=tw.dense("t", "int64")):
+    i, t = tw.indices("n t")
+    near = tw.out.named("near")[i](x[i + 1] - x[i - 1])
+    by_table = tw.out.named("by_table")[t](x[at[t]] + x[far[t]] * 2.0)
+    return near, by_table, tw.out.named("fixed")[i](x[i] + x[100])
+
+
+@tw.program
+def scattered(Y=tw.dense("m d"), at=tw.dense("t", "int32"), X=tw.dense("t d")):
+    t, k = tw.indices("t d")
+    return tw.update(Y)[at[t], k](X[t, k])
+
+
+@pytest.mark.parametrize("target", ["interp", pytest.param("cpp", marks=needs_cxx)])
+def test_outside_of_an_array_there_is_nothing(rng, target):
+    """A read gives 0, a store does nothing, whatever stands in a table of places."""
+    whole = np.full(30, np.nan, np.float32)  # what lies around x must not be read
+    x = whole[10:17]
+    x[:] = rng.standard_normal(7)
+    places = np.array([0, 6, 7, -1, 2**31 - 1, -(2**31)])
+    at, far = places.astype(np.int32), np.array([2**62, -1, 0, 6, 7, -(2**63)])
+    near, by_table, fixed = moved.build(target)(x, at, far)
+    padded = np.concatenate([[0], x, [0]])
+    np.testing.assert_allclose(near, padded[2:] - padded[:-2], rtol=1e-6)
+
+    def read(p):
+        return np.where((p >= 0) & (p < 7), x[np.clip(p, 0, 6)], 0)
+
+    np.testing.assert_allclose(by_table, read(places) + 2 * read(far), rtol=1e-6)
+    np.testing.assert_array_equal(fixed, x)
+
+    around = rng.standard_normal((20, 3)).astype(np.float32)
+    wanted, values = around.copy(), rng.standard_normal((6, 3)).astype(np.float32)
+    wanted[[10, 16]] = values[:2]
+    scattered.build(target)(around[10:17], at, values)
+    np.testing.assert_array_equal(around, wanted)
+
+
+def test_a_range_that_is_known_is_not_asked_about():
+    @tw.program
+    def halves(x=tw.dense("n"), w=tw.dense("b 8")):
+        b, e = tw.indices("b:b e:8")
+        return tw.out[b, e](x[b * 8 + e] * w[b, e])
+
+    open_ended = str(halves.lower())
+    known = str(halves.schedule(lambda s: s.specialize("b", 4).specialize("n", 32)).lower())
+    assert "where(" in open_ended and "where(" not in known

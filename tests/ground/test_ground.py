@@ -179,7 +179,15 @@ def test_a_knob_reads_the_environment(
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("threads", "-1"), ("threads", "many"), ("debug", "1.5"), ("cache", "yes"), ("verify", "2")],
+    [
+        ("threads", "-1"),
+        ("threads", "many"),
+        ("debug", "1.5"),
+        ("debug", "9"),
+        ("debug", "-1"),
+        ("cache", "yes"),
+        ("verify", "2"),
+    ],
 )
 def test_a_bad_value_names_the_variable_and_the_value(
     monkeypatch: pytest.MonkeyPatch, name: str, text: str
@@ -201,6 +209,23 @@ def test_defaults_without_environment(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert knobs.get("cache") is True
     assert knobs.get("verify") is False
     assert (knobs.get("threads"), knobs.get("debug")) == (0, 0)
+
+
+@pytest.mark.parametrize("path", ["~", "~/kernels"])
+def test_a_folder_below_a_home(monkeypatch: pytest.MonkeyPatch, path: str):
+    monkeypatch.setenv("HOME", "/home/nobody")
+    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", path)
+    assert str(knobs.get("cache_dir")) == path.replace("~", "/home/nobody")
+
+
+def test_a_folder_below_no_home(monkeypatch: pytest.MonkeyPatch):
+    from tilewright.runtime import cache
+
+    monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", "~no-such-user/x")
+    with pytest.raises(KnobError, match=r"K101.*no-such-user"):
+        knobs.get("cache_dir")
+    with knobs.scope(cache_dir="~no-such-user/x"), pytest.raises(KnobError, match="K101"):
+        cache.current()
 
 
 def test_scopes_nest_and_end_also_by_an_error(monkeypatch: pytest.MonkeyPatch):
@@ -255,7 +280,19 @@ def test_targets_parse_and_print(text: str, expected: Target):
     assert found.is_cuda == text.startswith("cuda")
 
 
-@pytest.mark.parametrize("bad", ["", "gpu", "cuda:sm_10", "cuda:90", "cpp:native", "CPP"])
-def test_unknown_targets_are_refused(bad: str):
+BAD = ["", "gpu", "cuda:sm_10", "cuda:90", "cpp:native", "CPP", "interp:x", None, 5, ["cpp"]]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+def test_unknown_targets_are_refused(bad: object):
     with pytest.raises(BuildError, match="B103"):
-        target(bad)
+        target(bad)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(BuildError, match="B103"):
+        Target(bad)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("arch", ["x", None, 5])
+def test_unknown_architectures_are_refused(arch: object):
+    for kind in ("interp", "cpp", "cuda"):
+        with pytest.raises(BuildError, match="B103"):
+            Target(kind, arch)  # pyright: ignore[reportArgumentType]

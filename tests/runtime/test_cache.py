@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from tilewright import knobs
 from tilewright.errors import BuildError
-from tilewright.runtime import cache
+from tilewright.runtime import cache, store, toolchain
 
 
 def test_key_separates_parts() -> None:
@@ -63,6 +64,43 @@ def test_damage_is_a_miss(tmp_path: Path, rng: np.random.Generator) -> None:
         assert store.find("so", key) is None
     path.write_bytes(whole)
     assert store.get("so", key) == data
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_a_miss(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """Above all, nobody waits for the other end of a pipe."""
+    store, key = cache.Cache(tmp_path), cache.key_of("x")
+    make(store.path("so", key))
+    assert store.get("so", key) is None and store.find("so", key) is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"\xff", b"{", b"[]", b"5", b"{}", b"[" * 100_000,
+        b'{"manifest": {}, "source": "", "entries": []}',
+        b'{"manifest": {"tensors": 5}, "source": "", "entries": []}',
+        b'{"manifest": {"tensors": [5], "stages": []}, "source": "", "entries": []}',
+        b'{"manifest": {"name": "x"}, "source": 5, "entries": [1]}',
+    ],
+    ids=lambda data: repr(data[:50]),
+)  # fmt: skip
+def test_a_kernel_entry_of_another_form_is_a_miss(tmp_path: Path, data: bytes) -> None:
+    """Signed as it should be, but not what this version writes."""
+    with knobs.scope(cache_dir=tmp_path, cache=True):
+        cache.put(store.KIND, cache.key_of("x"), data)
+        assert store.load(cache.key_of("x")) is None
+
+
+def test_the_warning_of_a_fall_back_names_the_user_s_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with (
+        knobs.scope(cache_dir=tmp_path / "file" / "cache"),
+        pytest.warns(RuntimeWarning, match="cannot be written") as caught,
+    ):
+        toolchain.has_compiler()
+        cache.put("so", cache.key_of("x"), b"data")
+    assert [w.filename for w in caught] == [__file__]
 
 
 def test_folder_others_can_write_is_refused(tmp_path: Path) -> None:

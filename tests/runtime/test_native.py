@@ -56,6 +56,48 @@ def test_refused_source_is_kept(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.so"))
 
 
+def script(path: Path, text: str) -> str:
+    """A compiler that answers to --version, and does what `text` says."""
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo fake 1.0 && exit 0\n{text}\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "is_ours"),
+    [
+        ("kill -9 $$", "was ended by signal 9 (Killed), without a word", False),
+        ("echo 'fatal: Killed signal terminated program cc1plus' >&2; exit 1", "cc1plus", False),
+        ("exit 3", "refused generated code (exit status 3), without a word", True),
+        ("echo no such flag >&2; exit 1", "(exit status 1):\nno such flag", True),
+    ],
+)
+def test_how_a_compiler_failed_is_told(tmp_path: Path, text: str, message: str, is_ours: bool):
+    compiler = script(tmp_path / "mycxx", text)
+    with knobs.scope(cache_dir=tmp_path / "cache", cxx=compiler), pytest.raises(BuildError) as e:
+        native.compile_cpp(TRIPLE)
+    assert e.value.code == "B101" and message in e.value.message
+    assert ("bug of Tilewright" in e.value.hint) == is_ours
+    assert Path(e.value.where).read_text().startswith(TRIPLE)
+
+
+NOTHING, TEXT, OBJECT = (
+    "exit 0",
+    'while [ "$1" != -o ]; do shift; done; echo library > "$2"',
+    'shift; while [ "$1" != -o ]; do shift; done; exec g++ -c -x c++ - -o "$2"',
+)
+
+
+@needs_cxx
+@pytest.mark.parametrize("text", [NOTHING, TEXT, OBJECT])
+def test_what_is_no_library_is_not_kept(tmp_path: Path, text: str) -> None:
+    compiler = script(tmp_path / "mycxx", text)
+    with knobs.scope(cache_dir=tmp_path / "cache", cxx=compiler):
+        with pytest.raises(BuildError, match=r"B102.*no shared library"):
+            native.compile_cpp(TRIPLE)
+        assert {e.kind for e in cache.entries()} == {"cxx"}
+
+
 @needs_cxx
 def test_undefined_symbol_is_an_error_at_load() -> None:
     path = native.compile_cpp("void tw_nowhere();\n" + EXPORT + "void f() { tw_nowhere(); }\n")
@@ -133,6 +175,30 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             native.compile_cpp(TRIPLE)
     with knobs.scope(cxx="no-such-compiler"), pytest.raises(BuildError, match="no-such-compiler"):
         toolchain.find_compiler()
+
+
+def test_a_refused_cache_is_no_missing_compiler(tmp_path: Path) -> None:
+    compiler = script(tmp_path / "mycxx", "exit 0")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    with knobs.scope(cache_dir=tmp_path / "cache", cxx=compiler), pytest.raises(BuildError) as e:
+        toolchain.has_compiler()
+    assert e.value.code == "B105"
+
+
+def test_the_warning_names_the_user_s_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tilewright as tw
+
+    @tw.program
+    def double(X=tw.dense("n")):
+        i = tw.indices("n")
+        return tw.out[i](X[i] * 2)
+
+    toolchain.warn_of_interpreter.cache_clear()
+    with knobs.scope(cxx="no-such-compiler"), pytest.warns(RuntimeWarning) as caught:
+        double.build("cpp")
+        double.build("cpp")
+    assert [(w.filename, "no C++ compiler" in str(w.message)) for w in caught] == [(__file__, True)]
 
 
 @needs_cxx

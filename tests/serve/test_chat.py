@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("jinja2", reason="chat templates need the models extra")
 
 from tilewright.errors import ModelError
-from tilewright.serve.chat import ChatTemplate, check_messages
+from tilewright.serve.chat import MAX_MESSAGES, ChatTemplate, check_messages
 from tilewright.serve.tokenizer import load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
 
@@ -75,6 +76,22 @@ HOSTILE = {
     "includes a file": "{% include '/etc/passwd' %}",
     "divides by zero": "{{ 1 // 0 }}",
     "reads what is not there": "{{ a.b.c }}",
+    "sums without end": "{{ range(10**15)|sum }}",
+    "sums beyond the machine": "{{ range(10**16 * 10**3)|sum }}",
+    "looks for the largest": "{{ range(10**15)|max }}",
+    "joins without end": "{{ range(10**15)|join }}",
+    "selects without end": "{{ range(10**15)|select('gt', 10**14)|first }}",
+    "looks in a range": "{{ 'a' in range(10**12) }}",
+    "looks outside a range": "{{ 'a' not in range(10**12) }}",
+    "tests in a range": "{{ 'a' is in range(10**12) }}",
+    "spreads a range": "{{ raise_exception(*range(10**12)) }}",
+    "sums again and again": "{% set r = range(99999)|list %}"
+    "{% for i in r %}{{ r|sum }}{% endfor %}",
+    "looks again and again": "{% set r = range(99999) %}{% for i in r %}{{ 'a' in r }}{% endfor %}",
+    "counts again and again": "{% set r = range(99999)|list %}"
+    "{% for i in r %}{{ r.count('a') }}{% endfor %}",
+    "cuts into slices": "{{ [1]|slice(10**15)|list }}",
+    "cuts into batches": "{{ [1]|batch(10**9, 'a')|list }}",
     "nests": "{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}",
     "is too long": "a" * 70_000,
 }
@@ -87,9 +104,22 @@ def test_hostile_template(what: str):
     assert error.value.code == "M107"
 
 
-def test_model_without_a_template():
+def test_filters_of_many_messages():
+    """What templates do for each message does not use up the budget."""
+    text = (
+        "{% for m in messages %}{% if loop.index0 == messages|length - 1 or 'x' in m.content "
+        "and m.role in ('user', 'tool') %}{{ (m.content|trim).split('x')|last }}{% endif %}"
+        "{% endfor %}{{ range(3)|sum }}{{ 5 in range(9) }}"
+    )
+    messages = [{"role": "user", "content": f" {n}x{n} "} for n in range(MAX_MESSAGES)]
+    assert ChatTemplate(text).render(messages).endswith(f"{MAX_MESSAGES - 1}3True")
+
+
+@pytest.mark.parametrize("template", [None, "", 7, True, ["a"], np.arange(3)], ids=repr)
+def test_model_without_a_template(template: Any):
+    found = {} if template is None else {"tokenizer.chat_template": template}
     with pytest.raises(ModelError) as error:
-        ChatTemplate.from_metadata({})
+        ChatTemplate.from_metadata(found)
     assert error.value.code == "M107"
 
 

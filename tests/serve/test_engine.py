@@ -36,6 +36,14 @@ def talk(*contents: str) -> list[dict[str, Any]]:
     return [{"role": roles[n % 2], "content": c} for n, c in enumerate(contents)]
 
 
+def writable_model() -> Any:
+    """The model of `runnable_path`, to be made wrong and written."""
+    pytest.importorskip("gguf", reason="the gguf library writes the test files")
+    from tests.serve.tiny import runnable
+
+    return runnable()
+
+
 def spoken(llm: LLM, tokens: list[int]) -> str:
     """The text of tokens as an answer shows it: special ones are left out."""
     stream = llm.tokenizer.stream()
@@ -196,7 +204,7 @@ def test_the_hottest_is_any_token(llm: LLM):
         {"max_tokens": None}, {"temperature": -1}, {"temperature": float("nan")},
         {"temperature": float("inf")}, {"temperature": "hot"}, {"temperature": None},
         {"temperature": 1j}, {"temperature": 10**400}, {"seed": -1}, {"seed": "x"},
-        {"seed": 0.5}, {"seed": []},
+        {"seed": 0.5}, {"seed": []}, {"max_tokens": True}, {"temperature": True}, {"seed": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -253,12 +261,34 @@ def test_a_model_without_a_template(stories: ModelFile):
 
 def test_files_and_targets_that_cannot_be_used(runnable_path: Path, tmp_path: Path):
     (tmp_path / "text.gguf").write_text("hello" * 20)
-    for path in (tmp_path / "none.gguf", tmp_path, tmp_path / "text.gguf", "", "a\0b"):
+    paths = [tmp_path / "none.gguf", tmp_path, tmp_path / "text.gguf", "", "a\0b", None, 5, b"a"]
+    for path in paths:
         with pytest.raises(ModelError) as caught:
             LLM(path)
         assert caught.value.code == "M101"
-    with pytest.raises(BuildError, match="B103"):
-        LLM(runnable_path, target="tpu")
+    for target in ("tpu", None, 5):
+        with pytest.raises(BuildError, match="B103"):
+            LLM(runnable_path, target=target)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("template", [[1, 2], 5, ["text"]], ids=str)
+def test_a_template_of_another_type(tmp_path: Path, template: object):
+    made = writable_model()
+    made.metadata["tokenizer.chat_template"] = template
+    with pytest.raises(ModelError, match=r"M107.*chat_template"):
+        LLM(made.write(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_computes_no_numbers(tmp_path: Path, value: float):
+    """It would answer with nothing at all; the conversation is left as it was."""
+    made = writable_model()
+    made.tensors["output_norm.weight"] = ("f32", np.full(64, value, np.float32))
+    llm = LLM(made.write(tmp_path / "m.gguf"))
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"M101.*no numbers"):
+            llm.generate(HELLO, temperature=1.0)
+        assert llm.read == [] and llm.counts.answer_tokens == 0
 
 
 @pytest.mark.slow

@@ -267,11 +267,15 @@ def test_hostile_tokens(llama: Llama, tokens: object):
     assert llama.cache.length == 5
 
 
-@pytest.mark.parametrize("context", [0, -1, 129, 2**40, "64", 1.5])
+@pytest.mark.parametrize("context", [0, -1, 129, 2**40, "64", 1.5, True, np.int64(0), [64]])
 def test_hostile_contexts(tiny: ModelFile, context: object):
     with pytest.raises(ModelError) as caught:
         Llama(tiny, context=context)  # type: ignore[arg-type]
     assert caught.value.code == "M105"
+
+
+def test_a_context_of_numpy_is_one(tiny: ModelFile):
+    assert Llama(tiny, context=np.int64(64)).cache.capacity == 64  # type: ignore[arg-type]
 
 
 def test_kinds_without_a_kernel_are_refused_when_opened(tiny_path: Path):

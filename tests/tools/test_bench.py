@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
@@ -250,6 +251,22 @@ def test_bench_model_times_prompts_and_answers(tmp_path, capsys, monkeypatch):
     ours = {(r["op"], r["width"]) for r in found if r["impl"] == "tilewright"}
     assert ours == {(f"model.{op}", n) for op in ("prompt", "decode") for n in (20, 30)}
     assert all(r["value"] > 0 and r["metric"] == "tokens/s" for r in found)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--plot", "/nonexistent/x.png"), ("--plot", "/"), ("--plot", "x.nonsense"),
+        ("--keep", "/proc/x"), ("--keep", os.devnull),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_results_that_cannot_be_kept_are_told_before(given, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(bench_sparse, "graphs", lambda args: pytest.fail("it measured"))
+    assert cli.main(["bench", "graphs", *given]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("ArgumentError[A109]")
 
 
 def test_nothing_to_draw_is_an_error(tmp_path):

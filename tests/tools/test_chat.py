@@ -43,11 +43,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runnable().write(tmp_path_factory.mktemp("models") / "runnable.gguf")
 
 
-def run(*arguments: str | Path, typed: str = "") -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path, typed: str = "", **more: str) -> subprocess.CompletedProcess[str]:
     command = [*COMMAND, *map(str, arguments)]
     return subprocess.run(
-        command, input=typed, capture_output=True, text=True, timeout=PATIENCE_S, check=False
-    )
+        command, input=typed, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+        env=os.environ | more,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- demo
@@ -82,12 +83,59 @@ def test_demo_of_another_model(tiny: Path):
         (("demo", "--model", "MODEL", "--max-tokens", "0"), "ModelError[M106]"),
         (("demo", "--model", "MODEL", "--temperature", "-1"), "ModelError[M106]"),
         (("demo", "--model", "MODEL", "--seed", "-1", "--temperature", "1"), "ModelError[M106]"),
+        (("demo", "the " * 400, "--model", "MODEL"), "ModelError[M105]"),
+        (("chat", "MODEL", "--max-tokens", "-1"), "ModelError[M106]"),
+        (("chat", "MODEL", "--temperature", "nan"), "ModelError[M106]"),
+        (("chat", "MODEL", "--target", "interp:x"), "BuildError[B103]"),
     ],
 )
 def test_errors_are_coded(tiny: Path, arguments: tuple[str, ...], code: str):
     done = run(*(str(tiny) if a == "MODEL" else a for a in arguments))
-    assert done.returncode == 2
+    assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(code) and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"), [("ISA", "mmx"), ("THREADS", "many"), ("CACHE_DIR", "~no-such-user/x")]
+)
+def test_a_bad_knob_ends_a_demo_before_it_prints(tiny: Path, knob: str, value: str):
+    done = run("demo", "the thing", "--model", tiny, **{f"TILEWRIGHT_{knob}": value})
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("KnobError[K101]") and "Traceback" not in done.stderr
+
+
+def test_without_a_compiler_it_is_said(tiny: Path):
+    """In the first line, and in the one warning."""
+    without = {"TILEWRIGHT_CXX": "no-such-compiler", "PYTHONWARNINGS": "always"}
+    done = run("demo", "the", "--model", tiny, "--max-tokens", "3", **without)
+    assert done.returncode == 0, done.stderr
+    assert "on cpp, interpreted" in done.stdout.splitlines()[0]
+    assert done.stderr.count("Warning") == done.stderr.count("no C++ compiler was found") == 1
+
+
+def test_a_full_disk(tiny: Path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    for arguments in (("demo", "the", "--model", str(tiny), "--max-tokens", "3"), ("--version",)):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True,
+                timeout=PATIENCE_S, check=False,
+            )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr == "tilewright: [Errno 28] No space left on device\n"
+
+
+def test_text_that_the_terminal_does_not_have(tiny: Path):
+    """What is typed is not UTF-8; what is said is not Latin-1."""
+    done = subprocess.run(
+        [*COMMAND, "chat", str(tiny), "--max-tokens", "3"], input=b"the \xff\xfe thing\n/exit\n",
+        capture_output=True, timeout=PATIENCE_S, check=False,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == b"" and b"3 written" in done.stdout
+    done = run("demo", "the Ω", "--model", tiny, "--max-tokens", "3", PYTHONIOENCODING="latin-1")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
 # ---------------------------------------------------------------------------- chat
@@ -132,6 +180,8 @@ class FakeLLM:
 
     def stream(self, prompt: list[dict[str, str]], **options: Any) -> Iterator[str]:
         self.asked.append([m["content"] for m in prompt])
+        if prompt[-1]["content"] == "early":
+            raise KeyboardInterrupt
         yield f"answer {len(self.asked)}"
         if prompt[-1]["content"] == "interrupt":
             raise KeyboardInterrupt
@@ -158,6 +208,57 @@ def test_what_a_turn_sends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert printed.out.count("[stopped]") == 1 and "ModelError[M105]" in printed.err
 
 
+def typed(monkeypatch: pytest.MonkeyPatch, fake: FakeLLM, lines: list[str]) -> int:
+    """A chat in which these lines are typed; `^C` is the key."""
+    left = iter(lines)
+
+    def line(prompt: str) -> str:
+        found = next(left)
+        if found == "^C":
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(tool, "_open", lambda args: (fake, 0.0))
+    monkeypatch.setattr("builtins.input", line)
+    args = argparse.Namespace(target="cpp", max_tokens=9, temperature=0.0, seed=None)
+    return tool.chat(args)
+
+
+def test_ctrl_c_before_the_first_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The question leaves no trace, and nobody else's counts are printed."""
+    fake = FakeLLM()
+    assert typed(monkeypatch, fake, ["one", "early", "two", "/exit"]) == 0
+    assert fake.asked == [["one"], ["one", "answer 1", "early"], ["one", "answer 1", "two"]]
+    printed = capsys.readouterr().out
+    assert printed.count("[stopped]") == 1 and printed.count("written at") == 2
+
+
+def test_ctrl_c_at_the_prompt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    fake = FakeLLM()
+    assert typed(monkeypatch, fake, ["one", "^C", "^C", "two", "/exit"]) == 0
+    assert fake.asked == [["one"], ["one", "answer 1", "two"]]
+    assert capsys.readouterr().out.count("[/exit or Ctrl-D leaves]") == 2
+
+
+def test_ctrl_c_just_as_an_answer_ends(monkeypatch: pytest.MonkeyPatch):
+    class Late(FakeLLM):
+        """The key is pressed while the counts are printed."""
+
+        @property
+        def counts(self) -> Counts:
+            raise KeyboardInterrupt
+
+        @counts.setter
+        def counts(self, counts: Counts) -> None:
+            pass
+
+    fake = Late()
+    assert typed(monkeypatch, fake, ["one", "two", "/exit"]) == 0
+    assert fake.asked == [["one"], ["one", "answer 1", "two"]]
+
+
 def test_a_long_conversation_loses_its_oldest_turns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -182,10 +283,19 @@ class Terminal:
         self.here, there = pty.openpty()
         command = [*COMMAND, *map(str, arguments)]
         self.process = subprocess.Popen(
-            command, stdin=there, stdout=there, stderr=there, start_new_session=True
-        )
+            command, stdin=there, stdout=there, stderr=there, start_new_session=True,
+            preexec_fn=self._take_over,  # noqa: PLW1509 - only a system call
+        )  # fmt: skip
         os.close(there)
         self.shown = ""
+
+    @staticmethod
+    def _take_over() -> None:
+        """In the child: the terminal is its own, so that keys become signals."""
+        import fcntl
+        import termios
+
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     def until(self, text: str) -> str:
         """What is shown up to `text`, from where the last call ended."""
@@ -236,23 +346,20 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(smollm: Path):
     assert status == 0
 
 
-@pytest.mark.parametrize("key", ["\x03", "\x04"])
-def test_keys_that_end_the_program(tiny: Path, key: str):
-    """Ctrl-C and Ctrl-D at the prompt."""
+def test_keys_at_the_prompt(tiny: Path):
+    """Ctrl-C clears the line and says how to leave; Ctrl-D leaves."""
     terminal = Terminal("chat", tiny)
     try:
+        for _ in range(2):
+            terminal.until("\n> ")
+            time.sleep(0.3)  # a signal between the prompt and the read that follows is not seen
+            terminal.type("half a question\x03")
+            terminal.until("[/exit or Ctrl-D leaves]")
         terminal.until("\n> ")
-        for _ in range(10):
-            time.sleep(0.2)  # a signal between the prompt and the read that follows is not seen
-            if key == "\x03":
-                terminal.process.send_signal(signal.SIGINT)
-            else:
-                terminal.type(key)
-            try:
-                terminal.process.wait(5)
-                break
-            except subprocess.TimeoutExpired:
-                continue
+        terminal.type("/new\n")  # alone on its line: what was typed before is gone
+        assert "/new" in terminal.until("\n> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(PATIENCE_S) == 0
     finally:
         status = terminal.close()
-    assert status == 0
+    assert status == 0 and "written at" not in terminal.shown

@@ -42,6 +42,22 @@ def test_an_unknown_verb_is_refused(capsys):
     assert "sing" in capsys.readouterr().err
 
 
+def test_standard_output_may_be_closed():
+    command = f"{sys.executable} -m tilewright --version >&-"
+    done = subprocess.run(command, shell=True, check=False, stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 0 and done.stderr == b""
+
+
+def test_what_can_be_written(tmp_path):
+    cli.check_output("--html", tmp_path / "new.html")
+    (tmp_path / "old.html").touch()
+    cli.check_output("--html", tmp_path / "old.html")
+    for path in (tmp_path, tmp_path / "none" / "x.html", tmp_path / "old.html" / "x.html"):
+        with pytest.raises(errors.ArgumentError, match="A109") as e:
+            cli.check_output("--html", path)
+        assert e.value.where == "--html"
+
+
 def test_an_interrupt_exits_with_130(monkeypatch):
     def interrupted(args):
         raise KeyboardInterrupt
@@ -100,6 +116,17 @@ def test_a_bad_knob_is_reported_not_raised(monkeypatch):
     monkeypatch.setenv("TILEWRIGHT_THREADS", "many")
     bad = [f for f in env.report() if f.state == "bad"]
     assert any("TILEWRIGHT_THREADS" in f.name + f.value for f in bad)
+
+
+def test_a_compiler_that_cannot_be_asked_is_bad_not_missing(tmp_path):
+    script = tmp_path / "mycxx"
+    script.write_text("#!/bin/sh\necho mycxx 1.0\n")
+    script.chmod(0o755)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    with knobs.scope(cache_dir=tmp_path / "cache", cxx=str(script)):
+        found = next(f for f in env.report() if f.name == "C++ compiler")
+    assert found.state == "bad" and "0777" in found.value
 
 
 # ---- cache ------------------------------------------------------------------------------------

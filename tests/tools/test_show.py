@@ -155,3 +155,23 @@ def test_the_cuda_shown_compiles(file):
     stages = show.stages_of(show.load(file)["spmm"], [target("cuda:sm_90a")])
     cubin = nvrtc.compile_cuda(stages[-1].text, arch="sm_90a", headers=texts.headers())
     assert "stage0" in cubin.resources
+
+
+def test_a_page_that_cannot_be_written_is_told_before_the_file_runs(file, capsys):
+    file.write_text("raise RuntimeError('it ran')")
+    assert cli.main(["show", str(file), "--html", "/nonexistent/x.html"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("ArgumentError[A109]") and "/nonexistent" in told
+
+
+@pytest.mark.parametrize("status", ["3", "0", "'bye'", ""])
+def test_a_file_that_ends_the_program(file, capsys, status):
+    file.write_text(f"import sys\nsys.exit({status})\n")
+    assert cli.main(["show", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("ProgramError[P101]") and "SystemExit" in told and f"{file}:2" in told
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(ProgramError, match="this is no file"):
+        show.load(tmp_path)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
 from tilewright import dtypes
 from tilewright.attention import flash, plan, reference
-from tilewright.attention.kv import KV, KV_TYPES, named_view
+from tilewright.attention.kv import KV, KV_TYPES, named_view, rises
 from tilewright.attention.merge import State
-from tilewright.attention.plan import Plan
+from tilewright.attention.plan import UNITS, Plan
 from tilewright.attention.variant import Causal, Traced, Value, check_number, traced_of
 from tilewright.errors import ArgumentError
 from tilewright.runtime import pool as pools
@@ -27,6 +28,8 @@ from tilewright.runtime.view import View, allocate, overlaps
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
+MAX_WORKERS = 1 << 16
+MAX_SCALE = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class Attention:
     """Attention of `qo_heads` query heads over `kv_heads` key and value heads of `head_dim`.
 
     `variant` is a value of a class under `@variant`; `sm_scale` multiplies the scores before it
-    (None: head_dim^-1/2). Raises ArgumentError[A103, A107].
+    (None: head_dim^-1/2). Raises ArgumentError[A102, A103, A107].
     """
 
     qo_heads: int
@@ -46,8 +49,9 @@ class Attention:
     def __post_init__(self) -> None:
         for name in ("qo_heads", "kv_heads", "head_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not _is_integer(value) or value < 1:
                 raise ArgumentError("A103", f"{name}={value!r} is no positive integer", where=name)
+            object.__setattr__(self, name, int(value))
         if self.qo_heads % self.kv_heads or self.group > MAX_GROUP:
             raise ArgumentError(
                 "A103",
@@ -59,6 +63,11 @@ class Attention:
             raise ArgumentError(
                 "A103", f"head_dim {self.head_dim} is above {MAX_HEAD_DIM}", where="head_dim"
             )
+        given = self.sm_scale
+        if given is not None and not (_is_number(given) and abs(given) <= MAX_SCALE):
+            raise ArgumentError(
+                "A102", f"sm_scale={given!r} is no number that float32 holds", where="sm_scale"
+            )
         traced_of(self.variant)
 
     @property
@@ -68,7 +77,7 @@ class Attention:
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5 if self.sm_scale is None else self.sm_scale
+        return self.head_dim**-0.5 if self.sm_scale is None else float(self.sm_scale)
 
     # -- planning --------------------------------------------------------------------------------
 
@@ -100,9 +109,11 @@ class Attention:
         )
         if workers is None:
             workers = _ctas(kv.device) if on_cuda else pools.wanted_threads()
-        if workers < 1:
-            raise ArgumentError("A103", f"workers={workers} is not positive", where="workers")
-        return plan.make(indptr, lengths, shape, workers, "CTAs" if on_cuda else "threads")
+        if not _is_integer(workers) or not 1 <= workers <= MAX_WORKERS:
+            raise ArgumentError(
+                "A103", f"workers={workers!r} is no integer of 1..{MAX_WORKERS}", where="workers"
+            )
+        return plan.make(indptr, lengths, shape, int(workers), UNITS[on_cuda])
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -112,6 +123,7 @@ class Attention:
         `out`: a float32 array to write o to; `values`: the variant's scalars and per-head arrays.
         Raises ArgumentError (A101 … A109) before anything is written.
         """
+        _check_is_plan(plan)
         bound = self.bind(q, kv, out, plan=plan, **values)
         bound()
         return bound.state
@@ -129,8 +141,7 @@ class Attention:
         if plan is None:
             indptr = np.arange(kv.requests + 1, dtype=np.int32)
             plan = self._plan(indptr, kv.capacity(), kv, None, values)
-        if not isinstance(plan, Plan):
-            raise ArgumentError("A107", f"{type(plan).__name__} is no Plan", where="plan")
+        _check_is_plan(plan)
         queries = self._check_q(q, kv, plan)
         spec = self._spec(queries.dtype, kv.dtype)
         self._check_plan(plan, kv, spec)
@@ -178,7 +189,7 @@ class Attention:
     def _check_plan(self, plan: Plan, kv: KV, spec: flash.Spec) -> None:
         on_cuda = kv.device != "cpu"
         made_for = (plan.requests, plan.kv_heads, plan.qo_tile, plan.unit)
-        here = (kv.requests, self.kv_heads, spec.qo_tile(on_cuda), "CTAs" if on_cuda else "threads")
+        here = (kv.requests, self.kv_heads, spec.qo_tile(on_cuda), UNITS[on_cuda])
         if made_for != here:
             words = "requests, kv_heads, queries of an item, workers"
             raise ArgumentError(
@@ -368,8 +379,10 @@ def _fields(
 
 
 def _checked_indptr(qo_indptr: Any, kv: KV) -> np.ndarray:
-    indptr = qo_indptr if isinstance(qo_indptr, list) else to_host(qo_indptr)
-    indptr = np.asarray(indptr)
+    try:
+        indptr = np.asarray(qo_indptr if isinstance(qo_indptr, list) else to_host(qo_indptr))
+    except ValueError as error:  # lists of different lengths
+        raise ArgumentError("A107", f"no array: {error}", where="qo_indptr") from None
     if indptr.dtype.kind not in "iu" or indptr.shape != (kv.requests + 1,):
         raise ArgumentError(
             "A103",
@@ -377,13 +390,27 @@ def _checked_indptr(qo_indptr: Any, kv: KV) -> np.ndarray:
             where="qo_indptr",
             hint="int32 of shape (requests + 1,)",
         )
-    if indptr[0] != 0 or bool(np.any(np.diff(indptr.astype(np.int64)) < 0)) or indptr[-1] >= 2**31:
+    if indptr[0] != 0 or not rises(indptr) or int(indptr[-1]) >= 2**31:
         raise ArgumentError("A109", "qo_indptr must rise from 0", where="qo_indptr")
     return indptr.astype(np.int32)
 
 
+def _check_is_plan(plan: Any) -> None:
+    if not isinstance(plan, Plan):
+        raise ArgumentError(
+            "A107",
+            f"{type(plan).__name__} is no Plan",
+            where="plan",
+            hint="attn.plan(qo_indptr, kv); only bind can do without",
+        )
+
+
 def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool)
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
 
 
 def _ctas(device: str) -> int:

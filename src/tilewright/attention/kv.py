@@ -116,18 +116,26 @@ class KV:
         """Entries of `kv_indptr`'s range: pages that may be named."""
         return self.k.shape[0] if self.indices is None else self.indices.size
 
+    def ranges(self) -> tuple[np.ndarray, np.ndarray]:
+        """First entry and number of entries of each request (requests,), int64, as the arrays now
+        say, clamped as the kernels clamp them (`pages_of` in flash_cpu.h)."""
+        indptr = np.asarray(to_host(self.arrays[2])).astype(np.int64)
+        first = np.maximum(indptr[:-1], 0)
+        count = np.minimum(indptr[1:], self.listed) - first
+        return first, np.maximum(count, 0) * (self.k.shape[0] > 0)
+
     def lengths(self) -> np.ndarray:
-        """Keys of each request (requests,), int64, as the arrays now say; copies from a device."""
-        pages = np.diff(np.asarray(to_host(self.arrays[2])).astype(np.int64))
+        """Keys of each request (requests,), int64, as the arrays now say, clamped as the kernels
+        clamp them; copies from a device."""
+        _, count = self.ranges()
         if self.last is None:
-            return pages * self.page_size
-        last = np.asarray(to_host(self.arrays[4])).astype(np.int64)
-        return np.where(pages > 0, (pages - 1) * self.page_size + last, 0)
+            return count * self.page_size
+        last = np.asarray(to_host(self.arrays[4])).astype(np.int64).clip(0, self.page_size)
+        return np.where(count > 0, (count - 1) * self.page_size + last, 0)
 
     def capacity(self) -> np.ndarray:
         """Keys that the pages of each request can hold (requests,), int64."""
-        pages = np.diff(np.asarray(to_host(self.arrays[2])).astype(np.int64))
-        return pages * self.page_size
+        return self.ranges()[1] * self.page_size
 
     def __repr__(self) -> str:
         kind = "ragged" if self.last is None else f"paged, page_size {self.page_size}"
@@ -204,8 +212,13 @@ def _requests(indptr: View) -> int:
     return indptr.size - 1
 
 
+def rises(indptr: np.ndarray) -> bool:
+    """Whether no number is below the one before it. Differences would wrap around in int32."""
+    return not bool((indptr[1:] < indptr[:-1]).any())
+
+
 def _check_indptr(indptr: np.ndarray, limit: int, of: str) -> None:
-    if indptr[0] != 0 or indptr[-1] > limit or bool(np.any(np.diff(indptr) < 0)):
+    if indptr[0] != 0 or indptr[-1] > limit or not rises(indptr):
         raise ArgumentError(
             "A109",
             f"kv_indptr must rise from 0 to at most {limit}, the length of {of}; "

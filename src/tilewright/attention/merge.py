@@ -26,7 +26,7 @@ class State:
     lse: Any
 
     def merge(self, *others: State) -> State:
-        """The state over the keys of this one and of the others."""
+        """The state over the keys of this one and of the others. Raises what `merge` raises."""
         return merge((self, *others))
 
     def __repr__(self) -> str:
@@ -43,8 +43,11 @@ def merge(states: Sequence[State]) -> State:
     """One state from states over disjoint keys (NumPy or torch arrays).
 
     Σ oᵢ·exp(lseᵢ − m) / Σ exp(lseᵢ − m) with m the largest lse; in order, so repeatable.
-    Raises ArgumentError[A101, A103].
+    Raises ArgumentError[A101, A103, A107].
     """
+    for s in states if isinstance(states, Sequence) else (states,):
+        if not isinstance(s, State):
+            raise ArgumentError("A107", f"{type(s).__name__} is no State", where="states")
     if not states:
         raise ArgumentError("A101", "no states to merge", where="states", hint="merge.empty(…)")
     first = states[0]

@@ -11,12 +11,13 @@ import heapq
 import io
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import InitVar, dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 
 from tilewright.attention.bounds import EMPTY, Interval, tile_class
+from tilewright.attention.kv import rises
 from tilewright.errors import ArgumentError
 from tilewright.ir.nodes import Expr
 from tilewright.runtime.layout import Struct
@@ -36,6 +37,9 @@ ITEM = Struct(
 """One work item. `qo_begin` … `qo_end` are rows of q; `slot` is the first partial result of its
 chunks, `counter` the place where they count their arrival."""
 
+UNITS = ("threads", "CTAs")
+"""Who works: `Plan.unit` on a CPU, on a GPU."""
+
 _ITEMS_PER_WORKER = 8  # items to aim at: enough to even out, few enough to cost nothing
 _TILES_PER_CHUNK = 2  # the least keys worth cutting off
 _BLOCK = 1 << 20  # tiles classified at once
@@ -47,6 +51,10 @@ class Plan:
 
     `qo_tile` is the most queries an item has; `slots` and `counters` size the work space;
     `imbalance` is the longest worker's estimated work over the mean.
+
+    Kernels trust a plan, so one that was not planned here is checked as it is made (see `check`):
+    by `load`, `dataclasses.replace`, `pickle` and the constructor. It keeps arrays of its own.
+    `planned`: it comes from `make`, whose plans are right.
     """
 
     items: np.ndarray
@@ -58,6 +66,17 @@ class Plan:
     slots: int
     counters: int
     imbalance: float
+    planned: InitVar[bool] = False
+
+    def __post_init__(self, planned: bool) -> None:
+        if not planned:
+            _check_types(self)
+            for name in ("items", "qo_indptr"):
+                object.__setattr__(self, name, _frozen(np.array(getattr(self, name))))
+            check(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plan.load, (self.save(),)
 
     @property
     def requests(self) -> int:
@@ -114,9 +133,9 @@ class Plan:
             if items.dtype != np.int32 or qo_indptr.dtype != np.int32 or qo_indptr.ndim != 1:
                 raise ValueError("wrong dtypes")
             kv_heads, qo_tile, workers, slots, counters = map(int, found["numbers"].reshape(5))
-            made = Plan(
-                _frozen(items.reshape(-1).view(ITEM.numpy)),
-                _frozen(qo_indptr),
+            return Plan(
+                items.reshape(-1).view(ITEM.numpy),
+                qo_indptr,
                 kv_heads,
                 qo_tile,
                 workers,
@@ -125,10 +144,10 @@ class Plan:
                 counters,
                 float(found["imbalance"]),
             )
+        except ArgumentError:
+            raise
         except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ArgumentError("A107", f"these bytes are no plan: {error}", where="data") from None
-        check(made)
-        return made
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
@@ -202,6 +221,7 @@ def _listed(
         int(chunks[cut].sum()),
         int(cut.sum()),
         _imbalance(work[order], workers),
+        planned=True,
     )
 
 
@@ -244,67 +264,82 @@ def _imbalance(work: np.ndarray, workers: int) -> float:
 # ---------------------------------------------------------------------------- checking
 
 
+def _refuse(what: str) -> NoReturn:
+    raise ArgumentError("A109", f"the plan is damaged: {what}", where="plan")
+
+
+def _check_types(plan: Plan) -> None:
+    """The fields are what they are annotated as. Raises A109."""
+    for name, dtype in (("items", ITEM.numpy), ("qo_indptr", np.dtype(np.int32))):
+        array = getattr(plan, name)
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
+            _refuse(f"{name} is no array of {dtype}")
+    for name in ("kv_heads", "qo_tile", "workers", "slots", "counters"):
+        if type(getattr(plan, name)) is not int:
+            _refuse(f"{name} is a {type(getattr(plan, name)).__name__}, not an int")
+    if plan.unit not in UNITS or not isinstance(plan.imbalance, float):
+        _refuse(f"unit={plan.unit!r}, imbalance={plan.imbalance!r}")
+
+
 def check(plan: Plan) -> None:
     """Every query of every KV head is done exactly once, within bounds. Raises A109."""
-
-    def refuse(what: str) -> None:
-        raise ArgumentError("A109", f"the plan is damaged: {what}", where="plan")
-
     indptr, items = plan.qo_indptr, plan.items
-    if not len(indptr) or indptr[0] != 0 or bool(np.any(np.diff(indptr) < 0)):
-        refuse("qo_indptr does not rise from 0")
+    if not len(indptr) or indptr[0] != 0 or not rises(indptr):
+        _refuse("qo_indptr does not rise from 0")
     limits = (plan.kv_heads, plan.qo_tile, plan.workers)
-    if min(limits) < 1 or max(*limits, plan.slots, plan.counters) >= 2**31 or plan.slots < 0:
-        refuse("its numbers are out of range")
+    if min(limits) < 1 or max(limits) >= 2**31:
+        _refuse("its numbers are out of range")
+    if min(plan.slots, plan.counters) < 0 or max(plan.slots, plan.counters) > len(items):
+        _refuse("its work space is of another size than its items need")
     if not len(items):
         if plan.tokens:
-            refuse("it has no items")
+            _refuse("it has no items")
         return
     f = {name: items[name].astype(np.int64) for name in ITEM.numpy.names or ()}
     inside = (f["request"] >= 0) & (f["request"] < plan.requests)
     inside &= (f["kv_head"] >= 0) & (f["kv_head"] < plan.kv_heads)
     inside &= (f["chunk"] >= 0) & (f["chunk"] < f["chunks"])
     if not inside.all():
-        refuse("an item lies outside the batch")
+        _refuse("an item lies outside the batch")
     size = f["qo_end"] - f["qo_begin"]
     inside = (f["qo_begin"] >= indptr[f["request"]]) & (f["qo_end"] <= indptr[f["request"] + 1])
     if not (inside & (size > 0) & (size <= plan.qo_tile)).all():
-        refuse("an item has queries of another request, or too many")
+        _refuse("an item has queries of another request, or too many")
     leads = f["chunk"] == 0
     if int((size * leads).sum()) != plan.tokens * plan.kv_heads:
-        refuse("its items do not cover the queries")
+        _refuse("its items do not cover the queries")
     order = np.lexsort((f["chunk"], f["qo_begin"], f["kv_head"]))
     s = {name: column[order] for name, column in f.items()}
-    _check_sequence(s, plan, refuse)
+    _check_sequence(s, plan)
 
 
-def _check_sequence(s: dict[str, np.ndarray], plan: Plan, refuse: Any) -> None:
+def _check_sequence(s: dict[str, np.ndarray], plan: Plan) -> None:
     """Items sorted by head, query and chunk follow each other without gaps or overlaps."""
     lead = s["chunk"] == 0
     if not lead[0]:
-        refuse("a chunk is missing")
+        _refuse("a chunk is missing")
     same = ~lead[1:]
     for name in ("kv_head", "qo_begin", "qo_end", "request", "chunks", "slot", "counter"):
         if (s[name][1:] != s[name][:-1])[same].any():
-            refuse("the chunks of an item differ")
+            _refuse("the chunks of an item differ")
     if (s["chunk"][1:] != s["chunk"][:-1] + 1)[same].any():
-        refuse("a chunk is missing or stands twice")
+        _refuse("a chunk is missing or stands twice")
     ends = np.append(lead[1:], True)
     if (s["chunk"] + 1 != s["chunks"])[ends].any():
-        refuse("a chunk is missing")
+        _refuse("a chunk is missing")
     begin, end = s["qo_begin"][lead], s["qo_end"][lead]
     head = s["kv_head"][lead]
     follows = head[1:] == head[:-1]
     if (begin[1:] < end[:-1])[follows].any():
-        refuse("two items share a query")
+        _refuse("two items share a query")
     cut = lead & (s["chunks"] > 1)
     slot, count, counter = s["slot"][cut], s["chunks"][cut], s["counter"][cut]
     if len(slot) and (slot.min() < 0 or (slot + count).max() > plan.slots):
-        refuse("a partial result lies outside the work space")
+        _refuse("a partial result lies outside the work space")
     by = np.argsort(slot)
     if (slot[by][1:] < (slot + count)[by][:-1]).any():
-        refuse("two items share a partial result")
+        _refuse("two items share a partial result")
     if len(np.unique(counter)) != len(counter) or (
         len(counter) and (counter.min() < 0 or counter.max() >= plan.counters)
     ):
-        refuse("two items share a counter")
+        _refuse("two items share a counter")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,20 +14,8 @@ from tilewright.attention.variant import traced_of
 from tilewright.errors import InternalError
 from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Select, Unary, Var
 from tilewright.runtime.place import to_host
+from tilewright.runtime.spaces import BINARY, UNARY
 from tilewright.runtime.view import view
-
-_BINARY: dict[str, Callable[..., Any]] = {
-    "+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide, "//": np.floor_divide,
-    "%": np.mod, "min": np.minimum, "max": np.maximum, "<": np.less, "<=": np.less_equal,
-    ">": np.greater, ">=": np.greater_equal, "==": np.equal, "!=": np.not_equal,
-    "&": np.bitwise_and, "|": np.bitwise_or, "^": np.bitwise_xor,
-    "<<": np.left_shift, ">>": np.right_shift,
-}  # fmt: skip
-_UNARY: dict[str, Callable[..., Any]] = {
-    "-": np.negative, "not": np.logical_not, "exp": np.exp, "log": np.log, "sqrt": np.sqrt,
-    "rsqrt": lambda x: 1 / np.sqrt(x), "tanh": np.tanh, "sin": np.sin, "cos": np.cos,
-    "abs": np.abs, "floor": np.floor,
-}  # fmt: skip
 
 
 def evaluate(e: Expr, places: dict[str, Any], values: dict[str, Any]) -> Any:
@@ -42,9 +29,9 @@ def evaluate(e: Expr, places: dict[str, Any], values: dict[str, Any]) -> Any:
         kept = value.astype(np.float64 if e.dtype.is_float else np.int64)
         return kept[evaluate(e.index[0], places, values)] if e.index else kept.reshape(())
     if isinstance(e, Binary):
-        return _BINARY[e.op](evaluate(e.a, places, values), evaluate(e.b, places, values))
+        return BINARY[e.op](evaluate(e.a, places, values), evaluate(e.b, places, values))
     if isinstance(e, Unary):
-        return _UNARY[e.op](evaluate(e.a, places, values))
+        return UNARY[e.op](evaluate(e.a, places, values))
     if isinstance(e, Select):
         arms = (evaluate(x, places, values) for x in (e.cond, e.a, e.b))
         return np.where(*arms)
@@ -95,26 +82,29 @@ def attention(
 
 
 def gather(kv: KV, request: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values of one request, (kv_len, kv_heads, head_dim) float64 each, copied."""
-    indptr = to_host(kv.arrays[2])
-    pages = np.arange(int(indptr[request]), int(indptr[request + 1]))
+    """Keys and values of one request, (kv_len, kv_heads, head_dim) float64 each, copied.
+
+    What is read of the arrays is clamped as the kernels clamp it: a page that does not exist is
+    page 0."""
+    first, key = int(kv.ranges()[0][request]), np.arange(int(kv.lengths()[request]))
+    page, slot = first + key // kv.page_size, key % kv.page_size
     if kv.indices is not None:
-        pages = np.asarray(to_host(kv.arrays[3]))[pages]
-    length = int(kv.lengths()[request])
-    found = []
-    for array in kv.arrays[:2]:
-        taken = as_float64(array)[pages]
-        found.append(taken.reshape(-1, kv.kv_heads, kv.head_dim)[:length])
-    return found[0], found[1]
+        page = np.asarray(to_host(kv.arrays[3]))[page]
+        page = np.where((page >= 0) & (page < kv.k.shape[0]), page, 0).astype(np.int64)
+    at = (page, slot) if kv.arrays[0].ndim == 4 else (page,)
+    keys, values = (as_float64(array, at) for array in kv.arrays[:2])
+    return keys, values
 
 
-def as_float64(array: Any) -> np.ndarray:
-    """Any float array as float64 on the host."""
+def as_float64(array: Any, at: tuple[np.ndarray, ...] = ()) -> np.ndarray:
+    """Any float array as float64 on the host; of a cache only what stands at the indices `at`: the
+    rest may be large, and was perhaps never written."""
     kind = view(array).dtype
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
-        return array.detach().to("cpu", torch.float64).numpy()
-    host = to_host(array)
+        taken = array[tuple(map(torch.from_numpy, at))] if at else array
+        return taken.detach().to("cpu", torch.float64).numpy()
+    host = to_host(array)[at] if at else to_host(array)
     if kind == dtypes.bfloat16 and host.dtype == np.uint16:
         return dtypes.bfloat16_values(host).astype(np.float64)
     return np.asarray(host, np.float64)

@@ -35,6 +35,7 @@ from tilewright.ir.nodes import (
     Var,
     as_expr,
     cast,
+    size_name,
 )
 from tilewright.ir.rewrite import walk
 from tilewright.sparse.trace import Declared, scalar, tanh
@@ -117,7 +118,7 @@ class _Heads:
                 f"{self.name} is read by query head and by KV head",
                 hint="declare two values",
             )
-        buffer = Buffer(self.name, self.declared.dtype, (Var(f"size_{by}"),))
+        buffer = Buffer(self.name, self.declared.dtype, (Var(size_name(by)),))
         return Load(buffer, (index,), self.declared.dtype)
 
 

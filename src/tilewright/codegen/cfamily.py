@@ -125,7 +125,7 @@ class Renderer:
         begin, end = self.expr(s.begin), self.expr(s.end)
         limit = end
         if not isinstance(s.end, (Const, Var)):  # evaluated once
-            begin, limit = f"{begin}, {name}_end = {end}", f"{name}_end"
+            begin, limit = f"{begin}, {name}__end = {end}", f"{name}__end"
         self.block(f"for ({kind} {name} = {begin}; {name} < {limit}; ++{name})", s.body)
 
     def unroll_pragma(self, n: int) -> str:
@@ -199,9 +199,9 @@ class Renderer:
             )
             return
         index = self.expr(s.index[0])
-        self.line(f"{{ const auto value = {value}; const auto at = {index};")
-        place, one = f"&{pointer}[{self.lane('at', 'l')}]", self.lane("value", "l")
-        self.line(f"  for (int l = 0; l < {s.value.dtype.lanes}; ++l)")
+        self.line(f"{{ const auto value__ = {value}; const auto at__ = {index};")
+        place, one = f"&{pointer}[{self.lane('at__', 'l__')}]", self.lane("value__", "l__")
+        self.line(f"  for (int l__ = 0; l__ < {s.value.dtype.lanes}; ++l__)")
         self.line(f"    {self.namespace}atomic_{s.op}({place}, {one}); }}")
 
     def lane(self, vector: str, lane: str) -> str:
@@ -325,13 +325,17 @@ class Renderer:
         return f"static_cast<{self.type(e.dtype)}>{text}" if narrow else text
 
     def floor(self, e: Binary, a: str, b: str) -> str:
+        if e.dtype.is_float:
+            template = f"<{e.dtype.lanes}>" if e.dtype.lanes > 1 else ""
+            whole = f"{self.namespace}floor{template}({a} / {b})"
+            return whole if e.op == "//" else f"({a} - {whole} * {b})"
         power = isinstance(e.b, Const) and e.b.value > 0 and e.b.value & (e.b.value - 1) == 0  # type: ignore[operator]
         if power and e.dtype.lanes == 1:
             n = int(e.b.value)  # type: ignore[attr-defined]
             return f"({a} >> {n.bit_length() - 1})" if e.op == "//" else f"({a} & {n - 1})"
-        if e.dtype.lanes > 1:
-            return f"({a} {'/' if e.op == '//' else '%'} {b})"
         verb = "floor_div" if e.op == "//" else "floor_mod"
+        if e.dtype.lanes > 1:
+            return f"{self.namespace}v{verb}<{C_TYPES[e.dtype.name]}, {e.dtype.lanes}>({a}, {b})"
         return f"{self.namespace}{verb}<{self.type(e.dtype)}>({a}, {b})"
 
     def unary(self, e: Unary) -> str:
@@ -397,7 +401,7 @@ class Renderer:
             if n == 0:
                 text.append(f"const {kind} {var} = static_cast<{kind}>({rest});")
             else:
-                extent = f"extent{n}"
+                extent = f"extent__{n}"
                 text.append(f"const int64_t {extent} = {self.expr(nest.grid[n])};")
                 text.append(f"const {kind} {var} = static_cast<{kind}>({rest} % {extent});")
                 rest = f"({rest} / {extent})"

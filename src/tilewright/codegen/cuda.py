@@ -31,6 +31,7 @@ from tilewright.ir.nodes import (
     Stmt,
     Tile,
     Var,
+    given_kind,
 )  # fmt: skip
 from tilewright.ir.rewrite import walk
 
@@ -151,7 +152,7 @@ class CudaRenderer(Renderer):
         tile = self.tile(t)
         name = self.fragments.get(tile + side)
         if name is None:
-            name = self.fragments[tile + side] = f"{side}{self.fragment_count}"
+            name = self.fragments[tile + side] = f"{side}__{self.fragment_count}"
             self.fragment_count += 1
             self.line(f"tw::fragment_{side} {name};")
             self.line(f"tw::load_fragment({name}, {tile}, tx);")
@@ -181,7 +182,7 @@ def _vector_of(b: Buffer, base: Expr, lanes: int) -> str:
 def _is_multiple(e: Expr, n: int) -> bool:
     """Whether an offset is a multiple of n, strides of arrays being multiples of 16 bytes: arrays
     for which that does not hold run the code that is compiled with TW_UNALIGNED."""
-    if n == 1 or (isinstance(e, Var) and "_stride" in e.name):
+    if n == 1 or (isinstance(e, Var) and given_kind(e.name) == "stride"):
         return True
     if isinstance(e, Const):
         return int(e.value) % n == 0

@@ -20,6 +20,8 @@ from tilewright.ir.nodes import (
     Store,
     Tensor,
     Var,
+    given_kind,
+    stride_name,
 )
 from tilewright.ir.rewrite import walk
 
@@ -30,18 +32,23 @@ C_TYPES = {
     "float8_e4m3": "uint8_t", "float8_e5m2": "uint8_t",
 }  # fmt: skip
 STORED_AS_BITS = ("float16", "bfloat16")
-_RESERVED = frozenset(
-    [
-        *("int", "float", "double", "char", "long", "short", "signed", "unsigned", "for", "if"),
-        *("do", "new", "this", "and", "or", "not", "xor", "p", "r", "unit"),
-    ]
-)
+_WORDS = """alignas alignof and and_eq asm auto bitand bitor bool break case catch char char8_t
+char16_t char32_t class compl concept const const_cast consteval constexpr constinit continue
+co_await co_return co_yield decltype default delete do double dynamic_cast else enum explicit export
+extern false float for friend goto if inline int long mutable namespace new noexcept not not_eq
+nullptr operator or or_eq private protected public register reinterpret_cast requires return short
+signed sizeof static static_assert static_cast struct switch template this thread_local throw true
+try typedef typeid typename typeof union unsigned using virtual void volatile wchar_t while xor
+xor_eq p r unit raw begin end at first units body row_count tw tx ty thread smem Params Params0 Row
+int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t"""
+_RESERVED = frozenset(_WORDS.split())  # C++'s own words, and those that generated code stands on
 
 
 def c_name(name: str) -> str:
-    """A C identifier for a name of the IR."""
-    text = re.sub(r"\W", "_", name)
-    return f"{text}_" if text in _RESERVED else text
+    """A C identifier for a name of the IR, another one for each: a dot becomes two underscores,
+    which no name of a user has (`sparse.trace` sees to it)."""
+    text = re.sub(r"\W", "__", name)
+    return f"{text}__" if text in _RESERVED else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +56,14 @@ class Params:
     """The fields that a program's launches read: `(name, type)` as `runtime.layout.Struct` has
     them.
 
-    `params` are common to a launch, `row` belongs to one part of a composed tensor; `written` names
-    the buffers that the program stores to; `packed` are the strides of `packed_strides`, by their
-    fields."""
+    `params` are common to a launch, `row` belongs to one part of a composed tensor; `param_names`
+    and `row_names` say in the IR's words what each holds. `written` names the buffers that the
+    program stores to; `packed` are the strides of `packed_strides`, by their names."""
 
     params: tuple[tuple[str, ...], ...]
     row: tuple[tuple[str, ...], ...]
+    param_names: tuple[str, ...] = ()
+    row_names: tuple[str, ...] = ()
     written: frozenset[str] = frozenset()
     packed: Mapping[str, int] = field(default_factory=dict)
 
@@ -77,14 +86,16 @@ def collect_params(program: Program) -> Params:
         else:
             params[b.name] = field_
     for name, dtype in _free_names(program).items():
-        (row if "_count" in name else params)[name] = (c_name(name), dtype)
+        (row if given_kind(name) == "count" else params)[name] = (c_name(name), dtype)
     packed = {
-        f"{t.name}_stride{d}": stride
+        stride_name(t.name, d): stride
         for t in program.tensors
         for d, stride in enumerate(packed_strides(t, dict(program.sizes)))
         if stride is not None
     }
-    return Params(tuple(params.values()), tuple(row.values()), written, packed)
+    return Params(
+        tuple(params.values()), tuple(row.values()), tuple(params), tuple(row), written, packed
+    )
 
 
 def packed_strides(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int | None, ...]:
@@ -120,10 +131,9 @@ def _free_names(program: Program) -> dict[str, str]:
     found: dict[str, str] = {}
     for n in _nests(program):
         for x in (*walk(n.body), *(v for g in n.grid for v in walk(g))):
-            if isinstance(x, Var) and (
-                x.name.startswith("size_") or "_count" in x.name or "_stride" in x.name
-            ):
-                found[x.name] = "int64" if "_stride" in x.name or x.dtype.bits == 64 else "int32"
+            kind = given_kind(x.name) if isinstance(x, Var) else ""
+            if kind:
+                found[x.name] = "int64" if kind == "stride" or x.dtype.bits == 64 else "int32"
     return found
 
 

@@ -20,6 +20,7 @@ Reference: the level functions of taco (Chou et al., OOPSLA 2018, §3) and Spars
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -32,6 +33,20 @@ from tilewright.ir.nodes import Buffer, Const, Expr, Load, Search, Var, binary, 
 from tilewright.ir.rewrite import add, mul
 
 Arrays = dict[str, np.ndarray]
+INT32_MAX = 2**31 - 1  # the IR counts blocks, widths and chunks in int32
+
+
+def whole(of: str, name: str, value: Any, least: int = 0, most: int = INT32_MAX) -> int:
+    """The argument `name` of the format or level `of`, a whole number. Raises FormatError[F101]."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or not least <= number <= most:
+        raise FormatError(
+            "F101", f"{of}: {name} {value!r} is no whole number from {least} to {most}", where=name
+        )
+    return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +65,7 @@ class Storage:
 @dataclass(frozen=True, slots=True)
 class Level:
     """`dim` is the dimension of the tensor it stores: all of it, or, with `block` b, the quotient
-    by b (`inner` False) or the remainder (`inner` True)."""
+    by b (`inner` False) or the remainder (`inner` True). Raises FormatError[F101]."""
 
     dim: int
     block: int = 0
@@ -60,6 +75,17 @@ class Level:
     pads: ClassVar[bool] = False  # coord may be -1: nothing is stored there
     is_dense: ClassVar[bool] = False
     unique: ClassVar[bool] = True  # one position per coordinate below a parent
+    least: ClassVar[dict[str, int]] = {"dim": 0, "block": 0}  # of each whole number it is given
+
+    def __post_init__(self) -> None:
+        of = type(self).__name__.lower()
+        for name, least in self.least.items():
+            object.__setattr__(self, name, whole(of, name, getattr(self, name), least))
+        if not isinstance(self.inner, bool) or (self.inner and not self.block):
+            raise FormatError(
+                "F101", f"{of}: inner {self.inner!r} with block {self.block}", where="inner",
+                hint="True for the remainder by a block, else False",
+            )  # fmt: skip
 
     def extent_of(self, shape: tuple[int, ...]) -> int:
         """How many values the coordinate of this level can take, for a tensor of `shape`."""
@@ -117,6 +143,13 @@ def _segments(q: np.ndarray, parents: int) -> np.ndarray:
     out = np.zeros(parents + 1, np.int64)
     np.cumsum(np.bincount(q, minlength=parents), out=out[1:])
     return out
+
+
+def _starts(q: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """Which of the (sorted) entries are the first of their parent and coordinate."""
+    new = np.ones(len(q), bool)
+    np.logical_or(q[1:] != q[:-1], c[1:] != c[:-1], out=new[1:])
+    return new
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -188,6 +221,7 @@ class Compressed(Level):
 
     chunk: int = 0
     arrays: ClassVar[tuple[str, ...]] = ("indptr", "indices")
+    least: ClassVar[dict[str, int]] = {**Level.least, "chunk": -1}
 
     @property
     def unique(self) -> bool:  # type: ignore[override]
@@ -214,11 +248,7 @@ class Compressed(Level):
     def build(
         self, q: np.ndarray, c: np.ndarray, parents: int, extent: int
     ) -> tuple[Arrays, np.ndarray, int]:
-        if not len(q):
-            return {"indptr": np.zeros(parents + 1, np.int64), "indices": c}, q, 0
-        new = np.empty(len(q), bool)
-        new[0] = True
-        np.logical_or(q[1:] != q[:-1], c[1:] != c[:-1], out=new[1:])
+        new = _starts(q, c)
         if self.chunk == -1:
             new[:] = True
         elif self.chunk:
@@ -246,6 +276,7 @@ class Fixed(Level):
 
     width: int = 0
     arrays: ClassVar[tuple[str, ...]] = ("indices",)
+    least: ClassVar[dict[str, int]] = {**Level.least, "width": 0}
     pads: ClassVar[bool] = True
 
     def loop(self, s: Storage, q: Expr) -> tuple[Expr, Expr]:
@@ -269,20 +300,23 @@ class Fixed(Level):
     def build(
         self, q: np.ndarray, c: np.ndarray, parents: int, extent: int
     ) -> tuple[Arrays, np.ndarray, int]:
-        ptr = _segments(q, parents)
-        rank = np.arange(len(q)) - ptr[q]
+        new = _starts(q, c)  # entries of one block share a slot
+        mine, coords = q[new], c[new]
+        ptr = _segments(mine, parents)
+        rank = np.arange(len(mine)) - ptr[mine]
         if len(rank) and int(rank.max()) >= self.width:
-            worst = int(q[rank.argmax()])
+            worst = int(mine[rank.argmax()])
+            what = "blocks" if self.block else "entries"
             raise FormatError(
                 "F108",
-                f"row {worst} has {int(ptr[worst + 1] - ptr[worst])} entries but the level holds "
+                f"row {worst} has {int(ptr[worst + 1] - ptr[worst])} {what} but the level holds "
                 f"{self.width}",
                 hint="use a wider ELL, or hyb, which chooses a width for each row",
             )
-        position = q * self.width + rank
+        position = mine * self.width + rank
         indices = np.full(parents * self.width, -1, np.int64)
-        indices[position] = c
-        return {"indices": indices}, position, parents * self.width
+        indices[position] = coords
+        return {"indices": indices}, position[np.cumsum(new) - 1], parents * self.width
 
     def expand(self, arrays: Arrays, parents: int, extent: int) -> tuple[np.ndarray, np.ndarray]:
         return np.repeat(np.arange(parents), self.width), arrays["indices"]

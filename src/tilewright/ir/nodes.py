@@ -58,20 +58,47 @@ class Expr:
     def __floordiv__(self, other: Any) -> Expr:
         return binary("//", self, other)
 
+    def __rfloordiv__(self, other: Any) -> Expr:
+        return binary("//", other, self)
+
     def __mod__(self, other: Any) -> Expr:
         return binary("%", self, other)
+
+    def __rmod__(self, other: Any) -> Expr:
+        return binary("%", other, self)
 
     def __and__(self, other: Any) -> Expr:
         return binary("&", self, other)
 
+    def __rand__(self, other: Any) -> Expr:
+        return binary("&", other, self)
+
     def __or__(self, other: Any) -> Expr:
         return binary("|", self, other)
+
+    def __ror__(self, other: Any) -> Expr:
+        return binary("|", other, self)
+
+    def __xor__(self, other: Any) -> Expr:
+        return binary("^", self, other)
+
+    def __rxor__(self, other: Any) -> Expr:
+        return binary("^", other, self)
 
     def __lshift__(self, other: Any) -> Expr:
         return binary("<<", self, other)
 
+    def __rlshift__(self, other: Any) -> Expr:
+        return binary("<<", other, self)
+
     def __rshift__(self, other: Any) -> Expr:
         return binary(">>", self, other)
+
+    def __rrshift__(self, other: Any) -> Expr:
+        return binary(">>", other, self)
+
+    def __pos__(self) -> Expr:
+        return self
 
     def __lt__(self, other: Any) -> Expr:
         return binary("<", self, other)
@@ -283,7 +310,14 @@ class Tensor:
                 "coordinates",
                 hint=f"write {self.name}[{', '.join('ijklmn'[: len(self.dims)])}]",
             )
-        return Access(self, tuple(as_expr(c, dtypes.int32) for c in coords), self.dtype)
+        found = tuple(as_expr(c, dtypes.int32) for c in coords)
+        for c in found:
+            if not c.dtype.is_int:
+                raise ProgramError(
+                    "P106", f"{c} is {c.dtype}: coordinates of {self.name} are whole numbers",
+                    hint='convert it: tw.floor(x).cast("int32")',
+                )  # fmt: skip
+        return Access(self, found, self.dtype)
 
     def __str__(self) -> str:
         kind = f"sparse({self.format or 'csr'})" if self.is_sparse else "dense"
@@ -399,8 +433,9 @@ class Compute(Stmt):
     """Position level: `out = value`, or `out = op over the loops of the axes in reduce`.
 
     `in_place`: the output was initialised by an earlier nest and is updated in memory (a row that
-    several iterations share). `atomic`: those updates may come from several units at once.
-    `mma`: the names of the three innermost loops, when they form a matrix tile.
+    several iterations share). `shared`: so do other nests, or other parts of the same format.
+    `atomic`: those updates may come from several units at once. `mma`: the names of the three
+    innermost loops, when they form a matrix tile.
     """
 
     out: Load
@@ -410,6 +445,7 @@ class Compute(Stmt):
     in_place: bool = False
     atomic: bool = False
     mma: tuple[str, str, str] | None = None
+    shared: bool = False
 
 
 @node
@@ -495,7 +531,8 @@ class MmaStore(Stmt):
 class Nest:
     """One launch, or one case of a launch over the parts of a decomposition.
 
-    `part` is the index of the format in the composed format whose parts it serves, or -1.
+    `part` is the index of the format in the composed format of `structure` whose parts it serves,
+    or -1. `shared`: parts update the same elements.
     """
 
     name: str
@@ -504,6 +541,26 @@ class Nest:
     grid: tuple[Expr, ...] = ()
     grid_vars: tuple[Var, ...] = ()
     threads: tuple[int, int] = (1, 1)
+    structure: str = ""
+    shared: bool = False
+
+    @property
+    def is_ordered(self) -> bool:
+        """Loop level: whether its units must run one after the other, with those of its stage."""
+        return self.shared and any(_updates(s) for s in _statements(self.body))
+
+
+def _statements(s: Any) -> Iterator[Stmt]:
+    yield s
+    for child in children(s):
+        if isinstance(child, Stmt):
+            yield from _statements(child)
+
+
+def _updates(s: Stmt) -> bool:
+    if isinstance(s, Store):
+        return bool(s.op) and not s.atomic and s.buffer.scope in ("global", "part")
+    return isinstance(s, MmaStore) and bool(s.op)
 
 
 @dataclass(frozen=True, slots=True)
@@ -549,12 +606,39 @@ class Program:
     __repr__ = __str__
 
 
+# ---------------------------------------------------------------------------- names that are given
+
+GIVEN = ("size", "stride", "count")
+
+
+def size_name(dim: str) -> str:
+    """The variable that holds the size of a dimension. Names of users have no dots."""
+    return f"{dim}.size"
+
+
+def stride_name(buffer: str, dim: int) -> str:
+    """The variable that holds a stride of a dense buffer, in elements."""
+    return f"{buffer}.stride{dim}"
+
+
+def count_name(structure: str, level: int) -> str:
+    """The variable that holds how many positions a level of a sparse structure has."""
+    return f"{structure}.count{level}"
+
+
+def given_kind(name: str) -> str:
+    """`size`, `stride` or `count` for a variable whose value comes with a call; else nothing."""
+    owner, _, what = name.rpartition(".")
+    kind = what.rstrip("0123456789")
+    return kind if owner and kind in GIVEN else ""
+
+
 # ---------------------------------------------------------------------------- building
 
 
 def size_var(dim: str | int, index: DType = dtypes.int32) -> Expr:
     """The variable (or constant) that holds the size of a dimension."""
-    return Const(dim, index) if isinstance(dim, int) else Var(f"size_{dim}", index)
+    return Const(dim, index) if isinstance(dim, int) else Var(size_name(dim), index)
 
 
 def as_expr(x: Any, dtype: DType | None = None) -> Expr:
@@ -565,7 +649,10 @@ def as_expr(x: Any, dtype: DType | None = None) -> Expr:
     if isinstance(x, bool):
         return Const(x, dtypes.bool_)
     if isinstance(x, int):
-        return Const(x, dtype or dtypes.int32)
+        kind = dtype or dtypes.int32
+        if kind.is_int and not _holds(kind, x):
+            raise ProgramError("P106", f"{x} does not fit {kind}", hint="cast the other operand")
+        return Const(x, kind)
     if isinstance(x, float):
         return Const(x, dtype or dtypes.float32)
     if isinstance(x, Tensor) and not x.dims:
@@ -575,8 +662,18 @@ def as_expr(x: Any, dtype: DType | None = None) -> Expr:
     )
 
 
+def _holds(kind: DType, value: int) -> bool:
+    low = -(1 << (kind.bits - 1)) if kind.kind == "i" else 0
+    return low <= value < (1 << (kind.bits - (kind.kind == "i")))
+
+
 def binary(op: str, a: Any, b: Any) -> Expr:
     """`a op b` with promoted operands; a Python number takes the other operand's type."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        raise ProgramError(
+            "P101", f"{a} {op} {b}: a condition that Python has decided",
+            hint="`==` compares the text of expressions: write tw.equal(i, j)",
+        )  # fmt: skip
     if isinstance(a, Expr):
         b = as_expr(b, _literal_type(b, a.dtype))
     else:

@@ -39,6 +39,7 @@ from tilewright.ir.nodes import (
     Tile,
     Var,
     children,
+    given_kind,
 )  # fmt: skip
 
 LEGAL: dict[str, tuple[type, ...]] = {
@@ -180,13 +181,7 @@ class _Checker:
 
     def expr(self, e: Expr, bound: set[str], registers: dict[str, Buffer] | None = None) -> None:
         if isinstance(e, Var):
-            known = (
-                e.name in bound
-                or e.name.startswith("size_")
-                or "_count" in e.name
-                or "_stride" in e.name
-            )
-            if not known:
+            if e.name not in bound and not given_kind(e.name):
                 self.fail(f"{e.name} is not bound", e)
             return
         if isinstance(e, Const):

@@ -28,6 +28,7 @@ from tilewright.ir.nodes import (
     Sync,
     Var,
     binary,
+    given_kind,
     seq,
 )  # fmt: skip
 from tilewright.ir.rewrite import (
@@ -87,6 +88,13 @@ def _bound(nest: Nest) -> Nest:
             )
         extents["thread.x"] = WARP
     _check_cta(nest, extents["thread.x"] * extents["thread.y"])
+    if nest.is_ordered:
+        raise ScheduleError(
+            "S102",
+            f"parts of {nest.structure} update the same rows of {nest.name}, and a GPU runs them "
+            "at once",
+            hint="atomic(), or a format that keeps rows whole",
+        )
     body = simplify(_threads(nest.body, extents, frozenset()))
     _check_meetings(body, guarded=False)
     return replace(nest, body=body, threads=(extents["thread.x"], extents["thread.y"]))
@@ -154,6 +162,7 @@ def _grid(nest: Nest) -> Nest:
             body = body.body
         elif (
             isinstance(body, Seq)
+            and body.body
             and _has_grid(body.body[-1])
             and all(isinstance(b, Let) for b in body.body[:-1])
         ):
@@ -193,7 +202,7 @@ def _check_host(loop: For) -> None:
 
 def host_known(name: str) -> bool:
     """Whether the host knows a variable before a launch: sizes and counts."""
-    return name.startswith("size_") or "_count" in name
+    return given_kind(name) in ("size", "count")
 
 
 def _extent(body: Stmt, kind: str) -> int:

@@ -25,7 +25,7 @@ def hoist_reductions(program: Program) -> Program:
         hoister = _Hoister(statement)
         value = conditioned(statement.value)
         inner = value.a if isinstance(value, Cast) else value
-        if isinstance(inner, Reduce) and not _has_two_drivers(statement, inner):
+        if isinstance(inner, Reduce) and not _apart(statement, inner):
             # The statement itself reduces.
             new = Reduce(inner.op, inner.axes, hoister.visit(inner.body, (inner,)), inner.dtype)
             value = cast(new, value.dtype)
@@ -37,10 +37,13 @@ def hoist_reductions(program: Program) -> Program:
     return replace(program, tensors=tuple(tensors.values()), body=tuple(body))
 
 
-def _has_two_drivers(statement: Assign, e: Reduce) -> bool:
-    """Whether the output follows the stored coordinates of one tensor, its reduction those of
-    another: a statement follows one."""
+def _apart(statement: Assign, e: Reduce) -> bool:
+    """Whether a reduction cannot be its statement: the output has one of its indices, which is then
+    another one, or follows the stored coordinates of one tensor and the reduction those of
+    another."""
     own = {a.name for a in e.axes}
+    if own & {x.name for c in statement.out.coords for x in walk(c) if isinstance(x, Index)}:
+        return True
     return statement.out.tensor.is_sparse and any(
         isinstance(x, Access)
         and x.tensor.is_sparse

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from functools import reduce
 from typing import Any
 
+from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir.levels import Level, load_value, may_miss
 from tilewright.ir.nodes import (
@@ -40,7 +41,14 @@ from tilewright.ir.nodes import (
     unary,
 )  # fmt: skip
 from tilewright.ir.rewrite import add, mul, simplify, walk
-from tilewright.lower.tables import Statement, Tables, indices_in, shares_rows, unsearchable
+from tilewright.lower.tables import (
+    Statement,
+    Tables,
+    indices_in,
+    interval,
+    shares_rows,
+    unsearchable,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,10 +421,9 @@ class NestBuilder:
                 target.dtype,
             )
         else:
-            buffer = self.owner.buffer(target)
-            out = Load(
-                buffer, tuple(self._resolve(c, env, lets) for c in st.out.coords), target.dtype
-            )
+            coords = tuple(self._resolve(c, env, lets) for c in st.out.coords)
+            guards += self._within(target, st.out, coords)
+            out = Load(self.owner.buffer(target), coords, target.dtype)
         if in_place and out.dtype != value.dtype:
             raise ProgramError(
                 "P107",
@@ -427,7 +434,8 @@ class NestBuilder:
             )
         if not st.op:
             value = cast(value, out.dtype)
-        compute = Compute(out, value, st.op, tuple(self._tag(a.name) for a in st.axes), in_place)
+        axes = tuple(self._tag(a.name) for a in st.axes)
+        compute = Compute(out, value, st.op, axes, in_place, shared=in_place and self.shared)
         return _inside(lets, guards, compute)
 
     def _tag(self, axis: str) -> str:
@@ -457,16 +465,16 @@ class NestBuilder:
         if isinstance(e, Index):
             return env.bound[e.name]
         if isinstance(e, Var):
-            return (
-                Const(self.owner.sizes[e.name[5:]], self.owner.index)
-                if e.name[5:] in self.owner.sizes
-                else Var(e.name, self.owner.index)
-            )
+            return self.owner.size(e.name.removesuffix(".size"))
         if isinstance(e, Access):
             tensor = self.owner.tensors[e.tensor.name]
             if tensor.is_sparse:
                 return self._read_sparse(tensor, e, env, lets)
-            return Load(self.owner.buffer(tensor), tuple(visit(c) for c in e.coords), e.dtype)
+            coords = tuple(visit(c) for c in e.coords)
+            return _where(
+                self._within(tensor, e, coords),
+                Load(self.owner.buffer(tensor), coords, e.dtype),
+            )
         if isinstance(e, Binary):
             return binary(e.op, visit(e.a), visit(e.b))
         if isinstance(e, Unary):
@@ -494,14 +502,18 @@ class NestBuilder:
         return load_value(self.owner.values(tensor), position, tensor.fill)
 
     def _within(self, tensor: Tensor, e: Access, coords: tuple[Expr, ...]) -> list[Expr]:
-        """Conditions that keep computed coordinates inside the tensor; its own indices are."""
+        """Conditions that keep computed coordinates inside the tensor: its own indices are, and so
+        are coordinates whose range is known."""
         found: list[Expr] = []
         for c, at, dim in zip(e.coords, coords, tensor.dims, strict=True):
-            if not (isinstance(c, Index) and c.dim == dim):
-                found += [
-                    binary(">=", at, 0),
-                    binary("<", at, cast(self.owner.size(dim), at.dtype)),
-                ]
+            if isinstance(c, Index) and c.dim == dim:
+                continue
+            (low, high), size = interval(c, self.owner.size), self.owner.size(dim)
+            if low < 0:
+                found.append(binary(">=", at, 0))
+            if not (isinstance(size, Const) and high < size.value):
+                wide = at if at.dtype.kind == "i" else cast(at, dtypes.int64)
+                found.append(binary("<", wide, cast(size, wide.dtype)))
         return found
 
     def _locate(
@@ -524,6 +536,15 @@ class NestBuilder:
             if held or not level.is_dense:
                 held = [binary(">=", q, 0)]
         return select(held[0], q, nothing) if held else add(q, 0)
+
+
+def _where(held: list[Expr], value: Expr) -> Expr:
+    """`value` where all conditions hold, else nothing: 0."""
+    if not held:
+        return value
+    kind = value.dtype.accumulator if value.dtype.is_float else value.dtype
+    nothing = cast(Const(0, dtypes.int32), kind)
+    return select(reduce(lambda a, b: binary("&", a, b), held), cast(value, kind), nothing)
 
 
 def _part_of(level: Level, coord: Expr) -> Expr:

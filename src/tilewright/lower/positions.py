@@ -46,14 +46,20 @@ def coordinates_to_positions(program: Program) -> Program:
 
 
 def _roots(program: Program) -> Iterable[tuple[Assign, list[Assign]]]:
-    """Each statement that is stored, with the inline ones before it."""
-    inline: list[Assign] = []
-    for a in program.body:
-        if a.out.tensor.role == "inline":
-            inline.append(a)
-        else:
-            yield a, inline
-            inline = []
+    """Each statement that is stored, with the inline ones that it reads, straight or by way of
+    others."""
+    inline = {a.out.tensor.name: a for a in program.body if a.out.tensor.role == "inline"}
+    for root in program.body:
+        if root.out.tensor.name in inline:
+            continue
+        needed: set[str] = set()
+        waiting = [root.value, root.out]
+        while waiting:
+            for x in walk(waiting.pop()):
+                if isinstance(x, Access) and x.tensor.name in inline.keys() - needed:
+                    needed.add(x.tensor.name)
+                    waiting.append(inline[x.tensor.name].value)
+        yield root, [a for name, a in inline.items() if name in needed]
 
 
 def _buffers(n: Any) -> Iterable[Buffer]:
@@ -90,8 +96,18 @@ class _Builder(Tables):
             part = number if composed else -1
             self.names = set()
             nest = NestBuilder(self, statement, temps, structure, shared=shared)
-            nests.append(Nest(statement.out.tensor.name, simplify(nest.build()), part))
+            body = simplify(nest.build())
             in_place |= nest.in_place
+            follows = structure if composed else ""
+            nests.append(
+                Nest(
+                    statement.out.tensor.name,
+                    body,
+                    part,
+                    structure=follows,
+                    shared=shared and nest.in_place,
+                )
+            )
             if statement.out.tensor.is_sparse:
                 empty.append(self._init(statement, temps, structure, part))
         if in_place and temps:
@@ -125,7 +141,8 @@ class _Builder(Tables):
         rest = [replace(t, value=visit(t.value)) for t in temps if t not in followers]
         rest = [] if st.op else rest
         body = simplify(NestBuilder(self, plain, rest, "", shared=False).build())
-        return Nest(f"{st.out.tensor.name}.init", body, part)
+        follows = structure if part >= 0 else ""
+        return Nest(f"{st.out.tensor.name}.init", body, part, structure=follows)
 
     def _root_driver(self, st: Statement, temps: list[Statement]) -> tuple[str, tuple[str, ...]]:
         """The structure that the loops of a root statement follow, and its indices; or nothing."""

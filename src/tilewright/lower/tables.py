@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from tilewright import dtypes
@@ -12,6 +13,7 @@ from tilewright.ir.levels import Level, Storage
 from tilewright.ir.nodes import (
     Access,
     Assign,
+    Binary,
     Buffer,
     Cast,
     Const,
@@ -22,7 +24,9 @@ from tilewright.ir.nodes import (
     Tensor,
     Var,
     cast,
+    count_name,
     size_var,
+    stride_name,
 )  # fmt: skip
 from tilewright.ir.rewrite import add, ceil_div, walk
 
@@ -84,7 +88,7 @@ class Tables:
             size = Const(level.block, self.index)
         elif level.block:
             size = ceil_div(size, level.block)
-        count = Var(f"{structure}_count{depth}", self.index)
+        count = Var(count_name(structure, depth), self.index)
         made = {
             name: Buffer(
                 f"{structure}.{name}{depth}",
@@ -101,7 +105,7 @@ class Tables:
         return Buffer(
             f"{tensor.name}.values",
             tensor.dtype,
-            (Var(f"{tensor.structure}_count{last}", self.index),),
+            (Var(count_name(tensor.structure, last), self.index),),
             "part",
         )
 
@@ -110,12 +114,43 @@ class Tables:
         if tensor.role == "inline":
             return Buffer(tensor.name, tensor.dtype, shape, "register")
         strides: list[Expr] = [
-            Var(f"{tensor.name}_stride{d}", dtypes.int64) for d in range(len(shape))
+            Var(stride_name(tensor.name, d), dtypes.int64) for d in range(len(shape))
         ]
         if strides and not tensor.strided:
             strides[-1] = Const(1, dtypes.int64)
         kind = "state" if tensor.role == "temp" else tensor.kind
         return Buffer(tensor.name, tensor.dtype, shape, "global", tuple(strides), kind)
+
+
+def interval(e: Expr, size: Callable[[str | int], Expr]) -> tuple[float, float]:
+    """The least and the greatest value of a whole number on coordinates, as far as sizes tell."""
+    anything = (0.0 if e.dtype.kind == "u" else -inf, inf)
+    if isinstance(e, Const):
+        return float(e.value), float(e.value)
+    if isinstance(e, Index):
+        extent = size(e.dim)
+        return 0.0, float(extent.value) - 1 if isinstance(extent, Const) else inf
+    if isinstance(e, Cast) and e.a.dtype.is_int:
+        return interval(e.a, size)
+    if not isinstance(e, Binary):
+        return anything
+    (a, b), (c, d) = interval(e.a, size), interval(e.b, size)
+    if e.op == "+":
+        return a + c, b + d
+    if e.op == "-":
+        return a - d, b - c
+    if e.op == "*" and a >= 0 and c >= 0 and inf not in (b, d):
+        return a * c, b * d
+    if e.op == "//" and a >= 0 and c == d and c > 0:
+        return a // c, b // c if b < inf else inf
+    if e.op == "%" and c == d and c > 0:
+        return 0.0, c - 1
+    if e.op == "&" and c == d and c >= 0:
+        return 0.0, c
+    if e.op in ("min", "max"):
+        chosen = min if e.op == "min" else max
+        return chosen(a, c), chosen(b, d)
+    return anything
 
 
 def shares_rows(name: str, fmt: Any) -> ProgramError:

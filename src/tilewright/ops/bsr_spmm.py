@@ -14,6 +14,7 @@ from typing import Any
 from tilewright.build import program
 from tilewright.errors import ArgumentError
 from tilewright.ops.recipes import fixed_width
+from tilewright.ops.spmm import check_packed, last_size
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import formats, trace
@@ -73,11 +74,10 @@ def bsr_spmm(A: Packed, X: Any, out: Any = None) -> Any:
     """Y = A X. A: (m, n) packed as bsr(b), b a multiple of 16, float16 or bfloat16; X: (n, d) of
     the same dtype; Y: (m, d) float32. Raises ArgumentError.
     """
-    if not block_of(A.format):
-        raise ArgumentError(
-            "A106", f"A is packed as {A.format}", where="argument A",
-            hint="pack it as tw.bsr(16) or tw.bsr(32); spmm() takes every format",
-        )  # fmt: skip
+    check_packed(
+        A, lambda fmt: block_of(fmt) > 0,
+        "pack it as tw.bsr(16) or tw.bsr(32); spmm() takes other formats",
+    )  # fmt: skip
     if A.dtype.name not in HALVES:
         raise ArgumentError(
             "A102",
@@ -85,8 +85,7 @@ def bsr_spmm(A: Packed, X: Any, out: Any = None) -> Any:
             where="argument A",
             hint='pack it with dtype="float16"; spmm() takes every dtype',
         )
-    shape = getattr(X, "shape", ())
-    width = fixed_width(int(shape[-1]), A.device) if shape else 0
+    width = fixed_width(last_size(X), A.device)
     target = "cuda" if A.device.startswith("cuda") else "cpp"
     index = A.structure.index_dtype.name
     return bsr_spmm_kernel(A.format, A.dtype.name, width, index, target)(A, X, out=out)

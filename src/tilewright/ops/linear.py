@@ -176,7 +176,8 @@ def linear_kernel(
 
     def scheduled(s: Schedule) -> Schedule:
         s = s.specialize("g", n // TOGETHER) if interleaved else s.specialize("n", n)
-        s = s.specialize("b", k // BLOCK) if kind.startswith("q") else s.specialize("k", k)
+        s = s.specialize("k", k)
+        s = s.specialize("b", k // BLOCK) if kind.startswith("q") else s
         return gpu_recipe(s, n) if s.target.is_cuda else cpu_recipe(s, many)
 
     return made.schedule(scheduled).build(target)

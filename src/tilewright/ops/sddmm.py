@@ -14,8 +14,8 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.build import Definition, program
-from tilewright.errors import ArgumentError
 from tilewright.ops import recipes
+from tilewright.ops.spmm import check_packed, last_size, operand_dtype
 from tilewright.runtime import toolchain
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
@@ -23,6 +23,7 @@ from tilewright.sparse import formats, trace
 from tilewright.sparse.formats import Format
 from tilewright.sparse.pack import Packed
 from tilewright.sparse.trace import dense, indices, out, sparse
+from tilewright.target import target as parse_target
 
 
 @program
@@ -100,8 +101,9 @@ def recipe(s: Schedule) -> Schedule:
 def pack_for_sddmm(matrix: Any, width: int = 128, target: str = "cpp", dtype: Any = None) -> Packed:
     """Pack a matrix into the format that `sddmm` is fastest on, on the device of the target.
 
-    `matrix`: as `Format.pack` takes it. `width`: columns of P and Q."""
-    on_gpu = target.startswith("cuda")
+    `matrix`: as `Format.pack` takes it, and its errors. `width`: columns of P and Q. Raises
+    BuildError[B103] for an unknown target."""
+    on_gpu = parse_target(target).is_cuda
     packed = (formats.coo() if on_gpu else formats.csr()).pack(matrix, dtype=dtype)
     return packed.to("cuda") if on_gpu else packed
 
@@ -112,24 +114,17 @@ def sddmm(A: Packed, P: Any, Q: Any, out: Any = None) -> Packed:
 
     Kernels are built for the format and the width at first use and cached. Raises ArgumentError.
     """
-    if (
-        not isinstance(A, Packed)
-        or not isinstance(A.format, Format)
-        or A.format.name not in FORMATS
-    ):
-        kind = A.format if isinstance(A, Packed) else type(A).__name__
-        raise ArgumentError(
-            "A106",
-            f"A is {kind}",
-            where="argument A",
-            hint=f"pack it as one of: {', '.join(FORMATS)}",
-        )
-    width = recipes.fixed_width(getattr(Q, "shape", (0, 0))[-1], A.device)
-    types = str(A.dtype), recipes.dtype_name(P), recipes.dtype_name(Q)
+    check_packed(A, _takes, f"pack it as one of: {', '.join(FORMATS)}")
+    width = recipes.fixed_width(last_size(Q), A.device)
+    types = str(A.dtype), operand_dtype(P, "P"), operand_dtype(Q, "Q")
     target = "cpp" if A.device == "cpu" else "cuda"
     return sddmm_kernel(A.format, types, width, A.structure.index_dtype.name, target)(
         A, P, Q, out=out
     )
+
+
+def _takes(fmt: Any) -> bool:
+    return isinstance(fmt, Format) and fmt.name in FORMATS
 
 
 @cache

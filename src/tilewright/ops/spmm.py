@@ -2,27 +2,28 @@
 
 On a CPU: CSR, rows in parallel, the features of a row in vector registers. On a GPU: rows by
 length, so that all threads of a warp walk rows of one length; long rows have a CTA, giants several.
-No atomics: every row has one owner, and sums have a fixed order.
+Rows have one owner and sums a fixed order; only formats whose parts share rows take atomics.
 Reference: SparseTIR (ASPLOS 2023, §4.2), its SpMM on hyb(c, k).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from tilewright import dtypes
 from tilewright.build import Definition, program
+from tilewright.errors import ArgumentError
 from tilewright.ops.recipes import dtype_name, fixed_width
 from tilewright.runtime import toolchain
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import formats, trace
 from tilewright.sparse.formats import Composed, Format, Where
-from tilewright.sparse.pack import Packed
+from tilewright.sparse.pack import Packed, entries
 from tilewright.sparse.trace import dense, indices, out, sparse
+from tilewright.target import target as parse_target
 
 
 @program
@@ -47,6 +48,7 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
     """Features in registers, widest tiles first, the rest in narrower ones; rows in parallel.
 
     `gathers_far`: X is larger than the nearest caches, so that its rows are asked for early."""
+    s = s.atomic("out") if s.shares_rows else s
     lanes = toolchain.vector_bits() // 32
     fixed = dict(s.program.sizes).get("d")
     rest = "k"
@@ -62,7 +64,7 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
             break
         rest = f"{rest}_t"
     for n in range(len(s.nests)):
-        if getattr(s.format_of(n).levels[-1], "width", 0) > 1:
+        if s.has("j", n) and getattr(s.format_of(n).levels[-1], "width", 0) > 1:
             # written out for every tile, it took the compiler a third longer and ran no faster
             s = s.on(n).unroll("j", 1)
     s = _rows(s.everywhere(), ROWS_PER_UNIT)
@@ -76,13 +78,15 @@ def _formats(s: Schedule) -> list[Format]:
 
 
 def _rows(s: Schedule, n: int) -> Schedule:
-    return s.split("i", n, into=("i_unit", "i_row")).parallel("i_unit")
+    rows = "i" if s.has("i") else "i_o"  # of a blocked format: rows of blocks
+    return s.split(rows, n, into=("i_unit", "i_row")).parallel("i_unit")
 
 
 def gpu_recipe(s: Schedule, tile: int = 128) -> Schedule:
     """Each nest by its format: rows of one length side by side, a long row by a whole CTA.
 
     `tile`: features that one sweep over A takes; a smaller one keeps a slice of X in the L2."""
+    s = s.atomic("out") if s.shares_rows else s
     d = dict(s.program.sizes).get("d", 0)  # 0: known at run time only
     lanes = next(v for v in (4, 2, 1) if d % v == 0) if d else 1
     even = d > 0 and (_power(d // lanes) >= 8 or d // lanes == _power(d // lanes))
@@ -140,6 +144,36 @@ def recipe(s: Schedule) -> Schedule:
     return gpu_recipe(s) if s.target.is_cuda else cpu_recipe(s)
 
 
+# ---------------------------------------------------------------------------- arguments
+
+
+def check_packed(A: Any, takes: Callable[[Any], bool], hint: str) -> None:
+    """Refuses what is not packed, or in a format that an operator does not take. Raises
+    ArgumentError[A106]."""
+    if isinstance(A, Packed) and takes(A.format):
+        return
+    kind = f"packed as {A.format}" if isinstance(A, Packed) else f"a {type(A).__name__}"
+    raise ArgumentError("A106", f"A is {kind}", where="argument A", hint=hint)
+
+
+def operand_dtype(X: Any, name: str) -> str:
+    """The dtype of a dense operand that is multiplied and added; of what is no array, float32: the
+    call refuses it. Raises ArgumentError[A102]."""
+    given = dtype_name(X)
+    if given == "bool" or given not in dtypes.ALL or given.startswith("float8"):
+        raise ArgumentError(
+            "A102", f"{name} is {given}", where=f"argument {name}",
+            hint="float16, bfloat16, float32, float64 or an integer type",
+        )  # fmt: skip
+    return given
+
+
+def last_size(X: Any) -> int:
+    """The size of the last dimension of an operand; 0 for what has none: the call refuses it."""
+    shape = getattr(X, "shape", ())
+    return int(shape[-1]) if isinstance(shape, tuple) and shape else 0
+
+
 # ---------------------------------------------------------------------------- the operator
 
 
@@ -188,17 +222,12 @@ def choose_format(rows: int, nnz: int, target: str) -> Format | Composed:
 def pack_for_spmm(matrix: Any, width: int = 128, target: str = "cpp", dtype: Any = None) -> Packed:
     """Pack a matrix into the format that `spmm` is fastest on, on the device of the target.
 
-    `matrix`: as `Format.pack` takes it. `width`: features of X."""
-    rows, nnz = _extent(matrix)
-    packed = choose_format(rows, nnz, target).pack(matrix, dtype=dtype)
-    return packed.to("cuda") if target.startswith("cuda") else packed
-
-
-def _extent(matrix: Any) -> tuple[int, int]:
-    if isinstance(matrix, tuple):
-        return int(matrix[-1][0]), len(matrix[1]) if len(matrix) == 4 else len(matrix[0][0])
-    nnz = matrix.nnz if hasattr(matrix, "nnz") else np.count_nonzero(matrix)
-    return int(matrix.shape[0]), int(nnz)
+    `matrix`: as `Format.pack` takes it, and its errors. `width`: features of X. Raises
+    BuildError[B103] for an unknown target."""
+    kind = parse_target(target).kind
+    found = entries(matrix)
+    packed = choose_format(found.shape[0], found.nnz, kind).pack(found, dtype=dtype)
+    return packed.to("cuda") if kind == "cuda" else packed
 
 
 def spmm(A: Packed, X: Any, out: Any = None) -> Any:
@@ -206,7 +235,8 @@ def spmm(A: Packed, X: Any, out: Any = None) -> Any:
 
     Kernels are built for the format and the width at first use and cached. Raises ArgumentError.
     """
-    width = getattr(X, "shape", (0, 0))[-1]
+    check_packed(A, lambda fmt: fmt.ndim == 2, "pack a matrix, as with pack_for_spmm(matrix)")
+    width = last_size(X)
     key = "spmm", A.dtype, getattr(X, "dtype", None), width
     kernel = A.structure.tables.get(key)  # found by the structure: formats are long to hash
     if kernel is None:
@@ -220,7 +250,7 @@ def _chosen(A: Packed, X: Any, width: int) -> Kernel:
     return spmm_kernel(
         A.format,
         str(A.dtype),
-        dtype_name(X),
+        operand_dtype(X, "X"),
         fixed_width(width, A.device),
         A.structure.index_dtype.name,
         "cuda" if on_cuda else "cpp",

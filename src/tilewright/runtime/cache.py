@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import stat
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from pathlib import Path
 from tilewright import knobs
 from tilewright.errors import BuildError
 
+_PACKAGE = str(Path(__file__).resolve().parent.parent) + os.sep
 _KEY = re.compile(r"[0-9a-f]{64}")
 _KIND = re.compile(r"[a-z][a-z0-9]*")
 _TRAILER = b"\n//tilewright-sha256:"
@@ -80,7 +82,10 @@ class Cache:
     def get(self, kind: str, key: str) -> bytes | None:
         """The data of a sound entry, or None."""
         try:
-            whole = self.path(kind, key).read_bytes()
+            with open(self.path(kind, key), "rb", opener=_at_once) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    return None
+                whole = file.read()
         except OSError:
             return None
         data = whole[:-_TRAILER_BYTES]
@@ -130,6 +135,11 @@ class Cache:
         return removed
 
 
+def _at_once(path: str, flags: int) -> int:
+    """Opens a file without waiting: something else may bear its name, and a pipe waits for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _trailer(kind: str, key: str, data: bytes) -> bytes:
     digest = hashlib.sha256(f"{kind}:{key}:".encode())
     digest.update(data)
@@ -164,7 +174,7 @@ def current() -> Cache:
     """The cache of the `cache_dir` knob; a private temporary one where that cannot be written."""
     if not knobs.get("cache"):
         return _temporary()
-    folder = Path(knobs.get("cache_dir")).expanduser()
+    folder = knobs.folder(knobs.get("cache_dir"))
     found = _open.get(folder)
     if found is None:
         try:
@@ -233,13 +243,19 @@ def _count(hit: bool) -> None:
 
 def _fall_back(folder: Path, error: OSError) -> Cache:
     cache = _temporary()
-    warnings.warn(
+    warn(
         f"the kernel cache {folder} cannot be written ({error.strerror or error}); "
-        f"kernels of this process are kept in {cache.folder} and lost at its end",
-        RuntimeWarning,
-        stacklevel=4,
+        f"kernels of this process are kept in {cache.folder} and lost at its end"
     )
     return cache
+
+
+def warn(text: str) -> None:
+    """A RuntimeWarning at the line that called into Tilewright, however deep we are."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
 def _temporary() -> Cache:

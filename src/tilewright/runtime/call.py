@@ -6,10 +6,11 @@ checked here is checked once: a later call with arguments of the same layout reu
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,11 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.dtypes import DType
-from tilewright.errors import ArgumentError, InternalError
+from tilewright.errors import ArgumentError
+from tilewright.ir.nodes import count_name, given_kind, size_name
 from tilewright.runtime.layout import Struct
-from tilewright.runtime.manifest import ROW_HEAD, Manifest, TensorSpec, rows_at
-from tilewright.runtime.view import View, allocate, allocator, byte_range, overlaps, view
+from tilewright.runtime.manifest import ROW_HEAD, Manifest, TensorSpec, most_rows, rows_at
+from tilewright.runtime.view import View, address, allocate, allocator, byte_range, view
 
 
 @dataclass(slots=True)
@@ -111,13 +113,18 @@ class Call:
                 where=where,
             )
         self._take_sizes(spec, v.shape)
-        if not spec.strided and v.strides[-1] != 1 and v.shape[-1] > 1 and v.size:
+        if spec.dims and not spec.strided and v.strides[-1] != 1 and v.shape[-1] > 1 and v.size:
             raise ArgumentError(
                 "A104", f"the last dimension of {name} has stride {v.strides[-1]}", where=where,
                 hint="make it contiguous (np.ascontiguousarray, .contiguous())",
             )  # fmt: skip
         if written and v.readonly:
             raise ArgumentError("A104", f"{name} is written to but is read-only", where=where)
+        if written and _meets_itself(v):
+            raise ArgumentError(
+                "A104", f"elements of {name} share memory: strides {v.strides}", where=where,
+                hint="written arrays are not broadcast views: make a copy",
+            )  # fmt: skip
         self._take_device(v.device, name)
         self.views[name] = v
 
@@ -195,24 +202,26 @@ class Call:
     def shape_of(self, spec: TensorSpec) -> tuple[int, ...]:
         return tuple(d if isinstance(d, int) else self.sizes[d] for d in spec.dims)
 
-    def take_output(self, spec: TensorSpec, array: Any, inputs: list[TensorSpec]) -> None:
-        """An output that the caller gave: checked like an input, writable, apart from all
-        inputs."""
+    def take_output(self, spec: TensorSpec, array: Any) -> None:
+        """An output that the caller gave: checked like an input, and writable."""
         if spec.structure:
-            given = dict(self.packed)
             self._take_sparse(spec, array)
-            check_values_apart(array, spec.name, given)
-            return
-        self.take_dense(spec, array, written=True)
-        for t in inputs:
-            other = self.views.get(t.name)
-            if other is not None and overlaps(self.views[spec.name], other):
-                raise ArgumentError(
-                    "A108",
-                    f"the output {spec.name} overlaps the input {t.name}",
-                    where="out",
-                    hint="give it memory of its own",
-                )
+            if any(view(v).readonly for v in array.values):
+                raise ArgumentError("A104", f"the values of {spec.name} are read-only", where="out")
+        else:
+            self.take_dense(spec, array, written=True)
+
+    def spans(self, specs: list[TensorSpec]) -> list[Span]:
+        """The bytes of arguments and outputs."""
+        found: list[Span] = []
+        for t in specs:
+            if t.structure:
+                found += value_spans(t.name, self.packed[t.name])
+            elif t.name in self.views:
+                v = self.views[t.name]
+                low, high = byte_range(v)
+                found.append((t.name, v.pointer + low, v.pointer + high))
+        return found
 
     def make_output(self, spec: TensorSpec) -> Any:
         """A new output in the framework of the first dense argument, or of the values it
@@ -241,24 +250,20 @@ class Call:
     def frame(self, row: Struct, params: Struct, counts: Any, outputs: list[TensorSpec]) -> Frame:
         """Fills the block of each stage and counts its units."""
         manifest = self.manifest
-        values = [self._field(f.name) for f in params.fields]
-        rows = [self._row(row, i) for i in range(len(manifest.part_cases))]
+        names = (*manifest.param_names, "")  # the last field counts the rows
         at = rows_at(params)
         blocks, units = [], []
-        for stage, of_case in zip(manifest.stages, counts, strict=True):
-            block = ctypes.create_string_buffer(at + len(rows) * row.size)
+        for stage, of_body in zip(manifest.stages, counts, strict=True):
+            block = ctypes.create_string_buffer(at + most_rows(manifest) * row.size)
+            values = [self._field(name) if name else len(stage.rows) for name in names]
             params.pack_into(
                 block, **dict(zip((f.name for f in params.fields), values, strict=True))
             )
             total = 0
-            for i, (fields, env) in enumerate(rows):
-                case = manifest.part_cases[i]
-                n = 0
-                if stage.parts[0] < 0:
-                    n = of_case[0](env) if i == 0 else 0
-                elif case in stage.parts:
-                    n = of_case[stage.parts.index(case)](env)
-                one = row.pack(first=total, units=n, body=case, **fields)
+            for i, body in enumerate(stage.rows):
+                n = of_body[body](self._counts(stage.structure, i))
+                fields = self._row(row, stage.structure, i)
+                one = row.pack(first=total, units=n, body=body, **fields)
                 ctypes.memmove(ctypes.addressof(block) + at + i * row.size, one, row.size)
                 total += n
             blocks.append(block)
@@ -305,90 +310,102 @@ class Call:
         )
 
     def _slots(self, blocks: list[Any], row: Struct, params: Struct) -> dict[str, list[Any]]:
-        """Where the address of each dense array, the values of each sparse one and each number
-        go."""
+        """Where the address of each dense array, the values of each sparse one (part after part)
+        and each number go."""
         found: dict[str, list[Any]] = {}
-        known = {c_name(n): n for n in (*self.views, *self.scalars)}
         number = {"float32": ctypes.c_float, "float64": ctypes.c_double}
-        for block in blocks:
-            for f in params.fields:
-                if f.name in known:
+        for block, stage in zip(blocks, self.manifest.stages, strict=True):
+            for f, name in zip(params.fields, self.manifest.param_names, strict=False):
+                if name in self.views or name in self.scalars:
                     place = (
                         ctypes.c_uint64
                         if f.type == "ptr"
                         else number.get(f.type) or getattr(ctypes, f"c_{f.type}")
                     )
-                    found.setdefault(known[f.name], []).append(place.from_buffer(block, f.offset))
-            for part in range(len(self.manifest.part_cases)):
-                base = rows_at(params) + part * row.size
-                for name in self.packed:
-                    field = f"{c_name(name)}_values"
-                    if any(f.name == field for f in row.fields):
-                        found.setdefault(name, []).append(
-                            ctypes.c_uint64.from_buffer(block, base + row.offset(field))
-                        )
+                    found.setdefault(name, []).append(place.from_buffer(block, f.offset))
+            for i in range(len(stage.rows)):
+                base = rows_at(params) + i * row.size
+                for f, name in zip(
+                    row.fields[len(ROW_HEAD) :], self.manifest.row_names, strict=True
+                ):
+                    tensor, _, what = name.rpartition(".")
+                    if what == "values":
+                        part = i if self._structure(tensor) == stage.structure else 0
+                        slot = ctypes.c_uint64.from_buffer(block, base + f.offset)
+                        found.setdefault(tensor, []).append((slot, part))
         return found
 
     def _field(self, name: str) -> Any:
-        """A field of the block by its name: an address, a stride, a size or a number."""
-        if name == "row_count":
-            return len(self.manifest.part_cases)
-        for known, v in self.views.items():
-            plain = c_name(known)
-            if name == plain:
-                return v.pointer
-            if name.startswith(f"{plain}_stride") and name[len(plain) + 7 :].isdigit():
-                return v.strides[int(name[len(plain) + 7 :])]
-        for known, value in self.scalars.items():
-            if name == c_name(known):
-                return value
-        if name.startswith("size_"):
-            return self.sizes[name[5:]]
-        raise InternalError("I101", f"nothing fills the field {name}")
+        """What a field of the block holds: an address, a number, a size or a stride."""
+        if name in self.views:
+            return self.views[name].pointer
+        if name in self.scalars:
+            return self.scalars[name]
+        owner, _, _ = name.rpartition(".")
+        if given_kind(name) == "size":
+            return self.sizes[owner]
+        return self.views[owner].strides[int(name.rpartition(".stride")[2])]
 
-    def _row(self, row: Struct, part: int) -> tuple[dict[str, Any], dict[str, int]]:
-        """The fields of one row of the work table, and the names its unit count may read."""
-        env = {f"size_{k}": v for k, v in self.sizes.items() if isinstance(k, str)}
+    def _counts(self, followed: str, i: int) -> dict[str, int]:
+        """Sizes, and the counts of the structures as row i of a work table sees them."""
+        found = {size_name(d): n for d, n in self.sizes.items() if isinstance(d, str)}
         for structure, s in self.structures.items():
-            counts = s.parts[part if part < len(s.parts) else 0].counts
-            env |= {f"{structure}_count{level}": count for level, count in enumerate(counts)}
-        fields = {f.name: self._row_field(f.name, part) for f in row.fields[len(ROW_HEAD) :]}
-        return fields, env
+            for level, count in enumerate(s.parts[i if structure == followed else 0].counts):
+                found[count_name(structure, level)] = count
+        return found
 
-    def _row_field(self, name: str, part: int) -> int:
-        """An array of the structure's part, the values of a tensor, or a count; 0 for what only the
+    def _row(self, row: Struct, followed: str, i: int) -> dict[str, int]:
+        """The fields of row i of the work table over the parts of a structure."""
+        fields = row.fields[len(ROW_HEAD) :]
+        names = self.manifest.row_names
+        return {
+            f.name: self._row_field(name, followed, i)
+            for f, name in zip(fields, names, strict=True)
+        }
+
+    def _row_field(self, name: str, followed: str, i: int) -> int:
+        """An array of a structure's part, the values of a tensor, or a count; 0 for what only the
         formats of other parts have."""
-        for tensor, packed in self.packed.items():
-            if name == f"{c_name(tensor)}_values":
-                return view(packed.values[part if part < len(packed.values) else 0]).pointer
-        for structure, s in self.structures.items():
-            prefix = f"{c_name(structure)}_"
-            if name.startswith(prefix):
-                p = s.parts[part if part < len(s.parts) else 0]
-                kind = name[len(prefix) :].rstrip("0123456789")
-                level = int(name[len(prefix) + len(kind) :])
-                if kind == "count":
-                    return p.counts[level] if level < len(p.counts) else 0
-                has = level < len(p.arrays) and kind in p.arrays[level]
-                return view(p.arrays[level][kind]).pointer if has else 0
-        raise InternalError("I101", f"nothing fills the field {name}")
+        owner, _, what = name.rpartition(".")
+        kind = what.rstrip("0123456789")
+        if kind == "values":
+            packed = self.packed[owner]
+            part = i if self._structure(owner) == followed else 0
+            return view(packed.values[part]).pointer
+        p = self.structures[owner].parts[i if owner == followed else 0]
+        level = int(what[len(kind) :])
+        if kind == "count":
+            return p.counts[level] if level < len(p.counts) else 0
+        has = level < len(p.arrays) and kind in p.arrays[level]
+        return view(p.arrays[level][kind]).pointer if has else 0
+
+    def _structure(self, tensor: str) -> str:
+        return next(t.structure for t in self.manifest.tensors if t.name == tensor)
 
 
 def scalar_value(spec: TensorSpec, kind: DType, arg: Any) -> float | int:
     """A number for a scalar parameter."""
-    try:
-        value = float(arg) if kind.is_float else int(arg)
-    except (TypeError, ValueError):
+    value: float | int | None = None
+    if not isinstance(arg, (str, bytes)):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            value = float(arg) if kind.is_float else int(arg)
+    if value is None or not (kind.is_float or _fits(kind, value, arg)):
         raise ArgumentError(
-            "A107",
-            f"{spec.name} is a number, not {type(arg).__name__}",
+            "A107", f"{spec.name} is a number of type {kind}, not {arg!r}",
             where=f"argument {spec.name}",
-        ) from None
+        )  # fmt: skip
     if kind.name == "bfloat16":
         return int(dtypes.bfloat16_bits(np.array(value, np.float32)))
     if kind.name == "float16":
         return int(np.array(value, np.float16).view(np.uint16))
-    return value
+    return float(np.float32(value)) if kind.name == "float32" else value
+
+
+def _fits(kind: DType, value: float | int, arg: Any) -> bool:
+    """Whether a whole number was given that the type holds."""
+    low = 0 if kind.kind in "ub" else -(1 << (kind.bits - 1))
+    high = 1 if kind.kind == "b" else (1 << (kind.bits - (kind.kind == "i"))) - 1
+    return value == arg and low <= value <= high
 
 
 def sparse_output(like: Any, kind: DType) -> Any:
@@ -400,25 +417,46 @@ def sparse_output(like: Any, kind: DType) -> Any:
     return dataclasses.replace(like, values=values, dtype=kind)
 
 
-def check_values_apart(mine: Any, name: str, inputs: Mapping[str, Any]) -> None:
-    """Refuses a sparse output whose values overlap those of a sparse input."""
-    for other, packed in inputs.items():
-        pairs = ((view(a), view(b)) for a in mine.values for b in packed.values)
-        if any(overlaps(a, b) for a, b in pairs):
-            raise ArgumentError(
-                "A108", f"the output {name} overlaps the input {other}", where="out",
-                hint="give it memory of its own",
-            )  # fmt: skip
+Span = tuple[str, int, int]
+"""A name, and the first byte and the one after the last that it has in memory."""
+
+
+def value_spans(name: str, packed: Any) -> list[Span]:
+    """The bytes of the values of a sparse tensor, part by part."""
+    size = packed.dtype.itemsize
+    places = (
+        (address(v), p.size) for v, p in zip(packed.values, packed.structure.parts, strict=True)
+    )
+    return [(name, at, at + n * size) for at, n in places]
+
+
+def check_apart(written: Sequence[Span], read: Sequence[Span]) -> None:
+    """Refuses memory that is written and meets memory of another argument. Raises
+    ArgumentError[A108]."""
+    for n, (name, low, high) in enumerate(written):
+        for other, first, last in (*written[:n], *read):
+            if low < last and first < high and low < high and first < last:
+                what = "output" if (other, first, last) in written else "input"
+                raise ArgumentError(
+                    "A108", f"the output {name} overlaps the {what} {other}", where="out",
+                    hint="give it memory of its own",
+                )  # fmt: skip
+
+
+def _meets_itself(v: View) -> bool:
+    """Whether two elements may lie at one place."""
+    reach = 1
+    for step, n in sorted((abs(s), n) for s, n in zip(v.strides, v.shape, strict=True) if n > 1):
+        if step < reach:
+            return v.size > 0
+        reach += (n - 1) * step
+    return False
 
 
 def _as_stored(values: Any, kind: DType) -> Any:
     """Values of a packed tensor on the host are bits where NumPy lacks the dtype, whatever other
     packages teach it."""
     return values.view(kind.numpy) if isinstance(values, np.ndarray) else values
-
-
-def c_name(name: str) -> str:
-    return "".join(ch if ch.isalnum() or ch == "_" else "_" for ch in name)
 
 
 def _rows_aligned(v: View) -> bool:

@@ -70,7 +70,7 @@ def evaluate(
     `unpack() -> (coords, values)`, or a dense array whose non-zeros are stored; numbers for
     scalars. A sparse output comes as its values, (nnz,), in the order of `unpack`. `exact` computes
     floats in float64; otherwise each value has the program's own dtype. Parameters that the program
-    updates are copied first. Raises InternalError[I101] for an access out of bounds.
+    updates are copied first. Outside of an array a read gives 0 and a store does nothing.
     """
     memory = Memory(program, dict(sizes or {}))
     written = {s.out.tensor.name for s in program.body}
@@ -168,9 +168,10 @@ class _Evaluator:
         for at, piece, value in done:
             if t.is_sparse or all(isinstance(c, Index) for c in s.out.coords):
                 memory.data[t.name][at] = value
-            else:
-                where = self.coordinates(s.out, piece, None)
-                memory.data[t.name][tuple(np.broadcast_arrays(*where))] = value
+            else:  # what lies outside is not stored
+                where, inside = self.coordinates(s.out, piece, None)
+                inside, value, *where = np.broadcast_arrays(inside, value, *where)
+                memory.data[t.name][tuple(w[inside] for w in where)] = value[inside]
 
     def entries(self, structure: str, names: tuple[str, ...]) -> Group:
         """All stored coordinates of a structure as one group."""
@@ -188,7 +189,7 @@ class _Evaluator:
         if isinstance(e, Index):
             return self.index(e.name, space)
         if isinstance(e, Var):
-            return np.full((1,) * len(space), self.memory.sizes[e.name.removeprefix("size_")])
+            return np.full((1,) * len(space), self.memory.sizes[e.name.removesuffix(".size")])
         if isinstance(e, Access):
             return self.access(e, space, mask)
         if isinstance(e, Reduce):
@@ -256,21 +257,20 @@ class _Evaluator:
 
     # -- dense reads -----------------------------------------------------------------------------
 
-    def coordinates(self, e: Access, space: Space, mask: np.ndarray | None) -> list[np.ndarray]:
-        """The coordinates of an access, checked; 0 where the mask is false."""
-        found = []
+    def coordinates(
+        self, e: Access, space: Space, mask: np.ndarray | None
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """The coordinates of an access, those outside moved to the edge, and which were inside."""
+        found, inside = [], np.ones((1,) * len(space), bool)
         for dim, c in zip(e.tensor.dims, e.coords, strict=True):
             at, n = self.expr(c, space, mask), self.memory.size(dim)
-            if mask is not None:
-                at = np.where(mask, at, 0)
-            needed = mask is None or bool(mask.any())
-            if at.size and needed and (int(at.min()) < 0 or int(at.max()) >= n):
-                raise InternalError("I101", f"{e} reads outside 0…{n - 1}: {at.min()}…{at.max()}")
-            found.append(at)
-        return found
+            inside = inside & (at >= 0) & (at < n)
+            found.append(np.clip(at, 0, max(n - 1, 0)).astype(np.int64, copy=False))
+        return found, inside
 
     def read(self, e: Access, raw: np.ndarray, space: Space, mask: Any) -> np.ndarray:
-        """The raw values of a dense tensor. Whole ranges are sliced, other coordinates gathered."""
+        """The raw values of a dense tensor, 0 outside of it. Whole ranges are sliced, other
+        coordinates gathered."""
         if not e.coords:
             return raw.reshape((1,) * len(space))
         sliced: dict[int, int] = {}  # dimension of the tensor -> group
@@ -284,23 +284,25 @@ class _Evaluator:
             )
         ]
         gathered = [d for d in range(raw.ndim) if d not in sliced]
+        if any(raw.shape[d] == 0 for d in gathered):  # all of it is outside
+            return np.zeros((1,) * len(space), raw.dtype)
         part = part.transpose(*gathered, *sliced)
+        inside = np.True_
         rest = [g for g in range(len(space)) if g not in sliced.values()]
         if gathered:
-            where = self.coordinates(_only(e, gathered), space, mask)
+            where, inside = self.coordinates(_only(e, gathered), space, mask)
             drop = tuple(sliced.values())
             if any(
                 w.shape[g] != 1 for w in where for g in drop
             ):  # a computed coordinate varies too
-                return raw[tuple(np.broadcast_arrays(*self.coordinates(e, space, mask)))]
+                where, inside = self.coordinates(e, space, mask)
+                return _inside(inside, raw[tuple(np.broadcast_arrays(*where))])
             shape = np.broadcast_shapes(*(w.shape for w in where))
-            if 0 in part.shape[: len(gathered)]:  # nothing there: the mask is false everywhere
-                return np.zeros((1,) * len(space), raw.dtype)
             part = part[tuple(np.broadcast_to(w, shape).squeeze(drop) for w in where)]
         else:
             part = part.reshape((1,) * len(rest) + part.shape)
         order = np.argsort([*rest, *sliced.values()])
-        return part.transpose(order)
+        return _inside(inside, part.transpose(order))
 
     # -- reductions ------------------------------------------------------------------------------
 
@@ -425,6 +427,10 @@ class _Evaluator:
 
 
 _COMPUTED = {"bfloat16": "float32"}  # values of a dtype that NumPy has not
+
+
+def _inside(inside: Any, values: np.ndarray) -> np.ndarray:
+    return values if inside.all() else np.where(inside, values, values.dtype.type(0))
 
 
 def _only(e: Access, dims: list[int]) -> Access:

@@ -27,15 +27,13 @@ def run_frame(program: Program, frame: Any) -> None:
             structure = frame.structures[t.structure]()
             memory.stored[t.structure], order = _stored(structure)
             parts = [p.size for p in structure.parts]
-            arrays = [
-                _array_at(slot.value, t.dtype, (n,), (1,))
-                for slot, n in zip(slots, parts, strict=False)
-            ]
+            places = {part: slot.value for slot, part in slots}
+            arrays = [_array_at(places[n], t.dtype, (parts[n],), (1,)) for n in sorted(places)]
             flat = np.concatenate(arrays) if slots else np.zeros(sum(parts), t.dtype.numpy)
             memory.data[t.name] = values = flat[order]
             if t.role == "output":
                 write_back.append(lambda f=flat, o=order, v=values, a=arrays: _scatter(f, o, v, a))
-        elif not t.dims:
+        elif not t.dims and t.role == "input":
             memory.data[t.name] = _number(t.dtype, slots[0].value if slots else 0)
         else:
             v = frame.views[t.name]

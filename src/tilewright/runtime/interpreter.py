@@ -53,7 +53,11 @@ from tilewright.ir.nodes import (
     Unary,
     Var,
     children,
+    count_name,
+    given_kind,
     identity_of,
+    size_name,
+    stride_name,
 )
 from tilewright.ir.rewrite import walk
 from tilewright.runtime.evaluate import evaluate
@@ -88,7 +92,7 @@ def execute(
     """
     memory = {name: _Array.of(name, a) for name, a in buffers.items()}
     strides = {
-        f"{name}_stride{d}": s for name, a in memory.items() for d, s in enumerate(a.strides)
+        stride_name(name, d): s for name, a in memory.items() for d, s in enumerate(a.strides)
     }
     rows = parts or (Part(),)
     with np.errstate(all="ignore"):
@@ -130,7 +134,7 @@ def memory_of(
         if t.role in ("output", "temp") and not t.is_sparse and t.name not in buffers:
             shape = tuple(d if isinstance(d, int) else sizes[d] for d in t.dims)
             buffers[t.name] = poisoned(shape, t.dtype)
-    return buffers, {f"size_{d}": n for d, n in sizes.items() if isinstance(d, str)}, parts
+    return buffers, {size_name(d): n for d, n in sizes.items() if isinstance(d, str)}, parts
 
 
 def _is_packed(t: Tensor, arrays: Mapping[str, Any]) -> bool:
@@ -146,7 +150,7 @@ def _take_parts(t: Tensor, packed: Any, rows: list[Part]) -> None:
         row.buffers[f"{t.name}.values"] = packed.values[at]
         row.case = max(row.case, cases.index(part.format))
         for depth, level in enumerate(part.arrays):
-            row.variables[f"{t.structure}_count{depth}"] = part.counts[depth]
+            row.variables[count_name(t.structure, depth)] = part.counts[depth]
             for kind, array in level.items():
                 row.buffers[f"{t.structure}.{kind}{depth}"] = array
 
@@ -218,7 +222,7 @@ def _is_flat(program: Program) -> bool:
     def flat(x: Any) -> bool:
         if isinstance(x, Tile):
             return False
-        if isinstance(x, Var) and "_stride" in x.name:
+        if isinstance(x, Var) and given_kind(x.name) == "stride":
             return True
         if isinstance(x, (Load, Store)) and x.buffer.scope in ("global", "shared"):
             dims = len(x.buffer.shape)

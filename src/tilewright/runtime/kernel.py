@@ -11,9 +11,17 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
-from tilewright.runtime.call import Call, Frame, Result, check_values_apart, scalar_value
+from tilewright.runtime.call import (
+    Call,
+    Frame,
+    Result,
+    Span,
+    check_apart,
+    scalar_value,
+    value_spans,
+)
 from tilewright.runtime.manifest import Manifest, TensorSpec, structs, unit_count
-from tilewright.runtime.view import address, layout
+from tilewright.runtime.view import address, layout, view
 
 DENSE, SPARSE = "dense", "sparse"
 FRAMES_KEPT = 64  # layouts remembered by one kernel
@@ -124,13 +132,17 @@ class Kernel:
             raise ArgumentError(
                 "A101", f"{len(outs)} outputs given, {len(self.results)} expected", where="out"
             )
-        made = []
+        made, given = [], []
         for n, spec in enumerate(self.results):
             if outs and outs[n] is not None:
-                call.take_output(spec, outs[n], self.inputs)
+                call.take_output(spec, outs[n])
+                given.append(spec)
                 made.append(outs[n])
             else:
                 made.append(call.make_output(spec))
+        updated = [self.inputs[n] for n in self.updates]
+        read = [t for t in self.inputs if t.role != "update"]
+        check_apart(call.spans([*given, *updated]), call.spans(read))
         temps = [call.make_output(spec) for spec in self.temps]
         frame = call.frame(self.row, self.params, self._unit_counts, self.results)
         frame.keep += temps
@@ -187,6 +199,8 @@ class Kernel:
                 value = scalar_value(spec, self._dtypes[spec.name], what)
                 for slot in slots:
                     slot.value = value
+        if self.updates or outs:
+            self._check_apart(frame, places, args, outs)
         made: list[Any] = []
         for n, result in enumerate(frame.results):
             given = outs[n] if outs else None
@@ -201,7 +215,6 @@ class Kernel:
                 pointer = address(array)
             else:
                 array, pointer = given, places[len(args) + n]
-                self._check_apart(frame, pointer, result, places)
             for slot in result.slots:
                 slot.value = pointer
             made.append(array)
@@ -211,7 +224,6 @@ class Kernel:
         spec = result.spec
         sparse = {t.name: a for a, t in zip(args, self.inputs, strict=True) if t.structure}
         if given is not None:
-            check_values_apart(given, spec.name, sparse)
             return given
         like = next(sparse[t.name] for t in self.inputs if t.structure == spec.structure)
         return result.make(like)
@@ -220,17 +232,30 @@ class Kernel:
         """Values of a sparse argument, where there is no dense one to resemble."""
         return next(a for a in args if hasattr(a, "values")).values[0]
 
-    def _check_apart(self, frame: Frame, pointer: int, result: Result, places: list[Any]) -> None:
-        """Refuses an output whose bytes meet those of an input."""
-        low, high = (pointer + at for at in result.reach)
+    def _check_apart(
+        self, frame: Frame, places: list[Any], args: tuple[Any, ...], outs: tuple[Any, ...]
+    ) -> None:
+        """Refuses memory that is written and meets memory of another argument, like the first call
+        of the layout."""
+        written: list[Span] = []
+        read: list[Span] = []
         for n, (t, reach) in enumerate(zip(self.inputs, frame.reach, strict=True)):
-            if low == high or reach[0] == reach[1]:  # no elements
+            if t.structure:
+                read += value_spans(t.name, args[n])
+            elif t.dims:
+                span = t.name, places[n] + reach[0], places[n] + reach[1]
+                (written if t.role == "update" else read).append(span)
+        for n, (result, given) in enumerate(zip(frame.results, outs, strict=False)):
+            if given is None:
                 continue
-            if low < places[n] + reach[1] and places[n] + reach[0] < high:
-                raise ArgumentError(
-                    "A108", f"the output {result.spec.name} overlaps the input {t.name}",
-                    where="out", hint="give it memory of its own",
-                )  # fmt: skip
+            if result.spec.structure:
+                if any(view(v).readonly for v in given.values):
+                    self._first(args, outs)  # says so
+                written += value_spans(result.spec.name, given)
+            else:
+                low, high = (places[len(args) + n] + at for at in result.reach)
+                written.append((result.spec.name, low, high))
+        check_apart(written, read)
 
     def _returned(self, made: list[Any], args: tuple[Any, ...]) -> Any:
         if len(made) == 1 and not self.updates:
@@ -265,11 +290,9 @@ class Kernel:
 
 
 def _point(slots: Any, packed: Any) -> None:
-    """The addresses of a sparse tensor's values, part by part (stage after stage), into their
-    slots."""
-    parts = len(packed.values)
-    for n, slot in enumerate(slots):
-        slot.value = address(packed.values[n % parts])
+    """The addresses of a sparse tensor's values into their slots, which name the part."""
+    for slot, part in slots:
+        slot.value = address(packed.values[part])
 
 
 class Bound:

@@ -7,10 +7,11 @@ launches of many kernels into one native call.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from tilewright.errors import ArgumentError
 from tilewright.ir.nodes import Program
 from tilewright.runtime import cuda, native
 from tilewright.runtime import pool as pools
@@ -49,9 +50,19 @@ class CpuLauncher(Launcher):
         """The launch of each stage that has units."""
         chunks = self.pool.threads * CHUNKS_PER_THREAD
         return [
-            (body, ctypes.addressof(block), units, max(1, units // chunks), True)
-            for body, block, units in zip(
-                self.bodies(frame.lacks), frame.blocks, frame.units, strict=True
+            (
+                body,
+                ctypes.addressof(block),
+                units,
+                units if stage.ordered else max(1, units // chunks),
+                True,
+            )
+            for body, block, units, stage in zip(
+                self.bodies(frame.lacks),
+                frame.blocks,
+                frame.units,
+                kernel.manifest.stages,
+                strict=True,
             )
             if units
         ]
@@ -137,14 +148,20 @@ class Step:
     they are called one after the other.
     """
 
-    def __init__(self, bounds: Sequence[Any]) -> None:
+    def __init__(self, bounds: Iterable[Any]) -> None:
         self.keep = list(bounds)
         listed: list[Any] = []
-        if any(map(_is_interpreted, bounds)):
-            self.count = len(bounds)
+        for b in self.keep:
+            if not (isinstance(b, (Bound, tuple, cuda.Launch)) or hasattr(b, "launch")):
+                raise ArgumentError(
+                    "A107", f"a step records bound calls, not {type(b).__name__}", where="bounds",
+                    hint="kernel.bind(…)",
+                )  # fmt: skip
+        if any(map(_is_interpreted, self.keep)):
+            self.count = len(self.keep)
             self._go = self._one_by_one
             return
-        for b in bounds:
+        for b in self.keep:
             listed += (
                 b.kernel.launcher.launches(b.kernel, b.frame)
                 if isinstance(b, Bound)

@@ -131,13 +131,13 @@ class Struct:
         """16 hex digits that change with the layout."""
         return hashlib.sha256(self.c_decl.encode()).hexdigest()[:16]
 
-    def pack(self, **values: Any) -> ctypes.Array[ctypes.c_char]:
+    def pack(self, /, **values: Any) -> ctypes.Array[ctypes.c_char]:
         """A new buffer with every field set; a fixed array takes a sequence of its length."""
         buffer = ctypes.create_string_buffer(self.size)
         self.pack_into(buffer, **values)
         return buffer
 
-    def pack_into(self, buffer: ctypes.Array[ctypes.c_char], **values: Any) -> None:
+    def pack_into(self, buffer: ctypes.Array[ctypes.c_char], /, **values: Any) -> None:
         """Overwrite `buffer` (at least `size` bytes) with these values."""
         if values.keys() != self._offsets.keys():
             wrong = sorted(values.keys() ^ self._offsets.keys())

@@ -26,29 +26,35 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """One launch: its entry, how many units each part has (host expressions), its threads."""
+    """One launch: its entry, how many units each of its bodies has (host expressions), which body
+    serves each row of its work table, its threads. The rows are the parts of `structure`, if it
+    follows a composed format. Units of an `ordered` launch run one after the other."""
 
     entry: str
     units: tuple[str, ...]
-    parts: tuple[int, ...]
+    rows: tuple[int, ...] = (0,)
+    structure: str = ""
+    ordered: bool = False
     threads: tuple[int, int] = (1, 1)
     smem_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a call needs to know of a built program. `part_formats` gives, for each part of the
-    composed format, the case of the kernel that serves it; `format` is its text. `packed` names
-    the arrays of which the code takes for granted that they have no gaps."""
+    """What a call needs to know of a built program. `param_names` and `row_names` say what the
+    fields of the two structs hold, in the IR's words; `formats` are the texts of the formats by
+    structure. `packed` names the arrays of which the code takes for granted that they have no
+    gaps."""
 
     name: str
     target: str
     tensors: tuple[TensorSpec, ...]
     params: tuple[tuple[str, ...], ...]
     row: tuple[tuple[str, ...], ...]
+    param_names: tuple[str, ...]
+    row_names: tuple[str, ...]
     stages: tuple[StageSpec, ...]
     formats: tuple[tuple[str, str], ...] = ()
-    part_cases: tuple[int, ...] = (0,)
     sizes: tuple[tuple[str, int], ...] = ()
     index: str = "int32"
     packed: tuple[str, ...] = ()
@@ -68,12 +74,17 @@ def declarations(manifest: Manifest) -> str:
     """The C text of both structs, and of `Params`: the block with its rows behind it."""
     row, params = structs(manifest)
     fields = "\n".join(f"  {f.c_type} {f.name};" for f in params.fields)
-    n = len(manifest.part_cases)
+    n = most_rows(manifest)
     return (
         f"{row.c_decl}\n{params.c_decl}\n"
         f"struct Params {{\n{fields}\n  Row rows[{n}];\n}};\n"
         f'static_assert(sizeof(Params) == {rows_at(params) + n * row.size}, "Params: size");\n'
     )
+
+
+def most_rows(manifest: Manifest) -> int:
+    """Rows of the largest work table: each launch has a parameter block of this size."""
+    return max(len(s.rows) for s in manifest.stages)
 
 
 def rows_at(params: Struct) -> int:

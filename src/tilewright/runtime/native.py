@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from tilewright.runtime import cache, toolchain
 
 _MESSAGE_LINES = 30
 _TIMEOUT_S = 600
+_ELF_HEAD, _ELF_SHARED = 20, 3  # word size and byte order at 4, kind of file at 16, processor at 18
 
 _loaded: dict[Path, ctypes.CDLL] = {}
 
@@ -28,8 +30,8 @@ def compile_cpp(
     `isa` is a name of `toolchain.ISAS` (None: this CPU's). Functions to be loaded are `extern "C"`
     with default visibility. `flags` are appended; `full_link` adds the C++ library, start files
     and threads, which kernels do without.
-    Raises BuildError: B101 with the compiler's message, B102 without a compiler, B103 for an
-    instruction set that does not run here, B105 if nothing can be written.
+    Raises BuildError: B101 with the compiler's message, B102 without a compiler or where it makes
+    no library, B103 for an instruction set that does not run here, B105 if nothing can be written.
     """
     target = toolchain.resolve_isa(isa)
     compiler = toolchain.find_compiler()
@@ -94,19 +96,54 @@ def _compile(
             check=False,
             env=os.environ | {"LC_ALL": "C"},
         )
-        if done.returncode == 0:
-            return Path(output).read_bytes()
-        message = done.stderr.decode(errors="replace")
+        library = b"" if done.returncode else Path(output).read_bytes()
     except (OSError, subprocess.SubprocessError) as error:
-        message = str(error)
+        raise BuildError("B101", f"{compiler} did not get to its end: {error}") from None
     finally:
         with contextlib.suppress(OSError):
             os.unlink(output)
-    kept = cache.put("failed", key, source.encode())
-    lines = message.strip().splitlines()
-    raise BuildError(
-        "B101",
-        "\n".join([f"{compiler} refused generated code:", *lines[:_MESSAGE_LINES]]),
-        where=str(kept),
-        hint="this is a bug of Tilewright or an old compiler; the source is kept in that file",
-    )
+    if done.returncode:
+        kept = cache.put("failed", key, source.encode())
+        raise _refusal(compiler, done.returncode, done.stderr.decode(errors="replace"), kept)
+    if not _is_loadable(library):
+        raise BuildError(
+            "B102",
+            f"{compiler} made no shared library for this machine",
+            hint="set TILEWRIGHT_CXX to a C++ compiler: g++ or clang++",
+        )
+    return library
+
+
+def _refusal(compiler: str, code: int, message: str, kept: Path) -> BuildError:
+    """What a compiler that failed has to say, if anything, and who is to blame."""
+    import signal
+
+    lines = message.strip().splitlines()[:_MESSAGE_LINES]
+    if code < 0 or "signal terminated program" in message:  # its own, or that of a part of it
+        how = signal.strsignal(-code) if code < 0 else None
+        first = f"{compiler} was ended by signal {-code} ({how}):" if code < 0 else f"{compiler}:"
+        hint = "was memory short? The source is kept in that file"
+    else:
+        first = f"{compiler} refused generated code (exit status {code}):"
+        hint = "this is a bug of Tilewright or an old compiler; the source is kept in that file"
+    text = "\n".join([first, *lines]) if lines else first.rstrip(":") + ", without a word"
+    return BuildError("B101", text, where=str(kept), hint=hint)
+
+
+@functools.cache
+def _own_head() -> bytes:
+    """The first bytes of this process's program; none where there are no ELF files."""
+    try:
+        with open("/proc/self/exe", "rb") as file:
+            return file.read(_ELF_HEAD)
+    except OSError:
+        return b""
+
+
+def _is_loadable(library: bytes) -> bool:
+    """Whether it begins as a shared library of this machine does."""
+    own, head = _own_head(), library[:_ELF_HEAD]
+    if not own.startswith(b"\x7fELF"):
+        return bool(library)
+    is_shared = int.from_bytes(head[16:18], sys.byteorder) == _ELF_SHARED
+    return is_shared and (head[:6], head[18:]) == (own[:6], own[18:])

@@ -12,34 +12,53 @@ from tilewright.errors import ArgumentError
 
 
 def to_device(array: Any, device: str) -> Any:
-    """A copy of `array` on `device` (`cpu`, `cuda`, `cuda:N`)."""
-    kind, _, number = device.partition(":")
-    if kind == "cpu":
-        return to_host(array)
-    if kind != "cuda":
-        raise ArgumentError("A105", f"unknown device {device!r}", hint="cpu, cuda or cuda:0")
+    """A copy of `array` on `device` (`cpu`, `cuda`, `cuda:N`). Raises ArgumentError[A105]."""
+    ordinal = _ordinal(str(device))
     host = to_host(array)
+    if ordinal is None:
+        return host
     if "torch" in sys.modules or importlib.util.find_spec("torch") is not None:
         import torch
 
         if torch.cuda.is_available():
+            if ordinal >= torch.cuda.device_count():
+                raise ArgumentError("A105", f"there is no device {device}", where="device")
             unsigned = {"uint16": np.int16, "uint32": np.int32, "uint64": np.int64}.get(
                 host.dtype.name
             )
-            return torch.from_numpy(host.view(unsigned) if unsigned else host).to(device)
+            host = host if host.flags.writeable else host.copy()  # torch warns of read-only arrays
+            return torch.from_numpy(host.view(unsigned) if unsigned else host).to(str(device))
     from tilewright.runtime.cuda import DeviceArray
 
-    return DeviceArray.from_numpy(host, ordinal=int(number or 0))
+    return DeviceArray.from_numpy(host, ordinal=ordinal)
+
+
+def _ordinal(device: str) -> int | None:
+    """The number of a CUDA device; None for the host."""
+    kind, colon, number = device.partition(":")
+    if kind == "cuda" and (number.isdecimal() or not colon):
+        return int(number or 0)
+    if device != "cpu":
+        raise ArgumentError(
+            "A105", f"unknown device {device!r}", where="device", hint="cpu, cuda or cuda:0"
+        )
+    return None
 
 
 def to_host(array: Any) -> np.ndarray:
-    """Any array as a NumPy array, copied where it is on a device."""
+    """Any array as a NumPy array, copied where it is on a device; torch's bfloat16, which NumPy
+    does not know, as its bits (uint16)."""
     if isinstance(array, np.ndarray):
         return array
     if hasattr(array, "detach"):
-        return array.detach().cpu().numpy()
+        host = array.detach().cpu()
+        if str(host.dtype) != "torch.bfloat16":
+            return host.numpy()
+        import torch
+
+        return host.view(torch.int16).numpy().view(np.uint16)
     if hasattr(array, "to_numpy"):
         return array.to_numpy()
-    if hasattr(array, "get"):
+    if hasattr(array, "get") and hasattr(array, "dtype"):  # CuPy's; a dict has a `get` too
         return array.get()
     return np.asarray(array)

@@ -32,12 +32,19 @@ class Built:
 
 
 def load(key: str) -> Built | None:
-    """The entry of a key, or None. Hits are counted at the second level, one a kernel."""
+    """The entry of a key, or None, also where it holds something else. Hits are counted at the
+    second level, one a kernel."""
     data = cache.current().get(KIND, key) if knobs.get("cache") else None
     if data is None:
         return None
-    held = json.loads(data)
-    return Built(manifest_from(held["manifest"]), held["source"], tuple(held["entries"]))
+    try:
+        held = json.loads(data)
+        source, entries = held["source"], tuple(held["entries"])
+        if not all(isinstance(text, str) for text in (source, *entries)):
+            return None
+        return Built(manifest_from(held["manifest"]), source, entries)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # as any other damage
 
 
 def save(key: str, built: Built) -> None:

@@ -10,7 +10,6 @@ import functools
 import os
 import platform
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,10 +148,13 @@ def find_compiler() -> Compiler:
 
 
 def has_compiler() -> bool:
-    """Whether `find_compiler` would find one."""
+    """Whether `find_compiler` would find one. Raises BuildError[B105] where it cannot be asked for
+    its version, as the cache folder is refused."""
     try:
         find_compiler()
-    except BuildError:
+    except BuildError as error:
+        if error.code != "B102":
+            raise
         return False
     return True
 
@@ -160,11 +162,9 @@ def has_compiler() -> bool:
 @functools.cache
 def warn_of_interpreter() -> None:
     """Says, once a process, that there is no C++ compiler and what runs in its place."""
-    warnings.warn(
+    cache.warn(
         "no C++ compiler was found: kernels run on the NumPy interpreter, slowly. "
-        "Install g++ or clang++, or set TILEWRIGHT_CXX",
-        RuntimeWarning,
-        stacklevel=3,
+        "Install g++ or clang++, or set TILEWRIGHT_CXX"
     )
 
 
@@ -192,8 +192,9 @@ def _describe(path: str) -> Compiler:
 
     try:
         answer = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, timeout=60, check=True
-        )
+            [path, "--version"], capture_output=True, text=True, errors="replace", timeout=60,
+            check=True,
+        )  # fmt: skip
         version = answer.stdout.splitlines()[0].strip()
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         raise BuildError(

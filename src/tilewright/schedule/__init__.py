@@ -17,7 +17,7 @@ from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import For, LoopKind, Nest, Program, Stmt
 from tilewright.ir.rewrite import statements
 from tilewright.schedule import coords, loops, staging
-from tilewright.schedule.tree import loop_names
+from tilewright.schedule.tree import clash, loop_names
 from tilewright.target import Target
 
 Nests = tuple[int, ...] | None
@@ -70,6 +70,11 @@ class Schedule:
         """The names of all loops, outermost first."""
         return loop_names(self.lowered.program)
 
+    @property
+    def shares_rows(self) -> bool:
+        """Whether parts of a decomposition update the same elements of an output."""
+        return any(n.shared for n in self.nests)
+
     def format_of(self, nest: int) -> Any:
         """The format that a nest of a decomposition serves, or the only one, or None."""
         part = self.nests[nest].part
@@ -103,7 +108,7 @@ class Schedule:
         """The same schedule with later verbs applied to these nests only."""
         have = len(self.nests)
         for n in nests:
-            if not 0 <= n < have:
+            if not isinstance(n, int) or not 0 <= n < have:
                 raise ScheduleError("S101", f"no nest {n}", hint=f"nests: 0 … {have - 1}")
         return replace(self, selected=nests)
 
@@ -139,8 +144,6 @@ class Schedule:
         return self._loops(loops.mark, loop, kind)
 
     def bind(self, loop: str, to: LoopKind) -> Schedule:
-        """`mark` under the name the field gives it on GPUs: `cta.x`, `cta.y`, `thread.x`,
-        `thread.y`."""
         return self._loops(loops.mark, loop, to)
 
     def parallel(self, loop: str) -> Schedule:
@@ -170,6 +173,10 @@ class Schedule:
         return self._loops(staging.cache, buffer, loop, scope)
 
     def privatize(self, output: str, loop: str, copies: int) -> Schedule:
+        if self.selected is not None:
+            raise ScheduleError(
+                "S102", "privatize changes all nests of an output", hint="everywhere() first"
+            )
         args = output, loop, copies
         program = staging.privatize(self.lowered.program, *args)
         return self._recorded(program, Step("privatize", args))
@@ -193,6 +200,8 @@ class Schedule:
                 if self.selected is None or number in self.selected:
                     body, count = verb(nest.body, *args, **options)
                     done += count
+                    if count:
+                        self._check_names(verb.__name__, body)
                     nest = replace(nest, body=body)
                 nests.append(nest)
                 number += 1
@@ -210,6 +219,15 @@ class Schedule:
         step = Step(verb.__name__, args, given, self.selected)
         return self._recorded(replace(program, stages=tuple(stages)), step)
 
+    def _check_names(self, verb: str, body: Stmt) -> None:
+        taken = frozenset(t.name for t in self.program.tensors)
+        found = clash(body, taken)
+        if found:
+            raise ScheduleError(
+                "S102", f"{verb}: {found!r} is no new name for a loop",
+                hint="letters, digits and underscores; a name that nothing around it has",
+            )  # fmt: skip
+
     def _recorded(self, program: Program, step: Step) -> Schedule:
         return replace(self, program=program, history=(*self.history, step), before=self)
 
@@ -221,6 +239,23 @@ class Schedule:
             for n in chosen
             for x in statements(n.body)
         )
+
+
+def _document() -> None:
+    """Each verb of a Schedule says what the function behind it says."""
+    behind = (
+        coords.order_axes, coords.fuse_axes, coords.specialize,
+        loops.split, loops.fuse, loops.reorder, loops.mark, loops.unroll, loops.rfactor,
+        loops.atomic, loops.mma, loops.prefetch, staging.cache, staging.privatize,
+    )  # fmt: skip
+    texts = {f.__name__: f.__doc__ for f in behind}
+    for name, like in (("bind", "mark"), ("parallel", "mark"), ("vectorize", "mark")):
+        texts[name] = f"`{like}` under the name that the field gives it.\n\n    {texts[like]}"
+    for name, text in texts.items():
+        getattr(Schedule, name).__doc__ = text
+
+
+_document()
 
 
 def replay(schedule: Schedule, steps: tuple[Step, ...]) -> Schedule:

@@ -24,6 +24,8 @@ def order_axes(program: Program, output: str, *axes: str) -> Program:
         raise ScheduleError("S101", f"no statement computes {output!r}", hint=f"outputs: {known}")
     has = {x.name for x in indices_of(statement)}
     wrong = [a for a in axes if a not in has]
+    if not axes or len(set(axes)) < len(axes):
+        raise ScheduleError("S102", f"order_axes{axes!r}", hint="each axis once")
     if wrong:
         raise ScheduleError(
             "S101",
@@ -74,6 +76,9 @@ def specialize(program: Program, dim: str, size: int) -> Program:
             f"no dimension {dim!r}",
             hint=f"dimensions: {', '.join(known)}",
         )
-    if size < 1:
-        raise ScheduleError("S102", f"{dim} = {size}", hint="a positive size")
+    if not isinstance(size, int) or size < 1:
+        raise ScheduleError("S102", f"{dim} = {size!r}", hint="a positive size")
+    known_size = dict(program.sizes).get(dim, size)
+    if known_size != size:
+        raise ScheduleError("S102", f"{dim} is {known_size} already", hint="one size a dimension")
     return replace(program, sizes=(*program.sizes, (dim, size)))

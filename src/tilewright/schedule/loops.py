@@ -50,6 +50,9 @@ from tilewright.schedule.tree import (
 )
 
 Found = tuple[Stmt, int]
+KINDS = (
+    "serial", "parallel", "vector", "unroll", "cta.x", "cta.y", "thread.x", "thread.y",
+)  # fmt: skip
 
 
 def split(
@@ -64,8 +67,8 @@ def split(
     `tail` says what becomes of a range that is no multiple: `"guard"` tests each iteration, `"cut"`
     adds a loop `i_t` for the rest, `"exact"` trusts (and requires) a range known to be a multiple.
     """
-    if factor < 1:
-        raise ScheduleError("S102", f"split {loop} by {factor}", hint="a positive number")
+    if not isinstance(factor, int) or factor < 1:
+        raise ScheduleError("S102", f"split {loop} by {factor!r}", hint="a positive number")
     if tail not in ("guard", "cut", "exact"):
         raise ScheduleError("S102", f"tail={tail!r}", hint="guard, cut or exact")
 
@@ -214,6 +217,10 @@ def _reordered(top: For, order: tuple[str, ...]) -> Stmt:
             "S102", f"between {top.name} and {', '.join(missing)} the nest branches",
             hint="only loops with nothing else between them change places",
         )  # fmt: skip
+    if len({f.name for f in present}) < len(present):
+        raise ScheduleError(
+            "S102", f"reorder({', '.join(order)}) names a loop twice", hint="each loop once"
+        )
     slots = iter(present)
     loops = tuple(next(slots) if f in present else f for f in chain.loops)
     return build_chain(replace(chain, loops=loops))
@@ -230,6 +237,9 @@ def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
     order at the end), not units.
     """
 
+    if kind not in KINDS:
+        raise ScheduleError("S102", f"{loop} marked {kind!r}", hint=f"one of {', '.join(KINDS)}")
+
     def one(f: For) -> Stmt:
         reducing = [c for c in computes(f.body) if reduces(f, c)]
         if kind in ("parallel", "cta.x", "cta.y"):
@@ -242,7 +252,7 @@ def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
                         hint="make the updates atomic, or parallelise a loop of the output",
                     )
             for c in computes(f.body):
-                if c.in_place and not c.atomic and not _owns_rows(f, c):
+                if c.in_place and not c.atomic and (c.shared or not _owns_rows(f, c)):
                     raise ScheduleError(
                         "S102",
                         f"units of loop {f.name} update the same elements of {c.out.buffer.name}",
@@ -252,6 +262,11 @@ def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
             raise ScheduleError(
                 "S102", f"loop {f.name} has no constant extent", hint="split it first"
             )
+        if kind == "vector" and f.extent is not None and f.extent & (f.extent - 1):
+            raise ScheduleError(
+                "S102", f"loop {f.name} has {f.extent} iterations: no register has as many lanes",
+                hint="split it by a power of two first",
+            )  # fmt: skip
         if kind == "thread.x" and reducing and f.extent not in (1, 2, 4, 8, 16, 32):
             raise ScheduleError(
                 "S102",
@@ -268,11 +283,7 @@ def _owns_rows(f: For, c: Compute) -> bool:
     variable."""
     derived = {f.name}
     for x in statements(f.body):
-        if (
-            isinstance(x, Let)
-            and free_vars(x.value) & derived
-            and not any(type(y).__name__ == "Load" for y in walk(x.value))
-        ):
+        if isinstance(x, Let) and free_vars(x.value) & derived and not _loads(x.value):
             derived.add(x.var.name)
     return any(free_vars(i) & derived for i in c.out.index)
 
@@ -481,8 +492,3 @@ def _asked(body: Stmt, buffer: str, later: dict[str, Expr]) -> tuple[Stmt, int]:
 
 def _loads(e: Expr) -> bool:
     return any(isinstance(x, (Load, Search)) for x in walk(e))
-
-
-VERBS = {
-    f.__name__: f for f in (split, fuse, reorder, mark, unroll, rfactor, atomic, mma, prefetch)
-}

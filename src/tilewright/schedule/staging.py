@@ -35,6 +35,7 @@ from tilewright.ir.nodes import (
     cast,
     seq,
     size_var,
+    stride_name,
 )  # fmt: skip
 from tilewright.ir.rewrite import (
     add,
@@ -123,6 +124,11 @@ class _Staging:
         return ScheduleError("S102", f"{self.operand} cannot be cached: {why}", hint=hint)
 
     def _take(self, x: Load, c: Compute) -> None:
+        arms = (arm for y in walk(c.value) if isinstance(y, Select) for arm in (y.a, y.b))
+        if any(y == x for arm in arms for y in walk(arm)):
+            raise self.refuse(
+                "whether it is read depends on a condition", "cache what is always read"
+            )
         path = path_to(self.at.body, c)
         assert path is not None
         if self.found is None:
@@ -414,8 +420,8 @@ def privatize(program: Program, output: str, loop: str, copies: int) -> Program:
               Y[i, k] = sum(…) in place                        Y.copies[c, i, k] = sum(…) in place
                                                            Y[i, k] = Y.copies[0, i, k] + …
     """
-    if copies < 2 or copies > 64:
-        raise ScheduleError("S102", f"{copies} copies of {output}", hint="2 to 64")
+    if not isinstance(copies, int) or not 2 <= copies <= 64:
+        raise ScheduleError("S102", f"{copies!r} copies of {output}", hint="2 to 64")
     tensor = next((t for t in program.tensors if t.name == output and t.role == "output"), None)
     if tensor is None:
         known = ", ".join(t.name for t in program.outputs)
@@ -444,7 +450,7 @@ class _Copies:
         )  # fmt: skip
         index = buffer.shape[0].dtype if buffer.shape else size_var("x").dtype
         strides = (
-            *(Var(f"{name}_stride{d}", dtypes.int64) for d in range(len(tensor.dims))),
+            *(Var(stride_name(name, d), dtypes.int64) for d in range(len(tensor.dims))),
             _one64(),
         )
         self.buffer = Buffer(

@@ -7,6 +7,7 @@ out as the names they read allow.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,8 @@ from tilewright.ir.nodes import (
     seq,
 )  # fmt: skip
 from tilewright.ir.rewrite import free_vars, rebuild, statements, walk
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,27 @@ def loop_names(program: Program) -> list[str]:
                 if isinstance(x, For):
                     found.setdefault(x.name)
     return list(found)
+
+
+def clash(s: Any, taken: frozenset[str]) -> str:
+    """A name of a loop or let that already means something where it stands, or is none that code
+    can carry; nothing where all are well. `taken`: names that mean something everywhere."""
+    if isinstance(s, For):
+        return _clash_of(s.name, taken) or clash(s.body, taken | {s.name})
+    if isinstance(s, If):
+        return clash(s.body, taken)
+    if isinstance(s, Seq):
+        for b in s.body:
+            name = b.var.name if isinstance(b, Let) else ""
+            found = _clash_of(name, taken) if name else clash(b, taken)
+            if found:
+                return found
+            taken = taken | {name} if name else taken
+    return ""
+
+
+def _clash_of(name: str, taken: frozenset[str]) -> str:
+    return name if name in taken or not _NAME.fullmatch(name) else ""
 
 
 def matches(loop: For, name: str) -> bool:

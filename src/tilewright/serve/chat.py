@@ -4,28 +4,31 @@
     prompt = chat.render([{"role": "user", "content": "What is the capital of France?"}])
 
 A template comes out of a model file, so it runs in Jinja's immutable sandbox, with budgets on its
-loops, calls and output. The sandbox keeps a template away from the machine; the budgets stop one
-that loops by mistake or for spite. They are no bound on memory: one that builds huge values on
-purpose needs a process of its own. Special tokens spelled in a message are read as such.
+loops, calls and output, and on the lengths of what its filters go through. The sandbox keeps a
+template away from the machine; the budgets stop one that loops by mistake or for spite. They are no
+bound on memory: one that builds huge values on purpose needs a process of its own. Special tokens
+spelled in a message are read as such.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from contextvars import ContextVar
+from functools import wraps
 from typing import Any, NoReturn
 
 from tilewright.errors import MissingExtra, ModelError
-from tilewright.serve.gguf import Value
+from tilewright.serve.gguf import Metadata, Value
 from tilewright.serve.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_TEMPLATE_CHARS = 1 << 16
 MAX_MESSAGES = 1 << 12
 MAX_PROMPT_CHARS = 1 << 24
-MAX_STEPS = 1 << 18  # turns of loops and calls in one rendering
+MAX_STEPS = 1 << 18  # turns of loops, calls and elements that filters see, in one rendering
+CHARS_A_STEP = 1 << 10  # text goes by faster
 
 Message = dict[str, str]
 
@@ -97,8 +100,8 @@ class ChatTemplate:
         cls, metadata: Mapping[str, Value], tokenizer: Tokenizer | None = None
     ) -> ChatTemplate:
         """From `tokenizer.chat_template` of a GGUF file. Raises ModelError[M107] without one."""
-        source = metadata.get("tokenizer.chat_template")
-        if not isinstance(source, str):
+        source = template_of(metadata)
+        if not source:
             raise _unusable(
                 "the model has none", hint="it completes text: use generate instead of chat"
             )
@@ -179,6 +182,11 @@ class ChatTemplate:
         return ids, starts[best] - first
 
 
+def template_of(metadata: Mapping[str, Value]) -> str:
+    """The chat template of a model, empty where it has none. Raises ModelError[M107]."""
+    return Metadata(metadata, code="M107").text("tokenizer.chat_template", "")
+
+
 def _unusable(rule: str, hint: str = "") -> ModelError:
     return ModelError("M107", f"the chat template cannot be used: {rule}", hint=hint)
 
@@ -191,6 +199,7 @@ def _brief(error: BaseException) -> str:
 
 # Methods and filters that make much out of little; no template needs them.
 _PADDING = {
+    "batch",
     "center",
     "ljust",
     "rjust",
@@ -199,8 +208,11 @@ _PADDING = {
     "format",
     "format_map",
     "indent",
+    "slice",
     "wordwrap",
 }
+# Filters that look at no more than an element.
+_CONSTANT_TIME = {"attr", "count", "d", "default", "first", "last", "length", "random"}
 _steps_left: ContextVar[list[int]] = ContextVar("steps_left")
 
 
@@ -209,6 +221,31 @@ def _count(steps: int) -> None:
     left[0] -= steps
     if left[0] < 0:
         raise _unusable(f"it takes more than {MAX_STEPS} steps")
+
+
+def _charged(value: Any) -> Any:
+    """The value, its length charged to the budget: something is about to go through it."""
+    if isinstance(value, str):
+        _count(len(value) // CHARS_A_STEP)
+    elif isinstance(value, Sized):
+        _count(len(value))
+    return value
+
+
+def _charging(function: Any) -> Any:
+    """A filter or a test that pays for its arguments."""
+
+    @wraps(function)  # Jinja's marks on it, too
+    def paying(*args: Any, **kwargs: Any) -> Any:
+        for value in (args, *args, *kwargs.values()):
+            _charged(value)
+        return function(*args, **kwargs)
+
+    return paying
+
+
+def _range(*bounds: int) -> range:
+    return _charged(range(*bounds))
 
 
 def _counted(items: Iterable[Any]) -> list[Any]:
@@ -248,11 +285,17 @@ def _environment() -> Any:
             tree = super()._parse(source, name, filename)
             for loop in tree.find_all(nodes.For):
                 loop.iter = nodes.Filter(loop.iter, "counted_", [], [], None, None)
+            for compared in tree.find_all(nodes.Operand):
+                if compared.op in ("in", "notin"):
+                    found = nodes.Filter(compared.expr, "charged_", [], [], None, None)
+                    compared.expr = found
             return tree
 
-        def call(self, *args: Any, **kwargs: Any) -> Any:
+        def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
             _count(1)
-            return super().call(*args, **kwargs)
+            for value in (getattr(function, "__self__", None), args, *args):
+                _charged(value)
+            return super().call(context, function, *args, **kwargs)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             small = all(
@@ -273,12 +316,15 @@ def _environment() -> Any:
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     for name in _PADDING & environment.filters.keys():
         del environment.filters[name]
-    environment.filters["counted_"] = _counted
     environment.filters["tojson"] = _to_json
+    for name in environment.filters.keys() - _CONSTANT_TIME:
+        environment.filters[name] = _charging(environment.filters[name])
+    environment.tests["in"] = _charging(environment.tests["in"])
+    environment.filters |= {"counted_": _counted, "charged_": _charged}
     environment.globals.clear()
     environment.globals |= {
         "namespace": _namespace(),
-        "range": range,
+        "range": _range,
         "raise_exception": _raise_exception,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
     }

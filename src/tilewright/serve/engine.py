@@ -12,15 +12,15 @@ import os
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from tilewright.errors import ModelError
 from tilewright.ops.sampling import gumbel, sample_kernel
-from tilewright.serve.chat import ChatTemplate
-from tilewright.serve.model import Llama
+from tilewright.serve.chat import ChatTemplate, template_of
+from tilewright.serve.model import Llama, is_count
 from tilewright.serve.tokenizer import load_tokenizer
 from tilewright.serve.weights import open_model
 from tilewright.target import Target
@@ -74,7 +74,7 @@ class LLM:
         self.tokenizer = load_tokenizer(file)
         self.template = (
             ChatTemplate.from_metadata(file.metadata, self.tokenizer)
-            if _has_template(file.metadata)
+            if template_of(file.metadata)
             else None
         )
         self.model = Llama(file, target, context)
@@ -94,8 +94,9 @@ class LLM:
         without a chat template continues the text. `temperature` 0 takes the likeliest token.
 
         One answer at a time: a new one ends those before it. Raises ModelError: M105 for a prompt
-        longer than the context, M106 for bad arguments, and where an ended answer is read on."""
-        _check_options(max_tokens, temperature, seed)
+        longer than the context, M106 for bad arguments, and where an ended answer is read on, M101
+        for a model whose logits are not finite."""
+        check_options(max_tokens, temperature, seed)
         self._answers += 1
         return self._answer(
             self._answers,
@@ -182,7 +183,7 @@ class LLM:
             same += 1
         self.model.reset(same)
         self.read = ids[:same]
-        self.model.prefill(ids[same:])
+        self._check_finite(self.model.prefill(ids[same:]))
         self.read = list(ids)
         token = self._sampled(temperature, rng) if temperature else self.model.greedy()
         counts.prompt_tokens, counts.cached_tokens = len(ids) - same, same
@@ -195,6 +196,17 @@ class LLM:
         warmth = 1.0 / max(temperature, COLDEST)
         chosen = sample_kernel(model.name)(model.logits_on_device, noise, warmth)
         return int(model.memory.read(chosen)[0])
+
+    def _check_finite(self, logits: np.ndarray) -> None:
+        """Weights that are no numbers answer with whatever token comes first: told once a prompt,
+        so that tokens cost nothing."""
+        if not np.isfinite(logits).all():
+            raise ModelError(
+                "M101",
+                "the model computes no numbers: its logits are NaN or infinite",
+                where=str(self.model.file.path),
+                hint="fetch the file again and compare its checksum",
+            )
 
     def _check_turn(self, turn: int) -> None:
         if turn != self._answers:
@@ -210,13 +222,14 @@ class LLM:
         return {t for t in (self.tokenizer.eos,) if t is not None}
 
 
-def _check_options(max_tokens: Any, temperature: Any, seed: Any) -> None:
-    whole = isinstance(max_tokens, Integral) and int(max_tokens) >= 1
+def check_options(max_tokens: Any, temperature: Any, seed: Any) -> None:
+    """The options of `LLM.stream`. Raises ModelError[M106]."""
     warm = isinstance(temperature, Real) and 0 <= temperature <= HOTTEST  # type: ignore[operator]
     if (
-        not whole
+        not is_count(max_tokens, 1)
         or not warm
-        or not (seed is None or (isinstance(seed, Integral) and int(seed) >= 0))
+        or isinstance(temperature, bool)
+        or not (seed is None or is_count(seed, 0))
     ):
         raise ModelError(
             "M106",
@@ -224,7 +237,3 @@ def _check_options(max_tokens: Any, temperature: Any, seed: Any) -> None:
             where="arguments",
             hint=f"max_tokens from 1, a temperature of 0…{HOTTEST:g}, a seed from 0",
         )
-
-
-def _has_template(metadata: Any) -> bool:
-    return bool(metadata.get("tokenizer.chat_template"))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +66,54 @@ class Header:
     version: int
     metadata: dict[str, Value]
     tensors: dict[str, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """Typed reads of metadata: what is of another type, or absent without a default, is a
+    ModelError of `code` that names the key."""
+
+    values: Mapping[str, Value]
+    where: str = ""
+    code: str = "M101"
+
+    def _read(self, key: str, default: Any, kinds: tuple[type, ...], needed: str) -> Any:
+        value = self.values.get(key, default)
+        if isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds):
+            return value
+        raise ModelError(
+            self.code, f"{key} is {short(value)}, {needed} is needed", where=self.where or key
+        )
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        return self._read(key, default, (int,), "an integer")
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return float(self._read(key, default, (int, float), "a number"))
+
+    def text(self, key: str, default: str | None = None) -> str:
+        return self._read(key, default, (str,), "a text")
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        return self._read(key, default, (bool,), "true or false")
+
+    def texts(self, key: str) -> list[str]:
+        return self._read(key, None, (list,), "an array of texts")
+
+    def refuse(self, key: str, harmless: tuple[Value, ...]) -> None:
+        """A key that changes the mathematics in a way not supported here is an M102."""
+        value = self.values.get(key, harmless[0])
+        if not isinstance(value, int | float | str) or value not in harmless:
+            raise ModelError("M102", f"{key} = {short(value)} is not supported", where=self.where)
+
+
+def short(value: Value | None) -> str:
+    """A value of the metadata in a message."""
+    if value is None:
+        return "missing"
+    if isinstance(value, list | np.ndarray):
+        return f"an array of {len(value)}"
+    return repr(value[:60] if isinstance(value, str) else value)
 
 
 def read_header(buffer: memoryview, where: str = "") -> Header:

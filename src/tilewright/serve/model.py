@@ -7,6 +7,7 @@ memory. A decode step is recorded once and replayed as one native call.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,11 @@ class Buffers:
     token: Any
 
 
+def is_count(value: Any, least: int) -> bool:
+    """Whether an argument is a whole number, of Python or NumPy, and at least `least`."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
 class Llama:
     """`file` opened, its kernels built for a target, and a cache for one sequence.
 
@@ -105,13 +111,14 @@ class Llama:
         self.file, self.config = file, file.config
         self.memory = Memory(self.target)
         wanted = min(self.config.context, 2048) if context is None else context
-        if not isinstance(wanted, int) or not 0 < wanted <= self.config.context:
+        if not is_count(wanted, 1) or wanted > self.config.context:
             raise ModelError(
                 "M105",
-                f"a context of {wanted} tokens; the model allows {self.config.context}",
+                f"context={wanted!r} is no whole number of 1..{self.config.context} tokens",
                 where="context",
+                hint="the model allows no more",
             )
-        self.cache = KVPool(self.config, wanted, self.memory)
+        self.cache = KVPool(self.config, int(wanted), self.memory)
         tied = self.config.tied_embedding
         self.head = self._linear("embed" if tied else "lm_head")
         self.table_kind = self.file.tensors["embed"].kind

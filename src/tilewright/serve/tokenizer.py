@@ -29,7 +29,7 @@ from typing import AnyStr
 import numpy as np
 
 from tilewright.errors import ModelError
-from tilewright.serve.gguf import Value
+from tilewright.serve.gguf import Metadata, Value, short
 from tilewright.serve.weights import ModelFile
 
 MAX_TOKEN_BYTES = 4096
@@ -94,15 +94,13 @@ class Tokenizer(ABC):
     def stream(self, special: bool = False) -> Stream:
         return Stream(self, special)
 
-    def _check_id(self, name: str, value: Value | None) -> int | None:
-        if value is None:
+    def _read_id(self, held: Metadata, key: str) -> int | None:
+        """The id of a token, if there is one."""
+        if key not in held.values:
             return None
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int)
-            or not 0 <= value < len(self.pieces)
-        ):
-            raise _unusable(f"{name} is {value!r}, outside the vocabulary of {len(self.pieces)}")
+        value = held.integer(key)
+        if not 0 <= value < len(self.pieces):
+            raise _unusable(f"{value} is outside the vocabulary of {len(self.pieces)}", key)
         return value
 
 
@@ -282,17 +280,15 @@ class BpeTokenizer(Tokenizer):
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Value]) -> BpeTokenizer:
         """From the keys `tokenizer.ggml.*` of a GGUF file. Raises ModelError[M107]."""
-        kind = metadata.get("tokenizer.ggml.model")
+        held = Metadata(metadata, code="M107")
+        kind = held.text("tokenizer.ggml.model")
         if kind != "gpt2":
             raise _unusable(
-                f"model {kind!r}", "tokenizer.ggml.model", "byte-level BPE (gpt2) is supported"
+                f"model {short(kind)}", "tokenizer.ggml.model", "byte-level BPE (gpt2) is supported"
             )
-        tokens, merges = (
-            metadata.get("tokenizer.ggml.tokens"),
-            metadata.get("tokenizer.ggml.merges"),
-        )
-        if not isinstance(tokens, list) or not isinstance(merges, list) or not tokens:
-            raise _unusable("tokens or merges are missing", "tokenizer.ggml.*")
+        tokens, merges = (held.texts(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
+        if not tokens:
+            raise _unusable("it has no tokens", "tokenizer.ggml.tokens")
         longest = max(map(len, tokens))
         if longest > MAX_TOKEN_BYTES:
             raise _unusable(f"a token of {longest} characters (limit {MAX_TOKEN_BYTES})")
@@ -305,12 +301,10 @@ class BpeTokenizer(Tokenizer):
             or len(types) != len(tokens)
         ):
             raise _unusable("there is not one type for each token", "tokenizer.ggml.token_type")
-        out = cls(tokens, types.tolist(), merges, str(metadata.get("tokenizer.ggml.pre", "gpt-2")))
-        out.bos = out._check_id("bos_token_id", metadata.get("tokenizer.ggml.bos_token_id"))
-        out.eos = out._check_id("eos_token_id", metadata.get("tokenizer.ggml.eos_token_id"))
-        out.add_bos = (
-            metadata.get("tokenizer.ggml.add_bos_token", False) is True and out.bos is not None
-        )
+        out = cls(tokens, types.tolist(), merges, held.text("tokenizer.ggml.pre", "gpt-2"))
+        out.bos = out._read_id(held, "tokenizer.ggml.bos_token_id")
+        out.eos = out._read_id(held, "tokenizer.ggml.eos_token_id")
+        out.add_bos = held.flag("tokenizer.ggml.add_bos_token", False) and out.bos is not None
         return out
 
     def _encode(self, text: str) -> list[int]:

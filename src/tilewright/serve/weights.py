@@ -27,7 +27,7 @@ from pathlib import Path
 
 from tilewright.errors import MissingExtra, ModelError
 from tilewright.serve.blocks import Weight, dequantize, view
-from tilewright.serve.gguf import MAGIC, Value, read_header
+from tilewright.serve.gguf import MAGIC, Metadata, Value, read_header, short
 
 __all__ = ["LlamaConfig", "ModelFile", "Weight", "dequantize", "open_model", "packaged_model"]
 
@@ -123,7 +123,10 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
     kind that is not supported; M103 a tensor is missing, superfluous or has the wrong shape; M104
     unsupported weight type.
     """
-    path = Path(path)
+    try:
+        path = Path(path)
+    except TypeError:
+        raise ModelError("M101", f"{path!r} is no path of a model file", where="path") from None
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not hang here
     except (OSError, ValueError) as error:
@@ -190,7 +193,7 @@ _INNER = {
 
 def _open_gguf(path: Path, buffer: memoryview) -> ModelFile:
     header = read_header(buffer, str(path))
-    metadata = _Metadata(header.metadata, str(path))
+    metadata = Metadata(header.metadata, str(path))
     embed = header.tensors.get("token_embd.weight")
     tied = "output.weight" not in header.tensors
     config = _llama_config(metadata, embed.shape[0] if embed else None, tied)
@@ -239,54 +242,17 @@ def _complete(
     return tensors
 
 
-class _Metadata:
-    """Typed reads of GGUF metadata; what is absent or of another type is an M101."""
-
-    def __init__(self, values: Mapping[str, Value], where: str) -> None:
-        self.values, self.where = values, where
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ModelError(
-                "M101", f"{key} is {_short(value)}, an integer is needed", where=self.where
-            )
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ModelError(
-                "M101", f"{key} is {_short(value)}, a number is needed", where=self.where
-            )
-        return float(value)
-
-    def refuse(self, key: str, harmless: tuple[Value, ...]) -> None:
-        """A key that changes the mathematics in a way not supported here."""
-        value = self.values.get(key, harmless[0])
-        if (
-            isinstance(value, list)
-            or not isinstance(value, int | float | str)
-            or value not in harmless
-        ):
-            raise ModelError("M102", f"{key} = {_short(value)} is not supported", where=self.where)
-
-
-def _short(value: Value | None) -> str:
-    return "missing" if value is None else repr(value)[:60]
-
-
-def _llama_config(metadata: _Metadata, vocab: int | None, tied: bool) -> LlamaConfig:
-    architecture = metadata.values.get("general.architecture")
+def _llama_config(metadata: Metadata, vocab: int | None, tied: bool) -> LlamaConfig:
+    architecture = metadata.text("general.architecture")
     if architecture != "llama":
         raise ModelError(
             "M102",
-            f"the architecture is {_short(architecture)}, only llama is supported",
+            f"the architecture is {short(architecture)}, only llama is supported",
             where=metadata.where,
         )
     if vocab is None or vocab != metadata.integer("llama.vocab_size", vocab):
         rule = f"token_embd.weight has {vocab or 'no'} rows, llama.vocab_size is"
-        value = _short(metadata.values.get("llama.vocab_size"))
+        value = short(metadata.values.get("llama.vocab_size"))
         raise ModelError("M103", f"{rule} {value}", where=metadata.where)
     metadata.refuse("llama.rope.scaling.type", ("none", ""))
     metadata.refuse("llama.expert_count", (0,))

@@ -12,19 +12,25 @@ Reference: hyb(c, k) of SparseTIR (ASPLOS 2023, §4.2.1).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tilewright.errors import FormatError
-from tilewright.ir.levels import Compressed, Dense, Fixed, Level, Ragged, Singleton
+from tilewright.ir.levels import Compressed, Dense, Fixed, Level, Ragged, Singleton, whole
+
+MOST_PARTS = 1 << 16  # of a composed format: a row of its work table each
+Chosen = tuple["Format", np.ndarray | None, np.ndarray | None]  # format, entries, rows of a part
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Format:
     """A list of levels, outermost first. Formats of other names are other formats, though their
-    levels be the same: so two parts of one matrix can have schedules of their own."""
+    levels be the same: so two parts of one matrix can have schedules of their own.
+
+    Raises FormatError[F101]."""
 
     name: str
     levels: tuple[Level, ...]
@@ -59,13 +65,18 @@ class Format:
         """Whether every row is stored, the empty ones too."""
         return self.levels[0].is_dense
 
-    def pack(self, matrix: Any, *, dtype: Any = None, values: Any = None) -> Any:
-        """Pack a SciPy sparse matrix, a dense array or (indptr, indices, values, shape).
+    def pack(self, matrix: Any, *, dtype: Any = None, values: Any = None, index: Any = None) -> Any:
+        """Pack a SciPy sparse matrix, a torch tensor, a dense array or (indptr, indices, values,
+        shape). `index`: the type of its coordinates, `"int32"` or `"int64"`; None: by size.
 
         See `sparse.pack.pack`. Returns a `Packed`."""
         from tilewright.sparse.pack import pack
 
-        return pack(self, matrix, dtype=dtype, values=values)
+        return pack(self, matrix, dtype=dtype, values=values, index=index)
+
+    def split(self, coords: Sequence[np.ndarray], shape: tuple[int, ...]) -> Iterator[Chosen]:
+        """Its one part: all entries, and rows as they come."""
+        yield self, None, None
 
     def __str__(self) -> str:
         return self.name
@@ -77,12 +88,22 @@ class Format:
 @dataclass(frozen=True, slots=True)
 class Where:
     """The entries a part takes: rows by length (inclusive; `longest` None = no limit), columns by
-    range `col_part` of `col_parts` equal ones. Lengths count entries inside the column range."""
+    range `col_part` of `col_parts` equal ones. Lengths count entries inside the column range.
+
+    Raises FormatError[F101]."""
 
     shortest: int = 0
     longest: int | None = None
     col_part: int = 0
     col_parts: int = 1
+
+    def __post_init__(self) -> None:
+        most = np.iinfo(np.int64).max  # rows may be longer than an int32
+        whole("where", "shortest", self.shortest, most=most)
+        if self.longest is not None:
+            whole("where", "longest", self.longest, most=most)
+        whole("where", "col_parts", self.col_parts, 1)
+        whole("where", "col_part", self.col_part, most=self.col_parts - 1)
 
     def __str__(self) -> str:
         top = "∞" if self.longest is None else self.longest
@@ -110,7 +131,7 @@ class Composed:
     """A = Σ parts. Each part is a `Where` (or any object with its `rows` method) and a `Format`.
 
     `disjoint_rows`: no row is in two parts; `covers_rows`: every row is in one. Both are promises
-    that packing checks; programs that are not sums need the first.
+    that packing checks; programs that are not sums need the first. Raises FormatError[F101].
     """
 
     name: str
@@ -119,14 +140,22 @@ class Composed:
     covers_rows: bool = False
 
     def __post_init__(self) -> None:
+        _check_tuple(f"composed format {self.name}", "parts", self.parts, _is_part)
         if not self.parts:
             raise FormatError(
-                "F101", f"{self.name} has no parts", hint="give at least one (where, format)"
-            )
+                "F101", f"{self.name} has no parts", where="parts",
+                hint="give at least one (where, format)",
+            )  # fmt: skip
         if len({f.ndim for _, f in self.parts}) != 1:
             raise FormatError(
-                "F101", f"the parts of {self.name} have different numbers of dimensions"
-            )
+                "F101", f"the parts of {self.name} have different numbers of dimensions",
+                where="parts",
+            )  # fmt: skip
+        if self.ndim < 2:
+            raise FormatError(
+                "F101", f"the parts of {self.name} have one dimension", where="parts",
+                hint="parts are chosen by rows and columns: two dimensions at least",
+            )  # fmt: skip
 
     @property
     def ndim(self) -> int:
@@ -147,6 +176,35 @@ class Composed:
 
     pack = Format.pack
 
+    def split(self, coords: Sequence[np.ndarray], shape: tuple[int, ...]) -> Iterator[Chosen]:
+        """What each part takes of the entries at `coords`: the format, the numbers of the entries,
+        and, where all rows are covered, those of its rows. Raises FormatError[F106]."""
+        # counts, not flags: they must not wrap, however many parts cover one entry
+        of_entry, of_row = np.zeros(len(coords[0]), np.int32), np.zeros(shape[0], np.int32)
+        chosen: list[Chosen] = []
+        for where, part in self.parts:
+            rows, entries = where.rows(coords[0], coords[1], shape)
+            of_entry += entries
+            of_row += rows
+            mine = np.flatnonzero(rows) if self.covers_rows else None
+            chosen.append((part, np.flatnonzero(entries), mine))
+        if (of_entry != 1).any():
+            at = int((of_entry != 1).argmax())
+            raise FormatError(
+                "F106",
+                f"entry {tuple(int(c[at]) for c in coords)} is in {of_entry[at]} parts of "
+                f"{self.name}",
+                hint="each entry must be in exactly one part",
+            )
+        wrong = (self.disjoint_rows & (of_row > 1)) | (self.covers_rows & (of_row < 1))
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise FormatError(
+                "F106", f"row {at} is in {of_row[at]} parts of {self.name}",
+                hint="its promise says one",
+            )  # fmt: skip
+        yield from chosen
+
     def __str__(self) -> str:
         return self.name
 
@@ -155,10 +213,32 @@ class Composed:
         return f"{self.name}:\n{rows}"
 
 
+def _is_part(part: Any) -> bool:
+    return (
+        isinstance(part, tuple)
+        and len(part) == 2
+        and callable(getattr(part[0], "rows", None))
+        and isinstance(part[1], Format)
+    )
+
+
+def _check_tuple(of: str, name: str, given: Any, fits: Any) -> None:
+    """Refuses what is not a tuple of what `fits`."""
+    if not isinstance(given, tuple):
+        raise FormatError(
+            "F101", f"{of}: {name} is a {type(given).__name__}, not a tuple", where=name
+        )
+    for at, one in enumerate(given):
+        if not fits(one):
+            what = {"parts": "(where, format) pair", "levels": "level"}[name]
+            raise FormatError("F101", f"{of}: {name}[{at}] is {one!r}, not a {what}", where=name)
+
+
 def _check_levels(f: Format) -> None:
     def bad(why: str, hint: str = "") -> FormatError:
-        return FormatError("F101", f"format {f.name}: {why}", hint=hint)
+        return FormatError("F101", f"format {f.name}: {why}", where="levels", hint=hint)
 
+    _check_tuple(f"format {f.name}", "levels", f.levels, lambda level: isinstance(level, Level))
     if not f.levels:
         raise bad("no levels")
     for dim in range(f.ndim):
@@ -176,8 +256,6 @@ def _check_levels(f: Format) -> None:
             isinstance(above, Compressed) and above.chunk == -1
         ):
             raise bad("a singleton level needs compressed(chunk=-1) above it")
-        if isinstance(level, Fixed) and level.width < 0:
-            raise bad(f"a fixed level of width {level.width}")
     if any(isinstance(level, (Fixed, Ragged, Singleton)) for level in f.levels[:1]):
         raise bad("the outermost level must be dense or compressed")
 
@@ -203,19 +281,27 @@ def coo() -> Format:
 
 
 def ell(width: int) -> Format:
-    """`width` slots for every row."""
+    """`width` slots for every row. Raises FormatError[F101]."""
+    width = whole(f"ell({width!r})", "width", width)
     return Format(f"ell({width})", (Dense(0), Fixed(1, width=width)))
 
 
 def ragged() -> Format:
-    """Rows of different lengths without gaps: padded batches, sequences."""
+    """Rows of different lengths without gaps: padded batches, sequences.
+
+    A gap between the entries of a row is stored as an explicit 0, and explicit zeros are stored
+    coordinates: a reduction over a row ranges over them too, so `min`, `max` and `prod` see the 0.
+    """
     return Format("ragged", (Dense(0), Ragged(1)))
 
 
 def bsr(block: int) -> Format:
-    """Dense `block × block` tiles under compressed rows of tiles."""
-    if block < 1:
-        raise FormatError("F101", f"bsr({block}): a block has at least one row")
+    """Dense `block × block` tiles under compressed rows of tiles. Raises FormatError[F101].
+
+    What a tile holds beside its entries are explicit zeros, and explicit zeros are stored
+    coordinates: a reduction over a row ranges over them too, so `min`, `max` and `prod` see the 0.
+    """
+    block = whole(f"bsr({block!r})", "block", block, 1)
     return Format(
         f"bsr({block})",
         (
@@ -228,14 +314,16 @@ def bsr(block: int) -> Format:
 
 
 def dbsr(block: int) -> Format:
-    """BSR without its empty rows of tiles."""
+    """BSR without its empty rows of tiles; explicit zeros as in `bsr`. Raises FormatError[F101]."""
+    block = whole(f"dbsr({block!r})", "block", block, 1)
     outer = Compressed(0, block=block)
     return Format(f"dbsr({block})", (outer, *bsr(block).levels[1:]))
 
 
 def bucket(width: int, *, split: bool = False) -> Format:
     """A list of rows (pieces of rows, with `split`) of at most `width` entries, padded to
-    `width`."""
+    `width`. Raises FormatError[F101]."""
+    width = whole(f"bucket({width!r})", "width", width)
     rows = Compressed(0, chunk=width if split else 0)
     return Format(f"bucket({width}{', split' if split else ''})", (rows, Fixed(1, width=width)))
 
@@ -251,15 +339,15 @@ def hyb(
     into pieces of the last bucket (whose sums then share rows).
 
     With one column range and `"csr"` no row is shared: sums need no atomics and are deterministic.
+    Raises FormatError[F101].
     """
-    if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1 or col_parts < 1:
-        raise FormatError(
-            "F101",
-            f"hyb(col_parts={col_parts}, buckets={buckets})",
-            hint="ascending widths, at least 1 each",
-        )
+    given = f"hyb(col_parts={col_parts!r}, buckets={buckets!r})"
+    buckets = _widths(given, buckets)
+    col_parts = whole(given, "col_parts", col_parts, 1, MOST_PARTS // (len(buckets) + 1))
     if long_rows not in ("csr", "split"):
-        raise FormatError("F101", f"long_rows={long_rows!r}", hint="csr or split")
+        raise FormatError(
+            "F101", f"long_rows={long_rows!r}", where="long_rows", hint="csr or split"
+        )
     disjoint = col_parts == 1 and long_rows == "csr"
     lows = (1, *(w + 1 for w in buckets[:-1]))
     parts: list[tuple[Where, Format]] = []
@@ -276,3 +364,15 @@ def hyb(
         f"hyb({col_parts}; {', '.join(map(str, buckets))}{'' if long_rows == 'csr' else '; split'})"
     )
     return Composed(name, tuple(parts), disjoint_rows=disjoint, covers_rows=disjoint)
+
+
+def _widths(of: str, buckets: Any) -> tuple[int, ...]:
+    """The widths of the buckets of `of`: a tuple or list, ascending."""
+    widths = ()
+    if isinstance(buckets, tuple | list):
+        widths = tuple(whole(of, "buckets", w, 1) for w in buckets)
+    if not widths or list(widths) != sorted(set(widths)):
+        raise FormatError(
+            "F101", f"{of}: buckets are widths, ascending", where="buckets", hint="as (1, 2, 4, 8)"
+        )
+    return widths

@@ -1,5 +1,6 @@
 """Packing: from a matrix to the arrays of a format, derived from its levels, and back.
 
+entries: read a matrix of any library as checked coordinates and values.
 pack:    map coordinates to levels → sort → fold the levels' `build` → scatter the values.
 unpack:  expand the levels' arrays to one coordinate for each position.
 The slot of each entry is kept, so new values need one scatter (`repack_values`) and no new
@@ -8,24 +9,46 @@ structure.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from tilewright import dtypes
 from tilewright.dtypes import DType
-from tilewright.errors import FormatError
+from tilewright.errors import ArgumentError, FormatError, TilewrightError
 from tilewright.ir.levels import coordinates, row_major
 from tilewright.sparse.formats import Composed, Format
 
 ROUNDED_UP = 1 << 20  # units of the last CTA may count this far beyond the last entry
+MOST_POSITIONS = 1 << 40  # of a level: beyond the memory of any machine, within an int64
+MATRICES = (
+    "a SciPy matrix, a torch tensor, a dense array, (indptr, indices, values, shape) or "
+    "(coords, values, shape)"
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entries:
+    """A matrix of any library, read and checked: int coordinates (nnz,) of each dimension, in
+    range, and values (nnz,) of `dtype`, as it is stored."""
+
+    coords: tuple[np.ndarray, ...]
+    values: np.ndarray
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def nnz(self) -> int:
+        return len(self.values)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
     """The arrays of one part: `arrays[l]` of level l, positions per level, and where entries went.
+    Those on the host are read-only: kernels trust them.
 
     `entries` are indices into the caller's entries, `slots` their positions in `values`.
     """
@@ -91,23 +114,18 @@ class Packed:
 
     def with_values(self, values: Any, *, dtype: Any = None) -> Packed:
         """A tensor of the same structure with other values: (nnz,), in the order of the entries
-        that were packed. Raises FormatError[F107] when there are not nnz of them."""
-        values = np.asarray(values)
-        if values.shape != (self.nnz,):
+        that were packed. Raises FormatError[F107] when there are not nnz of them, and as `pack`
+        for what are no values."""
+        given, kind = _values(values, "values")
+        if given.shape != (self.nnz,):
             raise FormatError(
-                "F107", f"{values.shape} values for {self.nnz} entries", where="values",
+                "F107", f"{given.shape} values for {self.nnz} entries", where="values",
                 hint="one value for each entry, in the order they were packed",
             )  # fmt: skip
-        kind = dtypes.dtype(dtype) if dtype is not None else dtypes.dtype(values.dtype)
-        arrays = tuple(_scatter(p, values, kind, self.fill) for p in self.structure.parts)
-        packed = Packed(self.structure, arrays, kind, self.fill)
-        return (
-            packed
-            if self.device == "cpu"
-            else Packed(
-                self.structure, tuple(place(a, self.device) for a in arrays), kind, self.fill
-            )
-        )
+        wanted = kind if dtype is None else dtypes.dtype(dtype)
+        given = _converted(given, kind, wanted)
+        arrays = tuple(_scatter(p, given, wanted, self.fill) for p in self.structure.parts)
+        return Packed(self.structure, _placed(arrays, self.device), wanted, self.fill)
 
     repack_values = with_values
 
@@ -115,14 +133,14 @@ class Packed:
         """The values (nnz,), in the order of the entries that were packed."""
         out = np.zeros(self.nnz, self.dtype.numpy)
         for part, values in zip(self.structure.parts, self.values, strict=True):
-            out[part.entries] = _host(values)[part.slots]
+            out[part.entries] = _stored(values, self.dtype)[part.slots]
         return out
 
     def unpack(self) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         """Coordinates (one array a dimension) and values of what is stored, in row-major order;
         padding is left out, explicit zeros inside dense levels are not."""
         found = [
-            _unpack_part(p, v, self.shape)
+            _unpack_part(p, _stored(v, self.dtype), self.shape)
             for p, v in zip(self.structure.parts, self.values, strict=True)
         ]
         coords = [np.concatenate([c[d] for c, *_ in found]) for d in range(len(self.shape))]
@@ -133,28 +151,24 @@ class Packed:
     def dense(self) -> np.ndarray:
         """The dense array, with `fill` where nothing is stored."""
         coords, values = self.unpack()
-        out = np.full(self.shape, self.fill, self.dtype.numpy)
+        out = np.full(self.shape, _filling(self.fill, self.dtype), self.dtype.numpy)
         out[coords] = values
         return out
 
     def to(self, device: str) -> Packed:
-        """The same tensor on another device (`"cuda"`): its structure and values are copied
-        there."""
+        """The same tensor on another device (`"cuda"`, `"cuda:1"`): its structure and values are
+        copied there. Raises ArgumentError[A105]."""
+        device = str(device)
         if device == self.device:
             return self
         s = self.structure
+        values = tuple(_stored(v, self.dtype) for v in self.values)
         parts = tuple(
-            Part(
-                p.format,
-                tuple({k: place(a, device) for k, a in level.items()} for level in p.arrays),
-                p.counts,
-                p.entries,
-                p.slots,
-            )
+            replace(p, arrays=_each(p.arrays, lambda a: _read_only(place(a, device))))
             for p in s.parts
         )
         moved = Structure(s.format, s.shape, parts, s.nnz, s.index_dtype, device)
-        return Packed(moved, tuple(place(v, device) for v in self.values), self.dtype, self.fill)
+        return Packed(moved, _placed(values, device), self.dtype, self.fill)
 
     def __str__(self) -> str:
         lines = [
@@ -171,50 +185,83 @@ class Packed:
     __repr__ = __str__
 
 
-def pack(fmt: Format | Composed, matrix: Any, *, dtype: Any = None, values: Any = None) -> Packed:
+def pack(
+    fmt: Format | Composed, matrix: Any, *, dtype: Any = None, values: Any = None, index: Any = None
+) -> Packed:
     """Pack `matrix` into `fmt`.
 
-    `matrix`: a SciPy sparse matrix or array, a dense array (its non-zeros), a tuple (indptr,
-    indices, values or None, shape) of CSR, or (coords, values or None, shape) of COO with one
-    coordinate array a dimension. `values` overrides the values; `dtype` converts them. Raises
-    FormatError F102–F106, F108.
+    `matrix`: a SciPy sparse matrix or array, a torch tensor (dense, COO, CSR or CSC), a dense array
+    (its non-zeros), a tuple (indptr, indices, values or None, shape) of CSR, (coords, values or
+    None, shape) of COO with one coordinate array a dimension, or `Entries`. `values` (nnz,)
+    overrides the values; `dtype` converts them. `index`: the type of the coordinates, int32 or
+    int64, for which a kernel is built with `typed(index=…)`; None: int32 where it is wide enough.
+
+    Raises FormatError F102-F106, F108, ArgumentError A102 (a dtype), A109 (a value out of range).
     """
-    coords, found, shape = _entries(matrix)
+    try:
+        return _pack(fmt, entries(matrix), dtype, values, index)
+    except MemoryError as error:
+        raise FormatError(
+            "F108", f"{fmt} of this matrix does not fit the memory: {error}", where="matrix",
+            hint="a format that stores less: tw.csr(), tw.coo()",
+        ) from None  # fmt: skip
+
+
+def _pack(fmt: Format | Composed, found: Entries, dtype: Any, values: Any, index: Any) -> Packed:
+    shape = found.shape
     if len(shape) != fmt.ndim:
         raise FormatError(
-            "F102",
-            f"{fmt} stores {fmt.ndim} dimensions, the matrix has {len(shape)}",
+            "F102", f"{fmt} stores {fmt.ndim} dimensions, the matrix has {len(shape)}",
             where="matrix",
-        )
-    given = found if values is None else np.asarray(values)
-    nnz = len(coords[0])
-    if given is None:
-        given = np.ones(nnz, np.float32)
-    if given.shape != (nnz,):
-        raise FormatError(
-            "F102", f"{nnz} entries but values of shape {given.shape}", where="values"
-        )
-    kind = dtypes.dtype(dtype) if dtype is not None else dtypes.dtype(given.dtype)
-    order = _row_major(coords, shape)
-    coords = [c if order is None else c[order] for c in coords]
+        )  # fmt: skip
+    given, kind = (found.values, found.dtype) if values is None else _values(values, "values")
+    _check_count(given, found.nnz)
+    wanted = kind if dtype is None else dtypes.dtype(dtype)
+    given = _converted(given, kind, wanted)
+    order = _row_major(found.coords)
+    coords = [c if order is None else c[order] for c in found.coords]
     _check_unique(coords)
-    largest = max([nnz, *shape, *(_slots_bound(f, shape) for f in fmt.formats)])
-    index = dtypes.int32 if largest < 2**31 - ROUNDED_UP else dtypes.int64
+    if isinstance(fmt, Composed):  # which counts the entries of each row
+        _check_positions(fmt, shape[0])
+    parts = [
+        _pack_part(f, coords, shape, mine, roots, order)
+        for f, mine, roots in fmt.split(coords, shape)
+    ]
+    listed = [n for p in parts for a, n in zip(p.arrays, p.counts, strict=True) if a]
+    chosen = _index_type(index, max([found.nnz, *shape, *listed]))
     parts = tuple(
-        _pack_part(f, coords, shape, mine, roots, index, order)
-        for f, mine, roots in _split(fmt, coords, shape)
+        replace(
+            p, arrays=_each(p.arrays, lambda a: _read_only(np.ascontiguousarray(a, chosen.numpy)))
+        )
+        for p in parts
     )
-    structure = Structure(fmt, tuple(shape), parts, nnz, index)
-    return Packed(structure, tuple(_scatter(p, given, kind, 0.0) for p in parts), kind)
+    structure = Structure(fmt, shape, parts, found.nnz, chosen)
+    return Packed(structure, tuple(_scatter(p, given, wanted, 0.0) for p in parts), wanted)
 
 
-def _slots_bound(f: Format, shape: Sequence[int]) -> int:
-    """Positions a format may need whatever the entries: rows × width of a padded level."""
-    widths = [getattr(level, "width", 1) for level in f.levels]
-    return int(shape[0]) * max(1, *widths)
+def _index_type(index: Any, largest: int) -> DType:
+    """The type of coordinates: the one asked for, or the narrowest that counts to `largest`."""
+    fits = largest < 2**31 - ROUNDED_UP
+    if index is None:
+        return dtypes.int32 if fits else dtypes.int64
+    kind = dtypes.dtype(index)
+    if kind not in (dtypes.int32, dtypes.int64):
+        raise ArgumentError("A102", f"index is {kind}", where="index", hint="int32 or int64")
+    if kind == dtypes.int32 and not fits:
+        raise FormatError(
+            "F108", f"coordinates or positions go up to {largest}, beyond int32", where="index",
+            hint='index="int64"',
+        )  # fmt: skip
+    return kind
 
 
-def _entries(matrix: Any) -> tuple[list[np.ndarray], np.ndarray | None, tuple[int, ...]]:
+# ---------------------------------------------------------------------------- reading a matrix
+
+
+def entries(matrix: Any) -> Entries:
+    """What a matrix stores. `matrix` and errors: as `pack`."""
+    if isinstance(matrix, Entries):
+        return matrix
     if isinstance(matrix, tuple):
         if len(matrix) not in (3, 4):
             raise FormatError(
@@ -222,96 +269,277 @@ def _entries(matrix: Any) -> tuple[list[np.ndarray], np.ndarray | None, tuple[in
                 hint="(indptr, indices, values, shape) or (coords, values, shape)",
             )  # fmt: skip
         return _from_csr(*matrix) if len(matrix) == 4 else _from_coo(*matrix)
-    if hasattr(matrix, "tocsr") and hasattr(matrix, "nnz"):
-        m = matrix.tocsr()
-        if m is matrix and not m.has_canonical_format:  # the caller's is left as it is
-            m = m.copy()
-        m.sum_duplicates()
-        return _from_csr(m.indptr, m.indices, m.data, m.shape)
-    if hasattr(matrix, "crow_indices"):
-        indptr, indices = matrix.crow_indices(), matrix.col_indices()
-        values = matrix.values().detach()
-        return _from_csr(_host(indptr), _host(indices), _host(values), tuple(matrix.shape))
-    try:
-        array = np.asarray(matrix)
-    except Exception:
-        array = None
-    if array is None or array.dtype == object or array.ndim == 0:
+    if hasattr(matrix, "layout") and hasattr(matrix, "detach"):
+        return _from_torch(matrix.detach())
+    if hasattr(matrix, "tocsr"):
+        return _from_scipy(matrix)
+    return _from_dense(matrix)
+
+
+def _from_dense(matrix: Any) -> Entries:
+    array, kind = _values(matrix, "matrix")
+    if array.ndim == 0:
         raise FormatError(
-            "F102",
-            f"cannot pack a {type(matrix).__name__}",
-            where="matrix",
-            hint="a SciPy matrix, a dense array, (indptr, indices, values, shape) or "
-            "(coords, values, shape)",
+            "F102", f"cannot pack a {type(matrix).__name__}", where="matrix", hint=MATRICES
         )
-    coords = [c.astype(np.int64) for c in np.nonzero(array)]
-    return coords, array[tuple(coords)], array.shape
+    # of bits all but the sign: -0.0 is no entry in any dtype
+    coords = np.nonzero(array & (1 << kind.bits - 1) - 1 if _is_bits(kind) else array)
+    return Entries(coords, array[coords], kind, array.shape)
 
 
-def _integers(x: Any, name: str) -> np.ndarray:
-    a = _host(x)
+def _from_torch(t: Any) -> Entries:
+    layout = str(t.layout).rpartition(".")[2]
+    if layout == "strided":
+        return _from_dense(t)
+    if layout == "sparse_csr":
+        return _from_csr(t.crow_indices(), t.col_indices(), t.values(), t.shape)
+    if layout == "sparse_csc":
+        shape, rows = _matrix_shape(t.shape), _index_array(t.row_indices(), "row_indices")
+        return _from_coo(
+            (rows, _expanded(t.ccol_indices(), len(rows), shape[1])), t.values(), shape
+        )
+    if layout == "sparse_coo":
+        found = _from_coo(t._indices(), t._values(), t.shape)  # checked before torch sorts them
+        if t.is_coalesced():
+            return found
+        t = t.coalesce()
+        return _from_coo(t.indices(), t.values(), t.shape)
+    raise FormatError(
+        "F102", f"a torch tensor of layout {layout}", where="matrix", hint="its to_sparse_coo()"
+    )
+
+
+def _from_scipy(matrix: Any) -> Entries:
+    """A SciPy matrix; duplicates are summed, the caller's arrays left as they are."""
+    _check_scipy(matrix)
+    if matrix.ndim != 2:
+        coo = matrix.tocoo(copy=True)
+        coo.sum_duplicates()
+        return _from_coo(coo.coords, coo.data, coo.shape)
+    csr = matrix.tocsr()
+    if csr is matrix and not csr.has_canonical_format:
+        csr = csr.copy()
+    csr.sum_duplicates()
+    used = int(csr.indptr[-1])  # its arrays may be longer
+    return _from_csr(csr.indptr, csr.indices[:used], csr.data[:used], csr.shape)
+
+
+def _check_scipy(m: Any) -> None:
+    """What SciPy's own loops trust: indptr, ranges and lengths."""
+    shape = _shape(m.shape)
+    layout = getattr(m, "format", "")
+    if layout == "coo":
+        found = _in_range(m.coords if hasattr(m, "coords") else (m.row, m.col), shape)
+        _check_count(_array(m.data, "values"), len(found[0]))
+    if layout not in ("csr", "csc", "bsr"):
+        return  # their conversion trusts nothing
+    major, minor = ((1, *shape) if len(shape) == 1 else shape)[:: -1 if layout == "csc" else 1]
+    height, width = m.blocksize if layout == "bsr" else (1, 1)
+    indices = _index_array(m.indices, "indices")
+    used = min(len(indices), len(m.data))
+    rows = _expanded(m.indptr, used, major // height, spare=True)
+    _in_range((rows, indices[: len(rows)]), (major // height, minor // width))
+
+
+def _from_csr(indptr: Any, indices: Any, values: Any, shape: Any) -> Entries:
+    shape, indices = _matrix_shape(shape), _index_array(indices, "indices")
+    return _from_coo((_expanded(indptr, len(indices), shape[0]), indices), values, shape)
+
+
+def _from_coo(coords: Any, values: Any, shape: Any) -> Entries:
+    shape = _shape(shape)
+    checked = _in_range(coords, shape)
+    nnz = len(checked[0]) if checked else 0
+    given = np.ones(nnz, np.float32) if values is None else values
+    array, kind = _values(given, "values")
+    _check_count(array, nnz)
+    return Entries(checked, array, kind, shape)
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+    """A shape as whole numbers that an int64 coordinate can count."""
+    try:
+        sizes = tuple(operator.index(n) for n in shape)
+    except TypeError:
+        sizes = (-1,)
+    if not all(0 <= n < 2**63 for n in sizes):
+        raise FormatError(
+            "F102", f"{shape!r} is not the shape of a matrix", where="shape",
+            hint="one whole number for each dimension, below 2**63",
+        )  # fmt: skip
+    return sizes
+
+
+def _matrix_shape(shape: Any) -> tuple[int, ...]:
+    sizes = _shape(shape)
+    if len(sizes) != 2:
+        raise FormatError("F102", f"shape {sizes} is not that of a matrix", where="shape")
+    return sizes
+
+
+def _index_array(x: Any, name: str) -> np.ndarray:
+    a = _array(x, name)
+    if a.ndim == 1 and not a.size:
+        return np.zeros(0, np.int64)  # an empty list is float64 to NumPy
     if a.ndim != 1 or a.dtype.kind not in "iu":
         raise FormatError(
-            "F102",
-            f"{name} has shape {a.shape} and dtype {a.dtype}",
-            where=name,
+            "F102", f"{name} has shape {a.shape} and dtype {a.dtype}", where=name,
             hint="a 1-D integer array",
-        )
+        )  # fmt: skip
     return a
 
 
-def _from_csr(
-    indptr: Any, indices: Any, values: Any, shape: Any
-) -> tuple[list[np.ndarray], np.ndarray | None, tuple[int, ...]]:
-    indptr, indices = _integers(indptr, "indptr"), _integers(indices, "indices")
-    shape = tuple(int(s) for s in shape)
-    if len(shape) != 2 or min(shape) < 0:
-        raise FormatError("F102", f"shape {shape} is not that of a matrix", where="shape")
-    if len(indptr) != shape[0] + 1:
+def _expanded(indptr: Any, stored: int, rows: int, *, spare: bool = False) -> np.ndarray:
+    """The row of each entry from a checked indptr of `rows` rows, for `stored` indices (`spare`: or
+    fewer). Raises FormatError[F103]."""
+    indptr = _index_array(indptr, "indptr")
+    if len(indptr) != rows + 1:
         raise FormatError(
             "F103",
-            f"indptr has {len(indptr)} elements, a matrix of {shape[0]} rows needs {shape[0] + 1}",
+            f"indptr has {len(indptr)} elements, a matrix of {rows} rows needs {rows + 1}",
             where="indptr",
         )
-    if indptr[0] != 0 or indptr[-1] != len(indices):
+    if indptr[0] != 0 or indptr[-1] > stored or (indptr[-1] != stored and not spare):
         raise FormatError(
             "F103",
-            f"indptr runs from {indptr[0]} to {indptr[-1]} but indices has {len(indices)} elements",
+            f"indptr runs from {indptr[0]} to {indptr[-1]} but indices has {stored} elements",
             where="indptr",
             hint="take both arrays from the same matrix",
         )
-    steps = np.diff(indptr.astype(np.int64))
-    if len(steps) and steps.min() < 0:
-        row = int(steps.argmin())
+    falls = indptr[1:] < indptr[:-1]  # compared: a difference would wrap
+    if falls.any():
+        row = int(falls.argmax())
         raise FormatError(
             "F103",
             f"indptr falls from {indptr[row]} to {indptr[row + 1]} at row {row}",
             where="indptr",
         )
-    rows = np.repeat(np.arange(shape[0], dtype=indices.dtype), steps)
-    return _from_coo((rows, indices), values, shape)
+    return np.repeat(np.arange(rows, dtype=_counter((rows,))), np.diff(indptr.astype(np.int64)))
 
 
-def _from_coo(
-    coords: Any, values: Any, shape: Any
-) -> tuple[list[np.ndarray], np.ndarray | None, tuple[int, ...]]:
-    shape = tuple(int(s) for s in shape)
-    coords = [_integers(c, f"coordinates of dimension {d}") for d, c in enumerate(coords)]
-    if len(coords) != len(shape) or len({len(c) for c in coords}) > 1:
-        raise FormatError("F102", "coordinate arrays and shape do not go together", where="coords")
-    for d, c in enumerate(coords):
-        if len(c) and (int(c.min()) < 0 or int(c.max()) >= shape[d]):
-            bad = int(c.min()) if int(c.min()) < 0 else int(c.max())
+def _in_range(coords: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Coordinate arrays of one length and one type that holds them all, inside `shape`."""
+    try:
+        arrays = [_index_array(c, f"coords[{d}]") for d, c in enumerate(coords)]
+    except TypeError:
+        arrays = None
+    if arrays is None or len(arrays) != len(shape) or len({len(c) for c in arrays}) > 1:
+        raise FormatError(
+            "F102", "coords and shape do not go together", where="coords",
+            hint="one array for each dimension, all of one length",
+        )  # fmt: skip
+    for d, (c, n) in enumerate(zip(arrays, shape, strict=True)):
+        low, high = (int(c.min()), int(c.max())) if len(c) else (0, -1)
+        if low < 0 or high >= n:
             raise FormatError(
                 "F104",
-                f"coordinate {bad} of dimension {d} is outside 0…{shape[d] - 1}",
+                f"coordinate {low if low < 0 else high} of dimension {d} is outside 0…{n - 1}",
                 where="indices",
                 hint="check that rows and columns are not swapped",
             )
-    return coords, None if values is None else _host(values), shape
+    return tuple(c.astype(_counter(shape), copy=False) for c in arrays)
 
 
-def _row_major(coords: list[np.ndarray], shape: Sequence[int]) -> np.ndarray | None:
+def _counter(shape: Sequence[int]) -> type:
+    """The integer that holds every coordinate; the narrow one sorts faster."""
+    return np.int32 if max(shape, default=0) < 2**31 else np.int64
+
+
+def _check_count(values: np.ndarray, nnz: int) -> None:
+    if values.shape != (nnz,):
+        raise FormatError(
+            "F102", f"{nnz} entries but values of shape {values.shape}", where="values"
+        )
+
+
+# ---------------------------------------------------------------------------- values
+
+
+def _array(x: Any, name: str) -> np.ndarray:
+    """Any array as NumPy, copied from its device where needed. Raises FormatError[F102]."""
+    try:
+        a = place(x, "cpu")
+    except (TilewrightError, MemoryError):
+        raise
+    except Exception:  # each library refuses in its own way
+        a = None
+    if a is None or a.dtype == object:
+        raise FormatError(
+            "F102", f"a {type(x).__name__} is not an array of numbers", where=name,
+            hint=MATRICES if name == "matrix" else "an array of NumPy, torch or CuPy",
+        )  # fmt: skip
+    return a
+
+
+def _values(x: Any, name: str) -> tuple[np.ndarray, DType]:
+    """An array as it is stored, and its dtype. Raises FormatError[F102], ArgumentError[A102]."""
+    a = _array(x, name)
+    if a.ndim == 0:
+        return a, dtypes.float64  # no values: whoever asked says so
+    own = getattr(x, "dtype", a.dtype)
+    kind = dtypes.ALL.get(str(own).rpartition(".")[2]) or dtypes.dtype(a.dtype)
+    return _stored(a, kind), kind
+
+
+def _stored(x: Any, kind: DType) -> np.ndarray:
+    """Values of `kind` as NumPy stores them: those that it does not know are bits."""
+    a = _array(x, "values")
+    return a.view(kind.numpy) if _is_bits(kind) else a.astype(kind.numpy, copy=False)
+
+
+def _is_bits(kind: DType) -> bool:
+    return kind.is_float and kind.numpy.kind == "u"
+
+
+def _converted(values: np.ndarray, kind: DType, to: DType) -> np.ndarray:
+    """Stored values of `kind` as those of `to`; unsigned integers of its width are its bits. Raises
+    ArgumentError A109 where a value is out of range, A102 where nothing converts them."""
+    if kind == to or (_is_bits(to) and kind.is_int and values.dtype == to.numpy):
+        return values
+    if "float8" in kind.name + to.name:
+        raise ArgumentError(
+            "A102",
+            f"nothing here converts {kind} to {to}",
+            where="dtype",
+            hint="hand over its bits",
+        )
+    numbers = dtypes.bfloat16_values(values) if _is_bits(kind) else values
+    with np.errstate(all="ignore"):  # what is lost is found below
+        if _is_bits(to):
+            made = dtypes.bfloat16_bits(numbers.astype(np.float32))
+            lost = np.isfinite(numbers) & ~np.isfinite(dtypes.bfloat16_values(made))
+        else:
+            made = numbers.astype(to.numpy)
+            lost = _lost(numbers, made)
+    if lost.any():
+        raise ArgumentError(
+            "A109", f"the value {numbers[lost][0]} is out of the range of {to}", where="values",
+            hint="a wider dtype, or values that fit",
+        )  # fmt: skip
+    return made
+
+
+def _lost(numbers: np.ndarray, made: np.ndarray) -> np.ndarray:
+    """Which numbers the type of `made` cannot hold; fractions may be cut off."""
+    if made.dtype.kind == "b":
+        return np.zeros(made.shape, bool)
+    if made.dtype.kind == "f":
+        return np.isfinite(numbers) & ~np.isfinite(made)
+    if numbers.dtype.kind != "f":
+        return (made < 0) != (numbers < 0) if made.itemsize == 8 else made != numbers
+    limits = np.iinfo(made.dtype)
+    whole = np.trunc(numbers.astype(np.float64))
+    return ~((whole >= float(limits.min)) & (whole < float(limits.max + 1)))
+
+
+def _filling(fill: float, kind: DType) -> np.ndarray:
+    return _converted(np.array([fill], np.float64), dtypes.float64, kind)
+
+
+# ---------------------------------------------------------------------------- parts
+
+
+def _row_major(coords: Sequence[np.ndarray]) -> np.ndarray | None:
     """The permutation that sorts entries by row, then column; None when they are sorted."""
     ordered = np.ones(max(len(coords[0]) - 1, 0), bool)
     for c in reversed(coords):
@@ -336,61 +564,37 @@ def _check_unique(coords: list[np.ndarray]) -> None:
         )
 
 
-def _split(fmt: Format | Composed, coords: list[np.ndarray], shape: tuple[int, ...]):
-    """(format, entry numbers, row numbers or None) of each part; checks the exact cover."""
-    nnz = len(coords[0])
-    if isinstance(fmt, Format):
-        yield fmt, None, None
-        return
-    taken = np.zeros(nnz, np.int8)
-    row_parts = np.zeros(shape[0], np.int16)
-    chosen = []
-    for where, part in fmt.parts:
-        rows, entries = where.rows(coords[0], coords[1], shape)
-        taken += entries
-        row_parts += rows
-        chosen.append(
-            (part, np.flatnonzero(entries), np.flatnonzero(rows) if fmt.covers_rows else None)
-        )
-    if nnz and (taken.min() != 1 or taken.max() != 1):
-        at = int(np.flatnonzero(taken != 1)[0])
+def _check_positions(of: Any, count: int) -> None:
+    if count > MOST_POSITIONS:
         raise FormatError(
-            "F106",
-            f"entry {tuple(int(c[at]) for c in coords)} is in {int(taken[at])} parts of {fmt.name}",
-            hint="each entry must be in exactly one part",
-        )
-    if (fmt.disjoint_rows and row_parts.size and row_parts.max() > 1) or (
-        fmt.covers_rows and row_parts.size and row_parts.min() < 1
-    ):
-        at = int(np.flatnonzero(row_parts != 1)[0])
-        raise FormatError(
-            "F106",
-            f"row {at} is in {int(row_parts[at])} parts of {fmt.name}",
-            hint="its promise says one",
-        )
-    yield from chosen
+            "F108", f"{of} of this matrix has {count} positions, the limit is {MOST_POSITIONS}",
+            where="shape", hint="tw.coo() stores entries only, whatever the shape",
+        )  # fmt: skip
 
 
 def _pack_part(
     fmt: Format, coords: list[np.ndarray], shape: tuple[int, ...],
-    mine: np.ndarray | None, roots: np.ndarray | None, index: DType, order: np.ndarray | None,
+    mine: np.ndarray | None, roots: np.ndarray | None, order: np.ndarray | None,
 ) -> Part:  # fmt: skip
     local = coords if mine is None else [c[mine] for c in coords]
     numbers = np.arange(len(coords[0])) if mine is None else mine
     keys = [level.coordinate_of(local[level.dim]) for level in fmt.levels]
-    resort = _row_major(keys, shape)
+    resort = _row_major(keys)
     if resort is not None:
         keys, numbers = [k[resort] for k in keys], numbers[resort]
     q = np.zeros(len(numbers), np.int64)
     parents, arrays, counts = 1, [], []
     for depth, (level, c) in enumerate(zip(fmt.levels, keys, strict=True)):
-        built, q, parents = level.build(q, c.astype(np.int64), parents, level.extent_of(shape))
+        extent = level.extent_of(shape)
+        _check_positions(fmt, parents * (extent if level.is_dense else getattr(level, "width", 1)))
+        built, q, parents = level.build(q, c.astype(np.int64, copy=False), parents, extent)
         if depth == 0 and roots is not None and "indices" in built:
             built, q, parents = _with_roots(built, q, roots)
-        arrays.append({k: np.ascontiguousarray(a, index.numpy) for k, a in built.items()})
+        arrays.append(built)
         counts.append(parents)
-    entries = numbers if order is None else order[numbers]
-    return Part(fmt, tuple(arrays), tuple(counts), entries, q)
+    _check_positions(fmt, parents)
+    found = numbers if order is None else order[numbers]
+    return Part(fmt, tuple(arrays), tuple(counts), _read_only(found), _read_only(q))
 
 
 def _with_roots(built: dict[str, np.ndarray], q: np.ndarray, roots: np.ndarray):
@@ -406,37 +610,38 @@ def _with_roots(built: dict[str, np.ndarray], q: np.ndarray, roots: np.ndarray):
 
 
 def _scatter(part: Part, values: np.ndarray, dtype: DType, fill: float) -> np.ndarray:
-    out = np.full(part.size, fill, dtype.numpy)
-    if dtype.name == "bfloat16" and values.dtype.kind == "f":
-        out[:] = 0
-        out[part.slots] = dtypes.bfloat16_bits(values[part.entries].astype(np.float32))
-    else:
-        out[part.slots] = values[part.entries]
+    out = np.full(part.size, _filling(fill, dtype), dtype.numpy)
+    out[part.slots] = values[part.entries]
     return out
 
 
 def _unpack_part(
-    part: Part, values: Any, shape: tuple[int, ...]
+    part: Part, values: np.ndarray, shape: tuple[int, ...]
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Coordinates and values of what a part stores, and which of them are entries."""
-    arrays = [{k: _host(a) for k, a in level.items()} for level in part.arrays]
+    arrays = _each(part.arrays, lambda a: _array(a, "structure"))
     coords, positions = coordinates(part.format.levels, arrays, part.counts, shape)
     is_entry = np.zeros(part.size, bool)
     is_entry[part.slots] = True
-    return coords, _host(values)[positions], is_entry[positions]
+    return coords, values[positions], is_entry[positions]
 
 
-def _host(x: Any) -> np.ndarray:
-    """Any array as NumPy, copied from its device where needed."""
-    if isinstance(x, np.ndarray):
-        return x
-    if hasattr(x, "cpu") and hasattr(x, "numpy"):
-        return x.cpu().numpy()
-    if hasattr(x, "to_numpy"):
-        return x.to_numpy()
-    if hasattr(x, "get"):
-        return x.get()
-    return np.asarray(x)
+def _each(
+    arrays: tuple[dict[str, Any], ...], change: Callable[[Any], Any]
+) -> tuple[dict[str, Any], ...]:
+    return tuple({k: change(a) for k, a in level.items()} for level in arrays)
+
+
+def _read_only(array: Any) -> Any:
+    """A host array that cannot be written through: a view, as the array may be the caller's."""
+    if isinstance(array, np.ndarray):
+        array = array.view()
+        array.flags.writeable = False
+    return array
+
+
+def _placed(arrays: tuple[np.ndarray, ...], device: str) -> tuple[Any, ...]:
+    return arrays if device == "cpu" else tuple(place(a, device) for a in arrays)
 
 
 def _no_device(array: Any, device: str) -> Any:
@@ -444,4 +649,5 @@ def _no_device(array: Any, device: str) -> Any:
 
 
 place: Callable[[Any, str], Any] = _no_device
-"""Copies an array to a device; `build` sets it to the runtime's, which this room does not know."""
+"""Copies an array to a device, or from any to the host (`"cpu"`); `build` sets it to the runtime's,
+which this room does not know."""

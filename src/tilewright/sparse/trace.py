@@ -12,6 +12,7 @@ reads as the tensor's fill. Nothing is executed here: `A[i, j]` is a node.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ from tilewright.ir.nodes import (
 from tilewright.ir.rewrite import walk
 
 LETTERS = "ijklpqrstuvw"
+_NAME = re.compile(r"(?!.*__)[A-Za-z][A-Za-z0-9_]*")  # two underscores stand in names of our own
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +93,23 @@ def _user_line() -> str:
 # ---------------------------------------------------------------------------- parameters
 
 
+def _named(name: str, what: str, code: str = "P101") -> str:
+    """A name that generated code can carry, and that no generated name meets."""
+    if not _NAME.fullmatch(name):
+        raise ProgramError(
+            code, f"{name!r} is no name for {what}", where=_user_line(),
+            hint="letters, digits and single underscores, a letter first",
+        )  # fmt: skip
+    return name
+
+
 def _dims(text: str) -> tuple[str | int, ...]:
-    dims = tuple(int(d) if d.isdigit() else d for d in text.split())
-    for d in dims:
-        if isinstance(d, str) and not d.isidentifier():
-            raise ProgramError(
-                "P101",
-                f"{d!r} is not a dimension name",
-                where=_user_line(),
-                hint='names and sizes: "m n 16"',
-            )
-    return dims
+    found: list[str | int] = []
+    for d in text.split():
+        found.append(int(d) if d.isdecimal() else _named(d, "a dimension"))
+        if found[-1] == 0:
+            raise ProgramError("P101", "a dimension of size 0", where=_user_line())
+    return tuple(found)
 
 
 def dense(dims: str, dtype: Any = None, *, kind: Kind = "activation", strided: bool = False) -> Any:
@@ -140,11 +148,14 @@ def indices(dims: str) -> Any:
     made: list[Index] = []
     for word in dims.split():
         name, _, dim = word.rpartition(":")
+        used = {x.name for x in trace.indices} | trace.tensors.keys()
         if not name:
-            used = {x.name for x in trace.indices}
             name = next((c for c in LETTERS if c not in used), f"i{len(used)}")
-        if not name.isidentifier() or any(x.name == name for x in trace.indices):
-            raise ProgramError("P102", f"index {name!r} is not a new name", where=_user_line())
+        if _named(name, "an index", "P102") in used:
+            raise ProgramError(
+                "P102", f"index {name!r} is not a new name", where=_user_line(),
+                hint="indices and parameters have names of their own",
+            )  # fmt: skip
         known = {d for t in trace.tensors.values() for d in t.dims}
         parsed: str | int = int(dim) if dim.isdigit() else dim
         if isinstance(parsed, str) and parsed not in known:
@@ -159,6 +170,12 @@ def indices(dims: str) -> Any:
 
 def size(dim: str) -> Expr:
     """The run-time size of a dimension."""
+    known = {d for t in _trace().tensors.values() for d in t.dims if isinstance(d, str)}
+    if dim not in known:
+        raise ProgramError(
+            "P102", f"no parameter has a dimension {dim!r}", where=_user_line(),
+            hint=f"dimensions: {', '.join(sorted(known))}",
+        )  # fmt: skip
     return size_var(dim)
 
 
@@ -224,6 +241,11 @@ def minimum(a: Any, b: Any) -> Expr:
 
 def where(cond: Expr, a: Any, b: Any) -> Expr:
     """`a` where `cond` holds, else `b`."""
+    if not isinstance(cond, Expr):
+        raise ProgramError(
+            "P101", f"the condition of where is {cond!r}", where=_user_line(),
+            hint="`==` compares the text of expressions: write tw.equal(i, j)",
+        )  # fmt: skip
     return select(cond, a, b)
 
 
@@ -275,6 +297,7 @@ def update(tensor: Tensor) -> Any:
                 written = replace(tensor, role="output", kind="state")
                 trace.tensors[tensor.name] = written
                 _check_bound(access.coords, as_expr(value))
+                _check_moves(access, as_expr(value))
                 target = Access(written, access.coords, written.dtype)
                 trace.body.append(Assign(target, cast(as_expr(value), written.dtype)))
                 return written
@@ -282,6 +305,16 @@ def update(tensor: Tensor) -> Any:
             return assign
 
     return Update()
+
+
+def _check_moves(to: Access, value: Expr) -> None:
+    """What is updated is read where it is written, or nowhere: the order of updates is open."""
+    for x in walk(value):
+        if isinstance(x, Access) and x.tensor.name == to.tensor.name and x.coords != to.coords:
+            raise ProgramError(
+                "P103", f"{to} is updated from {x}, which another update may have changed",
+                where=_user_line(), hint="read from another parameter, or write to an output",
+            )  # fmt: skip
 
 
 def _assign(how: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
@@ -300,6 +333,9 @@ def _assign(how: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
     _check_bound(coords, value)
     number = len([t for t in trace.tensors.values() if t.role == how.role])
     name = how.name or {"output": "out", "temp": "temp"}[how.role] + (str(number) if number else "")
+    _named(name, f"an {how.role}")
+    if any(x.name == name for x in trace.indices):
+        raise ProgramError("P102", f"{name} is an index already", where=_user_line())
     if name in trace.tensors:
         raise ProgramError("P101", f"{name} is defined twice", where=_user_line())
     dtype = how.dtype or (_output_dtype(value) if how.role == "output" else value.dtype)
@@ -404,19 +440,31 @@ def trace(
                     where=place,
                     hint=f'give it a default: {name}=tw.dense("m n")',
                 )
+            _named(name, "a parameter")
             t.tensors[name] = _parameter(name, d, declared, given, formats, default, place)
         returned = function(**t.tensors)
         results = returned if isinstance(returned, tuple) else (returned,)
-        if not t.body or not all(isinstance(r, Tensor) for r in results):
-            raise ProgramError(
-                "P101",
-                f"{function.__name__} must return what it computes",
-                where=place,
-                hint="return tw.out[i](…)",
-            )
-        made = Program(t.name, "coordinates", tuple(t.tensors.values()), tuple(t.body))
+        made = Program(t.name, "coordinates", _in_order(t, results, place), tuple(t.body))
         _check_dtypes(made, place)
         return made
+
+
+def _in_order(t: _Trace, results: tuple[Any, ...], place: str) -> tuple[Tensor, ...]:
+    """The tensors of a program, its outputs as they are returned: each once, and nothing else."""
+    names = [r.name if isinstance(r, Tensor) else repr(r) for r in results]
+    outputs = {n: x for n, x in t.tensors.items() if x.role == "output"}
+    made = [n for n, x in outputs.items() if x.kind != "state"]
+    updated = set(outputs) - set(made)
+    if not t.body or sorted(set(names) - updated) != sorted(made) or len(set(names)) != len(names):
+        raise ProgramError(
+            "P101",
+            f"{t.name} must return what it computes, each output once: it returns "
+            f"{', '.join(names)} and computes {', '.join(outputs) or 'nothing'}",
+            where=place,
+            hint="return tw.out[i](…)",
+        )
+    returned = [outputs[n] for n in names if n in made]
+    return (*(x for n, x in t.tensors.items() if n not in made), *returned)
 
 
 def _check_dtypes(program: Program, place: str) -> None:

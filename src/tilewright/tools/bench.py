@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.errors import ArgumentError, MissingExtra
+from tilewright.tools.cli import check_output
 
 SUITES = {
     "spmm": ("bench_sparse", "sparse times dense"),
@@ -86,7 +87,9 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Run a suite; 1 if one of our results was wrong."""
+    """Run a suite; 1 if one of our results was wrong. Raises ArgumentError[A109] before it runs
+    where the results cannot be written, MissingExtra[E101] where they cannot be drawn."""
+    _check_outputs(args)
     module = importlib.import_module(f"tilewright.tools.{SUITES[args.suite][0]}")
     rows: list[Row] = []
     for row in getattr(module, args.suite)(args):
@@ -108,6 +111,20 @@ def bench(args: argparse.Namespace) -> int:
 
         bench_plot.draw(rows, args.plot)
     return 1 if any(r.get("wrong") and r["impl"].startswith("tilewright") for r in rows) else 0
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    if args.plot:
+        from tilewright.tools import bench_plot
+
+        check_output("--plot", args.plot)
+        bench_plot.check(args.plot)
+    if args.keep:
+        try:
+            args.keep.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArgumentError("A109", f"no folder can be made: {error}", where="--keep") from None
+        check_output("--keep", args.keep / f"{args.suite}.jsonl")
 
 
 def keep(folder: Path, row: Row) -> None:

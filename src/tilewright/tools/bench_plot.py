@@ -20,11 +20,20 @@ _COLOURS = (
 )  # told apart by all eyes
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of `ratio` on a log scale, 1 in the middle; on a GPU dots for the replayed ratio.
+def check(path: Path) -> None:
+    """That `draw` can make a picture of this name. Raises MissingExtra[E101] without matplotlib,
+    ArgumentError[A109] for a format that it does not know."""
+    known = _pyplot().FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in known:
+        raise ArgumentError(
+            "A109",
+            f"{path.name} is no picture that can be drawn",
+            where="--plot",
+            hint=f"endings: {', '.join(sorted(known))}",
+        )
 
-    Raises MissingExtra[E101] without matplotlib, ArgumentError[A109] without a ratio to draw.
-    """
+
+def _pyplot() -> Any:
     try:
         import matplotlib
 
@@ -34,6 +43,15 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         raise MissingExtra(
             "E101", "--plot needs matplotlib", hint="pip install 'tilewright[plot]'"
         ) from None
+    return pyplot
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of `ratio` on a log scale, 1 in the middle; on a GPU dots for the replayed ratio.
+
+    Raises MissingExtra[E101] without matplotlib, ArgumentError[A109] without a ratio to draw.
+    """
+    pyplot = _pyplot()
     ours = [r for r in rows if r.get("ratio")]
     if not ours:
         raise ArgumentError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
 import sys
 import time
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.errors import TilewrightError
-from tilewright.runtime import cache
-from tilewright.serve.engine import LLM
+from tilewright.runtime import cache, toolchain
+from tilewright.serve.engine import LLM, check_options
 from tilewright.serve.weights import packaged_model
+from tilewright.target import target as parse_target
 
 QUESTION = "What is the capital of France?"
 
@@ -43,7 +45,9 @@ def _shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _open(args: argparse.Namespace) -> tuple[LLM, float]:
-    """The model, and the seconds it took to open."""
+    """The model, and the seconds it took to open. Raises ModelError[M106] for bad options, which
+    are not left to the first question."""
+    check_options(**_options(args))
     began = time.perf_counter()
     path = args.model or str(packaged_model())
     llm = LLM(path, target=args.target, context=args.context)
@@ -54,14 +58,22 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
 
 
+def _title(llm: LLM, args: argparse.Namespace) -> str:
+    """The model and what runs it."""
+    interpreted = parse_target(args.target).kind == "cpp" and not toolchain.has_compiler()
+    where = f"{args.target}, interpreted: no C++ compiler" if interpreted else args.target
+    return f"{Path(llm.model.file.path).name} on {where}"
+
+
 def demo(args: argparse.Namespace) -> int:
     """Answers one question, then prints what happened."""
     began = time.perf_counter()
     llm, opened_s = _open(args)
-    print(f"{Path(llm.model.file.path).name} on {args.target}\n\n> {args.question}\n")
-    first_s = 0.0
-    for piece in llm.stream(args.question, **_options(args)):
-        first_s = first_s or time.perf_counter() - began
+    pieces = llm.stream(args.question, **_options(args))
+    first = next(pieces, "")  # before anything is printed: what can fail has failed by now
+    first_s = time.perf_counter() - began
+    print(f"{_title(llm, args)}\n\n> {args.question}\n")
+    for piece in itertools.chain((first,), pieces):
         print(piece, end="", flush=True)
     print("\n")
     _report(llm, opened_s, first_s)
@@ -69,42 +81,55 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def chat(args: argparse.Namespace) -> int:
-    """A conversation with history. Ctrl-C stops an answer; Ctrl-D or /exit ends the program."""
+    """A conversation with history. Ctrl-C stops an answer, or clears the line that is typed; Ctrl-D
+    or /exit ends the program."""
     llm, opened_s = _open(args)
     print(
-        f"{Path(llm.model.file.path).name} on {args.target}, opened in {opened_s:.2f} s. "
+        f"{_title(llm, args)}, opened in {opened_s:.2f} s. "
         "Ctrl-C stops an answer, /new forgets the history, /exit leaves."
     )
     messages: list[dict[str, str]] = []
+    interrupted = False
     while True:
-        try:
+        try:  # around all that the loop does: Ctrl-C comes at any time, also just behind an answer
+            if interrupted:
+                interrupted = False
+                print("\n[/exit or Ctrl-D leaves]")
             question = input("\n> ").strip()
-        except (EOFError, KeyboardInterrupt):
+            if question in ("/exit", "/quit"):
+                return 0
+            if question == "/new":
+                messages.clear()
+            elif question:
+                _turn(llm, messages, question, _options(args))
+        except EOFError:
             print()
             return 0
-        if question in ("/exit", "/quit"):
-            return 0
-        if question == "/new":
-            messages.clear()
-        elif question:
-            _turn(llm, messages, question, _options(args))
+        except KeyboardInterrupt:
+            interrupted = True
 
 
 def _turn(llm: LLM, messages: list[dict[str, str]], question: str, options: dict[str, Any]) -> None:
-    messages.append({"role": "user", "content": question})
+    """One question and its answer, which join the history together: not where an error or Ctrl-C
+    came before the first word."""
+    asked = {"role": "user", "content": question}
     answer: list[str] = []
+    stopped = False
     try:
-        prompt = _within_context(llm, messages) if llm.template else question
+        prompt = _within_context(llm, messages, asked) if llm.template else question
         for piece in llm.stream(prompt, **options):
             answer.append(piece)
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
+        stopped = True
         print(" [stopped]", end="")
     except TilewrightError as e:
-        messages.pop()
         print(f"{type(e).__name__}{e}", file=sys.stderr)
         return
-    messages.append({"role": "assistant", "content": "".join(answer)})
+    if stopped and not answer:
+        print()
+        return
+    messages += [asked, {"role": "assistant", "content": "".join(answer)}]
     c = llm.counts
     print(
         f"\n[{c.prompt_tokens} + {c.cached_tokens} cached tokens read at {c.prompt_rate:.0f}/s, "
@@ -112,13 +137,16 @@ def _turn(llm: LLM, messages: list[dict[str, str]], question: str, options: dict
     )
 
 
-def _within_context(llm: LLM, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The conversation, its oldest turns dropped for good where no room for an answer is left."""
-    left_out = llm.too_many(messages)
+def _within_context(
+    llm: LLM, messages: list[dict[str, str]], asked: dict[str, str]
+) -> list[dict[str, str]]:
+    """The conversation with its next question. The oldest turns are dropped for good where no room
+    for an answer is left."""
+    left_out = llm.too_many([*messages, asked])
     if left_out:
         del messages[:left_out]
         print(f"[the {left_out} oldest messages no longer fit]")
-    return list(messages)
+    return [*messages, asked]
 
 
 def _report(llm: LLM, opened_s: float, first_s: float) -> None:

@@ -1,20 +1,23 @@
 """The command line: `tilewright VERB …`. A verb's module is imported when the verb is used.
 
 The module of a verb has two functions named after it: `env_arguments(parser)` describes the
-arguments, `env(args) -> int` runs it and gives the exit status. Errors of Tilewright print without
-a traceback and exit with 2, an interrupt with 130.
+arguments, `env(args) -> int` runs it and gives the exit status. Errors of Tilewright, and of a disk
+that is full, print without a traceback and exit with 2, an interrupt with 130.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from tilewright.errors import TilewrightError
+from tilewright.errors import ArgumentError, TilewrightError
 
 EXIT_ERROR, EXIT_INTERRUPT = 2, 130
 
@@ -41,17 +44,66 @@ VERBS: dict[str, Verb] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb with its arguments (default: those of the process); the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _take_any_text()
     try:
-        return _run(arguments)
-    except TilewrightError as error:
-        sys.stdout.flush()
-        print(f"{type(error).__name__}{error}", file=sys.stderr)
-        return EXIT_ERROR
+        status = _coded(arguments)
+        _flush()
+        return status
     except KeyboardInterrupt:
         return EXIT_INTERRUPT
     except BrokenPipeError:  # the reader has gone, as in `tilewright show … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:  # a full disk, most likely
+        print(f"tilewright: {error}", file=sys.stderr)
+        _drop_output()
+        return EXIT_ERROR
+
+
+def _coded(arguments: list[str]) -> int:
+    """Run the verb; an error of Tilewright becomes its message and exit status."""
+    try:
+        return _run(arguments)
+    except TilewrightError as error:
+        _flush()
+        print(f"{type(error).__name__}{error}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _take_any_text() -> None:
+    """What the terminal's encoding does not have is replaced, in and out, and no error."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError, ValueError):  # read from before, or closed
+                stream.reconfigure(errors="replace")
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # closed by whoever started this
+        sys.stdout.flush()
+
+
+def _drop_output() -> None:
+    """Forget what standard output could not take: Python tries again as it ends."""
+    try:
+        _flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def check_output(option: str, path: Path) -> None:
+    """That a file can be written, before the work whose result it is to hold. Raises
+    ArgumentError[A109]."""
+    folder = path.parent
+    if path.is_dir():
+        wrong = "is a folder"
+    elif not folder.is_dir():
+        wrong = f"cannot be written: there is no folder {folder}"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        wrong = "cannot be written: permission denied"
+    else:
+        return
+    raise ArgumentError("A109", f"{path} {wrong}", where=option)
 
 
 def _run(arguments: list[str]) -> int:

@@ -119,7 +119,8 @@ def _cpu() -> Iterable[Line]:
         compiler = toolchain.find_compiler()
         yield "C++ compiler", f"{compiler.version} ({compiler.path})"
     except TilewrightError as error:
-        yield "C++ compiler", error.message, "missing", error.hint
+        state = "missing" if error.code == "B102" else "bad"  # it could not be asked
+        yield "C++ compiler", error.message, state, error.hint
     yield _try("instruction set", lambda: toolchain.resolve_isa().name)
     can = ", ".join(n for n in toolchain.ISAS if toolchain.runnable(n))
     yield "this CPU runs", can

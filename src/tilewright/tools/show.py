@@ -23,6 +23,7 @@ from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
 from tilewright.schedule import Schedule
 from tilewright.target import Target
 from tilewright.target import target as parse_target
+from tilewright.tools.cli import check_output
 
 DEFAULT_TARGETS = ("cpp", "cuda:sm_90a")
 
@@ -53,7 +54,10 @@ def show_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def show(args: argparse.Namespace) -> int:
-    """Print or write the stages of each program of a file. Raises ProgramError[P101]."""
+    """Print or write the stages of each program of a file. Raises ProgramError[P101],
+    ArgumentError[A109] where the page cannot be written."""
+    if args.html:
+        check_output("--html", args.html)
     targets = [parse_target(t) for t in args.target or DEFAULT_TARGETS]
     definitions = load(args.file)
     if args.name:
@@ -85,13 +89,14 @@ def show(args: argparse.Namespace) -> int:
 def load(path: Path) -> dict[str, Definition]:
     """Run a file and give its programs by name. Raises ProgramError[P101] without any."""
     if not path.is_file():
-        raise ProgramError("P101", "no such file", where=str(path))
+        what = "this is no file" if path.exists() else "no such file"
+        raise ProgramError("P101", what, where=str(path))
     with contextlib.redirect_stdout(sys.stderr):
         try:
             names = runpy.run_path(str(path))
         except TilewrightError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             line = _line_in(path, error)
             raise ProgramError(
                 "P101", f"running it failed: {type(error).__name__}: {error}", where=f"{path}{line}"

@@ -204,14 +204,27 @@ template <class T, int N>
 TW_INLINE vec<T, N> vmin(vec<T, N> a, vec<T, N> b) { return ((a < b) | (a != a)) ? a : b; }
 
 template <class T>
-TW_INLINE T floor_div(T a, T b) {
+TW_INLINE T floor_div(T a, T b) {  // by 0: 0, as NumPy has it; the least number by -1: itself
+  if (b == 0) return 0;
+  if (T(-1) < T(0) && b == T(-1)) return static_cast<T>(0 - static_cast<unsigned long long>(a));
   T q = a / b;
   return q * b != a && ((a < 0) != (b < 0)) ? q - 1 : q;
 }
 template <class T>
 TW_INLINE T floor_mod(T a, T b) {
+  if (b == 0 || (T(-1) < T(0) && b == T(-1))) return 0;
   T r = a % b;
   return r != 0 && ((r < 0) != (b < 0)) ? r + b : r;
+}
+template <class T, int N>
+TW_INLINE vec<T, N> vfloor_div(vec<T, N> a, vec<T, N> b) {
+  for (int l = 0; l < N; ++l) a[l] = floor_div<T>(a[l], b[l]);
+  return a;
+}
+template <class T, int N>
+TW_INLINE vec<T, N> vfloor_mod(vec<T, N> a, vec<T, N> b) {
+  for (int l = 0; l < N; ++l) a[l] = floor_mod<T>(a[l], b[l]);
+  return a;
 }
 
 // Cephes' polynomial for 2^f on [-1/2, 1/2]; error below 2 ulp over the whole range.
