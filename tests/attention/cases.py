@@ -9,6 +9,7 @@ import numpy as np
 
 import tilewright.attention.variant as variants
 from tilewright.attention.kv import KV
+from tilewright.ir.nodes import binary, equal
 from tilewright.sparse.trace import maximum, scalar, tanh, where
 
 TYPES: dict[str, Any] = {
@@ -40,11 +41,11 @@ class Strange:
 
     def logits(self, s, at):
         near = (at.kv - at.qo) // 3 % 5
-        return where(at.request % 2 == 0, maximum(s, -1.0), s * 0.5) + near * 0.1
+        return where(equal(at.request % 2, 0), maximum(s, -1.0), s * 0.5) + near * 0.1
 
     def mask(self, at):
         first = at.kv < self.sinks[at.kv_head]
-        return (first | ((at.qo - at.kv) % self.stride != 3)) & (at.kv <= at.qo + 2)
+        return (first | binary("!=", (at.qo - at.kv) % self.stride, 3)) & (at.kv <= at.qo + 2)
 
 
 def paged(

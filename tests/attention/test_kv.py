@@ -102,8 +102,8 @@ def test_contents_out_of_range():
     refused("A109", "kv_indptr", kv_indptr=np.array([0, 2, 1, 4], np.int32))
     refused("A109", "kv_indptr", kv_indptr=np.array([1, 2, 2, 4], np.int32))
     refused("A109", "kv_indptr", kv_indptr=np.array([0, 2, 2, 5], np.int32))
-    wraps = np.array([0, 2**31 - 1, -(2**31), 4], np.int32)  # its differences are not negative
-    refused("A109", "kv_indptr", kv_indptr=wraps)
+    wraps = np.array([0, 2**31 - 1, -(2**31), -1, 3], np.int32)  # no difference is negative
+    refused("A109", "kv_indptr", kv_indptr=wraps, last_page_len=np.zeros(4, np.int32))
     refused("A109", "kv_indices", kv_indices=np.array([5, 0, 6, 1], np.int32))
     refused("A109", "kv_indices", kv_indices=np.array([5, -1, 3, 1], np.int32))
     refused("A109", "last_page_len", last_page_len=np.array([4, 0, 17], np.int32))

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.compiler.cases import FORMATS, MATRICES, matrix
+from tests.compiler.cases import FORMATS, MATRICES, matrix, spmm
 
 import tilewright as tw
+from tilewright.errors import FormatError
+from tilewright.ir.levels import Compressed, Dense, Fixed
 
 DIMS = st.integers(0, 9)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -55,6 +57,46 @@ def test_new_values_keep_the_structure(name, kind, m, n, seed):
     wanted[rows, cols] = new
     np.testing.assert_array_equal(other.dense(), wanted)
     np.testing.assert_array_equal(packed.dense(), dense)
+
+
+TILE = Dense(0, block=2, inner=True), Dense(1, block=2, inner=True)
+BLOCKED = {
+    "rows": tw.Format("b4", (Dense(0, block=2), Fixed(1, block=2, width=4), *TILE)),
+    "listed rows": tw.Format("cb4", (Compressed(0, block=2), Fixed(1, block=2, width=4), *TILE)),
+    "columns": tw.Format("c4", (Dense(0), Fixed(1, block=2, width=4), TILE[1])),
+    "entries": tw.Format(
+        "s4", (Dense(0), Fixed(1, block=2, width=4), Compressed(1, block=2, inner=True))
+    ),
+}
+
+
+@given(
+    st.sampled_from(list(BLOCKED)),
+    st.sampled_from(MATRICES),
+    DIMS,
+    st.integers(0, 8),
+    SEEDS,
+    st.sampled_from(["cpp", "interp"]),
+)
+def test_a_slot_of_a_fixed_level_holds_a_block(name, kind, m, n, seed, target):
+    """Entries of one block share a slot, under every level and around every level."""
+    rng = np.random.default_rng(seed)
+    dense, fmt = matrix(kind, m, n, rng), BLOCKED[name]
+    packed = fmt.pack(dense)
+    coords, values = packed.unpack()
+    again = np.zeros_like(dense)
+    again[coords] = values
+    np.testing.assert_array_equal(again, dense)
+    np.testing.assert_array_equal(packed.dense(), dense)
+    x = rng.uniform(-1, 1, (n, 3)).astype(np.float32)
+    y = spmm.decompose(A=fmt).build(target)(packed, x)
+    np.testing.assert_allclose(y, dense @ x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fixed_level_too_narrow_for_its_blocks():
+    fmt = tw.Format("b1", (Dense(0, block=2), Fixed(1, block=2, width=1), *TILE))
+    with pytest.raises(FormatError, match="row 0 has 2 blocks but the level holds 1"):
+        fmt.pack(np.eye(2, 4) + np.eye(2, 4, 2))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "int32"])

@@ -10,7 +10,8 @@ from tests.ops.cases import close, normal, poisoned
 
 import tilewright as tw
 from tilewright import ops
-from tilewright.errors import ArgumentError
+from tilewright.errors import ArgumentError, BuildError, FormatError
+from tilewright.ir.levels import Compressed, Dense, Fixed
 from tilewright.ops.spmm import by_length, choose_format, gpu_recipe, spmm_program
 from tilewright.sparse.pack import Packed
 
@@ -77,6 +78,28 @@ def test_values_in_half_precision(rng):
     )
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_coordinates_in_int64(rng, fmt):
+    a = matrix(rng, 30, 20)
+    packed = FORMATS[fmt].pack(a, index="int64")
+    assert packed.structure.index_dtype.name == "int64"
+    check(a, packed, normal(rng, 20, 33), UNIT["float32"], poisoned(30, 33))
+    kernel = spmm_program.typed(index="int64").decompose(A=FORMATS[fmt]).build()
+    x = normal(rng, 20, 5)
+    np.testing.assert_allclose(kernel(packed, x), a @ x, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ArgumentError, match="int64"):
+        spmm_program.decompose(A=FORMATS[fmt]).build()(packed, x)
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+def test_blocked_formats(rng, d):
+    tile = Dense(0, block=2, inner=True), Dense(1, block=2, inner=True)
+    ell = tw.Format("blocked ell", (Dense(0, block=2), Fixed(1, block=2, width=10), *tile))
+    for fmt in (ell, tw.bsr(2), tw.dbsr(3)):
+        a = matrix(rng, 25, 19)
+        check(a, fmt.pack(a), normal(rng, 19, d), UNIT["float32"], poisoned(25, d))
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (4, 6)])
 def test_empty_matrices(rng, shape):
     for fmt in FORMATS.values():
@@ -128,10 +151,17 @@ def test_wrong_arguments(rng):
         ("A103", (a, x[0])),
         ("A104", (a, np.asfortranarray(normal(rng, 5, 16)))),
         ("A107", (a, [[1.0] * 16] * 5)),
+        ("A107", (a, np.float32(3))),
+        ("A107", (a, None)),
+        ("A102", (a, x > 0)),
+        ("A102", (a, x.astype(complex))),
+        ("A106", (a.dense(), x)),
+        ("A106", (None, x)),
+        ("A106", (tw.Format("v", (Compressed(0),)).pack(np.ones(5)), x)),
     ):
         with pytest.raises(ArgumentError) as caught:
-            ops.spmm(*args, out=y)
-        assert caught.value.code == code, args
+            ops.spmm(*args, out=y)  # type: ignore[arg-type]
+        assert caught.value.code == code and caught.value.where.startswith("argument"), args
     for code, out in (
         ("A103", poisoned(6, 17)),
         ("A102", poisoned(6, 16, dtype=np.float64)),
@@ -141,6 +171,21 @@ def test_wrong_arguments(rng):
             ops.spmm(a, x, out=out)
         assert caught.value.code == code
     assert np.isnan(y).all()
+
+
+@pytest.mark.parametrize("pack", [ops.pack_for_spmm, ops.pack_for_sddmm])
+def test_packing_for_an_operator(rng, pack):
+    for nothing in (None, "x", (1, 2), 5):
+        with pytest.raises(FormatError, match="F102"):
+            pack(nothing)
+    for target in ("tpu", 5, "cuda:sm_1"):
+        with pytest.raises(BuildError, match="B103"):
+            pack(np.eye(2), target=target)
+    a = matrix(rng, 6, 5)
+    coo = np.nonzero(a)
+    for given in (a, (coo, a[coo], a.shape), bfloat16(a)):
+        packed = pack(given, target="cpu")
+        assert packed.nnz == len(coo[0]) and packed.format == tw.csr()
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -92,6 +92,7 @@ class NestBuilder:
     ) -> None:
         self.owner, self.root, self.temps = owner, root, temps
         self.structure, self.shared = structure, shared
+        self.followed: tuple[str, tuple[str, ...]] | None = None  # what the root's loops follow
         self.placed: set[str] = set()
         self.in_place = False
         self.rows: dict[str, str] = {}  # structure -> the index of the rows it is followed at
@@ -126,6 +127,7 @@ class NestBuilder:
             if not hasattr(self.owner.format[driver[0]], "levels"):
                 raise unsearchable(driver[0], self.owner.format[driver[0]])
             if st is self.root:
+                self.followed = driver
                 self.rows[driver[0]] = driver[1][0]
             else:
                 self._check_whole_rows(st, driver)
@@ -151,16 +153,22 @@ class NestBuilder:
     def _borrowed(self, st: Statement) -> tuple[str, tuple[str, ...]] | None:
         """The driver of a reduction inside the root, where the root's own loops can follow it:
         where no level of theirs stands below one that only the reduction walks."""
-        driver = next(d for d in map(self.owner.driver, self.temps) if d and d[0] == self.structure)
         own = {x.name for x in indices_in(st.out.coords)}
-        levels = self.owner.format[driver[0]].levels
-        walked = [driver[1][level.dim] in own for level in levels]
-        for depth, level in enumerate(levels):
-            if walked[depth] and not level.is_dense and not all(walked[:depth]):
-                if hasattr(self.owner.tensors[driver[0]].format, "parts"):
-                    raise unsearchable(driver[0], self.owner.tensors[driver[0]].format)
-                return None
-        return driver
+        levels = self.owner.format[self.structure].levels
+        for driver in map(self.owner.borrowable, self.temps):
+            if driver is None or driver[0] != self.structure:
+                continue
+            walked = [driver[1][level.dim] in own for level in levels]
+            reaches = (
+                level.is_dense or all(walked[:depth])
+                for depth, level in enumerate(levels)
+                if walked[depth]
+            )
+            if any(walked) and all(reaches):
+                return driver
+        if hasattr(self.owner.tensors[self.structure].format, "parts"):
+            raise unsearchable(self.structure, self.owner.tensors[self.structure].format)
+        return None
 
     def _follow(self, st: Statement, driver: tuple[str, tuple[str, ...]], env: _Env) -> None:
         """Makes `driver` what its structure is read at. Positions below a level that is opened

@@ -88,7 +88,7 @@ class _Builder(Tables):
             self._check_overlap(statement, temps, whole)
         nests: list[Nest] = []
         empty: list[Nest] = []
-        in_place = False
+        in_place, followed = False, None
         for number, fmt in enumerate(formats):
             self.format = {t.structure: t.format for t in self.tensors.values() if t.structure}
             if structure:
@@ -108,13 +108,14 @@ class _Builder(Tables):
                     shared=shared and nest.in_place,
                 )
             )
+            followed = nest.followed
             if statement.out.tensor.is_sparse:
-                empty.append(self._init(statement, temps, structure, part))
+                empty.append(self._init(statement, temps, followed, part))
         if in_place and temps:
             raise shares_rows(statement.out.tensor.name, whole)
         if whole is None or (not in_place and (empty or whole.covers_rows)):
             return [tuple(nests)]
-        return [tuple(empty or [self._init(statement, temps, structure, -1)]), tuple(nests)]
+        return [tuple(empty or [self._init(statement, temps, followed, -1)]), tuple(nests)]
 
     def _check_overlap(self, st: Statement, temps: list[Statement], whole: Any) -> None:
         """Parts with blocks may store a coordinate twice: once an entry, once an explicit zero."""
@@ -125,9 +126,19 @@ class _Builder(Tables):
                 hint="compose formats without blocks, or use one format for all",
             )
 
-    def _init(self, st: Statement, temps: list[Statement], structure: str, part: int) -> Nest:
-        """The value where nothing is stored, for all of the output (of a part of it, if sparse)."""
-        followers = [t for t in temps if (self.driver(t) or ("",))[0] == structure]
+    def _init(
+        self,
+        st: Statement,
+        temps: list[Statement],
+        followed: tuple[str, tuple[str, ...]] | None,
+        part: int,
+    ) -> Nest:
+        """The value where nothing is stored, for all of the output (of a part of it, if sparse):
+        reductions over what `followed` stores have nothing to reduce there."""
+        structure = followed[0] if followed else ""
+        followers = [
+            t for t in temps if followed and followed in (self.driver(t), self.borrowable(t))
+        ]
         nothing = {t.out.tensor.name: identity_of(t.op, t.out.dtype) for t in followers}
 
         def visit(e: Any) -> Any:
@@ -151,7 +162,7 @@ class _Builder(Tables):
             return own
         axes = {x.name for x in indices_in(st.out.coords)}
         for t in temps:
-            found = self.driver(t)
+            found = self.borrowable(t)
             if found and axes & set(found[1]):
                 return found
         return "", ()

@@ -74,6 +74,13 @@ class Tables:
                     return x.tensor.structure, names
         return None
 
+    def borrowable(self, t: Statement) -> tuple[str, tuple[str, ...]] | None:
+        """The driver of a reduction as the loops around it can follow it: its own indices are none
+        of theirs, though they have the same names."""
+        found = self.driver(t)
+        own = {a.name for a in t.axes}
+        return found and (found[0], tuple("" if n in own else n for n in found[1]))
+
     # -- buffers -----------------------------------------------------------------------------
 
     def size(self, dim: str | int) -> Expr:

@@ -179,8 +179,8 @@ class Composed:
     def split(self, coords: Sequence[np.ndarray], shape: tuple[int, ...]) -> Iterator[Chosen]:
         """What each part takes of the entries at `coords`: the format, the numbers of the entries,
         and, where all rows are covered, those of its rows. Raises FormatError[F106]."""
-        # counts, not flags: they must not wrap, however many parts cover one entry
-        of_entry, of_row = np.zeros(len(coords[0]), np.int32), np.zeros(shape[0], np.int32)
+        counter = np.min_scalar_type(len(self.parts))  # an entry in all of them must not wrap it
+        of_entry, of_row = np.zeros(len(coords[0]), counter), np.zeros(shape[0], counter)
         chosen: list[Chosen] = []
         for where, part in self.parts:
             rows, entries = where.rows(coords[0], coords[1], shape)

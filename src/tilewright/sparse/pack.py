@@ -533,6 +533,8 @@ def _lost(numbers: np.ndarray, made: np.ndarray) -> np.ndarray:
 
 
 def _filling(fill: float, kind: DType) -> np.ndarray:
+    if fill == 0:  # all bits 0 in every dtype, also in those that nothing here converts
+        return np.zeros(1, kind.numpy)
     return _converted(np.array([fill], np.float64), dtypes.float64, kind)
 
 
