@@ -60,6 +60,7 @@ class Frame:
     views: dict[str, View]
     sizes: dict[Any, int]
     fills: list[Sequence[Any]]  # the slots of each input
+    addresses: list[tuple[Any, int]]  # each slot that holds the address of a dense one, its number
     reach: list[tuple[int, int]]  # of each input: first and last byte relative to its address
     run: Callable[[], None] | None = None
 
@@ -282,6 +283,12 @@ class Call:
             views={n: dataclasses.replace(v, owner=None) for n, v in self.views.items()},
             sizes=dict(self.sizes),
             fills=[slots.get(t.name, ()) for t in inputs],
+            addresses=[
+                (slot, n)
+                for n, t in enumerate(inputs)
+                if t.dims and not t.structure
+                for slot in slots.get(t.name, ())
+            ],
             reach=[
                 byte_range(self.views[t.name]) if t.dims and not t.structure else (0, 0)
                 for t in inputs

@@ -20,7 +20,7 @@ from tilewright.runtime.call import (
     scalar_value,
     value_spans,
 )
-from tilewright.runtime.manifest import Manifest, TensorSpec, structs, unit_count
+from tilewright.runtime.manifest import Manifest, structs, unit_count
 from tilewright.runtime.view import address, layout, view
 
 DENSE, SPARSE = "dense", "sparse"
@@ -63,6 +63,8 @@ class Kernel:
         self.updates = [n for n, t in enumerate(self.inputs) if t.role == "update"]
         self._dtypes = {t.name: dtypes.ALL[t.dtype] for t in manifest.tensors}
         self._frames: dict[Any, list[Frame]] = {}
+        self._sparse = [n for n, t in enumerate(self.inputs) if t.structure]
+        self._scalars = [n for n, t in enumerate(self.inputs) if not t.structure and not t.dims]
         self._specs = [  # how an argument is looked at in later calls; a number by its own spec
             SPARSE if t.structure else DENSE if t.dims or t.role == "output" else t
             for t in (*self.inputs, *self.results)
@@ -188,17 +190,15 @@ class Kernel:
         self, frame: Frame, places: list[Any], args: tuple[Any, ...], outs: tuple[Any, ...]
     ) -> list[Any]:
         """Writes the addresses of a call into a frame of its layout; the outputs."""
-        for n, slots in enumerate(frame.fills):
-            what, spec = places[n], self._specs[n]
-            if spec is DENSE:
-                for slot in slots:
-                    slot.value = what
-            elif spec is SPARSE:
-                _point(slots, what)
-            elif isinstance(spec, TensorSpec):
-                value = scalar_value(spec, self._dtypes[spec.name], what)
-                for slot in slots:
-                    slot.value = value
+        for slot, n in frame.addresses:
+            slot.value = places[n]
+        for n in self._sparse:
+            _point(frame.fills[n], places[n])
+        for n in self._scalars:
+            spec = self.inputs[n]
+            value = scalar_value(spec, self._dtypes[spec.name], places[n])
+            for slot in frame.fills[n]:
+                slot.value = value
         if self.updates or outs:
             self._check_apart(frame, places, args, outs)
         made: list[Any] = []
