@@ -54,7 +54,7 @@ class Definition:
     @property
     def program(self) -> Program:
         """The program at the coordinate level."""
-        traced = trace.trace(self.function, dict(self.given), dict(self.formats), formats.csr())
+        traced = trace.trace(self.function, dict(self.given), dict(self.formats), formats.plain)
         return replace(traced, index=self.index)
 
     def typed(self, index: Any = None, **of: Any) -> Definition:

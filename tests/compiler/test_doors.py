@@ -387,3 +387,31 @@ def test_a_step_records_bound_calls_and_nothing_else(rng):
     for wrong in ([5], [kernel], [None]):
         with pytest.raises(ArgumentError, match="A107"):
             Step(wrong)
+
+
+@tw.program
+def by_fibres(A=tw.sparse("a b c"), X=tw.dense("c d")):
+    i, j, k, c = tw.indices("a b d c")
+    return tw.out[i, j, k](tw.sum(A[i, j, c] * X[c, k], over=c))
+
+
+@tw.program
+def one_dimension(v=tw.sparse("n"), w=tw.dense("n")):
+    i = tw.indices("n")
+    return tw.out[()](tw.sum(v[i] * w[i], over=i))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_tensors_of_one_and_of_three_dimensions(rng, target):
+    T = np.where(rng.random((4, 5, 6)) < 0.3, rng.standard_normal((4, 5, 6)), 0)
+    T = T.astype(np.float32)
+    T[2] = 0
+    X = rng.standard_normal((6, 3)).astype(np.float32)
+    v, w = matrix(rng, 1, 9)[0], rng.standard_normal(9).astype(np.float32)
+    got = by_fibres.build(target)(tw.csf(3).pack(T), X)
+    np.testing.assert_allclose(got, T @ X, atol=1e-5)
+    got = one_dimension.build(target)(tw.csf(1).pack(v), w)
+    np.testing.assert_allclose(got, v @ w, atol=1e-5)
+    for wrong in (0, "3", 1.5):
+        with pytest.raises(tw.TilewrightError, match="F101"):
+            tw.csf(wrong)  # type: ignore[arg-type]

@@ -265,6 +265,18 @@ def csr() -> Format:
     return Format("csr", (Dense(0), Compressed(1)))
 
 
+def csf(ndim: int) -> Format:
+    """Compressed fibres: each dimension lists the coordinates that something is stored below."""
+    if not isinstance(ndim, int) or ndim < 1:
+        raise FormatError("F101", f"csf({ndim!r})", hint="a number of dimensions, at least 1")
+    return Format(f"csf({ndim})", tuple(Compressed(d) for d in range(ndim)))
+
+
+def plain(ndim: int) -> Format:
+    """What a sparse parameter is stored as where nothing else is said."""
+    return csr() if ndim == 2 else csf(ndim)
+
+
 def csc() -> Format:
     """Compressed columns."""
     return Format("csc", (Dense(1), Compressed(0)))

@@ -425,10 +425,14 @@ def _tracing(name: str) -> Iterator[_Trace]:
 
 
 def trace(
-    function: Callable[..., Any], given: dict[str, DType], formats: dict[str, Any], default: Any
+    function: Callable[..., Any],
+    given: dict[str, DType],
+    formats: dict[str, Any],
+    default: Callable[[int], Any],
 ) -> Program:
     """Run `function` on symbols. `given` overrides dtypes by parameter; `formats` by sparse
-    parameter (shared by its structure), `default` elsewhere. Raises ProgramError."""
+    parameter (shared by its structure), elsewhere `default` of its number of dimensions. Raises
+    ProgramError."""
     declared = {n: p.default for n, p in inspect.signature(function).parameters.items()}
     place = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
     with _tracing(function.__name__) as t:
@@ -482,7 +486,7 @@ def _check_dtypes(program: Program, place: str) -> None:
 
 def _parameter(
     name: str, d: Declared, declared: dict[str, Any], given: dict[str, DType],
-    formats: dict[str, Any], default: Any, place: str,
+    formats: dict[str, Any], default: Callable[[int], Any], place: str,
 ) -> Tensor:  # fmt: skip
     dtype = given.get(name) or d.dtype or dtypes.float32
     if d.default is not None:
@@ -502,7 +506,7 @@ def _parameter(
             f"{name} is like {owner!r}, which is no sparse parameter of its dimensions",
             where=place,
         )
-    fmt = formats.get(owner, default)
+    fmt = formats.get(owner) or default(len(d.dims))
     if fmt.ndim != len(d.dims):
         raise ProgramError(
             "P107", f"{fmt} stores {fmt.ndim} dimensions, {name} has {len(d.dims)}", where=place
