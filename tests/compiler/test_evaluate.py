@@ -30,7 +30,6 @@ from tests.compiler.cases import (
 )  # fmt: skip
 
 import tilewright as tw
-from tilewright.errors import InternalError
 from tilewright.runtime import evaluate as module
 from tilewright.runtime.interpreter import evaluate
 
