@@ -41,6 +41,9 @@ AHEAD_CPU = 16  # entries whose rows of X are asked for early: two or three rows
 AHEAD_TILED = 8  # where a row has several tiles: beyond its end comes the row again, not the next
 CTA = 256  # threads
 AHEAD = 8  # gathers in flight in each thread: what hides the latency of memory
+SWEEP = (
+    512  # entries of a tall row that a CTA takes at once; a quarter where rows beyond 32 are meant
+)
 TALL, GIANT = "tall", "giant"  # rows that a CTA shares; rows that several CTAs share, by features
 
 
@@ -98,7 +101,9 @@ def gpu_recipe(s: Schedule, tile: int = 128) -> Schedule:
         across = min(_power(d // lanes), across) if even else across  # threads of one row
         s = _gpu_features(s.on(n), lanes, across)
         if shared:
-            s = _gpu_shared_rows(s, CTA // across)
+            s = _gpu_shared_rows(
+                s, CTA // across, SWEEP if fmt.name in (TALL, GIANT) else SWEEP // 4
+            )
         else:
             s = _gpu_own_rows(s, n, CTA // across, getattr(fmt.levels[-1], "width", 0))
     return s.everywhere()
@@ -131,9 +136,10 @@ def _gpu_own_rows(s: Schedule, n: int, rows: int, width: int) -> Schedule:
     return s.split("j", AHEAD // 2, into=("j_o", "j_u")).unroll("j_u")
 
 
-def _gpu_shared_rows(s: Schedule, rows: int) -> Schedule:
-    """A row to each CTA: the threads of y share its entries, `AHEAD` in flight in each."""
-    s = s.split("j", rows * max(1, min(AHEAD, 512 // rows)), into=("j_o", "j_r")).split(
+def _gpu_shared_rows(s: Schedule, rows: int, sweep: int) -> Schedule:
+    """A row to each CTA: the threads of y share its entries, `sweep` at a time, at most `AHEAD` in
+    flight in each."""
+    s = s.split("j", rows * max(1, min(AHEAD, sweep // rows)), into=("j_o", "j_r")).split(
         "j_r", rows, into=("j_u", "j_y")
     )
     return s.bind("i", "cta.x").bind("j_y", "thread.y").unroll("j_u")

@@ -20,6 +20,7 @@ from tilewright.schedule import coords, loops, staging
 from tilewright.schedule.tree import clash, loop_names
 from tilewright.target import Target
 
+NAMING = (loops.split, loops.fuse, loops.prefetch, staging.cache)  # verbs that give new names
 Nests = tuple[int, ...] | None
 OPERAND_FIRST = (loops.prefetch, staging.cache)  # verbs whose loop is their second argument
 
@@ -200,7 +201,7 @@ class Schedule:
                 if self.selected is None or number in self.selected:
                     body, count = verb(nest.body, *args, **options)
                     done += count
-                    if count:
+                    if count and verb in NAMING:
                         self._check_names(verb.__name__, body)
                     nest = replace(nest, body=body)
                 nests.append(nest)
