@@ -153,3 +153,43 @@ def test_a_range_that_is_known_is_not_asked_about():
     open_ended = str(halves.lower())
     known = str(halves.schedule(lambda s: s.specialize("b", 4).specialize("n", 32)).lower())
     assert "where(" in open_ended and "where(" not in known
+
+
+@needs_cxx
+def test_coordinates_that_wrap_around_are_outside(rng):
+    """A narrow type, an unsigned one, a sum beyond its type: their ranges are not trusted."""
+
+    @tw.program
+    def wrapped(x=tw.dense("n"), at=tw.dense("m", "uint64"), w=tw.dense("m")):
+        i = tw.indices("m")
+        narrow = tw.out.named("narrow")[i](x[i.cast("int8")] * w[i])
+        below = tw.out.named("below")[i](x[at[i]] * w[i])
+        beyond = tw.out.named("beyond")[i](x[i + 2147483647] * w[i])
+        return narrow, below, beyond
+
+    whole = np.full(900, np.nan, np.float32)
+    x, w = whole[400:410], np.ones(300, np.float32)
+    x[:] = rng.standard_normal(10)
+    at = np.full(300, 2**64 - 2, np.uint64)
+    at[:3] = 0, 9, 10
+    for size in (0, 300):
+        made = wrapped.schedule(lambda s, n=size: s.specialize("m", n) if n else s).build("cpp")
+        narrow, below, beyond = made(x, at, w)
+        places = np.arange(300).astype(np.int8)
+        inside = (places >= 0) & (places < 10)
+        np.testing.assert_array_equal(narrow, np.where(inside, x[np.clip(places, 0, 9)], 0))
+        np.testing.assert_array_equal(below, [x[0], x[9], *[0] * 298])
+        assert not beyond.any()
+
+
+@pytest.mark.parametrize("target", ["interp", pytest.param("cpp", marks=needs_cxx)])
+def test_a_scalar_may_be_called_like_a_loop(rng, target):
+    @tw.program
+    def scaled(A=tw.sparse("m n"), X=tw.dense("n d"), j_p=tw.scalar("int32")):
+        i, j, k = tw.indices("m n d")
+        return tw.out[i, k](tw.sum(A[i, j] * X[j, k] * X[j_p, k], over=j))
+
+    M = np.where(rng.random((6, 5)) < 0.5, rng.standard_normal((6, 5)), 0).astype(np.float32)
+    X = rng.standard_normal((5, 3)).astype(np.float32)
+    got = scaled.build(target)(tw.csr().pack(M), X, 2)
+    np.testing.assert_allclose(got, (M @ X) * X[2], rtol=1e-5, atol=1e-5)

@@ -520,7 +520,7 @@ class NestBuilder:
             if low < 0:
                 found.append(binary(">=", at, 0))
             if not (isinstance(size, Const) and high < size.value):
-                wide = at if at.dtype.kind == "i" else cast(at, dtypes.int64)
+                wide = at if at.dtype.kind == "i" or at.dtype.bits == 64 else cast(at, dtypes.int64)
                 found.append(binary("<", wide, cast(size, wide.dtype)))
         return found
 

@@ -94,7 +94,7 @@ class _Builder(Tables):
             if structure:
                 self.format[structure] = fmt
             part = number if composed else -1
-            self.names = set()
+            self.names = set(self.tensors)
             nest = NestBuilder(self, statement, temps, structure, shared=shared)
             body = simplify(nest.build())
             in_place |= nest.in_place
@@ -147,7 +147,7 @@ class _Builder(Tables):
             return rebuild(e, visit)
 
         value = cast(identity_of(st.op, st.value.dtype), st.out.dtype) if st.op else visit(st.value)
-        self.names = set()
+        self.names = set(self.tensors)
         plain = Statement(st.out, "", (), value, lambda e: e)
         rest = [replace(t, value=visit(t.value)) for t in temps if t not in followers]
         rest = [] if st.op else rest

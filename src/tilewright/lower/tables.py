@@ -130,13 +130,22 @@ class Tables:
 
 
 def interval(e: Expr, size: Callable[[str | int], Expr]) -> tuple[float, float]:
-    """The least and the greatest value of a whole number on coordinates, as far as sizes tell."""
-    anything = (0.0 if e.dtype.kind == "u" else -inf, inf)
+    """The least and the greatest value of a whole number on coordinates, as far as sizes tell:
+    anything where it may not fit its type, and wrap around."""
+    low, high = _interval(e, size)
+    bits = e.dtype.bits - (e.dtype.kind == "i")
+    least = 0.0 if e.dtype.kind == "u" else -(2.0**bits)
+    return (low, high) if least <= low and high < 2.0**bits else (least, 2.0**bits)
+
+
+def _interval(e: Expr, size: Callable[[str | int], Expr]) -> tuple[float, float]:
+    anything = (-inf, inf)
     if isinstance(e, Const):
         return float(e.value), float(e.value)
     if isinstance(e, Index):
         extent = size(e.dim)
-        return 0.0, float(extent.value) - 1 if isinstance(extent, Const) else inf
+        most = 2.0 ** (extent.dtype.bits - 1) - 1  # what the type of coordinates holds
+        return 0.0, float(extent.value) - 1 if isinstance(extent, Const) else most
     if isinstance(e, Cast) and e.a.dtype.is_int:
         return interval(e.a, size)
     if not isinstance(e, Binary):

@@ -55,7 +55,7 @@ class CpuLauncher(Launcher):
                 ctypes.addressof(block),
                 units,
                 units if stage.ordered else max(1, units // chunks),
-                True,
+                not kernel.manifest.formats,  # rows of a sparse matrix are of unequal length
             )
             for body, block, units, stage in zip(
                 self.bodies(frame.lacks),

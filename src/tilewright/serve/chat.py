@@ -291,7 +291,7 @@ def _environment() -> Any:
                     compared.expr = found
             return tree
 
-        def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
             _count(1)
             for value in (getattr(function, "__self__", None), args, *args):
                 _charged(value)
