@@ -41,11 +41,13 @@ ISAS: dict[str, Isa] = {
 }
 
 # IEEE results except that a*b+c may be fused; errno and traps are given up, which costs nothing.
+# Whole numbers wrap around: a guard must see a coordinate that did, and not be taken for granted.
 COMMON_FLAGS: tuple[str, ...] = (
     "-std=c++17",
     "-O3",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fwrapv",
     "-ffp-contract=fast",
     "-fno-exceptions",
     "-fno-rtti",
