@@ -13,6 +13,7 @@ from tilewright.codegen import cpp, cuda
 from tilewright.codegen.params import Params, collect_params, host_text
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import Program, Tensor, stride_name
+from tilewright.ir.rewrite import is_ordered
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
 from tilewright.runtime.manifest import Manifest, StageSpec, TensorSpec, declarations
 from tilewright.runtime.store import Built
@@ -80,7 +81,7 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
             tuple(host_text(n.grid) for n in stage),
             _rows(of.get(stage[0].structure)),
             stage[0].structure,
-            any(n.is_ordered for n in stage),
+            any(is_ordered(n) for n in stage),
             (cuda.stage_threads(stage), 1),
         )
         for number, stage in enumerate(program.stages)

@@ -22,17 +22,23 @@ def fitting(name: str, dense: np.ndarray):
     return tw.ell(longest) if name == "ell" else FORMATS[name]
 
 
+def unpacks_to(packed, dense):
+    """Its entries and its dense form are the matrix; their coordinates."""
+    coords, values = packed.unpack()
+    again = np.zeros_like(dense)
+    again[coords] = values
+    np.testing.assert_array_equal(again, dense)
+    np.testing.assert_array_equal(packed.dense(), dense)
+    return coords
+
+
 @given(st.sampled_from(list(FORMATS)), st.sampled_from(MATRICES), DIMS, DIMS, SEEDS)
 def test_round_trip(name, kind, m, n, seed):
     rng = np.random.default_rng(seed)
     dense = matrix(kind, m, n, rng)
     fmt = fitting(name, dense)
     packed = fmt.pack(dense)
-    coords, values = packed.unpack()
-    again = np.zeros_like(dense)
-    again[coords] = values
-    np.testing.assert_array_equal(again, dense)
-    np.testing.assert_array_equal(packed.dense(), dense)
+    coords = unpacks_to(packed, dense)
     assert packed.nnz == np.count_nonzero(dense) and packed.shape == dense.shape
     keys = coords[0] * max(n, 1) + coords[1]
     assert (np.diff(keys) > 0).all(), "unpack gives each coordinate once, in row-major order"
@@ -83,11 +89,7 @@ def test_a_slot_of_a_fixed_level_holds_a_block(name, kind, m, n, seed, target):
     rng = np.random.default_rng(seed)
     dense, fmt = matrix(kind, m, n, rng), BLOCKED[name]
     packed = fmt.pack(dense)
-    coords, values = packed.unpack()
-    again = np.zeros_like(dense)
-    again[coords] = values
-    np.testing.assert_array_equal(again, dense)
-    np.testing.assert_array_equal(packed.dense(), dense)
+    unpacks_to(packed, dense)
     x = rng.uniform(-1, 1, (n, 3)).astype(np.float32)
     y = spmm.decompose(A=fmt).build(target)(packed, x)
     np.testing.assert_allclose(y, dense @ x, rtol=1e-5, atol=1e-5)

@@ -544,24 +544,6 @@ class Nest:
     structure: str = ""
     shared: bool = False
 
-    @property
-    def is_ordered(self) -> bool:
-        """Loop level: whether its units must run one after the other, with those of its stage."""
-        return self.shared and any(_updates(s) for s in _statements(self.body))
-
-
-def _statements(s: Any) -> Iterator[Stmt]:
-    yield s
-    for child in children(s):
-        if isinstance(child, Stmt):
-            yield from _statements(child)
-
-
-def _updates(s: Stmt) -> bool:
-    if isinstance(s, Store):
-        return bool(s.op) and not s.atomic and s.buffer.scope in ("global", "part")
-    return isinstance(s, MmaStore) and bool(s.op)
-
 
 @dataclass(frozen=True, slots=True)
 class Program:

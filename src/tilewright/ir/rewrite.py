@@ -22,11 +22,14 @@ from tilewright.ir.nodes import (
     Index,
     Let,
     Load,
+    MmaStore,
+    Nest,
     Reduce,
     Search,
     Select,
     Seq,
     Stmt,
+    Store,
     Var,
     as_expr,
     binary,
@@ -120,6 +123,17 @@ def path_to(s: Stmt, goal: Compute) -> list[Any] | None:
             if below is not None:
                 return [*lets, *below]
     return None
+
+
+def is_ordered(nest: Nest) -> bool:
+    """Loop level: whether its units must run one after the other, with those of its stage."""
+    return nest.shared and any(_updates(s) for s in statements(nest.body))
+
+
+def _updates(s: Any) -> bool:
+    if isinstance(s, Store):
+        return bool(s.op) and not s.atomic and s.buffer.scope in ("global", "part")
+    return isinstance(s, MmaStore) and bool(s.op)
 
 
 def substitute(n: N, values: Mapping[str, Expr]) -> N:

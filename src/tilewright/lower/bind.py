@@ -34,6 +34,7 @@ from tilewright.ir.nodes import (
 from tilewright.ir.rewrite import (
     add,
     free_vars,
+    is_ordered,
     mul,
     rebuild,
     simplify,
@@ -88,7 +89,7 @@ def _bound(nest: Nest) -> Nest:
             )
         extents["thread.x"] = WARP
     _check_cta(nest, extents["thread.x"] * extents["thread.y"])
-    if nest.is_ordered:
+    if is_ordered(nest):
         raise ScheduleError(
             "S102",
             f"parts of {nest.structure} update the same rows of {nest.name}, and a GPU runs them "

@@ -41,9 +41,7 @@ AHEAD_CPU = 16  # entries whose rows of X are asked for early: two or three rows
 AHEAD_TILED = 8  # where a row has several tiles: beyond its end comes the row again, not the next
 CTA = 256  # threads
 AHEAD = 8  # gathers in flight in each thread: what hides the latency of memory
-SWEEP = (
-    512  # entries of a tall row that a CTA takes at once; a quarter where rows beyond 32 are meant
-)
+SWEEP = 512  # entries of a tall row that a CTA takes at once; of other rows a quarter
 TALL, GIANT = "tall", "giant"  # rows that a CTA shares; rows that several CTAs share, by features
 
 

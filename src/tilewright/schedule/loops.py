@@ -23,7 +23,6 @@ from tilewright.ir.nodes import (
     Load,
     LoopKind,
     Prefetch,
-    Search,
     Seq,
     Stmt,
     Var,
@@ -45,6 +44,7 @@ from tilewright.schedule.tree import (
     chain_from,
     computes,
     matches,
+    reads_memory,
     reduces,
     rewrite_loops,
 )
@@ -283,7 +283,7 @@ def _owns_rows(f: For, c: Compute) -> bool:
     variable."""
     derived = {f.name}
     for x in statements(f.body):
-        if isinstance(x, Let) and free_vars(x.value) & derived and not _loads(x.value):
+        if isinstance(x, Let) and free_vars(x.value) & derived and not reads_memory(x.value):
             derived.add(x.var.name)
     return any(free_vars(i) & derived for i in c.out.index)
 
@@ -474,7 +474,11 @@ def _asked(body: Stmt, buffer: str, later: dict[str, Expr]) -> tuple[Stmt, int]:
             names, out = dict(names), []
             for b in x.body:
                 out.append(visit(b, names))
-                if isinstance(b, Let) and not _loads(b.value) and free_vars(b.value) & names.keys():
+                if (
+                    isinstance(b, Let)
+                    and not reads_memory(b.value)
+                    and free_vars(b.value) & names.keys()
+                ):
                     names[b.var.name] = substitute(b.value, names)
             return seq(*out)
         if isinstance(x, Compute):
@@ -488,7 +492,3 @@ def _asked(body: Stmt, buffer: str, later: dict[str, Expr]) -> tuple[Stmt, int]:
         return rebuild(x, lambda y: visit(y, names)) if isinstance(x, (For, If)) else x
 
     return visit(body, later), found
-
-
-def _loads(e: Expr) -> bool:
-    return any(isinstance(x, (Load, Search)) for x in walk(e))

@@ -23,7 +23,6 @@ from tilewright.ir.nodes import (
     Load,
     Nest,
     Program,
-    Search,
     Select,
     Seq,
     Stmt,
@@ -50,7 +49,7 @@ from tilewright.ir.rewrite import (
     transform,
     walk,
 )
-from tilewright.schedule.tree import computes, matches, rewrite_loops
+from tilewright.schedule.tree import computes, matches, reads_memory, rewrite_loops
 
 CacheScope = Literal["register", "shared"]
 GRID = ("parallel", "cta.x", "cta.y")
@@ -327,7 +326,7 @@ class _Staging:
             if isinstance(s, Let) and s.var.name in needed - fresh.keys():
                 var = Var(f"{s.var.name}_{scratch.name}", s.var.dtype)
                 value = substitute(s.value, names)
-                out.append(Let(var, _where(held, value) if _loads(value) else value))
+                out.append(Let(var, _where(held, value) if reads_memory(value) else value))
                 names[s.var.name] = var
             for cond in _parts(s.cond) if isinstance(s, If) else ():
                 if cond in guards:
@@ -394,10 +393,6 @@ def _parts(cond: Expr) -> list[Expr]:
     if isinstance(cond, Binary) and cond.op == "&":
         return [*_parts(cond.a), *_parts(cond.b)]
     return [cond]
-
-
-def _loads(e: Expr) -> bool:
-    return any(isinstance(x, (Load, Search)) for x in walk(e))
 
 
 def _where(cond: Expr | None, value: Expr) -> Expr:

@@ -19,14 +19,12 @@ from tilewright.ir.nodes import (
     For,
     If,
     Let,
-    Load,
     Program,
-    Search,
     Seq,
     Stmt,
     seq,
 )  # fmt: skip
-from tilewright.ir.rewrite import free_vars, rebuild, statements, walk
+from tilewright.ir.rewrite import free_vars, loads, rebuild, statements
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
@@ -84,7 +82,7 @@ def _below(
         return all(name in bound or name not in own for e in parts for name in free_vars(e))
 
     def rank(x: Any) -> int:  # plain names, then guards, then loads
-        return 1 if not isinstance(x, Let) else 2 if _loads(x.value) else 0
+        return 1 if not isinstance(x, Let) else 2 if reads_memory(x.value) else 0
 
     now = [x for x in waiting if ready(x.value if isinstance(x, Let) else x)]
     # Not above the outermost loop: a name there would be bound for the chain's neighbours too.
@@ -107,8 +105,9 @@ def _below(
     return replace(head, body=_below(loops[1:], waiting, body, own, bound | {head.name}))
 
 
-def _loads(e: Expr) -> bool:
-    return any(isinstance(x, (Load, Search)) for x in walk(e))
+def reads_memory(e: Expr) -> bool:
+    """Whether an expression loads or searches."""
+    return any(True for _ in loads(e))
 
 
 def loop_names(program: Program) -> list[str]:
