@@ -163,7 +163,8 @@ def test_bad_isa_is_refused() -> None:
 
 
 def test_no_other_family_reads_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain.platform, "machine", lambda: "aarch64")
+    other = os.uname_result(("Linux", "host", "6.1", "#1", "aarch64"))
+    monkeypatch.setattr(toolchain.os, "uname", lambda: other)
     assert toolchain.cpu_features.__wrapped__() == frozenset()
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import functools
+import marshal
 import opcode
 import sys
+from collections.abc import Callable
 from types import (
-    BuiltinFunctionType,
     CodeType,
     FunctionType,
     GetSetDescriptorType,
@@ -37,6 +38,7 @@ ROOMS = {
 TOOLCHAIN, ANSWERED = "tilewright.runtime.toolchain", {"vector_bits", "resolve_isa"}
 # Modules whose functions depend on their arguments only, but for the names below.
 PURE = {"builtins", "math", "operator", "itertools", "functools", "dataclasses", "typing", "numpy"}
+NATIVE = PURE | {"_operator", "_functools"}
 IMPURE = {
     "open", "eval", "exec", "compile", "__import__", "input", "print", "globals", "locals", "vars",
     "id", "hash", "breakpoint", "load", "loadtxt", "fromfile", "genfromtxt", "memmap", "seterr",
@@ -63,10 +65,11 @@ def identity(*values: Any) -> str | None:
         for v in values:
             walker.visit(v)
         walker.ask_modules()
-        text = repr(walker.parts)  # of scalars only: equal texts are equal parts
+        # Scalars only: equal bytes are equal parts. (From format 3 on they tell what is shared, too.)
+        parts = marshal.dumps(walker.parts, 2)
     except (Unidentified, RecursionError, ValueError):
         return None
-    return key_of(sys.implementation.cache_tag or sys.version, np.__version__, text)
+    return key_of(sys.implementation.cache_tag or sys.version, np.__version__, parts)
 
 
 class _Walker:
@@ -82,7 +85,7 @@ class _Walker:
     def visit(self, x: Any) -> None:
         kind = type(x)
         if kind in SCALARS:
-            self.parts += (kind.__name__, x)
+            self.parts += (kind.__name__, repr(x) if kind is range else x)
         elif kind in (tuple, list):
             self.many(kind.__name__, x)
         elif kind in (dict, MappingProxyType):
@@ -100,7 +103,7 @@ class _Walker:
             self.behaviour(x)
 
     def put(self, *parts: Any) -> None:
-        """Scalars, and tuples of names: what `repr` tells apart."""
+        """Scalars, and tuples of names: what `marshal` tells apart."""
         self.parts += parts
 
     def many(self, kind: str, values: Any) -> None:
@@ -149,37 +152,27 @@ class _Walker:
     # -- what can be called ----------------------------------------------------------------------
 
     def behaviour(self, x: Any) -> None:
-        if isinstance(x, ModuleType):
-            self.put("module", x.__name__)
-            self.modules.append(x)
-        elif isinstance(x, FunctionType):
-            self.function(x)
-        elif isinstance(x, CodeType):
-            self.code(x)
+        known = _BEHAVIOURS.get(type(x))
+        if known is not None:
+            known(self, x)
+        elif isinstance(x, ModuleType):
+            self.module(x)
         elif isinstance(x, type):
             self.type(x)
-        elif type(x) is functools.partial:
-            self.many("partial", [x.func, x.args, x.keywords])
-        elif isinstance(x, MethodType):
-            self.many("method", [x.__self__, x.__func__])
-        elif isinstance(x, functools._lru_cache_wrapper):
-            self.many("cached", [x.__wrapped__])
-        elif type(x) is property:
-            self.many("property", [x.fget, x.fset])
-        elif isinstance(x, (staticmethod, classmethod)):
-            self.many(type(x).__name__, [x.__func__])
         else:
             self.native(x)
 
+    def module(self, m: ModuleType) -> None:
+        self.put("module", m.__name__)
+        self.modules.append(m)
+
     def native(self, x: Any) -> None:
-        """A function that is not written in Python, of a module that keeps no state."""
-        name = getattr(x, "__name__", "")
-        if isinstance(x, BuiltinFunctionType) and not isinstance(
-            x.__self__, (ModuleType, type(None))
-        ):
-            raise Unidentified(x)  # bound to some object
-        module = "numpy" if isinstance(x, np.ufunc) else getattr(x, "__module__", "")
-        if not callable(x) or module not in PURE | {"_operator", "_functools"} or name in IMPURE:
+        """A function that is not written in Python, of a module that keeps no state: what the
+        module has under its name, and not an object that was made with arguments."""
+        name = str(getattr(x, "__name__", ""))
+        module = "numpy" if isinstance(x, np.ufunc) else str(getattr(x, "__module__", ""))
+        known = module in NATIVE and getattr(sys.modules.get(module), name, None) is x
+        if not known or name in IMPURE:
             raise Unidentified(x)
         self.put("native", module, name)
 
@@ -241,6 +234,21 @@ class _Walker:
         self.names.update(c.co_names)
         self.names.update(v for v in c.co_consts if type(v) is str and v.isidentifier())
         self.many("consts", c.co_consts)
+
+
+# Objects of just these types; what a subclass of one does, nobody can say.
+_BEHAVIOURS: dict[type, Callable[[_Walker, Any], None]] = {
+    ModuleType: _Walker.module,
+    FunctionType: _Walker.function,
+    CodeType: _Walker.code,
+    type: _Walker.type,
+    functools.partial: lambda w, x: w.many("partial", [x.func, x.args, x.keywords]),
+    MethodType: lambda w, x: w.many("method", [x.__self__, x.__func__]),
+    functools._lru_cache_wrapper: lambda w, x: w.many("cached", [x.__wrapped__]),
+    property: lambda w, x: w.many("property", [x.fget, x.fset]),
+    staticmethod: lambda w, x: w.many("staticmethod", [x.__func__]),
+    classmethod: lambda w, x: w.many("classmethod", [x.__func__]),
+}
 
 
 @functools.cache

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
 import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -45,7 +44,6 @@ _OFFSET_MACRO = (
     "#endif",
 )
 _TYPE = re.compile(r"(\w+?)(?:\[(\d+)\])?")
-_IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,7 @@ class Struct:
     """
 
     def __init__(self, name: str, fields: Sequence[tuple[str, ...]]) -> None:
-        if not _IDENTIFIER.fullmatch(name) or not fields:
+        if not (name.isascii() and name.isidentifier()) or not fields:
             raise InternalError("I101", f"struct {name!r} needs a C name and at least one field")
         self.name = name
         laid, offset = [], 0
@@ -89,7 +87,7 @@ class Struct:
         if len({f.name for f in laid}) != len(laid):
             raise InternalError("I101", f"struct {name} names a field twice")
         self.align = max(f.itemsize for f in laid)
-        self.size = math.ceil(offset / self.align) * self.align
+        self.size = -(-offset // self.align) * self.align
         self._offsets = {f.name: f.offset for f in laid}
         self._packer = struct.Struct(_packer_format(self.fields, self.size))
 
@@ -162,18 +160,27 @@ class Struct:
         return f"Struct({self.name}, {self.size} bytes, {len(self.fields)} fields)"
 
 
+@cache
+def _spelled(text: str) -> tuple[str, int] | None:
+    """A type and the length of its array, -1 for none."""
+    match = _TYPE.fullmatch(text)
+    if not match or match[1] not in _SCALARS:
+        return None
+    return match[1], int(match[2]) if match[2] is not None else -1
+
+
 def _field(struct_name: str, entry: tuple[str, ...], end: int) -> Field:
     """Place one described field at the next aligned offset after `end`."""
     name, spelled, *c_type = entry
-    match = _TYPE.fullmatch(spelled)
-    if not match or match[1] not in _SCALARS or not _IDENTIFIER.fullmatch(name):
+    known = _spelled(spelled)
+    if known is None or not (name.isascii() and name.isidentifier()):
         raise InternalError("I101", f"struct {struct_name}: bad field {name!r} of type {spelled!r}")
-    kind, count = match[1], int(match[2] or 0)
-    if (match[2] is not None and count == 0) or (c_type and kind != "ptr"):
+    kind, count = known
+    if count == 0 or (c_type and kind != "ptr"):
         raise InternalError("I101", f"struct {struct_name}.{name}: bad type {spelled!r}")
     size = _SCALARS[kind][2]
-    offset = math.ceil(end / size) * size
-    return Field(name, kind, count, offset, c_type[0] if c_type else _SCALARS[kind][0])
+    offset = -(-end // size) * size
+    return Field(name, kind, max(count, 0), offset, c_type[0] if c_type else _SCALARS[kind][0])
 
 
 def _packer_format(fields: Sequence[Field], size: int) -> str:

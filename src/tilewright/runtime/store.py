@@ -59,16 +59,16 @@ def save(key: str, built: Built) -> None:
 # ---------------------------------------------------------------------------- version
 
 
-def _stamp() -> tuple[tuple[str, int, int], ...]:
-    """Names, times and sizes of the compiler's files."""
-    found = []
+def _stamp() -> dict[str, str]:
+    """For each of the compiler's files, by name: its time and size."""
+    found: dict[str, str] = {}
     for room in ROOMS:
         with os.scandir(f"{PACKAGE}/{room}") as files:
             for f in files:
                 if f.name.endswith((".py", ".h", ".cuh")):
                     status = f.stat()
-                    found.append((f"{room}/{f.name}", status.st_mtime_ns, status.st_size))
-    return tuple(sorted(found))
+                    found[f"{room}/{f.name}"] = f"{status.st_mtime_ns} {status.st_size}"
+    return dict(sorted(found.items()))
 
 
 _LOADED = _stamp()  # of the files as they are before this process reads those that lower
@@ -78,12 +78,11 @@ _LOADED = _stamp()  # of the files as they are before this process reads those t
 def version() -> str | None:
     """A hash of the compiler's sources as they were at the start of this process, or None when they
     were edited since and it is not known."""
-    key = key_of("version", str(PACKAGE), repr(_LOADED))
+    key = key_of("version", str(PACKAGE), "\n".join(_LOADED), "\n".join(_LOADED.values()))
     known = cache.current().get("version", key) if knobs.get("cache") else None
     if known is not None:
         return known.decode()
-    names = [name for name, *_ in _LOADED]
-    texts = [part for n in names for part in (n, (PACKAGE / n.lstrip("/")).read_bytes())]
+    texts = [part for n in _LOADED for part in (n, (PACKAGE / n.lstrip("/")).read_bytes())]
     if _stamp() != _LOADED:
         return None
     found = key_of(*texts)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,14 +73,15 @@ class Compiler:
 @functools.cache
 def cpu_features() -> frozenset[str]:
     """Feature flags of this CPU as Linux names them; empty where they cannot be read."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    if os.uname().machine not in ("x86_64", "amd64"):
         return frozenset()
     try:
-        with open("/proc/cpuinfo") as file:  # made as it is read: the first core is enough
+        # Made as it is read: the first core is enough. As bytes: a decoder costs 0.1 ms to set up.
+        with open("/proc/cpuinfo", "rb") as file:
             for line in file:
-                name, _, value = line.partition(":")
-                if name.strip() == "flags":
-                    return frozenset(value.split())
+                name, _, value = line.partition(b":")
+                if name.strip() == b"flags":
+                    return frozenset(value.decode().split())
     except OSError:
         pass
     return frozenset()
@@ -176,7 +176,7 @@ def _located(asked: str, search: str) -> str | None:
     for name in (asked,) if asked else ("c++", "g++", "clang++"):
         folders = [""] if os.sep in name else search.split(os.pathsep)
         for path in (os.path.join(folder, name) for folder in folders):
-            if os.path.isfile(path) and os.access(path, os.X_OK):
+            if os.access(path, os.X_OK) and os.path.isfile(path):
                 return os.path.realpath(path)
     return None
 
