@@ -12,7 +12,8 @@ from typing import Any
 from tilewright.codegen import cpp, cuda
 from tilewright.codegen.params import Params, collect_params, host_text
 from tilewright.errors import ScheduleError
-from tilewright.ir.nodes import Program, Tensor, stride_name
+from tilewright.ir.names import stride_name
+from tilewright.ir.nodes import Program, Tensor
 from tilewright.ir.rewrite import is_ordered
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
 from tilewright.runtime.manifest import Manifest, StageSpec, TensorSpec, declarations

@@ -68,6 +68,22 @@ def test_words_of_generated_code_are_names_too(rng, target, word):
     np.testing.assert_allclose(kernel(x, y, 2.0), x * y + 2, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("word", ["out_acc1", "out_acc", "out_total1", "acc1", "A_values"])
+def test_registers_and_arrays_of_generated_code_meet_no_parameter(rng, target, word):
+    space: dict[str, object] = {"tw": tw}
+    text = (
+        f'def one(A=tw.sparse("m n"), {word}=tw.dense("n")):\n'
+        f'  i, j = tw.indices("m n")\n'
+        f"  return tw.out[i](tw.sum(A[i, j] * {word}[j], over=j))\n"
+    )
+    exec(text, space)
+    made = tw.program(space["one"]).schedule(lambda s: s.parallel("i"))  # type: ignore[arg-type]
+    M, x = matrix(rng), rng.standard_normal(9).astype(np.float32)
+    result = made.build(target)(tw.csr().pack(M), x)
+    np.testing.assert_allclose(result, M @ x, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("code", "define"),
     [

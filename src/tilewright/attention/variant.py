@@ -21,6 +21,7 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError, ProgramError
+from tilewright.ir.names import size_name
 from tilewright.ir.nodes import (
     BITWISE,
     COMPARISON,
@@ -35,7 +36,6 @@ from tilewright.ir.nodes import (
     Var,
     as_expr,
     cast,
-    size_name,
 )
 from tilewright.ir.rewrite import walk
 from tilewright.sparse.trace import Declared, scalar, tanh

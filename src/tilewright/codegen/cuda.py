@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from tilewright.codegen.cfamily import Renderer, Source
 from tilewright.codegen.params import C_TYPES, Params, c_name, collect_params
+from tilewright.ir.names import STRIDE, is_given
 from tilewright.ir.nodes import (
     Binary,
     Broadcast,
@@ -31,7 +32,6 @@ from tilewright.ir.nodes import (
     Stmt,
     Tile,
     Var,
-    given_kind,
 )  # fmt: skip
 from tilewright.ir.rewrite import walk
 
@@ -182,7 +182,7 @@ def _vector_of(b: Buffer, base: Expr, lanes: int) -> str:
 def _is_multiple(e: Expr, n: int) -> bool:
     """Whether an offset is a multiple of n, strides of arrays being multiples of 16 bytes: arrays
     for which that does not hold run the code that is compiled with TW_UNALIGNED."""
-    if n == 1 or (isinstance(e, Var) and given_kind(e.name) == "stride"):
+    if n == 1 or (isinstance(e, Var) and is_given(e.name, STRIDE)):
         return True
     if isinstance(e, Const):
         return int(e.value) % n == 0

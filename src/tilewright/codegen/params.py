@@ -9,6 +9,7 @@ from typing import Any
 
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
+from tilewright.ir.names import COUNT, STRIDE, given, is_given, stride_name
 from tilewright.ir.nodes import (
     Binary,
     Cast,
@@ -20,8 +21,6 @@ from tilewright.ir.nodes import (
     Store,
     Tensor,
     Var,
-    given_kind,
-    stride_name,
 )
 from tilewright.ir.rewrite import walk
 
@@ -86,7 +85,7 @@ def collect_params(program: Program) -> Params:
         else:
             params[b.name] = field_
     for name, dtype in _free_names(program).items():
-        (row if given_kind(name) == "count" else params)[name] = (c_name(name), dtype)
+        (row if is_given(name, COUNT) else params)[name] = (c_name(name), dtype)
     packed = {
         stride_name(t.name, d): stride
         for t in program.tensors
@@ -131,9 +130,10 @@ def _free_names(program: Program) -> dict[str, str]:
     found: dict[str, str] = {}
     for n in _nests(program):
         for x in (*walk(n.body), *(v for g in n.grid for v in walk(g))):
-            kind = given_kind(x.name) if isinstance(x, Var) else ""
-            if kind:
-                found[x.name] = "int64" if kind == "stride" or x.dtype.bits == 64 else "int32"
+            what = given(x.name) if isinstance(x, Var) else None
+            if what:
+                wide = what.kind == STRIDE or x.dtype.bits == 64
+                found[x.name] = "int64" if wide else "int32"
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, dataclass_transform
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ProgramError
+from tilewright.ir.names import size_name
 
 T = TypeVar("T")
 
@@ -586,33 +587,6 @@ class Program:
         return program_text(self)
 
     __repr__ = __str__
-
-
-# ---------------------------------------------------------------------------- names that are given
-
-GIVEN = ("size", "stride", "count")
-
-
-def size_name(dim: str) -> str:
-    """The variable that holds the size of a dimension. Names of users have no dots."""
-    return f"{dim}.size"
-
-
-def stride_name(buffer: str, dim: int) -> str:
-    """The variable that holds a stride of a dense buffer, in elements."""
-    return f"{buffer}.stride{dim}"
-
-
-def count_name(structure: str, level: int) -> str:
-    """The variable that holds how many positions a level of a sparse structure has."""
-    return f"{structure}.count{level}"
-
-
-def given_kind(name: str) -> str:
-    """`size`, `stride` or `count` for a variable whose value comes with a call; else nothing."""
-    owner, _, what = name.rpartition(".")
-    kind = what.rstrip("0123456789")
-    return kind if owner and kind in GIVEN else ""
 
 
 # ---------------------------------------------------------------------------- building

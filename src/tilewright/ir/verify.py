@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tilewright.errors import InternalError
+from tilewright.ir.names import given
 from tilewright.ir.nodes import (
     COMPARISON,
     Access,
@@ -39,7 +40,6 @@ from tilewright.ir.nodes import (
     Tile,
     Var,
     children,
-    given_kind,
 )  # fmt: skip
 
 LEGAL: dict[str, tuple[type, ...]] = {
@@ -181,7 +181,7 @@ class _Checker:
 
     def expr(self, e: Expr, bound: set[str], registers: dict[str, Buffer] | None = None) -> None:
         if isinstance(e, Var):
-            if e.name not in bound and not given_kind(e.name):
+            if e.name not in bound and given(e.name) is None:
                 self.fail(f"{e.name} is not bound", e)
             return
         if isinstance(e, Const):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.errors import ScheduleError
+from tilewright.ir.names import COUNT, SIZE, is_given
 from tilewright.ir.nodes import (
     Alloc,
     Const,
@@ -28,7 +29,6 @@ from tilewright.ir.nodes import (
     Sync,
     Var,
     binary,
-    given_kind,
     seq,
 )  # fmt: skip
 from tilewright.ir.rewrite import (
@@ -203,7 +203,7 @@ def _check_host(loop: For) -> None:
 
 def host_known(name: str) -> bool:
     """Whether the host knows a variable before a launch: sizes and counts."""
-    return given_kind(name) in ("size", "count")
+    return is_given(name, SIZE, COUNT)
 
 
 def _extent(body: Stmt, kind: str) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir.levels import Level, load_value, may_miss
+from tilewright.ir.names import given
 from tilewright.ir.nodes import (
     Access,
     Binary,
@@ -473,7 +474,9 @@ class NestBuilder:
         if isinstance(e, Index):
             return env.bound[e.name]
         if isinstance(e, Var):
-            return self.owner.size(e.name.removesuffix(".size"))
+            size = given(e.name)
+            assert size is not None, "the only variables of a program are sizes"
+            return self.owner.size(size.owner)
         if isinstance(e, Access):
             tensor = self.owner.tensors[e.tensor.name]
             if tensor.is_sparse:

@@ -10,6 +10,7 @@ from itertools import count, product
 from typing import Any
 
 from tilewright.errors import ScheduleError
+from tilewright.ir.names import ACCUMULATOR, TOTAL, Given, given
 from tilewright.ir.nodes import (
     REDUCTIONS,
     Alloc,
@@ -150,7 +151,12 @@ class _Materializer:
                     "part inside",
                 )
         shape = tuple(Const(f.extent or 0, f.var.dtype) for f in (*chain.spatial, *chain.lanes))
-        return Buffer(f"{out.name}_acc{self.count}", chain.compute.value.dtype, shape, "register")
+        return Buffer(
+            Given(out.name, ACCUMULATOR, self.count).name,
+            chain.compute.value.dtype,
+            shape,
+            "register",
+        )
 
 
 def _reductions(s: Stmt) -> list[_Chain]:
@@ -250,7 +256,7 @@ def _final(parts: list[tuple[Buffer, _Chain]]) -> Stmt:
         (_over_threads(_joined(acc, each), each) for acc, each in parts),
     )
     if any(each.threads for _, each in parts):
-        return _met(parts[0][0].name, chain, value)
+        return _met(_total_of(parts[0][0]), chain, value)
     return _framed(_store(c, value), chain.frame)
 
 
@@ -261,10 +267,17 @@ def _over_threads(value: Expr, chain: _Chain) -> Expr:
     return value
 
 
+def _total_of(acc: Buffer) -> str:
+    """The register for what an accumulator is when all threads have met."""
+    own = given(acc.name)
+    assert own is not None
+    return Given(own.owner, TOTAL, own.number).name
+
+
 def _met(name: str, chain: _Chain, value: Expr) -> Stmt:
     """The value joined across threads, then stored. All threads take part in the sum: guards stand
     around the store only, or they would part threads that meet."""
-    total = Buffer(f"{name}_all", value.dtype, (), "register")
+    total = Buffer(name, value.dtype, (), "register")
     guards = tuple(f for f in chain.frame if not isinstance(f, For))
     store = _framed(_store(chain.compute, Load(total, (), value.dtype)), guards)
     body = seq(Alloc(total), Store(total, (), value), store)

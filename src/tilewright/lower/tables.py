@@ -10,6 +10,7 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir.levels import Level, Storage
+from tilewright.ir.names import Given, count_name, stride_name, values_name
 from tilewright.ir.nodes import (
     Access,
     Assign,
@@ -24,9 +25,7 @@ from tilewright.ir.nodes import (
     Tensor,
     Var,
     cast,
-    count_name,
     size_var,
-    stride_name,
 )  # fmt: skip
 from tilewright.ir.rewrite import add, ceil_div, walk
 
@@ -98,7 +97,7 @@ class Tables:
         count = Var(count_name(structure, depth), self.index)
         made = {
             name: Buffer(
-                f"{structure}.{name}{depth}",
+                Given(structure, name, depth).name,
                 self.index,
                 (add(count, 1) if name == "indptr" else count,),
                 "part",
@@ -110,7 +109,7 @@ class Tables:
     def values(self, tensor: Tensor) -> Buffer:
         last = len(self.format[tensor.structure].levels) - 1
         return Buffer(
-            f"{tensor.name}.values",
+            values_name(tensor.name),
             tensor.dtype,
             (Var(count_name(tensor.structure, last), self.index),),
             "part",

@@ -19,7 +19,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
-from tilewright.ir.nodes import count_name, given_kind, size_name
+from tilewright.ir.names import COUNT, SIZE, VALUES, Given, count_name, given, size_name
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.manifest import ROW_HEAD, Manifest, TensorSpec, most_rows, rows_at
 from tilewright.runtime.view import View, address, allocate, allocator, byte_range, view
@@ -335,11 +335,11 @@ class Call:
                 for f, name in zip(
                     row.fields[len(ROW_HEAD) :], self.manifest.row_names, strict=True
                 ):
-                    tensor, _, what = name.rpartition(".")
-                    if what == "values":
-                        part = i if self._structure(tensor) == stage.structure else 0
+                    what = _given(name)
+                    if what.kind == VALUES:
+                        part = i if self._structure(what.owner) == stage.structure else 0
                         slot = ctypes.c_uint64.from_buffer(block, base + f.offset)
-                        found.setdefault(tensor, []).append((slot, part))
+                        found.setdefault(what.owner, []).append((slot, part))
         return found
 
     def _field(self, name: str) -> Any:
@@ -348,10 +348,10 @@ class Call:
             return self.views[name].pointer
         if name in self.scalars:
             return self.scalars[name]
-        owner, _, _ = name.rpartition(".")
-        if given_kind(name) == "size":
-            return self.sizes[owner]
-        return self.views[owner].strides[int(name.rpartition(".stride")[2])]
+        what = _given(name)
+        if what.kind == SIZE:
+            return self.sizes[what.owner]
+        return self.views[what.owner].strides[what.number]
 
     def _counts(self, followed: str, i: int) -> dict[str, int]:
         """Sizes, and the counts of the structures as row i of a work table sees them."""
@@ -366,28 +366,31 @@ class Call:
         fields = row.fields[len(ROW_HEAD) :]
         names = self.manifest.row_names
         return {
-            f.name: self._row_field(name, followed, i)
+            f.name: self._row_field(_given(name), followed, i)
             for f, name in zip(fields, names, strict=True)
         }
 
-    def _row_field(self, name: str, followed: str, i: int) -> int:
+    def _row_field(self, what: Given, followed: str, i: int) -> int:
         """An array of a structure's part, the values of a tensor, or a count; 0 for what only the
         formats of other parts have."""
-        owner, _, what = name.rpartition(".")
-        kind = what.rstrip("0123456789")
-        if kind == "values":
-            packed = self.packed[owner]
+        owner, kind, level = what
+        if kind == VALUES:
             part = i if self._structure(owner) == followed else 0
-            return view(packed.values[part]).pointer
+            return view(self.packed[owner].values[part]).pointer
         p = self.structures[owner].parts[i if owner == followed else 0]
-        level = int(what[len(kind) :])
-        if kind == "count":
+        if kind == COUNT:
             return p.counts[level] if level < len(p.counts) else 0
         has = level < len(p.arrays) and kind in p.arrays[level]
         return view(p.arrays[level][kind]).pointer if has else 0
 
     def _structure(self, tensor: str) -> str:
         return next(t.structure for t in self.manifest.tensors if t.name == tensor)
+
+
+def _given(name: str) -> Given:
+    what = given(name)
+    assert what is not None, f"{name} is no argument, nor a name that the compiler gives"
+    return what
 
 
 def scalar_value(spec: TensorSpec, kind: DType, arg: Any) -> float | int:

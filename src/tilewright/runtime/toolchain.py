@@ -177,7 +177,7 @@ def _located(asked: str, search: str) -> str | None:
         folders = [""] if os.sep in name else search.split(os.pathsep)
         for path in (os.path.join(folder, name) for folder in folders):
             if os.access(path, os.X_OK) and os.path.isfile(path):
-                return os.path.realpath(path)
+                return path  # as it is called: a link to ccache compiles by its own name only
     return None
 
 
@@ -185,7 +185,7 @@ def _located(asked: str, search: str) -> str | None:
 def _describe(path: str) -> Compiler:
     """Ask a compiler for its version; the answer is kept on disk until the file changes."""
     status = os.stat(path)
-    key = cache.key_of("cxx", path, str(status.st_mtime_ns), str(status.st_size))
+    key = cache.key_of("cxx", path, f"{status.st_ino} {status.st_mtime_ns} {status.st_size}")
     known = cache.current().get("cxx", key)
     if known is not None:
         return Compiler(path, known.decode())

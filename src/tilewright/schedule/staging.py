@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tilewright import dtypes
 from tilewright.errors import ScheduleError
+from tilewright.ir.names import stride_name, values_name
 from tilewright.ir.nodes import (
     Alloc,
     Binary,
@@ -34,7 +35,6 @@ from tilewright.ir.nodes import (
     cast,
     seq,
     size_var,
-    stride_name,
 )  # fmt: skip
 from tilewright.ir.rewrite import (
     add,
@@ -95,7 +95,7 @@ def _is_memory(x: Any) -> bool:
 
 
 def _is_of(name: str, operand: str) -> bool:
-    return name in (operand, f"{operand}.values")
+    return name in (operand, values_name(operand))
 
 
 class _Staging:
