@@ -51,6 +51,22 @@ class DType:
         """The NumPy type that stores it; bfloat16 and the 8-bit floats are stored as their bits."""
         return np.dtype(_NUMPY[self.name])
 
+    @property
+    def least(self) -> int:
+        """The least whole number that it holds."""
+        return -(1 << (self.bits - 1)) if self.kind == "i" else 0
+
+    @property
+    def most(self) -> int:
+        """The greatest whole number that it holds."""
+        return 1 if self.kind == "b" else (1 << (self.bits - (self.kind == "i"))) - 1
+
+    def wrapped(self, value: int) -> int:
+        """A whole number as it is kept: what does not fit wraps around. A bool is 0 or 1."""
+        if self.kind == "b":
+            return int(bool(value))
+        return (value - self.least) % (1 << self.bits) + self.least
+
     def vector(self, lanes: int) -> DType:
         return replace(self, lanes=lanes)
 

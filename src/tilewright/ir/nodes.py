@@ -606,7 +606,7 @@ def as_expr(x: Any, dtype: DType | None = None) -> Expr:
         return Const(x, dtypes.bool_)
     if isinstance(x, int):
         kind = dtype or dtypes.int32
-        if kind.is_int and not _holds(kind, x):
+        if kind.is_int and not kind.least <= x <= kind.most:
             raise ProgramError("P106", f"{x} does not fit {kind}", hint="cast the other operand")
         return Const(x, kind)
     if isinstance(x, float):
@@ -616,11 +616,6 @@ def as_expr(x: Any, dtype: DType | None = None) -> Expr:
     raise ProgramError(
         "P101", f"{x!r} cannot stand in an expression", hint="numbers and tensors can"
     )
-
-
-def _holds(kind: DType, value: int) -> bool:
-    low = -(1 << (kind.bits - 1)) if kind.kind == "i" else 0
-    return low <= value < (1 << (kind.bits - (kind.kind == "i")))
 
 
 def binary(op: str, a: Any, b: Any) -> Expr:
@@ -682,9 +677,14 @@ def cast(a: Expr, to: DType) -> Expr:
     """`a` as `to`, keeping its lanes; nothing when it already is."""
     if a.dtype.scalar == to:
         return a
-    if isinstance(a, Const):
-        value = bool(a.value) if to.kind == "b" else float(a.value) if to.is_float else int(a.value)
-        return Const(value, to)
+    if isinstance(a, Const) and to.kind == "b":
+        return Const(bool(a.value), to)
+    if isinstance(a, Const) and to.is_float:
+        return Const(float(a.value), to)
+    if isinstance(a, Const) and not a.dtype.is_float:
+        return Const(to.wrapped(int(a.value)), to)
+    if isinstance(a, Const) and to.least <= a.value <= to.most:
+        return Const(int(a.value), to)
     return Cast(a, to.vector(a.dtype.lanes))
 
 
@@ -706,9 +706,7 @@ def identity_of(op: str, dtype: DType) -> Const:
         return Const({"sum": 0, "prod": 1}[op] * (1.0 if dtype.is_float else 1), dtype)
     if dtype.is_float:
         return Const(float("-inf") if op == "max" else float("inf"), dtype)
-    low = 0 if dtype.kind == "u" else -(1 << (dtype.bits - 1))
-    high = (1 << (dtype.bits - (dtype.kind == "i"))) - 1
-    return Const(low if op == "max" else high, dtype)
+    return Const(dtype.least if op == "max" else dtype.most, dtype)
 
 
 def seq(*statements: Stmt) -> Stmt:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from tilewright import dtypes
 from tilewright.ir.nodes import (
+    COMPARISON,
     Access,
     Binary,
     Broadcast,
@@ -40,6 +41,7 @@ from tilewright.ir.nodes import (
     seq,
     unary,
 )
+from tilewright.ir.ranges import interval
 
 N = TypeVar("N")
 
@@ -273,7 +275,8 @@ def _simplify_binary(x: Binary) -> Expr:
         return x
     by_zero = op in ("//", "%") and is_const(b, 0)
     if isinstance(a, Const) and isinstance(b, Const) and op in _FOLD and not by_zero:
-        return Const(_FOLD[op](a.value, b.value), x.dtype)
+        found = _FOLD[op](a.value, b.value)
+        return Const(found if op in COMPARISON else x.dtype.wrapped(found), x.dtype)
     if op == "+":
         return _simplify_sum(x)
     if op == "-" and is_const(b, 0):
@@ -287,7 +290,7 @@ def _simplify_binary(x: Binary) -> Expr:
         return a
     if op in ("<<", ">>") and _number(b) == 0:
         return a
-    if op == "&" and (mask := _number(b)) is not None and not ~mask & ((1 << _bits(a)) - 1):
+    if op == "&" and (mask := _number(b)) is not None and _keeps(mask, a):
         return a
     is_zero = (op == "*" and (is_const(a, 0) or is_const(b, 0))) or (op == "%" and is_const(b, 1))
     return Const(0, x.dtype) if is_zero and x.dtype.lanes == 1 else x
@@ -299,14 +302,10 @@ def _number(e: Expr) -> int | None:
     return int(e.value) if isinstance(e, Const) and e.dtype.is_int else None
 
 
-def _bits(e: Expr) -> int:
-    """Bits that hold every value of a number known not to be negative; else those of its type."""
-    if isinstance(e, Cast) and e.a.dtype.kind == "u" and e.dtype.is_int:
-        return min(_bits(e.a), e.dtype.bits)
-    if isinstance(e, Binary) and e.op == ">>" and (by := _number(e.b)) is not None:
-        known = _bits(e.a)
-        return max(known - by, 0) if known < e.dtype.bits or e.dtype.kind == "u" else known
-    return e.dtype.bits
+def _keeps(mask: int, e: Expr) -> bool:
+    """Whether `e & mask` is `e`."""
+    low, high = interval(e)
+    return mask == -1 or (low >= 0 and not ~mask & ((1 << high.bit_length()) - 1))
 
 
 def _simplify_sum(x: Binary) -> Expr:
@@ -317,7 +316,7 @@ def _simplify_sum(x: Binary) -> Expr:
     if is_const(b, 0):
         return a
     if isinstance(b, Const) and isinstance(a, Binary) and a.op == "+" and isinstance(a.b, Const):
-        both = Const(a.b.value + b.value, b.dtype)
+        both = Const(b.dtype.wrapped(int(a.b.value + b.value)), b.dtype)
         return _simplify_binary(Binary("+", a.a, both, x.dtype))
     return x
 

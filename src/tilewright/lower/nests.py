@@ -41,12 +41,12 @@ from tilewright.ir.nodes import (
     seq,
     unary,
 )  # fmt: skip
+from tilewright.ir.ranges import interval
 from tilewright.ir.rewrite import add, mul, simplify, walk
 from tilewright.lower.tables import (
     Statement,
     Tables,
     indices_in,
-    interval,
     shares_rows,
     unsearchable,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 from tilewright import dtypes
@@ -14,7 +13,6 @@ from tilewright.ir.names import Given, count_name, stride_name, values_name
 from tilewright.ir.nodes import (
     Access,
     Assign,
-    Binary,
     Buffer,
     Cast,
     Const,
@@ -126,46 +124,6 @@ class Tables:
             strides[-1] = Const(1, dtypes.int64)
         kind = "state" if tensor.role == "temp" else tensor.kind
         return Buffer(tensor.name, tensor.dtype, shape, "global", tuple(strides), kind)
-
-
-def interval(e: Expr, size: Callable[[str | int], Expr]) -> tuple[float, float]:
-    """The least and the greatest value of a whole number on coordinates, as far as sizes tell:
-    anything where it may not fit its type, and wrap around."""
-    low, high = _interval(e, size)
-    bits = e.dtype.bits - (e.dtype.kind == "i")
-    least = 0.0 if e.dtype.kind == "u" else -(2.0**bits)
-    return (low, high) if least <= low and high < 2.0**bits else (least, 2.0**bits)
-
-
-def _interval(e: Expr, size: Callable[[str | int], Expr]) -> tuple[float, float]:
-    anything = (-inf, inf)
-    if isinstance(e, Const):
-        return float(e.value), float(e.value)
-    if isinstance(e, Index):
-        extent = size(e.dim)
-        most = 2.0 ** (extent.dtype.bits - 1) - 1  # what the type of coordinates holds
-        return 0.0, float(extent.value) - 1 if isinstance(extent, Const) else most
-    if isinstance(e, Cast) and e.a.dtype.is_int:
-        return interval(e.a, size)
-    if not isinstance(e, Binary):
-        return anything
-    (a, b), (c, d) = interval(e.a, size), interval(e.b, size)
-    if e.op == "+":
-        return a + c, b + d
-    if e.op == "-":
-        return a - d, b - c
-    if e.op == "*" and a >= 0 and c >= 0 and inf not in (b, d):
-        return a * c, b * d
-    if e.op == "//" and a >= 0 and c == d and c > 0:
-        return a // c, b // c if b < inf else inf
-    if e.op == "%" and c == d and c > 0:
-        return 0.0, c - 1
-    if e.op == "&" and c == d and c >= 0:
-        return 0.0, c
-    if e.op in ("min", "max"):
-        chosen = min if e.op == "min" else max
-        return chosen(a, c), chosen(b, d)
-    return anything
 
 
 def shares_rows(name: str, fmt: Any) -> ProgramError:

@@ -1,0 +1,105 @@
+"""The least and the greatest value that a whole number can have, by what it is made of.
+
+Arithmetic wraps around in its type, so every step whose result may not fit knows no more than the
+type does. What a guard may leave out, and which masks do nothing, follow from this alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tilewright.ir.nodes import COMPARISON, Binary, Broadcast, Cast, Const, Expr, Index, Select
+
+Size = Callable[[str | int], Expr]
+
+
+class Range(NamedTuple):
+    """All values from `low` to `high`, both included."""
+
+    low: int
+    high: int
+
+
+def interval(e: Expr, size: Size | None = None) -> Range:
+    """The values that a whole number `e` can have, of each lane of a vector. `size` gives the
+    extent of a dimension, a constant where it is known; without it an index is not negative."""
+    whole = Range(e.dtype.least, e.dtype.most)
+    found = _interval(e, size, whole)
+    return found if whole.low <= found.low and found.high <= whole.high else whole
+
+
+def _interval(e: Expr, size: Size | None, whole: Range) -> Range:
+    if isinstance(e, Const):
+        return Range(int(e.value), int(e.value))
+    if isinstance(e, Index):
+        extent = size(e.dim) if size else None
+        return Range(0, int(extent.value) - 1 if isinstance(extent, Const) else whole.high)
+    if isinstance(e, (Cast, Broadcast)):
+        return whole if e.a.dtype.is_float else interval(e.a, size)
+    if isinstance(e, Select):
+        a, b = interval(e.a, size), interval(e.b, size)
+        return Range(min(a.low, b.low), max(a.high, b.high))
+    if isinstance(e, Binary) and e.op not in COMPARISON:
+        return _RULES.get(e.op, _any)(interval(e.a, size), interval(e.b, size), whole)
+    return whole
+
+
+# ---------------------------------------------------------------------------- one rule an operator
+
+
+def _any(a: Range, b: Range, whole: Range) -> Range:
+    return whole
+
+
+def _product(a: Range, b: Range, whole: Range) -> Range:
+    corners = [x * y for x in a for y in b]
+    return Range(min(corners), max(corners))
+
+
+def _quotient(a: Range, b: Range, whole: Range) -> Range:
+    if b.low != b.high or b.low <= 0:
+        return whole
+    return Range(a.low // b.low, a.high // b.low)
+
+
+def _remainder(a: Range, b: Range, whole: Range) -> Range:
+    if b.low <= 0:
+        return whole
+    return a if a.low >= 0 and a.high < b.low else Range(0, b.high - 1)
+
+
+def _both(a: Range, b: Range, whole: Range) -> Range:
+    highs = [r.high for r in (a, b) if r.low >= 0]
+    return Range(0, min(highs)) if highs else whole
+
+
+def _either(a: Range, b: Range, whole: Range) -> Range:
+    if a.low < 0 or b.low < 0:
+        return whole
+    return Range(0, (1 << max(a.high, b.high).bit_length()) - 1)
+
+
+def _shifted(by: Callable[[int, int], int]) -> Callable[[Range, Range, Range], Range]:
+    def rule(a: Range, b: Range, whole: Range) -> Range:
+        if b.low != b.high or not 0 <= b.low < whole.high.bit_length():
+            return whole
+        return Range(by(a.low, b.low), by(a.high, b.low))
+
+    return rule
+
+
+_RULES: dict[str, Callable[[Range, Range, Range], Range]] = {
+    "+": lambda a, b, _: Range(a.low + b.low, a.high + b.high),
+    "-": lambda a, b, _: Range(a.low - b.high, a.high - b.low),
+    "*": _product,
+    "//": _quotient,
+    "%": _remainder,
+    "&": _both,
+    "|": _either,
+    "^": _either,
+    "<<": _shifted(lambda x, n: x << n),
+    ">>": _shifted(lambda x, n: x >> n),
+    "min": lambda a, b, _: Range(min(a.low, b.low), min(a.high, b.high)),
+    "max": lambda a, b, _: Range(max(a.low, b.low), max(a.high, b.high)),
+}
