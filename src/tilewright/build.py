@@ -22,7 +22,7 @@ from tilewright.ir.nodes import Program
 from tilewright.runtime import launch, native, nvrtc, place, store, toolchain
 from tilewright.runtime.identity import identity
 from tilewright.runtime.kernel import Kernel
-from tilewright.sparse import formats, pack, trace
+from tilewright.sparse import entries, formats, trace
 from tilewright.target import Target
 from tilewright.target import target as parse_target
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tilewright.compiler import Recipe, Watch
     from tilewright.schedule import Schedule
 
-pack.place = place.to_device
+entries.place = place.to_device
 
 WATCHED = 2  # the debug level from which passes and schedules are printed, so that they must run
 

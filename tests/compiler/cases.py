@@ -13,7 +13,9 @@ from tilewright import dtypes
 from tilewright.ir.levels import coordinates
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
-from tilewright.runtime.interpreter import evaluate, execute, memory_of, poisoned
+from tilewright.runtime.evaluate import evaluate
+from tilewright.runtime.interpreter import execute
+from tilewright.runtime.memory import memory_of, poisoned
 from tilewright.sparse.pack import Packed
 
 Arrays = dict[str, Any]

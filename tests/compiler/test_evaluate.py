@@ -31,7 +31,7 @@ from tests.compiler.cases import (
 
 import tilewright as tw
 from tilewright.runtime import evaluate as module
-from tilewright.runtime.interpreter import evaluate
+from tilewright.runtime.evaluate import evaluate
 
 SEEDS = st.integers(0, 2**32 - 1)
 

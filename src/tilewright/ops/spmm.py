@@ -19,9 +19,9 @@ from tilewright.ops.recipes import dtype_name, fixed_width
 from tilewright.runtime import toolchain
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
-from tilewright.sparse import formats, trace
+from tilewright.sparse import entries, formats, trace
 from tilewright.sparse.formats import Composed, Format, Where
-from tilewright.sparse.pack import Packed, entries
+from tilewright.sparse.pack import Packed
 from tilewright.sparse.trace import dense, indices, out, sparse
 from tilewright.target import target as parse_target
 
@@ -229,7 +229,7 @@ def pack_for_spmm(matrix: Any, width: int = 128, target: str = "cpp", dtype: Any
     `matrix`: as `Format.pack` takes it, and its errors. `width`: features of X. Raises
     BuildError[B103] for an unknown target."""
     kind = parse_target(target).kind
-    found = entries(matrix)
+    found = entries.read(matrix)
     packed = choose_format(found.shape[0], found.nnz, kind).pack(found, dtype=dtype)
     return packed.to("cuda") if kind == "cuda" else packed
 

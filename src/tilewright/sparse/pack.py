@@ -1,6 +1,5 @@
 """Packing: from a matrix to the arrays of a format, derived from its levels, and back.
 
-entries: read a matrix of any library as checked coordinates and values.
 pack:    map coordinates to levels → sort → fold the levels' `build` → scatter the values.
 unpack:  expand the levels' arrays to one coordinate for each position.
 The slot of each entry is kept, so new values need one scatter (`repack_values`) and no new
@@ -9,7 +8,6 @@ structure.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,31 +16,14 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.dtypes import DType
-from tilewright.errors import ArgumentError, FormatError, TilewrightError
+from tilewright.errors import ArgumentError, FormatError
 from tilewright.ir.levels import coordinates, row_major
+from tilewright.sparse import entries
+from tilewright.sparse.entries import Entries
 from tilewright.sparse.formats import Composed, Format
 
 ROUNDED_UP = 1 << 20  # units of the last CTA may count this far beyond the last entry
 MOST_POSITIONS = 1 << 40  # of a level: beyond the memory of any machine, within an int64
-MATRICES = (
-    "a SciPy matrix, a torch tensor, a dense array, (indptr, indices, values, shape) or "
-    "(coords, values, shape)"
-)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Entries:
-    """A matrix of any library, read and checked: int coordinates (nnz,) of each dimension, in
-    range, and values (nnz,) of `dtype`, as it is stored."""
-
-    coords: tuple[np.ndarray, ...]
-    values: np.ndarray
-    dtype: DType
-    shape: tuple[int, ...]
-
-    @property
-    def nnz(self) -> int:
-        return len(self.values)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,14 +97,14 @@ class Packed:
         """A tensor of the same structure with other values: (nnz,), in the order of the entries
         that were packed. Raises FormatError[F107] when there are not nnz of them, and as `pack`
         for what are no values."""
-        given, kind = _values(values, "values")
+        given, kind = entries.values_of(values, "values")
         if given.shape != (self.nnz,):
             raise FormatError(
                 "F107", f"{given.shape} values for {self.nnz} entries", where="values",
                 hint="one value for each entry, in the order they were packed",
             )  # fmt: skip
         wanted = kind if dtype is None else dtypes.dtype(dtype)
-        given = _converted(given, kind, wanted)
+        given = entries.converted(given, kind, wanted)
         arrays = tuple(_scatter(p, given, wanted, self.fill) for p in self.structure.parts)
         return Packed(self.structure, _placed(arrays, self.device), wanted, self.fill)
 
@@ -133,14 +114,14 @@ class Packed:
         """The values (nnz,), in the order of the entries that were packed."""
         out = np.zeros(self.nnz, self.dtype.numpy)
         for part, values in zip(self.structure.parts, self.values, strict=True):
-            out[part.entries] = _stored(values, self.dtype)[part.slots]
+            out[part.entries] = entries.stored(values, self.dtype)[part.slots]
         return out
 
     def unpack(self) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         """Coordinates (one array a dimension) and values of what is stored, in row-major order;
         padding is left out, explicit zeros inside dense levels are not."""
         found = [
-            _unpack_part(p, _stored(v, self.dtype), self.shape)
+            _unpack_part(p, entries.stored(v, self.dtype), self.shape)
             for p, v in zip(self.structure.parts, self.values, strict=True)
         ]
         coords = [np.concatenate([c[d] for c, *_ in found]) for d in range(len(self.shape))]
@@ -151,7 +132,7 @@ class Packed:
     def dense(self) -> np.ndarray:
         """The dense array, with `fill` where nothing is stored."""
         coords, values = self.unpack()
-        out = np.full(self.shape, _filling(self.fill, self.dtype), self.dtype.numpy)
+        out = np.full(self.shape, entries.filling(self.fill, self.dtype), self.dtype.numpy)
         out[coords] = values
         return out
 
@@ -162,9 +143,9 @@ class Packed:
         if device == self.device:
             return self
         s = self.structure
-        values = tuple(_stored(v, self.dtype) for v in self.values)
+        values = tuple(entries.stored(v, self.dtype) for v in self.values)
         parts = tuple(
-            replace(p, arrays=_each(p.arrays, lambda a: _read_only(place(a, device))))
+            replace(p, arrays=_each(p.arrays, lambda a: _read_only(entries.place(a, device))))
             for p in s.parts
         )
         moved = Structure(s.format, s.shape, parts, s.nnz, s.index_dtype, device)
@@ -199,7 +180,7 @@ def pack(
     Raises FormatError F102-F106, F108, ArgumentError A102 (a dtype), A109 (a value out of range).
     """
     try:
-        return _pack(fmt, entries(matrix), dtype, values, index)
+        return _pack(fmt, entries.read(matrix), dtype, values, index)
     except MemoryError as error:
         raise FormatError(
             "F108", f"{fmt} of this matrix does not fit the memory: {error}", where="matrix",
@@ -214,10 +195,12 @@ def _pack(fmt: Format | Composed, found: Entries, dtype: Any, values: Any, index
             "F102", f"{fmt} stores {fmt.ndim} dimensions, the matrix has {len(shape)}",
             where="matrix",
         )  # fmt: skip
-    given, kind = (found.values, found.dtype) if values is None else _values(values, "values")
-    _check_count(given, found.nnz)
+    given, kind = (
+        (found.values, found.dtype) if values is None else entries.values_of(values, "values")
+    )
+    entries.check_count(given, found.nnz)
     wanted = kind if dtype is None else dtypes.dtype(dtype)
-    given = _converted(given, kind, wanted)
+    given = entries.converted(given, kind, wanted)
     order = _row_major(found.coords)
     coords = [c if order is None else c[order] for c in found.coords]
     _check_unique(coords)
@@ -253,289 +236,6 @@ def _index_type(index: Any, largest: int) -> DType:
             hint='index="int64"',
         )  # fmt: skip
     return kind
-
-
-# ---------------------------------------------------------------------------- reading a matrix
-
-
-def entries(matrix: Any) -> Entries:
-    """What a matrix stores. `matrix` and errors: as `pack`."""
-    if isinstance(matrix, Entries):
-        return matrix
-    if isinstance(matrix, tuple):
-        if len(matrix) not in (3, 4):
-            raise FormatError(
-                "F102", f"a tuple of {len(matrix)} is no matrix", where="matrix",
-                hint="(indptr, indices, values, shape) or (coords, values, shape)",
-            )  # fmt: skip
-        return _from_csr(*matrix) if len(matrix) == 4 else _from_coo(*matrix)
-    if hasattr(matrix, "layout") and hasattr(matrix, "detach"):
-        return _from_torch(matrix.detach())
-    if hasattr(matrix, "tocsr"):
-        return _from_scipy(matrix)
-    return _from_dense(matrix)
-
-
-def _from_dense(matrix: Any) -> Entries:
-    array, kind = _values(matrix, "matrix")
-    if array.ndim == 0:
-        raise FormatError(
-            "F102", f"cannot pack a {type(matrix).__name__}", where="matrix", hint=MATRICES
-        )
-    # of bits all but the sign: -0.0 is no entry in any dtype
-    coords = np.nonzero(array & (1 << kind.bits - 1) - 1 if _is_bits(kind) else array)
-    return Entries(coords, array[coords], kind, array.shape)
-
-
-def _from_torch(t: Any) -> Entries:
-    layout = str(t.layout).rpartition(".")[2]
-    if layout == "strided":
-        return _from_dense(t)
-    if layout == "sparse_csr":
-        return _from_csr(t.crow_indices(), t.col_indices(), t.values(), t.shape)
-    if layout == "sparse_csc":
-        shape, rows = _matrix_shape(t.shape), _index_array(t.row_indices(), "row_indices")
-        return _from_coo(
-            (rows, _expanded(t.ccol_indices(), len(rows), shape[1])), t.values(), shape
-        )
-    if layout == "sparse_coo":
-        found = _from_coo(t._indices(), t._values(), t.shape)  # checked before torch sorts them
-        if t.is_coalesced():
-            return found
-        t = t.coalesce()
-        return _from_coo(t.indices(), t.values(), t.shape)
-    raise FormatError(
-        "F102", f"a torch tensor of layout {layout}", where="matrix", hint="its to_sparse_coo()"
-    )
-
-
-def _from_scipy(matrix: Any) -> Entries:
-    """A SciPy matrix; duplicates are summed, the caller's arrays left as they are."""
-    _check_scipy(matrix)
-    if matrix.ndim != 2:
-        coo = matrix.tocoo(copy=True)
-        coo.sum_duplicates()
-        return _from_coo(coo.coords, coo.data, coo.shape)
-    csr = matrix.tocsr()
-    if csr is matrix and not csr.has_canonical_format:
-        csr = csr.copy()
-    csr.sum_duplicates()
-    used = int(csr.indptr[-1])  # its arrays may be longer
-    return _from_csr(csr.indptr, csr.indices[:used], csr.data[:used], csr.shape)
-
-
-def _check_scipy(m: Any) -> None:
-    """What SciPy's own loops trust: indptr, ranges and lengths."""
-    shape = _shape(m.shape)
-    layout = getattr(m, "format", "")
-    if layout == "coo":
-        found = _in_range(m.coords if hasattr(m, "coords") else (m.row, m.col), shape)
-        _check_count(_array(m.data, "values"), len(found[0]))
-    if layout not in ("csr", "csc", "bsr"):
-        return  # their conversion trusts nothing
-    major, minor = ((1, *shape) if len(shape) == 1 else shape)[:: -1 if layout == "csc" else 1]
-    height, width = m.blocksize if layout == "bsr" else (1, 1)
-    indices = _index_array(m.indices, "indices")
-    used = min(len(indices), len(m.data))
-    rows = _expanded(m.indptr, used, major // height, spare=True)
-    _in_range((rows, indices[: len(rows)]), (major // height, minor // width))
-
-
-def _from_csr(indptr: Any, indices: Any, values: Any, shape: Any) -> Entries:
-    shape, indices = _matrix_shape(shape), _index_array(indices, "indices")
-    return _from_coo((_expanded(indptr, len(indices), shape[0]), indices), values, shape)
-
-
-def _from_coo(coords: Any, values: Any, shape: Any) -> Entries:
-    shape = _shape(shape)
-    checked = _in_range(coords, shape)
-    nnz = len(checked[0]) if checked else 0
-    given = np.ones(nnz, np.float32) if values is None else values
-    array, kind = _values(given, "values")
-    _check_count(array, nnz)
-    return Entries(checked, array, kind, shape)
-
-
-def _shape(shape: Any) -> tuple[int, ...]:
-    """A shape as whole numbers that an int64 coordinate can count."""
-    try:
-        sizes = tuple(operator.index(n) for n in shape)
-    except TypeError:
-        sizes = (-1,)
-    if not all(0 <= n < 2**63 for n in sizes):
-        raise FormatError(
-            "F102", f"{shape!r} is not the shape of a matrix", where="shape",
-            hint="one whole number for each dimension, below 2**63",
-        )  # fmt: skip
-    return sizes
-
-
-def _matrix_shape(shape: Any) -> tuple[int, ...]:
-    sizes = _shape(shape)
-    if len(sizes) != 2:
-        raise FormatError("F102", f"shape {sizes} is not that of a matrix", where="shape")
-    return sizes
-
-
-def _index_array(x: Any, name: str) -> np.ndarray:
-    a = _array(x, name)
-    if a.ndim == 1 and not a.size:
-        return np.zeros(0, np.int64)  # an empty list is float64 to NumPy
-    if a.ndim != 1 or a.dtype.kind not in "iu":
-        raise FormatError(
-            "F102", f"{name} has shape {a.shape} and dtype {a.dtype}", where=name,
-            hint="a 1-D integer array",
-        )  # fmt: skip
-    return a
-
-
-def _expanded(indptr: Any, stored: int, rows: int, *, spare: bool = False) -> np.ndarray:
-    """The row of each entry from a checked indptr of `rows` rows, for `stored` indices (`spare`: or
-    fewer). Raises FormatError[F103]."""
-    indptr = _index_array(indptr, "indptr")
-    if len(indptr) != rows + 1:
-        raise FormatError(
-            "F103",
-            f"indptr has {len(indptr)} elements, a matrix of {rows} rows needs {rows + 1}",
-            where="indptr",
-        )
-    if indptr[0] != 0 or indptr[-1] > stored or (indptr[-1] != stored and not spare):
-        raise FormatError(
-            "F103",
-            f"indptr runs from {indptr[0]} to {indptr[-1]} but indices has {stored} elements",
-            where="indptr",
-            hint="take both arrays from the same matrix",
-        )
-    falls = indptr[1:] < indptr[:-1]  # compared: a difference would wrap
-    if falls.any():
-        row = int(falls.argmax())
-        raise FormatError(
-            "F103",
-            f"indptr falls from {indptr[row]} to {indptr[row + 1]} at row {row}",
-            where="indptr",
-        )
-    return np.repeat(np.arange(rows, dtype=_counter((rows,))), np.diff(indptr.astype(np.int64)))
-
-
-def _in_range(coords: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    """Coordinate arrays of one length and one type that holds them all, inside `shape`."""
-    try:
-        arrays = [_index_array(c, f"coords[{d}]") for d, c in enumerate(coords)]
-    except TypeError:
-        arrays = None
-    if arrays is None or len(arrays) != len(shape) or len({len(c) for c in arrays}) > 1:
-        raise FormatError(
-            "F102", "coords and shape do not go together", where="coords",
-            hint="one array for each dimension, all of one length",
-        )  # fmt: skip
-    for d, (c, n) in enumerate(zip(arrays, shape, strict=True)):
-        low, high = (int(c.min()), int(c.max())) if len(c) else (0, -1)
-        if low < 0 or high >= n:
-            raise FormatError(
-                "F104",
-                f"coordinate {low if low < 0 else high} of dimension {d} is outside 0…{n - 1}",
-                where="indices",
-                hint="check that rows and columns are not swapped",
-            )
-    return tuple(c.astype(_counter(shape), copy=False) for c in arrays)
-
-
-def _counter(shape: Sequence[int]) -> type:
-    """The integer that holds every coordinate; the narrow one sorts faster."""
-    return np.int32 if max(shape, default=0) < 2**31 else np.int64
-
-
-def _check_count(values: np.ndarray, nnz: int) -> None:
-    if values.shape != (nnz,):
-        raise FormatError(
-            "F102", f"{nnz} entries but values of shape {values.shape}", where="values"
-        )
-
-
-# ---------------------------------------------------------------------------- values
-
-
-def _array(x: Any, name: str) -> np.ndarray:
-    """Any array as NumPy, copied from its device where needed. Raises FormatError[F102]."""
-    try:
-        a = place(x, "cpu")
-    except (TilewrightError, MemoryError):
-        raise
-    except Exception:  # each library refuses in its own way
-        a = None
-    if a is None or a.dtype == object:
-        raise FormatError(
-            "F102", f"a {type(x).__name__} is not an array of numbers", where=name,
-            hint=MATRICES if name == "matrix" else "an array of NumPy, torch or CuPy",
-        )  # fmt: skip
-    return a
-
-
-def _values(x: Any, name: str) -> tuple[np.ndarray, DType]:
-    """An array as it is stored, and its dtype. Raises FormatError[F102], ArgumentError[A102]."""
-    a = _array(x, name)
-    if a.ndim == 0:
-        return a, dtypes.float64  # no values: whoever asked says so
-    own = getattr(x, "dtype", a.dtype)
-    kind = dtypes.ALL.get(str(own).rpartition(".")[2]) or dtypes.dtype(a.dtype)
-    return _stored(a, kind), kind
-
-
-def _stored(x: Any, kind: DType) -> np.ndarray:
-    """Values of `kind` as NumPy stores them: those that it does not know are bits."""
-    a = _array(x, "values")
-    return a.view(kind.numpy) if _is_bits(kind) else a.astype(kind.numpy, copy=False)
-
-
-def _is_bits(kind: DType) -> bool:
-    return kind.is_float and kind.numpy.kind == "u"
-
-
-def _converted(values: np.ndarray, kind: DType, to: DType) -> np.ndarray:
-    """Stored values of `kind` as those of `to`; unsigned integers of its width are its bits. Raises
-    ArgumentError A109 where a value is out of range, A102 where nothing converts them."""
-    if kind == to or (_is_bits(to) and kind.is_int and values.dtype == to.numpy):
-        return values
-    if "float8" in kind.name + to.name:
-        raise ArgumentError(
-            "A102",
-            f"nothing here converts {kind} to {to}",
-            where="dtype",
-            hint="hand over its bits",
-        )
-    numbers = dtypes.bfloat16_values(values) if _is_bits(kind) else values
-    with np.errstate(all="ignore"):  # what is lost is found below
-        if _is_bits(to):
-            made = dtypes.bfloat16_bits(numbers.astype(np.float32))
-            lost = np.isfinite(numbers) & ~np.isfinite(dtypes.bfloat16_values(made))
-        else:
-            made = numbers.astype(to.numpy)
-            lost = _lost(numbers, made)
-    if lost.any():
-        raise ArgumentError(
-            "A109", f"the value {numbers[lost][0]} is out of the range of {to}", where="values",
-            hint="a wider dtype, or values that fit",
-        )  # fmt: skip
-    return made
-
-
-def _lost(numbers: np.ndarray, made: np.ndarray) -> np.ndarray:
-    """Which numbers the type of `made` cannot hold; fractions may be cut off."""
-    if made.dtype.kind == "b":
-        return np.zeros(made.shape, bool)
-    if made.dtype.kind == "f":
-        return np.isfinite(numbers) & ~np.isfinite(made)
-    if numbers.dtype.kind != "f":
-        return (made < 0) != (numbers < 0) if made.itemsize == 8 else made != numbers
-    limits = np.iinfo(made.dtype)
-    whole = np.trunc(numbers.astype(np.float64))
-    return ~((whole >= float(limits.min)) & (whole < float(limits.max + 1)))
-
-
-def _filling(fill: float, kind: DType) -> np.ndarray:
-    if fill == 0:  # all bits 0 in every dtype, also in those that nothing here converts
-        return np.zeros(1, kind.numpy)
-    return _converted(np.array([fill], np.float64), dtypes.float64, kind)
 
 
 # ---------------------------------------------------------------------------- parts
@@ -612,7 +312,7 @@ def _with_roots(built: dict[str, np.ndarray], q: np.ndarray, roots: np.ndarray):
 
 
 def _scatter(part: Part, values: np.ndarray, dtype: DType, fill: float) -> np.ndarray:
-    out = np.full(part.size, _filling(fill, dtype), dtype.numpy)
+    out = np.full(part.size, entries.filling(fill, dtype), dtype.numpy)
     out[part.slots] = values[part.entries]
     return out
 
@@ -621,7 +321,7 @@ def _unpack_part(
     part: Part, values: np.ndarray, shape: tuple[int, ...]
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Coordinates and values of what a part stores, and which of them are entries."""
-    arrays = _each(part.arrays, lambda a: _array(a, "structure"))
+    arrays = _each(part.arrays, lambda a: entries.array_of(a, "structure"))
     coords, positions = coordinates(part.format.levels, arrays, part.counts, shape)
     is_entry = np.zeros(part.size, bool)
     is_entry[part.slots] = True
@@ -643,13 +343,4 @@ def _read_only(array: Any) -> Any:
 
 
 def _placed(arrays: tuple[np.ndarray, ...], device: str) -> tuple[Any, ...]:
-    return arrays if device == "cpu" else tuple(place(a, device) for a in arrays)
-
-
-def _no_device(array: Any, device: str) -> Any:
-    raise FormatError("F102", f"nothing here can place arrays on {device}", where="device")
-
-
-place: Callable[[Any, str], Any] = _no_device
-"""Copies an array to a device, or from any to the host (`"cpu"`); `build` sets it to the runtime's,
-which this room does not know."""
+    return arrays if device == "cpu" else tuple(entries.place(a, device) for a in arrays)
