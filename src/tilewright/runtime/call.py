@@ -24,6 +24,10 @@ from tilewright.runtime.layout import Struct
 from tilewright.runtime.manifest import ROW_HEAD, Manifest, TensorSpec, most_rows, rows_at
 from tilewright.runtime.view import View, address, allocate, allocator, byte_range, view
 
+Slot = tuple[Any, int]
+"""A place in a parameter block that takes an address or a number, and the part of the format whose
+values it is for (0 for what is not sparse)."""
+
 
 @dataclass(slots=True)
 class Result:
@@ -33,7 +37,7 @@ class Result:
 
     spec: TensorSpec
     shape: tuple[int, ...]
-    slots: Sequence[Any]
+    slots: Sequence[Slot]
     like: int | None
     make: Callable[[Any], Any]
     reach: tuple[int, int]
@@ -43,8 +47,9 @@ class Result:
 class Frame:
     """The parameter blocks of a call, one a stage, ready to be launched again.
 
-    `slots[name]` are the places that hold the address (or the value) of an argument: writing them
-    is all that another call with the same layout has to do. A frame owns none of the caller's
+    `slots` are the places of each argument, by name: writing them is all that another call with the
+    same layout has to do. `addresses`, `values` and `numbers` list those of dense, sparse and
+    scalar inputs with the input's number. A frame owns none of the caller's
     arrays and sees structures through weak references: a kernel that waits for its next call keeps
     nothing alive. `keep` is the frame's own memory (a bound call adds its arguments).
     """
@@ -53,14 +58,15 @@ class Frame:
     units: list[int]
     device: str
     lacks: tuple[str, ...]  # what generated code takes for granted and these arrays do not have
-    slots: dict[str, list[Any]]
+    slots: dict[str, list[Slot]]
     results: list[Result]
     structures: dict[str, weakref.ref[Any]]
     keep: list[Any]
     views: dict[str, View]
     sizes: dict[Any, int]
-    fills: list[Sequence[Any]]  # the slots of each input
-    addresses: list[tuple[Any, int]]  # each slot that holds the address of a dense one, its number
+    addresses: list[tuple[Any, int]]
+    values: list[tuple[Any, int, int]]  # and the part
+    numbers: list[tuple[Any, int]]
     reach: list[tuple[int, int]]  # of each input: first and last byte relative to its address
     run: Callable[[], None] | None = None
 
@@ -271,6 +277,7 @@ class Call:
             units.append(total)
         slots = self._slots(blocks, row, params)
         inputs = [t for t in manifest.tensors if t.role in ("input", "update")]
+        filled = [(t, n, slot) for n, t in enumerate(inputs) for slot in slots.get(t.name, ())]
         return Frame(
             blocks=blocks,
             units=units,
@@ -282,13 +289,9 @@ class Call:
             keep=[],
             views={n: dataclasses.replace(v, owner=None) for n, v in self.views.items()},
             sizes=dict(self.sizes),
-            fills=[slots.get(t.name, ()) for t in inputs],
-            addresses=[
-                (slot, n)
-                for n, t in enumerate(inputs)
-                if t.dims and not t.structure
-                for slot in slots.get(t.name, ())
-            ],
+            addresses=[(at, n) for t, n, (at, _) in filled if t.dims and not t.structure],
+            values=[(at, n, part) for t, n, (at, part) in filled if t.structure],
+            numbers=[(at, n) for t, n, (at, _) in filled if not t.dims and not t.structure],
             reach=[
                 byte_range(self.views[t.name]) if t.dims and not t.structure else (0, 0)
                 for t in inputs
@@ -305,7 +308,7 @@ class Call:
             found.append("TW_STRIDED")
         return tuple(found)
 
-    def _result(self, spec: TensorSpec, slots: Sequence[Any]) -> Result:
+    def _result(self, spec: TensorSpec, slots: Sequence[Slot]) -> Result:
         kind = self.kinds[spec.name]
         if spec.structure:
             return Result(spec, (), slots, None, lambda like: sparse_output(like, kind), (0, 0))
@@ -316,10 +319,10 @@ class Call:
             spec, shape, slots, self.like_number, allocator(self.like, shape, kind), reach
         )
 
-    def _slots(self, blocks: list[Any], row: Struct, params: Struct) -> dict[str, list[Any]]:
+    def _slots(self, blocks: list[Any], row: Struct, params: Struct) -> dict[str, list[Slot]]:
         """Where the address of each dense array, the values of each sparse one (part after part)
         and each number go."""
-        found: dict[str, list[Any]] = {}
+        found: dict[str, list[Slot]] = {}
         number = {"float32": ctypes.c_float, "float64": ctypes.c_double}
         for block, stage in zip(blocks, self.manifest.stages, strict=True):
             for f, name in zip(params.fields, self.manifest.param_names, strict=False):
@@ -329,7 +332,7 @@ class Call:
                         if f.type == "ptr"
                         else number.get(f.type) or getattr(ctypes, f"c_{f.type}")
                     )
-                    found.setdefault(name, []).append(place.from_buffer(block, f.offset))
+                    found.setdefault(name, []).append((place.from_buffer(block, f.offset), 0))
             for i in range(len(stage.rows)):
                 base = rows_at(params) + i * row.size
                 for f, name in zip(

@@ -34,10 +34,10 @@ def run_frame(program: Program, frame: Any) -> None:
             if t.role == "output":
                 write_back.append(lambda f=flat, o=order, v=values, a=arrays: _scatter(f, o, v, a))
         elif not t.dims and t.role == "input":
-            memory.data[t.name] = _number(t.dtype, slots[0].value if slots else 0)
+            memory.data[t.name] = _number(t.dtype, slots[0][0].value if slots else 0)
         else:
             v = frame.views[t.name]
-            pointer = slots[0].value if slots else v.pointer
+            pointer = slots[0][0].value if slots else v.pointer
             memory.data[t.name] = _array_at(pointer, t.dtype, v.shape, v.strides)
     for t in program.tensors:
         if t.role == "temp":

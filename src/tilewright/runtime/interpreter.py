@@ -74,8 +74,9 @@ def execute(
 ) -> None:
     """Run a program at the position or the loop level, on arrays it reads and writes in place.
 
-    `buffers` are the dense arrays by name; `variables` the sizes (`m.size`); `parts` what belongs to
-    the parts of sparse tensors. `memory.memory_of` makes all three. Strides are those of the arrays.
+    `buffers` are the dense arrays by name; `variables` the sizes (`m.size`); `parts` what belongs
+    to the parts of sparse tensors; `memory.memory_of` makes all three. Strides are those of the
+    arrays.
     Raises InternalError[I101] for an access out of bounds or a register read before it is written.
     """
     memory = {name: Array.of(name, a) for name, a in buffers.items()}

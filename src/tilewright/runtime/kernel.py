@@ -63,8 +63,6 @@ class Kernel:
         self.updates = [n for n, t in enumerate(self.inputs) if t.role == "update"]
         self._dtypes = {t.name: dtypes.ALL[t.dtype] for t in manifest.tensors}
         self._frames: dict[Any, list[Frame]] = {}
-        self._sparse = [n for n, t in enumerate(self.inputs) if t.structure]
-        self._scalars = [n for n, t in enumerate(self.inputs) if not t.structure and not t.dims]
         self._specs = [  # how an argument is looked at in later calls; a number by its own spec
             SPARSE if t.structure else DENSE if t.dims or t.role == "output" else t
             for t in (*self.inputs, *self.results)
@@ -192,13 +190,11 @@ class Kernel:
         """Writes the addresses of a call into a frame of its layout; the outputs."""
         for slot, n in frame.addresses:
             slot.value = places[n]
-        for n in self._sparse:
-            _point(frame.fills[n], places[n])
-        for n in self._scalars:
+        for slot, n, part in frame.values:
+            slot.value = address(places[n].values[part])
+        for slot, n in frame.numbers:
             spec = self.inputs[n]
-            value = scalar_value(spec, self._dtypes[spec.name], places[n])
-            for slot in frame.fills[n]:
-                slot.value = value
+            slot.value = scalar_value(spec, self._dtypes[spec.name], places[n])
         if self.updates or outs:
             self._check_apart(frame, places, args, outs)
         made: list[Any] = []
@@ -206,7 +202,8 @@ class Kernel:
             given = outs[n] if outs else None
             if result.spec.structure:
                 array = self._sparse_result(result, args, given)
-                _point(result.slots, array)
+                for slot, part in result.slots:
+                    slot.value = address(array.values[part])
                 made.append(array)
                 continue
             if given is None:
@@ -215,7 +212,7 @@ class Kernel:
                 pointer = address(array)
             else:
                 array, pointer = given, places[len(args) + n]
-            for slot in result.slots:
+            for slot, _ in result.slots:
                 slot.value = pointer
             made.append(array)
         return made
@@ -287,12 +284,6 @@ class Kernel:
     def _unit_counts(self) -> tuple[tuple[Callable[..., int], ...], ...]:
         """For each stage, for each of its bodies: sizes and counts → number of units."""
         return tuple(tuple(unit_count(text) for text in s.units) for s in self.manifest.stages)
-
-
-def _point(slots: Any, packed: Any) -> None:
-    """The addresses of a sparse tensor's values into their slots, which name the part."""
-    for slot, part in slots:
-        slot.value = address(packed.values[part])
 
 
 class Bound:
