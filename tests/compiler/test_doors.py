@@ -204,7 +204,7 @@ order_axes fuse_axes specialize"""
 def test_every_verb_documents_itself():
     for name in VERB_NAMES.split():
         text = getattr(tw.Schedule, name).__doc__
-        assert "before:" in text and "after:" in text, name
+        assert "before:" in text and "after:" in text and "Raises ScheduleError" in text, name
 
 
 # ---------------------------------------------------------------------------- meaning

@@ -27,7 +27,7 @@ from tilewright.errors import ScheduleError
 from tilewright.ops.bsr_spmm import bsr_spmm_program
 from tilewright.ops.gemm import gemm_program
 from tilewright.runtime import nvrtc, toolchain
-from tilewright.runtime.interpreter import evaluate
+from tilewright.runtime.evaluate import evaluate
 from tilewright.sparse.pack import Packed
 
 needs_cxx = pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")

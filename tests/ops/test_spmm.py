@@ -20,6 +20,8 @@ FORMATS = {
     "hyb": tw.hyb(buckets=(1, 2, 4)),
     "by_length": by_length((1, 2, 4, 8), giant=16),
 }
+PIECES = {"coo": tw.coo(), "csc": tw.csc()}  # a row is met again after others
+
 WIDTHS = (1, 7, 16, 33, 128)
 UNIT = {"float32": 2.0**-22, "float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 2.0**-50}
 
@@ -58,6 +60,14 @@ def test_formats_and_widths(rng, fmt, d):
     for m, n in ((50, 40), (3, 100)):
         a = matrix(rng, m, n)
         check(a, FORMATS[fmt].pack(a), normal(rng, n, d), UNIT["float32"], poisoned(m, d))
+
+
+@pytest.mark.parametrize("fmt", PIECES)
+@pytest.mark.parametrize("d", (*WIDTHS, 32, 48))
+def test_rows_in_pieces(rng, fmt, d):
+    for m, n in ((50, 40), (3, 100), (0, 4), (4, 0)):
+        a = matrix(rng, m, n)
+        check(a, PIECES[fmt].pack(a), normal(rng, n, d), UNIT["float32"], poisoned(m, d))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

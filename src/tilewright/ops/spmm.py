@@ -52,6 +52,8 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
     s = s.atomic("out") if s.shares_rows else s
     lanes = toolchain.vector_bits() // 32
     fixed = dict(s.program.sizes).get("d")
+    if s.in_place and not s.shares_rows:
+        return _cpu_pieces(s, lanes, fixed)
     rest = "k"
     for width in (CPU_TILE, 32, lanes, 1):
         if width == 1 or width < lanes or (fixed is not None and fixed < width):
@@ -74,6 +76,20 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
     return s.prefetch("X", "j", AHEAD_CPU if fixed and fixed <= CPU_TILE else AHEAD_TILED)
 
 
+def _cpu_pieces(s: Schedule, lanes: int, fixed: int | None) -> Schedule:
+    """Rows in pieces: features outermost, so that no two threads meet in a row and sums keep their
+    order. Widths known at run time only, and narrow ones, leave it to one thread."""
+    s = s.order_axes("out", "k")
+    tile = next((t for t in (32, lanes) if fixed and fixed % t == 0), 0)
+    entries = [x for x in ("j", "i") if s.has(x)]
+    if not tile:
+        s = s.split("k", lanes, tail="cut", into=("k_u", "k_v"))
+        return s.reorder(*entries, "k_v").vectorize("k_v")
+    s = s.split("k", tile, tail="exact", into=("k_unit", "k_in")).parallel("k_unit")
+    s = s.split("k_in", lanes, tail="exact", into=("k_u", "k_v"))
+    return s.reorder(*entries, "k_u", "k_v").unroll("k_u").vectorize("k_v")
+
+
 def _formats(s: Schedule) -> list[Format]:
     return [f for t in s.program.tensors if t.is_sparse for f in t.format.formats]
 
@@ -87,7 +103,7 @@ def gpu_recipe(s: Schedule, tile: int = 128) -> Schedule:
     """Each nest by its format: rows of one length side by side, a long row by a whole CTA.
 
     `tile`: features that one sweep over A takes; a smaller one keeps a slice of X in the L2."""
-    s = s.atomic("out") if s.shares_rows else s
+    s = s.atomic("out") if s.in_place else s
     d = dict(s.program.sizes).get("d", 0)  # 0: known at run time only
     lanes = next(v for v in (4, 2, 1) if d % v == 0) if d else 1
     even = d > 0 and (_power(d // lanes) >= 8 or d // lanes == _power(d // lanes))
@@ -97,13 +113,15 @@ def gpu_recipe(s: Schedule, tile: int = 128) -> Schedule:
         shared = even and s.has("j", n) and fmt.name in (TALL, GIANT, "dcsr")
         across = 2 if shared and fmt.name == GIANT else tile // lanes if lanes > 1 else 32
         across = min(_power(d // lanes), across) if even else across  # threads of one row
-        s = _gpu_features(s.on(n), lanes, across)
+        by_column = s.has("j", n) and fmt.levels[0].dim == 1
+        axes = ("j", "i") if by_column else ("i", "j")
+        s = _gpu_features(s.on(n), lanes, across, axes)
         if shared:
             s = _gpu_shared_rows(
                 s, CTA // across, SWEEP if fmt.name in (TALL, GIANT) else SWEEP // 4
             )
         else:
-            s = _gpu_own_rows(s, n, CTA // across, getattr(fmt.levels[-1], "width", 0))
+            s = _gpu_own_rows(s, n, CTA // across, getattr(fmt.levels[-1], "width", 0), axes)
     return s.everywhere()
 
 
@@ -112,26 +130,27 @@ def _power(n: int) -> int:
     return n & -n
 
 
-def _gpu_features(s: Schedule, lanes: int, across: int) -> Schedule:
+def _gpu_features(s: Schedule, lanes: int, across: int, axes: tuple[str, str]) -> Schedule:
     """k → tiles of across × lanes: threads in x, a vector each; tiles are units, the slowest
     ones, so that the CTAs of one time gather from one slice of X."""
     s = s.split("k", lanes, into=("k_c", "k_v")).split("k_c", across, into=("k_tile", "k_x"))
-    s = (
-        s.reorder("k_tile", "i", "k_x", "j", "k_v")
-        if s.has("j")
-        else s.reorder("k_tile", "i", "k_x", "k_v")
-    )
+    outer, inner = axes
+    order = ("k_tile", outer, "k_x", *((inner,) if s.has(inner) else ()), "k_v")
+    s = s.reorder(*order)
     return s.bind("k_tile", "cta.y").bind("k_x", "thread.x").vectorize("k_v")
 
 
-def _gpu_own_rows(s: Schedule, n: int, rows: int, width: int) -> Schedule:
-    """A row to each value of y; `AHEAD` of its entries in flight."""
-    s = s.split("i", rows, into=("i_cta", "i_y")).bind("i_cta", "cta.x").bind("i_y", "thread.y")
-    if not s.has("j", n):
+def _gpu_own_rows(s: Schedule, n: int, rows: int, width: int, axes: tuple[str, str]) -> Schedule:
+    """A row (or a column, where those are stored) to each value of y; `AHEAD` of its entries in
+    flight."""
+    outer, inner = axes
+    cta, y, o, u = f"{outer}_cta", f"{outer}_y", f"{inner}_o", f"{inner}_u"
+    s = s.split(outer, rows, into=(cta, y)).bind(cta, "cta.x").bind(y, "thread.y")
+    if not s.has(inner, n):
         return s
     if width:
-        return s.unroll("j", min(width, AHEAD)) if width > 1 else s
-    return s.split("j", AHEAD // 2, into=("j_o", "j_u")).unroll("j_u")
+        return s.unroll(inner, min(width, AHEAD)) if width > 1 else s
+    return s.split(inner, AHEAD // 2, into=(o, u)).unroll(u)
 
 
 def _gpu_shared_rows(s: Schedule, rows: int, sweep: int) -> Schedule:

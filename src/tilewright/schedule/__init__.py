@@ -5,6 +5,9 @@
 
 A `Schedule` is a frozen value; each verb returns a new one or refuses (S codes) and changes
 nothing. Verbs on coordinates come first; the first verb on loops lowers the program to positions.
+
+What is refused raises ScheduleError: S101 where nothing has that name or number, S102 where an
+argument is not what the verb takes (`arguments.py`), or the verb is not legal here.
 """
 
 from __future__ import annotations
@@ -16,13 +19,30 @@ from typing import Any
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import For, LoopKind, Nest, Program, Stmt
 from tilewright.ir.rewrite import statements
-from tilewright.schedule import coords, loops, staging
-from tilewright.schedule.tree import clash, loop_names
+from tilewright.schedule import coords, loops, privatize, staging
+from tilewright.schedule.arguments import (
+    A_NAME,
+    FAR,
+    INT64_MAX,
+    NAMES,
+    NEAR,
+    TWO_NAMES,
+    one_of,
+    optional,
+    several,
+    takes,
+    whole,
+)
+from tilewright.schedule.tree import clash, computes, loop_names
 from tilewright.target import Target
 
 NAMING = (loops.split, loops.fuse, loops.prefetch, staging.cache)  # verbs that give new names
 Nests = tuple[int, ...] | None
 OPERAND_FIRST = (loops.prefetch, staging.cache)  # verbs whose loop is their second argument
+NUMBER = whole(0, FAR)  # of a nest, or of steps
+KIND = one_of(*loops.KINDS)
+TAIL = one_of(*loops.TAILS)
+SCOPE = one_of(*staging.SCOPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +92,29 @@ class Schedule:
         return loop_names(self.lowered.program)
 
     @property
+    def in_place(self) -> bool:
+        """Whether elements of an output are met again after others, and updated in memory: their
+        rows are shared by parts, or stored in pieces (coo, csc)."""
+        return any(c.in_place for n in self.nests for c in computes(n.body))
+
+    @property
     def shares_rows(self) -> bool:
         """Whether parts of a decomposition update the same elements of an output."""
         return any(n.shared for n in self.nests)
 
+    @takes(nest=NUMBER)
     def format_of(self, nest: int) -> Any:
-        """The format that a nest of a decomposition serves, or the only one, or None."""
-        part = self.nests[nest].part
+        """The format that a nest of a decomposition serves, or the only one, or None. Raises
+        ScheduleError[S101, S102]."""
+        part = self._nest(nest).part
         for t in self.program.tensors:
             if t.is_sparse:
                 return t.format.formats[max(part, 0)]
         return None
 
+    @takes(steps=NUMBER)
     def undo(self, steps: int = 1) -> Schedule:
-        """The schedule before the last `steps` verbs."""
+        """The schedule before the last `steps` verbs. Raises ScheduleError[S102]."""
         s: Schedule = self
         for _ in range(steps):
             if s.before is None:
@@ -105,81 +134,105 @@ class Schedule:
 
     # -- selecting -------------------------------------------------------------------------------
 
+    @takes(nests=several(NUMBER, "numbers of nests"))
     def on(self, *nests: int) -> Schedule:
-        """The same schedule with later verbs applied to these nests only."""
-        have = len(self.nests)
+        """The same schedule with later verbs applied to these nests only. Raises
+        ScheduleError[S101, S102]."""
         for n in nests:
-            if not isinstance(n, int) or not 0 <= n < have:
-                raise ScheduleError("S101", f"no nest {n}", hint=f"nests: 0 … {have - 1}")
+            self._nest(n)
         return replace(self, selected=nests)
 
+    def _nest(self, number: int) -> Nest:
+        nests = self.nests
+        if number >= len(nests):
+            raise ScheduleError("S101", f"no nest {number}", hint=f"nests: 0 … {len(nests) - 1}")
+        return nests[number]
+
+    @takes()
     def everywhere(self) -> Schedule:
         """The same schedule with later verbs applied to all nests."""
         return replace(self, selected=None)
 
     # -- verbs on coordinates --------------------------------------------------------------------
 
+    @takes(output=A_NAME, axes=NAMES)
     def order_axes(self, output: str, *axes: str) -> Schedule:
         return self._coords(coords.order_axes, output, *axes)
 
+    @takes(structure=A_NAME)
     def fuse_axes(self, structure: str) -> Schedule:
         return self._coords(coords.fuse_axes, structure)
 
+    @takes(dim=A_NAME, size=whole(1, INT64_MAX))
     def specialize(self, dim: str, size: int) -> Schedule:
         return self._coords(coords.specialize, dim, size)
 
     # -- verbs on loops --------------------------------------------------------------------------
 
+    @takes(loop=A_NAME, factor=whole(1, FAR), tail=TAIL, into=optional(TWO_NAMES))
     def split(
         self, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
     ) -> Schedule:
         return self._loops(loops.split, loop, factor, tail=tail, into=into)
 
+    @takes(outer=A_NAME, inner=A_NAME, into=A_NAME)
     def fuse(self, outer: str, inner: str, into: str = "") -> Schedule:
         return self._loops(loops.fuse, outer, inner, into=into)
 
+    @takes(order=NAMES)
     def reorder(self, *order: str) -> Schedule:
         return self._loops(loops.reorder, *order)
 
+    @takes(loop=A_NAME, kind=KIND)
     def mark(self, loop: str, kind: LoopKind) -> Schedule:
         return self._loops(loops.mark, loop, kind)
 
+    @takes(loop=A_NAME, to=KIND)
     def bind(self, loop: str, to: LoopKind) -> Schedule:
         return self._loops(loops.mark, loop, to)
 
+    @takes(loop=A_NAME)
     def parallel(self, loop: str) -> Schedule:
         return self._loops(loops.mark, loop, "parallel")
 
+    @takes(loop=A_NAME)
     def vectorize(self, loop: str) -> Schedule:
         return self._loops(loops.mark, loop, "vector")
 
+    @takes(loop=A_NAME, factor=whole(0, NEAR))
     def unroll(self, loop: str, factor: int = 0) -> Schedule:
         return self._loops(loops.unroll, loop, factor)
 
+    @takes(loop=A_NAME)
     def rfactor(self, loop: str) -> Schedule:
         return self._loops(loops.rfactor, loop)
 
+    @takes(output=A_NAME)
     def atomic(self, output: str) -> Schedule:
         return self._loops(loops.atomic, output)
 
+    @takes(rows=A_NAME, cols=A_NAME, depth=A_NAME)
     def mma(self, rows: str, cols: str, depth: str) -> Schedule:
         return self._loops(loops.mma, rows, cols, depth)
 
+    @takes(buffer=A_NAME, loop=A_NAME, ahead=whole(1, NEAR))
     def prefetch(self, buffer: str, loop: str, ahead: int) -> Schedule:
         return self._loops(loops.prefetch, buffer, loop, ahead)
 
     # -- verbs that give values a second home ----------------------------------------------------
 
+    @takes(buffer=A_NAME, loop=A_NAME, scope=SCOPE)
     def cache(self, buffer: str, loop: str, scope: staging.CacheScope = "register") -> Schedule:
         return self._loops(staging.cache, buffer, loop, scope)
 
+    @takes(output=A_NAME, loop=A_NAME, copies=whole(2, staging.COPIES))
     def privatize(self, output: str, loop: str, copies: int) -> Schedule:
         if self.selected is not None:
             raise ScheduleError(
                 "S102", "privatize changes all nests of an output", hint="everywhere() first"
             )
         args = output, loop, copies
-        program = staging.privatize(self.lowered.program, *args)
+        program = privatize.privatize(self.lowered.program, *args)
         return self._recorded(program, Step("privatize", args))
 
     # -- how a verb is done ----------------------------------------------------------------------
@@ -232,9 +285,10 @@ class Schedule:
     def _recorded(self, program: Program, step: Step) -> Schedule:
         return replace(self, program=program, history=(*self.history, step), before=self)
 
+    @takes(loop=A_NAME, nest=optional(NUMBER))
     def has(self, loop: str, nest: int | None = None) -> bool:
-        """Whether there is a loop of that name (in one nest)."""
-        chosen = self.nests if nest is None else (self.nests[nest],)
+        """Whether there is a loop of that name (in one nest). Raises ScheduleError[S101, S102]."""
+        chosen = self.nests if nest is None else (self._nest(nest),)
         return any(
             isinstance(x, For) and (x.name == loop or x.name == f"{loop}_p")
             for n in chosen
@@ -247,13 +301,14 @@ def _document() -> None:
     behind = (
         coords.order_axes, coords.fuse_axes, coords.specialize,
         loops.split, loops.fuse, loops.reorder, loops.mark, loops.unroll, loops.rfactor,
-        loops.atomic, loops.mma, loops.prefetch, staging.cache, staging.privatize,
+        loops.atomic, loops.mma, loops.prefetch, staging.cache, privatize.privatize,
     )  # fmt: skip
     texts = {f.__name__: f.__doc__ for f in behind}
     for name, like in (("bind", "mark"), ("parallel", "mark"), ("vectorize", "mark")):
         texts[name] = f"`{like}` under the name that the field gives it.\n\n    {texts[like]}"
     for name, text in texts.items():
-        getattr(Schedule, name).__doc__ = text
+        raises = "Raises ScheduleError[S101, S102]."
+        getattr(Schedule, name).__doc__ = f"{str(text).rstrip()}\n\n    {raises}\n    "
 
 
 _document()

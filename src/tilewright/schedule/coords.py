@@ -24,7 +24,7 @@ def order_axes(program: Program, output: str, *axes: str) -> Program:
         raise ScheduleError("S101", f"no statement computes {output!r}", hint=f"outputs: {known}")
     has = {x.name for x in indices_of(statement)}
     wrong = [a for a in axes if a not in has]
-    if not axes or len(set(axes)) < len(axes):
+    if len(set(axes)) < len(axes):
         raise ScheduleError("S102", f"order_axes{axes!r}", hint="each axis once")
     if wrong:
         raise ScheduleError(
@@ -76,8 +76,12 @@ def specialize(program: Program, dim: str, size: int) -> Program:
             f"no dimension {dim!r}",
             hint=f"dimensions: {', '.join(known)}",
         )
-    if not isinstance(size, int) or size < 1:
-        raise ScheduleError("S102", f"{dim} = {size!r}", hint="a positive size")
+    most = (1 << (8 * program.index.itemsize - 1)) - 1
+    if size > most:
+        raise ScheduleError(
+            "S102", f"specialize({dim!r}, {size}): coordinates are {program.index}", where="size",
+            hint=f"at most {most}, or typed(index='int64')",
+        )  # fmt: skip
     known_size = dict(program.sizes).get(dim, size)
     if known_size != size:
         raise ScheduleError("S102", f"{dim} is {known_size} already", hint="one size a dimension")

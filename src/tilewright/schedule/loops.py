@@ -53,6 +53,7 @@ Found = tuple[Stmt, int]
 KINDS = (
     "serial", "parallel", "vector", "unroll", "cta.x", "cta.y", "thread.x", "thread.y",
 )  # fmt: skip
+TAILS = ("guard", "cut", "exact")
 
 
 def split(
@@ -67,10 +68,6 @@ def split(
     `tail` says what becomes of a range that is no multiple: `"guard"` tests each iteration, `"cut"`
     adds a loop `i_t` for the rest, `"exact"` trusts (and requires) a range known to be a multiple.
     """
-    if not isinstance(factor, int) or factor < 1:
-        raise ScheduleError("S102", f"split {loop} by {factor!r}", hint="a positive number")
-    if tail not in ("guard", "cut", "exact"):
-        raise ScheduleError("S102", f"tail={tail!r}", hint="guard, cut or exact")
 
     def one(f: For) -> Stmt:
         if f.kind in ("vector", "unroll", "thread.x", "thread.y"):
@@ -236,9 +233,6 @@ def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
     reduces may be a vector or threads (there is one accumulator an iteration, joined in a fixed
     order at the end), not units.
     """
-
-    if kind not in KINDS:
-        raise ScheduleError("S102", f"{loop} marked {kind!r}", hint=f"one of {', '.join(KINDS)}")
 
     def one(f: For) -> Stmt:
         reducing = [c for c in computes(f.body) if reduces(f, c)]
@@ -426,8 +420,6 @@ def prefetch(body: Stmt, buffer: str, loop: str, ahead: int) -> Found:
     A gather goes on beyond the end of a row: the next one needs what is there. The last verb on a
     nest: other verbs do not look past a prefetch.
     """
-    if ahead < 1:
-        raise ScheduleError("S102", f"prefetch {ahead} iterations ahead", hint="a positive number")
 
     def one(f: For) -> Stmt:
         lines = f.body.body if isinstance(f.body, Seq) else (f.body,)
@@ -463,32 +455,33 @@ def _is_coordinate(let: Let, f: For) -> bool:
     return isinstance(value, Load) and value.buffer.scope == "part" and value.index == (f.var,)
 
 
-def _asked(body: Stmt, buffer: str, later: dict[str, Expr]) -> tuple[Stmt, int]:
-    """`body` with a prefetch before each statement for what it reads of `buffer`, at the places
-    that it has when the names of `later` have their values; and how many there are."""
-    found = 0
+def _asked(s: Stmt, buffer: str, later: dict[str, Expr]) -> tuple[Stmt, int]:
+    """`s` with a prefetch before each statement for what it reads of `buffer`, at the places that
+    it has when the names of `later` have their values; and how many there are."""
+    if isinstance(s, Compute):
+        places = [substitute(x, later) for x in _moving(s.value, buffer, later)]
+        return seq(*(Prefetch(x) for x in places), s), len(places)
+    if isinstance(s, (For, If)):
+        body, found = _asked(s.body, buffer, later)
+        return replace(s, body=body), found
+    if not isinstance(s, Seq):
+        return s, 0
+    lines: list[Stmt] = []
+    total = 0
+    for line in s.body:
+        asked, found = _asked(line, buffer, later)
+        lines.append(asked)
+        total += found
+        if (
+            isinstance(line, Let)
+            and free_vars(line.value) & later.keys()
+            and not reads_memory(line.value)  # what is loaded is not known early
+        ):
+            later = later | {line.var.name: substitute(line.value, later)}
+    return seq(*lines), total
 
-    def visit(x: Any, names: dict[str, Expr]) -> Any:
-        nonlocal found
-        if isinstance(x, Seq):
-            names, out = dict(names), []
-            for b in x.body:
-                out.append(visit(b, names))
-                if (
-                    isinstance(b, Let)
-                    and not reads_memory(b.value)
-                    and free_vars(b.value) & names.keys()
-                ):
-                    names[b.var.name] = substitute(b.value, names)
-            return seq(*out)
-        if isinstance(x, Compute):
-            reads = dict.fromkeys(
-                y
-                for y in walk(x.value)
-                if isinstance(y, Load) and y.buffer.name == buffer and free_vars(y) & names.keys()
-            )
-            found += len(reads)
-            return seq(*(Prefetch(substitute(y, names)) for y in reads), x)
-        return rebuild(x, lambda y: visit(y, names)) if isinstance(x, (For, If)) else x
 
-    return visit(body, later), found
+def _moving(value: Expr, buffer: str, later: dict[str, Expr]) -> list[Load]:
+    """What a value reads of `buffer` at places that depend on the names of `later`, each once."""
+    reads = (x for x in walk(value) if isinstance(x, Load) and x.buffer.name == buffer)
+    return list(dict.fromkeys(x for x in reads if free_vars(x) & later.keys()))

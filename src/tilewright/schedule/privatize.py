@@ -1,0 +1,170 @@
+"""`privatize`: an output with a copy for each group of units, added up in a fixed order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tilewright import dtypes
+from tilewright.errors import ScheduleError
+from tilewright.ir.names import stride_name
+from tilewright.ir.nodes import (
+    Binary,
+    Buffer,
+    Compute,
+    Const,
+    Expr,
+    For,
+    If,
+    Load,
+    Nest,
+    Program,
+    Seq,
+    Stmt,
+    Tensor,
+    Var,
+    binary,
+    cast,
+    size_var,
+)  # fmt: skip
+from tilewright.ir.rewrite import add, ceil_div, mul, rebuild, simplify
+from tilewright.schedule.tree import computes, matches
+
+
+def privatize(program: Program, output: str, loop: str, copies: int) -> Program:
+    """An output that is updated in place gets a copy for each of `copies` groups of iterations of
+    an outermost loop; the groups are units, and a last stage adds the copies in their order: units
+    may share rows, and the sums are the same each time.
+
+    before: Y[i, k] = 0                            after:  Y.copies[c, i, k] = 0
+            for p in 0:nnz                                 for c in 0:8  # parallel
+              let i = row[p]                                 for p in c*n : min(nnz, (c + 1)*n)
+              Y[i, k] = sum(…) in place                        Y.copies[c, i, k] = sum(…) in place
+                                                           Y[i, k] = Y.copies[0, i, k] + …
+    """
+    tensor = next((t for t in program.tensors if t.name == output and t.role == "output"), None)
+    if tensor is None:
+        known = ", ".join(t.name for t in program.outputs)
+        raise ScheduleError("S101", f"no output {output!r}", hint=f"outputs: {known}")
+    mine = [
+        c for stage in program.stages for n in stage for c in computes(n.body)
+        if c.out.buffer.name == output
+    ]  # fmt: skip
+    if not any(c.in_place for c in mine):
+        raise ScheduleError(
+            "S102", f"{output} is not updated in place: its units share no rows",
+            hint="parallel() or bind() its loops",
+        )  # fmt: skip
+    return _Copies(tensor, mine[0].out.buffer, loop, copies).applied(program)
+
+
+class _Copies:
+    """`privatize` of one output."""
+
+    def __init__(self, tensor: Tensor, buffer: Buffer, loop: str, copies: int) -> None:
+        self.output, self.whole, self.loop, self.copies = tensor, buffer, loop, copies
+        name = f"{tensor.name}.copies"
+        self.tensor = replace(
+            tensor, name=name, dims=(copies, *tensor.dims), role="temp", kind="state",
+            dtype=tensor.dtype.accumulator,
+        )  # fmt: skip
+        index = buffer.shape[0].dtype if buffer.shape else size_var("x").dtype
+        strides = (
+            *(Var(stride_name(name, d), dtypes.int64) for d in range(len(tensor.dims))),
+            _one64(),
+        )
+        self.buffer = Buffer(
+            name, self.tensor.dtype, (Const(copies, index), *buffer.shape), "global", strides,
+            "state",
+        )  # fmt: skip
+        self.copy = Var("copy", index)
+
+    def applied(self, program: Program) -> Program:
+        stages: list[tuple[Nest, ...]] = []
+        op = ""
+        for stage in program.stages:
+            if not any(
+                c.out.buffer.name == self.output.name for n in stage for c in computes(n.body)
+            ):
+                stages.append(stage)
+                continue
+            updates = [c for n in stage for c in computes(n.body) if c.in_place]
+            if not updates:
+                stages.append(tuple(self._start(n) for n in stage))
+                continue
+            if len(stage) != 1 or stage[0].part >= 0:
+                raise ScheduleError(
+                    "S102", f"{len(stage)} parts of a composed format update {self.output.name}",
+                    hint="atomic(), or a format that keeps rows whole",
+                )  # fmt: skip
+            op = updates[0].op
+            stages += [(self._update(stage[0]),), (self._join(op),)]
+        return replace(
+            program,
+            tensors=(*program.tensors, self.tensor),
+            buffers=(*program.buffers, self.buffer),
+            stages=tuple(stages),
+        )
+
+    def _start(self, nest: Nest) -> Nest:
+        """All copies start where the output did."""
+
+        def started(c: Compute) -> Stmt:
+            first = replace(c, out=self._at(self.copy, c), value=cast(c.value, self.buffer.dtype))
+            return For(self.copy, _count(), _count(self.copies), first)
+
+        return replace(nest, body=self._each(nest.body, started))
+
+    def _update(self, nest: Nest) -> Nest:
+        top = nest.body
+        if not (isinstance(top, For) and matches(top, self.loop)):
+            raise ScheduleError(
+                "S101", f"{self.loop!r} is not the outermost loop that updates {self.output.name}",
+                hint=f"the outermost is {getattr(top, 'name', 'none')}",
+            )  # fmt: skip
+        if top.kind != "serial":
+            raise ScheduleError(
+                "S102", f"loop {top.name} is marked {top.kind}", hint="privatize it first"
+            )
+        extent = simplify(binary("-", top.end, top.begin))
+        share = ceil_div(extent, self.copies)
+        begin = add(top.begin, mul(self.copy, share))
+        end = binary("min", top.end, add(begin, share))
+        body = self._each(top.body, lambda c: replace(c, out=self._at(self.copy, c), atomic=False))
+        groups = For(
+            self.copy, _count(), _count(self.copies),
+            For(top.var, begin, end, body, "serial", top.axes), "parallel",
+        )  # fmt: skip
+        return replace(nest, body=groups)
+
+    def _join(self, op: str) -> Nest:
+        """The output from its copies, the first one first."""
+        axes = [Var(f"copy_{d}", self.copy.dtype) for d in range(len(self.output.dims))]
+        loads = [
+            Load(self.buffer, (Const(n, self.copy.dtype), *axes), self.buffer.dtype)
+            for n in range(self.copies)
+        ]
+        value: Expr = loads[0]
+        for x in loads[1:]:
+            value = Binary({"sum": "+", "prod": "*"}.get(op, op), value, x, value.dtype)
+        out = Load(self.whole, tuple(axes), self.whole.dtype)
+        body: Stmt = Compute(out, cast(value, out.dtype))
+        for d, (var, size) in reversed(list(enumerate(zip(axes, self.whole.shape, strict=True)))):
+            body = For(var, _count(), size, body, "parallel" if d == 0 else "serial")
+        return Nest(f"{self.output.name}.join", body)
+
+    def _at(self, copy: Expr, c: Compute) -> Load:
+        return Load(self.buffer, (copy, *c.out.index), self.buffer.dtype)
+
+    def _each(self, s: Any, f: Any) -> Any:
+        if isinstance(s, Compute):
+            return f(s) if s.out.buffer.name == self.output.name else s
+        return rebuild(s, lambda x: self._each(x, f)) if isinstance(s, (Seq, For, If)) else s
+
+
+def _one64() -> Const:
+    return Const(1, dtypes.int64)
+
+
+def _count(n: int = 0) -> Const:
+    return Const(n, size_var("x").dtype)
