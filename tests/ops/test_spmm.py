@@ -198,15 +198,15 @@ def test_packing_for_an_operator(rng, pack):
         assert packed.nnz == len(coo[0]) and packed.format == tw.csr()
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", FORMATS | PIECES)
 @pytest.mark.parametrize("d", WIDTHS)
 def test_the_schedule_of_a_gpu_run_on_the_cpu(rng, fmt, d):
     """Its loops, guards and indices, one thread after the other."""
-    made = spmm_program.decompose(A=FORMATS[fmt])
+    made = spmm_program.decompose(A=(FORMATS | PIECES)[fmt])
     kernel = made.schedule(lambda s: gpu_recipe(s.specialize("d", d))).build("cpp")
     for m, n in ((50, 40), (3, 100)):
         a, x, y = matrix(rng, m, n), normal(rng, n, d), poisoned(m, d)
-        kernel(FORMATS[fmt].pack(a), x, out=y)
+        kernel((FORMATS | PIECES)[fmt].pack(a), x, out=y)
         wanted, size = a.astype(np.float64) @ x, np.abs(a).astype(np.float64) @ np.abs(x)
         close(y, wanted, size + 1e-6, UNIT["float32"])
 
@@ -220,5 +220,19 @@ def test_on_a_gpu(rng, d):
         a = matrix(rng, m, n)
         x, y = normal(rng, n, d), DeviceArray.from_numpy(poisoned(m, d))
         ops.spmm(ops.pack_for_spmm(a, d, "cuda"), DeviceArray.from_numpy(x), out=y)
+        wanted, size = a.astype(np.float64) @ x, np.abs(a).astype(np.float64) @ np.abs(x)
+        close(y.to_numpy(), wanted, size + 1, 2.0**-19)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", PIECES)
+@pytest.mark.parametrize("d", WIDTHS)
+def test_rows_in_pieces_on_a_gpu(rng, fmt, d):
+    from tilewright.runtime.cuda import DeviceArray
+
+    for m, n in ((50, 40), (3, 3000), (0, 4)):
+        a = matrix(rng, m, n)
+        x, y = normal(rng, n, d), DeviceArray.from_numpy(poisoned(m, d))
+        ops.spmm(PIECES[fmt].pack(a).to("cuda"), DeviceArray.from_numpy(x), out=y)
         wanted, size = a.astype(np.float64) @ x, np.abs(a).astype(np.float64) @ np.abs(x)
         close(y.to_numpy(), wanted, size + 1, 2.0**-19)
