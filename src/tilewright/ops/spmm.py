@@ -37,6 +37,7 @@ def spmm_program(A=sparse("m n"), X=dense("n d")):
 ROWS_PER_UNIT = 16  # rows of one unit on the CPU: a few microseconds of work
 CPU_TILE = 128  # features kept in registers: 8 accumulators of 16 lanes
 L2_BYTES = 40 << 20  # of X, beyond which a sweep takes fewer features (an H100 has 50 MB)
+ANY_TILE = 64  # where the width is not known: as fast, and a third less to compile than 128 and 32
 AHEAD_CPU = 16  # entries whose rows of X are asked for early: two or three rows of a citation graph
 AHEAD_TILED = 8  # where a row has several tiles: beyond its end comes the row again, not the next
 CTA = 256  # threads
@@ -55,7 +56,7 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
     if s.in_place and not s.shares_rows:
         return _cpu_pieces(s, lanes, fixed)
     rest = "k"
-    for width in (CPU_TILE, 32, lanes, 1):
+    for width in (CPU_TILE, 32, lanes, 1) if fixed else (ANY_TILE, lanes, 1):
         if width == 1 or width < lanes or (fixed is not None and fixed < width):
             continue
         tile, inside = f"k{width}", f"k{width}_i"

@@ -45,7 +45,8 @@ IMPURE = {
 }  # fmt: skip
 HIDDEN = {"__globals__", "__dict__", "__closure__", "__code__", "__subclasses__", "f_globals"}
 DYNAMIC = {"getattr", "attrgetter", "methodcaller"}
-SCALARS = {bool, int, float, complex, str, bytes, type(None), type(...), range}
+PLAIN = {bool, int, float, complex, str, bytes, type(None), type(...)}
+SCALARS = PLAIN | {range}
 STATEFUL = {opcode.opmap[name] for name in ("IMPORT_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")}
 GENERATED = "<string>"  # the file of the methods that dataclasses make
 DESCRIBES = {
@@ -84,8 +85,10 @@ class _Walker:
 
     def visit(self, x: Any) -> None:
         kind = type(x)
-        if kind in SCALARS:
-            self.parts += (kind.__name__, repr(x) if kind is range else x)
+        if kind in PLAIN:
+            self.parts += (kind.__name__, x)
+        elif kind is range:
+            self.put("range", repr(x))
         elif kind in (tuple, list):
             self.many(kind.__name__, x)
         elif kind in (dict, MappingProxyType):
@@ -109,7 +112,10 @@ class _Walker:
     def many(self, kind: str, values: Any) -> None:
         self.parts += (kind, len(values))
         for v in values:
-            self.visit(v)
+            if type(v) in PLAIN:  # most are: a call for each cost a tenth of the whole
+                self.parts += (type(v).__name__, v)
+            else:
+                self.visit(v)
 
     def met(self, x: Any) -> bool:
         """Whether a function, class, module or record stands further up; it is then named by its

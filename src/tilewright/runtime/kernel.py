@@ -20,6 +20,7 @@ from tilewright.runtime.call import (
     scalar_value,
     value_spans,
 )
+from tilewright.runtime.layout import Struct
 from tilewright.runtime.manifest import Manifest, structs, unit_count
 from tilewright.runtime.view import address, layout, view
 
@@ -56,7 +57,6 @@ class Kernel:
             source,
             resources,
         )
-        self.row, self.params = structs(manifest)
         self.inputs = [t for t in manifest.tensors if t.role in ("input", "update")]
         self.results = [t for t in manifest.tensors if t.role == "output"]
         self.temps = [t for t in manifest.tensors if t.role == "temp"]
@@ -144,7 +144,7 @@ class Kernel:
         read = [t for t in self.inputs if t.role != "update"]
         check_apart(call.spans([*given, *updated]), call.spans(read))
         temps = [call.make_output(spec) for spec in self.temps]
-        frame = call.frame(self.row, self.params, self._unit_counts, self.results)
+        frame = call.frame(*self._structs, self._unit_counts, self.results)
         frame.keep += temps
         frame.run = self.launcher.prepare(self, frame)
         return frame, made
@@ -279,6 +279,12 @@ class Kernel:
                 hint=f"arguments: {', '.join(names)}",
             )
         return tuple(given[n] if n in given else named[n] for n in names)
+
+    @cached_property
+    def _structs(self) -> tuple[Struct, Struct]:
+        """A row of the work table, and the parameter block: what a call needs and a build does
+        not."""
+        return structs(self.manifest)
 
     @cached_property
     def _unit_counts(self) -> tuple[tuple[Callable[..., int], ...], ...]:
