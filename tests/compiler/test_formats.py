@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 import tilewright as tw
 from tilewright.errors import FormatError
 from tilewright.ir import levels
+from tilewright.sparse.formats import ByRow
 
 # what their types would refuse already
 bsr, dbsr, ell, hyb, bucket = (getattr(tw, n) for n in ("bsr", "dbsr", "ell", "hyb", "bucket"))
@@ -78,3 +81,22 @@ def test_it_is_written_down_that_explicit_zeros_are_stored_coordinates():
 def _least(A=tw.sparse("m n")):
     i, j = tw.indices("m n")
     return tw.out[i](tw.min(A[i, j], over=j))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (7, 0), (1, 1), (40, 33)])
+def test_a_part_takes_the_rows_of_its_lengths_inside_its_columns(rng, shape):
+    """Against the definition, row by row."""
+    stored = rng.random(shape) < rng.choice([0.0, 0.1, 0.6], (shape[0], 1))
+    coords = np.nonzero(stored)
+    entries = ByRow(coords, shape)
+    for parts in (1, 3):
+        width = max(-(-shape[1] // parts), 1)
+        for part, (low, high) in itertools.product(range(parts), [(0, 0), (1, 2), (3, None)]):
+            rows, numbers = Where(low, high, part, parts).choose(entries)
+            inside = [stored[i, part * width : (part + 1) * width].sum() for i in range(shape[0])]
+            wanted = [low <= n and (high is None or n <= high) for n in inside]
+            assert rows.tolist() == wanted
+            assert numbers.tolist() == [
+                e for e, (i, j) in enumerate(zip(*coords, strict=True))
+                if wanted[i] and j // width == part
+            ]  # fmt: skip

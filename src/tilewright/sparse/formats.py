@@ -110,25 +110,48 @@ class Where:
         cols = f", columns {self.col_part}/{self.col_parts}" if self.col_parts > 1 else ""
         return f"rows of {self.shortest}…{top} entries{cols}"
 
-    def rows(
-        self, row_of: np.ndarray, col_of: np.ndarray, shape: tuple[int, ...]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Masks of the rows and of the entries it takes."""
-        inside = None
-        if self.col_parts > 1:
-            width = -(-shape[1] // self.col_parts)
-            inside = col_of // width == self.col_part
-        length = np.bincount(row_of if inside is None else row_of[inside], minlength=shape[0])
+    def choose(self, entries: ByRow) -> tuple[np.ndarray, np.ndarray]:
+        """The mask of the rows it takes, and the numbers of the entries."""
+        numbers, length = entries.of_columns(self.col_part, self.col_parts)
         rows = length >= self.shortest
         if self.longest is not None:
             rows &= length <= self.longest
-        entries = rows[row_of]
-        return rows, entries if inside is None else entries & inside
+        mine = _ranges(np.cumsum(length) - length, np.where(rows, length, 0))
+        return rows, mine if numbers is None else numbers[mine]
+
+
+class ByRow:
+    """Entries in the order of their rows, as the parts of a composed format choose from them.
+
+    A part costs what it takes: rows are ranges, found once for each range of columns."""
+
+    def __init__(self, coords: Sequence[np.ndarray], shape: tuple[int, ...]) -> None:
+        self.coords, self.shape = coords, shape
+        self._known: dict[tuple[int, int], tuple[np.ndarray | None, np.ndarray]] = {}
+
+    def of_columns(self, part: int, parts: int) -> tuple[np.ndarray | None, np.ndarray]:
+        """Of one of `parts` equal ranges of columns: the numbers of the entries inside (None: all
+        of them), and how many each row has there."""
+        if (part, parts) not in self._known:
+            rows, numbers = self.coords[0], None
+            if parts > 1:
+                width = max(-(-self.shape[1] // parts), 1)
+                numbers = np.flatnonzero(self.coords[1] // width == part)
+                rows = rows[numbers]
+            length = np.bincount(rows, minlength=self.shape[0])
+            self._known[part, parts] = numbers, length
+        return self._known[part, parts]
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, … of each range, one behind the other."""
+    shift = starts - (np.cumsum(lengths) - lengths)
+    return np.repeat(shift, lengths) + np.arange(lengths.sum())
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Composed:
-    """A = Σ parts. Each part is a `Where` (or any object with its `rows` method) and a `Format`.
+    """A = Σ parts. Each part is a `Where` (or any object with its `choose`) and a `Format`.
 
     `disjoint_rows`: no row is in two parts; `covers_rows`: every row is in one. Both are promises
     that packing checks; programs that are not sums need the first. Raises FormatError[F101].
@@ -177,17 +200,18 @@ class Composed:
     pack = Format.pack
 
     def split(self, coords: Sequence[np.ndarray], shape: tuple[int, ...]) -> Iterator[Chosen]:
-        """What each part takes of the entries at `coords`: the format, the numbers of the entries,
-        and, where all rows are covered, those of its rows. Raises FormatError[F106]."""
+        """What each part takes of the entries at `coords`, in the order of their rows: the format,
+        the numbers of the entries, and, where all rows are covered, those of its rows. Raises
+        FormatError[F106]."""
         counter = np.min_scalar_type(len(self.parts))  # an entry in all of them must not wrap it
         of_entry, of_row = np.zeros(len(coords[0]), counter), np.zeros(shape[0], counter)
         chosen: list[Chosen] = []
+        entries = ByRow(coords, shape)
         for where, part in self.parts:
-            rows, entries = where.rows(coords[0], coords[1], shape)
-            of_entry += entries
+            rows, numbers = where.choose(entries)
+            of_entry[numbers] += 1
             of_row += rows
-            mine = np.flatnonzero(rows) if self.covers_rows else None
-            chosen.append((part, np.flatnonzero(entries), mine))
+            chosen.append((part, numbers, np.flatnonzero(rows) if self.covers_rows else None))
         if (of_entry != 1).any():
             at = int((of_entry != 1).argmax())
             raise FormatError(
@@ -217,7 +241,7 @@ def _is_part(part: Any) -> bool:
     return (
         isinstance(part, tuple)
         and len(part) == 2
-        and callable(getattr(part[0], "rows", None))
+        and callable(getattr(part[0], "choose", None))
         and isinstance(part[1], Format)
     )
 
