@@ -59,7 +59,8 @@ def _resolved(path: str, _home: str | None) -> Path:
 
 
 def _default_cache() -> Path:
-    return folder((os.environ.get("XDG_CACHE_HOME") or "~/.cache") + "/tilewright")
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(base, "tilewright") if base else folder("~/.cache/tilewright")
 
 
 KNOBS: dict[str, Knob] = {

@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -230,6 +231,65 @@ def test_the_code_of_a_class_is_part_of_a_value() -> None:
     assert identity(made(2)) not in (None, identity(made(3)))
 
 
+def _configured(text: str, module: str = "settings") -> str | None:
+    """The identity of a recipe that asks an object of a class written in a text, as `python -c`
+    has it: the file of its methods is then called like that of the methods dataclasses make."""
+    space: dict[str, Any] = {"dataclass": dataclasses.dataclass, "field": dataclasses.field}
+    if module:
+        space["__name__"] = module
+    exec(compile(text, "<string>", "exec", dont_inherit=True), space)
+    return identity(space["recipe"])
+
+
+CONFIGURED = (
+    """
+@dataclass(frozen=True)
+class Choice:
+    n: int = 1
+    def tile(self): return TILE
+choice = Choice()
+def recipe(s): return s.split("k", choice.tile())
+""",
+    """
+@dataclass(frozen=True, slots=True)
+class Choice:
+    tile: int = TILE
+def recipe(s): return s.split("k", Choice().tile)
+""",
+    """
+@dataclass(frozen=True)
+class Choice:
+    n: int = field(default=0, compare=TILE == 4)
+def recipe(s): return s.split("k", 4 if Choice(1) == Choice(2) else 8)
+""",
+    """
+@dataclass(frozen=True, eq=TILE == 4)
+class Choice:
+    n: int = 0
+def recipe(s): return s.split("k", 4 if Choice() == Choice() else 8)
+""",
+)
+
+
+@pytest.mark.parametrize("text", CONFIGURED)
+def test_what_dataclasses_make_follows_from_their_fields(text: str) -> None:
+    four, eight = (_configured(text.replace("TILE", n)) for n in ("4", "8"))
+    assert four is not None and eight is not None and four != eight
+    assert four == _configured(text.replace("TILE", "4"))
+    for nowhere in ("", "builtins", "math"):
+        found = {_configured(text.replace("TILE", n), nowhere) for n in ("4", "8")}
+        assert len(found) == 2 or found == {None}
+
+
+def test_attributes_of_a_partial_function_are_part_of_it() -> None:
+    def made(n: int) -> Any:
+        half = functools.partial(int)
+        half.tile = n  # type: ignore[attr-defined]
+        return lambda s: s.split("k", half.tile)  # type: ignore[attr-defined]
+
+    assert len({identity(made(4)), identity(made(8)), None}) == 3
+
+
 def test_levels_of_ones_own_are_known_by_their_code() -> None:
     def own(step):
         @dataclasses.dataclass(frozen=True, slots=True, repr=False)
@@ -371,7 +431,52 @@ def _universal_function():
     return lambda s: s.split("k", int(plus(2, 2)))
 
 
+def _derived_module():
+    class Settings(types.ModuleType):
+        @property
+        def tile(self) -> int:
+            return 4
+
+    settings = Settings("settings")
+    return lambda s: s.split("k", settings.tile)
+
+
+def _kept_result():
+    @functools.lru_cache
+    def tile() -> int:
+        return 4
+
+    return lambda s: s.split("k", tile())
+
+
+def _derived_number():
+    class Tile(np.float64):
+        def n(self) -> int:
+            return 4
+
+    tile = Tile(0.0)
+    return lambda s: s.split("k", tile.n())
+
+
+def _documented():
+    def width() -> int:
+        """4"""
+        return 0
+
+    return lambda s: s.split("k", int(width.__doc__ or 0))
+
+
+def _raises_when_asked():
+    class Proxy:
+        def __getattr__(self, name: str):
+            raise RuntimeError(name)
+
+    proxy = Proxy()
+    return lambda s: s.split("k", 4) if proxy else s
+
+
 UNKNOWN = (
+    _derived_module, _kept_result, _derived_number, _documented, _raises_when_asked,
     _made_with_arguments, _made_by_numpy, _universal_function,
     _opaque, _environment, _random, _global_random, _imports, _file, _knob, _compiler,
     _computed_name,

@@ -69,7 +69,7 @@ def test_words_of_generated_code_are_names_too(rng, target, word):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("word", ["out_acc1", "out_acc", "out_total1", "acc1", "A_values"])
+@pytest.mark.parametrize("word", ["out_acc1", "out_acc", "acc1", "A_values", "A_indices1"])
 def test_registers_and_arrays_of_generated_code_meet_no_parameter(rng, target, word):
     space: dict[str, object] = {"tw": tw}
     text = (
@@ -82,6 +82,33 @@ def test_registers_and_arrays_of_generated_code_meet_no_parameter(rng, target, w
     M, x = matrix(rng), rng.standard_normal(9).astype(np.float32)
     result = made.build(target)(tw.csr().pack(M), x)
     np.testing.assert_allclose(result, M @ x, rtol=1e-5, atol=1e-5)
+
+
+NO_NAMES = ("", "m__size", "out__acc1", "A__values", "X", "i.o", "1a", "ä")
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_loops_have_names_that_mean_nothing_else(name):
+    s = spmm.scheduled()
+    for into in ((name, "b"), ("b", name)):
+        with pytest.raises(ScheduleError, match="S102"):
+            s.split("k", 2, into=into)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_number_that_nothing_reads_is_checked_by_every_call(rng, target):
+    @tw.program
+    def scaled(X=tw.dense("m"), alpha=tw.scalar("int32")):
+        i = tw.indices("m")
+        return tw.out[i](X[i] + (i * 0) * alpha)
+
+    kernel = scaled.build(target)
+    x = rng.standard_normal(5).astype(np.float32)
+    np.testing.assert_array_equal(kernel(x, 3), x)
+    for wrong in ("x", [1], 2**40, 1.5, None):
+        with pytest.raises(ArgumentError, match="A107"):
+            kernel(x, wrong)
+    np.testing.assert_array_equal(kernel(x, 4), x)
 
 
 @pytest.mark.parametrize(

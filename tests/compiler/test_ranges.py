@@ -13,8 +13,8 @@ from tilewright.ir.nodes import Binary, Cast, Const, Expr, Index, Select, binary
 from tilewright.ir.ranges import interval
 from tilewright.ir.rewrite import simplify
 
-KINDS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64")
-OPS = ("+", "-", "*", "//", "%", "&", "|", "^", "<<", ">>")
+KINDS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+OPS = ("+", "-", "*", "//", "%", "&", "|", "^", "<<", ">>", "min", "max")
 EXTENTS = {"m": 1, "n": 7, "k": 127}
 
 
@@ -61,7 +61,7 @@ def value(e: Expr, at: dict[str, int]) -> int:
     done = {
         "+": a + b, "-": a - b, "*": a * b, "&": a & b, "|": a | b, "^": a ^ b, "<": int(a < b),
         "//": a // b if b else 0, "%": a % b if b else 0,
-        "<<": a << max(b, 0), ">>": a >> max(b, 0),
+        "<<": a << min(max(b, 0), 64), ">>": a >> max(b, 0), "min": min(a, b), "max": max(a, b),
     }  # fmt: skip
     return wrapped(done[e.op], e)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
-from tilewright.ir.names import COUNT, STRIDE, given, is_given, stride_name
+from tilewright.ir.names import COUNT, SIZE, STRIDE, is_given, stride_name
 from tilewright.ir.nodes import (
     Binary,
     Cast,
@@ -130,9 +130,8 @@ def _free_names(program: Program) -> dict[str, str]:
     found: dict[str, str] = {}
     for n in _nests(program):
         for x in (*walk(n.body), *(v for g in n.grid for v in walk(g))):
-            what = given(x.name) if isinstance(x, Var) else None
-            if what:
-                wide = what.kind == STRIDE or x.dtype.bits == 64
+            if isinstance(x, Var) and is_given(x.name, SIZE, STRIDE, COUNT):
+                wide = is_given(x.name, STRIDE) or x.dtype.bits == 64
                 found[x.name] = "int64" if wide else "int32"
     return found
 

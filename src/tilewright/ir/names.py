@@ -7,13 +7,23 @@ structure, values to a sparse tensor, an accumulator to an output. The name of e
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import NamedTuple
 
 SIZE, STRIDE, COUNT = "size", "stride", "count"  # numbers
 INDPTR, INDICES, VALUES = "indptr", "indices", "values"  # arrays of one part
 ACCUMULATOR, TOTAL = "acc", "total"  # registers
-KINDS = (SIZE, STRIDE, COUNT, INDPTR, INDICES, VALUES, ACCUMULATOR, TOTAL)
+COPIES = "copies"  # an array: of an output, one for each group of units
+KINDS = (SIZE, STRIDE, COUNT, INDPTR, INDICES, VALUES, ACCUMULATOR, TOTAL, COPIES)
+
+
+_USERS = re.compile(r"(?!.*__)[A-Za-z][A-Za-z0-9_]*")
+
+
+def is_users(name: str) -> bool:
+    """Whether a user may give this name. In C the dot of ours becomes two underscores."""
+    return _USERS.fullmatch(name) is not None
 
 
 class Given(NamedTuple):

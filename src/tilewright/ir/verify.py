@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tilewright.errors import InternalError
-from tilewright.ir.names import given
+from tilewright.ir.names import COUNT, SIZE, STRIDE, is_given
 from tilewright.ir.nodes import (
     COMPARISON,
     Access,
@@ -181,7 +181,7 @@ class _Checker:
 
     def expr(self, e: Expr, bound: set[str], registers: dict[str, Buffer] | None = None) -> None:
         if isinstance(e, Var):
-            if e.name not in bound and given(e.name) is None:
+            if e.name not in bound and not is_given(e.name, SIZE, STRIDE, COUNT):
                 self.fail(f"{e.name} is not bound", e)
             return
         if isinstance(e, Const):

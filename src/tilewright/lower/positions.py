@@ -29,8 +29,8 @@ def coordinates_to_positions(program: Program) -> Program:
     """Loops over positions, one nest for each statement and each format of a decomposition.
 
     before: Y[i, k] = sum(A[i, j] * X[j, k] over j)                  A: csr
-    after:  for i in 0:n_m
-              for k in 0:n_d
+    after:  for i in 0:m.size
+              for k in 0:d.size
                 for j_p in A.indptr1[i]:A.indptr1[i + 1]
                   let j = A.indices1[j_p]
                   Y[i, k] = sum(A.values[j_p] * X[j, k] over j)

@@ -2,7 +2,9 @@
 
 On a CPU: CSR, rows in parallel, the features of a row in vector registers. On a GPU: rows by
 length, so that all threads of a warp walk rows of one length; long rows have a CTA, giants several.
-Rows have one owner and sums a fixed order; only formats whose parts share rows take atomics.
+Rows have one owner and sums a fixed order. Atomics, in no fixed order, are taken on a GPU by
+formats that store rows in pieces (coo, csc) and on both targets by formats whose parts share rows
+(hyb with several column parts); a format that `pack_for_spmm` chooses is never one of them.
 Reference: SparseTIR (ASPLOS 2023, §4.2), its SpMM on hyb(c, k).
 """
 
@@ -14,7 +16,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.build import Definition, program
-from tilewright.errors import ArgumentError
+from tilewright.errors import ArgumentError, ProgramError, ScheduleError
 from tilewright.ops.recipes import dtype_name, fixed_width
 from tilewright.runtime import toolchain
 from tilewright.runtime.kernel import Kernel
@@ -56,11 +58,11 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
     if s.in_place and not s.shares_rows:
         return _cpu_pieces(s, lanes, fixed)
     rest = "k"
-    for width in (CPU_TILE, 32, lanes, 1) if fixed else (ANY_TILE, lanes, 1):
-        if width == 1 or width < lanes or (fixed is not None and fixed < width):
+    for width in (CPU_TILE, 32, lanes) if fixed else (ANY_TILE, lanes):
+        if width < lanes or (fixed and fixed < width):
             continue
         tile, inside = f"k{width}", f"k{width}_i"
-        whole = fixed is not None and fixed % width == 0
+        whole = bool(fixed) and fixed % width == 0
         s = s.split(rest, width, tail="exact" if whole else "cut", into=(tile, inside))
         s = s.split(inside, lanes, into=(f"{tile}_u", f"{tile}_v"))
         s = s.reorder("j", f"{tile}_u", f"{tile}_v").unroll(f"{tile}_u").vectorize(f"{tile}_v")
@@ -82,13 +84,13 @@ def _cpu_pieces(s: Schedule, lanes: int, fixed: int | None) -> Schedule:
     order. Widths known at run time only, and narrow ones, leave it to one thread."""
     s = s.order_axes("out", "k")
     tile = next((t for t in (32, lanes) if fixed and fixed % t == 0), 0)
-    entries = [x for x in ("j", "i") if s.has(x)]
+    walk = [x for x in ("j", "i") if s.has(x)]  # the loops over entries
     if not tile:
         s = s.split("k", lanes, tail="cut", into=("k_u", "k_v"))
-        return s.reorder(*entries, "k_v").vectorize("k_v")
+        return s.reorder(*walk, "k_v").vectorize("k_v")
     s = s.split("k", tile, tail="exact", into=("k_unit", "k_in")).parallel("k_unit")
     s = s.split("k_in", lanes, tail="exact", into=("k_u", "k_v"))
-    return s.reorder(*entries, "k_u", "k_v").unroll("k_u").vectorize("k_v")
+    return s.reorder(*walk, "k_u", "k_v").unroll("k_u").vectorize("k_v")
 
 
 def _formats(s: Schedule) -> list[Format]:
@@ -250,14 +252,16 @@ def pack_for_spmm(matrix: Any, width: int = 128, target: str = "cpp", dtype: Any
     BuildError[B103] for an unknown target."""
     kind = parse_target(target).kind
     found = entries.read(matrix)
-    packed = choose_format(found.shape[0], found.nnz, kind).pack(found, dtype=dtype)
+    rows = found.shape[0] if found.shape else 0  # of no matrix: packing says so
+    packed = choose_format(rows, found.nnz, kind).pack(found, dtype=dtype)
     return packed.to("cuda") if kind == "cuda" else packed
 
 
 def spmm(A: Packed, X: Any, out: Any = None) -> Any:
     """Y = A X. A: (m, n) packed; X: (n, d) array; Y: (m, d) of X's framework and dtype.
 
-    Kernels are built for the format and the width at first use and cached. Raises ArgumentError.
+    Kernels are built for the format and the width at first use and cached. Raises ArgumentError:
+    A106 also for a format that the target has no schedule for.
     """
     check_packed(A, lambda fmt: fmt.ndim == 2, "pack a matrix, as with pack_for_spmm(matrix)")
     width = last_size(X)
@@ -271,15 +275,22 @@ def spmm(A: Packed, X: Any, out: Any = None) -> Any:
 def _chosen(A: Packed, X: Any, width: int) -> Kernel:
     on_cuda = A.device != "cpu"
     x_bytes = A.shape[1] * width * 4
-    return spmm_kernel(
-        A.format,
-        str(A.dtype),
-        operand_dtype(X, "X"),
-        fixed_width(width, A.device),
-        A.structure.index_dtype.name,
-        "cuda" if on_cuda else "cpp",
-        x_bytes > (L2_BYTES if on_cuda else toolchain.l2_bytes() // 2),
-    )
+    given = operand_dtype(X, "X")
+    try:
+        return spmm_kernel(
+            A.format,
+            str(A.dtype),
+            given,
+            fixed_width(width, A.device),
+            A.structure.index_dtype.name,
+            "cuda" if on_cuda else "cpp",
+            x_bytes > (L2_BYTES if on_cuda else toolchain.l2_bytes() // 2),
+        )
+    except (ScheduleError, ProgramError) as e:
+        raise ArgumentError(
+            "A106", f"A is packed as {A.format}, X is {given}: {e.message}", where="argument A",
+            hint="a format that keeps rows whole, as pack_for_spmm chooses",
+        ) from e  # fmt: skip
 
 
 @cache

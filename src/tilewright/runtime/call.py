@@ -66,7 +66,7 @@ class Frame:
     sizes: dict[Any, int]
     addresses: list[tuple[Any, int]]
     values: list[tuple[Any, int, int]]  # and the part
-    numbers: list[tuple[Any, int]]
+    numbers: list[tuple[int, list[Any]]]
     reach: list[tuple[int, int]]  # of each input: first and last byte relative to its address
     run: Callable[[], None] | None = None
 
@@ -291,7 +291,11 @@ class Call:
             sizes=dict(self.sizes),
             addresses=[(at, n) for t, n, (at, _) in filled if t.dims and not t.structure],
             values=[(at, n, part) for t, n, (at, part) in filled if t.structure],
-            numbers=[(at, n) for t, n, (at, _) in filled if not t.dims and not t.structure],
+            numbers=[
+                (n, [at for at, _ in slots.get(t.name, ())])  # none: checked all the same
+                for n, t in enumerate(inputs)
+                if not t.dims and not t.structure
+            ],
             reach=[
                 byte_range(self.views[t.name]) if t.dims and not t.structure else (0, 0)
                 for t in inputs

@@ -43,12 +43,15 @@ IMPURE = {
     "open", "eval", "exec", "compile", "__import__", "input", "print", "globals", "locals", "vars",
     "id", "hash", "breakpoint", "load", "loadtxt", "fromfile", "genfromtxt", "memmap", "seterr",
 }  # fmt: skip
-HIDDEN = {"__globals__", "__dict__", "__closure__", "__code__", "__subclasses__", "f_globals"}
+HIDDEN = {  # what no key holds, or what leads anywhere
+    "__globals__", "__dict__", "__closure__", "__code__", "__subclasses__", "f_globals",
+    "__doc__", "__annotations__", "__slots__",
+}  # fmt: skip
 DYNAMIC = {"getattr", "attrgetter", "methodcaller"}
 PLAIN = {bool, int, float, complex, str, bytes, type(None), type(...)}
 SCALARS = PLAIN | {range}
 STATEFUL = {opcode.opmap[name] for name in ("IMPORT_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")}
-GENERATED = "<string>"  # the file of the methods that dataclasses make
+GENERATED = "__create_fn__.<locals>."  # where dataclasses make their methods, from their fields
 DESCRIBES = {
     "__module__", "__qualname__", "__doc__", "__annotations__", "__dataclass_fields__",
     "__dataclass_params__", "__firstlineno__", "__static_attributes__", "__slots__",
@@ -68,7 +71,7 @@ def identity(*values: Any) -> str | None:
         walker.ask_modules()
         # Scalars only: equal bytes are equal parts. (Format 3 would also tell what is shared.)
         parts = marshal.dumps(walker.parts, 2)
-    except (Unidentified, RecursionError, ValueError):
+    except Exception:  # of objects that are asked for something: what is not known has no key
         return None
     return key_of(sys.implementation.cache_tag or sys.version, np.__version__, parts)
 
@@ -92,15 +95,18 @@ class _Walker:
         elif kind in (tuple, list):
             self.many(kind.__name__, x)
         elif kind in (dict, MappingProxyType):
-            self.many("dict", [half for item in x.items() for half in item])
+            self.many(kind.__name__, [half for item in x.items() for half in item])
         elif kind in (frozenset, set):
             if any(type(v) not in SCALARS for v in x):
                 raise Unidentified(x)
-            self.put("set", len(x), *sorted(f"{type(v).__name__} {v!r}" for v in x))
+            self.put(kind.__name__, len(x), *sorted(f"{type(v).__name__} {v!r}" for v in x))
         elif (names := _fields(kind)) is not None:
             if not self.met(x):
                 self.record(x, names)
         elif isinstance(x, (np.generic, np.dtype)):
+            plain = kind.__module__.partition(".")[0] == "numpy"  # and not a class derived from it
+            if not plain or (isinstance(x, np.dtype) and x.metadata):
+                raise Unidentified(x)
             self.put("numpy", kind.__name__, repr(x))
         elif not self.met(x):
             self.behaviour(x)
@@ -161,8 +167,6 @@ class _Walker:
         known = _BEHAVIOURS.get(type(x))
         if known is not None:
             known(self, x)
-        elif isinstance(x, ModuleType):
-            self.module(x)
         elif isinstance(x, type):
             self.type(x)
         else:
@@ -177,7 +181,7 @@ class _Walker:
         module has under its name, and not an object that was made with arguments."""
         name = str(getattr(x, "__name__", ""))
         module = "numpy" if isinstance(x, np.ufunc) else str(getattr(x, "__module__", ""))
-        known = module in NATIVE and getattr(sys.modules.get(module), name, None) is x
+        known = module in NATIVE and _found(module, name) is x
         if not known or name in IMPURE:
             raise Unidentified(x)
         self.put("native", module, name)
@@ -185,17 +189,30 @@ class _Walker:
     def type(self, cls: type) -> None:
         self.put("type", cls.__module__, cls.__qualname__)
         if _pure(cls.__module__) or _in_rooms(cls.__module__):
-            if cls.__name__ in IMPURE or "<locals>" in cls.__qualname__:
+            # A class without a module of its own, made by `exec`, says `builtins`.
+            if cls.__name__ in IMPURE or _found(cls.__module__, cls.__qualname__) is not cls:
                 raise Unidentified(cls)
             return
         if type(cls) is not type:
             raise Unidentified(cls)
         self.many("bases", cls.__bases__)
+        if "__dataclass_fields__" in vars(cls):
+            self.dataclass(cls)
         for name, value in sorted(vars(cls).items()):
             described = isinstance(value, (MemberDescriptorType, GetSetDescriptorType))
             if name not in DESCRIBES and not described and not _made(value):
                 self.put("has", name)
                 self.visit(value)
+
+    def dataclass(self, cls: Any) -> None:
+        """All that its generated methods are made from."""
+        self.put("dataclass", repr(cls.__dataclass_params__))
+        for f in cls.__dataclass_fields__.values():
+            self.put(
+                f.name, str(f._field_type), f.init, f.repr, f.compare, f.hash, f.kw_only is True
+            )
+            for default in (f.default, f.default_factory):
+                self.many("default", [] if default is dataclasses.MISSING else [default])
 
     def function(self, f: FunctionType) -> None:
         module = str(
@@ -207,13 +224,20 @@ class _Walker:
         except ValueError:  # a name that is not bound yet
             raise Unidentified(f) from None
         self.many("given", [f.__defaults__, f.__kwdefaults__, cells, f.__dict__])
-        if _pure(module) or _in_rooms(module):
+        at_home = _found(module, "__dict__") is f.__globals__
+        if at_home and (_pure(module) or _in_rooms(module)):
             if f.__name__ in IMPURE or (module == TOOLCHAIN and f.__name__ not in ANSWERED):
                 raise Unidentified(f)
             self.put(f.__code__.co_code)
         else:
             self.code(f.__code__)
             self.globals(f)
+
+    def cached(self, x: Any) -> None:
+        """What it calls is what it wraps, where nobody has set that to something else."""
+        if set(vars(x)) != {"__wrapped__"} or not _in_rooms(x.__wrapped__.__module__):
+            raise Unidentified(x)
+        self.many("cached", [x.__wrapped__])
 
     def globals(self, f: FunctionType) -> None:
         """The globals that its code names; a name may be an attribute only, which does no harm."""
@@ -248,10 +272,10 @@ _BEHAVIOURS: dict[type, Callable[[_Walker, Any], None]] = {
     FunctionType: _Walker.function,
     CodeType: _Walker.code,
     type: _Walker.type,
-    functools.partial: lambda w, x: w.many("partial", [x.func, x.args, x.keywords]),
+    functools.partial: lambda w, x: w.many("partial", [x.func, x.args, x.keywords, x.__dict__]),
     MethodType: lambda w, x: w.many("method", [x.__self__, x.__func__]),
-    functools._lru_cache_wrapper: lambda w, x: w.many("cached", [x.__wrapped__]),
-    property: lambda w, x: w.many("property", [x.fget, x.fset]),
+    functools._lru_cache_wrapper: _Walker.cached,
+    property: lambda w, x: w.many("property", [x.fget, x.fset, x.fdel]),
     staticmethod: lambda w, x: w.many("staticmethod", [x.__func__]),
     classmethod: lambda w, x: w.many("classmethod", [x.__func__]),
 }
@@ -279,6 +303,14 @@ def _names(c: CodeType) -> set[str]:
     return found
 
 
+def _found(module: str, name: str) -> Any:
+    """What a module that is loaded has under a name with dots."""
+    found = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
 def _in_rooms(module: str) -> bool:
     parts = module.split(".")
     if module == TOOLCHAIN:
@@ -291,4 +323,5 @@ def _pure(module: str) -> bool:
 
 
 def _made(value: Any) -> bool:
-    return isinstance(value, FunctionType) and value.__code__.co_filename == GENERATED
+    """Whether a method was made by `dataclass`; `dataclass()` of the walker holds what it does."""
+    return isinstance(value, FunctionType) and value.__code__.co_qualname.startswith(GENERATED)

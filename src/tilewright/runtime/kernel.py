@@ -192,9 +192,11 @@ class Kernel:
             slot.value = places[n]
         for slot, n, part in frame.values:
             slot.value = address(places[n].values[part])
-        for slot, n in frame.numbers:
+        for n, slots in frame.numbers:
             spec = self.inputs[n]
-            slot.value = scalar_value(spec, self._dtypes[spec.name], places[n])
+            value = scalar_value(spec, self._dtypes[spec.name], places[n])
+            for slot in slots:
+                slot.value = value
         if self.updates or outs:
             self._check_apart(frame, places, args, outs)
         made: list[Any] = []

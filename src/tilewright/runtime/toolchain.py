@@ -177,7 +177,8 @@ def _located(asked: str, search: str) -> str | None:
         folders = [""] if os.sep in name else search.split(os.pathsep)
         for path in (os.path.join(folder, name) for folder in folders):
             if os.access(path, os.X_OK) and os.path.isfile(path):
-                return path  # as it is called: a link to ccache compiles by its own name only
+                # as it is called: a link to ccache compiles by its own name only
+                return os.path.abspath(path)
     return None
 
 

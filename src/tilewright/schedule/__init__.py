@@ -276,10 +276,10 @@ class Schedule:
     def _check_names(self, verb: str, body: Stmt) -> None:
         taken = frozenset(t.name for t in self.program.tensors)
         found = clash(body, taken)
-        if found:
+        if found is not None:
             raise ScheduleError(
                 "S102", f"{verb}: {found!r} is no new name for a loop",
-                hint="letters, digits and underscores; a name that nothing around it has",
+                hint="letters, digits and single underscores; a name that nothing around it has",
             )  # fmt: skip
 
     def _recorded(self, program: Program, step: Step) -> Schedule:

@@ -42,7 +42,9 @@ def whole(least: int, most: int) -> Rule:
 
     def take(value: Any) -> int:
         number = operator.index(value)
-        if isinstance(value, bool) or not least <= number <= most:
+        if "bool" in str(getattr(value, "dtype", type(value).__name__)):
+            raise TypeError
+        if not least <= number <= most:
             raise ValueError
         return number
 
@@ -53,9 +55,10 @@ def one_of(*words: str) -> Rule:
     """One of these strings."""
 
     def take(value: Any) -> str:
-        if _name(value) not in words:
+        found = _name(value)
+        if found not in words:
             raise ValueError
-        return value
+        return found
 
     return Rule(f"one of {', '.join(words)}", take)
 
@@ -79,7 +82,7 @@ def optional(rule: Rule) -> Rule:
 def _name(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
-    return value
+    return str(value)
 
 
 def _pair(value: Any) -> tuple[str, str]:
@@ -95,8 +98,8 @@ TWO_NAMES = Rule("two names", _pair)
 
 
 def takes(**rules: Rule) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A method whose arguments are as `rules` say, one rule for each. Any other call of it raises
-    ScheduleError[S102]."""
+    """A method whose arguments are as `rules` say, one rule for each. A call of it on a schedule
+    with any others raises ScheduleError[S102]."""
     known = "; ".join(f"{name}: {rule.words}" for name, rule in rules.items())
 
     def door(method: Callable[P, R]) -> Callable[P, R]:
@@ -120,7 +123,7 @@ def takes(**rules: Rule) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 value = given.arguments[name]
                 try:
                     given.arguments[name] = rule.take(value)
-                except (TypeError, ValueError):
+                except Exception:  # each library refuses in its own way
                     why = f"{name} is {reprlib.repr(value)}, not {rule.words}"
                     raise refused(args, options, why, name) from None
             return method(*given.args, **given.kwargs)

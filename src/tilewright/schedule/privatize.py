@@ -7,7 +7,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ScheduleError
-from tilewright.ir.names import stride_name
+from tilewright.ir.names import COPIES, Given, stride_name
 from tilewright.ir.nodes import (
     Binary,
     Buffer,
@@ -63,7 +63,7 @@ class _Copies:
 
     def __init__(self, tensor: Tensor, buffer: Buffer, loop: str, copies: int) -> None:
         self.output, self.whole, self.loop, self.copies = tensor, buffer, loop, copies
-        name = f"{tensor.name}.copies"
+        name = Given(tensor.name, COPIES).name
         self.tensor = replace(
             tensor, name=name, dims=(copies, *tensor.dims), role="temp", kind="state",
             dtype=tensor.dtype.accumulator,

@@ -7,12 +7,12 @@ out as the names they read allow.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright.errors import ScheduleError
+from tilewright.ir.names import is_users
 from tilewright.ir.nodes import (
     Compute,
     Expr,
@@ -25,8 +25,6 @@ from tilewright.ir.nodes import (
     seq,
 )  # fmt: skip
 from tilewright.ir.rewrite import free_vars, loads, rebuild, statements
-
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,25 +119,26 @@ def loop_names(program: Program) -> list[str]:
     return list(found)
 
 
-def clash(s: Any, taken: frozenset[str]) -> str:
+def clash(s: Any, taken: frozenset[str]) -> str | None:
     """A name of a loop or let that already means something where it stands, or is none that code
-    can carry; nothing where all are well. `taken`: names that mean something everywhere."""
+    can carry; None where all are well. `taken`: names that mean something everywhere."""
     if isinstance(s, For):
-        return _clash_of(s.name, taken) or clash(s.body, taken | {s.name})
+        found = _clash_of(s.name, taken)
+        return clash(s.body, taken | {s.name}) if found is None else found
     if isinstance(s, If):
         return clash(s.body, taken)
     if isinstance(s, Seq):
         for b in s.body:
             name = b.var.name if isinstance(b, Let) else ""
             found = _clash_of(name, taken) if name else clash(b, taken)
-            if found:
+            if found is not None:
                 return found
             taken = taken | {name} if name else taken
-    return ""
+    return None
 
 
-def _clash_of(name: str, taken: frozenset[str]) -> str:
-    return name if name in taken or not _NAME.fullmatch(name) else ""
+def _clash_of(name: str, taken: frozenset[str]) -> str | None:
+    return name if name in taken or not is_users(name) else None
 
 
 def matches(loop: For, name: str) -> bool:

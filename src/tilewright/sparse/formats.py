@@ -206,10 +206,11 @@ class Composed:
         counter = np.min_scalar_type(len(self.parts))  # an entry in all of them must not wrap it
         of_entry, of_row = np.zeros(len(coords[0]), counter), np.zeros(shape[0], counter)
         chosen: list[Chosen] = []
-        entries = ByRow(coords, shape)
+        entries, taken = ByRow(coords, shape), 0
         for where, part in self.parts:
             rows, numbers = where.choose(entries)
             of_entry[numbers] += 1
+            taken += len(numbers)
             of_row += rows
             chosen.append((part, numbers, np.flatnonzero(rows) if self.covers_rows else None))
         if (of_entry != 1).any():
@@ -220,6 +221,11 @@ class Composed:
                 f"{self.name}",
                 hint="each entry must be in exactly one part",
             )
+        if taken != len(of_entry):
+            raise FormatError(
+                "F106", f"a part of {self.name} takes an entry more than once",
+                hint="the numbers that `choose` gives differ",
+            )  # fmt: skip
         wrong = (self.disjoint_rows & (of_row > 1)) | (self.covers_rows & (of_row < 1))
         if wrong.any():
             at = int(wrong.argmax())

@@ -12,7 +12,6 @@ reads as the tensor's fill. Nothing is executed here: `A[i, j]` is a node.
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ProgramError
+from tilewright.ir.names import is_users
 from tilewright.ir.nodes import (
     Access,
     Assign,
@@ -46,7 +46,6 @@ from tilewright.ir.nodes import (
 from tilewright.ir.rewrite import walk
 
 LETTERS = "ijklpqrstuvw"
-_NAME = re.compile(r"(?!.*__)[A-Za-z][A-Za-z0-9_]*")  # two underscores stand in names of our own
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,7 @@ def _user_line() -> str:
 
 def _named(name: str, what: str, code: str = "P101") -> str:
     """A name that generated code can carry, and that no generated name meets."""
-    if not _NAME.fullmatch(name):
+    if not is_users(name):
         raise ProgramError(
             code, f"{name!r} is no name for {what}", where=_user_line(),
             hint="letters, digits and single underscores, a letter first",
