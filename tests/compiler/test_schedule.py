@@ -123,6 +123,16 @@ def test_random_schedules_keep_the_meaning(case, kind, m, n, d):
         assert e.code == "S102" and e.hint, str(e)
 
 
+def test_copies_of_a_name_that_nothing_reads(rng):
+    """Rows without entries leave only the name of their coordinate behind."""
+    program = spmm_t.decompose(A=FORMATS["hyb"])
+    after_every_pass(
+        program,
+        arguments(program, rng, "random", m=5, n=4, d=3, k=3),
+        lambda s: s.split("i_p", 2, tail="cut").unroll("i_p_i"),
+    )
+
+
 CPU = [
     (
         spmm,

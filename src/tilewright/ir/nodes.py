@@ -280,7 +280,7 @@ Role = Literal["input", "output", "temp", "inline"]  # inline: lives inside the 
 Kind = Literal["weight", "activation", "kv", "state"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """Coordinate level: a named array over named dimensions (or integer sizes).
 
@@ -297,6 +297,9 @@ class Tensor:
     fill: float = 0.0
     kind: Kind = "activation"
     strided: bool = False
+
+    def __hash__(self) -> int:  # formats are long to hash
+        return hash((self.name, self.dims))
 
     @property
     def is_sparse(self) -> bool:

@@ -120,13 +120,11 @@ def _asked_once(s: Stmt) -> Stmt:
 
 def _renamed_lets(s: Stmt, suffix: str) -> Stmt:
     """Lets and registers of the outermost sequence under new names, so that copies stand side by
-    side."""
-    if not isinstance(s, Seq):
-        return s
+    side. (One that nothing follows is a sequence of its own.)"""
     out: list[Stmt] = []
     names: dict[str, Expr] = {}
     buffers: dict[str, Buffer] = {}
-    for b in s.body:
+    for b in s.body if isinstance(s, Seq) else (s,):
         b = _rename_buffers(substitute(b, names), buffers)
         if isinstance(b, Let):
             fresh = Var(b.var.name + suffix, b.var.dtype)
@@ -136,7 +134,7 @@ def _renamed_lets(s: Stmt, suffix: str) -> Stmt:
             buffers[b.buffer.name] = replace(b.buffer, name=b.buffer.name + suffix)
             b = Alloc(buffers[b.buffer.name])
         out.append(b)
-    return Seq(tuple(out))
+    return seq(*out)
 
 
 def _rename_buffers(s: Any, buffers: dict[str, Buffer]) -> Any:

@@ -66,7 +66,7 @@ class Schedule:
     second."""
 
     program: Program
-    lowering: Callable[[Program], Program]
+    lowering: Callable[[Program], Program] = field(compare=False)
     target: Target
     history: tuple[Step, ...] = ()
     selected: Nests = None
