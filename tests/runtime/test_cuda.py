@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,11 +109,18 @@ def test_unknown_architecture_is_refused() -> None:
         cuda.compile_cuda(SOURCE, arch="sm_1", headers=HEADERS)
 
 
-def test_missing_bindings_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str) -> None:
-        raise ImportError(f"No module named {name!r}")
-
-    monkeypatch.setattr(importlib, "import_module", refuse)
+def test_a_missing_compiler_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", None)
+    with pytest.raises(MissingExtra, match=r"tilewright\[cuda\]"):
+        nvrtc._library.__wrapped__()
+    broken = tmp_path / "nvidia" / "cu13" / "lib" / "libnvrtc.so.13"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("no library")
+    assert nvrtc._library.__wrapped__() == str(broken)
+    monkeypatch.setattr(nvrtc, "_library", lambda: str(broken))
     with pytest.raises(MissingExtra, match=r"tilewright\[cuda\]"):
         nvrtc._nvrtc.__wrapped__()
 
