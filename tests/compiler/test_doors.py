@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tests.compiler.cases import both_ways, spmm
@@ -53,17 +55,22 @@ def test_one_name_may_begin_another(rng, target, formats):
 WORDS = ("p", "r", "unit", "int", "float", "self", "x_stride0", "size_n", "tx", "template", "row")
 
 
+def written(text: str) -> tw.Definition:
+    """The program that a text defines as `one`: a parameter may be called by any word there."""
+    space: dict[str, Any] = {"tw": tw}
+    exec(text, space)
+    return tw.program(space["one"])
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("word", WORDS)
 def test_words_of_generated_code_are_names_too(rng, target, word):
-    space: dict[str, object] = {"tw": tw}
-    text = (
+    one = written(
         f'def one(x=tw.dense("n"), {word}=tw.dense("n"), count=tw.scalar()):\n'
         f'  A_count1 = tw.indices("A_count1:n")\n'
         f"  return tw.out[A_count1](x[A_count1] * {word}[A_count1] + count)\n"
     )
-    exec(text, space)
-    kernel = tw.program(space["one"]).build(target)  # type: ignore[arg-type]
+    kernel = one.build(target)
     x, y = rng.standard_normal((2, 7)).astype(np.float32)
     np.testing.assert_allclose(kernel(x, y, 2.0), x * y + 2, rtol=1e-5, atol=1e-6)
 
@@ -71,14 +78,12 @@ def test_words_of_generated_code_are_names_too(rng, target, word):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("word", ["out_acc1", "out_acc", "acc1", "A_values", "A_indices1"])
 def test_registers_and_arrays_of_generated_code_meet_no_parameter(rng, target, word):
-    space: dict[str, object] = {"tw": tw}
-    text = (
+    one = written(
         f'def one(A=tw.sparse("m n"), {word}=tw.dense("n")):\n'
         f'  i, j = tw.indices("m n")\n'
         f"  return tw.out[i](tw.sum(A[i, j] * {word}[j], over=j))\n"
     )
-    exec(text, space)
-    made = tw.program(space["one"]).schedule(lambda s: s.parallel("i"))  # type: ignore[arg-type]
+    made = one.schedule(lambda s: s.parallel("i"))
     M, x = matrix(rng), rng.standard_normal(9).astype(np.float32)
     result = made.build(target)(tw.csr().pack(M), x)
     np.testing.assert_allclose(result, M @ x, rtol=1e-5, atol=1e-5)

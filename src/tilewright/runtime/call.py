@@ -420,9 +420,7 @@ def scalar_value(spec: TensorSpec, kind: DType, arg: Any) -> float | int:
 
 def _fits(kind: DType, value: float | int, arg: Any) -> bool:
     """Whether a whole number was given that the type holds."""
-    low = 0 if kind.kind in "ub" else -(1 << (kind.bits - 1))
-    high = 1 if kind.kind == "b" else (1 << (kind.bits - (kind.kind == "i"))) - 1
-    return value == arg and low <= value <= high
+    return value == arg and kind.least <= value <= kind.most
 
 
 def sparse_output(like: Any, kind: DType) -> Any:

@@ -225,7 +225,7 @@ class Schedule:
     def cache(self, buffer: str, loop: str, scope: staging.CacheScope = "register") -> Schedule:
         return self._loops(staging.cache, buffer, loop, scope)
 
-    @takes(output=A_NAME, loop=A_NAME, copies=whole(2, staging.COPIES))
+    @takes(output=A_NAME, loop=A_NAME, copies=whole(2, privatize.MOST_COPIES))
     def privatize(self, output: str, loop: str, copies: int) -> Schedule:
         if self.selected is not None:
             raise ScheduleError(

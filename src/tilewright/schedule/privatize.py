@@ -30,6 +30,8 @@ from tilewright.ir.nodes import (
 from tilewright.ir.rewrite import add, ceil_div, mul, rebuild, simplify
 from tilewright.schedule.tree import computes, matches
 
+MOST_COPIES = 64  # of an output
+
 
 def privatize(program: Program, output: str, loop: str, copies: int) -> Program:
     """An output that is updated in place gets a copy for each of `copies` groups of iterations of

@@ -47,7 +47,6 @@ from tilewright.schedule.tree import computes, reads_memory, rewrite_loops
 
 CacheScope = Literal["register", "shared"]
 SCOPES: tuple[CacheScope, ...] = ("register", "shared")
-COPIES = 64  # of an output, at most
 GRID = ("parallel", "cta.x", "cta.y")
 THREADS = ("thread.x", "thread.y")
 SHARED_BYTES = 96 << 10  # of one scratch array: what every GPU since sm_80 has for a CTA
