@@ -43,6 +43,7 @@ BUDGETS = {
     "schedule": (1300, 0),
     "lower": (2000, 0),
     "codegen": (1200, 1500),
+    "toolchain": (900, 0),
     "runtime": (1600, 300),
     "build": (500, 0),
     "ops": (1500, 600),

@@ -15,22 +15,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewright import dtypes, knobs
-from tilewright.codegen import texts
+from tilewright.codegen import prelude_files
 from tilewright.dtypes import DType
 from tilewright.errors import BuildError, ProgramError, TilewrightError
 from tilewright.ir.nodes import Program
-from tilewright.runtime import launch, native, nvrtc, place, store, toolchain
+from tilewright.runtime import launch, transfer
+from tilewright.runtime.built import Built
 from tilewright.runtime.identity import identity
 from tilewright.runtime.kernel import Kernel
 from tilewright.sparse import entries, formats, trace
 from tilewright.target import Target
 from tilewright.target import target as parse_target
+from tilewright.toolchain import compilers, cxx, disk_cache, nvrtc, program_cache
 
 if TYPE_CHECKING:
     from tilewright.compiler import Recipe, Watch
     from tilewright.schedule import Schedule
 
-entries.place = place.to_device
+entries.place = transfer.to_device
 
 WATCHED = 2  # the debug level from which passes and schedules are printed, so that they must run
 
@@ -139,19 +141,20 @@ def program(function: Callable[..., Any]) -> Definition:
 
 
 def _build(d: Definition, target: Target) -> Kernel:
-    if target.kind == "cpp" and not toolchain.has_compiler():
-        toolchain.warn_of_interpreter()
+    if target.kind == "cpp" and not compilers.has_compiler():
+        compilers.warn_of_interpreter()
         target = Target("interp")
     program = d.program
     key = _key(d, program, target)
-    built = store.load(key) if key else None
+    data = program_cache.load(key) if key else None
+    built = Built.from_bytes(data) if data else None
     if built is None:
         from tilewright import compiler
 
         built = compiler.rendered(compiler.lowered(program, d.recipe, target), target)
         if key and key == _key(d, program, target):  # else the recipe changed what it is made of
             with contextlib.suppress(BuildError):  # the next process lowers again
-                store.save(key, built)
+                program_cache.save(key, built.to_bytes())
     if target.kind == "interp":
         return Kernel(built.manifest, launch.InterpLauncher(program), built.source)
     if target.kind == "cpp":
@@ -164,11 +167,11 @@ def _key(d: Definition, program: Program, target: Target) -> str | None:
     if knobs.get("verify") or knobs.get("debug") >= WATCHED:
         return None
     try:
-        version, isa = store.version(), toolchain.resolve_isa().name
+        version, isa = program_cache.version(), compilers.resolve_isa().name
     except TilewrightError:  # told where it matters
         return None
     what = identity(program, d.recipe) if version else None
-    return what and store.key_of("kernel", version or "", str(target), isa, what)
+    return what and disk_cache.key_of("kernel", version or "", str(target), isa, what)
 
 
 def _defining(names: tuple[str, ...], source: str) -> str:
@@ -176,18 +179,18 @@ def _defining(names: tuple[str, ...], source: str) -> str:
     return "".join(f"#define {name}\n" for name in names) + source
 
 
-def _cpp_kernel(built: store.Built, target: Target) -> Kernel:
+def _cpp_kernel(built: Built, target: Target) -> Kernel:
     def compiled(lacks: tuple[str, ...]) -> Path:
-        return native.compile_cpp(_defining(lacks, built.source), isa=target.arch or None)
+        return cxx.compile_cpp(_defining(lacks, built.source), isa=target.arch or None)
 
     return Kernel(built.manifest, launch.CpuLauncher(compiled, built.entries), built.source)
 
 
-def _cuda_kernel(built: store.Built, target: Target) -> Kernel:
+def _cuda_kernel(built: Built, target: Target) -> Kernel:
     from tilewright.runtime import cuda
 
     arch = target.arch or cuda.device_arch()
-    headers = texts.headers()
+    headers = prelude_files.headers()
     cubin = nvrtc.compile_cuda(built.source, arch=arch, headers=headers)
 
     def compiled(lacks: tuple[str, ...]) -> bytes:

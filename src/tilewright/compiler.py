@@ -16,8 +16,8 @@ from tilewright.ir.names import stride_name
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.ir.rewrite import is_ordered
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
+from tilewright.runtime.built import Built
 from tilewright.runtime.manifest import Manifest, StageSpec, TensorSpec, declarations
-from tilewright.runtime.store import Built
 from tilewright.schedule import Schedule
 from tilewright.target import Target
 

@@ -16,10 +16,11 @@ from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
 from tilewright.attention.variant import Causal, SlidingWindow
 from tilewright.errors import ArgumentError
-from tilewright.runtime import pool, toolchain
+from tilewright.runtime import pool
 from tilewright.runtime.launch import Step
+from tilewright.toolchain import compilers
 
-pytestmark = pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 
 
 def check(attn, q, kv, indptr, tolerance=3e-6, **values):
@@ -77,7 +78,7 @@ def test_narrow_types(rng, dtype, q_dtype):
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_other_vector_widths(rng, isa):
-    if not toolchain.runnable(isa):
+    if not compilers.runnable(isa):
         pytest.skip(f"this CPU has no {isa}")
     variant = ALL_VARIANTS["strange"]
     with knobs.scope(isa=isa):

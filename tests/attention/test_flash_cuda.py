@@ -10,7 +10,7 @@ from tilewright import dtypes
 from tilewright.attention import flash, reference
 from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
-from tilewright.runtime import nvrtc
+from tilewright.toolchain import nvrtc
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
 SHAPES = [  # group, head_dim, q, kv, variant

@@ -22,12 +22,12 @@ from tilewright.attention.variant import (
     traced_of,
     variant,
 )
-from tilewright.codegen import texts
+from tilewright.codegen import prelude_files
 from tilewright.errors import ArgumentError, ProgramError
 from tilewright.ir.nodes import Var, equal, select, unary
-from tilewright.runtime import native, toolchain
 from tilewright.sparse import trace
 from tilewright.sparse.trace import scalar
+from tilewright.toolchain import compilers, cxx
 
 
 def test_it_prints():
@@ -216,7 +216,7 @@ def test_usual_masks_are_classified_sharply():
 
 def test_the_text_agrees_with_numpy(rng):
     """kernels/bounds.h gives the classes that bounds.py gives."""
-    if not toolchain.has_compiler():
+    if not compilers.has_compiler():
         pytest.skip("no C++ compiler")
     masks = [v.traced.mask for v in ALL_VARIANTS.values()]
     masks += [condition(rng, 3) for _ in range(40)]
@@ -224,7 +224,7 @@ def test_the_text_agrees_with_numpy(rng):
     cases = "\n".join(
         f"    case {n}: return tw::tile_class({bounds.bound_text(m)});" for n, m in enumerate(masks)
     )
-    text = "\n".join((texts.prelude("cpu.h"), (flash.KERNELS / "bounds.h").read_text()))
+    text = "\n".join((prelude_files.prelude("cpu.h"), (flash.KERNELS / "bounds.h").read_text()))
     source = f"""{text}
 extern "C" __attribute__((visibility("default")))
 int classify(int n, int64_t a, int64_t b, int64_t c, int64_t d) {{
@@ -236,7 +236,7 @@ int classify(int n, int64_t a, int64_t b, int64_t c, int64_t d) {{
   }}
   return -1;
 }}"""
-    classify = native.load(native.compile_cpp(source)).classify
+    classify = cxx.load(cxx.compile_cpp(source)).classify
     classify.argtypes = [ctypes.c_int, *(ctypes.c_int64,) * 4]
     for n, mask in enumerate(masks):
         for _ in range(40):

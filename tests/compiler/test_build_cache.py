@@ -22,11 +22,11 @@ from tilewright import build, compiler, knobs
 from tilewright.errors import BuildError, InternalError, ScheduleError
 from tilewright.ir.levels import Compressed, Dense
 from tilewright.ir.rewrite import add
-from tilewright.runtime import cache, store, toolchain
 from tilewright.runtime.identity import identity
 from tilewright.runtime.kernel import Kernel
 from tilewright.runtime.manifest import Manifest, manifest_from, manifest_text, unit_count
 from tilewright.target import target
+from tilewright.toolchain import compilers, disk_cache, program_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 4  # what recipes below read and tests change
@@ -94,7 +94,7 @@ def by_table(s: tw.Schedule) -> tw.Schedule:
 
 
 def by_lanes(s: tw.Schedule) -> tw.Schedule:
-    return s.split("k", toolchain.vector_bits() // 32)
+    return s.split("k", compilers.vector_bits() // 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,8 +332,8 @@ def test_a_wrapper_is_no_part_of_the_module_it_wraps_from(monkeypatch: pytest.Mo
 
 def test_recipes_that_ask_the_machine_follow_the_instruction_set() -> None:
     keys = {}
-    for isa in toolchain.ISAS:
-        if toolchain.runnable(isa):
+    for isa in compilers.ISAS:
+        if compilers.runnable(isa):
             with knobs.scope(isa=isa):
                 keys[isa] = key(spmm.schedule(by_lanes))
     assert None not in keys.values()
@@ -381,7 +381,7 @@ def _knob():
 
 
 def _compiler():
-    return lambda s: s.split("k", len(toolchain.find_compiler().version))
+    return lambda s: s.split("k", len(compilers.find_compiler().version))
 
 
 def _computed_name():
@@ -501,7 +501,7 @@ def test_a_recipe_that_changes_what_it_is_made_of_is_not_kept(lowered: list[str]
     first, second = d.build("interp"), d.build("interp")
     assert len(calls) == len(lowered) == 2
     assert first.source != second.source
-    assert not [e for e in cache.entries() if e.kind == store.KIND]
+    assert not [e for e in disk_cache.entries() if e.kind == program_cache.KIND]
 
 
 # ---------------------------------------------------------------------------- builds
@@ -509,7 +509,7 @@ def test_a_recipe_that_changes_what_it_is_made_of_is_not_kept(lowered: list[str]
 TARGETS = [
     "interp",
     pytest.param(
-        "cpp", marks=pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
+        "cpp", marks=pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
     ),
 ]
 
@@ -574,7 +574,7 @@ def test_a_refused_recipe_is_refused_again() -> None:
 
 def test_a_damaged_entry_is_a_miss(lowered: list[str]) -> None:
     spmm.build("interp")
-    entry = next(e for e in cache.entries() if e.kind == store.KIND)
+    entry = next(e for e in disk_cache.entries() if e.kind == program_cache.KIND)
     whole = entry.path.read_bytes()
     held = json.loads(whole[: whole.index(b"\n")])
     entry.path.write_bytes(whole.replace(b'"spmm"', b'"evil"'))
@@ -587,20 +587,20 @@ def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyP
     def full(*_):
         raise BuildError("B105", "full")
 
-    monkeypatch.setattr(store.cache, "put", full)
+    monkeypatch.setattr(program_cache.disk_cache, "put", full)
     multiply(spmm.build("interp"), tw.csr(), 0)
 
 
 def test_edited_sources_have_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    store.version.cache_clear()
-    first = store.version()
-    store.version.cache_clear()
-    assert first == store.version()
-    store.version.cache_clear()
-    monkeypatch.setitem(store._LOADED, "/knobs.py", "0 0")
-    assert store.version() is None
+    program_cache.version.cache_clear()
+    first = program_cache.version()
+    program_cache.version.cache_clear()
+    assert first == program_cache.version()
+    program_cache.version.cache_clear()
+    monkeypatch.setitem(program_cache._AT_START, "/knobs.py", "0 0")
+    assert program_cache.version() is None
     assert key(spmm) is None
-    store.version.cache_clear()
+    program_cache.version.cache_clear()
 
 
 def test_keys_are_those_of_another_process() -> None:

@@ -10,16 +10,16 @@ from tests.compiler.cases import both_ways, spmm
 
 import tilewright as tw
 from tilewright.errors import ArgumentError, ProgramError, ScheduleError
-from tilewright.runtime import toolchain
 from tilewright.runtime.launch import Step
+from tilewright.toolchain import compilers
 
 TARGETS = [
     "interp",
     pytest.param(
-        "cpp", marks=pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
+        "cpp", marks=pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
     ),
 ]
-needs_cxx = pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
+needs_cxx = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 
 
 def matrix(rng, m=9, n=9, density=0.4):

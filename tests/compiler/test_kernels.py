@@ -34,10 +34,10 @@ from tests.compiler.cases import (
 
 import tilewright as tw
 from tilewright.errors import ProgramError
-from tilewright.runtime import nvrtc, toolchain
 from tilewright.runtime.evaluate import evaluate
+from tilewright.toolchain import compilers, nvrtc
 
-pytestmark = pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 
 SHAPES = ((5, 6), (1, 1), (7, 3), (0, 4), (4, 0), (3, 8))
 

@@ -12,7 +12,7 @@ import tilewright as tw
 from tilewright import dtypes
 from tilewright.errors import ArgumentError, FormatError, TilewrightError
 from tilewright.ir.levels import Compressed
-from tilewright.runtime import place
+from tilewright.runtime import transfer
 from tilewright.sparse import pack as packing
 
 I = np.array
@@ -302,7 +302,7 @@ def test_torch_takes_what_is_read_only_without_a_warning(monkeypatch):
         warnings.simplefilter("error")
         moved = CSR.pack(np.eye(3)).to("cuda:0")
     assert moved.structure.parts[0].arrays[1]["indices"].tolist() == [0, 1, 2]
-    refused(lambda: place.to_device(np.zeros(1), "cuda:1"), "A105")
+    refused(lambda: transfer.to_device(np.zeros(1), "cuda:1"), "A105")
 
 
 # ---------------------------------------------------------------------------- parts

@@ -9,10 +9,10 @@ from tests.compiler.cases import FORMATS, after_every_pass, arguments, called, c
 
 import tilewright as tw
 from tilewright.errors import ScheduleError
-from tilewright.runtime import toolchain
 from tilewright.runtime.evaluate import evaluate
+from tilewright.toolchain import compilers
 
-needs_cxx = pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
+needs_cxx = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 
 
 @tw.program
@@ -83,7 +83,7 @@ def test_a_reduction_keeps_the_condition_it_stands_under(rng):
     """The interpreter refuses to read outside an array, so a row before the first would show."""
     args = arguments(of_rows_before, rng)
     after_every_pass(of_rows_before, args)
-    if toolchain.has_compiler():
+    if compilers.has_compiler():
         wanted = evaluate(of_rows_before.program, args)["out"]
         close(of_rows_before.build()(args["Z"]), wanted, "float32")
 

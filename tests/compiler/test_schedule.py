@@ -24,9 +24,9 @@ from tests.compiler.cases import (
 
 import tilewright as tw
 from tilewright.errors import ScheduleError, TilewrightError
-from tilewright.runtime import nvrtc, toolchain
 from tilewright.runtime.evaluate import evaluate
 from tilewright.schedule import replay
+from tilewright.toolchain import compilers, nvrtc
 
 PROGRAMS = (spmm, spmm_t, row_max, sddmm, softmax, rgcn, gemm, rmsnorm)
 FEW = ("csr", "coo", "csc", "dcsr", "ell", "bsr", "hyb", "hyb 3 split")
@@ -174,7 +174,7 @@ CPU = [
 ]
 
 
-@pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
+@pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 @pytest.mark.parametrize(("program", "fmt", "recipe"), CPU)
 def test_scheduled_kernels(program, fmt, recipe, rng):
     definition = program.decompose(A=FORMATS[fmt]) if fmt else program
@@ -187,7 +187,7 @@ def test_scheduled_kernels(program, fmt, recipe, rng):
     after_every_pass(definition, arguments(definition, rng, d=9, k=9), recipe)
 
 
-@pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
+@pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 def test_fused_axes_and_fixed_sizes(rng):
     def recipe(s):
         return s.fuse_axes("A").specialize("d", 8).atomic("out").split("ij", 4).parallel("ij_o")

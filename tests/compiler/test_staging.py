@@ -26,11 +26,11 @@ import tilewright as tw
 from tilewright.errors import ScheduleError
 from tilewright.ops.bsr_spmm import bsr_spmm_program
 from tilewright.ops.gemm import gemm_program
-from tilewright.runtime import nvrtc, toolchain
 from tilewright.runtime.evaluate import evaluate
 from tilewright.sparse.pack import Packed
+from tilewright.toolchain import compilers, nvrtc
 
-needs_cxx = pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
+needs_cxx = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 SIZES = ((5, 6, 3), (9, 8, 17), (1, 1, 4), (0, 3, 8), (3, 0, 1), (40, 8, 40))
 

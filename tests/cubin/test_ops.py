@@ -10,8 +10,8 @@ import tilewright as tw
 from tilewright.ops import activation, embedding, linear, rmsnorm, rope, sampling
 from tilewright.ops.sddmm import sddmm_kernel
 from tilewright.ops.spmm import by_length, powers, spmm_kernel
-from tilewright.runtime import nvrtc
 from tilewright.runtime.kernel import Kernel
+from tilewright.toolchain import nvrtc
 
 pytestmark = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 

@@ -219,13 +219,13 @@ def test_a_folder_below_a_home(monkeypatch: pytest.MonkeyPatch, path: str):
 
 
 def test_a_folder_below_no_home(monkeypatch: pytest.MonkeyPatch):
-    from tilewright.runtime import cache
+    from tilewright.toolchain import disk_cache
 
     monkeypatch.setenv("TILEWRIGHT_CACHE_DIR", "~no-such-user/x")
     with pytest.raises(KnobError, match=r"K101.*no-such-user"):
         knobs.get("cache_dir")
     with knobs.scope(cache_dir="~no-such-user/x"), pytest.raises(KnobError, match="K101"):
-        cache.current()
+        disk_cache.current()
 
 
 def test_scopes_nest_and_end_also_by_an_error(monkeypatch: pytest.MonkeyPatch):

@@ -124,17 +124,17 @@ def test_columns_of_none(rng):
 
 
 def test_another_matrix_and_other_values_take_the_same_kernel(rng):
-    from tilewright.runtime import cache
+    from tilewright.toolchain import disk_cache
 
     first, second = matrix(rng, 40, 30), matrix(rng, 25, 35)
     x = normal(rng, 30, 32)
     packed = ops.pack_for_spmm(first)
     ops.spmm(packed, x)
-    compiled = cache.stats.compiled
+    compiled = disk_cache.stats.compiled
     check(second, ops.pack_for_spmm(second), normal(rng, 35, 32), UNIT["float32"])
     changed = packed.with_values(3 * packed.entry_values())
     check(3 * first, changed, x, UNIT["float32"])
-    assert cache.stats.compiled == compiled
+    assert disk_cache.stats.compiled == compiled
 
 
 def test_the_same_result_every_time(rng):

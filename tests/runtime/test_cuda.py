@@ -13,10 +13,11 @@ import pytest
 
 from tilewright import dtypes, knobs
 from tilewright.errors import ArgumentError, BuildError, MissingExtra
-from tilewright.runtime import cache, cuda, driver, native, nvrtc, toolchain
+from tilewright.runtime import cuda, driver
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import allocate, overlaps, view
 from tilewright.target import CUDA_ARCHS
+from tilewright.toolchain import compilers, cxx, disk_cache, nvrtc
 
 AXPY = Struct(
     "Axpy", [("y", "ptr", "float*"), ("x", "ptr", "const float*"), ("a", "float32"), ("n", "int64")]
@@ -46,9 +47,9 @@ def test_compiles_for_every_architecture(arch: str, tmp_path: Path) -> None:
         assert first.image.startswith(b"\x7fELF")
         assert first.resources["axpy"].registers > 0
         assert first.resources["axpy"].spill_bytes == 0
-        compiled = cache.stats.compiled
+        compiled = disk_cache.stats.compiled
         assert cuda.compile_cuda(SOURCE, arch=arch, headers=HEADERS) == first
-        assert cache.stats.compiled == compiled
+        assert disk_cache.stats.compiled == compiled
 
 
 @needs_nvrtc
@@ -160,11 +161,11 @@ def _include_folder() -> str | None:
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     """The driver of `fake_driver.cpp` in place of the machine's; checks that all is given back."""
     folder = _include_folder()
-    if folder is None or not toolchain.has_compiler():
+    if folder is None or not compilers.has_compiler():
         pytest.skip("the fake driver needs a C++ compiler and cuda.h")
     source = Path(__file__).with_name("fake_driver.cpp").read_text()
     flags = (f"-I{folder}", "-Wall", "-Wextra", "-Werror")
-    path = native.compile_cpp(source, flags=flags, full_link=True)
+    path = cxx.compile_cpp(source, flags=flags, full_link=True)
     monkeypatch.setattr(driver, "LIBRARIES", (str(path),))
     monkeypatch.setattr(driver, "_driver", [])
     monkeypatch.setattr(driver, "_devices", {})

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from tilewright.errors import InternalError
-from tilewright.runtime import native, toolchain
 from tilewright.runtime.layout import Struct
+from tilewright.toolchain import compilers, cxx
 
 KINDS = ["ptr", "float32", "float64", "int8", "uint16", "int32", "uint32", "int64", "uint64"]
-needs_cxx = pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
+needs_cxx = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 
 
 def random_struct(rng: np.random.Generator, name: str = "probe") -> Struct:
@@ -69,7 +69,7 @@ def test_compiler_agrees(rng: np.random.Generator) -> None:
             'extern "C" __attribute__((visibility("default")))\n'
             f"void read_{s.name}(const {s.name}& s, double* out) {{\n{reads}}}\n"
         )
-    library = native.load(native.compile_cpp(source))
+    library = cxx.load(cxx.compile_cpp(source))
     for s in structs:
         values = random_values(rng, s)
         out = np.zeros(sum(f.lanes for f in s.fields))

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from tilewright import knobs
-from tilewright.runtime import native, toolchain
 from tilewright.runtime import pool as pools
+from tilewright.toolchain import compilers, cxx
 
-pytestmark = pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 
 BODIES = """
 #include <stdint.h>
@@ -53,7 +53,7 @@ class Bench:
     """Two arrays of `n`, and launches over them."""
 
     def __init__(self, n: int) -> None:
-        self.library = native.load(native.compile_cpp(BODIES))
+        self.library = cxx.load(cxx.compile_cpp(BODIES))
         self.a, self.b = np.zeros(n, np.int64), np.zeros(n, np.int64)
         self.params = PARAMS.pack(a=self.a.ctypes.data, b=self.b.ctypes.data, n=n)
 
@@ -103,7 +103,7 @@ def test_small_and_large_launches_mix() -> None:
 
 
 def test_chunks_have_the_grain(threads: int) -> None:
-    library = native.load(native.compile_cpp(BODIES))
+    library = cxx.load(cxx.compile_cpp(BODIES))
     chunks = np.zeros(2, np.int64)
     run([(pools.address_of(library.note_chunks), chunks.ctypes.data, 1003, 10, False)])
     assert chunks.tolist() == ([1, 1003] if threads == 1 else [101, 10])
@@ -114,7 +114,7 @@ def test_chunks_have_the_grain(threads: int) -> None:
 
 def test_guided_chunks_shrink(threads: int) -> None:
     """The first is a thread's share of all; then there are fewer and fewer, down to the grain."""
-    library = native.load(native.compile_cpp(BODIES))
+    library = cxx.load(cxx.compile_cpp(BODIES))
     chunks = np.zeros(2, np.int64)
     run([(pools.address_of(library.note_chunks), chunks.ctypes.data, 1000, 1, True)])
     count, largest = chunks.tolist()
@@ -130,7 +130,7 @@ def test_odd_sizes(threads: int) -> None:
     assert not bench.a.any()
     run([bench.launch("add_one", 8, 0)])
     assert np.array_equal(bench.a, np.ones(8))
-    body = native.load(native.compile_cpp(BODIES)).note_chunks
+    body = cxx.load(cxx.compile_cpp(BODIES)).note_chunks
     chunks = np.zeros(2, np.int64)
     run([(pools.address_of(body), chunks.ctypes.data, 2**62, 2**45, False)])
     assert chunks.sum() in (2**17 + 2**45, 1 + 2**62)

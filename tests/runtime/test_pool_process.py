@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tilewright.runtime import pool as pools
-from tilewright.runtime import toolchain
+from tilewright.toolchain import compilers
 
-pytestmark = pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 
 FORK = """
 import ctypes, os, sys, warnings
@@ -87,7 +87,7 @@ int main() {
 def _build(tmp_path: Path, source: str, *flags: str) -> str | None:
     """Build and run a program; its output, or None where that cannot be done here."""
     program = tmp_path / "program"
-    command = [toolchain.find_compiler().path, "-std=c++17", "-O1", "-g", "-pthread", *flags]
+    command = [compilers.find_compiler().path, "-std=c++17", "-O1", "-g", "-pthread", *flags]
     built = subprocess.run(
         [*command, "-x", "c++", "-", "-o", str(program)],
         input=source, capture_output=True, text=True, timeout=120, check=False,

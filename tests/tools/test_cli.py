@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tilewright import errors, knobs
-from tilewright.runtime import cache as store
+from tilewright.toolchain import disk_cache
 from tilewright.tools import cli, env, explain
 
 
@@ -134,7 +134,7 @@ def test_a_compiler_that_cannot_be_asked_is_bad_not_missing(tmp_path):
 
 def test_cache_lists_and_clears(tmp_path, capsys):
     with knobs.scope(cache_dir=tmp_path / "kernels"):
-        store.put("so", store.key_of("one"), b"library")
+        disk_cache.put("so", disk_cache.key_of("one"), b"library")
         assert cli.main(["cache", "ls"]) == 0
         assert "1 entries" in capsys.readouterr().out
         cli.main(["cache", "ls", "--json"])
@@ -142,7 +142,7 @@ def test_cache_lists_and_clears(tmp_path, capsys):
         assert [e["kind"] for e in listed["entries"]] == ["so"]
         assert cli.main(["cache", "clear", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["removed"] == 1
-        assert list(store.entries()) == []
+        assert list(disk_cache.entries()) == []
 
 
 # ---- explain ----------------------------------------------------------------------------------

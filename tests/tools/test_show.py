@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tilewright.errors import ProgramError
-from tilewright.runtime import nvrtc
 from tilewright.target import target
+from tilewright.toolchain import nvrtc
 from tilewright.tools import cli, page, show
 
 SOURCE = """
@@ -150,10 +150,10 @@ def test_the_page_escapes_what_it_shows():
 
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 def test_the_cuda_shown_compiles(file):
-    from tilewright.codegen import texts
+    from tilewright.codegen import prelude_files
 
     stages = show.stages_of(show.load(file)["spmm"], [target("cuda:sm_90a")])
-    cubin = nvrtc.compile_cuda(stages[-1].text, arch="sm_90a", headers=texts.headers())
+    cubin = nvrtc.compile_cuda(stages[-1].text, arch="sm_90a", headers=prelude_files.headers())
     assert "stage0" in cubin.resources
 
 

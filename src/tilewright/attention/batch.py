@@ -22,9 +22,9 @@ from tilewright.attention.plan import UNITS, Plan
 from tilewright.attention.variant import Causal, Traced, Value, check_number, traced_of
 from tilewright.errors import ArgumentError
 from tilewright.runtime import pool as pools
-from tilewright.runtime import toolchain
-from tilewright.runtime.place import to_device, to_host
+from tilewright.runtime.transfer import to_device, to_host
 from tilewright.runtime.view import View, allocate, overlaps
+from tilewright.toolchain import compilers
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
@@ -285,7 +285,7 @@ class BoundAttention:
         views = {n: found for n, (_, found) in values.items()}
         fields = _fields(attn, queries[1], kv, self.state, views)
         self._keep: list[Any] = [queries, kv, plan, outputs, values]
-        if kv.device == "cpu" and not toolchain.has_compiler():
+        if kv.device == "cpu" and not compilers.has_compiler():
             self._on_interpreter(attn, queries[0], kv, plan, values)
         elif kv.device == "cpu":
             self._on_cpu(spec, plan, fields)
@@ -295,7 +295,7 @@ class BoundAttention:
     def _on_interpreter(
         self, attn: Attention, q: Any, kv: KV, plan: Plan, values: dict[str, tuple[Any, View]]
     ) -> None:
-        toolchain.warn_of_interpreter()
+        compilers.warn_of_interpreter()
         given = {name: array for name, (array, _) in values.items()}
         o, lse = np.asarray(self.state.o), np.asarray(self.state.lse)
         self.source, self.launch = "", None
@@ -309,9 +309,9 @@ class BoundAttention:
         self._run = run
 
     def _on_cpu(self, spec: flash.Spec, plan: Plan, fields: dict[str, Any]) -> None:
-        kernel = flash.cpu_kernel(spec, toolchain.resolve_isa().name)
+        kernel = flash.cpu_kernel(spec, compilers.resolve_isa().name)
         rows = spec.group * plan.qo_tile
-        lanes = toolchain.resolve_isa().vector_bits // 32
+        lanes = compilers.resolve_isa().vector_bits // 32
         padded = -(-spec.head_dim // lanes) * lanes
         partials = np.empty(max(plan.slots * rows * (padded + 2), 1), np.float32)
         counters = np.zeros(max(plan.counters, 1), np.int32)

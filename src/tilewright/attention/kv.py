@@ -15,7 +15,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
-from tilewright.runtime.place import to_host
+from tilewright.runtime.transfer import to_host
 from tilewright.runtime.view import View, view
 
 KV_TYPES = (dtypes.float32, dtypes.float16, dtypes.bfloat16)

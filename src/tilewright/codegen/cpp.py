@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tilewright.codegen.cfamily import Renderer, Source
 from tilewright.codegen.params import Params, c_name, collect_params
-from tilewright.codegen.texts import prelude
+from tilewright.codegen.prelude_files import prelude
 from tilewright.errors import InternalError
 from tilewright.ir.nodes import Mma, MmaStore, MmaZero, Nest, Program, Tile
 from tilewright.ir.rewrite import walk

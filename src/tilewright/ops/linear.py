@@ -19,11 +19,11 @@ import numpy as np
 
 from tilewright.build import Definition, program
 from tilewright.errors import ModelError
-from tilewright.runtime import toolchain
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import trace
 from tilewright.sparse.trace import dense, indices, out
+from tilewright.toolchain import compilers
 
 BLOCK = 32
 
@@ -105,7 +105,7 @@ def cpu_recipe(s: Schedule, many: bool) -> Schedule:
     """Rows of W in parallel, a few rows and tokens in registers, the lanes of a vector along k."""
     if s.has("r"):
         return _interleaved_recipe(s, many)
-    lanes = toolchain.vector_bits() // 32
+    lanes = compilers.vector_bits() // 32
     s = s.split("n", 16 if many else 8, into=("n_unit", "n_rows")).split(
         "n_rows", ROWS, into=("n_o", "n_i")
     )

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from tilewright.runtime import toolchain
 from tilewright.schedule import Schedule
+from tilewright.toolchain import compilers
 
 THREADS_X, THREADS_Y = 32, 8  # a CTA that works on one row: a warp for the sums, eight of them
 
 
 def cpu_lanes() -> int:
     """float32 lanes of this CPU's vectors."""
-    return toolchain.vector_bits() // 32
+    return compilers.vector_bits() // 32
 
 
 def rows(s: Schedule, row: str, *elements: str) -> Schedule:

@@ -16,7 +16,6 @@ from tilewright import dtypes
 from tilewright.build import Definition, program
 from tilewright.ops import recipes
 from tilewright.ops.spmm import check_packed, last_size, operand_dtype
-from tilewright.runtime import toolchain
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import formats, trace
@@ -24,6 +23,7 @@ from tilewright.sparse.formats import Format
 from tilewright.sparse.pack import Packed
 from tilewright.sparse.trace import dense, indices, out, sparse
 from tilewright.target import target as parse_target
+from tilewright.toolchain import compilers
 
 
 @program
@@ -44,7 +44,7 @@ FORMATS = ("csr", "dcsr", "coo")
 
 def cpu_recipe(s: Schedule) -> Schedule:
     """k in `SUMS` vectors, then in one, then one by one; rows (entries of COO) in parallel."""
-    lanes = toolchain.vector_bits() // 32
+    lanes = compilers.vector_bits() // 32
     rest = "k"
     for width in (SUMS * lanes, lanes):
         tile = f"k{width}"

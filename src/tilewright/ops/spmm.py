@@ -18,7 +18,6 @@ from tilewright import dtypes
 from tilewright.build import Definition, program
 from tilewright.errors import ArgumentError, ProgramError, ScheduleError
 from tilewright.ops.recipes import dtype_name, fixed_width
-from tilewright.runtime import toolchain
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import entries, formats, trace
@@ -26,6 +25,7 @@ from tilewright.sparse.formats import Composed, Format, Where
 from tilewright.sparse.pack import Packed
 from tilewright.sparse.trace import dense, indices, out, sparse
 from tilewright.target import target as parse_target
+from tilewright.toolchain import compilers
 
 
 @program
@@ -53,7 +53,7 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
 
     `gathers_far`: X is larger than the nearest caches, so that its rows are asked for early."""
     s = s.atomic("out") if s.shares_rows else s
-    lanes = toolchain.vector_bits() // 32
+    lanes = compilers.vector_bits() // 32
     fixed = dict(s.program.sizes).get("d")
     if s.in_place and not s.shares_rows:
         return _cpu_pieces(s, lanes, fixed)
@@ -284,7 +284,7 @@ def _chosen(A: Packed, X: Any, width: int) -> Kernel:
             fixed_width(width, A.device),
             A.structure.index_dtype.name,
             "cuda" if on_cuda else "cpp",
-            x_bytes > (L2_BYTES if on_cuda else toolchain.l2_bytes() // 2),
+            x_bytes > (L2_BYTES if on_cuda else compilers.l2_bytes() // 2),
         )
     except (ScheduleError, ProgramError) as e:
         raise ArgumentError(

@@ -18,9 +18,9 @@ import numpy as np
 from tilewright.dtypes import DType
 from tilewright.dtypes import dtype as to_dtype
 from tilewright.errors import ArgumentError, BuildError
-from tilewright.runtime import nvrtc
 from tilewright.runtime.driver import Device, device, driver
-from tilewright.runtime.nvrtc import Cubin, Resources, compile_cuda
+from tilewright.toolchain import nvrtc
+from tilewright.toolchain.nvrtc import Cubin, Resources, compile_cuda
 
 __all__ = [
     "Cubin",

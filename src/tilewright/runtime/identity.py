@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.runtime.cache import key_of
+from tilewright.toolchain.disk_cache import key_of
 
 # Compiler rooms: the version of Tilewright covers what their functions and classes do.
 ROOMS = {
@@ -35,7 +35,7 @@ ROOMS = {
     "build",
 }  # fmt: skip
 # Of the toolchain, what the resolved instruction set answers: that is part of a kernel's key.
-TOOLCHAIN, ANSWERED = "tilewright.runtime.toolchain", {"vector_bits", "resolve_isa"}
+TOOLCHAIN, ANSWERED = "tilewright.toolchain.compilers", {"vector_bits", "resolve_isa"}
 # Modules whose functions depend on their arguments only, but for the names below.
 PURE = {"builtins", "math", "operator", "itertools", "functools", "dataclasses", "typing", "numpy"}
 NATIVE = PURE | {"_operator", "_functools"}

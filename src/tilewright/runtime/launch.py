@@ -13,10 +13,11 @@ from typing import Any
 
 from tilewright.errors import ArgumentError
 from tilewright.ir.nodes import Program
-from tilewright.runtime import cuda, native
+from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
 from tilewright.runtime.call import Frame
 from tilewright.runtime.kernel import Bound, Kernel, Launcher
+from tilewright.toolchain import cxx
 
 CHUNKS_PER_THREAD = 8  # enough for units of uneven size to even out, few enough to cost nothing
 
@@ -41,7 +42,7 @@ class CpuLauncher(Launcher):
         """The addresses of the entries."""
         found = self._bodies.get(lacks)
         if found is None:
-            library = native.load(self._compiled(lacks))
+            library = cxx.load(self._compiled(lacks))
             found = [pools.address_of(getattr(library, e)) for e in self._entries]
             self._bodies[lacks] = found
         return found

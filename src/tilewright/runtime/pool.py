@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tilewright import knobs
-from tilewright.runtime import native
 from tilewright.runtime.layout import Struct
+from tilewright.toolchain import cxx
 
 LAUNCH = Struct(
     "tw_launch",
@@ -46,8 +46,8 @@ class Pool:
     def __init__(self) -> None:
         source = LAUNCH.c_decl + Path(__file__).with_name("pool.cpp").read_text()
         # The pool gains nothing from wide vectors, so one build serves every CPU of the family.
-        path = native.compile_cpp("#include <stdint.h>\n" + source, isa="baseline", full_link=True)
-        self.library = native.load(path)
+        path = cxx.compile_cpp("#include <stdint.h>\n" + source, isa="baseline", full_link=True)
+        self.library = cxx.load(path)
         self.run = self.library.tw_pool_run
         self.run.argtypes, self.run.restype = [ctypes.c_void_p, ctypes.c_int64], None
         self._configure = self.library.tw_pool_configure

@@ -20,7 +20,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
-from tilewright.runtime import pages
+from tilewright.runtime import host_allocator
 
 
 @dataclass(slots=True)
@@ -134,9 +134,11 @@ def allocator(like: object, shape: tuple[int, ...], dtype: DType) -> Callable[[A
     """`allocate` for one shape and dtype, decided once: called with arrays that have the layout of
     `like`, it makes one more result."""
     if isinstance(like, np.ndarray):
-        large = math.prod(shape) * dtype.itemsize >= pages.SMALLEST and dtype.name in _PLAIN
+        large = (
+            math.prod(shape) * dtype.itemsize >= host_allocator.SMALLEST and dtype.name in _PLAIN
+        )
         kind = dtype.numpy if large else _numpy_type(dtype)
-        empty = pages.empty if large else np.empty
+        empty = host_allocator.empty if large else np.empty
         return lambda _: empty(shape, kind)
     module = _root_module(type(like))
     if module == "torch":

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.runtime import cuda, nvrtc
+from tilewright.runtime import cuda
 from tilewright.sparse import formats
+from tilewright.toolchain import nvrtc
 from tilewright.tools.bench import Row, base_row, note
 
 _CALLS, _REPEATS, _IMPORTS, _BUILDS = 2000, 7, 5, 3
@@ -42,8 +43,8 @@ print(json.dumps(time.perf_counter() - began))
 # What a machine finds out once: the versions of Tilewright and of the C++ compiler.
 _ONCE = """
 import json
-from tilewright.runtime import store, toolchain
-print(json.dumps([store.version(), toolchain.has_compiler()]))
+from tilewright.toolchain import compilers, program_cache
+print(json.dumps([program_cache.version(), compilers.has_compiler()]))
 """
 
 # The operator's own program and recipe, built, and built again.
@@ -51,7 +52,7 @@ _BUILD = """
 import json, sys, time
 import tilewright as tw
 from tilewright.ops.spmm import recipe, spmm_program
-from tilewright.runtime import cache
+from tilewright.toolchain import disk_cache
 target, fmt, width = sys.argv[1], sys.argv[2], int(sys.argv[3])
 times = []
 for _ in range(2):
@@ -60,7 +61,7 @@ for _ in range(2):
     began = time.perf_counter()
     made.build(target)
     times.append(time.perf_counter() - began)
-print(json.dumps({"times": times, "compiled": cache.stats.compiled}))
+print(json.dumps({"times": times, "compiled": disk_cache.stats.compiled}))
 """
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
-from tilewright.runtime import cache
+from tilewright.toolchain import disk_cache
 from tilewright.tools import bench_peers
 from tilewright.tools import graphs as synthesis
 from tilewright.tools.bench import Contender, Row, base_row, compare, note
@@ -261,11 +261,11 @@ def _timed(make: Callable[[], Any], target: str) -> tuple[Any, float]:
 
 def _built(contender: Contender, pack_ms: float, target: str) -> Contender:
     """With its costs: what packing took, and what the first call took more than the second."""
-    compiled = cache.stats.compiled
+    compiled = disk_cache.stats.compiled
     _, first = _timed(contender.run, target)
     _, second = _timed(contender.run, target)
     costs = {"pack": pack_ms, "first_call": first}
-    if cache.stats.compiled > compiled:  # a kernel found in the cache says nothing of building
+    if disk_cache.stats.compiled > compiled:  # a kernel found in the cache says nothing of building
         costs["build"] = max(first - second, 0.0)
     return replace(contender, costs=costs)
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 
-from tilewright.runtime import cache as store
+from tilewright.toolchain import disk_cache
 
 _KINDS = {
     "so": "shared library (C++)",
@@ -25,9 +25,9 @@ def cache_arguments(parser: argparse.ArgumentParser) -> None:
 
 def cache(args: argparse.Namespace) -> int:
     """List the entries of the current cache, newest last, or remove them."""
-    folder = store.current().folder
+    folder = disk_cache.current().folder
     if args.action == "clear":
-        removed = store.clear()
+        removed = disk_cache.clear()
         print(
             json.dumps({"folder": str(folder), "removed": removed})
             if args.json
@@ -35,7 +35,7 @@ def cache(args: argparse.Namespace) -> int:
         )
         return 0
     rows = []
-    for entry in store.entries():
+    for entry in disk_cache.entries():
         try:
             rows.append((entry.path.stat().st_mtime, entry))
         except OSError:  # another process has just removed it

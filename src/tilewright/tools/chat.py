@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.errors import TilewrightError
-from tilewright.runtime import cache, toolchain
 from tilewright.serve.engine import LLM, check_options
 from tilewright.serve.weights import packaged_model
 from tilewright.target import target as parse_target
+from tilewright.toolchain import compilers, disk_cache
 
 QUESTION = "What is the capital of France?"
 
@@ -60,7 +60,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _title(llm: LLM, args: argparse.Namespace) -> str:
     """The model and what runs it."""
-    interpreted = parse_target(args.target).kind == "cpp" and not toolchain.has_compiler()
+    interpreted = parse_target(args.target).kind == "cpp" and not compilers.has_compiler()
     where = f"{args.target}, interpreted: no C++ compiler" if interpreted else args.target
     return f"{Path(llm.model.file.path).name} on {where}"
 
@@ -150,7 +150,7 @@ def _within_context(
 
 
 def _report(llm: LLM, opened_s: float, first_s: float) -> None:
-    c, stats = llm.counts, cache.stats
+    c, stats = llm.counts, disk_cache.stats
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     rows = [
         (

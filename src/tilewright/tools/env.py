@@ -112,25 +112,26 @@ def _try(name: str, probe: Callable[[], str], hint: str = "") -> Line:
 
 
 def _cpu() -> Iterable[Line]:
-    from tilewright.runtime import pool, toolchain
+    from tilewright.runtime import pool
+    from tilewright.toolchain import compilers
 
     try:
-        compiler = toolchain.find_compiler()
+        compiler = compilers.find_compiler()
         yield "C++ compiler", f"{compiler.version} ({compiler.path})"
     except TilewrightError as error:
         state = "missing" if error.code == "B102" else "bad"  # it could not be asked
         yield "C++ compiler", error.message, state, error.hint
-    yield _try("instruction set", lambda: toolchain.resolve_isa().name)
-    can = ", ".join(n for n in toolchain.ISAS if toolchain.runnable(n))
+    yield _try("instruction set", lambda: compilers.resolve_isa().name)
+    can = ", ".join(n for n in compilers.ISAS if compilers.runnable(n))
     yield "this CPU runs", can
     yield _try("threads", lambda: f"{pool.wanted_threads()} of {os.cpu_count()} cores")
 
 
 def _cache() -> Iterable[Line]:
-    from tilewright.runtime import cache
+    from tilewright.toolchain import disk_cache
 
-    yield _try("folder", lambda: str(cache.current().folder), "set TILEWRIGHT_CACHE_DIR")
-    entries = list(cache.entries())
+    yield _try("folder", lambda: str(disk_cache.current().folder), "set TILEWRIGHT_CACHE_DIR")
+    entries = list(disk_cache.entries())
     yield "size", f"{len(entries)} entries, {sum(e.nbytes for e in entries) / 2**20:.1f} MiB"
 
 

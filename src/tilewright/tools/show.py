@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tilewright import compiler
 from tilewright.build import Definition
-from tilewright.codegen import texts
+from tilewright.codegen import prelude_files
 from tilewright.errors import ProgramError, TilewrightError
 from tilewright.ir.nodes import Program
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
@@ -193,7 +193,7 @@ def _passes(program: Program, which: str, target: Target) -> list[tuple[Program,
 def source_text(program: Program, target: Target) -> str:
     """The text generated for a program at the loop level; the prelude common to all is left out."""
     text = compiler.rendered(program, target).source
-    for path in sorted(texts.PRELUDE.iterdir()):
+    for path in sorted(prelude_files.PRELUDE.iterdir()):
         prelude = path.read_text()
         text = text.replace(
             prelude, f"// … prelude/{path.name}, {len(prelude.splitlines())} lines …\n"

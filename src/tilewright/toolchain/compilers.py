@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tilewright import knobs
 from tilewright.errors import BuildError, KnobError
-from tilewright.runtime import cache
+from tilewright.toolchain import disk_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ def has_compiler() -> bool:
 @functools.cache
 def warn_of_interpreter() -> None:
     """Says, once a process, that there is no C++ compiler and what runs in its place."""
-    cache.warn(
+    disk_cache.warn(
         "no C++ compiler was found: kernels run on the NumPy interpreter, slowly. "
         "Install g++ or clang++, or set TILEWRIGHT_CXX"
     )
@@ -186,8 +186,8 @@ def _located(asked: str, search: str) -> str | None:
 def _describe(path: str) -> Compiler:
     """Ask a compiler for its version; the answer is kept on disk until the file changes."""
     status = os.stat(path)
-    key = cache.key_of("cxx", path, f"{status.st_ino} {status.st_mtime_ns} {status.st_size}")
-    known = cache.current().get("cxx", key)
+    key = disk_cache.key_of("cxx", path, f"{status.st_ino} {status.st_mtime_ns} {status.st_size}")
+    known = disk_cache.current().get("cxx", key)
     if known is not None:
         return Compiler(path, known.decode())
     import subprocess  # 3 ms, for a question that is rarely asked
@@ -202,5 +202,5 @@ def _describe(path: str) -> Compiler:
         raise BuildError(
             "B102", f"{path} does not answer to --version: {error}", hint="set TILEWRIGHT_CXX"
         ) from None
-    cache.put("cxx", key, version.encode())
+    disk_cache.put("cxx", key, version.encode())
     return Compiler(path, version)

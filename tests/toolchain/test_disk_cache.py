@@ -12,42 +12,43 @@ import pytest
 
 from tilewright import knobs
 from tilewright.errors import BuildError
-from tilewright.runtime import cache, store, toolchain
+from tilewright.runtime.built import Built
+from tilewright.toolchain import compilers, disk_cache, program_cache
 
 
 def test_key_separates_parts() -> None:
-    assert cache.key_of("ab", "c") != cache.key_of("a", "bc")
-    assert cache.key_of("ab") != cache.key_of("ab", "")
-    assert cache.key_of(b"ab") == cache.key_of("ab")
+    assert disk_cache.key_of("ab", "c") != disk_cache.key_of("a", "bc")
+    assert disk_cache.key_of("ab") != disk_cache.key_of("ab", "")
+    assert disk_cache.key_of(b"ab") == disk_cache.key_of("ab")
 
 
 def test_round_trip_and_listing(tmp_path: Path, rng: np.random.Generator) -> None:
     with knobs.scope(cache_dir=tmp_path / "cache"):
         data = rng.bytes(1000)
-        key = cache.key_of(data)
-        misses, hits = cache.stats.misses, cache.stats.hits
-        assert cache.get("so", key) is None
-        path = cache.put("so", key, data)
-        assert cache.get("so", key) == data
-        assert cache.find("so", key) == path
-        assert cache.get("cubin", key) is None
-        assert (cache.stats.misses - misses, cache.stats.hits - hits) == (2, 2)
-        assert [(e.kind, e.key) for e in cache.entries()] == [("so", key)]
+        key = disk_cache.key_of(data)
+        misses, hits = disk_cache.stats.misses, disk_cache.stats.hits
+        assert disk_cache.get("so", key) is None
+        path = disk_cache.put("so", key, data)
+        assert disk_cache.get("so", key) == data
+        assert disk_cache.find("so", key) == path
+        assert disk_cache.get("cubin", key) is None
+        assert (disk_cache.stats.misses - misses, disk_cache.stats.hits - hits) == (2, 2)
+        assert [(e.kind, e.key) for e in disk_cache.entries()] == [("so", key)]
         assert path.stat().st_mode & 0o777 == 0o600
         assert path.parent.stat().st_mode & 0o777 == 0o700
-        assert cache.clear() == 1
-        assert cache.get("so", key) is None
+        assert disk_cache.clear() == 1
+        assert disk_cache.get("so", key) is None
 
 
 def test_empty_data_is_an_entry(tmp_path: Path) -> None:
-    store = cache.Cache(tmp_path)
-    store.put("so", cache.key_of("x"), b"")
-    assert store.get("so", cache.key_of("x")) == b""
+    store = disk_cache.Cache(tmp_path)
+    store.put("so", disk_cache.key_of("x"), b"")
+    assert store.get("so", disk_cache.key_of("x")) == b""
 
 
 def test_damage_is_a_miss(tmp_path: Path, rng: np.random.Generator) -> None:
-    store, data = cache.Cache(tmp_path), rng.bytes(300)
-    key, other = cache.key_of("x"), cache.key_of("y")
+    store, data = disk_cache.Cache(tmp_path), rng.bytes(300)
+    key, other = disk_cache.key_of("x"), disk_cache.key_of("y")
     path = store.put("so", key, data)
     whole = path.read_bytes()
     store.path("so", other).write_bytes(whole)  # moved to another key
@@ -69,7 +70,7 @@ def test_damage_is_a_miss(tmp_path: Path, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
 def test_what_is_no_file_is_a_miss(tmp_path: Path, make: Callable[[Path], None]) -> None:
     """Above all, nobody waits for the other end of a pipe."""
-    store, key = cache.Cache(tmp_path), cache.key_of("x")
+    store, key = disk_cache.Cache(tmp_path), disk_cache.key_of("x")
     make(store.path("so", key))
     assert store.get("so", key) is None and store.find("so", key) is None
 
@@ -88,8 +89,9 @@ def test_what_is_no_file_is_a_miss(tmp_path: Path, make: Callable[[Path], None])
 def test_a_kernel_entry_of_another_form_is_a_miss(tmp_path: Path, data: bytes) -> None:
     """Signed as it should be, but not what this version writes."""
     with knobs.scope(cache_dir=tmp_path, cache=True):
-        cache.put(store.KIND, cache.key_of("x"), data)
-        assert store.load(cache.key_of("x")) is None
+        program_cache.save(disk_cache.key_of("x"), data)
+        assert program_cache.load(disk_cache.key_of("x")) == data
+    assert Built.from_bytes(data) is None
 
 
 def test_the_warning_of_a_fall_back_names_the_user_s_line(tmp_path: Path) -> None:
@@ -98,8 +100,8 @@ def test_the_warning_of_a_fall_back_names_the_user_s_line(tmp_path: Path) -> Non
         knobs.scope(cache_dir=tmp_path / "file" / "cache"),
         pytest.warns(RuntimeWarning, match="cannot be written") as caught,
     ):
-        toolchain.has_compiler()
-        cache.put("so", cache.key_of("x"), b"data")
+        compilers.has_compiler()
+        disk_cache.put("so", disk_cache.key_of("x"), b"data")
     assert [w.filename for w in caught] == [__file__]
 
 
@@ -108,17 +110,17 @@ def test_folder_others_can_write_is_refused(tmp_path: Path) -> None:
     folder.mkdir()
     folder.chmod(0o777)
     with knobs.scope(cache_dir=folder), pytest.raises(BuildError, match=r"B105.*0777"):
-        cache.get("so", cache.key_of("x"))
+        disk_cache.get("so", disk_cache.key_of("x"))
     folder.chmod(0o755)
     with knobs.scope(cache_dir=folder):
-        assert cache.get("so", cache.key_of("x")) is None
+        assert disk_cache.get("so", disk_cache.key_of("x")) is None
 
 
 def test_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
     with pytest.raises(BuildError, match=r"B105.*belongs to"):
-        cache.Cache(tmp_path)
+        disk_cache.Cache(tmp_path)
 
 
 def test_unwritable_folder_falls_back_once(tmp_path: Path) -> None:
@@ -126,40 +128,40 @@ def test_unwritable_folder_falls_back_once(tmp_path: Path) -> None:
     blocked.write_text("in the way")
     with knobs.scope(cache_dir=blocked / "cache"):
         with pytest.warns(RuntimeWarning, match="cannot be written"):
-            path = cache.put("so", cache.key_of("x"), b"data")
+            path = disk_cache.put("so", disk_cache.key_of("x"), b"data")
         assert tmp_path not in path.parents
-        assert cache.get("so", cache.key_of("x")) == b"data"  # and no second warning
+        assert disk_cache.get("so", disk_cache.key_of("x")) == b"data"  # and no second warning
 
 
 def test_full_disk_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put = cache.Cache.put
+    put = disk_cache.Cache.put
 
-    def full(self: cache.Cache, kind: str, key: str, data: bytes) -> Path:
+    def full(self: disk_cache.Cache, kind: str, key: str, data: bytes) -> Path:
         if self.folder == tmp_path:
             raise OSError(28, "No space left on device")
         return put(self, kind, key, data)
 
-    monkeypatch.setattr(cache.Cache, "put", full)
+    monkeypatch.setattr(disk_cache.Cache, "put", full)
     with knobs.scope(cache_dir=tmp_path):
         with pytest.warns(RuntimeWarning, match="No space left"):
-            cache.put("so", cache.key_of("x"), b"data")
-        assert cache.get("so", cache.key_of("x")) == b"data"
+            disk_cache.put("so", disk_cache.key_of("x"), b"data")
+        assert disk_cache.get("so", disk_cache.key_of("x")) == b"data"
 
 
 def test_folder_deleted_under_us_is_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     with knobs.scope(cache_dir=folder):
-        cache.put("so", cache.key_of("x"), b"one")
-        assert cache.clear() == 1
+        disk_cache.put("so", disk_cache.key_of("x"), b"one")
+        assert disk_cache.clear() == 1
         folder.rmdir()
-        assert cache.put("so", cache.key_of("x"), b"two").parent == folder
+        assert disk_cache.put("so", disk_cache.key_of("x"), b"two").parent == folder
 
 
 def test_knob_turns_it_off(tmp_path: Path) -> None:
     with knobs.scope(cache_dir=tmp_path, cache=False):
-        path = cache.put("so", cache.key_of("x"), b"data")
+        path = disk_cache.put("so", disk_cache.key_of("x"), b"data")
         assert path.exists()
-        assert cache.get("so", cache.key_of("x")) is None
+        assert disk_cache.get("so", disk_cache.key_of("x")) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -167,19 +169,19 @@ def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(source: str, target: Path) -> None:
         raise OSError(5, "Input/output error")
 
-    store = cache.Cache(tmp_path)
+    store = disk_cache.Cache(tmp_path)
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="Input/output"):
-        store.put("so", cache.key_of("x"), b"data")
+        store.put("so", disk_cache.key_of("x"), b"data")
     assert list(tmp_path.iterdir()) == []
 
 
 def _hammer(folder: str, seed: int) -> bool:
-    store = cache.Cache(Path(folder))
+    store = disk_cache.Cache(Path(folder))
     rng = np.random.default_rng(seed)
     for _ in range(150):
         name = str(rng.integers(4))
-        key, data = cache.key_of(name), name.encode() * 20000
+        key, data = disk_cache.key_of(name), name.encode() * 20000
         store.put("so", key, data)
         found = store.get("so", key)
         if found != data:

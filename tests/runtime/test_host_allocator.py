@@ -4,40 +4,40 @@ import gc
 
 import numpy as np
 
-from tilewright.runtime import pages
+from tilewright.runtime import host_allocator
 
 F32 = np.dtype(np.float32)
 SHAPE = (1024, 1024)
 
 
 def test_memory_is_used_again_after_the_last_reference():
-    pages.release()
-    first = pages.empty(SHAPE, F32)
+    host_allocator.release()
+    first = host_allocator.empty(SHAPE, F32)
     address = first.ctypes.data
     part = first[3:5]
     del first
     gc.collect()
-    second = pages.empty(SHAPE, F32)
+    second = host_allocator.empty(SHAPE, F32)
     assert second.ctypes.data != address, "a slice is still alive"
     del part
     gc.collect()
-    assert pages.idle_bytes() == 4 << 20
-    third = pages.empty(SHAPE, F32)
+    assert host_allocator.idle_bytes() == 4 << 20
+    third = host_allocator.empty(SHAPE, F32)
     assert third.ctypes.data == address
-    assert pages.idle_bytes() == 0
+    assert host_allocator.idle_bytes() == 0
 
 
 def test_two_results_do_not_share_memory(rng):
-    a, b = pages.empty(SHAPE, F32), pages.empty(SHAPE, F32)
+    a, b = host_allocator.empty(SHAPE, F32), host_allocator.empty(SHAPE, F32)
     a[:] = values = rng.standard_normal(SHAPE, np.float32)
     b[:] = 7
     assert np.array_equal(a, values)
 
 
 def test_what_is_kept_is_bounded():
-    pages.release()
+    host_allocator.release()
     for n in range(64):
-        pages.empty((pages.KEPT_BYTES // 16 + n,), np.dtype(np.uint8))
+        host_allocator.empty((host_allocator.KEPT_BYTES // 16 + n,), np.dtype(np.uint8))
         gc.collect()
-    assert pages.idle_bytes() <= pages.KEPT_BYTES
-    pages.release()
+    assert host_allocator.idle_bytes() <= host_allocator.KEPT_BYTES
+    host_allocator.release()

@@ -21,7 +21,7 @@ from types import MappingProxyType
 
 from tilewright import knobs
 from tilewright.errors import BuildError, MissingExtra
-from tilewright.runtime import cache
+from tilewright.toolchain import disk_cache
 
 FLAGS: tuple[str, ...] = ("--std=c++17", "--ptxas-options=-v", "-default-device")
 _MESSAGE_LINES = 30
@@ -72,22 +72,22 @@ def compile_cuda(
     headers = headers or {}
     named = [text for name in sorted(headers) for text in (name, headers[name])]
     options = (f"--gpu-architecture={arch}", *FLAGS, *flags)
-    key = cache.key_of("cuda", toolkit_version(), "\0".join(options), source, *named)
-    stored = cache.get("cubin", key)
+    key = disk_cache.key_of("cuda", toolkit_version(), "\0".join(options), source, *named)
+    stored = disk_cache.get("cubin", key)
     if stored is not None:
         return _unpack(stored, arch)
     began = time.perf_counter()
     image, log = _compile(source, headers, options, key)
     elapsed_ms = (time.perf_counter() - began) * 1e3
-    cache.stats.compiled += 1
-    cache.stats.compile_ms += elapsed_ms
+    disk_cache.stats.compiled += 1
+    disk_cache.stats.compile_ms += elapsed_ms
     resources = parse_resources(log)
     if knobs.get("debug") >= 1:
         print(
             f"tilewright: compiled {', '.join(resources)} for {arch} in {elapsed_ms:.0f} ms",
             file=sys.stderr,
         )
-    cache.put("cubin", key, _pack(image, resources))
+    disk_cache.put("cubin", key, _pack(image, resources))
     return Cubin(image, arch, MappingProxyType(resources))
 
 
@@ -187,7 +187,7 @@ def _compile(
         status = nvrtc.nvrtcCompileProgram(program, len(options), _strings(options))
         log = _read(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
         if status != 0:
-            kept = cache.put("failed", key, source.encode())
+            kept = disk_cache.put("failed", key, source.encode())
             lines = [line for line in log.splitlines() if not line.startswith("ptxas info")]
             raise BuildError(
                 "B101",

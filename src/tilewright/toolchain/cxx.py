@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tilewright import knobs
 from tilewright.errors import BuildError
-from tilewright.runtime import cache, toolchain
+from tilewright.toolchain import compilers, disk_cache
 
 _MESSAGE_LINES = 30
 _TIMEOUT_S = 600
@@ -27,33 +27,33 @@ def compile_cpp(
 ) -> Path:
     """Compile one translation unit to a shared library, through the cache.
 
-    `isa` is a name of `toolchain.ISAS` (None: this CPU's). Functions to be loaded are `extern "C"`
+    `isa` is a name of `compilers.ISAS` (None: this CPU's). Functions to be loaded are `extern "C"`
     with default visibility. `flags` are appended; `full_link` adds the C++ library, start files
     and threads, which kernels do without.
     Raises BuildError: B101 with the compiler's message, B102 without a compiler or where it makes
     no library, B103 for an instruction set that does not run here, B105 if nothing can be written.
     """
-    target = toolchain.resolve_isa(isa)
-    compiler = toolchain.find_compiler()
-    link = toolchain.FULL_LINK if full_link else toolchain.BARE_LINK
-    compile_flags = (*toolchain.COMMON_FLAGS, *target.flags, *flags)
-    key = cache.key_of(
+    target = compilers.resolve_isa(isa)
+    compiler = compilers.find_compiler()
+    link = compilers.FULL_LINK if full_link else compilers.BARE_LINK
+    compile_flags = (*compilers.COMMON_FLAGS, *target.flags, *flags)
+    key = disk_cache.key_of(
         "cpp", source, "\0".join(compile_flags), "\0".join(link), compiler.path, compiler.version
     )
-    found = cache.find("so", key)
+    found = disk_cache.find("so", key)
     if found is not None:
         return found
     began = time.perf_counter()
     library = _compile(compiler.path, source, compile_flags, link, key)
     elapsed_ms = (time.perf_counter() - began) * 1e3
-    cache.stats.compiled += 1
-    cache.stats.compile_ms += elapsed_ms
+    disk_cache.stats.compiled += 1
+    disk_cache.stats.compile_ms += elapsed_ms
     if knobs.get("debug") >= 1:
         print(
             f"tilewright: compiled {len(source)} characters of C++ in {elapsed_ms:.0f} ms",
             file=sys.stderr,
         )
-    return cache.put("so", key, library)
+    return disk_cache.put("so", key, library)
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -83,7 +83,7 @@ def _compile(
 
     try:
         # in the cache's folder, where no other user can put a file in its place
-        handle, output = tempfile.mkstemp(prefix=".tmp-", dir=cache.current().folder)
+        handle, output = tempfile.mkstemp(prefix=".tmp-", dir=disk_cache.current().folder)
     except OSError as error:
         raise BuildError("B105", f"no temporary file can be made: {error}") from None
     os.close(handle)
@@ -103,7 +103,7 @@ def _compile(
         with contextlib.suppress(OSError):
             os.unlink(output)
     if done.returncode:
-        kept = cache.put("failed", key, source.encode())
+        kept = disk_cache.put("failed", key, source.encode())
         raise _refusal(compiler, done.returncode, done.stderr.decode(errors="replace"), kept)
     if not _is_loadable(library):
         raise BuildError(

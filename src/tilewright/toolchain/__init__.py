@@ -1,0 +1,1 @@
+"""From source text to binaries: the C++ compiler, NVRTC and the caches on disk."""
