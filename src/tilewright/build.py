@@ -9,9 +9,9 @@ the caller has; `bind` fixes the arguments and gives a call that costs next to n
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewright import dtypes, knobs
@@ -180,10 +180,11 @@ def _defining(names: tuple[str, ...], source: str) -> str:
 
 
 def _cpp_kernel(built: Built, target: Target) -> Kernel:
-    def compiled(lacks: tuple[str, ...]) -> Path:
-        return cxx.compile_cpp(_defining(lacks, built.source), isa=target.arch or None)
+    def loaded(lacks: tuple[str, ...]) -> ctypes.CDLL:
+        source, name = _defining(lacks, built.source), built.manifest.name
+        return cxx.load_cpp(source, name=name, isa=target.arch or None)
 
-    return Kernel(built.manifest, launch.CpuLauncher(compiled, built.entries), built.source)
+    return Kernel(built.manifest, launch.CpuLauncher(loaded, built.entries), built.source)
 
 
 def _cuda_kernel(built: Built, target: Target) -> Kernel:
@@ -191,13 +192,11 @@ def _cuda_kernel(built: Built, target: Target) -> Kernel:
 
     arch = target.arch or cuda.device_arch()
     headers = prelude_files.headers()
-    cubin = nvrtc.compile_cuda(built.source, arch=arch, headers=headers)
 
-    def compiled(lacks: tuple[str, ...]) -> bytes:
-        if not lacks:
-            return cubin.image
-        source = _defining(lacks, built.source)
-        return nvrtc.compile_cuda(source, arch=arch, headers=headers).image
+    def compiled(lacks: tuple[str, ...]) -> nvrtc.Cubin:
+        source, name = _defining(lacks, built.source), built.manifest.name
+        return nvrtc.compile_cuda(source, arch=arch, name=name, headers=headers)
 
-    launcher = launch.CudaLauncher(compiled)
+    cubin = compiled(())
+    launcher = launch.CudaLauncher(lambda lacks: compiled(lacks).image if lacks else cubin.image)
     return Kernel(built.manifest, launcher, built.source, cubin.resources)

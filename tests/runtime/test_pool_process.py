@@ -87,7 +87,7 @@ int main() {
 def _build(tmp_path: Path, source: str, *flags: str) -> str | None:
     """Build and run a program; its output, or None where that cannot be done here."""
     program = tmp_path / "program"
-    command = [compilers.find_compiler().path, "-std=c++17", "-O1", "-g", "-pthread", *flags]
+    command = [*compilers.find_compiler().command, "-std=c++17", "-O1", "-g", "-pthread", *flags]
     built = subprocess.run(
         [*command, "-x", "c++", "-", "-o", str(program)],
         input=source, capture_output=True, text=True, timeout=120, check=False,

@@ -1,22 +1,31 @@
-"""C++ source to loaded function: flags, keys, and errors that say what to do."""
+"""C++ source to loaded function: flags, errors that say what to do, caches that others change."""
 
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
-import subprocess
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import tilewright as tw
 from tilewright import knobs
-from tilewright.errors import BuildError, KnobError
+from tilewright.errors import BuildError
 from tilewright.toolchain import compilers, cxx, disk_cache
 
 needs_cxx = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 EXPORT = 'extern "C" __attribute__((visibility("default"))) '
 TRIPLE = EXPORT + "long triple(long x) { return 3 * x; }\n"
+
+
+@tw.program
+def tripled(X=tw.dense("n")):
+    i = tw.indices("n")
+    return tw.out[i](X[i] * 3)
 
 
 @needs_cxx
@@ -63,22 +72,67 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
+REFUSE = 'cat > $0.cpp; grep -q triple $0.cpp || exec g++ "$@" < $0.cpp; '
+"""Compiles everything with g++, except TRIPLE."""
+
+
+@needs_cxx
 @pytest.mark.parametrize(
-    ("text", "message", "is_ours"),
+    ("text", "message", "hint"),
     [
-        ("kill -9 $$", "was ended by signal 9 (Killed), without a word", False),
-        ("echo 'fatal: Killed signal terminated program cc1plus' >&2; exit 1", "cc1plus", False),
-        ("exit 3", "refused generated code (exit status 3), without a word", True),
-        ("echo no such flag >&2; exit 1", "(exit status 1):\nno such flag", True),
+        ("kill -9 $$", "was ended by signal 9 (Killed): no message", "memory"),
+        ("echo 'fatal: Killed signal terminated program cc1plus' >&2; exit 1", "cc1plus", "memory"),
+        (REFUSE + "exit 3", "refused the code generated for kernel tripled: no message", "VERIFY"),
+        (REFUSE + "echo no such type >&2; exit 1", "tripled: no such type", "VERIFY"),
+        (
+            REFUSE + "echo In function f: >&2; echo '<stdin>:7:1: error: odd' >&2; exit 1",
+            "tripled: <stdin>:7:1: error: odd\nIn function f:\n<stdin>:7:1: error: odd",
+            "VERIFY",
+        ),
     ],
 )
-def test_how_a_compiler_failed_is_told(tmp_path: Path, text: str, message: str, is_ours: bool):
+def test_how_a_compiler_failed_is_told(tmp_path: Path, text: str, message: str, hint: str):
     compiler = script(tmp_path / "mycxx", text)
-    with knobs.scope(cache_dir=tmp_path / "cache", cxx=compiler), pytest.raises(BuildError) as e:
-        cxx.compile_cpp(TRIPLE)
+    with (
+        knobs.scope(cache_dir=tmp_path / "cache", cxx=compiler, verify=False),
+        pytest.raises(BuildError) as e,
+    ):
+        cxx.compile_cpp(TRIPLE, name="tripled")
     assert e.value.code == "B101" and message in e.value.message
-    assert ("bug of Tilewright" in e.value.hint) == is_ours
+    assert f"TILEWRIGHT_CXX={compiler!r}" in e.value.message
+    assert hint in e.value.hint
     assert Path(e.value.where).read_text().startswith(TRIPLE)
+
+
+@needs_cxx
+def test_the_verifier_is_not_suggested_when_it_ran(tmp_path: Path) -> None:
+    with (
+        knobs.scope(cache_dir=tmp_path / "cache", verify=True),
+        pytest.raises(BuildError, match="B101") as e,
+    ):
+        cxx.compile_cpp("int x = nonsense;\n")
+    assert "VERIFY" not in e.value.hint and "bug of Tilewright" in e.value.hint
+
+
+@needs_cxx
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("{mycxx}", "no licence"),
+        ("g++ -no-such-flag", "-no-such-flag"),
+        ("ld", "ld"),
+    ],
+)
+def test_a_setting_that_cannot_compile_anything_is_not_our_bug(
+    tmp_path: Path, command: str, said: str
+) -> None:
+    """It answers to --version, and refuses even an empty kernel: B102, with what it said."""
+    mycxx = script(tmp_path / "mycxx", "echo error: no licence >&2; exit 1")
+    command = command.format(mycxx=mycxx)
+    with knobs.scope(cache_dir=tmp_path / "cache", cxx=command), pytest.raises(BuildError) as e:
+        cxx.compile_cpp(TRIPLE)
+    assert e.value.code == "B102" and f"TILEWRIGHT_CXX={command!r}" in e.value.message
+    assert said in e.value.message
 
 
 NOTHING, TEXT, OBJECT = (
@@ -139,82 +193,143 @@ def test_each_instruction_set(isa: str) -> None:
     assert cxx.load(cxx.compile_cpp(TRIPLE, isa=isa)).triple(5) == 15
 
 
-def test_isa_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
-    def of(*features: str) -> str:
-        monkeypatch.setattr(compilers, "cpu_features", lambda: frozenset(features))
-        return compilers.resolve_isa().name
-
-    monkeypatch.delenv("TILEWRIGHT_ISA", raising=False)
-    assert of() == "baseline"
-    assert of("avx2", "fma") == "baseline"
-    assert of("avx2", "fma", "f16c") == "avx2"
-    assert of(*compilers.ISAS["avx512"].needs) == "avx512"
-    assert compilers.vector_bits() == 512
-    with knobs.scope(isa="avx2"):
-        assert compilers.vector_bits() == 256
-    assert compilers.vector_bits("baseline") == 128
-
-
-def test_bad_isa_is_refused() -> None:
-    with pytest.raises(BuildError, match="B103"):
-        compilers.resolve_isa("mmx")
-    with knobs.scope(isa="mmx"), pytest.raises(KnobError, match="K101"):
-        compilers.resolve_isa()
-
-
-def test_no_other_family_reads_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = os.uname_result(("Linux", "host", "6.1", "#1", "aarch64"))
-    monkeypatch.setattr(compilers.os, "uname", lambda: other)
-    assert compilers.cpu_features.__wrapped__() == frozenset()
-
-
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with knobs.scope(cxx=""):
-        assert not compilers.has_compiler()
-        with pytest.raises(BuildError, match="B102"):
-            cxx.compile_cpp(TRIPLE)
-    with knobs.scope(cxx="no-such-compiler"), pytest.raises(BuildError, match="no-such-compiler"):
-        compilers.find_compiler()
-
-
-def test_a_refused_cache_is_no_missing_compiler(tmp_path: Path) -> None:
-    compiler = script(tmp_path / "mycxx", "exit 0")
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache").chmod(0o777)
-    with knobs.scope(cache_dir=tmp_path / "cache", cxx=compiler), pytest.raises(BuildError) as e:
-        compilers.has_compiler()
-    assert e.value.code == "B105"
-
-
-def test_the_warning_names_the_user_s_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tilewright as tw
-
-    @tw.program
-    def double(X=tw.dense("n")):
-        i = tw.indices("n")
-        return tw.out[i](X[i] * 2)
-
-    compilers.warn_of_interpreter.cache_clear()
-    with knobs.scope(cxx="no-such-compiler"), pytest.warns(RuntimeWarning) as caught:
-        double.build("cpp")
-        double.build("cpp")
-    assert [(w.filename, "no C++ compiler" in str(w.message)) for w in caught] == [(__file__, True)]
+def forget(library: Path) -> None:
+    """Libraries opened before are found in memory: this one must be opened from its file."""
+    cxx._loaded.pop(library, None)
 
 
 @needs_cxx
-def test_compiler_version_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept on disk until the compiler's file changes."""
-    script = tmp_path / "mycxx"
-    script.write_text("#!/bin/sh\necho mycxx 1.0\n")
-    script.chmod(0o755)
-    with knobs.scope(cache_dir=tmp_path / "cache", cxx=str(script)):
-        assert compilers.find_compiler().version == "mycxx 1.0"
-        compilers._describe.cache_clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("asked again"))
-            assert compilers.find_compiler().version == "mycxx 1.0"
-        script.write_text("#!/bin/sh\necho mycxx 2.0 \n")
-        os.utime(script, ns=(1, 1))
-        compilers._describe.cache_clear()
-        assert compilers.find_compiler().version == "mycxx 2.0"
+@pytest.mark.parametrize("damage", ["emptied", "folder removed", "not executable", "truncated"])
+def test_a_library_lost_after_it_was_stored_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator, damage: str
+) -> None:
+    """Another process may empty the cache between compiling and loading."""
+    put, number = disk_cache.put, int(rng.integers(1 << 30))
+    source = TRIPLE.replace("3 *", f"{number} *")
+
+    def put_and_damage(kind: str, key: str, data: bytes) -> Path:
+        path = put(kind, key, data)
+        if kind == "so":
+            if damage == "emptied":
+                assert disk_cache.clear() > 0
+            elif damage == "folder removed":
+                shutil.rmtree(tmp_path / "cache")
+            elif damage == "truncated":
+                path.write_bytes(data[:100])
+            else:
+                path.unlink()
+                path.mkdir()
+        return path
+
+    monkeypatch.setattr(disk_cache, "put", put_and_damage)
+    with knobs.scope(cache_dir=tmp_path / "cache"):
+        triple = cxx.load_cpp(source).triple
+        triple.argtypes, triple.restype = [ctypes.c_long], ctypes.c_long
+        assert triple(5) == 5 * number
+
+
+@needs_cxx
+@pytest.mark.parametrize("door", ["library", "program"])
+def test_a_cache_deleted_while_the_compiler_runs(tmp_path: Path, door: str) -> None:
+    folder = tmp_path / "cache"
+    compiler = script(tmp_path / "mycxx", f'rm -rf {folder}; exec g++ "$@"')
+    with knobs.scope(cache_dir=folder, cxx=compiler):
+        if door == "library":
+            assert cxx.load_cpp(TRIPLE).triple(7) == 21
+            assert cxx.compile_cpp(TRIPLE).parent == folder
+        else:
+            x = np.arange(7, dtype=np.float32)
+            assert np.array_equal(tripled.build("cpp")(x), 3 * np.arange(7))
+
+
+@needs_cxx
+def test_a_damaged_library_is_compiled_again(tmp_path: Path, rng: np.random.Generator) -> None:
+    with knobs.scope(cache_dir=tmp_path):
+        path = cxx.compile_cpp(TRIPLE)
+        intact, compiled = path.read_bytes(), disk_cache.stats.compiled
+        for damaged in (intact[:100], intact[:-1], b"", intact + b"x", rng.bytes(len(intact))):
+            path.unlink()
+            path.write_bytes(damaged)
+            assert cxx.load_cpp(TRIPLE).triple(7) == 21
+            assert path.read_bytes() == intact
+            forget(path)
+        at = int(rng.integers(len(intact)))
+        path.unlink()
+        path.write_bytes(intact[:at] + bytes([intact[at] ^ 1]) + intact[at + 1 :])
+        assert cxx.load_cpp(TRIPLE).triple(7) == 21
+        assert path.read_bytes() == intact and disk_cache.stats.compiled == compiled + 6
+
+
+@needs_cxx
+def test_a_full_disk_does_not_stop_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def full(source: str, target: Path) -> None:
+        if Path(target).parent == tmp_path:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with knobs.scope(cache_dir=tmp_path), pytest.warns(RuntimeWarning, match="No space left"):
+        assert cxx.load_cpp(TRIPLE).triple(7) == 21
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_cxx
+def test_without_any_folder_to_write_the_error_is_coded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: str, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    compilers.find_compiler()
+    monkeypatch.setattr(os, "replace", full)
+    with (
+        knobs.scope(cache_dir=tmp_path),
+        pytest.warns(RuntimeWarning, match="No space left"),
+        pytest.raises(BuildError, match=r"B105.*No space left"),
+    ):
+        cxx.load_cpp(TRIPLE)
+
+
+@needs_cxx
+def test_the_temporary_folder_may_be_deleted(tmp_path: Path) -> None:
+    """As a daemon that cleans /tmp does to a server that has run for weeks."""
+    with knobs.scope(cache_dir=tmp_path / "cache"):
+        shutil.rmtree(disk_cache.private_folder())
+        assert cxx.load_cpp(TRIPLE).triple(7) == 21
+
+
+BUILDS = 6
+
+
+def _build(folder: str, numbers: list[int]) -> list[int]:
+    """Compile, load and call, while others empty the cache."""
+    results = []
+    with knobs.scope(cache_dir=Path(folder)):
+        for number in numbers:
+            library = cxx.load_cpp(TRIPLE.replace("3 *", f"{number} *"))
+            results.append(library.triple(7))
+    return results
+
+
+def _empty(folder: str, seconds: float) -> int:
+    end, removed = time.monotonic() + seconds, 0
+    with knobs.scope(cache_dir=Path(folder)):
+        while time.monotonic() < end:
+            removed += disk_cache.clear()
+    return removed
+
+
+@needs_cxx
+def test_processes_that_build_while_one_empties_the_cache(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    numbers = [int(n) for n in rng.integers(1, 1 << 20, BUILDS)]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(3) as workers:
+        removed = workers.apply_async(_empty, (str(tmp_path), 2.0))
+        built = [workers.apply_async(_build, (str(tmp_path), numbers)) for _ in range(2)]
+        for results in built:
+            assert results.get(timeout=120) == [7 * n for n in numbers]
+        assert removed.get(timeout=120) > 0

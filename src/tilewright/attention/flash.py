@@ -78,7 +78,7 @@ def params_struct(spec: Spec) -> Struct:
 
 @functools.cache
 def _template(name: str) -> str:
-    return (KERNELS / name).read_text()
+    return (KERNELS / name).read_text(encoding="utf-8")
 
 
 def _constants(spec: Spec, on_cuda: bool, more: dict[str, int]) -> str:
@@ -135,7 +135,7 @@ class CpuKernel:
 def cpu_kernel(spec: Spec, isa: str) -> CpuKernel:
     """The kernel for an instruction set of `compilers.ISAS`. Raises BuildError."""
     source = cpp_source(spec, compilers.ISAS[isa].vector_bits)
-    library = cxx.load(cxx.compile_cpp(source, isa=isa))
+    library = cxx.load_cpp(source, name="attention", isa=isa)
     return CpuKernel(pool.address_of(library.stage0), params_struct(spec), source, library)
 
 
@@ -176,7 +176,7 @@ def compile_cuda(spec: Spec, arch: str, aligned: bool = True) -> nvrtc.Cubin:
     """The cubin of one kernel; `aligned` allows loads of 16 bytes. Raises BuildError."""
     text = cuda_source(spec)
     text = text if aligned else "#define TW_UNALIGNED\n" + text
-    return nvrtc.compile_cuda(text, arch=arch, headers=cuda_headers())
+    return nvrtc.compile_cuda(text, arch=arch, name="attention", headers=cuda_headers())
 
 
 @functools.lru_cache(256)

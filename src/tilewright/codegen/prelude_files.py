@@ -1,4 +1,4 @@
-"""The files that generated code stands on, as text (`codegen/prelude`)."""
+"""The text of the files in `codegen/prelude`, which generated code includes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ PRELUDE = Path(__file__).parent / "prelude"
 
 @cache
 def prelude(name: str) -> str:
-    """A file of `codegen/prelude`."""
-    return (PRELUDE / name).read_text()
+    """The text of one file."""
+    return (PRELUDE / name).read_text(encoding="utf-8")
 
 
 @cache
 def headers() -> dict[str, str]:
-    """The CUDA files by name, as NVRTC includes them."""
+    """The CUDA files by name, for NVRTC."""
     return {name: prelude(name) for name in sorted(os.listdir(PRELUDE)) if name.endswith(".cuh")}

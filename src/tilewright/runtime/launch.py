@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from tilewright.errors import ArgumentError
@@ -17,19 +16,18 @@ from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
 from tilewright.runtime.call import Frame
 from tilewright.runtime.kernel import Bound, Kernel, Launcher
-from tilewright.toolchain import cxx
 
 CHUNKS_PER_THREAD = 8  # enough for units of uneven size to even out, few enough to cost nothing
 
 
 class CpuLauncher(Launcher):
-    """Entries of a shared library, run by the thread pool. `compiled` gives the library's path for
-    what a frame lacks; the one for frames that lack nothing is made at once."""
+    """Entries of a shared library, run by the thread pool. `loaded` compiles and loads the library
+    for what a frame lacks; the one for frames that lack nothing is loaded at once."""
 
     def __init__(
-        self, compiled: Callable[[tuple[str, ...]], Path], entries: tuple[str, ...]
+        self, loaded: Callable[[tuple[str, ...]], ctypes.CDLL], entries: tuple[str, ...]
     ) -> None:
-        self._compiled, self._entries = compiled, entries
+        self._loaded, self._entries = loaded, entries
         self._bodies: dict[tuple[str, ...], list[int]] = {}
         self.bodies(())
 
@@ -42,7 +40,7 @@ class CpuLauncher(Launcher):
         """The addresses of the entries."""
         found = self._bodies.get(lacks)
         if found is None:
-            library = cxx.load(self._compiled(lacks))
+            library = self._loaded(lacks)
             found = [pools.address_of(getattr(library, e)) for e in self._entries]
             self._bodies[lacks] = found
         return found

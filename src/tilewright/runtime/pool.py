@@ -44,10 +44,11 @@ class Pool:
     __slots__ = ("_configure", "_threads", "library", "run")
 
     def __init__(self) -> None:
-        source = LAUNCH.c_decl + Path(__file__).with_name("pool.cpp").read_text()
+        source = LAUNCH.c_decl + Path(__file__).with_name("pool.cpp").read_text(encoding="utf-8")
         # The pool gains nothing from wide vectors, so one build serves every CPU of the family.
-        path = cxx.compile_cpp("#include <stdint.h>\n" + source, isa="baseline", full_link=True)
-        self.library = cxx.load(path)
+        self.library = cxx.load_cpp(
+            "#include <stdint.h>\n" + source, name="thread pool", isa="baseline", full_link=True
+        )
         self.run = self.library.tw_pool_run
         self.run.argtypes, self.run.restype = [ctypes.c_void_p, ctypes.c_int64], None
         self._configure = self.library.tw_pool_configure

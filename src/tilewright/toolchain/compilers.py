@@ -1,11 +1,12 @@
-"""The C++ compiler of this machine, the instruction sets of its CPU, and the flags for both.
+"""Find the C++ compiler; resolve the instruction set of this CPU; the flags for both.
 
-Nothing here is left to `-march=native`: an instruction set has a name, an explicit list of flags
-and a place in the cache key, so a cache on a network disk serves different machines.
+Instruction sets are named and spelled out as flags, never `-march=native`. The flags are part of
+the cache key, so that different machines can share a cache on a network disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -39,8 +40,8 @@ ISAS: dict[str, Isa] = {
     "baseline": Isa("baseline", frozenset(), (), 128),
 }
 
-# IEEE results except that a*b+c may be fused; errno and traps are given up, which costs nothing.
-# Whole numbers wrap around: a guard must see a coordinate that did, and not be taken for granted.
+# IEEE results, except that a*b+c may be fused, and that errno and traps are not set. Integers wrap
+# around, so that the compiler keeps guards against coordinates that overflowed.
 COMMON_FLAGS: tuple[str, ...] = (
     "-std=c++17",
     "-O3",
@@ -56,18 +57,10 @@ COMMON_FLAGS: tuple[str, ...] = (
     "-pipe",
 )
 
-# A kernel has no constructors and uses no C++ library, so the start files and libstdc++ are left
-# out: 30 ms instead of 40 ms for a small kernel. gold against bfd, and -Wl,-O0, made no difference.
+# A kernel has no constructors and calls no C++ library. Linking a small one without start files and
+# libstdc++ takes 30 ms instead of 40. Other linkers and -Wl,-O0 made no difference.
 BARE_LINK: tuple[str, ...] = ("-nostdlib", "-lm", "-lc", "-lgcc") if sys.platform == "linux" else ()
 FULL_LINK: tuple[str, ...] = ("-pthread",)
-
-
-@dataclass(frozen=True, slots=True)
-class Compiler:
-    """A C++ compiler: its path and what `--version` says in its first line."""
-
-    path: str
-    version: str
 
 
 @functools.cache
@@ -76,7 +69,8 @@ def cpu_features() -> frozenset[str]:
     if os.uname().machine not in ("x86_64", "amd64"):
         return frozenset()
     try:
-        # Made as it is read: the first core is enough. As bytes: a decoder costs 0.1 ms to set up.
+        # Linux generates this file as it is read: stop at the first core. A text decoder would take
+        # 0.1 ms to set up.
         with open("/proc/cpuinfo", "rb") as file:
             for line in file:
                 name, _, value = line.partition(b":")
@@ -112,7 +106,7 @@ def resolve_isa(isa: str | None = None) -> Isa:
         raise BuildError(
             "B103",
             f"this CPU cannot run {asked} code: it lacks {missing}",
-            hint="leave the instruction set open, and the best one of this CPU is taken",
+            hint="without a name, the best instruction set of this CPU is used",
         )
     return ISAS[asked]
 
@@ -124,83 +118,161 @@ def vector_bits(isa: str | None = None) -> int:
 
 @functools.cache
 def l2_bytes() -> int:
-    """Bytes of a core's second-level cache; 1 MiB where the system does not tell."""
+    """Bytes of the L2 cache of one core; 1 MiB where the system does not say."""
     try:
-        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
-        return int(text.rstrip("K")) << 10
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_bytes().strip()
+        return int(text.rstrip(b"K")) << 10
     except (OSError, ValueError):
         return 1 << 20
 
 
+# ---------------------------------------------------------------------------- the compiler
+
+
+@dataclass(frozen=True, slots=True)
+class Compiler:
+    """A C++ compiler: its command (an absolute path, then arguments), the first line of its
+    `--version`, and the setting that chose it (`CXX='ccache g++'`; empty: it was on PATH)."""
+
+    command: tuple[str, ...]
+    version: str
+    setting: str = ""
+
+    def __str__(self) -> str:
+        return self.setting or self.command[0]
+
+
+class _Unusable(Exception):
+    """Why a command is no working C++ compiler."""
+
+
+DEFAULT_NAMES = ("c++", "g++", "clang++")
+_MESSAGE_LINES = 5
+
+
 def find_compiler() -> Compiler:
-    """The compiler of the `cxx` knob, else c++, g++ or clang++. Raises BuildError[B102]."""
-    asked = knobs.get("cxx")
-    search = os.environ.get("PATH", os.defpath)
-    path = _located(asked, search)
-    if path is None or not os.access(path, os.X_OK):  # not there yet, or not there any more
-        _located.cache_clear()
-        path = _located(asked, search)
-    if path is not None:
-        return _describe(path)
-    raise BuildError(
-        "B102",
-        f"no C++ compiler: {asked!r} is not found" if asked else "no C++ compiler is installed",
-        hint="install g++ or clang++, or set TILEWRIGHT_CXX; the interp target needs none",
-    )
+    """The compiler of TILEWRIGHT_CXX, else of CXX, else the first of c++, g++, clang++ that works.
+
+    A setting may hold a launcher, arguments and quotes, as in a shell: `ccache g++`.
+    Raises BuildError[B102] without a compiler, or for a setting that does not work.
+    """
+    compiler = _current()
+    if compiler is None:
+        raise BuildError(
+            "B102",
+            f"no C++ compiler: none of {', '.join(DEFAULT_NAMES)} is on PATH and works",
+            hint="install g++ or clang++, or set TILEWRIGHT_CXX; the interp target needs none",
+        )
+    return compiler
 
 
 def has_compiler() -> bool:
-    """Whether `find_compiler` would find one. Raises BuildError[B105] where it cannot be asked for
-    its version, as the cache folder is refused."""
-    try:
-        find_compiler()
-    except BuildError as error:
-        if error.code != "B102":
-            raise
-        return False
-    return True
+    """Whether there is a C++ compiler. Raises BuildError[B102] for a setting that does not work:
+    kernels must not fall back to the interpreter when the user chose a compiler; BuildError[B105]
+    where the cache folder is refused."""
+    return _current() is not None
 
 
 @functools.cache
 def warn_of_interpreter() -> None:
-    """Says, once a process, that there is no C++ compiler and what runs in its place."""
+    """Warn, once a process, that kernels run on the interpreter for want of a C++ compiler."""
     disk_cache.warn(
         "no C++ compiler was found: kernels run on the NumPy interpreter, slowly. "
         "Install g++ or clang++, or set TILEWRIGHT_CXX"
     )
 
 
+def _current() -> Compiler | None:
+    environ = os.environ
+    key = knobs.get("cxx"), environ.get("CXX", ""), environ.get("PATH", os.defpath)
+    compiler = _search(*key)
+    if compiler is None or not os.access(compiler.command[0], os.X_OK):  # installed or removed
+        _search.cache_clear()
+        compiler = _search(*key)
+    return compiler
+
+
 @functools.lru_cache(maxsize=16)
-def _located(asked: str, search: str) -> str | None:
-    """The file of the compiler on a search path. (`shutil.which` would cost 2 ms to import.)"""
-    for name in (asked,) if asked else ("c++", "g++", "clang++"):
-        folders = [""] if os.sep in name else search.split(os.pathsep)
-        for path in (os.path.join(folder, name) for folder in folders):
-            if os.access(path, os.X_OK) and os.path.isfile(path):
-                # as it is called: a link to ccache compiles by its own name only
-                return os.path.abspath(path)
+def _search(knob: str, cxx: str, path: str) -> Compiler | None:
+    for variable, text in (("TILEWRIGHT_CXX", knob), ("CXX", cxx)):
+        if text.strip():
+            return _configured(variable, text, path)
+    for name in DEFAULT_NAMES:
+        program = _which(name, path)
+        if program is not None:
+            with contextlib.suppress(_Unusable):
+                return Compiler((program,), _version((program,), path))
     return None
 
 
-@functools.lru_cache(maxsize=16)
-def _describe(path: str) -> Compiler:
-    """Ask a compiler for its version; the answer is kept on disk until the file changes."""
-    status = os.stat(path)
-    key = disk_cache.key_of("cxx", path, f"{status.st_ino} {status.st_mtime_ns} {status.st_size}")
-    known = disk_cache.current().get("cxx", key)
-    if known is not None:
-        return Compiler(path, known.decode())
-    import subprocess  # 3 ms, for a question that is rarely asked
+def _configured(variable: str, text: str, path: str) -> Compiler:
+    setting = f"{variable}={text!r}"
+    try:
+        # A path may contain blanks.
+        words = [text] if _which(text, path) else _split(text)
+        program = _which(words[0], path)
+        if program is None:
+            raise _Unusable(_why_not(words[0]))
+        command = (program, *words[1:])
+        return Compiler(command, _version(command, path), setting)
+    except _Unusable as error:
+        raise BuildError(
+            "B102",
+            f"{setting} is no working C++ compiler: {error}",
+            where=f"environment variable {variable}",
+            hint="a C++ compiler, as g++ or 'ccache g++'; if empty, "
+            + ("CXX is used" if variable == "TILEWRIGHT_CXX" else "one is searched on PATH"),
+        ) from None
+
+
+def _split(text: str) -> list[str]:
+    import shlex
 
     try:
-        answer = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, errors="replace", timeout=60,
-            check=True,
+        return shlex.split(text)
+    except ValueError as error:
+        raise _Unusable(f"it cannot be split into words: {error}") from None
+
+
+def _which(name: str, path: str) -> str | None:
+    """The absolute path of a program. (Importing `shutil` for its `which` takes 2 ms.) Links are
+    not followed: a link to ccache finds its compiler by the name of the link."""
+    for folder in [""] if os.sep in name else path.split(os.pathsep):
+        file = os.path.join(folder, name)
+        if os.access(file, os.X_OK) and os.path.isfile(file):
+            return os.path.abspath(file)
+    return None
+
+
+def _why_not(name: str) -> str:
+    if os.sep in name and os.path.isdir(name):
+        return f"{name!r} is a directory"
+    if os.sep in name and os.path.exists(name):
+        return f"{name!r} is not executable"
+    return f"{name!r} is not found"
+
+
+def _version(command: tuple[str, ...], path: str) -> str:
+    """The first line of `--version`, cached on disk until one of the programs of the command
+    changes. Raises _Unusable with what the command said instead."""
+    programs = [file for word in command if (file := _which(word, path))]
+    stamps = [f"{s.st_ino} {s.st_mtime_ns} {s.st_size}" for s in map(os.stat, programs)]
+    key = disk_cache.key_of("cxx", *command, *programs, *stamps)
+    known = disk_cache.current().get("cxx", key)
+    if known is not None:
+        return known.decode()
+    import subprocess  # 3 ms
+
+    try:
+        done = subprocess.run(
+            [*command, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60,
+            check=False, env=os.environ | {"LC_ALL": "C"}, encoding="utf-8", errors="replace",
         )  # fmt: skip
-        version = answer.stdout.splitlines()[0].strip()
-    except (OSError, subprocess.SubprocessError, IndexError) as error:
-        raise BuildError(
-            "B102", f"{path} does not answer to --version: {error}", hint="set TILEWRIGHT_CXX"
-        ) from None
-    disk_cache.put("cxx", key, version.encode())
-    return Compiler(path, version)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _Unusable(f"--version failed: {error}") from None
+    lines = (done.stdout or done.stderr).strip().splitlines()
+    if done.returncode or not lines:
+        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:_MESSAGE_LINES])
+        raise _Unusable(f"--version failed with exit status {done.returncode}: {said or 'silent'}")
+    disk_cache.put("cxx", key, lines[0].strip().encode())
+    return lines[0].strip()

@@ -1,4 +1,4 @@
-"""C++ source text → shared library → loaded functions."""
+"""Compile C++ source text to a shared library, through the cache, and load it."""
 
 from __future__ import annotations
 
@@ -9,59 +9,68 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright import knobs
 from tilewright.errors import BuildError
 from tilewright.toolchain import compilers, disk_cache
+from tilewright.toolchain.refusal import keep, refusal
 
-_MESSAGE_LINES = 30
 _TIMEOUT_S = 600
 _ELF_HEAD, _ELF_SHARED = 20, 3  # word size and byte order at 4, kind of file at 16, processor at 18
+_PROBE = '#include <stdint.h>\nextern "C" int64_t tw_probe(int64_t x) { return x; }\n'
 
 _loaded: dict[Path, ctypes.CDLL] = {}
 
 
 def compile_cpp(
-    source: str, *, isa: str | None = None, flags: Sequence[str] = (), full_link: bool = False
+    source: str,
+    *,
+    name: str = "",
+    isa: str | None = None,
+    flags: Sequence[str] = (),
+    full_link: bool = False,
 ) -> Path:
-    """Compile one translation unit to a shared library, through the cache.
+    """The file of the library of one translation unit, compiled unless it is in the cache.
 
-    `isa` is a name of `compilers.ISAS` (None: this CPU's). Functions to be loaded are `extern "C"`
-    with default visibility. `flags` are appended; `full_link` adds the C++ library, start files
-    and threads, which kernels do without.
-    Raises BuildError: B101 with the compiler's message, B102 without a compiler or where it makes
-    no library, B103 for an instruction set that does not run here, B105 if nothing can be written.
+    `name` is the kernel's, for errors. `isa` is a name of `compilers.ISAS` (None: this CPU's).
+    Functions to load are `extern "C"` with default visibility. `flags` are appended; `full_link`
+    adds the C++ library, start files and threads, which kernels do without.
+    Raises BuildError: B101 with the compiler's message, B102 without a working compiler, B103 for
+    an instruction set that this CPU lacks, B105 if nothing can be written.
     """
-    target = compilers.resolve_isa(isa)
-    compiler = compilers.find_compiler()
-    link = compilers.FULL_LINK if full_link else compilers.BARE_LINK
-    compile_flags = (*compilers.COMMON_FLAGS, *target.flags, *flags)
-    key = disk_cache.key_of(
-        "cpp", source, "\0".join(compile_flags), "\0".join(link), compiler.path, compiler.version
-    )
-    found = disk_cache.find("so", key)
-    if found is not None:
-        return found
-    began = time.perf_counter()
-    library = _compile(compiler.path, source, compile_flags, link, key)
-    elapsed_ms = (time.perf_counter() - began) * 1e3
-    disk_cache.stats.compiled += 1
-    disk_cache.stats.compile_ms += elapsed_ms
-    if knobs.get("debug") >= 1:
-        print(
-            f"tilewright: compiled {len(source)} characters of C++ in {elapsed_ms:.0f} ms",
-            file=sys.stderr,
-        )
-    return disk_cache.put("so", key, library)
+    job = _job(source, name, isa, flags, full_link)
+    return disk_cache.find("so", job.key) or disk_cache.put("so", job.key, job.run())
+
+
+def load_cpp(
+    source: str,
+    *,
+    name: str = "",
+    isa: str | None = None,
+    flags: Sequence[str] = (),
+    full_link: bool = False,
+) -> ctypes.CDLL:
+    """`compile_cpp`, then `load`. Works also while other processes empty the cache, and where its
+    disk is mounted noexec: the library is then loaded from a temporary folder of this process."""
+    job = _job(source, name, isa, flags, full_link)
+    try:
+        return load(disk_cache.find("so", job.key) or disk_cache.put("so", job.key, job.run()))
+    except BuildError as error:
+        if error.code != "B105":
+            raise
+    library = disk_cache.get("so", job.key) or job.run()
+    return load(disk_cache.put_private("so", job.key, library))
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """Open a library of `compile_cpp`; the same path is opened once. Calls release the GIL."""
-    found = _loaded.get(path)
-    if found is None:
+    """Open a library of `compile_cpp`; the same path is opened once. Calls release the GIL. Raises
+    BuildError[B105]."""
+    library = _loaded.get(path)
+    if library is None:
         try:
-            found = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+            library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
         except OSError as error:
             raise BuildError(
                 "B105",
@@ -70,69 +79,105 @@ def load(path: Path) -> ctypes.CDLL:
                 hint="is the cache on a disk mounted noexec? Set TILEWRIGHT_CACHE_DIR elsewhere",
             ) from None
         if knobs.get("cache"):  # without the cache the same path is compiled anew each time
-            _loaded[path] = found
-    return found
-
-
-def _compile(
-    compiler: str, source: str, flags: Sequence[str], link: Sequence[str], key: str
-) -> bytes:
-    """Run the compiler on standard input; the bytes of the library."""
-    import subprocess  # what only a kernel that the cache does not know needs
-    import tempfile
-
-    try:
-        # in the cache's folder, where no other user can put a file in its place
-        handle, output = tempfile.mkstemp(prefix=".tmp-", dir=disk_cache.current().folder)
-    except OSError as error:
-        raise BuildError("B105", f"no temporary file can be made: {error}") from None
-    os.close(handle)
-    try:
-        done = subprocess.run(
-            [compiler, *flags, "-x", "c++", "-", "-o", output, *link],
-            input=source.encode(),
-            capture_output=True,
-            timeout=_TIMEOUT_S,
-            check=False,
-            env=os.environ | {"LC_ALL": "C"},
-        )
-        library = b"" if done.returncode else Path(output).read_bytes()
-    except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError("B101", f"{compiler} did not get to its end: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(output)
-    if done.returncode:
-        kept = disk_cache.put("failed", key, source.encode())
-        raise _refusal(compiler, done.returncode, done.stderr.decode(errors="replace"), kept)
-    if not _is_loadable(library):
-        raise BuildError(
-            "B102",
-            f"{compiler} made no shared library for this machine",
-            hint="set TILEWRIGHT_CXX to a C++ compiler: g++ or clang++",
-        )
+            _loaded[path] = library
     return library
 
 
-def _refusal(compiler: str, code: int, message: str, kept: Path) -> BuildError:
-    """What a compiler that failed has to say, if anything, and who is to blame."""
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One compilation. The key covers everything that decides the library."""
+
+    compiler: compilers.Compiler
+    source: str
+    name: str
+    flags: tuple[str, ...]
+    link: tuple[str, ...]
+    key: str
+
+    def run(self) -> bytes:
+        """Compile; the bytes of the library."""
+        began = time.perf_counter()
+        status, log, library = self.call(self.source)
+        if status:
+            raise self.failure(status, log)
+        if not _is_loadable(library):
+            said = f"; it said: {log.splitlines()[0]}" if log else ""
+            raise BuildError(
+                "B102",
+                f"{self.compiler} made no shared library for this machine{said}",
+                hint="set TILEWRIGHT_CXX to a C++ compiler: g++ or clang++",
+            )
+        elapsed_ms = (time.perf_counter() - began) * 1e3
+        disk_cache.stats.compiled += 1
+        disk_cache.stats.compile_ms += elapsed_ms
+        if knobs.get("debug") >= 1:
+            print(f"tilewright: compiled {self.name or 'C++'} in {elapsed_ms:.0f} ms",
+                  file=sys.stderr)  # fmt: skip
+        return library
+
+    def call(self, source: str) -> tuple[int, str, bytes]:
+        """Run the compiler on standard input; its exit status, messages and output. The output goes
+        to a folder of this process, which nobody empties, and which is not the cache's disk."""
+        import subprocess  # 3 ms, only for kernels that are not in the cache
+        import tempfile
+
+        try:
+            handle, output = tempfile.mkstemp(prefix="out-", dir=disk_cache.private_folder())
+        except OSError as error:
+            raise BuildError("B105", f"no temporary file can be made: {error}") from None
+        os.close(handle)
+        command = [*self.compiler.command, *self.flags, "-x", "c++", "-", "-o", output, *self.link]
+        try:
+            done = subprocess.run(
+                command, input=source.encode(), capture_output=True, timeout=_TIMEOUT_S,
+                check=False, env=os.environ | {"LC_ALL": "C"},
+            )  # fmt: skip
+            library = b"" if done.returncode else Path(output).read_bytes()
+        except (OSError, subprocess.SubprocessError) as error:
+            raise BuildError("B102", f"{self.compiler} did not finish: {error}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(output)
+        return done.returncode, done.stderr.decode("utf-8", "replace").strip(), library
+
+    def failure(self, status: int, log: str) -> BuildError:
+        """Whether the machine, the compiler or the generated code is to blame."""
+        if status < 0 or "signal terminated program" in log:  # the compiler, or a program it runs
+            return BuildError(
+                "B101",
+                f"{self.compiler} was ended by {_signal(status)}: {log or 'no message'}",
+                where=keep(self.source, self.key),
+                hint="was memory short? The source is kept in that file",
+            )
+        status, complaint, _ = self.call(_PROBE)
+        if status:
+            return BuildError(
+                "B102",
+                f"{self.compiler} cannot compile an empty kernel (exit status {status}): "
+                f"{complaint or 'no message'}",
+                hint="set TILEWRIGHT_CXX to a C++ compiler: g++ or clang++",
+            )
+        return refusal(str(self.compiler), self.name, log, self.source, self.key)
+
+
+def _job(source: str, name: str, isa: str | None, flags: Sequence[str], full_link: bool) -> _Job:
+    compiler = compilers.find_compiler()
+    all_flags = (*compilers.COMMON_FLAGS, *compilers.resolve_isa(isa).flags, *flags)
+    link = compilers.FULL_LINK if full_link else compilers.BARE_LINK
+    parts = (compiler.command, (compiler.version,), all_flags, link)
+    key = disk_cache.key_of("cpp", source, *("\0".join(words) for words in parts))
+    return _Job(compiler, source, name, all_flags, link, key)
+
+
+def _signal(status: int) -> str:
     import signal
 
-    lines = message.strip().splitlines()[:_MESSAGE_LINES]
-    if code < 0 or "signal terminated program" in message:  # its own, or that of a part of it
-        how = signal.strsignal(-code) if code < 0 else None
-        first = f"{compiler} was ended by signal {-code} ({how}):" if code < 0 else f"{compiler}:"
-        hint = "was memory short? The source is kept in that file"
-    else:
-        first = f"{compiler} refused generated code (exit status {code}):"
-        hint = "this is a bug of Tilewright or an old compiler; the source is kept in that file"
-    text = "\n".join([first, *lines]) if lines else first.rstrip(":") + ", without a word"
-    return BuildError("B101", text, where=str(kept), hint=hint)
+    return f"signal {-status} ({signal.strsignal(-status)})" if status < 0 else "a signal"
 
 
 @functools.cache
 def _own_head() -> bytes:
-    """The first bytes of this process's program; none where there are no ELF files."""
+    """The first bytes of this process's program; empty where there are no ELF files."""
     try:
         with open("/proc/self/exe", "rb") as file:
             return file.read(_ELF_HEAD)
@@ -141,7 +186,7 @@ def _own_head() -> bytes:
 
 
 def _is_loadable(library: bytes) -> bool:
-    """Whether it begins as a shared library of this machine does."""
+    """Whether the bytes begin like a shared library for this machine."""
     own, head = _own_head(), library[:_ELF_HEAD]
     if not own.startswith(b"\x7fELF"):
         return bool(library)

@@ -1,10 +1,9 @@
-"""The kernel cache: generated source and compiled binaries, one file an entry.
+"""The kernel cache on disk: generated source and compiled binaries, one file an entry.
 
-Level 1 maps a program's key to its source, level 2 a source's key to its binary; both live in one
-folder private to the user. A file is written beside its final place and renamed, so any number
-of processes may share the folder without locks. Its last line is a hash of what precedes it
-and of its own name: a file cut short, edited or moved is a miss, never loaded. (ELF files and
-source texts both tolerate a trailing comment.)
+All entries are files `KEY.KIND` of one folder that is private to the user. A writer renames a
+temporary file of the same folder, so any number of processes can share the folder without locks.
+The last line of a file is a hash of its name and contents: a truncated, edited or moved file is a
+miss, never loaded. (ELF files, cubins and source texts all tolerate a trailing line.)
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 _KIND = re.compile(r"[a-z][a-z0-9]*")
 _TRAILER = b"\n//tilewright-sha256:"
 _TRAILER_BYTES = len(_TRAILER) + 64 + 1
-_STALE_S = 3600.0  # a temporary file this old has lost its writer
+_STALE_S = 3600.0  # the writer of a temporary file this old has died
 
 
 @dataclass(slots=True)
 class Stats:
-    """Counts of this process, for reports. `compile_ms` is time spent in compilers."""
+    """Counters of this process, for reports. `compile_ms` is the time spent in compilers."""
 
     hits: int = 0
     misses: int = 0
@@ -57,7 +56,7 @@ stats = Stats()
 
 
 def key_of(*parts: str | bytes) -> str:
-    """The sha256 of several parts, as hex. Lengths are hashed too, so parts cannot run together."""
+    """The sha256 of several parts, as hex. Lengths are hashed too: "ab", "c" is not "a", "bc"."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -75,29 +74,29 @@ class Cache:
         _check_private(folder)
 
     def path(self, kind: str, key: str) -> Path:
-        """Where an entry lives, whether or not it exists."""
+        """The file of an entry, whether or not it exists."""
         assert _KIND.fullmatch(kind) and _KEY.fullmatch(key), f"bad cache entry {kind}/{key}"
         return self.folder / f"{key}.{kind}"
 
     def get(self, kind: str, key: str) -> bytes | None:
-        """The data of a sound entry, or None."""
+        """The data of an intact entry, or None."""
         try:
-            with open(self.path(kind, key), "rb", opener=_at_once) as file:
+            with open(self.path(kind, key), "rb", opener=_nonblocking) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     return None
-                whole = file.read()
+                contents = file.read()
         except OSError:
             return None
-        data = whole[:-_TRAILER_BYTES]
-        return data if whole[len(data) :] == _trailer(kind, key, data) else None
+        data = contents[:-_TRAILER_BYTES]
+        return data if contents[len(data) :] == _trailer(kind, key, data) else None
 
     def find(self, kind: str, key: str) -> Path | None:
-        """The file of a sound entry, or None; for what is opened by name (shared libraries)."""
+        """The file of an intact entry, or None; for shared libraries, which are opened by name."""
         return None if self.get(kind, key) is None else self.path(kind, key)
 
     def put(self, kind: str, key: str, data: bytes) -> Path:
-        """Store an entry in one step, replacing what is there. Raises OSError."""
-        import tempfile  # not needed to read, as a program does that finds all its kernels
+        """Store or replace an entry atomically. Raises OSError."""
+        import tempfile  # not needed by a process that finds all its kernels
 
         path = self.path(kind, key)
         handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=self.folder)
@@ -113,7 +112,7 @@ class Cache:
         return path
 
     def entries(self) -> Iterator[Entry]:
-        """All entries, sound or not, by name."""
+        """All entries, intact or not, by name."""
         with contextlib.suppress(OSError):
             for path in sorted(self.folder.iterdir()):
                 key, _, kind = path.name.partition(".")
@@ -122,7 +121,7 @@ class Cache:
                         yield Entry(kind, key, path, path.stat().st_size)
 
     def clear(self) -> int:
-        """Remove every entry, and leftovers of writers that died; the number of entries removed."""
+        """Remove all entries and the temporary files of dead writers; the number of entries."""
         removed = 0
         for entry in list(self.entries()):
             with contextlib.suppress(OSError):
@@ -135,8 +134,8 @@ class Cache:
         return removed
 
 
-def _at_once(path: str, flags: int) -> int:
-    """Opens a file without waiting: something else may bear its name, and a pipe waits for ever."""
+def _nonblocking(path: str, flags: int) -> int:
+    """Open without waiting: a plain open of a named pipe waits for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -147,7 +146,7 @@ def _trailer(kind: str, key: str, data: bytes) -> bytes:
 
 
 def _check_private(folder: Path) -> None:
-    """Refuse a folder in which another user could plant a library."""
+    """Refuse a folder where another user could put a library. Raises BuildError[B105]."""
     status = folder.stat()
     where = f"cache folder {folder}"
     if status.st_uid != os.getuid():
@@ -166,25 +165,26 @@ def _check_private(folder: Path) -> None:
         )
 
 
-_open: dict[Path, Cache] = {}  # folders already opened and checked
-_private: list[Cache] = []  # the fallback of this process, made when first needed
+_open: dict[Path, Cache] = {}  # folders opened and checked; or the cache used in their stead
+_private: list[Cache] = []  # the temporary folder of this process, made when first needed
 
 
 def current() -> Cache:
-    """The cache of the `cache_dir` knob; a private temporary one where that cannot be written."""
+    """The cache of the `cache_dir` knob; one in a temporary folder if that cannot be written or
+    the cache is off."""
     if not knobs.get("cache"):
         return _temporary()
     folder = knobs.folder(knobs.get("cache_dir"))
-    found = _open.get(folder)
-    if found is None:
+    cache = _open.get(folder)
+    if cache is None:
         try:
-            found = Cache(folder)
+            cache = Cache(folder)
             if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
                 raise PermissionError(13, "the folder cannot be written")
         except OSError as error:
-            found = _fall_back(folder, error)
-        _open[folder] = found
-    return found
+            cache = _fall_back(folder, error)
+        _open[folder] = cache
+    return cache
 
 
 def get(kind: str, key: str) -> bytes | None:
@@ -202,26 +202,36 @@ def find(kind: str, key: str) -> Path | None:
 
 
 def put(kind: str, key: str, data: bytes) -> Path:
-    """Store an entry; on a full or read-only disk in a temporary folder. Raises B105 at worst."""
+    """Store an entry; in a temporary folder if the disk is full or read-only. Raises
+    BuildError[B105] if neither can be written."""
     cache = current()
     try:
         return cache.put(kind, key, data)
-    except FileNotFoundError:  # the folder was deleted under us
+    except FileNotFoundError:  # the folder was deleted: make it again
         _open.pop(cache.folder, None)
-        fresh = current()
         with contextlib.suppress(OSError):
-            return fresh.put(kind, key, data)
-        cache = fresh
+            return current().put(kind, key, data)
     except OSError as error:
         _open[cache.folder] = _fall_back(cache.folder, error)
+    return put_private(kind, key, data)
+
+
+def put_private(kind: str, key: str, data: bytes) -> Path:
+    """Store an entry in the temporary folder of this process. Raises BuildError[B105]."""
+    cache = _temporary()
     try:
-        return _temporary().put(kind, key, data)
+        return cache.put(kind, key, data)
     except OSError as error:
         raise BuildError(
             "B105",
-            f"neither {cache.folder} nor {_temporary().folder} can be written: {error}",
-            hint="set TILEWRIGHT_CACHE_DIR to a folder with room",
+            f"the temporary folder {cache.folder} cannot be written: {error}",
+            hint="set TILEWRIGHT_CACHE_DIR or TMPDIR to a folder on a disk with free space",
         ) from None
+
+
+def private_folder() -> Path:
+    """A temporary folder of this process, removed when it ends. Raises BuildError[B105]."""
+    return _temporary().folder
 
 
 def entries() -> Iterator[Entry]:
@@ -251,7 +261,7 @@ def _fall_back(folder: Path, error: OSError) -> Cache:
 
 
 def warn(text: str) -> None:
-    """A RuntimeWarning at the line that called into Tilewright, however deep we are."""
+    """Warn (RuntimeWarning) at the line that called into Tilewright."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1
@@ -259,10 +269,10 @@ def warn(text: str) -> None:
 
 
 def _temporary() -> Cache:
-    """A folder of this process alone, removed when it ends."""
+    """The cache in a temporary folder of this process; a new one if something deleted it."""
     import tempfile
 
-    if not _private:
+    if not _private or not _private[0].folder.is_dir():
         try:
             folder = tempfile.mkdtemp(prefix="tilewright-")
         except OSError as error:
@@ -271,7 +281,7 @@ def _temporary() -> Cache:
                 f"no temporary folder can be made: {error}",
                 hint="set TILEWRIGHT_CACHE_DIR or TMPDIR to a folder that can be written",
             ) from None
-        _private.append(Cache(Path(folder)))
+        _private[:] = [Cache(Path(folder))]
         atexit.register(_remove_temporary, os.getpid(), folder)
     return _private[0]
 
@@ -279,5 +289,5 @@ def _temporary() -> Cache:
 def _remove_temporary(owner: int, folder: str) -> None:
     import shutil
 
-    if os.getpid() == owner:  # a forked child must not take its parent's kernels away
+    if os.getpid() == owner:  # a forked child must not remove the kernels of its parent
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,6 @@
-"""CUDA C++ source text → cubin, by NVRTC, in the process; needs no GPU and no driver.
+"""Compile CUDA C++ source text to a cubin by NVRTC, in the process; needs no GPU and no driver.
 
-NVRTC is called through ctypes: the typed bindings, and what they import to find it, took 50 ms to
-load, the library itself takes 7.
+NVRTC is called through ctypes: importing its typed bindings took 50 ms, the library itself 7 ms.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from types import MappingProxyType
 from tilewright import knobs
 from tilewright.errors import BuildError, MissingExtra
 from tilewright.toolchain import disk_cache
+from tilewright.toolchain.refusal import refusal
 
 FLAGS: tuple[str, ...] = ("--std=c++17", "--ptxas-options=-v", "-default-device")
-_MESSAGE_LINES = 30
 _LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What ptxas says of one kernel (or function that was not inlined; those have 0 registers).
+    """What ptxas reports of one kernel (or function that was not inlined; those have 0 registers).
 
-    `registers` per thread; all else in bytes. `smem` is static shared memory only.
+    `registers` are per thread, all other fields in bytes. `smem` is static shared memory only.
     """
 
     registers: int = 0
@@ -59,14 +58,15 @@ def compile_cuda(
     source: str,
     *,
     arch: str,
+    name: str = "",
     headers: Mapping[str, str] | None = None,
     flags: Sequence[str] = (),
 ) -> Cubin:
     """Compile CUDA C++ to a cubin for `arch` (as `sm_90a`), through the cache.
 
-    `headers` are texts that `#include "name"` finds; CUDA's own (`<cuda_bf16.h>`) are found where
-    the wheels put them. Functions to be launched are `extern "C"`.
-    Raises BuildError[B101] with the compiler's message and the place of the kept source;
+    `name` is the kernel's, for errors. `headers` are texts that `#include "name"` finds; CUDA's own
+    (`<cuda_bf16.h>`) come from its wheels. Functions to launch are `extern "C"`.
+    Raises BuildError[B101] with the compiler's message and the file of the source;
     MissingExtra[E101] without NVRTC.
     """
     headers = headers or {}
@@ -77,7 +77,13 @@ def compile_cuda(
     if stored is not None:
         return _unpack(stored, arch)
     began = time.perf_counter()
-    image, log = _compile(source, headers, options, key)
+    status, log, image = _compile(source, headers, options)
+    if status:
+        lines = (line for line in log.splitlines() if not line.startswith("ptxas info"))
+        compiler = f"NVRTC ({toolkit_version()}, {' '.join(options)})"
+        raise refusal(compiler, name, "\n".join(lines), source, key)
+    if not image:
+        raise BuildError("B101", f"NVRTC made no cubin from {options[0]}: not a real architecture?")
     elapsed_ms = (time.perf_counter() - began) * 1e3
     disk_cache.stats.compiled += 1
     disk_cache.stats.compile_ms += elapsed_ms
@@ -104,25 +110,25 @@ def toolkit_version() -> str:
                 break
     if len(found) == 2:
         return ", ".join(found)
-    # a toolkit that is not made of wheels: ask the library, and name the place of its headers
+    # Not installed as wheels: ask the library, and name the folder of its headers.
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check(_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "nvrtcVersion")
     return f"nvrtc {major.value}.{minor.value} with headers in {_include_folder()}"
 
 
 def _wheels(prefix: str) -> dict[str, str]:
-    """Versions of the installed wheels whose names begin so; by the names of their folders, which
-    is far faster than reading their metadata. The first folder of the search path counts."""
-    found: dict[str, str] = {}
+    """Versions of the installed wheels whose names begin with `prefix`, from the names of their
+    folders: far faster than reading their metadata. The first folder of the search path wins."""
+    versions: dict[str, str] = {}
     for folder in sys.path:
-        if not os.path.isdir(os.path.join(folder, "nvidia")):  # what these wheels hold
+        if not os.path.isdir(os.path.join(folder, "nvidia")):  # the package of these wheels
             continue
         with contextlib.suppress(OSError):
             for name in sorted(n for n in os.listdir(folder or ".") if n.startswith(prefix)):
                 wheel, _, version = name.removesuffix(".dist-info").partition("-")
                 if name.endswith(".dist-info"):
-                    found.setdefault(wheel, version)
-    return found
+                    versions.setdefault(wheel, version)
+    return versions
 
 
 def available() -> bool:
@@ -157,7 +163,7 @@ def parse_resources(log: str) -> dict[str, Resources]:
 
 
 def _pack(image: bytes, resources: Mapping[str, Resources]) -> bytes:
-    """One cache entry: the image first, so that tools for cubins read the file as it is."""
+    """One cache entry: the image first, so that tools for cubins can read the file."""
     report = json.dumps({name: asdict(one) for name, one in resources.items()}).encode()
     return image + report + len(report).to_bytes(_LENGTH_BYTES, "little")
 
@@ -170,9 +176,9 @@ def _unpack(stored: bytes, arch: str) -> Cubin:
 
 
 def _compile(
-    source: str, headers: Mapping[str, str], options: Sequence[str], key: str
-) -> tuple[bytes, str]:
-    """Run NVRTC; the cubin and the program log."""
+    source: str, headers: Mapping[str, str], options: Sequence[str]
+) -> tuple[int, str, bytes]:
+    """Run NVRTC; its status, the program log and the cubin."""
     nvrtc = _nvrtc()
     folder = _include_folder()
     if folder:
@@ -185,24 +191,10 @@ def _compile(
     _check(status, "nvrtcCreateProgram")
     try:
         status = nvrtc.nvrtcCompileProgram(program, len(options), _strings(options))
-        log = _read(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
-        if status != 0:
-            kept = disk_cache.put("failed", key, source.encode())
-            lines = [line for line in log.splitlines() if not line.startswith("ptxas info")]
-            raise BuildError(
-                "B101",
-                "\n".join(
-                    [f"NVRTC refused generated code ({_name(status)}):", *lines[:_MESSAGE_LINES]]
-                ),
-                where=str(kept),
-                hint=f"options: {' '.join(options)}; NVRTC: {toolkit_version()}",
-            )
-        image = _read(program, "CUBIN")
+        log = _read(program, "ProgramLog").rstrip(b"\0").decode("utf-8", "replace")
+        return status, log, b"" if status else _read(program, "CUBIN")
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    if not image:
-        raise BuildError("B101", f"NVRTC made no cubin from {options[0]}: not a real architecture?")
-    return image, log
 
 
 def _strings(texts: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
@@ -210,27 +202,24 @@ def _strings(texts: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
     return (ctypes.c_char_p * len(encoded))(*encoded)
 
 
-def _read(program: ctypes.c_void_p, what: str) -> bytes:
-    """A result of a program: its size, then its bytes."""
+def _read(program: ctypes.c_void_p, name: str) -> bytes:
+    """A result of a program (`CUBIN`, `ProgramLog`)."""
     nvrtc, size = _nvrtc(), ctypes.c_size_t()
-    _check(nvrtc[f"nvrtcGet{what}Size"](program, ctypes.byref(size)), f"nvrtcGet{what}Size")
+    _check(nvrtc[f"nvrtcGet{name}Size"](program, ctypes.byref(size)), f"nvrtcGet{name}Size")
     buffer = ctypes.create_string_buffer(max(size.value, 1))
-    _check(nvrtc[f"nvrtcGet{what}"](program, buffer), f"nvrtcGet{what}")
+    _check(nvrtc[f"nvrtcGet{name}"](program, buffer), f"nvrtcGet{name}")
     return buffer.raw[: size.value]
 
 
-def _name(status: int) -> str:
-    return _nvrtc().nvrtcGetErrorString(status).decode()
-
-
-def _check(status: int, what: str) -> None:
+def _check(status: int, function: str) -> None:
     if status != 0:
-        raise BuildError("B101", f"{what} failed: {_name(status)}")
+        message = _nvrtc().nvrtcGetErrorString(status).decode()
+        raise BuildError("B101", f"{function} failed: {message}")
 
 
 @functools.cache
 def _include_folder() -> str:
-    """Where CUDA's headers are, or nothing: beside NVRTC, or in a wheel of their own (CUDA 12)."""
+    """The folder of CUDA's headers, or "": beside NVRTC, or in a wheel of their own (CUDA 12)."""
     root = os.path.dirname(os.path.dirname(_library()))
     for folder in (f"{root}/include", f"{os.path.dirname(root)}/cuda_runtime/include"):
         if os.path.isfile(f"{folder}/cuda_fp16.h"):
@@ -244,16 +233,16 @@ def _include_folder() -> str:
 
 @functools.cache
 def _library() -> str:
-    """The file of NVRTC: the newest in the wheels on the search path, else what pathfinder knows of
-    conda and system toolkits (40 ms to import). Raises MissingExtra[E101]."""
-    found: dict[int, str] = {}
+    """The file of NVRTC: the newest in the wheels on the search path, else the one that pathfinder
+    (40 ms to import) finds in conda and system toolkits. Raises MissingExtra[E101]."""
+    files: dict[int, str] = {}
     for folder in sys.path:
         for path in glob.glob(f"{glob.escape(folder or '.')}/nvidia/*/lib/libnvrtc.so.*"):
             version = path.rpartition(".")[2]
             if version.isdecimal():
-                found.setdefault(int(version), path)
-    if found:
-        return found[max(found)]
+                files.setdefault(int(version), path)
+    if files:
+        return files[max(files)]
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
@@ -268,7 +257,7 @@ def _nvrtc() -> ctypes.CDLL:
     path = _library()
     try:
         for part in glob.glob(f"{glob.escape(os.path.dirname(path))}/libnvrtc-builtins.so.*"):
-            ctypes.CDLL(part)  # NVRTC opens it by its name alone, which finds what is loaded
+            ctypes.CDLL(part)  # NVRTC opens it by its bare name, which finds it once it is loaded
         nvrtc = ctypes.CDLL(path)
     except OSError as error:
         raise _missing(error) from None

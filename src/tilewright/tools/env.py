@@ -117,9 +117,10 @@ def _cpu() -> Iterable[Line]:
 
     try:
         compiler = compilers.find_compiler()
-        yield "C++ compiler", f"{compiler.version} ({compiler.path})"
+        yield "C++ compiler", f"{compiler.version} ({' '.join(compiler.command)})"
     except TilewrightError as error:
-        state = "missing" if error.code == "B102" else "bad"  # it could not be asked
+        # an error with a location is about a setting
+        state = "missing" if error.code == "B102" and not error.where else "bad"
         yield "C++ compiler", error.message, state, error.hint
     yield _try("instruction set", lambda: compilers.resolve_isa().name)
     can = ", ".join(n for n in compilers.ISAS if compilers.runnable(n))
