@@ -56,7 +56,7 @@ target, fmt, width = sys.argv[1], sys.argv[2], int(sys.argv[3])
 times = []
 for _ in range(2):
     made = spmm_program.decompose(A=getattr(tw, fmt)())
-    made = made.schedule(lambda s: recipe(s.specialize("d", width) if width else s))
+    made = made.schedule(recipe.of(width=width))
     began = time.perf_counter()
     made.build(target)
     times.append(time.perf_counter() - began)
