@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from bench.harness import Row, base_row, note
 from tilewright.runtime import cuda, nvrtc
 from tilewright.sparse import formats
-from tilewright.tools.bench import Row, base_row, note
 
 _CALLS, _REPEATS, _IMPORTS, _BUILDS = 2000, 7, 5, 3
 _WIDTH = 32
@@ -125,9 +125,9 @@ def _imports(folder: Path) -> Iterator[Row]:
 
 def _calls(target: str) -> Iterator[Row]:
     """Host time of one call: what the thread that calls is busy with."""
+    from bench.peers import place
     from tilewright import ops
     from tilewright.ops.spmm import spmm_program
-    from tilewright.tools.bench_peers import place
 
     rng = np.random.default_rng(3)
     dense = rng.standard_normal((16, 16), np.float32) * (rng.random((16, 16)) < 0.2)
