@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One door for everyday work: `python3 dev.py demo | test | check | fmt | size`.
+"""One door for everyday work: `python3 dev.py demo | test | check | fmt | size | bench SUITE …`.
 
 Needs Python and its standard library only. Each verb makes `.venv` when it is absent and installs
 what it needs once: a stamp holds the hash of pyproject.toml and constraints-dev.txt.
@@ -10,6 +10,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if sys.version_info < (3, 11):  # noqa: UP036 - this file is what tells the user
@@ -35,31 +36,44 @@ SETS = {
     "test": [BACKEND, ["--no-build-isolation", "-e", ".[dev,cuda,torch,plot]"], MODEL],
 }
 
-# Lines a room may take (a guide, argued with in review): Python, device code.
-BUDGETS = {
-    "ground": (600, 0),
-    "ir": (1700, 0),
+# Lines of each room, Python and device code: a guide. A room may borrow from another where the sums
+# hold and a line in docs/design says why: BORROWED names that file.
+GUIDES = {
+    "ground": (800, 0),
+    "ir": (2500, 0),
     "sparse": (1700, 0),
-    "schedule": (1300, 0),
-    "lower": (2000, 0),
-    "codegen": (1200, 1500),
+    "schedule": (2000, 0),
+    "lower": (3400, 0),
+    "codegen": (1300, 2500),
     "toolchain": (900, 0),
-    "runtime": (1600, 300),
-    "build": (500, 0),
-    "ops": (1500, 600),
-    "attention": (1900, 2400),
-    "mega": (1700, 2000),
-    "ext": (500, 0),
-    "serve": (2000, 0),
-    "tools": (1400, 0),
+    "runtime": (2400, 300),
+    "reference": (900, 0),
+    "build": (600, 0),
+    "ops": (2200, 600),
+    "attention": (3000, 3600),
+    "mega": (2000, 2000),
+    "ext": (1000, 0),
+    "serve": (4400, 0),
+    "tools": (900, 0),
 }
-FILE_LINES, FUNCTION_LINES = 500, 70
+BORROWED: dict[str, str] = {}
+SUMS = (30_000, 9_000)  # `size` fails above these
+FILE_LINES, FUNCTION_LINES, PARAMETERS, KNOBS = 500, 70, 7, 15  # and above these
+# Files that were longer when the limit came: they may not grow, and leave this list once short.
+LONG_FILES = {
+    "src/tilewright/ir/nodes.py": 740,
+    "src/tilewright/lower/nests.py": 571,
+    "src/tilewright/runtime/interpreter.py": 504,
+    "src/tilewright/sparse/trace.py": 547,
+}
 DEVICE = {".cuh", ".cu", ".h", ".hpp", ".cpp"}
 
 
 def main(argv: list[str]) -> int:
     """Run one verb; the rest of the command line goes on to what it starts."""
-    verbs = {"demo": demo, "test": test, "check": check, "fmt": fmt, "size": size}
+    verbs = {
+        "demo": demo, "test": test, "check": check, "fmt": fmt, "size": size, "bench": bench,
+    }  # fmt: skip
     if not argv or argv[0] not in verbs:
         print(str(__doc__).strip())
         return 0 if argv and argv[0] in ("-h", "--help", "help") else 2
@@ -91,7 +105,7 @@ def test(args: list[str]) -> int:
 
 
 def check(args: list[str]) -> int:
-    """Format, lint, types, layers. All four run before the result is given."""
+    """Format, lint, types, layers, sizes. All five run before the result is given."""
     install("test")
     steps = {
         "format": (BIN / "ruff", "format", "--check"),
@@ -100,6 +114,7 @@ def check(args: list[str]) -> int:
         "layers": (BIN / "lint-imports",),
     }
     failed = [name for name, step in steps.items() if call(*step)]
+    failed += ["size"] if size([]) else []
     say(f"checks failed: {', '.join(failed)}" if failed else "checks passed")
     return 1 if failed else 0
 
@@ -112,51 +127,82 @@ def fmt(args: list[str]) -> int:
 
 
 def size(args: list[str]) -> int:
-    """Print each room's lines against its budget, and the files and functions that are too long."""
-    rooms = {room: [0, 0] for room in BUDGETS}
-    long: list[str] = []
+    """Print each room's lines against its guide; 1 where a limit is broken, which it names."""
+    rooms = {room: [0, 0] for room in GUIDES}
+    broken: list[str] = []
     for path in sorted((ROOT / "src/tilewright").rglob("*")):
         if path.suffix != ".py" and path.suffix not in DEVICE:
             continue
         text = path.read_text()
-        lines = len(text.splitlines())
+        name, lines = path.relative_to(ROOT).as_posix(), len(text.splitlines())
         rooms[room_of(path)][path.suffix in DEVICE] += lines
-        if lines > FILE_LINES:
-            long.append(f"{path.relative_to(ROOT)}: {lines} lines")
+        if lines > LONG_FILES.get(name, FILE_LINES):
+            broken.append(f"{name}: {lines} lines, at most {LONG_FILES.get(name, FILE_LINES)}")
         if path.suffix == ".py":
-            long += long_functions(path, text)
+            broken += too_large(name, text)
     print(f"{'room':10} {'python':>15} {'device':>15}")
-    for room, (python, device) in rooms.items():
-        budget = BUDGETS[room]
-        over = "  over" if python > budget[0] or device > budget[1] else ""
-        print(f"{room:10} {python:>7} /{budget[0]:>6} {device:>7} /{budget[1]:>6}{over}")
-    total = [sum(r[k] for r in rooms.values()) for k in (0, 1)]
-    print(f"{'total':10} {total[0]:>7} /{20000:>6} {total[1]:>7} /{7000:>6}")
-    print("\n".join(long) or f"no file over {FILE_LINES} lines, no function over {FUNCTION_LINES}")
-    return 0
+    for room, lines in rooms.items():
+        if any(lines) or (ROOT / "src/tilewright" / room).is_dir():
+            print(f"{room:10} {beside(lines, GUIDES[room])}{borrowing(room, lines)}")
+    sums = [sum(lines[k] for lines in rooms.values()) for k in (0, 1)]
+    print(f"{'sum':10} {beside(sums, SUMS)}")
+    for kind, lines, most in zip(("Python", "device code"), sums, SUMS, strict=True):
+        if lines > most:
+            broken.append(f"{lines} lines of {kind}, at most {most}")
+    for line in broken:
+        say(line)
+    return 1 if broken else 0
 
 
-def long_functions(path: Path, text: str) -> list[str]:
-    """Where the functions of a file stand that are over the budget."""
+def beside(lines: Sequence[int], most: Sequence[int]) -> str:
+    """Lines of Python and of device code beside their limits."""
+    return " ".join(f"{n:>7} /{m:>6}" for n, m in zip(lines, most, strict=True))
+
+
+def borrowing(room: str, lines: Sequence[int]) -> str:
+    """What a room over its guide stands on."""
+    if all(n <= m for n, m in zip(lines, GUIDES[room], strict=True)):
+        return ""
+    return f"  over: {BORROWED[room]}" if room in BORROWED else "  over its guide"
+
+
+def too_large(name: str, text: str) -> list[str]:
+    """Functions of a file that are too long or take too much, and knobs that are too many."""
     try:
         nodes = list(ast.walk(ast.parse(text)))
     except SyntaxError as error:
-        return [f"{path.relative_to(ROOT)}:{error.lineno}: does not parse: {error.msg}"]
-    functions = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    counts = [(f, (f.end_lineno or f.lineno) - f.lineno + 1) for f in functions]
-    return [
-        f"{path.relative_to(ROOT)}:{f.lineno}: {f.name}: {count} lines"
-        for f, count in counts
-        if count > FUNCTION_LINES
-    ]
+        return [f"{name}:{error.lineno}: does not parse: {error.msg}"]
+    found = []
+    for f in nodes:
+        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (f.end_lineno or f.lineno) - f.lineno + 1
+            if lines > FUNCTION_LINES:
+                found.append(
+                    f"{name}:{f.lineno}: {f.name}: {lines} lines, at most {FUNCTION_LINES}"
+                )
+            names = [a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)]
+            count = len(names) - (names[:1] in (["self"], ["cls"]))
+            if count > PARAMETERS:
+                found.append(
+                    f"{name}:{f.lineno}: {f.name}: {count} parameters, at most {PARAMETERS}"
+                )
+    calls = [n.func for n in nodes if isinstance(n, ast.Call)]
+    knobs = sum(isinstance(f, ast.Name) and f.id == "Knob" for f in calls)
+    return [*found, f"{name}: {knobs} knobs, at most {KNOBS}"] if knobs > KNOBS else found
 
 
 def room_of(path: Path) -> str:
     """The room a source file counts for: its folder; for files of the top folder, their floor."""
     room = path.relative_to(ROOT / "src/tilewright").as_posix().split("/")[0]
-    if room in BUDGETS:
+    if room in GUIDES:
         return room
-    return "build" if room in ("build.py", "tune.py") else "ground"
+    return "build" if room in ("build.py", "compiler.py", "tune.py") else "ground"
+
+
+def bench(args: list[str]) -> int:
+    """Run a benchmark suite of `bench/`; `python3 dev.py bench --help` lists them."""
+    install("test")
+    return call(PYTHON, "-m", "bench", *args)
 
 
 def install(name: str) -> None:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import ctypes
+import difflib
 import os
 import shutil
 import tempfile
 import zlib
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+DIFF_LINES = 40  # shown where a golden text differs
 _cache = pytest.StashKey[str]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="write the golden files instead of comparing"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,3 +87,24 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     seed = request.config.getoption("randomly_seed", default=0)
     seed = seed if isinstance(seed, int) else 0
     return np.random.default_rng([seed, zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compares a text with the file of a name under tests/golden, or writes the file."""
+
+    def compare(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if request.config.getoption("update_golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            return
+        kept = path.read_text() if path.is_file() else ""
+        if text != kept:
+            lines = difflib.unified_diff(
+                kept.splitlines(), text.splitlines(), f"golden/{name}", "now", n=1, lineterm=""
+            )
+            shown = "\n".join(islice(lines, DIFF_LINES))
+            pytest.fail(f"{shown}\n… `pytest --update-golden` accepts the change", pytrace=False)
+
+    return compare

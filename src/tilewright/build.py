@@ -38,6 +38,35 @@ WATCHED = 2  # the debug level from which passes and schedules are printed, so t
 
 
 @dataclass(frozen=True, slots=True)
+class NamedRecipe:
+    """A schedule of the package as data: the qualified name of its function and plain arguments.
+
+    Calling it with a Schedule runs the function. The kernel cache holds name and arguments; the
+    version of the package covers the function's code."""
+
+    name: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    def of(self, **arguments: Any) -> NamedRecipe:
+        """The same recipe with other arguments: numbers, strings, tuples of them, or None."""
+        return replace(self, arguments=tuple(sorted((dict(self.arguments) | arguments).items())))
+
+    def __call__(self, s: Schedule) -> Schedule:
+        return _RECIPES[self.name](s, **dict(self.arguments))
+
+
+_RECIPES: dict[str, Callable[..., Schedule]] = {}
+
+
+def named_recipe(function: Callable[..., Schedule]) -> NamedRecipe:
+    """Decorator: a function of the package from a Schedule and plain arguments to a Schedule."""
+    name = f"{function.__module__}.{function.__qualname__}"
+    assert name.startswith("tilewright."), "the package's version says nothing of other functions"
+    _RECIPES[name] = function
+    return NamedRecipe(name)
+
+
+@dataclass(frozen=True, slots=True)
 class Definition:
     """A program as the user wrote it, with the choices made so far: dtypes, formats, a schedule.
 

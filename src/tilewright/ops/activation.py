@@ -22,13 +22,17 @@ def add(A=dense("t k"), B=dense("t k")):
     return out[t, k](A[t, k] + B[t, k])
 
 
+SILU_MUL = silu_mul.schedule(recipes.rows.of(row="t", elements=("k",)))
+ADD = add.schedule(recipes.rows.of(row="t", elements=("k",)))
+
+
 @cache
 def silu_mul_kernel(target: str = "cpp") -> Kernel:
     """silu(G) · U, both (t, k)."""
-    return silu_mul.schedule(lambda s: recipes.rows(s, "t", "k")).build(target)
+    return SILU_MUL.build(target)
 
 
 @cache
 def add_kernel(target: str = "cpp") -> Kernel:
     """A + B, both (t, k)."""
-    return add.schedule(lambda s: recipes.rows(s, "t", "k")).build(target)
+    return ADD.build(target)

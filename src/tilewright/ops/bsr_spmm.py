@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from tilewright.build import program
+from tilewright.build import Definition, named_recipe, program
 from tilewright.errors import ArgumentError
 from tilewright.ops.recipes import fixed_width
 from tilewright.ops.spmm import check_packed, last_size
@@ -41,8 +41,11 @@ def block_of(fmt: Any) -> int:
     return block if block and block % ROWS == 0 and fmt == formats.bsr(block) else 0
 
 
-def recipe(s: Schedule) -> Schedule:
-    """The schedule of SpMM on bsr(16), bsr(32), … for the target it is built for."""
+@named_recipe
+def recipe(s: Schedule, width: int = 0) -> Schedule:
+    """The schedule of SpMM on bsr(16), bsr(32), … for the target it is built for; `width`: of X, 0
+    for any."""
+    s = s.specialize("d", width) if width else s
     block = block_of(s.format_of(0))
     d = dict(s.program.sizes).get("d")
     warps = min(WARPS, -(-d // WARP_COLS)) if d else WARPS
@@ -66,8 +69,15 @@ def bsr_spmm_kernel(
     fmt: Format, dtype: str, width: int = 0, index: str = "int32", target: str = "cpp"
 ) -> Kernel:
     """The built kernel for a format and a dtype. `kernel(A, X, out=None)`; `width` 0: any d."""
-    made = bsr_spmm_program.typed(A=dtype, X=dtype, index=index).decompose(A=fmt)
-    return made.schedule(lambda s: recipe(s.specialize("d", width) if width else s)).build(target)
+    return bsr_spmm_definition(fmt, dtype, width, index).build(target)
+
+
+def bsr_spmm_definition(
+    fmt: Format, dtype: str, width: int = 0, index: str = "int32"
+) -> Definition:
+    """The program of `bsr_spmm_kernel` with its schedule."""
+    typed = bsr_spmm_program.typed(A=dtype, X=dtype, index=index)
+    return typed.decompose(A=fmt).schedule(recipe.of(width=width))
 
 
 def bsr_spmm(A: Packed, X: Any, out: Any = None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from tilewright.build import Definition, program
+from tilewright.build import Definition, named_recipe, program
 from tilewright.errors import ModelError
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
@@ -50,7 +50,8 @@ PROGRAMS: dict[str, Definition] = {
 }
 
 
-def _by_token(s: Schedule) -> Schedule:
+@named_recipe
+def by_token(s: Schedule) -> Schedule:
     if not s.target.is_cuda:
         return s.parallel("t")
     inner = next(x for x in ("e", "l", "k") if s.has(x))
@@ -64,4 +65,4 @@ def embedding_kernel(kind: str, target: str = "cpp") -> Kernel:
         raise ModelError(
             "M104", f"no embedding for weights of kind {kind}", hint=f"kinds: {', '.join(PROGRAMS)}"
         )
-    return PROGRAMS[kind].schedule(_by_token).build(target)
+    return PROGRAMS[kind].schedule(by_token).build(target)

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.build import program
+from tilewright.build import Definition, named_recipe, program
 from tilewright.errors import ArgumentError
 from tilewright.runtime.kernel import Kernel
 from tilewright.runtime.view import view
@@ -32,8 +32,11 @@ def gemm_program(A=dense("m k"), B=dense("k n")):
     return out.typed("float32")[i, j](trace.sum_(A[i, k] * B[k, j], over=k))
 
 
-def recipe(s: Schedule) -> Schedule:
-    """The schedule of GEMM for the target it is built for."""
+@named_recipe
+def recipe(s: Schedule, n: int = 0, k: int = 0) -> Schedule:
+    """The schedule of GEMM for the target it is built for; `n`, `k`: sizes, 0 for any."""
+    s = s.specialize("n", n) if n else s
+    s = s.specialize("k", k) if k else s
     return gpu_recipe(s) if s.target.is_cuda else cpu_recipe(s)
 
 
@@ -70,13 +73,12 @@ def _tiles(s: Schedule) -> Schedule:
 def gemm_kernel(dtype: str, n: int = 0, k: int = 0, target: str = "cpp") -> Kernel:
     """The built kernel for operands of a dtype. `kernel(A, B, out=None)`: any m; `n` and `k` as
     given, or any where they are 0."""
-    made = gemm_program.typed(A=dtype, B=dtype)
-    return made.schedule(lambda s: recipe(_fixed(s, n, k))).build(target)
+    return gemm_definition(dtype, n, k).build(target)
 
 
-def _fixed(s: Schedule, n: int, k: int) -> Schedule:
-    s = s.specialize("n", n) if n else s
-    return s.specialize("k", k) if k else s
+def gemm_definition(dtype: str, n: int = 0, k: int = 0) -> Definition:
+    """The program of `gemm_kernel` with its schedule."""
+    return gemm_program.typed(A=dtype, B=dtype).schedule(recipe.of(n=n, k=k))
 
 
 def gemm(A: Any, B: Any, out: Any = None, *, dtype: Any = None) -> Any:

@@ -17,7 +17,7 @@ from functools import cache
 
 import numpy as np
 
-from tilewright.build import Definition, program
+from tilewright.build import Definition, named_recipe, program
 from tilewright.errors import ModelError
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
@@ -171,16 +171,26 @@ def linear_kernel(
     `kernel(X, *arrays, out=None)` with the arrays of `weight_views` gives (t, n); with those of
     `interleave` (t, n / 16, 16), which is the same memory. Sizes are fixed: the layers of a model
     have few shapes, and none of them needs guards then."""
+    return linear_definition(kind, many, n, k, interleaved).build(target)
+
+
+def linear_definition(
+    kind: str, many: bool, n: int, k: int, interleaved: bool = False
+) -> Definition:
+    """The program of `linear_kernel` with its schedule. Raises ModelError[M104]."""
     check_kind(kind)
-    made = INTERLEAVED[kind] if interleaved else PROGRAMS[kind]
+    definition = INTERLEAVED[kind] if interleaved else PROGRAMS[kind]
+    return definition.schedule(recipe.of(many=many, n=n, k=k))
 
-    def scheduled(s: Schedule) -> Schedule:
-        s = s.specialize("g", n // TOGETHER) if interleaved else s.specialize("n", n)
-        s = s.specialize("k", k)
-        s = s.specialize("b", k // BLOCK) if kind.startswith("q") else s
-        return gpu_recipe(s, n) if s.target.is_cuda else cpu_recipe(s, many)
 
-    return made.schedule(scheduled).build(target)
+@named_recipe
+def recipe(s: Schedule, many: bool, n: int, k: int) -> Schedule:
+    """The schedule of a linear layer of n × k for the target it is built for."""
+    dims = {d for t in s.program.tensors for d in t.dims}
+    s = s.specialize("g", n // TOGETHER) if "g" in dims else s.specialize("n", n)
+    s = s.specialize("k", k)
+    s = s.specialize("b", k // BLOCK) if "b" in dims else s
+    return gpu_recipe(s, n) if s.target.is_cuda else cpu_recipe(s, many)
 
 
 def weight_views(kind: str, data: np.ndarray) -> tuple[np.ndarray, ...]:

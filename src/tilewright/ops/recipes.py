@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tilewright.build import named_recipe
 from tilewright.schedule import Schedule
 from tilewright.toolchain import compilers
 
@@ -15,7 +16,8 @@ def cpu_lanes() -> int:
     return compilers.vector_bits() // 32
 
 
-def rows(s: Schedule, row: str, *elements: str) -> Schedule:
+@named_recipe
+def rows(s: Schedule, row: str, elements: tuple[str, ...]) -> Schedule:
     """Each row a unit; the loops over its elements (sums too) in vectors on a CPU, threads on a
     GPU."""
     if s.target.is_cuda:

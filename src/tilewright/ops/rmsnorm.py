@@ -18,7 +18,10 @@ def rmsnorm(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar()):
     return out[t, k](X[t, k] * rsqrt(mean + eps[()]) * W[k])
 
 
+RMSNORM = rmsnorm.schedule(recipes.rows.of(row="t", elements=("k", "k2")))
+
+
 @cache
 def rmsnorm_kernel(target: str = "cpp") -> Kernel:
     """X: (t, k), W: (k,), eps: a number → (t, k)."""
-    return rmsnorm.schedule(lambda s: recipes.rows(s, "t", "k", "k2")).build(target)
+    return RMSNORM.build(target)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.build import program
+from tilewright.build import named_recipe, program
 from tilewright.ir.nodes import equal
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
@@ -89,7 +89,8 @@ def append_plain(
     return update(V)[page[t], slot[t], h, d](X[t, h, d])
 
 
-def _by_token(s: Schedule) -> Schedule:
+@named_recipe
+def by_token(s: Schedule) -> Schedule:
     if not s.target.is_cuda:
         return s.parallel("t")
     inner = "d" if s.has("d") else "p"
@@ -102,22 +103,28 @@ def _by_token(s: Schedule) -> Schedule:
     )
 
 
+ROPE_PAIRS, ROPE_HALVES, APPEND_PAIRS, APPEND_HALVES, APPEND = (
+    p.schedule(by_token)
+    for p in (rope_pairs, rope_halves, append_pairs, append_halves, append_plain)
+)
+
+
 @cache
 def rope_kernel(interleaved: bool, target: str = "cpp") -> Kernel:
     """X (t, h, p, 2) or (t, h, 2, p), C and S (positions, p), P (t,) → X turned."""
-    return (rope_pairs if interleaved else rope_halves).schedule(_by_token).build(target)
+    return (ROPE_PAIRS if interleaved else ROPE_HALVES).build(target)
 
 
 @cache
 def rope_append_kernel(interleaved: bool, target: str = "cpp") -> Kernel:
     """Turns keys and writes them to `page[t], slot[t]` of the pages (g, f, h, …)."""
-    return (append_pairs if interleaved else append_halves).schedule(_by_token).build(target)
+    return (APPEND_PAIRS if interleaved else APPEND_HALVES).build(target)
 
 
 @cache
 def append_kernel(target: str = "cpp") -> Kernel:
     """Writes values to `page[t], slot[t]` of the pages (g, f, h, d)."""
-    return append_plain.schedule(_by_token).build(target)
+    return APPEND.build(target)
 
 
 def rope_tables(positions: int, head_dim: int, base: float) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,6 @@ import numpy as np
 from tilewright.build import program
 from tilewright.ops import recipes
 from tilewright.runtime.kernel import Kernel
-from tilewright.schedule import Schedule
 from tilewright.sparse import trace
 from tilewright.sparse.trace import dense, indices, out, scalar, where
 
@@ -35,21 +34,21 @@ def sample(X=dense("t v"), G=dense("t v"), warmth=scalar()):
     return out[t](trace.min_(where(score < peak, NONE, v), over=v))
 
 
-def _recipe(s: Schedule) -> Schedule:
-    return recipes.rows(s, "t", "v", "v2")
+ARGMAX = argmax.schedule(recipes.rows.of(row="t", elements=("v", "v2")))
+SAMPLE = sample.schedule(recipes.rows.of(row="t", elements=("v", "v2")))
 
 
 @cache
 def argmax_kernel(target: str = "cpp") -> Kernel:
     """X (t, v) → the smallest index of the largest value of each row, int32 (t,). A row with NaN
     gives some index of it."""
-    return argmax.schedule(_recipe).build(target)
+    return ARGMAX.build(target)
 
 
 @cache
 def sample_kernel(target: str = "cpp") -> Kernel:
     """X (t, v), Gumbel noise (t, v), 1 / temperature → tokens int32 (t,)."""
-    return sample.schedule(_recipe).build(target)
+    return SAMPLE.build(target)
 
 
 def gumbel(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

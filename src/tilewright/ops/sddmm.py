@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.build import Definition, program
+from tilewright.build import Definition, named_recipe, program
 from tilewright.ops import recipes
 from tilewright.ops.spmm import check_packed, last_size, operand_dtype
 from tilewright.runtime.kernel import Kernel
@@ -90,8 +90,10 @@ def _power_above(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def recipe(s: Schedule) -> Schedule:
-    """The schedule of SDDMM for the target it is built for."""
+@named_recipe
+def recipe(s: Schedule, width: int = 0) -> Schedule:
+    """The schedule of SDDMM for the target it is built for; `width`: of P and Q, 0 for any."""
+    s = s.specialize("d", width) if width else s
     return gpu_recipe(s) if s.target.is_cuda else cpu_recipe(s)
 
 
@@ -133,12 +135,13 @@ def sddmm_kernel(
 ) -> Kernel:
     """The built kernel for a format, the dtypes of A, P and Q, a width (0 = any), an index type and
     a target."""
+    return sddmm_definition(fmt, types, width, index).build(target)
+
+
+def sddmm_definition(
+    fmt: Format, types: tuple[str, str, str], width: int, index: str = "int32"
+) -> Definition:
+    """The program of `sddmm_kernel` with its schedule."""
     a, p, q = types
-    made: Definition = sddmm_program.typed(
-        A=a, P=dtypes.dtype(p), Q=dtypes.dtype(q), index=index
-    ).decompose(A=fmt)
-
-    def scheduled(s: Schedule) -> Schedule:
-        return recipe(s.specialize("d", width) if width else s)
-
-    return made.schedule(scheduled).build(target)
+    typed = sddmm_program.typed(A=a, P=dtypes.dtype(p), Q=dtypes.dtype(q), index=index)
+    return typed.decompose(A=fmt).schedule(recipe.of(width=width))

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.build import Definition, program
+from tilewright.build import Definition, named_recipe, program
 from tilewright.errors import ArgumentError, ProgramError, ScheduleError
 from tilewright.ops.recipes import dtype_name, fixed_width
 from tilewright.runtime.kernel import Kernel
@@ -165,9 +165,14 @@ def _gpu_shared_rows(s: Schedule, rows: int, sweep: int) -> Schedule:
     return s.bind("i", "cta.x").bind("j_y", "thread.y").unroll("j_u")
 
 
-def recipe(s: Schedule) -> Schedule:
-    """The schedule of SpMM for the target it is built for."""
-    return gpu_recipe(s) if s.target.is_cuda else cpu_recipe(s)
+@named_recipe
+def recipe(s: Schedule, width: int = 0, gathers_far: bool | None = None) -> Schedule:
+    """The schedule of SpMM for the target it is built for. `width`: of X, 0 for any; `gathers_far`:
+    whether X exceeds the cache that gathers should hit, None where that is not known."""
+    s = s.specialize("d", width) if width else s
+    if s.target.is_cuda:
+        return gpu_recipe(s, 64 if gathers_far else 128)
+    return cpu_recipe(s, gathers_far is not False)
 
 
 # ---------------------------------------------------------------------------- arguments
@@ -300,12 +305,12 @@ def spmm_kernel(
     """The built kernel for a format, dtypes, a width (0 = any), an index type and a target.
 
     `gathers_far`: X does not fit the cache that gathers should hit, the L2."""
-    made: Definition = spmm_program.typed(A=a, X=dtypes.dtype(x), index=index).decompose(A=fmt)
+    return spmm_definition(fmt, a, x, width, index, gathers_far).build(target)
 
-    def scheduled(s: Schedule) -> Schedule:
-        s = s.specialize("d", width) if width else s
-        if s.target.is_cuda:
-            return gpu_recipe(s, 64 if gathers_far else 128)
-        return cpu_recipe(s, gathers_far)
 
-    return made.schedule(scheduled).build(target)
+def spmm_definition(
+    fmt: Any, a: str, x: str, width: int, index: str = "int32", gathers_far: bool = False
+) -> Definition:
+    """The program of `spmm_kernel` with its schedule."""
+    typed = spmm_program.typed(A=a, X=dtypes.dtype(x), index=index).decompose(A=fmt)
+    return typed.schedule(recipe.of(width=width, gathers_far=gathers_far))

@@ -1,1 +1,1 @@
-"""What people run: command line, benchmarks, viewers. Imports all rooms, imported by none."""
+"""What people run: command line, viewers, a chat. Imports all rooms, imported by none."""

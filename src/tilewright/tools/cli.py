@@ -13,7 +13,7 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,6 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "env": Verb("env", "what is installed, what is missing, and what to do about it"),
     "show": Verb("show", "a file's programs at every level, then the C++ and CUDA made of them"),
-    "bench": Verb("bench", "measure against the best other implementations found here"),
     "cache": Verb("cache", "list or clear the compiled kernels"),
     "explain": Verb("explain", "what an error code means and how to mend it"),
     "demo": Verb("chat", "serve a small language model with kernels compiled on the spot"),
@@ -43,10 +42,15 @@ VERBS: dict[str, Verb] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb with its arguments (default: those of the process); the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(_run, list(sys.argv[1:] if argv is None else argv))
+
+
+def guarded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """The exit status of a command line; interrupts, closed pipes and errors of Tilewright and of
+    a disk end without a traceback."""
     _take_any_text()
     try:
-        status = _coded(arguments)
+        status = _coded(run, arguments)
         _flush()
         return status
     except KeyboardInterrupt:
@@ -60,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
 
 
-def _coded(arguments: list[str]) -> int:
-    """Run the verb; an error of Tilewright becomes its message and exit status."""
+def _coded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run a command; an error of Tilewright becomes its message and exit status."""
     try:
-        return _run(arguments)
+        return run(arguments)
     except TilewrightError as error:
         _flush()
         print(f"{type(error).__name__}{error}", file=sys.stderr)

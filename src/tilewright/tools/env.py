@@ -37,7 +37,7 @@ PACKAGES: tuple[tuple[str, str, str, str], ...] = (
     ("nvidia-cuda-nvrtc", "nvidia", "cuda", "compiling for NVIDIA GPUs"),
     ("nvidia-cuda-runtime", "nvidia", "cuda", "its headers"),
     ("jinja2", "jinja2", "models", "chat templates of models"),
-    ("matplotlib", "matplotlib", "plot", "bench --plot"),
+    ("matplotlib", "matplotlib", "plot", "pictures of benchmark results"),
     ("cupy-cuda13x", "cupy", "", "arrays on the GPU, where you use it"),
 )
 

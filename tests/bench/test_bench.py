@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from bench.harness import Contender
 
+from bench import graphs, harness, host, model, peers, plot, sparse
 from tilewright.errors import ArgumentError
-from tilewright.tools import bench, bench_host, bench_model, bench_plot, bench_sparse, cli, graphs
-from tilewright.tools.bench import Contender
 
+ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ("suite", "op", "input", "width", "dtype", "target", "impl", "ms", "metric", "value")
 FIELDS += ("ratio", "device", "commit", "versions", "nnz")
 
@@ -40,16 +44,16 @@ def dense_of(graph: graphs.Graph) -> np.ndarray:
 @pytest.mark.parametrize("sampled", [False, True])
 def test_the_oracle_accepts_rounding_and_nothing_else(rng, dtype, sampled, monkeypatch):
     if sampled:  # the rows it looks at in full are few; one projection covers the others
-        monkeypatch.setattr(bench_sparse, "_SAMPLED_ROWS", 16)
+        monkeypatch.setattr(sparse, "_SAMPLED_ROWS", 16)
     graph = random_graph(rng)
-    values = bench_sparse.rounded_to(graph.values, dtype).astype(np.float64)
-    x = bench_sparse.rounded_to(rng.standard_normal((200, 24), np.float32), dtype)
+    values = sparse.rounded_to(graph.values, dtype).astype(np.float64)
+    x = sparse.rounded_to(rng.standard_normal((200, 24), np.float32), dtype)
     x = x.astype(np.float64)
-    oracle = bench_sparse.SpmmOracle(graph, values, x, dtype)
+    oracle = sparse.SpmmOracle(graph, values, x, dtype)
     whole = dense_of(graph).astype(np.float64)
     whole[whole != 0] = values[values != 0]
     kind = np.float64 if dtype == "float64" else np.float32
-    y = bench_sparse.rounded_to((whole @ x).astype(kind), dtype)
+    y = sparse.rounded_to((whole @ x).astype(kind), dtype)
     assert oracle.wrong(y) == ""
     assert "wrong shape" in oracle.wrong(y[1:])
     # A row that the projection sees well: of one near its kernel it may take 1.5 y for y.
@@ -67,7 +71,7 @@ def test_the_oracle_accepts_rounding_and_nothing_else(rng, dtype, sampled, monke
 def test_the_oracle_sees_one_entry_left_out(rng):
     graph = random_graph(rng)
     x = rng.standard_normal((200, 8))
-    oracle = bench_sparse.SpmmOracle(graph, graph.values.astype(np.float64), x, "float32")
+    oracle = sparse.SpmmOracle(graph, graph.values.astype(np.float64), x, "float32")
     dense = dense_of(graph).astype(np.float64)
     at = int(np.argmax(np.abs(graph.values)))
     row = int(np.searchsorted(graph.indptr, at, side="right") - 1)
@@ -78,7 +82,7 @@ def test_the_oracle_sees_one_entry_left_out(rng):
 def test_the_sddmm_oracle(rng):
     graph = random_graph(rng)
     p, q = rng.standard_normal((300, 24)), rng.standard_normal((200, 24))
-    oracle = bench_sparse.SddmmOracle(graph, graph.values.astype(np.float64), (p, q), "float32")
+    oracle = sparse.SddmmOracle(graph, graph.values.astype(np.float64), (p, q), "float32")
     full = dense_of(graph) * (p @ q.T)
     right = full[np.repeat(np.arange(300), graph.lengths), graph.indices].astype(np.float32)
     assert oracle.wrong(right) == ""
@@ -105,7 +109,7 @@ def test_the_ratio_is_that_of_the_best_right_peer():
     def check(result: np.ndarray) -> str:
         return "WRONG" if result[0] == 0 else ""
 
-    rows = bench.compare({"target": "cpp"}, [wrong, slow, fast, ours], check, 1e6)
+    rows = harness.compare({"target": "cpp"}, [wrong, slow, fast, ours], check, 1e6)
     by_name = {r["impl"]: r for r in rows}
     assert rows[-1]["impl"] == "tilewright"
     assert by_name["hasty"]["wrong"] == "WRONG" and by_name["hasty"]["ms"] is None
@@ -120,24 +124,32 @@ def test_summary_has_the_mean_and_the_worst():
         {"input": "b", "width": 32, "ratio": 1.0},
         {"input": "c", "width": 64, "ratio": None},
     ]
-    text = bench.summary(rows)
+    text = harness.summary(rows)
     assert "geometric mean  2.00 of 2" in text and "worst  1.00 (b, 32)" in text
     assert "64" not in text
 
 
 def test_a_device_name_becomes_a_folder_name():
-    assert bench.slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
-    assert bench.slug("Intel(R) Xeon(R) CPU @ 2.70GHz, 2 threads") == "intel-xeon-2-70ghz-2-threads"
+    assert harness.slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
+    assert (
+        harness.slug("Intel(R) Xeon(R) CPU @ 2.70GHz, 2 threads") == "intel-xeon-2-70ghz-2-threads"
+    )
 
 
 # ---- the command line -------------------------------------------------------------------------
 
 
+def test_the_module_lists_its_suites():
+    command = [sys.executable, "-m", "bench", "--help"]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0 and all(name in done.stdout for name in harness.SUITES)
+
+
 @pytest.fixture
 def brief(monkeypatch):
     """Timings nobody will read."""
-    monkeypatch.setattr(bench, "MAX_ROUNDS", 1)
-    monkeypatch.setattr(bench, "MIN_ROUNDS", 1)
+    monkeypatch.setattr(harness, "MAX_ROUNDS", 1)
+    monkeypatch.setattr(harness, "MIN_ROUNDS", 1)
 
 
 @pytest.fixture
@@ -161,8 +173,8 @@ def rows_of(text: str) -> list[dict]:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_bench_spmm_prints_and_keeps_complete_rows(brief, folder, tmp_path, capsys, dtype):
     pytest.importorskip("scipy")
-    command = ["bench", "spmm", "--data", str(folder), "--width", "16", "20", "--dtype", dtype]
-    assert cli.main([*command, "--json", "--keep", str(tmp_path / "kept")]) == 0
+    command = ["spmm", "--data", str(folder), "--width", "16", "20", "--dtype", dtype]
+    assert harness.main([*command, "--json", "--keep", str(tmp_path / "kept")]) == 0
     rows = rows_of(capsys.readouterr().out)
     assert all(field in row for row in rows for field in FIELDS)
     assert {r["width"] for r in rows} == {16, 20} and {r["input"] for r in rows} == {"mine"}
@@ -179,31 +191,26 @@ def test_bench_draws_a_picture(brief, folder, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("scipy")
     picture = tmp_path / "ratios.png"
-    command = ["bench", "spmm", "--data", str(folder), "--width", "16", "--plot", str(picture)]
-    assert cli.main(command) == 0
+    command = ["spmm", "--data", str(folder), "--width", "16", "--plot", str(picture)]
+    assert harness.main(command) == 0
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "geometric mean" in capsys.readouterr().out
 
 
 def test_bench_sddmm(brief, folder, capsys):
-    from tilewright import ops
 
-    if not hasattr(ops, "sddmm"):
-        pytest.skip("ops.sddmm is not there yet")
-    command = ["bench", "sddmm", "--data", str(folder), "--width", "24", "--json"]
-    assert cli.main(command) == 0
+    command = ["sddmm", "--data", str(folder), "--width", "24", "--json"]
+    assert harness.main(command) == 0
     rows = rows_of(capsys.readouterr().out)
     assert rows[-1]["impl"] == "tilewright" and rows[-1]["ratio"] > 0
     assert not any(r.get("wrong") for r in rows)
 
 
 def test_peers_of_sddmm_agree_with_the_oracle(brief, rng):
-    from tilewright.tools import bench_peers
-
     graph = random_graph(rng)
-    pq = bench_sparse.operands([(300, 24), (200, 24)], "float32", "cpp")
-    oracle = bench_sparse.SddmmOracle(graph, graph.values.astype(float), pq.exact, "float32")
-    found = list(bench_peers.sddmm_peers(graph, graph.values, pq.arrays, "float32", "cpp"))
+    pq = sparse.operands([(300, 24), (200, 24)], "float32", "cpp")
+    oracle = sparse.SddmmOracle(graph, graph.values.astype(float), pq.exact, "float32")
+    found = list(peers.sddmm_peers(graph, graph.values, pq.arrays, "float32", "cpp"))
     assert "numpy gather" in [c.impl for c in found]
     assert [oracle.wrong(c.to_host(c.run())) for c in found] == [""] * len(found)
 
@@ -213,24 +220,24 @@ def test_a_wrong_result_of_ours_fails_the_run(brief, folder, capsys, monkeypatch
 
     right = ops.spmm
     monkeypatch.setattr(ops, "spmm", lambda a, x, out=None: right(a, x, out=out) * np.float32(1.01))
-    assert cli.main(["bench", "spmm", "--data", str(folder), "--width", "16", "--json"]) == 1
+    assert harness.main(["spmm", "--data", str(folder), "--width", "16", "--json"]) == 1
     rows = rows_of(capsys.readouterr().out)
     assert any(r["impl"] == "tilewright" and "WRONG" in r["wrong"] for r in rows)
 
 
 def test_bench_graphs_reports_the_fit(capsys):
-    command = ["bench", "graphs", "--graphs", "cora", "--f", "0", "--json"]
-    assert cli.main(command) == 0
+    command = ["graphs", "--graphs", "cora", "--f", "0", "--json"]
+    assert harness.main(command) == 0
     found = {r["impl"]: r["value"] for r in rows_of(capsys.readouterr().out)}
     assert found["entries"] == 10_556 and found["longest row"] == 168
 
 
 def test_bench_host_measures_calls_and_builds(capsys, monkeypatch):
-    monkeypatch.setattr(bench_host, "_CALLS", 100)
-    monkeypatch.setattr(bench_host, "_REPEATS", 1)
-    monkeypatch.setattr(bench_host, "_IMPORTS", 1)
-    monkeypatch.setattr(bench_host, "_BUILDS", 1)
-    assert cli.main(["bench", "host", "--json"]) == 0
+    monkeypatch.setattr(host, "_CALLS", 100)
+    monkeypatch.setattr(host, "_REPEATS", 1)
+    monkeypatch.setattr(host, "_IMPORTS", 1)
+    monkeypatch.setattr(host, "_BUILDS", 1)
+    assert harness.main(["host", "--json"]) == 0
     printed = capsys.readouterr()
     rows = rows_of(printed.out)
     ops = {r["op"] for r in rows}
@@ -244,10 +251,10 @@ def test_bench_model_times_prompts_and_answers(tmp_path, capsys, monkeypatch):
     pytest.importorskip("gguf", reason="the gguf library writes the test files")
     from tests.serve.tiny import runnable
 
-    monkeypatch.setattr(bench_model, "_ROUNDS", 1)
+    monkeypatch.setattr(model, "_ROUNDS", 1)
     path = str(runnable().write(tmp_path / "runnable.gguf"))
-    args = ["bench", "model", "--model", path, "--prompt", "30", "--tokens", "4", "--json"]
-    assert cli.main(args) == 0
+    args = ["model", "--model", path, "--prompt", "30", "--tokens", "4", "--json"]
+    assert harness.main(args) == 0
     found = rows_of(capsys.readouterr().out)
     ours = {(r["op"], r["width"]) for r in found if r["impl"] == "tilewright"}
     assert ours == {(f"model.{op}", n) for op in ("prompt", "decode") for n in (20, 30)}
@@ -264,8 +271,8 @@ def test_bench_model_times_prompts_and_answers(tmp_path, capsys, monkeypatch):
 )  # fmt: skip
 def test_results_that_cannot_be_kept_are_told_before(given, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(bench_sparse, "graphs", lambda args: pytest.fail("it measured"))
-    assert cli.main(["bench", "graphs", *given]) == 2
+    monkeypatch.setattr(sparse, "graphs", lambda args: pytest.fail("it measured"))
+    assert harness.main(["graphs", *given]) == 2
     told = capsys.readouterr().err
     assert told.startswith("ArgumentError[A109]")
 
@@ -273,15 +280,15 @@ def test_results_that_cannot_be_kept_are_told_before(given, monkeypatch, capsys)
 def test_nothing_to_draw_is_an_error(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(ArgumentError, match="A109"):
-        bench_plot.draw([{"ratio": None}], tmp_path / "x.png")
+        plot.draw([{"ratio": None}], tmp_path / "x.png")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("suite", ["spmm", "sddmm"])
 def test_bench_on_a_gpu(brief, suite, folder, capsys):
     pytest.importorskip("torch")
-    command = ["bench", suite, "--data", str(folder), "--target", "cuda", "--width", "32"]
-    assert cli.main([*command, "--json"]) == 0
+    command = [suite, "--data", str(folder), "--target", "cuda", "--width", "32"]
+    assert harness.main([*command, "--json"]) == 0
     rows = rows_of(capsys.readouterr().out)
     assert not any(r.get("wrong") for r in rows)
     assert any(r["impl"].startswith("cusparse") for r in rows)

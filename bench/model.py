@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from bench.harness import Row, base_row, note
 from tilewright.runtime import pool
 from tilewright.serve.model import Llama
 from tilewright.serve.weights import open_model, packaged_model
-from tilewright.tools.bench import Row, base_row, note
 
 _ROUNDS = 7
 _SHORT = 20  # tokens before an answer that follows a question
@@ -94,7 +94,7 @@ def _ours(model: Llama) -> Runner:
 
 def _llama_cpp(path: Path, context: int) -> list[Runner]:
     try:
-        import llama_cpp  # pyright: ignore[reportMissingImports]
+        import llama_cpp
     except ImportError:
         note("llama.cpp left out: pip install llama-cpp-python")
         return []

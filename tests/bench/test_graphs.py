@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench import graphs
 from tilewright.errors import ArgumentError, FormatError
 from tilewright.sparse import formats
-from tilewright.tools import graphs
 
 CASES = [("cora", 0.0), ("cora", 0.8), ("citeseer", 0.8), ("pubmed", 0.0), ("pubmed", 0.8)]
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.graphs import Graph
 from tilewright.errors import MissingExtra
-from tilewright.tools.graphs import Graph
 
 SPMM_ALGORITHMS = {"alg1": 4, "alg2": 6, "alg3": 12}  # CUSPARSE_SPMM_CSR_ALG1, 2, 3
 _SDDMM_DEFAULT = 0
@@ -128,7 +128,7 @@ def spmm(
     """Y = A X into memory allocated once; `values` (nnz) and `x` (n, d) are tensors on the GPU."""
     import torch
 
-    from tilewright.tools.bench_peers import to_host
+    from bench.peers import to_host
 
     y = torch.empty(graph.shape[0], x.shape[1], dtype=x.dtype, device="cuda")
     a, arrays = _csr(graph, values)
@@ -143,7 +143,7 @@ def sddmm(
     """(P Qᵀ) at the entries of A into memory allocated once; the check multiplies by A's values."""
     import torch
 
-    from tilewright.tools.bench_peers import to_host
+    from bench.peers import to_host
 
     out = torch.empty_like(values)
     c, arrays = _csr(graph, out)

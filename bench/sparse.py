@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from bench import graphs as synthesis
+from bench import peers
+from bench.graphs import Graph
+from bench.harness import Contender, Row, base_row, compare, note
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
 from tilewright.toolchain import disk_cache
-from tilewright.tools import bench_peers
-from tilewright.tools import graphs as synthesis
-from tilewright.tools.bench import Contender, Row, base_row, compare, note
-from tilewright.tools.graphs import Graph
 
 SMALL = ("cora", "citeseer", "pubmed", "ppi", "arxiv")
 MEASURED = ("cora", "pubmed", "ppi", "arxiv", "proteins", "reddit")
@@ -144,7 +144,7 @@ def operands(shapes: list[tuple[int, int]], dtype: str, target: str) -> Operands
         wide = rng.standard_normal(shape, np.float32 if dtype != "float64" else np.float64)
         rounded = rounded_to(wide, dtype)
         exact.append(rounded.astype(np.float64))
-        arrays.append(bench_peers.place(rounded, dtype, target))
+        arrays.append(peers.place(rounded, dtype, target))
     return Operands(tuple(exact), tuple(arrays))
 
 
@@ -162,7 +162,7 @@ def _spmm_case(graph: Graph, width: int, dtype: str, target: str) -> list[Row]:
     base = base_row(f"spmm-{dtype}", "spmm", target) | _describe(graph, width, dtype)
     contenders = [
         *ours_spmm(graph, values, data.arrays[0], dtype, target),
-        *bench_peers.spmm_peers(graph, values, data.arrays[0], dtype, target),
+        *peers.spmm_peers(graph, values, data.arrays[0], dtype, target),
     ]
     return compare(base, contenders, oracle.wrong, 2.0 * graph.nnz * width)
 
@@ -174,7 +174,7 @@ def _sddmm_case(graph: Graph, width: int, dtype: str, target: str) -> list[Row]:
     base = base_row(f"sddmm-{dtype}", "sddmm", target) | _describe(graph, width, dtype)
     contenders = [
         *ours_sddmm(graph, values, data.arrays, dtype, target),
-        *bench_peers.sddmm_peers(graph, values, data.arrays, dtype, target),
+        *peers.sddmm_peers(graph, values, data.arrays, dtype, target),
     ]
     return compare(base, contenders, oracle.wrong, 2.0 * graph.nnz * width)
 
@@ -209,14 +209,14 @@ def ours_spmm(graph: Graph, values: np.ndarray, x: Any, dtype: str, target: str)
     plain = Contender(
         "tilewright",
         lambda: ops.spmm(packed, x),
-        bench_peers.to_host,
+        peers.to_host,
         is_ours=True,
         is_default=True,
     )
     plain = _built(plain, pack_ms, target)
     out = ops.spmm(packed, x)
     given = Contender(
-        "tilewright, out=", lambda: ops.spmm(packed, x, out=out), bench_peers.to_host, is_ours=True
+        "tilewright, out=", lambda: ops.spmm(packed, x, out=out), peers.to_host, is_ours=True
     )
     return [given, plain]
 

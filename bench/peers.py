@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from bench.graphs import Graph
+from bench.harness import Contender, note
 from tilewright import dtypes
 from tilewright.runtime import pool
-from tilewright.tools.bench import Contender, note
-from tilewright.tools.graphs import Graph
 
 Made = tuple[Callable[[], Any], Callable[[Any], np.ndarray]]
 Make = Callable[[], Made]
@@ -59,10 +59,10 @@ def spmm_peers(
                 )
     else:
         makers["torch csr int32 @ X"] = lambda: _torch_mm(graph, values, x, "int32", False)
-        from tilewright.tools import bench_cusparse
+        from bench import cusparse
 
-        for name, number in bench_cusparse.SPMM_ALGORITHMS.items():
-            makers[f"cusparse spmm {name}"] = lambda number=number: bench_cusparse.spmm(
+        for name, number in cusparse.SPMM_ALGORITHMS.items():
+            makers[f"cusparse spmm {name}"] = lambda number=number: cusparse.spmm(
                 graph, place(values, dtype, target), x, number
             )
     yield from _ready(makers)
@@ -81,9 +81,9 @@ def sddmm_peers(
             graph, values, pq, dtype, index
         )
     if target == "cuda":
-        from tilewright.tools import bench_cusparse
+        from bench import cusparse
 
-        makers["cusparse sddmm"] = lambda: bench_cusparse.sddmm(
+        makers["cusparse sddmm"] = lambda: cusparse.sddmm(
             graph, values, place(values, dtype, target), *pq
         )
     yield from _ready(makers)

@@ -1,4 +1,4 @@
-"""The picture of `tilewright bench --plot`: our speed over the best peer's, by input and width."""
+"""The picture of `bench --plot`: our speed over the best peer's, by input and width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tilewright bench SUITE`: ours and the best peers found, in one process, on one device.
+"""`python3 dev.py bench SUITE`: ours and the best peers found, in one process, on one device.
 
 Runs are interleaved and medians taken; every result is checked against a float64 oracle before it
 is timed; a wrong peer does not count. On a GPU each call is timed twice: with the L2 cache cleared
@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.errors import ArgumentError, MissingExtra
-from tilewright.tools.cli import check_output
+from tilewright.tools.cli import check_output, guarded
 
 SUITES = {
-    "spmm": ("bench_sparse", "sparse times dense"),
-    "sddmm": ("bench_sparse", "dense times dense at stored entries"),
-    "model": ("bench_model", "tokens a second of a model, for prompts and for answers"),
-    "host": ("bench_host", "time of a call, of import and of building, apart from the kernel"),
-    "graphs": ("bench_sparse", "the synthetic graphs and how well they fit"),
+    "spmm": ("sparse", "sparse times dense"),
+    "sddmm": ("sparse", "dense times dense at stored entries"),
+    "model": ("model", "tokens a second of a model, for prompts and for answers"),
+    "host": ("host", "time of a call, of import and of building, apart from the kernel"),
+    "graphs": ("sparse", "the synthetic graphs and how well they fit"),
 }
 
 WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 2, 5, 200
@@ -66,7 +66,20 @@ class Timing:
     graph_ms: float | None = None
 
 
-# ---------------------------------------------------------------------------- the verb
+# ---------------------------------------------------------------------------- the command line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one suite with its arguments (default: those of the process); the exit status."""
+    return guarded(_main, list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="bench", description="Measure against the best other implementations found here."
+    )
+    bench_arguments(parser)
+    return bench(parser.parse_args(argv))
 
 
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,14 +96,14 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument(
             "--plot", type=Path, metavar="FILE.png", help="draw the ratios (needs matplotlib)"
         )
-        getattr(importlib.import_module(f"tilewright.tools.{module}"), f"{name}_arguments")(one)
+        getattr(importlib.import_module(f"bench.{module}"), f"{name}_arguments")(one)
 
 
 def bench(args: argparse.Namespace) -> int:
     """Run a suite; 1 if one of our results was wrong. Raises ArgumentError[A109] before it runs
     where the results cannot be written, MissingExtra[E101] where they cannot be drawn."""
     _check_outputs(args)
-    module = importlib.import_module(f"tilewright.tools.{SUITES[args.suite][0]}")
+    module = importlib.import_module(f"bench.{SUITES[args.suite][0]}")
     rows: list[Row] = []
     for row in getattr(module, args.suite)(args):
         rows.append(row)
@@ -107,18 +120,18 @@ def bench(args: argparse.Namespace) -> int:
     if not args.json and any(r.get("ratio") for r in rows):
         print("\n" + summary(rows))
     if args.plot:
-        from tilewright.tools import bench_plot
+        from bench import plot
 
-        bench_plot.draw(rows, args.plot)
+        plot.draw(rows, args.plot)
     return 1 if any(r.get("wrong") and r["impl"].startswith("tilewright") for r in rows) else 0
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
     if args.plot:
-        from tilewright.tools import bench_plot
+        from bench import plot
 
         check_output("--plot", args.plot)
-        bench_plot.check(args.plot)
+        plot.check(args.plot)
     if args.keep:
         try:
             args.keep.mkdir(parents=True, exist_ok=True)

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from bench.harness import Row, base_row, note
 from tilewright.runtime import cuda
 from tilewright.sparse import formats
 from tilewright.toolchain import nvrtc
-from tilewright.tools.bench import Row, base_row, note
 
 _CALLS, _REPEATS, _IMPORTS, _BUILDS = 2000, 7, 5, 3
 _WIDTH = 32
@@ -57,7 +57,7 @@ target, fmt, width = sys.argv[1], sys.argv[2], int(sys.argv[3])
 times = []
 for _ in range(2):
     made = spmm_program.decompose(A=getattr(tw, fmt)())
-    made = made.schedule(lambda s: recipe(s.specialize("d", width) if width else s))
+    made = made.schedule(recipe.of(width=width))
     began = time.perf_counter()
     made.build(target)
     times.append(time.perf_counter() - began)
@@ -126,9 +126,9 @@ def _imports(folder: Path) -> Iterator[Row]:
 
 def _calls(target: str) -> Iterator[Row]:
     """Host time of one call: what the thread that calls is busy with."""
+    from bench.peers import place
     from tilewright import ops
     from tilewright.ops.spmm import spmm_program
-    from tilewright.tools.bench_peers import place
 
     rng = np.random.default_rng(3)
     dense = rng.standard_normal((16, 16), np.float32) * (rng.random((16, 16)) < 0.2)

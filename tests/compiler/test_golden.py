@@ -1,0 +1,85 @@
+"""The text of every shipped kernel, as golden files: a change of the compiler shows what it
+changes. `pytest tests/compiler/test_golden.py --update-golden` writes them anew.
+
+A file holds a kernel's loops after its schedule and the code generated from them, for each target
+it ships for. What is the same for all kernels is left out.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from tests.conftest import GOLDEN
+from tests.shipped import ATTENTION, SHIPPED
+
+from tilewright import compiler
+from tilewright.attention import flash
+from tilewright.codegen import prelude_files
+from tilewright.target import target
+from tilewright.toolchain import compilers
+
+FOLDER = "kernels"
+VECTOR_BITS = 512  # of the CPU's vectors, on every machine
+
+
+@pytest.fixture(autouse=True)
+def one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilers, "vector_bits", lambda isa=None: VECTOR_BITS)
+
+
+def file_of(name: str) -> str:
+    return f"{FOLDER}/{name.replace(' ', '-')}.txt"
+
+
+def without_constants(source: str) -> str:
+    """Generated code with each file that it holds named instead, and without the checks that the C
+    structs are laid out as Python says: the same for all kernels."""
+    for name in ("cpu.h", "mma_cpu.h"):
+        source = source.replace(prelude_files.prelude(name), f'#include "{name}"\n')
+    source = re.sub(r"\n#ifndef TW_OFFSET\n.*?\n#endif\n#endif\n", "\n", source, flags=re.DOTALL)
+    return re.sub(r"static_assert\(TW_OFFSET.*\n", "", source)
+
+
+def kernel_text(name: str) -> str:
+    """The scheduled loops and the generated code for each target."""
+    shipped, parts = SHIPPED[name], []
+    for kind in shipped.targets:
+        made_for = target(kind)
+        scheduled = shipped.definition.scheduled(made_for).lowered.program
+        lowered = shipped.definition.lower(made_for)
+        source = without_constants(compiler.rendered(lowered, made_for).source)
+        parts += [f"==== {kind}: scheduled", str(scheduled), f"==== {kind}: generated", source]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def attention_text(name: str) -> str:
+    """What is rendered for a variant, for both targets; the skeletons are files of their own."""
+    spec = ATTENTION[name]
+    cpp = without_constants(flash.cpp_source(spec, VECTOR_BITS))
+    for file in ("bounds.h", "flash_cpu.h"):
+        cpp = cpp.replace((flash.KERNELS / file).read_text(), f'#include "{file}"\n')
+    cuda = without_constants(flash.cuda_source(spec))
+    return f"==== cpp\n{cpp.rstrip()}\n==== cuda\n{cuda.rstrip()}\n"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_kernel_has_its_golden_text(name, golden):
+    golden(file_of(name), kernel_text(name))
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_an_attention_kernel_has_its_golden_text(name, golden):
+    golden(file_of(f"attention {name}"), attention_text(name))
+
+
+def test_every_golden_text_belongs_to_a_kernel(request):
+    names = [*SHIPPED, *(f"attention {name}" for name in ATTENTION)]
+    wanted = {GOLDEN / file_of(name) for name in names}
+    found = set((GOLDEN / FOLDER).iterdir())
+    if request.config.getoption("update_golden"):
+        for stale in found - wanted:
+            stale.unlink()
+        return
+    assert found == wanted
+    assert sum(path.stat().st_size for path in found) < 1_000_000

@@ -1,0 +1,148 @@
+"""Every kernel that ships, in the forms that users get: the one list of the golden texts and of
+the compilation to cubins."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tilewright as tw
+from tilewright import dtypes
+from tilewright.attention import flash, variant
+from tilewright.build import Definition
+from tilewright.ops.activation import ADD, SILU_MUL
+from tilewright.ops.bsr_spmm import bsr_spmm_definition
+from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
+from tilewright.ops.embedding import by_token
+from tilewright.ops.gemm import gemm_definition
+from tilewright.ops.linear import linear_definition
+from tilewright.ops.rmsnorm import RMSNORM
+from tilewright.ops.rope import APPEND, APPEND_HALVES, APPEND_PAIRS, ROPE_HALVES, ROPE_PAIRS
+from tilewright.ops.sampling import ARGMAX, SAMPLE
+from tilewright.ops.sddmm import sddmm_definition
+from tilewright.ops.spmm import by_length, powers, spmm_definition
+
+KINDS = ("f32", "f16", "bf16", "q8_0", "q4_1")
+LENGTHS, SHORT = by_length(powers(32)), by_length(powers(4))
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+CPU, CUDA = ("cpp",), ("cuda",)
+BOTH = CPU + CUDA
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """A definition with its schedule, and the kinds of target that it ships for."""
+
+    definition: Definition
+    targets: tuple[str, ...] = BOTH
+
+
+def _spmm(
+    fmt: Any, d: int, dtype: str = "float32", *, far: bool = False, targets: Any = BOTH
+) -> Shipped:
+    return Shipped(spmm_definition(fmt, dtype, dtype, d, gathers_far=far), targets)
+
+
+def _sddmm(
+    fmt: Any, d: int, dtype: str = "float32", *, index: str = "int32", targets: Any = BOTH
+) -> Shipped:
+    return Shipped(sddmm_definition(fmt, (dtype, dtype, dtype), d, index), targets)
+
+
+def _linear(kind: str, many: bool = False, n: int = 576, k: int = 1536) -> Shipped:
+    definition = linear_definition(kind, many, n, k)
+    return Shipped(definition, CPU if many else BOTH)  # a GPU has one schedule for both
+
+
+def _interleaved(kind: str, many: bool) -> Shipped:
+    return Shipped(linear_definition(kind, many, 576, 1536, True), CPU)
+
+
+def _example(file: str, name: str, recipe: str = "") -> Definition:
+    spec = importlib.util.spec_from_file_location(file[3:-3], EXAMPLES / file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    definition = getattr(module, name)
+    return definition.schedule(getattr(module, recipe)) if recipe else definition
+
+
+ATTEND = _example("03_graph_softmax.py", "attend")
+
+SHIPPED: dict[str, Shipped] = {
+    # SpMM: the format that pack_for_spmm chooses on each target, then every other one
+    "spmm csr f32 128": _spmm(tw.csr(), 128),
+    "spmm csr f32 512 far": _spmm(tw.csr(), 512, far=True, targets=CPU),
+    "spmm csr f32 any": _spmm(tw.csr(), 0, targets=CPU),
+    "spmm csr f32 48": _spmm(tw.csr(), 48, targets=CPU),
+    "spmm csr bf16 32": _spmm(tw.csr(), 32, "bfloat16"),
+    "spmm csc f32 64": _spmm(tw.csc(), 64),
+    "spmm coo f32 64": _spmm(tw.coo(), 64),
+    "spmm ell f32 64": _spmm(tw.ell(8), 64),
+    "spmm bsr f32 64": _spmm(tw.bsr(4), 64, targets=CPU),
+    "spmm hyb f32 64": _spmm(tw.hyb(buckets=(1, 2, 4)), 64),
+    "spmm hyb 2 f32 64": _spmm(tw.hyb(2, (1, 2)), 64),
+    "spmm hyb f64 32": _spmm(tw.hyb(), 32, "float64", targets=CUDA),
+    "spmm by_length f32 128": _spmm(LENGTHS, 128, targets=CUDA),
+    "spmm by_length f32 64": _spmm(SHORT, 64, targets=CPU),
+    "spmm by_length f16 128": _spmm(LENGTHS, 128, "float16", targets=CUDA),
+    "spmm by_length f32 512 far": _spmm(LENGTHS, 512, far=True, targets=CUDA),
+    **{f"spmm by_length f32 {d}": _spmm(SHORT, d, targets=CUDA) for d in (1, 7, 33)},
+    # SDDMM
+    "sddmm csr f32 128": _sddmm(tw.csr(), 128),
+    "sddmm csr f32 any": _sddmm(tw.csr(), 0, targets=CPU),
+    "sddmm dcsr bf16 40": _sddmm(tw.dcsr(), 40, "bfloat16"),
+    **{f"sddmm coo f32 {d}": _sddmm(tw.coo(), d) for d in (32, 33)},
+    **{f"sddmm coo f32 {d}": _sddmm(tw.coo(), d, targets=CUDA) for d in (1, 7, 128, 512)},
+    **{f"sddmm coo f16 {d}": _sddmm(tw.coo(), d, "float16", targets=CUDA) for d in (33, 512)},
+    "sddmm coo f64 64 int64": _sddmm(tw.coo(), 64, "float64", index="int64"),
+    # matrix tiles
+    "gemm f16": Shipped(gemm_definition("float16")),
+    "gemm bf16 512x256": Shipped(gemm_definition("bfloat16", 512, 256)),
+    "bsr_spmm 32 f16 64": Shipped(bsr_spmm_definition(tw.bsr(32), "float16", 64)),
+    "bsr_spmm 128 bf16 any": Shipped(bsr_spmm_definition(tw.bsr(128), "bfloat16")),
+    # layers of a model
+    **{f"linear {kind}": _linear(kind) for kind in KINDS},
+    **{f"linear {kind} many": _linear(kind, many=True) for kind in KINDS},
+    **{
+        f"linear {kind} interleaved{' many' if many else ''}": _interleaved(kind, many)
+        for kind in ("q8_0", "q4_1")
+        for many in (False, True)
+    },
+    "linear f32 172x64": _linear("f32", n=172, k=64),
+    "linear f32 odd": _linear("f32", n=13, k=37),
+    "linear q4_1 odd": _linear("q4_1", n=13, k=96),
+    **{f"embedding {kind}": Shipped(EMBEDDINGS[kind].schedule(by_token)) for kind in KINDS},
+    "rmsnorm": Shipped(RMSNORM),
+    "silu_mul": Shipped(SILU_MUL),
+    "add": Shipped(ADD),
+    "rope pairs": Shipped(ROPE_PAIRS),
+    "rope halves": Shipped(ROPE_HALVES),
+    "append pairs": Shipped(APPEND_PAIRS),
+    "append halves": Shipped(APPEND_HALVES),
+    "append": Shipped(APPEND),
+    "argmax": Shipped(ARGMAX),
+    "sample": Shipped(SAMPLE),
+    # the lessons
+    "example 01 spmm": Shipped(_example("01_spmm.py", "scheduled")),
+    "example 02 rgcn": Shipped(_example("02_rgcn.py", "rgcn", "fast"), CPU),
+    **{
+        f"example 03 attend {name}": Shipped(ATTEND.decompose(A=fmt), CPU)
+        for name, fmt in (("csr", tw.csr()), ("hyb", tw.hyb(buckets=(8, 16))), ("ell", tw.ell(64)))
+    },
+}
+
+
+def _attention(group: int, head_dim: int, q: str, kv: str, variant: Any) -> flash.Spec:
+    return flash.Spec(group, head_dim, dtypes.ALL[q], dtypes.ALL[kv], variant.traced)
+
+
+ATTENTION: dict[str, flash.Spec] = {
+    "causal f32": _attention(3, 64, "float32", "float32", variant.Causal()),
+    "full bf16": _attention(1, 256, "bfloat16", "bfloat16", variant.Full()),
+    "softcap f32 f16": _attention(8, 128, "float32", "float16", variant.Softcap()),
+    "window f16": _attention(4, 80, "float16", "float16", variant.SlidingWindow(window=19)),
+    "alibi f32": _attention(12, 96, "float32", "float32", variant.Alibi()),
+}
