@@ -15,7 +15,7 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir.levels import Level, load_value, may_miss
-from tilewright.ir.names import given
+from tilewright.ir.names import PRIME, given
 from tilewright.ir.nodes import (
     Access,
     Binary,
@@ -407,7 +407,8 @@ class NestBuilder:
         return env.pos[structure, depth]
 
     def _fresh(self, name: str) -> str:
-        """`name`, or with a number where another loop of the nest already has it."""
+        """`name` without primes, or with a number where another loop of the nest already has it."""
+        name = name.replace(PRIME, "")
         chosen, n = name, 1
         while chosen in self.owner.names:
             n += 1
