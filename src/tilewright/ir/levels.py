@@ -74,6 +74,7 @@ class Level:
     arrays: ClassVar[tuple[str, ...]] = ()
     pads: ClassVar[bool] = False  # coord may be -1: nothing is stored there
     is_dense: ClassVar[bool] = False
+    full: ClassVar[bool] = False  # every coordinate of its dimension is visited below a parent
     unique: ClassVar[bool] = True  # one position per coordinate below a parent
     least: ClassVar[dict[str, int]] = {"dim": 0, "block": 0}  # of each whole number it is given
 
@@ -155,6 +156,7 @@ def _starts(q: np.ndarray, c: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True, slots=True, repr=False)
 class Dense(Level):
     is_dense: ClassVar[bool] = True
+    full: ClassVar[bool] = True
 
     def loop(self, s: Storage, q: Expr) -> tuple[Expr, Expr]:
         return Const(0, dtypes.int32), s.size
@@ -360,6 +362,13 @@ class Singleton(Level):
 
     def expand(self, arrays: Arrays, parents: int, extent: int) -> tuple[np.ndarray, np.ndarray]:
         return np.arange(parents), arrays["indices"]
+
+
+def lists_rows(level: Level) -> bool:
+    """Whether a level, the outermost of a part, lists single rows, each once: a composed format
+    that covers all rows lists the empty ones too."""
+    listed = isinstance(level, Compressed) and level.dim == 0 and not level.block
+    return listed and level.unique
 
 
 def coordinates(

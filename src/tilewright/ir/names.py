@@ -15,6 +15,7 @@ SIZE, STRIDE, COUNT = "size", "stride", "count"  # numbers
 INDPTR, INDICES, VALUES = "indptr", "indices", "values"  # arrays of one part
 ACCUMULATOR, TOTAL = "acc", "total"  # registers
 COPIES = "copies"  # an array: of an output, one for each group of units
+PRIME = "'"  # j': the index of a reduction inside the scope of another j
 KINDS = (SIZE, STRIDE, COUNT, INDPTR, INDICES, VALUES, ACCUMULATOR, TOTAL, COPIES)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from operator import is_
 from typing import Any, TypeVar
 
 from tilewright import dtypes
+from tilewright.ir.names import PRIME
 from tilewright.ir.nodes import (
     COMPARISON,
     Access,
@@ -185,6 +186,31 @@ def free_vars(n: Any) -> set[str]:
 
     visit(n, frozenset())
     return found
+
+
+def rename_reductions(e: N, taken: frozenset[str]) -> N:
+    """`e` with each index that a reduction binds, and that a scope around it binds too, renamed to
+    j', j'', …; `taken` are the names bound around `e`.
+
+    before: out[i, j] = e / sum(e over j)               e = exp(A[i, j])
+    after:  out[i, j] = exp(A[i, j]) / sum(exp(A[i, j']) over j')
+    """
+
+    def visit(x: Any) -> Any:
+        return rename_reductions(x, taken)
+
+    if not isinstance(e, Reduce):
+        return rebuild(e, visit)
+    fresh: dict[str, Expr] = {}
+    for a in e.axes:
+        name = a.name
+        while name in taken:
+            name += PRIME
+        if name != a.name:
+            fresh[a.name] = replace(a, name=name)
+    axes = tuple(fresh.get(a.name, a) for a in e.axes)
+    inner = taken | {a.name for a in axes}
+    return replace(e, axes=axes, body=rename_reductions(substitute(e.body, fresh), inner))
 
 
 def conditioned(e: Any, held: tuple[Expr, ...] = ()) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.ir.nodes import Access, Assign, Cast, Expr, Index, Program, Reduce, Tensor, cast
-from tilewright.ir.rewrite import conditioned, rebuild, walk
+from tilewright.ir.rewrite import conditioned, rebuild, substitute, walk
 
 
 def hoist_reductions(program: Program) -> Program:
@@ -38,12 +38,9 @@ def hoist_reductions(program: Program) -> Program:
 
 
 def _apart(statement: Assign, e: Reduce) -> bool:
-    """Whether a reduction cannot be its statement: the output has one of its indices, which is then
-    another one, or follows the stored coordinates of one tensor and the reduction those of
-    another."""
+    """Whether a reduction cannot be its statement: the output follows the stored coordinates of one
+    tensor and the reduction those of another."""
     own = {a.name for a in e.axes}
-    if own & {x.name for c in statement.out.coords for x in walk(c) if isinstance(x, Index)}:
-        return True
     return statement.out.tensor.is_sparse and any(
         isinstance(x, Access)
         and x.tensor.is_sparse
@@ -65,7 +62,7 @@ class _Hoister:
         free = _free_indices(e)
         # The same text under another binder is another value: its indices mean other loops.
         binding = tuple(id(b) for b in binders if {a.name for a in b.axes} & free.keys())
-        key = (e, binding)
+        key = (_numbered(e), binding)
         if key in self.known:
             return self.known[key]
         inner = Reduce(e.op, e.axes, self.visit(e.body, (*binders, e)), e.dtype)
@@ -82,6 +79,16 @@ class _Hoister:
         order = [n.name for c in self.out.coords for n in walk(c) if isinstance(n, Index)]
         order += [a.name for b in binders for a in b.axes]
         return order.index(x.name)
+
+
+def _numbered(e: Any, depth: int = 0) -> Any:
+    """`e` with numbers for the indices it binds: equal for expressions that differ in their names
+    only."""
+    if not isinstance(e, Reduce):
+        return rebuild(e, lambda child: _numbered(child, depth))
+    fresh = {a.name: replace(a, name=str(depth + n)) for n, a in enumerate(e.axes)}
+    body = _numbered(substitute(e.body, fresh), depth + len(fresh))
+    return replace(e, axes=tuple(fresh.values()), body=body)
 
 
 def _free_indices(e: Expr) -> dict[str, Index]:

@@ -14,8 +14,8 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir.levels import Level, load_value, may_miss
-from tilewright.ir.names import given
+from tilewright.ir.levels import Level, lists_rows, load_value, may_miss
+from tilewright.ir.names import PRIME, given
 from tilewright.ir.nodes import (
     Access,
     Binary,
@@ -96,6 +96,7 @@ class NestBuilder:
         self.followed: tuple[str, tuple[str, ...]] | None = None  # what the root's loops follow
         self.placed: set[str] = set()
         self.in_place = False
+        self.covers = True  # whether the root's loops visit every element of its output
         self.rows: dict[str, str] = {}  # structure -> the index of the rows it is followed at
         self.at = root  # the statement whose loops are being opened
         self.hidden: frozenset[str] = frozenset()
@@ -134,6 +135,9 @@ class NestBuilder:
                 self._check_whole_rows(st, driver)
             self._follow(st, driver, env)
         specs = self._ordered(st, driver, env)
+        if st is self.root and not st.out.tensor.is_sparse:
+            reduced = {a.name for a in st.axes}
+            self.covers = all(self._visits_all(s) for s in specs if s.axis.name not in reduced)
         in_place = bool(st.op) and self._is_in_place(st, specs)
         if in_place and st is not self.root:
             raise ProgramError(
@@ -150,6 +154,13 @@ class NestBuilder:
         nest = self._loops(st, specs, env, in_place)
         self.at, self.hidden = around, hidden
         return nest
+
+    def _visits_all(self, s: _Spec) -> bool:
+        """Whether the loop of an output index visits every coordinate of its dimension."""
+        if s.level is None or (s.level.full and s.fused is None):
+            return True
+        fmt = self.owner.tensors[s.structure].format
+        return s.depth == 0 and s.fused is None and fmt.covers_rows and lists_rows(s.level)
 
     def _borrowed(self, st: Statement) -> tuple[str, tuple[str, ...]] | None:
         """The driver of a reduction inside the root, where the root's own loops can follow it:
@@ -245,9 +256,12 @@ class NestBuilder:
         levels: dict[int, _Spec] = {}
         if driver:
             structure, names = driver
+            # A reduction of dense values ranges over all coordinates, not over stored ones.
+            partial = {x.dim for x in self.owner.format[structure].levels if not x.full}
+            partial = partial if self.owner.driver(st) is None else set()
             for depth, level in enumerate(self.owner.format[structure].levels):
                 axis = next((x for x in wanted if x.name == names[level.dim]), None)
-                if axis is not None:
+                if axis is not None and not (axis in st.axes and level.dim in partial):
                     levels[depth] = _Spec(axis, structure, depth, level)
             if structure in self.owner.program.fused and len(levels) == 2:
                 both = _Spec(levels[0].axis, structure, 1, levels[1].level, fused=levels[1].axis)
@@ -407,7 +421,8 @@ class NestBuilder:
         return env.pos[structure, depth]
 
     def _fresh(self, name: str) -> str:
-        """`name`, or with a number where another loop of the nest already has it."""
+        """`name` without primes, or with a number where another loop of the nest already has it."""
+        name = name.replace(PRIME, "")
         chosen, n = name, 1
         while chosen in self.owner.names:
             n += 1

@@ -46,20 +46,26 @@ def coordinates_to_positions(program: Program) -> Program:
 
 
 def _roots(program: Program) -> Iterable[tuple[Assign, list[Assign]]]:
-    """Each statement that is stored, with the inline ones that it reads, straight or by way of
-    others."""
+    """Each statement that is stored, with the inline ones that it reads."""
     inline = {a.out.tensor.name: a for a in program.body if a.out.tensor.role == "inline"}
     for root in program.body:
         if root.out.tensor.name in inline:
             continue
-        needed: set[str] = set()
-        waiting = [root.value, root.out]
-        while waiting:
-            for x in walk(waiting.pop()):
-                if isinstance(x, Access) and x.tensor.name in inline.keys() - needed:
-                    needed.add(x.tensor.name)
-                    waiting.append(inline[x.tensor.name].value)
-        yield root, [a for name, a in inline.items() if name in needed]
+        yield root, _read_by(root, list(inline.values()))
+
+
+def _read_by(root: Any, temps: list[Any]) -> list[Any]:
+    """The statements of `temps` whose values the statement `root` reads, straight or by way of
+    others."""
+    known = {t.out.tensor.name: t for t in temps}
+    read: set[str] = set()
+    waiting = [root.value, root.out]
+    while waiting:
+        for x in walk(waiting.pop()):
+            if isinstance(x, Access) and x.tensor.name in known.keys() - read:
+                read.add(x.tensor.name)
+                waiting.append(known[x.tensor.name].value)
+    return [t for t in temps if t.out.tensor.name in read]
 
 
 def _buffers(n: Any) -> Iterable[Buffer]:
@@ -88,7 +94,7 @@ class _Builder(Tables):
             self._check_overlap(statement, temps, whole)
         nests: list[Nest] = []
         empty: list[Nest] = []
-        in_place, followed = False, None
+        in_place, covers, followed = False, True, None
         for number, fmt in enumerate(formats):
             self.format = {t.structure: t.format for t in self.tensors.values() if t.structure}
             if structure:
@@ -98,6 +104,7 @@ class _Builder(Tables):
             nest = NestBuilder(self, statement, temps, structure, shared=shared)
             body = simplify(nest.build())
             in_place |= nest.in_place
+            covers &= nest.covers
             follows = structure if composed else ""
             nests.append(
                 Nest(
@@ -109,11 +116,11 @@ class _Builder(Tables):
                 )
             )
             followed = nest.followed
-            if statement.out.tensor.is_sparse:
+            if statement.out.tensor.is_sparse and nest.in_place:
                 empty.append(self._init(statement, temps, followed, part))
         if in_place and temps:
             raise shares_rows(statement.out.tensor.name, whole)
-        if whole is None or (not in_place and (empty or whole.covers_rows)):
+        if covers and not in_place:
             return [tuple(nests)]
         return [tuple(empty or [self._init(statement, temps, followed, -1)]), tuple(nests)]
 
@@ -133,24 +140,27 @@ class _Builder(Tables):
         followed: tuple[str, tuple[str, ...]] | None,
         part: int,
     ) -> Nest:
-        """The value where nothing is stored, for all of the output (of a part of it, if sparse):
-        reductions over what `followed` stores have nothing to reduce there."""
+        """The value of all elements of the output (of a part of it, if sparse) where nothing is
+        stored. A reduction over what `followed` stores has nothing to reduce there."""
         structure = followed[0] if followed else ""
-        followers = [
-            t for t in temps if followed and followed in (self.driver(t), self.borrowable(t))
-        ]
-        nothing = {t.out.tensor.name: identity_of(t.op, t.out.dtype) for t in followers}
+        followers = {
+            t.out.tensor.name: identity_of(t.op, t.out.dtype)
+            for t in temps
+            if followed and followed in (self.driver(t), self.borrowable(t))
+        }
 
         def visit(e: Any) -> Any:
-            if isinstance(e, Access) and e.tensor.name in nothing:
-                return nothing[e.tensor.name]
+            if isinstance(e, Access) and e.tensor.name in followers:
+                return followers[e.tensor.name]
             return rebuild(e, visit)
 
-        value = cast(identity_of(st.op, st.value.dtype), st.out.dtype) if st.op else visit(st.value)
+        if st.op and self.driver(st):
+            value = cast(identity_of(st.op, st.value.dtype), st.out.dtype)
+            plain, rest = Statement(st.out, "", (), value, lambda e: e), []
+        else:
+            plain = replace(st, value=visit(st.value))
+            rest = _read_by(plain, [replace(t, value=visit(t.value)) for t in temps])
         self.names = set(self.tensors)
-        plain = Statement(st.out, "", (), value, lambda e: e)
-        rest = [replace(t, value=visit(t.value)) for t in temps if t not in followers]
-        rest = [] if st.op else rest
         body = simplify(NestBuilder(self, plain, rest, "", shared=False).build())
         follows = structure if part >= 0 else ""
         return Nest(f"{st.out.tensor.name}.init", body, part, structure=follows)

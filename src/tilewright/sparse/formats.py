@@ -19,7 +19,16 @@ from typing import Any
 import numpy as np
 
 from tilewright.errors import FormatError
-from tilewright.ir.levels import Compressed, Dense, Fixed, Level, Ragged, Singleton, whole
+from tilewright.ir.levels import (
+    Compressed,
+    Dense,
+    Fixed,
+    Level,
+    Ragged,
+    Singleton,
+    lists_rows,
+    whole,
+)  # fmt: skip
 
 MOST_PARTS = 1 << 16  # of a composed format: a row of its work table each
 Chosen = tuple["Format", np.ndarray | None, np.ndarray | None]  # format, entries, rows of a part
@@ -193,9 +202,7 @@ class Composed:
     def unique_rows(self) -> bool:
         """Whether each row of the result belongs to one part: parts that list their rows, one by
         one. A dense or blocked level of rows walks rows of other parts too."""
-        tops = [f.levels[0] for _, f in self.parts]
-        listed = all(isinstance(t, Compressed) and t.dim == 0 and not t.block for t in tops)
-        return self.disjoint_rows and listed and all(t.unique for t in tops)
+        return self.disjoint_rows and all(lists_rows(f.levels[0]) for _, f in self.parts)
 
     pack = Format.pack
 

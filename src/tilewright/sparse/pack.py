@@ -17,7 +17,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError, FormatError
-from tilewright.ir.levels import coordinates, row_major
+from tilewright.ir.levels import coordinates, lists_rows, row_major
 from tilewright.sparse import entries
 from tilewright.sparse.entries import Entries
 from tilewright.sparse.formats import Composed, Format
@@ -290,7 +290,7 @@ def _pack_part(
         extent = level.extent_of(shape)
         _check_positions(fmt, parents * (extent if level.is_dense else getattr(level, "width", 1)))
         built, q, parents = level.build(q, c.astype(np.int64, copy=False), parents, extent)
-        if depth == 0 and roots is not None and "indices" in built:
+        if depth == 0 and roots is not None and lists_rows(level):
             built, q, parents = _with_roots(built, q, roots)
         arrays.append(built)
         counts.append(parents)
@@ -302,8 +302,6 @@ def _pack_part(
 def _with_roots(built: dict[str, np.ndarray], q: np.ndarray, roots: np.ndarray):
     """The outermost level with all of `roots` stored, those without entries too."""
     at = np.searchsorted(roots, built["indices"])
-    if len(built["indices"]) and len(np.unique(built["indices"])) != len(built["indices"]):
-        return built, q, len(built["indices"])
     return (
         {"indptr": np.array([0, len(roots)]), "indices": roots},
         at[q] if len(q) else q,

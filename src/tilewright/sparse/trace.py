@@ -43,7 +43,7 @@ from tilewright.ir.nodes import (
     size_var,
     unary,
 )  # fmt: skip
-from tilewright.ir.rewrite import walk
+from tilewright.ir.rewrite import free_vars, rename_reductions, walk
 
 LETTERS = "ijklpqrstuvw"
 
@@ -189,7 +189,7 @@ def _reduce(op: str) -> Callable[..., Expr]:
                 hint="over=j or over=(j, k)",
             )
         body = as_expr(value)
-        missing = {a.name for a in axes} - {x.name for x in walk(body) if isinstance(x, Var)}
+        missing = {a.name for a in axes} - free_vars(body)
         if missing:
             raise ProgramError(
                 "P104",
@@ -298,7 +298,7 @@ def update(tensor: Tensor) -> Any:
                 _check_bound(access.coords, as_expr(value))
                 _check_moves(access, as_expr(value))
                 target = Access(written, access.coords, written.dtype)
-                trace.body.append(Assign(target, cast(as_expr(value), written.dtype)))
+                trace.body.append(_statement(target, as_expr(value)))
                 return written
 
             return assign
@@ -354,8 +354,15 @@ def _assign(how: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
         format=like.format if like else None,
     )
     trace.tensors[name] = tensor
-    trace.body.append(Assign(Access(tensor, coords, dtype), cast(value, dtype)))
+    trace.body.append(_statement(Access(tensor, coords, dtype), value))
     return tensor
+
+
+def _statement(to: Access, value: Expr) -> Assign:
+    """`to = value`; no reduction binds an index that the coordinates or a reduction around it
+    bind."""
+    bound = frozenset().union(*(free_vars(c) for c in to.coords))
+    return Assign(to, cast(rename_reductions(value, bound), to.dtype))
 
 
 def _output_dtype(value: Expr) -> DType:

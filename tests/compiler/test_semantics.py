@@ -1,0 +1,423 @@
+"""What programs mean, against plain NumPy: shadowed indices, outputs that formats leave out, stored
+coordinates that are no entries, reductions that several structures share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import tilewright as tw
+from tilewright.errors import ArgumentError, ProgramError
+from tilewright.ir.levels import Compressed, Dense, Fixed
+
+TARGETS = ("interp", "cpp")
+BLOCKS = tw.Composed(
+    "csr + bsr", ((tw.Where(3), tw.csr()), (tw.Where(0, 2), tw.bsr(2))), disjoint_rows=True
+)
+PIECES = tw.Format("pieces", (Compressed(0, chunk=2), Dense(1)))
+ROWS_3D = {  # formats of three dimensions: rows that are not stored at different levels
+    "csf": tw.csf(3),
+    "dense rows": tw.Format("dense rows", (Dense(0), Dense(1), Compressed(2))),
+    "listed rows": tw.Format("listed rows", (Dense(0), Compressed(1), Compressed(2))),
+    "listed relations": tw.Format("listed relations", (Compressed(0), Dense(1), Compressed(2))),
+    "blocks of rows": tw.Format(
+        "blocks of rows",
+        (Dense(0), Compressed(1, block=2), Dense(1, block=2, inner=True), Compressed(2)),
+    ),
+    "columns outside": tw.Format("columns outside", (Dense(0), Compressed(2), Compressed(1))),
+}
+
+
+def run(program, target, *args, shape=None, dtype=np.float32):
+    """The result, written over an output that is all NaN."""
+    kernel = program.build(target)
+    if shape is None:
+        return kernel(*args)
+    return kernel(*args, out=np.full(shape, np.nan, dtype))
+
+
+def some(rng, shape, density=0.6):
+    """Small whole numbers, never 0, with gaps."""
+    values = rng.integers(1, 4, shape) * rng.choice([-1, 1], shape)
+    return np.where(rng.random(shape) < density, values, 0).astype(np.float32)
+
+
+def close(got, wanted):
+    np.testing.assert_allclose(np.asarray(got), wanted, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+# ------------------------------------------------------------------ indices with a name used twice
+
+
+@tw.program
+def softmax_of_columns(Q=tw.dense("m d"), K=tw.dense("n d")):
+    i, j, k = tw.indices("m n d")
+    e = tw.exp(tw.sum(Q[i, k] * K[j, k], over=k))
+    return tw.out[i, j](e / tw.sum(e, over=i))
+
+
+@tw.program
+def softmax_of_rows(Q=tw.dense("m d"), K=tw.dense("n d")):
+    i, j, k = tw.indices("m n d")
+    e = tw.exp(tw.sum(Q[i, k] * K[j, k], over=k))
+    return tw.out[i, j](e / tw.sum(e, over=j))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_dense_softmax_in_one_expression(target, rng):
+    Q, K = rng.standard_normal((3, 4)).astype("f"), rng.standard_normal((5, 4)).astype("f")
+    e = np.exp(Q.astype(np.float64) @ K.T)
+    close(run(softmax_of_columns, target, Q, K, shape=(3, 5)), e / e.sum(0))
+    close(run(softmax_of_rows, target, Q, K, shape=(3, 5)), e / e.sum(1, keepdims=True))
+
+
+@tw.program
+def edge_softmax(A=tw.sparse("m n"), Q=tw.dense("m d"), K=tw.dense("n d")):
+    i, j, k = tw.indices("m n d")
+    e = tw.exp(A[i, j] * tw.sum(Q[i, k] * K[j, k], over=k))
+    return tw.out.like(A)[i, j](e / tw.sum(e, over=j))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fmt", [tw.csr(), tw.coo(), tw.csc(), tw.hyb(), tw.dcsr(), tw.ell(6),
+                                 tw.bsr(2)], ids=str)  # fmt: skip
+def test_edge_softmax_in_one_expression(fmt, target, rng):
+    A = np.ones((4, 6), "f") if str(fmt) == "bsr(2)" else some(rng, (4, 6))
+    Q, K = rng.standard_normal((4, 3)).astype("f"), rng.standard_normal((6, 3)).astype("f")
+    e = np.where(A != 0, np.exp(A * (Q.astype(np.float64) @ K.T)), 0)
+    wanted = np.divide(e, e.sum(1, keepdims=True), where=e != 0, out=np.zeros_like(e))
+    try:
+        got = edge_softmax.decompose(A=fmt).build(target)(fmt.pack(A), Q, K)
+    except ProgramError as refused:
+        assert refused.code == "P107" and str(fmt) in ("coo", "csc")
+        return
+    close(got.dense(), wanted)
+
+
+@tw.program
+def weighted_columns(A=tw.sparse("m n"), Q=tw.dense("m d"), K=tw.dense("n d")):
+    i, j, k = tw.indices("m n d")
+    e = tw.exp(tw.sum(Q[i, k] * K[j, k], over=k))
+    return tw.out[i, j](e / tw.sum(A[i, j] * e, over=j))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fmt", [tw.csr(), tw.coo(), tw.csc(), tw.hyb(), tw.dcsr(), tw.bsr(2)],
+                         ids=str)  # fmt: skip
+def test_a_row_sum_of_what_the_output_has_too(fmt, target, rng):
+    A = np.abs(some(rng, (4, 6)))
+    Q, K = rng.standard_normal((4, 3)).astype("f"), rng.standard_normal((6, 3)).astype("f")
+    e = np.exp(Q.astype(np.float64) @ K.T)
+    with np.errstate(divide="ignore"):
+        wanted = e / (A * e).sum(1, keepdims=True)
+    try:
+        kernel = weighted_columns.decompose(A=fmt).build(target)
+    except ProgramError as refused:
+        assert refused.code == "P107" and str(fmt) in ("coo", "csc", "hyb")
+        return
+    close(kernel(fmt.pack(A), Q, K), wanted)
+
+
+@tw.program
+def column_norm(A=tw.sparse("m n"), C=tw.sparse("m n")):
+    i, j = tw.indices("m n")
+    return tw.out.like(C)[i, j](C[i, j] / (10.0 + tw.sum(A[i, j] * C[i, j], over=i)))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fmt", [tw.csr(), tw.coo(), tw.csc(), tw.dcsr(), tw.bsr(2)], ids=str)
+def test_a_second_sparse_operand_under_a_shadowed_row(fmt, target, rng):
+    A, C = some(rng, (3, 5)), some(rng, (3, 5))
+    wanted = np.where(C != 0, C / (10.0 + (A * C).sum(0)), 0)
+    got = column_norm.decompose(C=fmt).build(target)(tw.csr().pack(A), fmt.pack(C))
+    close(got.dense(), wanted)
+
+
+@tw.program
+def nested(X=tw.dense("n"), Y=tw.dense("e m")):
+    q, i, l = tw.indices("q:m i:n l:e")
+    return tw.out[q, i](tw.sum(tw.sum(X[i] + Y[l, q], over=l), over=q))
+
+
+@tw.program
+def nested_alike(X=tw.dense("n n"), Y=tw.dense("n")):
+    i, j = tw.indices("n n")
+    inner = tw.sum(X[i, j] * Y[j], over=j)  # a number for each i, under a sum over another j
+    return tw.out[i](tw.sum(inner * X[j, i], over=j))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nested_reductions_over_the_same_index(target, rng):
+    X, Y = rng.standard_normal(2).astype("f"), rng.standard_normal((2, 3)).astype("f")
+    total = (X.astype(np.float64)[:, None, None] + Y).sum((1, 2))
+    close(run(nested, target, X, Y, shape=(3, 2)), np.broadcast_to(total, (3, 2)))
+    X, Y = rng.standard_normal((4, 4)).astype("f"), rng.standard_normal(4).astype("f")
+    close(run(nested_alike, target, X, Y, shape=(4,)), (X @ Y.astype(np.float64)) * X.sum(0))
+
+
+def test_a_reduction_over_an_index_that_only_an_inner_one_uses_is_refused():
+    with pytest.raises(ProgramError, match="does not use") as e:
+
+        @tw.program
+        def p(X=tw.dense("n")):
+            i = tw.indices("n")
+            return tw.out[()](tw.sum(tw.sum(X[i], over=i), over=i))
+
+    assert e.value.code == "P104"
+
+
+@tw.program
+def conditional(X=tw.dense("n"), Y=tw.dense("n")):
+    i = tw.indices("n")
+    return tw.out[i](tw.where(X[i] > 0, tw.sum(Y[i + 1], over=i), 0.0))
+
+
+@tw.program
+def conditional_sparse(A=tw.sparse("m n"), Y=tw.dense("n")):
+    i, j = tw.indices("m n")
+    total = tw.sum(tw.where(A[i, j] > 0, Y[j + 1], 0.0), over=j)
+    return tw.out.like(A)[i, j](tw.where(A[i, j] > 0, total, 0.0))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_condition_is_not_captured_by_a_sum(target, rng):
+    X, Y = np.array([1, -1, 1], "f"), np.array([1, 2, 3], "f")
+    close(run(conditional, target, X, Y, shape=(3,)), [5, 0, 5])
+    A, Y = some(rng, (4, 5)), rng.standard_normal(5).astype("f")
+    total = ((A > 0) * np.append(Y[1:], 0)).sum(1, keepdims=True)
+    got = conditional_sparse.build(target)(tw.csr().pack(A), Y)
+    close(got.dense(), (A > 0) * total)
+
+
+# ------------------------------------------------------------- elements that no stored entry visits
+
+
+@tw.program
+def sum_of_row_sums(A=tw.sparse("m n"), X=tw.dense("m d")):
+    i, j, k = tw.indices("m n d")
+    return tw.out[i](tw.sum(X[i, k] + tw.sum(A[i, j], over=j), over=k))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fmt", [tw.csr(), tw.dcsr(), tw.bucket(3), tw.dbsr(1), tw.dbsr(2),
+                                 tw.hyb(buckets=(1, 2)), tw.csf(2)], ids=repr)  # fmt: skip
+def test_rows_that_are_not_listed(fmt, target, rng):
+    A, X = np.zeros((5, 3), "f"), rng.standard_normal((5, 2)).astype("f")
+    A[1], A[4, 2] = [1, 2, 3], 4
+    wanted = X.sum(1) + 2 * A.sum(1)
+    close(run(sum_of_row_sums.decompose(A=fmt), target, fmt.pack(A), X, shape=(5,)), wanted)
+
+
+@tw.program
+def relation_rows(A=tw.sparse("r m n")):
+    r, i, j = tw.indices("r m n")
+    return tw.out[r, i](tw.sum(A[r, i, j], over=j))
+
+
+@tw.program
+def relation_rows_and_more(A=tw.sparse("r m n"), X=tw.dense("m d")):
+    r, i, j, k = tw.indices("r m n d")
+    return tw.out[r, i, k](X[i, k] * tw.exp(tw.sum(A[r, i, j], over=j)) + tw.sum(X[i, k], over=k))
+
+
+@tw.program
+def largest_row(A=tw.sparse("r m n")):
+    r, i, j = tw.indices("r m n")
+    return tw.out[r](tw.max(tw.sum(A[r, i, j], over=j), over=i))
+
+
+@tw.program
+def product_of_rows(A=tw.sparse("r m n")):
+    r, i, j = tw.indices("r m n")
+    return tw.out[r](tw.prod(2.0 + tw.sum(A[r, i, j], over=j), over=i))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fmt", list(ROWS_3D))
+def test_three_dimensions_with_rows_left_out(fmt, target, rng):
+    fmt = ROWS_3D[fmt]
+    A = -np.abs(some(rng, (3, 5, 4), 0.3))
+    A[:, 2] = A[1] = 0
+    A[0, 0, 0] = -3
+    X = rng.standard_normal((5, 2)).astype("f")
+    rows = A.astype(np.float64).sum(2)
+    more = X * np.exp(rows)[..., None] + X.sum(1)[:, None]
+    packed = fmt.pack(A)
+
+    def check(program, shape, wanted, *args):
+        close(run(program.decompose(A=fmt), target, packed, *args, shape=shape), wanted)
+
+    check(relation_rows, (3, 5), rows)
+    if str(fmt) != "columns outside":  # where rows are stored in pieces
+        check(largest_row, (3,), rows.max(1))
+        check(product_of_rows, (3,), (2 + rows).prod(1))
+        check(relation_rows_and_more, (3, 5, 2), more, X)
+
+
+@tw.program
+def attention(A=tw.sparse("m n"), Q=tw.dense("m d"), K=tw.dense("n d"), V=tw.dense("n v")):
+    i, j, k, v = tw.indices("m n d v")
+    e = tw.exp(A[i, j] * tw.sum(Q[i, k] * K[j, k], over=k))
+    return tw.out[i, v](tw.sum(e * V[j, v], over=j) / (1.0 + tw.sum(e, over=j)))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fmt", [tw.csr(), tw.hyb(), tw.dcsr(), tw.ell(6), tw.bucket(6)], ids=str)
+def test_graph_attention_in_one_expression(fmt, target, rng):
+    A = some(rng, (5, 6), 0.5)
+    A[3] = 0
+    Q, K, V = (rng.standard_normal(s).astype("f") for s in ((5, 3), (6, 3), (6, 2)))
+    e = np.where(A != 0, np.exp(A * (Q.astype(np.float64) @ K.T)), 0)
+    wanted = e @ V / (1 + e.sum(1, keepdims=True))
+    close(run(attention.decompose(A=fmt), target, fmt.pack(A), Q, K, V, shape=(5, 2)), wanted)
+
+
+# --------------------------------------------------------- coordinates that are stored several times
+
+
+def reductions_of(body):
+    """Reductions of `body(value)` over the columns, by operation."""
+
+    def of(op):
+        @tw.program
+        def p(A=tw.sparse("m n")):
+            i, j = tw.indices("m n")
+            return tw.out[i](op(body(A[i, j]), over=j))
+
+        return p
+
+    return {"sum": of(tw.sum), "max": of(tw.max), "min": of(tw.min), "prod": of(tw.prod)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fmt", [PIECES, BLOCKS], ids=str)
+@pytest.mark.parametrize("op", ["max", "min", "prod", "sum"])
+def test_zeros_stored_again_are_no_values(op, fmt, target):
+    with pytest.raises(ProgramError, match="more than once") as e:
+        reductions_of(tw.exp)[op].decompose(A=fmt).build(target)
+    assert e.value.code == "P107" and e.value.hint
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fmt", [PIECES, BLOCKS], ids=str)
+def test_zeros_stored_again_do_not_matter_where_they_add_nothing(fmt, target):
+    A = np.array([[1, 2, 3, 0], [0, 1, 0, 0], [-1, -1, -1, -1]], "f")
+    program = reductions_of(lambda a: 2.0 * a * abs(a))["sum"].decompose(A=fmt)
+    close(run(program, target, fmt.pack(A), shape=(3,)), (2 * A * abs(A)).sum(1))
+
+
+# ------------------------------------------------------------------------ the value of missing slots
+
+
+@tw.program
+def shortest(A=tw.sparse("m n", fill=float("inf")), x=tw.dense("n")):
+    i, j = tw.indices("m n")
+    return tw.out[i](tw.min(A[i, j] + x[j], over=j))
+
+
+@tw.program
+def distances(A=tw.sparse("m n", fill=float("inf")), x=tw.dense("n")):
+    i, j = tw.indices("m n")
+    return tw.out[i, j](A[i, j] + x[j])
+
+
+BLOCKED = (tw.bsr(2), tw.bsr(3), tw.ragged(), tw.dbsr(2), tw.csr(), tw.ell(5), tw.hyb(), BLOCKS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fmt", BLOCKED, ids=str)
+def test_slots_without_an_entry_hold_the_fill(fmt, target, dtype, rng):
+    A, x = some(rng, (4, 5), 0.4), rng.integers(-3, 4, 5).astype("f")
+    A[2] = 0
+    full = np.where(A != 0, A, np.inf)
+    packed = fmt.pack(A, fill=float("inf"), dtype=dtype)
+    wanted = (full + x).min(1)
+    program = shortest.decompose(A=fmt).typed(A=dtype)
+    close(run(program, target, packed, x, shape=(4,)), wanted)
+    again = packed.with_values(packed.entry_values())
+    close(run(program, target, again, x, shape=(4,)), wanted)
+    if not isinstance(fmt, tw.Composed):
+        program = distances.decompose(A=fmt).typed(A=dtype)
+        close(run(program, target, packed, x, shape=(4, 5)), full + x)
+    np.testing.assert_array_equal(packed.with_values(packed.entry_values()).dense()[2], np.inf)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_blocks_packed_with_another_fill_are_refused(target, rng):
+    A, x = some(rng, (4, 5)), np.zeros(5, "f")
+    for fmt in (tw.bsr(2), tw.ragged(), BLOCKS):
+        kernel = shortest.decompose(A=fmt).build(target)
+        good = fmt.pack(A, fill=float("inf"))
+        kernel(good, x)
+        bad = fmt.pack(A)
+        for packed in (bad, good.with_fill(0.0)):
+            with pytest.raises(ArgumentError, match="fill") as e:
+                kernel(packed, x)
+            assert e.value.code == "A106" and "fill=" in e.value.hint
+        close(kernel(bad.with_fill(float("inf")), x), kernel(good, x))
+    kernel = shortest.decompose(A=tw.csr()).build(target)  # which has no slots but entries
+    close(kernel(tw.csr().pack(A), x), np.where(A != 0, A, np.inf).min(1))
+
+
+# ----------------------------------------------------------- reductions that several structures share
+
+
+def two(body):
+    @tw.program
+    def p(A=tw.sparse("m n"), B=tw.sparse("m n")):
+        i, j = tw.indices("m n")
+        return tw.out[i](tw.sum(body(A[i, j], B[i, j]), over=j))
+
+    return p
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "body",
+    [lambda a, b: a + b, lambda a, b: b + a, lambda a, b: (b + 0.5) * a,
+     lambda a, b: tw.exp(a) * b, lambda a, b: tw.maximum(a, b)],
+)  # fmt: skip
+def test_the_order_of_operands_never_decides(body, target):
+    with pytest.raises(ProgramError, match="structures of A and B|structures of B and A") as e:
+        two(body).build(target)
+    assert e.value.code == "P107" and e.value.hint
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fmt", [tw.csr(), tw.dcsr(), tw.bsr(2), tw.hyb()], ids=str)
+def test_products_of_two_structures(fmt, target, rng):
+    A, B = some(rng, (4, 6)), some(rng, (4, 6))
+    for body in (lambda a, b: a * b, lambda a, b: b * a, lambda a, b: a * (b + 0.5),
+                 lambda a, b: -a * 2.0 * abs(b)):  # fmt: skip
+        program = two(body).decompose(A=tw.csr() if body(1, 0) == 0 else fmt)
+        try:
+            kernel = program.build(target)
+        except ProgramError as refused:
+            assert refused.code == "P107" and fmt == tw.hyb()
+            continue
+        packed = dict(program.formats)["A"].pack(A)
+        close(kernel(packed, tw.csr().pack(B)), body(A, B).sum(1))
+
+
+def test_values_of_one_structure_are_no_second_structure(rng):
+    @tw.program
+    def p(A=tw.sparse("m n"), B=tw.sparse("m n", like="A")):
+        i, j = tw.indices("m n")
+        return tw.out[i](tw.sum(A[i, j] + B[i, j], over=j))
+
+    A = some(rng, (4, 6))
+    packed = tw.csr().pack(A)
+    values = rng.standard_normal(packed.nnz).astype("f")
+    other = packed.with_values(values)
+    for target in TARGETS:
+        close(p.build(target)(packed, other), (A + other.dense()).sum(1))
+
+
+def test_a_level_that_pads_is_not_read(rng):
+    """Slots of ELL without an entry are no coordinates, whatever they hold."""
+    fmt = tw.Format("rows of slots", (Compressed(0), Fixed(1, width=5)))
+    A, x = some(rng, (4, 5), 0.4), np.zeros(5, "f")
+    for target in TARGETS:
+        kernel = shortest.decompose(A=fmt).build(target)
+        close(kernel(fmt.pack(A), x), np.where(A != 0, A, np.inf).min(1))
