@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tilewright import dtypes
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import (
+    ATOMIC,
     Binary,
     Compute,
     Const,
@@ -37,6 +37,7 @@ from tilewright.ir.rewrite import (
     simplify,
     statements,
     substitute,
+    transform,
     walk,
 )
 from tilewright.schedule.tree import (
@@ -115,9 +116,13 @@ def split(
 
 
 def substituted_loop(f: For, name: str, begin: Expr) -> For:
-    """The loop `f` from `begin` on, under another name."""
+    """The loop `f` from `begin` on, under another name. Its statements are objects of their own:
+    passes find a `Compute` by identity (`path_to`)."""
     var = Var(name, f.var.dtype)
-    return For(var, begin, f.end, substitute(f.body, {f.name: var}), "serial", f.axes)
+    body = transform(
+        substitute(f.body, {f.name: var}), lambda x: replace(x) if isinstance(x, Compute) else x
+    )
+    return For(var, begin, f.end, body, "serial", f.axes)
 
 
 def _known_multiple(extent: Expr, factor: int) -> bool:
@@ -341,10 +346,12 @@ def atomic(body: Stmt, output: str) -> Found:
         nonlocal count
         if isinstance(x, Compute) and x.out.buffer.name == output and x.in_place:
             count += 1
-            if x.out.dtype not in (dtypes.float32, dtypes.float64, dtypes.int32):
+            if x.out.dtype not in ATOMIC.get(x.op, ()):
                 raise ScheduleError(
-                    "S102", f"no atomic {x.op} on {x.out.dtype}", hint="float32, float64 or int32"
-                )
+                    "S102", f"no atomic {x.op} of {x.out.dtype} into {output}",
+                    hint=f"there are {', '.join(ATOMIC)} of float32, float64 and int32; "
+                    "privatize() does without",
+                )  # fmt: skip
             return replace(x, atomic=True)
         return rebuild(x, visit) if isinstance(x, (Seq, For, If)) else x
 
