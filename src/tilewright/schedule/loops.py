@@ -98,31 +98,32 @@ def split(
             inside = seq(Let(f.var, index), If(binary("<", f.var, f.end), f.body))
         whole = tail != "guard" or exact
         count = simplify(binary("//", extent if whole else add(extent, factor - 1), factor))
-        zero = Const(0, t)
-        nest: Stmt = For(
-            outer,
-            zero,
-            count,
-            For(inner, zero, Const(factor, t), inside, "serial", f.axes, f.private),
-            f.kind,
-            f.axes,
-        )
+        inner_loop = For(inner, _zero(f), Const(factor, t), inside, "serial", f.axes, f.private)
+        nest: Stmt = For(outer, _zero(f), count, inner_loop, f.kind, f.axes)
         if tail != "cut" or exact:
             return nest
         start = simplify(add(f.begin, mul(count, factor)))
-        return seq(nest, substituted_loop(f, f"{base}_t", start))
+        return seq(nest, _tail(f, f"{base}_t", start))
 
     return rewrite_loops(body, loop, one)
 
 
-def substituted_loop(f: For, name: str, begin: Expr) -> For:
-    """The loop `f` from `begin` on, under another name. Its statements are objects of their own:
-    passes find a `Compute` by identity (`path_to`)."""
-    var = Var(name, f.var.dtype)
+def _tail(f: For, name: str, begin: Expr) -> For:
+    """The loop `f` from `begin` on, under another name; from 0 where its extent is constant, as
+    accumulators and vectors need it. Its statements are objects of their own: passes find a
+    `Compute` by identity (`path_to`)."""
+    var, end = Var(name, f.var.dtype), f.end
+    at: Expr = var
+    if isinstance(begin, Const) and isinstance(end, Const):
+        at, end, begin = add(begin, var), simplify(binary("-", end, begin)), _zero(f)
     body = transform(
-        substitute(f.body, {f.name: var}), lambda x: replace(x) if isinstance(x, Compute) else x
+        substitute(f.body, {f.name: at}), lambda x: replace(x) if isinstance(x, Compute) else x
     )
-    return For(var, begin, f.end, body, "serial", f.axes)
+    return For(var, begin, end, body, "serial", f.axes)
+
+
+def _zero(f: For) -> Const:
+    return Const(0, f.var.dtype)
 
 
 def _known_multiple(extent: Expr, factor: int) -> bool:
