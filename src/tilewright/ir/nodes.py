@@ -25,7 +25,8 @@ COMPARISON = {"<", "<=", ">", ">=", "==", "!="}
 UNARY = {"-", "not", "exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "abs", "floor"}
 REDUCTIONS = {"sum": "+", "max": "max", "min": "min", "prod": "*"}
 # The atomic updates that every target has.
-ATOMIC = dict.fromkeys(("sum", "max", "min"), (dtypes.float32, dtypes.float64, dtypes.int32))
+_ATOMIC = (dtypes.float32, dtypes.float64, dtypes.int32)
+ATOMIC: dict[str, tuple[DType, ...]] = dict.fromkeys(("sum", "max", "min"), _ATOMIC)
 
 
 class Operators:
