@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from tilewright import knobs
 from tilewright.codegen import cpp, cuda
 from tilewright.codegen.params import Params, collect_params, host_text
-from tilewright.errors import ScheduleError
+from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir.names import stride_name
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.ir.rewrite import is_ordered
+from tilewright.ir.verify import verify
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
 from tilewright.runtime.built import Built
 from tilewright.runtime.manifest import Manifest, StageSpec, TensorSpec, declarations
@@ -39,9 +41,17 @@ def scheduled(program: Program, recipe: Recipe | None, target: Target) -> Schedu
 def lowered(
     program: Program, recipe: Recipe | None, target: Target, watch: Watch | None = None
 ) -> Program:
-    """The program at the loop level for a target."""
-    s = scheduled(program, recipe, target)
-    return run_passes(s.lowered.program, AFTER_SCHEDULE, target.kind, watch)
+    """The program at the loop level for a target, verified: text that is rendered from it declares
+    every name that it uses. Raises InternalError[I101] that names the pass at fault."""
+    positions = scheduled(program, recipe, target).lowered.program
+    made = run_passes(positions, AFTER_SCHEDULE, target.kind, watch)
+    try:
+        verify(made, "the last pass")
+    except InternalError:
+        with knobs.scope(verify=True):
+            run_passes(positions, AFTER_SCHEDULE, target.kind)
+        raise
+    return made
 
 
 class _Positions:

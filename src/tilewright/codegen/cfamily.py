@@ -15,6 +15,7 @@ from tilewright.codegen.params import C_TYPES, STORED_AS_BITS, Params, c_name
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir.nodes import (
+    COMPARISON,
     Alloc,
     Binary,
     Broadcast,
@@ -76,8 +77,6 @@ class Renderer:
     # -- types -----------------------------------------------------------------------------------
 
     def type(self, t: DType) -> str:
-        if t.kind == "b" and t.lanes > 1:
-            raise InternalError("I101", "masks are not stored")
         base = C_TYPES[t.name]
         return base if t.lanes == 1 else f"{self.namespace}vec<{base}, {t.lanes}>"
 
@@ -102,9 +101,8 @@ class Renderer:
         elif isinstance(s, If):
             self.block(f"if ({self.expr(s.cond)})", s.body)
         elif isinstance(s, Let):
-            self.line(
-                f"const {self.type(s.var.dtype)} {c_name(s.var.name)} = {self.expr(s.value)};"
-            )
+            kind, name = self.type(s.var.dtype), c_name(s.var.name)
+            self.line(f"const {kind} {name} = {self.stored(s.value)};")
         elif isinstance(s, Alloc):
             self.alloc(s.buffer)
         elif isinstance(s, Store):
@@ -154,7 +152,7 @@ class Renderer:
         return f"{c_name(b.name)}[{flat}]"
 
     def store(self, s: Store) -> None:
-        value = self.expr(s.value)
+        value = self.stored(s.value)
         if s.buffer.scope == "register":
             place = self.register(s.buffer, s.index)
             self.line(f"{place} = {self.combine(s.op, place, value, s.buffer.dtype)};")
@@ -228,7 +226,7 @@ class Renderer:
         if e.dtype.kind == "b":
             return "true" if e.value else "false"
         if not e.dtype.is_float:
-            return str(int(e.value)) if abs(int(e.value)) < 2**31 else f"INT64_C({int(e.value)})"
+            return _integer(int(e.value), e.dtype)
         suffix = "" if e.dtype.bits == 64 else "f"
         value = float(e.value)
         if value != value:
@@ -312,8 +310,21 @@ class Renderer:
         kind = f"{C_TYPES[b.dtype.name]}, {lanes}"
         return f"{self.namespace}store<{kind}>({self.place(b, base)}, {value});"
 
+    def stored(self, e: Expr) -> str:
+        """The text of a value as a variable or memory keeps it: what a comparison of vectors gives
+        is as wide as its operands, a vector of bool has bytes that are 0 or 1."""
+        text = self.expr(e)
+        kept = e.dtype.kind != "b" or e.dtype.lanes == 1
+        return text if kept or isinstance(e, _BYTES) else self.mask(text, e.dtype.lanes)
+
+    def mask(self, text: str, lanes: int) -> str:
+        return f"{self.namespace}mask<{lanes}>({text})"
+
     def binary(self, e: Binary) -> str:
-        a, b = self.expr(e.a), self.expr(e.b)
+        if e.op in ("&", "|") and _mask_bits(e.a) == _mask_bits(e.b):
+            a, b = self.expr(e.a), self.expr(e.b)
+        else:
+            a, b = self.stored(e.a), self.stored(e.b)
         if e.op in ("min", "max"):
             return self.call_minmax(e.op, a, b, e.dtype)
         if e.op in ("//", "%"):
@@ -341,14 +352,14 @@ class Renderer:
     def unary(self, e: Unary) -> str:
         a = self.expr(e.a)
         if e.op == "-":
-            return f"(-{a})"
+            return f"(-({a}))" if a.startswith("-") else f"(-{a})"
         if e.op == "not":
             return f"(!{a})"
         template = f"<{e.dtype.lanes}>" if e.dtype.lanes > 1 and e.op != "abs" else ""
         return f"{self.namespace}{e.op}{template}({a})"
 
     def select(self, e: Select) -> str:
-        a, b = self.expr(e.a), self.expr(e.b)
+        a, b = self.stored(e.a), self.stored(e.b)
         if e.cond.dtype.lanes > 1:
             return f"{self.namespace}select({self.expr(e.cond)}, {a}, {b})"
         return f"({self.expr(e.cond)} ? {a} : {b})"
@@ -370,6 +381,8 @@ class Renderer:
         return self.convert(a, to)
 
     def convert(self, text: str, to: DType) -> str:
+        if to.kind == "b" and to.lanes > 1:
+            return self.mask(text, to.lanes)
         if to.lanes > 1:
             return f"{self.namespace}convert<{C_TYPES[to.name]}, {to.lanes}>({text})"
         if to.kind == "b":
@@ -406,6 +419,31 @@ class Renderer:
                 text.append(f"const {kind} {var} = static_cast<{kind}>({rest} % {extent});")
                 rest = f"({rest} / {extent})"
         return text
+
+
+_BYTES = (Load, Var, Broadcast, Select, Cast)  # expressions whose vectors of bool have bytes
+
+
+def _mask_bits(e: Expr) -> int:
+    """The width of the lanes that generated text has for a vector of bool; 0 for anything else."""
+    if e.dtype.kind != "b" or e.dtype.lanes == 1:
+        return 0
+    if isinstance(e, Binary) and e.op in COMPARISON and e.a.dtype.kind != "b":
+        return e.a.dtype.bits
+    if isinstance(e, Binary) and _mask_bits(e.a) == _mask_bits(e.b):
+        return _mask_bits(e.a)
+    return _mask_bits(e.a) if isinstance(e, Unary) else 8
+
+
+def _integer(value: int, dtype: DType) -> str:
+    """An integer literal of the type that C gives to a narrower one, or of its own."""
+    if abs(value) < 2**31:
+        return str(value)
+    if dtype.kind == "u":
+        return f"{value}u" if dtype.bits <= 32 else f"UINT64_C({value})"
+    if value == dtype.least:  # C has no negative literals
+        return f"({_integer(value + 1, dtype)} - 1)"
+    return f"INT64_C({value})"
 
 
 def _int32(to: DType) -> DType:

@@ -72,6 +72,9 @@ class CudaRenderer(Renderer):
 
     restrict = "__restrict__"
 
+    def mask(self, text: str, lanes: int) -> str:
+        return f"tw::convert<bool, {lanes}>({text})"
+
     def prefetch(self, place: str) -> str:
         return f"tw::prefetch({place});"
 

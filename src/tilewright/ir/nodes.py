@@ -24,13 +24,17 @@ BITWISE = {"&", "|", "^", "<<", ">>"}
 COMPARISON = {"<", "<=", ">", ">=", "==", "!="}
 UNARY = {"-", "not", "exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "abs", "floor"}
 REDUCTIONS = {"sum": "+", "max": "max", "min": "min", "prod": "*"}
+# The atomic updates that every target has.
+_ATOMIC = (dtypes.float32, dtypes.float64, dtypes.int32)
+ATOMIC: dict[str, tuple[DType, ...]] = dict.fromkeys(("sum", "max", "min"), _ATOMIC)
 
 
-class Expr:
-    """Base of expressions. Operators build `Binary` and `Unary` nodes with promoted dtypes."""
+class Operators:
+    """Python's operators as nodes with promoted dtypes: of expressions, and of tensors without
+    dimensions. The other operand may be a number of Python or NumPy, on either side."""
 
     __slots__ = ()
-    dtype: DType
+    __array_ufunc__ = None  # NumPy leaves `np.float32(2) * x` to us
 
     def __add__(self, other: Any) -> Expr:
         return binary("+", self, other)
@@ -98,8 +102,14 @@ class Expr:
     def __rrshift__(self, other: Any) -> Expr:
         return binary(">>", other, self)
 
+    def __pow__(self, exponent: Any) -> Expr:
+        return power(self, exponent)
+
+    def __rpow__(self, base: Any) -> Expr:
+        return power(base, self)
+
     def __pos__(self) -> Expr:
-        return self
+        return as_expr(self)
 
     def __lt__(self, other: Any) -> Expr:
         return binary("<", self, other)
@@ -115,6 +125,13 @@ class Expr:
 
     def __neg__(self) -> Expr:
         return unary("-", self)
+
+
+class Expr(Operators):
+    """Base of expressions."""
+
+    __slots__ = ()
+    dtype: DType
 
     def __bool__(self) -> bool:
         raise ProgramError(
@@ -281,7 +298,7 @@ Kind = Literal["weight", "activation", "kv", "state"]
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(Operators):
     """Coordinate level: a named array over named dimensions (or integer sizes).
 
     `format` is None for dense tensors. Tensors with the same `structure` name share one sparsity
@@ -601,8 +618,9 @@ def size_var(dim: str | int, index: DType = dtypes.int32) -> Expr:
 
 
 def as_expr(x: Any, dtype: DType | None = None) -> Expr:
-    """Numbers become constants: of `dtype`, else bool, int32 or float32 by their Python type; a
+    """Numbers of Python and NumPy become constants: of `dtype`, else bool, int32 or float32; a
     tensor without dimensions is its one value."""
+    x = _operand(x)
     if isinstance(x, Expr):
         return x
     if isinstance(x, bool):
@@ -614,24 +632,28 @@ def as_expr(x: Any, dtype: DType | None = None) -> Expr:
         return Const(x, kind)
     if isinstance(x, float):
         return Const(x, dtype or dtypes.float32)
+    raise ProgramError(
+        "P101", f"{x!r} cannot be an operand",
+        hint="operands are numbers, scalars and elements of tensors, such as X[i, j]",
+    )  # fmt: skip
+
+
+def _operand(x: Any) -> Any:
+    """A tensor without dimensions as its value, a number of NumPy as Python's; `x` otherwise."""
     if isinstance(x, Tensor) and not x.dims:
         return Access(x, (), x.dtype)
-    raise ProgramError(
-        "P101", f"{x!r} cannot stand in an expression", hint="numbers and tensors can"
-    )
+    return x.item() if getattr(x, "ndim", None) == 0 and hasattr(x, "item") else x
 
 
 def binary(op: str, a: Any, b: Any) -> Expr:
-    """`a op b` with promoted operands; a Python number takes the other operand's type."""
+    """`a op b` with promoted operands; a number takes the other operand's type."""
+    a, b = _operand(a), _operand(b)
     if isinstance(a, bool) or isinstance(b, bool):
         raise ProgramError(
             "P101", f"{a} {op} {b}: a condition that Python has decided",
             hint="`==` compares the text of expressions: write tw.equal(i, j)",
         )  # fmt: skip
-    if isinstance(a, Expr):
-        b = as_expr(b, _literal_type(b, a.dtype))
-    else:
-        a = as_expr(a, _literal_type(a, b.dtype))
+    a, b = _same_literals(a, b)
     ta, tb = a.dtype.scalar, b.dtype.scalar
     if op in BITWISE and (ta.is_float or tb.is_float):
         raise ProgramError("P106", f"{op} needs integers, not {ta} and {tb}", where=f"{a} {op} {b}")
@@ -649,12 +671,36 @@ def binary(op: str, a: Any, b: Any) -> Expr:
     return Binary(op, a, b, (dtypes.bool_ if op in COMPARISON else common).vector(lanes))
 
 
+def _same_literals(a: Any, b: Any) -> tuple[Expr, Expr]:
+    """Two operands as expressions: a number takes its type from the other operand."""
+    if isinstance(a, Expr):
+        return a, as_expr(b, _literal_type(b, a.dtype))
+    b = as_expr(b)
+    return as_expr(a, _literal_type(a, b.dtype)), b
+
+
 def _literal_type(x: Any, other: DType) -> DType | None:
     if isinstance(x, float) and not other.is_float:
         return dtypes.float32
     if isinstance(x, (int, float)) and not isinstance(x, bool) and other.kind != "b":
         return other.accumulator if other.is_float else other.scalar
     return None
+
+
+def power(a: Any, exponent: Any) -> Expr:
+    """`a ** exponent` for a whole exponent, as products."""
+    a, n = as_expr(a), _operand(exponent)
+    if isinstance(n, float) and n.is_integer():
+        n = int(n)
+    if not isinstance(n, int) or isinstance(n, bool) or abs(n) > 64 or (n < 0 and a.dtype.is_int):
+        raise ProgramError(
+            "P106", f"{a} ** {exponent}: the exponent is a whole number of at most 64",
+            hint="write tw.sqrt(x), or tw.exp(y * tw.log(x)) for x > 0",
+        )  # fmt: skip
+    if n < 1:
+        return as_expr(1, a.dtype.accumulator) if n == 0 else binary("/", 1, power(a, -n))
+    half = power(a, n // 2) if n > 1 else a
+    return half if n == 1 else half * half if n % 2 == 0 else half * half * a
 
 
 def equal(a: Any, b: Any) -> Expr:
@@ -692,11 +738,7 @@ def cast(a: Expr, to: DType) -> Expr:
 
 
 def select(cond: Any, a: Any, b: Any) -> Expr:
-    if isinstance(a, Expr):
-        b = as_expr(b, _literal_type(b, a.dtype))
-    elif isinstance(b, Expr):
-        a = as_expr(a, _literal_type(a, b.dtype))
-    a, b = as_expr(a), as_expr(b)
+    a, b = _same_literals(_operand(a), _operand(b))
     common = dtypes.promote(a.dtype.scalar, b.dtype.scalar)
     cond = as_expr(cond)
     lanes = max(a.dtype.lanes, b.dtype.lanes, cond.dtype.lanes)

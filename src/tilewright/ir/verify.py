@@ -104,6 +104,7 @@ class _Checker:
         self.legal = LEGAL[program.level]
         self.level, self.after = program.level, after
         self.tensors = {t.name for t in program.tensors}
+        self.buffers = {b.name for b in program.buffers}
 
     def fail(self, why: str, node: Any) -> None:
         place = f" after {self.after}" if self.after else ""
@@ -148,13 +149,24 @@ class _Checker:
         elif isinstance(s, Store):
             self.store(s, bound, registers)
         else:
-            if isinstance(s, (Mma, MmaZero, MmaStore)) and s.acc.name not in registers:
-                self.fail(f"fragment {s.acc.name} is not allocated here", s)
+            if isinstance(s, (Mma, MmaZero, MmaStore)):
+                self.declared(s.acc, registers, s)
             for child in children(s):
+                if isinstance(child, Tile):
+                    self.declared(child.buffer, registers, s)
                 for e in children(child) if isinstance(child, Tile) else (child,):
                     self.expr(e, bound, registers)
 
+    def declared(self, b: Buffer, registers: dict[str, Buffer] | None, node: Any) -> None:
+        """Fails for a buffer that no parameter brings and no statement around allocates."""
+        if b.scope in ("global", "part"):
+            if b.name not in self.buffers:
+                self.fail(f"buffer {b.name} is not declared", node)
+        elif registers is not None and b.name not in registers:
+            self.fail(f"{b.scope} {b.name} is not allocated here", node)
+
     def seq(self, s: Seq, bound: set[str], registers: dict[str, Buffer]) -> None:
+        own: set[str] = set()
         for b in s.body:
             self.stmt(b, bound, registers)
             if isinstance(b, Let):
@@ -162,6 +174,9 @@ class _Checker:
                     self.fail(f"{b.var.name} is bound twice", b)
                 bound.add(b.var.name)
             if isinstance(b, Alloc):
+                if b.buffer.name in own:
+                    self.fail(f"{b.buffer.name} is allocated twice", b)
+                own.add(b.buffer.name)
                 registers[b.buffer.name] = b.buffer
 
     def compute(self, s: Compute, bound: set[str]) -> None:
@@ -176,8 +191,12 @@ class _Checker:
         self.expr(s.value, bound, registers)
         if s.value.dtype.scalar != s.buffer.dtype.scalar:
             self.fail(f"{s.value.dtype} stored to {s.buffer.dtype}", s)
-        if s.buffer.scope == "register" and s.buffer.name not in registers:
-            self.fail(f"register {s.buffer.name} is not allocated here", s)
+        self.declared(s.buffer, registers, s)
+        self.indices(s)
+
+    def indices(self, x: Load | Store) -> None:
+        if x.buffer.scope == "register" and len(x.index) != len(x.buffer.shape):
+            self.fail(f"{x.buffer} accessed with {len(x.index)} indices", x)
 
     def expr(self, e: Expr, bound: set[str], registers: dict[str, Buffer] | None = None) -> None:
         if isinstance(e, Var):
@@ -196,19 +215,11 @@ class _Checker:
         if isinstance(e, Reduce):
             self.expr(e.body, bound | {a.name for a in e.axes}, registers)
             return
-        if (
-            isinstance(e, Load)
-            and registers is not None
-            and e.buffer.scope == "register"
-            and e.buffer.name not in registers
-        ):
-            self.fail(f"register {e.buffer.name} is not allocated here", e)
-        if (
-            isinstance(e, Load)
-            and e.buffer.scope == "register"
-            and len(e.index) != len(e.buffer.shape)
-        ):
-            self.fail(f"{e.buffer} read with {len(e.index)} indices", e)
+        if isinstance(e, Load):
+            self.declared(e.buffer, registers, e)
+            self.indices(e)
+        elif isinstance(e, Search):
+            self.declared(e.keys, registers, e)
         for child in children(e):
             self.expr(child, bound, registers)
 

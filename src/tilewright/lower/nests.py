@@ -517,9 +517,10 @@ class NestBuilder:
         if not hasattr(fmt, "levels"):
             raise unsearchable(tensor.name, fmt)
         last = len(fmt.levels) - 1
-        if env.coords.get(tensor.structure) == names:
+        own = "" not in names  # a coordinate that is no index follows nothing
+        if own and env.coords.get(tensor.structure) == names:
             position = self._position(tensor.structure, last, env)
-        elif (tensor.structure, names) in env.places:
+        elif own and (tensor.structure, names) in env.places:
             position = env.places[tensor.structure, names]
         else:
             self._check_own_rows(tensor.structure, names)

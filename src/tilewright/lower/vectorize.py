@@ -119,8 +119,10 @@ def _asked_once(s: Stmt) -> Stmt:
 
 
 def _renamed_lets(s: Stmt, suffix: str) -> Stmt:
-    """Lets and registers of the outermost sequence under new names, so that copies stand side by
-    side. (One that nothing follows is a sequence of its own.)"""
+    """The lets and registers of a copy under new names, so that copies share a scope: also those
+    under guards, which may prove to be always true."""
+    if isinstance(s, If):
+        return replace(s, body=_renamed_lets(s.body, suffix))
     out: list[Stmt] = []
     names: dict[str, Expr] = {}
     buffers: dict[str, Buffer] = {}
@@ -133,6 +135,8 @@ def _renamed_lets(s: Stmt, suffix: str) -> Stmt:
         elif isinstance(b, Alloc):
             buffers[b.buffer.name] = replace(b.buffer, name=b.buffer.name + suffix)
             b = Alloc(buffers[b.buffer.name])
+        elif isinstance(b, If):
+            b = _renamed_lets(b, suffix)
         out.append(b)
     return seq(*out)
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tilewright import dtypes
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import (
+    ATOMIC,
     Binary,
     Compute,
     Const,
@@ -37,6 +37,7 @@ from tilewright.ir.rewrite import (
     simplify,
     statements,
     substitute,
+    transform,
     walk,
 )
 from tilewright.schedule.tree import (
@@ -97,27 +98,32 @@ def split(
             inside = seq(Let(f.var, index), If(binary("<", f.var, f.end), f.body))
         whole = tail != "guard" or exact
         count = simplify(binary("//", extent if whole else add(extent, factor - 1), factor))
-        zero = Const(0, t)
-        nest: Stmt = For(
-            outer,
-            zero,
-            count,
-            For(inner, zero, Const(factor, t), inside, "serial", f.axes, f.private),
-            f.kind,
-            f.axes,
-        )
+        inner_loop = For(inner, _zero(f), Const(factor, t), inside, "serial", f.axes, f.private)
+        nest: Stmt = For(outer, _zero(f), count, inner_loop, f.kind, f.axes)
         if tail != "cut" or exact:
             return nest
         start = simplify(add(f.begin, mul(count, factor)))
-        return seq(nest, substituted_loop(f, f"{base}_t", start))
+        return seq(nest, _tail(f, f"{base}_t", start))
 
     return rewrite_loops(body, loop, one)
 
 
-def substituted_loop(f: For, name: str, begin: Expr) -> For:
-    """The loop `f` from `begin` on, under another name."""
-    var = Var(name, f.var.dtype)
-    return For(var, begin, f.end, substitute(f.body, {f.name: var}), "serial", f.axes)
+def _tail(f: For, name: str, begin: Expr) -> For:
+    """The loop `f` from `begin` on, under another name; from 0 where its extent is constant, as
+    accumulators and vectors need it. Its statements are objects of their own: passes find a
+    `Compute` by identity (`path_to`)."""
+    var, end = Var(name, f.var.dtype), f.end
+    at: Expr = var
+    if isinstance(begin, Const) and isinstance(end, Const):
+        at, end, begin = add(begin, var), simplify(binary("-", end, begin)), _zero(f)
+    body = transform(
+        substitute(f.body, {f.name: at}), lambda x: replace(x) if isinstance(x, Compute) else x
+    )
+    return For(var, begin, end, body, "serial", f.axes)
+
+
+def _zero(f: For) -> Const:
+    return Const(0, f.var.dtype)
 
 
 def _known_multiple(extent: Expr, factor: int) -> bool:
@@ -341,10 +347,12 @@ def atomic(body: Stmt, output: str) -> Found:
         nonlocal count
         if isinstance(x, Compute) and x.out.buffer.name == output and x.in_place:
             count += 1
-            if x.out.dtype not in (dtypes.float32, dtypes.float64, dtypes.int32):
+            if x.out.dtype not in ATOMIC.get(x.op, ()):
                 raise ScheduleError(
-                    "S102", f"no atomic {x.op} on {x.out.dtype}", hint="float32, float64 or int32"
-                )
+                    "S102", f"no atomic {x.op} of {x.out.dtype} into {output}",
+                    hint=f"there are {', '.join(ATOMIC)} of float32, float64 and int32; "
+                    "privatize() does without",
+                )  # fmt: skip
             return replace(x, atomic=True)
         return rebuild(x, visit) if isinstance(x, (Seq, For, If)) else x
 

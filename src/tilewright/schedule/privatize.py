@@ -40,7 +40,7 @@ def privatize(program: Program, output: str, loop: str, copies: int) -> Program:
 
     before: Y[i, k] = 0                            after:  Y.copies[c, i, k] = 0
             for p in 0:nnz                                 for c in 0:8  # parallel
-              let i = row[p]                                 for p in c*n : min(nnz, (c + 1)*n)
+              let i = row[p]                                 for p in min(nnz, c*n) : min(nnz, …+n)
               Y[i, k] = sum(…) in place                        Y.copies[c, i, k] = sum(…) in place
                                                            Y[i, k] = Y.copies[0, i, k] + …
     """
@@ -130,7 +130,7 @@ class _Copies:
             )
         extent = simplify(binary("-", top.end, top.begin))
         share = ceil_div(extent, self.copies)
-        begin = add(top.begin, mul(self.copy, share))
+        begin = binary("min", top.end, add(top.begin, mul(self.copy, share)))  # none runs backwards
         end = binary("min", top.end, add(begin, share))
         body = self._each(top.body, lambda c: replace(c, out=self._at(self.copy, c), atomic=False))
         groups = For(

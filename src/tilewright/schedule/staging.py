@@ -126,7 +126,8 @@ class _Staging:
             s for s in self.path if not isinstance(s, If)
         ]:
             raise self.refuse(
-                f"loop {self.at.name} reads it in more than one way", "choose a loop further in"
+                f"loop {self.at.name} reads it in more than one way",
+                "choose a loop further in, or cache before a cut",
             )
 
     def _part_fused(self) -> None:
@@ -173,15 +174,16 @@ class _Staging:
 
         fill, body = seq(Alloc(scratch), self._fill(scratch, loops)), reads(self.at.body)
         lines = list(body.body) if isinstance(body, Seq) else [body]
-        filled = _filled(lines)
+        copied = _copied(lines)
+        barrier = isinstance(lines[copied], Sync)  # after the copies that are there
         if self.scope == "register":
-            lines.insert(filled, fill)
-        elif not isinstance(lines[-1], Sync):
-            lines = [*lines[:filled], fill, Sync(), *lines[filled:], Sync()]
+            lines.insert(copied + barrier, fill)
         elif any(isinstance(x, Load) and x.buffer.scope == "shared" for x in walk(fill)):
-            lines[filled:filled] = [fill, Sync()]
-        else:  # one meeting for all copies
-            lines.insert(next(n for n, s in enumerate(lines) if isinstance(s, Sync)), fill)
+            lines[copied + barrier : copied + barrier] = [fill, Sync()]
+        else:  # one barrier for all copies
+            lines[copied:copied] = [fill] if barrier else [fill, Sync()]
+        if self.scope == "shared" and not isinstance(lines[-1], Sync):
+            lines.append(Sync())
         return replace(self.at, body=seq(*lines))
 
     # -- what scratch is indexed by --------------------------------------------------------------
@@ -216,7 +218,10 @@ class _Staging:
         return list(found.values())
 
     def _index(self) -> tuple[Expr, ...]:
-        """Where scratch is read: the loops of a group count as one number."""
+        """Where scratch is read: the loops of a group count as one number. Shared memory of one
+        element is an array of one."""
+        if not self.groups and self.scope == "shared":
+            return (_zero(),)
         made: list[Expr] = []
         for group in self.groups:
             at: Expr = group[0].var
@@ -229,6 +234,8 @@ class _Staging:
         assert self.found is not None
         name, dtype = f"{self.operand}_{self.scope}", self.found.dtype
         extents = [prod(f.extent or 0 for f in g) for g in self.groups]
+        if self.scope == "shared" and not extents:
+            extents = [1]
         if (
             self.scope == "shared"
             and len(extents) > 1
@@ -264,7 +271,7 @@ class _Staging:
         dtype = loops[0].var.dtype if loops else size_var("x").dtype
         at = Var(f"{scratch.name}_at", dtype)
         numbers = tuple(Var(f"{scratch.name}_{n}", dtype) for n in range(len(self.groups)))
-        element, guarded = self._element(scratch, fresh, numbers)
+        element, guarded = self._element(scratch, fresh, numbers or (_zero(),))
         lanes = 1 if guarded else self._lanes(loops)
         lane, rest = Var(f"{scratch.name}_lane", dtype), at
         outside: list[Stmt] = []
@@ -357,13 +364,13 @@ def _part_of(e: Expr, loops: dict[str, For]) -> tuple[For, Expr] | None:
     return f, e.b if e.op == "%" else Const(-(-f.extent // int(e.b.value)), e.dtype)
 
 
-def _filled(lines: list[Stmt]) -> int:
+def _copied(lines: list[Stmt]) -> int:
     """Where the copies that a loop already makes end: later ones may read them."""
     end = 0
     for n, s in enumerate(lines):
         if computes(s):
             break
-        if any(isinstance(x, (Store, Sync)) for x in statements(s)):
+        if any(isinstance(x, Store) for x in statements(s)):
             end = n + 1
     return end
 

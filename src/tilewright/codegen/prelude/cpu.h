@@ -23,17 +23,18 @@ struct vec_of {
 template <class T, int N>
 using vec = typename vec_of<T, N>::type;
 
-template <class T> struct int_like;
-template <> struct int_like<float> { using type = int32_t; };
-template <> struct int_like<double> { using type = int64_t; };
-template <> struct int_like<int8_t> { using type = int8_t; };
-template <> struct int_like<uint8_t> { using type = int8_t; };
-template <> struct int_like<int16_t> { using type = int16_t; };
-template <> struct int_like<uint16_t> { using type = int16_t; };
-template <> struct int_like<int32_t> { using type = int32_t; };
-template <> struct int_like<uint32_t> { using type = int32_t; };
-template <> struct int_like<int64_t> { using type = int64_t; };
-template <> struct int_like<uint64_t> { using type = int64_t; };
+template <class T, class U> struct same { static constexpr bool value = false; };
+template <class T> struct same<T, T> { static constexpr bool value = true; };
+
+// A vector of bool has bytes that are 0 or 1, as memory has.
+template <int N>
+struct vec_of<bool, N> : vec_of<int8_t, N> {};
+
+template <int Bytes> struct int_of;
+template <> struct int_of<1> { using type = int8_t; };
+template <> struct int_of<2> { using type = int16_t; };
+template <> struct int_of<4> { using type = int32_t; };
+template <> struct int_of<8> { using type = int64_t; };
 
 // -- memory ------------------------------------------------------------------------------------
 
@@ -57,7 +58,8 @@ TW_INLINE void scatter(T* p, I index, vec<T, N> v) {
 }
 template <class T, int N>
 TW_INLINE vec<T, N> splat(T x) {
-  return x - vec<T, N>{};
+  if constexpr (same<T, bool>::value) return splat<int8_t, N>(x);
+  else return x - vec<T, N>{};
 }
 template <class T, int N>
 TW_INLINE vec<T, N> ramp(T base) {
@@ -146,9 +148,6 @@ TW_INLINE vec<uint16_t, N> to_float16(vec<float, N> f) {
   return out;
 }
 
-template <class T, class U> struct same { static constexpr bool value = false; };
-template <class T> struct same<T, T> { static constexpr bool value = true; };
-
 // Bytes to 32 bits: GCC 12 takes __builtin_convertvector apart lane by lane here.
 template <int N, bool Signed, class V>
 TW_INLINE vec<int32_t, N> widen_bytes(V v) {
@@ -189,10 +188,12 @@ TW_INLINE vec<To, N> convert(V v) {
 
 template <class M, class V>
 TW_INLINE V select(M mask, V a, V b) {
-  using Lane = typename int_like<__typeof__(+V{}[0] + V{}[0] - V{}[0])>::type;
-  typedef Lane mask_t __attribute__((vector_size(sizeof(V))));
+  typedef typename int_of<sizeof(V{}[0])>::type mask_t __attribute__((vector_size(sizeof(V))));
   return __builtin_convertvector(mask, mask_t) ? a : b;
 }
+// What a comparison gives, or any number that is not 0, as a vector of bool.
+template <int N, class M>
+TW_INLINE vec<bool, N> mask(M m) { return __builtin_convertvector(m != 0, vec<bool, N>) & 1; }
 // A NaN on either side is the result, as in NumPy.
 template <class T>
 TW_INLINE T max(T a, T b) { return a > b ? a : (a != a ? a : b); }

@@ -68,6 +68,12 @@ TW_VECTOR_COMPARE(==)
 TW_VECTOR_COMPARE(!=)
 #undef TW_VECTOR_COMPARE
 
+template <int N>
+TW_INLINE vec<bool, N> operator!(const vec<bool, N>& a) {
+  vec<bool, N> r;
+  TW_EACH(N) r.v[l] = !a.v[l];
+  return r;
+}
 template <class T, int N>
 TW_INLINE vec<T, N> operator-(const vec<T, N>& a) {
   vec<T, N> r;
