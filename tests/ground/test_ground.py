@@ -40,7 +40,7 @@ def test_every_code_formats(code: str):
 def test_every_code_is_raised_somewhere(code: str):
     package = Path(tilewright.__file__).parent
     sources = (p for p in package.rglob("*.py") if p.name not in ("errors.py", "explain.py"))
-    assert any(f'"{code}"' in p.read_text() for p in sources)
+    assert any(f'"{code}"' in p.read_text(encoding="utf-8") for p in sources)
 
 
 @pytest.mark.parametrize("kind", KINDS)

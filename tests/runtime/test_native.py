@@ -51,14 +51,16 @@ def test_refused_source_is_kept(tmp_path: Path) -> None:
         native.compile_cpp("int x = nonsense;\n")
     assert caught.value.code == "B101"
     assert "nonsense" in caught.value.message
-    assert Path(caught.value.where).read_text().startswith("int x = nonsense;\n")
+    assert Path(caught.value.where).read_text(encoding="utf-8").startswith("int x = nonsense;\n")
     assert not list(tmp_path.glob(".tmp-*"))
     assert not list(tmp_path.glob("*.so"))
 
 
 def script(path: Path, text: str) -> str:
     """A compiler that answers to --version, and does what `text` says."""
-    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo fake 1.0 && exit 0\n{text}\n')
+    path.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo fake 1.0 && exit 0\n{text}\n', encoding="utf-8"
+    )
     path.chmod(0o755)
     return str(path)
 
@@ -78,7 +80,7 @@ def test_how_a_compiler_failed_is_told(tmp_path: Path, text: str, message: str, 
         native.compile_cpp(TRIPLE)
     assert e.value.code == "B101" and message in e.value.message
     assert ("bug of Tilewright" in e.value.hint) == is_ours
-    assert Path(e.value.where).read_text().startswith(TRIPLE)
+    assert Path(e.value.where).read_text(encoding="utf-8").startswith(TRIPLE)
 
 
 NOTHING, TEXT, OBJECT = (
@@ -206,7 +208,7 @@ def test_the_warning_names_the_user_s_line(monkeypatch: pytest.MonkeyPatch) -> N
 def test_compiler_version_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept on disk until the compiler's file changes."""
     script = tmp_path / "mycxx"
-    script.write_text("#!/bin/sh\necho mycxx 1.0\n")
+    script.write_text("#!/bin/sh\necho mycxx 1.0\n", encoding="utf-8")
     script.chmod(0o755)
     with knobs.scope(cache_dir=tmp_path / "cache", cxx=str(script)):
         assert toolchain.find_compiler().version == "mycxx 1.0"
@@ -214,7 +216,7 @@ def test_compiler_version_is_asked_once(tmp_path: Path, monkeypatch: pytest.Monk
         with monkeypatch.context() as patch:
             patch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("asked again"))
             assert toolchain.find_compiler().version == "mycxx 1.0"
-        script.write_text("#!/bin/sh\necho mycxx 2.0 \n")
+        script.write_text("#!/bin/sh\necho mycxx 2.0 \n", encoding="utf-8")
         os.utime(script, ns=(1, 1))
         toolchain._describe.cache_clear()
         assert toolchain.find_compiler().version == "mycxx 2.0"

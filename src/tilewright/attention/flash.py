@@ -77,7 +77,7 @@ def params_struct(spec: Spec) -> Struct:
 
 @functools.cache
 def _template(name: str) -> str:
-    return (KERNELS / name).read_text()
+    return (KERNELS / name).read_text(encoding="utf-8")
 
 
 def _constants(spec: Spec, on_cuda: bool, more: dict[str, int]) -> str:

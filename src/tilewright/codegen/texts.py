@@ -12,7 +12,7 @@ PRELUDE = Path(__file__).parent / "prelude"
 @cache
 def prelude(name: str) -> str:
     """A file of `codegen/prelude`."""
-    return (PRELUDE / name).read_text()
+    return (PRELUDE / name).read_text(encoding="utf-8")
 
 
 @cache

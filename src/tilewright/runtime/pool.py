@@ -44,7 +44,7 @@ class Pool:
     __slots__ = ("_configure", "_threads", "library", "run")
 
     def __init__(self) -> None:
-        source = LAUNCH.c_decl + Path(__file__).with_name("pool.cpp").read_text()
+        source = LAUNCH.c_decl + Path(__file__).with_name("pool.cpp").read_text(encoding="utf-8")
         # The pool gains nothing from wide vectors, so one build serves every CPU of the family.
         path = native.compile_cpp("#include <stdint.h>\n" + source, isa="baseline", full_link=True)
         self.library = native.load(path)

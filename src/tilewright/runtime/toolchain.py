@@ -126,8 +126,8 @@ def vector_bits(isa: str | None = None) -> int:
 def l2_bytes() -> int:
     """Bytes of a core's second-level cache; 1 MiB where the system does not tell."""
     try:
-        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
-        return int(text.rstrip("K")) << 10
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_bytes()
+        return int(text.strip().rstrip(b"K")) << 10
     except (OSError, ValueError):
         return 1 << 20
 
@@ -194,8 +194,8 @@ def _describe(path: str) -> Compiler:
 
     try:
         answer = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, errors="replace", timeout=60,
-            check=True,
+            [path, "--version"], capture_output=True, encoding="utf-8", errors="replace",
+            timeout=60, check=True,
         )  # fmt: skip
         version = answer.stdout.splitlines()[0].strip()
     except (OSError, subprocess.SubprocessError, IndexError) as error:

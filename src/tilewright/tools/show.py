@@ -194,7 +194,7 @@ def source_text(program: Program, target: Target) -> str:
     """The text generated for a program at the loop level; the prelude common to all is left out."""
     text = compiler.rendered(program, target).source
     for path in sorted(texts.PRELUDE.iterdir()):
-        prelude = path.read_text()
+        prelude = path.read_text(encoding="utf-8")
         text = text.replace(
             prelude, f"// … prelude/{path.name}, {len(prelude.splitlines())} lines …\n"
         )
