@@ -43,7 +43,7 @@ from tilewright.ir.nodes import (
     size_var,
     unary,
 )  # fmt: skip
-from tilewright.ir.rewrite import walk
+from tilewright.ir.rewrite import computed_in, walk
 
 LETTERS = "ijklpqrstuvw"
 
@@ -197,7 +197,7 @@ def _reduce(op: str) -> Callable[..., Expr]:
                 where=_user_line(),
             )
         dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
-        return Reduce(op, axes, cast(body, dtype), dtype)
+        return Reduce(op, axes, computed_in(body, dtype), dtype)
 
     reduction.__name__ = reduction.__qualname__ = op
     reduction.__doc__ = (
