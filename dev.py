@@ -133,7 +133,7 @@ def size(args: list[str]) -> int:
     for path in sorted((ROOT / "src/tilewright").rglob("*")):
         if path.suffix != ".py" and path.suffix not in DEVICE:
             continue
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         name, lines = path.relative_to(ROOT).as_posix(), len(text.splitlines())
         rooms[room_of(path)][path.suffix in DEVICE] += lines
         if lines > LONG_FILES.get(name, FILE_LINES):
@@ -210,7 +210,7 @@ def install(name: str) -> None:
     stamp = VENV / f".installed-{name}"
     parts = [(ROOT / "pyproject.toml").read_bytes(), PINS.read_bytes(), repr(SETS[name]).encode()]
     key = hashlib.sha256(b"\0".join([*parts, str(ROOT).encode()])).hexdigest()
-    if stamp.is_file() and stamp.read_text() == key and PYTHON.exists():
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == key and PYTHON.exists():
         return
     if subprocess.run([PYTHON, "-c", ""], check=False).returncode if PYTHON.exists() else True:
         say(f"making {VENV.name} with {sys.executable}")
@@ -223,7 +223,7 @@ def install(name: str) -> None:
     pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", PINS]
     for packages in SETS[name]:
         subprocess.run([*pip, *packages], check=True)
-    stamp.write_text(key)
+    stamp.write_text(key, encoding="utf-8")
 
 
 def call(*command: object) -> int:

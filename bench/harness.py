@@ -362,7 +362,7 @@ def device_name(target: str) -> str:
 
     name = platform.processor() or platform.machine()
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         name = next(
             (v.partition(":")[2].strip() for v in text.splitlines() if v.startswith("model name")),
             name,
@@ -387,14 +387,14 @@ def commit() -> str:
         done = subprocess.run(
             [*git, "rev-parse", "--short=12", "HEAD"],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=20,
             check=True,
         )
         edited = subprocess.run(
             [*git, "status", "--porcelain", "-uno"],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=60,
             check=True,
         )

@@ -110,7 +110,7 @@ def _child(code: str, folder: Path, cache_dir: str, *args: str) -> Any:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | own
     done = subprocess.run(
         [sys.executable, "-c", code, *args],
-        capture_output=True, text=True, check=True, timeout=300, env=env,
+        capture_output=True, encoding="utf-8", check=True, timeout=300, env=env,
     )  # fmt: skip
     return json.loads(done.stdout)
 

@@ -97,9 +97,9 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         path = GOLDEN / name
         if request.config.getoption("update_golden"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
             return
-        kept = path.read_text() if path.is_file() else ""
+        kept = path.read_text(encoding="utf-8") if path.is_file() else ""
         if text != kept:
             lines = difflib.unified_diff(
                 kept.splitlines(), text.splitlines(), f"golden/{name}", "now", n=1, lineterm=""

@@ -184,11 +184,20 @@ def _build(d: Definition, target: Target) -> Kernel:
         if key and key == _key(d, program, target):  # else the recipe changed what it is made of
             with contextlib.suppress(BuildError):  # the next process lowers again
                 program_cache.save(key, built.to_bytes())
-    if target.kind == "interp":
-        return Kernel(built.manifest, launch.InterpLauncher(program), built.source)
-    if target.kind == "cpp":
-        return _cpp_kernel(built, target)
-    return _cuda_kernel(built, target)
+    return _kernel(built, target, program if target.kind == "interp" else None)
+
+
+def _kernel(built: Built, target: Target, program: Program | None) -> Kernel:
+    """Compiles the source through the cache and loads it; unpickling a kernel calls this. The
+    interpreter needs the `program` too."""
+    if program is not None:
+        kernel = Kernel(built.manifest, launch.InterpLauncher(program), built.source)
+    elif target.kind == "cpp":
+        kernel = _cpp_kernel(built, target)
+    else:
+        kernel = _cuda_kernel(built, target)
+    kernel.rebuilt = _kernel, (built, target, program)
+    return kernel
 
 
 def _key(d: Definition, program: Program, target: Target) -> str | None:

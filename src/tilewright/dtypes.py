@@ -116,14 +116,20 @@ def dtype(of: DType | str | np.dtype | type) -> DType:
 
 
 def promote(a: DType, b: DType) -> DType:
-    """The type of `a op b`: the wider float; a float over an integer; the wider integer."""
+    """The type of `a op b`.
+
+    Two floats: the wider one (float32 for two formats of one width). A float and an integer: the
+    float. Two integers: as NumPy's `result_type`, the narrowest integer that holds the values of
+    both (int8 and uint8: int16); float64 for uint64 and a signed one, as no integer holds both."""
     if a == b:
         return a
     if a.is_float or b.is_float:
         if a.is_float and b.is_float:
             return max(a, b, key=lambda t: t.bits) if a.bits != b.bits else float32
         return a if a.is_float else b
-    return max(a, b, key=lambda t: (t.bits, t.kind))
+    least, most = min(a.least, b.least), max(a.most, b.most)
+    holding = (t for t in (a, b, int16, int32, int64) if t.least <= least and most <= t.most)
+    return next(holding, float64)
 
 
 def bfloat16_bits(values: np.ndarray) -> np.ndarray:

@@ -224,7 +224,9 @@ def test_the_text_agrees_with_numpy(rng):
     cases = "\n".join(
         f"    case {n}: return tw::tile_class({bounds.bound_text(m)});" for n, m in enumerate(masks)
     )
-    text = "\n".join((prelude_files.prelude("cpu.h"), (flash.KERNELS / "bounds.h").read_text()))
+    text = "\n".join(
+        (prelude_files.prelude("cpu.h"), (flash.KERNELS / "bounds.h").read_text(encoding="utf-8"))
+    )
     source = f"""{text}
 extern "C" __attribute__((visibility("default")))
 int classify(int n, int64_t a, int64_t b, int64_t c, int64_t d) {{

@@ -184,7 +184,7 @@ def test_bench_spmm_prints_and_keeps_complete_rows(brief, folder, tmp_path, caps
     assert all(r["pack_ms"] >= 0 for r in default)
     (kept,) = (tmp_path / "kept").glob("*/*.jsonl")
     assert kept.name == f"spmm-{dtype}.jsonl"
-    assert rows_of(kept.read_text()) == rows
+    assert rows_of(kept.read_text(encoding="utf-8")) == rows
 
 
 def test_bench_draws_a_picture(brief, folder, tmp_path, capsys):

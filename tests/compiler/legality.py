@@ -68,7 +68,9 @@ def outcomes() -> dict[tuple[str, str], str]:
     path = GOLDEN / FILE
     if not path.is_file():  # written by --update-golden
         return {}
-    head, *body = ([x.strip() for x in s.split("|")] for s in path.read_text().splitlines())
+    head, *body = (
+        [x.strip() for x in s.split("|")] for s in path.read_text(encoding="utf-8").splitlines()
+    )
     return {(label, f): x for label, *line in body for f, x in zip(head[1:], line, strict=True)}
 
 

@@ -373,7 +373,7 @@ def _imports():
 
 
 def _file():
-    return lambda s: s.split("k", len(open(__file__).read()))
+    return lambda s: s.split("k", len(open(__file__, encoding="utf-8").read()))
 
 
 def _knob():
@@ -612,7 +612,8 @@ def test_keys_are_those_of_another_process() -> None:
     )
     told = {
         subprocess.run(
-            [sys.executable, "-c", text, str(ROOT)], capture_output=True, text=True, check=True,
+            [sys.executable, "-c", text, str(ROOT)], capture_output=True,
+            encoding="utf-8", check=True,
             env=os.environ | {"PYTHONHASHSEED": seed, "TILEWRIGHT_VERIFY": "0"},
         ).stdout
         for seed in ("1", "2")

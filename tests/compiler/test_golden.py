@@ -58,7 +58,9 @@ def attention_text(name: str) -> str:
     spec = ATTENTION[name]
     cpp = without_constants(flash.cpp_source(spec, VECTOR_BITS))
     for file in ("bounds.h", "flash_cpu.h"):
-        cpp = cpp.replace((flash.KERNELS / file).read_text(), f'#include "{file}"\n')
+        cpp = cpp.replace(
+            (flash.KERNELS / file).read_text(encoding="utf-8"), f'#include "{file}"\n'
+        )
     cuda = without_constants(flash.cuda_source(spec))
     return f"==== cpp\n{cpp.rstrip()}\n==== cuda\n{cuda.rstrip()}\n"
 

@@ -451,7 +451,7 @@ def test_cubins_use_tensor_cores_and_spill_nothing(name, arch, tmp_path):
     path = tmp_path / "kernel.cubin"
     path.write_bytes(launcher.image(()))
     text = subprocess.run(
-        [tool, "-c", str(path)], capture_output=True, text=True, check=True
+        [tool, "-c", str(path)], capture_output=True, encoding="utf-8", check=True
     ).stdout
     bf16 = "mma_bfloat16(" in kernel.source
     assert ("HMMA.16816.F32.BF16" if bf16 else "HMMA.16816.F32 ") in text

@@ -21,7 +21,7 @@ def test_the_lessons_are_there():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_an_example_runs_and_is_right(path):
     command = [sys.executable, "-W", "error", str(path)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, check=False, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
     found = [float(x) for x in re.findall(r"farthest from NumPy: (\S+)", done.stdout)]
     if path.name in LINES:
@@ -31,7 +31,7 @@ def test_an_example_runs_and_is_right(path):
 
 @pytest.mark.parametrize("name", LINES)
 def test_an_operator_takes_few_lines(name):
-    text = (FOLDER / name).read_text().split('if __name__ == "__main__":')[0]
+    text = (FOLDER / name).read_text(encoding="utf-8").split('if __name__ == "__main__":')[0]
     text = text.split("@tw.program", 1)[1]
     code = [x for x in text.splitlines() if x.strip() and not x.strip().startswith(("#", '"""'))]
     assert len(code) + 1 <= LINES[name] - 3  # building, packing and calling take three more
@@ -40,7 +40,7 @@ def test_an_operator_takes_few_lines(name):
 def test_the_first_lesson_can_be_shown():
     command = [sys.executable, "-m", "tilewright", "show", str(FOLDER / "01_spmm.py"), "scheduled"]
     done = subprocess.run(
-        [*command, "--stages"], check=False, capture_output=True, text=True, timeout=120
+        [*command, "--stages"], check=False, capture_output=True, encoding="utf-8", timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert "(C++)" in done.stdout and "(CUDA)" in done.stdout and "refused" not in done.stdout

@@ -29,7 +29,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-W", "error", "-c", code],
         check=False,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=120,
     )
 

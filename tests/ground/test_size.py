@@ -50,7 +50,7 @@ def test_a_broken_limit_fails_and_is_named(case, dev, tmp_path, monkeypatch, cap
     name, text, wrong = LIMITS[case]
     path = tmp_path / "src/tilewright" / name
     path.parent.mkdir(parents=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     monkeypatch.setattr(dev, "ROOT", tmp_path)
     assert dev.size([]) == (1 if wrong else 0)
     assert wrong in capsys.readouterr().out
@@ -63,7 +63,7 @@ def test_the_sums_are_limits_and_the_rooms_are_guides(
     room = tmp_path / "src/tilewright/attention"
     room.mkdir(parents=True)
     for n in range(4):
-        (room / f"a{n}.{suffix}").write_text("\n" * 400)
+        (room / f"a{n}.{suffix}").write_text("\n" * 400, encoding="utf-8")
     monkeypatch.setattr(dev, "ROOT", tmp_path)
     monkeypatch.setattr(dev, "GUIDES", dev.GUIDES | {"attention": (1000, 1000)})
     monkeypatch.setattr(dev, "SUMS", (1600, 1600))
@@ -82,6 +82,6 @@ def test_a_listed_file_may_not_grow(dev, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dev, "ROOT", tmp_path)
     monkeypatch.setattr(dev, "LONG_FILES", {"src/tilewright/ir/nodes.py": 600})
     for lines, status in ((600, 0), (601, 1)):
-        path.write_text("\n" * lines)
+        path.write_text("\n" * lines, encoding="utf-8")
         assert dev.size([]) == status
     assert "601 lines, at most 600" in capsys.readouterr().out

@@ -101,7 +101,7 @@ def test_refused_source_is_kept(tmp_path: Path) -> None:
         cuda.compile_cuda("int x = nonsense;\n", arch="sm_90a")
     assert caught.value.code == "B101"
     assert "nonsense" in caught.value.message
-    assert Path(caught.value.where).read_text().startswith("int x = nonsense;\n")
+    assert Path(caught.value.where).read_text(encoding="utf-8").startswith("int x = nonsense;\n")
 
 
 @needs_nvrtc
@@ -119,7 +119,7 @@ def test_a_missing_compiler_names_the_extra(
         nvrtc._library.__wrapped__()
     broken = tmp_path / "nvidia" / "cu13" / "lib" / "libnvrtc.so.13"
     broken.parent.mkdir(parents=True)
-    broken.write_text("no library")
+    broken.write_text("no library", encoding="utf-8")
     assert nvrtc._library.__wrapped__() == str(broken)
     monkeypatch.setattr(nvrtc, "_library", lambda: str(broken))
     with pytest.raises(MissingExtra, match=r"tilewright\[cuda\]"):
@@ -163,7 +163,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     folder = _include_folder()
     if folder is None or not compilers.has_compiler():
         pytest.skip("the fake driver needs a C++ compiler and cuda.h")
-    source = Path(__file__).with_name("fake_driver.cpp").read_text()
+    source = Path(__file__).with_name("fake_driver.cpp").read_text(encoding="utf-8")
     flags = (f"-I{folder}", "-Wall", "-Wextra", "-Werror")
     path = cxx.compile_cpp(source, flags=flags, full_link=True)
     monkeypatch.setattr(driver, "LIBRARIES", (str(path),))

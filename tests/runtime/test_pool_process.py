@@ -35,7 +35,11 @@ print("both ran")
 def test_forked_child_has_its_own_threads() -> None:
     script = FORK.format(tests=str(Path(__file__).parent))
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
     )
     assert done.stdout == "both ran\n", done.stderr
 
@@ -90,11 +94,11 @@ def _build(tmp_path: Path, source: str, *flags: str) -> str | None:
     command = [*compilers.find_compiler().command, "-std=c++17", "-O1", "-g", "-pthread", *flags]
     built = subprocess.run(
         [*command, "-x", "c++", "-", "-o", str(program)],
-        input=source, capture_output=True, text=True, timeout=120, check=False,
+        input=source, capture_output=True, encoding="utf-8", timeout=120, check=False,
     )  # fmt: skip
     if built.returncode:
         return None
-    ran = subprocess.run([program], capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run([program], capture_output=True, encoding="utf-8", timeout=120, check=False)
     return ran.stdout + ran.stderr
 
 
@@ -102,7 +106,7 @@ def test_thread_sanitizer_finds_nothing(tmp_path: Path) -> None:
     trial = '#include <stdio.h>\nint main() { puts("right"); }\n'
     if _build(tmp_path, trial, "-fsanitize=thread") != "right\n":
         pytest.skip("the thread sanitizer does not work on this machine")
-    source = Path(pools.__file__).with_name("pool.cpp").read_text()
+    source = Path(pools.__file__).with_name("pool.cpp").read_text(encoding="utf-8")
     whole = "#include <stdint.h>\n" + pools.LAUNCH.c_decl + source + STRESS
     assert _build(tmp_path, whole, "-fsanitize=thread", "-Wall", "-Wextra", "-Werror",
                   "-Wno-unused-parameter") == "right\n"  # fmt: skip

@@ -260,7 +260,7 @@ def test_a_model_without_a_template(stories: ModelFile):
 
 
 def test_files_and_targets_that_cannot_be_used(runnable_path: Path, tmp_path: Path):
-    (tmp_path / "text.gguf").write_text("hello" * 20)
+    (tmp_path / "text.gguf").write_text("hello" * 20, encoding="utf-8")
     paths = [tmp_path / "none.gguf", tmp_path, tmp_path / "text.gguf", "", "a\0b", None, 5, b"a"]
     for path in paths:
         with pytest.raises(ModelError) as caught:

@@ -130,7 +130,7 @@ def test_without_a_compiler(tiny: ModelFile):
     ran = subprocess.run(
         [sys.executable, "-W", "always", "-c", UNCOMPILED, str(tiny.path)],
         env=os.environ | {"PATH": "", "CXX": "", "TILEWRIGHT_CXX": ""},
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, encoding="utf-8", timeout=300, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     *tokens, launches = map(int, ran.stdout.split())

@@ -22,7 +22,7 @@ needs_gxx = pytest.mark.skipif(not GXX, reason="no g++")
 
 def script(path: Path, text: str) -> str:
     """A program of this name that runs `text`."""
-    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
     path.chmod(0o755)
     return str(path)
 
@@ -70,7 +70,9 @@ def test_a_setting_is_a_command(
         assert compilers.find_compiler().setting == f"{variable}={text!r}"
         assert cxx.load_cpp(TRIPLE.replace("3 *", f"{number} *")).triple(14) == 42
     if launcher in text or blank in text:
-        assert (tmp_path / "log").read_text() == "run\nrun\n"  # --version, then the kernel
+        assert (tmp_path / "log").read_text(
+            encoding="utf-8"
+        ) == "run\nrun\n"  # --version, then the kernel
 
 
 @pytest.mark.parametrize("variable", ["TILEWRIGHT_CXX", "CXX"])
@@ -99,7 +101,7 @@ def test_a_setting_that_does_not_work_is_an_error(
     import tilewright as tw
 
     (tmp_path / "folder").mkdir()
-    (tmp_path / "plain").write_text("#!/bin/sh\n")
+    (tmp_path / "plain").write_text("#!/bin/sh\n", encoding="utf-8")
     (tmp_path / "text").write_bytes(b"\x7fnot a program")
     (tmp_path / "text").chmod(0o755)
     script(tmp_path / "failing", "echo no licence >&2; exit 3")
@@ -248,7 +250,7 @@ def test_the_warning_names_the_user_s_line(monkeypatch: pytest.MonkeyPatch) -> N
 def test_compiler_version_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept on disk until the compiler's file changes."""
     script = tmp_path / "mycxx"
-    script.write_text("#!/bin/sh\necho mycxx 1.0\n")
+    script.write_text("#!/bin/sh\necho mycxx 1.0\n", encoding="utf-8")
     script.chmod(0o755)
     with knobs.scope(cache_dir=tmp_path / "cache", cxx=str(script)):
         assert compilers.find_compiler().version == "mycxx 1.0"
@@ -256,7 +258,7 @@ def test_compiler_version_is_asked_once(tmp_path: Path, monkeypatch: pytest.Monk
         with monkeypatch.context() as patch:
             patch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("asked again"))
             assert compilers.find_compiler().version == "mycxx 1.0"
-        script.write_text("#!/bin/sh\necho mycxx 2.0 \n")
+        script.write_text("#!/bin/sh\necho mycxx 2.0 \n", encoding="utf-8")
         os.utime(script, ns=(1, 1))
         compilers._search.cache_clear()
         assert compilers.find_compiler().version == "mycxx 2.0"

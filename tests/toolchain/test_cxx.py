@@ -60,14 +60,16 @@ def test_refused_source_is_kept(tmp_path: Path) -> None:
         cxx.compile_cpp("int x = nonsense;\n")
     assert caught.value.code == "B101"
     assert "nonsense" in caught.value.message
-    assert Path(caught.value.where).read_text().startswith("int x = nonsense;\n")
+    assert Path(caught.value.where).read_text(encoding="utf-8").startswith("int x = nonsense;\n")
     assert not list(tmp_path.glob(".tmp-*"))
     assert not list(tmp_path.glob("*.so"))
 
 
 def script(path: Path, text: str) -> str:
     """A compiler that answers to --version, and does what `text` says."""
-    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo fake 1.0 && exit 0\n{text}\n')
+    path.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo fake 1.0 && exit 0\n{text}\n', encoding="utf-8"
+    )
     path.chmod(0o755)
     return str(path)
 
@@ -101,7 +103,7 @@ def test_how_a_compiler_failed_is_told(tmp_path: Path, text: str, message: str, 
     assert e.value.code == "B101" and message in e.value.message
     assert f"TILEWRIGHT_CXX={compiler!r}" in e.value.message
     assert hint in e.value.hint
-    assert Path(e.value.where).read_text().startswith(TRIPLE)
+    assert Path(e.value.where).read_text(encoding="utf-8").startswith(TRIPLE)
 
 
 @needs_cxx

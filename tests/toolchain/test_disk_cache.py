@@ -95,7 +95,7 @@ def test_a_kernel_entry_of_another_form_is_a_miss(tmp_path: Path, data: bytes) -
 
 
 def test_the_warning_of_a_fall_back_names_the_user_s_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with (
         knobs.scope(cache_dir=tmp_path / "file" / "cache"),
         pytest.warns(RuntimeWarning, match="cannot be written") as caught,
@@ -125,7 +125,7 @@ def test_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 def test_unwritable_folder_falls_back_once(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
-    blocked.write_text("in the way")
+    blocked.write_text("in the way", encoding="utf-8")
     with knobs.scope(cache_dir=blocked / "cache"):
         with pytest.warns(RuntimeWarning, match="cannot be written"):
             path = disk_cache.put("so", disk_cache.key_of("x"), b"data")

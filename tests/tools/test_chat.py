@@ -46,8 +46,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(*arguments: str | Path, typed: str = "", **more: str) -> subprocess.CompletedProcess[str]:
     command = [*COMMAND, *map(str, arguments)]
     return subprocess.run(
-        command, input=typed, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
-        env=os.environ | more,
+        command, input=typed, capture_output=True, encoding="utf-8",
+        timeout=PATIENCE_S, check=False, env=os.environ | more,
     )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def test_a_full_disk(tiny: Path):
     for arguments in (("demo", "the", "--model", str(tiny), "--max-tokens", "3"), ("--version",)):
         with open("/dev/full", "wb") as full:
             done = subprocess.run(
-                [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True,
+                [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, encoding="utf-8",
                 timeout=PATIENCE_S, check=False,
             )  # fmt: skip
         assert done.returncode == 2

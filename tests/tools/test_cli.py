@@ -15,7 +15,7 @@ from tilewright.tools import cli, env, explain
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tilewright", *arguments]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, check=False, capture_output=True, encoding="utf-8", timeout=120)
 
 
 def test_python_m_tilewright_is_the_command_line():
@@ -74,7 +74,7 @@ def test_listing_the_verbs_loads_no_optional_package():
         "assert not heavy and tools == ['tilewright.tools.cli'], (heavy, tools)"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=False, capture_output=True, encoding="utf-8", timeout=120)
     assert done.returncode == 0, done.stderr
 
 
@@ -120,7 +120,7 @@ def test_a_bad_knob_is_reported_not_raised(monkeypatch):
 
 def test_a_compiler_that_cannot_be_asked_is_bad_not_missing(tmp_path):
     script = tmp_path / "mycxx"
-    script.write_text("#!/bin/sh\necho mycxx 1.0\n")
+    script.write_text("#!/bin/sh\necho mycxx 1.0\n", encoding="utf-8")
     script.chmod(0o755)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o777)

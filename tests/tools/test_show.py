@@ -34,7 +34,7 @@ again = scheduled
 @pytest.fixture
 def file(tmp_path) -> Path:
     path = tmp_path / "lesson.py"
-    path.write_text(SOURCE)
+    path.write_text(SOURCE, encoding="utf-8")
     return path
 
 
@@ -64,7 +64,9 @@ def test_cuda_follows_cpp_without_repeating_what_they_share(file):
 
 
 def test_what_cuda_refuses_is_said(file):
-    file.write_text(SOURCE + "\nbad = spmm.schedule(lambda s: s.split('nothing', 4))\n")
+    file.write_text(
+        SOURCE + "\nbad = spmm.schedule(lambda s: s.split('nothing', 4))\n", encoding="utf-8"
+    )
     stages = show.stages_of(show.load(file)["bad"], [target("cuda:sm_90a")])
     assert [s.level for s in stages] == ["refused"]
     assert "S101" in stages[0].text
@@ -90,7 +92,7 @@ def test_without_stages_the_ends_are_shown(file, capsys):
 )
 def test_a_file_that_cannot_be_shown(tmp_path, text, message):
     path = tmp_path / "bad.py"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ProgramError, match="P101") as caught:
         show.load(path)
     assert message in str(caught.value)
@@ -125,7 +127,7 @@ class Reader(html.parser.HTMLParser):
 def test_the_page_is_whole_and_fetches_nothing(file, tmp_path):
     out = tmp_path / "page.html"
     assert cli.main(["show", str(file), "scheduled", "--html", str(out)]) == 0
-    text = out.read_text()
+    text = out.read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(text)
     assert not reader.open
@@ -158,7 +160,7 @@ def test_the_cuda_shown_compiles(file):
 
 
 def test_a_page_that_cannot_be_written_is_told_before_the_file_runs(file, capsys):
-    file.write_text("raise RuntimeError('it ran')")
+    file.write_text("raise RuntimeError('it ran')", encoding="utf-8")
     assert cli.main(["show", str(file), "--html", "/nonexistent/x.html"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("ArgumentError[A109]") and "/nonexistent" in told
@@ -166,7 +168,7 @@ def test_a_page_that_cannot_be_written_is_told_before_the_file_runs(file, capsys
 
 @pytest.mark.parametrize("status", ["3", "0", "'bye'", ""])
 def test_a_file_that_ends_the_program(file, capsys, status):
-    file.write_text(f"import sys\nsys.exit({status})\n")
+    file.write_text(f"import sys\nsys.exit({status})\n", encoding="utf-8")
     assert cli.main(["show", str(file)]) == 2
     told = capsys.readouterr().err
     assert told.startswith("ProgramError[P101]") and "SystemExit" in told and f"{file}:2" in told

@@ -655,12 +655,13 @@ def binary(op: str, a: Any, b: Any) -> Expr:
         )  # fmt: skip
     a, b = _same_literals(a, b)
     ta, tb = a.dtype.scalar, b.dtype.scalar
-    if op in BITWISE and (ta.is_float or tb.is_float):
-        raise ProgramError("P106", f"{op} needs integers, not {ta} and {tb}", where=f"{a} {op} {b}")
-    common = dtypes.promote(ta, tb)
-    if op in ("<<", ">>"):
-        common = ta
-    elif op == "/" and not common.is_float:
+    common = ta if op in ("<<", ">>") and tb.is_int else dtypes.promote(ta, tb)
+    if op in BITWISE and common.is_float:
+        raise ProgramError(
+            "P106", f"{op} needs integers of one type, not {ta} and {tb}", where=f"{a} {op} {b}",
+            hint="cast one of them",
+        )  # fmt: skip
+    if op == "/" and not common.is_float:
         common = dtypes.float32
     elif common.is_float:
         common = common.accumulator

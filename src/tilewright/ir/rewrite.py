@@ -9,6 +9,7 @@ from operator import is_
 from typing import Any, TypeVar
 
 from tilewright import dtypes
+from tilewright.dtypes import DType, promote
 from tilewright.ir.names import PRIME
 from tilewright.ir.nodes import (
     COMPARISON,
@@ -32,6 +33,7 @@ from tilewright.ir.nodes import (
     Seq,
     Stmt,
     Store,
+    Unary,
     Var,
     as_expr,
     binary,
@@ -359,6 +361,22 @@ def mul(a: Any, b: Any) -> Expr:
     """The simplified product of integers."""
     out = binary("*", a, b)
     return _simplify_binary(out) if isinstance(out, Binary) else out
+
+
+def computed_in(e: Expr, to: DType) -> Expr:
+    """`e` as `to`, where the integer arithmetic that makes it is done in `to`, not in the narrower
+    types of its operands: a sum of int8 products multiplies in int32. A conversion to a wider
+    integer inside of it changes no value; any other conversion ends the search."""
+    if e.dtype.is_int and to.is_int and e.dtype.bits < to.bits:
+        if isinstance(e, Binary) and e.op not in ("<<", ">>"):
+            return Binary(e.op, computed_in(e.a, to), computed_in(e.b, to), to)
+        if isinstance(e, Unary):
+            return Unary(e.op, computed_in(e.a, to), to)
+        if isinstance(e, Select):
+            return Select(e.cond, computed_in(e.a, to), computed_in(e.b, to), to)
+        if isinstance(e, Cast) and e.a.dtype.is_int and promote(e.a.dtype, e.dtype) == e.dtype:
+            return computed_in(e.a, to)
+    return cast(e, to)
 
 
 def ceil_div(a: Any, b: int) -> Expr:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from tilewright import dtypes
 from tilewright.build import Definition, named_recipe, program
@@ -22,7 +23,7 @@ from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import entries, formats, trace
 from tilewright.sparse.formats import Composed, Format, Where
-from tilewright.sparse.pack import Packed
+from tilewright.sparse.pack import Packed, Structure
 from tilewright.sparse.trace import dense, indices, out, sparse
 from tilewright.target import target as parse_target
 from tilewright.toolchain import compilers
@@ -270,11 +271,15 @@ def spmm(A: Packed, X: Any, out: Any = None) -> Any:
     """
     check_packed(A, lambda fmt: fmt.ndim == 2, "pack a matrix, as with pack_for_spmm(matrix)")
     width = last_size(X)
-    key = "spmm", A.dtype, getattr(X, "dtype", None), width
-    kernel = A.structure.tables.get(key)  # found by the structure: formats are long to hash
+    key = A.dtype, getattr(X, "dtype", None), width
+    kernels = _CHOSEN.setdefault(A.structure, {})  # by structure: formats are long to hash
+    kernel = kernels.get(key)
     if kernel is None:
-        kernel = A.structure.tables[key] = _chosen(A, X, width)
+        kernel = kernels[key] = _chosen(A, X, width)
     return kernel(A, X, out=out)
+
+
+_CHOSEN: WeakKeyDictionary[Structure, dict[Any, Kernel]] = WeakKeyDictionary()
 
 
 def _chosen(A: Packed, X: Any, width: int) -> Kernel:

@@ -109,10 +109,7 @@ class Call:
             raise ArgumentError(e.code, e.message, where=where, hint=e.hint) from None
         kind = self.kinds[name]
         if v.dtype != kind and not _same_bits(v, kind):
-            raise ArgumentError(
-                "A102", f"{name} is {v.dtype}, the kernel was built for {kind}", where=where,
-                hint=f'convert it, or build with .typed({name}="{v.dtype}")',
-            )  # fmt: skip
+            raise _wrong_dtype(spec, kind, v.dtype)
         if len(v.shape) != len(spec.dims):
             raise ArgumentError(
                 "A103",
@@ -165,12 +162,7 @@ class Call:
                 hint=f'build with .typed(index="{s.index_dtype}")',
             )
         if arg.dtype != self.kinds[name]:
-            raise ArgumentError(
-                "A102",
-                f"{name} is {arg.dtype}, the kernel was built for {self.kinds[name]}",
-                where=where,
-                hint=f'build with .typed({name}="{arg.dtype}")',
-            )
+            raise _wrong_dtype(spec, self.kinds[name], arg.dtype)
         self._take_sizes(spec, s.shape)
         self._take_device(f"{s.device}:0" if s.device == "cuda" else s.device, name)
         self.packed[name] = arg
@@ -392,6 +384,16 @@ class Call:
 
     def _structure(self, tensor: str) -> str:
         return next(t.structure for t in self.manifest.tensors if t.name == tensor)
+
+
+def _wrong_dtype(spec: TensorSpec, kind: DType, given: DType) -> ArgumentError:
+    hint = f'convert it, or build with .typed({spec.name}="{given}")'
+    if spec.role == "output":  # which has the dtype of its expression
+        hint = f'make it {kind}, or write tw.out.typed("{given}")[…](…) in the program'
+    return ArgumentError(
+        "A102", f"{spec.name} is {given}, the kernel was built for {kind}",
+        where=f"argument {spec.name}", hint=hint,
+    )  # fmt: skip
 
 
 def _given(name: str) -> Given:

@@ -14,6 +14,7 @@ from tilewright import dtypes
 from tilewright.errors import ArgumentError
 from tilewright.runtime.view import (
     View,
+    check_memory,
     element_strides,
     made_view,
     numpy_dtype,
@@ -24,7 +25,7 @@ from tilewright.runtime.view import (
 
 def view_cupy(x: Any) -> View:
     known = numpy_dtype(x.dtype)
-    strides = element_strides(x.strides, x.dtype.itemsize)
+    strides = element_strides(x.strides, x.shape, x.dtype.itemsize)
     return made_view(x.data.ptr, known, x.shape, strides, f"cuda:{x.device.id}", x, False)
 
 
@@ -44,7 +45,9 @@ def view_cuda_interface(x: Any) -> View:
     shape = tuple(said["shape"])
     steps = said.get("strides")
     strides = (
-        row_major_strides(shape) if steps is None else element_strides(tuple(steps), kind.itemsize)
+        row_major_strides(shape)
+        if steps is None
+        else element_strides(tuple(steps), shape, kind.itemsize)
     )
     pointer, readonly = said["data"]
     ordinal = cuda.pointer_device(pointer) if pointer else cuda.current_device()
@@ -135,6 +138,7 @@ def view_dlpack(x: Any) -> View:
         if tensor.strides
         else row_major_strides(shape)
     )
+    check_memory(tensor.data, shape)  # an offset may hide that it is null
     pointer = (tensor.data or 0) + tensor.byte_offset
     if pointer % known.itemsize:
         refuse_alignment(pointer, known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -48,22 +49,25 @@ def run_frame(program: Program, frame: Any) -> None:
 
 
 def _stored(structure: Any) -> tuple[Stored, np.ndarray]:
-    """The stored coordinates of a structure, and where their values stand in its parts, one after
-    the other; found once."""
-    known = structure.tables.get("stored")
-    if known is None:
-        found, base = [], 0
-        for p in structure.parts:
-            coords, at = coordinates(p.format.levels, p.arrays, p.counts, structure.shape)
-            is_entry = np.zeros(p.size, bool)
-            is_entry[p.slots] = True
-            found.append((*coords, at + base, is_entry[at]))
-            base += p.size
-        *coords, place, is_entry = (np.concatenate(c) for c in zip(*found, strict=True))
-        order = row_major(coords, is_entry)
-        stored = Stored(tuple(structure.shape), tuple(c[order] for c in coords))
-        known = structure.tables["stored"] = stored, place[order]
-    return known
+    """The stored coordinates of a structure, and the positions of their values in the values of its
+    parts, one part behind the other."""
+    known = _STORED.get(structure)
+    if known is not None:
+        return known
+    parts, base = [], 0
+    for p in structure.parts:
+        coords, at = coordinates(p.format.levels, p.arrays, p.counts, structure.shape)
+        is_entry = np.zeros(p.size, bool)
+        is_entry[p.slots] = True
+        parts.append((*coords, at + base, is_entry[at]))
+        base += p.size
+    *coords, position, is_entry = (np.concatenate(c) for c in zip(*parts, strict=True))
+    order = row_major(coords, is_entry)
+    stored = Stored(tuple(structure.shape), tuple(c[order] for c in coords))
+    return _STORED.setdefault(structure, (stored, position[order]))
+
+
+_STORED: WeakKeyDictionary[Any, tuple[Stored, np.ndarray]] = WeakKeyDictionary()
 
 
 def _scatter(flat: np.ndarray, order: np.ndarray, values: np.ndarray, parts: list[Any]) -> None:

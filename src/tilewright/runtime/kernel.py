@@ -45,8 +45,12 @@ class Kernel:
     the framework of the first dense argument, or given as `out=` (a tuple for several).
 
     Raises ArgumentError (A codes) before anything is written. `source` is the generated text,
-    `report()` what the compiler said of it.
+    `report()` what the compiler said of it. Copies and pickles hold the source: it is compiled,
+    through the cache, where they are loaded.
     """
+
+    rebuilt: tuple[Callable[..., Kernel], tuple[Any, ...]]
+    """The function, and its arguments, that makes the kernel again; `build` sets it."""
 
     def __init__(
         self, manifest: Manifest, launcher: Launcher, source: str, resources: Any = None
@@ -117,6 +121,9 @@ class Kernel:
                 f"{found or ''}"
             )
         return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[Callable[..., Kernel], tuple[Any, ...]]:
+        return self.rebuilt
 
     def __repr__(self) -> str:
         args = ", ".join(t.name for t in self.inputs)

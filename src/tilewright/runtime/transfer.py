@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.errors import ArgumentError
+from tilewright.runtime.view import check_memory, describe_torch, view
 
 
 def to_device(array: Any, device: str) -> Any:
@@ -47,18 +48,28 @@ def _ordinal(device: str) -> int | None:
 
 def to_host(array: Any) -> np.ndarray:
     """Any array as a NumPy array, copied where it is on a device; torch's bfloat16, which NumPy
-    does not know, as its bits (uint16)."""
-    if isinstance(array, np.ndarray):
-        return array
+    does not know, as its bits (uint16). Raises ArgumentError: A107 for elements at a null address,
+    also in a list, A102 for a dtype of torch."""
+    if isinstance(array, (list, tuple)):
+        array = [x if isinstance(x, (int, float, str)) else to_host(x) for x in array]
     if hasattr(array, "detach"):
-        host = array.detach().cpu()
-        if str(host.dtype) != "torch.bfloat16":
-            return host.numpy()
-        import torch
-
-        return host.view(torch.int16).numpy().view(np.uint16)
+        return _torch_to_host(array.detach())
     if hasattr(array, "to_numpy"):
         return array.to_numpy()
     if hasattr(array, "get") and hasattr(array, "dtype"):  # CuPy's; a dict has a `get` too
         return array.get()
-    return np.asarray(array)
+    host = np.asarray(array)
+    check_memory(host.__array_interface__["data"][0], host.shape)
+    return host
+
+
+def _torch_to_host(tensor: Any) -> np.ndarray:
+    if str(tensor.layout) == "torch.strided":
+        describe = describe_torch if tensor.is_neg() else view
+        describe(tensor)  # before its memory is read
+    host = tensor.resolve_neg().cpu()
+    if str(host.dtype) != "torch.bfloat16":
+        return host.numpy()
+    import torch
+
+    return host.view(torch.int16).numpy().view(np.uint16)

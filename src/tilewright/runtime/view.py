@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,11 +84,21 @@ def view(x: object) -> View:
     return adapter(x)
 
 
+def check_memory(pointer: int | None, shape: Sequence[int]) -> None:
+    """Refuses elements at a null address. Raises ArgumentError[A107]."""
+    if not pointer and math.prod(shape):
+        raise ArgumentError(
+            "A107", f"an array of shape {tuple(shape)} without memory: its address is null",
+            hint="a meta or fake tensor has no values, a freed storage none any more",
+        )  # fmt: skip
+
+
 def layout(x: object) -> tuple[Any, int, object]:
     """What stays equal among arrays that `view` describes alike except for the address; the
     address; and what else must live as long as it is used (None: the array itself will do).
 
-    Equal keys and equal low four bits of the address promise an equal View. Raises ArgumentError.
+    Equal keys and equal low four bits of an address that is not null promise an equal View. Raises
+    ArgumentError.
     """
     adapter = _LAYOUTS.get(type(x))
     if adapter is None:
@@ -97,13 +107,22 @@ def layout(x: object) -> tuple[Any, int, object]:
         _LAYOUTS[type(x)] = adapter
         if plain is _view_torch:
             _ADDRESSES[type(x)] = type(x).data_ptr  # pyright: ignore[reportAttributeAccessIssue]
-    return adapter(x)
+    described = adapter(x)
+    if not described[1]:
+        view(x)  # refuses elements at a null address
+    return described
 
 
 def address(x: object) -> int:
-    """The address of an array of a type that `layout` has described before."""
+    """The address of an array of a type that `layout` has described before. Raises ArgumentError
+    for elements at a null address."""
     found = _ADDRESSES.get(type(x))
-    return layout(x)[1] if found is None else found(x)
+    if found is None:
+        return layout(x)[1]
+    try:
+        return found(x) or view(x).pointer
+    except RuntimeError:  # of torch, for what has no memory
+        return view(x).pointer
 
 
 def _layout_any(x: object) -> tuple[Any, int, object]:
@@ -173,22 +192,22 @@ def _empty_cupy(like: Any, shape: tuple[int, ...], dtype: DType) -> Any:
 _NUMPY_TYPES: dict[np.dtype, DType] = {
     t.numpy: t for t in dtypes.ALL.values() if t.numpy.name == t.name
 }
-_STRIDES: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
+_STRIDES: dict[tuple[tuple[int, ...], tuple[int, ...], int], tuple[int, ...]] = {}
 _STRIDES_KEPT = 4096
 
 
 def _view_numpy(x: np.ndarray) -> View:
     kind = x.dtype
     known = numpy_dtype(kind)
-    key = (x.strides, kind.itemsize)
+    key = (x.strides, x.shape, kind.itemsize)
     strides = _STRIDES.get(key)
     if strides is None:
-        strides = element_strides(x.strides, kind.itemsize)
+        strides = element_strides(*key)
         if len(_STRIDES) >= _STRIDES_KEPT:
             _STRIDES.clear()
         _STRIDES[key] = strides
     pointer = _address(x)
-    if pointer % key[1]:
+    if pointer % kind.itemsize:
         refuse_alignment(pointer, known)
     return made_view(pointer, known, x.shape, strides, "cpu", x, not x.flags.writeable)
 
@@ -202,6 +221,9 @@ def made_view(
     owner: object,
     readonly: bool,
 ) -> View:
+    """A View. Raises ArgumentError[A107] for elements at a null address."""
+    if not pointer:
+        check_memory(pointer, shape)
     draft = _Draft(pointer, dtype, shape, strides, device, owner, readonly)
     draft.__class__ = View  # pyright: ignore[reportAttributeAccessIssue]  # the same slots
     return draft  # pyright: ignore[reportReturnType]
@@ -300,23 +322,41 @@ def _learn_torch() -> None:
 
 def _view_torch(x: Any) -> View:
     """Gradients are not looked at: the caller's data is read as `detach()` would give it."""
+    found = describe_torch(x)
+    if x.is_neg():
+        raise ArgumentError("A107", "a lazily negated tensor is not dense", hint="x.resolve_neg()")
+    return found
+
+
+def describe_torch(x: Any) -> View:
+    """The View of a tensor's memory, whether or not its values are read as negated."""
     place = x.device
     device = _TORCH_PLACES.get(place) or _torch_place(place)
     known = _FROM_TORCH.get(x.dtype)
     if known is None:
-        names = ", ".join(dtypes.ALL)
-        raise ArgumentError("A102", f"tensors of {x.dtype} cannot be used", hint=f"one of {names}")
+        hint = f"one of {', '.join(dtypes.ALL)}"
+        if x.is_complex():
+            hint = "real numbers: torch.view_as_real(x.resolve_conj()) has two for each"
+        raise ArgumentError("A102", f"tensors of {x.dtype} cannot be used", hint=hint)
+    if x.is_nested:
+        raise ArgumentError(
+            "A107", "a nested tensor is not a dense array", hint="x.to_padded_tensor(0.0)"
+        )
     try:
         pointer, strides = x.data_ptr(), x.stride()
-    except RuntimeError as error:  # sparse tensors have no strides, fake ones no memory
+    except RuntimeError as error:  # sparse tensors have no strides
         raise ArgumentError(
-            "A107", f"this {type(x).__name__} is not a dense array: {error}"
-        ) from None
-    if x.is_neg():
-        raise ArgumentError("A107", "a lazily negated tensor is not dense", hint="x.resolve_neg()")
+            "A107", f"this {type(x).__name__} is not a dense array: {error}",
+            hint="x.to_dense(), or pack it with a format",
+        ) from None  # fmt: skip
     if pointer % known.itemsize:
         refuse_alignment(pointer, known)
     return made_view(pointer, known, tuple(x.shape), strides, device, x, False)
+
+
+def _refuse_fake(x: Any) -> View:
+    check_memory(0, x.shape)  # asked for its address, torch would warn
+    raise ArgumentError("A107", f"a {type(x).__name__} has no memory", hint="a tensor with values")
 
 
 def _layout_torch(x: Any) -> tuple[Any, int, object]:
@@ -328,6 +368,8 @@ def _layout_torch(x: Any) -> tuple[Any, int, object]:
 
 
 def _torch_place(place: Any) -> str:
+    if place.type == "meta":
+        raise ArgumentError("A107", "a tensor on meta has no memory", hint="a tensor with values")
     if place.type not in ("cpu", "cuda"):
         raise ArgumentError("A105", f"tensors on {place} cannot be used", hint="cpu or cuda")
     if not _FROM_TORCH:
@@ -356,7 +398,8 @@ def _find_adapter(kind: type) -> Callable[[Any], View]:
         return _view_numpy
     module = _root_module(kind)
     if module == "torch":
-        return _view_torch
+        fake = any(base.__name__ == "FakeTensor" for base in kind.__mro__)
+        return _refuse_fake if fake else _view_torch
     from tilewright.runtime import exchange
 
     if module == "cupy":
@@ -388,8 +431,12 @@ def _root_module(kind: type) -> str:
 # ---- arithmetic -------------------------------------------------------------------------------
 
 
-def element_strides(steps: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    if any(step % itemsize for step in steps):
+def element_strides(
+    steps: tuple[int, ...], shape: tuple[int, ...], itemsize: int
+) -> tuple[int, ...]:
+    """Strides in elements from strides in bytes; that of an axis of one element is never used.
+    Raises ArgumentError[A104]."""
+    if any(step % itemsize and n > 1 for step, n in zip(steps, shape, strict=True)):
         raise ArgumentError(
             "A104",
             f"strides {steps} (bytes) are no multiples of the {itemsize}-byte element",

@@ -1,7 +1,8 @@
 """Reading a matrix: whatever library it comes from, as checked coordinates and values.
 
-What is checked here is checked once: shapes, ranges, index pointers, counts, values that a dtype
-cannot hold. Packing and unpacking trust the result.
+What is checked here is checked once: shapes, ranges, index pointers, counts, repeated coordinates,
+values that a dtype cannot hold. Packing and unpacking trust the result. Memory is in proportion to
+the number of entries, and to the index pointers of the matrix where it has them.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ MATRICES = (
 @dataclass(frozen=True, slots=True, eq=False)
 class Entries:
     """A matrix of any library, read and checked: int coordinates (nnz,) of each dimension, in
-    range, and values (nnz,) of `dtype`, as it is stored."""
+    range and no two alike, and values (nnz,) of `dtype`, as it is stored.
+
+    The order is the caller's; `order` sorts it by row, then column (None: it is sorted)."""
 
     coords: tuple[np.ndarray, ...]
     values: np.ndarray
     dtype: DType
     shape: tuple[int, ...]
+    order: np.ndarray | None
 
     @property
     def nnz(self) -> int:
@@ -73,7 +77,7 @@ def _from_dense(matrix: Any) -> Entries:
         )
     # of bits all but the sign: -0.0 is no entry in any dtype
     coords = np.nonzero(array & (1 << kind.bits - 1) - 1 if _is_bits(kind) else array)
-    return Entries(coords, array[coords], kind, array.shape)
+    return Entries(coords, array[coords], kind, array.shape, None)
 
 
 def _from_torch(t: Any) -> Entries:
@@ -88,46 +92,37 @@ def _from_torch(t: Any) -> Entries:
             (rows, _expanded(t.ccol_indices(), len(rows), shape[1])), t.values(), shape
         )
     if layout == "sparse_coo":
-        found = _from_coo(t._indices(), t._values(), t.shape)  # checked before torch sorts them
-        if t.is_coalesced():
-            return found
-        t = t.coalesce()
-        return _from_coo(t.indices(), t.values(), t.shape)
-    raise FormatError(
-        "F102", f"a torch tensor of layout {layout}", where="matrix", hint="its to_sparse_coo()"
-    )
+        return _from_coo(t._indices(), t._values(), t.shape, repeats=True)
+    hint = "its to_padded_tensor(0.0)" if t.is_nested else "its to_sparse_coo()"
+    raise FormatError("F102", f"a torch tensor of layout {layout}", where="matrix", hint=hint)
 
 
 def _from_scipy(matrix: Any) -> Entries:
-    """A SciPy matrix; duplicates are summed, the caller's arrays left as they are."""
-    _check_scipy(matrix)
-    if matrix.ndim != 2:
-        coo = matrix.tocoo(copy=True)
-        coo.sum_duplicates()
-        return _from_coo(coo.coords, coo.data, coo.shape)
-    csr = matrix.tocsr()
-    if csr is matrix and not csr.has_canonical_format:
-        csr = csr.copy()
-    csr.sum_duplicates()
-    used = int(csr.indptr[-1])  # its arrays may be longer
-    return _from_csr(csr.indptr, csr.indices[:used], csr.data[:used], csr.shape)
+    """A SciPy matrix, in the order of its `data` where it has one entry for each coordinate."""
+    if getattr(matrix, "format", "") in ("csr", "csc", "bsr"):
+        coords, data = _of_compressed(matrix)
+    else:
+        coo = matrix.tocoo()
+        coords, data = coo.coords if hasattr(coo, "coords") else (coo.row, coo.col), coo.data
+    return _from_coo(coords, data, matrix.shape, repeats=True)
 
 
-def _check_scipy(m: Any) -> None:
-    """What SciPy's own loops trust: indptr, ranges and lengths."""
-    shape = _shape(m.shape)
-    layout = getattr(m, "format", "")
-    if layout == "coo":
-        found = _in_range(m.coords if hasattr(m, "coords") else (m.row, m.col), shape)
-        check_count(array_of(m.data, "values"), len(found[0]))
-    if layout not in ("csr", "csc", "bsr"):
-        return  # their conversion trusts nothing
-    major, minor = ((1, *shape) if len(shape) == 1 else shape)[:: -1 if layout == "csc" else 1]
-    height, width = m.blocksize if layout == "bsr" else (1, 1)
+def _of_compressed(m: Any) -> tuple[list[np.ndarray], np.ndarray]:
+    """Coordinates and values of SciPy's csr, csc and bsr, checked: its own conversions are not. Its
+    arrays may be longer than `indptr` says."""
+    shape, by_column = _shape(m.shape), m.format == "csc"
+    height, width = m.blocksize if m.format == "bsr" else (1, 1)
+    major, minor = ((1, *shape) if len(shape) == 1 else shape)[:: -1 if by_column else 1]
     indices = _index_array(m.indices, "indices")
-    used = min(len(indices), len(m.data))
-    rows = _expanded(m.indptr, used, major // height, spare=True)
-    _in_range((rows, indices[: len(rows)]), (major // height, minor // width))
+    rows = _expanded(m.indptr, min(len(indices), len(m.data)), major // height, spare=True)
+    data = m.data[: len(rows)]
+    blocks = _in_range((rows, indices[: len(rows)]), (major // height, minor // width))
+    blocks = [b.astype(_counter(shape), copy=False) for b in blocks]
+    if m.format == "bsr":
+        inner = np.indices((height, width), _counter(shape))[:, None]
+        outer = (b[:, None, None] * n for b, n in zip(blocks, (height, width), strict=True))
+        return [(o + i).ravel() for o, i in zip(outer, inner, strict=True)], data.ravel()
+    return blocks[:: -1 if by_column else 1][-len(shape) :], data
 
 
 def _from_csr(indptr: Any, indices: Any, values: Any, shape: Any) -> Entries:
@@ -135,14 +130,43 @@ def _from_csr(indptr: Any, indices: Any, values: Any, shape: Any) -> Entries:
     return _from_coo((_expanded(indptr, len(indices), shape[0]), indices), values, shape)
 
 
-def _from_coo(coords: Any, values: Any, shape: Any) -> Entries:
+def _from_coo(coords: Any, values: Any, shape: Any, *, repeats: bool = False) -> Entries:
+    """Entries from coordinate arrays. Values of one coordinate are added up with `repeats`, and
+    refused without (F105)."""
     shape = _shape(shape)
     checked = _in_range(coords, shape)
     nnz = len(checked[0]) if checked else 0
     given = np.ones(nnz, np.float32) if values is None else values
     array, kind = values_of(given, "values")
     check_count(array, nnz)
-    return Entries(checked, array, kind, shape)
+    order = row_major_order(checked)
+    ordered = checked if order is None else [c[order] for c in checked]
+    same = np.ones(max(nnz - 1, 0), bool)
+    for c in ordered:
+        same &= c[1:] == c[:-1]
+    if not same.any():
+        return Entries(checked, array, kind, shape, order)
+    at = int(same.argmax())
+    if not repeats or "float8" in kind.name:
+        raise FormatError(
+            "F105", f"the entry at {tuple(int(c[at]) for c in ordered)} is stored twice",
+            where="indices", hint="add up the values of equal coordinates, or leave one of them",
+        )  # fmt: skip
+    first = np.flatnonzero(np.append(True, ~same))
+    numbers = array if order is None else array[order]
+    numbers = dtypes.bfloat16_values(numbers) if _is_bits(kind) else numbers
+    sums = np.add.reduceat(numbers, first)
+    sums = dtypes.bfloat16_bits(sums) if _is_bits(kind) else sums
+    return Entries(tuple(c[first] for c in ordered), sums, kind, shape, None)
+
+
+def row_major_order(coords: Sequence[np.ndarray]) -> np.ndarray | None:
+    """The permutation that sorts entries by row, then column; None when they are sorted."""
+    ordered = np.ones(max(len(coords[0]) - 1, 0), bool) if len(coords) else np.ones(0, bool)
+    for c in reversed(coords):
+        less, same = c[:-1] < c[1:], c[:-1] == c[1:]
+        ordered = less | (same & ordered)
+    return None if ordered.all() else np.lexsort(coords[::-1])
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
@@ -203,7 +227,10 @@ def _expanded(indptr: Any, stored: int, rows: int, *, spare: bool = False) -> np
             f"indptr falls from {indptr[row]} to {indptr[row + 1]} at row {row}",
             where="indptr",
         )
-    return np.repeat(np.arange(rows, dtype=_counter((rows,))), np.diff(indptr.astype(np.int64)))
+    kind, count = _counter((rows,)), int(indptr[-1])
+    if count < rows // 64:  # most rows are empty: in proportion to the entries
+        return np.searchsorted(indptr, np.arange(count), "right").astype(kind) - kind(1)
+    return np.repeat(np.arange(rows, dtype=kind), np.diff(indptr.astype(np.int64)))
 
 
 def _in_range(coords: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:

@@ -72,7 +72,7 @@ class Format:
     @property
     def covers_rows(self) -> bool:
         """Whether every row is stored, the empty ones too."""
-        return self.levels[0].is_dense
+        return self.levels[0].is_dense and self.levels[0].dim == 0
 
     def pack(self, matrix: Any, *, dtype: Any = None, values: Any = None, index: Any = None) -> Any:
         """Pack a SciPy sparse matrix, a torch tensor, a dense array or (indptr, indices, values,
@@ -162,8 +162,10 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 class Composed:
     """A = Σ parts. Each part is a `Where` (or any object with its `choose`) and a `Format`.
 
-    `disjoint_rows`: no row is in two parts; `covers_rows`: every row is in one. Both are promises
-    that packing checks; programs that are not sums need the first. Raises FormatError[F101].
+    `disjoint_rows`: no row is in two parts; `covers_rows`: every row is in one, and stored there
+    without entries too. Both are promises that packing checks; programs that are not sums need the
+    first. Raises FormatError[F101], also for `covers_rows` with a part that cannot store an empty
+    row: one that stores columns first, or a row for each entry.
     """
 
     name: str
@@ -188,6 +190,13 @@ class Composed:
                 "F101", f"the parts of {self.name} have one dimension", where="parts",
                 hint="parts are chosen by rows and columns: two dimensions at least",
             )  # fmt: skip
+
+        for at, (_, f) in enumerate(self.parts):
+            if self.covers_rows and not _can_store_empty_rows(f):
+                raise FormatError(
+                    "F101", f"{self.name} covers rows, but parts[{at}], {f}, stores no empty rows",
+                    where="covers_rows", hint="covers_rows=False, or rows first: tw.dcsr()",
+                )  # fmt: skip
 
     @property
     def ndim(self) -> int:
@@ -214,8 +223,8 @@ class Composed:
         of_entry, of_row = np.zeros(len(coords[0]), counter), np.zeros(shape[0], counter)
         chosen: list[Chosen] = []
         entries, taken = ByRow(coords, shape), 0
-        for where, part in self.parts:
-            rows, numbers = where.choose(entries)
+        for at, (where, part) in enumerate(self.parts):
+            rows, numbers = self._checked(at, where.choose(entries), coords[0], shape[0])
             of_entry[numbers] += 1
             taken += len(numbers)
             of_row += rows
@@ -242,12 +251,44 @@ class Composed:
             )  # fmt: skip
         yield from chosen
 
+    def _checked(self, at: int, chosen: Any, row_of: np.ndarray, rows: int) -> Any:
+        """What part number `at` chose: a mask of the rows, and entries of these rows."""
+        mask: Any
+        numbers: Any
+        try:
+            mask, numbers = map(np.asarray, chosen)
+        except (TypeError, ValueError):
+            mask, numbers = np.zeros(0), np.zeros(0)
+        if not numbers.size:
+            numbers = numbers.astype(np.int64)
+        wrong = ""
+        if mask.dtype != bool or mask.shape != (rows,):
+            wrong = f"gave a row mask of {mask.dtype} and shape {mask.shape}"
+        elif numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+            wrong = f"gave entry numbers of {numbers.dtype} and shape {numbers.shape}"
+        elif numbers.size and not 0 <= numbers.min() <= numbers.max() < len(row_of):
+            wrong = f"gave entry numbers outside 0…{len(row_of) - 1}"
+        elif not mask[row_of[numbers]].all():
+            row = int(row_of[numbers][mask[row_of[numbers]].argmin()])
+            wrong = f"took an entry of row {row}, which its row mask leaves out"
+        if wrong:
+            raise FormatError(
+                "F106", f"`choose` of parts[{at}] of {self.name} {wrong}", where="parts",
+                hint=f"a bool mask of {rows} rows, and the numbers of entries in these rows",
+            )  # fmt: skip
+        return mask, numbers
+
     def __str__(self) -> str:
         return self.name
 
     def __repr__(self) -> str:
         rows = "\n".join(f"  {i}: {where}: {fmt!r}" for i, (where, fmt) in enumerate(self.parts))
         return f"{self.name}:\n{rows}"
+
+
+def _can_store_empty_rows(fmt: Format) -> bool:
+    top = fmt.levels[0]
+    return top.dim == 0 and (top.is_dense or getattr(top, "chunk", 0) >= 0)
 
 
 def _is_part(part: Any) -> bool:

@@ -8,8 +8,8 @@ structure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,9 +29,10 @@ MOST_POSITIONS = 1 << 40  # of a level: beyond the memory of any machine, within
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
     """The arrays of one part: `arrays[l]` of level l, positions per level, and where entries went.
-    Those on the host are read-only: kernels trust them.
+    Those on the host are read-only, in copies and pickles too: kernels trust them.
 
-    `entries` are indices into the caller's entries, `slots` their positions in `values`.
+    `entries` are indices into the caller's entries, `slots` their positions in `values`: all other
+    positions are padding.
     """
 
     format: Format
@@ -40,18 +41,26 @@ class Part:
     entries: np.ndarray
     slots: np.ndarray
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arrays", _each(self.arrays, _read_only))
+        object.__setattr__(self, "entries", _read_only(self.entries))
+        object.__setattr__(self, "slots", _read_only(self.slots))
+
+    def __reduce__(self):
+        return Part, (self.format, self.arrays, self.counts, self.entries, self.slots)
+
     @property
     def size(self) -> int:
         """Stored positions, padding included."""
         return self.counts[-1]
 
+    def __repr__(self) -> str:
+        return f"<{self.format}: {len(self.entries)} entries in {self.size} positions>"
+
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Structure:
-    """Where the entries of a matrix are: what several tensors of one sparsity share.
-
-    `tables` holds what others found out about it once: the kernel that an operator chose, its
-    coordinates."""
+    """Where the entries of a matrix are: what several tensors of one sparsity share."""
 
     format: Format | Composed
     shape: tuple[int, ...]
@@ -59,7 +68,20 @@ class Structure:
     nnz: int
     index_dtype: DType
     device: str = "cpu"
-    tables: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def padding(self) -> float:
+        """The share of stored slots that hold no entry."""
+        stored = sum(p.size for p in self.parts)
+        return 1 - self.nnz / stored if stored else 0.0
+
+    def __repr__(self) -> str:
+        return f"<structure {self._text()}, {self.index_dtype} coordinates>"
+
+    def _text(self, dtype: str = "") -> str:
+        shape, padding = "×".join(map(str, self.shape)), 100 * self.padding
+        counts = f"{self.nnz} entries, {padding:.1f} % padding"
+        return f"{self.format} {shape}{dtype}, {counts}, on {self.device}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,12 +112,12 @@ class Packed:
     @property
     def padding(self) -> float:
         """The share of stored slots that hold no entry."""
-        stored = sum(p.size for p in self.structure.parts)
-        return 1 - self.nnz / stored if stored else 0.0
+        return self.structure.padding
 
     def with_values(self, values: Any, *, dtype: Any = None) -> Packed:
-        """A tensor of the same structure with other values: (nnz,), in the order of the entries
-        that were packed. Raises FormatError[F107] when there are not nnz of them, and as `pack`
+        """A tensor of the same structure with other values: (nnz,), in the order of the entries of
+        the matrix that was packed (row-major where equal coordinates were added up). Raises
+        FormatError[F107] when there are not nnz of them, and as `pack`
         for what are no values."""
         given, kind = entries.values_of(values, "values")
         if given.shape != (self.nnz,):
@@ -111,7 +133,7 @@ class Packed:
     repack_values = with_values
 
     def entry_values(self) -> np.ndarray:
-        """The values (nnz,), in the order of the entries that were packed."""
+        """The values (nnz,), in the order that `with_values` takes."""
         out = np.zeros(self.nnz, self.dtype.numpy)
         for part, values in zip(self.structure.parts, self.values, strict=True):
             out[part.entries] = entries.stored(values, self.dtype)[part.slots]
@@ -145,17 +167,13 @@ class Packed:
         s = self.structure
         values = tuple(entries.stored(v, self.dtype) for v in self.values)
         parts = tuple(
-            replace(p, arrays=_each(p.arrays, lambda a: _read_only(entries.place(a, device))))
-            for p in s.parts
+            replace(p, arrays=_each(p.arrays, lambda a: entries.place(a, device))) for p in s.parts
         )
         moved = Structure(s.format, s.shape, parts, s.nnz, s.index_dtype, device)
         return Packed(moved, _placed(values, device), self.dtype, self.fill)
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.format} {'×'.join(map(str, self.shape))} {self.dtype}, {self.nnz} entries, "
-            f"{100 * self.padding:.1f} % padding, on {self.device}"
-        ]
+        lines = [self.structure._text(f" {self.dtype}")]
         if len(self.structure.parts) > 1:
             lines += [
                 f"  {p.format}: {len(p.entries)} entries in {p.counts[0]} rows"
@@ -201,21 +219,17 @@ def _pack(fmt: Format | Composed, found: Entries, dtype: Any, values: Any, index
     entries.check_count(given, found.nnz)
     wanted = kind if dtype is None else dtypes.dtype(dtype)
     given = entries.converted(given, kind, wanted)
-    order = _row_major(found.coords)
+    order = found.order
     coords = [c if order is None else c[order] for c in found.coords]
-    _check_unique(coords)
     if isinstance(fmt, Composed):  # which counts the entries of each row
         _check_positions(fmt, shape[0])
     parts = [
         _pack_part(f, coords, shape, mine, roots, order)
         for f, mine, roots in fmt.split(coords, shape)
     ]
-    listed = [n for p in parts for a, n in zip(p.arrays, p.counts, strict=True) if a]
-    chosen = _index_type(index, max([found.nnz, *shape, *listed]))
+    chosen = _index_type(index, max([found.nnz, *shape, *(n for p in parts for n in p.counts)]))
     parts = tuple(
-        replace(
-            p, arrays=_each(p.arrays, lambda a: _read_only(np.ascontiguousarray(a, chosen.numpy)))
-        )
+        replace(p, arrays=_each(p.arrays, lambda a: np.ascontiguousarray(a, chosen.numpy)))
         for p in parts
     )
     structure = Structure(fmt, shape, parts, found.nnz, chosen)
@@ -223,7 +237,8 @@ def _pack(fmt: Format | Composed, found: Entries, dtype: Any, values: Any, index
 
 
 def _index_type(index: Any, largest: int) -> DType:
-    """The type of coordinates: the one asked for, or the narrowest that counts to `largest`."""
+    """The type of coordinates and positions: the one asked for, or the narrower one that counts to
+    `largest`, which padded and dense positions belong to as entries do."""
     fits = largest < 2**31 - ROUNDED_UP
     if index is None:
         return dtypes.int32 if fits else dtypes.int64
@@ -241,31 +256,6 @@ def _index_type(index: Any, largest: int) -> DType:
 # ---------------------------------------------------------------------------- parts
 
 
-def _row_major(coords: Sequence[np.ndarray]) -> np.ndarray | None:
-    """The permutation that sorts entries by row, then column; None when they are sorted."""
-    ordered = np.ones(max(len(coords[0]) - 1, 0), bool)
-    for c in reversed(coords):
-        less, same = c[:-1] < c[1:], c[:-1] == c[1:]
-        ordered = less | (same & ordered)
-    return None if ordered.all() else np.lexsort(coords[::-1])
-
-
-def _check_unique(coords: list[np.ndarray]) -> None:
-    if len(coords[0]) < 2:
-        return
-    same = np.ones(len(coords[0]) - 1, bool)
-    for c in coords:
-        same &= c[1:] == c[:-1]
-    if same.any():
-        at = int(same.argmax())
-        raise FormatError(
-            "F105",
-            f"the entry at {tuple(int(c[at]) for c in coords)} is stored twice",
-            where="indices",
-            hint="sum duplicates first (SciPy: sum_duplicates)",
-        )
-
-
 def _check_positions(of: Any, count: int) -> None:
     if count > MOST_POSITIONS:
         raise FormatError(
@@ -281,7 +271,7 @@ def _pack_part(
     local = coords if mine is None else [c[mine] for c in coords]
     numbers = np.arange(len(coords[0])) if mine is None else mine
     keys = [level.coordinate_of(local[level.dim]) for level in fmt.levels]
-    resort = _row_major(keys)
+    resort = entries.row_major_order(keys)
     if resort is not None:
         keys, numbers = [k[resort] for k in keys], numbers[resort]
     q = np.zeros(len(numbers), np.int64)
@@ -291,22 +281,21 @@ def _pack_part(
         _check_positions(fmt, parents * (extent if level.is_dense else getattr(level, "width", 1)))
         built, q, parents = level.build(q, c.astype(np.int64, copy=False), parents, extent)
         if depth == 0 and roots is not None and lists_rows(level):
-            built, q, parents = _with_roots(built, q, roots)
+            built, q, parents = _with_roots(built, q, np.unique(level.coordinate_of(roots)))
         arrays.append(built)
         counts.append(parents)
     _check_positions(fmt, parents)
     found = numbers if order is None else order[numbers]
-    return Part(fmt, tuple(arrays), tuple(counts), _read_only(found), _read_only(q))
+    return Part(fmt, tuple(arrays), tuple(counts), found, q)
 
 
 def _with_roots(built: dict[str, np.ndarray], q: np.ndarray, roots: np.ndarray):
     """The outermost level with all of `roots` stored, those without entries too."""
-    at = np.searchsorted(roots, built["indices"])
-    return (
-        {"indptr": np.array([0, len(roots)]), "indices": roots},
-        at[q] if len(q) else q,
-        len(roots),
-    )
+    indices = built["indices"]
+    empty = np.setdiff1d(roots, indices)
+    indices = np.insert(indices, np.searchsorted(indices, empty), empty)
+    q = q + np.searchsorted(empty, built["indices"])[q]
+    return {"indptr": np.array([0, len(indices)]), "indices": indices}, q, len(indices)
 
 
 def _scatter(part: Part, values: np.ndarray, dtype: DType, fill: float) -> np.ndarray:

@@ -33,7 +33,6 @@ from tilewright.ir.nodes import (
     Reduce,
     Role,
     Tensor,
-    Var,
     as_expr,
     binary,
     cast,
@@ -43,7 +42,7 @@ from tilewright.ir.nodes import (
     size_var,
     unary,
 )  # fmt: skip
-from tilewright.ir.rewrite import free_vars, rename_reductions, walk
+from tilewright.ir.rewrite import computed_in, free_vars, rename_reductions, walk
 
 LETTERS = "ijklpqrstuvw"
 
@@ -197,7 +196,7 @@ def _reduce(op: str) -> Callable[..., Expr]:
                 where=_user_line(),
             )
         dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
-        return Reduce(op, axes, cast(body, dtype), dtype)
+        return Reduce(op, axes, computed_in(body, dtype), dtype)
 
     reduction.__name__ = reduction.__qualname__ = op
     reduction.__doc__ = (
