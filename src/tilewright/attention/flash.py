@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.attention import render
+from tilewright.attention.kv import MAX_KEYS
 from tilewright.attention.plan import ITEM, KEY_TILE
 from tilewright.attention.variant import Traced
 from tilewright.codegen import texts
@@ -31,10 +32,8 @@ struct float16 { using type = uint16_t; };
 struct bfloat16 { using type = uint16_t; };"""
 
 # A variant may call what the template defines after it.
-_VECTOR_MATHEMATICS = """namespace flash {
+_DECLARATIONS = """namespace flash {
 template <int L> TW_INLINE tw::vec<float, L> tanh(tw::vec<float, L>);
-template <int L> TW_INLINE tw::vec<int32_t, L> floor_div(tw::vec<int32_t, L>, tw::vec<int32_t, L>);
-template <int L> TW_INLINE tw::vec<int32_t, L> floor_mod(tw::vec<int32_t, L>, tw::vec<int32_t, L>);
 }  // namespace flash"""
 
 
@@ -81,7 +80,12 @@ def _template(name: str) -> str:
 
 
 def _constants(spec: Spec, on_cuda: bool, more: dict[str, int]) -> str:
-    numbers = {"D": spec.head_dim, "G": spec.group, "MAX_TOKENS": spec.qo_tile(on_cuda)} | more
+    numbers = {
+        "D": spec.head_dim,
+        "G": spec.group,
+        "MAX_TOKENS": spec.qo_tile(on_cuda),
+        "MAX_KEYS": MAX_KEYS,
+    } | more
     lines = [f"constexpr int {name} = {value};" for name, value in numbers.items()]
     return "\n".join(
         (
@@ -113,7 +117,7 @@ def cpp_source(spec: Spec, vector_bits: int) -> str:
             _template("bounds.h"),
             ITEM.c_decl,
             params_struct(spec).c_decl,
-            _VECTOR_MATHEMATICS,
+            _DECLARATIONS,
             render.cpp_variant(spec.traced, lanes),
             _template("flash_cpu.h"),
         )

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, Literal, TypeVar, dataclass_transform
 
+import numpy as np
+
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ProgramError
@@ -30,6 +32,7 @@ class Expr:
     """Base of expressions. Operators build `Binary` and `Unary` nodes with promoted dtypes."""
 
     __slots__ = ()
+    __array_ufunc__ = None  # a NumPy scalar on the left leaves the operation to the expression
     dtype: DType
 
     def __add__(self, other: Any) -> Expr:
@@ -100,6 +103,9 @@ class Expr:
 
     def __pos__(self) -> Expr:
         return self
+
+    def __invert__(self) -> Expr:
+        return unary("not", self) if self.dtype.kind == "b" else binary("^", self, -1)
 
     def __lt__(self, other: Any) -> Expr:
         return binary("<", self, other)
@@ -603,6 +609,7 @@ def size_var(dim: str | int, index: DType = dtypes.int32) -> Expr:
 def as_expr(x: Any, dtype: DType | None = None) -> Expr:
     """Numbers become constants: of `dtype`, else bool, int32 or float32 by their Python type; a
     tensor without dimensions is its one value."""
+    x = _python_number(x)
     if isinstance(x, Expr):
         return x
     if isinstance(x, bool):
@@ -622,7 +629,8 @@ def as_expr(x: Any, dtype: DType | None = None) -> Expr:
 
 
 def binary(op: str, a: Any, b: Any) -> Expr:
-    """`a op b` with promoted operands; a Python number takes the other operand's type."""
+    """`a op b` with promoted operands; a Python or NumPy number takes the other operand's type."""
+    a, b = _python_number(a), _python_number(b)
     if isinstance(a, bool) or isinstance(b, bool):
         raise ProgramError(
             "P101", f"{a} {op} {b}: a condition that Python has decided",
@@ -647,6 +655,10 @@ def binary(op: str, a: Any, b: Any) -> Expr:
     lanes = max(a.dtype.lanes, b.dtype.lanes)
     a, b = cast(a, common), cast(b, common)
     return Binary(op, a, b, (dtypes.bool_ if op in COMPARISON else common).vector(lanes))
+
+
+def _python_number(x: Any) -> Any:
+    return x.item() if isinstance(x, np.generic) else x
 
 
 def _literal_type(x: Any, other: DType) -> DType | None:
