@@ -19,26 +19,34 @@ from tilewright.runtime.view import view
 
 
 def evaluate(e: Expr, places: dict[str, Any], values: dict[str, Any]) -> Any:
-    """An expression of a variant over arrays: float64 for floats, int64 for integers."""
+    """An expression of a variant over arrays: float64 for floats; integers are int32 and wrap around,
+    division by 0 gives 0, as in the kernels."""
+    with np.errstate(all="ignore"):
+        return _evaluate(e, places, values)
+
+
+def _evaluate(e: Expr, places: dict[str, Any], values: dict[str, Any]) -> Any:
     if isinstance(e, Const):
-        return e.value
+        return np.asarray(e.value, _kind(e.dtype))
     if isinstance(e, Var):
-        return places[e.name]
+        return np.asarray(places[e.name], _kind(e.dtype))
     if isinstance(e, Load):
-        value = np.asarray(values[e.buffer.name])
-        kept = value.astype(np.float64 if e.dtype.is_float else np.int64)
-        return kept[evaluate(e.index[0], places, values)] if e.index else kept.reshape(())
+        kept = np.asarray(values[e.buffer.name], _kind(e.dtype))
+        return kept[_evaluate(e.index[0], places, values)] if e.index else kept.reshape(())
     if isinstance(e, Binary):
-        return BINARY[e.op](evaluate(e.a, places, values), evaluate(e.b, places, values))
+        return BINARY[e.op](_evaluate(e.a, places, values), _evaluate(e.b, places, values))
     if isinstance(e, Unary):
-        return UNARY[e.op](evaluate(e.a, places, values))
+        return UNARY[e.op](_evaluate(e.a, places, values))
     if isinstance(e, Select):
-        arms = (evaluate(x, places, values) for x in (e.cond, e.a, e.b))
+        arms = (_evaluate(x, places, values) for x in (e.cond, e.a, e.b))
         return np.where(*arms)
     if isinstance(e, Cast):
-        kind = {"f": np.float64, "b": np.bool_}.get(e.dtype.kind, np.int64)
-        return np.asarray(evaluate(e.a, places, values)).astype(kind)
+        return np.asarray(_evaluate(e.a, places, values)).astype(_kind(e.dtype))
     raise InternalError("I101", f"no value for {type(e).__name__}")
+
+
+def _kind(dtype: Any) -> Any:
+    return {"f": np.float64, "b": np.bool_}.get(dtype.kind, np.int32)
 
 
 def attention(
@@ -47,7 +55,8 @@ def attention(
     """softmax(logits(q·k·sm_scale) where mask)·v for each query, in float64.
 
     `q` (tokens, qo_heads, head_dim); the last query of a request stands at its last key. Slow: it
-    makes the whole score matrix. A query that sees nothing has o = 0 and lse = −inf.
+    makes the full score matrix. A query that sees nothing has o = 0 and lse = −inf; NaN and Inf in
+    keys and values reach the queries that see them and no others.
     """
     traced = traced_of(variant)
     values = dict(variant.fixed) | {n: to_host(v) for n, v in values.items()}
@@ -76,9 +85,19 @@ def attention(
             weights = np.exp(scores - np.where(top == -np.inf, 0.0, top))
             total = weights.sum(1)
             some = total > 0
-            o[rows, head] = weights @ vals[:, head // group] / np.where(some, total, 1)[:, None]
+            sums = _weighted(weights, vals[:, head // group], seen)
+            o[rows, head] = sums / np.where(some, total, 1)[:, None]
             lse[rows, head] = np.where(some, top[:, 0] + np.log(np.where(some, total, 1)), -np.inf)
     return State(o, lse)
+
+
+def _weighted(weights: np.ndarray, vals: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """weights @ vals, but 0 · NaN = 0 where a key is not seen."""
+    finite = np.isfinite(vals).all(1)
+    sums = weights[:, finite] @ vals[finite]
+    for key in np.flatnonzero(~finite):
+        sums[seen[:, key]] += weights[seen[:, key], key, None] * vals[key]
+    return sums
 
 
 def gather(kv: KV, request: int) -> tuple[np.ndarray, np.ndarray]:

@@ -388,7 +388,8 @@ class Full:
 
 @variant
 class Causal:
-    """A query sees the keys up to its own position."""
+    """A query sees the keys up to its own position; one before position 0 (more queries than keys)
+    sees none: o = 0, lse = −inf."""
 
     def mask(self, at: Any) -> Any:
         return at.kv <= at.qo

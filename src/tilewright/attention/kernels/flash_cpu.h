@@ -1,8 +1,9 @@
 // Flash attention on the CPU: one work item is some queries of one request, with one KV head.
 //
 // In front of this file stand the prelude (cpu.h), the constants of `flash` (D head_dim, G query
-// heads of a KV head, N lanes, T keys of a tile, RB × CB the register block, MAX_TOKENS of an item;
-// the element types Q and KV), `Params`, `Item`, kernels/bounds.h and the struct `Variant`.
+// heads of a KV head, N lanes, T keys of a tile, RB × CB the register block, MAX_TOKENS of an item,
+// MAX_KEYS of a request, CHUNK_TILES at least in a chunk; the element types Q and KV), `Params`,
+// `Item`, kernels/bounds.h and the struct `Variant`.
 // Rows of an item are (token, query head of the group), tokens first: all of them share each load
 // of K and V. Sums are float32 and run in a fixed order, whatever thread runs the item.
 
@@ -456,7 +457,7 @@ static void run_item(const Params& p, const Item& item) {
   while (w.begin < w.end && w.tile_class(0, w.rows - 1, w.begin) == tw::EMPTY) ++w.begin;
   while (w.begin < w.end && w.tile_class(0, w.rows - 1, w.end - 1) == tw::EMPTY) --w.end;
   int tiles = w.end - w.begin, start = w.begin;
-  if (w.chunks > 1 && tiles < 2 * w.chunks) w.chunks = tiles / 2 > 1 ? tiles / 2 : 1;
+  if (w.chunks > 1 && tiles / CHUNK_TILES < w.chunks) w.chunks = tiles < 2 * CHUNK_TILES ? 1 : tiles / CHUNK_TILES;
   if (w.chunk < w.chunks) {  // else too short to cut: others do it all
     w.begin = start + static_cast<int>(static_cast<int64_t>(tiles) * w.chunk / w.chunks);
     w.end = start + static_cast<int>(static_cast<int64_t>(tiles) * (w.chunk + 1) / w.chunks);

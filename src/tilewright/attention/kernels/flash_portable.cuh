@@ -1,8 +1,8 @@
 // Flash attention on any NVIDIA GPU from sm_80 on, by CUDA cores in float32: simple and right.
 //
 // In front of this file stand gpu.cuh, the constants of `flash` (D head_dim, G query heads of a KV
-// head, MAX_TOKENS of an item; the element types Q and KV), `Params`, `Item`, kernels/bounds.h and
-// the struct `Variant`. A CTA runs one item: some queries of one request with one KV head. Its warps
+// head, MAX_TOKENS of an item, MAX_KEYS of a request; the element types Q and KV), `Params`, `Item`,
+// kernels/bounds.h and the struct `Variant`. A CTA runs one item: some queries of one request with one KV head. Its warps
 // take tiles of 32 keys in turn, a key a thread; rows (token, query head of the group) go ROWS at a
 // time and share each load of K and V. The warps' sums are merged in their order.
 
