@@ -186,9 +186,9 @@ def _heads(name: str, array: Any, ndim: int) -> View:
     if found.ndim != ndim:
         form = {3: "(tokens, kv_heads, head_dim)", 4: "(pages, page_size, kv_heads, head_dim)"}
         raise ArgumentError("A103", f"{name} has shape {found.shape}, not {form[ndim]}", where=name)
-    for axis, size in zip(("page_size", "kv_heads", "head_dim")[4 - ndim :], found.shape[1:], strict=True):
-        if size < 1:
-            raise ArgumentError("A103", f"{name} of shape {found.shape} has {axis} 0", where=name)
+    if 0 in found.shape[1:]:
+        axis = ("head_dim", "kv_heads", "page_size")[found.shape[::-1].index(0)]
+        raise ArgumentError("A103", f"{name} of shape {found.shape} has {axis} 0", where=name)
     if found.size and found.shape[-1] > 1 and found.strides[-1] != 1:
         raise ArgumentError(
             "A104",

@@ -18,30 +18,26 @@ from tilewright.runtime.spaces import BINARY, UNARY
 from tilewright.runtime.view import view
 
 
+@np.errstate(all="ignore")
 def evaluate(e: Expr, places: dict[str, Any], values: dict[str, Any]) -> Any:
-    """An expression of a variant over arrays: float64 for floats; integers are int32 and wrap around,
-    division by 0 gives 0, as in the kernels."""
-    with np.errstate(all="ignore"):
-        return _evaluate(e, places, values)
-
-
-def _evaluate(e: Expr, places: dict[str, Any], values: dict[str, Any]) -> Any:
+    """An expression of a variant over arrays: float64 for floats. Integers are int32, wrap around,
+    and give 0 when divided by 0, as in the kernels."""
     if isinstance(e, Const):
         return np.asarray(e.value, _kind(e.dtype))
     if isinstance(e, Var):
         return np.asarray(places[e.name], _kind(e.dtype))
     if isinstance(e, Load):
         kept = np.asarray(values[e.buffer.name], _kind(e.dtype))
-        return kept[_evaluate(e.index[0], places, values)] if e.index else kept.reshape(())
+        return kept[evaluate(e.index[0], places, values)] if e.index else kept.reshape(())
     if isinstance(e, Binary):
-        return BINARY[e.op](_evaluate(e.a, places, values), _evaluate(e.b, places, values))
+        return BINARY[e.op](evaluate(e.a, places, values), evaluate(e.b, places, values))
     if isinstance(e, Unary):
-        return UNARY[e.op](_evaluate(e.a, places, values))
+        return UNARY[e.op](evaluate(e.a, places, values))
     if isinstance(e, Select):
-        arms = (_evaluate(x, places, values) for x in (e.cond, e.a, e.b))
+        arms = (evaluate(x, places, values) for x in (e.cond, e.a, e.b))
         return np.where(*arms)
     if isinstance(e, Cast):
-        return np.asarray(_evaluate(e.a, places, values)).astype(_kind(e.dtype))
+        return np.asarray(evaluate(e.a, places, values)).astype(_kind(e.dtype))
     raise InternalError("I101", f"no value for {type(e).__name__}")
 
 
@@ -49,6 +45,7 @@ def _kind(dtype: Any) -> Any:
     return {"f": np.float64, "b": np.bool_}.get(dtype.kind, np.int32)
 
 
+@np.errstate(invalid="ignore")  # NaN and Inf in keys that nobody sees
 def attention(
     q: Any, kv: KV, qo_indptr: Any, variant: Any, *, sm_scale: float | None = None, **values: Any
 ) -> State:

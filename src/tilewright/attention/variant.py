@@ -47,9 +47,10 @@ PLACES = ("qo", "kv", "qo_head", "kv_head", "request")
 SCORE = Var("s", dtypes.float32)
 VALUE_TYPES = (dtypes.float32, dtypes.int32)
 RESERVED = frozenset(
-    "self q kv plan out workers qo_indptr variant sm_scale fixed traced logits mask".split()
+    {"self", "q", "kv", "plan", "out", "workers", "qo_indptr", "variant", "sm_scale"}
+    | {"fixed", "traced", "logits", "mask"}
 )
-"""Names that no value of a variant may have: arguments beside the values, attributes of a variant."""
+"""Names that no value of a variant may have: other arguments of its users, its own attributes."""
 
 
 class At:
@@ -269,7 +270,7 @@ def _call(cls: type, me: Any, name: str, arguments: tuple[Any, ...]) -> Expr:
         raise ProgramError(
             "P101",
             f"{name} of variant {cls.__name__} is {result}: a condition that Python has decided",
-            hint="`==` and `!=` compare the text of expressions: write tw.equal(a, b), ~tw.equal(a, b)",
+            hint="`==` compares the text of expressions: write tw.equal(a, b) or ~tw.equal(a, b)",
         )
     return as_expr(result, dtypes.float32 if name == "logits" else None)
 

@@ -249,11 +249,13 @@ TW_INLINE void add_values(const float* weights, LoadB value, int n, float* sums,
     auto column = [&](int k, int v) { return value(k, v0 + v); };
     F acc[R][C], all{};
     block<R, C>(weights, T, column, n, acc);
+    if (masked) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < C; ++v) all += acc[r][v] * 0.0f;
-    if (masked && tw::fold_sum<float, N>(all) != 0.0f) {  // NaN: some value is not finite
+        for (int v = 0; v < C; ++v) all += acc[r][v] * 0.0f;
+    }
+    if (tw::fold_sum<float, N>(all) != 0.0f) {  // NaN: some value is not finite
       alignas(64) float again[R * C * N];
       block_of_visible<R, C>(weights, column, n, again);
 #pragma GCC unroll 8
