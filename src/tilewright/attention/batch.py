@@ -87,9 +87,14 @@ class Attention:
         `qo_indptr` (requests + 1) int32: the rows of q of each request, whose last query stands at
         its last key. `workers`: threads of the pool, or CTAs that a GPU runs at once. `values`:
         scalars of the variant, which only sharpen the balance.
+        Where qo_len > kv_len the first queries of a request stand before position 0: under a
+        causal mask they see nothing (o = 0, lse = −inf).
+        On a CPU the bits of a request's results depend on the request alone, not on `workers`, on
+        threads or on the other requests.
         Raises ArgumentError (A101, A102, A103, A109).
         """
         self._check_kv(kv)
+        self._check_names(values)
         indptr = _checked_indptr(qo_indptr, kv)
         return self._plan(indptr, kv.lengths(), kv, workers, values)
 
@@ -121,6 +126,9 @@ class Attention:
         """The state of queries `q` (tokens, qo_heads, head_dim), float32, float16 or bfloat16.
 
         `out`: a float32 array to write o to; `values`: the variant's scalars and per-head arrays.
+        Keys and values that no query of a work item sees never matter, NaN and Inf included: those
+        behind a length, outside a window, of a freed page. (Today's kernels keep this for each
+        query; a future one may do so only for the queries of an item together.)
         Raises ArgumentError (A101 … A109) before anything is written.
         """
         _check_is_plan(plan)
@@ -165,6 +173,9 @@ class Attention:
                 f"kv has {kv.kv_heads} heads × {kv.head_dim}, "
                 f"the attention {self.kv_heads} × {self.head_dim}",
                 where="kv",
+                hint="k and v with heads before slots: k.transpose(0, 2, 1, 3), v.transpose(…)"
+                if (kv.page_size, kv.head_dim) == (self.kv_heads, self.head_dim)
+                else "",
             )
 
     def _check_q(self, q: Any, kv: KV, plan: Plan) -> View:
@@ -199,15 +210,7 @@ class Attention:
     def _values(
         self, traced: Traced, given: dict[str, Any], device: str
     ) -> dict[str, tuple[Any, View]]:
-        known = {v.name: v for v in traced.values}
-        for name in given:
-            if name not in known:
-                raise ArgumentError(
-                    "A101",
-                    f"{traced.name} has no value {name!r}",
-                    where=name,
-                    hint=f"values: {', '.join(known) or 'none'}",
-                )
+        self._check_names(given)
         fixed = dict(self.variant.fixed)
         found = {}
         for v in traced.values:
@@ -217,6 +220,21 @@ class Attention:
                 )
             found[v.name] = self._value(v, given.get(v.name, fixed.get(v.name)), device)
         return found
+
+    def _check_names(self, given: dict[str, Any]) -> None:
+        """Each name is a value of the variant; numbers fit it. Raises ArgumentError."""
+        traced = traced_of(self.variant)
+        known = {v.name: v for v in traced.values}
+        for name, value in given.items():
+            if name not in known:
+                raise ArgumentError(
+                    "A101",
+                    f"{traced.name} has no value {name!r}",
+                    where=name,
+                    hint=f"values: {', '.join(known) or 'none'}",
+                )
+            if not known[name].heads and (_is_number(value) or not hasattr(value, "shape")):
+                check_number(known[name], value)
 
     def _value(self, v: Value, given: Any, device: str) -> tuple[Any, View]:
         """The array that a kernel reads a value from: the caller's, or one made for a number."""

@@ -19,6 +19,8 @@ from tilewright.runtime.transfer import to_host
 from tilewright.runtime.view import View, view
 
 KV_TYPES = (dtypes.float32, dtypes.float16, dtypes.bfloat16)
+MAX_KEYS = 2**31 - 128
+"""The most keys of a request: positions are int32, and so is the end of the last tile."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,8 +46,9 @@ class KV:
 
         `k_pages`, `v_pages`: (pages, page_size, kv_heads, head_dim), float32, float16 or bfloat16,
         any strides but head_dim contiguous. `kv_indptr` (requests + 1) counts pages, `kv_indices`
-        names them, `last_page_len` (requests) counts the keys of each request's last page, 0 to
-        page_size; all int32, contiguous, on the device of the pages.
+        names them (entries from `kv_indptr[-1]` on are never read), `last_page_len` (requests)
+        counts the keys of each request's last page, 0 to page_size; all int32, contiguous, on the
+        device of the pages.
         Raises ArgumentError (A102 … A109); contents of device arrays are not looked at: kernels
         clamp them.
         """
@@ -62,11 +65,11 @@ class KV:
                 where="last_page_len",
             )
         if k.device == "cpu":
-            _check_indptr(np.asarray(kv_indptr), indices.size, "kv_indices")
-            _check_range("kv_indices", np.asarray(kv_indices), k.shape[0] - 1)
+            used = _check_indptr(np.asarray(kv_indptr), indices.size, "kv_indices")
+            _check_range("kv_indices", np.asarray(kv_indices)[:used], k.shape[0] - 1)
             _check_range("last_page_len", np.asarray(last_page_len), k.shape[1])
         arrays = (k_pages, v_pages, kv_indptr, kv_indices, last_page_len)
-        return KV(k, v, indptr, indices, last, arrays)
+        return KV(k, v, indptr, indices, last, arrays)._with_checked_lengths()
 
     @staticmethod
     def ragged(k: Any, v: Any, kv_indptr: Any) -> KV:
@@ -85,7 +88,19 @@ class KV:
         _requests(indptr)
         if indptr.device == "cpu":
             _check_indptr(np.asarray(kv_indptr), views[0].shape[0], "k")
-        return KV(views[0], views[1], indptr, None, None, (k, v, kv_indptr))
+        kv = KV(views[0], views[1], indptr, None, None, (k, v, kv_indptr))
+        return kv._with_checked_lengths()
+
+    def _with_checked_lengths(self) -> KV:
+        if self.device == "cpu" and self.listed * self.page_size > MAX_KEYS:
+            longest = int(self._lengths().max(initial=0))
+            if longest > MAX_KEYS:
+                raise ArgumentError(
+                    "A109",
+                    f"a request has {longest} keys, more than {MAX_KEYS}",
+                    where="kv_indptr",
+                )
+        return self
 
     @property
     def dtype(self) -> DType:
@@ -127,6 +142,9 @@ class KV:
     def lengths(self) -> np.ndarray:
         """Keys of each request (requests,), int64, as the arrays now say, clamped as the kernels
         clamp them; copies from a device."""
+        return np.minimum(self._lengths(), MAX_KEYS)
+
+    def _lengths(self) -> np.ndarray:
         _, count = self.ranges()
         if self.last is None:
             return count * self.page_size
@@ -135,7 +153,7 @@ class KV:
 
     def capacity(self) -> np.ndarray:
         """Keys that the pages of each request can hold (requests,), int64."""
-        return self.ranges()[1] * self.page_size
+        return np.minimum(self.ranges()[1] * self.page_size, MAX_KEYS)
 
     def __repr__(self) -> str:
         kind = "ragged" if self.last is None else f"paged, page_size {self.page_size}"
@@ -168,8 +186,9 @@ def _heads(name: str, array: Any, ndim: int) -> View:
     if found.ndim != ndim:
         form = {3: "(tokens, kv_heads, head_dim)", 4: "(pages, page_size, kv_heads, head_dim)"}
         raise ArgumentError("A103", f"{name} has shape {found.shape}, not {form[ndim]}", where=name)
-    if min(found.shape[1:]) < 1:
-        raise ArgumentError("A103", f"{name} of shape {found.shape} has no heads", where=name)
+    if 0 in found.shape[1:]:
+        axis = ("head_dim", "kv_heads", "page_size")[found.shape[::-1].index(0)]
+        raise ArgumentError("A103", f"{name} of shape {found.shape} has {axis} 0", where=name)
     if found.size and found.shape[-1] > 1 and found.strides[-1] != 1:
         raise ArgumentError(
             "A104",
@@ -217,7 +236,8 @@ def rises(indptr: np.ndarray) -> bool:
     return not bool((indptr[1:] < indptr[:-1]).any())
 
 
-def _check_indptr(indptr: np.ndarray, limit: int, of: str) -> None:
+def _check_indptr(indptr: np.ndarray, limit: int, of: str) -> int:
+    """The number of entries that `indptr` ranges over. Raises ArgumentError[A109]."""
     if indptr[0] != 0 or indptr[-1] > limit or not rises(indptr):
         raise ArgumentError(
             "A109",
@@ -225,6 +245,7 @@ def _check_indptr(indptr: np.ndarray, limit: int, of: str) -> None:
             f"it goes from {indptr[0]} to {indptr[-1]}",
             where="kv_indptr",
         )
+    return int(indptr[-1])
 
 
 def _check_range(name: str, values: np.ndarray, highest: int) -> None:

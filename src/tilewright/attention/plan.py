@@ -40,8 +40,10 @@ chunks, `counter` the place where they count their arrival."""
 UNITS = ("threads", "CTAs")
 """Who works: `Plan.unit` on a CPU, on a GPU."""
 
-_ITEMS_PER_WORKER = 8  # items to aim at: enough to even out, few enough to cost nothing
-_TILES_PER_CHUNK = 2  # the least keys worth cutting off
+CHUNK_TILES = 8
+"""The fewest tiles of keys in a chunk: merging its result then costs less than 2 % of making it."""
+
+_ITEMS_PER_REQUEST = 64  # to aim at, where a request has keys enough: work for many threads
 _BLOCK = 1 << 20  # tiles classified at once
 
 
@@ -173,7 +175,10 @@ class Shape:
 def make(
     qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int, unit: str
 ) -> Plan:
-    """Cut a batch into items for `workers`; `qo_indptr` (requests + 1), `kv_lengths` (requests)."""
+    """Cut a batch into items for `workers`; `qo_indptr` (requests + 1), `kv_lengths` (requests).
+
+    How a request is cut depends on nothing but the request: so do the bits of its results.
+    """
     indptr = _frozen(np.array(qo_indptr, np.int32))
     lengths = np.diff(indptr).astype(np.int64)
     tiles = -(-lengths // shape.qo_tile)
@@ -185,11 +190,9 @@ def make(
     visible = visible_tiles(first, first + (end - begin) - 1, kv_lengths[request], shape)
     cost = visible * ((end - begin) * shape.group + 4) + 4
     chunks = np.ones(len(request), np.int64)
-    if shape.can_split and len(request):
-        target = max(float(cost.sum()) * shape.kv_heads / (workers * _ITEMS_PER_WORKER), 1.0)
-        wanted = np.ceil(cost / target).astype(np.int64)
-        wanted[cost < 1.5 * target] = 1
-        chunks = np.clip(wanted, 1, np.maximum(visible // _TILES_PER_CHUNK, 1))
+    if shape.can_split:
+        wanted = -(-_ITEMS_PER_REQUEST // (tiles[request] * shape.kv_heads))
+        chunks = np.clip(visible // CHUNK_TILES, 1, wanted)
     return _listed(indptr, (request, begin, end, cost, chunks), shape, workers, unit)
 
 

@@ -18,15 +18,16 @@ from tilewright.runtime.transfer import to_host
 from tilewright.runtime.view import view
 
 
+@np.errstate(all="ignore")
 def evaluate(e: Expr, places: dict[str, Any], values: dict[str, Any]) -> Any:
-    """An expression of a variant over arrays: float64 for floats, int64 for integers."""
+    """An expression of a variant over arrays: float64 for floats. Integers are int32, wrap around,
+    and give 0 when divided by 0, as in the kernels."""
     if isinstance(e, Const):
-        return e.value
+        return np.asarray(e.value, _kind(e.dtype))
     if isinstance(e, Var):
-        return places[e.name]
+        return np.asarray(places[e.name], _kind(e.dtype))
     if isinstance(e, Load):
-        value = np.asarray(values[e.buffer.name])
-        kept = value.astype(np.float64 if e.dtype.is_float else np.int64)
+        kept = np.asarray(values[e.buffer.name], _kind(e.dtype))
         return kept[evaluate(e.index[0], places, values)] if e.index else kept.reshape(())
     if isinstance(e, Binary):
         return BINARY[e.op](evaluate(e.a, places, values), evaluate(e.b, places, values))
@@ -36,18 +37,23 @@ def evaluate(e: Expr, places: dict[str, Any], values: dict[str, Any]) -> Any:
         arms = (evaluate(x, places, values) for x in (e.cond, e.a, e.b))
         return np.where(*arms)
     if isinstance(e, Cast):
-        kind = {"f": np.float64, "b": np.bool_}.get(e.dtype.kind, np.int64)
-        return np.asarray(evaluate(e.a, places, values)).astype(kind)
+        return np.asarray(evaluate(e.a, places, values)).astype(_kind(e.dtype))
     raise InternalError("I101", f"no value for {type(e).__name__}")
 
 
+def _kind(dtype: Any) -> Any:
+    return {"f": np.float64, "b": np.bool_}.get(dtype.kind, np.int32)
+
+
+@np.errstate(invalid="ignore")  # NaN and Inf in keys that nobody sees
 def attention(
     q: Any, kv: KV, qo_indptr: Any, variant: Any, *, sm_scale: float | None = None, **values: Any
 ) -> State:
     """softmax(logits(q·k·sm_scale) where mask)·v for each query, in float64.
 
     `q` (tokens, qo_heads, head_dim); the last query of a request stands at its last key. Slow: it
-    makes the whole score matrix. A query that sees nothing has o = 0 and lse = −inf.
+    makes the full score matrix. A query that sees nothing has o = 0 and lse = −inf; NaN and Inf in
+    keys and values reach the queries that see them and no others.
     """
     traced = traced_of(variant)
     values = dict(variant.fixed) | {n: to_host(v) for n, v in values.items()}
@@ -76,9 +82,19 @@ def attention(
             weights = np.exp(scores - np.where(top == -np.inf, 0.0, top))
             total = weights.sum(1)
             some = total > 0
-            o[rows, head] = weights @ vals[:, head // group] / np.where(some, total, 1)[:, None]
+            sums = _weighted(weights, vals[:, head // group], seen)
+            o[rows, head] = sums / np.where(some, total, 1)[:, None]
             lse[rows, head] = np.where(some, top[:, 0] + np.log(np.where(some, total, 1)), -np.inf)
     return State(o, lse)
+
+
+def _weighted(weights: np.ndarray, vals: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """weights @ vals, but 0 · NaN = 0 where a key is not seen."""
+    finite = np.isfinite(vals).all(1)
+    sums = weights[:, finite] @ vals[finite]
+    for key in np.flatnonzero(~finite):
+        sums[seen[:, key]] += weights[seen[:, key], key, None] * vals[key]
+    return sums
 
 
 def gather(kv: KV, request: int) -> tuple[np.ndarray, np.ndarray]:

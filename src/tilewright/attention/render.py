@@ -45,7 +45,7 @@ def widened(e: Expr, lanes: int) -> Expr:
 
 
 class _OnVectors(CppRenderer):
-    """Adds what programs have not: conditions as vectors, floor division and tanh of vectors."""
+    """Adds what programs have not: conditions as vectors and a fast tanh of vectors."""
 
     def var(self, e: Var) -> str:
         return {"at.kv": "kv", "s": "s"}.get(e.name, e.name)
@@ -62,12 +62,6 @@ class _OnVectors(CppRenderer):
         if to.lanes > 1 and to.kind == "b":
             return f"({text} != 0)"
         return super().convert(text, to)
-
-    def floor(self, e: Binary, a: str, b: str) -> str:
-        if e.dtype.lanes == 1 or e.dtype.is_float:
-            return super().floor(e, a, b)
-        verb = "floor_div" if e.op == "//" else "floor_mod"
-        return f"flash::{verb}<{e.dtype.lanes}>({a}, {b})"
 
     def unary(self, e: Unary) -> str:
         if e.op == "tanh" and e.dtype.lanes > 1:

@@ -11,16 +11,19 @@ The class is traced when it is defined. Its values are frozen: `Softcap(soft_cap
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType
 from typing import Any
+
+import numpy as np
 
 from tilewright import dtypes
 from tilewright.dtypes import DType
-from tilewright.errors import ArgumentError, ProgramError
+from tilewright.errors import ArgumentError, ProgramError, TilewrightError
 from tilewright.ir.names import size_name
 from tilewright.ir.nodes import (
     BITWISE,
@@ -43,6 +46,11 @@ from tilewright.sparse.trace import Declared, scalar, tanh
 PLACES = ("qo", "kv", "qo_head", "kv_head", "request")
 SCORE = Var("s", dtypes.float32)
 VALUE_TYPES = (dtypes.float32, dtypes.int32)
+RESERVED = frozenset(
+    {"self", "q", "kv", "plan", "out", "workers", "qo_indptr", "variant", "sm_scale"}
+    | {"fixed", "traced", "logits", "mask"}
+)
+"""Names that no value of a variant may have: other arguments of its users, its own attributes."""
 
 
 class At:
@@ -122,22 +130,17 @@ class _Heads:
         return Load(buffer, (index,), self.declared.dtype)
 
 
-class _Symbols:
-    """`self` while a variant is traced: declared values become nodes, all else is the class's."""
+class _Defaults:
+    """The hooks of a variant that has none; `super()` of a base class ends here."""
 
-    def __init__(self, cls: type, values: dict[str, Any]) -> None:
-        self._cls, self._values = cls, values
+    def logits(self, s: Expr, at: At) -> Expr:
+        return s
 
-    def __getattr__(self, name: str) -> Any:
-        if name in self._values:
-            return self._values[name]
-        try:
-            found = inspect.getattr_static(self._cls, name)
-        except AttributeError:
-            raise ProgramError("P101", f"{self._cls.__name__} has no {name!r}") from None
-        if isinstance(found, FunctionType):
-            return MethodType(found, self)
-        return getattr(self._cls, name)
+    def mask(self, at: At) -> Expr:
+        return Const(True, dtypes.bool_)
+
+
+HOOKS = {"logits": "def logits(self, s, at)", "mask": "def mask(self, at)"}
 
 
 def trace(cls: type) -> Traced:
@@ -146,6 +149,13 @@ def trace(cls: type) -> Traced:
     used: dict[str, str] = {}
     symbols: dict[str, Any] = {}
     for name, d in declared.items():
+        if name in RESERVED:
+            raise ProgramError(
+                "P101",
+                f"a value of variant {cls.__name__} is named {name!r}",
+                where=name,
+                hint=f"Attention uses these names itself: {', '.join(sorted(RESERVED))}",
+            )
         if d.dtype not in VALUE_TYPES:
             raise ProgramError(
                 "P106",
@@ -156,9 +166,11 @@ def trace(cls: type) -> Traced:
             symbols[name] = _Heads(name, d, used)
         else:
             symbols[name] = Load(Buffer(name, d.dtype, ()), (), d.dtype)
-    me = _Symbols(cls, symbols)
-    logits = _call(cls, me, "logits", ("s", "at"), (SCORE, At()), SCORE)
-    mask = _call(cls, me, "mask", ("at",), (At(),), Const(True, dtypes.bool_))
+    _check_functions(cls)
+    # An instance of a subclass, so that super() and properties work in a hook as anywhere.
+    me = object.__new__(type(cls.__name__, (cls, _Defaults), symbols))
+    logits = _call(cls, me, "logits", (SCORE, At()))
+    mask = _call(cls, me, "mask", (At(),))
     if mask.dtype != dtypes.bool_:
         raise ProgramError(
             "P106",
@@ -197,27 +209,69 @@ def _declared(cls: type) -> dict[str, Any]:
     return found
 
 
-def _call(
-    cls: type,
-    me: _Symbols,
-    name: str,
-    takes: tuple[str, ...],
-    given: tuple[Any, ...],
-    absent: Expr,
-) -> Expr:
-    function = inspect.getattr_static(cls, name, None)
-    if function is None:
-        return absent
-    wanted = f"def {name}(self, {', '.join(takes)})"
-    if not isinstance(function, FunctionType) or len(
-        inspect.signature(function).parameters
-    ) != 1 + len(takes):
+def _check_functions(cls: type) -> None:
+    """Hooks have their parameters; each other public function of the class is called by a hook, by
+    the names that the hooks' code reads: else it is a hook that somebody misspelt."""
+    for name, wanted in HOOKS.items():
+        function = inspect.getattr_static(cls, name, None)
+        parameters = wanted.count(",") + 1
+        if function is not None and not (
+            isinstance(function, FunctionType)
+            and len(inspect.signature(function).parameters) == parameters
+        ):
+            raise ProgramError(
+                "P101", f"{name} of variant {cls.__name__} is not {wanted}", hint=f"write {wanted}"
+            )
+    functions = [
+        (name, f)
+        for base in cls.__mro__
+        for name, f in vars(base).items()
+        if isinstance(f, FunctionType)
+    ]
+    called, new = set(HOOKS), set(HOOKS)
+    while new:
+        names = {n for name, f in functions if name in new for n in _names_read(f.__code__)}
+        new = names - called
+        called |= new
+    for name, value in vars(cls).items():
+        if isinstance(value, FunctionType) and not name.startswith("_") and name not in called:
+            near = difflib.get_close_matches(name, HOOKS, 1, 0.5)
+            raise ProgramError(
+                "P101",
+                f"{name} of variant {cls.__name__} is no hook, and no hook calls it",
+                where=name,
+                hint=f"did you mean {near[0]}?"
+                if near
+                else f"hooks: {', '.join(HOOKS)}; a name with _ in front is not looked at",
+            )
+
+
+def _names_read(code: CodeType) -> set[str]:
+    inner = (_names_read(c) for c in code.co_consts if isinstance(c, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def _call(cls: type, me: Any, name: str, arguments: tuple[Any, ...]) -> Expr:
+    """The expression that a hook returns."""
+    try:
+        result = getattr(me, name)(*arguments)
+    except TilewrightError:
+        raise
+    except Exception as error:
         raise ProgramError(
-            "P101", f"{name} of variant {cls.__name__} is not {wanted}", hint=f"write {wanted}"
-        )
-    result = function(me, *given)
+            "P101",
+            f"{name} of variant {cls.__name__} cannot be traced: {type(error).__name__}: {error}",
+            hint="s, at.qo, at.kv … are symbols: compute with operators, tw.where, tw.tanh …; "
+            "arrays come in as tw.per_head values",
+        ) from error
     if result is None:
         raise ProgramError("P101", f"{name} of variant {cls.__name__} returns nothing")
+    if isinstance(result, (bool, np.bool_)):
+        raise ProgramError(
+            "P101",
+            f"{name} of variant {cls.__name__} is {result}: a condition that Python has decided",
+            hint="`==` compares the text of expressions: write tw.equal(a, b) or ~tw.equal(a, b)",
+        )
     return as_expr(result, dtypes.float32 if name == "logits" else None)
 
 
@@ -335,7 +389,8 @@ class Full:
 
 @variant
 class Causal:
-    """A query sees the keys up to its own position."""
+    """A query sees the keys up to its own position; one before position 0 (more queries than keys)
+    sees none: o = 0, lse = −inf."""
 
     def mask(self, at: Any) -> Any:
         return at.kv <= at.qo

@@ -111,6 +111,10 @@ class Operators:
     def __pos__(self) -> Expr:
         return as_expr(self)
 
+    def __invert__(self) -> Expr:
+        x = as_expr(self)
+        return unary("not", x) if x.dtype.kind == "b" else binary("^", x, -1)
+
     def __lt__(self, other: Any) -> Expr:
         return binary("<", self, other)
 

@@ -1,8 +1,9 @@
 // Flash attention on the CPU: one work item is some queries of one request, with one KV head.
 //
 // In front of this file stand the prelude (cpu.h), the constants of `flash` (D head_dim, G query
-// heads of a KV head, N lanes, T keys of a tile, RB × CB the register block, MAX_TOKENS of an item;
-// the element types Q and KV), `Params`, `Item`, kernels/bounds.h and the struct `Variant`.
+// heads of a KV head, N lanes, T keys of a tile, RB × CB the register block, MAX_TOKENS of an item,
+// MAX_KEYS of a request, CHUNK_TILES at least in a chunk; the element types Q and KV), `Params`,
+// `Item`, kernels/bounds.h and the struct `Variant`.
 // Rows of an item are (token, query head of the group), tokens first: all of them share each load
 // of K and V. Sums are float32 and run in a fixed order, whatever thread runs the item.
 
@@ -101,16 +102,6 @@ TW_INLINE vec<float, L> tanh(vec<float, L> x) {
   V result = a < tw::splat<float, L>(0.25f) ? small : (x < V{} ? -large : large);
   return x != x ? x : result;
 }
-template <int L>
-TW_INLINE vec<int32_t, L> floor_div(vec<int32_t, L> a, vec<int32_t, L> b) {
-  vec<int32_t, L> q = a / b, r = a - q * b;
-  return q + (((r != 0) & ((r ^ b) < 0)) ? tw::splat<int32_t, L>(-1) : vec<int32_t, L>{});
-}
-template <int L>
-TW_INLINE vec<int32_t, L> floor_mod(vec<int32_t, L> a, vec<int32_t, L> b) {
-  vec<int32_t, L> r = a % b;
-  return r + (((r != 0) & ((r ^ b) < 0)) ? b : vec<int32_t, L>{});
-}
 
 // -- the KV cache ----------------------------------------------------------------------------------
 
@@ -129,7 +120,7 @@ TW_INLINE Pages pages_of(const Params& p, int32_t request) {
   if (last < 0) last = 0;
   if (last > p.page_size) last = p.page_size;
   int64_t length = (count - 1) * p.page_size + last;
-  return Pages{begin, count, static_cast<int32_t>(length < 0x7fffffff ? length : 0x7fffffff)};
+  return Pages{begin, count, static_cast<int32_t>(length < MAX_KEYS ? length : MAX_KEYS)};
 }
 
 using K_t = typename KV::type;
@@ -156,11 +147,15 @@ TW_INLINE void find_rows(const Params& p, const Pages& pages, int kv_head, int k
 
 // -- a block of rows -------------------------------------------------------------------------------
 
+template <int C>
+struct Count { static constexpr int value = C; };
+
 struct Softmax {  // of one row, over the keys seen so far
   float largest = LOWEST, weight = 0.0f;
 };
 
-// Scores in s become weights; returns what the sums so far are to be multiplied with.
+// Scores in s become weights; returns the rescale factor of the sums so far. The weight of a masked
+// key is −0 (others are never negative), so that `add_values` can tell it from one that underflowed.
 template <bool MASKED>
 TW_INLINE float online_softmax(const Variant& variant, const At& at, int kv0, int length, float* s, Softmax& row) {
   F top = tw::splat<float, N>(LOWEST);
@@ -175,7 +170,8 @@ TW_INLINE float online_softmax(const Variant& variant, const At& at, int kv0, in
   float base = largest == LOWEST ? 0.0f : largest;  // nothing seen: all weights are 0
   F sum{};
   for (int c = 0; c < TV; ++c) {
-    F w = tw::exp<N>(tw::load<float, N>(s + c * N) - base);
+    F x = tw::load<float, N>(s + c * N), w = tw::exp<N>(x - base);
+    if (MASKED) w = x == tw::splat<float, N>(LOWEST) ? tw::splat<float, N>(-0.0f) : w;
     tw::store<float, N>(s + c * N, w);
     sum += w;
   }
@@ -190,14 +186,13 @@ TW_INLINE float online_softmax(const Variant& variant, const At& at, int kv0, in
                 : online_softmax<false>(variant, at, kv0, length, s, row);
 }
 
-// c[r] = keep[r] * c[r] + Σ_k a[r][k] b[k] for R rows and C vectors of columns.
+// Σ_k a[r][k] b[k] for R rows and C vectors of columns.
 template <int R, int C, class LoadB>
-TW_INLINE void block(const float* a, int lda, LoadB b, int k_end, float* c, int ldc, const float* keep) {
-  F acc[R][C];
+TW_INLINE void block(const float* a, int lda, LoadB b, int k_end, F (&acc)[R][C]) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < C; ++v) acc[r][v] = keep ? tw::load<float, N>(c + r * ldc + v * N) * keep[r] : F{};
+    for (int v = 0; v < C; ++v) acc[r][v] = F{};
 #pragma GCC unroll 1
   for (int k = 0; k < k_end; ++k) {
     F row[C];
@@ -208,21 +203,74 @@ TW_INLINE void block(const float* a, int lda, LoadB b, int k_end, float* c, int 
 #pragma GCC unroll 8
       for (int v = 0; v < C; ++v) acc[r][v] += a[r * lda + k] * row[v];
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < C; ++v) tw::store<float, N>(c + r * ldc + v * N, acc[r][v]);
 }
 
-// The same for all `VECTORS` of columns; `b(k, v)` is vector v of row k.
-template <int R, int VECTORS, class LoadB>
-TW_INLINE void product(const float* a, int lda, LoadB b, int k_end, float* c, int ldc, const float* keep) {
-  constexpr int whole = VECTORS / CB * CB;
+// The columns of a product, CB vectors at a time: `body` gets the first vector and how many.
+template <int VECTORS, class Body>
+TW_INLINE void for_columns(Body body) {
+  constexpr int most = VECTORS / CB * CB;
 #pragma GCC unroll 1
-  for (int v0 = 0; v0 < whole; v0 += CB)
-    block<R, CB>(a, lda, [&](int k, int v) { return b(k, v0 + v); }, k_end, c + v0 * N, ldc, keep);
-  if constexpr (whole < VECTORS)
-    block<R, VECTORS - whole>(a, lda, [&](int k, int v) { return b(k, whole + v); }, k_end, c + whole * N, ldc, keep);
+  for (int v0 = 0; v0 < most; v0 += CB) body(v0, Count<CB>());
+  if constexpr (most < VECTORS) body(most, Count<VECTORS - most>());
+}
+
+// c[r] = Σ_k a[r][k] b[k]; `b(k, v)` is vector v of row k.
+template <int R, int VECTORS, class LoadB>
+TW_INLINE void product(const float* a, int lda, LoadB b, int k_end, float* c, int ldc) {
+  for_columns<VECTORS>([&](int v0, auto count) {
+    constexpr int C = decltype(count)::value;
+    F acc[R][C];
+    block<R, C>(a, lda, [&](int k, int v) { return b(k, v0 + v); }, k_end, acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < C; ++v) tw::store<float, N>(c + r * ldc + (v0 + v) * N, acc[r][v]);
+  });
+}
+
+// Σ_k weights[r][k] values[k] where no value of a masked key counts, NaN and Inf included.
+template <int R, int C, class LoadB>
+__attribute__((noinline)) void block_of_visible(const float* weights, LoadB value, int n, float* sums) {
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < C; ++v) {
+      F sum{};
+      for (int k = 0; k < n; ++k)
+        if (!__builtin_signbit(weights[r * T + k])) sum += weights[r * T + k] * value(k, v);
+      tw::store<float, N>(sums + (r * C + v) * N, sum);
+    }
+}
+
+// sums[r] = keep[r] * sums[r] + Σ_k weights[r][k] values[k]: a tile is summed from 0, or small terms
+// would vanish beside the sum of a long context.
+template <int R, class LoadB>
+TW_INLINE void add_values(const float* weights, LoadB value, int n, float* sums, const float* keep, bool masked) {
+  for_columns<NV>([&](int v0, auto count) {
+    constexpr int C = decltype(count)::value;
+    auto column = [&](int k, int v) { return value(k, v0 + v); };
+    F acc[R][C], all{};
+    block<R, C>(weights, T, column, n, acc);
+    if (masked) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < C; ++v) all += acc[r][v] * 0.0f;
+    }
+    if (tw::fold_sum<float, N>(all) != 0.0f) {  // NaN: some value is not finite
+      alignas(64) float again[R * C * N];
+      block_of_visible<R, C>(weights, column, n, again);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < C; ++v) acc[r][v] = tw::load<float, N>(again + (r * C + v) * N);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < C; ++v) {
+        float* c = sums + r * DP + (v0 + v) * N;
+        tw::store<float, N>(c, tw::load<float, N>(c) * keep[r] + acc[r][v]);
+      }
+  });
 }
 
 // -- one item --------------------------------------------------------------------------------------
@@ -304,15 +352,16 @@ TW_INLINE void attend_one(const Work& w, float* sums, Softmax* rows) {
       }
       for (int g = 0; g < G; ++g) tw::store<float, N>(&s[g][j0], sum_each(part[g]));
     }
+    bool masked = n < T || kind != tw::FULL;
     for (int g = 0; g < G; ++g)
-      keep[g] = online_softmax(w.variant, w.at(g), kv0, w.pages.length, n < T || kind != tw::FULL, s[g], rows[g]);
+      keep[g] = online_softmax(w.variant, w.at(g), kv0, w.pages.length, masked, s[g], rows[g]);
     auto value = [&](int j, int d) {
       if (d == 0 && j < coming) prefetch_head(next[j]);
       return load_head<KV>(v[j], d);
     };
-    constexpr int whole = G / RB * RB;
-    for (int g = 0; g < whole; g += RB) product<RB, NV>(s[g], T, value, n, sums + g * DP, DP, keep + g);
-    if constexpr (whole < G) product<G - whole, NV>(s[whole], T, value, n, sums + whole * DP, DP, keep + whole);
+    constexpr int most = G / RB * RB;
+    for (int g = 0; g < most; g += RB) add_values<RB>(s[g], value, n, sums + g * DP, keep + g, masked);
+    if constexpr (most < G) add_values<G - most>(s[most], value, n, sums + most * DP, keep + most, masked);
   }
 }
 
@@ -349,14 +398,15 @@ TW_INLINE void attend_many(const Work& w, float* sums, Softmax* rows) {
       int kind = w.tile_class(r0, r0 + count - 1, t);
       if (kind == tw::EMPTY) continue;
       auto key = [&](int d, int c) { return tw::load<float, N>(keys + d * T + c * N); };
-      product<RB, TV>(q + r0 * DP, DP, key, D, s, T, nullptr);
+      product<RB, TV>(q + r0 * DP, DP, key, D, s, T);
+      bool masked = n < T || kind != tw::FULL;
       for (int r = 0; r < RB; ++r) {
         keep[r] = 1.0f;
         if (r < count)
-          keep[r] = online_softmax(w.variant, w.at(r0 + r), kv0, w.pages.length, n < T || kind != tw::FULL, s + r * T, rows[r0 + r]);
+          keep[r] = online_softmax(w.variant, w.at(r0 + r), kv0, w.pages.length, masked, s + r * T, rows[r0 + r]);
       }
       auto value = [&](int j, int d) { return tw::load<float, N>(values + j * DP + d * N); };
-      product<RB, NV>(s, T, value, n, sums + r0 * DP, DP, keep);
+      add_values<RB>(s, value, n, sums + r0 * DP, keep, masked);
     }
   }
 }
@@ -409,7 +459,7 @@ static void run_item(const Params& p, const Item& item) {
   while (w.begin < w.end && w.tile_class(0, w.rows - 1, w.begin) == tw::EMPTY) ++w.begin;
   while (w.begin < w.end && w.tile_class(0, w.rows - 1, w.end - 1) == tw::EMPTY) --w.end;
   int tiles = w.end - w.begin, start = w.begin;
-  if (w.chunks > 1 && tiles < 2 * w.chunks) w.chunks = tiles / 2 > 1 ? tiles / 2 : 1;
+  if (w.chunks > 1 && tiles / CHUNK_TILES < w.chunks) w.chunks = tiles < 2 * CHUNK_TILES ? 1 : tiles / CHUNK_TILES;
   if (w.chunk < w.chunks) {  // else too short to cut: others do it all
     w.begin = start + static_cast<int>(static_cast<int64_t>(tiles) * w.chunk / w.chunks);
     w.end = start + static_cast<int>(static_cast<int64_t>(tiles) * (w.chunk + 1) / w.chunks);

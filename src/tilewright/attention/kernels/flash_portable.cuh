@@ -1,8 +1,8 @@
 // Flash attention on any NVIDIA GPU from sm_80 on, by CUDA cores in float32: simple and right.
 //
 // In front of this file stand gpu.cuh, the constants of `flash` (D head_dim, G query heads of a KV
-// head, MAX_TOKENS of an item; the element types Q and KV), `Params`, `Item`, kernels/bounds.h and
-// the struct `Variant`. A CTA runs one item: some queries of one request with one KV head. Its warps
+// head, MAX_TOKENS of an item, MAX_KEYS of a request; the element types Q and KV), `Params`, `Item`,
+// kernels/bounds.h and the struct `Variant`. A CTA runs one item: some queries of one request with one KV head. Its warps
 // take tiles of 32 keys in turn, a key a thread; rows (token, query head of the group) go ROWS at a
 // time and share each load of K and V. The warps' sums are merged in their order.
 
@@ -37,7 +37,7 @@ TW_INLINE Pages pages_of(const Params& p, int request) {
   int64_t last = p.last_page_len ? p.last_page_len[request] : p.page_size;
   last = last < 0 ? 0 : last > p.page_size ? p.page_size : last;
   int64_t length = count > 0 ? (count - 1) * p.page_size + last : 0;
-  return Pages{begin, static_cast<int>(length < 0x7fffffff ? length : 0x7fffffff)};
+  return Pages{begin, static_cast<int>(length < MAX_KEYS ? length : MAX_KEYS)};
 }
 
 struct Place { int64_t page, slot; };
@@ -87,13 +87,15 @@ struct Work {
   int kv_head, request;
 };
 
-// One tile of 32 keys for one warp.
+// One tile of 32 keys for one warp. Its values are summed from 0 before they join the sums, or small
+// terms would vanish beside the sum of a long context. The weight of a masked key is −0 (others are
+// never negative): its value is not added, so NaN there does not matter.
 TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& w, const Pages& pages, int kv0, int kind, const float* q, int lane, Rows& rows) {
   int n = pages.length - kv0 < T ? pages.length - kv0 : T;
   bool inside = lane < n;
   int kv = inside ? kv0 + lane : kv0;
   Place place = find(p, pages, kv);
-  float s[ROWS];
+  float s[ROWS], keep[ROWS], sums[ROWS][COLUMNS];
   dot_rows(p.k + w.kv_head * p.k_head + place.page * p.k_page + place.slot * p.k_slot, q, s);
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
@@ -103,12 +105,12 @@ TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& 
     if (inside && r < w.rows && (kind == tw::FULL || variant.mask(at))) x = variant.logits(s[r], at);
     float largest = tw::max(rows.largest[r], tw::across_lanes<tw::op_max<float>, 32>(x));
     float base = largest == lowest() ? 0.0f : largest;
-    float keep = rows.largest[r] == largest ? 1.0f : tw::exp(rows.largest[r] - base);
-    s[r] = tw::exp(x - base);
-    rows.weight[r] = rows.weight[r] * keep + tw::across_lanes<tw::op_sum<float>, 32>(s[r]);
+    keep[r] = rows.largest[r] == largest ? 1.0f : tw::exp(rows.largest[r] - base);
+    s[r] = x == lowest() ? -0.0f : tw::exp(x - base);
+    rows.weight[r] = rows.weight[r] * keep[r] + tw::across_lanes<tw::op_sum<float>, 32>(s[r]);
     rows.largest[r] = largest;
 #pragma unroll
-    for (int c = 0; c < COLUMNS; ++c) rows.sums[r][c] *= keep;
+    for (int c = 0; c < COLUMNS; ++c) sums[r][c] = 0.0f;
   }
   const typename KV::type* values = p.v + w.kv_head * p.v_head;
   int64_t mine = place.page * p.v_page + place.slot * p.v_slot;
@@ -120,10 +122,15 @@ TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& 
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       float weight = __shfl_sync(ALL, s[r], j);
+      if (__float_as_int(weight) < 0) continue;
 #pragma unroll
-      for (int c = 0; c < COLUMNS; ++c) rows.sums[r][c] += weight * x[c];
+      for (int c = 0; c < COLUMNS; ++c) sums[r][c] += weight * x[c];
     }
   }
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) rows.sums[r][c] = rows.sums[r][c] * keep[r] + sums[r][c];
 }
 
 // The warps' sums meet in shared memory; each thread finishes some outputs.

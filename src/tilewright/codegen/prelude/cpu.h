@@ -217,15 +217,19 @@ TW_INLINE T floor_mod(T a, T b) {
   T r = a % b;
   return r != 0 && ((r < 0) != (b < 0)) ? r + b : r;
 }
+// Vectors: 1 in place of a divisor that traps, so that a constant divisor costs no division.
 template <class T, int N>
 TW_INLINE vec<T, N> vfloor_div(vec<T, N> a, vec<T, N> b) {
-  for (int l = 0; l < N; ++l) a[l] = floor_div<T>(a[l], b[l]);
-  return a;
+  using V = vec<T, N>;
+  auto zero = b == V{}, minus = T(-1) < T(0) ? b == splat<T, N>(T(-1)) : V{} != V{};
+  V by = zero | minus ? splat<T, N>(1) : b, q = a / by, r = a - q * by;
+  auto below = T(-1) < T(0) ? (r != V{}) & ((r ^ by) < V{}) : V{} != V{};
+  q = below ? q - 1 : q;
+  return zero ? V{} : (minus ? -a : q);
 }
 template <class T, int N>
 TW_INLINE vec<T, N> vfloor_mod(vec<T, N> a, vec<T, N> b) {
-  for (int l = 0; l < N; ++l) a[l] = floor_mod<T>(a[l], b[l]);
-  return a;
+  return b == vec<T, N>{} ? b : a - vfloor_div<T, N>(a, b) * b;
 }
 
 // Cephes' polynomial for 2^f on [-1/2, 1/2]; error below 2 ulp over the whole range.

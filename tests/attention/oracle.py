@@ -1,0 +1,375 @@
+"""A float64 oracle of attention that shares no code with tilewright.attention, and random cases.
+
+    python -m tests.attention.oracle --cases 20000 --seed 7
+
+runs that many cases and prints each that fails, with the number that makes it again
+(`--first N --cases 1`); 100 cases take about ten seconds, most of it in the C++ compiler. Masks and
+logits are written twice: as hooks of a variant, and as NumPy functions of positions and heads.
+Whatever no query sees holds NaN or Inf, in K and in V.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import tilewright as tw
+
+DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
+CASES_OF_A_KERNEL = 5  # cases that share a compiled kernel; all else differs
+HOSTILE = (0, 1, -1, 3, -7, 64, 100, 2**31 - 1, -(2**31))
+
+
+# ---------------------------------------------------------------------------- variants, twice
+
+
+@dataclass(frozen=True)
+class Score:
+    """Where scores of one head are: positions (qo_len, 1) and (1, kv_len), numbers, values."""
+
+    qo: np.ndarray
+    kv: np.ndarray
+    head: int
+    kv_head: int
+    request: int
+    values: dict[str, Any]
+
+
+def divided(a: np.ndarray, b: int) -> np.ndarray:
+    """Floor division of integers, 0 for a divisor of 0."""
+    return a // b if b else np.zeros_like(a)
+
+
+def remainder(a: np.ndarray, b: int) -> np.ndarray:
+    """The remainder of floor division, 0 for a divisor of 0."""
+    return a - divided(a, b) * b if b else np.zeros_like(a)
+
+
+# name: (hook of the variant, the same in NumPy, values by name)
+MASKS: dict[str, tuple[Any, Callable[[Score], Any], dict[str, Any]]] = {
+    "full": (None, lambda t: np.True_, {}),
+    "causal": (lambda self, at: at.kv <= at.qo, lambda t: t.kv <= t.qo, {}),
+    "window": (
+        lambda self, at: (at.kv <= at.qo) & (at.qo - at.kv < self.window),
+        lambda t: (t.kv <= t.qo) & (t.qo - t.kv < t.values["window"]),
+        {"window": tw.scalar("int32")},
+    ),
+    "first and last": (
+        lambda self, at: (at.kv < self.first) | (at.qo - at.kv < self.window) & (at.kv <= at.qo),
+        lambda t: (
+            (t.kv < t.values["first"]) | ((t.qo - t.kv < t.values["window"]) & (t.kv <= t.qo))
+        ),
+        {"window": tw.scalar("int32"), "first": tw.scalar("int32")},
+    ),
+    "before and after": (
+        lambda self, at: ~((at.kv > at.qo + 3) | (at.kv + self.window < at.qo)),
+        lambda t: (t.kv <= t.qo + 3) & (t.kv + t.values["window"] >= t.qo),
+        {"window": tw.scalar("int32")},
+    ),
+    "chunks": (
+        lambda self, at: tw.equal(at.kv // self.chunk, at.qo // self.chunk),
+        lambda t: divided(t.kv, t.values["chunk"]) == divided(t.qo, t.values["chunk"]),
+        {"chunk": tw.scalar("int32")},
+    ),
+    "dilated": (
+        lambda self, at: (at.kv <= at.qo) & tw.equal((at.qo - at.kv) % self.chunk, 0),
+        lambda t: (t.kv <= t.qo) & (remainder(t.qo - t.kv, t.values["chunk"]) == 0),
+        {"chunk": tw.scalar("int32")},
+    ),
+    "per head": (
+        lambda self, at: (at.kv % (self.strides[at.kv_head] - 1) < 2) | (at.qo_head % 3 < 1),
+        lambda t: (
+            (remainder(t.kv, t.values["strides"][t.kv_head] - 1) < 2) | np.bool_(t.head % 3 < 1)
+        ),
+        {"strides": tw.per_head("int32")},
+    ),
+    "request": (
+        lambda self, at: (at.kv < at.qo) ^ tw.equal(at.request % 2, 0),
+        lambda t: (t.kv < t.qo) ^ np.bool_(t.request % 2 == 0),
+        {},
+    ),
+    "nothing": (lambda self, at: at.kv < np.int64(0), lambda t: np.False_, {}),
+}
+LOGITS: dict[str, tuple[Any, Callable[[np.ndarray, Score], Any], dict[str, Any]]] = {
+    "scores": (None, lambda s, t: s, {}),
+    "softcap": (
+        lambda self, s, at: self.cap * tw.tanh(s / self.cap),
+        lambda s, t: t.values["cap"] * np.tanh(s / t.values["cap"]),
+        {"cap": tw.scalar("float32")},
+    ),
+    "alibi": (
+        lambda self, s, at: s + self.slopes[at.qo_head] * (at.kv - at.qo),
+        lambda s, t: s + float(t.values["slopes"][t.head]) * (t.kv - t.qo),
+        {"slopes": tw.per_head("float32")},
+    ),
+    "near": (
+        lambda self, s, at: tw.where(at.qo - at.kv < np.int32(8), s * np.float32(1.5), s - 0.25),
+        lambda s, t: np.where(t.qo - t.kv < 8, s * 1.5, s - 0.25),
+        {},
+    ),
+}
+
+
+def variant(mask: str, logits: str) -> Any:
+    """The class of a variant with one of MASKS and one of LOGITS."""
+    members = MASKS[mask][2] | LOGITS[logits][2]
+    hooks = {"mask": MASKS[mask][0], "logits": LOGITS[logits][0]}
+    members |= {name: hook for name, hook in hooks.items() if hook}
+    return tw.variant(type("Case", (), members))
+
+
+def draw_values(rng: np.random.Generator, names: dict[str, Any], heads: tuple[int, int]) -> dict:
+    """Values of a variant, numbers that float32 and int32 hold exactly."""
+    drawn = {
+        "window": int(rng.choice([0, 1, 5, 64, 300, 2000])),
+        "first": int(rng.choice([0, 1, 4, 70])),
+        "chunk": int(rng.choice(HOSTILE)),
+        "cap": float(rng.choice([0.5, 5.0, 30.0])),
+        "slopes": rng.choice([0.0, 0.125, 0.25, 1.0], heads[0]).astype(np.float32),
+        "strides": rng.choice([0, 1, 2, 5, -3], heads[1]).astype(np.int32),
+    }
+    return {name: drawn[name] for name in names}
+
+
+# ---------------------------------------------------------------------------- a case
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. `k` and `v` are (pages, page_size, kv_heads, head_dim) with any strides."""
+
+    number: str
+    mask: str
+    logits: str
+    sm_scale: float | None
+    values: dict[str, Any]
+    q: np.ndarray
+    qo_indptr: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    kv_indptr: np.ndarray
+    kv_indices: np.ndarray
+    last_page_len: np.ndarray
+    workers: int
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        return self.q.shape[1], self.k.shape[2]
+
+    def __str__(self) -> str:
+        lengths = [len(slots) for slots in slots_of(self)]
+        return (
+            f"case {self.number}: {self.mask}, {self.logits}, {self.values}, q {self.q.shape} "
+            f"{self.q.dtype}, k {self.k.shape} {self.k.dtype} strides {self.k.strides}, "
+            f"qo {np.diff(self.qo_indptr).tolist()}, kv {lengths}, workers {self.workers}"
+        )
+
+
+def slots_of(case: Case) -> list[list[tuple[int, int]]]:
+    """The page and the slot of each key of each request."""
+    page_size, found = case.k.shape[1], []
+    for r in range(len(case.kv_indptr) - 1):
+        pages = case.kv_indices[case.kv_indptr[r] : case.kv_indptr[r + 1]].tolist()
+        slots = [(page, slot) for page in pages for slot in range(page_size)]
+        unused = page_size - int(case.last_page_len[r]) if pages else 0
+        found.append(slots[: len(slots) - unused])
+    return found
+
+
+def scores_of(case: Case, slots: list) -> Iterator[tuple[int, int, slice, Score, np.ndarray]]:
+    """Request, head, rows of q, positions, and which scores count (qo_len, kv_len)."""
+    qo_heads, kv_heads = case.heads
+    for r, keys in enumerate(slots):
+        rows = slice(int(case.qo_indptr[r]), int(case.qo_indptr[r + 1]))
+        qo_len, kv_len = rows.stop - rows.start, len(keys)
+        for head in range(qo_heads):
+            qo = np.arange(kv_len - qo_len, kv_len)[:, None]
+            kv_head = head // (qo_heads // kv_heads)
+            score = Score(qo, np.arange(kv_len)[None], head, kv_head, r, case.values)
+            seen = np.broadcast_to(MASKS[case.mask][1](score), (qo_len, kv_len))
+            yield r, head, rows, score, seen
+
+
+def oracle(case: Case) -> tuple[np.ndarray, np.ndarray, float]:
+    """o and lse in float64, and the size of the largest term of a score: what errors scale with."""
+    slots = slots_of(case)
+    o, lse, largest = np.zeros(case.q.shape), np.full(case.q.shape[:2], -np.inf), 1.0
+    k, v = case.k.astype(np.float64), case.v.astype(np.float64)
+    queries = case.q.astype(np.float64)
+    scale = 1 / np.sqrt(case.q.shape[2]) if case.sm_scale is None else case.sm_scale
+    for r, head, rows, score, seen in scores_of(case, slots):
+        used = seen.any(0)
+        if not used.any():
+            continue
+        pages, places = np.array(slots[r])[used].T
+        keys, vals = (x[pages, places, score.kv_head] for x in (k, v))
+        q, seen = queries[rows, head], seen[:, used]
+        score = Score(score.qo, score.kv[:, used], head, score.kv_head, r, case.values)
+        logits = LOGITS[case.logits][1](q @ keys.T * scale, score)
+        terms = np.abs(q) @ np.abs(keys.T) * abs(scale)
+        largest = max(largest, terms[seen].max(), np.abs(logits[seen]).max())
+        logits = np.where(seen, logits, -np.inf)
+        some = seen.any(1)
+        top = logits[some].max(1, keepdims=True)
+        weights = np.exp(logits[some] - top)
+        total = weights.sum(1, keepdims=True)
+        at = np.flatnonzero(some) + rows.start
+        o[at, head] = weights @ vals / total
+        lse[at, head] = (top + np.log(total))[:, 0]
+    return o, lse, largest
+
+
+# ---------------------------------------------------------------------------- drawing cases
+
+
+def strided(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> list[np.ndarray]:
+    """K and V of one shape (pages, slots, heads, dim) in a random layout, all NaN."""
+    pages, slots, heads, dim = shape
+    kind = rng.integers(0, 6)
+    if kind == 0:  # heads before slots
+        return [np.full((pages, heads, slots, dim), np.nan, dtype).swapaxes(1, 2) for _ in "kv"]
+    if kind == 1:  # K and V of a page together
+        both = np.full((pages, 2, slots, heads, dim), np.nan, dtype)
+        return [both[:, 0], both[:, 1]]
+    if kind == 2:  # padded
+        wide = np.full((2, pages + 1, slots + 2, heads + 1, dim + 3), np.nan, dtype)
+        return [x[1:, 1:-1, :heads, 1 : dim + 1] for x in wide]
+    if kind == 3:  # negative strides
+        both = np.full((2, pages, slots, heads, dim), np.nan, dtype)
+        return [both[0][::-1, :, ::-1], both[1][:, ::-1]]
+    if kind == 4:  # side by side
+        both = np.full((pages, slots, heads, 2 * dim), np.nan, dtype)
+        return [both[..., :dim], both[..., dim:]]
+    return [np.full(shape, np.nan, dtype) for _ in "kv"]
+
+
+def pages_of(
+    rng: np.random.Generator, lengths: list[int], page_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """CSR page lists of requests that may share the pages of a prefix, and the pages there are."""
+    counts = [-(-n // page_size) for n in lengths]
+    total = sum(counts) + 2
+    free, lists = rng.permutation(total).tolist(), []
+    for r, count in enumerate(counts):
+        shared = lists[-1][: rng.integers(0, count + 1)] if r and rng.random() < 0.3 else []
+        lists.append(shared[:count] + [free.pop() for _ in range(count - len(shared[:count]))])
+    rubbish = rng.integers(-(2**31), 2**31, rng.integers(0, 4)).tolist()  # behind the last entry
+    indices = np.array([p for pages in lists for p in pages] + rubbish, np.int32)
+    last = [n - (c - 1) * page_size if c else 0 for n, c in zip(lengths, counts, strict=True)]
+    return np.cumsum([0, *counts]).astype(np.int32), indices, np.array(last, np.int32), total
+
+
+def draw(seed: int, number: int) -> Case:
+    """Case `number` of a seed."""
+    kernel = np.random.default_rng([seed, number // CASES_OF_A_KERNEL])
+    rng = np.random.default_rng([seed, number, 1])
+    n = number // CASES_OF_A_KERNEL
+    mask, logits = list(MASKS)[n % len(MASKS)], list(LOGITS)[(n + n // len(MASKS)) % len(LOGITS)]
+    group, dim = int(kernel.integers(1, 17)), int(kernel.choice([1, 5, 16, 33, 64, 80, 128, 256]))
+    q_type, kv_type = (DTYPES[kernel.integers(0, 3)] for _ in "qk")
+    requests, kv_heads = int(rng.integers(0, 5)), int(rng.integers(1, 4 if group < 6 else 2))
+    page_size = int(rng.choice([1, 2, 7, 16, 64]))
+    lengths = [int(rng.integers(0, rng.choice([6, 100, 500, 3001]))) for _ in range(requests)]
+    qo_lengths = [int(rng.integers(0, rng.choice([2, 8, 71]))) for _ in range(requests)]
+    if rng.random() < 0.2:
+        qo_lengths = [1] * requests
+    kv_indptr, kv_indices, last, pages = pages_of(rng, lengths, page_size)
+    k, v = strided(rng, (pages, page_size, kv_heads, dim), kv_type)
+    qo_indptr = np.cumsum([0, *qo_lengths]).astype(np.int32)
+    wide = rng.standard_normal((int(qo_indptr[-1]), group * kv_heads + 1, dim))
+    q = (wide * rng.choice([1, 1, 8])).astype(q_type)[:, 1:]
+    q = q[:, ::-1] if rng.random() < 0.3 else q
+    values = draw_values(rng, MASKS[mask][2] | LOGITS[logits][2], (group * kv_heads, kv_heads))
+    scale = [None, None, 0.0, -0.2, 1.0][rng.integers(0, 5)]
+    workers = int(rng.integers(1, 133))
+    case = Case(
+        f"{seed}:{number}", mask, logits, scale, values, q, qo_indptr,
+        k, v, kv_indptr, kv_indices, last, workers,
+    )  # fmt: skip
+    fill(rng, case)
+    return case
+
+
+def fill(rng: np.random.Generator, case: Case) -> None:
+    """Numbers where some query sees, NaN and Inf everywhere else."""
+    seen_by_one = np.zeros(case.k.shape[:3], bool)
+    slots = slots_of(case)
+    for r, _, _, score, seen in scores_of(case, slots):
+        if seen.any():
+            pages, places = np.array(slots[r])[seen.any(0)].T
+            seen_by_one[pages, places, score.kv_head] = True
+    for array in (case.k, case.v):
+        array[...] = rng.choice([np.nan, np.inf, -np.inf], array.shape).astype(array.dtype)
+        numbers = rng.standard_normal((int(seen_by_one.sum()), array.shape[3]))
+        array[seen_by_one] = numbers.astype(array.dtype)
+
+
+# ---------------------------------------------------------------------------- running them
+
+
+def attention_of(case: Case) -> tw.Attention:
+    """The attention under test, with the case's scalars fixed."""
+    cls = variant(case.mask, case.logits)
+    scalars = {n: x for n, x in case.values.items() if not isinstance(x, np.ndarray)}
+    return tw.Attention(*case.heads, case.q.shape[2], cls(**scalars), case.sm_scale)
+
+
+def arrays_of(case: Case) -> dict[str, np.ndarray]:
+    return {n: x for n, x in case.values.items() if isinstance(x, np.ndarray)}
+
+
+def compare(case: Case, o: np.ndarray, lse: np.ndarray, relative: float = 6e-7) -> None:
+    """Raises AssertionError where a result is off by more than rounding explains."""
+    wanted, wanted_lse, largest = oracle(case)
+    tolerance = relative * (4 + largest)
+    np.testing.assert_allclose(o, wanted, rtol=tolerance, atol=tolerance, err_msg=str(case))
+    np.testing.assert_allclose(lse, wanted_lse, rtol=tolerance, atol=tolerance, err_msg=str(case))
+
+
+def check(case: Case) -> None:
+    """Run a case on the CPU into poisoned memory; every fifth one by the reference too."""
+    attn, arrays = attention_of(case), arrays_of(case)
+    kv = tw.KV.paged(case.k, case.v, case.kv_indptr, case.kv_indices, case.last_page_len)
+    out = np.full(case.q.shape, np.nan, np.float32)
+    plan = attn.plan(case.qo_indptr, kv, workers=case.workers)
+    state = attn.run(case.q, kv, plan, out=out, **arrays)
+    compare(case, out, state.lse)
+    if (np.diff(case.qo_indptr) == 1).all():  # the same, as a step that is bound once
+        bound = attn.bind(case.q, kv, **arrays)()
+        compare(case, bound.o, bound.lse)
+    if int(case.number.split(":")[1]) % 5 == 0:
+        from tilewright.attention import reference
+
+        found = reference.attention(
+            case.q, kv, case.qo_indptr, attn.variant, sm_scale=case.sm_scale, **arrays
+        )
+        compare(case, found.o, found.lse, 1e-13)
+
+
+def main() -> int:
+    """Run cases as the command line says; the number of failures decides the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    failed = 0
+    for number in range(given.first, given.first + given.cases):
+        case = draw(given.seed, number)
+        try:
+            check(case)
+        except Exception as error:
+            failed += 1
+            print(f"{case}\n  {type(error).__name__}: {str(error).strip()[:600]}", flush=True)
+    print(f"{given.cases} cases, {failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

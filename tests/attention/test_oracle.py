@@ -1,0 +1,48 @@
+"""Random cases against the independent oracle; `python -m tests.attention.oracle` runs more."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from tests.attention import oracle
+
+from tilewright.toolchain import compilers
+
+
+@pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize("first", range(0, 100, oracle.CASES_OF_A_KERNEL))
+def test_random_cases(first):
+    for number in range(first, first + oracle.CASES_OF_A_KERNEL):
+        oracle.check(oracle.draw(1, number))
+
+
+def test_the_cases_cover_what_they_should():
+    cases = [oracle.draw(1, n) for n in range(100)]
+    assert {c.mask for c in cases} >= set(oracle.MASKS) - {"nothing"}
+    assert {c.logits for c in cases} == set(oracle.LOGITS)
+    assert {c.k.dtype.name for c in cases} == {"float32", "float16", "bfloat16"}
+    assert len({c.k.shape[3] for c in cases}) > 4 and len({c.k.shape[1] for c in cases}) == 5
+    assert any(min(c.k.strides) < 0 for c in cases)
+    assert any(len(c.kv_indices) > c.kv_indptr[-1] for c in cases)
+    assert sum(np.isnan(c.k.astype(np.float32)).any() for c in cases) > 60
+    keys = [len(slots) for c in cases for slots in oracle.slots_of(c)]
+    assert min(keys) == 0 and max(keys) > 2500
+
+
+def test_the_oracle_knows_wrong_results():
+    """A small change of one output, of one lse or of the mask is found."""
+    case = next(
+        c for c in (oracle.draw(3, n) for n in range(100)) if c.mask == "causal" and c.q.size > 99
+    )
+    o, lse, _ = oracle.oracle(case)
+    oracle.compare(case, o, lse)
+    row = np.argwhere(np.isfinite(lse))[0]
+    for array in (o, lse):
+        wrong = array.copy()
+        wrong[tuple(row)] += 1e-2 if case.sm_scale == 1.0 else 1e-3
+        with pytest.raises(AssertionError):
+            oracle.compare(case, *((wrong, lse) if array is o else (o, wrong)))
+    with pytest.raises(AssertionError):
+        oracle.compare(dataclasses.replace(case, mask="nothing"), o, lse)
