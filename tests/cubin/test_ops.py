@@ -16,7 +16,7 @@ from tilewright.runtime.kernel import Kernel
 pytestmark = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
-KINDS = ("f32", "f16", "bf16", "q8_0", "q4_1")
+KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 LENGTHS = by_length(powers(32))
 
 
