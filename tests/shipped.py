@@ -24,7 +24,7 @@ from tilewright.ops.sampling import ARGMAX, SAMPLE
 from tilewright.ops.sddmm import sddmm_definition
 from tilewright.ops.spmm import by_length, powers, spmm_definition
 
-KINDS = ("f32", "f16", "bf16", "q8_0", "q4_1")
+KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 LENGTHS, SHORT = by_length(powers(32)), by_length(powers(4))
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CPU, CUDA = ("cpp",), ("cuda",)
@@ -108,7 +108,7 @@ SHIPPED: dict[str, Shipped] = {
     **{f"linear {kind} many": _linear(kind, many=True) for kind in KINDS},
     **{
         f"linear {kind} interleaved{' many' if many else ''}": _interleaved(kind, many)
-        for kind in ("q8_0", "q4_1")
+        for kind in ("q8_0", "q4_0", "q4_1")
         for many in (False, True)
     },
     "linear f32 172x64": _linear("f32", n=172, k=64),

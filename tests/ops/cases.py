@@ -10,7 +10,7 @@ from tilewright import dtypes
 from tilewright.ops.linear import weight_views
 from tilewright.serve.blocks import LAYOUTS, Weight, dequantize
 
-KINDS = ("f32", "f16", "bf16", "q8_0", "q4_1")
+KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 TOKENS = (1, 2, 3, 5, 8, 17)
 
 

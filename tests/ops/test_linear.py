@@ -22,6 +22,7 @@ SIZES = {  # rows and columns that are no multiples of tiles and lanes
     "f16": ((21, 41),),
     "bf16": ((21, 41),),
     "q8_0": ((3, 32), (21, 96)),
+    "q4_0": ((3, 32), (21, 96)),
     "q4_1": ((3, 32), (21, 96)),
 }
 CASES = [(kind, n, k) for kind in KINDS for n, k in SIZES[kind]]
@@ -122,7 +123,9 @@ def test_unknown_kinds_are_refused():
 def test_embedding(rng, kind):
     k = 96 if kind.startswith("q") else 37
     w = weight(rng, kind, 11, k)
-    shape = {"q8_0": (k // 32, 32), "q4_1": (k // 32, 2, 16)}.get(kind, (k,))
+    shape = {"q8_0": (k // 32, 32), "q4_0": (k // 32, 2, 16), "q4_1": (k // 32, 2, 16)}.get(
+        kind, (k,)
+    )
     for t in TOKENS:
         ids, out = rng.integers(0, 11, t).astype(np.int32), poisoned(t, *shape)
         ids[-1] = 10

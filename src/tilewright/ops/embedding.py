@@ -28,6 +28,17 @@ def embed_q8_0(
 
 
 @program
+def embed_q4_0(
+    ids=dense("t", "int32"),
+    D=dense("n b", "float16", kind="weight", strided=True),
+    Q=dense("n b 16", "uint8", kind="weight"),
+):
+    t, b, half, lane = indices("t:t b:b h:2 l:16")
+    nibble = (Q[ids[t], b, lane].cast("int32") >> (half * 4)) & 15
+    return out.typed("float32")[t, b, half, lane]((nibble - 8).cast("float32") * D[ids[t], b])
+
+
+@program
 def embed_q4_1(
     ids=dense("t", "int32"),
     D=dense("n b", "float16", kind="weight", strided=True),
@@ -46,6 +57,7 @@ PROGRAMS: dict[str, Definition] = {
     "bf16": embed_dense.typed(W="bfloat16"),
     "f16": embed_dense.typed(W="float16"),
     "q8_0": embed_q8_0,
+    "q4_0": embed_q4_0,
     "q4_1": embed_q4_1,
 }
 

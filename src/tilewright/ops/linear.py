@@ -1,9 +1,10 @@
-"""Linear layers: Y = X Wᵀ, for weights in float32, bfloat16, float16, Q8_0 and Q4_1.
+"""Linear layers: Y = X Wᵀ, for weights in float32, bfloat16, float16, Q8_0, Q4_0 and Q4_1.
 
 Quantised weights stay as the model file has them, in blocks of 32 along a row; a program says
 what a block means, with shifts and scales, and the values exist in registers only.
 
     Q8_0: w = q · d               34 bytes: d float16, q int8[32]
+    Q4_0: w = (q − 8) · d         18 bytes: d float16, q uint4[32], low halves first
     Q4_1: w = q · d + m           20 bytes: d, m float16, q uint4[32], low halves first
 
 A CPU takes them with sixteen rows interleaved: the lanes of a vector are then rows, scales are
@@ -47,6 +48,18 @@ def linear_q8_0(
 
 
 @program
+def linear_q4_0(
+    X=dense("t k"),
+    D=dense("n b", "float16", kind="weight", strided=True),
+    Q=dense("n b 16", "uint8", kind="weight"),
+):
+    t, n, b, half, lane = indices("t:t n:n b:b h:2 l:16")
+    nibble = (Q[n, b, lane].cast("int32") >> (half * 4)) & 15
+    w = (nibble - 8).cast("float32") * D[n, b]
+    return out[t, n](trace.sum_(X[t, b * 32 + half * 16 + lane] * w, over=(b, half, lane)))
+
+
+@program
 def linear_q4_1(
     X=dense("t k"),
     D=dense("n b", "float16", kind="weight", strided=True),
@@ -72,6 +85,18 @@ def linear_q8_0_interleaved(
 
 
 @program
+def linear_q4_0_interleaved(
+    X=dense("t k"),
+    D=dense("g b 16", "float16", kind="weight"),
+    Q=dense("g b 16 16", "uint8", kind="weight"),
+):
+    t, g, b, half, lane, r = indices("t:t g:g b:b h:2 l:16 r:16")
+    nibble = (Q[g, b, lane, r].cast("int32") >> (half * 4)) & 15
+    w = (nibble - 8).cast("float32") * D[g, b, r]
+    return out[t, g, r](trace.sum_(X[t, b * 32 + half * 16 + lane] * w, over=(b, half, lane)))
+
+
+@program
 def linear_q4_1_interleaved(
     X=dense("t k"),
     D=dense("g b 16", "float16", kind="weight"),
@@ -89,10 +114,15 @@ PROGRAMS: dict[str, Definition] = {
     "bf16": linear_dense.typed(W="bfloat16"),
     "f16": linear_dense.typed(W="float16"),
     "q8_0": linear_q8_0,
+    "q4_0": linear_q4_0,
     "q4_1": linear_q4_1,
 }
 
-INTERLEAVED = {"q8_0": linear_q8_0_interleaved, "q4_1": linear_q4_1_interleaved}
+INTERLEAVED = {
+    "q8_0": linear_q8_0_interleaved,
+    "q4_0": linear_q4_0_interleaved,
+    "q4_1": linear_q4_1_interleaved,
+}
 
 ROWS = 4  # rows of W in registers together
 TOKENS = 4  # rows of X likewise, when there are many
@@ -200,6 +230,9 @@ def weight_views(kind: str, data: np.ndarray) -> tuple[np.ndarray, ...]:
     if kind == "q8_0":
         blocks = data.reshape(data.shape[0], -1, 34)
         return blocks[:, :, :2].view(np.float16)[..., 0], blocks[:, :, 2:].view(np.int8)
+    if kind == "q4_0":
+        blocks = data.reshape(data.shape[0], -1, 18)
+        return blocks[:, :, :2].view(np.float16)[..., 0], blocks[:, :, 2:]
     if kind == "q4_1":
         blocks = data.reshape(data.shape[0], -1, 20)
         scales = blocks[:, :, :4].view(np.float16)

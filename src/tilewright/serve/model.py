@@ -30,7 +30,7 @@ from tilewright.ops.sampling import argmax_kernel
 from tilewright.runtime.launch import Step
 from tilewright.serve.kv_pool import KVPool
 from tilewright.serve.memory import Memory
-from tilewright.serve.weights import ModelFile, Weight
+from tilewright.serve.weights import ModelFile, Weight, dequantize
 from tilewright.target import Target, target
 
 PREFILL_CHUNK = 512  # tokens of a prompt that run together
@@ -163,8 +163,7 @@ class Llama:
         return tuple(self.memory.put(a, dtype) for a in layout(w.kind, w.data))
 
     def _vector(self, name: str) -> Any:
-        w: Weight = self.file.tensors[name]
-        return self.memory.put(np.ascontiguousarray(w.data, np.float32))
+        return self.memory.put(dequantize(self.file.tensors[name]))
 
     # -- buffers ---------------------------------------------------------------------------------
 
@@ -258,8 +257,9 @@ class Llama:
         return pages.reshape(*pages.shape[:3], *inner)
 
     def _embedded_shape(self) -> tuple[int, ...]:
-        dim = self.config.dim
-        return {"q8_0": (dim // 32, 32), "q4_1": (dim // 32, 2, 16)}.get(self.table_kind, (dim,))
+        blocks = self.config.dim // 32
+        quantised = {"q8_0": (blocks, 32), "q4_0": (blocks, 2, 16), "q4_1": (blocks, 2, 16)}
+        return quantised.get(self.table_kind, (self.config.dim,))
 
     def _finish(self, x: Any, b: Buffers, do: Any) -> None:
         """The logits of one row, and the token of the largest."""
