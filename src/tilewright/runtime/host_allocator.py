@@ -62,11 +62,6 @@ def _give_back(block: np.ndarray) -> None:
         _idle_bytes += block.nbytes
 
 
-def idle_bytes() -> int:
-    """Bytes kept for results to come."""
-    return _idle_bytes
-
-
 def release() -> None:
     """Gives all kept memory back to the system."""
     global _idle_bytes
