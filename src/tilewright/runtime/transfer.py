@@ -1,4 +1,4 @@
-"""Putting arrays on a device: torch's where torch is there, Tilewright's own otherwise."""
+"""Copies between host and device: torch tensors if torch is installed, else `DeviceArray`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def to_device(array: Any, device: str) -> Any:
             unsigned = {"uint16": np.int16, "uint32": np.int32, "uint64": np.int64}.get(
                 host.dtype.name
             )
-            host = host if host.flags.writeable else host.copy()  # torch warns of read-only arrays
+            host = (
+                host if host.flags.writeable else host.copy()
+            )  # torch warns about read-only arrays
             return torch.from_numpy(host.view(unsigned) if unsigned else host).to(str(device))
     from tilewright.runtime.cuda import DeviceArray
 
@@ -46,8 +48,8 @@ def _ordinal(device: str) -> int | None:
 
 
 def to_host(array: Any) -> np.ndarray:
-    """Any array as a NumPy array, copied where it is on a device; torch's bfloat16, which NumPy
-    does not know, as its bits (uint16)."""
+    """Any array as a NumPy array, copied if it is on a device. bfloat16 of torch becomes its bits
+    (uint16), since NumPy has no such dtype."""
     if isinstance(array, np.ndarray):
         return array
     if hasattr(array, "detach"):
@@ -59,6 +61,6 @@ def to_host(array: Any) -> np.ndarray:
         return host.view(torch.int16).numpy().view(np.uint16)
     if hasattr(array, "to_numpy"):
         return array.to_numpy()
-    if hasattr(array, "get") and hasattr(array, "dtype"):  # CuPy's; a dict has a `get` too
+    if hasattr(array, "get") and hasattr(array, "dtype"):  # CuPy; a dict has `get` but no dtype
         return array.get()
     return np.asarray(array)
