@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import multiprocessing
 import os
 import shutil
@@ -86,6 +87,7 @@ REFUSE = 'cat > $0.cpp; grep -q triple $0.cpp || exec g++ "$@" < $0.cpp; '
     [
         ("kill -9 $$", "was ended by signal 9 (Killed): no message", "memory"),
         ("echo 'fatal: Killed signal terminated program cc1plus' >&2; exit 1", "cc1plus", "memory"),
+        ("echo 'x.o: No space left on device' >&2; exit 1", "x.o: No space left", "TMPDIR"),
         (REFUSE + "exit 3", "refused the code generated for kernel tripled: no message", "VERIFY"),
         (REFUSE + "echo no such type >&2; exit 1", "tripled: no such type", "VERIFY"),
         (
@@ -285,16 +287,19 @@ def test_a_damaged_library_is_compiled_again(tmp_path: Path, rng: np.random.Gene
 
 
 @needs_cxx
-def test_a_full_disk_does_not_stop_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace = os.replace
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_full_or_read_only_disk_does_not_stop_a_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    replace_file = os.replace
 
     def full(source: str, target: Path) -> None:
         if Path(target).parent == tmp_path:
-            raise OSError(28, "No space left on device")
-        replace(source, target)
+            raise OSError(number, os.strerror(number))
+        replace_file(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    with knobs.scope(cache_dir=tmp_path), pytest.warns(RuntimeWarning, match="No space left"):
+    with knobs.scope(cache_dir=tmp_path), pytest.warns(RuntimeWarning, match=os.strerror(number)):
         assert cxx.load_cpp(TRIPLE).triple(7) == 21
     assert list(tmp_path.iterdir()) == []
 

@@ -18,6 +18,7 @@ from tilewright.toolchain.refusal import keep, refusal
 
 _TIMEOUT_S = 600
 _ELF_DYN = 3
+_SHORTAGES = ("signal terminated program", "No space left on device", "out of memory")
 _PROBE = '#include <stdint.h>\nextern "C" int64_t tw_probe(int64_t x) { return x; }\n'
 
 _loaded: dict[Path, ctypes.CDLL] = {}
@@ -136,12 +137,14 @@ class _Job:
 
     def failure(self, status: int, log: str) -> BuildError:
         """Whether the machine, the compiler or the generated code is to blame."""
-        if status < 0 or "signal terminated program" in log:  # the compiler, or a program it runs
+        # A signal ends the compiler, or a program that it runs.
+        if status < 0 or any(text in log for text in _SHORTAGES):
+            how = f"was ended by {_signal(status)}" if status < 0 else "ran out of something"
             return BuildError(
                 "B101",
-                f"{self.compiler} was ended by {_signal(status)}: {log or 'no message'}",
+                f"{self.compiler} {how}: {log or 'no message'}",
                 where=keep(self.source, self.key),
-                hint="was memory short? The source is kept in that file",
+                hint="free memory, or space in TMPDIR; the source is kept in that file",
             )
         status, complaint, _ = self.call(_PROBE)
         if status:
@@ -166,7 +169,7 @@ def _job(source: str, name: str, isa: str | None, flags: Sequence[str], full_lin
 def _signal(status: int) -> str:
     import signal
 
-    return f"signal {-status} ({signal.strsignal(-status)})" if status < 0 else "a signal"
+    return f"signal {-status} ({signal.strsignal(-status)})"
 
 
 def _is_library(data: bytes) -> bool:
