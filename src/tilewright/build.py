@@ -173,6 +173,10 @@ def _build(d: Definition, target: Target) -> Kernel:
     if target.kind == "cpp" and not compilers.has_compiler():
         compilers.warn_of_interpreter()
         target = Target("interp")
+    if target.is_cuda and not target.arch:
+        from tilewright.runtime import cuda
+
+        target = Target("cuda", cuda.device_arch())  # its limits count when the program is lowered
     program = d.program
     key = _key(d, program, target)
     data = program_cache.load(key) if key else None
@@ -226,14 +230,11 @@ def _cpp_kernel(built: Built, target: Target) -> Kernel:
 
 
 def _cuda_kernel(built: Built, target: Target) -> Kernel:
-    from tilewright.runtime import cuda
-
-    arch = target.arch or cuda.device_arch()
     headers = prelude_files.headers()
 
     def compiled(lacks: tuple[str, ...]) -> nvrtc.Cubin:
         source, name = _defining(lacks, built.source), built.manifest.name
-        return nvrtc.compile_cuda(source, arch=arch, name=name, headers=headers)
+        return nvrtc.compile_cuda(source, arch=target.arch, name=name, headers=headers)
 
     cubin = compiled(())
     launcher = launch.CudaLauncher(lambda lacks: compiled(lacks).image if lacks else cubin.image)

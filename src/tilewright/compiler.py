@@ -79,7 +79,13 @@ def rendered(program: Program, target: Target) -> Built:
         source = cpp.render(program, declarations(manifest), params)
         return Built(manifest, source.text, source.entries)
     source = cuda.render(program, declarations(manifest), params)
-    smem = zip(manifest.stages, source.smem_bytes, strict=True)
+    smem = tuple(zip(manifest.stages, source.smem_bytes, strict=True))
+    for stage, nbytes in smem:
+        if nbytes > target.shared_bytes:
+            raise ScheduleError(
+                "S103", f"{stage.entry} of {program.name} has {nbytes} bytes of shared memory",
+                hint=f"a CTA of {target} has at most {target.shared_bytes}: smaller tiles",
+            )  # fmt: skip
     stages = tuple(replace(s, smem_bytes=b) for s, b in smem)
     return Built(replace(manifest, stages=stages), source.text, source.entries)
 

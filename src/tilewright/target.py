@@ -6,7 +6,18 @@ from dataclasses import dataclass
 
 from tilewright.errors import BuildError
 
-CUDA_ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+# The hardware's limits for one CTA (CUDA C++ Programming Guide, "Compute Capabilities").
+CTA_THREADS = 1024
+WARP = 32  # threads that execute together
+SHARED_BYTES = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90a": 227 << 10,
+    "sm_100a": 227 << 10,
+    "sm_120a": 99 << 10,
+}
+CUDA_ARCHS = tuple(SHARED_BYTES)
 
 # What `arch` is called, and which there are, for each kind of target.
 ARCHS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -44,6 +55,11 @@ class Target:
     @property
     def is_cuda(self) -> bool:
         return self.kind == "cuda"
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of shared memory that one CTA can have; without an architecture, on any of them."""
+        return SHARED_BYTES.get(self.arch, min(SHARED_BYTES.values()))
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.arch}" if self.arch else self.kind

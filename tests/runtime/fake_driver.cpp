@@ -103,11 +103,6 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute what, int 
   smem_allowed = value;
   return CUDA_SUCCESS;
 }
-CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* count, CUfunction, int threads,
-                                                     size_t smem) {
-  *count = smem > 100000 ? 1 : 2048 / threads;
-  return CUDA_SUCCESS;
-}
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** params,
                           void** extra) {

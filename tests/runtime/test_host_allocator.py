@@ -21,10 +21,10 @@ def test_memory_is_used_again_after_the_last_reference():
     assert second.ctypes.data != address, "a slice is still alive"
     del part
     gc.collect()
-    assert host_allocator.idle_bytes() == 4 << 20
+    assert host_allocator._idle_bytes == 4 << 20
     third = host_allocator.empty(SHAPE, F32)
     assert third.ctypes.data == address
-    assert host_allocator.idle_bytes() == 0
+    assert host_allocator._idle_bytes == 0
 
 
 def test_two_results_do_not_share_memory(rng):
@@ -39,5 +39,5 @@ def test_what_is_kept_is_bounded():
     for n in range(64):
         host_allocator.empty((host_allocator.KEPT_BYTES // 16 + n,), np.dtype(np.uint8))
         gc.collect()
-    assert host_allocator.idle_bytes() <= host_allocator.KEPT_BYTES
+    assert host_allocator._idle_bytes <= host_allocator.KEPT_BYTES
     host_allocator.release()

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import multiprocessing
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tilewright as tw
-from tilewright import knobs
+from tilewright import compiler, knobs
 from tilewright.errors import BuildError
-from tilewright.toolchain import compilers, cxx, disk_cache
+from tilewright.ir.nodes import Program
+from tilewright.runtime.built import Built
+from tilewright.target import Target
+from tilewright.toolchain import compilers, cxx, disk_cache, nvrtc
 
 needs_cxx = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 EXPORT = 'extern "C" __attribute__((visibility("default"))) '
@@ -84,6 +89,7 @@ REFUSE = 'cat > $0.cpp; grep -q triple $0.cpp || exec g++ "$@" < $0.cpp; '
     [
         ("kill -9 $$", "was ended by signal 9 (Killed): no message", "memory"),
         ("echo 'fatal: Killed signal terminated program cc1plus' >&2; exit 1", "cc1plus", "memory"),
+        ("echo 'x.o: No space left on device' >&2; exit 1", "x.o: No space left", "TMPDIR"),
         (REFUSE + "exit 3", "refused the code generated for kernel tripled: no message", "VERIFY"),
         (REFUSE + "echo no such type >&2; exit 1", "tripled: no such type", "VERIFY"),
         (
@@ -94,16 +100,36 @@ REFUSE = 'cat > $0.cpp; grep -q triple $0.cpp || exec g++ "$@" < $0.cpp; '
     ],
 )
 def test_how_a_compiler_failed_is_told(tmp_path: Path, text: str, message: str, hint: str):
-    compiler = script(tmp_path / "mycxx", text)
+    mycxx = script(tmp_path / "mycxx", text)
     with (
-        knobs.scope(cache_dir=tmp_path / "cache", cxx=compiler, verify=False),
+        knobs.scope(cache_dir=tmp_path / "cache", cxx=mycxx, verify=False),
         pytest.raises(BuildError) as e,
     ):
         cxx.compile_cpp(TRIPLE, name="tripled")
     assert e.value.code == "B101" and message in e.value.message
-    assert f"TILEWRIGHT_CXX={compiler!r}" in e.value.message
+    assert f"TILEWRIGHT_CXX={mycxx!r}" in e.value.message
     assert hint in e.value.hint
     assert Path(e.value.where).read_text(encoding="utf-8").startswith(TRIPLE)
+
+
+@needs_cxx
+def test_the_error_of_a_program_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a pass had left a name undeclared in the generated code."""
+    rendered = compiler.rendered
+
+    def broken(program: Program, target: Target) -> Built:
+        built = rendered(program, target)
+        return replace(built, source=built.source + "\nint later = undeclared_name;\n")
+
+    monkeypatch.setattr(compiler, "rendered", broken)
+    with knobs.scope(cache_dir=tmp_path / "cache", verify=False):
+        for target in ("cpp", "cuda:sm_90a") if nvrtc.available() else ("cpp",):
+            with pytest.raises(BuildError, match="B101") as e:
+                tripled.build(target)
+            first = e.value.message.splitlines()[0]
+            assert "kernel tripled: " in first and "undeclared_name" in first and "error" in first
+            assert "TILEWRIGHT_VERIFY=1" in e.value.hint
+            assert "undeclared_name" in Path(e.value.where).read_text()
 
 
 @needs_cxx
@@ -147,8 +173,8 @@ NOTHING, TEXT, OBJECT = (
 @needs_cxx
 @pytest.mark.parametrize("text", [NOTHING, TEXT, OBJECT])
 def test_what_is_no_library_is_not_kept(tmp_path: Path, text: str) -> None:
-    compiler = script(tmp_path / "mycxx", text)
-    with knobs.scope(cache_dir=tmp_path / "cache", cxx=compiler):
+    mycxx = script(tmp_path / "mycxx", text)
+    with knobs.scope(cache_dir=tmp_path / "cache", cxx=mycxx):
         with pytest.raises(BuildError, match=r"B102.*no shared library"):
             cxx.compile_cpp(TRIPLE)
         assert {e.kind for e in disk_cache.entries()} == {"cxx"}
@@ -234,8 +260,8 @@ def test_a_library_lost_after_it_was_stored_is_built_again(
 @pytest.mark.parametrize("door", ["library", "program"])
 def test_a_cache_deleted_while_the_compiler_runs(tmp_path: Path, door: str) -> None:
     folder = tmp_path / "cache"
-    compiler = script(tmp_path / "mycxx", f'rm -rf {folder}; exec g++ "$@"')
-    with knobs.scope(cache_dir=folder, cxx=compiler):
+    mycxx = script(tmp_path / "mycxx", f'rm -rf {folder}; exec g++ "$@"')
+    with knobs.scope(cache_dir=folder, cxx=mycxx):
         if door == "library":
             assert cxx.load_cpp(TRIPLE).triple(7) == 21
             assert cxx.compile_cpp(TRIPLE).parent == folder
@@ -263,16 +289,19 @@ def test_a_damaged_library_is_compiled_again(tmp_path: Path, rng: np.random.Gene
 
 
 @needs_cxx
-def test_a_full_disk_does_not_stop_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace = os.replace
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_full_or_read_only_disk_does_not_stop_a_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    replace_file = os.replace
 
     def full(source: str, target: Path) -> None:
         if Path(target).parent == tmp_path:
-            raise OSError(28, "No space left on device")
-        replace(source, target)
+            raise OSError(number, os.strerror(number))
+        replace_file(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    with knobs.scope(cache_dir=tmp_path), pytest.warns(RuntimeWarning, match="No space left"):
+    with knobs.scope(cache_dir=tmp_path), pytest.warns(RuntimeWarning, match=os.strerror(number)):
         assert cxx.load_cpp(TRIPLE).triple(7) == 21
     assert list(tmp_path.iterdir()) == []
 
@@ -315,11 +344,15 @@ def _build(folder: str, numbers: list[int]) -> list[int]:
     return results
 
 
-def _empty(folder: str, seconds: float) -> int:
-    end, removed = time.monotonic() + seconds, 0
+def _empty(folder: str, stop: str) -> int:
+    """Empty the cache again and again until the file `stop` exists."""
+    removed, end = 0, time.monotonic() + 120
     with knobs.scope(cache_dir=Path(folder)):
         while time.monotonic() < end:
+            stopped = os.path.exists(stop)
             removed += disk_cache.clear()
+            if stopped:
+                break
     return removed
 
 
@@ -330,8 +363,10 @@ def test_processes_that_build_while_one_empties_the_cache(
     numbers = [int(n) for n in rng.integers(1, 1 << 20, BUILDS)]
     context = multiprocessing.get_context("spawn")
     with context.Pool(3) as workers:
-        removed = workers.apply_async(_empty, (str(tmp_path), 2.0))
-        built = [workers.apply_async(_build, (str(tmp_path), numbers)) for _ in range(2)]
+        folder, stop = str(tmp_path / "cache"), tmp_path / "stop"
+        removed = workers.apply_async(_empty, (folder, str(stop)))
+        built = [workers.apply_async(_build, (folder, numbers)) for _ in range(2)]
         for results in built:
             assert results.get(timeout=120) == [7 * n for n in numbers]
+        stop.touch()
         assert removed.get(timeout=120) > 0

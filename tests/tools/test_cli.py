@@ -129,6 +129,18 @@ def test_a_compiler_that_cannot_be_asked_is_bad_not_missing(tmp_path):
     assert found.state == "bad" and "0777" in found.value
 
 
+@pytest.mark.parametrize("text", ["no-such-compiler", "no-such-launcher g++"])
+def test_a_compiler_that_was_set_and_fails_is_bad_not_missing(text, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    with knobs.scope(cxx=text):
+        found = next(f for f in env.report() if f.name == "C++ compiler")
+    assert found.state == "bad" and f"TILEWRIGHT_CXX={text!r}" in found.value
+    monkeypatch.setenv("PATH", "")
+    with knobs.scope(cxx=""):
+        found = next(f for f in env.report() if f.name == "C++ compiler")
+    assert found.state == "missing" and "g++" in found.hint
+
+
 # ---- cache ------------------------------------------------------------------------------------
 
 

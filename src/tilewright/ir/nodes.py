@@ -385,6 +385,8 @@ LoopKind = Literal[
     "serial", "parallel", "vector", "unroll",
     "cta.x", "cta.y", "thread.x", "thread.y", "threads",  # threads: shared out among all of a CTA
 ]  # fmt: skip
+GRID: tuple[LoopKind, ...] = ("parallel", "cta.x", "cta.y")  # loops that become units of a launch
+THREADS: tuple[LoopKind, ...] = ("thread.x", "thread.y")  # loops bound to the threads of a CTA
 
 
 class Stmt:

@@ -9,7 +9,8 @@ from typing import Any
 from tilewright.errors import ScheduleError
 from tilewright.ir.names import COUNT, SIZE, is_given
 from tilewright.ir.nodes import (
-    Alloc,
+    GRID,
+    THREADS,
     Const,
     Expr,
     For,
@@ -42,12 +43,8 @@ from tilewright.ir.rewrite import (
     substitute,
     walk,
 )
+from tilewright.target import CTA_THREADS, WARP
 
-GRID = ("parallel", "cta.x", "cta.y")
-THREADS = ("thread.x", "thread.y")
-CTA_THREADS = 1024
-SHARED_BYTES = 96 << 10  # what every GPU since sm_80 has for one CTA
-WARP = 32  # threads of a tile operation, and the unit in which threads meet
 UNROLLED = 8  # rounds of a copy to shared memory that are written out
 THREAD_X, THREAD_Y = Var("thread_x"), Var("thread_y")
 
@@ -114,18 +111,6 @@ def _check_cta(nest: Nest, threads: int) -> None:
             f"{nest.name} has {threads} threads that meet: a barrier takes whole warps",
             hint="bind loops to threads so that their product is a multiple of 32",
         )
-    total = 0
-    for x in statements(nest.body):
-        if isinstance(x, Alloc) and x.buffer.scope == "shared":
-            nbytes = x.buffer.dtype.itemsize
-            for e in x.buffer.shape:
-                nbytes *= int(e.value)  # type: ignore[attr-defined]
-            total += nbytes
-    if total > SHARED_BYTES:
-        raise ScheduleError(
-            "S103", f"{nest.name} keeps {total} bytes in shared memory",
-            hint=f"a CTA has {SHARED_BYTES}: smaller tiles",
-        )  # fmt: skip
 
 
 def serialize_threads(program: Program) -> Program:

@@ -13,6 +13,7 @@ from tilewright.errors import ScheduleError
 from tilewright.ir.names import ACCUMULATOR, TOTAL, Given, given
 from tilewright.ir.nodes import (
     REDUCTIONS,
+    THREADS,
     Alloc,
     Binary,
     Buffer,
@@ -34,8 +35,6 @@ from tilewright.ir.nodes import (
     seq,
 )  # fmt: skip
 from tilewright.ir.rewrite import free_vars, rebuild, statements, transform
-
-THREADS = ("thread.x", "thread.y")
 
 
 def materialize_reductions(program: Program) -> Program:

@@ -14,6 +14,7 @@ from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import (
+    THREADS,
     Alloc,
     Binary,
     Buffer,
@@ -52,7 +53,6 @@ from tilewright.lower.flatten import flat_offset
 
 SHAPE = (16, 8, 16)  # rows, columns and depth of one tile operation
 OPERANDS = ("float16", "bfloat16")
-THREADS = ("thread.x", "thread.y")
 MEMORY = ("global", "part", "shared")
 RESULTS = ("float32", "float16", "bfloat16")
 

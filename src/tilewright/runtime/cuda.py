@@ -167,13 +167,6 @@ class Function:
             driver().call("cuFuncSetAttribute", self.handle, _FUNCTION_MAX_DYNAMIC_SMEM, nbytes)
             self._smem = nbytes
 
-    def ctas_per_sm(self, threads: int, smem_bytes: int) -> int:
-        """How many CTAs of this size fit on one SM at once."""
-        self.allow_smem(smem_bytes)
-        self.module.device.activate()
-        name = "cuOccupancyMaxActiveBlocksPerMultiprocessor"
-        return driver().integer(name, self.handle, threads, smem_bytes)
-
     def prepare(
         self, grid: Dim3, block: Dim3, smem_bytes: int, params: ctypes.Array[Any]
     ) -> Launch:

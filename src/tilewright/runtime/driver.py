@@ -36,7 +36,6 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuModuleGetFunction": (_OUT, _IN, c_char_p),
     "cuFuncGetAttribute": (POINTER(c_int), c_int, _IN),
     "cuFuncSetAttribute": (_IN, c_int, c_int),
-    "cuOccupancyMaxActiveBlocksPerMultiprocessor": (POINTER(c_int), _IN, c_int, c_size_t),
     "cuLaunchKernelEx": (c_void_p, _IN, c_void_p, c_void_p),
     "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
     "cuMemFree_v2": (c_uint64,),

@@ -1,8 +1,9 @@
-"""Memory for large results on the CPU, kept for the next result of the same size.
+"""Caching allocator of large results on the CPU.
 
-Fresh memory costs a page fault and a cleared page for every 4 KiB: for the result of a sparse
-product more time than the product. What the caller has dropped is handed out again, as GPU
-allocators do."""
+Fresh memory costs a page fault and a cleared page every 4 KiB: for a sparse product more time than
+the product itself. Blocks of arrays that died are reused for results of the same size, as caching
+allocators of GPUs do.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import sys
 
 import numpy as np
 
-SMALLEST = 1 << 20  # bytes; below, the C library keeps memory itself
+SMALLEST = 1 << 20  # bytes; smaller blocks are cached by the C library
 KEPT_BYTES = 512 << 20
 
 _idle: dict[int, list[np.ndarray]] = {}
@@ -18,7 +19,7 @@ _idle_bytes = 0
 
 
 class _Lease:
-    """Owns a block while an array uses it; the block goes back when the last such array dies."""
+    """Owns a block while arrays view it; returns it to the cache when the last of them dies."""
 
     __slots__ = ("__array_interface__", "__weakref__", "block")
 
@@ -34,8 +35,7 @@ class _Lease:
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array of at least `SMALLEST` bytes, from memory that was used before if
-    any."""
+    """An uninitialised array of at least `SMALLEST` bytes, in a cached block if there is one."""
     nbytes = dtype.itemsize
     for n in shape:
         nbytes *= n
@@ -45,30 +45,25 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _take(nbytes: int) -> np.ndarray | None:
     global _idle_bytes
-    blocks = _idle.get(nbytes)
-    if not blocks:
+    try:
+        block = _idle[nbytes].pop()
+    except LookupError:  # one step, so that two threads cannot take the same block
         return None
     _idle_bytes -= nbytes
-    return blocks.pop()
+    return block
 
 
 def _give_back(block: np.ndarray) -> None:
     global _idle_bytes
     if _idle_bytes + block.nbytes > KEPT_BYTES:
-        _idle.clear()
-        _idle_bytes = 0
+        release()
     if block.nbytes <= KEPT_BYTES:
         _idle.setdefault(block.nbytes, []).append(block)
         _idle_bytes += block.nbytes
 
 
-def idle_bytes() -> int:
-    """Bytes kept for results to come."""
-    return _idle_bytes
-
-
 def release() -> None:
-    """Gives all kept memory back to the system."""
+    """Return all cached blocks to the system."""
     global _idle_bytes
     _idle.clear()
     _idle_bytes = 0

@@ -13,7 +13,7 @@ from tilewright.runtime.layout import Struct
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a program. `fields` are its stride fields by dimension (empty: unused or 1)."""
+    """One tensor of a program."""
 
     name: str
     dims: tuple[str | int, ...]

@@ -1,4 +1,4 @@
-"""Putting arrays on a device: torch's where torch is there, Tilewright's own otherwise."""
+"""Copies between host and device: torch tensors if torch is installed, else `DeviceArray`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def to_device(array: Any, device: str) -> Any:
             unsigned = {"uint16": np.int16, "uint32": np.int32, "uint64": np.int64}.get(
                 host.dtype.name
             )
-            host = host if host.flags.writeable else host.copy()  # torch warns of read-only arrays
+            host = (
+                host if host.flags.writeable else host.copy()
+            )  # torch warns about read-only arrays
             return torch.from_numpy(host.view(unsigned) if unsigned else host).to(str(device))
     from tilewright.runtime.cuda import DeviceArray
 
@@ -56,7 +58,7 @@ def to_host(array: Any) -> np.ndarray:
         return _torch_to_host(array.detach())
     if hasattr(array, "to_numpy"):
         return array.to_numpy()
-    if hasattr(array, "get") and hasattr(array, "dtype"):  # CuPy's; a dict has a `get` too
+    if hasattr(array, "get") and hasattr(array, "dtype"):  # CuPy; a dict has `get` but no dtype
         return array.get()
     host = np.asarray(array)
     check_memory(host.__array_interface__["data"][0], host.shape)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from tilewright.errors import ScheduleError
 from tilewright.ir.names import values_name
 from tilewright.ir.nodes import (
+    GRID,
+    THREADS,
     Alloc,
     Binary,
     Buffer,
@@ -44,12 +46,11 @@ from tilewright.ir.rewrite import (
     walk,
 )
 from tilewright.schedule.tree import computes, reads_memory, rewrite_loops
+from tilewright.target import SHARED_BYTES
 
 CacheScope = Literal["register", "shared"]
 SCOPES: tuple[CacheScope, ...] = ("register", "shared")
-GRID = ("parallel", "cta.x", "cta.y")
-THREADS = ("thread.x", "thread.y")
-SHARED_BYTES = 96 << 10  # of one scratch array: what every GPU since sm_80 has for a CTA
+SHARED_LIMIT = max(SHARED_BYTES.values())  # of one array; `build` checks the sum for its target
 REGISTERS = 256  # elements of one scratch array in registers
 WIDE = 16  # bytes of the widest load
 APART = 32  # rows of shared memory that are multiples of it lie in the same banks
@@ -245,10 +246,10 @@ class _Staging:
         total = prod(extents)
         if self.scope == "register" and total > REGISTERS:
             raise self.refuse(f"{total} registers", f"at most {REGISTERS}: a smaller tile")
-        if self.scope == "shared" and total * dtype.itemsize > SHARED_BYTES:
+        if self.scope == "shared" and total * dtype.itemsize > SHARED_LIMIT:
             raise self.refuse(
                 f"{total * dtype.itemsize} bytes of shared memory",
-                f"at most {SHARED_BYTES}: a smaller tile",
+                f"at most {SHARED_LIMIT}: a smaller tile",
             )
         shape = tuple(Const(n, size_var("x").dtype) for n in extents)
         return Buffer(name, dtype, shape, self.scope)

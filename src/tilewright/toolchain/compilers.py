@@ -208,8 +208,7 @@ def _search(knob: str, cxx: str, path: str) -> Compiler | None:
 def _configured(variable: str, text: str, path: str) -> Compiler:
     setting = f"{variable}={text!r}"
     try:
-        # A path may contain blanks.
-        words = [text] if _which(text, path) else _split(text)
+        words = [text] if _which(text, path) else _split(text)  # a path may contain blanks
         program = _which(words[0], path)
         if program is None:
             raise _Unusable(_why_not(words[0]))
@@ -220,8 +219,7 @@ def _configured(variable: str, text: str, path: str) -> Compiler:
             "B102",
             f"{setting} is no working C++ compiler: {error}",
             where=f"environment variable {variable}",
-            hint="a C++ compiler, as g++ or 'ccache g++'; if empty, "
-            + ("CXX is used" if variable == "TILEWRIGHT_CXX" else "one is searched on PATH"),
+            hint="a command, as g++ or 'ccache g++'; unset, another compiler is looked for",
         ) from None
 
 
@@ -245,11 +243,9 @@ def _which(name: str, path: str) -> str | None:
 
 
 def _why_not(name: str) -> str:
-    if os.sep in name and os.path.isdir(name):
-        return f"{name!r} is a directory"
-    if os.sep in name and os.path.exists(name):
-        return f"{name!r} is not executable"
-    return f"{name!r} is not found"
+    if os.sep not in name or not os.path.exists(name):
+        return f"{name!r} is not found"
+    return f"{name!r} is {'a directory' if os.path.isdir(name) else 'not executable'}"
 
 
 def _version(command: tuple[str, ...], path: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
 import sys
 import time
@@ -18,7 +17,8 @@ from tilewright.toolchain import compilers, disk_cache
 from tilewright.toolchain.refusal import keep, refusal
 
 _TIMEOUT_S = 600
-_ELF_HEAD, _ELF_SHARED = 20, 3  # word size and byte order at 4, kind of file at 16, processor at 18
+_ELF_DYN = 3
+_SHORTAGES = ("signal terminated program", "No space left on device", "out of memory")
 _PROBE = '#include <stdint.h>\nextern "C" int64_t tw_probe(int64_t x) { return x; }\n'
 
 _loaded: dict[Path, ctypes.CDLL] = {}
@@ -100,19 +100,14 @@ class _Job:
         status, log, library = self.call(self.source)
         if status:
             raise self.failure(status, log)
-        if not _is_loadable(library):
+        if not _is_library(library):
             said = f"; it said: {log.splitlines()[0]}" if log else ""
             raise BuildError(
                 "B102",
-                f"{self.compiler} made no shared library for this machine{said}",
+                f"{self.compiler} made no shared library{said}",
                 hint="set TILEWRIGHT_CXX to a C++ compiler: g++ or clang++",
             )
-        elapsed_ms = (time.perf_counter() - began) * 1e3
-        disk_cache.stats.compiled += 1
-        disk_cache.stats.compile_ms += elapsed_ms
-        if knobs.get("debug") >= 1:
-            print(f"tilewright: compiled {self.name or 'C++'} in {elapsed_ms:.0f} ms",
-                  file=sys.stderr)  # fmt: skip
+        disk_cache.count_compiled(self.name or "C++", began)
         return library
 
     def call(self, source: str) -> tuple[int, str, bytes]:
@@ -142,12 +137,14 @@ class _Job:
 
     def failure(self, status: int, log: str) -> BuildError:
         """Whether the machine, the compiler or the generated code is to blame."""
-        if status < 0 or "signal terminated program" in log:  # the compiler, or a program it runs
+        # A signal ends the compiler, or a program that it runs.
+        if status < 0 or any(text in log for text in _SHORTAGES):
+            how = f"was ended by {_signal(status)}" if status < 0 else "ran out of something"
             return BuildError(
                 "B101",
-                f"{self.compiler} was ended by {_signal(status)}: {log or 'no message'}",
+                f"{self.compiler} {how}: {log or 'no message'}",
                 where=keep(self.source, self.key),
-                hint="was memory short? The source is kept in that file",
+                hint="free memory, or space in TMPDIR; the source is kept in that file",
             )
         status, complaint, _ = self.call(_PROBE)
         if status:
@@ -172,23 +169,11 @@ def _job(source: str, name: str, isa: str | None, flags: Sequence[str], full_lin
 def _signal(status: int) -> str:
     import signal
 
-    return f"signal {-status} ({signal.strsignal(-status)})" if status < 0 else "a signal"
+    return f"signal {-status} ({signal.strsignal(-status)})"
 
 
-@functools.cache
-def _own_head() -> bytes:
-    """The first bytes of this process's program; empty where there are no ELF files."""
-    try:
-        with open("/proc/self/exe", "rb") as file:
-            return file.read(_ELF_HEAD)
-    except OSError:
-        return b""
-
-
-def _is_loadable(library: bytes) -> bool:
-    """Whether the bytes begin like a shared library for this machine."""
-    own, head = _own_head(), library[:_ELF_HEAD]
-    if not own.startswith(b"\x7fELF"):
-        return bool(library)
-    is_shared = int.from_bytes(head[16:18], sys.byteorder) == _ELF_SHARED
-    return is_shared and (head[:6], head[18:]) == (own[:6], own[18:])
+def _is_library(data: bytes) -> bool:
+    """Whether a compiler's output begins like a shared library: an ELF file of type DYN."""
+    if sys.platform != "linux":
+        return bool(data)
+    return data.startswith(b"\x7fELF") and int.from_bytes(data[16:18], sys.byteorder) == _ELF_DYN

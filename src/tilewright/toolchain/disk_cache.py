@@ -55,6 +55,15 @@ class Entry:
 stats = Stats()
 
 
+def count_compiled(name: str, began: float) -> None:
+    """Count a compilation that began at `began` (perf_counter); print its time at debug level 1."""
+    elapsed_ms = (time.perf_counter() - began) * 1e3
+    stats.compiled += 1
+    stats.compile_ms += elapsed_ms
+    if knobs.get("debug") >= 1:
+        print(f"tilewright: compiled {name} in {elapsed_ms:.0f} ms", file=sys.stderr)
+
+
 def key_of(*parts: str | bytes) -> str:
     """The sha256 of several parts, as hex. Lengths are hashed too: "ab", "c" is not "a", "bc"."""
     digest = hashlib.sha256()
@@ -89,10 +98,6 @@ class Cache:
             return None
         data = contents[:-_TRAILER_BYTES]
         return data if contents[len(data) :] == _trailer(kind, key, data) else None
-
-    def find(self, kind: str, key: str) -> Path | None:
-        """The file of an intact entry, or None; for shared libraries, which are opened by name."""
-        return None if self.get(kind, key) is None else self.path(kind, key)
 
     def put(self, kind: str, key: str, data: bytes) -> Path:
         """Store or replace an entry atomically. Raises OSError."""
@@ -190,15 +195,16 @@ def current() -> Cache:
 def get(kind: str, key: str) -> bytes | None:
     """The data of an entry of the current cache, or None. Counts a hit or a miss."""
     data = current().get(kind, key) if knobs.get("cache") else None
-    _count(data is not None)
+    if data is None:
+        stats.misses += 1
+    else:
+        stats.hits += 1
     return data
 
 
 def find(kind: str, key: str) -> Path | None:
-    """The file of an entry of the current cache, or None. Counts a hit or a miss."""
-    path = current().find(kind, key) if knobs.get("cache") else None
-    _count(path is not None)
-    return path
+    """As `get`, but the file: shared libraries are opened by name."""
+    return None if get(kind, key) is None else current().path(kind, key)
 
 
 def put(kind: str, key: str, data: bytes) -> Path:
@@ -242,13 +248,6 @@ def entries() -> Iterator[Entry]:
 def clear() -> int:
     """Empty the current cache; the number of entries removed."""
     return current().clear()
-
-
-def _count(hit: bool) -> None:
-    if hit:
-        stats.hits += 1
-    else:
-        stats.misses += 1
 
 
 def _fall_back(folder: Path, error: OSError) -> Cache:

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 
-from tilewright import knobs
 from tilewright.errors import BuildError, MissingExtra
 from tilewright.toolchain import disk_cache
 from tilewright.toolchain.refusal import refusal
@@ -84,15 +83,8 @@ def compile_cuda(
         raise refusal(compiler, name, "\n".join(lines), source, key)
     if not image:
         raise BuildError("B101", f"NVRTC made no cubin from {options[0]}: not a real architecture?")
-    elapsed_ms = (time.perf_counter() - began) * 1e3
-    disk_cache.stats.compiled += 1
-    disk_cache.stats.compile_ms += elapsed_ms
+    disk_cache.count_compiled(f"{name or 'CUDA C++'} for {arch}", began)
     resources = parse_resources(log)
-    if knobs.get("debug") >= 1:
-        print(
-            f"tilewright: compiled {', '.join(resources)} for {arch} in {elapsed_ms:.0f} ms",
-            file=sys.stderr,
-        )
     disk_cache.put("cubin", key, _pack(image, resources))
     return Cubin(image, arch, MappingProxyType(resources))
 
@@ -100,35 +92,19 @@ def compile_cuda(
 @functools.cache
 def toolkit_version() -> str:
     """NVRTC and CUDA header versions, for keys and reports. Raises MissingExtra[E101]."""
-    wheels = _wheels("nvidia_cuda_")
-    found = []
-    for wheel in ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime"):
-        for name in (wheel, f"{wheel}-cu12"):
-            version = wheels.get(name.replace("-", "_"))
-            if version:
-                found.append(f"{name} {version}")
-                break
-    if len(found) == 2:
-        return ", ".join(found)
+    site = _library().partition("/nvidia/")[0]
+    # From the names of folders: reading the metadata of wheels is far slower.
+    names = glob.glob("nvidia_cuda_*-*.dist-info", root_dir=site)
+    wheels = sorted(n for n in names if n.startswith(("nvidia_cuda_nvrtc", "nvidia_cuda_runtime")))
+    if len(wheels) >= 2:
+        versions = (
+            n.removesuffix(".dist-info").replace("-", " ").replace("_", "-") for n in wheels
+        )
+        return ", ".join(versions)
     # Not installed as wheels: ask the library, and name the folder of its headers.
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check(_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "nvrtcVersion")
     return f"nvrtc {major.value}.{minor.value} with headers in {_include_folder()}"
-
-
-def _wheels(prefix: str) -> dict[str, str]:
-    """Versions of the installed wheels whose names begin with `prefix`, from the names of their
-    folders: far faster than reading their metadata. The first folder of the search path wins."""
-    versions: dict[str, str] = {}
-    for folder in sys.path:
-        if not os.path.isdir(os.path.join(folder, "nvidia")):  # the package of these wheels
-            continue
-        with contextlib.suppress(OSError):
-            for name in sorted(n for n in os.listdir(folder or ".") if n.startswith(prefix)):
-                wheel, _, version = name.removesuffix(".dist-info").partition("-")
-                if name.endswith(".dist-info"):
-                    versions.setdefault(wheel, version)
-    return versions
 
 
 def available() -> bool:

@@ -45,7 +45,8 @@ P107 decompose takes names of sparse parameters and formats of as many dimension
      that is not a sum needs parts without shared rows.
 S101 The hint lists the loops that are there; print the schedule to see them in place.
 S102 The verb would change the result here, for example a reorder across a reduction.
-S103 A CTA has at most 1024 threads and 96 KB of shared memory: split by less, or cache less.
+S103 A CTA has at most 1024 threads, and 99 (sm_86) to 227 KB (sm_90a) of shared memory: split
+     by less, or cache less.
 A101 Arguments are given by position or by the names in the signature, each once.
 A102 A kernel is built for fixed dtypes. Convert, or build another: spmm.typed(X="float16")
 A103 Dimensions of one name have one size in all arguments. The message says which differ.
