@@ -12,15 +12,16 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from tilewright import dtypes, knobs
 from tilewright.codegen import texts
 from tilewright.dtypes import DType
-from tilewright.errors import BuildError, ProgramError, TilewrightError
+from tilewright.errors import BuildError, ProgramError, ScheduleError, TilewrightError
+from tilewright.ir.digest import digest
 from tilewright.ir.nodes import Program
 from tilewright.runtime import launch, native, nvrtc, place, store, toolchain
-from tilewright.runtime.identity import identity
 from tilewright.runtime.kernel import Kernel
 from tilewright.sparse import entries, formats, trace
 from tilewright.target import Target
@@ -46,17 +47,26 @@ class NamedRecipe:
     arguments: tuple[tuple[str, Any], ...] = ()
 
     def of(self, **arguments: Any) -> NamedRecipe:
-        """The same recipe with other arguments: numbers, strings, tuples of them, or None."""
+        """The same recipe with arguments: numbers, strings, tuples of them, or None. Raises
+        ScheduleError[S102] for a name that the recipe does not take."""
+        code = _RECIPES[self.name].__code__
+        known = code.co_varnames[1 : code.co_argcount]
+        for name in arguments:
+            if name not in known:
+                raise ScheduleError(
+                    "S102", f"{self.name} takes no argument {name!r}",
+                    hint=f"arguments: {', '.join(known) or 'none'}",
+                )  # fmt: skip
         return replace(self, arguments=tuple(sorted((dict(self.arguments) | arguments).items())))
 
     def __call__(self, s: Schedule) -> Schedule:
         return _RECIPES[self.name](s, **dict(self.arguments))
 
 
-_RECIPES: dict[str, Callable[..., Schedule]] = {}
+_RECIPES: dict[str, FunctionType] = {}
 
 
-def named_recipe(function: Callable[..., Schedule]) -> NamedRecipe:
+def named_recipe(function: FunctionType) -> NamedRecipe:
     """Decorator: a function of the package from a Schedule and plain arguments to a Schedule."""
     name = f"{function.__module__}.{function.__qualname__}"
     assert name.startswith("tilewright."), "the package's version says nothing of other functions"
@@ -119,7 +129,8 @@ class Definition:
         return replace(self, formats=tuple((dict(self.formats) | of).items()))
 
     def schedule(self, recipe: Recipe) -> Definition:
-        """A function from Schedule to Schedule: it runs when the kernel is built."""
+        """A function from Schedule to Schedule. It runs at each build, and the cache knows it by the
+        verbs it calls; a recipe of the package does not run where its kernel is in the cache."""
         if not callable(recipe):
             raise ProgramError("P101", f"{recipe!r} is no recipe", hint="a function of a Schedule")
         return replace(self, recipe=recipe)
@@ -134,7 +145,7 @@ class Definition:
         """The program at the loop level for a target."""
         from tilewright import compiler
 
-        return compiler.lowered(self.program, self.recipe, parse_target(target), watch)
+        return compiler.lowered(self.scheduled(target), watch)
 
     def build(self, target: Target | str = "cpp") -> Kernel:
         """Compile for a target, through the cache: a program, recipe and target that were built
@@ -171,14 +182,22 @@ def _build(d: Definition, target: Target) -> Kernel:
     if target.kind == "cpp" and not toolchain.has_compiler():
         toolchain.warn_of_interpreter()
         target = Target("interp")
-    program = d.program
-    key = _key(d, program, target)
+    program, scheduled = d.program, None
+    if d.recipe is None or isinstance(d.recipe, NamedRecipe):
+        key = _key(program, d.recipe, target)
+    else:  # a user's function: what it does is told by the steps that it took
+        from tilewright import compiler
+
+        scheduled = compiler.scheduled(program, d.recipe, target)
+        steps = compiler.steps_of(scheduled, program)
+        key = None if steps is None else _key(program, steps, target)
     built = store.load(key) if key else None
     if built is None:
         from tilewright import compiler
 
-        built = compiler.rendered(compiler.lowered(program, d.recipe, target), target)
-        if key and key == _key(d, program, target):  # else the recipe changed what it is made of
+        scheduled = scheduled or compiler.scheduled(program, d.recipe, target)
+        built = compiler.rendered(compiler.lowered(scheduled), target)
+        if key:
             with contextlib.suppress(BuildError):  # the next process lowers again
                 store.save(key, built)
     if target.kind == "interp":
@@ -188,15 +207,17 @@ def _build(d: Definition, target: Target) -> Kernel:
     return _cuda_kernel(built, target)
 
 
-def _key(d: Definition, program: Program, target: Target) -> str | None:
-    """All that decides what lowering makes; None where that cannot be told, or is to be watched."""
+def _key(program: Program, recipe: Any, target: Target) -> str | None:
+    """The key of what lowering makes: program, recipe (a NamedRecipe, or the steps of a user's),
+    target, instruction set and version. None where that is not data, or passes are to be watched.
+    """
     if knobs.get("verify") or knobs.get("debug") >= WATCHED:
         return None
     try:
         version, isa = store.version(), toolchain.resolve_isa().name
     except TilewrightError:  # told where it matters
         return None
-    what = identity(program, d.recipe) if version else None
+    what = digest((program, recipe)) if version else None
     return what and store.key_of("kernel", version or "", str(target), isa, what)
 
 

@@ -18,7 +18,7 @@ from tilewright.ir.rewrite import is_ordered
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
 from tilewright.runtime.manifest import Manifest, StageSpec, TensorSpec, declarations
 from tilewright.runtime.store import Built
-from tilewright.schedule import Schedule
+from tilewright.schedule import Schedule, Step
 from tilewright.target import Target
 
 Watch = Callable[[str, Program], None]
@@ -36,12 +36,17 @@ def scheduled(program: Program, recipe: Recipe | None, target: Target) -> Schedu
     return made
 
 
-def lowered(
-    program: Program, recipe: Recipe | None, target: Target, watch: Watch | None = None
-) -> Program:
-    """The program at the loop level for a target."""
-    s = scheduled(program, recipe, target)
-    return run_passes(s.lowered.program, AFTER_SCHEDULE, target.kind, watch)
+def lowered(s: Schedule, watch: Watch | None = None) -> Program:
+    """The program of a schedule at the loop level, for the schedule's target."""
+    return run_passes(s.lowered.program, AFTER_SCHEDULE, s.target.kind, watch)
+
+
+def steps_of(s: Schedule, program: Program) -> tuple[Step, ...] | None:
+    """The verbs that made a schedule of `program`; None for a schedule of another program."""
+    first = s
+    while first.before is not None:
+        first = first.before
+    return s.history if first.program is program else None
 
 
 class _Positions:
