@@ -129,7 +129,7 @@ class Definition:
         return replace(self, formats=tuple((dict(self.formats) | of).items()))
 
     def schedule(self, recipe: Recipe) -> Definition:
-        """A function from Schedule to Schedule. It runs at each build, and the cache knows it by the
+        """A function from Schedule to Schedule. It runs at each build; the cache knows it by the
         verbs it calls; a recipe of the package does not run where its kernel is in the cache."""
         if not callable(recipe):
             raise ProgramError("P101", f"{recipe!r} is no recipe", hint="a function of a Schedule")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.codegen import cpp, cuda
-from tilewright.codegen.params import Params, collect_params, host_text
+from tilewright.codegen.params import Params, collect_params, host_count
 from tilewright.errors import ScheduleError
 from tilewright.ir.names import stride_name
 from tilewright.ir.nodes import Program, Tensor
@@ -84,7 +84,7 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
     stages = tuple(
         StageSpec(
             f"stage{number}",
-            tuple(host_text(n.grid) for n in stage),
+            tuple(host_count(n.grid) for n in stage),
             _rows(of.get(stage[0].structure)),
             stage[0].structure,
             any(is_ordered(n) for n in stage),
