@@ -2,8 +2,8 @@
 
 Arrays are recognised by the type's own module, so no framework is imported that the caller has
 not imported already. Adapters are found once per type. `view` checks an array and describes it
-(1 to 2 µs); `layout` only tells whether it is like one that was checked before, and where it lies now
-(0.2 µs): a kernel calls the first once, and the second at each call.
+(1 to 2 µs); `layout` only tells whether it is like one that was checked before, and where it lies
+now (0.2 µs): a kernel calls the first once, and the second at each call.
 """
 
 from __future__ import annotations
