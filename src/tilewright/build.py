@@ -12,16 +12,17 @@ import contextlib
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from tilewright import dtypes, knobs
 from tilewright.codegen import prelude_files
 from tilewright.dtypes import DType
-from tilewright.errors import BuildError, ProgramError, TilewrightError
+from tilewright.errors import BuildError, ProgramError, ScheduleError, TilewrightError
+from tilewright.ir.digest import digest
 from tilewright.ir.nodes import Program
 from tilewright.runtime import launch, transfer
 from tilewright.runtime.built import Built
-from tilewright.runtime.identity import identity
 from tilewright.runtime.kernel import Kernel
 from tilewright.sparse import entries, formats, trace
 from tilewright.target import Target
@@ -48,17 +49,26 @@ class NamedRecipe:
     arguments: tuple[tuple[str, Any], ...] = ()
 
     def of(self, **arguments: Any) -> NamedRecipe:
-        """The same recipe with other arguments: numbers, strings, tuples of them, or None."""
+        """The same recipe with arguments: numbers, strings, tuples of them, or None. Raises
+        ScheduleError[S102] for a name that the recipe does not take."""
+        code = _RECIPES[self.name].__code__
+        known = code.co_varnames[1 : code.co_argcount]
+        for name in arguments:
+            if name not in known:
+                raise ScheduleError(
+                    "S102", f"{self.name} takes no argument {name!r}",
+                    hint=f"arguments: {', '.join(known) or 'none'}",
+                )  # fmt: skip
         return replace(self, arguments=tuple(sorted((dict(self.arguments) | arguments).items())))
 
     def __call__(self, s: Schedule) -> Schedule:
         return _RECIPES[self.name](s, **dict(self.arguments))
 
 
-_RECIPES: dict[str, Callable[..., Schedule]] = {}
+_RECIPES: dict[str, FunctionType] = {}
 
 
-def named_recipe(function: Callable[..., Schedule]) -> NamedRecipe:
+def named_recipe(function: FunctionType) -> NamedRecipe:
     """Decorator: a function of the package from a Schedule and plain arguments to a Schedule."""
     name = f"{function.__module__}.{function.__qualname__}"
     assert name.startswith("tilewright."), "the package's version says nothing of other functions"
@@ -121,7 +131,8 @@ class Definition:
         return replace(self, formats=tuple((dict(self.formats) | of).items()))
 
     def schedule(self, recipe: Recipe) -> Definition:
-        """A function from Schedule to Schedule: it runs when the kernel is built."""
+        """A function from Schedule to Schedule. It runs at each build; the cache knows it by the
+        verbs it calls; a recipe of the package does not run where its kernel is in the cache."""
         if not callable(recipe):
             raise ProgramError("P101", f"{recipe!r} is no recipe", hint="a function of a Schedule")
         return replace(self, recipe=recipe)
@@ -136,7 +147,7 @@ class Definition:
         """The program at the loop level for a target."""
         from tilewright import compiler
 
-        return compiler.lowered(self.program, self.recipe, parse_target(target), watch)
+        return compiler.lowered(self.scheduled(target), watch)
 
     def build(self, target: Target | str = "cpp") -> Kernel:
         """Compile for a target, through the cache: a program, recipe and target that were built
@@ -177,15 +188,23 @@ def _build(d: Definition, target: Target) -> Kernel:
         from tilewright.runtime import cuda
 
         target = Target("cuda", cuda.device_arch())  # its limits count when the program is lowered
-    program = d.program
-    key = _key(d, program, target)
+    program, scheduled = d.program, None
+    if d.recipe is None or isinstance(d.recipe, NamedRecipe):
+        key = _key(program, d.recipe, target)
+    else:  # a user's function: what it does is told by the steps that it took
+        from tilewright import compiler
+
+        scheduled = compiler.scheduled(program, d.recipe, target)
+        steps = compiler.steps_of(scheduled, program)
+        key = None if steps is None else _key(program, steps, target)
     data = program_cache.load(key) if key else None
     built = Built.from_bytes(data) if data else None
     if built is None:
         from tilewright import compiler
 
-        built = compiler.rendered(compiler.lowered(program, d.recipe, target), target)
-        if key and key == _key(d, program, target):  # else the recipe changed what it is made of
+        scheduled = scheduled or compiler.scheduled(program, d.recipe, target)
+        built = compiler.rendered(compiler.lowered(scheduled), target)
+        if key:
             with contextlib.suppress(BuildError):  # the next process lowers again
                 program_cache.save(key, built.to_bytes())
     return _kernel(built, target, program if target.kind == "interp" else None)
@@ -204,15 +223,17 @@ def _kernel(built: Built, target: Target, program: Program | None) -> Kernel:
     return kernel
 
 
-def _key(d: Definition, program: Program, target: Target) -> str | None:
-    """All that decides what lowering makes; None where that cannot be told, or is to be watched."""
+def _key(program: Program, recipe: Any, target: Target) -> str | None:
+    """The key of what lowering makes: program, recipe (a NamedRecipe, or the steps of a user's),
+    target, instruction set and version. None where that is not data, or passes are to be watched.
+    """
     if knobs.get("verify") or knobs.get("debug") >= WATCHED:
         return None
     try:
         version, isa = program_cache.version(), compilers.resolve_isa().name
     except TilewrightError:  # told where it matters
         return None
-    what = identity(program, d.recipe) if version else None
+    what = digest((program, recipe)) if version else None
     return what and disk_cache.key_of("kernel", version or "", str(target), isa, what)
 
 

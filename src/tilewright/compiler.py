@@ -11,7 +11,7 @@ from typing import Any
 
 from tilewright import knobs
 from tilewright.codegen import cpp, cuda
-from tilewright.codegen.params import Params, collect_params, host_text
+from tilewright.codegen.params import Params, collect_params, host_count
 from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir.names import stride_name
 from tilewright.ir.nodes import Program, Tensor
@@ -20,7 +20,7 @@ from tilewright.ir.verify import verify
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
 from tilewright.runtime.built import Built
 from tilewright.runtime.manifest import Manifest, StageSpec, TensorSpec, declarations
-from tilewright.schedule import Schedule
+from tilewright.schedule import Schedule, Step
 from tilewright.target import Target
 
 Watch = Callable[[str, Program], None]
@@ -38,20 +38,27 @@ def scheduled(program: Program, recipe: Recipe | None, target: Target) -> Schedu
     return made
 
 
-def lowered(
-    program: Program, recipe: Recipe | None, target: Target, watch: Watch | None = None
-) -> Program:
-    """The program at the loop level for a target, verified: text that is rendered from it declares
-    every name that it uses. Raises InternalError[I101] that names the pass at fault."""
-    positions = scheduled(program, recipe, target).lowered.program
-    made = run_passes(positions, AFTER_SCHEDULE, target.kind, watch)
+def lowered(s: Schedule, watch: Watch | None = None) -> Program:
+    """The program of a schedule at the loop level for its target, verified: text that is rendered
+    from it declares every name that it uses. Raises InternalError[I101] that names the pass at
+    fault."""
+    positions = s.lowered.program
+    result = run_passes(positions, AFTER_SCHEDULE, s.target.kind, watch)
     try:
-        verify(made, "the last pass")
+        verify(result, "the last pass")
     except InternalError:
         with knobs.scope(verify=True):
-            run_passes(positions, AFTER_SCHEDULE, target.kind)
+            run_passes(positions, AFTER_SCHEDULE, s.target.kind)
         raise
-    return made
+    return result
+
+
+def steps_of(s: Schedule, program: Program) -> tuple[Step, ...] | None:
+    """The verbs that made a schedule of `program`; None for a schedule of another program."""
+    first = s
+    while first.before is not None:
+        first = first.before
+    return s.history if first.program is program else None
 
 
 class _Positions:
@@ -95,7 +102,7 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
     stages = tuple(
         StageSpec(
             f"stage{number}",
-            tuple(host_text(n.grid) for n in stage),
+            tuple(host_count(n.grid) for n in stage),
             _rows(of.get(stage[0].structure)),
             stage[0].structure,
             any(is_ordered(n) for n in stage),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 from tilewright.dtypes import DType
@@ -136,21 +137,19 @@ def _free_names(program: Program) -> dict[str, str]:
     return found
 
 
-def host_text(grid: tuple[Expr, ...]) -> str:
-    """The number of units of a nest as a Python expression over `v`, a mapping of sizes and
-    counts."""
-    return " * ".join(f"({_host(e)})" for e in grid) or "1"
+def host_count(grid: tuple[Expr, ...]) -> Any:
+    """The number of units of a nest as data (`runtime.manifest.Count`)."""
+    counts = [_count(e) for e in grid]
+    return reduce(lambda a, b: ("*", a, b), counts) if counts else 1
 
 
-def _host(e: Any) -> str:
+def _count(e: Any) -> Any:
     if isinstance(e, Const):
-        return str(int(e.value))
+        return int(e.value)
     if isinstance(e, Var):
-        return f"v[{e.name!r}]"
+        return e.name
     if isinstance(e, Cast):
-        return _host(e.a)
-    if isinstance(e, Binary) and e.op in ("min", "max"):
-        return f"{e.op}({_host(e.a)}, {_host(e.b)})"
+        return _count(e.a)
     if isinstance(e, Binary):
-        return f"({_host(e.a)} {e.op} {_host(e.b)})"
+        return (e.op, _count(e.a), _count(e.b))
     raise InternalError("I101", f"the host cannot compute {e}")

@@ -21,7 +21,14 @@ from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.ir.names import COUNT, SIZE, VALUES, Given, count_name, given, size_name
 from tilewright.runtime.layout import Struct
-from tilewright.runtime.manifest import ROW_HEAD, Manifest, TensorSpec, most_rows, rows_at
+from tilewright.runtime.manifest import (
+    ROW_HEAD,
+    Manifest,
+    TensorSpec,
+    most_rows,
+    rows_at,
+    unit_count,
+)
 from tilewright.runtime.view import View, address, allocate, allocator, byte_range, view
 
 Slot = tuple[Any, int]
@@ -246,13 +253,13 @@ class Call:
 
     # -- the parameter block ---------------------------------------------------------------------
 
-    def frame(self, row: Struct, params: Struct, counts: Any, outputs: list[TensorSpec]) -> Frame:
+    def frame(self, row: Struct, params: Struct, outputs: list[TensorSpec]) -> Frame:
         """Fills the block of each stage and counts its units."""
         manifest = self.manifest
         names = (*manifest.param_names, "")  # the last field counts the rows
         at = rows_at(params)
         blocks, units = [], []
-        for stage, of_body in zip(manifest.stages, counts, strict=True):
+        for stage in manifest.stages:
             block = ctypes.create_string_buffer(at + most_rows(manifest) * row.size)
             values = [self._field(name) if name else len(stage.rows) for name in names]
             params.pack_into(
@@ -260,7 +267,7 @@ class Call:
             )
             total = 0
             for i, body in enumerate(stage.rows):
-                n = of_body[body](self._counts(stage.structure, i))
+                n = unit_count(stage.units[body], self._counts(stage.structure, i))
                 fields = self._row(row, stage.structure, i)
                 one = row.pack(first=total, units=n, body=body, **fields)
                 ctypes.memmove(ctypes.addressof(block) + at + i * row.size, one, row.size)

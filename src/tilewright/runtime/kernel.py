@@ -21,7 +21,7 @@ from tilewright.runtime.call import (
     value_spans,
 )
 from tilewright.runtime.layout import Struct
-from tilewright.runtime.manifest import Manifest, structs, unit_count
+from tilewright.runtime.manifest import Manifest, structs
 from tilewright.runtime.view import address, layout, view
 
 DENSE, SPARSE = "dense", "sparse"
@@ -151,7 +151,7 @@ class Kernel:
         read = [t for t in self.inputs if t.role != "update"]
         check_apart(call.spans([*given, *updated]), call.spans(read))
         temps = [call.make_output(spec) for spec in self.temps]
-        frame = call.frame(*self._structs, self._unit_counts, self.results)
+        frame = call.frame(*self._structs, self.results)
         frame.keep += temps
         frame.run = self.launcher.prepare(self, frame)
         return frame, made
@@ -294,11 +294,6 @@ class Kernel:
         """A row of the work table, and the parameter block: what a call needs and a build does
         not."""
         return structs(self.manifest)
-
-    @cached_property
-    def _unit_counts(self) -> tuple[tuple[Callable[..., int], ...], ...]:
-        """For each stage, for each of its bodies: sizes and counts → number of units."""
-        return tuple(tuple(unit_count(text) for text in s.units) for s in self.manifest.stages)
 
 
 class Bound:

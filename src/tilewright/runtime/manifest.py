@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,14 +24,18 @@ class TensorSpec:
     fill: float = 0.0
 
 
+# A number of units: an integer, the name of a size or count, or (operator, Count, Count).
+Count = int | str | tuple[Any, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """One launch: its entry, how many units each of its bodies has (host expressions), which body
-    serves each row of its work table, its threads. The rows are the parts of `structure`, if it
-    follows a composed format. Units of an `ordered` launch run one after the other."""
+    """One launch: its entry, how many units each of its bodies has, which body serves each row of
+    its work table, its threads. The rows are the parts of `structure`, if it follows a composed
+    format. Units of an `ordered` launch run one after the other."""
 
     entry: str
-    units: tuple[str, ...]
+    units: tuple[Count, ...]
     rows: tuple[int, ...] = (0,)
     structure: str = ""
     ordered: bool = False
@@ -115,35 +119,23 @@ def _tuples(x: Any) -> Any:
 
 # ---------------------------------------------------------------------------- units
 
-_OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
+_OPERATORS: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv,
+    "%": operator.mod, "min": min, "max": max,
+}  # fmt: skip
 
 
-def unit_count(text: str) -> Callable[[Mapping[str, int]], int]:
-    """A host expression (`StageSpec.units`) as a function of sizes and counts by name.
-
-    Integers, `v["name"]`, + - * // %, min(…) and max(…) only. Raises InternalError[I101]."""
-    try:
-        tree = ast.parse(text, mode="eval")
-    except (SyntaxError, ValueError, RecursionError):
-        tree = None
-    if tree is None or not _is_count(tree.body):
-        raise InternalError(
-            "I101", f"{text!r} is no number of units", hint="run tilewright cache clear"
-        )
-    return eval(f"lambda v: {ast.unparse(tree)}", {"__builtins__": {"min": min, "max": max}})
-
-
-def _is_count(e: ast.expr) -> bool:
-    if isinstance(e, ast.Constant):
-        return type(e.value) is int
-    if isinstance(e, ast.Subscript):
-        named = isinstance(e.value, ast.Name) and e.value.id == "v"
-        return named and isinstance(e.slice, ast.Constant) and type(e.slice.value) is str
-    if isinstance(e, ast.BinOp):
-        return isinstance(e.op, _OPERATORS) and _is_count(e.left) and _is_count(e.right)
-    if isinstance(e, ast.UnaryOp):
-        return isinstance(e.op, ast.USub) and _is_count(e.operand)
-    if isinstance(e, ast.Call):
-        known = isinstance(e.func, ast.Name) and e.func.id in ("min", "max") and not e.keywords
-        return known and len(e.args) > 1 and all(_is_count(a) for a in e.args)
-    return False
+def unit_count(count: Count, values: Mapping[str, int]) -> int:
+    """The number of units that a `Count` stands for, with sizes and counts by name. Raises
+    InternalError[I101] for anything else: a cache file holds what it holds."""
+    if type(count) is int:
+        return count
+    if type(count) is str and count in values:
+        return values[count]
+    if type(count) is tuple and len(count) == 3 and type(count[0]) is str:
+        apply = _OPERATORS.get(count[0])
+        if apply is not None:
+            return apply(unit_count(count[1], values), unit_count(count[2], values))
+    raise InternalError(
+        "I101", f"{count!r} is no number of units", hint="run tilewright cache clear"
+    )
