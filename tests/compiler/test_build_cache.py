@@ -388,7 +388,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyP
     def full(*_):
         raise BuildError("B105", "full")
 
-    monkeypatch.setattr(program_cache.cache, "put", full)
+    monkeypatch.setattr(program_cache.disk_cache, "put", full)
     multiply(spmm.build("interp"), tw.csr(), 0)
 
 
@@ -398,7 +398,7 @@ def test_edited_sources_have_no_version(monkeypatch: pytest.MonkeyPatch) -> None
     program_cache.version.cache_clear()
     assert first == program_cache.version()
     program_cache.version.cache_clear()
-    monkeypatch.setitem(program_cache._LOADED, "/knobs.py", "0 0")
+    monkeypatch.setitem(program_cache._AT_START, "/knobs.py", "0 0")
     assert program_cache.version() is None
     assert key(spmm) is None
     program_cache.version.cache_clear()
