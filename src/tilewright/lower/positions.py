@@ -21,6 +21,7 @@ from tilewright.ir.nodes import (
     identity_of,
 )  # fmt: skip
 from tilewright.ir.rewrite import rebuild, simplify, walk
+from tilewright.lower.drivers import check_reduction
 from tilewright.lower.nests import NestBuilder
 from tilewright.lower.tables import Statement, Tables, indices_in, shares_rows
 
@@ -90,7 +91,9 @@ class _Builder(Tables):
         composed = whole is not None and len(getattr(whole, "parts", ())) > 0
         own_rows = bool(names) and names[0] in {x.name for x in indices_in(root.out.coords)}
         shared = composed and whole is not None and not (whole.unique_rows and own_rows)
-        if composed and not all(f.is_exact for f in formats if f is not None):
+        for st in (statement, *temps):
+            check_reduction(st, self.tensors)
+        if composed and whole is not None and whole.repeats:
             self._check_overlap(statement, temps, whole)
         nests: list[Nest] = []
         empty: list[Nest] = []
@@ -125,11 +128,13 @@ class _Builder(Tables):
         return [tuple(empty or [self._init(statement, temps, followed, -1)]), tuple(nests)]
 
     def _check_overlap(self, st: Statement, temps: list[Statement], whole: Any) -> None:
-        """Parts with blocks may store a coordinate twice: once an entry, once an explicit zero."""
-        if st.out.tensor.is_sparse or temps or st.op != "sum":
+        """A part with blocks may store zeros where another has an entry: only reductions that they
+        do not change are computed on it."""
+        if st.out.tensor.is_sparse or temps or not st.op:
             raise ProgramError(
                 "P107",
-                f"{st.out.tensor.name} is no plain sum, and parts of {whole} may overlap",
+                f"{st.out.tensor.name} is no plain reduction, and parts of {whole} store "
+                "coordinates more than once",
                 hint="compose formats without blocks, or use one format for all",
             )
 

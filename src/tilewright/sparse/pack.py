@@ -64,7 +64,8 @@ class Structure:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """A sparse tensor: a structure and one array of values for each part."""
+    """A sparse tensor: a structure and one array of values for each part. Stored coordinates that
+    are no entries (the rest of a block, a gap of a ragged row) hold `fill`."""
 
     structure: Structure
     values: tuple[Any, ...]
@@ -105,7 +106,7 @@ class Packed:
             )  # fmt: skip
         wanted = kind if dtype is None else dtypes.dtype(dtype)
         given = entries.converted(given, kind, wanted)
-        arrays = tuple(_scatter(p, given, wanted, self.fill) for p in self.structure.parts)
+        arrays = tuple(_scatter(p, given, wanted, self) for p in self.structure.parts)
         return Packed(self.structure, _placed(arrays, self.device), wanted, self.fill)
 
     repack_values = with_values
@@ -167,7 +168,13 @@ class Packed:
 
 
 def pack(
-    fmt: Format | Composed, matrix: Any, *, dtype: Any = None, values: Any = None, index: Any = None
+    fmt: Format | Composed,
+    matrix: Any,
+    *,
+    dtype: Any = None,
+    values: Any = None,
+    index: Any = None,
+    fill: float = 0.0,
 ) -> Packed:
     """Pack `matrix` into `fmt`.
 
@@ -176,11 +183,13 @@ def pack(
     None, shape) of COO with one coordinate array a dimension, or `Entries`. `values` (nnz,)
     overrides the values; `dtype` converts them. `index`: the type of the coordinates, int32 or
     int64, for which a kernel is built with `typed(index=…)`; None: int32 where it is wide enough.
+    `fill`: the value of missing coordinates, that of the program's parameter; formats that store
+    more than entries (bsr, ragged) hold it there.
 
     Raises FormatError F102-F106, F108, ArgumentError A102 (a dtype), A109 (a value out of range).
     """
     try:
-        return _pack(fmt, entries.read(matrix), dtype, values, index)
+        return _pack(fmt, entries.read(matrix), dtype, values, index, fill)
     except MemoryError as error:
         raise FormatError(
             "F108", f"{fmt} of this matrix does not fit the memory: {error}", where="matrix",
@@ -188,7 +197,9 @@ def pack(
         ) from None  # fmt: skip
 
 
-def _pack(fmt: Format | Composed, found: Entries, dtype: Any, values: Any, index: Any) -> Packed:
+def _pack(
+    fmt: Format | Composed, found: Entries, dtype: Any, values: Any, index: Any, fill: float
+) -> Packed:
     shape = found.shape
     if len(shape) != fmt.ndim:
         raise FormatError(
@@ -219,7 +230,8 @@ def _pack(fmt: Format | Composed, found: Entries, dtype: Any, values: Any, index
         for p in parts
     )
     structure = Structure(fmt, shape, parts, found.nnz, chosen)
-    return Packed(structure, tuple(_scatter(p, given, wanted, 0.0) for p in parts), wanted)
+    empty = Packed(structure, (), wanted, float(fill))
+    return replace(empty, values=tuple(_scatter(p, given, wanted, empty) for p in parts))
 
 
 def _index_type(index: Any, largest: int) -> DType:
@@ -309,8 +321,13 @@ def _with_roots(built: dict[str, np.ndarray], q: np.ndarray, roots: np.ndarray):
     )
 
 
-def _scatter(part: Part, values: np.ndarray, dtype: DType, fill: float) -> np.ndarray:
-    out = np.full(part.size, entries.filling(fill, dtype), dtype.numpy)
+def _scatter(part: Part, values: np.ndarray, dtype: DType, of: Packed) -> np.ndarray:
+    """The values of a part: entries, the fill at its other coordinates, 0 where there are none."""
+    out = np.zeros(part.size, dtype.numpy)
+    if of.fill != 0 and not part.format.is_exact:
+        arrays = _each(part.arrays, lambda a: entries.array_of(a, "structure"))
+        _, stored = coordinates(part.format.levels, arrays, part.counts, of.shape)
+        out[stored] = entries.filling(of.fill, dtype)
     out[part.slots] = values[part.entries]
     return out
 

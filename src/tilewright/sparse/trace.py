@@ -33,7 +33,6 @@ from tilewright.ir.nodes import (
     Reduce,
     Role,
     Tensor,
-    Var,
     as_expr,
     binary,
     cast,
