@@ -201,7 +201,7 @@ def rename_reductions(e: N, taken: frozenset[str]) -> N:
 
     if not isinstance(e, Reduce):
         return rebuild(e, visit)
-    fresh: dict[str, Expr] = {}
+    fresh: dict[str, Var] = {}
     for a in e.axes:
         name = a.name
         while name in taken:

@@ -194,6 +194,9 @@ class _Checker:
         elif isinstance(e, LEVELLED) and not isinstance(e, self.legal):
             self.fail(f"{type(e).__name__} has no place here", e)
         if isinstance(e, Reduce):
+            hidden = [a.name for a in e.axes if a.name in bound]
+            if hidden:
+                self.fail(f"the reduction hides {', '.join(hidden)}", e)
             self.expr(e.body, bound | {a.name for a in e.axes}, registers)
             return
         if (

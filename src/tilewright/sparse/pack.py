@@ -64,8 +64,8 @@ class Structure:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """A sparse tensor: a structure and one array of values for each part. Stored coordinates that
-    are no entries (the rest of a block, a gap of a ragged row) hold `fill`."""
+    """A sparse tensor: a structure and one array of values for each part. Slots without an entry
+    (the rest of a block, a gap of a ragged row, padding) hold `fill`."""
 
     structure: Structure
     values: tuple[Any, ...]
@@ -106,7 +106,7 @@ class Packed:
             )  # fmt: skip
         wanted = kind if dtype is None else dtypes.dtype(dtype)
         given = entries.converted(given, kind, wanted)
-        arrays = tuple(_scatter(p, given, wanted, self) for p in self.structure.parts)
+        arrays = tuple(_scatter(p, given, wanted, self.fill) for p in self.structure.parts)
         return Packed(self.structure, _placed(arrays, self.device), wanted, self.fill)
 
     repack_values = with_values
@@ -230,8 +230,8 @@ def _pack(
         for p in parts
     )
     structure = Structure(fmt, shape, parts, found.nnz, chosen)
-    empty = Packed(structure, (), wanted, float(fill))
-    return replace(empty, values=tuple(_scatter(p, given, wanted, empty) for p in parts))
+    arrays = tuple(_scatter(p, given, wanted, fill) for p in parts)
+    return Packed(structure, arrays, wanted, float(fill))
 
 
 def _index_type(index: Any, largest: int) -> DType:
@@ -321,13 +321,8 @@ def _with_roots(built: dict[str, np.ndarray], q: np.ndarray, roots: np.ndarray):
     )
 
 
-def _scatter(part: Part, values: np.ndarray, dtype: DType, of: Packed) -> np.ndarray:
-    """The values of a part: entries, the fill at its other coordinates, 0 where there are none."""
-    out = np.zeros(part.size, dtype.numpy)
-    if of.fill != 0 and not part.format.is_exact:
-        arrays = _each(part.arrays, lambda a: entries.array_of(a, "structure"))
-        _, stored = coordinates(part.format.levels, arrays, part.counts, of.shape)
-        out[stored] = entries.filling(of.fill, dtype)
+def _scatter(part: Part, values: np.ndarray, dtype: DType, fill: float) -> np.ndarray:
+    out = np.full(part.size, entries.filling(fill, dtype), dtype.numpy)
     out[part.slots] = values[part.entries]
     return out
 
