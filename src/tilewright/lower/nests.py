@@ -415,9 +415,11 @@ class NestBuilder:
                 coord = env.halves[axis, level.block, level.inner]
             else:
                 coord = _part_of(level, env.bound[axis])
-            env.pos[structure, depth] = level.locate(
-                storage, self._position(structure, depth - 1, env), coord
-            )
+            q = self._position(structure, depth - 1, env)
+            position = level.locate(storage, q, coord)
+            if may_miss(q) and not level.is_dense:  # nothing is stored above: nothing is read below
+                position = select(binary(">=", q, 0), position, as_expr(-1, self.owner.index))
+            env.pos[structure, depth] = position
         return env.pos[structure, depth]
 
     def _fresh(self, name: str) -> str:
