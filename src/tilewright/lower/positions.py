@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir.nodes import (
     Access,
     Assign,
     Buffer,
+    Const,
     Load,
     Nest,
     Program,
@@ -146,8 +148,10 @@ class _Builder(Tables):
         part: int,
     ) -> Nest:
         """The value of all elements of the output (of a part of it, if sparse) where nothing is
-        stored. A reduction over what `followed` stores has nothing to reduce there."""
+        stored. A reduction over what `followed` stores has nothing to reduce there, and a composed
+        format that is followed has no entry: its parts are read at their own rows only."""
         structure = followed[0] if followed else ""
+        composed = bool(structure) and hasattr(self.tensors[structure].format, "parts")
         followers = {
             t.out.tensor.name: identity_of(t.op, t.out.dtype)
             for t in temps
@@ -157,6 +161,8 @@ class _Builder(Tables):
         def visit(e: Any) -> Any:
             if isinstance(e, Access) and e.tensor.name in followers:
                 return followers[e.tensor.name]
+            if isinstance(e, Access) and composed and e.tensor.structure == structure:
+                return cast(Const(e.tensor.fill, dtypes.float64), e.dtype)
             return rebuild(e, visit)
 
         if st.op and self.driver(st):
