@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import tilewright as tw
-from tilewright.errors import ArgumentError, ProgramError
+from tilewright.errors import ArgumentError, InternalError, ProgramError
 from tilewright.ir.levels import Compressed, Dense, Fixed
+from tilewright.lower.nests import NestBuilder
 
 TARGETS = ("interp", "cpp")
 BLOCKS = tw.Composed(
@@ -440,3 +441,12 @@ def test_padding_that_holds_a_fill_is_guarded_on_a_gpu():
 
     assert "where(j >= 0, A.values" in product(float("inf"))
     assert "where(j >= 0, A.values" not in product(0.0)
+
+
+@pytest.mark.parametrize("fmt", ["csf", "listed rows", "listed relations", "blocks of rows"])
+def test_the_verifier_sees_an_element_that_is_not_stored(fmt, monkeypatch):
+    program = relation_rows_and_more.decompose(A=ROWS_3D[fmt])
+    program.lower()
+    monkeypatch.setattr(NestBuilder, "_visits_all", lambda self, spec: True)
+    with pytest.raises(InternalError, match="some elements of out are not stored"):
+        program.lower()
