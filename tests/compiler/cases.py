@@ -239,9 +239,9 @@ def matrix(kind: str, m: int, n: int, rng: np.random.Generator) -> np.ndarray:
     return np.where(keep, values, 0).astype(np.float32)
 
 
-def pack(fmt: Any, dense: np.ndarray, dtype: str = "float32") -> Packed:
+def pack(fmt: Any, dense: np.ndarray, dtype: str = "float32", fill: float = 0.0) -> Packed:
     """Packed, with NaN in all padding that no program may read."""
-    return poison_padding(fmt.pack(dense, dtype=dtype))
+    return poison_padding(fmt.pack(dense, dtype=dtype, fill=fill))
 
 
 def poison_padding(a: Packed) -> Packed:
@@ -283,8 +283,8 @@ def arguments(
             owner = out[t.structure]
             out[t.name] = owner.with_values(rng.integers(0, known["r"], owner.nnz).astype(np.int32))
         elif t.is_sparse:
-            packed = pack(t.format, matrix(kind, shape[0], shape[1], rng), t.dtype.name)
-            out[t.name] = dataclasses.replace(packed, fill=t.fill)
+            dense = matrix(kind, shape[0], shape[1], rng)
+            out[t.name] = pack(t.format, dense, t.dtype.name, t.fill)
         elif not t.dims:
             out[t.name] = 0.125
         elif t.dtype.is_int:

@@ -203,7 +203,7 @@ P107 = [
         "shares its rows",
         lambda: logsumexp.decompose(A=tw.hyb(1, (1, 2), long_rows="split")).lower(),
     ),
-    ("cannot be searched", lambda: two_sparse.decompose(B=tw.coo()).lower()),
+    ("cannot be searched", lambda: two_sparse.decompose(B=tw.bucket(2, split=True)).lower()),
     ("cannot be searched", lambda: two_sparse.decompose(B=tw.hyb()).lower()),
     ("cannot be searched", lambda: triangles.decompose(B=tw.hyb()).lower()),
     ("float16", lambda: spmm.decompose(A=tw.coo()).typed(A="float16", X="float16").lower()),

@@ -364,6 +364,23 @@ class Singleton(Level):
         return np.arange(parents), arrays["indices"]
 
 
+def is_list_of_pairs(levels: Sequence[Level]) -> bool:
+    """Whether a format lists its entries in order, as coo does: two coordinates for each."""
+    two = len(levels) == 2 and isinstance(levels[1], Singleton)
+    return two and isinstance(levels[0], Compressed) and levels[0].chunk == -1
+
+
+def locate_pair(outer: Storage, inner: Storage, a: Expr, b: Expr) -> Expr:
+    """The position of the pair (a, b) in an ordered list of pairs, or -1: b between the ends of the
+    run of a."""
+    assert outer.indices and inner.indices
+    zero, keys = Const(0, outer.count.dtype), outer.indices
+    kind = outer.count.dtype
+    begin = add(Search(keys, zero, outer.count, add(a, -1), True, kind), 1)
+    end = add(Search(keys, zero, outer.count, a, True, kind), 1)
+    return Search(inner.indices, begin, end, b, False, kind)
+
+
 def lists_rows(level: Level) -> bool:
     """Whether a level, the outermost of a part, lists single rows, each once: a composed format
     that covers all rows lists the empty ones too."""

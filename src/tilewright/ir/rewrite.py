@@ -203,7 +203,7 @@ def rename_reductions(e: N, taken: frozenset[str]) -> N:
 
     if not isinstance(e, Reduce):
         return rebuild(e, visit)
-    fresh: dict[str, Expr] = {}
+    fresh: dict[str, Var] = {}
     for a in e.axes:
         name = a.name
         while name in taken:
@@ -275,7 +275,7 @@ def _simplify_node(x: Any) -> Any:
     return x
 
 
-_FOLD: dict[str, Callable[[Any, Any], Any]] = {
+FOLD: dict[str, Callable[[Any, Any], Any]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
@@ -302,8 +302,8 @@ def _simplify_binary(x: Binary) -> Expr:
     if a.dtype.is_float or b.dtype.is_float:
         return x
     by_zero = op in ("//", "%") and is_const(b, 0)
-    if isinstance(a, Const) and isinstance(b, Const) and op in _FOLD and not by_zero:
-        found = _FOLD[op](a.value, b.value)
+    if isinstance(a, Const) and isinstance(b, Const) and op in FOLD and not by_zero:
+        found = FOLD[op](a.value, b.value)
         return Const(found if op in COMPARISON else x.dtype.wrapped(found), x.dtype)
     if op == "+":
         return _simplify_sum(x)

@@ -37,10 +37,12 @@ from tilewright.ir.nodes import (
     Stmt,
     Store,
     Sync,
+    Tensor,
     Tile,
     Var,
     children,
 )  # fmt: skip
+from tilewright.ir.rewrite import path_to, statements, walk
 
 LEGAL: dict[str, tuple[type, ...]] = {
     "coordinates": (Assign, Access, Reduce, Index),
@@ -97,6 +99,10 @@ def verify(program: Program, after: str = "") -> None:
     for stage in program.stages:
         for nest in stage:
             check.nest(nest)
+    if after == "coordinates_to_positions":
+        for t in program.tensors:
+            if t.role in ("output", "temp") and t.kind != "state" and not t.is_sparse:
+                check.covered(program, t)
 
 
 class _Checker:
@@ -111,6 +117,18 @@ class _Checker:
         raise InternalError(
             "I101", f"{self.level} level{place}: {why}: {node}", hint="please report this bug"
         )
+
+    def covered(self, program: Program, t: Tensor) -> None:
+        """The first stage that stores a dense output stores every element of it."""
+        stores = [
+            [(n, c) for n in stage for c in statements(n.body)
+             if isinstance(c, Compute) and c.out.buffer.name == t.name]
+            for stage in program.stages
+        ]  # fmt: skip
+        for nest, compute in next(filter(None, stores), []):
+            listed = nest.part >= 0 and program.tensor(nest.structure).format.covers_rows
+            if not listed and not _visits_all(nest.body, compute):
+                self.fail(f"some elements of {t.name} are not stored", nest.body)
 
     def assign(self, s: Assign) -> None:
         if s.out.tensor.name not in self.tensors:
@@ -213,6 +231,9 @@ class _Checker:
         elif isinstance(e, LEVELLED) and not isinstance(e, self.legal):
             self.fail(f"{type(e).__name__} has no place here", e)
         if isinstance(e, Reduce):
+            hidden = [a.name for a in e.axes if a.name in bound]
+            if hidden:
+                self.fail(f"the reduction hides {', '.join(hidden)}", e)
             self.expr(e.body, bound | {a.name for a in e.axes}, registers)
             return
         if isinstance(e, Load):
@@ -222,6 +243,30 @@ class _Checker:
             self.declared(e.keys, registers, e)
         for child in children(e):
             self.expr(child, bound, registers)
+
+
+def _visits_all(body: Stmt, compute: Compute) -> bool:
+    """Whether loops and guards around `compute` leave out no element of its output: those that do
+    not reduce go from 0 to a size, and only the end of a block is cut off."""
+    reducing = False
+    for s in path_to(body, compute) or ():
+        if isinstance(s, For):
+            reduces = bool(set(s.axes) & set(compute.reduce))
+            reducing |= reduces
+            whole = s.begin == Const(0, s.begin.dtype) and not any(_is_read(x) for x in walk(s.end))
+            if not (reduces or whole):
+                return False
+        elif isinstance(s, If) and not reducing and not _is_tail(s.cond):
+            return False
+    return True
+
+
+def _is_read(e: Any) -> bool:
+    return isinstance(e, (Load, Search)) or (isinstance(e, Var) and is_given(e.name, COUNT))
+
+
+def _is_tail(cond: Expr) -> bool:
+    return isinstance(cond, Binary) and cond.op == "<" and not any(map(_is_read, walk(cond.b)))
 
 
 def _names(e: Expr) -> set[str]:

@@ -14,7 +14,14 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir.levels import Level, lists_rows, load_value, may_miss
+from tilewright.ir.levels import (
+    Level,
+    is_list_of_pairs,
+    lists_rows,
+    load_value,
+    locate_pair,
+    may_miss,
+)  # fmt: skip
 from tilewright.ir.names import PRIME, given
 from tilewright.ir.nodes import (
     Access,
@@ -415,9 +422,11 @@ class NestBuilder:
                 coord = env.halves[axis, level.block, level.inner]
             else:
                 coord = _part_of(level, env.bound[axis])
-            env.pos[structure, depth] = level.locate(
-                storage, self._position(structure, depth - 1, env), coord
-            )
+            q = self._position(structure, depth - 1, env)
+            position = level.locate(storage, q, coord)
+            if may_miss(q) and not level.is_dense:  # nothing is stored above: nothing is read below
+                position = select(binary(">=", q, 0), position, as_expr(-1, self.owner.index))
+            env.pos[structure, depth] = position
         return env.pos[structure, depth]
 
     def _fresh(self, name: str) -> str:
@@ -548,13 +557,20 @@ class NestBuilder:
     ) -> Expr:
         """Searches level by level; -1 (or less, on dense levels) once something is missing."""
         fmt = self.owner.format[tensor.structure]
-        if not all(level.unique for level in fmt.levels):
+        pairs = is_list_of_pairs(fmt.levels)
+        if not pairs and not all(level.unique for level in fmt.levels):
             raise unsearchable(tensor.name, fmt)
         q: Expr = Const(0, self.owner.index)
         held, nothing = list(within), as_expr(-1, self.owner.index)  # under which q is a position
+        at = [_part_of(level, coords[level.dim]) for level in fmt.levels]
+        stored = [self.owner.storage(tensor.structure, d)[1] for d in range(len(fmt.levels))]
         for depth, level in enumerate(fmt.levels):
-            _, storage = self.owner.storage(tensor.structure, depth)
-            found = level.locate(storage, q, _part_of(level, coords[level.dim]))
+            if pairs and depth == 0:
+                continue
+            if pairs:
+                found = locate_pair(stored[0], stored[1], at[0], at[1])
+            else:
+                found = level.locate(stored[depth], q, at[depth])
             if held:
                 found = select(reduce(lambda a, b: binary("&", a, b), held), found, nothing)
             var = Var(self._fresh(f"{tensor.name}_q{depth}"), self.owner.index)

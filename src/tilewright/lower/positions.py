@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir.nodes import (
     Access,
     Assign,
     Buffer,
+    Const,
     Load,
     Nest,
     Program,
@@ -21,6 +23,7 @@ from tilewright.ir.nodes import (
     identity_of,
 )  # fmt: skip
 from tilewright.ir.rewrite import rebuild, simplify, walk
+from tilewright.lower.drivers import check_reduction
 from tilewright.lower.nests import NestBuilder
 from tilewright.lower.tables import Statement, Tables, indices_in, shares_rows
 
@@ -90,7 +93,9 @@ class _Builder(Tables):
         composed = whole is not None and len(getattr(whole, "parts", ())) > 0
         own_rows = bool(names) and names[0] in {x.name for x in indices_in(root.out.coords)}
         shared = composed and whole is not None and not (whole.unique_rows and own_rows)
-        if composed and not all(f.is_exact for f in formats if f is not None):
+        for st in (statement, *temps):
+            check_reduction(st, self.tensors)
+        if composed and whole is not None and whole.repeats:
             self._check_overlap(statement, temps, whole)
         nests: list[Nest] = []
         empty: list[Nest] = []
@@ -125,11 +130,13 @@ class _Builder(Tables):
         return [tuple(empty or [self._init(statement, temps, followed, -1)]), tuple(nests)]
 
     def _check_overlap(self, st: Statement, temps: list[Statement], whole: Any) -> None:
-        """Parts with blocks may store a coordinate twice: once an entry, once an explicit zero."""
-        if st.out.tensor.is_sparse or temps or st.op != "sum":
+        """A part with blocks may store zeros where another has an entry: only reductions that they
+        do not change are computed on it."""
+        if st.out.tensor.is_sparse or temps or not st.op:
             raise ProgramError(
                 "P107",
-                f"{st.out.tensor.name} is no plain sum, and parts of {whole} may overlap",
+                f"{st.out.tensor.name} is no plain reduction, and parts of {whole} store "
+                "coordinates more than once",
                 hint="compose formats without blocks, or use one format for all",
             )
 
@@ -141,8 +148,10 @@ class _Builder(Tables):
         part: int,
     ) -> Nest:
         """The value of all elements of the output (of a part of it, if sparse) where nothing is
-        stored. A reduction over what `followed` stores has nothing to reduce there."""
+        stored. A reduction over what `followed` stores has nothing to reduce there, and a composed
+        format that is followed has no entry: its parts are read at their own rows only."""
         structure = followed[0] if followed else ""
+        composed = bool(structure) and hasattr(self.tensors[structure].format, "parts")
         followers = {
             t.out.tensor.name: identity_of(t.op, t.out.dtype)
             for t in temps
@@ -152,6 +161,8 @@ class _Builder(Tables):
         def visit(e: Any) -> Any:
             if isinstance(e, Access) and e.tensor.name in followers:
                 return followers[e.tensor.name]
+            if isinstance(e, Access) and composed and e.tensor.structure == structure:
+                return cast(Const(e.tensor.fill, dtypes.float64), e.dtype)
             return rebuild(e, visit)
 
         if st.op and self.driver(st):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from tilewright.ir.names import values_name
 from tilewright.ir.nodes import (
     Binary,
     Cast,
@@ -36,23 +37,26 @@ def predicate_loads(program: Program) -> Program:
               let j = idx[p]                                acc += where(p < end, A.values[p], 0)
               acc += A.values[p] * X[j, k]                       * where(p < end, X[j, k], 0)
 
-    Under a test of a padded coordinate the values of the format are loaded as they are (padding
-    holds 0). Only products of loads: another factor could be infinite, and 0 · ∞ is not 0.
+    Under a test of a padded coordinate the values of the format are loaded as they are where
+    padding holds 0, not another fill. Only products of loads: another factor could be infinite,
+    and 0 · ∞ is not 0.
     """
+    filled = {values_name(t.name) for t in program.tensors if t.is_sparse and t.fill != 0}
     stages = tuple(
-        tuple(replace(n, body=transform(n.body, _visit)) for n in stage) for stage in program.stages
+        tuple(replace(n, body=transform(n.body, lambda s: _visit(s, filled))) for n in stage)
+        for stage in program.stages
     )
     return replace(program, stages=stages)
 
 
-def _visit(s: Any) -> Any:
+def _visit(s: Any, filled: set[str]) -> Any:
     if not isinstance(s, If):
         return s
     padding = _is_padding_test(s.cond)
     names = free_vars(s.cond)
 
     def guarded(x: Load) -> bool:
-        return bool(free_vars(x) & names) if padding else True
+        return not padding or x.buffer.name in filled or bool(free_vars(x) & names)
 
     body = _rewrite(s.body, s.cond, guarded)
     return s if body is None else body

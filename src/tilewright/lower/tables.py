@@ -27,6 +27,9 @@ from tilewright.ir.nodes import (
 )  # fmt: skip
 from tilewright.ir.rewrite import add, ceil_div, walk
 
+Driver = tuple[str, tuple[str, ...]]
+"""A structure, and the names of the indices that it is read at."""
+
 
 @dataclass(frozen=True, slots=True)
 class Statement:
@@ -47,6 +50,19 @@ class Statement:
         return cls(a.out, "", (), value, lambda e: e)
 
 
+def drivers(st: Statement) -> dict[Driver, Tensor]:
+    """The structures that could drive a reduction, in reading order: those read at plain indices,
+    one of them reduced."""
+    reduced = {a.name for a in st.axes}
+    found: dict[Driver, Tensor] = {}
+    for x in walk(st.value):
+        if isinstance(x, Access) and x.tensor.is_sparse:
+            names = tuple(c.name if isinstance(c, Index) else "" for c in x.coords)
+            if "" not in names and len(set(names)) == len(names) and reduced & set(names):
+                found.setdefault((x.tensor.structure, names), x.tensor)
+    return found
+
+
 class Tables:
     """What the nests of one program share: its tensors, their formats in the nest that is being
     built, and the buffers they are stored in."""
@@ -63,13 +79,7 @@ class Tables:
         """The structure whose stored coordinates the statement follows, and its index names."""
         if st.out.tensor.is_sparse:
             return st.out.tensor.structure, tuple(c.name for c in st.out.coords)  # type: ignore[attr-defined]
-        reduced = {a.name for a in st.axes}
-        for x in walk(st.value):
-            if isinstance(x, Access) and x.tensor.is_sparse:
-                names = tuple(c.name if isinstance(c, Index) else "" for c in x.coords)
-                if "" not in names and len(set(names)) == len(names) and reduced & set(names):
-                    return x.tensor.structure, names
-        return None
+        return next(iter(drivers(st)), None)
 
     def borrowable(self, t: Statement) -> tuple[str, tuple[str, ...]] | None:
         """The driver of a reduction as the loops around it can follow it: its own indices are none

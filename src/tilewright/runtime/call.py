@@ -99,6 +99,7 @@ class Call:
         """One input."""
         if spec.structure:
             self._take_sparse(spec, arg)
+            _check_fill(spec, arg)
         elif spec.dims:
             self.take_dense(spec, arg, written=spec.role == "update")
             if self.like is None:
@@ -432,13 +433,27 @@ def _fits(kind: DType, value: float | int, arg: Any) -> bool:
     return value == arg and kind.least <= value <= kind.most
 
 
+def _check_fill(spec: TensorSpec, arg: Any) -> None:
+    """Formats that store more than entries hold the fill there: the one of the program."""
+    same = arg.fill == spec.fill or (arg.fill != arg.fill and spec.fill != spec.fill)
+    if same or all(f.is_exact for f in arg.structure.format.formats):
+        return
+    raise ArgumentError(
+        "A106",
+        f"{spec.name} is packed as {arg.structure.format} with fill={arg.fill:g}, the program "
+        f"declares fill={spec.fill:g}",
+        where=f"argument {spec.name}",
+        hint=f'pack(matrix, fill={spec.fill:g}), in Python float("{spec.fill:g}")',
+    )
+
+
 def sparse_output(like: Any, kind: DType) -> Any:
     """A tensor of the structure of `like` with new values; padding is zero, entries are not set."""
     values = tuple(
         _as_stored(allocate(v, (p.size,), kind), kind)
         for v, p in zip(like.values, like.structure.parts, strict=True)
     )
-    return dataclasses.replace(like, values=values, dtype=kind)
+    return dataclasses.replace(like, values=values, dtype=kind, fill=0.0)
 
 
 Span = tuple[str, int, int]

@@ -188,7 +188,7 @@ class Kernel:
                 key.append(None)
             elif spec is SPARSE:
                 structure = getattr(arg, "structure", None)  # None: the first call says what it is
-                key += (id(structure), structure and arg.dtype.name)
+                key += (id(structure), structure and (arg.dtype.name, arg.fill))
         return (*key, len(outs)), places, keep
 
     def _refill(

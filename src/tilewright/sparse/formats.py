@@ -70,18 +70,32 @@ class Format:
         return not ragged and not any(stored[first:])
 
     @property
+    def repeats(self) -> bool:
+        """Whether a coordinate that is no entry may be stored at several positions."""
+        return not self.is_exact and not all(level.unique for level in self.levels)
+
+    @property
     def covers_rows(self) -> bool:
         """Whether every row is stored, the empty ones too."""
         return self.levels[0].is_dense and self.levels[0].dim == 0
 
-    def pack(self, matrix: Any, *, dtype: Any = None, values: Any = None, index: Any = None) -> Any:
+    def pack(
+        self,
+        matrix: Any,
+        *,
+        dtype: Any = None,
+        values: Any = None,
+        index: Any = None,
+        fill: float = 0.0,
+    ) -> Any:
         """Pack a SciPy sparse matrix, a torch tensor, a dense array or (indptr, indices, values,
-        shape). `index`: the type of its coordinates, `"int32"` or `"int64"`; None: by size.
+        shape). `index`: the type of its coordinates, `"int32"` or `"int64"`; None: by size. `fill`:
+        the value of missing coordinates, as the program declares it.
 
         See `sparse.pack.pack`. Returns a `Packed`."""
         from tilewright.sparse.pack import pack
 
-        return pack(self, matrix, dtype=dtype, values=values, index=index)
+        return pack(self, matrix, dtype=dtype, values=values, index=index, fill=fill)
 
     def split(self, coords: Sequence[np.ndarray], shape: tuple[int, ...]) -> Iterator[Chosen]:
         """Its one part: all entries, and rows as they come."""
@@ -212,6 +226,11 @@ class Composed:
         """Whether each row of the result belongs to one part: parts that list their rows, one by
         one. A dense or blocked level of rows walks rows of other parts too."""
         return self.disjoint_rows and all(lists_rows(f.levels[0]) for _, f in self.parts)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a coordinate that is no entry of a part may be stored there and in others."""
+        return not all(f.is_exact for f in self.formats)
 
     pack = Format.pack
 
@@ -380,7 +399,9 @@ def ragged() -> Format:
     """Rows of different lengths without gaps: padded batches, sequences.
 
     A gap between the entries of a row is stored as an explicit 0, and explicit zeros are stored
-    coordinates: a reduction over a row ranges over them too, so `min`, `max` and `prod` see the 0.
+    coordinates: a reduction over a row ranges over them too, so `min`, `max` and `prod` see the 0,
+    or the fill of the tensor: with `fill=inf`, in the program and in `pack`, a `min` is that of the
+    entries.
     """
     return Format("ragged", (Dense(0), Ragged(1)))
 
@@ -389,7 +410,9 @@ def bsr(block: int) -> Format:
     """Dense `block × block` tiles under compressed rows of tiles. Raises FormatError[F101].
 
     What a tile holds beside its entries are explicit zeros, and explicit zeros are stored
-    coordinates: a reduction over a row ranges over them too, so `min`, `max` and `prod` see the 0.
+    coordinates: a reduction over a row ranges over them too, so `min`, `max` and `prod` see the 0,
+    or the fill of the tensor: with `fill=inf`, in the program and in `pack`, a `min` is that of the
+    entries.
     """
     block = whole(f"bsr({block!r})", "block", block, 1)
     return Format(

@@ -86,7 +86,8 @@ class Structure:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """A sparse tensor: a structure and one array of values for each part."""
+    """A sparse tensor: a structure and one array of values for each part. Slots without an entry
+    (the rest of a block, a gap of a ragged row, padding) hold `fill`."""
 
     structure: Structure
     values: tuple[Any, ...]
@@ -185,7 +186,13 @@ class Packed:
 
 
 def pack(
-    fmt: Format | Composed, matrix: Any, *, dtype: Any = None, values: Any = None, index: Any = None
+    fmt: Format | Composed,
+    matrix: Any,
+    *,
+    dtype: Any = None,
+    values: Any = None,
+    index: Any = None,
+    fill: float = 0.0,
 ) -> Packed:
     """Pack `matrix` into `fmt`.
 
@@ -194,11 +201,13 @@ def pack(
     None, shape) of COO with one coordinate array a dimension, or `Entries`. `values` (nnz,)
     overrides the values; `dtype` converts them. `index`: the type of the coordinates, int32 or
     int64, for which a kernel is built with `typed(index=…)`; None: int32 where it is wide enough.
+    `fill`: the value of missing coordinates, that of the program's parameter; formats that store
+    more than entries (bsr, ragged) hold it there.
 
     Raises FormatError F102-F106, F108, ArgumentError A102 (a dtype), A109 (a value out of range).
     """
     try:
-        return _pack(fmt, entries.read(matrix), dtype, values, index)
+        return _pack(fmt, entries.read(matrix), dtype, values, index, fill)
     except MemoryError as error:
         raise FormatError(
             "F108", f"{fmt} of this matrix does not fit the memory: {error}", where="matrix",
@@ -206,7 +215,9 @@ def pack(
         ) from None  # fmt: skip
 
 
-def _pack(fmt: Format | Composed, found: Entries, dtype: Any, values: Any, index: Any) -> Packed:
+def _pack(
+    fmt: Format | Composed, found: Entries, dtype: Any, values: Any, index: Any, fill: float
+) -> Packed:
     shape = found.shape
     if len(shape) != fmt.ndim:
         raise FormatError(
@@ -233,7 +244,8 @@ def _pack(fmt: Format | Composed, found: Entries, dtype: Any, values: Any, index
         for p in parts
     )
     structure = Structure(fmt, shape, parts, found.nnz, chosen)
-    return Packed(structure, tuple(_scatter(p, given, wanted, 0.0) for p in parts), wanted)
+    arrays = tuple(_scatter(p, given, wanted, fill) for p in parts)
+    return Packed(structure, arrays, wanted, float(fill))
 
 
 def _index_type(index: Any, largest: int) -> DType:

@@ -5,8 +5,9 @@
         return out[i, k](sum(A[i, j] * X[j, k], over=j))
 
 Parameters are described by their default values. A reduction `over` a sparse axis ranges over the
-*stored* coordinates of the first sparse operand that has the axis; elsewhere a missing coordinate
-reads as the tensor's fill. Nothing is executed here: `A[i, j]` is a node.
+*stored* coordinates of the first sparse operand that has the axis; where others have it too, the
+first must make the body the identity where it is missing. Elsewhere a missing coordinate reads as
+the tensor's fill. Nothing is executed here: `A[i, j]` is a node.
 """
 
 from __future__ import annotations

@@ -1,0 +1,271 @@
+"""Random programs against a plain evaluator of their own, which knows nothing of the package:
+shadowed indices, nested reductions, two structures, rows and relations that formats leave out."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.compiler.cases import executed
+
+import tilewright as tw
+from tilewright.errors import ProgramError
+from tilewright.ir.levels import Compressed, Dense, Fixed
+
+SIZES = {"r": 2, "i": 3, "j": 4, "k": 2}
+DIMS = {"r": "r", "i": "m", "j": "n", "k": "d"}
+READ = {"B": "ij", "X": "ik", "Y": "j", "Z": "i"}  # the indices of each array; those of A differ
+
+FORMATS_2D = {
+    "csr": tw.csr(),
+    "csc": tw.csc(),
+    "coo": tw.coo(),
+    "dcsr": tw.dcsr(),
+    "ell": tw.ell(4),
+    "ragged": tw.ragged(),
+    "bsr": tw.bsr(2),
+    "dbsr": tw.dbsr(2),
+    "hyb": tw.hyb(buckets=(1, 2)),
+    "hyb split": tw.hyb(2, (1,), long_rows="split"),
+    "lists": tw.Composed(
+        "lists", ((tw.Where(0, 1), tw.dcsr("short")), (tw.Where(2), tw.bucket(4))),
+        disjoint_rows=True,
+    ),
+    "blocks of all rows": tw.Composed(
+        "blocks of all rows", ((tw.Where(0, 2), tw.dbsr(2)), (tw.Where(3), tw.csr())),
+        disjoint_rows=True, covers_rows=True,
+    ),
+    "pieces": tw.Format("pieces", (Compressed(0, chunk=2), Dense(1))),
+}  # fmt: skip
+FORMATS_3D = {
+    "csf": tw.csf(3),
+    "listed rows": tw.Format("listed rows", (Dense(0), Compressed(1), Compressed(2))),
+    "listed relations": tw.Format("listed relations", (Compressed(0), Dense(1), Compressed(2))),
+    "dense columns": tw.Format("dense columns", (Compressed(0), Compressed(1), Dense(2))),
+    "slots": tw.Format("slots", (Dense(0), Compressed(1), Fixed(2, width=4))),
+    "blocks of rows": tw.Format(
+        "blocks of rows",
+        (Dense(0), Compressed(1, block=2), Dense(1, block=2, inner=True), Compressed(2)),
+    ),
+    "by columns": tw.Format("by columns", (Dense(2), Compressed(0), Compressed(1))),
+}
+
+# ------------------------------------------------------------------------------------------ terms
+
+Term = tuple[Any, ...]
+REDUCTIONS = {"sum": (tw.sum, sum), "max": (tw.max, max), "min": (tw.min, min)}
+BINARY = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+}
+
+
+def term(rng: np.random.Generator, depth: int) -> Term:
+    """A random expression: an array, a number, or an operation on terms."""
+    kind = rng.choice(["array", "array", "binary", "binary", "where", "reduce", "reduce"])
+    if depth == 0 or kind == "array":
+        name = rng.choice(["A", "A", "B", "X", "Y", "Z", "number"])
+        return ("number", float(rng.integers(1, 4))) if name == "number" else ("array", str(name))
+    if kind == "binary":
+        op = str(rng.choice(["+", "-", "*", "*", "*"]))
+        return (op, term(rng, depth - 1), term(rng, depth - 1))
+    if kind == "where":
+        return ("where", *(term(rng, depth - 1) for _ in range(3)))
+    body = term(rng, depth - 1)
+    axes = sorted(free(body, "rij"))
+    if not axes:
+        return body
+    chosen = rng.choice(axes, rng.integers(1, min(2, len(axes)) + 1), replace=False)
+    return ("reduce", str(rng.choice(["sum", "sum", "max", "min"])), "".join(chosen), body)
+
+
+def free(t: Term, of_a: str) -> set[str]:
+    """The indices that a term leaves open. `of_a`: those at which A is read."""
+    if t[0] == "number":
+        return set()
+    if t[0] == "array":
+        return set(of_a if t[1] == "A" else READ[t[1]])
+    if t[0] == "reduce":
+        return free(t[3], of_a) - set(t[2])
+    return set().union(*(free(x, of_a) for x in t[1:]))
+
+
+def written(t: Term, arrays: dict[str, Any], at: dict[str, Any], of_a: str) -> Any:
+    """A term in the language."""
+    if t[0] == "number":
+        return tw.size("m") * 0.0 + t[1]
+    if t[0] == "array":
+        read = of_a if t[1] == "A" else READ[t[1]]
+        return arrays[t[1]][tuple(at[x] for x in read)]
+    if t[0] == "reduce":
+        body = written(t[3], arrays, at, of_a)
+        made = REDUCTIONS[t[1]][0](body, over=tuple(at[x] for x in t[2]))
+        return made if t[1] == "sum" else tw.maximum(tw.minimum(made, 9.0), -9.0)
+    a, b, *c = (written(x, arrays, at, of_a) for x in t[1:])
+    if t[0] == "where":
+        return tw.where(b + a > 0.5, b, c[0])
+    return BINARY[t[0]](a, b)
+
+
+# ------------------------------------------------------------------------------------- their value
+
+
+def first_structure(t: Term, axes: str, of_a: str) -> str:
+    """The sparse array whose stored coordinates a reduction over `axes` ranges over."""
+    if t[0] == "array":
+        read = of_a if t[1] == "A" else READ[t[1]]
+        return t[1] if t[1] in "AB" and set(read) & set(axes) else ""
+    if t[0] in ("number", "reduce"):
+        return ""
+    order = (t[2], t[1], t[2], t[3]) if t[0] == "where" else t[1:]
+    return next((s for x in order if (s := first_structure(x, axes, of_a))), "")
+
+
+def value(t: Term, arrays: Any, stored: Any, at: dict[str, int], of_a: str) -> float:
+    """The value of a term where its open indices are `at`."""
+    if t[0] == "number":
+        return t[1]
+    if t[0] == "array":
+        read = of_a if t[1] == "A" else READ[t[1]]
+        return float(arrays[t[1]][tuple(at[x] for x in read)])
+    if t[0] == "reduce":
+        driver = first_structure(t[3], t[2], of_a)
+        read = of_a if driver == "A" else "ij"
+        found = []
+        for point in itertools.product(*(range(SIZES[x]) for x in t[2])):
+            here = at | dict(zip(t[2], point, strict=True))
+            if not driver or stored[driver][tuple(here[x] for x in read)]:
+                found.append(value(t[3], arrays, stored, here, of_a))
+        if t[1] == "sum":
+            return float(sum(found))
+        nothing = -np.inf if t[1] == "max" else np.inf
+        return max(min(REDUCTIONS[t[1]][1]([*found, nothing]), 9.0), -9.0)
+    a, b, *c = (value(x, arrays, stored, at, of_a) for x in t[1:])
+    return (b if a + b > 0.5 else c[0]) if t[0] == "where" else BINARY[t[0]](a, b)
+
+
+def stored_by(fmt: Any, dense: np.ndarray) -> np.ndarray:
+    """The coordinates that a format stores for a matrix: entries, and what blocks hold beside."""
+    if isinstance(fmt, tw.Composed):
+        masks = []
+        for where, part in fmt.parts:
+            width = -(-dense.shape[1] // where.col_parts)
+            inside = (np.arange(dense.shape[1]) // width == where.col_part) & (dense != 0)
+            length = inside.sum(1)
+            longest = np.inf if where.longest is None else where.longest
+            rows = (length >= where.shortest) & (length <= longest)
+            masks.append(stored_by(part, np.where(inside & rows[:, None], dense, 0)))
+        return np.logical_or.reduce(masks)
+    kinds = [type(level).__name__ for level in fmt.levels]
+    last = max((n for n, kind in enumerate(kinds) if kind != "Dense"), default=-1)
+
+    def part_of(level: Any, c: Any) -> int:
+        n = c[level.dim]
+        return n if not level.block else n % level.block if level.inner else n // level.block
+
+    mask = np.ones(dense.shape, bool)
+    for c in np.ndindex(dense.shape):
+        alive = [tuple(e) for e in np.argwhere(dense)]
+        for level, kind in list(zip(fmt.levels, kinds, strict=True))[: last + 1]:
+            at = part_of(level, c)
+            ahead = kind == "Ragged"  # everything up to the last entry is stored
+            alive = [
+                e for e in alive if part_of(level, e) == at or (ahead and part_of(level, e) > at)
+            ]
+        mask[c] = last < 0 or bool(alive)
+    return mask
+
+
+# ------------------------------------------------------------------------------------------- tests
+
+
+def drawn(rng: np.random.Generator, of_a: str) -> tuple[Any, Term, str, bool]:
+    """A program, its term, the indices of its output, and whether it is stored like A."""
+    while True:
+        t = term(rng, 4)
+        if of_a == "ij":
+            t = without_relations(t)
+        names = str(t)
+        if names.count("reduce") >= 1 and "'A'" in names:
+            break
+    out = "".join(sorted(free(t, of_a)))
+    like = bool(set(out) <= set(of_a) and rng.random() < 0.3)
+    out = of_a if like else out
+
+    @tw.program
+    def p(
+        A=tw.sparse(" ".join(DIMS[x] for x in of_a)),
+        B=tw.sparse("m n"),
+        X=tw.dense("m d"),
+        Y=tw.dense("n"),
+        Z=tw.dense("m"),
+    ):
+        have = "rijk" if of_a == "rij" else "ijk"
+        at = dict(zip(have, tw.indices(" ".join(f"{x}:{DIMS[x]}" if x != "r" else "q:r"
+                                                for x in have)), strict=True))  # fmt: skip
+        body = written(t, {"A": A, "B": B, "X": X, "Y": Y, "Z": Z}, at, of_a)
+        output = tw.out.like(A) if like else tw.out
+        return output[tuple(at[x] for x in out)](body)
+
+    return p, t, out, like
+
+
+def without_relations(t: Term) -> Term:
+    """The term for a matrix A: no reduction over relations."""
+    if t[0] in ("array", "number"):
+        return t
+    if t[0] != "reduce":
+        return (t[0], *(without_relations(x) for x in t[1:]))
+    axes, body = t[2].replace("r", ""), without_relations(t[3])
+    return ("reduce", t[1], axes, body) if axes else body
+
+
+@pytest.mark.parametrize(
+    ("of_a", "formats", "least"), [("ij", FORMATS_2D, 120), ("rij", FORMATS_3D, 200)]
+)
+def test_random_programs_mean_what_they_say(of_a, formats, least):
+    ran, compiled = 0, 0
+    for seed in range(240):
+        rng = np.random.default_rng(seed)
+        name = list(formats)[seed % len(formats)]
+        fmt = formats[name]
+        program, t, out, like = drawn(rng, of_a)
+        program = program.decompose(A=fmt)
+        try:
+            lowered = program.lower("cpp")
+        except ProgramError as refused:
+            assert refused.code == "P107" and refused.hint
+            continue
+        ran += 1
+        shape = tuple(SIZES[x] for x in of_a)
+        values = {
+            n: rng.integers(1, 3, s) * rng.choice([-1.0, 1.0], s)
+            for n, s in (("A", shape), ("B", (3, 4)), ("X", (3, 2)), ("Y", (4,)), ("Z", (3,)))
+        }
+        for n in "AB":
+            values[n] *= rng.random(values[n].shape) < 0.5
+        stored = {"A": stored_by(fmt, values["A"]), "B": values["B"] != 0}
+        wanted = np.array([
+            value(t, values, stored, dict(zip(out, c, strict=True)), of_a)
+            for c in np.ndindex(*(SIZES[x] for x in out))
+        ]).reshape([SIZES[x] for x in out])  # fmt: skip
+        args = {n: v.astype(np.float32) for n, v in values.items()}
+        args["A"], args["B"] = fmt.pack(args["A"]), tw.csr().pack(args["B"])
+        results = [program.build("interp")(**args)]
+        if ran % 6 == 0:
+            compiled += 1
+            results.append(program.build("cpp")(**args))
+        said = f"seed {seed}, {name}\n{program}"
+        if like:
+            entries = values["A"] != 0
+            for got in results:
+                np.testing.assert_allclose(
+                    got.dense()[entries], wanted[entries], 1e-4, 1e-4, err_msg=said
+                )
+        else:
+            for got in (*results, executed(program, lowered, args)["out"]):
+                np.testing.assert_allclose(got, wanted, 1e-4, 1e-4, err_msg=said)
+    assert ran >= least and compiled >= least // 6, (ran, compiled)
