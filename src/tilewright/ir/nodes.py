@@ -642,7 +642,8 @@ def _operand(x: Any) -> Any:
     """A tensor without dimensions as its value, a number of NumPy as Python's; `x` otherwise."""
     if isinstance(x, Tensor) and not x.dims:
         return Access(x, (), x.dtype)
-    return x.item() if getattr(x, "ndim", None) == 0 and hasattr(x, "item") else x
+    item = getattr(x, "item", None)
+    return item() if item is not None and getattr(x, "ndim", None) == 0 else x
 
 
 def binary(op: str, a: Any, b: Any) -> Expr:
