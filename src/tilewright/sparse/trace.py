@@ -12,10 +12,12 @@ reads as the tensor's fill. Nothing is executed here: `A[i, j]` is a node.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from typing import Any
 
 from tilewright import dtypes
@@ -44,8 +46,6 @@ from tilewright.ir.nodes import (
     unary,
 )  # fmt: skip
 from tilewright.ir.rewrite import walk
-
-LETTERS = "ijklpqrstuvw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +140,17 @@ def scalar(dtype: Any = "float32", default: float | None = None) -> Any:
 
 
 def indices(dims: str) -> Any:
-    """Indices over dimensions: `i, j, k = indices("m n d")`; `indices("row:m col:n")` names them.
+    """Indices over dimensions: `i, j, k = indices("m n d")`. Their loops are called as the
+    dimensions are, m, n and d; with `indices("row:m col:n")` they are called row and col.
 
-    The same dimension may be given twice (square matrices). One dimension gives one index."""
+    The same dimension may be given twice (square matrices): its second loop is m1. One dimension
+    gives one index."""
     trace = _trace()
     made: list[Index] = []
     for word in dims.split():
         name, _, dim = word.rpartition(":")
         used = {x.name for x in trace.indices} | trace.tensors.keys()
-        if not name:
-            name = next((c for c in LETTERS if c not in used), f"i{len(used)}")
+        name = name or _loop_name(dim, used)
         if _named(name, "an index", "P102") in used:
             raise ProgramError(
                 "P102", f"index {name!r} is not a new name", where=_user_line(),
@@ -165,6 +166,13 @@ def indices(dims: str) -> Any:
         made.append(Index(name, dim=parsed))
         trace.indices.append(made[-1])
     return made[0] if len(made) == 1 else tuple(made)
+
+
+def _loop_name(dim: str, used: set[str]) -> str:
+    """The name of a dimension for an index, with a number where it is taken; `i` for a size. The
+    names that outputs and temporaries have by default are taken."""
+    base = "i" if dim.isdigit() else f"i_{dim}" if re.fullmatch(r"(out|temp)\d*", dim) else dim
+    return next(n for n in chain((base,), (f"{base}{n}" for n in count(1))) if n not in used)
 
 
 def size(dim: str) -> Expr:
