@@ -35,13 +35,13 @@ TABLE = {"width": 4}
 
 @tw.program
 def spmm(A=tw.sparse("m n"), X=tw.dense("n d")):
-    i, j, k = tw.indices("m n d")
+    i, j, k = tw.indices("i:m j:n k:d")
     return tw.out[i, k](tw.sum(A[i, j] * X[j, k], over=j))
 
 
 @tw.program
 def spmm_max(A=tw.sparse("m n"), X=tw.dense("n d")):
-    i, j, k = tw.indices("m n d")
+    i, j, k = tw.indices("i:m j:n k:d")
     return tw.out[i, k](tw.max(A[i, j] * X[j, k], over=j))
 
 
@@ -154,7 +154,7 @@ def test_constants_of_a_program_and_their_types() -> None:
     def program(value):
         @tw.program
         def scale(X=tw.dense("m")):
-            i = tw.indices("m")
+            i = tw.indices("i:m")
             i = i[0] if isinstance(i, tuple) else i
             return tw.out[i](X[i] * value)
 

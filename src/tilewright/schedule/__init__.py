@@ -12,6 +12,7 @@ argument is not what the verb takes (`arguments.py`), or the verb is not legal h
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -261,17 +262,22 @@ class Schedule:
                 number += 1
             stages.append(tuple(nests))
         if not done:
-            missing = f"nothing here is called {args[0]!r}"
-            if verb in OPERAND_FIRST:
-                missing = f"no loop {args[1]!r} reads {args[0]!r}"
-            raise ScheduleError(
-                "S101",
-                f"{verb.__name__}: {missing}",
-                hint=f"loops: {', '.join(self.loops)}",
-            )
+            raise self._missing(verb.__name__, args, args[1] if verb in OPERAND_FIRST else args[0])
         given = tuple((k, v) for k, v in options.items() if v)
         step = Step(verb.__name__, args, given, self.selected)
         return self._recorded(replace(program, stages=tuple(stages)), step)
+
+    def _missing(self, verb: str, args: tuple[Any, ...], name: str) -> ScheduleError:
+        """The refusal of a name that no loop has (or, of `atomic`, no output in place)."""
+        known = self.loops
+        near = difflib.get_close_matches(name, known, 1)
+        why = f"no loop is called {name!r}"
+        if verb == "atomic":
+            why = f"no output {name!r} is updated in place"
+        elif name in known and len(args) > 1:
+            why = f"loop {name!r} reads no {args[0]!r}"
+        hint = f"did you mean {near[0]}? " if near and name not in known else ""
+        return ScheduleError("S101", f"{verb}: {why}", hint=f"{hint}loops: {', '.join(known)}")
 
     def _check_names(self, verb: str, body: Stmt) -> None:
         taken = frozenset(t.name for t in self.program.tensors)
