@@ -397,10 +397,11 @@ class Stmt:
 @node
 class Assign(Stmt):
     """Coordinate level: `out[coords] = value` for every coordinate of `out` (stored ones, if
-    sparse)."""
+    sparse). With `op` "sum" the value is added to what is there, coordinates that repeat too."""
 
     out: Access
     value: Expr
+    op: str = ""
 
 
 @node

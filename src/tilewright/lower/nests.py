@@ -134,13 +134,14 @@ class NestBuilder:
                 self._check_whole_rows(st, driver)
             self._follow(st, driver, env)
         specs = self._ordered(st, driver, env)
-        in_place = bool(st.op) and self._is_in_place(st, specs)
+        adds = bool(st.op) and not st.axes  # update(…).add: to what the caller's array holds
+        in_place = adds or (bool(st.op) and self._is_in_place(st, specs))
         if in_place and st is not self.root:
             raise ProgramError(
                 "P107",
                 f"a reduction inside {self.root.out.tensor.name} meets rows stored in pieces",
             )
-        self.in_place |= in_place
+        self.in_place |= in_place and not adds
         around, hidden = self.at, self.hidden
         self.at, self.hidden = st, frozenset()
         if st is not self.root:

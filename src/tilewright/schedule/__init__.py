@@ -262,22 +262,23 @@ class Schedule:
                 number += 1
             stages.append(tuple(nests))
         if not done:
-            raise self._missing(verb.__name__, args, args[1] if verb in OPERAND_FIRST else args[0])
+            raise self._missing(verb, args)
         given = tuple((k, v) for k, v in options.items() if v)
         step = Step(verb.__name__, args, given, self.selected)
         return self._recorded(replace(program, stages=tuple(stages)), step)
 
-    def _missing(self, verb: str, args: tuple[Any, ...], name: str) -> ScheduleError:
-        """The refusal of a name that no loop has (or, of `atomic`, no output in place)."""
-        known = self.loops
-        near = difflib.get_close_matches(name, known, 1)
+    def _missing(self, verb: Callable[..., Any], args: tuple[Any, ...]) -> ScheduleError:
+        """The refusal of a verb that changed nothing: it names what was not there."""
+        known, name = self.loops, args[0]
         why = f"no loop is called {name!r}"
-        if verb == "atomic":
+        if verb is loops.atomic:
             why = f"no output {name!r} is updated in place"
-        elif name in known and len(args) > 1:
-            why = f"loop {name!r} reads no {args[0]!r}"
-        hint = f"did you mean {near[0]}? " if near and name not in known else ""
-        return ScheduleError("S101", f"{verb}: {why}", hint=f"{hint}loops: {', '.join(known)}")
+        elif verb in OPERAND_FIRST:
+            name = args[1]
+            why = f"no loop {name!r} reads {args[0]!r}"
+        near = difflib.get_close_matches(name, known, 1) if name not in known else []
+        hint = "".join(f"did you mean {n}? " for n in near) + f"loops: {', '.join(known)}"
+        return ScheduleError("S101", f"{verb.__name__}: {why}", hint=hint)
 
     def _check_names(self, verb: str, body: Stmt) -> None:
         taken = frozenset(t.name for t in self.program.tensors)

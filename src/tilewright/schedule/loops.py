@@ -251,7 +251,11 @@ def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
                         "separate units",
                         hint="make the updates atomic, or parallelise a loop of the output",
                     )
+        if kind not in ("serial", "unroll", "vector"):
             for c in computes(f.body):
+                scatters = c.in_place and not c.reduce
+                if kind.startswith("thread") and not scatters:
+                    continue
                 if c.in_place and not c.atomic and (c.shared or not _owns_rows(f, c)):
                     raise ScheduleError(
                         "S102",
@@ -280,12 +284,19 @@ def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
 
 def _owns_rows(f: For, c: Compute) -> bool:
     """Whether different iterations of `f` update different elements: an output index is its
-    variable."""
+    variable, or one that sums and products make of it. Other coordinates may repeat."""
     derived = {f.name}
+
+    def distinct(e: Expr) -> bool:
+        if isinstance(e, Binary):
+            return e.op in ("+", "-", "*") and (distinct(e.a) or distinct(e.b))
+        return isinstance(e, Var) and e.name in derived
+
     for x in statements(f.body):
-        if isinstance(x, Let) and free_vars(x.value) & derived and not reads_memory(x.value):
+        owned = isinstance(x, Let) and free_vars(x.value) & derived and not reads_memory(x.value)
+        if isinstance(x, Let) and owned and (c.reduce or distinct(x.value)):
             derived.add(x.var.name)
-    return any(free_vars(i) & derived for i in c.out.index)
+    return any(free_vars(i) & derived if c.reduce else distinct(i) for i in c.out.index)
 
 
 def unroll(body: Stmt, loop: str, factor: int = 0) -> Found:

@@ -25,6 +25,7 @@ from tilewright.dtypes import DType
 from tilewright.errors import ProgramError
 from tilewright.ir.names import is_users
 from tilewright.ir.nodes import (
+    ATOMIC,
     Access,
     Assign,
     Cast,
@@ -292,35 +293,56 @@ class Output:
 out, temp = Output("output"), Output("temp")
 
 
-def update(tensor: Tensor) -> Any:
-    """`update(pages)[slot[t], d](value)` writes into a parameter, at computed coordinates."""
+@dataclass(frozen=True, slots=True)
+class Update:
+    """`update(pages)[slot[t], d](value)` writes into a parameter, at computed coordinates;
+    `update(Y).add[at[t]](value)` adds, also where coordinates repeat."""
 
-    class Update:
-        def __getitem__(self, coords: Any) -> Callable[[Any], Tensor]:
-            access = tensor[coords]
+    tensor: Tensor
+    op: str = ""
 
-            def assign(value: Any) -> Tensor:
-                trace = _trace()
-                written = replace(tensor, role="output", kind="state")
-                trace.tensors[tensor.name] = written
-                _check_bound(access.coords, as_expr(value))
-                _check_moves(access, as_expr(value))
-                target = Access(written, access.coords, written.dtype)
-                trace.body.append(Assign(target, cast(as_expr(value), written.dtype)))
-                return written
+    @property
+    def add(self) -> Update:
+        return replace(self, op="sum")
 
-            return assign
+    def __getitem__(self, coords: Any) -> Callable[[Any], Tensor]:
+        access = self.tensor[coords]
+        return lambda value: self._assign(access, as_expr(value))
 
-    return Update()
+    def _assign(self, to: Access, value: Expr) -> Tensor:
+        trace, written = _trace(), replace(self.tensor, role="output", kind="state")
+        if self.op and written.dtype not in ATOMIC[self.op]:
+            kinds = ", ".join(t.name for t in ATOMIC[self.op])
+            raise ProgramError(
+                "P106", f"{written.name} is {written.dtype}: add updates arrays of {kinds}",
+                where=_user_line(), hint="add into an array of a wider type, then convert it",
+            )  # fmt: skip
+        trace.tensors[written.name] = written
+        _check_bound(to.coords, value)
+        _check_moves(to, value, self.op)
+        target = Access(written, to.coords, written.dtype)
+        trace.body.append(Assign(target, cast(value, written.dtype), self.op))
+        return written
 
 
-def _check_moves(to: Access, value: Expr) -> None:
-    """What is updated is read where it is written, or nowhere: the order of updates is open."""
+def update(tensor: Tensor) -> Update:
+    """Writes into a parameter: see `Update`."""
+    return Update(tensor)
+
+
+def _check_moves(to: Access, value: Expr, op: str) -> None:
+    """What is updated is read where it is written, at plain indices, or nowhere: the order of
+    updates is open, and computed coordinates may repeat."""
+    plain = all(isinstance(c, Index) for c in to.coords)
     for x in walk(value):
-        if isinstance(x, Access) and x.tensor.name == to.tensor.name and x.coords != to.coords:
+        if not isinstance(x, Access) or x.tensor.name != to.tensor.name:
+            continue
+        if x.coords != to.coords or not plain or op:
             raise ProgramError(
                 "P103", f"{to} is updated from {x}, which another update may have changed",
-                where=_user_line(), hint="read from another parameter, or write to an output",
+                where=_user_line(),
+                hint=f"tw.update({to.tensor.name}).add[…](value) adds; else read from another "
+                "parameter, or write to an output",
             )  # fmt: skip
 
 
