@@ -475,3 +475,61 @@ def test_refusals_name_the_loops_and_the_way_out():
     with pytest.raises(ScheduleError, match="differs from lane to lane") as caught:
         s.build("cpp")
     assert 'tail="cut"' in caught.value.hint
+
+
+# ---------------------------------------------------------------------------- shifts, remainders
+
+
+def lanes(s):
+    return s.split("i", 8, tail="cut").vectorize("i_i")
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint32", "uint64"])
+def test_shifts_beyond_the_width_leave_nothing_or_the_sign(rng, dtype):
+    @tw.program
+    def shifts(X=tw.dense("n", dtype), N=tw.dense("n", dtype)):
+        i = tw.indices("i:n")
+        made = (X[i] << N[i], X[i] >> N[i], X[i] << 3, X[i] >> 100, X[i] << 70)
+        return tuple(tw.out.named(f"o{n}")[i](e) for n, e in enumerate(made))
+
+    bits = np.dtype(dtype).itemsize * 8
+    info = np.iinfo(dtype)
+    counts = np.array([0, 1, bits - 1, bits, bits + 1, 99, -1 if info.min < 0 else 7, 5, 2] * 2)
+    x = rng.integers(max(info.min, -(2**31)), min(info.max, 2**31), len(counts)).astype(dtype)
+
+    def plain(v, n, left):  # on Python's integers
+        if not 0 <= n < bits:
+            return 0 if left or v >= 0 else -1
+        moved = (v << n) if left else (v >> n)
+        return (moved - info.min) % 2**bits + info.min
+
+    wanted = [
+        [plain(int(v), int(n), left) for v, n in zip(x, counts, strict=True)]
+        for left in (True, False)
+    ]
+    for n, left in ((3, True), (100, False), (70, True)):
+        wanted.append([plain(int(v), n, left) for v in x])
+    for made in (shifts.build("interp"), shifts.build("cpp"), shifts.schedule(lanes).build("cpp")):
+        for got, right in zip(made(x, counts.astype(dtype)), wanted, strict=True):
+            np.testing.assert_array_equal(got, np.array(right, dtype))
+    compiled_for_cuda(shifts)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_quotients_and_remainders_of_floats_are_those_of_numpy(dtype):
+    @tw.program
+    def divided(X=tw.dense("n", dtype), Y=tw.dense("n", dtype)):
+        i = tw.indices("i:n")
+        return tw.out.named("q")[i](X[i] // Y[i]), tw.out.named("r")[i](X[i] % Y[i])
+
+    some = [0.0, -0.0, 1.0, -1.0, 7.5, -7.5, 0.1, 1e30, np.inf, -np.inf, np.nan, 3.0, -0.3]
+    x, y = (g.ravel().astype(dtype) for g in np.meshgrid(some, some))
+    with np.errstate(all="ignore"):
+        wanted = x // y, x % y
+    for made in (divided.build("cpp"), divided.schedule(lanes).build("cpp")):
+        for got, right in zip(made(x, y), wanted, strict=True):
+            np.testing.assert_array_equal(got, right)
+            signed = ~np.isnan(right)
+            np.testing.assert_array_equal(np.signbit(got[signed]), np.signbit(right[signed]))
+    compiled_for_cuda(divided)
+    compiled_for_cuda(divided.schedule(lanes))
