@@ -338,14 +338,8 @@ class Renderer:
         return f"static_cast<{self.type(e.dtype)}>{text}" if narrow else text
 
     def floor(self, e: Binary, a: str, b: str) -> str:
-        power = (
-            isinstance(e.b, Const)
-            and e.dtype.is_int
-            and e.b.value > 0
-            and e.b.value & (e.b.value - 1) == 0
-        )  # type: ignore[operator]
-        if power and e.dtype.lanes == 1:
-            n = int(e.b.value)  # type: ignore[attr-defined]
+        n = int(e.b.value) if isinstance(e.b, Const) and e.dtype.is_int else 0
+        if n > 0 and n & (n - 1) == 0 and e.dtype.lanes == 1:
             return f"({a} >> {n.bit_length() - 1})" if e.op == "//" else f"({a} & {n - 1})"
         return self.function("floor_div" if e.op == "//" else "floor_mod", e, a, b)
 
