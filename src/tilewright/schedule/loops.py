@@ -146,18 +146,13 @@ def fuse(body: Stmt, outer: str, inner: str, into: str = "") -> Found:
         chain = chain_from(f)
         if len(chain.loops) < 2 or not matches(chain.loops[1], inner):
             raise ScheduleError(
-                "S102",
-                f"loop {inner} does not stand right inside loop {outer}",
-                hint="reorder first",
+                "S102", f"loop {inner} is not right inside loop {outer}", hint="reorder first"
             )
         a, b = chain.loops[:2]
         own = {a.name} | {x.var.name for x in chain.lets}
         if free_vars(b.begin) & own or free_vars(b.end) & own:
-            raise ScheduleError(
-                "S102",
-                f"the range of {b.name} depends on {a.name}",
-                hint="only rectangular loops fuse",
-            )
+            why = f"the range of {b.name} depends on {a.name}"
+            raise ScheduleError("S102", why, hint="only rectangular loops fuse")
         if any(reduces(a, c) != reduces(b, c) for c in computes(chain.body)):
             raise ScheduleError(
                 "S102",
@@ -167,14 +162,8 @@ def fuse(body: Stmt, outer: str, inner: str, into: str = "") -> Found:
         width = simplify(binary("-", b.end, b.begin))
         both = Var(into or a.name + b.name, a.var.dtype)
         height = simplify(binary("-", a.end, a.begin))
-        joint = For(
-            both,
-            Const(0, both.dtype),
-            mul(height, width),
-            chain.body,
-            a.kind,
-            tuple(dict.fromkeys(a.axes + b.axes)),
-        )
+        axes = tuple(dict.fromkeys(a.axes + b.axes))
+        joint = For(both, Const(0, both.dtype), mul(height, width), chain.body, a.kind, axes)
         lets = (
             Let(a.var, add(a.begin, simplify(binary("//", both, width)))),
             Let(b.var, add(b.begin, simplify(binary("%", both, width)))),
