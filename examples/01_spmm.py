@@ -21,12 +21,13 @@ hyb = tw.hyb(buckets=(1, 2, 4, 8))
 
 
 # 3. Say how the loops run: rows in parallel, features side by side. Each verb is a checked rewrite.
+#    Loops are called as their dimensions are; `tw.indices("row:m col:n")` would name them.
 def fast(s):
     if s.target.is_cuda:  # a warp a row, eight rows a CTA
-        s = s.split("k", 32, into=("k_o", "k_x")).reorder("i", "k_x", "k_o").bind("k_x", "thread.x")
-        return s.split("i", 8, into=("cta", "y")).bind("cta", "cta.x").bind("y", "thread.y")
-    s = s.split("k", 16, tail="cut", into=("k_o", "k_v")).reorder("j", "k_v").vectorize("k_v")
-    return s.split("i", 8, into=("unit", "row")).parallel("unit")
+        s = s.split("d", 32, into=("d_o", "d_x")).reorder("m", "d_x", "d_o").bind("d_x", "thread.x")
+        return s.split("m", 8, into=("cta", "y")).bind("cta", "cta.x").bind("y", "thread.y")
+    s = s.split("d", 16, tail="cut", into=("d_o", "d_v")).reorder("n", "d_v").vectorize("d_v")
+    return s.split("m", 8, into=("unit", "row")).parallel("unit")
 
 
 scheduled = spmm.decompose(A=hyb).schedule(fast)

@@ -25,44 +25,44 @@ Arrays = dict[str, Any]
 
 @tw.program
 def spmm(A=tw.sparse("m n"), X=tw.dense("n d")):
-    i, j, k = tw.indices("m n d")
+    i, j, k = tw.indices("i:m j:n k:d")
     return tw.out[i, k](tw.sum(A[i, j] * X[j, k], over=j))
 
 
 @tw.program
 def spmm_t(A=tw.sparse("m n"), X=tw.dense("m d")):
-    i, j, k = tw.indices("m n d")
+    i, j, k = tw.indices("i:m j:n k:d")
     return tw.out[j, k](tw.sum(A[i, j] * X[i, k], over=i))
 
 
 @tw.program
 def row_max(A=tw.sparse("m n"), X=tw.dense("n d")):
-    i, j, k = tw.indices("m n d")
+    i, j, k = tw.indices("i:m j:n k:d")
     return tw.out[i, k](tw.max(A[i, j] * X[j, k], over=j))
 
 
 @tw.program
 def sddmm(A=tw.sparse("m n"), P=tw.dense("m d"), Q=tw.dense("n d")):
-    i, j, k = tw.indices("m n d")
+    i, j, k = tw.indices("i:m j:n k:d")
     return tw.out.like(A)[i, j](A[i, j] * tw.sum(P[i, k] * Q[j, k], over=k))
 
 
 @tw.program
 def sddmm_plain(A=tw.sparse("m n"), P=tw.dense("m d"), Q=tw.dense("n d")):
-    i, j, k = tw.indices("m n d")
+    i, j, k = tw.indices("i:m j:n k:d")
     return tw.out.like(A)[i, j](tw.sum(P[i, k] * Q[j, k], over=k))
 
 
 @tw.program
 def softmax(A=tw.sparse("m n")):
-    i, j = tw.indices("m n")
+    i, j = tw.indices("i:m j:n")
     e = tw.exp(A[i, j] - tw.max(A[i, j], over=j))
     return tw.out.like(A)[i, j](e / tw.sum(e, over=j))
 
 
 @tw.program
 def logsumexp(A=tw.sparse("m n")):
-    i, j = tw.indices("m n")
+    i, j = tw.indices("i:m j:n")
     return tw.out[i](tw.log(tw.sum(tw.exp(A[i, j]), over=j)))
 
 
@@ -73,13 +73,13 @@ def rgcn(
     W=tw.dense("r f o"),
     X=tw.dense("n f"),
 ):
-    i, j, f, o = tw.indices("m n f o")
+    i, j, f, o = tw.indices("i:m j:n f:f o:o")
     return tw.out[i, o](tw.sum(A[i, j] * X[j, f] * W[R[i, j], f, o], over=(j, f)))
 
 
 @tw.program
 def both_ways(A=tw.sparse("m n"), X=tw.dense("n d"), Z=tw.dense("m d")):
-    i, j, k = tw.indices("m n d")
+    i, j, k = tw.indices("i:m j:n k:d")
     down = tw.out.named("down")[i, k](tw.sum(A[i, j] * X[j, k], over=j))
     up = tw.out.named("up")[j, k](tw.sum(A[i, j] * Z[i, k], over=i))
     return down, up
@@ -87,7 +87,7 @@ def both_ways(A=tw.sparse("m n"), X=tw.dense("n d"), Z=tw.dense("m d")):
 
 @tw.program
 def attention(A=tw.sparse("m n"), Q=tw.dense("m d"), K=tw.dense("n d"), V=tw.dense("n d")):
-    i, j, k = tw.indices("m n d")
+    i, j, k = tw.indices("i:m j:n k:d")
     s = tw.temp.like(A).named("s")[i, j](tw.sum(Q[i, k] * K[j, k], over=k))
     top = tw.temp.named("top")[i](tw.max(s[i, j], over=j))
     total = tw.temp.named("total")[i](tw.sum(tw.exp(s[i, j] - top[i]), over=j))
@@ -96,98 +96,98 @@ def attention(A=tw.sparse("m n"), Q=tw.dense("m d"), K=tw.dense("n d"), V=tw.den
 
 @tw.program
 def square(A=tw.sparse("n n"), X=tw.dense("n d")):
-    i, j, k = tw.indices("n n d")
+    i, j, k = tw.indices("i:n j:n k:d")
     return tw.out[i, k](X[i, k] + tw.sum(A[i, j] * (X[j, k] - X[i, k]), over=j))
 
 
 @tw.program
 def two_sparse(A=tw.sparse("m n"), B=tw.sparse("m n")):
-    i, j = tw.indices("m n")
+    i, j = tw.indices("i:m j:n")
     return tw.out[i](tw.sum(A[i, j] * (B[i, j] + 0.5), over=j))
 
 
 @tw.program
 def triangles(A=tw.sparse("n n"), B=tw.sparse("n n")):
-    i, j, k = tw.indices("n n n")
+    i, j, k = tw.indices("i:n j:n k:n")
     return tw.out.like(A)[i, j](A[i, j] * tw.sum(B[j, k] * A[i, k], over=k))
 
 
 @tw.program
 def farthest(A=tw.sparse("n n"), B=tw.sparse("n n")):
-    i, j, k = tw.indices("n n n")
+    i, j, k = tw.indices("i:n j:n k:n")
     return tw.out.like(A)[i, j](tw.max(B[j, k] * A[i, k], over=k))
 
 
 @tw.program
 def filled(A=tw.sparse("m n", fill=float("inf")), X=tw.dense("n")):
-    i, j = tw.indices("m n")
+    i, j = tw.indices("i:m j:n")
     return tw.out[i, j](tw.where(A[i, j] < 1e30, A[i, j] * X[j], -1.0))
 
 
 @tw.program
 def gemv(W=tw.dense("n k"), x=tw.dense("k")):
-    i, k = tw.indices("n k")
+    i, k = tw.indices("i:n k:k")
     return tw.out[i](tw.sum(W[i, k] * x[k], over=k))
 
 
 @tw.program
 def gemm(A=tw.dense("m k"), B=tw.dense("k n")):
-    i, j, k = tw.indices("m n k")
+    i, j, k = tw.indices("i:m j:n k:k")
     return tw.out[i, j](tw.sum(A[i, k] * B[k, j], over=k))
 
 
 @tw.program
 def rmsnorm(X=tw.dense("m k"), W=tw.dense("k"), eps=tw.scalar()):
-    i, k = tw.indices("m k")
+    i, k = tw.indices("i:m k:k")
     mean = tw.sum(X[i, k] * X[i, k], over=k) / tw.size("k")
     return tw.out[i, k](-X[i, k] * W[k] * tw.rsqrt(mean + eps))
 
 
 @tw.program
 def gather_rows(T=tw.dense("v d"), at=tw.dense("t", dtype="int32")):
-    t, k = tw.indices("t d")
+    t, k = tw.indices("t:t k:d")
     return tw.out[t, k](tw.where(at[t] >= 0, T[at[t], k], 0.0))
 
 
 @tw.program
 def column_share(A=tw.sparse("m n")):
-    i, j = tw.indices("m n")
+    i, j = tw.indices("i:m j:n")
     return tw.out.like(A)[i, j](A[i, j] / (1.0 + tw.sum(A[i, j] * A[i, j], over=i)))
 
 
 @tw.program
 def row_pairs(A=tw.sparse("m n")):
-    i, j, k = tw.indices("m n n")
+    i, j, k = tw.indices("i:m j:n k:n")
     return tw.out.like(A)[i, j](tw.sum(A[i, k] * A[i, j], over=k) + A[i, j])
 
 
 @tw.program
 def neighbours(A=tw.sparse("n n")):
-    i, j, k = tw.indices("n n n")
+    i, j, k = tw.indices("i:n j:n k:n")
     return tw.out.like(A)[i, j](tw.max(A[j, k], over=k) + A[i, j])
 
 
 @tw.program
 def reverse(A=tw.sparse("n n")):
-    i, j = tw.indices("n n")
+    i, j = tw.indices("i:n j:n")
     return tw.out.like(A)[i, j](A[i, j] + A[j, i])
 
 
 @tw.program
 def mixed(A=tw.sparse("m n"), X=tw.dense("m d")):
-    i, j, k = tw.indices("m n d")
+    i, j, k = tw.indices("i:m j:n k:d")
     return tw.out[i](tw.sum(A[i, j], over=j) * 2.0 + tw.sum(X[i, k], over=k))
 
 
 @tw.program
 def column_norm(A=tw.sparse("m n")):
-    i, j = tw.indices("m n")
+    i, j = tw.indices("i:m j:n")
     return tw.out[j](tw.sqrt(tw.sum(A[i, j] * A[i, j], over=i)))
 
 
 @tw.program
 def whole_sum(A=tw.sparse("m n")):
-    i, j = tw.indices("m n")
+    i, j = tw.indices("i:m j:n")
     return tw.out[()](tw.sum(A[i, j], over=(i, j)))
 
 

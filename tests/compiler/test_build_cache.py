@@ -31,13 +31,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @tw.program
 def spmm(A=tw.sparse("m n"), X=tw.dense("n d")):
-    i, j, k = tw.indices("m n d")
+    i, j, k = tw.indices("i:m j:n k:d")
     return tw.out[i, k](tw.sum(A[i, j] * X[j, k], over=j))
 
 
 @tw.program
 def spmm_max(A=tw.sparse("m n"), X=tw.dense("n d")):
-    i, j, k = tw.indices("m n d")
+    i, j, k = tw.indices("i:m j:n k:d")
     return tw.out[i, k](tw.max(A[i, j] * X[j, k], over=j))
 
 

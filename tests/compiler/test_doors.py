@@ -80,7 +80,7 @@ def test_words_of_generated_code_are_names_too(rng, target, word):
 def test_registers_and_arrays_of_generated_code_meet_no_parameter(rng, target, word):
     one = written(
         f'def one(A=tw.sparse("m n"), {word}=tw.dense("n")):\n'
-        f'  i, j = tw.indices("m n")\n'
+        f'  i, j = tw.indices("i:m j:n")\n'
         f"  return tw.out[i](tw.sum(A[i, j] * {word}[j], over=j))\n"
     )
     made = one.schedule(lambda s: s.parallel("i"))
@@ -310,7 +310,7 @@ def test_whole_numbers_divide_as_numpy_divides(lanes):
 
     @tw.program
     def divided(x=tw.dense("n", "int32"), y=tw.dense("n", "int32")):
-        i = tw.indices("n")
+        i = tw.indices("i:n")
         by = [x[i] // d for d in (2, 3, -2, 4)] + [x[i] % d for d in (2, 3, -2, 4)]
         by += [x[i] // y[i], x[i] % y[i]]
         return tuple(tw.out.named(f"o{n}")[i](e) for n, e in enumerate(by))

@@ -142,7 +142,7 @@ A, X, D = tw.sparse("m n"), tw.dense("n d"), tw.dense("m n")
 
 def over(make, **parameters):
     """`traced`, with the indices of m and n handed over as well."""
-    return traced(lambda a, *more: make(*tw.indices("m n"), a, *more), **parameters)
+    return traced(lambda a, *more: make(*tw.indices("i:m j:n"), a, *more), **parameters)
 
 
 def twice(i, j, a):

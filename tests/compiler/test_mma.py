@@ -108,7 +108,7 @@ def test_gemm_keeps_nan_and_infinity_to_their_rows_and_columns(rng):
 
 @tw.program
 def transposed(A=tw.dense("k m"), B=tw.dense("n k")):
-    i, j, k = tw.indices("m n k")
+    i, j, k = tw.indices("i:m j:n k:k")
     return tw.out.typed("float32")[i, j](tw.sum(B[j, k] * A[k, i], over=k))
 
 
@@ -127,7 +127,7 @@ def test_transposed_operands_are_strides(m, n, k, rng):
 def test_narrow_outputs_are_rounded_once(to, rng):
     @tw.program
     def narrow(A=tw.dense("m k"), B=tw.dense("k n")):
-        i, j, k = tw.indices("m n k")
+        i, j, k = tw.indices("i:m j:n k:k")
         return tw.out.typed(to)[i, j](tw.sum(A[i, k] * B[k, j], over=k))
 
     program = narrow.typed(A="float16", B="float16")
@@ -222,7 +222,7 @@ def test_sums_that_meet_a_tile_again_are_added_in_memory(rng):
 
     @tw.program
     def spmm_t(A=tw.sparse("m n"), X=tw.dense("m d")):
-        i, j, k = tw.indices("m n d")
+        i, j, k = tw.indices("i:m j:n k:d")
         return tw.out.typed("float32")[j, k](tw.sum(A[i, j] * X[i, k], over=i))
 
     def recipe(s):
@@ -243,7 +243,7 @@ def test_a_block_may_be_the_output(rng):
 
     @tw.program
     def sddmm(A=tw.sparse("m n"), P=tw.dense("m d"), Q=tw.dense("n d")):
-        i, j, k = tw.indices("m n d")
+        i, j, k = tw.indices("i:m j:n k:d")
         return tw.out.like(A).typed("float32")[i, j](tw.sum(P[i, k] * Q[j, k], over=k))
 
     def recipe(s):
@@ -344,25 +344,25 @@ def test_dtypes_refused(types):
 
 @tw.program
 def gathered(A=tw.sparse("m n"), X=tw.dense("n d")):
-    i, j, k = tw.indices("m n d")
+    i, j, k = tw.indices("i:m j:n k:d")
     return tw.out.typed("float32")[i, k](tw.sum(A[i, j] * X[j, k], over=j))
 
 
 @tw.program
 def wrapped(A=tw.dense("m k"), B=tw.dense("k n")):
-    i, j, k = tw.indices("m n k")
+    i, j, k = tw.indices("i:m j:n k:k")
     return tw.out.typed("float32")[i, j](tw.sum(A[i, k % 3] * B[k, j], over=k))
 
 
 @tw.program
 def joined(A=tw.dense("m k"), B=tw.dense("k n")):
-    i, j, k = tw.indices("m n k")
+    i, j, k = tw.indices("i:m j:n k:k")
     return tw.out.typed("float32")[i, j](tw.sum(A[i, k] * B[k, i + j], over=k))
 
 
 @tw.program
 def computed(A=tw.dense("m k"), B=tw.dense("k n")):
-    i, j, k = tw.indices("m n k")
+    i, j, k = tw.indices("i:m j:n k:k")
     return tw.out.typed("float32")[i, j](tw.sum(A[i, k] * tw.exp(B[k, j]), over=k))
 
 

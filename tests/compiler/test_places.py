@@ -17,31 +17,31 @@ needs_cxx = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ comp
 
 @tw.program
 def below(A=tw.sparse("m n"), Z=tw.dense("m n")):
-    i, j = tw.indices("m n")
+    i, j = tw.indices("i:m j:n")
     return tw.out[i, j](A[i + 1, j] * Z[i, j])
 
 
 @tw.program
 def diagonal(A=tw.sparse("m n"), Z=tw.dense("m n")):
-    i, j = tw.indices("m n")
+    i, j = tw.indices("i:m j:n")
     return tw.out[i, j](A[i - 1, j - 1] + A[i, j + 2] * Z[i, j])
 
 
 @tw.program
 def picked(A=tw.sparse("m n", fill=2.5), Z=tw.dense("m n"), at=tw.dense("m", dtype="int32")):
-    i, j = tw.indices("m n")
+    i, j = tw.indices("i:m j:n")
     return tw.out[i, j](A[at[i], j] + A[at[i] - 1, at[i]] * Z[i, j])
 
 
 @tw.program
 def of_the_row_before(A=tw.sparse("m n"), Z=tw.dense("m n")):
-    i, j = tw.indices("m n")
+    i, j = tw.indices("i:m j:n")
     return tw.out[i](tw.where(i > 0, tw.sum(A[i - 1, j] * Z[i - 1, j], over=j), -1.0))
 
 
 @tw.program
 def of_rows_before(Z=tw.dense("m n")):
-    i, j = tw.indices("m n")
+    i, j = tw.indices("i:m j:n")
     most = tw.where(i > 0, tw.max(Z[i - 1, j], over=j), 0.0)
     return tw.out[i](tw.where(i > 1, most + tw.sum(Z[i - 2, j], over=j), most))
 
@@ -90,7 +90,7 @@ def test_a_reduction_keeps_the_condition_it_stands_under(rng):
 
 @tw.program
 def shifted(Z=tw.dense("m n")):
-    i, j = tw.indices("m n")
+    i, j = tw.indices("i:m j:n")
     return tw.out[i, j](tw.where(j > 0, Z[i, j - 1], 0.0))
 
 
@@ -107,7 +107,7 @@ def test_lanes_that_do_not_all_read_are_no_vector(rng):
 
 @tw.program
 def moved(x=tw.dense("n"), at=tw.dense("t", "int32"), far=tw.dense("t", "int64")):
-    i, t = tw.indices("n t")
+    i, t = tw.indices("i:n t:t")
     near = tw.out.named("near")[i](x[i + 1] - x[i - 1])
     by_table = tw.out.named("by_table")[t](x[at[t]] + x[far[t]] * 2.0)
     return near, by_table, tw.out.named("fixed")[i](x[i] + x[100])
@@ -115,7 +115,7 @@ def moved(x=tw.dense("n"), at=tw.dense("t", "int32"), far=tw.dense("t", "int64")
 
 @tw.program
 def scattered(Y=tw.dense("m d"), at=tw.dense("t", "int32"), X=tw.dense("t d")):
-    t, k = tw.indices("t d")
+    t, k = tw.indices("t:t k:d")
     return tw.update(Y)[at[t], k](X[t, k])
 
 
@@ -161,7 +161,7 @@ def test_coordinates_that_wrap_around_are_outside(rng):
 
     @tw.program
     def wrapped(x=tw.dense("n"), at=tw.dense("m", "uint64"), w=tw.dense("m")):
-        i = tw.indices("m")
+        i = tw.indices("i:m")
         narrow = tw.out.named("narrow")[i](x[i.cast("int8")] * w[i])
         below = tw.out.named("below")[i](x[at[i]] * w[i])
         beyond = tw.out.named("beyond")[i](x[i + 2147483647] * w[i])
@@ -186,7 +186,7 @@ def test_coordinates_that_wrap_around_are_outside(rng):
 def test_a_scalar_may_be_called_like_a_loop(rng, target):
     @tw.program
     def scaled(A=tw.sparse("m n"), X=tw.dense("n d"), j_p=tw.scalar("int32")):
-        i, j, k = tw.indices("m n d")
+        i, j, k = tw.indices("i:m j:n k:d")
         return tw.out[i, k](tw.sum(A[i, j] * X[j, k] * X[j_p, k], over=j))
 
     M = np.where(rng.random((6, 5)) < 0.5, rng.standard_normal((6, 5)), 0).astype(np.float32)

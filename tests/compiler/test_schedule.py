@@ -166,7 +166,7 @@ CPU = [
         None,
         lambda s: s.split("k", 4, tail="cut").vectorize("k_i").fuse("i", "j").parallel("ij"),
     ),
-    (rmsnorm, None, lambda s: s.parallel("i").split("j2", 4, tail="cut").vectorize("j2_i")),
+    (rmsnorm, None, lambda s: s.parallel("i").split("k2", 4, tail="cut").vectorize("k2_i")),
 ]
 
 
@@ -367,18 +367,18 @@ def test_prefetch_along_a_plain_loop(rng):
 
 
 def _gemv(W=tw.dense("m n"), x=tw.dense("n")):
-    i, j = tw.indices("m n")
+    i, j = tw.indices("i:m j:n")
     return tw.out[i](tw.sum(W[i, j] * x[j], over=j))
 
 
 def _spmm(A=tw.sparse("m n"), X=tw.dense("n d")):
-    i, j, k = tw.indices("m n d")
+    i, j, k = tw.indices("i:m j:n k:d")
     return tw.out[i, k](tw.sum(A[i, j] * X[j, k], over=j))
 
 
 @tw.program
 def neighbours(X=tw.dense("m n"), W=tw.dense("m d")):
-    i, j = tw.indices("m d")
+    i, j = tw.indices("i:m j:d")
     return tw.out[i, j](X[i, j + 1] + W[i, j])
 
 

@@ -18,7 +18,7 @@ import tilewright as tw
 
 @tw.program
 def spmm(A=tw.sparse("m n"), X=tw.dense("n d")):
-    i, j, k = tw.indices("m n d")
+    i, j, k = tw.indices("i:m j:n k:d")
     return tw.out[i, k](tw.sum(A[i, j] * X[j, k], over=j))
 
 print("the file ran")

@@ -329,6 +329,8 @@ class Renderer:
             return self.call_minmax(e.op, a, b, e.dtype)
         if e.op in ("//", "%"):
             return self.floor(e, a, b)
+        if e.op in ("<<", ">>") and not _within_width(e):
+            return self.function("shift_left" if e.op == "<<" else "shift_right", e, a, b)
         if e.dtype.kind == "b" and e.dtype.lanes == 1 and e.op in ("&", "|"):
             return f"({a} {e.op}{e.op} {b})"
         text = f"({a} {e.op} {b})"
@@ -336,18 +338,16 @@ class Renderer:
         return f"static_cast<{self.type(e.dtype)}>{text}" if narrow else text
 
     def floor(self, e: Binary, a: str, b: str) -> str:
-        if e.dtype.is_float:
-            template = f"<{e.dtype.lanes}>" if e.dtype.lanes > 1 else ""
-            whole = f"{self.namespace}floor{template}({a} / {b})"
-            return whole if e.op == "//" else f"({a} - {whole} * {b})"
-        power = isinstance(e.b, Const) and e.b.value > 0 and e.b.value & (e.b.value - 1) == 0  # type: ignore[operator]
-        if power and e.dtype.lanes == 1:
-            n = int(e.b.value)  # type: ignore[attr-defined]
+        n = int(e.b.value) if isinstance(e.b, Const) and e.dtype.is_int else 0
+        if n > 0 and n & (n - 1) == 0 and e.dtype.lanes == 1:
             return f"({a} >> {n.bit_length() - 1})" if e.op == "//" else f"({a} & {n - 1})"
-        verb = "floor_div" if e.op == "//" else "floor_mod"
+        return self.function("floor_div" if e.op == "//" else "floor_mod", e, a, b)
+
+    def function(self, name: str, e: Binary, a: str, b: str) -> str:
+        """A function of the prelude; `v` before its name takes vectors."""
         if e.dtype.lanes > 1:
-            return f"{self.namespace}v{verb}<{C_TYPES[e.dtype.name]}, {e.dtype.lanes}>({a}, {b})"
-        return f"{self.namespace}{verb}<{self.type(e.dtype)}>({a}, {b})"
+            return f"{self.namespace}v{name}<{C_TYPES[e.dtype.name]}, {e.dtype.lanes}>({a}, {b})"
+        return f"{self.namespace}{name}<{self.type(e.dtype)}>({a}, {b})"
 
     def unary(self, e: Unary) -> str:
         a = self.expr(e.a)
@@ -433,6 +433,12 @@ def _mask_bits(e: Expr) -> int:
     if isinstance(e, Binary) and _mask_bits(e.a) == _mask_bits(e.b):
         return _mask_bits(e.a)
     return _mask_bits(e.a) if isinstance(e, Unary) else 8
+
+
+def _within_width(e: Binary) -> bool:
+    """Whether a shift has a constant count that C defines."""
+    count = e.b.a if isinstance(e.b, Broadcast) else e.b
+    return isinstance(count, Const) and 0 <= count.value < e.dtype.bits
 
 
 def _integer(value: int, dtype: DType) -> str:

@@ -403,10 +403,11 @@ class Stmt:
 @node
 class Assign(Stmt):
     """Coordinate level: `out[coords] = value` for every coordinate of `out` (stored ones, if
-    sparse)."""
+    sparse). With `op` "sum" the value is added to what is there, coordinates that repeat too."""
 
     out: Access
     value: Expr
+    op: str = ""
 
 
 @node
@@ -648,7 +649,8 @@ def _operand(x: Any) -> Any:
     """A tensor without dimensions as its value, a number of NumPy as Python's; `x` otherwise."""
     if isinstance(x, Tensor) and not x.dims:
         return Access(x, (), x.dtype)
-    return x.item() if getattr(x, "ndim", None) == 0 and hasattr(x, "item") else x
+    item = getattr(x, "item", None)
+    return item() if item is not None and getattr(x, "ndim", None) == 0 else x
 
 
 def binary(op: str, a: Any, b: Any) -> Expr:

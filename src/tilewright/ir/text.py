@@ -64,7 +64,7 @@ def _lines(s: Any, depth: int) -> list[str]:
     if isinstance(s, n.Seq):
         return [line for b in s.body for line in _lines(b, depth)]
     if isinstance(s, n.Assign):
-        return [f"{pad}{expr_text(s.out)} = {expr_text(s.value)}"]
+        return [f"{pad}{expr_text(s.out)} {'+=' if s.op else '='} {expr_text(s.value)}"]
     if isinstance(s, n.For):
         notes = [s.kind] if s.kind != "serial" else []
         notes += ["private"] if s.private else []

@@ -157,8 +157,11 @@ def _grid(nest: Nest) -> Nest:
         else:
             break
     if _has_grid(body):
+        below = next(x for x in statements(body) if isinstance(x, For) and x.kind in GRID)
+        above = next((x for x in statements(body) if isinstance(x, For)), below)
+        what = f"serial loop {above.name}" if above is not below else "a branch"
         raise ScheduleError(
-            "S102", f"in {nest.name} a parallel loop stands below a serial one",
+            "S102", f"in {nest.name} the parallel loop {below.name} stands below {what}",
             hint="reorder so that parallel loops come first: they are the units of the launch",
         )  # fmt: skip
     for wrap in reversed(rewrap):

@@ -25,7 +25,7 @@ def hoist_reductions(program: Program) -> Program:
         hoister = _Hoister(statement)
         value = conditioned(statement.value)
         inner = value.a if isinstance(value, Cast) else value
-        if isinstance(inner, Reduce) and not _apart(statement, inner):
+        if isinstance(inner, Reduce) and not statement.op and not _apart(statement, inner):
             # The statement itself reduces.
             new = Reduce(inner.op, inner.axes, hoister.visit(inner.body, (inner,)), inner.dtype)
             value = cast(new, value.dtype)
@@ -33,7 +33,7 @@ def hoist_reductions(program: Program) -> Program:
             value = hoister.visit(value, ())
         for made in hoister.made:
             tensors[made.out.tensor.name] = made.out.tensor
-        body += [*hoister.made, Assign(statement.out, value)]
+        body += [*hoister.made, Assign(statement.out, value, statement.op)]
     return replace(program, tensors=tuple(tensors.values()), body=tuple(body))
 
 

@@ -145,13 +145,14 @@ class NestBuilder:
         if st is self.root and not st.out.tensor.is_sparse:
             reduced = {a.name for a in st.axes}
             self.covers = all(self._visits_all(s) for s in specs if s.axis.name not in reduced)
-        in_place = bool(st.op) and self._is_in_place(st, specs)
+        adds = bool(st.op) and not st.axes  # update(…).add: to what the caller's array holds
+        in_place = adds or (bool(st.op) and self._is_in_place(st, specs))
         if in_place and st is not self.root:
             raise ProgramError(
                 "P107",
                 f"a reduction inside {self.root.out.tensor.name} meets rows stored in pieces",
             )
-        self.in_place |= in_place
+        self.in_place |= in_place and not adds
         around, hidden = self.at, self.hidden
         self.at, self.hidden = st, frozenset()
         if st is not self.root:

@@ -45,6 +45,8 @@ class Statement:
     def of(cls, a: Assign) -> Statement:
         value, to = a.value, a.out.dtype
         inner = value.a if isinstance(value, Cast) else value
+        if a.op:  # an update in place of its own: over no axes
+            return cls(a.out, a.op, (), value, lambda e: e)
         if isinstance(inner, Reduce):
             return cls(a.out, inner.op, inner.axes, inner.body, lambda e: cast(e, to))  # type: ignore[arg-type]
         return cls(a.out, "", (), value, lambda e: e)

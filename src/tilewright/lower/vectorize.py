@@ -187,12 +187,8 @@ class _Vectorizer:
         self.varying: dict[str, DType] = {}
         self.registers: set[str] = set()
 
-    def refuse(self, why: str) -> ScheduleError:
-        return ScheduleError(
-            "S102",
-            f"loop {self.loop.name} cannot be a vector: {why}",
-            hint="vectorize another loop",
-        )
+    def refuse(self, why: str, hint: str = "vectorize another loop") -> ScheduleError:
+        return ScheduleError("S102", f"loop {self.loop.name} cannot be a vector: {why}", hint=hint)
 
     def varies(self, e: Expr) -> bool:
         for x in walk(e):
@@ -216,7 +212,10 @@ class _Vectorizer:
             return Alloc(replace(s.buffer, dtype=s.buffer.dtype.vector(self.lanes)))
         if isinstance(s, If):
             if self.varies(s.cond):
-                raise self.refuse(f"the guard {s.cond} differs from lane to lane")
+                raise self.refuse(
+                    f"the guard {s.cond} differs from lane to lane",
+                    'split with tail="cut", or specialize() the dimension to a multiple',
+                )
             return replace(s, body=self.stmt(s.body))
         if isinstance(s, For):
             if self.varies(s.begin) or self.varies(s.end):

@@ -31,7 +31,7 @@ HALVES = ("float16", "bfloat16")
 
 @program
 def bsr_spmm_program(A=sparse("m n"), X=dense("n d")):
-    i, j, k = indices("m n d")
+    i, j, k = indices("i:m j:n k:d")
     return out.typed("float32")[i, k](trace.sum_(A[i, j] * X[j, k], over=j))
 
 

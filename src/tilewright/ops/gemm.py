@@ -28,7 +28,7 @@ HALVES = ("float16", "bfloat16")
 
 @program
 def gemm_program(A=dense("m k"), B=dense("k n")):
-    i, j, k = indices("m n k")
+    i, j, k = indices("i:m j:n k:k")
     return out.typed("float32")[i, j](trace.sum_(A[i, k] * B[k, j], over=k))
 
 

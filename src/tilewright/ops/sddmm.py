@@ -28,7 +28,7 @@ from tilewright.toolchain import compilers
 
 @program
 def sddmm_program(A=sparse("m n"), P=dense("m d"), Q=dense("n d")):
-    i, j, k = indices("m n d")
+    i, j, k = indices("i:m j:n k:d")
     return out.like(A)[i, j](trace.sum_(A[i, j] * P[i, k] * Q[j, k], over=k))
 
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from tilewright import dtypes
 from tilewright.build import Definition, named_recipe, program
 from tilewright.errors import ArgumentError, ProgramError, ScheduleError
+from tilewright.ir.nodes import Access, Index
+from tilewright.ir.rewrite import indices_of, walk
 from tilewright.ops.recipes import dtype_name, fixed_width
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
@@ -31,7 +33,7 @@ from tilewright.toolchain import compilers
 
 @program
 def spmm_program(A=sparse("m n"), X=dense("n d")):
-    i, j, k = indices("m n d")
+    i, j, k = indices("i:m j:n k:d")
     return out[i, k](trace.sum_(A[i, j] * X[j, k], over=j))
 
 
@@ -49,81 +51,114 @@ SWEEP = 512  # entries of a tall row that a CTA takes at once; of other rows a q
 TALL, GIANT = "tall", "giant"  # rows that a CTA shares; rows that several CTAs share, by features
 
 
+class _Names(NamedTuple):
+    """The names that a program has for those of out[i, k] = sum(A[i, j] * X[j, k], over=j)."""
+
+    i: str
+    j: str
+    k: str
+    d: str | int
+    out: str
+    X: str
+
+    def width(self, s: Schedule) -> int:
+        """The features; 0 where they are known at run time only."""
+        return self.d if isinstance(self.d, int) else dict(s.program.sizes).get(self.d, 0)
+
+
+def _names(s: Schedule) -> _Names:
+    """Found by the dimensions of the operands. Raises ScheduleError[S102] for another program."""
+    reads = [x for a in s.program.body for x in walk(a.value) if isinstance(x, Access)]
+    for A in (x for x in reads if x.tensor.is_sparse and len(x.coords) == 2):
+        for to in (a.out for a in s.program.body if a.out.tensor.role == "output"):
+            features = [c for c in indices_of(to) if c not in A.coords]
+            X = next((x for x in reads if x != A and set(features) & set(x.coords)), None)
+            if len(to.coords) == 2 and len(features) == 1 and X is not None:
+                i, j, k = (c.name for c in (*A.coords, *features) if isinstance(c, Index))
+                return _Names(i, j, k, features[0].dim, to.tensor.name, X.tensor.name)
+    raise ScheduleError(
+        "S102", f"{s.program.name} is no product of a sparse and a dense matrix",
+        hint="the recipe schedules out[i, k](sum(A[i, j] * X[j, k], over=j)), whatever its names",
+    )  # fmt: skip
+
+
 def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
     """Features in registers, widest tiles first, the rest in narrower ones; rows in parallel.
 
     `gathers_far`: X is larger than the nearest caches, so that its rows are asked for early."""
-    s = s.atomic("out") if s.shares_rows else s
+    at = _names(s)
+    s = s.atomic(at.out) if s.shares_rows else s
     lanes = compilers.vector_bits() // 32
-    fixed = dict(s.program.sizes).get("d")
+    fixed = at.width(s)
     if s.in_place and not s.shares_rows:
-        return _cpu_pieces(s, lanes, fixed)
-    rest = "k"
+        return _cpu_pieces(s, at, lanes)
+    rest = at.k
     for width in (CPU_TILE, 32, lanes) if fixed else (ANY_TILE, lanes):
         if width < lanes or (fixed and fixed < width):
             continue
-        tile, inside = f"k{width}", f"k{width}_i"
+        tile, inside = f"{at.k}{width}", f"{at.k}{width}_i"
         whole = bool(fixed) and fixed % width == 0
         s = s.split(rest, width, tail="exact" if whole else "cut", into=(tile, inside))
         s = s.split(inside, lanes, into=(f"{tile}_u", f"{tile}_v"))
-        s = s.reorder("j", f"{tile}_u", f"{tile}_v").unroll(f"{tile}_u").vectorize(f"{tile}_v")
+        s = s.reorder(at.j, f"{tile}_u", f"{tile}_v").unroll(f"{tile}_u").vectorize(f"{tile}_v")
         if whole:
             break
         rest = f"{rest}_t"
     for n in range(len(s.nests)):
-        if s.has("j", n) and getattr(s.format_of(n).levels[-1], "width", 0) > 1:
+        if s.has(at.j, n) and getattr(s.format_of(n).levels[-1], "width", 0) > 1:
             # written out for every tile, it took the compiler a third longer and ran no faster
-            s = s.on(n).unroll("j", 1)
-    s = _rows(s.everywhere(), ROWS_PER_UNIT)
+            s = s.on(n).unroll(at.j, 1)
+    s = _rows(s.everywhere(), at, ROWS_PER_UNIT)
     if not gathers_far or any(f.name not in ("csr", "dcsr") for f in _formats(s)):
         return s
-    return s.prefetch("X", "j", AHEAD_CPU if fixed and fixed <= CPU_TILE else AHEAD_TILED)
+    return s.prefetch(at.X, at.j, AHEAD_CPU if fixed and fixed <= CPU_TILE else AHEAD_TILED)
 
 
-def _cpu_pieces(s: Schedule, lanes: int, fixed: int | None) -> Schedule:
+def _cpu_pieces(s: Schedule, at: _Names, lanes: int) -> Schedule:
     """Rows in pieces: features outermost, so that no two threads meet in a row and sums keep their
     order. Widths known at run time only, and narrow ones, leave it to one thread."""
-    s = s.order_axes("out", "k")
+    s, fixed = s.order_axes(at.out, at.k), at.width(s)
     tile = next((t for t in (32, lanes) if fixed and fixed % t == 0), 0)
-    walk = [x for x in ("j", "i") if s.has(x)]  # the loops over entries
+    entries = [x for x in (at.j, at.i) if s.has(x)]  # the loops over them
+    unit, u, v = f"{at.k}_unit", f"{at.k}_u", f"{at.k}_v"
     if not tile:
-        s = s.split("k", lanes, tail="cut", into=("k_u", "k_v"))
-        return s.reorder(*walk, "k_v").vectorize("k_v")
-    s = s.split("k", tile, tail="exact", into=("k_unit", "k_in")).parallel("k_unit")
-    s = s.split("k_in", lanes, tail="exact", into=("k_u", "k_v"))
-    return s.reorder(*walk, "k_u", "k_v").unroll("k_u").vectorize("k_v")
+        s = s.split(at.k, lanes, tail="cut", into=(u, v))
+        return s.reorder(*entries, v).vectorize(v)
+    s = s.split(at.k, tile, tail="exact", into=(unit, f"{at.k}_in")).parallel(unit)
+    s = s.split(f"{at.k}_in", lanes, tail="exact", into=(u, v))
+    return s.reorder(*entries, u, v).unroll(u).vectorize(v)
 
 
 def _formats(s: Schedule) -> list[Format]:
     return [f for t in s.program.tensors if t.is_sparse for f in t.format.formats]
 
 
-def _rows(s: Schedule, n: int) -> Schedule:
-    rows = "i" if s.has("i") else "i_o"  # of a blocked format: rows of blocks
-    return s.split(rows, n, into=("i_unit", "i_row")).parallel("i_unit")
+def _rows(s: Schedule, at: _Names, n: int) -> Schedule:
+    rows = at.i if s.has(at.i) else f"{at.i}_o"  # of a blocked format: rows of blocks
+    return s.split(rows, n, into=(f"{at.i}_unit", f"{at.i}_row")).parallel(f"{at.i}_unit")
 
 
 def gpu_recipe(s: Schedule, tile: int = 128) -> Schedule:
     """Each nest by its format: rows of one length side by side, a long row by a whole CTA.
 
     `tile`: features that one sweep over A takes; a smaller one keeps a slice of X in the L2."""
-    s = s.atomic("out") if s.in_place else s
-    d = dict(s.program.sizes).get("d", 0)  # 0: known at run time only
+    at = _names(s)
+    s = s.atomic(at.out) if s.in_place else s
+    d = at.width(s)
     lanes = next(v for v in (4, 2, 1) if d % v == 0) if d else 1
     even = d > 0 and (_power(d // lanes) >= 8 or d // lanes == _power(d // lanes))
     for n in range(len(s.nests)):
         fmt = s.format_of(n)
         # Threads that share a row meet; a tail of features would part them.
-        shared = even and s.has("j", n) and fmt.name in (TALL, GIANT, "dcsr")
+        shared = even and s.has(at.j, n) and fmt.name in (TALL, GIANT, "dcsr")
         across = 2 if shared and fmt.name == GIANT else tile // lanes if lanes > 1 else 32
         across = min(_power(d // lanes), across) if even else across  # threads of one row
-        by_column = s.has("j", n) and fmt.levels[0].dim == 1
-        axes = ("j", "i") if by_column else ("i", "j")
-        s = _gpu_features(s.on(n), lanes, across, axes)
+        by_column = s.has(at.j, n) and fmt.levels[0].dim == 1
+        axes = (at.j, at.i) if by_column else (at.i, at.j)
+        s = _gpu_features(s.on(n), at.k, lanes, across, axes)
         if shared:
-            s = _gpu_shared_rows(
-                s, CTA // across, SWEEP if fmt.name in (TALL, GIANT) else SWEEP // 4
-            )
+            sweep = SWEEP if fmt.name in (TALL, GIANT) else SWEEP // 4
+            s = _gpu_shared_rows(s, axes, CTA // across, sweep)
         else:
             s = _gpu_own_rows(s, n, CTA // across, getattr(fmt.levels[-1], "width", 0), axes)
     return s.everywhere()
@@ -134,14 +169,14 @@ def _power(n: int) -> int:
     return n & -n
 
 
-def _gpu_features(s: Schedule, lanes: int, across: int, axes: tuple[str, str]) -> Schedule:
+def _gpu_features(s: Schedule, k: str, lanes: int, across: int, axes: tuple[str, str]) -> Schedule:
     """k → tiles of across × lanes: threads in x, a vector each; tiles are units, the slowest
     ones, so that the CTAs of one time gather from one slice of X."""
-    s = s.split("k", lanes, into=("k_c", "k_v")).split("k_c", across, into=("k_tile", "k_x"))
+    chunk, tile, x, v = f"{k}_c", f"{k}_tile", f"{k}_x", f"{k}_v"
+    s = s.split(k, lanes, into=(chunk, v)).split(chunk, across, into=(tile, x))
     outer, inner = axes
-    order = ("k_tile", outer, "k_x", *((inner,) if s.has(inner) else ()), "k_v")
-    s = s.reorder(*order)
-    return s.bind("k_tile", "cta.y").bind("k_x", "thread.x").vectorize("k_v")
+    s = s.reorder(tile, outer, x, *((inner,) if s.has(inner) else ()), v)
+    return s.bind(tile, "cta.y").bind(x, "thread.x").vectorize(v)
 
 
 def _gpu_own_rows(s: Schedule, n: int, rows: int, width: int, axes: tuple[str, str]) -> Schedule:
@@ -157,13 +192,13 @@ def _gpu_own_rows(s: Schedule, n: int, rows: int, width: int, axes: tuple[str, s
     return s.split(inner, AHEAD // 2, into=(o, u)).unroll(u)
 
 
-def _gpu_shared_rows(s: Schedule, rows: int, sweep: int) -> Schedule:
+def _gpu_shared_rows(s: Schedule, axes: tuple[str, str], rows: int, sweep: int) -> Schedule:
     """A row to each CTA: the threads of y share its entries, `sweep` at a time, at most `AHEAD` in
     flight in each."""
-    s = s.split("j", rows * max(1, min(AHEAD, sweep // rows)), into=("j_o", "j_r")).split(
-        "j_r", rows, into=("j_u", "j_y")
-    )
-    return s.bind("i", "cta.x").bind("j_y", "thread.y").unroll("j_u")
+    i, j = axes
+    s = s.split(j, rows * max(1, min(AHEAD, sweep // rows)), into=(f"{j}_o", f"{j}_r"))
+    s = s.split(f"{j}_r", rows, into=(f"{j}_u", f"{j}_y"))
+    return s.bind(i, "cta.x").bind(f"{j}_y", "thread.y").unroll(f"{j}_u")
 
 
 @named_recipe

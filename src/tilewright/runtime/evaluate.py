@@ -167,12 +167,16 @@ class _Evaluator:
             value = np.broadcast_to(self.expr(meaning, piece, None), shape_of(piece))
             done.append((at, piece, encode(value, t.dtype, memory.data[t.name].dtype)))
         for at, piece, value in done:
-            if t.is_sparse or all(isinstance(c, Index) for c in s.out.coords):
+            if t.is_sparse or (not s.op and all(isinstance(c, Index) for c in s.out.coords)):
                 memory.data[t.name][at] = value
             else:  # what lies outside is not stored
                 where, inside = self.coordinates(s.out, piece, None)
                 inside, value, *where = np.broadcast_arrays(inside, value, *where)
-                memory.data[t.name][tuple(w[inside] for w in where)] = value[inside]
+                to = tuple(w[inside] for w in where)
+                if s.op:  # coordinates may repeat
+                    UFUNCS[s.op].at(memory.data[t.name], to, value[inside])
+                else:
+                    memory.data[t.name][to] = value[inside]
 
     def entries(self, structure: str, names: tuple[str, ...]) -> Group:
         """All stored coordinates of a structure as one group."""

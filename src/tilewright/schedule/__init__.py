@@ -12,6 +12,7 @@ argument is not what the verb takes (`arguments.py`), or the verb is not legal h
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -261,17 +262,23 @@ class Schedule:
                 number += 1
             stages.append(tuple(nests))
         if not done:
-            missing = f"nothing here is called {args[0]!r}"
-            if verb in OPERAND_FIRST:
-                missing = f"no loop {args[1]!r} reads {args[0]!r}"
-            raise ScheduleError(
-                "S101",
-                f"{verb.__name__}: {missing}",
-                hint=f"loops: {', '.join(self.loops)}",
-            )
+            raise self._missing(verb, args)
         given = tuple((k, v) for k, v in options.items() if v)
         step = Step(verb.__name__, args, given, self.selected)
         return self._recorded(replace(program, stages=tuple(stages)), step)
+
+    def _missing(self, verb: Callable[..., Any], args: tuple[Any, ...]) -> ScheduleError:
+        """The refusal of a verb that changed nothing: it names what was not there."""
+        known, name = self.loops, args[0]
+        why = f"no loop is called {name!r}"
+        if verb is loops.atomic:
+            why = f"no output {name!r} is updated in place"
+        elif verb in OPERAND_FIRST:
+            name = args[1]
+            why = f"no loop {name!r} reads {args[0]!r}"
+        near = difflib.get_close_matches(name, known, 1) if name not in known else []
+        hint = "".join(f"did you mean {n}? " for n in near) + f"loops: {', '.join(known)}"
+        return ScheduleError("S101", f"{verb.__name__}: {why}", hint=hint)
 
     def _check_names(self, verb: str, body: Stmt) -> None:
         taken = frozenset(t.name for t in self.program.tensors)

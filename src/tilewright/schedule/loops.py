@@ -146,18 +146,13 @@ def fuse(body: Stmt, outer: str, inner: str, into: str = "") -> Found:
         chain = chain_from(f)
         if len(chain.loops) < 2 or not matches(chain.loops[1], inner):
             raise ScheduleError(
-                "S102",
-                f"loop {inner} does not stand right inside loop {outer}",
-                hint="reorder first",
+                "S102", f"loop {inner} is not right inside loop {outer}", hint="reorder first"
             )
         a, b = chain.loops[:2]
         own = {a.name} | {x.var.name for x in chain.lets}
         if free_vars(b.begin) & own or free_vars(b.end) & own:
-            raise ScheduleError(
-                "S102",
-                f"the range of {b.name} depends on {a.name}",
-                hint="only rectangular loops fuse",
-            )
+            why = f"the range of {b.name} depends on {a.name}"
+            raise ScheduleError("S102", why, hint="only rectangular loops fuse")
         if any(reduces(a, c) != reduces(b, c) for c in computes(chain.body)):
             raise ScheduleError(
                 "S102",
@@ -167,14 +162,8 @@ def fuse(body: Stmt, outer: str, inner: str, into: str = "") -> Found:
         width = simplify(binary("-", b.end, b.begin))
         both = Var(into or a.name + b.name, a.var.dtype)
         height = simplify(binary("-", a.end, a.begin))
-        joint = For(
-            both,
-            Const(0, both.dtype),
-            mul(height, width),
-            chain.body,
-            a.kind,
-            tuple(dict.fromkeys(a.axes + b.axes)),
-        )
+        axes = tuple(dict.fromkeys(a.axes + b.axes))
+        joint = For(both, Const(0, both.dtype), mul(height, width), chain.body, a.kind, axes)
         lets = (
             Let(a.var, add(a.begin, simplify(binary("//", both, width)))),
             Let(b.var, add(b.begin, simplify(binary("%", both, width)))),
@@ -251,7 +240,11 @@ def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
                         "separate units",
                         hint="make the updates atomic, or parallelise a loop of the output",
                     )
+        if kind not in ("serial", "unroll", "vector"):
             for c in computes(f.body):
+                scatters = c.in_place and not c.reduce
+                if kind.startswith("thread") and not scatters:
+                    continue
                 if c.in_place and not c.atomic and (c.shared or not _owns_rows(f, c)):
                     raise ScheduleError(
                         "S102",
@@ -280,12 +273,19 @@ def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
 
 def _owns_rows(f: For, c: Compute) -> bool:
     """Whether different iterations of `f` update different elements: an output index is its
-    variable."""
+    variable, or one that sums and products make of it. Other coordinates may repeat."""
     derived = {f.name}
+
+    def distinct(e: Expr) -> bool:
+        if isinstance(e, Binary):
+            return e.op in ("+", "-", "*") and (distinct(e.a) or distinct(e.b))
+        return isinstance(e, Var) and e.name in derived
+
     for x in statements(f.body):
-        if isinstance(x, Let) and free_vars(x.value) & derived and not reads_memory(x.value):
+        owned = isinstance(x, Let) and free_vars(x.value) & derived and not reads_memory(x.value)
+        if isinstance(x, Let) and owned and (c.reduce or distinct(x.value)):
             derived.add(x.var.name)
-    return any(free_vars(i) & derived for i in c.out.index)
+    return any(free_vars(i) & derived if c.reduce else distinct(i) for i in c.out.index)
 
 
 def unroll(body: Stmt, loop: str, factor: int = 0) -> Found:

@@ -52,6 +52,11 @@ def privatize(program: Program, output: str, loop: str, copies: int) -> Program:
         c for stage in program.stages for n in stage for c in computes(n.body)
         if c.out.buffer.name == output
     ]  # fmt: skip
+    if tensor.kind == "state":
+        raise ScheduleError(
+            "S102", f"{output} is a parameter that is updated: its copies would not start from it",
+            hint="atomic(), or one unit",
+        )  # fmt: skip
     if not any(c.in_place for c in mine):
         raise ScheduleError(
             "S102", f"{output} is not updated in place: its units share no rows",

@@ -13,10 +13,12 @@ the tensor's fill. Nothing is executed here: `A[i, j]` is a node.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from typing import Any
 
 from tilewright import dtypes
@@ -24,6 +26,7 @@ from tilewright.dtypes import DType
 from tilewright.errors import ProgramError
 from tilewright.ir.names import is_users
 from tilewright.ir.nodes import (
+    ATOMIC,
     Access,
     Assign,
     Cast,
@@ -44,8 +47,6 @@ from tilewright.ir.nodes import (
     unary,
 )  # fmt: skip
 from tilewright.ir.rewrite import computed_in, free_vars, rename_reductions, walk
-
-LETTERS = "ijklpqrstuvw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +141,17 @@ def scalar(dtype: Any = "float32", default: float | None = None) -> Any:
 
 
 def indices(dims: str) -> Any:
-    """Indices over dimensions: `i, j, k = indices("m n d")`; `indices("row:m col:n")` names them.
+    """Indices over dimensions: `i, j, k = indices("m n d")`. Their loops are called as the
+    dimensions are, m, n and d; with `indices("row:m col:n")` they are called row and col.
 
-    The same dimension may be given twice (square matrices). One dimension gives one index."""
+    The same dimension may be given twice (square matrices): its second loop is m1. One dimension
+    gives one index."""
     trace = _trace()
     made: list[Index] = []
     for word in dims.split():
         name, _, dim = word.rpartition(":")
         used = {x.name for x in trace.indices} | trace.tensors.keys()
-        if not name:
-            name = next((c for c in LETTERS if c not in used), f"i{len(used)}")
+        name = name or _loop_name(dim, used)
         if _named(name, "an index", "P102") in used:
             raise ProgramError(
                 "P102", f"index {name!r} is not a new name", where=_user_line(),
@@ -165,6 +167,13 @@ def indices(dims: str) -> Any:
         made.append(Index(name, dim=parsed))
         trace.indices.append(made[-1])
     return made[0] if len(made) == 1 else tuple(made)
+
+
+def _loop_name(dim: str, used: set[str]) -> str:
+    """The name of a dimension for an index, with a number where it is taken; `i` for a size. The
+    names that outputs and temporaries have by default are taken."""
+    base = "i" if dim.isdigit() else f"i_{dim}" if re.fullmatch(r"(out|temp)\d*", dim) else dim
+    return next(n for n in chain((base,), (f"{base}{n}" for n in count(1))) if n not in used)
 
 
 def size(dim: str) -> Expr:
@@ -284,35 +293,56 @@ class Output:
 out, temp = Output("output"), Output("temp")
 
 
-def update(tensor: Tensor) -> Any:
-    """`update(pages)[slot[t], d](value)` writes into a parameter, at computed coordinates."""
+@dataclass(frozen=True, slots=True)
+class Update:
+    """`update(pages)[slot[t], d](value)` writes into a parameter, at computed coordinates;
+    `update(Y).add[at[t]](value)` adds, also where coordinates repeat."""
 
-    class Update:
-        def __getitem__(self, coords: Any) -> Callable[[Any], Tensor]:
-            access = tensor[coords]
+    tensor: Tensor
+    op: str = ""
 
-            def assign(value: Any) -> Tensor:
-                trace = _trace()
-                written = replace(tensor, role="output", kind="state")
-                trace.tensors[tensor.name] = written
-                _check_bound(access.coords, as_expr(value))
-                _check_moves(access, as_expr(value))
-                target = Access(written, access.coords, written.dtype)
-                trace.body.append(_statement(target, as_expr(value)))
-                return written
+    @property
+    def add(self) -> Update:
+        return replace(self, op="sum")
 
-            return assign
+    def __getitem__(self, coords: Any) -> Callable[[Any], Tensor]:
+        access = self.tensor[coords]
+        return lambda value: self._assign(access, as_expr(value))
 
-    return Update()
+    def _assign(self, to: Access, value: Expr) -> Tensor:
+        trace, written = _trace(), replace(self.tensor, role="output", kind="state")
+        if self.op and written.dtype not in ATOMIC[self.op]:
+            kinds = ", ".join(t.name for t in ATOMIC[self.op])
+            raise ProgramError(
+                "P106", f"{written.name} is {written.dtype}: add updates arrays of {kinds}",
+                where=_user_line(), hint="add into an array of a wider type, then convert it",
+            )  # fmt: skip
+        trace.tensors[written.name] = written
+        _check_bound(to.coords, value)
+        _check_moves(to, value, self.op)
+        target = Access(written, to.coords, written.dtype)
+        trace.body.append(_statement(target, value, self.op))
+        return written
 
 
-def _check_moves(to: Access, value: Expr) -> None:
-    """What is updated is read where it is written, or nowhere: the order of updates is open."""
+def update(tensor: Tensor) -> Update:
+    """Writes into a parameter: see `Update`."""
+    return Update(tensor)
+
+
+def _check_moves(to: Access, value: Expr, op: str) -> None:
+    """What is updated is read where it is written, at plain indices, or nowhere: the order of
+    updates is open, and computed coordinates may repeat."""
+    plain = all(isinstance(c, Index) for c in to.coords)
     for x in walk(value):
-        if isinstance(x, Access) and x.tensor.name == to.tensor.name and x.coords != to.coords:
+        if not isinstance(x, Access) or x.tensor.name != to.tensor.name:
+            continue
+        if x.coords != to.coords or not plain or op:
             raise ProgramError(
                 "P103", f"{to} is updated from {x}, which another update may have changed",
-                where=_user_line(), hint="read from another parameter, or write to an output",
+                where=_user_line(),
+                hint=f"tw.update({to.tensor.name}).add[…](value) adds; else read from another "
+                "parameter, or write to an output",
             )  # fmt: skip
 
 
@@ -358,11 +388,11 @@ def _assign(how: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
     return tensor
 
 
-def _statement(to: Access, value: Expr) -> Assign:
-    """`to = value`; no reduction binds an index that the coordinates or a reduction around it
+def _statement(to: Access, value: Expr, op: str = "") -> Assign:
+    """`to = value`, or `to += value` with op "sum"; no reduction binds an index that the coordinates or a reduction around it
     bind."""
     bound = frozenset().union(*(free_vars(c) for c in to.coords))
-    return Assign(to, cast(rename_reductions(value, bound), to.dtype))
+    return Assign(to, cast(rename_reductions(value, bound), to.dtype), op)
 
 
 def _output_dtype(value: Expr) -> DType:
