@@ -435,8 +435,8 @@ def test_padding_that_holds_a_fill_is_guarded_on_a_gpu():
 
         return str(p.decompose(A=tw.ell(2)).lower("cuda:sm_90a"))
 
-    assert "where(j >= 0, A.values" in product(float("inf"))
-    assert "where(j >= 0, A.values" not in product(0.0)
+    assert "where(n >= 0, A.values" in product(float("inf"))
+    assert "where(n >= 0, A.values" not in product(0.0)
 
 
 @pytest.mark.parametrize("fmt", ["csf", "listed rows", "listed relations", "blocks of rows"])
