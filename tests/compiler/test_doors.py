@@ -487,7 +487,7 @@ def test_the_hint_for_an_output_of_another_dtype(rng, target, sparse):
         return scaled.build(target)
 
     A, x = tw.csr().pack(matrix(rng)), rng.uniform(1, 2, 9).astype(np.float32)
-    wide = A.with_values(np.zeros(A.nnz), dtype="float64") if sparse else np.zeros(9)
+    wide: Any = A.with_values(np.zeros(A.nnz), dtype="float64") if sparse else np.zeros(9)
     with pytest.raises(ArgumentError) as caught:
         made(tw.out)(A, x, out=wide)
     assert caught.value.code == "A102" and ".typed(out=" not in caught.value.hint

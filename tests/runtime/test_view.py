@@ -280,7 +280,7 @@ def _lazy(name: str) -> Any:
             "jagged": lambda: torch.nested.nested_tensor(rows, layout=torch.jagged),
             "complex": lambda: torch.complex(x, x),
             "conjugated": lambda: torch.complex(x, x).conj(),
-            "sparse": lambda: x.to_sparse(),
+            "sparse": x.to_sparse,
         }[name]()
 
 
