@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -265,3 +266,61 @@ def test_torch_refusals() -> None:
         with pytest.raises(ArgumentError) as caught:
             view(bad)
         assert caught.value.code == code
+
+
+def _lazy(name: str) -> Any:
+    torch = pytest.importorskip("torch")
+    x = torch.arange(1.0, 7.0).reshape(2, 3)
+    with warnings.catch_warnings(action="ignore"):  # torch calls nested tensors a prototype
+        rows = [torch.ones(2), torch.ones(3)]
+        return {
+            "negated": lambda: torch._neg_view(x),
+            "imaginary part": lambda: torch.complex(x, x).conj().imag,
+            "nested": lambda: torch.nested.nested_tensor(rows),
+            "jagged": lambda: torch.nested.nested_tensor(rows, layout=torch.jagged),
+            "complex": lambda: torch.complex(x, x),
+            "conjugated": lambda: torch.complex(x, x).conj(),
+            "sparse": x.to_sparse,
+        }[name]()
+
+
+@pytest.mark.parametrize(
+    "name", ["negated", "imaginary part", "nested", "jagged", "complex", "conjugated", "sparse"]
+)
+def test_the_hint_helps(name: str) -> None:
+    """What the hint says, done to the tensor, is an array."""
+    torch = pytest.importorskip("torch")
+    x = _lazy(name)
+    with pytest.raises(ArgumentError) as caught:
+        view(x)
+    call = re.search(r"(x|torch)\.\w+\((?:[^()]|\(\))*\)", caught.value.hint)
+    assert call, caught.value.hint
+    with warnings.catch_warnings(action="ignore"):
+        array = eval(call[0], {"x": x, "torch": torch})
+    assert view(array).device == "cpu"
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float32", "float64"])
+def test_the_stride_of_one_element_is_any(dtype: str) -> None:
+    """It is never used; of more elements it must be a multiple of their size."""
+    item = np.dtype(dtype).itemsize
+    base = np.arange(64).astype(dtype)
+
+    def strided(shape: tuple[int, ...], steps: tuple[int, ...]) -> np.ndarray:
+        return np.lib.stride_tricks.as_strided(base, shape, steps)
+
+    for shape, steps in (
+        ((1, 3), (item + 1, item)),
+        ((3, 1), (2 * item, 1)),
+        ((2, 1, 2), (item, 3 * item - 1, 4 * item)),
+        ((1,), (-1,)),
+        ((1, 1), (1, 1)),
+    ):
+        x = strided(shape, steps)
+        np.testing.assert_array_equal(read(view(x)), x)
+    odd = strided((2, 3), (item + 1, item))
+    for _ in range(2):  # the strides of one element are remembered with their shape
+        with pytest.raises(ArgumentError) as caught:
+            view(odd)
+        assert caught.value.code == "A104"
+        view(strided((1, 3), (item + 1, item)))

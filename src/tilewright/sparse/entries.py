@@ -99,8 +99,14 @@ def _from_torch(t: Any) -> Entries:
 
 def _from_scipy(matrix: Any) -> Entries:
     """A SciPy matrix, in the order of its `data` where it has one entry for each coordinate."""
-    if getattr(matrix, "format", "") in ("csr", "csc", "bsr"):
+    layout = getattr(matrix, "format", "")
+    if layout in ("csr", "csc", "bsr"):
         coords, data = _of_compressed(matrix)
+    elif layout == "dia":  # its non-zeros: SciPy would count the rows
+        diagonal, cols = np.nonzero(matrix.data[:, : matrix.shape[1]])
+        rows = cols - matrix.offsets[diagonal]
+        inside = (rows >= 0) & (rows < matrix.shape[0])
+        coords, data = (rows[inside], cols[inside]), matrix.data[diagonal, cols][inside]
     else:
         coo = matrix.tocoo()
         coords, data = coo.coords if hasattr(coo, "coords") else (coo.row, coo.col), coo.data

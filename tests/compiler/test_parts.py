@@ -1,0 +1,163 @@
+"""Composed formats: promises that their parts keep, masks and entries that agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.compiler.cases import matrix, pack
+
+import tilewright as tw
+from tilewright.errors import FormatError
+from tilewright.ir.levels import Compressed, Dense
+
+
+@tw.program
+def largest(A=tw.sparse("m n")):
+    i, j = tw.indices("m n")
+    return tw.out[i](tw.max(A[i, j], over=j))
+
+
+@tw.program
+def spmm(A=tw.sparse("m n"), X=tw.dense("n d")):
+    i, j, k = tw.indices("m n d")
+    return tw.out[i, k](tw.sum(A[i, j] * X[j, k], over=j))
+
+
+ROWS = {
+    "dcsr": tw.dcsr(),
+    "csr": tw.csr(),
+    "bucket": tw.bucket(9),
+    "pieces": tw.bucket(1, split=True),
+    "dbsr": tw.dbsr(2),
+    "bsr": tw.bsr(2),
+}
+COLUMNS_FIRST = {
+    "csc": tw.csc(),
+    "dcsc": tw.Format("dcsc", (Compressed(1), Compressed(0))),
+    "blocks by column": tw.Format(
+        "bsc",
+        (
+            Dense(1, block=2), Compressed(0, block=2),
+            Dense(0, block=2, inner=True), Dense(1, block=2, inner=True),
+        ),
+    ),
+}  # fmt: skip
+
+
+def covering(part: tw.Format, disjoint: bool = True) -> tw.Composed:
+    parts = ((tw.Where(0, 2), part), (tw.Where(3), tw.dcsr()))
+    return tw.Composed("covering", parts, disjoint_rows=disjoint, covers_rows=True)
+
+
+@pytest.mark.parametrize("target", ["cpp", "interp"])
+@pytest.mark.parametrize("kind", ["sparse", "random", "empty", "one column", "one row"])
+@pytest.mark.parametrize("part", ROWS)
+def test_rows_without_entries_are_stored_where_rows_are_covered(part, kind, target, rng):
+    """No kernel has to set the output first: each row is written, the empty ones too."""
+    fmt = covering(ROWS[part])
+    dense = matrix(kind, 9, 8, rng)
+    packed = pack(fmt, dense)
+    np.testing.assert_array_equal(fmt.pack(dense).dense(), dense)
+    x = rng.uniform(-1, 1, (8, 3)).astype(np.float32)
+    y = spmm.decompose(A=fmt).build(target)(packed, x, out=np.full((9, 3), np.nan, np.float32))
+    np.testing.assert_allclose(y, dense @ x, rtol=1e-5, atol=1e-5)
+    if fmt.unique_rows:
+        m = largest.decompose(A=fmt).build(target)(packed, out=np.full(9, np.nan, np.float32))
+        wanted = np.where(dense != 0, dense, -np.inf).max(axis=1)
+        np.testing.assert_array_equal(m, wanted)
+
+
+@pytest.mark.parametrize("part", [*COLUMNS_FIRST, "coo"])
+def test_parts_that_cannot_store_an_empty_row(part):
+    fmt = {**COLUMNS_FIRST, "coo": tw.coo()}[part]
+    with pytest.raises(FormatError) as caught:
+        covering(fmt)
+    assert caught.value.code == "F101" and "parts[0]" in caught.value.message
+    assert caught.value.where == "covers_rows"
+
+
+@pytest.mark.parametrize("target", ["cpp", "interp"])
+@pytest.mark.parametrize("part", COLUMNS_FIRST)
+def test_columns_first_does_not_cover_rows(part, target, rng):
+    """A dense level of columns stores every column, not every row."""
+    fmt = COLUMNS_FIRST[part]
+    assert not fmt.covers_rows
+    dense = matrix("sparse", 9, 8, rng)
+    mixed = tw.Composed("mixed", ((tw.Where(0, 2), fmt), (tw.Where(3), tw.dcsr())))
+    x = rng.uniform(-1, 1, (8, 3)).astype(np.float32)
+    for one in (fmt, mixed):
+        y = spmm.decompose(A=one).build(target)(
+            pack(one, dense), x, out=np.full((9, 3), np.nan, np.float32)
+        )
+        np.testing.assert_allclose(y, dense @ x, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------- choose
+
+
+@dataclass(frozen=True)
+class Says:
+    """A part that chooses what it is told to."""
+
+    rows: Any
+    numbers: Any
+
+    def choose(self, entries: Any) -> Any:
+        return self.rows, self.numbers
+
+
+DENSE = np.array([[1, 2], [0, 3], [0, 0]], np.float32)  # entries 0, 1 in row 0; 2 in row 1
+T, F = True, False
+FIRST, SECOND = np.array([T, F, F]), np.array([F, T, T])
+
+
+def told(*parts: tuple[Any, Any], **promises: bool) -> tw.Composed:
+    return tw.Composed("told", tuple((Says(*p), tw.dcsr()) for p in parts), **promises)
+
+
+@pytest.mark.parametrize("promises", [{}, {"disjoint_rows": True, "covers_rows": True}])
+def test_a_choice_that_agrees(promises):
+    fmt = told((FIRST, np.array([1, 0])), (SECOND, np.array([2])), **promises)
+    np.testing.assert_array_equal(fmt.pack(DENSE).dense(), DENSE)
+    assert told((FIRST, [0, 1]), (SECOND, [2])).pack(DENSE).nnz == 3
+    empty = told((np.zeros(3, bool), []), (np.ones(3, bool), [0, 1, 2])).pack(DENSE)
+    np.testing.assert_array_equal(empty.dense(), DENSE)
+
+
+BAD = {
+    "a row that the mask leaves out": (FIRST, [0, 1, 2]),
+    "only rows that the mask leaves out": (np.array([F, F, T]), [0, 1]),
+    "a mask of numbers": (np.array([1, 0, 0]), [0, 1]),
+    "a mask of another length": (np.array([T, F]), [0, 1]),
+    "row numbers": (np.array([0]), [0, 1]),
+    "a mask of two dimensions": (np.array([[T, F, F]]), [0, 1]),
+    "entries beyond the last": (FIRST, [0, 3]),
+    "entries before the first": (FIRST, [0, -3]),
+    "a mask of entries": (FIRST, np.array([T, T, F])),
+    "fractions": (FIRST, [0.0, 1.0]),
+    "two dimensions": (FIRST, [[0, 1]]),
+    "no array": (FIRST, None),
+}
+
+
+@pytest.mark.parametrize("promises", [{}, {"disjoint_rows": True}])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_choice_that_disagrees(bad, promises):
+    with pytest.raises(FormatError) as caught:
+        told(BAD[bad], (SECOND, [2]), **promises).pack(DENSE)
+    assert caught.value.code == "F106"
+    assert "parts[0] of told" in caught.value.message and "3 rows" in caught.value.hint
+
+
+@pytest.mark.parametrize("given", [None, 5, (), (FIRST,), (FIRST, [0], [1])])
+def test_a_choice_that_is_no_pair(given):
+    class Odd:
+        def choose(self, entries: Any) -> Any:
+            return given
+
+    with pytest.raises(FormatError) as caught:
+        tw.Composed("odd", ((Odd(), tw.dcsr()),)).pack(DENSE)
+    assert caught.value.code == "F106"
