@@ -320,7 +320,7 @@ def attention_of(case: Case) -> tw.Attention:
     return tw.Attention(*case.heads, case.q.shape[2], cls(**scalars), case.sm_scale)
 
 
-def arrays_of(case: Case) -> dict[str, np.ndarray]:
+def arrays_of(case: Case) -> dict[str, Any]:
     return {n: x for n, x in case.values.items() if isinstance(x, np.ndarray)}
 
 

@@ -131,7 +131,8 @@ def test_which_size_is_0():
         with pytest.raises(ArgumentError, match=f"A103.*has {name} 0"):
             KV.paged(**parts(k_pages=k, v_pages=k))
     with pytest.raises(ArgumentError, match=r"A103.*has kv_heads 0"):
-        KV.ragged(*[np.zeros((4, 0, 8), np.float32)] * 2, np.array([0, 4], np.int32))
+        none = np.zeros((4, 0, 8), np.float32)
+        KV.ragged(none, none, np.array([0, 4], np.int32))
 
 
 def test_ragged():
