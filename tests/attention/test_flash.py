@@ -339,6 +339,28 @@ def test_bad_arguments_of_plan(rng):
     refused("A109", attn.plan, [0, 3, 2], kv)
     refused("A109", attn.plan, [1, 2, 3], kv)
     refused("A103", attn.plan, [0, 1, 2], kv, workers=0)
+    assert "no value 'worker'" in refused("A101", attn.plan, [0, 1, 2], kv, worker=4).message
+    refused("A101", attn.plan, [0, 1, 2], kv, window=3)
+    windowed = Attention(6, 2, 64, SlidingWindow(window=3))
+    assert "window" in refused("A101", windowed.plan, [0, 1, 2], kv, windw=3).hint
+    refused("A102", windowed.plan, [0, 1, 2], kv, window="wide")
+    refused("A102", windowed.plan, [0, 1, 2], kv, window=np.float32(3.0))
+    windowed.plan([0, 1, 2], kv, window=np.int64(3))
+    windowed.plan([0, 1, 2], kv, window=np.array([3], np.int32))  # read when it runs
+    q, _ = queries(rng, [1, 1], 6, 64)
+    refused("A101", windowed.bind, q, kv, windw=3)
+
+
+def test_heads_before_slots_are_recognised():
+    k = np.zeros((3, 2, 16, 64), np.float32)  # (pages, kv_heads, page_size, head_dim)
+    arrays = [np.array(x, np.int32) for x in ([0, 3], [0, 1, 2], [1])]
+    attn = Attention(6, 2, 64)
+    wrong = refused("A103", attn.plan, [0, 1], KV.paged(k, k, *arrays))
+    assert "transpose(0, 2, 1, 3)" in wrong.hint
+    right = k.transpose(0, 2, 1, 3)
+    attn.plan([0, 1], KV.paged(right, right, *arrays))
+    three = np.zeros((3, 16, 3, 64), np.float32)
+    assert not refused("A103", attn.plan, [0, 1], KV.paged(three, three, *arrays)).hint
 
 
 def test_source_is_shown(rng):

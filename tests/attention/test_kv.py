@@ -110,6 +110,31 @@ def test_contents_out_of_range():
     refused("A109", "last_page_len", last_page_len=np.array([-1, 0, 16], np.int32))
 
 
+def test_entries_behind_the_last_page_are_not_looked_at(rng):
+    """A buffer of a recorded step is longer than what is in use."""
+    kv = paged(rng, [40, 3], (16, 2, 8))
+    k, v, indptr, names, last = kv.arrays
+    longer = np.append(names, np.array([-1, 2**31 - 1, -(2**31)], np.int32))
+    same = KV.paged(k, v, indptr, longer, last)
+    for r in (0, 1):
+        for a, b in zip(reference.gather(kv, r), reference.gather(same, r), strict=True):
+            np.testing.assert_array_equal(a, b)
+    refused("A109", "kv_indices", kv_indices=np.array([5, 0, 3, 6, 0], np.int32))
+    KV.paged(**parts(kv_indices=np.array([5, 0, 3, 5, -7], np.int32)))
+
+
+def test_which_size_is_0():
+    for axis, name in enumerate(("page_size", "kv_heads", "head_dim"), 1):
+        shape = [6, 16, 2, 8]
+        shape[axis] = 0
+        k = np.zeros(shape, np.float32)
+        with pytest.raises(ArgumentError, match=f"A103.*has {name} 0"):
+            KV.paged(**parts(k_pages=k, v_pages=k))
+    with pytest.raises(ArgumentError, match=r"A103.*has kv_heads 0"):
+        none = np.zeros((4, 0, 8), np.float32)
+        KV.ragged(none, none, np.array([0, 4], np.int32))
+
+
 def test_ragged():
     k = np.zeros((9, 2, 8), np.float16)
     kv = KV.ragged(k, k.copy(), np.array([0, 4, 9], np.int32))

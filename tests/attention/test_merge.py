@@ -14,7 +14,7 @@ from tilewright.attention import merge, reference
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
 from tilewright.attention.variant import Full
-from tilewright.errors import ArgumentError
+from tilewright.errors import ArgumentError, TilewrightError
 
 seeds = st.integers(0, 2**32)
 
@@ -74,6 +74,55 @@ def test_torch(rng):
     a, b = random_state(rng), random_state(rng)
     merged = merge.merge([State(torch.from_numpy(s.o), torch.from_numpy(s.lse)) for s in (a, b)])
     same(State(merged.o.numpy(), merged.lse.numpy()), a.merge(b))
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@given(seeds)
+def test_o_is_not_read_where_there_are_no_keys(library, seed):
+    """A kernel may leave anything in o where lse is −inf."""
+    rng = np.random.default_rng(seed)
+    a, b, c = (random_state(rng) for _ in range(3))
+    wanted, dirty = merge.merge([a, b, c]), []
+    for s in (a, b, c):
+        none = np.isneginf(s.lse)
+        o = s.o.copy()
+        o[none] = rng.choice([np.nan, np.inf, -np.inf, 3e38], o[none].shape)
+        dirty.append(State(o, s.lse))
+    if library == "torch":
+        torch = pytest.importorskip("torch")
+        dirty = [State(torch.from_numpy(s.o), torch.from_numpy(s.lse)) for s in dirty]
+    found = merge.merge(dirty)
+    np.testing.assert_allclose(np.asarray(found.o), wanted.o, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(found.lse), wanted.lse, rtol=1e-5)
+
+
+def code(states):
+    with pytest.raises(TilewrightError) as e:
+        merge.merge(states)
+    return e.value.code
+
+
+def test_states_of_different_kinds(monkeypatch):
+    a = random_state(np.random.default_rng(0))
+    assert code([a, State(a.o.astype(np.float64), a.lse)]) == "A102"
+    assert code([a, State(a.o, a.lse.astype(np.float64))]) == "A102"
+    assert code([State(a.o.astype(np.int32), a.lse)]) == "A102"
+    assert code([a, State(a.o[:2], a.lse[:2])]) == "A103"
+    assert code([State(a.o, a.lse[..., None])]) == "A103"
+    assert code([State(a.o.tolist(), a.lse)]) == "A107"
+    assert code([a, State(a.o.tolist(), a.lse.tolist())]) == "A107"
+    monkeypatch.setattr(merge, "find_spec", lambda name: None)
+    assert code([State(a.o.tolist(), a.lse.tolist())]) == "E101"
+
+
+def test_numpy_with_torch():
+    torch = pytest.importorskip("torch")
+    a = random_state(np.random.default_rng(0))
+    b = State(torch.from_numpy(a.o), torch.from_numpy(a.lse))
+    assert code([a, b]) == code([b, a]) == code([State(a.o, b.lse)]) == "A107"
+    assert code([b, State(b.o.double(), b.lse)]) == "A102"
+    assert code([State(b.o.long(), b.lse)]) == "A102"
+    assert code([b, State(b.o.to("meta"), b.lse.to("meta"))]) == "A105"
 
 
 def test_errors():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
+import math
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from tests.attention.cases import ALL_VARIANTS, Strange
 
 from tilewright import dtypes
 from tilewright.attention import bounds, flash, reference
+from tilewright.attention.batch import Attention
 from tilewright.attention.variant import (
     Alibi,
     Causal,
@@ -101,6 +104,178 @@ def test_ill_formed_variants():
     refused("P106", mask=lambda self, at: (at.kv <= at.qo) + (at.kv < 3))
     refused("P106", cap=scalar("float64"), logits=lambda self, s, at: s * self.cap)
     refused("P106", cap=per_head("float16"), logits=lambda self, s, at: s)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_comparisons_that_python_has_decided(same):
+    """`==` of expressions compares their text: as a mask it would see every key, or none."""
+
+    def mask(self, at):
+        return at.kv // 4 == at.qo // 4 if same else at.kv // 4 != at.qo // 4
+
+    with pytest.raises(ProgramError, match=r"P101.*(?s:.*)tw\.equal"):
+        variant(type("Chunks", (), {"mask": mask}))
+    refused("P101", mask=lambda self, at: True)
+    refused("P101", mask=lambda self, at: np.True_)
+    refused("P101", mask=lambda self, at: at.kv in (at.qo, 3))
+    refused("P101", mask=lambda self, at: (at.kv <= at.qo) & (at.kv == at.qo))
+    refused("P101", logits=lambda self, s, at: s == at.kv)
+
+
+def test_misspelt_hooks():
+    for name, meant in {"logit": "logits", "masks": "mask", "Mask": "mask"}.items():
+        with pytest.raises(ProgramError, match=rf"P101.*{name}(?s:.*)did you mean {meant}\?"):
+            variant(type("Bad", (), {name: lambda self, at: at.kv <= at.qo}))
+    refused("P101", sink_logit=lambda self, at: 0.0)
+    refused("P101", mask=lambda self, at: at.kv <= at.qo, masked=lambda self, at: at.kv > 3)
+
+    @variant
+    class Helped:
+        """Called by a hook, called by what a hook calls, in a branch not taken, private."""
+
+        windowed = False
+
+        def mask(self, at):
+            return self.near(at) if self.windowed else self.past(at)
+
+        def near(self, at):
+            return self.past(at) & (at.qo - at.kv < 4)
+
+        def past(self, at):
+            return at.kv <= at.qo
+
+        def _unused(self, at):
+            return at.kv > 3
+
+    assert str(Helped.traced.mask) == str(Causal.traced.mask)
+
+
+def test_names_of_values():
+    """A value is given by its name to run, plan and bind, whose own arguments are taken."""
+    functions = (Attention.run, Attention.plan, Attention.bind, reference.attention)
+    taken = {n for f in functions for n in inspect.signature(f).parameters} - {"values"}
+    for name in taken | {"fixed", "traced"}:
+        refused("P101", **{name: scalar("float32", 1.0)})
+        refused("P101", **{name: per_head("int32")})
+
+    @variant
+    class Unusual:
+        p = scalar("float32", 2.0)
+        int = scalar("int32", 3)
+        at = scalar("float32", 1.0)
+
+        def logits(self, s, at):
+            return s * self.p + self.at * self.int
+
+    assert [v.name for v in Unusual.traced.values] == ["p", "int", "at"]
+
+
+def seen(cls, **values):
+    """The mask of a variant over 12 queries and 12 keys."""
+    places = {"at.kv": np.arange(12)[None], "at.qo": np.arange(12)[:, None]}
+    found = reference.evaluate(cls.traced.mask, places, values)
+    return np.broadcast_to(found, (12, 12))
+
+
+def test_hooks_compose_by_super():
+    @variant
+    class Late(SlidingWindow):
+        skipped = scalar("int32", 2)
+
+        def mask(self, at):
+            return super().mask(at) & ~(at.kv < self.skipped)
+
+        def logits(self, s, at):
+            return super().logits(s, at) * 2.0  # SlidingWindow has none: the score itself
+
+    @variant
+    class Later(Late):
+        def mask(self, at):
+            return super().mask(at) | super(Late, self).mask(at) & (at.kv > 10)
+
+    qo, kv = np.arange(12)[:, None], np.arange(12)[None]
+    window = (kv <= qo) & (qo - kv < 3)
+    np.testing.assert_array_equal(seen(Late, window=3, skipped=2), window & (kv >= 2))
+    np.testing.assert_array_equal(
+        seen(Later, window=3, skipped=2), (window & (kv >= 2)) | (window & (kv > 10))
+    )
+    assert str(Late.traced.logits) == "s * 2" and len(Later.traced.values) == 2
+    assert repr(Later(window=4)) == "Later(skipped=2, window=4)"
+
+    @variant
+    class Capped(Softcap):
+        @property
+        def half(self):
+            return self.soft_cap * 0.5
+
+        @staticmethod
+        def bent(s):
+            return trace.tanh(s)
+
+        def logits(self, s, at):
+            return self.bent(super().logits(s, at)) * self.half
+
+    assert "tanh" in str(Capped.traced.logits) and str(Capped.traced.mask) == "at.kv <= at.qo"
+
+
+def test_conditions_are_inverted():
+    @variant
+    class Future:
+        def mask(self, at):
+            return ~(at.kv <= at.qo)
+
+    np.testing.assert_array_equal(seen(Future), np.triu(np.ones((12, 12), bool), 1))
+
+    @variant
+    class Odd:
+        def mask(self, at):
+            return equal(~at.kv & 1, 0)  # ~x of an integer inverts its bits
+
+    np.testing.assert_array_equal(seen(Odd), np.broadcast_to(np.arange(12) % 2 == 1, (12, 12)))
+    refused("P106", logits=lambda self, s, at: ~s)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, np.int16])
+def test_numbers_of_numpy_in_a_hook(kind):
+    four = kind(4)
+
+    @variant
+    class Window:
+        def mask(self, at):
+            return (at.qo - at.kv < four) & (four - 4 <= four * at.kv) & (at.kv <= at.qo)
+
+    kv, qo = np.arange(12)[None], np.arange(12)[:, None]
+    np.testing.assert_array_equal(seen(Window), (qo - kv < 4) & (kv <= qo))
+
+
+def test_floats_of_numpy_in_a_hook():
+    half, third = np.float32(0.5), np.float64(1 / 3)
+
+    @variant
+    class Scaled:
+        def logits(self, s, at):
+            return half * s + np.float16(2.0) - s * third
+
+    assert Scaled.traced.logits.dtype == dtypes.float32
+    value = reference.evaluate(Scaled.traced.logits, {"s": np.float64(3.0)}, {})
+    np.testing.assert_allclose(value, 1.5 + 2.0 - 1.0, rtol=1e-7)
+    refused("P106", mask=lambda self, at: at.kv < np.int64(2**40))
+
+
+def test_what_python_cannot_do_with_symbols_has_a_code():
+    table, torch_like = np.arange(100).reshape(10, 10), [1, 2, 3]
+    refused("P101", logits=lambda self, s, at: s + table[at.qo, at.kv])
+    refused("P101", logits=lambda self, s, at: s + torch_like[at.qo])
+    refused("P101", logits=lambda self, s, at: s + table)
+    refused("P101", logits=lambda self, s, at: table * s)
+    refused("P101", logits=lambda self, s, at: math.tanh(s))
+    refused("P101", logits=lambda self, s, at: np.tanh(s))
+    refused("P101", logits=lambda self, s, at: s.relu())
+    refused("P101", mask=lambda self, at: at.kv[0] > 3)
+    refused("P101", mask=lambda self, at: sum(range(at.kv)) > 3)
+    with pytest.raises(ProgramError, match="IndexError") as e:
+        variant(type("Bad", (), {"logits": lambda self, s, at: s + table[at.qo, at.kv]}))
+    assert isinstance(e.value.__cause__, IndexError)
 
 
 def test_bad_values():
