@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("jinja2", reason="chat templates need the models extra")
 
 from tilewright.errors import ModelError
+from tilewright.serve import chat as chat_module
 from tilewright.serve.chat import MAX_MESSAGES, ChatTemplate, check_messages
 from tilewright.serve.tokenizer import load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
@@ -64,7 +65,7 @@ HOSTILE = {
     "recurses": "{% macro f(n) %}{{ f(n-1) ~ f(n-1) if n }}{% endmacro %}{{ f(60) }}",
     "recurses for ever": "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
     "multiplies text": "{{ 'a' * 10 ** 9 }}",
-    "makes a huge number": "{{ 10 ** 10 ** 9 }}",
+    "makes a huge number": "{{ 10 ** (10 ** 9) }}",
     "formats with a width": "{{ '%1000000000d' % 1 }}",
     "pads by a method": "{{ 'a'.ljust(1000000000) }}",
     "pads by format": "{{ '{:1000000000}'.format(1) }}",
@@ -98,7 +99,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_hostile_template(what: str):
+def test_hostile_template(what: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chat_module, "MAX_SECONDS", 0.5)
     with pytest.raises(ModelError) as error:
         ChatTemplate(HOSTILE[what]).render([{"role": "user", "content": "x" * 1000}])
     assert error.value.code == "M107"
@@ -148,7 +150,7 @@ def test_malformed_messages(messages: Any, where: str):
 
 def test_text_parts_are_joined():
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
-    assert check_messages([{"role": "user", "content": parts, "name": "me"}]) == HELLO
+    assert check_messages([{"role": "user", "content": parts, "other": 1}]) == HELLO
 
 
 def test_fit_leaves_out_the_oldest(tiny_path: Path):
@@ -162,9 +164,9 @@ def test_fit_leaves_out_the_oldest(tiny_path: Path):
         for left_out in range(0, 9, 2):
             sizes[left_out] = len(tokenizer.encode(chat.render([*first, *talk[left_out:]])))
         for limit in range(sizes[8], sizes[0] + 2):
-            ids, left_out = chat.fit([*first, *talk], tokenizer, limit)
+            ids, left_out = chat.fit([*first, *talk], limit)
             assert left_out == next(n for n in range(0, 9, 2) if sizes[n] <= limit)
             assert ids == tokenizer.encode(chat.render([*first, *talk[left_out:]]))
         with pytest.raises(ModelError) as error:
-            chat.fit([*first, *talk], tokenizer, sizes[8] - 1)
+            chat.fit([*first, *talk], sizes[8] - 1)
         assert error.value.code == "M105"

@@ -83,10 +83,10 @@ def test_stops_at_the_end_token(fresh: LLM):
     while len(tokens) < 30:
         tokens.append(fresh.model.decode(tokens[-1]))
     last = next(n for n in range(3, 30) if tokens[n] not in tokens[:n])
-    fresh.tokenizer.eos = tokens[last]
+    fresh.tokenizer.ends = {tokens[last]}
     assert fresh.generate(HELLO) == spoken(fresh, tokens[:last])
     assert fresh.counts.answer_tokens == last
-    fresh.tokenizer.eos = tokens[0]
+    fresh.tokenizer.ends = {tokens[0]}
     assert fresh.generate(HELLO) == "" and fresh.counts.answer_tokens == 0
 
 

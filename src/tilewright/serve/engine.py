@@ -116,7 +116,7 @@ class LLM:
         assert self.template is not None
         capacity = self.model.cache.capacity
         limit = capacity - min(ANSWER_ROOM, capacity // 2)
-        return self.template.fit(messages, self.tokenizer, limit)[1]
+        return self.template.fit(messages, limit)[1]
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class LLM:
             ids = self.tokenizer.encode(prompt)
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            ids = self.tokenizer.encode(self.template.render(messages))
+            ids = self.template.tokens(messages)
         if len(ids) >= capacity:
             raise ModelError(
                 "M105", f"the prompt has {len(ids)} tokens, the context {capacity}", where="prompt",
@@ -154,7 +154,7 @@ class LLM:
         counts = self.counts = Counts()
         token = self._prompt(ids, counts, temperature, rng)
         began = time.perf_counter()
-        while token not in self._stops:
+        while token not in self.tokenizer.ends:
             counts.answer_tokens += 1
             counts.answer_s = time.perf_counter() - began
             piece = text.push(token)
@@ -216,10 +216,6 @@ class LLM:
                 where="stream",
                 hint="read one answer at a time",
             )
-
-    @property
-    def _stops(self) -> set[int]:
-        return {t for t in (self.tokenizer.eos,) if t is not None}
 
 
 def check_options(max_tokens: Any, temperature: Any, seed: Any) -> None:

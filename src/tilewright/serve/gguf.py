@@ -45,6 +45,13 @@ _SCALARS = {
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _DTYPES = {number: np.dtype(name) for number, name in _SCALARS.items()}
 _KINDS = {layout.gguf: layout.kind for layout in LAYOUTS.values()}
+# Names of tensor types by number (ggml), for errors: most are not read.
+_TYPE_NAMES = dict(
+    enumerate(
+        "F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS "
+        "IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M BF16".split()
+    )
+) | {34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"}
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
@@ -279,7 +286,8 @@ class _Reader:
         number = self.u32(f"the type of {name!r}")
         if number not in _KINDS:
             hint = f"supported: {', '.join(LAYOUTS)}; requantise the model to one of them"
-            raise self.damaged(f"tensor {name!r} has the weight type number {number}", "M104", hint)
+            told = _TYPE_NAMES.get(number, f"of the unknown number {number}")
+            raise self.damaged(f"tensor {name!r} has the weight type {told}", "M104", hint)
         kind = _KINDS[number]
         if shape[-1] % LAYOUTS[kind].elements:
             raise self.damaged(f"tensor {name!r}: rows of {shape[-1]} are not whole {kind} blocks")

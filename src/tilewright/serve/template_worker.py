@@ -1,0 +1,104 @@
+"""Renders a chat template in a process of its own, under limits of time and memory.
+
+`chat.py` runs this file as a script, and nothing imports it: it needs Jinja and the standard
+library only, so it starts fast. Input and output are lines of JSON. The first line is the setup:
+`path` (sys.path), `source`, `seconds` of processor time for one rendering, `bytes` of memory,
+`chars` of a prompt. Every other line holds the variables of one rendering and is answered with
+{"text": ...}, {"refused": ...} where the template called raise_exception, or {"error": ...}. A
+rendering beyond its time ends the process (SIGPROF).
+
+The environment offers what `transformers` offers to chat templates.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from datetime import datetime
+from typing import Any, NoReturn
+
+
+class Refused(Exception):
+    """The template refuses these messages."""
+
+
+def raise_exception(message: object) -> NoReturn:
+    raise Refused(str(message))
+
+
+def tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without Jinja's escapes for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def compiled(source: str) -> Any:
+    """The template in Jinja's immutable sandbox."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks the assistant's text for training; here it is its contents."""
+
+        tags = {"generation"}  # noqa: RUF012  # Jinja's own declaration
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def rendered(template: Any, variables: dict[str, Any], chars: int) -> str:
+    pieces: list[str] = []
+    for piece in template.generate(variables):
+        chars -= len(piece)
+        if chars < 0:
+            raise ValueError("the prompt is too long")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def main() -> None:
+    setup = json.loads(sys.stdin.readline())
+    sys.path[:] = setup["path"]
+    resource.setrlimit(resource.RLIMIT_AS, (setup["bytes"], setup["bytes"]))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    template = None
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
+        try:
+            template = template or compiled(setup["source"])
+            answer = {"text": rendered(template, json.loads(line), setup["chars"])}
+        except Refused as error:
+            answer = {"refused": str(error)[:200]}
+        except Exception as error:  # the parser and the template's own code may fail in any way
+            answer = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
