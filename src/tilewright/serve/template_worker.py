@@ -13,6 +13,7 @@ The environment offers what `transformers` offers to chat templates.
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import sys
@@ -35,14 +36,13 @@ def tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without Jinja's escapes for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+    """JSON without Jinja's escapes for HTML. Surrogates stay: `chat.py` gives them a meaning."""
+    text = json.dumps(
+        value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    if ensure_ascii:
+        text = re.sub("[^\0-~\ud800-\udfff]", lambda c: json.dumps(c[0])[1:-1], text)
+    return text
 
 
 def compiled(source: str) -> Any:
