@@ -29,7 +29,8 @@ FIELDS = """
 {% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}
 {{- m.content | trim if m.content }}
 {%- for call in m.tool_calls or [] %}{{ call.function.name }}{{ call | tojson }}
-{%- for key, value in call.function.arguments | items %}<{{ key }}>{{ value }}</{{ key }}>{% endfor %}
+{%- for key, value in call.function.arguments | items %}<{{ key }}>{{ value }}</{{ key }}>
+{%- endfor %}
 {%- endfor %}{{ m.tool_call_id }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 # Puts control tokens together from pieces, as Phi-3 does: <|user|>, <|end|>.

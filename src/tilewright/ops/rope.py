@@ -124,5 +124,9 @@ def rope_tables(
     positions: int, head_dim: int, base: float, scale: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines, float32 (positions, head_dim / 2). Positions are divided by `scale`."""
-    turns = np.arange(positions)[:, None] / scale * base ** (-np.arange(0, head_dim, 2) / head_dim)[None]
+    turns = (
+        np.arange(positions)[:, None]
+        / scale
+        * base ** (-np.arange(0, head_dim, 2) / head_dim)[None]
+    )
     return np.cos(turns).astype(np.float32), np.sin(turns).astype(np.float32)

@@ -110,7 +110,7 @@ def _malformed(rule: str, where: str) -> ModelError:
 class ChatTemplate:
     """A chat template and the tokenizer of its model. May be used from several threads.
 
-    The first rendering compiles it, so a template that is damaged fails there and not here."""
+    The first use compiles it, so a template that is damaged fails there and not here."""
 
     def __init__(self, source: str, tokenizer: Tokenizer | None = None) -> None:
         self.source, self.tokenizer = source, tokenizer
@@ -144,6 +144,13 @@ class ChatTemplate:
                 "the model has none", hint="it completes text: use generate instead of chat"
             )
         return cls(source, tokenizer)
+
+    def compiles(self) -> bool:
+        """Whether the source is a template. Raises MissingExtra."""
+        try:
+            return len(self.source) <= MAX_TEMPLATE_CHARS and "error" not in self._worker.ask(None)
+        except ModelError:
+            return False
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -282,25 +289,17 @@ def _unusable(rule: str, hint: str = "") -> ModelError:
 
 
 class _Worker:
-    """The process that renders a template: started at the first rendering, and after one died."""
+    """The process that renders a template: started at the first request, and after one died."""
 
     def __init__(self, source: str) -> None:
         self._source = source
         self._process: subprocess.Popen[bytes] | None = None
+        self._compiled: dict[str, str] = {}  # the answer to the setup
         self._lock = threading.Lock()
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """Raises ModelError: M106 where the template refuses the messages, M107; MissingExtra."""
-        with self._lock:
-            try:
-                answer = self._ask(variables)
-            except (OSError, ValueError):  # the pipe is closed, or the answer breaks off
-                self._stop()
-                limits = f"{MAX_SECONDS:g} s of processor time or {MAX_BYTES >> 20} MiB"
-                raise _unusable(f"rendering takes more than {limits}") from None
-            except BaseException:  # an interrupt: the answer would be taken for the next one's
-                self._stop()
-                raise
+        answer = self.ask(variables)
         if "refused" in answer:
             rule = f"the chat template refuses these messages: {answer['refused']}"
             raise ModelError("M106", rule)
@@ -308,16 +307,24 @@ class _Worker:
             raise _unusable(answer["error"])
         return answer["text"]
 
-    def _ask(self, variables: Mapping[str, Any]) -> dict[str, str]:
-        process = self._process
-        if process is None or process.poll() is not None:
-            process = self._start()
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps(variables).encode() + b"\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline(16 * MAX_PROMPT_CHARS))
+    def ask(self, variables: Mapping[str, Any] | None) -> dict[str, str]:
+        """The answer to a rendering, or of the compiler: for None, and where it failed."""
+        with self._lock:
+            try:
+                if self._process is None or self._process.poll() is not None:
+                    self._compiled = self._start()
+                if variables is None or "error" in self._compiled:
+                    return self._compiled
+                return self._exchange(self._process, variables)
+            except (OSError, ValueError):  # the pipe is closed, or the answer breaks off
+                self._stop()
+                limits = f"{MAX_SECONDS:g} s of processor time or {MAX_BYTES >> 20} MiB"
+                raise _unusable(f"it takes more than {limits}") from None
+            except BaseException:  # an interrupt: the answer would be taken for the next one's
+                self._stop()
+                raise
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> dict[str, str]:
         if find_spec("jinja2") is None:
             raise MissingExtra(
                 "E101", "chat templates need jinja2", hint="pip install 'tilewright[models]'"
@@ -337,9 +344,14 @@ class _Worker:
             "bytes": MAX_BYTES,
             "chars": MAX_PROMPT_CHARS,
         }
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(setup).encode() + b"\n")
-        return process
+        return self._exchange(process, setup)
+
+    @staticmethod
+    def _exchange(process: subprocess.Popen[bytes] | None, request: Any) -> dict[str, str]:
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline(16 * MAX_PROMPT_CHARS))
 
     def _stop(self) -> None:
         if self._process is not None:

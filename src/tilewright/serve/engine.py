@@ -91,7 +91,8 @@ class LLM:
         seed: int | None = None,
     ) -> Generator[str, None, None]:
         """The answer, piece by piece. `prompt`: a question, or messages of a chat; a model
-        without a chat template continues the text. `temperature` 0 takes the likeliest token.
+        without a chat template that compiles continues the text. `temperature` 0 takes the
+        likeliest token.
 
         One answer at a time: a new one ends those before it. Raises ModelError: M105 for a prompt
         longer than the context, M106 for bad arguments, and where an ended answer is read on, M101
@@ -121,19 +122,19 @@ class LLM:
     # -- inside ----------------------------------------------------------------------------------
 
     def _tokens(self, prompt: str | list[dict[str, Any]]) -> list[int]:
-        capacity = self.model.cache.capacity
-        if self.template is None:
-            if not isinstance(prompt, str):
-                raise ModelError(
-                    "M107",
-                    "this model has no chat template",
-                    where="prompt",
-                    hint="give it a text to continue",
-                )
+        capacity, template = self.model.cache.capacity, self.template
+        if isinstance(prompt, str) and (template is None or not template.compiles()):
             ids = self.tokenizer.encode(prompt)
+        elif template is None:
+            raise ModelError(
+                "M107",
+                "this model has no chat template",
+                where="prompt",
+                hint="give it a text to continue",
+            )
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            ids = self.template.tokens(messages)
+            ids = template.tokens(messages)
         if len(ids) >= capacity:
             raise ModelError(
                 "M105", f"the prompt has {len(ids)} tokens, the context {capacity}", where="prompt",

@@ -2,10 +2,11 @@
 
 `chat.py` runs this file as a script, and nothing imports it: it needs Jinja and the standard
 library only, so it starts fast. Input and output are lines of JSON. The first line is the setup:
-`path` (sys.path), `source`, `seconds` of processor time for one rendering, `bytes` of memory,
-`chars` of a prompt. Every other line holds the variables of one rendering and is answered with
-{"text": ...}, {"refused": ...} where the template called raise_exception, or {"error": ...}. A
-rendering beyond its time ends the process (SIGPROF).
+`path` (sys.path), `source`, `seconds` of processor time for one answer, `bytes` of memory, `chars`
+of a prompt. It is answered with {"text": ""}, or {"error": ...} where the source does not compile.
+Every other line holds the variables of one rendering and is answered with {"text": ...},
+{"refused": ...} where the template called raise_exception, or {"error": ...}. Work beyond its time
+ends the process (SIGPROF).
 
 The environment offers what `transformers` offers to chat templates.
 """
@@ -17,6 +18,7 @@ import re
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -86,18 +88,22 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (setup["bytes"], setup["bytes"]))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-    template = None
-    for line in sys.stdin:
+
+    def answer(work: Callable[[], str]) -> None:
         signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
         try:
-            template = template or compiled(setup["source"])
-            answer = {"text": rendered(template, json.loads(line), setup["chars"])}
+            found = {"text": work()}
         except Refused as error:
-            answer = {"refused": str(error)[:200]}
+            found = {"refused": str(error)[:200]}
         except Exception as error:  # the parser and the template's own code may fail in any way
-            answer = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+            found = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(found), flush=True)
+
+    templates: list[Any] = []
+    answer(lambda: templates.append(compiled(setup["source"])) or "")
+    for line in sys.stdin:
+        answer(lambda line=line: rendered(templates[0], json.loads(line), setup["chars"]))
 
 
 if __name__ == "__main__":

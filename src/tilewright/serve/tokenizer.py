@@ -7,8 +7,8 @@
     print(stream.finish())
 
 Encoding is exact for text that is valid Unicode; bytes that a byte-level vocabulary lacks are
-dropped, as the `tokenizers` library does. Sources: the tokenizers of GPT-2 and of llama2.c, and the GGUF keys
-`tokenizer.ggml.*`.
+dropped, as the `tokenizers` library does. Sources: the tokenizers of GPT-2 and of llama2.c, and the
+GGUF keys `tokenizer.ggml.*`.
 """
 
 from __future__ import annotations
