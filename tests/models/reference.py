@@ -26,7 +26,7 @@ def rotate(x: np.ndarray, positions: np.ndarray, config: LlamaConfig) -> np.ndar
     """Rotary positions. x: (tokens, heads, head_dim); angles in float64."""
     half = config.head_dim // 2
     frequencies = config.rope_base ** (-2.0 * np.arange(half) / config.head_dim)
-    angles = positions[:, None, None] * frequencies
+    angles = positions[:, None, None] / config.rope_scale * frequencies
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     out = np.empty_like(x)
     if config.rope_interleaved:

@@ -15,6 +15,7 @@ from tilewright.ops.linear import (
     gpu_recipe,
     interleave,
     linear_kernel,
+    weight_views,
 )
 
 SIZES = {  # rows and columns that are no multiples of tiles and lanes
@@ -65,6 +66,23 @@ def test_interleaved_rows(rng, kind, n, k, many):
         x, y = normal(rng, t, k), poisoned(t, n)
         kernel(x, *interleave(w.kind, w.data), out=y.reshape(t, -1, 16))
         close(y, x @ values(w).T, np.abs(x) @ np.abs(values(w)).T + 1)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
+@pytest.mark.parametrize("many", [False, True])
+def test_blocks_mean_what_the_gguf_library_says(rng, kind, many):
+    """Rows of the identity pick single weights, so that nothing rounds but the weight itself."""
+    gguf = pytest.importorskip("gguf", reason="the gguf library is the reference")
+    quantised = gguf.GGMLQuantizationType[kind.upper()]
+    raw = gguf.quants.quantize(normal(rng, 32, 64), quantised)
+    wanted = gguf.quants.dequantize(raw, quantised)
+    x = np.eye(64, dtype=np.float32)
+    got = linear_kernel(kind, many, 32, 64)(x, *weight_views(kind, raw))
+    assert np.array_equal(got.T, wanted)
+    got = linear_kernel(kind, many, 32, 64, interleaved=True)(x, *interleave(kind, raw))
+    assert np.array_equal(got.reshape(64, 32).T, wanted)
+    rows = embedding_kernel(kind)(np.arange(32, dtype=np.int32), *weight_views(kind, raw))
+    assert np.array_equal(rows.reshape(32, 64), wanted)
 
 
 def test_interleaving_moves_rows_and_nothing_else(rng):

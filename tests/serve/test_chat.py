@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import pytest
 pytest.importorskip("jinja2", reason="chat templates need the models extra")
 
 from tilewright.errors import ModelError
+from tilewright.serve import chat as chat_module
 from tilewright.serve.chat import MAX_MESSAGES, ChatTemplate, check_messages
-from tilewright.serve.tokenizer import load_tokenizer
+from tilewright.serve.tokenizer import BpeTokenizer, load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -57,6 +61,103 @@ def test_what_templates_rely_on():
     assert error.value.code == "M106"
 
 
+def test_what_transformers_offers():
+    """Filters, globals and blocks of its environment, with the results written by hand."""
+    talk = [
+        {"role": "user", "content": "a", "name": "Ann"},
+        {"role": "assistant", "content": "b", "reasoning_content": "why"},
+    ]
+    cases = {
+        "{{ messages | map(attribute='content') | join('+') }}": "a+b",
+        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}": "1",
+        "{{ messages | rejectattr('role', 'equalto', 'user') | map(attribute='role') | first }}":
+            "assistant",
+        "{{ [1, 2, 3, 4] | select('even') | list }}{{ [1, 2, 3] | reject('odd') | list }}":
+            "[2, 4][2]",
+        "{{ {'k': 'é<'} | tojson }}": '{"k": "é<"}',
+        "{{ {'k': 'é<'} | tojson(ensure_ascii=True) }}": '{"k": "\\u00e9<"}',
+        "{{ {'b': 1, 'a': 2} | tojson(sort_keys=true, separators=(',', ':')) }}": '{"a":2,"b":1}',
+        "{{ [1] | tojson(indent=2) }}": "[\n  1\n]",
+        "{% set j = joiner(', ') %}{% for i in range(3) %}{{ j() }}{{ i }}{% endfor %}": "0, 1, 2",
+        "{{ 'a\nb' | indent(2) }}": "a\n  b",
+        "{{ dict(a=1)['a'] }}{{ cycler('x', 'y').next() }}": "1x",
+        "{% generation %}{% set x = 1 %}{{ messages[1].content }}{% endgeneration %}{{ x }}": "b",
+        "{{ tools is none }}{{ documents is none }}{{ tools is defined }}": "TrueTrueTrue",
+        "{{ '%s-%d' % ('a', 3) }}{{ 'ab' * 2 }}{{ '{}!'.format(1) }}": "a-3abab1!",
+        "{{ messages[0].name }}{{ messages[1].reasoning_content }}{{ messages[1].name }}": "Annwhy",
+        "{% for m in messages %}{% if loop.index0 %}{% continue %}{% endif %}x{% endfor %}": "x",
+        "{{ strftime_now('%Y') | int > 2000 }}": "True",
+        "  {% if true %}\nx\n  {% endif %}\n": "x\n",
+    }  # fmt: skip
+    for source, expected in cases.items():
+        assert ChatTemplate(source).render(talk) == expected, source
+
+
+def test_tool_calls_reach_the_template():
+    function = {"name": "f", "arguments": {"x": [1, {"y": None}], "z": 1.5}}
+    talk = [
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "7", "function": function}]},
+        {"role": "tool", "content": "3", "tool_call_id": "7", "name": None},
+    ]
+    source = "{{ messages | tojson }}"
+    del talk[2]["name"]
+    assert json.loads(ChatTemplate(source).render(talk)) == talk
+
+
+def test_the_names_of_the_file(tiny_path: Path):
+    model = open_model(tiny_path)
+    held = {"tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.padding_token_id": 2}
+    source = "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}"
+    tokenizer = BpeTokenizer.from_metadata({**model.metadata, **held})
+    shown = "<|im_start|>|<|im_end|>|<|endoftext|>|<|im_end|>"
+    assert ChatTemplate(source, tokenizer).render(HELLO) == shown
+    assert ChatTemplate(source).render(HELLO) == "|||"
+
+
+def test_a_process_that_died_is_started_anew(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chat_module, "MAX_SECONDS", 0.5)
+    chat = ChatTemplate("{{ messages[0].content }}{% if messages[1] %}" + TWICE + "{% endif %}")
+    for _ in range(2):
+        assert chat.render(HELLO) == "Hello"
+        with pytest.raises(ModelError, match=r"M107.*processor time"):
+            chat.render(HELLO * 2)
+    process = chat._worker._process
+    assert process is None
+    assert chat.render(HELLO) == "Hello"
+    process = chat._worker._process
+    assert process is not None and process.poll() is None
+    process.kill()
+    process.wait()
+    assert chat.render(HELLO) == "Hello"
+    process = chat._worker._process
+    del chat
+    gc.collect()
+    assert process is not None and process.poll() is not None, "the process outlives its template"
+
+
+def test_threads_share_a_template():
+    chat = ChatTemplate("{{ messages[0].content }}")
+    texts = [str(n) * 100 for n in range(60)]
+    with ThreadPoolExecutor(6) as pool:
+        found = pool.map(lambda text: chat.render([{"role": "user", "content": text}]), texts)
+        assert list(found) == texts
+
+
+def test_an_interrupted_rendering_answers_nothing_later(monkeypatch: pytest.MonkeyPatch):
+    chat = ChatTemplate("{{ messages[0].content }}")
+    assert chat.render(HELLO) == "Hello"
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_module.json, "loads", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            chat.render([{"role": "user", "content": "lost"}])
+    assert chat.render(HELLO) == "Hello"
+
+
 TWICE = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 HOSTILE = {
     "does not parse": "{% if %}",
@@ -64,7 +165,7 @@ HOSTILE = {
     "recurses": "{% macro f(n) %}{{ f(n-1) ~ f(n-1) if n }}{% endmacro %}{{ f(60) }}",
     "recurses for ever": "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
     "multiplies text": "{{ 'a' * 10 ** 9 }}",
-    "makes a huge number": "{{ 10 ** 10 ** 9 }}",
+    "makes a huge number": "{{ 10 ** (10 ** 9) }}",
     "formats with a width": "{{ '%1000000000d' % 1 }}",
     "pads by a method": "{{ 'a'.ljust(1000000000) }}",
     "pads by format": "{{ '{:1000000000}'.format(1) }}",
@@ -98,7 +199,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_hostile_template(what: str):
+def test_hostile_template(what: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chat_module, "MAX_SECONDS", 0.5)
     with pytest.raises(ModelError) as error:
         ChatTemplate(HOSTILE[what]).render([{"role": "user", "content": "x" * 1000}])
     assert error.value.code == "M107"
@@ -138,6 +240,14 @@ def test_model_without_a_template(template: Any):
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"content\[0\]"),
         ([*HELLO, {"role": "system", "content": ""}], r"messages\[1\]"),
         (HELLO * 5000, "messages"),
+        ([{"role": "user", "content": None}], r"messages\[0\]\.content"),
+        ([{"role": "user", "content": "a\ud800"}], "messages"),
+        ([{**HELLO[0], "name": 5}], r"messages\[0\]\.name"),
+        ([{**HELLO[0], "reasoning_content": ["x"]}], "reasoning_content"),
+        ([{**HELLO[0], "tool_calls": "x"}], "tool_calls"),
+        ([{**HELLO[0], "tool_calls": ["x"]}], "tool_calls"),
+        ([{**HELLO[0], "tool_calls": [{"x": {1, 2}}]}], "messages"),
+        ([{**HELLO[0], "tool_calls": [{"x": "\udc00"}]}], "messages"),
     ],
 )
 def test_malformed_messages(messages: Any, where: str):
@@ -148,7 +258,7 @@ def test_malformed_messages(messages: Any, where: str):
 
 def test_text_parts_are_joined():
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
-    assert check_messages([{"role": "user", "content": parts, "name": "me"}]) == HELLO
+    assert check_messages([{"role": "user", "content": parts, "other": 1}]) == HELLO
 
 
 def test_fit_leaves_out_the_oldest(tiny_path: Path):
@@ -162,9 +272,9 @@ def test_fit_leaves_out_the_oldest(tiny_path: Path):
         for left_out in range(0, 9, 2):
             sizes[left_out] = len(tokenizer.encode(chat.render([*first, *talk[left_out:]])))
         for limit in range(sizes[8], sizes[0] + 2):
-            ids, left_out = chat.fit([*first, *talk], tokenizer, limit)
+            ids, left_out = chat.fit([*first, *talk], limit)
             assert left_out == next(n for n in range(0, 9, 2) if sizes[n] <= limit)
             assert ids == tokenizer.encode(chat.render([*first, *talk[left_out:]]))
         with pytest.raises(ModelError) as error:
-            chat.fit([*first, *talk], tokenizer, sizes[8] - 1)
+            chat.fit([*first, *talk], sizes[8] - 1)
         assert error.value.code == "M105"

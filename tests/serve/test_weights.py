@@ -19,7 +19,7 @@ from tilewright.serve.tokenizer import load_tokenizer
 from tilewright.serve.weights import ModelFile, dequantize, open_model, packaged_model
 
 gguf = pytest.importorskip("gguf", reason="the gguf library is the reference")
-from tests.serve.tiny import KINDS, TinyModel, tensors  # noqa: E402
+from tests.serve.tiny import KINDS, TEMPLATE, TinyModel, tensors  # noqa: E402
 
 
 def code_of(action: Callable[[], object]) -> str:
@@ -100,6 +100,19 @@ def test_untied_output(tmp_path: Path):
         ("llama.attention.key_length", 15, "M101"),
         ("llama.rope.dimension_count", 8, "M102"),
         ("llama.rope.scaling.type", "yarn", "M102"),
+        ("llama.rope.scaling.type", "longrope", "M102"),
+        ("llama.rope.scaling.type", 5, "M102"),
+        ("llama.rope.scaling.factor", "four", "M101"),
+        ("llama.rope.scaling.factor", [4.0, 4.0], "M101"),
+        ("llama.rope.scaling.factor", True, "M101"),
+        ("llama.rope.scaling.factor", -2.0, "M101"),
+        ("llama.rope.scaling.factor", float("nan"), "M101"),
+        ("llama.rope.scale_linear", float("inf"), "M101"),
+        ("llama.rope.scale_linear", "2", "M101"),
+        ("split.count", 2, "M102"),
+        ("split.count", "2", "M101"),
+        ("split.count", [2, 2], "M101"),
+        ("split.count", True, "M101"),
         ("llama.expert_count", 8, "M102"),
         ("llama.rope.freq_base", float("nan"), "M101"),
         ("llama.attention.layer_norm_rms_epsilon", -1.0, "M101"),
@@ -115,6 +128,43 @@ def test_wrong_metadata(tmp_path: Path, key: str, value: object, code: str):
         tiny.metadata["llama.rope.dimension_count"] = 32
     path = tiny.write(tmp_path / "m.gguf")
     assert code_of(lambda: open_model(path)) == code
+
+
+@pytest.mark.parametrize(
+    ("keys", "scale"),
+    [
+        ({}, 1.0),
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, 4.0),
+        ({"scaling.factor": 4.0}, 4.0),
+        ({"scale_linear": 2.0}, 2.0),
+        ({"scaling.factor": 4.0, "scale_linear": 2.0}, 4.0),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, 1.0),
+        ({"scaling.type": "linear"}, 1.0),
+        ({"scaling.factor": 0.0}, 1.0),
+    ],
+    ids=str,
+)
+def test_rope_scale(tmp_path: Path, keys: dict[str, object], scale: float):
+    tiny = TinyModel()
+    tiny.metadata |= {f"llama.rope.{key}": value for key, value in keys.items()}
+    assert open_model(tiny.write(tmp_path / "m.gguf")).config.rope_scale == scale
+
+
+def test_a_part_of_a_split_model(tmp_path: Path):
+    """The later parts have no configuration: the parts are told first."""
+    for number in (0, 1):
+        tiny = TinyModel()
+        if number:
+            tiny = TinyModel(
+                metadata={}, tensors={"blk.1.ffn_up.weight": ("f32", np.ones(8, "f4"))}
+            )
+        tiny.metadata |= {"split.count": 3, "split.no": number}
+        with pytest.raises(ModelError, match="3 parts of a split model") as error:
+            open_model(tiny.write(tmp_path / "m.gguf"))
+        assert error.value.code == "M102" and "merge" in error.value.hint
+    tiny = TinyModel()
+    tiny.metadata["split.count"] = 1
+    open_model(tiny.write(tmp_path / "m.gguf"))
 
 
 def test_other_architecture(tmp_path: Path):
@@ -140,13 +190,20 @@ def test_missing_and_superfluous_tensors(tmp_path: Path):
         assert code_of(lambda path=path: open_model(path)) == "M103"
 
 
-def test_other_weight_type(tiny_path: Path, tmp_path: Path):
+def test_other_weight_types_are_named(tiny_path: Path, tmp_path: Path):
     data = bytearray(tiny_path.read_bytes())
     at = data.index(b"blk.0.attn_q.weight") + len("blk.0.attn_q.weight") + 4 + 16
     assert struct.unpack_from("<I", data, at)[0] == 3
-    struct.pack_into("<I", data, at, 12)  # Q4_K
-    (tmp_path / "m.gguf").write_bytes(data)
-    assert code_of(lambda: open_model(tmp_path / "m.gguf")) == "M104"
+    others = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
+    for kind in KINDS.values():
+        del others[kind.value]
+    assert len(others) > 20
+    for number, name in {**others, 999: "the unknown number 999"}.items():
+        struct.pack_into("<I", data, at, number)
+        (tmp_path / "m.gguf").write_bytes(data)
+        with pytest.raises(ModelError, match=rf"attn_q.*{name}\n") as error:
+            open_model(tmp_path / "m.gguf")
+        assert error.value.code == "M104" and "q4_0" in error.value.hint
 
 
 def patched(source: bytes, *patches: tuple[int, bytes]) -> bytes:
@@ -225,7 +282,9 @@ def read_all(path: Path) -> None:
     assert shapes == model.config.shapes()
     tokenizer = load_tokenizer(model)
     chat = ChatTemplate.from_metadata(model.metadata, tokenizer)
-    ids = tokenizer.encode(chat.render([{"role": "user", "content": "the hills"}]))
+    # Rendering starts a process: a template that is as it was renders as it did.
+    messages = [{"role": "user", "content": "the hills"}]
+    ids = [] if chat.source == TEMPLATE else chat.tokens(messages)
     assert all(0 <= i < model.config.vocab for i in ids)
     tokenizer.decode(ids)
 

@@ -127,7 +127,13 @@ def append_kernel(target: str = "cpp") -> Kernel:
     return APPEND.build(target)
 
 
-def rope_tables(positions: int, head_dim: int, base: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines, float32 (positions, head_dim / 2)."""
-    turns = np.arange(positions)[:, None] * base ** (-np.arange(0, head_dim, 2) / head_dim)[None]
+def rope_tables(
+    positions: int, head_dim: int, base: float, scale: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines, float32 (positions, head_dim / 2). Positions are divided by `scale`."""
+    turns = (
+        np.arange(positions)[:, None]
+        / scale
+        * base ** (-np.arange(0, head_dim, 2) / head_dim)[None]
+    )
     return np.cos(turns).astype(np.float32), np.sin(turns).astype(np.float32)

@@ -1,23 +1,34 @@
 """Messages to a prompt: checks a conversation and renders it by the model's own chat template.
 
-    chat = ChatTemplate.from_metadata(model.metadata)
-    prompt = chat.render([{"role": "user", "content": "What is the capital of France?"}])
+    chat = ChatTemplate.from_metadata(model.metadata, tokenizer)
+    ids = chat.tokens([{"role": "user", "content": "What is the capital of France?"}])
 
-A template comes out of a model file, so it runs in Jinja's immutable sandbox, with budgets on its
-loops, calls and output, and on the lengths of what its filters go through. The sandbox keeps a
-template away from the machine; the budgets stop one that loops by mistake or for spite. They are no
-bound on memory: one that builds huge values on purpose needs a process of its own. Special tokens
-spelled in a message are read as such.
+A template comes out of a model file, so it runs in Jinja's immutable sandbox, in a process with
+limits of time and memory (`template_worker.py`).
+
+Text of a message never becomes a control token: only the template may write these. In the source
+of the template, and in the variables `bos_token` and so on, each spelling of a control token is
+replaced by a mark (a lone surrogate, which no text may hold); marks in the rendered text are the
+control tokens. Messages reach the template as they are, so it may cut and compare them. Where the
+rendered text still spells a control token, either a message does or the template has put the
+spelling together, such as `'<|' + role + '|>'`. The template is then rendered again with the
+punctuation of control tokens in the messages replaced by substitutes: what still spells a control
+token is the template's.
 """
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence, Sized
-from contextvars import ContextVar
-from functools import wraps
-from typing import Any, NoReturn
+import re
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from tilewright.errors import MissingExtra, ModelError
 from tilewright.serve.gguf import Metadata, Value
@@ -27,42 +38,59 @@ ROLES = ("system", "user", "assistant", "tool")
 MAX_TEMPLATE_CHARS = 1 << 16
 MAX_MESSAGES = 1 << 12
 MAX_PROMPT_CHARS = 1 << 24
-MAX_STEPS = 1 << 18  # turns of loops, calls and elements that filters see, in one rendering
-CHARS_A_STEP = 1 << 10  # text goes by faster
+MAX_SECONDS = 2.0  # of processor time, in one rendering
+MAX_BYTES = 1 << 29  # of memory, in the process that renders
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 def check_messages(messages: Any) -> list[Message]:
-    """The messages as plain `{"role": ..., "content": ...}`.
+    """The messages with the fields that templates know; fields that are None are left out.
 
     `content` is a str, or the parts `{"type": "text", "text": ...}` of the OpenAI API, which are
-    joined. A system message may only stand first. Raises ModelError[M106].
+    joined; it may be None beside `tool_calls`, a list of objects. `name`, `reasoning_content` and
+    `tool_call_id` are str. A system message may only come first. Raises ModelError[M106].
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise _malformed("messages is not a list of at least one message", "messages")
     if len(messages) > MAX_MESSAGES:
         raise _malformed(f"{len(messages)} messages (limit {MAX_MESSAGES})", "messages")
-    out: list[Message] = []
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        if not isinstance(message, Mapping):
-            raise _malformed(f"a message is a {type(message).__name__}, not an object", where)
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise _malformed(
-                f"role is {str(role)[:40]!r}, not one of {', '.join(ROLES)}", f"{where}.role"
-            )
-        if role == "system" and i > 0:
-            raise _malformed("a system message stands behind others", where)
-        if isinstance(content, list):
-            content = "".join(
-                _text_part(part, f"{where}.content[{j}]") for j, part in enumerate(content)
-            )
-        if not isinstance(content, str):
-            raise _malformed(f"content is a {type(content).__name__}, not text", f"{where}.content")
-        out.append({"role": str(role), "content": content})
+    out = [_checked(message, i) for i, message in enumerate(messages)]
+    try:
+        json.dumps(out, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _malformed("a text holds a lone surrogate", "messages") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _malformed(f"a message is not JSON: {str(error)[:80]}", "messages") from None
     return out
+
+
+def _checked(message: Any, i: int) -> Message:
+    where = f"messages[{i}]"
+    if not isinstance(message, Mapping):
+        raise _malformed(f"a message is a {type(message).__name__}, not an object", where)
+    role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
+    if role not in ROLES:
+        rule = f"role is {str(role)[:40]!r}, not one of {', '.join(ROLES)}"
+        raise _malformed(rule, f"{where}.role")
+    if role == "system" and i > 0:
+        raise _malformed("a system message comes after others", where)
+    if isinstance(content, list):
+        parts = (_text_part(part, f"{where}.content[{j}]") for j, part in enumerate(content))
+        content = "".join(parts)
+    if not isinstance(content, str) and not (content is None and calls):
+        raise _malformed(f"content is a {type(content).__name__}, not text", f"{where}.content")
+    out: Message = {"role": str(role), "content": content}
+    for key in ("name", "reasoning_content", "tool_call_id"):
+        value = message.get(key)
+        if value is not None and not isinstance(value, str):
+            raise _malformed(f"{key} is a {type(value).__name__}, not text", f"{where}.{key}")
+        out |= {} if value is None else {key: value}
+    if calls is None:
+        return out
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise _malformed("tool_calls is not a list of objects", f"{where}.tool_calls")
+    return out | {"tool_calls": calls}
 
 
 def _text_part(part: Any, where: str) -> str:
@@ -80,20 +108,30 @@ def _malformed(rule: str, where: str) -> ModelError:
 
 
 class ChatTemplate:
-    """A compiled chat template. `render` is pure and may be called from several threads."""
+    """A chat template and the tokenizer of its model. May be used from several threads.
 
-    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
-        """Raises ModelError[M107] for a template that does not compile, MissingExtra[E101]."""
-        if len(source) > MAX_TEMPLATE_CHARS:
-            raise _unusable(f"{len(source)} characters (limit {MAX_TEMPLATE_CHARS})")
-        self.source = source
-        self._names = {"bos_token": bos_token, "eos_token": eos_token}
-        try:
-            self._template = _environment().from_string(source)
-        except MissingExtra:
-            raise
-        except Exception as error:  # the parser of a hostile template may fail in any way
-            raise _unusable(_brief(error)) from None
+    The first use compiles it, so a template that is damaged fails there and not here."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer | None = None) -> None:
+        self.source, self.tokenizer = source, tokenizer
+        names = {"bos_token": "", "eos_token": ""}
+        control: dict[str, int] = {}
+        if tokenizer is not None:
+            control = {t: i for t, i in tokenizer.special.items() if i in tokenizer.control}
+            for name, token in tokenizer.named.items():
+                names[f"{name}_token"] = tokenizer.piece(token).decode("utf-8", "replace")
+        self._control = control
+        surrogates = map(chr, range(0xDC00, 0xE000))
+        characters = sorted(c for c in set().union(*control) if not (c.isalnum() or c in "_ \t\n"))
+        self._substitutes = dict(zip(map(ord, characters), surrogates, strict=False))
+        spelled = self._spelled("\n".join([source, *names.values()]))
+        self._marks = dict(zip(spelled, surrogates, strict=False))
+        self._originals = {ord(mark): text for text, mark in self._marks.items()}
+        self._originals |= {ord(sub): chr(c) for c, sub in self._substitutes.items()}
+        special = [*self._marks.values(), *([tokenizer.any_special.pattern] if tokenizer else [])]
+        self._special = re.compile("|".join(special))
+        self._names = {name: self._marked(text) for name, text in names.items()}
+        self._worker = _Worker(self._marked(source))
 
     @classmethod
     def from_metadata(
@@ -105,13 +143,14 @@ class ChatTemplate:
             raise _unusable(
                 "the model has none", hint="it completes text: use generate instead of chat"
             )
-        names: dict[str, str] = {}
-        if tokenizer is not None:
-            for name, token in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
-                names[name] = (
-                    "" if token is None else tokenizer.piece(token).decode("utf-8", "replace")
-                )
-        return cls(source, **names)
+        return cls(source, tokenizer)
+
+    def compiles(self) -> bool:
+        """Whether the source is a template. Raises MissingExtra."""
+        try:
+            return len(self.source) <= MAX_TEMPLATE_CHARS and "error" not in self._worker.ask(None)
+        except ModelError:
+            return False
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -120,31 +159,35 @@ class ChatTemplate:
 
         Without `add_generation_prompt` it ends behind the last message. Raises ModelError: M106 for
         messages that are not well formed or that the template refuses, M107 for a template that
-        fails or does not end.
+        fails or takes too much time or memory.
         """
-        checked = check_messages(messages)
-        token = _steps_left.set([MAX_STEPS])
-        pieces: list[str] = []
-        room = MAX_PROMPT_CHARS
-        try:
-            for piece in self._template.generate(
-                messages=checked, add_generation_prompt=add_generation_prompt, **self._names
-            ):
-                room -= len(piece)
-                if room < 0:
-                    raise _unusable(f"the prompt is longer than {MAX_PROMPT_CHARS} characters")
-                pieces.append(piece)
-        except ModelError:
-            raise
-        except Exception as error:  # the template's own code fails in any way
-            raise _unusable(_brief(error)) from None
-        finally:
-            _steps_left.reset(token)
-        return "".join(pieces)
+        return self._rendered(messages, add_generation_prompt).translate(self._originals)
 
-    def fit(
-        self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, limit: int
-    ) -> tuple[list[int], int]:
+    def tokens(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """The prompt as tokens, where only the template writes control tokens. Raises as `render`.
+
+        The beginning token comes once, whether the template writes it or the model asks for it.
+        """
+        tokenizer = self.tokenizer
+        assert tokenizer is not None, "tokens need the tokenizer of the model"
+        text = self._rendered(messages, add_generation_prompt)
+        out: list[int] = []
+        start = 0
+        for match in self._special.finditer(text):
+            spelling = match[0].translate(self._originals)
+            # A spelling without punctuation has no substitutes, so it may come from a message.
+            written = match[0] != spelling or spelling != spelling.translate(self._substitutes)
+            if written and spelling in self._control:
+                out += self._plain(text[start : match.start()])
+                out.append(self._control[spelling])
+                start = match.end()
+        out += self._plain(text[start:])
+        bos = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
+        return out if out[:1] == bos else bos + out
+
+    def fit(self, messages: Sequence[Mapping[str, Any]], limit: int) -> tuple[list[int], int]:
         """The longest end of a conversation that takes at most `limit` tokens, as tokens.
 
         A leading system message and the last message always stay; of the others the oldest go
@@ -160,7 +203,7 @@ class ChatTemplate:
         ]
 
         def tokens(start: int) -> list[int]:
-            return tokenizer.encode(self.render([*checked[:first], *checked[start:]]))
+            return self.tokens([*checked[:first], *checked[start:]])
 
         ids, best = tokens(starts[0]), 0
         if len(ids) > limit:
@@ -181,6 +224,60 @@ class ChatTemplate:
                     too_long = middle
         return ids, starts[best] - first
 
+    # -- marks -----------------------------------------------------------------------------------
+
+    def _spelled(self, text: str) -> dict[str, None]:
+        """The control tokens that a text spells, once each."""
+        if self.tokenizer is None:
+            return {}
+        found = (match[0] for match in self.tokenizer.any_special.finditer(text))
+        return dict.fromkeys(spelling for spelling in found if spelling in self._control)
+
+    def _marked(self, text: str) -> str:
+        if self.tokenizer is None:
+            return text
+        return self.tokenizer.any_special.sub(lambda m: self._marks.get(m[0], m[0]), text)
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        """The prompt with marks for control tokens, perhaps with substitutes in the messages."""
+        if len(self.source) > MAX_TEMPLATE_CHARS:
+            raise _unusable(f"{len(self.source)} characters (limit {MAX_TEMPLATE_CHARS})")
+        variables = {
+            "messages": check_messages(messages),
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._names,
+        }
+        text = self._worker.render(variables)
+        if not self._spelled(text):
+            return text
+        try:
+            variables["messages"] = [
+                {key: v if key == "role" else self._substituted(v) for key, v in message.items()}
+                for message in variables["messages"]
+            ]
+        except RecursionError:
+            raise _malformed("a message is nested too deeply", "messages") from None
+        return self._worker.render(variables)
+
+    def _substituted(self, value: Any) -> Any:
+        """A field of a message with substitutes. Keys that a template may ask for stay."""
+        if isinstance(value, str):
+            return value.translate(self._substitutes)
+        if isinstance(value, list | tuple):
+            return [self._substituted(item) for item in value]
+        if isinstance(value, dict):
+            return {
+                key if str(key).isidentifier() else self._substituted(key): self._substituted(item)
+                for key, item in value.items()
+            }
+        return value
+
+    def _plain(self, text: str) -> list[int]:
+        assert self.tokenizer is not None
+        return self.tokenizer.encode(text.translate(self._originals), special=False, bos=False)
+
 
 def template_of(metadata: Mapping[str, Value]) -> str:
     """The chat template of a model, empty where it has none. Raises ModelError[M107]."""
@@ -191,147 +288,77 @@ def _unusable(rule: str, hint: str = "") -> ModelError:
     return ModelError("M107", f"the chat template cannot be used: {rule}", hint=hint)
 
 
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error)[:200]}"
+class _Worker:
+    """The process that renders a template: started at the first request, and after one died."""
 
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._process: subprocess.Popen[bytes] | None = None
+        self._compiled: dict[str, str] = {}  # the answer to the setup
+        self._lock = threading.Lock()
 
-# The sandbox
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """Raises ModelError: M106 where the template refuses the messages, M107; MissingExtra."""
+        answer = self.ask(variables)
+        if "refused" in answer:
+            rule = f"the chat template refuses these messages: {answer['refused']}"
+            raise ModelError("M106", rule)
+        if "error" in answer:
+            raise _unusable(answer["error"])
+        return answer["text"]
 
-# Methods and filters that make much out of little; no template needs them.
-_PADDING = {
-    "batch",
-    "center",
-    "ljust",
-    "rjust",
-    "zfill",
-    "expandtabs",
-    "format",
-    "format_map",
-    "indent",
-    "slice",
-    "wordwrap",
-}
-# Filters that look at no more than an element.
-_CONSTANT_TIME = {"attr", "count", "d", "default", "first", "last", "length", "random"}
-_steps_left: ContextVar[list[int]] = ContextVar("steps_left")
+    def ask(self, variables: Mapping[str, Any] | None) -> dict[str, str]:
+        """The answer to a rendering, or of the compiler: for None, and where it failed."""
+        with self._lock:
+            try:
+                if self._process is None or self._process.poll() is not None:
+                    self._compiled = self._start()
+                if variables is None or "error" in self._compiled:
+                    return self._compiled
+                return self._exchange(self._process, variables)
+            except (OSError, ValueError):  # the pipe is closed, or the answer breaks off
+                self._stop()
+                limits = f"{MAX_SECONDS:g} s of processor time or {MAX_BYTES >> 20} MiB"
+                raise _unusable(f"it takes more than {limits}") from None
+            except BaseException:  # an interrupt: the answer would be taken for the next one's
+                self._stop()
+                raise
 
-
-def _count(steps: int) -> None:
-    left = _steps_left.get()
-    left[0] -= steps
-    if left[0] < 0:
-        raise _unusable(f"it takes more than {MAX_STEPS} steps")
-
-
-def _charged(value: Any) -> Any:
-    """The value, its length charged to the budget: something is about to go through it."""
-    if isinstance(value, str):
-        _count(len(value) // CHARS_A_STEP)
-    elif isinstance(value, Sized):
-        _count(len(value))
-    return value
-
-
-def _charging(function: Any) -> Any:
-    """A filter or a test that pays for its arguments."""
-
-    @wraps(function)  # Jinja's marks on it, too
-    def paying(*args: Any, **kwargs: Any) -> Any:
-        for value in (args, *args, *kwargs.values()):
-            _charged(value)
-        return function(*args, **kwargs)
-
-    return paying
-
-
-def _range(*bounds: int) -> range:
-    return _charged(range(*bounds))
-
-
-def _counted(items: Iterable[Any]) -> list[Any]:
-    """What a loop runs over, charged to the rendering's budget. (A mapping loops over its keys.)"""
-    out: list[Any] = []
-    for item in items:
-        _count(1)
-        out.append(item)
-    return out
-
-
-def _raise_exception(message: str) -> NoReturn:
-    """How a template refuses a conversation, for example one whose roles do not alternate."""
-    raise ModelError("M106", f"the chat template refuses these messages: {str(message)[:200]}")
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """JSON as the templates expect it: not escaped for HTML, unlike Jinja's own filter."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _environment() -> Any:
-    """A Jinja environment with the names that chat templates rely on."""
-    try:
-        from jinja2 import nodes
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise MissingExtra(
-            "E101", "chat templates need jinja2", hint="pip install 'tilewright[models]'"
-        ) from None
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**", "%", "<<"})
-
-        def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-            tree = super()._parse(source, name, filename)
-            for loop in tree.find_all(nodes.For):
-                loop.iter = nodes.Filter(loop.iter, "counted_", [], [], None, None)
-            for compared in tree.find_all(nodes.Operand):
-                if compared.op in ("in", "notin"):
-                    found = nodes.Filter(compared.expr, "charged_", [], [], None, None)
-                    compared.expr = found
-            return tree
-
-        def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-            _count(1)
-            for value in (getattr(function, "__self__", None), args, *args):
-                _charged(value)
-            return super().call(context, function, *args, **kwargs)
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            small = all(
-                isinstance(side, int | float) and abs(side) < 1 << 31 for side in (left, right)
+    def _start(self) -> dict[str, str]:
+        if find_spec("jinja2") is None:
+            raise MissingExtra(
+                "E101", "chat templates need jinja2", hint="pip install 'tilewright[models]'"
             )
-            if (operator != "%" and not small) or (operator == "**" and abs(right) > 16):
-                raise _unusable(f"{operator} of large values or of text")
-            if operator == "%" and not isinstance(left, int | float):
-                raise _unusable("% of text")
-            return super().call_binop(context, operator, left, right)
+        process = self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(Path(__file__).with_name("template_worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C at a terminal is for the caller
+        )
+        self._end = weakref.finalize(self, _end, process)
+        setup = {
+            "path": [str(folder) for folder in sys.path],
+            "source": self._source,
+            "seconds": MAX_SECONDS,
+            "bytes": MAX_BYTES,
+            "chars": MAX_PROMPT_CHARS,
+        }
+        return self._exchange(process, setup)
 
-        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-            return attr not in _PADDING and super().is_safe_attribute(obj, attr, value)
+    @staticmethod
+    def _exchange(process: subprocess.Popen[bytes] | None, request: Any) -> dict[str, str]:
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline(16 * MAX_PROMPT_CHARS))
 
-        def wrap_str_format(self, value: Any) -> None:
-            return None  # str.format falls under the rule above
-
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    for name in _PADDING & environment.filters.keys():
-        del environment.filters[name]
-    environment.filters["tojson"] = _to_json
-    for name in environment.filters.keys() - _CONSTANT_TIME:
-        environment.filters[name] = _charging(environment.filters[name])
-    environment.tests["in"] = _charging(environment.tests["in"])
-    environment.filters |= {"counted_": _counted, "charged_": _charged}
-    environment.globals.clear()
-    environment.globals |= {
-        "namespace": _namespace(),
-        "range": _range,
-        "raise_exception": _raise_exception,
-        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-    }
-    return environment
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process = None
+            self._end()
 
 
-def _namespace() -> Any:
-    from jinja2.utils import Namespace
-
-    return Namespace
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(OSError), process:
+        process.kill()

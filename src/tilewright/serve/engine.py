@@ -91,7 +91,8 @@ class LLM:
         seed: int | None = None,
     ) -> Generator[str, None, None]:
         """The answer, piece by piece. `prompt`: a question, or messages of a chat; a model
-        without a chat template continues the text. `temperature` 0 takes the likeliest token.
+        without a chat template that compiles continues the text. `temperature` 0 takes the
+        likeliest token.
 
         One answer at a time: a new one ends those before it. Raises ModelError: M105 for a prompt
         longer than the context, M106 for bad arguments, and where an ended answer is read on, M101
@@ -116,24 +117,24 @@ class LLM:
         assert self.template is not None
         capacity = self.model.cache.capacity
         limit = capacity - min(ANSWER_ROOM, capacity // 2)
-        return self.template.fit(messages, self.tokenizer, limit)[1]
+        return self.template.fit(messages, limit)[1]
 
     # -- inside ----------------------------------------------------------------------------------
 
     def _tokens(self, prompt: str | list[dict[str, Any]]) -> list[int]:
-        capacity = self.model.cache.capacity
-        if self.template is None:
-            if not isinstance(prompt, str):
-                raise ModelError(
-                    "M107",
-                    "this model has no chat template",
-                    where="prompt",
-                    hint="give it a text to continue",
-                )
+        capacity, template = self.model.cache.capacity, self.template
+        if isinstance(prompt, str) and (template is None or not template.compiles()):
             ids = self.tokenizer.encode(prompt)
+        elif template is None:
+            raise ModelError(
+                "M107",
+                "this model has no chat template",
+                where="prompt",
+                hint="give it a text to continue",
+            )
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            ids = self.tokenizer.encode(self.template.render(messages))
+            ids = template.tokens(messages)
         if len(ids) >= capacity:
             raise ModelError(
                 "M105", f"the prompt has {len(ids)} tokens, the context {capacity}", where="prompt",
@@ -154,7 +155,7 @@ class LLM:
         counts = self.counts = Counts()
         token = self._prompt(ids, counts, temperature, rng)
         began = time.perf_counter()
-        while token not in self._stops:
+        while token not in self.tokenizer.ends:
             counts.answer_tokens += 1
             counts.answer_s = time.perf_counter() - began
             piece = text.push(token)
@@ -216,10 +217,6 @@ class LLM:
                 where="stream",
                 hint="read one answer at a time",
             )
-
-    @property
-    def _stops(self) -> set[int]:
-        return {t for t in (self.tokenizer.eos,) if t is not None}
 
 
 def check_options(max_tokens: Any, temperature: Any, seed: Any) -> None:

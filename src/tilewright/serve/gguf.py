@@ -45,6 +45,14 @@ _SCALARS = {
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _DTYPES = {number: np.dtype(name) for number, name in _SCALARS.items()}
 _KINDS = {layout.gguf: layout.kind for layout in LAYOUTS.values()}
+# Names of tensor types by number (ggml), for errors: most are not read.
+_TYPE_NAMES = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 4: "Q4_2", 5: "Q4_3", 6: "Q5_0", 7: "Q5_1",
+    8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
+    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
+    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M",
+    30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+}  # fmt: skip
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
@@ -279,7 +287,8 @@ class _Reader:
         number = self.u32(f"the type of {name!r}")
         if number not in _KINDS:
             hint = f"supported: {', '.join(LAYOUTS)}; requantise the model to one of them"
-            raise self.damaged(f"tensor {name!r} has the weight type number {number}", "M104", hint)
+            told = _TYPE_NAMES.get(number, f"of the unknown number {number}")
+            raise self.damaged(f"tensor {name!r} has the weight type {told}", "M104", hint)
         kind = _KINDS[number]
         if shape[-1] % LAYOUTS[kind].elements:
             raise self.damaged(f"tensor {name!r}: rows of {shape[-1]} are not whole {kind} blocks")

@@ -128,7 +128,7 @@ class Llama:
         self.layers = [self._layer(f"layers.{i}.") for i in range(self.config.layers)]
         c = self.config
         self.attention = Attention(qo_heads=c.qo_heads, kv_heads=c.kv_heads, head_dim=c.head_dim)
-        tables = rope_tables(self.cache.capacity, c.head_dim, c.rope_base)
+        tables = rope_tables(self.cache.capacity, c.head_dim, c.rope_base, c.rope_scale)
         self.cosines, self.sines = (self.memory.put(t) for t in tables)
         self._one = self._buffers(1)
         self._step: Step | None = None

@@ -6,9 +6,9 @@
     for token in generated: print(stream.push(token), end="")
     print(stream.finish())
 
-Encoding is exact for text that is valid Unicode; a character that the vocabulary cannot spell is an
-error and never dropped. Sources: the tokenizers of GPT-2 and of llama2.c, and the GGUF keys
-`tokenizer.ggml.*`.
+Encoding is exact for text that is valid Unicode; bytes that a byte-level vocabulary lacks are
+dropped, as the `tokenizers` library does. Sources: the tokenizers of GPT-2 and of llama2.c, and the
+GGUF keys `tokenizer.ggml.*`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,15 @@ from tilewright.serve.weights import ModelFile
 
 MAX_TOKEN_BYTES = 4096
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+_NAMED = {  # name to tokenizer.ggml.*_token_id
+    "bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom",
+}  # fmt: skip
+# Tokens that end an answer by their spelling, since files name one of them at most (llama.cpp).
+END_SPELLINGS = (
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
+    "<|end|>", "<|return|>", "<|call|>", "<EOT>", "_<EOT>", "<end_of_utterance>",
+    "<｜end▁of▁sentence｜>",
+)  # fmt: skip
 
 
 class Tokenizer(ABC):
@@ -47,11 +56,11 @@ class Tokenizer(ABC):
         self.control = frozenset(control)
         self.bos: int | None = None
         self.eos: int | None = None
+        self.named: dict[str, int] = {}  # "bos", "eos", "unk", ... as chat templates call them
+        self.ends = {self.special[text] for text in END_SPELLINGS if text in self.special}
         self.add_bos = False
-        longest_first = sorted(self.special, key=lambda text: (-len(text), text))
-        self._special = (
-            re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-        )
+        self.any_special = _any_of(self.special)
+        self._user_defined = _any_of(t for t, i in self.special.items() if i not in self.control)
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -59,9 +68,10 @@ class Tokenizer(ABC):
     def encode(self, text: str, special: bool = True, *, bos: bool | None = None) -> list[int]:
         """The tokens of `text`.
 
-        With `special`, spellings such as `<|im_end|>` become that token; without, they are plain
-        text. `bos` puts the beginning token first; by default the model's own rule decides. Raises
-        ModelError[M106] for text that is not Unicode or that the vocabulary cannot spell.
+        With `special`, spellings of control tokens such as `<|im_end|>` become that token; without,
+        they are plain text. User-defined tokens are always recognised. `bos` puts the beginning
+        token first; by default the model's own rule decides. Raises ModelError[M106] for text that
+        is not Unicode.
         """
         if not isinstance(text, str):
             raise ModelError("M106", f"the text is a {type(text).__name__}", hint="pass a str")
@@ -72,7 +82,7 @@ class Tokenizer(ABC):
         add_bos = self.add_bos if bos is None else bos
         out = [self.bos] if add_bos and self.bos is not None else []
         start = 0
-        for match in self._special.finditer(text) if special and self._special else ():
+        for match in (self.any_special if special else self._user_defined).finditer(text):
             out += self._encode(text[start : match.start()])
             out.append(self.special[match[0]])
             start = match.end()
@@ -102,6 +112,12 @@ class Tokenizer(ABC):
         if not 0 <= value < len(self.pieces):
             raise _unusable(f"{value} is outside the vocabulary of {len(self.pieces)}", key)
         return value
+
+
+def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
+    """A pattern of any of these texts, the longest first; of none, one that never matches."""
+    longest_first = sorted(spellings, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 class Stream:
@@ -302,8 +318,13 @@ class BpeTokenizer(Tokenizer):
         ):
             raise _unusable("there is not one type for each token", "tokenizer.ggml.token_type")
         out = cls(tokens, types.tolist(), merges, held.text("tokenizer.ggml.pre", "gpt-2"))
-        out.bos = out._read_id(held, "tokenizer.ggml.bos_token_id")
-        out.eos = out._read_id(held, "tokenizer.ggml.eos_token_id")
+        ids = {
+            name: out._read_id(held, f"tokenizer.ggml.{key}_token_id")
+            for name, key in _NAMED.items()
+        }
+        out.named = {name: i for name, i in ids.items() if i is not None}
+        out.ends |= {i for name, i in out.named.items() if name in ("eos", "eot", "eom")}
+        out.bos, out.eos = ids["bos"], ids["eos"]
         out.add_bos = held.flag("tokenizer.ggml.add_bos_token", False) and out.bos is not None
         return out
 
@@ -319,17 +340,8 @@ class BpeTokenizer(Tokenizer):
     def _merge_word(self, word: str) -> tuple[int, ...]:
         ranks, ids = self._ranks, self._ids
         spelled = word.encode().decode("latin-1").translate(_TO_SPELLING)
-        symbols = merge(spelled, lambda left, right: ranks.get(f"{left} {right}"))
-        try:
-            return tuple(ids[symbol] for symbol in symbols)
-        except KeyError:
-            pass
-        unknown = next(c for c in word if any(_SPELLINGS[b] not in ids for b in c.encode()))
-        raise ModelError(
-            "M106",
-            f"the vocabulary has no tokens for the character U+{ord(unknown):04X}",
-            hint="take the character out of the text",
-        )
+        known = [symbol for symbol in spelled if symbol in ids]
+        return tuple(ids[s] for s in merge(known, lambda left, right: ranks.get(f"{left} {right}")))
 
 
 # llama2.c
@@ -351,6 +363,7 @@ class ScoredTokenizer(Tokenizer):
         fixed = [b"", b"", b"", *(bytes([b]) for b in range(256))]
         super().__init__([*fixed, *tokens[first:]], {}, (_UNKNOWN, _BOS, _EOS))
         self.bos, self.eos, self.add_bos = _BOS, _EOS, True
+        self.ends = {_EOS}
         self._ids = {tokens[i]: i for i in range(len(tokens) - 1, first - 1, -1)}
         self._scores = {token: scores[i] for token, i in self._ids.items()}
 

@@ -48,8 +48,8 @@ class LlamaConfig:
     """The numbers of a Llama model.
 
     `rope_interleaved`: a head's rotated pairs are elements (2i, 2i + 1); otherwise (i, i + head_dim
-    / 2). Pair i turns by position * rope_base ** (-2i / head_dim). `context` is the longest
-    sequence in tokens.
+    / 2). Pair i turns by position / rope_scale * rope_base ** (-2i / head_dim). `context` is the
+    longest sequence in tokens.
     """
 
     architecture: str
@@ -65,6 +65,7 @@ class LlamaConfig:
     rms_eps: float
     tied_embedding: bool
     rope_interleaved: bool
+    rope_scale: float = 1.0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor the model needs, by canonical name."""
@@ -194,6 +195,14 @@ _INNER = {
 def _open_gguf(path: Path, buffer: memoryview) -> ModelFile:
     header = read_header(buffer, str(path))
     metadata = Metadata(header.metadata, str(path))
+    parts = metadata.integer("split.count", 1)
+    if parts > 1:
+        raise ModelError(
+            "M102",
+            f"the file is one of the {parts} parts of a split model (split.count)",
+            where=str(path),
+            hint="join the parts: llama-gguf-split --merge FIRST_PART OUTPUT",
+        )
     embed = header.tensors.get("token_embd.weight")
     tied = "output.weight" not in header.tensors
     config = _llama_config(metadata, embed.shape[0] if embed else None, tied)
@@ -254,7 +263,6 @@ def _llama_config(metadata: Metadata, vocab: int | None, tied: bool) -> LlamaCon
         rule = f"token_embd.weight has {vocab or 'no'} rows, llama.vocab_size is"
         value = short(metadata.values.get("llama.vocab_size"))
         raise ModelError("M103", f"{rule} {value}", where=metadata.where)
-    metadata.refuse("llama.rope.scaling.type", ("none", ""))
     metadata.refuse("llama.expert_count", (0,))
     metadata.refuse("llama.attention.sliding_window", (0,))
     dim, heads = (
@@ -276,11 +284,26 @@ def _llama_config(metadata: Metadata, vocab: int | None, tied: bool) -> LlamaCon
         rms_eps=metadata.number("llama.attention.layer_norm_rms_epsilon"),
         tied_embedding=tied,
         rope_interleaved=True,  # converters permute the rows of Q and K of this architecture for it
+        rope_scale=_rope_scale(metadata),
     )
     _check_config(config, metadata.where)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         metadata.refuse(key, (head_dim,))
     return config
+
+
+def _rope_scale(metadata: Metadata) -> float:
+    """The factor by which positions shrink (linear scaling of RoPE), 1 where there is none.
+
+    As in llama.cpp, a factor without a type is linear, `rope.scale_linear` is the older key of the
+    factor, and a factor of 0 is none.
+    """
+    metadata.refuse("llama.rope.scaling.type", ("linear", "none", ""))
+    older = metadata.number("llama.rope.scale_linear", 0.0)
+    factor = metadata.number("llama.rope.scaling.factor", older)
+    if metadata.values.get("llama.rope.scaling.type") == "none" or factor == 0:
+        return 1.0
+    return factor
 
 
 def _check_config(config: LlamaConfig, where: str) -> None:
@@ -291,8 +314,9 @@ def _check_config(config: LlamaConfig, where: str) -> None:
     if config.qo_heads % config.kv_heads or config.head_dim % 2:
         heads = f"{config.qo_heads} query heads, {config.kv_heads} KV heads of {config.head_dim}"
         raise ModelError("M101", f"{heads}: groups must be whole, heads even", where=where)
-    if not (math.isfinite(config.rope_base) and config.rope_base > 0 and 0 < config.rms_eps < 1):
-        numbers = f"rope_base {config.rope_base}, rms_eps {config.rms_eps}"
+    rope = (config.rope_base, config.rope_scale)
+    if not (all(math.isfinite(x) and x > 0 for x in rope) and 0 < config.rms_eps < 1):
+        numbers = f"rope_base {rope[0]}, rope scale {rope[1]}, rms_eps {config.rms_eps}"
         raise ModelError("M101", f"{numbers}: must be positive and finite", where=where)
 
 

@@ -1,0 +1,110 @@
+"""Renders a chat template in a process of its own, under limits of time and memory.
+
+`chat.py` runs this file as a script, and nothing imports it: it needs Jinja and the standard
+library only, so it starts fast. Input and output are lines of JSON. The first line is the setup:
+`path` (sys.path), `source`, `seconds` of processor time for one answer, `bytes` of memory, `chars`
+of a prompt. It is answered with {"text": ""}, or {"error": ...} where the source does not compile.
+Every other line holds the variables of one rendering and is answered with {"text": ...},
+{"refused": ...} where the template called raise_exception, or {"error": ...}. Work beyond its time
+ends the process (SIGPROF).
+
+The environment offers what `transformers` offers to chat templates.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, NoReturn
+
+
+class Refused(Exception):
+    """The template refuses these messages."""
+
+
+def raise_exception(message: object) -> NoReturn:
+    raise Refused(str(message))
+
+
+def tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without Jinja's escapes for HTML. Surrogates stay: `chat.py` gives them a meaning."""
+    text = json.dumps(
+        value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    if ensure_ascii:
+        text = re.sub("[^\0-~\ud800-\udfff]", lambda c: json.dumps(c[0])[1:-1], text)
+    return text
+
+
+def compiled(source: str) -> Any:
+    """The template in Jinja's immutable sandbox."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks the assistant's text for training; here it is its contents."""
+
+        tags = {"generation"}  # noqa: RUF012  # Jinja's own declaration
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def rendered(template: Any, variables: dict[str, Any], chars: int) -> str:
+    pieces: list[str] = []
+    for piece in template.generate(variables):
+        chars -= len(piece)
+        if chars < 0:
+            raise ValueError("the prompt is too long")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def main() -> None:
+    setup = json.loads(sys.stdin.readline())
+    sys.path[:] = setup["path"]
+    resource.setrlimit(resource.RLIMIT_AS, (setup["bytes"], setup["bytes"]))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+
+    def answer(work: Callable[[], str]) -> None:
+        signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
+        try:
+            found = {"text": work()}
+        except Refused as error:
+            found = {"refused": str(error)[:200]}
+        except Exception as error:  # the parser and the template's own code may fail in any way
+            found = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(found), flush=True)
+
+    templates: list[Any] = []
+    answer(lambda: templates.append(compiled(setup["source"])) or "")
+    for line in sys.stdin:
+        answer(lambda line=line: rendered(templates[0], json.loads(line), setup["chars"]))
+
+
+if __name__ == "__main__":
+    main()
