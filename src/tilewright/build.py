@@ -19,6 +19,7 @@ from tilewright.codegen import texts
 from tilewright.dtypes import DType
 from tilewright.errors import BuildError, ProgramError, TilewrightError
 from tilewright.ir.nodes import Program
+from tilewright.reference.launcher import InterpLauncher
 from tilewright.runtime import launch, native, nvrtc, place, store, toolchain
 from tilewright.runtime.identity import identity
 from tilewright.runtime.kernel import Kernel
@@ -153,7 +154,7 @@ def _build(d: Definition, target: Target) -> Kernel:
             with contextlib.suppress(BuildError):  # the next process lowers again
                 store.save(key, built)
     if target.kind == "interp":
-        return Kernel(built.manifest, launch.InterpLauncher(program), built.source)
+        return Kernel(built.manifest, InterpLauncher(program), built.source)
     if target.kind == "cpp":
         return _cpp_kernel(built, target)
     return _cuda_kernel(built, target)

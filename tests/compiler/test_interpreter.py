@@ -44,7 +44,7 @@ from tilewright.ir.nodes import (
     Var,
 )
 from tilewright.ir.rewrite import transform
-from tilewright.runtime.interpreter import execute
+from tilewright.reference.interpreter import execute
 
 f32, i32, i64 = dtypes.float32, dtypes.int32, dtypes.int64
 N = Var("n.size")

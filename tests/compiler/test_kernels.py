@@ -34,8 +34,8 @@ from tests.compiler.cases import (
 
 import tilewright as tw
 from tilewright.errors import ProgramError
+from tilewright.reference.evaluate import evaluate
 from tilewright.runtime import nvrtc, toolchain
-from tilewright.runtime.evaluate import evaluate
 
 pytestmark = pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
 

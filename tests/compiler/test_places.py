@@ -9,8 +9,8 @@ from tests.compiler.cases import FORMATS, after_every_pass, arguments, called, c
 
 import tilewright as tw
 from tilewright.errors import ScheduleError
+from tilewright.reference.evaluate import evaluate
 from tilewright.runtime import toolchain
-from tilewright.runtime.evaluate import evaluate
 
 needs_cxx = pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
 

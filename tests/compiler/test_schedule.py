@@ -24,8 +24,8 @@ from tests.compiler.cases import (
 
 import tilewright as tw
 from tilewright.errors import ScheduleError, TilewrightError
+from tilewright.reference.evaluate import evaluate
 from tilewright.runtime import nvrtc, toolchain
-from tilewright.runtime.evaluate import evaluate
 from tilewright.schedule import replay
 
 PROGRAMS = (spmm, spmm_t, row_max, sddmm, softmax, rgcn, gemm, rmsnorm)

@@ -26,8 +26,8 @@ import tilewright as tw
 from tilewright.errors import ScheduleError
 from tilewright.ops.bsr_spmm import bsr_spmm_program
 from tilewright.ops.gemm import gemm_program
+from tilewright.reference.evaluate import evaluate
 from tilewright.runtime import nvrtc, toolchain
-from tilewright.runtime.evaluate import evaluate
 from tilewright.sparse.pack import Packed
 
 needs_cxx = pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")

@@ -13,8 +13,8 @@ from tilewright.attention.merge import State
 from tilewright.attention.variant import traced_of
 from tilewright.errors import InternalError
 from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Select, Unary, Var
+from tilewright.reference.ops_table import BINARY, UNARY
 from tilewright.runtime.place import to_host
-from tilewright.runtime.spaces import BINARY, UNARY
 from tilewright.runtime.view import view
 
 

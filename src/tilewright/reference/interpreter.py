@@ -3,7 +3,7 @@
 `execute` runs the position and the loop level. Each node becomes one Python closure; numbers have
 the program's dtypes (bfloat16 is kept as its bits, as kernels keep it), memory that nobody wrote is
 NaN, and an access outside a buffer raises InternalError[I101]. The coordinate level has an
-evaluator of its own (`runtime.evaluate`).
+evaluator of its own (`reference.evaluate`).
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ from tilewright.ir.nodes import (
     identity_of,
 )
 from tilewright.ir.rewrite import walk
-from tilewright.runtime.memory import Array, Part, constant, convert, poisoned
-from tilewright.runtime.spaces import BINARY, UFUNCS, UNARY
+from tilewright.reference.memory import Array, Part, constant, convert, poisoned
+from tilewright.reference.ops_table import BINARY, UFUNCS, UNARY
 
 Env = dict[str, Any]
 Run = Callable[[Env], Any]
