@@ -10,8 +10,9 @@ rewritten: a name means what the innermost scope binds it to.
 
 Rules:
 * An index takes every coordinate of its dimension. In a reduction over an axis that a sparse
-  operand has, it takes the *stored* coordinates of the first such operand instead. These are a set
-  (a coordinate that two parts of a format store counts once); padding is not in it.
+  operand has (one whose coordinates are plain indices, each different), it takes the *stored*
+  coordinates of the first such operand instead. These are a set: a coordinate that two parts of a
+  format store counts once, and padding is not in it.
 * A sparse tensor reads its `fill` where nothing is stored; a dense array reads 0 outside of its
   shape, and a store there does nothing. Every element of an output is written.
 * Integers wrap in their type; `//` and `%` by zero give 0; a shift beyond the width gives 0, or all
@@ -48,7 +49,7 @@ from tilewright.ir.nodes import (
     children,
     identity_of,
 )  # fmt: skip
-from tilewright.ir.rewrite import indices_of
+from tilewright.ir.rewrite import free_vars, indices_of
 from tilewright.reference.ops_table import BINARY, UFUNCS, UNARY, decode, encode, to_integer
 
 LIMIT_BYTES = 64 << 20  # of one array of intermediate values, where cutting the output can keep it
@@ -140,21 +141,21 @@ class Stored:
         return len(self.coords[0])
 
     def find(self, coords: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(number of the entry at each coordinate, whether there is one)."""
-        there = np.True_
+        """(number of the entry at each coordinate, whether there is one); some must be stored."""
+        inside = np.ones((), bool)
         for c, n in zip(coords, self.shape, strict=True):
-            there = there & (c >= 0) & (c < n)
-        wanted = keys_of(self.shape, tuple(np.where(there, c, 0).astype(np.int64) for c in coords))
-        at = np.minimum(np.searchsorted(self.keys, wanted), max(self.count - 1, 0))
-        return at, there & (self.keys[at] == wanted if self.count else False)
+            inside = inside & (c >= 0) & (c < n)
+        wanted = keys_of(self.shape, [np.where(inside, c, 0).astype(np.int64) for c in coords])
+        at = np.searchsorted(self.keys[:-1], wanted)  # the last one if no other
+        return at, inside & (self.keys[at] == wanted)
 
-    def below(self, dims: list[int], outer: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-        """(point, entry) of all pairs in which the entry has the coordinates of the point in
-        `dims`. `outer`: these coordinates, (points,) each. Points ascend, then entries."""
-        shape = tuple(self.shape[d] for d in dims)
-        keys = np.broadcast_to(keys_of(shape, tuple(self.coords[d] for d in dims)), self.count)
+    def below(self, bound: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """(point, entry) of all pairs in which an entry has the coordinates of a point. `bound`:
+        these coordinates, (points,) by dimension. Points ascend, then entries."""
+        shape = [self.shape[d] for d in bound]
+        keys = np.broadcast_to(keys_of(shape, [self.coords[d] for d in bound]), self.count)
         order = np.argsort(keys, kind="stable")
-        wanted = np.atleast_1d(keys_of(shape, outer))
+        wanted = np.atleast_1d(keys_of(shape, list(bound.values())))
         low, high = (np.searchsorted(keys[order], wanted, side) for side in ("left", "right"))
         point = np.repeat(np.arange(len(wanted)), high - low)
         rank = np.arange(len(point)) - np.repeat(np.cumsum(high - low) - (high - low), high - low)
@@ -254,7 +255,7 @@ class _Evaluator:
             stored = self.stored[structure]
             outer = prod(n for n, name in zip(stored.shape, names, strict=True) if name not in own)
             most *= -(-stored.count // max(outer, 1))
-        return most * prod(self.size(a.dim) for a in e.axes if a.name not in names)
+        return most * prod(self.size(a.dim) for a in axes_of(e) if a.name not in names)
 
     # -- expressions -----------------------------------------------------------------------------
 
@@ -291,15 +292,13 @@ class _Evaluator:
 
     def access(self, e: Access, scope: Scope) -> np.ndarray:
         t, values = e.tensor, self.data[e.tensor.name]
+        if not values.size:
+            fill = t.fill if t.is_sparse else 0
+            return np.full((1,) * scope.rank, fill, self.kind(t.dtype))
         if t.is_sparse:
             entry, there = self.stored[t.structure].find([self.expr(c, scope) for c in e.coords])
-            kind = self.kind(t.dtype)
-            if not len(values):
-                return np.full((1,) * scope.rank, t.fill, kind)
-            return np.where(there, self.number(values[entry], t), np.array(t.fill, kind))
+            return np.where(there, self.number(values[entry], t), self.kind(t.dtype).type(t.fill))
         at, inside = self.coordinates(e, scope)
-        if 0 in values.shape:
-            return np.zeros((1,) * scope.rank, self.kind(t.dtype))
         found = self.number(values[tuple(at)].reshape(inside.shape), t)
         return found if inside.all() else np.where(inside, found, found.dtype.type(0))
 
@@ -329,39 +328,29 @@ class _Evaluator:
         return None
 
     def reduction(self, e: Reduce, scope: Scope) -> np.ndarray:
+        """A reduction at every point of the box of a scope, or over the stored coordinates that
+        agree with the point in the indices bound outside."""
         found = self.driver(e)
         if found is None:
-            return self.folded(e, scope, e.axes)
-        structure, names = found
-        own = {a.name for a in e.axes}
-        dims = [d for d, name in enumerate(names) if name not in own]
-        outer = [scope.index[names[d]] for d in dims]
-        shape = np.broadcast_shapes((1,) * scope.rank, *(c.shape for c in outer))
-        count, joined = prod(shape), [d for d, n in enumerate(shape) if n != 1]
-
-        def by_point(c: np.ndarray) -> np.ndarray:
-            """An array over the box with the dimensions `joined` as one, in front."""
-            lengths = [shape[d] if d in joined else n for d, n in enumerate(c.shape)]
-            flat = np.moveaxis(np.broadcast_to(c, lengths), joined, range(len(joined)))
-            return flat.reshape(count, *(1 if d in joined else n for d, n in enumerate(c.shape)))
-
+            return self.folded(e, scope, axes_of(e))
+        (structure, names), own = found, {a.name for a in e.axes}
+        outer = {n: c for n, c in scope.index.items() if n in free_vars(e.body) - own}
+        shape = np.broadcast_shapes((1,) * scope.rank, *(c.shape for c in outer.values()))
+        outer = {n: np.broadcast_to(c, shape).reshape(-1) for n, c in outer.items()}
+        bound = {d: outer[name] for d, name in enumerate(names) if name not in own}
         stored = self.stored[structure]
-        point, entry = stored.below(dims, [by_point(c).reshape(count) for c in outer])
-        index = {name: by_point(c)[point] for name, c in scope.index.items()}
-        for name, c in zip(names, stored.coords, strict=True):
-            index[name] = along(c[entry].astype(self.index), 0, 1 + scope.rank)
-        rest = [a for a in e.axes if a.name not in names]
-        value = self.folded(e, Scope(1 + scope.rank, index), rest)
-        value = np.broadcast_to(value, (len(entry), *value.shape[1:]))
-        total = np.full((count, *value.shape[1:]), identity_of(e.op, e.dtype).value, value.dtype)
-        first = np.flatnonzero(np.diff(point, prepend=-1))
+        point, entry = stored.below(bound)
+        index = {name: c[point] for name, c in outer.items()}
+        index |= {n: c[entry].astype(self.index) for n, c in zip(names, stored.coords, strict=True)}
+        rest = [a for a in axes_of(e) if a.name not in names]
+        value = np.broadcast_to(self.folded(e, Scope(1, index), rest), point.shape)
+        total = np.full(prod(shape), identity_of(e.op, e.dtype).value, value.dtype)
+        first = np.flatnonzero(np.diff(point, prepend=-1))  # of the entries of each point
         if len(first):
-            total[point[first]] = UFUNCS[e.op].reduceat(value, first, axis=0, dtype=value.dtype)
-        lengths = [n for d, n in enumerate(value.shape[1:]) if d not in joined]
-        total = total.reshape(*(shape[d] for d in joined), *lengths)
-        return np.moveaxis(total, range(len(joined)), joined)
+            total[point[first]] = UFUNCS[e.op].reduceat(value, first, dtype=value.dtype)
+        return total.reshape(shape)
 
-    def folded(self, e: Reduce, scope: Scope, axes: Sequence[Any]) -> np.ndarray:
+    def folded(self, e: Reduce, scope: Scope, axes: Sequence[Index]) -> np.ndarray:
         """`e.op` over all coordinates of `axes`."""
         if not axes:
             return self.expr(e.body, scope)
@@ -375,6 +364,11 @@ class _Evaluator:
         start = identity_of(e.op, e.dtype).value
         over = tuple(range(rank, total))
         return UFUNCS[e.op].reduce(value, axis=over, dtype=value.dtype, initial=start)
+
+
+def axes_of(e: Reduce) -> list[Index]:
+    """The axes of a reduction; on coordinates they are indices."""
+    return [a for a in e.axes if isinstance(a, Index)]
 
 
 def operands(e: Any) -> Iterator[Access]:
