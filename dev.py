@@ -44,6 +44,7 @@ BUDGETS = {
     "lower": (2000, 0),
     "codegen": (1200, 1500),
     "runtime": (1600, 300),
+    "reference": (900, 0),
     "build": (500, 0),
     "ops": (1500, 600),
     "attention": (1900, 2400),
