@@ -9,10 +9,10 @@ the box by its own axes, evaluates its body there and folds those dimensions awa
 rewritten: a name means what the innermost scope binds it to.
 
 Rules:
-* An index takes every coordinate of its dimension. In a reduction over an axis that a sparse
-  operand has (one whose coordinates are plain indices, each different), it takes the *stored*
-  coordinates of the first such operand instead. These are a set: a coordinate that two parts of a
-  format store counts once, and padding is not in it.
+* An index takes every coordinate of its dimension. A reduction over an axis that a sparse operand
+  has (one whose coordinates are plain indices, each different) ranges over the *stored* coordinates
+  of the first such operand instead; axes that it has not take every coordinate. Stored coordinates
+  are a set: one that two parts of a format store counts once, and padding is not in it.
 * A sparse tensor reads its `fill` where nothing is stored; a dense array reads 0 outside of its
   shape, and a store there does nothing. Every element of an output is written.
 * Integers wrap in their type; `//` and `%` by zero give 0; a shift beyond the width gives 0, or all
@@ -24,7 +24,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -51,6 +51,7 @@ from tilewright.ir.nodes import (
 )  # fmt: skip
 from tilewright.ir.rewrite import free_vars, indices_of
 from tilewright.reference.ops_table import BINARY, UFUNCS, UNARY, decode, encode, to_integer
+from tilewright.reference.stored import Stored
 
 LIMIT_BYTES = 64 << 20  # of one array of intermediate values, where cutting the output can keep it
 
@@ -113,55 +114,6 @@ def _sparse_argument(t: Tensor, x: Any, stored: dict[str, Stored]) -> np.ndarray
     return np.asarray(values)
 
 
-# ---------------------------------------------------------------------------- stored coordinates
-
-
-def keys_of(shape: Sequence[int], coords: Sequence[Any]) -> np.ndarray:
-    """Coordinates as single numbers, in row-major order."""
-    key = np.zeros((), np.int64)
-    for n, c in zip(shape, coords, strict=True):
-        key = key * n + c
-    return key
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Stored:
-    """The stored coordinates of a sparse structure, one int64 array a dimension: distinct, in
-    row-major order."""
-
-    shape: tuple[int, ...]
-    coords: tuple[np.ndarray, ...]
-    keys: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "keys", keys_of(self.shape, self.coords))
-
-    @property
-    def count(self) -> int:
-        return len(self.coords[0])
-
-    def find(self, coords: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(number of the entry at each coordinate, whether there is one); some must be stored."""
-        inside = np.ones((), bool)
-        for c, n in zip(coords, self.shape, strict=True):
-            inside = inside & (c >= 0) & (c < n)
-        wanted = keys_of(self.shape, [np.where(inside, c, 0).astype(np.int64) for c in coords])
-        at = np.searchsorted(self.keys[:-1], wanted)  # the last one if no other
-        return at, inside & (self.keys[at] == wanted)
-
-    def below(self, bound: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(point, entry) of all pairs in which an entry has the coordinates of a point. `bound`:
-        these coordinates, (points,) by dimension. Points ascend, then entries."""
-        shape = [self.shape[d] for d in bound]
-        keys = np.broadcast_to(keys_of(shape, [self.coords[d] for d in bound]), self.count)
-        order = np.argsort(keys, kind="stable")
-        wanted = np.atleast_1d(keys_of(shape, list(bound.values())))
-        low, high = (np.searchsorted(keys[order], wanted, side) for side in ("left", "right"))
-        point = np.repeat(np.arange(len(wanted)), high - low)
-        rank = np.arange(len(point)) - np.repeat(np.cumsum(high - low) - (high - low), high - low)
-        return point, order[np.repeat(low, high - low) + rank]
-
-
 # ---------------------------------------------------------------------------- boxes
 
 Box = list[dict[str, np.ndarray]]
@@ -190,17 +142,13 @@ def along(values: np.ndarray, d: int, rank: int) -> np.ndarray:
 # ---------------------------------------------------------------------------- evaluation
 
 
+@dataclass(frozen=True, slots=True)
 class _Evaluator:
-    def __init__(
-        self,
-        data: dict[str, np.ndarray],
-        stored: Mapping[str, Stored],
-        sizes: Mapping[str, int],
-        index: np.dtype,
-        exact: bool,
-    ) -> None:
-        self.data, self.stored, self.sizes, self.exact = data, stored, sizes, exact
-        self.index = index  # the type of coordinates
+    data: dict[str, np.ndarray]
+    stored: Mapping[str, Stored]
+    sizes: Mapping[str, int]
+    index: np.dtype  # of coordinates
+    exact: bool
 
     def size(self, dim: str | int) -> int:
         return dim if isinstance(dim, int) else self.sizes[dim]

@@ -11,7 +11,8 @@ import numpy as np
 from tilewright.dtypes import DType
 from tilewright.ir.levels import coordinates, row_major
 from tilewright.ir.nodes import Program
-from tilewright.reference.evaluate import Stored, run
+from tilewright.reference.evaluate import run
+from tilewright.reference.stored import Stored
 from tilewright.runtime.kernel import Kernel, Launcher
 
 
