@@ -32,23 +32,8 @@ import numpy as np
 
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError, InternalError
+from tilewright.ir import nodes as ir
 from tilewright.ir.names import given
-from tilewright.ir.nodes import (
-    Access,
-    Assign,
-    Binary,
-    Cast,
-    Const,
-    Index,
-    Program,
-    Reduce,
-    Select,
-    Tensor,
-    Unary,
-    Var,
-    children,
-    identity_of,
-)  # fmt: skip
 from tilewright.ir.rewrite import free_vars, indices_of
 from tilewright.reference.ops_table import BINARY, UFUNCS, UNARY, decode, encode, to_integer
 from tilewright.reference.stored import Stored
@@ -57,7 +42,7 @@ LIMIT_BYTES = 64 << 20  # of one array of intermediate values, where cutting the
 
 
 def evaluate(
-    program: Program,
+    program: ir.Program,
     arrays: Mapping[str, Any],
     sizes: Mapping[str, int] | None = None,
     *,
@@ -86,7 +71,7 @@ def evaluate(
 
 
 def run(
-    program: Program,
+    program: ir.Program,
     data: dict[str, np.ndarray],
     stored: Mapping[str, Stored],
     sizes: Mapping[str, int],
@@ -101,7 +86,7 @@ def run(
             evaluator.assign(statement)
 
 
-def _sparse_argument(t: Tensor, x: Any, stored: dict[str, Stored]) -> np.ndarray:
+def _sparse_argument(t: ir.Tensor, x: Any, stored: dict[str, Stored]) -> np.ndarray:
     """The values of a sparse argument; its coordinates go to `stored`, under its structure."""
     if hasattr(x, "unpack"):
         coords, values = x.unpack()
@@ -161,7 +146,7 @@ class _Evaluator:
 
     # -- statements ------------------------------------------------------------------------------
 
-    def assign(self, s: Assign) -> None:
+    def assign(self, s: ir.Assign) -> None:
         """All values are computed before the first is stored: they may read what is updated."""
         t, box = s.out.tensor, self.box_of(s.out)
         if t.name not in self.data:
@@ -178,7 +163,7 @@ class _Evaluator:
             *at, inside, _ = np.broadcast_arrays(*at, inside, values)
             array[tuple(c[inside] for c in at)] = values[inside]
 
-    def box_of(self, out: Access) -> Box:
+    def box_of(self, out: ir.Access) -> Box:
         """The box of an output: a dimension for each index; one for all stored coordinates."""
         if out.tensor.is_sparse:
             coords = self.stored[out.tensor.structure].coords
@@ -186,7 +171,7 @@ class _Evaluator:
             return [{i.name: c.astype(self.index) for i, c in found}]
         return [{i.name: np.arange(self.size(i.dim), dtype=self.index)} for i in indices_of(out)]
 
-    def allocated(self, t: Tensor) -> np.ndarray:
+    def allocated(self, t: ir.Tensor) -> np.ndarray:
         """An output or a temporary, NaN where it can be."""
         count = (self.stored[t.structure].count,) if t.is_sparse else map(self.size, t.dims)
         kind = np.dtype(np.float64) if self.exact and t.dtype.is_float else t.dtype.numpy
@@ -194,8 +179,8 @@ class _Evaluator:
 
     def points_below(self, e: Any) -> int:
         """How many points the reductions of an expression add to each of the box, about."""
-        most = max(map(self.points_below, children(e)), default=1)
-        if not isinstance(e, Reduce):
+        most = max(map(self.points_below, ir.children(e)), default=1)
+        if not isinstance(e, ir.Reduce):
             return most
         structure, names = self.driver(e) or ("", ())
         own = {a.name for a in e.axes}
@@ -209,25 +194,25 @@ class _Evaluator:
 
     def expr(self, e: Any, scope: Scope) -> np.ndarray:
         """The value of an expression at every point of the box of a scope."""
-        if isinstance(e, Const):
+        if isinstance(e, ir.Const):
             return np.full((1,) * scope.rank, e.value, self.kind(e.dtype))
-        if isinstance(e, Index):
+        if isinstance(e, ir.Index):
             return scope.index[e.name]
-        if isinstance(e, Var):  # a size: no program has other variables
+        if isinstance(e, ir.Var):  # a size: no program has other variables
             size = given(e.name)
             assert size is not None, f"{e.name} is not bound"
             return np.full((1,) * scope.rank, self.sizes[size.owner], self.kind(e.dtype))
-        if isinstance(e, Access):
+        if isinstance(e, ir.Access):
             return self.access(e, scope)
-        if isinstance(e, Reduce):
+        if isinstance(e, ir.Reduce):
             return self.reduction(e, scope)
-        if isinstance(e, Binary):
+        if isinstance(e, ir.Binary):
             return BINARY[e.op](self.expr(e.a, scope), self.expr(e.b, scope))
-        if isinstance(e, Unary):
+        if isinstance(e, ir.Unary):
             return UNARY[e.op](self.expr(e.a, scope))
-        if isinstance(e, Cast):
+        if isinstance(e, ir.Cast):
             return self.cast(self.expr(e.a, scope), e.dtype)
-        if isinstance(e, Select):
+        if isinstance(e, ir.Select):
             return np.where(*(self.expr(x, scope) for x in (e.cond, e.a, e.b)))
         raise InternalError("I101", f"{type(e).__name__} is no expression on coordinates")
 
@@ -238,7 +223,7 @@ class _Evaluator:
             return decode(encode(x, to, to.numpy), to)
         return x.astype(self.kind(to), copy=False)
 
-    def access(self, e: Access, scope: Scope) -> np.ndarray:
+    def access(self, e: ir.Access, scope: Scope) -> np.ndarray:
         t, values = e.tensor, self.data[e.tensor.name]
         if not values.size:
             fill = t.fill if t.is_sparse else 0
@@ -250,7 +235,7 @@ class _Evaluator:
         found = self.number(values[tuple(at)].reshape(inside.shape), t)
         return found if inside.all() else np.where(inside, found, found.dtype.type(0))
 
-    def coordinates(self, e: Access, scope: Scope) -> tuple[list[np.ndarray], np.ndarray]:
+    def coordinates(self, e: ir.Access, scope: Scope) -> tuple[list[np.ndarray], np.ndarray]:
         """The coordinates of an access, those outside moved to the edge, and which are inside."""
         at, inside = [], np.ones((1,) * scope.rank, bool)
         for dim, c in zip(e.tensor.dims, e.coords, strict=True):
@@ -259,23 +244,23 @@ class _Evaluator:
             at.append(np.clip(value.astype(np.int64), 0, max(n - 1, 0)))
         return at, inside
 
-    def number(self, raw: np.ndarray, t: Tensor) -> np.ndarray:
+    def number(self, raw: np.ndarray, t: ir.Tensor) -> np.ndarray:
         return decode(raw, t.dtype).astype(self.kind(t.dtype), copy=False)
 
     # -- reductions ------------------------------------------------------------------------------
 
-    def driver(self, e: Reduce) -> tuple[str, tuple[str, ...]] | None:
+    def driver(self, e: ir.Reduce) -> tuple[str, tuple[str, ...]] | None:
         """The structure whose stored coordinates a reduction ranges over, and the names of its
         indices: that of the first sparse operand that has one of the axes."""
         own = {a.name for a in e.axes}
         for x in operands(e.body):
-            names = tuple(c.name if isinstance(c, Index) else "" for c in x.coords)
+            names = tuple(c.name if isinstance(c, ir.Index) else "" for c in x.coords)
             plain = "" not in names and len(set(names)) == len(names)
             if x.tensor.is_sparse and plain and own & set(names):
                 return x.tensor.structure, names
         return None
 
-    def reduction(self, e: Reduce, scope: Scope) -> np.ndarray:
+    def reduction(self, e: ir.Reduce, scope: Scope) -> np.ndarray:
         """A reduction at every point of the box of a scope, or over the stored coordinates that
         agree with the point in the indices bound outside."""
         found = self.driver(e)
@@ -292,13 +277,13 @@ class _Evaluator:
         index |= {n: c[entry].astype(self.index) for n, c in zip(names, stored.coords, strict=True)}
         rest = [a for a in axes_of(e) if a.name not in names]
         value = np.broadcast_to(self.folded(e, Scope(1, index), rest), point.shape)
-        total = np.full(prod(shape), identity_of(e.op, e.dtype).value, value.dtype)
+        total = np.full(prod(shape), ir.identity_of(e.op, e.dtype).value, value.dtype)
         first = np.flatnonzero(np.diff(point, prepend=-1))  # of the entries of each point
         if len(first):
             total[point[first]] = UFUNCS[e.op].reduceat(value, first, dtype=value.dtype)
         return total.reshape(shape)
 
-    def folded(self, e: Reduce, scope: Scope, axes: Sequence[Index]) -> np.ndarray:
+    def folded(self, e: ir.Reduce, scope: Scope, axes: Sequence[ir.Index]) -> np.ndarray:
         """`e.op` over all coordinates of `axes`."""
         if not axes:
             return self.expr(e.body, scope)
@@ -309,23 +294,23 @@ class _Evaluator:
             index[a.name] = along(np.arange(n, dtype=self.index), d, total)
         value = self.expr(e.body, Scope(total, index))
         value = np.broadcast_to(value, value.shape[:rank] + lengths)
-        start = identity_of(e.op, e.dtype).value
+        start = ir.identity_of(e.op, e.dtype).value
         over = tuple(range(rank, total))
         return UFUNCS[e.op].reduce(value, axis=over, dtype=value.dtype, initial=start)
 
 
-def axes_of(e: Reduce) -> list[Index]:
+def axes_of(e: ir.Reduce) -> list[ir.Index]:
     """The axes of a reduction; on coordinates they are indices."""
-    return [a for a in e.axes if isinstance(a, Index)]
+    return [a for a in e.axes if isinstance(a, ir.Index)]
 
 
-def operands(e: Any) -> Iterator[Access]:
+def operands(e: Any) -> Iterator[ir.Access]:
     """Accesses in reading order, those of inner reductions left out."""
-    if isinstance(e, Reduce):
+    if isinstance(e, ir.Reduce):
         return
-    if isinstance(e, Access):
+    if isinstance(e, ir.Access):
         yield e
-    for child in children(e):
+    for child in ir.children(e):
         yield from operands(child)
 
 
