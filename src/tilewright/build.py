@@ -21,6 +21,7 @@ from tilewright.dtypes import DType
 from tilewright.errors import BuildError, ProgramError, ScheduleError, TilewrightError
 from tilewright.ir.digest import digest
 from tilewright.ir.nodes import Program
+from tilewright.reference.launcher import InterpLauncher
 from tilewright.runtime import launch, transfer
 from tilewright.runtime.built import Built
 from tilewright.runtime.kernel import Kernel
@@ -214,7 +215,7 @@ def _kernel(built: Built, target: Target, program: Program | None) -> Kernel:
     """Compiles the source through the cache and loads it; unpickling a kernel calls this. The
     interpreter needs the `program` too."""
     if program is not None:
-        kernel = Kernel(built.manifest, launch.InterpLauncher(program), built.source)
+        kernel = Kernel(built.manifest, InterpLauncher(program), built.source)
     elif target.kind == "cpp":
         kernel = _cpp_kernel(built, target)
     else:

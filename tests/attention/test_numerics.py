@@ -15,10 +15,10 @@ import tilewright as tw
 from tilewright import knobs
 from tilewright.attention import reference
 from tilewright.attention.kv import MAX_KEYS
-from tilewright.codegen import texts
-from tilewright.runtime import native, toolchain
+from tilewright.codegen import prelude_files
+from tilewright.toolchain import compilers, cxx
 
-pytestmark = pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 
 # ---------------------------------------------------------------------------- integer division
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not toolchain.has_compiler(), reason="no C++ com
 def test_division_of_vectors_is_that_of_numpy():
     """vfloor_div and vfloor_mod of the prelude: pairs of hostile numbers, six integer types."""
     kinds = {"int8": 8, "int16": 16, "int32": 32, "int64": 64, "uint32": 32, "uint64": 64}
-    source = texts.prelude("cpu.h") + "".join(
+    source = prelude_files.prelude("cpu.h") + "".join(
         f"""
 extern "C" __attribute__((visibility("default")))
 void divide_{kind}(int n, const {kind}_t* a, const {kind}_t* b, {kind}_t* q, {kind}_t* r) {{
@@ -38,7 +38,7 @@ void divide_{kind}(int n, const {kind}_t* a, const {kind}_t* b, {kind}_t* q, {ki
 }}"""
         for kind in kinds
     )
-    library = native.load(native.compile_cpp(source))
+    library = cxx.load(cxx.compile_cpp(source))
     for kind in kinds:
         limits = np.iinfo(kind)
         small = [x for x in range(-9, 10) if x >= limits.min]

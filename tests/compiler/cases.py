@@ -13,9 +13,9 @@ from tilewright import dtypes
 from tilewright.ir.levels import coordinates
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
-from tilewright.runtime.evaluate import evaluate
-from tilewright.runtime.interpreter import execute
-from tilewright.runtime.memory import memory_of, poisoned
+from tilewright.reference.evaluate import evaluate
+from tilewright.reference.interpreter import execute
+from tilewright.reference.memory import memory_of, poisoned
 from tilewright.sparse.pack import Packed
 
 Arrays = dict[str, Any]

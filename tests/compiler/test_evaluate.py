@@ -1,4 +1,4 @@
-"""The meaning itself: the evaluator against plain NumPy, and the rules the language promises."""
+"""The meaning: the evaluator against plain NumPy and Python loops; the rules of the language."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.compiler.cases import (
+    DENSE,
     FORMATS,
     MATRICES,
+    OTHER,
     SPARSE,
+    SQUARE,
     arguments,
     attention,
     farthest,
     filled,
     gather_rows,
     gemm,
+    logsumexp,
     matrix,
     numbers,
     rgcn,
@@ -28,10 +32,12 @@ from tests.compiler.cases import (
     triangles,
     two_sparse,
 )  # fmt: skip
+from tests.compiler.pointwise import pointwise
 
 import tilewright as tw
-from tilewright.runtime import evaluate as module
-from tilewright.runtime.evaluate import evaluate
+from tilewright import dtypes
+from tilewright.reference import evaluate as module
+from tilewright.reference.evaluate import evaluate
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -85,7 +91,7 @@ def by_hand(program, args):
     st.sampled_from(MATRICES),
     st.integers(0, 6),
     st.integers(0, 6),
-    st.sampled_from((1, 7, 1 << 22)),
+    st.sampled_from((8, 56, 1 << 25)),
     SEEDS,
 )
 def test_against_dense_arrays(program, fmt, kind, m, n, chunk, seed):
@@ -93,17 +99,36 @@ def test_against_dense_arrays(program, fmt, kind, m, n, chunk, seed):
     program = program.decompose(A=FORMATS[fmt])
     args = arguments(program, np.random.default_rng(seed), kind, m=m, n=n)
     wanted = by_hand(program, args)
-    before = module.CHUNK
-    module.CHUNK = chunk
+    before = module.LIMIT_BYTES
+    module.LIMIT_BYTES = chunk
     try:
         got = evaluate(program.program, args)
         single = evaluate(program.program, args, exact=False)
     finally:
-        module.CHUNK = before
+        module.LIMIT_BYTES = before
     for name, value in (wanted if isinstance(wanted, dict) else {"out": wanted}).items():
         assert got[name].dtype == np.float64 and single[name].dtype == np.float32
         np.testing.assert_allclose(got[name], value, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(single[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fmt", ["csr", "coo", "ell", "ragged", "bsr", "dbsr", "hyb 3 split"])
+@pytest.mark.parametrize("program", (*SPARSE, *SQUARE, *OTHER, filled), ids=lambda p: p.name)
+def test_against_loops(program, fmt, rng):
+    """Every point by itself, in Python."""
+    program = program.decompose(A=FORMATS[fmt])
+    check_pointwise(program, arguments(program, rng, m=4, n=4, d=2))
+
+
+@pytest.mark.parametrize("program", DENSE, ids=lambda p: p.name)
+def test_dense_programs_against_loops(program, rng):
+    check_pointwise(program, arguments(program, rng, m=4, n=3, k=5))
+
+
+def check_pointwise(program, args):
+    wanted, got = pointwise(program.program, args), evaluate(program.program, args)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-12, atol=1e-12, err_msg=name)
 
 
 def test_dense_arguments_stand_for_sparse_ones(rng):
@@ -209,6 +234,157 @@ def test_whole_number_arithmetic():
 
     w = np.array([0x5A, 0xF0], np.uint8)
     assert evaluate(unpacked.program, {"W": w})["out"].tolist() == [[10, 5], [0, 15]]
+
+
+@tw.program
+def integers(a=tw.dense("n", "int32"), b=tw.dense("n", "int32")):
+    i = tw.indices("n")
+    results = (
+        a[i] + b[i], a[i] - b[i], a[i] * b[i], a[i] // b[i], a[i] % b[i],
+        a[i] << b[i], a[i] >> b[i], tw.maximum(a[i], b[i]), -a[i], tw.abs(a[i]),
+    )  # fmt: skip
+    return tuple(tw.out.named(f"y{n}")[i](x) for n, x in enumerate(results))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32", "int64"])
+def test_integers_wrap_and_every_result_is_defined(dtype, rng):
+    """Against Python's integers, which never wrap; `//` and `%` by 0 are 0, wide shifts shift all
+    out."""
+    kind = dtypes.dtype(dtype)
+    some = [
+        0,
+        1,
+        2,
+        3,
+        7,
+        8,
+        31,
+        32,
+        63,
+        64,
+        100,
+        -1,
+        -2,
+        -7,
+        kind.least,
+        kind.least + 1,
+        kind.most,
+    ]
+    a, b = (np.array([kind.wrapped(x) for x in col], kind.numpy).ravel() for col in
+            zip(*((x, y) for x in some for y in some), strict=True))  # fmt: skip
+    got = evaluate(integers.typed(a=dtype, b=dtype).program, {"a": a, "b": b})
+
+    def shifted(x, y):
+        return x >> (y if 0 <= y < kind.bits else kind.bits)
+
+    by_hand = (
+        lambda x, y: x + y, lambda x, y: x - y, lambda x, y: x * y,
+        lambda x, y: x // y if y else 0, lambda x, y: x % y if y else 0,
+        lambda x, y: x << y if 0 <= y < kind.bits else 0, shifted,
+        max, lambda x, y: -x, lambda x, y: abs(x),
+    )  # fmt: skip
+    for n, act in enumerate(by_hand):
+        wanted = [kind.wrapped(act(int(x), int(y))) for x, y in zip(a, b, strict=True)]
+        assert got[f"y{n}"].dtype == kind.numpy and got[f"y{n}"].tolist() == wanted, f"y{n}"
+
+
+@pytest.mark.parametrize("to", ["int8", "uint8", "int32", "uint32", "int64", "uint64"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_floats_out_of_range_become_the_nearest_integer(to, exact):
+    @tw.program
+    def converted(x=tw.dense("n", "float64")):
+        i = tw.indices("n")
+        return tw.out[i](x[i].cast(to))
+
+    kind = dtypes.dtype(to)
+    x = np.array([2.9, -2.9, -0.5, 1e30, -1e30, 2.0**31, 2.0**63, 300.7, np.inf, -np.inf, np.nan])
+    wanted = [0 if v != v else kind.most if v > 1e300 else kind.least if v < -1e300
+              else min(max(int(v), kind.least), kind.most) for v in x.tolist()]  # fmt: skip
+    got = evaluate(converted.program, {"x": x}, exact=exact)["out"]
+    assert got.dtype == kind.numpy and got.tolist() == wanted
+
+
+def test_coordinates_wrap_in_their_type():
+    @tw.program
+    def far(x=tw.dense("n"), w=tw.dense("n", "int64")):
+        i = tw.indices("n")
+        return tw.out[i]((i + 2147483647).cast("int64") + w[i])
+
+    x, w = np.zeros(3, np.float32), np.zeros(3, np.int64)
+    wrapped = [2147483647, -2147483648, -2147483647]
+    assert evaluate(far.program, {"x": x, "w": w})["out"].tolist() == wrapped
+    wide = [2147483647, 2147483648, 2147483649]
+    assert evaluate(far.typed(index="int64").program, {"x": x, "w": w})["out"].tolist() == wide
+
+
+# ---------------------------------------------------------------------------- scopes
+
+
+def test_names_mean_what_the_innermost_reduction_binds(rng):
+    """Reductions over indices of the output, with reductions and conditions around them."""
+
+    @tw.program
+    def scopes(Q=tw.dense("m d"), K=tw.dense("n d"), X=tw.dense("m"), A=tw.sparse("m n")):
+        i, j, k = tw.indices("m n d")
+        e = tw.exp(tw.sum(Q[i, k] * K[j, k], over=k))
+        columns = tw.out.named("columns")[i, j](e / tw.sum(e, over=i))
+        inner = tw.sum(X[i] + K[j, k], over=k)
+        shadowed = tw.out.named("shadowed")[i, j](tw.sum(inner, over=j))
+        captured = tw.out.named("captured")[i](tw.where(X[i] > 0, tw.sum(X[i + 1], over=i), 0.0))
+        norms = tw.out.like(A).named("norms")[i, j](A[i, j] / tw.sum(A[i, j] * A[i, j], over=i))
+        return columns, shadowed, captured, norms
+
+    Q, K, X = rng.normal(size=(4, 3)), rng.normal(size=(5, 3)), np.array([1.0, -1, 2, -3])
+    A = matrix("random", 4, 5, rng)
+    args = {"Q": Q, "K": K, "X": X, "A": tw.csr().pack(A)}
+    got = evaluate(scopes.program, args)
+    E = np.exp(Q @ K.T)
+    np.testing.assert_allclose(got["columns"], E / E.sum(0), rtol=1e-12)
+    rows = 15 * X[:, None] + K.sum() + np.zeros((4, 5))
+    np.testing.assert_allclose(got["shadowed"], rows, rtol=1e-12)
+    np.testing.assert_allclose(got["captured"], np.where(X > 0, X[1:].sum(), 0), rtol=1e-12)
+    with np.errstate(invalid="ignore"):
+        norms = (A / (A.astype(float) ** 2).sum(0))[A != 0]
+    np.testing.assert_allclose(got["norms"], norms, rtol=1e-6)
+    check_pointwise(scopes, args)
+
+
+def test_a_coordinate_that_is_stored_twice_counts_once():
+    from tilewright.ir.levels import Compressed, Dense
+
+    pieces = tw.Format("pieces", (Compressed(0, chunk=2), Dense(1)))
+    M = np.array([[1, 2, 3, 0], [0, 1, 0, 0]], np.float32)
+    both = FORMATS["csr + bsr"].pack(M)
+    assert sum(p.size for p in both.structure.parts) > len(
+        both.unpack()[1]
+    )  # some are stored twice
+    E = np.exp(M.astype(float))
+    stored = dense(both)[1]
+    sums = evaluate(logsumexp.decompose(A=both.format).program, {"A": both})["out"]
+    np.testing.assert_allclose(sums, np.log(np.where(stored, E, 0).sum(1)), rtol=1e-12)
+    negative = pieces.pack(-np.ones((1, 4), np.float32))
+    x = np.ones((4, 1))
+    largest = evaluate(row_max.decompose(A=pieces).program, {"A": negative, "X": x})["out"]
+    assert largest.tolist() == [[-1]]
+
+
+@pytest.mark.parametrize("fmt", ["csr", "dcsr", "coo", "bsr", "dbsr"])
+def test_every_element_of_an_output_is_written(fmt, rng):
+    """Rows that a format does not list are rows: a sum over their entries is empty."""
+
+    @tw.program
+    def rows(A=tw.sparse("m n"), X=tw.dense("m d")):
+        i, j, k = tw.indices("m n d")
+        outer = tw.out.named("outer")[i](tw.sum(X[i, k] + tw.sum(A[i, j], over=j), over=k))
+        return outer, tw.out.named("most")[()](tw.max(tw.sum(A[i, j], over=j), over=i))
+
+    M = np.zeros((5, 4), np.float32)
+    M[2, 1] = -1
+    X = rng.normal(size=(5, 3))
+    program = rows.decompose(A=FORMATS[fmt])
+    got = evaluate(program.program, {"A": FORMATS[fmt].pack(M), "X": X})
+    np.testing.assert_allclose(got["outer"], X.sum(1) + 3 * M.sum(1), rtol=1e-12)
+    assert got["most"] == 0  # of the rows without entries
 
 
 def test_updates_leave_the_arguments_alone(rng):

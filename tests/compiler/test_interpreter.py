@@ -44,7 +44,8 @@ from tilewright.ir.nodes import (
     Var,
 )
 from tilewright.ir.rewrite import transform
-from tilewright.runtime.interpreter import execute
+from tilewright.reference.evaluate import evaluate
+from tilewright.reference.interpreter import execute
 
 f32, i32, i64 = dtypes.float32, dtypes.int32, dtypes.int64
 N = Var("n.size")
@@ -151,6 +152,33 @@ def test_arithmetic_is_that_of_the_dtype(rng):
         assert ran(Store(Y, (c(0),), bits))["Y"][0] == wanted
         half = Cast(Cast(Const(float(value), f32), dtypes.float16), f32)
         assert ran(Store(Y, (c(0),), half))["Y"][0] == np.float32(np.float16(np.float32(value)))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32", "int64"])
+def test_integers_are_those_of_the_definition(dtype):
+    """Wrapping, division by zero, wide shifts, conversions: as the evaluator says."""
+
+    @tw.program
+    def all_of(a=tw.dense("n", dtype), b=tw.dense("n", dtype), x=tw.dense("n", "float64")):
+        i = tw.indices("n")
+        results = (
+            a[i] + b[i], a[i] - b[i], a[i] * b[i], a[i] // b[i], a[i] % b[i], a[i] << b[i],
+            a[i] >> b[i], tw.minimum(a[i], b[i]), -a[i], tw.abs(a[i]), x[i].cast(dtype),
+            a[i].cast("int16") + x[i].cast("int32"), (i + 2147483647).cast("int64"),
+        )  # fmt: skip
+        return tuple(tw.out.named(f"y{n}")[i](y) for n, y in enumerate(results))
+
+    kind = dtypes.dtype(dtype)
+    some = [0, 1, 2, 7, 8, 33, 64, 100, -1, -7, kind.least, kind.least + 1, kind.most]
+    a, b = (
+        np.array([kind.wrapped(x) for x in column], kind.numpy)
+        for column in zip(*((x, y) for x in some for y in some), strict=True)
+    )
+    x = np.resize([2.9, -2.9, 1e30, -1e30, 2.0**31, 2.0**63, np.inf, -np.inf, np.nan], a.shape)
+    args = {"a": a, "b": b, "x": x}
+    wanted, got = evaluate(all_of.program, args), executed(all_of, all_of.lower(), args)
+    for name, y in wanted.items():
+        assert got[name].tolist() == y.astype(np.float64).tolist(), name
 
 
 def test_a_wrong_pass_does_not_go_unseen(rng):

@@ -32,7 +32,7 @@ from tests.compiler.cases import (
 from tests.compiler.legality import accepted, accepted_pairs
 
 import tilewright as tw
-from tilewright.runtime.evaluate import evaluate
+from tilewright.reference.evaluate import evaluate
 from tilewright.toolchain import compilers, nvrtc
 
 pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")

@@ -27,8 +27,8 @@ from tilewright.ops.bsr_spmm import bsr_spmm_kernel, bsr_spmm_program
 from tilewright.ops.bsr_spmm import recipe as bsr_recipe
 from tilewright.ops.gemm import gemm_kernel, gemm_program
 from tilewright.ops.gemm import recipe as gemm_recipe
+from tilewright.reference.memory import poisoned
 from tilewright.runtime.launch import CudaLauncher
-from tilewright.runtime.memory import poisoned
 from tilewright.toolchain import nvrtc
 
 HALVES = ("float16", "bfloat16")

@@ -9,7 +9,7 @@ from tests.compiler.cases import FORMATS, after_every_pass, arguments, called, c
 
 import tilewright as tw
 from tilewright.errors import ScheduleError
-from tilewright.runtime.evaluate import evaluate
+from tilewright.reference.evaluate import evaluate
 from tilewright.toolchain import compilers
 
 needs_cxx = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")

@@ -27,7 +27,7 @@ from tests.compiler.legality import accepted
 
 import tilewright as tw
 from tilewright.errors import ScheduleError
-from tilewright.runtime.evaluate import evaluate
+from tilewright.reference.evaluate import evaluate
 from tilewright.schedule import replay
 from tilewright.toolchain import compilers, nvrtc
 

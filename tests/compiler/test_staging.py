@@ -26,7 +26,7 @@ import tilewright as tw
 from tilewright.errors import ScheduleError
 from tilewright.ops.bsr_spmm import bsr_spmm_program
 from tilewright.ops.gemm import gemm_program
-from tilewright.runtime.evaluate import evaluate
+from tilewright.reference.evaluate import evaluate
 from tilewright.sparse.pack import Packed
 from tilewright.toolchain import compilers, nvrtc
 

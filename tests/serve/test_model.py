@@ -305,7 +305,6 @@ def test_a_context_of_numpy_is_one(tiny: ModelFile):
     assert Llama(tiny, context=np.int64(64)).cache.capacity == 64  # type: ignore[arg-type]
 
 
-
 # ---------------------------------------------------------------------------- the recorded step
 
 

@@ -13,7 +13,7 @@ from tilewright.attention.merge import State
 from tilewright.attention.variant import traced_of
 from tilewright.errors import InternalError
 from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Select, Unary, Var
-from tilewright.runtime.spaces import BINARY, UNARY
+from tilewright.reference.ops_table import BINARY, UNARY
 from tilewright.runtime.transfer import to_host
 from tilewright.runtime.view import view
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from tilewright.errors import ArgumentError
-from tilewright.ir.nodes import Program
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
 from tilewright.runtime.call import Frame
@@ -120,21 +119,10 @@ class CudaLauncher(Launcher):
         return run
 
 
-class InterpLauncher(Launcher):
-    """The program at the coordinate level, evaluated with NumPy: no compiler, and slow."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-
-    def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
-        from tilewright.runtime.fallback import run_frame
-
-        return lambda: run_frame(self.program, frame)
-
-
 def _is_interpreted(b: Any) -> bool:
+    """Whether there is no native code to put into a list of launches."""
     if isinstance(b, Bound):
-        return isinstance(b.kernel.launcher, InterpLauncher)
+        return not isinstance(b.kernel.launcher, (CpuLauncher, CudaLauncher))
     return hasattr(b, "launch") and b.launch is None
 
 

@@ -389,8 +389,8 @@ def _assign(how: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
 
 
 def _statement(to: Access, value: Expr, op: str = "") -> Assign:
-    """`to = value`, or `to += value` with op "sum"; no reduction binds an index that the coordinates or a reduction around it
-    bind."""
+    """`to = value`, or `to += value` with op "sum". No reduction in it binds an index that the
+    coordinates or a reduction around it bind."""
     bound = frozenset().union(*(free_vars(c) for c in to.coords))
     return Assign(to, cast(rename_reductions(value, bound), to.dtype), op)
 

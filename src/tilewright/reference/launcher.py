@@ -1,49 +1,57 @@
-"""Where there is no compiler: the arrays of a prepared call, and the program evaluated on them."""
+"""The `interp` target: the evaluator on the arrays of a prepared call."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from tilewright.dtypes import DType
 from tilewright.ir.levels import coordinates, row_major
 from tilewright.ir.nodes import Program
-from tilewright.runtime.evaluate import Memory, run
-from tilewright.runtime.spaces import Stored
+from tilewright.reference.evaluate import run
+from tilewright.reference.stored import Stored
+from tilewright.runtime.kernel import Kernel, Launcher
+
+
+class InterpLauncher(Launcher):
+    """The program at the coordinate level, evaluated with NumPy: no compiler, and slow."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def prepare(self, kernel: Kernel, frame: Any) -> Callable[[], None]:
+        return lambda: run_frame(self.program, frame)
 
 
 def run_frame(program: Program, frame: Any) -> None:
-    """Run the coordinate-level `program` on the arrays whose addresses stand in a frame."""
-    memory = Memory(program, {d: n for d, n in frame.sizes.items() if isinstance(d, str)})
+    """Run the coordinate-level `program` on the arrays whose addresses a frame holds."""
+    data: dict[str, np.ndarray] = {}
+    stored: dict[str, Stored] = {}
     write_back: list[Callable[[], None]] = []
     for t in program.tensors:
         slots = frame.slots.get(t.name, ())
-        if t.role in ("temp", "inline"):
+        if t.role == "temp":
             continue
         if t.is_sparse:
             structure = frame.structures[t.structure]()
-            memory.stored[t.structure], order = _stored(structure)
+            stored[t.structure], order = _stored(structure)
             parts = [p.size for p in structure.parts]
             places = {part: slot.value for slot, part in slots}
             arrays = [_array_at(places[n], t.dtype, (parts[n],), (1,)) for n in sorted(places)]
             flat = np.concatenate(arrays) if slots else np.zeros(sum(parts), t.dtype.numpy)
-            memory.data[t.name] = values = flat[order]
+            data[t.name] = values = flat[order]
             if t.role == "output":
                 write_back.append(lambda f=flat, o=order, v=values, a=arrays: _scatter(f, o, v, a))
         elif not t.dims and t.role == "input":
-            memory.data[t.name] = _number(t.dtype, slots[0][0].value if slots else 0)
+            data[t.name] = _number(t.dtype, slots[0][0].value if slots else 0)
         else:
             v = frame.views[t.name]
             pointer = slots[0][0].value if slots else v.pointer
-            memory.data[t.name] = _array_at(pointer, t.dtype, v.shape, v.strides)
-    for t in program.tensors:
-        if t.role == "temp":
-            memory.allocate(t)
-    run(program, memory, exact=False)
+            data[t.name] = _array_at(pointer, t.dtype, v.shape, v.strides)
+    run(program, data, stored, {d: n for d, n in frame.sizes.items() if isinstance(d, str)})
     for write in write_back:
         write()
 
@@ -51,9 +59,6 @@ def run_frame(program: Program, frame: Any) -> None:
 def _stored(structure: Any) -> tuple[Stored, np.ndarray]:
     """The stored coordinates of a structure, and the positions of their values in the values of its
     parts, one part behind the other."""
-    known = _STORED.get(structure)
-    if known is not None:
-        return known
     parts, base = [], 0
     for p in structure.parts:
         coords, at = coordinates(p.format.levels, p.arrays, p.counts, structure.shape)
@@ -63,11 +68,7 @@ def _stored(structure: Any) -> tuple[Stored, np.ndarray]:
         base += p.size
     *coords, position, is_entry = (np.concatenate(c) for c in zip(*parts, strict=True))
     order = row_major(coords, is_entry)
-    stored = Stored(tuple(structure.shape), tuple(c[order] for c in coords))
-    return _STORED.setdefault(structure, (stored, position[order]))
-
-
-_STORED: WeakKeyDictionary[Any, tuple[Stored, np.ndarray]] = WeakKeyDictionary()
+    return Stored(tuple(structure.shape), tuple(c[order] for c in coords)), position[order]
 
 
 def _scatter(flat: np.ndarray, order: np.ndarray, values: np.ndarray, parts: list[Any]) -> None:

@@ -1,9 +1,9 @@
-"""Programs after any pass, run scalar by scalar in Python: what the passes are tested with.
+"""An interpreter of lowered IR, scalar by scalar in Python: passes are tested with it.
 
 `execute` runs the position and the loop level. Each node becomes one Python closure; numbers have
-the program's dtypes (bfloat16 is kept as its bits, as kernels keep it), memory that nobody wrote is
-NaN, and an access outside a buffer raises InternalError[I101]. The coordinate level has an
-evaluator of its own (`runtime.evaluate`).
+the program's dtypes (bfloat16 is kept as its bits, as kernels keep it), memory that was never
+written is NaN, and an access outside of a buffer raises InternalError[I101]. `reference.evaluate`
+evaluates the coordinate level.
 """
 
 from __future__ import annotations
@@ -19,55 +19,18 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
-from tilewright.ir.names import (
-    STRIDE,
-    is_given,
-    stride_name,
-)
-from tilewright.ir.nodes import (
-    Alloc,
-    Binary,
-    Broadcast,
-    Buffer,
-    Cast,
-    Compute,
-    Const,
-    Expr,
-    For,
-    If,
-    Let,
-    Load,
-    Mma,
-    MmaStore,
-    MmaZero,
-    Nest,
-    Prefetch,
-    Program,
-    Ramp,
-    ReduceLanes,
-    ReduceThreads,
-    Search,
-    Select,
-    Seq,
-    Stmt,
-    Store,
-    Sync,
-    Tile,
-    Unary,
-    Var,
-    children,
-    identity_of,
-)
+from tilewright.ir import nodes as ir
+from tilewright.ir.names import STRIDE, is_given, stride_name
 from tilewright.ir.rewrite import walk
-from tilewright.runtime.memory import Array, Part, constant, convert, poisoned
-from tilewright.runtime.spaces import BINARY, UFUNCS, UNARY
+from tilewright.reference.memory import Array, Part, constant, convert, poisoned
+from tilewright.reference.ops_table import BINARY, UFUNCS, UNARY
 
 Env = dict[str, Any]
 Run = Callable[[Env], Any]
 
 
 def execute(
-    program: Program,
+    program: ir.Program,
     buffers: Mapping[str, np.ndarray],
     variables: Mapping[str, int],
     parts: Sequence[Part] = (),
@@ -95,13 +58,13 @@ def execute(
                         _Nest(nest, memory | own, _is_flat(program), program.level).run(env)
 
 
-def _identities(stage: tuple[Nest, ...], memory: dict[str, Array], rows: Sequence[Part]) -> None:
+def _identities(stage: tuple[ir.Nest, ...], memory: dict[str, Array], rows: Sequence[Part]) -> None:
     """Positions level: what a stage sums into starts at the identity, as its accumulators will."""
     for nest in stage:
         for c in walk(nest.body):
-            if not isinstance(c, Compute) or not c.op or c.in_place:
+            if not isinstance(c, ir.Compute) or not c.op or c.in_place:
                 continue
-            out, value = c.out.buffer, identity_of(c.op, c.value.dtype)
+            out, value = c.out.buffer, ir.identity_of(c.op, c.value.dtype)
             start = convert(constant(value), c.value.dtype, out.dtype)
             if out.scope == "global":
                 array = memory[out.name]
@@ -113,19 +76,19 @@ def _identities(stage: tuple[Nest, ...], memory: dict[str, Array], rows: Sequenc
                         row.buffers[out.name][:] = start
 
 
-def _is_flat(program: Program) -> bool:
+def _is_flat(program: ir.Program) -> bool:
     """Whether addresses are offsets already, and not one index a dimension. (Tiles always are.)"""
 
     def flat(x: Any) -> bool:
-        if isinstance(x, Tile):
+        if isinstance(x, ir.Tile):
             return False
-        if isinstance(x, Var) and is_given(x.name, STRIDE):
+        if isinstance(x, ir.Var) and is_given(x.name, STRIDE):
             return True
-        if isinstance(x, (Load, Store)) and x.buffer.scope in ("global", "shared"):
+        if isinstance(x, (ir.Load, ir.Store)) and x.buffer.scope in ("global", "shared"):
             dims = len(x.buffer.shape)
             if len(x.index) != dims:
                 return True
-        return any(flat(child) for child in children(x))
+        return any(flat(child) for child in ir.children(x))
 
     return any(flat(nest.body) for stage in program.stages for nest in stage)
 
@@ -136,7 +99,7 @@ def _is_flat(program: Program) -> bool:
 class _Nest:
     """One nest under one part: statements and expressions as closures over an environment."""
 
-    def __init__(self, nest: Nest, memory: dict[str, Array], flat: bool, level: str) -> None:
+    def __init__(self, nest: ir.Nest, memory: dict[str, Array], flat: bool, level: str) -> None:
         self.memory, self.flat, self.positions = dict(memory), flat, level == "positions"
         self.scratch: set[str] = set()  # registers that a statement allocates
         self.registers: dict[str, Any] = {}  # values; at the position level one for each temporary
@@ -157,13 +120,13 @@ class _Nest:
 
     # -- statements ------------------------------------------------------------------------------
 
-    def stmt(self, s: Stmt) -> Run:
+    def stmt(self, s: ir.Stmt) -> Run:
         made = getattr(self, f"_{type(s).__name__.lower()}", None)
         if made is None:
             raise InternalError("I101", f"{type(s).__name__} cannot be executed")
         return made(s)
 
-    def _seq(self, s: Seq) -> Run:
+    def _seq(self, s: ir.Seq) -> Run:
         """A loop and its tail that reduce into the same temporary share its start."""
         before, steps = set(self.started), []
         for b in s.body:
@@ -177,7 +140,7 @@ class _Nest:
 
         return run
 
-    def _for(self, s: For) -> Run:
+    def _for(self, s: ir.For) -> Run:
         starts = {n: v for n, v in _sums_of(s).items() if n not in self.started}
         self.started |= starts.keys()
         name, begin, end, body = s.name, self.expr(s.begin), self.expr(s.end), self.stmt(s.body)
@@ -191,7 +154,7 @@ class _Nest:
 
         return run
 
-    def _let(self, s: Let) -> Run:
+    def _let(self, s: ir.Let) -> Run:
         name, value = s.var.name, self.expr(s.value)
 
         def run(env: Env) -> None:
@@ -199,7 +162,7 @@ class _Nest:
 
         return run
 
-    def _if(self, s: If) -> Run:
+    def _if(self, s: ir.If) -> Run:
         cond, body = self.expr(s.cond), self.stmt(s.body)
 
         def run(env: Env) -> None:
@@ -208,7 +171,7 @@ class _Nest:
 
         return run
 
-    def _compute(self, s: Compute) -> Run:
+    def _compute(self, s: ir.Compute) -> Run:
         value, buffer = self.expr(s.value), s.out.buffer
         if buffer.scope == "register":
             name, ufunc = (
@@ -224,7 +187,7 @@ class _Nest:
         array, place = self.memory[buffer.name], self.place(buffer, s.out.index)
         if not s.op:
             return lambda env: array.put(place(env), value(env))
-        ufunc, start = UFUNCS[s.op], constant(identity_of(s.op, s.value.dtype))
+        ufunc, start = UFUNCS[s.op], constant(ir.identity_of(s.op, s.value.dtype))
         if s.in_place:
             return lambda env: array.put(place(env), ufunc(array.flat[place(env)], value(env)))
         self.kinds[buffer.name] = s.value.dtype, s.out.dtype
@@ -235,7 +198,7 @@ class _Nest:
 
         return accumulate
 
-    def _alloc(self, s: Alloc) -> Run:
+    def _alloc(self, s: ir.Alloc) -> Run:
         b = s.buffer
         self.scratch.add(b.name)
         extents = tuple(_integer(e) for e in b.shape)
@@ -251,7 +214,7 @@ class _Nest:
 
         return run
 
-    def _store(self, s: Store) -> Run:
+    def _store(self, s: ir.Store) -> Run:
         value, place = self.expr(s.value), self.place(s.buffer, s.index)
         ufunc = UFUNCS[s.op] if s.op else None
         if s.buffer.scope == "register":
@@ -270,18 +233,18 @@ class _Nest:
 
         return memory
 
-    def _sync(self, s: Sync) -> Run:
+    def _sync(self, s: ir.Sync) -> Run:
         return lambda env: None
 
-    def _prefetch(self, s: Prefetch) -> Run:
+    def _prefetch(self, s: ir.Prefetch) -> Run:
         return lambda env: None
 
     # -- tiles -----------------------------------------------------------------------------------
 
-    def _mmazero(self, s: MmaZero) -> Run:
+    def _mmazero(self, s: ir.MmaZero) -> Run:
         return self.fragment(s.acc, s.slot, s.shape, lambda env, acc: acc.fill(0))
 
-    def _mma(self, s: Mma) -> Run:
+    def _mma(self, s: ir.Mma) -> Run:
         m, n, k = s.shape
         a, b = self.tile(s.a, m, k), self.tile(s.b, k, n)
 
@@ -293,7 +256,7 @@ class _Nest:
 
         return self.fragment(s.acc, s.slot, s.shape, run)
 
-    def _mmastore(self, s: MmaStore) -> Run:
+    def _mmastore(self, s: ir.MmaStore) -> Run:
         m, n = s.shape[:2]
         to, dtype, array = self.tile(s.to, m, n), s.to.buffer.dtype, self.memory[s.to.buffer.name]
 
@@ -307,7 +270,7 @@ class _Nest:
 
         return self.fragment(s.acc, s.slot, s.shape, run)
 
-    def fragment(self, acc: Buffer, slot: Expr, shape: tuple[int, ...], act: Any) -> Run:
+    def fragment(self, acc: ir.Buffer, slot: ir.Expr, shape: tuple[int, ...], act: Any) -> Run:
         """`act` on one fragment, an m × n view of the accumulator."""
         m, n = shape[:2]
         number = self.expr(slot)
@@ -318,7 +281,9 @@ class _Nest:
 
         return run
 
-    def tile(self, t: Tile, rows: int, cols: int) -> Callable[[Env], list[list[tuple[Any, Any]]]]:
+    def tile(
+        self, t: ir.Tile, rows: int, cols: int
+    ) -> Callable[[Env], list[list[tuple[Any, Any]]]]:
         """(element, offset) for each place of a tile; (0, None) beyond its limits."""
         array = self.memory[t.buffer.name]
         zero = array.flat.dtype.type(0)
@@ -340,7 +305,7 @@ class _Nest:
 
     # -- places ----------------------------------------------------------------------------------
 
-    def place(self, b: Buffer, index: tuple[Expr, ...]) -> Run:
+    def place(self, b: ir.Buffer, index: tuple[ir.Expr, ...]) -> Run:
         """The offset of an access: an integer, or an array with one for each lane."""
         made = [self.expr(i) for i in index]
         if b.scope == "register":
@@ -355,14 +320,14 @@ class _Nest:
 
     # -- expressions -----------------------------------------------------------------------------
 
-    def expr(self, e: Expr) -> Run:
+    def expr(self, e: ir.Expr) -> Run:
         return getattr(self, f"_x_{type(e).__name__.lower()}")(e)
 
-    def _x_const(self, e: Const) -> Run:
+    def _x_const(self, e: ir.Const) -> Run:
         value = constant(e)
         return lambda env: value
 
-    def _x_var(self, e: Var) -> Run:
+    def _x_var(self, e: ir.Var) -> Run:
         name = e.name
 
         def read(env: Env) -> Any:
@@ -373,9 +338,9 @@ class _Nest:
 
         return read
 
-    def _x_load(self, e: Load) -> Run:
+    def _x_load(self, e: ir.Load) -> Run:
         b, name = e.buffer, e.buffer.name
-        integer = e.dtype.lanes == 1 and e.dtype.name in ("int32", "int64")
+        integer = _is_plain(e.dtype)
         if b.scope == "register":
             if self.positions and name not in self.scratch:
                 return lambda env: self.registers[name]
@@ -389,30 +354,30 @@ class _Nest:
         array, place = self.memory[name], self.place(b, e.index)
         return lambda env: _plain(array.flat[array.at(place(env))], integer)
 
-    def _x_binary(self, e: Binary) -> Run:
+    def _x_binary(self, e: ir.Binary) -> Run:
         a, b = self.expr(e.a), self.expr(e.b)
         if e.dtype.kind == "b" and e.dtype.lanes == 1 and e.op in ("&", "|"):
             return (lambda env: a(env) and b(env)) if e.op == "&" else lambda env: a(env) or b(env)
-        act = BINARY[e.op]
-        if e.a.dtype.lanes == 1 and e.a.dtype.is_int:
-            act = _INTEGER.get(e.op, act)
+        act = _integer_act(e.op, e.a.dtype) if _is_plain(e.a.dtype) else BINARY[e.op]
         return lambda env: act(a(env), b(env))
 
-    def _x_unary(self, e: Unary) -> Run:
+    def _x_unary(self, e: ir.Unary) -> Run:
         a, act = self.expr(e.a), UNARY[e.op]
+        if _is_plain(e.dtype):
+            return lambda env: e.dtype.wrapped(int(act(a(env))))
         return lambda env: act(a(env))
 
-    def _x_select(self, e: Select) -> Run:
+    def _x_select(self, e: ir.Select) -> Run:
         cond, a, b = self.expr(e.cond), self.expr(e.a), self.expr(e.b)
         if e.cond.dtype.lanes > 1:
             return lambda env: np.where(cond(env), a(env), b(env))
         return lambda env: a(env) if cond(env) else b(env)
 
-    def _x_cast(self, e: Cast) -> Run:
+    def _x_cast(self, e: ir.Cast) -> Run:
         a, source, to = self.expr(e.a), e.a.dtype.scalar, e.dtype.scalar
         return lambda env: convert(a(env), source, to)
 
-    def _x_search(self, e: Search) -> Run:
+    def _x_search(self, e: ir.Search) -> Run:
         lo, hi, key, keys = (
             self.expr(e.lo),
             self.expr(e.hi),
@@ -433,60 +398,80 @@ class _Nest:
 
         return find
 
-    def _x_ramp(self, e: Ramp) -> Run:
+    def _x_ramp(self, e: ir.Ramp) -> Run:
         base, steps = self.expr(e.base), np.arange(e.dtype.lanes)
         return lambda env: base(env) + steps
 
-    def _x_broadcast(self, e: Broadcast) -> Run:
+    def _x_broadcast(self, e: ir.Broadcast) -> Run:
         a, lanes, integer = self.expr(e.a), e.dtype.lanes, e.dtype.is_int
         kind = None if integer or e.dtype.kind == "b" else e.dtype.numpy
         return lambda env: np.full(lanes, a(env), kind)
 
-    def _x_reducelanes(self, e: ReduceLanes) -> Run:
-        a, ufunc, integer = self.expr(e.a), UFUNCS[e.op], e.dtype.name in ("int32", "int64")
+    def _x_reducelanes(self, e: ir.ReduceLanes) -> Run:
+        a, ufunc, integer = self.expr(e.a), UFUNCS[e.op], _is_plain(e.dtype)
         return lambda env: _plain(ufunc.reduce(a(env)), integer)
 
-    def _x_reducethreads(self, e: ReduceThreads) -> Run:
+    def _x_reducethreads(self, e: ir.ReduceThreads) -> Run:
         return self.expr(e.a)  # the loop over threads has run in order
 
 
 _INTEGER: dict[str, Callable[[Any, Any], Any]] = {
-    "+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv,
-    "%": operator.mod, "min": min, "max": max, "<": operator.lt, "<=": operator.le,
-    ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "min": min, "max": max,
+    "//": lambda a, b: a // b if b else 0, "%": lambda a, b: a % b if b else 0,
     "&": operator.and_, "|": operator.or_, "^": operator.xor,
+    "<<": lambda a, b: a << b if 0 <= b < 64 else 0, ">>": lambda a, b: a >> (b if b >= 0 else 64),
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq,
+    "!=": operator.ne,
 }  # fmt: skip
 
 
-def _sums_of(s: Stmt) -> dict[str, Any]:
+def _is_plain(dtype: DType) -> bool:
+    """Whether a value is a Python integer: index arithmetic is done on these."""
+    return dtype.lanes == 1 and dtype.name in ("int32", "int64")
+
+
+def _integer_act(op: str, dtype: DType) -> Callable[[Any, Any], Any]:
+    """An operator on Python's integers, which wraps as `dtype` does."""
+    act, least, most = _INTEGER[op], dtype.least, dtype.most
+    if op in ir.COMPARISON:
+        return act
+
+    def apply(a: Any, b: Any) -> Any:
+        x = act(a, b)
+        return x if least <= x <= most else dtype.wrapped(int(x))
+
+    return apply
+
+
+def _sums_of(s: ir.Stmt) -> dict[str, Any]:
     """Temporaries that the loop `s` reduces into, and what they start from."""
-    if not isinstance(s, For):
+    if not isinstance(s, ir.For):
         return {}
     return {
-        c.out.buffer.name: constant(identity_of(c.op, c.value.dtype))
+        c.out.buffer.name: constant(ir.identity_of(c.op, c.value.dtype))
         for c in walk(s)
-        if isinstance(c, Compute)
+        if isinstance(c, ir.Compute)
         and c.out.buffer.scope == "register"
         and set(s.axes) & set(c.reduce)
     }
 
 
-def _lane_dimensions(body: Stmt) -> dict[str, int]:
+def _lane_dimensions(body: ir.Stmt) -> dict[str, int]:
     """Which dimension of an accumulator belongs to the lanes of a loop that is still to be a
     vector."""
     return {
         s.buffer.name: d
         for loop in walk(body)
-        if isinstance(loop, For) and loop.kind == "vector"
+        if isinstance(loop, ir.For) and loop.kind == "vector"
         for s in walk(loop)
-        if isinstance(s, Store) and s.buffer.scope == "register"
+        if isinstance(s, ir.Store) and s.buffer.scope == "register"
         for d, i in enumerate(s.index)
-        if isinstance(i, Var) and i.name == loop.name
+        if isinstance(i, ir.Var) and i.name == loop.name
     }
 
 
-def _integer(e: Expr) -> int:
-    assert isinstance(e, Const)
+def _integer(e: ir.Expr) -> int:
+    assert isinstance(e, ir.Const)
     return int(e.value)
 
 
@@ -500,5 +485,4 @@ def _row_major(name: str, index: list[Any], extents: list[int]) -> int:
 
 
 def _plain(x: Any, integer: bool) -> Any:
-    """Index arithmetic is done on Python's integers."""
     return int(x) if integer else x

@@ -17,6 +17,7 @@ from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir.names import Given, count_name, size_name, values_name
 from tilewright.ir.nodes import Const, Program, Tensor
+from tilewright.reference.ops_table import decode, encode, to_integer
 
 
 @dataclass(slots=True)
@@ -121,24 +122,20 @@ class Array:
 
 
 def constant(e: Const) -> Any:
-    if e.dtype.name in ("int32", "int64"):
-        return int(e.value)
-    if e.dtype.kind == "b":
-        return bool(e.value)
+    if e.dtype.is_int:
+        return convert(e.dtype.numpy.type(e.value), e.dtype, e.dtype)
     return convert(np.float64(e.value), dtypes.float64, e.dtype)
 
 
 def convert(x: Any, source: DType, to: DType) -> Any:
-    """A value (or one for each lane) of one dtype as another; bfloat16 is its bits."""
-    if source.name == "bfloat16":
-        x = (np.asarray(x).astype(np.uint32) << 16).view(np.float32)[()]
-    if to.name == "bfloat16":
-        x = np.asarray(x).astype(np.float32)
-        return dtypes.bfloat16_bits(x).reshape(x.shape)[()]
-    if np.ndim(x):
-        return x != 0 if to.kind == "b" else x.astype(to.numpy)
-    if to.kind == "b":
-        return bool(x != 0)
-    if to.name in ("int32", "int64"):
-        return int(x) if x == x and abs(x) != np.inf else 0
-    return np.asarray(x).astype(to.numpy)[()]
+    """A value (or one for each lane) of one dtype as another; bfloat16 is its bits, int32, int64
+    and bool are Python's."""
+    if isinstance(x, int) and to.name in ("int32", "int64"):
+        return int(x) if to.least <= x <= to.most else to.wrapped(x)
+    x = decode(np.asarray(x), source)
+    if to.is_int and x.dtype.kind == "f":
+        made = to_integer(x, to)
+    else:
+        made = x != 0 if to.kind == "b" else encode(x, to, to.numpy)
+    plain = to.kind == "b" or to.name in ("int32", "int64")
+    return made if made.ndim else made.item() if plain else made[()]

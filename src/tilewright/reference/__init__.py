@@ -1,0 +1,1 @@
+"""Programs evaluated in Python: the definition of the language; an interpreter of lowered IR."""

@@ -1,0 +1,330 @@
+"""The definition of the language: programs on coordinates, evaluated by NumPy broadcasting.
+
+Every kernel is compared with this evaluator, and it runs where no C++ compiler is installed.
+
+A `Scope` is a box of points with an environment: the coordinates of each index in scope, as an
+array that broadcasts over the box. The value of an expression is again such an array: it has the
+rank of the box, and length 1 along each dimension in which it does not vary. A reduction extends
+the box by its own axes, evaluates its body there and folds those dimensions away. Nothing is
+rewritten: a name means what the innermost scope binds it to.
+
+Rules:
+* An index takes every coordinate of its dimension. A reduction over an axis that a sparse operand
+  has (one whose coordinates are plain indices, each different) ranges over the *stored* coordinates
+  of the first such operand instead; axes that it has not take every coordinate. Stored coordinates
+  are a set: one that two parts of a format store counts once, and padding is not in it.
+* A sparse tensor reads its `fill` where nothing is stored; a dense array reads 0 outside of its
+  shape, and a store there does nothing. Every element of an output is written.
+* Integers wrap in their type; `//` and `%` by zero give 0; a shift beyond the width gives 0, or all
+  bits the sign; a float becomes an integer as `ops_table.to_integer` says.
+* float16 and bfloat16 are rounded where the program casts to them; arithmetic and sums are float32,
+  of float64 float64. `exact` computes all floats in float64 and rounds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from tilewright.dtypes import DType
+from tilewright.errors import ArgumentError, InternalError
+from tilewright.ir import nodes as ir
+from tilewright.ir.names import given
+from tilewright.ir.rewrite import free_vars, indices_of
+from tilewright.reference.ops_table import BINARY, UFUNCS, UNARY, decode, encode, to_integer
+from tilewright.reference.stored import Stored
+
+LIMIT_BYTES = 64 << 20  # of one array of intermediate values, where cutting the output can keep it
+
+
+def evaluate(
+    program: ir.Program,
+    arrays: Mapping[str, Any],
+    sizes: Mapping[str, int] | None = None,
+    *,
+    exact: bool = True,
+) -> dict[str, np.ndarray]:
+    """The outputs of a program at the coordinate level, by name.
+
+    `arrays` holds the inputs: dense arrays; for sparse tensors anything with `shape` and
+    `unpack() -> (coords, values)` in row-major order, or a dense array whose non-zeros are stored;
+    numbers for scalars. A sparse output is its values (nnz,), in the order of `unpack`. Arguments
+    that the program updates are copied first. Raises ArgumentError[A103] for sizes that differ.
+    """
+    known, data, stored = dict(program.sizes) | dict(sizes or {}), {}, {}
+    for t in program.tensors:
+        if t.name in arrays:
+            x = arrays[t.name]
+            values = _sparse_argument(t, x, stored) if t.is_sparse else np.asarray(x)
+            for dim, n in zip(t.dims, np.shape(x), strict=True):
+                if isinstance(dim, str) and known.setdefault(dim, n) != n:
+                    raise ArgumentError("A103", f"{t.name} has {n} where {dim} is {known[dim]}")
+            if exact and t.dtype.is_float:
+                values = decode(values, t.dtype).astype(np.float64)
+            data[t.name] = values.copy() if t.role == "output" else values
+    run(program, data, stored, known, exact=exact)
+    return {t.name: data[t.name] for t in program.outputs}
+
+
+def run(
+    program: ir.Program,
+    data: dict[str, np.ndarray],
+    stored: Mapping[str, Stored],
+    sizes: Mapping[str, int],
+    *,
+    exact: bool = False,
+) -> None:
+    """Run every statement in order, in place. `data` holds the array of each tensor (of a sparse
+    one the values of its stored coordinates); outputs and temporaries that it lacks are made."""
+    evaluator = _Evaluator(data, stored, sizes, program.index.numpy, exact)
+    with np.errstate(all="ignore"):
+        for statement in program.body:
+            evaluator.assign(statement)
+
+
+def _sparse_argument(t: ir.Tensor, x: Any, stored: dict[str, Stored]) -> np.ndarray:
+    """The values of a sparse argument; its coordinates go to `stored`, under its structure."""
+    if hasattr(x, "unpack"):
+        coords, values = x.unpack()
+    else:
+        known = stored.get(t.structure)
+        coords = known.coords if known else np.nonzero(x)
+        values = np.asarray(x)[coords]
+    if t.structure not in stored:
+        stored[t.structure] = Stored(tuple(x.shape), tuple(c.astype(np.int64) for c in coords))
+    return np.asarray(values)
+
+
+# ---------------------------------------------------------------------------- boxes
+
+Box = list[dict[str, np.ndarray]]
+"""For each dimension of a box the indices that run along it, with their coordinates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """The rank of a box of points, and the coordinates of each index: arrays of that rank."""
+
+    rank: int
+    index: dict[str, np.ndarray]
+
+
+def scope_of(box: Box, part: tuple[slice, ...]) -> Scope:
+    """The scope of a part of a box."""
+    index = {n: along(c[part[d]], d, len(box)) for d, g in enumerate(box) for n, c in g.items()}
+    return Scope(len(box), index)
+
+
+def along(values: np.ndarray, d: int, rank: int) -> np.ndarray:
+    """A row of values as an array of a rank, along dimension d."""
+    return values.reshape((1,) * d + (-1,) + (1,) * (rank - d - 1))
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class _Evaluator:
+    data: dict[str, np.ndarray]
+    stored: Mapping[str, Stored]
+    sizes: Mapping[str, int]
+    index: np.dtype  # of coordinates
+    exact: bool
+
+    def size(self, dim: str | int) -> int:
+        return dim if isinstance(dim, int) else self.sizes[dim]
+
+    def kind(self, dtype: DType) -> np.dtype:
+        """The NumPy type in which values of a dtype are computed."""
+        if dtype.is_float and self.exact:
+            return np.dtype(np.float64)
+        return np.dtype(np.float32) if dtype.name == "bfloat16" else dtype.numpy
+
+    # -- statements ------------------------------------------------------------------------------
+
+    def assign(self, s: ir.Assign) -> None:
+        """All values are computed before the first is stored: they may read what is updated."""
+        t, box = s.out.tensor, self.box_of(s.out)
+        if t.name not in self.data:
+            self.data[t.name] = self.allocated(t)
+        array = self.data[t.name]
+        full = tuple(slice(0, len(next(iter(along.values())))) for along in box)
+        values = np.empty([x.stop for x in full], array.dtype)
+        for part in pieces(full, LIMIT_BYTES // 8 // max(self.points_below(s.value), 1)):
+            values[part] = encode(self.expr(s.value, scope_of(box, part)), t.dtype, array.dtype)
+        if t.is_sparse or (not s.op and tuple(s.out.coords) == tuple(indices_of(s.out))):
+            array[...] = values
+        else:
+            at, inside = self.coordinates(s.out, scope_of(box, full))
+            *at, inside, _ = np.broadcast_arrays(*at, inside, values)
+            to = tuple(c[inside] for c in at)
+            if s.op:  # coordinates may repeat
+                UFUNCS[s.op].at(array, to, values[inside])
+            else:
+                array[to] = values[inside]
+
+    def box_of(self, out: ir.Access) -> Box:
+        """The box of an output: a dimension for each index; one for all stored coordinates."""
+        if out.tensor.is_sparse:
+            coords = self.stored[out.tensor.structure].coords
+            found = zip(indices_of(out), coords, strict=True)
+            return [{i.name: c.astype(self.index) for i, c in found}]
+        return [{i.name: np.arange(self.size(i.dim), dtype=self.index)} for i in indices_of(out)]
+
+    def allocated(self, t: ir.Tensor) -> np.ndarray:
+        """An output or a temporary, NaN where it can be."""
+        count = (self.stored[t.structure].count,) if t.is_sparse else map(self.size, t.dims)
+        kind = np.dtype(np.float64) if self.exact and t.dtype.is_float else t.dtype.numpy
+        return np.full(tuple(count), np.nan if kind.kind == "f" else 0, kind)
+
+    def points_below(self, e: Any) -> int:
+        """How many points the reductions of an expression add to each of the box, about."""
+        most = max(map(self.points_below, ir.children(e)), default=1)
+        if not isinstance(e, ir.Reduce):
+            return most
+        structure, names = self.driver(e) or ("", ())
+        own = {a.name for a in e.axes}
+        if structure:
+            stored = self.stored[structure]
+            outer = prod(n for n, name in zip(stored.shape, names, strict=True) if name not in own)
+            most *= -(-stored.count // max(outer, 1))
+        return most * prod(self.size(a.dim) for a in axes_of(e) if a.name not in names)
+
+    # -- expressions -----------------------------------------------------------------------------
+
+    def expr(self, e: Any, scope: Scope) -> np.ndarray:
+        """The value of an expression at every point of the box of a scope."""
+        if isinstance(e, ir.Const):
+            return np.full((1,) * scope.rank, e.value, self.kind(e.dtype))
+        if isinstance(e, ir.Index):
+            return scope.index[e.name]
+        if isinstance(e, ir.Var):  # a size: no program has other variables
+            size = given(e.name)
+            assert size is not None, f"{e.name} is not bound"
+            return np.full((1,) * scope.rank, self.sizes[size.owner], self.kind(e.dtype))
+        if isinstance(e, ir.Access):
+            return self.access(e, scope)
+        if isinstance(e, ir.Reduce):
+            return self.reduction(e, scope)
+        if isinstance(e, ir.Binary):
+            return BINARY[e.op](self.expr(e.a, scope), self.expr(e.b, scope))
+        if isinstance(e, ir.Unary):
+            return UNARY[e.op](self.expr(e.a, scope))
+        if isinstance(e, ir.Cast):
+            return self.cast(self.expr(e.a, scope), e.dtype)
+        if isinstance(e, ir.Select):
+            return np.where(*(self.expr(x, scope) for x in (e.cond, e.a, e.b)))
+        raise InternalError("I101", f"{type(e).__name__} is no expression on coordinates")
+
+    def cast(self, x: np.ndarray, to: DType) -> np.ndarray:
+        if to.is_int and x.dtype.kind == "f":
+            return to_integer(x, to)
+        if to.name == "bfloat16" and not self.exact:
+            return decode(encode(x, to, to.numpy), to)
+        return x.astype(self.kind(to), copy=False)
+
+    def access(self, e: ir.Access, scope: Scope) -> np.ndarray:
+        t, values = e.tensor, self.data[e.tensor.name]
+        if not values.size:
+            fill = t.fill if t.is_sparse else 0
+            return np.full((1,) * scope.rank, fill, self.kind(t.dtype))
+        if t.is_sparse:
+            entry, there = self.stored[t.structure].find([self.expr(c, scope) for c in e.coords])
+            return np.where(there, self.number(values[entry], t), self.kind(t.dtype).type(t.fill))
+        at, inside = self.coordinates(e, scope)
+        found = self.number(values[tuple(at)].reshape(inside.shape), t)
+        return found if inside.all() else np.where(inside, found, found.dtype.type(0))
+
+    def coordinates(self, e: ir.Access, scope: Scope) -> tuple[list[np.ndarray], np.ndarray]:
+        """The coordinates of an access, those outside moved to the edge, and which are inside."""
+        at, inside = [], np.ones((1,) * scope.rank, bool)
+        for dim, c in zip(e.tensor.dims, e.coords, strict=True):
+            value, n = self.expr(c, scope), self.size(dim)
+            inside = inside & (value >= 0) & (value < n)
+            at.append(np.clip(value.astype(np.int64), 0, max(n - 1, 0)))
+        return at, inside
+
+    def number(self, raw: np.ndarray, t: ir.Tensor) -> np.ndarray:
+        return decode(raw, t.dtype).astype(self.kind(t.dtype), copy=False)
+
+    # -- reductions ------------------------------------------------------------------------------
+
+    def driver(self, e: ir.Reduce) -> tuple[str, tuple[str, ...]] | None:
+        """The structure whose stored coordinates a reduction ranges over, and the names of its
+        indices: that of the first sparse operand that has one of the axes."""
+        own = {a.name for a in e.axes}
+        for x in operands(e.body):
+            names = tuple(c.name if isinstance(c, ir.Index) else "" for c in x.coords)
+            plain = "" not in names and len(set(names)) == len(names)
+            if x.tensor.is_sparse and plain and own & set(names):
+                return x.tensor.structure, names
+        return None
+
+    def reduction(self, e: ir.Reduce, scope: Scope) -> np.ndarray:
+        """A reduction at every point of the box of a scope, or over the stored coordinates that
+        agree with the point in the indices bound outside."""
+        found = self.driver(e)
+        if found is None:
+            return self.folded(e, scope, axes_of(e))
+        (structure, names), own = found, {a.name for a in e.axes}
+        outer = {n: c for n, c in scope.index.items() if n in free_vars(e.body) - own}
+        shape = np.broadcast_shapes((1,) * scope.rank, *(c.shape for c in outer.values()))
+        outer = {n: np.broadcast_to(c, shape).reshape(-1) for n, c in outer.items()}
+        bound = {d: outer[name] for d, name in enumerate(names) if name not in own}
+        stored = self.stored[structure]
+        point, entry = stored.below(bound)
+        index = {name: c[point] for name, c in outer.items()}
+        index |= {n: c[entry].astype(self.index) for n, c in zip(names, stored.coords, strict=True)}
+        rest = [a for a in axes_of(e) if a.name not in names]
+        value = np.broadcast_to(self.folded(e, Scope(1, index), rest), point.shape)
+        total = np.full(prod(shape), ir.identity_of(e.op, e.dtype).value, value.dtype)
+        first = np.flatnonzero(np.diff(point, prepend=-1))  # of the entries of each point
+        if len(first):
+            total[point[first]] = UFUNCS[e.op].reduceat(value, first, dtype=value.dtype)
+        return total.reshape(shape)
+
+    def folded(self, e: ir.Reduce, scope: Scope, axes: Sequence[ir.Index]) -> np.ndarray:
+        """`e.op` over all coordinates of `axes`."""
+        if not axes:
+            return self.expr(e.body, scope)
+        rank, lengths = scope.rank, tuple(self.size(a.dim) for a in axes)
+        total = rank + len(axes)
+        index = {n: c.reshape(c.shape + (1,) * len(axes)) for n, c in scope.index.items()}
+        for d, (a, n) in enumerate(zip(axes, lengths, strict=True), rank):
+            index[a.name] = along(np.arange(n, dtype=self.index), d, total)
+        value = self.expr(e.body, Scope(total, index))
+        value = np.broadcast_to(value, value.shape[:rank] + lengths)
+        start = ir.identity_of(e.op, e.dtype).value
+        over = tuple(range(rank, total))
+        return UFUNCS[e.op].reduce(value, axis=over, dtype=value.dtype, initial=start)
+
+
+def axes_of(e: ir.Reduce) -> list[ir.Index]:
+    """The axes of a reduction; on coordinates they are indices."""
+    return [a for a in e.axes if isinstance(a, ir.Index)]
+
+
+def operands(e: Any) -> Iterator[ir.Access]:
+    """Accesses in reading order, those of inner reductions left out."""
+    if isinstance(e, ir.Reduce):
+        return
+    if isinstance(e, ir.Access):
+        yield e
+    for child in ir.children(e):
+        yield from operands(child)
+
+
+def pieces(box: tuple[slice, ...], most: int) -> Iterator[tuple[slice, ...]]:
+    """The box in parts of at most `most` points, cut along its longest dimension."""
+    lengths = [x.stop - x.start for x in box]
+    if prod(lengths) <= max(most, 1):
+        yield box
+        return
+    d = lengths.index(max(lengths))
+    half = box[d].start + lengths[d] // 2
+    for part in (slice(box[d].start, half), slice(half, box[d].stop)):
+        yield from pieces((*box[:d], part, *box[d + 1 :]), most)
