@@ -141,7 +141,7 @@ def test_a_device_name_becomes_a_folder_name():
 
 def test_the_module_lists_its_suites():
     command = [sys.executable, "-m", "bench", "--help"]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and all(name in done.stdout for name in harness.SUITES)
 
 

@@ -86,9 +86,9 @@ def test_whole_powers(rng):
             np.testing.assert_allclose(got, right, rtol=1e-4)
     for bad in (0.5, 65, as_expr(2)):
         with pytest.raises(ProgramError, match="P106"):
-            as_expr(2.0) ** bad
+            _ = as_expr(2.0) ** bad
     with pytest.raises(ProgramError, match="P106"):
-        2 ** as_expr(1.0)
+        _ = 2 ** as_expr(1.0)
 
 
 def test_negated_negative_numbers_and_the_ends_of_types(rng):

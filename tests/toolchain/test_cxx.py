@@ -129,7 +129,7 @@ def test_the_error_of_a_program_names_it(tmp_path: Path, monkeypatch: pytest.Mon
             first = e.value.message.splitlines()[0]
             assert "kernel tripled: " in first and "undeclared_name" in first and "error" in first
             assert "TILEWRIGHT_VERIFY=1" in e.value.hint
-            assert "undeclared_name" in Path(e.value.where).read_text()
+            assert "undeclared_name" in Path(e.value.where).read_text(encoding="utf-8")
 
 
 @needs_cxx
