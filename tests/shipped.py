@@ -144,5 +144,6 @@ ATTENTION: dict[str, flash.Spec] = {
     "full bf16": _attention(1, 256, "bfloat16", "bfloat16", variant.Full()),
     "softcap f32 f16": _attention(8, 128, "float32", "float16", variant.Softcap()),
     "window f16": _attention(4, 80, "float16", "float16", variant.SlidingWindow(window=19)),
+    "softcap bf16": _attention(4, 128, "bfloat16", "bfloat16", variant.Softcap()),
     "alibi f32": _attention(12, 96, "float32", "float32", variant.Alibi()),
 }

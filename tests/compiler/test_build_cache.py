@@ -413,8 +413,8 @@ def test_keys_are_those_of_another_process() -> None:
     )
     told = {
         subprocess.run(
-            [sys.executable, "-c", text, str(ROOT)], capture_output=True, encoding="utf-8", check=True,
-            env=os.environ | {"PYTHONHASHSEED": seed, "TILEWRIGHT_VERIFY": "0"},
+            [sys.executable, "-c", text, str(ROOT)], capture_output=True, encoding="utf-8",
+            check=True, env=os.environ | {"PYTHONHASHSEED": seed, "TILEWRIGHT_VERIFY": "0"},
         ).stdout
         for seed in ("1", "2")
     }  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention import flash, plan, reference
+from tilewright.attention import decode, flash, plan, ranges, reference
 from tilewright.attention.kv import KV, KV_TYPES, named_view, rises
 from tilewright.attention.merge import State
 from tilewright.attention.plan import UNITS, Plan
@@ -127,8 +127,8 @@ class Attention:
 
         `out`: a float32 array to write o to; `values`: the variant's scalars and per-head arrays.
         Keys and values that no query of a work item sees never matter, NaN and Inf included: those
-        behind a length, outside a window, of a freed page. (Today's kernels keep this for each
-        query; a future one may do so only for the queries of an item together.)
+        behind a length, outside a window, of a freed page. The kernels of float32 and of CPUs keep
+        this for each query, the decode family for the rows of a request together.
         Raises ArgumentError (A101 … A109) before anything is written.
         """
         _check_is_plan(plan)
@@ -351,6 +351,9 @@ class BoundAttention:
         from tilewright.runtime import cuda
 
         ordinal = int(kv.device.partition(":")[2] or 0)
+        if not decode.hosts(spec, plan.qo_indptr, fields):
+            self._on_tensor_cores(spec, plan, fields, ordinal)
+            return
         items = cuda.DeviceArray.from_numpy(plan.items.view(np.int32), ordinal=ordinal)
         indptr = cuda.DeviceArray.from_numpy(plan.qo_indptr, ordinal=ordinal)
         strides = [fields[n] for n in ("k_page", "k_slot", "k_head")]
@@ -364,6 +367,31 @@ class BoundAttention:
         self.source = flash.cuda_source(spec)
         self.launch = function.prepare(grid, threads, smem, block)
         self._keep += [items, indptr, block]
+        launch = self.launch
+        self._run = lambda: launch.run(cuda.current_stream(ordinal))
+
+    def _on_tensor_cores(
+        self, spec: flash.Spec, plan: Plan, fields: dict[str, Any], ordinal: int
+    ) -> None:
+        from tilewright.runtime import cuda
+
+        together = ranges.heads_at_once(plan.kv_heads)
+        ctas = max(len(plan.cuts) - 1, 0) * together
+        partials = cuda.DeviceArray((decode.partial_floats(spec, ctas),), "float32", ordinal)
+        counters = cuda.DeviceArray((max(ctas, 1),), "int32", ordinal)
+        counters.zero()
+        cuts = cuda.DeviceArray.from_numpy(plan.cuts.view(np.int32), ordinal=ordinal)
+        one_each = bool((np.diff(plan.qo_indptr) == 1).all())
+        indptr = None if one_each else cuda.DeviceArray.from_numpy(plan.qo_indptr, ordinal=ordinal)
+        function = decode.kernel(spec, together, ordinal)
+        block = decode.params_struct(spec).pack(
+            **fields, qo_indptr=indptr.pointer if indptr else 0, cuts=cuts.pointer,
+            partials=partials.pointer, counters=counters.pointer, kv_heads=plan.kv_heads,
+        )  # fmt: skip
+        self.source = decode.source(spec, together)
+        shape, threads = (max(ctas, 1), 1, 1), (decode.THREADS, 1, 1)
+        self.launch = function.prepare(shape, threads, decode.smem_bytes(spec), block)
+        self._keep += [partials, counters, cuts, indptr, block]
         launch = self.launch
         self._run = lambda: launch.run(cuda.current_stream(ordinal))
 

@@ -117,6 +117,7 @@ def cpp_source(spec: Spec, vector_bits: int) -> str:
             "struct At { int32_t qo, qo_head, kv_head, request; };",
             _constants(spec, False, blocks),
             _template("bounds.h"),
+            _template("pages.h"),
             ITEM.c_decl,
             params_struct(spec).c_decl,
             _DECLARATIONS,
@@ -157,6 +158,7 @@ def cuda_source(spec: Spec) -> str:
             "struct At { int32_t qo, kv, qo_head, kv_head, request; };",
             _constants(spec, True, {}),
             '#include "bounds.h"',
+            '#include "pages.h"',
             ITEM.c_decl,
             params_struct(spec).c_decl,
             render.cuda_variant(spec.traced),
@@ -166,9 +168,9 @@ def cuda_source(spec: Spec) -> str:
 
 
 def cuda_headers() -> dict[str, str]:
-    """Every file that `cuda_source` includes, by name."""
-    ours = {name: _template(name) for name in ("bounds.h", "flash_portable.cuh")}
-    return prelude_files.headers() | ours
+    """Every file that the CUDA kernels of this folder include, by name."""
+    names = ("bounds.h", "pages.h", "flash_portable.cuh", "decode.cuh")
+    return prelude_files.headers() | {name: _template(name) for name in names}
 
 
 def cuda_smem_bytes(spec: Spec) -> int:

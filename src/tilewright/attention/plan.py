@@ -11,13 +11,15 @@ import heapq
 import io
 import zipfile
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
 
+from tilewright.attention import ranges
 from tilewright.attention.bounds import EMPTY, Interval, tile_class
 from tilewright.attention.kv import rises
+from tilewright.attention.ranges import CUT
 from tilewright.errors import ArgumentError
 from tilewright.ir.nodes import Expr
 from tilewright.runtime.layout import Struct
@@ -40,6 +42,8 @@ chunks, `counter` the place where they count their arrival."""
 UNITS = ("threads", "CTAs")
 """Who works: `Plan.unit` on a CPU, on a GPU."""
 
+CTAS_PER_SM = 2  # of the decode family
+
 CHUNK_TILES = 8
 """The fewest tiles of keys in a chunk: merging its result then costs less than 2 % of making it."""
 
@@ -52,7 +56,8 @@ class Plan:
     """A frozen plan. `items` is an array of `ITEM`, longest first; `qo_indptr` (requests + 1).
 
     `qo_tile` is the most queries an item has; `slots` and `counters` size the work space;
-    `imbalance` is the longest worker's estimated work over the mean.
+    `imbalance` is the longest worker's estimated work over the mean. `cuts` (`ranges.CUT`): the
+    same work for the decode family of GPUs; empty on a CPU.
 
     Kernels trust a plan, so one that was not planned here is checked as it is made (see `check`):
     by `load`, `dataclasses.replace`, `pickle` and the constructor. It keeps arrays of its own.
@@ -68,12 +73,13 @@ class Plan:
     slots: int
     counters: int
     imbalance: float
+    cuts: np.ndarray = field(default_factory=lambda: np.zeros(0, CUT.numpy))
     planned: InitVar[bool] = False
 
     def __post_init__(self, planned: bool) -> None:
         if not planned:
             _check_types(self)
-            for name in ("items", "qo_indptr"):
+            for name in ("items", "qo_indptr", "cuts"):
                 object.__setattr__(self, name, _frozen(np.array(getattr(self, name))))
             check(self)
 
@@ -90,7 +96,8 @@ class Plan:
 
     def _key(self) -> tuple[Any, ...]:
         scalars = (self.kv_heads, self.qo_tile, self.workers, self.unit, self.slots, self.counters)
-        return (*scalars, self.items.tobytes(), self.qo_indptr.tobytes())
+        arrays = (self.items, self.qo_indptr, self.cuts)
+        return (*scalars, *(a.tobytes() for a in arrays))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self._key() == other._key()
@@ -113,8 +120,9 @@ class Plan:
         numbers = [self.kv_heads, self.qo_tile, self.workers, self.slots, self.counters]
         np.savez(
             file,
-            layout=np.array(ITEM.version),
+            layout=np.array(ITEM.version + CUT.version),
             items=self.items.view(np.int32),
+            cuts=self.cuts.view(np.int32),
             qo_indptr=self.qo_indptr,
             numbers=np.array(numbers, np.int64),
             unit=np.array(self.unit),
@@ -128,11 +136,17 @@ class Plan:
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 found = {name: file[name] for name in file.files}
-            if str(found["layout"]) != ITEM.version:
+            if str(found["layout"]) != ITEM.version + CUT.version:
                 raise ValueError("another version of the layout")
             items = np.ascontiguousarray(found["items"])
             qo_indptr = np.ascontiguousarray(found["qo_indptr"])
-            if items.dtype != np.int32 or qo_indptr.dtype != np.int32 or qo_indptr.ndim != 1:
+            cuts = np.ascontiguousarray(found["cuts"])
+            if (
+                cuts.dtype != np.int32
+                or items.dtype != np.int32
+                or qo_indptr.dtype != np.int32
+                or qo_indptr.ndim != 1
+            ):
                 raise ValueError("wrong dtypes")
             kv_heads, qo_tile, workers, slots, counters = map(int, found["numbers"].reshape(5))
             return Plan(
@@ -145,6 +159,7 @@ class Plan:
                 slots,
                 counters,
                 float(found["imbalance"]),
+                cuts.reshape(-1).view(CUT.numpy),
             )
         except ArgumentError:
             raise
@@ -193,11 +208,14 @@ def make(
     if shape.can_split:
         wanted = -(-_ITEMS_PER_REQUEST // (tiles[request] * shape.kv_heads))
         chunks = np.clip(visible // CHUNK_TILES, 1, wanted)
-    return _listed(indptr, (request, begin, end, cost, chunks), shape, workers, unit)
+    cuts = np.zeros(0, CUT.numpy)
+    if unit == UNITS[1] and len(kv_lengths):
+        cuts = _frozen(ranges.cut(kv_lengths, shape.kv_heads, CTAS_PER_SM * workers))
+    return _listed(indptr, (request, begin, end, cost, chunks), shape, workers, cuts)
 
 
 def _listed(
-    indptr: np.ndarray, parts: tuple[np.ndarray, ...], shape: Shape, workers: int, unit: str
+    indptr: np.ndarray, parts: tuple[np.ndarray, ...], shape: Shape, workers: int, cuts: np.ndarray
 ) -> Plan:
     """Items of every KV head and chunk, longest first."""
     request, begin, end, cost, chunks = (np.repeat(x, shape.kv_heads) for x in parts)
@@ -220,10 +238,11 @@ def _listed(
         shape.kv_heads,
         shape.qo_tile,
         workers,
-        unit,
+        UNITS[not shape.can_split],
         int(chunks[cut].sum()),
         int(cut.sum()),
         _imbalance(work[order], workers),
+        cuts,
         planned=True,
     )
 
@@ -273,7 +292,8 @@ def _refuse(what: str) -> NoReturn:
 
 def _check_types(plan: Plan) -> None:
     """The fields are what they are annotated as. Raises A109."""
-    for name, dtype in (("items", ITEM.numpy), ("qo_indptr", np.dtype(np.int32))):
+    kinds = {"items": ITEM.numpy, "qo_indptr": np.dtype(np.int32), "cuts": CUT.numpy}
+    for name, dtype in kinds.items():
         array = getattr(plan, name)
         if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
             _refuse(f"{name} is no array of {dtype}")
@@ -294,6 +314,8 @@ def check(plan: Plan) -> None:
         _refuse("its numbers are out of range")
     if min(plan.slots, plan.counters) < 0 or max(plan.slots, plan.counters) > len(items):
         _refuse("its work space is of another size than its items need")
+    if not ranges.is_sound(plan.cuts, plan.requests, plan.kv_heads):
+        _refuse("its cuts do not cover the batch")
     if not len(items):
         if plan.tokens:
             _refuse("it has no items")

@@ -50,6 +50,10 @@ class _OnVectors(CppRenderer):
     def var(self, e: Var) -> str:
         return {"at.kv": "kv", "s": "s"}.get(e.name, e.name)
 
+    def stored(self, e: Expr) -> str:
+        """Conditions stay masks of 32 bits: every operand has lanes of that width."""
+        return self.expr(e)
+
     def load(self, e: Load) -> str:
         return f"v_{e.buffer.name}" + (f"[{self.expr(e.index[0])}]" if e.index else "")
 

@@ -105,37 +105,15 @@ TW_INLINE vec<float, L> tanh(vec<float, L> x) {
 
 // -- the KV cache ----------------------------------------------------------------------------------
 
-struct Pages {  // the pages of one request, clamped to what the arrays hold
-  int64_t first, count;
-  int32_t length;  // in keys
-};
-
-TW_INLINE Pages pages_of(const Params& p, int32_t request) {
-  int64_t begin = p.kv_indptr[request], end = p.kv_indptr[request + 1];
-  if (begin < 0) begin = 0;
-  if (end > p.listed) end = p.listed;
-  int64_t count = end - begin;
-  if (count <= 0 || p.pages <= 0) return Pages{0, 0, 0};
-  int64_t last = p.last_page_len ? p.last_page_len[request] : p.page_size;
-  if (last < 0) last = 0;
-  if (last > p.page_size) last = p.page_size;
-  int64_t length = (count - 1) * p.page_size + last;
-  return Pages{begin, count, static_cast<int32_t>(length < MAX_KEYS ? length : MAX_KEYS)};
-}
-
 using K_t = typename KV::type;
 
 // Where the keys kv0 … kv0+n-1 lie.
-TW_INLINE void find_rows(const Params& p, const Pages& pages, int kv_head, int kv0, int n, const K_t** k, const K_t** v) {
+TW_INLINE void find_rows(const Params& p, const tw::Pages& pages, int kv_head, int kv0, int n, const K_t** k, const K_t** v) {
   int64_t page_number = kv0 / p.page_size, slot = kv0 % p.page_size;
   const K_t* k_head = p.k + kv_head * p.k_head;
   const K_t* v_head = p.v + kv_head * p.v_head;
   for (int j = 0; j < n; ++page_number, slot = 0) {
-    int64_t page = pages.first + page_number;
-    if (p.kv_indices) {
-      page = p.kv_indices[page];
-      if (page < 0 || page >= p.pages) page = 0;
-    }
+    const int64_t page = tw::page_at(p, pages, page_number);
     const K_t* k_row = k_head + page * p.k_page + slot * p.k_slot;
     const K_t* v_row = v_head + page * p.v_page + slot * p.v_slot;
     for (; j < n && slot < p.page_size; ++slot, ++j, k_row += p.k_slot, v_row += p.v_slot) {
@@ -279,7 +257,7 @@ struct Work {  // an item with what the lengths in memory say of it
   const Params& p;
   const Item& item;
   Variant variant;
-  Pages pages;
+  tw::Pages pages;
   int32_t first;         // position of the first query
   int tokens, rows;
   int begin, end;        // its tiles of keys
@@ -450,7 +428,7 @@ TW_INLINE void write_partial(const Work& w, const float* sums, const Softmax* ro
 }
 
 static void run_item(const Params& p, const Item& item) {
-  Pages pages = pages_of(p, item.request);
+  tw::Pages pages = tw::pages_of(p, item.request, MAX_KEYS);
   int32_t qo_begin = p.qo_indptr[item.request], qo_end = p.qo_indptr[item.request + 1];
   int tokens = item.qo_end - item.qo_begin;
   int first = pages.length - (qo_end - qo_begin) + (item.qo_begin - qo_begin);

@@ -2,7 +2,7 @@
 //
 // In front of this file stand gpu.cuh, the constants of `flash` (D head_dim, G query heads of a KV
 // head, MAX_TOKENS of an item, MAX_KEYS of a request; the element types Q and KV), `Params`, `Item`,
-// kernels/bounds.h and the struct `Variant`. A CTA runs one item: some queries of one request with one KV head. Its warps
+// kernels/bounds.h, pages.h and the struct `Variant`. A CTA runs one item: some queries of one request with one KV head. Its warps
 // take tiles of 32 keys in turn, a key a thread; rows (token, query head of the group) go ROWS at a
 // time and share each load of K and V. The warps' sums are merged in their order.
 
@@ -23,33 +23,6 @@ TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
 TW_INLINE float as_float(float x, float32) { return x; }
 TW_INLINE float as_float(uint16_t x, float16) { return tw::from_float16(x); }
 TW_INLINE float as_float(uint16_t x, bfloat16) { return tw::from_bfloat16(x); }
-
-struct Pages {  // the pages of one request, clamped to what the arrays hold
-  int64_t first;
-  int length;  // in keys
-};
-
-TW_INLINE Pages pages_of(const Params& p, int request) {
-  int64_t begin = p.kv_indptr[request], end = p.kv_indptr[request + 1];
-  begin = begin < 0 ? 0 : begin;
-  end = end > p.listed ? p.listed : end;
-  int64_t count = p.pages > 0 ? end - begin : 0;
-  int64_t last = p.last_page_len ? p.last_page_len[request] : p.page_size;
-  last = last < 0 ? 0 : last > p.page_size ? p.page_size : last;
-  int64_t length = count > 0 ? (count - 1) * p.page_size + last : 0;
-  return Pages{begin, static_cast<int>(length < MAX_KEYS ? length : MAX_KEYS)};
-}
-
-struct Place { int64_t page, slot; };
-
-TW_INLINE Place find(const Params& p, const Pages& pages, int kv) {
-  int64_t page = pages.first + kv / p.page_size;
-  if (p.kv_indices) {
-    page = p.kv_indices[page];
-    page = page < 0 || page >= p.pages ? 0 : page;
-  }
-  return Place{page, kv % p.page_size};
-}
 
 // The dot products of one key with all rows of q (shared memory, padded with zeros).
 TW_INLINE void dot_rows(const typename KV::type* key, const float* q, float* s) {
@@ -90,13 +63,13 @@ struct Work {
 // One tile of 32 keys for one warp. Its values are summed from 0 before they join the sums, or small
 // terms would vanish beside the sum of a long context. The weight of a masked key is −0 (others are
 // never negative): its value is not added, so NaN there does not matter.
-TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& w, const Pages& pages, int kv0, int kind, const float* q, int lane, Rows& rows) {
+TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& w, const tw::Pages& pages, int kv0, int kind, const float* q, int lane, Rows& rows) {
   int n = pages.length - kv0 < T ? pages.length - kv0 : T;
   bool inside = lane < n;
   int kv = inside ? kv0 + lane : kv0;
-  Place place = find(p, pages, kv);
+  const int64_t page = tw::page_at(p, pages, kv / p.page_size), slot = kv % p.page_size;
   float s[ROWS], keep[ROWS], sums[ROWS][COLUMNS];
-  dot_rows(p.k + w.kv_head * p.k_head + place.page * p.k_page + place.slot * p.k_slot, q, s);
+  dot_rows(p.k + w.kv_head * p.k_head + page * p.k_page + slot * p.k_slot, q, s);
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     int row = w.row0 + r;
@@ -113,7 +86,7 @@ TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& 
     for (int c = 0; c < COLUMNS; ++c) sums[r][c] = 0.0f;
   }
   const typename KV::type* values = p.v + w.kv_head * p.v_head;
-  int64_t mine = place.page * p.v_page + place.slot * p.v_slot;
+  int64_t mine = page * p.v_page + slot * p.v_slot;
   for (int j = 0; j < n; ++j) {
     const typename KV::type* value = values + __shfl_sync(ALL, mine, j);
     float x[COLUMNS];
@@ -169,7 +142,7 @@ TW_INLINE void finish(const Params& p, const Item& item, const Work& w, const Ro
 TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
   const Item item = p.items[unit];
   const Variant variant(p);
-  const Pages pages = pages_of(p, item.request);
+  const tw::Pages pages = tw::pages_of(p, item.request, MAX_KEYS);
   int qo_begin = p.qo_indptr[item.request], qo_end = p.qo_indptr[item.request + 1];
   int first = pages.length - (qo_end - qo_begin) + (item.qo_begin - qo_begin);
   int all_rows = (item.qo_end - item.qo_begin) * G;

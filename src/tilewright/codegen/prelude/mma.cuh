@@ -170,6 +170,25 @@ TW_MMA(mma_float16, "f16")
 TW_MMA(mma_bfloat16, "bf16")
 #undef TW_MMA
 
+// The same on plain registers: acc += a · (b0, b1), and two floats as one word of an operand.
+template <class Kind> TW_INLINE void mma(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <class Kind> TW_INLINE uint32_t pack(float low, float high);
+#define TW_MMA_REGISTERS(Kind, kind)                                                             \
+  template <> TW_INLINE void mma<Kind>(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." kind "." kind ".f32 "                           \
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])                                 \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                         \
+  }                                                                                              \
+  template <> TW_INLINE uint32_t pack<Kind>(float low, float high) {                             \
+    uint32_t word;                                                                               \
+    asm("cvt.rn." kind "x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));                 \
+    return word;                                                                                 \
+  }
+TW_MMA_REGISTERS(float16_bits, "f16")
+TW_MMA_REGISTERS(bfloat16_bits, "bf16")
+#undef TW_MMA_REGISTERS
+
 // -- fragments to memory -------------------------------------------------------------------------
 
 template <class Kind, class T>

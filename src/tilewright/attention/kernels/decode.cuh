@@ -1,0 +1,415 @@
+// Attention of few query rows over long KV (decode, short append) by tensor cores, sm_80 and newer.
+//
+// Up to 16 packed rows (query rows × heads of a group) are one operand of mma.sync m16n8k16. A unit
+// is (request, KV head); the plan cuts the tiles of all units into contiguous ranges of equal cost. A
+// range is worked on by GANG CTAs at once, each with a head of its own, so that they read the same
+// pages at the same time. In a CTA each warp takes 16 of the keys of a tile, with a ring of cp.async
+// stages of its own: warps synchronise only where a unit ends, and the ring runs on across units.
+// Units that several ranges share leave partial states; the last CTA to arrive merges them in the
+// order of the ranges, so that the bits of a result do not depend on the order of arrival.
+//
+// In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, pages.h, the constants of `attention`
+// (D head_dim, G query heads of a KV head, GANG, WARPS, STAGES, CTAS of an SM, MAX_KEYS; the types Element and
+// Kind), the
+// structs `Params`, `Cut`, `At` and `Variant`.
+//
+// Launch: grid = ranges × GANG, THREADS threads, SMEM_BYTES of dynamic shared memory:
+//   [warp][stage][16 rows of K, 16 rows of V][ROW elements]   a row ends in 16 bytes against conflicts
+//   [warp][16 rows] (row maximum, row sum); one word: whether this CTA arrived last
+// Where a unit ends, the stage that was read last holds the outputs of each warp.
+// Assumes: D a multiple of 8, rows of K and V 16-byte aligned, q rows × G at most 16 for a request.
+
+namespace attention {
+
+constexpr int THREADS = WARPS * 32;
+constexpr int KEYS = 16;             // of a tile, for one warp
+constexpr int TILE = WARPS * KEYS;   // keys of a tile
+constexpr int M = 16;                // packed rows of the matrix operand
+constexpr int DP = (D + 15) / 16 * 16;
+constexpr int CHUNKS = DP / 8;       // of 16 bytes, in a row
+constexpr int ROW = DP + 8;          // elements of a row in shared memory
+constexpr int STAGE = 2 * KEYS * ROW;  // elements
+constexpr int RING_BYTES = WARPS * STAGES * STAGE * 2;
+constexpr int SMEM_BYTES = RING_BYTES + WARPS * M * 8 + 16;
+constexpr int PARTIAL = M * (DP + 2);  // floats of a partial state: outputs, then (maximum, sum) a row
+constexpr int PARTS = 16;  // partial states that a merge reads at once
+constexpr float LOG2E = 1.4426950408889634f;
+static_assert(STAGE * 2 >= M * DP * 4, "a stage holds the outputs of a warp");
+
+TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
+
+// Walks the tiles of a CTA: units in order, of each the tiles from `tile` to `end`.
+struct Walk {
+  int unit, request, head, tile, end;
+  tw::Pages keys;
+};
+
+struct Range {  // of this CTA; `first` and `last` name the CTAs that share its first and last unit
+  Cut begin, end;
+};
+
+TW_INLINE int tiles_of(int length) { return (length + TILE - 1) / TILE; }
+
+// The tiles of the unit that this CTA does: to the cut, or to the end of the keys as they are now.
+TW_INLINE void bound(Walk& w, const Range& range) {
+  w.end = w.unit == range.end.unit ? range.end.tile : tiles_of(w.keys.length);
+}
+TW_INLINE bool has_unit(const Walk& w, const Range& range) {
+  return w.unit < range.end.unit || (w.unit == range.end.unit && range.end.tile > 0);
+}
+TW_INLINE void next_unit(Walk& w, const Params& p, const Range& range) {
+  ++w.unit;
+  w.tile = 0;
+  w.head += GANG;
+  if (w.head >= p.kv_heads) {
+    w.head -= p.kv_heads;
+    ++w.request;
+    if (has_unit(w, range)) w.keys = tw::pages_of(p, w.request, MAX_KEYS);
+  }
+  bound(w, range);
+}
+
+// Issues the copies of one warp, some tiles ahead of the arithmetic. A lane holds the table's entry for
+// one key of two neighbouring tiles; entries are loaded two tiles before they are needed, because under
+// load a read that misses the L1 waits behind the copies for microseconds.
+struct Copier {
+  Walk w;
+  int stage, first;      // the tile of the unit that `entry` starts with
+  int64_t entry, ahead;  // of tiles first, first + 1 and of the two after them
+
+  TW_INLINE int key_of(int tile, int warp, int lane) const {
+    return (tile + lane / KEYS) * TILE + warp * KEYS + lane % KEYS;
+  }
+  TW_INLINE int64_t load_entry(const Params& p, int tile, int warp, int lane) const {
+    const int page = key_of(tile, warp, lane) / p.page_size;
+    return page < w.keys.count ? tw::page_at(p, w.keys, page) : 0;
+  }
+  TW_INLINE void start_unit(const Params& p, int warp, int lane) {
+    first = w.tile;
+    entry = load_entry(p, first, warp, lane);
+    ahead = load_entry(p, first + 2, warp, lane);
+  }
+  TW_INLINE void next_tile(const Params& p, int warp, int lane) {
+    if (++w.tile - first < 2) return;
+    first = w.tile;
+    entry = ahead;
+    ahead = load_entry(p, first + 2, warp, lane);
+  }
+
+  // The keys and values of the next tile on their way to shared memory; zeros beyond the length.
+  TW_INLINE void issue(const Params& p, const Range& range, Element* ring, int warp, int lane) {
+    if (has_unit(w, range) && w.tile >= w.end) {
+      do next_unit(w, p, range); while (has_unit(w, range) && w.tile >= w.end);
+      if (has_unit(w, range)) start_unit(p, warp, lane);
+    }
+    if (has_unit(w, range)) {
+      const int valid = w.keys.length - w.tile * TILE - warp * KEYS;  // keys of this warp that exist
+      const int slot = key_of(first, warp, lane) % p.page_size;
+      const int from = (w.tile - first) * KEYS;  // the lane that holds the first key of the tile
+      const bool exists = lane % KEYS < valid;
+      const int64_t k_row = exists ? entry * p.k_page + slot * p.k_slot : 0;
+      const int64_t v_row = exists ? entry * p.v_page + slot * p.v_slot : 0;
+      const Element* k = p.k + w.head * p.k_head;
+      const Element* v = p.v + w.head * p.v_head;
+      Element* to = ring + stage * STAGE;
+#pragma unroll
+      for (int i = 0; i < (KEYS * CHUNKS + 31) / 32; ++i) {
+        const int n = i * 32 + lane, row = n / CHUNKS, chunk = n % CHUNKS;
+        const int64_t k_at = __shfl_sync(0xffffffffu, k_row, from + row % KEYS);
+        const int64_t v_at = __shfl_sync(0xffffffffu, v_row, from + row % KEYS);
+        if (KEYS * CHUNKS % 32 == 0 || row < KEYS) {
+          const int bytes = row < valid && chunk < D / 8 ? 16 : 0;
+          const int column = bytes ? chunk * 8 : 0;
+          tw::copy_async_16(to + row * ROW + chunk * 8, k + k_at + column, bytes);
+          tw::copy_async_16(to + (KEYS + row) * ROW + chunk * 8, v + v_at + column, bytes);
+        }
+      }
+      next_tile(p, warp, lane);
+    }
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    tw::copy_async_commit();
+  }
+};
+
+struct Rows {  // of one warp: outputs not yet divided, row maxima (of scores · log2 e) and row sums
+  float o[DP / 8][4];
+  float row_max[2], row_sum[2];
+};
+
+TW_INLINE void reset(Rows& r) {
+#pragma unroll
+  for (int j = 0; j < DP / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) r.o[j][i] = 0.0f;
+  r.row_max[0] = r.row_max[1] = lowest();
+  r.row_sum[0] = r.row_sum[1] = 0.0f;
+}
+
+struct Query {  // of one unit: fragments of q, and what its rows are
+  uint32_t a[DP / 16][4];
+  int token, rows, first;  // the first query's row of q, packed rows, the first query's position
+};
+
+TW_INLINE void load_query(Query& q, const Params& p, const Walk& w, int lane) {
+  // Without qo_indptr each request has one query: no load stands before those of q.
+  const int begin = p.qo_indptr ? p.qo_indptr[w.request] : w.request;
+  const int count = p.qo_indptr ? p.qo_indptr[w.request + 1] - begin : 1;
+  q.token = begin;
+  q.rows = count * G < M ? count * G : M;
+  q.first = w.keys.length - count;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = (lane >> 2) + half * 8;
+    const Element* from = p.q + (begin + row / G) * p.q_token + (w.head * G + row % G) * p.q_head;
+#pragma unroll
+    for (int j = 0; j < DP / 16; ++j)
+#pragma unroll
+      for (int right = 0; right < 2; ++right) {
+        const int column = j * 16 + right * 8 + (lane & 3) * 2;
+        q.a[j][right * 2 + half] = row < q.rows && column < D ? __ldg(reinterpret_cast<const uint32_t*>(from + column)) : 0u;
+      }
+  }
+}
+
+// Values of keys that no row sees become 0: a weight of 0 times NaN or Inf would reach the outputs.
+TW_INLINE void hide_values(Element* values, const bool (&visible)[2][2], int lane) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t lanes = __ballot_sync(0xffffffffu, visible[n][i]);
+#pragma unroll
+      for (int t = 0; t < 4; ++t)
+        if (!(lanes & 0x11111111u << t))
+          for (int c = lane; c < CHUNKS; c += 32)
+            *reinterpret_cast<uint4*>(values + (n * 8 + t * 2 + i) * ROW + c * 8) = make_uint4(0, 0, 0, 0);
+    }
+  __syncwarp();
+}
+
+// One tile for one warp: 16 keys from `stage` at position key0 on.
+TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, const Query& q, Element* stage, int key0, Rows& rows, int lane) {
+  const int last = key0 + KEYS < w.keys.length ? key0 + KEYS - 1 : w.keys.length - 1;
+  const tw::Tile tile{tw::Bound{q.first, q.first + (q.rows - 1) / G}, tw::Bound{key0, last},
+                      tw::Bound{w.head * G, w.head * G + G - 1}, tw::bound(w.head), tw::bound(w.request)};
+  const int kind = last < key0 || q.rows == 0 ? tw::EMPTY : variant.tile_class(tile);
+  if (kind == tw::EMPTY) return;
+  const bool full = last == key0 + KEYS - 1 && kind == tw::FULL;
+  float s[2][4] = {};
+  // K rows are the columns of the second operand: one ldmatrix gives both halves of 16 keys × 16.
+  const Element* k = stage + ((lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 8;
+#pragma unroll
+  for (int j = 0; j < DP / 16; ++j) {
+    uint32_t b[4];
+    tw::load_matrices(b, k + j * 16);
+    tw::mma<Kind>(s[0], q.a[j], b[0], b[1]);
+    tw::mma<Kind>(s[1], q.a[j], b[2], b[3]);
+  }
+  bool visible[2][2] = {};  // to any row of this lane, by key
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = (lane >> 2) + half * 8;
+    float largest = rows.row_max[half];
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& x = s[n][half * 2 + i];
+        const int kv = key0 + n * 8 + (lane & 3) * 2 + i;
+        At at{q.first + row / G, kv, w.head * G + row % G, w.head, w.request};
+        x = variant.logits(x * p.sm_scale, at) * LOG2E;
+        if (!full) {
+          const bool seen = row < q.rows && kv < w.keys.length && variant.mask(at);
+          visible[n][i] |= seen;
+          if (!seen) x = lowest();
+        }
+        largest = fmaxf(largest, x);
+      }
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+    const float base = largest == lowest() ? 0.0f : largest;
+    const float rescale = tw::exp2(rows.row_max[half] - base);
+    const bool changed = rows.row_max[half] != largest;
+    rows.row_max[half] = largest;
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& x = s[n][half * 2 + i];
+        x = tw::exp2(x - base);
+        sum += x;
+      }
+    if (__any_sync(0xffffffffu, changed)) {
+      rows.row_sum[half] *= rescale;
+#pragma unroll
+      for (int j = 0; j < DP / 8; ++j) {
+        rows.o[j][half * 2] *= rescale;
+        rows.o[j][half * 2 + 1] *= rescale;
+      }
+    }
+    rows.row_sum[half] += sum;
+  }
+  if (!full) hide_values(stage + KEYS * ROW, visible, lane);
+  const uint32_t weights[4] = {tw::pack<Kind>(s[0][0], s[0][1]), tw::pack<Kind>(s[0][2], s[0][3]),
+                               tw::pack<Kind>(s[1][0], s[1][1]), tw::pack<Kind>(s[1][2], s[1][3])};
+  const Element* v = stage + (KEYS + (lane & 15)) * ROW + (lane >> 4) * 8;
+#pragma unroll
+  for (int j = 0; j < DP / 16; ++j) {
+    uint32_t b[4];
+    tw::load_matrices_transposed(b, v + j * 16);
+    tw::mma<Kind>(rows.o[j * 2], weights, b[0], b[1]);
+    tw::mma<Kind>(rows.o[j * 2 + 1], weights, b[2], b[3]);
+  }
+}
+
+// Four outputs of a row, divided by its sum; a row that sees nothing has o = 0 and lse = −inf.
+TW_INLINE void write(const Params& p, const Query& q, int head, int row, int column, const float (&o)[4], float row_max, float row_sum) {
+  const bool none = row_sum == 0.0f;
+  const float scale = none ? 0.0f : 1.0f / row_sum;
+  const int64_t at = static_cast<int64_t>(q.token + row / G) * p.qo_heads + head * G + row % G;
+  if (column < D) *reinterpret_cast<float4*>(p.o + at * D + column) = make_float4(o[0] * scale, o[1] * scale, o[2] * scale, o[3] * scale);
+  if (column == 0) p.lse[at] = none ? lowest() : (row_max + log2f(row_sum)) / LOG2E;
+}
+
+// Partial states `first` … `last` of a unit, in the order of their CTAs, as the result.
+TW_INLINE void merge(const Params& p, const Walk& w, const Query& q, int first, int last, int member, int thread) {
+  for (int i = thread; i < q.rows * (DP / 4); i += THREADS) {
+    const int row = i / (DP / 4), column = i % (DP / 4) * 4;
+    float row_max = lowest(), row_sum = 0.0f, o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int k0 = first; k0 <= last; k0 += PARTS) {  // many parts at a time: one latency
+      float2 sum[PARTS];
+      float4 x[PARTS];
+#pragma unroll
+      for (int j = 0; j < PARTS; ++j) {
+        const int k = k0 + j <= last ? k0 + j : last;
+        const float* part = p.partials + (2 * (static_cast<int64_t>(k) * GANG + member) + (k == first ? 1 : 0)) * PARTIAL;
+        sum[j] = __ldcg(reinterpret_cast<const float2*>(part + M * DP + row * 2));
+        x[j] = __ldcg(reinterpret_cast<const float4*>(part + row * DP + column));
+      }
+      float largest = row_max;
+#pragma unroll
+      for (int j = 0; j < PARTS; ++j) {
+        if (k0 + j > last) sum[j].x = lowest();
+        largest = fmaxf(largest, sum[j].x);
+      }
+      const float base = largest == lowest() ? 0.0f : largest, keep = tw::exp2(row_max - base);
+      row_max = largest;
+      row_sum *= keep;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) o[c] *= keep;
+#pragma unroll
+      for (int j = 0; j < PARTS; ++j) {
+        const float factor = tw::exp2(sum[j].x - base);
+        row_sum += sum[j].y * factor;
+        o[0] += x[j].x * factor;
+        o[1] += x[j].y * factor;
+        o[2] += x[j].z * factor;
+        o[3] += x[j].w * factor;
+      }
+    }
+    write(p, q, w.head, row, column, o, row_max, row_sum);
+  }
+}
+
+// The warps' states become one; it is the result, or a part of it that the last CTA merges.
+TW_INLINE void finish(const Params& p, const Walk& w, const Query& q, Rows& rows, char* smem, int stage, const Range& range, int cta, int thread) {
+  const int warp = thread / 32, lane = thread % 32;
+  float2* sums = reinterpret_cast<float2*>(smem + RING_BYTES);
+  int* arrived = reinterpret_cast<int*>(sums + WARPS * M);
+  Element* ring = reinterpret_cast<Element*>(smem);
+  float* mine = reinterpret_cast<float*>(ring + (warp * STAGES + stage) * STAGE);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = (lane >> 2) + half * 8;
+    float sum = rows.row_sum[half];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    if (row < q.rows) {
+      if ((lane & 3) == 0) sums[warp * M + row] = make_float2(rows.row_max[half], sum);
+#pragma unroll
+      for (int j = 0; j < DP / 8; ++j)
+        *reinterpret_cast<float2*>(mine + row * DP + j * 8 + (lane & 3) * 2) = make_float2(rows.o[j][half * 2], rows.o[j][half * 2 + 1]);
+    }
+  }
+  tw::meet(1, THREADS);
+  const bool head_part = w.unit == range.begin.unit && range.begin.tile > 0;
+  const bool tail_part = w.unit == range.end.unit;
+  float* slot = p.partials + (2 * static_cast<int64_t>(cta) + (head_part ? 0 : 1)) * PARTIAL;
+  for (int i = thread; i < q.rows * (DP / 4); i += THREADS) {
+    const int row = i / (DP / 4), column = i % (DP / 4) * 4;
+    float row_max = lowest(), row_sum = 0.0f, o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int k = 0; k < WARPS; ++k) row_max = fmaxf(row_max, sums[k * M + row].x);
+    const float base = row_max == lowest() ? 0.0f : row_max;
+#pragma unroll
+    for (int k = 0; k < WARPS; ++k) {
+      const float factor = tw::exp2(sums[k * M + row].x - base);
+      const float4 part = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(ring + (k * STAGES + stage) * STAGE) + row * DP + column);
+      row_sum += sums[k * M + row].y * factor;
+      o[0] += part.x * factor;
+      o[1] += part.y * factor;
+      o[2] += part.z * factor;
+      o[3] += part.w * factor;
+    }
+    if (!head_part && !tail_part) {
+      write(p, q, w.head, row, column, o, row_max, row_sum);
+    } else {
+      *reinterpret_cast<float4*>(slot + row * DP + column) = make_float4(o[0], o[1], o[2], o[3]);
+      if (column == 0) *reinterpret_cast<float2*>(slot + M * DP + row * 2) = make_float2(row_max, row_sum);
+    }
+  }
+  if (head_part || tail_part) {
+    const int first = head_part ? range.begin.first : cta / GANG, last = tail_part ? range.end.last : cta / GANG;
+    tw::meet(1, THREADS);
+    if (thread == 0) *arrived = tw::arrive(p.counters + first * GANG + cta % GANG) == last - first;
+    tw::meet(1, THREADS);
+    if (*arrived) {
+      if (thread == 0) p.counters[first * GANG + cta % GANG] = 0;
+      merge(p, w, q, first, last, cta % GANG, thread);
+    }
+  }
+  tw::meet(1, THREADS);
+}
+
+TW_INLINE void body(const Params& p, int cta, int thread, char* smem) {
+  const Range range{p.cuts[cta / GANG], p.cuts[cta / GANG + 1]};
+  const int warp = thread / 32, lane = thread % 32;
+  Walk w{range.begin.unit, range.begin.request, range.begin.group * GANG + cta % GANG, range.begin.tile, 0, {}};
+  if (!has_unit(w, range)) return;
+  const Variant variant(p);
+  Element* ring = reinterpret_cast<Element*>(smem) + warp * STAGES * STAGE;
+  w.keys = tw::pages_of(p, w.request, MAX_KEYS);
+  Copier copier{w, 0, 0, 0, 0};
+  copier.start_unit(p, warp, lane);
+  Query q;
+  load_query(q, p, w, lane);
+  bound(w, range);
+  bound(copier.w, range);
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; ++i) copier.issue(p, range, ring, warp, lane);
+  int stage = 0;
+  while (has_unit(w, range)) {
+    Rows rows;
+    reset(rows);
+    for (; w.tile < w.end; ++w.tile) {
+      tw::copy_async_wait<STAGES - 2>();
+      __syncwarp();
+      copier.issue(p, range, ring, warp, lane);
+      attend(p, variant, w, q, ring + stage * STAGE, w.tile * TILE + warp * KEYS, rows, lane);
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
+    // The stage before the next one is free: it was read last, and the next copy goes there.
+    finish(p, w, q, rows, smem, stage == 0 ? STAGES - 1 : stage - 1, range, cta, thread);
+    next_unit(w, p, range);
+    if (has_unit(w, range)) load_query(q, p, w, lane);
+  }
+  tw::copy_async_wait<0>();
+}
+
+}  // namespace attention
+
+extern "C" __global__ void __launch_bounds__(attention::THREADS, attention::CTAS) stage0(const __grid_constant__ Params p) {
+  extern __shared__ __align__(16) char smem[];
+  attention::body(p, blockIdx.x, threadIdx.x, smem);
+}

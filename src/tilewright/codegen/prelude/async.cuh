@@ -1,0 +1,24 @@
+// Asynchronous copies from global to shared memory (cp.async, sm_80 and newer).
+// Reference: PTX ISA, data movement instructions, cp.async.
+#pragma once
+
+namespace tw {
+
+// 16 bytes, or `bytes` of them and zeros for the rest; both addresses are multiples of 16.
+TW_INLINE void copy_async_16(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(bytes) : "memory");
+}
+TW_INLINE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most `Pending` groups of this thread are under way.
+template <int Pending>
+TW_INLINE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory"); }
+
+// Adds 1 to a counter and gives what it was. What this CTA wrote before (other threads: before a
+// barrier of the CTA) is visible to whoever sees the count, and the other way round.
+TW_INLINE int arrive(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
+}  // namespace tw

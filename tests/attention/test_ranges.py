@@ -1,0 +1,122 @@
+"""Ranges of a decode batch: every tile once, balanced, and a NumPy twin of the kernel's walk."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tilewright.attention import ranges
+from tilewright.attention.merge import State, merge
+from tilewright.attention.ranges import TILE
+
+LENGTHS = [
+    [], [0], [1], [64], [65, 0, 0, 1000], [5] * 40, [0] * 9, [33_000, 1, 64, 0, 700], [1 << 20],
+]  # fmt: skip
+HEADS = (1, 3, 8, 12, 32)
+
+
+def walk(cuts: np.ndarray, lengths: list[int], kv_heads: int):
+    """The pieces of each range as the kernel walks them: (range, request, group, begin, end, tiles
+    of the unit as its keys are now)."""
+    groups = kv_heads // ranges.heads_at_once(kv_heads)
+    for n in range(len(cuts) - 1):
+        unit, tile, last = cuts[n]["unit"], cuts[n]["tile"], cuts[n + 1]
+        while unit < last["unit"] or (unit == last["unit"] and last["tile"] > 0):
+            request, group = divmod(int(unit), groups)
+            tiles = -(-lengths[request] // TILE)
+            end = int(last["tile"]) if unit == last["unit"] else tiles
+            yield n, request, group, int(tile), max(end, int(tile)), tiles
+            unit, tile = unit + 1, 0
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda x: str(len(x)) + "_" + str(sum(x)))
+@pytest.mark.parametrize("kv_heads", HEADS)
+@pytest.mark.parametrize("ctas", [1, 7, 132, 264])
+def test_every_tile_is_in_one_range(lengths, kv_heads, ctas):
+    if not lengths:
+        return
+    cuts = ranges.cut(np.array(lengths), kv_heads, ctas)
+    assert ranges.is_sound(cuts, len(lengths), kv_heads)
+    together = ranges.heads_at_once(kv_heads)
+    assert 1 <= len(cuts) - 1 <= max(ctas // together, 1)
+    tiles = [-(-n // TILE) for n in lengths]
+    seen = {
+        (r, g): np.zeros(t, int) for r, t in enumerate(tiles) for g in range(kv_heads // together)
+    }
+    pieces = {key: [] for key in seen}
+    for n, request, group, begin, end, _ in walk(cuts, lengths, kv_heads):
+        seen[request, group][begin:end] += 1
+        pieces[request, group].append((n, begin))
+    assert all((count == 1).all() for count in seen.values())
+    for parts in pieces.values():  # those that share a unit name the same first and last range
+        assert parts[0][1] == 0
+        owners = [n for n, _ in parts]
+        assert owners == list(range(owners[0], owners[-1] + 1))
+        for n, begin in parts[1:]:
+            assert begin > 0 and (cuts[n]["first"], cuts[n]["last"]) == (owners[0], owners[-1])
+
+
+def test_ranges_cost_alike():
+    lengths = np.random.default_rng(0).integers(1, 9000, 70)
+    cuts = ranges.cut(lengths, 8, 264)
+    work = np.zeros(len(cuts) - 1)
+    for n, _, _, begin, end, _ in walk(cuts, lengths.tolist(), 8):
+        work[n] += end - begin + 0.5
+    assert work.max() < work.mean() + 1.5
+
+
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_growing_lengths_stay_covered(kv_heads):
+    planned, now = [100, 0, 700, 64], [900, 65, 701, 3]
+    cuts = ranges.cut(np.array(planned), kv_heads, 40)
+    seen = [np.zeros(-(-n // TILE), int) for n in now]
+    for _, request, group, begin, end, _ in walk(cuts, now, kv_heads):
+        if group == 0:
+            seen[request][begin:end] += 1
+    assert all((count == 1).all() for count in seen)
+
+
+def test_cuts_from_outside_are_checked():
+    cuts = ranges.cut(np.array([300, 5000]), 4, 30)
+    assert ranges.is_sound(cuts, 2, 4) and ranges.is_sound(cuts[:0], 2, 4)
+    assert not ranges.is_sound(cuts, 3, 4) and not ranges.is_sound(cuts[:-1], 2, 4)
+    for name in ("unit", "request", "group", "first", "last"):
+        for at in (0, 3, len(cuts) - 1):
+            for change in (-1, 1, 1 << 20):
+                damaged = cuts.copy()
+                damaged[name][at] += change
+                assert not ranges.is_sound(damaged, 2, 4), (name, at, change)
+    cuts["tile"][3] = -1
+    assert not ranges.is_sound(cuts, 2, 4)
+
+
+@pytest.mark.parametrize("ctas", [1, 5, 64])
+def test_partial_states_merge_to_attention(rng, ctas):
+    """The kernel's algorithm on NumPy: partial states of the pieces, merged in order of ranges."""
+    lengths, kv_heads, group, d = [130, 0, 1, 700, 64], 6, 2, 16
+    cuts = ranges.cut(np.array(lengths), kv_heads, ctas)
+    together = ranges.heads_at_once(kv_heads)
+    q = rng.standard_normal((len(lengths), kv_heads, group, d))
+    k = [rng.standard_normal((n, kv_heads, d)) for n in lengths]
+    v = [rng.standard_normal((n, kv_heads, d)) for n in lengths]
+
+    def attend(request, head, keys):
+        s = q[request, head] @ k[request][keys, head].T
+        if not s.size:
+            return State(np.zeros((group, d)), np.full(group, -np.inf))
+        top = s.max(1)
+        weights = np.exp(s - top[:, None])
+        total = weights.sum(1)
+        return State(weights @ v[request][keys, head] / total[:, None], top + np.log(total))
+
+    parts: dict[tuple[int, int], list[State]] = {}
+    for _, request, g, begin, end, _ in walk(cuts, lengths, kv_heads):
+        for member in range(together):
+            head = g * together + member
+            keys = slice(begin * TILE, end * TILE)
+            parts.setdefault((request, head), []).append(attend(request, head, keys))
+    assert len(parts) == len(lengths) * kv_heads
+    for (request, head), states in parts.items():
+        whole, got = attend(request, head, slice(None)), merge(states)
+        np.testing.assert_allclose(got.o, whole.o, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(got.lse, whole.lse, rtol=1e-12)
