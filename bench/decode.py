@@ -2,8 +2,8 @@
 
 bfloat16, head_dim 128, pages of 16 in random order, one query a request. Each row is a CUDA graph
 of calls on caches of their own, so that the L2 is cold; beside it the time of a kernel that only
-reads the same bytes: the floor. A result is compared with float64 before it is timed. No peer is measured here
-yet: the rows have no ratio.
+reads the same bytes: the floor. A result is compared with float64 before it counts. No peer is
+measured here yet: the rows have no ratio.
 """
 
 from __future__ import annotations

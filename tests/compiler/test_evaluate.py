@@ -426,3 +426,18 @@ def test_a_large_product_stays_small_in_memory(rng):
         rtol=1e-9,
         atol=1e-9,
     )
+
+
+def test_all_axes_of_an_operand_reduced_beside_another_index(rng):
+    """Each point of the output ranges over every stored coordinate, none of which it binds."""
+
+    @tw.program
+    def total(A=tw.sparse("m n"), X=tw.dense("m d")):
+        i, j, k = tw.indices("i:m j:n k:d")
+        return tw.out[k](tw.max(A[i, j] * X[i, k], over=(i, j)))
+
+    dense = rng.standard_normal((4, 5)) * (rng.random((4, 5)) < 0.5)
+    x = rng.standard_normal((4, 3))
+    products = np.where(dense[..., None] != 0, dense[..., None] * x[:, None], -np.inf)
+    got = evaluate(total.program, {"A": dense, "X": x})["out"]
+    np.testing.assert_allclose(got, products.max((0, 1)))

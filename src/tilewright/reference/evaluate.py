@@ -276,7 +276,7 @@ class _Evaluator:
         outer = {n: np.broadcast_to(c, shape).reshape(-1) for n, c in outer.items()}
         bound = {d: outer[name] for d, name in enumerate(names) if name not in own}
         stored = self.stored[structure]
-        point, entry = stored.below(bound)
+        point, entry = stored.below(bound, prod(shape))
         index = {name: c[point] for name, c in outer.items()}
         index |= {n: c[entry].astype(self.index) for n, c in zip(names, stored.coords, strict=True)}
         rest = [a for a in axes_of(e) if a.name not in names]

@@ -42,13 +42,16 @@ class Stored:
         at = np.searchsorted(self.keys[:-1], wanted)  # the last one if no other
         return at, inside & (self.keys[at] == wanted)
 
-    def below(self, bound: Mapping[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def below(
+        self, bound: Mapping[int, np.ndarray], points: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(point, entry) of all pairs in which an entry has the coordinates of a point. `bound`:
-        these coordinates, (points,) by dimension. Points ascend, then entries."""
+        these coordinates, (points,) by dimension; every entry where it is empty. Points ascend,
+        then entries."""
         shape = [self.shape[d] for d in bound]
         keys = np.broadcast_to(keys_of(shape, [self.coords[d] for d in bound]), self.count)
         order = np.argsort(keys, kind="stable")
-        wanted = np.atleast_1d(keys_of(shape, list(bound.values())))
+        wanted = np.broadcast_to(keys_of(shape, list(bound.values())), points)
         low, high = (np.searchsorted(keys[order], wanted, side) for side in ("left", "right"))
         point = np.repeat(np.arange(len(wanted)), high - low)
         rank = np.arange(len(point)) - np.repeat(np.cumsum(high - low) - (high - low), high - low)
