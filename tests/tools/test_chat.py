@@ -66,9 +66,9 @@ def test_demo(smollm: Path):
 
 
 def test_demo_of_another_model(tiny: Path):
-    done = run("demo", "the thing", "--model", tiny, "--max-tokens", "5")
+    done = run("demo", "the time", "--model", tiny, "--max-tokens", "5")
     assert done.returncode == 0, done.stderr
-    assert tiny.name in done.stdout and "> the thing" in done.stdout
+    assert tiny.name in done.stdout and "> the time" in done.stdout
     assert "5 tokens" in done.stdout
 
 
