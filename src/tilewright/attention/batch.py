@@ -63,10 +63,10 @@ class Attention:
             raise ArgumentError(
                 "A103", f"head_dim {self.head_dim} is above {MAX_HEAD_DIM}", where="head_dim"
             )
-        given = self.sm_scale
-        if given is not None and not (_is_number(given) and abs(given) <= MAX_SCALE):
+        sm_scale = self.sm_scale
+        if sm_scale is not None and not (_is_number(sm_scale) and abs(sm_scale) <= MAX_SCALE):
             raise ArgumentError(
-                "A102", f"sm_scale={given!r} is no number that float32 holds", where="sm_scale"
+                "A102", f"sm_scale={sm_scale!r} is no number that float32 holds", where="sm_scale"
             )
         traced_of(self.variant)
 
@@ -84,9 +84,9 @@ class Attention:
     def plan(self, qo_indptr: Any, kv: KV, *, workers: int | None = None, **values: Any) -> Plan:
         """Cut a batch into balanced work items.
 
-        `qo_indptr` (requests + 1) int32: the rows of q of each request, whose last query stands at
-        its last key. `workers`: threads of the pool, or CTAs that a GPU runs at once. `values`:
-        scalars of the variant, which only sharpen the balance.
+        `qo_indptr` (requests + 1) int32: the rows of q of each request, whose last query has the
+        position of its last key. `workers`: threads of the pool, or SMs of a GPU. `values`: scalars
+        of the variant, which only sharpen the balance.
         Where qo_len > kv_len the first queries of a request stand before position 0: under a
         causal mask they see nothing (o = 0, lse = −inf).
         On a CPU the bits of a request's results depend on the request alone, not on `workers`, on
@@ -153,9 +153,9 @@ class Attention:
         queries = self._check_q(q, kv, plan)
         spec = self._spec(queries.dtype, kv.dtype)
         self._check_plan(plan, kv, spec)
-        given = self._values(spec.traced, values, kv.device)
+        checked = self._values(spec.traced, values, kv.device)
         o, lse = self._outputs(q, queries, kv, out)
-        return BoundAttention(self, spec, (q, queries), kv, plan, (o, lse), given)
+        return BoundAttention(self, spec, (q, queries), kv, plan, (o, lse), checked)
 
     def _spec(self, q: Any, kv: Any) -> flash.Spec:
         return flash.Spec(self.group, self.head_dim, q, kv, traced_of(self.variant))
@@ -179,23 +179,23 @@ class Attention:
             )
 
     def _check_q(self, q: Any, kv: KV, plan: Plan) -> View:
-        found = named_view("q", q)
-        if found.dtype not in KV_TYPES:
+        view = named_view("q", q)
+        if view.dtype not in KV_TYPES:
             kinds = ", ".join(map(str, KV_TYPES))
-            raise ArgumentError("A102", f"q is {found.dtype}", where="q", hint=f"one of {kinds}")
+            raise ArgumentError("A102", f"q is {view.dtype}", where="q", hint=f"one of {kinds}")
         wanted = (plan.tokens, self.qo_heads, self.head_dim)
-        if found.shape != wanted:
+        if view.shape != wanted:
             raise ArgumentError(
                 "A103",
-                f"q has shape {found.shape}, the plan wants {wanted}",
+                f"q has shape {view.shape}, the plan wants {wanted}",
                 where="q",
                 hint="(tokens, qo_heads, head_dim), tokens = qo_indptr[-1]",
             )
-        if found.size and self.head_dim > 1 and found.strides[-1] != 1:
+        if view.size and self.head_dim > 1 and view.strides[-1] != 1:
             raise ArgumentError("A104", "head_dim of q is not contiguous", where="q")
-        if found.device != kv.device:
-            raise ArgumentError("A105", f"q is on {found.device}, kv on {kv.device}", where="q")
-        return found
+        if view.device != kv.device:
+            raise ArgumentError("A105", f"q is on {view.device}, kv on {kv.device}", where="q")
+        return view
 
     def _check_plan(self, plan: Plan, kv: KV, spec: flash.Spec) -> None:
         on_cuda = kv.device != "cpu"
@@ -208,24 +208,24 @@ class Attention:
             )
 
     def _values(
-        self, traced: Traced, given: dict[str, Any], device: str
+        self, traced: Traced, arguments: dict[str, Any], device: str
     ) -> dict[str, tuple[Any, View]]:
-        self._check_names(given)
+        self._check_names(arguments)
         fixed = dict(self.variant.fixed)
-        found = {}
+        views = {}
         for v in traced.values:
-            if v.name not in given and v.name not in fixed:
+            if v.name not in arguments and v.name not in fixed:
                 raise ArgumentError(
                     "A101", f"{traced.name} needs {v.name}", where=v.name, hint=f"{v.name}=…"
                 )
-            found[v.name] = self._value(v, given.get(v.name, fixed.get(v.name)), device)
-        return found
+            views[v.name] = self._value(v, arguments.get(v.name, fixed.get(v.name)), device)
+        return views
 
-    def _check_names(self, given: dict[str, Any]) -> None:
+    def _check_names(self, arguments: dict[str, Any]) -> None:
         """Each name is a value of the variant; numbers fit it. Raises ArgumentError."""
         traced = traced_of(self.variant)
         known = {v.name: v for v in traced.values}
-        for name, value in given.items():
+        for name, value in arguments.items():
             if name not in known:
                 raise ArgumentError(
                     "A101",
@@ -236,44 +236,44 @@ class Attention:
             if not known[name].heads and (_is_number(value) or not hasattr(value, "shape")):
                 check_number(known[name], value)
 
-    def _value(self, v: Value, given: Any, device: str) -> tuple[Any, View]:
+    def _value(self, v: Value, argument: Any, device: str) -> tuple[Any, View]:
         """The array that a kernel reads a value from: the caller's, or one made for a number."""
-        if not v.heads and (_is_number(given) or not hasattr(given, "shape")):
-            check_number(v, given)
-            given = np.full(1, given, v.dtype.numpy)
-            given = given if device == "cpu" else to_device(given, device)
-        found = named_view(v.name, given)
-        if found.dtype != v.dtype:
-            raise ArgumentError("A102", f"{v.name} is {found.dtype}, not {v.dtype}", where=v.name)
+        if not v.heads and (_is_number(argument) or not hasattr(argument, "shape")):
+            check_number(v, argument)
+            argument = np.full(1, argument, v.dtype.numpy)
+            argument = argument if device == "cpu" else to_device(argument, device)
+        view = named_view(v.name, argument)
+        if view.dtype != v.dtype:
+            raise ArgumentError("A102", f"{v.name} is {view.dtype}, not {v.dtype}", where=v.name)
         size = {"": 1, "qo_head": self.qo_heads, "kv_head": self.kv_heads}[v.heads]
-        if found.size != size or found.ndim > 1:
-            what = f"one for each {v.heads}" if v.heads else "one number"
+        if view.size != size or view.ndim > 1:
+            count = f"one for each {v.heads}" if v.heads else "one number"
             raise ArgumentError(
-                "A103", f"{v.name} has shape {found.shape}, not ({size},): {what}", where=v.name
+                "A103", f"{v.name} has shape {view.shape}, not ({size},): {count}", where=v.name
             )
-        if not found.is_contiguous:
+        if not view.is_contiguous:
             raise ArgumentError("A104", f"{v.name} is not contiguous", where=v.name)
-        if found.device != device:
+        if view.device != device:
             raise ArgumentError(
-                "A105", f"{v.name} is on {found.device}, kv on {device}", where=v.name
+                "A105", f"{v.name} is on {view.device}, kv on {device}", where=v.name
             )
-        return given, found
+        return argument, view
 
     def _outputs(self, q: Any, queries: View, kv: KV, out: Any) -> tuple[Any, Any]:
         shape = queries.shape
         lse = allocate(q, shape[:2], dtypes.float32)
         if out is None:
             return allocate(q, shape, dtypes.float32), lse
-        found = named_view("out", out)
-        if found.dtype != dtypes.float32:
-            raise ArgumentError("A102", f"out is {found.dtype}, not float32", where="out")
-        if found.shape != shape or not found.is_contiguous:
+        view = named_view("out", out)
+        if view.dtype != dtypes.float32:
+            raise ArgumentError("A102", f"out is {view.dtype}, not float32", where="out")
+        if view.shape != shape or not view.is_contiguous:
             raise ArgumentError("A103", f"out is no contiguous array of shape {shape}", where="out")
-        if found.device != kv.device or found.readonly:
-            what = "read-only" if found.readonly else f"on {found.device}"
-            raise ArgumentError("A105", f"out is {what}", where="out")
+        if view.device != kv.device or view.readonly:
+            reason = "read-only" if view.readonly else f"on {view.device}"
+            raise ArgumentError("A105", f"out is {reason}", where="out")
         for name, other in (("q", queries), ("k", kv.k), ("v", kv.v)):
-            if overlaps(found, other):
+            if overlaps(view, other):
                 raise ArgumentError("A108", f"out overlaps {name}", where="out")
         return out, lse
 
@@ -281,7 +281,7 @@ class Attention:
 class BoundAttention:
     """A run with its memory fixed; calling it runs it and returns the state.
 
-    `launch` is what a recorded step takes: on the CPU a `runtime.pool.Launch`, on a GPU a
+    `launch` is the launch for a recorded step: on the CPU a `runtime.pool.Launch`, on a GPU a
     `runtime.cuda.Launch`, None where attention is evaluated with NumPy (no C++ compiler). Keep this
     object as long as the step.
     """
@@ -300,7 +300,7 @@ class BoundAttention:
         values: dict[str, tuple[Any, View]],
     ) -> None:
         self.state = State(*outputs)
-        views = {n: found for n, (_, found) in values.items()}
+        views = {n: view for n, (_, view) in values.items()}
         fields = _fields(attn, queries[1], kv, self.state, views)
         self._keep: list[Any] = [queries, kv, plan, outputs, values]
         if kv.device == "cpu" and not compilers.has_compiler():
@@ -314,15 +314,15 @@ class BoundAttention:
         self, attn: Attention, q: Any, kv: KV, plan: Plan, values: dict[str, tuple[Any, View]]
     ) -> None:
         compilers.warn_of_interpreter()
-        given = {name: array for name, (array, _) in values.items()}
+        arguments = {name: array for name, (array, _) in values.items()}
         o, lse = np.asarray(self.state.o), np.asarray(self.state.lse)
         self.source, self.launch = "", None
 
         def run() -> None:
-            found = reference.attention(
-                q, kv, plan.qo_indptr, attn.variant, sm_scale=attn.scale, **given
+            state = reference.attention(
+                q, kv, plan.qo_indptr, attn.variant, sm_scale=attn.scale, **arguments
             )
-            o[...], lse[...] = found.o, found.lse
+            o[...], lse[...] = state.o, state.lse
 
         self._run = run
 

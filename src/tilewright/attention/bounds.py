@@ -1,4 +1,4 @@
-"""What a mask says of a whole tile: empty, full or partial, by interval arithmetic.
+"""The class of a tile under a mask, empty, full or partial, by interval arithmetic.
 
 One analysis, twice: on NumPy arrays for the planner, as C text for the kernels. An interval is a
 pair (lo, hi) of integers, a condition an interval in {0, 1}. What cannot be bounded (floats, loads
@@ -45,46 +45,48 @@ class Interval:
         return Interval(np.where(wraps, LOW, self.lo), np.where(wraps, HIGH, self.hi))
 
 
-def tile_class(mask: Expr, places: Mapping[str, Interval], values: Mapping[str, Any]) -> np.ndarray:
+def tile_class(
+    mask: Expr, positions: Mapping[str, Interval], values: Mapping[str, Any]
+) -> np.ndarray:
     """EMPTY, PARTIAL or FULL for each tile.
 
-    `places` gives intervals for `at.qo`, `at.kv`, …; `values` the integer scalars that are known.
+    `positions`: intervals of `at.qo`, `at.kv`, …; `values`: the integer scalars that are known.
     """
-    found = _bound(mask, places, values)
-    return np.where(found.hi == 0, EMPTY, np.where(found.lo == 1, FULL, PARTIAL))
+    bound = _bound(mask, positions, values)
+    return np.where(bound.hi == 0, EMPTY, np.where(bound.lo == 1, FULL, PARTIAL))
 
 
 def _everything(dtype: Any) -> Interval:
     return Interval.of(0, 1) if dtype == dtypes.bool_ else Interval.of(LOW, HIGH)
 
 
-def _bound(e: Any, places: Mapping[str, Interval], values: Mapping[str, Any]) -> Interval:
+def _bound(e: Any, positions: Mapping[str, Interval], values: Mapping[str, Any]) -> Interval:
     if e.dtype.is_float:
         return _everything(e.dtype)
     if isinstance(e, Const):
         return Interval.of(int(e.value))
     if isinstance(e, VarNode):
-        return places.get(e.name, _everything(e.dtype))
+        return positions.get(e.name, _everything(e.dtype))
     if isinstance(e, Load):
         known = not e.index and e.buffer.name in values
         return Interval.of(int(values[e.buffer.name])) if known else _everything(e.dtype)
     if isinstance(e, Cast):
-        a = _bound(e.a, places, values)
+        a = _bound(e.a, positions, values)
         if e.a.dtype.is_float:
             return _everything(e.dtype)
         return _truth(a) if e.dtype == dtypes.bool_ and e.a.dtype != dtypes.bool_ else a
     if isinstance(e, Unary):
-        return _unary(e, _bound(e.a, places, values))
+        return _unary(e, _bound(e.a, positions, values))
     if isinstance(e, Select):
-        c = _bound(e.cond, places, values)
-        a, b = _bound(e.a, places, values), _bound(e.b, places, values)
+        c = _bound(e.cond, positions, values)
+        a, b = _bound(e.a, positions, values), _bound(e.b, positions, values)
         lo = np.where(c.lo == 1, a.lo, np.where(c.hi == 0, b.lo, np.minimum(a.lo, b.lo)))
         hi = np.where(c.lo == 1, a.hi, np.where(c.hi == 0, b.hi, np.maximum(a.hi, b.hi)))
         return Interval(lo, hi)
     if isinstance(e, Binary):
         if e.a.dtype.is_float:
             return _everything(e.dtype)
-        return _binary(e, _bound(e.a, places, values), _bound(e.b, places, values))
+        return _binary(e, _bound(e.a, positions, values), _bound(e.b, positions, values))
     return _everything(e.dtype)
 
 
@@ -167,7 +169,7 @@ def _compare(op: str, a: Interval, b: Interval) -> Interval:
 
 
 def bound_text(e: Any) -> str:
-    """The same analysis as a C expression of type `tw::Bound` over the places of `tw::Tile`.
+    """The same analysis as a C expression of type `tw::Bound` over the positions of `tw::Tile`.
 
     Scalars are the members `v_NAME` of the variant's struct."""
     everything = "tw::bound_bool()" if e.dtype == dtypes.bool_ else "tw::bound_int()"

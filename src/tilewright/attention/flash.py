@@ -1,7 +1,7 @@
 """Flash attention kernels: template + variant + parameters → source → loaded function.
 
 The template is C text in `kernels/`, the variant is rendered from its expressions, the parameters
-are one `Struct`. A kernel is made once for each combination and kept.
+are one `Struct`. Kernels are cached by combination.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TAGS = """struct float32 { using type = float; };
 struct float16 { using type = uint16_t; };
 struct bfloat16 { using type = uint16_t; };"""
 
-# A variant may call what the template defines after it.
+# Functions that a variant may call before the template defines them.
 _DECLARATIONS = """namespace flash {
 template <int L> TW_INLINE tw::vec<float, L> tanh(tw::vec<float, L>);
 }  // namespace flash"""

@@ -175,28 +175,28 @@ def named_view(name: str, array: Any) -> View:
 
 
 def _heads(name: str, array: Any, ndim: int) -> View:
-    found = named_view(name, array)
-    if found.dtype not in KV_TYPES:
+    view = named_view(name, array)
+    if view.dtype not in KV_TYPES:
         raise ArgumentError(
             "A102",
-            f"{name} is {found.dtype}",
+            f"{name} is {view.dtype}",
             where=name,
             hint=f"one of {', '.join(map(str, KV_TYPES))} (bfloat16 in NumPy: ml_dtypes)",
         )
-    if found.ndim != ndim:
+    if view.ndim != ndim:
         form = {3: "(tokens, kv_heads, head_dim)", 4: "(pages, page_size, kv_heads, head_dim)"}
-        raise ArgumentError("A103", f"{name} has shape {found.shape}, not {form[ndim]}", where=name)
-    if 0 in found.shape[1:]:
-        axis = ("head_dim", "kv_heads", "page_size")[found.shape[::-1].index(0)]
-        raise ArgumentError("A103", f"{name} of shape {found.shape} has {axis} 0", where=name)
-    if found.size and found.shape[-1] > 1 and found.strides[-1] != 1:
+        raise ArgumentError("A103", f"{name} has shape {view.shape}, not {form[ndim]}", where=name)
+    if 0 in view.shape[1:]:
+        axis = ("head_dim", "kv_heads", "page_size")[view.shape[::-1].index(0)]
+        raise ArgumentError("A103", f"{name} of shape {view.shape} has {axis} 0", where=name)
+    if view.size and view.shape[-1] > 1 and view.strides[-1] != 1:
         raise ArgumentError(
             "A104",
-            f"head_dim of {name} has stride {found.strides[-1]}",
+            f"head_dim of {name} has stride {view.strides[-1]}",
             where=name,
             hint="the last dimension must be contiguous",
         )
-    return found
+    return view
 
 
 def _pages(name: str, array: Any) -> View:
@@ -213,16 +213,16 @@ def _alike(a: View, b: View, name: str, other: str) -> None:
 
 
 def _integers(name: str, array: Any, device: str) -> View:
-    found = named_view(name, array)
-    if found.dtype != dtypes.int32:
-        raise ArgumentError("A102", f"{name} is {found.dtype}, not int32", where=name)
-    if found.ndim != 1:
-        raise ArgumentError("A103", f"{name} has {found.ndim} dimensions, not 1", where=name)
-    if not found.is_contiguous:
+    view = named_view(name, array)
+    if view.dtype != dtypes.int32:
+        raise ArgumentError("A102", f"{name} is {view.dtype}, not int32", where=name)
+    if view.ndim != 1:
+        raise ArgumentError("A103", f"{name} has {view.ndim} dimensions, not 1", where=name)
+    if not view.is_contiguous:
         raise ArgumentError("A104", f"{name} is not contiguous", where=name)
-    if found.device != device:
-        raise ArgumentError("A105", f"{name} is on {found.device}, not {device}", where=name)
-    return found
+    if view.device != device:
+        raise ArgumentError("A105", f"{name} is on {view.device}, not {device}", where=name)
+    return view
 
 
 def _requests(indptr: View) -> int:

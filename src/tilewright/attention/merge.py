@@ -28,7 +28,7 @@ class State:
     lse: Any
 
     def merge(self, *others: State) -> State:
-        """The state over the keys of this one and of the others. Raises what `merge` raises."""
+        """The state over the keys of this one and of the others. Raises describe `merge` raises."""
         return merge((self, *others))
 
     def __repr__(self) -> str:
@@ -84,10 +84,10 @@ def _library(states: Sequence[State]) -> Any:
 
 
 def _check_like_first(n: int, s: State, first: State, lib: Any) -> None:
-    what = f"state {n} has o {{}}, lse {{}}; the first has o {{}}, lse {{}}".format
+    describe = f"state {n} has o {{}}, lse {{}}; the first has o {{}}, lse {{}}".format
     arrays = (s.o, s.lse, first.o, first.lse)
     if s.o.shape != first.o.shape or s.lse.shape != s.o.shape[:-1]:
-        shapes = what(*(tuple(x.shape) for x in arrays))
+        shapes = describe(*(tuple(x.shape) for x in arrays))
         raise ArgumentError("A103", shapes, where="states")
     floats = all(
         x.dtype.kind == "f" if lib is np else x.dtype.is_floating_point for x in (s.o, s.lse)
@@ -95,12 +95,12 @@ def _check_like_first(n: int, s: State, first: State, lib: Any) -> None:
     if not floats or (s.o.dtype, s.lse.dtype) != (first.o.dtype, first.lse.dtype):
         raise ArgumentError(
             "A102",
-            what(*(x.dtype for x in arrays)),
+            describe(*(x.dtype for x in arrays)),
             where="states",
             hint="the same float types in all states",
         )
     if lib is not np and len({x.device for x in arrays}) > 1:
-        raise ArgumentError("A105", what(*(x.device for x in arrays)), where="states")
+        raise ArgumentError("A105", describe(*(x.device for x in arrays)), where="states")
 
 
 def _merged(states: Sequence[State], lib: Any, where: Any) -> State:

@@ -37,7 +37,7 @@ ITEM = Struct(
     ],
 )  # fmt: skip
 """One work item. `qo_begin` … `qo_end` are rows of q; `slot` is the first partial result of its
-chunks, `counter` the place where they count their arrival."""
+chunks, `counter` the word in which they count their arrival."""
 
 UNITS = ("threads", "CTAs")
 """Who works: `Plan.unit` on a CPU, on a GPU."""
@@ -59,9 +59,9 @@ class Plan:
     `imbalance` is the longest worker's estimated work over the mean. `cuts` (`ranges.CUT`): the
     same work for the decode family of GPUs; empty on a CPU.
 
-    Kernels trust a plan, so one that was not planned here is checked as it is made (see `check`):
-    by `load`, `dataclasses.replace`, `pickle` and the constructor. It keeps arrays of its own.
-    `planned`: it comes from `make`, whose plans are right.
+    Kernels trust a plan, so one that was not planned here is checked when it is constructed (see
+    `check`): by `load`, `dataclasses.replace`, `pickle` and the constructor. It keeps arrays of its
+    own. `planned`: it comes from `make`, whose plans are right.
     """
 
     items: np.ndarray
@@ -135,12 +135,12 @@ class Plan:
         """The plan that `save` wrote. Raises ArgumentError[A107, A109] for anything else."""
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
-                found = {name: file[name] for name in file.files}
-            if str(found["layout"]) != ITEM.version + CUT.version:
+                fields = {name: file[name] for name in file.files}
+            if str(fields["layout"]) != ITEM.version + CUT.version:
                 raise ValueError("another version of the layout")
-            items = np.ascontiguousarray(found["items"])
-            qo_indptr = np.ascontiguousarray(found["qo_indptr"])
-            cuts = np.ascontiguousarray(found["cuts"])
+            items = np.ascontiguousarray(fields["items"])
+            qo_indptr = np.ascontiguousarray(fields["qo_indptr"])
+            cuts = np.ascontiguousarray(fields["cuts"])
             if (
                 cuts.dtype != np.int32
                 or items.dtype != np.int32
@@ -148,17 +148,17 @@ class Plan:
                 or qo_indptr.ndim != 1
             ):
                 raise ValueError("wrong dtypes")
-            kv_heads, qo_tile, workers, slots, counters = map(int, found["numbers"].reshape(5))
+            kv_heads, qo_tile, workers, slots, counters = map(int, fields["numbers"].reshape(5))
             return Plan(
                 items.reshape(-1).view(ITEM.numpy),
                 qo_indptr,
                 kv_heads,
                 qo_tile,
                 workers,
-                str(found["unit"]),
+                str(fields["unit"]),
                 slots,
                 counters,
-                float(found["imbalance"]),
+                float(fields["imbalance"]),
                 cuts.reshape(-1).view(CUT.numpy),
             )
         except ArgumentError:
@@ -264,11 +264,11 @@ def visible_tiles(
     for at in range(0, len(first), step):
         some = slice(at, at + step)
         length = kv_lengths[some, None]
-        places = {
+        positions = {
             "at.qo": Interval.of(first[some, None], last[some, None]),
             "at.kv": Interval.of(starts, np.minimum(starts + KEY_TILE, length) - 1),
         }
-        seen = tile_class(shape.mask, places | heads, shape.values) != EMPTY
+        seen = tile_class(shape.mask, positions | heads, shape.values) != EMPTY
         count[some] = (np.broadcast_to(seen, (len(length), widest)) & (starts < length)).sum(1)
     return count
 
@@ -286,8 +286,8 @@ def _imbalance(work: np.ndarray, workers: int) -> float:
 # ---------------------------------------------------------------------------- checking
 
 
-def _refuse(what: str) -> NoReturn:
-    raise ArgumentError("A109", f"the plan is damaged: {what}", where="plan")
+def _refuse(reason: str) -> NoReturn:
+    raise ArgumentError("A109", f"the plan is damaged: {reason}", where="plan")
 
 
 def _check_types(plan: Plan) -> None:
@@ -348,7 +348,7 @@ def _check_sequence(s: dict[str, np.ndarray], plan: Plan) -> None:
         if (s[name][1:] != s[name][:-1])[same].any():
             _refuse("the chunks of an item differ")
     if (s["chunk"][1:] != s["chunk"][:-1] + 1)[same].any():
-        _refuse("a chunk is missing or stands twice")
+        _refuse("a chunk is missing or occurs twice")
     ends = np.append(lead[1:], True)
     if (s["chunk"] + 1 != s["chunks"])[ends].any():
         _refuse("a chunk is missing")

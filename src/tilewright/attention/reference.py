@@ -19,25 +19,25 @@ from tilewright.runtime.view import view
 
 
 @np.errstate(all="ignore")
-def evaluate(e: Expr, places: dict[str, Any], values: dict[str, Any]) -> Any:
+def evaluate(e: Expr, positions: dict[str, Any], values: dict[str, Any]) -> Any:
     """An expression of a variant over arrays: float64 for floats. Integers are int32, wrap around,
     and give 0 when divided by 0, as in the kernels."""
     if isinstance(e, Const):
         return np.asarray(e.value, _kind(e.dtype))
     if isinstance(e, Var):
-        return np.asarray(places[e.name], _kind(e.dtype))
+        return np.asarray(positions[e.name], _kind(e.dtype))
     if isinstance(e, Load):
         kept = np.asarray(values[e.buffer.name], _kind(e.dtype))
-        return kept[evaluate(e.index[0], places, values)] if e.index else kept.reshape(())
+        return kept[evaluate(e.index[0], positions, values)] if e.index else kept.reshape(())
     if isinstance(e, Binary):
-        return BINARY[e.op](evaluate(e.a, places, values), evaluate(e.b, places, values))
+        return BINARY[e.op](evaluate(e.a, positions, values), evaluate(e.b, positions, values))
     if isinstance(e, Unary):
-        return UNARY[e.op](evaluate(e.a, places, values))
+        return UNARY[e.op](evaluate(e.a, positions, values))
     if isinstance(e, Select):
-        arms = (evaluate(x, places, values) for x in (e.cond, e.a, e.b))
+        arms = (evaluate(x, positions, values) for x in (e.cond, e.a, e.b))
         return np.where(*arms)
     if isinstance(e, Cast):
-        return np.asarray(evaluate(e.a, places, values)).astype(_kind(e.dtype))
+        return np.asarray(evaluate(e.a, positions, values)).astype(_kind(e.dtype))
     raise InternalError("I101", f"no value for {type(e).__name__}")
 
 
@@ -51,9 +51,9 @@ def attention(
 ) -> State:
     """softmax(logits(q·k·sm_scale) where mask)·v for each query, in float64.
 
-    `q` (tokens, qo_heads, head_dim); the last query of a request stands at its last key. Slow: it
-    makes the full score matrix. A query that sees nothing has o = 0 and lse = −inf; NaN and Inf in
-    keys and values reach the queries that see them and no others.
+    `q` (tokens, qo_heads, head_dim); the last query of a request has the position of its
+    last key. Slow: it computes the full score matrix. A query that sees nothing has o = 0 and
+    lse = −inf; NaN and Inf in keys and values reach the queries that see them and no others.
     """
     traced = traced_of(variant)
     values = dict(variant.fixed) | {n: to_host(v) for n, v in values.items()}
@@ -68,7 +68,7 @@ def attention(
         keys, vals = gather(kv, request)
         qo_len, kv_len = rows.stop - rows.start, len(keys)
         for head in range(qo_heads if qo_len and kv_len else 0):
-            places = {
+            positions = {
                 "s": queries[rows, head] @ keys[:, head // group].T * scale,
                 "at.qo": np.arange(kv_len - qo_len, kv_len)[:, None],
                 "at.kv": np.arange(kv_len)[None, :],
@@ -76,8 +76,8 @@ def attention(
                 "at.kv_head": head // group,
                 "at.request": request,
             }
-            seen = np.broadcast_to(evaluate(traced.mask, places, values), places["s"].shape)
-            scores = np.where(seen, evaluate(traced.logits, places, values), -np.inf)
+            seen = np.broadcast_to(evaluate(traced.mask, positions, values), positions["s"].shape)
+            scores = np.where(seen, evaluate(traced.logits, positions, values), -np.inf)
             top = scores.max(1, keepdims=True)
             weights = np.exp(scores - np.where(top == -np.inf, 0.0, top))
             total = weights.sum(1)
@@ -113,7 +113,7 @@ def gather(kv: KV, request: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_float64(array: Any, at: tuple[np.ndarray, ...] = ()) -> np.ndarray:
-    """Any float array as float64 on the host; of a cache only what stands at the indices `at`: the
+    """Any float array as float64 on the host; of a cache only the elements at the indices `at`: the
     rest may be large, and was perhaps never written."""
     kind = view(array).dtype
     torch = sys.modules.get("torch")

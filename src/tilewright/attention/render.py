@@ -45,7 +45,7 @@ def widened(e: Expr, lanes: int) -> Expr:
 
 
 class _OnVectors(CppRenderer):
-    """Adds what programs have not: conditions as vectors and a fast tanh of vectors."""
+    """Adds what programs lack: conditions as vectors and a fast tanh of vectors."""
 
     def var(self, e: Var) -> str:
         return {"at.kv": "kv", "s": "s"}.get(e.name, e.name)
@@ -86,12 +86,12 @@ class _OnThreads(CudaRenderer):
 def cpp_variant(traced: Traced, lanes: int) -> str:
     """The struct for the CPU: `logits` and `mask` of `lanes` neighbouring keys."""
     renderer = _OnVectors(_NOTHING, Params((), ()))
-    score, place = f"tw::vec<float, {lanes}>", f"tw::vec<int32_t, {lanes}>"
+    score, position = f"tw::vec<float, {lanes}>", f"tw::vec<int32_t, {lanes}>"
     return _struct(
         traced,
-        f"{score} logits({score} s, const At& at, {place} kv)",
+        f"{score} logits({score} s, const At& at, {position} kv)",
         renderer.expr(widened(traced.logits, lanes)),
-        f"{place} mask(const At& at, {place} kv)",
+        f"{position} mask(const At& at, {position} kv)",
         renderer.expr(widened(traced.mask, lanes)),
         lambda v: f"*p.v_{v.name}",
     )

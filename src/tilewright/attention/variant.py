@@ -1,4 +1,4 @@
-"""An attention variant: what is done to a score and which scores count, as traced expressions.
+"""An attention variant: a function of scores and a mask, as traced expressions.
 
     @variant
     class Softcap:
@@ -54,7 +54,7 @@ RESERVED = frozenset(
 
 
 class At:
-    """Where a score stands: `qo` and `kv` are positions in the sequence, the rest are numbers."""
+    """The position of a score: `qo` and `kv` in the sequence, the others as numbers."""
 
     __slots__ = ()
 
@@ -180,8 +180,8 @@ def trace(cls: type) -> Traced:
         )
     if logits.dtype == dtypes.bool_:
         raise ProgramError("P106", f"logits of {cls.__name__} is a condition", where=str(logits))
-    for what in (logits, mask):
-        _check(cls, what)
+    for hook in (logits, mask):
+        _check(cls, hook)
     values = tuple(
         Value(n, d.dtype, heads=used.get(n, "at.qo_head").removeprefix("at."))
         if isinstance(d, PerHead)
@@ -193,11 +193,11 @@ def trace(cls: type) -> Traced:
 
 def _declared(cls: type) -> dict[str, Any]:
     """The run-time values of a class and its bases, in the order of definition."""
-    found: dict[str, Any] = {}
+    declared: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         for name, value in vars(base).items():
             if isinstance(value, PerHead) or (isinstance(value, Declared) and not value.dims):
-                found[name] = value
+                declared[name] = value
             elif isinstance(value, Declared):
                 raise ProgramError(
                     "P101",
@@ -205,8 +205,8 @@ def _declared(cls: type) -> dict[str, Any]:
                     hint="a variant has scalar() and per_head() values",
                 )
             else:
-                found.pop(name, None)  # a subclass made it a constant
-    return found
+                declared.pop(name, None)  # a subclass made it a constant
+    return declared
 
 
 def _check_functions(cls: type) -> None:
@@ -275,25 +275,25 @@ def _call(cls: type, me: Any, name: str, arguments: tuple[Any, ...]) -> Expr:
     return as_expr(result, dtypes.float32 if name == "logits" else None)
 
 
-def _check(cls: type, what: Expr) -> None:
+def _check(cls: type, hook: Expr) -> None:
     """Only scalars of 32 bits, by operations that each target has on vectors too."""
-    for x in walk(what):
+    for x in walk(hook):
         if not isinstance(x, (Const, Var, Load, Binary, Unary, Select, Cast)):
             raise ProgramError(
                 "P101",
                 f"{type(x).__name__} cannot stand in variant {cls.__name__}",
-                where=str(what),
+                where=str(hook),
                 hint="a variant computes with s, at and its own values",
             )
         if isinstance(x, Var) and x.name != "s" and not x.name.startswith("at."):
             raise ProgramError(
-                "P104", f"{x.name} means nothing in variant {cls.__name__}", where=str(what)
+                "P104", f"{x.name} means nothing in variant {cls.__name__}", where=str(hook)
             )
         if x.dtype not in (*VALUE_TYPES, dtypes.bool_):
             raise ProgramError(
                 "P106",
                 f"{x} of variant {cls.__name__} is {x.dtype}",
-                where=str(what),
+                where=str(hook),
                 hint="variants compute in float32, int32 and bool",
             )
         if isinstance(x, Binary) and x.op in ("//", "%") and x.dtype.is_float:
@@ -306,8 +306,8 @@ def _check(cls: type, what: Expr) -> None:
                 raise ProgramError(
                     "P106", f"{x.op} of two conditions", where=str(x), hint="use & | or where()"
                 )
-    if what.dtype == dtypes.bool_ and any(isinstance(x, Var) and x.name == "s" for x in walk(what)):
-        raise ProgramError("P104", f"mask of {cls.__name__} reads the score", where=str(what))
+    if hook.dtype == dtypes.bool_ and any(isinstance(x, Var) and x.name == "s" for x in walk(hook)):
+        raise ProgramError("P104", f"mask of {cls.__name__} reads the score", where=str(hook))
 
 
 # ---------------------------------------------------------------------------- values of a variant
@@ -355,28 +355,28 @@ def variant(cls: type) -> Any:
     return cls
 
 
-def check_number(value: Value, given: Any) -> None:
+def check_number(value: Value, number: Any) -> None:
     """A Python or NumPy number fits a scalar. Raises ArgumentError[A102]."""
     kind: Any = numbers.Integral if value.dtype.is_int else numbers.Real
-    if isinstance(given, bool) or not isinstance(given, kind):
+    if isinstance(number, bool) or not isinstance(number, kind):
         raise ArgumentError(
-            "A102", f"{value.name}={given!r} is not a number of {value.dtype}", where=value.name
+            "A102", f"{value.name}={number!r} is not a number of {value.dtype}", where=value.name
         )
-    if value.dtype.is_int and not -(2**31) <= int(given) < 2**31:
-        raise ArgumentError("A109", f"{value.name}={given!r} does not fit int32", where=value.name)
+    if value.dtype.is_int and not -(2**31) <= int(number) < 2**31:
+        raise ArgumentError("A109", f"{value.name}={number!r} does not fit int32", where=value.name)
 
 
-def traced_of(what: Any) -> Traced:
+def traced_of(variant: Any) -> Traced:
     """The expressions of a variant's value or class. Raises ArgumentError[A107]."""
-    found = getattr(what, "traced", None)
-    if isinstance(what, type) or not isinstance(found, Traced):
+    traced = getattr(variant, "traced", None)
+    if isinstance(variant, type) or not isinstance(traced, Traced):
         raise ArgumentError(
             "A107",
-            f"{what!r} is not a variant",
+            f"{variant!r} is not a variant",
             where="variant",
             hint="decorate the class with @tw.variant and pass an instance: MyVariant()",
         )
-    return found
+    return traced
 
 
 # ---------------------------------------------------------------------------- built-in ones

@@ -42,9 +42,7 @@ class Stored:
         at = np.searchsorted(self.keys[:-1], wanted)  # the last one if no other
         return at, inside & (self.keys[at] == wanted)
 
-    def below(
-        self, bound: Mapping[int, np.ndarray], points: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def below(self, bound: Mapping[int, np.ndarray], points: int) -> tuple[np.ndarray, np.ndarray]:
         """(point, entry) of all pairs in which an entry has the coordinates of a point. `bound`:
         these coordinates, (points,) by dimension; every entry where it is empty. Points ascend,
         then entries."""

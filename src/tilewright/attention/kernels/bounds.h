@@ -1,11 +1,11 @@
-// Interval arithmetic on integers: what a mask says of a whole tile (attention/bounds.py is its twin).
+// Interval arithmetic on integers: the class of a tile under a mask (attention/bounds.py is its twin).
 // Read by C++ and CUDA; TW_INLINE comes from either prelude.
 
 namespace tw {
 
 struct Bound { int64_t lo, hi; };
 
-// The places that a tile of scores covers.
+// The positions and heads of a tile of scores.
 struct Tile { Bound qo, kv, qo_head, kv_head, request; };
 
 enum TileClass { EMPTY = 0, PARTIAL = 1, FULL = 2 };

@@ -145,13 +145,13 @@ TW_INLINE void reset(Rows& r) {
   r.row_sum[0] = r.row_sum[1] = 0.0f;
 }
 
-struct Query {  // of one unit: fragments of q, and what its rows are
+struct Query {  // of one unit: fragments of q, and its rows
   uint32_t a[DP / 16][4];
   int token, rows, first;  // the first query's row of q, packed rows, the first query's position
 };
 
 TW_INLINE void load_query(Query& q, const Params& p, const Walk& w, int lane) {
-  // Without qo_indptr each request has one query: no load stands before those of q.
+  // Without qo_indptr each request has one query: the loads of q wait for no other load.
   const int begin = p.qo_indptr ? p.qo_indptr[w.request] : w.request;
   const int count = p.qo_indptr ? p.qo_indptr[w.request + 1] - begin : 1;
   q.token = begin;

@@ -253,7 +253,7 @@ TW_INLINE void add_values(const float* weights, LoadB value, int n, float* sums,
 
 // -- one item --------------------------------------------------------------------------------------
 
-struct Work {  // an item with what the lengths in memory say of it
+struct Work {  // an item with the lengths read from memory
   const Params& p;
   const Item& item;
   Variant variant;
@@ -414,16 +414,16 @@ TW_INLINE void write_partial(const Work& w, const float* sums, const Softmax* ro
   __atomic_store_n(counter, 0, __ATOMIC_RELAXED);  // ready for the next replay
   for (int r = 0; r < w.rows; ++r) {
     alignas(64) float total[DP] = {};
-    Softmax whole;
-    for (int c = 0; c < w.chunks; ++c) whole.largest = tw::max<float>(whole.largest, all[c * size + r * PARTIAL_ROW + DP]);
+    Softmax merged;
+    for (int c = 0; c < w.chunks; ++c) merged.largest = tw::max<float>(merged.largest, all[c * size + r * PARTIAL_ROW + DP]);
     for (int c = 0; c < w.chunks; ++c) {
       const float* part = all + c * size + r * PARTIAL_ROW;
       if (part[DP] == LOWEST) continue;
-      float factor = tw::exp(part[DP] - whole.largest);
-      whole.weight += part[DP + 1] * factor;
+      float factor = tw::exp(part[DP] - merged.largest);
+      merged.weight += part[DP + 1] * factor;
       for (int d = 0; d < DP; ++d) total[d] += part[d] * factor;
     }
-    write_row(w, r, total, whole);
+    write_row(w, r, total, merged);
   }
 }
 

@@ -41,17 +41,17 @@ TW_INLINE void dot_rows(const typename KV::type* key, const float* q, float* s) 
   }
 }
 
-struct Rows {  // of one warp: sums of this thread's columns, maxima and weights of all rows
-  float sums[ROWS][COLUMNS], largest[ROWS], weight[ROWS];
+struct Rows {  // of one warp: outputs of this thread's columns, maxima and sums of all rows
+  float acc[ROWS][COLUMNS], row_max[ROWS], row_sum[ROWS];
 };
 
 TW_INLINE void start(Rows& rows) {
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    rows.largest[r] = lowest();
-    rows.weight[r] = 0.0f;
+    rows.row_max[r] = lowest();
+    rows.row_sum[r] = 0.0f;
 #pragma unroll
-    for (int c = 0; c < COLUMNS; ++c) rows.sums[r][c] = 0.0f;
+    for (int c = 0; c < COLUMNS; ++c) rows.acc[r][c] = 0.0f;
   }
 }
 
@@ -68,7 +68,7 @@ TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& 
   bool inside = lane < n;
   int kv = inside ? kv0 + lane : kv0;
   const int64_t page = tw::page_at(p, pages, kv / p.page_size), slot = kv % p.page_size;
-  float s[ROWS], keep[ROWS], sums[ROWS][COLUMNS];
+  float s[ROWS], rescale[ROWS], sums[ROWS][COLUMNS];
   dot_rows(p.k + w.kv_head * p.k_head + page * p.k_page + slot * p.k_slot, q, s);
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
@@ -76,12 +76,12 @@ TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& 
     At at{w.first + row / G, kv, w.kv_head * G + row % G, w.kv_head, w.request};
     float x = lowest();
     if (inside && r < w.rows && (kind == tw::FULL || variant.mask(at))) x = variant.logits(s[r], at);
-    float largest = tw::max(rows.largest[r], tw::across_lanes<tw::op_max<float>, 32>(x));
-    float base = largest == lowest() ? 0.0f : largest;
-    keep[r] = rows.largest[r] == largest ? 1.0f : tw::exp(rows.largest[r] - base);
+    float new_max = tw::max(rows.row_max[r], tw::across_lanes<tw::op_max<float>, 32>(x));
+    float base = new_max == lowest() ? 0.0f : new_max;
+    rescale[r] = rows.row_max[r] == new_max ? 1.0f : tw::exp(rows.row_max[r] - base);
     s[r] = x == lowest() ? -0.0f : tw::exp(x - base);
-    rows.weight[r] = rows.weight[r] * keep[r] + tw::across_lanes<tw::op_sum<float>, 32>(s[r]);
-    rows.largest[r] = largest;
+    rows.row_sum[r] = rows.row_sum[r] * rescale[r] + tw::across_lanes<tw::op_sum<float>, 32>(s[r]);
+    rows.row_max[r] = new_max;
 #pragma unroll
     for (int c = 0; c < COLUMNS; ++c) sums[r][c] = 0.0f;
   }
@@ -103,29 +103,29 @@ TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& 
 #pragma unroll
   for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-    for (int c = 0; c < COLUMNS; ++c) rows.sums[r][c] = rows.sums[r][c] * keep[r] + sums[r][c];
+    for (int c = 0; c < COLUMNS; ++c) rows.acc[r][c] = rows.acc[r][c] * rescale[r] + sums[r][c];
 }
 
-// The warps' sums meet in shared memory; each thread finishes some outputs.
-TW_INLINE void finish(const Params& p, const Item& item, const Work& w, const Rows& rows, float* meeting, int thread) {
+// The warps' states are merged through shared memory; each thread finishes some outputs.
+TW_INLINE void finish(const Params& p, const Item& item, const Work& w, const Rows& rows, float* exchange, int thread) {
   int warp = thread / 32, lane = thread % 32;
-  float* mine = meeting + warp * ROWS * (DP + 2);
+  float* mine = exchange + warp * ROWS * (DP + 2);
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
-    for (int c = 0; c < COLUMNS; ++c) mine[r * (DP + 2) + lane + c * 32] = rows.sums[r][c];
+    for (int c = 0; c < COLUMNS; ++c) mine[r * (DP + 2) + lane + c * 32] = rows.acc[r][c];
     if (lane == 0) {
-      mine[r * (DP + 2) + DP] = rows.largest[r];
-      mine[r * (DP + 2) + DP + 1] = rows.weight[r];
+      mine[r * (DP + 2) + DP] = rows.row_max[r];
+      mine[r * (DP + 2) + DP + 1] = rows.row_sum[r];
     }
   }
   tw::meet(1, THREADS);
   for (int i = thread; i < w.rows * DP; i += THREADS) {
     int r = i / DP, d = i % DP, row = w.row0 + r;
-    const float* all = meeting + r * (DP + 2);
-    float largest = lowest(), weight = 0.0f, total = 0.0f;
-    for (int k = 0; k < WARPS; ++k) largest = tw::max(largest, all[k * ROWS * (DP + 2) + DP]);
-    float base = largest == lowest() ? 0.0f : largest;
+    const float* all = exchange + r * (DP + 2);
+    float new_max = lowest(), weight = 0.0f, total = 0.0f;
+    for (int k = 0; k < WARPS; ++k) new_max = tw::max(new_max, all[k * ROWS * (DP + 2) + DP]);
+    float base = new_max == lowest() ? 0.0f : new_max;
     for (int k = 0; k < WARPS; ++k) {
       const float* part = all + k * ROWS * (DP + 2);
       float factor = tw::exp(part[DP] - base);
@@ -133,8 +133,8 @@ TW_INLINE void finish(const Params& p, const Item& item, const Work& w, const Ro
       total += part[d] * factor;
     }
     int64_t at = static_cast<int64_t>(item.qo_begin + row / G) * p.qo_heads + w.kv_head * G + row % G;
-    if (d < D) p.o[at * D + d] = largest == lowest() ? 0.0f : __fdividef(total, weight);
-    if (d == 0 && p.lse) p.lse[at] = largest == lowest() ? lowest() : largest + tw::log(weight);
+    if (d < D) p.o[at * D + d] = new_max == lowest() ? 0.0f : __fdividef(total, weight);
+    if (d == 0 && p.lse) p.lse[at] = new_max == lowest() ? lowest() : new_max + tw::log(weight);
   }
   tw::meet(1, THREADS);
 }
@@ -147,7 +147,7 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
   int first = pages.length - (qo_end - qo_begin) + (item.qo_begin - qo_begin);
   int all_rows = (item.qo_end - item.qo_begin) * G;
   float* q = reinterpret_cast<float*>(smem);
-  float* meeting = q + Q_FLOATS;
+  float* exchange = q + Q_FLOATS;
   for (int row0 = 0; row0 < all_rows; row0 += ROWS) {
     Work w{first, row0, all_rows - row0 < ROWS ? all_rows - row0 : ROWS, item.kv_head, item.request};
     for (int i = thread; i < Q_FLOATS; i += THREADS) {
@@ -167,7 +167,7 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
       int kind = variant.tile_class(tile);
       if (kind != tw::EMPTY) attend_tile(p, variant, w, pages, kv0, kind, q, thread % 32, rows);
     }
-    finish(p, item, w, rows, meeting, thread);
+    finish(p, item, w, rows, exchange, thread);
   }
 }
 
