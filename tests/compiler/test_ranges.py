@@ -36,6 +36,8 @@ def expressions(draw: Any, depth: int = 4) -> Expr:
     if shape == 2:
         return cast(a, kind)
     b = draw(expressions(depth - 1))
+    if dtypes.promote(a.dtype, b.dtype).is_float:  # uint64 with a signed integer
+        b = cast(b, a.dtype)
     if shape == 3:
         return select(binary("<", a, b), a, b)
     op = draw(st.sampled_from(OPS))
