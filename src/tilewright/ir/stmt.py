@@ -105,6 +105,11 @@ class Compute(Stmt):
     shared: bool = False
 
 
+def reduces(loop: For, c: Compute) -> bool:
+    """Whether `loop` is one of those that `c` reduces over."""
+    return bool(set(loop.axes) & set(c.reduce))
+
+
 @node
 class Store(Stmt):
     """Loop level: `buffer[offset] op= value`; `op` empty sets."""
