@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 
 from tilewright.codegen.cfamily import Renderer, Source
 from tilewright.codegen.params import C_TYPES, Params, c_name, collect_params
+from tilewright.ir.affine import is_multiple
 from tilewright.ir.names import STRIDE, is_given
 from tilewright.ir.nodes import (
-    Binary,
     Broadcast,
     Buffer,
-    Cast,
     Const,
     Expr,
     Load,
@@ -185,17 +184,7 @@ def _vector_of(b: Buffer, base: Expr, lanes: int) -> str:
 def _is_multiple(e: Expr, n: int) -> bool:
     """Whether an offset is a multiple of n, strides of arrays being multiples of 16 bytes: arrays
     for which that does not hold run the code that is compiled with TW_UNALIGNED."""
-    if n == 1 or (isinstance(e, Var) and is_given(e.name, STRIDE)):
-        return True
-    if isinstance(e, Const):
-        return int(e.value) % n == 0
-    if isinstance(e, Cast):
-        return _is_multiple(e.a, n)
-    if isinstance(e, Binary) and e.op == "*":
-        return _is_multiple(e.a, n) or _is_multiple(e.b, n)
-    if isinstance(e, Binary) and e.op in ("+", "-", "min", "max"):
-        return _is_multiple(e.a, n) and _is_multiple(e.b, n)
-    return False
+    return is_multiple(e, n, lambda v: is_given(v.name, STRIDE))
 
 
 def _zero(e: Expr) -> bool:

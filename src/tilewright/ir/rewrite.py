@@ -160,34 +160,51 @@ def substitute(n: N, values: Mapping[str, Expr]) -> N:
 
 def free_vars(n: Any) -> set[str]:
     """Names of variables `n` reads and does not bind."""
-    found: set[str] = set()
+    return set(_free(n))
+
+
+def free_indices(e: Any) -> dict[str, Index]:
+    """The program indices that an expression reads and does not bind, by name, as they occur."""
+    return {name: x for name, x in _free(e).items() if isinstance(x, Index)}
+
+
+def _free(n: Any) -> dict[str, Var]:
+    free: dict[str, Var] = {}
 
     def visit(x: Any, bound: frozenset[str]) -> None:
         if isinstance(x, Var):
             if x.name not in bound:
-                found.add(x.name)
-            return
-        if isinstance(x, Reduce):
+                free.setdefault(x.name, x)
+        elif isinstance(x, Reduce):
             visit(x.body, bound | {a.name for a in x.axes})
-            return
-        if isinstance(x, For):
+        elif isinstance(x, For):
             visit(x.begin, bound)
             visit(x.end, bound)
             visit(x.body, bound | {x.var.name})
-            return
-        if isinstance(x, Seq):
+        elif isinstance(x, Seq):
             for s in x.body:
-                if isinstance(s, Let):
-                    visit(s.value, bound)
-                    bound = bound | {s.var.name}
-                else:
-                    visit(s, bound)
-            return
-        for child in children(x):
-            visit(child, bound)
+                visit(s.value if isinstance(s, Let) else s, bound)
+                bound = bound | {s.var.name} if isinstance(s, Let) else bound
+        else:
+            for child in children(x):
+                visit(child, bound)
 
     visit(n, frozenset())
-    return found
+    return free
+
+
+def conjuncts(cond: Expr) -> list[Expr]:
+    """The conditions that `cond` joins by `&`, in order."""
+    if isinstance(cond, Binary) and cond.op == "&":
+        return [*conjuncts(cond.a), *conjuncts(cond.b)]
+    return [cond]
+
+
+def zero_unless(cond: Expr | None, value: Expr) -> Expr:
+    """`value` where `cond` holds, else 0; `value` where there is no condition."""
+    if cond is None:
+        return value
+    return Select(cond, value, cast(Const(0, dtypes.int32), value.dtype), value.dtype)
 
 
 def rename_reductions(e: N, taken: frozenset[str]) -> N:

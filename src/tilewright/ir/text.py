@@ -1,10 +1,12 @@
-"""The printer: every node, every level, as the text that `print` shows."""
+"""The printer: every node, every level, as the text that `print` shows.
+
+Nodes print themselves through this module, so it knows their classes by name only.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
-
-from tilewright.ir import nodes as n
 
 _INFIX = {
     "*": 7, "/": 7, "//": 7, "%": 7, "+": 6, "-": 6, "<<": 5, ">>": 5,
@@ -13,45 +15,49 @@ _INFIX = {
 
 
 def expr_text(e: Any, outer: int = 0) -> str:
-    """One expression, with the fewest parentheses."""
-    if isinstance(e, n.Const):
-        return f"{e.value:g}" if isinstance(e.value, float) else str(e.value).lower()
-    if isinstance(e, n.Var):
-        return e.name
-    if isinstance(e, n.Access):
-        return f"{e.tensor.name}[{_commas(e.coords)}]"
-    if isinstance(e, n.Load):
-        return f"{e.buffer.name}[{_commas(e.index)}]"
-    if isinstance(e, n.Binary):
-        if e.op not in _INFIX:
-            return f"{e.op}({expr_text(e.a)}, {expr_text(e.b)})"
-        level = _INFIX[e.op]
-        text = f"{expr_text(e.a, level)} {e.op} {expr_text(e.b, level + 1)}"
-        return f"({text})" if level < outer else text
-    if isinstance(e, n.Unary):
-        return f"-{expr_text(e.a, 8)}" if e.op == "-" else f"{e.op}({expr_text(e.a)})"
-    if isinstance(e, n.Select):
-        return f"where({expr_text(e.cond)}, {expr_text(e.a)}, {expr_text(e.b)})"
-    if isinstance(e, n.Cast):
-        return f"{e.dtype}({expr_text(e.a)})"
-    if isinstance(e, n.Reduce):
-        return f"{e.op}({expr_text(e.body)} over {' '.join(a.name for a in e.axes)})"
-    if isinstance(e, n.Search):
-        verb = "find_last" if e.last else "find"
-        return f"{verb}({expr_text(e.key)} in {e.keys.name}[{expr_text(e.lo)}:{expr_text(e.hi)}])"
-    if isinstance(e, n.Ramp):
-        return f"{expr_text(e.base, 6)} +: {e.dtype.lanes}"
-    if isinstance(e, n.Broadcast):
-        return f"broadcast({expr_text(e.a)}, {e.dtype.lanes})"
-    if isinstance(e, n.ReduceLanes):
-        return f"{e.op}_lanes({expr_text(e.a)})"
-    if isinstance(e, n.ReduceThreads):
-        return f"{e.op}_threads({expr_text(e.a)}, {e.axis}:{e.extent})"
-    raise AssertionError(type(e))
+    """One expression, with the fewest parentheses below an operator of precedence `outer`."""
+    if type(e).__name__ != "Binary":
+        return _EXPRESSIONS[type(e).__name__](e)
+    if e.op not in _INFIX:
+        return f"{e.op}({expr_text(e.a)}, {expr_text(e.b)})"
+    level = _INFIX[e.op]
+    text = f"{expr_text(e.a, level)} {e.op} {expr_text(e.b, level + 1)}"
+    return f"({text})" if level < outer else text
 
 
-def _commas(items: tuple[n.Expr, ...]) -> str:
-    return ", ".join(expr_text(i) for i in items)
+def _const(e: Any) -> str:
+    return f"{e.value:g}" if isinstance(e.value, float) else str(e.value).lower()
+
+
+def _unary(e: Any) -> str:
+    return f"-{expr_text(e.a, 8)}" if e.op == "-" else f"{e.op}({expr_text(e.a)})"
+
+
+def _search(e: Any) -> str:
+    verb = "find_last" if e.last else "find"
+    return f"{verb}({expr_text(e.key)} in {e.keys.name}[{expr_text(e.lo)}:{expr_text(e.hi)}])"
+
+
+_EXPRESSIONS: dict[str, Callable[[Any], str]] = {
+    "Const": _const,
+    "Var": lambda e: e.name,
+    "Index": lambda e: e.name,
+    "Access": lambda e: f"{e.tensor.name}[{_commas(e.coords)}]",
+    "Load": lambda e: f"{e.buffer.name}[{_commas(e.index)}]",
+    "Unary": _unary,
+    "Select": lambda e: f"where({_commas((e.cond, e.a, e.b))})",
+    "Cast": lambda e: f"{e.dtype}({expr_text(e.a)})",
+    "Reduce": lambda e: f"{e.op}({expr_text(e.body)} over {' '.join(a.name for a in e.axes)})",
+    "Search": _search,
+    "Ramp": lambda e: f"{expr_text(e.base, 6)} +: {e.dtype.lanes}",
+    "Broadcast": lambda e: f"broadcast({expr_text(e.a)}, {e.dtype.lanes})",
+    "ReduceLanes": lambda e: f"{e.op}_lanes({expr_text(e.a)})",
+    "ReduceThreads": lambda e: f"{e.op}_threads({expr_text(e.a)}, {e.axis}:{e.extent})",
+}
+
+
+def _commas(items: Sequence[Any]) -> str:
+    return ", ".join(map(expr_text, items))
 
 
 def stmt_text(s: Any, indent: int = 0) -> str:
@@ -60,68 +66,67 @@ def stmt_text(s: Any, indent: int = 0) -> str:
 
 
 def _lines(s: Any, depth: int) -> list[str]:
-    pad = "  " * depth
-    if isinstance(s, n.Seq):
+    kind = type(s).__name__
+    if kind == "Seq":
         return [line for b in s.body for line in _lines(b, depth)]
-    if isinstance(s, n.Assign):
-        return [f"{pad}{expr_text(s.out)} {'+=' if s.op else '='} {expr_text(s.value)}"]
-    if isinstance(s, n.For):
-        notes = [s.kind] if s.kind != "serial" else []
-        notes += ["private"] if s.private else []
-        notes += [f"unroll {s.unroll_hint}"] if s.unroll_hint else []
-        note = f"   # {', '.join(notes)}" if notes else ""
-        head = f"{pad}for {s.name} in {expr_text(s.begin)}:{expr_text(s.end)}{note}"
-        return [head, *_lines(s.body, depth + 1)]
-    if isinstance(s, n.Let):
-        return [f"{pad}let {s.var.name} = {expr_text(s.value)}"]
-    if isinstance(s, n.If):
-        return [f"{pad}if {expr_text(s.cond)}", *_lines(s.body, depth + 1)]
-    if isinstance(s, n.Compute):
-        if not s.op:
-            return [f"{pad}{expr_text(s.out)} = {expr_text(s.value)}"]
-        how = (" in place" if s.in_place else "") + (" atomic" if s.atomic else "")
-        how += f" mma({', '.join(s.mma)})" if s.mma else ""
-        return [
-            f"{pad}{expr_text(s.out)} = {s.op}({expr_text(s.value)} over {' '.join(s.reduce)}){how}"
-        ]
-    if isinstance(s, n.Store):
-        op = {"": "=", "sum": "+=", "prod": "*="}.get(s.op, f"{s.op}=")
-        return [
-            f"{pad}{s.buffer.name}[{_commas(s.index)}] {op} {expr_text(s.value)}"
-            + (" atomic" if s.atomic else "")
-        ]
-    if isinstance(s, n.Alloc):
-        return [f"{pad}alloc {s.buffer}"]
-    if isinstance(s, n.Prefetch):
-        return [f"{pad}prefetch {expr_text(s.place)}"]
-    if isinstance(s, n.Sync):
-        return [f"{pad}sync"]
-    if isinstance(s, n.MmaZero):
-        return [f"{pad}mma_zero {s.acc.name}[{expr_text(s.slot)}]"]
-    if isinstance(s, n.Mma):
-        return [
-            f"{pad}mma {s.acc.name}[{expr_text(s.slot)}] += {_tile(s.a)} @ {_tile(s.b)}   # "
-            f"{s.shape}"
-        ]
-    if isinstance(s, n.MmaStore):
-        return [
-            f"{pad}mma_store {_tile(s.to)} {'+' if s.op else ''}= {s.acc.name}[{expr_text(s.slot)}]"
-        ]
-    raise AssertionError(type(s))
+    line = "  " * depth + _STATEMENTS[kind](s)
+    return [line, *_lines(s.body, depth + 1)] if kind in ("For", "If") else [line]
 
 
-def _tile(t: n.Tile) -> str:
+def _for(s: Any) -> str:
+    notes = [s.kind] if s.kind != "serial" else []
+    notes += ["private"] if s.private else []
+    notes += [f"unroll {s.unroll_hint}"] if s.unroll_hint else []
+    note = f"   # {', '.join(notes)}" if notes else ""
+    return f"for {s.name} in {expr_text(s.begin)}:{expr_text(s.end)}{note}"
+
+
+def _compute(s: Any) -> str:
+    if not s.op:
+        return f"{expr_text(s.out)} = {expr_text(s.value)}"
+    how = (" in place" if s.in_place else "") + (" atomic" if s.atomic else "")
+    how += f" mma({', '.join(s.mma)})" if s.mma else ""
+    return f"{expr_text(s.out)} = {s.op}({expr_text(s.value)} over {' '.join(s.reduce)}){how}"
+
+
+def _store(s: Any) -> str:
+    op = {"": "=", "sum": "+=", "prod": "*="}.get(s.op, f"{s.op}=")
+    line = f"{s.buffer.name}[{_commas(s.index)}] {op} {expr_text(s.value)}"
+    return line + (" atomic" if s.atomic else "")
+
+
+def _fragment(s: Any) -> str:
+    return f"{s.acc.name}[{expr_text(s.slot)}]"
+
+
+_STATEMENTS: dict[str, Callable[[Any], str]] = {
+    "Assign": lambda s: f"{expr_text(s.out)} {'+=' if s.op else '='} {expr_text(s.value)}",
+    "For": _for,
+    "Let": lambda s: f"let {s.var.name} = {expr_text(s.value)}",
+    "If": lambda s: f"if {expr_text(s.cond)}",
+    "Compute": _compute,
+    "Store": _store,
+    "Alloc": lambda s: f"alloc {s.buffer}",
+    "Prefetch": lambda s: f"prefetch {expr_text(s.place)}",
+    "Sync": lambda s: "sync",
+    "MmaZero": lambda s: f"mma_zero {_fragment(s)}",
+    "Mma": lambda s: f"mma {_fragment(s)} += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}",
+    "MmaStore": lambda s: f"mma_store {_tile(s.to)} {'+' if s.op else ''}= {_fragment(s)}",
+}
+
+
+def _tile(t: Any) -> str:
     limits = [
         f"{name} < {expr_text(e)}"
         for name, e in (("r", t.row_limit), ("c", t.col_limit))
-        if not isinstance(e, n.Const)
+        if type(e).__name__ != "Const"
     ]
     where = f" where {', '.join(limits)}" if limits else ""
     at = (expr_text(t.offset), f"r*{expr_text(t.row_stride, 7)}", f"c*{expr_text(t.col_stride, 7)}")
     return f"{t.buffer.name}[{' + '.join(at)}{where}]"
 
 
-def program_text(p: n.Program) -> str:
+def program_text(p: Any) -> str:
     """A program at its level: the tensors, then what is computed."""
     lines = [f"program {p.name}   # {p.level}"]
     if p.level == "coordinates":

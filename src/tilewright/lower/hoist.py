@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tilewright.ir.nodes import Access, Assign, Cast, Expr, Index, Program, Reduce, Tensor, cast
-from tilewright.ir.rewrite import conditioned, rebuild, substitute, walk
+from tilewright.ir.nodes import Access, Assign, Cast, Index, Program, Reduce, Tensor, cast
+from tilewright.ir.rewrite import conditioned, free_indices, rebuild, substitute, walk
 
 
 def hoist_reductions(program: Program) -> Program:
@@ -59,7 +59,7 @@ class _Hoister:
         if not isinstance(e, Reduce):
             return rebuild(e, lambda child: self.visit(child, binders))
         own = {a.name for a in e.axes}
-        free = _free_indices(e)
+        free = free_indices(e)
         # The same text under another binder is another value: its indices mean other loops.
         binding = tuple(id(b) for b in binders if {a.name for a in b.axes} & free.keys())
         key = (_numbered(e), binding)
@@ -89,18 +89,3 @@ def _numbered(e: Any, depth: int = 0) -> Any:
     fresh = {a.name: replace(a, name=str(depth + n)) for n, a in enumerate(e.axes)}
     body = _numbered(substitute(e.body, fresh), depth + len(fresh))
     return replace(e, axes=tuple(fresh.values()), body=body)
-
-
-def _free_indices(e: Expr) -> dict[str, Index]:
-    found: dict[str, Index] = {}
-
-    def visit(x: Any, bound: frozenset[str]) -> None:
-        if isinstance(x, Index) and x.name not in bound:
-            found.setdefault(x.name, x)
-        elif isinstance(x, Reduce):
-            visit(x.body, bound | {a.name for a in x.axes})
-        else:
-            rebuild(x, lambda child: (visit(child, bound), child)[1])
-
-    visit(e, frozenset())
-    return found

@@ -17,13 +17,12 @@ from tilewright.ir.nodes import (
     Load,
     Program,
     Search,
-    Select,
     Seq,
     Stmt,
     Store,
     seq,
 )
-from tilewright.ir.rewrite import free_vars, rebuild, transform
+from tilewright.ir.rewrite import free_vars, rebuild, transform, zero_unless
 
 
 def predicate_loads(program: Program) -> Program:
@@ -73,7 +72,7 @@ def _rewrite(s: Stmt, cond: Expr, guarded: Any) -> Stmt | None:
     if isinstance(s, Let):
         if isinstance(s.value, Search):  # stays inside its array, whatever the key
             return s
-        return Let(s.var, _where(s.value, cond)) if isinstance(s.value, Load) else None
+        return Let(s.var, zero_unless(cond, s.value)) if isinstance(s.value, Load) else None
     if (
         isinstance(s, Store)
         and s.buffer.scope == "register"
@@ -103,9 +102,5 @@ def _is_product(e: Expr, guarded: Any) -> bool:
 
 def _guard_loads(e: Expr, cond: Expr, guarded: Any) -> Expr:
     if isinstance(e, Load):
-        return _where(e, cond) if guarded(e) else e
+        return zero_unless(cond, e) if guarded(e) else e
     return rebuild(e, lambda c: _guard_loads(c, cond, guarded))
-
-
-def _where(e: Load, cond: Expr) -> Expr:
-    return Select(cond, e, Const(0.0 if e.dtype.is_float else 0, e.dtype), e.dtype)

@@ -13,6 +13,7 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ScheduleError
+from tilewright.ir.affine import Affine, affine
 from tilewright.ir.nodes import (
     THREADS,
     Alloc,
@@ -34,13 +35,13 @@ from tilewright.ir.nodes import (
     Seq,
     Stmt,
     Tile,
-    Var,
     binary,
-    cast,
+    reduces,
     seq,
 )  # fmt: skip
 from tilewright.ir.rewrite import (
     add,
+    conjuncts,
     free_vars,
     mul,
     path_to,
@@ -101,7 +102,7 @@ class _Tiler:
         if isinstance(s, For):
             mine = [
                 c for c in walk(s)
-                if isinstance(c, Compute) and c.mma and (_reduces(s, c) or s.name == c.mma[0])
+                if isinstance(c, Compute) and c.mma and (reduces(s, c) or s.name == c.mma[0])
             ]  # fmt: skip
             if mine:
                 return self.reduce(s, mine)
@@ -168,7 +169,7 @@ class _Product:
                 "S102", f"the loops {', '.join(c.mma)} are no longer one tile of 16 × 8 × 16",
                 hint="call mma() after every other verb on these loops",
             )  # fmt: skip
-        if any(_reduces(f, c) for f in loops[:2]) or not _reduces(loops[2], c):
+        if any(reduces(f, c) for f in loops[:2]) or not reduces(loops[2], c):
             raise ScheduleError(
                 "S102", f"a tile operation sums over its last loop only, {c.mma[2]}"
             )
@@ -302,10 +303,6 @@ class _Product:
 # ---------------------------------------------------------------------------- what surrounds a tile
 
 
-def _reduces(f: For, c: Compute) -> bool:
-    return bool(set(f.axes) & set(c.reduce))
-
-
 def _is_zero(e: Expr) -> bool:
     return isinstance(e, Const) and e.value == 0
 
@@ -341,19 +338,13 @@ def _region(
             else:
                 known[s.var.name] = value
         elif isinstance(s, If):
-            for cond in _conditions(substitute(s.cond, known)):
+            for cond in conjuncts(substitute(s.cond, known)):
                 if not free_vars(cond) & names:
                     inner.append(cond)
                     continue
                 name, limit = _limit(cond, names)
                 limits[name] = binary("min", limits[name], limit) if name in limits else limit
     return tuple(inner), known, limits
-
-
-def _conditions(e: Expr) -> list[Expr]:
-    if isinstance(e, Binary) and e.op == "&":
-        return [*_conditions(e.a), *_conditions(e.b)]
-    return [e]
 
 
 def _limit(cond: Expr, names: frozenset[str]) -> tuple[str, Expr]:
@@ -375,7 +366,7 @@ def _reduced(outer: tuple[Any, ...], c: Compute) -> frozenset[str]:
     """Names around a tile that differ from one reduced iteration to the next."""
     reduced: set[str] = set()
     for s in outer:
-        if isinstance(s, For) and _reduces(s, c):
+        if isinstance(s, For) and reduces(s, c):
             if s.kind in ("vector", "thread.x", "thread.y") or s.private:
                 kind = "private" if s.private else s.kind
                 raise ScheduleError(
@@ -394,26 +385,12 @@ def _reduced(outer: tuple[Any, ...], c: Compute) -> frozenset[str]:
 # ---------------------------------------------------------------------------- affine addresses
 
 
-def _affine(e: Expr, names: frozenset[str], to: DType) -> tuple[Expr, dict[str, Expr]]:
-    """`e` as base + Σ coefficient · name, computed in the type `to`; names that do not occur are
-    left out. Raises ScheduleError[S102] where it is not affine."""
-    if isinstance(e, Var) and e.name in names:
-        return Const(0, to), {e.name: Const(1, to)}
-    if isinstance(e, Cast) and e.a.dtype.is_int and e.dtype.is_int:
-        return _affine(e.a, names, to)
-    if isinstance(e, Binary) and e.op in ("+", "-", "*") and e.dtype.is_int:
-        (a, p), (b, q) = _affine(e.a, names, to), _affine(e.b, names, to)
-        if e.op == "*" and not (p and q):
-            if q:
-                a, p, b, q = b, q, a, p
-            return mul(a, b), {name: mul(by, b) for name, by in p.items()}
-        if e.op != "*":
-            zero = Const(0, to)
-            step = {n: simplify(binary(e.op, p.get(n, zero), q.get(n, zero))) for n in p | q}
-            return simplify(binary(e.op, a, b)), step
-    if free_vars(e) & names:
+def _affine(e: Expr, names: frozenset[str], to: DType) -> Affine:
+    """`e` as an affine form, computed in `to`. Raises ScheduleError[S102] where it has none."""
+    form = affine(e, names, to)
+    if form is None:
         raise _not_affine(f"{e} is no sum of multiples of {', '.join(sorted(names))}")
-    return cast(e, to), {}
+    return form
 
 
 def _not_affine(why: str) -> ScheduleError:

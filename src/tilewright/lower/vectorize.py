@@ -7,6 +7,7 @@ from typing import Any
 
 from tilewright.dtypes import DType
 from tilewright.errors import ScheduleError
+from tilewright.ir.affine import affine
 from tilewright.ir.nodes import (
     Alloc,
     Binary,
@@ -35,11 +36,8 @@ from tilewright.ir.nodes import (
     seq,
 )  # fmt: skip
 from tilewright.ir.rewrite import (
-    add,
-    as_int64,
     broadcast,
     free_vars,
-    mul,
     simplify,
     substitute,
     transform,
@@ -288,23 +286,13 @@ class _Vectorizer:
 
     def linear(self, e: Expr) -> tuple[Expr, int] | None:
         """(base, step) when e = base + step * lane."""
-        if isinstance(e, Var) and e.name == self.loop.name:
-            return Const(0, e.dtype), 1
-        if not self.varies(e):
-            return e, 0
-        if isinstance(e, Cast) and e.dtype.is_int:
-            inner = self.linear(e.a)
-            return inner and (as_int64(inner[0]) if e.dtype.bits == 64 else inner[0], inner[1])
-        if isinstance(e, Binary) and e.op == "+":
-            a, b = self.linear(e.a), self.linear(e.b)
-            return a and b and (add(a[0], b[0]), a[1] + b[1])
-        if isinstance(e, Binary) and e.op == "*":
-            a, b = self.linear(e.a), self.linear(e.b)
-            if a and b and a[1] == 0 and isinstance(a[0], Const):
-                a, b = b, a
-            if a and b and b[1] == 0 and isinstance(b[0], Const):
-                return mul(a[0], b[0]), a[1] * int(b[0].value)
-        return None
+        if any(isinstance(x, Load) and x.buffer.name in self.registers for x in walk(e)):
+            return None
+        form = affine(e, frozenset((self.loop.name, *self.varying)))
+        if form is None or form.steps.keys() - {self.loop.name}:
+            return None
+        step = form.steps.get(self.loop.name, Const(0, e.dtype))
+        return (form.base, int(step.value)) if isinstance(step, Const) else None
 
 
 def _in_memory(e: Any) -> bool:

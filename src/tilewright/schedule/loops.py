@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.errors import ScheduleError
+from tilewright.ir.affine import is_multiple
 from tilewright.ir.nodes import (
     ATOMIC,
     Binary,
@@ -87,7 +88,7 @@ def split(
         outer, inner = Var(outer_name, t), Var(inner_name, t)
         extent = simplify(binary("-", f.end, f.begin))
         exact = isinstance(extent, Const) and int(extent.value) % factor == 0
-        if tail == "exact" and not exact and not _known_multiple(extent, factor):
+        if tail == "exact" and not exact and not is_multiple(extent, factor):
             raise ScheduleError(
                 "S102", f"{extent} is not known to be a multiple of {factor}",
                 hint="specialize the dimension first, or use tail='cut'",
@@ -124,14 +125,6 @@ def _tail(f: For, name: str, begin: Expr) -> For:
 
 def _zero(f: For) -> Const:
     return Const(0, f.var.dtype)
-
-
-def _known_multiple(extent: Expr, factor: int) -> bool:
-    if isinstance(extent, Const):
-        return int(extent.value) % factor == 0
-    if isinstance(extent, Binary) and extent.op == "*":
-        return _known_multiple(extent.a, factor) or _known_multiple(extent.b, factor)
-    return False
 
 
 def fuse(body: Stmt, outer: str, inner: str, into: str = "") -> Found:

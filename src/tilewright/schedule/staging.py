@@ -30,12 +30,12 @@ from tilewright.ir.nodes import (
     Sync,
     Var,
     binary,
-    cast,
     seq,
     size_var,
 )  # fmt: skip
 from tilewright.ir.rewrite import (
     add,
+    conjuncts,
     free_vars,
     mul,
     path_to,
@@ -44,6 +44,7 @@ from tilewright.ir.rewrite import (
     substitute,
     transform,
     walk,
+    zero_unless,
 )
 from tilewright.schedule.tree import computes, reads_memory, rewrite_loops
 from tilewright.target import SHARED_BYTES
@@ -324,15 +325,15 @@ class _Staging:
             if isinstance(s, Let) and s.var.name in needed - fresh.keys():
                 var = Var(f"{s.var.name}_{scratch.name}", s.var.dtype)
                 value = substitute(s.value, names)
-                out.append(Let(var, _where(held, value) if reads_memory(value) else value))
+                out.append(Let(var, zero_unless(held, value) if reads_memory(value) else value))
                 names[s.var.name] = var
-            for cond in _parts(s.cond) if isinstance(s, If) else ():
+            for cond in conjuncts(s.cond) if isinstance(s, If) else ():
                 if cond in guards:
                     cond = substitute(cond, names)
                     held = cond if held is None else binary("&", held, cond)
         x = self.found
         at = tuple(substitute(i, names) for i in x.index)
-        store = Store(scratch, place, _where(held, Load(x.buffer, at, x.dtype)))
+        store = Store(scratch, place, zero_unless(held, Load(x.buffer, at, x.dtype)))
         last = next(reversed(fresh), "")
         uses_last = any(last in self.reads(g) for g in guards)
         return seq(*out, store), uses_last
@@ -342,7 +343,7 @@ class _Staging:
         from other elements."""
         found: list[Expr] = []
         for s in self.path:
-            for cond in _parts(s.cond) if isinstance(s, If) else ():
+            for cond in conjuncts(s.cond) if isinstance(s, If) else ():
                 reads = self.reads(cond) & self.inner.keys()
                 if reads and not reads & own:
                     continue
@@ -385,15 +386,3 @@ def _digit(number: Expr, extent: int, first: bool) -> tuple[Expr, Expr]:
 
 def _zero(n: int = 0) -> Const:
     return Const(n, size_var("x").dtype)
-
-
-def _parts(cond: Expr) -> list[Expr]:
-    if isinstance(cond, Binary) and cond.op == "&":
-        return [*_parts(cond.a), *_parts(cond.b)]
-    return [cond]
-
-
-def _where(cond: Expr | None, value: Expr) -> Expr:
-    if cond is None:
-        return value
-    return Select(cond, value, cast(Const(0, size_var("x").dtype), value.dtype), value.dtype)

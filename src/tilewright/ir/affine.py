@@ -1,0 +1,71 @@
+"""Affine forms and divisibility of index arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tilewright.dtypes import DType
+from tilewright.ir.nodes import Binary, Cast, Const, Expr, Var, binary, cast
+from tilewright.ir.rewrite import add, free_vars, mul, simplify
+
+
+class Affine(NamedTuple):
+    """base + Σ steps[name] · name. Neither the base nor a step reads one of the names."""
+
+    base: Expr
+    steps: dict[str, Expr]
+
+
+def affine(e: Expr, names: frozenset[str], to: DType | None = None) -> Affine | None:
+    """`e` as an affine form in the variables `names`, or None. Names that do not occur are left
+    out. With `to` all of it is computed in that type, otherwise in the types that `e` has."""
+    occurs = bool(free_vars(e) & names)
+    if not occurs and to is None:
+        return Affine(e, {})
+    dtype = to or e.dtype
+    if isinstance(e, Var) and occurs:
+        return Affine(Const(0, dtype), {e.name: Const(1, dtype)})
+    if isinstance(e, Cast) and e.a.dtype.is_int and e.dtype.is_int:
+        inner = affine(e.a, names, to)
+        if inner is None or to is not None:
+            return inner
+        return Affine(cast(inner.base, dtype), {n: cast(s, dtype) for n, s in inner.steps.items()})
+    if isinstance(e, Binary) and e.op in ("+", "-", "*") and e.dtype.is_int:
+        a, b = affine(e.a, names, to), affine(e.b, names, to)
+        return None if a is None or b is None else _combined(e.op, a, b)
+    return None if occurs else Affine(cast(e, dtype), {})
+
+
+def _combined(op: str, a: Affine, b: Affine) -> Affine | None:
+    """`a op b`, or None where it is no affine form."""
+    if op == "*":
+        if a.steps and b.steps:
+            return None
+        a, b = (b, a) if b.steps else (a, b)
+        return Affine(mul(a.base, b.base), {n: mul(s, b.base) for n, s in a.steps.items()})
+    zero = Const(0, a.base.dtype)
+    steps = {
+        n: simplify(binary(op, a.steps.get(n, zero), b.steps.get(n, zero)))
+        for n in a.steps | b.steps
+    }
+    base = add(a.base, b.base) if op == "+" else simplify(binary("-", a.base, b.base))
+    return Affine(base, steps)
+
+
+def is_multiple(e: Expr, n: int, known: Callable[[Var], bool] = lambda v: False) -> bool:
+    """Whether `e` is certainly a multiple of `n`. `known` tells the variables that are."""
+    if n == 1:
+        return True
+    if isinstance(e, Var):
+        return known(e)
+    if isinstance(e, Const):
+        return int(e.value) % n == 0
+    if isinstance(e, Cast):
+        return is_multiple(e.a, n, known)
+    if not isinstance(e, Binary):
+        return False
+    if e.op == "*":
+        return is_multiple(e.a, n, known) or is_multiple(e.b, n, known)
+    both = e.op in ("+", "-", "min", "max")
+    return both and is_multiple(e.a, n, known) and is_multiple(e.b, n, known)

@@ -1,0 +1,279 @@
+"""Statements, nests and programs: what expressions are computed in. Nodes are frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, Literal
+
+from tilewright import dtypes
+from tilewright.dtypes import DType
+from tilewright.ir.expr import Access, Buffer, Const, Expr, Load, Tensor, Var, node
+from tilewright.ir.text import program_text, stmt_text
+
+LoopKind = Literal[
+    "serial", "parallel", "vector", "unroll",
+    "cta.x", "cta.y", "thread.x", "thread.y", "threads",  # threads: shared out among all of a CTA
+]  # fmt: skip
+GRID: tuple[LoopKind, ...] = ("parallel", "cta.x", "cta.y")  # loops that become units of a launch
+THREADS: tuple[LoopKind, ...] = ("thread.x", "thread.y")  # loops bound to the threads of a CTA
+
+
+class Stmt:
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return stmt_text(self)
+
+    __repr__ = __str__
+
+
+@node
+class Assign(Stmt):
+    """Coordinate level: `out[coords] = value` for every coordinate of `out` (stored ones, if
+    sparse). With `op` "sum" the value is added to what is there, coordinates that repeat too."""
+
+    out: Access
+    value: Expr
+    op: str = ""
+
+
+@node
+class Seq(Stmt):
+    body: tuple[Stmt, ...]
+
+
+@node
+class For(Stmt):
+    """`for name in begin:end`. `axes` are the coordinate axes the loop came from.
+
+    `private` reductions keep one accumulator per iteration of this loop (rfactor)."""
+
+    var: Var
+    begin: Expr
+    end: Expr
+    body: Stmt
+    kind: LoopKind = "serial"
+    axes: tuple[str, ...] = ()
+    private: bool = False
+    unroll_hint: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.var.name
+
+    @property
+    def extent(self) -> int | None:
+        """The trip count where it is a constant."""
+        if isinstance(self.begin, Const) and isinstance(self.end, Const):
+            return int(self.end.value) - int(self.begin.value)
+        return None
+
+
+@node
+class Let(Stmt):
+    """Names a value until the end of the enclosing `Seq`."""
+
+    var: Var
+    value: Expr
+
+
+@node
+class If(Stmt):
+    cond: Expr
+    body: Stmt
+
+
+@node
+class Compute(Stmt):
+    """Position level: `out = value`, or `out = op over the loops of the axes in reduce`.
+
+    `in_place`: the output was initialised by an earlier nest and is updated in memory (a row that
+    several iterations share). `shared`: so do other nests, or other parts of the same format.
+    `atomic`: those updates may come from several units at once. `mma`: the names of the three
+    innermost loops, when they form a matrix tile.
+    """
+
+    out: Load
+    value: Expr
+    op: str = ""
+    reduce: tuple[str, ...] = ()
+    in_place: bool = False
+    atomic: bool = False
+    mma: tuple[str, str, str] | None = None
+    shared: bool = False
+
+
+def reduces(loop: For, c: Compute) -> bool:
+    """Whether `loop` is one of those that `c` reduces over."""
+    return bool(set(loop.axes) & set(c.reduce))
+
+
+@node
+class Store(Stmt):
+    """Loop level: `buffer[offset] op= value`; `op` empty sets."""
+
+    buffer: Buffer
+    index: tuple[Expr, ...]
+    value: Expr
+    op: str = ""
+    atomic: bool = False
+
+
+@node
+class Alloc(Stmt):
+    """Loop level: declares a register, shared or fragment buffer until the end of its `Seq`."""
+
+    buffer: Buffer
+
+
+@node
+class Prefetch(Stmt):
+    """Asks for the memory of `place` without reading it: nothing depends on it."""
+
+    place: Load
+
+
+@node
+class Sync(Stmt):
+    """All threads of the CTA meet here."""
+
+
+@node
+class Tile:
+    """A `rows × cols` window of a buffer for `Mma`: element (r, c) lies at
+    `offset + r*row_stride + c*col_stride`; rows beyond `row_limit` (cols: `col_limit`) read as
+    0."""
+
+    buffer: Buffer
+    offset: Expr
+    row_stride: Expr
+    col_stride: Expr
+    row_limit: Expr
+    col_limit: Expr
+
+
+@node
+class MmaZero(Stmt):
+    """Sets an m × n float32 fragment to zero. `acc` is an array of fragments: its shape is (slots,
+    m, n)."""
+
+    acc: Buffer
+    slot: Expr
+    shape: tuple[int, int, int]
+
+
+@node
+class Mma(Stmt):
+    """acc[slot] += a (m × k) · b (k × n), float16/bfloat16 in, float32 out."""
+
+    acc: Buffer
+    slot: Expr
+    a: Tile
+    b: Tile
+    shape: tuple[int, int, int]
+
+
+@node
+class MmaStore(Stmt):
+    """Writes (or adds) a fragment to a tile of memory, within its limits."""
+
+    to: Tile
+    acc: Buffer
+    slot: Expr
+    shape: tuple[int, int, int]
+    op: str = ""
+
+
+# ---------------------------------------------------------------------------- programs
+
+
+@dataclass(frozen=True, slots=True)
+class Nest:
+    """One launch, or one case of a launch over the parts of a decomposition.
+
+    `part` is the index of the format in the composed format of `structure` whose parts it serves,
+    or -1. `shared`: parts update the same elements.
+    """
+
+    name: str
+    body: Stmt
+    part: int = -1
+    grid: tuple[Expr, ...] = ()
+    grid_vars: tuple[Var, ...] = ()
+    threads: tuple[int, int] = (1, 1)
+    structure: str = ""
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A program at any level. `level` is coordinates, positions or loops.
+
+    `stages` groups the nests that run in one launch: nests of a stage are independent of each
+    other. `orders` holds loop orders asked for (output name, then axes); `fused` the structures
+    whose two axes are walked as one; `sizes` dimensions that are fixed; `index` the type of
+    coordinates.
+    """
+
+    name: str
+    level: str
+    tensors: tuple[Tensor, ...]
+    body: tuple[Assign, ...] = ()
+    stages: tuple[tuple[Nest, ...], ...] = ()
+    buffers: tuple[Buffer, ...] = ()
+    orders: tuple[tuple[str, ...], ...] = ()
+    fused: tuple[str, ...] = ()
+    sizes: tuple[tuple[str, int], ...] = ()
+    index: DType = dtypes.int32
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in self.tensors if t.role == "input")
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in self.tensors if t.role == "output")
+
+    def tensor(self, name: str) -> Tensor:
+        for t in self.tensors:
+            if t.name == name:
+                return t
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        return program_text(self)
+
+    __repr__ = __str__
+
+
+# ---------------------------------------------------------------------------- traversal
+
+
+def seq(*statements: Stmt) -> Stmt:
+    """A flat sequence; a single statement stays itself."""
+    flat: list[Stmt] = []
+    for s in statements:
+        flat.extend(s.body if isinstance(s, Seq) else (s,))
+    return flat[0] if len(flat) == 1 else Seq(tuple(flat))
+
+
+_HOLDS_ONE = frozenset({"Expr", "Stmt", "Var", "Access", "Load", "Tile"})
+_HOLDS_MANY = frozenset(f"tuple[{t}, ...]" for t in _HOLDS_ONE)
+
+
+@cache
+def child_fields(cls: type) -> tuple[tuple[str, bool], ...]:
+    """The fields of a node class that hold nodes, by their declared types; True for tuples."""
+    held = [f for f in fields(cls) if f.type in _HOLDS_ONE | _HOLDS_MANY]
+    return tuple((f.name, f.type in _HOLDS_MANY) for f in held)
+
+
+def children(n: Any) -> Iterator[Any]:
+    """The nodes in the fields of a node, in order, tuples flattened."""
+    for name, many in child_fields(type(n)):
+        if many:
+            yield from getattr(n, name)
+        else:
+            yield getattr(n, name)

@@ -1,0 +1,132 @@
+"""Indices and the operations on values that a traced function can use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from itertools import chain, count
+from typing import Any
+
+from tilewright import dtypes
+from tilewright.ir.nodes import Expr, Index, Reduce, as_expr, binary, select, size_var, unary
+from tilewright.ir.rewrite import computed_in, free_vars
+from tilewright.sparse.tracing import checked_name, current, refusal
+
+
+def indices(dims: str) -> Any:
+    """Indices over dimensions: `i, j, k = indices("m n d")`. Their loops are called as the
+    dimensions are, m, n and d; with `indices("row:m col:n")` they are called row and col.
+
+    The same dimension may be given twice (square matrices): its second loop is m1. One dimension
+    gives one index."""
+    trace = current()
+    created: list[Index] = []
+    for word in dims.split():
+        name, _, dim = word.rpartition(":")
+        used = {x.name for x in trace.indices} | trace.tensors.keys()
+        name = name or _loop_name(dim, used)
+        if checked_name(name, "an index", "P102") in used:
+            raise refusal(
+                "P102",
+                f"index {name!r} is not a new name",
+                hint="indices and parameters have names of their own",
+            )
+        known = {d for t in trace.tensors.values() for d in t.dims}
+        parsed: str | int = int(dim) if dim.isdigit() else dim
+        if isinstance(parsed, str) and parsed not in known:
+            raise refusal(
+                "P102",
+                f"no parameter has a dimension {parsed!r}",
+                hint=f"dimensions: {', '.join(sorted(str(k) for k in known))}",
+            )
+        created.append(Index(name, dim=parsed))
+        trace.indices.append(created[-1])
+    return created[0] if len(created) == 1 else tuple(created)
+
+
+def _loop_name(dim: str, used: set[str]) -> str:
+    """The name of a dimension for an index, with a number where it is taken; `i` for a size. The
+    names that outputs and temporaries have by default are taken."""
+    base = "i" if dim.isdigit() else f"i_{dim}" if re.fullmatch(r"(out|temp)\d*", dim) else dim
+    return next(n for n in chain((base,), (f"{base}{n}" for n in count(1))) if n not in used)
+
+
+def size(dim: str) -> Expr:
+    """The run-time size of a dimension."""
+    known = {d for t in current().tensors.values() for d in t.dims if isinstance(d, str)}
+    if dim not in known:
+        raise refusal(
+            "P102",
+            f"no parameter has a dimension {dim!r}",
+            hint=f"dimensions: {', '.join(sorted(known))}",
+        )
+    return size_var(dim)
+
+
+def _reduce(op: str) -> Callable[..., Expr]:
+    def reduction(value: Any, over: Index | tuple[Index, ...]) -> Expr:
+        axes = over if isinstance(over, tuple) else (over,)
+        if not axes or not all(isinstance(a, Index) for a in axes):
+            raise refusal(
+                "P104",
+                f"{op} over {over!r}: not indices",
+                hint="over=j or over=(j, k)",
+            )
+        body = as_expr(value)
+        missing = {a.name for a in axes} - free_vars(body)
+        if missing:
+            raise refusal(
+                "P104",
+                f"{op} over {', '.join(sorted(missing))}, which its body does not use",
+            )
+        dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
+        return Reduce(op, axes, computed_in(body, dtype), dtype)
+
+    reduction.__name__ = reduction.__qualname__ = op
+    reduction.__doc__ = (
+        f"The {op} of `value` over an index or a tuple of indices; its identity over none."
+    )
+    return reduction
+
+
+sum_, max_, min_, prod = (_reduce(op) for op in ("sum", "max", "min", "prod"))
+
+
+def _function(op: str) -> Callable[[Any], Expr]:
+    def apply(x: Any) -> Expr:
+        return unary(op, as_expr(x))
+
+    apply.__name__ = apply.__qualname__ = op
+    apply.__doc__ = f"{op} of a value, in float32 at least."
+    return apply
+
+
+exp, log, sqrt, rsqrt, tanh, sin, cos, abs_, floor = (
+    _function(op) for op in ("exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "abs", "floor")
+)
+
+
+def sigmoid(x: Any) -> Expr:
+    """1 / (1 + exp(-x))"""
+    return 1.0 / (1.0 + exp(-as_expr(x)))
+
+
+def maximum(a: Any, b: Any) -> Expr:
+    """The larger of two values."""
+    return binary("max", a, b)
+
+
+def minimum(a: Any, b: Any) -> Expr:
+    """The smaller of two values."""
+    return binary("min", a, b)
+
+
+def where(cond: Expr, a: Any, b: Any) -> Expr:
+    """`a` where `cond` holds, else `b`."""
+    if not isinstance(cond, Expr):
+        raise refusal(
+            "P101",
+            f"the condition of where is {cond!r}",
+            hint="`==` compares the text of expressions: write tw.equal(i, j)",
+        )
+    return select(cond, a, b)

@@ -1,0 +1,184 @@
+"""Outputs, temporaries and updates of a traced program, and the checks of their statements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tilewright import dtypes
+from tilewright.dtypes import DType
+from tilewright.ir.nodes import ATOMIC, Access, Assign, Expr, Index, Role, Tensor, as_expr, cast
+from tilewright.ir.rewrite import free_indices, free_vars, rename_reductions, walk
+from tilewright.sparse.tracing import checked_name, current, refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """`out[i, k](value)` declares and computes an output; `temp` a value of the program's own.
+
+    `out.like(A)` has the structure of A; `out.named("Y")` a name; `out.typed("float16")` a dtype.
+    """
+
+    role: Role
+    name: str = ""
+    dtype: DType | None = None
+    structure_of: Tensor | None = None
+
+    def like(self, tensor: Tensor) -> Output:
+        if not tensor.is_sparse:
+            raise refusal("P103", f"{tensor.name} is dense: it has no structure to share")
+        return replace(self, structure_of=tensor)
+
+    def named(self, name: str) -> Output:
+        return replace(self, name=name)
+
+    def typed(self, dtype: Any) -> Output:
+        return replace(self, dtype=dtypes.dtype(dtype))
+
+    def __getitem__(self, coords: Any) -> Callable[[Any], Tensor]:
+        coords = coords if isinstance(coords, tuple) else (coords,)
+        return lambda value: _assign(self, coords, as_expr(value))
+
+
+out, temp = Output("output"), Output("temp")
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """`update(pages)[slot[t], d](value)` writes into a parameter, at computed coordinates;
+    `update(Y).add[at[t]](value)` adds, also where coordinates repeat."""
+
+    tensor: Tensor
+    op: str = ""
+
+    @property
+    def add(self) -> Update:
+        return replace(self, op="sum")
+
+    def __getitem__(self, coords: Any) -> Callable[[Any], Tensor]:
+        access = self.tensor[coords]
+        return lambda value: self._assign(access, as_expr(value))
+
+    def _assign(self, to: Access, value: Expr) -> Tensor:
+        trace, written = current(), replace(self.tensor, role="output", kind="state")
+        if self.op and written.dtype not in ATOMIC[self.op]:
+            kinds = ", ".join(t.name for t in ATOMIC[self.op])
+            raise refusal(
+                "P106",
+                f"{written.name} is {written.dtype}: add updates arrays of {kinds}",
+                hint="add into an array of a wider type, then convert it",
+            )
+        trace.tensors[written.name] = written
+        _check_bound(to.coords, value)
+        _check_reads_of_updated(to, value, self.op)
+        target = Access(written, to.coords, written.dtype)
+        trace.body.append(_statement(target, value, self.op))
+        return written
+
+
+def update(tensor: Tensor) -> Update:
+    """Writes into a parameter: see `Update`."""
+    return Update(tensor)
+
+
+def _check_reads_of_updated(to: Access, value: Expr, op: str) -> None:
+    """What is updated is read where it is written, at plain indices, or nowhere: the order of
+    updates is open, and computed coordinates may repeat."""
+    plain = all(isinstance(c, Index) for c in to.coords)
+    for x in walk(value):
+        if not isinstance(x, Access) or x.tensor.name != to.tensor.name:
+            continue
+        if x.coords != to.coords or not plain or op:
+            raise refusal(
+                "P103",
+                f"{to} is updated from {x}, which another update may have changed",
+                hint=f"tw.update({to.tensor.name}).add[…](value) adds; else read from another "
+                "parameter, or write to an output",
+            )
+
+
+def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
+    trace = current()
+    if not all(isinstance(c, Index) for c in coords):
+        raise refusal(
+            "P103",
+            f"an {output.role} is written at plain indices",
+            hint="update() writes elsewhere",
+        )
+    if len({c.name for c in coords}) != len(coords):
+        raise refusal("P103", "an index occurs twice in the coordinates of an output")
+    _check_bound(coords, value)
+    number = len([t for t in trace.tensors.values() if t.role == output.role])
+    name = output.name or {"output": "out", "temp": "temp"}[output.role] + (
+        str(number) if number else ""
+    )
+    checked_name(name, f"an {output.role}")
+    if any(x.name == name for x in trace.indices):
+        raise refusal("P102", f"{name} is an index already")
+    if name in trace.tensors:
+        raise refusal("P101", f"{name} is defined twice")
+    dtype = output.dtype or (_output_dtype(value) if output.role == "output" else value.dtype)
+    like = output.structure_of
+    if like is not None and tuple(c.dim for c in coords) != like.dims:
+        raise refusal(
+            "P103",
+            f"{name} has the structure of {like.name} but other dimensions",
+        )
+    tensor = Tensor(
+        name,
+        tuple(c.dim for c in coords),
+        dtype,
+        output.role,
+        structure=like.structure if like else "",
+        format=like.format if like else None,
+    )
+    trace.tensors[name] = tensor
+    trace.body.append(_statement(Access(tensor, coords, dtype), value))
+    return tensor
+
+
+def _statement(to: Access, value: Expr, op: str = "") -> Assign:
+    """`to = value`, or `to += value` with op "sum". No reduction in it binds an index that the
+    coordinates or a reduction around it bind."""
+    bound = frozenset().union(*(free_vars(c) for c in to.coords))
+    return Assign(to, cast(rename_reductions(value, bound), to.dtype), op)
+
+
+def _output_dtype(value: Expr) -> DType:
+    """A float result takes the dtype of the last dense float activation, as a matrix product
+    does."""
+    if not value.dtype.is_float:
+        return value.dtype
+    floats = [
+        x.dtype
+        for x in walk(value)
+        if isinstance(x, Access)
+        and x.dtype.is_float
+        and x.tensor.kind == "activation"
+        and not x.tensor.is_sparse
+        and x.tensor.dims
+    ]
+    return floats[-1] if floats and floats[-1].bits <= value.dtype.bits else value.dtype
+
+
+def _check_bound(coords: tuple[Expr, ...], value: Expr) -> None:
+    """Every index is in the coordinates or under a reduction, and runs over one dimension."""
+    for x in walk(value):
+        if not isinstance(x, Access):
+            continue
+        for c, dim in zip(x.coords, x.tensor.dims, strict=True):
+            if isinstance(c, Index) and c.dim != dim:
+                raise refusal(
+                    "P102",
+                    f"{c.name} runs over {c.dim} but stands for {dim} in {x}",
+                    hint="give the index and the tensor the same dimension name",
+                )
+    written = set().union(*map(free_indices, coords))
+    loose = sorted(free_indices(value).keys() - written)
+    if loose:
+        raise refusal(
+            "P104",
+            f"index {', '.join(loose)} is neither in the output nor under a reduction",
+            hint=f"write sum(…, over={loose[0]})",
+        )
