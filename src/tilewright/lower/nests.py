@@ -14,6 +14,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
+from tilewright.ir import nodes as ir
 from tilewright.ir.levels import (
     Level,
     is_list_of_pairs,
@@ -23,40 +24,9 @@ from tilewright.ir.levels import (
     may_miss,
 )  # fmt: skip
 from tilewright.ir.names import PRIME, given
-from tilewright.ir.nodes import (
-    Access,
-    Binary,
-    Cast,
-    Compute,
-    Const,
-    Expr,
-    For,
-    If,
-    Index,
-    Let,
-    Load,
-    Search,
-    Select,
-    Stmt,
-    Tensor,
-    Unary,
-    Var,
-    as_expr,
-    binary,
-    cast,
-    select,
-    seq,
-    unary,
-)  # fmt: skip
 from tilewright.ir.ranges import interval
 from tilewright.ir.rewrite import add, mul, simplify, walk
-from tilewright.lower.tables import (
-    Statement,
-    Tables,
-    indices_in,
-    shares_rows,
-    unsearchable,
-)
+from tilewright.lower.tables import Statement, Tables, indices_in, shares_rows, unsearchable
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +34,23 @@ class _Spec:
     """One loop to open: level `depth` of a structure, a dense axis, or two levels as one
     (`fused`)."""
 
-    axis: Index
+    axis: ir.Index
     structure: str = ""
     depth: int = -1
     level: Level | None = None
-    fused: Index | None = None
+    fused: ir.Index | None = None
 
 
 @dataclass(slots=True)
 class _Env:
     """What is known at a place of the nest: coordinates that are bound, positions of structures."""
 
-    bound: dict[str, Expr] = field(default_factory=dict)
-    halves: dict[tuple[str, int, bool], Expr] = field(default_factory=dict)
-    vars: dict[tuple[str, int], Expr] = field(default_factory=dict)
-    pos: dict[tuple[str, int], Expr] = field(default_factory=dict)
+    bound: dict[str, ir.Expr] = field(default_factory=dict)
+    halves: dict[tuple[str, int, bool], ir.Expr] = field(default_factory=dict)
+    vars: dict[tuple[str, int], ir.Expr] = field(default_factory=dict)
+    pos: dict[tuple[str, int], ir.Expr] = field(default_factory=dict)
     coords: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    places: dict[tuple[str, tuple[str, ...]], Expr] = field(default_factory=dict)
+    places: dict[tuple[str, tuple[str, ...]], ir.Expr] = field(default_factory=dict)
 
     def copy(self) -> _Env:
         return _Env(*(dict(getattr(self, f.name)) for f in fields(self)))
@@ -118,16 +88,16 @@ class NestBuilder:
             return self.root.out.tensor.name
         for reader in (*self.temps, self.root):
             if any(
-                isinstance(x, Access) and x.tensor.name == t.out.tensor.name
+                isinstance(x, ir.Access) and x.tensor.name == t.out.tensor.name
                 for x in walk(reader.value)
             ):
                 return reader.out.tensor.name
         raise AssertionError(f"nobody reads {t.out}")
 
-    def build(self) -> Stmt:
+    def build(self) -> ir.Stmt:
         return self.emit(self.root, _Env())
 
-    def emit(self, st: Statement, env: _Env) -> Stmt:
+    def emit(self, st: Statement, env: _Env) -> ir.Stmt:
         driver = self.owner.driver(st)
         if driver is None and st is self.root and self.structure:
             driver = self._borrowed(st)
@@ -236,8 +206,8 @@ class NestBuilder:
         if self._is_part(structure) and (own != names[0] or self.shared):
             raise unsearchable(structure, self.owner.tensors[structure].format)
 
-    def _loops(self, st: Statement, specs: list[_Spec], env: _Env, in_place: bool) -> Stmt:
-        before: list[Stmt] = []
+    def _loops(self, st: Statement, specs: list[_Spec], env: _Env, in_place: bool) -> ir.Stmt:
+        before: list[ir.Stmt] = []
         for t in self.temps:
             name = t.out.tensor.name
             ready = all(x.name in env.bound for x in indices_in(t.out.coords))
@@ -245,10 +215,10 @@ class NestBuilder:
                 self.placed.add(name)
                 before.append(self.emit(t, env))
         if not specs:
-            return seq(*before, self._leaf(st, env, in_place))
+            return ir.seq(*before, self._leaf(st, env, in_place))
         inside = env.copy()
         wrap = self._open(specs[0], inside)
-        return seq(*before, wrap(self._loops(st, specs[1:], inside, in_place)))
+        return ir.seq(*before, wrap(self._loops(st, specs[1:], inside, in_place)))
 
     # -- order -------------------------------------------------------------------------------
 
@@ -313,58 +283,60 @@ class NestBuilder:
 
     # -- opening a loop ----------------------------------------------------------------------
 
-    def _open(self, s: _Spec, env: _Env) -> Callable[[Stmt], Stmt]:
+    def _open(self, s: _Spec, env: _Env) -> Callable[[ir.Stmt], ir.Stmt]:
         """Enters the loop of `s`: updates `env`, returns what wraps a body into it."""
         if s.fused is not None:
             return self._open_fused(s, env)
         name = s.axis.name
         tag = self._tag(name)
         if s.level is None:
-            var = Var(self._fresh(name), self.owner.index)
+            var = ir.Var(self._fresh(name), self.owner.index)
             env.bound[name] = var
             end = self.owner.size(s.axis.dim)
-            return lambda body: For(var, Const(0, var.dtype), end, body, axes=(tag,))
+            return lambda body: ir.For(var, ir.Const(0, var.dtype), end, body, axes=(tag,))
         level, storage = self.owner.storage(s.structure, s.depth)
-        zero = Const(0, self.owner.index)
+        zero = ir.Const(0, self.owner.index)
         # A dense level may be walked before the levels above it: its parent is only needed later.
         q = zero if level.is_dense else self._position(s.structure, s.depth - 1, env)
-        found: list[Stmt] = []
+        found: list[ir.Stmt] = []
         if may_miss(q):  # nothing is stored there: an empty range
             q, found = self._named(s.structure, s.depth - 1, q, env)
         begin, end = level.loop(storage, q)
         if found:
-            stored = binary(">=", q, 0)
-            begin, end = select(stored, begin, zero), select(stored, end, zero)
+            stored = ir.binary(">=", q, 0)
+            begin, end = ir.select(stored, begin, zero), ir.select(stored, end, zero)
         suffix = ("_i" if level.inner else "_o") if level.block else ""
         is_own_coord = level.is_dense or not level.arrays or level.arrays == ("indptr",)
-        var = Var(self._fresh(name + suffix + ("" if is_own_coord else "_p")), self.owner.index)
+        var = ir.Var(self._fresh(name + suffix + ("" if is_own_coord else "_p")), self.owner.index)
         single = "indices" in level.arrays and not level.pads and "indptr" not in level.arrays
-        v: Expr = q if single else var
+        v: ir.Expr = q if single else var
         env.vars[s.structure, s.depth] = v
         lets, guards = self._bind(s, level, level.coord(storage, q, v), env)
         if single:
             return lambda body: _inside(lets, guards, body)
-        return lambda body: seq(
-            *found, For(var, begin, end, _inside(lets, guards, body), axes=(tag,))
+        return lambda body: ir.seq(
+            *found, ir.For(var, begin, end, _inside(lets, guards, body), axes=(tag,))
         )
 
-    def _named(self, structure: str, depth: int, q: Expr, env: _Env) -> tuple[Var, list[Stmt]]:
+    def _named(
+        self, structure: str, depth: int, q: ir.Expr, env: _Env
+    ) -> tuple[ir.Var, list[ir.Stmt]]:
         """A located position under a name of its own."""
-        var = Var(self._fresh(f"{structure}_q{depth}"), q.dtype)
+        var = ir.Var(self._fresh(f"{structure}_q{depth}"), q.dtype)
         env.pos[structure, depth] = var
-        return var, [Let(var, q)]
+        return var, [ir.Let(var, q)]
 
     def _bind(
-        self, s: _Spec, level: Level, coord: Expr, env: _Env
-    ) -> tuple[list[Stmt], list[Expr]]:
+        self, s: _Spec, level: Level, coord: ir.Expr, env: _Env
+    ) -> tuple[list[ir.Stmt], list[ir.Expr]]:
         """Names the coordinate; whole axes at once, blocked ones when both halves are known."""
         name, lets, guards = s.axis.name, [], []
-        if not isinstance(coord, Var):
-            known = Var(self._fresh(name + ("_o" if level.block else "")), self.owner.index)
-            lets.append(Let(known, coord))
+        if not isinstance(coord, ir.Var):
+            known = ir.Var(self._fresh(name + ("_o" if level.block else "")), self.owner.index)
+            lets.append(ir.Let(known, coord))
             coord = known
             if level.pads:
-                guards.append(binary(">=", known, 0))
+                guards.append(ir.binary(">=", known, 0))
         if not level.block:
             env.bound[name] = coord
             return lets, guards
@@ -372,44 +344,47 @@ class NestBuilder:
         env.halves[name, block, level.inner] = coord
         if (name, block, not level.inner) in env.halves:
             outer, inner = env.halves[name, block, False], env.halves[name, block, True]
-            whole = Var(self._fresh(name), self.owner.index)
-            lets.append(Let(whole, add(mul(outer, level.block), inner)))
+            whole = ir.Var(self._fresh(name), self.owner.index)
+            lets.append(ir.Let(whole, add(mul(outer, level.block), inner)))
             size = self.owner.size(s.axis.dim)
-            if not (isinstance(size, Const) and size.value % level.block == 0):
-                guards.append(binary("<", whole, size))
+            if not (isinstance(size, ir.Const) and size.value % level.block == 0):
+                guards.append(ir.binary("<", whole, size))
             env.bound[name] = whole
         return lets, guards
 
-    def _open_fused(self, s: _Spec, env: _Env) -> Callable[[Stmt], Stmt]:
+    def _open_fused(self, s: _Spec, env: _Env) -> Callable[[ir.Stmt], ir.Stmt]:
         """Two levels walked as one: entry e of the lower level; its row by search in indptr."""
         assert s.fused is not None
         upper, upper_storage = self.owner.storage(s.structure, 0)
         lower, storage = self.owner.storage(s.structure, 1)
         assert storage.indptr is not None, "checked by the verb"
         row, col = s.axis.name, s.fused.name
-        var = Var(self._fresh(f"{row}{col}"), self.owner.index)
-        i, j = Var(self._fresh(row), self.owner.index), Var(self._fresh(col), self.owner.index)
-        rows = upper_storage.size if upper.is_dense else upper_storage.count
-        q = Search(
-            storage.indptr, Const(0, self.owner.index), add(rows, 1), var, True, self.owner.index
+        var = ir.Var(self._fresh(f"{row}{col}"), self.owner.index)
+        i, j = (
+            ir.Var(self._fresh(row), self.owner.index),
+            ir.Var(self._fresh(col), self.owner.index),
         )
-        parent = Var(self._fresh(f"{row}_q"), self.owner.index)
-        lets: list[Stmt] = [
-            Let(parent, q),
-            Let(i, upper.coord(upper_storage, parent, parent)),
-            Let(j, lower.coord(storage, parent, var)),
+        rows = upper_storage.size if upper.is_dense else upper_storage.count
+        q = ir.Search(
+            storage.indptr, ir.Const(0, self.owner.index), add(rows, 1), var, True, self.owner.index
+        )
+        parent = ir.Var(self._fresh(f"{row}_q"), self.owner.index)
+        lets: list[ir.Stmt] = [
+            ir.Let(parent, q),
+            ir.Let(i, upper.coord(upper_storage, parent, parent)),
+            ir.Let(j, lower.coord(storage, parent, var)),
         ]
         env.bound |= {row: i, col: j}
         env.pos |= {(s.structure, 0): parent, (s.structure, 1): var}
-        zero = Const(0, var.dtype)
-        return lambda body: For(
+        zero = ir.Const(0, var.dtype)
+        return lambda body: ir.For(
             var, zero, storage.count, _inside(lets, [], body), axes=(self._tag(row), self._tag(col))
         )
 
-    def _position(self, structure: str, depth: int, env: _Env) -> Expr:
+    def _position(self, structure: str, depth: int, env: _Env) -> ir.Expr:
         """The position at a level: known from a loop, or located from bound coordinates."""
         if depth < 0:
-            return Const(0, self.owner.index)
+            return ir.Const(0, self.owner.index)
         if (structure, depth) in env.vars:
             level, storage = self.owner.storage(structure, depth)
             q = self._position(structure, depth - 1, env)
@@ -426,7 +401,9 @@ class NestBuilder:
             q = self._position(structure, depth - 1, env)
             position = level.locate(storage, q, coord)
             if may_miss(q) and not level.is_dense:  # nothing is stored above: nothing is read below
-                position = select(binary(">=", q, 0), position, as_expr(-1, self.owner.index))
+                position = ir.select(
+                    ir.binary(">=", q, 0), position, ir.as_expr(-1, self.owner.index)
+                )
             env.pos[structure, depth] = position
         return env.pos[structure, depth]
 
@@ -442,14 +419,14 @@ class NestBuilder:
 
     # -- the innermost statement -------------------------------------------------------------
 
-    def _leaf(self, st: Statement, env: _Env, in_place: bool) -> Stmt:
-        lets: list[Stmt] = []
+    def _leaf(self, st: Statement, env: _Env, in_place: bool) -> ir.Stmt:
+        lets: list[ir.Stmt] = []
         guards = self._stored_guard(st, env, lets)
         value = self._resolve(st.value, env, lets)
         target = st.out.tensor
         if target.is_sparse:
             last = len(self.owner.format[target.structure].levels) - 1
-            out = Load(
+            out = ir.Load(
                 self.owner.values(target),
                 (self._position(target.structure, last, env),),
                 target.dtype,
@@ -457,7 +434,7 @@ class NestBuilder:
         else:
             coords = tuple(self._resolve(c, env, lets) for c in st.out.coords)
             guards += self._within(target, st.out, coords)
-            out = Load(self.owner.buffer(target), coords, target.dtype)
+            out = ir.Load(self.owner.buffer(target), coords, target.dtype)
         if in_place and out.dtype != value.dtype:
             raise ProgramError(
                 "P107",
@@ -467,9 +444,9 @@ class NestBuilder:
                 "that keeps rows whole",
             )
         if not st.op:
-            value = cast(value, out.dtype)
+            value = ir.cast(value, out.dtype)
         axes = tuple(self._tag(a.name) for a in st.axes)
-        compute = Compute(out, value, st.op, axes, in_place, shared=in_place and self.shared)
+        compute = ir.Compute(out, value, st.op, axes, in_place, shared=in_place and self.shared)
         return _inside(lets, guards, compute)
 
     def _tag(self, axis: str) -> str:
@@ -477,7 +454,7 @@ class NestBuilder:
         hand reduces over, and that a statement around it has too, is another axis."""
         return f"{axis}.{self.at.out.tensor.name}" if axis in self.hidden else axis
 
-    def _stored_guard(self, st: Statement, env: _Env, lets: list[Stmt]) -> list[Expr]:
+    def _stored_guard(self, st: Statement, env: _Env, lets: list[ir.Stmt]) -> list[ir.Expr]:
         """Where the last level is searched, not walked, a reduction skips what is not stored."""
         driver = self.owner.driver(st) if st.op else None
         if driver is None or env.coords.get(driver[0]) != driver[1]:
@@ -488,41 +465,42 @@ class NestBuilder:
             return []
         var, named = self._named(driver[0], last, q, env)
         lets += named
-        return [binary(">=", var, 0)]
+        return [ir.binary(">=", var, 0)]
 
-    def _resolve(self, e: Any, env: _Env, lets: list[Stmt]) -> Any:
+    def _resolve(self, e: Any, env: _Env, lets: list[ir.Stmt]) -> Any:
         """Accesses become loads; types are derived anew, since coordinates may be int64."""
 
         def visit(x: Any) -> Any:
             return self._resolve(x, env, lets)
 
-        if isinstance(e, Index):
+        if isinstance(e, ir.Index):
             return env.bound[e.name]
-        if isinstance(e, Var):
+        if isinstance(e, ir.Var):
             size = given(e.name)
             assert size is not None, "the only variables of a program are sizes"
             return self.owner.size(size.owner)
-        if isinstance(e, Access):
+        if isinstance(e, ir.Access):
             tensor = self.owner.tensors[e.tensor.name]
             if tensor.is_sparse:
                 return self._read_sparse(tensor, e, env, lets)
             coords = tuple(visit(c) for c in e.coords)
             return _where(
-                self._within(tensor, e, coords),
-                Load(self.owner.buffer(tensor), coords, e.dtype),
+                self._within(tensor, e, coords), ir.Load(self.owner.buffer(tensor), coords, e.dtype)
             )
-        if isinstance(e, Binary):
-            return binary(e.op, visit(e.a), visit(e.b))
-        if isinstance(e, Unary):
-            return unary(e.op, visit(e.a))
-        if isinstance(e, Select):
-            return select(visit(e.cond), visit(e.a), visit(e.b))
-        if isinstance(e, Cast):
-            return cast(visit(e.a), e.dtype)
+        if isinstance(e, ir.Binary):
+            return ir.binary(e.op, visit(e.a), visit(e.b))
+        if isinstance(e, ir.Unary):
+            return ir.unary(e.op, visit(e.a))
+        if isinstance(e, ir.Select):
+            return ir.select(visit(e.cond), visit(e.a), visit(e.b))
+        if isinstance(e, ir.Cast):
+            return ir.cast(visit(e.a), e.dtype)
         return e
 
-    def _read_sparse(self, tensor: Tensor, e: Access, env: _Env, lets: list[Stmt]) -> Expr:
-        names = tuple(c.name if isinstance(c, Index) else "" for c in e.coords)
+    def _read_sparse(
+        self, tensor: ir.Tensor, e: ir.Access, env: _Env, lets: list[ir.Stmt]
+    ) -> ir.Expr:
+        names = tuple(c.name if isinstance(c, ir.Index) else "" for c in e.coords)
         fmt = self.owner.format[tensor.structure]
         if not hasattr(fmt, "levels"):
             raise unsearchable(tensor.name, fmt)
@@ -538,31 +516,42 @@ class NestBuilder:
             position = self._locate(tensor, coords, self._within(tensor, e, coords), lets)
         return load_value(self.owner.values(tensor), position, tensor.fill)
 
-    def _within(self, tensor: Tensor, e: Access, coords: tuple[Expr, ...]) -> list[Expr]:
+    def _within(
+        self, tensor: ir.Tensor, e: ir.Access, coords: tuple[ir.Expr, ...]
+    ) -> list[ir.Expr]:
         """Conditions that keep computed coordinates inside the tensor: its own indices are, and so
         are coordinates whose range is known."""
-        found: list[Expr] = []
+        found: list[ir.Expr] = []
         for c, at, dim in zip(e.coords, coords, tensor.dims, strict=True):
-            if isinstance(c, Index) and c.dim == dim:
+            if isinstance(c, ir.Index) and c.dim == dim:
                 continue
             (low, high), size = interval(c, self.owner.size), self.owner.size(dim)
             if low < 0:
-                found.append(binary(">=", at, 0))
-            if not (isinstance(size, Const) and high < size.value):
-                wide = at if at.dtype.kind == "i" or at.dtype.bits == 64 else cast(at, dtypes.int64)
-                found.append(binary("<", wide, cast(size, wide.dtype)))
+                found.append(ir.binary(">=", at, 0))
+            if not (isinstance(size, ir.Const) and high < size.value):
+                wide = (
+                    at if at.dtype.kind == "i" or at.dtype.bits == 64 else ir.cast(at, dtypes.int64)
+                )
+                found.append(ir.binary("<", wide, ir.cast(size, wide.dtype)))
         return found
 
     def _locate(
-        self, tensor: Tensor, coords: tuple[Expr, ...], within: list[Expr], lets: list[Stmt]
-    ) -> Expr:
+        self,
+        tensor: ir.Tensor,
+        coords: tuple[ir.Expr, ...],
+        within: list[ir.Expr],
+        lets: list[ir.Stmt],
+    ) -> ir.Expr:
         """Searches level by level; -1 (or less, on dense levels) once something is missing."""
         fmt = self.owner.format[tensor.structure]
         pairs = is_list_of_pairs(fmt.levels)
         if not pairs and not all(level.unique for level in fmt.levels):
             raise unsearchable(tensor.name, fmt)
-        q: Expr = Const(0, self.owner.index)
-        held, nothing = list(within), as_expr(-1, self.owner.index)  # under which q is a position
+        q: ir.Expr = ir.Const(0, self.owner.index)
+        held, nothing = (
+            list(within),
+            ir.as_expr(-1, self.owner.index),
+        )  # under which q is a position
         at = [_part_of(level, coords[level.dim]) for level in fmt.levels]
         stored = [self.owner.storage(tensor.structure, d)[1] for d in range(len(fmt.levels))]
         for depth, level in enumerate(fmt.levels):
@@ -573,32 +562,32 @@ class NestBuilder:
             else:
                 found = level.locate(stored[depth], q, at[depth])
             if held:
-                found = select(reduce(lambda a, b: binary("&", a, b), held), found, nothing)
-            var = Var(self._fresh(f"{tensor.name}_q{depth}"), self.owner.index)
-            lets.append(Let(var, found))
+                found = ir.select(reduce(lambda a, b: ir.binary("&", a, b), held), found, nothing)
+            var = ir.Var(self._fresh(f"{tensor.name}_q{depth}"), self.owner.index)
+            lets.append(ir.Let(var, found))
             q = var
             if held or not level.is_dense:
-                held = [binary(">=", q, 0)]
-        return select(held[0], q, nothing) if held else add(q, 0)
+                held = [ir.binary(">=", q, 0)]
+        return ir.select(held[0], q, nothing) if held else add(q, 0)
 
 
-def _where(held: list[Expr], value: Expr) -> Expr:
+def _where(held: list[ir.Expr], value: ir.Expr) -> ir.Expr:
     """`value` where all conditions hold, else nothing: 0."""
     if not held:
         return value
     kind = value.dtype.accumulator if value.dtype.is_float else value.dtype
-    nothing = cast(Const(0, dtypes.int32), kind)
-    return select(reduce(lambda a, b: binary("&", a, b), held), cast(value, kind), nothing)
+    nothing = ir.cast(ir.Const(0, dtypes.int32), kind)
+    return ir.select(reduce(lambda a, b: ir.binary("&", a, b), held), ir.cast(value, kind), nothing)
 
 
-def _part_of(level: Level, coord: Expr) -> Expr:
+def _part_of(level: Level, coord: ir.Expr) -> ir.Expr:
     if not level.block:
         return coord
-    return simplify(binary("%" if level.inner else "//", coord, level.block))
+    return simplify(ir.binary("%" if level.inner else "//", coord, level.block))
 
 
-def _inside(lets: list[Stmt], guards: list[Expr], body: Stmt) -> Stmt:
+def _inside(lets: list[ir.Stmt], guards: list[ir.Expr], body: ir.Stmt) -> ir.Stmt:
     """Lets, then the body under the guards that use them."""
     for g in reversed(guards):
-        body = If(g, body)
-    return seq(*lets, body)
+        body = ir.If(g, body)
+    return ir.seq(*lets, body)

@@ -10,25 +10,14 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir.nodes import (
-    Access,
-    Assign,
-    Buffer,
-    Const,
-    Load,
-    Nest,
-    Program,
-    Search,
-    cast,
-    identity_of,
-)  # fmt: skip
+from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import rebuild, simplify, walk
 from tilewright.lower.drivers import check_reduction
 from tilewright.lower.nests import NestBuilder
 from tilewright.lower.tables import Statement, Tables, indices_in, shares_rows
 
 
-def coordinates_to_positions(program: Program) -> Program:
+def coordinates_to_positions(program: ir.Program) -> ir.Program:
     """Loops over positions, one nest for each statement and each format of a decomposition.
 
     before: Y[i, k] = sum(A[i, j] * X[j, k] over j)                  A: csr
@@ -39,7 +28,7 @@ def coordinates_to_positions(program: Program) -> Program:
                   Y[i, k] = sum(A.values[j_p] * X[j, k] over j)
     """
     builder = _Builder(program)
-    stages: list[tuple[Nest, ...]] = []
+    stages: list[tuple[ir.Nest, ...]] = []
     for root, inline in _roots(program):
         stages += builder.stages(root, inline)
     buffers = {b.name: b for stage in stages for nest in stage for b in _buffers(nest.body)}
@@ -48,7 +37,7 @@ def coordinates_to_positions(program: Program) -> Program:
     )
 
 
-def _roots(program: Program) -> Iterable[tuple[Assign, list[Assign]]]:
+def _roots(program: ir.Program) -> Iterable[tuple[ir.Assign, list[ir.Assign]]]:
     """Each statement that is stored, with the inline ones that it reads."""
     inline = {a.out.tensor.name: a for a in program.body if a.out.tensor.role == "inline"}
     for root in program.body:
@@ -65,17 +54,17 @@ def _read_by(root: Any, temps: list[Any]) -> list[Any]:
     waiting = [root.value, root.out]
     while waiting:
         for x in walk(waiting.pop()):
-            if isinstance(x, Access) and x.tensor.name in known.keys() - read:
+            if isinstance(x, ir.Access) and x.tensor.name in known.keys() - read:
                 read.add(x.tensor.name)
                 waiting.append(known[x.tensor.name].value)
     return [t for t in temps if t.out.tensor.name in read]
 
 
-def _buffers(n: Any) -> Iterable[Buffer]:
+def _buffers(n: Any) -> Iterable[ir.Buffer]:
     for x in walk(n):
-        if isinstance(x, Load) and x.buffer.scope in ("global", "part"):
+        if isinstance(x, ir.Load) and x.buffer.scope in ("global", "part"):
             yield x.buffer
-        elif isinstance(x, Search):
+        elif isinstance(x, ir.Search):
             yield x.keys
 
 
@@ -84,7 +73,7 @@ class _Builder(Tables):
 
     # -- stages ------------------------------------------------------------------------------
 
-    def stages(self, root: Assign, inline: list[Assign]) -> list[tuple[Nest, ...]]:
+    def stages(self, root: ir.Assign, inline: list[ir.Assign]) -> list[tuple[ir.Nest, ...]]:
         statement = Statement.of(root)
         temps = [Statement.of(a) for a in inline]
         structure, names = self._root_driver(statement, temps)
@@ -97,8 +86,8 @@ class _Builder(Tables):
             check_reduction(st, self.tensors)
         if composed and whole is not None and whole.repeats:
             self._check_overlap(statement, temps, whole)
-        nests: list[Nest] = []
-        empty: list[Nest] = []
+        nests: list[ir.Nest] = []
+        empty: list[ir.Nest] = []
         in_place, covers, followed = False, True, None
         for number, fmt in enumerate(formats):
             self.format = {t.structure: t.format for t in self.tensors.values() if t.structure}
@@ -112,7 +101,7 @@ class _Builder(Tables):
             covers &= nest.covers
             follows = structure if composed else ""
             nests.append(
-                Nest(
+                ir.Nest(
                     statement.out.tensor.name,
                     body,
                     part,
@@ -146,27 +135,27 @@ class _Builder(Tables):
         temps: list[Statement],
         followed: tuple[str, tuple[str, ...]] | None,
         part: int,
-    ) -> Nest:
+    ) -> ir.Nest:
         """The value of all elements of the output (of a part of it, if sparse) where nothing is
         stored. A reduction over what `followed` stores has nothing to reduce there, and a composed
         format that is followed has no entry: its parts are read at their own rows only."""
         structure = followed[0] if followed else ""
         composed = bool(structure) and hasattr(self.tensors[structure].format, "parts")
         followers = {
-            t.out.tensor.name: identity_of(t.op, t.out.dtype)
+            t.out.tensor.name: ir.identity_of(t.op, t.out.dtype)
             for t in temps
             if followed and followed in (self.driver(t), self.borrowable(t))
         }
 
         def visit(e: Any) -> Any:
-            if isinstance(e, Access) and e.tensor.name in followers:
+            if isinstance(e, ir.Access) and e.tensor.name in followers:
                 return followers[e.tensor.name]
-            if isinstance(e, Access) and composed and e.tensor.structure == structure:
-                return cast(Const(e.tensor.fill, dtypes.float64), e.dtype)
+            if isinstance(e, ir.Access) and composed and e.tensor.structure == structure:
+                return ir.cast(ir.Const(e.tensor.fill, dtypes.float64), e.dtype)
             return rebuild(e, visit)
 
         if st.op and self.driver(st):
-            value = cast(identity_of(st.op, st.value.dtype), st.out.dtype)
+            value = ir.cast(ir.identity_of(st.op, st.value.dtype), st.out.dtype)
             plain, rest = Statement(st.out, "", (), value, lambda e: e), []
         else:
             plain = replace(st, value=visit(st.value))
@@ -174,7 +163,7 @@ class _Builder(Tables):
         self.names = set(self.tensors)
         body = simplify(NestBuilder(self, plain, rest, "", shared=False).build())
         follows = structure if part >= 0 else ""
-        return Nest(f"{st.out.tensor.name}.init", body, part, structure=follows)
+        return ir.Nest(f"{st.out.tensor.name}.init", body, part, structure=follows)
 
     def _root_driver(self, st: Statement, temps: list[Statement]) -> tuple[str, tuple[str, ...]]:
         """The structure that the loops of a root statement follow, and its indices; or nothing."""

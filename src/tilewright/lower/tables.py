@@ -8,23 +8,9 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
+from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Level, Storage
 from tilewright.ir.names import Given, count_name, stride_name, values_name
-from tilewright.ir.nodes import (
-    Access,
-    Assign,
-    Buffer,
-    Cast,
-    Const,
-    Expr,
-    Index,
-    Program,
-    Reduce,
-    Tensor,
-    Var,
-    cast,
-    size_var,
-)  # fmt: skip
 from tilewright.ir.rewrite import add, ceil_div, walk
 
 Driver = tuple[str, tuple[str, ...]]
@@ -35,31 +21,31 @@ Driver = tuple[str, tuple[str, ...]]
 class Statement:
     """An assignment taken apart: `out op= value over axes`."""
 
-    out: Access
+    out: ir.Access
     op: str
-    axes: tuple[Index, ...]
-    value: Expr
-    wrap: Callable[[Expr], Expr]
+    axes: tuple[ir.Index, ...]
+    value: ir.Expr
+    wrap: Callable[[ir.Expr], ir.Expr]
 
     @classmethod
-    def of(cls, a: Assign) -> Statement:
+    def of(cls, a: ir.Assign) -> Statement:
         value, to = a.value, a.out.dtype
-        inner = value.a if isinstance(value, Cast) else value
+        inner = value.a if isinstance(value, ir.Cast) else value
         if a.op:  # an update in place of its own: over no axes
             return cls(a.out, a.op, (), value, lambda e: e)
-        if isinstance(inner, Reduce):
-            return cls(a.out, inner.op, inner.axes, inner.body, lambda e: cast(e, to))  # type: ignore[arg-type]
+        if isinstance(inner, ir.Reduce):
+            return cls(a.out, inner.op, inner.axes, inner.body, lambda e: ir.cast(e, to))  # type: ignore[arg-type]
         return cls(a.out, "", (), value, lambda e: e)
 
 
-def drivers(st: Statement) -> dict[Driver, Tensor]:
+def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
     """The structures that could drive a reduction, in reading order: those read at plain indices,
     one of them reduced."""
     reduced = {a.name for a in st.axes}
-    found: dict[Driver, Tensor] = {}
+    found: dict[Driver, ir.Tensor] = {}
     for x in walk(st.value):
-        if isinstance(x, Access) and x.tensor.is_sparse:
-            names = tuple(c.name if isinstance(c, Index) else "" for c in x.coords)
+        if isinstance(x, ir.Access) and x.tensor.is_sparse:
+            names = tuple(c.name if isinstance(c, ir.Index) else "" for c in x.coords)
             if "" not in names and len(set(names)) == len(names) and reduced & set(names):
                 found.setdefault((x.tensor.structure, names), x.tensor)
     return found
@@ -69,7 +55,7 @@ class Tables:
     """What the nests of one program share: its tensors, their formats in the nest that is being
     built, and the buffers they are stored in."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: ir.Program) -> None:
         self.program = program
         self.tensors = {t.name: t for t in program.tensors}
         self.index = program.index
@@ -92,21 +78,21 @@ class Tables:
 
     # -- buffers -----------------------------------------------------------------------------
 
-    def size(self, dim: str | int) -> Expr:
+    def size(self, dim: str | int) -> ir.Expr:
         if isinstance(dim, str) and dim in self.sizes:
-            return Const(self.sizes[dim], self.index)
-        return size_var(dim, self.index)
+            return ir.Const(self.sizes[dim], self.index)
+        return ir.size_var(dim, self.index)
 
     def storage(self, structure: str, depth: int) -> tuple[Level, Storage]:
         level = self.format[structure].levels[depth]
         size = self.size(self.tensors[structure].dims[level.dim])
         if level.inner:
-            size = Const(level.block, self.index)
+            size = ir.Const(level.block, self.index)
         elif level.block:
             size = ceil_div(size, level.block)
-        count = Var(count_name(structure, depth), self.index)
+        count = ir.Var(count_name(structure, depth), self.index)
         made = {
-            name: Buffer(
+            name: ir.Buffer(
                 Given(structure, name, depth).name,
                 self.index,
                 (add(count, 1) if name == "indptr" else count,),
@@ -116,26 +102,26 @@ class Tables:
         }
         return level, Storage(size, count, made.get("indptr"), made.get("indices"))
 
-    def values(self, tensor: Tensor) -> Buffer:
+    def values(self, tensor: ir.Tensor) -> ir.Buffer:
         last = len(self.format[tensor.structure].levels) - 1
-        return Buffer(
+        return ir.Buffer(
             values_name(tensor.name),
             tensor.dtype,
-            (Var(count_name(tensor.structure, last), self.index),),
+            (ir.Var(count_name(tensor.structure, last), self.index),),
             "part",
         )
 
-    def buffer(self, tensor: Tensor) -> Buffer:
+    def buffer(self, tensor: ir.Tensor) -> ir.Buffer:
         shape = tuple(self.size(d) for d in tensor.dims)
         if tensor.role == "inline":
-            return Buffer(tensor.name, tensor.dtype, shape, "register")
-        strides: list[Expr] = [
-            Var(stride_name(tensor.name, d), dtypes.int64) for d in range(len(shape))
+            return ir.Buffer(tensor.name, tensor.dtype, shape, "register")
+        strides: list[ir.Expr] = [
+            ir.Var(stride_name(tensor.name, d), dtypes.int64) for d in range(len(shape))
         ]
         if strides and not tensor.strided:
-            strides[-1] = Const(1, dtypes.int64)
+            strides[-1] = ir.Const(1, dtypes.int64)
         kind = "state" if tensor.role == "temp" else tensor.kind
-        return Buffer(tensor.name, tensor.dtype, shape, "global", tuple(strides), kind)
+        return ir.Buffer(tensor.name, tensor.dtype, shape, "global", tuple(strides), kind)
 
 
 def shares_rows(name: str, fmt: Any) -> ProgramError:
@@ -153,7 +139,7 @@ def unsearchable(name: str, fmt: Any) -> ProgramError:
     )  # fmt: skip
 
 
-def indices_in(coords: tuple[Expr, ...]) -> list[Index]:
+def indices_in(coords: tuple[ir.Expr, ...]) -> list[ir.Index]:
     """The indices in output coordinates, in order, once each."""
-    found = [x for c in coords for x in walk(c) if isinstance(x, Index)]
+    found = [x for c in coords for x in walk(c) if isinstance(x, ir.Index)]
     return list({x.name: x for x in found}.values())
