@@ -27,7 +27,7 @@ from tilewright.attention.variant import (
 )
 from tilewright.codegen import prelude_files
 from tilewright.errors import ArgumentError, ProgramError
-from tilewright.ir.nodes import Var, equal, select, unary
+from tilewright.ir.nodes import Var, binary, equal, select, unary
 from tilewright.sparse import trace
 from tilewright.sparse.trace import scalar
 from tilewright.toolchain import compilers, cxx
@@ -337,12 +337,12 @@ def condition(rng, depth):
     kind = rng.integers(0, 8) if depth else 7
     if kind > 5:
         op = ("<", "<=", ">", ">=", "==", "!=")[rng.integers(0, 6)]
-        return trace.binary(op, integer(rng, depth), integer(rng, depth))
+        return binary(op, integer(rng, depth), integer(rng, depth))
     a, b = condition(rng, depth - 1), condition(rng, depth - 1)
     makers = (
         lambda: a & b,
         lambda: a | b,
-        lambda: trace.binary("^", a, b),
+        lambda: binary("^", a, b),
         lambda: unary("not", a),
         lambda: integer(rng, depth).cast("bool"),
         lambda: select(condition(rng, 0), a, b),

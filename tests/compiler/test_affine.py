@@ -20,7 +20,7 @@ def test_a_form_has_the_value_of_its_expression(e, to) -> None:
     assert form is not None
     for i, j, n in ((0, 0, 0), (3, 5, 7), (11, 2, 13)):
         at = {k: Const(v, dtypes.int32) for k, v in (("i", i), ("j", j), ("n", n))}
-        value = simplify(substitute(e, at)).value  # type: ignore[attr-defined]
+        value = simplify(substitute(e, at)).value
         known = {"i": i, "j": j}
         base = simplify(substitute(form.base, at)).value  # type: ignore[attr-defined]
         steps = {k: simplify(substitute(s, at)).value for k, s in form.steps.items()}  # type: ignore[attr-defined]

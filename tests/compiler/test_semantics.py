@@ -11,7 +11,7 @@ import pytest
 import tilewright as tw
 from tilewright.errors import ArgumentError, InternalError, ProgramError
 from tilewright.ir.levels import Compressed, Dense, Fixed
-from tilewright.lower.nests import NestBuilder
+from tilewright.lower import nests
 
 TARGETS = ("interp", "cpp")
 BLOCKS = tw.Composed(
@@ -443,6 +443,6 @@ def test_padding_that_holds_a_fill_is_guarded_on_a_gpu():
 def test_the_verifier_sees_an_element_that_is_not_stored(fmt, monkeypatch):
     program = relation_rows_and_more.decompose(A=ROWS_3D[fmt])
     program.lower()
-    monkeypatch.setattr(NestBuilder, "_visits_all", lambda self, spec: True)
+    monkeypatch.setattr(nests, "visits_all", lambda tables, spec: True)
     with pytest.raises(InternalError, match="some elements of out are not stored"):
         program.lower()

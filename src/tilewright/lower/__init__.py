@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tilewright import knobs
-from tilewright.ir.nodes import Program
+from tilewright.ir import nodes as ir
 from tilewright.ir.verify import verify
 from tilewright.lower.bind import bind_grid, bind_threads, serialize_threads
 from tilewright.lower.flatten import flatten_addresses, inline_lets
@@ -27,7 +27,7 @@ from tilewright.lower.vectorize import split_registers, unroll_loops, vectorize_
 class Pass:
     """`only`: the kinds of target it runs for (empty: all)."""
 
-    run: Callable[[Program], Program]
+    run: Callable[[ir.Program], ir.Program]
     only: tuple[str, ...] = ()
 
     @property
@@ -35,10 +35,7 @@ class Pass:
         return self.run.__name__
 
 
-BEFORE_SCHEDULE = (
-    Pass(hoist_reductions),
-    Pass(coordinates_to_positions),
-)
+BEFORE_SCHEDULE = (Pass(hoist_reductions), Pass(coordinates_to_positions))
 AFTER_SCHEDULE = (
     Pass(serialize_threads, only=("cpp", "interp")),
     Pass(materialize_tiles),
@@ -55,11 +52,11 @@ AFTER_SCHEDULE = (
 
 
 def run_passes(
-    program: Program,
+    program: ir.Program,
     passes: tuple[Pass, ...],
     kind: str = "cpp",
-    watch: Callable[[str, Program], None] | None = None,
-) -> Program:
+    watch: Callable[[str, ir.Program], None] | None = None,
+) -> ir.Program:
     """The passes that apply to a kind of target, in order. `watch(name, program)` sees each
     result."""
     verifying, debug = knobs.get("verify"), knobs.get("debug")

@@ -7,31 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.errors import ScheduleError
+from tilewright.ir import nodes as ir
 from tilewright.ir.names import COUNT, SIZE, is_given
-from tilewright.ir.nodes import (
-    GRID,
-    THREADS,
-    Const,
-    Expr,
-    For,
-    If,
-    Let,
-    Load,
-    Mma,
-    MmaStore,
-    MmaZero,
-    Nest,
-    Program,
-    ReduceThreads,
-    Search,
-    Seq,
-    Stmt,
-    Store,
-    Sync,
-    Var,
-    binary,
-    seq,
-)  # fmt: skip
 from tilewright.ir.rewrite import (
     add,
     free_vars,
@@ -46,10 +23,10 @@ from tilewright.ir.rewrite import (
 from tilewright.target import CTA_THREADS, WARP
 
 UNROLLED = 8  # rounds of a copy to shared memory that are written out
-THREAD_X, THREAD_Y = Var("thread_x"), Var("thread_y")
+THREAD_X, THREAD_Y = ir.Var("thread_x"), ir.Var("thread_y")
 
 
-def bind_grid(program: Program) -> Program:
+def bind_grid(program: ir.Program) -> ir.Program:
     """Takes the chain of parallel loops off the top of each nest: they become units of work.
 
     before: for i_o in 0:ceil(n/8)  # cta.x          after: grid (ceil(n/8)), i_o = unit
@@ -59,7 +36,7 @@ def bind_grid(program: Program) -> Program:
     return replace(program, stages=stages)
 
 
-def bind_threads(program: Program) -> Program:
+def bind_threads(program: ir.Program) -> ir.Program:
     """CUDA: a loop bound to threads becomes one iteration of each thread; what stands outside such
     loops is done by all threads, but stored by one.
 
@@ -75,9 +52,9 @@ def bind_threads(program: Program) -> Program:
     return replace(program, stages=stages)
 
 
-def _bound(nest: Nest) -> Nest:
-    extents = {kind: _extent(nest.body, kind) for kind in THREADS}
-    if any(isinstance(x, MmaZero) for x in walk(nest.body)):
+def _bound(nest: ir.Nest) -> ir.Nest:
+    extents = {kind: _extent(nest.body, kind) for kind in ir.THREADS}
+    if any(isinstance(x, ir.MmaZero) for x in walk(nest.body)):
         if extents["thread.x"] > WARP:
             raise ScheduleError(
                 "S102",
@@ -98,13 +75,13 @@ def _bound(nest: Nest) -> Nest:
     return replace(nest, body=body, threads=(extents["thread.x"], extents["thread.y"]))
 
 
-def _check_cta(nest: Nest, threads: int) -> None:
+def _check_cta(nest: ir.Nest, threads: int) -> None:
     if threads > CTA_THREADS:
         raise ScheduleError(
             "S103", f"{nest.name} has {threads} threads in a CTA",
             hint=f"at most {CTA_THREADS}: bind smaller loops",
         )  # fmt: skip
-    meets = any(isinstance(x, Sync) for x in statements(nest.body))
+    meets = any(isinstance(x, ir.Sync) for x in statements(nest.body))
     if meets and threads % WARP:
         raise ScheduleError(
             "S102",
@@ -113,7 +90,7 @@ def _check_cta(nest: Nest, threads: int) -> None:
         )
 
 
-def serialize_threads(program: Program) -> Program:
+def serialize_threads(program: ir.Program) -> ir.Program:
     """CPU: thread loops of a schedule made for a GPU run one after the other.
 
     before: for lane in 0:32  # thread.x            after: for lane in 0:32
@@ -122,43 +99,43 @@ def serialize_threads(program: Program) -> Program:
     """
 
     def visit(s: Any) -> Any:
-        if isinstance(s, Sync):
-            return seq()
-        if isinstance(s, For) and s.kind in (*THREADS, "threads"):
+        if isinstance(s, ir.Sync):
+            return ir.seq()
+        if isinstance(s, ir.For) and s.kind in (*ir.THREADS, "threads"):
             s = replace(s, kind="serial")
-        return rebuild(s, visit) if isinstance(s, (Seq, For, If)) else s
+        return rebuild(s, visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
 
     stages = tuple(tuple(replace(n, body=visit(n.body)) for n in stage) for stage in program.stages)
     return replace(program, stages=stages)
 
 
-def _grid(nest: Nest) -> Nest:
-    extents: list[Expr] = []
-    variables: list[Var] = []
-    rewrap: list[Callable[[Stmt], Stmt]] = []
+def _grid(nest: ir.Nest) -> ir.Nest:
+    extents: list[ir.Expr] = []
+    variables: list[ir.Var] = []
+    rewrap: list[Callable[[ir.Stmt], ir.Stmt]] = []
     body = nest.body
     while True:
-        if isinstance(body, For) and body.kind in GRID:
+        if isinstance(body, ir.For) and body.kind in ir.GRID:
             _check_host(body)
             extents.append(body.end)
             variables.append(body.var)
             body = body.body
-        elif isinstance(body, If) and _has_grid(body.body):
-            rewrap.append(lambda b, c=body.cond: If(c, b))
+        elif isinstance(body, ir.If) and _has_grid(body.body):
+            rewrap.append(lambda b, c=body.cond: ir.If(c, b))
             body = body.body
         elif (
-            isinstance(body, Seq)
+            isinstance(body, ir.Seq)
             and body.body
             and _has_grid(body.body[-1])
-            and all(isinstance(b, Let) for b in body.body[:-1])
+            and all(isinstance(b, ir.Let) for b in body.body[:-1])
         ):
-            rewrap.append(lambda b, lets=body.body[:-1]: seq(*lets, b))
+            rewrap.append(lambda b, lets=body.body[:-1]: ir.seq(*lets, b))
             body = body.body[-1]
         else:
             break
     if _has_grid(body):
-        below = next(x for x in statements(body) if isinstance(x, For) and x.kind in GRID)
-        above = next((x for x in statements(body) if isinstance(x, For)), below)
+        below = next(x for x in statements(body) if isinstance(x, ir.For) and x.kind in ir.GRID)
+        above = next((x for x in statements(body) if isinstance(x, ir.For)), below)
         what = f"serial loop {above.name}" if above is not below else "a branch"
         raise ScheduleError(
             "S102", f"in {nest.name} the parallel loop {below.name} stands below {what}",
@@ -169,16 +146,16 @@ def _grid(nest: Nest) -> Nest:
     return replace(nest, body=body, grid=tuple(extents), grid_vars=tuple(variables))
 
 
-def _has_grid(s: Stmt) -> bool:
-    return any(isinstance(x, For) and x.kind in GRID for x in statements(s))
+def _has_grid(s: ir.Stmt) -> bool:
+    return any(isinstance(x, ir.For) and x.kind in ir.GRID for x in statements(s))
 
 
-def _check_host(loop: For) -> None:
-    begins_at_zero = isinstance(loop.begin, Const) and loop.begin.value == 0
+def _check_host(loop: ir.For) -> None:
+    begins_at_zero = isinstance(loop.begin, ir.Const) and loop.begin.value == 0
     inner = [
         x
         for x in walk(loop.end)
-        if isinstance(x, (Load, Search)) or (isinstance(x, Var) and not host_known(x.name))
+        if isinstance(x, (ir.Load, ir.Search)) or (isinstance(x, ir.Var) and not host_known(x.name))
     ]
     if inner or not begins_at_zero:
         raise ScheduleError(
@@ -194,10 +171,10 @@ def host_known(name: str) -> bool:
     return is_given(name, SIZE, COUNT)
 
 
-def _extent(body: Stmt, kind: str) -> int:
+def _extent(body: ir.Stmt, kind: str) -> int:
     found = 1
     for x in statements(body):
-        if isinstance(x, For) and x.kind == kind:
+        if isinstance(x, ir.For) and x.kind == kind:
             if x.extent is None:
                 raise ScheduleError(
                     "S102",
@@ -208,18 +185,18 @@ def _extent(body: Stmt, kind: str) -> int:
     return found
 
 
-def _check_meetings(s: Stmt, *, guarded: bool) -> None:
+def _check_meetings(s: ir.Stmt, *, guarded: bool) -> None:
     """Threads meet at a barrier to sum over thread.y and to share memory: no guard may keep some of
     them away."""
-    if isinstance(s, If):
+    if isinstance(s, ir.If):
         parts = free_vars(s.cond) & {THREAD_X.name, THREAD_Y.name}
         _check_meetings(s.body, guarded=guarded or bool(parts))
-    elif isinstance(s, For):
+    elif isinstance(s, ir.For):
         _check_meetings(s.body, guarded=guarded)
-    elif isinstance(s, Seq):
+    elif isinstance(s, ir.Seq):
         for b in s.body:
             _check_meetings(b, guarded=guarded)
-    elif guarded and (isinstance(s, Sync) or (isinstance(s, Store) and _meets(s.value))):
+    elif guarded and (isinstance(s, ir.Sync) or (isinstance(s, ir.Store) and _meets(s.value))):
         raise ScheduleError(
             "S102",
             "a guard parts threads that meet",
@@ -227,19 +204,19 @@ def _check_meetings(s: Stmt, *, guarded: bool) -> None:
         )
 
 
-def _meets(e: Expr) -> bool:
-    return any(isinstance(x, ReduceThreads) and x.axis == "thread.y" for x in walk(e))
+def _meets(e: ir.Expr) -> bool:
+    return any(isinstance(x, ir.ReduceThreads) and x.axis == "thread.y" for x in walk(e))
 
 
-def _threads(s: Stmt, extents: dict[str, int], inside: frozenset[str]) -> Stmt:
-    if isinstance(s, Sync) or (isinstance(s, For) and s.kind == "threads"):
+def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.Stmt:
+    if isinstance(s, ir.Sync) or (isinstance(s, ir.For) and s.kind == "threads"):
         if inside:
             raise ScheduleError(
                 "S102", "shared memory is filled inside a loop bound to threads",
                 hint="cache at a loop around those bound to threads",
             )  # fmt: skip
-        return s if isinstance(s, Sync) else _shared_out(s, extents)
-    if isinstance(s, For) and s.kind in THREADS:
+        return s if isinstance(s, ir.Sync) else _shared_out(s, extents)
+    if isinstance(s, ir.For) and s.kind in ir.THREADS:
         if s.kind in inside:
             raise ScheduleError(
                 "S102",
@@ -251,43 +228,43 @@ def _threads(s: Stmt, extents: dict[str, int], inside: frozenset[str]) -> Stmt:
             _threads(s.body, extents, inside | {s.kind}), {s.name: replace(var, dtype=s.var.dtype)}
         )
         partial = s.extent is not None and s.extent < extents[s.kind]
-        return If(binary("<", var, s.extent), body) if partial else body
-    if isinstance(s, (For, If)):
+        return ir.If(ir.binary("<", var, s.extent), body) if partial else body
+    if isinstance(s, (ir.For, ir.If)):
         return replace(s, body=_threads(s.body, extents, inside))
-    if isinstance(s, Seq):
-        return seq(*(_threads(b, extents, inside) for b in s.body))
-    if isinstance(s, Store) and s.buffer.scope in ("global", "part"):
+    if isinstance(s, ir.Seq):
+        return ir.seq(*(_threads(b, extents, inside) for b in s.body))
+    if isinstance(s, ir.Store) and s.buffer.scope in ("global", "part"):
         for kind, var in (("thread.x", THREAD_X), ("thread.y", THREAD_Y)):
             if extents[kind] > 1 and kind not in inside:
-                s = If(binary("==", var, 0), s)
+                s = ir.If(ir.binary("==", var, 0), s)
         return s
-    if isinstance(s, (Mma, MmaZero, MmaStore)):
+    if isinstance(s, (ir.Mma, ir.MmaZero, ir.MmaStore)):
         if "thread.x" in inside:
             raise ScheduleError(
                 "S102", "a tile operation stands inside a loop bound to thread.x",
                 hint="its own 32 threads are those of thread.x: bind the loop to thread.y",
             )  # fmt: skip
-        if isinstance(s, MmaStore) and extents["thread.y"] > 1 and "thread.y" not in inside:
-            return If(binary("==", THREAD_Y, 0), s)
+        if isinstance(s, ir.MmaStore) and extents["thread.y"] > 1 and "thread.y" not in inside:
+            return ir.If(ir.binary("==", THREAD_Y, 0), s)
     return s
 
 
-def _shared_out(s: For, extents: dict[str, int]) -> Stmt:
+def _shared_out(s: ir.For, extents: dict[str, int]) -> ir.Stmt:
     """A loop whose iterations all threads of the CTA do together, neighbours by neighbours."""
     assert s.extent is not None
     x, y = extents["thread.x"], extents["thread.y"]
     dtype = s.var.dtype
-    thread: Expr = replace(THREAD_X, dtype=dtype)
+    thread: ir.Expr = replace(THREAD_X, dtype=dtype)
     if y > 1:
         thread = add(mul(replace(THREAD_Y, dtype=dtype), x), thread)
     rounds, whole = -(-s.extent // (x * y)), s.extent % (x * y) == 0
-    outer = Var(f"{s.name}_o", dtype)
-    body = s.body if whole else If(binary("<", s.var, s.extent), s.body)
-    body = seq(Let(s.var, add(mul(outer, x * y), thread)), body)
-    return For(
+    outer = ir.Var(f"{s.name}_o", dtype)
+    body = s.body if whole else ir.If(ir.binary("<", s.var, s.extent), s.body)
+    body = ir.seq(ir.Let(s.var, add(mul(outer, x * y), thread)), body)
+    return ir.For(
         outer,
-        Const(0, dtype),
-        Const(rounds, dtype),
+        ir.Const(0, dtype),
+        ir.Const(rounds, dtype),
         body,
         "unroll" if rounds <= UNROLLED else "serial",
     )

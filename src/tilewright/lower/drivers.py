@@ -8,29 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 from tilewright.errors import ProgramError
-from tilewright.ir.nodes import (
-    Access,
-    Binary,
-    Cast,
-    Const,
-    Expr,
-    Index,
-    Select,
-    Tensor,
-    Unary,
-    identity_of,
-)
+from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import FOLD
 from tilewright.lower.tables import Driver, Statement, drivers
 
 
-def check_reduction(st: Statement, tensors: dict[str, Tensor]) -> None:
+def check_reduction(st: Statement, tensors: dict[str, ir.Tensor]) -> None:
     """Raises ProgramError[P107] where the value of a reduction is not well defined."""
     shared = drivers(st)
     if not st.op or not shared:
         return
     values = [_value_where_missing(st.value, driver) for driver in shared]
-    identity = identity_of(st.op, st.value.dtype).value
+    identity = ir.identity_of(st.op, st.value.dtype).value
     if len(shared) > 1 and values[0] != identity and any(v != 0 for v in values):
         names = " and ".join(t.name for t in shared.values())
         first = next(iter(shared.values())).name
@@ -54,34 +43,34 @@ def check_reduction(st: Statement, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _value_where_missing(body: Expr, driver: Driver) -> Any:
+def _value_where_missing(body: ir.Expr, driver: Driver) -> Any:
     """The value of `body` where `driver` stores no entry; None where that is no constant."""
 
-    def fill(x: Access) -> float | None:
-        names = tuple(c.name if isinstance(c, Index) else "" for c in x.coords)
+    def fill(x: ir.Access) -> float | None:
+        names = tuple(c.name if isinstance(c, ir.Index) else "" for c in x.coords)
         known = (x.tensor.structure, names) == driver and x.tensor.role == "input"
         return x.tensor.fill if known else None
 
     return constant(body, fill)
 
 
-def constant(e: Expr, read: Callable[[Access], Any]) -> Any:
+def constant(e: ir.Expr, read: Callable[[ir.Access], Any]) -> Any:
     """The value of an expression in which `read` knows the value of some accesses, else None.
     0 · x is 0, and ∞ + x is ∞, whatever x is."""
-    if isinstance(e, Const):
+    if isinstance(e, ir.Const):
         return e.value
-    if isinstance(e, Access):
+    if isinstance(e, ir.Access):
         return read(e)
-    if isinstance(e, Cast):
+    if isinstance(e, ir.Cast):
         value = constant(e.a, read)
         return value if value is None or e.dtype.is_float or math.isfinite(value) else None
-    if isinstance(e, Unary):
+    if isinstance(e, ir.Unary):
         value = constant(e.a, read)
         return None if value is None else _UNARY.get(e.op, lambda _: None)(value)
-    if isinstance(e, Select):
+    if isinstance(e, ir.Select):
         cond, a, b = (constant(x, read) for x in (e.cond, e.a, e.b))
         return (a if a == b else None) if cond is None else (a if cond else b)
-    if isinstance(e, Binary):
+    if isinstance(e, ir.Binary):
         return _of_two(e.op, constant(e.a, read), constant(e.b, read))
     return None
 

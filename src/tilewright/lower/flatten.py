@@ -6,27 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.ir.nodes import (
-    Const,
-    Expr,
-    For,
-    If,
-    Let,
-    Load,
-    Program,
-    Search,
-    Seq,
-    Stmt,
-    Store,
-    cast,
-    seq,
-)
+from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import add, as_int64, mul, rebuild, simplify, substitute, transform, walk
 
-HEAVY = (Load, Search)
+HEAVY = (ir.Load, ir.Search)
 
 
-def inline_lets(program: Program) -> Program:
+def inline_lets(program: ir.Program) -> ir.Program:
     """Names of plain arithmetic are replaced by what they name; names of loads stay.
 
     before: let k = k_o * 64 + k_i; let j = indices[p]; … X[j, k]
@@ -35,60 +21,60 @@ def inline_lets(program: Program) -> Program:
     return _each_body(program, lambda s: simplify(_inline(s, {})))
 
 
-def _inline(s: Any, known: dict[str, Expr]) -> Any:
-    if isinstance(s, Seq):
-        out: list[Stmt] = []
+def _inline(s: Any, known: dict[str, ir.Expr]) -> Any:
+    if isinstance(s, ir.Seq):
+        out: list[ir.Stmt] = []
         for b in s.body:
-            if isinstance(b, Let):
+            if isinstance(b, ir.Let):
                 value = substitute(b.value, known)
                 if any(isinstance(x, HEAVY) for x in walk(value)):
-                    out.append(Let(b.var, value))
+                    out.append(ir.Let(b.var, value))
                 else:
                     known = {**known, b.var.name: value}
             else:
                 out.append(_inline(b, known))
-        return seq(*out) if out else Seq(())
-    if isinstance(s, (For, If)):
+        return ir.seq(*out) if out else ir.Seq(())
+    if isinstance(s, (ir.For, ir.If)):
         new = rebuild(
-            s, lambda c: _inline(c, known) if isinstance(c, Stmt) else substitute(c, known)
+            s, lambda c: _inline(c, known) if isinstance(c, ir.Stmt) else substitute(c, known)
         )
         return new
     return substitute(s, known)
 
 
-def flatten_addresses(program: Program) -> Program:
+def flatten_addresses(program: ir.Program) -> ir.Program:
     """Loads and stores of memory get one 64-bit offset; registers keep their indices.
 
     before: X[j, k]        after: X[int64(j) * X_stride0 + int64(k)]
     """
 
     def visit(x: Any) -> Any:
-        if isinstance(x, (Load, Store)) and x.buffer.scope in ("global", "part", "shared"):
+        if isinstance(x, (ir.Load, ir.Store)) and x.buffer.scope in ("global", "part", "shared"):
             return replace(x, index=(flat_offset(x),))
         return x
 
     return _each_body(program, lambda s: simplify(transform(s, visit)))
 
 
-def flat_offset(x: Load | Store) -> Expr:
+def flat_offset(x: ir.Load | ir.Store) -> ir.Expr:
     """The 64-bit offset of an access, in elements."""
     buffer = x.buffer
     if buffer.scope == "part":
         return x.index[0]
     strides = buffer.strides
     if strides is None:
-        made: list[Expr] = []
-        step: Expr = Const(1, dtypes.int64)
+        made: list[ir.Expr] = []
+        step: ir.Expr = ir.Const(1, dtypes.int64)
         for extent in reversed(buffer.shape):
             made.insert(0, step)
             step = mul(step, as_int64(extent))
         strides = tuple(made)
-    total: Expr = Const(0, dtypes.int64)
+    total: ir.Expr = ir.Const(0, dtypes.int64)
     for i, s in zip(x.index, strides, strict=True):
-        total = add(total, mul(as_int64(i), cast(s, dtypes.int64)))
+        total = add(total, mul(as_int64(i), ir.cast(s, dtypes.int64)))
     return total
 
 
-def _each_body(program: Program, f: Any) -> Program:
+def _each_body(program: ir.Program, f: Any) -> ir.Program:
     stages = tuple(tuple(replace(n, body=f(n.body)) for n in stage) for stage in program.stages)
     return replace(program, stages=stages)

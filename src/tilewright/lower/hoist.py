@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tilewright.ir.nodes import Access, Assign, Cast, Index, Program, Reduce, Tensor, cast
+from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import conditioned, free_indices, rebuild, substitute, walk
 
 
-def hoist_reductions(program: Program) -> Program:
+def hoist_reductions(program: ir.Program) -> ir.Program:
     """Names each reduction that is part of a larger expression, innermost first.
 
     before: out[i, j] = exp(A[i, j]) / sum(exp(A[i, j]) over j)
@@ -19,44 +19,44 @@ def hoist_reductions(program: Program) -> Program:
     A reduction that depends on no index of its statement becomes a temporary with a stage of its
     own. One under a `where` takes the condition along where it must (`conditioned`).
     """
-    body: list[Assign] = []
+    body: list[ir.Assign] = []
     tensors = {t.name: t for t in program.tensors}
     for statement in program.body:
         hoister = _Hoister(statement)
         value = conditioned(statement.value)
-        inner = value.a if isinstance(value, Cast) else value
-        if isinstance(inner, Reduce) and not statement.op and not _apart(statement, inner):
+        inner = value.a if isinstance(value, ir.Cast) else value
+        if isinstance(inner, ir.Reduce) and not statement.op and not _apart(statement, inner):
             # The statement itself reduces.
-            new = Reduce(inner.op, inner.axes, hoister.visit(inner.body, (inner,)), inner.dtype)
-            value = cast(new, value.dtype)
+            new = ir.Reduce(inner.op, inner.axes, hoister.visit(inner.body, (inner,)), inner.dtype)
+            value = ir.cast(new, value.dtype)
         else:
             value = hoister.visit(value, ())
         for made in hoister.made:
             tensors[made.out.tensor.name] = made.out.tensor
-        body += [*hoister.made, Assign(statement.out, value, statement.op)]
+        body += [*hoister.made, ir.Assign(statement.out, value, statement.op)]
     return replace(program, tensors=tuple(tensors.values()), body=tuple(body))
 
 
-def _apart(statement: Assign, e: Reduce) -> bool:
+def _apart(statement: ir.Assign, e: ir.Reduce) -> bool:
     """Whether a reduction cannot be its statement: the output follows the stored coordinates of one
     tensor and the reduction those of another."""
     own = {a.name for a in e.axes}
     return statement.out.tensor.is_sparse and any(
-        isinstance(x, Access)
+        isinstance(x, ir.Access)
         and x.tensor.is_sparse
-        and any(isinstance(c, Index) and c.name in own for c in x.coords)
+        and any(isinstance(c, ir.Index) and c.name in own for c in x.coords)
         for x in walk(e.body)
     )
 
 
 class _Hoister:
-    def __init__(self, statement: Assign) -> None:
+    def __init__(self, statement: ir.Assign) -> None:
         self.out = statement.out
-        self.made: list[Assign] = []
-        self.known: dict[Any, Access] = {}
+        self.made: list[ir.Assign] = []
+        self.known: dict[Any, ir.Access] = {}
 
-    def visit(self, e: Any, binders: tuple[Reduce, ...]) -> Any:
-        if not isinstance(e, Reduce):
+    def visit(self, e: Any, binders: tuple[ir.Reduce, ...]) -> Any:
+        if not isinstance(e, ir.Reduce):
             return rebuild(e, lambda child: self.visit(child, binders))
         own = {a.name for a in e.axes}
         free = free_indices(e)
@@ -65,18 +65,18 @@ class _Hoister:
         key = (_numbered(e), binding)
         if key in self.known:
             return self.known[key]
-        inner = Reduce(e.op, e.axes, self.visit(e.body, (*binders, e)), e.dtype)
+        inner = ir.Reduce(e.op, e.axes, self.visit(e.body, (*binders, e)), e.dtype)
         assert not own & free.keys()
         name = f"{self.out.tensor.name}.{len(self.made)}"
         role = "inline" if free or not self.out.coords else "temp"
         ordered = sorted(free.values(), key=lambda x: self._rank(x, binders))
-        tensor = Tensor(name, tuple(x.dim for x in ordered), e.dtype, role)
-        self.known[key] = Access(tensor, tuple(ordered), e.dtype)
-        self.made.append(Assign(self.known[key], inner))
+        tensor = ir.Tensor(name, tuple(x.dim for x in ordered), e.dtype, role)
+        self.known[key] = ir.Access(tensor, tuple(ordered), e.dtype)
+        self.made.append(ir.Assign(self.known[key], inner))
         return self.known[key]
 
-    def _rank(self, x: Index, binders: tuple[Reduce, ...]) -> int:
-        order = [n.name for c in self.out.coords for n in walk(c) if isinstance(n, Index)]
+    def _rank(self, x: ir.Index, binders: tuple[ir.Reduce, ...]) -> int:
+        order = [n.name for c in self.out.coords for n in walk(c) if isinstance(n, ir.Index)]
         order += [a.name for b in binders for a in b.axes]
         return order.index(x.name)
 
@@ -84,7 +84,7 @@ class _Hoister:
 def _numbered(e: Any, depth: int = 0) -> Any:
     """`e` with numbers for the indices it binds: equal for expressions that differ in their names
     only."""
-    if not isinstance(e, Reduce):
+    if not isinstance(e, ir.Reduce):
         return rebuild(e, lambda child: _numbered(child, depth))
     fresh = {a.name: replace(a, name=str(depth + n)) for n, a in enumerate(e.axes)}
     body = _numbered(substitute(e.body, fresh), depth + len(fresh))

@@ -1,604 +1,335 @@
-"""One statement as a nest of loops over stored positions: what `lower.positions` is made of.
+"""Builds the nest of loops over stored positions of one statement, for `lower.positions`.
 
-The loops of a statement's indices are put in order (spatial ones first, a level never before its
-parents), opened one by one (a level tells its range, its coordinate and its position), and the
-statement stands in the innermost. Reductions it needs are placed as far out as they can be.
+The loops of the statement's indices are put in order (`loop_order`) and opened from the outermost
+on; each adds what it knows of coordinates and positions to a `Scope`. The innermost loop holds the
+statement, its accesses translated by `reads`. A reduction that the statement reads is computed in
+the outermost loop that binds all its indices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from functools import reduce
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir.levels import (
-    Level,
-    is_list_of_pairs,
-    lists_rows,
-    load_value,
-    locate_pair,
-    may_miss,
-)  # fmt: skip
-from tilewright.ir.names import PRIME, given
-from tilewright.ir.nodes import (
-    Access,
-    Binary,
-    Cast,
-    Compute,
-    Const,
-    Expr,
-    For,
-    If,
-    Index,
-    Let,
-    Load,
-    Search,
-    Select,
-    Stmt,
-    Tensor,
-    Unary,
-    Var,
-    as_expr,
-    binary,
-    cast,
-    select,
-    seq,
-    unary,
-)  # fmt: skip
-from tilewright.ir.ranges import interval
-from tilewright.ir.rewrite import add, mul, simplify, walk
+from tilewright.ir import nodes as ir
+from tilewright.ir.levels import Level, may_miss
+from tilewright.ir.rewrite import add, mul, walk
+from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
+from tilewright.lower.reads import PartRows, Reader
+from tilewright.lower.scope import BlockPart, Scope
 from tilewright.lower.tables import (
+    Driver,
     Statement,
     Tables,
+    driver_of,
     indices_in,
+    outer_driver,
     shares_rows,
     unsearchable,
-)
+)  # fmt: skip
+
+Wrap = Callable[[ir.Stmt], ir.Stmt]
+
+
+class BuiltNest(NamedTuple):
+    """`driver`: the structure that the outer loops follow; `in_place`: the output is updated in
+    memory, so that it needs a start value; `covers`: the loops store every output element."""
+
+    body: ir.Stmt
+    driver: Driver | None
+    in_place: bool
+    covers: bool
 
 
 @dataclass(frozen=True, slots=True)
-class _Spec:
-    """One loop to open: level `depth` of a structure, a dense axis, or two levels as one
-    (`fused`)."""
+class _Target:
+    """The statement that loops are opened for. `shadowed`: indices that it reduces over and that a
+    statement around it has too."""
 
-    axis: Index
-    structure: str = ""
-    depth: int = -1
-    level: Level | None = None
-    fused: Index | None = None
+    statement: Statement
+    in_place: bool
+    shadowed: frozenset[str] = frozenset()
 
-
-@dataclass(slots=True)
-class _Env:
-    """What is known at a place of the nest: coordinates that are bound, positions of structures."""
-
-    bound: dict[str, Expr] = field(default_factory=dict)
-    halves: dict[tuple[str, int, bool], Expr] = field(default_factory=dict)
-    vars: dict[tuple[str, int], Expr] = field(default_factory=dict)
-    pos: dict[tuple[str, int], Expr] = field(default_factory=dict)
-    coords: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    places: dict[tuple[str, tuple[str, ...]], Expr] = field(default_factory=dict)
-
-    def copy(self) -> _Env:
-        return _Env(*(dict(getattr(self, f.name)) for f in fields(self)))
+    def tag(self, axis: str) -> str:
+        """The axis of a loop as verbs and reductions know it: a shadowed index is another one."""
+        return f"{axis}.{self.statement.out.tensor.name}" if axis in self.shadowed else axis
 
 
 class NestBuilder:
-    """Builds the nest of one root statement under one choice of formats."""
+    """Builds the nest of `root` and of the inline reductions `temps`.
+
+    `structure` is what the loops of the root follow, with the part of it that `tables` name;
+    `shared`: other parts hold entries of the same rows."""
 
     def __init__(
         self,
-        owner: Tables,
+        tables: Tables,
         root: Statement,
         temps: list[Statement],
         structure: str,
         *,
         shared: bool,
     ) -> None:
-        self.owner, self.root, self.temps = owner, root, temps
+        self.tables, self.root, self.temps = tables, root, temps
         self.structure, self.shared = structure, shared
-        self.followed: tuple[str, tuple[str, ...]] | None = None  # what the root's loops follow
-        self.placed: set[str] = set()
-        self.in_place = False
-        self.covers = True  # whether the root's loops visit every element of its output
-        self.rows: dict[str, str] = {}  # structure -> the index of the rows it is followed at
-        self.at = root  # the statement whose loops are being opened
-        self.hidden: frozenset[str] = frozenset()
-        self.home = {t.out.tensor.name: self._home(t) for t in temps}
+        self.rows = PartRows(tables, structure, shared)
+        self.emitted: set[str] = set()  # temporaries that are computed already
+        self.computed_in = {t.out.tensor.name: self._statement_around(t) for t in temps}
 
-    def _home(self, t: Statement) -> str:
-        """The statement inside whose loops `t` stands: the root, or the reduction whose index it
-        needs."""
-        spatial = {x.name for x in indices_in(self.root.out.coords)}
-        needed = {x.name for x in indices_in(t.out.coords)}
-        if needed <= spatial:
+    def build(self) -> BuiltNest:
+        st = self.root
+        driver = driver_of(st) or (self._driver_inside() if self.structure else None)
+        if driver:
+            self.rows.row_index[driver.structure] = driver.indices[0]
+        scope = Scope(self.tables)
+        specs = self._follow(st, driver, scope)
+        is_sparse, reduced = st.out.tensor.is_sparse, {a.name for a in st.axes}
+        covers = is_sparse or all(
+            visits_all(self.tables, s) for s in specs if s.axis.name not in reduced
+        )
+        is_update = bool(st.op) and not st.axes
+        is_revisited = (self.shared and not is_sparse) or revisits_outputs(st, specs)
+        in_place = bool(st.op) and (is_update or is_revisited)
+        body = self._loops(_Target(st, in_place), specs, scope)
+        return BuiltNest(body, driver, in_place and not is_update, covers)
+
+    # -- statements ----------------------------------------------------------------------------
+
+    def _statement_around(self, t: Statement) -> str:
+        """The output of the statement in whose loops `t` is computed: the root, or the reduction
+        whose index it needs."""
+        if not {x.name for x in indices_in(t.out.coords)} - self._names_of(self.root, axes=False):
             return self.root.out.tensor.name
         for reader in (*self.temps, self.root):
-            if any(
-                isinstance(x, Access) and x.tensor.name == t.out.tensor.name
-                for x in walk(reader.value)
-            ):
-                return reader.out.tensor.name
+            for x in walk(reader.value):
+                if isinstance(x, ir.Access) and x.tensor.name == t.out.tensor.name:
+                    return reader.out.tensor.name
         raise AssertionError(f"nobody reads {t.out}")
 
-    def build(self) -> Stmt:
-        return self.emit(self.root, _Env())
+    def _names_of(self, st: Statement, *, axes: bool = True) -> set[str]:
+        return {x.name for x in (*indices_in(st.out.coords), *(st.axes if axes else ()))}
 
-    def emit(self, st: Statement, env: _Env) -> Stmt:
-        driver = self.owner.driver(st)
-        if driver is None and st is self.root and self.structure:
-            driver = self._borrowed(st)
+    def _temporary(self, t: Statement, scope: Scope) -> ir.Stmt:
+        """The loops of a reduction inside those of another statement."""
+        driver, scope = driver_of(t), scope.copy()
         if driver:
-            env = env.copy()
-            if not hasattr(self.owner.format[driver[0]], "levels"):
-                raise unsearchable(driver[0], self.owner.format[driver[0]])
-            if st is self.root:
-                self.followed = driver
-                self.rows[driver[0]] = driver[1][0]
-            else:
-                self._check_whole_rows(st, driver)
-            self._follow(st, driver, env)
-        specs = self._ordered(st, driver, env)
-        if st is self.root and not st.out.tensor.is_sparse:
-            reduced = {a.name for a in st.axes}
-            self.covers = all(self._visits_all(s) for s in specs if s.axis.name not in reduced)
-        adds = bool(st.op) and not st.axes  # update(…).add: to what the caller's array holds
-        in_place = adds or (bool(st.op) and self._is_in_place(st, specs))
-        if in_place and st is not self.root:
+            self._check_complete_rows(t, driver)
+        specs = self._follow(t, driver, scope)
+        if revisits_outputs(t, specs):
             raise ProgramError(
                 "P107",
-                f"a reduction inside {self.root.out.tensor.name} meets rows stored in pieces",
+                f"a reduction inside {self.root.out.tensor.name} runs over rows stored in pieces",
             )
-        self.in_place |= in_place and not adds
-        around, hidden = self.at, self.hidden
-        self.at, self.hidden = st, frozenset()
-        if st is not self.root:
-            others = (self.root, *(t for t in self.temps if t is not st))
-            known = {x.name for o in others for x in (*indices_in(o.out.coords), *o.axes)}
-            self.hidden = frozenset({a.name for a in st.axes} & known)
-        nest = self._loops(st, specs, env, in_place)
-        self.at, self.hidden = around, hidden
-        return nest
+        around = (self.root, *(x for x in self.temps if x is not t))
+        names = {name for x in around for name in self._names_of(x)}
+        shadowed = frozenset(a.name for a in t.axes if a.name in names)
+        return self._loops(_Target(t, False, shadowed), specs, scope)
 
-    def _visits_all(self, s: _Spec) -> bool:
-        """Whether the loop of an output index visits every coordinate of its dimension."""
-        if s.level is None or (s.level.full and s.fused is None):
-            return True
-        fmt = self.owner.tensors[s.structure].format
-        return s.depth == 0 and s.fused is None and fmt.covers_rows and lists_rows(s.level)
+    def _follow(self, st: Statement, driver: Driver | None, scope: Scope) -> list[LoopSpec]:
+        if driver:
+            scope.follow(driver, st)
+        return ordered_loops(self.tables, st, driver, scope.coordinates)
 
-    def _borrowed(self, st: Statement) -> tuple[str, tuple[str, ...]] | None:
+    def _driver_inside(self) -> Driver | None:
         """The driver of a reduction inside the root, where the root's own loops can follow it:
-        where no level of theirs stands below one that only the reduction walks."""
-        own = {x.name for x in indices_in(st.out.coords)}
-        levels = self.owner.format[self.structure].levels
-        for driver in map(self.owner.borrowable, self.temps):
-            if driver is None or driver[0] != self.structure:
+        where no level of theirs is below one that only the reduction walks."""
+        own = self._names_of(self.root, axes=False)
+        levels = self.tables.levels(self.structure)
+        for driver in map(outer_driver, self.temps):
+            if driver is None or driver.structure != self.structure:
                 continue
-            walked = [driver[1][level.dim] in own for level in levels]
-            reaches = (
+            walked = [driver.indices[level.dim] in own for level in levels]
+            reachable = (
                 level.is_dense or all(walked[:depth])
                 for depth, level in enumerate(levels)
                 if walked[depth]
             )
-            if any(walked) and all(reaches):
+            if any(walked) and all(reachable):
                 return driver
-        if hasattr(self.owner.tensors[self.structure].format, "parts"):
-            raise unsearchable(self.structure, self.owner.tensors[self.structure].format)
+        if self.tables.is_composed(self.structure):
+            raise unsearchable(self.structure, self.tables.tensors[self.structure].format)
         return None
 
-    def _follow(self, st: Statement, driver: tuple[str, tuple[str, ...]], env: _Env) -> None:
-        """Makes `driver` what its structure is read at. Positions below a level that is opened
-        anew, or that belong to other indices, are forgotten; a whole old position stays known."""
-        structure, names = driver
-        levels = self.owner.format[structure].levels
-        old = env.coords.get(structure, names)
-        if old != names and all((structure, d) in env.vars for d in range(len(levels))):
-            env.places[structure, old] = self._position(structure, len(levels) - 1, env)
-        env.coords[structure] = names
-        anew = {a.name for a in (*indices_in(st.out.coords), *st.axes) if a.name not in env.bound}
-        anew |= {a.name for a in st.axes}
-        for axis, block, inner in list(env.halves):
-            if axis in anew:
-                del env.halves[axis, block, inner]
-        moved = False
-        for depth, level in enumerate(levels):
-            other = names[level.dim] in anew or old[level.dim] != names[level.dim]
-            if other or (moved and not level.is_dense):
-                env.vars.pop((structure, depth), None)
-            if other or moved:
-                env.pos.pop((structure, depth), None)
-                moved = True
-
-    def _check_whole_rows(self, st: Statement, driver: tuple[str, tuple[str, ...]]) -> None:
-        """A reduction inside another statement is finished before it is read: its rows are
-        whole."""
+    def _check_complete_rows(self, st: Statement, driver: Driver) -> None:
+        """Raises ProgramError[P107] where a reduction inside another statement sees only a piece of
+        a row: its value is read before other pieces are added."""
         structure, names = driver
         reduced = {a.name for a in st.axes}
-        levels = self.owner.format[structure].levels
+        levels = self.tables.levels(structure)
         pieces = any(not x.unique and names[x.dim] not in reduced for x in levels)
-        if pieces or (self._is_part(structure) and (self.shared or names[0] in reduced)):
-            raise shares_rows(self.root.out.tensor.name, self.owner.tensors[structure].format)
-        self._check_own_rows(structure, names)
+        if pieces or (self.rows.is_part(structure) and (self.shared or names[0] in reduced)):
+            fmt = self.tables.tensors[structure].format
+            raise shares_rows(self.root.out.tensor.name, fmt)
+        self.rows.check(driver)
 
-    def _is_part(self, structure: str) -> bool:
-        """Whether the nest sees only a part of a structure."""
-        return structure == self.structure and hasattr(
-            self.owner.tensors[structure].format, "parts"
-        )
-
-    def _check_own_rows(self, structure: str, names: tuple[str, ...]) -> None:
-        """A part is read at its own rows only: other rows may be in other parts."""
-        own = self.rows.setdefault(structure, names[0])
-        if self._is_part(structure) and (own != names[0] or self.shared):
-            raise unsearchable(structure, self.owner.tensors[structure].format)
-
-    def _loops(self, st: Statement, specs: list[_Spec], env: _Env, in_place: bool) -> Stmt:
-        before: list[Stmt] = []
+    def _loops(self, target: _Target, specs: list[LoopSpec], scope: Scope) -> ir.Stmt:
+        before: list[ir.Stmt] = []
         for t in self.temps:
             name = t.out.tensor.name
-            ready = all(x.name in env.bound for x in indices_in(t.out.coords))
-            if name not in self.placed and self.home[name] == st.out.tensor.name and ready:
-                self.placed.add(name)
-                before.append(self.emit(t, env))
+            is_inside = self.computed_in[name] == target.statement.out.tensor.name
+            is_ready = self._names_of(t, axes=False) <= scope.coordinates.keys()
+            if name not in self.emitted and is_inside and is_ready:
+                self.emitted.add(name)
+                before.append(self._temporary(t, scope))
         if not specs:
-            return seq(*before, self._leaf(st, env, in_place))
-        inside = env.copy()
-        wrap = self._open(specs[0], inside)
-        return seq(*before, wrap(self._loops(st, specs[1:], inside, in_place)))
+            return ir.seq(*before, self._leaf(target, scope))
+        inside = scope.copy()
+        wrap = self._open(specs[0], target, inside)
+        return ir.seq(*before, wrap(self._loops(target, specs[1:], inside)))
 
-    # -- order -------------------------------------------------------------------------------
+    # -- opening a loop ------------------------------------------------------------------------
 
-    def _ordered(
-        self, st: Statement, driver: tuple[str, tuple[str, ...]] | None, env: _Env
-    ) -> list[_Spec]:
-        spatial = [x for x in indices_in(st.out.coords) if x.name not in env.bound]
-        wanted = [*spatial, *st.axes]
-        for order in self.owner.program.orders:
-            if order[0] == st.out.tensor.name:
-                rank = {name: r for r, name in enumerate(order[1:])}
-                wanted.sort(key=lambda x: rank.get(x.name, len(rank)))
-        levels: dict[int, _Spec] = {}
-        if driver:
-            structure, names = driver
-            # A reduction of dense values ranges over all coordinates, not over stored ones.
-            partial = {x.dim for x in self.owner.format[structure].levels if not x.full}
-            partial = partial if self.owner.driver(st) is None else set()
-            for depth, level in enumerate(self.owner.format[structure].levels):
-                axis = next((x for x in wanted if x.name == names[level.dim]), None)
-                if axis is not None and not (axis in st.axes and level.dim in partial):
-                    levels[depth] = _Spec(axis, structure, depth, level)
-            if structure in self.owner.program.fused and len(levels) == 2:
-                both = _Spec(levels[0].axis, structure, 1, levels[1].level, fused=levels[1].axis)
-                rest = [x for x in wanted if x not in (both.axis, both.fused)]
-                return [both, *(_Spec(x) for x in rest)]
-        result: list[_Spec] = []
+    def _variable(self, name: str) -> ir.Var:
+        return ir.Var(self.tables.unused_name(name), self.tables.index)
 
-        def place(spec: _Spec) -> None:
-            if spec in result:
-                return
-            if spec.level is not None and not spec.level.is_dense:
-                for depth in sorted(levels):
-                    if depth < spec.depth:
-                        place(levels[depth])
-            result.append(spec)
-
-        for axis in wanted:
-            mine = [s for s in levels.values() if s.axis.name == axis.name]
-            for spec in mine or [_Spec(axis)]:
-                place(spec)
-        return result
-
-    def _is_in_place(self, st: Statement, specs: list[_Spec]) -> bool:
-        """Whether an output element is met again after other elements: no accumulator can hold
-        it."""
-        reduced = {a.name for a in st.axes}
-        is_sparse = st.out.tensor.is_sparse  # each stored entry is then an element of its own
-        seen_reduction = False
-        for s in specs:
-            if s.axis.name in reduced:
-                seen_reduction = True
-                if s.fused is not None:
-                    return True
-            elif (
-                (s.fused is not None and s.fused.name in reduced)
-                or (s.level is not None and not s.level.unique and not is_sparse)
-                or (s.level is not None and not s.level.is_dense and seen_reduction)
-            ):
-                return True
-        return self.shared and st is self.root and not is_sparse
-
-    # -- opening a loop ----------------------------------------------------------------------
-
-    def _open(self, s: _Spec, env: _Env) -> Callable[[Stmt], Stmt]:
-        """Enters the loop of `s`: updates `env`, returns what wraps a body into it."""
-        if s.fused is not None:
-            return self._open_fused(s, env)
-        name = s.axis.name
-        tag = self._tag(name)
+    def _open(self, s: LoopSpec, target: _Target, scope: Scope) -> Wrap:
+        """Enters a loop: adds its variable to `scope`, returns what puts a body into the loop."""
         if s.level is None:
-            var = Var(self._fresh(name), self.owner.index)
-            env.bound[name] = var
-            end = self.owner.size(s.axis.dim)
-            return lambda body: For(var, Const(0, var.dtype), end, body, axes=(tag,))
-        level, storage = self.owner.storage(s.structure, s.depth)
-        zero = Const(0, self.owner.index)
+            return self._open_dimension(s, target, scope)
+        if s.fused is not None:
+            return self._open_fused(s, s.fused, target, scope)
+        return self._open_level(s, s.level, target, scope)
+
+    def _open_dimension(self, s: LoopSpec, target: _Target, scope: Scope) -> Wrap:
+        var, end = self._variable(s.axis.name), self.tables.size(s.axis.dim)
+        scope.coordinates[s.axis.name] = var
+        axes = (target.tag(s.axis.name),)
+        return lambda body: ir.For(var, ir.Const(0, var.dtype), end, body, axes=axes)
+
+    def _open_level(self, s: LoopSpec, level: Level, target: _Target, scope: Scope) -> Wrap:
+        _, storage = self.tables.storage(s.structure, s.depth)
+        zero = ir.Const(0, self.tables.index)
         # A dense level may be walked before the levels above it: its parent is only needed later.
-        q = zero if level.is_dense else self._position(s.structure, s.depth - 1, env)
-        found: list[Stmt] = []
-        if may_miss(q):  # nothing is stored there: an empty range
-            q, found = self._named(s.structure, s.depth - 1, q, env)
-        begin, end = level.loop(storage, q)
-        if found:
-            stored = binary(">=", q, 0)
-            begin, end = select(stored, begin, zero), select(stored, end, zero)
+        parent = zero if level.is_dense else scope.position(s.structure, s.depth - 1)
+        before: list[ir.Stmt] = []
+        if is_missing := may_miss(parent):
+            parent = self._named_position(s.structure, s.depth - 1, parent, scope, before)
+        begin, end = level.loop(storage, parent)
+        if is_missing:  # nothing is stored there: an empty range
+            is_stored = ir.binary(">=", parent, 0)
+            begin, end = ir.select(is_stored, begin, zero), ir.select(is_stored, end, zero)
         suffix = ("_i" if level.inner else "_o") if level.block else ""
-        is_own_coord = level.is_dense or not level.arrays or level.arrays == ("indptr",)
-        var = Var(self._fresh(name + suffix + ("" if is_own_coord else "_p")), self.owner.index)
-        single = "indices" in level.arrays and not level.pads and "indptr" not in level.arrays
-        v: Expr = q if single else var
-        env.vars[s.structure, s.depth] = v
-        lets, guards = self._bind(s, level, level.coord(storage, q, v), env)
-        if single:
+        is_coordinate = level.is_dense or not level.arrays or level.arrays == ("indptr",)
+        var = self._variable(s.axis.name + suffix + ("" if is_coordinate else "_p"))
+        is_single = "indices" in level.arrays and not level.pads and "indptr" not in level.arrays
+        variable: ir.Expr = parent if is_single else var
+        scope.walks[s.structure].variables[s.depth] = variable
+        coordinate = level.coord(storage, parent, variable)
+        lets, guards = self._bind(s, level, coordinate, scope)
+        if is_single:
             return lambda body: _inside(lets, guards, body)
-        return lambda body: seq(
-            *found, For(var, begin, end, _inside(lets, guards, body), axes=(tag,))
+        axes = (target.tag(s.axis.name),)
+        return lambda body: ir.seq(
+            *before, ir.For(var, begin, end, _inside(lets, guards, body), axes=axes)
         )
 
-    def _named(self, structure: str, depth: int, q: Expr, env: _Env) -> tuple[Var, list[Stmt]]:
-        """A located position under a name of its own."""
-        var = Var(self._fresh(f"{structure}_q{depth}"), q.dtype)
-        env.pos[structure, depth] = var
-        return var, [Let(var, q)]
+    def _named_position(
+        self, structure: str, depth: int, position: ir.Expr, scope: Scope, lets: list[ir.Stmt]
+    ) -> ir.Var:
+        """A located position as a variable, so that it is searched once."""
+        var = ir.Var(self.tables.unused_name(f"{structure}_q{depth}"), position.dtype)
+        scope.walks[structure].positions[depth] = var
+        lets.append(ir.Let(var, position))
+        return var
 
     def _bind(
-        self, s: _Spec, level: Level, coord: Expr, env: _Env
-    ) -> tuple[list[Stmt], list[Expr]]:
-        """Names the coordinate; whole axes at once, blocked ones when both halves are known."""
-        name, lets, guards = s.axis.name, [], []
-        if not isinstance(coord, Var):
-            known = Var(self._fresh(name + ("_o" if level.block else "")), self.owner.index)
-            lets.append(Let(known, coord))
-            coord = known
+        self, s: LoopSpec, level: Level, coordinate: ir.Expr, scope: Scope
+    ) -> tuple[list[ir.Stmt], list[ir.Expr]]:
+        """Names the coordinate of a level, (lets, guards); that of a blocked axis when both parts
+        are known."""
+        name, block = s.axis.name, level.block
+        lets: list[ir.Stmt] = []
+        guards: list[ir.Expr] = []
+        if not isinstance(coordinate, ir.Var):
+            var = self._variable(name + ("_o" if block else ""))
+            lets.append(ir.Let(var, coordinate))
+            coordinate = var
             if level.pads:
-                guards.append(binary(">=", known, 0))
-        if not level.block:
-            env.bound[name] = coord
+                guards.append(ir.binary(">=", var, 0))
+        if not block:
+            scope.coordinates[name] = coordinate
             return lets, guards
-        block = level.block
-        env.halves[name, block, level.inner] = coord
-        if (name, block, not level.inner) in env.halves:
-            outer, inner = env.halves[name, block, False], env.halves[name, block, True]
-            whole = Var(self._fresh(name), self.owner.index)
-            lets.append(Let(whole, add(mul(outer, level.block), inner)))
-            size = self.owner.size(s.axis.dim)
-            if not (isinstance(size, Const) and size.value % level.block == 0):
-                guards.append(binary("<", whole, size))
-            env.bound[name] = whole
+        scope.block_parts[BlockPart(name, block, level.inner)] = coordinate
+        outer, inner = (scope.block_parts.get(BlockPart(name, block, x)) for x in (False, True))
+        if outer is not None and inner is not None:
+            joined = self._variable(name)
+            lets.append(ir.Let(joined, add(mul(outer, block), inner)))
+            size = self.tables.size(s.axis.dim)
+            if not (isinstance(size, ir.Const) and size.value % block == 0):
+                guards.append(ir.binary("<", joined, size))
+            scope.coordinates[name] = joined
         return lets, guards
 
-    def _open_fused(self, s: _Spec, env: _Env) -> Callable[[Stmt], Stmt]:
-        """Two levels walked as one: entry e of the lower level; its row by search in indptr."""
-        assert s.fused is not None
-        upper, upper_storage = self.owner.storage(s.structure, 0)
-        lower, storage = self.owner.storage(s.structure, 1)
+    def _open_fused(self, s: LoopSpec, column: ir.Index, target: _Target, scope: Scope) -> Wrap:
+        """Two levels as one loop over the entries of the lower one; a search in indptr tells the
+        row."""
+        upper, upper_storage = self.tables.storage(s.structure, 0)
+        lower, storage = self.tables.storage(s.structure, 1)
         assert storage.indptr is not None, "checked by the verb"
-        row, col = s.axis.name, s.fused.name
-        var = Var(self._fresh(f"{row}{col}"), self.owner.index)
-        i, j = Var(self._fresh(row), self.owner.index), Var(self._fresh(col), self.owner.index)
+        row, col = s.axis.name, column.name
+        var, i, j = self._variable(f"{row}{col}"), self._variable(row), self._variable(col)
         rows = upper_storage.size if upper.is_dense else upper_storage.count
-        q = Search(
-            storage.indptr, Const(0, self.owner.index), add(rows, 1), var, True, self.owner.index
-        )
-        parent = Var(self._fresh(f"{row}_q"), self.owner.index)
-        lets: list[Stmt] = [
-            Let(parent, q),
-            Let(i, upper.coord(upper_storage, parent, parent)),
-            Let(j, lower.coord(storage, parent, var)),
+        zero = ir.Const(0, self.tables.index)
+        search = ir.Search(storage.indptr, zero, add(rows, 1), var, True, self.tables.index)
+        parent = self._variable(f"{row}_q")
+        lets: list[ir.Stmt] = [
+            ir.Let(parent, search),
+            ir.Let(i, upper.coord(upper_storage, parent, parent)),
+            ir.Let(j, lower.coord(storage, parent, var)),
         ]
-        env.bound |= {row: i, col: j}
-        env.pos |= {(s.structure, 0): parent, (s.structure, 1): var}
-        zero = Const(0, var.dtype)
-        return lambda body: For(
-            var, zero, storage.count, _inside(lets, [], body), axes=(self._tag(row), self._tag(col))
-        )
+        scope.coordinates |= {row: i, col: j}
+        scope.walks[s.structure].positions.update({0: parent, 1: var})
+        axes = (target.tag(row), target.tag(col))
+        return lambda body: ir.For(var, zero, storage.count, _inside(lets, [], body), axes=axes)
 
-    def _position(self, structure: str, depth: int, env: _Env) -> Expr:
-        """The position at a level: known from a loop, or located from bound coordinates."""
-        if depth < 0:
-            return Const(0, self.owner.index)
-        if (structure, depth) in env.vars:
-            level, storage = self.owner.storage(structure, depth)
-            q = self._position(structure, depth - 1, env)
-            return level.pos(storage, q, env.vars[structure, depth])
-        if (structure, depth) not in env.pos:
-            level, storage = self.owner.storage(structure, depth)
-            if not level.unique:
-                raise unsearchable(structure, self.owner.format[structure])
-            axis = env.coords[structure][level.dim]
-            if (axis, level.block, level.inner) in env.halves:
-                coord = env.halves[axis, level.block, level.inner]
-            else:
-                coord = _part_of(level, env.bound[axis])
-            q = self._position(structure, depth - 1, env)
-            position = level.locate(storage, q, coord)
-            if may_miss(q) and not level.is_dense:  # nothing is stored above: nothing is read below
-                position = select(binary(">=", q, 0), position, as_expr(-1, self.owner.index))
-            env.pos[structure, depth] = position
-        return env.pos[structure, depth]
+    # -- the innermost statement ---------------------------------------------------------------
 
-    def _fresh(self, name: str) -> str:
-        """`name` without primes, or with a number where another loop of the nest already has it."""
-        name = name.replace(PRIME, "")
-        chosen, n = name, 1
-        while chosen in self.owner.names:
-            n += 1
-            chosen = f"{name}{n}"
-        self.owner.names.add(chosen)
-        return chosen
-
-    # -- the innermost statement -------------------------------------------------------------
-
-    def _leaf(self, st: Statement, env: _Env, in_place: bool) -> Stmt:
-        lets: list[Stmt] = []
-        guards = self._stored_guard(st, env, lets)
-        value = self._resolve(st.value, env, lets)
-        target = st.out.tensor
-        if target.is_sparse:
-            last = len(self.owner.format[target.structure].levels) - 1
-            out = Load(
-                self.owner.values(target),
-                (self._position(target.structure, last, env),),
-                target.dtype,
-            )
+    def _leaf(self, target: _Target, scope: Scope) -> ir.Stmt:
+        st, in_place = target.statement, target.in_place
+        lets: list[ir.Stmt] = []
+        guards = self._stored_guard(st, scope, lets)
+        reader = Reader(self.tables, self.rows, scope, lets)
+        value, tensor = reader.expr(st.value), st.out.tensor
+        if tensor.is_sparse:
+            last = len(self.tables.levels(tensor.structure)) - 1
+            position = scope.position(tensor.structure, last)
+            out = ir.Load(self.tables.values(tensor), (position,), tensor.dtype)
         else:
-            coords = tuple(self._resolve(c, env, lets) for c in st.out.coords)
-            guards += self._within(target, st.out, coords)
-            out = Load(self.owner.buffer(target), coords, target.dtype)
+            coords = tuple(reader.expr(c) for c in st.out.coords)
+            guards += reader.bounds(tensor, st.out, coords)
+            out = ir.Load(self.tables.buffer(tensor), coords, tensor.dtype)
         if in_place and out.dtype != value.dtype:
             raise ProgramError(
                 "P107",
-                f"{target.name} is added to in memory, in {out.dtype}, where {value.dtype} is "
+                f"{tensor.name} is added to in memory, in {out.dtype}, where {value.dtype} is "
                 "needed",
                 hint=f'make it {value.dtype}, tw.out.typed("{value.dtype}")[…], or choose a format '
                 "that keeps rows whole",
             )
         if not st.op:
-            value = cast(value, out.dtype)
-        axes = tuple(self._tag(a.name) for a in st.axes)
-        compute = Compute(out, value, st.op, axes, in_place, shared=in_place and self.shared)
+            value = ir.cast(value, out.dtype)
+        axes = tuple(target.tag(a.name) for a in st.axes)
+        compute = ir.Compute(out, value, st.op, axes, in_place, shared=in_place and self.shared)
         return _inside(lets, guards, compute)
 
-    def _tag(self, axis: str) -> str:
-        """The axis a loop walks, as verbs and reductions know it: an index that the statement at
-        hand reduces over, and that a statement around it has too, is another axis."""
-        return f"{axis}.{self.at.out.tensor.name}" if axis in self.hidden else axis
-
-    def _stored_guard(self, st: Statement, env: _Env, lets: list[Stmt]) -> list[Expr]:
-        """Where the last level is searched, not walked, a reduction skips what is not stored."""
-        driver = self.owner.driver(st) if st.op else None
-        if driver is None or env.coords.get(driver[0]) != driver[1]:
+    def _stored_guard(self, st: Statement, scope: Scope, lets: list[ir.Stmt]) -> list[ir.Expr]:
+        """The test that an entry is stored, for a reduction whose last level is searched, not
+        walked."""
+        driver = driver_of(st) if st.op else None
+        if driver is None or not scope.is_read_at(driver):
             return []
-        last = len(self.owner.format[driver[0]].levels) - 1
-        q = self._position(driver[0], last, env)
-        if not may_miss(q):
+        last = len(self.tables.levels(driver.structure)) - 1
+        position = scope.position(driver.structure, last)
+        if not may_miss(position):
             return []
-        var, named = self._named(driver[0], last, q, env)
-        lets += named
-        return [binary(">=", var, 0)]
-
-    def _resolve(self, e: Any, env: _Env, lets: list[Stmt]) -> Any:
-        """Accesses become loads; types are derived anew, since coordinates may be int64."""
-
-        def visit(x: Any) -> Any:
-            return self._resolve(x, env, lets)
-
-        if isinstance(e, Index):
-            return env.bound[e.name]
-        if isinstance(e, Var):
-            size = given(e.name)
-            assert size is not None, "the only variables of a program are sizes"
-            return self.owner.size(size.owner)
-        if isinstance(e, Access):
-            tensor = self.owner.tensors[e.tensor.name]
-            if tensor.is_sparse:
-                return self._read_sparse(tensor, e, env, lets)
-            coords = tuple(visit(c) for c in e.coords)
-            return _where(
-                self._within(tensor, e, coords),
-                Load(self.owner.buffer(tensor), coords, e.dtype),
-            )
-        if isinstance(e, Binary):
-            return binary(e.op, visit(e.a), visit(e.b))
-        if isinstance(e, Unary):
-            return unary(e.op, visit(e.a))
-        if isinstance(e, Select):
-            return select(visit(e.cond), visit(e.a), visit(e.b))
-        if isinstance(e, Cast):
-            return cast(visit(e.a), e.dtype)
-        return e
-
-    def _read_sparse(self, tensor: Tensor, e: Access, env: _Env, lets: list[Stmt]) -> Expr:
-        names = tuple(c.name if isinstance(c, Index) else "" for c in e.coords)
-        fmt = self.owner.format[tensor.structure]
-        if not hasattr(fmt, "levels"):
-            raise unsearchable(tensor.name, fmt)
-        last = len(fmt.levels) - 1
-        own = "" not in names  # a coordinate that is no index follows nothing
-        if own and env.coords.get(tensor.structure) == names:
-            position = self._position(tensor.structure, last, env)
-        elif own and (tensor.structure, names) in env.places:
-            position = env.places[tensor.structure, names]
-        else:
-            self._check_own_rows(tensor.structure, names)
-            coords = tuple(self._resolve(c, env, lets) for c in e.coords)
-            position = self._locate(tensor, coords, self._within(tensor, e, coords), lets)
-        return load_value(self.owner.values(tensor), position, tensor.fill)
-
-    def _within(self, tensor: Tensor, e: Access, coords: tuple[Expr, ...]) -> list[Expr]:
-        """Conditions that keep computed coordinates inside the tensor: its own indices are, and so
-        are coordinates whose range is known."""
-        found: list[Expr] = []
-        for c, at, dim in zip(e.coords, coords, tensor.dims, strict=True):
-            if isinstance(c, Index) and c.dim == dim:
-                continue
-            (low, high), size = interval(c, self.owner.size), self.owner.size(dim)
-            if low < 0:
-                found.append(binary(">=", at, 0))
-            if not (isinstance(size, Const) and high < size.value):
-                wide = at if at.dtype.kind == "i" or at.dtype.bits == 64 else cast(at, dtypes.int64)
-                found.append(binary("<", wide, cast(size, wide.dtype)))
-        return found
-
-    def _locate(
-        self, tensor: Tensor, coords: tuple[Expr, ...], within: list[Expr], lets: list[Stmt]
-    ) -> Expr:
-        """Searches level by level; -1 (or less, on dense levels) once something is missing."""
-        fmt = self.owner.format[tensor.structure]
-        pairs = is_list_of_pairs(fmt.levels)
-        if not pairs and not all(level.unique for level in fmt.levels):
-            raise unsearchable(tensor.name, fmt)
-        q: Expr = Const(0, self.owner.index)
-        held, nothing = list(within), as_expr(-1, self.owner.index)  # under which q is a position
-        at = [_part_of(level, coords[level.dim]) for level in fmt.levels]
-        stored = [self.owner.storage(tensor.structure, d)[1] for d in range(len(fmt.levels))]
-        for depth, level in enumerate(fmt.levels):
-            if pairs and depth == 0:
-                continue
-            if pairs:
-                found = locate_pair(stored[0], stored[1], at[0], at[1])
-            else:
-                found = level.locate(stored[depth], q, at[depth])
-            if held:
-                found = select(reduce(lambda a, b: binary("&", a, b), held), found, nothing)
-            var = Var(self._fresh(f"{tensor.name}_q{depth}"), self.owner.index)
-            lets.append(Let(var, found))
-            q = var
-            if held or not level.is_dense:
-                held = [binary(">=", q, 0)]
-        return select(held[0], q, nothing) if held else add(q, 0)
+        var = self._named_position(driver.structure, last, position, scope, lets)
+        return [ir.binary(">=", var, 0)]
 
 
-def _where(held: list[Expr], value: Expr) -> Expr:
-    """`value` where all conditions hold, else nothing: 0."""
-    if not held:
-        return value
-    kind = value.dtype.accumulator if value.dtype.is_float else value.dtype
-    nothing = cast(Const(0, dtypes.int32), kind)
-    return select(reduce(lambda a, b: binary("&", a, b), held), cast(value, kind), nothing)
-
-
-def _part_of(level: Level, coord: Expr) -> Expr:
-    if not level.block:
-        return coord
-    return simplify(binary("%" if level.inner else "//", coord, level.block))
-
-
-def _inside(lets: list[Stmt], guards: list[Expr], body: Stmt) -> Stmt:
+def _inside(lets: list[ir.Stmt], guards: list[ir.Expr], body: ir.Stmt) -> ir.Stmt:
     """Lets, then the body under the guards that use them."""
     for g in reversed(guards):
-        body = If(g, body)
-    return seq(*lets, body)
+        body = ir.If(g, body)
+    return ir.seq(*lets, body)

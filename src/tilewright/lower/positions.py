@@ -10,25 +10,22 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir.nodes import (
-    Access,
-    Assign,
-    Buffer,
-    Const,
-    Load,
-    Nest,
-    Program,
-    Search,
-    cast,
-    identity_of,
-)  # fmt: skip
+from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import rebuild, simplify, walk
 from tilewright.lower.drivers import check_reduction
 from tilewright.lower.nests import NestBuilder
-from tilewright.lower.tables import Statement, Tables, indices_in, shares_rows
+from tilewright.lower.tables import (
+    Driver,
+    Statement,
+    Tables,
+    driver_of,
+    indices_in,
+    outer_driver,
+    shares_rows,
+)  # fmt: skip
 
 
-def coordinates_to_positions(program: Program) -> Program:
+def coordinates_to_positions(program: ir.Program) -> ir.Program:
     """Loops over positions, one nest for each statement and each format of a decomposition.
 
     before: Y[i, k] = sum(A[i, j] * X[j, k] over j)                  A: csr
@@ -39,7 +36,7 @@ def coordinates_to_positions(program: Program) -> Program:
                   Y[i, k] = sum(A.values[j_p] * X[j, k] over j)
     """
     builder = _Builder(program)
-    stages: list[tuple[Nest, ...]] = []
+    stages: list[tuple[ir.Nest, ...]] = []
     for root, inline in _roots(program):
         stages += builder.stages(root, inline)
     buffers = {b.name: b for stage in stages for nest in stage for b in _buffers(nest.body)}
@@ -48,7 +45,7 @@ def coordinates_to_positions(program: Program) -> Program:
     )
 
 
-def _roots(program: Program) -> Iterable[tuple[Assign, list[Assign]]]:
+def _roots(program: ir.Program) -> Iterable[tuple[ir.Assign, list[ir.Assign]]]:
     """Each statement that is stored, with the inline ones that it reads."""
     inline = {a.out.tensor.name: a for a in program.body if a.out.tensor.role == "inline"}
     for root in program.body:
@@ -65,77 +62,76 @@ def _read_by(root: Any, temps: list[Any]) -> list[Any]:
     waiting = [root.value, root.out]
     while waiting:
         for x in walk(waiting.pop()):
-            if isinstance(x, Access) and x.tensor.name in known.keys() - read:
+            if isinstance(x, ir.Access) and x.tensor.name in known.keys() - read:
                 read.add(x.tensor.name)
                 waiting.append(known[x.tensor.name].value)
     return [t for t in temps if t.out.tensor.name in read]
 
 
-def _buffers(n: Any) -> Iterable[Buffer]:
+def _buffers(n: Any) -> Iterable[ir.Buffer]:
     for x in walk(n):
-        if isinstance(x, Load) and x.buffer.scope in ("global", "part"):
+        if isinstance(x, ir.Load) and x.buffer.scope in ("global", "part"):
             yield x.buffer
-        elif isinstance(x, Search):
+        elif isinstance(x, ir.Search):
             yield x.keys
 
 
-class _Builder(Tables):
+class _Builder:
     """Statements to stages of nests."""
 
-    # -- stages ------------------------------------------------------------------------------
+    def __init__(self, program: ir.Program) -> None:
+        self.program = program
+        self.tensors = {t.name: t for t in program.tensors}
 
-    def stages(self, root: Assign, inline: list[Assign]) -> list[tuple[Nest, ...]]:
+    def stages(self, root: ir.Assign, inline: list[ir.Assign]) -> list[tuple[ir.Nest, ...]]:
         statement = Statement.of(root)
         temps = [Statement.of(a) for a in inline]
-        structure, names = self._root_driver(statement, temps)
-        whole = self.tensors[structure].format if structure else None
-        formats = whole.formats if whole is not None else (None,)
-        composed = whole is not None and len(getattr(whole, "parts", ())) > 0
+        structure, names = _root_driver(statement, temps)
+        composition: Any = self.tensors[structure].format if structure else None
+        formats = composition.formats if composition is not None else (None,)
+        composed = composition if getattr(composition, "parts", ()) else None
         own_rows = bool(names) and names[0] in {x.name for x in indices_in(root.out.coords)}
-        shared = composed and whole is not None and not (whole.unique_rows and own_rows)
+        shared = composed is not None and not (composed.unique_rows and own_rows)
         for st in (statement, *temps):
             check_reduction(st, self.tensors)
-        if composed and whole is not None and whole.repeats:
-            self._check_overlap(statement, temps, whole)
-        nests: list[Nest] = []
-        empty: list[Nest] = []
-        in_place, covers, followed = False, True, None
+        if composed is not None and composed.repeats:
+            self._check_overlap(statement, temps, composed)
+        nests: list[ir.Nest] = []
+        empty: list[ir.Nest] = []
+        in_place, covers, driver = False, True, None
+        parts: dict[str, Any] = {}
         for number, fmt in enumerate(formats):
-            self.format = {t.structure: t.format for t in self.tensors.values() if t.structure}
-            if structure:
-                self.format[structure] = fmt
+            parts = {structure: fmt} if structure else {}
             part = number if composed else -1
-            self.names = set(self.tensors)
-            nest = NestBuilder(self, statement, temps, structure, shared=shared)
-            body = simplify(nest.build())
+            tables = Tables(self.program, parts)
+            nest = NestBuilder(tables, statement, temps, structure, shared=shared).build()
             in_place |= nest.in_place
             covers &= nest.covers
-            follows = structure if composed else ""
             nests.append(
-                Nest(
+                ir.Nest(
                     statement.out.tensor.name,
-                    body,
+                    simplify(nest.body),
                     part,
-                    structure=follows,
+                    structure=structure if composed else "",
                     shared=shared and nest.in_place,
                 )
             )
-            followed = nest.followed
+            driver = nest.driver
             if statement.out.tensor.is_sparse and nest.in_place:
-                empty.append(self._init(statement, temps, followed, part))
+                empty.append(self._init(statement, temps, driver, part, parts))
         if in_place and temps:
-            raise shares_rows(statement.out.tensor.name, whole)
+            raise shares_rows(statement.out.tensor.name, composition)
         if covers and not in_place:
             return [tuple(nests)]
-        return [tuple(empty or [self._init(statement, temps, followed, -1)]), tuple(nests)]
+        return [tuple(empty or [self._init(statement, temps, driver, -1, parts)]), tuple(nests)]
 
-    def _check_overlap(self, st: Statement, temps: list[Statement], whole: Any) -> None:
+    def _check_overlap(self, st: Statement, temps: list[Statement], fmt: Any) -> None:
         """A part with blocks may store zeros where another has an entry: only reductions that they
         do not change are computed on it."""
         if st.out.tensor.is_sparse or temps or not st.op:
             raise ProgramError(
                 "P107",
-                f"{st.out.tensor.name} is no plain reduction, and parts of {whole} store "
+                f"{st.out.tensor.name} is no plain reduction, and parts of {fmt} store "
                 "coordinates more than once",
                 hint="compose formats without blocks, or use one format for all",
             )
@@ -144,46 +140,47 @@ class _Builder(Tables):
         self,
         st: Statement,
         temps: list[Statement],
-        followed: tuple[str, tuple[str, ...]] | None,
+        driver: Driver | None,
         part: int,
-    ) -> Nest:
+        parts: dict[str, Any],
+    ) -> ir.Nest:
         """The value of all elements of the output (of a part of it, if sparse) where nothing is
-        stored. A reduction over what `followed` stores has nothing to reduce there, and a composed
+        stored. A reduction over what `driver` stores has nothing to reduce there, and a composed
         format that is followed has no entry: its parts are read at their own rows only."""
-        structure = followed[0] if followed else ""
+        structure = driver.structure if driver else ""
         composed = bool(structure) and hasattr(self.tensors[structure].format, "parts")
         followers = {
-            t.out.tensor.name: identity_of(t.op, t.out.dtype)
+            t.out.tensor.name: ir.identity_of(t.op, t.out.dtype)
             for t in temps
-            if followed and followed in (self.driver(t), self.borrowable(t))
+            if driver and driver in (driver_of(t), outer_driver(t))
         }
 
         def visit(e: Any) -> Any:
-            if isinstance(e, Access) and e.tensor.name in followers:
+            if isinstance(e, ir.Access) and e.tensor.name in followers:
                 return followers[e.tensor.name]
-            if isinstance(e, Access) and composed and e.tensor.structure == structure:
-                return cast(Const(e.tensor.fill, dtypes.float64), e.dtype)
+            if isinstance(e, ir.Access) and composed and e.tensor.structure == structure:
+                return ir.cast(ir.Const(e.tensor.fill, dtypes.float64), e.dtype)
             return rebuild(e, visit)
 
-        if st.op and self.driver(st):
-            value = cast(identity_of(st.op, st.value.dtype), st.out.dtype)
-            plain, rest = Statement(st.out, "", (), value, lambda e: e), []
+        if st.op and driver_of(st):
+            value = ir.cast(ir.identity_of(st.op, st.value.dtype), st.out.dtype)
+            plain, rest = Statement(st.out, "", (), value), []
         else:
             plain = replace(st, value=visit(st.value))
             rest = _read_by(plain, [replace(t, value=visit(t.value)) for t in temps])
-        self.names = set(self.tensors)
-        body = simplify(NestBuilder(self, plain, rest, "", shared=False).build())
+        tables = Tables(self.program, parts)
+        body = simplify(NestBuilder(tables, plain, rest, "", shared=False).build().body)
         follows = structure if part >= 0 else ""
-        return Nest(f"{st.out.tensor.name}.init", body, part, structure=follows)
+        return ir.Nest(f"{st.out.tensor.name}.init", body, part, structure=follows)
 
-    def _root_driver(self, st: Statement, temps: list[Statement]) -> tuple[str, tuple[str, ...]]:
-        """The structure that the loops of a root statement follow, and its indices; or nothing."""
-        own = self.driver(st)
-        if own:
-            return own
-        axes = {x.name for x in indices_in(st.out.coords)}
-        for t in temps:
-            found = self.borrowable(t)
-            if found and axes & set(found[1]):
-                return found
-        return "", ()
+
+def _root_driver(st: Statement, temps: list[Statement]) -> Driver:
+    """The structure that the loops of a root statement follow, and its indices; or nothing."""
+    own = driver_of(st)
+    if own:
+        return own
+    axes = {x.name for x in indices_in(st.out.coords)}
+    for driver in map(outer_driver, temps):
+        if driver and axes & set(driver.indices):
+            return driver
+    return Driver("", ())

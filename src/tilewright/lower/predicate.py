@@ -5,27 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from tilewright.ir import nodes as ir
 from tilewright.ir.names import values_name
-from tilewright.ir.nodes import (
-    Binary,
-    Cast,
-    Const,
-    Expr,
-    For,
-    If,
-    Let,
-    Load,
-    Program,
-    Search,
-    Seq,
-    Stmt,
-    Store,
-    seq,
-)
 from tilewright.ir.rewrite import free_vars, rebuild, transform, zero_unless
 
 
-def predicate_loads(program: Program) -> Program:
+def predicate_loads(program: ir.Program) -> ir.Program:
     """A guarded sum of products is added without a branch: what the guard protects reads as 0
     where it fails. A branch would part the loads of unrolled iterations, and their latencies would
     add up.
@@ -49,32 +34,32 @@ def predicate_loads(program: Program) -> Program:
 
 
 def _visit(s: Any, filled: set[str]) -> Any:
-    if not isinstance(s, If):
+    if not isinstance(s, ir.If):
         return s
     padding = _is_padding_test(s.cond)
     names = free_vars(s.cond)
 
-    def guarded(x: Load) -> bool:
+    def guarded(x: ir.Load) -> bool:
         return not padding or x.buffer.name in filled or bool(free_vars(x) & names)
 
     body = _rewrite(s.body, s.cond, guarded)
     return s if body is None else body
 
 
-def _rewrite(s: Stmt, cond: Expr, guarded: Any) -> Stmt | None:
+def _rewrite(s: ir.Stmt, cond: ir.Expr, guarded: Any) -> ir.Stmt | None:
     """The statement without its guard, or None where it is no sum of products."""
-    if isinstance(s, For) and s.kind in ("vector", "unroll"):
+    if isinstance(s, ir.For) and s.kind in ("vector", "unroll"):
         body = _rewrite(s.body, cond, guarded)
         return None if body is None else replace(s, body=body)
-    if isinstance(s, Seq):
+    if isinstance(s, ir.Seq):
         made = [_rewrite(b, cond, guarded) for b in s.body]
-        return None if any(m is None for m in made) else seq(*(m for m in made if m is not None))
-    if isinstance(s, Let):
-        if isinstance(s.value, Search):  # stays inside its array, whatever the key
+        return None if any(m is None for m in made) else ir.seq(*(m for m in made if m is not None))
+    if isinstance(s, ir.Let):
+        if isinstance(s.value, ir.Search):  # stays inside its array, whatever the key
             return s
-        return Let(s.var, zero_unless(cond, s.value)) if isinstance(s.value, Load) else None
+        return ir.Let(s.var, zero_unless(cond, s.value)) if isinstance(s.value, ir.Load) else None
     if (
-        isinstance(s, Store)
+        isinstance(s, ir.Store)
         and s.buffer.scope == "register"
         and s.op == "sum"
         and _is_product(s.value, guarded)
@@ -83,24 +68,24 @@ def _rewrite(s: Stmt, cond: Expr, guarded: Any) -> Stmt | None:
     return None
 
 
-def _is_padding_test(cond: Expr) -> bool:
+def _is_padding_test(cond: ir.Expr) -> bool:
     return (
-        isinstance(cond, Binary)
+        isinstance(cond, ir.Binary)
         and cond.op == ">="
-        and isinstance(cond.b, Const)
+        and isinstance(cond.b, ir.Const)
         and cond.b.value == 0
     )
 
 
-def _is_product(e: Expr, guarded: Any) -> bool:
-    if isinstance(e, Cast):
+def _is_product(e: ir.Expr, guarded: Any) -> bool:
+    if isinstance(e, ir.Cast):
         return _is_product(e.a, guarded)
-    if isinstance(e, Binary) and e.op == "*":
+    if isinstance(e, ir.Binary) and e.op == "*":
         return _is_product(e.a, guarded) and _is_product(e.b, guarded)
-    return isinstance(e, Load) and (e.buffer.scope == "part" or guarded(e))
+    return isinstance(e, ir.Load) and (e.buffer.scope == "part" or guarded(e))
 
 
-def _guard_loads(e: Expr, cond: Expr, guarded: Any) -> Expr:
-    if isinstance(e, Load):
+def _guard_loads(e: ir.Expr, cond: ir.Expr, guarded: Any) -> ir.Expr:
+    if isinstance(e, ir.Load):
         return zero_unless(cond, e) if guarded(e) else e
     return rebuild(e, lambda c: _guard_loads(c, cond, guarded))

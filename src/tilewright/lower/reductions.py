@@ -10,34 +10,12 @@ from itertools import count, product
 from typing import Any
 
 from tilewright.errors import ScheduleError
+from tilewright.ir import nodes as ir
 from tilewright.ir.names import ACCUMULATOR, TOTAL, Given, given
-from tilewright.ir.nodes import (
-    REDUCTIONS,
-    THREADS,
-    Alloc,
-    Binary,
-    Buffer,
-    Compute,
-    Const,
-    Expr,
-    For,
-    If,
-    Let,
-    Load,
-    Program,
-    ReduceLanes,
-    ReduceThreads,
-    Seq,
-    Stmt,
-    Store,
-    cast,
-    identity_of,
-    seq,
-)  # fmt: skip
 from tilewright.ir.rewrite import free_vars, rebuild, statements, transform
 
 
-def materialize_reductions(program: Program) -> Program:
+def materialize_reductions(program: ir.Program) -> ir.Program:
     """An accumulator is opened just outside the outermost loop that reduces, as large as the
     spatial loops inside that loop, and stored after it. The order of loops alone decides.
 
@@ -64,10 +42,10 @@ class _Chain:
     `Compute` below that loop (a cut tail inside another loop that reduces makes it several)."""
 
     number: int
-    compute: Compute
-    spatial: tuple[For, ...]  # loops that do not reduce and are not bound to threads
-    lanes: tuple[For, ...]  # reducing loops with an accumulator for each iteration
-    threads: tuple[For, ...]  # reducing loops bound to threads
+    compute: ir.Compute
+    spatial: tuple[ir.For, ...]  # loops that do not reduce and are not bound to threads
+    lanes: tuple[ir.For, ...]  # reducing loops with an accumulator for each iteration
+    threads: tuple[ir.For, ...]  # reducing loops bound to threads
     frame: tuple[Any, ...]  # spatial loops, and the lets and guards that depend on nothing reduced
     escapes: bool  # the output's coordinates depend on the reduced loops
 
@@ -80,51 +58,51 @@ class _Materializer:
     def __init__(self) -> None:
         self.count = 0
 
-    def visit(self, s: Stmt) -> Stmt:
-        out: list[Stmt] = []
-        pending = list(s.body) if isinstance(s, Seq) else [s]
+    def visit(self, s: ir.Stmt) -> ir.Stmt:
+        out: list[ir.Stmt] = []
+        pending = list(s.body) if isinstance(s, ir.Seq) else [s]
         while pending:
             group = [pending.pop(0)]
             targets = {c.key for c in _reductions(group[0])}
             while pending and targets & {c.key for c in _reductions(pending[0])}:
                 group.append(pending.pop(0))
             out += self._reduce(group) if targets else [self._plain(group[0])]
-        return seq(*out)
+        return ir.seq(*out)
 
-    def _plain(self, s: Stmt) -> Stmt:
-        if isinstance(s, (For, If)):
+    def _plain(self, s: ir.Stmt) -> ir.Stmt:
+        if isinstance(s, (ir.For, ir.If)):
             return replace(s, body=self.visit(s.body))
-        if isinstance(s, Seq):
+        if isinstance(s, ir.Seq):
             return self.visit(s)
-        if isinstance(s, Compute):
-            alloc = [Alloc(_scalar(s.out.buffer))] if s.out.buffer.scope == "register" else []
-            return seq(*alloc, _store(s, s.value))
+        if isinstance(s, ir.Compute):
+            alloc = [ir.Alloc(_scalar(s.out.buffer))] if s.out.buffer.scope == "register" else []
+            return ir.seq(*alloc, _store(s, s.value))
         return s
 
-    def _reduce(self, group: list[Stmt]) -> list[Stmt]:
+    def _reduce(self, group: list[ir.Stmt]) -> list[ir.Stmt]:
         """`group`: neighbouring loops that reduce into the same outputs (a loop and its cut
         tail)."""
         found = [_reductions(s) for s in group]
-        changed: list[dict[int, Stmt]] = [{} for _ in group]
-        before: list[Stmt] = []
-        after: list[Stmt] = []
+        changed: list[dict[int, ir.Stmt]] = [{} for _ in group]
+        before: list[ir.Stmt] = []
+        after: list[ir.Stmt] = []
         for key in dict.fromkeys(c.key for chains in found for c in chains):
-            made: dict[Any, tuple[Buffer, _Chain]] = {}
+            made: dict[Any, tuple[ir.Buffer, _Chain]] = {}
             for chains, new in zip(found, changed, strict=True):
                 for chain in (c for c in chains if c.key == key):
                     new[chain.number] = self._update(chain, made)
             if made:
                 before += [
-                    x for acc, chain in made.values() for x in (Alloc(acc), _initial(acc, chain))
+                    x for acc, chain in made.values() for x in (ir.Alloc(acc), _initial(acc, chain))
                 ]
                 after.append(_final(list(made.values())))
                 out = next(iter(made.values()))[1].compute.out.buffer
                 if out.scope == "register":
-                    before.insert(0, Alloc(_scalar(out)))
+                    before.insert(0, ir.Alloc(_scalar(out)))
         inside = (_replace(s, new) for s, new in zip(group, changed, strict=True))
         return [*before, *(self._plain(s) for s in inside), *after]
 
-    def _update(self, chain: _Chain, made: dict[Any, tuple[Buffer, _Chain]]) -> Stmt:
+    def _update(self, chain: _Chain, made: dict[Any, tuple[ir.Buffer, _Chain]]) -> ir.Stmt:
         """What becomes of a `Compute`: an update of memory, or of one of the accumulators
         `made`."""
         c = chain.compute
@@ -135,9 +113,9 @@ class _Materializer:
             made[shape] = self._accumulator(chain), chain
         acc = made[shape][0]
         index = tuple(f.var for f in (*chain.spatial, *chain.lanes))
-        return Store(acc, index, cast(c.value, acc.dtype), c.op)
+        return ir.Store(acc, index, ir.cast(c.value, acc.dtype), c.op)
 
-    def _accumulator(self, chain: _Chain) -> Buffer:
+    def _accumulator(self, chain: _Chain) -> ir.Buffer:
         out = chain.compute.out.buffer
         self.count += 1
         for loop in (*chain.spatial, *chain.lanes):
@@ -149,8 +127,8 @@ class _Materializer:
                     hint="an accumulator has a constant size: split the loop, keep its inner "
                     "part inside",
                 )
-        shape = tuple(Const(f.extent or 0, f.var.dtype) for f in (*chain.spatial, *chain.lanes))
-        return Buffer(
+        shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in (*chain.spatial, *chain.lanes))
+        return ir.Buffer(
             Given(out.name, ACCUMULATOR, self.count).name,
             chain.compute.value.dtype,
             shape,
@@ -158,9 +136,9 @@ class _Materializer:
         )
 
 
-def _reductions(s: Stmt) -> list[_Chain]:
+def _reductions(s: ir.Stmt) -> list[_Chain]:
     """The reductions for which the loop `s` is the outermost one that reduces."""
-    if not isinstance(s, For):
+    if not isinstance(s, ir.For):
         return []
     return [
         _chain(number, c, path)
@@ -169,89 +147,91 @@ def _reductions(s: Stmt) -> list[_Chain]:
     ]
 
 
-def _chain(number: int, compute: Compute, path: list[Any]) -> _Chain:
-    spatial: list[For] = []
-    lanes: list[For] = []
-    threads: list[For] = []
+def _chain(number: int, compute: ir.Compute, path: list[Any]) -> _Chain:
+    spatial: list[ir.For] = []
+    lanes: list[ir.For] = []
+    threads: list[ir.For] = []
     frame: list[Any] = []
     reduced: set[str] = set()  # variables that differ from one reduced iteration to the next
     for s in path:
-        if isinstance(s, For):
+        if isinstance(s, ir.For):
             if set(s.axes) & set(compute.reduce):
                 reduced.add(s.name)
-                if s.kind in THREADS:
+                if s.kind in ir.THREADS:
                     threads.append(s)
                 elif (s.kind == "vector" or s.private) and s.extent != 0:
                     lanes.append(s)
             elif (free_vars(s.begin) | free_vars(s.end)) & reduced:
                 reduced.add(s.name)
             else:
-                if s.kind not in THREADS:  # each thread has registers of its own
+                if s.kind not in ir.THREADS:  # each thread has registers of its own
                     spatial.append(s)
                 frame.append(s)
-        elif isinstance(s, Let) and free_vars(s.value) & reduced:
+        elif isinstance(s, ir.Let) and free_vars(s.value) & reduced:
             reduced.add(s.var.name)
-        elif isinstance(s, Let) or not free_vars(s.cond) & reduced:
+        elif isinstance(s, ir.Let) or not free_vars(s.cond) & reduced:
             frame.append(s)
     place = {name for i in compute.out.index for name in free_vars(i)}
     escapes = compute.out.buffer.scope != "register" and bool(place & reduced)
     # A level of width 0 has forgotten what its coordinates depend on; it updates nothing.
-    escapes |= compute.in_place and any(isinstance(s, For) and s.extent == 0 for s in path)
+    escapes |= compute.in_place and any(isinstance(s, ir.For) and s.extent == 0 for s in path)
     return _Chain(
         number, compute, tuple(spatial), tuple(lanes), tuple(threads), tuple(frame), escapes
     )
 
 
-def _computes(s: Stmt, path: list[Any]) -> Iterator[tuple[Compute, list[Any]]]:
+def _computes(s: ir.Stmt, path: list[Any]) -> Iterator[tuple[ir.Compute, list[Any]]]:
     """Every `Compute` below `s`, with the loops, guards and lets in whose scope it stands."""
-    if isinstance(s, Compute):
+    if isinstance(s, ir.Compute):
         yield s, path
-    elif isinstance(s, (For, If)):
+    elif isinstance(s, (ir.For, ir.If)):
         yield from _computes(s.body, [*path, s])
-    elif isinstance(s, Seq):
+    elif isinstance(s, ir.Seq):
         lets: list[Any] = []
         for b in s.body:
-            if isinstance(b, Let):
+            if isinstance(b, ir.Let):
                 lets.append(b)
             else:
                 yield from _computes(b, [*path, *lets])
 
 
-def _replace(s: Stmt, by: dict[int, Stmt]) -> Stmt:
+def _replace(s: ir.Stmt, by: dict[int, ir.Stmt]) -> ir.Stmt:
     """The computes below `s` replaced by number."""
     numbers = count()
 
     def visit(x: Any) -> Any:
-        if isinstance(x, Compute):
+        if isinstance(x, ir.Compute):
             return by.get(next(numbers), x)
-        return rebuild(x, visit) if isinstance(x, (Seq, For, If)) else x
+        return rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
 
     return visit(s)
 
 
-def _store(c: Compute, value: Expr) -> Store:
+def _store(c: ir.Compute, value: ir.Expr) -> ir.Store:
     """The output set to `value`, or updated with it where it is updated in place."""
     buffer, index = c.out.buffer, c.out.index
     if buffer.scope == "register":
         buffer, index = _scalar(buffer), ()
-    return Store(buffer, index, cast(value, buffer.dtype), c.op if c.in_place else "", c.atomic)
+    return ir.Store(
+        buffer, index, ir.cast(value, buffer.dtype), c.op if c.in_place else "", c.atomic
+    )
 
 
-def _initial(acc: Buffer, chain: _Chain) -> Stmt:
+def _initial(acc: ir.Buffer, chain: _Chain) -> ir.Stmt:
     """Every element of the accumulator set to the identity."""
     index = tuple(f.var for f in (*chain.spatial, *chain.lanes))
-    body: Stmt = Store(acc, index, identity_of(chain.compute.op, acc.dtype))
+    body: ir.Stmt = ir.Store(acc, index, ir.identity_of(chain.compute.op, acc.dtype))
     for f in reversed((*chain.spatial, *chain.lanes)):
-        body = For(f.var, f.begin, f.end, body, f.kind if f.kind == "vector" else "unroll")
+        body = ir.For(f.var, f.begin, f.end, body, f.kind if f.kind == "vector" else "unroll")
     return body
 
 
-def _final(parts: list[tuple[Buffer, _Chain]]) -> Stmt:
+def _final(parts: list[tuple[ir.Buffer, _Chain]]) -> ir.Stmt:
     """Under the spatial loops and guards: the accumulators joined and stored."""
     chain = parts[0][1]
     c = chain.compute
     value = reduce(
-        lambda a, b: Binary(REDUCTIONS[c.op], a, b, a.dtype),
+        lambda a, b: ir.Binary(ir.REDUCTIONS[c.op], a, b, a.dtype),
         (_over_threads(_joined(acc, each), each) for acc, each in parts),
     )
     if any(each.threads for _, each in parts):
@@ -259,73 +239,73 @@ def _final(parts: list[tuple[Buffer, _Chain]]) -> Stmt:
     return _framed(_store(c, value), chain.frame)
 
 
-def _over_threads(value: Expr, chain: _Chain) -> Expr:
+def _over_threads(value: ir.Expr, chain: _Chain) -> ir.Expr:
     """A tail that all threads compute is not joined across them: each has all of it."""
     for f in chain.threads:
-        value = ReduceThreads(chain.compute.op, value, f.kind, f.extent or 0, value.dtype)
+        value = ir.ReduceThreads(chain.compute.op, value, f.kind, f.extent or 0, value.dtype)
     return value
 
 
-def _total_of(acc: Buffer) -> str:
+def _total_of(acc: ir.Buffer) -> str:
     """The register for what an accumulator is when all threads have met."""
     own = given(acc.name)
     assert own is not None
     return Given(own.owner, TOTAL, own.number).name
 
 
-def _met(name: str, chain: _Chain, value: Expr) -> Stmt:
+def _met(name: str, chain: _Chain, value: ir.Expr) -> ir.Stmt:
     """The value joined across threads, then stored. All threads take part in the sum: guards stand
     around the store only, or they would part threads that meet."""
-    total = Buffer(name, value.dtype, (), "register")
-    guards = tuple(f for f in chain.frame if not isinstance(f, For))
-    store = _framed(_store(chain.compute, Load(total, (), value.dtype)), guards)
-    body = seq(Alloc(total), Store(total, (), value), store)
-    return _framed(body, tuple(f for f in chain.frame if isinstance(f, For)))
+    total = ir.Buffer(name, value.dtype, (), "register")
+    guards = tuple(f for f in chain.frame if not isinstance(f, ir.For))
+    store = _framed(_store(chain.compute, ir.Load(total, (), value.dtype)), guards)
+    body = ir.seq(ir.Alloc(total), ir.Store(total, (), value), store)
+    return _framed(body, tuple(f for f in chain.frame if isinstance(f, ir.For)))
 
 
-def _framed(body: Stmt, frame: tuple[Any, ...]) -> Stmt:
+def _framed(body: ir.Stmt, frame: tuple[Any, ...]) -> ir.Stmt:
     """The body under loops and guards, with the lets that it needs."""
     for f in reversed(frame):
-        if not isinstance(f, Let):
+        if not isinstance(f, ir.Let):
             body = replace(f, body=body)
         elif f.var.name in free_vars(body):
-            body = seq(f, body)
+            body = ir.seq(f, body)
     return body
 
 
-def _joined(acc: Buffer, chain: _Chain) -> Expr:
+def _joined(acc: ir.Buffer, chain: _Chain) -> ir.Expr:
     """The accumulators of one output element: private ones in order, then the lanes of a vector."""
     spatial = tuple(f.var for f in chain.spatial)
     vector = next((f for f in chain.lanes if f.kind == "vector" and f.extent != 1), None)
     lanes = acc.dtype.vector(vector.extent or 1) if vector else acc.dtype
     ranges = [range(1) if f is vector else range(f.extent or 0) for f in chain.lanes]
     loads = (
-        Load(
+        ir.Load(
             acc,
-            (*spatial, *(Const(i, f.var.dtype) for i, f in zip(at, chain.lanes, strict=True))),
+            (*spatial, *(ir.Const(i, f.var.dtype) for i, f in zip(at, chain.lanes, strict=True))),
             lanes,
         )
         for at in product(*ranges)
     )
     op = chain.compute.op
-    total = reduce(lambda a, b: Binary(REDUCTIONS[op], a, b, a.dtype), loads)
-    return ReduceLanes(op, total, acc.dtype) if vector else total
+    total = reduce(lambda a, b: ir.Binary(ir.REDUCTIONS[op], a, b, a.dtype), loads)
+    return ir.ReduceLanes(op, total, acc.dtype) if vector else total
 
 
-def _scalars(body: Stmt) -> Stmt:
+def _scalars(body: ir.Stmt) -> ir.Stmt:
     """Reads of inline temporaries as reads of their one register."""
     inline = {
-        x.buffer.name for x in statements(body) if isinstance(x, Alloc) and not x.buffer.shape
+        x.buffer.name for x in statements(body) if isinstance(x, ir.Alloc) and not x.buffer.shape
     }
 
     def visit(x: Any) -> Any:
-        if isinstance(x, Load) and x.buffer.name in inline and x.index:
-            return Load(_scalar(x.buffer), (), x.dtype)
+        if isinstance(x, ir.Load) and x.buffer.name in inline and x.index:
+            return ir.Load(_scalar(x.buffer), (), x.dtype)
         return x
 
     return transform(body, visit)
 
 
-def _scalar(buffer: Buffer) -> Buffer:
+def _scalar(buffer: ir.Buffer) -> ir.Buffer:
     """An inline temporary as one register: all its own loops lie outside."""
     return replace(buffer, shape=())

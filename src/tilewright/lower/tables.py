@@ -1,112 +1,134 @@
-"""Statements taken apart, and the buffers that tensors become: what nests are built from."""
+"""Statements, the structures that drive their loops, and the buffers of their tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
+from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Level, Storage
-from tilewright.ir.names import Given, count_name, stride_name, values_name
-from tilewright.ir.nodes import (
-    Access,
-    Assign,
-    Buffer,
-    Cast,
-    Const,
-    Expr,
-    Index,
-    Program,
-    Reduce,
-    Tensor,
-    Var,
-    cast,
-    size_var,
-)  # fmt: skip
+from tilewright.ir.names import PRIME, Given, count_name, stride_name, values_name
 from tilewright.ir.rewrite import add, ceil_div, walk
 
-Driver = tuple[str, tuple[str, ...]]
-"""A structure, and the names of the indices that it is read at."""
+
+class Driver(NamedTuple):
+    """A structure and the names of the indices that it is read at ("" where a coordinate is no
+    plain index)."""
+
+    structure: str
+    indices: tuple[str, ...]
+
+    @property
+    def is_plain(self) -> bool:
+        return "" not in self.indices
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """An assignment taken apart: `out op= value over axes`."""
+    """The parts of an assignment: `out op= value over axes`."""
 
-    out: Access
+    out: ir.Access
     op: str
-    axes: tuple[Index, ...]
-    value: Expr
-    wrap: Callable[[Expr], Expr]
+    axes: tuple[ir.Index, ...]
+    value: ir.Expr
 
     @classmethod
-    def of(cls, a: Assign) -> Statement:
-        value, to = a.value, a.out.dtype
-        inner = value.a if isinstance(value, Cast) else value
-        if a.op:  # an update in place of its own: over no axes
-            return cls(a.out, a.op, (), value, lambda e: e)
-        if isinstance(inner, Reduce):
-            return cls(a.out, inner.op, inner.axes, inner.body, lambda e: cast(e, to))  # type: ignore[arg-type]
-        return cls(a.out, "", (), value, lambda e: e)
+    def of(cls, a: ir.Assign) -> Statement:
+        inner = a.value.a if isinstance(a.value, ir.Cast) else a.value
+        if isinstance(inner, ir.Reduce) and not a.op:
+            return cls(a.out, inner.op, inner.axes, inner.body)  # type: ignore[arg-type]
+        return cls(a.out, a.op, (), a.value)  # an update in place reduces over no axes
 
 
-def drivers(st: Statement) -> dict[Driver, Tensor]:
+def index_names(e: ir.Access) -> tuple[str, ...]:
+    """The index of each coordinate of an access, "" for one that is computed."""
+    return tuple(c.name if isinstance(c, ir.Index) else "" for c in e.coords)
+
+
+def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
     """The structures that could drive a reduction, in reading order: those read at plain indices,
     one of them reduced."""
     reduced = {a.name for a in st.axes}
-    found: dict[Driver, Tensor] = {}
+    tensors: dict[Driver, ir.Tensor] = {}
     for x in walk(st.value):
-        if isinstance(x, Access) and x.tensor.is_sparse:
-            names = tuple(c.name if isinstance(c, Index) else "" for c in x.coords)
-            if "" not in names and len(set(names)) == len(names) and reduced & set(names):
-                found.setdefault((x.tensor.structure, names), x.tensor)
-    return found
+        if isinstance(x, ir.Access) and x.tensor.is_sparse:
+            driver = Driver(x.tensor.structure, index_names(x))
+            names = set(driver.indices)
+            if driver.is_plain and len(names) == len(driver.indices) and reduced & names:
+                tensors.setdefault(driver, x.tensor)
+    return tensors
+
+
+def driver_of(st: Statement) -> Driver | None:
+    """The structure whose stored coordinates the statement follows."""
+    if st.out.tensor.is_sparse:
+        return Driver(st.out.tensor.structure, index_names(st.out))
+    return next(iter(drivers(st)), None)
+
+
+def outer_driver(t: Statement) -> Driver | None:
+    """The driver of a reduction as the loops around it can follow it: its own indices are none of
+    theirs, though they may have the same names."""
+    driver, reduced = driver_of(t), {a.name for a in t.axes}
+    if driver is None:
+        return None
+    return Driver(driver.structure, tuple("" if n in reduced else n for n in driver.indices))
 
 
 class Tables:
-    """What the nests of one program share: its tensors, their formats in the nest that is being
-    built, and the buffers they are stored in."""
+    """What one nest reads and writes: the tensors of its program, the formats that the nest sees
+    (of a composed format one part), their buffers, and the names that are in use."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: ir.Program, parts: Mapping[str, Any] | None = None) -> None:
         self.program = program
         self.tensors = {t.name: t for t in program.tensors}
         self.index = program.index
         self.sizes = dict(program.sizes)
-        self.format: dict[str, Any] = {}  # structure -> the format it has in the nest being built
-        self.names: set[str] = set()
+        self.formats = {t.structure: t.format for t in program.tensors if t.structure}
+        self.formats.update(parts or {})
+        self.names = set(self.tensors)
 
-    def driver(self, st: Statement) -> tuple[str, tuple[str, ...]] | None:
-        """The structure whose stored coordinates the statement follows, and its index names."""
-        if st.out.tensor.is_sparse:
-            return st.out.tensor.structure, tuple(c.name for c in st.out.coords)  # type: ignore[attr-defined]
-        return next(iter(drivers(st)), None)
+    def unused_name(self, name: str) -> str:
+        """`name` without primes, with a number where the nest uses it already."""
+        name = name.replace(PRIME, "")
+        chosen, n = name, 1
+        while chosen in self.names:
+            n += 1
+            chosen = f"{name}{n}"
+        self.names.add(chosen)
+        return chosen
 
-    def borrowable(self, t: Statement) -> tuple[str, tuple[str, ...]] | None:
-        """The driver of a reduction as the loops around it can follow it: its own indices are none
-        of theirs, though they have the same names."""
-        found = self.driver(t)
-        own = {a.name for a in t.axes}
-        return found and (found[0], tuple("" if n in own else n for n in found[1]))
+    def is_composed(self, structure: str) -> bool:
+        return hasattr(self.tensors[structure].format, "parts")
+
+    def levels(self, structure: str, tensor: str = "") -> tuple[Level, ...]:
+        """The levels of a structure, in this nest. Raises ProgramError[P107] that names `tensor`
+        for a composed format of which the nest follows no part."""
+        fmt = self.formats[structure]
+        if not hasattr(fmt, "levels"):
+            raise unsearchable(tensor or structure, fmt)
+        return fmt.levels
 
     # -- buffers -----------------------------------------------------------------------------
 
-    def size(self, dim: str | int) -> Expr:
+    def size(self, dim: str | int) -> ir.Expr:
         if isinstance(dim, str) and dim in self.sizes:
-            return Const(self.sizes[dim], self.index)
-        return size_var(dim, self.index)
+            return ir.Const(self.sizes[dim], self.index)
+        return ir.size_var(dim, self.index)
 
     def storage(self, structure: str, depth: int) -> tuple[Level, Storage]:
-        level = self.format[structure].levels[depth]
+        level = self.formats[structure].levels[depth]
         size = self.size(self.tensors[structure].dims[level.dim])
         if level.inner:
-            size = Const(level.block, self.index)
+            size = ir.Const(level.block, self.index)
         elif level.block:
             size = ceil_div(size, level.block)
-        count = Var(count_name(structure, depth), self.index)
-        made = {
-            name: Buffer(
+        count = ir.Var(count_name(structure, depth), self.index)
+        arrays = {
+            name: ir.Buffer(
                 Given(structure, name, depth).name,
                 self.index,
                 (add(count, 1) if name == "indptr" else count,),
@@ -114,28 +136,28 @@ class Tables:
             )
             for name in level.arrays
         }
-        return level, Storage(size, count, made.get("indptr"), made.get("indices"))
+        return level, Storage(size, count, arrays.get("indptr"), arrays.get("indices"))
 
-    def values(self, tensor: Tensor) -> Buffer:
-        last = len(self.format[tensor.structure].levels) - 1
-        return Buffer(
+    def values(self, tensor: ir.Tensor) -> ir.Buffer:
+        last = len(self.formats[tensor.structure].levels) - 1
+        return ir.Buffer(
             values_name(tensor.name),
             tensor.dtype,
-            (Var(count_name(tensor.structure, last), self.index),),
+            (ir.Var(count_name(tensor.structure, last), self.index),),
             "part",
         )
 
-    def buffer(self, tensor: Tensor) -> Buffer:
+    def buffer(self, tensor: ir.Tensor) -> ir.Buffer:
         shape = tuple(self.size(d) for d in tensor.dims)
         if tensor.role == "inline":
-            return Buffer(tensor.name, tensor.dtype, shape, "register")
-        strides: list[Expr] = [
-            Var(stride_name(tensor.name, d), dtypes.int64) for d in range(len(shape))
+            return ir.Buffer(tensor.name, tensor.dtype, shape, "register")
+        strides: list[ir.Expr] = [
+            ir.Var(stride_name(tensor.name, d), dtypes.int64) for d in range(len(shape))
         ]
         if strides and not tensor.strided:
-            strides[-1] = Const(1, dtypes.int64)
+            strides[-1] = ir.Const(1, dtypes.int64)
         kind = "state" if tensor.role == "temp" else tensor.kind
-        return Buffer(tensor.name, tensor.dtype, shape, "global", tuple(strides), kind)
+        return ir.Buffer(tensor.name, tensor.dtype, shape, "global", tuple(strides), kind)
 
 
 def shares_rows(name: str, fmt: Any) -> ProgramError:
@@ -153,7 +175,6 @@ def unsearchable(name: str, fmt: Any) -> ProgramError:
     )  # fmt: skip
 
 
-def indices_in(coords: tuple[Expr, ...]) -> list[Index]:
+def indices_in(coords: tuple[ir.Expr, ...]) -> list[ir.Index]:
     """The indices in output coordinates, in order, once each."""
-    found = [x for c in coords for x in walk(c) if isinstance(x, Index)]
-    return list({x.name: x for x in found}.values())
+    return list({x.name: x for c in coords for x in walk(c) if isinstance(x, ir.Index)}.values())

@@ -13,32 +13,8 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ScheduleError
+from tilewright.ir import nodes as ir
 from tilewright.ir.affine import Affine, affine
-from tilewright.ir.nodes import (
-    THREADS,
-    Alloc,
-    Binary,
-    Buffer,
-    Cast,
-    Compute,
-    Const,
-    Expr,
-    For,
-    If,
-    Let,
-    Load,
-    Mma,
-    MmaStore,
-    MmaZero,
-    Program,
-    Search,
-    Seq,
-    Stmt,
-    Tile,
-    binary,
-    reduces,
-    seq,
-)  # fmt: skip
 from tilewright.ir.rewrite import (
     add,
     conjuncts,
@@ -58,7 +34,7 @@ MEMORY = ("global", "part", "shared")
 RESULTS = ("float32", "float16", "bfloat16")
 
 
-def materialize_tiles(program: Program) -> Program:
+def materialize_tiles(program: ir.Program) -> ir.Program:
     """The three loops of a tile become one operation. Its fragment is opened just outside the
     outermost loop that reduces, with a slot for each spatial iteration inside that loop, and stored
     after it. Guards on the three loops become limits: beyond them a tile reads 0, writes nothing.
@@ -86,9 +62,9 @@ def materialize_tiles(program: Program) -> Program:
 class _Tiler:
     """One nest."""
 
-    def __init__(self, body: Stmt) -> None:
+    def __init__(self, body: ir.Stmt) -> None:
         self.count = 0
-        computes = [x for x in walk(body) if isinstance(x, Compute)]
+        computes = [x for x in walk(body) if isinstance(x, ir.Compute)]
         times = Counter((c.out, c.op) for c in computes)
         for c in computes:
             if c.mma and times[c.out, c.op] > 1:
@@ -99,19 +75,19 @@ class _Tiler:
                 )  # fmt: skip
 
     def visit(self, s: Any) -> Any:
-        if isinstance(s, For):
+        if isinstance(s, ir.For):
             mine = [
                 c for c in walk(s)
-                if isinstance(c, Compute) and c.mma and (reduces(s, c) or s.name == c.mma[0])
+                if isinstance(c, ir.Compute) and c.mma and (ir.reduces(s, c) or s.name == c.mma[0])
             ]  # fmt: skip
             if mine:
                 return self.reduce(s, mine)
-        return rebuild(s, self.visit) if isinstance(s, (Seq, For, If)) else s
+        return rebuild(s, self.visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
 
-    def reduce(self, top: Stmt, computes: list[Compute]) -> Stmt:
+    def reduce(self, top: ir.Stmt, computes: list[ir.Compute]) -> ir.Stmt:
         """`top` is the outermost loop of these products that reduces, or the first of a tile."""
-        before: list[Stmt] = []
-        after: list[Stmt] = []
+        before: list[ir.Stmt] = []
+        after: list[ir.Stmt] = []
         for c in computes:
             p = _Product.of(top, c)
             self.count += 1
@@ -119,22 +95,24 @@ class _Tiler:
             total = 1
             for f in slots:
                 total *= f.extent or 0
-            shape = tuple(Const(n, dtypes.int32) for n in (total, *SHAPE[:2]))
-            acc = Buffer(f"{c.out.buffer.name}_tile{self.count}", dtypes.float32, shape, "fragment")
+            shape = tuple(ir.Const(n, dtypes.int32) for n in (total, *SHAPE[:2]))
+            acc = ir.Buffer(
+                f"{c.out.buffer.name}_tile{self.count}", dtypes.float32, shape, "fragment"
+            )
             slot = _slot(slots)
             update, store = p.update(acc, slot), p.store(acc, slot)
             if p.escapes:
-                tile = seq(Alloc(acc), MmaZero(acc, slot, SHAPE), update, store)
+                tile = ir.seq(ir.Alloc(acc), ir.MmaZero(acc, slot, SHAPE), update, store)
                 top = _replaced(top, p.first, p.wrapped(tile))
                 continue
             top = _replaced(top, p.first, p.wrapped(update))
-            zero: Stmt = MmaZero(acc, slot, SHAPE)
+            zero: ir.Stmt = ir.MmaZero(acc, slot, SHAPE)
             for f in reversed(slots):
-                zero = For(f.var, f.begin, f.end, zero, "unroll")
-            before += [Alloc(acc), zero]
+                zero = ir.For(f.var, f.begin, f.end, zero, "unroll")
+            before += [ir.Alloc(acc), zero]
             after.append(p.framed(store))
         # The rest of the loop may hold products whose own reductions start further in.
-        return seq(*before, rebuild(top, self.visit), *after)
+        return ir.seq(*before, rebuild(top, self.visit), *after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,21 +124,21 @@ class _Product:
     `limits`: how many iterations of each loop of the tile lie inside. `reduced`: names that differ
     from one reduced iteration to the next."""
 
-    compute: Compute
-    first: For
+    compute: ir.Compute
+    first: ir.For
     names: tuple[str, str, str]
     outer: tuple[Any, ...]
     inner: tuple[Any, ...]
-    known: dict[str, Expr]
-    limits: dict[str, Expr]
+    known: dict[str, ir.Expr]
+    limits: dict[str, ir.Expr]
     reduced: frozenset[str]
 
     @classmethod
-    def of(cls, top: Stmt, c: Compute) -> _Product:
+    def of(cls, top: ir.Stmt, c: ir.Compute) -> _Product:
         assert c.mma is not None
         path = path_to(top, c)
         assert path is not None
-        loops = [s for s in path if isinstance(s, For)][-3:]
+        loops = [s for s in path if isinstance(s, ir.For)][-3:]
         exact = tuple(f.extent for f in loops) == SHAPE and all(
             f.kind == "serial" and not f.private and _is_zero(f.begin) for f in loops
         )
@@ -169,7 +147,7 @@ class _Product:
                 "S102", f"the loops {', '.join(c.mma)} are no longer one tile of 16 × 8 × 16",
                 hint="call mma() after every other verb on these loops",
             )  # fmt: skip
-        if any(reduces(f, c) for f in loops[:2]) or not reduces(loops[2], c):
+        if any(ir.reduces(f, c) for f in loops[:2]) or not ir.reduces(loops[2], c):
             raise ScheduleError(
                 "S102", f"a tile operation sums over its last loop only, {c.mma[2]}"
             )
@@ -202,11 +180,11 @@ class _Product:
         )
 
     @property
-    def slots(self) -> tuple[For, ...]:
+    def slots(self) -> tuple[ir.For, ...]:
         """The spatial loops inside the reduction; each thread has fragments of its own."""
         found = tuple(
             s for s in self.outer
-            if isinstance(s, For) and s.name not in self.reduced and s.kind not in THREADS
+            if isinstance(s, ir.For) and s.name not in self.reduced and s.kind not in ir.THREADS
         )  # fmt: skip
         for f in found:
             if f.extent is None or not _is_zero(f.begin):
@@ -219,29 +197,29 @@ class _Product:
                 )
         return found
 
-    def update(self, acc: Buffer, slot: Expr) -> Stmt:
+    def update(self, acc: ir.Buffer, slot: ir.Expr) -> ir.Stmt:
         """acc[slot] += a tile · b tile."""
         rows, cols, depth = self.names
         x, y = self._operands()
         a, b = self.tile(x, rows, depth), self.tile(y, depth, cols)
-        return Mma(acc, slot, a, b, SHAPE)
+        return ir.Mma(acc, slot, a, b, SHAPE)
 
-    def store(self, acc: Buffer, slot: Expr) -> Stmt:
+    def store(self, acc: ir.Buffer, slot: ir.Expr) -> ir.Stmt:
         c = self.compute
         to = self.tile(c.out, *self.names[:2])
-        return MmaStore(to, acc, slot, SHAPE, c.op if c.in_place else "")
+        return ir.MmaStore(to, acc, slot, SHAPE, c.op if c.in_place else "")
 
-    def _operands(self) -> tuple[Load, Load]:
+    def _operands(self) -> tuple[ir.Load, ir.Load]:
         """The factor that has the rows, then the one that has the columns."""
         c = self.compute
         value = c.value
-        if not (isinstance(value, Binary) and value.op == "*" and c.op == "sum"):
+        if not (isinstance(value, ir.Binary) and value.op == "*" and c.op == "sum"):
             raise ScheduleError("S102", f"{c.out.buffer.name} is no sum of products of two tiles")
         factors = []
         for e in (value.a, value.b):
-            while isinstance(e, Cast):
+            while isinstance(e, ir.Cast):
                 e = e.a
-            if not isinstance(e, Load) or e.buffer.scope not in MEMORY:
+            if not isinstance(e, ir.Load) or e.buffer.scope not in MEMORY:
                 raise _not_affine(f"{e} is no element of an array")
             factors.append(e)
         x, y = factors
@@ -260,12 +238,12 @@ class _Product:
             raise _not_affine(f"{x} and {y} share a loop of the output's tile")
         return x, y
 
-    def _varies(self, x: Load) -> set[str]:
+    def _varies(self, x: ir.Load) -> set[str]:
         return {name for i in x.index for name in free_vars(substitute(i, self.known))} & set(
             self.names
         )
 
-    def tile(self, x: Load, rows: str, cols: str) -> Tile:
+    def tile(self, x: ir.Load, rows: str, cols: str) -> ir.Tile:
         """The window of memory that `x` runs over as the loops `rows` and `cols` run."""
         if x.buffer.scope not in MEMORY:
             raise _not_affine(f"{x.buffer.name} lies in no memory that tiles can be cut from")
@@ -274,99 +252,103 @@ class _Product:
         base, step = _affine(flat_offset(x), names, dtypes.int64)
         if set(step) - {rows, cols}:
             raise _not_affine(f"{x} depends on {', '.join(sorted(set(step) - {rows, cols}))} too")
-        zero = Const(0, dtypes.int64)
+        zero = ir.Const(0, dtypes.int64)
         strides = (simplify(step.get(n, zero)) for n in (rows, cols))
         extents = dict(zip(self.names, SHAPE, strict=True))
-        limits = (self.limits.get(n, Const(extents[n], dtypes.int32)) for n in (rows, cols))
-        return Tile(x.buffer, simplify(base), *strides, *limits)
+        limits = (self.limits.get(n, ir.Const(extents[n], dtypes.int32)) for n in (rows, cols))
+        return ir.Tile(x.buffer, simplify(base), *strides, *limits)
 
-    def wrapped(self, body: Stmt) -> Stmt:
+    def wrapped(self, body: ir.Stmt) -> ir.Stmt:
         """Under the lets and guards of the tile that concern all of it."""
         for s in reversed(self.inner):
-            body = seq(s, body) if isinstance(s, Let) else If(s, body)
+            body = ir.seq(s, body) if isinstance(s, ir.Let) else ir.If(s, body)
         return body
 
-    def framed(self, body: Stmt) -> Stmt:
+    def framed(self, body: ir.Stmt) -> ir.Stmt:
         """Under the spatial loops, and the lets and guards that depend on nothing reduced."""
         for s in reversed((*self.outer, *self.inner)):
-            if isinstance(s, For):
+            if isinstance(s, ir.For):
                 body = replace(s, body=body) if s.name not in self.reduced else body
-            elif isinstance(s, Let):
+            elif isinstance(s, ir.Let):
                 needed = s.var.name in free_vars(body) and s.var.name not in self.reduced
-                body = seq(s, body) if needed else body
+                body = ir.seq(s, body) if needed else body
             else:
-                cond = s.cond if isinstance(s, If) else s
-                body = body if free_vars(cond) & self.reduced else If(cond, body)
+                cond = s.cond if isinstance(s, ir.If) else s
+                body = body if free_vars(cond) & self.reduced else ir.If(cond, body)
         return body
 
 
 # ---------------------------------------------------------------------------- what surrounds a tile
 
 
-def _is_zero(e: Expr) -> bool:
-    return isinstance(e, Const) and e.value == 0
+def _is_zero(e: ir.Expr) -> bool:
+    return isinstance(e, ir.Const) and e.value == 0
 
 
-def _slot(slots: tuple[For, ...]) -> Expr:
+def _slot(slots: tuple[ir.For, ...]) -> ir.Expr:
     """The number of a fragment: the last spatial loop runs fastest."""
-    at: Expr = Const(0, slots[0].var.dtype if slots else dtypes.int32)
+    at: ir.Expr = ir.Const(0, slots[0].var.dtype if slots else dtypes.int32)
     for f in slots:
         at = add(mul(at, f.extent or 1), f.var)
     return at
 
 
-def _replaced(s: Any, old: For, new: Stmt) -> Any:
+def _replaced(s: Any, old: ir.For, new: ir.Stmt) -> Any:
     if s is old:
         return new
-    return rebuild(s, lambda x: _replaced(x, old, new)) if isinstance(s, (Seq, For, If)) else s
+    return (
+        rebuild(s, lambda x: _replaced(x, old, new))
+        if isinstance(s, (ir.Seq, ir.For, ir.If))
+        else s
+    )
 
 
 def _region(
     region: list[Any], names: frozenset[str]
-) -> tuple[tuple[Any, ...], dict[str, Expr], dict[str, Expr]]:
+) -> tuple[tuple[Any, ...], dict[str, ir.Expr], dict[str, ir.Expr]]:
     """The inside of a tile: (lets and guards that its loops do not decide, what the other lets
     stand for, the limits of its loops)."""
     inner: list[Any] = []
-    known: dict[str, Expr] = {}
-    limits: dict[str, Expr] = {}
+    known: dict[str, ir.Expr] = {}
+    limits: dict[str, ir.Expr] = {}
     for s in region:
-        if isinstance(s, Let):
+        if isinstance(s, ir.Let):
             value = substitute(s.value, known)
-            heavy = any(isinstance(x, (Load, Search)) for x in walk(value))
+            heavy = any(isinstance(x, (ir.Load, ir.Search)) for x in walk(value))
             if heavy and not free_vars(value) & names:
-                inner.append(Let(s.var, value))
+                inner.append(ir.Let(s.var, value))
             else:
                 known[s.var.name] = value
-        elif isinstance(s, If):
+        elif isinstance(s, ir.If):
             for cond in conjuncts(substitute(s.cond, known)):
                 if not free_vars(cond) & names:
                     inner.append(cond)
                     continue
                 name, limit = _limit(cond, names)
-                limits[name] = binary("min", limits[name], limit) if name in limits else limit
+                limits[name] = ir.binary("min", limits[name], limit) if name in limits else limit
     return tuple(inner), known, limits
 
 
-def _limit(cond: Expr, names: frozenset[str]) -> tuple[str, Expr]:
+def _limit(cond: ir.Expr, names: frozenset[str]) -> tuple[str, ir.Expr]:
     """(loop, n) such that the condition holds for the first n iterations of the loop."""
-    if isinstance(cond, Binary) and cond.op in ("<", "<=", ">", ">="):
+    if isinstance(cond, ir.Binary) and cond.op in ("<", "<=", ">", ">="):
         low, high = (cond.a, cond.b) if cond.op in ("<", "<=") else (cond.b, cond.a)
         if not low.dtype.is_int:
             raise _not_affine(f"the guard {cond} compares no integers")
         base, step = _affine(low, names, low.dtype)
         if len(step) == 1 and not free_vars(high) & names:
             ((name, by),) = step.items()
-            if isinstance(by, Const) and by.value == 1:
+            if isinstance(by, ir.Const) and by.value == 1:
                 more = 1 if cond.op in ("<=", ">=") else 0
-                return name, simplify(add(binary("-", high, base), more))
+                return name, simplify(add(ir.binary("-", high, base), more))
     raise _not_affine(f"the guard {cond} does not end one loop of the tile")
 
 
-def _reduced(outer: tuple[Any, ...], c: Compute) -> frozenset[str]:
+def _reduced(outer: tuple[Any, ...], c: ir.Compute) -> frozenset[str]:
     """Names around a tile that differ from one reduced iteration to the next."""
     reduced: set[str] = set()
     for s in outer:
-        if isinstance(s, For) and reduces(s, c):
+        if isinstance(s, ir.For) and ir.reduces(s, c):
             if s.kind in ("vector", "thread.x", "thread.y") or s.private:
                 kind = "private" if s.private else s.kind
                 raise ScheduleError(
@@ -375,9 +357,9 @@ def _reduced(outer: tuple[Any, ...], c: Compute) -> frozenset[str]:
                     hint="loops around a tile that reduce are serial",
                 )
             reduced.add(s.name)
-        elif isinstance(s, For) and (free_vars(s.begin) | free_vars(s.end)) & reduced:
+        elif isinstance(s, ir.For) and (free_vars(s.begin) | free_vars(s.end)) & reduced:
             reduced.add(s.name)
-        elif isinstance(s, Let) and free_vars(s.value) & reduced:
+        elif isinstance(s, ir.Let) and free_vars(s.value) & reduced:
             reduced.add(s.var.name)
     return frozenset(reduced)
 
@@ -385,7 +367,7 @@ def _reduced(outer: tuple[Any, ...], c: Compute) -> frozenset[str]:
 # ---------------------------------------------------------------------------- affine addresses
 
 
-def _affine(e: Expr, names: frozenset[str], to: DType) -> Affine:
+def _affine(e: ir.Expr, names: frozenset[str], to: DType) -> Affine:
     """`e` as an affine form, computed in `to`. Raises ScheduleError[S102] where it has none."""
     form = affine(e, names, to)
     if form is None:

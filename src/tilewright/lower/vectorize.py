@@ -7,34 +7,8 @@ from typing import Any
 
 from tilewright.dtypes import DType
 from tilewright.errors import ScheduleError
+from tilewright.ir import nodes as ir
 from tilewright.ir.affine import affine
-from tilewright.ir.nodes import (
-    Alloc,
-    Binary,
-    Buffer,
-    Cast,
-    Const,
-    Expr,
-    For,
-    If,
-    Let,
-    Load,
-    Mma,
-    MmaStore,
-    MmaZero,
-    Prefetch,
-    Program,
-    Ramp,
-    ReduceThreads,
-    Select,
-    Seq,
-    Stmt,
-    Store,
-    Tile,
-    Unary,
-    Var,
-    seq,
-)  # fmt: skip
 from tilewright.ir.rewrite import (
     broadcast,
     free_vars,
@@ -45,7 +19,7 @@ from tilewright.ir.rewrite import (
 )  # fmt: skip
 
 
-def vectorize_loops(program: Program) -> Program:
+def vectorize_loops(program: ir.Program) -> ir.Program:
     """A vector loop becomes straight-line code on vector registers.
 
     before: for v in 0:16  # vector          after: acc[0] += broadcast(a[p]) * X[o +: 16]
@@ -57,7 +31,7 @@ def vectorize_loops(program: Program) -> Program:
     return replace(program, stages=stages)
 
 
-def unroll_loops(program: Program) -> Program:
+def unroll_loops(program: ir.Program) -> ir.Program:
     """An unrolled loop of constant extent is written out.
 
     before: for u in 0:2  # unroll           after: acc[0] = 0; acc[1] = 0
@@ -70,7 +44,7 @@ def unroll_loops(program: Program) -> Program:
     return replace(program, stages=stages)
 
 
-def split_registers(program: Program) -> Program:
+def split_registers(program: ir.Program) -> ir.Program:
     """A register array that is only read at constants becomes that many registers: compilers keep
     named vectors in registers where they leave arrays in memory.
 
@@ -90,65 +64,65 @@ class _Unroller:
         self.copies = 0
 
     def visit(self, s: Any) -> Any:
-        if not (isinstance(s, For) and s.kind == "unroll" and s.extent is not None):
+        if not (isinstance(s, ir.For) and s.kind == "unroll" and s.extent is not None):
             return s
         first = int(s.begin.value)  # type: ignore[attr-defined]
         copies = []
         for i in range(first, first + s.extent):
             self.copies += 1
-            body = substitute(s.body, {s.name: Const(i, s.var.dtype)})
+            body = substitute(s.body, {s.name: ir.Const(i, s.var.dtype)})
             copies.append(_renamed_lets(body, f".{self.copies}") if s.extent > 1 else body)
-        return _asked_once(seq(*copies))
+        return _asked_once(ir.seq(*copies))
 
 
-def _asked_once(s: Stmt) -> Stmt:
+def _asked_once(s: ir.Stmt) -> ir.Stmt:
     """Copies that ask for the same place ask for it once."""
-    if not isinstance(s, Seq):
+    if not isinstance(s, ir.Seq):
         return s
-    asked: set[Prefetch] = set()
-    out: list[Stmt] = []
+    asked: set[ir.Prefetch] = set()
+    out: list[ir.Stmt] = []
     for b in s.body:
-        if isinstance(b, Prefetch):
+        if isinstance(b, ir.Prefetch):
             if b in asked:
                 continue
             asked.add(b)
         out.append(b)
-    return seq(*out)
+    return ir.seq(*out)
 
 
-def _renamed_lets(s: Stmt, suffix: str) -> Stmt:
+def _renamed_lets(s: ir.Stmt, suffix: str) -> ir.Stmt:
     """The lets and registers of a copy under new names, so that copies share a scope: also those
     under guards, which may prove to be always true."""
-    if isinstance(s, If):
+    if isinstance(s, ir.If):
         return replace(s, body=_renamed_lets(s.body, suffix))
-    out: list[Stmt] = []
-    names: dict[str, Expr] = {}
-    buffers: dict[str, Buffer] = {}
-    for b in s.body if isinstance(s, Seq) else (s,):
+    out: list[ir.Stmt] = []
+    names: dict[str, ir.Expr] = {}
+    buffers: dict[str, ir.Buffer] = {}
+    for b in s.body if isinstance(s, ir.Seq) else (s,):
         b = _rename_buffers(substitute(b, names), buffers)
-        if isinstance(b, Let):
-            fresh = Var(b.var.name + suffix, b.var.dtype)
+        if isinstance(b, ir.Let):
+            fresh = ir.Var(b.var.name + suffix, b.var.dtype)
             names[b.var.name] = fresh
-            b = Let(fresh, b.value)
-        elif isinstance(b, Alloc):
+            b = ir.Let(fresh, b.value)
+        elif isinstance(b, ir.Alloc):
             buffers[b.buffer.name] = replace(b.buffer, name=b.buffer.name + suffix)
-            b = Alloc(buffers[b.buffer.name])
-        elif isinstance(b, If):
+            b = ir.Alloc(buffers[b.buffer.name])
+        elif isinstance(b, ir.If):
             b = _renamed_lets(b, suffix)
         out.append(b)
-    return seq(*out)
+    return ir.seq(*out)
 
 
-def _rename_buffers(s: Any, buffers: dict[str, Buffer]) -> Any:
+def _rename_buffers(s: Any, buffers: dict[str, ir.Buffer]) -> Any:
     if not buffers:
         return s
 
     def visit(x: Any) -> Any:
-        if isinstance(x, (Load, Store)) and x.buffer.name in buffers:
+        if isinstance(x, (ir.Load, ir.Store)) and x.buffer.name in buffers:
             return replace(x, buffer=replace(x.buffer, name=buffers[x.buffer.name].name))
-        if isinstance(x, (Mma, MmaZero, MmaStore)) and x.acc.name in buffers:
+        if isinstance(x, (ir.Mma, ir.MmaZero, ir.MmaStore)) and x.acc.name in buffers:
             return replace(x, acc=buffers[x.acc.name])
-        if isinstance(x, Tile) and x.buffer.name in buffers:
+        if isinstance(x, ir.Tile) and x.buffer.name in buffers:
             return replace(x, buffer=buffers[x.buffer.name])
         return x
 
@@ -158,11 +132,11 @@ def _rename_buffers(s: Any, buffers: dict[str, Buffer]) -> Any:
 # ---------------------------------------------------------------------------- vectorize
 
 
-def _vectorize(body: Stmt) -> Stmt:
+def _vectorize(body: ir.Stmt) -> ir.Stmt:
     wide: dict[str, tuple[int, int]] = {}  # accumulator -> (its vector dimension, lanes)
 
     def visit(s: Any) -> Any:
-        if isinstance(s, For) and s.kind == "vector":
+        if isinstance(s, ir.For) and s.kind == "vector":
             if s.extent is None or s.begin.value != 0:  # type: ignore[attr-defined]
                 raise ScheduleError(
                     "S102", f"loop {s.name} is to be a vector but its extent is not a constant",
@@ -179,7 +153,7 @@ def _vectorize(body: Stmt) -> Stmt:
 class _Vectorizer:
     """Rewrites the body of one vector loop; `varying` are the names that differ by lane."""
 
-    def __init__(self, loop: For, wide: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, loop: ir.For, wide: dict[str, tuple[int, int]]) -> None:
         self.loop, self.wide = loop, wide
         self.lanes = loop.extent or 1
         self.varying: dict[str, DType] = {}
@@ -188,45 +162,45 @@ class _Vectorizer:
     def refuse(self, why: str, hint: str = "vectorize another loop") -> ScheduleError:
         return ScheduleError("S102", f"loop {self.loop.name} cannot be a vector: {why}", hint=hint)
 
-    def varies(self, e: Expr) -> bool:
+    def varies(self, e: ir.Expr) -> bool:
         for x in walk(e):
-            if isinstance(x, Var) and (x.name == self.loop.name or x.name in self.varying):
+            if isinstance(x, ir.Var) and (x.name == self.loop.name or x.name in self.varying):
                 return True
-            if isinstance(x, Load) and x.buffer.name in self.registers:
+            if isinstance(x, ir.Load) and x.buffer.name in self.registers:
                 return True
         return False
 
-    def stmt(self, s: Stmt) -> Stmt:
-        if isinstance(s, Seq):
-            return seq(*(self.stmt(b) for b in s.body))
-        if isinstance(s, Let):
+    def stmt(self, s: ir.Stmt) -> ir.Stmt:
+        if isinstance(s, ir.Seq):
+            return ir.seq(*(self.stmt(b) for b in s.body))
+        if isinstance(s, ir.Let):
             if not self.varies(s.value):
                 return s
             value = self.vector(s.value)
             self.varying[s.var.name] = value.dtype
-            return Let(Var(s.var.name, value.dtype), value)
-        if isinstance(s, Alloc):
+            return ir.Let(ir.Var(s.var.name, value.dtype), value)
+        if isinstance(s, ir.Alloc):
             self.registers.add(s.buffer.name)
-            return Alloc(replace(s.buffer, dtype=s.buffer.dtype.vector(self.lanes)))
-        if isinstance(s, If):
+            return ir.Alloc(replace(s.buffer, dtype=s.buffer.dtype.vector(self.lanes)))
+        if isinstance(s, ir.If):
             if self.varies(s.cond):
                 raise self.refuse(
                     f"the guard {s.cond} differs from lane to lane",
                     'split with tail="cut", or specialize() the dimension to a multiple',
                 )
             return replace(s, body=self.stmt(s.body))
-        if isinstance(s, For):
+        if isinstance(s, ir.For):
             if self.varies(s.begin) or self.varies(s.end):
                 raise self.refuse(f"the range of loop {s.name} differs from lane to lane")
             return replace(s, body=self.stmt(s.body))
-        if isinstance(s, Store):
+        if isinstance(s, ir.Store):
             return self.store(s)
-        if isinstance(s, Prefetch):  # the line of the first lane: a register is one line
+        if isinstance(s, ir.Prefetch):  # the line of the first lane: a register is one line
             found = self.linear(s.place.index[0])
-            return Seq(()) if found is None else Prefetch(replace(s.place, index=(found[0],)))
+            return ir.Seq(()) if found is None else ir.Prefetch(replace(s.place, index=(found[0],)))
         raise self.refuse(f"it holds a {type(s).__name__}")
 
-    def store(self, s: Store) -> Stmt:
+    def store(self, s: ir.Store) -> ir.Stmt:
         value = self.vector(s.value)
         if s.buffer.name in self.registers:
             return replace(
@@ -240,80 +214,84 @@ class _Vectorizer:
         base, step = found
         if s.atomic or step != 1:
             return replace(s, index=(self.vector(s.index[0]),), value=value)
-        return replace(s, index=(Ramp(base, base.dtype.vector(self.lanes)),), value=value)
+        return replace(s, index=(ir.Ramp(base, base.dtype.vector(self.lanes)),), value=value)
 
-    def register_index(self, buffer: Buffer, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    def register_index(self, buffer: ir.Buffer, index: tuple[ir.Expr, ...]) -> tuple[ir.Expr, ...]:
         at = [n for n, i in enumerate(index) if self.varies(i)]
-        if len(at) != 1 or not isinstance(index[at[0]], Var):
+        if len(at) != 1 or not isinstance(index[at[0]], ir.Var):
             raise self.refuse(f"the accumulator {buffer.name} does not belong to one lane")
         self.wide[buffer.name] = (at[0], self.lanes)
-        return tuple(Const(0, i.dtype) if n == at[0] else i for n, i in enumerate(index))
+        return tuple(ir.Const(0, i.dtype) if n == at[0] else i for n, i in enumerate(index))
 
-    def vector(self, e: Expr) -> Expr:
+    def vector(self, e: ir.Expr) -> ir.Expr:
         return broadcast(e, self.lanes) if not self.varies(e) else self.expr(e)
 
-    def expr(self, e: Any) -> Expr:
-        if isinstance(e, Var):
+    def expr(self, e: Any) -> ir.Expr:
+        if isinstance(e, ir.Var):
             if e.name == self.loop.name:
-                return Ramp(Const(0, e.dtype), e.dtype.vector(self.lanes))
-            return Var(e.name, self.varying[e.name])
-        if isinstance(e, Binary):
-            return Binary(e.op, self.vector(e.a), self.vector(e.b), e.dtype.vector(self.lanes))
-        if isinstance(e, (Unary, Cast)):
+                return ir.Ramp(ir.Const(0, e.dtype), e.dtype.vector(self.lanes))
+            return ir.Var(e.name, self.varying[e.name])
+        if isinstance(e, ir.Binary):
+            return ir.Binary(e.op, self.vector(e.a), self.vector(e.b), e.dtype.vector(self.lanes))
+        if isinstance(e, (ir.Unary, ir.Cast)):
             return replace(e, a=self.vector(e.a), dtype=e.dtype.vector(self.lanes))
-        if isinstance(e, Select):
+        if isinstance(e, ir.Select):
             dtype = e.dtype.vector(self.lanes)
             if self.varies(e.cond) and any(_in_memory(x) for b in (e.a, e.b) for x in walk(b)):
                 raise self.refuse(f"whether it reads {e.a} differs from lane to lane")
             cond = self.vector(e.cond) if self.varies(e.cond) else e.cond
-            return Select(cond, self.vector(e.a), self.vector(e.b), dtype)
-        if isinstance(e, ReduceThreads):
+            return ir.Select(cond, self.vector(e.a), self.vector(e.b), dtype)
+        if isinstance(e, ir.ReduceThreads):
             return replace(e, a=self.vector(e.a), dtype=e.dtype.vector(self.lanes))
-        if isinstance(e, Load):
+        if isinstance(e, ir.Load):
             return self.load(e)
         raise self.refuse(f"{e} has no vector form")
 
-    def load(self, e: Load) -> Expr:
+    def load(self, e: ir.Load) -> ir.Expr:
         dtype = e.dtype.vector(self.lanes)
         if e.buffer.name in self.registers:
-            return Load(replace(e.buffer, dtype=dtype), e.index, dtype)
+            return ir.Load(replace(e.buffer, dtype=dtype), e.index, dtype)
         if e.buffer.scope == "register":
-            return Load(e.buffer, self.register_index(e.buffer, e.index), dtype)
+            return ir.Load(e.buffer, self.register_index(e.buffer, e.index), dtype)
         found = self.linear(e.index[0])
         if found and found[1] == 1:
-            return Load(e.buffer, (Ramp(found[0], found[0].dtype.vector(self.lanes)),), dtype)
-        return Load(e.buffer, (self.vector(e.index[0]),), dtype)
+            return ir.Load(e.buffer, (ir.Ramp(found[0], found[0].dtype.vector(self.lanes)),), dtype)
+        return ir.Load(e.buffer, (self.vector(e.index[0]),), dtype)
 
-    def linear(self, e: Expr) -> tuple[Expr, int] | None:
+    def linear(self, e: ir.Expr) -> tuple[ir.Expr, int] | None:
         """(base, step) when e = base + step * lane."""
-        if any(isinstance(x, Load) and x.buffer.name in self.registers for x in walk(e)):
+        if any(isinstance(x, ir.Load) and x.buffer.name in self.registers for x in walk(e)):
             return None
         form = affine(e, frozenset((self.loop.name, *self.varying)))
         if form is None or form.steps.keys() - {self.loop.name}:
             return None
-        step = form.steps.get(self.loop.name, Const(0, e.dtype))
-        return (form.base, int(step.value)) if isinstance(step, Const) else None
+        step = form.steps.get(self.loop.name, ir.Const(0, e.dtype))
+        return (form.base, int(step.value)) if isinstance(step, ir.Const) else None
 
 
 def _in_memory(e: Any) -> bool:
-    return isinstance(e, Load) and e.buffer.scope != "register"
+    return isinstance(e, ir.Load) and e.buffer.scope != "register"
 
 
-def _narrow(body: Stmt, wide: dict[str, tuple[int, int]]) -> Stmt:
+def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:
     """Accumulators that vector loops filled lose that dimension and get lanes instead."""
     if not wide:
         return body
 
-    def buffer(b: Buffer) -> Buffer:
+    def buffer(b: ir.Buffer) -> ir.Buffer:
         at, lanes = wide[b.name]
         return replace(b, dtype=b.dtype.vector(lanes), shape=b.shape[:at] + b.shape[at + 1 :])
 
     def visit(x: Any) -> Any:
-        if isinstance(x, Alloc) and x.buffer.name in wide:
-            return Alloc(buffer(x.buffer))
-        if isinstance(x, (Load, Store)) and x.buffer.name in wide and x.buffer.dtype.lanes == 1:
+        if isinstance(x, ir.Alloc) and x.buffer.name in wide:
+            return ir.Alloc(buffer(x.buffer))
+        if (
+            isinstance(x, (ir.Load, ir.Store))
+            and x.buffer.name in wide
+            and x.buffer.dtype.lanes == 1
+        ):
             at, lanes = wide[x.buffer.name]
-            if (x.value if isinstance(x, Store) else x).dtype.lanes != lanes:
+            if (x.value if isinstance(x, ir.Store) else x).dtype.lanes != lanes:
                 raise ScheduleError(
                     "S102", f"{x.buffer.name} holds {lanes} lanes in one loop and not in another",
                     hint="vectorize the loop before cache(), and every loop over it alike",
@@ -327,41 +305,41 @@ def _narrow(body: Stmt, wide: dict[str, tuple[int, int]]) -> Stmt:
 # ---------------------------------------------------------------------------- registers
 
 
-def _split(body: Stmt) -> Stmt:
+def _split(body: ir.Stmt) -> ir.Stmt:
     arrays = {
         x.buffer.name: x.buffer
         for x in walk(body)
-        if isinstance(x, Alloc) and x.buffer.scope == "register" and x.buffer.shape
+        if isinstance(x, ir.Alloc) and x.buffer.scope == "register" and x.buffer.shape
     }
     for x in walk(body):
         if (
-            isinstance(x, (Load, Store))
+            isinstance(x, (ir.Load, ir.Store))
             and x.buffer.name in arrays
-            and free_vars(Seq((Store(x.buffer, x.index, Const(0, x.buffer.dtype)),)))
+            and free_vars(ir.Seq((ir.Store(x.buffer, x.index, ir.Const(0, x.buffer.dtype)),)))
         ):
             arrays.pop(x.buffer.name)
 
-    def one(b: Buffer, index: tuple[Expr, ...]) -> Buffer:
+    def one(b: ir.Buffer, index: tuple[ir.Expr, ...]) -> ir.Buffer:
         flat = 0
         for i, extent in zip(index, b.shape, strict=True):
             flat = flat * int(extent.value) + int(i.value)  # type: ignore[attr-defined]
         return replace(b, name=f"{b.name}.{flat}", shape=())
 
     def visit(x: Any) -> Any:
-        if isinstance(x, Alloc) and x.buffer.name in arrays:
+        if isinstance(x, ir.Alloc) and x.buffer.name in arrays:
             total = 1
             for extent in x.buffer.shape:
                 total *= int(extent.value)  # type: ignore[attr-defined]
-            return seq(
+            return ir.seq(
                 *(
-                    Alloc(replace(x.buffer, name=f"{x.buffer.name}.{i}", shape=()))
+                    ir.Alloc(replace(x.buffer, name=f"{x.buffer.name}.{i}", shape=()))
                     for i in range(total)
                 )
             )
-        if isinstance(x, (Load, Store)) and x.buffer.name in arrays and x.index:
+        if isinstance(x, (ir.Load, ir.Store)) and x.buffer.name in arrays and x.index:
             return replace(x, buffer=one(x.buffer, x.index), index=())
-        if isinstance(x, Seq):
-            return seq(*x.body)
+        if isinstance(x, ir.Seq):
+            return ir.seq(*x.body)
         return x
 
     return transform(body, visit)

@@ -1,0 +1,142 @@
+"""Expressions on coordinates as expressions on buffers: accesses become loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+from tilewright import dtypes
+from tilewright.ir import nodes as ir
+from tilewright.ir.levels import is_list_of_pairs, load_value, locate_pair
+from tilewright.ir.names import given
+from tilewright.ir.ranges import interval
+from tilewright.ir.rewrite import add
+from tilewright.lower.scope import Scope, part_of
+from tilewright.lower.tables import Driver, Tables, index_names, unsearchable
+
+
+@dataclass(frozen=True, slots=True)
+class PartRows:
+    """The rows that a nest over a part of a composed `structure` may read: its own. Other parts may
+    hold the others, and some of its own too where rows are `shared`."""
+
+    tables: Tables
+    structure: str
+    shared: bool
+    row_index: dict[str, str] = field(default_factory=dict)  # by structure, of the first access
+
+    def is_part(self, structure: str) -> bool:
+        return structure == self.structure and self.tables.is_composed(structure)
+
+    def check(self, access: Driver) -> None:
+        """Raises ProgramError[P107] for a part that is read at two row indices."""
+        own = self.row_index.setdefault(access.structure, access.indices[0])
+        if self.is_part(access.structure) and (own != access.indices[0] or self.shared):
+            fmt = self.tables.tensors[access.structure].format
+            raise unsearchable(access.structure, fmt)
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Translates expressions at one point of a nest; searches are appended to `lets`."""
+
+    tables: Tables
+    rows: PartRows
+    scope: Scope
+    lets: list[ir.Stmt]
+
+    def expr(self, e: Any) -> Any:
+        """The expression with loads for accesses. Its types are derived again, since coordinates
+        may be int64."""
+        if isinstance(e, ir.Index):
+            return self.scope.coordinates[e.name]
+        if isinstance(e, ir.Var):
+            size = given(e.name)
+            assert size is not None, "the only variables of a program are sizes"
+            return self.tables.size(size.owner)
+        if isinstance(e, ir.Access):
+            return self.access(e)
+        if isinstance(e, ir.Binary):
+            return ir.binary(e.op, self.expr(e.a), self.expr(e.b))
+        if isinstance(e, ir.Unary):
+            return ir.unary(e.op, self.expr(e.a))
+        if isinstance(e, ir.Select):
+            return ir.select(self.expr(e.cond), self.expr(e.a), self.expr(e.b))
+        if isinstance(e, ir.Cast):
+            return ir.cast(self.expr(e.a), e.dtype)
+        return e
+
+    def access(self, e: ir.Access) -> ir.Expr:
+        tensor = self.tables.tensors[e.tensor.name]
+        if tensor.is_sparse:
+            position = self._position(tensor, e)
+            return load_value(self.tables.values(tensor), position, tensor.fill)
+        coords = tuple(self.expr(c) for c in e.coords)
+        value = ir.Load(self.tables.buffer(tensor), coords, e.dtype)
+        inside = self.bounds(tensor, e, coords)
+        if not inside:
+            return value
+        dtype = value.dtype.accumulator if value.dtype.is_float else value.dtype
+        outside = ir.cast(ir.Const(0, dtypes.int32), dtype)
+        return ir.select(_all(inside), ir.cast(value, dtype), outside)
+
+    def bounds(self, tensor: ir.Tensor, e: ir.Access, coords: tuple[ir.Expr, ...]) -> list[ir.Expr]:
+        """Conditions under which the coordinates of an access lie inside the tensor, without those
+        that always hold."""
+        conditions: list[ir.Expr] = []
+        for c, value, dim in zip(e.coords, coords, tensor.dims, strict=True):
+            if isinstance(c, ir.Index) and c.dim == dim:
+                continue
+            (low, high), size = interval(c, self.tables.size), self.tables.size(dim)
+            if low < 0:
+                conditions.append(ir.binary(">=", value, 0))
+            if not (isinstance(size, ir.Const) and high < size.value):
+                is_wide = value.dtype.kind == "i" or value.dtype.bits == 64
+                wide = value if is_wide else ir.cast(value, dtypes.int64)
+                conditions.append(ir.binary("<", wide, ir.cast(size, wide.dtype)))
+        return conditions
+
+    def _position(self, tensor: ir.Tensor, e: ir.Access) -> ir.Expr:
+        """The position of an access in the values of a sparse tensor; negative if not stored."""
+        levels = self.tables.levels(tensor.structure, tensor.name)
+        access = Driver(tensor.structure, index_names(e))
+        if access.is_plain and self.scope.is_read_at(access):
+            return self.scope.position(tensor.structure, len(levels) - 1)
+        if access.is_plain and access in self.scope.known_positions:
+            return self.scope.known_positions[access]
+        self.rows.check(access)
+        coords = tuple(self.expr(c) for c in e.coords)
+        return self._search(tensor, coords, self.bounds(tensor, e, coords))
+
+    def _search(
+        self, tensor: ir.Tensor, coords: tuple[ir.Expr, ...], conditions: list[ir.Expr]
+    ) -> ir.Expr:
+        """The position of an entry, searched level by level where the conditions hold; -1 (or less,
+        on dense levels) from the first level on that does not store it."""
+        levels = self.tables.levels(tensor.structure)
+        is_pairs = is_list_of_pairs(levels)
+        if not is_pairs and not all(level.unique for level in levels):
+            raise unsearchable(tensor.name, self.tables.formats[tensor.structure])
+        missing = ir.as_expr(-1, self.tables.index)
+        wanted = [part_of(level, coords[level.dim]) for level in levels]
+        storages = [self.tables.storage(tensor.structure, d)[1] for d in range(len(levels))]
+        position: ir.Expr = ir.Const(0, self.tables.index)
+        for depth, level in enumerate(levels):
+            if is_pairs and depth == 0:
+                continue
+            if is_pairs:
+                located = locate_pair(storages[0], storages[1], wanted[0], wanted[1])
+            else:
+                located = level.locate(storages[depth], position, wanted[depth])
+            if conditions:
+                located = ir.select(_all(conditions), located, missing)
+            position = ir.Var(self.tables.unused_name(f"{tensor.name}_q{depth}"), self.tables.index)
+            self.lets.append(ir.Let(position, located))
+            if conditions or not level.is_dense:
+                conditions = [ir.binary(">=", position, 0)]
+        return ir.select(conditions[0], position, missing) if conditions else add(position, 0)
+
+
+def _all(conditions: list[ir.Expr]) -> ir.Expr:
+    return reduce(lambda a, b: ir.binary("&", a, b), conditions)

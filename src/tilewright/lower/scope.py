@@ -1,0 +1,122 @@
+"""The coordinates and positions that are known at one point of a nest of loops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tilewright.ir import nodes as ir
+from tilewright.ir.levels import Level, may_miss
+from tilewright.ir.rewrite import simplify
+from tilewright.lower.tables import Driver, Statement, Tables, indices_in, unsearchable
+
+
+class BlockPart(NamedTuple):
+    """One of the two halves of a blocked coordinate: the block's number, or the coordinate
+    `inner` to the block."""
+
+    axis: str
+    block: int
+    inner: bool
+
+
+@dataclass(slots=True)
+class Walk:
+    """The levels of one structure as the loops around a point walk them: the names of the indices
+    that it is read at, and by depth the loop variables and positions that are known."""
+
+    indices: tuple[str, ...]
+    variables: dict[int, ir.Expr] = field(default_factory=dict)
+    positions: dict[int, ir.Expr] = field(default_factory=dict)
+
+    def copy(self) -> Walk:
+        return Walk(self.indices, dict(self.variables), dict(self.positions))
+
+
+@dataclass(slots=True)
+class Scope:
+    """`coordinates` by index, `block_parts` of blocked ones, `walks` by structure;
+    `known_positions` in structures that outer loops walk at other indices."""
+
+    tables: Tables
+    coordinates: dict[str, ir.Expr] = field(default_factory=dict)
+    block_parts: dict[BlockPart, ir.Expr] = field(default_factory=dict)
+    walks: dict[str, Walk] = field(default_factory=dict)
+    known_positions: dict[Driver, ir.Expr] = field(default_factory=dict)
+
+    def copy(self) -> Scope:
+        return Scope(
+            self.tables,
+            dict(self.coordinates),
+            dict(self.block_parts),
+            {structure: walk.copy() for structure, walk in self.walks.items()},
+            dict(self.known_positions),
+        )
+
+    def is_read_at(self, driver: Driver) -> bool:
+        """Whether the loops walk a structure at these indices."""
+        walk = self.walks.get(driver.structure)
+        return walk is not None and walk.indices == driver.indices
+
+    def follow(self, driver: Driver, st: Statement) -> None:
+        """Walks the structure at the indices of `driver` from here on, in the loops of `st`.
+
+        Variables and positions of levels that are opened again or that belong to other indices are
+        forgotten, but the last level's position at the old indices stays known."""
+        levels = self.tables.levels(driver.structure)
+        walk = self.walks.setdefault(driver.structure, Walk(driver.indices))
+        old = walk.indices
+        if old != driver.indices and len(walk.variables) == len(levels):
+            last = self.position(driver.structure, len(levels) - 1)
+            self.known_positions[Driver(driver.structure, old)] = last
+        walk.indices = driver.indices
+        reduced = {a.name for a in st.axes}
+        own = reduced | {x.name for x in indices_in(st.out.coords)}
+        opened = reduced | (own - self.coordinates.keys())
+        for part in [p for p in self.block_parts if p.axis in opened]:
+            del self.block_parts[part]
+        moved = False
+        for depth, level in enumerate(levels):
+            index = driver.indices[level.dim]
+            other = index in opened or old[level.dim] != index
+            if other or (moved and not level.is_dense):
+                walk.variables.pop(depth, None)
+            if other or moved:
+                walk.positions.pop(depth, None)
+                moved = True
+
+    def position(self, structure: str, depth: int) -> ir.Expr:
+        """The position at a level: that of a loop, or located from coordinates."""
+        if depth < 0:
+            return ir.Const(0, self.tables.index)
+        walk = self.walks[structure]
+        if depth in walk.variables:
+            level, storage = self.tables.storage(structure, depth)
+            parent = self.position(structure, depth - 1)
+            return level.pos(storage, parent, walk.variables[depth])
+        if depth not in walk.positions:
+            walk.positions[depth] = self._located(structure, depth)
+        return walk.positions[depth]
+
+    def _located(self, structure: str, depth: int) -> ir.Expr:
+        level, storage = self.tables.storage(structure, depth)
+        if not level.unique:
+            raise unsearchable(structure, self.tables.formats[structure])
+        axis = self.walks[structure].indices[level.dim]
+        coordinate = self.block_parts.get(BlockPart(axis, level.block, level.inner))
+        if coordinate is None:
+            coordinate = part_of(level, self.coordinates[axis])
+        parent = self.position(structure, depth - 1)
+        position = level.locate(storage, parent, coordinate)
+        if may_miss(parent) and not level.is_dense:  # without a parent nothing is stored below it
+            missing = ir.as_expr(-1, self.tables.index)
+            position = ir.select(ir.binary(">=", parent, 0), position, missing)
+        return position
+
+
+def part_of(level: Level, coordinate: ir.Expr) -> ir.Expr:
+    """The part of a coordinate that a level holds: all of it, its block, or what is left of it
+    inside the block."""
+    if not level.block:
+        return coordinate
+    return simplify(ir.binary("%" if level.inner else "//", coordinate, level.block))
