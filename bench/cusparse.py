@@ -29,11 +29,11 @@ _TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # CUDA_R_*
 @functools.cache
 def library() -> ctypes.CDLL:
     """The cuSPARSE that torch or CUDA brings. Raises MissingExtra[E101]."""
-    found: list[str] = []
+    libraries: list[str] = []
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        found += glob.glob(f"{folder}/**/libcusparse.so*", recursive=True)
-    for name in (*sorted(found), "libcusparse.so.12", "libcusparse.so"):
+        libraries += glob.glob(f"{folder}/**/libcusparse.so*", recursive=True)
+    for name in (*sorted(libraries), "libcusparse.so.12", "libcusparse.so"):
         try:
             return ctypes.CDLL(name)
         except OSError:
@@ -43,9 +43,9 @@ def library() -> ctypes.CDLL:
     )
 
 
-def _check(status: int, what: str) -> None:
+def _check(status: int, function: str) -> None:
     if status:
-        raise RuntimeError(f"{what} gave status {status}")
+        raise RuntimeError(f"{function} gave status {status}")
 
 
 @functools.cache
@@ -60,21 +60,21 @@ def _csr(graph: Graph, values: Any) -> tuple[c_void_p, list[Any]]:
     import torch
 
     arrays = [torch.from_numpy(a).cuda() for a in (graph.indptr, graph.indices)]
-    made = c_void_p()
+    descriptor = c_void_p()
     status = library().cusparseCreateCsr(
-        byref(made), c_int64(graph.shape[0]), c_int64(graph.shape[1]), c_int64(graph.nnz),
+        byref(descriptor), c_int64(graph.shape[0]), c_int64(graph.shape[1]), c_int64(graph.nnz),
         *(c_void_p(a.data_ptr()) for a in (*arrays, values)),
         _INDEX_32, _INDEX_32, _BASE_ZERO, _type(values),
     )  # fmt: skip
     _check(status, "cusparseCreateCsr")
-    return made, [*arrays, values]
+    return descriptor, [*arrays, values]
 
 
 def _dense(array: Any) -> c_void_p:
-    made = c_void_p()
+    descriptor = c_void_p()
     rows, cols = array.shape
     status = library().cusparseCreateDnMat(
-        byref(made),
+        byref(descriptor),
         c_int64(rows),
         c_int64(cols),
         c_int64(cols),
@@ -83,7 +83,7 @@ def _dense(array: Any) -> c_void_p:
         _ROW_MAJOR,
     )
     _check(status, "cusparseCreateDnMat")
-    return made
+    return descriptor
 
 
 def _type(array: Any) -> int:
@@ -101,14 +101,16 @@ def _prepared(name: str, arguments: list[Any], keep: Any, result: Any) -> Callab
         f"{name}_bufferSize",
     )
     workspace = torch.empty(max(size.value, 16), dtype=torch.uint8, device="cuda")
-    place = c_void_p(workspace.data_ptr())
-    _check(getattr(cusparse, f"{name}_preprocess")(handle, *arguments, place), f"{name}_preprocess")
+    address = c_void_p(workspace.data_ptr())
+    _check(
+        getattr(cusparse, f"{name}_preprocess")(handle, *arguments, address), f"{name}_preprocess"
+    )
     function = getattr(cusparse, name)
     held = (keep, workspace)
 
     def run() -> Any:
         cusparse.cusparseSetStream(handle, c_void_p(torch.cuda.current_stream().cuda_stream))
-        status = function(handle, *arguments, place)
+        status = function(handle, *arguments, address)
         if status:
             _check(status, name)
         return result if held else None

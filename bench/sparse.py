@@ -207,11 +207,7 @@ def ours_spmm(graph: Graph, values: np.ndarray, x: Any, dtype: str, target: str)
         _kept["spmm"] = kept = (graph, (dtype, target), made)  # one format serves every width
     packed, pack_ms = kept[2]
     plain = Contender(
-        "tilewright",
-        lambda: ops.spmm(packed, x),
-        peers.to_host,
-        is_ours=True,
-        is_default=True,
+        "tilewright", lambda: ops.spmm(packed, x), peers.to_host, is_ours=True, is_default=True
     )
     plain = _built(plain, pack_ms, target)
     out = ops.spmm(packed, x)

@@ -105,11 +105,11 @@ def dtype(of: DType | str | np.dtype | type) -> DType:
     if isinstance(of, str) and of in ALL:
         return ALL[of]
     try:
-        found = np.dtype(of)
-        if found in _FROM_NUMPY:
-            return _FROM_NUMPY[found]
-        if found.name in ALL:  # ml_dtypes' bfloat16 and friends
-            return ALL[found.name]
+        numpy_dtype = np.dtype(of)
+        if numpy_dtype in _FROM_NUMPY:
+            return _FROM_NUMPY[numpy_dtype]
+        if numpy_dtype.name in ALL:  # ml_dtypes' bfloat16 and friends
+            return ALL[numpy_dtype.name]
     except TypeError:
         pass
     raise ArgumentError("A102", f"{of!r} is not a dtype", hint=f"one of {', '.join(ALL)}")

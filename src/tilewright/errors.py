@@ -1,14 +1,14 @@
 """Every error a user can meet: coded, located, hinted.
 
 An error says *what rule was broken by which value* (the message), *where* (the argument, or the
-line of the traced program) and *how to mend it* (the hint). The code is stable and stands in
-`CATALOG`.
+line of the traced program) and *how to mend it* (the hint). The code is stable and listed
+in `CATALOG`.
 
     FormatError[F104]: indices of A: column 9 is outside 0..7
       --> argument A
       hint: the matrix has 8 columns; check that rows and columns are not swapped
 
-Public functions check once, at the door, and raise from here; inside, assertions.
+Public functions check their arguments once and raise from here; inside, assertions.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ SHARED_BYTES = {
 }
 CUDA_ARCHS = tuple(SHARED_BYTES)
 
-# What `arch` is called, and which there are, for each kind of target.
+# The noun for `arch` in messages, and its values, for each kind of target.
 ARCHS: dict[str, tuple[str, tuple[str, ...]]] = {
     "interp": ("architecture", ()),
     "cpp": ("instruction set", ("avx512", "avx2", "baseline")),
@@ -44,11 +44,11 @@ class Target:
             raise BuildError(
                 "B103", f"unknown target {self.kind!r}", hint="cpp, cuda, cuda:sm_90a or interp"
             )
-        what, known = ARCHS[self.kind]
+        noun, known = ARCHS[self.kind]
         if self.arch not in ("", *known):
             raise BuildError(
                 "B103",
-                f"unknown {what} {self.arch!r}",
+                f"unknown {noun} {self.arch!r}",
                 hint=", ".join(known) or f"{self.kind} has none",
             )
 

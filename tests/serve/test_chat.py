@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("jinja2", reason="chat templates need the models extra")
 
-from tilewright.errors import ModelError
+from tilewright.errors import MissingExtra, ModelError
 from tilewright.serve import chat as chat_module
 from tilewright.serve.chat import MAX_MESSAGES, ChatTemplate, check_messages
 from tilewright.serve.tokenizer import BpeTokenizer, load_tokenizer
@@ -278,3 +278,25 @@ def test_fit_leaves_out_the_oldest(tiny_path: Path):
         with pytest.raises(ModelError) as error:
             chat.fit([*first, *talk], sizes[8] - 1)
         assert error.value.code == "M105"
+
+
+def test_start_compiles_before_the_first_prompt(monkeypatch: pytest.MonkeyPatch):
+    """`start` launches the process that the first prompt then uses; it reports no error."""
+    chat = ChatTemplate("{{ messages[0].content }}")
+    chat.start()
+    process = chat._worker._process
+    assert process is not None
+    chat.start()
+    assert chat.render(HELLO) == "Hello" and chat._worker._process is process
+    for source in (HOSTILE["does not parse"], HOSTILE["is too long"]):
+        damaged = ChatTemplate(source)
+        damaged.start()
+        assert not damaged.compiles()
+        with pytest.raises(ModelError) as error:
+            damaged.render(HELLO)
+        assert error.value.code == "M107"
+    monkeypatch.setattr(chat_module, "find_spec", lambda name: None)
+    absent = ChatTemplate("x")
+    absent.start()
+    with pytest.raises(MissingExtra, match="jinja2"):
+        absent.render(HELLO)

@@ -244,9 +244,9 @@ def hostile_files(good: bytes) -> list[tuple[str, bytes]]:
         ("ends at byte", patched(good, (tensor + 24, u64((1 << 64) - 32)))),
         ("not a multiple of 32", patched(good, (tensor + 24, u64(33)))),
         ("overlaps", patched(good, (tensor + 24, u64(0)))),
-        ("stands twice", good.replace(b"blk.0.attn_k.weight", b"blk.0.attn_v.weight")),
+        ("occurs twice", good.replace(b"blk.0.attn_k.weight", b"blk.0.attn_v.weight")),
         (
-            "stands twice",
+            "occurs twice",
             good.replace(b"tokenizer.ggml.eos_token_id", b"tokenizer.ggml.bos_token_id"),
         ),
         ("begins with", bytes(4096)),

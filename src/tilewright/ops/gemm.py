@@ -21,7 +21,7 @@ from tilewright.sparse.trace import dense, indices, out
 ROWS, COLS, DEPTH = 16, 8, 16  # one tile operation
 WARP_ROWS, WARP_COLS = 32, 32  # elements of C that a warp keeps in its registers
 WARPS = 2  # of a CTA, down and across
-STEP = 64  # of the sum, between two meetings of a CTA
+STEP = 64  # of the sum, between two barriers of a CTA
 LOAD = 8  # elements that a thread copies at once: 16 bytes
 HALVES = ("float16", "bfloat16")
 

@@ -155,7 +155,7 @@ def cpu_recipe(s: Schedule, many: bool) -> Schedule:
 
 def _interleaved_recipe(s: Schedule, many: bool) -> Schedule:
     """Sixteen rows of W are the lanes of a vector. One token: several sums, and the weights of the
-    next rows asked for, since nothing else waits for memory. Many: a weight serves them all."""
+    next rows prefetched, since nothing else waits for memory. Many: a weight serves them all."""
     s = s.reorder("g", "t", "b", "l", "h", "r").parallel("g").vectorize("r").unroll("h")
     if many:
         s = s.split("t", WIDE_TOKENS, tail="cut", into=("t_o", "t_i"))
@@ -248,8 +248,8 @@ def can_interleave(kind: str, rows: int) -> bool:
 def interleave(kind: str, data: np.ndarray) -> tuple[np.ndarray, ...]:
     """The arrays of a weight with the rows of each sixteen side by side: (n / 16, blocks, 16) of
     scales, (n / 16, blocks, numbers, 16) of numbers. Copies; `data` as `weight_views` takes it."""
-    found = []
+    arrays = []
     for x in weight_views(kind, data):
         grouped = x.reshape(x.shape[0] // TOGETHER, TOGETHER, *x.shape[1:])
-        found.append(np.ascontiguousarray(np.moveaxis(grouped, 1, -1)))
-    return tuple(found)
+        arrays.append(np.ascontiguousarray(np.moveaxis(grouped, 1, -1)))
+    return tuple(arrays)

@@ -19,8 +19,8 @@ from tilewright.schedule import Schedule
 from tilewright.sparse.trace import dense, indices, out, update, where
 
 
-def _turned(mine: Any, other: Any, e: Any, cosine: Any, sine: Any) -> Any:
-    """Element e of a turned pair (x0 cos − x1 sin, x0 sin + x1 cos), from it and its partner."""
+def _rotated(mine: Any, other: Any, e: Any, cosine: Any, sine: Any) -> Any:
+    """Element e of a rotated pair (x0 cos − x1 sin, x0 sin + x1 cos), from it and its partner."""
     return mine * cosine + where(equal(e, 0), -1.0, 1.0) * other * sine
 
 
@@ -32,7 +32,7 @@ def rope_pairs(
     P=dense("t", "int32"),
 ):
     t, h, p, e = indices("t:t h:h p:p e:2")
-    return out[t, h, p, e](_turned(X[t, h, p, e], X[t, h, p, 1 - e], e, C[P[t], p], S[P[t], p]))
+    return out[t, h, p, e](_rotated(X[t, h, p, e], X[t, h, p, 1 - e], e, C[P[t], p], S[P[t], p]))
 
 
 @program
@@ -43,7 +43,7 @@ def rope_halves(
     P=dense("t", "int32"),
 ):
     t, h, e, p = indices("t:t h:h e:2 p:p")
-    return out[t, h, e, p](_turned(X[t, h, e, p], X[t, h, 1 - e, p], e, C[P[t], p], S[P[t], p]))
+    return out[t, h, e, p](_rotated(X[t, h, e, p], X[t, h, 1 - e, p], e, C[P[t], p], S[P[t], p]))
 
 
 @program
@@ -58,7 +58,7 @@ def append_pairs(
 ):
     t, h, p, e = indices("t:t h:h p:p e:2")
     return update(K)[page[t], slot[t], h, p, e](
-        _turned(X[t, h, p, e], X[t, h, p, 1 - e], e, C[P[t], p], S[P[t], p])
+        _rotated(X[t, h, p, e], X[t, h, p, 1 - e], e, C[P[t], p], S[P[t], p])
     )
 
 
@@ -74,7 +74,7 @@ def append_halves(
 ):
     t, h, e, p = indices("t:t h:h e:2 p:p")
     return update(K)[page[t], slot[t], h, e, p](
-        _turned(X[t, h, e, p], X[t, h, 1 - e, p], e, C[P[t], p], S[P[t], p])
+        _rotated(X[t, h, e, p], X[t, h, 1 - e, p], e, C[P[t], p], S[P[t], p])
     )
 
 
@@ -111,7 +111,7 @@ ROPE_PAIRS, ROPE_HALVES, APPEND_PAIRS, APPEND_HALVES, APPEND = (
 
 @cache
 def rope_kernel(interleaved: bool, target: str = "cpp") -> Kernel:
-    """X (t, h, p, 2) or (t, h, 2, p), C and S (positions, p), P (t,) → X turned."""
+    """X (t, h, p, 2) or (t, h, 2, p), C and S (positions, p), P (t,) → X rotated."""
     return (ROPE_PAIRS if interleaved else ROPE_HALVES).build(target)
 
 

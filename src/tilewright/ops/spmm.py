@@ -43,7 +43,7 @@ ROWS_PER_UNIT = 16  # rows of one unit on the CPU: a few microseconds of work
 CPU_TILE = 128  # features kept in registers: 8 accumulators of 16 lanes
 L2_BYTES = 40 << 20  # of X, beyond which a sweep takes fewer features (an H100 has 50 MB)
 ANY_TILE = 64  # where the width is not known: as fast, and a third less to compile than 128 and 32
-AHEAD_CPU = 16  # entries whose rows of X are asked for early: two or three rows of a citation graph
+AHEAD_CPU = 16  # entries whose rows of X are prefetched: two or three rows of a citation graph
 AHEAD_TILED = 8  # where a row has several tiles: beyond its end comes the row again, not the next
 CTA = 256  # threads
 AHEAD = 8  # gathers in flight in each thread: what hides the latency of memory
@@ -85,7 +85,7 @@ def _names(s: Schedule) -> _Names:
 def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
     """Features in registers, widest tiles first, the rest in narrower ones; rows in parallel.
 
-    `gathers_far`: X is larger than the nearest caches, so that its rows are asked for early."""
+    `gathers_far`: X is larger than the nearest caches, so that its rows are prefetched."""
     at = _names(s)
     s = s.atomic(at.out) if s.shares_rows else s
     lanes = compilers.vector_bits() // 32
@@ -97,11 +97,11 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
         if width < lanes or (fixed and fixed < width):
             continue
         tile, inside = f"{at.k}{width}", f"{at.k}{width}_i"
-        whole = bool(fixed) and fixed % width == 0
-        s = s.split(rest, width, tail="exact" if whole else "cut", into=(tile, inside))
+        exact = bool(fixed) and fixed % width == 0
+        s = s.split(rest, width, tail="exact" if exact else "cut", into=(tile, inside))
         s = s.split(inside, lanes, into=(f"{tile}_u", f"{tile}_v"))
         s = s.reorder(at.j, f"{tile}_u", f"{tile}_v").unroll(f"{tile}_u").vectorize(f"{tile}_v")
-        if whole:
+        if exact:
             break
         rest = f"{rest}_t"
     for n in range(len(s.nests)):
@@ -115,8 +115,8 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
 
 
 def _cpu_pieces(s: Schedule, at: _Names, lanes: int) -> Schedule:
-    """Rows in pieces: features outermost, so that no two threads meet in a row and sums keep their
-    order. Widths known at run time only, and narrow ones, leave it to one thread."""
+    """Rows stored in pieces: features outermost, so that no two threads share a row and sums keep
+    their order. Widths known at run time only, and narrow ones, leave it to one thread."""
     s, fixed = s.order_axes(at.out, at.k), at.width(s)
     tile = next((t for t in (32, lanes) if fixed and fixed % t == 0), 0)
     entries = [x for x in (at.j, at.i) if s.has(x)]  # the loops over them
@@ -149,7 +149,7 @@ def gpu_recipe(s: Schedule, tile: int = 128) -> Schedule:
     even = d > 0 and (_power(d // lanes) >= 8 or d // lanes == _power(d // lanes))
     for n in range(len(s.nests)):
         fmt = s.format_of(n)
-        # Threads that share a row meet; a tail of features would part them.
+        # Threads that share a row wait at a barrier; with a tail of features some would skip it.
         shared = even and s.has(at.j, n) and fmt.name in (TALL, GIANT, "dcsr")
         across = 2 if shared and fmt.name == GIANT else tile // lanes if lanes > 1 else 32
         across = min(_power(d // lanes), across) if even else across  # threads of one row
@@ -226,13 +226,13 @@ def check_packed(A: Any, takes: Callable[[Any], bool], hint: str) -> None:
 def operand_dtype(X: Any, name: str) -> str:
     """The dtype of a dense operand that is multiplied and added; of what is no array, float32: the
     call refuses it. Raises ArgumentError[A102]."""
-    given = dtype_name(X)
-    if given == "bool" or given not in dtypes.ALL or given.startswith("float8"):
+    dtype = dtype_name(X)
+    if dtype == "bool" or dtype not in dtypes.ALL or dtype.startswith("float8"):
         raise ArgumentError(
-            "A102", f"{name} is {given}", where=f"argument {name}",
+            "A102", f"{name} is {dtype}", where=f"argument {name}",
             hint="float16, bfloat16, float32, float64 or an integer type",
         )  # fmt: skip
-    return given
+    return dtype
 
 
 def last_size(X: Any) -> int:
@@ -292,9 +292,9 @@ def pack_for_spmm(matrix: Any, width: int = 128, target: str = "cpp", dtype: Any
     `matrix`: as `Format.pack` takes it, and its errors. `width`: features of X. Raises
     BuildError[B103] for an unknown target."""
     kind = parse_target(target).kind
-    found = entries.read(matrix)
-    rows = found.shape[0] if found.shape else 0  # of no matrix: packing says so
-    packed = choose_format(rows, found.nnz, kind).pack(found, dtype=dtype)
+    coordinates = entries.read(matrix)
+    rows = coordinates.shape[0] if coordinates.shape else 0  # of no matrix: packing says so
+    packed = choose_format(rows, coordinates.nnz, kind).pack(coordinates, dtype=dtype)
     return packed.to("cuda") if kind == "cuda" else packed
 
 
@@ -320,12 +320,12 @@ _CHOSEN: WeakKeyDictionary[Structure, dict[Any, Kernel]] = WeakKeyDictionary()
 def _chosen(A: Packed, X: Any, width: int) -> Kernel:
     on_cuda = A.device != "cpu"
     x_bytes = A.shape[1] * width * 4
-    given = operand_dtype(X, "X")
+    x_dtype = operand_dtype(X, "X")
     try:
         return spmm_kernel(
             A.format,
             str(A.dtype),
-            given,
+            x_dtype,
             fixed_width(width, A.device),
             A.structure.index_dtype.name,
             "cuda" if on_cuda else "cpp",
@@ -333,7 +333,7 @@ def _chosen(A: Packed, X: Any, width: int) -> Kernel:
         )
     except (ScheduleError, ProgramError) as e:
         raise ArgumentError(
-            "A106", f"A is packed as {A.format}, X is {given}: {e.message}", where="argument A",
+            "A106", f"A is packed as {A.format}, X is {x_dtype}: {e.message}", where="argument A",
             hint="a format that keeps rows whole, as pack_for_spmm chooses",
         ) from e  # fmt: skip
 

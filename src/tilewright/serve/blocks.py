@@ -1,4 +1,4 @@
-"""Weights as they lie in a model file: raw blocks, what stands where in one, float32 from them.
+"""Layouts of quantised weights in a model file, and their conversion to float32.
 
 A row of `cols` numbers is stored as `cols / elements` blocks, one after another. All numbers are
 little-endian. With `h = elements / 2`, element `i` of a 4-bit block is the low nibble of quant byte
@@ -83,7 +83,7 @@ class Weight:
 def stored_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor of this shape; its last dimension is a multiple of the block's elements."""
     layout = LAYOUTS[kind]
-    assert shape[-1] % layout.elements == 0, "a row is not a whole number of blocks"
+    assert shape[-1] % layout.elements == 0, "a row is not a multiple of the block"
     return math.prod(shape) // layout.elements * layout.nbytes
 
 

@@ -34,8 +34,7 @@ ANSWER_ROOM = 64  # tokens
 
 @dataclass(slots=True)
 class Counts:
-    """What an answer took: tokens and seconds of prompt and answer, and the time to the first
-    token."""
+    """Tokens and seconds of a prompt and its answer; the first token counts as the prompt's."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -72,11 +71,10 @@ class LLM:
     ) -> None:
         file = open_model(path)
         self.tokenizer = load_tokenizer(file)
-        self.template = (
-            ChatTemplate.from_metadata(file.metadata, self.tokenizer)
-            if template_of(file.metadata)
-            else None
-        )
+        source = template_of(file.metadata)
+        self.template = ChatTemplate(source, self.tokenizer) if source else None
+        if self.template is not None:
+            self.template.start()  # its process compiles the template while the weights are read
         self.model = Llama(file, target, context)
         self.read: list[int] = []  # the tokens that the cache holds
         self.counts = Counts()
@@ -130,7 +128,7 @@ class LLM:
                 "M107",
                 "this model has no chat template",
                 where="prompt",
-                hint="give it a text to continue",
+                hint="pass a text to continue",
             )
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -199,8 +197,8 @@ class LLM:
         return int(model.memory.read(chosen)[0])
 
     def _check_finite(self, logits: np.ndarray) -> None:
-        """Weights that are no numbers answer with whatever token comes first: told once a prompt,
-        so that tokens cost nothing."""
+        """Raises ModelError[M101] for logits that are NaN or infinite. Checked once a prompt, so
+        that a token costs nothing more."""
         if not np.isfinite(logits).all():
             raise ModelError(
                 "M101",

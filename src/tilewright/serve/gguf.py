@@ -1,4 +1,4 @@
-"""Reads the header of a GGUF file: metadata and where each tensor lies. Trusts no byte of it.
+"""Reads the header of a GGUF file: its metadata, and kind, shape and offset of each tensor.
 
 Every count, length and offset is checked against the bytes that are there before anything is
 allocated or read, so a damaged file costs at most a small multiple of its own size and ends in a
@@ -58,7 +58,7 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies in the file: `shape` slowest dimension first, `offset` in bytes."""
+    """The location of a tensor in the file: `shape` slowest dimension first, `offset` in bytes."""
 
     name: str
     kind: str
@@ -69,7 +69,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What stands before the tensors. Arrays of numbers are views of the file."""
+    """The part of the file before the tensors. Arrays of numbers are views of the file."""
 
     version: int
     metadata: dict[str, Value]
@@ -78,7 +78,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """Typed reads of metadata: what is of another type, or absent without a default, is a
+    """Typed reads of metadata. A key of another type, or absent without a default, raises a
     ModelError of `code` that names the key."""
 
     values: Mapping[str, Value]
@@ -105,7 +105,7 @@ class Metadata:
     def flag(self, key: str, default: bool | None = None) -> bool:
         return self._read(key, default, (bool,), "true or false")
 
-    def texts(self, key: str) -> list[str]:
+    def strings(self, key: str) -> list[str]:
         return self._read(key, None, (list,), "an array of texts")
 
     def refuse(self, key: str, harmless: tuple[Value, ...]) -> None:
@@ -145,38 +145,38 @@ class _Reader:
         hint = hint or "fetch the file again and compare its checksum"
         return ModelError(code, rule, where=f"{self.where} at byte {self.position}", hint=hint)
 
-    def take(self, nbytes: int, what: str) -> int:
+    def take(self, nbytes: int, field: str) -> int:
         """Step over `nbytes` and return where they start."""
         if nbytes > self.end - self.position:
             left = self.end - self.position
-            raise self.damaged(f"the file ends inside {what}: {nbytes} bytes wanted, {left} left")
+            raise self.damaged(f"the file ends inside {field}: {nbytes} bytes wanted, {left} left")
         start = self.position
         self.position += nbytes
         return start
 
-    def u32(self, what: str) -> int:
-        return _U32.unpack_from(self.buffer, self.take(4, what))[0]
+    def u32(self, field: str) -> int:
+        return _U32.unpack_from(self.buffer, self.take(4, field))[0]
 
-    def u64(self, what: str) -> int:
-        return _U64.unpack_from(self.buffer, self.take(8, what))[0]
+    def u64(self, field: str) -> int:
+        return _U64.unpack_from(self.buffer, self.take(8, field))[0]
 
-    def count(self, what: str, most: int, least_bytes: int) -> int:
-        """A number of things of at least `least_bytes` each that are to follow."""
-        number = self.u64(what)
+    def count(self, field: str, most: int, least_bytes: int) -> int:
+        """Reads a count of items that follow, of at least `least_bytes` each."""
+        number = self.u64(field)
         if number > most or number * least_bytes > self.end - self.position:
-            raise self.damaged(f"{what} is {number}, which the file cannot hold (limit {most})")
+            raise self.damaged(f"{field} is {number}, which the file cannot hold (limit {most})")
         return number
 
-    def text(self, raw: memoryview, what: str) -> str:
+    def text(self, raw: memoryview, field: str) -> str:
         try:
             return str(raw, "utf-8")
         except UnicodeDecodeError:
-            raise self.damaged(f"{what} is not UTF-8") from None
+            raise self.damaged(f"{field} is not UTF-8") from None
 
-    def string(self, what: str, most: int) -> str:
-        length = self.count(f"the length of {what}", most, 1)
-        start = self.take(length, what)
-        return self.text(self.buffer[start : start + length], what)
+    def string(self, field: str, most: int) -> str:
+        length = self.count(f"the length of {field}", most, 1)
+        start = self.take(length, field)
+        return self.text(self.buffer[start : start + length], field)
 
     def header(self) -> Header:
         if bytes(self.buffer[:4]) != MAGIC:
@@ -195,7 +195,7 @@ class _Reader:
         for _ in range(keys):
             key = self.string("a metadata key", MAX_KEY_BYTES)
             if key in metadata:
-                raise self.damaged(f"metadata key {key!r} stands twice")
+                raise self.damaged(f"metadata key {key!r} occurs twice")
             metadata[key] = self.value(key, self.u32(f"the type of {key!r}"))
         return Header(
             version, metadata, self.tensors(tensors, metadata.get("general.alignment", 32))
@@ -263,7 +263,7 @@ class _Reader:
         for info in sorted(relative, key=lambda info: info.offset):
             offset = start + info.offset
             if info.name in infos:
-                raise self.damaged(f"tensor {info.name!r} stands twice")
+                raise self.damaged(f"tensor {info.name!r} occurs twice")
             if offset + info.nbytes > self.end:
                 ends = offset + info.nbytes
                 raise self.damaged(
@@ -287,8 +287,8 @@ class _Reader:
         number = self.u32(f"the type of {name!r}")
         if number not in _KINDS:
             hint = f"supported: {', '.join(LAYOUTS)}; requantise the model to one of them"
-            told = _TYPE_NAMES.get(number, f"of the unknown number {number}")
-            raise self.damaged(f"tensor {name!r} has the weight type {told}", "M104", hint)
+            type_name = _TYPE_NAMES.get(number, f"of the unknown number {number}")
+            raise self.damaged(f"tensor {name!r} has the weight type {type_name}", "M104", hint)
         kind = _KINDS[number]
         if shape[-1] % LAYOUTS[kind].elements:
             raise self.damaged(f"tensor {name!r}: rows of {shape[-1]} are not whole {kind} blocks")

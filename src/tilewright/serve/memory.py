@@ -1,4 +1,4 @@
-"""Where a model's arrays live: NumPy on the CPU, device memory on a GPU. No torch is needed."""
+"""Allocates a model's arrays: NumPy on the CPU, device memory on a GPU. Needs no torch."""
 
 from __future__ import annotations
 

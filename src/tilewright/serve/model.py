@@ -38,7 +38,7 @@ PREFILL_CHUNK = 512  # tokens of a prompt that run together
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer: its weight where and as the target reads it, and the shape of that weight."""
+    """A linear layer: its weight, in the layout that the target reads, and its shape."""
 
     kind: str
     arrays: tuple[Any, ...]
@@ -49,8 +49,8 @@ class Linear:
     def kernel(self, many: bool, where: str) -> Any:
         return linear_kernel(self.kind, many, self.rows, self.cols, where, self.interleaved)
 
-    def written(self, out: Any) -> Any:
-        """An array (t, rows) as the kernel writes it."""
+    def as_written(self, out: Any) -> Any:
+        """Views an array (t, rows) in the shape that the kernel writes."""
         return out.reshape(len(out), -1, TOGETHER) if self.interleaved else out
 
 
@@ -81,7 +81,7 @@ class Buffers:
     q: Any
     k: Any
     v: Any
-    turned: Any
+    rotated: Any
     attended: Any
     projected: Any
     gate: Any
@@ -123,7 +123,7 @@ class Llama:
         self.head = self._linear("embed" if tied else "lm_head")
         self.table_kind = self.file.tensors["embed"].kind
         shares = tied and not self.head.interleaved
-        self.table = self.head.arrays if shares else self._placed("embed", weight_views)
+        self.table = self.head.arrays if shares else self._on_device("embed", weight_views)
         self.norm = self._vector("norm")
         self.layers = [self._layer(f"layers.{i}.") for i in range(self.config.layers)]
         c = self.config
@@ -135,27 +135,20 @@ class Llama:
 
     # -- weights ---------------------------------------------------------------------------------
 
-    def _layer(self, at: str) -> Layer:
-        return Layer(
-            self._vector(at + "attn_norm"),
-            self._linear(at + "attn.q"),
-            self._linear(at + "attn.k"),
-            self._linear(at + "attn.v"),
-            self._linear(at + "attn.o"),
-            self._vector(at + "ffn_norm"),
-            self._linear(at + "ffn.gate"),
-            self._linear(at + "ffn.up"),
-            self._linear(at + "ffn.down"),
-        )
+    def _layer(self, prefix: str) -> Layer:
+        q, k, v, o = (self._linear(f"{prefix}attn.{name}") for name in "qkvo")
+        gate, up, down = (self._linear(f"{prefix}ffn.{name}") for name in ("gate", "up", "down"))
+        norms = self._vector(prefix + "attn_norm"), self._vector(prefix + "ffn_norm")
+        return Layer(norms[0], q, k, v, o, norms[1], gate, up, down)
 
     def _linear(self, name: str) -> Linear:
         w = self.file.tensors[name]
         rows, cols = w.shape
         interleaved = not self.target.is_cuda and can_interleave(w.kind, rows)
-        arrays = self._placed(name, interleave if interleaved else weight_views)
+        arrays = self._on_device(name, interleave if interleaved else weight_views)
         return Linear(w.kind, arrays, rows, cols, interleaved)
 
-    def _placed(self, name: str, layout: Any) -> tuple[Any, ...]:
+    def _on_device(self, name: str, layout: Any) -> tuple[Any, ...]:
         """The arrays of a weight in a layout, where the target reads them."""
         w: Weight = self.file.tensors[name]
         check_kind(w.kind, name)
@@ -181,7 +174,7 @@ class Llama:
             q=new(t, q),
             k=new(t, kv),
             v=new(t, kv),
-            turned=new(t, q),
+            rotated=new(t, q),
             attended=new(t, c.qo_heads, c.head_dim),
             projected=new(t, c.dim),
             gate=new(t, c.ffn_dim),
@@ -191,12 +184,11 @@ class Llama:
             token=new(1, dtype="int32"),
         )
 
-    def _pairs(self, array: Any, tokens: int, heads: int) -> Any:
-        """A projection seen as heads of rotated pairs."""
+    def _pairs(self, array: Any, *outer: int) -> Any:
+        """A projection, or pages of keys, as pairs that are rotated: (*outer, half, 2) or
+        (*outer, 2, half)."""
         half = self.config.head_dim // 2
-        return array.reshape(
-            tokens, heads, *((half, 2) if self.config.rope_interleaved else (2, half))
-        )
+        return array.reshape(*outer, *((half, 2) if self.config.rope_interleaved else (2, half)))
 
     # -- the layers ------------------------------------------------------------------------------
 
@@ -208,10 +200,11 @@ class Llama:
         c, name, t = self.config, self.name, b.tokens
         norm, silu = rmsnorm_kernel(name), silu_mul_kernel(name)
         rope, rope_append = (f(c.rope_interleaved, name) for f in (rope_kernel, rope_append_kernel))
+        angles = self.cosines, self.sines, b.position
         append, plus = append_kernel(name), add_kernel(name)
 
         def linear(w: Linear, x: Any, out: Any) -> None:
-            do(w.kernel(t > 1, name), x, *w.arrays, out=w.written(out))
+            do(w.kernel(t > 1, name), x, *w.arrays, out=w.as_written(out))
 
         embedded = b.x[0].reshape(t, *self._embedded_shape())
         do(embedding_kernel(self.table_kind, name), b.ids, *self.table, out=embedded)
@@ -220,28 +213,12 @@ class Llama:
             linear(layer.q, b.normed, b.q)
             linear(layer.k, b.normed, b.k)
             linear(layer.v, b.normed, b.v)
-            turned = self._pairs(b.turned, t, c.qo_heads)
-            do(
-                rope,
-                self._pairs(b.q, t, c.qo_heads),
-                self.cosines,
-                self.sines,
-                b.position,
-                out=turned,
-            )
-            keys = self._paged_pairs(self.cache.keys[i])
-            do(
-                rope_append,
-                keys,
-                self._pairs(b.k, t, c.kv_heads),
-                self.cosines,
-                self.sines,
-                b.position,
-                b.page,
-                b.slot,
-            )
+            rotated = self._pairs(b.rotated, t, c.qo_heads)
+            do(rope, self._pairs(b.q, t, c.qo_heads), *angles, out=rotated)
+            keys, pages = self._pairs(b.k, t, c.kv_heads), self.cache.keys[i]
+            do(rope_append, self._pairs(pages, *pages.shape[:3]), keys, *angles, b.page, b.slot)
             do(append, self.cache.values[i], b.v.reshape(t, c.kv_heads, c.head_dim), b.page, b.slot)
-            attend(i, b.turned.reshape(t, c.qo_heads, c.head_dim), b.attended)
+            attend(i, b.rotated.reshape(t, c.qo_heads, c.head_dim), b.attended)
             linear(layer.o, b.attended.reshape(t, c.qo_heads * c.head_dim), b.projected)
             do(plus, b.x[0], b.projected, out=b.x[1])
             do(norm, b.x[1], layer.ffn_norm, c.rms_eps, out=b.normed)
@@ -250,11 +227,6 @@ class Llama:
             do(silu, b.gate, b.up, out=b.mixed)
             linear(layer.down, b.mixed, b.projected)
             do(plus, b.x[1], b.projected, out=b.x[0])
-
-    def _paged_pairs(self, pages: Any) -> Any:
-        half = self.config.head_dim // 2
-        inner = (half, 2) if self.config.rope_interleaved else (2, half)
-        return pages.reshape(*pages.shape[:3], *inner)
 
     def _embedded_shape(self) -> tuple[int, ...]:
         blocks = self.config.dim // 32
@@ -265,7 +237,7 @@ class Llama:
         """The logits of one row, and the token of the largest."""
         one = self._one
         do(rmsnorm_kernel(self.name), x, self.norm, self.config.rms_eps, out=one.normed)
-        logits = self.head.written(b.logits)
+        logits = self.head.as_written(b.logits)
         do(self.head.kernel(False, self.name), one.normed, *self.head.arrays, out=logits)
         do(argmax_kernel(self.name), b.logits, out=b.token)
 
@@ -328,12 +300,8 @@ class Llama:
         self._checked([token])
         position, page, slot = self.cache.grow(1)
         b = self._one
-        for array, value in (
-            (b.ids, token),
-            (b.position, position),
-            (b.page, page),
-            (b.slot, slot),
-        ):
+        written = (b.ids, token), (b.position, position), (b.page, page), (b.slot, slot)
+        for array, value in written:
             self.memory.write(array, value)
         if self._step is None:
             self._step = self._record()

@@ -1,14 +1,11 @@
 """Renders a chat template in a process of its own, under limits of time and memory.
 
-`chat.py` runs this file as a script, and nothing imports it: it needs Jinja and the standard
-library only, so it starts fast. Input and output are lines of JSON. The first line is the setup:
-`path` (sys.path), `source`, `seconds` of processor time for one answer, `bytes` of memory, `chars`
-of a prompt. It is answered with {"text": ""}, or {"error": ...} where the source does not compile.
-Every other line holds the variables of one rendering and is answered with {"text": ...},
-{"refused": ...} where the template called raise_exception, or {"error": ...}. Work beyond its time
-ends the process (SIGPROF).
-
-The environment offers what `transformers` offers to chat templates.
+`chat.py` runs this file as a script. It imports Jinja and the standard library only, to start fast.
+Input and output are lines of JSON. The first line is the setup: `path` (sys.path), `source`,
+`seconds` of processor time for one answer, `bytes` of memory; the answer is {"text": ""}. Each
+later line holds the variables of one rendering; the answer is {"text": ...}, {"refused": ...} where
+the template called raise_exception, or {"error": ...}. More processor time ends the process
+(SIGPROF). The environment offers what `transformers` offers to chat templates.
 """
 
 from __future__ import annotations
@@ -31,17 +28,9 @@ def raise_exception(message: object) -> NoReturn:
     raise Refused(str(message))
 
 
-def tojson(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
+def tojson(value: object, ensure_ascii: bool = False, indent: Any = None, **options: Any) -> str:
     """JSON without Jinja's escapes for HTML. Surrogates stay: `chat.py` gives them a meaning."""
-    text = json.dumps(
-        value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    text = json.dumps(value, ensure_ascii=False, indent=indent, **options)
     if ensure_ascii:
         text = re.sub("[^\0-~\ud800-\udfff]", lambda c: json.dumps(c[0])[1:-1], text)
     return text
@@ -72,16 +61,6 @@ def compiled(source: str) -> Any:
     return environment.from_string(source)
 
 
-def rendered(template: Any, variables: dict[str, Any], chars: int) -> str:
-    pieces: list[str] = []
-    for piece in template.generate(variables):
-        chars -= len(piece)
-        if chars < 0:
-            raise ValueError("the prompt is too long")
-        pieces.append(piece)
-    return "".join(pieces)
-
-
 def main() -> None:
     setup = json.loads(sys.stdin.readline())
     sys.path[:] = setup["path"]
@@ -92,18 +71,18 @@ def main() -> None:
     def answer(work: Callable[[], str]) -> None:
         signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
         try:
-            found = {"text": work()}
+            reply = {"text": work()}
         except Refused as error:
-            found = {"refused": str(error)[:200]}
+            reply = {"refused": str(error)[:200]}
         except Exception as error:  # the parser and the template's own code may fail in any way
-            found = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+            reply = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(found), flush=True)
+        print(json.dumps(reply), flush=True)
 
     templates: list[Any] = []
     answer(lambda: templates.append(compiled(setup["source"])) or "")
     for line in sys.stdin:
-        answer(lambda line=line: rendered(templates[0], json.loads(line), setup["chars"]))
+        answer(lambda line=line: templates[0].render(json.loads(line)))
 
 
 if __name__ == "__main__":

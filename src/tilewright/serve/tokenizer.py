@@ -1,4 +1,4 @@
-"""Text to tokens and back: byte-level BPE from a GGUF file, and llama2.c's scored merges.
+"""Converts text to tokens and back: byte-level BPE from a GGUF file, and llama2.c's scored merges.
 
     tokenizer = load_tokenizer(open_model(path))
     ids = tokenizer.encode("What is the capital of France?")
@@ -104,11 +104,11 @@ class Tokenizer(ABC):
     def stream(self, special: bool = False) -> Stream:
         return Stream(self, special)
 
-    def _read_id(self, held: Metadata, key: str) -> int | None:
+    def _read_id(self, keys: Metadata, key: str) -> int | None:
         """The id of a token, if there is one."""
-        if key not in held.values:
+        if key not in keys.values:
             return None
-        value = held.integer(key)
+        value = keys.integer(key)
         if not 0 <= value < len(self.pieces):
             raise _unusable(f"{value} is outside the vocabulary of {len(self.pieces)}", key)
         return value
@@ -134,7 +134,7 @@ class Stream:
         return self._decoder.decode(self._tokenizer.piece(token))
 
     def finish(self) -> str:
-        """What was held back, U+FFFD for a character never completed. The stream starts anew."""
+        """What was keys back, U+FFFD for a character never completed. The stream starts anew."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
@@ -183,9 +183,9 @@ def merge(
             return
         left, right = parts[i], parts[after[i]]
         assert left is not None and right is not None, "the linked list holds a joined symbol"
-        found = rank(left, right)
-        if found is not None:
-            heapq.heappush(heap, (found, i, left, right))
+        order = rank(left, right)
+        if order is not None:
+            heapq.heappush(heap, (order, i, left, right))
 
     for i in range(end):
         offer(i)
@@ -233,13 +233,13 @@ class _Classes(dict[int, int]):
 
     def __missing__(self, code: int) -> int:
         if code < 128:
-            found = code
+            ascii_code = code
         elif code in _SPACES:
-            found = 0x0B
+            ascii_code = 0x0B
         else:
-            found = ord({"L": "A", "N": "0"}.get(unicodedata.category(chr(code))[0], "!"))
-        self[code] = found
-        return found
+            ascii_code = ord({"L": "A", "N": "0"}.get(unicodedata.category(chr(code))[0], "!"))
+        self[code] = ascii_code
+        return ascii_code
 
 
 _CLASSES = _Classes()
@@ -282,7 +282,7 @@ class BpeTokenizer(Tokenizer):
                     f"merge {rank} ({pair[:40]!r}) makes no token", "tokenizer.ggml.merges"
                 )
         if len(self._ranks) < len(merges):
-            raise _unusable("a merge stands twice", "tokenizer.ggml.merges")
+            raise _unusable("a merge occurs twice", "tokenizer.ggml.merges")
         self._words = re.compile(_WORDS[pre], re.ASCII)
         self._word = lru_cache(maxsize=1 << 14)(self._merge_word)
 
@@ -296,13 +296,13 @@ class BpeTokenizer(Tokenizer):
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Value]) -> BpeTokenizer:
         """From the keys `tokenizer.ggml.*` of a GGUF file. Raises ModelError[M107]."""
-        held = Metadata(metadata, code="M107")
-        kind = held.text("tokenizer.ggml.model")
+        keys = Metadata(metadata, code="M107")
+        kind = keys.text("tokenizer.ggml.model")
         if kind != "gpt2":
             raise _unusable(
                 f"model {short(kind)}", "tokenizer.ggml.model", "byte-level BPE (gpt2) is supported"
             )
-        tokens, merges = (held.texts(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
+        tokens, merges = (keys.strings(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
         if not tokens:
             raise _unusable("it has no tokens", "tokenizer.ggml.tokens")
         longest = max(map(len, tokens))
@@ -317,15 +317,15 @@ class BpeTokenizer(Tokenizer):
             or len(types) != len(tokens)
         ):
             raise _unusable("there is not one type for each token", "tokenizer.ggml.token_type")
-        out = cls(tokens, types.tolist(), merges, held.text("tokenizer.ggml.pre", "gpt-2"))
+        out = cls(tokens, types.tolist(), merges, keys.text("tokenizer.ggml.pre", "gpt-2"))
         ids = {
-            name: out._read_id(held, f"tokenizer.ggml.{key}_token_id")
+            name: out._read_id(keys, f"tokenizer.ggml.{key}_token_id")
             for name, key in _NAMED.items()
         }
         out.named = {name: i for name, i in ids.items() if i is not None}
         out.ends |= {i for name, i in out.named.items() if name in ("eos", "eot", "eom")}
         out.bos, out.eos = ids["bos"], ids["eos"]
-        out.add_bos = held.flag("tokenizer.ggml.add_bos_token", False) and out.bos is not None
+        out.add_bos = keys.flag("tokenizer.ggml.add_bos_token", False) and out.bos is not None
         return out
 
     def _encode(self, text: str) -> list[int]:

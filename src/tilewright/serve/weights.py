@@ -69,27 +69,16 @@ class LlamaConfig:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor the model needs, by canonical name."""
-        dim, ffn, q, kv = (
-            self.dim,
-            self.ffn_dim,
-            self.qo_heads * self.head_dim,
-            self.kv_heads * self.head_dim,
-        )
+        dim, ffn = self.dim, self.ffn_dim
+        q, kv = self.qo_heads * self.head_dim, self.kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"embed": (self.vocab, dim)}
         for i in range(self.layers):
             layer = f"layers.{i}."
-            shapes |= {layer + "attn_norm": (dim,), layer + "ffn_norm": (dim,)}
-            shapes |= {
-                layer + "attn.q": (q, dim),
-                layer + "attn.k": (kv, dim),
-                layer + "attn.v": (kv, dim),
-            }
-            shapes |= {
-                layer + "attn.o": (dim, q),
-                layer + "ffn.gate": (ffn, dim),
-                layer + "ffn.up": (ffn, dim),
-            }
-            shapes[layer + "ffn.down"] = (dim, ffn)
+            shapes |= {f"{layer}{name}": (dim,) for name in ("attn_norm", "ffn_norm")}
+            shapes |= {f"{layer}attn.q": (q, dim), f"{layer}attn.o": (dim, q)}
+            shapes |= {f"{layer}attn.{name}": (kv, dim) for name in "kv"}
+            shapes |= {f"{layer}ffn.{name}": (ffn, dim) for name in ("gate", "up")}
+            shapes[f"{layer}ffn.down"] = (dim, ffn)
         return shapes | {"norm": (dim,), "lm_head": (self.vocab, dim)}
 
 
@@ -213,7 +202,7 @@ def _open_gguf(path: Path, buffer: memoryview) -> ModelFile:
         if name not in expected:
             raise ModelError(
                 "M103",
-                f"tensor {info.name!r} has no place in a llama model of {config.layers} layers",
+                f"tensor {info.name!r} does not belong to a llama model of {config.layers} layers",
                 where=str(path),
                 hint="models with biases, experts or scaled rotary frequencies are not supported",
             )
@@ -244,9 +233,9 @@ def _complete(
         if name not in tensors:
             raise ModelError("M103", f"tensor {name!r} is missing", where=where)
         if tensors[name].shape != shape:
-            found = tensors[name].shape
+            actual = tensors[name].shape
             raise ModelError(
-                "M103", f"tensor {name!r} has shape {found}, the model needs {shape}", where=where
+                "M103", f"tensor {name!r} has shape {actual}, the model needs {shape}", where=where
             )
     return tensors
 
@@ -352,16 +341,9 @@ def _open_llama2c(path: Path, buffer: memoryview) -> ModelFile:
     tables = 4 * context * config.head_dim  # cosines and sines, which we compute ourselves
     outputs = ["norm"] if config.tied_embedding else ["norm", "lm_head"]
     layered = [
-        "attn_norm",
-        "attn.q",
-        "attn.k",
-        "attn.v",
-        "attn.o",
-        "ffn_norm",
-        "ffn.gate",
-        "ffn.down",
-        "ffn.up",
-    ]
+        "attn_norm", "attn.q", "attn.k", "attn.v", "attn.o",
+        "ffn_norm", "ffn.gate", "ffn.down", "ffn.up",
+    ]  # fmt: skip
     order = ["embed", *(f"layers.{i}.{name}" for name in layered for i in range(layers)), *outputs]
     needed = 28 + tables + sum(4 * math.prod(expected[name]) for name in order)
     if needed != len(buffer):

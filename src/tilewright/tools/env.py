@@ -1,4 +1,4 @@
-"""`tilewright env`: what is installed, found, missing, and what to do. Standard library only.
+"""`tilewright env`: lists what is installed and what is missing. Standard library only.
 
 Every probe is guarded: a broken package is a line of the report, never the end of it.
 """
@@ -67,7 +67,7 @@ def env(args: argparse.Namespace) -> int:
 
 def report() -> list[Finding]:
     """All findings, in the order they are printed."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for section, probe in (
         ("Python", _python),
         ("CPU target", _cpu),
@@ -76,13 +76,13 @@ def report() -> list[Finding]:
         ("CUDA target", _cuda),
     ):
         try:
-            found += [Finding(section, *line) for line in probe()]
+            findings += [Finding(section, *line) for line in probe()]
         except Exception as error:  # a probe must not take the report with it
             hint = getattr(error, "hint", "")
-            found.append(
+            findings.append(
                 Finding(section, "probe failed", f"{type(error).__name__}: {error}", "bad", hint)
             )
-    return found
+    return findings
 
 
 Line = tuple[str, ...]

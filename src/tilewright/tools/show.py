@@ -89,8 +89,8 @@ def show(args: argparse.Namespace) -> int:
 def load(path: Path) -> dict[str, Definition]:
     """Run a file and give its programs by name. Raises ProgramError[P101] without any."""
     if not path.is_file():
-        what = "this is no file" if path.exists() else "no such file"
-        raise ProgramError("P101", what, where=str(path))
+        rule = "this is no file" if path.exists() else "no such file"
+        raise ProgramError("P101", rule, where=str(path))
     with contextlib.redirect_stdout(sys.stderr):
         try:
             names = runpy.run_path(str(path))
@@ -101,18 +101,18 @@ def load(path: Path) -> dict[str, Definition]:
             raise ProgramError(
                 "P101", f"running it failed: {type(error).__name__}: {error}", where=f"{path}{line}"
             ) from error
-    found: dict[str, Definition] = {}
+    definitions: dict[str, Definition] = {}
     for name, value in names.items():
-        if isinstance(value, Definition) and not any(value is d for d in found.values()):
-            found[name] = value
-    if not found:
+        if isinstance(value, Definition) and not any(value is d for d in definitions.values()):
+            definitions[name] = value
+    if not definitions:
         raise ProgramError(
             "P101",
             "the file defines no program",
             where=str(path),
             hint="@tw.program above a function",
         )
-    return found
+    return definitions
 
 
 def _line_in(path: Path, error: BaseException) -> str:
@@ -131,11 +131,11 @@ def stages_of(definition: Definition, targets: list[Target]) -> list[Stage]:
     stages: list[Stage] = []
     for target in targets:
         try:
-            mine = list(_stages(definition, target))
+            own = list(_stages(definition, target))
         except TilewrightError as error:
-            mine = [Stage(f"not for {target}", "refused", f"{type(error).__name__}{error}")]
+            own = [Stage(f"not for {target}", "refused", f"{type(error).__name__}{error}")]
         known = {(s.title, s.text) for s in stages}
-        stages += [s for s in mine if (s.title, s.text) not in known]
+        stages += [s for s in own if (s.title, s.text) not in known]
     return stages
 
 
@@ -150,44 +150,31 @@ def _stages(definition: Definition, target: Target) -> Iterator[Stage]:
 
 
 def _programs(definition: Definition, target: Target) -> Iterator[tuple[Program, str]]:
-    """The program as written, and after each verb and each pass that changed it."""
-    schedule: Schedule | None = definition.scheduled(target)
+    """The program as written, after each verb, and after each pass that changed it."""
+    previous = ""
+    for program, title in _steps(definition, target):
+        if str(program) != previous or title.startswith("schedule "):
+            yield program, title
+        previous = str(program)
+
+
+def _steps(definition: Definition, target: Target) -> Iterator[tuple[Program, str]]:
     states: list[Schedule] = []
+    schedule: Schedule | None = definition.scheduled(target)
     while schedule is not None:
-        states.append(schedule)
+        states.insert(0, schedule)
         schedule = schedule.before
-    states.reverse()
-    now = states[0].program
-    yield now, "as written"
-    seen = str(now)
-    for state in states[1:]:
-        if state.program.level != "coordinates":
-            break
-        now = state.program
-        yield now, f"schedule {state.history[-1]}"
-        seen = str(now)
-    for changed, name in _passes(now, "before", target):
-        now = changed
-        if str(now) != seen:
-            yield now, name
-            seen = str(now)
-    for state in states[1:]:
-        if state.program.level == "positions":
-            now = state.program
-            yield now, f"schedule {state.history[-1]}"
-            seen = str(now)
-    for changed, name in _passes(now, "after", target):
-        now = changed
-        if str(now) != seen:
-            yield now, name
-            seen = str(now)
-
-
-def _passes(program: Program, which: str, target: Target) -> list[tuple[Program, str]]:
-    results: list[tuple[Program, str]] = []
-    passes = BEFORE_SCHEDULE if which == "before" else AFTER_SCHEDULE
-    run_passes(program, passes, target.kind, lambda name, p: results.append((p, name)))
-    return results
+    program = states[0].program
+    yield program, "as written"
+    for level, passes in (("coordinates", BEFORE_SCHEDULE), ("positions", AFTER_SCHEDULE)):
+        for state in states[1:]:
+            if state.program.level == level:
+                program = state.program
+                yield program, f"schedule {state.history[-1]}"
+        results: list[tuple[Program, str]] = []
+        run_passes(program, passes, target.kind, lambda name, p, r=results: r.append((p, name)))
+        for program, name in results:
+            yield program, name
 
 
 def source_text(program: Program, target: Target) -> str:
