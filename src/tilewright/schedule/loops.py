@@ -43,15 +43,7 @@ TAILS = ("guard", "cut", "exact")
 def split(
     body: ir.Stmt, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
 ) -> Found:
-    """One loop becomes two: `factor` iterations inside.
-
-    before: for i in 0:n                after:  for i_o in 0:ceil(n/8)
-              S(i)                                for i_i in 0:8
-                                                    if i_o*8 + i_i < n: S(i_o*8 + i_i)
-
-    `tail` says what becomes of a range that is no multiple: `"guard"` tests each iteration, `"cut"`
-    adds a loop `i_t` for the rest, `"exact"` trusts (and requires) a range known to be a multiple.
-    """
+    """The loop rewrite behind `Schedule.split`."""
 
     def one(f: ir.For) -> ir.Stmt:
         if f.kind in ("vector", "unroll", "thread.x", "thread.y"):
@@ -120,12 +112,7 @@ def _known_multiple(extent: ir.Expr, factor: int) -> bool:
 
 
 def fuse(body: ir.Stmt, outer: str, inner: str, into: str = "") -> Found:
-    """Two loops, one right inside the other, become one.
-
-    before: for i in 0:n                after:  for ij in 0:n*m
-              for j in 0:m                        S(ij / m, ij % m)
-                S(i, j)
-    """
+    """The loop rewrite behind `Schedule.fuse`."""
 
     def one(f: ir.For) -> ir.Stmt:
         chain = chain_from(f)
@@ -161,15 +148,7 @@ def fuse(body: ir.Stmt, outer: str, inner: str, into: str = "") -> Found:
 
 
 def reorder(body: ir.Stmt, *order: str) -> Found:
-    """Loops of one chain in another order; lets and guards follow as far out as they can.
-
-    before: for i in 0:n                after:  for j in 0:m
-              for j in 0:m                        for i in 0:n
-                S(i, j)                             S(i, j)
-
-    Refused when a loop's range depends on one that would stand inside it, and when the outermost of
-    the loops does not reach the innermost without a branch.
-    """
+    """The loop rewrite behind `Schedule.reorder`."""
     count = 0
 
     def visit(x: Any) -> Any:
@@ -204,15 +183,7 @@ def _reordered(top: ir.For, order: tuple[str, ...]) -> ir.Stmt:
 
 
 def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Found:
-    """Says how a loop runs.
-
-    before: for i in 0:n                after:  for i in 0:n   # parallel
-
-    `parallel`, `cta.x`, `cta.y`: its iterations are units of the launch. `thread.x`, `thread.y`:
-    the threads of a CTA. `vector`: the lanes of a register. `unroll`: written out. A loop that
-    reduces may be a vector or threads (there is one accumulator an iteration, joined in a fixed
-    order at the end), not units.
-    """
+    """The loop rewrite behind `Schedule.mark`."""
 
     def one(f: ir.For) -> ir.Stmt:
         reducing = [c for c in computes(f.body) if reduces(f, c)]
@@ -274,11 +245,7 @@ def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
 
 
 def unroll(body: ir.Stmt, loop: str, factor: int = 0) -> Found:
-    """A loop of constant extent is written out; any other is hinted to be, `factor` at a time.
-
-    before: for u in 0:2                after:  S(0); S(1)
-              S(u)
-    """
+    """The loop rewrite behind `Schedule.unroll`."""
 
     def one(f: ir.For) -> ir.Stmt:
         if f.extent is None and factor < 2:
@@ -299,12 +266,7 @@ def unroll(body: ir.Stmt, loop: str, factor: int = 0) -> Found:
 
 
 def rfactor(body: ir.Stmt, loop: str) -> Found:
-    """A reducing loop keeps one accumulator for each iteration; they are joined after it.
-
-    before: for p_i in 0:4              after:  for p_i in 0:4
-              acc += x[p_i]                       acc[p_i] += x[p_i]
-                                                Y = ((acc[0] + acc[1]) + acc[2]) + acc[3]
-    """
+    """The loop rewrite behind `Schedule.rfactor`."""
 
     def one(f: ir.For) -> ir.Stmt:
         if not any(reduces(f, c) for c in computes(f.body)):
@@ -321,11 +283,7 @@ def rfactor(body: ir.Stmt, loop: str) -> Found:
 
 
 def atomic(body: ir.Stmt, output: str) -> Found:
-    """Updates of an output that is added to in place are made atomic, so that several units may
-    share its rows. The order of the sums, and with it the last bits, is then not fixed.
-
-    before: Y[i, k] = sum(…) in place          after:  Y[i, k] = sum(…) in place atomic
-    """
+    """The loop rewrite behind `Schedule.atomic`."""
     count = 0
 
     def visit(x: Any) -> Any:
@@ -345,15 +303,7 @@ def atomic(body: ir.Stmt, output: str) -> Found:
 
 
 def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Found:
-    """The three innermost loops of a matrix product become one tile operation.
-
-    before: for i in 0:16                       after:  C[…] += mma(A tile, B tile)   16 × 8 × 16
-              for j in 0:8
-                for k in 0:16
-                  C[i, j] = sum(A[i, k] * B[k, j] over k)
-
-    float16 or bfloat16 operands, float32 sums; extents 16, 8, 16.
-    """
+    """The loop rewrite behind `Schedule.mma`."""
     count = 0
 
     def one(f: ir.For) -> ir.Stmt:
@@ -395,24 +345,7 @@ def replace_innermost(s: Any, c: ir.Compute) -> Any:
 
 
 def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Found:
-    """What a loop will read of `buffer` is asked for `ahead` iterations early. Where the loop walks
-    stored positions, these are the rows that it will gather.
-
-    before: for n in 0:size_n                 after:  for n in 0:size_n
-              for k in 0:size_k                         let n_ahead = min(n + 8, size_n - 1)
-                y[n] = sum(… W[n, k] …)                 for k in 0:size_k
-                                                          prefetch W[n_ahead, k]
-                                                          y[n] = sum(… W[n, k] …)
-
-    before: for j_p in ptr[i]:ptr[i+1]        after:  for j_p in ptr[i]:ptr[i+1]
-              let j = idx[j_p]                          let j = idx[j_p]
-              Y[i, k] = sum(… X[j, k] …)                let j_ahead = idx[min(j_p + 16, last)]
-                                                        prefetch X[j_ahead, k]
-                                                        Y[i, k] = sum(… X[j, k] …)
-
-    A gather goes on beyond the end of a row: the next one needs what is there. The last verb on a
-    nest: other verbs do not look past a prefetch.
-    """
+    """The loop rewrite behind `Schedule.prefetch`."""
 
     def one(f: ir.For) -> ir.Stmt:
         lines = f.body.body if isinstance(f.body, ir.Seq) else (f.body,)

@@ -16,16 +16,7 @@ MOST_COPIES = 64  # of an output
 
 
 def privatize(program: ir.Program, output: str, loop: str, copies: int) -> ir.Program:
-    """An output that is updated in place gets a copy for each of `copies` groups of iterations of
-    an outermost loop; the groups are units, and a last stage adds the copies in their order: units
-    may share rows, and the sums are the same each time.
-
-    before: Y[i, k] = 0                            after:  Y.copies[c, i, k] = 0
-            for p in 0:nnz                                 for c in 0:8  # parallel
-              let i = row[p]                                 for p in min(nnz, c*n) : min(nnz, …+n)
-              Y[i, k] = sum(…) in place                        Y.copies[c, i, k] = sum(…) in place
-                                                           Y[i, k] = Y.copies[0, i, k] + …
-    """
+    """The program rewrite behind `Schedule.privatize`."""
     tensor = next((t for t in program.tensors if t.name == output and t.role == "output"), None)
     if tensor is None:
         known = ", ".join(t.name for t in program.outputs)

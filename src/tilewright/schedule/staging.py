@@ -36,24 +36,7 @@ APART = 32  # rows of shared memory that are multiples of it lie in the same ban
 def cache(
     body: ir.Stmt, buffer: str, loop: str, scope: CacheScope = "register"
 ) -> tuple[ir.Stmt, int]:
-    """What one iteration of `loop` reads of an operand is copied to scratch memory first; a gather
-    becomes a dense tile.
-
-    before: for j_o in 0:n/8                after:  for j_o in 0:n/8
-              for j_i in 0:8                          alloc X_shared: shared [8, 32]
-                let j = idx[j_o*8 + j_i]              for j_i, k in 0:8, 0:32  # threads
-                for k in 0:32                           X_shared[j_i, k] = X[idx[…], k]
-                  Y[i, k] = sum(… X[j, k] …)          sync
-                                                      for j_i in 0:8
-                                                        for k in 0:32
-                                                          Y[i, k] = sum(… X_shared[j_i, k] …)
-                                                      sync
-
-    Scratch has a dimension for each loop inside `loop` that the access depends on; their extents
-    are constants. `scope`: `"register"`, or `"shared"` by the threads of a CTA, which copy together
-    (on a CPU an array of the body). Where a guard would keep an element from being read, scratch
-    holds 0. `buffer`: a dense operand, or a sparse one for its values.
-    """
+    """The loop rewrite behind `Schedule.cache`."""
     reads = (x for c in computes(body) for x in walk(c.value) if _is_memory(x))
     if not any(_is_of(x.buffer.name, buffer) for x in reads):
         return body, 0
