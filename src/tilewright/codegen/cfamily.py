@@ -14,38 +14,7 @@ from tilewright import dtypes
 from tilewright.codegen.params import C_TYPES, STORED_AS_BITS, Params, c_name
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
-from tilewright.ir.nodes import (
-    COMPARISON,
-    Alloc,
-    Binary,
-    Broadcast,
-    Buffer,
-    Cast,
-    Const,
-    Expr,
-    For,
-    If,
-    Let,
-    Load,
-    Mma,
-    MmaStore,
-    MmaZero,
-    Nest,
-    Prefetch,
-    Program,
-    Ramp,
-    ReduceLanes,
-    ReduceThreads,
-    Search,
-    Select,
-    Seq,
-    Stmt,
-    Store,
-    Sync,
-    Tile,
-    Unary,
-    Var,
-)  # fmt: skip
+from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import walk
 
 
@@ -62,7 +31,7 @@ class Source:
 class Renderer:
     """Renders one program. `params` says which names are fields of which struct."""
 
-    program: Program
+    program: ir.Program
     params: Params
     namespace: str = "tw::"
     lines: list[str] = field(default_factory=list)
@@ -72,7 +41,7 @@ class Renderer:
         self.row_fields = {f[0] for f in self.params.row}
         self.param_fields = {f[0] for f in self.params.params}
         self.inline_scalars = {f[0] for f in self.params.params if f[1] != "ptr"}
-        self.arrays: dict[str, Buffer] = {}
+        self.arrays: dict[str, ir.Buffer] = {}
 
     # -- types -----------------------------------------------------------------------------------
 
@@ -85,51 +54,51 @@ class Renderer:
     def line(self, text: str) -> None:
         self.lines.append("  " * self.depth + text)
 
-    def block(self, head: str, body: Stmt) -> None:
+    def block(self, head: str, body: ir.Stmt) -> None:
         self.line(f"{head} {{")
         self.depth += 1
         self.stmt(body)
         self.depth -= 1
         self.line("}")
 
-    def stmt(self, s: Stmt) -> None:
-        if isinstance(s, Seq):
+    def stmt(self, s: ir.Stmt) -> None:
+        if isinstance(s, ir.Seq):
             for b in s.body:
                 self.stmt(b)
-        elif isinstance(s, For):
+        elif isinstance(s, ir.For):
             self.loop(s)
-        elif isinstance(s, If):
+        elif isinstance(s, ir.If):
             self.block(f"if ({self.expr(s.cond)})", s.body)
-        elif isinstance(s, Let):
+        elif isinstance(s, ir.Let):
             kind, name = self.type(s.var.dtype), c_name(s.var.name)
             self.line(f"const {kind} {name} = {self.stored(s.value)};")
-        elif isinstance(s, Alloc):
+        elif isinstance(s, ir.Alloc):
             self.alloc(s.buffer)
-        elif isinstance(s, Store):
+        elif isinstance(s, ir.Store):
             self.store(s)
-        elif isinstance(s, Prefetch):
+        elif isinstance(s, ir.Prefetch):
             self.line(self.prefetch(self.place(s.place.buffer, s.place.index[0])))
-        elif isinstance(s, Sync):
+        elif isinstance(s, ir.Sync):
             self.sync()
-        elif isinstance(s, (Mma, MmaZero, MmaStore)):
+        elif isinstance(s, (ir.Mma, ir.MmaZero, ir.MmaStore)):
             self.mma(s)
         else:
             raise InternalError("I101", f"no text for {type(s).__name__}")
 
-    def loop(self, s: For) -> None:
+    def loop(self, s: ir.For) -> None:
         kind, name = self.type(s.var.dtype), c_name(s.name)
         if s.unroll_hint or s.kind == "unroll":
             self.line(self.unroll_pragma(s.unroll_hint or 16))
         begin, end = self.expr(s.begin), self.expr(s.end)
         limit = end
-        if not isinstance(s.end, (Const, Var)):  # evaluated once
+        if not isinstance(s.end, (ir.Const, ir.Var)):  # evaluated once
             begin, limit = f"{begin}, {name}__end = {end}", f"{name}__end"
         self.block(f"for ({kind} {name} = {begin}; {name} < {limit}; ++{name})", s.body)
 
     def unroll_pragma(self, n: int) -> str:
         return f"#pragma GCC unroll {n}"
 
-    def alloc(self, b: Buffer) -> None:
+    def alloc(self, b: ir.Buffer) -> None:
         name, kind = c_name(b.name), self.type(b.dtype)
         if b.scope == "fragment":
             raise InternalError("I101", "fragments belong to the target")
@@ -141,7 +110,7 @@ class Renderer:
         else:
             self.line(f"{kind} {name};")
 
-    def register(self, b: Buffer, index: tuple[Expr, ...]) -> str:
+    def register(self, b: ir.Buffer, index: tuple[ir.Expr, ...]) -> str:
         if not b.shape:
             return c_name(b.name)
         flat = "0"
@@ -151,7 +120,7 @@ class Renderer:
             )
         return f"{c_name(b.name)}[{flat}]"
 
-    def store(self, s: Store) -> None:
+    def store(self, s: ir.Store) -> None:
         value = self.stored(s.value)
         if s.buffer.scope == "register":
             place = self.register(s.buffer, s.index)
@@ -164,7 +133,7 @@ class Renderer:
         elif lanes == 1:
             place = f"{pointer}[{self.expr(offset)}]"
             self.line(f"{place} = {self.combine(s.op, place, value, s.buffer.dtype)};")
-        elif isinstance(offset, Ramp):
+        elif isinstance(offset, ir.Ramp):
             if s.op:
                 old = self.load_vector(s.buffer, offset.base, lanes)
                 value = self.combine(s.op, old, value, s.value.dtype)
@@ -190,7 +159,7 @@ class Renderer:
             return f"{self.namespace}v{op}<{C_TYPES[dtype.name]}, {dtype.lanes}>({a}, {b})"
         return f"{self.namespace}{op}<{C_TYPES[dtype.name]}>({a}, {b})"
 
-    def atomic(self, s: Store, pointer: str, value: str) -> None:
+    def atomic(self, s: ir.Store, pointer: str, value: str) -> None:
         if s.value.dtype.lanes == 1:
             self.line(
                 f"{self.namespace}atomic_{s.op}(&{pointer}[{self.expr(s.index[0])}], {value});"
@@ -211,18 +180,18 @@ class Renderer:
     def sync(self) -> None:
         raise InternalError("I101", "this target has no threads to synchronise")
 
-    def mma(self, s: Mma | MmaZero | MmaStore) -> None:
+    def mma(self, s: ir.Mma | ir.MmaZero | ir.MmaStore) -> None:
         raise InternalError("I101", "this target has no matrix tiles")
 
     # -- expressions -----------------------------------------------------------------------------
 
-    def pointer(self, b: Buffer) -> str:
+    def pointer(self, b: ir.Buffer) -> str:
         if b.scope == "shared":
             return c_name(b.name)
         name = c_name(b.name)
         return f"r.{name}" if name in self.row_fields else name
 
-    def const(self, e: Const) -> str:
+    def const(self, e: ir.Const) -> str:
         if e.dtype.kind == "b":
             return "true" if e.value else "false"
         if not e.dtype.is_float:
@@ -236,7 +205,7 @@ class Renderer:
         text = repr(value)
         return f"{text}{suffix}" if "." in text or "e" in text else f"{text}.0{suffix}"
 
-    def var(self, e: Var) -> str:
+    def var(self, e: ir.Var) -> str:
         name = c_name(e.name)
         if name in self.row_fields:
             return f"r.{name}"
@@ -245,45 +214,45 @@ class Renderer:
         return f"p.{name}" if name in self.param_fields else name
 
     def expr(self, e: Any) -> str:
-        if isinstance(e, Const):
+        if isinstance(e, ir.Const):
             return self.const(e)
-        if isinstance(e, Var):
+        if isinstance(e, ir.Var):
             return self.var(e)
-        if isinstance(e, Load):
+        if isinstance(e, ir.Load):
             return self.load(e)
-        if isinstance(e, Binary):
+        if isinstance(e, ir.Binary):
             return self.binary(e)
-        if isinstance(e, Unary):
+        if isinstance(e, ir.Unary):
             return self.unary(e)
-        if isinstance(e, Select):
+        if isinstance(e, ir.Select):
             return self.select(e)
-        if isinstance(e, Cast):
+        if isinstance(e, ir.Cast):
             return self.cast(e)
-        if isinstance(e, Search):
+        if isinstance(e, ir.Search):
             verb = "find_last" if e.last else "find"
             kind = C_TYPES[e.keys.dtype.name]
             return (
                 f"{self.namespace}{verb}<{self.type(e.dtype)}, {kind}>({self.pointer(e.keys)}, "
                 f"{self.expr(e.lo)}, {self.expr(e.hi)}, {self.expr(e.key)})"
             )
-        if isinstance(e, Ramp):
+        if isinstance(e, ir.Ramp):
             kind = f"{C_TYPES[e.dtype.name]}, {e.dtype.lanes}"
             return f"{self.namespace}ramp<{kind}>({self.expr(e.base)})"
-        if isinstance(e, Broadcast):
+        if isinstance(e, ir.Broadcast):
             return (
                 f"{self.namespace}splat<{C_TYPES[e.dtype.name]}, {e.dtype.lanes}>({self.expr(e.a)})"
             )
-        if isinstance(e, ReduceLanes):
+        if isinstance(e, ir.ReduceLanes):
             t = e.a.dtype
             return f"{self.namespace}fold_{e.op}<{C_TYPES[t.name]}, {t.lanes}>({self.expr(e.a)})"
-        if isinstance(e, ReduceThreads):
+        if isinstance(e, ir.ReduceThreads):
             return self.reduce_threads(e)
         raise InternalError("I101", f"no text for {type(e).__name__}")
 
-    def reduce_threads(self, e: ReduceThreads) -> str:
+    def reduce_threads(self, e: ir.ReduceThreads) -> str:
         return self.expr(e.a)  # on a CPU the loop over threads has run in order
 
-    def load(self, e: Load) -> str:
+    def load(self, e: ir.Load) -> str:
         b = e.buffer
         if b.scope == "register":
             return self.register(b, e.index)
@@ -292,25 +261,25 @@ class Renderer:
         pointer, offset, lanes = self.pointer(b), e.index[0], e.dtype.lanes
         if lanes == 1:
             return self.load_scalar(b, f"{pointer}[{self.expr(offset)}]")
-        if isinstance(offset, Ramp):
+        if isinstance(offset, ir.Ramp):
             return self.load_vector(b, offset.base, lanes)
         kind = f"{C_TYPES[b.dtype.name]}, {lanes}"
         return f"{self.namespace}gather<{kind}>({pointer}, {self.expr(offset)})"
 
-    def load_scalar(self, b: Buffer, place: str) -> str:
+    def load_scalar(self, b: ir.Buffer, place: str) -> str:
         return place
 
-    def place(self, b: Buffer, offset: Expr) -> str:
+    def place(self, b: ir.Buffer, offset: ir.Expr) -> str:
         return f"{self.pointer(b)} + {self.expr(offset)}"
 
-    def load_vector(self, b: Buffer, base: Expr, lanes: int) -> str:
+    def load_vector(self, b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
         return f"{self.namespace}load<{C_TYPES[b.dtype.name]}, {lanes}>({self.place(b, base)})"
 
-    def store_vector(self, b: Buffer, base: Expr, value: str, lanes: int) -> str:
+    def store_vector(self, b: ir.Buffer, base: ir.Expr, value: str, lanes: int) -> str:
         kind = f"{C_TYPES[b.dtype.name]}, {lanes}"
         return f"{self.namespace}store<{kind}>({self.place(b, base)}, {value});"
 
-    def stored(self, e: Expr) -> str:
+    def stored(self, e: ir.Expr) -> str:
         """The text of a value as a variable or memory keeps it: what a comparison of vectors gives
         is as wide as its operands, a vector of bool has bytes that are 0 or 1."""
         text = self.expr(e)
@@ -320,7 +289,7 @@ class Renderer:
     def mask(self, text: str, lanes: int) -> str:
         return f"{self.namespace}mask<{lanes}>({text})"
 
-    def binary(self, e: Binary) -> str:
+    def binary(self, e: ir.Binary) -> str:
         if e.op in ("&", "|") and _mask_bits(e.a) == _mask_bits(e.b):
             a, b = self.expr(e.a), self.expr(e.b)
         else:
@@ -337,19 +306,19 @@ class Renderer:
         narrow = e.dtype.is_int and e.dtype.bits < 32 and e.dtype.lanes == 1
         return f"static_cast<{self.type(e.dtype)}>{text}" if narrow else text
 
-    def floor(self, e: Binary, a: str, b: str) -> str:
-        n = int(e.b.value) if isinstance(e.b, Const) and e.dtype.is_int else 0
+    def floor(self, e: ir.Binary, a: str, b: str) -> str:
+        n = int(e.b.value) if isinstance(e.b, ir.Const) and e.dtype.is_int else 0
         if n > 0 and n & (n - 1) == 0 and e.dtype.lanes == 1:
             return f"({a} >> {n.bit_length() - 1})" if e.op == "//" else f"({a} & {n - 1})"
         return self.function("floor_div" if e.op == "//" else "floor_mod", e, a, b)
 
-    def function(self, name: str, e: Binary, a: str, b: str) -> str:
+    def function(self, name: str, e: ir.Binary, a: str, b: str) -> str:
         """A function of the prelude; `v` before its name takes vectors."""
         if e.dtype.lanes > 1:
             return f"{self.namespace}v{name}<{C_TYPES[e.dtype.name]}, {e.dtype.lanes}>({a}, {b})"
         return f"{self.namespace}{name}<{self.type(e.dtype)}>({a}, {b})"
 
-    def unary(self, e: Unary) -> str:
+    def unary(self, e: ir.Unary) -> str:
         a = self.expr(e.a)
         if e.op == "-":
             return f"(-({a}))" if a.startswith("-") else f"(-{a})"
@@ -358,13 +327,13 @@ class Renderer:
         template = f"<{e.dtype.lanes}>" if e.dtype.lanes > 1 and e.op != "abs" else ""
         return f"{self.namespace}{e.op}{template}({a})"
 
-    def select(self, e: Select) -> str:
+    def select(self, e: ir.Select) -> str:
         a, b = self.stored(e.a), self.stored(e.b)
         if e.cond.dtype.lanes > 1:
             return f"{self.namespace}select({self.expr(e.cond)}, {a}, {b})"
         return f"({self.expr(e.cond)} ? {a} : {b})"
 
-    def cast(self, e: Cast) -> str:
+    def cast(self, e: ir.Cast) -> str:
         source, to, a = e.a.dtype, e.dtype, self.expr(e.a)
         lanes = f"<{to.lanes}>" if to.lanes > 1 else ""
         if source.name in STORED_AS_BITS:
@@ -391,12 +360,14 @@ class Renderer:
 
     # -- bodies ----------------------------------------------------------------------------------
 
-    def body_pointers(self, nest: Nest) -> list[str]:
+    def body_pointers(self, nest: ir.Nest) -> list[str]:
         """Local names for the pointers that a body reads from `params`."""
         used = {
-            x.buffer.name: x.buffer for x in walk(nest.body) if isinstance(x, (Load, Store, Tile))
+            x.buffer.name: x.buffer
+            for x in walk(nest.body)
+            if isinstance(x, (ir.Load, ir.Store, ir.Tile))
         }
-        used |= {x.keys.name: x.keys for x in walk(nest.body) if isinstance(x, Search)}
+        used |= {x.keys.name: x.keys for x in walk(nest.body) if isinstance(x, ir.Search)}
         names = {f[0]: f for f in self.params.params if f[1] == "ptr"}
         return [
             f"{names[c_name(b)][2]} {self.restrict} {c_name(b)} = p.{c_name(b)};"
@@ -405,7 +376,7 @@ class Renderer:
 
     restrict = "__restrict"
 
-    def unit_to_grid(self, nest: Nest) -> list[str]:
+    def unit_to_grid(self, nest: ir.Nest) -> list[str]:
         """The grid variables of a unit: the last runs fastest."""
         text: list[str] = []
         rest = "unit"
@@ -421,24 +392,25 @@ class Renderer:
         return text
 
 
-_BYTES = (Load, Var, Broadcast, Select, Cast)  # expressions whose vectors of bool have bytes
+# Expressions whose vectors of bool hold one byte per lane.
+_BYTES = (ir.Load, ir.Var, ir.Broadcast, ir.Select, ir.Cast)
 
 
-def _mask_bits(e: Expr) -> int:
+def _mask_bits(e: ir.Expr) -> int:
     """The width of the lanes that generated text has for a vector of bool; 0 for anything else."""
     if e.dtype.kind != "b" or e.dtype.lanes == 1:
         return 0
-    if isinstance(e, Binary) and e.op in COMPARISON and e.a.dtype.kind != "b":
+    if isinstance(e, ir.Binary) and e.op in ir.COMPARISON and e.a.dtype.kind != "b":
         return e.a.dtype.bits
-    if isinstance(e, Binary) and _mask_bits(e.a) == _mask_bits(e.b):
+    if isinstance(e, ir.Binary) and _mask_bits(e.a) == _mask_bits(e.b):
         return _mask_bits(e.a)
-    return _mask_bits(e.a) if isinstance(e, Unary) else 8
+    return _mask_bits(e.a) if isinstance(e, ir.Unary) else 8
 
 
-def _within_width(e: Binary) -> bool:
+def _within_width(e: ir.Binary) -> bool:
     """Whether a shift has a constant count that C defines."""
-    count = e.b.a if isinstance(e.b, Broadcast) else e.b
-    return isinstance(count, Const) and 0 <= count.value < e.dtype.bits
+    count = e.b.a if isinstance(e.b, ir.Broadcast) else e.b
+    return isinstance(count, ir.Const) and 0 <= count.value < e.dtype.bits
 
 
 def _integer(value: int, dtype: DType) -> str:

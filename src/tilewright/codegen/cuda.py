@@ -12,26 +12,9 @@ from dataclasses import dataclass, field
 
 from tilewright.codegen.cfamily import Renderer, Source
 from tilewright.codegen.params import C_TYPES, Params, c_name, collect_params
+from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple
 from tilewright.ir.names import STRIDE, is_given
-from tilewright.ir.nodes import (
-    Broadcast,
-    Buffer,
-    Const,
-    Expr,
-    Load,
-    Mma,
-    MmaStore,
-    MmaZero,
-    Nest,
-    Program,
-    Ramp,
-    ReduceThreads,
-    Select,
-    Stmt,
-    Tile,
-    Var,
-)  # fmt: skip
 from tilewright.ir.rewrite import walk
 
 RESIDENT = 1024  # threads of an SM that the register budget is made for: 64 registers each
@@ -57,7 +40,7 @@ class CudaRenderer(Renderer):
         super().__post_init__()
         self.written = self.params.written
 
-    def block(self, head: str, body: Stmt) -> None:
+    def block(self, head: str, body: ir.Stmt) -> None:
         self.fragments.clear()
         super().block(head, body)
         self.fragments.clear()
@@ -77,24 +60,24 @@ class CudaRenderer(Renderer):
     def prefetch(self, place: str) -> str:
         return f"tw::prefetch({place});"
 
-    def var(self, e: Var) -> str:
+    def var(self, e: ir.Var) -> str:
         if e.name in ("thread_x", "thread_y"):
             return f"static_cast<{self.type(e.dtype)}>({'tx' if e.name == 'thread_x' else 'ty'})"
         return super().var(e)
 
-    def load_scalar(self, b: Buffer, place: str) -> str:
+    def load_scalar(self, b: ir.Buffer, place: str) -> str:
         if b.name in self.written or b.scope == "shared":
             return place
         return f"tw::load_const(&{place})"
 
-    def load_vector(self, b: Buffer, base: Expr, lanes: int) -> str:
+    def load_vector(self, b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
         verb = "load" if b.name in self.written or b.scope == "shared" else "load_const"
         return f"tw::{verb}<{_vector_of(b, base, lanes)}>({self.place(b, base)})"
 
-    def store_vector(self, b: Buffer, base: Expr, value: str, lanes: int) -> str:
+    def store_vector(self, b: ir.Buffer, base: ir.Expr, value: str, lanes: int) -> str:
         return f"tw::store<{_vector_of(b, base, lanes)}>({self.place(b, base)}, {value});"
 
-    def const(self, e: Const) -> str:
+    def const(self, e: ir.Const) -> str:
         if not e.dtype.is_float or math.isfinite(e.value):
             return super().const(e)
         which = "nan" if math.isnan(e.value) else "inf" if e.value > 0 else "-inf"
@@ -102,30 +85,30 @@ class CudaRenderer(Renderer):
             return f"__longlong_as_double({_BITS64[which]}ll)"
         return f"__uint_as_float({_BITS32[which]}u)"
 
-    def select(self, e: Select) -> str:
+    def select(self, e: ir.Select) -> str:
         """A load that a condition guards is predicated: a branch would part it from its neighbours
         and their latencies would add up."""
         if (
-            isinstance(e.a, Load)
+            isinstance(e.a, ir.Load)
             and e.cond.dtype.lanes == 1
             and e.a.buffer.name not in self.written
             and _zero(e.b)
         ):
-            index = e.a.index[0].base if isinstance(e.a.index[0], Ramp) else e.a.index[0]
-            if e.dtype.lanes == 1 or isinstance(e.a.index[0], Ramp):
+            index = e.a.index[0].base if isinstance(e.a.index[0], ir.Ramp) else e.a.index[0]
+            if e.dtype.lanes == 1 or isinstance(e.a.index[0], ir.Ramp):
                 kind = _vector_of(e.a.buffer, index, e.dtype.lanes)
                 lanes = "" if e.dtype.lanes > 1 else "[0]"
                 place = self.place(e.a.buffer, index)
                 return f"tw::load_const_if<{kind}>({self.expr(e.cond)}, {place}){lanes}"
         return super().select(e)
 
-    def reduce_threads(self, e: ReduceThreads) -> str:
+    def reduce_threads(self, e: ir.ReduceThreads) -> str:
         value, op = self.expr(e.a), f"tw::op_{e.op}<{self.type(e.dtype)}>"
         if e.axis == "thread.x":
             return f"tw::across_lanes<{op}, {e.extent}>({value})"
         return f"tw::across_rows<{op}, {e.extent}>({value}, smem, {self.threads[0]}, tx, ty)"
 
-    def alloc(self, b: Buffer) -> None:
+    def alloc(self, b: ir.Buffer) -> None:
         if b.scope == "fragment":
             self.line(f"tw::fragment {c_name(b.name)}[{self.expr(b.shape[0])}];")
         elif b.scope == "shared":
@@ -137,11 +120,11 @@ class CudaRenderer(Renderer):
         else:
             super().alloc(b)
 
-    def mma(self, s: Mma | MmaZero | MmaStore) -> None:
+    def mma(self, s: ir.Mma | ir.MmaZero | ir.MmaStore) -> None:
         acc = f"{c_name(s.acc.name)}[{self.expr(s.slot)}]"
-        if isinstance(s, MmaZero):
+        if isinstance(s, ir.MmaZero):
             self.line(f"tw::mma_zero({acc});")
-        elif isinstance(s, Mma):
+        elif isinstance(s, ir.Mma):
             a, b = self.fragment(s.a, "a"), self.fragment(s.b, "b")
             self.line(f"tw::mma_{s.a.buffer.dtype.name}({acc}, {a}, {b});")
         else:
@@ -149,7 +132,7 @@ class CudaRenderer(Renderer):
             verb = "mma_add" if s.op else "mma_store"
             self.line(f"tw::{verb}<{kind}>({self.tile(s.to)}, {acc}, tx);")
 
-    def fragment(self, t: Tile, side: str) -> str:
+    def fragment(self, t: ir.Tile, side: str) -> str:
         """An operand tile in registers: loaded once for all neighbouring products that take it."""
         tile = self.tile(t)
         name = self.fragments.get(tile + side)
@@ -160,7 +143,7 @@ class CudaRenderer(Renderer):
             self.line(f"tw::load_fragment({name}, {tile}, tx);")
         return name
 
-    def tile(self, t: Tile) -> str:
+    def tile(self, t: ir.Tile) -> str:
         place = self.place(t.buffer, t.offset)
         fields = (t.row_stride, t.col_stride, t.row_limit, t.col_limit)
         if t.buffer.scope != "shared":
@@ -174,28 +157,30 @@ class CudaRenderer(Renderer):
         return f"tw::shared_tile({place}, {down}, {right})"
 
 
-def _vector_of(b: Buffer, base: Expr, lanes: int) -> str:
+def _vector_of(b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
     """Template arguments of a vector access: one whose place is not known to be a multiple of its
     size is done element by element."""
     apart = "" if _is_multiple(base, lanes) else ", true"
     return f"{C_TYPES[b.dtype.name]}, {lanes}{apart}"
 
 
-def _is_multiple(e: Expr, n: int) -> bool:
+def _is_multiple(e: ir.Expr, n: int) -> bool:
     """Whether an offset is a multiple of n, strides of arrays being multiples of 16 bytes: arrays
     for which that does not hold run the code that is compiled with TW_UNALIGNED."""
     return is_multiple(e, n, lambda v: is_given(v.name, STRIDE))
 
 
-def _zero(e: Expr) -> bool:
-    e = e.a if isinstance(e, Broadcast) else e
-    return isinstance(e, Const) and e.value == 0
+def _zero(e: ir.Expr) -> bool:
+    e = e.a if isinstance(e, ir.Broadcast) else e
+    return isinstance(e, ir.Const) and e.value == 0
 
 
-def render(program: Program, declarations: str, params: Params | None = None) -> Source:
+def render(program: ir.Program, declarations: str, params: Params | None = None) -> Source:
     """The source of a program at the loop level. `declarations` are the structs Params and Row."""
     params = params or collect_params(program)
-    uses_mma = any(isinstance(x, MmaZero) for s in program.stages for n in s for x in walk(n.body))
+    uses_mma = any(
+        isinstance(x, ir.MmaZero) for s in program.stages for n in s for x in walk(n.body)
+    )
     text = ["// generated by Tilewright", '#include "gpu.cuh"']
     if uses_mma:
         text.append('#include "mma.cuh"')
@@ -213,7 +198,7 @@ def render(program: Program, declarations: str, params: Params | None = None) ->
     return Source("\n".join(text), tuple(entries), tuple(smem))
 
 
-def _body(program: Program, params: Params, nest: Nest, name: str) -> tuple[str, int]:
+def _body(program: ir.Program, params: Params, nest: ir.Nest, name: str) -> tuple[str, int]:
     renderer = CudaRenderer(program, params, threads=nest.threads, smem_bytes=_met_bytes(nest))
     renderer.depth = 1
     renderer.stmt(nest.body)
@@ -226,21 +211,21 @@ def _body(program: Program, params: Params, nest: Nest, name: str) -> tuple[str,
     return f"// {nest.name}\n{head} {{\n{place}\n{body}\n}}", renderer.smem_bytes
 
 
-def _met_bytes(nest: Nest) -> int:
+def _met_bytes(nest: ir.Nest) -> int:
     """The start of shared memory, where sums over thread.y meet."""
-    sums = (x for x in walk(nest.body) if isinstance(x, ReduceThreads) and x.axis == "thread.y")
+    sums = (x for x in walk(nest.body) if isinstance(x, ir.ReduceThreads) and x.axis == "thread.y")
     sizes = (nest.threads[0] * x.extent * x.dtype.itemsize * x.dtype.lanes for x in sums)
     return max(sizes, default=0)
 
 
-def stage_threads(stage: tuple[Nest, ...]) -> int:
+def stage_threads(stage: tuple[ir.Nest, ...]) -> int:
     """Threads of a CTA: those of the body that has most; others leave the rest idle."""
     return max(n.threads[0] * n.threads[1] for n in stage)
 
 
-def _shell(stage: tuple[Nest, ...], number: int) -> str:
+def _shell(stage: tuple[ir.Nest, ...], number: int) -> str:
     threads = stage_threads(stage)
-    fragments = any(isinstance(x, MmaZero) for n in stage for x in walk(n.body))
+    fragments = any(isinstance(x, ir.MmaZero) for n in stage for x in walk(n.body))
     resident = RESIDENT_MMA if fragments else RESIDENT
     bounds = f"__launch_bounds__({threads}, {max(1, resident // threads)})"
     head = (
@@ -250,7 +235,7 @@ def _shell(stage: tuple[Nest, ...], number: int) -> str:
         "  const int64_t unit = blockIdx.x;\n"
     )
 
-    def call(case: int, nest: Nest, unit: str, row: str) -> str:
+    def call(case: int, nest: ir.Nest, unit: str, row: str) -> str:
         mine = nest.threads[0] * nest.threads[1]
         guard = f"if (thread < {mine}) " if mine < threads else ""
         return f"{guard}body{number}_{case}(p, {row}, {unit}, thread, smem);"

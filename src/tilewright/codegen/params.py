@@ -10,19 +10,8 @@ from typing import Any
 
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
+from tilewright.ir import nodes as ir
 from tilewright.ir.names import COUNT, SIZE, STRIDE, is_given, stride_name
-from tilewright.ir.nodes import (
-    Binary,
-    Cast,
-    Const,
-    Expr,
-    MmaStore,
-    Nest,
-    Program,
-    Store,
-    Tensor,
-    Var,
-)
 from tilewright.ir.rewrite import walk
 
 C_TYPES = {
@@ -68,13 +57,13 @@ class Params:
     packed: Mapping[str, int] = field(default_factory=dict)
 
 
-def collect_params(program: Program) -> Params:
+def collect_params(program: ir.Program) -> Params:
     """Every buffer, stride, size and count of a program as fields of its two structs."""
     params: dict[str, tuple[str, ...]] = {}
     row: dict[str, tuple[str, ...]] = {}
     written = frozenset(
-        x.buffer.name if isinstance(x, Store) else x.to.buffer.name
-        for n in _nests(program) for x in walk(n.body) if isinstance(x, (Store, MmaStore))
+        x.buffer.name if isinstance(x, ir.Store) else x.to.buffer.name
+        for n in _nests(program) for x in walk(n.body) if isinstance(x, (ir.Store, ir.MmaStore))
     )  # fmt: skip
     for b in program.buffers:
         const = "" if b.name in written else "const "
@@ -98,7 +87,7 @@ def collect_params(program: Program) -> Params:
     )
 
 
-def packed_strides(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int | None, ...]:
+def packed_strides(tensor: ir.Tensor, sizes: Mapping[str, int]) -> tuple[int | None, ...]:
     """The strides that a dense tensor without gaps has, in elements; None where a size inside is
     known at run time only, and for tensors that are declared `strided`.
 
@@ -115,7 +104,7 @@ def packed_strides(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int | None
     return tuple(reversed(found))
 
 
-def _is_input(program: Program, name: str) -> bool:
+def _is_input(program: ir.Program, name: str) -> bool:
     return any(t.name == name and t.role == "input" for t in program.tensors)
 
 
@@ -123,33 +112,33 @@ def _scalar_type(dtype: DType) -> str:
     return "uint16" if dtype.name in STORED_AS_BITS else dtype.name
 
 
-def _nests(program: Program) -> list[Nest]:
+def _nests(program: ir.Program) -> list[ir.Nest]:
     return [n for stage in program.stages for n in stage]
 
 
-def _free_names(program: Program) -> dict[str, str]:
+def _free_names(program: ir.Program) -> dict[str, str]:
     found: dict[str, str] = {}
     for n in _nests(program):
         for x in (*walk(n.body), *(v for g in n.grid for v in walk(g))):
-            if isinstance(x, Var) and is_given(x.name, SIZE, STRIDE, COUNT):
+            if isinstance(x, ir.Var) and is_given(x.name, SIZE, STRIDE, COUNT):
                 wide = is_given(x.name, STRIDE) or x.dtype.bits == 64
                 found[x.name] = "int64" if wide else "int32"
     return found
 
 
-def host_count(grid: tuple[Expr, ...]) -> Any:
+def host_count(grid: tuple[ir.Expr, ...]) -> Any:
     """The number of units of a nest as data (`runtime.manifest.Count`)."""
     counts = [_count(e) for e in grid]
     return reduce(lambda a, b: ("*", a, b), counts) if counts else 1
 
 
 def _count(e: Any) -> Any:
-    if isinstance(e, Const):
+    if isinstance(e, ir.Const):
         return int(e.value)
-    if isinstance(e, Var):
+    if isinstance(e, ir.Var):
         return e.name
-    if isinstance(e, Cast):
+    if isinstance(e, ir.Cast):
         return _count(e.a)
-    if isinstance(e, Binary):
+    if isinstance(e, ir.Binary):
         return (e.op, _count(e.a), _count(e.b))
     raise InternalError("I101", f"the host cannot compute {e}")

@@ -6,8 +6,8 @@
 A `Schedule` is a frozen value; each verb returns a new one or refuses (S codes) and changes
 nothing. Verbs on coordinates come first; the first verb on loops lowers the program to positions.
 
-What is refused raises ScheduleError: S101 where nothing has that name or number, S102 where an
-argument is not what the verb takes (`arguments.py`), or the verb is not legal here.
+A refused verb raises ScheduleError: S101 for an unknown name or number, S102 for an argument that
+the verb does not take (`arguments.py`) or where the verb is not legal.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ from tilewright.schedule.arguments import (
 from tilewright.schedule.tree import clash, computes, loop_names
 from tilewright.target import Target
 
-NAMING = (loops.split, loops.fuse, loops.prefetch, staging.cache)  # verbs that give new names
 Nests = tuple[int, ...] | None
-OPERAND_FIRST = (loops.prefetch, staging.cache)  # verbs whose loop is their second argument
 NUMBER = whole(0, FAR)  # of a nest, or of steps
 KIND = one_of(*loops.KINDS)
 TAIL = one_of(*loops.TAILS)
@@ -94,8 +92,8 @@ class Schedule:
 
     @property
     def in_place(self) -> bool:
-        """Whether elements of an output are met again after others, and updated in memory: their
-        rows are shared by parts, or stored in pieces (coo, csc)."""
+        """Whether elements of an output are updated in memory several times: parts share their
+        rows, or the format does not store a row contiguously (coo, csc)."""
         return any(c.in_place for n in self.nests for c in computes(n.body))
 
     @property
@@ -158,14 +156,40 @@ class Schedule:
 
     @takes(output=A_NAME, axes=NAMES)
     def order_axes(self, output: str, *axes: str) -> Schedule:
+        """Reorder the loops of one statement.
+
+        before: for i … for k … for j …: Y[i, k] = sum(A[i, j] * X[j, k] over j)
+        after:  for k … for i … for j …                      (order_axes("out", "k", "i", "j"))
+
+        A level stays inside the levels above it, whatever order is asked for.
+
+        Raises ScheduleError[S101, S102].
+        """
         return self._coords(coords.order_axes, output, *axes)
 
     @takes(structure=A_NAME)
     def fuse_axes(self, structure: str) -> Schedule:
+        """Walk the two axes of a sparse matrix in one loop over its entries; a binary search in
+        indptr yields the row of an entry.
+
+        before: for i in 0:m                       after:  for ij in 0:nnz
+                  for j_p in ptr[i]:ptr[i+1]                 let i = find_last(ij in ptr)
+                    let j = idx[j_p]                         let j = idx[ij]
+
+        Raises ScheduleError[S101, S102].
+        """
         return self._coords(coords.fuse_axes, structure)
 
     @takes(dim=A_NAME, size=whole(1, INT64_MAX))
     def specialize(self, dim: str, size: int) -> Schedule:
+        """Fix the size of a dimension, so that loops over it have constant extents.
+
+        before: for k in 0:size_d            after:  for k in 0:128         (specialize("d", 128))
+
+        The kernel then refuses (A103) arrays of another size.
+
+        Raises ScheduleError[S101, S102].
+        """
         return self._coords(coords.specialize, dim, size)
 
     # -- verbs on loops --------------------------------------------------------------------------
@@ -174,60 +198,210 @@ class Schedule:
     def split(
         self, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
     ) -> Schedule:
-        return self._loops(loops.split, loop, factor, tail=tail, into=into)
+        """Split a loop into two; the inner one has `factor` iterations.
+
+        before: for i in 0:n                after:  for i_o in 0:ceil(n/8)
+                  S(i)                                for i_i in 0:8
+                                                        if i_o*8 + i_i < n: S(i_o*8 + i_i)
+
+        `tail` handles a range that is no multiple of `factor`: `"guard"` tests each iteration,
+        `"cut"` adds a loop `i_t` for the rest, `"exact"` trusts (and requires) a range known to be
+        a multiple.
+
+        Raises ScheduleError[S101, S102].
+        """
+        return self._loops(loops.split, loop, factor, tail=tail, into=into, new_names=True)
 
     @takes(outer=A_NAME, inner=A_NAME, into=A_NAME)
     def fuse(self, outer: str, inner: str, into: str = "") -> Schedule:
-        return self._loops(loops.fuse, outer, inner, into=into)
+        """Fuse two loops, one directly inside the other, into one.
+
+        before: for i in 0:n                after:  for ij in 0:n*m
+                  for j in 0:m                        S(ij / m, ij % m)
+                    S(i, j)
+
+        Raises ScheduleError[S101, S102].
+        """
+        return self._loops(loops.fuse, outer, inner, into=into, new_names=True)
 
     @takes(order=NAMES)
     def reorder(self, *order: str) -> Schedule:
+        """Reorder nested loops; lets and guards move as far out as they can.
+
+        before: for i in 0:n                after:  for j in 0:m
+                  for j in 0:m                        for i in 0:n
+                    S(i, j)                             S(i, j)
+
+        Refused where the range of a loop would depend on a loop inside it, and where the nest
+        branches between the loops.
+
+        Raises ScheduleError[S101, S102].
+        """
         return self._loops(loops.reorder, *order)
 
     @takes(loop=A_NAME, kind=KIND)
     def mark(self, loop: str, kind: LoopKind) -> Schedule:
+        """Set how a loop runs.
+
+        before: for i in 0:n                after:  for i in 0:n   # parallel
+
+        `parallel`, `cta.x`, `cta.y`: its iterations are units of the launch. `thread.x`,
+        `thread.y`: the threads of a CTA. `vector`: the lanes of a register. `unroll`: written out.
+        A loop that reduces may be a vector or threads (there is one accumulator an iteration,
+        joined in a fixed order at the end), not units.
+
+        Raises ScheduleError[S101, S102].
+        """
         return self._loops(loops.mark, loop, kind)
 
     @takes(loop=A_NAME, to=KIND)
     def bind(self, loop: str, to: LoopKind) -> Schedule:
+        """Set how a loop runs: another name of `mark`.
+
+        before: for i in 0:n                after:  for i in 0:n   # cta.x
+
+        Raises ScheduleError[S101, S102].
+        """
         return self._loops(loops.mark, loop, to)
 
     @takes(loop=A_NAME)
     def parallel(self, loop: str) -> Schedule:
+        """Run the iterations of a loop as units of the launch: `mark(loop, "parallel")`.
+
+        before: for i in 0:n                after:  for i in 0:n   # parallel
+
+        Raises ScheduleError[S101, S102].
+        """
         return self._loops(loops.mark, loop, "parallel")
 
     @takes(loop=A_NAME)
     def vectorize(self, loop: str) -> Schedule:
+        """Run a loop as the lanes of a register: `mark(loop, "vector")`.
+
+        before: for i in 0:8                after:  for i in 0:8   # vector
+
+        Raises ScheduleError[S101, S102].
+        """
         return self._loops(loops.mark, loop, "vector")
 
     @takes(loop=A_NAME, factor=whole(0, NEAR))
     def unroll(self, loop: str, factor: int = 0) -> Schedule:
+        """Write out a loop of constant extent; with `factor`, only hint the compiler to unroll by
+        it.
+
+        before: for u in 0:2                after:  S(0); S(1)
+                  S(u)
+
+        Raises ScheduleError[S101, S102].
+        """
         return self._loops(loops.unroll, loop, factor)
 
     @takes(loop=A_NAME)
     def rfactor(self, loop: str) -> Schedule:
+        """Give each iteration of a reducing loop its own accumulator; they are combined after the
+        loop.
+
+        before: for p_i in 0:4              after:  for p_i in 0:4
+                  acc += x[p_i]                       acc[p_i] += x[p_i]
+                                                    Y = ((acc[0] + acc[1]) + acc[2]) + acc[3]
+
+        Raises ScheduleError[S101, S102].
+        """
         return self._loops(loops.rfactor, loop)
 
     @takes(output=A_NAME)
     def atomic(self, output: str) -> Schedule:
-        return self._loops(loops.atomic, output)
+        """Make the in-place updates of an output atomic, so that several units may share its rows.
+        The order of the sums, and with it the last bits, is then not fixed.
+
+        before: Y[i, k] = sum(…) in place          after:  Y[i, k] = sum(…) in place atomic
+
+        Raises ScheduleError[S101, S102].
+        """
+        missing = output, f"no output {output!r} is updated in place"
+        return self._loops(loops.atomic, output, missing=missing)
 
     @takes(rows=A_NAME, cols=A_NAME, depth=A_NAME)
     def mma(self, rows: str, cols: str, depth: str) -> Schedule:
+        """Turn the three innermost loops of a matrix product into one tile operation.
+
+        before: for i in 0:16                       after:  C[…] += mma(A tile, B tile)
+                  for j in 0:8
+                    for k in 0:16
+                      C[i, j] = sum(A[i, k] * B[k, j] over k)
+
+        float16 or bfloat16 operands, float32 sums; extents 16, 8, 16.
+
+        Raises ScheduleError[S101, S102].
+        """
         return self._loops(loops.mma, rows, cols, depth)
 
     @takes(buffer=A_NAME, loop=A_NAME, ahead=whole(1, NEAR))
     def prefetch(self, buffer: str, loop: str, ahead: int) -> Schedule:
-        return self._loops(loops.prefetch, buffer, loop, ahead)
+        """Prefetch what a loop reads of `buffer`, `ahead` iterations early. Where the loop walks
+        stored positions, these are the rows that it gathers.
 
-    # -- verbs that give values a second home ----------------------------------------------------
+        before: for n in 0:size_n                 after:  for n in 0:size_n
+                  for k in 0:size_k                         let n_ahead = min(n + 8, size_n - 1)
+                    y[n] = sum(… W[n, k] …)                 for k in 0:size_k
+                                                              prefetch W[n_ahead, k]
+                                                              y[n] = sum(… W[n, k] …)
+
+        before: for j_p in ptr[i]:ptr[i+1]        after:  for j_p in ptr[i]:ptr[i+1]
+                  let j = idx[j_p]                          let j = idx[j_p]
+                  Y[i, k] = sum(… X[j, k] …)                let j_ahead = idx[min(j_p + 16, last)]
+                                                            prefetch X[j_ahead, k]
+                                                            Y[i, k] = sum(… X[j, k] …)
+
+        The prefetch of a gather continues beyond the end of a row: the next row needs those
+        entries. Apply it last on a nest: other verbs do not look past a prefetch.
+
+        Raises ScheduleError[S101, S102].
+        """
+        missing = loop, f"no loop {loop!r} reads {buffer!r}"
+        return self._loops(loops.prefetch, buffer, loop, ahead, missing=missing, new_names=True)
+
+    # -- verbs that add memory ----------------------------------------------------
 
     @takes(buffer=A_NAME, loop=A_NAME, scope=SCOPE)
     def cache(self, buffer: str, loop: str, scope: staging.CacheScope = "register") -> Schedule:
-        return self._loops(staging.cache, buffer, loop, scope)
+        """Copy what one iteration of `loop` reads of an operand to scratch memory first; a gather
+        becomes a dense tile.
+
+        before: for j_o in 0:n/8                after:  for j_o in 0:n/8
+                  for j_i in 0:8                          alloc X_shared: shared [8, 32]
+                    let j = idx[j_o*8 + j_i]              for j_i, k in 0:8, 0:32  # threads
+                    for k in 0:32                           X_shared[j_i, k] = X[idx[…], k]
+                      Y[i, k] = sum(… X[j, k] …)          sync
+                                                          for j_i in 0:8
+                                                            for k in 0:32
+                                                              Y[i, k] = sum(… X_shared[j_i, k] …)
+                                                          sync
+
+        Scratch has a dimension for each loop inside `loop` that the access depends on; their
+        extents are constants. `scope`: `"register"`, or `"shared"` by the threads of a CTA, which
+        copy together (on a CPU an array of the body). Where a guard would keep an element from
+        being read, scratch holds 0. `buffer`: a dense operand, or a sparse one for its values.
+
+        Raises ScheduleError[S101, S102].
+        """
+        missing = loop, f"no loop {loop!r} reads {buffer!r}"
+        return self._loops(staging.cache, buffer, loop, scope, missing=missing, new_names=True)
 
     @takes(output=A_NAME, loop=A_NAME, copies=whole(2, privatize.MOST_COPIES))
     def privatize(self, output: str, loop: str, copies: int) -> Schedule:
+        """Give an output that is updated in place one copy for each of `copies` groups of
+        iterations of an outermost loop. The groups run as units and a last stage adds the copies in
+        order: units may share rows, and the sums are the same in each run.
+
+        before: Y[i, k] = 0                    after:  Y.copies[c, i, k] = 0
+                for p in 0:nnz                         for c in 0:8  # parallel
+                  let i = row[p]                         for p in min(nnz, c*n) : min(nnz, …+n)
+                  Y[i, k] = sum(…) in place                Y.copies[c, i, k] = sum(…) in place
+                                                       Y[i, k] = Y.copies[0, i, k] + …
+
+        Raises ScheduleError[S101, S102].
+        """
         if self.selected is not None:
             raise ScheduleError(
                 "S102", "privatize changes all nests of an output", hint="everywhere() first"
@@ -236,7 +410,7 @@ class Schedule:
         program = privatize.privatize(self.lowered.program, *args)
         return self._recorded(program, Step("privatize", args))
 
-    # -- how a verb is done ----------------------------------------------------------------------
+    # -- applying and recording --------------------------------------------------------------------
 
     def _coords(self, verb: Callable[..., Program], *args: Any) -> Schedule:
         if self.program.level != "coordinates":
@@ -245,47 +419,51 @@ class Schedule:
             )
         return self._recorded(verb(self.program, *args), Step(verb.__name__, args))
 
-    def _loops(self, verb: Callable[..., tuple[Stmt, int]], *args: Any, **options: Any) -> Schedule:
+    def _loops(
+        self,
+        verb: Callable[..., tuple[Stmt, int]],
+        *args: Any,
+        missing: tuple[str, str] | None = None,
+        new_names: bool = False,
+        **options: Any,
+    ) -> Schedule:
+        """Apply a verb to the selected nests. `missing`: the name that no nest has and the message
+        that says so (by default, of a loop: the first argument). `new_names`: the verb introduces
+        names of loops, which are checked."""
         program = self.lowered.program
-        done, number = 0, 0
+        count, number = 0, 0
         stages = []
         for stage in program.stages:
             nests = []
             for nest in stage:
                 if self.selected is None or number in self.selected:
-                    body, count = verb(nest.body, *args, **options)
-                    done += count
-                    if count and verb in NAMING:
+                    body, changed = verb(nest.body, *args, **options)
+                    count += changed
+                    if changed and new_names:
                         self._check_names(verb.__name__, body)
                     nest = replace(nest, body=body)
                 nests.append(nest)
                 number += 1
             stages.append(tuple(nests))
-        if not done:
-            raise self._missing(verb, args)
-        given = tuple((k, v) for k, v in options.items() if v)
-        step = Step(verb.__name__, args, given, self.selected)
+        if not count:
+            name, why = missing or (args[0], f"no loop is called {args[0]!r}")
+            raise self._unknown(verb.__name__, name, why)
+        recorded = tuple((k, v) for k, v in options.items() if v)
+        step = Step(verb.__name__, args, recorded, self.selected)
         return self._recorded(replace(program, stages=tuple(stages)), step)
 
-    def _missing(self, verb: Callable[..., Any], args: tuple[Any, ...]) -> ScheduleError:
-        """The refusal of a verb that changed nothing: it names what was not there."""
-        known, name = self.loops, args[0]
-        why = f"no loop is called {name!r}"
-        if verb is loops.atomic:
-            why = f"no output {name!r} is updated in place"
-        elif verb in OPERAND_FIRST:
-            name = args[1]
-            why = f"no loop {name!r} reads {args[0]!r}"
+    def _unknown(self, verb: str, name: str, why: str) -> ScheduleError:
+        known = self.loops
         near = difflib.get_close_matches(name, known, 1) if name not in known else []
         hint = "".join(f"did you mean {n}? " for n in near) + f"loops: {', '.join(known)}"
-        return ScheduleError("S101", f"{verb.__name__}: {why}", hint=hint)
+        return ScheduleError("S101", f"{verb}: {why}", hint=hint)
 
     def _check_names(self, verb: str, body: Stmt) -> None:
         taken = frozenset(t.name for t in self.program.tensors)
-        found = clash(body, taken)
-        if found is not None:
+        name = clash(body, taken)
+        if name is not None:
             raise ScheduleError(
-                "S102", f"{verb}: {found!r} is no new name for a loop",
+                "S102", f"{verb}: {name!r} is no new name for a loop",
                 hint="letters, digits and single underscores; a name that nothing around it has",
             )  # fmt: skip
 
@@ -303,26 +481,8 @@ class Schedule:
         )
 
 
-def _document() -> None:
-    """Each verb of a Schedule says what the function behind it says."""
-    behind = (
-        coords.order_axes, coords.fuse_axes, coords.specialize,
-        loops.split, loops.fuse, loops.reorder, loops.mark, loops.unroll, loops.rfactor,
-        loops.atomic, loops.mma, loops.prefetch, staging.cache, privatize.privatize,
-    )  # fmt: skip
-    texts = {f.__name__: f.__doc__ for f in behind}
-    for name, like in (("bind", "mark"), ("parallel", "mark"), ("vectorize", "mark")):
-        texts[name] = f"`{like}` under the name that the field gives it.\n\n    {texts[like]}"
-    for name, text in texts.items():
-        raises = "Raises ScheduleError[S101, S102]."
-        getattr(Schedule, name).__doc__ = f"{str(text).rstrip()}\n\n    {raises}\n    "
-
-
-_document()
-
-
 def replay(schedule: Schedule, steps: tuple[Step, ...]) -> Schedule:
-    """The recorded steps done again, on another program of the same loops."""
+    """Apply recorded steps to another schedule with the same loops."""
     for step in steps:
         schedule = replace(schedule, selected=step.nests)
         schedule = getattr(schedule, step.verb)(*step.args, **dict(step.options))

@@ -11,13 +11,7 @@ from tilewright.ir.rewrite import indices_of
 
 
 def order_axes(program: Program, output: str, *axes: str) -> Program:
-    """The loops of a statement in another order.
-
-    before: for i … for k … for j …: Y[i, k] = sum(A[i, j] * X[j, k] over j)
-    after:  for k … for i … for j …                      (order_axes("out", "k", "i", "j"))
-
-    A level still stands inside the levels above it: positions decide, not wishes.
-    """
+    """The program rewrite behind `Schedule.order_axes`."""
     statement = next((s for s in program.body if s.out.tensor.name == output), None)
     if statement is None:
         known = ", ".join(s.out.tensor.name for s in program.body)
@@ -36,13 +30,7 @@ def order_axes(program: Program, output: str, *axes: str) -> Program:
 
 
 def fuse_axes(program: Program, structure: str) -> Program:
-    """The two axes of a sparse matrix are walked as one loop over its entries; the row of an entry
-    is found by binary search in indptr.
-
-    before: for i in 0:m                       after:  for ij in 0:nnz
-              for j_p in ptr[i]:ptr[i+1]                 let i = find_last(ij in ptr)
-                let j = idx[j_p]                         let j = idx[ij]
-    """
+    """The program rewrite behind `Schedule.fuse_axes`."""
     tensor = next((t for t in program.tensors if t.name == structure and t.is_sparse), None)
     if tensor is None:
         known = ", ".join(t.name for t in program.tensors if t.is_sparse)
@@ -63,12 +51,7 @@ def fuse_axes(program: Program, structure: str) -> Program:
 
 
 def specialize(program: Program, dim: str, size: int) -> Program:
-    """A dimension gets a fixed size: loops over it have constant extents.
-
-    before: for k in 0:size_d            after:  for k in 0:128         (specialize("d", 128))
-
-    The kernel then refuses (A103) arrays of another size.
-    """
+    """The program rewrite behind `Schedule.specialize`."""
     known = sorted({str(d) for t in program.tensors for d in t.dims})
     if dim not in known:
         raise ScheduleError(

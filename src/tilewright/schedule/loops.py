@@ -11,25 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.errors import ScheduleError
+from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple
-from tilewright.ir.nodes import (
-    ATOMIC,
-    Binary,
-    Compute,
-    Const,
-    Expr,
-    For,
-    If,
-    Let,
-    Load,
-    LoopKind,
-    Prefetch,
-    Seq,
-    Stmt,
-    Var,
-    binary,
-    seq,
-)  # fmt: skip
 from tilewright.ir.rewrite import (
     add,
     free_vars,
@@ -51,7 +34,7 @@ from tilewright.schedule.tree import (
     rewrite_loops,
 )
 
-Found = tuple[Stmt, int]
+Found = tuple[ir.Stmt, int]
 KINDS = (
     "serial", "parallel", "vector", "unroll", "cta.x", "cta.y", "thread.x", "thread.y",
 )  # fmt: skip
@@ -59,19 +42,11 @@ TAILS = ("guard", "cut", "exact")
 
 
 def split(
-    body: Stmt, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
+    body: ir.Stmt, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
 ) -> Found:
-    """One loop becomes two: `factor` iterations inside.
+    """The loop rewrite behind `Schedule.split`."""
 
-    before: for i in 0:n                after:  for i_o in 0:ceil(n/8)
-              S(i)                                for i_i in 0:8
-                                                    if i_o*8 + i_i < n: S(i_o*8 + i_i)
-
-    `tail` says what becomes of a range that is no multiple: `"guard"` tests each iteration, `"cut"`
-    adds a loop `i_t` for the rest, `"exact"` trusts (and requires) a range known to be a multiple.
-    """
-
-    def one(f: For) -> Stmt:
+    def one(f: ir.For) -> ir.Stmt:
         if f.kind in ("vector", "unroll", "thread.x", "thread.y"):
             raise ScheduleError(
                 "S102", f"loop {f.name} is marked {f.kind}", hint="split it first, then mark a part"
@@ -85,57 +60,54 @@ def split(
                 hint="new names",
             )
         t = f.var.dtype
-        outer, inner = Var(outer_name, t), Var(inner_name, t)
-        extent = simplify(binary("-", f.end, f.begin))
-        exact = isinstance(extent, Const) and int(extent.value) % factor == 0
+        outer, inner = ir.Var(outer_name, t), ir.Var(inner_name, t)
+        extent = simplify(ir.binary("-", f.end, f.begin))
+        exact = isinstance(extent, ir.Const) and int(extent.value) % factor == 0
         if tail == "exact" and not exact and not is_multiple(extent, factor):
             raise ScheduleError(
                 "S102", f"{extent} is not known to be a multiple of {factor}",
                 hint="specialize the dimension first, or use tail='cut'",
             )  # fmt: skip
         index = add(f.begin, add(mul(outer, factor), inner))
-        inside: Stmt = seq(Let(f.var, index), f.body)
+        inside: ir.Stmt = ir.seq(ir.Let(f.var, index), f.body)
         if tail == "guard" and not exact:
-            inside = seq(Let(f.var, index), If(binary("<", f.var, f.end), f.body))
+            inside = ir.seq(ir.Let(f.var, index), ir.If(ir.binary("<", f.var, f.end), f.body))
         whole = tail != "guard" or exact
-        count = simplify(binary("//", extent if whole else add(extent, factor - 1), factor))
-        inner_loop = For(inner, _zero(f), Const(factor, t), inside, "serial", f.axes, f.private)
-        nest: Stmt = For(outer, _zero(f), count, inner_loop, f.kind, f.axes)
+        count = simplify(ir.binary("//", extent if whole else add(extent, factor - 1), factor))
+        inner_loop = ir.For(
+            inner, _zero(f), ir.Const(factor, t), inside, "serial", f.axes, f.private
+        )
+        nest: ir.Stmt = ir.For(outer, _zero(f), count, inner_loop, f.kind, f.axes)
         if tail != "cut" or exact:
             return nest
         start = simplify(add(f.begin, mul(count, factor)))
-        return seq(nest, _tail(f, f"{base}_t", start))
+        return ir.seq(nest, _tail(f, f"{base}_t", start))
 
     return rewrite_loops(body, loop, one)
 
 
-def _tail(f: For, name: str, begin: Expr) -> For:
+def _tail(f: ir.For, name: str, begin: ir.Expr) -> ir.For:
     """The loop `f` from `begin` on, under another name; from 0 where its extent is constant, as
     accumulators and vectors need it. Its statements are objects of their own: passes find a
     `Compute` by identity (`path_to`)."""
-    var, end = Var(name, f.var.dtype), f.end
-    at: Expr = var
-    if isinstance(begin, Const) and isinstance(end, Const):
-        at, end, begin = add(begin, var), simplify(binary("-", end, begin)), _zero(f)
+    var, end = ir.Var(name, f.var.dtype), f.end
+    at: ir.Expr = var
+    if isinstance(begin, ir.Const) and isinstance(end, ir.Const):
+        at, end, begin = add(begin, var), simplify(ir.binary("-", end, begin)), _zero(f)
     body = transform(
-        substitute(f.body, {f.name: at}), lambda x: replace(x) if isinstance(x, Compute) else x
+        substitute(f.body, {f.name: at}), lambda x: replace(x) if isinstance(x, ir.Compute) else x
     )
-    return For(var, begin, end, body, "serial", f.axes)
+    return ir.For(var, begin, end, body, "serial", f.axes)
 
 
-def _zero(f: For) -> Const:
-    return Const(0, f.var.dtype)
+def _zero(f: ir.For) -> ir.Const:
+    return ir.Const(0, f.var.dtype)
 
 
-def fuse(body: Stmt, outer: str, inner: str, into: str = "") -> Found:
-    """Two loops, one right inside the other, become one.
+def fuse(body: ir.Stmt, outer: str, inner: str, into: str = "") -> Found:
+    """The loop rewrite behind `Schedule.fuse`."""
 
-    before: for i in 0:n                after:  for ij in 0:n*m
-              for j in 0:m                        S(ij / m, ij % m)
-                S(i, j)
-    """
-
-    def one(f: For) -> Stmt:
+    def one(f: ir.For) -> ir.Stmt:
         chain = chain_from(f)
         if len(chain.loops) < 2 or not matches(chain.loops[1], inner):
             raise ScheduleError(
@@ -152,14 +124,14 @@ def fuse(body: Stmt, outer: str, inner: str, into: str = "") -> Found:
                 f"one of {a.name}, {b.name} reduces and the other does not",
                 hint="fuse loops of the output, or loops of the sum",
             )
-        width = simplify(binary("-", b.end, b.begin))
-        both = Var(into or a.name + b.name, a.var.dtype)
-        height = simplify(binary("-", a.end, a.begin))
+        width = simplify(ir.binary("-", b.end, b.begin))
+        both = ir.Var(into or a.name + b.name, a.var.dtype)
+        height = simplify(ir.binary("-", a.end, a.begin))
         axes = tuple(dict.fromkeys(a.axes + b.axes))
-        joint = For(both, Const(0, both.dtype), mul(height, width), chain.body, a.kind, axes)
+        joint = ir.For(both, ir.Const(0, both.dtype), mul(height, width), chain.body, a.kind, axes)
         lets = (
-            Let(a.var, add(a.begin, simplify(binary("//", both, width)))),
-            Let(b.var, add(b.begin, simplify(binary("%", both, width)))),
+            ir.Let(a.var, add(a.begin, simplify(ir.binary("//", both, width)))),
+            ir.Let(b.var, add(b.begin, simplify(ir.binary("%", both, width)))),
         )
         return build_chain(
             replace(chain, loops=(joint, *chain.loops[2:]), lets=(*lets, *chain.lets))
@@ -168,35 +140,27 @@ def fuse(body: Stmt, outer: str, inner: str, into: str = "") -> Found:
     return rewrite_loops(body, outer, one)
 
 
-def reorder(body: Stmt, *order: str) -> Found:
-    """Loops of one chain in another order; lets and guards follow as far out as they can.
-
-    before: for i in 0:n                after:  for j in 0:m
-              for j in 0:m                        for i in 0:n
-                S(i, j)                             S(i, j)
-
-    Refused when a loop's range depends on one that would stand inside it, and when the outermost of
-    the loops does not reach the innermost without a branch.
-    """
+def reorder(body: ir.Stmt, *order: str) -> Found:
+    """The loop rewrite behind `Schedule.reorder`."""
     count = 0
 
     def visit(x: Any) -> Any:
         nonlocal count
-        if isinstance(x, For) and any(matches(x, n) for n in order):
+        if isinstance(x, ir.For) and any(matches(x, n) for n in order):
             count += 1
             return _reordered(x, order)
-        return rebuild(x, visit) if isinstance(x, (Seq, For, If)) else x
+        return rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
 
     return visit(body), count
 
 
-def _reordered(top: For, order: tuple[str, ...]) -> Stmt:
+def _reordered(top: ir.For, order: tuple[str, ...]) -> ir.Stmt:
     chain = chain_from(top)
     named = [next((f for f in chain.loops if matches(f, n)), None) for n in order]
     present = [f for f in named if f is not None]
     missing = [n for n, f in zip(order, named, strict=True) if f is None]
     if missing and any(
-        isinstance(x, For) and matches(x, m) for m in missing for x in statements(chain.body)
+        isinstance(x, ir.For) and matches(x, m) for m in missing for x in statements(chain.body)
     ):
         raise ScheduleError(
             "S102", f"between {top.name} and {', '.join(missing)} the nest branches",
@@ -211,18 +175,10 @@ def _reordered(top: For, order: tuple[str, ...]) -> Stmt:
     return build_chain(replace(chain, loops=loops))
 
 
-def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
-    """Says how a loop runs.
+def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Found:
+    """The loop rewrite behind `Schedule.mark`."""
 
-    before: for i in 0:n                after:  for i in 0:n   # parallel
-
-    `parallel`, `cta.x`, `cta.y`: its iterations are units of the launch. `thread.x`, `thread.y`:
-    the threads of a CTA. `vector`: the lanes of a register. `unroll`: written out. A loop that
-    reduces may be a vector or threads (there is one accumulator an iteration, joined in a fixed
-    order at the end), not units.
-    """
-
-    def one(f: For) -> Stmt:
+    def one(f: ir.For) -> ir.Stmt:
         reducing = [c for c in computes(f.body) if reduces(f, c)]
         if kind in ("parallel", "cta.x", "cta.y"):
             for c in reducing:
@@ -264,31 +220,27 @@ def mark(body: Stmt, loop: str, kind: LoopKind) -> Found:
     return rewrite_loops(body, loop, one)
 
 
-def _owns_rows(f: For, c: Compute) -> bool:
+def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
     """Whether different iterations of `f` update different elements: an output index is its
     variable, or one that sums and products make of it. Other coordinates may repeat."""
     derived = {f.name}
 
-    def distinct(e: Expr) -> bool:
-        if isinstance(e, Binary):
+    def distinct(e: ir.Expr) -> bool:
+        if isinstance(e, ir.Binary):
             return e.op in ("+", "-", "*") and (distinct(e.a) or distinct(e.b))
-        return isinstance(e, Var) and e.name in derived
+        return isinstance(e, ir.Var) and e.name in derived
 
     for x in statements(f.body):
-        owned = isinstance(x, Let) and free_vars(x.value) & derived and not reads_memory(x.value)
-        if isinstance(x, Let) and owned and (c.reduce or distinct(x.value)):
+        owned = isinstance(x, ir.Let) and free_vars(x.value) & derived and not reads_memory(x.value)
+        if isinstance(x, ir.Let) and owned and (c.reduce or distinct(x.value)):
             derived.add(x.var.name)
     return any(free_vars(i) & derived if c.reduce else distinct(i) for i in c.out.index)
 
 
-def unroll(body: Stmt, loop: str, factor: int = 0) -> Found:
-    """A loop of constant extent is written out; any other is hinted to be, `factor` at a time.
+def unroll(body: ir.Stmt, loop: str, factor: int = 0) -> Found:
+    """The loop rewrite behind `Schedule.unroll`."""
 
-    before: for u in 0:2                after:  S(0); S(1)
-              S(u)
-    """
-
-    def one(f: For) -> Stmt:
+    def one(f: ir.For) -> ir.Stmt:
         if f.extent is None and factor < 2:
             raise ScheduleError(
                 "S102",
@@ -306,15 +258,10 @@ def unroll(body: Stmt, loop: str, factor: int = 0) -> Found:
     return rewrite_loops(body, loop, one)
 
 
-def rfactor(body: Stmt, loop: str) -> Found:
-    """A reducing loop keeps one accumulator for each iteration; they are joined after it.
+def rfactor(body: ir.Stmt, loop: str) -> Found:
+    """The loop rewrite behind `Schedule.rfactor`."""
 
-    before: for p_i in 0:4              after:  for p_i in 0:4
-              acc += x[p_i]                       acc[p_i] += x[p_i]
-                                                Y = ((acc[0] + acc[1]) + acc[2]) + acc[3]
-    """
-
-    def one(f: For) -> Stmt:
+    def one(f: ir.For) -> ir.Stmt:
         if not any(reduces(f, c) for c in computes(f.body)):
             raise ScheduleError(
                 "S102", f"loop {f.name} does not reduce", hint="rfactor splits a reduction"
@@ -328,43 +275,31 @@ def rfactor(body: Stmt, loop: str) -> Found:
     return rewrite_loops(body, loop, one)
 
 
-def atomic(body: Stmt, output: str) -> Found:
-    """Updates of an output that is added to in place are made atomic, so that several units may
-    share its rows. The order of the sums, and with it the last bits, is then not fixed.
-
-    before: Y[i, k] = sum(…) in place          after:  Y[i, k] = sum(…) in place atomic
-    """
+def atomic(body: ir.Stmt, output: str) -> Found:
+    """The loop rewrite behind `Schedule.atomic`."""
     count = 0
 
     def visit(x: Any) -> Any:
         nonlocal count
-        if isinstance(x, Compute) and x.out.buffer.name == output and x.in_place:
+        if isinstance(x, ir.Compute) and x.out.buffer.name == output and x.in_place:
             count += 1
-            if x.out.dtype not in ATOMIC.get(x.op, ()):
+            if x.out.dtype not in ir.ATOMIC.get(x.op, ()):
                 raise ScheduleError(
                     "S102", f"no atomic {x.op} of {x.out.dtype} into {output}",
-                    hint=f"there are {', '.join(ATOMIC)} of float32, float64 and int32; "
+                    hint=f"there are {', '.join(ir.ATOMIC)} of float32, float64 and int32; "
                     "privatize() does without",
                 )  # fmt: skip
             return replace(x, atomic=True)
-        return rebuild(x, visit) if isinstance(x, (Seq, For, If)) else x
+        return rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
 
     return visit(body), count
 
 
-def mma(body: Stmt, rows: str, cols: str, depth: str) -> Found:
-    """The three innermost loops of a matrix product become one tile operation.
-
-    before: for i in 0:16                       after:  C[…] += mma(A tile, B tile)   16 × 8 × 16
-              for j in 0:8
-                for k in 0:16
-                  C[i, j] = sum(A[i, k] * B[k, j] over k)
-
-    float16 or bfloat16 operands, float32 sums; extents 16, 8, 16.
-    """
+def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Found:
+    """The loop rewrite behind `Schedule.mma`."""
     count = 0
 
-    def one(f: For) -> Stmt:
+    def one(f: ir.For) -> ir.Stmt:
         nonlocal count
         chain = chain_from(f)
         names = (rows, cols, depth)
@@ -372,7 +307,7 @@ def mma(body: Stmt, rows: str, cols: str, depth: str) -> Found:
         if (
             any(x is None for x in loops)
             or chain.loops[-3:] != tuple(loops)
-            or not isinstance(chain.body, Compute)
+            or not isinstance(chain.body, ir.Compute)
         ):
             raise ScheduleError(
                 "S102",
@@ -384,7 +319,7 @@ def mma(body: Stmt, rows: str, cols: str, depth: str) -> Found:
                 "S102", "a tile operation is 16 × 8 × 16", hint="split the loops by 16, 8 and 16"
             )
         c = chain.body
-        product = isinstance(c.value, Binary) and c.value.op == "*" and c.op == "sum"
+        product = isinstance(c.value, ir.Binary) and c.value.op == "*" and c.op == "sum"
         if not product or not reduces(chain.loops[-1], c):
             raise ScheduleError(
                 "S102",
@@ -396,93 +331,76 @@ def mma(body: Stmt, rows: str, cols: str, depth: str) -> Found:
     return rewrite_loops(body, rows, one)
 
 
-def replace_innermost(s: Any, c: Compute) -> Any:
-    if isinstance(s, Compute):
+def replace_innermost(s: Any, c: ir.Compute) -> Any:
+    if isinstance(s, ir.Compute):
         return c
-    return rebuild(s, lambda x: replace_innermost(x, c) if isinstance(x, Stmt) else x)
+    return rebuild(s, lambda x: replace_innermost(x, c) if isinstance(x, ir.Stmt) else x)
 
 
-def prefetch(body: Stmt, buffer: str, loop: str, ahead: int) -> Found:
-    """What a loop will read of `buffer` is asked for `ahead` iterations early. Where the loop walks
-    stored positions, these are the rows that it will gather.
+def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Found:
+    """The loop rewrite behind `Schedule.prefetch`."""
 
-    before: for n in 0:size_n                 after:  for n in 0:size_n
-              for k in 0:size_k                         let n_ahead = min(n + 8, size_n - 1)
-                y[n] = sum(… W[n, k] …)                 for k in 0:size_k
-                                                          prefetch W[n_ahead, k]
-                                                          y[n] = sum(… W[n, k] …)
-
-    before: for j_p in ptr[i]:ptr[i+1]        after:  for j_p in ptr[i]:ptr[i+1]
-              let j = idx[j_p]                          let j = idx[j_p]
-              Y[i, k] = sum(… X[j, k] …)                let j_ahead = idx[min(j_p + 16, last)]
-                                                        prefetch X[j_ahead, k]
-                                                        Y[i, k] = sum(… X[j, k] …)
-
-    A gather goes on beyond the end of a row: the next one needs what is there. The last verb on a
-    nest: other verbs do not look past a prefetch.
-    """
-
-    def one(f: For) -> Stmt:
-        lines = f.body.body if isinstance(f.body, Seq) else (f.body,)
-        let = next((b for b in lines if isinstance(b, Let) and _is_coordinate(b, f)), None)
+    def one(f: ir.For) -> ir.Stmt:
+        lines = f.body.body if isinstance(f.body, ir.Seq) else (f.body,)
+        let = next((b for b in lines if isinstance(b, ir.Let) and _is_coordinate(b, f)), None)
         if let is None:
             last = add(f.end, -1)
-            ahead_of = Let(_later(f.var), binary("min", add(f.var, ahead), last))
+            ahead_of = ir.Let(_later(f.var), ir.binary("min", add(f.var, ahead), last))
             at, moving = 0, f.var
         else:
-            assert isinstance(let.value, Load)
+            assert isinstance(let.value, ir.Load)
             last = add(let.value.buffer.shape[0], -1)
-            place = binary("min", add(f.var, ahead), last)
-            ahead_of = Let(_later(let.var), replace(let.value, index=(place,)))
+            place = ir.binary("min", add(f.var, ahead), last)
+            ahead_of = ir.Let(_later(let.var), replace(let.value, index=(place,)))
             at, moving = lines.index(let) + 1, let.var
-        rest, found = _asked(seq(*lines[at:]), buffer, {moving.name: ahead_of.var})
+        rest, found = _asked(ir.seq(*lines[at:]), buffer, {moving.name: ahead_of.var})
         if not found:
             raise ScheduleError(
                 "S101",
                 f"loop {f.name} reads nothing of {buffer!r} by way of {moving.name}",
                 hint="name an operand, and a loop that its place depends on",
             )
-        return replace(f, body=seq(*lines[:at], ahead_of, rest))
+        return replace(f, body=ir.seq(*lines[:at], ahead_of, rest))
 
     return rewrite_loops(body, loop, one)
 
 
-def _later(v: Var) -> Var:
-    return Var(f"{v.name}_ahead", v.dtype)
+def _later(v: ir.Var) -> ir.Var:
+    return ir.Var(f"{v.name}_ahead", v.dtype)
 
 
-def _is_coordinate(let: Let, f: For) -> bool:
+def _is_coordinate(let: ir.Let, f: ir.For) -> bool:
     value = let.value
-    return isinstance(value, Load) and value.buffer.scope == "part" and value.index == (f.var,)
+    return isinstance(value, ir.Load) and value.buffer.scope == "part" and value.index == (f.var,)
 
 
-def _asked(s: Stmt, buffer: str, later: dict[str, Expr]) -> tuple[Stmt, int]:
+def _asked(s: ir.Stmt, buffer: str, later: dict[str, ir.Expr]) -> tuple[ir.Stmt, int]:
     """`s` with a prefetch before each statement for what it reads of `buffer`, at the places that
     it has when the names of `later` have their values; and how many there are."""
-    if isinstance(s, Compute):
+    if isinstance(s, ir.Compute):
         places = [substitute(x, later) for x in _moving(s.value, buffer, later)]
-        return seq(*(Prefetch(x) for x in places), s), len(places)
-    if isinstance(s, (For, If)):
+        return ir.seq(*(ir.Prefetch(x) for x in places), s), len(places)
+    if isinstance(s, (ir.For, ir.If)):
         body, found = _asked(s.body, buffer, later)
         return replace(s, body=body), found
-    if not isinstance(s, Seq):
+    if not isinstance(s, ir.Seq):
         return s, 0
-    lines: list[Stmt] = []
+    lines: list[ir.Stmt] = []
     total = 0
     for line in s.body:
         asked, found = _asked(line, buffer, later)
         lines.append(asked)
         total += found
         if (
-            isinstance(line, Let)
+            isinstance(line, ir.Let)
             and free_vars(line.value) & later.keys()
             and not reads_memory(line.value)  # what is loaded is not known early
         ):
             later = later | {line.var.name: substitute(line.value, later)}
-    return seq(*lines), total
+    return ir.seq(*lines), total
 
 
-def _moving(value: Expr, buffer: str, later: dict[str, Expr]) -> list[Load]:
+def _moving(value: ir.Expr, buffer: str, later: dict[str, ir.Expr]) -> list[ir.Load]:
     """What a value reads of `buffer` at places that depend on the names of `later`, each once."""
-    reads = (x for x in walk(value) if isinstance(x, Load) and x.buffer.name == buffer)
+    reads = (x for x in walk(value) if isinstance(x, ir.Load) and x.buffer.name == buffer)
     return list(dict.fromkeys(x for x in reads if free_vars(x) & later.keys()))

@@ -7,43 +7,16 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ScheduleError
+from tilewright.ir import nodes as ir
 from tilewright.ir.names import COPIES, Given, stride_name
-from tilewright.ir.nodes import (
-    Binary,
-    Buffer,
-    Compute,
-    Const,
-    Expr,
-    For,
-    If,
-    Load,
-    Nest,
-    Program,
-    Seq,
-    Stmt,
-    Tensor,
-    Var,
-    binary,
-    cast,
-    size_var,
-)  # fmt: skip
 from tilewright.ir.rewrite import add, ceil_div, mul, rebuild, simplify
 from tilewright.schedule.tree import computes, matches
 
 MOST_COPIES = 64  # of an output
 
 
-def privatize(program: Program, output: str, loop: str, copies: int) -> Program:
-    """An output that is updated in place gets a copy for each of `copies` groups of iterations of
-    an outermost loop; the groups are units, and a last stage adds the copies in their order: units
-    may share rows, and the sums are the same each time.
-
-    before: Y[i, k] = 0                            after:  Y.copies[c, i, k] = 0
-            for p in 0:nnz                                 for c in 0:8  # parallel
-              let i = row[p]                                 for p in min(nnz, c*n) : min(nnz, …+n)
-              Y[i, k] = sum(…) in place                        Y.copies[c, i, k] = sum(…) in place
-                                                           Y[i, k] = Y.copies[0, i, k] + …
-    """
+def privatize(program: ir.Program, output: str, loop: str, copies: int) -> ir.Program:
+    """The program rewrite behind `Schedule.privatize`."""
     tensor = next((t for t in program.tensors if t.name == output and t.role == "output"), None)
     if tensor is None:
         known = ", ".join(t.name for t in program.outputs)
@@ -68,26 +41,26 @@ def privatize(program: Program, output: str, loop: str, copies: int) -> Program:
 class _Copies:
     """`privatize` of one output."""
 
-    def __init__(self, tensor: Tensor, buffer: Buffer, loop: str, copies: int) -> None:
+    def __init__(self, tensor: ir.Tensor, buffer: ir.Buffer, loop: str, copies: int) -> None:
         self.output, self.whole, self.loop, self.copies = tensor, buffer, loop, copies
         name = Given(tensor.name, COPIES).name
         self.tensor = replace(
             tensor, name=name, dims=(copies, *tensor.dims), role="temp", kind="state",
             dtype=tensor.dtype.accumulator,
         )  # fmt: skip
-        index = buffer.shape[0].dtype if buffer.shape else size_var("x").dtype
+        index = buffer.shape[0].dtype if buffer.shape else ir.size_var("x").dtype
         strides = (
-            *(Var(stride_name(name, d), dtypes.int64) for d in range(len(tensor.dims))),
+            *(ir.Var(stride_name(name, d), dtypes.int64) for d in range(len(tensor.dims))),
             _one64(),
         )
-        self.buffer = Buffer(
-            name, self.tensor.dtype, (Const(copies, index), *buffer.shape), "global", strides,
+        self.buffer = ir.Buffer(
+            name, self.tensor.dtype, (ir.Const(copies, index), *buffer.shape), "global", strides,
             "state",
         )  # fmt: skip
-        self.copy = Var("copy", index)
+        self.copy = ir.Var("copy", index)
 
-    def applied(self, program: Program) -> Program:
-        stages: list[tuple[Nest, ...]] = []
+    def applied(self, program: ir.Program) -> ir.Program:
+        stages: list[tuple[ir.Nest, ...]] = []
         op = ""
         for stage in program.stages:
             if not any(
@@ -113,18 +86,20 @@ class _Copies:
             stages=tuple(stages),
         )
 
-    def _start(self, nest: Nest) -> Nest:
+    def _start(self, nest: ir.Nest) -> ir.Nest:
         """All copies start where the output did."""
 
-        def started(c: Compute) -> Stmt:
-            first = replace(c, out=self._at(self.copy, c), value=cast(c.value, self.buffer.dtype))
-            return For(self.copy, _count(), _count(self.copies), first)
+        def started(c: ir.Compute) -> ir.Stmt:
+            first = replace(
+                c, out=self._at(self.copy, c), value=ir.cast(c.value, self.buffer.dtype)
+            )
+            return ir.For(self.copy, _count(), _count(self.copies), first)
 
         return replace(nest, body=self._each(nest.body, started))
 
-    def _update(self, nest: Nest) -> Nest:
+    def _update(self, nest: ir.Nest) -> ir.Nest:
         top = nest.body
-        if not (isinstance(top, For) and matches(top, self.loop)):
+        if not (isinstance(top, ir.For) and matches(top, self.loop)):
             raise ScheduleError(
                 "S101", f"{self.loop!r} is not the outermost loop that updates {self.output.name}",
                 hint=f"the outermost is {getattr(top, 'name', 'none')}",
@@ -133,45 +108,49 @@ class _Copies:
             raise ScheduleError(
                 "S102", f"loop {top.name} is marked {top.kind}", hint="privatize it first"
             )
-        extent = simplify(binary("-", top.end, top.begin))
+        extent = simplify(ir.binary("-", top.end, top.begin))
         share = ceil_div(extent, self.copies)
-        begin = binary("min", top.end, add(top.begin, mul(self.copy, share)))  # none runs backwards
-        end = binary("min", top.end, add(begin, share))
+        begin = ir.binary(
+            "min", top.end, add(top.begin, mul(self.copy, share))
+        )  # none runs backwards
+        end = ir.binary("min", top.end, add(begin, share))
         body = self._each(top.body, lambda c: replace(c, out=self._at(self.copy, c), atomic=False))
-        groups = For(
+        groups = ir.For(
             self.copy, _count(), _count(self.copies),
-            For(top.var, begin, end, body, "serial", top.axes), "parallel",
+            ir.For(top.var, begin, end, body, "serial", top.axes), "parallel",
         )  # fmt: skip
         return replace(nest, body=groups)
 
-    def _join(self, op: str) -> Nest:
+    def _join(self, op: str) -> ir.Nest:
         """The output from its copies, the first one first."""
-        axes = [Var(f"copy_{d}", self.copy.dtype) for d in range(len(self.output.dims))]
+        axes = [ir.Var(f"copy_{d}", self.copy.dtype) for d in range(len(self.output.dims))]
         loads = [
-            Load(self.buffer, (Const(n, self.copy.dtype), *axes), self.buffer.dtype)
+            ir.Load(self.buffer, (ir.Const(n, self.copy.dtype), *axes), self.buffer.dtype)
             for n in range(self.copies)
         ]
-        value: Expr = loads[0]
+        value: ir.Expr = loads[0]
         for x in loads[1:]:
-            value = Binary({"sum": "+", "prod": "*"}.get(op, op), value, x, value.dtype)
-        out = Load(self.whole, tuple(axes), self.whole.dtype)
-        body: Stmt = Compute(out, cast(value, out.dtype))
+            value = ir.Binary({"sum": "+", "prod": "*"}.get(op, op), value, x, value.dtype)
+        out = ir.Load(self.whole, tuple(axes), self.whole.dtype)
+        body: ir.Stmt = ir.Compute(out, ir.cast(value, out.dtype))
         for d, (var, size) in reversed(list(enumerate(zip(axes, self.whole.shape, strict=True)))):
-            body = For(var, _count(), size, body, "parallel" if d == 0 else "serial")
-        return Nest(f"{self.output.name}.join", body)
+            body = ir.For(var, _count(), size, body, "parallel" if d == 0 else "serial")
+        return ir.Nest(f"{self.output.name}.join", body)
 
-    def _at(self, copy: Expr, c: Compute) -> Load:
-        return Load(self.buffer, (copy, *c.out.index), self.buffer.dtype)
+    def _at(self, copy: ir.Expr, c: ir.Compute) -> ir.Load:
+        return ir.Load(self.buffer, (copy, *c.out.index), self.buffer.dtype)
 
     def _each(self, s: Any, f: Any) -> Any:
-        if isinstance(s, Compute):
+        if isinstance(s, ir.Compute):
             return f(s) if s.out.buffer.name == self.output.name else s
-        return rebuild(s, lambda x: self._each(x, f)) if isinstance(s, (Seq, For, If)) else s
+        return (
+            rebuild(s, lambda x: self._each(x, f)) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
+        )
 
 
-def _one64() -> Const:
-    return Const(1, dtypes.int64)
+def _one64() -> ir.Const:
+    return ir.Const(1, dtypes.int64)
 
 
-def _count(n: int = 0) -> Const:
-    return Const(n, size_var("x").dtype)
+def _count(n: int = 0) -> ir.Const:
+    return ir.Const(n, ir.size_var("x").dtype)

@@ -9,30 +9,8 @@ from math import prod
 from typing import Any, Literal
 
 from tilewright.errors import ScheduleError
+from tilewright.ir import nodes as ir
 from tilewright.ir.names import values_name
-from tilewright.ir.nodes import (
-    GRID,
-    THREADS,
-    Alloc,
-    Binary,
-    Buffer,
-    Compute,
-    Const,
-    Expr,
-    For,
-    If,
-    Let,
-    Load,
-    Select,
-    Seq,
-    Stmt,
-    Store,
-    Sync,
-    Var,
-    binary,
-    seq,
-    size_var,
-)  # fmt: skip
 from tilewright.ir.rewrite import (
     add,
     conjuncts,
@@ -57,25 +35,10 @@ WIDE = 16  # bytes of the widest load
 APART = 32  # rows of shared memory that are multiples of it lie in the same banks
 
 
-def cache(body: Stmt, buffer: str, loop: str, scope: CacheScope = "register") -> tuple[Stmt, int]:
-    """What one iteration of `loop` reads of an operand is copied to scratch memory first; a gather
-    becomes a dense tile.
-
-    before: for j_o in 0:n/8                after:  for j_o in 0:n/8
-              for j_i in 0:8                          alloc X_shared: shared [8, 32]
-                let j = idx[j_o*8 + j_i]              for j_i, k in 0:8, 0:32  # threads
-                for k in 0:32                           X_shared[j_i, k] = X[idx[…], k]
-                  Y[i, k] = sum(… X[j, k] …)          sync
-                                                      for j_i in 0:8
-                                                        for k in 0:32
-                                                          Y[i, k] = sum(… X_shared[j_i, k] …)
-                                                      sync
-
-    Scratch has a dimension for each loop inside `loop` that the access depends on; their extents
-    are constants. `scope`: `"register"`, or `"shared"` by the threads of a CTA, which copy together
-    (on a CPU an array of the body). Where a guard would keep an element from being read, scratch
-    holds 0. `buffer`: a dense operand, or a sparse one for its values.
-    """
+def cache(
+    body: ir.Stmt, buffer: str, loop: str, scope: CacheScope = "register"
+) -> tuple[ir.Stmt, int]:
+    """The loop rewrite behind `Schedule.cache`."""
     reads = (x for c in computes(body) for x in walk(c.value) if _is_memory(x))
     if not any(_is_of(x.buffer.name, buffer) for x in reads):
         return body, 0
@@ -83,7 +46,7 @@ def cache(body: Stmt, buffer: str, loop: str, scope: CacheScope = "register") ->
 
 
 def _is_memory(x: Any) -> bool:
-    return isinstance(x, Load) and x.buffer.scope in ("global", "part")
+    return isinstance(x, ir.Load) and x.buffer.scope in ("global", "part")
 
 
 def _is_of(name: str, operand: str) -> bool:
@@ -93,12 +56,12 @@ def _is_of(name: str, operand: str) -> bool:
 class _Staging:
     """`cache` at one loop: the accesses, the scratch they share, its copy."""
 
-    def __init__(self, at: For, operand: str, scope: CacheScope) -> None:
+    def __init__(self, at: ir.For, operand: str, scope: CacheScope) -> None:
         self.at, self.operand = at, operand
         self.scope: CacheScope = scope
         self.path: list[Any] = []
-        self.found: Load | None = None
-        self.groups: list[list[For]] = []  # the loops of each dimension of scratch
+        self.found: ir.Load | None = None
+        self.groups: list[list[ir.For]] = []  # the loops of each dimension of scratch
         for c in computes(at.body):
             for x in walk(c.value):
                 if _is_memory(x) and _is_of(x.buffer.name, operand):
@@ -107,15 +70,15 @@ class _Staging:
             raise self.refuse(f"loop {at.name} reads no {operand}", "name the loop around the read")
         if any(c.out.buffer.name == self.found.buffer.name for c in computes(at.body)):
             raise self.refuse("it is written in the same loop", "only operands are cached")
-        self.inner = {s.name: s for s in self.path if isinstance(s, For)}
-        self.lets = {s.var.name: s.value for s in self.path if isinstance(s, Let)}
+        self.inner = {s.name: s for s in self.path if isinstance(s, ir.For)}
+        self.lets = {s.var.name: s.value for s in self.path if isinstance(s, ir.Let)}
         self._part_fused()
 
     def refuse(self, why: str, hint: str) -> ScheduleError:
         return ScheduleError("S102", f"{self.operand} cannot be cached: {why}", hint=hint)
 
-    def _take(self, x: Load, c: Compute) -> None:
-        arms = (arm for y in walk(c.value) if isinstance(y, Select) for arm in (y.a, y.b))
+    def _take(self, x: ir.Load, c: ir.Compute) -> None:
+        arms = (arm for y in walk(c.value) if isinstance(y, ir.Select) for arm in (y.a, y.b))
         if any(y == x for arm in arms for y in walk(arm)):
             raise self.refuse(
                 "whether it is read depends on a condition", "cache what is always read"
@@ -124,8 +87,8 @@ class _Staging:
         assert path is not None
         if self.found is None:
             self.found, self.path = x, path
-        elif x != self.found or [s for s in path if not isinstance(s, If)] != [
-            s for s in self.path if not isinstance(s, If)
+        elif x != self.found or [s for s in path if not isinstance(s, ir.If)] != [
+            s for s in self.path if not isinstance(s, ir.If)
         ]:
             raise self.refuse(
                 f"loop {self.at.name} reads it in more than one way",
@@ -135,17 +98,17 @@ class _Staging:
     def _part_fused(self) -> None:
         """Two loops that were fused count as two: an access may depend on one of them alone."""
         assert self.found is not None
-        parts: dict[str, tuple[For, For]] = {}
+        parts: dict[str, tuple[ir.For, ir.For]] = {}
         for name, value in self.lets.items():
             part = _part_of(value, self.inner)
             if part is not None:
-                parts[name] = part[0], replace(part[0], var=Var(name, value.dtype), end=part[1])
+                parts[name] = part[0], replace(part[0], var=ir.Var(name, value.dtype), end=part[1])
         rest = {name: value for name, value in self.lets.items() if name not in parts}
-        guards = [s.cond for s in self.path if isinstance(s, If)]
+        guards = [s.cond for s in self.path if isinstance(s, ir.If)]
         used = {n for e in (*rest.values(), *guards, *self.found.index) for n in free_vars(e)}
         kept = {name: f for name, (whole, f) in parts.items() if whole.name not in used}
         every = self.inner | kept
-        order = (s.var.name for s in self.path if isinstance(s, (For, Let)))
+        order = (s.var.name for s in self.path if isinstance(s, (ir.For, ir.Let)))
         self.inner = {name: every[name] for name in order if name in every}  # as they stand
         self.lets = {name: value for name, value in self.lets.items() if name not in kept}
 
@@ -160,44 +123,44 @@ class _Staging:
                 waiting += free_vars(self.lets[name]) if name in self.lets else ()
         return found
 
-    def result(self) -> For:
+    def result(self) -> ir.For:
         assert self.found is not None
         loops = self._dimensions()
         scratch = self._scratch()
-        source, inside = self.found, Load(scratch, self._index(), self.found.dtype)
+        source, inside = self.found, ir.Load(scratch, self._index(), self.found.dtype)
 
         def visit(x: Any) -> Any:
             return inside if x == source else x
 
         def reads(s: Any) -> Any:
-            if isinstance(s, Compute):
+            if isinstance(s, ir.Compute):
                 return replace(s, value=transform(s.value, visit))
-            return rebuild(s, reads) if isinstance(s, (Seq, For, If)) else s
+            return rebuild(s, reads) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
 
-        fill, body = seq(Alloc(scratch), self._fill(scratch, loops)), reads(self.at.body)
-        lines = list(body.body) if isinstance(body, Seq) else [body]
+        fill, body = ir.seq(ir.Alloc(scratch), self._fill(scratch, loops)), reads(self.at.body)
+        lines = list(body.body) if isinstance(body, ir.Seq) else [body]
         copied = _copied(lines)
-        barrier = isinstance(lines[copied], Sync)  # after the copies that are there
+        barrier = isinstance(lines[copied], ir.Sync)  # after the copies that are there
         if self.scope == "register":
             lines.insert(copied + barrier, fill)
-        elif any(isinstance(x, Load) and x.buffer.scope == "shared" for x in walk(fill)):
-            lines[copied + barrier : copied + barrier] = [fill, Sync()]
+        elif any(isinstance(x, ir.Load) and x.buffer.scope == "shared" for x in walk(fill)):
+            lines[copied + barrier : copied + barrier] = [fill, ir.Sync()]
         else:  # one barrier for all copies
-            lines[copied:copied] = [fill] if barrier else [fill, Sync()]
-        if self.scope == "shared" and not isinstance(lines[-1], Sync):
-            lines.append(Sync())
-        return replace(self.at, body=seq(*lines))
+            lines[copied:copied] = [fill] if barrier else [fill, ir.Sync()]
+        if self.scope == "shared" and not isinstance(lines[-1], ir.Sync):
+            lines.append(ir.Sync())
+        return replace(self.at, body=ir.seq(*lines))
 
     # -- what scratch is indexed by --------------------------------------------------------------
 
-    def _dimensions(self) -> list[For]:
+    def _dimensions(self) -> list[ir.For]:
         """The loops inside that the access depends on, in the order of its indices."""
         assert self.found is not None
-        if any(s.kind in GRID for s in self.inner.values()):
+        if any(s.kind in ir.GRID for s in self.inner.values()):
             raise self.refuse(
                 f"units of the launch stand inside loop {self.at.name}", "choose a loop further in"
             )
-        found: dict[str, For] = {}
+        found: dict[str, ir.For] = {}
         for index in self.found.index:
             needed = self.reads(index)
             mine = [f for name, f in self.inner.items() if name in needed and name not in found]
@@ -207,32 +170,32 @@ class _Staging:
             self.groups = [[f] for f in found.values()]
         self.groups = [g for g in self.groups if g]
         for f in found.values():
-            if f.extent is None or not isinstance(f.begin, Const) or f.begin.value != 0:
+            if f.extent is None or not isinstance(f.begin, ir.Const) or f.begin.value != 0:
                 raise self.refuse(
                     f"loop {f.name} inside {self.at.name} has a run-time extent",
                     "split it: scratch has a constant size",
                 )
-            if f.kind in THREADS and self.scope == "register":
+            if f.kind in ir.THREADS and self.scope == "register":
                 raise self.refuse(
                     f"loop {f.name} inside {self.at.name} is bound to threads, and a register "
                     "belongs to one", 'scope="shared", or a loop inside of it',
                 )  # fmt: skip
         return list(found.values())
 
-    def _index(self) -> tuple[Expr, ...]:
+    def _index(self) -> tuple[ir.Expr, ...]:
         """Where scratch is read: the loops of a group count as one number. Shared memory of one
         element is an array of one."""
         if not self.groups and self.scope == "shared":
             return (_zero(),)
-        made: list[Expr] = []
+        made: list[ir.Expr] = []
         for group in self.groups:
-            at: Expr = group[0].var
+            at: ir.Expr = group[0].var
             for f in group[1:]:
                 at = add(mul(at, f.extent or 1), f.var)
             made.append(at)
         return tuple(made)
 
-    def _scratch(self) -> Buffer:
+    def _scratch(self) -> ir.Buffer:
         assert self.found is not None
         name, dtype = f"{self.operand}_{self.scope}", self.found.dtype
         extents = [prod(f.extent or 0 for f in g) for g in self.groups]
@@ -252,55 +215,57 @@ class _Staging:
                 f"{total * dtype.itemsize} bytes of shared memory",
                 f"at most {SHARED_LIMIT}: a smaller tile",
             )
-        shape = tuple(Const(n, size_var("x").dtype) for n in extents)
-        return Buffer(name, dtype, shape, self.scope)
+        shape = tuple(ir.Const(n, ir.size_var("x").dtype) for n in extents)
+        return ir.Buffer(name, dtype, shape, self.scope)
 
     # -- the copy --------------------------------------------------------------------------------
 
-    def _fill(self, scratch: Buffer, loops: list[For]) -> Stmt:
+    def _fill(self, scratch: ir.Buffer, loops: list[ir.For]) -> ir.Stmt:
         """Loops over scratch, with the lets that the access needs and its guards as a select."""
-        fresh = {f.name: Var(f"{f.name}_{scratch.name}", f.var.dtype) for f in loops}
+        fresh = {f.name: ir.Var(f"{f.name}_{scratch.name}", f.var.dtype) for f in loops}
         if self.scope == "shared":
             return self._fill_together(scratch, loops, fresh)
         body, _ = self._element(scratch, fresh, tuple(fresh.values()))
         for f in reversed(loops):
             kind = "vector" if f.kind == "vector" else "unroll"
-            body = For(fresh[f.name], f.begin, f.end, body, kind)
+            body = ir.For(fresh[f.name], f.begin, f.end, body, kind)
         return body
 
-    def _fill_together(self, scratch: Buffer, loops: list[For], fresh: dict[str, Var]) -> Stmt:
+    def _fill_together(
+        self, scratch: ir.Buffer, loops: list[ir.For], fresh: dict[str, ir.Var]
+    ) -> ir.Stmt:
         """All threads of the CTA copy scratch: row after row, neighbours by neighbours."""
-        dtype = loops[0].var.dtype if loops else size_var("x").dtype
-        at = Var(f"{scratch.name}_at", dtype)
-        numbers = tuple(Var(f"{scratch.name}_{n}", dtype) for n in range(len(self.groups)))
+        dtype = loops[0].var.dtype if loops else ir.size_var("x").dtype
+        at = ir.Var(f"{scratch.name}_at", dtype)
+        numbers = tuple(ir.Var(f"{scratch.name}_{n}", dtype) for n in range(len(self.groups)))
         element, guarded = self._element(scratch, fresh, numbers or (_zero(),))
         lanes = 1 if guarded else self._lanes(loops)
-        lane, rest = Var(f"{scratch.name}_lane", dtype), at
-        outside: list[Stmt] = []
-        inside: list[Stmt] = []
+        lane, rest = ir.Var(f"{scratch.name}_lane", dtype), at
+        outside: list[ir.Stmt] = []
+        inside: list[ir.Stmt] = []
         for n, group in reversed(list(enumerate(self.groups))):
             by = lanes if n == len(self.groups) - 1 else 1
             number, rest = _digit(rest, prod(f.extent or 1 for f in group) // by, n == 0)
             if by > 1:  # the last number is a multiple of a vector, and the lane
-                block = Var(f"{numbers[n].name}_block", dtype)
-                outside.append(Let(block, number))
-                inside.append(Let(numbers[n], add(mul(block, by), lane)))
+                block = ir.Var(f"{numbers[n].name}_block", dtype)
+                outside.append(ir.Let(block, number))
+                inside.append(ir.Let(numbers[n], add(mul(block, by), lane)))
                 number = block
             else:
-                outside.append(Let(numbers[n], number))
+                outside.append(ir.Let(numbers[n], number))
                 number = numbers[n]
             for f in reversed(group):
                 wide = by if f is loops[-1] else 1
                 digit, number = _digit(number, (f.extent or 1) // wide, f is group[0])
                 value = add(mul(digit, wide), lane) if wide > 1 else digit
-                (inside if wide > 1 else outside).append(Let(fresh[f.name], value))
-        body: Stmt = seq(*inside, element)
+                (inside if wide > 1 else outside).append(ir.Let(fresh[f.name], value))
+        body: ir.Stmt = ir.seq(*inside, element)
         if lanes > 1:
-            body = For(lane, _zero(), _zero(lanes), body, "vector")
+            body = ir.For(lane, _zero(), _zero(lanes), body, "vector")
         total = prod(f.extent or 0 for f in loops) // lanes
-        return For(at, _zero(), _zero(total), seq(*outside, body), "threads")
+        return ir.For(at, _zero(), _zero(total), ir.seq(*outside, body), "threads")
 
-    def _lanes(self, loops: list[For]) -> int:
+    def _lanes(self, loops: list[ir.For]) -> int:
         """Elements that one thread copies at once: neighbours of a row, where they are."""
         assert self.found is not None
         if not loops:
@@ -312,38 +277,38 @@ class _Staging:
         return lanes if (loops[-1].extent or 0) % lanes == 0 else 1
 
     def _element(
-        self, scratch: Buffer, fresh: dict[str, Var], place: tuple[Expr, ...]
-    ) -> tuple[Stmt, bool]:
+        self, scratch: ir.Buffer, fresh: dict[str, ir.Var], place: tuple[ir.Expr, ...]
+    ) -> tuple[ir.Stmt, bool]:
         """Scratch element = operand element, and whether a guard depends on the last loop."""
         assert self.found is not None
         guards = self._guards(set(fresh))
         needed = {n for e in (*self.found.index, *guards) for n in self.reads(e)}
-        names: dict[str, Expr] = dict(fresh)
-        out: list[Stmt] = []
-        held: Expr | None = None
+        names: dict[str, ir.Expr] = dict(fresh)
+        out: list[ir.Stmt] = []
+        held: ir.Expr | None = None
         for s in self.path:
-            if isinstance(s, Let) and s.var.name in needed - fresh.keys():
-                var = Var(f"{s.var.name}_{scratch.name}", s.var.dtype)
+            if isinstance(s, ir.Let) and s.var.name in needed - fresh.keys():
+                var = ir.Var(f"{s.var.name}_{scratch.name}", s.var.dtype)
                 value = substitute(s.value, names)
-                out.append(Let(var, zero_unless(held, value) if reads_memory(value) else value))
+                out.append(ir.Let(var, zero_unless(held, value) if reads_memory(value) else value))
                 names[s.var.name] = var
-            for cond in conjuncts(s.cond) if isinstance(s, If) else ():
+            for cond in conjuncts(s.cond) if isinstance(s, ir.If) else ():
                 if cond in guards:
                     cond = substitute(cond, names)
-                    held = cond if held is None else binary("&", held, cond)
+                    held = cond if held is None else ir.binary("&", held, cond)
         x = self.found
         at = tuple(substitute(i, names) for i in x.index)
-        store = Store(scratch, place, zero_unless(held, Load(x.buffer, at, x.dtype)))
+        store = ir.Store(scratch, place, zero_unless(held, ir.Load(x.buffer, at, x.dtype)))
         last = next(reversed(fresh), "")
         uses_last = any(last in self.reads(g) for g in guards)
-        return seq(*out, store), uses_last
+        return ir.seq(*out, store), uses_last
 
-    def _guards(self, own: set[str]) -> list[Expr]:
+    def _guards(self, own: set[str]) -> list[ir.Expr]:
         """The conditions that keep elements of the operand from being read; others keep other loops
         from other elements."""
-        found: list[Expr] = []
+        found: list[ir.Expr] = []
         for s in self.path:
-            for cond in conjuncts(s.cond) if isinstance(s, If) else ():
+            for cond in conjuncts(s.cond) if isinstance(s, ir.If) else ():
                 reads = self.reads(cond) & self.inner.keys()
                 if reads and not reads & own:
                     continue
@@ -356,33 +321,33 @@ class _Staging:
         return found
 
 
-def _part_of(e: Expr, loops: dict[str, For]) -> tuple[For, Expr] | None:
+def _part_of(e: ir.Expr, loops: dict[str, ir.For]) -> tuple[ir.For, ir.Expr] | None:
     """The fused loop that a number is a part of, and the extent of the part."""
-    if not (isinstance(e, Binary) and isinstance(e.a, Var) and isinstance(e.b, Const)):
+    if not (isinstance(e, ir.Binary) and isinstance(e.a, ir.Var) and isinstance(e.b, ir.Const)):
         return None
     f = loops.get(e.a.name)
     if f is None or f.extent is None or e.op not in ("//", "%"):
         return None
-    return f, e.b if e.op == "%" else Const(-(-f.extent // int(e.b.value)), e.dtype)
+    return f, e.b if e.op == "%" else ir.Const(-(-f.extent // int(e.b.value)), e.dtype)
 
 
-def _copied(lines: list[Stmt]) -> int:
+def _copied(lines: list[ir.Stmt]) -> int:
     """Where the copies that a loop already makes end: later ones may read them."""
     end = 0
     for n, s in enumerate(lines):
         if computes(s):
             break
-        if any(isinstance(x, Store) for x in statements(s)):
+        if any(isinstance(x, ir.Store) for x in statements(s)):
             end = n + 1
     return end
 
 
-def _digit(number: Expr, extent: int, first: bool) -> tuple[Expr, Expr]:
+def _digit(number: ir.Expr, extent: int, first: bool) -> tuple[ir.Expr, ir.Expr]:
     """The last digit of a number in mixed radix, and the number without it."""
     if first:
         return number, number
-    return binary("%", number, extent), binary("//", number, extent)
+    return ir.binary("%", number, extent), ir.binary("//", number, extent)
 
 
-def _zero(n: int = 0) -> Const:
-    return Const(n, size_var("x").dtype)
+def _zero(n: int = 0) -> ir.Const:
+    return ir.Const(n, ir.size_var("x").dtype)

@@ -12,18 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright.errors import ScheduleError
+from tilewright.ir import nodes as ir
 from tilewright.ir.names import is_users
-from tilewright.ir.nodes import (
-    Compute,
-    Expr,
-    For,
-    If,
-    Let,
-    Program,
-    Seq,
-    Stmt,
-    seq,
-)  # fmt: skip
 from tilewright.ir.rewrite import free_vars, loads, rebuild, statements
 
 
@@ -31,28 +21,28 @@ from tilewright.ir.rewrite import free_vars, loads, rebuild, statements
 class Chain:
     """Loops (outermost first), the lets and guards among them, and the body they surround."""
 
-    loops: tuple[For, ...]
-    lets: tuple[Let, ...]
-    guards: tuple[Expr, ...]
-    body: Stmt
+    loops: tuple[ir.For, ...]
+    lets: tuple[ir.Let, ...]
+    guards: tuple[ir.Expr, ...]
+    body: ir.Stmt
 
 
-def chain_from(s: Stmt) -> Chain:
+def chain_from(s: ir.Stmt) -> Chain:
     """The chain that starts at `s`."""
-    loops: list[For] = []
-    lets: list[Let] = []
-    guards: list[Expr] = []
+    loops: list[ir.For] = []
+    lets: list[ir.Let] = []
+    guards: list[ir.Expr] = []
     while True:
-        if isinstance(s, For):
+        if isinstance(s, ir.For):
             loops.append(s)
             s = s.body
-        elif isinstance(s, If):
+        elif isinstance(s, ir.If):
             guards.append(s.cond)
             s = s.body
         elif (
-            isinstance(s, Seq)
-            and all(isinstance(b, Let) for b in s.body[:-1])
-            and not isinstance(s.body[-1], Let)
+            isinstance(s, ir.Seq)
+            and all(isinstance(b, ir.Let) for b in s.body[:-1])
+            and not isinstance(s.body[-1], ir.Let)
         ):
             lets += s.body[:-1]  # type: ignore[arg-type]
             s = s.body[-1]
@@ -60,7 +50,7 @@ def chain_from(s: Stmt) -> Chain:
             return Chain(tuple(loops), tuple(lets), tuple(guards), s)
 
 
-def build_chain(chain: Chain) -> Stmt:
+def build_chain(chain: Chain) -> ir.Stmt:
     """The chain as a statement: each let and guard right below the last name it needs.
 
     What loads stands behind every guard that can be tested before it: a guard may be what keeps the
@@ -70,27 +60,27 @@ def build_chain(chain: Chain) -> Stmt:
 
 
 def _below(
-    loops: tuple[For, ...],
+    loops: tuple[ir.For, ...],
     waiting: tuple[Any, ...],
-    body: Stmt,
+    body: ir.Stmt,
     own: set[str],
     bound: frozenset[str],
-) -> Stmt:
+) -> ir.Stmt:
     def ready(*parts: Any) -> bool:
         return all(name in bound or name not in own for e in parts for name in free_vars(e))
 
     def rank(x: Any) -> int:  # plain names, then guards, then loads
-        return 1 if not isinstance(x, Let) else 2 if reads_memory(x.value) else 0
+        return 1 if not isinstance(x, ir.Let) else 2 if reads_memory(x.value) else 0
 
-    now = [x for x in waiting if ready(x.value if isinstance(x, Let) else x)]
+    now = [x for x in waiting if ready(x.value if isinstance(x, ir.Let) else x)]
     # Not above the outermost loop: a name there would be bound for the chain's neighbours too.
     inside = bound or not loops or not ready(loops[0].begin, loops[0].end)
     if now and inside:
         first = min(now, key=rank)
         rest = tuple(x for x in waiting if x is not first)
-        if isinstance(first, Let):
-            return seq(first, _below(loops, rest, body, own, bound | {first.var.name}))
-        return If(first, _below(loops, rest, body, own, bound))
+        if isinstance(first, ir.Let):
+            return ir.seq(first, _below(loops, rest, body, own, bound | {first.var.name}))
+        return ir.If(first, _below(loops, rest, body, own, bound))
     if not loops:
         assert not waiting
         return body
@@ -103,18 +93,18 @@ def _below(
     return replace(head, body=_below(loops[1:], waiting, body, own, bound | {head.name}))
 
 
-def reads_memory(e: Expr) -> bool:
+def reads_memory(e: ir.Expr) -> bool:
     """Whether an expression loads or searches."""
     return any(True for _ in loads(e))
 
 
-def loop_names(program: Program) -> list[str]:
+def loop_names(program: ir.Program) -> list[str]:
     """All loops of a program, outermost first, each name once."""
     found: dict[str, None] = {}
     for stage in program.stages:
         for nest in stage:
             for x in statements(nest.body):
-                if isinstance(x, For):
+                if isinstance(x, ir.For):
                     found.setdefault(x.name)
     return list(found)
 
@@ -122,14 +112,14 @@ def loop_names(program: Program) -> list[str]:
 def clash(s: Any, taken: frozenset[str]) -> str | None:
     """A name of a loop or let that already means something where it stands, or is none that code
     can carry; None where all are well. `taken`: names that mean something everywhere."""
-    if isinstance(s, For):
+    if isinstance(s, ir.For):
         found = _clash_of(s.name, taken)
         return clash(s.body, taken | {s.name}) if found is None else found
-    if isinstance(s, If):
+    if isinstance(s, ir.If):
         return clash(s.body, taken)
-    if isinstance(s, Seq):
+    if isinstance(s, ir.Seq):
         for b in s.body:
-            name = b.var.name if isinstance(b, Let) else ""
+            name = b.var.name if isinstance(b, ir.Let) else ""
             found = _clash_of(name, taken) if name else clash(b, taken)
             if found is not None:
                 return found
@@ -141,29 +131,29 @@ def _clash_of(name: str, taken: frozenset[str]) -> str | None:
     return name if name in taken or not is_users(name) else None
 
 
-def matches(loop: For, name: str) -> bool:
+def matches(loop: ir.For, name: str) -> bool:
     """A loop is found by its name, or, with `j` for `j_p`, by the axis it walks."""
     return loop.name == name or loop.name == f"{name}_p"
 
 
-def rewrite_loops(s: Stmt, name: str, f: Callable[[For], Stmt]) -> tuple[Stmt, int]:
+def rewrite_loops(s: ir.Stmt, name: str, f: Callable[[ir.For], ir.Stmt]) -> tuple[ir.Stmt, int]:
     """Every loop of that name below `s` replaced by `f(loop)`; how many there were."""
     count = 0
 
     def visit(x: Any) -> Any:
         nonlocal count
-        if isinstance(x, For) and matches(x, name):
+        if isinstance(x, ir.For) and matches(x, name):
             count += 1
             return f(x)
-        return rebuild(x, visit) if isinstance(x, (Seq, For, If)) else x
+        return rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
 
     return visit(s), count
 
 
-def computes(s: Stmt) -> list[Compute]:
-    return [x for x in statements(s) if isinstance(x, Compute)]
+def computes(s: ir.Stmt) -> list[ir.Compute]:
+    return [x for x in statements(s) if isinstance(x, ir.Compute)]
 
 
-def reduces(loop: For, c: Compute) -> bool:
+def reduces(loop: ir.For, c: ir.Compute) -> bool:
     """Whether `loop` is one of those that `c` reduces over."""
     return bool(set(loop.axes) & set(c.reduce))
