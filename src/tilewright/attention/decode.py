@@ -15,7 +15,7 @@ from tilewright import dtypes
 from tilewright.attention import flash, render
 from tilewright.attention.flash import Spec
 from tilewright.attention.kv import MAX_KEYS
-from tilewright.attention.ranges import CUT, TILE
+from tilewright.attention.ranges import CTAS_PER_SM, CUT, TILE
 from tilewright.runtime.layout import Struct
 from tilewright.toolchain import nvrtc
 
@@ -87,7 +87,7 @@ def source(spec: Spec, together: int) -> str:
     """The CUDA C++ of one kernel; `together`: CTAs of one range."""
     numbers = {
         "D": spec.head_dim, "G": spec.group, "GANG": together, "WARPS": WARPS, "STAGES": STAGES,
-        "CTAS": 2, "MAX_KEYS": MAX_KEYS,
+        "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS,
     }  # fmt: skip
     return "\n".join(
         (

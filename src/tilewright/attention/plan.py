@@ -42,8 +42,6 @@ chunks, `counter` the word in which they count their arrival."""
 UNITS = ("threads", "CTAs")
 """Who works: `Plan.unit` on a CPU, on a GPU."""
 
-CTAS_PER_SM = 2  # of the decode family
-
 CHUNK_TILES = 8
 """The fewest tiles of keys in a chunk: merging its result then costs less than 2 % of making it."""
 
@@ -210,7 +208,7 @@ def make(
         chunks = np.clip(visible // CHUNK_TILES, 1, wanted)
     cuts = np.zeros(0, CUT.numpy)
     if unit == UNITS[1] and len(kv_lengths):
-        cuts = _frozen(ranges.cut(kv_lengths, shape.kv_heads, CTAS_PER_SM * workers))
+        cuts = _frozen(ranges.cut(kv_lengths, shape.kv_heads, ranges.CTAS_PER_SM * workers))
     return _listed(indptr, (request, begin, end, cost, chunks), shape, workers, cuts)
 
 

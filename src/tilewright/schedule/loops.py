@@ -30,7 +30,6 @@ from tilewright.schedule.tree import (
     computes,
     matches,
     reads_memory,
-    reduces,
     rewrite_loops,
 )
 
@@ -118,7 +117,7 @@ def fuse(body: ir.Stmt, outer: str, inner: str, into: str = "") -> Found:
         if free_vars(b.begin) & own or free_vars(b.end) & own:
             why = f"the range of {b.name} depends on {a.name}"
             raise ScheduleError("S102", why, hint="only rectangular loops fuse")
-        if any(reduces(a, c) != reduces(b, c) for c in computes(chain.body)):
+        if any(ir.reduces(a, c) != ir.reduces(b, c) for c in computes(chain.body)):
             raise ScheduleError(
                 "S102",
                 f"one of {a.name}, {b.name} reduces and the other does not",
@@ -179,7 +178,7 @@ def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Found:
     """The loop rewrite behind `Schedule.mark`."""
 
     def one(f: ir.For) -> ir.Stmt:
-        reducing = [c for c in computes(f.body) if reduces(f, c)]
+        reducing = [c for c in computes(f.body) if ir.reduces(f, c)]
         if kind in ("parallel", "cta.x", "cta.y"):
             for c in reducing:
                 if not (c.in_place and c.atomic):
@@ -262,7 +261,7 @@ def rfactor(body: ir.Stmt, loop: str) -> Found:
     """The loop rewrite behind `Schedule.rfactor`."""
 
     def one(f: ir.For) -> ir.Stmt:
-        if not any(reduces(f, c) for c in computes(f.body)):
+        if not any(ir.reduces(f, c) for c in computes(f.body)):
             raise ScheduleError(
                 "S102", f"loop {f.name} does not reduce", hint="rfactor splits a reduction"
             )
@@ -320,7 +319,7 @@ def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Found:
             )
         c = chain.body
         product = isinstance(c.value, ir.Binary) and c.value.op == "*" and c.op == "sum"
-        if not product or not reduces(chain.loops[-1], c):
+        if not product or not ir.reduces(chain.loops[-1], c):
             raise ScheduleError(
                 "S102",
                 f"{c.out.buffer.name} is no sum of products over {depth}",

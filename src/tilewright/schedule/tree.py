@@ -152,8 +152,3 @@ def rewrite_loops(s: ir.Stmt, name: str, f: Callable[[ir.For], ir.Stmt]) -> tupl
 
 def computes(s: ir.Stmt) -> list[ir.Compute]:
     return [x for x in statements(s) if isinstance(x, ir.Compute)]
-
-
-def reduces(loop: ir.For, c: ir.Compute) -> bool:
-    """Whether `loop` is one of those that `c` reduces over."""
-    return bool(set(loop.axes) & set(c.reduce))
