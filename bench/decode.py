@@ -19,6 +19,8 @@ import numpy as np
 from bench.harness import Row, base_row, note, require_torch
 from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
+from tilewright.attention.pool import Pool
+from tilewright.attention.table import Table
 
 HEAD_DIM, PAGE = 128, 16
 HEADS = ((32, 8), (64, 8), (32, 32))
@@ -101,13 +103,13 @@ def measured(case: Case, memory: Any) -> Row:
         for x in (
             indptr,
             np.random.default_rng(1).permutation(total).astype(np.int32),
-            ((case.lengths - 1) % PAGE + 1).astype(np.int32),
+            case.lengths.astype(np.int32),
         )
     ]
     attn = Attention(case.qo_heads, case.kv_heads, HEAD_DIM)
     shape = (calls, len(pages), case.qo_heads, HEAD_DIM)
     q = torch.randn(*shape, device="cuda").bfloat16()
-    kvs = [KV.paged(c[:, 0], c[:, 1], *table) for c in caches]
+    kvs = [KV(Table.csr(table[2], *table[:2]), Pool(c)) for c in caches]
     plan = attn.plan(np.arange(len(pages) + 1, dtype=np.int32), kvs[0])
     bound = [attn.bind(q[i], kvs[i], plan=plan) for i in range(calls)]
     us = _graph_us([b.launch.run for b in bound])

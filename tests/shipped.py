@@ -10,7 +10,9 @@ from typing import Any
 
 import tilewright as tw
 from tilewright import dtypes
-from tilewright.attention import flash, variant
+from tilewright.attention import variant
+from tilewright.attention.spec import Spec
+from tilewright.attention.table import TableForm
 from tilewright.build import Definition
 from tilewright.ops.activation import ADD, SILU_MUL
 from tilewright.ops.bsr_spmm import bsr_spmm_definition
@@ -135,15 +137,26 @@ SHIPPED: dict[str, Shipped] = {
 }
 
 
-def _attention(group: int, head_dim: int, q: str, kv: str, variant: Any) -> flash.Spec:
-    return flash.Spec(group, head_dim, dtypes.ALL[q], dtypes.ALL[kv], variant.traced)
+def _attention(
+    group: int, head_dim: int, q: str, kv: str, variant: Any, form: TableForm | None = None
+) -> Spec:
+    q_type, kv_type = dtypes.ALL[q], dtypes.ALL[kv]
+    table = form or TableForm()
+    return Spec(group, head_dim, head_dim, q_type, kv_type, q_type, variant.traced, table)
 
 
-ATTENTION: dict[str, flash.Spec] = {
+ATTENTION: dict[str, Spec] = {
     "causal f32": _attention(3, 64, "float32", "float32", variant.Causal()),
     "full bf16": _attention(1, 256, "bfloat16", "bfloat16", variant.Full()),
     "softcap f32 f16": _attention(8, 128, "float32", "float16", variant.Softcap()),
-    "window f16": _attention(4, 80, "float16", "float16", variant.SlidingWindow(window=19)),
+    "window f16": _attention(
+        4,
+        80,
+        "float16",
+        "float16",
+        variant.SlidingWindow(window=19),
+        TableForm(table_indptr="int32", table_entries="int64"),
+    ),
     "softcap bf16": _attention(4, 128, "bfloat16", "bfloat16", variant.Softcap()),
     "alibi f32": _attention(12, 96, "float32", "float32", variant.Alibi()),
 }

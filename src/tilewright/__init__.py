@@ -75,6 +75,8 @@ if TYPE_CHECKING:
     from tilewright.attention.kv import KV
     from tilewright.attention.merge import State
     from tilewright.attention.plan import Plan
+    from tilewright.attention.pool import Pool
+    from tilewright.attention.table import Table
     from tilewright.attention.variant import (
         Alibi,
         Causal,
@@ -97,6 +99,9 @@ _ON_DEMAND = {
     "LLM": "serve.engine",
     "Attention": "attention.batch",
     "KV": "attention.kv",
+    "Pool": "attention.pool",
+    "Table": "attention.table",
+    "Workspace": "attention.workspace",
     "State": "attention.merge",
     "Plan": "attention.plan",
     **dict.fromkeys(
@@ -116,10 +121,10 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "KV", "LLM", "Alibi", "Attention", "Bound", "Causal", "Composed", "Definition", "Format",
-    "Full", "Kernel", "Packed", "Plan", "Schedule", "SlidingWindow", "Softcap", "State", "Step",
-    "Target", "TilewrightError", "Where", "abs", "bsr", "bucket", "coo", "cos", "csc", "csf",
-    "csr", "dbsr", "dcsr", "dense", "ell", "equal", "exp", "floor", "hyb", "indices", "log",
-    "max", "maximum", "min", "minimum", "ops", "out", "per_head", "prod", "program", "ragged",
-    "recipes", "rsqrt", "scalar", "sigmoid", "sin", "size", "sparse", "sqrt", "sum", "tanh",
-    "target", "temp", "update", "variant", "where",
+    "Full", "Kernel", "Packed", "Plan", "Pool", "Schedule", "SlidingWindow", "Softcap", "State",
+    "Step", "Table", "Target", "TilewrightError", "Where", "Workspace", "abs", "bsr", "bucket",
+    "coo", "cos", "csc", "csf", "csr", "dbsr", "dcsr", "dense", "ell", "equal", "exp", "floor",
+    "hyb", "indices", "log", "max", "maximum", "min", "minimum", "ops", "out", "per_head",
+    "prod", "program", "ragged", "recipes", "rsqrt", "scalar", "sigmoid", "sin", "size",
+    "sparse", "sqrt", "sum", "tanh", "target", "temp", "update", "variant", "where",
 ]  # fmt: skip

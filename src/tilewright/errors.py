@@ -44,6 +44,7 @@ CATALOG: dict[str, str] = {
     "A107": "not an array",
     "A108": "the output overlaps an input",
     "A109": "contents out of range",
+    "A110": "not possible while a CUDA graph is captured",
     # B: building and running
     "B101": "the compiler refused generated code",
     "B102": "a compiler or a driver is missing",

@@ -8,7 +8,11 @@ import ml_dtypes
 import numpy as np
 
 import tilewright.attention.variant as variants
+from tilewright import dtypes
 from tilewright.attention.kv import KV
+from tilewright.attention.pool import Pool
+from tilewright.attention.spec import Spec
+from tilewright.attention.table import Table, TableForm
 from tilewright.ir.nodes import binary, equal
 from tilewright.sparse.trace import maximum, scalar, tanh, where
 
@@ -48,6 +52,32 @@ class Strange:
         return (first | binary("!=", (at.qo - at.kv) % self.stride, 3)) & (at.kv <= at.qo + 2)
 
 
+def spec_of(
+    group: int, head_dim: int, q: str, kv: str, variant: Any, o: str = "", **form: Any
+) -> Spec:
+    """The spec of a kernel; `form`: of its table (default: CSR of int32)."""
+    q_type, kv_type, o_type = (dtypes.ALL[n] for n in (q, kv, o or q))
+    table = TableForm(**({"table_indptr": "int32"} | form))
+    return Spec(group, head_dim, head_dim, q_type, kv_type, o_type, variant.traced, table)
+
+
+def csr(k: Any, v: Any, kv_indptr: Any, kv_indices: Any, kv_len: Any) -> KV:
+    """A cache of pages (pages, page_size, kv_heads, head_dim) with a CSR table."""
+    return KV(Table.csr(kv_len, kv_indptr, kv_indices), Pool(k, v))
+
+
+def lengths_of(k: np.ndarray, kv_indptr: np.ndarray, last: Any) -> np.ndarray:
+    """Keys of requests from those of their last pages."""
+    counts = np.diff(kv_indptr)
+    return np.where(counts > 0, (counts - 1) * k.shape[1] + last, 0).astype(np.int32)
+
+
+def arrays_of(kv: KV) -> tuple[Any, ...]:
+    """k, v, kv_len, kv_indptr, kv_indices of a cache from `csr`."""
+    names = ("kv_len", "table_indptr", "table_entries")
+    return (*kv.pool.arrays, *(kv.table.arrays[n] for n in names))
+
+
 def paged(
     rng: np.random.Generator,
     lengths: list[int],
@@ -62,13 +92,12 @@ def paged(
     v = k.copy()
     names = rng.permutation(total)[: sum(counts)].astype(np.int32)
     indptr = np.cumsum([0, *counts]).astype(np.int32)
-    last = [n - (c - 1) * page_size if c else 0 for n, c in zip(lengths, counts, strict=True)]
     for r, n in enumerate(lengths):
         for i in range(n):
             page = names[indptr[r] + i // page_size]
             k[page, i % page_size] = rng.standard_normal((kv_heads, head_dim))
             v[page, i % page_size] = rng.standard_normal((kv_heads, head_dim))
-    return KV.paged(k.astype(dtype), v.astype(dtype), indptr, names, np.array(last, np.int32))
+    return csr(k.astype(dtype), v.astype(dtype), indptr, names, np.array(lengths, np.int32))
 
 
 def queries(

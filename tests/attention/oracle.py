@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +143,9 @@ def draw_values(rng: np.random.Generator, names: dict[str, Any], heads: tuple[in
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `k` and `v` are (pages, page_size, kv_heads, head_dim) with any strides."""
+    """One call. `k` and `v` are (pages, page_size, kv_heads, head_dim) with any strides; `form`
+    says
+    how the table is told (`table_of`), `positions` where keys and queries are."""
 
     number: str
     mask: str
@@ -153,10 +156,12 @@ class Case:
     qo_indptr: np.ndarray
     k: np.ndarray
     v: np.ndarray
+    kv_len: np.ndarray
     kv_indptr: np.ndarray
     kv_indices: np.ndarray
-    last_page_len: np.ndarray
     workers: int
+    form: str
+    positions: dict[str, np.ndarray]
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -167,7 +172,8 @@ class Case:
         return (
             f"case {self.number}: {self.mask}, {self.logits}, {self.values}, q {self.q.shape} "
             f"{self.q.dtype}, k {self.k.shape} {self.k.dtype} strides {self.k.strides}, "
-            f"qo {np.diff(self.qo_indptr).tolist()}, kv {lengths}, workers {self.workers}"
+            f"qo {np.diff(self.qo_indptr).tolist()}, kv {lengths}, {self.form}, "
+            f"{self.positions}, v {self.v.shape}, workers {self.workers}"
         )
 
 
@@ -175,10 +181,9 @@ def slots_of(case: Case) -> list[list[tuple[int, int]]]:
     """The page and the slot of each key of each request."""
     page_size, found = case.k.shape[1], []
     for r in range(len(case.kv_indptr) - 1):
-        pages = case.kv_indices[case.kv_indptr[r] : case.kv_indptr[r + 1]].tolist()
-        slots = [(page, slot) for page in pages for slot in range(page_size)]
-        unused = page_size - int(case.last_page_len[r]) if pages else 0
-        found.append(slots[: len(slots) - unused])
+        length, first = int(case.kv_len[r]), int(case.kv_indptr[r])
+        pages = case.kv_indices[first : first + -(-length // page_size)].tolist()
+        found.append([(page, slot) for page in pages for slot in range(page_size)][:length])
     return found
 
 
@@ -189,9 +194,11 @@ def scores_of(case: Case, slots: list) -> Iterator[tuple[int, int, slice, Score,
         rows = slice(int(case.qo_indptr[r]), int(case.qo_indptr[r + 1]))
         qo_len, kv_len = rows.stop - rows.start, len(keys)
         for head in range(qo_heads):
-            qo = np.arange(kv_len - qo_len, kv_len)[:, None]
+            at = {name: int(x[r]) for name, x in case.positions.items()}
+            qo = at.get("qo_base", kv_len - qo_len) + np.arange(qo_len)[:, None]
+            kv = at.get("kv_base", 0) + at.get("kv_stride", 1) * np.arange(kv_len)[None]
             kv_head = head // (qo_heads // kv_heads)
-            score = Score(qo, np.arange(kv_len)[None], head, kv_head, r, case.values)
+            score = Score(qo, kv, head, kv_head, r, case.values)
             seen = np.broadcast_to(MASKS[case.mask][1](score), (qo_len, kv_len))
             yield r, head, rows, score, seen
 
@@ -199,7 +206,8 @@ def scores_of(case: Case, slots: list) -> Iterator[tuple[int, int, slice, Score,
 def oracle(case: Case) -> tuple[np.ndarray, np.ndarray, float]:
     """o and lse in float64, and the size of the largest term of a score: what errors scale with."""
     slots = slots_of(case)
-    o, lse, largest = np.zeros(case.q.shape), np.full(case.q.shape[:2], -np.inf), 1.0
+    shape = (*case.q.shape[:2], case.v.shape[3])
+    o, lse, largest = np.zeros(shape), np.full(case.q.shape[:2], -np.inf), 1.0
     k, v = case.k.astype(np.float64), case.v.astype(np.float64)
     queries = case.q.astype(np.float64)
     scale = 1 / np.sqrt(case.q.shape[2]) if case.sm_scale is None else case.sm_scale
@@ -228,10 +236,16 @@ def oracle(case: Case) -> tuple[np.ndarray, np.ndarray, float]:
 # ---------------------------------------------------------------------------- drawing cases
 
 
-def strided(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> list[np.ndarray]:
-    """K and V of one shape (pages, slots, heads, dim) in a random layout, all NaN."""
-    pages, slots, heads, dim = shape
-    kind = rng.integers(0, 6)
+def strided(
+    rng: np.random.Generator, shape: tuple[int, ...], dims: tuple[int, int], dtype: Any
+) -> list[np.ndarray]:
+    """K and V (pages, slots, heads, dim) with rows of two sizes, in a random layout, all NaN."""
+    pages, slots, heads = shape
+    dim = max(dims)
+    if dims[0] != dims[1]:
+        k, v = (np.full((*shape, n), np.nan, dtype) for n in dims)
+        return [k, k[..., : dims[1]]] if dims[1] < dims[0] and rng.random() < 0.5 else [k, v]
+    kind, shape = rng.integers(0, 6), (*shape, dim)
     if kind == 0:  # heads before slots
         return [np.full((pages, heads, slots, dim), np.nan, dtype).swapaxes(1, 2) for _ in "kv"]
     if kind == 1:  # K and V of a page together
@@ -251,7 +265,7 @@ def strided(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> lis
 
 def pages_of(
     rng: np.random.Generator, lengths: list[int], page_size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray, int]:
     """CSR page lists of requests that may share the pages of a prefix, and the pages there are."""
     counts = [-(-n // page_size) for n in lengths]
     total = sum(counts) + 2
@@ -261,8 +275,44 @@ def pages_of(
         lists.append(shared[:count] + [free.pop() for _ in range(count - len(shared[:count]))])
     rubbish = rng.integers(-(2**31), 2**31, rng.integers(0, 4)).tolist()  # behind the last entry
     indices = np.array([p for pages in lists for p in pages] + rubbish, np.int32)
-    last = [n - (c - 1) * page_size if c else 0 for n, c in zip(lengths, counts, strict=True)]
-    return np.cumsum([0, *counts]).astype(np.int32), indices, np.array(last, np.int32), total
+    return np.cumsum([0, *counts]).astype(np.int32), indices, total
+
+
+FORMS = ("csr", "csr int64", "padded", "padded int64", "rows", "ragged", "dense")
+
+
+def table_of(case: Case) -> tw.Table:
+    """The table of a case as its form tells it; entries that nobody needs are rubbish."""
+    rng = np.random.default_rng(zlib.crc32(case.number.encode()))
+    kind = np.int64 if case.form.endswith("int64") else np.int32
+    kv_len, indptr = case.kv_len.astype(kind), case.kv_indptr.astype(kind)
+    if case.form.startswith("csr"):
+        return tw.Table.csr(kv_len, indptr, case.kv_indices.astype(kind), **case.positions)
+    if case.form == "ragged":
+        return tw.Table.ragged(indptr, **case.positions)
+    if case.form == "dense":
+        return tw.Table.dense(kv_len, **case.positions)
+    requests, counts = len(kv_len), np.diff(case.kv_indptr)
+    rows = rng.permutation(requests + 3)[:requests] if case.form == "rows" else np.arange(requests)
+    height, width = requests + 3 * (case.form == "rows"), int(counts.max(initial=0)) + 2
+    wide = rng.integers(-(2**31), 2**31, (height, width + int(rng.integers(0, 4)))).astype(kind)
+    block_table = wide[:, :width]
+    for r, row in enumerate(rows):
+        block_table[row, : counts[r]] = case.kv_indices[indptr[r] : indptr[r] + counts[r]]
+    named = {"rows": rows.astype(kind)} if case.form == "rows" else {}
+    return tw.Table(kv_len, block_table, **named, **case.positions)
+
+
+def draw_positions(rng: np.random.Generator, lengths: list[int], kind: str) -> dict[str, Any]:
+    """Positions of keys and queries: the usual ones, a base of the queries, or of both."""
+    names = {"": (), "qo": ("qo_base",), "kv": ("qo_base", "kv_base", "kv_stride")}[kind]
+    n = len(lengths)
+    drawn = {
+        "qo_base": np.array([rng.integers(-5, m + 9) for m in lengths], np.int32),
+        "kv_base": rng.integers(-20, 90, n).astype(np.int32),
+        "kv_stride": rng.integers(1, 4, n).astype(np.int32),
+    }
+    return {name: drawn[name] for name in names}
 
 
 def draw(seed: int, number: int) -> Case:
@@ -272,6 +322,7 @@ def draw(seed: int, number: int) -> Case:
     n = number // CASES_OF_A_KERNEL
     mask, logits = list(MASKS)[n % len(MASKS)], list(LOGITS)[(n + n // len(MASKS)) % len(LOGITS)]
     group, dim = int(kernel.integers(1, 17)), int(kernel.choice([1, 5, 16, 33, 64, 80, 128, 256]))
+    dim_vo = int(kernel.choice([dim, dim, dim, 8, 48, 192]))
     q_type, kv_type = (DTYPES[kernel.integers(0, 3)] for _ in "qk")
     requests, kv_heads = int(rng.integers(0, 5)), int(rng.integers(1, 4 if group < 6 else 2))
     page_size = int(rng.choice([1, 2, 7, 16, 64]))
@@ -279,8 +330,18 @@ def draw(seed: int, number: int) -> Case:
     qo_lengths = [int(rng.integers(0, rng.choice([2, 8, 71]))) for _ in range(requests)]
     if rng.random() < 0.2:
         qo_lengths = [1] * requests
-    kv_indptr, kv_indices, last, pages = pages_of(rng, lengths, page_size)
-    k, v = strided(rng, (pages, page_size, kv_heads, dim), kv_type)
+    form = str(kernel.choice(FORMS))
+    if form == "ragged":
+        page_size = 1
+        kv_indptr = np.cumsum([0, *lengths]).astype(np.int32)
+        kv_indices, pages = np.arange(sum(lengths), dtype=np.int32), sum(lengths) + 2
+    elif form == "dense":
+        page_size = max(lengths, default=0) + int(rng.integers(1, 9))
+        kv_indices, pages = np.arange(requests, dtype=np.int32), requests + 1
+        kv_indptr = np.arange(requests + 1, dtype=np.int32)
+    else:
+        kv_indptr, kv_indices, pages = pages_of(rng, lengths, page_size)
+    k, v = strided(rng, (pages, page_size, kv_heads), (dim, dim_vo), kv_type)
     qo_indptr = np.cumsum([0, *qo_lengths]).astype(np.int32)
     wide = rng.standard_normal((int(qo_indptr[-1]), group * kv_heads + 1, dim))
     q = (wide * rng.choice([1, 1, 8])).astype(q_type)[:, 1:]
@@ -290,7 +351,8 @@ def draw(seed: int, number: int) -> Case:
     workers = int(rng.integers(1, 133))
     case = Case(
         f"{seed}:{number}", mask, logits, scale, values, q, qo_indptr,
-        k, v, kv_indptr, kv_indices, last, workers,
+        k, v, np.array(lengths, np.int32), kv_indptr, kv_indices, workers, form,
+        draw_positions(rng, lengths, str(kernel.choice(["", "", "", "qo", "kv"]))),
     )  # fmt: skip
     fill(rng, case)
     return case
@@ -317,32 +379,41 @@ def attention_of(case: Case) -> tw.Attention:
     """The attention under test, with the case's scalars fixed."""
     cls = variant(case.mask, case.logits)
     scalars = {n: x for n, x in case.values.items() if not isinstance(x, np.ndarray)}
-    return tw.Attention(*case.heads, case.q.shape[2], cls(**scalars), case.sm_scale)
+    dims = case.q.shape[2], case.v.shape[3]
+    return tw.Attention(*case.heads, dims[0], cls(**scalars), case.sm_scale, dims[1])
 
 
 def arrays_of(case: Case) -> dict[str, Any]:
     return {n: x for n, x in case.values.items() if isinstance(x, np.ndarray)}
 
 
-def compare(case: Case, o: np.ndarray, lse: np.ndarray, relative: float = 6e-7) -> None:
-    """Raises AssertionError where a result is off by more than rounding explains."""
+def compare(
+    case: Case, o: np.ndarray, lse: np.ndarray, relative: float = 6e-7, rounding: float = 0.0
+) -> None:
+    """Raises AssertionError where a result is off by more than rounding explains; `rounding`: of o
+    to
+    its dtype, relative."""
     wanted, wanted_lse, largest = oracle(case)
     tolerance = relative * (4 + largest)
-    np.testing.assert_allclose(o, wanted, rtol=tolerance, atol=tolerance, err_msg=str(case))
+    relative, absolute = tolerance + rounding, tolerance + rounding / 1000
+    np.testing.assert_allclose(o, wanted, rtol=relative, atol=absolute, err_msg=str(case))
     np.testing.assert_allclose(lse, wanted_lse, rtol=tolerance, atol=tolerance, err_msg=str(case))
 
 
 def check(case: Case) -> None:
     """Run a case on the CPU into poisoned memory; every fifth one by the reference too."""
     attn, arrays = attention_of(case), arrays_of(case)
-    kv = tw.KV.paged(case.k, case.v, case.kv_indptr, case.kv_indices, case.last_page_len)
-    out = np.full(case.q.shape, np.nan, np.float32)
+    k, v = (x[:, 0] if case.form == "ragged" else x for x in (case.k, case.v))
+    kv = tw.KV(table_of(case), tw.Pool(k, v))
+    out = np.full((*case.q.shape[:2], case.v.shape[3]), np.nan, np.float32)
     plan = attn.plan(case.qo_indptr, kv, workers=case.workers)
     state = attn.run(case.q, kv, plan, out=out, **arrays)
     compare(case, out, state.lse)
     if (np.diff(case.qo_indptr) == 1).all():  # the same, as a step that is bound once
         bound = attn.bind(case.q, kv, **arrays)()
-        compare(case, bound.o, bound.lse)
+        eps = {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8}[case.q.dtype.name]
+        assert bound.o.dtype == case.q.dtype
+        compare(case, bound.o.astype(np.float64), bound.lse, rounding=eps)
     if int(case.number.split(":")[1]) % 5 == 0:
         from tilewright.attention import reference
 

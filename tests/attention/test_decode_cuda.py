@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.attention.cases import ALL_VARIANTS, TYPES, paged, queries, values_of
+from tests.attention.cases import (
+    ALL_VARIANTS,
+    TYPES,
+    arrays_of,
+    paged,
+    queries,
+    values_of,
+)
+from tests.attention.cases import spec_of as cases_spec
 from tests.attention.test_flash_cuda import _bits, on_device
 
-from tilewright import dtypes
-from tilewright.attention import decode, flash, ranges, reference
+from tilewright.attention import ranges, reference
 from tilewright.attention.batch import Attention
+from tilewright.attention.families import decode
 from tilewright.attention.merge import State
+from tilewright.attention.pool import Pool
+from tilewright.attention.spec import Spec, cuda_headers
+from tilewright.runtime.view import view
 from tilewright.toolchain import nvrtc
 
 needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
@@ -25,10 +36,9 @@ SHAPES = [  # group, kv_heads, head_dim, dtype, variant
 IDS = ["-".join(map(str, s)) for s in SHAPES]
 
 
-def spec_of(shape) -> flash.Spec:
+def spec_of(shape, o="") -> Spec:
     group, _, head_dim, name, variant = shape
-    kind = dtypes.ALL[name]
-    return flash.Spec(group, head_dim, kind, kind, ALL_VARIANTS[variant].traced)
+    return cases_spec(group, head_dim, name, name, ALL_VARIANTS[variant], o)
 
 
 @needs_nvrtc
@@ -46,31 +56,34 @@ def test_constants_are_those_of_the_kernel(shape):
     spec = spec_of(shape)
     wanted = {
         "SMEM_BYTES": decode.smem_bytes(spec), "THREADS": decode.THREADS, "TILE": ranges.TILE,
-        "2 * attention::PARTIAL": decode.partial_floats(spec, 1), "KEYS": decode.KEYS,
+        "2 * attention::PARTIAL": decode.partial_floats(spec.head_dim, 1), "KEYS": decode.KEYS,
         "M": decode.ROWS,
     }  # fmt: skip
     text = decode.source(spec, 1)
     for name, value in wanted.items():
         name = name if "attention::" in name else f"attention::{name}"
         text += f'\nstatic_assert({name} == {value}, "");'
-    nvrtc.compile_cuda(text, arch="sm_80", headers=flash.cuda_headers())
+    nvrtc.compile_cuda(text, arch="sm_80", headers=cuda_headers())
 
 
 def test_reasons():
-    spec = flash.Spec(4, 128, dtypes.bfloat16, dtypes.bfloat16, ALL_VARIANTS["full"].traced)
-    names = ("k", "v", "o", "q", "q_token", "q_head", "k_page", "k_slot", "k_head", "v_page")
-    fields: dict[str, int] = dict.fromkeys((*names, "v_slot", "v_head"), 1024)
-    assert decode.hosts(spec, np.array([0, 1, 1, 5]), fields) == ""
-    assert "20 rows" in decode.hosts(spec, np.array([0, 5]), fields)
-    for name in ("k", "v_slot", "o"):
-        assert "16 bytes" in decode.hosts(spec, np.array([0, 1]), fields | {name: 1028})
-    assert "rows of q" in decode.hosts(spec, np.array([0, 1]), fields | {"q_head": 1025})
-    for other, reason in (
-        (flash.Spec(4, 128, dtypes.float32, dtypes.bfloat16, spec.traced), "float16"),
-        (flash.Spec(4, 136, dtypes.float16, dtypes.float16, spec.traced), "head_dim"),
-        (flash.Spec(4, 100, dtypes.float16, dtypes.float16, spec.traced), "head_dim"),
+    causal = ALL_VARIANTS["causal"]
+    spec = cases_spec(4, 128, "bfloat16", "bfloat16", causal)
+    assert decode.refuses(spec, 16, None) == "" and "20 rows" in decode.refuses(spec, 20, None)
+    k = np.zeros(4096, TYPES["bfloat16"])
+    k = k[(-k.ctypes.data // 2) % 8 :]  # aligned to 16 bytes
+    pages = k[: 2 * 4 * 2 * 128].reshape(2, 4, 2, 128)
+    assert decode.refuses(spec, 16, Pool(pages, pages)) == ""
+    off = k[1 : 1 + pages.size].reshape(pages.shape)
+    wide = k[: 2 * 4 * 2 * 132].reshape(2, 4, 2, 132)[..., :128]
+    for unaligned in (Pool(off, pages), Pool(pages, off), Pool(pages, wide)):
+        assert "16 bytes" in decode.refuses(spec, 16, unaligned)
+    for args, reason in (
+        ((4, 128, "float32", "bfloat16"), "float16"),
+        ((4, 136, "float16", "float16"), "head_dim"),
+        ((4, 100, "float16", "float16"), "head_dim"),
     ):
-        assert reason in decode.hosts(other, np.array([0, 1]), fields)
+        assert reason in decode.refuses(cases_spec(*args, causal), 4, None)
 
 
 # ---------------------------------------------------------------------------- on a GPU
@@ -78,9 +91,10 @@ def test_reasons():
 
 def close(state: State, wanted: State) -> None:
     """Rows of 16-bit products: relative error of each row, and the logarithm of the sums."""
-    o, lse = state.o.to_numpy().astype(np.float64), state.lse.to_numpy()
+    rounding = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}[view(state.o).dtype.name]
+    o, lse = reference.as_float64(state.o), reference.as_float64(state.lse)
     size = np.linalg.norm(wanted.o, axis=-1)
-    assert (np.linalg.norm(o - wanted.o, axis=-1) <= 8e-3 * size + 1e-6).all()
+    assert (np.linalg.norm(o - wanted.o, axis=-1) <= (8e-3 + rounding) * size + 1e-6).all()
     np.testing.assert_allclose(lse, wanted.lse, rtol=2e-3, atol=4e-3)
 
 
@@ -123,10 +137,10 @@ def test_values_that_nobody_sees(rng):
     q, indptr = queries(rng, [1, 1, 1], 8, 64, TYPES["float16"])
     values = values_of(rng, attn.variant, 8, 2)
     wanted = reference.attention(q, kv, indptr, attn.variant, **values)
-    k, v = (np.asarray(a) for a in kv.arrays[:2])
+    k, v = arrays_of(kv)[:2]
     window = int(dict(attn.variant.fixed).get("window", values.get("window", 0)))
     assert 0 < window < 400
-    pages = kv.arrays[3][: (500 - window) // 16]
+    pages = arrays_of(kv)[4][: (500 - window) // 16]
     k[pages], v[pages] = np.nan, np.inf
     there = on_device(kv)
     on_card = {n: DeviceArray.from_numpy(x) for n, x in values.items()}
@@ -145,8 +159,8 @@ def test_a_graph_replays_with_a_growing_length(rng):
     bound = attn.bind(DeviceArray.from_numpy(q), there)
     assert "decode.cuh" in bound.source
     graph = Graph.of([bound.launch])
-    for last in ([0, 300], [1, 65], [299, 2], [300, 300]):
-        kv.arrays[4][:] = last
-        there.arrays[4].copy_from(kv.arrays[4])
+    for lengths in ([600, 900], [601, 665], [899, 602], [0, 1]):
+        arrays_of(kv)[2][:] = lengths
+        arrays_of(there)[2].copy_from(arrays_of(kv)[2])
         graph.launch()
         close(bound.state, reference.attention(q, kv, [0, 1, 2], attn.variant))

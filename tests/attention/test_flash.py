@@ -8,12 +8,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.attention.cases import ALL_VARIANTS, TYPES, SoftcapAlibi, paged, queries, values_of
+from tests.attention.cases import (
+    ALL_VARIANTS,
+    TYPES,
+    SoftcapAlibi,
+    arrays_of,
+    csr,
+    paged,
+    queries,
+    values_of,
+)
 
 from tilewright import knobs
-from tilewright.attention import flash, reference
+from tilewright.attention import reference
 from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
+from tilewright.attention.pool import Pool
+from tilewright.attention.table import Table
 from tilewright.attention.variant import Causal, SlidingWindow
 from tilewright.errors import ArgumentError
 from tilewright.runtime import pool
@@ -90,13 +101,8 @@ def test_other_vector_widths(rng, isa):
 def test_strided_arrays(rng):
     """(pages, heads, slots, dim) seen as pages of slots, K beside V; q from a wider array."""
     both = rng.standard_normal((6, 2, 16, 128)).astype(np.float32)
-    kv = KV.paged(
-        both[..., :64].transpose(0, 2, 1, 3),
-        both[..., 64:].transpose(0, 2, 1, 3),
-        np.array([0, 4], np.int32),
-        np.array([5, 0, 3, 1], np.int32),
-        np.array([9], np.int32),
-    )
+    table = Table(np.array([57], np.int32), np.array([[5, 0, 3, 1]], np.int32))
+    kv = KV(table, Pool(both[..., :64], both[..., 64:], layout="HND"))
     wide = rng.standard_normal((9, 10, 64)).astype(np.float32)
     check(Attention(4, 2, 64), wide[:, 3:7], kv, [0, 9])
 
@@ -107,10 +113,9 @@ def test_ragged_is_paged_with_pages_of_one(rng):
     k, v = rng.standard_normal((2, sum(lengths), 2, 64)).astype(np.float32)
     kv_indptr = np.cumsum([0, *lengths]).astype(np.int32)
     attn = Attention(6, 2, 64)
-    state = check(attn, q, KV.ragged(k, v, kv_indptr), indptr)
+    state = check(attn, q, KV(Table.ragged(kv_indptr), Pool(k, v)), indptr)
     names = np.arange(len(k), dtype=np.int32)
-    last = np.minimum(lengths, 1).astype(np.int32)
-    same = KV.paged(k[:, None], v[:, None], kv_indptr, names, last)
+    same = csr(k[:, None], v[:, None], kv_indptr, names, np.array(lengths, np.int32))
     other = attn.run(q, same, attn.plan(indptr, same))
     np.testing.assert_array_equal(state.o, other.o)
 
@@ -124,19 +129,19 @@ def test_sm_scale(rng):
 def test_torch_tensors(rng):
     torch = pytest.importorskip("torch")
     k, v = (torch.randn(8, 16, 2, 64).bfloat16() for _ in range(2))
-    kv = KV.paged(
+    kv = csr(
         k,
         v,
         torch.tensor([0, 3, 8], dtype=torch.int32),
-        torch.arange(8, dtype=torch.int32),
-        torch.tensor([4, 16], dtype=torch.int32),
+        torch.arange(8, dtype=torch.int64),
+        torch.tensor([36, 80], dtype=torch.int32),
     )
     q = torch.randn(5, 6, 64).bfloat16()
     attn = Attention(6, 2, 64)
     state = attn.run(q, kv, attn.plan([0, 1, 5], kv))
-    assert isinstance(state.o, torch.Tensor) and state.o.dtype == torch.float32
+    assert isinstance(state.o, torch.Tensor) and state.o.dtype == torch.bfloat16
     wanted = reference.attention(q, kv, [0, 1, 5], Causal())
-    np.testing.assert_allclose(state.o.numpy(), wanted.o, rtol=3e-6, atol=3e-6)
+    np.testing.assert_allclose(state.o.float().numpy(), wanted.o, rtol=4e-3, atol=1e-3)
 
 
 def test_large_scores_do_not_overflow(rng):
@@ -147,8 +152,8 @@ def test_large_scores_do_not_overflow(rng):
 
 def test_nan_in_a_key_reaches_the_queries_that_see_it(rng):
     kv = paged(rng, [30], (16, 2, 64))
-    page = int(kv.arrays[3][1])
-    kv.arrays[0][page, 4, 0] = np.nan  # the key at position 20 of KV head 0
+    page = int(arrays_of(kv)[4][1])
+    arrays_of(kv)[0][page, 4, 0] = np.nan  # the key at position 20 of KV head 0
     q, indptr = queries(rng, [30], 6, 64)
     attn = Attention(6, 2, 64)
     o = attn.run(q, kv, attn.plan(indptr, kv)).o
@@ -204,7 +209,7 @@ def test_bound_decode_with_a_growing_length(rng, variant):
     k = np.full((1, 700, 3, 64), np.nan, np.float32)
     v = k.copy()
     last = np.zeros(1, np.int32)
-    kv = KV.paged(k, v, np.array([0, 1], np.int32), np.zeros(1, np.int32), last)
+    kv = csr(k, v, np.array([0, 1], np.int32), np.zeros(1, np.int32), last)
     q, out = np.empty((1, 9, 64), np.float32), np.full((1, 9, 64), np.nan, np.float32)
     bound = Attention(9, 3, 64, variant).bind(q, kv, out)
     step = Step([bound.launch])
@@ -223,11 +228,11 @@ def test_bound_decode_with_pages_that_come_and_go(rng):
     q, indptr = queries(rng, [1, 1, 1], 6, 64)
     bound = Attention(6, 2, 64).bind(q, kv)
     bound()
-    kv_indptr, names, last = kv.arrays[2:]
+    k, v, kv_len, kv_indptr, names = arrays_of(kv)
     names[:4] = names[[9, 5, 2, 4]]
-    kv_indptr[:], last[:] = [0, 2, 4, 9], [16, 3, 7]
+    kv_indptr[:], kv_len[:] = [0, 2, 4, 9], [32, 19, 71]
     pages = names[:9]
-    for array in kv.arrays[:2]:
+    for array in (k, v):
         array[pages] = rng.standard_normal(array[pages].shape)
     state = bound()
     wanted = reference.attention(q, kv, indptr, Causal())
@@ -250,13 +255,13 @@ def test_contents_that_go_wrong_later_are_clamped(rng):
     """After binding, wild numbers in memory give wrong values, never a fault, and the same ones as
     the reference's."""
     kv = paged(rng, [40, 30], (16, 2, 64))
-    for pages in kv.arrays[:2]:
+    for pages in arrays_of(kv)[:2]:
         pages[...] = np.nan_to_num(pages)
     q, _ = queries(rng, [1, 1], 6, 64)
     bound = Attention(6, 2, 64).bind(q, kv)
-    kv_indptr, names, last = kv.arrays[2:]
+    kv_len, kv_indptr, names = arrays_of(kv)[2:]
     names[:] = [2**31 - 1, -5, 100, -(2**31), 77]
-    last[:] = [2**31 - 1, -(2**31)]
+    kv_len[:] = [2**31 - 1, -(2**31)]
     kv_indptr[:] = [-9, 2**30, 3]
     state, wanted = bound(), reference.attention(q, kv, [0, 1, 2], Causal())
     np.testing.assert_allclose(state.o, wanted.o, rtol=3e-6, atol=3e-6)
@@ -353,14 +358,13 @@ def test_bad_arguments_of_plan(rng):
 
 def test_heads_before_slots_are_recognised():
     k = np.zeros((3, 2, 16, 64), np.float32)  # (pages, kv_heads, page_size, head_dim)
-    arrays = [np.array(x, np.int32) for x in ([0, 3], [0, 1, 2], [1])]
+    table = Table(np.array([33], np.int32), np.array([[0, 1, 2]], np.int32))
     attn = Attention(6, 2, 64)
-    wrong = refused("A103", attn.plan, [0, 1], KV.paged(k, k, *arrays))
-    assert "transpose(0, 2, 1, 3)" in wrong.hint
-    right = k.transpose(0, 2, 1, 3)
-    attn.plan([0, 1], KV.paged(right, right, *arrays))
+    wrong = refused("A103", attn.plan, [0, 1], KV(table, Pool(k, k)))
+    assert 'layout="HND"' in wrong.hint
+    attn.plan([0, 1], KV(table, Pool(k, k, layout="HND")))
     three = np.zeros((3, 16, 3, 64), np.float32)
-    assert not refused("A103", attn.plan, [0, 1], KV.paged(three, three, *arrays)).hint
+    assert not refused("A103", attn.plan, [0, 1], KV(table, Pool(three, three))).hint
 
 
 def test_source_is_shown(rng):
@@ -368,5 +372,4 @@ def test_source_is_shown(rng):
     q, _ = queries(rng, [1], 6, 64)
     bound = Attention(6, 2, 64).bind(q, kv)
     assert "struct Variant" in bound.source and "stage0" in bound.source
-    spec = flash.Spec(3, 64, kv.dtype, kv.dtype, Causal().traced)
-    assert spec.qo_tile(False) == 32
+    assert 'extern "C"' in bound.source and "MAX_TOKENS = 32" in bound.source

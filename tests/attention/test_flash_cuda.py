@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.attention.cases import ALL_VARIANTS, TYPES, paged, queries, values_of
+from tests.attention.cases import (
+    ALL_VARIANTS,
+    TYPES,
+    arrays_of,
+    csr,
+    paged,
+    queries,
+    spec_of,
+    values_of,
+)
 
-from tilewright import dtypes
-from tilewright.attention import flash, reference
+from tilewright.attention import reference
 from tilewright.attention.batch import Attention
+from tilewright.attention.families import portable
 from tilewright.attention.kv import KV
+from tilewright.attention.spec import cuda_headers
 from tilewright.toolchain import nvrtc
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
@@ -27,9 +37,7 @@ SHAPES = [  # group, head_dim, q, kv, variant
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
 def test_cubin_without_spills(arch, shape):
     group, head_dim, q, kv, name = shape
-    traced = ALL_VARIANTS[name].traced
-    spec = flash.Spec(group, head_dim, dtypes.ALL[q], dtypes.ALL[kv], traced)
-    cubin = flash.compile_cuda(spec, arch)
+    cubin = portable.compile_cuda(spec_of(group, head_dim, q, kv, ALL_VARIANTS[name]), arch)
     assert cubin.image[:4] == b"\x7fELF"
     assert cubin.resources["stage0"].spill_bytes == 0
     assert 0 < cubin.resources["stage0"].registers <= 255
@@ -37,12 +45,12 @@ def test_cubin_without_spills(arch, shape):
 
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 def test_shared_memory_is_what_the_kernel_says():
-    spec = flash.Spec(2, 80, dtypes.float32, dtypes.float32, ALL_VARIANTS["full"].traced)
-    check = f'static_assert(flash::SMEM_BYTES == {flash.cuda_smem_bytes(spec)}, "");'
-    check += f'static_assert(flash::THREADS == {flash.CUDA_THREADS}, "");'
-    check += f'static_assert(flash::ROWS == {flash.CUDA_ROWS}, "");'
-    source = flash.cuda_source(spec) + "\n" + check
-    nvrtc.compile_cuda(source, arch="sm_80", headers=flash.cuda_headers())
+    spec = spec_of(2, 80, "float32", "float32", ALL_VARIANTS["full"])
+    check = f'static_assert(flash::SMEM_BYTES == {portable.smem_bytes(spec)}, "");'
+    check += f'static_assert(flash::THREADS == {portable.THREADS}, "");'
+    check += f'static_assert(flash::ROWS == {portable.ROWS}, "");'
+    source = portable.source(spec) + "\n" + check
+    nvrtc.compile_cuda(source, arch="sm_80", headers=cuda_headers())
 
 
 # ---------------------------------------------------------------------------- on a GPU
@@ -52,8 +60,9 @@ def on_device(kv: KV) -> KV:
     """The same cache in GPU memory."""
     from tilewright.runtime.cuda import DeviceArray
 
-    pages = (DeviceArray.from_numpy(_bits(a), kv.dtype) for a in kv.arrays[:2])
-    return KV.paged(*pages, *(DeviceArray.from_numpy(a) for a in kv.arrays[2:]))
+    k, v = (DeviceArray.from_numpy(_bits(a), kv.dtype) for a in arrays_of(kv)[:2])
+    kv_len, kv_indptr, kv_indices = (DeviceArray.from_numpy(a) for a in arrays_of(kv)[2:])
+    return csr(k, v, kv_indptr, kv_indices, kv_len)
 
 
 def _bits(a: np.ndarray) -> np.ndarray:
@@ -97,8 +106,8 @@ def test_a_graph_replays_with_a_growing_length(rng):
     bound = attn.bind(DeviceArray.from_numpy(q), there)
     graph = Graph.of([bound.launch])
     for length in (0, 1, 65, 300):
-        kv.arrays[4][0] = length
-        there.arrays[4].copy_from(kv.arrays[4])
+        arrays_of(kv)[2][0] = length
+        arrays_of(there)[2].copy_from(arrays_of(kv)[2])
         graph.launch()
         wanted = reference.attention(q, kv, [0, 1], attn.variant)
         np.testing.assert_allclose(bound.state.o.to_numpy(), wanted.o, rtol=1e-5, atol=1e-5)

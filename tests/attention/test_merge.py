@@ -13,6 +13,8 @@ from tests.attention.cases import queries
 from tilewright.attention import merge, reference
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
+from tilewright.attention.pool import Pool
+from tilewright.attention.table import Table
 from tilewright.attention.variant import Full
 from tilewright.errors import ArgumentError, TilewrightError
 
@@ -61,7 +63,8 @@ def test_keys_in_two_parts(seed, n, m):
     q, indptr = queries(rng, [3], 4, 16)
 
     def over(part):
-        kv = KV.ragged(k[part], v[part], np.array([0, len(k[part])], np.int32))
+        table = Table.ragged(np.array([0, len(k[part])], np.int32))
+        kv = KV(table, Pool(k[part], v[part]))
         return reference.attention(q, kv, indptr, Full())
 
     merged, whole = over(slice(0, n)).merge(over(slice(n, None))), over(slice(None))

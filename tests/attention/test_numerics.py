@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.attention import oracle
-from tests.attention.cases import TYPES, paged, queries
+from tests.attention.cases import TYPES, arrays_of, csr, paged, queries
 
 import tilewright as tw
 from tilewright import knobs
@@ -70,7 +70,7 @@ class Divided:
 def test_divisors_of_any_value(rng, by, qo_len):
     """0 gives 0, the least number by −1 is itself: on the CPU and in the reference."""
     kv = paged(rng, [150], (16, 2, 16))
-    for pages in kv.arrays[:2]:
+    for pages in arrays_of(kv)[:2]:
         pages[...] = np.nan_to_num(pages)
     q, indptr = queries(rng, [qo_len], 4, 16)
     of = np.array([-(2**31), 2**31 - 1, 0, -1], np.int32)
@@ -128,9 +128,9 @@ def test_bad_values_reach_those_who_see_them(rng, variant, group, dtype, qo_len)
     q, indptr = queries(rng, [qo_len], 2 * group, 24)
     keys, values = (x.copy() for x in reference.gather(kv, 0))
     bad = {7: np.nan, 64: np.inf, 127: -np.inf, 139: np.nan, 144: np.inf, 147: np.nan}
-    names = kv.arrays[3]
+    names = arrays_of(kv)[4]
     for key, what in bad.items():
-        kv.arrays[1][names[key // 16], key % 16, :, key % 24] = what
+        arrays_of(kv)[1][names[key // 16], key % 16, :, key % 24] = what
         values[key, :, key % 24] = what
     qo, key = np.arange(150 - qo_len, 150)[:, None], np.arange(150)[None]
     wanted = np.empty((qo_len, 2 * group, 24))
@@ -160,9 +160,9 @@ def test_a_freed_page_does_not_matter(rng):
     attn = tw.Attention(3, 1, 16, tw.SlidingWindow(window=20))
     q, indptr = queries(rng, [2], 3, 16)
     wanted = attn.run(q, kv, attn.plan(indptr, kv))
-    names = kv.arrays[3]
-    null = np.setdiff1d(np.arange(len(kv.arrays[0])), names)[0]
-    for array in kv.arrays[:2]:
+    names = arrays_of(kv)[4]
+    null = np.setdiff1d(np.arange(len(arrays_of(kv)[0])), names)[0]
+    for array in arrays_of(kv)[:2]:
         assert np.isnan(array[null]).all()
     names[:4] = null
     found = attn.run(q, kv, attn.plan(indptr, kv))
@@ -182,7 +182,7 @@ def test_the_mean_of_many_equal_values(requests, keys, qo_len, heads, most):
     page = np.full((1, 64, 1, 16), 0.1, np.float32)
     indptr = np.arange(requests + 1, dtype=np.int32) * (keys // 64)
     names = np.zeros(indptr[-1], np.int32)
-    kv = tw.KV.paged(page, page, indptr, names, np.full(requests, 64, np.int32))
+    kv = csr(page, page, indptr, names, np.full(requests, keys, np.int32))
     attn = tw.Attention(heads, 1, 16)
     q = np.zeros((requests * qo_len, heads, 16), np.float32)
     state = attn.run(q, kv, attn.plan(np.arange(requests + 1) * qo_len, kv))
@@ -196,8 +196,8 @@ def long_cache(length):
     k = np.zeros((1, 65536, 1, 8), np.float32)
     v = np.arange(65536, dtype=np.float32)[None, :, None, None] + np.zeros(8, np.float32)
     pages = -(-length // 65536)
-    last = np.array([length - (pages - 1) * 65536], np.int32)
-    return tw.KV.paged(k, v, np.array([0, pages], np.int32), np.zeros(pages, np.int32), last)
+    kv_len = np.array([length], np.int64)
+    return csr(k, v, np.array([0, pages], np.int32), np.zeros(pages, np.int32), kv_len)
 
 
 @pytest.mark.parametrize("length", [MAX_KEYS, MAX_KEYS - 1, MAX_KEYS - 63, 2**31 - 65536])
@@ -238,11 +238,11 @@ def test_bits_depend_on_the_request_alone(rng, qo_len):
         assert bits(attn.run(q, kv, attn.plan(indptr, kv, workers=workers))) == bits(together)
     with knobs.scope(threads=1):
         assert bits(attn.run(q, kv, attn.plan(indptr, kv))) == bits(together)
-    k, v, kv_indptr, names, last = kv.arrays
+    k, v, kv_len, kv_indptr, names = arrays_of(kv)
     for r in range(len(lengths)):
         pages = names[kv_indptr[r] : kv_indptr[r + 1]]
         few = np.array([0, len(pages)], np.int32)
-        alone = tw.KV.paged(k, v, few, pages, last[r : r + 1])
+        alone = csr(k, v, few, pages, kv_len[r : r + 1])
         rows = slice(indptr[r], indptr[r + 1])
         state = attn.run(q[rows].copy(), alone, attn.plan([0, qo_lengths[r]], alone))
         assert bits(state) == bits(together, rows)
@@ -253,7 +253,7 @@ def test_a_bound_step_has_the_bits_of_a_planned_run(rng):
     attn = tw.Attention(6, 2, 32)
     k, v = rng.standard_normal((2, 1, 9000, 2, 32)).astype(np.float32)
     last = np.zeros(1, np.int32)
-    kv = tw.KV.paged(k, v, np.array([0, 1], np.int32), np.zeros(1, np.int32), last)
+    kv = csr(k, v, np.array([0, 1], np.int32), np.zeros(1, np.int32), last)
     q, _ = queries(rng, [1], 6, 32)
     bound = attn.bind(q, kv)
     for length in (3, 500, 1024, 2100, 7000, 9000):

@@ -24,25 +24,25 @@ batches = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 2000)), max_siz
 
 
 def shape_of(variant, **more):
-    made = Shape(2, 3, variant.traced.mask, dict(variant.fixed), 32, True)
+    made = Shape("cpu", 2, 3, variant.traced.mask, dict(variant.fixed), 32, True, False)
     return dataclasses.replace(made, **more)
 
 
 def make(batch, workers=2, variant=None, **more):
     indptr = np.cumsum([0, *(q for q, _ in batch)])
     lengths = np.array([n for _, n in batch], np.int64)
-    return plans.make(indptr, lengths, shape_of(variant or Causal(), **more), workers, "threads")
+    return plans.make(indptr, lengths, shape_of(variant or Causal(), **more), workers)
 
 
 @given(batches, st.integers(1, 200), st.booleans())
-def test_every_query_of_every_head_once(batch, workers, can_split):
-    plan = make(batch, workers, can_split=can_split)
+def test_every_query_of_every_head_once(batch, workers, splits):
+    plan = make(batch, workers, splits=splits)
     plans.check(plan)
     done = np.zeros((plan.tokens, plan.kv_heads))
     for item in plan.items:
         done[item["qo_begin"] : item["qo_end"], item["kv_head"]] += 1 / item["chunks"]
     np.testing.assert_allclose(done, 1)
-    if not can_split:
+    if not splits:
         assert plan.slots == plan.counters == 0
 
 
@@ -58,7 +58,8 @@ def test_it_prints_and_compares(rng):
     kv = paged(rng, [100, 40, 1], (16, 2, 64))
     attn = Attention(6, 2, 64)
     plan = attn.plan([0, 1, 2, 3], kv, workers=2)
-    assert str(plan).startswith("Plan: 3 requests, ") and ", 2 threads, imbalance " in str(plan)
+    assert str(plan).startswith("Plan(cpu): 3 requests, ")
+    assert ", 2 workers, imbalance " in str(plan)
     assert plan == attn.plan([0, 1, 2, 3], kv, workers=2) != attn.plan([0, 2, 2, 3], kv, workers=2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.workers = 3  # type: ignore[misc]
@@ -69,11 +70,11 @@ def test_it_prints_and_compares(rng):
 def test_work_is_cut_until_it_balances():
     skewed = [(1, 50), (1, 16000), (1, 300), (1, 20)]
     assert make(skewed, 8).imbalance < 1.3
-    assert make(skewed, 8, can_split=False).imbalance > 3
+    assert make(skewed, 8, splits=False).imbalance > 3
 
 
 def test_longest_first():
-    items = make([(1, 10), (64, 900), (1, 400)], can_split=False).items
+    items = make([(1, 10), (64, 900), (1, 400)], splits=False).items
     assert items["request"][0] == 1 and items["request"][-1] == 0
 
 
@@ -157,7 +158,7 @@ def test_missing_and_doubled_items_are_refused():
     [
         {"items": None}, {"items": [1]}, {"items": np.zeros(8, np.int32)}, {"qo_indptr": [0, 1]},
         {"qo_indptr": np.zeros((1, 1), np.int32)}, {"qo_indptr": np.zeros(0, np.int32)},
-        {"workers": "3"}, {"workers": 2.0}, {"slots": None}, {"unit": 5}, {"imbalance": "1"},
+        {"workers": "3"}, {"workers": 2.0}, {"slots": None}, {"family": 5}, {"imbalance": "1"},
     ],
     ids=str,
 )  # fmt: skip

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tilewright.attention import ranges
+from tilewright.attention import planner, ranges
 from tilewright.attention.merge import State, merge
 from tilewright.attention.ranges import TILE
+from tilewright.attention.table import MAX_KEYS
+from tilewright.toolchain import compilers
 
 LENGTHS = [
     [], [0], [1], [64], [65, 0, 0, 1000], [5] * 40, [0] * 9, [33_000, 1, 64, 0, 700], [1 << 20],
@@ -54,6 +56,17 @@ def test_every_tile_is_in_one_range(lengths, kv_heads, ctas):
         assert owners == list(range(owners[0], owners[-1] + 1))
         for n, begin in parts[1:]:
             assert begin > 0 and (cuts[n]["first"], cuts[n]["last"]) == (owners[0], owners[-1])
+
+
+@pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize("kv_heads", HEADS)
+def test_the_planner_in_cpp_agrees_exactly(rng, kv_heads):
+    drawn = [rng.integers(0, most, n) for most in (3, 900, 1 << 20, MAX_KEYS) for n in (1, 40, 700)]
+    for lengths in [*map(np.array, LENGTHS[1:]), *drawn]:
+        for ctas in (1, 7, 132, 264):
+            twin = ranges.cut(lengths, kv_heads, ctas)
+            cuts = planner.cut(lengths, kv_heads, ctas)
+            np.testing.assert_array_equal(cuts, twin)
 
 
 def test_ranges_cost_alike():

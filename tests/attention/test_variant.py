@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tests.attention.cases import ALL_VARIANTS, Strange
 
 from tilewright import dtypes
-from tilewright.attention import bounds, flash, reference
+from tilewright.attention import bounds, reference
 from tilewright.attention.batch import Attention
+from tilewright.attention.spec import template
 from tilewright.attention.variant import (
     Alibi,
     Causal,
@@ -399,9 +400,7 @@ def test_the_text_agrees_with_numpy(rng):
     cases = "\n".join(
         f"    case {n}: return tw::tile_class({bounds.bound_text(m)});" for n, m in enumerate(masks)
     )
-    text = "\n".join(
-        (prelude_files.prelude("cpu.h"), (flash.KERNELS / "bounds.h").read_text(encoding="utf-8"))
-    )
+    text = "\n".join((prelude_files.prelude("cpu.h"), template("bounds.h")))
     source = f"""{text}
 extern "C" __attribute__((visibility("default")))
 int classify(int n, int64_t a, int64_t b, int64_t c, int64_t d) {{

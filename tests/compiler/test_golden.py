@@ -14,7 +14,8 @@ from tests.conftest import GOLDEN
 from tests.shipped import ATTENTION, SHIPPED
 
 from tilewright import compiler
-from tilewright.attention import decode, flash
+from tilewright.attention.families import cpu, decode, portable
+from tilewright.attention.spec import template
 from tilewright.codegen import prelude_files
 from tilewright.target import target
 from tilewright.toolchain import compilers
@@ -56,12 +57,10 @@ def kernel_text(name: str) -> str:
 def attention_text(name: str) -> str:
     """What is rendered for a variant, for both targets; the skeletons are files of their own."""
     spec = ATTENTION[name]
-    cpp = without_constants(flash.cpp_source(spec, VECTOR_BITS))
-    for file in ("bounds.h", "pages.h", "flash_cpu.h"):
-        cpp = cpp.replace(
-            (flash.KERNELS / file).read_text(encoding="utf-8"), f'#include "{file}"\n'
-        )
-    cuda = without_constants(flash.cuda_source(spec))
+    cpp = without_constants(cpu.source(spec, VECTOR_BITS))
+    for file in ("bounds.h", "table.h", "flash_cpu.h"):
+        cpp = cpp.replace(template(file), f'#include "{file}"\n')
+    cuda = without_constants(portable.source(spec))
     text = f"==== cpp\n{cpp.rstrip()}\n==== cuda\n{cuda.rstrip()}\n"
     if spec.q == spec.kv and spec.kv.bits == 16 and spec.head_dim <= 128:
         text += f"==== cuda, decode\n{without_constants(decode.source(spec, 8)).rstrip()}\n"

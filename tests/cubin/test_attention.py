@@ -6,7 +6,7 @@ import pytest
 from tests.cubin.test_ops import ARCHS
 from tests.shipped import ATTENTION
 
-from tilewright.attention import flash
+from tilewright.attention.families import portable
 from tilewright.toolchain import nvrtc
 
 pytestmark = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
@@ -15,6 +15,6 @@ pytestmark = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not inst
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", ATTENTION)
 def test_cubin_without_spills(name: str, arch: str):
-    cubin = flash.compile_cuda(ATTENTION[name], arch)
+    cubin = portable.compile_cuda(ATTENTION[name], arch)
     found = cubin.resources["stage0"]
     assert found.spill_bytes == 0 and 0 < found.registers <= 255

@@ -1,8 +1,10 @@
-"""Plans: which part of a batch each work item does, as a frozen value.
+"""Plans: which worker does which part of a batch, as a frozen value.
 
-An item is some queries of one request with one KV head; long stretches of keys are cut into chunks
-whose partial results the last one merges, in order. A plan holds no lengths of keys: kernels read
-those from memory, so a plan stays right when they grow, and only its balance ages.
+A plan is for one family of kernels. Families of few query rows take *cuts* (`ranges.py`): the tiles
+of the batch in one order, cut into contiguous ranges of equal cost. The others take *items*: some
+queries of one request with one KV head; long stretches of keys are cut into chunks whose partial
+results the last one merges, in order. A plan holds no lengths of keys: kernels read those from
+memory, so a plan stays right when they grow, and only its balance ages.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from tilewright.attention import ranges
+from tilewright.attention import planner, ranges
 from tilewright.attention.bounds import EMPTY, Interval, tile_class
-from tilewright.attention.kv import rises
+from tilewright.attention.checks import rises
 from tilewright.attention.ranges import CUT
 from tilewright.errors import ArgumentError
 from tilewright.ir.nodes import Expr
@@ -39,9 +41,6 @@ ITEM = Struct(
 """One work item. `qo_begin` … `qo_end` are rows of q; `slot` is the first partial result of its
 chunks, `counter` the word in which they count their arrival."""
 
-UNITS = ("threads", "CTAs")
-"""Who works: `Plan.unit` on a CPU, on a GPU."""
-
 CHUNK_TILES = 8
 """The fewest tiles of keys in a chunk: merging its result then costs less than 2 % of making it."""
 
@@ -51,11 +50,12 @@ _BLOCK = 1 << 20  # tiles classified at once
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """A frozen plan. `items` is an array of `ITEM`, longest first; `qo_indptr` (requests + 1).
+    """A frozen plan for `family`. `qo_indptr` (requests + 1); `items`: an array of `ITEM`, longest
+    first, or `cuts`: an array of `ranges.CUT`; the other is empty.
 
-    `qo_tile` is the most queries an item has; `slots` and `counters` size the work space;
-    `imbalance` is the longest worker's estimated work over the mean. `cuts` (`ranges.CUT`): the
-    same work for the decode family of GPUs; empty on a CPU.
+    `qo_tile` is the most queries an item has; `slots` and `counters` size the work space; `workers`
+    are threads or SMs; `imbalance` is the longest worker's estimated work over the mean. `tensors`:
+    copies of `qo_indptr` and of the work on the GPU that it was planned for.
 
     Kernels trust a plan, so one that was not planned here is checked when it is constructed (see
     `check`): by `load`, `dataclasses.replace`, `pickle` and the constructor. It keeps arrays of its
@@ -67,11 +67,12 @@ class Plan:
     kv_heads: int
     qo_tile: int
     workers: int
-    unit: str
+    family: str
     slots: int
     counters: int
     imbalance: float
     cuts: np.ndarray = field(default_factory=lambda: np.zeros(0, CUT.numpy))
+    tensors: Any = field(default=None, repr=False)
     planned: InitVar[bool] = False
 
     def __post_init__(self, planned: bool) -> None:
@@ -80,6 +81,7 @@ class Plan:
             for name in ("items", "qo_indptr", "cuts"):
                 object.__setattr__(self, name, _frozen(np.array(getattr(self, name))))
             check(self)
+            object.__setattr__(self, "tensors", None)  # they may be of another plan
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Plan.load, (self.save(),)
@@ -92,8 +94,39 @@ class Plan:
     def tokens(self) -> int:
         return int(self.qo_indptr[-1])
 
+    @property
+    def longest(self) -> int:
+        """The most queries of a request."""
+        return int(np.diff(self.qo_indptr).max(initial=0))
+
+    def with_tensors(self, device: str) -> Plan:
+        """This plan; where it is for a GPU with its copies there."""
+        if device != "cpu" and self.tensors is None:
+            tensors = self.on_device(int(device.partition(":")[2] or 0))
+            object.__setattr__(self, "tensors", tensors)
+        return self
+
+    def on_device(self, ordinal: int) -> tuple[Any, Any]:
+        """`qo_indptr` and the work (items or cuts) as int32 arrays on a GPU: those made when it was
+        planned for that GPU, else new ones."""
+        if self.tensors is not None and self.tensors[0].device.ordinal == ordinal:
+            return self.tensors
+        from tilewright.runtime.cuda import DeviceArray
+
+        work = (self.cuts if len(self.cuts) else self.items).view(np.int32)
+        both = DeviceArray.from_numpy(np.concatenate([self.qo_indptr, work]), ordinal=ordinal)
+        split = len(self.qo_indptr)
+        return both.rows(0, split), both.rows(split, both.shape[0])
+
     def _key(self) -> tuple[Any, ...]:
-        scalars = (self.kv_heads, self.qo_tile, self.workers, self.unit, self.slots, self.counters)
+        scalars = (
+            self.kv_heads,
+            self.qo_tile,
+            self.workers,
+            self.family,
+            self.slots,
+            self.counters,
+        )
         arrays = (self.items, self.qo_indptr, self.cuts)
         return (*scalars, *(a.tobytes() for a in arrays))
 
@@ -108,8 +141,9 @@ class Plan:
             return f"{n} {noun[:-1] if n == 1 else noun}"
 
         return (
-            f"Plan: {many(self.requests, 'requests')}, {many(len(self.items), 'items')}, "
-            f"{many(self.workers, self.unit)}, imbalance {self.imbalance:.2f}"
+            f"Plan({self.family}): {many(self.requests, 'requests')}, "
+            f"{many(max(len(self.cuts) - 1, 0) or len(self.items), 'parts')}, "
+            f"{many(self.workers, 'workers')}, imbalance {self.imbalance:.2f}"
         )
 
     def save(self) -> bytes:
@@ -123,7 +157,7 @@ class Plan:
             cuts=self.cuts.view(np.int32),
             qo_indptr=self.qo_indptr,
             numbers=np.array(numbers, np.int64),
-            unit=np.array(self.unit),
+            family=np.array(self.family),
             imbalance=np.array(self.imbalance),
         )
         return file.getvalue()
@@ -153,7 +187,7 @@ class Plan:
                 kv_heads,
                 qo_tile,
                 workers,
-                str(fields["unit"]),
+                str(fields["family"]),
                 slots,
                 counters,
                 float(fields["imbalance"]),
@@ -175,24 +209,33 @@ def _frozen(array: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a planner must know of the attention: its heads, its mask, the target's tile."""
+    """What a planner must know of the attention and of the family that runs it: the heads, the mask
+    with its known values, the most queries of an item, whether items are cut along the keys, and
+    whether the plan is cuts."""
 
+    family: str
     kv_heads: int
     group: int
     mask: Expr
     values: Mapping[str, Any]
     qo_tile: int
-    can_split: bool
+    splits: bool
+    uses_cuts: bool
 
 
-def make(
-    qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int, unit: str
-) -> Plan:
-    """Cut a batch into items for `workers`; `qo_indptr` (requests + 1), `kv_lengths` (requests).
+def make(qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int) -> Plan:
+    """Divide a batch among `workers`; `qo_indptr` (requests + 1), `kv_lengths` (requests).
 
-    How a request is cut depends on nothing but the request: so do the bits of its results.
+    How a request is cut into items depends on nothing but the request: so do the bits of its
+    results. Where cuts divide it, it depends on the batch and the workers.
     """
     indptr = _frozen(np.array(qo_indptr, np.int32))
+    if shape.uses_cuts:
+        cuts = planner.cut(kv_lengths, shape.kv_heads, ranges.CTAS_PER_SM * workers)
+        sizes = (shape.kv_heads, shape.qo_tile, workers, shape.family, 0, 0)
+        balance = ranges.imbalance(cuts, kv_lengths, shape.kv_heads)
+        none = np.zeros(0, ITEM.numpy)
+        return Plan(none, indptr, *sizes, balance, _frozen(cuts), planned=True)
     lengths = np.diff(indptr).astype(np.int64)
     tiles = -(-lengths // shape.qo_tile)
     request = np.repeat(np.arange(len(lengths)), tiles)
@@ -203,18 +246,13 @@ def make(
     visible = visible_tiles(first, first + (end - begin) - 1, kv_lengths[request], shape)
     cost = visible * ((end - begin) * shape.group + 4) + 4
     chunks = np.ones(len(request), np.int64)
-    if shape.can_split:
+    if shape.splits:
         wanted = -(-_ITEMS_PER_REQUEST // (tiles[request] * shape.kv_heads))
         chunks = np.clip(visible // CHUNK_TILES, 1, wanted)
-    cuts = np.zeros(0, CUT.numpy)
-    if unit == UNITS[1] and len(kv_lengths):
-        cuts = _frozen(ranges.cut(kv_lengths, shape.kv_heads, ranges.CTAS_PER_SM * workers))
-    return _listed(indptr, (request, begin, end, cost, chunks), shape, workers, cuts)
+    return _listed(indptr, (request, begin, end, cost, chunks), shape, workers)
 
 
-def _listed(
-    indptr: np.ndarray, parts: tuple[np.ndarray, ...], shape: Shape, workers: int, cuts: np.ndarray
-) -> Plan:
+def _listed(indptr: np.ndarray, parts: tuple[np.ndarray, ...], shape: Shape, workers: int) -> Plan:
     """Items of every KV head and chunk, longest first."""
     request, begin, end, cost, chunks = (np.repeat(x, shape.kv_heads) for x in parts)
     kv_head = np.tile(np.arange(shape.kv_heads), len(parts[0]))
@@ -236,11 +274,10 @@ def _listed(
         shape.kv_heads,
         shape.qo_tile,
         workers,
-        UNITS[not shape.can_split],
+        shape.family,
         int(chunks[cut].sum()),
         int(cut.sum()),
         _imbalance(work[order], workers),
-        cuts,
         planned=True,
     )
 
@@ -298,8 +335,8 @@ def _check_types(plan: Plan) -> None:
     for name in ("kv_heads", "qo_tile", "workers", "slots", "counters"):
         if type(getattr(plan, name)) is not int:
             _refuse(f"{name} is a {type(getattr(plan, name)).__name__}, not an int")
-    if plan.unit not in UNITS or not isinstance(plan.imbalance, float):
-        _refuse(f"unit={plan.unit!r}, imbalance={plan.imbalance!r}")
+    if type(plan.family) is not str or not isinstance(plan.imbalance, float):
+        _refuse(f"family={plan.family!r}, imbalance={plan.imbalance!r}")
 
 
 def check(plan: Plan) -> None:
@@ -315,8 +352,8 @@ def check(plan: Plan) -> None:
     if not ranges.is_sound(plan.cuts, plan.requests, plan.kv_heads):
         _refuse("its cuts do not cover the batch")
     if not len(items):
-        if plan.tokens:
-            _refuse("it has no items")
+        if plan.tokens and not len(plan.cuts):
+            _refuse("it has no work")
         return
     f = {name: items[name].astype(np.int64) for name in ITEM.numpy.names or ()}
     inside = (f["request"] >= 0) & (f["request"] < plan.requests)

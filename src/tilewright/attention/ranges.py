@@ -14,7 +14,7 @@ from tilewright.runtime.layout import Struct
 TILE = 64  # keys of a tile
 CTAS_PER_SM = 2  # resident at once: what the registers of a CTA are limited to
 HEADS_AT_ONCE = 8  # CTAs of one range, at most: their reads of the same pages coincide
-_TILE_COST, _UNIT_COST = 4, 2  # of a tile, and of starting and finishing a unit
+TILE_COST, UNIT_COST = 4, 2  # of a tile, and of starting and finishing a unit
 
 CUT = Struct(
     "Cut", [(name, "int32") for name in ("unit", "request", "group", "tile", "first", "last")]
@@ -36,15 +36,17 @@ def cut(lengths: np.ndarray, kv_heads: int, ctas: int) -> np.ndarray:
     """
     together = heads_at_once(kv_heads)
     groups = kv_heads // together
+    if not len(lengths):
+        return np.zeros(1, CUT.numpy)
     tiles = np.maximum(-(-np.asarray(lengths, np.int64) // TILE), 1)
-    cost = _TILE_COST * tiles + _UNIT_COST
+    cost = TILE_COST * tiles + UNIT_COST
     ends = np.concatenate([[0], np.cumsum(cost * groups)])
     count = int(max(1, min(ctas // together, tiles.sum() * groups)))
     at = int(ends[-1]) * np.arange(count) // count
     request = np.searchsorted(ends, at, "right") - 1
     unit_cost, unit_tiles = cost[request], tiles[request]
     group, rest = np.divmod(at - ends[request], unit_cost)
-    tile = np.maximum((rest - _UNIT_COST + _TILE_COST // 2) // _TILE_COST, 0)
+    tile = np.maximum((rest - UNIT_COST + TILE_COST // 2) // TILE_COST, 0)
     full = tile >= unit_tiles
     unit = np.append(request * groups + group + full, len(tiles) * groups)
     tile = np.append(np.where(full, 0, tile), 0)
@@ -61,6 +63,16 @@ def _array(unit: np.ndarray, tile: np.ndarray, groups: int) -> np.ndarray:
     cuts["first"] = np.where(tile == 0, own, np.searchsorted(key, begin, "right") - 1)
     cuts["last"] = np.searchsorted(key, begin + (1 << 32), "left") - 1
     return cuts
+
+
+def imbalance(cuts: np.ndarray, lengths: np.ndarray, kv_heads: int) -> float:
+    """The tiles of the longest range over the mean, 1.0 for an empty batch."""
+    groups = kv_heads // heads_at_once(kv_heads)
+    tiles = np.maximum(-(-np.asarray(lengths, np.int64) // TILE), 1)
+    before = np.append(0, np.cumsum(np.repeat(tiles, groups)))  # tiles before each unit
+    at = before[cuts["unit"].astype(np.int64)] + cuts["tile"]
+    work = np.diff(at)
+    return float(work.max() * len(work) / work.sum()) if len(work) and work.sum() else 1.0
 
 
 def is_sound(cuts: np.ndarray, requests: int, kv_heads: int) -> bool:

@@ -52,26 +52,33 @@ def attention(
     """softmax(logits(q·k·sm_scale) where mask)·v for each query, in float64.
 
     `q` (tokens, qo_heads, head_dim); the last query of a request has the position of its
-    last key. Slow: it computes the full score matrix. A query that sees nothing has o = 0 and
-    lse = −inf; NaN and Inf in keys and values reach the queries that see them and no others.
+    last key, unless the table says otherwise. Slow: it computes the full score matrix. A query that
+    sees nothing has o = 0 and lse = −inf; NaN and Inf in keys and values reach the queries that see
+    them and no others.
     """
     traced = traced_of(variant)
     values = dict(variant.fixed) | {n: to_host(v) for n, v in values.items()}
     queries = as_float64(q)
     tokens, qo_heads, head_dim = queries.shape
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
-    o, lse = np.zeros(queries.shape), np.full((tokens, qo_heads), -np.inf)
+    o, lse = np.zeros((tokens, qo_heads, kv.head_dim_vo)), np.full((tokens, qo_heads), -np.inf)
     group = qo_heads // kv.kv_heads
     indptr = np.asarray(to_host(qo_indptr)) if not isinstance(qo_indptr, list) else qo_indptr
+    names = ("qo_base", "kv_base", "kv_stride")
+    base_of = {n: kv.table.host(n) for n in names if n in kv.table.views}
     for request in range(kv.requests):
         rows = slice(int(indptr[request]), int(indptr[request + 1]))
         keys, vals = gather(kv, request)
         qo_len, kv_len = rows.stop - rows.start, len(keys)
+        first, base, stride = (
+            int(base_of[n][request]) if n in base_of else default
+            for n, default in (("qo_base", kv_len - qo_len), ("kv_base", 0), ("kv_stride", 1))
+        )
         for head in range(qo_heads if qo_len and kv_len else 0):
             positions = {
                 "s": queries[rows, head] @ keys[:, head // group].T * scale,
-                "at.qo": np.arange(kv_len - qo_len, kv_len)[:, None],
-                "at.kv": np.arange(kv_len)[None, :],
+                "at.qo": first + np.arange(qo_len)[:, None],
+                "at.kv": base + stride * np.arange(kv_len)[None, :],
                 "at.qo_head": head,
                 "at.kv_head": head // group,
                 "at.request": request,
@@ -102,23 +109,22 @@ def gather(kv: KV, request: int) -> tuple[np.ndarray, np.ndarray]:
 
     What is read of the arrays is clamped as the kernels clamp it: a page that does not exist is
     page 0."""
-    first, key = int(kv.ranges()[0][request]), np.arange(int(kv.lengths()[request]))
-    page, slot = first + key // kv.page_size, key % kv.page_size
-    if kv.indices is not None:
-        page = np.asarray(to_host(kv.arrays[3]))[page]
-        page = np.where((page >= 0) & (page < kv.k.shape[0]), page, 0).astype(np.int64)
-    at = (page, slot) if kv.arrays[0].ndim == 4 else (page,)
-    keys, values = (as_float64(array, at) for array in kv.arrays[:2])
+    key = np.arange(int(kv.lengths()[request]))
+    pages = kv.table.pages(np.full(key.shape, request), key // kv.page_size)
+    pages = np.where((pages >= 0) & (pages < kv.pool.pages), pages, 0)
+    parts = (kv.pool.index(part, pages, key % kv.page_size) for part in (0, 1))
+    keys, values = (as_float64(array, at) for array, at in parts)
     return keys, values
 
 
-def as_float64(array: Any, at: tuple[np.ndarray, ...] = ()) -> np.ndarray:
-    """Any float array as float64 on the host; of a cache only the elements at the indices `at`: the
+def as_float64(array: Any, at: tuple[Any, ...] = ()) -> np.ndarray:
+    """Any float array as float64 on the host; of a cache only the elements at the index `at`: the
     rest may be large, and was perhaps never written."""
     kind = view(array).dtype
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
-        taken = array[tuple(map(torch.from_numpy, at))] if at else array
+        index = tuple(torch.from_numpy(i) if isinstance(i, np.ndarray) else i for i in at)
+        taken = array[index] if at else array
         return taken.detach().to("cpu", torch.float64).numpy()
     host = to_host(array)[at] if at else to_host(array)
     if kind == dtypes.bfloat16 and host.dtype == np.uint16:

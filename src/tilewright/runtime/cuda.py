@@ -19,6 +19,7 @@ from tilewright.dtypes import DType
 from tilewright.dtypes import dtype as to_dtype
 from tilewright.errors import ArgumentError, BuildError
 from tilewright.runtime.driver import Device, device, driver
+from tilewright.runtime.view import View
 from tilewright.toolchain import nvrtc
 from tilewright.toolchain.nvrtc import Cubin, Resources, compile_cuda
 
@@ -92,6 +93,22 @@ def _torch_streams() -> Callable[[int], int] | None:
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # 20 × faster than the object
     _found_streams.append(raw or (lambda n: int(torch.cuda.current_stream(n).cuda_stream)))
     return _found_streams[0]
+
+
+def is_capturing(ordinal: int) -> bool:
+    """Whether the current stream records a CUDA graph."""
+    device(ordinal).activate()
+    status = ctypes.c_int()
+    driver().call("cuStreamIsCapturing", current_stream(ordinal), ctypes.byref(status))
+    return status.value != 0
+
+
+def clear(array: View) -> None:
+    """Set every byte of an array on a GPU to 0, in the order of its current stream."""
+    ordinal = int(array.device.partition(":")[2])
+    device(ordinal).activate()
+    nbytes = array.size * array.dtype.itemsize
+    driver().call("cuMemsetD8Async", array.pointer, 0, nbytes, current_stream(ordinal))
 
 
 def device_arch(ordinal: int = 0) -> str:
@@ -403,6 +420,34 @@ class DeviceArray:
         if own and not sys.is_finalizing():
             self.device.activate()
             driver().functions["cuMemFree_v2"](self.pointer)
+
+
+class StatusWord:
+    """One int32 that a GPU writes and the host reads without waiting: pinned, mapped memory, 0 at
+    first. `pointer` is its address on both sides."""
+
+    __slots__ = ("_word", "device", "pointer")
+
+    def __init__(self, ordinal: int = 0) -> None:
+        self.pointer = 0
+        self.device = device(ordinal)
+        self.device.activate()
+        portable_and_mapped = 1 | 2
+        self.pointer = driver().handle("cuMemHostAlloc", 64, portable_and_mapped)
+        self._word = ctypes.c_int32.from_address(self.pointer)
+        self._word.value = 0
+
+    def take(self) -> int:
+        """The value, which becomes 0."""
+        value = self._word.value
+        if value:
+            self._word.value = 0
+        return value
+
+    def __del__(self) -> None:
+        if getattr(self, "pointer", 0) and not sys.is_finalizing():
+            self.device.activate()
+            driver().functions["cuMemFreeHost"](self.pointer)
 
 
 def pointer_device(address: int) -> int:

@@ -1,7 +1,7 @@
 """The pages of a KV cache for one sequence: one pair of page arrays for each layer, one page table.
 
-The arrays that kernels read (`indptr`, `indices`, `last`, and a token's `page` and `slot`) stay at
-their addresses; a recorded step sees a longer sequence because their contents change.
+The arrays that kernels read (`kv_len`, and a token's `page` and `slot`) stay at their addresses; a
+recorded step sees a longer sequence because their contents change.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from tilewright.attention.kv import KV
+from tilewright.attention.pool import Pool
+from tilewright.attention.table import Table
 from tilewright.errors import ModelError
 from tilewright.serve.memory import Memory
 from tilewright.serve.weights import LlamaConfig
@@ -27,12 +29,11 @@ class KVPool:
         shape = (self.pages, PAGE_SIZE, config.kv_heads, config.head_dim)
         self.keys = [memory.empty(*shape) for _ in range(config.layers)]
         self.values = [memory.empty(*shape) for _ in range(config.layers)]
-        self.indptr = memory.put(np.array([0, self.pages], np.int32))
-        self.indices = memory.put(np.arange(self.pages, dtype=np.int32))
-        self.last = memory.put(np.full(1, PAGE_SIZE, np.int32))
+        self.kv_len = memory.put(np.full(1, tokens, np.int32))
+        pages = memory.put(np.arange(self.pages, dtype=np.int32).reshape(1, -1))
+        self.table = Table(self.kv_len, pages)
         self.views = [
-            KV.paged(k, v, self.indptr, self.indices, self.last)
-            for k, v in zip(self.keys, self.values, strict=True)
+            KV(self.table, Pool(k, v)) for k, v in zip(self.keys, self.values, strict=True)
         ]
 
     def grow(self, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -53,6 +54,4 @@ class KVPool:
     def truncate(self, length: int) -> None:
         """Sets the length of the sequence; what lies beyond it is forgotten."""
         self.length = length
-        pages = -(-length // PAGE_SIZE)
-        self.memory.write(self.indptr, np.array([0, pages], np.int32))
-        self.memory.write(self.last, length - max(pages - 1, 0) * PAGE_SIZE)
+        self.memory.write(self.kv_len, length)

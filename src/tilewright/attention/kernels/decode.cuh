@@ -8,10 +8,9 @@
 // Units that several ranges share leave partial states; the last CTA to arrive merges them in the
 // order of the ranges, so that the bits of a result do not depend on the order of arrival.
 //
-// In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, pages.h, the constants of `attention`
-// (D head_dim, G query heads of a KV head, GANG, WARPS, STAGES, CTAS of an SM, MAX_KEYS; the types Element and
-// Kind), the
-// structs `Params`, `Cut`, `At` and `Variant`.
+// In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, table.h, the constants of `attention`
+// (D head_dim, G query heads of a KV head, GANG, WARPS, STAGES, CTAS of an SM, MAX_KEYS; the types Element,
+// Kind and Out), the structs `Params`, `Cut`, `At` and `Variant`.
 //
 // Launch: grid = ranges × GANG, THREADS threads, SMEM_BYTES of dynamic shared memory:
 //   [warp][stage][16 rows of K, 16 rows of V][ROW elements]   a row ends in 16 bytes against conflicts
@@ -156,7 +155,7 @@ TW_INLINE void load_query(Query& q, const Params& p, const Walk& w, int lane) {
   const int count = p.qo_indptr ? p.qo_indptr[w.request + 1] - begin : 1;
   q.token = begin;
   q.rows = count * G < M ? count * G : M;
-  q.first = w.keys.length - count;
+  q.first = tw::first_query(p, w.keys, w.request, count);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = (lane >> 2) + half * 8;
@@ -190,7 +189,7 @@ TW_INLINE void hide_values(Element* values, const bool (&visible)[2][2], int lan
 // One tile for one warp: 16 keys from `stage` at position key0 on.
 TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, const Query& q, Element* stage, int key0, Rows& rows, int lane) {
   const int last = key0 + KEYS < w.keys.length ? key0 + KEYS - 1 : w.keys.length - 1;
-  const tw::Tile tile{tw::Bound{q.first, q.first + (q.rows - 1) / G}, tw::Bound{key0, last},
+  const tw::Tile tile{tw::Bound{q.first, q.first + (q.rows - 1) / G}, tw::Bound{w.keys.position(key0), w.keys.position(last)},
                       tw::Bound{w.head * G, w.head * G + G - 1}, tw::bound(w.head), tw::bound(w.request)};
   const int kind = last < key0 || q.rows == 0 ? tw::EMPTY : variant.tile_class(tile);
   if (kind == tw::EMPTY) return;
@@ -215,11 +214,11 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& x = s[n][half * 2 + i];
-        const int kv = key0 + n * 8 + (lane & 3) * 2 + i;
-        At at{q.first + row / G, kv, w.head * G + row % G, w.head, w.request};
+        const int key = key0 + n * 8 + (lane & 3) * 2 + i;
+        At at{q.first + row / G, w.keys.position(key), w.head * G + row % G, w.head, w.request};
         x = variant.logits(x * p.sm_scale, at) * LOG2E;
         if (!full) {
-          const bool seen = row < q.rows && kv < w.keys.length && variant.mask(at);
+          const bool seen = row < q.rows && key < w.keys.length && variant.mask(at);
           visible[n][i] |= seen;
           if (!seen) x = lowest();
         }
@@ -263,12 +262,15 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
   }
 }
 
+TW_INLINE void store_four(float* to, float a, float b, float c, float d) { *reinterpret_cast<float4*>(to) = make_float4(a, b, c, d); }
+TW_INLINE void store_four(uint16_t* to, float a, float b, float c, float d) { *reinterpret_cast<uint2*>(to) = make_uint2(tw::pack<Kind>(a, b), tw::pack<Kind>(c, d)); }
+
 // Four outputs of a row, divided by its sum; a row that sees nothing has o = 0 and lse = −inf.
 TW_INLINE void write(const Params& p, const Query& q, int head, int row, int column, const float (&o)[4], float row_max, float row_sum) {
   const bool none = row_sum == 0.0f;
   const float scale = none ? 0.0f : 1.0f / row_sum;
   const int64_t at = static_cast<int64_t>(q.token + row / G) * p.qo_heads + head * G + row % G;
-  if (column < D) *reinterpret_cast<float4*>(p.o + at * D + column) = make_float4(o[0] * scale, o[1] * scale, o[2] * scale, o[3] * scale);
+  if (column < D) store_four(p.o + at * D + column, o[0] * scale, o[1] * scale, o[2] * scale, o[3] * scale);
   if (column == 0) p.lse[at] = none ? lowest() : (row_max + log2f(row_sum)) / LOG2E;
 }
 

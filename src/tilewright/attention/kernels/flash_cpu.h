@@ -1,9 +1,9 @@
 // Flash attention on the CPU: one work item is some queries of one request, with one KV head.
 //
-// In front of this file stand the prelude (cpu.h), the constants of `flash` (D head_dim, G query
-// heads of a KV head, N lanes, T keys of a tile, RB × CB the register block, MAX_TOKENS of an item,
-// MAX_KEYS of a request, CHUNK_TILES at least in a chunk; the element types Q and KV), `Params`,
-// `Item`, kernels/bounds.h and the struct `Variant`.
+// In front of this file: the prelude (cpu.h), the constants of `flash` (DK and DV: elements of a row of
+// K and of V, G query heads of a KV head, N lanes, T keys of a tile, RB × CB the register block,
+// MAX_TOKENS of an item, MAX_KEYS of a request, CHUNK_TILES at least in a chunk; the element types Q, KV
+// and O), `Params`, `Item`, bounds.h, table.h and the struct `Variant`.
 // Rows of an item are (token, query head of the group), tokens first: all of them share each load
 // of K and V. Sums are float32 and run in a fixed order, whatever thread runs the item.
 
@@ -13,10 +13,10 @@ using tw::vec;
 using F = vec<float, N>;
 using I = vec<int32_t, N>;
 
-constexpr int NV = (D + N - 1) / N;  // vectors of a head
-constexpr int DP = NV * N;           // head_dim with padding
+constexpr int NK = (DK + N - 1) / N, NV = (DV + N - 1) / N;  // vectors of a row of K, of V
+constexpr int DKP = NK * N, DVP = NV * N;                    // a row with padding
 constexpr int TV = T / N;            // vectors of a tile of keys
-constexpr int PARTIAL_ROW = DP + 2;  // floats of a partial result: sums, maximum, weight
+constexpr int PARTIAL_ROW = DVP + 2;  // floats of a partial result: sums, maximum, weight
 constexpr float LOWEST = -__builtin_inff();
 
 // -- elements ------------------------------------------------------------------------------------
@@ -25,11 +25,15 @@ TW_INLINE F as_float(vec<float, N> x, float32) { return x; }
 TW_INLINE F as_float(vec<uint16_t, N> x, float16) { return tw::from_float16<N>(x); }
 TW_INLINE F as_float(vec<uint16_t, N> x, bfloat16) { return tw::from_bfloat16<N>(x); }
 
-// Vector `v` of a head at `p`; lanes beyond head_dim are 0.
-template <class E>
+TW_INLINE float from_float(float x, float32) { return x; }
+TW_INLINE uint16_t from_float(float x, float16) { return tw::to_float16(x); }
+TW_INLINE uint16_t from_float(float x, bfloat16) { return tw::to_bfloat16(x); }
+
+// Vector `v` of a row of D elements at `p`; lanes beyond it are 0.
+template <class E, int D>
 TW_INLINE F load_head(const typename E::type* p, int v) {
   if constexpr (D % N != 0) {
-    if (v == NV - 1) {
+    if (v == D / N) {
       vec<typename E::type, N> part{};
       __builtin_memcpy(&part, p + v * N, (D % N) * sizeof(typename E::type));
       return as_float(part, E());
@@ -125,6 +129,13 @@ TW_INLINE void find_rows(const Params& p, const tw::Pages& pages, int kv_head, i
 
 // -- a block of rows -------------------------------------------------------------------------------
 
+// Positions of a vector of keys.
+TW_INLINE I position(const tw::Pages& pages, I key) {
+  if constexpr (!table::KEY_POSITIONS) return key;
+  using U = vec<uint32_t, N>;  // wraps around like int32
+  return __builtin_convertvector(__builtin_convertvector(key, U) * static_cast<uint32_t>(pages.stride) + static_cast<uint32_t>(pages.base), I);
+}
+
 template <int C>
 struct Count { static constexpr int value = C; };
 
@@ -135,12 +146,13 @@ struct Softmax {  // of one row, over the keys seen so far
 // Scores in s become weights; returns the rescale factor of the sums so far. The weight of a masked
 // key is −0 (others are never negative), so that `add_values` can tell it from one that underflowed.
 template <bool MASKED>
-TW_INLINE float online_softmax(const Variant& variant, const At& at, int kv0, int length, float* s, Softmax& row) {
+TW_INLINE float online_softmax(const Variant& variant, const At& at, const tw::Pages& pages, int kv0, float* s, Softmax& row) {
   F top = tw::splat<float, N>(LOWEST);
-  I kv = tw::ramp<int32_t, N>(kv0);
-  for (int c = 0; c < TV; ++c, kv += N) {
+  I key = tw::ramp<int32_t, N>(kv0);
+  for (int c = 0; c < TV; ++c, key += N) {
+    const I kv = position(pages, key);
     F x = variant.logits(tw::load<float, N>(s + c * N), at, kv);
-    if (MASKED) x = (variant.mask(at, kv) & (kv < length)) ? x : tw::splat<float, N>(LOWEST);
+    if (MASKED) x = (variant.mask(at, kv) & (key < pages.length)) ? x : tw::splat<float, N>(LOWEST);
     tw::store<float, N>(s + c * N, x);
     top = tw::vmax<float, N>(top, x);
   }
@@ -159,9 +171,9 @@ TW_INLINE float online_softmax(const Variant& variant, const At& at, int kv0, in
   return keep;
 }
 
-TW_INLINE float online_softmax(const Variant& variant, const At& at, int kv0, int length, bool masked, float* s, Softmax& row) {
-  return masked ? online_softmax<true>(variant, at, kv0, length, s, row)
-                : online_softmax<false>(variant, at, kv0, length, s, row);
+TW_INLINE float online_softmax(const Variant& variant, const At& at, const tw::Pages& pages, int kv0, bool masked, float* s, Softmax& row) {
+  return masked ? online_softmax<true>(variant, at, pages, kv0, s, row)
+                : online_softmax<false>(variant, at, pages, kv0, s, row);
 }
 
 // Σ_k a[r][k] b[k] for R rows and C vectors of columns.
@@ -245,7 +257,7 @@ TW_INLINE void add_values(const float* weights, LoadB value, int n, float* sums,
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < C; ++v) {
-        float* c = sums + r * DP + (v0 + v) * N;
+        float* c = sums + r * DVP + (v0 + v) * N;
         tw::store<float, N>(c, tw::load<float, N>(c) * keep[r] + acc[r][v]);
       }
   });
@@ -266,7 +278,7 @@ struct Work {  // an item with the lengths read from memory
     return At{first + row / G, item.kv_head * G + row % G, item.kv_head, item.request};
   }
   tw::Tile tile(int row0, int row1, int kv0, int kv1) const {  // both ends included
-    return tw::Tile{tw::Bound{first + row0 / G, first + row1 / G}, tw::Bound{kv0, kv1},
+    return tw::Tile{tw::Bound{first + row0 / G, first + row1 / G}, tw::Bound{pages.position(kv0), pages.position(kv1)},
                     tw::Bound{item.kv_head * G, item.kv_head * G + G - 1},
                     tw::bound(item.kv_head), tw::bound(item.request)};
   }
@@ -282,14 +294,15 @@ TW_INLINE void load_queries(const Work& w, int padded, float* q) {
     const typename Q::type* from =
         w.p.q + static_cast<int64_t>(w.item.qo_begin + r / G) * w.p.q_token + (w.item.kv_head * G + r % G) * w.p.q_head;
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      F x = r < w.rows ? load_head<Q>(from, v) * w.p.sm_scale : F{};
-      tw::store<float, N>(q + r * DP + v * N, x);
+    for (int v = 0; v < NK; ++v) {
+      F x = r < w.rows ? load_head<Q, DK>(from, v) * w.p.sm_scale : F{};
+      tw::store<float, N>(q + r * DKP + v * N, x);
     }
   }
 }
 
-// Asks for the memory of a head.
+// Prefetches a row of D elements.
+template <int D>
 TW_INLINE void prefetch_head(const K_t* p) {
 #pragma GCC unroll 16
   for (int d = 0; d < D; d += 64 / sizeof(K_t)) __builtin_prefetch(p + d);
@@ -298,7 +311,7 @@ TW_INLINE void prefetch_head(const K_t* p) {
 // One query: dot products along the head, K and V read where they lie. Each is asked for while the
 // other is worked on: V of the same keys, K of the next tile.
 TW_INLINE void attend_one(const Work& w, float* sums, Softmax* rows) {
-  alignas(64) float q[G * DP], s[G][T], keep[G];
+  alignas(64) float q[G * DKP], s[G][T], keep[G];
   const K_t *keys[2][T], *vals[2][T];
   load_queries(w, G, q);
   auto length_of = [&](int t) { return w.pages.length - t * T < T ? w.pages.length - t * T : T; };
@@ -316,15 +329,15 @@ TW_INLINE void attend_one(const Work& w, float* sums, Softmax* rows) {
           for (int g = 0; g < G; ++g) part[g][j] = F{};
           continue;
         }
-        F key[NV];
-        prefetch_head(v[j0 + j]);
+        F key[NK];
+        prefetch_head<DV>(v[j0 + j]);
 #pragma GCC unroll 16
-        for (int d = 0; d < NV; ++d) key[d] = load_head<KV>(k[j0 + j], d);
+        for (int d = 0; d < NK; ++d) key[d] = load_head<KV, DK>(k[j0 + j], d);
 #pragma GCC unroll 8
         for (int g = 0; g < G; ++g) {
-          F dot = key[0] * tw::load<float, N>(q + g * DP);
+          F dot = key[0] * tw::load<float, N>(q + g * DKP);
 #pragma GCC unroll 16
-          for (int d = 1; d < NV; ++d) dot += key[d] * tw::load<float, N>(q + g * DP + d * N);
+          for (int d = 1; d < NK; ++d) dot += key[d] * tw::load<float, N>(q + g * DKP + d * N);
           part[g][j] = dot;
         }
       }
@@ -332,14 +345,14 @@ TW_INLINE void attend_one(const Work& w, float* sums, Softmax* rows) {
     }
     bool masked = n < T || kind != tw::FULL;
     for (int g = 0; g < G; ++g)
-      keep[g] = online_softmax(w.variant, w.at(g), kv0, w.pages.length, masked, s[g], rows[g]);
+      keep[g] = online_softmax(w.variant, w.at(g), w.pages, kv0, masked, s[g], rows[g]);
     auto value = [&](int j, int d) {
-      if (d == 0 && j < coming) prefetch_head(next[j]);
-      return load_head<KV>(v[j], d);
+      if (d == 0 && j < coming) prefetch_head<DK>(next[j]);
+      return load_head<KV, DV>(v[j], d);
     };
     constexpr int most = G / RB * RB;
-    for (int g = 0; g < most; g += RB) add_values<RB>(s[g], value, n, sums + g * DP, keep + g, masked);
-    if constexpr (most < G) add_values<G - most>(s[most], value, n, sums + most * DP, keep + most, masked);
+    for (int g = 0; g < most; g += RB) add_values<RB>(s[g], value, n, sums + g * DVP, keep + g, masked);
+    if constexpr (most < G) add_values<G - most>(s[most], value, n, sums + most * DVP, keep + most, masked);
   }
 }
 
@@ -347,23 +360,23 @@ TW_INLINE void attend_one(const Work& w, float* sums, Softmax* rows) {
 TW_INLINE void load_tile(const K_t** k, const K_t** v, int n, float* keys, float* values) {
   for (int j0 = 0; j0 < T; j0 += N) {
 #pragma GCC unroll 1
-    for (int d = 0; d < NV; ++d) {
+    for (int d = 0; d < NK; ++d) {
       F square[N];
 #pragma GCC unroll 16
-      for (int j = 0; j < N; ++j) square[j] = j0 + j < n ? load_head<KV>(k[j0 + j], d) : F{};
+      for (int j = 0; j < N; ++j) square[j] = j0 + j < n ? load_head<KV, DK>(k[j0 + j], d) : F{};
       transpose(square);
 #pragma GCC unroll 16
       for (int i = 0; i < N; ++i) tw::store<float, N>(keys + (d * N + i) * T + j0, square[i]);
     }
   }
   for (int j = 0; j < n; ++j)
-    for (int d = 0; d < NV; ++d) tw::store<float, N>(values + j * DP + d * N, load_head<KV>(v[j], d));
+    for (int d = 0; d < NV; ++d) tw::store<float, N>(values + j * DVP + d * N, load_head<KV, DV>(v[j], d));
 }
 
 // Many queries: products of register blocks over a copied tile.
 TW_INLINE void attend_many(const Work& w, float* sums, Softmax* rows) {
   constexpr int MAX_ROWS = (MAX_TOKENS * G + RB - 1) / RB * RB;
-  alignas(64) float q[MAX_ROWS * DP], keys[DP * T], values[T * DP], s[RB * T], keep[RB];
+  alignas(64) float q[MAX_ROWS * DKP], keys[DKP * T], values[T * DVP], s[RB * T], keep[RB];
   const K_t *k[T], *v[T];
   load_queries(w, (w.rows + RB - 1) / RB * RB, q);
   for (int t = w.begin; t < w.end; ++t) {
@@ -376,15 +389,15 @@ TW_INLINE void attend_many(const Work& w, float* sums, Softmax* rows) {
       int kind = w.tile_class(r0, r0 + count - 1, t);
       if (kind == tw::EMPTY) continue;
       auto key = [&](int d, int c) { return tw::load<float, N>(keys + d * T + c * N); };
-      product<RB, TV>(q + r0 * DP, DP, key, D, s, T);
+      product<RB, TV>(q + r0 * DKP, DKP, key, DK, s, T);
       bool masked = n < T || kind != tw::FULL;
       for (int r = 0; r < RB; ++r) {
         keep[r] = 1.0f;
         if (r < count)
-          keep[r] = online_softmax(w.variant, w.at(r0 + r), kv0, w.pages.length, masked, s + r * T, rows[r0 + r]);
+          keep[r] = online_softmax(w.variant, w.at(r0 + r), w.pages, kv0, masked, s + r * T, rows[r0 + r]);
       }
-      auto value = [&](int j, int d) { return tw::load<float, N>(values + j * DP + d * N); };
-      add_values<RB>(s, value, n, sums + r0 * DP, keep, masked);
+      auto value = [&](int j, int d) { return tw::load<float, N>(values + j * DVP + d * N); };
+      add_values<RB>(s, value, n, sums + r0 * DVP, keep, masked);
     }
   }
 }
@@ -394,8 +407,8 @@ TW_INLINE void attend_many(const Work& w, float* sums, Softmax* rows) {
 TW_INLINE void write_row(const Work& w, int row, const float* sums, const Softmax& softmax) {
   int64_t at = static_cast<int64_t>(w.item.qo_begin + row / G) * w.p.qo_heads + w.item.kv_head * G + row % G;
   float factor = softmax.largest == LOWEST ? 0.0f : 1.0f / softmax.weight;
-  float* o = w.p.o + at * D;
-  for (int d = 0; d < D; ++d) o[d] = sums[d] * factor;
+  typename O::type* o = w.p.o + at * DV;
+  for (int d = 0; d < DV; ++d) o[d] = from_float(sums[d] * factor, O());
   if (w.p.lse) w.p.lse[at] = softmax.largest == LOWEST ? LOWEST : softmax.largest + __builtin_logf(softmax.weight);
 }
 
@@ -405,23 +418,23 @@ TW_INLINE void write_partial(const Work& w, const float* sums, const Softmax* ro
   float* all = w.p.partials + w.item.slot * static_cast<int64_t>(MAX_TOKENS * G) * PARTIAL_ROW;
   float* mine = all + w.chunk * size;
   for (int r = 0; r < w.rows; ++r, mine += PARTIAL_ROW) {
-    __builtin_memcpy(mine, sums + r * DP, DP * sizeof(float));
-    mine[DP] = rows[r].largest;
-    mine[DP + 1] = rows[r].weight;
+    __builtin_memcpy(mine, sums + r * DVP, DVP * sizeof(float));
+    mine[DVP] = rows[r].largest;
+    mine[DVP + 1] = rows[r].weight;
   }
   int32_t* counter = w.p.counters + w.item.counter;
   if (__atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL) != w.chunks - 1) return;
   __atomic_store_n(counter, 0, __ATOMIC_RELAXED);  // ready for the next replay
   for (int r = 0; r < w.rows; ++r) {
-    alignas(64) float total[DP] = {};
+    alignas(64) float total[DVP] = {};
     Softmax merged;
-    for (int c = 0; c < w.chunks; ++c) merged.largest = tw::max<float>(merged.largest, all[c * size + r * PARTIAL_ROW + DP]);
+    for (int c = 0; c < w.chunks; ++c) merged.largest = tw::max<float>(merged.largest, all[c * size + r * PARTIAL_ROW + DVP]);
     for (int c = 0; c < w.chunks; ++c) {
       const float* part = all + c * size + r * PARTIAL_ROW;
-      if (part[DP] == LOWEST) continue;
-      float factor = tw::exp(part[DP] - merged.largest);
-      merged.weight += part[DP + 1] * factor;
-      for (int d = 0; d < DP; ++d) total[d] += part[d] * factor;
+      if (part[DVP] == LOWEST) continue;
+      float factor = tw::exp(part[DVP] - merged.largest);
+      merged.weight += part[DVP + 1] * factor;
+      for (int d = 0; d < DVP; ++d) total[d] += part[d] * factor;
     }
     write_row(w, r, total, merged);
   }
@@ -431,7 +444,7 @@ static void run_item(const Params& p, const Item& item) {
   tw::Pages pages = tw::pages_of(p, item.request, MAX_KEYS);
   int32_t qo_begin = p.qo_indptr[item.request], qo_end = p.qo_indptr[item.request + 1];
   int tokens = item.qo_end - item.qo_begin;
-  int first = pages.length - (qo_end - qo_begin) + (item.qo_begin - qo_begin);
+  int first = tw::first_query(p, pages, item.request, qo_end - qo_begin) + (item.qo_begin - qo_begin);
   Work w{p, item, Variant(p), pages, first, tokens, tokens * G, 0, 0, item.chunk, item.chunks};
   w.end = (pages.length + T - 1) / T;
   while (w.begin < w.end && w.tile_class(0, w.rows - 1, w.begin) == tw::EMPTY) ++w.begin;
@@ -442,9 +455,9 @@ static void run_item(const Params& p, const Item& item) {
     w.begin = start + static_cast<int>(static_cast<int64_t>(tiles) * w.chunk / w.chunks);
     w.end = start + static_cast<int>(static_cast<int64_t>(tiles) * (w.chunk + 1) / w.chunks);
     constexpr int MAX_ROWS = (MAX_TOKENS * G + RB - 1) / RB * RB;
-    alignas(64) float sums[MAX_ROWS * DP];
+    alignas(64) float sums[MAX_ROWS * DVP];
     Softmax rows[MAX_ROWS];
-    __builtin_memset(sums, 0, sizeof(float) * DP * ((w.rows + RB - 1) / RB * RB));
+    __builtin_memset(sums, 0, sizeof(float) * DVP * ((w.rows + RB - 1) / RB * RB));
     if (tokens == 1 && G <= 8) {
       attend_one(w, sums, rows);
     } else {
@@ -453,7 +466,7 @@ static void run_item(const Params& p, const Item& item) {
     if (w.chunks > 1) {
       write_partial(w, sums, rows);
     } else {
-      for (int r = 0; r < w.rows; ++r) write_row(w, r, sums + r * DP, rows[r]);
+      for (int r = 0; r < w.rows; ++r) write_row(w, r, sums + r * DVP, rows[r]);
     }
   }
 }

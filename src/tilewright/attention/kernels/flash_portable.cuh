@@ -1,9 +1,10 @@
 // Flash attention on any NVIDIA GPU from sm_80 on, by CUDA cores in float32: simple and right.
 //
-// In front of this file stand gpu.cuh, the constants of `flash` (D head_dim, G query heads of a KV
-// head, MAX_TOKENS of an item, MAX_KEYS of a request; the element types Q and KV), `Params`, `Item`,
-// kernels/bounds.h, pages.h and the struct `Variant`. A CTA runs one item: some queries of one request with one KV head. Its warps
-// take tiles of 32 keys in turn, a key a thread; rows (token, query head of the group) go ROWS at a
+// In front of this file: gpu.cuh, the constants of `flash` (DK and DV: elements of a row of K and of V,
+// G query heads of a KV head, MAX_TOKENS of an item, MAX_KEYS of a request; the element types Q, KV and
+// O), `Params`, `Item`, bounds.h, table.h and the struct `Variant`.
+//
+// A CTA runs one item: some queries of one request with one KV head. Its warps take tiles of 32 keys in turn, a key a thread; rows (token, query head of the group) go ROWS at a
 // time and share each load of K and V. The warps' sums are merged in their order.
 
 namespace flash {
@@ -11,11 +12,12 @@ namespace flash {
 constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * 32;
 constexpr int ROWS = 8;
-constexpr int COLUMNS = (D + 31) / 32;  // of the output, for each thread
-constexpr int DP = COLUMNS * 32;        // head_dim with padding
+constexpr int COLUMNS = (DV + 31) / 32;   // of the output, for each thread
+constexpr int DVP = COLUMNS * 32;         // a row of V with padding
+constexpr int DKP = (DK + 31) / 32 * 32;  // a row of K with padding
 constexpr int T = 32;                   // keys of a tile
-constexpr int Q_FLOATS = ROWS * DP;
-constexpr int SMEM_BYTES = (Q_FLOATS + WARPS * ROWS * (DP + 2)) * 4;
+constexpr int Q_FLOATS = ROWS * DKP;
+constexpr int SMEM_BYTES = (Q_FLOATS + WARPS * ROWS * (DVP + 2)) * 4;
 constexpr unsigned ALL = 0xffffffffu;
 
 TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
@@ -23,20 +25,23 @@ TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
 TW_INLINE float as_float(float x, float32) { return x; }
 TW_INLINE float as_float(uint16_t x, float16) { return tw::from_float16(x); }
 TW_INLINE float as_float(uint16_t x, bfloat16) { return tw::from_bfloat16(x); }
+TW_INLINE float from_float(float x, float32) { return x; }
+TW_INLINE uint16_t from_float(float x, float16) { return tw::to_float16(x); }
+TW_INLINE uint16_t from_float(float x, bfloat16) { return tw::to_bfloat16(x); }
 
 // The dot products of one key with all rows of q (shared memory, padded with zeros).
 TW_INLINE void dot_rows(const typename KV::type* key, const float* q, float* s) {
-  constexpr int W = D % 4 == 0 ? 4 : 1;
+  constexpr int W = DK % 4 == 0 ? 4 : 1;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) s[r] = 0.0f;
 #pragma unroll 1
-  for (int d = 0; d < D; d += W) {
+  for (int d = 0; d < DK; d += W) {
     tw::vec<typename KV::type, W> x = tw::load<typename KV::type, W>(key + d);
 #pragma unroll
     for (int i = 0; i < W; ++i) {
       float value = as_float(x[i], KV());
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) s[r] += value * q[r * DP + d + i];
+      for (int r = 0; r < ROWS; ++r) s[r] += value * q[r * DKP + d + i];
     }
   }
 }
@@ -73,7 +78,7 @@ TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& 
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     int row = w.row0 + r;
-    At at{w.first + row / G, kv, w.kv_head * G + row % G, w.kv_head, w.request};
+    At at{w.first + row / G, pages.position(kv), w.kv_head * G + row % G, w.kv_head, w.request};
     float x = lowest();
     if (inside && r < w.rows && (kind == tw::FULL || variant.mask(at))) x = variant.logits(s[r], at);
     float new_max = tw::max(rows.row_max[r], tw::across_lanes<tw::op_max<float>, 32>(x));
@@ -91,7 +96,7 @@ TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& 
     const typename KV::type* value = values + __shfl_sync(ALL, mine, j);
     float x[COLUMNS];
 #pragma unroll
-    for (int c = 0; c < COLUMNS; ++c) x[c] = lane + c * 32 < D ? as_float(value[lane + c * 32], KV()) : 0.0f;
+    for (int c = 0; c < COLUMNS; ++c) x[c] = lane + c * 32 < DV ? as_float(value[lane + c * 32], KV()) : 0.0f;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       float weight = __shfl_sync(ALL, s[r], j);
@@ -109,31 +114,31 @@ TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& 
 // The warps' states are merged through shared memory; each thread finishes some outputs.
 TW_INLINE void finish(const Params& p, const Item& item, const Work& w, const Rows& rows, float* exchange, int thread) {
   int warp = thread / 32, lane = thread % 32;
-  float* mine = exchange + warp * ROWS * (DP + 2);
+  float* mine = exchange + warp * ROWS * (DVP + 2);
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
-    for (int c = 0; c < COLUMNS; ++c) mine[r * (DP + 2) + lane + c * 32] = rows.acc[r][c];
+    for (int c = 0; c < COLUMNS; ++c) mine[r * (DVP + 2) + lane + c * 32] = rows.acc[r][c];
     if (lane == 0) {
-      mine[r * (DP + 2) + DP] = rows.row_max[r];
-      mine[r * (DP + 2) + DP + 1] = rows.row_sum[r];
+      mine[r * (DVP + 2) + DVP] = rows.row_max[r];
+      mine[r * (DVP + 2) + DVP + 1] = rows.row_sum[r];
     }
   }
   tw::meet(1, THREADS);
-  for (int i = thread; i < w.rows * DP; i += THREADS) {
-    int r = i / DP, d = i % DP, row = w.row0 + r;
-    const float* all = exchange + r * (DP + 2);
+  for (int i = thread; i < w.rows * DVP; i += THREADS) {
+    int r = i / DVP, d = i % DVP, row = w.row0 + r;
+    const float* all = exchange + r * (DVP + 2);
     float new_max = lowest(), weight = 0.0f, total = 0.0f;
-    for (int k = 0; k < WARPS; ++k) new_max = tw::max(new_max, all[k * ROWS * (DP + 2) + DP]);
+    for (int k = 0; k < WARPS; ++k) new_max = tw::max(new_max, all[k * ROWS * (DVP + 2) + DVP]);
     float base = new_max == lowest() ? 0.0f : new_max;
     for (int k = 0; k < WARPS; ++k) {
-      const float* part = all + k * ROWS * (DP + 2);
-      float factor = tw::exp(part[DP] - base);
-      weight += part[DP + 1] * factor;
+      const float* part = all + k * ROWS * (DVP + 2);
+      float factor = tw::exp(part[DVP] - base);
+      weight += part[DVP + 1] * factor;
       total += part[d] * factor;
     }
     int64_t at = static_cast<int64_t>(item.qo_begin + row / G) * p.qo_heads + w.kv_head * G + row % G;
-    if (d < D) p.o[at * D + d] = new_max == lowest() ? 0.0f : __fdividef(total, weight);
+    if (d < DV) p.o[at * DV + d] = from_float(new_max == lowest() ? 0.0f : __fdividef(total, weight), O());
     if (d == 0 && p.lse) p.lse[at] = new_max == lowest() ? lowest() : new_max + tw::log(weight);
   }
   tw::meet(1, THREADS);
@@ -144,16 +149,16 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
   const Variant variant(p);
   const tw::Pages pages = tw::pages_of(p, item.request, MAX_KEYS);
   int qo_begin = p.qo_indptr[item.request], qo_end = p.qo_indptr[item.request + 1];
-  int first = pages.length - (qo_end - qo_begin) + (item.qo_begin - qo_begin);
+  int first = tw::first_query(p, pages, item.request, qo_end - qo_begin) + (item.qo_begin - qo_begin);
   int all_rows = (item.qo_end - item.qo_begin) * G;
   float* q = reinterpret_cast<float*>(smem);
   float* exchange = q + Q_FLOATS;
   for (int row0 = 0; row0 < all_rows; row0 += ROWS) {
     Work w{first, row0, all_rows - row0 < ROWS ? all_rows - row0 : ROWS, item.kv_head, item.request};
     for (int i = thread; i < Q_FLOATS; i += THREADS) {
-      int r = i / DP, d = i % DP, row = row0 + r;
+      int r = i / DKP, d = i % DKP, row = row0 + r;
       int64_t token = item.qo_begin + row / G;
-      bool inside = r < w.rows && d < D;
+      bool inside = r < w.rows && d < DK;
       q[i] = inside ? as_float(p.q[token * p.q_token + (w.kv_head * G + row % G) * p.q_head + d], Q()) * p.sm_scale : 0.0f;
     }
     tw::meet(1, THREADS);
@@ -163,7 +168,7 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
                   tw::Bound{w.kv_head * G, w.kv_head * G + G - 1}, tw::bound(w.kv_head), tw::bound(w.request)};
     for (int kv0 = thread / 32 * T; kv0 < pages.length; kv0 += WARPS * T) {
       int end = pages.length - kv0 < T ? pages.length : kv0 + T;
-      tile.kv = tw::Bound{kv0, end - 1};
+      tile.kv = tw::Bound{pages.position(kv0), pages.position(end - 1)};
       int kind = variant.tile_class(tile);
       if (kind != tw::EMPTY) attend_tile(p, variant, w, pages, kv0, kind, q, thread % 32, rows);
     }

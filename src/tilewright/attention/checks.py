@@ -1,0 +1,96 @@
+"""Checks of arguments that the nouns of the attention engine share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+from tilewright import dtypes
+from tilewright.dtypes import DType
+from tilewright.errors import ArgumentError
+from tilewright.runtime.transfer import to_host
+from tilewright.runtime.view import View, view
+
+FLOATS = (dtypes.float32, dtypes.float16, dtypes.bfloat16)
+INTEGERS = (dtypes.int32, dtypes.int64)
+
+
+def named_view(name: str, array: Any) -> View:
+    """The view of an argument; errors carry its name. Raises ArgumentError."""
+    try:
+        return view(array)
+    except ArgumentError as e:
+        raise ArgumentError(e.code, e.message, where=name, hint=e.hint) from None
+
+
+def float_view(name: str, array: Any) -> View:
+    """A view of float32, float16 or bfloat16. Raises ArgumentError[A102]."""
+    seen = named_view(name, array)
+    if seen.dtype not in FLOATS:
+        kinds = ", ".join(map(str, FLOATS))
+        raise ArgumentError(
+            "A102",
+            f"{name} is {seen.dtype}",
+            where=name,
+            hint=f"one of {kinds} (bfloat16 in NumPy: ml_dtypes)",
+        )
+    return seen
+
+
+def integer_view(
+    name: str, array: Any, ndim: int = 1, kinds: Sequence[DType] = INTEGERS, device: str = ""
+) -> View:
+    """A view of integers whose last dimension is contiguous. Raises ArgumentError."""
+    seen = named_view(name, array)
+    if seen.dtype not in kinds:
+        raise ArgumentError(
+            "A102", f"{name} is {seen.dtype}, not {' or '.join(map(str, kinds))}", where=name
+        )
+    if seen.ndim != ndim:
+        raise ArgumentError("A103", f"{name} has {seen.ndim} dimensions, not {ndim}", where=name)
+    if seen.size and seen.shape[-1] > 1 and seen.strides[-1] != 1:
+        raise ArgumentError("A104", f"{name} is not contiguous", where=name)
+    if device and seen.device != device:
+        raise ArgumentError("A105", f"{name} is on {seen.device}, not {device}", where=name)
+    return seen
+
+
+def rises(indptr: np.ndarray) -> bool:
+    """Whether no number is below the one before it. Differences would wrap around in int32."""
+    return not bool((indptr[1:] < indptr[:-1]).any())
+
+
+def host_indptr(name: str, array: Any, requests: int) -> np.ndarray:
+    """`array` (requests + 1,) on the host as int32, rising from 0. Raises ArgumentError."""
+    try:
+        indptr = np.asarray(array if isinstance(array, list) else to_host(array))
+    except ValueError as error:  # lists of different lengths
+        raise ArgumentError("A107", f"no array: {error}", where=name) from None
+    if indptr.dtype.kind not in "iu" or indptr.shape != (requests + 1,):
+        raise ArgumentError(
+            "A103",
+            f"{name} is {indptr.dtype} of shape {indptr.shape}, the table has {requests} requests",
+            where=name,
+            hint="int32 of shape (requests + 1,)",
+        )
+    if indptr[0] != 0 or not rises(indptr) or int(indptr[-1]) >= 2**31:
+        raise ArgumentError("A109", f"{name} must rise from 0", where=name)
+    return indptr.astype(np.int32)
+
+
+def check_range(name: str, values: np.ndarray, lowest: int, highest: int) -> None:
+    """Every value is in lowest … highest. Raises ArgumentError[A109]."""
+    if values.size and (values.min() < lowest or values.max() > highest):
+        bad = values[(values < lowest) | (values > highest)][0]
+        raise ArgumentError("A109", f"{name} holds {bad}, outside {lowest}..{highest}", where=name)
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def is_integer(x: Any) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)

@@ -1,0 +1,43 @@
+"""Families of attention kernels: which can run a call, and the reasons of the others.
+
+A family is one hand-written template with what varies rendered in front of it. `choose` takes the
+first of a device's families that has no reason against a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tilewright.attention.families import cpu, decode, portable
+from tilewright.attention.families.family import Call, Family, Prepared
+from tilewright.attention.pool import Pool
+from tilewright.attention.spec import Spec
+from tilewright.errors import InternalError
+
+FAMILIES: tuple[Family, ...] = (decode.FAMILY, portable.FAMILY, cpu.FAMILY)
+"""In the order of preference."""
+
+__all__ = ["FAMILIES", "Call", "Family", "Prepared", "by_name", "choose", "reasons"]
+
+
+def by_name(name: str) -> Family:
+    return next(f for f in FAMILIES if f.name == name)
+
+
+def reasons(spec: Spec, rows: int, device: str, pool: Pool | None) -> Iterator[tuple[Family, str]]:
+    """Each family of a device with the reason why it cannot run a call, "" where it can.
+
+    `rows`: the most packed rows (queries × group) of a request; without a pool its strides are
+    taken to be aligned."""
+    kind = device.partition(":")[0]
+    for family in FAMILIES:
+        if family.device == kind:
+            yield family, family.refuses(spec, rows, pool)
+
+
+def choose(spec: Spec, rows: int, device: str, pool: Pool | None) -> Family:
+    """The family that runs a call."""
+    for family, reason in reasons(spec, rows, device, pool):
+        if not reason:
+            return family
+    raise InternalError("I101", f"no family of attention kernels runs {spec} on {device}")

@@ -1,0 +1,65 @@
+"""The values that families of kernels share: a family, a call of it, and what it has prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tilewright.attention.pool import Pool
+from tilewright.attention.spec import Spec
+
+if TYPE_CHECKING:
+    from tilewright.attention.plan import Plan
+    from tilewright.attention.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One call with its arguments checked. `values`: the kernel's parameters (`spec.param_values`
+    and
+    the pointers of the variant's values) but those of its plan."""
+
+    spec: Spec
+    pool: Pool
+    values: dict[str, Any]
+    plan: Plan | Workspace
+    like: Any  # the queries: work space is allocated by their framework
+
+    @property
+    def ordinal(self) -> int:
+        """The number of the GPU."""
+        return int(self.pool.device.partition(":")[2] or 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A call ready to run: its launch for a recorded step, what runs it, what it keeps alive."""
+
+    launch: Any
+    run: Callable[[], None]
+    source: str
+    keep: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Family:
+    """A family of kernels.
+
+    `device`: cpu or cuda. `rows`: the packed rows (queries × group) of an item, as a function of
+    the spec. `splits`: whether items of one request are cut along its keys. `uses_cuts`: whether
+    its plans are cuts of contiguous ranges (`ranges.py`) instead of items. `refuses(spec, rows,
+    pool)`: the reason why it cannot run a call, or "".
+    """
+
+    name: str
+    device: str
+    rows: Callable[[Spec], int]
+    splits: bool
+    uses_cuts: bool
+    refuses: Callable[[Spec, int, Pool | None], str]
+    prepare: Callable[[Call], Prepared]
+
+    def qo_tile(self, spec: Spec) -> int:
+        """The most queries of an item."""
+        return max(1, self.rows(spec) // spec.group)

@@ -1,0 +1,299 @@
+"""Page tables: how many keys each request has, and which pages of a pool hold them.
+
+A table is of one step and serves every layer; `Pool` holds the pages of one layer, `KV` joins both.
+The length in tokens is what decides: key t of request r lies in slot t % page_size of the page
+that entry t // page_size of the request names, and entries behind the last key are never read.
+
+    Table(kv_len, block_table)                     padded: one row of entries a request
+    Table(kv_len, block_table, rows=rows)          request r has row rows[r] of a larger table
+    Table.csr(kv_len, kv_indptr, kv_indices)       entries one request after the other
+    Table.ragged(kv_indptr)                        no pages: rows of k and v one after the other
+    Table.dense(kv_len)                            no table: request r has page r
+
+The arrays stay the caller's. Kernels read them where they lie, so a length that changes in memory
+is seen by the next run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tilewright import dtypes
+from tilewright.attention.checks import check_range, integer_view, rises
+from tilewright.errors import ArgumentError
+from tilewright.runtime.transfer import to_host
+from tilewright.runtime.view import View
+
+MAX_KEYS = 2**31 - 128
+"""The most keys of a request: positions are int32, and so is the end of the last tile."""
+
+_NAMES = (
+    "kv_len",
+    "table_indptr",
+    "table_rows",
+    "table_entries",
+    "qo_base",
+    "kv_base",
+    "kv_stride",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TableForm:
+    """What a kernel is compiled for: the dtype of each array of a table, "" where it is absent."""
+
+    kv_len: str = "int32"
+    table_indptr: str = ""
+    table_rows: str = ""
+    table_entries: str = "int32"
+    qo_base: str = ""
+    kv_base: str = ""
+    kv_stride: str = ""
+
+    def for_planner(self) -> TableForm:
+        """The form with nothing but what decides lengths."""
+        return TableForm(self.kv_len, self.table_indptr, table_entries="")
+
+    def param_fields(self) -> list[tuple[str, ...]]:
+        """The fields of a kernel's parameters: one pointer for each array, and the sizes."""
+        pointers = [(n, "ptr", f"const {getattr(self, n) or 'int32'}_t*") for n in _NAMES]
+        sizes = [(n, "int64") for n in ("table_limit", "table_width", "table_stride")]
+        return [*pointers, *sizes]
+
+    def c_text(self) -> str:
+        """The constants that kernels/table.h reads."""
+        flags = {
+            "LENGTHS": self.kv_len, "INDPTR": self.table_indptr, "ROWS": self.table_rows,
+            "ENTRIES": self.table_entries, "QUERY_POSITIONS": self.qo_base,
+            "KEY_POSITIONS": self.kv_base,
+        }  # fmt: skip
+        lines = (f"constexpr bool {n} = {str(bool(v)).lower()};" for n, v in flags.items())
+        return "\n".join(("namespace table {", *lines, "}  // namespace table"))
+
+
+@dataclass(frozen=True, init=False, eq=False)
+class Table:
+    """The page table of a batch. `views` and `arrays` hold its arrays by name, as given.
+
+    `limit`: entries of a CSR table, else rows; `width`: entries of a row; `stride`: entries from
+    one row to the next. `form` is what kernels are compiled for.
+    """
+
+    requests: int
+    device: str
+    form: TableForm
+    limit: int
+    width: int
+    stride: int
+    views: dict[str, View]
+    arrays: dict[str, Any]
+
+    def __init__(
+        self, kv_len: Any, block_table: Any, *, rows: Any = None, **positions: Any
+    ) -> None:
+        """A padded table.
+
+        `kv_len` (requests,), `block_table` (requests, width) or, with `rows` (requests,), any
+        number of rows of which request r has row rows[r]; int32 or int64, the rows of `block_table`
+        any stride apart. `positions`: `qo_base` (requests,), the position of each request's first
+        query (None: its last query has the position of its last key); with it `kv_base` and
+        `kv_stride` (requests,): key t has position kv_base + kv_stride · t; int32.
+        Raises ArgumentError (A101 … A109). Contents of device arrays are not looked at: kernels
+        clamp them.
+        """
+        lengths = integer_view("kv_len", kv_len)
+        device, requests = lengths.device, lengths.size
+        entries = integer_view("block_table", block_table, 2, device=device)
+        height, width = entries.shape
+        if rows is None and height != requests:
+            raise ArgumentError(
+                "A103",
+                f"block_table has {height} rows, kv_len {requests} requests",
+                where="block_table",
+                hint="rows=… names the row of each request",
+            )
+        views, arrays = {"kv_len": lengths, "table_entries": entries}, {"kv_len": kv_len}
+        arrays["table_entries"] = block_table
+        if rows is not None:
+            views["table_rows"] = integer_view("rows", rows, device=device)
+            arrays["table_rows"] = rows
+            _check_size("rows", views["table_rows"], requests)
+            if device == "cpu":
+                check_range("rows", np.asarray(rows), 0, height - 1)
+        stride = entries.strides[0] if height > 1 else width
+        self._set(requests, views, arrays, (height, width, stride), positions)
+
+    @classmethod
+    def csr(cls, kv_len: Any, kv_indptr: Any, kv_indices: Any, **positions: Any) -> Table:
+        """Request r has the pages kv_indices[kv_indptr[r] … kv_indptr[r + 1] − 1].
+
+        `kv_len` (requests,), `kv_indptr` (requests + 1), `kv_indices`: int32 or int64. Entries from
+        kv_indptr[-1] on, and those behind a request's last key, are never read. `positions`: see
+        `Table`. Raises ArgumentError (A101 … A109).
+        """
+        lengths = integer_view("kv_len", kv_len)
+        indptr = integer_view("kv_indptr", kv_indptr, device=lengths.device)
+        indices = integer_view("kv_indices", kv_indices, device=lengths.device)
+        _check_size("kv_len", lengths, _requests(indptr))
+        if lengths.device == "cpu":
+            _check_indptr(np.asarray(kv_indptr), indices.size, "kv_indices")
+        table = object.__new__(cls)
+        views = {"kv_len": lengths, "table_indptr": indptr, "table_entries": indices}
+        arrays = {"kv_len": kv_len, "table_indptr": kv_indptr, "table_entries": kv_indices}
+        table._set(lengths.size, views, arrays, (indices.size, 0, 0), positions)
+        return table
+
+    @classmethod
+    def ragged(cls, kv_indptr: Any, kv_len: Any = None, **positions: Any) -> Table:
+        """Request r has the rows kv_indptr[r] … kv_indptr[r + 1] − 1 of a pool of rows.
+
+        `kv_indptr` (requests + 1), `kv_len` (requests,) or None where every row is a key: int32 or
+        int64. `positions`: see `Table`. Raises ArgumentError (A101 … A109).
+        """
+        indptr = integer_view("kv_indptr", kv_indptr)
+        requests = _requests(indptr)
+        views, arrays = {"table_indptr": indptr}, {"table_indptr": kv_indptr}
+        if kv_len is not None:
+            views["kv_len"] = integer_view("kv_len", kv_len, device=indptr.device)
+            arrays["kv_len"] = kv_len
+            _check_size("kv_len", views["kv_len"], requests)
+        if indptr.device == "cpu":
+            _check_indptr(np.asarray(kv_indptr), 2**63 - 1, "k")
+        table = object.__new__(cls)
+        table._set(requests, views, arrays, (2**62, 0, 0), positions)
+        return table
+
+    @classmethod
+    def dense(cls, kv_len: Any, **positions: Any) -> Table:
+        """Request r has page r: k and v are (requests, longest, kv_heads, head_dim).
+
+        `kv_len` (requests,) int32 or int64. `positions`: see `Table`. Raises ArgumentError.
+        """
+        lengths = integer_view("kv_len", kv_len)
+        table = object.__new__(cls)
+        sizes = (lengths.size, 1, 1)
+        table._set(lengths.size, {"kv_len": lengths}, {"kv_len": kv_len}, sizes, positions)
+        return table
+
+    def _set(
+        self,
+        requests: int,
+        views: dict[str, View],
+        arrays: dict[str, Any],
+        sizes: tuple[int, int, int],
+        positions: dict[str, Any],
+    ) -> None:
+        """The fields of a new table, with its positions checked and added."""
+        device = next(iter(views.values())).device
+        for name, array in positions.items():
+            if name not in ("qo_base", "kv_base", "kv_stride"):
+                raise ArgumentError(
+                    "A101",
+                    f"a table has no {name!r}",
+                    where=name,
+                    hint="positions: qo_base, kv_base, kv_stride",
+                )
+            if array is not None:
+                views[name] = integer_view(name, array, kinds=(dtypes.int32,), device=device)
+                arrays[name] = array
+                _check_size(name, views[name], requests)
+        if len({"kv_base", "kv_stride"} & views.keys()) == 1 or (
+            "kv_base" in views and "qo_base" not in views
+        ):
+            raise ArgumentError(
+                "A101",
+                "positions of keys need kv_base, kv_stride and qo_base",
+                where="kv_base",
+                hint="without kv_base and kv_stride key t has position t",
+            )
+        lengths = arrays.get("kv_len")
+        if device == "cpu" and lengths is not None:
+            check_range("kv_len", np.asarray(lengths), 0, MAX_KEYS)
+        if device == "cpu" and "kv_stride" in views:
+            check_range("kv_stride", np.asarray(arrays["kv_stride"]), 1, 2**31 - 1)
+        form = TableForm(**{n: views[n].dtype.name if n in views else "" for n in _NAMES})
+        limit, width, stride = sizes
+        values = (requests, device, form, limit, width, stride, views, arrays)
+        for name, value in zip(self.__dataclass_fields__, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    # -- what the arrays hold now ----------------------------------------------------------------
+
+    def host(self, name: str) -> np.ndarray:
+        """An array on the host as int64; copied from a device."""
+        return np.asarray(to_host(self.arrays[name])).astype(np.int64)
+
+    def ranges(self) -> tuple[np.ndarray, np.ndarray]:
+        """First entry and number of entries of each request (requests,), clamped as kernels do."""
+        if "table_indptr" in self.views:
+            indptr = self.host("table_indptr")
+            first = np.maximum(indptr[:-1], 0)
+            return first, np.maximum(np.minimum(indptr[1:], self.limit) - first, 0)
+        row = np.arange(self.requests)
+        if "table_rows" in self.views:
+            row = self.host("table_rows")
+        exists = (row >= 0) & (row < self.limit)
+        return np.where(exists, row * self.stride, 0), np.where(exists, self.width, 0)
+
+    def pages(self, request: np.ndarray, entry: np.ndarray) -> np.ndarray:
+        """The pages that entries of requests name, int64, not clamped; both arrays of one shape."""
+        if "table_indptr" in self.views:
+            at: Any = self.ranges()[0][request] + entry
+            if "table_entries" not in self.views:
+                return at
+        else:
+            row = self.host("table_rows")[request] if "table_rows" in self.views else request
+            if "table_entries" not in self.views:
+                return np.asarray(row, np.int64) + entry
+            at = row, entry
+        return np.asarray(to_host(self.arrays["table_entries"]))[at].astype(np.int64)
+
+    def lengths(self) -> np.ndarray:
+        """Keys of each request (requests,), int64, as the arrays now say; without a pool nothing
+        but 0 … MAX_KEYS limits them."""
+        lengths = self.host("kv_len") if "kv_len" in self.views else self.ranges()[1]
+        return lengths.clip(0, MAX_KEYS)
+
+    def params(self) -> dict[str, int]:
+        """The values of `TableForm.param_fields`."""
+        pointers = {n: self.views[n].pointer if n in self.views else 0 for n in _NAMES}
+        sizes = {"table_limit": self.limit, "table_width": self.width, "table_stride": self.stride}
+        return pointers | sizes
+
+    @property
+    def kind(self) -> str:
+        """padded, rows, csr, ragged or dense."""
+        if "table_indptr" in self.views:
+            return "csr" if "table_entries" in self.views else "ragged"
+        if "table_rows" in self.views:
+            return "rows"
+        return "padded" if "table_entries" in self.views else "dense"
+
+    def __repr__(self) -> str:
+        return f"Table({self.kind}, {self.requests} requests, {self.device})"
+
+
+def _check_size(name: str, array: View, requests: int) -> None:
+    if array.size != requests:
+        raise ArgumentError(
+            "A103", f"{name} has shape {array.shape}, not ({requests},): one a request", where=name
+        )
+
+
+def _requests(indptr: View) -> int:
+    if indptr.size < 1:
+        raise ArgumentError("A103", "kv_indptr is empty", where="kv_indptr", hint="[0] for none")
+    return indptr.size - 1
+
+
+def _check_indptr(indptr: np.ndarray, limit: int, of: str) -> None:
+    if indptr[0] != 0 or indptr[-1] > limit or not rises(indptr):
+        most = f" to at most {limit}, the length of {of}" if limit < 2**62 else ""
+        raise ArgumentError(
+            "A109",
+            f"kv_indptr must rise from 0{most}; it goes from {indptr[0]} to {indptr[-1]}",
+            where="kv_indptr",
+        )

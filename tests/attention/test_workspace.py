@@ -1,0 +1,138 @@
+"""Workspaces: the planner on a GPU agrees with NumPy, and a graph replays with other lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.attention.cases import TYPES, arrays_of, paged, queries
+from tests.attention.test_decode_cuda import close
+from tests.attention.test_flash_cuda import _bits, on_device
+
+from tilewright.attention import planner, ranges, reference
+from tilewright.attention.batch import Attention
+from tilewright.attention.ranges import CUT
+from tilewright.attention.table import Table, TableForm
+from tilewright.errors import ArgumentError
+from tilewright.toolchain import nvrtc
+
+FORMS = [TableForm(), TableForm("int64"), TableForm("", "int32"), TableForm("", "int64")]
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_cubin_without_spills(arch, form):
+    used = planner.compile_cuda(form.for_planner(), 4, 16, arch).resources["plan_cuts"]
+    assert used.spill_bytes == 0 and 0 < used.registers <= 64
+
+
+# ---------------------------------------------------------------------------- on a GPU
+
+
+def device(array, dtype=None):
+    from tilewright.runtime.cuda import DeviceArray
+
+    return DeviceArray.from_numpy(array, dtype)
+
+
+def planned(room) -> np.ndarray:
+    return room._cuts.to_numpy().view(CUT.numpy)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [1, 8, 12])
+def test_plans_of_the_device_agree_exactly(rng, kv_heads):
+    attn = Attention(kv_heads, kv_heads, 64)
+    for workers in (1, 5, None):
+        room = attn.reserve(3000, workers=workers)
+        for n in (1, 2, 40, 700, 3000):
+            for most in (2, 900, 1 << 20):
+                lengths = rng.integers(0, most, n)
+                table = Table.dense(device(lengths))
+                if most == 900:
+                    table = Table.ragged(device(np.append(0, np.cumsum(lengths)).astype(np.int32)))
+                room.plan(table)
+                cuts, twin = planned(room), ranges.cut(lengths, kv_heads, room.ctas)
+                np.testing.assert_array_equal(cuts[: len(twin)], twin)
+                assert (cuts["unit"][len(twin) :] == twin["unit"][-1]).all()
+                assert (cuts["tile"][len(twin) :] == 0).all()
+
+
+@pytest.mark.gpu
+def test_a_graph_plans_again_at_each_replay(rng):
+    """Lengths from nothing to more than was ever planned; two layers, one planner node."""
+    torch = pytest.importorskip("torch")
+    lengths = [900, 0, 3000, 17]
+    layers = [paged(rng, lengths, (16, 2, 64), TYPES["bfloat16"]) for _ in range(2)]
+    for kv in layers:
+        for x in arrays_of(kv)[:2]:
+            x[...] = rng.standard_normal(x.shape)
+    there = [on_device(kv) for kv in layers]
+    q = [queries(rng, [1] * 4, 8, 64, TYPES["bfloat16"])[0] for _ in layers]
+    on_card = [torch.from_numpy(_bits(x).view(np.int16)).view(torch.bfloat16).cuda() for x in q]
+    attn = Attention(8, 2, 64)
+    room = attn.reserve(4)
+    attn_plan = attn.plan([0, 1, 2, 3, 4], there[0])
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles, then the same
+            room.plan(there[0].table)
+            states = [attn.run(x, kv, room) for x, kv in zip(on_card, there, strict=True)]
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        room.plan(there[0].table)
+        states = [attn.run(x, kv, room) for x, kv in zip(on_card, there, strict=True)]
+        with pytest.raises(ArgumentError, match="A110"):
+            attn.run(on_card[0], there[0], attn_plan)
+    for now in ([900, 0, 3000, 17], [1, 0, 1, 1], [0, 0, 0, 0], [64, 0, 2999, 16], [899, 0, 5, 0]):
+        for kv, card in zip(layers, there, strict=True):
+            arrays_of(kv)[2][:] = now
+            arrays_of(card)[2].copy_from(arrays_of(kv)[2])
+        graph.replay()
+        torch.cuda.synchronize()
+        for x, kv, state in zip(q, layers, states, strict=True):
+            assert state.o.dtype == torch.bfloat16
+            wanted = reference.attention(x, kv, [0, 1, 2, 3, 4], attn.variant)
+            close(state, wanted)
+
+
+@pytest.mark.gpu
+def test_query_rows_are_checked_on_the_device(rng):
+    kv = paged(rng, [70, 5, 300], (16, 2, 64), TYPES["float16"])
+    q, indptr = queries(rng, [2, 0, 4], 8, 64, TYPES["float16"])
+    attn, there = Attention(8, 2, 64), on_device(kv)
+    room = attn.reserve(3, max_tokens=9)
+    room.plan(there.table, device(indptr), tokens=6)
+    close(attn.run(device(q), there, room), reference.attention(q, kv, indptr, attn.variant))
+    for bad in ([0, 5, 5, 6], [0, 3, 2, 6], [1, 2, 3, 4], [0, 1, 2, 7], [0, -1, 2, 3]):
+        room.plan(there.table, device(np.array(bad, np.int32)), tokens=6)
+        out = device(np.full(q.shape, 7.0, np.float16))
+        attn.run(device(q), there, room, out=out)
+        assert (out.to_numpy() == 7.0).all()  # the results of no row are written
+        with pytest.raises(ArgumentError, match="qo_indptr of an earlier plan"):
+            room.plan(there.table, device(indptr), tokens=6)
+    room.plan(there.table, device(indptr), tokens=6)
+    close(attn.run(device(q), there, room), reference.attention(q, kv, indptr, attn.variant))
+
+
+@pytest.mark.gpu
+def test_misuse(rng):
+    kv = paged(rng, [70, 5, 300], (16, 2, 64), TYPES["float16"])
+    there = on_device(kv)
+    attn = Attention(8, 2, 64)
+    room = attn.reserve(2)
+    assert room.nbytes > 0 and "2 requests" in repr(room)
+    wrong: list[tuple[str, Any]] = [
+        ("A103", (there.table,)),  # three requests
+        ("A107", (there,)),
+        ("A105", (kv.table,)),
+        ("A101", (there.table, device(np.zeros(4, np.int32)))),
+    ]
+    for code, args in wrong:
+        with pytest.raises(ArgumentError, match=code):
+            room.plan(*args)
+    with pytest.raises(ArgumentError, match="A103"):  # nothing was planned
+        attn.run(device(np.zeros((3, 8, 64), np.float16)), there, room)
