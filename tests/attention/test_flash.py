@@ -358,7 +358,7 @@ def test_bad_arguments_of_plan(rng):
 
 def test_heads_before_slots_are_recognised():
     k = np.zeros((3, 2, 16, 64), np.float32)  # (pages, kv_heads, page_size, head_dim)
-    table = Table(np.array([33], np.int32), np.array([[0, 1, 2]], np.int32))
+    table = Table(np.array([5], np.int32), np.array([[0, 1, 2]], np.int32))
     attn = Attention(6, 2, 64)
     wrong = refused("A103", attn.plan, [0, 1], KV(table, Pool(k, k)))
     assert 'layout="HND"' in wrong.hint
