@@ -123,16 +123,16 @@ def test_misuse(rng):
     kv = paged(rng, [70, 5, 300], (16, 2, 64), TYPES["float16"])
     there = on_device(kv)
     attn = Attention(8, 2, 64)
-    room = attn.reserve(2)
+    room, roomy = attn.reserve(2), attn.reserve(3)
     assert room.nbytes > 0 and "2 requests" in repr(room)
-    wrong: list[tuple[str, Any]] = [
-        ("A103", (there.table,)),  # three requests
-        ("A107", (there,)),
-        ("A105", (kv.table,)),
-        ("A101", (there.table, device(np.zeros(4, np.int32)))),
+    wrong: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("A103", room, (there.table,)),  # three requests
+        ("A107", roomy, (there,)),
+        ("A105", roomy, (kv.table,)),
+        ("A101", roomy, (there.table, device(np.zeros(4, np.int32)))),
     ]
-    for code, args in wrong:
+    for code, one, args in wrong:
         with pytest.raises(ArgumentError, match=code):
-            room.plan(*args)
+            one.plan(*args)
     with pytest.raises(ArgumentError, match="A103"):  # nothing was planned
         attn.run(device(np.zeros((3, 8, 64), np.float16)), there, room)
