@@ -23,7 +23,16 @@ def test_the_cases_cover_what_they_should():
     assert {c.mask for c in cases} >= set(oracle.MASKS) - {"nothing"}
     assert {c.logits for c in cases} == set(oracle.LOGITS)
     assert {c.k.dtype.name for c in cases} == {"float32", "float16", "bfloat16"}
-    assert len({c.k.shape[3] for c in cases}) > 3 and len({c.k.shape[1] for c in cases}) == 5
+    assert len({c.k.shape[3] for c in cases}) > 3 and {c.k.shape[1] for c in cases} > {
+        1,
+        2,
+        7,
+        16,
+        64,
+    }
+    assert {c.form for c in cases} > set(oracle.FORMS) - {"rows"}
+    assert {len(c.positions) for c in cases} == {0, 1, 3}
+    assert len({c.q.shape[2] - c.v.shape[3] for c in cases}) > 3
     assert any(min(c.k.strides) < 0 for c in cases)
     assert any(len(c.kv_indices) > c.kv_indptr[-1] for c in cases)
     assert sum(np.isnan(c.k.astype(np.float32)).any() for c in cases) > 60
