@@ -123,7 +123,8 @@ class Workspace:
         function = planner.kernel(form.for_planner(), self.group, decode.ROWS, self.ordinal)
         smem = planner.smem_bytes(table.requests, self.limit)
         stream = cuda.current_stream(self.ordinal)
-        function.launch((1, 1, 1), (planner.THREADS, 1, 1), smem, stream, params)
+        block = (planner.THREADS, 1, 1)
+        function.prepare((1, 1, 1), block, smem, params, overlaps=True).run(stream)
         self.requests, self.tokens = table.requests, int(rows)
 
     def _check(self, table: Table, qo_indptr: Any) -> View | None:

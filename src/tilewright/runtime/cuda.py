@@ -18,7 +18,7 @@ import numpy as np
 from tilewright.dtypes import DType
 from tilewright.dtypes import dtype as to_dtype
 from tilewright.errors import ArgumentError, BuildError
-from tilewright.runtime.driver import Device, device, driver
+from tilewright.runtime.driver import ATTRIBUTE_MAJOR, Device, device, driver
 from tilewright.runtime.view import View
 from tilewright.toolchain import nvrtc
 from tilewright.toolchain.nvrtc import Cubin, Resources, compile_cuda
@@ -185,11 +185,19 @@ class Function:
             self._smem = nbytes
 
     def prepare(
-        self, grid: Dim3, block: Dim3, smem_bytes: int, params: ctypes.Array[Any]
+        self,
+        grid: Dim3,
+        block: Dim3,
+        smem_bytes: int,
+        params: ctypes.Array[Any],
+        overlaps: bool = False,
     ) -> Launch:
-        """A launch whose arguments are converted once; `params` holds the kernel's one struct."""
+        """A launch whose arguments are converted once; `params` holds the kernel's one struct.
+
+        `overlaps`: its CTAs may start before the launch in front has ended, on sm_90 and newer: the
+        kernel waits itself (`tw::wait_for_previous_launch`)."""
         self.allow_smem(smem_bytes)
-        return Launch(self, grid, block, smem_bytes, params)
+        return Launch(self, grid, block, smem_bytes, params, overlaps)
 
     def launch(
         self, grid: Dim3, block: Dim3, smem_bytes: int, stream: int, params: ctypes.Array[Any]
@@ -211,6 +219,16 @@ class _Config(ctypes.Structure):
     )
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute of the driver's API, with an int as its value."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+_PROGRAMMATIC_SERIALIZATION = 6
+_OVERLAPS = _Attribute(_PROGRAMMATIC_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
+
+
 class Launch:
     """A kernel with its grid and parameters: `run(stream)` launches it.
 
@@ -218,7 +236,7 @@ class Launch:
     A grid with a zero launches nothing.
     """
 
-    __slots__ = ("_configs", "_grid", "_launch", "_pointers", "function", "params")
+    __slots__ = ("_configs", "_grid", "_launch", "_pointers", "function", "overlaps", "params")
 
     def __init__(
         self,
@@ -227,8 +245,10 @@ class Launch:
         block: Dim3,
         smem_bytes: int,
         params: ctypes.Array[Any],
+        overlaps: bool = False,
     ) -> None:
         self.function, self.params = function, params
+        self.overlaps = overlaps and function.module.device.attribute(ATTRIBUTE_MAJOR) >= 9
         self._grid = grid, block, smem_bytes
         self._pointers = (c_void_p * 1)(ctypes.addressof(params))
         # One configuration a stream, never rewritten: two threads may launch on two streams.
@@ -247,7 +267,8 @@ class Launch:
             grid, block, smem_bytes = self._grid
             if 0 in grid:
                 return
-            config = _Config(grid, block, smem_bytes, stream, None, 0)
+            attributes = ctypes.addressof(_OVERLAPS) if self.overlaps else None
+            config = _Config(grid, block, smem_bytes, stream, attributes, int(self.overlaps))
             handle = c_void_p(self.function.handle)
             arguments = ctypes.byref(config), handle, self._pointers, None
             self._configs[stream] = arguments

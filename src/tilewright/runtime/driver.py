@@ -58,7 +58,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
 }
 
 ATTRIBUTE_SMS = 16
-_ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 75, 76
+ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 75, 76
 ATTRIBUTE_SMEM_OPTIN = 97
 ATTRIBUTE_L2_BYTES = 38
 
@@ -180,7 +180,7 @@ class Device:
     @functools.cached_property
     def arch(self) -> str:
         """The architecture to compile for, as `sm_90a`: the best of `CUDA_ARCHS` that runs here."""
-        return arch_of(self.attribute(_ATTRIBUTE_MAJOR), self.attribute(_ATTRIBUTE_MINOR))
+        return arch_of(self.attribute(ATTRIBUTE_MAJOR), self.attribute(_ATTRIBUTE_MINOR))
 
     @functools.cached_property
     def sms(self) -> int:

@@ -131,8 +131,8 @@ def _prepare(call: Call) -> Prepared:
         ctas, work, keep = plan.ctas, plan.params(), (plan,)
     function = kernel(spec, together, ordinal)
     block = params_struct(spec).pack(**values, **work)
-    shape = (max(ctas, 1), 1, 1)
-    launch = function.prepare(shape, (THREADS, 1, 1), smem_bytes(spec), block)
+    shape = (ctas, 1, 1)
+    launch = function.prepare(shape, (THREADS, 1, 1), smem_bytes(spec), block, overlaps=True)
 
     def run() -> None:
         launch.run(cuda.current_stream(ordinal))

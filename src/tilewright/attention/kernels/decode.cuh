@@ -413,5 +413,7 @@ TW_INLINE void body(const Params& p, int cta, int thread, char* smem) {
 
 extern "C" __global__ void __launch_bounds__(attention::THREADS, attention::CTAS) stage0(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) char smem[];
+  tw::start_next_launch();
+  tw::wait_for_previous_launch();
   attention::body(p, blockIdx.x, threadIdx.x, smem);
 }

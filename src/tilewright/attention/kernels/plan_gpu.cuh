@@ -41,6 +41,8 @@ extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const _
   __shared__ int64_t sums[cuts::THREADS / 32];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   int64_t* keys = ends + p.requests + 1;
+  tw::start_next_launch();
+  tw::wait_for_previous_launch();
   if (p.qo_from) cuts::copy_rows(p, thread);
   const int share = (p.requests + cuts::THREADS - 1) / cuts::THREADS;
   const int begin = thread * share < p.requests ? thread * share : p.requests;

@@ -13,6 +13,21 @@ TW_INLINE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "
 template <int Pending>
 TW_INLINE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory"); }
 
+// Programmatic dependent launch (sm_90 and newer; elsewhere launches follow each other whole).
+// Waits until the kernel before has ended and its writes can be seen: nothing that it may write, and
+// nothing that it may read, is touched before. Reference: PTX ISA, griddepcontrol.
+TW_INLINE void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the CTAs of the next kernel start where there is room.
+TW_INLINE void start_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Adds 1 to a counter and gives what it was. What this CTA wrote before (other threads: before a
 // barrier of the CTA) is visible to whoever sees the count, and the other way round.
 TW_INLINE int arrive(int* counter) {
