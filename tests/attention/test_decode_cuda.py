@@ -44,22 +44,24 @@ def spec_of(shape, o="") -> Spec:
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
-def test_cubin_without_spills(arch, shape):
-    cubin = decode.compile_cuda(spec_of(shape), ranges.heads_at_once(shape[1]), arch)
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_cubin_without_spills(arch, shape, blocks):
+    cubin = decode.compile_cuda(spec_of(shape), ranges.heads_at_once(shape[1]), blocks, arch)
     used = cubin.resources["stage0"]
     assert used.spill_bytes == 0 and 0 < used.registers <= 255
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
-def test_constants_are_those_of_the_kernel(shape):
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_constants_are_those_of_the_kernel(shape, blocks):
     spec = spec_of(shape)
     wanted = {
-        "SMEM_BYTES": decode.smem_bytes(spec), "THREADS": decode.THREADS, "TILE": ranges.TILE,
-        "2 * attention::PARTIAL": decode.partial_floats(spec.head_dim, 1), "KEYS": decode.KEYS,
-        "M": decode.ROWS,
+        "SMEM_BYTES": decode.smem_bytes(spec, blocks), "THREADS": decode.THREADS,
+        "2 * attention::PARTIAL": decode.partial_floats(spec.head_dim, blocks, 1),
+        "TILE": ranges.TILE, "KEYS": decode.KEYS, "M": 8 * blocks,
     }  # fmt: skip
-    text = decode.source(spec, 1)
+    text = decode.source(spec, 1, blocks)
     for name, value in wanted.items():
         name = name if "attention::" in name else f"attention::{name}"
         text += f'\nstatic_assert({name} == {value}, "");'

@@ -24,7 +24,7 @@ batches = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 2000)), max_siz
 
 
 def shape_of(variant, **more):
-    made = Shape("cpu", 2, 3, variant.traced.mask, dict(variant.fixed), 32, True, False)
+    made = Shape("cpu", 2, 3, variant.traced.mask, dict(variant.fixed), 32, True, 0)
     return dataclasses.replace(made, **more)
 
 

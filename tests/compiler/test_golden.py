@@ -63,7 +63,7 @@ def attention_text(name: str) -> str:
     cuda = without_constants(portable.source(spec))
     text = f"==== cpp\n{cpp.rstrip()}\n==== cuda\n{cuda.rstrip()}\n"
     if spec.q == spec.kv and spec.kv.bits == 16 and spec.head_dim <= 128:
-        text += f"==== cuda, decode\n{without_constants(decode.source(spec, 8)).rstrip()}\n"
+        text += f"==== cuda, decode\n{without_constants(decode.source(spec, 8, 1)).rstrip()}\n"
     return text
 
 

@@ -220,7 +220,7 @@ class Shape:
     values: Mapping[str, Any]
     qo_tile: int
     splits: bool
-    uses_cuts: bool
+    ctas_per_worker: int
 
 
 def make(qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int) -> Plan:
@@ -230,8 +230,8 @@ def make(qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: i
     results. Where cuts divide it, it depends on the batch and the workers.
     """
     indptr = _frozen(np.array(qo_indptr, np.int32))
-    if shape.uses_cuts:
-        cuts = planner.cut(kv_lengths, shape.kv_heads, ranges.CTAS_PER_SM * workers)
+    if shape.ctas_per_worker:
+        cuts = planner.cut(kv_lengths, shape.kv_heads, shape.ctas_per_worker * workers)
         sizes = (shape.kv_heads, shape.qo_tile, workers, shape.family, 0, 0)
         balance = ranges.imbalance(cuts, kv_lengths, shape.kv_heads)
         none = np.zeros(0, ITEM.numpy)

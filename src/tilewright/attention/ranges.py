@@ -12,7 +12,6 @@ import numpy as np
 from tilewright.runtime.layout import Struct
 
 TILE = 64  # keys of a tile
-CTAS_PER_SM = 2  # resident at once: what the registers of a CTA are limited to
 HEADS_AT_ONCE = 8  # CTAs of one range, at most: their reads of the same pages coincide
 TILE_COST, UNIT_COST = 4, 2  # of a tile, and of starting and finishing a unit
 

@@ -67,7 +67,9 @@ class Workspace:
         self.qo_tile = max(1, decode.ROWS // self.group)
         together = ranges.heads_at_once(self.kv_heads)
         sms = cuda.device(self.ordinal).sms if workers is None else workers
-        self.limit = max(ranges.CTAS_PER_SM * sms // together, 1)
+        rows = self.longest * self.group
+        blocks = decode.blocks_of(rows)
+        self.limit = max(decode.ctas_per_sm(rows) * sms // together, 1)
         self.ctas = self.limit * together
         self.requests, self.tokens = 0, 0
 
@@ -75,7 +77,9 @@ class Workspace:
             return cuda.DeviceArray((count,), kind, self.ordinal)
 
         self._cuts = words("int32", (self.limit + 1) * (CUT.size // 4))
-        self._partials = words("float32", decode.partial_floats(heads[2], self.ctas))
+        self._partials = words(
+            "float32", decode.partial_floats(heads[2], blocks, self.ctas)
+        )
         self._counters = words("int32", self.ctas)
         self._indptr = words("int32", max_requests + 1 if max_tokens else 0)
         self._status = cuda.StatusWord(self.ordinal)

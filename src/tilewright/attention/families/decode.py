@@ -14,7 +14,7 @@ from tilewright.attention import render
 from tilewright.attention.families.family import Call, Family, Prepared
 from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
-from tilewright.attention.ranges import CTAS_PER_SM, CUT, TILE, heads_at_once
+from tilewright.attention.ranges import CUT, TILE, heads_at_once
 from tilewright.attention.spec import Spec, cuda_headers
 from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
@@ -23,7 +23,7 @@ from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import allocate, view
 from tilewright.toolchain import nvrtc
 
-KEYS, ROWS = 16, 16  # keys of a tile for each warp; rows of the matrix operand
+KEYS, ROWS = 16, 16  # keys of a tile for each warp; the most packed rows of a request
 WARPS = TILE // KEYS
 # Stages of a warp's ring: more bytes in flight lengthen the queue at the memory and gain nothing.
 STAGES = 2
@@ -53,14 +53,24 @@ def _row(spec: Spec) -> int:
     return -(-spec.head_dim // 16) * 16 + 8
 
 
-def smem_bytes(spec: Spec) -> int:
+def blocks_of(rows: int) -> int:
+    """Blocks of 8 packed rows that a kernel for at most `rows` of a request works on."""
+    return 1 if rows <= 8 else 2
+
+
+def ctas_per_sm(rows: int) -> int:
+    """CTAs that are resident at once: what a kernel's registers are limited to."""
+    return 3 if blocks_of(rows) == 1 else 2
+
+
+def smem_bytes(spec: Spec, blocks: int) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of decode.cuh."""
-    return WARPS * STAGES * 2 * KEYS * _row(spec) * 2 + WARPS * ROWS * 8 + 16
+    return WARPS * STAGES * 2 * KEYS * _row(spec) * 2 + WARPS * blocks * 8 * 8 + 16
 
 
-def partial_floats(head_dim: int, ctas: int) -> int:
+def partial_floats(head_dim: int, blocks: int, ctas: int) -> int:
     """float32 words of the partial states: two of each CTA."""
-    return 2 * ctas * ROWS * (-(-head_dim // 16) * 16 + 2)
+    return 2 * ctas * blocks * 8 * (-(-head_dim // 16) * 16 + 2)
 
 
 @functools.lru_cache(256)
@@ -69,11 +79,11 @@ def params_struct(spec: Spec) -> Struct:
     return common_params(spec, (("cuts", "ptr", "const Cut*"),))
 
 
-def source(spec: Spec, together: int) -> str:
-    """The CUDA C++ of one kernel; `together`: CTAs of one range."""
+def source(spec: Spec, together: int, blocks: int) -> str:
+    """The CUDA C++ of one kernel; `together`: CTAs of one range; `blocks` of 8 packed rows."""
     numbers = {
-        "D": spec.head_dim, "G": spec.group, "GANG": together, "WARPS": WARPS, "STAGES": STAGES,
-        "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS,
+        "D": spec.head_dim, "G": spec.group, "BLOCKS": blocks, "GANG": together, "WARPS": WARPS,
+        "STAGES": STAGES, "CTAS": ctas_per_sm(8 * blocks), "MAX_KEYS": MAX_KEYS,
     }  # fmt: skip
     return "\n".join(
         (
@@ -96,18 +106,18 @@ def source(spec: Spec, together: int) -> str:
     )
 
 
-def compile_cuda(spec: Spec, together: int, arch: str) -> nvrtc.Cubin:
+def compile_cuda(spec: Spec, together: int, blocks: int, arch: str) -> nvrtc.Cubin:
     """The cubin of one kernel. Raises BuildError."""
-    text = source(spec, together)
+    text = source(spec, together, blocks)
     return nvrtc.compile_cuda(text, arch=arch, name="attention", headers=cuda_headers())
 
 
 @functools.lru_cache(256)
-def kernel(spec: Spec, together: int, ordinal: int) -> Any:
+def kernel(spec: Spec, together: int, blocks: int, ordinal: int) -> Any:
     """The loaded function on one GPU. Raises BuildError[B101, B102, B104]."""
     from tilewright.runtime import cuda
 
-    cubin = compile_cuda(spec, together, cuda.device_arch(ordinal))
+    cubin = compile_cuda(spec, together, blocks, cuda.device_arch(ordinal))
     return cuda.load_cubin(cubin.image, ordinal).function("stage0")
 
 
@@ -117,10 +127,13 @@ def _prepare(call: Call) -> Prepared:
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     _check_alignment(values)
     together = heads_at_once(values["kv_heads"])
+    blocks = blocks_of(plan.longest * spec.group)
     if isinstance(plan, Plan):
         ctas = (len(plan.cuts) - 1) * together
         indptr, cuts = plan.on_device(ordinal)
-        partials = allocate(call.like, (partial_floats(spec.head_dim, ctas),), dtypes.float32)
+        partials = allocate(
+            call.like, (partial_floats(spec.head_dim, blocks, ctas),), dtypes.float32
+        )
         counters = allocate(call.like, (max(ctas, 1),), dtypes.int32)
         cuda.clear(view(counters))
         one_each = bool((np.diff(plan.qo_indptr) == 1).all())
@@ -129,15 +142,16 @@ def _prepare(call: Call) -> Prepared:
         keep: tuple[Any, ...] = (indptr, cuts, partials, counters)
     else:
         ctas, work, keep = plan.ctas, plan.params(), (plan,)
-    function = kernel(spec, together, ordinal)
+    function = kernel(spec, together, blocks, ordinal)
     block = params_struct(spec).pack(**values, **work)
     shape = (ctas, 1, 1)
-    launch = function.prepare(shape, (THREADS, 1, 1), smem_bytes(spec), block, overlaps=True)
+    smem = smem_bytes(spec, blocks)
+    launch = function.prepare(shape, (THREADS, 1, 1), smem, block, overlaps=True)
 
     def run() -> None:
         launch.run(cuda.current_stream(ordinal))
 
-    return Prepared(launch, run, source(spec, together), (*keep, block))
+    return Prepared(launch, run, source(spec, together, blocks), (*keep, block))
 
 
 def _check_alignment(values: dict[str, Any]) -> None:
@@ -151,4 +165,4 @@ def _check_alignment(values: dict[str, Any]) -> None:
             )
 
 
-FAMILY = Family("decode", "cuda", lambda spec: ROWS, True, True, refuses, _prepare)
+FAMILY = Family("decode", "cuda", lambda spec: ROWS, True, ctas_per_sm, refuses, _prepare)

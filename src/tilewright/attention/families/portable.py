@@ -85,5 +85,5 @@ def _prepare(call: Call) -> Prepared:
 
 
 FAMILY = Family(
-    "portable", "cuda", lambda spec: ROWS, False, False, lambda spec, n, pool: "", _prepare
+    "portable", "cuda", lambda spec: ROWS, False, None, lambda spec, n, pool: "", _prepare
 )

@@ -1,7 +1,8 @@
 // Attention of few query rows over long KV (decode, short append) by tensor cores, sm_80 and newer.
 //
-// Up to 16 packed rows (query rows × heads of a group) are one operand of mma.sync m16n8k16. A unit
-// is (request, KV head); the plan cuts the tiles of all units into contiguous ranges of equal cost. A
+// Keys are the rows and packed rows (query rows × heads of a group, at most 8 or 16) the columns of
+// mma.sync m16n8k16: S' = K Q', then O' = V' P', so that 8 rows fill the instruction. A unit is
+// (request, KV head); the plan cuts the tiles of all units into contiguous ranges of equal cost. A
 // range is worked on by GANG CTAs at once, each with a head of its own, so that they read the same
 // pages at the same time. In a CTA each warp takes 16 of the keys of a tile, with a ring of cp.async
 // stages of its own: warps synchronise only where a unit ends, and the ring runs on across units.
@@ -9,31 +10,32 @@
 // order of the ranges, so that the bits of a result do not depend on the order of arrival.
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, table.h, the constants of `attention`
-// (D head_dim, G query heads of a KV head, GANG, WARPS, STAGES, CTAS of an SM, MAX_KEYS; the types Element,
-// Kind and Out), the structs `Params`, `Cut`, `At` and `Variant`.
+// (D head_dim, G query heads of a KV head, BLOCKS of 8 packed rows, GANG, WARPS, STAGES, CTAS of an SM,
+// MAX_KEYS; the types Element and Kind), the structs `Params`, `Cut`, `At` and `Variant`.
 //
 // Launch: grid = ranges × GANG, THREADS threads, SMEM_BYTES of dynamic shared memory:
 //   [warp][stage][16 rows of K, 16 rows of V][ROW elements]   a row ends in 16 bytes against conflicts
-//   [warp][16 rows] (row maximum, row sum); one word: whether this CTA arrived last
+//   [warp][packed row] (row maximum, row sum); one word: whether this CTA arrived last
 // Where a unit ends, the stage that was read last holds the outputs of each warp.
-// Assumes: D a multiple of 8, rows of K and V 16-byte aligned, q rows × G at most 16 for a request.
+// Assumes: D a multiple of 8, rows of K and V 16-byte aligned, q rows × G at most 8 · BLOCKS for a request.
 
 namespace attention {
 
 constexpr int THREADS = WARPS * 32;
 constexpr int KEYS = 16;             // of a tile, for one warp
 constexpr int TILE = WARPS * KEYS;   // keys of a tile
-constexpr int M = 16;                // packed rows of the matrix operand
+constexpr int M = BLOCKS * 8;        // packed rows, the columns of the matrix operand
 constexpr int DP = (D + 15) / 16 * 16;
 constexpr int CHUNKS = DP / 8;       // of 16 bytes, in a row
 constexpr int ROW = DP + 8;          // elements of a row in shared memory
 constexpr int STAGE = 2 * KEYS * ROW;  // elements
 constexpr int RING_BYTES = WARPS * STAGES * STAGE * 2;
 constexpr int SMEM_BYTES = RING_BYTES + WARPS * M * 8 + 16;
+constexpr int PITCH = DP + 4;        // floats of a row of outputs in shared memory: no bank conflicts
 constexpr int PARTIAL = M * (DP + 2);  // floats of a partial state: outputs, then (maximum, sum) a row
 constexpr int PARTS = 16;  // partial states that a merge reads at once
 constexpr float LOG2E = 1.4426950408889634f;
-static_assert(STAGE * 2 >= M * DP * 4, "a stage holds the outputs of a warp");
+static_assert(STAGE * 2 >= M * PITCH * 4, "a stage holds the outputs of a warp");
 
 TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
 
@@ -130,22 +132,27 @@ struct Copier {
   }
 };
 
+// In all fragments lane = 4 g + t. Scores: keys g and g + 8 × packed rows 2 t and 2 t + 1 of a block;
+// outputs: columns g and g + 8 of 16 × the same rows.
 struct Rows {  // of one warp: outputs not yet divided, row maxima (of scores · log2 e) and row sums
-  float o[DP / 8][4];
-  float row_max[2], row_sum[2];
+  float o[BLOCKS][DP / 16][4];
+  float row_max[BLOCKS][2], row_sum[BLOCKS][2];
 };
 
 TW_INLINE void reset(Rows& r) {
 #pragma unroll
-  for (int j = 0; j < DP / 8; ++j)
+  for (int n = 0; n < BLOCKS; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) r.o[j][i] = 0.0f;
-  r.row_max[0] = r.row_max[1] = lowest();
-  r.row_sum[0] = r.row_sum[1] = 0.0f;
+    for (int j = 0; j < DP / 16; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) r.o[n][j][i] = 0.0f;
+    r.row_max[n][0] = r.row_max[n][1] = lowest();
+    r.row_sum[n][0] = r.row_sum[n][1] = 0.0f;
+  }
 }
 
 struct Query {  // of one unit: fragments of q, and its rows
-  uint32_t a[DP / 16][4];
+  uint32_t b[BLOCKS][DP / 16][2];
   int token, rows, first;  // the first query's row of q, packed rows, the first query's position
 };
 
@@ -157,33 +164,42 @@ TW_INLINE void load_query(Query& q, const Params& p, const Walk& w, int lane) {
   q.rows = count * G < M ? count * G : M;
   q.first = tw::first_query(p, w.keys, w.request, count);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = (lane >> 2) + half * 8;
+  for (int n = 0; n < BLOCKS; ++n) {
+    const int row = n * 8 + (lane >> 2);
     const Element* from = p.q + (begin + row / G) * p.q_token + (w.head * G + row % G) * p.q_head;
 #pragma unroll
     for (int j = 0; j < DP / 16; ++j)
 #pragma unroll
-      for (int right = 0; right < 2; ++right) {
-        const int column = j * 16 + right * 8 + (lane & 3) * 2;
-        q.a[j][right * 2 + half] = row < q.rows && column < D ? __ldg(reinterpret_cast<const uint32_t*>(from + column)) : 0u;
+      for (int low = 0; low < 2; ++low) {
+        const int column = j * 16 + low * 8 + (lane & 3) * 2;
+        q.b[n][j][low] = row < q.rows && column < D ? __ldg(reinterpret_cast<const uint32_t*>(from + column)) : 0u;
       }
   }
 }
 
 // Values of keys that no row sees become 0: a weight of 0 times NaN or Inf would reach the outputs.
-TW_INLINE void hide_values(Element* values, const bool (&visible)[2][2], int lane) {
+TW_INLINE void hide_values(Element* values, const bool (&visible)[2], int lane) {
 #pragma unroll
-  for (int n = 0; n < 2; ++n)
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t lanes = __ballot_sync(0xffffffffu, visible[half]);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t lanes = __ballot_sync(0xffffffffu, visible[n][i]);
-#pragma unroll
-      for (int t = 0; t < 4; ++t)
-        if (!(lanes & 0x11111111u << t))
-          for (int c = lane; c < CHUNKS; c += 32)
-            *reinterpret_cast<uint4*>(values + (n * 8 + t * 2 + i) * ROW + c * 8) = make_uint4(0, 0, 0, 0);
-    }
+    for (int g = 0; g < 8; ++g)
+      if (!(lanes & 0xfu << (g * 4)))
+        for (int c = lane; c < CHUNKS; c += 32)
+          *reinterpret_cast<uint4*>(values + (half * 8 + g) * ROW + c * 8) = make_uint4(0, 0, 0, 0);
+  }
   __syncwarp();
+}
+
+TW_INLINE float max_over_keys(float x) {
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+  return x;
+}
+TW_INLINE float sum_over_keys(float x) {
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
 }
 
 // One tile for one warp: 16 keys from `stage` at position key0 on.
@@ -194,71 +210,64 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
   const int kind = last < key0 || q.rows == 0 ? tw::EMPTY : variant.tile_class(tile);
   if (kind == tw::EMPTY) return;
   const bool full = last == key0 + KEYS - 1 && kind == tw::FULL;
-  float s[2][4] = {};
-  // K rows are the columns of the second operand: one ldmatrix gives both halves of 16 keys × 16.
-  const Element* k = stage + ((lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 8;
+  float s[BLOCKS][4] = {};
+  const Element* k = stage + (lane & 15) * ROW + (lane >> 4) * 8;
 #pragma unroll
   for (int j = 0; j < DP / 16; ++j) {
-    uint32_t b[4];
-    tw::load_matrices(b, k + j * 16);
-    tw::mma<Kind>(s[0], q.a[j], b[0], b[1]);
-    tw::mma<Kind>(s[1], q.a[j], b[2], b[3]);
+    uint32_t a[4];
+    tw::load_matrices(a, k + j * 16);
+#pragma unroll
+    for (int n = 0; n < BLOCKS; ++n) tw::mma<Kind>(s[n], a, q.b[n][j][0], q.b[n][j][1]);
   }
-  bool visible[2][2] = {};  // to any row of this lane, by key
+  bool visible[2] = {};  // keys g and g + 8, to any row of this lane
+  uint32_t weights[BLOCKS][2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = (lane >> 2) + half * 8;
-    float largest = rows.row_max[half];
+  for (int n = 0; n < BLOCKS; ++n) {
+    float rescale[2];
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
+    for (int i = 0; i < 2; ++i) {
+      const int row = n * 8 + (lane & 3) * 2 + i;
+      float largest = rows.row_max[n][i];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int half = 0; half < 2; ++half) {
         float& x = s[n][half * 2 + i];
-        const int key = key0 + n * 8 + (lane & 3) * 2 + i;
+        const int key = key0 + half * 8 + (lane >> 2);
         At at{q.first + row / G, w.keys.position(key), w.head * G + row % G, w.head, w.request};
         x = variant.logits(x * p.sm_scale, at) * LOG2E;
         if (!full) {
           const bool seen = row < q.rows && key < w.keys.length && variant.mask(at);
-          visible[n][i] |= seen;
+          visible[half] |= seen;
           if (!seen) x = lowest();
         }
         largest = fmaxf(largest, x);
       }
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-    const float base = largest == lowest() ? 0.0f : largest;
-    const float rescale = tw::exp2(rows.row_max[half] - base);
-    const bool changed = rows.row_max[half] != largest;
-    rows.row_max[half] = largest;
-    float sum = 0.0f;
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& x = s[n][half * 2 + i];
-        x = tw::exp2(x - base);
-        sum += x;
-      }
-    if (__any_sync(0xffffffffu, changed)) {
-      rows.row_sum[half] *= rescale;
-#pragma unroll
-      for (int j = 0; j < DP / 8; ++j) {
-        rows.o[j][half * 2] *= rescale;
-        rows.o[j][half * 2 + 1] *= rescale;
-      }
+      largest = max_over_keys(largest);
+      const float base = largest == lowest() ? 0.0f : largest;
+      rescale[i] = tw::exp2(rows.row_max[n][i] - base);
+      rows.row_max[n][i] = largest;
+      const float low = tw::exp2(s[n][i] - base), high = tw::exp2(s[n][2 + i] - base);
+      rows.row_sum[n][i] = rows.row_sum[n][i] * rescale[i] + (low + high);
+      s[n][i] = low;
+      s[n][2 + i] = high;
     }
-    rows.row_sum[half] += sum;
+    if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
+#pragma unroll
+      for (int j = 0; j < DP / 16; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) rows.o[n][j][i] *= rescale[i & 1];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      weights[n][half] = tw::transpose_matrix(tw::pack<Kind>(s[n][half * 2], s[n][half * 2 + 1]));
   }
   if (!full) hide_values(stage + KEYS * ROW, visible, lane);
-  const uint32_t weights[4] = {tw::pack<Kind>(s[0][0], s[0][1]), tw::pack<Kind>(s[0][2], s[0][3]),
-                               tw::pack<Kind>(s[1][0], s[1][1]), tw::pack<Kind>(s[1][2], s[1][3])};
-  const Element* v = stage + (KEYS + (lane & 15)) * ROW + (lane >> 4) * 8;
+  const Element* v = stage + (KEYS + (lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 8;
 #pragma unroll
   for (int j = 0; j < DP / 16; ++j) {
-    uint32_t b[4];
-    tw::load_matrices_transposed(b, v + j * 16);
-    tw::mma<Kind>(rows.o[j * 2], weights, b[0], b[1]);
-    tw::mma<Kind>(rows.o[j * 2 + 1], weights, b[2], b[3]);
+    uint32_t a[4];
+    tw::load_matrices_transposed(a, v + j * 16);
+#pragma unroll
+    for (int n = 0; n < BLOCKS; ++n) tw::mma<Kind>(rows.o[n][j], a, weights[n][0], weights[n][1]);
   }
 }
 
@@ -322,18 +331,20 @@ TW_INLINE void finish(const Params& p, const Walk& w, const Query& q, Rows& rows
   Element* ring = reinterpret_cast<Element*>(smem);
   float* mine = reinterpret_cast<float*>(ring + (warp * STAGES + stage) * STAGE);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = (lane >> 2) + half * 8;
-    float sum = rows.row_sum[half];
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (row < q.rows) {
-      if ((lane & 3) == 0) sums[warp * M + row] = make_float2(rows.row_max[half], sum);
+  for (int n = 0; n < BLOCKS; ++n)
 #pragma unroll
-      for (int j = 0; j < DP / 8; ++j)
-        *reinterpret_cast<float2*>(mine + row * DP + j * 8 + (lane & 3) * 2) = make_float2(rows.o[j][half * 2], rows.o[j][half * 2 + 1]);
+    for (int i = 0; i < 2; ++i) {
+      const int row = n * 8 + (lane & 3) * 2 + i, column = lane >> 2;
+      const float sum = sum_over_keys(rows.row_sum[n][i]);
+      if (row < q.rows) {
+        if (column == 0) sums[warp * M + row] = make_float2(rows.row_max[n][i], sum);
+#pragma unroll
+        for (int j = 0; j < DP / 16; ++j) {
+          mine[row * PITCH + j * 16 + column] = rows.o[n][j][i];
+          mine[row * PITCH + j * 16 + column + 8] = rows.o[n][j][2 + i];
+        }
+      }
     }
-  }
   tw::meet(1, THREADS);
   const bool head_part = w.unit == range.begin.unit && range.begin.tile > 0;
   const bool tail_part = w.unit == range.end.unit;
@@ -347,7 +358,7 @@ TW_INLINE void finish(const Params& p, const Walk& w, const Query& q, Rows& rows
 #pragma unroll
     for (int k = 0; k < WARPS; ++k) {
       const float factor = tw::exp2(sums[k * M + row].x - base);
-      const float4 part = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(ring + (k * STAGES + stage) * STAGE) + row * DP + column);
+      const float4 part = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(ring + (k * STAGES + stage) * STAGE) + row * PITCH + column);
       row_sum += sums[k * M + row].y * factor;
       o[0] += part.x * factor;
       o[1] += part.y * factor;
@@ -411,7 +422,12 @@ TW_INLINE void body(const Params& p, int cta, int thread, char* smem) {
 
 }  // namespace attention
 
-extern "C" __global__ void __launch_bounds__(attention::THREADS, attention::CTAS) stage0(const __grid_constant__ Params p) {
+#if __CUDA_ARCH__ >= 900
+#define TW_CTAS attention::CTAS
+#else
+#define TW_CTAS 2  // the shared memory of sm_80 holds no more
+#endif
+extern "C" __global__ void __launch_bounds__(attention::THREADS, TW_CTAS) stage0(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) char smem[];
   tw::start_next_launch();
   tw::wait_for_previous_launch();

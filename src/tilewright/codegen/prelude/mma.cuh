@@ -170,6 +170,13 @@ TW_MMA(mma_float16, "f16")
 TW_MMA(mma_bfloat16, "bf16")
 #undef TW_MMA
 
+// An 8 × 8 matrix of 16-bit elements (row g, columns 2 t and 2 t + 1 in lane 4 g + t), transposed.
+TW_INLINE uint32_t transpose_matrix(uint32_t x) {
+  uint32_t out;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(x));
+  return out;
+}
+
 // The same on plain registers: acc += a · (b0, b1), and two floats as one word of an operand.
 template <class Kind> TW_INLINE void mma(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <class Kind> TW_INLINE uint32_t pack(float low, float high);
