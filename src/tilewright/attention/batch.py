@@ -127,10 +127,9 @@ class Attention:
         longest = int(np.diff(indptr).max(initial=0))
         family = families.choose(spec, longest * self.group, table.device, pool)
         known = {n: v for n, v in (dict(self.variant.fixed) | values).items() if is_number(v)}
-        ctas = family.ctas_per_sm(longest * self.group) if family.ctas_per_sm else 0
         shape = plan.Shape(
             family.name, self.kv_heads, self.group, spec.traced.mask, known,
-            family.qo_tile(spec), family.splits, ctas,
+            family.qo_tile(spec), family.splits, family.ctas_per_sm,
         )  # fmt: skip
         if workers is None:
             workers = _sms(table.device) if family.device == "cuda" else pools.wanted_threads()

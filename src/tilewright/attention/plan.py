@@ -211,7 +211,7 @@ def _frozen(array: np.ndarray) -> np.ndarray:
 class Shape:
     """What a planner must know of the attention and of the family that runs it: the heads, the mask
     with its known values, the most queries of an item, whether items are cut along the keys, and
-    whether the plan is cuts."""
+    the CTAs of a worker where the plan is cuts (else 0)."""
 
     family: str
     kv_heads: int

@@ -67,9 +67,8 @@ class Workspace:
         self.qo_tile = max(1, decode.ROWS // self.group)
         together = ranges.heads_at_once(self.kv_heads)
         sms = cuda.device(self.ordinal).sms if workers is None else workers
-        rows = self.longest * self.group
-        blocks = decode.blocks_of(rows)
-        self.limit = max(decode.ctas_per_sm(rows) * sms // together, 1)
+        blocks = decode.blocks_of(self.longest * self.group)
+        self.limit = max(decode.CTAS_PER_SM * sms // together, 1)
         self.ctas = self.limit * together
         self.requests, self.tokens = 0, 0
 
@@ -77,9 +76,7 @@ class Workspace:
             return cuda.DeviceArray((count,), kind, self.ordinal)
 
         self._cuts = words("int32", (self.limit + 1) * (CUT.size // 4))
-        self._partials = words(
-            "float32", decode.partial_floats(heads[2], blocks, self.ctas)
-        )
+        self._partials = words("float32", decode.partial_floats(heads[2], blocks, self.ctas))
         self._counters = words("int32", self.ctas)
         self._indptr = words("int32", max_requests + 1 if max_tokens else 0)
         self._status = cuda.StatusWord(self.ordinal)

@@ -28,6 +28,8 @@ WARPS = TILE // KEYS
 # Stages of a warp's ring: more bytes in flight lengthen the queue at the memory and gain nothing.
 STAGES = 2
 THREADS = WARPS * 32
+# Resident at once: what the registers of a CTA are limited to. Three are no faster.
+CTAS_PER_SM = 2
 
 
 def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
@@ -58,11 +60,6 @@ def blocks_of(rows: int) -> int:
     return 1 if rows <= 8 else 2
 
 
-def ctas_per_sm(rows: int) -> int:
-    """CTAs that are resident at once: what a kernel's registers are limited to."""
-    return 3 if blocks_of(rows) == 1 else 2
-
-
 def smem_bytes(spec: Spec, blocks: int) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of decode.cuh."""
     return WARPS * STAGES * 2 * KEYS * _row(spec) * 2 + WARPS * blocks * 8 * 8 + 16
@@ -83,7 +80,7 @@ def source(spec: Spec, together: int, blocks: int) -> str:
     """The CUDA C++ of one kernel; `together`: CTAs of one range; `blocks` of 8 packed rows."""
     numbers = {
         "D": spec.head_dim, "G": spec.group, "BLOCKS": blocks, "GANG": together, "WARPS": WARPS,
-        "STAGES": STAGES, "CTAS": ctas_per_sm(8 * blocks), "MAX_KEYS": MAX_KEYS,
+        "STAGES": STAGES, "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS,
     }  # fmt: skip
     return "\n".join(
         (
@@ -165,4 +162,4 @@ def _check_alignment(values: dict[str, Any]) -> None:
             )
 
 
-FAMILY = Family("decode", "cuda", lambda spec: ROWS, True, ctas_per_sm, refuses, _prepare)
+FAMILY = Family("decode", "cuda", lambda spec: ROWS, True, CTAS_PER_SM, refuses, _prepare)

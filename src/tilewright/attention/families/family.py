@@ -47,17 +47,16 @@ class Family:
     """A family of kernels.
 
     `device`: cpu or cuda. `rows`: the packed rows (queries × group) of an item, as a function of
-    the spec. `splits`: whether items of one request are cut along its keys. `ctas_per_sm(rows)`:
-    where its plans are cuts of contiguous ranges (`ranges.py`) instead of items, the CTAs of an SM
-    that take them, by the most packed rows of a request. `refuses(spec, rows, pool)`: the reason
-    why it cannot run a call, or "".
+    the spec. `splits`: whether items of one request are cut along its keys. `ctas_per_sm`: the CTAs
+    of an SM where its plans are cuts of contiguous ranges (`ranges.py`), 0 where they are items.
+    `refuses(spec, rows, pool)`: the reason why it cannot run a call, or "".
     """
 
     name: str
     device: str
     rows: Callable[[Spec], int]
     splits: bool
-    ctas_per_sm: Callable[[int], int] | None
+    ctas_per_sm: int
     refuses: Callable[[Spec, int, Pool | None], str]
     prepare: Callable[[Call], Prepared]
 

@@ -422,12 +422,7 @@ TW_INLINE void body(const Params& p, int cta, int thread, char* smem) {
 
 }  // namespace attention
 
-#if __CUDA_ARCH__ >= 900
-#define TW_CTAS attention::CTAS
-#else
-#define TW_CTAS 2  // the shared memory of sm_80 holds no more
-#endif
-extern "C" __global__ void __launch_bounds__(attention::THREADS, TW_CTAS) stage0(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(attention::THREADS, attention::CTAS) stage0(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) char smem[];
   tw::start_next_launch();
   tw::wait_for_previous_launch();
