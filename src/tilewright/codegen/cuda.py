@@ -47,7 +47,7 @@ class CudaRenderer(Renderer):
 
     def sync(self) -> None:
         self.fragments.clear()
-        self.line(f"tw::meet(1, {self.threads[0] * self.threads[1]});")
+        self.line(f"tw::bar_sync(1, {self.threads[0] * self.threads[1]});")
 
     def unroll_pragma(self, n: int) -> str:
         return f"#pragma unroll {n}"
@@ -86,8 +86,8 @@ class CudaRenderer(Renderer):
         return f"__uint_as_float({_BITS32[which]}u)"
 
     def select(self, e: ir.Select) -> str:
-        """A load that a condition guards is predicated: a branch would part it from its neighbours
-        and their latencies would add up."""
+        """Render a guarded load as a predicated load. A branch would serialise the latencies of
+        neighbouring loads."""
         if (
             isinstance(e.a, ir.Load)
             and e.cond.dtype.lanes == 1
@@ -158,10 +158,10 @@ class CudaRenderer(Renderer):
 
 
 def _vector_of(b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
-    """Template arguments of a vector access: one whose place is not known to be a multiple of its
-    size is done element by element."""
-    apart = "" if _is_multiple(base, lanes) else ", true"
-    return f"{C_TYPES[b.dtype.name]}, {lanes}{apart}"
+    """Template arguments of a vector access. It is element by element where the offset is not known
+    to be a multiple of the vector size."""
+    unaligned = "" if _is_multiple(base, lanes) else ", true"
+    return f"{C_TYPES[b.dtype.name]}, {lanes}{unaligned}"
 
 
 def _is_multiple(e: ir.Expr, n: int) -> bool:
@@ -199,7 +199,9 @@ def render(program: ir.Program, declarations: str, params: Params | None = None)
 
 
 def _body(program: ir.Program, params: Params, nest: ir.Nest, name: str) -> tuple[str, int]:
-    renderer = CudaRenderer(program, params, threads=nest.threads, smem_bytes=_met_bytes(nest))
+    renderer = CudaRenderer(
+        program, params, threads=nest.threads, smem_bytes=_reduction_bytes(nest)
+    )
     renderer.depth = 1
     renderer.stmt(nest.body)
     lines = [f"  {line}" for line in (*renderer.body_pointers(nest), *renderer.unit_to_grid(nest))]
@@ -211,15 +213,15 @@ def _body(program: ir.Program, params: Params, nest: ir.Nest, name: str) -> tupl
     return f"// {nest.name}\n{head} {{\n{place}\n{body}\n}}", renderer.smem_bytes
 
 
-def _met_bytes(nest: ir.Nest) -> int:
-    """The start of shared memory, where sums over thread.y meet."""
+def _reduction_bytes(nest: ir.Nest) -> int:
+    """Bytes at the start of shared memory for the reductions over thread.y."""
     sums = (x for x in walk(nest.body) if isinstance(x, ir.ReduceThreads) and x.axis == "thread.y")
     sizes = (nest.threads[0] * x.extent * x.dtype.itemsize * x.dtype.lanes for x in sums)
     return max(sizes, default=0)
 
 
 def stage_threads(stage: tuple[ir.Nest, ...]) -> int:
-    """Threads of a CTA: those of the body that has most; others leave the rest idle."""
+    """Threads of a CTA: the maximum over its bodies. Smaller bodies leave the rest idle."""
     return max(n.threads[0] * n.threads[1] for n in stage)
 
 

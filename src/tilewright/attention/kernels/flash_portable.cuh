@@ -119,7 +119,7 @@ TW_INLINE void finish(const Params& p, const Item& item, const Work& w, const Ro
       mine[r * (DP + 2) + DP + 1] = rows.row_sum[r];
     }
   }
-  tw::meet(1, THREADS);
+  tw::bar_sync(1, THREADS);
   for (int i = thread; i < w.rows * DP; i += THREADS) {
     int r = i / DP, d = i % DP, row = w.row0 + r;
     const float* all = exchange + r * (DP + 2);
@@ -136,7 +136,7 @@ TW_INLINE void finish(const Params& p, const Item& item, const Work& w, const Ro
     if (d < D) p.o[at * D + d] = new_max == lowest() ? 0.0f : __fdividef(total, weight);
     if (d == 0 && p.lse) p.lse[at] = new_max == lowest() ? lowest() : new_max + tw::log(weight);
   }
-  tw::meet(1, THREADS);
+  tw::bar_sync(1, THREADS);
 }
 
 TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
@@ -156,7 +156,7 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
       bool inside = r < w.rows && d < D;
       q[i] = inside ? as_float(p.q[token * p.q_token + (w.kv_head * G + row % G) * p.q_head + d], Q()) * p.sm_scale : 0.0f;
     }
-    tw::meet(1, THREADS);
+    tw::bar_sync(1, THREADS);
     Rows rows;
     start(rows);
     tw::Tile tile{tw::Bound{first + row0 / G, first + (row0 + w.rows - 1) / G}, tw::Bound{0, 0},

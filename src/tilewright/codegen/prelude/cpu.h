@@ -1,4 +1,4 @@
-// What generated C++ stands on: vectors of N lanes, conversions, mathematics, searches.
+// Runtime library of generated C++: vectors of N lanes, conversions, mathematics, searches.
 //
 // No header of the C++ library is included: it would cost more to compile than the kernel.
 // Vectors are those of GCC and Clang (vector_size); wider ones than the CPU has are cut by the compiler.

@@ -1,4 +1,4 @@
-// What generated CUDA stands on: vectors of N lanes, loads, conversions, searches, reductions.
+// Runtime library of generated CUDA: vectors of N lanes, loads, conversions, searches, reductions.
 //
 // Compiled by NVRTC, which has no host headers: the integer types are defined here. All PTX that
 // Tilewright writes by hand lives in this folder. The test of this file is tests/cubin (it compiles
@@ -90,11 +90,11 @@ template <> struct word_of<4> { using type = unsigned int; };
 template <> struct word_of<8> { using type = uint2; };
 template <> struct word_of<16> { using type = uint4; };
 
-// `Apart`: p may be no multiple of the vector's size, and its elements are accessed one by one.
-template <class T, int N, bool Apart = false>
+// `Unaligned`: p may not be a multiple of the vector size, so elements are accessed one by one.
+template <class T, int N, bool Unaligned = false>
 TW_INLINE vec<T, N> load(const T* p) {
 #ifndef TW_UNALIGNED
-  if constexpr (!Apart && sizeof(T) * N <= 16) {
+  if constexpr (!Unaligned && sizeof(T) * N <= 16) {
     using Word = typename word_of<sizeof(T) * N>::type;
     Word w = *reinterpret_cast<const Word*>(p);
     return reinterpret_cast<vec<T, N>&>(w);
@@ -108,10 +108,10 @@ TW_INLINE vec<T, N> load(const T* p) {
 template <class T>
 TW_INLINE T load_const(const T* p) { return __ldg(p); }
 TW_INLINE bool load_const(const bool* p) { return __ldg(reinterpret_cast<const unsigned char*>(p)) != 0; }
-template <class T, int N, bool Apart = false>
+template <class T, int N, bool Unaligned = false>
 TW_INLINE vec<T, N> load_const(const T* p) {
 #ifndef TW_UNALIGNED
-  if constexpr (!Apart && sizeof(T) * N <= 16) {
+  if constexpr (!Unaligned && sizeof(T) * N <= 16) {
     using Word = typename word_of<sizeof(T) * N>::type;
     Word w = __ldg(reinterpret_cast<const Word*>(p));
     return reinterpret_cast<vec<T, N>&>(w);
@@ -123,18 +123,18 @@ TW_INLINE vec<T, N> load_const(const T* p) {
 }
 TW_INLINE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // Zero where the condition fails: the load is predicated, and nothing is read then.
-template <class T, int N, bool Apart = false>
+template <class T, int N, bool Unaligned = false>
 TW_INLINE vec<T, N> load_const_if(bool c, const T* p) {
   vec<T, N> r = {};
   if (c) {
-    if constexpr (N == 1) r.v[0] = load_const(p); else r = load_const<T, N, Apart>(p);
+    if constexpr (N == 1) r.v[0] = load_const(p); else r = load_const<T, N, Unaligned>(p);
   }
   return r;
 }
-template <class T, int N, bool Apart = false>
+template <class T, int N, bool Unaligned = false>
 TW_INLINE void store(T* p, vec<T, N> x) {
 #ifndef TW_UNALIGNED
-  if constexpr (!Apart && sizeof(T) * N <= 16) {
+  if constexpr (!Unaligned && sizeof(T) * N <= 16) {
     using Word = typename word_of<sizeof(T) * N>::type;
     *reinterpret_cast<Word*>(p) = reinterpret_cast<Word&>(x);
     return;
@@ -387,18 +387,18 @@ TW_INLINE vec<T, N> across_lanes(vec<T, N> x) {
   return x;
 }
 
-// Meeting of the first `threads` threads of a CTA at barrier `id` (0 is left to __syncthreads).
-TW_INLINE void meet(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Barrier `id` for the first `threads` threads of a CTA (__syncthreads uses barrier 0).
+TW_INLINE void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // Over the `Rows` values of a column of threads (same x): through shared memory, in the order of y.
 template <class Op, int Rows, class T>
 TW_INLINE T across_rows(T x, char* smem, int width, int tx, int ty) {
   T* all = reinterpret_cast<T*>(smem);
   all[ty * width + tx] = x;
-  meet(1, width * Rows);
+  bar_sync(1, width * Rows);
   T total = all[tx];
   for (int row = 1; row < Rows; ++row) total = Op::of(total, all[row * width + tx]);
-  meet(1, width * Rows);
+  bar_sync(1, width * Rows);
   return total;
 }
 
