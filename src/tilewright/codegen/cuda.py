@@ -33,7 +33,7 @@ class CudaRenderer(Renderer):
 
     threads: tuple[int, int] = (1, 1)
     smem_bytes: int = 0  # what the body has taken of shared memory so far
-    fragments: dict[str, str] = field(default_factory=dict)  # operand tiles in registers, by text
+    fragments: dict[tuple[ir.Tile, str], str] = field(default_factory=dict)  # loaded operand tiles
     fragment_count: int = 0
 
     def __post_init__(self) -> None:
@@ -133,15 +133,13 @@ class CudaRenderer(Renderer):
             self.line(f"tw::{verb}<{kind}>({self.tile(s.to)}, {acc}, tx);")
 
     def fragment(self, t: ir.Tile, side: str) -> str:
-        """An operand tile in registers: loaded once for all neighbouring products that take it."""
-        tile = self.tile(t)
-        name = self.fragments.get(tile + side)
-        if name is None:
-            name = self.fragments[tile + side] = f"{side}__{self.fragment_count}"
+        """The fragment of an operand tile, loaded once for all products of a block that read it."""
+        if (t, side) not in self.fragments:
+            name = self.fragments[t, side] = f"{side}__{self.fragment_count}"
             self.fragment_count += 1
             self.line(f"tw::fragment_{side} {name};")
-            self.line(f"tw::load_fragment({name}, {tile}, tx);")
-        return name
+            self.line(f"tw::load_fragment({name}, {self.tile(t)}, tx);")
+        return self.fragments[t, side]
 
     def tile(self, t: ir.Tile) -> str:
         place = self.place(t.buffer, t.offset)
