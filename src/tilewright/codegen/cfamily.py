@@ -1,12 +1,13 @@
-"""The C-family renderer: nodes of the loop level → text that C++ and CUDA both read.
+"""The C-family renderer: text for the nodes of the loop level that is both C++ and CUDA.
 
-A stage of a program becomes one function for each nest (a *body*: params, row, unit) and one entry
-that finds the row of the work table a unit belongs to and calls its body. The targets override
-types, memory access and the entry.
+Each nest of a stage becomes a function, a *body* of (params, row, unit). The entry of the stage
+finds the row of the work table that a unit belongs to and calls its body. The targets override
+memory access and matrix tiles, and write the entry.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +78,7 @@ class Renderer:
         elif isinstance(s, ir.Store):
             self.store(s)
         elif isinstance(s, ir.Prefetch):
-            self.line(self.prefetch(self.place(s.place.buffer, s.place.index[0])))
+            self.line(self.prefetch(self.address(s.place.buffer, s.place.index[0])))
         elif isinstance(s, ir.Sync):
             self.sync()
         elif isinstance(s, (ir.Mma, ir.MmaZero, ir.MmaStore)):
@@ -103,9 +104,7 @@ class Renderer:
         if b.scope == "fragment":
             raise InternalError("I101", "fragments belong to the target")
         if b.shape:
-            total = 1
-            for e in b.shape:
-                total *= int(e.value)  # type: ignore[attr-defined]
+            total = math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
             self.line(f"{kind} {name}[{total}];")
         else:
             self.line(f"{kind} {name};")
@@ -123,16 +122,16 @@ class Renderer:
     def store(self, s: ir.Store) -> None:
         value = self.stored(s.value)
         if s.buffer.scope == "register":
-            place = self.register(s.buffer, s.index)
-            self.line(f"{place} = {self.combine(s.op, place, value, s.buffer.dtype)};")
+            element = self.register(s.buffer, s.index)
+            self.line(f"{element} = {self.combine(s.op, element, value, s.buffer.dtype)};")
             return
         pointer, offset = self.pointer(s.buffer), s.index[0]
         lanes = s.value.dtype.lanes
         if s.atomic:
             self.atomic(s, pointer, value)
         elif lanes == 1:
-            place = f"{pointer}[{self.expr(offset)}]"
-            self.line(f"{place} = {self.combine(s.op, place, value, s.buffer.dtype)};")
+            element = f"{pointer}[{self.expr(offset)}]"
+            self.line(f"{element} = {self.combine(s.op, element, value, s.buffer.dtype)};")
         elif isinstance(offset, ir.Ramp):
             if s.op:
                 old = self.load_vector(s.buffer, offset.base, lanes)
@@ -167,15 +166,17 @@ class Renderer:
             return
         index = self.expr(s.index[0])
         self.line(f"{{ const auto value__ = {value}; const auto at__ = {index};")
-        place, one = f"&{pointer}[{self.lane('at__', 'l__')}]", self.lane("value__", "l__")
+        address = f"&{pointer}[{self.lane('at__', 'l__')}]"
         self.line(f"  for (int l__ = 0; l__ < {s.value.dtype.lanes}; ++l__)")
-        self.line(f"    {self.namespace}atomic_{s.op}({place}, {one}); }}")
+        self.line(
+            f"    {self.namespace}atomic_{s.op}({address}, {self.lane('value__', 'l__')}); }}"
+        )
 
     def lane(self, vector: str, lane: str) -> str:
         return f"{vector}[{lane}]"
 
-    def prefetch(self, place: str) -> str:
-        return f"__builtin_prefetch({place});"
+    def prefetch(self, address: str) -> str:
+        return f"__builtin_prefetch({address});"
 
     def sync(self) -> None:
         raise InternalError("I101", "this target has no threads to synchronise")
@@ -266,22 +267,22 @@ class Renderer:
         kind = f"{C_TYPES[b.dtype.name]}, {lanes}"
         return f"{self.namespace}gather<{kind}>({pointer}, {self.expr(offset)})"
 
-    def load_scalar(self, b: ir.Buffer, place: str) -> str:
-        return place
+    def load_scalar(self, b: ir.Buffer, element: str) -> str:
+        return element
 
-    def place(self, b: ir.Buffer, offset: ir.Expr) -> str:
+    def address(self, b: ir.Buffer, offset: ir.Expr) -> str:
         return f"{self.pointer(b)} + {self.expr(offset)}"
 
     def load_vector(self, b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
-        return f"{self.namespace}load<{C_TYPES[b.dtype.name]}, {lanes}>({self.place(b, base)})"
+        return f"{self.namespace}load<{C_TYPES[b.dtype.name]}, {lanes}>({self.address(b, base)})"
 
     def store_vector(self, b: ir.Buffer, base: ir.Expr, value: str, lanes: int) -> str:
         kind = f"{C_TYPES[b.dtype.name]}, {lanes}"
-        return f"{self.namespace}store<{kind}>({self.place(b, base)}, {value});"
+        return f"{self.namespace}store<{kind}>({self.address(b, base)}, {value});"
 
     def stored(self, e: ir.Expr) -> str:
-        """The text of a value as a variable or memory keeps it: what a comparison of vectors gives
-        is as wide as its operands, a vector of bool has bytes that are 0 or 1."""
+        """The text of a value as a variable or memory holds it. A comparison of vectors gives lanes
+        as wide as its operands; a stored vector of bool has bytes that are 0 or 1."""
         text = self.expr(e)
         kept = e.dtype.kind != "b" or e.dtype.lanes == 1
         return text if kept or isinstance(e, _BYTES) else self.mask(text, e.dtype.lanes)

@@ -1,8 +1,8 @@
-"""CUDA C++ for NVRTC: bodies in thin shells (DESIGN 13).
+"""CUDA C++ for NVRTC: a `__global__` function for each stage, which calls the bodies of its nests.
 
-A body is a `__device__` function of (params, row of the work table, unit, shared memory); the shell
-around it finds the row of its CTA. The work table lies in the parameter block: no load is needed
-to find it, and a new matrix needs no new launch configuration but the number of CTAs.
+A body is a `__device__` function of (params, row of the work table, unit, shared memory); the entry
+finds the row of its CTA. The work table is part of the parameter block: no load is needed to find
+it, and another matrix changes only the number of CTAs of a launch.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from tilewright.ir.affine import is_multiple
 from tilewright.ir.names import STRIDE, is_given
 from tilewright.ir.rewrite import walk
 
-RESIDENT = 1024  # threads of an SM that the register budget is made for: 64 registers each
+RESIDENT = 1024  # threads of an SM that share its registers: 64 for each
 EIGHT = 8  # elements of a row that ldmatrix reads at once
 WIDE = 16  # bytes of the widest access: where an array of shared memory may start
-RESIDENT_MMA = 384  # where accumulators are fragments: 168 registers each
+RESIDENT_MMA = 384  # where accumulators are fragments: 168 registers for each
 
 
 _BITS32 = {"nan": "0x7fc00000", "inf": "0x7f800000", "-inf": "0xff800000"}
@@ -32,7 +32,7 @@ class CudaRenderer(Renderer):
     """The GPU's renderer: read-only loads, reductions across threads, matrix tiles of a warp."""
 
     threads: tuple[int, int] = (1, 1)
-    smem_bytes: int = 0  # what the body has taken of shared memory so far
+    smem_bytes: int = 0  # of shared memory, used by the body so far
     fragments: dict[tuple[ir.Tile, str], str] = field(default_factory=dict)  # loaded operand tiles
     fragment_count: int = 0
 
@@ -57,25 +57,25 @@ class CudaRenderer(Renderer):
     def mask(self, text: str, lanes: int) -> str:
         return f"tw::convert<bool, {lanes}>({text})"
 
-    def prefetch(self, place: str) -> str:
-        return f"tw::prefetch({place});"
+    def prefetch(self, address: str) -> str:
+        return f"tw::prefetch({address});"
 
     def var(self, e: ir.Var) -> str:
         if e.name in ("thread_x", "thread_y"):
             return f"static_cast<{self.type(e.dtype)}>({'tx' if e.name == 'thread_x' else 'ty'})"
         return super().var(e)
 
-    def load_scalar(self, b: ir.Buffer, place: str) -> str:
+    def load_scalar(self, b: ir.Buffer, element: str) -> str:
         if b.name in self.written or b.scope == "shared":
-            return place
-        return f"tw::load_const(&{place})"
+            return element
+        return f"tw::load_const(&{element})"
 
     def load_vector(self, b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
         verb = "load" if b.name in self.written or b.scope == "shared" else "load_const"
-        return f"tw::{verb}<{_vector_of(b, base, lanes)}>({self.place(b, base)})"
+        return f"tw::{verb}<{_vector_of(b, base, lanes)}>({self.address(b, base)})"
 
     def store_vector(self, b: ir.Buffer, base: ir.Expr, value: str, lanes: int) -> str:
-        return f"tw::store<{_vector_of(b, base, lanes)}>({self.place(b, base)}, {value});"
+        return f"tw::store<{_vector_of(b, base, lanes)}>({self.address(b, base)}, {value});"
 
     def const(self, e: ir.Const) -> str:
         if not e.dtype.is_float or math.isfinite(e.value):
@@ -98,8 +98,8 @@ class CudaRenderer(Renderer):
             if e.dtype.lanes == 1 or isinstance(e.a.index[0], ir.Ramp):
                 kind = _vector_of(e.a.buffer, index, e.dtype.lanes)
                 lanes = "" if e.dtype.lanes > 1 else "[0]"
-                place = self.place(e.a.buffer, index)
-                return f"tw::load_const_if<{kind}>({self.expr(e.cond)}, {place}){lanes}"
+                address = self.address(e.a.buffer, index)
+                return f"tw::load_const_if<{kind}>({self.expr(e.cond)}, {address}){lanes}"
         return super().select(e)
 
     def reduce_threads(self, e: ir.ReduceThreads) -> str:
@@ -142,17 +142,17 @@ class CudaRenderer(Renderer):
         return self.fragments[t, side]
 
     def tile(self, t: ir.Tile) -> str:
-        place = self.place(t.buffer, t.offset)
+        address = self.address(t.buffer, t.offset)
         fields = (t.row_stride, t.col_stride, t.row_limit, t.col_limit)
         if t.buffer.scope != "shared":
-            return f"tw::tile({place}, {', '.join(map(self.expr, fields))})"
+            return f"tw::tile({address}, {', '.join(map(self.expr, fields))})"
         down, right = (self.expr(f) for f in fields[:2])
         if _is_multiple(t.offset, EIGHT):
             if right == "1" and _is_multiple(t.row_stride, EIGHT):
-                return f"tw::shared_rows_at({place}, {down})"
+                return f"tw::shared_rows_at({address}, {down})"
             if down == "1" and _is_multiple(t.col_stride, EIGHT):
-                return f"tw::shared_cols_at({place}, {right})"
-        return f"tw::shared_tile({place}, {down}, {right})"
+                return f"tw::shared_cols_at({address}, {right})"
+        return f"tw::shared_tile({address}, {down}, {right})"
 
 
 def _vector_of(b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
@@ -192,7 +192,7 @@ def render(program: ir.Program, declarations: str, params: Params | None = None)
             used = max(used, nbytes)
         entries.append(f"stage{number}")
         smem.append(used)
-        text.append(_shell(stage, number))
+        text.append(_entry(stage, number))
     return Source("\n".join(text), tuple(entries), tuple(smem))
 
 
@@ -207,8 +207,8 @@ def _body(program: ir.Program, params: Params, nest: ir.Nest, name: str) -> tupl
     x, y = nest.threads
     args = "const Params& p, const Row& r, int64_t unit, int thread, char* smem"
     head = f"TW_INLINE void {name}({args})"
-    place = f"  const int tx = thread % {x}, ty = thread / {x};  // {x} x {y} threads"
-    return f"// {nest.name}\n{head} {{\n{place}\n{body}\n}}", renderer.smem_bytes
+    thread_ids = f"  const int tx = thread % {x}, ty = thread / {x};  // {x} x {y} threads"
+    return f"// {nest.name}\n{head} {{\n{thread_ids}\n{body}\n}}", renderer.smem_bytes
 
 
 def _reduction_bytes(nest: ir.Nest) -> int:
@@ -223,7 +223,7 @@ def stage_threads(stage: tuple[ir.Nest, ...]) -> int:
     return max(n.threads[0] * n.threads[1] for n in stage)
 
 
-def _shell(stage: tuple[ir.Nest, ...], number: int) -> str:
+def _entry(stage: tuple[ir.Nest, ...], number: int) -> str:
     threads = stage_threads(stage)
     fragments = any(isinstance(x, ir.MmaZero) for n in stage for x in walk(n.body))
     resident = RESIDENT_MMA if fragments else RESIDENT

@@ -13,7 +13,7 @@ TW_INLINE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "
 template <int Pending>
 TW_INLINE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory"); }
 
-// Adds 1 to a counter and gives what it was. What this CTA wrote before (other threads: before a
+// Adds 1 to a counter and returns its old value. What this CTA wrote before (other threads: before a
 // barrier of the CTA) is visible to whoever sees the count, and the other way round.
 TW_INLINE int arrive(int* counter) {
   int before;

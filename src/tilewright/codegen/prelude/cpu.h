@@ -141,7 +141,7 @@ TW_INLINE vec<uint16_t, N> to_float16(vec<float, N> f) {
   return out;
 }
 
-// Bytes to 32 bits: GCC 12 takes __builtin_convertvector apart lane by lane here.
+// Bytes to 32 bits: GCC 12 compiles __builtin_convertvector to scalar code here.
 template <int N, bool Signed, class V>
 TW_INLINE vec<int32_t, N> widen_bytes(V v) {
   typedef char b16 __attribute__((vector_size(16)));
@@ -184,7 +184,7 @@ TW_INLINE V select(M mask, V a, V b) {
   typedef typename int_of<sizeof(V{}[0])>::type mask_t __attribute__((vector_size(sizeof(V))));
   return __builtin_convertvector(mask, mask_t) ? a : b;
 }
-// What a comparison gives, or any number that is not 0, as a vector of bool.
+// The lanes of a comparison, or of any numbers, as a vector of bool: whether each is not 0.
 template <int N, class M>
 TW_INLINE vec<bool, N> mask(M m) { return __builtin_convertvector(m != 0, vec<bool, N>) & 1; }
 template <class T, int N>
@@ -252,7 +252,7 @@ TW_INLINE T abs(T x) { return x < T{} ? -x : x; }
 TW_INLINE float remainder_of(float a, float b) { return __builtin_fmodf(a, b); }
 TW_INLINE double remainder_of(double a, double b) { return __builtin_fmod(a, b); }
 #include "common.h"
-// Vectors: 1 in place of a divisor that traps, so that a constant divisor costs no division.
+// Vectors: a divisor that would trap is replaced by 1, so that a constant divisor needs no division.
 template <class T, int N>
 TW_INLINE vec<T, N> vfloor_div(vec<T, N> a, vec<T, N> b) {
   if constexpr (T(0.5) != T(0)) {
