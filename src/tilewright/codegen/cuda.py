@@ -15,7 +15,7 @@ from tilewright.codegen.params import C_TYPES, Params, c_name, collect_params
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple
 from tilewright.ir.names import STRIDE, is_given
-from tilewright.ir.rewrite import walk
+from tilewright.ir.rewrite import is_const, walk
 
 RESIDENT = 1024  # threads of an SM that share its registers: 64 for each
 EIGHT = 8  # elements of a row that ldmatrix reads at once
@@ -92,7 +92,7 @@ class CudaRenderer(Renderer):
             isinstance(e.a, ir.Load)
             and e.cond.dtype.lanes == 1
             and e.a.buffer.name not in self.written
-            and _zero(e.b)
+            and is_const(e.b.a if isinstance(e.b, ir.Broadcast) else e.b, 0)
         ):
             index = e.a.index[0].base if isinstance(e.a.index[0], ir.Ramp) else e.a.index[0]
             if e.dtype.lanes == 1 or isinstance(e.a.index[0], ir.Ramp):
@@ -166,11 +166,6 @@ def _is_multiple(e: ir.Expr, n: int) -> bool:
     """Whether an offset is a multiple of n, strides of arrays being multiples of 16 bytes: arrays
     for which that does not hold run the code that is compiled with TW_UNALIGNED."""
     return is_multiple(e, n, lambda v: is_given(v.name, STRIDE))
-
-
-def _zero(e: ir.Expr) -> bool:
-    e = e.a if isinstance(e, ir.Broadcast) else e
-    return isinstance(e, ir.Const) and e.value == 0
 
 
 def render(program: ir.Program, declarations: str, params: Params | None = None) -> Source:

@@ -12,6 +12,7 @@ from tilewright.ir.names import COUNT, SIZE, is_given
 from tilewright.ir.rewrite import (
     add,
     free_vars,
+    is_const,
     is_ordered,
     map_bodies,
     mul,
@@ -151,13 +152,12 @@ def _has_grid(s: ir.Stmt) -> bool:
 
 
 def _check_host(loop: ir.For) -> None:
-    begins_at_zero = isinstance(loop.begin, ir.Const) and loop.begin.value == 0
-    inner = [
+    unknown = [
         x
         for x in walk(loop.end)
         if isinstance(x, (ir.Load, ir.Search)) or (isinstance(x, ir.Var) and not host_known(x.name))
     ]
-    if inner or not begins_at_zero:
+    if unknown or not is_const(loop.begin, 0):
         raise ScheduleError(
             "S102",
             f"loop {loop.name} cannot be parallel: its range {loop.begin}:{loop.end} is not known "

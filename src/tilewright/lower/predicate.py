@@ -7,7 +7,7 @@ from typing import Any
 
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import values_name
-from tilewright.ir.rewrite import free_vars, map_bodies, rebuild, transform, zero_unless
+from tilewright.ir.rewrite import free_vars, is_const, map_bodies, rebuild, transform, zero_unless
 
 
 def predicate_loads(program: ir.Program) -> ir.Program:
@@ -65,12 +65,7 @@ def _rewrite(s: ir.Stmt, cond: ir.Expr, guarded: Any) -> ir.Stmt | None:
 
 
 def _is_padding_test(cond: ir.Expr) -> bool:
-    return (
-        isinstance(cond, ir.Binary)
-        and cond.op == ">="
-        and isinstance(cond.b, ir.Const)
-        and cond.b.value == 0
-    )
+    return isinstance(cond, ir.Binary) and cond.op == ">=" and is_const(cond.b, 0)
 
 
 def _is_product(e: ir.Expr, guarded: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import ACCUMULATOR, TOTAL, Given, given
-from tilewright.ir.rewrite import free_vars, map_bodies, rebuild, statements, transform
+from tilewright.ir.rewrite import free_vars, is_const, map_bodies, rebuild, statements, transform
 
 
 def materialize_reductions(program: ir.Program) -> ir.Program:
@@ -115,7 +115,7 @@ class _Materializer:
         out = chain.compute.out.buffer
         self.count += 1
         for loop in (*chain.spatial, *chain.lanes):
-            if loop.extent is None or loop.begin.value != 0:  # type: ignore[attr-defined]
+            if loop.extent is None or not is_const(loop.begin, 0):
                 raise ScheduleError(
                     "S102",
                     f"loop {loop.name} lies inside the reduction of {out.name} and has a run-time "
@@ -124,12 +124,8 @@ class _Materializer:
                     "part inside",
                 )
         shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in (*chain.spatial, *chain.lanes))
-        return ir.Buffer(
-            Given(out.name, ACCUMULATOR, self.count).name,
-            chain.compute.value.dtype,
-            shape,
-            "register",
-        )
+        name = Given(out.name, ACCUMULATOR, self.count).name
+        return ir.Buffer(name, chain.compute.value.dtype, shape, "register")
 
 
 def _reductions(s: ir.Stmt) -> list[_Chain]:

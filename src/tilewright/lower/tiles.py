@@ -20,6 +20,7 @@ from tilewright.ir.rewrite import (
     add,
     conjuncts,
     free_vars,
+    is_const,
     map_bodies,
     mul,
     path_to,
@@ -136,7 +137,7 @@ class _Product:
         assert path is not None
         loops = [s for s in path if isinstance(s, ir.For)][-3:]
         exact = tuple(f.extent for f in loops) == SHAPE and all(
-            f.kind == "serial" and not f.private and _is_zero(f.begin) for f in loops
+            f.kind == "serial" and not f.private and is_const(f.begin, 0) for f in loops
         )
         if tuple(f.name for f in loops) != c.mma or not exact:
             raise ScheduleError(
@@ -183,7 +184,7 @@ class _Product:
             if isinstance(s, ir.For) and s.name not in self.reduced and s.kind not in ir.THREADS
         )  # fmt: skip
         for f in loops:
-            if f.extent is None or not _is_zero(f.begin):
+            if f.extent is None or not is_const(f.begin, 0):
                 out = self.compute.out.buffer.name
                 raise ScheduleError(
                     "S102",
@@ -277,10 +278,6 @@ class _Product:
 # ---------------------------------------------------------------------------- around a tile
 
 
-def _is_zero(e: ir.Expr) -> bool:
-    return isinstance(e, ir.Const) and e.value == 0
-
-
 def _slot(slots: tuple[ir.For, ...]) -> ir.Expr:
     """The number of a fragment: the last spatial loop runs fastest."""
     at: ir.Expr = ir.Const(0, slots[0].var.dtype if slots else dtypes.int32)
@@ -334,7 +331,7 @@ def _limit(cond: ir.Expr, names: frozenset[str]) -> tuple[str, ir.Expr]:
         base, step = _affine(low, names, low.dtype)
         if len(step) == 1 and not free_vars(high) & names:
             ((name, by),) = step.items()
-            if isinstance(by, ir.Const) and by.value == 1:
+            if is_const(by, 1):
                 more = 1 if cond.op in ("<=", ">=") else 0
                 return name, simplify(add(ir.binary("-", high, base), more))
     raise _not_affine(f"the guard {cond} does not end one loop of the tile")

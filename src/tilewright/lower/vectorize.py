@@ -13,6 +13,7 @@ from tilewright.ir.affine import affine
 from tilewright.ir.rewrite import (
     broadcast,
     free_vars,
+    is_const,
     map_bodies,
     simplify,
     substitute,
@@ -127,7 +128,7 @@ def _vectorize(body: ir.Stmt) -> ir.Stmt:
 
     def visit(s: Any) -> Any:
         if isinstance(s, ir.For) and s.kind == "vector":
-            if s.extent is None or s.begin.value != 0:  # type: ignore[attr-defined]
+            if s.extent is None or not is_const(s.begin, 0):
                 raise ScheduleError(
                     "S102", f"loop {s.name} is to be a vector but its extent is not a constant",
                     hint="split it by the number of lanes first, with tail='cut'",
