@@ -185,7 +185,7 @@ class NestBuilder:
         return ir.Var(self.tables.unused_name(name), self.tables.index)
 
     def _open(self, s: LoopSpec, target: _Target, scope: Scope) -> Wrap:
-        """Enters a loop: adds its variable to `scope`, returns what wraps a body in it."""
+        """Enters a loop: adds its variable to `scope`, returns its wrapper of bodies."""
         if s.level is None:
             return self._open_dimension(s, target, scope)
         if s.fused is not None:

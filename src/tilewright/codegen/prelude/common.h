@@ -53,7 +53,7 @@ TW_INLINE T floor_mod(T a, T b) {
     return r != 0 && ((r < 0) != (b < 0)) ? r + b : r;
   }
 }
-// A count that is negative, or as large as the width, shifts all bits out: what is left is 0, or the sign.
+// A count that is negative, or as large as the width, shifts all bits out: the result is 0, or the sign.
 template <class T>
 TW_INLINE T shift_left(T a, T count) {
   return count >= T(0) && count < T(8 * sizeof(T)) ? static_cast<T>(a << count) : T(0);
