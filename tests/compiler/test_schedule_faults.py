@@ -469,7 +469,7 @@ def test_the_verifier_knows_every_buffer(scope):
 
 def test_refusals_name_the_loops_and_the_way_out():
     s = spmm.schedule(lambda s: s.parallel("k"))
-    with pytest.raises(ScheduleError, match="parallel loop k stands below serial loop i"):
+    with pytest.raises(ScheduleError, match="parallel loop k is inside serial loop i"):
         s.build("cpp")
     s = spmm.schedule(lambda s: s.split("k", 8).reorder("j", "k_i").vectorize("k_i"))
     with pytest.raises(ScheduleError, match="differs from lane to lane") as caught:

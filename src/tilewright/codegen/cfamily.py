@@ -1,12 +1,13 @@
-"""The C-family renderer: nodes of the loop level → text that C++ and CUDA both read.
+"""The C-family renderer: text for the nodes of the loop level that is both C++ and CUDA.
 
-A stage of a program becomes one function for each nest (a *body*: params, row, unit) and one entry
-that finds the row of the work table a unit belongs to and calls its body. The targets override
-types, memory access and the entry.
+Each nest of a stage becomes a function, a *body* of (params, row, unit). The entry of the stage
+finds the row of the work table that a unit belongs to and calls its body. The targets override
+memory access and matrix tiles, and write the entry.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,6 @@ class Renderer:
 
     program: ir.Program
     params: Params
-    namespace: str = "tw::"
     lines: list[str] = field(default_factory=list)
     depth: int = 0
 
@@ -46,8 +46,7 @@ class Renderer:
     # -- types -----------------------------------------------------------------------------------
 
     def type(self, t: DType) -> str:
-        base = C_TYPES[t.name]
-        return base if t.lanes == 1 else f"{self.namespace}vec<{base}, {t.lanes}>"
+        return C_TYPES[t.name] if t.lanes == 1 else f"tw::vec<{_lanes_of(t)}>"
 
     # -- statements ------------------------------------------------------------------------------
 
@@ -77,7 +76,7 @@ class Renderer:
         elif isinstance(s, ir.Store):
             self.store(s)
         elif isinstance(s, ir.Prefetch):
-            self.line(self.prefetch(self.place(s.place.buffer, s.place.index[0])))
+            self.line(self.prefetch(self.address(s.place.buffer, s.place.index[0])))
         elif isinstance(s, ir.Sync):
             self.sync()
         elif isinstance(s, (ir.Mma, ir.MmaZero, ir.MmaStore)):
@@ -103,9 +102,7 @@ class Renderer:
         if b.scope == "fragment":
             raise InternalError("I101", "fragments belong to the target")
         if b.shape:
-            total = 1
-            for e in b.shape:
-                total *= int(e.value)  # type: ignore[attr-defined]
+            total = math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
             self.line(f"{kind} {name}[{total}];")
         else:
             self.line(f"{kind} {name};")
@@ -113,39 +110,35 @@ class Renderer:
     def register(self, b: ir.Buffer, index: tuple[ir.Expr, ...]) -> str:
         if not b.shape:
             return c_name(b.name)
-        flat = "0"
-        for i, extent in zip(index, b.shape, strict=True):
-            flat = (
-                self.expr(i) if flat == "0" else f"({flat}) * {self.expr(extent)} + {self.expr(i)}"
-            )
+        flat = self.expr(index[0])
+        for i, extent in zip(index[1:], b.shape[1:], strict=True):
+            flat = f"({flat}) * {self.expr(extent)} + {self.expr(i)}"
         return f"{c_name(b.name)}[{flat}]"
 
     def store(self, s: ir.Store) -> None:
         value = self.stored(s.value)
         if s.buffer.scope == "register":
-            place = self.register(s.buffer, s.index)
-            self.line(f"{place} = {self.combine(s.op, place, value, s.buffer.dtype)};")
+            element = self.register(s.buffer, s.index)
+            self.line(f"{element} = {self.combine(s.op, element, value, s.buffer.dtype)};")
             return
         pointer, offset = self.pointer(s.buffer), s.index[0]
         lanes = s.value.dtype.lanes
         if s.atomic:
             self.atomic(s, pointer, value)
         elif lanes == 1:
-            place = f"{pointer}[{self.expr(offset)}]"
-            self.line(f"{place} = {self.combine(s.op, place, value, s.buffer.dtype)};")
+            element = f"{pointer}[{self.expr(offset)}]"
+            self.line(f"{element} = {self.combine(s.op, element, value, s.buffer.dtype)};")
         elif isinstance(offset, ir.Ramp):
             if s.op:
                 old = self.load_vector(s.buffer, offset.base, lanes)
                 value = self.combine(s.op, old, value, s.value.dtype)
             self.line(self.store_vector(s.buffer, offset.base, value, lanes))
         else:
-            base, ns = C_TYPES[s.buffer.dtype.name], self.namespace
-            index = self.expr(offset)
+            kind, index = f"{C_TYPES[s.buffer.dtype.name]}, {lanes}", self.expr(offset)
             if s.op:
-                value = self.combine(
-                    s.op, f"{ns}gather<{base}, {lanes}>({pointer}, {index})", value, s.value.dtype
-                )
-            self.line(f"{ns}scatter<{base}, {lanes}>({pointer}, {index}, {value});")
+                old = f"tw::gather<{kind}>({pointer}, {index})"
+                value = self.combine(s.op, old, value, s.value.dtype)
+            self.line(f"tw::scatter<{kind}>({pointer}, {index}, {value});")
 
     def combine(self, op: str, old: str, value: str, dtype: DType) -> str:
         if not op:
@@ -156,26 +149,24 @@ class Renderer:
 
     def call_minmax(self, op: str, a: str, b: str, dtype: DType) -> str:
         if dtype.lanes > 1:
-            return f"{self.namespace}v{op}<{C_TYPES[dtype.name]}, {dtype.lanes}>({a}, {b})"
-        return f"{self.namespace}{op}<{C_TYPES[dtype.name]}>({a}, {b})"
+            return f"tw::v{op}<{_lanes_of(dtype)}>({a}, {b})"
+        return f"tw::{op}<{C_TYPES[dtype.name]}>({a}, {b})"
 
     def atomic(self, s: ir.Store, pointer: str, value: str) -> None:
         if s.value.dtype.lanes == 1:
-            self.line(
-                f"{self.namespace}atomic_{s.op}(&{pointer}[{self.expr(s.index[0])}], {value});"
-            )
+            self.line(f"tw::atomic_{s.op}(&{pointer}[{self.expr(s.index[0])}], {value});")
             return
         index = self.expr(s.index[0])
         self.line(f"{{ const auto value__ = {value}; const auto at__ = {index};")
-        place, one = f"&{pointer}[{self.lane('at__', 'l__')}]", self.lane("value__", "l__")
+        address = f"&{pointer}[{self.lane('at__', 'l__')}]"
         self.line(f"  for (int l__ = 0; l__ < {s.value.dtype.lanes}; ++l__)")
-        self.line(f"    {self.namespace}atomic_{s.op}({place}, {one}); }}")
+        self.line(f"    tw::atomic_{s.op}({address}, {self.lane('value__', 'l__')}); }}")
 
     def lane(self, vector: str, lane: str) -> str:
         return f"{vector}[{lane}]"
 
-    def prefetch(self, place: str) -> str:
-        return f"__builtin_prefetch({place});"
+    def prefetch(self, address: str) -> str:
+        return f"__builtin_prefetch({address});"
 
     def sync(self) -> None:
         raise InternalError("I101", "this target has no threads to synchronise")
@@ -232,19 +223,15 @@ class Renderer:
             verb = "find_last" if e.last else "find"
             kind = C_TYPES[e.keys.dtype.name]
             return (
-                f"{self.namespace}{verb}<{self.type(e.dtype)}, {kind}>({self.pointer(e.keys)}, "
+                f"tw::{verb}<{self.type(e.dtype)}, {kind}>({self.pointer(e.keys)}, "
                 f"{self.expr(e.lo)}, {self.expr(e.hi)}, {self.expr(e.key)})"
             )
         if isinstance(e, ir.Ramp):
-            kind = f"{C_TYPES[e.dtype.name]}, {e.dtype.lanes}"
-            return f"{self.namespace}ramp<{kind}>({self.expr(e.base)})"
+            return f"tw::ramp<{_lanes_of(e.dtype)}>({self.expr(e.base)})"
         if isinstance(e, ir.Broadcast):
-            return (
-                f"{self.namespace}splat<{C_TYPES[e.dtype.name]}, {e.dtype.lanes}>({self.expr(e.a)})"
-            )
+            return f"tw::splat<{_lanes_of(e.dtype)}>({self.expr(e.a)})"
         if isinstance(e, ir.ReduceLanes):
-            t = e.a.dtype
-            return f"{self.namespace}fold_{e.op}<{C_TYPES[t.name]}, {t.lanes}>({self.expr(e.a)})"
+            return f"tw::fold_{e.op}<{_lanes_of(e.a.dtype)}>({self.expr(e.a)})"
         if isinstance(e, ir.ReduceThreads):
             return self.reduce_threads(e)
         raise InternalError("I101", f"no text for {type(e).__name__}")
@@ -264,30 +251,30 @@ class Renderer:
         if isinstance(offset, ir.Ramp):
             return self.load_vector(b, offset.base, lanes)
         kind = f"{C_TYPES[b.dtype.name]}, {lanes}"
-        return f"{self.namespace}gather<{kind}>({pointer}, {self.expr(offset)})"
+        return f"tw::gather<{kind}>({pointer}, {self.expr(offset)})"
 
-    def load_scalar(self, b: ir.Buffer, place: str) -> str:
-        return place
+    def load_scalar(self, b: ir.Buffer, element: str) -> str:
+        return element
 
-    def place(self, b: ir.Buffer, offset: ir.Expr) -> str:
+    def address(self, b: ir.Buffer, offset: ir.Expr) -> str:
         return f"{self.pointer(b)} + {self.expr(offset)}"
 
     def load_vector(self, b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
-        return f"{self.namespace}load<{C_TYPES[b.dtype.name]}, {lanes}>({self.place(b, base)})"
+        return f"tw::load<{C_TYPES[b.dtype.name]}, {lanes}>({self.address(b, base)})"
 
     def store_vector(self, b: ir.Buffer, base: ir.Expr, value: str, lanes: int) -> str:
         kind = f"{C_TYPES[b.dtype.name]}, {lanes}"
-        return f"{self.namespace}store<{kind}>({self.place(b, base)}, {value});"
+        return f"tw::store<{kind}>({self.address(b, base)}, {value});"
 
     def stored(self, e: ir.Expr) -> str:
-        """The text of a value as a variable or memory keeps it: what a comparison of vectors gives
-        is as wide as its operands, a vector of bool has bytes that are 0 or 1."""
+        """The text of a value as a variable or memory holds it. A comparison of vectors gives lanes
+        as wide as its operands; a stored vector of bool has bytes that are 0 or 1."""
         text = self.expr(e)
         kept = e.dtype.kind != "b" or e.dtype.lanes == 1
         return text if kept or isinstance(e, _BYTES) else self.mask(text, e.dtype.lanes)
 
     def mask(self, text: str, lanes: int) -> str:
-        return f"{self.namespace}mask<{lanes}>({text})"
+        return f"tw::mask<{lanes}>({text})"
 
     def binary(self, e: ir.Binary) -> str:
         if e.op in ("&", "|") and _mask_bits(e.a) == _mask_bits(e.b):
@@ -315,8 +302,8 @@ class Renderer:
     def function(self, name: str, e: ir.Binary, a: str, b: str) -> str:
         """A function of the prelude; `v` before its name takes vectors."""
         if e.dtype.lanes > 1:
-            return f"{self.namespace}v{name}<{C_TYPES[e.dtype.name]}, {e.dtype.lanes}>({a}, {b})"
-        return f"{self.namespace}{name}<{self.type(e.dtype)}>({a}, {b})"
+            return f"tw::v{name}<{_lanes_of(e.dtype)}>({a}, {b})"
+        return f"tw::{name}<{self.type(e.dtype)}>({a}, {b})"
 
     def unary(self, e: ir.Unary) -> str:
         a = self.expr(e.a)
@@ -325,40 +312,47 @@ class Renderer:
         if e.op == "not":
             return f"(!{a})"
         template = f"<{e.dtype.lanes}>" if e.dtype.lanes > 1 and e.op != "abs" else ""
-        return f"{self.namespace}{e.op}{template}({a})"
+        return f"tw::{e.op}{template}({a})"
 
     def select(self, e: ir.Select) -> str:
         a, b = self.stored(e.a), self.stored(e.b)
         if e.cond.dtype.lanes > 1:
-            return f"{self.namespace}select({self.expr(e.cond)}, {a}, {b})"
+            return f"tw::select({self.expr(e.cond)}, {a}, {b})"
         return f"({self.expr(e.cond)} ? {a} : {b})"
 
     def cast(self, e: ir.Cast) -> str:
         source, to, a = e.a.dtype, e.dtype, self.expr(e.a)
         lanes = f"<{to.lanes}>" if to.lanes > 1 else ""
         if source.name in STORED_AS_BITS:
-            wide = f"{self.namespace}from_{source.name}{lanes}({a})"
+            wide = f"tw::from_{source.name}{lanes}({a})"
             return wide if to.name == "float32" else self.convert(wide, to)
         if to.name in STORED_AS_BITS:
             narrow = a if source.name == "float32" else self.convert(a, _float32(to))
-            return f"{self.namespace}to_{to.name}{lanes}({narrow})"
+            return f"tw::to_{to.name}{lanes}({narrow})"
         if source.is_int and source.bits < 32 and to.is_float and to.lanes > 1:
             a = self.convert(a, _int32(to))  # one step would go lane by lane
         if source.kind == "b" and source.lanes > 1:
-            ones = f"{self.namespace}splat<{C_TYPES[to.name]}, {to.lanes}>(1)"
-            return f"{self.namespace}select({a}, {ones}, {self.type(to)}{{}})"
+            ones = f"tw::splat<{_lanes_of(to)}>(1)"
+            return f"tw::select({a}, {ones}, {self.type(to)}{{}})"
         return self.convert(a, to)
 
     def convert(self, text: str, to: DType) -> str:
         if to.kind == "b" and to.lanes > 1:
             return self.mask(text, to.lanes)
         if to.lanes > 1:
-            return f"{self.namespace}convert<{C_TYPES[to.name]}, {to.lanes}>({text})"
+            return f"tw::convert<{_lanes_of(to)}>({text})"
         if to.kind == "b":
             return f"({text} != 0)"
         return f"static_cast<{C_TYPES[to.name]}>({text})"
 
     # -- bodies ----------------------------------------------------------------------------------
+
+    def body(self, nest: ir.Nest) -> str:
+        """The lines of the function of a nest."""
+        self.depth = 1
+        self.stmt(nest.body)
+        head = (f"  {line}" for line in (*self.body_pointers(nest), *self.unit_to_grid(nest)))
+        return "\n".join((*head, *self.lines))
 
     def body_pointers(self, nest: ir.Nest) -> list[str]:
         """Local names for the pointers that a body reads from `params`."""
@@ -392,6 +386,11 @@ class Renderer:
         return text
 
 
+def has_tiles(stage: tuple[ir.Nest, ...]) -> bool:
+    """Whether a nest of the stage has tile operations."""
+    return any(isinstance(x, ir.MmaZero) for n in stage for x in walk(n.body))
+
+
 # Expressions whose vectors of bool hold one byte per lane.
 _BYTES = (ir.Load, ir.Var, ir.Broadcast, ir.Select, ir.Cast)
 
@@ -422,6 +421,11 @@ def _integer(value: int, dtype: DType) -> str:
     if value == dtype.least:  # C has no negative literals
         return f"({_integer(value + 1, dtype)} - 1)"
     return f"INT64_C({value})"
+
+
+def _lanes_of(t: DType) -> str:
+    """The template arguments of a vector type: its element and the number of lanes."""
+    return f"{C_TYPES[t.name]}, {t.lanes}"
 
 
 def _int32(to: DType) -> DType:

@@ -1,8 +1,8 @@
-"""CUDA C++ for NVRTC: bodies in thin shells (DESIGN 13).
+"""CUDA C++ for NVRTC: a `__global__` function for each stage, which calls the bodies of its nests.
 
-A body is a `__device__` function of (params, row of the work table, unit, shared memory); the shell
-around it finds the row of its CTA. The work table lies in the parameter block: no load is needed
-to find it, and a new matrix needs no new launch configuration but the number of CTAs.
+A body is a `__device__` function of (params, row of the work table, unit, shared memory); the entry
+finds the row of its CTA. The work table is part of the parameter block: no load is needed to find
+it, and another matrix changes only the number of CTAs of a launch.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from tilewright.codegen.cfamily import Renderer, Source
+from tilewright.codegen.cfamily import Renderer, Source, has_tiles
 from tilewright.codegen.params import C_TYPES, Params, c_name, collect_params
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple
 from tilewright.ir.names import STRIDE, is_given
-from tilewright.ir.rewrite import walk
+from tilewright.ir.rewrite import is_const, walk
 
-RESIDENT = 1024  # threads of an SM that the register budget is made for: 64 registers each
+RESIDENT = 1024  # threads of an SM that share its registers: 64 for each
 EIGHT = 8  # elements of a row that ldmatrix reads at once
 WIDE = 16  # bytes of the widest access: where an array of shared memory may start
-RESIDENT_MMA = 384  # where accumulators are fragments: 168 registers each
+RESIDENT_MMA = 384  # where accumulators are fragments: 168 registers for each
 
 
 _BITS32 = {"nan": "0x7fc00000", "inf": "0x7f800000", "-inf": "0xff800000"}
@@ -32,8 +32,8 @@ class CudaRenderer(Renderer):
     """The GPU's renderer: read-only loads, reductions across threads, matrix tiles of a warp."""
 
     threads: tuple[int, int] = (1, 1)
-    smem_bytes: int = 0  # what the body has taken of shared memory so far
-    fragments: dict[str, str] = field(default_factory=dict)  # operand tiles in registers, by text
+    smem_bytes: int = 0  # of shared memory, used by the body so far
+    fragments: dict[tuple[ir.Tile, str], str] = field(default_factory=dict)  # loaded operand tiles
     fragment_count: int = 0
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class CudaRenderer(Renderer):
 
     def sync(self) -> None:
         self.fragments.clear()
-        self.line(f"tw::meet(1, {self.threads[0] * self.threads[1]});")
+        self.line(f"tw::bar_sync(1, {self.threads[0] * self.threads[1]});")
 
     def unroll_pragma(self, n: int) -> str:
         return f"#pragma unroll {n}"
@@ -57,25 +57,25 @@ class CudaRenderer(Renderer):
     def mask(self, text: str, lanes: int) -> str:
         return f"tw::convert<bool, {lanes}>({text})"
 
-    def prefetch(self, place: str) -> str:
-        return f"tw::prefetch({place});"
+    def prefetch(self, address: str) -> str:
+        return f"tw::prefetch({address});"
 
     def var(self, e: ir.Var) -> str:
         if e.name in ("thread_x", "thread_y"):
             return f"static_cast<{self.type(e.dtype)}>({'tx' if e.name == 'thread_x' else 'ty'})"
         return super().var(e)
 
-    def load_scalar(self, b: ir.Buffer, place: str) -> str:
+    def load_scalar(self, b: ir.Buffer, element: str) -> str:
         if b.name in self.written or b.scope == "shared":
-            return place
-        return f"tw::load_const(&{place})"
+            return element
+        return f"tw::load_const(&{element})"
 
     def load_vector(self, b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
         verb = "load" if b.name in self.written or b.scope == "shared" else "load_const"
-        return f"tw::{verb}<{_vector_of(b, base, lanes)}>({self.place(b, base)})"
+        return f"tw::{verb}<{_vector_of(b, base, lanes)}>({self.address(b, base)})"
 
     def store_vector(self, b: ir.Buffer, base: ir.Expr, value: str, lanes: int) -> str:
-        return f"tw::store<{_vector_of(b, base, lanes)}>({self.place(b, base)}, {value});"
+        return f"tw::store<{_vector_of(b, base, lanes)}>({self.address(b, base)}, {value});"
 
     def const(self, e: ir.Const) -> str:
         if not e.dtype.is_float or math.isfinite(e.value):
@@ -86,20 +86,20 @@ class CudaRenderer(Renderer):
         return f"__uint_as_float({_BITS32[which]}u)"
 
     def select(self, e: ir.Select) -> str:
-        """A load that a condition guards is predicated: a branch would part it from its neighbours
-        and their latencies would add up."""
+        """Render a guarded load as a predicated load. A branch would serialise the latencies of
+        neighbouring loads."""
         if (
             isinstance(e.a, ir.Load)
             and e.cond.dtype.lanes == 1
             and e.a.buffer.name not in self.written
-            and _zero(e.b)
+            and is_const(e.b.a if isinstance(e.b, ir.Broadcast) else e.b, 0)
         ):
             index = e.a.index[0].base if isinstance(e.a.index[0], ir.Ramp) else e.a.index[0]
             if e.dtype.lanes == 1 or isinstance(e.a.index[0], ir.Ramp):
                 kind = _vector_of(e.a.buffer, index, e.dtype.lanes)
                 lanes = "" if e.dtype.lanes > 1 else "[0]"
-                place = self.place(e.a.buffer, index)
-                return f"tw::load_const_if<{kind}>({self.expr(e.cond)}, {place}){lanes}"
+                address = self.address(e.a.buffer, index)
+                return f"tw::load_const_if<{kind}>({self.expr(e.cond)}, {address}){lanes}"
         return super().select(e)
 
     def reduce_threads(self, e: ir.ReduceThreads) -> str:
@@ -133,35 +133,33 @@ class CudaRenderer(Renderer):
             self.line(f"tw::{verb}<{kind}>({self.tile(s.to)}, {acc}, tx);")
 
     def fragment(self, t: ir.Tile, side: str) -> str:
-        """An operand tile in registers: loaded once for all neighbouring products that take it."""
-        tile = self.tile(t)
-        name = self.fragments.get(tile + side)
-        if name is None:
-            name = self.fragments[tile + side] = f"{side}__{self.fragment_count}"
+        """The fragment of an operand tile, loaded once for all products of a block that read it."""
+        if (t, side) not in self.fragments:
+            name = self.fragments[t, side] = f"{side}__{self.fragment_count}"
             self.fragment_count += 1
             self.line(f"tw::fragment_{side} {name};")
-            self.line(f"tw::load_fragment({name}, {tile}, tx);")
-        return name
+            self.line(f"tw::load_fragment({name}, {self.tile(t)}, tx);")
+        return self.fragments[t, side]
 
     def tile(self, t: ir.Tile) -> str:
-        place = self.place(t.buffer, t.offset)
+        address = self.address(t.buffer, t.offset)
         fields = (t.row_stride, t.col_stride, t.row_limit, t.col_limit)
         if t.buffer.scope != "shared":
-            return f"tw::tile({place}, {', '.join(map(self.expr, fields))})"
+            return f"tw::tile({address}, {', '.join(map(self.expr, fields))})"
         down, right = (self.expr(f) for f in fields[:2])
         if _is_multiple(t.offset, EIGHT):
             if right == "1" and _is_multiple(t.row_stride, EIGHT):
-                return f"tw::shared_rows_at({place}, {down})"
+                return f"tw::shared_rows_at({address}, {down})"
             if down == "1" and _is_multiple(t.col_stride, EIGHT):
-                return f"tw::shared_cols_at({place}, {right})"
-        return f"tw::shared_tile({place}, {down}, {right})"
+                return f"tw::shared_cols_at({address}, {right})"
+        return f"tw::shared_tile({address}, {down}, {right})"
 
 
 def _vector_of(b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
-    """Template arguments of a vector access: one whose place is not known to be a multiple of its
-    size is done element by element."""
-    apart = "" if _is_multiple(base, lanes) else ", true"
-    return f"{C_TYPES[b.dtype.name]}, {lanes}{apart}"
+    """Template arguments of a vector access. It is element by element where the offset is not known
+    to be a multiple of the vector size."""
+    unaligned = "" if _is_multiple(base, lanes) else ", true"
+    return f"{C_TYPES[b.dtype.name]}, {lanes}{unaligned}"
 
 
 def _is_multiple(e: ir.Expr, n: int) -> bool:
@@ -170,19 +168,11 @@ def _is_multiple(e: ir.Expr, n: int) -> bool:
     return is_multiple(e, n, lambda v: is_given(v.name, STRIDE))
 
 
-def _zero(e: ir.Expr) -> bool:
-    e = e.a if isinstance(e, ir.Broadcast) else e
-    return isinstance(e, ir.Const) and e.value == 0
-
-
 def render(program: ir.Program, declarations: str, params: Params | None = None) -> Source:
     """The source of a program at the loop level. `declarations` are the structs Params and Row."""
     params = params or collect_params(program)
-    uses_mma = any(
-        isinstance(x, ir.MmaZero) for s in program.stages for n in s for x in walk(n.body)
-    )
     text = ["// generated by Tilewright", '#include "gpu.cuh"']
-    if uses_mma:
+    if any(map(has_tiles, program.stages)):
         text.append('#include "mma.cuh"')
     text.append(declarations)
     entries, smem = [], []
@@ -194,39 +184,37 @@ def render(program: ir.Program, declarations: str, params: Params | None = None)
             used = max(used, nbytes)
         entries.append(f"stage{number}")
         smem.append(used)
-        text.append(_shell(stage, number))
+        text.append(_entry(stage, number))
     return Source("\n".join(text), tuple(entries), tuple(smem))
 
 
 def _body(program: ir.Program, params: Params, nest: ir.Nest, name: str) -> tuple[str, int]:
-    renderer = CudaRenderer(program, params, threads=nest.threads, smem_bytes=_met_bytes(nest))
-    renderer.depth = 1
-    renderer.stmt(nest.body)
-    lines = [f"  {line}" for line in (*renderer.body_pointers(nest), *renderer.unit_to_grid(nest))]
-    body = "\n".join((*lines, *renderer.lines))
+    renderer = CudaRenderer(
+        program, params, threads=nest.threads, smem_bytes=_reduction_bytes(nest)
+    )
+    body = renderer.body(nest)
     x, y = nest.threads
     args = "const Params& p, const Row& r, int64_t unit, int thread, char* smem"
     head = f"TW_INLINE void {name}({args})"
-    place = f"  const int tx = thread % {x}, ty = thread / {x};  // {x} x {y} threads"
-    return f"// {nest.name}\n{head} {{\n{place}\n{body}\n}}", renderer.smem_bytes
+    thread_ids = f"  const int tx = thread % {x}, ty = thread / {x};  // {x} x {y} threads"
+    return f"// {nest.name}\n{head} {{\n{thread_ids}\n{body}\n}}", renderer.smem_bytes
 
 
-def _met_bytes(nest: ir.Nest) -> int:
-    """The start of shared memory, where sums over thread.y meet."""
+def _reduction_bytes(nest: ir.Nest) -> int:
+    """Bytes at the start of shared memory for the reductions over thread.y."""
     sums = (x for x in walk(nest.body) if isinstance(x, ir.ReduceThreads) and x.axis == "thread.y")
     sizes = (nest.threads[0] * x.extent * x.dtype.itemsize * x.dtype.lanes for x in sums)
     return max(sizes, default=0)
 
 
 def stage_threads(stage: tuple[ir.Nest, ...]) -> int:
-    """Threads of a CTA: those of the body that has most; others leave the rest idle."""
+    """Threads of a CTA: the maximum over its bodies. Smaller bodies leave the rest idle."""
     return max(n.threads[0] * n.threads[1] for n in stage)
 
 
-def _shell(stage: tuple[ir.Nest, ...], number: int) -> str:
+def _entry(stage: tuple[ir.Nest, ...], number: int) -> str:
     threads = stage_threads(stage)
-    fragments = any(isinstance(x, ir.MmaZero) for n in stage for x in walk(n.body))
-    resident = RESIDENT_MMA if fragments else RESIDENT
+    resident = RESIDENT_MMA if has_tiles(stage) else RESIDENT
     bounds = f"__launch_bounds__({threads}, {max(1, resident // threads)})"
     head = (
         f'extern "C" __global__ void {bounds} stage{number}(const __grid_constant__ Params p) {{\n'

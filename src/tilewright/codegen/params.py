@@ -1,4 +1,4 @@
-"""What a program's launches read: the fields of their parameter blocks, C's names and types."""
+"""The parameter blocks of a program's launches: their fields, with names and types of C."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ signed sizeof static static_assert static_cast struct switch template this threa
 try typedef typeid typename typeof union unsigned using virtual void volatile wchar_t while xor
 xor_eq p r unit raw begin end at first units body row_count tw tx ty thread smem Params Params0 Row
 int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t"""
-_RESERVED = frozenset(_WORDS.split())  # C++'s own words, and those that generated code stands on
+_RESERVED = frozenset(_WORDS.split())  # keywords of C++ and names that generated code defines
 
 
 def c_name(name: str) -> str:
     """A C identifier for a name of the IR, another one for each: a dot becomes two underscores,
-    which no name of a user has (`sparse.trace` sees to it)."""
+    which no name of a user has (`sparse.trace` checks it)."""
     text = re.sub(r"\W", "__", name)
     return f"{text}__" if text in _RESERVED else text
 
@@ -91,17 +91,17 @@ def packed_strides(tensor: ir.Tensor, sizes: Mapping[str, int]) -> tuple[int | N
     """The strides that a dense tensor without gaps has, in elements; None where a size inside is
     known at run time only, and for tensors that are declared `strided`.
 
-    Generated code takes these for granted: an address is then a shift, not a product. Arrays with
-    gaps run the same source compiled with `TW_STRIDED`, where the given strides hold."""
+    Generated code has these as constants: an address is then a shift, not a product. Arrays with
+    gaps run the same source compiled with `TW_STRIDED`, which reads the strides at run time."""
     if tensor.structure or tensor.strided or tensor.role == "inline":
         return ()
-    found: list[int | None] = []
+    strides: list[int | None] = []
     step: int | None = 1
     for dim in reversed(tensor.dims):
-        found.append(step)
+        strides.append(step)
         extent = dim if isinstance(dim, int) else sizes.get(dim)
         step = None if step is None or extent is None else step * extent
-    return tuple(reversed(found))
+    return tuple(reversed(strides))
 
 
 def _is_input(program: ir.Program, name: str) -> bool:
@@ -117,13 +117,13 @@ def _nests(program: ir.Program) -> list[ir.Nest]:
 
 
 def _free_names(program: ir.Program) -> dict[str, str]:
-    found: dict[str, str] = {}
+    types: dict[str, str] = {}
     for n in _nests(program):
         for x in (*walk(n.body), *(v for g in n.grid for v in walk(g))):
             if isinstance(x, ir.Var) and is_given(x.name, SIZE, STRIDE, COUNT):
                 wide = is_given(x.name, STRIDE) or x.dtype.bits == 64
-                found[x.name] = "int64" if wide else "int32"
-    return found
+                types[x.name] = "int64" if wide else "int32"
+    return types
 
 
 def host_count(grid: tuple[ir.Expr, ...]) -> Any:

@@ -27,6 +27,7 @@ from tilewright.ir.nodes import (
     Load,
     MmaStore,
     Nest,
+    Program,
     Reduce,
     Search,
     Select,
@@ -128,6 +129,12 @@ def path_to(s: Stmt, goal: Compute) -> list[Any] | None:
             if below is not None:
                 return [*lets, *below]
     return None
+
+
+def map_bodies(program: Program, f: Callable[[Stmt], Stmt]) -> Program:
+    """The program with `f` applied to the body of each nest."""
+    stages = (tuple(replace(n, body=f(n.body)) for n in stage) for stage in program.stages)
+    return replace(program, stages=tuple(stages))
 
 
 def is_ordered(nest: Nest) -> bool:

@@ -1,7 +1,7 @@
 """The compiler on one screen: every pass, in order. Each is a pure function Program → Program.
 
 `schedule` is where a schedule's verbs rewrite the nests; without one the program runs as written.
-With the knob `verify` the level's verifier runs after each pass; `debug` 3 prints what changed.
+The knob `verify` runs the verifier after each pass; `debug` 3 prints each new program.
 """
 
 from __future__ import annotations

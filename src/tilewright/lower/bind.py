@@ -12,7 +12,9 @@ from tilewright.ir.names import COUNT, SIZE, is_given
 from tilewright.ir.rewrite import (
     add,
     free_vars,
+    is_const,
     is_ordered,
+    map_bodies,
     mul,
     rebuild,
     simplify,
@@ -32,13 +34,13 @@ def bind_grid(program: ir.Program) -> ir.Program:
     before: for i_o in 0:ceil(n/8)  # cta.x          after: grid (ceil(n/8)), i_o = unit
               body                                          body
     """
-    stages = tuple(tuple(_grid(n) for n in stage) for stage in program.stages)
+    stages = tuple(tuple(map(_grid, stage)) for stage in program.stages)
     return replace(program, stages=stages)
 
 
 def bind_threads(program: ir.Program) -> ir.Program:
-    """CUDA: a loop bound to threads becomes one iteration of each thread; what stands outside such
-    loops is done by all threads, but stored by one.
+    """CUDA: a loop bound to threads becomes one iteration of each thread; statements outside such
+    loops are computed by all threads, but stored by one.
 
     before: for lane in 0:32  # thread.x           after: Y[o + thread_x] = …
               Y[o + lane] = …                             if thread_x == 0: Z[i] = …
@@ -48,7 +50,7 @@ def bind_threads(program: ir.Program) -> ir.Program:
 
     A nest with tile operations has 32 threads along x: a tile operation is done by a warp.
     """
-    stages = tuple(tuple(_bound(n) for n in stage) for stage in program.stages)
+    stages = tuple(tuple(map(_bound, stage)) for stage in program.stages)
     return replace(program, stages=stages)
 
 
@@ -71,7 +73,7 @@ def _bound(nest: ir.Nest) -> ir.Nest:
             hint="atomic(), or a format that keeps rows whole",
         )
     body = simplify(_threads(nest.body, extents, frozenset()))
-    _check_meetings(body, guarded=False)
+    _check_barriers(body, guarded=False)
     return replace(nest, body=body, threads=(extents["thread.x"], extents["thread.y"]))
 
 
@@ -81,21 +83,21 @@ def _check_cta(nest: ir.Nest, threads: int) -> None:
             "S103", f"{nest.name} has {threads} threads in a CTA",
             hint=f"at most {CTA_THREADS}: bind smaller loops",
         )  # fmt: skip
-    meets = any(isinstance(x, ir.Sync) for x in statements(nest.body))
-    if meets and threads % WARP:
+    has_barrier = any(isinstance(x, ir.Sync) for x in statements(nest.body))
+    if has_barrier and threads % WARP:
         raise ScheduleError(
             "S102",
-            f"{nest.name} has {threads} threads that meet: a barrier takes whole warps",
+            f"{nest.name} has a barrier and {threads} threads: a barrier takes complete warps",
             hint="bind loops to threads so that their product is a multiple of 32",
         )
 
 
 def serialize_threads(program: ir.Program) -> ir.Program:
-    """CPU: thread loops of a schedule made for a GPU run one after the other.
+    """CPU: thread loops of a schedule for a GPU run one after the other.
 
     before: for lane in 0:32  # thread.x            after: for lane in 0:32
             for t in 0:96     # threads                    for t in 0:96
-            meet
+            sync
     """
 
     def visit(s: Any) -> Any:
@@ -105,8 +107,7 @@ def serialize_threads(program: ir.Program) -> ir.Program:
             s = replace(s, kind="serial")
         return rebuild(s, visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
 
-    stages = tuple(tuple(replace(n, body=visit(n.body)) for n in stage) for stage in program.stages)
-    return replace(program, stages=stages)
+    return map_bodies(program, visit)
 
 
 def _grid(nest: ir.Nest) -> ir.Nest:
@@ -136,9 +137,9 @@ def _grid(nest: ir.Nest) -> ir.Nest:
     if _has_grid(body):
         below = next(x for x in statements(body) if isinstance(x, ir.For) and x.kind in ir.GRID)
         above = next((x for x in statements(body) if isinstance(x, ir.For)), below)
-        what = f"serial loop {above.name}" if above is not below else "a branch"
+        outer = f"serial loop {above.name}" if above is not below else "a branch"
         raise ScheduleError(
-            "S102", f"in {nest.name} the parallel loop {below.name} stands below {what}",
+            "S102", f"in {nest.name} the parallel loop {below.name} is inside {outer}",
             hint="reorder so that parallel loops come first: they are the units of the launch",
         )  # fmt: skip
     for wrap in reversed(rewrap):
@@ -151,13 +152,12 @@ def _has_grid(s: ir.Stmt) -> bool:
 
 
 def _check_host(loop: ir.For) -> None:
-    begins_at_zero = isinstance(loop.begin, ir.Const) and loop.begin.value == 0
-    inner = [
+    unknown = [
         x
         for x in walk(loop.end)
         if isinstance(x, (ir.Load, ir.Search)) or (isinstance(x, ir.Var) and not host_known(x.name))
     ]
-    if inner or not begins_at_zero:
+    if unknown or not is_const(loop.begin, 0):
         raise ScheduleError(
             "S102",
             f"loop {loop.name} cannot be parallel: its range {loop.begin}:{loop.end} is not known "
@@ -172,7 +172,7 @@ def host_known(name: str) -> bool:
 
 
 def _extent(body: ir.Stmt, kind: str) -> int:
-    found = 1
+    largest = 1
     for x in statements(body):
         if isinstance(x, ir.For) and x.kind == kind:
             if x.extent is None:
@@ -181,31 +181,33 @@ def _extent(body: ir.Stmt, kind: str) -> int:
                     f"loop {x.name} is bound to {kind} but its extent is not a constant",
                     hint="split it first",
                 )
-            found = max(found, x.extent)
-    return found
+            largest = max(largest, x.extent)
+    return largest
 
 
-def _check_meetings(s: ir.Stmt, *, guarded: bool) -> None:
-    """Threads meet at a barrier to sum over thread.y and to share memory: no guard may keep some of
-    them away."""
+def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
+    """Raises ScheduleError[S102] for a barrier that a guard keeps some threads from. Reductions
+    over thread.y and copies to shared memory have barriers."""
     if isinstance(s, ir.If):
-        parts = free_vars(s.cond) & {THREAD_X.name, THREAD_Y.name}
-        _check_meetings(s.body, guarded=guarded or bool(parts))
+        divergent = bool(free_vars(s.cond) & {THREAD_X.name, THREAD_Y.name})
+        _check_barriers(s.body, guarded=guarded or divergent)
     elif isinstance(s, ir.For):
-        _check_meetings(s.body, guarded=guarded)
+        _check_barriers(s.body, guarded=guarded)
     elif isinstance(s, ir.Seq):
         for b in s.body:
-            _check_meetings(b, guarded=guarded)
-    elif guarded and (isinstance(s, ir.Sync) or (isinstance(s, ir.Store) and _meets(s.value))):
+            _check_barriers(b, guarded=guarded)
+    elif guarded and (isinstance(s, ir.Sync) or _reduces_over_y(s)):
         raise ScheduleError(
             "S102",
-            "a guard parts threads that meet",
+            "a guard keeps some threads from a barrier",
             hint="specialize() the dimension and split it by a factor that divides it",
         )
 
 
-def _meets(e: ir.Expr) -> bool:
-    return any(isinstance(x, ir.ReduceThreads) and x.axis == "thread.y" for x in walk(e))
+def _reduces_over_y(s: ir.Stmt) -> bool:
+    return isinstance(s, ir.Store) and any(
+        isinstance(x, ir.ReduceThreads) and x.axis == "thread.y" for x in walk(s.value)
+    )
 
 
 def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.Stmt:
@@ -215,7 +217,7 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
                 "S102", "shared memory is filled inside a loop bound to threads",
                 hint="cache at a loop around those bound to threads",
             )  # fmt: skip
-        return s if isinstance(s, ir.Sync) else _shared_out(s, extents)
+        return s if isinstance(s, ir.Sync) else _distributed(s, extents)
     if isinstance(s, ir.For) and s.kind in ir.THREADS:
         if s.kind in inside:
             raise ScheduleError(
@@ -241,7 +243,7 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
     if isinstance(s, (ir.Mma, ir.MmaZero, ir.MmaStore)):
         if "thread.x" in inside:
             raise ScheduleError(
-                "S102", "a tile operation stands inside a loop bound to thread.x",
+                "S102", "a tile operation is inside a loop bound to thread.x",
                 hint="its own 32 threads are those of thread.x: bind the loop to thread.y",
             )  # fmt: skip
         if isinstance(s, ir.MmaStore) and extents["thread.y"] > 1 and "thread.y" not in inside:
@@ -249,22 +251,17 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
     return s
 
 
-def _shared_out(s: ir.For, extents: dict[str, int]) -> ir.Stmt:
-    """A loop whose iterations all threads of the CTA do together, neighbours by neighbours."""
+def _distributed(s: ir.For, extents: dict[str, int]) -> ir.Stmt:
+    """A loop over all threads of the CTA: neighbouring threads run neighbouring iterations."""
     assert s.extent is not None
     x, y = extents["thread.x"], extents["thread.y"]
     dtype = s.var.dtype
     thread: ir.Expr = replace(THREAD_X, dtype=dtype)
     if y > 1:
         thread = add(mul(replace(THREAD_Y, dtype=dtype), x), thread)
-    rounds, whole = -(-s.extent // (x * y)), s.extent % (x * y) == 0
+    rounds = -(-s.extent // (x * y))
     outer = ir.Var(f"{s.name}_o", dtype)
-    body = s.body if whole else ir.If(ir.binary("<", s.var, s.extent), s.body)
+    body = ir.If(ir.binary("<", s.var, s.extent), s.body) if s.extent % (x * y) else s.body
     body = ir.seq(ir.Let(s.var, add(mul(outer, x * y), thread)), body)
-    return ir.For(
-        outer,
-        ir.Const(0, dtype),
-        ir.Const(rounds, dtype),
-        body,
-        "unroll" if rounds <= UNROLLED else "serial",
-    )
+    kind = "unroll" if rounds <= UNROLLED else "serial"
+    return ir.For(outer, ir.Const(0, dtype), ir.Const(rounds, dtype), body, kind)

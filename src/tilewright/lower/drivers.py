@@ -1,5 +1,5 @@
-"""Checks of what drives a reduction: that the answer depends neither on the order of operands nor
-on coordinates that a format stores more than once."""
+"""Checks of the structures that drive a reduction: its value depends neither on the order of its
+operands nor on coordinates that a format stores more than once."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def constant(e: ir.Expr, read: Callable[[ir.Access], Any]) -> Any:
         cond, a, b = (constant(x, read) for x in (e.cond, e.a, e.b))
         return (a if a == b else None) if cond is None else (a if cond else b)
     if isinstance(e, ir.Binary):
-        return _of_two(e.op, constant(e.a, read), constant(e.b, read))
+        return _binary(e.op, constant(e.a, read), constant(e.b, read))
     return None
 
 
@@ -86,7 +86,7 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _of_two(op: str, a: Any, b: Any) -> Any:
+def _binary(op: str, a: Any, b: Any) -> Any:
     if a is not None and b is not None:
         if op == "/":
             return a / b if b != 0 else None

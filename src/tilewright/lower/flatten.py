@@ -7,18 +7,28 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import add, as_int64, mul, rebuild, simplify, substitute, transform, walk
+from tilewright.ir.rewrite import (
+    add,
+    as_int64,
+    map_bodies,
+    mul,
+    rebuild,
+    simplify,
+    substitute,
+    transform,
+    walk,
+)
 
 HEAVY = (ir.Load, ir.Search)
 
 
 def inline_lets(program: ir.Program) -> ir.Program:
-    """Names of plain arithmetic are replaced by what they name; names of loads stay.
+    """Lets of plain arithmetic are replaced by their values; lets that load or search stay.
 
     before: let k = k_o * 64 + k_i; let j = indices[p]; … X[j, k]
     after:  let j = indices[p]; … X[j, k_o * 64 + k_i]
     """
-    return _each_body(program, lambda s: simplify(_inline(s, {})))
+    return map_bodies(program, lambda s: simplify(_inline(s, {})))
 
 
 def _inline(s: Any, known: dict[str, ir.Expr]) -> Any:
@@ -33,12 +43,11 @@ def _inline(s: Any, known: dict[str, ir.Expr]) -> Any:
                     known = {**known, b.var.name: value}
             else:
                 out.append(_inline(b, known))
-        return ir.seq(*out) if out else ir.Seq(())
+        return ir.seq(*out)
     if isinstance(s, (ir.For, ir.If)):
-        new = rebuild(
+        return rebuild(
             s, lambda c: _inline(c, known) if isinstance(c, ir.Stmt) else substitute(c, known)
         )
-        return new
     return substitute(s, known)
 
 
@@ -53,7 +62,7 @@ def flatten_addresses(program: ir.Program) -> ir.Program:
             return replace(x, index=(flat_offset(x),))
         return x
 
-    return _each_body(program, lambda s: simplify(transform(s, visit)))
+    return map_bodies(program, lambda s: simplify(transform(s, visit)))
 
 
 def flat_offset(x: ir.Load | ir.Store) -> ir.Expr:
@@ -63,18 +72,13 @@ def flat_offset(x: ir.Load | ir.Store) -> ir.Expr:
         return x.index[0]
     strides = buffer.strides
     if strides is None:
-        made: list[ir.Expr] = []
+        packed: list[ir.Expr] = []
         step: ir.Expr = ir.Const(1, dtypes.int64)
         for extent in reversed(buffer.shape):
-            made.insert(0, step)
+            packed.insert(0, step)
             step = mul(step, as_int64(extent))
-        strides = tuple(made)
+        strides = tuple(packed)
     total: ir.Expr = ir.Const(0, dtypes.int64)
     for i, s in zip(x.index, strides, strict=True):
         total = add(total, mul(as_int64(i), ir.cast(s, dtypes.int64)))
     return total
-
-
-def _each_body(program: ir.Program, f: Any) -> ir.Program:
-    stages = tuple(tuple(replace(n, body=f(n.body)) for n in stage) for stage in program.stages)
-    return replace(program, stages=stages)

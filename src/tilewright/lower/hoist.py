@@ -17,7 +17,7 @@ def hoist_reductions(program: ir.Program) -> ir.Program:
             out[i, j] = exp(A[i, j]) / out.0[i]
 
     A reduction that depends on no index of its statement becomes a temporary with a stage of its
-    own. One under a `where` takes the condition along where it must (`conditioned`).
+    own. One under a `where` is reduced under its condition where it must be (`conditioned`).
     """
     body: list[ir.Assign] = []
     tensors = {t.name: t for t in program.tensors}
@@ -25,19 +25,22 @@ def hoist_reductions(program: ir.Program) -> ir.Program:
         hoister = _Hoister(statement)
         value = conditioned(statement.value)
         inner = value.a if isinstance(value, ir.Cast) else value
-        if isinstance(inner, ir.Reduce) and not statement.op and not _apart(statement, inner):
+        if (
+            isinstance(inner, ir.Reduce)
+            and not statement.op
+            and not _reads_other_coordinates(statement, inner)
+        ):
             # The statement itself reduces.
             new = ir.Reduce(inner.op, inner.axes, hoister.visit(inner.body, (inner,)), inner.dtype)
             value = ir.cast(new, value.dtype)
         else:
             value = hoister.visit(value, ())
-        for made in hoister.made:
-            tensors[made.out.tensor.name] = made.out.tensor
-        body += [*hoister.made, ir.Assign(statement.out, value, statement.op)]
+        tensors |= {a.out.tensor.name: a.out.tensor for a in hoister.hoisted}
+        body += [*hoister.hoisted, ir.Assign(statement.out, value, statement.op)]
     return replace(program, tensors=tuple(tensors.values()), body=tuple(body))
 
 
-def _apart(statement: ir.Assign, e: ir.Reduce) -> bool:
+def _reads_other_coordinates(statement: ir.Assign, e: ir.Reduce) -> bool:
     """Whether a reduction cannot be its statement: the output follows the stored coordinates of one
     tensor and the reduction those of another."""
     own = {a.name for a in e.axes}
@@ -52,7 +55,7 @@ def _apart(statement: ir.Assign, e: ir.Reduce) -> bool:
 class _Hoister:
     def __init__(self, statement: ir.Assign) -> None:
         self.out = statement.out
-        self.made: list[ir.Assign] = []
+        self.hoisted: list[ir.Assign] = []
         self.known: dict[Any, ir.Access] = {}
 
     def visit(self, e: Any, binders: tuple[ir.Reduce, ...]) -> Any:
@@ -67,12 +70,12 @@ class _Hoister:
             return self.known[key]
         inner = ir.Reduce(e.op, e.axes, self.visit(e.body, (*binders, e)), e.dtype)
         assert not own & free.keys()
-        name = f"{self.out.tensor.name}.{len(self.made)}"
+        name = f"{self.out.tensor.name}.{len(self.hoisted)}"
         role = "inline" if free or not self.out.coords else "temp"
         ordered = sorted(free.values(), key=lambda x: self._rank(x, binders))
         tensor = ir.Tensor(name, tuple(x.dim for x in ordered), e.dtype, role)
         self.known[key] = ir.Access(tensor, tuple(ordered), e.dtype)
-        self.made.append(ir.Assign(self.known[key], inner))
+        self.hoisted.append(ir.Assign(self.known[key], inner))
         return self.known[key]
 
     def _rank(self, x: ir.Index, binders: tuple[ir.Reduce, ...]) -> int:

@@ -1,4 +1,4 @@
-"""The order of the loops of a statement, and what follows from it."""
+"""The order of the loops of a statement, and which output elements they visit."""
 
 from __future__ import annotations
 

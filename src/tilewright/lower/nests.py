@@ -1,7 +1,7 @@
 """Builds the nest of loops over stored positions of one statement, for `lower.positions`.
 
 The loops of the statement's indices are put in order (`loop_order`) and opened from the outermost
-on; each adds what it knows of coordinates and positions to a `Scope`. The innermost loop holds the
+on; each adds the coordinates and positions that it binds to a `Scope`. The innermost loop holds the
 statement, its accesses translated by `reads`. A reduction that the statement reads is computed in
 the outermost loop that binds all its indices.
 """
@@ -60,7 +60,7 @@ class _Target:
 class NestBuilder:
     """Builds the nest of `root` and of the inline reductions `temps`.
 
-    `structure` is what the loops of the root follow, with the part of it that `tables` name;
+    `structure`: the one whose entries the loops of the root follow, in the part that `tables` name;
     `shared`: other parts hold entries of the same rows."""
 
     def __init__(
@@ -185,7 +185,7 @@ class NestBuilder:
         return ir.Var(self.tables.unused_name(name), self.tables.index)
 
     def _open(self, s: LoopSpec, target: _Target, scope: Scope) -> Wrap:
-        """Enters a loop: adds its variable to `scope`, returns what puts a body into the loop."""
+        """Enters a loop: adds its variable to `scope`, returns its wrapper of bodies."""
         if s.level is None:
             return self._open_dimension(s, target, scope)
         if s.fused is not None:
@@ -263,7 +263,7 @@ class NestBuilder:
         return lets, guards
 
     def _open_fused(self, s: LoopSpec, column: ir.Index, target: _Target, scope: Scope) -> Wrap:
-        """Two levels as one loop over the entries of the lower one; a search in indptr tells the
+        """Two levels as one loop over the entries of the lower one; a search in indptr gives the
         row."""
         upper, upper_storage = self.tables.storage(s.structure, 0)
         lower, storage = self.tables.storage(s.structure, 1)

@@ -49,14 +49,13 @@ def _roots(program: ir.Program) -> Iterable[tuple[ir.Assign, list[ir.Assign]]]:
     """Each statement that is stored, with the inline ones that it reads."""
     inline = {a.out.tensor.name: a for a in program.body if a.out.tensor.role == "inline"}
     for root in program.body:
-        if root.out.tensor.name in inline:
-            continue
-        yield root, _read_by(root, list(inline.values()))
+        if root.out.tensor.name not in inline:
+            yield root, _read_by(root, list(inline.values()))
 
 
 def _read_by(root: Any, temps: list[Any]) -> list[Any]:
-    """The statements of `temps` whose values the statement `root` reads, straight or by way of
-    others."""
+    """The statements of `temps` whose values the statement `root` reads, itself or through other
+    ones."""
     known = {t.out.tensor.name: t for t in temps}
     read: set[str] = set()
     waiting = [root.value, root.out]
@@ -107,16 +106,10 @@ class _Builder:
             nest = NestBuilder(tables, statement, temps, structure, shared=shared).build()
             in_place |= nest.in_place
             covers &= nest.covers
-            nests.append(
-                ir.Nest(
-                    statement.out.tensor.name,
-                    simplify(nest.body),
-                    part,
-                    structure=structure if composed else "",
-                    shared=shared and nest.in_place,
-                )
-            )
-            driver = nest.driver
+            driver, follows = nest.driver, structure if composed else ""
+            is_shared = shared and nest.in_place
+            name, body = statement.out.tensor.name, simplify(nest.body)
+            nests.append(ir.Nest(name, body, part, structure=follows, shared=is_shared))
             if statement.out.tensor.is_sparse and nest.in_place:
                 empty.append(self._init(statement, temps, driver, part, parts))
         if in_place and temps:
@@ -144,9 +137,10 @@ class _Builder:
         part: int,
         parts: dict[str, Any],
     ) -> ir.Nest:
-        """The value of all elements of the output (of a part of it, if sparse) where nothing is
-        stored. A reduction over what `driver` stores has nothing to reduce there, and a composed
-        format that is followed has no entry: its parts are read at their own rows only."""
+        """The nest that stores the initial value of all elements of the output (of a part of it, if
+        sparse): the value of the statement where `driver` stores no entry. Reductions over its
+        entries are then the identity. A composed format reads as its fill, since its parts are read
+        at their own rows only."""
         structure = driver.structure if driver else ""
         composed = bool(structure) and hasattr(self.tensors[structure].format, "parts")
         followers = {

@@ -7,13 +7,13 @@ from typing import Any
 
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import values_name
-from tilewright.ir.rewrite import free_vars, rebuild, transform, zero_unless
+from tilewright.ir.rewrite import free_vars, is_const, map_bodies, rebuild, transform, zero_unless
 
 
 def predicate_loads(program: ir.Program) -> ir.Program:
-    """A guarded sum of products is added without a branch: what the guard protects reads as 0
-    where it fails. A branch would part the loads of unrolled iterations, and their latencies would
-    add up.
+    """A guarded sum of products is added without a branch: the loads under the guard become
+    predicated, 0 where it fails. A branch would separate the loads of unrolled iterations, and
+    their latencies would add up.
 
     before: if j >= 0                                after: acc += A.values[p]
               acc += A.values[p] * X[j, k]                         * where(j >= 0, X[j, k], 0)
@@ -26,11 +26,7 @@ def predicate_loads(program: ir.Program) -> ir.Program:
     and 0 · ∞ is not 0.
     """
     filled = {values_name(t.name) for t in program.tensors if t.is_sparse and t.fill != 0}
-    stages = tuple(
-        tuple(replace(n, body=transform(n.body, lambda s: _visit(s, filled))) for n in stage)
-        for stage in program.stages
-    )
-    return replace(program, stages=stages)
+    return map_bodies(program, lambda body: transform(body, lambda s: _visit(s, filled)))
 
 
 def _visit(s: Any, filled: set[str]) -> Any:
@@ -52,8 +48,8 @@ def _rewrite(s: ir.Stmt, cond: ir.Expr, guarded: Any) -> ir.Stmt | None:
         body = _rewrite(s.body, cond, guarded)
         return None if body is None else replace(s, body=body)
     if isinstance(s, ir.Seq):
-        made = [_rewrite(b, cond, guarded) for b in s.body]
-        return None if any(m is None for m in made) else ir.seq(*(m for m in made if m is not None))
+        parts = [_rewrite(b, cond, guarded) for b in s.body]
+        return None if None in parts else ir.seq(*(p for p in parts if p is not None))
     if isinstance(s, ir.Let):
         if isinstance(s.value, ir.Search):  # stays inside its array, whatever the key
             return s
@@ -69,12 +65,7 @@ def _rewrite(s: ir.Stmt, cond: ir.Expr, guarded: Any) -> ir.Stmt | None:
 
 
 def _is_padding_test(cond: ir.Expr) -> bool:
-    return (
-        isinstance(cond, ir.Binary)
-        and cond.op == ">="
-        and isinstance(cond.b, ir.Const)
-        and cond.b.value == 0
-    )
+    return isinstance(cond, ir.Binary) and cond.op == ">=" and is_const(cond.b, 0)
 
 
 def _is_product(e: ir.Expr, guarded: Any) -> bool:

@@ -1,5 +1,4 @@
-"""Pass: reductions get their accumulators; what was one `Compute` becomes init, update and
-store."""
+"""Pass: reductions get accumulators: a `Compute` becomes initialization, update and store."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from typing import Any
 from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import ACCUMULATOR, TOTAL, Given, given
-from tilewright.ir.rewrite import free_vars, rebuild, statements, transform
+from tilewright.ir.rewrite import free_vars, is_const, map_bodies, rebuild, statements, transform
 
 
 def materialize_reductions(program: ir.Program) -> ir.Program:
@@ -29,17 +28,14 @@ def materialize_reductions(program: ir.Program) -> ir.Program:
     fixed order; one bound to threads is joined across them. An output that is updated in place at
     coordinates which the reduced loops themselves compute is updated in memory.
     """
-    stages = tuple(
-        tuple(replace(nest, body=_scalars(_Materializer().visit(nest.body))) for nest in stage)
-        for stage in program.stages
-    )
-    return replace(program, level="loops", stages=stages)
+    program = map_bodies(program, lambda body: _scalars(_Materializer().visit(body)))
+    return replace(program, level="loops")
 
 
 @dataclass(frozen=True, slots=True)
 class _Chain:
-    """What lies between the outermost loop of a reduction and its statement, the `number`-th
-    `Compute` below that loop (a cut tail inside another loop that reduces makes it several)."""
+    """The statements between the outermost loop of a reduction and its `Compute`, the `number`-th
+    below that loop (there are several where a cut tail is inside another loop that reduces)."""
 
     number: int
     compute: ir.Compute
@@ -82,36 +78,36 @@ class _Materializer:
     def _reduce(self, group: list[ir.Stmt]) -> list[ir.Stmt]:
         """`group`: neighbouring loops that reduce into the same outputs (a loop and its cut
         tail)."""
-        found = [_reductions(s) for s in group]
+        chains_of = [_reductions(s) for s in group]
         changed: list[dict[int, ir.Stmt]] = [{} for _ in group]
         before: list[ir.Stmt] = []
         after: list[ir.Stmt] = []
-        for key in dict.fromkeys(c.key for chains in found for c in chains):
-            made: dict[Any, tuple[ir.Buffer, _Chain]] = {}
-            for chains, new in zip(found, changed, strict=True):
+        for key in dict.fromkeys(c.key for chains in chains_of for c in chains):
+            accumulators: dict[Any, tuple[ir.Buffer, _Chain]] = {}
+            for chains, new in zip(chains_of, changed, strict=True):
                 for chain in (c for c in chains if c.key == key):
-                    new[chain.number] = self._update(chain, made)
-            if made:
-                before += [
-                    x for acc, chain in made.values() for x in (ir.Alloc(acc), _initial(acc, chain))
-                ]
-                after.append(_final(list(made.values())))
-                out = next(iter(made.values()))[1].compute.out.buffer
+                    new[chain.number] = self._update(chain, accumulators)
+            if accumulators:
+                parts = list(accumulators.values())
+                for acc, chain in parts:
+                    before += [ir.Alloc(acc), _initial(acc, chain)]
+                after.append(_final(parts))
+                out = parts[0][1].compute.out.buffer
                 if out.scope == "register":
                     before.insert(0, ir.Alloc(_scalar(out)))
         inside = (_replace(s, new) for s, new in zip(group, changed, strict=True))
         return [*before, *(self._plain(s) for s in inside), *after]
 
-    def _update(self, chain: _Chain, made: dict[Any, tuple[ir.Buffer, _Chain]]) -> ir.Stmt:
-        """What becomes of a `Compute`: an update of memory, or of one of the accumulators
-        `made`."""
+    def _update(self, chain: _Chain, accumulators: dict[Any, tuple[ir.Buffer, _Chain]]) -> ir.Stmt:
+        """The statement that replaces a `Compute`: it updates memory or an accumulator, which is
+        added to `accumulators` where it is new."""
         c = chain.compute
         if chain.escapes:
             return _store(c, c.value)
         shape = tuple((f.var.name, f.extent) for f in (*chain.lanes, *chain.threads))
-        if shape not in made:
-            made[shape] = self._accumulator(chain), chain
-        acc = made[shape][0]
+        if shape not in accumulators:
+            accumulators[shape] = self._accumulator(chain), chain
+        acc = accumulators[shape][0]
         index = tuple(f.var for f in (*chain.spatial, *chain.lanes))
         return ir.Store(acc, index, ir.cast(c.value, acc.dtype), c.op)
 
@@ -119,7 +115,7 @@ class _Materializer:
         out = chain.compute.out.buffer
         self.count += 1
         for loop in (*chain.spatial, *chain.lanes):
-            if loop.extent is None or loop.begin.value != 0:  # type: ignore[attr-defined]
+            if loop.extent is None or not is_const(loop.begin, 0):
                 raise ScheduleError(
                     "S102",
                     f"loop {loop.name} lies inside the reduction of {out.name} and has a run-time "
@@ -128,12 +124,8 @@ class _Materializer:
                     "part inside",
                 )
         shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in (*chain.spatial, *chain.lanes))
-        return ir.Buffer(
-            Given(out.name, ACCUMULATOR, self.count).name,
-            chain.compute.value.dtype,
-            shape,
-            "register",
-        )
+        name = Given(out.name, ACCUMULATOR, self.count).name
+        return ir.Buffer(name, chain.compute.value.dtype, shape, "register")
 
 
 def _reductions(s: ir.Stmt) -> list[_Chain]:
@@ -143,7 +135,7 @@ def _reductions(s: ir.Stmt) -> list[_Chain]:
     return [
         _chain(number, c, path)
         for number, (c, path) in enumerate(_computes(s, []))
-        if c.op and set(s.axes) & set(c.reduce)
+        if c.op and ir.reduces(s, c)
     ]
 
 
@@ -155,7 +147,7 @@ def _chain(number: int, compute: ir.Compute, path: list[Any]) -> _Chain:
     reduced: set[str] = set()  # variables that differ from one reduced iteration to the next
     for s in path:
         if isinstance(s, ir.For):
-            if set(s.axes) & set(compute.reduce):
+            if ir.reduces(s, compute):
                 reduced.add(s.name)
                 if s.kind in ir.THREADS:
                     threads.append(s)
@@ -171,9 +163,9 @@ def _chain(number: int, compute: ir.Compute, path: list[Any]) -> _Chain:
             reduced.add(s.var.name)
         elif isinstance(s, ir.Let) or not free_vars(s.cond) & reduced:
             frame.append(s)
-    place = {name for i in compute.out.index for name in free_vars(i)}
-    escapes = compute.out.buffer.scope != "register" and bool(place & reduced)
-    # A level of width 0 has forgotten what its coordinates depend on; it updates nothing.
+    out_vars = {name for i in compute.out.index for name in free_vars(i)}
+    escapes = compute.out.buffer.scope != "register" and bool(out_vars & reduced)
+    # `simplify` removes the coordinates of a level of width 0; such a loop updates nothing.
     escapes |= compute.in_place and any(isinstance(s, ir.For) and s.extent == 0 for s in path)
     return _Chain(
         number, compute, tuple(spatial), tuple(lanes), tuple(threads), tuple(frame), escapes
@@ -181,7 +173,7 @@ def _chain(number: int, compute: ir.Compute, path: list[Any]) -> _Chain:
 
 
 def _computes(s: ir.Stmt, path: list[Any]) -> Iterator[tuple[ir.Compute, list[Any]]]:
-    """Every `Compute` below `s`, with the loops, guards and lets in whose scope it stands."""
+    """Every `Compute` below `s`, with the loops, guards and lets around it."""
     if isinstance(s, ir.Compute):
         yield s, path
     elif isinstance(s, (ir.For, ir.If)):
@@ -235,7 +227,7 @@ def _final(parts: list[tuple[ir.Buffer, _Chain]]) -> ir.Stmt:
         (_over_threads(_joined(acc, each), each) for acc, each in parts),
     )
     if any(each.threads for _, each in parts):
-        return _met(_total_of(parts[0][0]), chain, value)
+        return _reduced_by_all(_total_of(parts[0][0]), chain, value)
     return _framed(_store(c, value), chain.frame)
 
 
@@ -247,15 +239,15 @@ def _over_threads(value: ir.Expr, chain: _Chain) -> ir.Expr:
 
 
 def _total_of(acc: ir.Buffer) -> str:
-    """The register for what an accumulator is when all threads have met."""
+    """The register for the total of an accumulator over all threads."""
     own = given(acc.name)
     assert own is not None
     return Given(own.owner, TOTAL, own.number).name
 
 
-def _met(name: str, chain: _Chain, value: ir.Expr) -> ir.Stmt:
-    """The value joined across threads, then stored. All threads take part in the sum: guards stand
-    around the store only, or they would part threads that meet."""
+def _reduced_by_all(name: str, chain: _Chain, value: ir.Expr) -> ir.Stmt:
+    """The value joined across threads, then stored. All threads take part in the reduction and its
+    barriers, so that guards are around the store only."""
     total = ir.Buffer(name, value.dtype, (), "register")
     guards = tuple(f for f in chain.frame if not isinstance(f, ir.For))
     store = _framed(_store(chain.compute, ir.Load(total, (), value.dtype)), guards)

@@ -115,7 +115,7 @@ class Scope:
 
 
 def part_of(level: Level, coordinate: ir.Expr) -> ir.Expr:
-    """The part of a coordinate that a level holds: all of it, its block, or what is left of it
+    """The part of a coordinate that a level holds: all of it, its block, or the rest
     inside the block."""
     if not level.block:
         return coordinate

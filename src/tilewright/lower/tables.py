@@ -79,7 +79,7 @@ def outer_driver(t: Statement) -> Driver | None:
 
 
 class Tables:
-    """What one nest reads and writes: the tensors of its program, the formats that the nest sees
+    """The arrays of one nest: the tensors of its program, the formats that the nest sees
     (of a composed format one part), their buffers, and the names that are in use."""
 
     def __init__(self, program: ir.Program, parts: Mapping[str, Any] | None = None) -> None:

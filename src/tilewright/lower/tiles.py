@@ -6,6 +6,7 @@ their coefficients are the strides of the tile, so a transposed operand needs no
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,8 @@ from tilewright.ir.rewrite import (
     add,
     conjuncts,
     free_vars,
+    is_const,
+    map_bodies,
     mul,
     path_to,
     rebuild,
@@ -50,17 +53,13 @@ def materialize_tiles(program: ir.Program) -> ir.Program:
                             C[i, j] = sum(…) mma(i_i, j_i, k_i)
 
     An output that is updated in place at coordinates which the reduced loops compute is updated in
-    memory, a tile at a time. Raises ScheduleError[S102] for what is no product of two such tiles.
+    memory, a tile at a time. Raises ScheduleError[S102] for other values than products of tiles.
     """
-    stages = tuple(
-        tuple(replace(n, body=_Tiler(n.body).visit(n.body)) for n in stage)
-        for stage in program.stages
-    )
-    return replace(program, stages=stages)
+    return map_bodies(program, lambda body: _Tiler(body).visit(body))
 
 
 class _Tiler:
-    """One nest."""
+    """Materializes the tiles of one nest."""
 
     def __init__(self, body: ir.Stmt) -> None:
         self.count = 0
@@ -92,9 +91,7 @@ class _Tiler:
             p = _Product.of(top, c)
             self.count += 1
             slots = () if p.escapes else p.slots
-            total = 1
-            for f in slots:
-                total *= f.extent or 0
+            total = math.prod(f.extent or 0 for f in slots)
             shape = tuple(ir.Const(n, dtypes.int32) for n in (total, *SHAPE[:2]))
             acc = ir.Buffer(
                 f"{c.out.buffer.name}_tile{self.count}", dtypes.float32, shape, "fragment"
@@ -117,11 +114,11 @@ class _Tiler:
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """One product on its way: what surrounds its tile, and what its tile reads and writes.
+    """A product as a tile operation: the statements around its tile, its operands and its output.
 
     `outer`: loops, lets and guards from the outermost loop that reduces to the tile. `inner`: lets
-    and guards of the tile that no loop of the tile decides; `known`: what its other lets stand for.
-    `limits`: how many iterations of each loop of the tile lie inside. `reduced`: names that differ
+    and guards of the tile that depend on none of its loops; `known`: the values of its other lets.
+    `limits`: the number of valid iterations of each loop of the tile. `reduced`: names that differ
     from one reduced iteration to the next."""
 
     compute: ir.Compute
@@ -140,7 +137,7 @@ class _Product:
         assert path is not None
         loops = [s for s in path if isinstance(s, ir.For)][-3:]
         exact = tuple(f.extent for f in loops) == SHAPE and all(
-            f.kind == "serial" and not f.private and _is_zero(f.begin) for f in loops
+            f.kind == "serial" and not f.private and is_const(f.begin, 0) for f in loops
         )
         if tuple(f.name for f in loops) != c.mma or not exact:
             raise ScheduleError(
@@ -182,12 +179,12 @@ class _Product:
     @property
     def slots(self) -> tuple[ir.For, ...]:
         """The spatial loops inside the reduction; each thread has fragments of its own."""
-        found = tuple(
+        loops = tuple(
             s for s in self.outer
             if isinstance(s, ir.For) and s.name not in self.reduced and s.kind not in ir.THREADS
         )  # fmt: skip
-        for f in found:
-            if f.extent is None or not _is_zero(f.begin):
+        for f in loops:
+            if f.extent is None or not is_const(f.begin, 0):
                 out = self.compute.out.buffer.name
                 raise ScheduleError(
                     "S102",
@@ -195,7 +192,7 @@ class _Product:
                     hint="a warp keeps a constant number of tiles: split the loop, and keep only "
                     "its inner part inside",
                 )
-        return found
+        return loops
 
     def update(self, acc: ir.Buffer, slot: ir.Expr) -> ir.Stmt:
         """acc[slot] += a tile · b tile."""
@@ -278,11 +275,7 @@ class _Product:
         return body
 
 
-# ---------------------------------------------------------------------------- what surrounds a tile
-
-
-def _is_zero(e: ir.Expr) -> bool:
-    return isinstance(e, ir.Const) and e.value == 0
+# ---------------------------------------------------------------------------- around a tile
 
 
 def _slot(slots: tuple[ir.For, ...]) -> ir.Expr:
@@ -306,8 +299,8 @@ def _replaced(s: Any, old: ir.For, new: ir.Stmt) -> Any:
 def _region(
     region: list[Any], names: frozenset[str]
 ) -> tuple[tuple[Any, ...], dict[str, ir.Expr], dict[str, ir.Expr]]:
-    """The inside of a tile: (lets and guards that its loops do not decide, what the other lets
-    stand for, the limits of its loops)."""
+    """The inside of a tile: (lets and guards that depend on none of its loops, the values of the
+    other lets, the limits of its loops)."""
     inner: list[Any] = []
     known: dict[str, ir.Expr] = {}
     limits: dict[str, ir.Expr] = {}
@@ -338,7 +331,7 @@ def _limit(cond: ir.Expr, names: frozenset[str]) -> tuple[str, ir.Expr]:
         base, step = _affine(low, names, low.dtype)
         if len(step) == 1 and not free_vars(high) & names:
             ((name, by),) = step.items()
-            if isinstance(by, ir.Const) and by.value == 1:
+            if is_const(by, 1):
                 more = 1 if cond.op in ("<=", ">=") else 0
                 return name, simplify(add(ir.binary("-", high, base), more))
     raise _not_affine(f"the guard {cond} does not end one loop of the tile")

@@ -1,7 +1,8 @@
-"""Passes that spend loops: unrolled ones are written out, vector ones become vector registers."""
+"""Passes on unrolled loops, which are written out, and on vector loops, which become registers."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,8 @@ from tilewright.ir.affine import affine
 from tilewright.ir.rewrite import (
     broadcast,
     free_vars,
+    is_const,
+    map_bodies,
     simplify,
     substitute,
     transform,
@@ -25,10 +28,7 @@ def vectorize_loops(program: ir.Program) -> ir.Program:
     before: for v in 0:16  # vector          after: acc[0] += broadcast(a[p]) * X[o +: 16]
               acc[0, v] += a[p] * X[o + v]          (acc: one register of 16 lanes)
     """
-    stages = tuple(
-        tuple(replace(n, body=_vectorize(n.body)) for n in stage) for stage in program.stages
-    )
-    return replace(program, stages=stages)
+    return map_bodies(program, _vectorize)
 
 
 def unroll_loops(program: ir.Program) -> ir.Program:
@@ -37,23 +37,16 @@ def unroll_loops(program: ir.Program) -> ir.Program:
     before: for u in 0:2  # unroll           after: acc[0] = 0; acc[1] = 0
               acc[u] = 0
     """
-    stages = tuple(
-        tuple(replace(n, body=simplify(transform(n.body, _Unroller().visit))) for n in stage)
-        for stage in program.stages
-    )
-    return replace(program, stages=stages)
+    return map_bodies(program, lambda body: simplify(transform(body, _Unroller().visit)))
 
 
 def split_registers(program: ir.Program) -> ir.Program:
-    """A register array that is only read at constants becomes that many registers: compilers keep
-    named vectors in registers where they leave arrays in memory.
+    """A register array whose indices are all constants becomes one register for each element:
+    compilers keep named vectors in registers where they leave arrays in memory.
 
     before: alloc acc[4]; acc[0] = 0; …      after: alloc acc.0, acc.1, …; acc.0 = 0; …
     """
-    stages = tuple(
-        tuple(replace(n, body=_split(n.body)) for n in stage) for stage in program.stages
-    )
-    return replace(program, stages=stages)
+    return map_bodies(program, _split)
 
 
 # ---------------------------------------------------------------------------- unroll
@@ -72,20 +65,18 @@ class _Unroller:
             self.copies += 1
             body = substitute(s.body, {s.name: ir.Const(i, s.var.dtype)})
             copies.append(_renamed_lets(body, f".{self.copies}") if s.extent > 1 else body)
-        return _asked_once(ir.seq(*copies))
+        return _without_repeated_prefetches(ir.seq(*copies))
 
 
-def _asked_once(s: ir.Stmt) -> ir.Stmt:
-    """Copies that ask for the same place ask for it once."""
-    if not isinstance(s, ir.Seq):
-        return s
-    asked: set[ir.Prefetch] = set()
+def _without_repeated_prefetches(s: ir.Stmt) -> ir.Stmt:
+    """The copies with one prefetch of each address."""
+    seen: set[ir.Prefetch] = set()
     out: list[ir.Stmt] = []
-    for b in s.body:
+    for b in s.body if isinstance(s, ir.Seq) else (s,):
         if isinstance(b, ir.Prefetch):
-            if b in asked:
+            if b in seen:
                 continue
-            asked.add(b)
+            seen.add(b)
         out.append(b)
     return ir.seq(*out)
 
@@ -137,7 +128,7 @@ def _vectorize(body: ir.Stmt) -> ir.Stmt:
 
     def visit(s: Any) -> Any:
         if isinstance(s, ir.For) and s.kind == "vector":
-            if s.extent is None or s.begin.value != 0:  # type: ignore[attr-defined]
+            if s.extent is None or not is_const(s.begin, 0):
                 raise ScheduleError(
                     "S102", f"loop {s.name} is to be a vector but its extent is not a constant",
                     hint="split it by the number of lanes first, with tail='cut'",
@@ -196,8 +187,8 @@ class _Vectorizer:
         if isinstance(s, ir.Store):
             return self.store(s)
         if isinstance(s, ir.Prefetch):  # the line of the first lane: a register is one line
-            found = self.linear(s.place.index[0])
-            return ir.Seq(()) if found is None else ir.Prefetch(replace(s.place, index=(found[0],)))
+            form = self.linear(s.place.index[0])
+            return ir.Seq(()) if form is None else ir.Prefetch(replace(s.place, index=(form[0],)))
         raise self.refuse(f"it holds a {type(s).__name__}")
 
     def store(self, s: ir.Store) -> ir.Stmt:
@@ -208,20 +199,20 @@ class _Vectorizer:
             )
         if s.buffer.scope == "register":
             return replace(s, index=self.register_index(s.buffer, s.index), value=value)
-        found = self.linear(s.index[0])
-        if found is None or found[1] == 0:
-            raise self.refuse(f"lanes write {s.buffer.name} at unrelated places")
-        base, step = found
+        form = self.linear(s.index[0])
+        if form is None or form[1] == 0:
+            raise self.refuse(f"lanes write {s.buffer.name} at unrelated addresses")
+        base, step = form
         if s.atomic or step != 1:
             return replace(s, index=(self.vector(s.index[0]),), value=value)
         return replace(s, index=(ir.Ramp(base, base.dtype.vector(self.lanes)),), value=value)
 
     def register_index(self, buffer: ir.Buffer, index: tuple[ir.Expr, ...]) -> tuple[ir.Expr, ...]:
-        at = [n for n, i in enumerate(index) if self.varies(i)]
-        if len(at) != 1 or not isinstance(index[at[0]], ir.Var):
+        dims = [n for n, i in enumerate(index) if self.varies(i)]
+        if len(dims) != 1 or not isinstance(index[dims[0]], ir.Var):
             raise self.refuse(f"the accumulator {buffer.name} does not belong to one lane")
-        self.wide[buffer.name] = (at[0], self.lanes)
-        return tuple(ir.Const(0, i.dtype) if n == at[0] else i for n, i in enumerate(index))
+        self.wide[buffer.name] = (dims[0], self.lanes)
+        return tuple(ir.Const(0, i.dtype) if n == dims[0] else i for n, i in enumerate(index))
 
     def vector(self, e: ir.Expr) -> ir.Expr:
         return broadcast(e, self.lanes) if not self.varies(e) else self.expr(e)
@@ -253,9 +244,9 @@ class _Vectorizer:
             return ir.Load(replace(e.buffer, dtype=dtype), e.index, dtype)
         if e.buffer.scope == "register":
             return ir.Load(e.buffer, self.register_index(e.buffer, e.index), dtype)
-        found = self.linear(e.index[0])
-        if found and found[1] == 1:
-            return ir.Load(e.buffer, (ir.Ramp(found[0], found[0].dtype.vector(self.lanes)),), dtype)
+        form = self.linear(e.index[0])
+        if form and form[1] == 1:
+            return ir.Load(e.buffer, (ir.Ramp(form[0], form[0].dtype.vector(self.lanes)),), dtype)
         return ir.Load(e.buffer, (self.vector(e.index[0]),), dtype)
 
     def linear(self, e: ir.Expr) -> tuple[ir.Expr, int] | None:
@@ -274,13 +265,13 @@ def _in_memory(e: Any) -> bool:
 
 
 def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:
-    """Accumulators that vector loops filled lose that dimension and get lanes instead."""
+    """Accumulators of vector loops have lanes in place of the dimension of the loop."""
     if not wide:
         return body
 
     def buffer(b: ir.Buffer) -> ir.Buffer:
-        at, lanes = wide[b.name]
-        return replace(b, dtype=b.dtype.vector(lanes), shape=b.shape[:at] + b.shape[at + 1 :])
+        dim, lanes = wide[b.name]
+        return replace(b, dtype=b.dtype.vector(lanes), shape=b.shape[:dim] + b.shape[dim + 1 :])
 
     def visit(x: Any) -> Any:
         if isinstance(x, ir.Alloc) and x.buffer.name in wide:
@@ -290,13 +281,13 @@ def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:
             and x.buffer.name in wide
             and x.buffer.dtype.lanes == 1
         ):
-            at, lanes = wide[x.buffer.name]
+            dim, lanes = wide[x.buffer.name]
             if (x.value if isinstance(x, ir.Store) else x).dtype.lanes != lanes:
                 raise ScheduleError(
                     "S102", f"{x.buffer.name} holds {lanes} lanes in one loop and not in another",
                     hint="vectorize the loop before cache(), and every loop over it alike",
                 )  # fmt: skip
-            return replace(x, buffer=buffer(x.buffer), index=x.index[:at] + x.index[at + 1 :])
+            return replace(x, buffer=buffer(x.buffer), index=x.index[:dim] + x.index[dim + 1 :])
         return x
 
     return transform(body, visit)
@@ -327,15 +318,10 @@ def _split(body: ir.Stmt) -> ir.Stmt:
 
     def visit(x: Any) -> Any:
         if isinstance(x, ir.Alloc) and x.buffer.name in arrays:
-            total = 1
-            for extent in x.buffer.shape:
-                total *= int(extent.value)  # type: ignore[attr-defined]
-            return ir.seq(
-                *(
-                    ir.Alloc(replace(x.buffer, name=f"{x.buffer.name}.{i}", shape=()))
-                    for i in range(total)
-                )
-            )
+            total = math.prod(int(extent.value) for extent in x.buffer.shape)  # type: ignore[attr-defined]
+            scalar = replace(x.buffer, shape=())
+            names = (f"{scalar.name}.{i}" for i in range(total))
+            return ir.seq(*(ir.Alloc(replace(scalar, name=name)) for name in names))
         if isinstance(x, (ir.Load, ir.Store)) and x.buffer.name in arrays and x.index:
             return replace(x, buffer=one(x.buffer, x.index), index=())
         if isinstance(x, ir.Seq):

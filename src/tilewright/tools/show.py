@@ -180,11 +180,9 @@ def _steps(definition: Definition, target: Target) -> Iterator[tuple[Program, st
 def source_text(program: Program, target: Target) -> str:
     """The text generated for a program at the loop level; the prelude common to all is left out."""
     text = compiler.rendered(program, target).source
-    for path in sorted(prelude_files.PRELUDE.iterdir()):
-        prelude = path.read_text(encoding="utf-8")
-        text = text.replace(
-            prelude, f"// … prelude/{path.name}, {len(prelude.splitlines())} lines …\n"
-        )
+    for name in ("cpu.h", "mma_cpu.h"):
+        prelude = prelude_files.prelude(name)
+        text = text.replace(prelude, f"// … prelude/{name}, {len(prelude.splitlines())} lines …\n")
     return text.strip()
 
 

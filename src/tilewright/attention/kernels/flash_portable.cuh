@@ -124,7 +124,7 @@ TW_INLINE void finish(const Params& p, const Item& item, const Work& w, const Ro
       mine[r * (DVP + 2) + DVP + 1] = rows.row_sum[r];
     }
   }
-  tw::meet(1, THREADS);
+  tw::bar_sync(1, THREADS);
   for (int i = thread; i < w.rows * DVP; i += THREADS) {
     int r = i / DVP, d = i % DVP, row = w.row0 + r;
     const float* all = exchange + r * (DVP + 2);
@@ -141,7 +141,7 @@ TW_INLINE void finish(const Params& p, const Item& item, const Work& w, const Ro
     if (d < DV) p.o[at * DV + d] = from_float(new_max == lowest() ? 0.0f : __fdividef(total, weight), O());
     if (d == 0 && p.lse) p.lse[at] = new_max == lowest() ? lowest() : new_max + tw::log(weight);
   }
-  tw::meet(1, THREADS);
+  tw::bar_sync(1, THREADS);
 }
 
 TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
@@ -161,7 +161,7 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
       bool inside = r < w.rows && d < DK;
       q[i] = inside ? as_float(p.q[token * p.q_token + (w.kv_head * G + row % G) * p.q_head + d], Q()) * p.sm_scale : 0.0f;
     }
-    tw::meet(1, THREADS);
+    tw::bar_sync(1, THREADS);
     Rows rows;
     start(rows);
     tw::Tile tile{tw::Bound{first + row0 / G, first + (row0 + w.rows - 1) / G}, tw::Bound{0, 0},

@@ -28,7 +28,7 @@ TW_INLINE void start_next_launch() {
 #endif
 }
 
-// Adds 1 to a counter and gives what it was. What this CTA wrote before (other threads: before a
+// Adds 1 to a counter and returns its old value. What this CTA wrote before (other threads: before a
 // barrier of the CTA) is visible to whoever sees the count, and the other way round.
 TW_INLINE int arrive(int* counter) {
   int before;

@@ -1,4 +1,4 @@
-// What generated C++ stands on: vectors of N lanes, conversions, mathematics, searches.
+// Runtime library of generated C++: vectors of N lanes, conversions, mathematics, searches.
 //
 // No header of the C++ library is included: it would cost more to compile than the kernel.
 // Vectors are those of GCC and Clang (vector_size); wider ones than the CPU has are cut by the compiler.
@@ -7,13 +7,6 @@
 namespace tw {
 
 #define TW_INLINE static inline __attribute__((always_inline))
-
-// The stride of an array: what it is without gaps, known when this is compiled, or as it was given.
-#ifdef TW_STRIDED
-#define TW_STRIDE(given, packed) (given)
-#else
-#define TW_STRIDE(given, packed) INT64_C(packed)
-#endif
 
 template <class T, int N>
 struct vec_of {
@@ -148,7 +141,7 @@ TW_INLINE vec<uint16_t, N> to_float16(vec<float, N> f) {
   return out;
 }
 
-// Bytes to 32 bits: GCC 12 takes __builtin_convertvector apart lane by lane here.
+// Bytes to 32 bits: GCC 12 compiles __builtin_convertvector to scalar code here.
 template <int N, bool Signed, class V>
 TW_INLINE vec<int32_t, N> widen_bytes(V v) {
   typedef char b16 __attribute__((vector_size(16)));
@@ -191,14 +184,9 @@ TW_INLINE V select(M mask, V a, V b) {
   typedef typename int_of<sizeof(V{}[0])>::type mask_t __attribute__((vector_size(sizeof(V))));
   return __builtin_convertvector(mask, mask_t) ? a : b;
 }
-// What a comparison gives, or any number that is not 0, as a vector of bool.
+// The lanes of a comparison, or of any numbers, as a vector of bool: whether each is not 0.
 template <int N, class M>
 TW_INLINE vec<bool, N> mask(M m) { return __builtin_convertvector(m != 0, vec<bool, N>) & 1; }
-// A NaN on either side is the result, as in NumPy.
-template <class T>
-TW_INLINE T max(T a, T b) { return a > b ? a : (a != a ? a : b); }
-template <class T>
-TW_INLINE T min(T a, T b) { return a < b ? a : (a != a ? a : b); }
 template <class T, int N>
 TW_INLINE vec<T, N> vmax(vec<T, N> a, vec<T, N> b) { return ((a > b) | (a != a)) ? a : b; }
 template <class T, int N>
@@ -261,45 +249,10 @@ TW_INLINE vec<double, N> exp(vec<double, N> v) {
 template <class T>
 TW_INLINE T abs(T x) { return x < T{} ? -x : x; }
 
-// Quotients and remainders are NumPy's: rounded down, a remainder has the sign of the divisor, and by
-// infinity it is the dividend or infinity.
 TW_INLINE float remainder_of(float a, float b) { return __builtin_fmodf(a, b); }
 TW_INLINE double remainder_of(double a, double b) { return __builtin_fmod(a, b); }
-template <class T>
-TW_INLINE T real_mod(T a, T b) {
-  T r = remainder_of(a, b);
-  if (r == 0) return b < 0 ? -T(0) : T(0);
-  return (r < 0) != (b < 0) ? r + b : r;
-}
-template <class T>
-TW_INLINE T real_div(T a, T b) {
-  if (b == 0) return a / b;
-  T r = remainder_of(a, b), q = (a - r) / b;
-  if (r != 0 && (r < 0) != (b < 0)) q -= 1;
-  if (q == 0) return T(0) * (a / b);  // with the sign of a / b
-  T low = floor(q);
-  return q - low > T(0.5) ? low + 1 : low;
-}
-template <class T>
-TW_INLINE T floor_div(T a, T b) {  // by 0: 0, as NumPy has it; the least number by -1: itself
-  if constexpr (T(0.5) != T(0)) return real_div(a, b);
-  else {
-    if (b == 0) return 0;
-    if (T(-1) < T(0) && b == T(-1)) return static_cast<T>(0 - static_cast<unsigned long long>(a));
-    T q = a / b;
-    return q * b != a && ((a < 0) != (b < 0)) ? q - 1 : q;
-  }
-}
-template <class T>
-TW_INLINE T floor_mod(T a, T b) {
-  if constexpr (T(0.5) != T(0)) return real_mod(a, b);
-  else {
-    if (b == 0 || (T(-1) < T(0) && b == T(-1))) return 0;
-    T r = a % b;
-    return r != 0 && ((r < 0) != (b < 0)) ? r + b : r;
-  }
-}
-// Vectors: 1 in place of a divisor that traps, so that a constant divisor costs no division.
+#include "common.h"
+// Vectors: a divisor that would trap is replaced by 1, so that a constant divisor needs no division.
 template <class T, int N>
 TW_INLINE vec<T, N> vfloor_div(vec<T, N> a, vec<T, N> b) {
   if constexpr (T(0.5) != T(0)) {
@@ -323,26 +276,6 @@ TW_INLINE vec<T, N> vfloor_mod(vec<T, N> a, vec<T, N> b) {
     return b == vec<T, N>{} ? b : a - vfloor_div<T, N>(a, b) * b;
   }
 }
-// A count that is negative, or as large as the width, shifts all bits out: what is left is 0, or the sign.
-template <class T>
-TW_INLINE T shift_left(T a, T count) {
-  return count >= T(0) && count < T(8 * sizeof(T)) ? static_cast<T>(a << count) : T(0);
-}
-template <class T>
-TW_INLINE T shift_right(T a, T count) {
-  return count >= T(0) && count < T(8 * sizeof(T)) ? static_cast<T>(a >> count) : static_cast<T>(a < T(0) ? -1 : 0);
-}
-template <class T, int N>
-TW_INLINE vec<T, N> vshift_left(vec<T, N> a, vec<T, N> b) {
-  for (int l = 0; l < N; ++l) a[l] = shift_left<T>(a[l], b[l]);
-  return a;
-}
-template <class T, int N>
-TW_INLINE vec<T, N> vshift_right(vec<T, N> a, vec<T, N> b) {
-  for (int l = 0; l < N; ++l) a[l] = shift_right<T>(a[l], b[l]);
-  return a;
-}
-
 // -- reductions over lanes: halves folded onto each other, always in the same order -------------
 
 #define TW_FOLD(name, expression)                                    \

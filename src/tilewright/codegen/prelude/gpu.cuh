@@ -1,4 +1,4 @@
-// What generated CUDA stands on: vectors of N lanes, loads, conversions, searches, reductions.
+// Runtime library of generated CUDA: vectors of N lanes, loads, conversions, searches, reductions.
 //
 // Compiled by NVRTC, which has no host headers: the integer types are defined here. All PTX that
 // Tilewright writes by hand lives in this folder. The test of this file is tests/cubin (it compiles
@@ -15,13 +15,6 @@ typedef long long int64_t;
 typedef unsigned long long uint64_t;
 #define INT64_C(x) x##ll
 #define TW_INLINE __device__ __forceinline__
-
-// The stride of an array: what it is without gaps, known when this is compiled, or as it was given.
-#ifdef TW_STRIDED
-#define TW_STRIDE(given, packed) (given)
-#else
-#define TW_STRIDE(given, packed) INT64_C(packed)
-#endif
 
 namespace tw {
 
@@ -90,11 +83,11 @@ template <> struct word_of<4> { using type = unsigned int; };
 template <> struct word_of<8> { using type = uint2; };
 template <> struct word_of<16> { using type = uint4; };
 
-// `Apart`: p may be no multiple of the vector's size, and its elements are accessed one by one.
-template <class T, int N, bool Apart = false>
+// `Unaligned`: p may not be a multiple of the vector size, so elements are accessed one by one.
+template <class T, int N, bool Unaligned = false>
 TW_INLINE vec<T, N> load(const T* p) {
 #ifndef TW_UNALIGNED
-  if constexpr (!Apart && sizeof(T) * N <= 16) {
+  if constexpr (!Unaligned && sizeof(T) * N <= 16) {
     using Word = typename word_of<sizeof(T) * N>::type;
     Word w = *reinterpret_cast<const Word*>(p);
     return reinterpret_cast<vec<T, N>&>(w);
@@ -108,10 +101,10 @@ TW_INLINE vec<T, N> load(const T* p) {
 template <class T>
 TW_INLINE T load_const(const T* p) { return __ldg(p); }
 TW_INLINE bool load_const(const bool* p) { return __ldg(reinterpret_cast<const unsigned char*>(p)) != 0; }
-template <class T, int N, bool Apart = false>
+template <class T, int N, bool Unaligned = false>
 TW_INLINE vec<T, N> load_const(const T* p) {
 #ifndef TW_UNALIGNED
-  if constexpr (!Apart && sizeof(T) * N <= 16) {
+  if constexpr (!Unaligned && sizeof(T) * N <= 16) {
     using Word = typename word_of<sizeof(T) * N>::type;
     Word w = __ldg(reinterpret_cast<const Word*>(p));
     return reinterpret_cast<vec<T, N>&>(w);
@@ -123,18 +116,18 @@ TW_INLINE vec<T, N> load_const(const T* p) {
 }
 TW_INLINE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // Zero where the condition fails: the load is predicated, and nothing is read then.
-template <class T, int N, bool Apart = false>
+template <class T, int N, bool Unaligned = false>
 TW_INLINE vec<T, N> load_const_if(bool c, const T* p) {
   vec<T, N> r = {};
   if (c) {
-    if constexpr (N == 1) r.v[0] = load_const(p); else r = load_const<T, N, Apart>(p);
+    if constexpr (N == 1) r.v[0] = load_const(p); else r = load_const<T, N, Unaligned>(p);
   }
   return r;
 }
-template <class T, int N, bool Apart = false>
+template <class T, int N, bool Unaligned = false>
 TW_INLINE void store(T* p, vec<T, N> x) {
 #ifndef TW_UNALIGNED
-  if constexpr (!Apart && sizeof(T) * N <= 16) {
+  if constexpr (!Unaligned && sizeof(T) * N <= 16) {
     using Word = typename word_of<sizeof(T) * N>::type;
     *reinterpret_cast<Word*>(p) = reinterpret_cast<Word&>(x);
     return;
@@ -243,11 +236,10 @@ TW_INLINE vec<T, N> abs(const vec<T, N>& x) {
 }
 #undef TW_LANEWISE
 
-// A NaN on either side is the result, as in NumPy.
-template <class T>
-TW_INLINE T max(T a, T b) { return a > b ? a : (a != a ? a : b); }
-template <class T>
-TW_INLINE T min(T a, T b) { return a < b ? a : (a != a ? a : b); }
+TW_INLINE float remainder_of(float a, float b) { return ::fmodf(a, b); }
+TW_INLINE double remainder_of(double a, double b) { return ::fmod(a, b); }
+#include "common.h"
+
 template <class T, int N>
 TW_INLINE vec<T, N> vmax(const vec<T, N>& a, const vec<T, N>& b) {
   vec<T, N> r;
@@ -267,44 +259,6 @@ TW_INLINE vec<T, N> select(const vec<bool, N>& c, const vec<T, N>& a, const vec<
   return r;
 }
 
-// Quotients and remainders are NumPy's: rounded down, a remainder has the sign of the divisor, and by
-// infinity it is the dividend or infinity.
-TW_INLINE float remainder_of(float a, float b) { return ::fmodf(a, b); }
-TW_INLINE double remainder_of(double a, double b) { return ::fmod(a, b); }
-template <class T>
-TW_INLINE T real_mod(T a, T b) {
-  T r = remainder_of(a, b);
-  if (r == 0) return b < 0 ? -T(0) : T(0);
-  return (r < 0) != (b < 0) ? r + b : r;
-}
-template <class T>
-TW_INLINE T real_div(T a, T b) {
-  if (b == 0) return a / b;
-  T r = remainder_of(a, b), q = (a - r) / b;
-  if (r != 0 && (r < 0) != (b < 0)) q -= 1;
-  if (q == 0) return T(0) * (a / b);  // with the sign of a / b
-  T low = floor(q);
-  return q - low > T(0.5) ? low + 1 : low;
-}
-template <class T>
-TW_INLINE T floor_div(T a, T b) {  // by 0: 0, as NumPy has it; the least number by -1: itself
-  if constexpr (T(0.5) != T(0)) return real_div(a, b);
-  else {
-    if (b == 0) return 0;
-    if (T(-1) < T(0) && b == T(-1)) return static_cast<T>(0 - static_cast<unsigned long long>(a));
-    T q = a / b;
-    return q * b != a && ((a < 0) != (b < 0)) ? q - 1 : q;
-  }
-}
-template <class T>
-TW_INLINE T floor_mod(T a, T b) {
-  if constexpr (T(0.5) != T(0)) return real_mod(a, b);
-  else {
-    if (b == 0 || (T(-1) < T(0) && b == T(-1))) return 0;
-    T r = a % b;
-    return r != 0 && ((r < 0) != (b < 0)) ? r + b : r;
-  }
-}
 template <class T, int N>
 TW_INLINE vec<T, N> vfloor_div(vec<T, N> a, vec<T, N> b) {
   for (int l = 0; l < N; ++l) a[l] = floor_div<T>(a[l], b[l]);
@@ -315,26 +269,6 @@ TW_INLINE vec<T, N> vfloor_mod(vec<T, N> a, vec<T, N> b) {
   for (int l = 0; l < N; ++l) a[l] = floor_mod<T>(a[l], b[l]);
   return a;
 }
-// A count that is negative, or as large as the width, shifts all bits out: what is left is 0, or the sign.
-template <class T>
-TW_INLINE T shift_left(T a, T count) {
-  return count >= T(0) && count < T(8 * sizeof(T)) ? static_cast<T>(a << count) : T(0);
-}
-template <class T>
-TW_INLINE T shift_right(T a, T count) {
-  return count >= T(0) && count < T(8 * sizeof(T)) ? static_cast<T>(a >> count) : static_cast<T>(a < T(0) ? -1 : 0);
-}
-template <class T, int N>
-TW_INLINE vec<T, N> vshift_left(vec<T, N> a, vec<T, N> b) {
-  for (int l = 0; l < N; ++l) a[l] = shift_left<T>(a[l], b[l]);
-  return a;
-}
-template <class T, int N>
-TW_INLINE vec<T, N> vshift_right(vec<T, N> a, vec<T, N> b) {
-  for (int l = 0; l < N; ++l) a[l] = shift_right<T>(a[l], b[l]);
-  return a;
-}
-
 // -- reductions: lanes of a vector, threads of a warp, rows of a CTA; the order is always the same --
 
 template <class T> struct op_sum { static TW_INLINE T of(T a, T b) { return a + b; } };
@@ -387,18 +321,18 @@ TW_INLINE vec<T, N> across_lanes(vec<T, N> x) {
   return x;
 }
 
-// Meeting of the first `threads` threads of a CTA at barrier `id` (0 is left to __syncthreads).
-TW_INLINE void meet(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+// Barrier `id` for the first `threads` threads of a CTA (__syncthreads uses barrier 0).
+TW_INLINE void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // Over the `Rows` values of a column of threads (same x): through shared memory, in the order of y.
 template <class Op, int Rows, class T>
 TW_INLINE T across_rows(T x, char* smem, int width, int tx, int ty) {
   T* all = reinterpret_cast<T*>(smem);
   all[ty * width + tx] = x;
-  meet(1, width * Rows);
+  bar_sync(1, width * Rows);
   T total = all[tx];
   for (int row = 1; row < Rows; ++row) total = Op::of(total, all[row * width + tx]);
-  meet(1, width * Rows);
+  bar_sync(1, width * Rows);
   return total;
 }
 

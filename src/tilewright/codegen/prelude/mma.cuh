@@ -44,7 +44,7 @@ struct fragment { float v[4]; };                  // of a sum
 struct fragment_a { uint32_t v[4]; };
 struct fragment_b { uint32_t v[2]; };
 
-// What the elements of a window mean.
+// How the elements of a window are read and written.
 struct float32_bits {
   static TW_INLINE float read(float x) { return x; }
   static TW_INLINE float write(float x) { return x; }
@@ -116,7 +116,7 @@ TW_INLINE void load_matrices_transposed(uint32_t (&v)[2], const void* p) {
                : "=r"(v[0]), "=r"(v[1]) : "r"(shared_address(p)) : "memory");
 }
 
-// Each lane gives the place of one row (column) of eight: of the upper and lower half, then of the
+// Each lane gives the address of one row (column) of eight: of the upper and lower half, then of the
 // right half.
 template <class T>
 TW_INLINE void load_fragment(fragment_a& f, shared_rows<T> w, int lane) {

@@ -14,7 +14,7 @@ TW_INLINE window<T> tile(T* p, int64_t down, int64_t right, int64_t rows, int64_
   return {p, down, right, rows, cols};
 }
 
-// What the elements of a window mean.
+// How the elements of a window are read and written.
 struct float32_bits {
   TW_INLINE float read(float x) { return x; }
   TW_INLINE float write(float x) { return x; }
@@ -33,10 +33,10 @@ struct bfloat16_bits {
 // A window as numbers, R × C.
 template <class Kind, int R, int C, class T>
 TW_INLINE void read_tile(float* to, window<T> w) {
-  const bool whole = w.right == 1 && w.cols >= C;
+  const bool all_cols = w.right == 1 && w.cols >= C;
   for (int r = 0; r < R; ++r) {
     const T* row = w.p + r * w.down;
-    if (whole && r < w.rows) {
+    if (all_cols && r < w.rows) {
       store<float, C>(to + r * C, Kind::template read<C>(load<uint16_t, C>(row)));
     } else {
       for (int c = 0; c < C; ++c)
@@ -73,8 +73,8 @@ template <class Kind, int M, int N, class T>
 TW_INLINE void mma_add(window<T> to, const float* acc) {
   for (int r = 0; r < M && r < to.rows; ++r)
     for (int c = 0; c < N && c < to.cols; ++c) {
-      T& place = to.p[r * to.down + c * to.right];
-      place = Kind::write(Kind::read(place) + acc[r * N + c]);
+      T& element = to.p[r * to.down + c * to.right];
+      element = Kind::write(Kind::read(element) + acc[r * N + c]);
     }
 }
 
