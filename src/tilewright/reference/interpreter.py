@@ -68,17 +68,17 @@ class _Nest:
         self.scratch: set[str] = set()  # registers that a statement allocates
         self.registers: dict[str, Any] = {}  # values; at the position level one for each temporary
         self.started: set[str] = set()  # while building: temporaries whose sum has begun outside
-        # Position level: what each sum into memory starts from, and its elements.
-        self.sums: list[tuple[ir.Compute, Array, Any, dict[int, Any]]] = []
+        # Position level: sums into memory by buffer, what they start from, and their elements.
+        self.sums: dict[str, tuple[DType, Any, dict[int, Any]]] = {}
         self.lanes = _lane_dimensions(nest.body)
         self.grid = [(v, self.expr(e)) for v, e in zip(nest.grid_vars, nest.grid, strict=True)]
         self.body = self.stmt(nest.body)
 
     def start_sums(self) -> None:
         """Every element that a nest sums into starts at the identity."""
-        for c, array, start, _ in self.sums:
-            value = cast(start, c.out.dtype)
-            array.view[...] = encode(value, c.out.dtype, array.view.dtype)
+        for name, (dtype, start, _) in self.sums.items():
+            view = self.memory[name].view
+            view[...] = encode(cast(start, dtype), dtype, view.dtype)
 
     def run(self, env: Env) -> None:
         env = {name: constant(n, self.types.get(name, dtypes.int64)) for name, n in env.items()}
@@ -89,9 +89,9 @@ class _Nest:
                 self.body(env)
         except KeyError as error:
             raise InternalError("I101", f"{error.args[0]} is not bound") from None
-        for c, array, _, elements in self.sums:
+        for name, (dtype, _, elements) in self.sums.items():
             for offset, value in elements.items():
-                array.write(offset, cast(value, c.out.dtype), c.out.dtype)
+                self.memory[name].write(offset, cast(value, dtype), dtype)
 
     # -- statements ------------------------------------------------------------------------------
 
@@ -153,8 +153,7 @@ class _Nest:
         array, offset = self.memory[buffer.name], self.offset(buffer, s.out.index)
         ufunc = UFUNCS[s.op]
         start = constant(ir.identity_of(s.op, s.value.dtype).value, s.value.dtype)
-        elements: dict[int, Any] = {}
-        self.sums.append((s, array, start, elements))
+        _, _, elements = self.sums.setdefault(buffer.name, (s.out.dtype, start, {}))
 
         def accumulate(env: Env) -> None:
             at = array.checked(offset(env))

@@ -73,8 +73,6 @@ class LLM:
         self.tokenizer = load_tokenizer(file)
         source = template_of(file.metadata)
         self.template = ChatTemplate(source, self.tokenizer) if source else None
-        if self.template is not None:
-            self.template.start()  # its process compiles the template while the weights are read
         self.model = Llama(file, target, context)
         self.read: list[int] = []  # the tokens that the cache holds
         self.counts = Counts()
