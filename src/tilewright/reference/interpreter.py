@@ -9,12 +9,13 @@ nothing. `reference.evaluate` has the coordinate level.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
 
+from tilewright import dtypes
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import stride_name
@@ -55,7 +56,7 @@ def execute(
 
 
 class _Nest:
-    """One nest under one part: `do` runs a statement, `value` gives the value of an expression."""
+    """One nest under one part: `do` runs a statement, `value` evaluates an expression."""
 
     def __init__(
         self, nest: ir.Nest, memory: dict[str, Array], variables: dict[str, int], positions: bool
@@ -69,7 +70,8 @@ class _Nest:
         # Position level: sums into memory, from buffer to the values by offset.
         self.sums: dict[str, dict[int, Any]] = {}
         self.lanes = _lane_dimensions(nest.body)
-        self.cached: dict[int, Any] = {}  # constants, operations and starts by the id of their node
+        self.closures: dict[int, Callable[[], Any]] = {}  # of expressions, by id
+        self.cached: dict[int, dict[str, Any]] = {}  # `starts` of loops, by id
 
     def start_sums(self) -> None:
         """Every element that a nest sums into starts at the identity."""
@@ -120,21 +122,22 @@ class _Nest:
 
     def sequence(self, s: ir.Seq) -> None:
         """A loop and its tail that reduce into the same temporary share its start."""
-        before = set(self.started)
+        before = self.started
         for b in s.body:
             self.do(b)
             if self.positions:
-                self.started |= self.starts(b).keys()
+                self.started = self.started | self.starts(b).keys()
         self.started = before
 
     def loop(self, s: ir.For) -> None:
-        starts = {n: v for n, v in self.starts(s).items() if n not in self.started}
-        self.started |= starts.keys()
+        before = self.started
+        starts = {n: v for n, v in self.starts(s).items() if n not in before}
+        self.started = before | starts.keys()
         self.registers.update(starts)
         for i in _range(s.var, self.value(s.begin), self.value(s.end)):
             self.env[s.name] = i
             self.do(s.body)
-        self.started -= starts.keys()
+        self.started = before
 
     def starts(self, s: ir.Stmt) -> dict[str, Any]:
         """Position level: temporaries that the loop `s` reduces into, and their first values."""
@@ -159,7 +162,7 @@ class _Nest:
         else:
             sums = self.sums.setdefault(buffer.name, {})
             at = self.memory[buffer.name].checked(self.offset(buffer, s.out.index))
-            sums[at] = UFUNCS[s.op](sums.get(at, _identity(s)), value)
+            sums[at] = UFUNCS[s.op](sums[at] if at in sums else _identity(s), value)
 
     def store(self, b: ir.Buffer, index: tuple[ir.Expr, ...], value: Any, op: str) -> None:
         at, dtype = self.offset(b, index), b.dtype.scalar
@@ -224,43 +227,57 @@ class _Nest:
         return at
 
     def value(self, e: ir.Expr) -> Any:
+        run = self.closures.get(id(e))
+        if run is None:
+            run = self.closures[id(e)] = self.closure(e)
+        return run()
+
+    def closure(self, e: ir.Expr) -> Callable[[], Any]:
+        """An expression as a function, which is built once and called often."""
+        env = self.env
         if isinstance(e, ir.Var):
-            return self.env[e.name]
+            return lambda: env[e.name]
+        if isinstance(e, ir.Const):
+            value = constant(e.value, e.dtype.scalar)
+            return lambda: value
         if isinstance(e, ir.Load):
             return self.load(e)
-        if isinstance(e, ir.Const):
-            return self.operation(e)
         if isinstance(e, ir.Search):
-            return self.search(e)
+            return lambda: self.search(e)
         if isinstance(e, ir.ReduceThreads):
-            return self.value(e.a)  # the loop over threads has run in order
+            return self.closure(e.a)  # the loop over threads has run in order
+        operands = [self.closure(x) for x in ir.children(e)]
         if isinstance(e, ir.Select) and e.dtype.lanes == 1:
-            return self.value(e.a if self.value(e.cond) else e.b)
+            cond, a, b = operands
+            return lambda: a() if cond() else b()
+        act = operation(e)
         if isinstance(e, ir.Binary):
-            a = self.value(e.a)
-            if e.dtype.kind == "b" and e.dtype.lanes == 1 and e.op in "&|" and a == (e.op == "|"):
-                return a  # the second operand may read what only the first one allows
-            return self.operation(e)(a, self.value(e.b))
-        return self.operation(e)(*map(self.value, ir.children(e)))
+            a, b = operands
+            if e.dtype == dtypes.bool_ and e.op in "&|":
+                # The second operand may read what only the first one allows.
+                return (lambda: a() and b()) if e.op == "&" else lambda: a() or b()
+            return lambda: act(a(), b())
+        return lambda: act(*(x() for x in operands))
 
-    def operation(self, e: ir.Expr) -> Any:
-        if id(e) not in self.cached:
-            is_const = isinstance(e, ir.Const)
-            self.cached[id(e)] = constant(e.value, e.dtype.scalar) if is_const else operation(e)
-        return self.cached[id(e)]
-
-    def load(self, e: ir.Load) -> Any:
-        b, dtype = e.buffer, e.dtype.scalar
+    def load(self, e: ir.Load) -> Callable[[], Any]:
+        b, name, dtype = e.buffer, e.buffer.name, e.dtype.scalar
         if b.scope != "register":
-            return self.memory[b.name].read(self.offset(b, e.index), dtype)
-        cells = self.registers[b.name]
-        if self.positions and b.name not in self.scratch:
-            return cells
-        at = self.offset(b, e.index)
+            if len(e.index) != 1:
+                return lambda: self.memory[name].read(self.offset(b, e.index), dtype)
+            at = self.closure(e.index[0])
+            return lambda: self.memory[name].read(at(), dtype)
+        if self.positions and name not in self.scratch:
+            return lambda: self.registers[name]
         if e.dtype.lanes == b.dtype.lanes:
-            return decode(cells[at], dtype)
-        step = prod(_integer(extent) for extent in b.shape[self.lanes[b.name] + 1 :])
-        return decode(cells[at : at + step * (e.dtype.lanes - 1) + 1 : step], dtype)
+            return lambda: decode(self.registers[name][self.offset(b, e.index)], dtype)
+        step = prod(_integer(extent) for extent in b.shape[self.lanes[name] + 1 :])
+        span = step * (e.dtype.lanes - 1) + 1
+
+        def lanes() -> Any:
+            first = self.offset(b, e.index)
+            return decode(self.registers[name][first : first + span : step], dtype)
+
+        return lanes
 
     def search(self, e: ir.Search) -> Any:
         low, high, key = (int(self.value(x)) for x in (e.lo, e.hi, e.key))
