@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL:
         except OSError:
             continue
     raise MissingExtra(
-        "E101", "no cuSPARSE library is found", hint="pip install 'tilewright[torch]' with CUDA"
+        "E101", "there is no cuSPARSE library", hint="pip install 'tilewright[torch]' with CUDA"
     )
 
 

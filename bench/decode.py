@@ -86,7 +86,7 @@ def _lengths(kind: str, requests: int, average: int, rng: np.random.Generator) -
 
 
 def measured(case: Case, memory: Any) -> Row:
-    """The row of a case; `wrong` says what is wrong with a result."""
+    """The row of a case; `wrong` returns the fault of a result."""
     torch = require_torch()
     pages = -(-case.lengths // PAGE)
     indptr = np.concatenate([[0], np.cumsum(pages)]).astype(np.int32)

@@ -27,7 +27,7 @@ _ROUNDS = 400
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """A data set: rows, entries, the σ of its degrees, and what its hyb format looks like.
+    """A data set: rows, entries, the σ of its degrees, and the shape of its hyb format.
 
     `padding` is the share of padded slots of hyb(`col_parts`, 1…`widest`) in per cent, as published
     for SparseTIR (ASPLOS 2023, table 2); `blocks` diagonal blocks hold all entries.
@@ -77,7 +77,7 @@ class Graph:
 
     @property
     def csr(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]:
-        """What `Format.pack` takes."""
+        """The argument of `Format.pack`."""
         return self.indptr, self.indices, self.values, self.shape
 
     def __str__(self) -> str:
@@ -114,13 +114,13 @@ def load(path: Path) -> Graph:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {k: file[k] for k in ("indptr", "indices", "shape", "values") if k in file}
+            arrays = {k: file[k] for k in ("indptr", "indices", "shape", "values") if k in file}
     except (OSError, ValueError) as error:
         raise FormatError("F102", f"the file is not an .npz: {error}", where=str(path)) from None
-    missing = [k for k in ("indptr", "indices", "shape") if k not in found]
+    missing = [k for k in ("indptr", "indices", "shape") if k not in arrays]
     if missing:
         raise FormatError("F102", f"the file lacks {', '.join(missing)}", where=str(path))
-    indptr, indices, shape = found["indptr"], found["indices"], found["shape"]
+    indptr, indices, shape = arrays["indptr"], arrays["indices"], arrays["shape"]
     if shape.shape != (2,) or any(
         a.ndim != 1 or a.dtype.kind not in "iu" for a in (indptr, indices)
     ):
@@ -131,14 +131,14 @@ def load(path: Path) -> Graph:
         raise FormatError("F103", f"indptr does not fit {rows} rows", where=str(path))
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < cols:
         raise FormatError("F104", f"a column is outside 0…{cols - 1}", where=str(path))
-    given = found.get("values")
-    if given is None:
-        given = np.random.default_rng(0).standard_normal(len(indices), np.float32)
-    if given.shape != indices.shape:
+    values = arrays.get("values")
+    if values is None:
+        values = np.random.default_rng(0).standard_normal(len(indices), np.float32)
+    if values.shape != indices.shape:
         raise FormatError(
-            "F102", f"{given.shape} values for {len(indices)} entries", where=str(path)
+            "F102", f"{values.shape} values for {len(indices)} entries", where=str(path)
         )
-    parts = (indptr.astype(np.int32), indices.astype(np.int32), given.astype(np.float32))
+    parts = (indptr.astype(np.int32), indices.astype(np.int32), values.astype(np.float32))
     return Graph(path.stem, *parts, (rows, cols))
 
 
@@ -151,7 +151,7 @@ def load_folder(folder: Path) -> Iterator[Graph]:
         yield load(path)
 
 
-# ---------------------------------------------------------------------------- what is reported
+# ---------------------------------------------------------------------------- reports
 
 
 def hyb_padding(graph: Graph, widest: int, col_parts: int = 1) -> float:
@@ -170,7 +170,7 @@ def hyb_padding(graph: Graph, widest: int, col_parts: int = 1) -> float:
 
 
 def window_columns(graph: Graph, rows: int) -> float:
-    """Entries per distinct column in windows of `rows` rows: what a tile of so many rows reuses."""
+    """Entries per distinct column in windows of `rows` rows: the reuse of such a tile."""
     row = np.repeat(np.arange(graph.shape[0], dtype=np.int64), graph.lengths)
     keys = row // rows * graph.shape[1] + graph.indices
     return graph.nnz / max(len(np.unique(keys)), 1)
@@ -350,10 +350,10 @@ class _Numpy:
     def nonzero(self, x: Any) -> Any:
         return np.flatnonzero(x)
 
-    # what follows is written once for both
+    # the code below serves both
 
     def repeated(self, keys: Any) -> Any:
-        """Where keys stand that are equal to an earlier one."""
+        """The positions of keys that equal an earlier one."""
         return self.nonzero(~self.first(keys))
 
     def first(self, keys: Any) -> Any:

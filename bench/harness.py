@@ -1,4 +1,4 @@
-"""`python3 dev.py bench SUITE`: ours and the best peers found, in one process, on one device.
+"""`python3 dev.py bench SUITE`: ours and the best peers, in one process, on one device.
 
 Runs are interleaved and medians taken; every result is checked against a float64 oracle before it
 is timed; a wrong peer does not count. On a GPU each call is timed twice: with the L2 cache cleared
@@ -33,7 +33,7 @@ SUITES = {
     "sddmm": ("sparse", "dense times dense at stored entries"),
     "decode": ("decode", "decode attention over a paged cache, beside the time to read it"),
     "model": ("model", "tokens a second of a model, for prompts and for answers"),
-    "host": ("host", "time of a call, of import and of building, apart from the kernel"),
+    "host": ("host", "time of a call, of import and of building, without the kernel"),
     "graphs": ("sparse", "the synthetic graphs and how well they fit"),
 }
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="bench", description="Measure against the best other implementations found here."
+        prog="bench", description="Measure against the best other installed implementations."
     )
     bench_arguments(parser)
     return bench(parser.parse_args(argv))
@@ -113,9 +113,9 @@ def bench(args: argparse.Namespace) -> int:
         elif args.suite in ("spmm", "sddmm"):
             print(line(row), flush=True)
         else:
-            what = f"{row['input']:18} {row['width']:5} {row['target']:12} {row['impl']:34}"
+            head = f"{row['input']:18} {row['width']:5} {row['target']:12} {row['impl']:34}"
             ratio = f"  ratio {row['ratio']:.2f}" if row["ratio"] else ""
-            print(f"{what} {row['value']:9.4g} {row['metric']}{ratio}", flush=True)
+            print(f"{head} {row['value']:9.4g} {row['metric']}{ratio}", flush=True)
         if args.keep:
             keep(args.keep, row)
     if not args.json and any(r.get("ratio") for r in rows):
@@ -137,7 +137,9 @@ def _check_outputs(args: argparse.Namespace) -> None:
         try:
             args.keep.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ArgumentError("A109", f"no folder can be made: {error}", where="--keep") from None
+            raise ArgumentError(
+                "A109", f"the folder cannot be created: {error}", where="--keep"
+            ) from None
         check_output("--keep", args.keep / f"{args.suite}.jsonl")
 
 
@@ -258,7 +260,7 @@ def _measure_graphs(
 ) -> dict[str, float | None]:
     torch = require_torch()
     graphs: dict[str, tuple[Any, int]] = {}
-    found: dict[str, float | None] = dict.fromkeys(cold)
+    medians: dict[str, float | None] = dict.fromkeys(cold)
     for c in contenders:
         calls = _GRAPH_CALLS if cold[c.impl] < 5 else 2
         try:
@@ -283,8 +285,8 @@ def _measure_graphs(
                 events[impl].append(pair)
     torch.cuda.synchronize()
     for impl, pairs in events.items():
-        found[impl] = statistics.median(a.elapsed_time(b) for a, b in pairs) / graphs[impl][1]
-    return found
+        medians[impl] = statistics.median(a.elapsed_time(b) for a, b in pairs) / graphs[impl][1]
+    return medians
 
 
 # ---------------------------------------------------------------------------- rows
@@ -409,13 +411,13 @@ def versions() -> dict[str, str]:
     """Versions of all that takes part, as far as it is installed."""
     import tilewright
 
-    found = {"tilewright": tilewright.__version__, "python": platform.python_version()}
+    versions = {"tilewright": tilewright.__version__, "python": platform.python_version()}
     for name in ("numpy", "scipy", "torch", "nvidia-cuda-nvrtc", "nvidia-cusparse"):
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def require_torch() -> Any:

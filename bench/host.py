@@ -1,4 +1,4 @@
-"""`tilewright bench host`: what a call, an import and a build cost apart from the kernel's work.
+"""`tilewright bench host`: the cost of a call, an import and a build, without the kernel's work.
 
 Calls run on a matrix so small that its kernel takes next to nothing. Imports and builds run in
 processes of their own, with Tilewright's byte code in place as an installation leaves it, and in
@@ -40,7 +40,7 @@ import tilewright
 print(json.dumps(time.perf_counter() - began))
 """
 
-# What a machine finds out once: the versions of Tilewright and of the C++ compiler.
+# Cached once a machine: the versions of Tilewright and of the C++ compiler.
 _ONCE = """
 import json
 from tilewright.toolchain import compilers, program_cache
@@ -56,10 +56,10 @@ from tilewright.toolchain import disk_cache
 target, fmt, width = sys.argv[1], sys.argv[2], int(sys.argv[3])
 times = []
 for _ in range(2):
-    made = spmm_program.decompose(A=getattr(tw, fmt)())
-    made = made.schedule(recipe.of(width=width))
+    scheduled = spmm_program.decompose(A=getattr(tw, fmt)())
+    scheduled = scheduled.schedule(recipe.of(width=width))
     began = time.perf_counter()
-    made.build(target)
+    scheduled.build(target)
     times.append(time.perf_counter() - began)
 print(json.dumps({"times": times, "compiled": disk_cache.stats.compiled}))
 """
@@ -100,8 +100,8 @@ def _row(op: str, target: str, impl: str, value: float, metric: str, width: int 
 
 
 def _child(code: str, folder: Path, cache_dir: str, *args: str) -> Any:
-    """What a fresh process prints. `folder` keeps byte code, also where none is to be written
-    beside the sources; processes after the first find it there."""
+    """The JSON that a fresh process prints. `folder` keeps byte code for the later processes, also
+    where none is written beside the sources."""
     own = {
         "PYTHONPYCACHEPREFIX": str(folder / "bytecode"),
         "TILEWRIGHT_CACHE_DIR": str(folder / cache_dir),
@@ -125,16 +125,16 @@ def _imports(folder: Path) -> Iterator[Row]:
 
 
 def _calls(target: str) -> Iterator[Row]:
-    """Host time of one call: what the thread that calls is busy with."""
-    from bench.peers import place
+    """Host time of one call: that of the calling thread."""
+    from bench.peers import to_target
     from tilewright import ops
     from tilewright.ops.spmm import spmm_program
 
     rng = np.random.default_rng(3)
     dense = rng.standard_normal((16, 16), np.float32) * (rng.random((16, 16)) < 0.2)
     a = formats.csr().pack(dense)
-    x = place(rng.standard_normal((16, _WIDTH), np.float32), "float32", target)
-    out = place(np.zeros((16, _WIDTH), np.float32), "float32", target)
+    x = to_target(rng.standard_normal((16, _WIDTH), np.float32), "float32", target)
+    out = to_target(np.zeros((16, _WIDTH), np.float32), "float32", target)
     if target == "cuda":
         a = a.to("cuda")
     kernel = spmm_program.build(target)
@@ -150,8 +150,8 @@ def _calls(target: str) -> Iterator[Row]:
     for _ in range(_REPEATS):
         for name, run in ways.items():
             samples[name].append(_per_call(run, target))
-    for name, found in samples.items():
-        yield _row("host.call", target, name, 1e6 * statistics.median(found), "us")
+    for name, times in samples.items():
+        yield _row("host.call", target, name, 1e6 * statistics.median(times), "us")
 
 
 def _peer_calls(dense: np.ndarray, x: Any, target: str) -> dict[str, Callable[[], Any]]:
@@ -198,14 +198,13 @@ def _per_call(run: Callable[[], Any], target: str) -> float:
 
 
 def _builds(target: str, folder: Path) -> Iterator[Row]:
-    """SpMM in processes of their own: compiled anew (cold, with what it takes to load a compiler
-    that the process has not used yet), found in the cache by the next process (cached), and once
-    more there (again)."""
+    """SpMM in processes of their own: compiled (cold, with the time to load the compiler), taken
+    from the cache by the next process (cached), and once more there (again)."""
     kind = target.partition(":")[0]
     _child(_ONCE, folder, f"{kind}-once")
     _child(_BUILD, folder, f"{kind}-first", target, "csr", "0")  # byte code; NVRTC in memory
     for name, (fmt, width) in _SIZES.items():
-        found: dict[str, list[float]] = {"cold": [], "cached": [], "again": []}
+        results: dict[str, list[float]] = {"cold": [], "cached": [], "again": []}
         for turn in range(_BUILDS):
             cache_dir = f"{kind}-{name}-{turn}"
             shutil.copytree(folder / f"{kind}-once", folder / cache_dir)
@@ -213,10 +212,10 @@ def _builds(target: str, folder: Path) -> Iterator[Row]:
                 _child(_BUILD, folder, cache_dir, target, fmt, str(width)) for _ in range(2)
             )
             if cold["compiled"] != 1 or cached["compiled"] != 0:
-                note(f"builds of {name} for {target} met another kind of cache")
-            found["cold"].append(cold["times"][0])
-            found["cached"].append(cached["times"][0])
-            found["again"].append(cached["times"][1])
-        for state, times in found.items():
+                note(f"builds of {name} for {target} had another kind of cache")
+            results["cold"].append(cold["times"][0])
+            results["cached"].append(cached["times"][0])
+            results["again"].append(cached["times"][1])
+        for state, times in results.items():
             ms = 1e3 * statistics.median(times)
             yield _row(f"build.{name}", target, f"tilewright {state}", ms, "ms", width)

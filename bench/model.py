@@ -59,7 +59,7 @@ def model(args: argparse.Namespace) -> Iterator[Row]:
                 if turn:  # the first builds kernels and records the step
                     samples.setdefault(("prompt", length, runner.impl), []).append(read)
                     samples.setdefault(("decode", length, runner.impl), []).append(written)
-    rates = {key: statistics.median(found) for key, found in samples.items()}
+    rates = {key: statistics.median(rate) for key, rate in samples.items()}
     for (op, length, impl), rate in rates.items():
         peers = [r for (o, n, i), r in rates.items() if (o, n) == (op, length) and i != _OURS]
         ratio = rate / max(peers) if impl == _OURS and peers else None

@@ -1,4 +1,4 @@
-"""Peers of the sparse benchmarks: what else computes the same, each in its best configuration.
+"""Peers of the sparse benchmarks: other implementations, each in its best configuration.
 
 CPU: SciPy, torch's CSR with int32 and with int64 indices, on as many threads as ours. GPU:
 cuSPARSE, every algorithm with preprocessing, and torch's CSR. A peer that does not run is named and
@@ -20,18 +20,18 @@ from bench.harness import Contender, note
 from tilewright import dtypes
 from tilewright.runtime import pool
 
-Made = tuple[Callable[[], Any], Callable[[Any], np.ndarray]]
-Make = Callable[[], Made]
+Peer = tuple[Callable[[], Any], Callable[[Any], np.ndarray]]
+Setup = Callable[[], Peer]
 
 
-def place(values: np.ndarray, dtype: str, target: str) -> Any:
+def to_target(values: np.ndarray, dtype: str, target: str) -> Any:
     """An array of the target: NumPy on the CPU (torch for bfloat16), torch on the GPU."""
     if target == "cpp" and dtype != "bfloat16":
         return np.ascontiguousarray(values)
     import torch
 
-    made = torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, dtype))
-    return made.cuda() if target == "cuda" else made
+    tensor = torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, dtype))
+    return tensor.cuda() if target == "cuda" else tensor
 
 
 def to_host(array: Any) -> np.ndarray:
@@ -48,14 +48,16 @@ def spmm_peers(
     graph: Graph, values: np.ndarray, x: Any, dtype: str, target: str
 ) -> Iterator[Contender]:
     """Peers of Y = A X. `values` are float32 where NumPy lacks the dtype."""
-    makers: dict[str, Make] = {}
+    makers: dict[str, Setup] = {}
     if target == "cpp":
         if dtype in ("float32", "float64"):
             makers["scipy csr @ X"] = lambda: _scipy(graph, values, x)
         for index in ("int32", "int64"):
-            for given in (False, True):
-                makers[f"torch csr {index}{', out=' if given else ' @ X'}"] = (
-                    lambda index=index, given=given: _torch_mm(graph, values, x, index, given)
+            for preallocated in (False, True):
+                makers[f"torch csr {index}{', out=' if preallocated else ' @ X'}"] = (
+                    lambda index=index, preallocated=preallocated: _torch_mm(
+                        graph, values, x, index, preallocated
+                    )
                 )
     else:
         makers["torch csr int32 @ X"] = lambda: _torch_mm(graph, values, x, "int32", False)
@@ -63,7 +65,7 @@ def spmm_peers(
 
         for name, number in cusparse.SPMM_ALGORITHMS.items():
             makers[f"cusparse spmm {name}"] = lambda number=number: cusparse.spmm(
-                graph, place(values, dtype, target), x, number
+                graph, to_target(values, dtype, target), x, number
             )
     yield from _ready(makers)
 
@@ -73,7 +75,7 @@ def sddmm_peers(
 ) -> Iterator[Contender]:
     """Peers of A ∘ (P Qᵀ). Theirs sample without multiplying by A's values, which is less work; the
     check multiplies afterwards."""
-    makers: dict[str, Make] = {}
+    makers: dict[str, Setup] = {}
     if target == "cpp":
         makers["numpy gather"] = lambda: _numpy_sddmm(graph, values, pq)
     for index in ("int32", "int64") if target == "cpp" else ("int32",):
@@ -84,12 +86,12 @@ def sddmm_peers(
         from bench import cusparse
 
         makers["cusparse sddmm"] = lambda: cusparse.sddmm(
-            graph, values, place(values, dtype, target), *pq
+            graph, values, to_target(values, dtype, target), *pq
         )
     yield from _ready(makers)
 
 
-def _ready(makers: dict[str, Make]) -> Iterator[Contender]:
+def _ready(makers: dict[str, Setup]) -> Iterator[Contender]:
     for package in ("scipy.sparse", "torch"):
         with contextlib.suppress(ImportError):
             importlib.import_module(package)  # not a cost of the first peer that needs it
@@ -106,7 +108,7 @@ def _ready(makers: dict[str, Make]) -> Iterator[Contender]:
         yield Contender(name, run, host, costs={"pack": pack_ms})
 
 
-def _scipy(graph: Graph, values: np.ndarray, x: Any) -> Made:
+def _scipy(graph: Graph, values: np.ndarray, x: Any) -> Peer:
     import scipy.sparse
 
     a = scipy.sparse.csr_matrix((values, graph.indices, graph.indptr), shape=graph.shape)
@@ -125,8 +127,8 @@ def _torch_csr(graph: Graph, values: np.ndarray, dtype: str, index: str, device:
     of = torch.from_numpy(values).to(getattr(torch, dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its own CSR a beta
-        made = torch.sparse_csr_tensor(rows, cols, of, size=graph.shape)
-    return made.cuda() if device == "cuda" else made
+        matrix = torch.sparse_csr_tensor(rows, cols, of, size=graph.shape)
+    return matrix.cuda() if device == "cuda" else matrix
 
 
 def _torch_of(array: Any) -> Any:
@@ -135,23 +137,23 @@ def _torch_of(array: Any) -> Any:
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
 
 
-def _torch_mm(graph: Graph, values: np.ndarray, x: Any, index: str, given: bool) -> Made:
+def _torch_mm(graph: Graph, values: np.ndarray, x: Any, index: str, preallocated: bool) -> Peer:
     import torch
 
     t = _torch_of(x)
     a = _torch_csr(graph, values, str(t.dtype).rpartition(".")[2], index, t.device.type)
-    if not given:
+    if not preallocated:
         return lambda: torch.sparse.mm(a, t), to_host
     out = torch.empty(graph.shape[0], t.shape[1], dtype=t.dtype, device=t.device)
     return lambda: torch.mm(a, t, out=out), to_host
 
 
-def _sampled(graph: Graph, values: np.ndarray, pq: tuple[Any, ...], dtype: str, index: str) -> Made:
+def _sampled(graph: Graph, values: np.ndarray, pq: tuple[Any, ...], dtype: str, index: str) -> Peer:
     import torch
 
     p, q = _torch_of(pq[0]), _torch_of(pq[1])
     a = _torch_csr(graph, values, dtype, index, p.device.type)
-    q_t = q.t()  # a view: both operands stay feature-contiguous, which is what is fast
+    q_t = q.t()  # a view: both operands stay feature-contiguous, which is fast
 
     def host(result: Any) -> np.ndarray:
         return _scaled(to_host(result.values()), values)
@@ -164,12 +166,12 @@ def _scaled(sampled: np.ndarray, values: np.ndarray) -> np.ndarray:
     return wide * values
 
 
-def _numpy_sddmm(graph: Graph, values: np.ndarray, pq: tuple[Any, ...]) -> Made:
+def _numpy_sddmm(graph: Graph, values: np.ndarray, pq: tuple[Any, ...]) -> Peer:
     if dtypes.dtype(str(values.dtype)).bits < 32 or not all(isinstance(a, np.ndarray) for a in pq):
         raise TypeError("NumPy sums narrow floats in their own precision")
     rows = np.repeat(np.arange(graph.shape[0]), graph.lengths)
     p, q = pq
-    step = max(1, (4 << 20) // max(p.shape[1], 1))  # what is gathered stays in the cache
+    step = max(1, (4 << 20) // max(p.shape[1], 1))  # gathered rows stay in the cache
 
     def run() -> np.ndarray:
         out = np.empty_like(values)

@@ -17,7 +17,7 @@ _COLOURS = (
     "#ccbb44",
     "#66ccee",
     "#aa3377",
-)  # told apart by all eyes
+)  # distinct also for colour-blind readers
 
 
 def check(path: Path) -> None:

@@ -79,9 +79,9 @@ def inputs(args: argparse.Namespace) -> Iterator[Graph]:
     for name in usual if not args.graphs or args.graphs == ["synthetic"] else args.graphs:
         for f in args.f:
             began = time.perf_counter()
-            made = synthesis.synthetic(name, f)
-            note(f"made {made} in {time.perf_counter() - began:.1f} s")
-            yield made
+            graph = synthesis.synthetic(name, f)
+            note(f"made {graph} in {time.perf_counter() - began:.1f} s")
+            yield graph
 
 
 # ---------------------------------------------------------------------------- the suites
@@ -144,7 +144,7 @@ def operands(shapes: list[tuple[int, int]], dtype: str, target: str) -> Operands
         wide = rng.standard_normal(shape, np.float32 if dtype != "float64" else np.float64)
         rounded = rounded_to(wide, dtype)
         exact.append(rounded.astype(np.float64))
-        arrays.append(peers.place(rounded, dtype, target))
+        arrays.append(peers.to_target(rounded, dtype, target))
     return Operands(tuple(exact), tuple(arrays))
 
 
@@ -193,28 +193,28 @@ def _describe(graph: Graph, width: int, dtype: str) -> Row:
 
 
 _kept: dict[str, tuple[Graph, tuple[str, str], tuple[Any, float]]] = {}
-"""The last graph that was packed for an operator, with what that took."""
+"""The last graph that was packed for an operator, with the time of packing."""
 
 
 def ours_spmm(graph: Graph, values: np.ndarray, x: Any, dtype: str, target: str) -> list[Contender]:
-    """`ops.spmm(A, X)`, and the same into memory given once."""
+    """`ops.spmm(A, X)`, and the same into preallocated memory."""
     from tilewright import ops
 
     matrix = (graph.indptr, graph.indices, values, graph.shape)
     kept = _kept.get("spmm")
     if kept is None or kept[0] is not graph or kept[1] != (dtype, target):
-        made = _timed(lambda: ops.pack_for_spmm(matrix, x.shape[1], target, dtype=dtype), target)
-        _kept["spmm"] = kept = (graph, (dtype, target), made)  # one format serves every width
+        packing = _timed(lambda: ops.pack_for_spmm(matrix, x.shape[1], target, dtype=dtype), target)
+        _kept["spmm"] = kept = (graph, (dtype, target), packing)  # one format serves every width
     packed, pack_ms = kept[2]
     plain = Contender(
         "tilewright", lambda: ops.spmm(packed, x), peers.to_host, is_ours=True, is_default=True
     )
     plain = _built(plain, pack_ms, target)
     out = ops.spmm(packed, x)
-    given = Contender(
+    preallocated = Contender(
         "tilewright, out=", lambda: ops.spmm(packed, x, out=out), peers.to_host, is_ours=True
     )
-    return [given, plain]
+    return [preallocated, plain]
 
 
 def ours_sddmm(
@@ -232,8 +232,8 @@ def ours_sddmm(
     def make() -> Any:
         if pack is not None:
             return pack(matrix, pq[0].shape[1], target, dtype=dtype)
-        made = formats.csr().pack(matrix, dtype=dtype)
-        return made.to("cuda") if target == "cuda" else made
+        packed = formats.csr().pack(matrix, dtype=dtype)
+        return packed.to("cuda") if target == "cuda" else packed
 
     packed, pack_ms = _timed(make, target)
     plain = Contender(
@@ -250,18 +250,18 @@ def _entries(result: Any) -> np.ndarray:
 def _timed(make: Callable[[], Any], target: str) -> tuple[Any, float]:
     _wait(target)
     began = time.perf_counter()
-    made = make()
+    result = make()
     _wait(target)
-    return made, 1e3 * (time.perf_counter() - began)
+    return result, 1e3 * (time.perf_counter() - began)
 
 
 def _built(contender: Contender, pack_ms: float, target: str) -> Contender:
-    """With its costs: what packing took, and what the first call took more than the second."""
+    """Adds its costs: the time of packing, and that of the first call beyond the second."""
     compiled = disk_cache.stats.compiled
     _, first = _timed(contender.run, target)
     _, second = _timed(contender.run, target)
     costs = {"pack": pack_ms, "first_call": first}
-    if disk_cache.stats.compiled > compiled:  # a kernel found in the cache says nothing of building
+    if disk_cache.stats.compiled > compiled:  # no build cost for a kernel from the cache
         costs["build"] = max(first - second, 0.0)
     return replace(contender, costs=costs)
 
@@ -309,7 +309,7 @@ class SpmmOracle:
         return expected, size
 
     def wrong(self, y: np.ndarray) -> str:
-        """What is wrong with a result (m, d); empty if nothing is."""
+        """The fault of a result (m, d); empty if it is right."""
         if y.shape != (self.graph.shape[0], self.x.shape[1]):
             return f"wrong shape {y.shape}"
         grow = 8 + 4 * np.sqrt(self.graph.lengths)
@@ -319,8 +319,8 @@ class SpmmOracle:
             + 2 * self.rounding * np.abs(self.expected)
             + self.floor
         )
-        if found := _beyond(got, self.expected, bound):
-            return found
+        if fault := _beyond(got, self.expected, bound):
+            return fault
         wide = y.astype(np.float64)
         weight = np.abs(self.vector)
         size = self._sums(np.abs(self.values), np.abs(self.x) @ weight)
@@ -367,7 +367,7 @@ class SddmmOracle:
         self.grow = 8 + 4 * np.sqrt(pq[0].shape[1])
 
     def wrong(self, values: np.ndarray) -> str:
-        """What is wrong with the values (nnz) of a result; empty if nothing is."""
+        """The fault of the values (nnz) of a result; empty if they are right."""
         if values.shape != (self.nnz,):
             return f"wrong shape {values.shape}"
         if not np.isfinite(values.astype(np.float32)).all():

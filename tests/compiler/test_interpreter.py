@@ -156,7 +156,7 @@ def test_arithmetic_is_that_of_the_dtype(rng):
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32", "int64"])
 def test_integers_are_those_of_the_definition(dtype):
-    """Wrapping, division by zero, wide shifts, conversions: as the evaluator says."""
+    """Wrapping, division by zero, wide shifts, conversions: as Python's integers say."""
 
     @tw.program
     def all_of(a=tw.dense("n", dtype), b=tw.dense("n", dtype), x=tw.dense("n", "float64")):
@@ -176,9 +176,31 @@ def test_integers_are_those_of_the_definition(dtype):
     )
     x = np.resize([2.9, -2.9, 1e30, -1e30, 2.0**31, 2.0**63, np.inf, -np.inf, np.nan], a.shape)
     args = {"a": a, "b": b, "x": x}
-    wanted, got = evaluate(all_of.program, args), executed(all_of, all_of.lower(), args)
-    for name, y in wanted.items():
-        assert got[name].tolist() == y.astype(np.float64).tolist(), name
+    evaluated, got = evaluate(all_of.program, args), executed(all_of, all_of.lower(), args)
+    rows = zip(a.tolist(), b.tolist(), x.tolist(), range(len(a)), strict=True)
+    columns = zip(*(_by_python(kind, *row) for row in rows), strict=True)
+    for (name, y), column in zip(evaluated.items(), columns, strict=True):
+        wanted = [float(number) for number in column]
+        assert y.astype(np.float64).tolist() == wanted, name
+        assert got[name].tolist() == wanted, name
+
+
+def _by_python(kind: dtypes.DType, a: int, b: int, x: float, i: int) -> list[int]:
+    """What the programs of the test above compute, by Python's own integers."""
+
+    def integer(x: float, of: dtypes.DType) -> int:
+        return 0 if x != x else int(min(max(x, of.least), of.most))
+
+    beyond = not 0 <= b < kind.bits
+    left, right = (0, -(a < 0)) if beyond else (a << b, a >> b)
+    results = (a + b, a - b, a * b, b and a // b, b and a % b, left, right, min(a, b), -a, abs(a))
+    narrow = dtypes.int16.wrapped(a) + integer(x, i32)
+    return [
+        *(kind.wrapped(y) for y in results),
+        integer(x, kind),
+        i32.wrapped(narrow),
+        i32.wrapped(i + 2147483647),
+    ]
 
 
 def test_a_wrong_pass_does_not_go_unseen(rng):

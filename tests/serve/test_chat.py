@@ -280,23 +280,21 @@ def test_fit_leaves_out_the_oldest(tiny_path: Path):
         assert error.value.code == "M105"
 
 
-def test_start_compiles_before_the_first_prompt(monkeypatch: pytest.MonkeyPatch):
-    """`start` launches the process that the first prompt then uses; it reports no error."""
+def test_the_constructor_starts_the_process(monkeypatch: pytest.MonkeyPatch):
+    """The first prompt uses the process that the constructor starts, which reports no error."""
     chat = ChatTemplate("{{ messages[0].content }}")
-    chat.start()
     process = chat._worker._process
     assert process is not None
-    chat.start()
+    assert chat.compiles()
     assert chat.render(HELLO) == "Hello" and chat._worker._process is process
     for source in (HOSTILE["does not parse"], HOSTILE["is too long"]):
         damaged = ChatTemplate(source)
-        damaged.start()
         assert not damaged.compiles()
         with pytest.raises(ModelError) as error:
             damaged.render(HELLO)
         assert error.value.code == "M107"
     monkeypatch.setattr(chat_module, "find_spec", lambda name: None)
     absent = ChatTemplate("x")
-    absent.start()
-    with pytest.raises(MissingExtra, match="jinja2"):
-        absent.render(HELLO)
+    for use in (absent.compiles, lambda: absent.render(HELLO)):
+        with pytest.raises(MissingExtra, match="jinja2"):
+            use()

@@ -1,7 +1,7 @@
-"""Operators written in the language, each with its recipes. They take bare arrays.
+"""Operators written in the language, each with its recipes. They take arrays and packed tensors.
 
-An operator's file holds the program (the mathematics), the schedules that make it fast on each
-target, and the function that a user calls; the function picks format and schedule by shape.
+The file of an operator has its program, its schedule for each target, and the function that a user
+calls, which selects format and schedule by shape.
 """
 
 from tilewright.ops.bsr_spmm import bsr_spmm

@@ -1,4 +1,4 @@
-"""Element by element: SiLU and multiply, add."""
+"""Elementwise operators: SiLU times a factor, addition."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """SpMM with dense blocks: Y = A X for A in BSR, on tile operations of 16 × 8 × 16.
 
-float16 or bfloat16 in, float32 out. A block of A is a tile as it lies in memory, and the rows of X
-that it meets are neighbours. On a GPU the warps of a CTA share a row of blocks, 32 features each,
-and copy a block, and the rows of X that it meets, to shared memory together.
+float16 or bfloat16 in, float32 out. A block of A is contiguous in memory, and it multiplies
+consecutive rows of X. On a GPU the warps of a CTA share a row of blocks, 32 features each, and copy
+each block and its rows of X to shared memory.
 Reference: SparseTIR (ASPLOS 2023), its block-sparse kernels on tensor cores.
 """
 
@@ -24,7 +24,7 @@ from tilewright.sparse.trace import dense, indices, out, sparse
 
 ROWS, COLS, DEPTH = 16, 8, 16  # one tile operation
 WARP_COLS = 32  # features that a warp keeps in its registers
-WARP_ROWS = {"cpp": 32, "cuda": 64}  # of a block likewise; taller ones are walked more than once
+WARP_ROWS = {"cpp": 32, "cuda": 64}  # of a block; taller blocks take several passes
 WARPS = 4  # of a CTA, at most
 HALVES = ("float16", "bfloat16")
 
@@ -36,15 +36,14 @@ def bsr_spmm_program(A=sparse("m n"), X=dense("n d")):
 
 
 def block_of(fmt: Any) -> int:
-    """The block of a BSR format that tiles fit into, or 0."""
+    """The block size of a BSR format if it is a multiple of the tile, else 0."""
     block = fmt.levels[0].block if isinstance(fmt, Format) else 0
     return block if block and block % ROWS == 0 and fmt == formats.bsr(block) else 0
 
 
 @named_recipe
 def recipe(s: Schedule, width: int = 0) -> Schedule:
-    """The schedule of SpMM on bsr(16), bsr(32), … for the target it is built for; `width`: of X, 0
-    for any."""
+    """The schedule of SpMM on bsr(16), bsr(32), …; `width`: of X, 0 for any."""
     s = s.specialize("d", width) if width else s
     block = block_of(s.format_of(0))
     d = dict(s.program.sizes).get("d")
@@ -61,7 +60,7 @@ def recipe(s: Schedule, width: int = 0) -> Schedule:
         return s.parallel("i_o").parallel("k_o")
     s = s.bind("i_o", "cta.x").bind("k_o", "cta.y").bind("k_y", "thread.y")
     s = s.cache("A", "j_o", "shared")
-    return s.cache("X", "j_o", "shared") if d else s  # where a vector of it lies inside a row
+    return s.cache("X", "j_o", "shared") if d else s  # a vector of X is inside a row
 
 
 @cache
@@ -89,12 +88,9 @@ def bsr_spmm(A: Packed, X: Any, out: Any = None) -> Any:
         "pack it as tw.bsr(16) or tw.bsr(32); spmm() takes other formats",
     )  # fmt: skip
     if A.dtype.name not in HALVES:
-        raise ArgumentError(
-            "A102",
-            f"A is {A.dtype}, tile operations multiply {' or '.join(HALVES)}",
-            where="argument A",
-            hint='pack it with dtype="float16"; spmm() takes every dtype',
-        )
+        rule = f"A is {A.dtype}, tile operations multiply {' or '.join(HALVES)}"
+        hint = 'pack it with dtype="float16"; spmm() takes every dtype'
+        raise ArgumentError("A102", rule, where="argument A", hint=hint)
     width = fixed_width(last_size(X), A.device)
     target = "cuda" if A.device.startswith("cuda") else "cpp"
     index = A.structure.index_dtype.name

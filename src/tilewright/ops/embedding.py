@@ -1,4 +1,4 @@
-"""Token embeddings: rows of a table, dequantised on the way."""
+"""Token embeddings: gathers rows of a table and dequantises them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,6 @@ def by_token(s: Schedule) -> Schedule:
 def embedding_kernel(kind: str, target: str = "cpp") -> Kernel:
     """ids (t,), the arrays of `weight_views` → (t, k), or (t, blocks, …) for quantised tables."""
     if kind not in PROGRAMS:
-        raise ModelError(
-            "M104", f"no embedding for weights of kind {kind}", hint=f"kinds: {', '.join(PROGRAMS)}"
-        )
+        hint = f"kinds: {', '.join(PROGRAMS)}"
+        raise ModelError("M104", f"no embedding for weights of kind {kind}", hint=hint)
     return PROGRAMS[kind].schedule(by_token).build(target)

@@ -1,7 +1,7 @@
 """GEMM: C = A B, float16 or bfloat16 in, float32 out, on tile operations of 16 × 8 × 16.
 
-On a GPU a warp owns 32 × 32 elements of C, and four warps a square of 64 × 64, for which they copy
-tiles of A and B to shared memory together. On a CPU fragments are loaded straight from memory.
+On a GPU a warp computes 32 × 32 elements of C, and the four warps of a CTA 64 × 64; they copy tiles
+of A and B to shared memory. On a CPU fragments are loaded from memory.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def gemm_program(A=dense("m k"), B=dense("k n")):
 
 @named_recipe
 def recipe(s: Schedule, n: int = 0, k: int = 0) -> Schedule:
-    """The schedule of GEMM for the target it is built for; `n`, `k`: sizes, 0 for any."""
+    """The schedule of GEMM; `n`, `k`: sizes, 0 for any."""
     s = s.specialize("n", n) if n else s
     s = s.specialize("k", k) if k else s
     return gpu_recipe(s) if s.target.is_cuda else cpu_recipe(s)
 
 
 def cpu_recipe(s: Schedule) -> Schedule:
-    """C in squares that stay in registers."""
+    """A square of C in registers."""
     s = s.split("i", WARP_ROWS, into=("i_o", "i_w")).split("j", WARP_COLS, into=("j_o", "j_w"))
     s = _tiles(s.split("k", DEPTH, into=("k_o", "k_v")))
     s = s.reorder("i_o", "j_o", "k_o", "i_u", "j_u", "i_v", "j_v", "k_v")
@@ -49,13 +49,11 @@ def cpu_recipe(s: Schedule) -> Schedule:
 
 
 def gpu_recipe(s: Schedule) -> Schedule:
-    """A square of C for each CTA, one for each of its warps; operands by way of shared memory."""
-    s = s.split("i", WARP_ROWS * WARPS, into=("i_o", "i_r")).split(
-        "i_r", WARP_ROWS, into=("i_y", "i_w")
-    )
-    s = s.split("j", WARP_COLS * WARPS, into=("j_o", "j_r")).split(
-        "j_r", WARP_COLS, into=("j_y", "j_w")
-    )
+    """A square of C for each CTA and for each of its warps; operands in shared memory."""
+    s = s.split("i", WARP_ROWS * WARPS, into=("i_o", "i_r"))
+    s = s.split("i_r", WARP_ROWS, into=("i_y", "i_w"))
+    s = s.split("j", WARP_COLS * WARPS, into=("j_o", "j_r"))
+    s = s.split("j_r", WARP_COLS, into=("j_y", "j_w"))
     s = _tiles(s.split("k", STEP, into=("k_o", "k_r")).split("k_r", DEPTH, into=("k_u", "k_v")))
     s = s.reorder("i_o", "j_o", "k_o", "i_y", "j_y", "k_u", "i_u", "j_u", "i_v", "j_v", "k_v")
     s = s.unroll("k_u").mma("i_v", "j_v", "k_v").fuse("i_y", "j_y", into="warp")
@@ -71,8 +69,8 @@ def _tiles(s: Schedule) -> Schedule:
 
 @cache
 def gemm_kernel(dtype: str, n: int = 0, k: int = 0, target: str = "cpp") -> Kernel:
-    """The built kernel for operands of a dtype. `kernel(A, B, out=None)`: any m; `n` and `k` as
-    given, or any where they are 0."""
+    """The built kernel for operands of a dtype. `kernel(A, B, out=None)`: any m; any `n` and `k`
+    where they are 0."""
     return gemm_definition(dtype, n, k).build(target)
 
 
@@ -84,15 +82,14 @@ def gemm_definition(dtype: str, n: int = 0, k: int = 0) -> Definition:
 def gemm(A: Any, B: Any, out: Any = None, *, dtype: Any = None) -> Any:
     """C = A B. A: (m, k), B: (k, n), both float16 or both bfloat16; C: (m, n) float32.
 
-    `dtype` says what uint16 arrays hold, for frameworks without bfloat16. Raises ArgumentError.
+    `dtype`: that of uint16 arrays, for frameworks without bfloat16. Raises ArgumentError.
     """
     a = view(A)
     kind = (dtypes.dtype(dtype) if dtype is not None else a.dtype).name
     if kind not in HALVES:
-        raise ArgumentError(
-            "A102", f"A is {kind}, GEMM multiplies {' or '.join(HALVES)}", where="argument A",
-            hint='for bfloat16 held in uint16 pass dtype="bfloat16"',
-        )  # fmt: skip
+        rule = f"A is {kind}, GEMM multiplies {' or '.join(HALVES)}"
+        hint = 'for bfloat16 held in uint16 pass dtype="bfloat16"'
+        raise ArgumentError("A102", rule, where="argument A", hint=hint)
     if not a.device.startswith("cuda"):
         return gemm_kernel(kind)(A, B, out=out)
     k, n = (int(x) for x in view(B).shape) if len(view(B).shape) == 2 else (0, 0)

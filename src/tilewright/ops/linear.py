@@ -1,14 +1,14 @@
 """Linear layers: Y = X Wᵀ, for weights in float32, bfloat16, float16, Q8_0, Q4_0 and Q4_1.
 
-Quantised weights stay as the model file has them, in blocks of 32 along a row; a program says
-what a block means, with shifts and scales, and the values exist in registers only.
+Quantised weights keep the layout of the model file, blocks of 32 along a row. The programs
+dequantise them by shifts and scales, in registers.
 
     Q8_0: w = q · d               34 bytes: d float16, q int8[32]
     Q4_0: w = (q − 8) · d         18 bytes: d float16, q uint4[32], low halves first
     Q4_1: w = q · d + m           20 bytes: d, m float16, q uint4[32], low halves first
 
-A CPU takes them with sixteen rows interleaved: the lanes of a vector are then rows, scales are
-vectors, a value of X goes to all lanes, and no sum runs across lanes.
+On a CPU sixteen rows are interleaved: the lanes of a vector are rows, scales are vectors, a value
+of X is broadcast to all lanes, and no sum runs across lanes.
 Reference: the block formats of GGUF.
 """
 
@@ -125,27 +125,24 @@ INTERLEAVED = {
 }
 
 ROWS = 4  # rows of W in registers together
-TOKENS = 4  # rows of X likewise, when there are many
+TOKENS = 4  # rows of X in registers, when there are many
 WIDE_TOKENS = 8  # of an interleaved W, whose sixteen rows are one register
-SUMS = 4  # of each half of a block, so that one multiply-add need not wait for the other
-TOGETHER = 16  # rows that are interleaved
+SUMS = 4  # of each half of a block, for independent multiply-adds
+TOGETHER = 16  # interleaved rows
 
 
 def cpu_recipe(s: Schedule, many: bool) -> Schedule:
-    """Rows of W in parallel, a few rows and tokens in registers, the lanes of a vector along k."""
+    """Rows of W in parallel; a few rows and tokens in registers; vectors along k."""
     if s.has("r"):
         return _interleaved_recipe(s, many)
     lanes = compilers.vector_bits() // 32
-    s = s.split("n", 16 if many else 8, into=("n_unit", "n_rows")).split(
-        "n_rows", ROWS, into=("n_o", "n_i")
-    )
+    s = s.split("n", 16 if many else 8, into=("n_unit", "n_rows"))
+    s = s.split("n_rows", ROWS, into=("n_o", "n_i"))
     depth = ("b", "h") if s.has("b") else ("k",)
     s = s.reorder("n_unit", "n_o", "t", *depth, "n_i")
     if many:
-        s = s.split("t", TOKENS, tail="cut", into=("t_o", "t_i")).reorder(
-            "t_o", *depth, "n_i", "t_i"
-        )
-        s = s.unroll("t_i")
+        s = s.split("t", TOKENS, tail="cut", into=("t_o", "t_i"))
+        s = s.reorder("t_o", *depth, "n_i", "t_i").unroll("t_i")
     if depth == ("k",):
         s = s.split("k", lanes, tail="cut", into=("k_o", "l")).reorder("k_o", "n_i", "t_i", "l")
     else:
@@ -154,8 +151,8 @@ def cpu_recipe(s: Schedule, many: bool) -> Schedule:
 
 
 def _interleaved_recipe(s: Schedule, many: bool) -> Schedule:
-    """Sixteen rows of W are the lanes of a vector. One token: several sums, and the weights of the
-    next rows prefetched, since nothing else waits for memory. Many: a weight serves them all."""
+    """Sixteen rows of W are the lanes of a vector. One token is bound by memory: several sums, and
+    a prefetch of the next rows' weights. Many tokens share each dequantised weight."""
     s = s.reorder("g", "t", "b", "l", "h", "r").parallel("g").vectorize("r").unroll("h")
     if many:
         s = s.split("t", WIDE_TOKENS, tail="cut", into=("t_o", "t_i"))
@@ -168,14 +165,10 @@ GPU_ROWS = 16  # rows of W of one CTA
 
 
 def gpu_recipe(s: Schedule, n: int) -> Schedule:
-    """A row of W to each value of y; the lanes of x share its sum."""
+    """Threads in y take rows of W; threads in x share the sum of a row."""
     rows = next(r for r in (GPU_ROWS, 8, 4, 2, 1) if n % r == 0)
-    s = (
-        s.split("n", rows, into=("n_cta", "n_y"))
-        .bind("t", "cta.y")
-        .bind("n_cta", "cta.x")
-        .bind("n_y", "thread.y")
-    )
+    s = s.split("n", rows, into=("n_cta", "n_y")).bind("t", "cta.y")
+    s = s.bind("n_cta", "cta.x").bind("n_y", "thread.y")
     if s.has("b"):
         return s.bind("l", "thread.x").unroll("h").unroll("b", 4)
     return s.split("k", 32, into=("k_o", "k_x")).bind("k_x", "thread.x").unroll("k_o", 4)
@@ -184,12 +177,8 @@ def gpu_recipe(s: Schedule, n: int) -> Schedule:
 def check_kind(kind: str, name: str = "") -> None:
     """Raises ModelError[M104] for a kind of weight that there is no linear layer for."""
     if kind not in PROGRAMS:
-        raise ModelError(
-            "M104",
-            f"no linear layer for weights of kind {kind}",
-            where=name,
-            hint=f"kinds: {', '.join(PROGRAMS)}",
-        )
+        rule, hint = f"no linear layer for weights of kind {kind}", f"kinds: {', '.join(PROGRAMS)}"
+        raise ModelError("M104", rule, where=name, hint=hint)
 
 
 @cache
@@ -198,9 +187,9 @@ def linear_kernel(
 ) -> Kernel:
     """The built kernel for a kind of weight of n × k. `many`: more than a few rows of X.
 
-    `kernel(X, *arrays, out=None)` with the arrays of `weight_views` gives (t, n); with those of
-    `interleave` (t, n / 16, 16), which is the same memory. Sizes are fixed: the layers of a model
-    have few shapes, and none of them needs guards then."""
+    `kernel(X, *arrays, out=None)` returns (t, n) for the arrays of `weight_views`, and (t, n / 16,
+    16), the same memory, for those of `interleave`. Sizes are constants, so that the kernel needs
+    no guards; the layers of a model have few shapes."""
     return linear_definition(kind, many, n, k, interleaved).build(target)
 
 
@@ -215,7 +204,7 @@ def linear_definition(
 
 @named_recipe
 def recipe(s: Schedule, many: bool, n: int, k: int) -> Schedule:
-    """The schedule of a linear layer of n × k for the target it is built for."""
+    """The schedule of a linear layer of n × k."""
     dims = {d for t in s.program.tensors for d in t.dims}
     s = s.specialize("g", n // TOGETHER) if "g" in dims else s.specialize("n", n)
     s = s.specialize("k", k)
@@ -224,7 +213,7 @@ def recipe(s: Schedule, many: bool, n: int, k: int) -> Schedule:
 
 
 def weight_views(kind: str, data: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The arrays of a weight as they lie in the file: views, never copies.
+    """The arrays of a weight: views of its data in the file.
 
     `data`: (n, k) of float32 or bits, or uint8 (n, bytes of a row) of blocks."""
     if kind == "q8_0":
@@ -241,13 +230,13 @@ def weight_views(kind: str, data: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def can_interleave(kind: str, rows: int) -> bool:
-    """Whether a weight has the layout that a CPU reads fastest: quantised, in whole sixteens."""
+    """Whether a weight can be interleaved: quantised, and rows a multiple of 16."""
     return kind in INTERLEAVED and rows % TOGETHER == 0
 
 
 def interleave(kind: str, data: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The arrays of a weight with the rows of each sixteen side by side: (n / 16, blocks, 16) of
-    scales, (n / 16, blocks, numbers, 16) of numbers. Copies; `data` as `weight_views` takes it."""
+    """The arrays of a weight with sixteen rows interleaved: scales (n / 16, blocks, 16), numbers
+    (n / 16, blocks, numbers, 16). Copies; `data` as in `weight_views`."""
     arrays = []
     for x in weight_views(kind, data):
         grouped = x.reshape(x.shape[0] // TOGETHER, TOGETHER, *x.shape[1:])

@@ -8,7 +8,7 @@ from tilewright.build import named_recipe
 from tilewright.schedule import Schedule
 from tilewright.toolchain import compilers
 
-THREADS_X, THREADS_Y = 32, 8  # a CTA that works on one row: a warp for the sums, eight of them
+THREADS_X, THREADS_Y = 32, 8  # of a CTA that works on one row
 
 
 def cpu_lanes() -> int:
@@ -18,7 +18,7 @@ def cpu_lanes() -> int:
 
 @named_recipe
 def rows(s: Schedule, row: str, elements: tuple[str, ...]) -> Schedule:
-    """Each row a unit; the loops over its elements (sums too) in vectors on a CPU, threads on a
+    """Rows in parallel; the loops over elements (also sums) in vectors on a CPU, threads on a
     GPU."""
     if s.target.is_cuda:
         s = s.bind(row, "cta.x")
@@ -34,19 +34,18 @@ def rows(s: Schedule, row: str, elements: tuple[str, ...]) -> Schedule:
 
 
 def vectors(s: Schedule, loop: str) -> Schedule:
-    """A loop in vectors, what is left over one by one."""
-    return s.split(loop, cpu_lanes(), tail="cut", into=(f"{loop}_o", f"{loop}_v")).vectorize(
-        f"{loop}_v"
-    )
+    """A loop in vectors, the remainder in scalars."""
+    s = s.split(loop, cpu_lanes(), tail="cut", into=(f"{loop}_o", f"{loop}_v"))
+    return s.vectorize(f"{loop}_v")
 
 
 def fixed_width(width: int, device: str) -> int:
-    """The width that a kernel is made for; 0 for one that takes any."""
+    """The width that is a constant of the kernel; 0 if it takes any width."""
     if device != "cpu":
         return width
     return width if width % 16 == 0 and 0 < width <= 1024 else 0
 
 
 def dtype_name(array: Any) -> str:
-    """The name of an array's dtype in any framework; float32 for what is no array."""
+    """The name of an array's dtype in any framework; float32 for other objects."""
     return str(getattr(array, "dtype", "float32")).rpartition(".")[2]

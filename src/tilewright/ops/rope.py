@@ -1,8 +1,8 @@
 """Rotary position embedding, and writing keys and values into the pages of a KV cache.
 
-A head's elements are pairs; pair p of the token at position s turns by the angle s · base^(-2p/d).
-The two layouts differ in where a pair lies: neighbours (`interleaved`), or half a head apart.
-Tables of cosines and sines are made once, in float64. Source: Su et al., RoFormer (2021), §3.4.
+The elements of a head are pairs; pair p of the token at position s rotates by s · base^(-2p/d). The
+elements of a pair are neighbours (`interleaved`), or half a head from each other. Tables of cosines
+and sines are computed once, in float64. Source: Su et al., RoFormer (2021), §3.4.
 """
 
 from __future__ import annotations
@@ -95,12 +95,8 @@ def by_token(s: Schedule) -> Schedule:
         return s.parallel("t")
     inner = "d" if s.has("d") else "p"
     s = s.reorder("t", "h", "e", inner) if s.has("e") else s
-    return (
-        s.bind("t", "cta.y")
-        .bind("h", "cta.x")
-        .split(inner, 32, into=("x_o", "x_i"))
-        .bind("x_i", "thread.x")
-    )
+    s = s.bind("t", "cta.y").bind("h", "cta.x")
+    return s.split(inner, 32, into=("x_o", "x_i")).bind("x_i", "thread.x")
 
 
 ROPE_PAIRS, ROPE_HALVES, APPEND_PAIRS, APPEND_HALVES, APPEND = (
@@ -117,7 +113,7 @@ def rope_kernel(interleaved: bool, target: str = "cpp") -> Kernel:
 
 @cache
 def rope_append_kernel(interleaved: bool, target: str = "cpp") -> Kernel:
-    """Turns keys and writes them to `page[t], slot[t]` of the pages (g, f, h, …)."""
+    """Rotates keys and writes them to `page[t], slot[t]` of the pages (g, f, h, …)."""
     return (APPEND_PAIRS if interleaved else APPEND_HALVES).build(target)
 
 
@@ -131,9 +127,6 @@ def rope_tables(
     positions: int, head_dim: int, base: float, scale: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines, float32 (positions, head_dim / 2). Positions are divided by `scale`."""
-    turns = (
-        np.arange(positions)[:, None]
-        / scale
-        * base ** (-np.arange(0, head_dim, 2) / head_dim)[None]
-    )
-    return np.cos(turns).astype(np.float32), np.sin(turns).astype(np.float32)
+    frequencies = base ** (-np.arange(0, head_dim, 2) / head_dim)
+    angles = np.arange(positions)[:, None] / scale * frequencies
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

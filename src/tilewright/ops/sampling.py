@@ -22,7 +22,7 @@ NONE = 2**31 - 1
 def argmax(X=dense("t v")):
     t, v = indices("t:t v:v")
     peak = trace.max_(X[t, v], over=v)
-    # Not `>=`: one element at least is not below the peak, also where a logit is NaN.
+    # `<`, not `>=`: at least one element is not below the peak, also if a logit is NaN.
     return out[t](trace.min_(where(X[t, v] < peak, NONE, v), over=v))
 
 

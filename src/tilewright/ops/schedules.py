@@ -1,4 +1,4 @@
-"""The operators' schedules by name, for programs of one's own: `tw.recipes.spmm`."""
+"""The operators' schedules by name, for a user's programs: `tw.recipes.spmm`."""
 
 from tilewright.ops.spmm import recipe as spmm
 

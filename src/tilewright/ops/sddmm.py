@@ -1,9 +1,9 @@
 """SDDMM: O[i, j] = A[i, j] · Σ_k P[i, k] Q[j, k], at the stored entries of A only.
 
-On a CPU: rows of A in parallel, a row of P stays in the cache, k in vectors with several sums. On a
-GPU: entries are the units, whatever their rows, so that every thread has equal work; a few threads
-share an entry, and each keeps several loads in flight. The row of an entry is stored (COO) or found
-by search (CSR). No atomics; sums have a fixed order.
+On a CPU: rows of A in parallel, a row of P in the cache, k in vectors with several sums. On a GPU:
+entries in parallel, for equal work in every thread; a few threads share an entry, and each has
+several loads in flight. The row of an entry is stored (COO) or searched for (CSR). No atomics; sums
+have a fixed order.
 Reference: SparseTIR (ASPLOS 2023, §4.2), its SDDMM; FeatGraph (SC 2020), entries as units.
 """
 
@@ -37,13 +37,13 @@ def sddmm_program(A=sparse("m n"), P=dense("m d"), Q=dense("n d")):
 ROWS_PER_UNIT, ENTRIES_PER_UNIT = 16, 256  # of one unit on the CPU
 SUMS = 4  # vector accumulators: enough to hide the latency of an addition
 CTA, WARP = 256, 32  # threads
-LINE = 128  # bytes of a row that neighbouring threads load together
-IN_FLIGHT = 4  # loads of Q that a thread waits for at once
+LINE = 128  # bytes of a row that adjacent threads load at once
+IN_FLIGHT = 4  # outstanding loads of Q of a thread
 FORMATS = ("csr", "dcsr", "coo")
 
 
 def cpu_recipe(s: Schedule) -> Schedule:
-    """k in `SUMS` vectors, then in one, then one by one; rows (entries of COO) in parallel."""
+    """k in `SUMS` vectors, in one vector, in scalars; rows (entries of COO) in parallel."""
     lanes = compilers.vector_bits() // 32
     rest = "k"
     for width in (SUMS * lanes, lanes):
@@ -60,10 +60,10 @@ def cpu_recipe(s: Schedule) -> Schedule:
 
 
 def gpu_recipe(s: Schedule) -> Schedule:
-    """Entries across CTAs and y; x across k, a vector each; the sum of an entry by shuffles."""
+    """CTAs and threads in y take entries, threads in x vectors of k; sums by shuffles."""
     d = dict(s.program.sizes).get("d")
     if d is None:
-        raise AssertionError("the GPU recipe is made for one width: specialize d")
+        raise AssertionError("the GPU recipe needs a constant width: specialize d")
     entries = "i"
     if not _is_coo(s):
         s, entries = s.fuse_axes("A"), "ij"
@@ -72,9 +72,8 @@ def gpu_recipe(s: Schedule) -> Schedule:
     across = min(WARP, LINE // (lanes * itemsize), _power_above(d // lanes))
     rows, steps = CTA // across, -(-d // (lanes * across))
     together = max(1, IN_FLIGHT // steps)
-    s = s.split(entries, rows * together, into=("e_cta", "e_r")).split(
-        "e_r", rows, into=("e_u", "e_y")
-    )
+    s = s.split(entries, rows * together, into=("e_cta", "e_r"))
+    s = s.split("e_r", rows, into=("e_u", "e_y"))
     s = s.split("k", lanes, into=("k_c", "k_v")).split("k_c", across, into=("k_o", "k_x"))
     s = s.reorder("e_cta", "e_y", "k_x", "e_u", "k_o", "k_v")
     s = s.bind("e_cta", "cta.x").bind("e_y", "thread.y").bind("k_x", "thread.x").vectorize("k_v")
@@ -86,13 +85,13 @@ def _is_coo(s: Schedule) -> bool:
 
 
 def _power_above(n: int) -> int:
-    """The smallest power of two that is not below n."""
+    """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 @named_recipe
 def recipe(s: Schedule, width: int = 0) -> Schedule:
-    """The schedule of SDDMM for the target it is built for; `width`: of P and Q, 0 for any."""
+    """The schedule of SDDMM; `width`: of P and Q, 0 for any."""
     s = s.specialize("d", width) if width else s
     return gpu_recipe(s) if s.target.is_cuda else cpu_recipe(s)
 
@@ -120,9 +119,8 @@ def sddmm(A: Packed, P: Any, Q: Any, out: Any = None) -> Packed:
     width = recipes.fixed_width(last_size(Q), A.device)
     types = str(A.dtype), operand_dtype(P, "P"), operand_dtype(Q, "Q")
     target = "cpp" if A.device == "cpu" else "cuda"
-    return sddmm_kernel(A.format, types, width, A.structure.index_dtype.name, target)(
-        A, P, Q, out=out
-    )
+    kernel = sddmm_kernel(A.format, types, width, A.structure.index_dtype.name, target)
+    return kernel(A, P, Q, out=out)
 
 
 def _takes(fmt: Any) -> bool:

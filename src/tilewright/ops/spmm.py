@@ -1,10 +1,10 @@
 """SpMM: Y = A X, sparse times dense.
 
 On a CPU: CSR, rows in parallel, the features of a row in vector registers. On a GPU: rows by
-length, so that all threads of a warp walk rows of one length; long rows have a CTA, giants several.
-Rows have one owner and sums a fixed order. Atomics, in no fixed order, are taken on a GPU by
-formats that store rows in pieces (coo, csc) and on both targets by formats whose parts share rows
-(hyb with several column parts); a format that `pack_for_spmm` chooses is never one of them.
+length, so that all threads of a warp have rows of one length; a long row has a CTA, a giant one
+several. No two CTAs share an element, and sums have a fixed order. Atomics, without a fixed order,
+are used on a GPU for formats that store rows in pieces (coo, csc), and on both targets for formats
+whose parts share rows (hyb with several column parts); `pack_for_spmm` chooses none of these.
 Reference: SparseTIR (ASPLOS 2023, §4.2), its SpMM on hyb(c, k).
 """
 
@@ -41,18 +41,18 @@ def spmm_program(A=sparse("m n"), X=dense("n d")):
 
 ROWS_PER_UNIT = 16  # rows of one unit on the CPU: a few microseconds of work
 CPU_TILE = 128  # features kept in registers: 8 accumulators of 16 lanes
-L2_BYTES = 40 << 20  # of X, beyond which a sweep takes fewer features (an H100 has 50 MB)
-ANY_TILE = 64  # where the width is not known: as fast, and a third less to compile than 128 and 32
+L2_BYTES = 40 << 20  # of X; above it a sweep takes fewer features (an H100 has 50 MB)
+ANY_TILE = 64  # for any width: as fast as 128 and 32, and a third less time to compile
 AHEAD_CPU = 16  # entries whose rows of X are prefetched: two or three rows of a citation graph
-AHEAD_TILED = 8  # where a row has several tiles: beyond its end comes the row again, not the next
+AHEAD_TILED = 8  # if a row has several tiles: after its end comes the same row again
 CTA = 256  # threads
-AHEAD = 8  # gathers in flight in each thread: what hides the latency of memory
-SWEEP = 512  # entries of a tall row that a CTA takes at once; of other rows a quarter
-TALL, GIANT = "tall", "giant"  # rows that a CTA shares; rows that several CTAs share, by features
+AHEAD = 8  # gathers in flight in each thread, to hide the latency of memory
+SWEEP = 512  # entries of a tall row that a CTA takes at once; a quarter for other rows
+TALL, GIANT = "tall", "giant"  # rows of one CTA; rows of several CTAs, by features
 
 
 class _Names(NamedTuple):
-    """The names that a program has for those of out[i, k] = sum(A[i, j] * X[j, k], over=j)."""
+    """The names in a program of those of out[i, k] = sum(A[i, j] * X[j, k], over=j)."""
 
     i: str
     j: str
@@ -62,12 +62,12 @@ class _Names(NamedTuple):
     X: str
 
     def width(self, s: Schedule) -> int:
-        """The features; 0 where they are known at run time only."""
+        """The number of features; 0 if it is known at run time only."""
         return self.d if isinstance(self.d, int) else dict(s.program.sizes).get(self.d, 0)
 
 
 def _names(s: Schedule) -> _Names:
-    """Found by the dimensions of the operands. Raises ScheduleError[S102] for another program."""
+    """Derives them from the dimensions of the operands. Raises ScheduleError[S102]."""
     reads = [x for a in s.program.body for x in walk(a.value) if isinstance(x, Access)]
     for A in (x for x in reads if x.tensor.is_sparse and len(x.coords) == 2):
         for to in (a.out for a in s.program.body if a.out.tensor.role == "output"):
@@ -83,9 +83,9 @@ def _names(s: Schedule) -> _Names:
 
 
 def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
-    """Features in registers, widest tiles first, the rest in narrower ones; rows in parallel.
+    """Features in registers, in tiles from the widest to the narrowest; rows in parallel.
 
-    `gathers_far`: X is larger than the nearest caches, so that its rows are prefetched."""
+    `gathers_far`: X is larger than the nearest caches, so its rows are prefetched."""
     at = _names(s)
     s = s.atomic(at.out) if s.shares_rows else s
     lanes = compilers.vector_bits() // 32
@@ -106,7 +106,7 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
         rest = f"{rest}_t"
     for n in range(len(s.nests)):
         if s.has(at.j, n) and getattr(s.format_of(n).levels[-1], "width", 0) > 1:
-            # written out for every tile, it took the compiler a third longer and ran no faster
+            # Unrolled further it compiles a third longer and runs no faster.
             s = s.on(n).unroll(at.j, 1)
     s = _rows(s.everywhere(), at, ROWS_PER_UNIT)
     if not gathers_far or any(f.name not in ("csr", "dcsr") for f in _formats(s)):
@@ -115,8 +115,8 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
 
 
 def _cpu_pieces(s: Schedule, at: _Names, lanes: int) -> Schedule:
-    """Rows stored in pieces: features outermost, so that no two threads share a row and sums keep
-    their order. Widths known at run time only, and narrow ones, leave it to one thread."""
+    """Rows stored in pieces: features outermost, so that no two threads share an element and sums
+    keep their order. One thread for narrow widths and those known at run time only."""
     s, fixed = s.order_axes(at.out, at.k), at.width(s)
     tile = next((t for t in (32, lanes) if fixed and fixed % t == 0), 0)
     entries = [x for x in (at.j, at.i) if s.has(x)]  # the loops over them
@@ -139,7 +139,7 @@ def _rows(s: Schedule, at: _Names, n: int) -> Schedule:
 
 
 def gpu_recipe(s: Schedule, tile: int = 128) -> Schedule:
-    """Each nest by its format: rows of one length side by side, a long row by a whole CTA.
+    """Each nest by its format: rows of one length in parallel, a CTA for a long row.
 
     `tile`: features that one sweep over A takes; a smaller one keeps a slice of X in the L2."""
     at = _names(s)
@@ -149,7 +149,7 @@ def gpu_recipe(s: Schedule, tile: int = 128) -> Schedule:
     even = d > 0 and (_power(d // lanes) >= 8 or d // lanes == _power(d // lanes))
     for n in range(len(s.nests)):
         fmt = s.format_of(n)
-        # Threads that share a row wait at a barrier; with a tail of features some would skip it.
+        # Threads that share a row have a barrier, which some would skip in a tail of features.
         shared = even and s.has(at.j, n) and fmt.name in (TALL, GIANT, "dcsr")
         across = 2 if shared and fmt.name == GIANT else tile // lanes if lanes > 1 else 32
         across = min(_power(d // lanes), across) if even else across  # threads of one row
@@ -170,8 +170,8 @@ def _power(n: int) -> int:
 
 
 def _gpu_features(s: Schedule, k: str, lanes: int, across: int, axes: tuple[str, str]) -> Schedule:
-    """k → tiles of across × lanes: threads in x, a vector each; tiles are units, the slowest
-    ones, so that the CTAs of one time gather from one slice of X."""
+    """k → tiles of across × lanes: threads in x, a vector each. CTAs in y take tiles, so that
+    concurrent CTAs gather from one slice of X."""
     chunk, tile, x, v = f"{k}_c", f"{k}_tile", f"{k}_x", f"{k}_v"
     s = s.split(k, lanes, into=(chunk, v)).split(chunk, across, into=(tile, x))
     outer, inner = axes
@@ -180,8 +180,7 @@ def _gpu_features(s: Schedule, k: str, lanes: int, across: int, axes: tuple[str,
 
 
 def _gpu_own_rows(s: Schedule, n: int, rows: int, width: int, axes: tuple[str, str]) -> Schedule:
-    """A row (or a column, where those are stored) to each value of y; `AHEAD` of its entries in
-    flight."""
+    """Threads in y take rows (or columns, if those are stored), `AHEAD` entries in flight."""
     outer, inner = axes
     cta, y, o, u = f"{outer}_cta", f"{outer}_y", f"{inner}_o", f"{inner}_u"
     s = s.split(outer, rows, into=(cta, y)).bind(cta, "cta.x").bind(y, "thread.y")
@@ -193,7 +192,7 @@ def _gpu_own_rows(s: Schedule, n: int, rows: int, width: int, axes: tuple[str, s
 
 
 def _gpu_shared_rows(s: Schedule, axes: tuple[str, str], rows: int, sweep: int) -> Schedule:
-    """A row to each CTA: the threads of y share its entries, `sweep` at a time, at most `AHEAD` in
+    """A row for each CTA: threads in y share its entries, `sweep` at a time, at most `AHEAD` in
     flight in each."""
     i, j = axes
     s = s.split(j, rows * max(1, min(AHEAD, sweep // rows)), into=(f"{j}_o", f"{j}_r"))
@@ -203,8 +202,8 @@ def _gpu_shared_rows(s: Schedule, axes: tuple[str, str], rows: int, sweep: int) 
 
 @named_recipe
 def recipe(s: Schedule, width: int = 0, gathers_far: bool | None = None) -> Schedule:
-    """The schedule of SpMM for the target it is built for. `width`: of X, 0 for any; `gathers_far`:
-    whether X exceeds the cache that gathers should hit, None where that is not known."""
+    """The schedule of SpMM. `width`: of X, 0 for any; `gathers_far`: whether X exceeds the L2
+    cache, None if that is not known."""
     s = s.specialize("d", width) if width else s
     if s.target.is_cuda:
         return gpu_recipe(s, 64 if gathers_far else 128)
@@ -215,8 +214,7 @@ def recipe(s: Schedule, width: int = 0, gathers_far: bool | None = None) -> Sche
 
 
 def check_packed(A: Any, takes: Callable[[Any], bool], hint: str) -> None:
-    """Refuses what is not packed, or in a format that an operator does not take. Raises
-    ArgumentError[A106]."""
+    """Checks that A is packed, in a format that an operator takes. Raises ArgumentError[A106]."""
     if isinstance(A, Packed) and takes(A.format):
         return
     kind = f"packed as {A.format}" if isinstance(A, Packed) else f"a {type(A).__name__}"
@@ -224,19 +222,17 @@ def check_packed(A: Any, takes: Callable[[Any], bool], hint: str) -> None:
 
 
 def operand_dtype(X: Any, name: str) -> str:
-    """The dtype of a dense operand that is multiplied and added; of what is no array, float32: the
-    call refuses it. Raises ArgumentError[A102]."""
+    """The dtype of a dense operand of multiplications and additions; float32 if it is no array,
+    which the call refuses. Raises ArgumentError[A102]."""
     dtype = dtype_name(X)
     if dtype == "bool" or dtype not in dtypes.ALL or dtype.startswith("float8"):
-        raise ArgumentError(
-            "A102", f"{name} is {dtype}", where=f"argument {name}",
-            hint="float16, bfloat16, float32, float64 or an integer type",
-        )  # fmt: skip
+        hint = "float16, bfloat16, float32, float64 or an integer type"
+        raise ArgumentError("A102", f"{name} is {dtype}", where=f"argument {name}", hint=hint)
     return dtype
 
 
 def last_size(X: Any) -> int:
-    """The size of the last dimension of an operand; 0 for what has none: the call refuses it."""
+    """The size of the last dimension of an operand; 0 without one, which the call refuses."""
     shape = getattr(X, "shape", ())
     return int(shape[-1]) if isinstance(shape, tuple) and shape else 0
 
@@ -245,8 +241,8 @@ def last_size(X: Any) -> int:
 
 
 def by_length(widths: tuple[int, ...], giant: int = 1024) -> Composed:
-    """Rows by length: padded buckets of these widths, a CTA for each longer row, and for rows
-    beyond `giant` CTAs that take a few features each. Every row is in one part: no atomics."""
+    """Rows by length: padded buckets of these widths, a CTA for each longer row, and several CTAs
+    for a row beyond `giant`, a few features each. Every row is in one part: no atomics."""
     lows = [1, *(w + 1 for w in widths[:-1])]
     giant = max(giant, widths[-1])
     parts: list[tuple[Where, Format]] = [(Where(giant + 1), formats.dcsr(GIANT))]
@@ -257,12 +253,8 @@ def by_length(widths: tuple[int, ...], giant: int = 1024) -> Composed:
         for low, w in zip(reversed(lows), reversed(widths), strict=True)
     ]
     parts.append((Where(0, 0), formats.bucket(0)))
-    return Composed(
-        f"by_length({', '.join(map(str, widths))})",
-        tuple(parts),
-        disjoint_rows=True,
-        covers_rows=True,
-    )
+    name = f"by_length({', '.join(map(str, widths))})"
+    return Composed(name, tuple(parts), disjoint_rows=True, covers_rows=True)
 
 
 WIDE = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # finer: less padding
@@ -276,9 +268,9 @@ def powers(top: int) -> tuple[int, ...]:
 def choose_format(rows: int, nnz: int, target: str) -> Format | Composed:
     """CSR on a CPU; on a GPU rows by length.
 
-    A row in a bucket is walked by one group of threads: cheap where there are rows enough to hide
-    its latency, the critical path where there are not. So the more entries, the wider the widest
-    bucket. A row is a giant when it alone would outlast the rest."""
+    One group of threads takes a row of a bucket: cheap if other rows hide its latency, else the
+    critical path. So the more entries, the wider the widest bucket. A giant row is one that would
+    take longer than all others."""
     if not target.startswith("cuda"):
         return formats.csr()
     if nnz < 8_000_000:
@@ -307,7 +299,7 @@ def spmm(A: Packed, X: Any, out: Any = None) -> Any:
     check_packed(A, lambda fmt: fmt.ndim == 2, "pack a matrix, as with pack_for_spmm(matrix)")
     width = last_size(X)
     key = A.dtype, getattr(X, "dtype", None), width
-    kernels = _CHOSEN.setdefault(A.structure, {})  # by structure: formats are long to hash
+    kernels = _CHOSEN.setdefault(A.structure, {})  # by structure: hashing a format is slow
     kernel = kernels.get(key)
     if kernel is None:
         kernel = kernels[key] = _chosen(A, X, width)
@@ -332,10 +324,9 @@ def _chosen(A: Packed, X: Any, width: int) -> Kernel:
             x_bytes > (L2_BYTES if on_cuda else compilers.l2_bytes() // 2),
         )
     except (ScheduleError, ProgramError) as e:
-        raise ArgumentError(
-            "A106", f"A is packed as {A.format}, X is {x_dtype}: {e.message}", where="argument A",
-            hint="a format that keeps rows whole, as pack_for_spmm chooses",
-        ) from e  # fmt: skip
+        rule = f"A is packed as {A.format}, X is {x_dtype}: {e.message}"
+        hint = "use a format that does not split rows, as pack_for_spmm chooses"
+        raise ArgumentError("A106", rule, where="argument A", hint=hint) from e
 
 
 @cache
@@ -344,7 +335,7 @@ def spmm_kernel(
 ) -> Kernel:
     """The built kernel for a format, dtypes, a width (0 = any), an index type and a target.
 
-    `gathers_far`: X does not fit the cache that gathers should hit, the L2."""
+    `gathers_far`: X does not fit the L2 cache."""
     return spmm_definition(fmt, a, x, width, index, gathers_far).build(target)
 
 

@@ -1,24 +1,23 @@
 """The definition of the language: programs on coordinates, evaluated by NumPy broadcasting.
 
-Every kernel is compared with this evaluator, and it runs where no C++ compiler is installed.
+The tests compare every kernel with this evaluator. It also runs programs where no C++ compiler is
+installed.
 
-A `Scope` is a box of points with an environment: the coordinates of each index in scope, as an
-array that broadcasts over the box. The value of an expression is again such an array: it has the
-rank of the box, and length 1 along each dimension in which it does not vary. A reduction extends
-the box by its own axes, evaluates its body there and folds those dimensions away. Nothing is
-rewritten: a name means what the innermost scope binds it to.
+A `Scope` is a box of points with the coordinates of each index in scope, as arrays that broadcast
+over the box. The value of an expression is such an array too: it has the rank of the box, and
+length 1 along each dimension in which it does not vary. A reduction adds its axes to the box,
+evaluates its body there and reduces those dimensions. A name refers to its innermost scope.
 
 Rules:
-* An index takes every coordinate of its dimension. A reduction over an axis that a sparse operand
-  has (one whose coordinates are plain indices, each different) ranges over the *stored* coordinates
-  of the first such operand instead; axes that it has not take every coordinate. Stored coordinates
-  are a set: one that two parts of a format store counts once, and padding is not in it.
+* An index takes every coordinate of its dimension. A reduction over an axis of a sparse operand
+  (whose coordinates are distinct plain indices) ranges over the *stored* coordinates of the first
+  such operand; its other axes take every coordinate. A coordinate that two parts of a format store
+  counts once; padding does not count.
 * A sparse tensor reads its `fill` where nothing is stored; a dense array reads 0 outside of its
   shape, and a store there does nothing. Every element of an output is written.
-* Integers wrap in their type; `//` and `%` by zero give 0; a shift beyond the width gives 0, or all
-  bits the sign; a float becomes an integer as `ops_table.to_integer` says.
-* float16 and bfloat16 are rounded where the program casts to them; arithmetic and sums are float32,
-  of float64 float64. `exact` computes all floats in float64 and rounds nothing.
+* Operations and conversions are those of `ops_table`. float16 and bfloat16 are rounded where the
+  program casts to them; arithmetic and sums are float32, of float64 float64. `exact` computes all
+  floats in float64 and rounds nothing.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from typing import Any
 import numpy as np
 
 from tilewright.dtypes import DType
-from tilewright.errors import ArgumentError, InternalError
+from tilewright.errors import ArgumentError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import given
 from tilewright.ir.rewrite import free_vars, indices_of
-from tilewright.reference.ops_table import BINARY, UFUNCS, UNARY, decode, encode, to_integer
+from tilewright.reference.ops_table import UFUNCS, computed, decode, encode, operation
 from tilewright.reference.stored import Stored
 
 LIMIT_BYTES = 64 << 20  # of one array of intermediate values, where cutting the output can keep it
@@ -79,7 +78,7 @@ def run(
     exact: bool = False,
 ) -> None:
     """Run every statement in order, in place. `data` holds the array of each tensor (of a sparse
-    one the values of its stored coordinates); outputs and temporaries that it lacks are made."""
+    one the values of its stored coordinates); missing outputs and temporaries are allocated."""
     evaluator = _Evaluator(data, stored, sizes, program.index.numpy, exact)
     with np.errstate(all="ignore"):
         for statement in program.body:
@@ -139,10 +138,7 @@ class _Evaluator:
         return dim if isinstance(dim, int) else self.sizes[dim]
 
     def kind(self, dtype: DType) -> np.dtype:
-        """The NumPy type in which values of a dtype are computed."""
-        if dtype.is_float and self.exact:
-            return np.dtype(np.float64)
-        return np.dtype(np.float32) if dtype.name == "bfloat16" else dtype.numpy
+        return computed(dtype, self.exact)
 
     # -- statements ------------------------------------------------------------------------------
 
@@ -171,8 +167,8 @@ class _Evaluator:
         """The box of an output: a dimension for each index; one for all stored coordinates."""
         if out.tensor.is_sparse:
             coords = self.stored[out.tensor.structure].coords
-            found = zip(indices_of(out), coords, strict=True)
-            return [{i.name: c.astype(self.index) for i, c in found}]
+            pairs = zip(indices_of(out), coords, strict=True)
+            return [{i.name: c.astype(self.index) for i, c in pairs}]
         return [{i.name: np.arange(self.size(i.dim), dtype=self.index)} for i in indices_of(out)]
 
     def allocated(self, t: ir.Tensor) -> np.ndarray:
@@ -210,22 +206,7 @@ class _Evaluator:
             return self.access(e, scope)
         if isinstance(e, ir.Reduce):
             return self.reduction(e, scope)
-        if isinstance(e, ir.Binary):
-            return BINARY[e.op](self.expr(e.a, scope), self.expr(e.b, scope))
-        if isinstance(e, ir.Unary):
-            return UNARY[e.op](self.expr(e.a, scope))
-        if isinstance(e, ir.Cast):
-            return self.cast(self.expr(e.a, scope), e.dtype)
-        if isinstance(e, ir.Select):
-            return np.where(*(self.expr(x, scope) for x in (e.cond, e.a, e.b)))
-        raise InternalError("I101", f"{type(e).__name__} is no expression on coordinates")
-
-    def cast(self, x: np.ndarray, to: DType) -> np.ndarray:
-        if to.is_int and x.dtype.kind == "f":
-            return to_integer(x, to)
-        if to.name == "bfloat16" and not self.exact:
-            return decode(encode(x, to, to.numpy), to)
-        return x.astype(self.kind(to), copy=False)
+        return operation(e, self.exact)(*(self.expr(x, scope) for x in ir.children(e)))
 
     def access(self, e: ir.Access, scope: Scope) -> np.ndarray:
         t, values = e.tensor, self.data[e.tensor.name]
@@ -233,11 +214,11 @@ class _Evaluator:
             fill = t.fill if t.is_sparse else 0
             return np.full((1,) * scope.rank, fill, self.kind(t.dtype))
         if t.is_sparse:
-            entry, there = self.stored[t.structure].find([self.expr(c, scope) for c in e.coords])
-            return np.where(there, self.number(values[entry], t), self.kind(t.dtype).type(t.fill))
+            entry, exists = self.stored[t.structure].find([self.expr(c, scope) for c in e.coords])
+            return np.where(exists, self.number(values[entry], t), self.kind(t.dtype).type(t.fill))
         at, inside = self.coordinates(e, scope)
-        found = self.number(values[tuple(at)].reshape(inside.shape), t)
-        return found if inside.all() else np.where(inside, found, found.dtype.type(0))
+        numbers = self.number(values[tuple(at)].reshape(inside.shape), t)
+        return numbers if inside.all() else np.where(inside, numbers, numbers.dtype.type(0))
 
     def coordinates(self, e: ir.Access, scope: Scope) -> tuple[list[np.ndarray], np.ndarray]:
         """The coordinates of an access, those outside moved to the edge, and which are inside."""
@@ -267,10 +248,10 @@ class _Evaluator:
     def reduction(self, e: ir.Reduce, scope: Scope) -> np.ndarray:
         """A reduction at every point of the box of a scope, or over the stored coordinates that
         agree with the point in the indices bound outside."""
-        found = self.driver(e)
-        if found is None:
+        driver = self.driver(e)
+        if driver is None:
             return self.folded(e, scope, axes_of(e))
-        (structure, names), own = found, {a.name for a in e.axes}
+        (structure, names), own = driver, {a.name for a in e.axes}
         outer = {n: c for n, c in scope.index.items() if n in free_vars(e.body) - own}
         shape = np.broadcast_shapes((1,) * scope.rank, *(c.shape for c in outer.values()))
         outer = {n: np.broadcast_to(c, shape).reshape(-1) for n, c in outer.items()}

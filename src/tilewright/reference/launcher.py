@@ -1,4 +1,4 @@
-"""The `interp` target: the evaluator on the arrays of a prepared call."""
+"""The `interp` target: runs the evaluator on the arrays of a prepared call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class InterpLauncher(Launcher):
 
 
 def run_frame(program: Program, frame: Any) -> None:
-    """Run the coordinate-level `program` on the arrays whose addresses a frame holds."""
+    """Run a program at the coordinate level on the arrays whose addresses a frame holds."""
     data: dict[str, np.ndarray] = {}
     stored: dict[str, Stored] = {}
     write_back: list[Callable[[], None]] = []
@@ -39,8 +39,8 @@ def run_frame(program: Program, frame: Any) -> None:
             structure = frame.structures[t.structure]()
             stored[t.structure], order = _stored(structure)
             parts = [p.size for p in structure.parts]
-            places = {part: slot.value for slot, part in slots}
-            arrays = [_array_at(places[n], t.dtype, (parts[n],), (1,)) for n in sorted(places)]
+            pointers = {part: slot.value for slot, part in slots}
+            arrays = [_array_at(p, t.dtype, (parts[n],), (1,)) for n, p in sorted(pointers.items())]
             flat = np.concatenate(arrays) if slots else np.zeros(sum(parts), t.dtype.numpy)
             data[t.name] = values = flat[order]
             if t.role == "output":
@@ -57,8 +57,8 @@ def run_frame(program: Program, frame: Any) -> None:
 
 
 def _stored(structure: Any) -> tuple[Stored, np.ndarray]:
-    """The stored coordinates of a structure, and the positions of their values in the values of its
-    parts, one part behind the other."""
+    """The stored coordinates of a structure, and where their values are in the concatenated values
+    of its parts."""
     parts, base = [], 0
     for p in structure.parts:
         coords, at = coordinates(p.format.levels, p.arrays, p.counts, structure.shape)
@@ -72,11 +72,10 @@ def _stored(structure: Any) -> tuple[Stored, np.ndarray]:
 
 
 def _scatter(flat: np.ndarray, order: np.ndarray, values: np.ndarray, parts: list[Any]) -> None:
-    """Values by entry back into the arrays of the parts; padding keeps what it held."""
+    """Writes values by entry to the arrays of the parts; padding keeps its values."""
     flat[order] = values
-    for part, piece in zip(
-        parts, np.split(flat, np.cumsum([len(p) for p in parts])[:-1]), strict=True
-    ):
+    ends = np.cumsum([len(p) for p in parts])
+    for part, piece in zip(parts, np.split(flat, ends[:-1]), strict=True):
         part[:] = piece
 
 
@@ -87,8 +86,8 @@ def _array_at(
     kind = dtype.numpy
     if 0 in shape:
         return np.empty(shape, kind)
-    reach = [(n - 1) * s * kind.itemsize for n, s in zip(shape, strides, strict=True)]
-    low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + kind.itemsize
+    spans = [(n - 1) * s * kind.itemsize for n, s in zip(shape, strides, strict=True)]
+    low, high = sum(s for s in spans if s < 0), sum(s for s in spans if s > 0) + kind.itemsize
     memory = (ctypes.c_uint8 * (high - low)).from_address(pointer + low)
     flat = np.ctypeslib.as_array(memory)
     return np.ndarray(shape, kind, flat, -low, [s * kind.itemsize for s in strides])

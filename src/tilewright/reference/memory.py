@@ -1,7 +1,6 @@
-"""What the interpreter runs on: arrays by the names of the IR, part by part, every access checked.
+"""The memory of the interpreter: arrays by the names of the IR, part by part, with checked bounds.
 
-Memory that nobody wrote is poisoned, and shows when it is read. Numbers are kept as kernels keep
-them: bfloat16 is its bits.
+Memory that nobody wrote is poisoned: it holds NaN, or the least integer.
 """
 
 from __future__ import annotations
@@ -12,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir.names import Given, count_name, size_name, values_name
-from tilewright.ir.nodes import Const, Program, Tensor
-from tilewright.reference.ops_table import decode, encode, to_integer
+from tilewright.ir.nodes import Program, Tensor
+from tilewright.reference.ops_table import decode, encode
 
 
 @dataclass(slots=True)
@@ -34,25 +32,21 @@ def memory_of(
 ) -> tuple[dict[str, np.ndarray], dict[str, int], list[Part]]:
     """(buffers, variables, parts) for `execute` from arrays by tensor name.
 
-    Sparse tensors are objects with `structure` and `values` (`sparse.pack.Packed`); those that are
-    computed must be given too. Dense outputs and temporaries that are not given are made, all NaN.
+    Sparse tensors are objects with `structure` and `values` (`sparse.pack.Packed`), also those
+    that are computed. Dense outputs and temporaries that `arrays` lacks are allocated, poisoned.
     """
     sizes = dict(program.sizes)
     buffers: dict[str, np.ndarray] = {}
-    count = max(
-        (len(arrays[t.name].values) for t in program.tensors if _is_packed(t, arrays)), default=0
-    )
-    parts = [Part() for _ in range(count)]
-    for t in program.tensors:
-        given = arrays.get(t.name)
-        if given is None:
-            continue
-        shape = given.shape if t.is_sparse else np.shape(given)
-        sizes |= {d: n for d, n in zip(t.dims, shape, strict=True) if isinstance(d, str)}
+    passed = [(t, arrays[t.name]) for t in program.tensors if arrays.get(t.name) is not None]
+    parts = [
+        Part() for _ in range(max((len(x.values) for t, x in passed if t.is_sparse), default=0))
+    ]
+    for t, x in passed:
+        sizes |= {d: n for d, n in zip(t.dims, np.shape(x), strict=True) if isinstance(d, str)}
         if t.is_sparse:
-            _take_parts(t, given, parts)
+            _add_to_parts(t, x, parts)
         else:
-            buffers[t.name] = np.asarray(given)
+            buffers[t.name] = np.asarray(x)
     for t in program.tensors:
         if t.role in ("output", "temp") and not t.is_sparse and t.name not in buffers:
             shape = tuple(d if isinstance(d, int) else sizes[d] for d in t.dims)
@@ -60,20 +54,15 @@ def memory_of(
     return buffers, {size_name(d): n for d, n in sizes.items() if isinstance(d, str)}, parts
 
 
-def _is_packed(t: Tensor, arrays: Mapping[str, Any]) -> bool:
-    return t.is_sparse and arrays.get(t.name) is not None
-
-
-def _take_parts(t: Tensor, packed: Any, rows: list[Part]) -> None:
-    """The arrays of each part; a tensor that is not composed stands in every row."""
-    made, cases = packed.structure.parts, packed.structure.format.formats
+def _add_to_parts(t: Tensor, packed: Any, rows: list[Part]) -> None:
+    """Adds the arrays of each part of a tensor; one that is not composed is in every row."""
+    parts, cases = packed.structure.parts, packed.structure.format.formats
     for number, row in enumerate(rows):
-        at = number if number < len(made) else 0
-        part = made[at]
+        at = number if number < len(parts) else 0
         row.buffers[values_name(t.name)] = packed.values[at]
-        row.case = max(row.case, cases.index(part.format))
-        for depth, level in enumerate(part.arrays):
-            row.variables[count_name(t.structure, depth)] = part.counts[depth]
+        row.case = max(row.case, cases.index(parts[at].format))
+        for depth, level in enumerate(parts[at].arrays):
+            row.variables[count_name(t.structure, depth)] = parts[at].counts[depth]
             for kind, array in level.items():
                 row.buffers[Given(t.structure, kind, depth).name] = array
 
@@ -89,53 +78,36 @@ def poisoned(shape: tuple[int, ...], dtype: DType) -> np.ndarray:
 
 @dataclass(slots=True)
 class Array:
-    """The memory of an array as one row of elements, from its first to its last."""
+    """An array, and its memory as one row of elements, from the first to the last."""
 
     name: str
+    view: np.ndarray
     flat: np.ndarray
-    shape: tuple[int, ...]
     strides: tuple[int, ...]
 
     @classmethod
     def of(cls, name: str, a: np.ndarray) -> Array:
         strides = tuple(s // a.itemsize for s in a.strides)
-        reach = 1 + sum((n - 1) * s for n, s in zip(a.shape, strides, strict=True)) if a.size else 0
-        flat = np.lib.stride_tricks.as_strided(a, (reach,), (a.itemsize,))
-        return cls(name, flat, a.shape, strides)
+        span = 1 + sum((n - 1) * s for n, s in zip(a.shape, strides, strict=True)) if a.size else 0
+        return cls(name, a, np.lib.stride_tricks.as_strided(a, (span,), (a.itemsize,)), strides)
 
-    def offset(self, index: Sequence[int]) -> int:
+    def offset(self, index: Sequence[Any]) -> int:
         """The offset of an element by its index in each dimension, checked."""
-        for i, n in zip(index, self.shape, strict=True):
+        for i, n in zip(index, self.view.shape, strict=True):
             if not 0 <= i < n:
-                raise InternalError("I101", f"{self.name}{list(index)} is outside {self.shape}")
-        return sum(i * s for i, s in zip(index, self.strides, strict=True))
+                raise InternalError("I101", f"{self.name}{[*index]} is outside {self.view.shape}")
+        return sum(int(i) * s for i, s in zip(index, self.strides, strict=True))
 
-    def put(self, offset: Any, value: Any) -> None:
-        self.flat[self.at(offset)] = value
-
-    def at(self, offset: Any) -> Any:
-        """An offset, or an array of them, checked."""
-        low, high = (offset, offset) if isinstance(offset, int) else (offset.min(), offset.max())
+    def checked(self, offset: Any) -> Any:
+        """An offset, or an array of them. Raises InternalError[I101] for one out of bounds."""
+        many = isinstance(offset, np.ndarray)
+        low, high = (offset.min(), offset.max()) if many else (offset, offset)
         if low < 0 or high >= len(self.flat):
             raise InternalError("I101", f"{self.name}[{offset}] is outside 0…{len(self.flat) - 1}")
         return offset
 
+    def read(self, offset: Any, dtype: DType) -> Any:
+        return decode(self.flat[self.checked(offset)], dtype)
 
-def constant(e: Const) -> Any:
-    if e.dtype.is_int:
-        return convert(e.dtype.numpy.type(e.value), e.dtype, e.dtype)
-    return convert(np.float64(e.value), dtypes.float64, e.dtype)
-
-
-def convert(x: Any, source: DType, to: DType) -> Any:
-    """A value (or one for each lane) of one dtype as another; bfloat16 is its bits, int32, int64
-    and bool are Python's."""
-    if isinstance(x, int) and to.name in ("int32", "int64"):
-        return int(x) if to.least <= x <= to.most else to.wrapped(x)
-    x = decode(np.asarray(x), source)
-    if to.is_int and x.dtype.kind == "f":
-        made = to_integer(x, to)
-    else:
-        made = x != 0 if to.kind == "b" else encode(x, to, to.numpy)
-    plain = to.kind == "b" or to.name in ("int32", "int64")
-    return made if made.ndim else made.item() if plain else made[()]
+    def write(self, offset: Any, value: Any, dtype: DType) -> None:
+        self.flat[self.checked(offset)] = encode(value, dtype, self.flat.dtype)

@@ -1,7 +1,13 @@
-"""The operators of the IR as NumPy functions: integers wrap, and every result is defined."""
+"""The operations of the IR as NumPy functions, for the evaluator and the interpreter.
+
+They take arrays and NumPy scalars, under `np.errstate(all="ignore")`. Every result is defined:
+NumPy's integers wrap, `//` and `%` by 0 give 0, and a shift beyond the width gives 0, or all bits
+the sign. bfloat16 is computed in float32.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +15,8 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.dtypes import DType
+from tilewright.errors import InternalError
+from tilewright.ir import nodes as ir
 
 UFUNCS: dict[str, np.ufunc] = {
     "sum": np.add,
@@ -16,28 +24,13 @@ UFUNCS: dict[str, np.ufunc] = {
     "max": np.maximum,
     "min": np.minimum,
 }
-
-
-def divided(act: np.ufunc) -> Callable[[Any, Any], Any]:
-    """`//` or `%`: rounded towards minus infinity; 0 where an integer is divided by 0."""
-
-    def apply(a: Any, b: Any) -> Any:
-        if np.asarray(b).dtype.kind == "f":
-            return act(a, b)
-        none = np.equal(b, 0)
-        return act(a, b + none) * ~none
-
-    return apply
-
-
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
-    "+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide,
-    "//": divided(np.floor_divide), "%": divided(np.remainder),
-    "min": np.minimum, "max": np.maximum,
-    "&": np.bitwise_and, "|": np.bitwise_or, "^": np.bitwise_xor,
-    "<<": np.left_shift, ">>": np.right_shift,  # beyond the width: 0, or all bits the sign
-    "<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal, "==": np.equal,
-    "!=": np.not_equal,
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+    "//": operator.floordiv, "%": operator.mod, "min": np.minimum, "max": np.maximum,
+    "&": operator.and_, "|": operator.or_, "^": operator.xor,
+    "<<": operator.lshift, ">>": operator.rshift,
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+    "==": operator.eq, "!=": operator.ne,
 }  # fmt: skip
 UNARY: dict[str, Callable[[Any], Any]] = {
     "-": np.negative, "not": np.logical_not, "exp": np.exp, "log": np.log, "sqrt": np.sqrt,
@@ -46,24 +39,64 @@ UNARY: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-def to_integer(x: np.ndarray, to: DType) -> np.ndarray:
+def operation(e: Any, exact: bool = False) -> Callable[..., Any]:
+    """The function of the values of an expression's operands that gives its value."""
+    if isinstance(e, ir.Binary):
+        return BINARY[e.op]
+    if isinstance(e, ir.Unary):
+        return UNARY[e.op]
+    if isinstance(e, ir.Select):
+        return np.where
+    if isinstance(e, ir.Cast):
+        return lambda x: cast(x, e.dtype, exact)
+    if isinstance(e, ir.Ramp):
+        return lambda x: x + np.arange(e.dtype.lanes, dtype=e.dtype.numpy)
+    if isinstance(e, ir.Broadcast):
+        return lambda x: np.full(e.dtype.lanes, x)
+    if isinstance(e, ir.ReduceLanes):
+        return lambda x: UFUNCS[e.op].reduce(x, dtype=x.dtype)
+    raise InternalError("I101", f"{type(e).__name__} has no operation on values")
+
+
+def computed(dtype: DType, exact: bool = False) -> np.dtype:
+    """The NumPy type in which values of a dtype are computed; `exact`: all floats in float64."""
+    if dtype.is_float and (exact or dtype.name == "bfloat16"):
+        return np.dtype(np.float64 if exact else np.float32)
+    return dtype.numpy
+
+
+def constant(value: Any, dtype: DType, exact: bool = False) -> Any:
+    """A number as a NumPy scalar."""
+    return cast(computed(dtype, exact).type(value), dtype, exact)
+
+
+def cast(x: Any, to: DType, exact: bool = False) -> Any:
+    """Values as another dtype has them."""
+    if to.is_int and x.dtype.kind == "f":
+        return to_integer(x, to)
+    if to.name == "bfloat16" and not exact:
+        return decode(encode(x, to, to.numpy), to)
+    return x.astype(computed(to, exact), copy=False)
+
+
+def to_integer(x: Any, to: DType) -> Any:
     """Floats as integers: the fraction is cut off, what is out of range becomes the nearest
     integer of the type, NaN becomes 0."""
     whole = np.trunc(x, dtype=np.float64)
     least, most = np.array(to.least, to.numpy), np.array(to.most, to.numpy)
     low, high = whole <= float(to.least), whole >= float(to.most + 1)
     inside = np.where(low | high | np.isnan(whole), 0, whole).astype(to.numpy)
-    return np.where(low, least, np.where(high, most, inside))
+    return np.where(low, least, np.where(high, most, inside))[()]
 
 
-def decode(raw: np.ndarray, dtype: DType) -> np.ndarray:
+def decode(raw: Any, dtype: DType) -> Any:
     """Values as an array holds them, as numbers: bits of bfloat16 become float32."""
     if dtype.name != "bfloat16":
         return raw
     return dtypes.bfloat16_values(raw) if raw.dtype == np.uint16 else raw.astype(np.float32)
 
 
-def encode(values: np.ndarray, dtype: DType, to: np.dtype) -> np.ndarray:
+def encode(values: Any, dtype: DType, to: np.dtype) -> Any:
     """Numbers as an array of the NumPy type `to` holds them, rounded to nearest even."""
     if dtype.name == "bfloat16" and to == np.uint16:
         return dtypes.bfloat16_bits(values.astype(np.float32)).reshape(values.shape)

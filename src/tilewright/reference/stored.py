@@ -1,4 +1,4 @@
-"""The stored coordinates of a sparse structure: searched, and joined with the points of a box."""
+"""The stored coordinates of a sparse structure: search, and join with the points of a box."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Stored:
         return len(self.coords[0])
 
     def find(self, coords: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(number of the entry at each coordinate, whether there is one); some must be stored."""
+        """(index of the entry at each coordinate, whether it exists). At least one is stored."""
         inside = np.ones((), bool)
         for c, n in zip(coords, self.shape, strict=True):
             inside = inside & (c >= 0) & (c < n)

@@ -1,5 +1,6 @@
-"""Serving a language model: files and tokens in, text out.
+"""Serves a language model: model files and prompts in, text out.
 
-`weights` and `gguf` open model files, `blocks` says how raw weights lie, `tokenizer` turns text to
-tokens and back, `chat` turns messages to text.
+`weights` and `gguf` open model files, `blocks` has the layouts of quantised weights, `tokenizer`
+converts text to tokens and back, `chat` renders messages as a prompt, `model` runs the kernels,
+`engine` generates answers.
 """

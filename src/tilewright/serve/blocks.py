@@ -100,7 +100,7 @@ def view(name: str, kind: str, shape: tuple[int, ...], buffer: memoryview, offse
 def dequantize(weight: Weight) -> np.ndarray:
     """The numbers of a weight: a new float32 array of `weight.shape`.
 
-    A scale that is infinite or no number in the file gives such values, without a warning.
+    A scale that is infinite or NaN gives such values, without a warning.
     """
     layout, data = weight.layout, weight.data
     if weight.kind in ("f32", "f16"):

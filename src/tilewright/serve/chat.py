@@ -3,16 +3,17 @@
     chat = ChatTemplate.from_metadata(model.metadata, tokenizer)
     ids = chat.tokens([{"role": "user", "content": "What is the capital of France?"}])
 
-A template is a program from a model file: it runs in Jinja's immutable sandbox, in a process with
+A template is a program from a model file. It runs in Jinja's immutable sandbox, in a process with
 limits of time and memory (`template_worker.py`).
 
-The text of a message never becomes a control token; only the template may write these. So each
-control token that the source of the template spells is replaced by a marker, a lone surrogate,
-which no message may contain, and markers in the rendered text become the control tokens. Where the
-rendered text spells a control token nevertheless, either a message contains it or the template
-joined it from pieces, such as `'<|' + role + '|>'`. Then the template is rendered again with the
-punctuation of control tokens replaced in the messages: what is still spelled comes from the
-template.
+Only the template writes control tokens; the text of a message never becomes one:
+
+1. Each control token in the source of the template is replaced by a marker, a lone surrogate, which
+   no message may contain. Markers in the rendered text become the control tokens.
+2. If the rendered text still spells a control token, a message contains it, or the template joined
+   it from pieces, such as `'<|' + role + '|>'`. The template is then rendered again, with the
+   punctuation of control tokens in the messages replaced by other surrogates. A control token
+   spelled in that text comes from the template.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ import sys
 import threading
 import weakref
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tilewright.errors import MissingExtra, ModelError
+from tilewright.errors import MissingExtra, ModelError, TilewrightError
 from tilewright.serve.gguf import Metadata, Value
 from tilewright.serve.tokenizer import Tokenizer
 
@@ -43,6 +44,7 @@ MAX_SECONDS = 2.0  # of processor time, in one rendering
 MAX_BYTES = 1 << 29  # of memory, in the process that renders
 
 Message = dict[str, Any]
+TEXT_FIELDS = ("content", "name", "reasoning_content", "tool_call_id")
 
 
 def check_messages(messages: Any) -> list[Message]:
@@ -70,27 +72,25 @@ def _check_message(message: Any, i: int) -> Message:
     where = f"messages[{i}]"
     if not isinstance(message, Mapping):
         raise _malformed(f"a message is a {type(message).__name__}, not an object", where)
-    role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
+    role, calls = message.get("role"), message.get("tool_calls")
     if role not in ROLES:
         rule = f"role is {str(role)[:40]!r}, not one of {', '.join(ROLES)}"
         raise _malformed(rule, f"{where}.role")
     if role == "system" and i > 0:
         raise _malformed("a system message comes after others", where)
-    if isinstance(content, list):
-        content = "".join(
-            _part_text(part, f"{where}.content[{j}]") for j, part in enumerate(content)
-        )
-    fields = {"content": content}
-    fields |= {key: message.get(key) for key in ("name", "reasoning_content", "tool_call_id")}
-    for key, value in fields.items():
-        if not isinstance(value, str) and not (value is None and (key != "content" or calls)):
+    checked: Message = {"role": str(role), "content": None}
+    checked |= {key: message[key] for key in TEXT_FIELDS if message.get(key) is not None}
+    if isinstance(checked["content"], list):
+        parts = enumerate(checked["content"])
+        checked["content"] = "".join(_part_text(x, f"{where}.content[{j}]") for j, x in parts)
+    for key, value in checked.items():
+        if not isinstance(value, str) and not (value is None and calls):
             raise _malformed(f"{key} is a {type(value).__name__}, not text", f"{where}.{key}")
     if calls is not None:
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise _malformed("tool_calls is not a list of objects", f"{where}.tool_calls")
-        fields["tool_calls"] = calls
-    optional = {key: value for key, value in fields.items() if value is not None}
-    return {"role": str(role), "content": content} | optional
+        checked["tool_calls"] = calls
+    return checked
 
 
 def _part_text(part: Any, where: str) -> str:
@@ -109,29 +109,29 @@ def _malformed(rule: str, where: str) -> ModelError:
 class ChatTemplate:
     """A chat template and the tokenizer of its model. May be used from several threads.
 
-    The first use, or `start`, compiles the source; an error in it is raised by the first use."""
+    The constructor starts the process that compiles the source, and does not wait for it. Errors
+    are raised by the first use.
+    """
 
     def __init__(self, source: str, tokenizer: Tokenizer | None = None) -> None:
         self.source, self.tokenizer = source, tokenizer
-        names = {"bos_token": "", "eos_token": ""}
+        self._any_special = re.compile(r"(?!)") if tokenizer is None else tokenizer.any_special
         self._control: dict[str, int] = {}
-        patterns: list[str] = []
+        names = {"bos_token": "", "eos_token": ""}
         if tokenizer is not None:
             special = tokenizer.special.items()
             self._control = {text: i for text, i in special if i in tokenizer.control}
             for name, token in tokenizer.named.items():
                 names[f"{name}_token"] = tokenizer.piece(token).decode("utf-8", "replace")
-            patterns = [tokenizer.any_special.pattern]
         surrogates = map(chr, range(0xDC00, 0xE000))
-        characters = sorted(
-            c for c in set("".join(self._control)) if not (c.isalnum() or c in "_ \t\n")
-        )
-        self._substitutes = dict(zip(map(ord, characters), surrogates, strict=False))
-        spelled = dict.fromkeys(self._spelled("\n".join([source, *names.values()])))
-        self._markers = dict(zip(spelled, surrogates, strict=False))
-        replaced = {ord(marker): text for text, marker in self._markers.items()}
-        self._originals = replaced | {ord(s): chr(c) for c, s in self._substitutes.items()}
-        self._special = re.compile("|".join([*self._markers.values(), *patterns]))
+        used = set("".join(self._control))
+        punctuation = sorted(ord(c) for c in used if not (c.isalnum() or c in "_ \t\n"))
+        self._substitutes = dict(zip(punctuation, surrogates, strict=False))
+        text = "\n".join([source, *names.values()])
+        self._markers = dict(zip((t for t in self._control if t in text), surrogates, strict=False))
+        self._originals = {ord(marker): text for text, marker in self._markers.items()}
+        self._originals |= {ord(s): chr(c) for c, s in self._substitutes.items()}
+        self._special = re.compile("|".join([*self._markers.values(), self._any_special.pattern]))
         self._names = {name: self._marked(text) for name, text in names.items()}
         self._worker = _Worker(self._marked(source))
 
@@ -142,22 +142,16 @@ class ChatTemplate:
         """From `tokenizer.chat_template` of a GGUF file. Raises ModelError[M107] without one."""
         source = template_of(metadata)
         if not source:
-            hint = "it completes text: use generate instead of chat"
-            raise _unusable("the model has none", hint)
+            raise _unusable("the model has none", "call generate with a text to complete")
         return cls(source, tokenizer)
-
-    def start(self) -> None:
-        """Starts the process that renders and does not wait for it, so that it compiles the
-        template while the caller does other work. Errors are left to the first use."""
-        if len(self.source) <= MAX_TEMPLATE_CHARS:
-            self._worker.start()
 
     def compiles(self) -> bool:
         """Returns whether the source is a template. Raises MissingExtra."""
         try:
-            return len(self.source) <= MAX_TEMPLATE_CHARS and "error" not in self._worker.ask(None)
+            self._worker.render(None)
         except ModelError:
             return False
+        return True
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -181,18 +175,18 @@ class ChatTemplate:
         tokenizer = self.tokenizer
         assert tokenizer is not None, "tokens need the tokenizer of the model"
         text = self._rendered(messages, add_generation_prompt)
-        ids: list[int] = []
-        start = 0
+        pieces, start = [], 0  # text and control token in turn
         for match in self._special.finditer(text):
             spelling = match[0].translate(self._originals)
-            # A spelling without punctuation has no substitutes, so it may come from a message.
-            from_template = match[0] != spelling or spelling != spelling.translate(
-                self._substitutes
-            )
-            if from_template and spelling in self._control:
-                ids += [*self._plain(text[start : match.start()]), self._control[spelling]]
+            # A message may spell a token without punctuation, EOT say: then only a marker counts.
+            written = match[0] != spelling or spelling != spelling.translate(self._substitutes)
+            if written and spelling in self._control:
+                pieces.append((text[start : match.start()], [self._control[spelling]]))
                 start = match.end()
-        ids += self._plain(text[start:])
+        ids: list[int] = []
+        for plain, control in [*pieces, (text[start:], [])]:
+            plain = plain.translate(self._originals)
+            ids += [*tokenizer.encode(plain, special=False, bos=False), *control]
         bos = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
         return ids if ids[:1] == bos else bos + ids
 
@@ -200,8 +194,8 @@ class ChatTemplate:
         """Returns the longest end of a conversation that takes at most `limit` tokens, as tokens,
         and the number of messages left out.
 
-        A leading system message and the last message always stay; of the others the oldest go
-        first, down to the next user message, so that the rest begins with a question. Raises
+        A leading system message and the last message always stay. The oldest others are left out
+        first, up to a user message, so that the rest begins with a question. Raises
         ModelError[M105] when even the shortest form does not fit, and as `render`.
         """
         checked = check_messages(messages)
@@ -213,38 +207,23 @@ class ChatTemplate:
         def tokens(start: int) -> list[int]:
             return self.tokens([*checked[:first], *checked[start:]])
 
-        def fits(start: int) -> bool:
-            return len(tokens(start)) <= limit
-
-        if fits(first):
-            return tokens(first), 0
-        if not fits(starts[-1]):
+        number = bisect_left(starts, True, key=lambda start: len(tokens(start)) <= limit)
+        if number == len(starts):
             rule = f"the prompt takes {len(tokens(starts[-1]))} tokens, {limit} fit"
             hint = "shorten the last message or the system message"
             raise ModelError("M105", rule, hint=hint)
-        start = starts[bisect_left(starts, True, key=fits)]
-        return tokens(start), start - first
-
-    def _spelled(self, text: str) -> Iterable[str]:
-        """The control tokens that a text spells."""
-        if self.tokenizer is None:
-            return []
-        return [s for s in self.tokenizer.any_special.findall(text) if s in self._control]
+        return tokens(starts[number]), starts[number] - first
 
     def _marked(self, text: str) -> str:
-        if self.tokenizer is None:
-            return text
-        return self.tokenizer.any_special.sub(lambda m: self._markers.get(m[0], m[0]), text)
+        return self._any_special.sub(lambda m: self._markers.get(m[0], m[0]), text)
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """The prompt with markers for control tokens, and perhaps substitutes in the messages."""
-        if len(self.source) > MAX_TEMPLATE_CHARS:
-            raise _unusable(f"{len(self.source)} characters (limit {MAX_TEMPLATE_CHARS})")
         checked = check_messages(messages)
         variables = {"messages": checked, "tools": None, "documents": None, **self._names}
         variables["add_generation_prompt"] = add_generation_prompt
         text = self._worker.render(variables)
-        if not self._spelled(text):
+        if self._control.keys().isdisjoint(self._any_special.findall(text)):
             return text
         try:
             protected = [self._substituted(m) | {"role": m["role"]} for m in checked]
@@ -265,10 +244,6 @@ class ChatTemplate:
             }
         return value
 
-    def _plain(self, text: str) -> list[int]:
-        assert self.tokenizer is not None
-        return self.tokenizer.encode(text.translate(self._originals), special=False, bos=False)
-
 
 def template_of(metadata: Mapping[str, Value]) -> str:
     """Returns the chat template of a model, empty without one. Raises ModelError[M107]."""
@@ -280,17 +255,33 @@ def _unusable(rule: str, hint: str = "") -> ModelError:
 
 
 class _Worker:
-    """The process that renders a template: started by the first request, and again if it died."""
+    """The process that renders a template: started at once, and again by a request if it died."""
 
     def __init__(self, source: str) -> None:
-        self._source = source
+        self._source, self._lock = source, threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._compiled: dict[str, str] | None = None  # the answer to the setup, once it was read
-        self._lock = threading.Lock()
+        with contextlib.suppress(OSError, TilewrightError):  # a request raises them again
+            self._launch()
 
-    def render(self, variables: Mapping[str, Any]) -> str:
-        """Raises ModelError: M106 where the template refuses the messages, M107; MissingExtra."""
-        answer = self.ask(variables)
+    def render(self, variables: Mapping[str, Any] | None) -> str:
+        """Returns the rendered text; for None an empty one, once the template has compiled.
+
+        Raises ModelError: M106 where the template refuses the messages, M107; MissingExtra."""
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._launch()
+            assert self._process is not None and self._process.stdout is not None
+            try:
+                self._send(variables)
+                answer = json.loads(self._process.stdout.readline(MAX_PROMPT_BYTES))
+            except BaseException as error:  # after an interrupt the pipe may hold an old answer
+                self._process = None
+                self._end()
+                if not isinstance(error, OSError | ValueError):
+                    raise
+                limits = f"{MAX_SECONDS:g} s of processor time or {MAX_BYTES >> 20} MiB"
+                written = f"writes more than {MAX_PROMPT_BYTES >> 20} MiB"
+                raise _unusable(f"it takes more than {limits}, or {written}") from None
         if "refused" in answer:
             rule = f"the chat template refuses these messages: {answer['refused']}"
             raise ModelError("M106", rule)
@@ -298,36 +289,12 @@ class _Worker:
             raise _unusable(answer["error"])
         return answer["text"]
 
-    def start(self) -> None:
-        """Starts the process without waiting for an answer."""
-        with self._lock, contextlib.suppress(OSError, MissingExtra):  # `ask` raises them again
-            if self._process is None:
-                self._launch()
-
-    def ask(self, variables: Mapping[str, Any] | None) -> dict[str, str]:
-        """Returns the answer to a rendering; the compiler's for None or a source that failed."""
-        with self._lock:
-            try:
-                if self._process is None or self._process.poll() is not None:
-                    self._launch()
-                self._compiled = self._compiled or self._answer()
-                if variables is None or "error" in self._compiled:
-                    return self._compiled
-                self._send(variables)
-                return self._answer()
-            except BaseException as error:  # after an interrupt the pipe may hold an old answer
-                self._stop()
-                if not isinstance(error, OSError | ValueError):
-                    raise
-                limits = f"{MAX_SECONDS:g} s of processor time or {MAX_BYTES >> 20} MiB"
-                written = f"writes more than {MAX_PROMPT_BYTES >> 20} MiB"
-                raise _unusable(f"it takes more than {limits}, or {written}") from None
-
     def _launch(self) -> None:
+        if len(self._source) > MAX_TEMPLATE_CHARS:
+            raise _unusable(f"{len(self._source)} characters (limit {MAX_TEMPLATE_CHARS})")
         if find_spec("jinja2") is None:
             hint = "pip install 'tilewright[models]'"
             raise MissingExtra("E101", "chat templates need jinja2", hint=hint)
-        self._compiled = None
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(Path(__file__).with_name("template_worker.py"))],
             stdin=subprocess.PIPE,
@@ -343,15 +310,6 @@ class _Worker:
         assert self._process is not None and self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
-
-    def _answer(self) -> dict[str, str]:
-        assert self._process is not None and self._process.stdout is not None
-        return json.loads(self._process.stdout.readline(MAX_PROMPT_BYTES))
-
-    def _stop(self) -> None:
-        if self._process is not None:
-            self._process = None
-            self._end()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -1,9 +1,9 @@
-"""`LLM`: a model file in, text out. Offline, one sequence at a time.
+"""`LLM`: answers prompts from a model file. Offline, one sequence at a time.
 
     llm = LLM("SmolLM2-135M-Instruct.gguf")
     for piece in llm.stream("What is the capital of France?"): print(piece, end="")
 
-What the cache already holds of a conversation is not read again.
+The part of a conversation that is in the KV cache is not read again.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ from tilewright.target import Target
 
 COLDEST = 1e-6  # a lower temperature samples as this one does, and overflows nothing
 HOTTEST = 1e30
-
-
 ANSWER_ROOM = 64  # tokens
 
 
 @dataclass(slots=True)
 class Counts:
-    """Tokens and seconds of a prompt and its answer; the first token counts as the prompt's."""
+    """Tokens and seconds of a prompt and its answer; the prompt's time includes the first token."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -49,12 +47,9 @@ class Counts:
 
     @property
     def answer_rate(self) -> float:
-        """Answer tokens a second, the first not counted: it belongs to the prompt."""
-        return (
-            (self.answer_tokens - 1) / self.answer_s
-            if self.answer_s and self.answer_tokens > 1
-            else 0.0
-        )
+        """Answer tokens a second, without the first one."""
+        later = max(self.answer_tokens - 1, 0)
+        return later / self.answer_s if self.answer_s else 0.0
 
 
 class LLM:
@@ -73,8 +68,6 @@ class LLM:
         self.tokenizer = load_tokenizer(file)
         source = template_of(file.metadata)
         self.template = ChatTemplate(source, self.tokenizer) if source else None
-        if self.template is not None:
-            self.template.start()  # its process compiles the template while the weights are read
         self.model = Llama(file, target, context)
         self.read: list[int] = []  # the tokens that the cache holds
         self.counts = Counts()
@@ -92,26 +85,22 @@ class LLM:
         without a chat template that compiles continues the text. `temperature` 0 takes the
         likeliest token.
 
-        One answer at a time: a new one ends those before it. Raises ModelError: M105 for a prompt
-        longer than the context, M106 for bad arguments, and where an ended answer is read on, M101
-        for a model whose logits are not finite."""
+        One answer at a time: a new one ends the one before. Raises ModelError: M105 for a prompt
+        longer than the context, M106 for bad arguments or reading from an answer that has ended,
+        M101 for a model whose logits are not finite."""
         check_options(max_tokens, temperature, seed)
         self._answers += 1
-        return self._answer(
-            self._answers,
-            self._tokens(prompt),
-            max_tokens,
-            temperature,
-            np.random.default_rng(seed),
-        )
+        ids, rng = self._tokens(prompt), np.random.default_rng(seed)
+        return self._answer(self._answers, ids, max_tokens, temperature, rng)
 
     def generate(self, prompt: str | list[dict[str, Any]], **options: Any) -> str:
-        """The whole answer."""
+        """The answer as one text."""
         return "".join(self.stream(prompt, **options))
 
     def too_many(self, messages: list[dict[str, Any]]) -> int:
-        """How many of the oldest messages must go to leave `ANSWER_ROOM` tokens (at most half of
-        the context) for an answer. Raises ModelError[M105] when even the last one is too long."""
+        """How many of the oldest messages to leave out, so that `ANSWER_ROOM` tokens (at most half
+        of the context) remain for an answer. Raises ModelError[M105] when even the last message is
+        too long."""
         assert self.template is not None
         capacity = self.model.cache.capacity
         limit = capacity - min(ANSWER_ROOM, capacity // 2)
@@ -124,20 +113,15 @@ class LLM:
         if isinstance(prompt, str) and (template is None or not template.compiles()):
             ids = self.tokenizer.encode(prompt)
         elif template is None:
-            raise ModelError(
-                "M107",
-                "this model has no chat template",
-                where="prompt",
-                hint="pass a text to continue",
-            )
+            rule, hint = "this model has no chat template", "pass a text to continue"
+            raise ModelError("M107", rule, where="prompt", hint=hint)
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             ids = template.tokens(messages)
         if len(ids) >= capacity:
-            raise ModelError(
-                "M105", f"the prompt has {len(ids)} tokens, the context {capacity}", where="prompt",
-                hint="shorten it, or open the model with a larger context=",
-            )  # fmt: skip
+            rule = f"the prompt has {len(ids)} tokens, the context {capacity}"
+            hint = "shorten it, or open the model with a larger context="
+            raise ModelError("M105", rule, where="prompt", hint=hint)
         return ids
 
     def _answer(
@@ -163,7 +147,7 @@ class LLM:
             if counts.answer_tokens == max_tokens or model.cache.length == model.cache.capacity:
                 break
             following = model.decode(token)
-            self.read.append(token)  # only now: an interrupt leaves `read` no longer than the cache
+            self.read.append(token)  # after decoding: `read` is never longer than the cache
             token = following
             if temperature:
                 token = self._sampled(temperature, rng)
@@ -175,7 +159,7 @@ class LLM:
     def _prompt(
         self, ids: list[int], counts: Counts, temperature: float, rng: np.random.Generator
     ) -> int:
-        """Reads what the cache does not hold yet; the first token of the answer."""
+        """Reads the tokens that are not in the cache; returns the first token of the answer."""
         began = time.perf_counter()
         same = 0
         while same < min(len(self.read), len(ids) - 1) and self.read[same] == ids[same]:
@@ -197,38 +181,24 @@ class LLM:
         return int(model.memory.read(chosen)[0])
 
     def _check_finite(self, logits: np.ndarray) -> None:
-        """Raises ModelError[M101] for logits that are NaN or infinite. Checked once a prompt, so
-        that a token costs nothing more."""
+        """Raises ModelError[M101] for logits that are NaN or infinite. Checked once a prompt, to
+        add no cost to each token."""
         if not np.isfinite(logits).all():
-            raise ModelError(
-                "M101",
-                "the model computes no numbers: its logits are NaN or infinite",
-                where=str(self.model.file.path),
-                hint="fetch the file again and compare its checksum",
-            )
+            rule = "the model computes no numbers: its logits are NaN or infinite"
+            hint = "fetch the file again and compare its checksum"
+            raise ModelError("M101", rule, where=str(self.model.file.path), hint=hint)
 
     def _check_turn(self, turn: int) -> None:
         if turn != self._answers:
-            raise ModelError(
-                "M106",
-                "another answer has begun since",
-                where="stream",
-                hint="read one answer at a time",
-            )
+            rule, hint = "another answer has begun since", "read one answer at a time"
+            raise ModelError("M106", rule, where="stream", hint=hint)
 
 
 def check_options(max_tokens: Any, temperature: Any, seed: Any) -> None:
-    """The options of `LLM.stream`. Raises ModelError[M106]."""
-    warm = isinstance(temperature, Real) and 0 <= temperature <= HOTTEST  # type: ignore[operator]
-    if (
-        not is_count(max_tokens, 1)
-        or not warm
-        or isinstance(temperature, bool)
-        or not (seed is None or is_count(seed, 0))
-    ):
-        raise ModelError(
-            "M106",
-            f"max_tokens={max_tokens!r}, temperature={temperature!r}, seed={seed!r}",
-            where="arguments",
-            hint=f"max_tokens from 1, a temperature of 0…{HOTTEST:g}, a seed from 0",
-        )
+    """Checks the options of `LLM.stream`. Raises ModelError[M106]."""
+    number = isinstance(temperature, Real) and not isinstance(temperature, bool)
+    in_range = number and 0 <= temperature <= HOTTEST  # type: ignore[operator]
+    if not (is_count(max_tokens, 1) and in_range and (seed is None or is_count(seed, 0))):
+        rule = f"max_tokens={max_tokens!r}, temperature={temperature!r}, seed={seed!r}"
+        hint = f"max_tokens from 1, a temperature of 0…{HOTTEST:g}, a seed from 0"
+        raise ModelError("M106", rule, where="arguments", hint=hint)

@@ -1,8 +1,8 @@
 """Reads the header of a GGUF file: its metadata, and kind, shape and offset of each tensor.
 
-Every count, length and offset is checked against the bytes that are there before anything is
-allocated or read, so a damaged file costs at most a small multiple of its own size and ends in a
-`ModelError`. Why this is not the `gguf` library: docs/design/models.md.
+Every count, length and offset is checked against the size of the file before memory is allocated or
+read, so that a damaged file costs at most a small multiple of its size and raises `ModelError`.
+docs/design/models.md says why this is not the `gguf` library.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """The location of a tensor in the file: `shape` slowest dimension first, `offset` in bytes."""
+    """A tensor in the file: `shape` with the slowest dimension first, `offset` in bytes."""
 
     name: str
     kind: str
@@ -109,14 +109,14 @@ class Metadata:
         return self._read(key, None, (list,), "an array of texts")
 
     def refuse(self, key: str, harmless: tuple[Value, ...]) -> None:
-        """A key that changes the mathematics in a way not supported here is an M102."""
+        """Raises ModelError[M102] for a key with another value than `harmless` ones."""
         value = self.values.get(key, harmless[0])
         if not isinstance(value, int | float | str) or value not in harmless:
             raise ModelError("M102", f"{key} = {short(value)} is not supported", where=self.where)
 
 
 def short(value: Value | None) -> str:
-    """A value of the metadata in a message."""
+    """A value of the metadata, for a message."""
     if value is None:
         return "missing"
     if isinstance(value, list | np.ndarray):
@@ -134,7 +134,7 @@ def read_header(buffer: memoryview, where: str = "") -> Header:
 
 
 class _Reader:
-    """A position in the file; every read checks that its bytes are there."""
+    """Reads from a position in the file; every read checks the bounds."""
 
     def __init__(self, buffer: memoryview, where: str) -> None:
         self.buffer, self.where = buffer, where
@@ -146,7 +146,7 @@ class _Reader:
         return ModelError(code, rule, where=f"{self.where} at byte {self.position}", hint=hint)
 
     def take(self, nbytes: int, field: str) -> int:
-        """Step over `nbytes` and return where they start."""
+        """Moves past `nbytes` and returns their start."""
         if nbytes > self.end - self.position:
             left = self.end - self.position
             raise self.damaged(f"the file ends inside {field}: {nbytes} bytes wanted, {left} left")
@@ -228,7 +228,7 @@ class _Reader:
         return np.frombuffer(self.buffer, dtype, length, start)
 
     def strings(self, key: str, length: int) -> list[str]:
-        """An array of strings: nine tenths of the time to open a model, so written flat."""
+        """An array of strings, without calls: it takes nine tenths of the time to open a model."""
         self.strings_left -= length
         buffer, position, end, unpack = self.buffer, self.position, self.end, _U64.unpack_from
         out: list[str] = []
@@ -243,7 +243,7 @@ class _Reader:
         except UnicodeDecodeError:
             raise self.damaged(f"string {len(out)} of {key!r} is not UTF-8") from None
         except struct.error:
-            pass  # the file ends inside a length: told below
+            pass  # the file ends inside a length: an error below
         if len(out) < length:
             raise self.damaged(f"the file ends inside string {len(out)} of {key!r}")
         self.position = position
@@ -276,7 +276,7 @@ class _Reader:
         return infos
 
     def tensor(self, alignment: int) -> TensorInfo:
-        """One tensor's entry, its offset still counted from the end of the header."""
+        """The entry of one tensor; its offset counts from the end of the header."""
         name = self.string("a tensor's name", MAX_NAME_BYTES)
         dimensions = self.u32(f"the dimensions of {name!r}")
         if not 1 <= dimensions <= 4:

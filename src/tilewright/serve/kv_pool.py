@@ -1,7 +1,7 @@
-"""The pages of a KV cache for one sequence: one pair of page arrays for each layer, one page table.
+"""The KV cache of one sequence: a pair of page arrays for each layer, and one page table.
 
-The arrays that kernels read (`kv_len`, and a token's `page` and `slot`) stay at their addresses; a
-recorded step sees a longer sequence because their contents change.
+The arrays of the page table stay at their addresses and only their contents change, so that a
+recorded step serves a longer sequence.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ PAGE_SIZE = 16
 
 
 class KVPool:
-    """Room for `tokens` tokens (`capacity`) of one sequence, float32; `length` of them are in
-    use."""
+    """A cache for `capacity` tokens of one sequence, float32; `length` of them are in use."""
 
     def __init__(self, config: LlamaConfig, tokens: int, memory: Memory) -> None:
         self.memory, self.capacity = memory, tokens
@@ -37,21 +36,18 @@ class KVPool:
         ]
 
     def grow(self, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Makes room for the next tokens: their positions, pages and slots, int32 (tokens,).
+        """Adds tokens to the sequence; returns their positions, pages and slots, int32 (tokens,).
 
         Raises ModelError[M105] when they do not fit."""
         if self.length + tokens > self.capacity:
-            raise ModelError(
-                "M105",
-                f"{self.length + tokens} tokens do not fit into a context of {self.capacity}",
-                where="prompt",
-                hint="shorten the prompt, or ask for fewer tokens",
-            )
+            rule = f"{self.length + tokens} tokens do not fit into a context of {self.capacity}"
+            hint = "shorten the prompt, or ask for fewer tokens"
+            raise ModelError("M105", rule, where="prompt", hint=hint)
         positions = np.arange(self.length, self.length + tokens, dtype=np.int32)
         self.truncate(self.length + tokens)
         return positions, positions // PAGE_SIZE, positions % PAGE_SIZE
 
     def truncate(self, length: int) -> None:
-        """Sets the length of the sequence; what lies beyond it is forgotten."""
+        """Sets the length of the sequence."""
         self.length = length
         self.memory.write(self.kv_len, length)

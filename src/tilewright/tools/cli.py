@@ -1,8 +1,8 @@
 """The command line: `tilewright VERB …`. A verb's module is imported when the verb is used.
 
-The module of a verb has two functions named after it: `env_arguments(parser)` describes the
-arguments, `env(args) -> int` runs it and gives the exit status. Errors of Tilewright, and of a disk
-that is full, print without a traceback and exit with 2, an interrupt with 130.
+The module of a verb has two functions named after it: `env_arguments(parser)` adds the arguments,
+`env(args) -> int` runs it and returns the exit status. Errors of Tilewright and of the disk print
+without a traceback and exit with 2, an interrupt with 130.
 """
 
 from __future__ import annotations
@@ -31,26 +31,31 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
-    "env": Verb("env", "what is installed, what is missing, and what to do about it"),
-    "show": Verb("show", "a file's programs at every level, then the C++ and CUDA made of them"),
+    "env": Verb("env", "list what is installed and what is missing"),
+    "show": Verb("show", "print a file's programs at every level, then the generated C++ and CUDA"),
     "cache": Verb("cache", "list or clear the compiled kernels"),
-    "explain": Verb("explain", "what an error code means and how to mend it"),
+    "explain": Verb("explain", "explain an error code and its remedy"),
     "demo": Verb("chat", "serve a small language model with kernels compiled on the spot"),
     "chat": Verb("chat", "talk to a model file (GGUF)"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb with its arguments (default: those of the process); the exit status."""
+    """Run one verb with its arguments (default: those of the process). Returns the exit status."""
     return guarded(_run, list(sys.argv[1:] if argv is None else argv))
 
 
 def guarded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """The exit status of a command line; interrupts, closed pipes and errors of Tilewright and of
-    a disk end without a traceback."""
-    _take_any_text()
+    """Run a command line and return its exit status. Interrupts, closed pipes and errors of
+    Tilewright and of the disk end without a traceback."""
+    _replace_unknown_characters()
     try:
-        status = _coded(run, arguments)
+        try:
+            status = run(arguments)
+        except TilewrightError as error:
+            _flush()
+            print(f"{type(error).__name__}{error}", file=sys.stderr)
+            status = EXIT_ERROR
         _flush()
         return status
     except KeyboardInterrupt:
@@ -64,31 +69,21 @@ def guarded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
         return EXIT_ERROR
 
 
-def _coded(run: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Run a command; an error of Tilewright becomes its message and exit status."""
-    try:
-        return run(arguments)
-    except TilewrightError as error:
-        _flush()
-        print(f"{type(error).__name__}{error}", file=sys.stderr)
-        return EXIT_ERROR
-
-
-def _take_any_text() -> None:
-    """What the terminal's encoding does not have is replaced, in and out, and no error."""
+def _replace_unknown_characters() -> None:
+    """Characters outside the terminal's encoding are replaced, in input and output."""
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(OSError, ValueError):  # read from before, or closed
+            with contextlib.suppress(OSError, ValueError):  # already in use, or closed
                 stream.reconfigure(errors="replace")
 
 
 def _flush() -> None:
-    if sys.stdout is not None:  # closed by whoever started this
+    if sys.stdout is not None:  # None if the parent process closed it
         sys.stdout.flush()
 
 
 def _drop_output() -> None:
-    """Forget what standard output could not take: Python tries again as it ends."""
+    """Discard unwritten output, which Python would try to write again at exit."""
     try:
         _flush()
     except OSError:
@@ -96,8 +91,7 @@ def _drop_output() -> None:
 
 
 def check_output(option: str, path: Path) -> None:
-    """That a file can be written, before the work whose result it is to hold. Raises
-    ArgumentError[A109]."""
+    """Check that a file can be written, before the work. Raises ArgumentError[A109]."""
     folder = path.parent
     if path.is_dir():
         wrong = "is a folder"

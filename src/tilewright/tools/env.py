@@ -1,6 +1,6 @@
 """`tilewright env`: lists what is installed and what is missing. Standard library only.
 
-Every probe is guarded: a broken package is a line of the report, never the end of it.
+Every probe is guarded: a broken package is a line of the report and does not end it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tilewright.errors import TilewrightError
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line: `state` is ok, missing (an option that is not there) or bad (something broken)."""
+    """One line. `state` is ok, missing (an optional part is absent) or bad (a part is broken)."""
 
     section: str
     name: str
@@ -47,7 +47,7 @@ def env_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def env(args: argparse.Namespace) -> int:
-    """Print the report; the exit status is 0 unless something found is broken."""
+    """Print the report. The exit status is 1 if a part is broken."""
     findings = report()
     if args.json:
         for finding in findings:
@@ -77,11 +77,9 @@ def report() -> list[Finding]:
     ):
         try:
             findings += [Finding(section, *line) for line in probe()]
-        except Exception as error:  # a probe must not take the report with it
-            hint = getattr(error, "hint", "")
-            findings.append(
-                Finding(section, "probe failed", f"{type(error).__name__}: {error}", "bad", hint)
-            )
+        except Exception as error:  # the other probes still run
+            text, hint = f"{type(error).__name__}: {error}", getattr(error, "hint", "")
+            findings.append(Finding(section, "probe failed", text, "bad", hint))
     return findings
 
 
@@ -102,7 +100,7 @@ def _python() -> Iterable[Line]:
 
 
 def _try(name: str, probe: Callable[[], str], hint: str = "") -> Line:
-    """A line from a probe; its error in place of the value where it fails."""
+    """A line from a probe, with its error as the value if it fails."""
     try:
         return (name, probe())
     except TilewrightError as error:
@@ -119,12 +117,11 @@ def _cpu() -> Iterable[Line]:
         compiler = compilers.find_compiler()
         yield "C++ compiler", f"{compiler.version} ({' '.join(compiler.command)})"
     except TilewrightError as error:
-        # an error with a location is about a setting
+        # An error with a location is about a setting.
         state = "missing" if error.code == "B102" and not error.where else "bad"
         yield "C++ compiler", error.message, state, error.hint
     yield _try("instruction set", lambda: compilers.resolve_isa().name)
-    can = ", ".join(n for n in compilers.ISAS if compilers.runnable(n))
-    yield "this CPU runs", can
+    yield "this CPU runs", ", ".join(n for n in compilers.ISAS if compilers.runnable(n))
     yield _try("threads", lambda: f"{pool.wanted_threads()} of {os.cpu_count()} cores")
 
 

@@ -1,4 +1,4 @@
-"""`tilewright explain CODE`: what an error code means, what usually causes it, how to mend it."""
+"""`tilewright explain CODE`: the meaning of an error code, its usual cause and its remedy."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ I101 Nothing you did: please report it with the program and the schedule.
 """
 
 EXPLAIN: dict[str, str] = {}
-for _line in _TEXT.splitlines():  # a code begins an entry, indented lines go on with it
+for _line in _TEXT.splitlines():  # a code begins an entry, indented lines continue it
     _code = _line[:4].strip() or next(reversed(EXPLAIN))
     EXPLAIN[_code] = f"{EXPLAIN[_code]}\n{_line[5:]}" if _code in EXPLAIN else _line[5:]
 
@@ -94,10 +94,8 @@ def explain(args: argparse.Namespace) -> int:
     code = args.code.upper().strip("[]")
     if code not in CATALOG:
         near = difflib.get_close_matches(code, CATALOG, n=3)
-        print(
-            f"no error code {args.code}" + (f"; near: {', '.join(near)}" if near else ""),
-            file=sys.stderr,
-        )
+        suggestion = f"; near: {', '.join(near)}" if near else ""
+        print(f"no error code {args.code}{suggestion}", file=sys.stderr)
         return 2
     print(f"{code}: {CATALOG[code]}")
     print(f"  {FAMILIES[code[0]]}")

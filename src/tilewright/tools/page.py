@@ -1,7 +1,6 @@
-"""The page that `tilewright show --html` writes: every stage beside the one before it.
+"""Writes the page of `tilewright show --html`: every stage beside the one before it.
 
-One file, nothing fetched: style and the few lines of script are inside. Lines that a pass changed
-are marked on both sides.
+The page is one file with its style and script. Lines that a pass changed are marked on both sides.
 """
 
 from __future__ import annotations
@@ -66,10 +65,10 @@ def html(title: str, programs: dict[str, list[Stage]]) -> str:
             number += 1
             head = f"{escape(stage.title)} <small>{escape(stage.level)}</small>"
             menu.append(f'<a href="#s{number}">{head}</a>')
-            plain = before is None or stage.level in GENERATED
-            inner = (
-                f"<pre>{escape(stage.text)}</pre>" if plain else _beside(before or "", stage.text)
-            )
+            if before is None or stage.level in GENERATED:
+                inner = f"<pre>{escape(stage.text)}</pre>"
+            else:
+                inner = _beside(before, stage.text)
             body.append(f'<details id="s{number}" open><summary>{head}</summary>{inner}</details>')
             if stage.level not in GENERATED:
                 before = stage.text

@@ -1,7 +1,7 @@
-"""`tilewright show FILE [NAME] --stages`: a program at every level, then the text made of it.
+"""`tilewright show FILE [NAME] --stages`: a program at every level, then the generated text.
 
-The file is executed, as Python would run it (what it prints goes to standard error): show only
-files that you would run. Its programs are the `Definition`s among its names.
+The file is executed as by Python, its output goes to standard error: show only files that you would
+run. Its programs are the `Definition`s among its globals.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ DEFAULT_TARGETS = ("cpp", "cuda:sm_90a")
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """The program after something changed it. `title` says what; `level` is coordinates, positions
-    or loops, or the language of generated text."""
+    """The program after the verb or pass of `title`. `level` is coordinates, positions or loops, or
+    the language of generated text."""
 
     title: str
     level: str
@@ -62,12 +62,8 @@ def show(args: argparse.Namespace) -> int:
     definitions = load(args.file)
     if args.name:
         if args.name not in definitions:
-            raise ProgramError(
-                "P101",
-                f"no program {args.name!r}",
-                where=str(args.file),
-                hint=f"programs: {', '.join(definitions)}",
-            )
+            hint = f"programs: {', '.join(definitions)}"
+            raise ProgramError("P101", f"no program {args.name!r}", where=str(args.file), hint=hint)
         definitions = {args.name: definitions[args.name]}
     shown = {name: stages_of(d, targets) for name, d in definitions.items()}
     if not args.stages and not args.html:
@@ -87,7 +83,7 @@ def show(args: argparse.Namespace) -> int:
 
 
 def load(path: Path) -> dict[str, Definition]:
-    """Run a file and give its programs by name. Raises ProgramError[P101] without any."""
+    """Run a file and return its programs by name. Raises ProgramError[P101] without any."""
     if not path.is_file():
         rule = "this is no file" if path.exists() else "no such file"
         raise ProgramError("P101", rule, where=str(path))
@@ -97,21 +93,15 @@ def load(path: Path) -> dict[str, Definition]:
         except TilewrightError:
             raise
         except (Exception, SystemExit) as error:
-            line = _line_in(path, error)
-            raise ProgramError(
-                "P101", f"running it failed: {type(error).__name__}: {error}", where=f"{path}{line}"
-            ) from error
+            rule = f"running it failed: {type(error).__name__}: {error}"
+            raise ProgramError("P101", rule, where=f"{path}{_line_in(path, error)}") from error
     definitions: dict[str, Definition] = {}
     for name, value in names.items():
         if isinstance(value, Definition) and not any(value is d for d in definitions.values()):
             definitions[name] = value
     if not definitions:
-        raise ProgramError(
-            "P101",
-            "the file defines no program",
-            where=str(path),
-            hint="@tw.program above a function",
-        )
+        hint = "@tw.program above a function"
+        raise ProgramError("P101", "the file defines no program", where=str(path), hint=hint)
     return definitions
 
 
@@ -125,9 +115,9 @@ def _line_in(path: Path, error: BaseException) -> str:
 
 
 def stages_of(definition: Definition, targets: list[Target]) -> list[Stage]:
-    """All stages for each target in turn; what a later target shares with an earlier is left out.
+    """All stages for each target in turn, without those that an earlier target shares.
 
-    A target that the schedule does not fit gives one stage that says why."""
+    A target that the schedule does not fit gives one stage with the reason."""
     stages: list[Stage] = []
     for target in targets:
         try:
@@ -178,7 +168,7 @@ def _steps(definition: Definition, target: Target) -> Iterator[tuple[Program, st
 
 
 def source_text(program: Program, target: Target) -> str:
-    """The text generated for a program at the loop level; the prelude common to all is left out."""
+    """The text generated for a program at the loop level, without the prelude."""
     text = compiler.rendered(program, target).source
     for name in ("cpu.h", "mma_cpu.h"):
         prelude = prelude_files.prelude(name)
@@ -187,5 +177,5 @@ def source_text(program: Program, target: Target) -> str:
 
 
 def _ends(stages: list[Stage]) -> list[Stage]:
-    """The program as written, and the texts generated."""
+    """The program as written, and the generated texts."""
     return [s for s in stages if s.title == "as written" or s.level in ("C++", "CUDA", "refused")]

@@ -345,7 +345,7 @@ TW_INLINE void finish(const Params& p, const Walk& w, const Query& q, Rows& rows
         }
       }
     }
-  tw::meet(1, THREADS);
+  tw::bar_sync(1, THREADS);
   const bool head_part = w.unit == range.begin.unit && range.begin.tile > 0;
   const bool tail_part = w.unit == range.end.unit;
   float* slot = p.partials + (2 * static_cast<int64_t>(cta) + (head_part ? 0 : 1)) * PARTIAL;
@@ -374,15 +374,15 @@ TW_INLINE void finish(const Params& p, const Walk& w, const Query& q, Rows& rows
   }
   if (head_part || tail_part) {
     const int first = head_part ? range.begin.first : cta / GANG, last = tail_part ? range.end.last : cta / GANG;
-    tw::meet(1, THREADS);
+    tw::bar_sync(1, THREADS);
     if (thread == 0) *arrived = tw::arrive(p.counters + first * GANG + cta % GANG) == last - first;
-    tw::meet(1, THREADS);
+    tw::bar_sync(1, THREADS);
     if (*arrived) {
       if (thread == 0) p.counters[first * GANG + cta % GANG] = 0;
       merge(p, w, q, first, last, cta % GANG, thread);
     }
   }
-  tw::meet(1, THREADS);
+  tw::bar_sync(1, THREADS);
 }
 
 TW_INLINE void body(const Params& p, int cta, int thread, char* smem) {
