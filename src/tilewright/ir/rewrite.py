@@ -418,6 +418,14 @@ def loads(n: Any) -> Iterator[Load]:
             yield Load(x.keys, (x.lo,), x.keys.dtype)
 
 
+def searches(n: Any, depth: int = 0) -> Iterator[tuple[Search, int]]:
+    """Every binary search below `n`, with the number of loops around it."""
+    if isinstance(n, Search):
+        yield n, depth
+    for child in children(n):
+        yield from searches(child, depth + (isinstance(n, For) and child is n.body))
+
+
 def indices_of(n: Any) -> list[Index]:
     """The program indices below `n`, once each."""
     return list({x.name: x for x in walk(n) if isinstance(x, Index)}.values())

@@ -70,6 +70,9 @@ class Schedule:
     history: tuple[Step, ...] = ()
     selected: Nests = None
     before: Schedule | None = field(default=None, compare=False)
+    calls: list[Step] = field(default_factory=list, compare=False)
+    """The verbs called on this schedule and on all that came from the same first one; all of them
+    share this list."""
 
     # -- looking ---------------------------------------------------------------------------------
 
@@ -123,7 +126,14 @@ class Schedule:
                     hint=f"{len(self.history)} verbs were called",
                 )
             s = s.before
+        undone = {id(step) for step in self.history[len(s.history) :]}
+        self.calls[:] = [step for step in self.calls if id(step) not in undone]
         return s
+
+    def dropped(self) -> list[Step]:
+        """The verbs called on a schedule that this one came from whose results were not used."""
+        used = {id(step) for step in self.history}
+        return [step for step in self.calls if id(step) not in used]
 
     def __str__(self) -> str:
         steps = "\n".join(f"  {h}" for h in self.history) or "  (as written)"
@@ -468,6 +478,7 @@ class Schedule:
             )  # fmt: skip
 
     def _recorded(self, program: Program, step: Step) -> Schedule:
+        self.calls.append(step)
         return replace(self, program=program, history=(*self.history, step), before=self)
 
     @takes(loop=A_NAME, nest=optional(NUMBER))
