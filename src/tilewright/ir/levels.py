@@ -312,9 +312,8 @@ class Fixed(Level):
             raise FormatError(
                 "F108",
                 f"row {worst} has {int(ptr[worst + 1] - ptr[worst])} {what} but the level holds "
-                f"{self.width}",
-                hint="use a wider ELL, or hyb, which chooses a width for each row",
-            )
+                f"{self.width}", hint="use a wider ELL, or hyb, which chooses a width for each row",
+            )  # fmt: skip
         position = mine * self.width + rank
         indices = np.full(parents * self.width, -1, np.int64)
         indices[position] = coords
@@ -354,10 +353,9 @@ class Singleton(Level):
         indices[q] = c
         if len(q) != parents or len(np.unique(q)) != parents:
             raise FormatError(
-                "F108",
-                "a singleton level needs exactly one entry for each position above it",
+                "F108", "a singleton level needs exactly one entry for each position above it",
                 hint="put compressed(chunk=-1) above it, as coo does",
-            )
+            )  # fmt: skip
         return {"indices": indices}, q, parents
 
     def expand(self, arrays: Arrays, parents: int, extent: int) -> tuple[np.ndarray, np.ndarray]:

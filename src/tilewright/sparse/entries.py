@@ -214,25 +214,22 @@ def _expanded(indptr: Any, stored: int, rows: int, *, spare: bool = False) -> np
     indptr = _index_array(indptr, "indptr")
     if len(indptr) != rows + 1:
         raise FormatError(
-            "F103",
-            f"indptr has {len(indptr)} elements, a matrix of {rows} rows needs {rows + 1}",
+            "F103", f"indptr has {len(indptr)} elements, a matrix of {rows} rows needs {rows + 1}",
             where="indptr",
-        )
+        )  # fmt: skip
     if indptr[0] != 0 or indptr[-1] > stored or (indptr[-1] != stored and not spare):
         raise FormatError(
             "F103",
             f"indptr runs from {indptr[0]} to {indptr[-1]} but indices has {stored} elements",
-            where="indptr",
-            hint="take both arrays from the same matrix",
-        )
+            where="indptr", hint="take both arrays from the same matrix",
+        )  # fmt: skip
     falls = indptr[1:] < indptr[:-1]  # compared: a difference would wrap
     if falls.any():
         row = int(falls.argmax())
         raise FormatError(
-            "F103",
-            f"indptr falls from {indptr[row]} to {indptr[row + 1]} at row {row}",
+            "F103", f"indptr falls from {indptr[row]} to {indptr[row + 1]} at row {row}",
             where="indptr",
-        )
+        )  # fmt: skip
     kind, count = _counter((rows,)), int(indptr[-1])
     if count < rows // 64:  # most rows are empty: in proportion to the entries
         return np.searchsorted(indptr, np.arange(count), "right").astype(kind) - kind(1)
@@ -256,9 +253,8 @@ def _in_range(coords: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
             raise FormatError(
                 "F104",
                 f"coordinate {low if low < 0 else high} of dimension {d} is outside 0…{n - 1}",
-                where="indices",
-                hint="check that rows and columns are not swapped",
-            )
+                where="indices", hint="check that rows and columns are not swapped",
+            )  # fmt: skip
     return tuple(c.astype(_counter(shape), copy=False) for c in arrays)
 
 
@@ -320,11 +316,9 @@ def converted(values: np.ndarray, kind: DType, to: DType) -> np.ndarray:
         return values
     if "float8" in kind.name + to.name:
         raise ArgumentError(
-            "A102",
-            f"nothing here converts {kind} to {to}",
-            where="dtype",
+            "A102", f"nothing here converts {kind} to {to}", where="dtype",
             hint="hand over its bits",
-        )
+        )  # fmt: skip
     numbers = dtypes.bfloat16_values(values) if _is_bits(kind) else values
     with np.errstate(all="ignore"):  # what is lost is found below
         if _is_bits(to):

@@ -251,11 +251,9 @@ class Composed:
         if (of_entry != 1).any():
             at = int((of_entry != 1).argmax())
             raise FormatError(
-                "F106",
-                f"entry {tuple(int(c[at]) for c in coords)} is in {of_entry[at]} parts of "
-                f"{self.name}",
-                hint="each entry must be in exactly one part",
-            )
+                "F106", f"entry {tuple(int(c[at]) for c in coords)} is in {of_entry[at]} parts of "
+                f"{self.name}", hint="each entry must be in exactly one part",
+            )  # fmt: skip
         if taken != len(of_entry):
             raise FormatError(
                 "F106", f"a part of {self.name} takes an entry more than once",
