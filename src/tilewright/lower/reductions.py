@@ -11,7 +11,7 @@ from typing import Any
 
 from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
-from tilewright.ir.names import ACCUMULATOR, TOTAL, Given, given
+from tilewright.ir.names import ACCUMULATOR, TOTAL, GeneratedName, parse_name
 from tilewright.ir.rewrite import free_vars, rebuild, statements, transform
 
 
@@ -129,7 +129,7 @@ class _Materializer:
                 )
         shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in (*chain.spatial, *chain.lanes))
         return ir.Buffer(
-            Given(out.name, ACCUMULATOR, self.count).name,
+            GeneratedName(out.name, ACCUMULATOR, self.count).name,
             chain.compute.value.dtype,
             shape,
             "register",
@@ -248,9 +248,9 @@ def _over_threads(value: ir.Expr, chain: _Chain) -> ir.Expr:
 
 def _total_of(acc: ir.Buffer) -> str:
     """The register for what an accumulator is when all threads have met."""
-    own = given(acc.name)
+    own = parse_name(acc.name)
     assert own is not None
-    return Given(own.owner, TOTAL, own.number).name
+    return GeneratedName(own.owner, TOTAL, own.number).name
 
 
 def _met(name: str, chain: _Chain, value: ir.Expr) -> ir.Stmt:

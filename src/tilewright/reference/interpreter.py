@@ -20,7 +20,7 @@ from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
-from tilewright.ir.names import STRIDE, is_given, stride_name
+from tilewright.ir.names import STRIDE, is_generated, stride_name
 from tilewright.ir.rewrite import walk
 from tilewright.reference.memory import Array, Part, constant, convert, poisoned
 from tilewright.reference.ops_table import BINARY, UFUNCS, UNARY
@@ -82,7 +82,7 @@ def _is_flat(program: ir.Program) -> bool:
     def flat(x: Any) -> bool:
         if isinstance(x, ir.Tile):
             return False
-        if isinstance(x, ir.Var) and is_given(x.name, STRIDE):
+        if isinstance(x, ir.Var) and is_generated(x.name, STRIDE):
             return True
         if isinstance(x, (ir.Load, ir.Store)) and x.buffer.scope in ("global", "shared"):
             dims = len(x.buffer.shape)

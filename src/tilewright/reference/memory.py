@@ -15,7 +15,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
-from tilewright.ir.names import Given, count_name, size_name, values_name
+from tilewright.ir.names import GeneratedName, count_name, size_name, values_name
 from tilewright.ir.nodes import Const, Program, Tensor
 from tilewright.reference.ops_table import decode, encode, to_integer
 
@@ -75,7 +75,7 @@ def _take_parts(t: Tensor, packed: Any, rows: list[Part]) -> None:
         for depth, level in enumerate(part.arrays):
             row.variables[count_name(t.structure, depth)] = part.counts[depth]
             for kind, array in level.items():
-                row.buffers[Given(t.structure, kind, depth).name] = array
+                row.buffers[GeneratedName(t.structure, kind, depth).name] = array
 
 
 def poisoned(shape: tuple[int, ...], dtype: DType) -> np.ndarray:

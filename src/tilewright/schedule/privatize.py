@@ -7,7 +7,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.ir import nodes as ir
-from tilewright.ir.names import COPIES, Given, stride_name
+from tilewright.ir.names import COPIES, GeneratedName, stride_name
 from tilewright.ir.rewrite import add, ceil_div, mul, rebuild, simplify
 from tilewright.schedule.tree import computes, illegal, matches, unknown
 
@@ -42,7 +42,7 @@ class _Copies:
 
     def __init__(self, tensor: ir.Tensor, buffer: ir.Buffer, loop: str, copies: int) -> None:
         self.output, self.original, self.loop, self.copies = tensor, buffer, loop, copies
-        name = Given(tensor.name, COPIES).name
+        name = GeneratedName(tensor.name, COPIES).name
         self.tensor = replace(
             tensor, name=name, dims=(copies, *tensor.dims), role="temp", kind="state",
             dtype=tensor.dtype.accumulator,
