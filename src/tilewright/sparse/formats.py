@@ -317,16 +317,16 @@ def _is_part(part: Any) -> bool:
     )
 
 
-def _check_tuple(of: str, name: str, given: Any, fits: Any) -> None:
+def _check_tuple(of: str, name: str, items: Any, fits: Any) -> None:
     """Refuses what is not a tuple of what `fits`."""
-    if not isinstance(given, tuple):
+    if not isinstance(items, tuple):
         raise FormatError(
-            "F101", f"{of}: {name} is a {type(given).__name__}, not a tuple", where=name
+            "F101", f"{of}: {name} is a {type(items).__name__}, not a tuple", where=name
         )
-    for at, one in enumerate(given):
+    for at, one in enumerate(items):
         if not fits(one):
-            what = {"parts": "(where, format) pair", "levels": "level"}[name]
-            raise FormatError("F101", f"{of}: {name}[{at}] is {one!r}, not a {what}", where=name)
+            kind = {"parts": "(where, format) pair", "levels": "level"}[name]
+            raise FormatError("F101", f"{of}: {name}[{at}] is {one!r}, not a {kind}", where=name)
 
 
 def _check_levels(f: Format) -> None:
@@ -452,9 +452,9 @@ def hyb(
     With one column range and `"csr"` no row is shared: sums need no atomics and are deterministic.
     Raises FormatError[F101].
     """
-    given = f"hyb(col_parts={col_parts!r}, buckets={buckets!r})"
-    buckets = _widths(given, buckets)
-    col_parts = integer(given, "col_parts", col_parts, 1, MOST_PARTS // (len(buckets) + 1))
+    call = f"hyb(col_parts={col_parts!r}, buckets={buckets!r})"
+    buckets = _widths(call, buckets)
+    col_parts = integer(call, "col_parts", col_parts, 1, MOST_PARTS // (len(buckets) + 1))
     if long_rows not in ("csr", "split"):
         raise FormatError(
             "F101", f"long_rows={long_rows!r}", where="long_rows", hint="csr or split"
