@@ -86,6 +86,7 @@ if TYPE_CHECKING:
         per_head,
         variant,
     )
+    from tilewright.attention.workspace import Workspace
     from tilewright.ops import schedules as recipes
     from tilewright.schedule import Schedule
     from tilewright.serve.engine import LLM

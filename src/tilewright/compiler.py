@@ -14,8 +14,8 @@ from tilewright.codegen import cpp, cuda
 from tilewright.codegen.params import Params, collect_params, host_count
 from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir.names import stride_name
-from tilewright.ir.nodes import Program, Tensor
-from tilewright.ir.rewrite import is_ordered
+from tilewright.ir.nodes import Nest, Program, Tensor
+from tilewright.ir.rewrite import is_ordered, searches
 from tilewright.ir.verify import verify
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
 from tilewright.runtime.built import Built
@@ -35,6 +35,12 @@ def scheduled(program: Program, recipe: Recipe | None, target: Target) -> Schedu
         raise ScheduleError(
             "S102", f"the recipe of {program.name} gave {made!r}", hint="return the schedule"
         )
+    dropped = replace(made, calls=start.calls).dropped()
+    if dropped:
+        raise ScheduleError(
+            "S102", f"the recipe of {program.name} does not use the result of s{dropped[0]}",
+            hint="a verb returns a new schedule: s = s.split(…), and return s; s.undo() to discard",
+        )  # fmt: skip
     return made
 
 
@@ -107,6 +113,7 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
             stage[0].structure,
             any(is_ordered(n) for n in stage),
             (cuda.stage_threads(stage), 1),
+            searches=_searches(stage),
         )
         for number, stage in enumerate(program.stages)
     )
@@ -118,6 +125,15 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
         formats=tuple(named.items()), sizes=program.sizes, index=program.index.name,
         packed=tuple(t.name for t in program.tensors if _strides_known(t, params)),
     )  # fmt: skip
+
+
+def _searches(stage: tuple[Nest, ...]) -> tuple[tuple[str, int], ...]:
+    """The arrays that a unit searches inside loops, and the most loops around a search of each."""
+    depths: dict[str, int] = {}
+    for nest in stage:
+        for x, depth in searches(nest.body):
+            depths[x.keys.name] = max(depth, depths.get(x.keys.name, 0))
+    return tuple((name, depth) for name, depth in depths.items() if depth)
 
 
 def _rows(followed: Any) -> tuple[int, ...]:

@@ -51,11 +51,9 @@ def _resolved(path: str, _home: str | None) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise KnobError(
-            "K101",
-            f"no folder {str(path)!r}: {error}",
-            where="environment variable TILEWRIGHT_CACHE_DIR",
-            hint="write the folder without ~",
-        ) from None
+            "K101", f"no folder {str(path)!r}: {error}",
+            where="environment variable TILEWRIGHT_CACHE_DIR", hint="write the folder without ~",
+        ) from None  # fmt: skip
 
 
 def _default_cache() -> Path:
@@ -90,11 +88,9 @@ def get(name: str) -> Any:
         raise
     except (ValueError, KeyError):
         raise KnobError(
-            "K101",
-            f"{knob.env}={text!r} is not {knob.form}",
-            where=f"environment variable {knob.env}",
-            hint=knob.doc,
-        ) from None
+            "K101", f"{knob.env}={text!r} is not {knob.form}",
+            where=f"environment variable {knob.env}", hint=knob.doc,
+        ) from None  # fmt: skip
 
 
 @contextlib.contextmanager

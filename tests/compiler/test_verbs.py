@@ -85,3 +85,51 @@ def test_numbers_of_nests_are_checked(number):
     for look in (tw.Schedule.on, tw.Schedule.format_of, lambda s, n: s.has("k", n)):
         with pytest.raises(ScheduleError, match=r"S101.*no nest 1" if number == 1 else "S102"):
             look(spmm.scheduled(), number)
+
+
+def reversed_order(s):
+    s.split("k", 4)
+    return s.mark("i", "parallel")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "verb"),
+    [
+        (lambda s: (s.split("k", 4), s)[1], "s.split('k', 4, tail='guard')"),
+        (lambda s: (s.on(0).unroll("k", 4), s)[1], "s.on(0,).unroll('k', 4)"),
+        (lambda s: (s.specialize("d", 8), s)[1], "s.specialize('d', 8)"),
+        (lambda s: (s.split("k", 4), s.split("k", 4))[1], "s.split('k', 4, tail='guard')"),
+        (reversed_order, "s.split('k', 4, tail='guard')"),
+        (lambda s: (s.parallel("i").undo(), s.unroll("k", 4), s)[2], "s.unroll('k', 4)"),
+        (lambda s: (s.parallel("i"), spmm.scheduled())[1], "s.mark('i', 'parallel')"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_drops_the_result_of_a_verb_is_refused(recipe, verb) -> None:
+    for target in ("cpp", "interp"):
+        with pytest.raises(ScheduleError) as error:
+            spmm.schedule(recipe).build(target)
+        assert error.value.code == "S102" and verb in error.value.message
+        assert "s = s.split" in error.value.hint
+
+
+def tries(s):
+    """Looks at a schedule that it discards, and at one that is refused."""
+    if s.split("k", 4).undo().has("k"):
+        s = s.split("k", 8)
+    try:
+        s.split("no_loop", 8)
+    except ScheduleError:
+        return s.everywhere().mark("k_i", "unroll")
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps"),
+    [(lambda s: s, 0), (lambda s: s.parallel("i").undo(), 0), (tries, 2),
+     (lambda s: s.split("k", 4).undo().split("k", 4).parallel("i"), 2)],
+)  # fmt: skip
+def test_a_recipe_may_discard_with_undo_and_return_its_argument(recipe, steps) -> None:
+    d = spmm.schedule(recipe)
+    for _ in range(2):
+        assert len(d.scheduled().history) == steps
+    d.build("interp")

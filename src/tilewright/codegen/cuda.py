@@ -14,7 +14,7 @@ from tilewright.codegen.cfamily import Renderer, Source, has_tiles
 from tilewright.codegen.params import C_TYPES, Params, c_name, collect_params
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple
-from tilewright.ir.names import STRIDE, is_given
+from tilewright.ir.names import STRIDE, is_generated
 from tilewright.ir.rewrite import is_const, walk
 
 RESIDENT = 1024  # threads of an SM that share its registers: 64 for each
@@ -165,7 +165,7 @@ def _vector_of(b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
 def _is_multiple(e: ir.Expr, n: int) -> bool:
     """Whether an offset is a multiple of n, strides of arrays being multiples of 16 bytes: arrays
     for which that does not hold run the code that is compiled with TW_UNALIGNED."""
-    return is_multiple(e, n, lambda v: is_given(v.name, STRIDE))
+    return is_multiple(e, n, lambda v: is_generated(v.name, STRIDE))
 
 
 def render(program: ir.Program, declarations: str, params: Params | None = None) -> Source:

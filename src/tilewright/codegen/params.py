@@ -11,7 +11,7 @@ from typing import Any
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
-from tilewright.ir.names import COUNT, SIZE, STRIDE, is_given, stride_name
+from tilewright.ir.names import COUNT, SIZE, STRIDE, is_generated, stride_name
 from tilewright.ir.rewrite import walk
 
 C_TYPES = {
@@ -75,7 +75,7 @@ def collect_params(program: ir.Program) -> Params:
         else:
             params[b.name] = field_
     for name, dtype in _free_names(program).items():
-        (row if is_given(name, COUNT) else params)[name] = (c_name(name), dtype)
+        (row if is_generated(name, COUNT) else params)[name] = (c_name(name), dtype)
     packed = {
         stride_name(t.name, d): stride
         for t in program.tensors
@@ -120,8 +120,8 @@ def _free_names(program: ir.Program) -> dict[str, str]:
     types: dict[str, str] = {}
     for n in _nests(program):
         for x in (*walk(n.body), *(v for g in n.grid for v in walk(g))):
-            if isinstance(x, ir.Var) and is_given(x.name, SIZE, STRIDE, COUNT):
-                wide = is_given(x.name, STRIDE) or x.dtype.bits == 64
+            if isinstance(x, ir.Var) and is_generated(x.name, SIZE, STRIDE, COUNT):
+                wide = is_generated(x.name, STRIDE) or x.dtype.bits == 64
                 types[x.name] = "int64" if wide else "int32"
     return types
 

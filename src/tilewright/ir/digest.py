@@ -31,12 +31,12 @@ def _text(x: Any, known: dict[int, str]) -> str:
         return repr(x)
     if kind is tuple:
         return f"({','.join([_text(item, known) for item in x])})"
-    found = known.get(id(x))
-    if found is None:
+    text_digest = known.get(id(x))
+    if text_digest is None:
         parts = [_text(getattr(x, name), known) for name in _fields(kind)]
         text = f"{kind.__module__}.{kind.__qualname__}({','.join(parts)})"
-        found = known[id(x)] = hashlib.sha256(text.encode()).hexdigest()
-    return found
+        text_digest = known[id(x)] = hashlib.sha256(text.encode()).hexdigest()
+    return text_digest
 
 
 @cache

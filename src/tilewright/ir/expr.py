@@ -78,10 +78,9 @@ class Expr(Operators):
 
     def __bool__(self) -> bool:
         raise ProgramError(
-            "P101",
-            "an expression of a program has no truth value",
+            "P101", "an expression of a program has no truth value",
             hint="programs are traced: use tw.where(condition, a, b), and & | for and, or",
-        )
+        )  # fmt: skip
 
     def cast(self, to: DType | str) -> Expr:
         """The value converted to another dtype."""
@@ -267,11 +266,9 @@ class Tensor(Operators):
         coords = coords if isinstance(coords, tuple) else (coords,)
         if len(coords) != len(self.dims):
             raise ProgramError(
-                "P103",
-                f"{self.name} has dimensions {self.dims} but was read with {len(coords)} "
-                "coordinates",
-                hint=f"write {self.name}[{', '.join('ijklmn'[: len(self.dims)])}]",
-            )
+                "P103", f"{self.name} has dimensions {self.dims} but was read with {len(coords)} "
+                "coordinates", hint=f"write {self.name}[{', '.join('ijklmn'[: len(self.dims)])}]",
+            )  # fmt: skip
         found = tuple(as_expr(c, dtypes.int32) for c in coords)
         for c in found:
             if not c.dtype.is_int:

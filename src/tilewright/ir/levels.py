@@ -36,8 +36,8 @@ Arrays = dict[str, np.ndarray]
 INT32_MAX = 2**31 - 1  # the IR counts blocks, widths and chunks in int32
 
 
-def whole(of: str, name: str, value: Any, least: int = 0, most: int = INT32_MAX) -> int:
-    """The argument `name` of the format or level `of`, a whole number. Raises FormatError[F101]."""
+def integer(of: str, name: str, value: Any, least: int = 0, most: int = INT32_MAX) -> int:
+    """The argument `name` of the format or level `of` as an integer. Raises FormatError[F101]."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -81,7 +81,7 @@ class Level:
     def __post_init__(self) -> None:
         of = type(self).__name__.lower()
         for name, least in self.least.items():
-            object.__setattr__(self, name, whole(of, name, getattr(self, name), least))
+            object.__setattr__(self, name, integer(of, name, getattr(self, name), least))
         if not isinstance(self.inner, bool) or (self.inner and not self.block):
             raise FormatError(
                 "F101", f"{of}: inner {self.inner!r} with block {self.block}", where="inner",
@@ -312,9 +312,8 @@ class Fixed(Level):
             raise FormatError(
                 "F108",
                 f"row {worst} has {int(ptr[worst + 1] - ptr[worst])} {what} but the level holds "
-                f"{self.width}",
-                hint="use a wider ELL, or hyb, which chooses a width for each row",
-            )
+                f"{self.width}", hint="use a wider ELL, or hyb, which chooses a width for each row",
+            )  # fmt: skip
         position = mine * self.width + rank
         indices = np.full(parents * self.width, -1, np.int64)
         indices[position] = coords
@@ -354,10 +353,9 @@ class Singleton(Level):
         indices[q] = c
         if len(q) != parents or len(np.unique(q)) != parents:
             raise FormatError(
-                "F108",
-                "a singleton level needs exactly one entry for each position above it",
+                "F108", "a singleton level needs exactly one entry for each position above it",
                 hint="put compressed(chunk=-1) above it, as coo does",
-            )
+            )  # fmt: skip
         return {"indices": indices}, q, parents
 
     def expand(self, arrays: Arrays, parents: int, extent: int) -> tuple[np.ndarray, np.ndarray]:

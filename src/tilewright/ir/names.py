@@ -1,8 +1,8 @@
-"""Names that the compiler gives: what a call brings, beside the arrays that a user named.
+"""Names that the compiler generates for what a call passes beside the arrays that a user named.
 
 A size belongs to a dimension, a stride to a dense array, counts and coordinate arrays to a
 structure, values to a sparse tensor, an accumulator to an output. The name of each is
-`owner.kind` with a number; names of users have no dots, so that none can be met by accident.
+`owner.kind` with a number; names of users have no dots, so the two cannot be equal.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ def is_users(name: str) -> bool:
     return _USERS.fullmatch(name) is not None
 
 
-class Given(NamedTuple):
-    """A given name, taken apart: `Given("A", "count", 1)` is `A.count1`. `number` is a dimension
-    (strides), a level (counts, coordinate arrays), or -1 where there is one of its kind."""
+class GeneratedName(NamedTuple):
+    """The parts of a generated name: `GeneratedName("A", "count", 1)` is `A.count1`. `number` is a
+    dimension (strides), a level (counts, coordinate arrays), or -1 where there is one of its
+    kind."""
 
     owner: str
     kind: str
@@ -41,36 +42,36 @@ class Given(NamedTuple):
 
 
 @cache
-def given(name: str) -> Given | None:
-    """The parts of a given name; None for a name of a user, or of a loop."""
+def parse_name(name: str) -> GeneratedName | None:
+    """The parts of a generated name; None for a name of a user, or of a loop."""
     owner, dot, rest = name.rpartition(".")
     kind = rest.rstrip("0123456789")
     if not dot or kind not in KINDS:
         return None
-    return Given(owner, kind, int(rest[len(kind) :] or -1))
+    return GeneratedName(owner, kind, int(rest[len(kind) :] or -1))
 
 
-def is_given(name: str, *kinds: str) -> bool:
-    """Whether a name is a given one, of one of these kinds."""
-    found = given(name)
-    return found is not None and found.kind in kinds
+def is_generated(name: str, *kinds: str) -> bool:
+    """Whether a name is generated and of one of these kinds."""
+    parts = parse_name(name)
+    return parts is not None and parts.kind in kinds
 
 
 def size_name(dim: str) -> str:
     """The variable that holds the size of a dimension."""
-    return Given(dim, SIZE).name
+    return GeneratedName(dim, SIZE).name
 
 
 def stride_name(array: str, dim: int) -> str:
     """The variable that holds a stride of a dense array, in elements."""
-    return Given(array, STRIDE, dim).name
+    return GeneratedName(array, STRIDE, dim).name
 
 
 def count_name(structure: str, level: int) -> str:
     """The variable that holds how many positions a level of a sparse structure has."""
-    return Given(structure, COUNT, level).name
+    return GeneratedName(structure, COUNT, level).name
 
 
 def values_name(tensor: str) -> str:
     """The buffer of the values of a sparse tensor."""
-    return Given(tensor, VALUES).name
+    return GeneratedName(tensor, VALUES).name

@@ -10,41 +10,8 @@ from typing import Any, TypeVar
 
 from tilewright import dtypes
 from tilewright.dtypes import DType, promote
+from tilewright.ir import nodes as ir
 from tilewright.ir.names import PRIME
-from tilewright.ir.nodes import (
-    COMPARISON,
-    Access,
-    Binary,
-    Broadcast,
-    Cast,
-    Compute,
-    Const,
-    Expr,
-    For,
-    If,
-    Index,
-    Let,
-    Load,
-    MmaStore,
-    Nest,
-    Program,
-    Reduce,
-    Search,
-    Select,
-    Seq,
-    Stmt,
-    Store,
-    Unary,
-    Var,
-    as_expr,
-    binary,
-    cast,
-    child_fields,
-    children,
-    identity_of,
-    seq,
-    unary,
-)
 from tilewright.ir.ranges import interval
 
 N = TypeVar("N")
@@ -58,7 +25,7 @@ def _all_fields(cls: type) -> tuple[str, ...]:
 def rebuild(n: N, f: Callable[[Any], Any]) -> N:
     """`n` with `f` applied to each direct child; `n` itself when none changed."""
     changed: dict[str, Any] | None = None
-    for name, many in child_fields(type(n)):
+    for name, many in ir.child_fields(type(n)):
         old = getattr(n, name)
         if many:
             new = tuple([f(o) for o in old])
@@ -73,8 +40,8 @@ def rebuild(n: N, f: Callable[[Any], Any]) -> N:
         changed[name] = new
     if changed is None:
         return n
-    if isinstance(n, Seq):
-        return seq(*changed["body"])  # type: ignore[return-value]
+    if isinstance(n, ir.Seq):
+        return ir.seq(*changed["body"])  # type: ignore[return-value]
     return type(n)(*[changed[x] if x in changed else getattr(n, x) for x in _all_fields(type(n))])
 
 
@@ -82,7 +49,7 @@ def transform(n: N, f: Callable[[Any], Any]) -> N:
     """Bottom-up: children first, then `f` on the rebuilt node; `f` returns what it keeps."""
 
     def visit(x: Any) -> Any:
-        return f(rebuild(x, visit) if child_fields(type(x)) else x)
+        return f(rebuild(x, visit) if ir.child_fields(type(x)) else x)
 
     return visit(n)
 
@@ -93,36 +60,36 @@ def walk(n: Any) -> Iterator[Any]:
     while stack:
         top = stack.pop()
         yield top
-        for name, many in reversed(child_fields(type(top))):
+        for name, many in reversed(ir.child_fields(type(top))):
             if many:
                 stack.extend(reversed(getattr(top, name)))
             else:
                 stack.append(getattr(top, name))
 
 
-def statements(s: Any) -> Iterator[Stmt]:
+def statements(s: Any) -> Iterator[ir.Stmt]:
     """Every statement below and including `s`, outermost first; expressions are left out."""
     stack = [s]
     while stack:
         top = stack.pop()
         yield top
-        if isinstance(top, (For, If)):
+        if isinstance(top, (ir.For, ir.If)):
             stack.append(top.body)
-        elif isinstance(top, Seq):
+        elif isinstance(top, ir.Seq):
             stack.extend(reversed(top.body))
 
 
-def path_to(s: Stmt, goal: Compute) -> list[Any] | None:
+def path_to(s: ir.Stmt, goal: ir.Compute) -> list[Any] | None:
     """From `s` to `goal`: the loops, guards and lets in whose scope it stands."""
     if s is goal:
         return []
-    if isinstance(s, (For, If)):
+    if isinstance(s, (ir.For, ir.If)):
         below = path_to(s.body, goal)
         return None if below is None else [s, *below]
-    if isinstance(s, Seq):
-        lets: list[Stmt] = []
+    if isinstance(s, ir.Seq):
+        lets: list[ir.Stmt] = []
         for b in s.body:
-            if isinstance(b, Let):
+            if isinstance(b, ir.Let):
                 lets.append(b)
                 continue
             below = path_to(b, goal)
@@ -131,35 +98,35 @@ def path_to(s: Stmt, goal: Compute) -> list[Any] | None:
     return None
 
 
-def map_bodies(program: Program, f: Callable[[Stmt], Stmt]) -> Program:
+def map_bodies(program: ir.Program, f: Callable[[ir.Stmt], ir.Stmt]) -> ir.Program:
     """The program with `f` applied to the body of each nest."""
     stages = (tuple(replace(n, body=f(n.body)) for n in stage) for stage in program.stages)
     return replace(program, stages=tuple(stages))
 
 
-def is_ordered(nest: Nest) -> bool:
+def is_ordered(nest: ir.Nest) -> bool:
     """Loop level: whether its units must run one after the other, with those of its stage."""
     return nest.shared and any(_updates(s) for s in statements(nest.body))
 
 
 def _updates(s: Any) -> bool:
-    if isinstance(s, Store):
+    if isinstance(s, ir.Store):
         return bool(s.op) and not s.atomic and s.buffer.scope in ("global", "part")
-    return isinstance(s, MmaStore) and bool(s.op)
+    return isinstance(s, ir.MmaStore) and bool(s.op)
 
 
-def substitute(n: N, values: Mapping[str, Expr]) -> N:
+def substitute(n: N, values: Mapping[str, ir.Expr]) -> N:
     """Variables replaced by name. Names bound inside `n` (For, Let, Reduce) are expected to be
     fresh."""
     if not values:
         return n
 
     def visit(x: Any) -> Any:
-        if isinstance(x, Var):
+        if isinstance(x, ir.Var):
             return values.get(x.name, x)
-        if isinstance(x, Reduce) and any(a.name in values for a in x.axes):
+        if isinstance(x, ir.Reduce) and any(a.name in values for a in x.axes):
             kept = {k: v for k, v in values.items() if k not in {a.name for a in x.axes}}
-            return Reduce(x.op, x.axes, substitute(x.body, kept), x.dtype)
+            return ir.Reduce(x.op, x.axes, substitute(x.body, kept), x.dtype)
         return rebuild(x, visit)
 
     return visit(n)
@@ -170,48 +137,48 @@ def free_vars(n: Any) -> set[str]:
     return set(_free(n))
 
 
-def free_indices(e: Any) -> dict[str, Index]:
+def free_indices(e: Any) -> dict[str, ir.Index]:
     """The program indices that an expression reads and does not bind, by name, as they occur."""
-    return {name: x for name, x in _free(e).items() if isinstance(x, Index)}
+    return {name: x for name, x in _free(e).items() if isinstance(x, ir.Index)}
 
 
-def _free(n: Any) -> dict[str, Var]:
-    free: dict[str, Var] = {}
+def _free(n: Any) -> dict[str, ir.Var]:
+    free: dict[str, ir.Var] = {}
 
     def visit(x: Any, bound: frozenset[str]) -> None:
-        if isinstance(x, Var):
+        if isinstance(x, ir.Var):
             if x.name not in bound:
                 free.setdefault(x.name, x)
-        elif isinstance(x, Reduce):
+        elif isinstance(x, ir.Reduce):
             visit(x.body, bound | {a.name for a in x.axes})
-        elif isinstance(x, For):
+        elif isinstance(x, ir.For):
             visit(x.begin, bound)
             visit(x.end, bound)
             visit(x.body, bound | {x.var.name})
-        elif isinstance(x, Seq):
+        elif isinstance(x, ir.Seq):
             for s in x.body:
-                visit(s.value if isinstance(s, Let) else s, bound)
-                bound = bound | {s.var.name} if isinstance(s, Let) else bound
+                visit(s.value if isinstance(s, ir.Let) else s, bound)
+                bound = bound | {s.var.name} if isinstance(s, ir.Let) else bound
         else:
-            for child in children(x):
+            for child in ir.children(x):
                 visit(child, bound)
 
     visit(n, frozenset())
     return free
 
 
-def conjuncts(cond: Expr) -> list[Expr]:
+def conjuncts(cond: ir.Expr) -> list[ir.Expr]:
     """The conditions that `cond` joins by `&`, in order."""
-    if isinstance(cond, Binary) and cond.op == "&":
+    if isinstance(cond, ir.Binary) and cond.op == "&":
         return [*conjuncts(cond.a), *conjuncts(cond.b)]
     return [cond]
 
 
-def zero_unless(cond: Expr | None, value: Expr) -> Expr:
+def zero_unless(cond: ir.Expr | None, value: ir.Expr) -> ir.Expr:
     """`value` where `cond` holds, else 0; `value` where there is no condition."""
     if cond is None:
         return value
-    return Select(cond, value, cast(Const(0, dtypes.int32), value.dtype), value.dtype)
+    return ir.Select(cond, value, ir.cast(ir.Const(0, dtypes.int32), value.dtype), value.dtype)
 
 
 def rename_reductions(e: N, taken: frozenset[str]) -> N:
@@ -225,9 +192,9 @@ def rename_reductions(e: N, taken: frozenset[str]) -> N:
     def visit(x: Any) -> Any:
         return rename_reductions(x, taken)
 
-    if not isinstance(e, Reduce):
+    if not isinstance(e, ir.Reduce):
         return rebuild(e, visit)
-    fresh: dict[str, Var] = {}
+    fresh: dict[str, ir.Var] = {}
     for a in e.axes:
         name = a.name
         while name in taken:
@@ -239,39 +206,39 @@ def rename_reductions(e: N, taken: frozenset[str]) -> N:
     return replace(e, axes=axes, body=rename_reductions(substitute(e.body, fresh), inner))
 
 
-def conditioned(e: Any, held: tuple[Expr, ...] = ()) -> Any:
+def conditioned(e: Any, held: tuple[ir.Expr, ...] = ()) -> Any:
     """`e` with each reduction that stands in a `where`, and computes where it reads dense tensors,
     under the condition itself: it is then the identity where nothing asks for it and reads nothing.
 
     before: where(i > 0, sum(X[i - 1, j] over j), 0)
     after:  where(i > 0, sum(where(i > 0, X[i - 1, j], 0) over j), 0)
     """
-    if isinstance(e, Select):
+    if isinstance(e, ir.Select):
         cond = conditioned(e.cond, held)
-        a, b = conditioned(e.a, (*held, cond)), conditioned(e.b, (*held, unary("not", cond)))
-        return Select(cond, a, b, e.dtype)
-    if isinstance(e, Reduce):
+        a, b = conditioned(e.a, (*held, cond)), conditioned(e.b, (*held, ir.unary("not", cond)))
+        return ir.Select(cond, a, b, e.dtype)
+    if isinstance(e, ir.Reduce):
         body = conditioned(e.body, held)
         if _computes_places(body):
-            nothing = identity_of(e.op, body.dtype)
+            nothing = ir.identity_of(e.op, body.dtype)
             for cond in reversed(held):
-                body = Select(cond, body, nothing, body.dtype)
-        return Reduce(e.op, e.axes, body, e.dtype)
+                body = ir.Select(cond, body, nothing, body.dtype)
+        return ir.Reduce(e.op, e.axes, body, e.dtype)
     return rebuild(e, lambda child: conditioned(child, held))
 
 
-def _computes_places(e: Expr) -> bool:
+def _computes_places(e: ir.Expr) -> bool:
     """Whether a dense tensor is read at coordinates that are not the indices of its dimensions."""
     return any(
-        not (isinstance(c, Index) and c.dim == dim)
+        not (isinstance(c, ir.Index) and c.dim == dim)
         for x in walk(e)
-        if isinstance(x, Access) and not x.tensor.is_sparse
+        if isinstance(x, ir.Access) and not x.tensor.is_sparse
         for c, dim in zip(x.coords, x.tensor.dims, strict=True)
     )
 
 
-def is_const(e: Expr, value: Any = None) -> bool:
-    return isinstance(e, Const) and (value is None or e.value == value)
+def is_const(e: ir.Expr, value: Any = None) -> bool:
+    return isinstance(e, ir.Const) and (value is None or e.value == value)
 
 
 def simplify(n: N) -> N:
@@ -283,19 +250,19 @@ def simplify(n: N) -> N:
 
 
 def _simplify_node(x: Any) -> Any:
-    if isinstance(x, Binary):
+    if isinstance(x, ir.Binary):
         return _simplify_binary(x)
-    if isinstance(x, Cast) and isinstance(x.a, Const):
-        return cast(x.a, x.dtype.scalar) if x.dtype.lanes == 1 else x
-    if isinstance(x, Select) and isinstance(x.cond, Const):
+    if isinstance(x, ir.Cast) and isinstance(x.a, ir.Const):
+        return ir.cast(x.a, x.dtype.scalar) if x.dtype.lanes == 1 else x
+    if isinstance(x, ir.Select) and isinstance(x.cond, ir.Const):
         return x.a if x.cond.value else x.b
-    if isinstance(x, If) and isinstance(x.cond, Const):
-        return x.body if x.cond.value else Seq(())
-    if isinstance(x, For) and x.extent is not None and x.extent <= 0:
+    if isinstance(x, ir.If) and isinstance(x.cond, ir.Const):
+        return x.body if x.cond.value else ir.Seq(())
+    if isinstance(x, ir.For) and x.extent is not None and x.extent <= 0:
         # A reduction over nothing still gives its identity: the loop stays until it has its store.
-        return x if any(isinstance(y, Compute) for y in statements(x.body)) else Seq(())
-    if isinstance(x, Seq):
-        return seq(*x.body) if x.body else x
+        return x if any(isinstance(y, ir.Compute) for y in statements(x.body)) else ir.Seq(())
+    if isinstance(x, ir.Seq):
+        return ir.seq(*x.body) if x.body else x
     return x
 
 
@@ -316,19 +283,19 @@ FOLD: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def _simplify_binary(x: Binary) -> Expr:
+def _simplify_binary(x: ir.Binary) -> ir.Expr:
     a, b, op = x.a, x.b, x.op
     if x.dtype.kind == "b":
-        if op == "&" and isinstance(a, Const):
+        if op == "&" and isinstance(a, ir.Const):
             return b if a.value else a
-        if op == "&" and isinstance(b, Const):
+        if op == "&" and isinstance(b, ir.Const):
             return a if b.value else b
     if a.dtype.is_float or b.dtype.is_float:
         return x
     by_zero = op in ("//", "%") and is_const(b, 0)
-    if isinstance(a, Const) and isinstance(b, Const) and op in FOLD and not by_zero:
+    if isinstance(a, ir.Const) and isinstance(b, ir.Const) and op in FOLD and not by_zero:
         found = FOLD[op](a.value, b.value)
-        return Const(found if op in COMPARISON else x.dtype.wrapped(found), x.dtype)
+        return ir.Const(found if op in ir.COMPARISON else x.dtype.wrapped(found), x.dtype)
     if op == "+":
         return _simplify_sum(x)
     if op == "-" and is_const(b, 0):
@@ -345,86 +312,99 @@ def _simplify_binary(x: Binary) -> Expr:
     if op == "&" and (mask := _number(b)) is not None and _keeps(mask, a):
         return a
     is_zero = (op == "*" and (is_const(a, 0) or is_const(b, 0))) or (op == "%" and is_const(b, 1))
-    return Const(0, x.dtype) if is_zero and x.dtype.lanes == 1 else x
+    return ir.Const(0, x.dtype) if is_zero and x.dtype.lanes == 1 else x
 
 
-def _number(e: Expr) -> int | None:
+def _number(e: ir.Expr) -> int | None:
     """The value of an integer constant, also of one in every lane."""
-    e = e.a if isinstance(e, Broadcast) else e
-    return int(e.value) if isinstance(e, Const) and e.dtype.is_int else None
+    e = e.a if isinstance(e, ir.Broadcast) else e
+    return int(e.value) if isinstance(e, ir.Const) and e.dtype.is_int else None
 
 
-def _keeps(mask: int, e: Expr) -> bool:
+def _keeps(mask: int, e: ir.Expr) -> bool:
     """Whether `e & mask` is `e`."""
     low, high = interval(e)
     return mask == -1 or (low >= 0 and not ~mask & ((1 << high.bit_length()) - 1))
 
 
-def _simplify_sum(x: Binary) -> Expr:
+def _simplify_sum(x: ir.Binary) -> ir.Expr:
     """i + 0, 0 + i, (i + 1) + 2"""
     a, b = x.a, x.b
     if is_const(a, 0):
         return b
     if is_const(b, 0):
         return a
-    if isinstance(b, Const) and isinstance(a, Binary) and a.op == "+" and isinstance(a.b, Const):
-        both = Const(b.dtype.wrapped(int(a.b.value + b.value)), b.dtype)
-        return _simplify_binary(Binary("+", a.a, both, x.dtype))
+    if (
+        isinstance(b, ir.Const)
+        and isinstance(a, ir.Binary)
+        and a.op == "+"
+        and isinstance(a.b, ir.Const)
+    ):
+        both = ir.Const(b.dtype.wrapped(int(a.b.value + b.value)), b.dtype)
+        return _simplify_binary(ir.Binary("+", a.a, both, x.dtype))
     return x
 
 
-def add(*terms: Any) -> Expr:
+def add(*terms: Any) -> ir.Expr:
     """The simplified sum of integer terms."""
-    total: Expr = as_expr(terms[0])
+    total: ir.Expr = ir.as_expr(terms[0])
     for t in terms[1:]:
-        total = _simplify_binary(binary("+", total, t))  # type: ignore[arg-type]
+        total = _simplify_binary(ir.binary("+", total, t))  # type: ignore[arg-type]
     return total
 
 
-def mul(a: Any, b: Any) -> Expr:
+def mul(a: Any, b: Any) -> ir.Expr:
     """The simplified product of integers."""
-    out = binary("*", a, b)
-    return _simplify_binary(out) if isinstance(out, Binary) else out
+    out = ir.binary("*", a, b)
+    return _simplify_binary(out) if isinstance(out, ir.Binary) else out
 
 
-def computed_in(e: Expr, to: DType) -> Expr:
+def computed_in(e: ir.Expr, to: DType) -> ir.Expr:
     """`e` as `to`, where the integer arithmetic that makes it is done in `to`, not in the narrower
     types of its operands: a sum of int8 products multiplies in int32. A conversion to a wider
     integer inside of it changes no value; any other conversion ends the search."""
     if e.dtype.is_int and to.is_int and e.dtype.bits < to.bits:
-        if isinstance(e, Binary) and e.op not in ("<<", ">>"):
-            return Binary(e.op, computed_in(e.a, to), computed_in(e.b, to), to)
-        if isinstance(e, Unary):
-            return Unary(e.op, computed_in(e.a, to), to)
-        if isinstance(e, Select):
-            return Select(e.cond, computed_in(e.a, to), computed_in(e.b, to), to)
-        if isinstance(e, Cast) and e.a.dtype.is_int and promote(e.a.dtype, e.dtype) == e.dtype:
+        if isinstance(e, ir.Binary) and e.op not in ("<<", ">>"):
+            return ir.Binary(e.op, computed_in(e.a, to), computed_in(e.b, to), to)
+        if isinstance(e, ir.Unary):
+            return ir.Unary(e.op, computed_in(e.a, to), to)
+        if isinstance(e, ir.Select):
+            return ir.Select(e.cond, computed_in(e.a, to), computed_in(e.b, to), to)
+        if isinstance(e, ir.Cast) and e.a.dtype.is_int and promote(e.a.dtype, e.dtype) == e.dtype:
             return computed_in(e.a, to)
-    return cast(e, to)
+    return ir.cast(e, to)
 
 
-def ceil_div(a: Any, b: int) -> Expr:
-    return as_expr(a) if b == 1 else simplify(binary("//", add(a, b - 1), b))
+def ceil_div(a: Any, b: int) -> ir.Expr:
+    return ir.as_expr(a) if b == 1 else simplify(ir.binary("//", add(a, b - 1), b))
 
 
-def as_int64(e: Expr) -> Expr:
-    return cast(e, dtypes.int64)
+def as_int64(e: ir.Expr) -> ir.Expr:
+    return ir.cast(e, dtypes.int64)
 
 
-def broadcast(e: Expr, lanes: int) -> Expr:
+def broadcast(e: ir.Expr, lanes: int) -> ir.Expr:
     if lanes == 1 or e.dtype.lanes == lanes:
         return e
-    return Broadcast(e, e.dtype.vector(lanes))
+    return ir.Broadcast(e, e.dtype.vector(lanes))
 
 
-def loads(n: Any) -> Iterator[Load]:
+def loads(n: Any) -> Iterator[ir.Load]:
     for x in walk(n):
-        if isinstance(x, Load):
+        if isinstance(x, ir.Load):
             yield x
-        elif isinstance(x, Search):
-            yield Load(x.keys, (x.lo,), x.keys.dtype)
+        elif isinstance(x, ir.Search):
+            yield ir.Load(x.keys, (x.lo,), x.keys.dtype)
 
 
-def indices_of(n: Any) -> list[Index]:
+def searches(n: Any, depth: int = 0) -> Iterator[tuple[ir.Search, int]]:
+    """Every binary search below `n`, with the number of loops around it."""
+    if isinstance(n, ir.Search):
+        yield n, depth
+    for child in ir.children(n):
+        yield from searches(child, depth + (isinstance(n, ir.For) and child is n.body))
+
+
+def indices_of(n: Any) -> list[ir.Index]:
     """The program indices below `n`, once each."""
-    return list({x.name: x for x in walk(n) if isinstance(x, Index)}.values())
+    return list({x.name: x for x in walk(n) if isinstance(x, ir.Index)}.values())

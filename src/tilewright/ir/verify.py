@@ -6,7 +6,7 @@ from typing import Any
 
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
-from tilewright.ir.names import COUNT, SIZE, STRIDE, is_given
+from tilewright.ir.names import COUNT, SIZE, STRIDE, is_generated
 from tilewright.ir.rewrite import free_vars, path_to, statements, walk
 
 # fmt: off
@@ -155,7 +155,7 @@ class _Checker:
         self, e: ir.Expr, bound: set[str], registers: dict[str, ir.Buffer] | None = None
     ) -> None:
         if isinstance(e, ir.Var):
-            if e.name not in bound and not is_given(e.name, SIZE, STRIDE, COUNT):
+            if e.name not in bound and not is_generated(e.name, SIZE, STRIDE, COUNT):
                 self.fail(f"{e.name} is not bound", e)
             return
         if isinstance(e, ir.Const):
@@ -201,7 +201,7 @@ def _visits_all(body: ir.Stmt, compute: ir.Compute) -> bool:
 
 def _is_read(e: Any) -> bool:
     return isinstance(e, (ir.Load, ir.Search)) or (
-        isinstance(e, ir.Var) and is_given(e.name, COUNT)
+        isinstance(e, ir.Var) and is_generated(e.name, COUNT)
     )
 
 

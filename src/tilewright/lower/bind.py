@@ -8,7 +8,7 @@ from typing import Any
 
 from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
-from tilewright.ir.names import COUNT, SIZE, is_given
+from tilewright.ir.names import COUNT, SIZE, is_generated
 from tilewright.ir.rewrite import (
     add,
     free_vars,
@@ -168,7 +168,7 @@ def _check_host(loop: ir.For) -> None:
 
 def host_known(name: str) -> bool:
     """Whether the host knows a variable before a launch: sizes and counts."""
-    return is_given(name, SIZE, COUNT)
+    return is_generated(name, SIZE, COUNT)
 
 
 def _extent(body: ir.Stmt, kind: str) -> int:

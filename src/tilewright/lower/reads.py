@@ -9,7 +9,7 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import is_list_of_pairs, load_value, locate_pair
-from tilewright.ir.names import given
+from tilewright.ir.names import parse_name
 from tilewright.ir.ranges import interval
 from tilewright.ir.rewrite import add
 from tilewright.lower.scope import Scope, part_of
@@ -52,7 +52,7 @@ class Reader:
         if isinstance(e, ir.Index):
             return self.scope.coordinates[e.name]
         if isinstance(e, ir.Var):
-            size = given(e.name)
+            size = parse_name(e.name)
             assert size is not None, "the only variables of a program are sizes"
             return self.tables.size(size.owner)
         if isinstance(e, ir.Access):

@@ -10,7 +10,7 @@ from typing import Any
 
 from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
-from tilewright.ir.names import ACCUMULATOR, TOTAL, Given, given
+from tilewright.ir.names import ACCUMULATOR, TOTAL, GeneratedName, parse_name
 from tilewright.ir.rewrite import free_vars, is_const, map_bodies, rebuild, statements, transform
 
 
@@ -124,7 +124,7 @@ class _Materializer:
                     "part inside",
                 )
         shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in (*chain.spatial, *chain.lanes))
-        name = Given(out.name, ACCUMULATOR, self.count).name
+        name = GeneratedName(out.name, ACCUMULATOR, self.count).name
         return ir.Buffer(name, chain.compute.value.dtype, shape, "register")
 
 
@@ -240,9 +240,9 @@ def _over_threads(value: ir.Expr, chain: _Chain) -> ir.Expr:
 
 def _total_of(acc: ir.Buffer) -> str:
     """The register for the total of an accumulator over all threads."""
-    own = given(acc.name)
+    own = parse_name(acc.name)
     assert own is not None
-    return Given(own.owner, TOTAL, own.number).name
+    return GeneratedName(own.owner, TOTAL, own.number).name
 
 
 def _reduced_by_all(name: str, chain: _Chain, value: ir.Expr) -> ir.Stmt:

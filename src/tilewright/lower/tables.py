@@ -10,7 +10,7 @@ from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Level, Storage
-from tilewright.ir.names import PRIME, Given, count_name, stride_name, values_name
+from tilewright.ir.names import PRIME, GeneratedName, count_name, stride_name, values_name
 from tilewright.ir.rewrite import add, ceil_div, walk
 
 
@@ -129,7 +129,7 @@ class Tables:
         count = ir.Var(count_name(structure, depth), self.index)
         arrays = {
             name: ir.Buffer(
-                Given(structure, name, depth).name,
+                GeneratedName(structure, name, depth).name,
                 self.index,
                 (add(count, 1) if name == "indptr" else count,),
                 "part",

@@ -32,7 +32,7 @@ import numpy as np
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.ir import nodes as ir
-from tilewright.ir.names import given
+from tilewright.ir.names import parse_name
 from tilewright.ir.rewrite import free_vars, indices_of
 from tilewright.reference.ops_table import UFUNCS, computed, decode, encode, operation
 from tilewright.reference.stored import Stored
@@ -199,7 +199,7 @@ class _Evaluator:
         if isinstance(e, ir.Index):
             return scope.index[e.name]
         if isinstance(e, ir.Var):  # a size: no program has other variables
-            size = given(e.name)
+            size = parse_name(e.name)
             assert size is not None, f"{e.name} is not bound"
             return np.full((1,) * scope.rank, self.sizes[size.owner], self.kind(e.dtype))
         if isinstance(e, ir.Access):

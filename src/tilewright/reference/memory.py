@@ -13,7 +13,7 @@ import numpy as np
 
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
-from tilewright.ir.names import Given, count_name, size_name, values_name
+from tilewright.ir.names import GeneratedName, count_name, size_name, values_name
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.reference.ops_table import decode, encode
 
@@ -64,7 +64,7 @@ def _add_to_parts(t: Tensor, packed: Any, rows: list[Part]) -> None:
         for depth, level in enumerate(parts[at].arrays):
             row.variables[count_name(t.structure, depth)] = parts[at].counts[depth]
             for kind, array in level.items():
-                row.buffers[Given(t.structure, kind, depth).name] = array
+                row.buffers[GeneratedName(t.structure, kind, depth).name] = array
 
 
 def poisoned(shape: tuple[int, ...], dtype: DType) -> np.ndarray:

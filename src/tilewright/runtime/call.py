@@ -19,7 +19,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
-from tilewright.ir.names import COUNT, SIZE, VALUES, Given, count_name, given, size_name
+from tilewright.ir.names import COUNT, SIZE, VALUES, count_name, parse_name, size_name
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.manifest import (
     ROW_HEAD,
@@ -377,7 +377,7 @@ class Call:
             for f, name in zip(fields, names, strict=True)
         }
 
-    def _row_field(self, what: Given, followed: str, i: int) -> int:
+    def _row_field(self, what: tuple[str, str, int], followed: str, i: int) -> int:
         """An array of a structure's part, the values of a tensor, or a count; 0 for what only the
         formats of other parts have."""
         owner, kind, level = what
@@ -404,8 +404,8 @@ def _wrong_dtype(spec: TensorSpec, kind: DType, given: DType) -> ArgumentError:
     )  # fmt: skip
 
 
-def _given(name: str) -> Given:
-    what = given(name)
+def _given(name: str):
+    what = parse_name(name)
     assert what is not None, f"{name} is no argument, nor a name that the compiler gives"
     return what
 

@@ -111,15 +111,20 @@ class Kernel:
         return Bound(self, frame, self._returned(made, args))
 
     def report(self) -> str:
-        """Entries, threads, and registers, shared memory and spills where the compiler tells
-        them."""
+        """Entries, threads, binary searches inside loops, and registers, shared memory and spills
+        where the compiler tells them."""
         lines = [f"{self.manifest.name} for {self.manifest.target}"]
         for s in self.manifest.stages:
-            found = (self.resources or {}).get(s.entry)
+            used = (self.resources or {}).get(s.entry)
+            threads = s.threads[0] * s.threads[1]
             lines.append(
-                f"  {s.entry}: {len(s.units)} bodies, {s.threads[0] * s.threads[1]} threads, "
-                f"{found or ''}"
+                f"  {s.entry}: {len(s.units)} bodies, {threads} threads"
+                + (f", {used}" if used else "")
             )
+            lines += [
+                f"    binary search in {array} for each iteration of {depth} nested loops"
+                for array, depth in s.searches
+            ]
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[Callable[..., Kernel], tuple[Any, ...]]:

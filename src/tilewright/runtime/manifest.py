@@ -32,7 +32,8 @@ Count = int | str | tuple[Any, ...]
 class StageSpec:
     """One launch: its entry, how many units each of its bodies has, which body serves each row of
     its work table, its threads. The rows are the parts of `structure`, if it follows a composed
-    format. Units of an `ordered` launch run one after the other."""
+    format. Units of an `ordered` launch run one after the other. `searches`: the arrays in which a
+    unit searches inside loops, and how many loops are around the search."""
 
     entry: str
     units: tuple[Count, ...]
@@ -41,6 +42,7 @@ class StageSpec:
     ordered: bool = False
     threads: tuple[int, int] = (1, 1)
     smem_bytes: int = 0
+    searches: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

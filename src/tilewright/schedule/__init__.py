@@ -28,17 +28,17 @@ from tilewright.schedule.arguments import (
     NAMES,
     NEAR,
     TWO_NAMES,
+    integer,
     one_of,
     optional,
     several,
     takes,
-    whole,
 )
-from tilewright.schedule.tree import clash, computes, loop_names
+from tilewright.schedule.tree import clash, computes, illegal, loop_names, unknown
 from tilewright.target import Target
 
 Nests = tuple[int, ...] | None
-NUMBER = whole(0, FAR)  # of a nest, or of steps
+NUMBER = integer(0, FAR)  # of a nest, or of steps
 KIND = one_of(*loops.KINDS)
 TAIL = one_of(*loops.TAILS)
 SCOPE = one_of(*staging.SCOPES)
@@ -70,6 +70,9 @@ class Schedule:
     history: tuple[Step, ...] = ()
     selected: Nests = None
     before: Schedule | None = field(default=None, compare=False)
+    calls: list[Step] = field(default_factory=list, compare=False)
+    """The verbs called on this schedule and on all that came from the same first one; all of them
+    share this list."""
 
     # -- looking ---------------------------------------------------------------------------------
 
@@ -117,13 +120,16 @@ class Schedule:
         s: Schedule = self
         for _ in range(steps):
             if s.before is None:
-                raise ScheduleError(
-                    "S102",
-                    "there is nothing to undo",
-                    hint=f"{len(self.history)} verbs were called",
-                )
+                raise illegal("there is nothing to undo", f"{len(self.history)} verbs were called")
             s = s.before
+        undone = {id(step) for step in self.history[len(s.history) :]}
+        self.calls[:] = [step for step in self.calls if id(step) not in undone]
         return s
+
+    def dropped(self) -> list[Step]:
+        """The verbs called on a schedule that this one came from whose results were not used."""
+        used = {id(step) for step in self.history}
+        return [step for step in self.calls if id(step) not in used]
 
     def __str__(self) -> str:
         steps = "\n".join(f"  {h}" for h in self.history) or "  (as written)"
@@ -144,7 +150,7 @@ class Schedule:
     def _nest(self, number: int) -> Nest:
         nests = self.nests
         if number >= len(nests):
-            raise ScheduleError("S101", f"no nest {number}", hint=f"nests: 0 … {len(nests) - 1}")
+            raise unknown(f"no nest {number}", f"nests: 0 … {len(nests) - 1}")
         return nests[number]
 
     @takes()
@@ -162,9 +168,7 @@ class Schedule:
         after:  for k … for i … for j …                      (order_axes("out", "k", "i", "j"))
 
         A level stays inside the levels above it, whatever order is asked for.
-
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         return self._coords(coords.order_axes, output, *axes)
 
     @takes(structure=A_NAME)
@@ -176,25 +180,22 @@ class Schedule:
                   for j_p in ptr[i]:ptr[i+1]                 let i = find_last(ij in ptr)
                     let j = idx[j_p]                         let j = idx[ij]
 
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         return self._coords(coords.fuse_axes, structure)
 
-    @takes(dim=A_NAME, size=whole(1, INT64_MAX))
+    @takes(dim=A_NAME, size=integer(1, INT64_MAX))
     def specialize(self, dim: str, size: int) -> Schedule:
         """Fix the size of a dimension, so that loops over it have constant extents.
 
         before: for k in 0:size_d            after:  for k in 0:128         (specialize("d", 128))
 
         The kernel then refuses (A103) arrays of another size.
-
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         return self._coords(coords.specialize, dim, size)
 
     # -- verbs on loops --------------------------------------------------------------------------
 
-    @takes(loop=A_NAME, factor=whole(1, FAR), tail=TAIL, into=optional(TWO_NAMES))
+    @takes(loop=A_NAME, factor=integer(1, FAR), tail=TAIL, into=optional(TWO_NAMES))
     def split(
         self, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
     ) -> Schedule:
@@ -205,11 +206,8 @@ class Schedule:
                                                         if i_o*8 + i_i < n: S(i_o*8 + i_i)
 
         `tail` handles a range that is no multiple of `factor`: `"guard"` tests each iteration,
-        `"cut"` adds a loop `i_t` for the rest, `"exact"` trusts (and requires) a range known to be
-        a multiple.
-
-        Raises ScheduleError[S101, S102].
-        """
+        `"cut"` adds a loop `i_t` for the rest, `"exact"` requires a known multiple.
+        Raises ScheduleError[S101, S102]."""
         return self._loops(loops.split, loop, factor, tail=tail, into=into, new_names=True)
 
     @takes(outer=A_NAME, inner=A_NAME, into=A_NAME)
@@ -220,8 +218,7 @@ class Schedule:
                   for j in 0:m                        S(ij / m, ij % m)
                     S(i, j)
 
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         return self._loops(loops.fuse, outer, inner, into=into, new_names=True)
 
     @takes(order=NAMES)
@@ -234,9 +231,7 @@ class Schedule:
 
         Refused where the range of a loop would depend on a loop inside it, and where the nest
         branches between the loops.
-
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         return self._loops(loops.reorder, *order)
 
     @takes(loop=A_NAME, kind=KIND)
@@ -249,9 +244,7 @@ class Schedule:
         `thread.y`: the threads of a CTA. `vector`: the lanes of a register. `unroll`: written out.
         A loop that reduces may be a vector or threads (there is one accumulator an iteration,
         joined in a fixed order at the end), not units.
-
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         return self._loops(loops.mark, loop, kind)
 
     @takes(loop=A_NAME, to=KIND)
@@ -260,8 +253,7 @@ class Schedule:
 
         before: for i in 0:n                after:  for i in 0:n   # cta.x
 
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         return self._loops(loops.mark, loop, to)
 
     @takes(loop=A_NAME)
@@ -270,8 +262,7 @@ class Schedule:
 
         before: for i in 0:n                after:  for i in 0:n   # parallel
 
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         return self._loops(loops.mark, loop, "parallel")
 
     @takes(loop=A_NAME)
@@ -280,11 +271,10 @@ class Schedule:
 
         before: for i in 0:8                after:  for i in 0:8   # vector
 
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         return self._loops(loops.mark, loop, "vector")
 
-    @takes(loop=A_NAME, factor=whole(0, NEAR))
+    @takes(loop=A_NAME, factor=integer(0, NEAR))
     def unroll(self, loop: str, factor: int = 0) -> Schedule:
         """Write out a loop of constant extent; with `factor`, only hint the compiler to unroll by
         it.
@@ -292,8 +282,7 @@ class Schedule:
         before: for u in 0:2                after:  S(0); S(1)
                   S(u)
 
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         return self._loops(loops.unroll, loop, factor)
 
     @takes(loop=A_NAME)
@@ -305,8 +294,7 @@ class Schedule:
                   acc += x[p_i]                       acc[p_i] += x[p_i]
                                                     Y = ((acc[0] + acc[1]) + acc[2]) + acc[3]
 
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         return self._loops(loops.rfactor, loop)
 
     @takes(output=A_NAME)
@@ -316,8 +304,7 @@ class Schedule:
 
         before: Y[i, k] = sum(…) in place          after:  Y[i, k] = sum(…) in place atomic
 
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         missing = output, f"no output {output!r} is updated in place"
         return self._loops(loops.atomic, output, missing=missing)
 
@@ -332,11 +319,10 @@ class Schedule:
 
         float16 or bfloat16 operands, float32 sums; extents 16, 8, 16.
 
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         return self._loops(loops.mma, rows, cols, depth)
 
-    @takes(buffer=A_NAME, loop=A_NAME, ahead=whole(1, NEAR))
+    @takes(buffer=A_NAME, loop=A_NAME, ahead=integer(1, NEAR))
     def prefetch(self, buffer: str, loop: str, ahead: int) -> Schedule:
         """Prefetch what a loop reads of `buffer`, `ahead` iterations early. Where the loop walks
         stored positions, these are the rows that it gathers.
@@ -355,9 +341,7 @@ class Schedule:
 
         The prefetch of a gather continues beyond the end of a row: the next row needs those
         entries. Apply it last on a nest: other verbs do not look past a prefetch.
-
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         missing = loop, f"no loop {loop!r} reads {buffer!r}"
         return self._loops(loops.prefetch, buffer, loop, ahead, missing=missing, new_names=True)
 
@@ -382,13 +366,11 @@ class Schedule:
         extents are constants. `scope`: `"register"`, or `"shared"` by the threads of a CTA, which
         copy together (on a CPU an array of the body). Where a guard would keep an element from
         being read, scratch holds 0. `buffer`: a dense operand, or a sparse one for its values.
-
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         missing = loop, f"no loop {loop!r} reads {buffer!r}"
         return self._loops(staging.cache, buffer, loop, scope, missing=missing, new_names=True)
 
-    @takes(output=A_NAME, loop=A_NAME, copies=whole(2, privatize.MOST_COPIES))
+    @takes(output=A_NAME, loop=A_NAME, copies=integer(2, privatize.MOST_COPIES))
     def privatize(self, output: str, loop: str, copies: int) -> Schedule:
         """Give an output that is updated in place one copy for each of `copies` groups of
         iterations of an outermost loop. The groups run as units and a last stage adds the copies in
@@ -400,12 +382,9 @@ class Schedule:
                   Y[i, k] = sum(…) in place                Y.copies[c, i, k] = sum(…) in place
                                                        Y[i, k] = Y.copies[0, i, k] + …
 
-        Raises ScheduleError[S101, S102].
-        """
+        Raises ScheduleError[S101, S102]."""
         if self.selected is not None:
-            raise ScheduleError(
-                "S102", "privatize changes all nests of an output", hint="everywhere() first"
-            )
+            raise illegal("privatize changes all nests of an output", "everywhere() first")
         args = output, loop, copies
         program = privatize.privatize(self.lowered.program, *args)
         return self._recorded(program, Step("privatize", args))
@@ -414,9 +393,7 @@ class Schedule:
 
     def _coords(self, verb: Callable[..., Program], *args: Any) -> Schedule:
         if self.program.level != "coordinates":
-            raise ScheduleError(
-                "S102", f"{verb.__name__} comes before the verbs on loops", hint="call it first"
-            )
+            raise illegal(f"{verb.__name__} comes before the verbs on loops", "call it first")
         return self._recorded(verb(self.program, *args), Step(verb.__name__, args))
 
     def _loops(
@@ -456,18 +433,19 @@ class Schedule:
         known = self.loops
         near = difflib.get_close_matches(name, known, 1) if name not in known else []
         hint = "".join(f"did you mean {n}? " for n in near) + f"loops: {', '.join(known)}"
-        return ScheduleError("S101", f"{verb}: {why}", hint=hint)
+        return unknown(f"{verb}: {why}", hint)
 
     def _check_names(self, verb: str, body: Stmt) -> None:
         taken = frozenset(t.name for t in self.program.tensors)
         name = clash(body, taken)
         if name is not None:
-            raise ScheduleError(
-                "S102", f"{verb}: {name!r} is no new name for a loop",
-                hint="letters, digits and single underscores; a name that nothing around it has",
-            )  # fmt: skip
+            raise illegal(
+                f"{verb}: {name!r} is no new name for a loop",
+                "letters, digits and single underscores; a name that nothing around it has",
+            )
 
     def _recorded(self, program: Program, step: Step) -> Schedule:
+        self.calls.append(step)
         return replace(self, program=program, history=(*self.history, step), before=self)
 
     @takes(loop=A_NAME, nest=optional(NUMBER))

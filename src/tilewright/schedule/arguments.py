@@ -1,11 +1,11 @@
-"""What the verbs of a schedule take, checked once: at the methods of `Schedule`.
+"""Rules for the arguments of the verbs, checked once: at the methods of `Schedule`.
 
     @takes(loop=A_NAME, factor=whole(0, NEAR))
     def unroll(self, loop, factor=0): ...
 
     s.unroll("b", "x")   [S102] unroll('b', 'x'): factor is 'x', not a whole number from 0 to 32768
 
-The functions behind the methods trust what they are given.
+The functions behind the methods do not check their arguments again.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ NEAR = 1 << 15  # iterations at a time, or ahead: g++ writes out no more than 65
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What an argument has to be, in words, and as a function that gives the value as verbs use it
-    and raises TypeError or ValueError for any other."""
+    """The values that an argument may have: in words, and as a function that converts one for the
+    verb and raises TypeError or ValueError for any other."""
 
     words: str
     take: Callable[[Any], Any]
 
 
-def whole(least: int, most: int) -> Rule:
+def integer(least: int, most: int) -> Rule:
     """An integer of Python, NumPy or any framework; no bool."""
 
     def take(value: Any) -> int:
@@ -55,16 +55,16 @@ def one_of(*words: str) -> Rule:
     """One of these strings."""
 
     def take(value: Any) -> str:
-        found = _name(value)
-        if found not in words:
+        word = _name(value)
+        if word not in words:
             raise ValueError
-        return found
+        return word
 
     return Rule(f"one of {', '.join(words)}", take)
 
 
 def several(rule: Rule, words: str, least: int = 0) -> Rule:
-    """What `*args` collects: each of them as `rule` says, `least` of them or more."""
+    """The values of `*args`, at least `least` of them, each as `rule` says."""
 
     def take(values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(values) < least:
@@ -75,7 +75,7 @@ def several(rule: Rule, words: str, least: int = 0) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """None, or what `rule` says."""
+    """None, or a value as `rule` says."""
     return Rule(f"{rule.words}, or None", lambda v: None if v is None else rule.take(v))
 
 
@@ -102,7 +102,7 @@ def takes(**rules: Rule) -> Callable[[Callable[P, R]], Callable[P, R]]:
     with any others raises ScheduleError[S102]."""
     known = "; ".join(f"{name}: {rule.words}" for name, rule in rules.items())
 
-    def door(method: Callable[P, R]) -> Callable[P, R]:
+    def decorate(method: Callable[P, R]) -> Callable[P, R]:
         verb, signature = method.__name__, inspect.signature(method)
         assert ["self", *rules] == list(signature.parameters), verb
 
@@ -115,19 +115,19 @@ def takes(**rules: Rule) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @wraps(method)
         def checked(*args: P.args, **options: P.kwargs) -> R:
             try:
-                given = signature.bind(*args, **options)
+                bound = signature.bind(*args, **options)
             except TypeError as e:
                 raise refused(args, options, str(e)) from None
-            given.apply_defaults()
+            bound.apply_defaults()
             for name, rule in rules.items():
-                value = given.arguments[name]
+                value = bound.arguments[name]
                 try:
-                    given.arguments[name] = rule.take(value)
+                    bound.arguments[name] = rule.take(value)
                 except Exception:  # each library refuses in its own way
                     why = f"{name} is {reprlib.repr(value)}, not {rule.words}"
                     raise refused(args, options, why, name) from None
-            return method(*given.args, **given.kwargs)
+            return method(*bound.args, **bound.kwargs)
 
         return checked
 
-    return door
+    return decorate

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tilewright.errors import ScheduleError
 from tilewright.ir.levels import Compressed, Dense
 from tilewright.ir.nodes import Program
 from tilewright.ir.rewrite import indices_of
+from tilewright.schedule.tree import illegal, unknown
 
 
 def order_axes(program: Program, output: str, *axes: str) -> Program:
@@ -15,17 +15,13 @@ def order_axes(program: Program, output: str, *axes: str) -> Program:
     statement = next((s for s in program.body if s.out.tensor.name == output), None)
     if statement is None:
         known = ", ".join(s.out.tensor.name for s in program.body)
-        raise ScheduleError("S101", f"no statement computes {output!r}", hint=f"outputs: {known}")
+        raise unknown(f"no statement computes {output!r}", f"outputs: {known}")
     has = {x.name for x in indices_of(statement)}
     wrong = [a for a in axes if a not in has]
     if len(set(axes)) < len(axes):
-        raise ScheduleError("S102", f"order_axes{axes!r}", hint="each axis once")
+        raise illegal(f"order_axes{axes!r}", "each axis once")
     if wrong:
-        raise ScheduleError(
-            "S101",
-            f"{output} has no axis {', '.join(wrong)}",
-            hint=f"axes: {', '.join(sorted(has))}",
-        )
+        raise unknown(f"{output} has no axis {', '.join(wrong)}", f"axes: {', '.join(sorted(has))}")
     return replace(program, orders=(*program.orders, (output, *axes)))
 
 
@@ -34,7 +30,7 @@ def fuse_axes(program: Program, structure: str) -> Program:
     tensor = next((t for t in program.tensors if t.name == structure and t.is_sparse), None)
     if tensor is None:
         known = ", ".join(t.name for t in program.tensors if t.is_sparse)
-        raise ScheduleError("S101", f"no sparse tensor {structure!r}", hint=f"there are: {known}")
+        raise unknown(f"no sparse tensor {structure!r}", f"there are: {known}")
     for fmt in tensor.format.formats:
         two = (
             len(fmt.levels) == 2
@@ -42,11 +38,7 @@ def fuse_axes(program: Program, structure: str) -> Program:
             and isinstance(fmt.levels[0], (Dense, Compressed))
         )
         if not two or fmt.levels[0].block:
-            raise ScheduleError(
-                "S102",
-                f"{fmt} is no list of rows of entries",
-                hint="csr and dcsr have axes to fuse",
-            )
+            raise illegal(f"{fmt} is no list of rows of entries", "csr and dcsr have axes to fuse")
     return replace(program, fused=(*program.fused, structure))
 
 
@@ -54,18 +46,14 @@ def specialize(program: Program, dim: str, size: int) -> Program:
     """The program rewrite behind `Schedule.specialize`."""
     known = sorted({str(d) for t in program.tensors for d in t.dims})
     if dim not in known:
-        raise ScheduleError(
-            "S101",
-            f"no dimension {dim!r}",
-            hint=f"dimensions: {', '.join(known)}",
-        )
+        raise unknown(f"no dimension {dim!r}", f"dimensions: {', '.join(known)}")
     most = (1 << (8 * program.index.itemsize - 1)) - 1
     if size > most:
-        raise ScheduleError(
-            "S102", f"specialize({dim!r}, {size}): coordinates are {program.index}", where="size",
-            hint=f"at most {most}, or typed(index='int64')",
+        raise illegal(
+            f"specialize({dim!r}, {size}): coordinates are {program.index}",
+            f"at most {most}, or typed(index='int64')", where="size",
         )  # fmt: skip
     known_size = dict(program.sizes).get(dim, size)
     if known_size != size:
-        raise ScheduleError("S102", f"{dim} is {known_size} already", hint="one size a dimension")
+        raise illegal(f"{dim} is {known_size} already", "one size a dimension")
     return replace(program, sizes=(*program.sizes, (dim, size)))

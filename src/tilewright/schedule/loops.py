@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple
 from tilewright.ir.rewrite import (
@@ -28,12 +27,14 @@ from tilewright.schedule.tree import (
     build_chain,
     chain_from,
     computes,
+    illegal,
     matches,
     reads_memory,
     rewrite_loops,
+    unknown,
 )
 
-Found = tuple[ir.Stmt, int]
+Rewritten = tuple[ir.Stmt, int]  # the body, and how many loops or updates changed
 KINDS = (
     "serial", "parallel", "vector", "unroll", "cta.x", "cta.y", "thread.x", "thread.y",
 )  # fmt: skip
@@ -42,45 +43,39 @@ TAILS = ("guard", "cut", "exact")
 
 def split(
     body: ir.Stmt, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
-) -> Found:
+) -> Rewritten:
     """The loop rewrite behind `Schedule.split`."""
 
     def one(f: ir.For) -> ir.Stmt:
         if f.kind in ("vector", "unroll", "thread.x", "thread.y"):
-            raise ScheduleError(
-                "S102", f"loop {f.name} is marked {f.kind}", hint="split it first, then mark a part"
-            )
-        base = loop
-        outer_name, inner_name = into or (f"{base}_o", f"{base}_i")
+            raise illegal(f"loop {f.name} is marked {f.kind}", "split it first, then mark a part")
+        outer_name, inner_name = into or (f"{loop}_o", f"{loop}_i")
         if f.name in (outer_name, inner_name):
-            raise ScheduleError(
-                "S102",
-                f"split {loop} into {outer_name}, {inner_name}: the name is taken",
-                hint="new names",
+            raise illegal(
+                f"split {loop} into {outer_name}, {inner_name}: the name is taken", "new names"
             )
         t = f.var.dtype
+        zero = ir.Const(0, t)
         outer, inner = ir.Var(outer_name, t), ir.Var(inner_name, t)
         extent = simplify(ir.binary("-", f.end, f.begin))
         exact = isinstance(extent, ir.Const) and int(extent.value) % factor == 0
         if tail == "exact" and not exact and not is_multiple(extent, factor):
-            raise ScheduleError(
-                "S102", f"{extent} is not known to be a multiple of {factor}",
-                hint="specialize the dimension first, or use tail='cut'",
-            )  # fmt: skip
+            raise illegal(
+                f"{extent} is not known to be a multiple of {factor}",
+                "specialize the dimension first, or use tail='cut'",
+            )
         index = add(f.begin, add(mul(outer, factor), inner))
         inside: ir.Stmt = ir.seq(ir.Let(f.var, index), f.body)
         if tail == "guard" and not exact:
             inside = ir.seq(ir.Let(f.var, index), ir.If(ir.binary("<", f.var, f.end), f.body))
-        whole = tail != "guard" or exact
-        count = simplify(ir.binary("//", extent if whole else add(extent, factor - 1), factor))
-        inner_loop = ir.For(
-            inner, _zero(f), ir.Const(factor, t), inside, "serial", f.axes, f.private
-        )
-        nest: ir.Stmt = ir.For(outer, _zero(f), count, inner_loop, f.kind, f.axes)
+        rounded = extent if exact or tail != "guard" else add(extent, factor - 1)
+        count = simplify(ir.binary("//", rounded, factor))
+        inner_loop = ir.For(inner, zero, ir.Const(factor, t), inside, "serial", f.axes, f.private)
+        nest: ir.Stmt = ir.For(outer, zero, count, inner_loop, f.kind, f.axes)
         if tail != "cut" or exact:
             return nest
         start = simplify(add(f.begin, mul(count, factor)))
-        return ir.seq(nest, _tail(f, f"{base}_t", start))
+        return ir.seq(nest, _tail(f, f"{loop}_t", start))
 
     return rewrite_loops(body, loop, one)
 
@@ -92,36 +87,33 @@ def _tail(f: ir.For, name: str, begin: ir.Expr) -> ir.For:
     var, end = ir.Var(name, f.var.dtype), f.end
     at: ir.Expr = var
     if isinstance(begin, ir.Const) and isinstance(end, ir.Const):
-        at, end, begin = add(begin, var), simplify(ir.binary("-", end, begin)), _zero(f)
+        at, end, begin = (
+            add(begin, var),
+            simplify(ir.binary("-", end, begin)),
+            ir.Const(0, var.dtype),
+        )
     body = transform(
         substitute(f.body, {f.name: at}), lambda x: replace(x) if isinstance(x, ir.Compute) else x
     )
     return ir.For(var, begin, end, body, "serial", f.axes)
 
 
-def _zero(f: ir.For) -> ir.Const:
-    return ir.Const(0, f.var.dtype)
-
-
-def fuse(body: ir.Stmt, outer: str, inner: str, into: str = "") -> Found:
+def fuse(body: ir.Stmt, outer: str, inner: str, into: str = "") -> Rewritten:
     """The loop rewrite behind `Schedule.fuse`."""
 
     def one(f: ir.For) -> ir.Stmt:
         chain = chain_from(f)
         if len(chain.loops) < 2 or not matches(chain.loops[1], inner):
-            raise ScheduleError(
-                "S102", f"loop {inner} is not right inside loop {outer}", hint="reorder first"
-            )
+            raise illegal(f"loop {inner} is not right inside loop {outer}", "reorder first")
         a, b = chain.loops[:2]
         own = {a.name} | {x.var.name for x in chain.lets}
         if free_vars(b.begin) & own or free_vars(b.end) & own:
             why = f"the range of {b.name} depends on {a.name}"
-            raise ScheduleError("S102", why, hint="only rectangular loops fuse")
+            raise illegal(why, "only rectangular loops fuse")
         if any(ir.reduces(a, c) != ir.reduces(b, c) for c in computes(chain.body)):
-            raise ScheduleError(
-                "S102",
+            raise illegal(
                 f"one of {a.name}, {b.name} reduces and the other does not",
-                hint="fuse loops of the output, or loops of the sum",
+                "fuse loops of the output, or loops of the sum",
             )
         width = simplify(ir.binary("-", b.end, b.begin))
         both = ir.Var(into or a.name + b.name, a.var.dtype)
@@ -139,7 +131,7 @@ def fuse(body: ir.Stmt, outer: str, inner: str, into: str = "") -> Found:
     return rewrite_loops(body, outer, one)
 
 
-def reorder(body: ir.Stmt, *order: str) -> Found:
+def reorder(body: ir.Stmt, *order: str) -> Rewritten:
     """The loop rewrite behind `Schedule.reorder`."""
     count = 0
 
@@ -161,20 +153,18 @@ def _reordered(top: ir.For, order: tuple[str, ...]) -> ir.Stmt:
     if missing and any(
         isinstance(x, ir.For) and matches(x, m) for m in missing for x in statements(chain.body)
     ):
-        raise ScheduleError(
-            "S102", f"between {top.name} and {', '.join(missing)} the nest branches",
-            hint="only loops with nothing else between them change places",
-        )  # fmt: skip
-    if len({f.name for f in present}) < len(present):
-        raise ScheduleError(
-            "S102", f"reorder({', '.join(order)}) names a loop twice", hint="each loop once"
+        raise illegal(
+            f"between {top.name} and {', '.join(missing)} the nest branches",
+            "only loops with nothing else between them change places",
         )
+    if len({f.name for f in present}) < len(present):
+        raise illegal(f"reorder({', '.join(order)}) names a loop twice", "each loop once")
     slots = iter(present)
     loops = tuple(next(slots) if f in present else f for f in chain.loops)
     return build_chain(replace(chain, loops=loops))
 
 
-def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Found:
+def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Rewritten:
     """The loop rewrite behind `Schedule.mark`."""
 
     def one(f: ir.For) -> ir.Stmt:
@@ -182,11 +172,10 @@ def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Found:
         if kind in ("parallel", "cta.x", "cta.y"):
             for c in reducing:
                 if not (c.in_place and c.atomic):
-                    raise ScheduleError(
-                        "S102",
+                    raise illegal(
                         f"loop {f.name} sums into {c.out.buffer.name}: its iterations cannot be "
                         "separate units",
-                        hint="make the updates atomic, or parallelise a loop of the output",
+                        "make the updates atomic, or parallelise a loop of the output",
                     )
         if kind not in ("serial", "unroll", "vector"):
             for c in computes(f.body):
@@ -194,25 +183,21 @@ def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Found:
                 if kind.startswith("thread") and not scatters:
                     continue
                 if c.in_place and not c.atomic and (c.shared or not _owns_rows(f, c)):
-                    raise ScheduleError(
-                        "S102",
+                    raise illegal(
                         f"units of loop {f.name} update the same elements of {c.out.buffer.name}",
-                        hint="atomic(), or a format that keeps rows whole",
+                        "atomic(), or a format that keeps rows whole",
                     )
         if kind in ("vector", "thread.x", "thread.y") and f.extent is None:
-            raise ScheduleError(
-                "S102", f"loop {f.name} has no constant extent", hint="split it first"
-            )
+            raise illegal(f"loop {f.name} has no constant extent", "split it first")
         if kind == "vector" and f.extent is not None and f.extent & (f.extent - 1):
-            raise ScheduleError(
-                "S102", f"loop {f.name} has {f.extent} iterations: no register has as many lanes",
-                hint="split it by a power of two first",
-            )  # fmt: skip
+            raise illegal(
+                f"loop {f.name} has {f.extent} iterations: no register has as many lanes",
+                "split it by a power of two first",
+            )
         if kind == "thread.x" and reducing and f.extent not in (1, 2, 4, 8, 16, 32):
-            raise ScheduleError(
-                "S102",
+            raise illegal(
                 f"loop {f.name} reduces over {f.extent} threads: they come in powers of two, to 32",
-                hint="split it by a power of two first",
+                "split it by a power of two first",
             )
         return replace(f, kind=kind)
 
@@ -236,45 +221,35 @@ def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
     return any(free_vars(i) & derived if c.reduce else distinct(i) for i in c.out.index)
 
 
-def unroll(body: ir.Stmt, loop: str, factor: int = 0) -> Found:
+def unroll(body: ir.Stmt, loop: str, factor: int = 0) -> Rewritten:
     """The loop rewrite behind `Schedule.unroll`."""
 
     def one(f: ir.For) -> ir.Stmt:
         if f.extent is None and factor < 2:
-            raise ScheduleError(
-                "S102",
-                f"loop {f.name} has no constant extent",
-                hint="unroll(loop, 4) hints the compiler",
+            raise illegal(
+                f"loop {f.name} has no constant extent", "unroll(loop, 4) hints the compiler"
             )
         if not factor and f.extent is not None and f.extent > 256:
-            raise ScheduleError(
-                "S102",
-                f"loop {f.name} would be written out {f.extent} times",
-                hint="split it first",
-            )
+            raise illegal(f"loop {f.name} would be written out {f.extent} times", "split it first")
         return replace(f, kind="unroll") if not factor else replace(f, unroll_hint=factor)
 
     return rewrite_loops(body, loop, one)
 
 
-def rfactor(body: ir.Stmt, loop: str) -> Found:
+def rfactor(body: ir.Stmt, loop: str) -> Rewritten:
     """The loop rewrite behind `Schedule.rfactor`."""
 
     def one(f: ir.For) -> ir.Stmt:
         if not any(ir.reduces(f, c) for c in computes(f.body)):
-            raise ScheduleError(
-                "S102", f"loop {f.name} does not reduce", hint="rfactor splits a reduction"
-            )
+            raise illegal(f"loop {f.name} does not reduce", "rfactor splits a reduction")
         if f.extent is None:
-            raise ScheduleError(
-                "S102", f"loop {f.name} has no constant extent", hint="split it first"
-            )
+            raise illegal(f"loop {f.name} has no constant extent", "split it first")
         return replace(f, private=True)
 
     return rewrite_loops(body, loop, one)
 
 
-def atomic(body: ir.Stmt, output: str) -> Found:
+def atomic(body: ir.Stmt, output: str) -> Rewritten:
     """The loop rewrite behind `Schedule.atomic`."""
     count = 0
 
@@ -283,18 +258,18 @@ def atomic(body: ir.Stmt, output: str) -> Found:
         if isinstance(x, ir.Compute) and x.out.buffer.name == output and x.in_place:
             count += 1
             if x.out.dtype not in ir.ATOMIC.get(x.op, ()):
-                raise ScheduleError(
-                    "S102", f"no atomic {x.op} of {x.out.dtype} into {output}",
-                    hint=f"there are {', '.join(ir.ATOMIC)} of float32, float64 and int32; "
+                raise illegal(
+                    f"no atomic {x.op} of {x.out.dtype} into {output}",
+                    f"there are {', '.join(ir.ATOMIC)} of float32, float64 and int32; "
                     "privatize() does without",
-                )  # fmt: skip
+                )
             return replace(x, atomic=True)
         return rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
 
     return visit(body), count
 
 
-def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Found:
+def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Rewritten:
     """The loop rewrite behind `Schedule.mma`."""
     count = 0
 
@@ -308,22 +283,18 @@ def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Found:
             or chain.loops[-3:] != tuple(loops)
             or not isinstance(chain.body, ir.Compute)
         ):
-            raise ScheduleError(
-                "S102",
+            raise illegal(
                 f"{', '.join(names)} are not the three innermost loops of one product",
-                hint="reorder first",
+                "reorder first",
             )
         if tuple(x.extent for x in loops if x) != (16, 8, 16):
-            raise ScheduleError(
-                "S102", "a tile operation is 16 × 8 × 16", hint="split the loops by 16, 8 and 16"
-            )
+            raise illegal("a tile operation is 16 × 8 × 16", "split the loops by 16, 8 and 16")
         c = chain.body
         product = isinstance(c.value, ir.Binary) and c.value.op == "*" and c.op == "sum"
         if not product or not ir.reduces(chain.loops[-1], c):
-            raise ScheduleError(
-                "S102",
+            raise illegal(
                 f"{c.out.buffer.name} is no sum of products over {depth}",
-                hint="only sum(A[i, k] * B[k, j], over=k) becomes tiles",
+                "only sum(A[i, k] * B[k, j], over=k) becomes tiles",
             )
         return replace_innermost(f, replace(c, mma=tuple(x.name for x in loops if x)))
 
@@ -336,7 +307,7 @@ def replace_innermost(s: Any, c: ir.Compute) -> Any:
     return rebuild(s, lambda x: replace_innermost(x, c) if isinstance(x, ir.Stmt) else x)
 
 
-def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Found:
+def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
     """The loop rewrite behind `Schedule.prefetch`."""
 
     def one(f: ir.For) -> ir.Stmt:
@@ -349,15 +320,14 @@ def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Found:
         else:
             assert isinstance(let.value, ir.Load)
             last = add(let.value.buffer.shape[0], -1)
-            place = ir.binary("min", add(f.var, ahead), last)
-            ahead_of = ir.Let(_later(let.var), replace(let.value, index=(place,)))
+            position = ir.binary("min", add(f.var, ahead), last)
+            ahead_of = ir.Let(_later(let.var), replace(let.value, index=(position,)))
             at, moving = lines.index(let) + 1, let.var
-        rest, found = _asked(ir.seq(*lines[at:]), buffer, {moving.name: ahead_of.var})
-        if not found:
-            raise ScheduleError(
-                "S101",
+        rest, count = _prefetched(ir.seq(*lines[at:]), buffer, {moving.name: ahead_of.var})
+        if not count:
+            raise unknown(
                 f"loop {f.name} reads nothing of {buffer!r} by way of {moving.name}",
-                hint="name an operand, and a loop that its place depends on",
+                "name an operand, and a loop that its address depends on",
             )
         return replace(f, body=ir.seq(*lines[:at], ahead_of, rest))
 
@@ -373,23 +343,23 @@ def _is_coordinate(let: ir.Let, f: ir.For) -> bool:
     return isinstance(value, ir.Load) and value.buffer.scope == "part" and value.index == (f.var,)
 
 
-def _asked(s: ir.Stmt, buffer: str, later: dict[str, ir.Expr]) -> tuple[ir.Stmt, int]:
-    """`s` with a prefetch before each statement for what it reads of `buffer`, at the places that
-    it has when the names of `later` have their values; and how many there are."""
+def _prefetched(s: ir.Stmt, buffer: str, later: dict[str, ir.Expr]) -> Rewritten:
+    """`s` with prefetches of what its statements read of `buffer` once the names in `later` have
+    these values, and the number of prefetches."""
     if isinstance(s, ir.Compute):
-        places = [substitute(x, later) for x in _moving(s.value, buffer, later)]
-        return ir.seq(*(ir.Prefetch(x) for x in places), s), len(places)
+        reads = [substitute(x, later) for x in _moving(s.value, buffer, later)]
+        return ir.seq(*(ir.Prefetch(x) for x in reads), s), len(reads)
     if isinstance(s, (ir.For, ir.If)):
-        body, found = _asked(s.body, buffer, later)
-        return replace(s, body=body), found
+        body, count = _prefetched(s.body, buffer, later)
+        return replace(s, body=body), count
     if not isinstance(s, ir.Seq):
         return s, 0
     lines: list[ir.Stmt] = []
     total = 0
     for line in s.body:
-        asked, found = _asked(line, buffer, later)
-        lines.append(asked)
-        total += found
+        rewritten, count = _prefetched(line, buffer, later)
+        lines.append(rewritten)
+        total += count
         if (
             isinstance(line, ir.Let)
             and free_vars(line.value) & later.keys()
@@ -400,6 +370,6 @@ def _asked(s: ir.Stmt, buffer: str, later: dict[str, ir.Expr]) -> tuple[ir.Stmt,
 
 
 def _moving(value: ir.Expr, buffer: str, later: dict[str, ir.Expr]) -> list[ir.Load]:
-    """What a value reads of `buffer` at places that depend on the names of `later`, each once."""
+    """The loads of `buffer` in a value whose address depends on names in `later`, each once."""
     reads = (x for x in walk(value) if isinstance(x, ir.Load) and x.buffer.name == buffer)
     return list(dict.fromkeys(x for x in reads if free_vars(x) & later.keys()))

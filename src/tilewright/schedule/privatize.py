@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
-from tilewright.ir.names import COPIES, Given, stride_name
+from tilewright.ir.names import COPIES, GeneratedName, stride_name
 from tilewright.ir.rewrite import add, ceil_div, mul, rebuild, simplify
-from tilewright.schedule.tree import computes, matches
+from tilewright.schedule.tree import computes, illegal, matches, unknown
 
 MOST_COPIES = 64  # of an output
 
@@ -20,38 +19,38 @@ def privatize(program: ir.Program, output: str, loop: str, copies: int) -> ir.Pr
     tensor = next((t for t in program.tensors if t.name == output and t.role == "output"), None)
     if tensor is None:
         known = ", ".join(t.name for t in program.outputs)
-        raise ScheduleError("S101", f"no output {output!r}", hint=f"outputs: {known}")
-    mine = [
+        raise unknown(f"no output {output!r}", f"outputs: {known}")
+    updates = [
         c for stage in program.stages for n in stage for c in computes(n.body)
         if c.out.buffer.name == output
     ]  # fmt: skip
     if tensor.kind == "state":
-        raise ScheduleError(
-            "S102", f"{output} is a parameter that is updated: its copies would not start from it",
-            hint="atomic(), or one unit",
-        )  # fmt: skip
-    if not any(c.in_place for c in mine):
-        raise ScheduleError(
-            "S102", f"{output} is not updated in place: its units share no rows",
-            hint="parallel() or bind() its loops",
-        )  # fmt: skip
-    return _Copies(tensor, mine[0].out.buffer, loop, copies).applied(program)
+        raise illegal(
+            f"{output} is a parameter that is updated: its copies would not start from it",
+            "atomic(), or one unit",
+        )
+    if not any(c.in_place for c in updates):
+        raise illegal(
+            f"{output} is not updated in place: its units share no rows",
+            "parallel() or bind() its loops",
+        )
+    return _Copies(tensor, updates[0].out.buffer, loop, copies).applied(program)
 
 
 class _Copies:
     """`privatize` of one output."""
 
     def __init__(self, tensor: ir.Tensor, buffer: ir.Buffer, loop: str, copies: int) -> None:
-        self.output, self.whole, self.loop, self.copies = tensor, buffer, loop, copies
-        name = Given(tensor.name, COPIES).name
+        self.output, self.original, self.loop, self.copies = tensor, buffer, loop, copies
+        name = GeneratedName(tensor.name, COPIES).name
         self.tensor = replace(
             tensor, name=name, dims=(copies, *tensor.dims), role="temp", kind="state",
             dtype=tensor.dtype.accumulator,
         )  # fmt: skip
-        index = buffer.shape[0].dtype if buffer.shape else ir.size_var("x").dtype
+        index = buffer.shape[0].dtype if buffer.shape else dtypes.int32
         strides = (
             *(ir.Var(stride_name(name, d), dtypes.int64) for d in range(len(tensor.dims))),
-            _one64(),
+            ir.Const(1, dtypes.int64),
         )
         self.buffer = ir.Buffer(
             name, self.tensor.dtype, (ir.Const(copies, index), *buffer.shape), "global", strides,
@@ -73,10 +72,10 @@ class _Copies:
                 stages.append(tuple(self._start(n) for n in stage))
                 continue
             if len(stage) != 1 or stage[0].part >= 0:
-                raise ScheduleError(
-                    "S102", f"{len(stage)} parts of a composed format update {self.output.name}",
-                    hint="atomic(), or a format that keeps rows whole",
-                )  # fmt: skip
+                raise illegal(
+                    f"{len(stage)} parts of a composed format update {self.output.name}",
+                    "atomic(), or a format that keeps rows whole",
+                )
             op = updates[0].op
             stages += [(self._update(stage[0]),), (self._join(op),)]
         return replace(
@@ -93,21 +92,19 @@ class _Copies:
             first = replace(
                 c, out=self._at(self.copy, c), value=ir.cast(c.value, self.buffer.dtype)
             )
-            return ir.For(self.copy, _count(), _count(self.copies), first)
+            return ir.For(self.copy, ir.as_expr(0), ir.as_expr(self.copies), first)
 
         return replace(nest, body=self._each(nest.body, started))
 
     def _update(self, nest: ir.Nest) -> ir.Nest:
         top = nest.body
         if not (isinstance(top, ir.For) and matches(top, self.loop)):
-            raise ScheduleError(
-                "S101", f"{self.loop!r} is not the outermost loop that updates {self.output.name}",
-                hint=f"the outermost is {getattr(top, 'name', 'none')}",
-            )  # fmt: skip
-        if top.kind != "serial":
-            raise ScheduleError(
-                "S102", f"loop {top.name} is marked {top.kind}", hint="privatize it first"
+            raise unknown(
+                f"{self.loop!r} is not the outermost loop that updates {self.output.name}",
+                f"the outermost is {getattr(top, 'name', 'none')}",
             )
+        if top.kind != "serial":
+            raise illegal(f"loop {top.name} is marked {top.kind}", "privatize it first")
         extent = simplify(ir.binary("-", top.end, top.begin))
         share = ceil_div(extent, self.copies)
         begin = ir.binary(
@@ -116,7 +113,7 @@ class _Copies:
         end = ir.binary("min", top.end, add(begin, share))
         body = self._each(top.body, lambda c: replace(c, out=self._at(self.copy, c), atomic=False))
         groups = ir.For(
-            self.copy, _count(), _count(self.copies),
+            self.copy, ir.as_expr(0), ir.as_expr(self.copies),
             ir.For(top.var, begin, end, body, "serial", top.axes), "parallel",
         )  # fmt: skip
         return replace(nest, body=groups)
@@ -131,10 +128,12 @@ class _Copies:
         value: ir.Expr = loads[0]
         for x in loads[1:]:
             value = ir.Binary({"sum": "+", "prod": "*"}.get(op, op), value, x, value.dtype)
-        out = ir.Load(self.whole, tuple(axes), self.whole.dtype)
+        out = ir.Load(self.original, tuple(axes), self.original.dtype)
         body: ir.Stmt = ir.Compute(out, ir.cast(value, out.dtype))
-        for d, (var, size) in reversed(list(enumerate(zip(axes, self.whole.shape, strict=True)))):
-            body = ir.For(var, _count(), size, body, "parallel" if d == 0 else "serial")
+        for d, (var, size) in reversed(
+            list(enumerate(zip(axes, self.original.shape, strict=True)))
+        ):
+            body = ir.For(var, ir.as_expr(0), size, body, "parallel" if d == 0 else "serial")
         return ir.Nest(f"{self.output.name}.join", body)
 
     def _at(self, copy: ir.Expr, c: ir.Compute) -> ir.Load:
@@ -146,11 +145,3 @@ class _Copies:
         return (
             rebuild(s, lambda x: self._each(x, f)) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
         )
-
-
-def _one64() -> ir.Const:
-    return ir.Const(1, dtypes.int64)
-
-
-def _count(n: int = 0) -> ir.Const:
-    return ir.Const(n, ir.size_var("x").dtype)

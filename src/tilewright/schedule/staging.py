@@ -8,6 +8,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any, Literal
 
+from tilewright import dtypes
 from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import values_name
@@ -24,7 +25,7 @@ from tilewright.ir.rewrite import (
     walk,
     zero_unless,
 )
-from tilewright.schedule.tree import computes, reads_memory, rewrite_loops
+from tilewright.schedule.tree import computes, illegal, reads_memory, rewrite_loops
 from tilewright.target import SHARED_BYTES
 
 CacheScope = Literal["register", "shared"]
@@ -32,7 +33,7 @@ SCOPES: tuple[CacheScope, ...] = ("register", "shared")
 SHARED_LIMIT = max(SHARED_BYTES.values())  # of one array; `build` checks the sum for its target
 REGISTERS = 256  # elements of one scratch array in registers
 WIDE = 16  # bytes of the widest load
-APART = 32  # rows of shared memory that are multiples of it lie in the same banks
+BANK_CONFLICT = 32  # bytes: rows of shared memory that are multiples of it share banks
 
 
 def cache(
@@ -59,25 +60,33 @@ class _Staging:
     def __init__(self, at: ir.For, operand: str, scope: CacheScope) -> None:
         self.at, self.operand = at, operand
         self.scope: CacheScope = scope
-        self.path: list[Any] = []
-        self.found: ir.Load | None = None
         self.groups: list[list[ir.For]] = []  # the loops of each dimension of scratch
-        for c in computes(at.body):
-            for x in walk(c.value):
-                if _is_memory(x) and _is_of(x.buffer.name, operand):
-                    self._take(x, c)
-        if self.found is None:
+        accesses = [
+            self._access(x, c)
+            for c in computes(at.body)
+            for x in walk(c.value)
+            if _is_memory(x) and _is_of(x.buffer.name, operand)
+        ]
+        if not accesses:
             raise self.refuse(f"loop {at.name} reads no {operand}", "name the loop around the read")
-        if any(c.out.buffer.name == self.found.buffer.name for c in computes(at.body)):
+        self.access, self.path = accesses[0]
+        scopes = [[s for s in path if not isinstance(s, ir.If)] for _, path in accesses]
+        if any(x != self.access for x, _ in accesses) or any(s != scopes[0] for s in scopes):
+            raise self.refuse(
+                f"loop {at.name} reads it in more than one way",
+                "choose a loop further in, or cache before a cut",
+            )
+        if any(c.out.buffer.name == self.access.buffer.name for c in computes(at.body)):
             raise self.refuse("it is written in the same loop", "only operands are cached")
         self.inner = {s.name: s for s in self.path if isinstance(s, ir.For)}
         self.lets = {s.var.name: s.value for s in self.path if isinstance(s, ir.Let)}
         self._part_fused()
 
     def refuse(self, why: str, hint: str) -> ScheduleError:
-        return ScheduleError("S102", f"{self.operand} cannot be cached: {why}", hint=hint)
+        return illegal(f"{self.operand} cannot be cached: {why}", hint)
 
-    def _take(self, x: ir.Load, c: ir.Compute) -> None:
+    def _access(self, x: ir.Load, c: ir.Compute) -> tuple[ir.Load, list[Any]]:
+        """A load of the operand, and the loops, guards and lets around its statement."""
         arms = (arm for y in walk(c.value) if isinstance(y, ir.Select) for arm in (y.a, y.b))
         if any(y == x for arm in arms for y in walk(arm)):
             raise self.refuse(
@@ -85,19 +94,10 @@ class _Staging:
             )
         path = path_to(self.at.body, c)
         assert path is not None
-        if self.found is None:
-            self.found, self.path = x, path
-        elif x != self.found or [s for s in path if not isinstance(s, ir.If)] != [
-            s for s in self.path if not isinstance(s, ir.If)
-        ]:
-            raise self.refuse(
-                f"loop {self.at.name} reads it in more than one way",
-                "choose a loop further in, or cache before a cut",
-            )
+        return x, path
 
     def _part_fused(self) -> None:
         """Two loops that were fused count as two: an access may depend on one of them alone."""
-        assert self.found is not None
         parts: dict[str, tuple[ir.For, ir.For]] = {}
         for name, value in self.lets.items():
             part = _part_of(value, self.inner)
@@ -105,29 +105,28 @@ class _Staging:
                 parts[name] = part[0], replace(part[0], var=ir.Var(name, value.dtype), end=part[1])
         rest = {name: value for name, value in self.lets.items() if name not in parts}
         guards = [s.cond for s in self.path if isinstance(s, ir.If)]
-        used = {n for e in (*rest.values(), *guards, *self.found.index) for n in free_vars(e)}
-        kept = {name: f for name, (whole, f) in parts.items() if whole.name not in used}
+        used = {n for e in (*rest.values(), *guards, *self.access.index) for n in free_vars(e)}
+        kept = {name: f for name, (fused, f) in parts.items() if fused.name not in used}
         every = self.inner | kept
         order = (s.var.name for s in self.path if isinstance(s, (ir.For, ir.Let)))
-        self.inner = {name: every[name] for name in order if name in every}  # as they stand
+        self.inner = {name: every[name] for name in order if name in every}  # outermost first
         self.lets = {name: value for name, value in self.lets.items() if name not in kept}
 
     def reads(self, e: Any) -> set[str]:
         """Names that an expression depends on, through the lets that it names."""
-        found: set[str] = set()
+        names: set[str] = set()
         waiting = list(free_vars(e))
         while waiting:
             name = waiting.pop()
-            if name not in found:
-                found.add(name)
+            if name not in names:
+                names.add(name)
                 waiting += free_vars(self.lets[name]) if name in self.lets else ()
-        return found
+        return names
 
     def result(self) -> ir.For:
-        assert self.found is not None
         loops = self._dimensions()
         scratch = self._scratch()
-        source, inside = self.found, ir.Load(scratch, self._index(), self.found.dtype)
+        source, inside = self.access, ir.Load(scratch, self._index(), self.access.dtype)
 
         def visit(x: Any) -> Any:
             return inside if x == source else x
@@ -140,7 +139,7 @@ class _Staging:
         fill, body = ir.seq(ir.Alloc(scratch), self._fill(scratch, loops)), reads(self.at.body)
         lines = list(body.body) if isinstance(body, ir.Seq) else [body]
         copied = _copied(lines)
-        barrier = isinstance(lines[copied], ir.Sync)  # after the copies that are there
+        barrier = isinstance(lines[copied], ir.Sync)  # after the copies before this one
         if self.scope == "register":
             lines.insert(copied + barrier, fill)
         elif any(isinstance(x, ir.Load) and x.buffer.scope == "shared" for x in walk(fill)):
@@ -155,21 +154,21 @@ class _Staging:
 
     def _dimensions(self) -> list[ir.For]:
         """The loops inside that the access depends on, in the order of its indices."""
-        assert self.found is not None
         if any(s.kind in ir.GRID for s in self.inner.values()):
             raise self.refuse(
-                f"units of the launch stand inside loop {self.at.name}", "choose a loop further in"
+                f"loop {self.at.name} contains loops over units of the launch",
+                "choose a loop further in",
             )
-        found: dict[str, ir.For] = {}
-        for index in self.found.index:
+        loops: dict[str, ir.For] = {}
+        for index in self.access.index:
             needed = self.reads(index)
-            mine = [f for name, f in self.inner.items() if name in needed and name not in found]
-            self.groups.append(mine)
-            found |= {f.name: f for f in mine}
-        if self.scope == "register" or len(self.groups) == 1:  # no rows: each loop for itself
-            self.groups = [[f] for f in found.values()]
+            group = [f for name, f in self.inner.items() if name in needed and name not in loops]
+            self.groups.append(group)
+            loops |= {f.name: f for f in group}
+        if self.scope == "register" or len(self.groups) == 1:  # no rows: a dimension for each loop
+            self.groups = [[f] for f in loops.values()]
         self.groups = [g for g in self.groups if g]
-        for f in found.values():
+        for f in loops.values():
             if f.extent is None or not isinstance(f.begin, ir.Const) or f.begin.value != 0:
                 raise self.refuse(
                     f"loop {f.name} inside {self.at.name} has a run-time extent",
@@ -180,32 +179,28 @@ class _Staging:
                     f"loop {f.name} inside {self.at.name} is bound to threads, and a register "
                     "belongs to one", 'scope="shared", or a loop inside of it',
                 )  # fmt: skip
-        return list(found.values())
+        return list(loops.values())
 
     def _index(self) -> tuple[ir.Expr, ...]:
-        """Where scratch is read: the loops of a group count as one number. Shared memory of one
-        element is an array of one."""
+        """The index at which scratch is read: the loops of a group count as one number. Shared
+        memory of one element is an array of one."""
         if not self.groups and self.scope == "shared":
-            return (_zero(),)
-        made: list[ir.Expr] = []
+            return (ir.as_expr(0),)
+        index: list[ir.Expr] = []
         for group in self.groups:
-            at: ir.Expr = group[0].var
+            number: ir.Expr = group[0].var
             for f in group[1:]:
-                at = add(mul(at, f.extent or 1), f.var)
-            made.append(at)
-        return tuple(made)
+                number = add(mul(number, f.extent or 1), f.var)
+            index.append(number)
+        return tuple(index)
 
     def _scratch(self) -> ir.Buffer:
-        assert self.found is not None
-        name, dtype = f"{self.operand}_{self.scope}", self.found.dtype
+        name, dtype = f"{self.operand}_{self.scope}", self.access.dtype
         extents = [prod(f.extent or 0 for f in g) for g in self.groups]
         if self.scope == "shared" and not extents:
             extents = [1]
-        if (
-            self.scope == "shared"
-            and len(extents) > 1
-            and extents[-1] * dtype.itemsize % APART == 0
-        ):
+        rows = self.scope == "shared" and len(extents) > 1
+        if rows and extents[-1] * dtype.itemsize % BANK_CONFLICT == 0:
             extents[-1] += WIDE // dtype.itemsize
         total = prod(extents)
         if self.scope == "register" and total > REGISTERS:
@@ -215,8 +210,7 @@ class _Staging:
                 f"{total * dtype.itemsize} bytes of shared memory",
                 f"at most {SHARED_LIMIT}: a smaller tile",
             )
-        shape = tuple(ir.Const(n, ir.size_var("x").dtype) for n in extents)
-        return ir.Buffer(name, dtype, shape, self.scope)
+        return ir.Buffer(name, dtype, tuple(map(ir.as_expr, extents)), self.scope)
 
     # -- the copy --------------------------------------------------------------------------------
 
@@ -235,10 +229,10 @@ class _Staging:
         self, scratch: ir.Buffer, loops: list[ir.For], fresh: dict[str, ir.Var]
     ) -> ir.Stmt:
         """All threads of the CTA copy scratch: row after row, neighbours by neighbours."""
-        dtype = loops[0].var.dtype if loops else ir.size_var("x").dtype
+        dtype = loops[0].var.dtype if loops else dtypes.int32
         at = ir.Var(f"{scratch.name}_at", dtype)
         numbers = tuple(ir.Var(f"{scratch.name}_{n}", dtype) for n in range(len(self.groups)))
-        element, guarded = self._element(scratch, fresh, numbers or (_zero(),))
+        element, guarded = self._element(scratch, fresh, numbers or (ir.as_expr(0),))
         lanes = 1 if guarded else self._lanes(loops)
         lane, rest = ir.Var(f"{scratch.name}_lane", dtype), at
         outside: list[ir.Stmt] = []
@@ -261,28 +255,26 @@ class _Staging:
                 (inside if wide > 1 else outside).append(ir.Let(fresh[f.name], value))
         body: ir.Stmt = ir.seq(*inside, element)
         if lanes > 1:
-            body = ir.For(lane, _zero(), _zero(lanes), body, "vector")
+            body = ir.For(lane, ir.as_expr(0), ir.as_expr(lanes), body, "vector")
         total = prod(f.extent or 0 for f in loops) // lanes
-        return ir.For(at, _zero(), _zero(total), ir.seq(*outside, body), "threads")
+        return ir.For(at, ir.as_expr(0), ir.as_expr(total), ir.seq(*outside, body), "threads")
 
     def _lanes(self, loops: list[ir.For]) -> int:
         """Elements that one thread copies at once: neighbours of a row, where they are."""
-        assert self.found is not None
         if not loops:
             return 1
         last = loops[-1].name
-        if any(last in self.reads(i) for i in self.found.index[:-1]):
+        if any(last in self.reads(i) for i in self.access.index[:-1]):
             return 1
-        lanes = WIDE // self.found.dtype.itemsize
+        lanes = WIDE // self.access.dtype.itemsize
         return lanes if (loops[-1].extent or 0) % lanes == 0 else 1
 
     def _element(
-        self, scratch: ir.Buffer, fresh: dict[str, ir.Var], place: tuple[ir.Expr, ...]
+        self, scratch: ir.Buffer, fresh: dict[str, ir.Var], to: tuple[ir.Expr, ...]
     ) -> tuple[ir.Stmt, bool]:
         """Scratch element = operand element, and whether a guard depends on the last loop."""
-        assert self.found is not None
         guards = self._guards(set(fresh))
-        needed = {n for e in (*self.found.index, *guards) for n in self.reads(e)}
+        needed = {n for e in (*self.access.index, *guards) for n in self.reads(e)}
         names: dict[str, ir.Expr] = dict(fresh)
         out: list[ir.Stmt] = []
         held: ir.Expr | None = None
@@ -296,17 +288,17 @@ class _Staging:
                 if cond in guards:
                     cond = substitute(cond, names)
                     held = cond if held is None else ir.binary("&", held, cond)
-        x = self.found
+        x = self.access
         at = tuple(substitute(i, names) for i in x.index)
-        store = ir.Store(scratch, place, zero_unless(held, ir.Load(x.buffer, at, x.dtype)))
+        store = ir.Store(scratch, to, zero_unless(held, ir.Load(x.buffer, at, x.dtype)))
         last = next(reversed(fresh), "")
         uses_last = any(last in self.reads(g) for g in guards)
         return ir.seq(*out, store), uses_last
 
     def _guards(self, own: set[str]) -> list[ir.Expr]:
-        """The conditions that keep elements of the operand from being read; others keep other loops
-        from other elements."""
-        found: list[ir.Expr] = []
+        """The guards of the access itself, which skip elements of the operand; guards that read
+        other inner loops only do not concern it."""
+        guards: list[ir.Expr] = []
         for s in self.path:
             for cond in conjuncts(s.cond) if isinstance(s, ir.If) else ():
                 reads = self.reads(cond) & self.inner.keys()
@@ -317,12 +309,12 @@ class _Staging:
                         f"the guard {cond} reads loops that the access does not",
                         "split with tail='cut', or specialize the dimension",
                     )
-                found.append(cond)
-        return found
+                guards.append(cond)
+        return guards
 
 
 def _part_of(e: ir.Expr, loops: dict[str, ir.For]) -> tuple[ir.For, ir.Expr] | None:
-    """The fused loop that a number is a part of, and the extent of the part."""
+    """The fused loop of which `e` is the quotient or remainder, and the extent of that part."""
     if not (isinstance(e, ir.Binary) and isinstance(e.a, ir.Var) and isinstance(e.b, ir.Const)):
         return None
     f = loops.get(e.a.name)
@@ -332,7 +324,7 @@ def _part_of(e: ir.Expr, loops: dict[str, ir.For]) -> tuple[ir.For, ir.Expr] | N
 
 
 def _copied(lines: list[ir.Stmt]) -> int:
-    """Where the copies that a loop already makes end: later ones may read them."""
+    """The number of lines up to the last copy that a loop makes: later copies may read it."""
     end = 0
     for n, s in enumerate(lines):
         if computes(s):
@@ -347,7 +339,3 @@ def _digit(number: ir.Expr, extent: int, first: bool) -> tuple[ir.Expr, ir.Expr]
     if first:
         return number, number
     return ir.binary("%", number, extent), ir.binary("//", number, extent)
-
-
-def _zero(n: int = 0) -> ir.Const:
-    return ir.Const(n, ir.size_var("x").dtype)

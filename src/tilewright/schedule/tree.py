@@ -1,8 +1,8 @@
-"""Finding and rebuilding loops: what the verbs on loops share.
+"""Helpers of the verbs: searching and rebuilding loops, and the errors for refused verbs.
 
-A *chain* is what stands between a loop and the place where a nest branches: loops, lets and guards
-around one body. Verbs take a chain apart, change its loops, and put lets and guards back as far
-out as the names they read allow.
+A *chain* is a loop and all below it down to where the nest branches: loops, lets and guards around
+one body. Verbs split a chain into these, change its loops, and rebuild it with lets and guards as
+far out as the names that they read allow.
 """
 
 from __future__ import annotations
@@ -15,6 +15,16 @@ from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import is_users
 from tilewright.ir.rewrite import free_vars, loads, rebuild, statements
+
+
+def unknown(why: str, hint: str) -> ScheduleError:
+    """The error for a name that the program does not have."""
+    return ScheduleError("S101", why, hint=hint)
+
+
+def illegal(why: str, hint: str, where: str = "") -> ScheduleError:
+    """The error for a verb that is not legal where it was called."""
+    return ScheduleError("S102", why, where=where, hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,7 @@ def chain_from(s: ir.Stmt) -> Chain:
 def build_chain(chain: Chain) -> ir.Stmt:
     """The chain as a statement: each let and guard right below the last name it needs.
 
-    What loads stands behind every guard that can be tested before it: a guard may be what keeps the
+    A let that loads comes after every guard that can be tested before it: the guard may keep the
     load inside its array."""
     own = {f.name for f in chain.loops} | {x.var.name for x in chain.lets}
     return _below(chain.loops, (*chain.lets, *chain.guards), chain.body, own, frozenset())
@@ -86,10 +96,10 @@ def _below(
         return body
     head = loops[0]
     if not ready(head.begin, head.end):
-        raise ScheduleError(
-            "S102", f"the range of loop {head.name} depends on loops that would stand inside it",
-            hint="a level stays inside the levels above it",
-        )  # fmt: skip
+        raise illegal(
+            f"the range of loop {head.name} depends on loops that would be inside it",
+            "a level stays inside the levels above it",
+        )
     return replace(head, body=_below(loops[1:], waiting, body, own, bound | {head.name}))
 
 
@@ -100,30 +110,25 @@ def reads_memory(e: ir.Expr) -> bool:
 
 def loop_names(program: ir.Program) -> list[str]:
     """All loops of a program, outermost first, each name once."""
-    found: dict[str, None] = {}
-    for stage in program.stages:
-        for nest in stage:
-            for x in statements(nest.body):
-                if isinstance(x, ir.For):
-                    found.setdefault(x.name)
-    return list(found)
+    nests = (nest for stage in program.stages for nest in stage)
+    loops = (x for n in nests for x in statements(n.body) if isinstance(x, ir.For))
+    return list(dict.fromkeys(f.name for f in loops))
 
 
 def clash(s: Any, taken: frozenset[str]) -> str | None:
-    """A name of a loop or let that already means something where it stands, or is none that code
-    can carry; None where all are well. `taken`: names that mean something everywhere."""
+    """The first name of a loop or let that shadows one around it or cannot be a name in generated
+    code; None where there is no such name. `taken`: the names bound around `s`."""
     if isinstance(s, ir.For):
-        found = _clash_of(s.name, taken)
-        return clash(s.body, taken | {s.name}) if found is None else found
+        name = _clash_of(s.name, taken)
+        return clash(s.body, taken | {s.name}) if name is None else name
     if isinstance(s, ir.If):
         return clash(s.body, taken)
     if isinstance(s, ir.Seq):
         for b in s.body:
-            name = b.var.name if isinstance(b, ir.Let) else ""
-            found = _clash_of(name, taken) if name else clash(b, taken)
-            if found is not None:
-                return found
-            taken = taken | {name} if name else taken
+            name = _clash_of(b.var.name, taken) if isinstance(b, ir.Let) else clash(b, taken)
+            if name is not None:
+                return name
+            taken = taken | {b.var.name} if isinstance(b, ir.Let) else taken
     return None
 
 
@@ -132,7 +137,7 @@ def _clash_of(name: str, taken: frozenset[str]) -> str | None:
 
 
 def matches(loop: ir.For, name: str) -> bool:
-    """A loop is found by its name, or, with `j` for `j_p`, by the axis it walks."""
+    """Whether `name` is that of the loop, or of the axis that it walks (`j` for `j_p`)."""
     return loop.name == name or loop.name == f"{name}_p"
 
 

@@ -142,8 +142,7 @@ def _from_coo(coords: Any, values: Any, shape: Any, *, repeats: bool = False) ->
     shape = _shape(shape)
     checked = _in_range(coords, shape)
     nnz = len(checked[0]) if checked else 0
-    given = np.ones(nnz, np.float32) if values is None else values
-    array, kind = values_of(given, "values")
+    array, kind = values_of(np.ones(nnz, np.float32) if values is None else values, "values")
     check_count(array, nnz)
     order = row_major_order(checked)
     ordered = checked if order is None else [c[order] for c in checked]
@@ -214,25 +213,22 @@ def _expanded(indptr: Any, stored: int, rows: int, *, spare: bool = False) -> np
     indptr = _index_array(indptr, "indptr")
     if len(indptr) != rows + 1:
         raise FormatError(
-            "F103",
-            f"indptr has {len(indptr)} elements, a matrix of {rows} rows needs {rows + 1}",
+            "F103", f"indptr has {len(indptr)} elements, a matrix of {rows} rows needs {rows + 1}",
             where="indptr",
-        )
+        )  # fmt: skip
     if indptr[0] != 0 or indptr[-1] > stored or (indptr[-1] != stored and not spare):
         raise FormatError(
             "F103",
             f"indptr runs from {indptr[0]} to {indptr[-1]} but indices has {stored} elements",
-            where="indptr",
-            hint="take both arrays from the same matrix",
-        )
+            where="indptr", hint="take both arrays from the same matrix",
+        )  # fmt: skip
     falls = indptr[1:] < indptr[:-1]  # compared: a difference would wrap
     if falls.any():
         row = int(falls.argmax())
         raise FormatError(
-            "F103",
-            f"indptr falls from {indptr[row]} to {indptr[row + 1]} at row {row}",
+            "F103", f"indptr falls from {indptr[row]} to {indptr[row + 1]} at row {row}",
             where="indptr",
-        )
+        )  # fmt: skip
     kind, count = _counter((rows,)), int(indptr[-1])
     if count < rows // 64:  # most rows are empty: in proportion to the entries
         return np.searchsorted(indptr, np.arange(count), "right").astype(kind) - kind(1)
@@ -256,9 +252,8 @@ def _in_range(coords: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
             raise FormatError(
                 "F104",
                 f"coordinate {low if low < 0 else high} of dimension {d} is outside 0…{n - 1}",
-                where="indices",
-                hint="check that rows and columns are not swapped",
-            )
+                where="indices", hint="check that rows and columns are not swapped",
+            )  # fmt: skip
     return tuple(c.astype(_counter(shape), copy=False) for c in arrays)
 
 
@@ -320,38 +315,36 @@ def converted(values: np.ndarray, kind: DType, to: DType) -> np.ndarray:
         return values
     if "float8" in kind.name + to.name:
         raise ArgumentError(
-            "A102",
-            f"nothing here converts {kind} to {to}",
-            where="dtype",
+            "A102", f"nothing here converts {kind} to {to}", where="dtype",
             hint="hand over its bits",
-        )
+        )  # fmt: skip
     numbers = dtypes.bfloat16_values(values) if _is_bits(kind) else values
     with np.errstate(all="ignore"):  # what is lost is found below
         if _is_bits(to):
-            made = dtypes.bfloat16_bits(numbers.astype(np.float32))
-            lost = np.isfinite(numbers) & ~np.isfinite(dtypes.bfloat16_values(made))
+            result = dtypes.bfloat16_bits(numbers.astype(np.float32))
+            lost = np.isfinite(numbers) & ~np.isfinite(dtypes.bfloat16_values(result))
         else:
-            made = numbers.astype(to.numpy)
-            lost = _lost(numbers, made)
+            result = numbers.astype(to.numpy)
+            lost = _lost(numbers, result)
     if lost.any():
         raise ArgumentError(
             "A109", f"the value {numbers[lost][0]} is out of the range of {to}", where="values",
             hint="a wider dtype, or values that fit",
         )  # fmt: skip
-    return made
+    return result
 
 
-def _lost(numbers: np.ndarray, made: np.ndarray) -> np.ndarray:
-    """Which numbers the type of `made` cannot hold; fractions may be cut off."""
-    if made.dtype.kind == "b":
-        return np.zeros(made.shape, bool)
-    if made.dtype.kind == "f":
-        return np.isfinite(numbers) & ~np.isfinite(made)
+def _lost(numbers: np.ndarray, result: np.ndarray) -> np.ndarray:
+    """Which numbers the type of `result` cannot hold; fractions may be cut off."""
+    if result.dtype.kind == "b":
+        return np.zeros(result.shape, bool)
+    if result.dtype.kind == "f":
+        return np.isfinite(numbers) & ~np.isfinite(result)
     if numbers.dtype.kind != "f":
-        return (made < 0) != (numbers < 0) if made.itemsize == 8 else made != numbers
-    limits = np.iinfo(made.dtype)
-    whole = np.trunc(numbers.astype(np.float64))
-    return ~((whole >= float(limits.min)) & (whole < float(limits.max + 1)))
+        return (result < 0) != (numbers < 0) if result.itemsize == 8 else result != numbers
+    limits = np.iinfo(result.dtype)
+    truncated = np.trunc(numbers.astype(np.float64))
+    return ~((truncated >= float(limits.min)) & (truncated < float(limits.max + 1)))
 
 
 def filling(fill: float, kind: DType) -> np.ndarray:

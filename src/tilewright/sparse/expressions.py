@@ -27,18 +27,16 @@ def indices(dims: str) -> Any:
         name = name or _loop_name(dim, used)
         if checked_name(name, "an index", "P102") in used:
             raise refusal(
-                "P102",
-                f"index {name!r} is not a new name",
+                "P102", f"index {name!r} is not a new name",
                 hint="indices and parameters have names of their own",
-            )
+            )  # fmt: skip
         known = {d for t in trace.tensors.values() for d in t.dims}
         parsed: str | int = int(dim) if dim.isdigit() else dim
         if isinstance(parsed, str) and parsed not in known:
             raise refusal(
-                "P102",
-                f"no parameter has a dimension {parsed!r}",
+                "P102", f"no parameter has a dimension {parsed!r}",
                 hint=f"dimensions: {', '.join(sorted(str(k) for k in known))}",
-            )
+            )  # fmt: skip
         created.append(Index(name, dim=parsed))
         trace.indices.append(created[-1])
     return created[0] if len(created) == 1 else tuple(created)
@@ -56,10 +54,9 @@ def size(dim: str) -> Expr:
     known = {d for t in current().tensors.values() for d in t.dims if isinstance(d, str)}
     if dim not in known:
         raise refusal(
-            "P102",
-            f"no parameter has a dimension {dim!r}",
+            "P102", f"no parameter has a dimension {dim!r}",
             hint=f"dimensions: {', '.join(sorted(known))}",
-        )
+        )  # fmt: skip
     return size_var(dim)
 
 
@@ -67,17 +64,12 @@ def _reduce(op: str) -> Callable[..., Expr]:
     def reduction(value: Any, over: Index | tuple[Index, ...]) -> Expr:
         axes = over if isinstance(over, tuple) else (over,)
         if not axes or not all(isinstance(a, Index) for a in axes):
-            raise refusal(
-                "P104",
-                f"{op} over {over!r}: not indices",
-                hint="over=j or over=(j, k)",
-            )
+            raise refusal("P104", f"{op} over {over!r}: not indices", hint="over=j or over=(j, k)")
         body = as_expr(value)
         missing = {a.name for a in axes} - free_vars(body)
         if missing:
             raise refusal(
-                "P104",
-                f"{op} over {', '.join(sorted(missing))}, which its body does not use",
+                "P104", f"{op} over {', '.join(sorted(missing))}, which its body does not use"
             )
         dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
         return Reduce(op, axes, computed_in(body, dtype), dtype)
@@ -125,8 +117,7 @@ def where(cond: Expr, a: Any, b: Any) -> Expr:
     """`a` where `cond` holds, else `b`."""
     if not isinstance(cond, Expr):
         raise refusal(
-            "P101",
-            f"the condition of where is {cond!r}",
+            "P101", f"the condition of where is {cond!r}",
             hint="`==` compares the text of expressions: write tw.equal(i, j)",
-        )
+        )  # fmt: skip
     return select(cond, a, b)

@@ -26,8 +26,8 @@ from tilewright.ir.levels import (
     Level,
     Ragged,
     Singleton,
+    integer,
     lists_rows,
-    whole,
 )  # fmt: skip
 
 MOST_PARTS = 1 << 16  # of a composed format: a row of its work table each
@@ -122,11 +122,11 @@ class Where:
 
     def __post_init__(self) -> None:
         most = np.iinfo(np.int64).max  # rows may be longer than an int32
-        whole("where", "shortest", self.shortest, most=most)
+        integer("where", "shortest", self.shortest, most=most)
         if self.longest is not None:
-            whole("where", "longest", self.longest, most=most)
-        whole("where", "col_parts", self.col_parts, 1)
-        whole("where", "col_part", self.col_part, most=self.col_parts - 1)
+            integer("where", "longest", self.longest, most=most)
+        integer("where", "col_parts", self.col_parts, 1)
+        integer("where", "col_part", self.col_part, most=self.col_parts - 1)
 
     def __str__(self) -> str:
         top = "∞" if self.longest is None else self.longest
@@ -251,11 +251,9 @@ class Composed:
         if (of_entry != 1).any():
             at = int((of_entry != 1).argmax())
             raise FormatError(
-                "F106",
-                f"entry {tuple(int(c[at]) for c in coords)} is in {of_entry[at]} parts of "
-                f"{self.name}",
-                hint="each entry must be in exactly one part",
-            )
+                "F106", f"entry {tuple(int(c[at]) for c in coords)} is in {of_entry[at]} parts of "
+                f"{self.name}", hint="each entry must be in exactly one part",
+            )  # fmt: skip
         if taken != len(of_entry):
             raise FormatError(
                 "F106", f"a part of {self.name} takes an entry more than once",
@@ -319,16 +317,16 @@ def _is_part(part: Any) -> bool:
     )
 
 
-def _check_tuple(of: str, name: str, given: Any, fits: Any) -> None:
+def _check_tuple(of: str, name: str, items: Any, fits: Any) -> None:
     """Refuses what is not a tuple of what `fits`."""
-    if not isinstance(given, tuple):
+    if not isinstance(items, tuple):
         raise FormatError(
-            "F101", f"{of}: {name} is a {type(given).__name__}, not a tuple", where=name
+            "F101", f"{of}: {name} is a {type(items).__name__}, not a tuple", where=name
         )
-    for at, one in enumerate(given):
+    for at, one in enumerate(items):
         if not fits(one):
-            what = {"parts": "(where, format) pair", "levels": "level"}[name]
-            raise FormatError("F101", f"{of}: {name}[{at}] is {one!r}, not a {what}", where=name)
+            kind = {"parts": "(where, format) pair", "levels": "level"}[name]
+            raise FormatError("F101", f"{of}: {name}[{at}] is {one!r}, not a {kind}", where=name)
 
 
 def _check_levels(f: Format) -> None:
@@ -391,7 +389,7 @@ def coo() -> Format:
 
 def ell(width: int) -> Format:
     """`width` slots for every row. Raises FormatError[F101]."""
-    width = whole(f"ell({width!r})", "width", width)
+    width = integer(f"ell({width!r})", "width", width)
     return Format(f"ell({width})", (Dense(0), Fixed(1, width=width)))
 
 
@@ -414,7 +412,7 @@ def bsr(block: int) -> Format:
     or the fill of the tensor: with `fill=inf`, in the program and in `pack`, a `min` is that of the
     entries.
     """
-    block = whole(f"bsr({block!r})", "block", block, 1)
+    block = integer(f"bsr({block!r})", "block", block, 1)
     return Format(
         f"bsr({block})",
         (
@@ -428,7 +426,7 @@ def bsr(block: int) -> Format:
 
 def dbsr(block: int) -> Format:
     """BSR without its empty rows of tiles; explicit zeros as in `bsr`. Raises FormatError[F101]."""
-    block = whole(f"dbsr({block!r})", "block", block, 1)
+    block = integer(f"dbsr({block!r})", "block", block, 1)
     outer = Compressed(0, block=block)
     return Format(f"dbsr({block})", (outer, *bsr(block).levels[1:]))
 
@@ -436,7 +434,7 @@ def dbsr(block: int) -> Format:
 def bucket(width: int, *, split: bool = False) -> Format:
     """A list of rows (pieces of rows, with `split`) of at most `width` entries, padded to
     `width`. Raises FormatError[F101]."""
-    width = whole(f"bucket({width!r})", "width", width)
+    width = integer(f"bucket({width!r})", "width", width)
     rows = Compressed(0, chunk=width if split else 0)
     return Format(f"bucket({width}{', split' if split else ''})", (rows, Fixed(1, width=width)))
 
@@ -454,9 +452,9 @@ def hyb(
     With one column range and `"csr"` no row is shared: sums need no atomics and are deterministic.
     Raises FormatError[F101].
     """
-    given = f"hyb(col_parts={col_parts!r}, buckets={buckets!r})"
-    buckets = _widths(given, buckets)
-    col_parts = whole(given, "col_parts", col_parts, 1, MOST_PARTS // (len(buckets) + 1))
+    call = f"hyb(col_parts={col_parts!r}, buckets={buckets!r})"
+    buckets = _widths(call, buckets)
+    col_parts = integer(call, "col_parts", col_parts, 1, MOST_PARTS // (len(buckets) + 1))
     if long_rows not in ("csr", "split"):
         raise FormatError(
             "F101", f"long_rows={long_rows!r}", where="long_rows", hint="csr or split"
@@ -483,7 +481,7 @@ def _widths(of: str, buckets: Any) -> tuple[int, ...]:
     """The widths of the buckets of `of`: a tuple or list, ascending."""
     widths = ()
     if isinstance(buckets, tuple | list):
-        widths = tuple(whole(of, "buckets", w, 1) for w in buckets)
+        widths = tuple(integer(of, "buckets", w, 1) for w in buckets)
     if not widths or list(widths) != sorted(set(widths)):
         raise FormatError(
             "F101", f"{of}: buckets are widths, ascending", where="buckets", hint="as (1, 2, 4, 8)"

@@ -65,10 +65,9 @@ class Update:
         if self.op and written.dtype not in ATOMIC[self.op]:
             kinds = ", ".join(t.name for t in ATOMIC[self.op])
             raise refusal(
-                "P106",
-                f"{written.name} is {written.dtype}: add updates arrays of {kinds}",
+                "P106", f"{written.name} is {written.dtype}: add updates arrays of {kinds}",
                 hint="add into an array of a wider type, then convert it",
-            )
+            )  # fmt: skip
         trace.tensors[written.name] = written
         _check_bound(to.coords, value)
         _check_reads_of_updated(to, value, self.op)
@@ -91,21 +90,19 @@ def _check_reads_of_updated(to: Access, value: Expr, op: str) -> None:
             continue
         if x.coords != to.coords or not plain or op:
             raise refusal(
-                "P103",
-                f"{to} is updated from {x}, which another update may have changed",
+                "P103", f"{to} is updated from {x}, which another update may have changed",
                 hint=f"tw.update({to.tensor.name}).add[…](value) adds; else read from another "
                 "parameter, or write to an output",
-            )
+            )  # fmt: skip
 
 
 def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
     trace = current()
     if not all(isinstance(c, Index) for c in coords):
         raise refusal(
-            "P103",
-            f"an {output.role} is written at plain indices",
+            "P103", f"an {output.role} is written at plain indices",
             hint="update() writes elsewhere",
-        )
+        )  # fmt: skip
     if len({c.name for c in coords}) != len(coords):
         raise refusal("P103", "an index occurs twice in the coordinates of an output")
     _check_bound(coords, value)
@@ -121,10 +118,7 @@ def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
     dtype = output.dtype or (_output_dtype(value) if output.role == "output" else value.dtype)
     like = output.structure_of
     if like is not None and tuple(c.dim for c in coords) != like.dims:
-        raise refusal(
-            "P103",
-            f"{name} has the structure of {like.name} but other dimensions",
-        )
+        raise refusal("P103", f"{name} has the structure of {like.name} but other dimensions")
     tensor = Tensor(
         name,
         tuple(c.dim for c in coords),
@@ -170,15 +164,13 @@ def _check_bound(coords: tuple[Expr, ...], value: Expr) -> None:
         for c, dim in zip(x.coords, x.tensor.dims, strict=True):
             if isinstance(c, Index) and c.dim != dim:
                 raise refusal(
-                    "P102",
-                    f"{c.name} runs over {c.dim} but stands for {dim} in {x}",
+                    "P102", f"{c.name} runs over {c.dim} but stands for {dim} in {x}",
                     hint="give the index and the tensor the same dimension name",
-                )
+                )  # fmt: skip
     written = set().union(*map(free_indices, coords))
     loose = sorted(free_indices(value).keys() - written)
     if loose:
         raise refusal(
-            "P104",
-            f"index {', '.join(loose)} is neither in the output nor under a reduction",
+            "P104", f"index {', '.join(loose)} is neither in the output nor under a reduction",
             hint=f"write sum(…, over={loose[0]})",
-        )
+        )  # fmt: skip

@@ -120,15 +120,15 @@ class Packed:
         the matrix that was packed (row-major where equal coordinates were added up). Raises
         FormatError[F107] when there are not nnz of them, and as `pack`
         for what are no values."""
-        given, kind = entries.values_of(values, "values")
-        if given.shape != (self.nnz,):
+        array, kind = entries.values_of(values, "values")
+        if array.shape != (self.nnz,):
             raise FormatError(
-                "F107", f"{given.shape} values for {self.nnz} entries", where="values",
+                "F107", f"{array.shape} values for {self.nnz} entries", where="values",
                 hint="one value for each entry, in the order they were packed",
             )  # fmt: skip
         wanted = kind if dtype is None else dtypes.dtype(dtype)
-        given = entries.converted(given, kind, wanted)
-        arrays = tuple(_scatter(p, given, wanted, self.fill) for p in self.structure.parts)
+        array = entries.converted(array, kind, wanted)
+        arrays = tuple(_scatter(p, array, wanted, self.fill) for p in self.structure.parts)
         return Packed(self.structure, _placed(arrays, self.device), wanted, self.fill)
 
     repack_values = with_values
@@ -143,13 +143,13 @@ class Packed:
     def unpack(self) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         """Coordinates (one array a dimension) and values of what is stored, in row-major order;
         padding is left out, explicit zeros inside dense levels are not."""
-        found = [
+        parts = [
             _unpack_part(p, entries.stored(v, self.dtype), self.shape)
             for p, v in zip(self.structure.parts, self.values, strict=True)
         ]
-        coords = [np.concatenate([c[d] for c, *_ in found]) for d in range(len(self.shape))]
-        values = np.concatenate([v for _, v, _ in found])
-        order = row_major(coords, np.concatenate([e for *_, e in found]))
+        coords = [np.concatenate([c[d] for c, *_ in parts]) for d in range(len(self.shape))]
+        values = np.concatenate([v for _, v, _ in parts])
+        order = row_major(coords, np.concatenate([e for *_, e in parts]))
         return tuple(c[order] for c in coords), values[order]
 
     def dense(self) -> np.ndarray:
@@ -216,35 +216,35 @@ def pack(
 
 
 def _pack(
-    fmt: Format | Composed, found: Entries, dtype: Any, values: Any, index: Any, fill: float
+    fmt: Format | Composed, matrix: Entries, dtype: Any, values: Any, index: Any, fill: float
 ) -> Packed:
-    shape = found.shape
+    shape = matrix.shape
     if len(shape) != fmt.ndim:
         raise FormatError(
             "F102", f"{fmt} stores {fmt.ndim} dimensions, the matrix has {len(shape)}",
             where="matrix",
         )  # fmt: skip
-    given, kind = (
-        (found.values, found.dtype) if values is None else entries.values_of(values, "values")
+    array, kind = (
+        (matrix.values, matrix.dtype) if values is None else entries.values_of(values, "values")
     )
-    entries.check_count(given, found.nnz)
+    entries.check_count(array, matrix.nnz)
     wanted = kind if dtype is None else dtypes.dtype(dtype)
-    given = entries.converted(given, kind, wanted)
-    order = found.order
-    coords = [c if order is None else c[order] for c in found.coords]
+    array = entries.converted(array, kind, wanted)
+    order = matrix.order
+    coords = [c if order is None else c[order] for c in matrix.coords]
     if isinstance(fmt, Composed):  # which counts the entries of each row
         _check_positions(fmt, shape[0])
     parts = [
         _pack_part(f, coords, shape, mine, roots, order)
         for f, mine, roots in fmt.split(coords, shape)
     ]
-    chosen = _index_type(index, max([found.nnz, *shape, *(n for p in parts for n in p.counts)]))
+    chosen = _index_type(index, max([matrix.nnz, *shape, *(n for p in parts for n in p.counts)]))
     parts = tuple(
         replace(p, arrays=_each(p.arrays, lambda a: np.ascontiguousarray(a, chosen.numpy)))
         for p in parts
     )
-    structure = Structure(fmt, shape, parts, found.nnz, chosen)
-    arrays = tuple(_scatter(p, given, wanted, fill) for p in parts)
+    structure = Structure(fmt, shape, parts, matrix.nnz, chosen)
+    arrays = tuple(_scatter(p, array, wanted, fill) for p in parts)
     return Packed(structure, arrays, wanted, float(fill))
 
 
@@ -297,8 +297,8 @@ def _pack_part(
         arrays.append(built)
         counts.append(parents)
     _check_positions(fmt, parents)
-    found = numbers if order is None else order[numbers]
-    return Part(fmt, tuple(arrays), tuple(counts), found, q)
+    numbers = numbers if order is None else order[numbers]
+    return Part(fmt, tuple(arrays), tuple(counts), numbers, q)
 
 
 def _with_roots(built: dict[str, np.ndarray], q: np.ndarray, roots: np.ndarray):

@@ -110,11 +110,9 @@ def trace(
         for name, d in declared.items():
             if not isinstance(d, Declared):
                 raise ProgramError(
-                    "P101",
-                    f"parameter {name} of {function.__name__} does not say what it is",
-                    where=line,
-                    hint=f'give it a default: {name}=tw.dense("m n")',
-                )
+                    "P101", f"parameter {name} of {function.__name__} does not say what it is",
+                    where=line, hint=f'give it a default: {name}=tw.dense("m n")',
+                )  # fmt: skip
             checked_name(name, "a parameter")
             t.tensors[name] = _parameter(name, d, declared, dtypes_by_name, formats, default, line)
         returned = function(**t.tensors)
@@ -136,12 +134,10 @@ def _in_order(t: Trace, results: tuple[Any, ...], line: str) -> tuple[Tensor, ..
         or len(set(names)) != len(names)
     ):
         raise ProgramError(
-            "P101",
-            f"{t.name} must return what it computes, each output once: it returns "
-            f"{', '.join(names)} and computes {', '.join(outputs) or 'nothing'}",
-            where=line,
+            "P101", f"{t.name} must return what it computes, each output once: it returns "
+            f"{', '.join(names)} and computes {', '.join(outputs) or 'nothing'}", where=line,
             hint="return tw.out[i](…)",
-        )
+        )  # fmt: skip
     returned = [outputs[n] for n in names if n in computed]
     return (*(x for n, x in t.tensors.items() if n not in computed), *returned)
 
@@ -152,11 +148,9 @@ def _check_dtypes(program: Program, line: str) -> None:
     for kind in (*(t.dtype for t in program.tensors), *casts):
         if kind.is_float and kind.bits < 16:
             raise ProgramError(
-                "P106",
-                f"{program.name} computes with {kind}",
-                where=line,
+                "P106", f"{program.name} computes with {kind}", where=line,
                 hint="convert to float16 or bfloat16 before the call",
-            )
+            )  # fmt: skip
 
 
 def _parameter(
@@ -166,21 +160,18 @@ def _parameter(
     dtype = dtypes_by_name.get(name) or d.dtype or dtypes.float32
     if d.default is not None:
         raise ProgramError(
-            "P101",
-            f"scalar {name} of a program has a default",
-            where=line,
+            "P101", f"scalar {name} of a program has a default", where=line,
             hint="pass the number in the call",
-        )
+        )  # fmt: skip
     if not d.is_sparse:
         return Tensor(name, d.dims, dtype, kind=d.kind, strided=d.strided)
     owner = d.like or name
     other = declared.get(owner)
     if not isinstance(other, Declared) or not other.is_sparse or other.dims != d.dims:
         raise ProgramError(
-            "P101",
-            f"{name} is like {owner!r}, which is no sparse parameter of its dimensions",
+            "P101", f"{name} is like {owner!r}, which is no sparse parameter of its dimensions",
             where=line,
-        )
+        )  # fmt: skip
     fmt = formats.get(owner) or default(len(d.dims))
     if fmt.ndim != len(d.dims):
         raise ProgramError(

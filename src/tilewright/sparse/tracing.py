@@ -56,8 +56,7 @@ def checked_name(name: str, role: str, code: str = "P101") -> str:
     or a generated name could equal it."""
     if not is_users(name):
         raise refusal(
-            code,
-            f"{name!r} is no name for {role}",
+            code, f"{name!r} is no name for {role}",
             hint="letters, digits and single underscores, a letter first",
-        )
+        )  # fmt: skip
     return name
