@@ -238,14 +238,14 @@ def _key(program: Program, recipe: Any, target: Target) -> str | None:
     return what and disk_cache.key_of("kernel", version or "", str(target), isa, what)
 
 
-def _defining(names: tuple[str, ...], source: str) -> str:
-    """The source that takes fewer things for granted: `Frame.lacks` names them."""
-    return "".join(f"#define {name}\n" for name in names) + source
+def _defining(variants: tuple[str, ...], source: str) -> str:
+    """The source of a variant: with the macros of `Frame.variants` defined."""
+    return "".join(f"#define {name}\n" for name in variants) + source
 
 
 def _cpp_kernel(built: Built, target: Target) -> Kernel:
-    def loaded(lacks: tuple[str, ...]) -> ctypes.CDLL:
-        source, name = _defining(lacks, built.source), built.manifest.name
+    def loaded(variants: tuple[str, ...]) -> ctypes.CDLL:
+        source, name = _defining(variants, built.source), built.manifest.name
         return cxx.load_cpp(source, name=name, isa=target.arch or None)
 
     return Kernel(built.manifest, launch.CpuLauncher(loaded, built.entries), built.source)
@@ -254,10 +254,12 @@ def _cpp_kernel(built: Built, target: Target) -> Kernel:
 def _cuda_kernel(built: Built, target: Target) -> Kernel:
     headers = prelude_files.headers()
 
-    def compiled(lacks: tuple[str, ...]) -> nvrtc.Cubin:
-        source, name = _defining(lacks, built.source), built.manifest.name
+    def compiled(variants: tuple[str, ...]) -> nvrtc.Cubin:
+        source, name = _defining(variants, built.source), built.manifest.name
         return nvrtc.compile_cuda(source, arch=target.arch, name=name, headers=headers)
 
     cubin = compiled(())
-    launcher = launch.CudaLauncher(lambda lacks: compiled(lacks).image if lacks else cubin.image)
+    launcher = launch.CudaLauncher(
+        lambda variants: compiled(variants).image if variants else cubin.image
+    )
     return Kernel(built.manifest, launcher, built.source, cubin.resources)

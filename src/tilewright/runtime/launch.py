@@ -13,7 +13,7 @@ from typing import Any
 from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
-from tilewright.runtime.call import Frame
+from tilewright.runtime.frame import Frame
 from tilewright.runtime.kernel import Bound, Kernel, Launcher
 
 CHUNKS_PER_THREAD = 8  # enough for units of uneven size to even out, few enough to cost nothing
@@ -21,7 +21,7 @@ CHUNKS_PER_THREAD = 8  # enough for units of uneven size to even out, few enough
 
 class CpuLauncher(Launcher):
     """Entries of a shared library, run by the thread pool. `loaded` compiles and loads the library
-    for what a frame lacks; the one for frames that lack nothing is loaded at once."""
+    for the variants of a frame; the one for frames that lack nothing is loaded at once."""
 
     def __init__(
         self, loaded: Callable[[tuple[str, ...]], ctypes.CDLL], entries: tuple[str, ...]
@@ -35,13 +35,13 @@ class CpuLauncher(Launcher):
         """What a call needs, and a build does not: compiled or loaded at the first one."""
         return pools.pool()
 
-    def bodies(self, lacks: tuple[str, ...]) -> list[int]:
+    def bodies(self, variants: tuple[str, ...]) -> list[int]:
         """The addresses of the entries."""
-        found = self._bodies.get(lacks)
+        found = self._bodies.get(variants)
         if found is None:
-            library = self._loaded(lacks)
+            library = self._loaded(variants)
             found = [pools.address_of(getattr(library, e)) for e in self._entries]
-            self._bodies[lacks] = found
+            self._bodies[variants] = found
         return found
 
     def launches(self, kernel: Kernel, frame: Frame) -> list[pools.Launch]:
@@ -56,7 +56,7 @@ class CpuLauncher(Launcher):
                 not kernel.manifest.formats,  # rows of a sparse matrix are of unequal length
             )
             for body, block, units, stage in zip(
-                self.bodies(frame.lacks),
+                self.bodies(frame.variants),
                 frame.blocks,
                 frame.units,
                 kernel.manifest.stages,
@@ -75,8 +75,8 @@ class CpuLauncher(Launcher):
 
 class CudaLauncher(Launcher):
     """Functions of a cubin, loaded on the device of the call at its first launch there. `image`
-    gives the cubin for what a frame lacks: arrays that are not aligned to 16 bytes take one without
-    wide loads, arrays with gaps one that reads their strides, made when first needed."""
+    compiles the cubin of a variant when it is first needed: without wide loads for arrays that are
+    not aligned to 16 bytes, with strides read at run time for arrays with gaps."""
 
     def __init__(self, image: Callable[[tuple[str, ...]], bytes]) -> None:
         self.image = image
@@ -84,14 +84,14 @@ class CudaLauncher(Launcher):
 
     def functions(self, kernel: Kernel, frame: Frame) -> list[cuda.Function]:
         ordinal = int(frame.device.partition(":")[2] or 0)
-        found = self._functions.get((ordinal, frame.lacks))
+        found = self._functions.get((ordinal, frame.variants))
         if found is None:
-            module = cuda.load_cubin(self.image(frame.lacks), ordinal)
+            module = cuda.load_cubin(self.image(frame.variants), ordinal)
             found = [module.function(s.entry) for s in kernel.manifest.stages]
             for f, s in zip(found, kernel.manifest.stages, strict=True):
                 if s.smem_bytes > 48 * 1024:
                     f.allow_smem(s.smem_bytes)
-            self._functions[ordinal, frame.lacks] = found
+            self._functions[ordinal, frame.variants] = found
         return found
 
     def launches(self, kernel: Kernel, frame: Frame) -> list[cuda.Launch]:

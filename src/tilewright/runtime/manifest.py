@@ -78,20 +78,20 @@ def declarations(manifest: Manifest) -> str:
     """The C text of both structs, and of `Params`: the block with its rows behind it."""
     row, params = structs(manifest)
     fields = "\n".join(f"  {f.c_type} {f.name};" for f in params.fields)
-    n = most_rows(manifest)
+    n = max_rows(manifest)
     return (
         f"{row.c_decl}\n{params.c_decl}\n"
         f"struct Params {{\n{fields}\n  Row rows[{n}];\n}};\n"
-        f'static_assert(sizeof(Params) == {rows_at(params) + n * row.size}, "Params: size");\n'
+        f'static_assert(sizeof(Params) == {rows_offset(params) + n * row.size}, "Params: size");\n'
     )
 
 
-def most_rows(manifest: Manifest) -> int:
+def max_rows(manifest: Manifest) -> int:
     """Rows of the largest work table: each launch has a parameter block of this size."""
     return max(len(s.rows) for s in manifest.stages)
 
 
-def rows_at(params: Struct) -> int:
+def rows_offset(params: Struct) -> int:
     return -(-params.size // 8) * 8
 
 
