@@ -324,3 +324,24 @@ def test_the_stride_of_one_element_is_any(dtype: str) -> None:
             view(odd)
         assert caught.value.code == "A104"
         view(strided((1, 3), (item + 1, item)))
+
+
+def test_layout_tells_array_types_apart() -> None:
+    """A frame allocates results in the framework of its first call, so its key has the type."""
+
+    class First:
+        def __init__(self, x: np.ndarray) -> None:
+            self.x = x
+
+        def __dlpack__(self, **options: object) -> object:
+            return self.x.__dlpack__()
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return (1, 0)
+
+    class Second(First):
+        pass
+
+    x = np.arange(6, dtype=np.float32)
+    assert views.layout(First(x))[0] == views.layout(First(x))[0]
+    assert views.layout(First(x))[0] != views.layout(Second(x))[0]

@@ -78,20 +78,20 @@ def current_stream(ordinal: int | None = None) -> int:
     return 0
 
 
-_found_streams: list[Callable[[int], int]] = []
+_stream_getters: list[Callable[[int], int]] = []
 
 
 def _torch_streams() -> Callable[[int], int] | None:
     """torch's current stream by the number of a GPU, once torch has started CUDA: from then on it
     is never asked again whether it has (1 µs of a call)."""
-    if _found_streams:
-        return _found_streams[0]
+    if _stream_getters:
+        return _stream_getters[0]
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # 20 × faster than the object
-    _found_streams.append(raw or (lambda n: int(torch.cuda.current_stream(n).cuda_stream)))
-    return _found_streams[0]
+    _stream_getters.append(raw or (lambda n: int(torch.cuda.current_stream(n).cuda_stream)))
+    return _stream_getters[0]
 
 
 def device_arch(ordinal: int = 0) -> str:
@@ -138,12 +138,11 @@ class Module:
 
     def function(self, name: str) -> Function:
         """A kernel by its `extern "C"` name. Raises BuildError[B104]."""
-        found = self._functions.get(name)
-        if found is None:
+        if name not in self._functions:
             self.device.activate()
             handle = driver().handle("cuModuleGetFunction", self._handle, name.encode())
-            found = self._functions[name] = Function(name, handle, self)
-        return found
+            self._functions[name] = Function(name, handle, self)
+        return self._functions[name]
 
 
 def load_cubin(image: bytes, ordinal: int = 0) -> Module:
@@ -323,28 +322,28 @@ class DeviceArray:
         cls, array: np.ndarray, dtype: DType | str | None = None, ordinal: int = 0
     ) -> DeviceArray:
         """A copy on the GPU. `dtype` names what the bits mean, as `bfloat16` for uint16."""
-        made = cls(array.shape, to_dtype(array.dtype if dtype is None else dtype), ordinal)
-        made.copy_from(array)
-        return made
+        copy = cls(array.shape, to_dtype(array.dtype if dtype is None else dtype), ordinal)
+        copy.copy_from(array)
+        return copy
 
     def reshape(self, *shape: int) -> DeviceArray:
         """The same memory under another shape of as many elements. Raises ArgumentError[A103]."""
         if math.prod(shape) != math.prod(self.shape):
             raise ArgumentError("A103", f"{self.shape} cannot be seen as {shape}")
-        made = DeviceArray.__new__(DeviceArray)
-        made.pointer, made.device, made.dtype = self.pointer, self.device, self.dtype
-        made.owner, made.shape = self, tuple(shape)
-        return made
+        view = DeviceArray.__new__(DeviceArray)
+        view.pointer, view.device, view.dtype = self.pointer, self.device, self.dtype
+        view.owner, view.shape = self, tuple(shape)
+        return view
 
     def rows(self, begin: int, end: int) -> DeviceArray:
         """Rows begin … end-1 of the first dimension, the same memory. Raises
         ArgumentError[A103]."""
         if not 0 <= begin <= end <= self.shape[0]:
             raise ArgumentError("A103", f"rows {begin}:{end} of {self.shape[0]}")
-        made = self.reshape(*self.shape)
-        made.shape = (end - begin, *self.shape[1:])
-        made.pointer += begin * math.prod(self.shape[1:]) * self.dtype.itemsize
-        return made
+        view = self.reshape(*self.shape)
+        view.shape = (end - begin, *self.shape[1:])
+        view.pointer += begin * math.prod(self.shape[1:]) * self.dtype.itemsize
+        return view
 
     def copy_from(self, array: np.ndarray, stream: int | None = None) -> None:
         """Overwrite with a NumPy array of the same shape and itemsize; done when it returns.
@@ -358,24 +357,24 @@ class DeviceArray:
         if not self.nbytes:
             return
         source = np.ascontiguousarray(array)
-        where = self._stream(stream)
-        driver().call("cuMemcpyHtoDAsync_v2", self.pointer, source.ctypes.data, self.nbytes, where)
-        driver().call("cuStreamSynchronize", where)
+        queue = self._stream(stream)
+        driver().call("cuMemcpyHtoDAsync_v2", self.pointer, source.ctypes.data, self.nbytes, queue)
+        driver().call("cuStreamSynchronize", queue)
 
     def to_numpy(self, stream: int | None = None) -> np.ndarray:
         """A copy on the host, complete when it returns; bfloat16 and 8-bit floats as their bits."""
         out = np.empty(self.shape, self.dtype.numpy)
         if self.nbytes:
-            where = self._stream(stream)
-            driver().call("cuMemcpyDtoHAsync_v2", out.ctypes.data, self.pointer, out.nbytes, where)
-            driver().call("cuStreamSynchronize", where)
+            queue = self._stream(stream)
+            driver().call("cuMemcpyDtoHAsync_v2", out.ctypes.data, self.pointer, out.nbytes, queue)
+            driver().call("cuStreamSynchronize", queue)
         return out
 
     def zero(self, stream: int | None = None) -> None:
         """Set every byte to 0, in the order of the stream."""
         if self.nbytes:
-            where = self._stream(stream)
-            driver().call("cuMemsetD8Async", self.pointer, 0, self.nbytes, where)
+            queue = self._stream(stream)
+            driver().call("cuMemsetD8Async", self.pointer, 0, self.nbytes, queue)
 
     @property
     def nbytes(self) -> int:

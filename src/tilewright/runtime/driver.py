@@ -1,4 +1,4 @@
-"""The CUDA driver through ctypes: what Tilewright calls of it, checked.
+"""The CUDA driver through ctypes: the functions that Tilewright calls, with checked results.
 
 ctypes on `libcuda` launches a kernel in a third of the time that the typed bindings take, and
 needs no package. Nothing here runs at import; `driver()` loads the library and initialises it.
@@ -54,10 +54,8 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuGraphExecDestroy": (_IN,),
 }
 
-ATTRIBUTE_SMS = 16
+_ATTRIBUTE_SMS = 16
 _ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 75, 76
-ATTRIBUTE_SMEM_OPTIN = 97
-ATTRIBUTE_L2_BYTES = 38
 
 
 class Driver:
@@ -182,7 +180,7 @@ class Device:
     @functools.cached_property
     def sms(self) -> int:
         """Streaming multiprocessors."""
-        return self.attribute(ATTRIBUTE_SMS)
+        return self.attribute(_ATTRIBUTE_SMS)
 
     @functools.cached_property
     def memory_bytes(self) -> int:
@@ -193,13 +191,11 @@ class Device:
 
 def device(ordinal: int = 0) -> Device:
     """A GPU by its number. Raises BuildError[B102] where there is none."""
-    found = _devices.get(ordinal)
-    if found is None:
+    if ordinal not in _devices:
         with _lock:
-            found = _devices.get(ordinal)
-            if found is None:
-                found = _devices[ordinal] = Device(ordinal)
-    return found
+            if ordinal not in _devices:
+                _devices[ordinal] = Device(ordinal)
+    return _devices[ordinal]
 
 
 def arch_of(major: int, minor: int) -> str:

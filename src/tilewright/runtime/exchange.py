@@ -16,7 +16,7 @@ from tilewright.runtime.view import (
     View,
     check_memory,
     element_strides,
-    made_view,
+    make_view,
     numpy_dtype,
     refuse_alignment,
     row_major_strides,
@@ -26,12 +26,12 @@ from tilewright.runtime.view import (
 def view_cupy(x: Any) -> View:
     known = numpy_dtype(x.dtype)
     strides = element_strides(x.strides, x.shape, x.dtype.itemsize)
-    return made_view(x.data.ptr, known, x.shape, strides, f"cuda:{x.device.id}", x, False)
+    return make_view(x.data.ptr, known, x.shape, strides, f"cuda:{x.device.id}", x, False)
 
 
 def view_device_array(x: Any) -> View:
     strides = row_major_strides(x.shape)
-    return made_view(x.pointer, x.dtype, x.shape, strides, f"cuda:{x.device.ordinal}", x, False)
+    return make_view(x.pointer, x.dtype, x.shape, strides, f"cuda:{x.device.ordinal}", x, False)
 
 
 def view_cuda_interface(x: Any) -> View:
@@ -54,7 +54,7 @@ def view_cuda_interface(x: Any) -> View:
     stream = said.get("stream")
     if stream is not None and stream != (cuda.current_stream(ordinal) or 1):
         cuda.synchronize(stream, ordinal)  # the producer may still be writing there
-    return made_view(pointer or 0, known, shape, strides, f"cuda:{ordinal}", x, bool(readonly))
+    return make_view(pointer or 0, known, shape, strides, f"cuda:{ordinal}", x, bool(readonly))
 
 
 # ---- DLPack -----------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def view_dlpack(x: Any) -> View:
     pointer = (tensor.data or 0) + tensor.byte_offset
     if pointer % known.itemsize:
         refuse_alignment(pointer, known)
-    return made_view(pointer, known, shape, strides, device, (x, capsule), readonly)
+    return make_view(pointer, known, shape, strides, device, (x, capsule), readonly)
 
 
 def _export(x: Any) -> Any:

@@ -1,7 +1,7 @@
-"""How a filled frame runs: on the thread pool, on a GPU's stream, or on the interpreter.
+"""Launch frames on the thread pool or on a GPU's stream, and recorded steps of many launches.
 
-A frame knows its launches as plain data (`frame_launches`), so that a recorded step can put the
-launches of many kernels into one native call.
+The launches of a frame are plain data (`launches`), so that a recorded step can put those of many
+kernels into one native call.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ CHUNKS_PER_THREAD = 8  # enough for units of uneven size to even out, few enough
 
 
 class CpuLauncher(Launcher):
-    """Entries of a shared library, run by the thread pool. `loaded` compiles and loads the library
-    for the variants of a frame; the one for frames that lack nothing is loaded at once."""
+    """Entries of a shared library, run by the thread pool. `load` compiles and loads the library
+    of a variant; the one without macros is loaded at once."""
 
     def __init__(
-        self, loaded: Callable[[tuple[str, ...]], ctypes.CDLL], entries: tuple[str, ...]
+        self, load: Callable[[tuple[str, ...]], ctypes.CDLL], entries: tuple[str, ...]
     ) -> None:
-        self._loaded, self._entries = loaded, entries
+        self._load, self._entries = load, entries
         self._bodies: dict[tuple[str, ...], list[int]] = {}
         self.bodies(())
 
     @property
     def pool(self) -> pools.Pool:
-        """What a call needs, and a build does not: compiled or loaded at the first one."""
+        """The thread pool, compiled or loaded by the first call, not by a build."""
         return pools.pool()
 
     def bodies(self, variants: tuple[str, ...]) -> list[int]:
         """The addresses of the entries."""
-        found = self._bodies.get(variants)
-        if found is None:
-            library = self._loaded(variants)
-            found = [pools.address_of(getattr(library, e)) for e in self._entries]
-            self._bodies[variants] = found
-        return found
+        if variants not in self._bodies:
+            library = self._load(variants)
+            self._bodies[variants] = [
+                pools.address_of(getattr(library, entry)) for entry in self._entries
+            ]
+        return self._bodies[variants]
 
     def launches(self, kernel: Kernel, frame: Frame) -> list[pools.Launch]:
         """The launch of each stage that has units."""
@@ -84,15 +84,15 @@ class CudaLauncher(Launcher):
 
     def functions(self, kernel: Kernel, frame: Frame) -> list[cuda.Function]:
         ordinal = int(frame.device.partition(":")[2] or 0)
-        found = self._functions.get((ordinal, frame.variants))
-        if found is None:
+        functions = self._functions.get((ordinal, frame.variants))
+        if functions is None:
             module = cuda.load_cubin(self.image(frame.variants), ordinal)
-            found = [module.function(s.entry) for s in kernel.manifest.stages]
-            for f, s in zip(found, kernel.manifest.stages, strict=True):
+            functions = [module.function(s.entry) for s in kernel.manifest.stages]
+            for f, s in zip(functions, kernel.manifest.stages, strict=True):
                 if s.smem_bytes > 48 * 1024:
                     f.allow_smem(s.smem_bytes)
-            self._functions[ordinal, frame.variants] = found
-        return found
+            self._functions[ordinal, frame.variants] = functions
+        return functions
 
     def launches(self, kernel: Kernel, frame: Frame) -> list[cuda.Launch]:
         stages = kernel.manifest.stages
@@ -120,7 +120,7 @@ class CudaLauncher(Launcher):
 
 
 def _is_interpreted(b: Any) -> bool:
-    """Whether there is no native code to put into a list of launches."""
+    """Whether a bound call has no native code, so that it cannot join a list of launches."""
     if isinstance(b, Bound):
         return not isinstance(b.kernel.launcher, (CpuLauncher, CudaLauncher))
     return hasattr(b, "launch") and b.launch is None

@@ -1,7 +1,7 @@
 """One internal description of every array that enters: `View`, and its adapters.
 
 Arrays are recognised by the type's own module, so no framework is imported that the caller has
-not imported already. Adapters are found once per type. `view` checks an array and describes it
+not imported already. An adapter is looked up once a type. `view` checks an array and describes it
 (1 to 2 µs); `layout` only tells whether it is like one that was checked before, and where it lies
 now (0.2 µs): a kernel calls the first once, and the second at each call.
 """
@@ -102,22 +102,22 @@ def layout(x: object) -> tuple[Any, int, object]:
 def address(x: object) -> int:
     """The address of an array of a type that `layout` has described before. Raises ArgumentError
     for elements at a null address."""
-    found = _ADDRESSES.get(type(x))
-    if found is None:
+    read = _ADDRESSES.get(type(x))
+    if read is None:
         return layout(x)[1]
     try:
-        return found(x) or view(x).pointer
+        return read(x) or view(x).pointer
     except RuntimeError:  # of torch, for what has no memory
         return view(x).pointer
 
 
 def _layout_any(x: object) -> tuple[Any, int, object]:
     v = view(x)
-    return (v.dtype, v.shape, v.strides, v.device, v.readonly), v.pointer, v
+    return (type(x), v.dtype, v.shape, v.strides, v.device, v.readonly), v.pointer, v
 
 
 def overlaps(a: View, b: View) -> bool:
-    """Whether the byte ranges of two views meet. Ranges, so interleaved views count as meeting."""
+    """Whether the byte ranges of two views overlap; those of interleaved views do."""
     if a.device != b.device:
         return False
     a_low, a_high = byte_range(a)
@@ -152,20 +152,20 @@ def allocator(like: object, shape: tuple[int, ...], dtype: DType) -> Callable[[A
             _learn_torch()
         kind = _TO_TORCH[dtype.name]
         device = like.device  # pyright: ignore[reportAttributeAccessIssue]
-        # One element seen as the whole: `empty_like` costs two thirds of `empty`.
+        # `empty_like` of a broadcast element costs two thirds of `empty`.
         if math.prod(shape) and shape:
-            seen = torch.empty(1, dtype=kind, device=device).expand(shape)
-            if torch.empty_like(seen).is_contiguous():
-                return lambda _: torch.empty_like(seen)
+            sample = torch.empty(1, dtype=kind, device=device).expand(shape)
+            if torch.empty_like(sample).is_contiguous():
+                return lambda _: torch.empty_like(sample)
         return lambda _: torch.empty(shape, dtype=kind, device=device)
     if module == "cupy":
         return lambda like: _empty_cupy(like, shape, dtype)
-    place = view(like).device
-    if place == "cpu":
+    device = view(like).device
+    if device == "cpu":
         return lambda _: np.empty(shape, _numpy_type(dtype))
     from tilewright.runtime.cuda import DeviceArray
 
-    return lambda _: DeviceArray(shape, dtype, int(place.partition(":")[2]))
+    return lambda _: DeviceArray(shape, dtype, int(device.partition(":")[2]))
 
 
 def _empty_cupy(like: Any, shape: tuple[int, ...], dtype: DType) -> Any:
@@ -195,10 +195,10 @@ def _view_numpy(x: np.ndarray) -> View:
     pointer = _address(x)
     if pointer % kind.itemsize:
         refuse_alignment(pointer, known)
-    return made_view(pointer, known, x.shape, strides, "cpu", x, not x.flags.writeable)
+    return make_view(pointer, known, x.shape, strides, "cpu", x, not x.flags.writeable)
 
 
-def made_view(
+def make_view(
     pointer: int,
     dtype: DType,
     shape: tuple[int, ...],
@@ -235,8 +235,8 @@ def _choose_address() -> Callable[[np.ndarray], int]:
     """The fast way where it agrees with the slow one on arrays of several kinds."""
     if sys.implementation.name != "cpython":
         return _slow_address
-    whole = np.arange(24.0).reshape(4, 6)
-    samples = (whole, whole[1:, ::2], whole[::-1].T, np.empty((0, 3)), np.zeros((), np.int8))
+    matrix = np.arange(24.0).reshape(4, 6)
+    samples = (matrix, matrix[1:, ::2], matrix[::-1].T, np.empty((0, 3)), np.zeros((), np.int8))
     agree = all(_fast_address(x) == _slow_address(x) for x in samples)
     return _fast_address if agree else _slow_address
 
@@ -246,24 +246,23 @@ _address = _choose_address()
 
 def numpy_dtype(kind: np.dtype) -> DType:
     """The DType of a NumPy dtype. Raises ArgumentError[A102]."""
-    found = _NUMPY_TYPES.get(kind)
-    if found is None:
-        found = _NUMPY_TYPES[kind] = _unusual_dtype(kind)
-    return found
+    if kind not in _NUMPY_TYPES:
+        _NUMPY_TYPES[kind] = _extension_dtype(kind)
+    return _NUMPY_TYPES[kind]
 
 
-def _unusual_dtype(kind: np.dtype) -> DType:
+def _extension_dtype(kind: np.dtype) -> DType:
     if not kind.isnative:
         raise ArgumentError(
             "A102",
             f"byte order of {kind.str} is not this machine's",
             hint="x.astype(x.dtype.newbyteorder('='))",
         )
-    found = _EXTENSION_TYPES.get(kind.name)
-    if found is None:
+    known = _EXTENSION_TYPES.get(kind.name)
+    if known is None:
         names = ", ".join(dtypes.ALL)
         raise ArgumentError("A102", f"arrays of {kind} cannot be used", hint=f"one of {names}")
-    return found
+    return known
 
 
 # ml_dtypes has an IEEE-like float8_e4m3 too: another format, refused.
@@ -292,7 +291,7 @@ def _numpy_type(dtype: DType) -> np.dtype:
 
 _FROM_TORCH: dict[Any, DType] = {}
 _TO_TORCH: dict[str, Any] = {}
-_TORCH_PLACES: dict[Any, str] = {}
+_TORCH_DEVICES: dict[Any, str] = {}
 
 
 def _learn_torch() -> None:
@@ -306,16 +305,15 @@ def _learn_torch() -> None:
 
 def _view_torch(x: Any) -> View:
     """Gradients are not looked at: the caller's data is read as `detach()` would give it."""
-    found = describe_torch(x)
+    v = describe_torch(x)
     if x.is_neg():
         raise ArgumentError("A107", "a lazily negated tensor is not dense", hint="x.resolve_neg()")
-    return found
+    return v
 
 
 def describe_torch(x: Any) -> View:
     """The View of a tensor's memory, whether or not its values are read as negated."""
-    place = x.device
-    device = _TORCH_PLACES.get(place) or _torch_place(place)
+    device = _TORCH_DEVICES.get(x.device) or _torch_device(x.device)
     known = _FROM_TORCH.get(x.dtype)
     if known is None:
         hint = f"one of {', '.join(dtypes.ALL)}"
@@ -335,7 +333,7 @@ def describe_torch(x: Any) -> View:
         ) from None  # fmt: skip
     if pointer % known.itemsize:
         refuse_alignment(pointer, known)
-    return made_view(pointer, known, tuple(x.shape), strides, device, x, False)
+    return make_view(pointer, known, tuple(x.shape), strides, device, x, False)
 
 
 def _refuse_fake(x: Any) -> View:
@@ -351,15 +349,15 @@ def _layout_torch(x: Any) -> tuple[Any, int, object]:
         return _layout_any(x)
 
 
-def _torch_place(place: Any) -> str:
-    if place.type == "meta":
+def _torch_device(device: Any) -> str:
+    if device.type == "meta":
         raise ArgumentError("A107", "a tensor on meta has no memory", hint="a tensor with values")
-    if place.type not in ("cpu", "cuda"):
-        raise ArgumentError("A105", f"tensors on {place} cannot be used", hint="cpu or cuda")
+    if device.type not in ("cpu", "cuda"):
+        raise ArgumentError("A105", f"tensors on {device} cannot be used", hint="cpu or cuda")
     if not _FROM_TORCH:
         _learn_torch()
-    named = "cpu" if place.type == "cpu" else f"cuda:{place.index or 0}"
-    return _TORCH_PLACES.setdefault(place, named)
+    name = "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+    return _TORCH_DEVICES.setdefault(device, name)
 
 
 # ---- finding the adapter ------------------------------------------------------------------------
@@ -443,18 +441,18 @@ _EXTENTS: dict[tuple[tuple[int, ...], tuple[int, ...], int], tuple[int, int]] = 
 def byte_range(v: View) -> tuple[int, int]:
     """First and last byte (exclusive) relative to the pointer; equal for an empty view."""
     key = (v.shape, v.strides, v.dtype.bits)
-    found = _EXTENTS.get(key)
-    if found is None:
+    span = _EXTENTS.get(key)
+    if span is None:
         low = high = 0
         for extent, stride in zip(v.shape, v.strides, strict=True):
-            reach = (extent - 1) * stride
-            low, high = low + min(reach, 0), high + max(reach, 0)
+            last = (extent - 1) * stride
+            low, high = low + min(last, 0), high + max(last, 0)
         item = v.dtype.itemsize
-        found = (low * item, (high + 1) * item) if v.size else (0, 0)
+        span = (low * item, (high + 1) * item) if v.size else (0, 0)
         if len(_EXTENTS) >= _STRIDES_KEPT:
             _EXTENTS.clear()
-        _EXTENTS[key] = found
-    return found
+        _EXTENTS[key] = span
+    return span
 
 
 def refuse_alignment(pointer: int, dtype: DType) -> None:
