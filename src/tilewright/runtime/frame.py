@@ -153,10 +153,11 @@ def _block(
 
 
 def _parameter(name: str, arguments: Arguments) -> int:
-    """A size or a stride; 0 for an argument, which each call fills in."""
-    parsed = names.given(name)
-    if parsed is None:
+    """A size or a stride; 0 for a tensor, whose address or number is filled in later."""
+    if name in arguments.dtypes:  # also a temporary, whose name the compiler has given
         return 0
+    parsed = names.given(name)
+    assert parsed is not None and parsed.kind in (names.SIZE, names.STRIDE), name
     if parsed.kind == names.SIZE:
         return arguments.sizes[parsed.owner]
     return arguments.views[parsed.owner].strides[parsed.number]
@@ -186,7 +187,7 @@ def _slots(
     structure_of = {t.name: t.structure for t in manifest.tensors}
     for block, stage in zip(blocks, manifest.stages, strict=True):
         for f, name in zip(params.fields, manifest.param_names, strict=False):
-            if names.given(name) is None:
+            if name in structure_of:
                 kind = "uint64" if f.type == "ptr" else f.type
                 c_type = _C_FLOATS.get(kind) or getattr(ctypes, f"c_{kind}")
                 slots.setdefault(name, []).append((c_type.from_buffer(block, f.offset), 0))

@@ -75,7 +75,10 @@ class Kernel:
         outs = () if out is None else out if isinstance(out, tuple) else (out,)
         key, addresses, owners = self._layout(args, outs)
         frames = self._frames.get(key)
-        frame = frames.pop() if frames else self._build_frame(args, outs)
+        try:
+            frame = frames.pop() if frames else self._build_frame(args, outs)
+        except IndexError:  # another thread has taken the last idle frame
+            frame = self._build_frame(args, outs)
         outputs = self._fill(frame, addresses, args, outs)
         frame.run()
         del owners  # the memory was in use until here
