@@ -43,12 +43,12 @@ needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not ins
 @pytest.mark.parametrize("arch", CUDA_ARCHS)
 def test_compiles_for_every_architecture(arch: str, tmp_path: Path) -> None:
     with knobs.scope(cache_dir=tmp_path):
-        first = cuda.compile_cuda(SOURCE, arch=arch, headers=HEADERS)
+        first = nvrtc.compile_cuda(SOURCE, arch=arch, headers=HEADERS)
         assert first.image.startswith(b"\x7fELF")
         assert first.resources["axpy"].registers > 0
         assert first.resources["axpy"].spill_bytes == 0
         compiled = disk_cache.stats.compiled
-        assert cuda.compile_cuda(SOURCE, arch=arch, headers=HEADERS) == first
+        assert nvrtc.compile_cuda(SOURCE, arch=arch, headers=HEADERS) == first
         assert disk_cache.stats.compiled == compiled
 
 
@@ -57,10 +57,10 @@ def test_headers_and_flags_are_in_the_key(tmp_path: Path) -> None:
     source = '#include "n.cuh"\nextern "C" __global__ void k(float* y) { *y = N; }\n'
     with knobs.scope(cache_dir=tmp_path):
         images = {
-            cuda.compile_cuda(source, arch="sm_90a", headers={"n.cuh": text}, flags=flags).image
+            nvrtc.compile_cuda(source, arch="sm_90a", headers={"n.cuh": text}, flags=flags).image
             for text, flags in (("#define N 1\n", ()), ("#define N 2\n", ()))
         }
-        cuda.compile_cuda("extern \"C\" __global__ void k(float* y) { *y = N; }\n", arch="sm_90a",
+        nvrtc.compile_cuda("extern \"C\" __global__ void k(float* y) { *y = N; }\n", arch="sm_90a",
                           flags=("--define-macro=N=3",))  # fmt: skip
     assert len(images) == 2
 
@@ -70,7 +70,7 @@ def test_cuda_headers_are_found() -> None:
     source = "#include <cuda_bf16.h>\n" + (
         'extern "C" __global__ void k(__nv_bfloat16* y, float x) { *y = __float2bfloat16(x); }\n'
     )
-    assert "k" in cuda.compile_cuda(source, arch="sm_80").resources
+    assert "k" in nvrtc.compile_cuda(source, arch="sm_80").resources
 
 
 @needs_nvrtc
@@ -88,17 +88,17 @@ extern "C" __global__ void __launch_bounds__(1024, 2) crowded(float* y, int n) {
 }
 extern "C" __global__ void plain(float* y) { *y = 1; }
 """
-    found = cuda.compile_cuda(source, arch="sm_90a").resources
+    found = nvrtc.compile_cuda(source, arch="sm_90a").resources
     assert found["crowded"].smem == 4000
     assert found["crowded"].spill_bytes > 0
     assert found["crowded"].registers <= 32
-    assert found["plain"] == cuda.Resources(registers=found["plain"].registers)
+    assert found["plain"] == nvrtc.Resources(registers=found["plain"].registers)
 
 
 @needs_nvrtc
 def test_refused_source_is_kept(tmp_path: Path) -> None:
     with knobs.scope(cache_dir=tmp_path), pytest.raises(BuildError) as caught:
-        cuda.compile_cuda("int x = nonsense;\n", arch="sm_90a")
+        nvrtc.compile_cuda("int x = nonsense;\n", arch="sm_90a")
     assert caught.value.code == "B101"
     assert "nonsense" in caught.value.message
     assert Path(caught.value.where).read_text(encoding="utf-8").startswith("int x = nonsense;\n")
@@ -107,7 +107,7 @@ def test_refused_source_is_kept(tmp_path: Path) -> None:
 @needs_nvrtc
 def test_unknown_architecture_is_refused() -> None:
     with pytest.raises(BuildError, match="B101"):
-        cuda.compile_cuda(SOURCE, arch="sm_1", headers=HEADERS)
+        nvrtc.compile_cuda(SOURCE, arch="sm_1", headers=HEADERS)
 
 
 def test_a_missing_compiler_names_the_extra(
@@ -185,7 +185,7 @@ def axpy(request: pytest.FixtureRequest) -> cuda.Function:
     if request.param == "fake":
         request.getfixturevalue("fake")
         return cuda.load_cubin(b"\x7fELF").function("axpy")
-    cubin = cuda.compile_cuda(SOURCE, arch=cuda.device_arch(), headers=HEADERS)
+    cubin = nvrtc.compile_cuda(SOURCE, arch=cuda.device_arch(), headers=HEADERS)
     return cuda.load_cubin(cubin.image).function("axpy")
 
 
@@ -348,7 +348,7 @@ def test_cuda_array_interface(fake: ctypes.CDLL) -> None:
 @pytest.mark.gpu
 def test_torch_shares_context_and_stream(rng: np.random.Generator) -> None:
     torch = pytest.importorskip("torch")
-    cubin = cuda.compile_cuda(SOURCE, arch=cuda.device_arch(), headers=HEADERS)
+    cubin = nvrtc.compile_cuda(SOURCE, arch=cuda.device_arch(), headers=HEADERS)
     kernel = cuda.load_cubin(cubin.image).function("axpy")
     x = torch.from_numpy(rng.standard_normal(1000).astype(np.float32)).cuda()
     side = torch.cuda.Stream()

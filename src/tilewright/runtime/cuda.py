@@ -18,30 +18,8 @@ import numpy as np
 from tilewright.dtypes import DType
 from tilewright.dtypes import dtype as to_dtype
 from tilewright.errors import ArgumentError, BuildError
-from tilewright.runtime.driver import Device, device, driver
+from tilewright.runtime.driver import device, driver
 from tilewright.toolchain import nvrtc
-from tilewright.toolchain.nvrtc import Cubin, Resources, compile_cuda
-
-__all__ = [
-    "Cubin",
-    "Device",
-    "DeviceArray",
-    "Function",
-    "Graph",
-    "Launch",
-    "Module",
-    "Resources",
-    "available",
-    "compile_cuda",
-    "current_device",
-    "current_stream",
-    "describe",
-    "device",
-    "device_arch",
-    "device_name",
-    "load_cubin",
-    "synchronize",
-]
 
 Dim3 = tuple[int, int, int]
 
