@@ -127,9 +127,6 @@ class FakeFunction:
     def __init__(self, variant, launched):
         self.variant, self.launched = variant, launched
 
-    def allow_smem(self, nbytes):
-        pass
-
     def prepare(self, grid, block, smem_bytes, params):
         return SimpleNamespace(run_active=lambda stream: self.launched.append(self.variant))
 
@@ -231,3 +228,13 @@ def test_calls_of_many_threads(rng):
     finally:
         sys.setswitchinterval(interval)
     assert not faults, faults[0]
+
+
+def test_an_address_on_a_gpu_that_is_no_multiple_of_the_element(launched):
+    kernel = built(scaled, "cuda:sm_80", CudaLauncher(lambda variants: b""))
+    arrays = [OnGpu(shape, base) for (shape, *_), base in zip(PLAIN, BASES, strict=True)]
+    for past in (1, 2, 3):
+        arrays[1].base = BASES[1] + past
+        with pytest.raises(tw.TilewrightError, match=r"A104.*not aligned to 4 bytes"):
+            kernel(*arrays[:2], 2.0, out=arrays[2])
+    assert not launched

@@ -64,22 +64,19 @@ class Arguments:
         if v.dtype != dtype and not _same_bits(v, dtype):
             raise _wrong_dtype(spec, dtype, v.dtype)
         if len(v.shape) != len(spec.dims):
-            raise _error(
-                "A103", f"{name} has {len(v.shape)} dimensions, expected {_dims(spec)}", name
-            )
+            text = f"{name} has {len(v.shape)} dimensions, expected {_dims(spec)}"
+            raise _error("A103", text, name)
         self._add_sizes(spec, v.shape)
         if spec.dims and not spec.strided and v.strides[-1] != 1 and v.shape[-1] > 1 and v.size:
             hint = "make it contiguous (np.ascontiguousarray, .contiguous())"
-            raise _error(
-                "A104", f"the last dimension of {name} has stride {v.strides[-1]}", name, hint
-            )
+            text = f"the last dimension of {name} has stride {v.strides[-1]}"
+            raise _error("A104", text, name, hint)
         if written and v.readonly:
             raise _error("A104", f"{name} is written to but is read-only", name)
         if written and _may_alias_itself(v):
             hint = "written arrays are not broadcast views: make a copy"
-            raise _error(
-                "A104", f"elements of {name} share memory: strides {v.strides}", name, hint
-            )
+            text = f"elements of {name} share memory: strides {v.strides}"
+            raise _error("A104", text, name, hint)
         self._add_device(v.device, name)
         self.views[name] = v
 
@@ -87,23 +84,19 @@ class Arguments:
         name = spec.name
         s = getattr(arg, "structure", None)
         if s is None:
-            hint = "pack it: fmt.pack(matrix)"
-            raise _error(
-                "A106", f"{name} is sparse but a {type(arg).__name__} was given", name, hint
-            )
+            text = f"{name} is sparse but a {type(arg).__name__} was given"
+            raise _error("A106", text, name, "pack it: fmt.pack(matrix)")
         expected = dict(self.manifest.formats)[spec.structure]
         if repr(s.format) != expected:
-            hint = "decompose() with that format, or pack with this one"
             text = f"{name} is packed as {s.format}, the kernel was built for {expected}"
-            raise _error("A106", text, name, hint)
+            raise _error("A106", text, name, "decompose() with that format, or pack with this one")
         if self.structures.setdefault(spec.structure, s) is not s:
-            hint = "make it with A.with_values(…)"
-            raise _error("A106", f"{name} must share the structure of {spec.structure}", name, hint)
+            text = f"{name} must share the structure of {spec.structure}"
+            raise _error("A106", text, name, "make it with A.with_values(…)")
         index = self.manifest.index
         if s.index_dtype.name != index:
-            hint = f'build with .typed(index="{s.index_dtype}")'
             text = f"{name} has {s.index_dtype} coordinates, the kernel was built for {index}"
-            raise _error("A102", text, name, hint)
+            raise _error("A102", text, name, f'build with .typed(index="{s.index_dtype}")')
         if arg.dtype != self.dtypes[name]:
             raise _wrong_dtype(spec, self.dtypes[name], arg.dtype)
         self._add_sizes(spec, s.shape)
@@ -164,13 +157,10 @@ def _check_fill(spec: TensorSpec, arg: Any) -> None:
     same = arg.fill == spec.fill or (arg.fill != arg.fill and spec.fill != spec.fill)
     if same or all(f.is_exact for f in arg.structure.format.formats):
         return
-    raise _error(
-        "A106",
-        f"{spec.name} is packed as {arg.structure.format} with fill={arg.fill:g}, the program "
-        f"declares fill={spec.fill:g}",
-        spec.name,
-        f'pack(matrix, fill={spec.fill:g}), in Python float("{spec.fill:g}")',
-    )
+    text = f"{spec.name} is packed as {arg.structure.format} with fill={arg.fill:g}, the program "
+    text += f"declares fill={spec.fill:g}"
+    hint = f'pack(matrix, fill={spec.fill:g}), in Python float("{spec.fill:g}")'
+    raise _error("A106", text, spec.name, hint)
 
 
 def value_spans(name: str, packed: Any) -> list[Span]:
@@ -189,10 +179,8 @@ def check_overlaps(written: Sequence[Span], read: Sequence[Span]) -> None:
         for other, first, last in (*written[:n], *read):
             if low < last and first < high and low < high and first < last:
                 role = "output" if (other, first, last) in written else "input"
-                raise ArgumentError(
-                    "A108", f"the output {name} overlaps the {role} {other}", where="out",
-                    hint="give it memory of its own",
-                )  # fmt: skip
+                text = f"the output {name} overlaps the {role} {other}"
+                raise ArgumentError("A108", text, where="out", hint="give it memory of its own")
 
 
 def _may_alias_itself(v: View) -> bool:

@@ -1,7 +1,7 @@
 """CUDA on the device: modules, launches, graphs, and memory where no framework gives any.
 
-Compiling (`compile_cuda`) works on any machine; all else needs a driver and says so (B102).
-Kernels take one struct by value, so a launch has one parameter: the address of its bytes.
+Functions raise BuildError[B102] where there is no driver. Kernels take one struct by value, so a
+launch has one parameter: the address of its bytes.
 """
 
 from __future__ import annotations
@@ -90,8 +90,7 @@ def synchronize(stream: int = 0, ordinal: int = 0) -> None:
 
 def describe() -> list[tuple[str, str]]:
     """What `tilewright env` prints of CUDA: the compiler, the driver, each GPU."""
-    lines: list[tuple[str, str]] = []
-    lines.append(("NVRTC", nvrtc.toolkit_version() if nvrtc.available() else "not installed"))
+    lines = [("NVRTC", nvrtc.toolkit_version() if nvrtc.available() else "not installed")]
     try:
         version = driver().integer("cuDriverGetVersion")
         count = driver().integer("cuDeviceGetCount")
@@ -172,7 +171,7 @@ class _Config(ctypes.Structure):
 
 
 class Launch:
-    """A kernel with its grid and parameters: `run(stream)` launches it.
+    """A kernel with its grid and parameters: `run(stream)` launches it on a stream.
 
     The bytes of `params` are read at each `run`, so they may be rewritten between two.
     A grid with a zero launches nothing.
@@ -231,23 +230,19 @@ class Graph:
         self._handle = 0
         self.device.activate()
         stream = api.handle("cuStreamCreate", _STREAM_NON_BLOCKING)
+        graph = c_void_p()
         try:
             api.call("cuStreamBeginCapture_v2", stream, _CAPTURE_THREAD_LOCAL)
             try:
                 record(stream)
-            except BaseException:
-                graph = c_void_p()
-                api.functions["cuStreamEndCapture"](stream, ctypes.byref(graph))
-                if graph.value:
-                    api.functions["cuGraphDestroy"](graph)
-                raise
-            recorded = c_void_p()
-            api.call("cuStreamEndCapture", stream, ctypes.byref(recorded))
-            try:
-                self._handle = api.handle("cuGraphInstantiateWithFlags", recorded, 0)
             finally:
-                api.functions["cuGraphDestroy"](recorded)
+                code = api.functions["cuStreamEndCapture"](stream, ctypes.byref(graph))
+            if code:
+                api.fail("cuStreamEndCapture", code)
+            self._handle = api.handle("cuGraphInstantiateWithFlags", graph, 0)
         finally:
+            if graph.value:
+                api.functions["cuGraphDestroy"](graph)
             api.functions["cuStreamDestroy_v2"](stream)
 
     @classmethod
@@ -361,12 +356,9 @@ class DeviceArray:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {
-            "shape": self.shape,
-            "typestr": self.dtype.numpy.str,
-            "data": (self.pointer, False),
-            "strides": None,
-            "version": 3,
-        }
+            "shape": self.shape, "typestr": self.dtype.numpy.str, "data": (self.pointer, False),
+            "strides": None, "version": 3,
+        }  # fmt: skip
 
     def _stream(self, stream: int | None) -> int:
         self.device.activate()

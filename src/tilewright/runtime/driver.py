@@ -6,6 +6,7 @@ needs no package. Nothing here runs at import; `driver()` loads the library and 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import threading
@@ -70,16 +71,13 @@ class Driver:
                 function.argtypes, function.restype = arguments, c_int
                 self.functions[name] = function
         except AttributeError as error:
-            raise BuildError(
-                "B102", f"the CUDA driver is too old: {error}", hint="CUDA 12.0 or newer is needed"
-            ) from None
+            text = f"the CUDA driver is too old: {error}"
+            raise BuildError("B102", text, hint="CUDA 12.0 or newer is needed") from None
         code = self.functions["cuInit"](0)
         if code:
-            raise BuildError(
-                "B102",
-                f"the CUDA driver does not start: {self.error_name(code)}",
-                hint="is there an NVIDIA GPU? The cpp and interp targets need none",
-            )
+            text = f"the CUDA driver does not start: {self.error_name(code)}"
+            hint = "is there an NVIDIA GPU? The cpp and interp targets need none"
+            raise BuildError("B102", text, hint=hint)
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function. Raises BuildError[B104] with the driver's name for the failure."""
@@ -114,15 +112,10 @@ class Driver:
 
 def _load() -> ctypes.CDLL:
     for name in LIBRARIES:
-        try:
+        with contextlib.suppress(OSError):
             return ctypes.CDLL(name)
-        except OSError:
-            continue
-    raise BuildError(
-        "B102",
-        "there is no CUDA driver (libcuda.so.1 is not found)",
-        hint="running CUDA kernels needs an NVIDIA GPU; compiling them does not",
-    )
+    hint = "running CUDA kernels needs an NVIDIA GPU; compiling them does not"
+    raise BuildError("B102", "there is no CUDA driver (libcuda.so.1 is not found)", hint=hint)
 
 
 _lock = threading.RLock()

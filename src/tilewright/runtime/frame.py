@@ -35,12 +35,16 @@ _C_FLOATS = {"float32": ctypes.c_float, "float64": ctypes.c_double}
 
 @dataclass(slots=True)
 class Output:
-    """One output of a frame: `allocate(inputs[like])` makes it in the framework of that input."""
+    """An output of a frame: `allocate(inputs[like])` makes it in the framework of that input."""
 
     spec: TensorSpec
     slots: Sequence[Slot]
     like: int
     allocate: Callable[[Any], Any]
+
+
+def _not_prepared() -> None:
+    raise AssertionError("a launcher prepares the frame before it runs")
 
 
 @dataclass(slots=True)
@@ -68,7 +72,7 @@ class Frame:
     values: list[tuple[Any, int, int]]  # and the part
     numbers: list[tuple[int, list[Any]]]
     spans: dict[str, tuple[int, int]]
-    run: Callable[[], None]
+    run: Callable[[], None] = _not_prepared  # set by the launcher
 
 
 def build_frame(
@@ -115,12 +119,7 @@ def build_frame(
             if not t.dims and not t.structure
         ],
         spans={name: byte_range(v) for name, v in arguments.views.items()},
-        run=_not_prepared,
     )
-
-
-def _not_prepared() -> None:
-    raise AssertionError("a launcher prepares the frame before it runs")
 
 
 def _block(
@@ -221,10 +220,8 @@ def _output(
     if dense:
         return Output(spec, slots, dense[0], allocator(args[dense[0]], shape, dtype))
     if not sparse and not v.pointer and v.size:
-        raise ArgumentError(
-            "A101", f"{spec.name} cannot be allocated: no argument is an array", where="out",
-            hint="pass out=",
-        )  # fmt: skip
+        text = f"{spec.name} cannot be allocated: no argument is an array"
+        raise ArgumentError("A101", text, where="out", hint="pass out=")
     like = sparse[0] if sparse else 0
     return Output(spec, slots, like, lambda packed: allocate(packed.values[0], shape, dtype))
 

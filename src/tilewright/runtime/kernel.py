@@ -153,11 +153,11 @@ class Kernel:
         arguments = Arguments(self.manifest, self._dtypes)
         for spec, arg in zip(self.inputs, args, strict=True):
             arguments.add_input(spec, arg)
-        if outs and len(outs) != len(self.results):
-            raise ArgumentError(
-                "A101", f"{len(outs)} outputs given, {len(self.results)} expected", where="out"
-            )
-        for spec, array in zip(self.results, outs or [None] * len(self.results), strict=True):
+        outs = outs or (None,) * len(self.results)
+        if len(outs) != len(self.results):
+            text = f"{len(outs)} outputs given, {len(self.results)} expected"
+            raise ArgumentError("A101", text, where="out")
+        for spec, array in zip(self.results, outs, strict=True):
             arguments.add_output(spec, array)
         for spec in self.temps:
             arguments.add_output(spec, None)

@@ -7,7 +7,7 @@ kernels into one native call.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tilewright.errors import ArgumentError
@@ -66,11 +66,7 @@ class CpuLauncher(Launcher):
         ]
 
     def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
-        listed = self.launches(kernel, frame)
-        array = pools.launch_array(listed)
-        frame.keep.append(array)
-        run, address, count = self.pool.run, ctypes.addressof(array), len(listed)
-        return lambda: run(address, count)
+        return self.pool.prepare(self.launches(kernel, frame))
 
 
 class CudaLauncher(Launcher):
@@ -83,16 +79,11 @@ class CudaLauncher(Launcher):
         self._functions: dict[tuple[int, tuple[str, ...]], list[cuda.Function]] = {}
 
     def functions(self, kernel: Kernel, frame: Frame) -> list[cuda.Function]:
-        ordinal = int(frame.device.partition(":")[2] or 0)
-        functions = self._functions.get((ordinal, frame.variants))
-        if functions is None:
-            module = cuda.load_cubin(self.image(frame.variants), ordinal)
-            functions = [module.function(s.entry) for s in kernel.manifest.stages]
-            for f, s in zip(functions, kernel.manifest.stages, strict=True):
-                if s.smem_bytes > 48 * 1024:
-                    f.allow_smem(s.smem_bytes)
-            self._functions[ordinal, frame.variants] = functions
-        return functions
+        key = _ordinal(frame), frame.variants
+        if key not in self._functions:
+            module = cuda.load_cubin(self.image(frame.variants), key[0])
+            self._functions[key] = [module.function(s.entry) for s in kernel.manifest.stages]
+        return self._functions[key]
 
     def launches(self, kernel: Kernel, frame: Frame) -> list[cuda.Launch]:
         stages = kernel.manifest.stages
@@ -105,25 +96,34 @@ class CudaLauncher(Launcher):
         ]
 
     def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
-        listed = self.launches(kernel, frame)
-        gpu = cuda.device(int(frame.device.partition(":")[2] or 0))
-        ordinal, activate, current = gpu.ordinal, gpu.activate, cuda.current_stream
-        launches = [one.run_active for one in listed]
+        launches = [one.run_active for one in self.launches(kernel, frame)]
+        ordinal = _ordinal(frame)
+        activate, current_stream = cuda.device(ordinal).activate, cuda.current_stream
 
         def run() -> None:
             activate()
-            stream = current(ordinal)
+            stream = current_stream(ordinal)
             for launch in launches:
                 launch(stream)
 
         return run
 
 
-def _is_interpreted(b: Any) -> bool:
-    """Whether a bound call has no native code, so that it cannot join a list of launches."""
-    if isinstance(b, Bound):
-        return not isinstance(b.kernel.launcher, (CpuLauncher, CudaLauncher))
-    return hasattr(b, "launch") and b.launch is None
+def _ordinal(frame: Frame) -> int:
+    return int(frame.device.partition(":")[2] or 0)
+
+
+def _recorded(bound: Any) -> Sequence[Any] | None:
+    """The launches of a bound call; None for one without native code. Raises ArgumentError."""
+    if isinstance(bound, Bound):
+        native = isinstance(bound.kernel.launcher, (CpuLauncher, CudaLauncher))
+        return bound.kernel.launcher.launches(bound.kernel, bound.frame) if native else None
+    if isinstance(bound, (tuple, cuda.Launch)):
+        return (bound,)
+    if not hasattr(bound, "launch"):
+        text = f"a step records bound calls, not {type(bound).__name__}"
+        raise ArgumentError("A107", text, where="bounds", hint="kernel.bind(…)")
+    return None if bound.launch is None else (bound.launch,)
 
 
 class Step:
@@ -137,39 +137,24 @@ class Step:
 
     def __init__(self, bounds: Iterable[Any]) -> None:
         self.keep = list(bounds)
-        listed: list[Any] = []
-        for b in self.keep:
-            if not (isinstance(b, (Bound, tuple, cuda.Launch)) or hasattr(b, "launch")):
-                raise ArgumentError(
-                    "A107", f"a step records bound calls, not {type(b).__name__}", where="bounds",
-                    hint="kernel.bind(…)",
-                )  # fmt: skip
-        if any(map(_is_interpreted, self.keep)):
+        recorded = [_recorded(b) for b in self.keep]
+        launches = [launch for of_bound in recorded for launch in of_bound or ()]
+        self.count = len(launches)
+        if None in recorded:
             self.count = len(self.keep)
-            self._go = self._one_by_one
-            return
-        for b in self.keep:
-            listed += (
-                b.kernel.launcher.launches(b.kernel, b.frame)
-                if isinstance(b, Bound)
-                else [getattr(b, "launch", b)]
-            )
-        self.count = len(listed)
-        if listed and not isinstance(listed[0], tuple):
-            graph = cuda.Graph.of(listed)
-            self._go = lambda: graph.launch(cuda.current_stream())
-            return
-        array = pools.launch_array(listed)
-        self.keep.append(array)
-        run, address, count = pools.pool().run, ctypes.addressof(array), len(listed)
-        self._go = lambda: run(address, count)
+            self._run = self._call_each
+        elif launches and not isinstance(launches[0], tuple):
+            graph = cuda.Graph.of(launches)
+            self._run = lambda: graph.launch(cuda.current_stream())
+        else:
+            self._run = pools.pool().prepare(launches)
 
-    def _one_by_one(self) -> None:
+    def _call_each(self) -> None:
         for bound in self.keep:
             bound()
 
     def __call__(self) -> None:
-        self._go()
+        self._run()
 
     def __repr__(self) -> str:
         return f"<step of {self.count} launches>"

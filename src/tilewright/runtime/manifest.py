@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from tilewright.errors import InternalError
@@ -98,16 +98,11 @@ def rows_offset(params: Struct) -> int:
 # ---------------------------------------------------------------------------- on disk
 
 
-def manifest_text(manifest: Manifest) -> dict[str, Any]:
-    """A manifest as JSON holds it; `manifest_from` reads it back."""
-    return asdict(manifest)
-
-
-def manifest_from(held: dict[str, Any]) -> Manifest:
-    """The manifest that `manifest_text` wrote, equal to it."""
-    tensors = tuple(TensorSpec(**_tuples(t)) for t in held["tensors"])
-    stages = tuple(StageSpec(**_tuples(s)) for s in held["stages"])
-    return Manifest(**_tuples(held) | {"tensors": tensors, "stages": stages})
+def manifest_from(fields: dict[str, Any]) -> Manifest:
+    """The manifest whose `dataclasses.asdict` JSON holds, equal to it."""
+    tensors = tuple(TensorSpec(**_tuples(t)) for t in fields["tensors"])
+    stages = tuple(StageSpec(**_tuples(s)) for s in fields["stages"])
+    return Manifest(**_tuples(fields) | {"tensors": tensors, "stages": stages})
 
 
 def _tuples(x: Any) -> Any:
@@ -126,16 +121,14 @@ _OPERATORS: dict[str, Callable[[int, int], int]] = {
 
 
 def unit_count(count: Count, values: Mapping[str, int]) -> int:
-    """The number of units that a `Count` stands for, with sizes and counts by name. Raises
-    InternalError[I101] for anything else: a cache file holds what it holds."""
+    """The value of a `Count`; `values` are sizes and counts by name. Raises InternalError[I101] for
+    any other object, as a damaged cache file may hold."""
     if type(count) is int:
         return count
     if type(count) is str and count in values:
         return values[count]
-    if type(count) is tuple and len(count) == 3 and type(count[0]) is str:
-        apply = _OPERATORS.get(count[0])
-        if apply is not None:
-            return apply(unit_count(count[1], values), unit_count(count[2], values))
-    raise InternalError(
-        "I101", f"{count!r} is no number of units", hint="run tilewright cache clear"
-    )
+    if type(count) is tuple and len(count) == 3 and count[0] in _OPERATORS:
+        apply, a, b = _OPERATORS[count[0]], *count[1:]
+        return apply(unit_count(a, values), unit_count(b, values))
+    text = f"{count!r} is no number of units"
+    raise InternalError("I101", text, hint="run tilewright cache clear")

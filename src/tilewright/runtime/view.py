@@ -73,10 +73,9 @@ def view(x: object) -> View:
 def check_memory(pointer: int | None, shape: Sequence[int]) -> None:
     """Refuses elements at a null address. Raises ArgumentError[A107]."""
     if not pointer and math.prod(shape):
-        raise ArgumentError(
-            "A107", f"an array of shape {tuple(shape)} without memory: its address is null",
-            hint="a meta or fake tensor has no values, a freed storage none any more",
-        )  # fmt: skip
+        text = f"an array of shape {tuple(shape)} without memory: its address is null"
+        hint = "a meta or fake tensor has no values, a freed storage none any more"
+        raise ArgumentError("A107", text, hint=hint)
 
 
 def layout(x: object) -> tuple[Any, int, object]:
@@ -192,10 +191,7 @@ def _view_numpy(x: np.ndarray) -> View:
         if len(_STRIDES) >= _STRIDES_KEPT:
             _STRIDES.clear()
         _STRIDES[key] = strides
-    pointer = _address(x)
-    if pointer % kind.itemsize:
-        refuse_alignment(pointer, known)
-    return make_view(pointer, known, x.shape, strides, "cpu", x, not x.flags.writeable)
+    return make_view(_address(x), known, x.shape, strides, "cpu", x, not x.flags.writeable)
 
 
 def make_view(
@@ -207,9 +203,13 @@ def make_view(
     owner: object,
     readonly: bool,
 ) -> View:
-    """A View. Raises ArgumentError[A107] for elements at a null address."""
+    """A View. Raises ArgumentError: A107 for elements at a null address, A104 for an address that
+    is not aligned to the element."""
     if not pointer:
         check_memory(pointer, shape)
+    if pointer % dtype.itemsize:
+        text = f"the data at {pointer:#x} is not aligned to {dtype.itemsize} bytes of {dtype}"
+        raise ArgumentError("A104", text, hint="copy the array")
     return View(pointer, dtype, shape, strides, device, owner, readonly)
 
 
@@ -253,16 +253,12 @@ def numpy_dtype(kind: np.dtype) -> DType:
 
 def _extension_dtype(kind: np.dtype) -> DType:
     if not kind.isnative:
-        raise ArgumentError(
-            "A102",
-            f"byte order of {kind.str} is not this machine's",
-            hint="x.astype(x.dtype.newbyteorder('='))",
-        )
-    known = _EXTENSION_TYPES.get(kind.name)
-    if known is None:
+        hint = "x.astype(x.dtype.newbyteorder('='))"
+        raise ArgumentError("A102", f"byte order of {kind.str} is not this machine's", hint=hint)
+    if kind.name not in _EXTENSION_TYPES:
         names = ", ".join(dtypes.ALL)
         raise ArgumentError("A102", f"arrays of {kind} cannot be used", hint=f"one of {names}")
-    return known
+    return _EXTENSION_TYPES[kind.name]
 
 
 # ml_dtypes has an IEEE-like float8_e4m3 too: another format, refused.
@@ -321,18 +317,14 @@ def describe_torch(x: Any) -> View:
             hint = "real numbers: torch.view_as_real(x.resolve_conj()) has two for each"
         raise ArgumentError("A102", f"tensors of {x.dtype} cannot be used", hint=hint)
     if x.is_nested:
-        raise ArgumentError(
-            "A107", "a nested tensor is not a dense array", hint="x.to_padded_tensor(0.0)"
-        )
+        hint = "x.to_padded_tensor(0.0)"
+        raise ArgumentError("A107", "a nested tensor is not a dense array", hint=hint)
     try:
         pointer, strides = x.data_ptr(), x.stride()
     except RuntimeError as error:  # sparse tensors have no strides
-        raise ArgumentError(
-            "A107", f"this {type(x).__name__} is not a dense array: {error}",
-            hint="x.to_dense(), or pack it with a format",
-        ) from None  # fmt: skip
-    if pointer % known.itemsize:
-        refuse_alignment(pointer, known)
+        text = f"this {type(x).__name__} is not a dense array: {error}"
+        hint = "x.to_dense(), or pack it with a format"
+        raise ArgumentError("A107", text, hint=hint) from None
     return make_view(pointer, known, tuple(x.shape), strides, device, x, False)
 
 
@@ -419,11 +411,8 @@ def element_strides(
     """Strides in elements from strides in bytes; that of an axis of one element is never used.
     Raises ArgumentError[A104]."""
     if any(step % itemsize and n > 1 for step, n in zip(steps, shape, strict=True)):
-        raise ArgumentError(
-            "A104",
-            f"strides {steps} (bytes) are no multiples of the {itemsize}-byte element",
-            hint="copy the array",
-        )
+        text = f"strides {steps} (bytes) are no multiples of the {itemsize}-byte element"
+        raise ArgumentError("A104", text, hint="copy the array")
     return tuple(step // itemsize for step in steps)
 
 
@@ -435,29 +424,10 @@ def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-_EXTENTS: dict[tuple[tuple[int, ...], tuple[int, ...], int], tuple[int, int]] = {}
-
-
 def byte_range(v: View) -> tuple[int, int]:
     """First and last byte (exclusive) relative to the pointer; equal for an empty view."""
-    key = (v.shape, v.strides, v.dtype.bits)
-    span = _EXTENTS.get(key)
-    if span is None:
-        low = high = 0
-        for extent, stride in zip(v.shape, v.strides, strict=True):
-            last = (extent - 1) * stride
-            low, high = low + min(last, 0), high + max(last, 0)
-        item = v.dtype.itemsize
-        span = (low * item, (high + 1) * item) if v.size else (0, 0)
-        if len(_EXTENTS) >= _STRIDES_KEPT:
-            _EXTENTS.clear()
-        _EXTENTS[key] = span
-    return span
-
-
-def refuse_alignment(pointer: int, dtype: DType) -> None:
-    raise ArgumentError(
-        "A104",
-        f"the data at {pointer:#x} is not aligned to {dtype.itemsize} bytes of {dtype}",
-        hint="copy the array",
-    )
+    if not v.size:
+        return 0, 0
+    last = [(extent - 1) * stride for extent, stride in zip(v.shape, v.strides, strict=True)]
+    low, high = sum(min(n, 0) for n in last), sum(max(n, 0) for n in last)
+    return low * v.dtype.itemsize, (high + 1) * v.dtype.itemsize
