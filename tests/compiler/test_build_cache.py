@@ -84,7 +84,7 @@ def split_by(n: int, rest: str = "cut"):
 
 def kept() -> int:
     """Kernels in the cache."""
-    return sum(e.kind == program_cache.KIND for e in disk_cache.entries())
+    return sum(e.kind == program_cache.KIND for e in disk_cache.current().entries())
 
 
 # ---------------------------------------------------------------------------- keys
@@ -375,7 +375,7 @@ def test_a_refused_recipe_is_refused_again() -> None:
 
 def test_a_damaged_entry_is_a_miss(lowered: list[str]) -> None:
     spmm.build("interp")
-    entry = next(e for e in disk_cache.entries() if e.kind == program_cache.KIND)
+    entry = next(e for e in disk_cache.current().entries() if e.kind == program_cache.KIND)
     whole = entry.path.read_bytes()
     held = json.loads(whole[: whole.index(b"\n")])
     entry.path.write_bytes(whole.replace(b'"spmm"', b'"evil"'))
@@ -487,7 +487,7 @@ def test_other_values_are_no_numbers_of_units(count: Any) -> None:
 def test_a_file_with_other_units_is_refused() -> None:
     """A sound trailer around what no compiler wrote: the kernel does not run."""
     spmm.build("interp")
-    entry = next(e for e in disk_cache.entries() if e.kind == program_cache.KIND)
+    entry = next(e for e in disk_cache.current().entries() if e.kind == program_cache.KIND)
     data = disk_cache.get(program_cache.KIND, entry.key)
     assert data is not None
     head, _, source = data.partition(b"\n")

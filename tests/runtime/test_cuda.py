@@ -161,7 +161,7 @@ def _include_folder() -> str | None:
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     """The driver of `fake_driver.cpp` in place of the machine's; checks that all is given back."""
     folder = _include_folder()
-    if folder is None or not compilers.has_compiler():
+    if not folder or not compilers.has_compiler():
         pytest.skip("the fake driver needs a C++ compiler and cuda.h")
     source = Path(__file__).with_name("fake_driver.cpp").read_text(encoding="utf-8")
     flags = (f"-I{folder}", "-Wall", "-Wextra", "-Werror")

@@ -27,7 +27,7 @@ def cache(args: argparse.Namespace) -> int:
     """List the entries of the current cache, newest last, or remove them."""
     folder = disk_cache.current().folder
     if args.action == "clear":
-        removed = disk_cache.clear()
+        removed = disk_cache.current().clear()
         print(
             json.dumps({"folder": str(folder), "removed": removed})
             if args.json
@@ -35,7 +35,7 @@ def cache(args: argparse.Namespace) -> int:
         )
         return 0
     rows = []
-    for entry in disk_cache.entries():
+    for entry in disk_cache.current().entries():
         try:
             rows.append((entry.path.stat().st_mtime, entry))
         except OSError:  # another process has just removed it
