@@ -22,7 +22,7 @@ from tilewright.ir.levels import Compressed, Dense
 from tilewright.ir.rewrite import add
 from tilewright.ops import recipes
 from tilewright.runtime.kernel import Kernel
-from tilewright.runtime.manifest import Manifest, manifest_from, manifest_text, unit_count
+from tilewright.runtime.manifest import Manifest, manifest_from, unit_count
 from tilewright.target import target
 from tilewright.toolchain import compilers, disk_cache, program_cache
 
@@ -432,7 +432,7 @@ def test_manifests_survive_json() -> None:
     for d in (spmm, spmm.decompose(A=tw.hyb(2, long_rows="split")), spmm_max.typed(index="int64"),
               spmm.schedule(lambda s: s.specialize("d", 16))):  # fmt: skip
         manifest = d.build("interp").manifest
-        back = manifest_from(json.loads(json.dumps(manifest_text(manifest))))
+        back = manifest_from(json.loads(json.dumps(dataclasses.asdict(manifest))))
         assert back == manifest and isinstance(back, Manifest)
         assert repr(back) == repr(manifest)
 

@@ -12,6 +12,7 @@ import pytest
 import tilewright as tw
 from tilewright import compiler
 from tilewright.runtime import cuda
+from tilewright.runtime.frame import Frame
 from tilewright.runtime.kernel import Kernel, Launcher
 from tilewright.runtime.launch import CudaLauncher
 from tilewright.runtime.manifest import ROW_HEAD, rows_offset, structs
@@ -42,6 +43,9 @@ def built(definition, target, launcher):
 
 class Recorder(Launcher):
     """Keeps the frame of each launch, and the bytes of its blocks at that moment."""
+
+    frame: Frame
+    blocks: list[bytes]
 
     def prepare(self, kernel, frame):
         def run():
@@ -238,3 +242,26 @@ def test_an_address_on_a_gpu_that_is_no_multiple_of_the_element(launched):
         with pytest.raises(tw.TilewrightError, match=r"A104.*not aligned to 4 bytes"):
             kernel(*arrays[:2], 2.0, out=arrays[2])
     assert not launched
+
+
+# ---- outputs of no dimension ----------------------------------------------------------------------
+
+
+@tw.program
+def total(A=tw.dense("n")):
+    i = tw.indices("n")
+    return tw.out[()](tw.sum(A[i], over=i))
+
+
+@pytest.mark.parametrize("target", ["cpp", "interp"])
+def test_an_output_of_no_dimension_may_not_overlap_an_input(target, rng):
+    kernel = total.build(target)
+    a = rng.standard_normal(5).astype(np.float32)
+    before = a.copy()
+    for _ in range(2):  # the first call of a layout, and a later one
+        out = np.full((), np.nan, np.float32)
+        kernel(a, out=out)
+        np.testing.assert_allclose(out, before.astype(np.float64).sum(), rtol=1e-5)
+        with pytest.raises(tw.TilewrightError, match="A108"):
+            kernel(a, out=a[2:3].reshape(()))
+        np.testing.assert_array_equal(a, before)

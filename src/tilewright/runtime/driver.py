@@ -89,8 +89,8 @@ class Driver:
         """Raise BuildError[B104] for a result of `name` that is not success."""
         text = c_char_p()
         self.functions["cuGetErrorString"](code, ctypes.byref(text))
-        said = (text.value or b"unknown").decode(errors="replace")
-        raise BuildError("B104", f"{name} failed: {self.error_name(code)} ({said})")
+        message = (text.value or b"unknown").decode(errors="replace")
+        raise BuildError("B104", f"{name} failed: {self.error_name(code)} ({message})")
 
     def error_name(self, code: int) -> str:
         name = c_char_p()

@@ -36,16 +36,16 @@ def view_device_array(x: Any) -> View:
 def view_cuda_interface(x: Any) -> View:
     from tilewright.runtime import cuda
 
-    said = x.__cuda_array_interface__
-    if said.get("mask") is not None:
+    described = x.__cuda_array_interface__
+    if described.get("mask") is not None:
         raise ArgumentError("A107", "a masked array is not a dense array")
-    known, shape = numpy_dtype(np.dtype(said["typestr"])), tuple(said["shape"])
+    known, shape = numpy_dtype(np.dtype(described["typestr"])), tuple(described["shape"])
     strides = row_major_strides(shape)
-    if said.get("strides") is not None:
-        strides = element_strides(tuple(said["strides"]), shape, known.itemsize)
-    pointer, readonly = said["data"]
+    if described.get("strides") is not None:
+        strides = element_strides(tuple(described["strides"]), shape, known.itemsize)
+    pointer, readonly = described["data"]
     ordinal = cuda.pointer_device(pointer) if pointer else cuda.current_device()
-    stream = said.get("stream")
+    stream = described.get("stream")
     if stream is not None and stream != (cuda.current_stream(ordinal) or 1):
         cuda.synchronize(stream, ordinal)  # the producer may still be writing there
     return make_view(pointer or 0, known, shape, strides, f"cuda:{ordinal}", x, bool(readonly))

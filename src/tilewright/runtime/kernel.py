@@ -209,7 +209,7 @@ class Kernel:
                     text = f"the values of {spec.name} are read-only"
                     raise ArgumentError("A104", text, where="out")
                 spans += value_spans(spec.name, arg)
-            elif spec.dims and arg is not None:
+            elif arg is not None and (spec.dims or spec.role == "output"):
                 low, high = frame.spans[spec.name]
                 spans.append((spec.name, pointer + low, pointer + high))
         check_overlaps(written, read)

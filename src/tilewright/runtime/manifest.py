@@ -1,4 +1,4 @@
-"""What a call needs to know of a built program: plain data, and the C structs made from it."""
+"""The manifest of a built program: plain data for its calls, and the C structs of their blocks."""
 
 from __future__ import annotations
 
@@ -45,10 +45,9 @@ class StageSpec:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a call needs to know of a built program. `param_names` and `row_names` say what the
-    fields of the two structs hold, in the IR's words; `formats` are the texts of the formats by
-    structure. `packed` names the arrays of which the code takes for granted that they have no
-    gaps."""
+    """The tensors, stages and parameters of a built program. `param_names` and `row_names` are the
+    names in the IR of the fields of the two structs; `formats` are the texts of the formats by
+    structure. `packed` names the arrays that the code assumes to have no gaps."""
 
     name: str
     target: str
@@ -127,8 +126,8 @@ def unit_count(count: Count, values: Mapping[str, int]) -> int:
         return count
     if type(count) is str and count in values:
         return values[count]
-    if type(count) is tuple and len(count) == 3 and count[0] in _OPERATORS:
-        apply, a, b = _OPERATORS[count[0]], *count[1:]
-        return apply(unit_count(a, values), unit_count(b, values))
+    if type(count) is tuple and len(count) == 3 and str(count[0]) in _OPERATORS:
+        name, a, b = count
+        return _OPERATORS[name](unit_count(a, values), unit_count(b, values))
     text = f"{count!r} is no number of units"
     raise InternalError("I101", text, hint="run tilewright cache clear")

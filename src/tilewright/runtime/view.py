@@ -1,14 +1,15 @@
-"""One internal description of every array that enters: `View`, and its adapters.
+"""`View`, the internal description of an array, and its adapters to NumPy, torch and others.
 
 Arrays are recognised by the type's own module, so no framework is imported that the caller has
-not imported already. An adapter is looked up once a type. `view` checks an array and describes it
-(1 to 2 µs); `layout` only tells whether it is like one that was checked before, and where it lies
-now (0.2 µs): a kernel calls the first once, and the second at each call.
+not imported already. An adapter is looked up once a type. `view` checks and describes an array
+(1 to 2 µs); `layout` returns a key of its layout, and its address (0.2 µs). A kernel calls the
+first once for each layout, and the second at each call.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -61,8 +62,9 @@ class View:
 def view(x: object) -> View:
     """The View of an array of NumPy, torch, CuPy, Tilewright, or anything with DLPack.
 
-    Raises ArgumentError: A107 for what is not a dense array, A102 for a dtype (or byte order) that
-    Tilewright has not, A104 for elements that are not aligned, A105 for an unknown device.
+    Raises ArgumentError: A107 for an object that is no dense array, A102 for a dtype (or byte
+    order) that Tilewright does not support, A104 for elements that are not aligned, A105 for an
+    unknown device.
     """
     adapter = _ADAPTERS.get(type(x))
     if adapter is None:
@@ -71,7 +73,7 @@ def view(x: object) -> View:
 
 
 def check_memory(pointer: int | None, shape: Sequence[int]) -> None:
-    """Refuses elements at a null address. Raises ArgumentError[A107]."""
+    """Refuse elements at a null address. Raises ArgumentError[A107]."""
     if not pointer and math.prod(shape):
         text = f"an array of shape {tuple(shape)} without memory: its address is null"
         hint = "a meta or fake tensor has no values, a freed storage none any more"
@@ -79,11 +81,11 @@ def check_memory(pointer: int | None, shape: Sequence[int]) -> None:
 
 
 def layout(x: object) -> tuple[Any, int, object]:
-    """What stays equal among arrays that `view` describes alike except for the address; the
-    address; and what else must live as long as it is used (None: the array itself will do).
+    """A key of the array's layout; its address; and an object that must live as long as the
+    address is used (None: the array itself does).
 
-    Equal keys and equal low four bits of an address that is not null promise an equal View. Raises
-    ArgumentError.
+    Arrays with equal keys whose addresses agree in the low four bits have equal Views except for
+    the address. Raises ArgumentError.
     """
     adapter = _LAYOUTS.get(type(x))
     if adapter is None:
@@ -106,7 +108,7 @@ def address(x: object) -> int:
         return layout(x)[1]
     try:
         return read(x) or view(x).pointer
-    except RuntimeError:  # of torch, for what has no memory
+    except RuntimeError:  # torch, for a tensor without memory
         return view(x).pointer
 
 
@@ -135,8 +137,8 @@ def allocate(like: object, shape: tuple[int, ...], dtype: DType) -> Any:
 
 
 def allocator(like: object, shape: tuple[int, ...], dtype: DType) -> Callable[[Any], Any]:
-    """`allocate` for one shape and dtype, decided once: called with arrays that have the layout of
-    `like`, it makes one more result."""
+    """A function that allocates an array of this shape and dtype; its argument is an array with the
+    layout of `like`."""
     if isinstance(like, np.ndarray):
         large = (
             math.prod(shape) * dtype.itemsize >= host_allocator.SMALLEST and dtype.name in _PLAIN
@@ -177,21 +179,12 @@ def _empty_cupy(like: Any, shape: tuple[int, ...], dtype: DType) -> Any:
 _NUMPY_TYPES: dict[np.dtype, DType] = {
     t.numpy: t for t in dtypes.ALL.values() if t.numpy.name == t.name
 }
-_STRIDES: dict[tuple[tuple[int, ...], tuple[int, ...], int], tuple[int, ...]] = {}
-_STRIDES_KEPT = 4096
 
 
 def _view_numpy(x: np.ndarray) -> View:
-    kind = x.dtype
-    known = numpy_dtype(kind)
-    key = (x.strides, x.shape, kind.itemsize)
-    strides = _STRIDES.get(key)
-    if strides is None:
-        strides = element_strides(*key)
-        if len(_STRIDES) >= _STRIDES_KEPT:
-            _STRIDES.clear()
-        _STRIDES[key] = strides
-    return make_view(_address(x), known, x.shape, strides, "cpu", x, not x.flags.writeable)
+    dtype = numpy_dtype(x.dtype)
+    strides = element_strides(x.strides, x.shape, x.itemsize)
+    return make_view(_address(x), dtype, x.shape, strides, "cpu", x, not x.flags.writeable)
 
 
 def make_view(
@@ -232,7 +225,7 @@ _OBJECT_HEADER = object.__basicsize__
 
 
 def _choose_address() -> Callable[[np.ndarray], int]:
-    """The fast way where it agrees with the slow one on arrays of several kinds."""
+    """`_fast_address`, where it agrees with the slow one on arrays of several kinds."""
     if sys.implementation.name != "cpython":
         return _slow_address
     matrix = np.arange(24.0).reshape(4, 6)
@@ -337,7 +330,7 @@ def _layout_torch(x: Any) -> tuple[Any, int, object]:
     try:
         key = x.dtype, x.shape, x.stride(), x.device, x.is_neg()
         return key, x.data_ptr(), None
-    except RuntimeError:  # what is no dense array: `view` says so
+    except RuntimeError:  # no dense array: `view` raises the error
         return _layout_any(x)
 
 
@@ -405,6 +398,7 @@ def _root_module(kind: type) -> str:
 # ---- arithmetic -------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4096)
 def element_strides(
     steps: tuple[int, ...], shape: tuple[int, ...], itemsize: int
 ) -> tuple[int, ...]:

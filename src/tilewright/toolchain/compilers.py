@@ -231,7 +231,7 @@ def _why_not(name: str) -> str:
 
 def _version(command: tuple[str, ...], path: str) -> str:
     """The first line of `--version`, cached on disk until one of the programs of the command
-    changes. Raises _Unusable with what the command said instead."""
+    changes. Raises _Unusable with the command's message."""
     programs = [file for word in command if (file := _which(word, path))]
     stamps = [f"{s.st_ino} {s.st_mtime_ns} {s.st_size}" for s in map(os.stat, programs)]
     key = disk_cache.key_of("cxx", *command, *programs, *stamps)
@@ -249,7 +249,7 @@ def _version(command: tuple[str, ...], path: str) -> str:
         raise _Unusable(f"--version failed: {error}") from None
     lines = (done.stdout or done.stderr).strip().splitlines()
     if done.returncode or not lines:
-        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:_MESSAGE_LINES])
-        raise _Unusable(f"--version failed with exit status {done.returncode}: {said or 'silent'}")
+        text = "\n".join((done.stderr or done.stdout).strip().splitlines()[:_MESSAGE_LINES])
+        raise _Unusable(f"--version failed with exit status {done.returncode}: {text or 'silent'}")
     disk_cache.put("cxx", key, lines[0].strip().encode())
     return lines[0].strip()
