@@ -144,7 +144,7 @@ def test_a_graph_replays_with_a_growing_length(rng):
     attn = Attention(9, 3, 64)
     bound = attn.bind(DeviceArray.from_numpy(q), there)
     assert "decode.cuh" in bound.source
-    graph = Graph.of([bound.launch])
+    graph = Graph([bound.launch])
     for last in ([0, 300], [1, 65], [299, 2], [300, 300]):
         kv.arrays[4][:] = last
         there.arrays[4].copy_from(kv.arrays[4])

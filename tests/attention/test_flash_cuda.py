@@ -95,7 +95,7 @@ def test_a_graph_replays_with_a_growing_length(rng):
     q, _ = queries(rng, [1], 9, 64)
     attn = Attention(9, 3, 64)
     bound = attn.bind(DeviceArray.from_numpy(q), there)
-    graph = Graph.of([bound.launch])
+    graph = Graph([bound.launch])
     for length in (0, 1, 65, 300):
         kv.arrays[4][0] = length
         there.arrays[4].copy_from(kv.arrays[4])

@@ -143,7 +143,7 @@ def launched(monkeypatch):
     module = lambda image, ordinal: SimpleNamespace(  # noqa: E731
         function=lambda entry: FakeFunction(image, launches)
     )
-    monkeypatch.setattr(cuda, "load_cubin", module)
+    monkeypatch.setattr(cuda, "Module", module)
     monkeypatch.setattr(cuda, "device", lambda ordinal=0: gpu)
     monkeypatch.setattr(cuda, "current_stream", lambda ordinal=None: 0)
     monkeypatch.setattr(cuda, "pointer_device", lambda address: 0)
@@ -244,7 +244,7 @@ def test_an_address_on_a_gpu_that_is_no_multiple_of_the_element(launched):
     assert not launched
 
 
-# ---- outputs of no dimension ----------------------------------------------------------------------
+# ---- outputs of no dimension -------------------------------------------------------------------
 
 
 @tw.program

@@ -121,4 +121,4 @@ def kernel(spec: Spec, together: int, ordinal: int) -> Any:
     from tilewright.runtime import cuda
 
     cubin = compile_cuda(spec, together, cuda.device_arch(ordinal))
-    return cuda.load_cubin(cubin.image, ordinal).function("stage0")
+    return cuda.Module(cubin.image, ordinal).function("stage0")

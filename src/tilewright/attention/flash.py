@@ -192,4 +192,4 @@ def cuda_kernel(spec: Spec, ordinal: int, aligned: bool) -> Any:
     from tilewright.runtime import cuda as device
 
     cubin = compile_cuda(spec, device.device_arch(ordinal), aligned)
-    return device.load_cubin(cubin.image, ordinal).function("stage0")
+    return device.Module(cubin.image, ordinal).function("stage0")

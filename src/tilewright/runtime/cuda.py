@@ -105,26 +105,19 @@ def describe() -> list[tuple[str, str]]:
 
 
 class Module:
-    """A loaded cubin on one GPU. It stays loaded as long as one of its functions is alive."""
+    """A cubin, loaded into the primary context of a GPU until the process ends."""
 
     def __init__(self, image: bytes, ordinal: int = 0) -> None:
+        """Raises BuildError[B102, B104]."""
         self.device = device(ordinal)
         self.device.activate()
         self._handle = driver().handle("cuModuleLoadData", image)
-        self._functions: dict[str, Function] = {}
 
     def function(self, name: str) -> Function:
         """A kernel by its `extern "C"` name. Raises BuildError[B104]."""
-        if name not in self._functions:
-            self.device.activate()
-            handle = driver().handle("cuModuleGetFunction", self._handle, name.encode())
-            self._functions[name] = Function(name, handle, self)
-        return self._functions[name]
-
-
-def load_cubin(image: bytes, ordinal: int = 0) -> Module:
-    """Load a cubin into a GPU's primary context. Raises BuildError[B102, B104]."""
-    return Module(image, ordinal)
+        self.device.activate()
+        handle = driver().handle("cuModuleGetFunction", self._handle, name.encode())
+        return Function(name, handle, self)
 
 
 class Function:
@@ -136,25 +129,16 @@ class Function:
         self.name, self.handle, self.module = name, handle, module
         self._smem = _SMEM_WITHOUT_ASKING
 
-    def allow_smem(self, nbytes: int) -> None:
-        """Ask the driver for dynamic shared memory above 48 KiB; remembered."""
-        if nbytes > self._smem:
-            self.module.device.activate()
-            driver().call("cuFuncSetAttribute", self.handle, _FUNCTION_MAX_DYNAMIC_SMEM, nbytes)
-            self._smem = nbytes
-
     def prepare(
         self, grid: Dim3, block: Dim3, smem_bytes: int, params: ctypes.Array[Any]
     ) -> Launch:
-        """A launch whose arguments are converted once; `params` holds the kernel's one struct."""
-        self.allow_smem(smem_bytes)
+        """A launch whose arguments are converted once; `params` holds the kernel's one struct.
+        Raises BuildError[B104] for more shared memory than a CTA can have."""
+        if smem_bytes > self._smem:
+            self.module.device.activate()
+            driver().call("cuFuncSetAttribute", self.handle, _FUNCTION_MAX_DYNAMIC_SMEM, smem_bytes)
+            self._smem = smem_bytes
         return Launch(self, grid, block, smem_bytes, params)
-
-    def launch(
-        self, grid: Dim3, block: Dim3, smem_bytes: int, stream: int, params: ctypes.Array[Any]
-    ) -> None:
-        """Launch once. `params` is read before the call returns. Raises BuildError[B104]."""
-        self.prepare(grid, block, smem_bytes, params).run(stream)
 
 
 class _Config(ctypes.Structure):
@@ -218,15 +202,14 @@ class Launch:
 class Graph:
     """A recorded step: launches captured once, replayed by one call.
 
-    Addresses and parameters are those of the recording; the graph keeps the recorded launches
-    alive, but not the arrays that they point to.
+    All launches are on one GPU. Addresses and parameters are those of the recording; the graph
+    keeps the recorded launches alive, but not the arrays that they point to.
     """
 
-    def __init__(
-        self, record: Callable[[int], None], ordinal: int = 0, keep: object = None
-    ) -> None:
-        """`record(stream)` launches on the stream it is given; it must not allocate or wait."""
-        api, self.device, self._keep = driver(), device(ordinal), (record, keep)
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        """Raises BuildError[B104]."""
+        api, self.launches = driver(), tuple(launches)
+        self.device = launches[0].function.module.device
         self._handle = 0
         self.device.activate()
         stream = api.handle("cuStreamCreate", _STREAM_NON_BLOCKING)
@@ -234,7 +217,8 @@ class Graph:
         try:
             api.call("cuStreamBeginCapture_v2", stream, _CAPTURE_THREAD_LOCAL)
             try:
-                record(stream)
+                for launch in self.launches:
+                    launch.run(stream)
             finally:
                 code = api.functions["cuStreamEndCapture"](stream, ctypes.byref(graph))
             if code:
@@ -244,18 +228,6 @@ class Graph:
             if graph.value:
                 api.functions["cuGraphDestroy"](graph)
             api.functions["cuStreamDestroy_v2"](stream)
-
-    @classmethod
-    def of(cls, launches: Sequence[Launch]) -> Graph:
-        """The graph of some launches of one GPU, in order."""
-        launches = tuple(launches)
-        ordinal = launches[0].function.module.device.ordinal if launches else 0
-
-        def record(stream: int) -> None:
-            for launch in launches:
-                launch.run(stream)
-
-        return cls(record, ordinal)
 
     def launch(self, stream: int = 0) -> None:
         """Replay on a stream. Raises BuildError[B104]."""

@@ -81,7 +81,7 @@ class CudaLauncher(Launcher):
     def functions(self, kernel: Kernel, frame: Frame) -> list[cuda.Function]:
         key = _ordinal(frame), frame.variants
         if key not in self._functions:
-            module = cuda.load_cubin(self.image(frame.variants), key[0])
+            module = cuda.Module(self.image(frame.variants), key[0])
             self._functions[key] = [module.function(s.entry) for s in kernel.manifest.stages]
         return self._functions[key]
 
@@ -144,7 +144,7 @@ class Step:
             self.count = len(self.keep)
             self._run = self._call_each
         elif launches and not isinstance(launches[0], tuple):
-            graph = cuda.Graph.of(launches)
+            graph = cuda.Graph(launches)
             self._run = lambda: graph.launch(cuda.current_stream())
         else:
             self._run = pools.pool().prepare(launches)

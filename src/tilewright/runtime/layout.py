@@ -75,17 +75,13 @@ class Struct:
         for described in described_fields:
             fields.append(_field(name, described, end))
             end = fields[-1].offset + fields[-1].itemsize
-        if len({f.name for f in fields}) != len(fields):
+        self._names = {f.name for f in fields}
+        if len(self._names) != len(fields):
             raise InternalError("I101", f"struct {name} names a field twice")
         self.fields = tuple(fields)
         self.align = max(f.itemsize for f in fields)
         self.size = -(-end // self.align) * self.align
-        self._offsets = {f.name: f.offset for f in fields}
         self._packer = struct.Struct(_packer_format(self.fields, self.size))
-
-    def offset(self, name: str) -> int:
-        """Bytes from the start of the struct to a field."""
-        return self._offsets[name]
 
     @cached_property
     def c_decl(self) -> str:
@@ -125,8 +121,7 @@ class Struct:
 
     def pack_into(self, buffer: ctypes.Array[ctypes.c_char], /, **values: Any) -> None:
         """Overwrite `buffer` (at least `size` bytes) with these values."""
-        if values.keys() != self._offsets.keys():
-            wrong = sorted(values.keys() ^ self._offsets.keys())
+        if wrong := sorted(values.keys() ^ self._names):
             raise InternalError("I101", f"struct {self.name}: fields {wrong} missing or unknown")
         try:
             self._packer.pack_into(buffer, 0, *(values[f.name] for f in self.fields))
