@@ -30,11 +30,6 @@ class CpuLauncher(Launcher):
         self._bodies: dict[tuple[str, ...], list[int]] = {}
         self.bodies(())
 
-    @property
-    def pool(self) -> pools.Pool:
-        """The thread pool, compiled or loaded by the first call, not by a build."""
-        return pools.pool()
-
     def bodies(self, variants: tuple[str, ...]) -> list[int]:
         """The addresses of the entries."""
         if variants not in self._bodies:
@@ -46,7 +41,7 @@ class CpuLauncher(Launcher):
 
     def launches(self, kernel: Kernel, frame: Frame) -> list[pools.Launch]:
         """The launch of each stage that has units."""
-        chunks = self.pool.threads * CHUNKS_PER_THREAD
+        chunks = pools.pool().threads * CHUNKS_PER_THREAD  # a build alone needs no pool
         return [
             (
                 body,
@@ -66,7 +61,7 @@ class CpuLauncher(Launcher):
         ]
 
     def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
-        return self.pool.prepare(self.launches(kernel, frame))
+        return pools.pool().prepare(self.launches(kernel, frame))
 
 
 class CudaLauncher(Launcher):
