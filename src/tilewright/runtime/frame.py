@@ -42,6 +42,11 @@ class Output:
     like: int
     allocate: Callable[[Any], Any]
 
+    def write(self, array: Any, pointer: int = 0) -> None:
+        """Write the address of `array` (`pointer`, where it is known) into the fields."""
+        for slot, part in self.slots:
+            slot.value = pointer or address(array.values[part] if self.spec.structure else array)
+
 
 def _not_prepared() -> None:
     raise AssertionError("a launcher prepares the frame before it runs")
@@ -97,8 +102,7 @@ def build_frame(
     for output in outputs:
         if output.spec.role == "temp":
             temps.append(output.allocate(args[output.like]))
-            for slot, _ in output.slots:
-                slot.value = address(temps[-1])
+            output.write(temps[-1])
     filled = [(t, n, slot) for n, t in enumerate(inputs) for slot in slots.get(t.name, ())]
     return Frame(
         blocks=blocks,

@@ -186,13 +186,7 @@ class Kernel:
             if array is None:
                 array = output.allocate(args[output.like])
             outputs.append(array)
-            if output.spec.structure:
-                for slot, part in output.slots:
-                    slot.value = address(array.values[part])
-                continue
-            pointer = addresses[len(args) + n] if outs else 0
-            for slot, _ in output.slots:
-                slot.value = pointer or address(array)
+            output.write(array, addresses[len(args) + n] if outs else 0)
         return outputs
 
     def _check_hazards(
