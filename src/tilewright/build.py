@@ -1,9 +1,9 @@
-"""The one place that joins the rooms: trace → decompose → schedule → lower → render → compile.
+"""Build kernels from programs: trace → decompose → schedule → lower → render → compile.
 
     kernel = spmm.decompose(A=tw.hyb()).schedule(tw.recipes.spmm).build("cuda")
 
 Everything up to `build` is a frozen value that prints. A `Kernel` is callable on whatever arrays
-the caller has; `bind` fixes the arguments and gives a call that costs next to nothing.
+the caller has; `bind` fixes the arguments, and its result costs next to nothing to call.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 entries.place = transfer.to_device
 
+_INT32, _INT64 = dtypes.int32, dtypes.int64
 WATCHED = 2  # the debug level from which passes and schedules are printed, so that they must run
 
 
@@ -56,10 +57,9 @@ class NamedRecipe:
         known = code.co_varnames[1 : code.co_argcount]
         for name in arguments:
             if name not in known:
-                raise ScheduleError(
-                    "S102", f"{self.name} takes no argument {name!r}",
-                    hint=f"arguments: {', '.join(known) or 'none'}",
-                )  # fmt: skip
+                text = f"{self.name} takes no argument {name!r}"
+                hint = f"arguments: {', '.join(known) or 'none'}"
+                raise ScheduleError("S102", text, hint=hint)
         return replace(self, arguments=tuple(sorted((dict(self.arguments) | arguments).items())))
 
     def __call__(self, s: Schedule) -> Schedule:
@@ -84,10 +84,10 @@ class Definition:
     Each method returns a new Definition; `build` compiles it. Printing shows the program."""
 
     function: Callable[..., Any]
-    given: tuple[tuple[str, DType], ...] = ()
+    dtypes: tuple[tuple[str, DType], ...] = ()
     formats: tuple[tuple[str, Any], ...] = ()
     recipe: Recipe | None = None
-    index: DType = dtypes.int32
+    index: DType = _INT32
 
     @property
     def name(self) -> str:
@@ -96,39 +96,31 @@ class Definition:
     @property
     def program(self) -> Program:
         """The program at the coordinate level."""
-        traced = trace.trace(self.function, dict(self.given), dict(self.formats), formats.plain)
+        traced = trace.trace(self.function, dict(self.dtypes), dict(self.formats), formats.plain)
         return replace(traced, index=self.index)
 
     def typed(self, index: Any = None, **of: Any) -> Definition:
         """Other dtypes for parameters: `spmm.typed(A="float16", X="float16")`; `index="int64"` for
         coordinates beyond 2³¹."""
         self._known(of)
-        chosen = dict(self.given) | {name: dtypes.dtype(t) for name, t in of.items()}
-        wide = self.index if index is None else dtypes.dtype(index)
-        if wide not in (dtypes.int32, dtypes.int64):
-            raise ProgramError(
-                "P106", f"coordinates are {wide}", where="index", hint="int32, int64"
-            )
-        return replace(self, given=tuple(chosen.items()), index=wide)
+        chosen = dict(self.dtypes) | {name: dtypes.dtype(t) for name, t in of.items()}
+        coordinate = self.index if index is None else dtypes.dtype(index)
+        if coordinate not in (_INT32, _INT64):
+            text = f"coordinates are {coordinate}"
+            raise ProgramError("P106", text, where="index", hint="int32, int64")
+        return replace(self, dtypes=tuple(chosen.items()), index=coordinate)
 
     def decompose(self, **of: Any) -> Definition:
         """Formats for sparse parameters: `spmm.decompose(A=tw.hyb())`."""
         self._known(of)
         for name, fmt in of.items():
             if not isinstance(fmt, (formats.Format, formats.Composed)):
-                raise ProgramError(
-                    "P107",
-                    f"{name}={fmt!r} is not a format",
-                    where=name,
-                    hint="tw.csr(), tw.hyb(), …",
-                )
+                text, hint = f"{name}={fmt!r} is not a format", "tw.csr(), tw.hyb(), …"
+                raise ProgramError("P107", text, where=name, hint=hint)
             if name not in {t.structure for t in self.program.tensors}:
-                raise ProgramError(
-                    "P107",
-                    f"{name} is no sparse parameter with a structure of its own",
-                    where=name,
-                    hint="dense parameters have no format; one declared like=… shares another's",
-                )
+                text = f"{name} is no sparse parameter with a structure of its own"
+                hint = "dense parameters have no format; one declared like=… shares another's"
+                raise ProgramError("P107", text, where=name, hint=hint)
         return replace(self, formats=tuple((dict(self.formats) | of).items()))
 
     def schedule(self, recipe: Recipe) -> Definition:
@@ -161,12 +153,8 @@ class Definition:
         known = inspect.signature(self.function).parameters
         for name in names:
             if name not in known:
-                raise ProgramError(
-                    "P101",
-                    f"{self.name} has no parameter {name!r}",
-                    where=name,
-                    hint=f"parameters: {', '.join(known)}",
-                )
+                text, hint = f"{self.name} has no parameter {name!r}", ", ".join(known)
+                raise ProgramError("P101", text, where=name, hint=f"parameters: {hint}")
 
     def __str__(self) -> str:
         return str(self.program)
@@ -176,9 +164,9 @@ class Definition:
 
 def program(function: Callable[..., Any]) -> Definition:
     """Decorator: the function describes a program on coordinates (see `sparse.trace`)."""
-    made = Definition(function)
-    made.program  # noqa: B018 - errors belong to the definition, not to the first use
-    return made
+    definition = Definition(function)
+    definition.program  # noqa: B018 - errors belong to the definition, not to the first use
+    return definition
 
 
 def _build(d: Definition, target: Target) -> Kernel:
@@ -192,7 +180,7 @@ def _build(d: Definition, target: Target) -> Kernel:
     program, scheduled = d.program, None
     if d.recipe is None or isinstance(d.recipe, NamedRecipe):
         key = _key(program, d.recipe, target)
-    else:  # a user's function: what it does is told by the steps that it took
+    else:  # a user's function: the key has the steps that it took
         from tilewright import compiler
 
         scheduled = compiler.scheduled(program, d.recipe, target)
@@ -225,39 +213,39 @@ def _kernel(built: Built, target: Target, program: Program | None) -> Kernel:
 
 
 def _key(program: Program, recipe: Any, target: Target) -> str | None:
-    """The key of what lowering makes: program, recipe (a NamedRecipe, or the steps of a user's),
-    target, instruction set and version. None where that is not data, or passes are to be watched.
-    """
+    """The key of a lowered program: program, recipe (a NamedRecipe, or the steps of a user's),
+    target, instruction set and version. None where these are not plain data, or where passes are
+    to be printed."""
     if knobs.get("verify") or knobs.get("debug") >= WATCHED:
         return None
     try:
         version, isa = program_cache.version(), compilers.resolve_isa().name
-    except TilewrightError:  # told where it matters
+    except TilewrightError:  # raised again by the compilation
         return None
-    what = digest((program, recipe)) if version else None
-    return what and disk_cache.key_of("kernel", version or "", str(target), isa, what)
+    content = digest((program, recipe)) if version else None
+    return content and disk_cache.key_of("kernel", version or "", str(target), isa, content)
 
 
-def _defining(names: tuple[str, ...], source: str) -> str:
-    """The source that takes fewer things for granted: `Frame.lacks` names them."""
-    return "".join(f"#define {name}\n" for name in names) + source
+def _variant_source(variants: tuple[str, ...], source: str) -> str:
+    """The source that defines the macros of `Frame.variants`."""
+    return "".join(f"#define {name}\n" for name in variants) + source
 
 
 def _cpp_kernel(built: Built, target: Target) -> Kernel:
-    def loaded(lacks: tuple[str, ...]) -> ctypes.CDLL:
-        source, name = _defining(lacks, built.source), built.manifest.name
-        return cxx.load_cpp(source, name=name, isa=target.arch or None)
+    def load(variants: tuple[str, ...]) -> ctypes.CDLL:
+        source = _variant_source(variants, built.source)
+        return cxx.load_cpp(source, name=built.manifest.name, isa=target.arch or None)
 
-    return Kernel(built.manifest, launch.CpuLauncher(loaded, built.entries), built.source)
+    return Kernel(built.manifest, launch.CpuLauncher(load, built.entries), built.source)
 
 
 def _cuda_kernel(built: Built, target: Target) -> Kernel:
     headers = prelude_files.headers()
 
-    def compiled(lacks: tuple[str, ...]) -> nvrtc.Cubin:
-        source, name = _defining(lacks, built.source), built.manifest.name
+    def compiled(variants: tuple[str, ...]) -> nvrtc.Cubin:
+        source, name = _variant_source(variants, built.source), built.manifest.name
         return nvrtc.compile_cuda(source, arch=target.arch, name=name, headers=headers)
 
     cubin = compiled(())
-    launcher = launch.CudaLauncher(lambda lacks: compiled(lacks).image if lacks else cubin.image)
+    launcher = launch.CudaLauncher(lambda v: compiled(v).image if v else cubin.image)
     return Kernel(built.manifest, launcher, built.source, cubin.resources)

@@ -1,6 +1,6 @@
 """From a program to the text of a kernel: the passes, the schedule and the rendering in a row.
 
-`build` imports this when it meets a kernel that the cache does not know, and not before.
+`build` imports this only for a kernel that is not in the cache.
 """
 
 from __future__ import annotations
@@ -30,18 +30,17 @@ Recipe = Callable[[Schedule], Schedule]
 def scheduled(program: Program, recipe: Recipe | None, target: Target) -> Schedule:
     """The schedule of a program at the coordinate level, after its recipe ran."""
     start = Schedule(program, _Positions(), target)
-    made = start if recipe is None else recipe(start)
-    if not isinstance(made, Schedule):
-        raise ScheduleError(
-            "S102", f"the recipe of {program.name} gave {made!r}", hint="return the schedule"
-        )
-    dropped = replace(made, calls=start.calls).dropped()
+    result = start if recipe is None else recipe(start)
+    if not isinstance(result, Schedule):
+        text = f"the recipe of {program.name} returned {result!r}"
+        raise ScheduleError("S102", text, hint="return the schedule")
+    dropped = replace(result, calls=start.calls).dropped()
     if dropped:
         raise ScheduleError(
             "S102", f"the recipe of {program.name} does not use the result of s{dropped[0]}",
             hint="a verb returns a new schedule: s = s.split(…), and return s; s.undo() to discard",
         )  # fmt: skip
-    return made
+    return result
 
 
 def lowered(s: Schedule, watch: Watch | None = None) -> Program:
@@ -68,22 +67,22 @@ def steps_of(s: Schedule, program: Program) -> tuple[Step, ...] | None:
 
 
 class _Positions:
-    """Coordinates → positions. A recipe looks at the loops many times before its first verb; the
-    last program is lowered once."""
+    """Coordinates → positions. A recipe looks at the loops many times before its first verb, so
+    the last result is kept."""
 
-    __slots__ = ("given", "made")
+    __slots__ = ("program", "result")
 
     def __init__(self) -> None:
-        self.given = self.made = None
+        self.program = self.result = None
 
     def __call__(self, program: Program) -> Program:
-        if self.made is None or self.given is not program:
-            self.given, self.made = program, run_passes(program, BEFORE_SCHEDULE)
-        return self.made
+        if self.result is None or self.program is not program:
+            self.program, self.result = program, run_passes(program, BEFORE_SCHEDULE)
+        return self.result
 
 
 def rendered(program: Program, target: Target) -> Built:
-    """The program at the loop level as text, and what a call needs to know of it."""
+    """Render a program at the loop level; the text with its manifest."""
     params = collect_params(program)
     manifest = _manifest(program, params, target)
     if target.kind == "interp":
@@ -95,21 +94,20 @@ def rendered(program: Program, target: Target) -> Built:
     smem = tuple(zip(manifest.stages, source.smem_bytes, strict=True))
     for stage, nbytes in smem:
         if nbytes > target.shared_bytes:
-            raise ScheduleError(
-                "S103", f"{stage.entry} of {program.name} has {nbytes} bytes of shared memory",
-                hint=f"a CTA of {target} has at most {target.shared_bytes}: smaller tiles",
-            )  # fmt: skip
+            text = f"{stage.entry} of {program.name} has {nbytes} bytes of shared memory"
+            hint = f"a CTA of {target} has at most {target.shared_bytes}: smaller tiles"
+            raise ScheduleError("S103", text, hint=hint)
     stages = tuple(replace(s, smem_bytes=b) for s, b in smem)
     return Built(replace(manifest, stages=stages), source.text, source.entries)
 
 
 def _manifest(program: Program, params: Params, target: Target) -> Manifest:
-    of = {t.structure: t.format for t in program.tensors if t.structure}
+    format_of = {t.structure: t.format for t in program.tensors if t.structure}
     stages = tuple(
         StageSpec(
             f"stage{number}",
             tuple(host_count(n.grid) for n in stage),
-            _rows(of.get(stage[0].structure)),
+            _rows(format_of.get(stage[0].structure)),
             stage[0].structure,
             any(is_ordered(n) for n in stage),
             (cuda.stage_threads(stage), 1),
@@ -118,11 +116,11 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
         for number, stage in enumerate(program.stages)
     )
     tensors = tuple(_spec(t) for t in program.tensors if t.role != "inline")
-    named = {t.structure: repr(t.format) for t in program.tensors if t.structure}
     return Manifest(
         program.name, str(target), tensors, params.params, params.row,
         params.param_names, params.row_names, stages,
-        formats=tuple(named.items()), sizes=program.sizes, index=program.index.name,
+        formats=tuple((name, repr(f)) for name, f in format_of.items()),
+        sizes=program.sizes, index=program.index.name,
         packed=tuple(t.name for t in program.tensors if _strides_known(t, params)),
     )  # fmt: skip
 
@@ -136,15 +134,13 @@ def _searches(stage: tuple[Nest, ...]) -> tuple[tuple[str, int], ...]:
     return tuple((name, depth) for name, depth in depths.items() if depth)
 
 
-def _rows(followed: Any) -> tuple[int, ...]:
-    """For each row of a stage's work table the body that serves it."""
-    if followed is None:
-        return (0,)
-    return tuple(followed.formats.index(f) for _, f in followed.parts)
+def _rows(fmt: Any) -> tuple[int, ...]:
+    """The body that serves each row of a stage's work table; `fmt` is that of its structure."""
+    return (0,) if fmt is None else tuple(fmt.formats.index(f) for _, f in fmt.parts)
 
 
 def _strides_known(t: Tensor, params: Params) -> bool:
-    """Whether generated code takes a stride of `t` for granted (beyond the last, which is 1)."""
+    """Whether generated code has a stride of `t` as a constant (beyond the last, which is 1)."""
     return any(stride_name(t.name, d) in params.packed for d in range(len(t.dims) - 1))
 
 

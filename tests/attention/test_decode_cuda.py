@@ -160,7 +160,7 @@ def test_a_graph_replays_with_a_growing_length(rng):
     attn = Attention(9, 3, 64)
     bound = attn.bind(DeviceArray.from_numpy(q), there)
     assert "decode.cuh" in bound.source
-    graph = Graph.of([bound.launch])
+    graph = Graph([bound.launch])
     for lengths in ([600, 900], [601, 665], [899, 602], [0, 1]):
         arrays_of(kv)[2][:] = lengths
         arrays_of(there)[2].copy_from(arrays_of(kv)[2])

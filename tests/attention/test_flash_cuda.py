@@ -104,7 +104,7 @@ def test_a_graph_replays_with_a_growing_length(rng):
     q, _ = queries(rng, [1], 9, 64)
     attn = Attention(9, 3, 64)
     bound = attn.bind(DeviceArray.from_numpy(q), there)
-    graph = Graph.of([bound.launch])
+    graph = Graph([bound.launch])
     for length in (0, 1, 65, 300):
         arrays_of(kv)[2][0] = length
         arrays_of(there)[2].copy_from(arrays_of(kv)[2])

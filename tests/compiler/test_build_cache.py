@@ -22,7 +22,7 @@ from tilewright.ir.levels import Compressed, Dense
 from tilewright.ir.rewrite import add
 from tilewright.ops import recipes
 from tilewright.runtime.kernel import Kernel
-from tilewright.runtime.manifest import Manifest, manifest_from, manifest_text, unit_count
+from tilewright.runtime.manifest import Manifest, manifest_from, unit_count
 from tilewright.target import target
 from tilewright.toolchain import compilers, disk_cache, program_cache
 
@@ -84,7 +84,7 @@ def split_by(n: int, rest: str = "cut"):
 
 def kept() -> int:
     """Kernels in the cache."""
-    return sum(e.kind == program_cache.KIND for e in disk_cache.entries())
+    return sum(e.kind == program_cache.KIND for e in disk_cache.current().entries())
 
 
 # ---------------------------------------------------------------------------- keys
@@ -375,7 +375,7 @@ def test_a_refused_recipe_is_refused_again() -> None:
 
 def test_a_damaged_entry_is_a_miss(lowered: list[str]) -> None:
     spmm.build("interp")
-    entry = next(e for e in disk_cache.entries() if e.kind == program_cache.KIND)
+    entry = next(e for e in disk_cache.current().entries() if e.kind == program_cache.KIND)
     whole = entry.path.read_bytes()
     held = json.loads(whole[: whole.index(b"\n")])
     entry.path.write_bytes(whole.replace(b'"spmm"', b'"evil"'))
@@ -432,7 +432,7 @@ def test_manifests_survive_json() -> None:
     for d in (spmm, spmm.decompose(A=tw.hyb(2, long_rows="split")), spmm_max.typed(index="int64"),
               spmm.schedule(lambda s: s.specialize("d", 16))):  # fmt: skip
         manifest = d.build("interp").manifest
-        back = manifest_from(json.loads(json.dumps(manifest_text(manifest))))
+        back = manifest_from(json.loads(json.dumps(dataclasses.asdict(manifest))))
         assert back == manifest and isinstance(back, Manifest)
         assert repr(back) == repr(manifest)
 
@@ -487,7 +487,7 @@ def test_other_values_are_no_numbers_of_units(count: Any) -> None:
 def test_a_file_with_other_units_is_refused() -> None:
     """A sound trailer around what no compiler wrote: the kernel does not run."""
     spmm.build("interp")
-    entry = next(e for e in disk_cache.entries() if e.kind == program_cache.KIND)
+    entry = next(e for e in disk_cache.current().entries() if e.kind == program_cache.KIND)
     data = disk_cache.get(program_cache.KIND, entry.key)
     assert data is not None
     head, _, source = data.partition(b"\n")

@@ -345,7 +345,7 @@ def test_slots_without_an_entry_hold_the_fill(fmt, target, dtype, rng):
     again = packed.with_values(packed.entry_values(), dtype=dtype)
     close(run(program, target, again, x, shape=(4,), dtype=x.dtype), wanted)
     if not isinstance(fmt, tw.Composed):
-        program = distances.decompose(A=fmt).typed(**dict(program.given))
+        program = distances.decompose(A=fmt).typed(**dict(program.dtypes))
         close(run(program, target, packed, x, shape=(4, 5), dtype=x.dtype), full + x)
     if dtype != "bfloat16":
         np.testing.assert_array_equal(again.dense(), full)

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,12 +44,12 @@ needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not ins
 @pytest.mark.parametrize("arch", CUDA_ARCHS)
 def test_compiles_for_every_architecture(arch: str, tmp_path: Path) -> None:
     with knobs.scope(cache_dir=tmp_path):
-        first = cuda.compile_cuda(SOURCE, arch=arch, headers=HEADERS)
+        first = nvrtc.compile_cuda(SOURCE, arch=arch, headers=HEADERS)
         assert first.image.startswith(b"\x7fELF")
         assert first.resources["axpy"].registers > 0
         assert first.resources["axpy"].spill_bytes == 0
         compiled = disk_cache.stats.compiled
-        assert cuda.compile_cuda(SOURCE, arch=arch, headers=HEADERS) == first
+        assert nvrtc.compile_cuda(SOURCE, arch=arch, headers=HEADERS) == first
         assert disk_cache.stats.compiled == compiled
 
 
@@ -57,10 +58,10 @@ def test_headers_and_flags_are_in_the_key(tmp_path: Path) -> None:
     source = '#include "n.cuh"\nextern "C" __global__ void k(float* y) { *y = N; }\n'
     with knobs.scope(cache_dir=tmp_path):
         images = {
-            cuda.compile_cuda(source, arch="sm_90a", headers={"n.cuh": text}, flags=flags).image
+            nvrtc.compile_cuda(source, arch="sm_90a", headers={"n.cuh": text}, flags=flags).image
             for text, flags in (("#define N 1\n", ()), ("#define N 2\n", ()))
         }
-        cuda.compile_cuda("extern \"C\" __global__ void k(float* y) { *y = N; }\n", arch="sm_90a",
+        nvrtc.compile_cuda("extern \"C\" __global__ void k(float* y) { *y = N; }\n", arch="sm_90a",
                           flags=("--define-macro=N=3",))  # fmt: skip
     assert len(images) == 2
 
@@ -70,7 +71,7 @@ def test_cuda_headers_are_found() -> None:
     source = "#include <cuda_bf16.h>\n" + (
         'extern "C" __global__ void k(__nv_bfloat16* y, float x) { *y = __float2bfloat16(x); }\n'
     )
-    assert "k" in cuda.compile_cuda(source, arch="sm_80").resources
+    assert "k" in nvrtc.compile_cuda(source, arch="sm_80").resources
 
 
 @needs_nvrtc
@@ -88,17 +89,17 @@ extern "C" __global__ void __launch_bounds__(1024, 2) crowded(float* y, int n) {
 }
 extern "C" __global__ void plain(float* y) { *y = 1; }
 """
-    found = cuda.compile_cuda(source, arch="sm_90a").resources
+    found = nvrtc.compile_cuda(source, arch="sm_90a").resources
     assert found["crowded"].smem == 4000
     assert found["crowded"].spill_bytes > 0
     assert found["crowded"].registers <= 32
-    assert found["plain"] == cuda.Resources(registers=found["plain"].registers)
+    assert found["plain"] == nvrtc.Resources(registers=found["plain"].registers)
 
 
 @needs_nvrtc
 def test_refused_source_is_kept(tmp_path: Path) -> None:
     with knobs.scope(cache_dir=tmp_path), pytest.raises(BuildError) as caught:
-        cuda.compile_cuda("int x = nonsense;\n", arch="sm_90a")
+        nvrtc.compile_cuda("int x = nonsense;\n", arch="sm_90a")
     assert caught.value.code == "B101"
     assert "nonsense" in caught.value.message
     assert Path(caught.value.where).read_text(encoding="utf-8").startswith("int x = nonsense;\n")
@@ -107,7 +108,7 @@ def test_refused_source_is_kept(tmp_path: Path) -> None:
 @needs_nvrtc
 def test_unknown_architecture_is_refused() -> None:
     with pytest.raises(BuildError, match="B101"):
-        cuda.compile_cuda(SOURCE, arch="sm_1", headers=HEADERS)
+        nvrtc.compile_cuda(SOURCE, arch="sm_1", headers=HEADERS)
 
 
 def test_a_missing_compiler_names_the_extra(
@@ -142,7 +143,7 @@ def test_no_driver_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no CUDA driver" in dict(cuda.describe())["CUDA driver"]
     for call in (
         cuda.device_arch,
-        lambda: cuda.load_cubin(b""),
+        lambda: cuda.Module(b""),
         lambda: cuda.DeviceArray((1,), "int8"),
     ):
         with pytest.raises(BuildError, match="B102"):
@@ -161,7 +162,7 @@ def _include_folder() -> str | None:
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     """The driver of `fake_driver.cpp` in place of the machine's; checks that all is given back."""
     folder = _include_folder()
-    if folder is None or not compilers.has_compiler():
+    if not folder or not compilers.has_compiler():
         pytest.skip("the fake driver needs a C++ compiler and cuda.h")
     source = Path(__file__).with_name("fake_driver.cpp").read_text(encoding="utf-8")
     flags = (f"-I{folder}", "-Wall", "-Wextra", "-Werror")
@@ -184,9 +185,9 @@ def axpy(request: pytest.FixtureRequest) -> cuda.Function:
     """The kernel y += a x, loaded."""
     if request.param == "fake":
         request.getfixturevalue("fake")
-        return cuda.load_cubin(b"\x7fELF").function("axpy")
-    cubin = cuda.compile_cuda(SOURCE, arch=cuda.device_arch(), headers=HEADERS)
-    return cuda.load_cubin(cubin.image).function("axpy")
+        return cuda.Module(b"\x7fELF").function("axpy")
+    cubin = nvrtc.compile_cuda(SOURCE, arch=cuda.device_arch(), headers=HEADERS)
+    return cuda.Module(cubin.image).function("axpy")
 
 
 def _params(y: cuda.DeviceArray, x: cuda.DeviceArray, a: float) -> ctypes.Array[ctypes.c_char]:
@@ -197,19 +198,19 @@ def test_launch(axpy: cuda.Function, rng: np.random.Generator) -> None:
     x, y = rng.standard_normal((2, 1000)).astype(np.float32)
     xd, yd = cuda.DeviceArray.from_numpy(x), cuda.DeviceArray.from_numpy(y)
     params = _params(yd, xd, 2.0)
-    axpy.launch((4, 1, 1), (256, 1, 1), 0, cuda.current_stream(), params)
+    axpy.prepare((4, 1, 1), (256, 1, 1), 0, params).run(cuda.current_stream())
     assert np.array_equal(yd.to_numpy(), y + 2 * x)
     prepared = axpy.prepare((4, 1, 1), (256, 1, 1), 0, params)
     AXPY.pack_into(params, y=yd.pointer, x=xd.pointer, a=-2.0, n=1000)
     prepared.run(cuda.current_stream())
     assert np.allclose(yd.to_numpy(), y, atol=1e-5)
-    axpy.launch((0, 1, 1), (256, 1, 1), 0, 0, params)  # an empty grid is no launch
+    axpy.prepare((0, 1, 1), (256, 1, 1), 0, params).run(0)  # an empty grid is no launch
 
 
 def test_large_shared_memory(axpy: cuda.Function) -> None:
     x = cuda.DeviceArray.from_numpy(np.ones(8, np.float32))
     y = cuda.DeviceArray.from_numpy(np.ones(8, np.float32))
-    axpy.launch((1, 1, 1), (32, 1, 1), 90 * 1024, cuda.current_stream(), _params(y, x, 1.0))
+    axpy.prepare((1, 1, 1), (32, 1, 1), 90 * 1024, _params(y, x, 1.0)).run(cuda.current_stream())
     assert np.array_equal(y.to_numpy(), np.full(8, 2))
     with pytest.raises(BuildError, match=r"B104.*INVALID_VALUE"):
         axpy.prepare((1, 1, 1), (32, 1, 1), 10**7, _params(y, x, 1.0))
@@ -221,7 +222,7 @@ def test_graph_replays(axpy: cuda.Function, rng: np.random.Generator) -> None:
     yd.zero()
     cuda.synchronize()
     launches = [axpy.prepare((1, 1, 1), (128, 1, 1), 0, _params(yd, xd, a)) for a in (1.0, 3.0)]
-    graph = cuda.Graph.of(launches)
+    graph = cuda.Graph(launches)
     assert not yd.to_numpy().any()  # recording runs nothing
     for _ in range(5):
         graph.launch()
@@ -230,11 +231,15 @@ def test_graph_replays(axpy: cuda.Function, rng: np.random.Generator) -> None:
 
 
 def test_failed_recording_leaves_nothing(axpy: cuda.Function) -> None:
-    def record(stream: int) -> None:
+    x = cuda.DeviceArray.from_numpy(np.ones(8, np.float32))
+    good = axpy.prepare((1, 1, 1), (32, 1, 1), 0, _params(x, x, 1.0))
+
+    def run(stream: int) -> None:
         raise KeyError("while recording")
 
+    bad = SimpleNamespace(run=run)
     with pytest.raises(KeyError, match="while recording"):
-        cuda.Graph(record)
+        cuda.Graph([good, bad])  # pyright: ignore[reportArgumentType]
     cuda.synchronize()
     assert axpy.handle
 
@@ -242,7 +247,7 @@ def test_failed_recording_leaves_nothing(axpy: cuda.Function) -> None:
 def test_launch_errors_are_named(axpy: cuda.Function) -> None:
     params = AXPY.pack(y=0, x=0, a=0.0, n=0)
     with pytest.raises(BuildError, match=r"B104.*launching axpy.*INVALID_VALUE"):
-        axpy.launch((1, 1, 1), (2048, 1, 1), 0, 0, params)
+        axpy.prepare((1, 1, 1), (2048, 1, 1), 0, params).run(0)
     with pytest.raises(BuildError, match=r"B104.*NOT_FOUND"):
         axpy.module.function("absent")
 
@@ -254,7 +259,7 @@ def test_another_thread_launches(axpy: cuda.Function) -> None:
 
     def work() -> None:
         try:
-            axpy.launch((1, 1, 1), (32, 1, 1), 0, 0, _params(x, x, 1.0))
+            axpy.prepare((1, 1, 1), (32, 1, 1), 0, _params(x, x, 1.0)).run(0)
             cuda.synchronize()
         except BuildError as error:
             failures.append(error)
@@ -348,15 +353,15 @@ def test_cuda_array_interface(fake: ctypes.CDLL) -> None:
 @pytest.mark.gpu
 def test_torch_shares_context_and_stream(rng: np.random.Generator) -> None:
     torch = pytest.importorskip("torch")
-    cubin = cuda.compile_cuda(SOURCE, arch=cuda.device_arch(), headers=HEADERS)
-    kernel = cuda.load_cubin(cubin.image).function("axpy")
+    cubin = nvrtc.compile_cuda(SOURCE, arch=cuda.device_arch(), headers=HEADERS)
+    kernel = cuda.Module(cubin.image).function("axpy")
     x = torch.from_numpy(rng.standard_normal(1000).astype(np.float32)).cuda()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         assert cuda.current_stream() == side.cuda_stream
         y = torch.zeros_like(x)
         params = AXPY.pack(y=view(y).pointer, x=view(x).pointer, a=2.0, n=1000)
-        kernel.launch((4, 1, 1), (256, 1, 1), 0, cuda.current_stream(), params)
+        kernel.prepare((4, 1, 1), (256, 1, 1), 0, params).run(cuda.current_stream())
         z = y + 1
     side.synchronize()
     assert torch.equal(z, 2 * x + 1)

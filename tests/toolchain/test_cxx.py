@@ -45,7 +45,7 @@ def test_compile_load_call(tmp_path: Path) -> None:
         assert cxx.compile_cpp(TRIPLE) == path
         assert disk_cache.stats.compiled == before + 1
         assert cxx.load(path) is cxx.load(path)
-        assert "so" in {e.kind for e in disk_cache.entries()}
+        assert "so" in {e.kind for e in disk_cache.current().entries()}
 
 
 @needs_cxx
@@ -177,7 +177,7 @@ def test_what_is_no_library_is_not_kept(tmp_path: Path, text: str) -> None:
     with knobs.scope(cache_dir=tmp_path / "cache", cxx=mycxx):
         with pytest.raises(BuildError, match=r"B102.*no shared library"):
             cxx.compile_cpp(TRIPLE)
-        assert {e.kind for e in disk_cache.entries()} == {"cxx"}
+        assert {e.kind for e in disk_cache.current().entries()} == {"cxx"}
 
 
 @needs_cxx
@@ -239,7 +239,7 @@ def test_a_library_lost_after_it_was_stored_is_built_again(
         path = put(kind, key, data)
         if kind == "so":
             if damage == "emptied":
-                assert disk_cache.clear() > 0
+                assert disk_cache.current().clear() > 0
             elif damage == "folder removed":
                 shutil.rmtree(tmp_path / "cache")
             elif damage == "truncated":
@@ -350,7 +350,7 @@ def _empty(folder: str, stop: str) -> int:
     with knobs.scope(cache_dir=Path(folder)):
         while time.monotonic() < end:
             stopped = os.path.exists(stop)
-            removed += disk_cache.clear()
+            removed += disk_cache.current().clear()
             if stopped:
                 break
     return removed

@@ -33,10 +33,10 @@ def test_round_trip_and_listing(tmp_path: Path, rng: np.random.Generator) -> Non
         assert disk_cache.find("so", key) == path
         assert disk_cache.get("cubin", key) is None
         assert (disk_cache.stats.misses - misses, disk_cache.stats.hits - hits) == (2, 2)
-        assert [(e.kind, e.key) for e in disk_cache.entries()] == [("so", key)]
+        assert [(e.kind, e.key) for e in disk_cache.current().entries()] == [("so", key)]
         assert path.stat().st_mode & 0o777 == 0o600
         assert path.parent.stat().st_mode & 0o777 == 0o700
-        assert disk_cache.clear() == 1
+        assert disk_cache.current().clear() == 1
         assert disk_cache.get("so", key) is None
 
 
@@ -152,7 +152,7 @@ def test_folder_deleted_under_us_is_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     with knobs.scope(cache_dir=folder):
         disk_cache.put("so", disk_cache.key_of("x"), b"one")
-        assert disk_cache.clear() == 1
+        assert disk_cache.current().clear() == 1
         folder.rmdir()
         assert disk_cache.put("so", disk_cache.key_of("x"), b"two").parent == folder
 

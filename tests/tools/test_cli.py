@@ -154,7 +154,7 @@ def test_cache_lists_and_clears(tmp_path, capsys):
         assert [e["kind"] for e in listed["entries"]] == ["so"]
         assert cli.main(["cache", "clear", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["removed"] == 1
-        assert list(disk_cache.entries()) == []
+        assert list(disk_cache.current().entries()) == []
 
 
 # ---- explain ----------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def kernel(form: TableForm, group: int, max_rows: int, ordinal: int) -> Any:
     from tilewright.runtime import cuda
 
     cubin = compile_cuda(form, group, max_rows, cuda.device_arch(ordinal))
-    return cuda.load_cubin(cubin.image, ordinal).function("plan_cuts")
+    return cuda.Module(cubin.image, ordinal).function("plan_cuts")
 
 
 def smem_bytes(requests: int, limit: int) -> int:

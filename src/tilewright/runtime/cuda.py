@@ -1,7 +1,7 @@
 """CUDA on the device: modules, launches, graphs, and memory where no framework gives any.
 
-Compiling (`compile_cuda`) works on any machine; all else needs a driver and says so (B102).
-Kernels take one struct by value, so a launch has one parameter: the address of its bytes.
+Functions raise BuildError[B102] where there is no driver. Kernels take one struct by value, so a
+launch has one parameter: the address of its bytes.
 """
 
 from __future__ import annotations
@@ -18,31 +18,9 @@ import numpy as np
 from tilewright.dtypes import DType
 from tilewright.dtypes import dtype as to_dtype
 from tilewright.errors import ArgumentError, BuildError
-from tilewright.runtime.driver import ATTRIBUTE_MAJOR, Device, device, driver
+from tilewright.runtime.driver import ATTRIBUTE_MAJOR, device, driver
 from tilewright.runtime.view import View
 from tilewright.toolchain import nvrtc
-from tilewright.toolchain.nvrtc import Cubin, Resources, compile_cuda
-
-__all__ = [
-    "Cubin",
-    "Device",
-    "DeviceArray",
-    "Function",
-    "Graph",
-    "Launch",
-    "Module",
-    "Resources",
-    "available",
-    "compile_cuda",
-    "current_device",
-    "current_stream",
-    "describe",
-    "device",
-    "device_arch",
-    "device_name",
-    "load_cubin",
-    "synchronize",
-]
 
 Dim3 = tuple[int, int, int]
 
@@ -79,20 +57,20 @@ def current_stream(ordinal: int | None = None) -> int:
     return 0
 
 
-_found_streams: list[Callable[[int], int]] = []
+_stream_getters: list[Callable[[int], int]] = []
 
 
 def _torch_streams() -> Callable[[int], int] | None:
     """torch's current stream by the number of a GPU, once torch has started CUDA: from then on it
     is never asked again whether it has (1 µs of a call)."""
-    if _found_streams:
-        return _found_streams[0]
+    if _stream_getters:
+        return _stream_getters[0]
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
     raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # 20 × faster than the object
-    _found_streams.append(raw or (lambda n: int(torch.cuda.current_stream(n).cuda_stream)))
-    return _found_streams[0]
+    _stream_getters.append(raw or (lambda n: int(torch.cuda.current_stream(n).cuda_stream)))
+    return _stream_getters[0]
 
 
 def is_capturing(ordinal: int) -> bool:
@@ -129,8 +107,7 @@ def synchronize(stream: int = 0, ordinal: int = 0) -> None:
 
 def describe() -> list[tuple[str, str]]:
     """What `tilewright env` prints of CUDA: the compiler, the driver, each GPU."""
-    lines: list[tuple[str, str]] = []
-    lines.append(("NVRTC", nvrtc.toolkit_version() if nvrtc.available() else "not installed"))
+    lines = [("NVRTC", nvrtc.toolkit_version() if nvrtc.available() else "not installed")]
     try:
         version = driver().integer("cuDriverGetVersion")
         count = driver().integer("cuDeviceGetCount")
@@ -145,27 +122,19 @@ def describe() -> list[tuple[str, str]]:
 
 
 class Module:
-    """A loaded cubin on one GPU. It stays loaded as long as one of its functions is alive."""
+    """A cubin, loaded into the primary context of a GPU until the process ends."""
 
     def __init__(self, image: bytes, ordinal: int = 0) -> None:
+        """Raises BuildError[B102, B104]."""
         self.device = device(ordinal)
         self.device.activate()
         self._handle = driver().handle("cuModuleLoadData", image)
-        self._functions: dict[str, Function] = {}
 
     def function(self, name: str) -> Function:
         """A kernel by its `extern "C"` name. Raises BuildError[B104]."""
-        found = self._functions.get(name)
-        if found is None:
-            self.device.activate()
-            handle = driver().handle("cuModuleGetFunction", self._handle, name.encode())
-            found = self._functions[name] = Function(name, handle, self)
-        return found
-
-
-def load_cubin(image: bytes, ordinal: int = 0) -> Module:
-    """Load a cubin into a GPU's primary context. Raises BuildError[B102, B104]."""
-    return Module(image, ordinal)
+        self.device.activate()
+        handle = driver().handle("cuModuleGetFunction", self._handle, name.encode())
+        return Function(name, handle, self)
 
 
 class Function:
@@ -176,13 +145,6 @@ class Function:
     def __init__(self, name: str, handle: int, module: Module) -> None:
         self.name, self.handle, self.module = name, handle, module
         self._smem = _SMEM_WITHOUT_ASKING
-
-    def allow_smem(self, nbytes: int) -> None:
-        """Ask the driver for dynamic shared memory above 48 KiB; remembered."""
-        if nbytes > self._smem:
-            self.module.device.activate()
-            driver().call("cuFuncSetAttribute", self.handle, _FUNCTION_MAX_DYNAMIC_SMEM, nbytes)
-            self._smem = nbytes
 
     def prepare(
         self,
@@ -195,15 +157,13 @@ class Function:
         """A launch whose arguments are converted once; `params` holds the kernel's one struct.
 
         `overlaps`: its CTAs may start before the launch in front has ended, on sm_90 and newer: the
-        kernel waits itself (`tw::wait_for_previous_launch`)."""
-        self.allow_smem(smem_bytes)
+        kernel waits itself (`tw::wait_for_previous_launch`).
+        Raises BuildError[B104] for more shared memory than a CTA can have."""
+        if smem_bytes > self._smem:
+            self.module.device.activate()
+            driver().call("cuFuncSetAttribute", self.handle, _FUNCTION_MAX_DYNAMIC_SMEM, smem_bytes)
+            self._smem = smem_bytes
         return Launch(self, grid, block, smem_bytes, params, overlaps)
-
-    def launch(
-        self, grid: Dim3, block: Dim3, smem_bytes: int, stream: int, params: ctypes.Array[Any]
-    ) -> None:
-        """Launch once. `params` is read before the call returns. Raises BuildError[B104]."""
-        self.prepare(grid, block, smem_bytes, params).run(stream)
 
 
 class _Config(ctypes.Structure):
@@ -230,7 +190,7 @@ _OVERLAPS = _Attribute(_PROGRAMMATIC_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
 
 
 class Launch:
-    """A kernel with its grid and parameters: `run(stream)` launches it.
+    """A kernel with its grid and parameters: `run(stream)` launches it on a stream.
 
     The bytes of `params` are read at each `run`, so they may be rewritten between two.
     A grid with a zero launches nothing.
@@ -280,48 +240,32 @@ class Launch:
 class Graph:
     """A recorded step: launches captured once, replayed by one call.
 
-    Addresses and parameters are those of the recording; the graph keeps the recorded launches
-    alive, but not the arrays that they point to.
+    All launches are on one GPU. Addresses and parameters are those of the recording; the graph
+    keeps the recorded launches alive, but not the arrays that they point to.
     """
 
-    def __init__(
-        self, record: Callable[[int], None], ordinal: int = 0, keep: object = None
-    ) -> None:
-        """`record(stream)` launches on the stream it is given; it must not allocate or wait."""
-        api, self.device, self._keep = driver(), device(ordinal), (record, keep)
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        """Raises BuildError[B104]."""
+        api, self.launches = driver(), tuple(launches)
+        self.device = launches[0].function.module.device
         self._handle = 0
         self.device.activate()
         stream = api.handle("cuStreamCreate", _STREAM_NON_BLOCKING)
+        graph = c_void_p()
         try:
             api.call("cuStreamBeginCapture_v2", stream, _CAPTURE_THREAD_LOCAL)
             try:
-                record(stream)
-            except BaseException:
-                graph = c_void_p()
-                api.functions["cuStreamEndCapture"](stream, ctypes.byref(graph))
-                if graph.value:
-                    api.functions["cuGraphDestroy"](graph)
-                raise
-            recorded = c_void_p()
-            api.call("cuStreamEndCapture", stream, ctypes.byref(recorded))
-            try:
-                self._handle = api.handle("cuGraphInstantiateWithFlags", recorded, 0)
+                for launch in self.launches:
+                    launch.run(stream)
             finally:
-                api.functions["cuGraphDestroy"](recorded)
+                code = api.functions["cuStreamEndCapture"](stream, ctypes.byref(graph))
+            if code:
+                api.fail("cuStreamEndCapture", code)
+            self._handle = api.handle("cuGraphInstantiateWithFlags", graph, 0)
         finally:
+            if graph.value:
+                api.functions["cuGraphDestroy"](graph)
             api.functions["cuStreamDestroy_v2"](stream)
-
-    @classmethod
-    def of(cls, launches: Sequence[Launch]) -> Graph:
-        """The graph of some launches of one GPU, in order."""
-        launches = tuple(launches)
-        ordinal = launches[0].function.module.device.ordinal if launches else 0
-
-        def record(stream: int) -> None:
-            for launch in launches:
-                launch.run(stream)
-
-        return cls(record, ordinal)
 
     def launch(self, stream: int = 0) -> None:
         """Replay on a stream. Raises BuildError[B104]."""
@@ -361,28 +305,28 @@ class DeviceArray:
         cls, array: np.ndarray, dtype: DType | str | None = None, ordinal: int = 0
     ) -> DeviceArray:
         """A copy on the GPU. `dtype` names what the bits mean, as `bfloat16` for uint16."""
-        made = cls(array.shape, to_dtype(array.dtype if dtype is None else dtype), ordinal)
-        made.copy_from(array)
-        return made
+        copy = cls(array.shape, to_dtype(array.dtype if dtype is None else dtype), ordinal)
+        copy.copy_from(array)
+        return copy
 
     def reshape(self, *shape: int) -> DeviceArray:
         """The same memory under another shape of as many elements. Raises ArgumentError[A103]."""
         if math.prod(shape) != math.prod(self.shape):
             raise ArgumentError("A103", f"{self.shape} cannot be seen as {shape}")
-        made = DeviceArray.__new__(DeviceArray)
-        made.pointer, made.device, made.dtype = self.pointer, self.device, self.dtype
-        made.owner, made.shape = self, tuple(shape)
-        return made
+        view = DeviceArray.__new__(DeviceArray)
+        view.pointer, view.device, view.dtype = self.pointer, self.device, self.dtype
+        view.owner, view.shape = self, tuple(shape)
+        return view
 
     def rows(self, begin: int, end: int) -> DeviceArray:
         """Rows begin … end-1 of the first dimension, the same memory. Raises
         ArgumentError[A103]."""
         if not 0 <= begin <= end <= self.shape[0]:
             raise ArgumentError("A103", f"rows {begin}:{end} of {self.shape[0]}")
-        made = self.reshape(*self.shape)
-        made.shape = (end - begin, *self.shape[1:])
-        made.pointer += begin * math.prod(self.shape[1:]) * self.dtype.itemsize
-        return made
+        view = self.reshape(*self.shape)
+        view.shape = (end - begin, *self.shape[1:])
+        view.pointer += begin * math.prod(self.shape[1:]) * self.dtype.itemsize
+        return view
 
     def copy_from(self, array: np.ndarray, stream: int | None = None) -> None:
         """Overwrite with a NumPy array of the same shape and itemsize; done when it returns.
@@ -396,24 +340,24 @@ class DeviceArray:
         if not self.nbytes:
             return
         source = np.ascontiguousarray(array)
-        where = self._stream(stream)
-        driver().call("cuMemcpyHtoDAsync_v2", self.pointer, source.ctypes.data, self.nbytes, where)
-        driver().call("cuStreamSynchronize", where)
+        queue = self._stream(stream)
+        driver().call("cuMemcpyHtoDAsync_v2", self.pointer, source.ctypes.data, self.nbytes, queue)
+        driver().call("cuStreamSynchronize", queue)
 
     def to_numpy(self, stream: int | None = None) -> np.ndarray:
         """A copy on the host, complete when it returns; bfloat16 and 8-bit floats as their bits."""
         out = np.empty(self.shape, self.dtype.numpy)
         if self.nbytes:
-            where = self._stream(stream)
-            driver().call("cuMemcpyDtoHAsync_v2", out.ctypes.data, self.pointer, out.nbytes, where)
-            driver().call("cuStreamSynchronize", where)
+            queue = self._stream(stream)
+            driver().call("cuMemcpyDtoHAsync_v2", out.ctypes.data, self.pointer, out.nbytes, queue)
+            driver().call("cuStreamSynchronize", queue)
         return out
 
     def zero(self, stream: int | None = None) -> None:
         """Set every byte to 0, in the order of the stream."""
         if self.nbytes:
-            where = self._stream(stream)
-            driver().call("cuMemsetD8Async", self.pointer, 0, self.nbytes, where)
+            queue = self._stream(stream)
+            driver().call("cuMemsetD8Async", self.pointer, 0, self.nbytes, queue)
 
     @property
     def nbytes(self) -> int:
@@ -422,12 +366,9 @@ class DeviceArray:
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {
-            "shape": self.shape,
-            "typestr": self.dtype.numpy.str,
-            "data": (self.pointer, False),
-            "strides": None,
-            "version": 3,
-        }
+            "shape": self.shape, "typestr": self.dtype.numpy.str, "data": (self.pointer, False),
+            "strides": None, "version": 3,
+        }  # fmt: skip
 
     def _stream(self, stream: int | None) -> int:
         self.device.activate()

@@ -1,4 +1,4 @@
-"""The CUDA driver through ctypes: what Tilewright calls of it, checked.
+"""The CUDA driver through ctypes: the functions that Tilewright calls, with checked results.
 
 ctypes on `libcuda` launches a kernel in a third of the time that the typed bindings take, and
 needs no package. Nothing here runs at import; `driver()` loads the library and initialises it.
@@ -6,6 +6,7 @@ needs no package. Nothing here runs at import; `driver()` loads the library and 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import threading
@@ -32,9 +33,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuCtxGetCurrent": (_OUT,),
     "cuCtxSetCurrent": (_IN,),
     "cuModuleLoadData": (_OUT, c_char_p),
-    "cuModuleUnload": (_IN,),
     "cuModuleGetFunction": (_OUT, _IN, c_char_p),
-    "cuFuncGetAttribute": (POINTER(c_int), c_int, _IN),
     "cuFuncSetAttribute": (_IN, c_int, c_int),
     "cuLaunchKernelEx": (c_void_p, _IN, c_void_p, c_void_p),
     "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
@@ -57,10 +56,8 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuGraphExecDestroy": (_IN,),
 }
 
-ATTRIBUTE_SMS = 16
+_ATTRIBUTE_SMS = 16
 ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 75, 76
-ATTRIBUTE_SMEM_OPTIN = 97
-ATTRIBUTE_L2_BYTES = 38
 
 
 class Driver:
@@ -75,16 +72,13 @@ class Driver:
                 function.argtypes, function.restype = arguments, c_int
                 self.functions[name] = function
         except AttributeError as error:
-            raise BuildError(
-                "B102", f"the CUDA driver is too old: {error}", hint="CUDA 12.0 or newer is needed"
-            ) from None
+            text = f"the CUDA driver is too old: {error}"
+            raise BuildError("B102", text, hint="CUDA 12.0 or newer is needed") from None
         code = self.functions["cuInit"](0)
         if code:
-            raise BuildError(
-                "B102",
-                f"the CUDA driver does not start: {self.error_name(code)}",
-                hint="is there an NVIDIA GPU? The cpp and interp targets need none",
-            )
+            text = f"the CUDA driver does not start: {self.error_name(code)}"
+            hint = "is there an NVIDIA GPU? The cpp and interp targets need none"
+            raise BuildError("B102", text, hint=hint)
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function. Raises BuildError[B104] with the driver's name for the failure."""
@@ -96,8 +90,8 @@ class Driver:
         """Raise BuildError[B104] for a result of `name` that is not success."""
         text = c_char_p()
         self.functions["cuGetErrorString"](code, ctypes.byref(text))
-        said = (text.value or b"unknown").decode(errors="replace")
-        raise BuildError("B104", f"{name} failed: {self.error_name(code)} ({said})")
+        message = (text.value or b"unknown").decode(errors="replace")
+        raise BuildError("B104", f"{name} failed: {self.error_name(code)} ({message})")
 
     def error_name(self, code: int) -> str:
         name = c_char_p()
@@ -119,15 +113,10 @@ class Driver:
 
 def _load() -> ctypes.CDLL:
     for name in LIBRARIES:
-        try:
+        with contextlib.suppress(OSError):
             return ctypes.CDLL(name)
-        except OSError:
-            continue
-    raise BuildError(
-        "B102",
-        "there is no CUDA driver (libcuda.so.1 is not found)",
-        hint="running CUDA kernels needs an NVIDIA GPU; compiling them does not",
-    )
+    hint = "running CUDA kernels needs an NVIDIA GPU; compiling them does not"
+    raise BuildError("B102", "there is no CUDA driver (libcuda.so.1 is not found)", hint=hint)
 
 
 _lock = threading.RLock()
@@ -185,7 +174,7 @@ class Device:
     @functools.cached_property
     def sms(self) -> int:
         """Streaming multiprocessors."""
-        return self.attribute(ATTRIBUTE_SMS)
+        return self.attribute(_ATTRIBUTE_SMS)
 
     @functools.cached_property
     def memory_bytes(self) -> int:
@@ -196,13 +185,11 @@ class Device:
 
 def device(ordinal: int = 0) -> Device:
     """A GPU by its number. Raises BuildError[B102] where there is none."""
-    found = _devices.get(ordinal)
-    if found is None:
+    if ordinal not in _devices:
         with _lock:
-            found = _devices.get(ordinal)
-            if found is None:
-                found = _devices[ordinal] = Device(ordinal)
-    return found
+            if ordinal not in _devices:
+                _devices[ordinal] = Device(ordinal)
+    return _devices[ordinal]
 
 
 def arch_of(major: int, minor: int) -> str:

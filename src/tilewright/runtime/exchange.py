@@ -16,9 +16,8 @@ from tilewright.runtime.view import (
     View,
     check_memory,
     element_strides,
-    made_view,
+    make_view,
     numpy_dtype,
-    refuse_alignment,
     row_major_strides,
 )
 
@@ -26,35 +25,30 @@ from tilewright.runtime.view import (
 def view_cupy(x: Any) -> View:
     known = numpy_dtype(x.dtype)
     strides = element_strides(x.strides, x.shape, x.dtype.itemsize)
-    return made_view(x.data.ptr, known, x.shape, strides, f"cuda:{x.device.id}", x, False)
+    return make_view(x.data.ptr, known, x.shape, strides, f"cuda:{x.device.id}", x, False)
 
 
 def view_device_array(x: Any) -> View:
     strides = row_major_strides(x.shape)
-    return made_view(x.pointer, x.dtype, x.shape, strides, f"cuda:{x.device.ordinal}", x, False)
+    return make_view(x.pointer, x.dtype, x.shape, strides, f"cuda:{x.device.ordinal}", x, False)
 
 
 def view_cuda_interface(x: Any) -> View:
     from tilewright.runtime import cuda
 
-    said = x.__cuda_array_interface__
-    if said.get("mask") is not None:
+    described = x.__cuda_array_interface__
+    if described.get("mask") is not None:
         raise ArgumentError("A107", "a masked array is not a dense array")
-    kind = np.dtype(said["typestr"])
-    known = numpy_dtype(kind)
-    shape = tuple(said["shape"])
-    steps = said.get("strides")
-    strides = (
-        row_major_strides(shape)
-        if steps is None
-        else element_strides(tuple(steps), shape, kind.itemsize)
-    )
-    pointer, readonly = said["data"]
+    known, shape = numpy_dtype(np.dtype(described["typestr"])), tuple(described["shape"])
+    strides = row_major_strides(shape)
+    if described.get("strides") is not None:
+        strides = element_strides(tuple(described["strides"]), shape, known.itemsize)
+    pointer, readonly = described["data"]
     ordinal = cuda.pointer_device(pointer) if pointer else cuda.current_device()
-    stream = said.get("stream")
+    stream = described.get("stream")
     if stream is not None and stream != (cuda.current_stream(ordinal) or 1):
         cuda.synchronize(stream, ordinal)  # the producer may still be writing there
-    return made_view(pointer or 0, known, shape, strides, f"cuda:{ordinal}", x, bool(readonly))
+    return make_view(pointer or 0, known, shape, strides, f"cuda:{ordinal}", x, bool(readonly))
 
 
 # ---- DLPack -----------------------------------------------------------------------------------
@@ -97,10 +91,8 @@ _DL_TYPES = {
 } | {(4, 16): dtypes.bfloat16, (10, 8): dtypes.float8_e4m3, (12, 8): dtypes.float8_e5m2}
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.argtypes, _capsule_pointer.restype = (
-    [ctypes.py_object, ctypes.c_char_p],
-    ctypes.c_void_p,
-)
+_capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_capsule_pointer.restype = ctypes.c_void_p
 _capsule_is = ctypes.pythonapi.PyCapsule_IsValid
 _capsule_is.argtypes, _capsule_is.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_int
 
@@ -112,9 +104,8 @@ def view_dlpack(x: Any) -> View:
     if _capsule_is(capsule, b"dltensor_versioned"):
         managed = _DLVersioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
         if managed.major != 1:
-            raise ArgumentError(
-                "A107", f"DLPack version {managed.major} is not known", hint="version 1"
-            )
+            text = f"DLPack version {managed.major} is not known"
+            raise ArgumentError("A107", text, hint="version 1")
         tensor, readonly = managed.tensor, bool(managed.flags & _DL_READONLY)
     elif _capsule_is(capsule, b"dltensor"):
         tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
@@ -122,27 +113,20 @@ def view_dlpack(x: Any) -> View:
         raise ArgumentError("A107", f"{type(x).__name__}.__dlpack__ gave no DLPack capsule")
     known = _DL_TYPES.get((tensor.code, tensor.bits))
     if known is None or tensor.lanes != 1:
-        spelled = f"type {tensor.code} of {tensor.bits} bits x {tensor.lanes}"
-        raise ArgumentError("A102", f"DLPack arrays of {spelled} cannot be used")
+        name = f"type {tensor.code} of {tensor.bits} bits x {tensor.lanes}"
+        raise ArgumentError("A102", f"DLPack arrays of {name} cannot be used")
     if tensor.device_type in _DL_CPU:
         device = "cpu"
     elif tensor.device_type in _DL_CUDA:
         device = f"cuda:{tensor.device_id}"
     else:
-        raise ArgumentError(
-            "A105", f"DLPack device type {tensor.device_type} is not known", hint="cpu or cuda"
-        )
-    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
-    strides = (
-        tuple(tensor.strides[i] for i in range(tensor.ndim))
-        if tensor.strides
-        else row_major_strides(shape)
-    )
+        text = f"DLPack device type {tensor.device_type} is not known"
+        raise ArgumentError("A105", text, hint="cpu or cuda")
+    shape = tuple(tensor.shape[: tensor.ndim])
+    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else row_major_strides(shape)
     check_memory(tensor.data, shape)  # an offset may hide that it is null
     pointer = (tensor.data or 0) + tensor.byte_offset
-    if pointer % known.itemsize:
-        refuse_alignment(pointer, known)
-    return made_view(pointer, known, shape, strides, device, (x, capsule), readonly)
+    return make_view(pointer, known, shape, strides, device, (x, capsule), readonly)
 
 
 def _export(x: Any) -> Any:
@@ -158,6 +142,5 @@ def _export(x: Any) -> Any:
         except TypeError:  # an exporter older than versions
             return x.__dlpack__(**options)
     except (BufferError, TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentError(
-            "A107", f"{type(x).__name__} cannot be shared by DLPack: {error}"
-        ) from None
+        text = f"{type(x).__name__} cannot be shared by DLPack: {error}"
+        raise ArgumentError("A107", text) from None

@@ -1,52 +1,47 @@
-"""How a filled frame runs: on the thread pool, on a GPU's stream, or on the interpreter.
+"""Launch frames on the thread pool or on a GPU's stream, and recorded steps of many launches.
 
-A frame knows its launches as plain data (`frame_launches`), so that a recorded step can put the
-launches of many kernels into one native call.
+The launches of a frame are plain data (`launches`), so that a recorded step can put those of many
+kernels into one native call.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tilewright.errors import ArgumentError
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
-from tilewright.runtime.call import Frame
+from tilewright.runtime.frame import Frame
 from tilewright.runtime.kernel import Bound, Kernel, Launcher
 
 CHUNKS_PER_THREAD = 8  # enough for units of uneven size to even out, few enough to cost nothing
 
 
 class CpuLauncher(Launcher):
-    """Entries of a shared library, run by the thread pool. `loaded` compiles and loads the library
-    for what a frame lacks; the one for frames that lack nothing is loaded at once."""
+    """Entries of a shared library, run by the thread pool. `load` compiles and loads the library
+    of a variant; the one without macros is loaded at once."""
 
     def __init__(
-        self, loaded: Callable[[tuple[str, ...]], ctypes.CDLL], entries: tuple[str, ...]
+        self, load: Callable[[tuple[str, ...]], ctypes.CDLL], entries: tuple[str, ...]
     ) -> None:
-        self._loaded, self._entries = loaded, entries
+        self._load, self._entries = load, entries
         self._bodies: dict[tuple[str, ...], list[int]] = {}
         self.bodies(())
 
-    @property
-    def pool(self) -> pools.Pool:
-        """What a call needs, and a build does not: compiled or loaded at the first one."""
-        return pools.pool()
-
-    def bodies(self, lacks: tuple[str, ...]) -> list[int]:
+    def bodies(self, variants: tuple[str, ...]) -> list[int]:
         """The addresses of the entries."""
-        found = self._bodies.get(lacks)
-        if found is None:
-            library = self._loaded(lacks)
-            found = [pools.address_of(getattr(library, e)) for e in self._entries]
-            self._bodies[lacks] = found
-        return found
+        if variants not in self._bodies:
+            library = self._load(variants)
+            self._bodies[variants] = [
+                pools.address_of(getattr(library, entry)) for entry in self._entries
+            ]
+        return self._bodies[variants]
 
     def launches(self, kernel: Kernel, frame: Frame) -> list[pools.Launch]:
         """The launch of each stage that has units."""
-        chunks = self.pool.threads * CHUNKS_PER_THREAD
+        chunks = pools.pool().threads * CHUNKS_PER_THREAD  # a build alone needs no pool
         return [
             (
                 body,
@@ -56,7 +51,7 @@ class CpuLauncher(Launcher):
                 not kernel.manifest.formats,  # rows of a sparse matrix are of unequal length
             )
             for body, block, units, stage in zip(
-                self.bodies(frame.lacks),
+                self.bodies(frame.variants),
                 frame.blocks,
                 frame.units,
                 kernel.manifest.stages,
@@ -66,33 +61,24 @@ class CpuLauncher(Launcher):
         ]
 
     def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
-        listed = self.launches(kernel, frame)
-        array = pools.launch_array(listed)
-        frame.keep.append(array)
-        run, address, count = self.pool.run, ctypes.addressof(array), len(listed)
-        return lambda: run(address, count)
+        return pools.pool().prepare(self.launches(kernel, frame))
 
 
 class CudaLauncher(Launcher):
     """Functions of a cubin, loaded on the device of the call at its first launch there. `image`
-    gives the cubin for what a frame lacks: arrays that are not aligned to 16 bytes take one without
-    wide loads, arrays with gaps one that reads their strides, made when first needed."""
+    compiles the cubin of a variant when it is first needed: without wide loads for arrays that are
+    not aligned to 16 bytes, with strides read at run time for arrays with gaps."""
 
     def __init__(self, image: Callable[[tuple[str, ...]], bytes]) -> None:
         self.image = image
         self._functions: dict[tuple[int, tuple[str, ...]], list[cuda.Function]] = {}
 
     def functions(self, kernel: Kernel, frame: Frame) -> list[cuda.Function]:
-        ordinal = int(frame.device.partition(":")[2] or 0)
-        found = self._functions.get((ordinal, frame.lacks))
-        if found is None:
-            module = cuda.load_cubin(self.image(frame.lacks), ordinal)
-            found = [module.function(s.entry) for s in kernel.manifest.stages]
-            for f, s in zip(found, kernel.manifest.stages, strict=True):
-                if s.smem_bytes > 48 * 1024:
-                    f.allow_smem(s.smem_bytes)
-            self._functions[ordinal, frame.lacks] = found
-        return found
+        key = _ordinal(frame), frame.variants
+        if key not in self._functions:
+            module = cuda.Module(self.image(frame.variants), key[0])
+            self._functions[key] = [module.function(s.entry) for s in kernel.manifest.stages]
+        return self._functions[key]
 
     def launches(self, kernel: Kernel, frame: Frame) -> list[cuda.Launch]:
         stages = kernel.manifest.stages
@@ -105,25 +91,34 @@ class CudaLauncher(Launcher):
         ]
 
     def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
-        listed = self.launches(kernel, frame)
-        gpu = cuda.device(int(frame.device.partition(":")[2] or 0))
-        ordinal, activate, current = gpu.ordinal, gpu.activate, cuda.current_stream
-        launches = [one.run_active for one in listed]
+        launches = [one.run_active for one in self.launches(kernel, frame)]
+        ordinal = _ordinal(frame)
+        activate, current_stream = cuda.device(ordinal).activate, cuda.current_stream
 
         def run() -> None:
             activate()
-            stream = current(ordinal)
+            stream = current_stream(ordinal)
             for launch in launches:
                 launch(stream)
 
         return run
 
 
-def _is_interpreted(b: Any) -> bool:
-    """Whether there is no native code to put into a list of launches."""
-    if isinstance(b, Bound):
-        return not isinstance(b.kernel.launcher, (CpuLauncher, CudaLauncher))
-    return hasattr(b, "launch") and b.launch is None
+def _ordinal(frame: Frame) -> int:
+    return int(frame.device.partition(":")[2] or 0)
+
+
+def _recorded(bound: Any) -> Sequence[Any] | None:
+    """The launches of a bound call; None for one without native code. Raises ArgumentError."""
+    if isinstance(bound, Bound):
+        native = isinstance(bound.kernel.launcher, (CpuLauncher, CudaLauncher))
+        return bound.kernel.launcher.launches(bound.kernel, bound.frame) if native else None
+    if isinstance(bound, (tuple, cuda.Launch)):
+        return (bound,)
+    if not hasattr(bound, "launch"):
+        text = f"a step records bound calls, not {type(bound).__name__}"
+        raise ArgumentError("A107", text, where="bounds", hint="kernel.bind(…)")
+    return None if bound.launch is None else (bound.launch,)
 
 
 class Step:
@@ -137,39 +132,24 @@ class Step:
 
     def __init__(self, bounds: Iterable[Any]) -> None:
         self.keep = list(bounds)
-        listed: list[Any] = []
-        for b in self.keep:
-            if not (isinstance(b, (Bound, tuple, cuda.Launch)) or hasattr(b, "launch")):
-                raise ArgumentError(
-                    "A107", f"a step records bound calls, not {type(b).__name__}", where="bounds",
-                    hint="kernel.bind(…)",
-                )  # fmt: skip
-        if any(map(_is_interpreted, self.keep)):
+        recorded = [_recorded(b) for b in self.keep]
+        launches = [launch for of_bound in recorded for launch in of_bound or ()]
+        self.count = len(launches)
+        if None in recorded:
             self.count = len(self.keep)
-            self._go = self._one_by_one
-            return
-        for b in self.keep:
-            listed += (
-                b.kernel.launcher.launches(b.kernel, b.frame)
-                if isinstance(b, Bound)
-                else [getattr(b, "launch", b)]
-            )
-        self.count = len(listed)
-        if listed and not isinstance(listed[0], tuple):
-            graph = cuda.Graph.of(listed)
-            self._go = lambda: graph.launch(cuda.current_stream())
-            return
-        array = pools.launch_array(listed)
-        self.keep.append(array)
-        run, address, count = pools.pool().run, ctypes.addressof(array), len(listed)
-        self._go = lambda: run(address, count)
+            self._run = self._call_each
+        elif launches and not isinstance(launches[0], tuple):
+            graph = cuda.Graph(launches)
+            self._run = lambda: graph.launch(cuda.current_stream())
+        else:
+            self._run = pools.pool().prepare(launches)
 
-    def _one_by_one(self) -> None:
+    def _call_each(self) -> None:
         for bound in self.keep:
             bound()
 
     def __call__(self) -> None:
-        self._go()
+        self._run()
 
     def __repr__(self) -> str:
         return f"<step of {self.count} launches>"

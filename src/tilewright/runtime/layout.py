@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,16 +42,14 @@ _OFFSET_MACRO = (
     "#endif",
     "#endif",
 )
-_TYPE = re.compile(r"(\w+?)(?:\[(\d+)\])?")
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One field: `count` is 0 for a scalar, the length for a fixed array; `offset` in bytes."""
+    """One field; `offset` in bytes."""
 
     name: str
     type: str
-    count: int
     offset: int
     c_type: str
 
@@ -60,65 +57,52 @@ class Field:
     def itemsize(self) -> int:
         return _SCALARS[self.type][2]
 
-    @property
-    def lanes(self) -> int:
-        return max(self.count, 1)
-
 
 class Struct:
     """A C struct described once.
 
-    `fields` are `(name, type)` or `(name, "ptr", c_type)`; a type is `ptr`, `float32`, `float64`,
-    `int8` … `uint64`, or a fixed array of one, as `int32[4]`. The C text uses the names of
-    `<stdint.h>`; where that header is missing (NVRTC) the prelude defines them.
-    Raises InternalError[I101] for a malformed description: layouts are ours, not the user's.
+    The fields are `(name, type)` or `(name, "ptr", c_type)`; a type is `ptr`, `float32`,
+    `float64` or `int8` … `uint64`. The C text uses the names of `<stdint.h>`; where that header is
+    missing (NVRTC) the prelude defines them. Raises InternalError[I101] for a bad description.
     """
 
-    def __init__(self, name: str, fields: Sequence[tuple[str, ...]]) -> None:
-        if not (name.isascii() and name.isidentifier()) or not fields:
+    def __init__(self, name: str, described_fields: Sequence[tuple[str, ...]]) -> None:
+        if not (name.isascii() and name.isidentifier()) or not described_fields:
             raise InternalError("I101", f"struct {name!r} needs a C name and at least one field")
         self.name = name
-        laid, offset = [], 0
-        for entry in fields:
-            one = _field(name, entry, offset)
-            laid.append(one)
-            offset = one.offset + one.itemsize * one.lanes
-        self.fields: tuple[Field, ...] = tuple(laid)
-        if len({f.name for f in laid}) != len(laid):
+        fields: list[Field] = []
+        end = 0
+        for described in described_fields:
+            fields.append(_field(name, described, end))
+            end = fields[-1].offset + fields[-1].itemsize
+        self._names = {f.name for f in fields}
+        if len(self._names) != len(fields):
             raise InternalError("I101", f"struct {name} names a field twice")
-        self.align = max(f.itemsize for f in laid)
-        self.size = -(-offset // self.align) * self.align
-        self._offsets = {f.name: f.offset for f in laid}
+        self.fields = tuple(fields)
+        self.align = max(f.itemsize for f in fields)
+        self.size = -(-end // self.align) * self.align
         self._packer = struct.Struct(_packer_format(self.fields, self.size))
-
-    def offset(self, name: str) -> int:
-        """Bytes from the start of the struct to a field."""
-        return self._offsets[name]
 
     @cached_property
     def c_decl(self) -> str:
         """The declaration for C++ and CUDA, with its assertions."""
-        lines = [*_OFFSET_MACRO, f"struct {self.name} {{"]
-        for f in self.fields:
-            lines.append(f"  {f.c_type} {f.name}{f'[{f.count}]' if f.count else ''};")
-        lines.append("};")
-        lines.append(f'static_assert(sizeof({self.name}) == {self.size}, "{self.name}: size");')
-        for f in self.fields:
-            place = f"TW_OFFSET({self.name}, {f.name})"
-            lines.append(f'static_assert({place} == {f.offset}, "{self.name}.{f.name}");')
+        fields = [f"  {f.c_type} {f.name};" for f in self.fields]
+        size = f'static_assert(sizeof({self.name}) == {self.size}, "{self.name}: size");'
+        offsets = [
+            f"static_assert(TW_OFFSET({self.name}, {f.name}) == {f.offset}, "
+            f'"{self.name}.{f.name}");'
+            for f in self.fields
+        ]
+        lines = [*_OFFSET_MACRO, f"struct {self.name} {{", *fields, "};", size, *offsets]
         return "\n".join(lines) + "\n"
 
     @cached_property
     def numpy(self) -> np.dtype:
         """The same layout as a NumPy dtype; pointers are `uint64`."""
-        kinds = ["uint64" if f.type == "ptr" else f.type for f in self.fields]
         return np.dtype(
             {
                 "names": [f.name for f in self.fields],
-                "formats": [
-                    (kind, (f.count,)) if f.count else kind
-                    for kind, f in zip(kinds, self.fields, strict=True)
-                ],
+                "formats": ["uint64" if f.type == "ptr" else f.type for f in self.fields],
                 "offsets": [f.offset for f in self.fields],
                 "itemsize": self.size,
             }
@@ -130,29 +114,17 @@ class Struct:
         return hashlib.sha256(self.c_decl.encode()).hexdigest()[:16]
 
     def pack(self, /, **values: Any) -> ctypes.Array[ctypes.c_char]:
-        """A new buffer with every field set; a fixed array takes a sequence of its length."""
+        """A new buffer with every field set."""
         buffer = ctypes.create_string_buffer(self.size)
         self.pack_into(buffer, **values)
         return buffer
 
     def pack_into(self, buffer: ctypes.Array[ctypes.c_char], /, **values: Any) -> None:
         """Overwrite `buffer` (at least `size` bytes) with these values."""
-        if values.keys() != self._offsets.keys():
-            wrong = sorted(values.keys() ^ self._offsets.keys())
+        if wrong := sorted(values.keys() ^ self._names):
             raise InternalError("I101", f"struct {self.name}: fields {wrong} missing or unknown")
-        flat: list[Any] = []
-        for f in self.fields:
-            value = values[f.name]
-            if not f.count:
-                flat.append(value)
-            elif len(value) == f.count:
-                flat.extend(value)
-            else:
-                raise InternalError(
-                    "I101", f"struct {self.name}.{f.name} holds {f.count} values, not {len(value)}"
-                )
         try:
-            self._packer.pack_into(buffer, 0, *flat)
+            self._packer.pack_into(buffer, 0, *(values[f.name] for f in self.fields))
         except struct.error as error:
             raise InternalError("I101", f"struct {self.name}: {error}") from None
 
@@ -160,33 +132,21 @@ class Struct:
         return f"Struct({self.name}, {self.size} bytes, {len(self.fields)} fields)"
 
 
-@cache
-def _spelled(text: str) -> tuple[str, int] | None:
-    """A type and the length of its array, -1 for none."""
-    match = _TYPE.fullmatch(text)
-    if not match or match[1] not in _SCALARS:
-        return None
-    return match[1], int(match[2]) if match[2] is not None else -1
-
-
-def _field(struct_name: str, entry: tuple[str, ...], end: int) -> Field:
-    """Place one described field at the next aligned offset after `end`."""
-    name, spelled, *c_type = entry
-    known = _spelled(spelled)
-    if known is None or not (name.isascii() and name.isidentifier()):
-        raise InternalError("I101", f"struct {struct_name}: bad field {name!r} of type {spelled!r}")
-    kind, count = known
-    if count == 0 or (c_type and kind != "ptr"):
-        raise InternalError("I101", f"struct {struct_name}.{name}: bad type {spelled!r}")
-    size = _SCALARS[kind][2]
-    offset = -(-end // size) * size
-    return Field(name, kind, max(count, 0), offset, c_type[0] if c_type else _SCALARS[kind][0])
+def _field(struct_name: str, description: tuple[str, ...], end: int) -> Field:
+    """A field at the first aligned offset from `end` on."""
+    name, kind, *c_type = description
+    if kind not in _SCALARS or not (name.isascii() and name.isidentifier()):
+        raise InternalError("I101", f"struct {struct_name}: bad field {name!r} of type {kind!r}")
+    if c_type and kind != "ptr":
+        raise InternalError("I101", f"struct {struct_name}.{name}: a {kind} has no other C type")
+    c_name, _, size = _SCALARS[kind]
+    return Field(name, kind, -(-end // size) * size, c_type[0] if c_type else c_name)
 
 
 def _packer_format(fields: Sequence[Field], size: int) -> str:
     """The format of `struct`, with the padding written out."""
-    text, at = "<", 0
+    text, end = "<", 0
     for f in fields:
-        text += "x" * (f.offset - at) + f"{f.lanes}{_SCALARS[f.type][1]}"
-        at = f.offset + f.itemsize * f.lanes
-    return text + "x" * (size - at)
+        text += "x" * (f.offset - end) + _SCALARS[f.type][1]
+        end = f.offset + f.itemsize
+    return text + "x" * (size - end)

@@ -1,10 +1,10 @@
-"""What a call needs to know of a built program: plain data, and the C structs made from it."""
+"""The manifest of a built program: plain data for its calls, and the C structs of their blocks."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from tilewright.errors import InternalError
@@ -47,10 +47,9 @@ class StageSpec:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a call needs to know of a built program. `param_names` and `row_names` say what the
-    fields of the two structs hold, in the IR's words; `formats` are the texts of the formats by
-    structure. `packed` names the arrays of which the code takes for granted that they have no
-    gaps."""
+    """The tensors, stages and parameters of a built program. `param_names` and `row_names` are the
+    names in the IR of the fields of the two structs; `formats` are the texts of the formats by
+    structure. `packed` names the arrays that the code assumes to have no gaps."""
 
     name: str
     target: str
@@ -80,36 +79,31 @@ def declarations(manifest: Manifest) -> str:
     """The C text of both structs, and of `Params`: the block with its rows behind it."""
     row, params = structs(manifest)
     fields = "\n".join(f"  {f.c_type} {f.name};" for f in params.fields)
-    n = most_rows(manifest)
+    n = max_rows(manifest)
     return (
         f"{row.c_decl}\n{params.c_decl}\n"
         f"struct Params {{\n{fields}\n  Row rows[{n}];\n}};\n"
-        f'static_assert(sizeof(Params) == {rows_at(params) + n * row.size}, "Params: size");\n'
+        f'static_assert(sizeof(Params) == {rows_offset(params) + n * row.size}, "Params: size");\n'
     )
 
 
-def most_rows(manifest: Manifest) -> int:
+def max_rows(manifest: Manifest) -> int:
     """Rows of the largest work table: each launch has a parameter block of this size."""
     return max(len(s.rows) for s in manifest.stages)
 
 
-def rows_at(params: Struct) -> int:
+def rows_offset(params: Struct) -> int:
     return -(-params.size // 8) * 8
 
 
 # ---------------------------------------------------------------------------- on disk
 
 
-def manifest_text(manifest: Manifest) -> dict[str, Any]:
-    """A manifest as JSON holds it; `manifest_from` reads it back."""
-    return asdict(manifest)
-
-
-def manifest_from(held: dict[str, Any]) -> Manifest:
-    """The manifest that `manifest_text` wrote, equal to it."""
-    tensors = tuple(TensorSpec(**_tuples(t)) for t in held["tensors"])
-    stages = tuple(StageSpec(**_tuples(s)) for s in held["stages"])
-    return Manifest(**_tuples(held) | {"tensors": tensors, "stages": stages})
+def manifest_from(fields: dict[str, Any]) -> Manifest:
+    """The manifest whose `dataclasses.asdict` JSON holds, equal to it."""
+    tensors = tuple(TensorSpec(**_tuples(t)) for t in fields["tensors"])
+    stages = tuple(StageSpec(**_tuples(s)) for s in fields["stages"])
+    return Manifest(**_tuples(fields) | {"tensors": tensors, "stages": stages})
 
 
 def _tuples(x: Any) -> Any:
@@ -128,16 +122,14 @@ _OPERATORS: dict[str, Callable[[int, int], int]] = {
 
 
 def unit_count(count: Count, values: Mapping[str, int]) -> int:
-    """The number of units that a `Count` stands for, with sizes and counts by name. Raises
-    InternalError[I101] for anything else: a cache file holds what it holds."""
+    """The value of a `Count`; `values` are sizes and counts by name. Raises InternalError[I101] for
+    any other object, as a damaged cache file may hold."""
     if type(count) is int:
         return count
     if type(count) is str and count in values:
         return values[count]
-    if type(count) is tuple and len(count) == 3 and type(count[0]) is str:
-        apply = _OPERATORS.get(count[0])
-        if apply is not None:
-            return apply(unit_count(count[1], values), unit_count(count[2], values))
-    raise InternalError(
-        "I101", f"{count!r} is no number of units", hint="run tilewright cache clear"
-    )
+    if type(count) is tuple and len(count) == 3 and str(count[0]) in _OPERATORS:
+        name, a, b = count
+        return _OPERATORS[name](unit_count(a, values), unit_count(b, values))
+    text = f"{count!r} is no number of units"
+    raise InternalError("I101", text, hint="run tilewright cache clear")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,7 @@ class Pool:
         self.run.argtypes, self.run.restype = [ctypes.c_void_p, ctypes.c_int64], None
         self._configure = self.library.tw_pool_configure
         self._configure.argtypes, self._configure.restype = [ctypes.c_int64] * 3, None
-        count = self.library.tw_pool_threads
-        count.argtypes, count.restype = [], ctypes.c_int64
+        self.library.tw_pool_threads.restype = ctypes.c_int64
         self._threads = 0
         self.configure(wanted_threads())
 
@@ -69,6 +69,12 @@ class Pool:
         self._configure(threads, int(spin_us * 1000), crowded)
         self._threads = threads
 
+    def prepare(self, launches: list[Launch]) -> Callable[[], None]:
+        """A function that runs the launches in order, with a barrier after each."""
+        array = launch_array(launches)
+        run, address, count = self.run, ctypes.addressof(array), len(launches)
+        return lambda _owner=array: run(address, count)
+
 
 def pool() -> Pool:
     """The pool, compiled at the first call, with as many threads as the `threads` knob says.
@@ -78,11 +84,9 @@ def pool() -> Pool:
     with _lock:
         if not _pools:
             _pools.append(Pool())
-        found = _pools[0]
-        wanted = wanted_threads()
-        if found._threads != wanted:
-            found.configure(wanted)
-        return found
+        if _pools[0]._threads != wanted_threads():
+            _pools[0].configure(wanted_threads())
+        return _pools[0]
 
 
 def wanted_threads() -> int:

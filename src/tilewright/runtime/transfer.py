@@ -24,13 +24,11 @@ def to_device(array: Any, device: str) -> Any:
         if torch.cuda.is_available():
             if ordinal >= torch.cuda.device_count():
                 raise ArgumentError("A105", f"there is no device {device}", where="device")
-            unsigned = {"uint16": np.int16, "uint32": np.int32, "uint64": np.int64}.get(
-                host.dtype.name
-            )
-            host = (
-                host if host.flags.writeable else host.copy()
-            )  # torch warns about read-only arrays
-            return torch.from_numpy(host.view(unsigned) if unsigned else host).to(str(device))
+            if host.dtype.kind == "u" and host.itemsize > 1:  # older versions of torch lack these
+                host = host.view(f"i{host.itemsize}")
+            if not host.flags.writeable:  # torch warns
+                host = host.copy()
+            return torch.from_numpy(host).to(str(device))
     from tilewright.runtime.cuda import DeviceArray
 
     return DeviceArray.from_numpy(host, ordinal=ordinal)
@@ -42,9 +40,8 @@ def _ordinal(device: str) -> int | None:
     if kind == "cuda" and (number.isdecimal() or not colon):
         return int(number or 0)
     if device != "cpu":
-        raise ArgumentError(
-            "A105", f"unknown device {device!r}", where="device", hint="cpu, cuda or cuda:0"
-        )
+        hint = "cpu, cuda or cuda:0"
+        raise ArgumentError("A105", f"unknown device {device!r}", where="device", hint=hint)
     return None
 
 

@@ -1,14 +1,15 @@
-"""One internal description of every array that enters: `View`, and its adapters.
+"""`View`, the internal description of an array, and its adapters to NumPy, torch and others.
 
 Arrays are recognised by the type's own module, so no framework is imported that the caller has
-not imported already. Adapters are found once per type. `view` checks an array and describes it
-(1 to 2 µs); `layout` only tells whether it is like one that was checked before, and where it lies
-now (0.2 µs): a kernel calls the first once, and the second at each call.
+not imported already. An adapter is looked up once a type. `view` checks and describes an array
+(1 to 2 µs); `layout` returns a key of its layout, and its address (0.2 µs). A kernel calls the
+first once for each layout, and the second at each call.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -61,8 +62,9 @@ class View:
 def view(x: object) -> View:
     """The View of an array of NumPy, torch, CuPy, Tilewright, or anything with DLPack.
 
-    Raises ArgumentError: A107 for what is not a dense array, A102 for a dtype (or byte order) that
-    Tilewright has not, A104 for elements that are not aligned, A105 for an unknown device.
+    Raises ArgumentError: A107 for an object that is no dense array, A102 for a dtype (or byte
+    order) that Tilewright does not support, A104 for elements that are not aligned, A105 for an
+    unknown device.
     """
     adapter = _ADAPTERS.get(type(x))
     if adapter is None:
@@ -71,20 +73,19 @@ def view(x: object) -> View:
 
 
 def check_memory(pointer: int | None, shape: Sequence[int]) -> None:
-    """Refuses elements at a null address. Raises ArgumentError[A107]."""
+    """Refuse elements at a null address. Raises ArgumentError[A107]."""
     if not pointer and math.prod(shape):
-        raise ArgumentError(
-            "A107", f"an array of shape {tuple(shape)} without memory: its address is null",
-            hint="a meta or fake tensor has no values, a freed storage none any more",
-        )  # fmt: skip
+        text = f"an array of shape {tuple(shape)} without memory: its address is null"
+        hint = "a meta or fake tensor has no values, a freed storage none any more"
+        raise ArgumentError("A107", text, hint=hint)
 
 
 def layout(x: object) -> tuple[Any, int, object]:
-    """What stays equal among arrays that `view` describes alike except for the address; the
-    address; and what else must live as long as it is used (None: the array itself will do).
+    """A key of the array's layout; its address; and an object that must live as long as the
+    address is used (None: the array itself does).
 
-    Equal keys and equal low four bits of an address that is not null promise an equal View. Raises
-    ArgumentError.
+    Arrays with equal keys whose addresses agree in the low four bits have equal Views except for
+    the address. Raises ArgumentError.
     """
     adapter = _LAYOUTS.get(type(x))
     if adapter is None:
@@ -102,22 +103,22 @@ def layout(x: object) -> tuple[Any, int, object]:
 def address(x: object) -> int:
     """The address of an array of a type that `layout` has described before. Raises ArgumentError
     for elements at a null address."""
-    found = _ADDRESSES.get(type(x))
-    if found is None:
+    read = _ADDRESSES.get(type(x))
+    if read is None:
         return layout(x)[1]
     try:
-        return found(x) or view(x).pointer
-    except RuntimeError:  # of torch, for what has no memory
+        return read(x) or view(x).pointer
+    except RuntimeError:  # torch, for a tensor without memory
         return view(x).pointer
 
 
 def _layout_any(x: object) -> tuple[Any, int, object]:
     v = view(x)
-    return (v.dtype, v.shape, v.strides, v.device, v.readonly), v.pointer, v
+    return (type(x), v.dtype, v.shape, v.strides, v.device, v.readonly), v.pointer, v
 
 
 def overlaps(a: View, b: View) -> bool:
-    """Whether the byte ranges of two views meet. Ranges, so interleaved views count as meeting."""
+    """Whether the byte ranges of two views overlap; those of interleaved views do."""
     if a.device != b.device:
         return False
     a_low, a_high = byte_range(a)
@@ -136,8 +137,8 @@ def allocate(like: object, shape: tuple[int, ...], dtype: DType) -> Any:
 
 
 def allocator(like: object, shape: tuple[int, ...], dtype: DType) -> Callable[[Any], Any]:
-    """`allocate` for one shape and dtype, decided once: called with arrays that have the layout of
-    `like`, it makes one more result."""
+    """A function that allocates an array of this shape and dtype; its argument is an array with the
+    layout of `like`."""
     if isinstance(like, np.ndarray):
         large = (
             math.prod(shape) * dtype.itemsize >= host_allocator.SMALLEST and dtype.name in _PLAIN
@@ -152,20 +153,20 @@ def allocator(like: object, shape: tuple[int, ...], dtype: DType) -> Callable[[A
             _learn_torch()
         kind = _TO_TORCH[dtype.name]
         device = like.device  # pyright: ignore[reportAttributeAccessIssue]
-        # One element seen as the whole: `empty_like` costs two thirds of `empty`.
+        # `empty_like` of a broadcast element costs two thirds of `empty`.
         if math.prod(shape) and shape:
-            seen = torch.empty(1, dtype=kind, device=device).expand(shape)
-            if torch.empty_like(seen).is_contiguous():
-                return lambda _: torch.empty_like(seen)
+            sample = torch.empty(1, dtype=kind, device=device).expand(shape)
+            if torch.empty_like(sample).is_contiguous():
+                return lambda _: torch.empty_like(sample)
         return lambda _: torch.empty(shape, dtype=kind, device=device)
     if module == "cupy":
         return lambda like: _empty_cupy(like, shape, dtype)
-    place = view(like).device
-    if place == "cpu":
+    device = view(like).device
+    if device == "cpu":
         return lambda _: np.empty(shape, _numpy_type(dtype))
     from tilewright.runtime.cuda import DeviceArray
 
-    return lambda _: DeviceArray(shape, dtype, int(place.partition(":")[2]))
+    return lambda _: DeviceArray(shape, dtype, int(device.partition(":")[2]))
 
 
 def _empty_cupy(like: Any, shape: tuple[int, ...], dtype: DType) -> Any:
@@ -178,27 +179,15 @@ def _empty_cupy(like: Any, shape: tuple[int, ...], dtype: DType) -> Any:
 _NUMPY_TYPES: dict[np.dtype, DType] = {
     t.numpy: t for t in dtypes.ALL.values() if t.numpy.name == t.name
 }
-_STRIDES: dict[tuple[tuple[int, ...], tuple[int, ...], int], tuple[int, ...]] = {}
-_STRIDES_KEPT = 4096
 
 
 def _view_numpy(x: np.ndarray) -> View:
-    kind = x.dtype
-    known = numpy_dtype(kind)
-    key = (x.strides, x.shape, kind.itemsize)
-    strides = _STRIDES.get(key)
-    if strides is None:
-        strides = element_strides(*key)
-        if len(_STRIDES) >= _STRIDES_KEPT:
-            _STRIDES.clear()
-        _STRIDES[key] = strides
-    pointer = _address(x)
-    if pointer % kind.itemsize:
-        refuse_alignment(pointer, known)
-    return made_view(pointer, known, x.shape, strides, "cpu", x, not x.flags.writeable)
+    dtype = numpy_dtype(x.dtype)
+    strides = element_strides(x.strides, x.shape, x.itemsize)
+    return make_view(_address(x), dtype, x.shape, strides, "cpu", x, not x.flags.writeable)
 
 
-def made_view(
+def make_view(
     pointer: int,
     dtype: DType,
     shape: tuple[int, ...],
@@ -207,9 +196,13 @@ def made_view(
     owner: object,
     readonly: bool,
 ) -> View:
-    """A View. Raises ArgumentError[A107] for elements at a null address."""
+    """A View. Raises ArgumentError: A107 for elements at a null address, A104 for an address that
+    is not aligned to the element."""
     if not pointer:
         check_memory(pointer, shape)
+    if pointer % dtype.itemsize:
+        text = f"the data at {pointer:#x} is not aligned to {dtype.itemsize} bytes of {dtype}"
+        raise ArgumentError("A104", text, hint="copy the array")
     return View(pointer, dtype, shape, strides, device, owner, readonly)
 
 
@@ -232,11 +225,11 @@ _OBJECT_HEADER = object.__basicsize__
 
 
 def _choose_address() -> Callable[[np.ndarray], int]:
-    """The fast way where it agrees with the slow one on arrays of several kinds."""
+    """`_fast_address`, where it agrees with the slow one on arrays of several kinds."""
     if sys.implementation.name != "cpython":
         return _slow_address
-    whole = np.arange(24.0).reshape(4, 6)
-    samples = (whole, whole[1:, ::2], whole[::-1].T, np.empty((0, 3)), np.zeros((), np.int8))
+    matrix = np.arange(24.0).reshape(4, 6)
+    samples = (matrix, matrix[1:, ::2], matrix[::-1].T, np.empty((0, 3)), np.zeros((), np.int8))
     agree = all(_fast_address(x) == _slow_address(x) for x in samples)
     return _fast_address if agree else _slow_address
 
@@ -246,24 +239,19 @@ _address = _choose_address()
 
 def numpy_dtype(kind: np.dtype) -> DType:
     """The DType of a NumPy dtype. Raises ArgumentError[A102]."""
-    found = _NUMPY_TYPES.get(kind)
-    if found is None:
-        found = _NUMPY_TYPES[kind] = _unusual_dtype(kind)
-    return found
+    if kind not in _NUMPY_TYPES:
+        _NUMPY_TYPES[kind] = _extension_dtype(kind)
+    return _NUMPY_TYPES[kind]
 
 
-def _unusual_dtype(kind: np.dtype) -> DType:
+def _extension_dtype(kind: np.dtype) -> DType:
     if not kind.isnative:
-        raise ArgumentError(
-            "A102",
-            f"byte order of {kind.str} is not this machine's",
-            hint="x.astype(x.dtype.newbyteorder('='))",
-        )
-    found = _EXTENSION_TYPES.get(kind.name)
-    if found is None:
+        hint = "x.astype(x.dtype.newbyteorder('='))"
+        raise ArgumentError("A102", f"byte order of {kind.str} is not this machine's", hint=hint)
+    if kind.name not in _EXTENSION_TYPES:
         names = ", ".join(dtypes.ALL)
         raise ArgumentError("A102", f"arrays of {kind} cannot be used", hint=f"one of {names}")
-    return found
+    return _EXTENSION_TYPES[kind.name]
 
 
 # ml_dtypes has an IEEE-like float8_e4m3 too: another format, refused.
@@ -292,7 +280,7 @@ def _numpy_type(dtype: DType) -> np.dtype:
 
 _FROM_TORCH: dict[Any, DType] = {}
 _TO_TORCH: dict[str, Any] = {}
-_TORCH_PLACES: dict[Any, str] = {}
+_TORCH_DEVICES: dict[Any, str] = {}
 
 
 def _learn_torch() -> None:
@@ -306,16 +294,15 @@ def _learn_torch() -> None:
 
 def _view_torch(x: Any) -> View:
     """Gradients are not looked at: the caller's data is read as `detach()` would give it."""
-    found = describe_torch(x)
+    v = describe_torch(x)
     if x.is_neg():
         raise ArgumentError("A107", "a lazily negated tensor is not dense", hint="x.resolve_neg()")
-    return found
+    return v
 
 
 def describe_torch(x: Any) -> View:
     """The View of a tensor's memory, whether or not its values are read as negated."""
-    place = x.device
-    device = _TORCH_PLACES.get(place) or _torch_place(place)
+    device = _TORCH_DEVICES.get(x.device) or _torch_device(x.device)
     known = _FROM_TORCH.get(x.dtype)
     if known is None:
         hint = f"one of {', '.join(dtypes.ALL)}"
@@ -323,19 +310,15 @@ def describe_torch(x: Any) -> View:
             hint = "real numbers: torch.view_as_real(x.resolve_conj()) has two for each"
         raise ArgumentError("A102", f"tensors of {x.dtype} cannot be used", hint=hint)
     if x.is_nested:
-        raise ArgumentError(
-            "A107", "a nested tensor is not a dense array", hint="x.to_padded_tensor(0.0)"
-        )
+        hint = "x.to_padded_tensor(0.0)"
+        raise ArgumentError("A107", "a nested tensor is not a dense array", hint=hint)
     try:
         pointer, strides = x.data_ptr(), x.stride()
     except RuntimeError as error:  # sparse tensors have no strides
-        raise ArgumentError(
-            "A107", f"this {type(x).__name__} is not a dense array: {error}",
-            hint="x.to_dense(), or pack it with a format",
-        ) from None  # fmt: skip
-    if pointer % known.itemsize:
-        refuse_alignment(pointer, known)
-    return made_view(pointer, known, tuple(x.shape), strides, device, x, False)
+        text = f"this {type(x).__name__} is not a dense array: {error}"
+        hint = "x.to_dense(), or pack it with a format"
+        raise ArgumentError("A107", text, hint=hint) from None
+    return make_view(pointer, known, tuple(x.shape), strides, device, x, False)
 
 
 def _refuse_fake(x: Any) -> View:
@@ -347,19 +330,19 @@ def _layout_torch(x: Any) -> tuple[Any, int, object]:
     try:
         key = x.dtype, x.shape, x.stride(), x.device, x.is_neg()
         return key, x.data_ptr(), None
-    except RuntimeError:  # what is no dense array: `view` says so
+    except RuntimeError:  # no dense array: `view` raises the error
         return _layout_any(x)
 
 
-def _torch_place(place: Any) -> str:
-    if place.type == "meta":
+def _torch_device(device: Any) -> str:
+    if device.type == "meta":
         raise ArgumentError("A107", "a tensor on meta has no memory", hint="a tensor with values")
-    if place.type not in ("cpu", "cuda"):
-        raise ArgumentError("A105", f"tensors on {place} cannot be used", hint="cpu or cuda")
+    if device.type not in ("cpu", "cuda"):
+        raise ArgumentError("A105", f"tensors on {device} cannot be used", hint="cpu or cuda")
     if not _FROM_TORCH:
         _learn_torch()
-    named = "cpu" if place.type == "cpu" else f"cuda:{place.index or 0}"
-    return _TORCH_PLACES.setdefault(place, named)
+    name = "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+    return _TORCH_DEVICES.setdefault(device, name)
 
 
 # ---- finding the adapter ------------------------------------------------------------------------
@@ -415,17 +398,15 @@ def _root_module(kind: type) -> str:
 # ---- arithmetic -------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4096)
 def element_strides(
     steps: tuple[int, ...], shape: tuple[int, ...], itemsize: int
 ) -> tuple[int, ...]:
     """Strides in elements from strides in bytes; that of an axis of one element is never used.
     Raises ArgumentError[A104]."""
     if any(step % itemsize and n > 1 for step, n in zip(steps, shape, strict=True)):
-        raise ArgumentError(
-            "A104",
-            f"strides {steps} (bytes) are no multiples of the {itemsize}-byte element",
-            hint="copy the array",
-        )
+        text = f"strides {steps} (bytes) are no multiples of the {itemsize}-byte element"
+        raise ArgumentError("A104", text, hint="copy the array")
     return tuple(step // itemsize for step in steps)
 
 
@@ -437,29 +418,10 @@ def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-_EXTENTS: dict[tuple[tuple[int, ...], tuple[int, ...], int], tuple[int, int]] = {}
-
-
 def byte_range(v: View) -> tuple[int, int]:
     """First and last byte (exclusive) relative to the pointer; equal for an empty view."""
-    key = (v.shape, v.strides, v.dtype.bits)
-    found = _EXTENTS.get(key)
-    if found is None:
-        low = high = 0
-        for extent, stride in zip(v.shape, v.strides, strict=True):
-            reach = (extent - 1) * stride
-            low, high = low + min(reach, 0), high + max(reach, 0)
-        item = v.dtype.itemsize
-        found = (low * item, (high + 1) * item) if v.size else (0, 0)
-        if len(_EXTENTS) >= _STRIDES_KEPT:
-            _EXTENTS.clear()
-        _EXTENTS[key] = found
-    return found
-
-
-def refuse_alignment(pointer: int, dtype: DType) -> None:
-    raise ArgumentError(
-        "A104",
-        f"the data at {pointer:#x} is not aligned to {dtype.itemsize} bytes of {dtype}",
-        hint="copy the array",
-    )
+    if not v.size:
+        return 0, 0
+    last = [(extent - 1) * stride for extent, stride in zip(v.shape, v.strides, strict=True)]
+    low, high = sum(min(n, 0) for n in last), sum(max(n, 0) for n in last)
+    return low * v.dtype.itemsize, (high + 1) * v.dtype.itemsize

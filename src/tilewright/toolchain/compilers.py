@@ -1,4 +1,4 @@
-"""Find the C++ compiler; resolve the instruction set of this CPU; the flags for both.
+"""Find the C++ compiler; resolve the instruction set of this CPU; their flags.
 
 Instruction sets are named and spelled out as flags, never `-march=native`. The flags are part of
 the cache key, so that different machines can share a cache on a network disk.
@@ -43,19 +43,9 @@ ISAS: dict[str, Isa] = {
 # IEEE results, except that a*b+c may be fused, and that errno and traps are not set. Integers wrap
 # around, so that the compiler keeps guards against coordinates that overflowed.
 COMMON_FLAGS: tuple[str, ...] = (
-    "-std=c++17",
-    "-O3",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fwrapv",
-    "-ffp-contract=fast",
-    "-fno-exceptions",
-    "-fno-rtti",
-    "-fPIC",
-    "-shared",
-    "-fvisibility=hidden",
-    "-pipe",
-)
+    "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-ffp-contract=fast",
+    "-fno-exceptions", "-fno-rtti", "-fPIC", "-shared", "-fvisibility=hidden", "-pipe",
+)  # fmt: skip
 
 # A kernel has no constructors and calls no C++ library. Linking a small one without start files and
 # libstdc++ takes 30 ms instead of 40. Other linkers and -Wl,-O0 made no difference.
@@ -68,16 +58,13 @@ def cpu_features() -> frozenset[str]:
     """Feature flags of this CPU as Linux names them; empty where they cannot be read."""
     if os.uname().machine not in ("x86_64", "amd64"):
         return frozenset()
-    try:
-        # Linux generates this file as it is read: stop at the first core. A text decoder would take
-        # 0.1 ms to set up.
-        with open("/proc/cpuinfo", "rb") as file:
-            for line in file:
-                name, _, value = line.partition(b":")
-                if name.strip() == b"flags":
-                    return frozenset(value.decode().split())
-    except OSError:
-        pass
+    # Linux generates this file as it is read: stop at the first core. A text decoder would take
+    # 0.1 ms to set up.
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", "rb") as file:
+        for line in file:
+            name, _, value = line.partition(b":")
+            if name.strip() == b"flags":
+                return frozenset(value.decode().split())
     return frozenset()
 
 
@@ -103,11 +90,9 @@ def resolve_isa(isa: str | None = None) -> Isa:
         raise BuildError("B103", f"unknown instruction set {asked!r}", hint=known)
     if not runnable(asked):
         missing = ", ".join(sorted(ISAS[asked].needs - cpu_features()))
-        raise BuildError(
-            "B103",
-            f"this CPU cannot run {asked} code: it lacks {missing}",
-            hint="without a name, the best instruction set of this CPU is used",
-        )
+        text = f"this CPU cannot run {asked} code: it lacks {missing}"
+        hint = "without a name, the best instruction set of this CPU is used"
+        raise BuildError("B103", text, hint=hint)
     return ISAS[asked]
 
 
@@ -158,11 +143,9 @@ def find_compiler() -> Compiler:
     """
     compiler = _current()
     if compiler is None:
-        raise BuildError(
-            "B102",
-            f"no C++ compiler: none of {', '.join(DEFAULT_NAMES)} is on PATH and works",
-            hint="install g++ or clang++, or set TILEWRIGHT_CXX; the interp target needs none",
-        )
+        text = f"no C++ compiler: none of {', '.join(DEFAULT_NAMES)} is on PATH and works"
+        hint = "install g++ or clang++, or set TILEWRIGHT_CXX; the interp target needs none"
+        raise BuildError("B102", text, hint=hint)
     return compiler
 
 
@@ -215,12 +198,10 @@ def _configured(variable: str, text: str, path: str) -> Compiler:
         command = (program, *words[1:])
         return Compiler(command, _version(command, path), setting)
     except _Unusable as error:
-        raise BuildError(
-            "B102",
-            f"{setting} is no working C++ compiler: {error}",
-            where=f"environment variable {variable}",
-            hint="a command, as g++ or 'ccache g++'; unset, another compiler is looked for",
-        ) from None
+        text = f"{setting} is no working C++ compiler: {error}"
+        hint = "a command, as g++ or 'ccache g++'; unset, another compiler is looked for"
+        where = f"environment variable {variable}"
+        raise BuildError("B102", text, where=where, hint=hint) from None
 
 
 def _split(text: str) -> list[str]:
@@ -250,7 +231,7 @@ def _why_not(name: str) -> str:
 
 def _version(command: tuple[str, ...], path: str) -> str:
     """The first line of `--version`, cached on disk until one of the programs of the command
-    changes. Raises _Unusable with what the command said instead."""
+    changes. Raises _Unusable with the command's message."""
     programs = [file for word in command if (file := _which(word, path))]
     stamps = [f"{s.st_ino} {s.st_mtime_ns} {s.st_size}" for s in map(os.stat, programs)]
     key = disk_cache.key_of("cxx", *command, *programs, *stamps)
@@ -268,7 +249,7 @@ def _version(command: tuple[str, ...], path: str) -> str:
         raise _Unusable(f"--version failed: {error}") from None
     lines = (done.stdout or done.stderr).strip().splitlines()
     if done.returncode or not lines:
-        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:_MESSAGE_LINES])
-        raise _Unusable(f"--version failed with exit status {done.returncode}: {said or 'silent'}")
+        text = "\n".join((done.stderr or done.stdout).strip().splitlines()[:_MESSAGE_LINES])
+        raise _Unusable(f"--version failed with exit status {done.returncode}: {text or 'silent'}")
     disk_cache.put("cxx", key, lines[0].strip().encode())
     return lines[0].strip()

@@ -20,6 +20,7 @@ _TIMEOUT_S = 600
 _ELF_DYN = 3
 _SHORTAGES = ("signal terminated program", "No space left on device", "out of memory")
 _PROBE = '#include <stdint.h>\nextern "C" int64_t tw_probe(int64_t x) { return x; }\n'
+_OTHER_COMPILER = "set TILEWRIGHT_CXX to a C++ compiler: g++ or clang++"
 
 _loaded: dict[Path, ctypes.CDLL] = {}
 
@@ -45,16 +46,11 @@ def compile_cpp(
 
 
 def load_cpp(
-    source: str,
-    *,
-    name: str = "",
-    isa: str | None = None,
-    flags: Sequence[str] = (),
-    full_link: bool = False,
+    source: str, *, name: str = "", isa: str | None = None, full_link: bool = False
 ) -> ctypes.CDLL:
     """`compile_cpp`, then `load`. Works also while other processes empty the cache, and where its
     disk is mounted noexec: the library is then loaded from a temporary folder of this process."""
-    job = _job(source, name, isa, flags, full_link)
+    job = _job(source, name, isa, (), full_link)
     try:
         return load(disk_cache.find("so", job.key) or disk_cache.put("so", job.key, job.run()))
     except BuildError as error:
@@ -72,12 +68,9 @@ def load(path: Path) -> ctypes.CDLL:
         try:
             library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
         except OSError as error:
-            raise BuildError(
-                "B105",
-                f"a compiled library does not load: {error}",
-                where=str(path),
-                hint="is the cache on a disk mounted noexec? Set TILEWRIGHT_CACHE_DIR elsewhere",
-            ) from None
+            text = f"a compiled library does not load: {error}"
+            hint = "is the cache on a disk mounted noexec? Set TILEWRIGHT_CACHE_DIR elsewhere"
+            raise BuildError("B105", text, where=str(path), hint=hint) from None
         if knobs.get("cache"):  # without the cache the same path is compiled anew each time
             _loaded[path] = library
     return library
@@ -101,12 +94,9 @@ class _Job:
         if status:
             raise self.failure(status, log)
         if not _is_library(library):
-            said = f"; it said: {log.splitlines()[0]}" if log else ""
-            raise BuildError(
-                "B102",
-                f"{self.compiler} made no shared library{said}",
-                hint="set TILEWRIGHT_CXX to a C++ compiler: g++ or clang++",
-            )
+            message = f"; it said: {log.splitlines()[0]}" if log else ""
+            text = f"{self.compiler} made no shared library{message}"
+            raise BuildError("B102", text, hint=_OTHER_COMPILER)
         disk_cache.count_compiled(self.name or "C++", began)
         return library
 
@@ -140,20 +130,13 @@ class _Job:
         # A signal ends the compiler, or a program that it runs.
         if status < 0 or any(text in log for text in _SHORTAGES):
             how = f"was ended by {_signal(status)}" if status < 0 else "ran out of something"
-            return BuildError(
-                "B101",
-                f"{self.compiler} {how}: {log or 'no message'}",
-                where=keep(self.source, self.key),
-                hint="free memory, or space in TMPDIR; the source is kept in that file",
-            )
-        status, complaint, _ = self.call(_PROBE)
+            text = f"{self.compiler} {how}: {log or 'no message'}"
+            hint = "free memory, or space in TMPDIR; the source is kept in that file"
+            return BuildError("B101", text, where=keep(self.source, self.key), hint=hint)
+        status, message, _ = self.call(_PROBE)
         if status:
-            return BuildError(
-                "B102",
-                f"{self.compiler} cannot compile an empty kernel (exit status {status}): "
-                f"{complaint or 'no message'}",
-                hint="set TILEWRIGHT_CXX to a C++ compiler: g++ or clang++",
-            )
+            text = f"{self.compiler} cannot compile an empty kernel (exit status {status}): "
+            return BuildError("B102", text + (message or "no message"), hint=_OTHER_COMPILER)
         return refusal(str(self.compiler), self.name, log, self.source, self.key)
 
 

@@ -155,22 +155,15 @@ def _check_private(folder: Path) -> None:
     status = folder.stat()
     where = f"cache folder {folder}"
     if status.st_uid != os.getuid():
-        raise BuildError(
-            "B105",
-            f"the cache folder belongs to user {status.st_uid}, not to {os.getuid()}",
-            where=where,
-            hint="set TILEWRIGHT_CACHE_DIR to a folder of your own",
-        )
+        text = f"the cache folder belongs to user {status.st_uid}, not to {os.getuid()}"
+        hint = "set TILEWRIGHT_CACHE_DIR to a folder of your own"
+        raise BuildError("B105", text, where=where, hint=hint)
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise BuildError(
-            "B105",
-            f"others may write to the cache folder (mode {stat.S_IMODE(status.st_mode):04o})",
-            where=where,
-            hint=f"chmod 700 {folder}",
-        )
+        text = f"others may write to the cache folder (mode {stat.S_IMODE(status.st_mode):04o})"
+        raise BuildError("B105", text, where=where, hint=f"chmod 700 {folder}")
 
 
-_open: dict[Path, Cache] = {}  # folders opened and checked; or the cache used in their stead
+_open: dict[Path, Cache] = {}  # by folder, once it was checked; or the cache used instead
 _private: list[Cache] = []  # the temporary folder of this process, made when first needed
 
 
@@ -193,7 +186,7 @@ def current() -> Cache:
 
 
 def get(kind: str, key: str) -> bytes | None:
-    """The data of an entry of the current cache, or None. Counts a hit or a miss."""
+    """The data of an entry of the current cache, or None. Count a hit or a miss."""
     data = current().get(kind, key) if knobs.get("cache") else None
     if data is None:
         stats.misses += 1
@@ -228,26 +221,14 @@ def put_private(kind: str, key: str, data: bytes) -> Path:
     try:
         return cache.put(kind, key, data)
     except OSError as error:
-        raise BuildError(
-            "B105",
-            f"the temporary folder {cache.folder} cannot be written: {error}",
-            hint="set TILEWRIGHT_CACHE_DIR or TMPDIR to a folder on a disk with free space",
-        ) from None
+        text = f"the temporary folder {cache.folder} cannot be written: {error}"
+        hint = "set TILEWRIGHT_CACHE_DIR or TMPDIR to a folder on a disk with free space"
+        raise BuildError("B105", text, hint=hint) from None
 
 
 def private_folder() -> Path:
     """A temporary folder of this process, removed when it ends. Raises BuildError[B105]."""
     return _temporary().folder
-
-
-def entries() -> Iterator[Entry]:
-    """All entries of the current cache."""
-    return current().entries()
-
-
-def clear() -> int:
-    """Empty the current cache; the number of entries removed."""
-    return current().clear()
 
 
 def _fall_back(folder: Path, error: OSError) -> Cache:
@@ -275,11 +256,9 @@ def _temporary() -> Cache:
         try:
             folder = tempfile.mkdtemp(prefix="tilewright-")
         except OSError as error:
-            raise BuildError(
-                "B105",
-                f"no temporary folder can be made: {error}",
-                hint="set TILEWRIGHT_CACHE_DIR or TMPDIR to a folder that can be written",
-            ) from None
+            hint = "set TILEWRIGHT_CACHE_DIR or TMPDIR to a folder that can be written"
+            text = f"no temporary folder can be made: {error}"
+            raise BuildError("B105", text, hint=hint) from None
         _private[:] = [Cache(Path(folder))]
         atexit.register(_remove_temporary, os.getpid(), folder)
     return _private[0]

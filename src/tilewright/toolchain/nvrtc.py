@@ -97,10 +97,8 @@ def toolkit_version() -> str:
     names = glob.glob("nvidia_cuda_*-*.dist-info", root_dir=site)
     wheels = sorted(n for n in names if n.startswith(("nvidia_cuda_nvrtc", "nvidia_cuda_runtime")))
     if len(wheels) >= 2:
-        versions = (
-            n.removesuffix(".dist-info").replace("-", " ").replace("_", "-") for n in wheels
-        )
-        return ", ".join(versions)
+        text = ", ".join(name.removesuffix(".dist-info") for name in wheels)
+        return text.replace("-", " ").replace("_", "-")
     # Not installed as wheels: ask the library, and name the folder of its headers.
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check(_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "nvrtcVersion")
@@ -116,26 +114,27 @@ def available() -> bool:
 
 def parse_resources(log: str) -> dict[str, Resources]:
     """Resources by function from the report of `--ptxas-options=-v`."""
-    found: dict[str, dict[str, int]] = {}
+    values: dict[str, dict[str, int]] = {}
     entry = function = ""
     for line in log.splitlines():
         if match := re.search(r"Compiling entry function '([^']+)'", line):
             entry = match[1]
-            found.setdefault(entry, {})
+            values.setdefault(entry, {})
         elif match := re.search(r"Function properties for (\S+)", line):
             function = match[1]
-            found.setdefault(function, {})
+            values.setdefault(function, {})
         elif match := re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
         ):
             names = ("stack", "spill_stores", "spill_loads")
-            found.setdefault(function, {}).update(zip(names, map(int, match.groups()), strict=True))
+            values.setdefault(function, {}).update(
+                zip(names, map(int, match.groups()), strict=True)
+            )
         elif match := re.search(r"Used (\d+) registers", line):
-            used = found.setdefault(entry, {})
-            used["registers"] = int(match[1])
             smem = re.search(r"(\d+) bytes smem", line)
-            used["smem"] = int(smem[1]) if smem else 0
-    return {name: Resources(**values) for name, values in found.items() if name}
+            used = {"registers": int(match[1]), "smem": int(smem[1]) if smem else 0}
+            values.setdefault(entry, {}).update(used)
+    return {name: Resources(**fields) for name, fields in values.items() if name}
 
 
 def _pack(image: bytes, resources: Mapping[str, Resources]) -> bytes:
@@ -188,7 +187,7 @@ def _read(program: ctypes.c_void_p, name: str) -> bytes:
 
 
 def _check(status: int, function: str) -> None:
-    if status != 0:
+    if status:
         message = _nvrtc().nvrtcGetErrorString(status).decode()
         raise BuildError("B101", f"{function} failed: {message}")
 
@@ -242,8 +241,5 @@ def _nvrtc() -> ctypes.CDLL:
 
 
 def _missing(error: Exception) -> MissingExtra:
-    return MissingExtra(
-        "E101",
-        f"compiling for CUDA needs NVRTC ({error})",
-        hint="pip install 'tilewright[cuda]'",
-    )
+    text = f"compiling for CUDA needs NVRTC ({error})"
+    return MissingExtra("E101", text, hint="pip install 'tilewright[cuda]'")

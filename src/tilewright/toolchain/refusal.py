@@ -17,18 +17,13 @@ def refusal(compiler: str, name: str, log: str, source: str, key: str) -> BuildE
     lines = log.strip().splitlines()
     first = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
     kernel = f"kernel {name}" if name else "a kernel"
-    hint = "the source is kept in that file"
+    hint = "run again with TILEWRIGHT_VERIFY=1 to check the program after each pass"
     if knobs.get("verify"):
-        hint += "; this is a bug of Tilewright, or the compiler is too old"
-    else:
-        hint += "; run again with TILEWRIGHT_VERIFY=1 to check the program after each pass"
+        hint = "this is a bug of Tilewright, or the compiler is too old"
     text = f"{compiler} refused the code generated for {kernel}: {first.strip()}"
-    return BuildError(
-        "B101",
-        "\n".join([text, *(lines[:MESSAGE_LINES] if len(lines) > 1 else [])]),
-        where=keep(source, key),
-        hint=hint,
-    )
+    text = "\n".join([text, *(lines[:MESSAGE_LINES] if len(lines) > 1 else [])])
+    hint = f"the source is kept in that file; {hint}"
+    return BuildError("B101", text, where=keep(source, key), hint=hint)
 
 
 def keep(source: str, key: str) -> str:

@@ -28,12 +28,12 @@ def cache(args: argparse.Namespace) -> int:
     """List the entries of the current cache, newest last, or remove them."""
     folder = disk_cache.current().folder
     if args.action == "clear":
-        removed = disk_cache.clear()
+        removed = disk_cache.current().clear()
         text = f"removed {removed} entries of {folder}"
         print(json.dumps({"folder": str(folder), "removed": removed}) if args.json else text)
         return 0
     rows = []
-    for entry in disk_cache.entries():
+    for entry in disk_cache.current().entries():
         with contextlib.suppress(OSError):  # another process has just removed it
             rows.append((entry.path.stat().st_mtime, entry))
     rows.sort(key=lambda row: row[0])

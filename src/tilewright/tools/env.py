@@ -129,7 +129,7 @@ def _cache() -> Iterable[Line]:
     from tilewright.toolchain import disk_cache
 
     yield _try("folder", lambda: str(disk_cache.current().folder), "set TILEWRIGHT_CACHE_DIR")
-    entries = list(disk_cache.entries())
+    entries = list(disk_cache.current().entries())
     yield "size", f"{len(entries)} entries, {sum(e.nbytes for e in entries) / 2**20:.1f} MiB"
 
 

@@ -115,7 +115,7 @@ def kernel(spec: Spec, together: int, blocks: int, ordinal: int) -> Any:
     from tilewright.runtime import cuda
 
     cubin = compile_cuda(spec, together, blocks, cuda.device_arch(ordinal))
-    return cuda.load_cubin(cubin.image, ordinal).function("stage0")
+    return cuda.Module(cubin.image, ordinal).function("stage0")
 
 
 def _prepare(call: Call) -> Prepared:

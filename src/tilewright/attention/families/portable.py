@@ -64,7 +64,7 @@ def kernel(spec: Spec, ordinal: int, aligned: bool) -> Any:
     from tilewright.runtime import cuda
 
     cubin = compile_cuda(spec, cuda.device_arch(ordinal), aligned)
-    return cuda.load_cubin(cubin.image, ordinal).function("stage0")
+    return cuda.Module(cubin.image, ordinal).function("stage0")
 
 
 def _prepare(call: Call) -> Prepared:

@@ -1,0 +1,257 @@
+"""The parameter blocks of a call, built once for a layout of arguments and filled at each call."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tilewright.dtypes import DType
+from tilewright.errors import ArgumentError
+from tilewright.ir import names
+from tilewright.runtime.arguments import Arguments
+from tilewright.runtime.layout import Struct
+from tilewright.runtime.manifest import (
+    ROW_HEAD,
+    Manifest,
+    TensorSpec,
+    max_rows,
+    rows_offset,
+    unit_count,
+)
+from tilewright.runtime.view import View, address, allocate, allocator, byte_range
+
+Slot = tuple[Any, int]
+"""A field of a parameter block that takes an address or a number, and the part of the format whose
+values it points to (0 for dense arrays and numbers)."""
+
+_C_FLOATS = {"float32": ctypes.c_float, "float64": ctypes.c_double}
+
+
+@dataclass(slots=True)
+class Output:
+    """An output of a frame: `allocate(inputs[like])` makes it in the framework of that input."""
+
+    spec: TensorSpec
+    slots: Sequence[Slot]
+    like: int
+    allocate: Callable[[Any], Any]
+
+    def write(self, array: Any, pointer: int = 0) -> None:
+        """Write the address of `array` (`pointer`, where it is known) into the fields."""
+        for slot, part in self.slots:
+            slot.value = pointer or address(array.values[part] if self.spec.structure else array)
+
+
+def _not_prepared() -> None:
+    raise AssertionError("a launcher prepares the frame before it runs")
+
+
+@dataclass(slots=True)
+class Frame:
+    """The parameter blocks of a call, one a stage, ready to be launched again.
+
+    `slots` are the fields that each argument fills, by name; `addresses`, `values` and `numbers`
+    list those of dense, sparse and scalar inputs with the number of the input. `spans` are the
+    first and last byte of each dense input and output relative to its address. A frame owns none of
+    the caller's arrays and refers to structures weakly, so that an idle kernel keeps nothing alive;
+    `keep` is the frame's own memory (a bound call adds its arguments).
+    """
+
+    blocks: list[Any]
+    units: list[int]
+    device: str
+    variants: tuple[str, ...]  # macros that the code must be compiled with for these arrays
+    slots: dict[str, list[Slot]]
+    outputs: list[Output]
+    structures: dict[str, weakref.ref[Any]]
+    keep: list[Any]
+    views: dict[str, View]
+    sizes: dict[Any, int]
+    addresses: list[tuple[Any, int]]
+    values: list[tuple[Any, int, int]]  # and the part
+    numbers: list[tuple[int, list[Any]]]
+    spans: dict[str, tuple[int, int]]
+    run: Callable[[], None] = _not_prepared  # set by the launcher
+
+
+def build_frame(
+    manifest: Manifest, arguments: Arguments, args: Sequence[Any], structs: tuple[Struct, Struct]
+) -> Frame:
+    """The frame of a layout: counts the units of each stage and fills in all that is not an
+    argument. `args` are the inputs, `structs` the row of the work table and the block."""
+    row, params = structs
+    blocks, units = [], []
+    for n in range(len(manifest.stages)):
+        block, total = _block(manifest, arguments, n, row, params)
+        blocks.append(block)
+        units.append(total)
+    slots = _slots(manifest, blocks, row, params)
+    inputs = [t for t in manifest.tensors if t.role in ("input", "update")]
+    outputs = [
+        _output(t, slots.get(t.name, ()), arguments, inputs, args)
+        for t in manifest.tensors
+        if t.role in ("output", "temp")
+    ]
+    temps = []
+    for output in outputs:
+        if output.spec.role == "temp":
+            temps.append(output.allocate(args[output.like]))
+            output.write(temps[-1])
+    filled = [(t, n, slot) for n, t in enumerate(inputs) for slot in slots.get(t.name, ())]
+    return Frame(
+        blocks=blocks,
+        units=units,
+        device=arguments.device,
+        variants=_variants(manifest, arguments),
+        slots=slots,
+        outputs=[o for o in outputs if o.spec.role == "output"],
+        structures={name: weakref.ref(s) for name, s in arguments.structures.items()},
+        keep=temps,
+        views={name: dataclasses.replace(v, owner=None) for name, v in arguments.views.items()},
+        sizes=arguments.sizes,
+        addresses=[(slot, n) for t, n, (slot, _) in filled if t.dims and not t.structure],
+        values=[(slot, n, part) for t, n, (slot, part) in filled if t.structure],
+        numbers=[  # one without a slot is checked all the same
+            (n, [slot for slot, _ in slots.get(t.name, ())])
+            for n, t in enumerate(inputs)
+            if not t.dims and not t.structure
+        ],
+        spans={name: byte_range(v) for name, v in arguments.views.items()},
+    )
+
+
+def _block(
+    manifest: Manifest, arguments: Arguments, n: int, row: Struct, params: Struct
+) -> tuple[Any, int]:
+    """The parameter block of stage n without addresses, and its units. The work table follows the
+    parameters: a row for each part of the structure that the stage follows."""
+    stage, offset = manifest.stages[n], rows_offset(params)
+    block = ctypes.create_string_buffer(offset + max_rows(manifest) * row.size)
+    values = [_parameter(name, arguments) for name in manifest.param_names]
+    fields = (f.name for f in params.fields)
+    params.pack_into(block, **dict(zip(fields, [*values, len(stage.rows)], strict=True)))
+    total = 0
+    for i, body in enumerate(stage.rows):
+        parts = {
+            name: s.parts[i if name == stage.structure else 0]
+            for name, s in arguments.structures.items()
+        }
+        counts = {names.size_name(d): k for d, k in arguments.sizes.items() if isinstance(d, str)}
+        for name, part in parts.items():
+            for level, count in enumerate(part.counts):
+                counts[names.count_name(name, level)] = count
+        units = unit_count(stage.units[body], counts)
+        fields = (f.name for f in row.fields[len(ROW_HEAD) :])
+        values = dict(zip(fields, (_row_value(k, parts) for k in manifest.row_names), strict=True))
+        packed = row.pack(first=total, units=units, body=body, **values)
+        ctypes.memmove(ctypes.addressof(block) + offset + i * row.size, packed, row.size)
+        total += units
+    return block, total
+
+
+def _parameter(name: str, arguments: Arguments) -> int:
+    """A size or a stride; 0 for a tensor, whose address or number is filled in later."""
+    if name in arguments.dtypes:  # also a temporary, whose name the compiler has given
+        return 0
+    parsed = names.parse_name(name)
+    assert parsed is not None and parsed.kind in (names.SIZE, names.STRIDE), name
+    if parsed.kind == names.SIZE:
+        return arguments.sizes[parsed.owner]
+    return arguments.views[parsed.owner].strides[parsed.number]
+
+
+def _row_value(name: str, parts: dict[str, Any]) -> int:
+    """A count, or the address of a coordinate array; 0 for a level that only other parts have, and
+    for values, which each call fills in."""
+    parsed = names.parse_name(name)
+    assert parsed is not None, f"{name} is not a name that the compiler gives"
+    if parsed.kind == names.VALUES:
+        return 0
+    part, level = parts[parsed.owner], parsed.number
+    if parsed.kind == names.COUNT:
+        return part.counts[level] if level < len(part.counts) else 0
+    if level >= len(part.arrays) or parsed.kind not in part.arrays[level]:
+        return 0
+    return address(part.arrays[level][parsed.kind])
+
+
+def _slots(
+    manifest: Manifest, blocks: list[Any], row: Struct, params: Struct
+) -> dict[str, list[Slot]]:
+    """The fields that each argument fills: the address of a dense array, a number, or the values
+    of each part of a sparse tensor."""
+    slots: dict[str, list[Slot]] = {}
+    structure_of = {t.name: t.structure for t in manifest.tensors}
+    for block, stage in zip(blocks, manifest.stages, strict=True):
+        for f, name in zip(params.fields, manifest.param_names, strict=False):
+            if name in structure_of:
+                kind = "uint64" if f.type == "ptr" else f.type
+                c_type = _C_FLOATS.get(kind) or getattr(ctypes, f"c_{kind}")
+                slots.setdefault(name, []).append((c_type.from_buffer(block, f.offset), 0))
+        for i in range(len(stage.rows)):
+            start = rows_offset(params) + i * row.size
+            for f, name in zip(row.fields[len(ROW_HEAD) :], manifest.row_names, strict=True):
+                parsed = names.parse_name(name)
+                if parsed is not None and parsed.kind == names.VALUES:
+                    part = i if structure_of[parsed.owner] == stage.structure else 0
+                    slot = ctypes.c_uint64.from_buffer(block, start + f.offset)
+                    slots.setdefault(parsed.owner, []).append((slot, part))
+    return slots
+
+
+def _output(
+    spec: TensorSpec,
+    slots: Sequence[Slot],
+    arguments: Arguments,
+    inputs: list[TensorSpec],
+    args: Sequence[Any],
+) -> Output:
+    """An output or a temporary, and how to allocate it."""
+    dtype = arguments.dtypes[spec.name]
+    sparse = [n for n, t in enumerate(inputs) if t.structure]
+    if spec.structure:
+        like = next((n for n in sparse if inputs[n].structure == spec.structure), 0)
+        return Output(spec, slots, like, lambda packed: sparse_output(packed, dtype))
+    v = arguments.views[spec.name]
+    shape = v.shape
+    dense = [n for n, t in enumerate(inputs) if t.dims and not t.structure]
+    if dense:
+        return Output(spec, slots, dense[0], allocator(args[dense[0]], shape, dtype))
+    if not sparse and not v.pointer and v.size:
+        text = f"{spec.name} cannot be allocated: no argument is an array"
+        raise ArgumentError("A101", text, where="out", hint="pass out=")
+    like = sparse[0] if sparse else 0
+    return Output(spec, slots, like, lambda packed: allocate(packed.values[0], shape, dtype))
+
+
+def sparse_output(like: Any, dtype: DType) -> Any:
+    """A tensor of the structure of `like` with new values; padding is zero, entries are not set."""
+    values = []
+    for v, part in zip(like.values, like.structure.parts, strict=True):
+        array = allocate(v, (part.size,), dtype)
+        # On the host, packed values are bits where NumPy itself lacks the dtype.
+        values.append(array.view(dtype.numpy) if isinstance(array, np.ndarray) else array)
+    return dataclasses.replace(like, values=tuple(values), dtype=dtype, fill=0.0)
+
+
+def _variants(manifest: Manifest, arguments: Arguments) -> tuple[str, ...]:
+    """The macros for arrays that break an assumption of the code: that GPU rows are aligned to 16
+    bytes, and that arrays with constant strides have no gaps."""
+    views = arguments.views
+    unaligned = arguments.device != "cpu" and not all(map(_rows_aligned, views.values()))
+    strided = not all(views[name].is_contiguous for name in manifest.packed)
+    return ("TW_UNALIGNED",) * unaligned + ("TW_STRIDED",) * strided
+
+
+def _rows_aligned(v: View) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    item = v.dtype.itemsize
+    return v.pointer % 16 == 0 and all(
+        s * item % 16 == 0 or n <= 1 for s, n in zip(v.strides[:-1], v.shape[:-1], strict=True)
+    )
