@@ -249,10 +249,9 @@ class _Nest:
         a, b = self.tile(s.a, m, k), self.tile(s.b, k, n)
 
         def run(env: Env, acc: np.ndarray) -> None:
-            left, right = a(env), b(env)
-            x = [[convert(v, s.a.buffer.dtype, dtypes.float32) for v, _ in row] for row in left]
-            y = [[convert(v, s.b.buffer.dtype, dtypes.float32) for v, _ in row] for row in right]
-            acc += np.array(x, np.float32) @ np.array(y, np.float32)
+            (left, _), (right, _) = a(env), b(env)
+            x = convert(left, s.a.buffer.dtype, dtypes.float32)
+            acc += x @ convert(right, s.b.buffer.dtype, dtypes.float32)
 
         return self.fragment(s.acc, s.slot, s.shape, run)
 
@@ -261,12 +260,11 @@ class _Nest:
         to, dtype, array = self.tile(s.to, m, n), s.to.buffer.dtype, self.memory[s.to.buffer.name]
 
         def run(env: Env, acc: np.ndarray) -> None:
-            places = to(env)
-            for (r, c), value in np.ndenumerate(acc):
-                old, at = places[r][c]
-                if at is not None:
-                    new = value + convert(old, dtype, dtypes.float32) if s.op else value
-                    array.flat[at] = convert(new, dtypes.float32, dtype)
+            old, at = to(env)
+            new = acc[: at.shape[0], : at.shape[1]]
+            if s.op:
+                new = new + convert(old, dtype, dtypes.float32)[: at.shape[0], : at.shape[1]]
+            array.flat[at] = convert(new, dtypes.float32, dtype)
 
         return self.fragment(s.acc, s.slot, s.shape, run)
 
@@ -283,23 +281,20 @@ class _Nest:
 
     def tile(
         self, t: ir.Tile, rows: int, cols: int
-    ) -> Callable[[Env], list[list[tuple[Any, Any]]]]:
-        """(element, offset) for each place of a tile; (0, None) beyond its limits."""
+    ) -> Callable[[Env], tuple[np.ndarray, np.ndarray]]:
+        """The elements of a tile, 0 beyond its limits, and the offsets of those within."""
         array = self.memory[t.buffer.name]
-        zero = array.flat.dtype.type(0)
         fields = (t.offset, t.row_stride, t.col_stride, t.row_limit, t.col_limit)
         made = [self.expr(f) for f in fields]
 
-        def read(env: Env) -> list[list[tuple[Any, Any]]]:
+        def read(env: Env) -> tuple[np.ndarray, np.ndarray]:
             offset, down, right, high, wide = (int(f(env)) for f in made)
-
-            def element(r: int, c: int) -> tuple[Any, Any]:
-                if r >= high or c >= wide:
-                    return zero, None
-                at = array.at(offset + r * down + c * right)
-                return array.flat[at], at
-
-            return [[element(r, c) for c in range(cols)] for r in range(rows)]
+            m, n = min(max(high, 0), rows), min(max(wide, 0), cols)
+            at = offset + down * np.arange(m)[:, None] + right * np.arange(n)
+            elements = np.zeros((rows, cols), array.flat.dtype)
+            if at.size:
+                elements[:m, :n] = array.flat[array.at(at)]
+            return elements, at
 
         return read
 
