@@ -370,6 +370,9 @@ class _Nest:
 
     def _x_cast(self, e: ir.Cast) -> Run:
         a, source, to = self.expr(e.a), e.a.dtype.scalar, e.dtype.scalar
+        kind = to.numpy
+        if source.numpy.kind == kind.kind == "f":  # not bits: NumPy's own conversion
+            return lambda env: a(env).astype(kind)
         return lambda env: convert(a(env), source, to)
 
     def _x_search(self, e: ir.Search) -> Run:

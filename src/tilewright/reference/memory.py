@@ -105,10 +105,12 @@ class Array:
 
     def offset(self, index: Sequence[int]) -> int:
         """The offset of an element by its index in each dimension, checked."""
-        for i, n in zip(index, self.shape, strict=True):
+        at = 0
+        for i, n, stride in zip(index, self.shape, self.strides, strict=True):
             if not 0 <= i < n:
                 raise InternalError("I101", f"{self.name}{list(index)} is outside {self.shape}")
-        return sum(i * s for i, s in zip(index, self.strides, strict=True))
+            at += i * stride
+        return at
 
     def put(self, offset: Any, value: Any) -> None:
         self.flat[self.at(offset)] = value
