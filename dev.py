@@ -36,6 +36,9 @@ SETS = {
     "test": [BACKEND, ["--no-build-isolation", "-e", ".[dev,cuda,torch,plot]"], MODEL],
 }
 
+# How tests are spread over cores; a process that has run its tests takes some of another.
+SPREAD = ("-n", "logical", "--maxprocesses", "8", "--dist", "worksteal")
+
 # Lines of each room, Python and device code: a guide. A room may borrow from another where the sums
 # hold and a line in docs/design says why: BORROWED names that file.
 GUIDES = {
@@ -91,9 +94,12 @@ def demo(args: list[str]) -> int:
 
 
 def test(args: list[str]) -> int:
-    """All checks, then pytest with `args`. Everything runs; any failure fails the whole."""
+    """All checks, then pytest with `args`, a process for each core (`-n 0`: one process).
+
+    Everything runs; any failure fails the whole.
+    """
     checked = check([])
-    tested = call(PYTHON, "-m", "pytest", *args)
+    tested = call(PYTHON, "-m", "pytest", *SPREAD, *args)
     if checked:
         say("pytest has ended; the checks above failed")
     return tested or checked

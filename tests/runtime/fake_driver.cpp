@@ -160,6 +160,18 @@ CUresult cuStreamDestroy(CUstream) { --live; return CUDA_SUCCESS; }
 CUresult cuStreamSynchronize(CUstream) {
   return capturing ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
+CUresult cuStreamIsCapturing(CUstream, CUstreamCaptureStatus* status) {
+  *status = capturing ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
+  return CUDA_SUCCESS;
+}
+CUresult cuMemHostAlloc(void** pointer, size_t bytes, unsigned) {
+  *pointer = calloc(1, bytes);
+  return *pointer ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+}
+CUresult cuMemFreeHost(void* pointer) {
+  free(pointer);
+  return CUDA_SUCCESS;
+}
 CUresult cuStreamBeginCapture(CUstream stream, CUstreamCaptureMode mode) {
   if (!stream || mode != CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) return CUDA_ERROR_INVALID_VALUE;
   capturing = new Graph;
