@@ -1,9 +1,12 @@
 """`python3 dev.py bench decode`: decode attention over a paged KV cache on a GPU, in µs a call.
 
-bfloat16, head_dim 128, pages of 16 in random order, one query a request. Each row is a CUDA graph
-of calls on caches of their own, so that the L2 is cold; beside it the time of a kernel that only
-reads the same bytes: the floor. A result is compared with float64 before it counts. No peer is
-measured here yet: the rows have no ratio.
+bfloat16, head_dim 128, pages of 16 in random order, one query a request. Each implementation is a
+CUDA graph of calls on caches of their own, so that the L2 is cold; the graphs of a row are replayed
+in turns. Beside them the time of a kernel that only reads the same bytes: the floor. Results are
+compared with float64 before they count. Ours runs on a workspace, as a server would; its plan is a
+kernel of its own, measured alone. Peer: FlashAttention-3 with paged kernels (package
+tokenspeed-fa3) where it can be imported, with scheduler metadata and four bounds of its splits, of
+which the fastest counts. Others are not measured here: a ratio is one against FlashAttention-3.
 """
 
 from __future__ import annotations
@@ -109,39 +112,100 @@ def measured(case: Case, memory: Any) -> Row:
     attn = Attention(case.qo_heads, case.kv_heads, HEAD_DIM)
     shape = (calls, len(pages), case.qo_heads, HEAD_DIM)
     q = torch.randn(*shape, device="cuda").bfloat16()
-    kvs = [KV(Table.csr(table[2], *table[:2]), Pool(c)) for c in caches]
-    plan = attn.plan(np.arange(len(pages) + 1, dtype=np.int32), kvs[0])
-    bound = [attn.bind(q[i], kvs[i], plan=plan) for i in range(calls)]
-    us = _graph_us([b.launch.run for b in bound])
-    error = _error(case, q[0], caches[0], bound[0].state.o, [t.cpu().numpy() for t in table])
+    table_of = Table.csr(table[2], *table[:2])
+    kvs = [KV(table_of, Pool(c)) for c in caches]
+    room = attn.reserve(len(pages))
+    room.plan(table_of)
+    bound = [attn.bind(q[i], kvs[i], plan=room) for i in range(calls)]
+    graphs = {"tilewright": _graph([lambda b=b: b() for b in bound])}
+    outputs = {"tilewright": bound[0].state.o}
+    for name, call in _flash_attention_3(case, q, caches, table):
+        outputs[name] = call(0)
+        graphs[name] = _graph([lambda i=i, call=call: call(i) for i in range(calls)])
+    times = _replayed({n: (g, calls) for n, g in graphs.items()})
+    error = {n: _error(case, q[0], caches[0], o, [t.cpu().numpy() for t in table])
+             for n, o in outputs.items()}  # fmt: skip
+    right = {n: us for n, us in times.items() if error[n] <= 8e-3}
+    peers = {n: us for n, us in right.items() if n != "tilewright"}
+    best = min(peers, key=peers.__getitem__) if peers else ""
+    us = times["tilewright"]
+    plan = _replayed({"plan": (_graph([lambda: room.plan(table_of)] * 32), 32)})["plan"]
     row: Row = {
         "input": case.name, "width": case.qo_heads, "dtype": "bfloat16", "impl": "tilewright",
         "heads": f"{case.qo_heads}/{case.kv_heads}", "ms": us / 1e3, "metric": "us", "value": us,
-        "ratio": None, "bytes": case.nbytes, "read_us": _read_us(caches), "error": error,
+        "ratio": peers[best] / us if best else None, "bytes": case.nbytes,
+        "read_us": _read_us(caches), "plan_us": plan, "error": error["tilewright"],
+        "peer": best, "peer_us": peers.get(best), "peers_us": peers,
     }  # fmt: skip
-    note(f"{row['heads']:6} {row['input']:20} read {row['read_us']:8.2f} us, ours {us:8.2f} us")
-    return row | ({"wrong": f"relative error {error:.2g}"} if error > 8e-3 else {})
+    beside = f", {best} {peers[best]:8.2f} us" if best else ""
+    note(
+        f"{row['heads']:6} {row['input']:20} read {row['read_us']:8.2f} us, ours {us:8.2f} us, "
+        f"plan {plan:.1f} us{beside}"
+    )
+    wrong = error["tilewright"] > 8e-3
+    return row | ({"wrong": f"relative error {error['tilewright']:.2g}"} if wrong else {})
 
 
-def _graph_us(launches: list[Callable[[int], None]]) -> float:
-    """Microseconds a launch, replayed from one graph: the median of rounds."""
+def _flash_attention_3(
+    case: Case, q: Any, caches: list[Any], table: list[Any]
+) -> Iterator[tuple[str, Callable[[int], Any]]]:
+    """Calls of FlashAttention-3 by number, with each bound of its splits; none where it is not
+    installed."""
     torch = require_torch()
+    try:
+        import flash_attn_interface as fa
+    except ImportError:
+        return
+    indptr, indices = (t.cpu().numpy() for t in table[:2])
+    counts = np.diff(indptr)
+    padded = np.zeros((len(counts), int(counts.max())), np.int32)
+    for r, count in enumerate(counts):
+        padded[r, :count] = indices[indptr[r] : indptr[r] + count]
+    pages = torch.from_numpy(padded).cuda()
+    for splits in (0, 1, 8, 32):
+        metadata = fa.get_scheduler_metadata(
+            len(counts), 1, padded.shape[1] * PAGE, case.qo_heads, case.kv_heads, HEAD_DIM,
+            table[2], qkv_dtype=torch.bfloat16, page_size=PAGE, causal=False, num_splits=splits,
+        )  # fmt: skip
+
+        def call(i: int, metadata: Any = metadata, splits: int = splits) -> Any:
+            o = fa.flash_attn_with_kvcache(
+                q[i].unsqueeze(1), caches[i][:, 0], caches[i][:, 1], cache_seqlens=table[2],
+                page_table=pages, scheduler_metadata=metadata, num_splits=splits,
+            )  # fmt: skip
+            return o[:, 0]
+
+        yield f"fa3, splits {splits or 'auto'}", call
+
+
+def _graph(calls: list[Callable[[], Any]]) -> Any:
+    """The calls as a CUDA graph; each ran once before."""
+    torch = require_torch()
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        stream = torch.cuda.current_stream().cuda_stream
-        for launch in launches:
-            launch(stream)
-    times = []
+        for call in calls:
+            call()
+    return graph
+
+
+def _replayed(graphs: dict[str, tuple[Any, int]]) -> dict[str, float]:
+    """Microseconds a call of each graph (with how many it holds), the median of rounds in turns."""
+    torch = require_torch()
+    times: dict[str, list[float]] = {name: [] for name in graphs}
     for turn in range(_ROUNDS + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(600_000)  # the host is ahead: its time is not measured
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        if turn > 1:
-            times.append(begin.elapsed_time(end) * 1e3 / len(launches))
-    return statistics.median(times)
+        for name, (graph, calls) in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(600_000)  # the host is ahead: its time is not measured
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if turn > 1:
+                times[name].append(begin.elapsed_time(end) * 1e3 / calls)
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def _read_us(caches: list[Any]) -> float:
@@ -156,8 +220,8 @@ def _read_us(caches: list[Any]) -> float:
         if words[0].numel() % block:
             continue
         run = [launcher(w, out, block, warps) for w in words]
-        run[0](0)  # Triton compiles at the first launch
-        best = min(best, _graph_us(run))
+        calls = [lambda r=r: r(torch.cuda.current_stream().cuda_stream) for r in run]
+        best = min(best, _replayed({"read": (_graph(calls), len(calls))})["read"])
     return best
 
 
