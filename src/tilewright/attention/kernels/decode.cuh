@@ -33,7 +33,6 @@ constexpr int RING_BYTES = WARPS * STAGES * STAGE * 2;
 constexpr int SMEM_BYTES = RING_BYTES + WARPS * M * 8 + 16;
 constexpr int PITCH = DP + 4;        // floats of a row of outputs in shared memory: no bank conflicts
 constexpr int PARTIAL = M * (DP + 2);  // floats of a partial state: outputs, then (maximum, sum) a row
-constexpr int PARTS = 16;  // partial states that a merge reads at once
 constexpr float LOG2E = 1.4426950408889634f;
 static_assert(STAGE * 2 >= M * PITCH * 4, "a stage holds the outputs of a warp");
 
@@ -283,7 +282,9 @@ TW_INLINE void write(const Params& p, const Query& q, int head, int row, int col
   if (column == 0) p.lse[at] = none ? lowest() : (row_max + log2f(row_sum)) / LOG2E;
 }
 
-// Partial states `first` … `last` of a unit, in the order of their CTAs, as the result.
+// Partial states `first` … `last` of a unit, in the order of their CTAs, as the result. PARTS are read
+// at once.
+template <int PARTS>
 TW_INLINE void merge(const Params& p, const Walk& w, const Query& q, int first, int last, int member, int thread) {
   for (int i = thread; i < q.rows * (DP / 4); i += THREADS) {
     const int row = i / (DP / 4), column = i % (DP / 4) * 4;
@@ -379,7 +380,11 @@ TW_INLINE void finish(const Params& p, const Walk& w, const Query& q, Rows& rows
     tw::bar_sync(1, THREADS);
     if (*arrived) {
       if (thread == 0) p.counters[first * GANG + cta % GANG] = 0;
-      merge(p, w, q, first, last, cta % GANG, thread);
+      if (last - first < 4) {
+        merge<4>(p, w, q, first, last, cta % GANG, thread);
+      } else {
+        merge<16>(p, w, q, first, last, cta % GANG, thread);
+      }
     }
   }
   tw::bar_sync(1, THREADS);
