@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from tilewright import ops
     from tilewright.attention.batch import Attention
     from tilewright.attention.kv import KV
-    from tilewright.attention.merge import State
+    from tilewright.attention.merge import State, merge
     from tilewright.attention.plan import Plan
     from tilewright.attention.pool import Pool
     from tilewright.attention.table import Table
@@ -104,6 +104,7 @@ _ON_DEMAND = {
     "Table": "attention.table",
     "Workspace": "attention.workspace",
     "State": "attention.merge",
+    "merge": "attention.merge",
     "Plan": "attention.plan",
     **dict.fromkeys(
         ("Alibi", "Causal", "Full", "SlidingWindow", "Softcap", "per_head", "variant"),
@@ -125,7 +126,7 @@ __all__ = [
     "Full", "Kernel", "Packed", "Plan", "Pool", "Schedule", "SlidingWindow", "Softcap", "State",
     "Step", "Table", "Target", "TilewrightError", "Where", "Workspace", "abs", "bsr", "bucket",
     "coo", "cos", "csc", "csf", "csr", "dbsr", "dcsr", "dense", "ell", "equal", "exp", "floor",
-    "hyb", "indices", "log", "max", "maximum", "min", "minimum", "ops", "out", "per_head",
+    "hyb", "indices", "log", "max", "maximum", "merge", "min", "minimum", "ops", "out", "per_head",
     "prod", "program", "ragged", "recipes", "rsqrt", "scalar", "sigmoid", "sin", "size",
     "sparse", "sqrt", "sum", "tanh", "target", "temp", "update", "variant", "where",
 ]  # fmt: skip

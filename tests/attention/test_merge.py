@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.attention.cases import queries
+from tests.attention.cases import TYPES, queries
 
+from tilewright import dtypes
 from tilewright.attention import merge, reference
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
@@ -17,6 +18,7 @@ from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
 from tilewright.attention.variant import Full
 from tilewright.errors import ArgumentError, TilewrightError
+from tilewright.toolchain import nvrtc
 
 seeds = st.integers(0, 2**32)
 
@@ -48,7 +50,7 @@ def test_associative_and_commutative(seed):
 @given(seeds)
 def test_identity(seed):
     a = random_state(np.random.default_rng(seed))
-    nothing = merge.empty(4, 3, 5)
+    nothing = State.empty(4, 3, 5)
     for merged in (a.merge(nothing), nothing.merge(a), merge.merge([a])):
         np.testing.assert_array_equal(merged.o, a.o)
         np.testing.assert_array_equal(merged.lse, a.lse)
@@ -105,7 +107,7 @@ def code(states):
     return e.value.code
 
 
-def test_states_of_different_kinds(monkeypatch):
+def test_states_of_different_kinds():
     a = random_state(np.random.default_rng(0))
     assert code([a, State(a.o.astype(np.float64), a.lse)]) == "A102"
     assert code([a, State(a.o, a.lse.astype(np.float64))]) == "A102"
@@ -114,8 +116,88 @@ def test_states_of_different_kinds(monkeypatch):
     assert code([State(a.o, a.lse[..., None])]) == "A103"
     assert code([State(a.o.tolist(), a.lse)]) == "A107"
     assert code([a, State(a.o.tolist(), a.lse.tolist())]) == "A107"
-    monkeypatch.setattr(merge, "find_spec", lambda name: None)
-    assert code([State(a.o.tolist(), a.lse.tolist())]) == "E101"
+    assert code([State(np.repeat(a.o, 2, 2)[..., ::2], a.lse)]) == "A104"
+
+
+def test_masked_and_in_place(rng):
+    a, b, c = (random_state(rng) for _ in range(3))
+    mask = np.array([True, False, True, False])
+    wanted = merge.merge([a, b, c])
+    merged = merge.merge([a, b, c], mask=mask)
+    for x, y, first in ((merged.o, wanted.o, a.o), (merged.lse, wanted.lse, a.lse)):
+        np.testing.assert_array_equal(x[mask], y[mask])
+        np.testing.assert_allclose(x[~mask], first[~mask], rtol=1e-6)
+    again = merge.merge([a, b, c], out=b)
+    assert again is b
+    same(b, wanted)
+    for wrong, reason in ((mask[:3], "A103"), (mask.astype(np.int32), "A102"), ([True], "A107")):
+        with pytest.raises(ArgumentError, match=reason):
+            merge.merge([a, c], mask=wrong)
+    with pytest.raises(ArgumentError, match="A107"):
+        merge.merge([a, c], out=a.o)
+    with pytest.raises(ArgumentError, match="A103"):
+        merge.merge([a, c], out=State.empty(4, 3, 6))
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_16_bits_are_summed_in_float32(rng, name):
+    states = [random_state(rng) for _ in range(3)]
+    narrow = [State(s.o.astype(TYPES[name]), s.lse) for s in states]
+    exact = merge.merge([State(s.o.astype(np.float32), s.lse) for s in narrow])
+    merged = merge.merge(narrow)
+    assert merged.o.dtype == TYPES[name]
+    np.testing.assert_array_equal(merged.o, exact.o.astype(TYPES[name]))
+    torch = pytest.importorskip("torch")
+    tensors = [
+        State(
+            torch.from_numpy(s.o.astype(np.float32)).to(getattr(torch, name)),
+            torch.from_numpy(s.lse),
+        )
+        for s in narrow
+    ]
+    np.testing.assert_allclose(
+        merge.merge(tensors).o.float().numpy(), exact.o, rtol=8e-3, atol=1e-5
+    )
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
+@pytest.mark.parametrize("name", TYPES)
+def test_cubin_without_spills(arch, name):
+    used = merge.compile_cuda(dtypes.ALL[name], 80, arch).resources["merge_states"]
+    assert used.spill_bytes == 0 and used.registers <= 128
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 20])
+def test_on_a_gpu(rng, name, count):
+    from tilewright.runtime.cuda import DeviceArray
+
+    def there(s):
+        bits = s.o.view(np.uint16) if name == "bfloat16" else s.o
+        return State(DeviceArray.from_numpy(bits, name), DeviceArray.from_numpy(s.lse))
+
+    states = []
+    for _ in range(count):
+        s = random_state(rng)
+        s.o[np.isneginf(s.lse)] = np.nan
+        states.append(State(s.o.astype(TYPES[name]), s.lse))
+    mask = np.array([True, False, True, True])
+    for m in (None, mask):
+        wanted = merge.merge(states, mask=m)
+        on_card = None if m is None else DeviceArray.from_numpy(m)
+        for out in (None, 0):
+            cards = [there(s) for s in states]
+            merged = merge.merge(cards, mask=on_card, out=None if out is None else cards[out])
+            o = reference.as_float64(merged.o)
+            tolerance = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[name]
+            np.testing.assert_allclose(
+                o, wanted.o.astype(np.float64), rtol=tolerance, atol=tolerance
+            )
+            np.testing.assert_allclose(merged.lse.to_numpy(), wanted.lse, rtol=1e-5, atol=1e-5)
+    empty = State.empty(4, 3, 5, dtype=name, like=cards[0].lse)
+    assert np.isneginf(empty.lse.to_numpy()).all()
 
 
 def test_numpy_with_torch():
@@ -125,7 +207,7 @@ def test_numpy_with_torch():
     assert code([a, b]) == code([b, a]) == code([State(a.o, b.lse)]) == "A107"
     assert code([b, State(b.o.double(), b.lse)]) == "A102"
     assert code([State(b.o.long(), b.lse)]) == "A102"
-    assert code([b, State(b.o.to("meta"), b.lse.to("meta"))]) == "A105"
+    assert code([b, State(b.o.to("meta"), b.lse.to("meta"))]) == "A107"  # it has no memory
 
 
 def test_errors():
@@ -133,12 +215,12 @@ def test_errors():
         merge.merge([])
     assert e.value.code == "A101"
     with pytest.raises(ArgumentError) as e:
-        merge.empty(1, 2, 3).merge(merge.empty(1, 2, 4))
+        State.empty(1, 2, 3).merge(State.empty(1, 2, 4))
     assert e.value.code == "A103"
-    no_states: list[Any] = [None, 5, [merge.empty(1, 2, 3)], "xy"]
+    no_states: list[Any] = [None, 5, [State.empty(1, 2, 3)], "xy"]
     for others in no_states:
         with pytest.raises(ArgumentError) as e:
-            merge.empty(1, 2, 3).merge(others)
+            State.empty(1, 2, 3).merge(others)
         assert e.value.code == "A107"
     for states in (None, 5, "xy", [None]):
         with pytest.raises(ArgumentError) as e:

@@ -1,119 +1,282 @@
-"""States of attention, and how two of them over disjoint keys become one.
+"""States of attention, and how states over disjoint keys become one.
 
-A state is the output over some keys and the logarithm of their weights' sum. States merge in any
-grouping to the same result, up to rounding; no keys at all is o = 0, lse = −inf.
+A state is the output over some keys and the natural logarithm of their weights' sum. States merge
+in any grouping to the same result, up to rounding; no keys at all is o = 0, lse = −inf.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from tilewright.errors import ArgumentError, MissingExtra
+from tilewright import dtypes
+from tilewright.attention.checks import named_view
+from tilewright.attention.spec import cuda_headers
+from tilewright.codegen.params import C_TYPES
+from tilewright.dtypes import DType
+from tilewright.errors import ArgumentError
+from tilewright.runtime.layout import Struct
+from tilewright.runtime.view import View, allocate
+from tilewright.toolchain import nvrtc
+
+MAX_STATES = 8  # that one launch merges
+_WARPS = 4
+_FLOATS = (dtypes.float64, dtypes.float32, dtypes.float16, dtypes.bfloat16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class State:
-    """`o` (tokens, qo_heads, head_dim) and `lse` (tokens, qo_heads), float32; `lse` in natural log.
-
-    Arrays are of the framework that the queries came from.
-    """
+    """`o` (tokens, qo_heads, head_dim), of the dtype of q; `lse` (tokens, qo_heads) float32,
+    natural
+    logarithm. Arrays are of the framework that the queries came from."""
 
     o: Any
     lse: Any
 
+    @staticmethod
+    def empty(
+        tokens: int, qo_heads: int, head_dim: int, *, dtype: Any = "float32", like: Any = None
+    ) -> State:
+        """The state over no keys: merging with it changes nothing. `like`: an array whose framework
+        and device it is of (None: NumPy)."""
+        source = np.empty(0, np.float32) if like is None else like
+        o = allocate(source, (tokens, qo_heads, head_dim), dtypes.dtype(dtype))
+        lse = allocate(source, (tokens, qo_heads), dtypes.float32)
+        _fill(o, 0.0)
+        _fill(lse, -np.inf)
+        return State(o, lse)
+
     def merge(self, *others: State) -> State:
-        """The state over the keys of this one and of the others. Raises describe `merge` raises."""
+        """The state over the keys of this one and of the others. Raises what `merge` raises."""
         return merge((self, *others))
 
     def __repr__(self) -> str:
         return f"State(o {tuple(self.o.shape)}, lse {tuple(self.lse.shape)})"
 
 
-def empty(tokens: int, qo_heads: int, head_dim: int) -> State:
-    """The state over no keys: merging with it changes nothing."""
-    o = np.zeros((tokens, qo_heads, head_dim), np.float32)
-    return State(o, np.full((tokens, qo_heads), -np.inf, np.float32))
+def merge(states: Sequence[State], *, mask: Any = None, out: State | None = None) -> State:
+    """One state from states over disjoint keys, all of one framework, dtype, shape and device.
 
-
-def merge(states: Sequence[State]) -> State:
-    """One state from states over disjoint keys (all NumPy or all torch, of one dtype and shape).
-
-    Σ oᵢ·exp(lseᵢ − m) / Σ exp(lseᵢ − m) with m the largest lse; in order, so repeatable. Where
-    lseᵢ = −inf, oᵢ is not read: it may hold anything.
-    Raises ArgumentError[A101, A102, A103, A105, A107], MissingExtra[E101].
+    Σ oᵢ·exp(lseᵢ − m) / Σ exp(lseᵢ − m) with m the largest lse, in float32 and in order, so
+    repeatable (FlashAttention-2, §3.1). Where lseᵢ = −inf, oᵢ is not read: it may hold anything.
+    `mask` (tokens,) bool: where it is false, the result is the first state. `out`: a state to write
+    to, also one of `states`.
+    Raises ArgumentError[A101, A102, A103, A104, A105, A107].
     """
     for s in states if isinstance(states, Sequence) else (states,):
         if not isinstance(s, State):
             raise ArgumentError("A107", f"{type(s).__name__} is no State", where="states")
     if not states:
-        raise ArgumentError("A101", "no states to merge", where="states", hint="merge.empty(…)")
-    lib = _library(states)
-    for n, s in enumerate(states):
-        _check_like_first(n, s, states[0], lib)
-    if lib is np:
-        with np.errstate(invalid="ignore"):  # NaN where nothing is read
-            return _merged(states, np, np.where)
-    return _merged(states, lib, lambda c, a, b: lib.where(c, a, lib.full_like(a, b)))
+        raise ArgumentError("A101", "no states to merge", where="states", hint="State.empty(…)")
+    checked = [_views(s, f"state {n}") for n, s in enumerate(states)]
+    for n, pair in enumerate(checked):
+        _check_like_first(n, pair, checked[0], states)
+    _check_mask(mask, checked[0])
+    first = states[0]
+    if out is None:
+        out = State(*(allocate(first.o, x.shape, x.dtype) for x in checked[0]))
+    elif not isinstance(out, State):
+        raise ArgumentError("A107", f"{type(out).__name__} is no State", where="out")
+    written = _views(out, "out")
+    _check_like_first(-1, written, checked[0], (first, out))
+    if checked[0][0].device == "cpu":
+        _on_host(states, mask, out)
+    else:
+        _on_gpu(checked, written, mask)
+    return out
 
 
-def _library(states: Sequence[State]) -> Any:
-    """numpy or torch: whose arrays the states are. Raises ArgumentError[A107], MissingExtra."""
-    arrays = [x for s in states for x in (s.o, s.lse)]
-    if all(isinstance(x, np.ndarray) for x in arrays):
-        return np
-    torch = sys.modules.get("torch")
-    if torch is not None and all(isinstance(x, torch.Tensor) for x in arrays):
-        return torch
-    kinds = ", ".join(sorted({type(x).__name__ for x in arrays}))
-    if not any(isinstance(x, np.ndarray) for x in arrays) and find_spec("torch") is None:
-        raise MissingExtra(
-            "E101",
-            f"merging states of {kinds} needs torch",
-            where="states",
-            hint="pip install tilewright[torch], and give q and the cache as torch tensors",
-        )
-    raise ArgumentError(
-        "A107", f"states of {kinds}", where="states", hint="all NumPy arrays, or all torch tensors"
-    )
+# ---------------------------------------------------------------------------- checks
 
 
-def _check_like_first(n: int, s: State, first: State, lib: Any) -> None:
-    describe = f"state {n} has o {{}}, lse {{}}; the first has o {{}}, lse {{}}".format
-    arrays = (s.o, s.lse, first.o, first.lse)
-    if s.o.shape != first.o.shape or s.lse.shape != s.o.shape[:-1]:
-        shapes = describe(*(tuple(x.shape) for x in arrays))
-        raise ArgumentError("A103", shapes, where="states")
-    floats = all(
-        x.dtype.kind == "f" if lib is np else x.dtype.is_floating_point for x in (s.o, s.lse)
-    )
-    if not floats or (s.o.dtype, s.lse.dtype) != (first.o.dtype, first.lse.dtype):
+def _views(s: State, name: str) -> tuple[View, View]:
+    o, lse = named_view(f"o of {name}", s.o), named_view(f"lse of {name}", s.lse)
+    shapes = f"{name} has o {o.shape} {o.dtype}, lse {lse.shape} {lse.dtype}"
+    if o.ndim < 1 or lse.shape != o.shape[:-1]:
         raise ArgumentError(
-            "A102",
-            describe(*(x.dtype for x in arrays)),
-            where="states",
-            hint="the same float types in all states",
+            "A103", shapes, where="states", hint="lse has the shape of o less its last"
         )
-    if lib is not np and len({x.device for x in arrays}) > 1:
-        raise ArgumentError("A105", describe(*(x.device for x in arrays)), where="states")
+    if o.dtype not in _FLOATS or lse.dtype not in (dtypes.float32, dtypes.float64):
+        raise ArgumentError("A102", shapes, where="states", hint="lse is float32, o any float")
+    if lse.device != o.device:
+        raise ArgumentError(
+            "A105", f"{name} has o on {o.device}, lse on {lse.device}", where="states"
+        )
+    if not (o.is_contiguous and lse.is_contiguous):
+        raise ArgumentError("A104", f"{name} is not contiguous", where="states")
+    return o, lse
 
 
-def _merged(states: Sequence[State], lib: Any, where: Any) -> State:
-    largest = states[0].lse
-    for s in states[1:]:
-        largest = lib.maximum(largest, s.lse)
-    some = largest != -np.inf
+def _check_like_first(
+    n: int, pair: tuple[View, View], first: tuple[View, View], states: Sequence[State]
+) -> None:
+    name = "out" if n < 0 else f"state {n}"
+    for kind, x, y in (("o", pair[0], first[0]), ("lse", pair[1], first[1])):
+        if x.shape != y.shape:
+            text = f"{kind} of {name} has shape {x.shape}, of the first state {y.shape}"
+            raise ArgumentError("A103", text, where="states")
+        if x.dtype != y.dtype:
+            text = f"{kind} of {name} is {x.dtype}, of the first state {y.dtype}"
+            raise ArgumentError("A102", text, where="states")
+        if x.device != y.device:
+            text = f"{kind} of {name} is on {x.device}, of the first state on {y.device}"
+            raise ArgumentError("A105", text, where="states")
+    roots = {type(a).__module__.partition(".")[0] for s in states for a in (s.o, s.lse)}
+    if len(roots) > 1:
+        kinds = ", ".join(sorted(roots))
+        raise ArgumentError(
+            "A107", f"states of {kinds}", where="states", hint="all arrays of one framework"
+        )
+
+
+def _check_mask(mask: Any, first: tuple[View, View]) -> None:
+    if mask is None:
+        return
+    seen = named_view("mask", mask)
+    if seen.dtype != dtypes.bool_:
+        raise ArgumentError("A102", f"mask is {seen.dtype}, not bool", where="mask")
+    if seen.shape != first[0].shape[:1] or not seen.is_contiguous:
+        raise ArgumentError(
+            "A103", f"mask has shape {seen.shape}, not {first[0].shape[:1]}", where="mask"
+        )
+    if seen.device != first[0].device:
+        raise ArgumentError("A105", f"mask is on {seen.device}", where="mask")
+
+
+def _fill(array: Any, value: float) -> None:
+    if hasattr(array, "fill_"):  # torch
+        array.fill_(value)
+    elif hasattr(array, "fill"):  # NumPy, CuPy
+        array.fill(value)
+    else:
+        array.copy_from(np.full(array.shape, value, array.dtype.numpy))
+
+
+# ---------------------------------------------------------------------------- host
+
+
+def _on_host(states: Sequence[State], mask: Any, out: State) -> None:
+    """In float32, or the dtype of lse where that is float64."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(states[0].o, torch.Tensor):
+        wide = states[0].lse.dtype
+        arrays = [(s.o.to(wide), s.lse) for s in states]
+        o, lse = _merged(arrays, mask, torch)
+        out.o.copy_(o)
+        out.lse.copy_(lse)
+        return
+    with np.errstate(invalid="ignore"):  # NaN where nothing is read
+        wide = states[0].lse.dtype
+        o, lse = _merged([(np.asarray(s.o).astype(wide), s.lse) for s in states], mask, np)
+    out.o[...] = o
+    out.lse[...] = lse
+
+
+def _merged(states: Sequence[tuple[Any, Any]], mask: Any, lib: Any) -> tuple[Any, Any]:
+    def where(c: Any, a: Any, b: float) -> Any:
+        return lib.where(c, a, b if lib is np else lib.full_like(a, b))
+
+    none = -np.inf
+    lses = [states[0][1]]
+    for _, lse in states[1:]:
+        lses.append(lse if mask is None else where(mask[:, None] & (lse == lse), lse, none))
+    largest = lses[0]
+    for lse in lses[1:]:
+        largest = lib.maximum(largest, lse)
+    some = largest != none
     base = where(some, largest, 0.0)
-    weight = lib.zeros_like(largest)
-    total = lib.zeros_like(states[0].o)
-    for s in states:
-        w = lib.exp(s.lse - base)
+    weight, total = lib.zeros_like(largest), lib.zeros_like(states[0][0])
+    for (o, _), lse in zip(states, lses, strict=True):
+        w = lib.exp(lse - base)
         weight = weight + w
-        total = total + where((s.lse != -np.inf)[..., None], s.o, 0.0) * w[..., None]
+        total = total + where((lse != none)[..., None], o, 0.0) * w[..., None]
     safe = where(some, weight, 1.0)
-    return State(total / safe[..., None], where(some, base + lib.log(safe), -np.inf))
+    return total / safe[..., None], where(some, base + lib.log(safe), none)
+
+
+# ---------------------------------------------------------------------------- GPU
+
+
+@functools.cache
+def _params_struct(o: DType) -> Struct:
+    c_type = C_TYPES[o.name]
+    states = [
+        (f"{name}{i}", "ptr", f"const {kind}*")
+        for name, kind in (("o", c_type), ("lse", "float"))
+        for i in range(MAX_STATES)
+    ]
+    rest: list[tuple[str, ...]] = [
+        ("out_o", "ptr", f"{c_type}*"), ("out_lse", "ptr", "float*"),
+        ("mask", "ptr", "const uint8_t*"), ("rows", "int64"), ("heads", "int32"),
+        ("states", "int32"),
+    ]  # fmt: skip
+    return Struct("MergeParams", [*states, *rest])
+
+
+def cuda_source(o: DType, dim: int) -> str:
+    """The CUDA C++ of the merge of states of a dtype and head_dim."""
+    kind = o.name
+    load = "x" if kind == "float32" else f"tw::from_{kind}(x)"
+    store = "x" if kind == "float32" else f"tw::to_{kind}(x)"
+    element = C_TYPES[kind]
+    return "\n".join(
+        (
+            "// generated by Tilewright",
+            '#include "gpu.cuh"',
+            "namespace merge {",
+            f"using Element = {element};",
+            f"constexpr int DIM = {dim}, MAX_STATES = {MAX_STATES}, WARPS = {_WARPS};",
+            f"TW_INLINE float load({element} x) {{ return {load}; }}",
+            f"TW_INLINE void store({element}* to, float x) {{ *to = {store}; }}",
+            "}  // namespace merge",
+            _params_struct(o).c_decl,
+            '#include "merge.cuh"',
+        )
+    )
+
+
+def compile_cuda(o: DType, dim: int, arch: str) -> nvrtc.Cubin:
+    """The cubin of one kernel. Raises BuildError."""
+    return nvrtc.compile_cuda(cuda_source(o, dim), arch=arch, name="merge", headers=cuda_headers())
+
+
+@functools.lru_cache(64)
+def _kernel(o: DType, dim: int, ordinal: int) -> Any:
+    from tilewright.runtime import cuda
+
+    cubin = compile_cuda(o, dim, cuda.device_arch(ordinal))
+    return cuda.Module(cubin.image, ordinal).function("merge_states")
+
+
+def _on_gpu(states: list[tuple[View, View]], out: tuple[View, View], mask: Any) -> None:
+    """Up to MAX_STATES states a launch; more are merged into `out` in turns."""
+    from tilewright.runtime import cuda
+
+    if states[0][0].dtype == dtypes.float64 or states[0][1].dtype != dtypes.float32:
+        raise ArgumentError("A102", "float64 states on a GPU", where="states", hint="float32")
+    o, lse = out
+    ordinal = int(o.device.partition(":")[2] or 0)
+    rows, dim = lse.size, o.shape[-1]
+    function = _kernel(o.dtype, dim, ordinal)
+    stream = cuda.current_stream(ordinal)
+    pending = list(states)
+    while pending:
+        now, pending = pending[:MAX_STATES], pending[MAX_STATES:]
+        addresses = {}
+        for i in range(MAX_STATES):
+            pair = now[i] if i < len(now) else now[0]
+            addresses[f"o{i}"], addresses[f"lse{i}"] = pair[0].pointer, pair[1].pointer
+        block = _params_struct(o.dtype).pack(
+            **addresses, out_o=o.pointer, out_lse=lse.pointer,
+            mask=0 if mask is None else named_view("mask", mask).pointer,
+            rows=rows, heads=max(rows // max(o.shape[0], 1), 1), states=len(now),
+        )  # fmt: skip
+        grid = (-(-rows // _WARPS), 1, 1)
+        function.prepare(grid, (_WARPS * 32, 1, 1), 0, block).run(stream)
+        if pending:
+            pending.insert(0, out)

@@ -94,5 +94,6 @@ def cuda_headers() -> dict[str, str]:
     """Every file that CUDA kernels include, by name."""
     files = (
         "bounds.h", "table.h", "cuts.h", "plan_gpu.cuh", "flash_portable.cuh", "decode.cuh",
+        "merge.cuh",
     )  # fmt: skip
     return prelude_files.headers() | {name: template(name) for name in files}
