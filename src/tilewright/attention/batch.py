@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention import decode, flash, plan, ranges, reference
+from tilewright.attention import decode, flash, hopper, plan, ranges, reference
 from tilewright.attention.kv import KV, KV_TYPES, named_view, rises
 from tilewright.attention.merge import State
 from tilewright.attention.plan import UNITS, Plan
@@ -353,6 +353,14 @@ class BoundAttention:
         ordinal = int(kv.device.partition(":")[2] or 0)
         if not decode.hosts(spec, plan.qo_indptr, fields):
             self._on_tensor_cores(spec, plan, fields, ordinal)
+            return
+        if not hopper.hosts(spec, cuda.device_arch(ordinal), fields):
+            indptr = plan.qo_indptr
+            self.launch, keep = hopper.bind(spec, fields, indptr, dtypes.float32, ordinal)
+            self.source = hopper.source_of(spec, fields, dtypes.float32)
+            self._keep += keep
+            launch = self.launch
+            self._run = lambda: launch.run(cuda.current_stream(ordinal))
             return
         items = cuda.DeviceArray.from_numpy(plan.items.view(np.int32), ordinal=ordinal)
         indptr = cuda.DeviceArray.from_numpy(plan.qo_indptr, ordinal=ordinal)

@@ -169,7 +169,7 @@ def cuda_source(spec: Spec) -> str:
 
 def cuda_headers() -> dict[str, str]:
     """Every file that the CUDA kernels of this folder include, by name."""
-    names = ("bounds.h", "pages.h", "flash_portable.cuh", "decode.cuh")
+    names = ("bounds.h", "pages.h", "flash_portable.cuh", "decode.cuh", "prefill_hopper.cuh")
     return prelude_files.headers() | {name: _template(name) for name in names}
 
 
