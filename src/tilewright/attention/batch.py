@@ -20,6 +20,7 @@ from tilewright.attention.kv import KV, KV_TYPES, named_view, rises
 from tilewright.attention.merge import State
 from tilewright.attention.plan import UNITS, Plan
 from tilewright.attention.variant import Causal, Traced, Value, check_number, traced_of
+from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime import pool as pools
 from tilewright.runtime.transfer import to_device, to_host
@@ -265,8 +266,10 @@ class Attention:
         if out is None:
             return allocate(q, shape, dtypes.float32), lse
         view = named_view("out", out)
-        if view.dtype != dtypes.float32:
-            raise ArgumentError("A102", f"out is {view.dtype}, not float32", where="out")
+        if view.dtype not in (dtypes.float32, queries.dtype):
+            raise ArgumentError(
+                "A102", f"out is {view.dtype}, not float32 or {queries.dtype}", where="out"
+            )
         if view.shape != shape or not view.is_contiguous:
             raise ArgumentError("A103", f"out is no contiguous array of shape {shape}", where="out")
         if view.device != kv.device or view.readonly:
@@ -303,6 +306,15 @@ class BoundAttention:
         views = {n: view for n, (_, view) in values.items()}
         fields = _fields(attn, queries[1], kv, self.state, views)
         self._keep: list[Any] = [queries, kv, plan, outputs, values]
+        out = named_view("out", outputs[0]).dtype
+        if kv.device != "cpu" and self._on_hopper(spec, plan, fields, kv, out):
+            return
+        if out != dtypes.float32:
+            raise ArgumentError(
+                "A102",
+                f"out is {out}, and the kernel that runs this call writes float32",
+                where="out",
+            )
         if kv.device == "cpu" and not compilers.has_compiler():
             self._on_interpreter(attn, queries[0], kv, plan, values)
         elif kv.device == "cpu":
@@ -347,20 +359,28 @@ class BoundAttention:
         self._keep += [kernel, partials, counters, block, array]
         self._run = lambda: run(address, 1)
 
+    def _on_hopper(
+        self, spec: flash.Spec, plan: Plan, fields: dict[str, Any], kv: KV, out: DType
+    ) -> bool:
+        """Bind to the Hopper family, if it runs this call and the decode family does not."""
+        from tilewright.runtime import cuda
+
+        ordinal = int(kv.device.partition(":")[2] or 0)
+        few_rows = out == dtypes.float32 and not decode.hosts(spec, plan.qo_indptr, fields)
+        if few_rows or hopper.hosts(spec, cuda.device_arch(ordinal), fields):
+            return False
+        launch, keep = hopper.bind(spec, fields, plan.qo_indptr, out, ordinal)
+        self.launch, self.source = launch, hopper.source_of(spec, fields, out)
+        self._keep += keep
+        self._run = lambda: launch.run(cuda.current_stream(ordinal))
+        return True
+
     def _on_cuda(self, spec: flash.Spec, plan: Plan, fields: dict[str, Any], kv: KV) -> None:
         from tilewright.runtime import cuda
 
         ordinal = int(kv.device.partition(":")[2] or 0)
         if not decode.hosts(spec, plan.qo_indptr, fields):
             self._on_tensor_cores(spec, plan, fields, ordinal)
-            return
-        if not hopper.hosts(spec, cuda.device_arch(ordinal), fields):
-            indptr = plan.qo_indptr
-            self.launch, keep = hopper.bind(spec, fields, indptr, dtypes.float32, ordinal)
-            self.source = hopper.source_of(spec, fields, dtypes.float32)
-            self._keep += keep
-            launch = self.launch
-            self._run = lambda: launch.run(cuda.current_stream(ordinal))
             return
         items = cuda.DeviceArray.from_numpy(plan.items.view(np.int32), ordinal=ordinal)
         indptr = cuda.DeviceArray.from_numpy(plan.qo_indptr, ordinal=ordinal)
