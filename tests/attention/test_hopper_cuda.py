@@ -43,7 +43,7 @@ def kernel_of(case) -> tuple[flash.Spec, int, bool, Any]:
 def compiled(case) -> tuple[str, bytes]:
     """The log of NVRTC and ptxas, and the cubin; past the cache, which keeps no log."""
     text = hopper.source(*kernel_of(case))
-    options = (f"--gpu-architecture={hopper.ARCH}", *nvrtc.FLAGS)
+    options = (f"--gpu-architecture={hopper.ARCH}", *nvrtc.FLAGS, "--no-cache")
     status, log, image = nvrtc._compile(text, flash.cuda_headers(), options)
     assert status == 0, log
     return log, image
@@ -80,18 +80,21 @@ def test_exponentials_of_full_tiles_hide_a_product(case, tmp_path):
 
 
 def nvdisasm() -> str:
-    for f in importlib.metadata.files("nvidia-cuda-nvdisasm") or ():
-        if f.name == "nvdisasm":
-            return str(f.locate())
+    try:
+        for f in importlib.metadata.files("nvidia-cuda-nvdisasm") or ():
+            if f.name == "nvdisasm":
+                return str(f.locate())
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("nvdisasm is not installed")
     raise FileNotFoundError("nvdisasm")
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("case", KERNELS, ids=IDS)
 def test_constants_are_those_of_the_kernel(case):
-    spec, _, _, out = kernel_of(case)
+    spec = kernel_of(case)[0]
     wanted = {
-        "SMEM_BYTES": hopper.smem_bytes(spec, out), "THREADS": hopper.THREADS,
+        "SMEM_BYTES": hopper.smem_bytes(spec), "THREADS": hopper.THREADS,
         "BM": hopper.ROWS, "BN": hopper.KEYS, "STAGES": hopper.STAGES,
     }  # fmt: skip
     text = hopper.source(*kernel_of(case))
@@ -131,13 +134,13 @@ def test_reasons():
 def test_work_covers_every_query_once(rng, group):
     lengths = rng.integers(0, 400, 9)
     indptr = np.concatenate([[0], np.cumsum(lengths)])
-    items, tokens, kv_heads = hopper.work(indptr, 3, group), hopper.ROWS // group, 3
+    items, tokens, kv_heads = hopper.work(indptr, 3, group, 5), hopper.ROWS // group, 3
     covered = np.zeros((int(indptr[-1]), kv_heads), int)
     for request, head, token in items.tolist():
         assert (token - indptr[request]) % tokens == 0
         covered[token : min(token + tokens, indptr[request + 1]), head] += 1
     assert (covered == 1).all()
-    assert len(hopper.work(np.zeros(4, np.int32), 3, group)) == 0
+    assert len(hopper.work(np.zeros(4, np.int32), 3, group, 5)) == 0
 
 
 # ---------------------------------------------------------------------------- on a GPU

@@ -26,6 +26,7 @@ THREADS, ROWS, KEYS = 384, 128, 128  # of a CTA; packed rows of an item, keys of
 STAGES = 2  # tiles of K and of V in shared memory
 MAX_TILES = 512  # of a segment: what the scheduler sorts at once
 HEAD_DIMS = (64, 128)
+_TAIL = 4  # items of a CTA that are drawn in the order of their keys
 
 WORK = Struct("Work", [("request", "int32"), ("head", "int32"), ("token", "int32")])
 """An item: a request, a KV head, and the row of q of its first query."""
@@ -58,35 +59,36 @@ def hosts(spec: Spec, arch: str, fields: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------- the work of a batch
 
 
-def work(qo_indptr: np.ndarray, kv_heads: int, group: int) -> np.ndarray:
-    """The items of a batch, an array of `WORK`, in the order in which CTAs should draw them.
+def work(qo_indptr: np.ndarray, kv_heads: int, group: int, ctas: int) -> np.ndarray:
+    """The items of a batch, an array of `WORK`, in the order in which `ctas` CTAs draw them.
 
     Requests with many queries come first. Within one, the items of a KV head follow each other, so
-    that CTAs read the same keys at the same time; the last queries first, since under a causal mask
-    they see the most keys and so the longest items are not left for the end.
+    that CTAs read the same keys at the same time; the last queries first: under a causal mask they
+    see the most keys. The last few items of each CTA are sorted by that number over requests and
+    heads, so that none of them ends long after the others.
     """
     indptr = np.asarray(qo_indptr, np.int64)
-    lengths = np.diff(indptr)
-    tokens = ROWS // group
+    lengths, tokens = np.diff(indptr), ROWS // group
     order = np.argsort(-lengths, kind="stable")
-    tiles = -(-lengths[order] // tokens)
-    unit = np.repeat(np.arange(len(order) * kv_heads), np.repeat(tiles, kv_heads))
-    request, head = order[unit // kv_heads], unit % kv_heads
-    begin = np.concatenate([[0], np.cumsum(np.repeat(tiles, kv_heads))])
-    number = begin[unit + 1] - 1 - np.arange(len(unit)) if len(unit) else unit
+    tiles = np.repeat(-(-lengths[order] // tokens), kv_heads)  # of each (request, KV head)
+    unit = np.repeat(np.arange(len(tiles)), tiles)
+    number = np.cumsum(tiles)[unit] - 1 - np.arange(len(unit))
+    tail = max(0, len(unit) - _TAIL * ctas)
+    tail = int(np.searchsorted(unit, unit[tail])) if tail else 0  # whole units
+    by_keys = tail + np.argsort(-number[tail:], kind="stable")
+    unit[tail:], number[tail:] = unit[by_keys], number[by_keys]
     items = np.zeros(len(unit), WORK.numpy)
-    items["request"], items["head"] = request, head
-    items["token"] = indptr[request] + number * tokens
+    items["request"], items["head"] = order[unit // kv_heads], unit % kv_heads
+    items["token"] = indptr[items["request"]] + number * tokens
     return items
 
 
 # ---------------------------------------------------------------------------- the kernel
 
 
-def smem_bytes(spec: Spec, out: DType) -> int:
+def smem_bytes(spec: Spec) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of hopper.cuh."""
-    tiles = 1 + 2 * STAGES + (out.itemsize == 2)
-    slots, barriers = 2 * (10 + MAX_TILES) * 4, 4 * STAGES + 7
+    tiles, slots, barriers = 2 + 2 * STAGES, 2 * (10 + MAX_TILES) * 4, 4 * STAGES + 9
     return tiles * ROWS * spec.head_dim * 2 + slots + barriers * 8 + 1024
 
 
@@ -198,7 +200,7 @@ def bind(
     from tilewright.runtime import cuda
 
     kv_heads = fields["qo_heads"] // spec.group
-    items = work(qo_indptr, kv_heads, spec.group)
+    items = work(qo_indptr, kv_heads, spec.group, cuda.device(ordinal).sms)
     on_device = cuda.DeviceArray.from_numpy(items.view(np.int32), ordinal=ordinal)
     indptr = cuda.DeviceArray.from_numpy(np.asarray(qo_indptr, np.int32), ordinal=ordinal)
     counter = cuda.DeviceArray((1,), "int32", ordinal)
@@ -206,7 +208,7 @@ def bind(
     paged, struct = bool(fields["kv_indices"]), params_struct(spec, out)
     names = {f.name for f in struct.fields}
     block = struct.pack(
-        **{n: x for n, x in fields.items() if n in names}, qo_indptr=indptr.pointer,
+        **{n: x for n, x in fields.items() if n in names and n != "cycles"}, qo_indptr=indptr.pointer,
         **maps(spec, fields, int(qo_indptr[-1]), kv_heads), work=on_device.pointer,
         counter=counter.pointer, items=len(items), cycles=fields.get("cycles", 0),
         page_shift=fields["page_size"].bit_length() - 1,
@@ -214,5 +216,5 @@ def bind(
     )  # fmt: skip
     function = kernel(spec, box_keys(fields), paged, out, ordinal, flags)
     grid = (min(len(items), cuda.device(ordinal).sms), 1, 1)
-    launch = function.prepare(grid, (THREADS, 1, 1), smem_bytes(spec, out), block)
+    launch = function.prepare(grid, (THREADS, 1, 1), smem_bytes(spec), block)
     return launch, [on_device, indptr, counter, block]

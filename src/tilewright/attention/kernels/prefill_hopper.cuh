@@ -20,8 +20,9 @@
 // MAX_TILES, MAX_KEYS, the types Kind and Out), the structs `Params`, `Work`, `At` and `Variant`.
 //
 // Launch: grid = at most min(items, SMs) CTAs, THREADS threads, SMEM_BYTES of dynamic shared memory:
-//   [Q: 128 rows] [K: STAGES × 128 rows] [V: STAGES × 128 rows]  D/64 blocks of 128-byte rows each, swizzled
-//   [O: 128 rows, where Out has 16 bits] [2 slots of a segment] [mbarriers]
+//   [2 of Q] [STAGES of K] [STAGES of V]  tiles of 128 rows, each D/64 blocks of 128-byte rows, swizzled
+//   [2 slots of a segment] [mbarriers]
+// The outputs of an item pass through its tile of Q, where Out has 16 bits.
 // Assumes: sm_scale > 0; rows of Q, K, V described by tensor maps; counter is 0 (and is 0 again at the end).
 
 namespace attention {
@@ -47,11 +48,10 @@ struct Slot {  // a segment of an item, as the scheduler passes it on
   int tiles[MAX_TILES];              // partial tiles from the front, full tiles from the back
 };
 
-constexpr int Q_AT = 0, K_AT = TILE_BYTES, V_AT = K_AT + STAGES * TILE_BYTES, O_AT = V_AT + STAGES * TILE_BYTES;
-constexpr int SLOTS_AT = O_AT + (sizeof(Out) == 2 ? TILE_BYTES : 0);
+constexpr int Q_AT = 0, K_AT = 2 * TILE_BYTES, V_AT = K_AT + STAGES * TILE_BYTES, SLOTS_AT = V_AT + STAGES * TILE_BYTES;
 constexpr int BARRIERS_AT = SLOTS_AT + 2 * sizeof(Slot);
 enum Barrier { K_FULL, K_EMPTY = K_FULL + STAGES, V_FULL = K_EMPTY + STAGES, V_EMPTY = V_FULL + STAGES,
-               Q_FULL = V_EMPTY + STAGES, Q_EMPTY, V_LOADED, ITEM_FULL, ITEM_EMPTY = ITEM_FULL + 2, BARRIERS = ITEM_EMPTY + 2 };
+               Q_FULL = V_EMPTY + STAGES, Q_EMPTY = Q_FULL + 2, V_LOADED = Q_EMPTY + 2, ITEM_FULL, ITEM_EMPTY = ITEM_FULL + 2, BARRIERS = ITEM_EMPTY + 2 };
 constexpr int SMEM_BYTES = BARRIERS_AT + BARRIERS * 8 + 1024;  // the base is aligned to 1024 by hand
 static_assert(SMEM_BYTES <= 232448 && sizeof(Slot) % 8 == 0, "");
 
@@ -83,7 +83,7 @@ TW_INLINE void release(uint32_t barrier, int lane) {
 
 // Sorts up to MAX_TILES tiles of an item, the last ones first, from tile `top` down.
 TW_INLINE void sort_tiles(const Variant& variant, Slot& s, int top, int lane) {
-  const int bottom = max(top - MAX_TILES, -1);
+  const int count = (s.length + BN - 1) / BN, bottom = max(top - MAX_TILES, -1);
   int partial = 0, full = 0;
   for (; top > bottom; top -= 32) {
     const int tile = top - lane, end = min((tile + 1) * BN, s.length);
@@ -97,7 +97,11 @@ TW_INLINE void sort_tiles(const Variant& variant, Slot& s, int top, int lane) {
     partial += __popc(partials);
     full += __popc(fulls);
   }
-  if (lane == 0) { s.partial = partial; s.full = full; }
+  if (lane == 0) {
+    if (partial + full == 0) s.tiles[partial++] = count;  // past the end: no row sees it
+    s.partial = partial;
+    s.full = full;
+  }
 }
 
 // The number of the next item of this CTA, the n-th. Each CTA draws until it gets none, so the draw that
@@ -185,21 +189,23 @@ struct Loader {
 };
 
 TW_INLINE void load_keys(const Params& p, const Shared& shared, int lane) {
-  int done = 0, queries = 0;  // tiles, items
+  int done = 0, items = 1;  // tiles, items: 0 is the consumers' empty one, whose tile of Q is free at once
   for (int n = 0;; ++n) {
     const Slot& s = next_item(shared, n);
     if (s.tokens < 0) return;
     const int tiles = s.partial + s.full;
     Loader loader;
     loader.start(p, s, &p.k_map);
-    if (tiles) loader.look_up(p, tile_at(s, 0), lane);
+    loader.look_up(p, tile_at(s, 0), lane);
     if (s.begins) {
-      tw::barrier_wait(shared.barrier(Q_EMPTY), (queries++ & 1) ^ 1);
+      const int buffer = items & 1;
+      const uint32_t full = shared.barrier(Q_FULL + buffer);
+      tw::barrier_wait(shared.barrier(Q_EMPTY + buffer), (items++ >> 1 & 1) ^ 1);
       if (tw::elect()) {
-        tw::barrier_expect(shared.barrier(Q_FULL), HALVES * TOKENS * G * 128);
+        tw::barrier_expect(full, HALVES * TOKENS * G * 128);
 #pragma unroll
         for (int half = 0; half < HALVES; ++half)
-          tw::copy_box(shared.base + Q_AT + half * BLOCK_BYTES, &p.q_map, shared.barrier(Q_FULL), half * 64, s.head * G, s.token);
+          tw::copy_box(shared.base + Q_AT + buffer * TILE_BYTES + half * BLOCK_BYTES, &p.q_map, full, half * 64, s.head * G, s.token);
       }
     }
     for (int i = 0; i < tiles; ++i, ++done) {
@@ -227,14 +233,19 @@ TW_INLINE bool is_unseen(const Variant& variant, const Slot& s, int kv) {
 }
 
 TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared& shared, int lane) {
-  int done = 0, patched = 0;
+  // The first tile of the ring is zeros: the consumers' first step has a tile before it.
+  const int4 zero = make_int4(0, 0, 0, 0);
+  for (int i = lane; i < TILE_BYTES / 16; i += 32) reinterpret_cast<int4*>(shared.memory + V_AT)[i] = zero;
+  tw::fence_async();
+  release(shared.barrier(V_FULL), lane);
+  int done = 1, patched = 0;
   for (int n = 0;; ++n) {
     const Slot& s = next_item(shared, n);
     if (s.tokens < 0) return;
     const int tiles = s.partial + s.full;
     Loader loader;
     loader.start(p, s, &p.v_map);
-    if (tiles) loader.look_up(p, tile_at(s, 0), lane);
+    loader.look_up(p, tile_at(s, 0), lane);
     for (int i = 0; i < tiles; ++i, ++done) {
       const int stage = done % STAGES, tile = tile_at(s, i);
       const uint32_t to = shared.base + V_AT + stage * TILE_BYTES;
@@ -268,6 +279,9 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
 
 // -- consumers -----------------------------------------------------------------------------------
 
+struct Queries {  // of an item, where its outputs go
+  int token, tokens, head;
+};
 struct Rows {  // of one thread, two rows: maxima (of scores before `factor`), sums of this thread's columns
   float row_max[2], row_sum[2];
 };
@@ -277,15 +291,16 @@ struct Consumer {
   const Variant& variant;
   const Shared& shared;
   int group, warp, lane;     // the warpgroup, the warp in it
-  uint64_t q, k, v;          // descriptors of Q, and of stage 0 of K and V
+  uint64_t q, k, v;          // descriptors of the first tile of Q, K and V
   float factor;              // exp2 of factor · (score − row maximum) is a weight
 
-  TW_INLINE void issue_scores(float (&s)[BN / 2], int stage) const {
+  TW_INLINE void issue_scores(float (&s)[BN / 2], int buffer, int stage) const {
+    const uint64_t queries = q + buffer * (TILE_BYTES / 16);
     const uint64_t keys = k + stage * (TILE_BYTES / 16);
-    tw::wgmma<Kind, BN, false, false>::of(s, q, keys);
+    tw::wgmma<Kind, BN, false, false>::of(s, queries, keys);
 #pragma unroll
     for (int i = 1; i < D / 16; ++i)
-      tw::wgmma<Kind, BN, true, false>::of(s, q + i / 4 * (BLOCK_BYTES / 16) + i % 4 * 2, keys + i / 4 * (BLOCK_BYTES / 16) + i % 4 * 2);
+      tw::wgmma<Kind, BN, true, false>::of(s, queries + i / 4 * (BLOCK_BYTES / 16) + i % 4 * 2, keys + i / 4 * (BLOCK_BYTES / 16) + i % 4 * 2);
     tw::wgmma_commit();
   }
   TW_INLINE void issue_outputs(float (&o)[D / 2], const uint32_t (&weights)[BN / 4], int stage) const {
@@ -355,72 +370,62 @@ struct Consumer {
     for (int i = 0; i < D / 2; ++i) o[i] *= rescale[i / 2 & 1];
   }
 
-  // One tile: its scores and weights, and the outputs of the tile before. `done`: tiles before it.
-  template <bool Masks>
-  TW_INLINE void step(const Slot& item, int tile, int done, float (&o)[D / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
-    // The mask has branches, the logits may have some: both want their scores without anything under way.
-    constexpr bool OVERLAPS = !Masks && TRIVIAL_LOGITS;
-    const int stage = done % STAGES, before = (done - 1) % STAGES;
-    float s[BN / 2], rescale[2];
+  // Starts the scores of tile `done` and the outputs of the tile before it.
+  TW_INLINE void issue(int done, int buffer, float (&s)[BN / 2], float (&o)[D / 2], uint32_t (&weights)[BN / 4]) const {
+    const int stage = done % STAGES;  // of V too: its ring starts with a tile of zeros (load_values)
     tw::barrier_wait(shared.barrier(K_FULL + stage), done / STAGES & 1);
+    tw::barrier_wait(shared.barrier(V_FULL + stage), done / STAGES & 1);
     my_turn();
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
-    issue_scores(s, stage);
-    tw::barrier_wait(shared.barrier(V_FULL + before), (done - 1) / STAGES & 1);
-    tw::wgmma_fence();
-    issue_outputs(o, weights, before);
+    issue_scores(s, buffer, stage);
+    issue_outputs(o, weights, stage);
     your_turn();
+  }
+
+  // A tile that is not the first: its scores and weights, and the outputs of the tile before.
+  template <bool Masks>
+  TW_INLINE void step(const Slot& item, int tile, int done, int buffer, float (&o)[D / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
+    // The mask has branches, the logits may have some: both want their scores without anything under way.
+    constexpr bool OVERLAPS = !Masks && TRIVIAL_LOGITS;
+    float s[BN / 2], rescale[2];
+    issue(done, buffer, s, o, weights);
     tw::wgmma_wait<OVERLAPS ? 1 : 0>();
     tw::tie(s);
     apply<Masks>(item, tile, s);
     const bool changed = weigh(s, rows, rescale);
-    tw::barrier_arrive_after(shared.barrier(K_EMPTY + stage), lane == 0, rows.row_sum[0] + rows.row_sum[1]);
+    tw::barrier_arrive_after(shared.barrier(K_EMPTY + done % STAGES), lane == 0, rows.row_sum[0] + rows.row_sum[1]);
     tw::wgmma_wait<0>();
     tw::tie(o);
-    release(shared.barrier(V_EMPTY + before), lane);
+    release(shared.barrier(V_EMPTY + done % STAGES), lane);
     if (__any_sync(0xffffffffu, changed)) scale(o, rescale);
     pack(weights, s);
   }
 
-  // All tiles of a segment (some); `done`: tiles before it. Leaves the outputs not yet divided.
-  TW_INLINE void attend(const Slot& item, int done, float (&o)[D / 2], Rows& rows) const {
-    const int partial = item.partial, tiles = partial + item.full;
-    uint32_t weights[BN / 4];
-    {
-      float s[BN / 2], rescale[2];
-      tw::barrier_wait(shared.barrier(K_FULL + done % STAGES), done / STAGES & 1);
-      my_turn();
-      tw::wgmma_fence();
-      issue_scores(s, done % STAGES);
-      your_turn();
-      tw::wgmma_wait<0>();
-      tw::tie(s);
-      release(shared.barrier(K_EMPTY + done % STAGES), lane);
-      const int tile = tile_at(item, 0);
-      if (partial) apply<true>(item, tile, s); else apply<false>(item, tile, s);
-      weigh(s, rows, rescale);
-      if (!item.begins) scale(o, rescale);
-      pack(weights, s);
-    }
-    int i = 1;
-    for (; i < partial; ++i) step<true>(item, tile_at(item, i), done + i, o, weights, rows);
-    for (; i < tiles; ++i) step<false>(item, TRIVIAL_LOGITS ? 0 : tile_at(item, i), done + i, o, weights, rows);
-    if (item.ends) release(shared.barrier(Q_EMPTY), lane);
-    const int last = done + tiles - 1;
-    tw::barrier_wait(shared.barrier(V_FULL + last % STAGES), last / STAGES & 1);
+  // The first tile of a segment: its scores, and the outputs of the tile before, maybe of another item.
+  TW_INLINE void join(int done, int buffer, float (&s)[BN / 2], float (&o)[D / 2], uint32_t (&weights)[BN / 4]) const {
+    issue(done, buffer, s, o, weights);
+    tw::wgmma_wait<0>();
+    tw::tie(s);
+    tw::tie(o);
+    release(shared.barrier(K_EMPTY + done % STAGES), lane);
+    release(shared.barrier(V_EMPTY + done % STAGES), lane);
+  }
+
+  // The outputs of the last tile.
+  TW_INLINE void drain(int done, float (&o)[D / 2], uint32_t (&weights)[BN / 4]) const {
+    tw::barrier_wait(shared.barrier(V_FULL + done % STAGES), done / STAGES & 1);
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
-    issue_outputs(o, weights, last % STAGES);
+    issue_outputs(o, weights, done % STAGES);
     tw::wgmma_wait<0>();
     tw::tie(o);
-    release(shared.barrier(V_EMPTY + last % STAGES), lane);
   }
 
   // Outputs divided by the sums, and lse; a row that sees nothing has o = 0 and lse = −inf.
-  TW_INLINE void write(const Slot& item, float (&o)[D / 2], const Rows& rows) const {
+  TW_INLINE void write(const Queries& item, int buffer, float (&o)[D / 2], const Rows& rows) const {
     const int first = group * 64 + warp * 16;  // packed row of this warp
     float scale[2];
 #pragma unroll
@@ -445,9 +450,9 @@ struct Consumer {
             *reinterpret_cast<float2*>(to + j * 8) = make_float2(o[j * 4 + half * 2] * scale[half], o[j * 4 + half * 2 + 1] * scale[half]);
       }
     } else {
-      // Through shared memory, 16 rows of this warp, 16-byte chunk c of row r at c XOR (r mod 8).
+      // Through the item's tile of Q, 16 rows of this warp, 16-byte chunk c of row r at c XOR (r mod 8).
       constexpr int CHUNKS = D / 8;
-      const uint32_t base = shared.base + O_AT + first * D * 2;
+      const uint32_t base = shared.base + Q_AT + buffer * TILE_BYTES + first * D * 2;
       const int row = lane & 15;
 #pragma unroll
       for (int j = 0; j < D / 8; j += 2) {
@@ -457,7 +462,7 @@ struct Consumer {
                            tw::pack<Kind>(o[j * 4 + 4] * scale[0], o[j * 4 + 5] * scale[0]), tw::pack<Kind>(o[j * 4 + 6] * scale[1], o[j * 4 + 7] * scale[1]));
       }
       __syncwarp();
-      const char* rows_at = shared.memory + O_AT + first * D * 2;
+      const char* rows_at = shared.memory + Q_AT + buffer * TILE_BYTES + first * D * 2;
 #pragma unroll
       for (int i = 0; i < 16 * CHUNKS / 32; ++i) {
         const int r = i * (32 / CHUNKS) + lane / CHUNKS, chunk = lane % CHUNKS, packed = first + r;
@@ -465,8 +470,9 @@ struct Consumer {
         if (packed < item.tokens * G)
           *reinterpret_cast<uint4*>(p.o + (static_cast<int64_t>(item.token + packed / G) * p.qo_heads + item.head * G + packed % G) * D + chunk * 8) = x;
       }
-      __syncwarp();
+      tw::fence_async();  // TMA writes here next
     }
+    release(shared.barrier(Q_EMPTY + buffer), lane);
   }
 };
 
@@ -476,25 +482,42 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
                     tw::wgmma_descriptor(shared.base + K_AT, 0, 1024),
                     tw::wgmma_descriptor(shared.base + V_AT, BLOCK_BYTES, 1024), TRIVIAL_LOGITS ? p.sm_scale * LOG2E : 1.0f};
   if (group == 1) consumer.your_turn();
-  int done = 0, queries = 0;  // tiles, items
-  float o[D / 2];
-  Rows rows;
+  int done = 0, items = 0;  // tiles, and the item: 0 is an empty one
+  float o[D / 2] = {};
+  uint32_t weights[BN / 4] = {};  // of the tile of zeros
+  Rows rows{};
+  Queries current{0, 0, 0};
   for (int n = 0;; ++n) {
     const Slot& item = next_item(shared, n);
-    if (item.tokens < 0) return;
-    const int tiles = item.partial + item.full;
+    if (item.tokens < 0) break;
+    const int partial = item.partial, tiles = partial + item.full;
+    float s[BN / 2], rescale[2];
     if (item.begins) {
+      tw::barrier_wait(shared.barrier(Q_FULL + (items + 1 & 1)), items >> 1 & 1);
+      ++items;
+    }
+    const int buffer = items & 1;
+    consumer.join(done, buffer, s, o, weights);
+    if (item.begins) {
+      consumer.write(current, buffer ^ 1, o, rows);
+      current = Queries{item.token, item.tokens, item.head};
       rows = Rows{{lowest(), lowest()}, {0.0f, 0.0f}};
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
-      tw::barrier_wait(shared.barrier(Q_FULL), queries++ & 1);
     }
-    if (tiles) consumer.attend(item, done, o, rows);
-    else if (item.ends) release(shared.barrier(Q_EMPTY), lane);
-    done += tiles;
-    if (item.ends) consumer.write(item, o, rows);
+    if (partial) consumer.apply<true>(item, tile_at(item, 0), s);
+    else consumer.apply<false>(item, tile_at(item, 0), s);
+    consumer.weigh(s, rows, rescale);
+    if (!item.begins) consumer.scale(o, rescale);
+    consumer.pack(weights, s);
+    ++done;
+    int i = 1;
+    for (; i < partial; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, o, weights, rows);
+    for (; i < tiles; ++i, ++done) consumer.step<false>(item, TRIVIAL_LOGITS ? 0 : tile_at(item, i), done, buffer, o, weights, rows);
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
+  consumer.drain(done, o, weights);
+  consumer.write(current, items & 1, o, rows);
 }
 
 TW_INLINE void body(const Params& p, int thread, char* smem) {
@@ -508,10 +531,10 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
       tw::barrier_init(shared.barrier(V_FULL + i), 1);
       tw::barrier_init(shared.barrier(V_EMPTY + i), 8);
     }
-    tw::barrier_init(shared.barrier(Q_FULL), 1);
-    tw::barrier_init(shared.barrier(Q_EMPTY), 8);
     tw::barrier_init(shared.barrier(V_LOADED), 1);
     for (int i = 0; i < 2; ++i) {
+      tw::barrier_init(shared.barrier(Q_FULL + i), 1);
+      tw::barrier_init(shared.barrier(Q_EMPTY + i), 8);
       tw::barrier_init(shared.barrier(ITEM_FULL + i), 1);
       tw::barrier_init(shared.barrier(ITEM_EMPTY + i), 10);  // consumer warps and loaders
     }
