@@ -23,7 +23,7 @@ from tilewright.toolchain import nvrtc
 
 ARCH = "sm_90a"
 THREADS, ROWS, KEYS = 384, 128, 128  # of a CTA; packed rows of an item, keys of a tile
-STAGES = 2  # tiles of K and of V in shared memory
+K_STAGES, V_STAGES = 2, 2  # tiles in shared memory
 MAX_TILES = 512  # of a segment: what the scheduler sorts at once
 HEAD_DIMS = (64, 128)
 _TAIL = 4  # items of a CTA that are drawn in the order of their keys
@@ -88,7 +88,8 @@ def work(qo_indptr: np.ndarray, kv_heads: int, group: int, ctas: int) -> np.ndar
 
 def smem_bytes(spec: Spec) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of hopper.cuh."""
-    tiles, slots, barriers = 2 + 2 * STAGES, 2 * (10 + MAX_TILES) * 4, 4 * STAGES + 9
+    stages, slots = K_STAGES + V_STAGES, 2 * (10 + MAX_TILES) * 4
+    tiles, barriers = 2 + stages, 2 * stages + 9
     return tiles * ROWS * spec.head_dim * 2 + slots + barriers * 8 + 1024
 
 
@@ -114,7 +115,7 @@ def source(spec: Spec, box: int, paged: bool, out: DType) -> str:
     """The CUDA C++ of one kernel; `box`: keys of a TMA box."""
     numbers = {
         "D": spec.head_dim, "G": spec.group, "BOX": box, "PAGED": int(paged),
-        "MAX_TILES": MAX_TILES, "MAX_KEYS": MAX_KEYS,
+        "K_STAGES": K_STAGES, "V_STAGES": V_STAGES, "MAX_TILES": MAX_TILES, "MAX_KEYS": MAX_KEYS,
         "TRIVIAL_LOGITS": int(isinstance(spec.traced.logits, Var)),
     }  # fmt: skip
     return "\n".join(

@@ -6,7 +6,7 @@
 //   scheduler (a warp)  draws an item and sorts its tiles of 128 keys by the mask: those of which only a
 //                       part is seen (partial), and those of which every row sees all (full); an item of
 //                       more than MAX_TILES tiles goes on in several segments
-//   loader of Q and K, loader of V (a warp each): boxes by TMA into rings of STAGES tiles. Rows of V that
+//   loader of Q and K, loader of V (a warp each): boxes by TMA into rings of tiles. Rows of V that
 //                       no row of the item sees are overwritten with zeros (0 · NaN would reach the
 //                       outputs), in partial tiles only
 //   consumers           S = Q·Kᵀ, softmax, O += P·V, with P from registers. In the loop over full tiles
@@ -17,10 +17,10 @@
 //
 // In front of this file: gpu.cuh, mma.cuh, hopper.cuh, bounds.h, pages.h, the constants of `attention`
 // (D head_dim 64 or 128, G query heads of a KV head, BOX keys of a TMA box, PAGED, TRIVIAL_LOGITS,
-// MAX_TILES, MAX_KEYS, the types Kind and Out), the structs `Params`, `Work`, `At` and `Variant`.
+// K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS, the types Kind and Out), the structs `Params`, `Work`, `At` and `Variant`.
 //
 // Launch: grid = at most min(items, SMs) CTAs, THREADS threads, SMEM_BYTES of dynamic shared memory:
-//   [2 of Q] [STAGES of K] [STAGES of V]  tiles of 128 rows, each D/64 blocks of 128-byte rows, swizzled
+//   [2 of Q] [K_STAGES of K] [V_STAGES of V]  tiles of 128 rows, each D/64 blocks of 128-byte rows, swizzled
 //   [2 slots of a segment] [mbarriers]
 // The outputs of an item pass through its tile of Q, where Out has 16 bits.
 // Assumes: sm_scale > 0; rows of Q, K, V described by tensor maps; counter is 0 (and is 0 again at the end).
@@ -31,12 +31,12 @@ constexpr int WARPGROUPS = 3, THREADS = WARPGROUPS * 128;
 constexpr int BM = 128, BN = 128;     // rows of an item, keys of a tile
 constexpr int TOKENS = BM / G;        // queries of an item
 constexpr int HALVES = D / 64;        // blocks of 64 columns
-constexpr int STAGES = 2;
 constexpr int BLOCK_BYTES = 128 * 128;             // 128 rows of 64 columns
 constexpr int TILE_BYTES = HALVES * BLOCK_BYTES;   // 128 rows
 constexpr int BOXES = BN / BOX, ENTRIES = (BOXES + 31) / 32;  // of a tile; entries of the table for each lane
 constexpr int LOADER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
 constexpr float LOG2E = 1.4426950408889634f;
+constexpr int YIELD_AT = 8;  // products of P·V that a warpgroup issues before the other one's turn
 constexpr int PING = 2;  // named barriers 2, 3: warpgroup 0, 1 may issue; 4, 5: of one warpgroup
 static_assert(D % 64 == 0 && D <= 128 && BN % BOX == 0 && G <= 64, "");
 
@@ -48,10 +48,10 @@ struct Slot {  // a segment of an item, as the scheduler passes it on
   int tiles[MAX_TILES];              // partial tiles from the front, full tiles from the back
 };
 
-constexpr int Q_AT = 0, K_AT = 2 * TILE_BYTES, V_AT = K_AT + STAGES * TILE_BYTES, SLOTS_AT = V_AT + STAGES * TILE_BYTES;
+constexpr int Q_AT = 0, K_AT = 2 * TILE_BYTES, V_AT = K_AT + K_STAGES * TILE_BYTES, SLOTS_AT = V_AT + V_STAGES * TILE_BYTES;
 constexpr int BARRIERS_AT = SLOTS_AT + 2 * sizeof(Slot);
-enum Barrier { K_FULL, K_EMPTY = K_FULL + STAGES, V_FULL = K_EMPTY + STAGES, V_EMPTY = V_FULL + STAGES,
-               Q_FULL = V_EMPTY + STAGES, Q_EMPTY = Q_FULL + 2, V_LOADED = Q_EMPTY + 2, ITEM_FULL, ITEM_EMPTY = ITEM_FULL + 2, BARRIERS = ITEM_EMPTY + 2 };
+enum Barrier { K_FULL, K_EMPTY = K_FULL + K_STAGES, V_FULL = K_EMPTY + K_STAGES, V_EMPTY = V_FULL + V_STAGES,
+               Q_FULL = V_EMPTY + V_STAGES, Q_EMPTY = Q_FULL + 2, V_LOADED = Q_EMPTY + 2, ITEM_FULL, ITEM_EMPTY = ITEM_FULL + 2, BARRIERS = ITEM_EMPTY + 2 };
 constexpr int SMEM_BYTES = BARRIERS_AT + BARRIERS * 8 + 1024;  // the base is aligned to 1024 by hand
 static_assert(SMEM_BYTES <= 232448 && sizeof(Slot) % 8 == 0, "");
 
@@ -209,8 +209,8 @@ TW_INLINE void load_keys(const Params& p, const Shared& shared, int lane) {
       }
     }
     for (int i = 0; i < tiles; ++i, ++done) {
-      const int stage = done % STAGES;
-      tw::barrier_wait(shared.barrier(K_EMPTY + stage), (done / STAGES & 1) ^ 1);
+      const int stage = done % K_STAGES;
+      tw::barrier_wait(shared.barrier(K_EMPTY + stage), (done / K_STAGES & 1) ^ 1);
       loader.issue(p, tile_at(s, i), shared.base + K_AT + stage * TILE_BYTES, shared.barrier(K_FULL + stage));
       if (i + 1 < tiles) loader.look_up(p, tile_at(s, i + 1), lane);
     }
@@ -247,7 +247,7 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
     loader.start(p, s, &p.v_map);
     loader.look_up(p, tile_at(s, 0), lane);
     for (int i = 0; i < tiles; ++i, ++done) {
-      const int stage = done % STAGES, tile = tile_at(s, i);
+      const int stage = done % V_STAGES, tile = tile_at(s, i);
       const uint32_t to = shared.base + V_AT + stage * TILE_BYTES;
       int unseen = 0;  // of keys lane, lane + 32, …, a bit each
       if (i < s.partial) {
@@ -255,7 +255,7 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
         for (int j = 0; j < BN / 32; ++j) unseen |= is_unseen(variant, s, tile * BN + j * 32 + lane) << j;
       }
       const bool patches = __any_sync(0xffffffffu, unseen != 0);
-      tw::barrier_wait(shared.barrier(V_EMPTY + stage), (done / STAGES & 1) ^ 1);
+      tw::barrier_wait(shared.barrier(V_EMPTY + stage), (done / V_STAGES & 1) ^ 1);
       loader.issue(p, tile, to, shared.barrier(patches ? V_LOADED : V_FULL + stage));
       if (i + 1 < tiles) loader.look_up(p, tile_at(s, i + 1), lane);
       if (patches) {
@@ -303,10 +303,16 @@ struct Consumer {
       tw::wgmma<Kind, BN, true, false>::of(s, queries + i / 4 * (BLOCK_BYTES / 16) + i % 4 * 2, keys + i / 4 * (BLOCK_BYTES / 16) + i % 4 * 2);
     tw::wgmma_commit();
   }
+  // `Yields`: the other warpgroup may issue while the last products here are still to be issued.
+  template <bool Yields>
   TW_INLINE void issue_outputs(float (&o)[D / 2], const uint32_t (&weights)[BN / 4], int stage) const {
     const uint64_t values = v + stage * (TILE_BYTES / 16);
 #pragma unroll
-    for (int i = 0; i < BN / 16; ++i) tw::wgmma<Kind, D, true, true>::of(o, weights + i * 4, values + i * 128);
+    for (int i = 0; i < BN / 16; ++i) {
+      if (Yields && i == YIELD_AT) your_turn();
+      tw::wgmma<Kind, D, true, true>::of(o, weights + i * 4, values + i * 128);
+    }
+    if (Yields && YIELD_AT == BN / 16) your_turn();
     tw::wgmma_commit();
   }
   TW_INLINE void my_turn() const { tw::meet(PING + group, 256); }
@@ -372,16 +378,15 @@ struct Consumer {
 
   // Starts the scores of tile `done` and the outputs of the tile before it.
   TW_INLINE void issue(int done, int buffer, float (&s)[BN / 2], float (&o)[D / 2], uint32_t (&weights)[BN / 4]) const {
-    const int stage = done % STAGES;  // of V too: its ring starts with a tile of zeros (load_values)
-    tw::barrier_wait(shared.barrier(K_FULL + stage), done / STAGES & 1);
-    tw::barrier_wait(shared.barrier(V_FULL + stage), done / STAGES & 1);
+    const int keys = done % K_STAGES, values = done % V_STAGES;  // V's ring starts with a tile of zeros (load_values)
+    tw::barrier_wait(shared.barrier(K_FULL + keys), done / K_STAGES & 1);
+    tw::barrier_wait(shared.barrier(V_FULL + values), done / V_STAGES & 1);
     my_turn();
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
-    issue_scores(s, buffer, stage);
-    issue_outputs(o, weights, stage);
-    your_turn();
+    issue_scores(s, buffer, keys);
+    issue_outputs<true>(o, weights, values);
   }
 
   // A tile that is not the first: its scores and weights, and the outputs of the tile before.
@@ -395,10 +400,10 @@ struct Consumer {
     tw::tie(s);
     apply<Masks>(item, tile, s);
     const bool changed = weigh(s, rows, rescale);
-    tw::barrier_arrive_after(shared.barrier(K_EMPTY + done % STAGES), lane == 0, rows.row_sum[0] + rows.row_sum[1]);
+    tw::barrier_arrive_after(shared.barrier(K_EMPTY + done % K_STAGES), lane == 0, rows.row_sum[0] + rows.row_sum[1]);
     tw::wgmma_wait<0>();
     tw::tie(o);
-    release(shared.barrier(V_EMPTY + done % STAGES), lane);
+    release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
     if (__any_sync(0xffffffffu, changed)) scale(o, rescale);
     pack(weights, s);
   }
@@ -409,17 +414,17 @@ struct Consumer {
     tw::wgmma_wait<0>();
     tw::tie(s);
     tw::tie(o);
-    release(shared.barrier(K_EMPTY + done % STAGES), lane);
-    release(shared.barrier(V_EMPTY + done % STAGES), lane);
+    release(shared.barrier(K_EMPTY + done % K_STAGES), lane);
+    release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
   }
 
   // The outputs of the last tile.
   TW_INLINE void drain(int done, float (&o)[D / 2], uint32_t (&weights)[BN / 4]) const {
-    tw::barrier_wait(shared.barrier(V_FULL + done % STAGES), done / STAGES & 1);
+    tw::barrier_wait(shared.barrier(V_FULL + done % V_STAGES), done / V_STAGES & 1);
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
-    issue_outputs(o, weights, done % STAGES);
+    issue_outputs<false>(o, weights, done % V_STAGES);
     tw::wgmma_wait<0>();
     tw::tie(o);
   }
@@ -433,7 +438,7 @@ struct Consumer {
       float sum = rows.row_sum[half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      scale[half] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      scale[half] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
       const int row = first + half * 8 + lane / 4;
       if (lane % 4 == 0 && row < item.tokens * G)
         p.lse[static_cast<int64_t>(item.token + row / G) * p.qo_heads + item.head * G + row % G] =
@@ -463,14 +468,21 @@ struct Consumer {
       }
       __syncwarp();
       const char* rows_at = shared.memory + Q_AT + buffer * TILE_BYTES + first * D * 2;
+      constexpr int EACH = 16 * CHUNKS / 32;  // chunks of a lane
+      uint4 x[EACH];
 #pragma unroll
-      for (int i = 0; i < 16 * CHUNKS / 32; ++i) {
-        const int r = i * (32 / CHUNKS) + lane / CHUNKS, chunk = lane % CHUNKS, packed = first + r;
-        const uint4 x = *reinterpret_cast<const uint4*>(rows_at + r * D * 2 + ((chunk ^ (r & 7)) << 4));
-        if (packed < item.tokens * G)
-          *reinterpret_cast<uint4*>(p.o + (static_cast<int64_t>(item.token + packed / G) * p.qo_heads + item.head * G + packed % G) * D + chunk * 8) = x;
+      for (int i = 0; i < EACH; ++i) {
+        const int r = i * (32 / CHUNKS) + lane / CHUNKS;
+        x[i] = *reinterpret_cast<const uint4*>(rows_at + r * D * 2 + ((lane % CHUNKS ^ (r & 7)) << 4));
       }
-      tw::fence_async();  // TMA writes here next
+      // TMA writes here next. Before the stores to global memory, or the fence would wait for them.
+      tw::fence_async();
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        const int packed = first + i * (32 / CHUNKS) + lane / CHUNKS;
+        if (packed < item.tokens * G)
+          *reinterpret_cast<uint4*>(p.o + (static_cast<int64_t>(item.token + packed / G) * p.qo_heads + item.head * G + packed % G) * D + lane % CHUNKS * 8) = x[i];
+      }
     }
     release(shared.barrier(Q_EMPTY + buffer), lane);
   }
@@ -525,9 +537,11 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
   const Shared shared{smem + (base - start), base};
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32, group = warp / 4;
   if (thread == 0) {
-    for (int i = 0; i < STAGES; ++i) {
+    for (int i = 0; i < K_STAGES; ++i) {
       tw::barrier_init(shared.barrier(K_FULL + i), 1);
       tw::barrier_init(shared.barrier(K_EMPTY + i), 8);  // consumer warps
+    }
+    for (int i = 0; i < V_STAGES; ++i) {
       tw::barrier_init(shared.barrier(V_FULL + i), 1);
       tw::barrier_init(shared.barrier(V_EMPTY + i), 8);
     }
