@@ -170,6 +170,8 @@ def maps(spec: Spec, fields: dict[str, Any], tokens: int, kv_heads: int) -> dict
 
     group, dim = spec.group, spec.head_dim
     paged = bool(fields["kv_indices"])
+    if not tokens:  # nothing is launched, and there are no maps of empty arrays
+        return dict.fromkeys(("q_map", "k_map", "v_map"), [0] * 16)
     found = {}
     strides = (fields["q_head"], fields["q_token"])
     shape, box = (dim, group * kv_heads, tokens), (64, group, ROWS // group)

@@ -36,7 +36,6 @@ constexpr int TILE_BYTES = HALVES * BLOCK_BYTES;   // 128 rows
 constexpr int BOXES = BN / BOX, ENTRIES = (BOXES + 31) / 32;  // of a tile; entries of the table for each lane
 constexpr int LOADER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr int YIELD_AT = 8;  // products of P·V that a warpgroup issues before the other one's turn
 constexpr int PING = 2;  // named barriers 2, 3: warpgroup 0, 1 may issue; 4, 5: of one warpgroup
 static_assert(D % 64 == 0 && D <= 128 && BN % BOX == 0 && G <= 64, "");
 
@@ -303,42 +302,31 @@ struct Consumer {
       tw::wgmma<Kind, BN, true, false>::of(s, queries + i / 4 * (BLOCK_BYTES / 16) + i % 4 * 2, keys + i / 4 * (BLOCK_BYTES / 16) + i % 4 * 2);
     tw::wgmma_commit();
   }
-  // `Yields`: the other warpgroup may issue while the last products here are still to be issued.
-  template <bool Yields>
   TW_INLINE void issue_outputs(float (&o)[D / 2], const uint32_t (&weights)[BN / 4], int stage) const {
     const uint64_t values = v + stage * (TILE_BYTES / 16);
 #pragma unroll
-    for (int i = 0; i < BN / 16; ++i) {
-      if (Yields && i == YIELD_AT) your_turn();
-      tw::wgmma<Kind, D, true, true>::of(o, weights + i * 4, values + i * 128);
-    }
-    if (Yields && YIELD_AT == BN / 16) your_turn();
+    for (int i = 0; i < BN / 16; ++i) tw::wgmma<Kind, D, true, true>::of(o, weights + i * 4, values + i * 128);
     tw::wgmma_commit();
   }
   TW_INLINE void my_turn() const { tw::meet(PING + group, 256); }
   TW_INLINE void your_turn() const { tw::arrive_at(PING + 1 - group, 256); }
 
-  TW_INLINE At at(const Slot& s, int half, int kv) const {
-    const int row = group * 64 + warp * 16 + half * 8 + lane / 4;
-    return At{s.first + row / G, kv, s.head * G + row % G, s.head, s.request};
-  }
-  // Scores as the variant has them, times log2 e; −inf where `Masks` and the mask refuses.
-  template <bool Masks>
+  // Scores as the variant has them, times log2 e; −inf where the mask refuses.
   TW_INLINE void apply(const Slot& item, int tile, float (&s)[BN / 2]) const {
-    if constexpr (Masks || !TRIVIAL_LOGITS)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        At place = at(item, half, 0);
+    for (int half = 0; half < 2; ++half) {
+      const int row = group * 64 + warp * 16 + half * 8 + lane / 4;
+      At at{item.first + row / G, 0, item.head * G + row % G, item.head, item.request};
 #pragma unroll
-        for (int j = 0; j < BN / 8; ++j)
+      for (int j = 0; j < BN / 8; ++j)
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float& x = s[j * 4 + half * 2 + i];
-            place.kv = tile * BN + j * 8 + lane % 4 * 2 + i;
-            if (!TRIVIAL_LOGITS) x = variant.logits(x * p.sm_scale, place) * LOG2E;
-            if (Masks) x = place.kv < item.length && variant.mask(place) ? x : lowest();
-          }
-      }
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[j * 4 + half * 2 + i];
+          at.kv = tile * BN + j * 8 + lane % 4 * 2 + i;
+          if (!TRIVIAL_LOGITS) x = variant.logits(x * p.sm_scale, at) * LOG2E;
+          x = at.kv < item.length && variant.mask(at) ? x : lowest();
+        }
+    }
   }
   // Scores become weights; `rescale`: what the sums so far are worth under the new maxima.
   TW_INLINE bool weigh(float (&s)[BN / 2], Rows& rows, float (&rescale)[2]) const {
@@ -386,19 +374,19 @@ struct Consumer {
     tw::tie(o);
     tw::wgmma_fence();
     issue_scores(s, buffer, keys);
-    issue_outputs<true>(o, weights, values);
+    issue_outputs(o, weights, values);
+    your_turn();
   }
 
-  // A tile that is not the first: its scores and weights, and the outputs of the tile before.
-  template <bool Masks>
+  // A tile that is not the first: its scores and weights, and the outputs of the tile before. `Applies`:
+  // with the variant's logits and mask; they may have branches, so nothing is under way meanwhile.
+  template <bool Applies>
   TW_INLINE void step(const Slot& item, int tile, int done, int buffer, float (&o)[D / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
-    // The mask has branches, the logits may have some: both want their scores without anything under way.
-    constexpr bool OVERLAPS = !Masks && TRIVIAL_LOGITS;
     float s[BN / 2], rescale[2];
     issue(done, buffer, s, o, weights);
-    tw::wgmma_wait<OVERLAPS ? 1 : 0>();
+    tw::wgmma_wait<Applies ? 0 : 1>();
     tw::tie(s);
-    apply<Masks>(item, tile, s);
+    if (Applies) apply(item, tile, s);
     const bool changed = weigh(s, rows, rescale);
     tw::barrier_arrive_after(shared.barrier(K_EMPTY + done % K_STAGES), lane == 0, rows.row_sum[0] + rows.row_sum[1]);
     tw::wgmma_wait<0>();
@@ -424,7 +412,7 @@ struct Consumer {
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
-    issue_outputs<false>(o, weights, done % V_STAGES);
+    issue_outputs(o, weights, done % V_STAGES);
     tw::wgmma_wait<0>();
     tw::tie(o);
   }
@@ -502,7 +490,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   for (int n = 0;; ++n) {
     const Slot& item = next_item(shared, n);
     if (item.tokens < 0) break;
-    const int partial = item.partial, tiles = partial + item.full;
+    const int tiles = item.partial + item.full;
     float s[BN / 2], rescale[2];
     if (item.begins) {
       tw::barrier_wait(shared.barrier(Q_FULL + (items + 1 & 1)), items >> 1 & 1);
@@ -517,15 +505,15 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
     }
-    if (partial) consumer.apply<true>(item, tile_at(item, 0), s);
-    else consumer.apply<false>(item, tile_at(item, 0), s);
+    const int applied = TRIVIAL_LOGITS ? item.partial : tiles;  // tiles that the variant is applied to
+    if (applied) consumer.apply(item, tile_at(item, 0), s);
     consumer.weigh(s, rows, rescale);
     if (!item.begins) consumer.scale(o, rescale);
     consumer.pack(weights, s);
     ++done;
     int i = 1;
-    for (; i < partial; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, o, weights, rows);
-    for (; i < tiles; ++i, ++done) consumer.step<false>(item, TRIVIAL_LOGITS ? 0 : tile_at(item, i), done, buffer, o, weights, rows);
+    for (; i < applied; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, o, weights, rows);
+    for (; TRIVIAL_LOGITS && i < tiles; ++i, ++done) consumer.step<false>(item, 0, done, buffer, o, weights, rows);
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
   consumer.drain(done, o, weights);
