@@ -97,13 +97,13 @@ def call(case: Case) -> tuple[Any, Any, Any, Any]:
         pages = TOKENS // case.page_size
         names = torch.randperm(pages, device="cuda")
         paged = [
-            torch.empty(pages, case.page_size, *shape[1:], device="cuda").bfloat16() for _ in k[:2]
+            torch.empty(pages, case.page_size, *shape[1:], device="cuda").bfloat16() for _ in "kv"
         ]
         for to, x in zip(paged, (k, v), strict=True):
             to[names] = x.view(to.shape)
         last = torch.full((len(indptr) - 1,), case.page_size, dtype=torch.int32, device="cuda")
         table = torch.from_numpy(indptr // case.page_size).cuda()
-        kv = KV.paged(*paged, table, names.int(), last)
+        kv = KV.paged(paged[0], paged[1], table, names.int(), last)
     else:
         kv = KV.ragged(k, v, torch.from_numpy(indptr).cuda())
     out = torch.empty_like(q)

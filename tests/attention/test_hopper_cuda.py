@@ -19,6 +19,7 @@ from tilewright.attention import flash, hopper, reference
 from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
+from tilewright.errors import ArgumentError
 from tilewright.runtime.view import view
 from tilewright.toolchain import nvrtc
 
@@ -143,6 +144,17 @@ def test_work_covers_every_query_once(rng, group):
     assert len(hopper.work(np.zeros(4, np.int32), 3, group, 5)) == 0
 
 
+def test_o_of_16_bits_is_refused_where_the_kernel_writes_float32(rng):
+    attn = Attention(2, 1, 64)
+    kv = paged(rng, [9], (4, 1, 64), TYPES["float16"])
+    q, indptr = queries(rng, [3], 2, 64, TYPES["float16"])
+    with pytest.raises(ArgumentError, match="writes float32") as caught:
+        attn.run(q, kv, attn.plan(indptr, kv), out=np.empty(q.shape, np.float16))
+    assert caught.value.code == "A102"
+    with pytest.raises(ArgumentError, match="not float32 or float16"):
+        attn.run(q, kv, attn.plan(indptr, kv), out=np.empty(q.shape, np.float64))
+
+
 # ---------------------------------------------------------------------------- on a GPU
 
 
@@ -194,7 +206,7 @@ def ragged(rng, lengths, kv_heads, head_dim, dtype) -> KV:
     ]
     for x in arrays:
         x[3 : indptr[-1]] = rng.standard_normal(x[3 : indptr[-1]].shape)
-    kv = KV.ragged(*(x.astype(dtype) for x in arrays), indptr - 3)
+    kv = KV.ragged(arrays[0].astype(dtype), arrays[1].astype(dtype), indptr - 3)
     return KV(kv.k, kv.v, view(indptr), None, None, (*kv.arrays[:2], indptr))
 
 
@@ -204,7 +216,7 @@ def to_card(kv: KV) -> KV:
     if kv.indices is not None:
         return on_device(kv)
     there = [DeviceArray.from_numpy(_bits(a), kv.dtype) for a in kv.arrays[:2]]
-    return KV.ragged(*there, DeviceArray.from_numpy(kv.arrays[2]))
+    return KV.ragged(there[0], there[1], DeviceArray.from_numpy(kv.arrays[2]))
 
 
 @pytest.mark.gpu

@@ -24,6 +24,10 @@ from tilewright.toolchain import compilers, cxx, nvrtc
 
 KERNELS = Path(__file__).parent / "kernels"
 CUDA_THREADS = 128
+_CUDA_FILES = (
+    "bounds.h", "pages.h", "flash_portable.cuh", "decode.cuh", "prefill_hopper.cuh",
+    "hopper_load.cuh", "hopper_consume.cuh",
+)  # fmt: skip
 CUDA_ROWS = 8  # ROWS of flash_portable.cuh
 _CUDA_WARPS = CUDA_THREADS // 32
 _CPU_ROWS = 96  # queries × group of an item: the copied tile pays off, the sums stay in the cache
@@ -169,8 +173,7 @@ def cuda_source(spec: Spec) -> str:
 
 def cuda_headers() -> dict[str, str]:
     """Every file that the CUDA kernels of this folder include, by name."""
-    names = ("bounds.h", "pages.h", "flash_portable.cuh", "decode.cuh", "prefill_hopper.cuh")
-    return prelude_files.headers() | {name: _template(name) for name in names}
+    return prelude_files.headers() | {name: _template(name) for name in _CUDA_FILES}
 
 
 def cuda_smem_bytes(spec: Spec) -> int:

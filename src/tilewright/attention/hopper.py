@@ -209,9 +209,9 @@ def bind(
     counter = cuda.DeviceArray((1,), "int32", ordinal)
     counter.zero()
     paged, struct = bool(fields["kv_indices"]), params_struct(spec, out)
-    names = {f.name for f in struct.fields}
+    names = {f.name for f in struct.fields} - {"cycles"}
     block = struct.pack(
-        **{n: x for n, x in fields.items() if n in names and n != "cycles"}, qo_indptr=indptr.pointer,
+        **{n: x for n, x in fields.items() if n in names}, qo_indptr=indptr.pointer,
         **maps(spec, fields, int(qo_indptr[-1]), kv_heads), work=on_device.pointer,
         counter=counter.pointer, items=len(items), cycles=fields.get("cycles", 0),
         page_shift=fields["page_size"].bit_length() - 1,
