@@ -66,7 +66,9 @@ def test_exponentials_of_full_tiles_hide_a_product(case, tmp_path):
     that leaves one group pending and the one that leaves none."""
     file = tmp_path / "kernel.cubin"
     file.write_bytes(compiled(case)[1])
-    text = subprocess.run([nvdisasm(), "-c", file], capture_output=True, text=True, check=True)
+    text = subprocess.run(
+        [nvdisasm(), "-c", file], capture_output=True, encoding="utf-8", check=True
+    )
     ops = [
         m[0]
         for m in re.finditer(
