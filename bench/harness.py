@@ -32,6 +32,7 @@ SUITES = {
     "spmm": ("sparse", "sparse times dense"),
     "sddmm": ("sparse", "dense times dense at stored entries"),
     "decode": ("decode", "decode attention over a paged cache, beside the time to read it"),
+    "prefill": ("prefill", "prefill attention, ragged and paged, causal and full"),
     "model": ("model", "tokens a second of a model, for prompts and for answers"),
     "host": ("host", "time of a call, of import and of building, without the kernel"),
     "graphs": ("sparse", "the synthetic graphs and how well they fit"),

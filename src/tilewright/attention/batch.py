@@ -129,7 +129,7 @@ class Attention:
         known = {n: v for n, v in (dict(self.variant.fixed) | values).items() if is_number(v)}
         shape = plan.Shape(
             family.name, self.kv_heads, self.group, spec.traced.mask, known,
-            family.qo_tile(spec), family.splits, family.ctas_per_sm,
+            family.qo_tile(spec), family.splits, family.ctas_per_sm, family.order,
         )  # fmt: skip
         if workers is None:
             workers = _sms(table.device) if family.device == "cuda" else pools.wanted_threads()
@@ -219,7 +219,8 @@ class Attention:
 
     def _spec(self, kinds: tuple[DType, DType, DType], table: TableForm) -> Spec:
         traced = traced_of(self.variant)
-        return Spec(self.group, self.head_dim, self._vo, *kinds, traced, table)
+        ascending = self.scale > 0
+        return Spec(self.group, self.head_dim, self._vo, *kinds, traced, table, ascending)
 
     def _family(self, plan: Plan | Workspace, kv: KV, spec: Spec) -> Family:
         """The family that a plan is for, if it can run this call. Raises ArgumentError."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any, NoReturn
 
@@ -211,7 +211,8 @@ def _frozen(array: np.ndarray) -> np.ndarray:
 class Shape:
     """What a planner must know of the attention and of the family that runs it: the heads, the mask
     with its known values, the most queries of an item, whether items are cut along the keys, and
-    the CTAs of a worker where the plan is cuts (else 0)."""
+    the CTAs of a worker where the plan is cuts (else 0), and the order of items (None: longest
+    first)."""
 
     family: str
     kv_heads: int
@@ -221,6 +222,7 @@ class Shape:
     qo_tile: int
     splits: bool
     ctas_per_worker: int
+    order: Callable[[np.ndarray, np.ndarray, int], np.ndarray] | None = None
 
 
 def make(qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int) -> Plan:
@@ -268,6 +270,8 @@ def _listed(indptr: np.ndarray, parts: tuple[np.ndarray, ...], shape: Shape, wor
         items[name] = column[of]
     work = (cost / chunks)[of]
     order = np.argsort(-work, kind="stable")
+    if shape.order is not None:
+        order = shape.order(items, indptr, workers)
     return Plan(
         _frozen(items[order]),
         indptr,

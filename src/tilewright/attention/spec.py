@@ -27,8 +27,8 @@ struct bfloat16 { using type = uint16_t; };"""
 @dataclass(frozen=True, slots=True)
 class Spec:
     """A kernel's types and sizes: `group` query heads of a KV head, rows of K and V, the dtypes of
-    q,
-    of the cache and of o, the variant, and the form of the page table."""
+    q, of the cache and of o, the variant, the form of the page table, and whether larger products
+    are larger scores (sm_scale > 0)."""
 
     group: int
     head_dim: int
@@ -38,12 +38,17 @@ class Spec:
     o: DType
     traced: Traced
     table: TableForm
+    ascending: bool = True
 
 
-def params_struct(spec: Spec, work: tuple[tuple[str, ...], ...]) -> Struct:
-    """The parameters of a kernel; strides in elements. `work`: the fields of its own plan."""
+def params_struct(
+    spec: Spec, work: tuple[tuple[str, ...], ...], first: tuple[tuple[str, ...], ...] = ()
+) -> Struct:
+    """The parameters of a kernel; strides in elements. `work`: the fields of its own plan; `first`:
+    fields in front of all others."""
     q, kv, o = (C_TYPES[t.name] for t in (spec.q, spec.kv, spec.o))
     fields: list[tuple[str, ...]] = [
+        *first,
         ("q", "ptr", f"const {q}*"), ("k", "ptr", f"const {kv}*"), ("v", "ptr", f"const {kv}*"),
         ("o", "ptr", f"{o}*"), ("lse", "ptr", "float*"), ("qo_indptr", "ptr", "const int32_t*"),
         ("partials", "ptr", "float*"), ("counters", "ptr", "int32_t*"),
@@ -94,6 +99,6 @@ def cuda_headers() -> dict[str, str]:
     """Every file that CUDA kernels include, by name."""
     files = (
         "bounds.h", "table.h", "cuts.h", "plan_gpu.cuh", "flash_portable.cuh", "decode.cuh",
-        "merge.cuh",
+        "prefill_hopper.cuh", "hopper_load.cuh", "hopper_consume.cuh", "merge.cuh",
     )  # fmt: skip
     return prelude_files.headers() | {name: template(name) for name in files}

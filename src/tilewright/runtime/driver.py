@@ -54,6 +54,8 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuGraphLaunch": (_IN, _IN),
     "cuGraphDestroy": (_IN,),
     "cuGraphExecDestroy": (_IN,),
+    # map, type, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion, fill
+    "cuTensorMapEncodeTiled": (c_void_p, c_int, c_uint, c_uint64, *[c_void_p] * 4, *[c_int] * 4),
 }
 
 _ATTRIBUTE_SMS = 16

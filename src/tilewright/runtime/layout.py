@@ -46,10 +46,11 @@ _OFFSET_MACRO = (
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One field; `offset` in bytes."""
+    """One field; `count` is 0 for a scalar, the length of an array; `offset` in bytes."""
 
     name: str
     type: str
+    count: int
     offset: int
     c_type: str
 
@@ -57,13 +58,18 @@ class Field:
     def itemsize(self) -> int:
         return _SCALARS[self.type][2]
 
+    @property
+    def nbytes(self) -> int:
+        return self.itemsize * max(self.count, 1)
+
 
 class Struct:
     """A C struct described once.
 
     The fields are `(name, type)` or `(name, "ptr", c_type)`; a type is `ptr`, `float32`,
-    `float64` or `int8` … `uint64`. The C text uses the names of `<stdint.h>`; where that header is
-    missing (NVRTC) the prelude defines them. Raises InternalError[I101] for a bad description.
+    `float64` or `int8` … `uint64`, or an array of one, as `uint64[16]`. The C text uses the names
+    of `<stdint.h>`; where that header is missing (NVRTC) the prelude defines them. Raises
+    InternalError[I101] for a bad description.
     """
 
     def __init__(self, name: str, described_fields: Sequence[tuple[str, ...]]) -> None:
@@ -74,7 +80,7 @@ class Struct:
         end = 0
         for described in described_fields:
             fields.append(_field(name, described, end))
-            end = fields[-1].offset + fields[-1].itemsize
+            end = fields[-1].offset + fields[-1].nbytes
         self._names = {f.name for f in fields}
         if len(self._names) != len(fields):
             raise InternalError("I101", f"struct {name} names a field twice")
@@ -86,7 +92,8 @@ class Struct:
     @cached_property
     def c_decl(self) -> str:
         """The declaration for C++ and CUDA, with its assertions."""
-        fields = [f"  {f.c_type} {f.name};" for f in self.fields]
+        lengths = [f"[{f.count}]" if f.count else "" for f in self.fields]
+        fields = [f"  {f.c_type} {f.name}{n};" for f, n in zip(self.fields, lengths, strict=True)]
         size = f'static_assert(sizeof({self.name}) == {self.size}, "{self.name}: size");'
         offsets = [
             f"static_assert(TW_OFFSET({self.name}, {f.name}) == {f.offset}, "
@@ -102,7 +109,10 @@ class Struct:
         return np.dtype(
             {
                 "names": [f.name for f in self.fields],
-                "formats": ["uint64" if f.type == "ptr" else f.type for f in self.fields],
+                "formats": [
+                    ("uint64" if f.type == "ptr" else f.type, (f.count,) if f.count else ())
+                    for f in self.fields
+                ],
                 "offsets": [f.offset for f in self.fields],
                 "itemsize": self.size,
             }
@@ -114,7 +124,7 @@ class Struct:
         return hashlib.sha256(self.c_decl.encode()).hexdigest()[:16]
 
     def pack(self, /, **values: Any) -> ctypes.Array[ctypes.c_char]:
-        """A new buffer with every field set."""
+        """A new buffer with every field set; an array takes a sequence of its length."""
         buffer = ctypes.create_string_buffer(self.size)
         self.pack_into(buffer, **values)
         return buffer
@@ -123,8 +133,15 @@ class Struct:
         """Overwrite `buffer` (at least `size` bytes) with these values."""
         if wrong := sorted(values.keys() ^ self._names):
             raise InternalError("I101", f"struct {self.name}: fields {wrong} missing or unknown")
+        flat: list[Any] = []
+        for f in self.fields:
+            value = values[f.name] if f.count else (values[f.name],)
+            if f.count and len(value) != f.count:
+                text = f"struct {self.name}.{f.name} holds {f.count} values, not {len(value)}"
+                raise InternalError("I101", text)
+            flat += value
         try:
-            self._packer.pack_into(buffer, 0, *(values[f.name] for f in self.fields))
+            self._packer.pack_into(buffer, 0, *flat)
         except struct.error as error:
             raise InternalError("I101", f"struct {self.name}: {error}") from None
 
@@ -134,19 +151,24 @@ class Struct:
 
 def _field(struct_name: str, description: tuple[str, ...], end: int) -> Field:
     """A field at the first aligned offset from `end` on."""
-    name, kind, *c_type = description
+    name, spelled, *c_type = description
+    kind, _, length = spelled.partition("[")
+    count = length.removesuffix("]")
+    if length and not (count.isdecimal() and int(count)):
+        raise InternalError("I101", f"struct {struct_name}: bad length of {name}: {spelled!r}")
     if kind not in _SCALARS or not (name.isascii() and name.isidentifier()):
         raise InternalError("I101", f"struct {struct_name}: bad field {name!r} of type {kind!r}")
     if c_type and kind != "ptr":
         raise InternalError("I101", f"struct {struct_name}.{name}: a {kind} has no other C type")
     c_name, _, size = _SCALARS[kind]
-    return Field(name, kind, -(-end // size) * size, c_type[0] if c_type else c_name)
+    offset = -(-end // size) * size
+    return Field(name, kind, int(count or 0), offset, c_type[0] if c_type else c_name)
 
 
 def _packer_format(fields: Sequence[Field], size: int) -> str:
     """The format of `struct`, with the padding written out."""
     text, end = "<", 0
     for f in fields:
-        text += "x" * (f.offset - end) + _SCALARS[f.type][1]
-        end = f.offset + f.itemsize
+        text += "x" * (f.offset - end) + f"{max(f.count, 1)}{_SCALARS[f.type][1]}"
+        end = f.offset + f.nbytes
     return text + "x" * (size - end)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tilewright.attention.families import cpu, decode, portable
+from tilewright.attention.families import cpu, decode, hopper, portable
 from tilewright.attention.families.family import Call, Family, Prepared
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec
 from tilewright.errors import InternalError
 
-FAMILIES: tuple[Family, ...] = (decode.FAMILY, portable.FAMILY, cpu.FAMILY)
+FAMILIES: tuple[Family, ...] = (decode.FAMILY, hopper.FAMILY, portable.FAMILY, cpu.FAMILY)
 """In the order of preference."""
 
 __all__ = ["FAMILIES", "Call", "Family", "Prepared", "by_name", "choose", "reasons"]

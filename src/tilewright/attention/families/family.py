@@ -6,12 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec
 
 if TYPE_CHECKING:
     from tilewright.attention.plan import Plan
     from tilewright.attention.workspace import Workspace
+
+
+Order = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +55,8 @@ class Family:
     the spec. `splits`: whether items of one request are cut along its keys. `ctas_per_sm`: the CTAs
     of an SM where its plans are cuts of contiguous ranges (`ranges.py`), 0 where they are items.
     `refuses(spec, rows, pool)`: the reason why it cannot run a call, or "".
+    `order(items, qo_indptr, workers)`: the order of a plan's items, as indices (None: longest
+    first).
     """
 
     name: str
@@ -59,6 +66,7 @@ class Family:
     ctas_per_sm: int
     refuses: Callable[[Spec, int, Pool | None], str]
     prepare: Callable[[Call], Prepared]
+    order: Order | None = None
 
     def qo_tile(self, spec: Spec) -> int:
         """The most queries of an item."""

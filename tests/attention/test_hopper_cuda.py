@@ -1,0 +1,349 @@
+"""The Hopper family: what ptxas made of it, reasons for what it refuses, and the right values."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import re
+import subprocess
+
+import ml_dtypes
+import numpy as np
+import pytest
+from tests.attention.cases import (
+    ALL_VARIANTS,
+    TYPES,
+    csr,
+    paged,
+    queries,
+    spec_of,
+    values_of,
+)
+from tests.attention.oracle import MASKS, Case, draw_values, fill, oracle, pages_of, variant
+from tests.attention.test_flash_cuda import _bits, on_device
+
+from tilewright.attention import reference
+from tilewright.attention.batch import Attention
+from tilewright.attention.families import hopper
+from tilewright.attention.kv import KV
+from tilewright.attention.merge import State
+from tilewright.attention.plan import ITEM
+from tilewright.attention.pool import Pool
+from tilewright.attention.spec import Spec, cuda_headers
+from tilewright.attention.table import Table
+from tilewright.toolchain import nvrtc
+
+needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
+KERNELS = [  # group, head_dim, dtype, variant, keys of a box, paged, dtype of o
+    (4, 128, "bfloat16", "causal", 128, False, "bfloat16"),
+    (4, 128, "bfloat16", "full", 128, False, "float32"),
+    (1, 64, "float16", "causal", 16, True, "float16"),
+    (3, 128, "float16", "window", 1, True, "float32"),
+    (8, 64, "bfloat16", "full", 128, True, "bfloat16"),
+]
+IDS = ["-".join(map(str, k)) for k in KERNELS]
+
+
+def kernel_of(case) -> tuple[Spec, int]:
+    group, head_dim, name, kind, box, is_paged, out = case
+    form = {} if is_paged else {"table_entries": "", "kv_len": ""}
+    return spec_of(group, head_dim, name, name, ALL_VARIANTS[kind], out, **form), box
+
+
+def compiled(case) -> tuple[str, bytes]:
+    """The log of NVRTC and ptxas, and the cubin; past the cache, which keeps no log."""
+    text = hopper.source(*kernel_of(case))
+    options = (f"--gpu-architecture={hopper.ARCH}", *nvrtc.FLAGS, "--no-cache")
+    status, log, image = nvrtc._compile(text, cuda_headers(), options)
+    assert status == 0, log
+    return log, image
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("case", KERNELS, ids=IDS)
+def test_wgmma_is_neither_spilled_nor_serialised(case):
+    log, _ = compiled(case)
+    assert "C75" not in log, log
+    found = nvrtc.parse_resources(log)["stage0"]
+    assert found.spill_bytes == 0 and found.registers == 168  # what setmaxnreg starts from
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("case", KERNELS, ids=IDS)
+def test_exponentials_of_full_tiles_hide_a_product(case, tmp_path):
+    """In the loop over full tiles all weights are computed while P·V is under way: between the wait
+    that leaves one group pending and the one that leaves none."""
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(compiled(case)[1])
+    text = subprocess.run(
+        [nvdisasm(), "-c", file], capture_output=True, encoding="utf-8", check=True
+    )
+    ops = [
+        m[0]
+        for m in re.finditer(
+            r"WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|HGMMA|\bLDL|\bSTL", text.stdout
+        )
+    ]
+    pending = [i for i, op in enumerate(ops) if op.endswith("0x1")]
+    assert len(pending) == 1 and "LDL" not in ops and "STL" not in ops
+    between = ops[pending[0] + 1 :]
+    between = between[: next(i for i, op in enumerate(between) if op.startswith("WARP"))]
+    assert between == ["MUFU.EX2"] * (hopper.KEYS // 2 + 2)  # a tile's, and two rescale factors
+
+
+def nvdisasm() -> str:
+    try:
+        for f in importlib.metadata.files("nvidia-cuda-nvdisasm") or ():
+            if f.name == "nvdisasm":
+                return str(f.locate())
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("nvdisasm is not installed")
+    raise FileNotFoundError("nvdisasm")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("case", KERNELS, ids=IDS)
+def test_constants_are_those_of_the_kernel(case):
+    spec = kernel_of(case)[0]
+    wanted = {
+        "SMEM_BYTES": hopper.smem_bytes(spec), "THREADS": hopper.THREADS,
+        "BM": hopper.ROWS, "BN": hopper.KEYS,
+    }  # fmt: skip
+    text = hopper.source(*kernel_of(case))
+    for name, value in wanted.items():
+        text += f'\nstatic_assert(attention::{name} == {value}, "");'
+    text += '\nstatic_assert(sizeof(Aligned) == sizeof(Params), "");'
+    nvrtc.compile_cuda(text, arch=hopper.ARCH, headers=cuda_headers())
+
+
+def test_reasons(monkeypatch):
+    causal = ALL_VARIANTS["causal"]
+    monkeypatch.setattr(hopper, "_arch", lambda device: device)
+    spec = spec_of(4, 128, "float16", "float16", causal)
+
+    def reason(spec=spec, device="sm_90a", k=None):
+        pages = np.zeros((2, 16, 2, 128), np.float16) if k is None else k
+        seen = Pool(pages, pages)
+        for name in "kv":  # aligned, on a GPU
+            x = getattr(seen, name)
+            aligned = dataclasses.replace(x, pointer=x.pointer & ~15, device=device)
+            object.__setattr__(seen, name, aligned)
+        return hopper.refuses(spec, 400, seen)
+
+    assert reason() == ""
+    assert "sm_80" in reason(device="sm_80")
+    for other, words in (
+        (dataclasses.replace(spec, ascending=False), "sm_scale"),
+        (spec_of(4, 128, "float32", "float16", causal), "float16"),
+        (spec_of(4, 96, "float16", "float16", causal), "head_dim"),
+        (spec_of(4, 128, "float16", "float16", causal, kv_base="int32"), "positions"),
+        (dataclasses.replace(spec, head_dim_vo=64), "head_dim"),
+    ):
+        assert words in reason(other)
+    assert "16 bytes" in reason(k=np.zeros((2, 16, 2, 132), np.float16)[..., :128])
+    assert "power of two" in reason(k=np.zeros((2, 24, 2, 128), np.float16))
+    assert "negative" in reason(k=np.zeros((2, 16, 2, 128), np.float16)[:, ::-1])
+    assert "no pages" in reason(k=np.zeros((0, 16, 2, 128), np.float16))
+    assert "plan with the cache" in hopper.refuses(spec, 400, None)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+def test_the_order_holds_every_item_once(rng, group):
+    lengths, tokens, kv_heads = rng.integers(0, 400, 9), hopper.ROWS // group, 3
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    rows = [
+        (r, h, at, min(at + tokens, indptr[r + 1]))
+        for r in range(len(lengths))
+        for at in range(indptr[r], indptr[r + 1], tokens)
+        for h in range(kv_heads)
+    ]
+    items = np.zeros(len(rows), ITEM.numpy)
+    for n, name in enumerate(("request", "kv_head", "qo_begin", "qo_end")):
+        items[name] = [row[n] for row in rows]
+    items = items[rng.permutation(len(items))]
+    by = hopper.order(items, indptr, 1)
+    assert sorted(by) == list(range(len(items)))
+    assert len(items) > 30
+    first = items[by][: len(items) - 8]  # in front of the tail: units together
+    unit = [(int(i["request"]), int(i["kv_head"])) for i in first]
+    changes = [u for n, u in enumerate(unit) if n == 0 or unit[n - 1] != u]
+    assert len(changes) == len(set(changes))
+    sizes = [int(lengths[r]) for r, _ in changes]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(hopper.order(items[:0], np.zeros(4, np.int32), 5)) == 0
+
+
+# ---------------------------------------------------------------------------- on a GPU
+
+
+def is_hopper() -> bool:
+    from tilewright.runtime import cuda
+
+    return cuda.available() and cuda.device_arch(0) == hopper.ARCH
+
+
+@pytest.fixture
+def card():
+    if not is_hopper():
+        pytest.skip(f"the GPU is not {hopper.ARCH}")
+
+
+def close(o: np.ndarray, lse: np.ndarray, wanted: State) -> None:
+    """Relative error of each row of 16-bit products, and the logarithm of the sums."""
+    size = np.linalg.norm(wanted.o, axis=-1)
+    error = np.linalg.norm(o.astype(np.float64) - wanted.o, axis=-1)
+    assert (error <= 1e-2 * size + 1e-5).all(), (error / (size + 1e-9)).max()
+    np.testing.assert_allclose(lse, wanted.lse, rtol=2e-3, atol=4e-3)
+
+
+CASES = [  # group, kv_heads, head_dim, dtype, variant, page_size (0: ragged, -1: dense)
+    (4, 2, 128, "bfloat16", "causal", 0),
+    (4, 2, 128, "bfloat16", "full", 0),
+    (1, 3, 64, "float16", "causal", 0),
+    (8, 1, 64, "bfloat16", "full", 16),
+    (3, 2, 128, "float16", "causal", 1),
+    (5, 1, 128, "bfloat16", "causal", 16),
+    (7, 1, 64, "float16", "window", 64),
+    (2, 2, 128, "bfloat16", "window", 256),
+    (6, 1, 128, "float16", "causal", 8),
+    (4, 2, 128, "bfloat16", "softcap_alibi", 16),
+    (2, 2, 64, "float16", "strange", 2),
+    (64, 1, 64, "float16", "causal", 4),
+    (4, 2, 128, "bfloat16", "causal", -1),
+]
+BATCH = [  # queries and keys of each request
+    (128, 128), (1, 0), (0, 7), (300, 300), (17, 1000), (129, 129), (64, 1), (5, 127), (1, 1),
+    (200, 70), (33, 383), (0, 0), (257, 640), (31, 255), (127, 256),
+]  # fmt: skip
+
+
+def ragged(rng, lengths, kv_heads, head_dim, dtype) -> KV:
+    """Keys of one request after the other, NaN behind them."""
+    indptr = np.cumsum([0, *lengths]).astype(np.int32)
+    arrays = [
+        np.full((int(indptr[-1]) + 200, kv_heads, head_dim), np.nan, np.float32) for _ in "kv"
+    ]
+    for x in arrays:
+        x[: indptr[-1]] = rng.standard_normal(x[: indptr[-1]].shape)
+    return KV(Table.ragged(indptr), Pool(*(x.astype(dtype) for x in arrays)))
+
+
+def dense(rng, lengths, kv_heads, head_dim, dtype) -> KV:
+    """A page for each request, NaN behind its keys."""
+    shape = (len(lengths), max(lengths) + 3, kv_heads, head_dim)
+    arrays = [np.full(shape, np.nan, np.float32) for _ in "kv"]
+    for x in arrays:
+        for r, n in enumerate(lengths):
+            x[r, :n] = rng.standard_normal((n, kv_heads, head_dim))
+    return KV(Table.dense(np.array(lengths, np.int32)), Pool(*(x.astype(dtype) for x in arrays)))
+
+
+def to_card(kv: KV) -> KV:
+    from tilewright.runtime.cuda import DeviceArray
+
+    if kv.table.kind == "csr":
+        return on_device(kv)
+    there = [DeviceArray.from_numpy(_bits(a), kv.dtype) for a in kv.pool.arrays]
+    if kv.table.kind == "ragged":
+        table = Table.ragged(DeviceArray.from_numpy(kv.table.arrays["table_indptr"]))
+    else:
+        table = Table.dense(DeviceArray.from_numpy(kv.table.arrays["kv_len"]))
+    return KV(table, Pool(*there))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+def test_against_the_reference(card, rng, case):
+    from tilewright.runtime.cuda import DeviceArray
+
+    group, kv_heads, head_dim, kind, name, page_size = case
+    attn = Attention(group * kv_heads, kv_heads, head_dim, ALL_VARIANTS[name])
+    lengths = [kv for _, kv in BATCH]
+    shape = (kv_heads, head_dim)
+    if page_size < 0:
+        kv = dense(rng, lengths, *shape, TYPES[kind])
+    elif page_size:
+        kv = paged(rng, lengths, (page_size, *shape), TYPES[kind])
+    else:
+        kv = ragged(rng, lengths, *shape, TYPES[kind])
+    q, indptr = queries(rng, [qo for qo, _ in BATCH], group * kv_heads, head_dim, TYPES[kind])
+    values = values_of(rng, attn.variant, group * kv_heads, kv_heads)
+    wanted = reference.attention(q, kv, indptr, attn.variant, **values)
+    there = to_card(kv)
+    on_card = {n: DeviceArray.from_numpy(x) for n, x in values.items()}
+    queries_there = DeviceArray.from_numpy(_bits(q), kind)
+    out = DeviceArray.from_numpy(np.full(q.shape, np.nan, np.float32))
+    plan = attn.plan(indptr, there)
+    bound = attn.bind(queries_there, there, out, plan=plan, **on_card)
+    assert "prefill_hopper.cuh" in bound.source
+    close(bound().o.to_numpy(), bound.state.lse.to_numpy(), wanted)
+    # The same with o in the dtype of q, as the family itself writes it.
+    o = DeviceArray.from_numpy(np.full(q.shape, 0x7FC1, np.uint16), kind)
+    bound = attn.bind(queries_there, there, o, plan=plan, **on_card)
+    first = None
+    for _ in range(10):  # the counter is 0 again after each, and the order of draws changes no bit
+        found = bound().o.to_numpy()
+        first = found if first is None else first
+        assert np.array_equal(first.view(np.uint16), found.view(np.uint16))
+    assert first is not None
+    read = first.view(ml_dtypes.bfloat16) if kind == "bfloat16" else first.view(np.float16)
+    close(read.astype(np.float32), bound.state.lse.to_numpy(), wanted)
+
+
+def prefill_case(number: int) -> Case:
+    """A random prefill whose keys and values are NaN or Inf wherever no query of a request sees."""
+    rng = np.random.default_rng([5, number])
+    mask = list(MASKS)[number % len(MASKS)]
+    group, dim = int(rng.integers(1, 9)), int(rng.choice([64, 128]))
+    dtype = (np.float16, ml_dtypes.bfloat16)[number % 2]
+    kv_heads, page_size = int(rng.integers(1, 4)), int(rng.choice([1, 2, 8, 16, 64, 128, 512]))
+    lengths = [int(rng.integers(0, rng.choice([6, 200, 900]))) for _ in range(4)]
+    qo_lengths = [int(rng.integers(0, rng.choice([8, 71, 400]))) for _ in range(3)] + [40]
+    kv_indptr, kv_indices, pages = pages_of(rng, lengths, page_size)
+    k, v = (np.full((pages, page_size, kv_heads, dim), np.nan, dtype) for _ in "kv")
+    qo_indptr = np.cumsum([0, *qo_lengths]).astype(np.int32)
+    q = rng.standard_normal((int(qo_indptr[-1]), group * kv_heads, dim)).astype(dtype)
+    values = draw_values(rng, MASKS[mask][2], (group * kv_heads, kv_heads))
+    case = Case(
+        f"5:{number}", mask, "scores", None, values, q, qo_indptr,
+        k, v, np.array(lengths, np.int32), kv_indptr, kv_indices, 7, "csr", {},
+    )  # fmt: skip
+    fill(rng, case)
+    return case
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(3 * len(MASKS)))
+def test_values_that_nobody_sees(card, number):
+    from tilewright.runtime.cuda import DeviceArray
+
+    case = prefill_case(number)
+    cls = variant(case.mask, "scores")
+    scalars = {n: x for n, x in case.values.items() if not isinstance(x, np.ndarray)}
+    attn = Attention(*case.heads, case.q.shape[2], cls(**scalars))
+    there = on_device(csr(case.k, case.v, case.kv_indptr, case.kv_indices, case.kv_len))
+    arrays = {
+        n: DeviceArray.from_numpy(x) for n, x in case.values.items() if isinstance(x, np.ndarray)
+    }
+    q = DeviceArray.from_numpy(_bits(case.q), there.dtype)
+    bound = attn.bind(q, there, plan=attn.plan(case.qo_indptr, there), **arrays)
+    if case.q.size and there.pool.pages:
+        assert "prefill_hopper.cuh" in bound.source or "decode.cuh" in bound.source
+    o, lse, _ = oracle(case)
+    state = bound()
+    close(reference.as_float64(state.o), reference.as_float64(state.lse), State(o, lse))
+
+
+@pytest.mark.gpu
+def test_more_tiles_than_a_segment_has(card, rng):
+    """A request whose tiles of keys come in several segments, and one whose first sees nothing."""
+    from tilewright.runtime.cuda import DeviceArray
+
+    keys = hopper.MAX_TILES * hopper.KEYS * 2 + 77
+    attn = Attention(2, 1, 64, ALL_VARIANTS["causal"])
+    kv = ragged(rng, [keys, 5], 1, 64, TYPES["bfloat16"])
+    q, indptr = queries(rng, [70, 200], 2, 64, TYPES["bfloat16"])
+    wanted = reference.attention(q, kv, indptr, attn.variant)
+    there = to_card(kv)
+    state = attn.run(DeviceArray.from_numpy(_bits(q), "bfloat16"), there, attn.plan(indptr, there))
+    close(reference.as_float64(state.o), reference.as_float64(state.lse), wanted)
