@@ -60,7 +60,7 @@ def test_compiler_agrees(rng: np.random.Generator) -> None:
     source = "#include <stdint.h>\n" + "".join(s.c_decl for s in structs)
     for s in structs:
         reads = "".join(
-            f"  for (int i = 0; i < {f.lanes}; ++i) *out++ = (double)"
+            f"  for (int i = 0; i < {max(f.count, 1)}; ++i) *out++ = (double)"
             + ("(uint64_t)" if f.type == "ptr" else "")
             + (f"s.{f.name}[i];\n" if f.count else f"s.{f.name};\n")
             for f in s.fields
@@ -72,7 +72,7 @@ def test_compiler_agrees(rng: np.random.Generator) -> None:
     library = cxx.load(cxx.compile_cpp(source))
     for s in structs:
         values = random_values(rng, s)
-        out = np.zeros(sum(f.lanes for f in s.fields))
+        out = np.zeros(sum(max(f.count, 1) for f in s.fields))
         library[f"read_{s.name}"](s.pack(**values), ctypes.c_void_p(out.ctypes.data))
         assert np.array_equal(out, np.concatenate([np.atleast_1d(v) for v in values.values()]))
 
