@@ -8,6 +8,7 @@ state = attn.run(q, kv, plan)            # state.o, state.lse
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,9 +219,7 @@ class Attention:
         return BoundAttention(State(o, lse), family.prepare(call), keep)
 
     def _spec(self, kinds: tuple[DType, DType, DType], table: TableForm) -> Spec:
-        traced = traced_of(self.variant)
-        ascending = self.scale > 0
-        return Spec(self.group, self.head_dim, self._vo, *kinds, traced, table, ascending)
+        return _spec_of(self, kinds, table)
 
     def _family(self, plan: Plan | Workspace, kv: KV, spec: Spec) -> Family:
         """The family that a plan is for, if it can run this call. Raises ArgumentError."""
@@ -299,6 +298,14 @@ class Resolution:
             said = reason or ("runs" if name == self.chosen else "can run")
             lines.append(f"{name:{width}}  {said}")
         return "\n".join(lines)
+
+
+@functools.lru_cache(512)
+def _spec_of(attn: Attention, kinds: tuple[DType, DType, DType], table: TableForm) -> Spec:
+    """One object for each spec: kernels are looked up by it at every call."""
+    traced, ascending = traced_of(attn.variant), attn.scale > 0
+    dims = (attn.head_dim, attn.head_dim if attn.head_dim_vo is None else attn.head_dim_vo)
+    return Spec(attn.group, *dims, *kinds, traced, table, ascending)
 
 
 def _check_is_plan(plan: Any) -> None:

@@ -54,8 +54,9 @@ class Plan:
     first, or `cuts`: an array of `ranges.CUT`; the other is empty.
 
     `qo_tile` is the most queries an item has; `slots` and `counters` size the work space; `workers`
-    are threads or SMs; `imbalance` is the longest worker's estimated work over the mean. `tensors`:
-    copies of `qo_indptr` and of the work on the GPU that it was planned for.
+    are threads or SMs; `imbalance` is the longest worker's estimated work over the mean. `longest`:
+    the most queries of a request; `tensors`: copies of `qo_indptr` and of the work on the GPU that
+    it was planned for.
 
     Kernels trust a plan, so one that was not planned here is checked when it is constructed (see
     `check`): by `load`, `dataclasses.replace`, `pickle` and the constructor. It keeps arrays of its
@@ -73,6 +74,7 @@ class Plan:
     imbalance: float
     cuts: np.ndarray = field(default_factory=lambda: np.zeros(0, CUT.numpy))
     tensors: Any = field(default=None, repr=False)
+    longest: int = field(default=0, init=False, repr=False)
     planned: InitVar[bool] = False
 
     def __post_init__(self, planned: bool) -> None:
@@ -82,6 +84,8 @@ class Plan:
                 object.__setattr__(self, name, _frozen(np.array(getattr(self, name))))
             check(self)
             object.__setattr__(self, "tensors", None)  # they may be of another plan
+        longest = int(np.diff(self.qo_indptr).max(initial=0))
+        object.__setattr__(self, "longest", longest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Plan.load, (self.save(),)
@@ -93,11 +97,6 @@ class Plan:
     @property
     def tokens(self) -> int:
         return int(self.qo_indptr[-1])
-
-    @property
-    def longest(self) -> int:
-        """The most queries of a request."""
-        return int(np.diff(self.qo_indptr).max(initial=0))
 
     def with_tensors(self, device: str) -> Plan:
         """This plan; where it is for a GPU with its copies there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,14 @@ class Spec:
     traced: Traced
     table: TableForm
     ascending: bool = True
+    _hash: int = field(init=False, compare=False, repr=False, default=0)
+
+    def __post_init__(self) -> None:
+        key = (self.group, self.head_dim, self.head_dim_vo, self.q, self.kv, self.o)
+        object.__setattr__(self, "_hash", hash((key, self.traced, self.table, self.ascending)))
+
+    def __hash__(self) -> int:
+        return self._hash  # of the expressions of a variant, computed once
 
 
 def params_struct(

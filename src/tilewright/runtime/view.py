@@ -420,8 +420,13 @@ def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def byte_range(v: View) -> tuple[int, int]:
     """First and last byte (exclusive) relative to the pointer; equal for an empty view."""
-    if not v.size:
+    return _byte_range(v.shape, v.strides, v.dtype.itemsize)
+
+
+@functools.lru_cache(4096)
+def _byte_range(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    if 0 in shape:
         return 0, 0
-    last = [(extent - 1) * stride for extent, stride in zip(v.shape, v.strides, strict=True)]
+    last = [(extent - 1) * stride for extent, stride in zip(shape, strides, strict=True)]
     low, high = sum(min(n, 0) for n in last), sum(max(n, 0) for n in last)
-    return low * v.dtype.itemsize, (high + 1) * v.dtype.itemsize
+    return low * itemsize, (high + 1) * itemsize
