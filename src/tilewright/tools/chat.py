@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.errors import TilewrightError
-from tilewright.serve.engine import LLM, check_options
+from tilewright.serve.engine import LLM
+from tilewright.serve.request import Sampling
 from tilewright.serve.weights import packaged_model
 from tilewright.target import target as parse_target
 from tilewright.toolchain import compilers, disk_cache
@@ -44,7 +45,7 @@ def _shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _open(args: argparse.Namespace) -> tuple[LLM, float]:
     """The model, and the seconds it took to open. Raises ModelError[M106] for bad options."""
-    check_options(**_options(args))
+    Sampling(**_options(args))
     began = time.perf_counter()
     llm = LLM(args.model or packaged_model(), target=args.target, context=args.context)
     return llm, time.perf_counter() - began
