@@ -24,7 +24,7 @@ from tilewright.serve.chat import ChatTemplate, template_of
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama
 from tilewright.serve.request import Request, Sampling, check_tokens, is_count
-from tilewright.serve.runner import Runner
+from tilewright.serve.runner import Logits, Runner
 from tilewright.serve.sampler import sample
 from tilewright.serve.scheduler import Limits, Scheduler
 from tilewright.serve.text import AnswerText
@@ -113,18 +113,20 @@ class Engine:
         logits = self.runner.run(decision.chunks)
         ready = self.scheduler.commit(decision)
         for i, request in enumerate(ready):
-            self._answer(request, logits.likeliest[i], logits.row(i))
+            self._answer(request, logits, i)
         return ready
 
-    def _answer(self, request: Request, likeliest: int, logits: np.ndarray) -> None:
-        """Adds the next token to a request, and ends it where it ends."""
-        if request.answered == 0 and not np.isfinite(logits).all():  # once: not to slow each token
+    def _answer(self, request: Request, logits: Logits, i: int) -> None:
+        """Adds the next token, by row i of the logits, and ends the request where it ends."""
+        first = request.answered == 0  # checked once: not to slow each token
+        if first and not np.isfinite(logits.row(i)).all():
             rule = "the model computes no numbers: its logits are NaN or infinite"
             hint = "fetch the file again and compare its checksum"
             where = str(self.model.file.path)
             request.error = ModelError("M101", rule, where=where, hint=hint)
             return self.scheduler.finish(request, "error")
-        token = sample(request, likeliest, logits)
+        plain = request.sampling.is_plain_greedy
+        token = logits.likeliest[i] if plain else sample(request, logits.row(i))
         if token in self.tokenizer.ends and not request.sampling.ignore_end:
             return self._end(request, "stop")
         request.tokens.append(token)

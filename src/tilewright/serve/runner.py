@@ -32,11 +32,10 @@ FEW = 8  # rows from which the kernel of many rows is the faster one
 class Logits:
     """What a step computed for the requests that want a token, in the order of the chunks."""
 
-    def __init__(self, runner: Runner, rows: list[int], count: int) -> None:
-        self._memory, self._rows = runner.model.memory, rows
-        self._logits = self._memory.rows(runner.last["logits"], 0, count)
-        token = self._memory.read(self._memory.rows(runner.last["token"], 0, count))
-        self.likeliest: list[int] = token[rows].tolist()
+    def __init__(self, runner: Runner, rows: list[int]) -> None:
+        self._memory, self._logits, self._rows = runner.model.memory, runner.last["logits"], rows
+        token = self._memory.read(runner.last["token"])
+        self.likeliest = [int(token[n]) for n in rows]
 
     def row(self, i: int) -> np.ndarray:
         """The logits of request i, float32 (vocab,); valid until the next step."""
@@ -83,9 +82,9 @@ class Runner:
             if step is None:
                 step = self._steps[len(chunks)] = self._record(len(chunks))
             step()
-            return Logits(self, wanting, len(chunks))
+            return Logits(self, wanting)
         self._mixed(chunks, stops, wanting)
-        return Logits(self, list(range(len(wanting))), len(wanting))
+        return Logits(self, list(range(len(wanting))))
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -96,20 +95,21 @@ class Runner:
 
     def _write(self, chunks: Sequence[Chunk], stops: list[int]) -> None:
         """Tokens up to `stops` and the page table, to memory of the target."""
-        memory, ids = self.model.memory, []
+        memory = self.model.memory
+        ids: list[int] = []
+        position: list[int] = []
+        page: list[int] = []
         for i, (chunk, stop) in enumerate(zip(chunks, stops, strict=True)):
-            ids += chunk.request.tokens[chunk.start : chunk.stop] + [0] * (stop - chunk.stop)
             pages = chunk.request.pages
+            ids += chunk.request.tokens[chunk.start : chunk.stop] + [0] * (stop - chunk.stop)
+            position += range(chunk.start, stop)
+            page += [pages[n // PAGE_SIZE] for n in range(chunk.start, stop)]
             if self._written[i] != pages:
                 self._written[i] = list(pages)
                 self.table[i, : len(pages)] = pages
                 memory.write(memory.rows(self.block_table, i, i + 1), self.table[i : i + 1])
-        starts = [c.start for c in chunks]
-        row = np.repeat(np.arange(len(chunks)), np.subtract(stops, starts))
-        position = np.concatenate(list(map(np.arange, starts, stops)))
-        page = self.table[row, position // PAGE_SIZE]
-        packed = np.concatenate([ids, position, page, position % PAGE_SIZE])
-        memory.write(memory.rows(self.ints, 0, len(packed)), packed.astype(np.int32))
+        packed = np.array([ids, position, page, [n % PAGE_SIZE for n in position]], np.int32)
+        memory.write(memory.rows(self.ints, 0, packed.size), packed.reshape(-1))
         memory.write(memory.rows(self.kv_len, 0, len(stops)), np.array(stops, np.int32))
 
     def _rows(self, tokens: int, single: int) -> Rows:

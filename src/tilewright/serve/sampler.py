@@ -13,11 +13,9 @@ COLDEST = 1e-6  # a lower temperature samples as this one does, and overflows no
 FIRST = 1024  # candidates of top_p that are sorted before all others
 
 
-def sample(request: Request, likeliest: int, logits: np.ndarray) -> int:
-    """The next token of a request. `likeliest`: the index of the largest of `logits` (vocab,)."""
+def sample(request: Request, logits: np.ndarray) -> int:
+    """The next token of a request by its logits (vocab,)."""
     sampling = request.sampling
-    if sampling.is_plain_greedy:
-        return likeliest
     scores = penalized(request, logits)
     token = int(scores.argmax())
     if sampling.temperature:
