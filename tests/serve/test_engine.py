@@ -145,6 +145,17 @@ def test_two_streams_in_turns(llm: LLM, fresh: LLM):
     assert said == wanted
 
 
+def test_several_prompts(llm: LLM, fresh: LLM):
+    """Texts and chats in one list; an error in one leaves none of them behind."""
+    prompts: list[Any] = [HELLO, talk(OTHER), OTHER]
+    assert fresh.generate(prompts, max_tokens=20) == [
+        llm.generate(p, max_tokens=20) for p in prompts
+    ]
+    with pytest.raises(ModelError, match="M105"):
+        fresh.generate([HELLO, "the " * 500])
+    assert not fresh.engine.scheduler.has_work
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupt_leaves_no_trace(
     llm: LLM, fresh: LLM, monkeypatch: pytest.MonkeyPatch, when: str

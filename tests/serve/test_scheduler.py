@@ -73,6 +73,13 @@ TRACES = {
         [Arrival(span(9), 1), Arrival(span(9, 50), 1, at=2), Arrival(span(9), 1, at=3)],
         ["1: 0[0:9] +0", "2: 1[0:9] +1", "3: 2[4:9] +2"],
     ),
+    # One page more than is free: that of 1 goes, since 0 used its own later, though it came first.
+    "the last use counts": (
+        Limits(6, running=4, step_tokens=20, page_size=4),
+        [Arrival(span(5), 3), Arrival(span(5, 50), 1, at=2), Arrival(span(17, 70), 1, at=4),
+         Arrival(span(5), 1, at=5)],
+        ["1: 0[0:5] +0", "2: 0[5:6] 1[0:5] +1", "3: 0[6:7]", "4: 2[0:17] +2", "5: 3[4:5] +3"],
+    ),
     # One seat. 2 is urgent and takes it from 0, which goes on before 1; its first page is known.
     "priority": (
         Limits(16, running=1, step_tokens=8, page_size=4),

@@ -13,9 +13,9 @@ import itertools
 import os
 import secrets
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -212,16 +212,22 @@ class LLM:
         tokens = self.engine.check(self.prompt(prompt), how)
         return self._stream(tokens, how)
 
+    @overload
+    def generate(self, prompt: str | Messages, **sampling: Any) -> str: ...
+
+    @overload
     def generate(
-        self, prompt: str | Messages | Sequence[str | Messages], **sampling: Any
-    ) -> str | list[str]:
+        self, prompt: list[str] | list[Messages] | list[str | Messages], **sampling: Any
+    ) -> list[str]: ...
+
+    def generate(self, prompt: Any, **sampling: Any) -> str | list[str]:
         """The answer as one text; for several prompts, a list of texts or of chats, theirs, which
         are computed together. `sampling`, errors: see `stream`."""
         several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], dict)
         if not several:
-            return "".join(self.stream(prompt, **sampling))  # pyright: ignore[reportArgumentType]
+            return "".join(self.stream(prompt, **sampling))
         how = _named(Sampling, sampling)
-        checked = [self.engine.check(self.prompt(one), how) for one in prompt]  # pyright: ignore[reportArgumentType]
+        checked = [self.engine.check(self.prompt(one), how) for one in prompt]
         requests = [self.engine.submit(tokens, how) for tokens in checked]
         try:
             while not all(r.finish for r in requests):

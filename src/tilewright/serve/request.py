@@ -29,7 +29,8 @@ def is_count(value: Any, least: int) -> bool:
 
 def is_number(value: Any, least: float, most: float) -> bool:
     """Whether an argument is a real number in a range."""
-    return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real and least <= value <= most  # pyright: ignore[reportOperatorIssue]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,4 +183,4 @@ def check_tokens(tokens: Any, vocab: int, context: int) -> list[int]:
         rule = f"the prompt has {len(ids)} tokens, the context {context}"
         hint = "shorten it, or open the model with a larger context="
         raise ModelError("M105", rule, where="prompt", hint=hint)
-    return ids.tolist()
+    return [int(i) for i in ids]

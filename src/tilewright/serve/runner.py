@@ -114,9 +114,11 @@ class Runner:
 
     def _rows(self, tokens: int, single: int) -> Rows:
         rows = self.model.memory.rows
-        ints = [rows(self.ints, i * tokens, (i + 1) * tokens) for i in range(4)]
+        ids, position, page, slot = (
+            rows(self.ints, i * tokens, (i + 1) * tokens) for i in range(4)
+        )
         activations = {k: rows(a, 0, tokens) for k, a in self.activations.items()}
-        return Rows(tokens, single, *ints, activations)
+        return Rows(tokens, single, ids, position, page, slot, activations)
 
     def _single(self, rows: int) -> int:
         """How many of `rows` rows of answers take the kernel of one row."""
