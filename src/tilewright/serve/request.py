@@ -83,7 +83,7 @@ class Sampling:
         }
         for name, (is_right, allowed) in tests.items():
             if not is_right:
-                rule = f"{name}={str(getattr(self, name))[:80]}"
+                rule = f"{name}={repr(getattr(self, name))[:80]}"
                 raise ModelError("M106", rule, where=name, hint=f"{name}: {allowed}")
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
