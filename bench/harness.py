@@ -33,6 +33,7 @@ SUITES = {
     "sddmm": ("sparse", "dense times dense at stored entries"),
     "decode": ("decode", "decode attention over a paged cache, beside the time to read it"),
     "model": ("model", "tokens a second of a model, for prompts and for answers"),
+    "serve": ("serve", "a trace of requests on the engine: tokens a second, first token, gaps"),
     "host": ("host", "time of a call, of import and of building, without the kernel"),
     "graphs": ("sparse", "the synthetic graphs and how well they fit"),
 }
