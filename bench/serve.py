@@ -82,6 +82,8 @@ def read_trace(path: Path, count: int, factor: float, sizes: tuple[int, int]) ->
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             rows = [row for row, _ in zip(csv.DictReader(file), range(count), strict=False)]
+        if not rows:
+            raise ValueError("no rows")
         times = [datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in rows]
         lengths = [(int(r["ContextTokens"]), int(r["GeneratedTokens"])) for r in rows]
     except (OSError, KeyError, ValueError) as error:
