@@ -34,6 +34,7 @@ SUITES = {
     "decode": ("decode", "decode attention over a paged cache, beside the time to read it"),
     "prefill": ("prefill", "prefill attention, ragged and paged, causal and full"),
     "model": ("model", "tokens a second of a model, for prompts and for answers"),
+    "serve": ("serve", "a trace of requests on the engine: tokens a second, first token, gaps"),
     "host": ("host", "time of a call, of import and of building, without the kernel"),
     "graphs": ("sparse", "the synthetic graphs and how well they fit"),
 }

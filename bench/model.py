@@ -18,7 +18,8 @@ import numpy as np
 
 from bench.harness import Row, base_row, note
 from tilewright.runtime import pool
-from tilewright.serve.model import Llama
+from tilewright.serve.engine import Engine, Options
+from tilewright.serve.request import Request, Sampling
 from tilewright.serve.weights import open_model, packaged_model
 
 _ROUNDS = 7
@@ -45,8 +46,9 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 def model(args: argparse.Namespace) -> Iterator[Row]:
     """Rows in tokens a second."""
     path = Path(args.model or packaged_model())
-    ours = Llama(open_model(path), args.target, context=args.prompt + args.tokens)
-    prompt = np.random.default_rng(5).integers(3, ours.config.vocab, args.prompt).tolist()
+    sizes = Options(context=args.prompt + args.tokens + 1, share=False)
+    ours = Engine(open_model(path), args.target, sizes)
+    prompt = np.random.default_rng(5).integers(3, ours.model.config.vocab, args.prompt).tolist()
     runners = [_ours(ours)]
     if args.target == "cpp" and path.suffix == ".gguf":
         runners += _llama_cpp(path, args.prompt + args.tokens)
@@ -79,15 +81,21 @@ def _timed(runner: Runner, prompt: list[int], tokens: int) -> tuple[float, float
     return len(prompt) / (between - began), tokens / (ended - between)
 
 
-def _ours(model: Llama) -> Runner:
+def _ours(engine: Engine) -> Runner:
+    """The engine with one request: scheduling, sampling and decoding of text included."""
+    how = Sampling(max_tokens=1 << 20, ignore_end=True)
+    running: list[Request] = []
+
     def read(prompt: list[int]) -> None:
-        model.reset()
-        model.prefill(prompt)
+        for request in running:
+            engine.cancel(request)
+        running[:] = [engine.submit(prompt, how)]
+        while not running[0].answered:
+            engine.step()
 
     def write(tokens: int) -> None:
-        token = model.greedy()
         for _ in range(tokens):
-            token = model.decode(token)
+            engine.step()
 
     return Runner(_OURS, read, write)
 

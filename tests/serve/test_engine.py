@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.serve.sequence import Sequence
 
 pytest.importorskip("jinja2", reason="chat templates need the models extra")
 
 from tilewright.errors import BuildError, ModelError
 from tilewright.serve.engine import LLM
-from tilewright.serve.model import Llama
+from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.weights import ModelFile
 
 HELLO = "and the thing is in the land"
@@ -44,6 +45,16 @@ def writable_model() -> Any:
     return runnable()
 
 
+def greedy(llm: LLM, ids: list[int], count: int) -> list[int]:
+    """Tokens of an answer, without engine and scheduler."""
+    model = Sequence(llm.model.file)
+    model.prefill(ids)
+    tokens = [model.greedy()]
+    while len(tokens) < count:
+        tokens.append(model.decode(tokens[-1]))
+    return tokens
+
+
 def spoken(llm: LLM, tokens: list[int]) -> str:
     """The text of tokens as an answer shows it: special ones are left out."""
     stream = llm.tokenizer.stream()
@@ -52,18 +63,13 @@ def spoken(llm: LLM, tokens: list[int]) -> str:
 
 def test_an_answer_is_greedy_decoding(llm: LLM):
     text = llm.generate(HELLO, max_tokens=12)
-    ids = llm._tokens(HELLO)
-    model = Llama(llm.model.file)
-    model.prefill(ids)
-    tokens = [model.greedy()]
-    while len(tokens) < 12:
-        tokens.append(model.decode(tokens[-1]))
-    assert text == spoken(llm, tokens)
+    ids = llm.prompt(HELLO)
+    assert text == spoken(llm, greedy(llm, ids, 12))
     assert llm.counts.answer_tokens == 12
     assert llm.counts.prompt_tokens + llm.counts.cached_tokens == len(ids)
 
 
-def test_pieces_are_the_whole(llm: LLM):
+def test_pieces_join_to_the_answer(llm: LLM):
     pieces = list(llm.stream(HELLO, max_tokens=30))
     assert len(pieces) > 1 and all(pieces)
     assert "".join(pieces) == llm.generate(HELLO, max_tokens=30)
@@ -77,11 +83,7 @@ def test_max_tokens(llm: LLM, limit: int):
 
 
 def test_stops_at_the_end_token(fresh: LLM):
-    ids = fresh._tokens(HELLO)
-    fresh.model.prefill(ids)
-    tokens = [fresh.model.greedy()]
-    while len(tokens) < 30:
-        tokens.append(fresh.model.decode(tokens[-1]))
+    tokens = greedy(fresh, fresh.prompt(HELLO), 30)
     last = next(n for n in range(3, 30) if tokens[n] not in tokens[:n])
     fresh.tokenizer.ends = {tokens[last]}
     assert fresh.generate(HELLO) == spoken(fresh, tokens[:last])
@@ -92,9 +94,8 @@ def test_stops_at_the_end_token(fresh: LLM):
 
 def test_a_full_context_ends_the_answer(runnable_path: Path):
     llm = LLM(runnable_path, context=64)
-    prompt = len(llm._tokens(HELLO))
+    prompt = len(llm.prompt(HELLO))
     llm.generate(HELLO, max_tokens=1000)
-    assert llm.model.cache.length <= 64
     assert llm.counts.answer_tokens == 64 - prompt + 1  # the last token is said, not read
 
 
@@ -103,11 +104,11 @@ def test_a_full_context_ends_the_answer(runnable_path: Path):
 
 def test_a_conversation_is_not_read_twice(llm: LLM, fresh: LLM):
     first = llm.generate(talk(HELLO), max_tokens=10)
-    read = len(llm._tokens(talk(HELLO)))
+    read = len(llm.prompt(talk(HELLO)))
     longer = talk(HELLO, first, OTHER)
     answer = llm.generate(longer, max_tokens=10)
-    assert llm.counts.cached_tokens >= read
-    assert llm.counts.prompt_tokens + llm.counts.cached_tokens == len(llm._tokens(longer))
+    assert llm.counts.cached_tokens >= read // PAGE_SIZE * PAGE_SIZE > 0
+    assert llm.counts.prompt_tokens + llm.counts.cached_tokens == len(llm.prompt(longer))
     assert answer == fresh.generate(longer, max_tokens=10)
     assert fresh.counts.cached_tokens == 0
 
@@ -115,7 +116,9 @@ def test_a_conversation_is_not_read_twice(llm: LLM, fresh: LLM):
 def test_the_same_prompt_again(fresh: LLM):
     first = fresh.generate(HELLO, max_tokens=5)
     assert fresh.generate(HELLO, max_tokens=5) == first
-    assert fresh.counts.prompt_tokens == 1  # the last one, for its logits
+    count = len(fresh.prompt(HELLO))
+    assert fresh.counts.cached_tokens == (count - 1) // PAGE_SIZE * PAGE_SIZE > 0
+    assert fresh.counts.prompt_tokens == count - fresh.counts.cached_tokens
 
 
 def test_another_conversation(llm: LLM, fresh: LLM):
@@ -130,15 +133,27 @@ def test_an_answer_that_is_left(llm: LLM, fresh: LLM):
     assert llm.generate(OTHER, max_tokens=9) == fresh.generate(OTHER, max_tokens=9)
 
 
-def test_one_answer_at_a_time(llm: LLM, fresh: LLM):
-    first = llm.stream(HELLO, max_tokens=40)
-    next(first)
-    second = llm.generate(OTHER, max_tokens=9)
-    assert second == fresh.generate(OTHER, max_tokens=9)
-    with pytest.raises(ModelError) as caught:
-        list(first)
-    assert caught.value.code == "M106"
-    assert llm.generate(OTHER, max_tokens=9) == second
+def test_two_streams_in_turns(llm: LLM, fresh: LLM):
+    """Each has the pieces that it has alone."""
+    prompts = (HELLO, OTHER, talk(OTHER, HELLO, OTHER))
+    wanted = [list(LLM(llm.model.file.path).stream(p, max_tokens=30)) for p in prompts]
+    streams = [fresh.stream(p, max_tokens=30) for p in prompts]
+    said: list[list[str]] = [[], [], []]
+    for turn in range(100):
+        piece = next(streams[turn % 3], None)
+        said[turn % 3] += [] if piece is None else [piece]
+    assert said == wanted
+
+
+def test_several_prompts(llm: LLM, fresh: LLM):
+    """Texts and chats in one list; an error in one leaves none of them behind."""
+    prompts: list[Any] = [HELLO, talk(OTHER), OTHER]
+    assert fresh.generate(prompts, max_tokens=20) == [
+        llm.generate(p, max_tokens=20) for p in prompts
+    ]
+    with pytest.raises(ModelError, match="M105"):
+        fresh.generate([HELLO, "the " * 500])
+    assert not fresh.engine.scheduler.has_work
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -146,17 +161,17 @@ def test_an_interrupt_leaves_no_trace(
     llm: LLM, fresh: LLM, monkeypatch: pytest.MonkeyPatch, when: str
 ):
     """Ctrl-C at any point of a step: the next answer is as if there had been none."""
-    decode, calls = llm.model.decode, [0]
+    run, calls = llm.engine.runner.run, [0]
 
-    def interrupted(token: int) -> int:
+    def interrupted(chunks: Any) -> Any:
         calls[0] += 1
         if calls[0] == 4 and when == "after":
-            decode(token)
+            run(chunks)
         if calls[0] == 4:
             raise KeyboardInterrupt
-        return decode(token)
+        return run(chunks)
 
-    monkeypatch.setattr(llm.model, "decode", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         for piece in llm.stream(HELLO, max_tokens=40):
@@ -204,16 +219,19 @@ def test_the_hottest_is_any_token(llm: LLM):
         {"max_tokens": None}, {"temperature": -1}, {"temperature": float("nan")},
         {"temperature": float("inf")}, {"temperature": "hot"}, {"temperature": None},
         {"temperature": 1j}, {"temperature": 10**400}, {"seed": -1}, {"seed": "x"},
-        {"seed": 0.5}, {"seed": []}, {"max_tokens": True}, {"temperature": True}, {"seed": True},
+        {"seed": 0.5}, {"seed": []}, {"top_k": -1}, {"top_k": 1.0}, {"top_p": 0}, {"top_p": 1.1},
+        {"min_p": -0.1}, {"min_p": 2}, {"presence": 3}, {"frequency": "1"}, {"repetition": 0},
+        {"logit_bias": {5: 101}}, {"logit_bias": {-1: 1}}, {"logit_bias": {268: 1}},
+        {"logit_bias": [1]}, {"stop": "the"}, {"stop": [""]}, {"stop": ["x"] * 17}, {"stop": [1]},
+        {"ignore_end": 1}, {"logprobs": -1}, {"logprobs": 21}, {"top_pp": 0.5},
+        {"max_tokens": True}, {"temperature": True}, {"seed": True},
     ],
     ids=str,
 )  # fmt: skip
 def test_hostile_options(llm: LLM, options: dict[str, Any]):
-    read = list(llm.read)
     with pytest.raises(ModelError) as caught:
         llm.stream(HELLO, **options)  # at the call, not at the first piece
-    assert caught.value.code == "M106"
-    assert llm.read == read
+    assert caught.value.code == "M106" and not llm.engine.scheduler.has_work
 
 
 def test_numbers_of_numpy_are_numbers(llm: LLM):
@@ -244,11 +262,10 @@ def test_strange_texts_are_answered(llm: LLM, text: str):
 
 def test_a_prompt_beyond_the_context(llm: LLM):
     before = llm.generate(HELLO, max_tokens=5)
-    read = list(llm.read)
     with pytest.raises(ModelError) as caught:
         llm.stream("the " * 500)
     assert caught.value.code == "M105" and "128" in caught.value.message
-    assert llm.read == read and llm.generate(HELLO, max_tokens=5) == before
+    assert llm.generate(HELLO, max_tokens=5) == before
 
 
 def test_a_model_without_a_template(stories: ModelFile):
@@ -295,7 +312,7 @@ def test_a_template_that_does_not_compile(tmp_path: Path, llm: LLM, template: st
 
 def test_a_message_that_spells_control_tokens(llm: LLM):
     text = f"{HELLO}<|im_end|>\n<|im_start|>user\n{OTHER}"
-    assert llm._tokens(text).count(1) == 2
+    assert llm.prompt(text).count(1) == 2
     assert llm.tokenizer.encode(text, special=False) != llm.tokenizer.encode(text)
     assert set(llm.tokenizer.encode(text, special=False)).isdisjoint({0, 1, 2})
 
@@ -309,7 +326,7 @@ def test_a_model_that_computes_no_numbers(tmp_path: Path, value: float):
     for _ in range(2):
         with pytest.raises(ModelError, match=r"M101.*no numbers"):
             llm.generate(HELLO, temperature=1.0)
-        assert llm.read == [] and llm.counts.answer_tokens == 0
+        assert llm.counts.answer_tokens == 0 and not llm.engine.scheduler.has_work
 
 
 @pytest.mark.slow
@@ -327,12 +344,12 @@ def test_smollm(smollm: ModelFile):
 
 
 def test_a_conversation_that_outgrows_the_context(llm: LLM):
-    messages = talk(*(f"{n} " * 3 for n in range(2 * llm.model.cache.capacity + 1)))
+    messages = talk(*(f"{n} " * 3 for n in range(2 * llm.engine.context + 1)))
     left_out = llm.too_many(messages)
     assert 0 < left_out < len(messages)
     rest = messages[left_out:]
     assert rest[0]["role"] == "user" and llm.too_many(rest) == 0
     assert llm.generate(rest, max_tokens=1) is not None
     with pytest.raises(ModelError) as e:
-        llm.too_many(talk("word " * 4 * llm.model.cache.capacity))
+        llm.too_many(talk("word " * 4 * llm.engine.context))
     assert e.value.code == "M105"

@@ -7,17 +7,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tests.models.reference import ReferenceLlama
 from tests.models.test_reference import GOLDEN
+from tests.serve.sequence import Sequence
 
 from tilewright.errors import ModelError
 from tilewright.runtime import pool as pools
-from tilewright.serve import model as model_module
 from tilewright.serve.chat import ChatTemplate
-from tilewright.serve.model import Llama
+from tilewright.serve.engine import Engine, Options
+from tilewright.serve.request import Sampling
 from tilewright.serve.tokenizer import load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
 
@@ -39,12 +41,12 @@ def tiny(runnable_path: Path) -> ModelFile:
 
 
 @pytest.fixture(scope="module")
-def llama(tiny: ModelFile) -> Llama:
+def llama(tiny: ModelFile) -> Sequence:
     """One model for many tests; each begins with `reset`."""
-    return Llama(tiny)
+    return Sequence(tiny)
 
 
-def greedy(model: Llama, prompt: list[int], steps: int) -> tuple[list[int], np.ndarray]:
+def greedy(model: Sequence, prompt: list[int], steps: int) -> tuple[list[int], np.ndarray]:
     """Tokens, and the logits that each was chosen from."""
     model.reset()
     rows = [model.prefill(prompt)]
@@ -56,7 +58,7 @@ def greedy(model: Llama, prompt: list[int], steps: int) -> tuple[list[int], np.n
 
 
 def check_greedy(
-    model: Llama, reference: ReferenceLlama, prompt: list[int], steps: int, atol: float
+    model: Sequence, reference: ReferenceLlama, prompt: list[int], steps: int, atol: float
 ) -> None:
     """Each token is the reference's own choice after the tokens before it, or ties with it."""
     tokens, logits = greedy(model, prompt, steps)
@@ -72,7 +74,7 @@ def check_greedy(
 def check_smollm(file: ModelFile, target: str) -> None:
     tokenizer = load_tokenizer(file)
     chat = ChatTemplate.from_metadata(file.metadata, tokenizer)
-    model, reference = Llama(file, target, context=256), ReferenceLlama(file)
+    model, reference = Sequence(file, target, context=256), ReferenceLlama(file)
     for question in QUESTIONS:
         prompt = tokenizer.encode(chat.render([{"role": "user", "content": question}]))
         check_greedy(model, reference, prompt, STEPS, atol=1e-3)
@@ -80,7 +82,7 @@ def check_smollm(file: ModelFile, target: str) -> None:
 
 def check_stories(file: ModelFile, target: str) -> None:
     tokenizer = load_tokenizer(file)
-    model, reference = Llama(file, target), ReferenceLlama(file)
+    model, reference = Sequence(file, target), ReferenceLlama(file)
     for opening in OPENINGS:
         check_greedy(model, reference, tokenizer.encode(opening), STEPS, atol=1e-3)
     prompt = tokenizer.encode("Zoo")
@@ -93,7 +95,7 @@ def check_tiny(file: ModelFile, target: str) -> None:
     for interleaved in (True, False):
         config = replace(file.config, rope_interleaved=interleaved)
         one = replace(file, config=config)
-        model, reference = Llama(one, target), ReferenceLlama(one)
+        model, reference = Sequence(one, target), ReferenceLlama(one)
         for prompt in ([5], list(range(3, 40)), [7] * 17):
             check_greedy(model, reference, prompt, STEPS, atol=1e-3)
 
@@ -127,28 +129,28 @@ def test_norms_of_any_stored_type(tmp_path: Path, kind: str):
                 made.tensors[name] = (stored, gguf.quants.dequantize(raw, KINDS[kind])[0])
         file = open_model(made.write(tmp_path / f"{stored}.gguf"))
         assert file.tensors["norm"].kind == stored
-        logits.append(Llama(file).prefill([5, 9, 2]))
+        logits.append(Sequence(file).prefill([5, 9, 2]))
     np.testing.assert_array_equal(logits[0], logits[1])
 
 
 def test_linear_scaling_of_rope(tiny: ModelFile):
     scaled = replace(tiny, config=replace(tiny.config, rope_scale=4.0))
-    model, reference = Llama(scaled), ReferenceLlama(scaled)
+    model, reference = Sequence(scaled), ReferenceLlama(scaled)
     check_greedy(model, reference, list(range(3, 40)), STEPS, atol=1e-3)
     model.reset()
-    assert np.abs(model.prefill([5, 9, 2]) - Llama(tiny).prefill([5, 9, 2])).max() > 1e-3
+    assert np.abs(model.prefill([5, 9, 2]) - Sequence(tiny).prefill([5, 9, 2])).max() > 1e-3
 
 
 UNCOMPILED = """
 import sys
-from tilewright.serve.model import Llama
+from tests.serve.sequence import Sequence
 from tilewright.serve.weights import open_model
-model = Llama(open_model(sys.argv[1]))
+model = Sequence(open_model(sys.argv[1]))
 model.prefill([5, 9, 2])
 tokens = [model.greedy()]
 while len(tokens) < 6:
     tokens.append(model.decode(tokens[-1]))
-print(*tokens, model._step.count)
+print(*tokens, model.runner._steps[1].count)
 """
 
 
@@ -190,7 +192,7 @@ def test_tiny_on_a_gpu(tiny: ModelFile):
 PROMPT = [int(t) for t in np.random.default_rng(5).integers(3, 260, 50)]
 
 
-def fresh(llama: Llama, tokens: list[int]) -> np.ndarray:
+def fresh(llama: Sequence, tokens: list[int]) -> np.ndarray:
     llama.reset()
     return llama.prefill(tokens)
 
@@ -199,7 +201,7 @@ def close(a: np.ndarray, b: np.ndarray) -> None:
     np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
-def test_at_once_is_token_by_token(llama: Llama):
+def test_at_once_is_token_by_token(llama: Sequence):
     at_once = fresh(llama, PROMPT)
     llama.reset()
     for token in PROMPT:
@@ -209,61 +211,41 @@ def test_at_once_is_token_by_token(llama: Llama):
     for token in PROMPT:
         llama.decode(token)
     close(llama.logits(), at_once)
-    assert llama.cache.length == len(PROMPT)
+    assert llama.length == len(PROMPT)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 16, 49, 50])
-def test_chunks(llama: Llama, monkeypatch: pytest.MonkeyPatch, chunk: int):
+@pytest.mark.parametrize("chunk", [1, 2, 7, 16, 17, 48, 49, 50])
+def test_chunks(llama: Sequence, monkeypatch: pytest.MonkeyPatch, chunk: int):
+    """The bits of the logits do not depend on how a prompt is cut."""
     at_once = fresh(llama, PROMPT)
-    monkeypatch.setattr(model_module, "PREFILL_CHUNK", chunk)
-    close(fresh(llama, PROMPT), at_once)
+    monkeypatch.setattr(llama, "chunk", chunk)
+    np.testing.assert_array_equal(fresh(llama, PROMPT), at_once)
 
 
-def test_a_prompt_in_pieces(llama: Llama):
+def test_a_prompt_in_pieces(llama: Sequence):
     at_once = fresh(llama, PROMPT)
     fresh(llama, PROMPT[:13])
     llama.prefill(np.array(PROMPT[13:31]))
     close(llama.prefill(PROMPT[31:]), at_once)
 
 
-def test_a_kept_beginning(llama: Llama):
+def test_a_kept_beginning(llama: Sequence):
     """Tokens of another sequence stay in the pages; none of them is seen."""
     other = PROMPT[::-1]
     wanted = fresh(llama, PROMPT[:20] + other)
     fresh(llama, PROMPT)
     llama.decode(9)
     llama.reset(20)
-    assert llama.cache.length == 20
-    close(llama.prefill(other), wanted)
-    llama.reset(1000)  # keeps what there is
-    assert llama.cache.length == 20 + len(other)
+    assert llama.length == 20
+    np.testing.assert_array_equal(llama.prefill(other), wanted)
 
 
-def test_logits_have_their_own_memory(llama: Llama):
+def test_logits_have_their_own_memory(llama: Sequence):
     first = fresh(llama, PROMPT)
     kept = first.copy()
     llama.decode(4)
     np.testing.assert_array_equal(first, kept)
     assert np.abs(llama.logits() - first).max() > 1e-3
-
-
-def test_what_does_not_fit_changes_nothing(tiny: ModelFile):
-    small = Llama(tiny, context=40)
-    wanted = small.prefill(PROMPT[:30])
-    for tokens in (PROMPT[:11], PROMPT, [3] * 1000):
-        with pytest.raises(ModelError) as caught:
-            small.prefill(tokens)
-        assert caught.value.code == "M105" and "40" in caught.value.message
-        assert small.cache.length == 30
-        np.testing.assert_array_equal(small.logits(), wanted)
-    for token in PROMPT[30:40]:
-        small.decode(token)
-    full = small.logits()
-    with pytest.raises(ModelError, match="M105"):
-        small.decode(3)
-    assert small.cache.length == 40
-    np.testing.assert_array_equal(small.logits(), full)
-    close(full, fresh(Llama(tiny), PROMPT[:40]))
 
 
 BAD_TOKENS = (
@@ -282,27 +264,48 @@ BAD_TOKENS = (
 )
 
 
+@pytest.fixture(scope="module")
+def engine(tiny: ModelFile) -> Engine:
+    return Engine(tiny, "cpp", Options(context=40))
+
+
 @pytest.mark.parametrize("tokens", BAD_TOKENS, ids=str)
-def test_hostile_tokens(llama: Llama, tokens: object):
-    fresh(llama, PROMPT[:5])
+def test_hostile_tokens(engine: Engine, tokens: object):
     with pytest.raises(ModelError) as caught:
-        llama.prefill(tokens)  # type: ignore[arg-type]
-    assert caught.value.code == "M106"
-    for token in (-1, 268, 2**40, 0.5, None, "x"):
-        with pytest.raises(ModelError, match="M106"):
-            llama.decode(token)  # type: ignore[arg-type]
-    assert llama.cache.length == 5
+        engine.submit(tokens, Sampling())
+    assert caught.value.code == "M106" and not engine.scheduler.has_work
+
+
+@pytest.mark.parametrize("count", [40, 41, 1000])
+def test_prompts_that_do_not_fit(engine: Engine, count: int):
+    with pytest.raises(ModelError) as caught:
+        engine.submit([3] * count, Sampling())
+    assert caught.value.code == "M105" and "40" in caught.value.message
+    assert not engine.scheduler.has_work
 
 
 @pytest.mark.parametrize("context", [0, -1, 129, 2**40, "64", 1.5, True, np.int64(0), [64]])
 def test_hostile_contexts(tiny: ModelFile, context: object):
     with pytest.raises(ModelError) as caught:
-        Llama(tiny, context=context)  # type: ignore[arg-type]
+        Engine(tiny, "cpp", Options(context=context))  # pyright: ignore[reportArgumentType]
     assert caught.value.code == "M105"
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [{"running": 0}, {"running": 1.5}, {"step_tokens": 1}, {"kv_tokens": 39}, {"kv_tokens": "x"},
+     {"running": 8, "step_tokens": 8}],
+    ids=str,
+)  # fmt: skip
+def test_hostile_sizes(tiny: ModelFile, sizes: dict[str, Any]):
+    with pytest.raises(ModelError) as caught:
+        Engine(tiny, "cpp", Options(context=40, **sizes))
+    assert caught.value.code == "M106" and caught.value.where in sizes
+
+
 def test_a_context_of_numpy_is_one(tiny: ModelFile):
-    assert Llama(tiny, context=np.int64(64)).cache.capacity == 64  # type: ignore[arg-type]
+    options = Options(context=np.int64(64))  # pyright: ignore[reportArgumentType]
+    assert Engine(tiny, "cpp", options).context == 64
 
 
 # ---------------------------------------------------------------------------- the recorded step
@@ -318,12 +321,11 @@ def test_a_decode_step_is_one_native_call(tiny: ModelFile, monkeypatch: pytest.M
         run(address, launches)
 
     monkeypatch.setattr(pool, "run", counted)
-    model = Llama(tiny)
+    model = Sequence(tiny)
     model.prefill(PROMPT)
     model.decode(3)
     for token in (4, 5, 6):
         calls.clear()
         model.decode(token)
-        assert model._step is not None
-        assert calls == [model._step.count]
-    assert model._step.count > tiny.config.layers  # all layers stand in it
+        assert calls == [model.runner._steps[1].count]
+    assert model.runner._steps[1].count > tiny.config.layers  # all layers are in it

@@ -1,17 +1,8 @@
-"""The KV cache of one sequence: a pair of page arrays for each layer, and one page table.
-
-The arrays of the page table stay at their addresses and only their contents change, so that a
-recorded step serves a longer sequence.
-"""
+"""The KV cache: pages of all layers, and an allocator that counts who uses each page."""
 
 from __future__ import annotations
 
-import numpy as np
-
-from tilewright.attention.kv import KV
 from tilewright.attention.pool import Pool
-from tilewright.attention.table import Table
-from tilewright.errors import ModelError
 from tilewright.serve.memory import Memory
 from tilewright.serve.weights import LlamaConfig
 
@@ -19,35 +10,57 @@ PAGE_SIZE = 16
 
 
 class KVPool:
-    """A cache for `capacity` tokens of one sequence, float32; `length` of them are in use."""
+    """Keys and values of `pages` pages, float32: one pair of arrays for each layer."""
 
-    def __init__(self, config: LlamaConfig, tokens: int, memory: Memory) -> None:
-        self.memory, self.capacity = memory, tokens
-        self.pages = -(-tokens // PAGE_SIZE)
-        self.length = 0
-        shape = (self.pages, PAGE_SIZE, config.kv_heads, config.head_dim)
+    def __init__(self, config: LlamaConfig, pages: int, memory: Memory) -> None:
+        shape = (pages, PAGE_SIZE, config.kv_heads, config.head_dim)
+        self.pages = pages
         self.keys = [memory.empty(*shape) for _ in range(config.layers)]
         self.values = [memory.empty(*shape) for _ in range(config.layers)]
-        self.kv_len = memory.put(np.full(1, tokens, np.int32))
-        pages = memory.put(np.arange(self.pages, dtype=np.int32).reshape(1, -1))
-        self.table = Table(self.kv_len, pages)
-        self.views = [
-            KV(self.table, Pool(k, v)) for k, v in zip(self.keys, self.values, strict=True)
-        ]
+        self.layers = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
 
-    def grow(self, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Adds tokens to the sequence; returns their positions, pages and slots, int32 (tokens,).
 
-        Raises ModelError[M105] when they do not fit."""
-        if self.length + tokens > self.capacity:
-            rule = f"{self.length + tokens} tokens do not fit into a context of {self.capacity}"
-            hint = "shorten the prompt, or ask for fewer tokens"
-            raise ModelError("M105", rule, where="prompt", hint=hint)
-        positions = np.arange(self.length, self.length + tokens, dtype=np.int32)
-        self.truncate(self.length + tokens)
-        return positions, positions // PAGE_SIZE, positions % PAGE_SIZE
+class Pages:
+    """Which pages are in use. A page is *held* by the requests that read or write it, and may be
+    *kept* by the prefix tree; it is free without either."""
 
-    def truncate(self, length: int) -> None:
-        """Sets the length of the sequence."""
-        self.length = length
-        self.memory.write(self.kv_len, length)
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.free = list(range(count - 1, -1, -1))
+        self.holders = [0] * count
+        self.kept = [False] * count
+        self.held = 0
+
+    @property
+    def available(self) -> int:
+        """Pages that no request holds: the free ones, and those that the prefix tree can evict."""
+        return self.count - self.held
+
+    def take(self) -> int:
+        """A free page, held once."""
+        page = self.free.pop()
+        self.hold(page)
+        return page
+
+    def hold(self, page: int) -> None:
+        self.held += self.holders[page] == 0
+        self.holders[page] += 1
+
+    def release(self, page: int) -> None:
+        assert self.holders[page] > 0, f"page {page} is released more often than held"
+        self.holders[page] -= 1
+        if self.holders[page] == 0:
+            self.held -= 1
+            if not self.kept[page]:
+                self.free.append(page)
+
+    def keep(self, page: int) -> None:
+        """The prefix tree keeps a page that a request holds."""
+        assert self.holders[page] and not self.kept[page]
+        self.kept[page] = True
+
+    def evict(self, page: int) -> None:
+        """The prefix tree gives up a page that no request holds."""
+        assert self.kept[page] and not self.holders[page]
+        self.kept[page] = False
+        self.free.append(page)

@@ -43,6 +43,6 @@ class Memory:
         """The contents on the host."""
         return array if isinstance(array, np.ndarray) else array.to_numpy()
 
-    def row(self, array: Any, n: int) -> Any:
-        """Row n of a (rows, cols) array, as (1, cols), in place."""
-        return array[n : n + 1] if isinstance(array, np.ndarray) else array.rows(n, n + 1)
+    def rows(self, array: Any, begin: int, end: int) -> Any:
+        """Rows begin … end-1 of the first dimension, in place."""
+        return array[begin:end] if isinstance(array, np.ndarray) else array.rows(begin, end)

@@ -1,4 +1,4 @@
-"""`tilewright demo` and `tilewright chat`: a language model on Tilewright's kernels."""
+"""`tilewright demo`, `chat` and `serve`: a language model on Tilewright's kernels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tilewright.errors import TilewrightError
-from tilewright.serve.engine import LLM, check_options
+from tilewright.errors import MissingExtra, TilewrightError
+from tilewright.serve.engine import LLM
+from tilewright.serve.request import Sampling
 from tilewright.serve.weights import packaged_model
 from tilewright.target import target as parse_target
 from tilewright.toolchain import compilers, disk_cache
@@ -33,6 +34,21 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
     _shared_arguments(parser)
 
 
+def serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help=MODEL_HELP)
+    parser.add_argument("--name", help="the model's name in the API (default: the file's)")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--api-key", default="", help="what clients must send (default: anything)")
+    parser.add_argument("--target", default="cpp", help="cpp or cuda")
+    parser.add_argument("--context", type=int, help="tokens of prompt and answer together")
+    parser.add_argument("--running", type=int, default=16, help="requests answered at once")
+    parser.add_argument("--step-tokens", type=int, default=256, help="tokens of one step")
+    parser.add_argument("--kv-tokens", type=int, help="tokens of the KV cache")
+    fast_help = "faster batches of 8 or more, at the cost of answers equal to the bit"
+    parser.add_argument("--fast", action="store_true", help=fast_help)
+
+
 def _shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="cpp", help="cpp or cuda")
     parser.add_argument("--max-tokens", type=int, default=256)
@@ -44,7 +60,7 @@ def _shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _open(args: argparse.Namespace) -> tuple[LLM, float]:
     """The model, and the seconds it took to open. Raises ModelError[M106] for bad options."""
-    check_options(**_options(args))
+    Sampling(**_options(args))
     began = time.perf_counter()
     llm = LLM(args.model or packaged_model(), target=args.target, context=args.context)
     return llm, time.perf_counter() - began
@@ -103,6 +119,27 @@ def chat(args: argparse.Namespace) -> int:
             return 0
         except KeyboardInterrupt:
             interrupted = True
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serves until SIGINT or SIGTERM; then answers that have begun are finished. Raises
+    MissingExtra[E101]."""
+    try:
+        import uvicorn
+
+        from tilewright.serve.api import Limits, build_app
+    except ModuleNotFoundError as missing:
+        rule, hint = f"the server needs {missing.name}", "pip install 'tilewright[models,serve]'"
+        raise MissingExtra("E101", rule, hint=hint) from None
+    path = Path(args.model or packaged_model())
+    llm = LLM(
+        path, target=args.target, context=args.context, running=args.running,
+        step_tokens=args.step_tokens, kv_tokens=args.kv_tokens, invariant=not args.fast,
+    )  # fmt: skip
+    app = build_app(llm, args.name or path.stem, Limits(api_key=args.api_key))
+    print(f"{args.name or path.stem} at http://{args.host}:{args.port}/v1", flush=True)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    return 0
 
 
 def _turn(llm: LLM, messages: list[dict[str, str]], question: str, options: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ VERBS: dict[str, Verb] = {
     "explain": Verb("explain", "explain an error code and its remedy"),
     "demo": Verb("chat", "serve a small language model with kernels compiled on the spot"),
     "chat": Verb("chat", "talk to a model file (GGUF)"),
+    "serve": Verb("chat", "answer OpenAI's HTTP API with a model file (GGUF)"),
 }
 
 

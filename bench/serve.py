@@ -1,0 +1,148 @@
+"""`dev.py bench serve`: replays the arrivals and lengths of a served trace on our engine.
+
+Requests come when the trace says, time divided by `--speed`; prompts are random tokens of the
+trace's lengths, times `--lengths`, and answers have the trace's lengths too. Rows: tokens a second
+over the replay, time to the first token, and gaps between tokens. A few answers are computed again
+alone, and have to be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from bench.harness import Row, base_row, note
+from tilewright.errors import ArgumentError
+from tilewright.serve.engine import Engine, Options
+from tilewright.serve.request import Request, Sampling
+from tilewright.serve.weights import open_model, packaged_model
+
+TRACE = "shared/data/traces/AzureLLMInferenceTrace_conv.csv.gz"
+_CHECKED = 3  # answers that are computed again
+
+
+@dataclass(slots=True)
+class Job:
+    """A request of the trace: seconds from the first arrival, tokens; then what it was given."""
+
+    arrival_s: float
+    prompt: list[int]
+    answer: int
+    request: Request | None = None
+    times_s: list[float] = field(default_factory=list)
+
+
+def serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a model file (default: the packaged SmolLM2)")
+    parser.add_argument("--target", default="cpp", help="cpp or cuda")
+    folder = Path(__file__).resolve().parents[2]
+    trace_help = "TIMESTAMP,ContextTokens,GeneratedTokens, also .gz"
+    parser.add_argument("--trace", type=Path, default=folder / TRACE, help=trace_help)
+    parser.add_argument("--requests", type=int, default=100, help="the first ones of the trace")
+    parser.add_argument(
+        "--speed", type=float, default=1.0, help="time of arrivals is divided by it"
+    )
+    parser.add_argument("--lengths", type=float, default=0.25, help="factor of all lengths")
+    parser.add_argument("--running", type=int, default=16, help="requests answered at once")
+    parser.add_argument("--step-tokens", type=int, default=256, help="tokens of one step")
+    parser.add_argument("--fast", action="store_true", help="faster batches, not equal to the bit")
+
+
+def serve(args: argparse.Namespace) -> Iterator[Row]:
+    """Rows of one replay."""
+    file = open_model(args.model or packaged_model())
+    context = min(file.config.context, 4096)
+    sizes = {"running": args.running, "step_tokens": args.step_tokens, "invariant": not args.fast}
+    jobs = read_trace(args.trace, args.requests, args.lengths, (context, file.config.vocab))
+    engine = Engine(file, args.target, Options(context=context, **sizes))
+    replay(engine, [Job(0.0, job.prompt[:40], 4) for job in jobs[: args.running]], 1.0)  # builds
+    took_s = replay(engine, jobs, args.speed)
+    if not args.fast:
+        check(Engine(file, args.target, Options(context=context, share=False)), jobs)
+    name = f"{args.trace.name.split('.')[0]} x{args.speed:g} lengths x{args.lengths:g}"
+    for metric, value in measures(jobs, args.speed, took_s).items():
+        yield base_row("serve", "serve.replay", args.target) | {
+            "input": name, "width": len(jobs), "dtype": "float32", "impl": "tilewright",
+            "ms": 1e3 * took_s, "metric": metric, "value": value, "ratio": None,
+        }  # fmt: skip
+
+
+def read_trace(path: Path, count: int, factor: float, sizes: tuple[int, int]) -> list[Job]:
+    """The first requests of a trace with random tokens; `sizes`: the context, in which prompt and
+    answer are cut to fit, and the vocabulary. Raises ArgumentError[A109]."""
+    context, vocab = sizes
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            rows = [row for row, _ in zip(csv.DictReader(file), range(count), strict=False)]
+        if not rows:
+            raise ValueError("no rows")
+        times = [datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in rows]
+        lengths = [(int(r["ContextTokens"]), int(r["GeneratedTokens"])) for r in rows]
+    except (OSError, KeyError, ValueError) as error:
+        raise ArgumentError("A109", f"{path} is no trace: {error}", where="--trace") from None
+    rng = np.random.default_rng(0)
+    jobs = []
+    for at, (prompt, answer) in zip(times, lengths, strict=True):
+        read = int(np.clip(prompt * factor, 1, context - 2))
+        written = int(np.clip(answer * factor, 1, context - read))
+        jobs.append(Job(at - times[0], rng.integers(3, vocab, read).tolist(), written))
+    return jobs
+
+
+def replay(engine: Engine, jobs: list[Job], speed: float) -> float:
+    """Runs the jobs in real time and notes when each got its tokens; the seconds it took."""
+    began = time.perf_counter()
+    waiting = sorted(jobs, key=lambda job: job.arrival_s)
+    running: dict[Request, Job] = {}
+    while waiting or running:
+        now = time.perf_counter() - began
+        while waiting and waiting[0].arrival_s / speed <= now:
+            job = waiting.pop(0)
+            job.request = engine.submit(
+                job.prompt, Sampling(max_tokens=job.answer, ignore_end=True)
+            )
+            running[job.request] = job
+        if not running:
+            time.sleep(max(0.0, waiting[0].arrival_s / speed - now))
+            continue
+        ready = engine.step()
+        now = time.perf_counter() - began
+        for request in ready:
+            running[request].times_s.append(now)
+            if request.finish:
+                del running[request]
+    return time.perf_counter() - began
+
+
+def measures(jobs: list[Job], speed: float, took_s: float) -> dict[str, float]:
+    """Rates over the replay, and percentiles in milliseconds."""
+    first = 1e3 * np.array([job.times_s[0] - job.arrival_s / speed for job in jobs])
+    gaps = 1e3 * np.concatenate([np.diff(job.times_s) for job in jobs] or [np.zeros(0)])
+    gaps = gaps if len(gaps) else np.zeros(1)
+    values = {
+        "requests/s": len(jobs) / took_s,
+        "answer tokens/s": sum(len(job.times_s) for job in jobs) / took_s,
+        "prompt tokens/s": sum(len(job.prompt) for job in jobs) / took_s,
+    }
+    for name, samples in (("first token", first), ("gap", gaps)):
+        values |= {f"ms {name} p{p}": float(np.percentile(samples, p)) for p in (50, 90, 99)}
+    return values | {"ms gap max": float(gaps.max())}
+
+
+def check(engine: Engine, jobs: list[Job]) -> None:
+    """The shortest jobs again, each alone: their tokens have to be equal."""
+    for job in sorted(jobs, key=lambda job: len(job.prompt) + 8 * job.answer)[:_CHECKED]:
+        again = Job(0.0, job.prompt, job.answer)
+        replay(engine, [again], 1.0)
+        assert again.request is not None and job.request is not None
+        if again.request.answer != job.request.answer:
+            note("WRONG: an answer in the batch differs from the same one alone")
+            raise SystemExit(1)

@@ -1,0 +1,182 @@
+"""The runner: one step of a batch through the model.
+
+The rows of all chunks are packed one after the other, answers first. A step of answers alone, one
+row each, is recorded once for each number of requests and then replayed as one native call.
+
+The bits of a row depend on its own request only, and not on how its prompt is cut into chunks:
+linear layers read rows of answers and of prompts by different kernels, each of which computes a row
+alone; attention has a kernel for one query and one for several, and a prompt never takes the first:
+its chunk is read with a row more where a work item would have one query. Keys are divided as if
+every answer were as long as the context, and every prompt short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tilewright.attention.kv import KV
+from tilewright.attention.plan import CHUNK_TILES, KEY_TILE
+from tilewright.attention.table import Table
+from tilewright.ops.embedding import embedding_kernel
+from tilewright.runtime.launch import Step
+from tilewright.serve.kv_pool import PAGE_SIZE, KVPool
+from tilewright.serve.models.llama import Llama, Rows
+from tilewright.serve.scheduler import Chunk, Limits
+
+FEW = 8  # rows from which the kernel of many rows is the faster one
+
+
+class Logits:
+    """What a step computed for the requests that want a token, in the order of the chunks."""
+
+    def __init__(self, runner: Runner, rows: list[int]) -> None:
+        self._memory, self._logits, self._rows = runner.model.memory, runner.last["logits"], rows
+        token = self._memory.read(runner.last["token"])
+        self.likeliest = [int(token[n]) for n in rows]
+
+    def row(self, i: int) -> np.ndarray:
+        """The logits of request i, float32 (vocab,); valid until the next step."""
+        n = self._rows[i]
+        return self._memory.read(self._memory.rows(self._logits, n, n + 1))[0]
+
+
+class Runner:
+    """A model with the memory of its batches: activations, page tables and the KV cache.
+
+    `context`: the longest sequence. With `limits.invariant` a batch of many answers takes the
+    kernel of one row too, which is slower and keeps the bits of each.
+    """
+
+    def __init__(self, model: Llama, limits: Limits, context: int) -> None:
+        self.model, self.invariant = model, limits.invariant
+        self.cache = KVPool(model.config, limits.pages, model.memory)
+        new, most, config = model.memory.empty, limits.running, model.config
+        tokens = limits.step_tokens + most  # a row more for each chunk
+        self.width = -(-context // PAGE_SIZE)
+        self.activations = {k: new(tokens, w) for k, w in model.widths.items()}
+        self.last = {"x": new(most, config.dim), "normed": new(most, config.dim)}
+        self.last["logits"] = new(most, config.vocab)
+        self.last["token"] = new(most, dtype="int32")
+        self.ints = new(4 * tokens, dtype="int32")
+        self.picked = new(most, dtype="int32")
+        self.kv_len = model.memory.put(np.zeros(most, np.int32))
+        self.plan_len = model.memory.put(np.zeros(most, np.int32))
+        self.table = np.zeros((most, self.width), np.int32)
+        self.block_table = model.memory.put(self.table.copy())
+        self._written: list[list[int]] = [[] for _ in range(most)]
+        self._views: dict[int, tuple[list[KV], KV]] = {}
+        self._steps: dict[int, Step] = {}
+        self._qo_tile = model.attention.plan(np.array([0, 1], np.int32), self._kv(1)[1]).qo_tile
+
+    def run(self, chunks: Sequence[Chunk]) -> Logits:
+        """Reads the tokens of the chunks, those of answers first, and computes the logits of the
+        requests that want a token."""
+        stops = [c.stop + self._needs_row(c) for c in chunks]
+        self._write(chunks, stops)
+        wanting = [i for i, c in enumerate(chunks) if c.wants_token]
+        if not any(c.is_prompt for c in chunks):
+            step = self._steps.get(len(chunks))
+            if step is None:
+                step = self._steps[len(chunks)] = self._record(len(chunks))
+            step()
+            return Logits(self, wanting)
+        self._mixed(chunks, stops, wanting)
+        return Logits(self, list(range(len(wanting))))
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _needs_row(self, chunk: Chunk) -> bool:
+        """Whether the last work item of a chunk of a prompt would have one query. The row behind it
+        is read as token 0; nobody sees its result, and its key is overwritten by the next token."""
+        return chunk.is_prompt and (chunk.stop - chunk.start) % self._qo_tile == 1
+
+    def _write(self, chunks: Sequence[Chunk], stops: list[int]) -> None:
+        """Tokens up to `stops` and the page table, to memory of the target."""
+        memory = self.model.memory
+        ids: list[int] = []
+        position: list[int] = []
+        page: list[int] = []
+        for i, (chunk, stop) in enumerate(zip(chunks, stops, strict=True)):
+            pages = chunk.request.pages
+            ids += chunk.request.tokens[chunk.start : chunk.stop] + [0] * (stop - chunk.stop)
+            position += range(chunk.start, stop)
+            page += [pages[n // PAGE_SIZE] for n in range(chunk.start, stop)]
+            if self._written[i] != pages:
+                self._written[i] = list(pages)
+                self.table[i, : len(pages)] = pages
+                memory.write(memory.rows(self.block_table, i, i + 1), self.table[i : i + 1])
+        packed = np.array([ids, position, page, [n % PAGE_SIZE for n in position]], np.int32)
+        memory.write(memory.rows(self.ints, 0, packed.size), packed.reshape(-1))
+        memory.write(memory.rows(self.kv_len, 0, len(stops)), np.array(stops, np.int32))
+
+    def _rows(self, tokens: int, single: int) -> Rows:
+        rows = self.model.memory.rows
+        ids, position, page, slot = (
+            rows(self.ints, i * tokens, (i + 1) * tokens) for i in range(4)
+        )
+        activations = {k: rows(a, 0, tokens) for k, a in self.activations.items()}
+        return Rows(tokens, single, ids, position, page, slot, activations)
+
+    def _single(self, rows: int) -> int:
+        """How many of `rows` rows of answers take the kernel of one row."""
+        return rows if self.invariant or rows < FEW else 0
+
+    def _kv(self, requests: int) -> tuple[list[KV], KV]:
+        """The KV of each layer for a number of requests, and the one to plan with."""
+        if requests not in self._views:
+            rows = self.model.memory.rows
+            pages = rows(self.block_table, 0, requests)
+            table = Table(rows(self.kv_len, 0, requests), pages)
+            plan = Table(rows(self.plan_len, 0, requests), pages)
+            pools = self.cache.layers
+            self._views[requests] = [KV(table, pool) for pool in pools], KV(plan, pools[0])
+        return self._views[requests]
+
+    def _mixed(self, chunks: Sequence[Chunk], stops: list[int], wanting: list[int]) -> None:
+        """Any chunks, call by call."""
+        model, memory = self.model, self.model.memory
+        starts = np.array([c.start for c in chunks], np.int32)
+        indptr = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int32)
+        views, to_plan = self._kv(len(chunks))
+        capacity, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * KEY_TILE
+        lengths = [min(c.stop, short) if c.is_prompt else capacity for c in chunks]
+        memory.write(memory.rows(self.plan_len, 0, len(chunks)), np.array(lengths, np.int32))
+        plan = model.attention.plan(indptr, to_plan)
+
+        def do(kernel: Any, *args: Any, out: Any = None) -> None:
+            kernel(*args, out=out)
+
+        def attend(layer: int, q: Any, out: Any) -> None:
+            model.attention.run(q, views[layer], plan, out=out)
+
+        b = self._rows(int(indptr[-1]), self._single(sum(not c.is_prompt for c in chunks)))
+        model.forward(b, (self.cache.keys, self.cache.values), attend, do)
+        if wanting:
+            count = len(wanting)
+            last = {name: memory.rows(a, 0, count) for name, a in self.last.items()}
+            picked = memory.rows(self.picked, 0, count)
+            ends = [indptr[i] + chunks[i].stop - starts[i] for i in wanting]
+            memory.write(picked, np.array(ends, np.int32) - 1)
+            do(embedding_kernel("f32", model.name), picked, b.a["x"], out=last["x"])
+            model.finish(last, self._single(count), do)
+
+    def _record(self, requests: int) -> Step:
+        """The step of one row of each of some answers."""
+        bounds: list[Any] = []
+        model, rows = self.model, self.model.memory.rows
+        views, _ = self._kv(requests)
+
+        def do(kernel: Any, *args: Any, out: Any = None) -> None:
+            bounds.append(kernel.bind(*args, out=out))
+
+        def attend(layer: int, q: Any, out: Any) -> None:
+            bounds.append(model.attention.bind(q, views[layer], out))
+
+        b = self._rows(requests, self._single(requests))
+        model.forward(b, (self.cache.keys, self.cache.values), attend, do)
+        last = {name: rows(self.last[name], 0, requests) for name in ("logits", "token")}
+        model.finish({**b.a, **last}, b.single, do)
+        return Step(bounds)

@@ -1,0 +1,86 @@
+"""The sampler: the next token of a request from its logits.
+
+A token depends on the logits, the request's seed and its position in the answer, not on the batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tilewright.serve.request import Request, Sampling, TokenLogprob
+
+COLDEST = 1e-6  # a lower temperature samples as this one does, and overflows nothing
+FIRST = 1024  # candidates of top_p that are sorted before all others
+
+
+def sample(request: Request, logits: np.ndarray) -> int:
+    """The next token of a request by its logits (vocab,)."""
+    sampling = request.sampling
+    scores = penalized(request, logits)
+    token = int(scores.argmax())
+    if sampling.temperature:
+        uniform = np.random.default_rng((request.seed, request.answered)).random()
+        token = draw(scores, sampling, uniform)
+    if sampling.logprobs is not None:
+        request.logprobs.append(logprobs(logits, token, sampling.logprobs))
+    return token
+
+
+def penalized(request: Request, logits: np.ndarray) -> np.ndarray:
+    """The logits after penalties and biases, float64 (vocab,)."""
+    s, scores = request.sampling, logits.astype(np.float64)
+    if s.repetition != 1:
+        seen = np.unique(request.tokens)
+        x = scores[seen]
+        scores[seen] = np.where(x > 0, x / s.repetition, x * s.repetition)
+    if request.counts and (s.presence or s.frequency):
+        tokens = np.fromiter(request.counts.keys(), np.int64)
+        scores[tokens] -= s.presence + s.frequency * np.fromiter(request.counts.values(), np.int64)
+    for token, bias in s.logit_bias.items():
+        scores[token] += bias
+    return scores
+
+
+def draw(scores: np.ndarray, sampling: Sampling, uniform: float) -> int:
+    """A token by the inverse of the cumulative distribution, at a number of [0, 1)."""
+    with np.errstate(under="ignore", over="ignore"):
+        weights = np.exp((scores - scores.max()) / max(sampling.temperature, COLDEST))
+    tokens = candidates(weights, sampling)
+    sums = np.cumsum(weights if tokens is None else weights[tokens])
+    place = min(int(np.searchsorted(sums, uniform * sums[-1], side="right")), len(sums) - 1)
+    return place if tokens is None else int(tokens[place])
+
+
+def candidates(weights: np.ndarray, s: Sampling) -> np.ndarray | None:
+    """The tokens that top_k, top_p and min_p leave; None for all. `weights`: probabilities over
+    that of the likeliest."""
+    tokens = _largest(weights, s.top_k) if 0 < s.top_k < len(weights) else None
+    if s.top_p < 1:
+        wanted = s.top_p * (weights if tokens is None else weights[tokens]).sum()
+        first = _largest(weights, FIRST) if tokens is None else tokens
+        sums = np.cumsum(weights[first])
+        if sums[-1] < wanted and tokens is None:
+            first = _largest(weights, len(weights))
+            sums = np.cumsum(weights[first])
+        tokens = first[: int(np.searchsorted(sums, wanted)) + 1]
+    if s.min_p and tokens is None:
+        return np.flatnonzero(weights >= s.min_p)
+    return tokens if tokens is None else tokens[weights[tokens] >= s.min_p]
+
+
+def _largest(weights: np.ndarray, count: int) -> np.ndarray:
+    """The indices of the `count` largest, the largest first, of equals the smallest index."""
+    if count < len(weights):
+        part = np.argpartition(-weights, count - 1)[:count]
+    else:
+        part = np.arange(len(weights))
+    return part[np.lexsort((part, -weights[part]))]
+
+
+def logprobs(logits: np.ndarray, token: int, count: int) -> TokenLogprob:
+    """The log-probabilities of a token and of the `count` likeliest, by the model's own logits."""
+    x = logits.astype(np.float64)
+    x -= x.max()
+    x -= np.log(np.exp(x).sum())
+    top = _largest(x, count) if count else np.empty(0, int)
+    return TokenLogprob(token, float(x[token]), tuple((int(i), float(x[i])) for i in top))

@@ -1,0 +1,102 @@
+"""The scheduler on a virtual clock: a step takes one tick, a token follows from those before it.
+
+The simulated cache holds in each slot a hash of the tokens up to its position. A step checks that
+every slot it reads holds the right one, so that a page that was freed, shared or written wrongly is
+seen at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tilewright.serve.request import Request, Sampling
+from tilewright.serve.scheduler import Decision, Limits, Scheduler
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request: tokens of its prompt and of its answer, and the steps at which it comes and is
+    cancelled (0: never)."""
+
+    prompt: list[int]
+    answer: int
+    at: int = 1
+    priority: int = 0
+    cancel: int = 0
+
+
+def token_after(tokens: list[int]) -> int:
+    return 1000 + hash(tuple(tokens)) % 1000
+
+
+@dataclass
+class Clock:
+    limits: Limits
+    arrivals: list[Arrival]
+    log: list[str] = field(default_factory=list)
+
+    def run(self, most: int = 5000) -> list[Request]:
+        """Runs until all requests have ended."""
+        self.scheduler = Scheduler(self.limits)
+        self.slots: dict[tuple[int, int], int] = {}
+        self.requests = [
+            Request(i, list(a.prompt), Sampling(max_tokens=a.answer), a.priority)
+            for i, a in enumerate(self.arrivals)
+        ]
+        for tick in range(1, most):
+            for request, arrival in zip(self.requests, self.arrivals, strict=True):
+                if arrival.at == tick and not request.finish:
+                    self.scheduler.add(request)
+                if arrival.cancel == tick:
+                    self.scheduler.finish(request, "cancel")
+            self.step()
+            if all(r.finish for r in self.requests):
+                assert self.scheduler.pages.held == 0 and not self.scheduler.has_work
+                return self.requests
+        raise AssertionError(f"not done after {most} steps: {self.log[-3:]}")
+
+    def step(self) -> None:
+        scheduler = self.scheduler
+        decision = scheduler.schedule()
+        if scheduler.has_work:
+            assert decision.chunks, "a step with work reads nothing"
+        self.log.append(str(decision))
+        self.check(decision)
+        for chunk in decision.chunks:
+            request, size = chunk.request, self.limits.page_size
+            for n in range(chunk.start, chunk.stop):
+                slot = request.pages[n // size], n % size
+                self.slots[slot] = hash(tuple(request.tokens[: n + 1]))
+        for request in scheduler.commit(decision):
+            request.tokens.append(token_after(request.tokens))
+            if request.answered == request.sampling.max_tokens:
+                scheduler.finish(request, "length")
+
+    def check(self, decision: Decision) -> None:
+        scheduler, size, pages = self.scheduler, self.limits.page_size, self.scheduler.pages
+        assert sum(c.stop - c.start for c in decision.chunks) <= self.limits.step_tokens
+        assert len(scheduler.running) <= self.limits.running
+        assert len({c.request.id for c in decision.chunks}) == len(decision.chunks)
+        is_prompt = [c.is_prompt for c in decision.chunks]
+        assert is_prompt == sorted(is_prompt), "answers come first"
+        chosen = {c.request.id for c in decision.chunks}
+        for request in scheduler.running:
+            if request.computed >= request.in_chunks:
+                assert request.id in chosen, "an answer waits"
+        kept = {node.page for node in scheduler.prefix.nodes()}
+        held: dict[int, int] = {}
+        for request in scheduler.running:
+            for page in request.pages:
+                held[page] = held.get(page, 0) + 1
+                assert held[page] == 1 or page in kept, "a page is written by two"
+        assert [pages.holders[p] for p in range(pages.count)] == [
+            held.get(p, 0) for p in range(pages.count)
+        ]
+        assert not kept & set(pages.free) and not held.keys() & set(pages.free)
+        assert len(kept | held.keys()) + len(pages.free) == pages.count, "a page is lost"
+        for chunk in decision.chunks:
+            tokens = chunk.request.tokens
+            assert chunk.start < chunk.stop <= len(chunk.request.pages) * size
+            for n in range(chunk.start):
+                slot = chunk.request.pages[n // size], n % size
+                assert self.slots.get(slot) == hash(tuple(tokens[: n + 1])), "a wrong key is read"
