@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,12 @@ import numpy as np
 import tilewright as tw
 from tilewright import dtypes
 from tilewright.ir.levels import coordinates
+from tilewright.ir.names import GeneratedName, count_name, size_name, values_name
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
 from tilewright.reference.evaluate import evaluate
 from tilewright.reference.interpreter import execute
-from tilewright.reference.memory import memory_of, poisoned
+from tilewright.reference.memory import Part, poisoned
 from tilewright.sparse.pack import Packed
 
 Arrays = dict[str, Any]
@@ -385,6 +386,46 @@ def executed(definition: Any, program: Program, args: Arrays) -> dict[str, np.nd
         t.name: flat(t, given[t.name] if t.is_sparse else buffers[t.name])
         for t in definition.program.outputs
     }
+
+
+def memory_of(
+    program: Program, arrays: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, int], list[Part]]:
+    """(buffers, variables, parts) for `execute`, from arrays by tensor name.
+
+    Sparse tensors are objects with `structure` and `values` (`sparse.pack.Packed`), also those
+    that are computed. Dense outputs and temporaries that `arrays` lacks are allocated, poisoned.
+    """
+    sizes = dict(program.sizes)
+    buffers: dict[str, np.ndarray] = {}
+    passed = [(t, arrays[t.name]) for t in program.tensors if arrays.get(t.name) is not None]
+    parts = [
+        Part() for _ in range(max((len(x.values) for t, x in passed if t.is_sparse), default=0))
+    ]
+    for t, x in passed:
+        sizes |= {d: n for d, n in zip(t.dims, np.shape(x), strict=True) if isinstance(d, str)}
+        if t.is_sparse:
+            _add_to_parts(t, x, parts)
+        else:
+            buffers[t.name] = np.asarray(x)
+    for t in program.tensors:
+        if t.role in ("output", "temp") and not t.is_sparse and t.name not in buffers:
+            shape = tuple(d if isinstance(d, int) else sizes[d] for d in t.dims)
+            buffers[t.name] = poisoned(shape, t.dtype)
+    return buffers, {size_name(d): n for d, n in sizes.items() if isinstance(d, str)}, parts
+
+
+def _add_to_parts(t: Tensor, packed: Any, rows: list[Part]) -> None:
+    """Adds the arrays of each part of a tensor; one that is not composed is in every row."""
+    parts, cases = packed.structure.parts, packed.structure.format.formats
+    for number, row in enumerate(rows):
+        at = number if number < len(parts) else 0
+        row.buffers[values_name(t.name)] = packed.values[at]
+        row.case = max(row.case, cases.index(parts[at].format))
+        for depth, level in enumerate(parts[at].arrays):
+            row.variables[count_name(t.structure, depth)] = parts[at].counts[depth]
+            for kind, array in level.items():
+                row.buffers[GeneratedName(t.structure, kind, depth).name] = array
 
 
 def called(kernel: Any, definition: Any, args: Arrays) -> dict[str, np.ndarray]:
