@@ -93,8 +93,9 @@ class Launch:
         self.shared: dict[str, np.ndarray] = {}  # whether an element was written, by name
         self.allocated: dict[int, tuple[Array, History]] = {}  # by id of the `Alloc`
         sums = [x.dtype for x in walk(nest.body) if isinstance(x, ir.ReduceThreads)]
+        self.grain = min((t.itemsize for t in sums), default=1)
         self.slot_bytes = max((t.itemsize * t.lanes for t in sums), default=0)
-        self.scratch: History | None = None  # of reductions over thread.y, by bytes
+        self.scratch: History | None = None  # of reductions over thread.y, by grains of bytes
         self.vector_dimension = lane_dimensions(nest.body)
         self.statement: ir.Stmt = nest.body
         self._start(1)
@@ -443,9 +444,10 @@ class Launch:
     def share(self, kind: str, dtype: DType, slots: np.ndarray) -> None:
         """Accesses of each lane to slots at the start of shared memory, where reductions over rows
         of all types lie."""
-        size, unit_bytes = dtype.itemsize * dtype.lanes, self.threads * self.slot_bytes
-        self.scratch = self.scratch or History(self.units * unit_bytes)
-        at = slots[..., None] * size + np.arange(size) + self.unit[:, None, None] * unit_bytes
+        size = dtype.itemsize * dtype.lanes // self.grain
+        unit_size = self.threads * self.slot_bytes // self.grain
+        self.scratch = self.scratch or History(self.units * unit_size)
+        at = slots[..., None] * size + np.arange(size) + self.unit[:, None, None] * unit_size
         at = at.reshape(len(self.lane), -1)[self.mask]
         who = np.repeat(self.who(), at.shape[1], axis=1)
         conflict = self.scratch.record(kind, at.reshape(-1), who)

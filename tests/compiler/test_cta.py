@@ -1,0 +1,158 @@
+"""Every CUDA kernel that ships, on the CTA interpreter: right values, no race; and a report for
+every barrier and every guard of threads that is taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.compiler.cases import (
+    TOLERANCE,
+    Arrays,
+    flat,
+    memory_of,
+    numbers,
+    poisoned_output,
+    stored,
+    widened,
+)
+from tests.shipped import CUDA, SHIPPED
+
+from tilewright.errors import InternalError
+from tilewright.ir import nodes as ir
+from tilewright.ir.rewrite import free_vars, map_bodies, rebuild, walk
+from tilewright.lower import AFTER_SCHEDULE, run_passes
+from tilewright.reference import cta
+from tilewright.reference.evaluate import evaluate
+
+KERNELS = [name for name, shipped in SHIPPED.items() if CUDA[0] in shipped.targets]
+SIZES = {"m": 11, "n": 70, "d": 24, "k": 80, "t": 3, "b": 3, "v": 300, "s": 7, "p": 4, "h": 2,
+         "g": 4, "f": 3}  # fmt: skip
+ROWS = (0, 1, 2, 3, 4, 5, 7, 9, 17, 33, 52)  # entries of each: 133, a little more than 4 · 32
+LONG = (0, 1, 2, 3, 5, 9, 17, 33, 70, 1025, 1100)  # for formats with a part for giant rows
+BELOW = {"ids": "n", "P": "s", "page": "g", "slot": "f"}  # dimensions that arrays of indices index
+
+
+def lowered(name: str) -> ir.Program:
+    program = SHIPPED[name].definition.scheduled("cuda").lowered.program
+    return run_passes(program, AFTER_SCHEDULE, "cuda")
+
+
+def pattern(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Which entries of a matrix are stored: rows (CSC: columns) of the lengths above."""
+    if "csc" in name:
+        return pattern("", shape[::-1], rng).T
+    lengths = np.array(LONG if "by_length" in name else ROWS)[:, None]
+    if "ell" in name:
+        lengths = np.minimum(lengths, 8)
+    return rng.permuted(np.arange(shape[1]) < lengths, axis=1)
+
+
+def arguments(name: str, program: ir.Program, rng: np.random.Generator) -> Arrays:
+    """Small random arguments: sizes that no tile divides, rows for every bucket of a format."""
+    definition, sizes, out = SHIPPED[name].definition, {**SIZES, **dict(program.sizes)}, {}
+    if "by_length" in name:
+        sizes["n"] = max(LONG)
+    if "csc" in name:
+        sizes["m"], sizes["n"] = sizes["n"], sizes["m"]
+    for t in definition.program.tensors:
+        shape = tuple(n if isinstance(n, int) else sizes[n] for n in t.dims)
+        if t.is_sparse and t.role == "input":
+            dense = np.where(pattern(name, shape, rng), rng.uniform(0.5, 1, shape), 0)
+            out[t.name] = t.format.pack(dense, dtype=t.dtype.name)
+            if program.index.name == "int64":
+                out[t.name] = widened(out[t.name])
+        elif t.name in BELOW and t.dtype.name == "int32":
+            out[t.name] = rng.permutation(sizes[BELOW[t.name]])[: shape[0]].astype(np.int32)
+        elif t.dtype.is_int and t.role == "input":
+            out[t.name] = rng.integers(t.dtype.least, t.dtype.most + 1, shape, t.dtype.numpy)
+        elif t.role == "input" or name.startswith("append"):
+            out[t.name] = stored(rng.uniform(0.25, 1, shape), t.dtype)
+    return out
+
+
+def wrong(
+    name: str, program: ir.Program, args: Arrays, wanted: Arrays, machine: Any = None
+) -> str:
+    """What the interpreter reports, or the output whose values are not those of the evaluator."""
+    definition = SHIPPED[name].definition
+    given = {k: x.copy() if isinstance(x, np.ndarray) else x for k, x in args.items()}
+    for t in program.tensors:
+        if t.role in ("output", "temp") and t.name not in given:
+            given[t.name] = poisoned_output(t, args, definition)
+    buffers, variables, parts = memory_of(program, given)
+    try:
+        cta.execute(program, buffers, variables, parts, machine)
+    except InternalError as error:
+        return str(error)
+    for t in definition.program.outputs:
+        got = flat(t, given[t.name] if t.is_sparse else buffers[t.name])
+        expected = numbers(wanted[t.name], "float64")
+        tolerance = TOLERANCE[t.dtype.name] * np.abs(expected).max()
+        if not (np.abs(got - expected) <= tolerance).all():
+            return f"wrong values of {t.name}: {got} for {expected}"
+    return ""
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[str, tuple[ir.Program, Arrays, Arrays]]:
+    made: dict[str, tuple[ir.Program, Arrays, Arrays]] = {}
+    for name in KERNELS:
+        program = lowered(name)
+        args = arguments(name, program, np.random.default_rng(7))
+        made[name] = program, args, evaluate(SHIPPED[name].definition.program, args)
+    return made
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_are_right_and_have_no_race(name, cases):
+    assert wrong(name, *cases[name]) == ""
+
+
+# ---------------------------------------------------------------------------- mutants
+
+THREADS = {"thread_x", "thread_y"}
+
+
+def is_guard(x: Any) -> bool:
+    return isinstance(x, ir.If) and bool(free_vars(x.cond) & THREADS)
+
+
+def without(program: ir.Program, kind: Any, number: int) -> ir.Program:
+    """The program without the barrier, or with the body of the guard alone, of that number."""
+    left = [number]
+
+    def visit(s: Any) -> Any:
+        if kind(s):
+            left[0] -= 1
+            if left[0] == -1:
+                return s.body if isinstance(s, ir.If) else ir.seq()
+        return rebuild(s, visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
+
+    return map_bodies(program, visit)
+
+
+def without_barrier(node: int, number: int) -> Any:
+    """A machine that leaves out one of the two barriers of a reduction over rows."""
+
+    class Machine(cta.Launch):
+        def barrier(self, where: Any, n: int = 0) -> None:
+            if (id(where), n) != (node, number):
+                super().barrier(where, n)
+
+    return Machine
+
+
+def mutants(program: ir.Program) -> Iterator[tuple[str, ir.Program, Any]]:
+    nodes = [x for stage in program.stages for nest in stage for x in walk(nest.body)]
+    for n, _ in enumerate(x for x in nodes if isinstance(x, ir.Sync)):
+        yield f"barrier {n}", without(program, lambda s: isinstance(s, ir.Sync), n), None
+    for n, s in enumerate(x for x in nodes if is_guard(x)):
+        yield f"guard {n}: {s.cond}", without(program, is_guard, n), None
+    rows = (x for x in nodes if isinstance(x, ir.ReduceThreads) and x.axis == "thread.y")
+    for n, x in enumerate(rows):
+        for k in range(2):
+            yield f"rows {n} barrier {k}", program, without_barrier(id(x), k)
