@@ -20,7 +20,7 @@ order no accesses to memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import numpy as np
@@ -92,9 +92,9 @@ class Launch:
         self.registers: dict[str, np.ndarray] = {}  # (lanes, elements[, lanes of a vector])
         self.shared: dict[str, np.ndarray] = {}  # whether an element was written, by name
         self.allocated: dict[int, tuple[Array, History]] = {}  # by id of the `Alloc`
-        sums = [x.dtype for x in walk(nest.body) if isinstance(x, ir.ReduceThreads)]
-        self.grain = min((t.itemsize for t in sums), default=1)
-        self.slot_bytes = max((t.itemsize * t.lanes for t in sums), default=0)
+        sums = (x.dtype for x in walk(nest.body) if isinstance(x, ir.ReduceThreads))
+        slots = [t.itemsize * t.lanes for t in sums]
+        self.grain, self.slot_bytes = gcd(*slots), max(slots, default=0)
         self.scratch: History | None = None  # of reductions over thread.y, by grains of bytes
         self.vector_dimension = lane_dimensions(nest.body)
         self.statement: ir.Stmt = nest.body
