@@ -38,9 +38,8 @@ LONG = (0, 1, 2, 3, 5, 9, 17, 33, 40, 70, 1030)  # for formats with a part for g
 BELOW = {"ids": "n", "P": "s", "page": "g", "slot": "f"}  # dimensions that arrays of indices index
 
 
-def lowered(name: str) -> ir.Program:
-    program = SHIPPED[name].definition.scheduled("cuda").lowered.program
-    return run_passes(program, AFTER_SCHEDULE, "cuda")
+def scheduled(name: str) -> ir.Program:
+    return SHIPPED[name].definition.scheduled("cuda").lowered.program
 
 
 def pattern(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -100,14 +99,25 @@ def wrong(name: str, program: ir.Program, args: Arrays, wanted: Arrays, machine:
 @cache
 def case(name: str) -> tuple[ir.Program, Arrays, Arrays]:
     """A lowered kernel, its arguments, and the outputs of the evaluator."""
-    program = lowered(name)
+    program = run_passes(scheduled(name), AFTER_SCHEDULE, "cuda")
     args = arguments(name, program, np.random.default_rng(7))
     return program, args, evaluate(SHIPPED[name].definition.program, args)
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_kernels_are_right_and_have_no_race(name):
-    assert wrong(name, *case(name)) == ""
+def test_kernels_are_right_and_have_no_race_after_every_pass(name):
+    """From the pass on that binds threads."""
+    last, args, wanted = case(name)
+    seen: list[ir.Program] = []
+
+    def watch(after: str, program: ir.Program) -> None:
+        if seen or after == "bind_threads":
+            if program not in seen[-1:]:
+                assert wrong(name, program, args, wanted) == "", after
+            seen.append(program)
+
+    run_passes(scheduled(name), AFTER_SCHEDULE, "cuda", watch)
+    assert seen[-1] == last
 
 
 # ---------------------------------------------------------------------------- mutants
@@ -135,11 +145,12 @@ def without(program: ir.Program, kind: Any, number: int) -> ir.Program:
 
 def without_barrier(node: int, number: int) -> Any:
     """A machine that leaves out one of the two barriers of a reduction over rows."""
+    dropped = node, number
 
     class Machine(cta.Launch):
-        def barrier(self, where: Any, n: int = 0) -> None:
-            if (id(where), n) != (node, number):
-                super().barrier(where, n)
+        def barrier(self, where: Any, number: int = 0) -> None:
+            if (id(where), number) != dropped:
+                super().barrier(where, number)
 
     return Machine
 

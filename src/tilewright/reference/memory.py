@@ -103,7 +103,8 @@ class Array:
         many = isinstance(offset, np.ndarray)
         low, high = (offset.min(), offset.max()) if many else (offset, offset)
         if low < 0 or high >= len(self.flat):
-            raise InternalError("I101", f"{self.name}[{offset}] is outside 0…{len(self.flat) - 1}")
+            wrong = low if low < 0 else high
+            raise InternalError("I101", f"{self.name}[{wrong}] is outside 0…{len(self.flat) - 1}")
         return offset
 
     def read(self, offset: Any, dtype: DType) -> Any:
