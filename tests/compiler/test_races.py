@@ -157,7 +157,7 @@ def test_both_barriers_of_a_reduction_over_rows_are_needed(left_out, monkeypatch
     monkeypatch.setattr(
         cta.Launch, "barrier", lambda self, s, n=0: n == left_out or barrier(self, s, n)
     )
-    refused("race in the scratch", *body)
+    refused("race at the scratch", *body)
 
 
 ACC = ir.Buffer("acc", f32, tuple(map(ir.as_expr, (1, 16, 8))), "fragment")
@@ -184,7 +184,7 @@ def test_tiles():
     refused("race at H.*read", *product())
     refused("race at H.*read", *product(), threads=(32, 1))  # lanes of the same warp
     refused("race at Y.*write", *product(SYNC, apart=24))  # a row of both warps
-    refused("outside", *product(SYNC, limit=9), code="I101", threads=(32, 1))
+    refused("outside", *product(SYNC, limit=5), code="I101")
     refused("lanes of a warp", *product(SYNC)[:3], guard(TX < 31, *product(SYNC)[3:]))
     refused("disagree", *product(SYNC)[:-1], ir.MmaStore(tile(Y, TX, 8, 1, 1), ACC,
             ir.as_expr(0), SHAPE))  # fmt: skip

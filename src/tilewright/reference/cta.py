@@ -61,15 +61,14 @@ def execute(
                 for nest, _, _ in stage for x in walk(nest.body)
                 if isinstance(x, (ir.Store, ir.MmaStore))
             }  # fmt: skip
-            histories: dict[int, History] = {}  # of arrays in global memory, by their addresses
+            histories: dict[tuple[int, int], History] = {}  # by address and length of an array
             units = 0
             for nest, memory, env in stage:
                 known: dict[str, History] = {}
                 for name in written & memory.keys():
-                    flat = memory[name].flat
-                    if flat.ctypes.data not in histories:
-                        histories[flat.ctypes.data] = History(len(flat))
-                    known[name] = histories[flat.ctypes.data]
+                    size = len(memory[name].flat)
+                    key = memory[name].flat.ctypes.data, size
+                    known[name] = histories.get(key) or histories.setdefault(key, History(size))
                 launch = (machine or Launch)(nest, memory, env, known, units)
                 launch.run()
                 units += launch.units
@@ -92,8 +91,8 @@ class Launch:
         self.registers: dict[str, np.ndarray] = {}  # (lanes, elements[, lanes of a vector])
         self.shared: dict[str, np.ndarray] = {}  # whether an element was written, by name
         self.allocated: dict[int, tuple[Array, History]] = {}  # by id of the `Alloc`
-        sums = (x.dtype for x in walk(nest.body) if isinstance(x, ir.ReduceThreads))
-        slots = [t.itemsize * t.lanes for t in sums]
+        sums = [x for x in walk(nest.body) if isinstance(x, ir.ReduceThreads)]
+        slots = [x.dtype.itemsize * x.dtype.lanes for x in sums if x.axis == "thread.y"]
         self.grain, self.slot_bytes = gcd(*slots), max(slots, default=0)
         self.scratch: History | None = None  # of reductions over thread.y, by grains of bytes
         self.vector_dimension = lane_dimensions(nest.body)
@@ -222,18 +221,22 @@ class Launch:
         self.memory[name].checked(at)
         who = np.repeat(who, at.size // at.shape[0], axis=1)
         at, written = at.reshape(-1), self.shared.get(name)
-        conflict = self.histories[name].record(kind, at, who)
-        if conflict:
-            n, other = conflict
-            thread, unit = who[0, n] % self.threads, who[1, n]
-            raise self.refuse(
-                f"race at {name}[{at[n]}]: {kind} by thread {thread} of unit {unit}, {other} by "
-                "another thread, and no barrier in between"
-            )
+        self.record(self.histories[name], name, kind, at, who)
         if written is not None and kind == "write":
             written[at] = True
         elif written is not None and not written[at].all():
             raise self.refuse(f"{name} is read before it is written")
+
+    def record(
+        self, history: History, name: str, kind: str, at: np.ndarray, who: np.ndarray
+    ) -> None:
+        conflict = history.record(kind, at, who)
+        if conflict:
+            n, other = conflict
+            raise self.refuse(
+                f"race at {name}[{at[n]}]: {kind} by thread {who[0, n] % self.threads} of unit "
+                f"{who[1, n]}, {other} by another thread, and no barrier in between"
+            )
 
     def offset(self, b: ir.Buffer, index: tuple[ir.Expr, ...]) -> np.ndarray:
         """The offset of an access for each lane: in shared memory, in that of all units. 0 for
@@ -402,10 +405,8 @@ class Launch:
             middle = low + (high - low) // 2
             at = keys.read(np.where(open_, middle, middle[open_.argmax()]), e.keys.dtype)
             right = at <= key if e.last else at < key
-            low, high = (
-                np.where(open_ & right, middle + 1, low),
-                np.where(open_ & ~right, middle, high),
-            )
+            low = np.where(open_ & right, middle + 1, low)
+            high = np.where(open_ & ~right, middle, high)
         if e.last:
             return low - low.dtype.type(1)
         inside = running & (low < end)
@@ -450,10 +451,4 @@ class Launch:
         at = slots[..., None] * size + np.arange(size) + self.unit[:, None, None] * unit_size
         at = at.reshape(len(self.lane), -1)[self.mask]
         who = np.repeat(self.who(), at.shape[1], axis=1)
-        conflict = self.scratch.record(kind, at.reshape(-1), who)
-        if conflict:
-            thread, unit = who[0, conflict[0]] % self.threads, who[1, conflict[0]]
-            raise self.refuse(
-                f"race in the scratch of a reduction over rows: {kind} by thread {thread} of unit "
-                f"{unit}, {conflict[1]} by another thread, and no barrier in between"
-            )
+        self.record(self.scratch, "the scratch of reductions over rows", kind, at.reshape(-1), who)
