@@ -193,6 +193,7 @@ def test_every_mutant_is_reported(name):
     program, args, wanted = case(name)
     silent = set()
     for label, mutant, machine in mutants(program):
+        assert machine or mutant != program, label
         report = wrong(name, mutant, args, wanted, machine)
         if not report:
             silent.add(label)

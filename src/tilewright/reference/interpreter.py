@@ -3,7 +3,8 @@
 `execute` runs the position and the loop level. A value is a NumPy scalar of its dtype, or an array
 of its lanes (bfloat16: float32). Memory that was never written is NaN, and an access outside of a
 buffer raises InternalError[I101]. One thread runs: loops over threads are serial, barriers do
-nothing. `reference.evaluate` has the coordinate level.
+nothing; `reference.cta` runs what is lowered for CUDA. `reference.evaluate` has the coordinate
+level.
 """
 
 from __future__ import annotations
