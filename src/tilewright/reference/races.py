@@ -24,22 +24,22 @@ class History:
     ordered after them too."""
 
     def __init__(self, size: int) -> None:
-        self.latest = {kind: np.full((3, size), NONE) for kind in _CONFLICTS}
+        self.latest = {kind: np.full((3, size), NONE, np.int32) for kind in _CONFLICTS}
 
     def record(self, kind: str, at: np.ndarray, who: np.ndarray) -> tuple[int, str] | None:
         """Records accesses to the elements `at` by `who` (lane, unit, epoch of each). Returns the
         number of an access that conflicts with an unordered one, and the kind of that one."""
         lane, unit, epoch = who
         for other in _CONFLICTS[kind]:
-            l, u, e = self.latest[other][:, at]
+            l, u, e = self.latest[other].take(at, 1)
             clash = (u != NONE) & ((u != unit) | ((e == epoch) & (l != lane)))
             if clash.any():
                 return int(clash.argmax()), other
         latest = self.latest[kind]
-        l, u, e = latest[:, at]
+        l, u, e = latest.take(at, 1)
         lanes, units = (u == unit) & (e == epoch) & (l != lane), (u != NONE) & (u != unit)
         latest[:, at] = who
-        l, u, _ = latest[:, at]  # of an element that `at` lists twice: the last access
+        l, u, _ = latest.take(at, 1)  # of an element that `at` lists twice: the last access
         lanes, units = lanes | (l != lane), units | (u != unit)
         if kind == "write" and (lanes | units).any():
             return int((lanes | units).argmax()), "write"
