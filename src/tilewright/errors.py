@@ -65,6 +65,7 @@ CATALOG: dict[str, str] = {
     "M107": "the tokenizer or the chat template cannot be used",
     # I: internal
     "I101": "Tilewright broke one of its own rules",
+    "I102": "generated code has a race or a barrier that some threads do not reach",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,13 @@ import numpy as np
 import tilewright as tw
 from tilewright import dtypes
 from tilewright.ir.levels import coordinates
+from tilewright.ir.names import GeneratedName, count_name, size_name, values_name
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
+from tilewright.reference import cta
 from tilewright.reference.evaluate import evaluate
 from tilewright.reference.interpreter import execute
-from tilewright.reference.memory import memory_of, poisoned
+from tilewright.reference.memory import Part, poisoned
 from tilewright.sparse.pack import Packed
 
 Arrays = dict[str, Any]
@@ -245,12 +247,18 @@ def pack(fmt: Any, dense: np.ndarray, dtype: str = "float32", fill: float = 0.0)
 
 
 def poison_padding(a: Packed) -> Packed:
-    values = []
-    for part, old in zip(a.structure.parts, a.values, strict=True):
+    return _with_padding(a, [poisoned(old.shape, a.dtype) for old in a.values])
+
+
+def filled_padding(a: Packed) -> Packed:
+    """The same matrix with 0 in its padding, which GPU kernels may load."""
+    return _with_padding(a, [np.zeros_like(old) for old in a.values])
+
+
+def _with_padding(a: Packed, values: list[np.ndarray]) -> Packed:
+    for part, old, new in zip(a.structure.parts, a.values, values, strict=True):
         _, stored = coordinates(part.format.levels, part.arrays, part.counts, a.shape)
-        new = poisoned(old.shape, a.dtype)
         new[stored] = old[stored]
-        values.append(new)
     return dataclasses.replace(a, values=tuple(values))
 
 
@@ -349,18 +357,19 @@ def close(got: np.ndarray, wanted: np.ndarray, dtype: str, what: str = "") -> No
 def after_every_pass(
     definition: Any, args: Arrays, recipe: Callable[[Any], Any] | None = None, target: str = "cpp"
 ) -> list[str]:
-    """Runs the program after each pass that changed it and compares with its meaning. Returns the
+    """Runs the program after each pass that changed it and compares with its meaning: after the
+    passes for C++, and those for CUDA too where that is the target of the schedule. Returns the
     names of those passes."""
     wanted = evaluate(definition.program, args)
     seen: list[str] = []
     last: list[Program] = [definition.program]
 
-    def watch(name: str, program: Program) -> None:
+    def watch(name: str, program: Program, machine: Any = execute, args: Arrays = args) -> None:
         if program == last[0] or program.level == "coordinates":
             return
         last[0] = program
         seen.append(name)
-        got = executed(definition, program, args)
+        got = executed(definition, program, args, machine)
         for t in definition.program.outputs:
             close(got[t.name], wanted[t.name], t.dtype.name, f"{t.name} after {name}\n{program}")
 
@@ -370,21 +379,74 @@ def after_every_pass(
         lowered = recipe(definition.scheduled(target)).lowered.program
         watch("schedule", lowered)
     run_passes(lowered, AFTER_SCHEDULE, "cpp", watch)
+    if target.startswith("cuda"):  # registers belong to threads as soon as these are bound
+        bound = [p.name for p in AFTER_SCHEDULE].index("bind_threads")
+        binding, rest = AFTER_SCHEDULE[: bound + 1], AFTER_SCHEDULE[bound + 1 :]
+        filled = {n: filled_padding(x) if isinstance(x, Packed) else x for n, x in args.items()}
+
+        def with_threads(name: str, program: Program) -> None:
+            watch(name, program, cta.execute, filled)
+
+        program = run_passes(lowered, binding, "cuda")
+        with_threads("bind_threads", program)
+        run_passes(program, rest, "cuda", with_threads)
     return seen
 
 
-def executed(definition: Any, program: Program, args: Arrays) -> dict[str, np.ndarray]:
-    """The outputs of a program at the position or loop level, from the interpreter."""
+def executed(
+    definition: Any, program: Program, args: Arrays, machine: Any = execute
+) -> dict[str, np.ndarray]:
+    """The outputs of a program at the position or loop level, from an interpreter."""
     given = dict(args)
     for t in program.tensors:
         if t.role in ("output", "temp") and t.name not in given:
             given[t.name] = poisoned_output(t, args, definition)
     buffers, variables, parts = memory_of(program, given)
-    execute(program, buffers, variables, parts)
+    machine(program, buffers, variables, parts)
     return {
         t.name: flat(t, given[t.name] if t.is_sparse else buffers[t.name])
         for t in definition.program.outputs
     }
+
+
+def memory_of(
+    program: Program, arrays: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, int], list[Part]]:
+    """(buffers, variables, parts) for `execute`, from arrays by tensor name.
+
+    Sparse tensors are objects with `structure` and `values` (`sparse.pack.Packed`), also those
+    that are computed. Dense outputs and temporaries that `arrays` lacks are allocated, poisoned.
+    """
+    sizes = dict(program.sizes)
+    buffers: dict[str, np.ndarray] = {}
+    passed = [(t, arrays[t.name]) for t in program.tensors if arrays.get(t.name) is not None]
+    parts = [
+        Part() for _ in range(max((len(x.values) for t, x in passed if t.is_sparse), default=0))
+    ]
+    for t, x in passed:
+        sizes |= {d: n for d, n in zip(t.dims, np.shape(x), strict=True) if isinstance(d, str)}
+        if t.is_sparse:
+            _add_to_parts(t, x, parts)
+        else:
+            buffers[t.name] = np.asarray(x)
+    for t in program.tensors:
+        if t.role in ("output", "temp") and not t.is_sparse and t.name not in buffers:
+            shape = tuple(d if isinstance(d, int) else sizes[d] for d in t.dims)
+            buffers[t.name] = poisoned(shape, t.dtype)
+    return buffers, {size_name(d): n for d, n in sizes.items() if isinstance(d, str)}, parts
+
+
+def _add_to_parts(t: Tensor, packed: Any, rows: list[Part]) -> None:
+    """Adds the arrays of each part of a tensor; one that is not composed is in every row."""
+    parts, cases = packed.structure.parts, packed.structure.format.formats
+    for number, row in enumerate(rows):
+        at = number if number < len(parts) else 0
+        row.buffers[values_name(t.name)] = packed.values[at]
+        row.case = max(row.case, cases.index(parts[at].format))
+        for depth, level in enumerate(parts[at].arrays):
+            row.variables[count_name(t.structure, depth)] = parts[at].counts[depth]
+            for kind, array in level.items():
+                row.buffers[GeneratedName(t.structure, kind, depth).name] = array
 
 
 def called(kernel: Any, definition: Any, args: Arrays) -> dict[str, np.ndarray]:

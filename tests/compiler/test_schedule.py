@@ -222,12 +222,12 @@ def test_gpu_schedules_run_on_the_interpreter(rng):
         s = s.bind("i", "cta.x").split("k", 4).bind("k_i", "thread.x")
         return s.reorder("k_i", "j") if "j_p" in s.loops else s
 
-    after_every_pass(spmm, arguments(spmm, rng, d=9), recipe)
+    after_every_pass(spmm, arguments(spmm, rng, d=9), recipe, "cuda")
 
     def over_threads(s):
         return s.split("k", 4).bind("k_i", "thread.x").parallel("i")
 
-    after_every_pass(gemm, arguments(gemm, rng, k=9), over_threads)
+    after_every_pass(gemm, arguments(gemm, rng, k=9), over_threads, "cuda")
 
 
 def test_a_schedule_prints_and_goes_back():

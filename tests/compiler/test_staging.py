@@ -99,6 +99,9 @@ CASES = {
 }  # fmt: skip
 
 
+GPU = ("gathered, csr", "gathered, ell", "gathered, hyb", "tiled gemm")  # threads are bound
+
+
 def recipe_of(name):
     program, fmt, recipe = CASES[name]
     return program.decompose(A=FORMATS[fmt]) if fmt else program, recipe
@@ -108,7 +111,8 @@ def recipe_of(name):
 @pytest.mark.parametrize("kind", ["random", "one row", "empty"])
 def test_meaning_after_every_pass(name, kind, rng):
     definition, recipe = recipe_of(name)
-    seen = after_every_pass(definition, arguments(definition, rng, kind, d=9, k=9), recipe)
+    target = "cuda" if name in GPU else "cpp"
+    seen = after_every_pass(definition, arguments(definition, rng, kind, d=9, k=9), recipe, target)
     assert "schedule" in seen
 
 
@@ -141,7 +145,7 @@ TILES = [(64, 128, 64), (17, 9, 33), (1, 1, 1), (0, 4, 4), (3, 5, 0), (130, 71, 
 @pytest.mark.parametrize("size", TILES[:5], ids=str)
 def test_tiles_from_shared_memory_after_every_pass(size, rng):
     program = gemm_program.typed(A="float16", B="float16")
-    after_every_pass(program, halves(size, "float16", rng), lambda s: mma_gemm(s, 1))
+    after_every_pass(program, halves(size, "float16", rng), lambda s: mma_gemm(s, 1), "cuda")
 
 
 @needs_cxx
@@ -165,7 +169,7 @@ def blocks_and_rows(block, dtype, rng, m=100, n=77, d=45):
 @pytest.mark.parametrize("block", [16, 32])
 def test_blocks_from_shared_memory(block, dtype, rng):
     program, args = blocks_and_rows(block, dtype, rng, 40, 50, 45)
-    after_every_pass(program, args, cached_bsr)
+    after_every_pass(program, args, cached_bsr, "cuda")
     (got,) = called(program.schedule(cached_bsr).build(), program, args).values()
     wanted = product(unpacked(args["A"], dtype), args["X"], dtype)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)

@@ -3,7 +3,8 @@
 `execute` runs the position and the loop level. A value is a NumPy scalar of its dtype, or an array
 of its lanes (bfloat16: float32). Memory that was never written is NaN, and an access outside of a
 buffer raises InternalError[I101]. One thread runs: loops over threads are serial, barriers do
-nothing. `reference.evaluate` has the coordinate level.
+nothing; `reference.cta` runs what is lowered for CUDA. `reference.evaluate` has the coordinate
+level.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
-from tilewright.ir.names import stride_name
 from tilewright.ir.rewrite import walk
-from tilewright.reference.memory import Array, Part, poisoned
+from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
 from tilewright.reference.ops_table import UFUNCS, cast, constant, decode, encode, operation
 
 
@@ -33,22 +33,12 @@ def execute(
     """Run a program at the position or the loop level, on arrays it reads and writes in place.
 
     `buffers` are the dense arrays by name; `variables` the sizes (`m.size`); `parts` what belongs
-    to the parts of sparse tensors; `memory.memory_of` makes all three. Strides are those of the
-    arrays; an array of one dimension is contiguous.
+    to the parts of sparse tensors; strides are those of the arrays.
     Raises InternalError[I101] for an access out of bounds or a name that is not bound.
     """
-    memory = {name: Array.of(name, a) for name, a in buffers.items()}
-    strides = {
-        stride_name(name, d): s for name, a in memory.items() for d, s in enumerate(a.strides)
-    }
     with np.errstate(all="ignore"):
-        for stage in program.stages:
-            nests = []
-            for nest, (number, part) in itertools.product(stage, enumerate(parts or (Part(),))):
-                if part.case == nest.part or (nest.part < 0 and number == 0):
-                    own = {name: Array.of(name, a) for name, a in part.buffers.items()}
-                    env = {**variables, **strides, **part.variables}
-                    nests.append(_Nest(nest, memory | own, env, program.level == "positions"))
+        for stage in launches(program, buffers, variables, parts):
+            nests = [_Nest(*nest, program.level == "positions") for nest in stage]
             for nest in nests:
                 nest.start_sums()
             for nest in nests:
@@ -59,17 +49,15 @@ class _Nest:
     """One nest under one part: `do` runs a statement, `value` evaluates an expression."""
 
     def __init__(
-        self, nest: ir.Nest, memory: dict[str, Array], variables: dict[str, int], positions: bool
+        self, nest: ir.Nest, memory: dict[str, Array], env: dict[str, Any], positions: bool
     ) -> None:
-        self.nest, self.memory, self.positions = nest, memory, positions
-        types = {x.name: x.dtype for e in (nest.body, *nest.grid) for x in walk(e) if _is_var(x)}
-        self.env = {n: constant(x, types[n]) for n, x in variables.items() if n in types}
+        self.nest, self.memory, self.env, self.positions = nest, memory, env, positions
         self.scratch: set[str] = set()  # registers that a statement allocates
         self.registers: dict[str, Any] = {}  # values; at the position level one for each temporary
         self.started: set[str] = set()  # temporaries whose sum has begun in an outer loop
         # Position level: sums into memory, from buffer to the values by offset.
         self.sums: dict[str, dict[int, Any]] = {}
-        self.lanes = _lane_dimensions(nest.body)
+        self.lanes = lane_dimensions(nest.body)
         self.closures: dict[int, Callable[[], Any]] = {}  # of expressions, by id
         self.cached: dict[int, dict[str, Any]] = {}  # `starts` of loops, by id
 
@@ -291,10 +279,6 @@ class _Nest:
         return e.dtype.numpy.type(at - e.last)
 
 
-def _is_var(x: Any) -> bool:
-    return isinstance(x, ir.Var)
-
-
 def _in_memory(b: ir.Buffer) -> bool:
     return b.scope != "register"
 
@@ -306,19 +290,6 @@ def _range(v: ir.Var, begin: Any, end: Any) -> Iterator[Any]:
 
 def _identity(c: ir.Compute) -> Any:
     return constant(ir.identity_of(c.op, c.value.dtype).value, c.value.dtype)
-
-
-def _lane_dimensions(body: ir.Stmt) -> dict[str, int]:
-    """Which dimension of an accumulator belongs to the lanes of a loop that is not yet a vector."""
-    return {
-        s.buffer.name: d
-        for loop in walk(body)
-        if isinstance(loop, ir.For) and loop.kind == "vector"
-        for s in walk(loop)
-        if isinstance(s, ir.Store) and s.buffer.scope == "register"
-        for d, i in enumerate(s.index)
-        if isinstance(i, ir.Var) and i.name == loop.name
-    }
 
 
 def _integer(e: ir.Expr) -> int:

@@ -1,11 +1,12 @@
-"""The memory of the interpreter: arrays by the names of the IR, part by part, with checked bounds.
+"""The memory of the interpreters: arrays by the names of the IR, part by part, with checked bounds.
 
 Memory that nobody wrote is poisoned: it holds NaN, or the least integer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,10 @@ import numpy as np
 
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
-from tilewright.ir.names import GeneratedName, count_name, size_name, values_name
-from tilewright.ir.nodes import Program, Tensor
-from tilewright.reference.ops_table import decode, encode
+from tilewright.ir import nodes as ir
+from tilewright.ir.names import stride_name
+from tilewright.ir.rewrite import walk
+from tilewright.reference.ops_table import constant, decode, encode
 
 
 @dataclass(slots=True)
@@ -27,44 +29,42 @@ class Part:
     variables: dict[str, int] = field(default_factory=dict)
 
 
-def memory_of(
-    program: Program, arrays: Mapping[str, Any]
-) -> tuple[dict[str, np.ndarray], dict[str, int], list[Part]]:
-    """(buffers, variables, parts) for `execute` from arrays by tensor name.
-
-    Sparse tensors are objects with `structure` and `values` (`sparse.pack.Packed`), also those
-    that are computed. Dense outputs and temporaries that `arrays` lacks are allocated, poisoned.
-    """
-    sizes = dict(program.sizes)
-    buffers: dict[str, np.ndarray] = {}
-    passed = [(t, arrays[t.name]) for t in program.tensors if arrays.get(t.name) is not None]
-    parts = [
-        Part() for _ in range(max((len(x.values) for t, x in passed if t.is_sparse), default=0))
-    ]
-    for t, x in passed:
-        sizes |= {d: n for d, n in zip(t.dims, np.shape(x), strict=True) if isinstance(d, str)}
-        if t.is_sparse:
-            _add_to_parts(t, x, parts)
-        else:
-            buffers[t.name] = np.asarray(x)
-    for t in program.tensors:
-        if t.role in ("output", "temp") and not t.is_sparse and t.name not in buffers:
-            shape = tuple(d if isinstance(d, int) else sizes[d] for d in t.dims)
-            buffers[t.name] = poisoned(shape, t.dtype)
-    return buffers, {size_name(d): n for d, n in sizes.items() if isinstance(d, str)}, parts
+def launches(
+    program: ir.Program,
+    buffers: Mapping[str, np.ndarray],
+    variables: Mapping[str, int],
+    parts: Sequence[Part],
+) -> Iterator[list[tuple[ir.Nest, dict[str, Array], dict[str, Any]]]]:
+    """For each stage its nests, each under every part that it serves, with the arrays and the
+    variables that it sees. Strides are those of the arrays."""
+    memory = {name: Array.of(name, a) for name, a in buffers.items()}
+    strides = {
+        stride_name(name, d): s for name, a in memory.items() for d, s in enumerate(a.strides)
+    }
+    for stage in program.stages:
+        nests = []
+        for nest, (number, part) in itertools.product(stage, enumerate(parts or (Part(),))):
+            if part.case == nest.part or (nest.part < 0 and number == 0):
+                own = {name: Array.of(name, a) for name, a in part.buffers.items()}
+                nodes = (x for e in (nest.body, *nest.grid) for x in walk(e))
+                types = {x.name: x.dtype for x in nodes if isinstance(x, ir.Var)}
+                env = {**variables, **strides, **part.variables}
+                known = {n: constant(x, types[n]) for n, x in env.items() if n in types}
+                nests.append((nest, memory | own, known))
+        yield nests
 
 
-def _add_to_parts(t: Tensor, packed: Any, rows: list[Part]) -> None:
-    """Adds the arrays of each part of a tensor; one that is not composed is in every row."""
-    parts, cases = packed.structure.parts, packed.structure.format.formats
-    for number, row in enumerate(rows):
-        at = number if number < len(parts) else 0
-        row.buffers[values_name(t.name)] = packed.values[at]
-        row.case = max(row.case, cases.index(parts[at].format))
-        for depth, level in enumerate(parts[at].arrays):
-            row.variables[count_name(t.structure, depth)] = parts[at].counts[depth]
-            for kind, array in level.items():
-                row.buffers[GeneratedName(t.structure, kind, depth).name] = array
+def lane_dimensions(body: ir.Stmt) -> dict[str, int]:
+    """Which dimension of an accumulator belongs to the lanes of a loop that is not yet a vector."""
+    return {
+        s.buffer.name: d
+        for loop in walk(body)
+        if isinstance(loop, ir.For) and loop.kind == "vector"
+        for s in walk(loop)
+        if isinstance(s, ir.Store) and s.buffer.scope == "register"
+        for d, i in enumerate(s.index)
+        if isinstance(i, ir.Var) and i.name == loop.name
+    }
 
 
 def poisoned(shape: tuple[int, ...], dtype: DType) -> np.ndarray:
@@ -103,7 +103,8 @@ class Array:
         many = isinstance(offset, np.ndarray)
         low, high = (offset.min(), offset.max()) if many else (offset, offset)
         if low < 0 or high >= len(self.flat):
-            raise InternalError("I101", f"{self.name}[{offset}] is outside 0…{len(self.flat) - 1}")
+            wrong = low if low < 0 else high
+            raise InternalError("I101", f"{self.name}[{wrong}] is outside 0…{len(self.flat) - 1}")
         return offset
 
     def read(self, offset: Any, dtype: DType) -> Any:

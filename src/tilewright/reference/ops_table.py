@@ -50,11 +50,11 @@ def operation(e: Any, exact: bool = False) -> Callable[..., Any]:
     if isinstance(e, ir.Cast):
         return lambda x: cast(x, e.dtype, exact)
     if isinstance(e, ir.Ramp):
-        return lambda x: x + np.arange(e.dtype.lanes, dtype=e.dtype.numpy)
+        return lambda x: x[..., None] + np.arange(e.dtype.lanes, dtype=e.dtype.numpy)
     if isinstance(e, ir.Broadcast):
-        return lambda x: np.full(e.dtype.lanes, x)
+        return lambda x: np.repeat(x[..., None], e.dtype.lanes, -1)
     if isinstance(e, ir.ReduceLanes):
-        return lambda x: UFUNCS[e.op].reduce(x, dtype=x.dtype)
+        return lambda x: UFUNCS[e.op].reduce(x, -1, x.dtype)
     raise InternalError("I101", f"{type(e).__name__} has no operation on values")
 
 

@@ -1,0 +1,454 @@
+"""Runs CUDA-lowered IR without a GPU and reports what is wrong with its synchronisation.
+
+All threads of all CTAs of a launch run in lockstep, as the lanes of NumPy arrays: the value of an
+expression has shape (lanes,), or (1,) where it is the same for all; vectors have one more
+dimension. Where control flow diverges, `mask` holds the lanes that run. An access of a lane that
+is masked off does not happen. Lockstep hides no race: `races.History` judges each access by the
+order that barriers give, not by the order in which it happens here.
+
+InternalError[I102] is raised for
+* two accesses to one element, one of them a write, that no barrier orders (also of equal values);
+* a barrier, a reduction over threads or a tile operation that some of its threads do not reach;
+* a read of shared memory that was not written since its allocation.
+An access out of bounds raises InternalError[I101].
+
+Barriers are those that `codegen.cuda` renders: `Sync`, for all threads of the nest, and the two
+inside of a reduction over thread.y (`across_rows` of gpu.cuh). Shuffles and matrix instructions
+order no accesses to memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import gcd, prod
+from typing import Any
+
+import numpy as np
+
+from tilewright.dtypes import DType
+from tilewright.errors import InternalError
+from tilewright.ir import nodes as ir
+from tilewright.ir.rewrite import walk
+from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
+from tilewright.reference.ops_table import (
+    UFUNCS,
+    cast,
+    computed,
+    constant,
+    decode,
+    encode,
+    operation,
+)
+from tilewright.reference.races import History
+from tilewright.target import WARP
+
+Machine = Callable[..., "Launch"]
+
+
+def execute(
+    program: ir.Program,
+    buffers: Mapping[str, np.ndarray],
+    variables: Mapping[str, int],
+    parts: Sequence[Part] = (),
+    machine: Machine | None = None,
+) -> None:
+    """Run a program whose threads are bound, in place; arguments as `interpreter.execute` has
+    them. `machine` replaces `Launch`, for tests that leave a barrier out."""
+    with np.errstate(all="ignore"):
+        for stage in launches(program, buffers, variables, parts):
+            written = {
+                (x.buffer if isinstance(x, ir.Store) else x.to.buffer).name
+                for nest, _, _ in stage for x in walk(nest.body)
+                if isinstance(x, (ir.Store, ir.MmaStore))
+            }  # fmt: skip
+            histories: dict[tuple[int, int], History] = {}  # by address and length of an array
+            units = 0
+            for nest, memory, env in stage:
+                known: dict[str, History] = {}
+                for name in written & memory.keys():
+                    size = len(memory[name].flat)
+                    key = memory[name].flat.ctypes.data, size
+                    known[name] = histories.get(key) or histories.setdefault(key, History(size))
+                launch = (machine or Launch)(nest, memory, env, known, units)
+                launch.run()
+                units += launch.units
+
+
+class Launch:
+    """One nest under one part: `do` runs a statement, `value` evaluates an expression."""
+
+    def __init__(
+        self,
+        nest: ir.Nest,
+        memory: dict[str, Array],
+        env: dict[str, Any],
+        histories: dict[str, History],
+        first_unit: int,
+    ) -> None:
+        self.nest, self.memory, self.histories = nest, memory, histories
+        self.env = {name: np.full(1, x) for name, x in env.items()}
+        self.first_unit, self.units, self.threads = first_unit, 1, 1
+        self.registers: dict[str, np.ndarray] = {}  # (lanes, elements[, lanes of a vector])
+        self.shared: dict[str, np.ndarray] = {}  # whether an element was written, by name
+        self.allocated: dict[int, tuple[Array, History]] = {}  # by id of the `Alloc`
+        sums = [x for x in walk(nest.body) if isinstance(x, ir.ReduceThreads)]
+        slots = [x.dtype.itemsize * x.dtype.lanes for x in sums if x.axis == "thread.y"]
+        self.grain, self.slot_bytes = gcd(*slots), max(slots, default=0)
+        self.scratch: History | None = None  # of reductions over thread.y, by grains of bytes
+        self.vector_dimension = lane_dimensions(nest.body)
+        self.statement: ir.Stmt = nest.body
+        self._start(1)
+
+    def _start(self, lanes: int) -> None:
+        self.lane = np.arange(lanes)
+        self.unit = self.lane // self.threads
+        self.epoch = np.zeros(lanes, np.int64)
+        self.mask = np.ones(lanes, bool)
+
+    def run(self) -> None:
+        try:
+            extents = [int(self.value(e)[0]) for e in self.nest.grid]
+            (x, y), self.units = self.nest.threads, prod(max(n, 0) for n in extents)
+            if not self.units:
+                return
+            self.threads = x * y
+            self._start(self.units * x * y)
+            thread = self.lane % self.threads
+            self.env |= {"thread_x": thread % x, "thread_y": thread // x}
+            coordinates = np.unravel_index(self.unit, extents or (1,))
+            for v, c in zip(self.nest.grid_vars, coordinates, strict=False):
+                self.env[v.name] = c.astype(v.dtype.numpy)
+            self.do(self.nest.body)
+        except KeyError as error:
+            raise InternalError("I101", f"{error.args[0]} is not bound") from None
+
+    def refuse(self, why: str) -> InternalError:
+        return InternalError("I102", f"{self.nest.name}: {why}, in\n{self.statement}")
+
+    # -- statements ------------------------------------------------------------------------------
+
+    def do(self, s: ir.Stmt) -> None:
+        if isinstance(s, ir.Seq):
+            for b in s.body:
+                self.do(b)
+            return
+        if isinstance(s, ir.For):
+            self.loop(s)
+            return
+        if isinstance(s, ir.If):
+            self.within(self.value(s.cond), lambda: self.do(s.body))
+            return
+        self.statement = s
+        if isinstance(s, ir.Let):
+            self.env[s.var.name] = self.value(s.value)
+        elif isinstance(s, ir.Store):
+            self.store(s)
+        elif isinstance(s, ir.Alloc):
+            self.allocate(s)
+        elif isinstance(s, ir.Sync):
+            self.barrier(s)
+        elif isinstance(s, (ir.MmaZero, ir.Mma, ir.MmaStore)):
+            self.tiles(s)
+        elif not isinstance(s, ir.Prefetch):
+            raise InternalError("I101", f"{type(s).__name__} cannot be executed")
+
+    def within(self, cond: np.ndarray, run: Callable[[], Any]) -> Any:
+        """Runs under a condition; None where it holds for no lane."""
+        saved = self.mask
+        self.mask = saved & cond
+        try:
+            return run() if self.mask.any() else None
+        finally:
+            self.mask = saved
+
+    def loop(self, s: ir.For) -> None:
+        at, end = np.broadcast_arrays(self.value(s.begin), self.value(s.end))
+        at = at.astype(s.var.dtype.numpy)
+        while ((at < end) & self.mask).any():
+            self.env[s.name] = at
+            self.within(at < end, lambda: self.do(s.body))
+            at = at + at.dtype.type(1)
+
+    def barrier(self, where: ir.Sync | ir.ReduceThreads, number: int = 0) -> None:
+        """A barrier of all threads of each CTA. `number`: which one of a reduction over rows."""
+        arrived = self.mask.reshape(self.units, self.threads)
+        if (arrived.any(1) != arrived.all(1)).any():
+            raise self.refuse("some threads of a CTA do not reach a barrier")
+        self.epoch[self.mask] += 1
+
+    def store(self, s: ir.Store) -> None:
+        value, dtype = self.value(s.value), s.buffer.dtype.scalar
+        if s.buffer.scope == "register":
+            cells, at = self.cell(s.buffer, s.index)
+            at = np.broadcast_to(at, self.lane.shape)[self.mask]
+            where = (self.lane[self.mask], at)
+        else:
+            cells, at = self.memory[s.buffer.name].flat, self.offset(s.buffer, s.index)
+            shape = (len(self.lane), *at.shape[1:])
+            where = (np.broadcast_to(at, shape)[self.mask],)
+            self.access(s.buffer.name, "update" if s.atomic else "write", where[0], self.who())
+        old = cells[where]
+        value = np.broadcast_to(value, (len(self.lane), *old.shape[1:]))[self.mask]
+        if s.atomic:  # lanes may update one element
+            UFUNCS[s.op].at(cells, where, value)
+        else:
+            new = UFUNCS[s.op](decode(old, dtype), value) if s.op else value
+            cells[where] = encode(new, dtype, cells.dtype)
+
+    def allocate(self, s: ir.Alloc) -> None:
+        b, extents = s.buffer, tuple(int(self.value(e)[0]) for e in s.buffer.shape)
+        if b.scope == "shared":
+            size = prod(extents)
+            if id(s) not in self.allocated:
+                array = Array.of(b.name, poisoned((self.units * size,), b.dtype))
+                self.allocated[id(s)] = array, History(len(array.flat))
+            self.memory[b.name], self.histories[b.name] = self.allocated[id(s)]
+            self.shared[b.name] = np.zeros(self.units * size, bool)
+        elif b.scope == "fragment":
+            self.registers[b.name] = poisoned((len(self.lane) // WARP, *extents), b.dtype)
+        else:
+            shape = (len(self.lane), prod(extents), b.dtype.lanes)[: 2 + (b.dtype.lanes > 1)]
+            self.registers[b.name] = poisoned(shape, b.dtype.scalar)
+
+    # -- memory ----------------------------------------------------------------------------------
+
+    def who(self) -> np.ndarray:
+        """(lane, unit, epoch) of the lanes that run."""
+        return np.stack((self.lane, self.unit + self.first_unit, self.epoch))[:, self.mask]
+
+    def access(self, name: str, kind: str, at: np.ndarray, who: np.ndarray) -> None:
+        """Checks accesses and records them: of each of `who` to one element or a vector of them."""
+        self.memory[name].checked(at)
+        who = np.repeat(who, at.size // at.shape[0], axis=1)
+        at, written = at.reshape(-1), self.shared.get(name)
+        self.record(self.histories[name], name, kind, at, who)
+        if written is not None and kind == "write":
+            written[at] = True
+        elif written is not None and not written[at].all():
+            raise self.refuse(f"{name} is read before it is written")
+
+    def record(
+        self, history: History, name: str, kind: str, at: np.ndarray, who: np.ndarray
+    ) -> None:
+        conflict = history.record(kind, at, who)
+        if conflict:
+            n, other = conflict
+            raise self.refuse(
+                f"race at {name}[{at[n]}]: {kind} by thread {who[0, n] % self.threads} of unit "
+                f"{who[1, n]}, {other} by another thread, and no barrier in between"
+            )
+
+    def offset(self, b: ir.Buffer, index: tuple[ir.Expr, ...]) -> np.ndarray:
+        """The offset of an access for each lane: in shared memory, in that of all units. 0 for
+        lanes that do not run."""
+        values = [self.value(i) for i in index]
+        array, at = self.memory[b.name], values[0] if values else np.zeros(1, np.int64)
+        shared, mask = b.scope == "shared", self.mask.reshape((-1,) + (1,) * (at.ndim - 1))
+        if len(values) > 1:
+            shape = [int(self.value(e)[0]) for e in b.shape] if shared else array.view.shape
+            steps = [prod(shape[d + 1 :]) for d in range(len(shape))] if shared else array.strides
+            inside = [(i >= 0) & (i < n) | ~mask for i, n in zip(values, shape, strict=True)]
+            if not all(x.all() for x in inside):
+                raise InternalError("I101", f"{b.name}[{index}] is outside {shape}")
+            at = np.asarray(sum(i.astype(np.int64) * s for i, s in zip(values, steps, strict=True)))
+        if shared:
+            size = len(array.flat) // self.units
+            if (((at < 0) | (at >= size)) & mask).any():
+                raise InternalError("I101", f"{b.name} is accessed outside 0…{size - 1}")
+            at = at + (self.unit * size).reshape(mask.shape)
+        return at if len(at) == 1 else np.where(mask, at, 0)
+
+    def cell(self, b: ir.Buffer, index: tuple[ir.Expr, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """A register buffer, and the element of each lane."""
+        at = np.zeros(1, np.int64)
+        for i, extent in zip(map(self.value, index), b.shape, strict=False):
+            n = int(self.value(extent)[0])
+            if (((i < 0) | (i >= n)) & self.mask).any():
+                raise InternalError("I101", f"register {b.name} is accessed outside 0…{n - 1}")
+            at = at * n + i
+        return self.registers[b.name], at if len(at) == 1 else np.where(self.mask, at, 0)
+
+    # -- tiles: every warp is 32 neighbouring lanes ------------------------------------------------
+
+    def warps(self) -> np.ndarray:
+        """The warps that run."""
+        if self.nest.threads[0] != WARP:
+            raise self.refuse(f"a tile operation beside {self.nest.threads[0]} threads along x")
+        running = self.mask.reshape(-1, WARP)
+        if (running.any(1) != running.all(1)).any():
+            raise self.refuse("some lanes of a warp do not reach a tile operation")
+        return np.flatnonzero(running.all(1))
+
+    def of_warps(self, e: ir.Expr) -> np.ndarray:
+        """A value for each warp that runs, which its lanes share."""
+        values = np.broadcast_to(self.value(e), self.lane.shape).reshape(-1, WARP)[self.warps()]
+        if (values != values[:, :1]).any():
+            raise self.refuse("the lanes of a warp disagree on a tile")
+        return values[:, 0].astype(np.int64)
+
+    def tiles(self, s: ir.MmaZero | ir.Mma | ir.MmaStore) -> None:
+        m, n, k = s.shape
+        acc = self.registers[s.acc.name]
+        where = self.warps(), self.of_warps(s.slot)
+        if isinstance(s, ir.MmaZero):
+            acc[where] = 0
+        elif isinstance(s, ir.Mma):
+            acc[where] += self.operand(s.a, m, k) @ self.operand(s.b, k, n)
+        else:
+            at, inside = self.window(s.to, m, n)
+            r, c = np.indices((m, n))
+            lane = where[0][:, None, None] * WARP + r % 8 * 4 + c % 8 // 2  # as mma.cuh has them
+            self.write_tile(s, acc[where][inside], at[inside], lane[inside])
+
+    def write_tile(self, s: ir.MmaStore, new: Any, at: np.ndarray, lane: np.ndarray) -> None:
+        if not len(at):
+            return
+        b, cells = s.to.buffer, self.memory[s.to.buffer.name].flat
+        who = np.stack((lane, self.unit[lane] + self.first_unit, self.epoch[lane]))
+        self.access(b.name, "write", at, who)
+        if s.op:
+            new = new + decode(cells[at], b.dtype)
+        cells[at] = encode(cast(new, b.dtype), b.dtype, cells.dtype)
+
+    def window(self, t: ir.Tile, rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
+        """The offsets of the elements of a tile for each warp, and which are inside the limits. In
+        shared memory all are: `shared_rows` of mma.cuh reads 16 rows and columns."""
+        fields = (t.offset, t.row_stride, t.col_stride, t.row_limit, t.col_limit)
+        first, down, right, high, wide = (self.of_warps(f)[:, None, None] for f in fields)
+        r, c = np.indices((rows, cols))
+        at, inside = first + r * down + c * right, (r < high) & (c < wide)
+        if t.buffer.scope == "shared":
+            size = len(self.memory[t.buffer.name].flat) // self.units
+            if at.min() < 0 or at.max() >= size:
+                raise InternalError("I101", f"a tile of {t.buffer.name} is outside 0…{size - 1}")
+            return at + self.unit[self.warps() * WARP][:, None, None] * size, inside | True
+        return at, inside
+
+    def operand(self, t: ir.Tile, rows: int, cols: int) -> np.ndarray:
+        """The elements of a tile in float32; 0 beyond its limits. The reader is the warp: no lane
+        of it, so that also lanes of the same warp need a barrier."""
+        at, inside = self.window(t, rows, cols)
+        elements = np.zeros(at.shape, np.float32)
+        if t.buffer.name in self.histories and inside.any():
+            first = np.broadcast_to(self.warps()[:, None, None] * WARP, at.shape)[inside]
+            reader = len(self.lane) + first
+            who = np.stack((reader, self.unit[first] + self.first_unit, self.epoch[first]))
+            self.access(t.buffer.name, "read", at[inside], who)
+        if inside.any():
+            elements[inside] = self.memory[t.buffer.name].read(at[inside], t.buffer.dtype)
+        return elements
+
+    # -- expressions -----------------------------------------------------------------------------
+
+    def value(self, e: ir.Expr) -> np.ndarray:
+        """The value of an expression for each lane; of no meaning for lanes that do not run."""
+        if isinstance(e, ir.Const):
+            return np.full(1, constant(e.value, e.dtype.scalar))
+        if isinstance(e, ir.Var):
+            return self.env[e.name].astype(computed(e.dtype), copy=False)
+        if isinstance(e, ir.Load):
+            return self.load(e)
+        if isinstance(e, ir.Select) and e.cond.dtype.lanes == 1:
+            return self.select(e)
+        if isinstance(e, ir.Binary) and e.op in "&|" and e.dtype.scalar.kind == "b":
+            return self.both(e)
+        if isinstance(e, ir.Search):
+            return self.search(e)
+        if isinstance(e, ir.ReduceThreads):
+            return self.across_lanes(e) if e.axis == "thread.x" else self.across_rows(e)
+        operands = [self.value(x) for x in ir.children(e)]
+        if e.dtype.lanes > 1 and not isinstance(e, (ir.Ramp, ir.Broadcast)):
+            operands = [x[:, None] if x.ndim == 1 else x for x in operands]
+        return operation(e)(*operands)
+
+    def select(self, e: ir.Select) -> np.ndarray:
+        cond, none = self.value(e.cond), np.zeros((1, 1)[: 1 + (e.dtype.lanes > 1)])
+        a = self.within(cond, lambda: self.value(e.a))
+        b = self.within(~cond, lambda: self.value(e.b))
+        a, b = (none.astype(computed(e.dtype)) if x is None else x for x in (a, b))
+        return np.where(cond[:, None] if e.dtype.lanes > 1 else cond, a, b)
+
+    def both(self, e: ir.Binary) -> np.ndarray:
+        """The second operand may read what only the first one allows."""
+        a = self.value(e.a)
+        if a.ndim > 1:
+            return operation(e)(a, self.value(e.b))
+        b = self.within(a if e.op == "&" else ~a, lambda: self.value(e.b))
+        return a if b is None else np.where(a, b, False) if e.op == "&" else np.where(a, True, b)
+
+    def load(self, e: ir.Load) -> np.ndarray:
+        b, name, dtype = e.buffer, e.buffer.name, e.dtype.scalar
+        if b.scope == "register":
+            return decode(self.register(e), dtype)
+        at = self.offset(b, e.index)
+        if name in self.histories:
+            seen = np.broadcast_to(at, (len(self.lane), *at.shape[1:]))[self.mask]
+            self.access(name, "read", seen, self.who())
+        return self.memory[name].read(at, dtype)
+
+    def register(self, e: ir.Load) -> np.ndarray:
+        cells, at = self.cell(e.buffer, e.index)
+        row: Any = self.lane
+        if e.dtype.lanes != e.buffer.dtype.lanes:  # a loop that is not yet a vector
+            inner = e.buffer.shape[self.vector_dimension[e.buffer.name] + 1 :]
+            step = prod(int(self.value(n)[0]) for n in inner)
+            at, row = at[:, None] + step * np.arange(e.dtype.lanes), row[:, None]
+        return cells[row, at] if len(at) > 1 or at.ndim > 1 else cells[:, int(at[0])]
+
+    def search(self, e: ir.Search) -> np.ndarray:
+        """`find` and `find_last` of gpu.cuh."""
+        keys, parts = self.memory[e.keys.name], (e.lo, e.hi, e.key)
+        low, high, key = map(np.array, np.broadcast_arrays(*map(self.value, parts)))
+        end, running = high.copy(), np.broadcast_to(self.mask, self.lane.shape)
+        running = running if len(low) > 1 else np.ones(1, bool)
+        while (open_ := running & (low < high)).any():
+            middle = low + (high - low) // 2
+            at = keys.read(np.where(open_, middle, middle[open_.argmax()]), e.keys.dtype)
+            right = at <= key if e.last else at < key
+            low = np.where(open_ & right, middle + 1, low)
+            high = np.where(open_ & ~right, middle, high)
+        if e.last:
+            return low - low.dtype.type(1)
+        inside = running & (low < end)
+        if not inside.any():
+            return np.full(1, -1, e.dtype.numpy)
+        at = keys.read(np.where(inside, low, low[inside.argmax()]), e.keys.dtype)
+        return np.where(inside & (at == key), low, -1).astype(e.dtype.numpy)
+
+    def across_lanes(self, e: ir.ReduceThreads) -> np.ndarray:
+        """Over groups of neighbouring threads of a warp, by shuffles."""
+        if self.threads % e.extent:
+            raise self.refuse(f"{self.threads} threads are no groups of {e.extent}")
+        groups = self.mask.reshape(-1, e.extent)
+        if (groups.any(1) != groups.all(1)).any():
+            raise self.refuse("some lanes of a group do not reach a reduction over thread.x")
+        value = self.value(e.a)
+        value = np.broadcast_to(value, (len(self.lane), *value.shape[1:]))
+        total = UFUNCS[e.op].reduce(value.reshape(-1, e.extent, *value.shape[1:]), 1, value.dtype)
+        return np.repeat(total, e.extent, axis=0)
+
+    def across_rows(self, e: ir.ReduceThreads) -> np.ndarray:
+        """Over the threads of a column: store, barrier, read the column, barrier."""
+        value, (x, y) = self.value(e.a), self.nest.threads
+        if e.extent != y:
+            raise self.refuse(f"a reduction over {e.extent} rows beside {y} of threads")
+        value = np.broadcast_to(value, (len(self.lane), *value.shape[1:]))
+        self.share("write", e.dtype, self.lane[:, None] % self.threads)
+        self.barrier(e, 0)
+        column = self.lane[:, None] % x + np.arange(y) * x
+        self.share("read", e.dtype, column)
+        self.barrier(e, 1)
+        rows = value.reshape(self.units, y, x, *value.shape[1:])
+        total = UFUNCS[e.op].reduce(rows, 1, value.dtype)
+        return np.repeat(total[:, None], y, 1).reshape(value.shape)
+
+    def share(self, kind: str, dtype: DType, slots: np.ndarray) -> None:
+        """Accesses of each lane to slots at the start of shared memory, where reductions over rows
+        of all types lie."""
+        size = dtype.itemsize * dtype.lanes // self.grain
+        unit_size = self.threads * self.slot_bytes // self.grain
+        self.scratch = self.scratch or History(self.units * unit_size)
+        at = slots[..., None] * size + np.arange(size) + self.unit[:, None, None] * unit_size
+        at = at.reshape(len(self.lane), -1)[self.mask]
+        who = np.repeat(self.who(), at.shape[1], axis=1)
+        self.record(self.scratch, "the scratch of reductions over rows", kind, at.reshape(-1), who)

@@ -1,0 +1,48 @@
+"""Happens-before order of memory accesses: who read, wrote and updated each element of an array.
+
+Two accesses are ordered when one thread makes both, or when a barrier of their CTA is between them.
+Threads of different CTAs of a launch are never ordered. A CTA has an *epoch*, the number of its
+barriers so far: accesses of two threads of a CTA are ordered exactly when their epochs differ.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+NONE, MANY = -1, -2  # in place of a lane or of a unit
+_CONFLICTS = {
+    "read": ("write", "update"),
+    "update": ("write", "read"),  # atomic updates do not conflict with each other
+    "write": ("write", "read", "update"),
+}
+
+
+class History:
+    """The latest accesses of each element, by kind: lane (a thread of the launch), unit, epoch.
+
+    Accesses of earlier epochs of the same unit are forgotten: what is ordered after the latest is
+    ordered after them too."""
+
+    def __init__(self, size: int) -> None:
+        self.latest = {kind: np.full((3, size), NONE, np.int32) for kind in _CONFLICTS}
+
+    def record(self, kind: str, at: np.ndarray, who: np.ndarray) -> tuple[int, str] | None:
+        """Records accesses to the elements `at` by `who` (lane, unit, epoch of each). Returns the
+        number of an access that conflicts with an unordered one, and the kind of that one."""
+        lane, unit, epoch = who
+        for other in _CONFLICTS[kind]:
+            l, u, e = self.latest[other].take(at, 1)
+            clash = (u != NONE) & ((u != unit) | ((e == epoch) & (l != lane)))
+            if clash.any():
+                return int(clash.argmax()), other
+        latest = self.latest[kind]
+        l, u, e = latest.take(at, 1)
+        lanes, units = (u == unit) & (e == epoch) & (l != lane), (u != NONE) & (u != unit)
+        latest[:, at] = who
+        l, u, _ = latest.take(at, 1)  # of an element that `at` lists twice: the last access
+        lanes, units = lanes | (l != lane), units | (u != unit)
+        if kind == "write" and (lanes | units).any():
+            return int((lanes | units).argmax()), "write"
+        latest[0, at[lanes]] = MANY
+        latest[1, at[units]] = MANY
+        return None
