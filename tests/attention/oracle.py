@@ -117,12 +117,21 @@ LOGITS: dict[str, tuple[Any, Callable[[np.ndarray, Score], Any], dict[str, Any]]
 }
 
 
-def variant(mask: str, logits: str) -> Any:
-    """The class of a variant with one of MASKS and one of LOGITS."""
-    members = MASKS[mask][2] | LOGITS[logits][2]
-    hooks = {"mask": MASKS[mask][0], "logits": LOGITS[logits][0]}
-    members |= {name: hook for name, hook in hooks.items() if hook}
-    return tw.variant(type("Case", (), members))
+def variant(case: Case) -> Any:
+    """One of MASKS and one of LOGITS as a variant: hooks of one class, or two values composed."""
+    (mask, _, mask_values), (logits, _, logits_values) = MASKS[case.mask], LOGITS[case.logits]
+    parts = {"mask": (mask, mask_values), "logits": (logits, logits_values)}
+    parts = {name: (hook, values) for name, (hook, values) in parts.items() if hook}
+    members = [{name: hook} | values for name, (hook, values) in parts.items()] or [{}]
+    composed = len(members) == 2 and case.dims[0] % 2 == 0
+    if not composed:
+        members = [{name: x for part in members for name, x in part.items()}]
+    found = []
+    for own in members:
+        scalars = {n: case.values[n] for n in own.keys() & case.values.keys()}
+        scalars = {n: x for n, x in scalars.items() if not isinstance(x, np.ndarray)}
+        found.append(tw.variant(type("Case", (), own))(**scalars))
+    return found[0] | found[1] if composed else found[0]
 
 
 def draw_values(rng: np.random.Generator, names: dict[str, Any], heads: tuple[int, int]) -> dict:
@@ -166,6 +175,11 @@ class Case:
     @property
     def heads(self) -> tuple[int, int]:
         return self.q.shape[1], self.k.shape[2]
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Elements of a row of K and of V."""
+        return self.q.shape[2], self.v.shape[3]
 
     def __str__(self) -> str:
         lengths = [len(slots) for slots in slots_of(self)]
@@ -377,10 +391,7 @@ def fill(rng: np.random.Generator, case: Case) -> None:
 
 def attention_of(case: Case) -> tw.Attention:
     """The attention under test, with the case's scalars fixed."""
-    cls = variant(case.mask, case.logits)
-    scalars = {n: x for n, x in case.values.items() if not isinstance(x, np.ndarray)}
-    dims = case.q.shape[2], case.v.shape[3]
-    return tw.Attention(*case.heads, dims[0], cls(**scalars), case.sm_scale, dims[1])
+    return tw.Attention(*case.heads, case.dims[0], variant(case), case.sm_scale, case.dims[1])
 
 
 def arrays_of(case: Case) -> dict[str, Any]:
