@@ -13,138 +13,18 @@ from __future__ import annotations
 import argparse
 import sys
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from tests.attention.oracle_hooks import LOGITS, MASKS, Score, draw_values
 
 import tilewright as tw
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 CASES_OF_A_KERNEL = 8  # cases that share a compiled kernel; all else differs
-HOSTILE = (0, 1, -1, 3, -7, 64, 100, 2**31 - 1, -(2**31))
-
-
-# ---------------------------------------------------------------------------- variants, twice
-
-
-@dataclass(frozen=True)
-class Score:
-    """Where scores of one head are: positions (qo_len, 1) and (1, kv_len), numbers, values."""
-
-    qo: np.ndarray
-    kv: np.ndarray
-    head: int
-    kv_head: int
-    request: int
-    values: dict[str, Any]
-
-
-def divided(a: np.ndarray, b: int) -> np.ndarray:
-    """Floor division of integers, 0 for a divisor of 0."""
-    return a // b if b else np.zeros_like(a)
-
-
-def remainder(a: np.ndarray, b: int) -> np.ndarray:
-    """The remainder of floor division, 0 for a divisor of 0."""
-    return a - divided(a, b) * b if b else np.zeros_like(a)
-
-
-# name: (hook of the variant, the same in NumPy, values by name)
-MASKS: dict[str, tuple[Any, Callable[[Score], Any], dict[str, Any]]] = {
-    "full": (None, lambda t: np.True_, {}),
-    "causal": (lambda self, at: at.kv <= at.qo, lambda t: t.kv <= t.qo, {}),
-    "window": (
-        lambda self, at: (at.kv <= at.qo) & (at.qo - at.kv < self.window),
-        lambda t: (t.kv <= t.qo) & (t.qo - t.kv < t.values["window"]),
-        {"window": tw.scalar("int32")},
-    ),
-    "first and last": (
-        lambda self, at: (at.kv < self.first) | (at.qo - at.kv < self.window) & (at.kv <= at.qo),
-        lambda t: (
-            (t.kv < t.values["first"]) | ((t.qo - t.kv < t.values["window"]) & (t.kv <= t.qo))
-        ),
-        {"window": tw.scalar("int32"), "first": tw.scalar("int32")},
-    ),
-    "before and after": (
-        lambda self, at: ~((at.kv > at.qo + 3) | (at.kv + self.window < at.qo)),
-        lambda t: (t.kv <= t.qo + 3) & (t.kv + t.values["window"] >= t.qo),
-        {"window": tw.scalar("int32")},
-    ),
-    "chunks": (
-        lambda self, at: tw.equal(at.kv // self.chunk, at.qo // self.chunk),
-        lambda t: divided(t.kv, t.values["chunk"]) == divided(t.qo, t.values["chunk"]),
-        {"chunk": tw.scalar("int32")},
-    ),
-    "dilated": (
-        lambda self, at: (at.kv <= at.qo) & tw.equal((at.qo - at.kv) % self.chunk, 0),
-        lambda t: (t.kv <= t.qo) & (remainder(t.qo - t.kv, t.values["chunk"]) == 0),
-        {"chunk": tw.scalar("int32")},
-    ),
-    "per head": (
-        lambda self, at: (at.kv % (self.strides[at.kv_head] - 1) < 2) | (at.qo_head % 3 < 1),
-        lambda t: (
-            (remainder(t.kv, t.values["strides"][t.kv_head] - 1) < 2) | np.bool_(t.head % 3 < 1)
-        ),
-        {"strides": tw.per_head("int32")},
-    ),
-    "request": (
-        lambda self, at: (at.kv < at.qo) ^ tw.equal(at.request % 2, 0),
-        lambda t: (t.kv < t.qo) ^ np.bool_(t.request % 2 == 0),
-        {},
-    ),
-    "nothing": (lambda self, at: at.kv < np.int64(0), lambda t: np.False_, {}),
-}
-LOGITS: dict[str, tuple[Any, Callable[[np.ndarray, Score], Any], dict[str, Any]]] = {
-    "scores": (None, lambda s, t: s, {}),
-    "softcap": (
-        lambda self, s, at: self.cap * tw.tanh(s / self.cap),
-        lambda s, t: t.values["cap"] * np.tanh(s / t.values["cap"]),
-        {"cap": tw.scalar("float32")},
-    ),
-    "alibi": (
-        lambda self, s, at: s + self.slopes[at.qo_head] * (at.kv - at.qo),
-        lambda s, t: s + float(t.values["slopes"][t.head]) * (t.kv - t.qo),
-        {"slopes": tw.per_head("float32")},
-    ),
-    "near": (
-        lambda self, s, at: tw.where(at.qo - at.kv < np.int32(8), s * np.float32(1.5), s - 0.25),
-        lambda s, t: np.where(t.qo - t.kv < 8, s * 1.5, s - 0.25),
-        {},
-    ),
-}
-
-
-def variant(case: Case) -> Any:
-    """One of MASKS and one of LOGITS as a variant: hooks of one class, or two values composed."""
-    (mask, _, mask_values), (logits, _, logits_values) = MASKS[case.mask], LOGITS[case.logits]
-    parts = {"mask": (mask, mask_values), "logits": (logits, logits_values)}
-    parts = {name: (hook, values) for name, (hook, values) in parts.items() if hook}
-    members = [{name: hook} | values for name, (hook, values) in parts.items()] or [{}]
-    composed = len(members) == 2 and case.dims[0] % 2 == 0
-    if not composed:
-        members = [{name: x for part in members for name, x in part.items()}]
-    found = []
-    for own in members:
-        scalars = {n: case.values[n] for n in own.keys() & case.values.keys()}
-        scalars = {n: x for n, x in scalars.items() if not isinstance(x, np.ndarray)}
-        found.append(tw.variant(type("Case", (), own))(**scalars))
-    return found[0] | found[1] if composed else found[0]
-
-
-def draw_values(rng: np.random.Generator, names: dict[str, Any], heads: tuple[int, int]) -> dict:
-    """Values of a variant, numbers that float32 and int32 hold exactly."""
-    drawn = {
-        "window": int(rng.choice([0, 1, 5, 64, 300, 2000])),
-        "first": int(rng.choice([0, 1, 4, 70])),
-        "chunk": int(rng.choice(HOSTILE)),
-        "cap": float(rng.choice([0.5, 5.0, 30.0])),
-        "slopes": rng.choice([0.0, 0.125, 0.25, 1.0], heads[0]).astype(np.float32),
-        "strides": rng.choice([0, 1, 2, 5, -3], heads[1]).astype(np.int32),
-    }
-    return {name: drawn[name] for name in names}
 
 
 # ---------------------------------------------------------------------------- a case
@@ -201,6 +81,23 @@ def slots_of(case: Case) -> list[list[tuple[int, int]]]:
     return found
 
 
+def variant(case: Case) -> Any:
+    """One of MASKS and one of LOGITS as a variant: hooks of one class, or two values composed."""
+    (mask, _, mask_values), (logits, _, logits_values) = MASKS[case.mask], LOGITS[case.logits]
+    parts = {"mask": (mask, mask_values), "logits": (logits, logits_values)}
+    parts = {name: (hook, values) for name, (hook, values) in parts.items() if hook}
+    members = [{name: hook} | values for name, (hook, values) in parts.items()] or [{}]
+    composed = len(members) == 2 and case.dims[0] % 2 == 0
+    if not composed:
+        members = [{name: x for part in members for name, x in part.items()}]
+    found = []
+    for own in members:
+        scalars = {n: case.values[n] for n in own.keys() & case.values.keys()}
+        scalars = {n: x for n, x in scalars.items() if not isinstance(x, np.ndarray)}
+        found.append(tw.variant(type("Case", (), own))(**scalars))
+    return found[0] | found[1] if composed else found[0]
+
+
 def scores_of(case: Case, slots: list) -> Iterator[tuple[int, int, slice, Score, np.ndarray]]:
     """Request, head, rows of q, positions, and which scores count (qo_len, kv_len)."""
     qo_heads, kv_heads = case.heads
@@ -212,7 +109,8 @@ def scores_of(case: Case, slots: list) -> Iterator[tuple[int, int, slice, Score,
             qo = at.get("qo_base", kv_len - qo_len) + np.arange(qo_len)[:, None]
             kv = at.get("kv_base", 0) + at.get("kv_stride", 1) * np.arange(kv_len)[None]
             kv_head = head // (qo_heads // kv_heads)
-            score = Score(qo, kv, head, kv_head, r, case.values)
+            token, key = np.arange(rows.start, rows.stop)[:, None], np.arange(kv_len)[None]
+            score = Score(qo, kv, head, kv_head, r, case.values, token, key, kv_len - qo_len)
             seen = np.broadcast_to(MASKS[case.mask][1](score), (qo_len, kv_len))
             yield r, head, rows, score, seen
 
@@ -232,7 +130,7 @@ def oracle(case: Case) -> tuple[np.ndarray, np.ndarray, float]:
         pages, places = np.array(slots[r])[used].T
         keys, vals = (x[pages, places, score.kv_head] for x in (k, v))
         q, seen = queries[rows, head], seen[:, used]
-        score = Score(score.qo, score.kv[:, used], head, score.kv_head, r, case.values)
+        score = replace(score, kv=score.kv[:, used], key=score.key[:, used])
         logits = LOGITS[case.logits][1](q @ keys.T * scale, score)
         terms = np.abs(q) @ np.abs(keys.T) * abs(scale)
         largest = max(largest, terms[seen].max(), np.abs(logits[seen]).max())
@@ -360,7 +258,11 @@ def draw(seed: int, number: int) -> Case:
     wide = rng.standard_normal((int(qo_indptr[-1]), group * kv_heads + 1, dim))
     q = (wide * rng.choice([1, 1, 8])).astype(q_type)[:, 1:]
     q = q[:, ::-1] if rng.random() < 0.3 else q
-    values = draw_values(rng, MASKS[mask][2] | LOGITS[logits][2], (group * kv_heads, kv_heads))
+    columns = int(rng.choice([0, 1, 40, 3000]))
+    values = draw_values(
+        rng, MASKS[mask][2] | LOGITS[logits][2], (group * kv_heads, kv_heads),
+        (requests, int(qo_indptr[-1]), columns),
+    )  # fmt: skip
     scale = [None, None, 0.0, -0.2, 1.0][rng.integers(0, 5)]
     workers = int(rng.integers(1, 133))
     case = Case(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention import families, plan, reference
+from tilewright.attention import families, plan, reference, render
 from tilewright.attention.arguments import check_kv, check_names, check_q, outputs, values_of
 from tilewright.attention.checks import host_indptr, is_integer, is_number, named_view
 from tilewright.attention.families import Call, Family
@@ -170,7 +170,7 @@ class Attention:
         """The state of queries `q` (tokens, qo_heads, head_dim), float32, float16 or bfloat16.
 
         `out`: an array to write o to, of q's dtype or float32 (None: a new one of q's dtype);
-        `values`: the variant's scalars and per-head arrays.
+        `values`: the variant's scalars and tensors.
         Keys and values that no query of a work item sees never matter, NaN and Inf included: those
         behind a length, outside a window, of a freed page. The kernels of float32 and of CPUs keep
         this for each query, the decode family for the rows of a request together.
@@ -208,9 +208,11 @@ class Attention:
         spec = self._spec((queries.dtype, kv.dtype, written[0].dtype), kv.table.form)
         family = self._family(plan, kv, spec)
         _check_not_capturing(plan, kv.device)
-        arrays = values_of(self.variant, values, (self.qo_heads, self.kv_heads), kv.device)
+        sizes = {"qo_head": self.qo_heads, "kv_head": self.kv_heads}
+        sizes |= {"request": kv.requests, "q_token": plan.tokens}
+        arrays = values_of(self.variant, values, sizes, kv.device)
         numbers = param_values(queries, kv.pool, kv.table, written, self.scale)
-        numbers |= {f"v_{n}": seen.pointer for n, (_, seen) in arrays.items()}
+        numbers |= render.param_values(spec.traced, {n: seen for n, (_, seen) in arrays.items()})
         call = Call(spec, kv.pool, numbers, plan, q)
         keep = (queries, kv, plan, arrays)
         if kv.device == "cpu" and not compilers.has_compiler():

@@ -178,9 +178,10 @@ def bound_text(e: Any) -> str:
     if isinstance(e, Const):
         return f"tw::bound({int(e.value)}ll)"
     if isinstance(e, VarNode):
-        return f"tile.{e.name.removeprefix('at.')}"
+        name = e.name.removeprefix("at.")
+        return everything if name == "q_token" else f"tile.{name}"
     if isinstance(e, Load):
-        return everything if e.index else f"tw::bound(v_{e.buffer.name})"
+        return _load_text(e, everything)
     if isinstance(e, Cast):
         if e.a.dtype.is_float:
             return everything
@@ -194,6 +195,16 @@ def bound_text(e: Any) -> str:
         return f"tw::bound_select({bound_text(e.cond)}, {arms})"
     if isinstance(e, Binary):
         return _binary_text(e, everything)
+    return everything
+
+
+def _load_text(e: Load, everything: str) -> str:
+    """Scalars and values of the tile's request, which is one, are known; others are not."""
+    if not e.index:
+        return f"tw::bound(v_{e.buffer.name})"
+    by_request = isinstance(e.index[0], VarNode) and e.index[0].name == "at.request"
+    if by_request and len(e.index) == 1:
+        return f"tw::bound(v_{e.buffer.name}.at(static_cast<int32_t>(tile.request.lo), 0))"
     return everything
 
 

@@ -27,8 +27,8 @@ def evaluate(e: Expr, positions: dict[str, Any], values: dict[str, Any]) -> Any:
     if isinstance(e, Var):
         return np.asarray(positions[e.name], _kind(e.dtype))
     if isinstance(e, Load):
-        kept = np.asarray(values[e.buffer.name], _kind(e.dtype))
-        return kept[evaluate(e.index[0], positions, values)] if e.index else kept.reshape(())
+        kept = np.asarray(values[e.buffer.name]).astype(_kind(e.dtype))
+        return _element(kept, [evaluate(i, positions, values) for i in e.index])
     if isinstance(e, Binary):
         return BINARY[e.op](evaluate(e.a, positions, values), evaluate(e.b, positions, values))
     if isinstance(e, Unary):
@@ -39,6 +39,18 @@ def evaluate(e: Expr, positions: dict[str, Any], values: dict[str, Any]) -> Any:
     if isinstance(e, Cast):
         return np.asarray(evaluate(e.a, positions, values)).astype(_kind(e.dtype))
     raise InternalError("I101", f"no value for {type(e).__name__}")
+
+
+def _element(kept: np.ndarray, index: list[Any]) -> Any:
+    """An element of a value of the variant, 0 outside it."""
+    if not index:
+        return kept.reshape(())
+    inside = np.True_
+    for i, n in zip(index, kept.shape, strict=True):
+        inside = inside & (i >= 0) & (i < n)
+    if not kept.size:
+        return np.zeros(inside.shape, kept.dtype)
+    return np.where(inside, kept[tuple(np.where(inside, i, 0) for i in index)], kept.dtype.type(0))
 
 
 def _kind(dtype: Any) -> Any:
@@ -82,6 +94,10 @@ def attention(
                 "at.qo_head": head,
                 "at.kv_head": head // group,
                 "at.request": request,
+                "at.q_token": np.arange(rows.start, rows.stop)[:, None],
+                "at.key": np.arange(kv_len)[None, :],
+                "at.qo_len": qo_len,
+                "at.kv_len": kv_len,
             }
             seen = np.broadcast_to(evaluate(traced.mask, positions, values), positions["s"].shape)
             scores = np.where(seen, evaluate(traced.logits, positions, values), -np.inf)

@@ -28,11 +28,14 @@ from tilewright.ir.nodes import (
     Var,
     as_expr,
     cast,
+    equal,
 )
 from tilewright.ir.rewrite import walk
 from tilewright.sparse.trace import Declared
 
-PLACES = ("qo", "kv", "qo_head", "kv_head", "request")
+PLACES = (
+    "qo", "kv", "qo_head", "kv_head", "request", "q_token", "key", "qo_len", "kv_len",
+)  # fmt: skip
 SCORE = Var("s", dtypes.float32)
 VALUE_TYPES = (dtypes.float32, dtypes.int32)
 RESERVED = frozenset(
@@ -43,7 +46,12 @@ RESERVED = frozenset(
 
 
 class At:
-    """The position of a score: `qo` and `kv` in the sequence, the others as numbers."""
+    """Where a score is: `qo` and `kv` are the positions of its query and its key.
+
+    `qo_head`, `kv_head`, `request`: numbers; `q_token`: the row of q; `key`: the number of the key
+    in its request (its position unless the table says otherwise); `qo_len`, `kv_len`: queries and
+    keys of the request.
+    """
 
     __slots__ = ()
 
@@ -58,25 +66,53 @@ class At:
 
 
 @dataclass(frozen=True, slots=True)
-class PerHead:
-    """One value for each query head, or each KV head: by which it is indexed says."""
+class Tensor:
+    """A run-time tensor of a variant; `by`: what it may be read by, see `Value`."""
 
     dtype: DType
+    by: tuple[str, ...]
 
 
 def per_head(dtype: Any = "float32") -> Any:
     """A run-time vector with one value a head: `slopes[at.qo_head]` or `sinks[at.kv_head]`."""
-    return PerHead(dtypes.dtype(dtype))
+    return Tensor(dtypes.dtype(dtype), ("qo_head", "kv_head"))
+
+
+def per_request(dtype: Any = "int32") -> Any:
+    """A run-time vector with one value a request: `prefix[at.request]`."""
+    return Tensor(dtypes.dtype(dtype), ("request",))
+
+
+def per_token(dtype: Any = "int32") -> Any:
+    """A run-time vector with one value a row of q: `depth[at.q_token]`."""
+    return Tensor(dtypes.dtype(dtype), ("q_token",))
+
+
+def per_key(dtype: Any = "int32") -> Any:
+    """A run-time matrix (requests, any width) with one value a key: `document[at.key]`, or of any
+    other key of the request, as `document[at.qo]` of the query's own. Beyond the width it is 0."""
+    return Tensor(dtypes.dtype(dtype), ("key",))
+
+
+def bit_mask() -> Any:
+    """A run-time matrix (rows of q, words) of uint32 or int32 words, bit n % 32 of word n // 32:
+    `tree[n]` is bit n of the query's row as a condition. Beyond the words it is false."""
+    return Tensor(dtypes.int32, ("bit",))
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A run-time value of a variant. `heads` is empty for a scalar, else `qo_head` or `kv_head`."""
+    """A run-time value of a variant. `by`: "" for a scalar, else what it is read by: qo_head or
+    kv_head, request, q_token, key (of a request) or bit (of a row of q)."""
 
     name: str
     dtype: DType
     default: float | None = None
-    heads: str = ""
+    by: str = ""
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.by in ("key", "bit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,28 +131,45 @@ class Traced:
 # ---------------------------------------------------------------------------- tracing
 
 
-class _Heads:
+class _Reads:
     """What `self.slopes` is while a variant is traced."""
 
-    def __init__(self, name: str, declared: PerHead, used: dict[str, str]) -> None:
+    def __init__(self, name: str, declared: Tensor, used: dict[str, str]) -> None:
         self.name, self.declared, self.used = name, declared, used
 
     def __getitem__(self, index: Any) -> Expr:
-        by = index.name if isinstance(index, Var) else ""
-        if by not in ("at.qo_head", "at.kv_head"):
-            raise ProgramError(
-                "P101",
-                f"{self.name}[{index}]: a per-head value is read at one head",
-                hint=f"{self.name}[at.qo_head] or {self.name}[at.kv_head]",
-            )
+        if self.declared.by == ("key",):
+            return self._load("request", _whole(self.name, index))
+        if self.declared.by == ("bit",):
+            n = _whole(self.name, index)
+            return equal(self._load("q_token", n >> 5) >> (n & 31) & 1, 1)
+        by = index.name.removeprefix("at.") if isinstance(index, Var) else ""
+        if by not in self.declared.by:
+            places = [f"{self.name}[at.{by}]" for by in self.declared.by]
+            raise ProgramError("P101", f"{self.name}[{index}]: it is read as {' or '.join(places)}")
         if self.used.setdefault(self.name, by) != by:
             raise ProgramError(
                 "P102",
                 f"{self.name} is read by query head and by KV head",
                 hint="declare two values",
             )
-        buffer = Buffer(self.name, self.declared.dtype, (Var(size_name(by)),))
-        return Load(buffer, (index,), self.declared.dtype)
+        return self._load(by)
+
+    def _load(self, by: str, *column: Expr) -> Expr:
+        shape = tuple(Var(size_name(f"{self.name}_{n}")) for n in range(1 + len(column)))
+        buffer = Buffer(self.name, self.declared.dtype, shape)
+        return Load(buffer, (Var(f"at.{by}", dtypes.int32), *column), self.declared.dtype)
+
+
+def _whole(name: str, index: Any) -> Expr:
+    """An index of a tensor as an int32 expression. Raises ProgramError[P106]."""
+    try:
+        found = as_expr(index, None)
+    except (TypeError, TilewrightError):
+        found = None
+    if found is None or found.dtype != dtypes.int32:
+        raise ProgramError("P106", f"{name}[{index}]: the index is no int32 number")
+    return found
 
 
 class _Defaults:
@@ -151,8 +204,8 @@ def trace(cls: type) -> Traced:
                 f"{name} of variant {cls.__name__} is {d.dtype}",
                 hint="run-time values are float32 or int32",
             )
-        if isinstance(d, PerHead):
-            symbols[name] = _Heads(name, d, used)
+        if isinstance(d, Tensor):
+            symbols[name] = _Reads(name, d, used)
         else:
             symbols[name] = Load(Buffer(name, d.dtype, ()), (), d.dtype)
     _check_functions(cls)
@@ -172,8 +225,8 @@ def trace(cls: type) -> Traced:
     for hook in (logits, mask):
         _check(cls, hook)
     values = tuple(
-        Value(n, d.dtype, heads=used.get(n, "at.qo_head").removeprefix("at."))
-        if isinstance(d, PerHead)
+        Value(n, d.dtype, by=used.get(n, d.by[0]))
+        if isinstance(d, Tensor)
         else Value(n, d.dtype, d.default)
         for n, d in declared.items()
     )
@@ -185,13 +238,14 @@ def _declared(cls: type) -> dict[str, Any]:
     declared: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         for name, value in vars(base).items():
-            if isinstance(value, PerHead) or (isinstance(value, Declared) and not value.dims):
+            if isinstance(value, Tensor) or (isinstance(value, Declared) and not value.dims):
                 declared[name] = value
             elif isinstance(value, Declared):
                 raise ProgramError(
                     "P101",
                     f"{name} of variant {cls.__name__} is a tensor",
-                    hint="a variant has scalar() and per_head() values",
+                    hint="a variant has scalar(), per_head(), per_request(), per_token(), "
+                    "per_key() and bit_mask() values",
                 )
             else:
                 declared.pop(name, None)  # a subclass made it a constant
@@ -251,7 +305,7 @@ def _call(cls: type, me: Any, name: str, arguments: tuple[Any, ...]) -> Expr:
             "P101",
             f"{name} of variant {cls.__name__} cannot be traced: {type(error).__name__}: {error}",
             hint="s, at.qo, at.kv … are symbols: compute with operators, tw.where, tw.tanh …; "
-            "arrays come in as tw.per_head values",
+            "arrays come in as tw.per_head, tw.per_token … values",
         ) from error
     if result is None:
         raise ProgramError("P101", f"{name} of variant {cls.__name__} returns nothing")

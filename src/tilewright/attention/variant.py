@@ -41,12 +41,12 @@ from tilewright.sparse.trace import scalar, tanh
 def variant(cls: type) -> Any:
     """Class decorator: traces `logits(self, s, at)` and `mask(self, at)` (either may be absent).
 
-    Class attributes `scalar(dtype, default)` and `per_head(dtype)` are read from memory at run time
-    (float32 or int32). Instances are frozen values that may fix scalars:
-    `SlidingWindow(window=512)`. Raises ProgramError (P codes).
+    Class attributes `scalar(dtype, default)`, `per_head(dtype)`, `per_request`, `per_token`,
+    `per_key` and `bit_mask()` are read from memory at run time (float32 or int32). Instances are
+    frozen values that may fix scalars: `SlidingWindow(window=512)`. Raises ProgramError (P codes).
     """
     traced = trace(cls)
-    scalars = {v.name: v for v in traced.values if not v.heads}
+    scalars = {v.name: v for v in traced.values if not v.by}
 
     def __init__(self: Any, **values: float) -> None:
         for name, value in values.items():
@@ -55,7 +55,7 @@ def variant(cls: type) -> Any:
                     "A101",
                     f"{cls.__name__} has no scalar {name!r}",
                     where=name,
-                    hint=f"scalars: {', '.join(scalars) or 'none'}; per-head values go to run()",
+                    hint=f"scalars: {', '.join(scalars) or 'none'}; tensors go to run()",
                 )
             check_number(scalars[name], value)
         fixed = {n: v.default for n, v in scalars.items() if v.default is not None} | values

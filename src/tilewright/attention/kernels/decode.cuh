@@ -190,7 +190,8 @@ TW_INLINE void hide_values(Element* values, const bool (&visible)[2][2], int lan
 TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, const Query& q, Element* stage, int key0, Rows& rows, int lane) {
   const int last = key0 + KEYS < w.keys.length ? key0 + KEYS - 1 : w.keys.length - 1;
   const tw::Tile tile{tw::Bound{q.first, q.first + (q.rows - 1) / G}, tw::Bound{w.keys.position(key0), w.keys.position(last)},
-                      tw::Bound{w.head * G, w.head * G + G - 1}, tw::bound(w.head), tw::bound(w.request)};
+                      tw::Bound{w.head * G, w.head * G + G - 1}, tw::bound(w.head), tw::bound(w.request),
+                      tw::Bound{key0, last}, tw::bound(q.rows / G), tw::bound(w.keys.length)};
   const int kind = last < key0 || q.rows == 0 ? tw::EMPTY : variant.tile_class(tile);
   if (kind == tw::EMPTY) return;
   const bool full = last == key0 + KEYS - 1 && kind == tw::FULL;
@@ -215,7 +216,8 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
       for (int i = 0; i < 2; ++i) {
         float& x = s[n][half * 2 + i];
         const int key = key0 + n * 8 + (lane & 3) * 2 + i;
-        At at{q.first + row / G, w.keys.position(key), w.head * G + row % G, w.head, w.request};
+        At at{q.first + row / G, w.keys.position(key), w.head * G + row % G, w.head, w.request,
+              q.token + row / G, key, q.rows / G, w.keys.length};
         x = variant.logits(x * p.sm_scale, at) * LOG2E;
         if (!full) {
           const bool seen = row < q.rows && key < w.keys.length && variant.mask(at);

@@ -107,6 +107,14 @@ TW_INLINE vec<float, L> tanh(vec<float, L> x) {
   return x != x ? x : result;
 }
 
+// Elements of a row of a variant's matrix.
+template <int L, class V>
+TW_INLINE vec<V, L> elements(const tw::Array<V>& array, int32_t row, vec<int32_t, L> column) {
+  vec<V, L> found;
+  for (int l = 0; l < L; ++l) found[l] = array.at(row, column[l]);
+  return found;
+}
+
 // -- the KV cache ----------------------------------------------------------------------------------
 
 using K_t = typename KV::type;
@@ -151,8 +159,8 @@ TW_INLINE float online_softmax(const Variant& variant, const At& at, const tw::P
   I key = tw::ramp<int32_t, N>(kv0);
   for (int c = 0; c < TV; ++c, key += N) {
     const I kv = position(pages, key);
-    F x = variant.logits(tw::load<float, N>(s + c * N), at, kv);
-    if (MASKED) x = (variant.mask(at, kv) & (key < pages.length)) ? x : tw::splat<float, N>(LOWEST);
+    F x = variant.logits(tw::load<float, N>(s + c * N), at, kv, key);
+    if (MASKED) x = (variant.mask(at, kv, key) & (key < pages.length)) ? x : tw::splat<float, N>(LOWEST);
     tw::store<float, N>(s + c * N, x);
     top = tw::vmax<float, N>(top, x);
   }
@@ -271,16 +279,18 @@ struct Work {  // an item with the lengths read from memory
   Variant variant;
   tw::Pages pages;
   int32_t first;         // position of the first query
-  int tokens, rows;
+  int tokens, rows, qo_len;
   int begin, end;        // its tiles of keys
   int chunk, chunks;
   At at(int row) const {
-    return At{first + row / G, item.kv_head * G + row % G, item.kv_head, item.request};
+    return At{first + row / G, item.kv_head * G + row % G, item.kv_head, item.request,
+              item.qo_begin + row / G, qo_len, pages.length};
   }
   tw::Tile tile(int row0, int row1, int kv0, int kv1) const {  // both ends included
     return tw::Tile{tw::Bound{first + row0 / G, first + row1 / G}, tw::Bound{pages.position(kv0), pages.position(kv1)},
                     tw::Bound{item.kv_head * G, item.kv_head * G + G - 1},
-                    tw::bound(item.kv_head), tw::bound(item.request)};
+                    tw::bound(item.kv_head), tw::bound(item.request), tw::Bound{kv0, kv1},
+                    tw::bound(qo_len), tw::bound(pages.length)};
   }
   int tile_class(int row0, int row1, int t) const {
     int kv1 = (t + 1) * T;
@@ -445,7 +455,7 @@ static void run_item(const Params& p, const Item& item) {
   int32_t qo_begin = p.qo_indptr[item.request], qo_end = p.qo_indptr[item.request + 1];
   int tokens = item.qo_end - item.qo_begin;
   int first = tw::first_query(p, pages, item.request, qo_end - qo_begin) + (item.qo_begin - qo_begin);
-  Work w{p, item, Variant(p), pages, first, tokens, tokens * G, 0, 0, item.chunk, item.chunks};
+  Work w{p, item, Variant(p), pages, first, tokens, tokens * G, qo_end - qo_begin, 0, 0, item.chunk, item.chunks};
   w.end = (pages.length + T - 1) / T;
   while (w.begin < w.end && w.tile_class(0, w.rows - 1, w.begin) == tw::EMPTY) ++w.begin;
   while (w.begin < w.end && w.tile_class(0, w.rows - 1, w.end - 1) == tw::EMPTY) --w.end;

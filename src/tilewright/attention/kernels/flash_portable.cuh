@@ -62,7 +62,7 @@ TW_INLINE void start(Rows& rows) {
 
 struct Work {
   int first, row0, rows;  // position of the item's first query; rows of this pass
-  int kv_head, request;
+  int kv_head, request, token, qo_len;  // `token`: row of q of the first query
 };
 
 // One tile of 32 keys for one warp. Its values are summed from 0 before they join the sums, or small
@@ -78,7 +78,8 @@ TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& 
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     int row = w.row0 + r;
-    At at{w.first + row / G, pages.position(kv), w.kv_head * G + row % G, w.kv_head, w.request};
+    At at{w.first + row / G, pages.position(kv), w.kv_head * G + row % G, w.kv_head, w.request,
+          w.token + row / G, kv, w.qo_len, pages.length};
     float x = lowest();
     if (inside && r < w.rows && (kind == tw::FULL || variant.mask(at))) x = variant.logits(s[r], at);
     float new_max = tw::max(rows.row_max[r], tw::across_lanes<tw::op_max<float>, 32>(x));
@@ -154,7 +155,7 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
   float* q = reinterpret_cast<float*>(smem);
   float* exchange = q + Q_FLOATS;
   for (int row0 = 0; row0 < all_rows; row0 += ROWS) {
-    Work w{first, row0, all_rows - row0 < ROWS ? all_rows - row0 : ROWS, item.kv_head, item.request};
+    Work w{first, row0, all_rows - row0 < ROWS ? all_rows - row0 : ROWS, item.kv_head, item.request, item.qo_begin, qo_end - qo_begin};
     for (int i = thread; i < Q_FLOATS; i += THREADS) {
       int r = i / DKP, d = i % DKP, row = row0 + r;
       int64_t token = item.qo_begin + row / G;
@@ -165,9 +166,11 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
     Rows rows;
     start(rows);
     tw::Tile tile{tw::Bound{first + row0 / G, first + (row0 + w.rows - 1) / G}, tw::Bound{0, 0},
-                  tw::Bound{w.kv_head * G, w.kv_head * G + G - 1}, tw::bound(w.kv_head), tw::bound(w.request)};
+                  tw::Bound{w.kv_head * G, w.kv_head * G + G - 1}, tw::bound(w.kv_head), tw::bound(w.request),
+                  tw::Bound{0, 0}, tw::bound(w.qo_len), tw::bound(pages.length)};
     for (int kv0 = thread / 32 * T; kv0 < pages.length; kv0 += WARPS * T) {
       int end = pages.length - kv0 < T ? pages.length : kv0 + T;
+      tile.key = tw::Bound{kv0, end - 1};
       tile.kv = tw::Bound{pages.position(kv0), pages.position(end - 1)};
       int kind = variant.tile_class(tile);
       if (kind != tw::EMPTY) attend_tile(p, variant, w, pages, kv0, kind, q, thread % 32, rows);
