@@ -11,6 +11,8 @@ Whatever no query sees holds NaN or Inf, in K and in V.
 from __future__ import annotations
 
 import argparse
+import functools
+import operator
 import sys
 import zlib
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from tests.attention.oracle_hooks import LOGITS, MASKS, Score, draw_values
+from tests.attention.oracle_hooks import LOGITS, MASKS, SINKS, Score, draw_values
 
 import tilewright as tw
 
@@ -39,6 +41,7 @@ class Case:
     number: str
     mask: str
     logits: str
+    sink: str
     sm_scale: float | None
     values: dict[str, Any]
     q: np.ndarray
@@ -64,8 +67,9 @@ class Case:
     def __str__(self) -> str:
         lengths = [len(slots) for slots in slots_of(self)]
         return (
-            f"case {self.number}: {self.mask}, {self.logits}, {self.values}, q {self.q.shape} "
-            f"{self.q.dtype}, k {self.k.shape} {self.k.dtype} strides {self.k.strides}, "
+            f"case {self.number}: {self.mask}, {self.logits}, sink {self.sink!r}, "
+            f"{self.values}, q {self.q.shape} {self.q.dtype}, "
+            f"k {self.k.shape} {self.k.dtype} strides {self.k.strides}, "
             f"qo {np.diff(self.qo_indptr).tolist()}, kv {lengths}, {self.form}, "
             f"{self.positions}, v {self.v.shape}, workers {self.workers}"
         )
@@ -82,12 +86,10 @@ def slots_of(case: Case) -> list[list[tuple[int, int]]]:
 
 
 def variant(case: Case) -> Any:
-    """One of MASKS and one of LOGITS as a variant: hooks of one class, or two values composed."""
-    (mask, _, mask_values), (logits, _, logits_values) = MASKS[case.mask], LOGITS[case.logits]
-    parts = {"mask": (mask, mask_values), "logits": (logits, logits_values)}
-    parts = {name: (hook, values) for name, (hook, values) in parts.items() if hook}
-    members = [{name: hook} | values for name, (hook, values) in parts.items()] or [{}]
-    composed = len(members) == 2 and case.dims[0] % 2 == 0
+    """One of MASKS, of LOGITS and of SINKS as a variant: hooks of one class, or composed."""
+    hooks = {"mask": MASKS[case.mask], "logits": LOGITS[case.logits], "sink": SINKS[case.sink]}
+    members = [{name: h[0]} | h[2] for name, h in hooks.items() if h[0]] or [{}]
+    composed = len(members) > 1 and "mask" in members[0] and case.dims[0] % 2 == 0
     if not composed:
         members = [{name: x for part in members for name, x in part.items()}]
     found = []
@@ -95,7 +97,7 @@ def variant(case: Case) -> Any:
         scalars = {n: case.values[n] for n in own.keys() & case.values.keys()}
         scalars = {n: x for n, x in scalars.items() if not isinstance(x, np.ndarray)}
         found.append(tw.variant(type("Case", (), own))(**scalars))
-    return found[0] | found[1] if composed else found[0]
+    return functools.reduce(operator.or_, found)
 
 
 def scores_of(case: Case, slots: list) -> Iterator[tuple[int, int, slice, Score, np.ndarray]]:
@@ -125,20 +127,22 @@ def oracle(case: Case) -> tuple[np.ndarray, np.ndarray, float]:
     scale = 1 / np.sqrt(case.q.shape[2]) if case.sm_scale is None else case.sm_scale
     for r, head, rows, score, seen in scores_of(case, slots):
         used = seen.any(0)
-        if not used.any():
+        sink = np.broadcast_to(SINKS[case.sink][1](score), (len(seen), 1))
+        if not used.any() and not (sink > -np.inf).any():
             continue
-        pages, places = np.array(slots[r])[used].T
+        pages, places = np.array(slots[r], int).reshape(-1, 2)[used].T
         keys, vals = (x[pages, places, score.kv_head] for x in (k, v))
         q, seen = queries[rows, head], seen[:, used]
         score = replace(score, kv=score.kv[:, used], key=score.key[:, used])
         logits = LOGITS[case.logits][1](q @ keys.T * scale, score)
         terms = np.abs(q) @ np.abs(keys.T) * abs(scale)
-        largest = max(largest, terms[seen].max(), np.abs(logits[seen]).max())
+        for x in (terms[seen], np.abs(logits[seen])):
+            largest = max(largest, x.max(initial=0))
         logits = np.where(seen, logits, -np.inf)
-        some = seen.any(1)
-        top = logits[some].max(1, keepdims=True)
+        some = seen.any(1) | (sink[:, 0] > -np.inf)
+        top = np.maximum(logits[some].max(1, keepdims=True, initial=-np.inf), sink[some])
         weights = np.exp(logits[some] - top)
-        total = weights.sum(1, keepdims=True)
+        total = weights.sum(1, keepdims=True) + np.exp(sink[some] - top)
         at = np.flatnonzero(some) + rows.start
         o[at, head] = weights @ vals / total
         lse[at, head] = (top + np.log(total))[:, 0]
@@ -233,6 +237,7 @@ def draw(seed: int, number: int) -> Case:
     rng = np.random.default_rng([seed, number, 1])
     n = number // CASES_OF_A_KERNEL
     mask, logits = list(MASKS)[n % len(MASKS)], list(LOGITS)[(n + n // len(MASKS)) % len(LOGITS)]
+    sink = str(kernel.choice(["", "", *SINKS]))
     group, dim = int(kernel.integers(1, 17)), int(kernel.choice([1, 5, 16, 33, 64, 80, 128, 256]))
     dim_vo = int(kernel.choice([dim, dim, dim, 8, 48, 192]))
     q_type, kv_type = (DTYPES[kernel.integers(0, 3)] for _ in "qk")
@@ -242,7 +247,7 @@ def draw(seed: int, number: int) -> Case:
     qo_lengths = [int(rng.integers(0, rng.choice([2, 8, 71]))) for _ in range(requests)]
     if rng.random() < 0.2:
         qo_lengths = [1] * requests
-    form = str(kernel.choice(FORMS))
+    form = FORMS[(n + n // len(FORMS)) % len(FORMS)]
     if form == "ragged":
         page_size = 1
         kv_indptr = np.cumsum([0, *lengths]).astype(np.int32)
@@ -260,13 +265,13 @@ def draw(seed: int, number: int) -> Case:
     q = q[:, ::-1] if rng.random() < 0.3 else q
     columns = int(rng.choice([0, 1, 40, 3000]))
     values = draw_values(
-        rng, MASKS[mask][2] | LOGITS[logits][2], (group * kv_heads, kv_heads),
+        rng, MASKS[mask][2] | LOGITS[logits][2] | SINKS[sink][2], (group * kv_heads, kv_heads),
         (requests, int(qo_indptr[-1]), columns),
     )  # fmt: skip
     scale = [None, None, 0.0, -0.2, 1.0][rng.integers(0, 5)]
     workers = int(rng.integers(1, 133))
     case = Case(
-        f"{seed}:{number}", mask, logits, scale, values, q, qo_indptr,
+        f"{seed}:{number}", mask, logits, sink, scale, values, q, qo_indptr,
         k, v, np.array(lengths, np.int32), kv_indptr, kv_indices, workers, form,
         draw_positions(rng, lengths, str(kernel.choice(["", "", "", "qo", "kv"]))),
     )  # fmt: skip

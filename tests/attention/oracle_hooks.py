@@ -160,6 +160,21 @@ LOGITS: dict[str, tuple[Any, Callable[[np.ndarray, Score], Any], dict[str, Any]]
 }
 
 
+SINKS: dict[str, tuple[Any, Callable[[Score], Any], dict[str, Any]]] = {
+    "": (None, lambda t: -np.inf, {}),
+    "per head": (
+        lambda self, at: self.sinks[at.qo_head],
+        lambda t: t.values["sinks"][t.head].astype(np.float64),
+        {"sinks": tw.per_head("float32")},
+    ),
+    "by position": (
+        lambda self, at: tw.where(at.qo < 40, 1.5, np.float32(0.125) * (at.qo_head + at.request)),
+        lambda t: np.where(t.qo < 40, 1.5, 0.125 * (t.head + t.request)),
+        {},
+    ),
+}
+
+
 def draw_values(
     rng: np.random.Generator, names: dict[str, Any], heads: tuple[int, int], sizes: tuple[int, ...]
 ) -> dict:
@@ -172,6 +187,7 @@ def draw_values(
         "chunk": int(rng.choice(HOSTILE)),
         "cap": float(rng.choice([0.5, 5.0, 30.0])),
         "slopes": rng.choice([0.0, 0.125, 0.25, 1.0], heads[0]).astype(np.float32),
+        "sinks": rng.choice([-np.inf, -8.0, 0.5, 3.0, 90.0], heads[0]).astype(np.float32),
         "strides": rng.choice([0, 1, 2, 5, -3], heads[1]).astype(np.int32),
         "query_document": rng.integers(0, 4, tokens).astype(np.int32),
         "document": (np.arange(requests * columns).reshape(requests, columns) // 50 % 4).astype(

@@ -65,8 +65,8 @@ def attention(
 
     `q` (tokens, qo_heads, head_dim); the last query of a request has the position of its
     last key, unless the table says otherwise. Slow: it computes the full score matrix. A query that
-    sees nothing has o = 0 and lse = −inf; NaN and Inf in keys and values reach the queries that see
-    them and no others.
+    sees nothing has o = 0 and lse = −inf, or its sink; NaN and Inf in keys and values reach the
+    queries that see them and no others.
     """
     traced = traced_of(variant)
     values = dict(variant.fixed) | {n: to_host(v) for n, v in values.items()}
@@ -86,7 +86,7 @@ def attention(
             int(base_of[n][request]) if n in base_of else default
             for n, default in (("qo_base", kv_len - qo_len), ("kv_base", 0), ("kv_stride", 1))
         )
-        for head in range(qo_heads if qo_len and kv_len else 0):
+        for head in range(qo_heads if qo_len and (kv_len or traced.sink is not None) else 0):
             positions = {
                 "s": queries[rows, head] @ keys[:, head // group].T * scale,
                 "at.qo": first + np.arange(qo_len)[:, None],
@@ -101,9 +101,13 @@ def attention(
             }
             seen = np.broadcast_to(evaluate(traced.mask, positions, values), positions["s"].shape)
             scores = np.where(seen, evaluate(traced.logits, positions, values), -np.inf)
-            top = scores.max(1, keepdims=True)
-            weights = np.exp(scores - np.where(top == -np.inf, 0.0, top))
-            total = weights.sum(1)
+            top, sink = scores.max(1, keepdims=True, initial=-np.inf), -np.inf
+            if traced.sink is not None:
+                sink = np.broadcast_to(evaluate(traced.sink, positions, values), top.shape)
+                top = np.maximum(top, sink)
+            shift = np.where(top == -np.inf, 0.0, top)
+            weights = np.exp(scores - shift)
+            total = weights.sum(1) + np.exp(sink - shift)[:, 0]
             some = total > 0
             sums = _weighted(weights, vals[:, head // group], seen)
             o[rows, head] = sums / np.where(some, total, 1)[:, None]

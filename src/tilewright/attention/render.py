@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tilewright.attention.bounds import bound_text
-from tilewright.attention.variant import Traced, Value
+from tilewright.attention.tracing import NO_SINK, Traced, Value
 from tilewright.codegen.cpp import CppRenderer
 from tilewright.codegen.cuda import CudaRenderer
 from tilewright.codegen.params import C_TYPES, Params
@@ -123,45 +123,49 @@ def cpp_variant(traced: Traced, lanes: int) -> str:
     """The struct for the CPU: `logits` and `mask` of `lanes` neighbouring keys."""
     renderer = _OnVectors(_NOTHING, Params((), ()))
     score, position = f"tw::vec<float, {lanes}>", f"tw::vec<int32_t, {lanes}>"
-    return _struct(
-        traced,
-        f"{score} logits({score} s, const At& at, {position} kv, {position} key)",
-        renderer.expr(widened(traced.logits, lanes)),
-        f"{position} mask(const At& at, {position} kv, {position} key)",
-        renderer.expr(widened(traced.mask, lanes)),
-        lambda v: f"*p.v_{v.name}",
-    )
+    keys = f"const At& at, {position} kv, {position} key"
+    methods = {
+        f"{score} logits({score} s, {keys})": widened(traced.logits, lanes),
+        f"{position} mask({keys})": widened(traced.mask, lanes),
+    }
+    return _struct(traced, renderer, methods, lambda v: f"*p.v_{v.name}")
 
 
 def cuda_variant(traced: Traced) -> str:
     """The struct for a GPU: `logits` and `mask` of one score."""
     renderer = _OnThreads(_NOTHING, Params((), ()))
-    return _struct(
-        traced,
-        "float logits(float s, const At& at)",
-        renderer.expr(traced.logits),
-        "bool mask(const At& at)",
-        renderer.expr(traced.mask),
-        lambda v: f"tw::load_const(p.v_{v.name})",
-    )
+    methods = {
+        "float logits(float s, const At& at)": traced.logits,
+        "bool mask(const At& at)": traced.mask,
+    }
+    return _struct(traced, renderer, methods, lambda v: f"tw::load_const(p.v_{v.name})")
 
 
 def _struct(
-    traced: Traced, logits: str, logits_text: str, mask: str, mask_text: str, read: Any
+    traced: Traced,
+    renderer: CppRenderer | CudaRenderer,
+    methods: dict[str, Expr],
+    read: Callable[[Value], str],
 ) -> str:
     members, starts = [], []
     for v in traced.values:
         members.append(f"  {_member(v)};")
         starts.append(f"v_{v.name}{{{_start(v, read)}}}")
+    methods = methods | {
+        "float sink(const At& at)": NO_SINK if traced.sink is None else traced.sink
+    }
     return "\n".join(
         (
             f"// {traced.name}",
             "struct Variant {",
             *members,
+            f"  static constexpr bool SINK = {str(traced.sink is not None).lower()};",
             f"  TW_METHOD explicit Variant(const Params& p){' : ' if starts else ''}"
             f"{', '.join(starts)} {{ (void)p; }}",
-            f"  TW_METHOD {logits} const {{ return {logits_text}; }}",
-            f"  TW_METHOD {mask} const {{ return {mask_text}; }}",
+            *(
+                f"  TW_METHOD {signature} const {{ return {renderer.expr(e)}; }}"
+                for signature, e in methods.items()
+            ),
             "  TW_METHOD int tile_class(const tw::Tile& tile) const "
             f"{{ return tw::tile_class({bound_text(traced.mask)}); }}",
             "};",

@@ -40,7 +40,7 @@ SCORE = Var("s", dtypes.float32)
 VALUE_TYPES = (dtypes.float32, dtypes.int32)
 RESERVED = frozenset(
     {"self", "q", "kv", "plan", "out", "workers", "qo_indptr", "variant", "sm_scale"}
-    | {"fixed", "traced", "logits", "mask"}
+    | {"fixed", "traced", "logits", "mask", "sink"}
 )
 """Names that no value of a variant may have: other arguments of its users, its own attributes."""
 
@@ -117,15 +117,18 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A variant after tracing: `logits` float32, `mask` bool, over `s`, `at.…` and the values."""
+    """A variant after tracing: `logits` float32, `mask` bool, over `s`, `at.…` and the values;
+    `sink` float32 over what no key decides, None where there is none."""
 
     name: str
     logits: Expr
     mask: Expr
     values: tuple[Value, ...]
+    sink: Expr | None = None
 
     def __str__(self) -> str:
-        return f"variant {self.name}\n  logits = {self.logits}\n  mask = {self.mask}"
+        sink = "" if self.sink is None else f"\n  sink = {self.sink}"
+        return f"variant {self.name}\n  logits = {self.logits}\n  mask = {self.mask}{sink}"
 
 
 # ---------------------------------------------------------------------------- tracing
@@ -181,12 +184,20 @@ class _Defaults:
     def mask(self, at: At) -> Expr:
         return Const(True, dtypes.bool_)
 
+    def sink(self, at: At) -> Any:
+        return NO_SINK
 
-HOOKS = {"logits": "def logits(self, s, at)", "mask": "def mask(self, at)"}
+
+NO_SINK = Const(float("-inf"), dtypes.float32)
+HOOKS = {
+    "logits": "def logits(self, s, at)",
+    "mask": "def mask(self, at)",
+    "sink": "def sink(self, at)",
+}
 
 
 def trace(cls: type) -> Traced:
-    """Run `logits` and `mask` of a class on symbols. Raises ProgramError (P codes)."""
+    """Run the hooks of a class on symbols. Raises ProgramError (P codes)."""
     declared = _declared(cls)
     used: dict[str, str] = {}
     symbols: dict[str, Any] = {}
@@ -213,6 +224,7 @@ def trace(cls: type) -> Traced:
     me = object.__new__(type(cls.__name__, (cls, _Defaults), symbols))
     logits = _call(cls, me, "logits", (SCORE, At()))
     mask = _call(cls, me, "mask", (At(),))
+    sink = _call(cls, me, "sink", (At(),))
     if mask.dtype != dtypes.bool_:
         raise ProgramError(
             "P106",
@@ -220,17 +232,26 @@ def trace(cls: type) -> Traced:
             where=str(mask),
             hint="return a comparison, as at.kv <= at.qo",
         )
-    if logits.dtype == dtypes.bool_:
-        raise ProgramError("P106", f"logits of {cls.__name__} is a condition", where=str(logits))
-    for hook in (logits, mask):
+    for name, hook in (("logits", logits), ("sink", sink)):
+        if hook.dtype == dtypes.bool_:
+            raise ProgramError("P106", f"{name} of {cls.__name__} is a condition", where=str(hook))
+    for hook in (logits, mask, sink):
         _check(cls, hook)
+    if {"s", "at.kv", "at.key"} & {x.name for x in walk(sink) if isinstance(x, Var)}:
+        raise ProgramError(
+            "P104",
+            f"sink of {cls.__name__} reads a score or a key",
+            where=str(sink),
+            hint="it is one logit a row: a function of at.qo_head, at.qo …",
+        )
     values = tuple(
         Value(n, d.dtype, by=used.get(n, d.by[0]))
         if isinstance(d, Tensor)
         else Value(n, d.dtype, d.default)
         for n, d in declared.items()
     )
-    return Traced(cls.__name__, cast(logits, dtypes.float32), mask, values)
+    end = None if sink == NO_SINK else cast(sink, dtypes.float32)
+    return Traced(cls.__name__, cast(logits, dtypes.float32), mask, values, end)
 
 
 def _declared(cls: type) -> dict[str, Any]:
@@ -315,7 +336,7 @@ def _call(cls: type, me: Any, name: str, arguments: tuple[Any, ...]) -> Expr:
             f"{name} of variant {cls.__name__} is {result}: a condition that Python has decided",
             hint="`==` compares the text of expressions: write tw.equal(a, b) or ~tw.equal(a, b)",
         )
-    return as_expr(result, dtypes.float32 if name == "logits" else None)
+    return as_expr(result, None if name == "mask" else dtypes.float32)
 
 
 def _check(cls: type, hook: Expr) -> None:

@@ -11,6 +11,11 @@ compose:
 
     Causal() & SlidingWindow(window=1024) | Softcap(soft_cap=50.0)
 
+A hook `sink(self, at)` gives each row a logit that joins the sum of its softmax and has no value,
+as in GPT-OSS: `return self.sinks[at.qo_head]`. The lse of a row includes it, as in FlashInfer, so
+of states that are merged afterwards only one may have it. A row that sees no key has o = 0 and its
+sink as lse.
+
 `a & b` counts a score where the masks of both count it, and changes scores by the hooks of a, then
 by those of b. `a | b` is `a` with the hooks of b but its mask on top. Python evaluates `&` before
 `|`, so masks come first; in `a | b` the right side is no `&` without parentheses, and is refused
@@ -39,7 +44,8 @@ from tilewright.sparse.trace import scalar, tanh
 
 
 def variant(cls: type) -> Any:
-    """Class decorator: traces `logits(self, s, at)` and `mask(self, at)` (either may be absent).
+    """Class decorator: traces `logits(self, s, at)`, `mask(self, at)` and `sink(self, at)`, each of
+    which may be absent.
 
     Class attributes `scalar(dtype, default)`, `per_head(dtype)`, `per_request`, `per_token`,
     `per_key` and `bit_mask()` are read from memory at run time (float32 or int32). Instances are
@@ -141,14 +147,23 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
         raise ProgramError(
             "P101", f"{b} on the right of | would lose its masks", hint="(a | b) & c: masks by &"
         )
-    elif right.logits == SCORE:
+    elif right.logits == SCORE and right.sink is None:
         raise ProgramError(
             "P101",
-            f"{b} has no logits to add to {a}",
-            hint="a | b adds b's logits; a & b counts scores that both masks count",
+            f"{b} has no logits and no sink to add to {a}",
+            hint="a | b adds b's hooks; a & b counts scores that both masks count",
         )
+    if left.sink is not None and right.sink is not None:
+        raise ProgramError("P101", f"{a} and {b} both have a sink")
+    sink = right.sink if left.sink is None else left.sink
     logits = substitute(right.logits, {"s": left.logits})
-    read = {x.buffer.name for e in (logits, mask) for x in walk(e) if isinstance(x, Load)}
+    read = {
+        x.buffer.name
+        for e in (logits, mask, sink)
+        if e is not None
+        for x in walk(e)
+        if isinstance(x, Load)
+    }
     values = {v.name: v for v in left.values}
     fixed = dict(a.fixed)
     for v in right.values:
@@ -172,7 +187,7 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
         )
         for parts in ((left.name, right.name), (str(a), str(b)))
     )
-    traced = Traced(name, logits, mask, tuple(values.values()))
+    traced = Traced(name, logits, mask, tuple(values.values()), sink)
     return Combined(traced, tuple(sorted(fixed.items())), by, text)
 
 

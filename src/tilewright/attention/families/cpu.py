@@ -58,6 +58,7 @@ def source(spec: Spec, vector_bits: int) -> str:
             spec.table.c_text(),
             template("bounds.h"),
             template("table.h"),
+            template("variant.h"),
             ITEM.c_decl,
             params_struct(spec).c_decl,
             _DECLARATIONS,

@@ -88,6 +88,7 @@ def source(spec: Spec, together: int) -> str:
             spec.table.c_text(),
             '#include "bounds.h"',
             '#include "table.h"',
+            '#include "variant.h"',
             CUT.c_decl,
             params_struct(spec).c_decl,
             render.cuda_variant(spec.traced),

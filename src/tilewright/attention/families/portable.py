@@ -37,6 +37,7 @@ def source(spec: Spec) -> str:
             spec.table.c_text(),
             '#include "bounds.h"',
             '#include "table.h"',
+            '#include "variant.h"',
             ITEM.c_decl,
             params_struct(spec).c_decl,
             render.cuda_variant(spec.traced),

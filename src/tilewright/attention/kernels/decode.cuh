@@ -8,7 +8,7 @@
 // Units that several ranges share leave partial states; the last CTA to arrive merges them in the
 // order of the ranges, so that the bits of a result do not depend on the order of arrival.
 //
-// In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, table.h, the constants of `attention`
+// In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, table.h, variant.h, the constants of `attention`
 // (D head_dim, G query heads of a KV head, GANG, WARPS, STAGES, CTAS of an SM, MAX_KEYS; the types Element,
 // Kind and Out), the structs `Params`, `Cut`, `At` and `Variant`.
 //
@@ -186,6 +186,11 @@ TW_INLINE void hide_values(Element* values, const bool (&visible)[2][2], int lan
   __syncwarp();
 }
 
+TW_INLINE At at_of(const Walk& w, const Query& q, int row, int key) {
+  return At{q.first + row / G, w.keys.position(key), w.head * G + row % G, w.head, w.request,
+            q.token + row / G, key, q.rows / G, w.keys.length};
+}
+
 // One tile for one warp: 16 keys from `stage` at position key0 on.
 TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, const Query& q, Element* stage, int key0, Rows& rows, int lane) {
   const int last = key0 + KEYS < w.keys.length ? key0 + KEYS - 1 : w.keys.length - 1;
@@ -216,8 +221,7 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
       for (int i = 0; i < 2; ++i) {
         float& x = s[n][half * 2 + i];
         const int key = key0 + n * 8 + (lane & 3) * 2 + i;
-        At at{q.first + row / G, w.keys.position(key), w.head * G + row % G, w.head, w.request,
-              q.token + row / G, key, q.rows / G, w.keys.length};
+        const At at = at_of(w, q, row, key);
         x = variant.logits(x * p.sm_scale, at) * LOG2E;
         if (!full) {
           const bool seen = row < q.rows && key < w.keys.length && variant.mask(at);
@@ -268,12 +272,14 @@ TW_INLINE void store_four(float* to, float a, float b, float c, float d) { *rein
 TW_INLINE void store_four(uint16_t* to, float a, float b, float c, float d) { *reinterpret_cast<uint2*>(to) = make_uint2(tw::pack<Kind>(a, b), tw::pack<Kind>(c, d)); }
 
 // Four outputs of a row, divided by its sum; a row that sees nothing has o = 0 and lse = −inf.
-TW_INLINE void write(const Params& p, const Query& q, int head, int row, int column, const float (&o)[4], float row_max, float row_sum) {
+TW_INLINE void write(const Params& p, const Walk& w, const Query& q, int row, int column, const float (&o)[4], float row_max, float row_sum) {
+  float largest = row_max / LOG2E, keep = 1.0f;
+  if constexpr (Variant::SINK) keep = tw::add_sink(Variant(p).sink(at_of(w, q, row, 0)), largest, row_sum);
   const bool none = row_sum == 0.0f;
-  const float scale = none ? 0.0f : 1.0f / row_sum;
-  const int64_t at = static_cast<int64_t>(q.token + row / G) * p.qo_heads + head * G + row % G;
+  const float scale = none ? 0.0f : keep / row_sum;
+  const int64_t at = static_cast<int64_t>(q.token + row / G) * p.qo_heads + w.head * G + row % G;
   if (column < D) store_four(p.o + at * D + column, o[0] * scale, o[1] * scale, o[2] * scale, o[3] * scale);
-  if (column == 0) p.lse[at] = none ? lowest() : (row_max + log2f(row_sum)) / LOG2E;
+  if (column == 0) p.lse[at] = none ? lowest() : largest + log2f(row_sum) / LOG2E;
 }
 
 // Partial states `first` … `last` of a unit, in the order of their CTAs, as the result.
@@ -312,7 +318,7 @@ TW_INLINE void merge(const Params& p, const Walk& w, const Query& q, int first, 
         o[3] += x[j].w * factor;
       }
     }
-    write(p, q, w.head, row, column, o, row_max, row_sum);
+    write(p, w, q, row, column, o, row_max, row_sum);
   }
 }
 
@@ -357,7 +363,7 @@ TW_INLINE void finish(const Params& p, const Walk& w, const Query& q, Rows& rows
       o[3] += part.w * factor;
     }
     if (!head_part && !tail_part) {
-      write(p, q, w.head, row, column, o, row_max, row_sum);
+      write(p, w, q, row, column, o, row_max, row_sum);
     } else {
       *reinterpret_cast<float4*>(slot + row * DP + column) = make_float4(o[0], o[1], o[2], o[3]);
       if (column == 0) *reinterpret_cast<float2*>(slot + M * DP + row * 2) = make_float2(row_max, row_sum);

@@ -3,7 +3,7 @@
 // In front of this file: the prelude (cpu.h), the constants of `flash` (DK and DV: elements of a row of
 // K and of V, G query heads of a KV head, N lanes, T keys of a tile, RB × CB the register block,
 // MAX_TOKENS of an item, MAX_KEYS of a request, CHUNK_TILES at least in a chunk; the element types Q, KV
-// and O), `Params`, `Item`, bounds.h, table.h and the struct `Variant`.
+// and O), `Params`, `Item`, bounds.h, table.h, variant.h and the struct `Variant`.
 // Rows of an item are (token, query head of the group), tokens first: all of them share each load
 // of K and V. Sums are float32 and run in a fixed order, whatever thread runs the item.
 
@@ -414,9 +414,11 @@ TW_INLINE void attend_many(const Work& w, float* sums, Softmax* rows) {
 
 // -- results -----------------------------------------------------------------------------------------
 
-TW_INLINE void write_row(const Work& w, int row, const float* sums, const Softmax& softmax) {
+TW_INLINE void write_row(const Work& w, int row, const float* sums, Softmax softmax) {
   int64_t at = static_cast<int64_t>(w.item.qo_begin + row / G) * w.p.qo_heads + w.item.kv_head * G + row % G;
-  float factor = softmax.largest == LOWEST ? 0.0f : 1.0f / softmax.weight;
+  float keep = 1.0f;
+  if constexpr (Variant::SINK) keep = tw::add_sink(w.variant.sink(w.at(row)), softmax.largest, softmax.weight);
+  float factor = softmax.largest == LOWEST ? 0.0f : keep / softmax.weight;
   typename O::type* o = w.p.o + at * DV;
   for (int d = 0; d < DV; ++d) o[d] = from_float(sums[d] * factor, O());
   if (w.p.lse) w.p.lse[at] = softmax.largest == LOWEST ? LOWEST : softmax.largest + __builtin_logf(softmax.weight);

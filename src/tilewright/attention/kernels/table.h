@@ -4,21 +4,9 @@
 // Read by C++ and CUDA; TW_INLINE comes from either prelude, TW_METHOD from the family. In front of this file: namespace `table`
 // with the form of the table (attention/table.py): which of its arrays exist. `P` is a kernel's
 // parameter struct; absent arrays are not read. What the arrays hold is clamped to what exists, so
-// that no table makes a kernel read outside the cache. Also here: tensors of a variant by request, row of
-// q and key.
+// that no table makes a kernel read outside the cache.
 
 namespace tw {
-
-// A tensor of a variant, one row for each request or row of q. Elements outside it are 0.
-template <class T>
-struct Array {
-  const T* data;
-  int32_t rows, columns;
-  TW_METHOD T at(int32_t row, int32_t column) const {
-    const bool inside = row >= 0 && row < rows && column >= 0 && column < columns;
-    return inside ? data[static_cast<int64_t>(row) * columns + column] : T(0);
-  }
-};
 
 struct Pages {  // of one request: its entries of the table, the number of its keys, their positions
   int64_t first, count;
