@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tilewright.attention import extents
 from tilewright.attention.bounds import bound_text
 from tilewright.attention.tracing import NO_SINK, Traced, Value
 from tilewright.codegen.cpp import CppRenderer
@@ -147,6 +148,7 @@ def _struct(
     methods: dict[str, Expr],
     read: Callable[[Value], str],
 ) -> str:
+    ranges = extents.ranges(traced.mask, extents.Text())
     members, starts = [], []
     for v in traced.values:
         members.append(f"  {_member(v)};")
@@ -160,6 +162,7 @@ def _struct(
             "struct Variant {",
             *members,
             f"  static constexpr bool SINK = {str(traced.sink is not None).lower()};",
+            f"  static constexpr int RANGES = {len(ranges)};",
             f"  TW_METHOD explicit Variant(const Params& p){' : ' if starts else ''}"
             f"{', '.join(starts)} {{ (void)p; }}",
             *(
@@ -168,6 +171,8 @@ def _struct(
             ),
             "  TW_METHOD int tile_class(const tw::Tile& tile) const "
             f"{{ return tw::tile_class({bound_text(traced.mask)}); }}",
+            "  TW_METHOD tw::Ranges<RANGES> ranges(const tw::Tile& tile, const tw::Line& kv) const "
+            f"{{ (void)kv; return {{{{{', '.join(ranges)}}}}}; }}",
             "};",
         )
     )

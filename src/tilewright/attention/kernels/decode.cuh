@@ -37,26 +37,32 @@ static_assert(STAGE * 2 >= M * DP * 4, "a stage holds the outputs of a warp");
 
 TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
 
-// Walks the tiles of a CTA: units in order, of each the tiles from `tile` to `end`.
+// Walks the tiles of a CTA: units in order, of each the tiles from `tile` to `end`, which are numbers in
+// `seen`, the tiles that the unit's rows can see.
 struct Walk {
   int unit, request, head, tile, end;
   tw::Pages keys;
+  tw::Tiles<Variant::RANGES> seen;
 };
 
 struct Range {  // of this CTA; `first` and `last` name the CTAs that share its first and last unit
   Cut begin, end;
 };
 
-TW_INLINE int tiles_of(int length) { return (length + TILE - 1) / TILE; }
-
-// The tiles of the unit that this CTA does: to the cut, or to the end of the keys as they are now.
-TW_INLINE void bound(Walk& w, const Range& range) {
-  w.end = w.unit == range.end.unit ? range.end.tile : tiles_of(w.keys.length);
-}
 TW_INLINE bool has_unit(const Walk& w, const Range& range) {
   return w.unit < range.end.unit || (w.unit == range.end.unit && range.end.tile > 0);
 }
-TW_INLINE void next_unit(Walk& w, const Params& p, const Range& range) {
+// The tiles of the unit that this CTA does: to the cut, or to the last one as the keys are now.
+TW_INLINE void bound(Walk& w, const Params& p, const Variant& variant, const Range& range) {
+  const int queries = p.qo_indptr ? p.qo_indptr[w.request + 1] - p.qo_indptr[w.request] : 1;
+  const int first = tw::first_query(p, w.keys, w.request, queries);
+  const tw::Tile rows{tw::Bound{first, first + queries - 1}, {}, tw::Bound{w.head * G, w.head * G + G - 1}, tw::bound(w.head),
+                      tw::bound(w.request), {}, tw::bound(queries), tw::bound(w.keys.length)};
+  w.seen = tw::tiles_seen<TILE>(variant, rows, w.keys);
+  const int all = w.seen.count();
+  w.end = w.unit == range.end.unit && range.end.tile < all ? range.end.tile : all;
+}
+TW_INLINE void next_unit(Walk& w, const Params& p, const Variant& variant, const Range& range) {
   ++w.unit;
   w.tile = 0;
   w.head += GANG;
@@ -65,7 +71,7 @@ TW_INLINE void next_unit(Walk& w, const Params& p, const Range& range) {
     ++w.request;
     if (has_unit(w, range)) w.keys = tw::pages_of(p, w.request, MAX_KEYS);
   }
-  bound(w, range);
+  if (has_unit(w, range)) bound(w, p, variant, range);
 }
 
 // Issues the copies of one warp, some tiles ahead of the arithmetic. A lane holds the table's entry for
@@ -77,7 +83,7 @@ struct Copier {
   int64_t entry, ahead;  // of tiles first, first + 1 and of the two after them
 
   TW_INLINE int key_of(int tile, int warp, int lane) const {
-    return (tile + lane / KEYS) * TILE + warp * KEYS + lane % KEYS;
+    return w.seen.at(tile + lane / KEYS) * TILE + warp * KEYS + lane % KEYS;
   }
   TW_INLINE int64_t load_entry(const Params& p, int tile, int warp, int lane) const {
     const int page = key_of(tile, warp, lane) / p.page_size;
@@ -96,13 +102,13 @@ struct Copier {
   }
 
   // The keys and values of the next tile on their way to shared memory; zeros beyond the length.
-  TW_INLINE void issue(const Params& p, const Range& range, Element* ring, int warp, int lane) {
+  TW_INLINE void issue(const Params& p, const Variant& variant, const Range& range, Element* ring, int warp, int lane) {
     if (has_unit(w, range) && w.tile >= w.end) {
-      do next_unit(w, p, range); while (has_unit(w, range) && w.tile >= w.end);
+      do next_unit(w, p, variant, range); while (has_unit(w, range) && w.tile >= w.end);
       if (has_unit(w, range)) start_unit(p, warp, lane);
     }
     if (has_unit(w, range)) {
-      const int valid = w.keys.length - w.tile * TILE - warp * KEYS;  // keys of this warp that exist
+      const int valid = w.keys.length - w.seen.at(w.tile) * TILE - warp * KEYS;  // keys of this warp that exist
       const int slot = key_of(first, warp, lane) % p.page_size;
       const int from = (w.tile - first) * KEYS;  // the lane that holds the first key of the tile
       const bool exists = lane % KEYS < valid;
@@ -385,19 +391,18 @@ TW_INLINE void finish(const Params& p, const Walk& w, const Query& q, Rows& rows
 TW_INLINE void body(const Params& p, int cta, int thread, char* smem) {
   const Range range{p.cuts[cta / GANG], p.cuts[cta / GANG + 1]};
   const int warp = thread / 32, lane = thread % 32;
-  Walk w{range.begin.unit, range.begin.request, range.begin.group * GANG + cta % GANG, range.begin.tile, 0, {}};
+  Walk w{range.begin.unit, range.begin.request, range.begin.group * GANG + cta % GANG, range.begin.tile, 0, {}, {}};
   if (!has_unit(w, range)) return;
   const Variant variant(p);
   Element* ring = reinterpret_cast<Element*>(smem) + warp * STAGES * STAGE;
   w.keys = tw::pages_of(p, w.request, MAX_KEYS);
+  bound(w, p, variant, range);
   Copier copier{w, 0, 0, 0, 0};
   copier.start_unit(p, warp, lane);
   Query q;
   load_query(q, p, w, lane);
-  bound(w, range);
-  bound(copier.w, range);
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) copier.issue(p, range, ring, warp, lane);
+  for (int i = 0; i < STAGES - 1; ++i) copier.issue(p, variant, range, ring, warp, lane);
   int stage = 0;
   while (has_unit(w, range)) {
     Rows rows;
@@ -405,13 +410,13 @@ TW_INLINE void body(const Params& p, int cta, int thread, char* smem) {
     for (; w.tile < w.end; ++w.tile) {
       tw::copy_async_wait<STAGES - 2>();
       __syncwarp();
-      copier.issue(p, range, ring, warp, lane);
-      attend(p, variant, w, q, ring + stage * STAGE, w.tile * TILE + warp * KEYS, rows, lane);
+      copier.issue(p, variant, range, ring, warp, lane);
+      attend(p, variant, w, q, ring + stage * STAGE, w.seen.at(w.tile) * TILE + warp * KEYS, rows, lane);
       stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
     // The stage before the next one is free: it was read last, and the next copy goes there.
     finish(p, w, q, rows, smem, stage == 0 ? STAGES - 1 : stage - 1, range, cta, thread);
-    next_unit(w, p, range);
+    next_unit(w, p, variant, range);
     if (has_unit(w, range)) load_query(q, p, w, lane);
   }
   tw::copy_async_wait<0>();

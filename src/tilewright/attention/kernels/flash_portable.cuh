@@ -173,7 +173,9 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
     tw::Tile tile{tw::Bound{first + row0 / G, first + (row0 + w.rows - 1) / G}, tw::Bound{0, 0},
                   tw::Bound{w.kv_head * G, w.kv_head * G + G - 1}, tw::bound(w.kv_head), tw::bound(w.request),
                   tw::Bound{0, 0}, tw::bound(w.qo_len), tw::bound(pages.length)};
-    for (int kv0 = thread / 32 * T; kv0 < pages.length; kv0 += WARPS * T) {
+    const auto seen = tw::tiles_seen<T>(variant, tile, pages);
+    for (int i = thread / 32; i < seen.count(); i += WARPS) {
+      const int kv0 = seen.at(i) * T;
       int end = pages.length - kv0 < T ? pages.length : kv0 + T;
       tile.key = tw::Bound{kv0, end - 1};
       tile.kv = tw::Bound{pages.position(kv0), pages.position(end - 1)};
