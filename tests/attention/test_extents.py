@@ -167,6 +167,18 @@ def test_the_planner_counts_what_is_visible():
     assert len(cuts) - 1 == 17 - (length[1] % 64 == 0) and cuts["tile"].max() == len(cuts) - 2
 
 
+def test_the_most_that_is_visible_at_any_length():
+    def most(hook, queries, **values):
+        shape = plan.Shape("decode", 2, 2, mask(hook), values, 8, True, True)
+        return plan.most_visible_tiles(shape, queries)
+
+    window, chunks = MASKS["window"][0], MASKS["chunks"][0]
+    assert most(window, 1, w=64) == 2 and most(window, 1, w=65) == 2 and most(window, 1, w=66) == 3
+    assert most(window, 4, w=64) == 3 and most(window, 1, w=0) == 1
+    assert most(window, 1) == most(lambda v, at: at.kv <= at.qo, 1) == 2**25 - 2
+    assert 120 <= most(chunks, 1, c=8192) <= 128
+
+
 @pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 @pytest.mark.parametrize("positions", [False, True])
 def test_the_tiles_of_the_kernels(rng, positions):

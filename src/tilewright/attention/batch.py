@@ -126,11 +126,7 @@ class Attention:
         spec = self._spec((kind, kind, kind), table.form)
         longest = int(np.diff(indptr).max(initial=0))
         family = families.choose(spec, longest * self.group, table.device, pool)
-        known = {n: v for n, v in (dict(self.variant.fixed) | values).items() if is_number(v)}
-        shape = plan.Shape(
-            family.name, self.kv_heads, self.group, spec.traced.mask, known,
-            family.qo_tile(spec), family.splits, family.uses_cuts,
-        )  # fmt: skip
+        shape = self._shape(family, family.qo_tile(spec), values)
         if workers is None:
             workers = _sms(table.device) if family.device == "cuda" else pools.wanted_threads()
         if not is_integer(workers) or not 1 <= workers <= MAX_WORKERS:
@@ -138,6 +134,14 @@ class Attention:
                 "A103", f"workers={workers!r} is no integer of 1..{MAX_WORKERS}", where="workers"
             )
         return plan.make(indptr, lengths, shape, int(workers)).with_tensors(table.device)
+
+    def _shape(self, family: Family, qo_tile: int, values: dict[str, Any]) -> plan.Shape:
+        """What a planner must know, with the scalars that are fixed or among `values`."""
+        known = {n: v for n, v in (dict(self.variant.fixed) | values).items() if is_number(v)}
+        return plan.Shape(
+            family.name, self.kv_heads, self.group, traced_of(self.variant).mask, known,
+            qo_tile, family.splits, family.uses_cuts,
+        )  # fmt: skip
 
     def reserve(
         self, max_requests: int, *, max_tokens: int | None = None, device: str = "cuda",
@@ -149,9 +153,12 @@ class Attention:
         `max_requests`: of a batch; `max_tokens`: rows of q, None where each request has one query.
         `workers`: SMs to use (None: all). Raises ArgumentError[A103, A105], BuildError.
         """
-        return Workspace(
+        room = Workspace(
             (self.kv_heads, self.group, self.head_dim), max_requests, max_tokens, device, workers
         )
+        shape = self._shape(families.by_name(room.family), room.qo_tile, {})
+        room.most_tiles = plan.most_visible_tiles(shape, room.longest)
+        return room
 
     def resolve(self, kv: KV, *, qo_len: int = 1, q_dtype: Any = None) -> Resolution:
         """The families of kernels of `kv`'s device with what each has against calls of at most

@@ -22,6 +22,7 @@ from tilewright.attention import extents, planner, ranges
 from tilewright.attention.bounds import Interval
 from tilewright.attention.checks import rises
 from tilewright.attention.ranges import CUT
+from tilewright.attention.table import MAX_KEYS
 from tilewright.errors import ArgumentError
 from tilewright.ir.nodes import Expr
 from tilewright.runtime.layout import Struct
@@ -296,6 +297,14 @@ def visible_tiles(
     key = Interval.of(0, kv_lengths - 1)
     found = extents.ranges(shape.mask, extents.Numbers(key, positions, shape.values))
     return extents.visible_tiles(found, key, KEY_TILE)
+
+
+def most_visible_tiles(shape: Shape, queries: int) -> int:
+    """About the most tiles that the last `queries` of a request can see, whatever its length: exact
+    for windows, the most of a sample of lengths for other masks; at least 1."""
+    spread = np.geomspace(1, MAX_KEYS, 4096).astype(np.int64)
+    lengths = np.concatenate([spread, MAX_KEYS - np.arange(KEY_TILE)])
+    return max(1, int(visible_tiles(lengths - queries, lengths - 1, lengths, shape).max()))
 
 
 def _imbalance(work: np.ndarray, workers: int) -> float:
