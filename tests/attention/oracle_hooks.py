@@ -131,7 +131,7 @@ MASKS: dict[str, tuple[Any, Callable[[Score], Any], dict[str, Any]]] = {
         lambda t: (t.key < t.old) | bits(t.values["tree"], t.token, t.key - t.old),
         {"tree": tw.bit_mask()},
     ),
-    "nothing": (lambda self, at: at.kv < np.int64(0), lambda t: np.False_, {}),
+    "nothing": (lambda self, at: at.kv < np.int64(0), lambda t: t.kv < 0, {}),
 }
 LOGITS: dict[str, tuple[Any, Callable[[np.ndarray, Score], Any], dict[str, Any]]] = {
     "scores": (None, lambda s, t: s, {}),
