@@ -77,13 +77,19 @@ if TYPE_CHECKING:
     from tilewright.attention.plan import Plan
     from tilewright.attention.pool import Pool
     from tilewright.attention.table import Table
+    from tilewright.attention.tracing import (
+        bit_mask,
+        per_head,
+        per_key,
+        per_request,
+        per_token,
+    )
     from tilewright.attention.variant import (
         Alibi,
         Causal,
         Full,
         SlidingWindow,
         Softcap,
-        per_head,
         variant,
     )
     from tilewright.attention.workspace import Workspace
@@ -107,8 +113,10 @@ _ON_DEMAND = {
     "merge": "attention.merge",
     "Plan": "attention.plan",
     **dict.fromkeys(
-        ("Alibi", "Causal", "Full", "SlidingWindow", "Softcap", "per_head", "variant"),
-        "attention.variant",
+        ("Alibi", "Causal", "Full", "SlidingWindow", "Softcap", "variant"), "attention.variant"
+    ),
+    **dict.fromkeys(
+        ("bit_mask", "per_head", "per_key", "per_request", "per_token"), "attention.tracing"
     ),
 }
 """Names that are imported when they are first used: whoever needs none of them waits for none."""
@@ -124,9 +132,10 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "KV", "LLM", "Alibi", "Attention", "Bound", "Causal", "Composed", "Definition", "Format",
     "Full", "Kernel", "Packed", "Plan", "Pool", "Schedule", "SlidingWindow", "Softcap", "State",
-    "Step", "Table", "Target", "TilewrightError", "Where", "Workspace", "abs", "bsr", "bucket",
-    "coo", "cos", "csc", "csf", "csr", "dbsr", "dcsr", "dense", "ell", "equal", "exp", "floor",
-    "hyb", "indices", "log", "max", "maximum", "merge", "min", "minimum", "ops", "out", "per_head",
-    "prod", "program", "ragged", "recipes", "rsqrt", "scalar", "sigmoid", "sin", "size",
-    "sparse", "sqrt", "sum", "tanh", "target", "temp", "update", "variant", "where",
+    "Step", "Table", "Target", "TilewrightError", "Where", "Workspace", "abs", "bit_mask",
+    "bsr", "bucket", "coo", "cos", "csc", "csf", "csr", "dbsr", "dcsr", "dense", "ell", "equal",
+    "exp", "floor", "hyb", "indices", "log", "max", "maximum", "merge", "min", "minimum", "ops",
+    "out", "per_head", "per_key", "per_request", "per_token", "prod", "program", "ragged",
+    "recipes", "rsqrt", "scalar", "sigmoid", "sin", "size", "sparse", "sqrt", "sum", "tanh",
+    "target", "temp", "update", "variant", "where",
 ]  # fmt: skip

@@ -114,8 +114,8 @@ def values_of(
     """Random per-head values for a variant."""
     found = {}
     for v in variant.traced.values:
-        if v.heads:
-            n = qo_heads if v.heads == "qo_head" else kv_heads
+        if v.by:
+            n = qo_heads if v.by == "qo_head" else kv_heads
             drawn = rng.integers(0, 9, n) if v.dtype.is_int else rng.uniform(0, 0.3, n)
             found[v.name] = drawn.astype(v.dtype.numpy)
     return found

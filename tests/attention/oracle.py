@@ -11,131 +11,22 @@ Whatever no query sees holds NaN or Inf, in K and in V.
 from __future__ import annotations
 
 import argparse
+import functools
+import operator
 import sys
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from tests.attention.oracle_hooks import LOGITS, MASKS, SINKS, Score, draw_values
 
 import tilewright as tw
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 CASES_OF_A_KERNEL = 8  # cases that share a compiled kernel; all else differs
-HOSTILE = (0, 1, -1, 3, -7, 64, 100, 2**31 - 1, -(2**31))
-
-
-# ---------------------------------------------------------------------------- variants, twice
-
-
-@dataclass(frozen=True)
-class Score:
-    """Where scores of one head are: positions (qo_len, 1) and (1, kv_len), numbers, values."""
-
-    qo: np.ndarray
-    kv: np.ndarray
-    head: int
-    kv_head: int
-    request: int
-    values: dict[str, Any]
-
-
-def divided(a: np.ndarray, b: int) -> np.ndarray:
-    """Floor division of integers, 0 for a divisor of 0."""
-    return a // b if b else np.zeros_like(a)
-
-
-def remainder(a: np.ndarray, b: int) -> np.ndarray:
-    """The remainder of floor division, 0 for a divisor of 0."""
-    return a - divided(a, b) * b if b else np.zeros_like(a)
-
-
-# name: (hook of the variant, the same in NumPy, values by name)
-MASKS: dict[str, tuple[Any, Callable[[Score], Any], dict[str, Any]]] = {
-    "full": (None, lambda t: np.True_, {}),
-    "causal": (lambda self, at: at.kv <= at.qo, lambda t: t.kv <= t.qo, {}),
-    "window": (
-        lambda self, at: (at.kv <= at.qo) & (at.qo - at.kv < self.window),
-        lambda t: (t.kv <= t.qo) & (t.qo - t.kv < t.values["window"]),
-        {"window": tw.scalar("int32")},
-    ),
-    "first and last": (
-        lambda self, at: (at.kv < self.first) | (at.qo - at.kv < self.window) & (at.kv <= at.qo),
-        lambda t: (
-            (t.kv < t.values["first"]) | ((t.qo - t.kv < t.values["window"]) & (t.kv <= t.qo))
-        ),
-        {"window": tw.scalar("int32"), "first": tw.scalar("int32")},
-    ),
-    "before and after": (
-        lambda self, at: ~((at.kv > at.qo + 3) | (at.kv + self.window < at.qo)),
-        lambda t: (t.kv <= t.qo + 3) & (t.kv + t.values["window"] >= t.qo),
-        {"window": tw.scalar("int32")},
-    ),
-    "chunks": (
-        lambda self, at: tw.equal(at.kv // self.chunk, at.qo // self.chunk),
-        lambda t: divided(t.kv, t.values["chunk"]) == divided(t.qo, t.values["chunk"]),
-        {"chunk": tw.scalar("int32")},
-    ),
-    "dilated": (
-        lambda self, at: (at.kv <= at.qo) & tw.equal((at.qo - at.kv) % self.chunk, 0),
-        lambda t: (t.kv <= t.qo) & (remainder(t.qo - t.kv, t.values["chunk"]) == 0),
-        {"chunk": tw.scalar("int32")},
-    ),
-    "per head": (
-        lambda self, at: (at.kv % (self.strides[at.kv_head] - 1) < 2) | (at.qo_head % 3 < 1),
-        lambda t: (
-            (remainder(t.kv, t.values["strides"][t.kv_head] - 1) < 2) | np.bool_(t.head % 3 < 1)
-        ),
-        {"strides": tw.per_head("int32")},
-    ),
-    "request": (
-        lambda self, at: (at.kv < at.qo) ^ tw.equal(at.request % 2, 0),
-        lambda t: (t.kv < t.qo) ^ np.bool_(t.request % 2 == 0),
-        {},
-    ),
-    "nothing": (lambda self, at: at.kv < np.int64(0), lambda t: np.False_, {}),
-}
-LOGITS: dict[str, tuple[Any, Callable[[np.ndarray, Score], Any], dict[str, Any]]] = {
-    "scores": (None, lambda s, t: s, {}),
-    "softcap": (
-        lambda self, s, at: self.cap * tw.tanh(s / self.cap),
-        lambda s, t: t.values["cap"] * np.tanh(s / t.values["cap"]),
-        {"cap": tw.scalar("float32")},
-    ),
-    "alibi": (
-        lambda self, s, at: s + self.slopes[at.qo_head] * (at.kv - at.qo),
-        lambda s, t: s + float(t.values["slopes"][t.head]) * (t.kv - t.qo),
-        {"slopes": tw.per_head("float32")},
-    ),
-    "near": (
-        lambda self, s, at: tw.where(at.qo - at.kv < np.int32(8), s * np.float32(1.5), s - 0.25),
-        lambda s, t: np.where(t.qo - t.kv < 8, s * 1.5, s - 0.25),
-        {},
-    ),
-}
-
-
-def variant(mask: str, logits: str) -> Any:
-    """The class of a variant with one of MASKS and one of LOGITS."""
-    members = MASKS[mask][2] | LOGITS[logits][2]
-    hooks = {"mask": MASKS[mask][0], "logits": LOGITS[logits][0]}
-    members |= {name: hook for name, hook in hooks.items() if hook}
-    return tw.variant(type("Case", (), members))
-
-
-def draw_values(rng: np.random.Generator, names: dict[str, Any], heads: tuple[int, int]) -> dict:
-    """Values of a variant, numbers that float32 and int32 hold exactly."""
-    drawn = {
-        "window": int(rng.choice([0, 1, 5, 64, 300, 2000])),
-        "first": int(rng.choice([0, 1, 4, 70])),
-        "chunk": int(rng.choice(HOSTILE)),
-        "cap": float(rng.choice([0.5, 5.0, 30.0])),
-        "slopes": rng.choice([0.0, 0.125, 0.25, 1.0], heads[0]).astype(np.float32),
-        "strides": rng.choice([0, 1, 2, 5, -3], heads[1]).astype(np.int32),
-    }
-    return {name: drawn[name] for name in names}
 
 
 # ---------------------------------------------------------------------------- a case
@@ -150,6 +41,7 @@ class Case:
     number: str
     mask: str
     logits: str
+    sink: str
     sm_scale: float | None
     values: dict[str, Any]
     q: np.ndarray
@@ -167,11 +59,17 @@ class Case:
     def heads(self) -> tuple[int, int]:
         return self.q.shape[1], self.k.shape[2]
 
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Elements of a row of K and of V."""
+        return self.q.shape[2], self.v.shape[3]
+
     def __str__(self) -> str:
         lengths = [len(slots) for slots in slots_of(self)]
         return (
-            f"case {self.number}: {self.mask}, {self.logits}, {self.values}, q {self.q.shape} "
-            f"{self.q.dtype}, k {self.k.shape} {self.k.dtype} strides {self.k.strides}, "
+            f"case {self.number}: {self.mask}, {self.logits}, sink {self.sink!r}, "
+            f"{self.values}, q {self.q.shape} {self.q.dtype}, "
+            f"k {self.k.shape} {self.k.dtype} strides {self.k.strides}, "
             f"qo {np.diff(self.qo_indptr).tolist()}, kv {lengths}, {self.form}, "
             f"{self.positions}, v {self.v.shape}, workers {self.workers}"
         )
@@ -187,6 +85,21 @@ def slots_of(case: Case) -> list[list[tuple[int, int]]]:
     return found
 
 
+def variant(case: Case) -> Any:
+    """One of MASKS, of LOGITS and of SINKS as a variant: hooks of one class, or composed."""
+    hooks = {"mask": MASKS[case.mask], "logits": LOGITS[case.logits], "sink": SINKS[case.sink]}
+    members = [{name: h[0]} | h[2] for name, h in hooks.items() if h[0]] or [{}]
+    composed = len(members) > 1 and "mask" in members[0] and case.dims[0] % 2 == 0
+    if not composed:
+        members = [{name: x for part in members for name, x in part.items()}]
+    found = []
+    for own in members:
+        scalars = {n: case.values[n] for n in own.keys() & case.values.keys()}
+        scalars = {n: x for n, x in scalars.items() if not isinstance(x, np.ndarray)}
+        found.append(tw.variant(type("Case", (), own))(**scalars))
+    return functools.reduce(operator.or_, found)
+
+
 def scores_of(case: Case, slots: list) -> Iterator[tuple[int, int, slice, Score, np.ndarray]]:
     """Request, head, rows of q, positions, and which scores count (qo_len, kv_len)."""
     qo_heads, kv_heads = case.heads
@@ -198,7 +111,8 @@ def scores_of(case: Case, slots: list) -> Iterator[tuple[int, int, slice, Score,
             qo = at.get("qo_base", kv_len - qo_len) + np.arange(qo_len)[:, None]
             kv = at.get("kv_base", 0) + at.get("kv_stride", 1) * np.arange(kv_len)[None]
             kv_head = head // (qo_heads // kv_heads)
-            score = Score(qo, kv, head, kv_head, r, case.values)
+            token, key = np.arange(rows.start, rows.stop)[:, None], np.arange(kv_len)[None]
+            score = Score(qo, kv, head, kv_head, r, case.values, token, key, kv_len - qo_len)
             seen = np.broadcast_to(MASKS[case.mask][1](score), (qo_len, kv_len))
             yield r, head, rows, score, seen
 
@@ -213,20 +127,22 @@ def oracle(case: Case) -> tuple[np.ndarray, np.ndarray, float]:
     scale = 1 / np.sqrt(case.q.shape[2]) if case.sm_scale is None else case.sm_scale
     for r, head, rows, score, seen in scores_of(case, slots):
         used = seen.any(0)
-        if not used.any():
+        sink = np.broadcast_to(SINKS[case.sink][1](score), (len(seen), 1))
+        if not used.any() and not (sink > -np.inf).any():
             continue
-        pages, places = np.array(slots[r])[used].T
+        pages, places = np.array(slots[r], int).reshape(-1, 2)[used].T
         keys, vals = (x[pages, places, score.kv_head] for x in (k, v))
         q, seen = queries[rows, head], seen[:, used]
-        score = Score(score.qo, score.kv[:, used], head, score.kv_head, r, case.values)
+        score = replace(score, kv=score.kv[:, used], key=score.key[:, used])
         logits = LOGITS[case.logits][1](q @ keys.T * scale, score)
         terms = np.abs(q) @ np.abs(keys.T) * abs(scale)
-        largest = max(largest, terms[seen].max(), np.abs(logits[seen]).max())
+        for x in (terms[seen], np.abs(logits[seen])):
+            largest = max(largest, x.max(initial=0))
         logits = np.where(seen, logits, -np.inf)
-        some = seen.any(1)
-        top = logits[some].max(1, keepdims=True)
+        some = seen.any(1) | (sink[:, 0] > -np.inf)
+        top = np.maximum(logits[some].max(1, keepdims=True, initial=-np.inf), sink[some])
         weights = np.exp(logits[some] - top)
-        total = weights.sum(1, keepdims=True)
+        total = weights.sum(1, keepdims=True) + np.exp(sink[some] - top)
         at = np.flatnonzero(some) + rows.start
         o[at, head] = weights @ vals / total
         lse[at, head] = (top + np.log(total))[:, 0]
@@ -321,6 +237,7 @@ def draw(seed: int, number: int) -> Case:
     rng = np.random.default_rng([seed, number, 1])
     n = number // CASES_OF_A_KERNEL
     mask, logits = list(MASKS)[n % len(MASKS)], list(LOGITS)[(n + n // len(MASKS)) % len(LOGITS)]
+    sink = str(kernel.choice(["", "", *SINKS]))
     group, dim = int(kernel.integers(1, 17)), int(kernel.choice([1, 5, 16, 33, 64, 80, 128, 256]))
     dim_vo = int(kernel.choice([dim, dim, dim, 8, 48, 192]))
     q_type, kv_type = (DTYPES[kernel.integers(0, 3)] for _ in "qk")
@@ -330,7 +247,7 @@ def draw(seed: int, number: int) -> Case:
     qo_lengths = [int(rng.integers(0, rng.choice([2, 8, 71]))) for _ in range(requests)]
     if rng.random() < 0.2:
         qo_lengths = [1] * requests
-    form = str(kernel.choice(FORMS))
+    form = FORMS[(n + n // len(FORMS)) % len(FORMS)]
     if form == "ragged":
         page_size = 1
         kv_indptr = np.cumsum([0, *lengths]).astype(np.int32)
@@ -346,11 +263,15 @@ def draw(seed: int, number: int) -> Case:
     wide = rng.standard_normal((int(qo_indptr[-1]), group * kv_heads + 1, dim))
     q = (wide * rng.choice([1, 1, 8])).astype(q_type)[:, 1:]
     q = q[:, ::-1] if rng.random() < 0.3 else q
-    values = draw_values(rng, MASKS[mask][2] | LOGITS[logits][2], (group * kv_heads, kv_heads))
+    columns = int(rng.choice([0, 1, 40, 3000]))
+    values = draw_values(
+        rng, MASKS[mask][2] | LOGITS[logits][2] | SINKS[sink][2], (group * kv_heads, kv_heads),
+        (requests, int(qo_indptr[-1]), columns),
+    )  # fmt: skip
     scale = [None, None, 0.0, -0.2, 1.0][rng.integers(0, 5)]
     workers = int(rng.integers(1, 133))
     case = Case(
-        f"{seed}:{number}", mask, logits, scale, values, q, qo_indptr,
+        f"{seed}:{number}", mask, logits, sink, scale, values, q, qo_indptr,
         k, v, np.array(lengths, np.int32), kv_indptr, kv_indices, workers, form,
         draw_positions(rng, lengths, str(kernel.choice(["", "", "", "qo", "kv"]))),
     )  # fmt: skip
@@ -377,10 +298,7 @@ def fill(rng: np.random.Generator, case: Case) -> None:
 
 def attention_of(case: Case) -> tw.Attention:
     """The attention under test, with the case's scalars fixed."""
-    cls = variant(case.mask, case.logits)
-    scalars = {n: x for n, x in case.values.items() if not isinstance(x, np.ndarray)}
-    dims = case.q.shape[2], case.v.shape[3]
-    return tw.Attention(*case.heads, dims[0], cls(**scalars), case.sm_scale, dims[1])
+    return tw.Attention(*case.heads, case.dims[0], variant(case), case.sm_scale, case.dims[1])
 
 
 def arrays_of(case: Case) -> dict[str, Any]:

@@ -303,9 +303,10 @@ def prefill_case(number: int) -> Case:
     k, v = (np.full((pages, page_size, kv_heads, dim), np.nan, dtype) for _ in "kv")
     qo_indptr = np.cumsum([0, *qo_lengths]).astype(np.int32)
     q = rng.standard_normal((int(qo_indptr[-1]), group * kv_heads, dim)).astype(dtype)
-    values = draw_values(rng, MASKS[mask][2], (group * kv_heads, kv_heads))
+    sizes = (len(lengths), len(q), max(lengths) + 9)
+    values = draw_values(rng, MASKS[mask][2], (group * kv_heads, kv_heads), sizes)
     case = Case(
-        f"5:{number}", mask, "scores", None, values, q, qo_indptr,
+        f"5:{number}", mask, "scores", "", None, values, q, qo_indptr,
         k, v, np.array(lengths, np.int32), kv_indptr, kv_indices, 7, "csr", {},
     )  # fmt: skip
     fill(rng, case)
@@ -318,9 +319,7 @@ def test_values_that_nobody_sees(card, number):
     from tilewright.runtime.cuda import DeviceArray
 
     case = prefill_case(number)
-    cls = variant(case.mask, "scores")
-    scalars = {n: x for n, x in case.values.items() if not isinstance(x, np.ndarray)}
-    attn = Attention(*case.heads, case.q.shape[2], cls(**scalars))
+    attn = Attention(*case.heads, case.q.shape[2], variant(case))
     there = on_device(csr(case.k, case.v, case.kv_indptr, case.kv_indices, case.kv_len))
     arrays = {
         n: DeviceArray.from_numpy(x) for n, x in case.values.items() if isinstance(x, np.ndarray)

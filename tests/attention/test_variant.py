@@ -46,7 +46,7 @@ def test_values_are_frozen_and_compare():
     assert len({Causal(), Causal(), Full()}) == 2
     with pytest.raises(AttributeError):
         Softcap().soft_cap = 3.0
-    assert traced_of(Alibi()).values[0].heads == "qo_head"
+    assert traced_of(Alibi()).values[0].by == "qo_head"
 
 
 def test_constants_and_helpers_of_the_class():

@@ -14,6 +14,7 @@ from tilewright.attention import planner, ranges, reference
 from tilewright.attention.batch import Attention
 from tilewright.attention.ranges import CUT
 from tilewright.attention.table import Table, TableForm
+from tilewright.attention.variant import SlidingWindow
 from tilewright.errors import ArgumentError
 from tilewright.toolchain import nvrtc
 
@@ -58,6 +59,16 @@ def test_plans_of_the_device_agree_exactly(rng, kv_heads):
                 np.testing.assert_array_equal(cuts[: len(twin)], twin)
                 assert (cuts["unit"][len(twin) :] == twin["unit"][-1]).all()
                 assert (cuts["tile"][len(twin) :] == 0).all()
+
+
+@pytest.mark.gpu
+def test_a_request_counts_as_what_its_window_sees(rng):
+    attn = Attention(8, 8, 64, SlidingWindow(window=1000))
+    room = attn.reserve(40)
+    lengths = rng.integers(0, 100_000, 40)
+    room.plan(Table.dense(device(lengths)))
+    twin = ranges.cut(np.minimum(lengths, 17 * ranges.TILE), 8, room.ctas)
+    np.testing.assert_array_equal(planned(room)[: len(twin)], twin)
 
 
 @pytest.mark.gpu

@@ -85,15 +85,15 @@ def check_names(variant: Any, arguments: dict[str, Any]) -> None:
                 where=name,
                 hint=f"values: {', '.join(known) or 'none'}",
             )
-        if not known[name].heads and (is_number(value) or not hasattr(value, "shape")):
+        if not known[name].by and (is_number(value) or not hasattr(value, "shape")):
             check_number(known[name], value)
 
 
 def values_of(
-    variant: Any, arguments: dict[str, Any], heads: tuple[int, int], device: str
+    variant: Any, arguments: dict[str, Any], sizes: dict[str, int], device: str
 ) -> dict[str, tuple[Any, View]]:
-    """The array of each value of the variant, and its view; `heads`: of q, of KV. Raises
-    ArgumentError (A101 … A109)."""
+    """The array of each value of the variant, and its view; `sizes`: how many qo_head, kv_head,
+    request and q_token there are. Raises ArgumentError (A101 … A109)."""
     check_names(variant, arguments)
     traced, fixed = traced_of(variant), dict(variant.fixed)
     arrays = {}
@@ -103,27 +103,41 @@ def values_of(
                 "A101", f"{traced.name} needs {v.name}", where=v.name, hint=f"{v.name}=…"
             )
         argument = arguments.get(v.name, fixed.get(v.name))
-        arrays[v.name] = _value(v, argument, heads, device)
+        arrays[v.name] = _value(v, argument, sizes, device)
     return arrays
 
 
-def _value(v: Value, argument: Any, heads: tuple[int, int], device: str) -> tuple[Any, View]:
+def _value(v: Value, argument: Any, sizes: dict[str, int], device: str) -> tuple[Any, View]:
     """The array that a kernel reads a value from: the caller's, or a new one for a number."""
-    if not v.heads and (is_number(argument) or not hasattr(argument, "shape")):
+    if not v.by and (is_number(argument) or not hasattr(argument, "shape")):
         check_number(v, argument)
         argument = np.full(1, argument, v.dtype.numpy)
         argument = argument if device == "cpu" else to_device(argument, device)
     seen = named_view(v.name, argument)
-    if seen.dtype != v.dtype:
-        raise ArgumentError("A102", f"{v.name} is {seen.dtype}, not {v.dtype}", where=v.name)
-    size = {"": 1, "qo_head": heads[0], "kv_head": heads[1]}[v.heads]
-    if seen.size != size or seen.ndim > 1:
-        count = f"one for each {v.heads}" if v.heads else "one number"
-        raise ArgumentError(
-            "A103", f"{v.name} has shape {seen.shape}, not ({size},): {count}", where=v.name
-        )
+    kinds = (v.dtype, dtypes.uint32) if v.by == "bit" else (v.dtype,)
+    if seen.dtype not in kinds:
+        names = " or ".join(map(str, kinds))
+        raise ArgumentError("A102", f"{v.name} is {seen.dtype}, not {names}", where=v.name)
+    _check_shape(v, seen, sizes)
     if not seen.is_contiguous:
         raise ArgumentError("A104", f"{v.name} is not contiguous", where=v.name)
     if seen.device != device:
         raise ArgumentError("A105", f"{v.name} is on {seen.device}, kv on {device}", where=v.name)
     return argument, seen
+
+
+def _check_shape(v: Value, seen: View, sizes: dict[str, int]) -> None:
+    """A value has one row for each of what it is read by. Raises ArgumentError[A103]."""
+    rows_are = {"key": "request", "bit": "q_token"}.get(v.by, v.by)
+    rows = sizes[rows_are] if rows_are else 1
+    shape = seen.shape or (1,)
+    if len(shape) != 1 + v.is_matrix or shape[0] != rows:
+        columns = {"key": " keys", "bit": " words"}.get(v.by, "")
+        count = f"one for each {rows_are}" if rows_are else "one number"
+        raise ArgumentError(
+            "A103",
+            f"{v.name} has shape {seen.shape}, not ({rows},{columns}): {count}",
+            where=v.name,
+        )
+    if seen.size >= 2**31:
+        raise ArgumentError("A103", f"{v.name} has {seen.size} elements", where=v.name)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention import families, plan, reference
+from tilewright.attention import families, plan, reference, render
 from tilewright.attention.arguments import check_kv, check_names, check_q, outputs, values_of
 from tilewright.attention.checks import host_indptr, is_integer, is_number, named_view
 from tilewright.attention.families import Call, Family
@@ -127,11 +127,7 @@ class Attention:
         spec = self._spec((kind, kind, kind), table.form)
         longest = int(np.diff(indptr).max(initial=0))
         family = families.choose(spec, longest * self.group, table.device, pool)
-        known = {n: v for n, v in (dict(self.variant.fixed) | values).items() if is_number(v)}
-        shape = plan.Shape(
-            family.name, self.kv_heads, self.group, spec.traced.mask, known,
-            family.qo_tile(spec), family.splits, family.ctas_per_sm, family.order,
-        )  # fmt: skip
+        shape = self._shape(family, family.qo_tile(spec), values)
         if workers is None:
             workers = _sms(table.device) if family.device == "cuda" else pools.wanted_threads()
         if not is_integer(workers) or not 1 <= workers <= MAX_WORKERS:
@@ -139,6 +135,14 @@ class Attention:
                 "A103", f"workers={workers!r} is no integer of 1..{MAX_WORKERS}", where="workers"
             )
         return plan.make(indptr, lengths, shape, int(workers)).with_tensors(table.device)
+
+    def _shape(self, family: Family, qo_tile: int, values: dict[str, Any]) -> plan.Shape:
+        """What a planner must know, with the scalars that are fixed or among `values`."""
+        known = {n: v for n, v in (dict(self.variant.fixed) | values).items() if is_number(v)}
+        return plan.Shape(
+            family.name, self.kv_heads, self.group, traced_of(self.variant).mask, known,
+            qo_tile, family.splits, family.ctas_per_sm, family.order,
+        )  # fmt: skip
 
     def reserve(
         self, max_requests: int, *, max_tokens: int | None = None, device: str = "cuda",
@@ -150,9 +154,12 @@ class Attention:
         `max_requests`: of a batch; `max_tokens`: rows of q, None where each request has one query.
         `workers`: SMs to use (None: all). Raises ArgumentError[A103, A105], BuildError.
         """
-        return Workspace(
+        room = Workspace(
             (self.kv_heads, self.group, self.head_dim), max_requests, max_tokens, device, workers
         )
+        shape = self._shape(families.by_name(room.family), room.qo_tile, {})
+        room.most_tiles = plan.most_visible_tiles(shape, room.longest)
+        return room
 
     def resolve(self, kv: KV, *, qo_len: int = 1, q_dtype: Any = None) -> Resolution:
         """The families of kernels of `kv`'s device with what each has against calls of at most
@@ -171,7 +178,7 @@ class Attention:
         """The state of queries `q` (tokens, qo_heads, head_dim), float32, float16 or bfloat16.
 
         `out`: an array to write o to, of q's dtype or float32 (None: a new one of q's dtype);
-        `values`: the variant's scalars and per-head arrays.
+        `values`: the variant's scalars and tensors.
         Keys and values that no query of a work item sees never matter, NaN and Inf included: those
         behind a length, outside a window, of a freed page. The kernels of float32 and of CPUs keep
         this for each query, the decode family for the rows of a request together.
@@ -209,9 +216,11 @@ class Attention:
         spec = self._spec((queries.dtype, kv.dtype, written[0].dtype), kv.table.form)
         family = self._family(plan, kv, spec)
         _check_not_capturing(plan, kv.device)
-        arrays = values_of(self.variant, values, (self.qo_heads, self.kv_heads), kv.device)
+        sizes = {"qo_head": self.qo_heads, "kv_head": self.kv_heads}
+        sizes |= {"request": kv.requests, "q_token": plan.tokens}
+        arrays = values_of(self.variant, values, sizes, kv.device)
         numbers = param_values(queries, kv.pool, kv.table, written, self.scale)
-        numbers |= {f"v_{n}": seen.pointer for n, (_, seen) in arrays.items()}
+        numbers |= render.param_values(spec.traced, {n: seen for n, (_, seen) in arrays.items()})
         call = Call(spec, kv.pool, numbers, plan, q)
         keep = (queries, kv, plan, arrays)
         if kv.device == "cpu" and not compilers.has_compiler():

@@ -52,15 +52,16 @@ def tile_class(
 
     `positions`: intervals of `at.qo`, `at.kv`, …; `values`: the integer scalars that are known.
     """
-    bound = _bound(mask, positions, values)
-    return np.where(bound.hi == 0, EMPTY, np.where(bound.lo == 1, FULL, PARTIAL))
+    seen = bound(mask, positions, values)
+    return np.where(seen.hi == 0, EMPTY, np.where(seen.lo == 1, FULL, PARTIAL))
 
 
 def _everything(dtype: Any) -> Interval:
     return Interval.of(0, 1) if dtype == dtypes.bool_ else Interval.of(LOW, HIGH)
 
 
-def _bound(e: Any, positions: Mapping[str, Interval], values: Mapping[str, Any]) -> Interval:
+def bound(e: Any, positions: Mapping[str, Interval], values: Mapping[str, Any]) -> Interval:
+    """The interval of an integer or a condition; see `tile_class` for the arguments."""
     if e.dtype.is_float:
         return _everything(e.dtype)
     if isinstance(e, Const):
@@ -71,22 +72,22 @@ def _bound(e: Any, positions: Mapping[str, Interval], values: Mapping[str, Any])
         known = not e.index and e.buffer.name in values
         return Interval.of(int(values[e.buffer.name])) if known else _everything(e.dtype)
     if isinstance(e, Cast):
-        a = _bound(e.a, positions, values)
+        a = bound(e.a, positions, values)
         if e.a.dtype.is_float:
             return _everything(e.dtype)
         return _truth(a) if e.dtype == dtypes.bool_ and e.a.dtype != dtypes.bool_ else a
     if isinstance(e, Unary):
-        return _unary(e, _bound(e.a, positions, values))
+        return _unary(e, bound(e.a, positions, values))
     if isinstance(e, Select):
-        c = _bound(e.cond, positions, values)
-        a, b = _bound(e.a, positions, values), _bound(e.b, positions, values)
+        c = bound(e.cond, positions, values)
+        a, b = bound(e.a, positions, values), bound(e.b, positions, values)
         lo = np.where(c.lo == 1, a.lo, np.where(c.hi == 0, b.lo, np.minimum(a.lo, b.lo)))
         hi = np.where(c.lo == 1, a.hi, np.where(c.hi == 0, b.hi, np.maximum(a.hi, b.hi)))
         return Interval(lo, hi)
     if isinstance(e, Binary):
         if e.a.dtype.is_float:
             return _everything(e.dtype)
-        return _binary(e, _bound(e.a, positions, values), _bound(e.b, positions, values))
+        return _binary(e, bound(e.a, positions, values), bound(e.b, positions, values))
     return _everything(e.dtype)
 
 
@@ -178,9 +179,10 @@ def bound_text(e: Any) -> str:
     if isinstance(e, Const):
         return f"tw::bound({int(e.value)}ll)"
     if isinstance(e, VarNode):
-        return f"tile.{e.name.removeprefix('at.')}"
+        name = e.name.removeprefix("at.")
+        return everything if name == "q_token" else f"tile.{name}"
     if isinstance(e, Load):
-        return everything if e.index else f"tw::bound(v_{e.buffer.name})"
+        return _load_text(e, everything)
     if isinstance(e, Cast):
         if e.a.dtype.is_float:
             return everything
@@ -194,6 +196,16 @@ def bound_text(e: Any) -> str:
         return f"tw::bound_select({bound_text(e.cond)}, {arms})"
     if isinstance(e, Binary):
         return _binary_text(e, everything)
+    return everything
+
+
+def _load_text(e: Load, everything: str) -> str:
+    """Scalars and values of the tile's request, which is one, are known; others are not."""
+    if not e.index:
+        return f"tw::bound(v_{e.buffer.name})"
+    by_request = isinstance(e.index[0], VarNode) and e.index[0].name == "at.request"
+    if by_request and len(e.index) == 1:
+        return f"tw::bound(v_{e.buffer.name}.at(static_cast<int32_t>(tile.request.lo), 0))"
     return everything
 
 

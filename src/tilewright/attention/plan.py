@@ -18,10 +18,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from tilewright.attention import planner, ranges
-from tilewright.attention.bounds import EMPTY, Interval, tile_class
+from tilewright.attention import extents, planner, ranges
+from tilewright.attention.bounds import Interval
 from tilewright.attention.checks import rises
 from tilewright.attention.ranges import CUT
+from tilewright.attention.table import MAX_KEYS
 from tilewright.errors import ArgumentError
 from tilewright.ir.nodes import Expr
 from tilewright.runtime.layout import Struct
@@ -45,7 +46,6 @@ CHUNK_TILES = 8
 """The fewest tiles of keys in a chunk: merging its result then costs less than 2 % of making it."""
 
 _ITEMS_PER_REQUEST = 64  # to aim at, where a request has keys enough: work for many threads
-_BLOCK = 1 << 20  # tiles classified at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -232,9 +232,11 @@ def make(qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: i
     """
     indptr = _frozen(np.array(qo_indptr, np.int32))
     if shape.ctas_per_worker:
-        cuts = planner.cut(kv_lengths, shape.kv_heads, shape.ctas_per_worker * workers)
+        first = kv_lengths - np.diff(indptr)
+        seen = visible_tiles(first, kv_lengths - 1, kv_lengths, shape) * KEY_TILE
+        cuts = planner.cut(seen, shape.kv_heads, shape.ctas_per_worker * workers)
         sizes = (shape.kv_heads, shape.qo_tile, workers, shape.family, 0, 0)
-        balance = ranges.imbalance(cuts, kv_lengths, shape.kv_heads)
+        balance = ranges.imbalance(cuts, seen, shape.kv_heads)
         none = np.zeros(0, ITEM.numpy)
         return Plan(none, indptr, *sizes, balance, _frozen(cuts), planned=True)
     lengths = np.diff(indptr).astype(np.int64)
@@ -288,27 +290,24 @@ def _listed(indptr: np.ndarray, parts: tuple[np.ndarray, ...], shape: Shape, wor
 def visible_tiles(
     first: np.ndarray, last: np.ndarray, kv_lengths: np.ndarray, shape: Shape
 ) -> np.ndarray:
-    """How many tiles of keys the mask does not refuse to queries at positions first … last."""
-    count = np.zeros(len(first), np.int64)
-    widest = -(-int(kv_lengths.max(initial=0)) // KEY_TILE)
-    if widest == 0:
-        return count
-    step = max(1, _BLOCK // widest)
-    starts = np.arange(widest, dtype=np.int64)[None, :] * KEY_TILE
-    heads = {
+    """How many tiles of keys are in the mask's extents for queries at positions first … last."""
+    positions = {
+        "at.qo": Interval.of(first, last),
         "at.qo_head": Interval.of(0, shape.kv_heads * shape.group - 1),
         "at.kv_head": Interval.of(0, shape.kv_heads - 1),
+        "at.kv_len": Interval.of(kv_lengths),
     }
-    for at in range(0, len(first), step):
-        some = slice(at, at + step)
-        length = kv_lengths[some, None]
-        positions = {
-            "at.qo": Interval.of(first[some, None], last[some, None]),
-            "at.kv": Interval.of(starts, np.minimum(starts + KEY_TILE, length) - 1),
-        }
-        seen = tile_class(shape.mask, positions | heads, shape.values) != EMPTY
-        count[some] = (np.broadcast_to(seen, (len(length), widest)) & (starts < length)).sum(1)
-    return count
+    key = Interval.of(0, kv_lengths - 1)
+    found = extents.ranges(shape.mask, extents.Numbers(key, positions, shape.values))
+    return extents.visible_tiles(found, key, KEY_TILE)
+
+
+def most_visible_tiles(shape: Shape, queries: int) -> int:
+    """About the most tiles that the last `queries` of a request can see, whatever its length: exact
+    for windows, the most of a sample of lengths for other masks; at least 1."""
+    spread = np.geomspace(1, MAX_KEYS, 4096).astype(np.int64)
+    lengths = np.concatenate([spread, MAX_KEYS - np.arange(KEY_TILE)])
+    return max(1, int(visible_tiles(lengths - queries, lengths - 1, lengths, shape).max()))
 
 
 def _imbalance(work: np.ndarray, workers: int) -> float:

@@ -79,6 +79,7 @@ def params_struct(kv_len: str, table_indptr: str) -> Struct:
             ("table_indptr", "ptr", f"const {table_indptr or 'int32'}_t*"),
             ("qo_from", "ptr", "const int32_t*"), ("qo_indptr", "ptr", "int32_t*"),
             ("cuts", "ptr", "Cut*"), ("status", "ptr", "int32_t*"), ("limit", "int64"),
+            ("most_tiles", "int64"),
             ("requests", "int32"), ("groups", "int32"), ("max_tokens", "int32"),
         ],
     )  # fmt: skip

@@ -27,8 +27,8 @@ def evaluate(e: Expr, positions: dict[str, Any], values: dict[str, Any]) -> Any:
     if isinstance(e, Var):
         return np.asarray(positions[e.name], _kind(e.dtype))
     if isinstance(e, Load):
-        kept = np.asarray(values[e.buffer.name], _kind(e.dtype))
-        return kept[evaluate(e.index[0], positions, values)] if e.index else kept.reshape(())
+        kept = np.asarray(values[e.buffer.name]).astype(_kind(e.dtype))
+        return _element(kept, [evaluate(i, positions, values) for i in e.index])
     if isinstance(e, Binary):
         return BINARY[e.op](evaluate(e.a, positions, values), evaluate(e.b, positions, values))
     if isinstance(e, Unary):
@@ -39,6 +39,18 @@ def evaluate(e: Expr, positions: dict[str, Any], values: dict[str, Any]) -> Any:
     if isinstance(e, Cast):
         return np.asarray(evaluate(e.a, positions, values)).astype(_kind(e.dtype))
     raise InternalError("I101", f"no value for {type(e).__name__}")
+
+
+def _element(kept: np.ndarray, index: list[Any]) -> Any:
+    """An element of a value of the variant, 0 outside it."""
+    if not index:
+        return kept.reshape(())
+    inside = np.True_
+    for i, n in zip(index, kept.shape, strict=True):
+        inside = inside & (i >= 0) & (i < n)
+    if not kept.size:
+        return np.zeros(inside.shape, kept.dtype)
+    return np.where(inside, kept[tuple(np.where(inside, i, 0) for i in index)], kept.dtype.type(0))
 
 
 def _kind(dtype: Any) -> Any:
@@ -53,8 +65,8 @@ def attention(
 
     `q` (tokens, qo_heads, head_dim); the last query of a request has the position of its
     last key, unless the table says otherwise. Slow: it computes the full score matrix. A query that
-    sees nothing has o = 0 and lse = −inf; NaN and Inf in keys and values reach the queries that see
-    them and no others.
+    sees nothing has o = 0 and lse = −inf, or its sink; NaN and Inf in keys and values reach the
+    queries that see them and no others.
     """
     traced = traced_of(variant)
     values = dict(variant.fixed) | {n: to_host(v) for n, v in values.items()}
@@ -74,7 +86,7 @@ def attention(
             int(base_of[n][request]) if n in base_of else default
             for n, default in (("qo_base", kv_len - qo_len), ("kv_base", 0), ("kv_stride", 1))
         )
-        for head in range(qo_heads if qo_len and kv_len else 0):
+        for head in range(qo_heads if qo_len and (kv_len or traced.sink is not None) else 0):
             positions = {
                 "s": queries[rows, head] @ keys[:, head // group].T * scale,
                 "at.qo": first + np.arange(qo_len)[:, None],
@@ -82,12 +94,20 @@ def attention(
                 "at.qo_head": head,
                 "at.kv_head": head // group,
                 "at.request": request,
+                "at.q_token": np.arange(rows.start, rows.stop)[:, None],
+                "at.key": np.arange(kv_len)[None, :],
+                "at.qo_len": qo_len,
+                "at.kv_len": kv_len,
             }
             seen = np.broadcast_to(evaluate(traced.mask, positions, values), positions["s"].shape)
             scores = np.where(seen, evaluate(traced.logits, positions, values), -np.inf)
-            top = scores.max(1, keepdims=True)
-            weights = np.exp(scores - np.where(top == -np.inf, 0.0, top))
-            total = weights.sum(1)
+            top, sink = scores.max(1, keepdims=True, initial=-np.inf), -np.inf
+            if traced.sink is not None:
+                sink = np.broadcast_to(evaluate(traced.sink, positions, values), top.shape)
+                top = np.maximum(top, sink)
+            shift = np.where(top == -np.inf, 0.0, top)
+            weights = np.exp(scores - shift)
+            total = weights.sum(1) + np.exp(sink - shift)[:, 0]
             some = total > 0
             sums = _weighted(weights, vals[:, head // group], seen)
             o[rows, head] = sums / np.where(some, total, 1)[:, None]

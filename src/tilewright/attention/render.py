@@ -5,33 +5,59 @@ On the CPU a vector of scores along the keys is one value; on a GPU each thread 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from tilewright.attention import extents
 from tilewright.attention.bounds import bound_text
-from tilewright.attention.variant import Traced, Value
+from tilewright.attention.tracing import NO_SINK, Traced, Value
 from tilewright.codegen.cpp import CppRenderer
 from tilewright.codegen.cuda import CudaRenderer
 from tilewright.codegen.params import C_TYPES, Params
 from tilewright.ir.nodes import Binary, Broadcast, Cast, Expr, Load, Program, Select, Unary, Var
 from tilewright.ir.rewrite import transform
+from tilewright.runtime.view import View
 
+CUDA_AT = "struct At { int32_t qo, kv, qo_head, kv_head, request, q_token, key, qo_len, kv_len; };"
 _NOTHING = Program("variant", "loops", ())
 
 
 def param_fields(traced: Traced) -> list[tuple[str, ...]]:
-    """The fields that a variant adds to the parameters: a pointer for each of its values."""
-    return [(f"v_{v.name}", "ptr", f"const {C_TYPES[v.dtype.name]}*") for v in traced.values]
+    """The fields that a variant adds to the parameters: a pointer for each of its values, and for
+    tensors by request, row of q and key their rows and columns."""
+    fields: list[tuple[str, ...]] = []
+    for v in traced.values:
+        fields.append((f"v_{v.name}", "ptr", f"const {C_TYPES[v.dtype.name]}*"))
+        if is_array(v):
+            fields += [(f"v_{v.name}_{n}", "int32") for n in ("rows", "columns")]
+    return fields
+
+
+def param_values(traced: Traced, views: dict[str, View]) -> dict[str, int]:
+    """The values of `param_fields`."""
+    numbers = {f"v_{name}": seen.pointer for name, seen in views.items()}
+    for v in filter(is_array, traced.values):
+        rows, columns = (*views[v.name].shape, 1)[:2]
+        numbers |= {f"v_{v.name}_rows": rows, f"v_{v.name}_columns": columns}
+    return numbers
+
+
+def is_array(v: Value) -> bool:
+    """Whether a value is a `tw::Array` of table.h: all but scalars and per-head vectors."""
+    return v.by not in ("", "qo_head", "kv_head")
 
 
 def widened(e: Expr, lanes: int) -> Expr:
-    """`e` with the score and the key's position as vectors, and all that meets them."""
+    """`e` with the score and what differs between keys as vectors, and all that uses them."""
 
     def wide(x: Any) -> Any:
         return x if x.dtype.lanes > 1 else Broadcast(x, x.dtype.vector(lanes))
 
     def visit(x: Any) -> Any:
-        if isinstance(x, Var) and x.name in ("s", "at.kv"):
+        if isinstance(x, Var) and x.name in ("s", "at.kv", "at.key"):
             return Var(x.name, x.dtype.vector(lanes))
+        if isinstance(x, Load) and any(i.dtype.lanes > 1 for i in x.index):
+            return Load(x.buffer, x.index, x.dtype.vector(lanes))
         if isinstance(x, Binary) and max(x.a.dtype.lanes, x.b.dtype.lanes) > 1:
             return Binary(x.op, wide(x.a), wide(x.b), x.dtype.vector(lanes))
         if isinstance(x, Select) and max(y.dtype.lanes for y in (x.cond, x.a, x.b)) > 1:
@@ -48,14 +74,14 @@ class _OnVectors(CppRenderer):
     """Adds what programs lack: conditions as vectors and a fast tanh of vectors."""
 
     def var(self, e: Var) -> str:
-        return {"at.kv": "kv", "s": "s"}.get(e.name, e.name)
+        return {"at.kv": "kv", "at.key": "key"}.get(e.name, e.name)
 
     def stored(self, e: Expr) -> str:
         """Conditions stay masks of 32 bits: every operand has lanes of that width."""
         return self.expr(e)
 
     def load(self, e: Load) -> str:
-        return f"v_{e.buffer.name}" + (f"[{self.expr(e.index[0])}]" if e.index else "")
+        return _load(self, e, lambda at: f"*({at})")
 
     def expr(self, e: Any) -> str:
         if isinstance(e, Broadcast) and e.dtype.kind == "b":
@@ -78,61 +104,89 @@ class _OnThreads(CudaRenderer):
         return e.name
 
     def load(self, e: Load) -> str:
-        if not e.index:
-            return f"v_{e.buffer.name}"
-        return f"tw::load_const(v_{e.buffer.name} + {self.expr(e.index[0])})"
+        return _load(self, e, lambda at: f"tw::load_const({at})")
+
+
+def _load(renderer: CppRenderer | CudaRenderer, e: Load, read: Callable[[str], str]) -> str:
+    """A value of the variant: a member, or an element of a vector or a matrix."""
+    name = f"v_{e.buffer.name}"
+    if not e.index:
+        return name
+    first, *rest = (renderer.expr(i) for i in e.index)
+    if first in ("at.qo_head", "at.kv_head"):
+        return read(f"{name} + {first}")
+    if e.dtype.lanes > 1:
+        return f"flash::elements<{e.dtype.lanes}>({name}, {first}, {rest[0]})"
+    return f"{name}.at({first}, {rest[0] if rest else 0})"
 
 
 def cpp_variant(traced: Traced, lanes: int) -> str:
     """The struct for the CPU: `logits` and `mask` of `lanes` neighbouring keys."""
     renderer = _OnVectors(_NOTHING, Params((), ()))
     score, position = f"tw::vec<float, {lanes}>", f"tw::vec<int32_t, {lanes}>"
-    return _struct(
-        traced,
-        f"{score} logits({score} s, const At& at, {position} kv)",
-        renderer.expr(widened(traced.logits, lanes)),
-        f"{position} mask(const At& at, {position} kv)",
-        renderer.expr(widened(traced.mask, lanes)),
-        lambda v: f"*p.v_{v.name}",
-    )
+    keys = f"const At& at, {position} kv, {position} key"
+    methods = {
+        f"{score} logits({score} s, {keys})": widened(traced.logits, lanes),
+        f"{position} mask({keys})": widened(traced.mask, lanes),
+    }
+    return _struct(traced, renderer, methods, lambda v: f"*p.v_{v.name}")
 
 
 def cuda_variant(traced: Traced) -> str:
     """The struct for a GPU: `logits` and `mask` of one score."""
     renderer = _OnThreads(_NOTHING, Params((), ()))
-    return _struct(
-        traced,
-        "float logits(float s, const At& at)",
-        renderer.expr(traced.logits),
-        "bool mask(const At& at)",
-        renderer.expr(traced.mask),
-        lambda v: f"tw::load_const(p.v_{v.name})",
-    )
+    methods = {
+        "float logits(float s, const At& at)": traced.logits,
+        "bool mask(const At& at)": traced.mask,
+    }
+    return _struct(traced, renderer, methods, lambda v: f"tw::load_const(p.v_{v.name})")
 
 
 def _struct(
-    traced: Traced, logits: str, logits_text: str, mask: str, mask_text: str, read: Any
+    traced: Traced,
+    renderer: CppRenderer | CudaRenderer,
+    methods: dict[str, Expr],
+    read: Callable[[Value], str],
 ) -> str:
+    ranges = extents.ranges(traced.mask, extents.Text())
     members, starts = [], []
     for v in traced.values:
         members.append(f"  {_member(v)};")
-        starts.append(f"v_{v.name}({read(v) if not v.heads else f'p.v_{v.name}'})")
+        starts.append(f"v_{v.name}{{{_start(v, read)}}}")
+    methods = methods | {
+        "float sink(const At& at)": NO_SINK if traced.sink is None else traced.sink
+    }
     return "\n".join(
         (
             f"// {traced.name}",
             "struct Variant {",
             *members,
+            f"  static constexpr bool SINK = {str(traced.sink is not None).lower()};",
+            f"  static constexpr int RANGES = {len(ranges)};",
             f"  TW_METHOD explicit Variant(const Params& p){' : ' if starts else ''}"
             f"{', '.join(starts)} {{ (void)p; }}",
-            f"  TW_METHOD {logits} const {{ return {logits_text}; }}",
-            f"  TW_METHOD {mask} const {{ return {mask_text}; }}",
+            *(
+                f"  TW_METHOD {signature} const {{ return {renderer.expr(e)}; }}"
+                for signature, e in methods.items()
+            ),
             "  TW_METHOD int tile_class(const tw::Tile& tile) const "
             f"{{ return tw::tile_class({bound_text(traced.mask)}); }}",
+            "  TW_METHOD tw::Ranges<RANGES> ranges(const tw::Tile& tile, const tw::Line& kv) const "
+            f"{{ (void)kv; return {{{{{', '.join(ranges)}}}}}; }}",
             "};",
         )
     )
 
 
+def _start(v: Value, read: Callable[[Value], str]) -> str:
+    if not v.by:
+        return read(v)
+    name = f"p.v_{v.name}"
+    return f"{name}, {name}_rows, {name}_columns" if is_array(v) else name
+
+
 def _member(v: Value) -> str:
     kind = C_TYPES[v.dtype.name]
-    return f"const {kind}* v_{v.name}" if v.heads else f"{kind} v_{v.name}"
+    if is_array(v):
+        return f"tw::Array<{kind}> v_{v.name}"
+    return f"const {kind}* v_{v.name}" if v.by else f"{kind} v_{v.name}"

@@ -106,7 +106,7 @@ def constants(spec: Spec, more: dict[str, int]) -> str:
 def cuda_headers() -> dict[str, str]:
     """Every file that CUDA kernels include, by name."""
     files = (
-        "bounds.h", "table.h", "cuts.h", "plan_gpu.cuh", "flash_portable.cuh", "decode.cuh",
-        "prefill_hopper.cuh", "hopper_load.cuh", "hopper_consume.cuh", "merge.cuh",
+        "bounds.h", "table.h", "variant.h", "cuts.h", "plan_gpu.cuh", "flash_portable.cuh",
+        "decode.cuh", "prefill_hopper.cuh", "hopper_load.cuh", "hopper_consume.cuh", "merge.cuh",
     )  # fmt: skip
     return prelude_files.headers() | {name: template(name) for name in files}

@@ -1,4 +1,4 @@
-"""An attention variant: a function of scores and a mask, as traced expressions.
+"""Variants of attention: values that say which scores count and how they are changed.
 
     @variant
     class Softcap:
@@ -6,322 +6,53 @@
         def logits(self, s, at): return self.soft_cap * tanh(s / self.soft_cap)
         def mask(self, at):      return at.kv <= at.qo
 
-The class is traced when it is defined. Its values are frozen: `Softcap(soft_cap=50.0)`.
+A class is traced when it is defined. Its instances are frozen values that may fix scalars, and they
+compose:
+
+    Causal() & SlidingWindow(window=1024) | Softcap(soft_cap=50.0)
+
+A hook `sink(self, at)` gives each row a logit that joins the sum of its softmax and has no value,
+as in GPT-OSS: `return self.sinks[at.qo_head]`. The lse of a row includes it, as in FlashInfer, so
+of states that are merged afterwards only one may have it. A row that sees no key has o = 0 and its
+sink as lse.
+
+`a & b` counts a score where the masks of both count it, and changes scores by the hooks of a, then
+by those of b. `a | b` is `a` with the hooks of b but its mask on top. Python evaluates `&` before
+`|`, so masks come first; in `a | b` the right side is no `&` without parentheses, and is refused
+with them, because its masks would be lost.
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import CodeType, FunctionType
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from tilewright import dtypes
-from tilewright.dtypes import DType
-from tilewright.errors import ArgumentError, ProgramError, TilewrightError
-from tilewright.ir.names import size_name
-from tilewright.ir.nodes import (
-    BITWISE,
-    COMPARISON,
-    Binary,
-    Buffer,
-    Cast,
-    Const,
-    Expr,
-    Load,
-    Select,
-    Unary,
-    Var,
-    as_expr,
-    cast,
+from tilewright.attention.tracing import (
+    SCORE,
+    Traced,
+    Value,
+    per_head,
+    trace,
 )
-from tilewright.ir.rewrite import walk
-from tilewright.sparse.trace import Declared, scalar, tanh
-
-PLACES = ("qo", "kv", "qo_head", "kv_head", "request")
-SCORE = Var("s", dtypes.float32)
-VALUE_TYPES = (dtypes.float32, dtypes.int32)
-RESERVED = frozenset(
-    {"self", "q", "kv", "plan", "out", "workers", "qo_indptr", "variant", "sm_scale"}
-    | {"fixed", "traced", "logits", "mask"}
-)
-"""Names that no value of a variant may have: other arguments of its users, its own attributes."""
-
-
-class At:
-    """The position of a score: `qo` and `kv` in the sequence, the others as numbers."""
-
-    __slots__ = ()
-
-    def __getattr__(self, name: str) -> Expr:
-        if name not in PLACES:
-            raise ProgramError(
-                "P101",
-                f"at.{name} is not known",
-                hint=f"one of {', '.join(f'at.{n}' for n in PLACES)}",
-            )
-        return Var(f"at.{name}", dtypes.int32)
-
-
-@dataclass(frozen=True, slots=True)
-class PerHead:
-    """One value for each query head, or each KV head: by which it is indexed says."""
-
-    dtype: DType
-
-
-def per_head(dtype: Any = "float32") -> Any:
-    """A run-time vector with one value a head: `slopes[at.qo_head]` or `sinks[at.kv_head]`."""
-    return PerHead(dtypes.dtype(dtype))
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """A run-time value of a variant. `heads` is empty for a scalar, else `qo_head` or `kv_head`."""
-
-    name: str
-    dtype: DType
-    default: float | None = None
-    heads: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Traced:
-    """A variant after tracing: `logits` float32, `mask` bool, over `s`, `at.…` and the values."""
-
-    name: str
-    logits: Expr
-    mask: Expr
-    values: tuple[Value, ...]
-
-    def __str__(self) -> str:
-        return f"variant {self.name}\n  logits = {self.logits}\n  mask = {self.mask}"
-
-
-# ---------------------------------------------------------------------------- tracing
-
-
-class _Heads:
-    """What `self.slopes` is while a variant is traced."""
-
-    def __init__(self, name: str, declared: PerHead, used: dict[str, str]) -> None:
-        self.name, self.declared, self.used = name, declared, used
-
-    def __getitem__(self, index: Any) -> Expr:
-        by = index.name if isinstance(index, Var) else ""
-        if by not in ("at.qo_head", "at.kv_head"):
-            raise ProgramError(
-                "P101",
-                f"{self.name}[{index}]: a per-head value is read at one head",
-                hint=f"{self.name}[at.qo_head] or {self.name}[at.kv_head]",
-            )
-        if self.used.setdefault(self.name, by) != by:
-            raise ProgramError(
-                "P102",
-                f"{self.name} is read by query head and by KV head",
-                hint="declare two values",
-            )
-        buffer = Buffer(self.name, self.declared.dtype, (Var(size_name(by)),))
-        return Load(buffer, (index,), self.declared.dtype)
-
-
-class _Defaults:
-    """The hooks of a variant that has none; `super()` of a base class ends here."""
-
-    def logits(self, s: Expr, at: At) -> Expr:
-        return s
-
-    def mask(self, at: At) -> Expr:
-        return Const(True, dtypes.bool_)
-
-
-HOOKS = {"logits": "def logits(self, s, at)", "mask": "def mask(self, at)"}
-
-
-def trace(cls: type) -> Traced:
-    """Run `logits` and `mask` of a class on symbols. Raises ProgramError (P codes)."""
-    declared = _declared(cls)
-    used: dict[str, str] = {}
-    symbols: dict[str, Any] = {}
-    for name, d in declared.items():
-        if name in RESERVED:
-            raise ProgramError(
-                "P101",
-                f"a value of variant {cls.__name__} is named {name!r}",
-                where=name,
-                hint=f"Attention uses these names itself: {', '.join(sorted(RESERVED))}",
-            )
-        if d.dtype not in VALUE_TYPES:
-            raise ProgramError(
-                "P106",
-                f"{name} of variant {cls.__name__} is {d.dtype}",
-                hint="run-time values are float32 or int32",
-            )
-        if isinstance(d, PerHead):
-            symbols[name] = _Heads(name, d, used)
-        else:
-            symbols[name] = Load(Buffer(name, d.dtype, ()), (), d.dtype)
-    _check_functions(cls)
-    # An instance of a subclass, so that super() and properties work in a hook as anywhere.
-    me = object.__new__(type(cls.__name__, (cls, _Defaults), symbols))
-    logits = _call(cls, me, "logits", (SCORE, At()))
-    mask = _call(cls, me, "mask", (At(),))
-    if mask.dtype != dtypes.bool_:
-        raise ProgramError(
-            "P106",
-            f"mask of {cls.__name__} is {mask.dtype}, not bool",
-            where=str(mask),
-            hint="return a comparison, as at.kv <= at.qo",
-        )
-    if logits.dtype == dtypes.bool_:
-        raise ProgramError("P106", f"logits of {cls.__name__} is a condition", where=str(logits))
-    for hook in (logits, mask):
-        _check(cls, hook)
-    values = tuple(
-        Value(n, d.dtype, heads=used.get(n, "at.qo_head").removeprefix("at."))
-        if isinstance(d, PerHead)
-        else Value(n, d.dtype, d.default)
-        for n, d in declared.items()
-    )
-    return Traced(cls.__name__, cast(logits, dtypes.float32), mask, values)
-
-
-def _declared(cls: type) -> dict[str, Any]:
-    """The run-time values of a class and its bases, in the order of definition."""
-    declared: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        for name, value in vars(base).items():
-            if isinstance(value, PerHead) or (isinstance(value, Declared) and not value.dims):
-                declared[name] = value
-            elif isinstance(value, Declared):
-                raise ProgramError(
-                    "P101",
-                    f"{name} of variant {cls.__name__} is a tensor",
-                    hint="a variant has scalar() and per_head() values",
-                )
-            else:
-                declared.pop(name, None)  # a subclass made it a constant
-    return declared
-
-
-def _check_functions(cls: type) -> None:
-    """Hooks have their parameters; each other public function of the class is called by a hook, by
-    the names that the hooks' code reads: else it is a hook that somebody misspelt."""
-    for name, wanted in HOOKS.items():
-        function = inspect.getattr_static(cls, name, None)
-        parameters = wanted.count(",") + 1
-        if function is not None and not (
-            isinstance(function, FunctionType)
-            and len(inspect.signature(function).parameters) == parameters
-        ):
-            raise ProgramError(
-                "P101", f"{name} of variant {cls.__name__} is not {wanted}", hint=f"write {wanted}"
-            )
-    functions = [
-        (name, f)
-        for base in cls.__mro__
-        for name, f in vars(base).items()
-        if isinstance(f, FunctionType)
-    ]
-    called, new = set(HOOKS), set(HOOKS)
-    while new:
-        names = {n for name, f in functions if name in new for n in _names_read(f.__code__)}
-        new = names - called
-        called |= new
-    for name, value in vars(cls).items():
-        if isinstance(value, FunctionType) and not name.startswith("_") and name not in called:
-            near = difflib.get_close_matches(name, HOOKS, 1, 0.5)
-            raise ProgramError(
-                "P101",
-                f"{name} of variant {cls.__name__} is no hook, and no hook calls it",
-                where=name,
-                hint=f"did you mean {near[0]}?"
-                if near
-                else f"hooks: {', '.join(HOOKS)}; a name with _ in front is not looked at",
-            )
-
-
-def _names_read(code: CodeType) -> set[str]:
-    inner = (_names_read(c) for c in code.co_consts if isinstance(c, CodeType))
-    return set(code.co_names).union(*inner)
-
-
-def _call(cls: type, me: Any, name: str, arguments: tuple[Any, ...]) -> Expr:
-    """The expression that a hook returns."""
-    try:
-        result = getattr(me, name)(*arguments)
-    except TilewrightError:
-        raise
-    except Exception as error:
-        raise ProgramError(
-            "P101",
-            f"{name} of variant {cls.__name__} cannot be traced: {type(error).__name__}: {error}",
-            hint="s, at.qo, at.kv … are symbols: compute with operators, tw.where, tw.tanh …; "
-            "arrays come in as tw.per_head values",
-        ) from error
-    if result is None:
-        raise ProgramError("P101", f"{name} of variant {cls.__name__} returns nothing")
-    if isinstance(result, (bool, np.bool_)):
-        raise ProgramError(
-            "P101",
-            f"{name} of variant {cls.__name__} is {result}: a condition that Python has decided",
-            hint="`==` compares the text of expressions: write tw.equal(a, b) or ~tw.equal(a, b)",
-        )
-    return as_expr(result, dtypes.float32 if name == "logits" else None)
-
-
-def _check(cls: type, hook: Expr) -> None:
-    """Only scalars of 32 bits, by operations that each target has on vectors too."""
-    for x in walk(hook):
-        if not isinstance(x, (Const, Var, Load, Binary, Unary, Select, Cast)):
-            raise ProgramError(
-                "P101",
-                f"{type(x).__name__} cannot stand in variant {cls.__name__}",
-                where=str(hook),
-                hint="a variant computes with s, at and its own values",
-            )
-        if isinstance(x, Var) and x.name != "s" and not x.name.startswith("at."):
-            raise ProgramError(
-                "P104", f"{x.name} means nothing in variant {cls.__name__}", where=str(hook)
-            )
-        if x.dtype not in (*VALUE_TYPES, dtypes.bool_):
-            raise ProgramError(
-                "P106",
-                f"{x} of variant {cls.__name__} is {x.dtype}",
-                where=str(hook),
-                hint="variants compute in float32, int32 and bool",
-            )
-        if isinstance(x, Binary) and x.op in ("//", "%") and x.dtype.is_float:
-            raise ProgramError(
-                "P106", f"{x.op} needs integers", where=str(x), hint="tw.floor(a / b)"
-            )
-        if isinstance(x, Binary) and x.a.dtype == dtypes.bool_:
-            allowed = {*(BITWISE - {"<<", ">>"}), *COMPARISON}
-            if x.op not in allowed:
-                raise ProgramError(
-                    "P106", f"{x.op} of two conditions", where=str(x), hint="use & | or where()"
-                )
-    if hook.dtype == dtypes.bool_ and any(isinstance(x, Var) and x.name == "s" for x in walk(hook)):
-        raise ProgramError("P104", f"mask of {cls.__name__} reads the score", where=str(hook))
-
-
-# ---------------------------------------------------------------------------- values of a variant
+from tilewright.errors import ArgumentError, ProgramError
+from tilewright.ir.nodes import Binary, Const, Expr, Load, binary
+from tilewright.ir.rewrite import substitute, walk
+from tilewright.sparse.trace import scalar, tanh
 
 
 def variant(cls: type) -> Any:
-    """Class decorator: traces `logits(self, s, at)` and `mask(self, at)` (either may be absent).
+    """Class decorator: traces `logits(self, s, at)`, `mask(self, at)` and `sink(self, at)`, each of
+    which may be absent.
 
-    Class attributes `scalar(dtype, default)` and `per_head(dtype)` are read from memory at run time
-    (float32 or int32). Instances are frozen values that may fix scalars:
-    `SlidingWindow(window=512)`. Raises ProgramError (P codes).
+    Class attributes `scalar(dtype, default)`, `per_head(dtype)`, `per_request`, `per_token`,
+    `per_key` and `bit_mask()` are read from memory at run time (float32 or int32). Instances are
+    frozen values that may fix scalars: `SlidingWindow(window=512)`. Raises ProgramError (P codes).
     """
     traced = trace(cls)
-    scalars = {v.name: v for v in traced.values if not v.heads}
+    scalars = {v.name: v for v in traced.values if not v.by}
 
     def __init__(self: Any, **values: float) -> None:
         for name, value in values.items():
@@ -330,7 +61,7 @@ def variant(cls: type) -> Any:
                     "A101",
                     f"{cls.__name__} has no scalar {name!r}",
                     where=name,
-                    hint=f"scalars: {', '.join(scalars) or 'none'}; per-head values go to run()",
+                    hint=f"scalars: {', '.join(scalars) or 'none'}; tensors go to run()",
                 )
             check_number(scalars[name], value)
         fixed = {n: v.default for n, v in scalars.items() if v.default is not None} | values
@@ -351,7 +82,8 @@ def variant(cls: type) -> Any:
     functions: list[Callable[..., Any]] = [__init__, __setattr__, __repr__, __eq__, __hash__]
     for function in functions:
         setattr(cls, function.__name__, function)
-    cls.traced = traced
+    for name, member in {"__and__": _and, "__or__": _or, "traced": traced}.items():
+        setattr(cls, name, member)
     return cls
 
 
@@ -379,7 +111,102 @@ def traced_of(variant: Any) -> Traced:
     return traced
 
 
-# ---------------------------------------------------------------------------- built-in ones
+# ---------------------------------------------------------------------------- composition
+
+
+def _and(self: Any, other: Any) -> Combined:
+    return _combined(self, other, "&")
+
+
+def _or(self: Any, other: Any) -> Combined:
+    return _combined(self, other, "|")
+
+
+@dataclass(frozen=True, repr=False)
+class Combined:
+    """Variants composed by `&` and `|`: a value as each of them is. `by`: the last operator."""
+
+    traced: Traced
+    fixed: tuple[tuple[str, float], ...]
+    by: str = field(compare=False)
+    text: str = field(compare=False)
+
+    __and__, __or__ = _and, _or
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _combined(a: Any, b: Any, by: str) -> Combined:
+    """`a & b` or `a | b`. Raises ArgumentError[A107], ProgramError[P101]."""
+    left, right = traced_of(a), traced_of(b)
+    mask = left.mask
+    if by == "&":
+        mask = _all_of([*_conditions(left.mask), *_conditions(right.mask)])
+    elif getattr(b, "by", "") == "&":
+        raise ProgramError(
+            "P101", f"{b} on the right of | would lose its masks", hint="(a | b) & c: masks by &"
+        )
+    elif right.logits == SCORE and right.sink is None:
+        raise ProgramError(
+            "P101",
+            f"{b} has no logits and no sink to add to {a}",
+            hint="a | b adds b's hooks; a & b counts scores that both masks count",
+        )
+    if left.sink is not None and right.sink is not None:
+        raise ProgramError("P101", f"{a} and {b} both have a sink")
+    sink = right.sink if left.sink is None else left.sink
+    logits = substitute(right.logits, {"s": left.logits})
+    read = {
+        x.buffer.name
+        for e in (logits, mask, sink)
+        if e is not None
+        for x in walk(e)
+        if isinstance(x, Load)
+    }
+    values = {v.name: v for v in left.values}
+    fixed = dict(a.fixed)
+    for v in right.values:
+        number = dict(b.fixed).get(v.name)
+        if v.name not in values and v.name in read:
+            values[v.name] = v
+            fixed |= {v.name: number} if number is not None else {}
+        elif v.name in read and (values[v.name] != v or fixed.get(v.name) != number):
+            raise ProgramError(
+                "P101",
+                f"{a} and {b} have different values named {v.name}",
+                where=v.name,
+                hint="variants share a value where both declare it alike and fix it alike; "
+                "rename one in a class of its own",
+            )
+    outer = {"&": "|", "|": ""}[by], "&|"  # operators that need parentheses: left, right
+    name, text = (
+        f" {by} ".join(
+            f"({s})" if getattr(x, "by", "") in set(needs) else s
+            for x, s, needs in zip((a, b), parts, outer, strict=True)
+        )
+        for parts in ((left.name, right.name), (str(a), str(b)))
+    )
+    traced = Traced(name, logits, mask, tuple(values.values()), sink)
+    return Combined(traced, tuple(sorted(fixed.items())), by, text)
+
+
+def _conditions(mask: Expr) -> list[Expr]:
+    """The conditions that a mask joins by `&`."""
+    if isinstance(mask, Binary) and mask.op == "&":
+        return [*_conditions(mask.a), *_conditions(mask.b)]
+    return [] if isinstance(mask, Const) and mask.value else [mask]
+
+
+def _all_of(conditions: list[Expr]) -> Expr:
+    """Conditions joined by `&`, each once."""
+    joined, *rest = dict.fromkeys(conditions) or [Const(True, dtypes.bool_)]
+    for condition in rest:
+        joined = binary("&", joined, condition)
+    return joined
+
+
+# ---------------------------------------------------------------------------- presets
 
 
 @variant
@@ -397,7 +224,17 @@ class Causal:
 
 
 @variant
-class Softcap:
+class SlidingWindow(Causal):
+    """Causal, and only the last `window` keys, the query's own included."""
+
+    window = scalar("int32")
+
+    def mask(self, at: Any) -> Any:
+        return super().mask(at) & (at.qo - at.kv < self.window)
+
+
+@variant
+class Softcap(Causal):
     """Causal, with scores bent into (−soft_cap, soft_cap) by a tanh."""
 
     soft_cap = scalar("float32", 30.0)
@@ -405,28 +242,12 @@ class Softcap:
     def logits(self, s: Any, at: Any) -> Any:
         return self.soft_cap * tanh(s / self.soft_cap)
 
-    def mask(self, at: Any) -> Any:
-        return at.kv <= at.qo
-
 
 @variant
-class SlidingWindow:
-    """Causal, and only the last `window` keys, the query's own included."""
-
-    window = scalar("int32")
-
-    def mask(self, at: Any) -> Any:
-        return (at.kv <= at.qo) & (at.qo - at.kv < self.window)
-
-
-@variant
-class Alibi:
+class Alibi(Causal):
     """Causal, with a bias that falls with the distance, by a slope for each query head."""
 
     slopes = per_head("float32")
 
     def logits(self, s: Any, at: Any) -> Any:
         return s + self.slopes[at.qo_head] * (at.kv - at.qo)
-
-    def mask(self, at: Any) -> Any:
-        return at.kv <= at.qo

@@ -71,6 +71,7 @@ class Workspace:
         self.limit = max(decode.CTAS_PER_SM * sms // together, 1)
         self.ctas = self.limit * together
         self.requests, self.tokens = 0, 0
+        self.most_tiles = 2**31  # of a request that its variant can see; for balance alone
 
         def words(kind: str, count: int) -> Any:
             return cuda.DeviceArray((count,), kind, self.ordinal)
@@ -118,6 +119,7 @@ class Workspace:
             kv_len=table.params()["kv_len"], table_indptr=table.params()["table_indptr"],
             qo_from=queries.pointer if queries else 0, qo_indptr=self._indptr.pointer,
             cuts=self._cuts.pointer, status=self._status.pointer, limit=self.limit,
+            most_tiles=self.most_tiles,
             requests=table.requests, groups=self.kv_heads // ranges.heads_at_once(self.kv_heads),
             max_tokens=rows,
         )  # fmt: skip

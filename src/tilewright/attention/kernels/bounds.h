@@ -5,8 +5,8 @@ namespace tw {
 
 struct Bound { int64_t lo, hi; };
 
-// The positions and heads of a tile of scores.
-struct Tile { Bound qo, kv, qo_head, kv_head, request; };
+// Of a tile of scores: positions, numbers of heads, request and keys, lengths of the request.
+struct Tile { Bound qo, kv, qo_head, kv_head, request, key, qo_len, kv_len; };
 
 enum TileClass { EMPTY = 0, PARTIAL = 1, FULL = 2 };
 

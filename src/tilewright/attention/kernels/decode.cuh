@@ -9,7 +9,8 @@
 // Units that several ranges share leave partial states; the last CTA to arrive merges them in the
 // order of the ranges, so that the bits of a result do not depend on the order of arrival.
 //
-// In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, table.h, the constants of `attention`
+// In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, table.h, variant.h, the constants of
+// `attention`
 // (D head_dim, G query heads of a KV head, BLOCKS of 8 packed rows, GANG, WARPS, STAGES, CTAS of an SM,
 // MAX_KEYS; the types Element and Kind), the structs `Params`, `Cut`, `At` and `Variant`.
 //
@@ -38,26 +39,32 @@ static_assert(STAGE * 2 >= M * PITCH * 4, "a stage holds the outputs of a warp")
 
 TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
 
-// Walks the tiles of a CTA: units in order, of each the tiles from `tile` to `end`.
+// Walks the tiles of a CTA: units in order, of each the tiles from `tile` to `end`, which are numbers in
+// `seen`, the tiles that the unit's rows can see.
 struct Walk {
   int unit, request, head, tile, end;
   tw::Pages keys;
+  tw::Tiles<Variant::RANGES> seen;
 };
 
 struct Range {  // of this CTA; `first` and `last` name the CTAs that share its first and last unit
   Cut begin, end;
 };
 
-TW_INLINE int tiles_of(int length) { return (length + TILE - 1) / TILE; }
-
-// The tiles of the unit that this CTA does: to the cut, or to the end of the keys as they are now.
-TW_INLINE void bound(Walk& w, const Range& range) {
-  w.end = w.unit == range.end.unit ? range.end.tile : tiles_of(w.keys.length);
-}
 TW_INLINE bool has_unit(const Walk& w, const Range& range) {
   return w.unit < range.end.unit || (w.unit == range.end.unit && range.end.tile > 0);
 }
-TW_INLINE void next_unit(Walk& w, const Params& p, const Range& range) {
+// The tiles of the unit that this CTA does: to the cut, or to the last one as the keys are now.
+TW_INLINE void bound(Walk& w, const Params& p, const Variant& variant, const Range& range) {
+  const int queries = p.qo_indptr ? p.qo_indptr[w.request + 1] - p.qo_indptr[w.request] : 1;
+  const int first = tw::first_query(p, w.keys, w.request, queries);
+  const tw::Tile rows{tw::Bound{first, first + queries - 1}, {}, tw::Bound{w.head * G, w.head * G + G - 1}, tw::bound(w.head),
+                      tw::bound(w.request), {}, tw::bound(queries), tw::bound(w.keys.length)};
+  w.seen = tw::tiles_seen<TILE>(variant, rows, w.keys);
+  const int all = w.seen.count();
+  w.end = w.unit == range.end.unit && range.end.tile < all ? range.end.tile : all;
+}
+TW_INLINE void next_unit(Walk& w, const Params& p, const Variant& variant, const Range& range) {
   ++w.unit;
   w.tile = 0;
   w.head += GANG;
@@ -66,7 +73,7 @@ TW_INLINE void next_unit(Walk& w, const Params& p, const Range& range) {
     ++w.request;
     if (has_unit(w, range)) w.keys = tw::pages_of(p, w.request, MAX_KEYS);
   }
-  bound(w, range);
+  if (has_unit(w, range)) bound(w, p, variant, range);
 }
 
 // Issues the copies of one warp, some tiles ahead of the arithmetic. A lane holds the table's entry for
@@ -78,7 +85,7 @@ struct Copier {
   int64_t entry, ahead;  // of tiles first, first + 1 and of the two after them
 
   TW_INLINE int key_of(int tile, int warp, int lane) const {
-    return (tile + lane / KEYS) * TILE + warp * KEYS + lane % KEYS;
+    return w.seen.at(tile + lane / KEYS) * TILE + warp * KEYS + lane % KEYS;
   }
   TW_INLINE int64_t load_entry(const Params& p, int tile, int warp, int lane) const {
     const int page = key_of(tile, warp, lane) / p.page_size;
@@ -97,13 +104,13 @@ struct Copier {
   }
 
   // The keys and values of the next tile on their way to shared memory; zeros beyond the length.
-  TW_INLINE void issue(const Params& p, const Range& range, Element* ring, int warp, int lane) {
+  TW_INLINE void issue(const Params& p, const Variant& variant, const Range& range, Element* ring, int warp, int lane) {
     if (has_unit(w, range) && w.tile >= w.end) {
-      do next_unit(w, p, range); while (has_unit(w, range) && w.tile >= w.end);
+      do next_unit(w, p, variant, range); while (has_unit(w, range) && w.tile >= w.end);
       if (has_unit(w, range)) start_unit(p, warp, lane);
     }
     if (has_unit(w, range)) {
-      const int valid = w.keys.length - w.tile * TILE - warp * KEYS;  // keys of this warp that exist
+      const int valid = w.keys.length - w.seen.at(w.tile) * TILE - warp * KEYS;  // keys of this warp that exist
       const int slot = key_of(first, warp, lane) % p.page_size;
       const int from = (w.tile - first) * KEYS;  // the lane that holds the first key of the tile
       const bool exists = lane % KEYS < valid;
@@ -201,11 +208,17 @@ TW_INLINE float sum_over_keys(float x) {
   return x;
 }
 
+TW_INLINE At at_of(const Walk& w, const Query& q, int row, int key) {
+  return At{q.first + row / G, w.keys.position(key), w.head * G + row % G, w.head, w.request,
+            q.token + (row < q.rows ? row / G : 0), key, q.rows / G, w.keys.length};
+}
+
 // One tile for one warp: 16 keys from `stage` at position key0 on.
 TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, const Query& q, Element* stage, int key0, Rows& rows, int lane) {
   const int last = key0 + KEYS < w.keys.length ? key0 + KEYS - 1 : w.keys.length - 1;
   const tw::Tile tile{tw::Bound{q.first, q.first + (q.rows - 1) / G}, tw::Bound{w.keys.position(key0), w.keys.position(last)},
-                      tw::Bound{w.head * G, w.head * G + G - 1}, tw::bound(w.head), tw::bound(w.request)};
+                      tw::Bound{w.head * G, w.head * G + G - 1}, tw::bound(w.head), tw::bound(w.request),
+                      tw::Bound{key0, last}, tw::bound(q.rows / G), tw::bound(w.keys.length)};
   const int kind = last < key0 || q.rows == 0 ? tw::EMPTY : variant.tile_class(tile);
   if (kind == tw::EMPTY) return;
   const bool full = last == key0 + KEYS - 1 && kind == tw::FULL;
@@ -231,7 +244,7 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
       for (int half = 0; half < 2; ++half) {
         float& x = s[n][half * 2 + i];
         const int key = key0 + half * 8 + (lane >> 2);
-        At at{q.first + row / G, w.keys.position(key), w.head * G + row % G, w.head, w.request};
+        const At at = at_of(w, q, row, key);
         x = variant.logits(x * p.sm_scale, at) * LOG2E;
         if (!full) {
           const bool seen = row < q.rows && key < w.keys.length && variant.mask(at);
@@ -274,12 +287,14 @@ TW_INLINE void store_four(float* to, float a, float b, float c, float d) { *rein
 TW_INLINE void store_four(uint16_t* to, float a, float b, float c, float d) { *reinterpret_cast<uint2*>(to) = make_uint2(tw::pack<Kind>(a, b), tw::pack<Kind>(c, d)); }
 
 // Four outputs of a row, divided by its sum; a row that sees nothing has o = 0 and lse = −inf.
-TW_INLINE void write(const Params& p, const Query& q, int head, int row, int column, const float (&o)[4], float row_max, float row_sum) {
+TW_INLINE void write(const Params& p, const Walk& w, const Query& q, int row, int column, const float (&o)[4], float row_max, float row_sum) {
+  float largest = row_max / LOG2E, keep = 1.0f;
+  if constexpr (Variant::SINK) keep = tw::add_sink(Variant(p).sink(at_of(w, q, row, 0)), largest, row_sum);
   const bool none = row_sum == 0.0f;
-  const float scale = none ? 0.0f : 1.0f / row_sum;
-  const int64_t at = static_cast<int64_t>(q.token + row / G) * p.qo_heads + head * G + row % G;
+  const float scale = none ? 0.0f : keep / row_sum;
+  const int64_t at = static_cast<int64_t>(q.token + row / G) * p.qo_heads + w.head * G + row % G;
   if (column < D) store_four(p.o + at * D + column, o[0] * scale, o[1] * scale, o[2] * scale, o[3] * scale);
-  if (column == 0) p.lse[at] = none ? lowest() : (row_max + log2f(row_sum)) / LOG2E;
+  if (column == 0) p.lse[at] = none ? lowest() : largest + log2f(row_sum) / LOG2E;
 }
 
 // Partial states `first` … `last` of a unit, in the order of their CTAs, as the result. PARTS are read
@@ -320,7 +335,7 @@ TW_INLINE void merge(const Params& p, const Walk& w, const Query& q, int first, 
         o[3] += x[j].w * factor;
       }
     }
-    write(p, q, w.head, row, column, o, row_max, row_sum);
+    write(p, w, q, row, column, o, row_max, row_sum);
   }
 }
 
@@ -367,7 +382,7 @@ TW_INLINE void finish(const Params& p, const Walk& w, const Query& q, Rows& rows
       o[3] += part.w * factor;
     }
     if (!head_part && !tail_part) {
-      write(p, q, w.head, row, column, o, row_max, row_sum);
+      write(p, w, q, row, column, o, row_max, row_sum);
     } else {
       *reinterpret_cast<float4*>(slot + row * DP + column) = make_float4(o[0], o[1], o[2], o[3]);
       if (column == 0) *reinterpret_cast<float2*>(slot + M * DP + row * 2) = make_float2(row_max, row_sum);
@@ -393,19 +408,18 @@ TW_INLINE void finish(const Params& p, const Walk& w, const Query& q, Rows& rows
 TW_INLINE void body(const Params& p, int cta, int thread, char* smem) {
   const Range range{p.cuts[cta / GANG], p.cuts[cta / GANG + 1]};
   const int warp = thread / 32, lane = thread % 32;
-  Walk w{range.begin.unit, range.begin.request, range.begin.group * GANG + cta % GANG, range.begin.tile, 0, {}};
+  Walk w{range.begin.unit, range.begin.request, range.begin.group * GANG + cta % GANG, range.begin.tile, 0, {}, {}};
   if (!has_unit(w, range)) return;
   const Variant variant(p);
   Element* ring = reinterpret_cast<Element*>(smem) + warp * STAGES * STAGE;
   w.keys = tw::pages_of(p, w.request, MAX_KEYS);
+  bound(w, p, variant, range);
   Copier copier{w, 0, 0, 0, 0};
   copier.start_unit(p, warp, lane);
   Query q;
   load_query(q, p, w, lane);
-  bound(w, range);
-  bound(copier.w, range);
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) copier.issue(p, range, ring, warp, lane);
+  for (int i = 0; i < STAGES - 1; ++i) copier.issue(p, variant, range, ring, warp, lane);
   int stage = 0;
   while (has_unit(w, range)) {
     Rows rows;
@@ -413,13 +427,13 @@ TW_INLINE void body(const Params& p, int cta, int thread, char* smem) {
     for (; w.tile < w.end; ++w.tile) {
       tw::copy_async_wait<STAGES - 2>();
       __syncwarp();
-      copier.issue(p, range, ring, warp, lane);
-      attend(p, variant, w, q, ring + stage * STAGE, w.tile * TILE + warp * KEYS, rows, lane);
+      copier.issue(p, variant, range, ring, warp, lane);
+      attend(p, variant, w, q, ring + stage * STAGE, w.seen.at(w.tile) * TILE + warp * KEYS, rows, lane);
       stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
     // The stage before the next one is free: it was read last, and the next copy goes there.
     finish(p, w, q, rows, smem, stage == 0 ? STAGES - 1 : stage - 1, range, cta, thread);
-    next_unit(w, p, range);
+    next_unit(w, p, variant, range);
     if (has_unit(w, range)) load_query(q, p, w, lane);
   }
   tw::copy_async_wait<0>();

@@ -3,7 +3,7 @@
 // In front of this file: the prelude (cpu.h), the constants of `flash` (DK and DV: elements of a row of
 // K and of V, G query heads of a KV head, N lanes, T keys of a tile, RB × CB the register block,
 // MAX_TOKENS of an item, MAX_KEYS of a request, CHUNK_TILES at least in a chunk; the element types Q, KV
-// and O), `Params`, `Item`, bounds.h, table.h and the struct `Variant`.
+// and O), `Params`, `Item`, bounds.h, table.h, variant.h and the struct `Variant`.
 // Rows of an item are (token, query head of the group), tokens first: all of them share each load
 // of K and V. Sums are float32 and run in a fixed order, whatever thread runs the item.
 
@@ -107,6 +107,14 @@ TW_INLINE vec<float, L> tanh(vec<float, L> x) {
   return x != x ? x : result;
 }
 
+// Elements of a row of a variant's matrix.
+template <int L, class V>
+TW_INLINE vec<V, L> elements(const tw::Array<V>& array, int32_t row, vec<int32_t, L> column) {
+  vec<V, L> found;
+  for (int l = 0; l < L; ++l) found[l] = array.at(row, column[l]);
+  return found;
+}
+
 // -- the KV cache ----------------------------------------------------------------------------------
 
 using K_t = typename KV::type;
@@ -151,8 +159,8 @@ TW_INLINE float online_softmax(const Variant& variant, const At& at, const tw::P
   I key = tw::ramp<int32_t, N>(kv0);
   for (int c = 0; c < TV; ++c, key += N) {
     const I kv = position(pages, key);
-    F x = variant.logits(tw::load<float, N>(s + c * N), at, kv);
-    if (MASKED) x = (variant.mask(at, kv) & (key < pages.length)) ? x : tw::splat<float, N>(LOWEST);
+    F x = variant.logits(tw::load<float, N>(s + c * N), at, kv, key);
+    if (MASKED) x = (variant.mask(at, kv, key) & (key < pages.length)) ? x : tw::splat<float, N>(LOWEST);
     tw::store<float, N>(s + c * N, x);
     top = tw::vmax<float, N>(top, x);
   }
@@ -271,16 +279,19 @@ struct Work {  // an item with the lengths read from memory
   Variant variant;
   tw::Pages pages;
   int32_t first;         // position of the first query
-  int tokens, rows;
-  int begin, end;        // its tiles of keys
+  int tokens, rows, qo_len;
+  int begin, end;        // its tiles, as numbers in `seen`
   int chunk, chunks;
+  tw::Tiles<Variant::RANGES> seen;
   At at(int row) const {
-    return At{first + row / G, item.kv_head * G + row % G, item.kv_head, item.request};
+    return At{first + row / G, item.kv_head * G + row % G, item.kv_head, item.request,
+              item.qo_begin + row / G, qo_len, pages.length};
   }
   tw::Tile tile(int row0, int row1, int kv0, int kv1) const {  // both ends included
     return tw::Tile{tw::Bound{first + row0 / G, first + row1 / G}, tw::Bound{pages.position(kv0), pages.position(kv1)},
                     tw::Bound{item.kv_head * G, item.kv_head * G + G - 1},
-                    tw::bound(item.kv_head), tw::bound(item.request)};
+                    tw::bound(item.kv_head), tw::bound(item.request), tw::Bound{kv0, kv1},
+                    tw::bound(qo_len), tw::bound(pages.length)};
   }
   int tile_class(int row0, int row1, int t) const {
     int kv1 = (t + 1) * T;
@@ -315,11 +326,12 @@ TW_INLINE void attend_one(const Work& w, float* sums, Softmax* rows) {
   const K_t *keys[2][T], *vals[2][T];
   load_queries(w, G, q);
   auto length_of = [&](int t) { return w.pages.length - t * T < T ? w.pages.length - t * T : T; };
-  if (w.begin < w.end) find_rows(w.p, w.pages, w.item.kv_head, w.begin * T, length_of(w.begin), keys[w.begin & 1], vals[w.begin & 1]);
-  for (int t = w.begin; t < w.end; ++t) {
-    const K_t *const *k = keys[t & 1], *const *v = vals[t & 1], *const *next = keys[(t + 1) & 1];
-    int kv0 = t * T, n = length_of(t), coming = t + 1 < w.end ? length_of(t + 1) : 0;
-    find_rows(w.p, w.pages, w.item.kv_head, kv0 + T, coming, keys[(t + 1) & 1], vals[(t + 1) & 1]);
+  auto find = [&](int i, int n) { find_rows(w.p, w.pages, w.item.kv_head, w.seen.at(i) * T, n, keys[i & 1], vals[i & 1]); };
+  if (w.begin < w.end) find(w.begin, length_of(w.seen.at(w.begin)));
+  for (int i = w.begin; i < w.end; ++i) {
+    const K_t *const *k = keys[i & 1], *const *v = vals[i & 1], *const *next = keys[(i + 1) & 1];
+    int t = w.seen.at(i), kv0 = t * T, n = length_of(t), coming = i + 1 < w.end ? length_of(w.seen.at(i + 1)) : 0;
+    if (coming > 0) find(i + 1, coming);
     int kind = w.tile_class(0, G - 1, t);
     if (kind == tw::EMPTY) continue;
     for (int j0 = 0; j0 < T; j0 += N) {
@@ -379,7 +391,8 @@ TW_INLINE void attend_many(const Work& w, float* sums, Softmax* rows) {
   alignas(64) float q[MAX_ROWS * DKP], keys[DKP * T], values[T * DVP], s[RB * T], keep[RB];
   const K_t *k[T], *v[T];
   load_queries(w, (w.rows + RB - 1) / RB * RB, q);
-  for (int t = w.begin; t < w.end; ++t) {
+  for (int i = w.begin; i < w.end; ++i) {
+    const int t = w.seen.at(i);
     if (w.tile_class(0, w.rows - 1, t) == tw::EMPTY) continue;
     int kv0 = t * T, n = w.pages.length - kv0 < T ? w.pages.length - kv0 : T;
     find_rows(w.p, w.pages, w.item.kv_head, kv0, n, k, v);
@@ -404,9 +417,11 @@ TW_INLINE void attend_many(const Work& w, float* sums, Softmax* rows) {
 
 // -- results -----------------------------------------------------------------------------------------
 
-TW_INLINE void write_row(const Work& w, int row, const float* sums, const Softmax& softmax) {
+TW_INLINE void write_row(const Work& w, int row, const float* sums, Softmax softmax) {
   int64_t at = static_cast<int64_t>(w.item.qo_begin + row / G) * w.p.qo_heads + w.item.kv_head * G + row % G;
-  float factor = softmax.largest == LOWEST ? 0.0f : 1.0f / softmax.weight;
+  float keep = 1.0f;
+  if constexpr (Variant::SINK) keep = tw::add_sink(w.variant.sink(w.at(row)), softmax.largest, softmax.weight);
+  float factor = softmax.largest == LOWEST ? 0.0f : keep / softmax.weight;
   typename O::type* o = w.p.o + at * DV;
   for (int d = 0; d < DV; ++d) o[d] = from_float(sums[d] * factor, O());
   if (w.p.lse) w.p.lse[at] = softmax.largest == LOWEST ? LOWEST : softmax.largest + __builtin_logf(softmax.weight);
@@ -445,15 +460,13 @@ static void run_item(const Params& p, const Item& item) {
   int32_t qo_begin = p.qo_indptr[item.request], qo_end = p.qo_indptr[item.request + 1];
   int tokens = item.qo_end - item.qo_begin;
   int first = tw::first_query(p, pages, item.request, qo_end - qo_begin) + (item.qo_begin - qo_begin);
-  Work w{p, item, Variant(p), pages, first, tokens, tokens * G, 0, 0, item.chunk, item.chunks};
-  w.end = (pages.length + T - 1) / T;
-  while (w.begin < w.end && w.tile_class(0, w.rows - 1, w.begin) == tw::EMPTY) ++w.begin;
-  while (w.begin < w.end && w.tile_class(0, w.rows - 1, w.end - 1) == tw::EMPTY) --w.end;
-  int tiles = w.end - w.begin, start = w.begin;
+  Work w{p, item, Variant(p), pages, first, tokens, tokens * G, qo_end - qo_begin, 0, 0, item.chunk, item.chunks, {}};
+  w.seen = tw::tiles_seen<T>(w.variant, w.tile(0, w.rows - 1, 0, 0), pages);
+  const int tiles = w.seen.count();
   if (w.chunks > 1 && tiles / CHUNK_TILES < w.chunks) w.chunks = tiles < 2 * CHUNK_TILES ? 1 : tiles / CHUNK_TILES;
   if (w.chunk < w.chunks) {  // else too short to cut: others do it all
-    w.begin = start + static_cast<int>(static_cast<int64_t>(tiles) * w.chunk / w.chunks);
-    w.end = start + static_cast<int>(static_cast<int64_t>(tiles) * (w.chunk + 1) / w.chunks);
+    w.begin = static_cast<int>(static_cast<int64_t>(tiles) * w.chunk / w.chunks);
+    w.end = static_cast<int>(static_cast<int64_t>(tiles) * (w.chunk + 1) / w.chunks);
     constexpr int MAX_ROWS = (MAX_TOKENS * G + RB - 1) / RB * RB;
     alignas(64) float sums[MAX_ROWS * DVP];
     Softmax rows[MAX_ROWS];

@@ -2,7 +2,7 @@
 //
 // In front of this file: gpu.cuh, the constants of `flash` (DK and DV: elements of a row of K and of V,
 // G query heads of a KV head, MAX_TOKENS of an item, MAX_KEYS of a request; the element types Q, KV and
-// O), `Params`, `Item`, bounds.h, table.h and the struct `Variant`.
+// O), `Params`, `Item`, bounds.h, table.h, variant.h and the struct `Variant`.
 //
 // A CTA runs one item: some queries of one request with one KV head. Its warps take tiles of 32 keys in turn, a key a thread; rows (token, query head of the group) go ROWS at a
 // time and share each load of K and V. The warps' sums are merged in their order.
@@ -62,8 +62,13 @@ TW_INLINE void start(Rows& rows) {
 
 struct Work {
   int first, row0, rows;  // position of the item's first query; rows of this pass
-  int kv_head, request;
+  int kv_head, request, token, qo_len;  // `token`: row of q of the first query
 };
+
+TW_INLINE At at_of(const Work& w, const tw::Pages& pages, int row, int key) {
+  return At{w.first + row / G, pages.position(key), w.kv_head * G + row % G, w.kv_head, w.request,
+            w.token + row / G, key, w.qo_len, pages.length};
+}
 
 // One tile of 32 keys for one warp. Its values are summed from 0 before they join the sums, or small
 // terms would vanish beside the sum of a long context. The weight of a masked key is −0 (others are
@@ -78,7 +83,7 @@ TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& 
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     int row = w.row0 + r;
-    At at{w.first + row / G, pages.position(kv), w.kv_head * G + row % G, w.kv_head, w.request};
+    const At at = at_of(w, pages, row, kv);
     float x = lowest();
     if (inside && r < w.rows && (kind == tw::FULL || variant.mask(at))) x = variant.logits(s[r], at);
     float new_max = tw::max(rows.row_max[r], tw::across_lanes<tw::op_max<float>, 32>(x));
@@ -112,7 +117,7 @@ TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& 
 }
 
 // The warps' states are merged through shared memory; each thread finishes some outputs.
-TW_INLINE void finish(const Params& p, const Item& item, const Work& w, const Rows& rows, float* exchange, int thread) {
+TW_INLINE void finish(const Params& p, const Variant& variant, const Item& item, const Work& w, const tw::Pages& pages, const Rows& rows, float* exchange, int thread) {
   int warp = thread / 32, lane = thread % 32;
   float* mine = exchange + warp * ROWS * (DVP + 2);
 #pragma unroll
@@ -138,6 +143,7 @@ TW_INLINE void finish(const Params& p, const Item& item, const Work& w, const Ro
       total += part[d] * factor;
     }
     int64_t at = static_cast<int64_t>(item.qo_begin + row / G) * p.qo_heads + w.kv_head * G + row % G;
+    if constexpr (Variant::SINK) total *= tw::add_sink(variant.sink(at_of(w, pages, row, 0)), new_max, weight);
     if (d < DV) p.o[at * DV + d] = from_float(new_max == lowest() ? 0.0f : __fdividef(total, weight), O());
     if (d == 0 && p.lse) p.lse[at] = new_max == lowest() ? lowest() : new_max + tw::log(weight);
   }
@@ -154,7 +160,7 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
   float* q = reinterpret_cast<float*>(smem);
   float* exchange = q + Q_FLOATS;
   for (int row0 = 0; row0 < all_rows; row0 += ROWS) {
-    Work w{first, row0, all_rows - row0 < ROWS ? all_rows - row0 : ROWS, item.kv_head, item.request};
+    Work w{first, row0, all_rows - row0 < ROWS ? all_rows - row0 : ROWS, item.kv_head, item.request, item.qo_begin, qo_end - qo_begin};
     for (int i = thread; i < Q_FLOATS; i += THREADS) {
       int r = i / DKP, d = i % DKP, row = row0 + r;
       int64_t token = item.qo_begin + row / G;
@@ -165,14 +171,18 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
     Rows rows;
     start(rows);
     tw::Tile tile{tw::Bound{first + row0 / G, first + (row0 + w.rows - 1) / G}, tw::Bound{0, 0},
-                  tw::Bound{w.kv_head * G, w.kv_head * G + G - 1}, tw::bound(w.kv_head), tw::bound(w.request)};
-    for (int kv0 = thread / 32 * T; kv0 < pages.length; kv0 += WARPS * T) {
+                  tw::Bound{w.kv_head * G, w.kv_head * G + G - 1}, tw::bound(w.kv_head), tw::bound(w.request),
+                  tw::Bound{0, 0}, tw::bound(w.qo_len), tw::bound(pages.length)};
+    const auto seen = tw::tiles_seen<T>(variant, tile, pages);
+    for (int i = thread / 32; i < seen.count(); i += WARPS) {
+      const int kv0 = seen.at(i) * T;
       int end = pages.length - kv0 < T ? pages.length : kv0 + T;
+      tile.key = tw::Bound{kv0, end - 1};
       tile.kv = tw::Bound{pages.position(kv0), pages.position(end - 1)};
       int kind = variant.tile_class(tile);
       if (kind != tw::EMPTY) attend_tile(p, variant, w, pages, kv0, kind, q, thread % 32, rows);
     }
-    finish(p, item, w, rows, exchange, thread);
+    finish(p, variant, item, w, pages, rows, exchange, thread);
   }
 }
 

@@ -40,13 +40,13 @@ struct Consumer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = group * 64 + warp * 16 + half * 8 + lane / 4;
-      At at{item.first + row / G, 0, item.head * G + row % G, item.head, item.request};
+      At at = at_of(item, row, 0);
 #pragma unroll
       for (int j = 0; j < BN / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = s[j * 4 + half * 2 + i];
-          at.kv = tile * BN + j * 8 + lane % 4 * 2 + i;
+          at.kv = at.key = tile * BN + j * 8 + lane % 4 * 2 + i;
           if (!TRIVIAL_LOGITS) x = variant.logits(x * p.sm_scale, at) * LOG2E;
           x = at.kv < item.length && variant.mask(at) ? x : lowest();
         }

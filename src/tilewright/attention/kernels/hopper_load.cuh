@@ -57,6 +57,7 @@ TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& s
         s.token = work.qo_begin;
         s.tokens = ends ? -1 : work.qo_end - work.qo_begin;
         s.length = length;
+        s.queries = end - begin;
         s.first = tw::first_query(p, pages, work.request, end - begin) + (work.qo_begin - begin);
         s.begins = first;
         s.ends = top < MAX_TILES;
@@ -154,7 +155,7 @@ TW_INLINE bool is_unseen(const Variant& variant, const Slot& s, int kv) {
 #pragma unroll 1
   for (int i = 0; i < rows; ++i) {  // from both ends: the first or the last row mostly sees it
     const int row = i & 1 ? rows - 1 - (i >> 1) : i >> 1;
-    if (variant.mask(At{s.first + row / G, kv, s.head * G + row % G, s.head, s.request})) return false;
+    if (variant.mask(at_of(s, row, kv))) return false;
   }
   return true;
 }

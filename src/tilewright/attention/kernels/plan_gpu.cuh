@@ -3,6 +3,7 @@
 // In front of this file: gpu.cuh, the form of the table (namespace `table`), cuts.h, the struct
 // `PlanParams`, the constants of `cuts` (THREADS, GROUP query heads of a KV head, MAX_ROWS, MAX_KEYS).
 // Launch: one CTA of THREADS threads; shared memory: ends [requests + 1], keys [limit + 1], int64 each.
+// A request counts as its tiles, but at most `most_tiles`: what a window can see of any context.
 // It copies qo_indptr into the workspace and sets the status word where a request has too many rows.
 
 namespace cuts {
@@ -49,7 +50,8 @@ extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const _
   const int end = begin + share < p.requests ? begin + share : p.requests;
   int64_t own = 0;  // the cost of this thread's requests
   for (int r = begin; r < end; ++r) {
-    ends[r + 1] = p.groups * cuts::cost_of(cuts::tiles_of(cuts::length_of(p, r)));
+    const int64_t tiles = cuts::tiles_of(cuts::length_of(p, r));
+    ends[r + 1] = p.groups * cuts::cost_of(tiles < p.most_tiles ? tiles : p.most_tiles);
     own += ends[r + 1];
   }
   int64_t before = own;  // an inclusive scan over the warp, then over the warps

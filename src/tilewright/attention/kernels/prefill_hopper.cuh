@@ -15,7 +15,7 @@
 //                       P·V. Partial tiles come first, in a loop of their own, so that the loop over full
 //                       tiles has no branch and no mask between issue and wait.
 //
-// In front of this file: gpu.cuh, mma.cuh, hopper.cuh, bounds.h, table.h, the constants of `attention`
+// In front of this file: gpu.cuh, mma.cuh, hopper.cuh, bounds.h, table.h, variant.h, the constants of `attention`
 // (D head_dim 64 or 128, G query heads of a KV head, BOX keys of a TMA box, KEYS_LIE, TRIVIAL_LOGITS,
 // K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS, the types Kind and Out), the structs `Params`, `Item`, `At` and `Variant`.
 // KEYS_LIE: the keys of a request are IN_PAGES of a table, IN_ROWS one after the other, or IN_ONE page.
@@ -43,6 +43,7 @@ static_assert(D % 64 == 0 && D <= 128 && BN % BOX == 0 && G <= 64, "");
 struct Slot {  // a segment of an item, as the scheduler passes it on
   int request, head, token, tokens;  // token: row of q; tokens < 0: no more items
   int first, length;                 // position of the first query; keys of the request
+  int queries, padding;              // of the request
   int begins, ends;                  // whether it is the item's first segment, its last
   int partial, full;                 // numbers of tiles
   int tiles[MAX_TILES];              // partial tiles from the front, full tiles from the back
@@ -64,9 +65,12 @@ struct Shared {  // of a CTA
 
 TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
 TW_INLINE int tile_at(const Slot& s, int i) { return i < s.partial ? s.tiles[i] : s.tiles[MAX_TILES - 1 - (i - s.partial)]; }
-TW_INLINE tw::Tile rows_and(const Slot& s, tw::Bound kv) {
-  return tw::Tile{tw::Bound{s.first, s.first + s.tokens - 1}, kv, tw::Bound{s.head * G, s.head * G + G - 1},
-                  tw::bound(s.head), tw::bound(s.request)};
+TW_INLINE tw::Tile rows_and(const Slot& s, tw::Bound key) {  // a key has its own number as its position
+  return tw::Tile{tw::Bound{s.first, s.first + s.tokens - 1}, key, tw::Bound{s.head * G, s.head * G + G - 1}, tw::bound(s.head),
+                  tw::bound(s.request), key, tw::bound(s.queries), tw::bound(s.length)};
+}
+TW_INLINE At at_of(const Slot& s, int row, int key) {
+  return At{s.first + row / G, key, s.head * G + row % G, s.head, s.request, s.token + row / G, key, s.queries, s.length};
 }
 
 // Waits for item n and gives it; `release` when this warp has read what it needs.

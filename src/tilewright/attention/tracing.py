@@ -1,0 +1,374 @@
+"""Tracing of attention variants: the hooks of a class are run on symbols and give expressions."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any
+
+import numpy as np
+
+from tilewright import dtypes
+from tilewright.dtypes import DType
+from tilewright.errors import ProgramError, TilewrightError
+from tilewright.ir.names import size_name
+from tilewright.ir.nodes import (
+    BITWISE,
+    COMPARISON,
+    Binary,
+    Buffer,
+    Cast,
+    Const,
+    Expr,
+    Load,
+    Select,
+    Unary,
+    Var,
+    as_expr,
+    cast,
+    equal,
+)
+from tilewright.ir.rewrite import walk
+from tilewright.sparse.trace import Declared
+
+PLACES = (
+    "qo", "kv", "qo_head", "kv_head", "request", "q_token", "key", "qo_len", "kv_len",
+)  # fmt: skip
+SCORE = Var("s", dtypes.float32)
+VALUE_TYPES = (dtypes.float32, dtypes.int32)
+RESERVED = frozenset(
+    {"self", "q", "kv", "plan", "out", "workers", "qo_indptr", "variant", "sm_scale"}
+    | {"fixed", "traced", "logits", "mask", "sink"}
+)
+"""Names that no value of a variant may have: other arguments of its users, its own attributes."""
+
+
+class At:
+    """Where a score is: `qo` and `kv` are the positions of its query and its key.
+
+    `qo_head`, `kv_head`, `request`: numbers; `q_token`: the row of q; `key`: the number of the key
+    in its request (its position unless the table says otherwise); `qo_len`, `kv_len`: queries and
+    keys of the request.
+    """
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Expr:
+        if name not in PLACES:
+            raise ProgramError(
+                "P101",
+                f"at.{name} is not known",
+                hint=f"one of {', '.join(f'at.{n}' for n in PLACES)}",
+            )
+        return Var(f"at.{name}", dtypes.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A run-time tensor of a variant; `by`: what it may be read by, see `Value`."""
+
+    dtype: DType
+    by: tuple[str, ...]
+
+
+def per_head(dtype: Any = "float32") -> Any:
+    """A run-time vector with one value a head: `slopes[at.qo_head]` or `sinks[at.kv_head]`."""
+    return Tensor(dtypes.dtype(dtype), ("qo_head", "kv_head"))
+
+
+def per_request(dtype: Any = "int32") -> Any:
+    """A run-time vector with one value a request: `prefix[at.request]`."""
+    return Tensor(dtypes.dtype(dtype), ("request",))
+
+
+def per_token(dtype: Any = "int32") -> Any:
+    """A run-time vector with one value a row of q: `depth[at.q_token]`."""
+    return Tensor(dtypes.dtype(dtype), ("q_token",))
+
+
+def per_key(dtype: Any = "int32") -> Any:
+    """A run-time matrix (requests, any width) with one value a key: `document[at.key]`, or of any
+    other key of the request, as `document[at.qo]` of the query's own. Beyond the width it is 0."""
+    return Tensor(dtypes.dtype(dtype), ("key",))
+
+
+def bit_mask() -> Any:
+    """A run-time matrix (rows of q, words) of uint32 or int32 words, bit n % 32 of word n // 32:
+    `tree[n]` is bit n of the query's row as a condition. Beyond the words it is false."""
+    return Tensor(dtypes.int32, ("bit",))
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A run-time value of a variant. `by`: "" for a scalar, else what it is read by: qo_head or
+    kv_head, request, q_token, key (of a request) or bit (of a row of q)."""
+
+    name: str
+    dtype: DType
+    default: float | None = None
+    by: str = ""
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.by in ("key", "bit")
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A variant after tracing: `logits` float32, `mask` bool, over `s`, `at.…` and the values;
+    `sink` float32 over what no key decides, None where there is none."""
+
+    name: str
+    logits: Expr
+    mask: Expr
+    values: tuple[Value, ...]
+    sink: Expr | None = None
+
+    def __str__(self) -> str:
+        sink = "" if self.sink is None else f"\n  sink = {self.sink}"
+        return f"variant {self.name}\n  logits = {self.logits}\n  mask = {self.mask}{sink}"
+
+
+# ---------------------------------------------------------------------------- tracing
+
+
+class _Reads:
+    """What `self.slopes` is while a variant is traced."""
+
+    def __init__(self, name: str, declared: Tensor, used: dict[str, str]) -> None:
+        self.name, self.declared, self.used = name, declared, used
+
+    def __getitem__(self, index: Any) -> Expr:
+        if self.declared.by == ("key",):
+            return self._load("request", _whole(self.name, index))
+        if self.declared.by == ("bit",):
+            n = _whole(self.name, index)
+            return equal(self._load("q_token", n >> 5) >> (n & 31) & 1, 1)
+        by = index.name.removeprefix("at.") if isinstance(index, Var) else ""
+        if by not in self.declared.by:
+            places = [f"{self.name}[at.{by}]" for by in self.declared.by]
+            raise ProgramError("P101", f"{self.name}[{index}]: it is read as {' or '.join(places)}")
+        if self.used.setdefault(self.name, by) != by:
+            raise ProgramError(
+                "P102",
+                f"{self.name} is read by query head and by KV head",
+                hint="declare two values",
+            )
+        return self._load(by)
+
+    def _load(self, by: str, *column: Expr) -> Expr:
+        shape = tuple(Var(size_name(f"{self.name}_{n}")) for n in range(1 + len(column)))
+        buffer = Buffer(self.name, self.declared.dtype, shape)
+        return Load(buffer, (Var(f"at.{by}", dtypes.int32), *column), self.declared.dtype)
+
+
+def _whole(name: str, index: Any) -> Expr:
+    """An index of a tensor as an int32 expression. Raises ProgramError[P106]."""
+    try:
+        found = as_expr(index, None)
+    except (TypeError, TilewrightError):
+        found = None
+    if found is None or found.dtype != dtypes.int32:
+        raise ProgramError("P106", f"{name}[{index}]: the index is no int32 number")
+    return found
+
+
+class _Defaults:
+    """The hooks of a variant that has none; `super()` of a base class ends here."""
+
+    def logits(self, s: Expr, at: At) -> Expr:
+        return s
+
+    def mask(self, at: At) -> Expr:
+        return Const(True, dtypes.bool_)
+
+    def sink(self, at: At) -> Any:
+        return NO_SINK
+
+
+NO_SINK = Const(float("-inf"), dtypes.float32)
+HOOKS = {
+    "logits": "def logits(self, s, at)",
+    "mask": "def mask(self, at)",
+    "sink": "def sink(self, at)",
+}
+
+
+def trace(cls: type) -> Traced:
+    """Run the hooks of a class on symbols. Raises ProgramError (P codes)."""
+    declared = _declared(cls)
+    used: dict[str, str] = {}
+    symbols: dict[str, Any] = {}
+    for name, d in declared.items():
+        if name in RESERVED:
+            raise ProgramError(
+                "P101",
+                f"a value of variant {cls.__name__} is named {name!r}",
+                where=name,
+                hint=f"Attention uses these names itself: {', '.join(sorted(RESERVED))}",
+            )
+        if d.dtype not in VALUE_TYPES:
+            raise ProgramError(
+                "P106",
+                f"{name} of variant {cls.__name__} is {d.dtype}",
+                hint="run-time values are float32 or int32",
+            )
+        if isinstance(d, Tensor):
+            symbols[name] = _Reads(name, d, used)
+        else:
+            symbols[name] = Load(Buffer(name, d.dtype, ()), (), d.dtype)
+    _check_functions(cls)
+    # An instance of a subclass, so that super() and properties work in a hook as anywhere.
+    me = object.__new__(type(cls.__name__, (cls, _Defaults), symbols))
+    logits = _call(cls, me, "logits", (SCORE, At()))
+    mask = _call(cls, me, "mask", (At(),))
+    sink = _call(cls, me, "sink", (At(),))
+    if mask.dtype != dtypes.bool_:
+        raise ProgramError(
+            "P106",
+            f"mask of {cls.__name__} is {mask.dtype}, not bool",
+            where=str(mask),
+            hint="return a comparison, as at.kv <= at.qo",
+        )
+    for name, hook in (("logits", logits), ("sink", sink)):
+        if hook.dtype == dtypes.bool_:
+            raise ProgramError("P106", f"{name} of {cls.__name__} is a condition", where=str(hook))
+    for hook in (logits, mask, sink):
+        _check(cls, hook)
+    if {"s", "at.kv", "at.key"} & {x.name for x in walk(sink) if isinstance(x, Var)}:
+        raise ProgramError(
+            "P104",
+            f"sink of {cls.__name__} reads a score or a key",
+            where=str(sink),
+            hint="it is one logit a row: a function of at.qo_head, at.qo …",
+        )
+    values = tuple(
+        Value(n, d.dtype, by=used.get(n, d.by[0]))
+        if isinstance(d, Tensor)
+        else Value(n, d.dtype, d.default)
+        for n, d in declared.items()
+    )
+    end = None if sink == NO_SINK else cast(sink, dtypes.float32)
+    return Traced(cls.__name__, cast(logits, dtypes.float32), mask, values, end)
+
+
+def _declared(cls: type) -> dict[str, Any]:
+    """The run-time values of a class and its bases, in the order of definition."""
+    declared: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        for name, value in vars(base).items():
+            if isinstance(value, Tensor) or (isinstance(value, Declared) and not value.dims):
+                declared[name] = value
+            elif isinstance(value, Declared):
+                raise ProgramError(
+                    "P101",
+                    f"{name} of variant {cls.__name__} is a tensor",
+                    hint="a variant has scalar(), per_head(), per_request(), per_token(), "
+                    "per_key() and bit_mask() values",
+                )
+            else:
+                declared.pop(name, None)  # a subclass made it a constant
+    return declared
+
+
+def _check_functions(cls: type) -> None:
+    """Hooks have their parameters; each other public function of the class is called by a hook, by
+    the names that the hooks' code reads: else it is a hook that somebody misspelt."""
+    for name, wanted in HOOKS.items():
+        function = inspect.getattr_static(cls, name, None)
+        parameters = wanted.count(",") + 1
+        if function is not None and not (
+            isinstance(function, FunctionType)
+            and len(inspect.signature(function).parameters) == parameters
+        ):
+            raise ProgramError(
+                "P101", f"{name} of variant {cls.__name__} is not {wanted}", hint=f"write {wanted}"
+            )
+    functions = [
+        (name, f)
+        for base in cls.__mro__
+        for name, f in vars(base).items()
+        if isinstance(f, FunctionType)
+    ]
+    called, new = set(HOOKS), set(HOOKS)
+    while new:
+        names = {n for name, f in functions if name in new for n in _names_read(f.__code__)}
+        new = names - called
+        called |= new
+    for name, value in vars(cls).items():
+        if isinstance(value, FunctionType) and not name.startswith("_") and name not in called:
+            near = difflib.get_close_matches(name, HOOKS, 1, 0.5)
+            raise ProgramError(
+                "P101",
+                f"{name} of variant {cls.__name__} is no hook, and no hook calls it",
+                where=name,
+                hint=f"did you mean {near[0]}?"
+                if near
+                else f"hooks: {', '.join(HOOKS)}; a name with _ in front is not looked at",
+            )
+
+
+def _names_read(code: CodeType) -> set[str]:
+    inner = (_names_read(c) for c in code.co_consts if isinstance(c, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def _call(cls: type, me: Any, name: str, arguments: tuple[Any, ...]) -> Expr:
+    """The expression that a hook returns."""
+    try:
+        result = getattr(me, name)(*arguments)
+    except TilewrightError:
+        raise
+    except Exception as error:
+        raise ProgramError(
+            "P101",
+            f"{name} of variant {cls.__name__} cannot be traced: {type(error).__name__}: {error}",
+            hint="s, at.qo, at.kv … are symbols: compute with operators, tw.where, tw.tanh …; "
+            "arrays come in as tw.per_head, tw.per_token … values",
+        ) from error
+    if result is None:
+        raise ProgramError("P101", f"{name} of variant {cls.__name__} returns nothing")
+    if isinstance(result, (bool, np.bool_)):
+        raise ProgramError(
+            "P101",
+            f"{name} of variant {cls.__name__} is {result}: a condition that Python has decided",
+            hint="`==` compares the text of expressions: write tw.equal(a, b) or ~tw.equal(a, b)",
+        )
+    return as_expr(result, None if name == "mask" else dtypes.float32)
+
+
+def _check(cls: type, hook: Expr) -> None:
+    """Only scalars of 32 bits, by operations that each target has on vectors too."""
+    for x in walk(hook):
+        if not isinstance(x, (Const, Var, Load, Binary, Unary, Select, Cast)):
+            raise ProgramError(
+                "P101",
+                f"{type(x).__name__} cannot stand in variant {cls.__name__}",
+                where=str(hook),
+                hint="a variant computes with s, at and its own values",
+            )
+        if isinstance(x, Var) and x.name != "s" and not x.name.startswith("at."):
+            raise ProgramError(
+                "P104", f"{x.name} means nothing in variant {cls.__name__}", where=str(hook)
+            )
+        if x.dtype not in (*VALUE_TYPES, dtypes.bool_):
+            raise ProgramError(
+                "P106",
+                f"{x} of variant {cls.__name__} is {x.dtype}",
+                where=str(hook),
+                hint="variants compute in float32, int32 and bool",
+            )
+        if isinstance(x, Binary) and x.op in ("//", "%") and x.dtype.is_float:
+            raise ProgramError(
+                "P106", f"{x.op} needs integers", where=str(x), hint="tw.floor(a / b)"
+            )
+        if isinstance(x, Binary) and x.a.dtype == dtypes.bool_:
+            allowed = {*(BITWISE - {"<<", ">>"}), *COMPARISON}
+            if x.op not in allowed:
+                raise ProgramError(
+                    "P106", f"{x.op} of two conditions", where=str(x), hint="use & | or where()"
+                )
+    if hook.dtype == dtypes.bool_ and any(isinstance(x, Var) and x.name == "s" for x in walk(hook)):
+        raise ProgramError("P104", f"mask of {cls.__name__} reads the score", where=str(hook))
