@@ -98,6 +98,17 @@ def path_to(s: ir.Stmt, goal: ir.Compute) -> list[Any] | None:
     return None
 
 
+def used_lets(s: Any) -> Any:
+    """`s` without the lets whose names nothing reads."""
+    if not isinstance(s, ir.Seq):
+        return rebuild(s, used_lets) if isinstance(s, (ir.For, ir.If)) else s
+    kept: list[ir.Stmt] = []
+    for b in map(used_lets, reversed(s.body)):
+        if not isinstance(b, ir.Let) or any(b.var.name in free_vars(x) for x in kept):
+            kept.insert(0, b)
+    return ir.seq(*kept)
+
+
 def map_bodies(program: ir.Program, f: Callable[[ir.Stmt], ir.Stmt]) -> ir.Program:
     """The program with `f` applied to the body of each nest."""
     stages = (tuple(replace(n, body=f(n.body)) for n in stage) for stage in program.stages)
