@@ -98,6 +98,37 @@ def path_to(s: ir.Stmt, goal: ir.Compute) -> list[Any] | None:
     return None
 
 
+def name_repeated(e: ir.Expr, name: str) -> tuple[list[ir.Stmt], ir.Expr]:
+    """Lets for the operations that occur in `e` more than once, and `e` that reads them. What only
+    arms of a select compute stays there: it may read what the condition allows.
+
+    before: (acc + b) / (1 + exp(-(acc + b)))        after: let x = acc + b; x / (1 + exp(-x))
+    """
+    lets: list[ir.Stmt] = []
+    while True:
+        always = list(_always_computed(e))
+        repeated = next((x for x in dict.fromkeys(always) if sum(x == y for y in walk(e)) > 1), None)
+        if repeated is None:
+            return lets, e
+        var = ir.Var(f"{name}{len(lets)}", repeated.dtype)
+        lets.append(ir.Let(var, repeated))
+
+        def visit(x: Any, old: ir.Expr = repeated, new: ir.Expr = var) -> Any:
+            return new if x == old else rebuild(x, visit)
+
+        e = visit(e)
+
+
+def _always_computed(e: Any) -> Iterator[ir.Expr]:
+    """The operations and loads of memory in `e` that no condition keeps from being computed, from
+    the outermost in."""
+    is_memory = isinstance(e, ir.Load) and e.buffer.scope not in ("register", "fragment")
+    if is_memory or isinstance(e, (ir.Binary, ir.Unary, ir.Cast, ir.Select, ir.Search)):
+        yield e
+    for child in (e.cond,) if isinstance(e, ir.Select) else () if is_memory else ir.children(e):
+        yield from _always_computed(child)
+
+
 def used_lets(s: Any) -> Any:
     """`s` without the lets whose names nothing reads."""
     if not isinstance(s, ir.Seq):

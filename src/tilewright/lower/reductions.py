@@ -16,6 +16,7 @@ from tilewright.ir.rewrite import (
     free_vars,
     is_const,
     map_bodies,
+    name_repeated,
     rebuild,
     statements,
     transform,
@@ -283,12 +284,17 @@ def _epilogue(c: ir.Compute, totals: list[tuple[str, ir.Expr]]) -> list[ir.Stmt]
         total = ir.Buffer(name, value.dtype, (), "register")
         lines += [ir.Alloc(total), ir.Store(total, (), value)]
         loads.append(ir.Load(total, (), value.dtype))
-    value = with_totals(c, loads) if c.reductions else loads[0]
-    return [*lines, _store(c, value)]
+    if not c.reductions:
+        return [*lines, _store(c, loads[0])]
+    lets, value = with_totals(c, loads)
+    return [*lines, ir.seq(*lets, _store(c, value))]
 
 
-def with_totals(c: ir.Compute, totals: Sequence[ir.Expr]) -> ir.Expr:
-    """The value of a statement with an epilogue, with these expressions for its totals."""
+def with_totals(
+    c: ir.Compute, totals: Sequence[ir.Expr]
+) -> tuple[list[ir.Stmt], ir.Expr]:
+    """The value of a statement with an epilogue, with these expressions for its totals; names for
+    what it would compute more than once."""
     known = {
         r.total.name: ir.cast(value, r.total.dtype)
         for r, value in zip(c.reductions, totals, strict=True)
@@ -297,7 +303,7 @@ def with_totals(c: ir.Compute, totals: Sequence[ir.Expr]) -> ir.Expr:
     def visit(x: Any) -> Any:
         return known.get(x.buffer.name, x) if isinstance(x, ir.Load) else x
 
-    return transform(c.value, visit)
+    return name_repeated(transform(c.value, visit), GeneratedName(c.out.buffer.name, "value").name)
 
 
 def _framed(body: ir.Stmt, frame: tuple[Any, ...]) -> ir.Stmt:

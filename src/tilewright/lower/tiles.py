@@ -221,9 +221,9 @@ class _Product:
         stand inside of its two loops, but those of the sum."""
         rows, cols, _ = (s for s in self.region if isinstance(s, ir.For))
         element = (slot, rows.var, cols.var)
-        value = with_totals(self.compute, [ir.Load(acc, element, acc.dtype) for acc in accs])
+        lets, value = with_totals(self.compute, [ir.Load(acc, element, acc.dtype) for acc in accs])
         out = self.compute.out
-        body: ir.Stmt = ir.Store(out.buffer, out.index, ir.cast(value, out.dtype))
+        body = ir.seq(*lets, ir.Store(out.buffer, out.index, ir.cast(value, out.dtype)))
         rest = tuple(s for s in self.region if not isinstance(s, ir.For))
         body = _framed(body, rest, _reduced((*self.outer, *self.region), self.compute))
         for f in (cols, rows):
