@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from operator import is_
@@ -98,25 +99,30 @@ def path_to(s: ir.Stmt, goal: ir.Compute) -> list[Any] | None:
     return None
 
 
-def name_repeated(e: ir.Expr, name: str) -> tuple[list[ir.Stmt], ir.Expr]:
-    """Lets for the operations that occur in `e` more than once, and `e` that reads them. What only
-    arms of a select compute stays there: it may read what the condition allows.
+def name_repeated(
+    values: Sequence[ir.Expr], name: str
+) -> tuple[Sequence[ir.Stmt], tuple[ir.Expr, ...]]:
+    """Lets for what the values compute or load more than once, and the values that read them. What
+    only arms of a select compute stays there: it may read what the condition allows.
 
     before: (acc + b) / (1 + exp(-(acc + b)))        after: let x = acc + b; x / (1 + exp(-x))
     """
-    lets: list[ir.Stmt] = []
+    lets: list[ir.Let] = []
     while True:
-        always = list(_always_computed(e))
-        repeated = next((x for x in dict.fromkeys(always) if sum(x == y for y in walk(e)) > 1), None)
+        computed = [*(x.value for x in lets), *values]
+        times = Counter(x for e in computed for x in walk(e) if isinstance(x, ir.Expr))
+        always = (x for e in computed for x in _always_computed(e))
+        repeated = next((x for x in always if times[x] > 1), None)
         if repeated is None:
-            return lets, e
+            return lets, tuple(values)
         var = ir.Var(f"{name}{len(lets)}", repeated.dtype)
-        lets.append(ir.Let(var, repeated))
 
         def visit(x: Any, old: ir.Expr = repeated, new: ir.Expr = var) -> Any:
             return new if x == old else rebuild(x, visit)
 
-        e = visit(e)
+        lets, values = [ir.Let(x.var, visit(x.value)) for x in lets], [visit(e) for e in values]
+        first = next((n for n, x in enumerate(lets) if var.name in free_vars(x.value)), len(lets))
+        lets.insert(first, ir.Let(var, repeated))
 
 
 def _always_computed(e: Any) -> Iterator[ir.Expr]:

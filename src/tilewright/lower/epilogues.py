@@ -1,7 +1,8 @@
 """Statements that are a function of reductions, as one statement with an epilogue.
 
-`out[i, j] = max(out.0[i, j] + b[j], 0)` with `out.0[i, j] = sum(… over k)` is scheduled like the sum
-alone: its loops are those of the sum, and the rest is computed where an element's sum is complete.
+`out[i, j] = max(out.0[i, j] + b[j], 0)` with `out.0[i, j] = sum(… over k)` is scheduled like the
+sum alone: its loops are those of the sum, and the rest is computed where an element's sum is
+complete.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tilewright import dtypes
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import walk
 from tilewright.lower.tables import Statement, driver_of, indices_in, outer_driver
@@ -21,8 +21,8 @@ class Fused(Statement):
     """`out = epilogue(totals)`: reductions with the same output indices, axes and driver. As a
     `Statement` it is the first of them."""
 
-    epilogue: ir.Expr = ir.Const(0, dtypes.int32)
-    totals: tuple[Statement, ...] = ()
+    epilogue: ir.Expr
+    totals: tuple[Statement, ...]
 
 
 def fused(

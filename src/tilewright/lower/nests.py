@@ -319,9 +319,7 @@ class NestBuilder:
         )
         return _inside(lets, guards, compute)
 
-    def _values(
-        self, st: Statement, reader: Reader
-    ) -> tuple[tuple[ir.Reduction, ...], ir.Expr]:
+    def _values(self, st: Statement, reader: Reader) -> tuple[tuple[ir.Reduction, ...], ir.Expr]:
         """The reductions of a statement with an epilogue, and the value that it stores; or the
         value alone."""
         if not isinstance(st, Fused):

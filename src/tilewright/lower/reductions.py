@@ -128,10 +128,16 @@ class _Materializer:
             accs = tuple(self._accumulator(chain, value.dtype) for _, value in c.sums)
             accumulators[shape] = accs, chain
         index = tuple(f.var for f in (*chain.spatial, *chain.lanes))
-        updates = zip(accumulators[shape][0], c.sums, strict=True)
-        return ir.seq(
-            *(ir.Store(acc, index, ir.cast(value, acc.dtype), op) for acc, (op, value) in updates)
-        )
+        lets: Sequence[ir.Stmt] = ()
+        values: Sequence[ir.Expr] = [value for _, value in c.sums]
+        if len(values) > 1:
+            self.count += 1
+            name = f"{c.out.buffer.name}.term{self.count}_"
+            lets, values = name_repeated(values, name)
+        updates = zip(accumulators[shape][0], c.sums, values, strict=True)
+        return ir.seq(*lets, *(
+            ir.Store(acc, index, ir.cast(value, acc.dtype), op) for acc, (op, _), value in updates
+        ))  # fmt: skip
 
     def _accumulator(self, chain: _Chain, dtype: DType) -> ir.Buffer:
         out = chain.compute.out.buffer
@@ -290,9 +296,7 @@ def _epilogue(c: ir.Compute, totals: list[tuple[str, ir.Expr]]) -> list[ir.Stmt]
     return [*lines, ir.seq(*lets, _store(c, value))]
 
 
-def with_totals(
-    c: ir.Compute, totals: Sequence[ir.Expr]
-) -> tuple[list[ir.Stmt], ir.Expr]:
+def with_totals(c: ir.Compute, totals: Sequence[ir.Expr]) -> tuple[Sequence[ir.Stmt], ir.Expr]:
     """The value of a statement with an epilogue, with these expressions for its totals; names for
     what it would compute more than once."""
     known = {
@@ -303,7 +307,8 @@ def with_totals(
     def visit(x: Any) -> Any:
         return known.get(x.buffer.name, x) if isinstance(x, ir.Load) else x
 
-    return name_repeated(transform(c.value, visit), GeneratedName(c.out.buffer.name, "value").name)
+    lets, (value,) = name_repeated([transform(c.value, visit)], f"{c.out.buffer.name}.value")
+    return lets, value
 
 
 def _framed(body: ir.Stmt, frame: tuple[Any, ...]) -> ir.Stmt:

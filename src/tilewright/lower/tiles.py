@@ -294,8 +294,8 @@ class _Product:
 
 
 def _framed(body: ir.Stmt, around: tuple[Any, ...], reduced: frozenset[str]) -> ir.Stmt:
-    """The body under those loops, guards and lets that depend on no name in `reduced`; of lets, under
-    those that it needs."""
+    """The body under those loops, guards and lets that depend on no name in `reduced`; without lets
+    that it does not need."""
     for s in reversed(around):
         if isinstance(s, ir.For):
             body = replace(s, body=body) if s.name not in reduced else body

@@ -1,4 +1,4 @@
-"""The interpreter's epilogues: statements of the position level that are a function of reductions."""
+"""The interpreter's epilogues: functions of reductions, at the position level."""
 
 from __future__ import annotations
 
