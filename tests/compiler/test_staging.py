@@ -300,7 +300,7 @@ LATE = [
     (
         lambda s: s.split("k", 8).split("j", 8).reorder("i", "k_o", "j_o", "k_i", "j_i")
         .bind("k_i", "thread.x").cache("X", "j_o", "shared"),
-        "whole warps",
+        "complete warps",
     ),
 ]  # fmt: skip
 
