@@ -329,7 +329,8 @@ def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
                 f"loop {f.name} reads nothing of {buffer!r} by way of {moving.name}",
                 "name an operand, and a loop that its address depends on",
             )
-        return replace(f, body=ir.seq(*lines[:at], ahead_of, rest))
+        known = ahead_of in lines  # by an earlier prefetch
+        return replace(f, body=ir.seq(*lines[:at], *(() if known else (ahead_of,)), rest))
 
     return rewrite_loops(body, loop, one)
 

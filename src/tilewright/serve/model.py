@@ -14,10 +14,11 @@ import numpy as np
 
 from tilewright.attention.batch import Attention
 from tilewright.errors import ModelError
-from tilewright.ops.activation import add_kernel, silu_mul_kernel
+from tilewright.ops.activation import silu_mul_kernel
 from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.linear import (
     TOGETHER,
+    After,
     can_interleave,
     check_kind,
     interleave,
@@ -46,8 +47,12 @@ class Linear:
     cols: int
     interleaved: bool
 
-    def kernel(self, many: bool, where: str) -> Any:
-        return linear_kernel(self.kind, many, self.rows, self.cols, where, self.interleaved)
+    def kernel(self, many: bool, where: str, after: After = "") -> Any:
+        return linear_kernel(self.kind, many, self.rows, self.cols, where, self.interleaved, after)
+
+    def is_stored_like(self, other: Linear) -> bool:
+        """Whether one kernel can take both weights."""
+        return (self.kind, self.rows, self.cols) == (other.kind, other.rows, other.cols)
 
     def as_written(self, out: Any) -> Any:
         """Views an array (t, rows) in the shape of the kernel's output."""
@@ -83,7 +88,6 @@ class Buffers:
     v: Any
     rotated: Any
     attended: Any
-    projected: Any
     gate: Any
     up: Any
     mixed: Any
@@ -173,7 +177,6 @@ class Llama:
             v=new(t, kv),
             rotated=new(t, q),
             attended=new(t, c.qo_heads, c.head_dim),
-            projected=new(t, c.dim),
             gate=new(t, c.ffn_dim),
             up=new(t, c.ffn_dim),
             mixed=new(t, c.ffn_dim),
@@ -198,10 +201,22 @@ class Llama:
         norm, silu = rmsnorm_kernel(name), silu_mul_kernel(name)
         rope, rope_append = (f(c.rope_interleaved, name) for f in (rope_kernel, rope_append_kernel))
         angles = self.cosines, self.sines, b.position
-        append, plus = append_kernel(name), add_kernel(name)
+        append = append_kernel(name)
 
-        def linear(w: Linear, x: Any, out: Any) -> None:
-            do(w.kernel(t > 1, name), x, *w.arrays, out=w.as_written(out))
+        def linear(w: Linear, x: Any, out: Any, residual: Any = None) -> None:
+            added = () if residual is None else (w.as_written(residual),)
+            kernel = w.kernel(t > 1, name, "residual" if added else "")
+            do(kernel, x, *w.arrays, *added, out=w.as_written(out))
+
+        def gated(gate: Linear, up: Linear, x: Any, out: Any) -> None:
+            """SiLU(gate x) · (up x): one kernel where both weights are stored alike."""
+            if gate.is_stored_like(up):
+                kernel = gate.kernel(t > 1, name, "gate")
+                do(kernel, x, *gate.arrays, *up.arrays, out=gate.as_written(out))
+                return
+            linear(gate, x, b.gate)
+            linear(up, x, b.up)
+            do(silu, b.gate, b.up, out=out)
 
         embedded = b.x[0].reshape(t, *self._embedded_shape())
         do(embedding_kernel(self.table_kind, name), b.ids, *self.table, out=embedded)
@@ -216,14 +231,11 @@ class Llama:
             do(rope_append, self._pairs(pages, *pages.shape[:3]), keys, *angles, b.page, b.slot)
             do(append, self.cache.values[i], b.v.reshape(t, c.kv_heads, c.head_dim), b.page, b.slot)
             attend(i, b.rotated.reshape(t, c.qo_heads, c.head_dim), b.attended)
-            linear(layer.o, b.attended.reshape(t, c.qo_heads * c.head_dim), b.projected)
-            do(plus, b.x[0], b.projected, out=b.x[1])
+            attended = b.attended.reshape(t, c.qo_heads * c.head_dim)
+            linear(layer.o, attended, b.x[1], residual=b.x[0])
             do(norm, b.x[1], layer.ffn_norm, c.rms_eps, out=b.normed)
-            linear(layer.gate, b.normed, b.gate)
-            linear(layer.up, b.normed, b.up)
-            do(silu, b.gate, b.up, out=b.mixed)
-            linear(layer.down, b.mixed, b.projected)
-            do(plus, b.x[1], b.projected, out=b.x[0])
+            gated(layer.gate, layer.up, b.normed, b.mixed)
+            linear(layer.down, b.mixed, b.x[0], residual=b.x[1])
 
     def _embedded_shape(self) -> tuple[int, ...]:
         blocks = self.config.dim // 32
