@@ -68,16 +68,23 @@ def test_interleaved_rows(rng, kind, n, k, many):
         close(y, x @ values(w).T, np.abs(x) @ np.abs(values(w)).T + 1)
 
 
-AFTER = ("residual", "gate")
+AFTER = ("bias", "residual", "gate")
 
 
 def fused(after, x, w, other, r):
     """(the layer's value in float64, the sum of the absolute values that make it)."""
     y, size = x @ values(w).T, np.abs(x) @ np.abs(values(w)).T + 1
+    if after == "bias":
+        return y + r[0], np.abs(r[0]) + size
     if after == "residual":
         return r + y, np.abs(r) + size
     up, up_size = x @ values(other).T, np.abs(x) @ np.abs(values(other)).T + 1
     return y / (1 + np.exp(-y)) * up, size * up_size
+
+
+def last(after, r, weight2):
+    """The last arguments of a kernel; the bias is the first row of `r`."""
+    return {"bias": (r[0],), "residual": (r,), "gate": weight2}[after]
 
 
 @pytest.mark.parametrize("after", AFTER)
@@ -88,7 +95,7 @@ def test_a_residual_and_a_gate(rng, kind, n, k, many, after):
     kernel = linear_kernel(kind, many, n, k, after=after)
     for t in TOKENS if many else (1, 2):
         x, r, y = normal(rng, t, k), normal(rng, t, n), poisoned(t, n)
-        kernel(x, *arrays(w), *((r,) if after == "residual" else arrays(other)), out=y)
+        kernel(x, *arrays(w), *last(after, r, arrays(other)), out=y)
         close(y, *fused(after, x, w, other, r))
 
 
@@ -102,7 +109,7 @@ def test_a_residual_and_a_gate_by_the_schedule_of_a_gpu(rng, kind, n, k, after):
     w, other = weight(rng, kind, n, k), weight(rng, kind, n, k)
     x, r, y = normal(rng, 3, k), normal(rng, 3, n), poisoned(3, n)
     kernel = linear_program(kind, after=after).schedule(scheduled).build("cpp")
-    kernel(x, *arrays(w), *((r,) if after == "residual" else arrays(other)), out=y)
+    kernel(x, *arrays(w), *last(after, r, arrays(other)), out=y)
     close(y, *fused(after, x, w, other, r))
 
 
@@ -115,8 +122,8 @@ def test_a_residual_and_a_gate_of_interleaved_rows(rng, kind, many, after):
     kernel = linear_kernel(kind, many, n, k, interleaved=True, after=after)
     for t in TOKENS if many else (1, 2):
         x, r, y = normal(rng, t, k), normal(rng, t, n), poisoned(t, n)
-        last = (r.reshape(t, -1, 16),) if after == "residual" else interleave(kind, other.data)
-        kernel(x, *interleave(kind, w.data), *last, out=y.reshape(t, -1, 16))
+        more = last(after, r.reshape(t, -1, 16), interleave(kind, other.data))
+        kernel(x, *interleave(kind, w.data), *more, out=y.reshape(t, -1, 16))
         close(y, *fused(after, x, w, other, r))
 
 

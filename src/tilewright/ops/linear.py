@@ -1,5 +1,5 @@
 """Linear layers: Y = X Wᵀ, for weights in float32, bfloat16, float16, Q8_0, Q4_0 and Q4_1; in the
-same kernel R + X Wᵀ (a residual), or SiLU(X Wᵀ) · (X W2ᵀ) (a gate).
+same kernel X Wᵀ + B (a bias), R + X Wᵀ (a residual), or SiLU(X Wᵀ) · (X W2ᵀ) (a gate).
 
 Quantised weights keep the layout of the model file, blocks of 32 along a row. The programs
 dequantise them by shifts and scales, in registers.
@@ -31,7 +31,7 @@ from tilewright.sparse.trace import dense, indices, out
 from tilewright.toolchain import compilers
 
 BLOCK = 32
-After = Literal["", "residual", "gate"]
+After = Literal["", "bias", "residual", "gate"]
 Rows = tuple[Any, ...]  # the indices of a row of W
 
 
@@ -87,12 +87,16 @@ LAYOUTS = {
 
 
 def _linear(layout: str, after: After) -> Definition:
-    """The program of a layer, with what is done to its result: `"residual"` adds R, `"gate"`
-    multiplies SiLU of it by the product with a second weight, whose arrays come last."""
+    """The program of a layer, with what is done to its result: `"bias"` and `"residual"` add B and
+    R, `"gate"` multiplies SiLU of it by the product with a second weight, whose arrays come
+    last."""
     arrays, rows, depth, weight = LAYOUTS[layout]
     parameters = {"X": dense("t k"), **arrays}
+    dims = " ".join(x.partition(":")[2] for x in rows.split())
+    if after == "bias":
+        parameters["B"] = dense(dims, kind="weight")
     if after == "residual":
-        parameters["R"] = dense("t " + " ".join(x.partition(":")[2] for x in rows.split()))
+        parameters["R"] = dense(f"t {dims}")
     if after == "gate":
         parameters |= {f"{name}2": array for name, array in arrays.items()}
 
@@ -105,7 +109,9 @@ def _linear(layout: str, after: After) -> Definition:
             return trace.sum_(a["X"][t, column] * w, over=over)
 
         y = product()
-        if after == "residual":
+        if after == "bias":
+            y = y + a["B"][*place]
+        elif after == "residual":
             y = a["R"][t, *place] + y
         elif after == "gate":
             y = y * trace.sigmoid(y) * product("2")
@@ -212,7 +218,8 @@ def linear_kernel(
     16), the same memory, for those of `interleave`. Sizes are constants, so that the kernel needs
     no guards; the layers of a model have few shapes.
 
-    `after`: `"residual"` takes R last, of the shape of the output, and adds it; `"gate"` takes the
+    `after`: `"bias"` and `"residual"` take one more array, of the shape of a row of the output or
+    of the output, and add it; `"gate"` takes the
     arrays of a second weight last and returns SiLU of the first product times the second."""
     return linear_definition(kind, many, n, k, interleaved, after).build(target)
 
