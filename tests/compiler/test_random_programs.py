@@ -13,6 +13,7 @@ from tests.compiler.cases import executed
 import tilewright as tw
 from tilewright.errors import ProgramError
 from tilewright.ir.levels import Compressed, Dense, Fixed
+from tilewright.schedule.tree import computes
 
 SIZES = {"r": 2, "i": 3, "j": 4, "k": 2}
 DIMS = {"r": "r", "i": "m", "j": "n", "k": "d"}
@@ -191,6 +192,7 @@ def drawn(rng: np.random.Generator, of_a: str) -> tuple[Any, Term, str, bool]:
         names = str(t)
         if names.count("reduce") >= 1 and "'A'" in names:
             break
+    t = with_epilogue(rng, t, of_a)
     out = "".join(sorted(free(t, of_a)))
     like = bool(set(out) <= set(of_a) and rng.random() < 0.3)
     out = of_a if like else out
@@ -213,6 +215,22 @@ def drawn(rng: np.random.Generator, of_a: str) -> tuple[Any, Term, str, bool]:
     return p, t, out, like
 
 
+def with_epilogue(rng: np.random.Generator, t: Term, of_a: str) -> Term:
+    """A reduction inside of an operation on an array, or on another reduction over its axes."""
+    if t[0] != "reduce" or rng.random() < 0.25:
+        return t
+    others: list[Term] = [("reduce", op, *t[2:]) for op in ("sum", "max")]
+    others += [("array", x) for x in ("A", *READ) if free(("array", x), of_a) <= free(t, of_a)]
+    other = others[rng.integers(len(others))]
+    return ("where", t, other, t) if rng.random() < 0.3 else ("*+-"[rng.integers(3)], t, other)
+
+
+def epilogues(program: Any) -> int:
+    """The statements that are a function of reductions over their own loops."""
+    stages = program.scheduled("cpp").lowered.program.stages
+    return sum(bool(c.reductions) for stage in stages for n in stage for c in computes(n.body))
+
+
 def without_relations(t: Term) -> Term:
     """The term for a matrix A: no reduction over relations."""
     if t[0] in ("array", "number"):
@@ -227,7 +245,7 @@ def without_relations(t: Term) -> Term:
     ("of_a", "formats", "least"), [("ij", FORMATS_2D, 120), ("rij", FORMATS_3D, 200)]
 )
 def test_random_programs_mean_what_they_say(of_a, formats, least):
-    ran, compiled = 0, 0
+    ran, compiled, fused = 0, 0, 0
     for seed in range(240):
         rng = np.random.default_rng(seed)
         name = list(formats)[seed % len(formats)]
@@ -240,6 +258,7 @@ def test_random_programs_mean_what_they_say(of_a, formats, least):
             assert refused.code == "P107" and refused.hint
             continue
         ran += 1
+        fused += epilogues(program) > 0
         shape = tuple(SIZES[x] for x in of_a)
         values = {
             n: rng.integers(1, 3, s) * rng.choice([-1.0, 1.0], s)
@@ -268,4 +287,4 @@ def test_random_programs_mean_what_they_say(of_a, formats, least):
         else:
             for got in (*results, executed(program, lowered, args)["out"]):
                 np.testing.assert_allclose(got, wanted, 1e-4, 1e-4, err_msg=said)
-    assert ran >= least and compiled >= least // 6, (ran, compiled)
+    assert ran >= least and compiled >= least // 6 and fused >= 30, (ran, compiled, fused)

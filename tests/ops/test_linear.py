@@ -9,12 +9,11 @@ from tests.ops.cases import KINDS, TOKENS, arrays, close, normal, poisoned, valu
 from tilewright.errors import ArgumentError, ModelError
 from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.linear import (
-    INTERLEAVED,
-    PROGRAMS,
     can_interleave,
     gpu_recipe,
     interleave,
     linear_kernel,
+    linear_program,
     weight_views,
 )
 
@@ -26,6 +25,7 @@ SIZES = {  # rows and columns that are no multiples of tiles and lanes
     "q4_0": ((3, 32), (21, 96)),
     "q4_1": ((3, 32), (21, 96)),
 }
+QUANTISED = ("q4_0", "q4_1", "q8_0")
 CASES = [(kind, n, k) for kind in KINDS for n, k in SIZES[kind]]
 
 
@@ -51,11 +51,11 @@ def test_the_schedule_of_a_gpu_run_on_the_cpu(rng, kind, n, k):
         return gpu_recipe(s, n)
 
     w, x, y = weight(rng, kind, n, k), normal(rng, 3, k), poisoned(3, n)
-    PROGRAMS[kind].schedule(scheduled).build("cpp")(x, *arrays(w), out=y)
+    linear_program(kind).schedule(scheduled).build("cpp")(x, *arrays(w), out=y)
     close(y, x @ values(w).T, np.abs(x) @ np.abs(values(w)).T + 1)
 
 
-@pytest.mark.parametrize("kind", sorted(INTERLEAVED))
+@pytest.mark.parametrize("kind", QUANTISED)
 @pytest.mark.parametrize(("n", "k"), [(16, 32), (48, 96)])
 @pytest.mark.parametrize("many", [False, True])
 def test_interleaved_rows(rng, kind, n, k, many):
@@ -66,6 +66,65 @@ def test_interleaved_rows(rng, kind, n, k, many):
         x, y = normal(rng, t, k), poisoned(t, n)
         kernel(x, *interleave(w.kind, w.data), out=y.reshape(t, -1, 16))
         close(y, x @ values(w).T, np.abs(x) @ np.abs(values(w)).T + 1)
+
+
+AFTER = ("bias", "residual", "gate")
+
+
+def fused(after, x, w, other, r):
+    """(the layer's value in float64, the sum of the absolute values that make it)."""
+    y, size = x @ values(w).T, np.abs(x) @ np.abs(values(w)).T + 1
+    if after == "bias":
+        return y + r[0], np.abs(r[0]) + size
+    if after == "residual":
+        return r + y, np.abs(r) + size
+    up, up_size = x @ values(other).T, np.abs(x) @ np.abs(values(other)).T + 1
+    return y / (1 + np.exp(-y)) * up, size * up_size
+
+
+def last(after, r, weight2):
+    """The last arguments of a kernel; the bias is the first row of `r`."""
+    return {"bias": (r[0],), "residual": (r,), "gate": weight2}[after]
+
+
+@pytest.mark.parametrize("after", AFTER)
+@pytest.mark.parametrize(("kind", "n", "k"), CASES)
+@pytest.mark.parametrize("many", [False, True])
+def test_a_residual_and_a_gate(rng, kind, n, k, many, after):
+    w, other = weight(rng, kind, n, k), weight(rng, kind, n, k)
+    kernel = linear_kernel(kind, many, n, k, after=after)
+    for t in TOKENS if many else (1, 2):
+        x, r, y = normal(rng, t, k), normal(rng, t, n), poisoned(t, n)
+        kernel(x, *arrays(w), *last(after, r, arrays(other)), out=y)
+        close(y, *fused(after, x, w, other, r))
+
+
+@pytest.mark.parametrize("after", AFTER)
+@pytest.mark.parametrize(("kind", "n", "k"), CASES)
+def test_a_residual_and_a_gate_by_the_schedule_of_a_gpu(rng, kind, n, k, after):
+    def scheduled(s):
+        s = s.specialize("n", n)
+        return gpu_recipe(s.specialize(*(("b", k // 32) if s.has("b") else ("k", k))), n)
+
+    w, other = weight(rng, kind, n, k), weight(rng, kind, n, k)
+    x, r, y = normal(rng, 3, k), normal(rng, 3, n), poisoned(3, n)
+    kernel = linear_program(kind, after=after).schedule(scheduled).build("cpp")
+    kernel(x, *arrays(w), *last(after, r, arrays(other)), out=y)
+    close(y, *fused(after, x, w, other, r))
+
+
+@pytest.mark.parametrize("after", AFTER)
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("many", [False, True])
+def test_a_residual_and_a_gate_of_interleaved_rows(rng, kind, many, after):
+    n, k = 48, 96
+    w, other = weight(rng, kind, n, k), weight(rng, kind, n, k)
+    kernel = linear_kernel(kind, many, n, k, interleaved=True, after=after)
+    for t in TOKENS if many else (1, 2):
+        x, r, y = normal(rng, t, k), normal(rng, t, n), poisoned(t, n)
+        more = last(after, r.reshape(t, -1, 16), interleave(kind, other.data))
+        kernel(x, *interleave(kind, w.data), *more, out=y.reshape(t, -1, 16))
+        close(y, *fused(after, x, w, other, r))
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])

@@ -241,7 +241,7 @@ class Renderer:
 
     def load(self, e: ir.Load) -> str:
         b = e.buffer
-        if b.scope == "register":
+        if b.scope in ("register", "fragment"):
             return self.register(b, e.index)
         if b.shape == () and c_name(b.name) in self.inline_scalars:
             return f"p.{c_name(b.name)}"

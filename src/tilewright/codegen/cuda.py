@@ -120,6 +120,27 @@ class CudaRenderer(Renderer):
         else:
             super().alloc(b)
 
+    def loop(self, s: ir.For) -> None:
+        if s.kind != "fragment":
+            super().loop(s)
+            return
+        cols = s.body
+        assert isinstance(cols, ir.For) and cols.kind == "fragment"
+        self.line("#pragma unroll")
+        self.line("for (int e__ = 0; e__ < 4; ++e__) {")
+        self.depth += 1
+        for f, which in ((s, "row"), (cols, "col")):
+            self.line(f"const {self.type(f.var.dtype)} {c_name(f.name)} = "
+                      f"tw::fragment_{which}(e__, tx);")  # fmt: skip
+        self.stmt(cols.body)
+        self.depth -= 1
+        self.line("}")
+
+    def register(self, b: ir.Buffer, index: tuple[ir.Expr, ...]) -> str:
+        if b.scope == "fragment":
+            return f"{c_name(b.name)}[{self.expr(index[0])}].v[e__]"
+        return super().register(b, index)
+
     def mma(self, s: ir.Mma | ir.MmaZero | ir.MmaStore) -> None:
         acc = f"{c_name(s.acc.name)}[{self.expr(s.slot)}]"
         if isinstance(s, ir.MmaZero):

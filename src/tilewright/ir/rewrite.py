@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from operator import is_
@@ -96,6 +97,53 @@ def path_to(s: ir.Stmt, goal: ir.Compute) -> list[Any] | None:
             if below is not None:
                 return [*lets, *below]
     return None
+
+
+def name_repeated(
+    values: Sequence[ir.Expr], name: str
+) -> tuple[Sequence[ir.Stmt], tuple[ir.Expr, ...]]:
+    """Lets for what the values compute or load more than once, and the values that read them. What
+    only arms of a select compute stays there: it may read what the condition allows.
+
+    before: (acc + b) / (1 + exp(-(acc + b)))        after: let x = acc + b; x / (1 + exp(-x))
+    """
+    lets: list[ir.Let] = []
+    while True:
+        computed = [*(x.value for x in lets), *values]
+        times = Counter(x for e in computed for x in walk(e) if isinstance(x, ir.Expr))
+        always = (x for e in computed for x in _always_computed(e))
+        repeated = next((x for x in always if times[x] > 1), None)
+        if repeated is None:
+            return lets, tuple(values)
+        var = ir.Var(f"{name}{len(lets)}", repeated.dtype)
+
+        def visit(x: Any, old: ir.Expr = repeated, new: ir.Expr = var) -> Any:
+            return new if x == old else rebuild(x, visit)
+
+        lets, values = [ir.Let(x.var, visit(x.value)) for x in lets], [visit(e) for e in values]
+        first = next((n for n, x in enumerate(lets) if var.name in free_vars(x.value)), len(lets))
+        lets.insert(first, ir.Let(var, repeated))
+
+
+def _always_computed(e: Any) -> Iterator[ir.Expr]:
+    """The operations and loads of memory in `e` that no condition keeps from being computed, from
+    the outermost in."""
+    is_memory = isinstance(e, ir.Load) and e.buffer.scope not in ("register", "fragment")
+    if is_memory or isinstance(e, (ir.Binary, ir.Unary, ir.Cast, ir.Select, ir.Search)):
+        yield e
+    for child in (e.cond,) if isinstance(e, ir.Select) else () if is_memory else ir.children(e):
+        yield from _always_computed(child)
+
+
+def used_lets(s: Any) -> Any:
+    """`s` without the lets whose names nothing reads."""
+    if not isinstance(s, ir.Seq):
+        return rebuild(s, used_lets) if isinstance(s, (ir.For, ir.If)) else s
+    kept: list[ir.Stmt] = []
+    for b in map(used_lets, reversed(s.body)):
+        if not isinstance(b, ir.Let) or any(b.var.name in free_vars(x) for x in kept):
+            kept.insert(0, b)
+    return ir.seq(*kept)
 
 
 def map_bodies(program: ir.Program, f: Callable[[ir.Stmt], ir.Stmt]) -> ir.Program:

@@ -15,6 +15,7 @@ from tilewright.ir.text import program_text, stmt_text
 LoopKind = Literal[
     "serial", "parallel", "vector", "unroll",
     "cta.x", "cta.y", "thread.x", "thread.y", "threads",  # threads: shared out among all of a CTA
+    "fragment",  # rows, and right inside columns, of a tile: each thread runs the elements it has
 ]  # fmt: skip
 GRID: tuple[LoopKind, ...] = ("parallel", "cta.x", "cta.y")  # loops that become units of a launch
 THREADS: tuple[LoopKind, ...] = ("thread.x", "thread.y")  # loops bound to the threads of a CTA
@@ -86,8 +87,19 @@ class If(Stmt):
 
 
 @node
+class Reduction:
+    """Position level: `total = op of value`, over the loops that the `Compute` reduces over."""
+
+    total: Buffer
+    op: str
+    value: Expr
+
+
+@node
 class Compute(Stmt):
-    """Position level: `out = value`, or `out = op over the loops of the axes in reduce`.
+    """Position level: `out = value`, or `out = op over the loops of the axes in reduce`, or, with
+    `reductions`, `out = value` where `value` reads their totals: the epilogue, computed once for
+    each element of `out`, where the totals are complete.
 
     `in_place`: the output was initialised by an earlier nest and is updated in memory (a row that
     several iterations share). `shared`: so do other nests, or other parts of the same format.
@@ -103,6 +115,12 @@ class Compute(Stmt):
     atomic: bool = False
     mma: tuple[str, str, str] | None = None
     shared: bool = False
+    reductions: tuple[Reduction, ...] = ()
+
+    @property
+    def sums(self) -> tuple[tuple[str, Expr], ...]:
+        """The operator and the value of each reduction, or of the statement itself."""
+        return tuple((r.op, r.value) for r in self.reductions) or ((self.op, self.value),)
 
 
 def reduces(loop: For, c: Compute) -> bool:
@@ -259,7 +277,7 @@ def seq(*statements: Stmt) -> Stmt:
     return flat[0] if len(flat) == 1 else Seq(tuple(flat))
 
 
-_HOLDS_ONE = frozenset({"Expr", "Stmt", "Var", "Access", "Load", "Tile"})
+_HOLDS_ONE = frozenset({"Expr", "Stmt", "Var", "Access", "Load", "Tile", "Reduction"})
 _HOLDS_MANY = frozenset(f"tuple[{t}, ...]" for t in _HOLDS_ONE)
 
 

@@ -82,11 +82,14 @@ def _for(s: Any) -> str:
 
 
 def _compute(s: Any) -> str:
+    over = f"over {' '.join(s.reduce)}"
+    how = f" mma({', '.join(s.mma)})" if s.mma else ""
     if not s.op:
-        return f"{expr_text(s.out)} = {expr_text(s.value)}"
-    how = (" in place" if s.in_place else "") + (" atomic" if s.atomic else "")
-    how += f" mma({', '.join(s.mma)})" if s.mma else ""
-    return f"{expr_text(s.out)} = {s.op}({expr_text(s.value)} over {' '.join(s.reduce)}){how}"
+        totals = (f"{r.total.name} = {r.op}({expr_text(r.value)} {over})" for r in s.reductions)
+        where = f" where {', '.join(totals)}" if s.reductions else ""
+        return f"{expr_text(s.out)} = {expr_text(s.value)}{where}{how}"
+    how = (" in place" if s.in_place else "") + (" atomic" if s.atomic else "") + how
+    return f"{expr_text(s.out)} = {s.op}({expr_text(s.value)} {over}){how}"
 
 
 def _store(s: Any) -> str:

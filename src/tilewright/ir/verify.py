@@ -134,7 +134,10 @@ class _Checker:
 
     def compute(self, s: ir.Compute, bound: set[str]) -> None:
         self.expr(s.out, bound, None)
-        self.expr(s.value, bound, None)
+        for e in (s.value, *(r.value for r in s.reductions)):
+            self.expr(e, bound, None)
+        if s.reductions and (s.op or s.in_place or not s.reduce):
+            self.fail("an epilogue belongs to a reduction that is not in place", s)
         if not s.op and s.value.dtype != s.out.dtype:
             self.fail(f"{s.value.dtype} assigned to {s.out.dtype}", s)
 

@@ -231,6 +231,11 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
         )
         partial = s.extent is not None and s.extent < extents[s.kind]
         return ir.If(ir.binary("<", var, s.extent), body) if partial else body
+    if isinstance(s, ir.For) and s.kind == "fragment":
+        _check_tile(inside)
+        nested = isinstance(s.body, ir.For) and s.body.kind == "fragment"
+        within = inside if nested else inside | {"thread.x"}  # each lane stores what it holds
+        return replace(s, body=_threads(s.body, extents, within))
     if isinstance(s, (ir.For, ir.If)):
         return replace(s, body=_threads(s.body, extents, inside))
     if isinstance(s, ir.Seq):
@@ -241,14 +246,18 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
                 s = ir.If(ir.binary("==", var, 0), s)
         return s
     if isinstance(s, (ir.Mma, ir.MmaZero, ir.MmaStore)):
-        if "thread.x" in inside:
-            raise ScheduleError(
-                "S102", "a tile operation is inside a loop bound to thread.x",
-                hint="its own 32 threads are those of thread.x: bind the loop to thread.y",
-            )  # fmt: skip
+        _check_tile(inside)
         if isinstance(s, ir.MmaStore) and extents["thread.y"] > 1 and "thread.y" not in inside:
             return ir.If(ir.binary("==", THREAD_Y, 0), s)
     return s
+
+
+def _check_tile(inside: frozenset[str]) -> None:
+    if "thread.x" in inside:
+        raise ScheduleError(
+            "S102", "a tile operation is inside a loop bound to thread.x",
+            hint="its own 32 threads are those of thread.x: bind the loop to thread.y",
+        )  # fmt: skip
 
 
 def _distributed(s: ir.For, extents: dict[str, int]) -> ir.Stmt:

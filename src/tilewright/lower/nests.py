@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Level, may_miss
-from tilewright.ir.rewrite import add, mul, walk
+from tilewright.ir.rewrite import add, mul, transform, walk
+from tilewright.lower.epilogues import Fused, values_of
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
 from tilewright.lower.reads import PartRows, Reader
 from tilewright.lower.scope import BlockPart, Scope
@@ -103,7 +104,7 @@ class NestBuilder:
         if not {x.name for x in indices_in(t.out.coords)} - self._names_of(self.root, axes=False):
             return self.root.out.tensor.name
         for reader in (*self.temps, self.root):
-            for x in walk(reader.value):
+            for x in (x for value in values_of(reader) for x in walk(value)):
                 if isinstance(x, ir.Access) and x.tensor.name == t.out.tensor.name:
                     return reader.out.tensor.name
         raise AssertionError(f"nobody reads {t.out}")
@@ -291,7 +292,8 @@ class NestBuilder:
         lets: list[ir.Stmt] = []
         guards = self._stored_guard(st, scope, lets)
         reader = Reader(self.tables, self.rows, scope, lets)
-        value, tensor = reader.expr(st.value), st.out.tensor
+        reductions, value = self._values(st, reader)
+        tensor = st.out.tensor
         if tensor.is_sparse:
             last = len(self.tables.levels(tensor.structure)) - 1
             position = scope.position(tensor.structure, last)
@@ -300,7 +302,7 @@ class NestBuilder:
             coords = tuple(reader.expr(c) for c in st.out.coords)
             guards += reader.bounds(tensor, st.out, coords)
             out = ir.Load(self.tables.buffer(tensor), coords, tensor.dtype)
-        if in_place and out.dtype != value.dtype:
+        if in_place and out.dtype != value.dtype and not reductions:
             raise ProgramError(
                 "P107",
                 f"{tensor.name} is added to in memory, in {out.dtype}, where {value.dtype} is "
@@ -308,11 +310,31 @@ class NestBuilder:
                 hint=f'make it {value.dtype}, tw.out.typed("{value.dtype}")[…], or choose a format '
                 "that keeps rows whole",
             )
-        if not st.op:
+        op = "" if reductions else st.op
+        if not op:
             value = ir.cast(value, out.dtype)
         axes = tuple(target.tag(a.name) for a in st.axes)
-        compute = ir.Compute(out, value, st.op, axes, in_place, shared=in_place and self.shared)
+        compute = ir.Compute(
+            out, value, op, axes, in_place, shared=in_place and self.shared, reductions=reductions
+        )
         return _inside(lets, guards, compute)
+
+    def _values(self, st: Statement, reader: Reader) -> tuple[tuple[ir.Reduction, ...], ir.Expr]:
+        """The reductions of a statement with an epilogue, and the value that it stores; or the
+        value alone."""
+        if not isinstance(st, Fused):
+            return (), reader.expr(st.value)
+        totals = {t.out.tensor.name: ir.Buffer(t.out.tensor.name, t.out.dtype, (), "register")
+                  for t in st.totals}  # fmt: skip
+        reductions = tuple(
+            ir.Reduction(totals[t.out.tensor.name], t.op, reader.expr(t.value)) for t in st.totals
+        )
+
+        def scalar(x: Any) -> Any:
+            is_total = isinstance(x, ir.Load) and x.buffer.name in totals
+            return ir.Load(totals[x.buffer.name], (), x.dtype) if is_total else x
+
+        return reductions, transform(reader.expr(st.epilogue), scalar)
 
     def _stored_guard(self, st: Statement, scope: Scope, lets: list[ir.Stmt]) -> list[ir.Expr]:
         """The test that an entry is stored, for a reduction whose last level is searched, not

@@ -13,7 +13,8 @@ from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import rebuild, simplify, walk
 from tilewright.lower.drivers import check_reduction
-from tilewright.lower.nests import NestBuilder
+from tilewright.lower.epilogues import fused
+from tilewright.lower.nests import BuiltNest, NestBuilder
 from tilewright.lower.tables import (
     Driver,
     Statement,
@@ -95,6 +96,7 @@ class _Builder:
             check_reduction(st, self.tensors)
         if composed is not None and composed.repeats:
             self._check_overlap(statement, temps, composed)
+        built = self._built(statement, temps, structure, formats, shared=shared)
         nests: list[ir.Nest] = []
         empty: list[ir.Nest] = []
         in_place, covers, driver = False, True, None
@@ -102,8 +104,7 @@ class _Builder:
         for number, fmt in enumerate(formats):
             parts = {structure: fmt} if structure else {}
             part = number if composed else -1
-            tables = Tables(self.program, parts)
-            nest = NestBuilder(tables, statement, temps, structure, shared=shared).build()
+            nest = built[number]
             in_place |= nest.in_place
             covers &= nest.covers
             driver, follows = nest.driver, structure if composed else ""
@@ -117,6 +118,27 @@ class _Builder:
         if covers and not in_place:
             return [tuple(nests)]
         return [tuple(empty or [self._init(statement, temps, driver, -1, parts)]), tuple(nests)]
+
+    def _built(
+        self,
+        st: Statement,
+        temps: list[Statement],
+        structure: str,
+        formats: tuple[Any, ...],
+        *,
+        shared: bool,
+    ) -> list[BuiltNest]:
+        """The nest of a statement for each format. Its reductions are part of it, unless loops come
+        back to an element of the output: then no accumulator could hold their totals."""
+
+        def build(st: Statement, temps: list[Statement]) -> list[BuiltNest]:
+            tables = (Tables(self.program, {structure: f} if structure else {}) for f in formats)
+            return [NestBuilder(t, st, temps, structure, shared=shared).build() for t in tables]
+
+        whole = (st, temps) if shared else fused(st, temps, structure)
+        built = build(*whole)
+        is_revisited = any(nest.in_place for nest in built)
+        return build(st, temps) if is_revisited and whole[0] is not st else built
 
     def _check_overlap(self, st: Statement, temps: list[Statement], fmt: Any) -> None:
         """A part with blocks may store zeros where another has an entry: only reductions that they

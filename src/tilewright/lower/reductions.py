@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import count, product
 from typing import Any
 
+from tilewright.dtypes import DType
 from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import ACCUMULATOR, TOTAL, GeneratedName, parse_name
-from tilewright.ir.rewrite import free_vars, is_const, map_bodies, rebuild, statements, transform
+from tilewright.ir.rewrite import (
+    free_vars,
+    is_const,
+    map_bodies,
+    name_repeated,
+    rebuild,
+    statements,
+    transform,
+    used_lets,
+)
 
 
 def materialize_reductions(program: ir.Program) -> ir.Program:
@@ -50,6 +60,10 @@ class _Chain:
         return self.compute.out, self.compute.op
 
 
+# By the loops inside: an accumulator for each reduction of a statement.
+_Accumulators = dict[Any, tuple[tuple[ir.Buffer, ...], _Chain]]
+
+
 class _Materializer:
     def __init__(self) -> None:
         self.count = 0
@@ -72,6 +86,8 @@ class _Materializer:
             return self.visit(s)
         if isinstance(s, ir.Compute):
             alloc = [ir.Alloc(_scalar(s.out.buffer))] if s.out.buffer.scope == "register" else []
+            if s.reductions:  # no loop reduces: each total is its one value
+                return ir.seq(*_epilogue(s, [(r.total.name, r.value) for r in s.reductions]))
             return ir.seq(*alloc, _store(s, s.value))
         return s
 
@@ -83,35 +99,47 @@ class _Materializer:
         before: list[ir.Stmt] = []
         after: list[ir.Stmt] = []
         for key in dict.fromkeys(c.key for chains in chains_of for c in chains):
-            accumulators: dict[Any, tuple[ir.Buffer, _Chain]] = {}
+            accumulators: _Accumulators = {}
             for chains, new in zip(chains_of, changed, strict=True):
                 for chain in (c for c in chains if c.key == key):
                     new[chain.number] = self._update(chain, accumulators)
             if accumulators:
                 parts = list(accumulators.values())
-                for acc, chain in parts:
-                    before += [ir.Alloc(acc), _initial(acc, chain)]
+                for accs, chain in parts:
+                    for acc, (op, _) in zip(accs, chain.compute.sums, strict=True):
+                        before += [ir.Alloc(acc), _initial(acc, chain, op)]
                 after.append(_final(parts))
                 out = parts[0][1].compute.out.buffer
                 if out.scope == "register":
                     before.insert(0, ir.Alloc(_scalar(out)))
-        inside = (_replace(s, new) for s, new in zip(group, changed, strict=True))
+        inside = [_replace(s, new) for s, new in zip(group, changed, strict=True)]
+        if any(c.compute.reductions for chains in chains_of for c in chains):
+            inside = [used_lets(s) for s in inside]  # others are those of epilogues
         return [*before, *(self._plain(s) for s in inside), *after]
 
-    def _update(self, chain: _Chain, accumulators: dict[Any, tuple[ir.Buffer, _Chain]]) -> ir.Stmt:
-        """The statement that replaces a `Compute`: it updates memory or an accumulator, which is
-        added to `accumulators` where it is new."""
+    def _update(self, chain: _Chain, accumulators: _Accumulators) -> ir.Stmt:
+        """The statement that replaces a `Compute`: it updates memory or accumulators, which are
+        added to `accumulators` where they are new."""
         c = chain.compute
         if chain.escapes:
             return _store(c, c.value)
         shape = tuple((f.var.name, f.extent) for f in (*chain.lanes, *chain.threads))
         if shape not in accumulators:
-            accumulators[shape] = self._accumulator(chain), chain
-        acc = accumulators[shape][0]
+            accs = tuple(self._accumulator(chain, value.dtype) for _, value in c.sums)
+            accumulators[shape] = accs, chain
         index = tuple(f.var for f in (*chain.spatial, *chain.lanes))
-        return ir.Store(acc, index, ir.cast(c.value, acc.dtype), c.op)
+        lets: Sequence[ir.Stmt] = ()
+        values: Sequence[ir.Expr] = [value for _, value in c.sums]
+        if len(values) > 1:
+            self.count += 1
+            name = f"{c.out.buffer.name}.term{self.count}_"
+            lets, values = name_repeated(values, name)
+        updates = zip(accumulators[shape][0], c.sums, values, strict=True)
+        return ir.seq(*lets, *(
+            ir.Store(acc, index, ir.cast(value, acc.dtype), op) for acc, (op, _), value in updates
+        ))  # fmt: skip
 
-    def _accumulator(self, chain: _Chain) -> ir.Buffer:
+    def _accumulator(self, chain: _Chain, dtype: DType) -> ir.Buffer:
         out = chain.compute.out.buffer
         self.count += 1
         for loop in (*chain.spatial, *chain.lanes):
@@ -125,7 +153,7 @@ class _Materializer:
                 )
         shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in (*chain.spatial, *chain.lanes))
         name = GeneratedName(out.name, ACCUMULATOR, self.count).name
-        return ir.Buffer(name, chain.compute.value.dtype, shape, "register")
+        return ir.Buffer(name, dtype, shape, "register")
 
 
 def _reductions(s: ir.Stmt) -> list[_Chain]:
@@ -135,7 +163,7 @@ def _reductions(s: ir.Stmt) -> list[_Chain]:
     return [
         _chain(number, c, path)
         for number, (c, path) in enumerate(_computes(s, []))
-        if c.op and ir.reduces(s, c)
+        if ir.reduces(s, c)
     ]
 
 
@@ -209,50 +237,78 @@ def _store(c: ir.Compute, value: ir.Expr) -> ir.Store:
     )
 
 
-def _initial(acc: ir.Buffer, chain: _Chain) -> ir.Stmt:
+def _initial(acc: ir.Buffer, chain: _Chain, op: str) -> ir.Stmt:
     """Every element of the accumulator set to the identity."""
     index = tuple(f.var for f in (*chain.spatial, *chain.lanes))
-    body: ir.Stmt = ir.Store(acc, index, ir.identity_of(chain.compute.op, acc.dtype))
+    body: ir.Stmt = ir.Store(acc, index, ir.identity_of(op, acc.dtype))
     for f in reversed((*chain.spatial, *chain.lanes)):
         body = ir.For(f.var, f.begin, f.end, body, f.kind if f.kind == "vector" else "unroll")
     return body
 
 
-def _final(parts: list[tuple[ir.Buffer, _Chain]]) -> ir.Stmt:
-    """Under the spatial loops and guards: the accumulators joined and stored."""
-    chain = parts[0][1]
+def _final(parts: list[tuple[tuple[ir.Buffer, ...], _Chain]]) -> ir.Stmt:
+    """Under the spatial loops and guards: the accumulators joined, and the output stored."""
+    first, chain = parts[0]
     c = chain.compute
-    value = reduce(
-        lambda a, b: ir.Binary(ir.REDUCTIONS[c.op], a, b, a.dtype),
-        (_over_threads(_joined(acc, each), each) for acc, each in parts),
-    )
-    if any(each.threads for _, each in parts):
-        return _reduced_by_all(_total_of(parts[0][0]), chain, value)
-    return _framed(_store(c, value), chain.frame)
+    totals: list[tuple[str, ir.Expr]] = []
+    for n, (op, _) in enumerate(c.sums):
+        joined = (_over_threads(_joined(accs[n], each, op), each, op) for accs, each in parts)
+        value = reduce(lambda a, b, op=op: ir.Binary(ir.REDUCTIONS[op], a, b, a.dtype), joined)
+        totals.append((_total_of(first[n]), value))
+    across_threads = any(each.threads for _, each in parts)
+    if not (across_threads or c.reductions):
+        return _framed(_store(c, totals[0][1]), chain.frame)
+    *before, store = _epilogue(c, totals)
+    if not across_threads:
+        return _framed(ir.seq(*before, store), chain.frame)
+    # All threads take part in the reduction and its barriers: guards are around the store only.
+    loops = tuple(f for f in chain.frame if isinstance(f, ir.For))
+    guards = tuple(f for f in chain.frame if not isinstance(f, ir.For))
+    return _framed(ir.seq(*before, _framed(store, guards)), loops)
 
 
-def _over_threads(value: ir.Expr, chain: _Chain) -> ir.Expr:
+def _over_threads(value: ir.Expr, chain: _Chain, op: str) -> ir.Expr:
     """A tail that all threads compute is not joined across them: each has all of it."""
     for f in chain.threads:
-        value = ir.ReduceThreads(chain.compute.op, value, f.kind, f.extent or 0, value.dtype)
+        value = ir.ReduceThreads(op, value, f.kind, f.extent or 0, value.dtype)
     return value
 
 
 def _total_of(acc: ir.Buffer) -> str:
-    """The register for the total of an accumulator over all threads."""
+    """The register for the total of an accumulator."""
     own = parse_name(acc.name)
     assert own is not None
     return GeneratedName(own.owner, TOTAL, own.number).name
 
 
-def _reduced_by_all(name: str, chain: _Chain, value: ir.Expr) -> ir.Stmt:
-    """The value joined across threads, then stored. All threads take part in the reduction and its
-    barriers, so that guards are around the store only."""
-    total = ir.Buffer(name, value.dtype, (), "register")
-    guards = tuple(f for f in chain.frame if not isinstance(f, ir.For))
-    store = _framed(_store(chain.compute, ir.Load(total, (), value.dtype)), guards)
-    body = ir.seq(ir.Alloc(total), ir.Store(total, (), value), store)
-    return _framed(body, tuple(f for f in chain.frame if isinstance(f, ir.For)))
+def _epilogue(c: ir.Compute, totals: list[tuple[str, ir.Expr]]) -> list[ir.Stmt]:
+    """A register for each total, given by name and value, then the store of what is made of
+    them."""
+    lines: list[ir.Stmt] = []
+    loads: list[ir.Expr] = []
+    for name, value in totals:
+        total = ir.Buffer(name, value.dtype, (), "register")
+        lines += [ir.Alloc(total), ir.Store(total, (), value)]
+        loads.append(ir.Load(total, (), value.dtype))
+    if not c.reductions:
+        return [*lines, _store(c, loads[0])]
+    lets, value = with_totals(c, loads)
+    return [*lines, ir.seq(*lets, _store(c, value))]
+
+
+def with_totals(c: ir.Compute, totals: Sequence[ir.Expr]) -> tuple[Sequence[ir.Stmt], ir.Expr]:
+    """The value of a statement with an epilogue, with these expressions for its totals; names for
+    what it would compute more than once."""
+    known = {
+        r.total.name: ir.cast(value, r.total.dtype)
+        for r, value in zip(c.reductions, totals, strict=True)
+    }
+
+    def visit(x: Any) -> Any:
+        return known.get(x.buffer.name, x) if isinstance(x, ir.Load) else x
+
+    lets, (value,) = name_repeated([transform(c.value, visit)], f"{c.out.buffer.name}.value")
+    return lets, value
 
 
 def _framed(body: ir.Stmt, frame: tuple[Any, ...]) -> ir.Stmt:
@@ -265,7 +321,7 @@ def _framed(body: ir.Stmt, frame: tuple[Any, ...]) -> ir.Stmt:
     return body
 
 
-def _joined(acc: ir.Buffer, chain: _Chain) -> ir.Expr:
+def _joined(acc: ir.Buffer, chain: _Chain, op: str) -> ir.Expr:
     """The accumulators of one output element: private ones in order, then the lanes of a vector."""
     spatial = tuple(f.var for f in chain.spatial)
     vector = next((f for f in chain.lanes if f.kind == "vector" and f.extent != 1), None)
@@ -279,7 +335,6 @@ def _joined(acc: ir.Buffer, chain: _Chain) -> ir.Expr:
         )
         for at in product(*ranges)
     )
-    op = chain.compute.op
     total = reduce(lambda a, b: ir.Binary(ir.REDUCTIONS[op], a, b, a.dtype), loads)
     return ir.ReduceLanes(op, total, acc.dtype) if vector else total
 

@@ -30,6 +30,7 @@ from tilewright.ir.rewrite import (
     walk,
 )
 from tilewright.lower.flatten import flat_offset
+from tilewright.lower.reductions import with_totals
 
 SHAPE = (16, 8, 16)  # rows, columns and depth of one tile operation
 OPERANDS = ("float16", "bfloat16")
@@ -93,21 +94,22 @@ class _Tiler:
             slots = () if p.escapes else p.slots
             total = math.prod(f.extent or 0 for f in slots)
             shape = tuple(ir.Const(n, dtypes.int32) for n in (total, *SHAPE[:2]))
-            acc = ir.Buffer(
-                f"{c.out.buffer.name}_tile{self.count}", dtypes.float32, shape, "fragment"
-            )
+            name = f"{c.out.buffer.name}_tile{self.count}"
+            names = [name] if len(c.sums) == 1 else [f"{name}_{n}" for n in range(len(c.sums))]
+            accs = [ir.Buffer(n, dtypes.float32, shape, "fragment") for n in names]
             slot = _slot(slots)
-            update, store = p.update(acc, slot), p.store(acc, slot)
+            update, store = p.update(accs, slot), p.store(accs, slot)
             if p.escapes:
-                tile = ir.seq(ir.Alloc(acc), ir.MmaZero(acc, slot, SHAPE), update, store)
-                top = _replaced(top, p.first, p.wrapped(tile))
+                zeros = (ir.seq(ir.Alloc(acc), ir.MmaZero(acc, slot, SHAPE)) for acc in accs)
+                top = _replaced(top, p.first, p.wrapped(ir.seq(*zeros, update, store)))
                 continue
             top = _replaced(top, p.first, p.wrapped(update))
-            zero: ir.Stmt = ir.MmaZero(acc, slot, SHAPE)
-            for f in reversed(slots):
-                zero = ir.For(f.var, f.begin, f.end, zero, "unroll")
-            before += [ir.Alloc(acc), zero]
-            after.append(p.framed(store))
+            for acc in accs:
+                zero: ir.Stmt = ir.MmaZero(acc, slot, SHAPE)
+                for f in reversed(slots):
+                    zero = ir.For(f.var, f.begin, f.end, zero, "unroll")
+                before += [ir.Alloc(acc), zero]
+            after.append(store if p.compute.reductions else p.framed(store))
         # The rest of the loop may hold products whose own reductions start further in.
         return ir.seq(*before, rebuild(top, self.visit), *after)
 
@@ -119,7 +121,7 @@ class _Product:
     `outer`: loops, lets and guards from the outermost loop that reduces to the tile. `inner`: lets
     and guards of the tile that depend on none of its loops; `known`: the values of its other lets.
     `limits`: the number of valid iterations of each loop of the tile. `reduced`: names that differ
-    from one reduced iteration to the next."""
+    from one reduced iteration to the next. `region`: all that is inside the tile."""
 
     compute: ir.Compute
     first: ir.For
@@ -129,6 +131,7 @@ class _Product:
     known: dict[str, ir.Expr]
     limits: dict[str, ir.Expr]
     reduced: frozenset[str]
+    region: tuple[Any, ...]
 
     @classmethod
     def of(cls, top: ir.Stmt, c: ir.Compute) -> _Product:
@@ -158,7 +161,7 @@ class _Product:
         outer, region = tuple(path[:at]), path[at:]
         inner, known, limits = _region(region, frozenset(c.mma))
         reduced = _reduced((*outer, *inner), c)
-        p = cls(c, loops[0], c.mma, outer, inner, known, limits, reduced)
+        p = cls(c, loops[0], c.mma, outer, inner, known, limits, reduced, tuple(region))
         for name in c.mma[:2]:
             # Beyond a limit one operand alone is 0, and 0 · ∞ would enter a sum that goes on.
             if name in limits and free_vars(limits[name]) & reduced and not p.escapes:
@@ -170,6 +173,8 @@ class _Product:
     @property
     def escapes(self) -> bool:
         """Whether the reduced loops decide where the output lies."""
+        if self.compute.reductions:
+            return False
         to = self.tile(self.compute.out, *self.names[:2])
         return bool(
             (free_vars(to.offset) | free_vars(to.row_stride) | free_vars(to.col_stride))
@@ -194,23 +199,41 @@ class _Product:
                 )
         return loops
 
-    def update(self, acc: ir.Buffer, slot: ir.Expr) -> ir.Stmt:
-        """acc[slot] += a tile · b tile."""
+    def update(self, accs: list[ir.Buffer], slot: ir.Expr) -> ir.Stmt:
+        """acc[slot] += a tile · b tile, for each product."""
         rows, cols, depth = self.names
-        x, y = self._operands()
-        a, b = self.tile(x, rows, depth), self.tile(y, depth, cols)
-        return ir.Mma(acc, slot, a, b, SHAPE)
+        products: list[ir.Stmt] = []
+        for acc, (op, value) in zip(accs, self.compute.sums, strict=True):
+            x, y = self._operands(op, value)
+            a, b = self.tile(x, rows, depth), self.tile(y, depth, cols)
+            products.append(ir.Mma(acc, slot, a, b, SHAPE))
+        return ir.seq(*products)
 
-    def store(self, acc: ir.Buffer, slot: ir.Expr) -> ir.Stmt:
+    def store(self, accs: list[ir.Buffer], slot: ir.Expr) -> ir.Stmt:
         c = self.compute
+        if c.reductions:
+            return self._epilogue(accs, slot)
         to = self.tile(c.out, *self.names[:2])
-        return ir.MmaStore(to, acc, slot, SHAPE, c.op if c.in_place else "")
+        return ir.MmaStore(to, accs[0], slot, SHAPE, c.op if c.in_place else "")
 
-    def _operands(self) -> tuple[ir.Load, ir.Load]:
+    def _epilogue(self, accs: list[ir.Buffer], slot: ir.Expr) -> ir.Stmt:
+        """Each thread stores the elements that its fragments hold. Lets and guards of the tile
+        stand inside of its two loops, but those of the sum."""
+        rows, cols, _ = (s for s in self.region if isinstance(s, ir.For))
+        element = (slot, rows.var, cols.var)
+        lets, value = with_totals(self.compute, [ir.Load(acc, element, acc.dtype) for acc in accs])
+        out = self.compute.out
+        body = ir.seq(*lets, ir.Store(out.buffer, out.index, ir.cast(value, out.dtype)))
+        rest = tuple(s for s in self.region if not isinstance(s, ir.For))
+        body = _framed(body, rest, _reduced((*self.outer, *self.region), self.compute))
+        for f in (cols, rows):
+            body = ir.For(f.var, f.begin, f.end, body, "fragment")
+        return _framed(body, self.outer, self.reduced)
+
+    def _operands(self, op: str, value: ir.Expr) -> tuple[ir.Load, ir.Load]:
         """The factor that has the rows, then the one that has the columns."""
         c = self.compute
-        value = c.value
-        if not (isinstance(value, ir.Binary) and value.op == "*" and c.op == "sum"):
+        if not (isinstance(value, ir.Binary) and value.op == "*" and op == "sum"):
             raise ScheduleError("S102", f"{c.out.buffer.name} is no sum of products of two tiles")
         factors = []
         for e in (value.a, value.b):
@@ -220,7 +243,8 @@ class _Product:
                 raise _not_affine(f"{e} is no element of an array")
             factors.append(e)
         x, y = factors
-        if x.dtype != y.dtype or x.dtype.name not in OPERANDS or c.out.dtype.name not in RESULTS:
+        to_result = bool(c.reductions) or c.out.dtype.name in RESULTS
+        if x.dtype != y.dtype or x.dtype.name not in OPERANDS or not to_result:
             raise ScheduleError(
                 "S102",
                 "a tile operation multiplies float16 or bfloat16 into float32, "
@@ -258,21 +282,33 @@ class _Product:
     def wrapped(self, body: ir.Stmt) -> ir.Stmt:
         """Under the lets and guards of the tile that concern all of it."""
         for s in reversed(self.inner):
-            body = ir.seq(s, body) if isinstance(s, ir.Let) else ir.If(s, body)
+            if isinstance(s, ir.Let):
+                body = ir.seq(s, body) if not self.compute.reductions or _needs(body, s) else body
+            else:
+                body = ir.If(s, body)
         return body
 
     def framed(self, body: ir.Stmt) -> ir.Stmt:
         """Under the spatial loops, and the lets and guards that depend on nothing reduced."""
-        for s in reversed((*self.outer, *self.inner)):
-            if isinstance(s, ir.For):
-                body = replace(s, body=body) if s.name not in self.reduced else body
-            elif isinstance(s, ir.Let):
-                needed = s.var.name in free_vars(body) and s.var.name not in self.reduced
-                body = ir.seq(s, body) if needed else body
-            else:
-                cond = s.cond if isinstance(s, ir.If) else s
-                body = body if free_vars(cond) & self.reduced else ir.If(cond, body)
-        return body
+        return _framed(body, (*self.outer, *self.inner), self.reduced)
+
+
+def _framed(body: ir.Stmt, around: tuple[Any, ...], reduced: frozenset[str]) -> ir.Stmt:
+    """The body under those loops, guards and lets that depend on no name in `reduced`; without lets
+    that it does not need."""
+    for s in reversed(around):
+        if isinstance(s, ir.For):
+            body = replace(s, body=body) if s.name not in reduced else body
+        elif isinstance(s, ir.Let):
+            body = ir.seq(s, body) if _needs(body, s) and s.var.name not in reduced else body
+        else:
+            for cond in reversed(conjuncts(s.cond) if isinstance(s, ir.If) else [s]):
+                body = body if free_vars(cond) & reduced else ir.If(cond, body)
+    return body
+
+
+def _needs(body: ir.Stmt, let: ir.Let) -> bool:
+    return let.var.name in free_vars(body)
 
 
 # ---------------------------------------------------------------------------- around a tile

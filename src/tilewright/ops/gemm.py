@@ -33,11 +33,12 @@ def gemm_program(A=dense("m k"), B=dense("k n")):
 
 
 @named_recipe
-def recipe(s: Schedule, n: int = 0, k: int = 0) -> Schedule:
-    """The schedule of GEMM; `n`, `k`: sizes, 0 for any."""
+def recipe(s: Schedule, n: int = 0, k: int = 0, products: int = 1) -> Schedule:
+    """The schedule of GEMM and of functions of products A B. `n`, `k`: sizes, 0 for any;
+    `products`: how many have accumulators."""
     s = s.specialize("n", n) if n else s
     s = s.specialize("k", k) if k else s
-    return gpu_recipe(s) if s.target.is_cuda else cpu_recipe(s)
+    return gpu_recipe(s, WARP_COLS // products) if s.target.is_cuda else cpu_recipe(s)
 
 
 def cpu_recipe(s: Schedule) -> Schedule:
@@ -48,12 +49,12 @@ def cpu_recipe(s: Schedule) -> Schedule:
     return s.mma("i_v", "j_v", "k_v").parallel("i_o").parallel("j_o")
 
 
-def gpu_recipe(s: Schedule) -> Schedule:
+def gpu_recipe(s: Schedule, warp_cols: int = WARP_COLS) -> Schedule:
     """A square of C for each CTA and for each of its warps; operands in shared memory."""
     s = s.split("i", WARP_ROWS * WARPS, into=("i_o", "i_r"))
     s = s.split("i_r", WARP_ROWS, into=("i_y", "i_w"))
-    s = s.split("j", WARP_COLS * WARPS, into=("j_o", "j_r"))
-    s = s.split("j_r", WARP_COLS, into=("j_y", "j_w"))
+    s = s.split("j", warp_cols * WARPS, into=("j_o", "j_r"))
+    s = s.split("j_r", warp_cols, into=("j_y", "j_w"))
     s = _tiles(s.split("k", STEP, into=("k_o", "k_r")).split("k_r", DEPTH, into=("k_u", "k_v")))
     s = s.reorder("i_o", "j_o", "k_o", "i_y", "j_y", "k_u", "i_u", "j_u", "i_v", "j_v", "k_v")
     s = s.unroll("k_u").mma("i_v", "j_v", "k_v").fuse("i_y", "j_y", into="warp")

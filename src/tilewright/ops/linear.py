@@ -1,4 +1,5 @@
-"""Linear layers: Y = X Wᵀ, for weights in float32, bfloat16, float16, Q8_0, Q4_0 and Q4_1.
+"""Linear layers: Y = X Wᵀ, for weights in float32, bfloat16, float16, Q8_0, Q4_0 and Q4_1; in the
+same kernel X Wᵀ + B (a bias), R + X Wᵀ (a residual), or SiLU(X Wᵀ) · (X W2ᵀ) (a gate).
 
 Quantised weights keep the layout of the model file, blocks of 32 along a row. The programs
 dequantise them by shifts and scales, in registers.
@@ -14,7 +15,10 @@ Reference: the block formats of GGUF.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,102 +31,113 @@ from tilewright.sparse.trace import dense, indices, out
 from tilewright.toolchain import compilers
 
 BLOCK = 32
+After = Literal["", "bias", "residual", "gate"]
+Rows = tuple[Any, ...]  # the indices of a row of W
 
 
-@program
-def linear_dense(X=dense("t k"), W=dense("n k", kind="weight")):
-    t, n, k = indices("t:t n:n k:k")
-    return out[t, n](trace.sum_(X[t, k] * W[n, k].cast("float32"), over=k))
+class Layout(NamedTuple):
+    """How a kind of weight is stored: its arrays, the indices of its rows and of a sum over its
+    columns, and, at these, (column, value of the weight)."""
+
+    arrays: dict[str, Any]
+    rows: str
+    depth: str
+    weight: Callable[..., tuple[Any, Any]]
 
 
-@program
-def linear_q8_0(
-    X=dense("t k"),
-    D=dense("n b", "float16", kind="weight", strided=True),
-    Q=dense("n b 32", "int8", kind="weight"),
-):
-    t, n, b, half, lane = indices("t:t n:n b:b h:2 l:16")
-    e = half * 16 + lane
-    w = Q[n, b, e].cast("float32") * D[n, b]
-    return out[t, n](trace.sum_(X[t, b * 32 + e] * w, over=(b, half, lane)))
+def _dense(a: dict[str, Any], rows: Rows, k: Any) -> tuple[Any, Any]:
+    return k, a["W"][*rows, k].cast("float32")
 
 
-@program
-def linear_q4_0(
-    X=dense("t k"),
-    D=dense("n b", "float16", kind="weight", strided=True),
-    Q=dense("n b 16", "uint8", kind="weight"),
-):
-    t, n, b, half, lane = indices("t:t n:n b:b h:2 l:16")
-    nibble = (Q[n, b, lane].cast("int32") >> (half * 4)) & 15
-    w = (nibble - 8).cast("float32") * D[n, b]
-    return out[t, n](trace.sum_(X[t, b * 32 + half * 16 + lane] * w, over=(b, half, lane)))
+def _blocks(a: dict[str, Any], rows: Rows, b: Any, half: Any, lane: Any) -> tuple[Any, Any]:
+    """Blocks of 32 numbers: int8 side by side, or uint4 with the low halves first. Of interleaved
+    rows (g, r) each array has r last."""
+    n, *r = rows
+    column = b * 32 + half * 16 + lane
+    if a["Q"].dtype.name == "int8":
+        e = half * 16 + lane
+        q, column = a["Q"][n, b, e, *r].cast("float32"), b * 32 + e
+    else:
+        nibble = (a["Q"][n, b, lane, *r].cast("int32") >> (half * 4)) & 15
+        q = (nibble if "M" in a else nibble - 8).cast("float32")
+    w = q * a["D"][n, b, *r]
+    return column, w + a["M"][n, b, *r] if "M" in a else w
 
 
-@program
-def linear_q4_1(
-    X=dense("t k"),
-    D=dense("n b", "float16", kind="weight", strided=True),
-    M=dense("n b", "float16", kind="weight", strided=True),
-    Q=dense("n b 16", "uint8", kind="weight"),
-):
-    t, n, b, half, lane = indices("t:t n:n b:b h:2 l:16")
-    nibble = (Q[n, b, lane].cast("int32") >> (half * 4)) & 15
-    w = nibble.cast("float32") * D[n, b] + M[n, b]
-    return out[t, n](trace.sum_(X[t, b * 32 + half * 16 + lane] * w, over=(b, half, lane)))
+def _quantised(dtype: str, scales: str, interleaved: bool) -> Layout:
+    """Blocks with these arrays of scales."""
+    size = 32 if dtype == "int8" else 16
+    dims, r = ("g b", " 16") if interleaved else ("n b", "")
+    arrays = {
+        name: dense(dims + r, "float16", kind="weight", strided=not interleaved) for name in scales
+    }
+    arrays["Q"] = dense(f"{dims} {size}{r}", dtype, kind="weight")
+    return Layout(arrays, "g:g r:16" if interleaved else "n:n", "b:b h:2 l:16", _blocks)
 
 
-@program
-def linear_q8_0_interleaved(
-    X=dense("t k"),
-    D=dense("g b 16", "float16", kind="weight"),
-    Q=dense("g b 32 16", "int8", kind="weight"),
-):
-    t, g, b, half, lane, r = indices("t:t g:g b:b h:2 l:16 r:16")
-    e = half * 16 + lane
-    w = Q[g, b, e, r].cast("float32") * D[g, b, r]
-    return out[t, g, r](trace.sum_(X[t, b * 32 + e] * w, over=(b, half, lane)))
+_BLOCKS = ("q8_0", "int8", "D"), ("q4_0", "uint8", "D"), ("q4_1", "uint8", "DM")
+LAYOUTS = {
+    "dense": Layout({"W": dense("n k", kind="weight")}, "n:n", "k:k", _dense),
+    **{
+        f"{kind}{suffix}": _quantised(dtype, scales, bool(suffix))
+        for kind, dtype, scales in _BLOCKS
+        for suffix in ("", "_interleaved")
+    },
+}  # fmt: skip
 
 
-@program
-def linear_q4_0_interleaved(
-    X=dense("t k"),
-    D=dense("g b 16", "float16", kind="weight"),
-    Q=dense("g b 16 16", "uint8", kind="weight"),
-):
-    t, g, b, half, lane, r = indices("t:t g:g b:b h:2 l:16 r:16")
-    nibble = (Q[g, b, lane, r].cast("int32") >> (half * 4)) & 15
-    w = (nibble - 8).cast("float32") * D[g, b, r]
-    return out[t, g, r](trace.sum_(X[t, b * 32 + half * 16 + lane] * w, over=(b, half, lane)))
+def _linear(layout: str, after: After) -> Definition:
+    """The program of a layer, with what is done to its result: `"bias"` and `"residual"` add B and
+    R, `"gate"` multiplies SiLU of it by the product with a second weight, whose arrays come
+    last."""
+    arrays, rows, depth, weight = LAYOUTS[layout]
+    parameters = {"X": dense("t k"), **arrays}
+    dims = " ".join(x.partition(":")[2] for x in rows.split())
+    if after == "bias":
+        parameters["B"] = dense(dims, kind="weight")
+    if after == "residual":
+        parameters["R"] = dense(f"t {dims}")
+    if after == "gate":
+        parameters |= {f"{name}2": array for name, array in arrays.items()}
+
+    def linear(**a: Any) -> Any:
+        t, *at = indices(f"t:t {rows} {depth}")
+        place, over = tuple(at[: len(rows.split())]), tuple(at[len(rows.split()) :])
+
+        def product(suffix: str = "") -> Any:
+            column, w = weight({name: a[name + suffix] for name in arrays}, place, *over)
+            return trace.sum_(a["X"][t, column] * w, over=over)
+
+        y = product()
+        if after == "bias":
+            y = y + a["B"][*place]
+        elif after == "residual":
+            y = a["R"][t, *place] + y
+        elif after == "gate":
+            y = y * trace.sigmoid(y) * product("2")
+        return out[t, *place](y)
+
+    linear.__name__ = "_".join(filter(None, ("linear", layout, after)))
+    kind = inspect.Parameter.KEYWORD_ONLY
+    linear.__signature__ = inspect.Signature(
+        [inspect.Parameter(name, kind, default=array) for name, array in parameters.items()]
+    )
+    return program(linear)
 
 
-@program
-def linear_q4_1_interleaved(
-    X=dense("t k"),
-    D=dense("g b 16", "float16", kind="weight"),
-    M=dense("g b 16", "float16", kind="weight"),
-    Q=dense("g b 16 16", "uint8", kind="weight"),
-):
-    t, g, b, half, lane, r = indices("t:t g:g b:b h:2 l:16 r:16")
-    nibble = (Q[g, b, lane, r].cast("int32") >> (half * 4)) & 15
-    w = nibble.cast("float32") * D[g, b, r] + M[g, b, r]
-    return out[t, g, r](trace.sum_(X[t, b * 32 + half * 16 + lane] * w, over=(b, half, lane)))
+KINDS = ("f32", "bf16", "f16", "q8_0", "q4_0", "q4_1")
 
 
-PROGRAMS: dict[str, Definition] = {
-    "f32": linear_dense,
-    "bf16": linear_dense.typed(W="bfloat16"),
-    "f16": linear_dense.typed(W="float16"),
-    "q8_0": linear_q8_0,
-    "q4_0": linear_q4_0,
-    "q4_1": linear_q4_1,
-}
+@cache
+def linear_program(kind: str, interleaved: bool = False, after: After = "") -> Definition:
+    """The program of a layer for a kind of weight; `after` as in `linear_kernel`."""
+    stored = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}.get(kind)
+    if stored is None:
+        return _linear(kind + ("_interleaved" if interleaved else ""), after)
+    names = ("W", "W2") if after == "gate" else ("W",)
+    made = _linear("dense", after)
+    return made if kind == "f32" else made.typed(**dict.fromkeys(names, stored))
 
-INTERLEAVED = {
-    "q8_0": linear_q8_0_interleaved,
-    "q4_0": linear_q4_0_interleaved,
-    "q4_1": linear_q4_1_interleaved,
-}
 
 ROWS = 4  # rows of W in registers together
 TOKENS = 4  # rows of X in registers, when there are many
@@ -136,8 +151,9 @@ def cpu_recipe(s: Schedule, many: bool) -> Schedule:
     if s.has("r"):
         return _interleaved_recipe(s, many)
     lanes = compilers.vector_bits() // 32
+    rows = ROWS // 2 if many and _is_gate(s) else ROWS  # as many registers for two products
     s = s.split("n", 16 if many else 8, into=("n_unit", "n_rows"))
-    s = s.split("n_rows", ROWS, into=("n_o", "n_i"))
+    s = s.split("n_rows", rows, into=("n_o", "n_i"))
     depth = ("b", "h") if s.has("b") else ("k",)
     s = s.reorder("n_unit", "n_o", "t", *depth, "n_i")
     if many:
@@ -158,7 +174,12 @@ def _interleaved_recipe(s: Schedule, many: bool) -> Schedule:
         s = s.split("t", WIDE_TOKENS, tail="cut", into=("t_o", "t_i"))
         return s.reorder("t_o", "b", "l", "h", "t_i", "r").unroll("t_i")
     s = s.split("l", SUMS, into=("l_o", "l_i")).unroll("l_i").rfactor("l_i").rfactor("h")
-    return s.prefetch("Q", "g", 1)
+    s = s.prefetch("Q", "g", 1)
+    return s.prefetch("Q2", "g", 1) if _is_gate(s) else s
+
+
+def _is_gate(s: Schedule) -> bool:
+    return any(t.name in ("W2", "Q2") for t in s.program.tensors)
 
 
 GPU_ROWS = 16  # rows of W of one CTA
@@ -176,30 +197,39 @@ def gpu_recipe(s: Schedule, n: int) -> Schedule:
 
 def check_kind(kind: str, name: str = "") -> None:
     """Raises ModelError[M104] for a kind of weight that there is no linear layer for."""
-    if kind not in PROGRAMS:
-        rule, hint = f"no linear layer for weights of kind {kind}", f"kinds: {', '.join(PROGRAMS)}"
+    if kind not in KINDS:
+        rule, hint = f"no linear layer for weights of kind {kind}", f"kinds: {', '.join(KINDS)}"
         raise ModelError("M104", rule, where=name, hint=hint)
 
 
 @cache
 def linear_kernel(
-    kind: str, many: bool, n: int, k: int, target: str = "cpp", interleaved: bool = False
+    kind: str,
+    many: bool,
+    n: int,
+    k: int,
+    target: str = "cpp",
+    interleaved: bool = False,
+    after: After = "",
 ) -> Kernel:
     """The built kernel for a kind of weight of n × k. `many`: more than a few rows of X.
 
     `kernel(X, *arrays, out=None)` returns (t, n) for the arrays of `weight_views`, and (t, n / 16,
     16), the same memory, for those of `interleave`. Sizes are constants, so that the kernel needs
-    no guards; the layers of a model have few shapes."""
-    return linear_definition(kind, many, n, k, interleaved).build(target)
+    no guards; the layers of a model have few shapes.
+
+    `after`: `"bias"` and `"residual"` take one more array, of the shape of a row of the output or
+    of the output, and add it; `"gate"` takes the
+    arrays of a second weight last and returns SiLU of the first product times the second."""
+    return linear_definition(kind, many, n, k, interleaved, after).build(target)
 
 
 def linear_definition(
-    kind: str, many: bool, n: int, k: int, interleaved: bool = False
+    kind: str, many: bool, n: int, k: int, interleaved: bool = False, after: After = ""
 ) -> Definition:
     """The program of `linear_kernel` with its schedule. Raises ModelError[M104]."""
     check_kind(kind)
-    definition = INTERLEAVED[kind] if interleaved else PROGRAMS[kind]
-    return definition.schedule(recipe.of(many=many, n=n, k=k))
+    return linear_program(kind, interleaved, after).schedule(recipe.of(many=many, n=n, k=k))
 
 
 @named_recipe
@@ -231,7 +261,7 @@ def weight_views(kind: str, data: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def can_interleave(kind: str, rows: int) -> bool:
     """Whether a weight can be interleaved: quantised, and rows a multiple of 16."""
-    return kind in INTERLEAVED and rows % TOGETHER == 0
+    return f"{kind}_interleaved" in LAYOUTS and rows % TOGETHER == 0
 
 
 def interleave(kind: str, data: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -20,6 +20,7 @@ from tilewright import dtypes
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import walk
+from tilewright.reference.epilogues import Epilogues
 from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
 from tilewright.reference.ops_table import UFUNCS, cast, constant, decode, encode, operation
 
@@ -60,6 +61,7 @@ class _Nest:
         self.lanes = lane_dimensions(nest.body)
         self.closures: dict[int, Callable[[], Any]] = {}  # of expressions, by id
         self.cached: dict[int, dict[str, Any]] = {}  # `starts` of loops, by id
+        self.epilogues = Epilogues(self)
 
     def start_sums(self) -> None:
         """Every element that a nest sums into starts at the identity."""
@@ -122,10 +124,14 @@ class _Nest:
         starts = {n: v for n, v in self.starts(s).items() if n not in before}
         self.started = before | starts.keys()
         self.registers.update(starts)
+        if self.positions:
+            self.epilogues.enter(s)
         for i in _range(s.var, self.value(s.begin), self.value(s.end)):
             self.env[s.name] = i
             self.do(s.body)
         self.started = before
+        if self.positions:
+            self.epilogues.leave(s)
 
     def starts(self, s: ir.Stmt) -> dict[str, Any]:
         """Position level: temporaries that the loop `s` reduces into, and their first values."""
@@ -140,6 +146,9 @@ class _Nest:
         return self.cached[id(s)]
 
     def compute(self, s: ir.Compute) -> None:
+        if s.reductions:
+            self.epilogues.add(s)
+            return
         buffer, value = s.out.buffer, self.value(s.value)
         if not _in_memory(buffer):
             if s.op and buffer.name in self.started:
@@ -205,7 +214,7 @@ class _Nest:
         """The offset of an access: an integer, or an array with one for each lane. Before addresses
         are flattened there is one index for each dimension."""
         values = [self.value(i) for i in index]
-        if b.scope != "register":
+        if _in_memory(b):
             return values[0] if len(values) == 1 else self.memory[b.name].offset(values)
         at = 0
         for i, extent in zip(values, map(_integer, b.shape), strict=False):
@@ -249,7 +258,7 @@ class _Nest:
 
     def load(self, e: ir.Load) -> Callable[[], Any]:
         b, name, dtype = e.buffer, e.buffer.name, e.dtype.scalar
-        if b.scope != "register":
+        if _in_memory(b):
             if len(e.index) != 1:
                 return lambda: self.memory[name].read(self.offset(b, e.index), dtype)
             at = self.closure(e.index[0])
@@ -280,7 +289,7 @@ class _Nest:
 
 
 def _in_memory(b: ir.Buffer) -> bool:
-    return b.scope != "register"
+    return b.scope not in ("register", "fragment")
 
 
 def _range(v: ir.Var, begin: Any, end: Any) -> Iterator[Any]:

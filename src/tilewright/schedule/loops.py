@@ -290,11 +290,11 @@ def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Rewritten:
         if tuple(x.extent for x in loops if x) != (16, 8, 16):
             raise illegal("a tile operation is 16 × 8 × 16", "split the loops by 16, 8 and 16")
         c = chain.body
-        product = isinstance(c.value, ir.Binary) and c.value.op == "*" and c.op == "sum"
-        if not product or not ir.reduces(chain.loops[-1], c):
+        products = (op == "sum" and isinstance(x, ir.Binary) and x.op == "*" for op, x in c.sums)
+        if not all(products) or not ir.reduces(chain.loops[-1], c):
             raise illegal(
                 f"{c.out.buffer.name} is no sum of products over {depth}",
-                "only sum(A[i, k] * B[k, j], over=k) becomes tiles",
+                "only sum(A[i, k] * B[k, j], over=k), and functions of it, become tiles",
             )
         return replace_innermost(f, replace(c, mma=tuple(x.name for x in loops if x)))
 
@@ -329,7 +329,8 @@ def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
                 f"loop {f.name} reads nothing of {buffer!r} by way of {moving.name}",
                 "name an operand, and a loop that its address depends on",
             )
-        return replace(f, body=ir.seq(*lines[:at], ahead_of, rest))
+        known = ahead_of in lines  # by an earlier prefetch
+        return replace(f, body=ir.seq(*lines[:at], *(() if known else (ahead_of,)), rest))
 
     return rewrite_loops(body, loop, one)
 
@@ -347,7 +348,8 @@ def _prefetched(s: ir.Stmt, buffer: str, later: dict[str, ir.Expr]) -> Rewritten
     """`s` with prefetches of what its statements read of `buffer` once the names in `later` have
     these values, and the number of prefetches."""
     if isinstance(s, ir.Compute):
-        reads = [substitute(x, later) for x in _moving(s.value, buffer, later)]
+        moving = (x for _, value in s.sums for x in _moving(value, buffer, later))
+        reads = list(dict.fromkeys(substitute(x, later) for x in moving))
         return ir.seq(*(ir.Prefetch(x) for x in reads), s), len(reads)
     if isinstance(s, (ir.For, ir.If)):
         body, count = _prefetched(s.body, buffer, later)

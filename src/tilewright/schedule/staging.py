@@ -40,10 +40,15 @@ def cache(
     body: ir.Stmt, buffer: str, loop: str, scope: CacheScope = "register"
 ) -> tuple[ir.Stmt, int]:
     """The loop rewrite behind `Schedule.cache`."""
-    reads = (x for c in computes(body) for x in walk(c.value) if _is_memory(x))
+    reads = (x for c in computes(body) for e in _values(c) for x in walk(e) if _is_memory(x))
     if not any(_is_of(x.buffer.name, buffer) for x in reads):
         return body, 0
-    return rewrite_loops(body, loop, lambda f: _Staging(f, buffer, scope).result())
+    return rewrite_loops(body, loop, lambda f: _Staging(body, f, buffer, scope).result())
+
+
+def _values(c: ir.Compute) -> tuple[ir.Expr, ...]:
+    """All that a statement computes: its reductions and its value."""
+    return (*(r.value for r in c.reductions), c.value)
 
 
 def _is_memory(x: Any) -> bool:
@@ -57,18 +62,23 @@ def _is_of(name: str, operand: str) -> bool:
 class _Staging:
     """`cache` at one loop: the accesses, the scratch they share, its copy."""
 
-    def __init__(self, at: ir.For, operand: str, scope: CacheScope) -> None:
-        self.at, self.operand = at, operand
+    def __init__(self, nest: ir.Stmt, at: ir.For, operand: str, scope: CacheScope) -> None:
+        self.nest, self.at, self.operand = nest, at, operand
         self.scope: CacheScope = scope
         self.groups: list[list[ir.For]] = []  # the loops of each dimension of scratch
         accesses = [
             self._access(x, c)
             for c in computes(at.body)
-            for x in walk(c.value)
+            for value in self._computed(c)
+            for x in walk(value)
             if _is_memory(x) and _is_of(x.buffer.name, operand)
         ]
         if not accesses:
-            raise self.refuse(f"loop {at.name} reads no {operand}", "name the loop around the read")
+            raise self.refuse(
+                f"loop {at.name} reads no {operand}",
+                "name the loop around the read; an epilogue is computed outside of the loops that "
+                "reduce",
+            )
         self.access, self.path = accesses[0]
         scopes = [[s for s in path if not isinstance(s, ir.If)] for _, path in accesses]
         if any(x != self.access for x, _ in accesses) or any(s != scopes[0] for s in scopes):
@@ -87,7 +97,8 @@ class _Staging:
 
     def _access(self, x: ir.Load, c: ir.Compute) -> tuple[ir.Load, list[Any]]:
         """A load of the operand, and the loops, guards and lets around its statement."""
-        arms = (arm for y in walk(c.value) if isinstance(y, ir.Select) for arm in (y.a, y.b))
+        selects = (y for e in self._computed(c) for y in walk(e) if isinstance(y, ir.Select))
+        arms = (arm for y in selects for arm in (y.a, y.b))
         if any(y == x for arm in arms for y in walk(arm)):
             raise self.refuse(
                 "whether it is read depends on a condition", "cache what is always read"
@@ -95,6 +106,14 @@ class _Staging:
         path = path_to(self.at.body, c)
         assert path is not None
         return x, path
+
+    def _computed(self, c: ir.Compute) -> tuple[ir.Expr, ...]:
+        """What a statement computes inside of the loop: its epilogue only if neither the loop nor
+        one around it reduces."""
+        path = path_to(self.nest, c) or []
+        around = path[: next(n for n, s in enumerate(path) if s is self.at) + 1]
+        is_later = any(isinstance(s, ir.For) and ir.reduces(s, c) for s in around)
+        return _values(c)[:-1] if c.reductions and is_later else _values(c)
 
     def _part_fused(self) -> None:
         """Two loops that were fused count as two: an access may depend on one of them alone."""
@@ -133,7 +152,10 @@ class _Staging:
 
         def reads(s: Any) -> Any:
             if isinstance(s, ir.Compute):
-                return replace(s, value=transform(s.value, visit))
+                sums = tuple(replace(r, value=transform(r.value, visit)) for r in s.reductions)
+                is_inside = s.value in self._computed(s)
+                value = transform(s.value, visit) if is_inside else s.value
+                return replace(s, value=value, reductions=sums)
             return rebuild(s, reads) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
 
         fill, body = ir.seq(ir.Alloc(scratch), self._fill(scratch, loops)), reads(self.at.body)

@@ -44,6 +44,10 @@ struct fragment { float v[4]; };                  // of a sum
 struct fragment_a { uint32_t v[4]; };
 struct fragment_b { uint32_t v[2]; };
 
+// Row and column of element e of a sum's fragment.
+TW_INLINE int fragment_row(int e, int lane) { return (lane >> 2) + (e >> 1) * 8; }
+TW_INLINE int fragment_col(int e, int lane) { return (lane & 3) * 2 + (e & 1); }
+
 // How the elements of a window are read and written.
 struct float32_bits {
   static TW_INLINE float read(float x) { return x; }

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.attention.batch import Attention
-from tilewright.ops.activation import add_kernel, silu_mul_kernel
+from tilewright.ops.activation import silu_mul_kernel
 from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.linear import (
     TOGETHER,
+    After,
     can_interleave,
     check_kind,
     interleave,
@@ -42,8 +43,12 @@ class Linear:
     cols: int
     interleaved: bool
 
-    def kernel(self, many: bool, where: str) -> Any:
-        return linear_kernel(self.kind, many, self.rows, self.cols, where, self.interleaved)
+    def kernel(self, many: bool, where: str, after: After = "") -> Any:
+        return linear_kernel(self.kind, many, self.rows, self.cols, where, self.interleaved, after)
+
+    def is_stored_like(self, other: Linear) -> bool:
+        """Whether one kernel can take both weights."""
+        return (self.kind, self.rows, self.cols) == (other.kind, other.rows, other.cols)
 
     def as_written(self, out: Any) -> Any:
         """Views an array (t, rows) in the shape of the kernel's output."""
@@ -64,7 +69,7 @@ class Layer:
 
 
 WIDTHS = (
-    "x", "y", "normed", "q", "k", "v", "rotated", "attended", "projected", "gate", "up", "mixed",
+    "x", "y", "normed", "q", "k", "v", "rotated", "attended", "gate", "up", "mixed",
 )  # fmt: skip
 """The activations of a token, in the order of `Llama.widths`."""
 
@@ -142,7 +147,7 @@ class Llama:
         """Elements of each activation of a token."""
         c = self.config
         q, kv = c.qo_heads * c.head_dim, c.kv_heads * c.head_dim
-        sizes = (c.dim, c.dim, c.dim, q, kv, kv, q, q, c.dim, *(c.ffn_dim,) * 3)
+        sizes = (c.dim, c.dim, c.dim, q, kv, kv, q, q, *(c.ffn_dim,) * 3)
         return dict(zip(WIDTHS, sizes, strict=True))
 
     def pairs(self, array: Any, *outer: int) -> Any:
@@ -157,10 +162,10 @@ class Llama:
         `cache`: keys and values, (pages, page_size, kv_heads, head_dim) a layer; `attend(layer, q,
         out)` is the attention of a layer."""
         c, name, t, a = self.config, self.name, b.tokens, b.a
-        x, y, normed, projected = a["x"], a["y"], a["normed"], a["projected"]
-        norm, silu = rmsnorm_kernel(name), silu_mul_kernel(name)
+        x, y, normed = a["x"], a["y"], a["normed"]
+        norm = rmsnorm_kernel(name)
         rope, rope_append = (f(c.rope_interleaved, name) for f in (rope_kernel, rope_append_kernel))
-        angles, append, plus = (*self.angles, b.position), append_kernel(name), add_kernel(name)
+        angles, append = (*self.angles, b.position), append_kernel(name)
         do(embedding_kernel(self.table_kind, name), b.ids, *self.table, out=self._embedded(x))
         for i, layer in enumerate(self.layers):
             do(norm, x, layer.attn_norm, c.rms_eps, out=normed)
@@ -173,22 +178,38 @@ class Llama:
             do(append, cache[1][i], a["v"].reshape(t, c.kv_heads, c.head_dim), b.page, b.slot)
             heads = (t, c.qo_heads, c.head_dim)
             attend(i, a["rotated"].reshape(*heads), a["attended"].reshape(*heads))
-            self.linear(layer.o, a["attended"], projected, b.single, do)
-            do(plus, x, projected, out=y)
+            self.linear(layer.o, a["attended"], y, b.single, do, residual=x)
             do(norm, y, layer.ffn_norm, c.rms_eps, out=normed)
-            self.linear(layer.gate, normed, a["gate"], b.single, do)
-            self.linear(layer.up, normed, a["up"], b.single, do)
-            do(silu, a["gate"], a["up"], out=a["mixed"])
-            self.linear(layer.down, a["mixed"], projected, b.single, do)
-            do(plus, y, projected, out=x)
+            self._gated(layer, normed, a, b.single, do)
+            self.linear(layer.down, a["mixed"], x, b.single, do, residual=y)
 
-    def linear(self, w: Linear, x: Any, out: Any, single: int, do: Do) -> None:
-        """out = x Wᵀ: the first `single` rows by the kernel of one row, the rest by the other."""
-        rows = x.shape[0]
-        for begin, end, many in ((0, single, False), (single, rows, True)):
+    def _gated(self, layer: Layer, x: Any, a: dict[str, Any], single: int, do: Do) -> None:
+        """mixed = SiLU(x Gᵀ) · (x Uᵀ): one kernel where both weights are stored alike."""
+        if layer.gate.is_stored_like(layer.up):
+            self.linear(layer.gate, x, a["mixed"], single, do, up=layer.up)
+            return
+        self.linear(layer.gate, x, a["gate"], single, do)
+        self.linear(layer.up, x, a["up"], single, do)
+        do(silu_mul_kernel(self.name), a["gate"], a["up"], out=a["mixed"])
+
+    def linear(
+        self, w: Linear, x: Any, out: Any, single: int, do: Do, *,
+        residual: Any = None, up: Linear | None = None,
+    ) -> None:  # fmt: skip
+        """out = x Wᵀ, or residual + x Wᵀ, or SiLU(x Wᵀ) · (x Uᵀ): the first `single` rows by the
+        kernel of one row, the rest by the other."""
+        rows = self.memory.rows
+        after: After = "gate" if up else "" if residual is None else "residual"
+        for begin, end, many in ((0, single, False), (single, x.shape[0], True)):
             if begin < end:
-                piece = w.as_written(self.memory.rows(out, begin, end))
-                do(w.kernel(many, self.name), self.memory.rows(x, begin, end), *w.arrays, out=piece)
+                more = up.arrays if up else ()
+                if residual is not None:
+                    more = (w.as_written(rows(residual, begin, end)),)
+                kernel, piece = (
+                    w.kernel(many, self.name, after),
+                    w.as_written(rows(out, begin, end)),
+                )
+                do(kernel, rows(x, begin, end), *w.arrays, *more, out=piece)
 
     def _embedded(self, x: Any) -> Any:
         blocks = self.config.dim // 32

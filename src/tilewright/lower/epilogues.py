@@ -1,0 +1,77 @@
+"""Statements that are a function of reductions, as one statement with an epilogue.
+
+`out[i, j] = max(out.0[i, j] + b[j], 0)` with `out.0[i, j] = sum(… over k)` is scheduled like the
+sum alone: its loops are those of the sum, and the rest is computed where an element's sum is
+complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tilewright.ir import nodes as ir
+from tilewright.ir.rewrite import walk
+from tilewright.lower.tables import Statement, driver_of, indices_in, outer_driver
+
+
+@dataclass(frozen=True, slots=True)
+class Fused(Statement):
+    """`out = epilogue(totals)`: reductions with the same output indices, axes and driver. As a
+    `Statement` it is the first of them."""
+
+    epilogue: ir.Expr
+    totals: tuple[Statement, ...]
+
+
+def fused(
+    root: Statement, temps: list[Statement], structure: str
+) -> tuple[Statement, list[Statement]]:
+    """The root together with the reductions that it can be the epilogue of, and the other ones.
+
+    before: out.0[i, j] = sum(A[i, k] * B[k, j] over k);  out[i, j] = max(out.0[i, j] + b[j], 0)
+    after:  out[i, j] = max(out.0 + b[j], 0) where out.0 = sum(A[i, k] * B[k, j] over k)
+
+    Those that follow `structure`, the driver of the nest, come first.
+    """
+    if root.op:
+        return root, temps
+    read = set(_names_read(root))
+    elsewhere = {name for t in temps for name in _names_read(t)}
+    own = _indices(root)
+    candidates = [
+        t for t in temps
+        if t.out.tensor.name in read - elsewhere
+        and _indices(t) == own
+        and not (root.out.tensor.is_sparse and driver_of(t))
+    ]  # fmt: skip
+    candidates.sort(key=lambda t: _follows(t) != structure)
+    group = [t for t in candidates if _loops(t) == _loops(candidates[0])]
+    if not group:
+        return root, temps
+    first = group[0]
+    whole = Fused(root.out, first.op, first.axes, first.value, root.value, tuple(group))
+    return whole, [t for t in temps if t not in group]
+
+
+def values_of(st: Statement) -> tuple[ir.Expr, ...]:
+    """Every expression that a statement computes."""
+    return (*(t.value for t in st.totals), st.epilogue) if isinstance(st, Fused) else (st.value,)
+
+
+def _names_read(st: Statement) -> Iterator[str]:
+    return (x.tensor.name for x in walk(st.value) if isinstance(x, ir.Access))
+
+
+def _indices(st: Statement) -> set[str]:
+    return {x.name for x in indices_in(st.out.coords)}
+
+
+def _follows(t: Statement) -> str:
+    driver = outer_driver(t)
+    return driver.structure if driver else ""
+
+
+def _loops(t: Statement) -> Any:
+    return t.axes, driver_of(t)
