@@ -183,8 +183,10 @@ class Llama:
             do(plus, y, projected, out=x)
 
     def linear(self, w: Linear, x: Any, out: Any, single: int, do: Do) -> None:
-        """out = x Wᵀ: the first `single` rows by the kernel of one row, the rest by the other."""
+        """out = x Wᵀ: the first `single` rows by the kernel of one row, the rest by the other. GPUs
+        have the same kernel for both."""
         rows = x.shape[0]
+        single = rows if self.target.is_cuda else single
         for begin, end, many in ((0, single, False), (single, rows, True)):
             if begin < end:
                 piece = w.as_written(self.memory.rows(out, begin, end))
