@@ -26,15 +26,15 @@ from tilewright.serve.protocol import (
     Body,
     Chat,
     Completion,
-    Joined,
     Shape,
     described,
     event,
     failure,
     usage,
 )
+from tilewright.serve.request import Request as Answer
 from tilewright.serve.request import Sampling
-from tilewright.serve.worker import Piece, Ticket, Worker
+from tilewright.serve.worker import Piece, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +71,10 @@ class Server:
         if body.stream:
             lines = self._lines(body, pieces, shape, read)
             return StreamingResponse(lines, media_type="text/event-stream")
-        joined = [Joined() for _ in range(len(prompts) * body.n)]
+        joined = [Piece()] * (len(prompts) * body.n)
         async with contextlib.aclosing(pieces):
             async for index, piece in pieces:
-                joined[index].add(piece)
+                joined[index] += piece
                 if await http.is_disconnected():
                     return Response(status_code=499)
         choices = [shape.choice(i, j.text, j.logprobs, j.finish) for i, j in enumerate(joined)]
@@ -94,13 +94,13 @@ class Server:
 
             return put
 
-        tickets: list[Ticket] = []
+        answers: list[Answer] = []
         try:
             for i, tokens in enumerate(prompts):
                 seed = None if how.seed is None else how.seed + i % body.n
                 own = replace(how, seed=seed)
-                tickets.append(self.worker.submit(tokens, own, listener(i), body.priority))
-            left = len(tickets)
+                answers.append(self.worker.submit(tokens, own, listener(i), body.priority))
+            left = len(answers)
             while left:
                 index, piece = await queue.get()
                 left -= bool(piece.finish)
@@ -108,8 +108,8 @@ class Server:
                     raise piece.error
                 yield index, piece
         finally:
-            for ticket in tickets:
-                self.worker.cancel(ticket)
+            for request in answers:
+                self.worker.cancel(request)
 
     async def _lines(
         self, body: Body, pieces: AsyncGenerator[tuple[int, Piece]], shape: Shape, read: int

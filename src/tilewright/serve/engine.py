@@ -76,7 +76,7 @@ class Options:
 
 
 class Engine:
-    """A model, its scheduler and its runner. Not thread-safe: one thread calls it."""
+    """A model, its scheduler and its runner. One thread calls it, except `check` and `request`."""
 
     def __init__(self, file: ModelFile, target: Target | str, options: Options) -> None:
         self.context, limits = options.resolved(file.config.context)
@@ -94,11 +94,17 @@ class Engine:
             raise ModelError("M106", rule, where="logit_bias")
         return check_tokens(tokens, vocab, self.context)
 
-    def submit(self, tokens: Any, sampling: Sampling, priority: int = 0) -> Request:
-        """A new request, which later steps answer. Raises ModelError (M105, M106)."""
+    def request(self, tokens: Any, sampling: Sampling, priority: int = 0) -> Request:
+        """A request that the scheduler does not know yet; any thread may call this. Raises
+        ModelError (M105, M106)."""
         request = Request(next(self._ids), self.check(tokens, sampling), sampling, priority)
         request.seed = secrets.randbits(63) if sampling.seed is None else int(sampling.seed)
         request.text = AnswerText(self.tokenizer, sampling.stop)
+        return request
+
+    def submit(self, tokens: Any, sampling: Sampling, priority: int = 0) -> Request:
+        """A new request, which later steps answer. Raises ModelError (M105, M106)."""
+        request = self.request(tokens, sampling, priority)
         self.scheduler.add(request)
         return request
 

@@ -81,19 +81,6 @@ class Chat(Body):
     response_format: TextFormat | None = None
 
 
-class Joined:
-    """The pieces of one answer."""
-
-    def __init__(self) -> None:
-        self.text, self.finish, self.answered, self.cached = "", "", 0, 0
-        self.logprobs: tuple[TokenLogprob, ...] = ()
-
-    def add(self, piece: Piece) -> None:
-        self.text += piece.text
-        self.logprobs += piece.logprobs
-        self.finish, self.answered, self.cached = piece.finish, piece.answered, piece.cached
-
-
 class Shape:
     """The JSON of one endpoint."""
 
@@ -146,7 +133,7 @@ class Shape:
         return {"token": self._text(token), "logprob": logprob, "bytes": spelled}
 
 
-def usage(read: int, answers: list[Any]) -> dict[str, Any]:
+def usage(read: int, answers: list[Piece]) -> dict[str, Any]:
     written, cached = sum(a.answered for a in answers), sum(a.cached for a in answers)
     return {
         "prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written,

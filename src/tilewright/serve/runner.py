@@ -60,7 +60,7 @@ class Runner:
         self.last = {"x": new(most, config.dim), "normed": new(most, config.dim)}
         self.last["logits"] = new(most, config.vocab)
         self.last["token"] = new(most, dtype="int32")
-        self.ints = new(4 * tokens, dtype="int32")
+        self.ints = new(4 * _aligned(tokens), dtype="int32")
         self.picked = new(most, dtype="int32")
         self.kv_len = model.memory.put(np.zeros(most, np.int32))
         self.plan_len = model.memory.put(np.zeros(most, np.int32))
@@ -108,15 +108,15 @@ class Runner:
                 self._written[i] = list(pages)
                 self.table[i, : len(pages)] = pages
                 memory.write(memory.rows(self.block_table, i, i + 1), self.table[i : i + 1])
-        packed = np.array([ids, position, page, [n % PAGE_SIZE for n in position]], np.int32)
+        packed = np.zeros((4, _aligned(len(ids))), np.int32)
+        packed[:, : len(ids)] = ids, position, page, [n % PAGE_SIZE for n in position]
         memory.write(memory.rows(self.ints, 0, packed.size), packed.reshape(-1))
         memory.write(memory.rows(self.kv_len, 0, len(stops)), np.array(stops, np.int32))
 
     def _rows(self, tokens: int, single: int) -> Rows:
         rows = self.model.memory.rows
-        ids, position, page, slot = (
-            rows(self.ints, i * tokens, (i + 1) * tokens) for i in range(4)
-        )
+        begins = [i * _aligned(tokens) for i in range(4)]
+        ids, position, page, slot = (rows(self.ints, n, n + tokens) for n in begins)
         activations = {k: rows(a, 0, tokens) for k, a in self.activations.items()}
         return Rows(tokens, single, ids, position, page, slot, activations)
 
@@ -180,3 +180,8 @@ class Runner:
         last = {name: rows(self.last[name], 0, requests) for name in ("logits", "token")}
         model.finish({**b.a, **last}, b.single, do)
         return Step(bounds)
+
+
+def _aligned(tokens: int) -> int:
+    """A number of int32 values that keeps what follows them aligned to 64 bytes."""
+    return -(-tokens // 16) * 16

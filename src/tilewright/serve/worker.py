@@ -13,34 +13,22 @@ from tilewright.serve.request import Request, Sampling, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a step added to an answer. `finish`: as in `Request`; `answered`, `cached`: its tokens
-    so far, and those of the prompt that were not read again."""
+    """What steps added to an answer; pieces of one answer add up. `finish`: as in `Request`;
+    `answered`, `cached`: its tokens so far, and those of the prompt that were not read again."""
 
-    text: str
-    logprobs: tuple[TokenLogprob, ...]
-    finish: str
-    answered: int
-    cached: int
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: str = ""
+    answered: int = 0
+    cached: int = 0
     error: Exception | None = None
+
+    def __add__(self, later: Piece) -> Piece:
+        text, logprobs = self.text + later.text, self.logprobs + later.logprobs
+        return Piece(text, logprobs, later.finish, later.answered, later.cached, later.error)
 
 
 Listener = Callable[[Piece], None]
-
-
-class Ticket:
-    """A request on its way to the engine. `listener` is called in the thread of the engine."""
-
-    def __init__(self, listener: Listener) -> None:
-        self.listener = listener
-        self.request: Request | None = None
-
-    def tell(self, request: Request) -> None:
-        """Hands on what the last step added."""
-        text, logprobs = "".join(request.pieces), tuple(request.logprobs)
-        request.pieces.clear()
-        request.logprobs.clear()
-        counts = request.finish, request.answered, request.cached
-        self.listener(Piece(text, logprobs, *counts, request.error))
 
 
 class Worker:
@@ -51,7 +39,7 @@ class Worker:
         self.engine = engine
         self.requests = self.tokens = 0  # counted since the start
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._tickets: dict[Request, Ticket] = {}
+        self._listeners: dict[Request, Listener] = {}
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="tilewright-engine", daemon=True)
         self._thread.start()
@@ -59,28 +47,29 @@ class Worker:
     @property
     def pending(self) -> int:
         """Requests that wait or run."""
-        return len(self._tickets) + self._commands.qsize()
+        return len(self._listeners) + self._commands.qsize()
 
     def submit(
         self, tokens: list[int], sampling: Sampling, listener: Listener, priority: int = 0
-    ) -> Ticket:
-        """Begins an answer, of which each step tells the listener. `tokens` are checked."""
-        ticket = Ticket(listener)
+    ) -> Request:
+        """Begins an answer; the listener is called after each step of it, in the engine's thread.
+        Raises ModelError (M105, M106)."""
+        request = self.engine.request(tokens, sampling, priority)
 
         def begin() -> None:
-            ticket.request = self.engine.submit(tokens, sampling, priority)
-            self._tickets[ticket.request] = ticket
+            self._listeners[request] = listener
+            self.engine.scheduler.add(request)
             self.requests += 1
 
         self._commands.put(begin)
-        return ticket
+        return request
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, request: Request) -> None:
         """Ends an answer that nobody waits for any more; nothing is told."""
 
         def end() -> None:
-            if ticket.request is not None and self._tickets.pop(ticket.request, None):
-                self.engine.cancel(ticket.request)
+            self._listeners.pop(request, None)
+            self.engine.cancel(request)
 
         self._commands.put(end)
 
@@ -107,15 +96,19 @@ class Worker:
                 ready = self._fail(error)
             self.tokens += len(ready)
             self._tell(ready)
-        for request in list(self._tickets):
+        for request in list(self._listeners):
             self.engine.cancel(request)
-        self._tell(list(self._tickets))
+        self._tell(list(self._listeners))
 
     def _tell(self, requests: list[Request]) -> None:
         for request in requests:
-            self._tickets[request].tell(request)
+            text, logprobs = "".join(request.pieces), tuple(request.logprobs)
+            request.pieces.clear()
+            request.logprobs.clear()
+            counts = request.finish, request.answered, request.cached
+            self._listeners[request](Piece(text, logprobs, *counts, request.error))
             if request.finish:
-                del self._tickets[request]
+                del self._listeners[request]
 
     def _fail(self, error: Exception) -> list[Request]:
         """Ends the running requests, whose step failed; those that wait go on."""

@@ -197,18 +197,17 @@ class Llama:
         residual: Any = None, up: Linear | None = None,
     ) -> None:  # fmt: skip
         """out = x Wᵀ, or residual + x Wᵀ, or SiLU(x Wᵀ) · (x Uᵀ): the first `single` rows by the
-        kernel of one row, the rest by the other."""
+        kernel of one row, the rest by the other. GPUs have the same kernel for both."""
         rows = self.memory.rows
+        single = x.shape[0] if self.target.is_cuda else single
         after: After = "gate" if up else "" if residual is None else "residual"
         for begin, end, many in ((0, single, False), (single, x.shape[0], True)):
             if begin < end:
                 more = up.arrays if up else ()
                 if residual is not None:
                     more = (w.as_written(rows(residual, begin, end)),)
-                kernel, piece = (
-                    w.kernel(many, self.name, after),
-                    w.as_written(rows(out, begin, end)),
-                )
+                kernel = w.kernel(many, self.name, after)
+                piece = w.as_written(rows(out, begin, end))
                 do(kernel, rows(x, begin, end), *w.arrays, *more, out=piece)
 
     def _embedded(self, x: Any) -> Any:
