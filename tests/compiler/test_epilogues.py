@@ -418,3 +418,42 @@ def test_cubins(name, arch):
         assert used.spill_bytes == 0
         assert used.registers <= 168
     assert ("tw::fragment_row" in kernel.source) == name.startswith("tiles")
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+@tw.program
+def normed(A=tw.dense("m k"), B=tw.dense("k n")):
+    i, j, k = tw.indices("i:m j:n k:k")
+    size = tw.max(A[i, k] * A[i, k], over=k)
+    return tw.out[i, j](tw.sum(A[i, k] * B[k, j], over=k) / (1.0 + size))
+
+
+REFUSED = {
+    "a cut tail": (
+        lambda s: s.split("k", 4, tail="cut").reorder("k_o", "i"), "loop k_t that computes out",
+        'tail="guard"',
+    ),
+    "a reduction of a row": (
+        lambda s: s.reorder("j", "i"), "loop k that computes out.1", "tw.temp",
+    ),
+    "fuse": (lambda s: s.fuse("i", "j"), "loop k that computes out.1", "tw.temp"),
+    "a copy": (
+        lambda s: s.specialize("k", 8).specialize("n", 4).cache("B", "i").reorder("i", "j"),
+        "the copy to B_register", "after the verbs",
+    ),
+    "a prefetch": (
+        lambda s: s.prefetch("B", "j", 1).mma("i", "j", "k"), "the prefetch of B",
+        "after the verbs",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_verb_names_what_is_in_the_way(name):
+    verb, what, instead = REFUSED[name]
+    program = normed if name in ("a reduction of a row", "fuse") else gated
+    with pytest.raises(ScheduleError, match=f"S102.*{what}") as refused:
+        verb(program.scheduled())
+    assert instead in refused.value.hint
