@@ -14,7 +14,10 @@ from tests.compiler.cases import (
     called,
     close,
     executed,
+    matrix,
     numbers,
+    pack,
+    stored,
 )
 
 import tilewright as tw
@@ -22,6 +25,7 @@ from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import statements, walk
 from tilewright.lower import AFTER_SCHEDULE, run_passes
+from tilewright.ops.bsr_spmm import recipe as bsr_recipe
 from tilewright.ops.gemm import recipe as gemm_recipe
 from tilewright.ops.spmm import recipe as spmm_recipe
 from tilewright.schedule import replay
@@ -343,6 +347,28 @@ def test_tiles_do_not_read_or_write_beside_their_arrays(rng):
     check(case, args, numbers(out[1:-1, 2:15], "bfloat16"))
     out[1:-1, 2:15] = 0x7FC0
     assert (out == 0x7FC0).all()
+
+
+@pytest.mark.parametrize("kind", ["random", "one row", "empty"])
+@pytest.mark.parametrize("block", [16, 32])
+def test_block_sparse_products_with_an_epilogue_on_tiles(block, kind, rng):
+    program = layer.typed(A="float16", X="float16").decompose(A=tw.bsr(block))
+    m, n, d = 70, 50, 21
+    a = pack(tw.bsr(block), matrix(kind, m, n, rng), "float16")
+    args = {
+        "A": a,
+        "X": stored(rng.uniform(-1, 1, (n, d)), "float16"),
+        "bias": rng.uniform(-1, 1, d).astype(np.float32),
+        "R": rng.uniform(-1, 1, (m, d)).astype(np.float32),
+    }
+    dense = np.zeros((m, n))
+    coords, entries = a.unpack()
+    dense[tuple(np.asarray(c) for c in coords)] = numbers(np.asarray(entries), "float16")
+    value = silu(dense @ numbers(args["X"], "float16") + args["bias"]) + args["R"]
+    for target in ("cpp", "cuda:sm_80"):
+        assert "materialize_tiles" in after_every_pass(program, args, bsr_recipe, target)
+    definition = program.schedule(bsr_recipe)
+    close(called(definition.build(), definition, args)["out"], value, "float32")
 
 
 # ------------------------------------------------------------------------------------- scratch
