@@ -14,7 +14,10 @@ from tests.compiler.cases import (
     called,
     close,
     executed,
+    matrix,
     numbers,
+    pack,
+    stored,
 )
 
 import tilewright as tw
@@ -22,6 +25,7 @@ from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import statements, walk
 from tilewright.lower import AFTER_SCHEDULE, run_passes
+from tilewright.ops.bsr_spmm import recipe as bsr_recipe
 from tilewright.ops.gemm import recipe as gemm_recipe
 from tilewright.ops.spmm import recipe as spmm_recipe
 from tilewright.schedule import replay
@@ -345,6 +349,28 @@ def test_tiles_do_not_read_or_write_beside_their_arrays(rng):
     assert (out == 0x7FC0).all()
 
 
+@pytest.mark.parametrize("kind", ["random", "one row", "empty"])
+@pytest.mark.parametrize("block", [16, 32])
+def test_block_sparse_products_with_an_epilogue_on_tiles(block, kind, rng):
+    program = layer.typed(A="float16", X="float16").decompose(A=tw.bsr(block))
+    m, n, d = 70, 50, 21
+    a = pack(tw.bsr(block), matrix(kind, m, n, rng), "float16")
+    args = {
+        "A": a,
+        "X": stored(rng.uniform(-1, 1, (n, d)), "float16"),
+        "bias": rng.uniform(-1, 1, d).astype(np.float32),
+        "R": rng.uniform(-1, 1, (m, d)).astype(np.float32),
+    }
+    dense = np.zeros((m, n))
+    coords, entries = a.unpack()
+    dense[tuple(np.asarray(c) for c in coords)] = numbers(np.asarray(entries), "float16")
+    value = silu(dense @ numbers(args["X"], "float16") + args["bias"]) + args["R"]
+    for target in ("cpp", "cuda:sm_80"):
+        assert "materialize_tiles" in after_every_pass(program, args, bsr_recipe, target)
+    definition = program.schedule(bsr_recipe)
+    close(called(definition.build(), definition, args)["out"], value, "float32")
+
+
 # ------------------------------------------------------------------------------------- scratch
 
 
@@ -418,3 +444,42 @@ def test_cubins(name, arch):
         assert used.spill_bytes == 0
         assert used.registers <= 168
     assert ("tw::fragment_row" in kernel.source) == name.startswith("tiles")
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+@tw.program
+def normed(A=tw.dense("m k"), B=tw.dense("k n")):
+    i, j, k = tw.indices("i:m j:n k:k")
+    size = tw.max(A[i, k] * A[i, k], over=k)
+    return tw.out[i, j](tw.sum(A[i, k] * B[k, j], over=k) / (1.0 + size))
+
+
+REFUSED = {
+    "a cut tail": (
+        lambda s: s.split("k", 4, tail="cut").reorder("k_o", "i"), "loop k_t that computes out",
+        'tail="guard"',
+    ),
+    "a reduction of a row": (
+        lambda s: s.reorder("j", "i"), "loop k that computes out.1", "tw.temp",
+    ),
+    "fuse": (lambda s: s.fuse("i", "j"), "loop k that computes out.1", "tw.temp"),
+    "a copy": (
+        lambda s: s.specialize("k", 8).specialize("n", 4).cache("B", "i").reorder("i", "j"),
+        "the copy to B_register", "after the verbs",
+    ),
+    "a prefetch": (
+        lambda s: s.prefetch("B", "j", 1).mma("i", "j", "k"), "the prefetch of B",
+        "after the verbs",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_verb_names_what_is_in_the_way(name):
+    verb, what, instead = REFUSED[name]
+    program = normed if name in ("a reduction of a row", "fuse") else gated
+    with pytest.raises(ScheduleError, match=f"S102.*{what}") as refused:
+        verb(program.scheduled())
+    assert instead in refused.value.hint

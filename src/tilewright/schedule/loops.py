@@ -27,7 +27,9 @@ from tilewright.schedule.tree import (
     build_chain,
     chain_from,
     computes,
+    has_loop,
     illegal,
+    in_the_way,
     matches,
     reads_memory,
     rewrite_loops,
@@ -104,7 +106,8 @@ def fuse(body: ir.Stmt, outer: str, inner: str, into: str = "") -> Rewritten:
     def one(f: ir.For) -> ir.Stmt:
         chain = chain_from(f)
         if len(chain.loops) < 2 or not matches(chain.loops[1], inner):
-            raise illegal(f"loop {inner} is not right inside loop {outer}", "reorder first")
+            why, hint = in_the_way(chain, inner) if len(chain.loops) < 2 else ("", "reorder first")
+            raise illegal(f"loop {inner} is not right inside loop {outer}{why}", hint)
         a, b = chain.loops[:2]
         own = {a.name} | {x.var.name for x in chain.lets}
         if free_vars(b.begin) & own or free_vars(b.end) & own:
@@ -150,13 +153,10 @@ def _reordered(top: ir.For, order: tuple[str, ...]) -> ir.Stmt:
     named = [next((f for f in chain.loops if matches(f, n)), None) for n in order]
     present = [f for f in named if f is not None]
     missing = [n for n, f in zip(order, named, strict=True) if f is None]
-    if missing and any(
-        isinstance(x, ir.For) and matches(x, m) for m in missing for x in statements(chain.body)
-    ):
-        raise illegal(
-            f"between {top.name} and {', '.join(missing)} the nest branches",
-            "only loops with nothing else between them change places",
-        )
+    below = [m for m in missing if has_loop(chain.body, m)]
+    if below:
+        why, hint = in_the_way(chain, below[0])
+        raise illegal(f"between {top.name} and {', '.join(below)} the nest branches{why}", hint)
     if len({f.name for f in present}) < len(present):
         raise illegal(f"reorder({', '.join(order)}) names a loop twice", "each loop once")
     slots = iter(present)
@@ -283,9 +283,9 @@ def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Rewritten:
             or chain.loops[-3:] != tuple(loops)
             or not isinstance(chain.body, ir.Compute)
         ):
+            why, hint = in_the_way(chain, depth)
             raise illegal(
-                f"{', '.join(names)} are not the three innermost loops of one product",
-                "reorder first",
+                f"{', '.join(names)} are not the three innermost loops of one product{why}", hint
             )
         if tuple(x.extent for x in loops if x) != (16, 8, 16):
             raise illegal("a tile operation is 16 × 8 × 16", "split the loops by 16, 8 and 16")

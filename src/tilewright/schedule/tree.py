@@ -60,6 +60,49 @@ def chain_from(s: ir.Stmt) -> Chain:
             return Chain(tuple(loops), tuple(lets), tuple(guards), s)
 
 
+def in_the_way(chain: Chain, loop: str) -> tuple[str, str]:
+    """What a chain ends at before `loop`, or before its statement, and what to call instead: the
+    statements beside it. Nothing where the chain does not branch."""
+    lines = chain.body.body if isinstance(chain.body, ir.Seq) else ()
+    is_below = any(has_loop(s, loop) for s in lines)
+    wanted = [s for s in lines if (has_loop(s, loop) if is_below else isinstance(s, ir.Compute))]
+    beside = [s for s in lines if s not in wanted and not isinstance(s, ir.Let)]
+    names = dict.fromkeys(filter(None, map(_named, beside)))
+    if not names:
+        return "", "reorder first"
+    hints = list(filter(None, dict.fromkeys(map(_instead, beside))))
+    general = "loops change places where nothing else is between them"
+    return f"; in the way: {', '.join(names)}", "; ".join(hints or [general])
+
+
+def has_loop(s: ir.Stmt, loop: str) -> bool:
+    """Whether there is a loop of that name below `s`."""
+    return any(isinstance(x, ir.For) and matches(x, loop) for x in statements(s))
+
+
+def _named(s: ir.Stmt) -> str:
+    """A statement in words: the loop, or what it computes, copies or prefetches."""
+    if any(isinstance(x, ir.Store) for x in statements(s)):
+        stored = next(x for x in statements(s) if isinstance(x, ir.Store))
+        return f"the copy to {stored.buffer.name}"
+    if isinstance(s, ir.Prefetch):
+        return f"the prefetch of {s.place.buffer.name}"
+    outputs = dict.fromkeys(c.out.buffer.name for c in computes(s))
+    if isinstance(s, ir.For):
+        return f"loop {s.name} that computes {' and '.join(outputs)}"
+    return f"the statement of {' and '.join(outputs)}" if outputs else ""
+
+
+def _instead(s: ir.Stmt) -> str:
+    if isinstance(s, ir.Prefetch) or any(isinstance(x, ir.Store) for x in statements(s)):
+        return "call cache and prefetch after the verbs that move loops"
+    if any(c.out.buffer.scope == "register" for c in computes(s)):
+        return "make that reduction a statement of its own, tw.temp[…](…)"
+    if isinstance(s, ir.For) and s.name.endswith("_t"):
+        return 'split with tail="guard", or reorder before the split'
+    return ""
+
+
 def build_chain(chain: Chain) -> ir.Stmt:
     """The chain as a statement: each let and guard right below the last name it needs.
 
