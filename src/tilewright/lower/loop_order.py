@@ -7,19 +7,22 @@ from dataclasses import dataclass
 
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Level, lists_rows
-from tilewright.lower.tables import Driver, Statement, Tables, driver_of, indices_in
+from tilewright.lower.drivers import Iteration, driver_of
+from tilewright.lower.tables import Driver, Statement, Tables, indices_in
 
 
 @dataclass(frozen=True, slots=True)
 class LoopSpec:
     """One loop to open: over the dimension of `axis`, over level `depth` of a structure, or over
-    two levels at once (`fused`: the axis of the lower one)."""
+    two levels at once (`fused`: the axis of the lower one); or over the last levels of several
+    structures together (`merged`)."""
 
     axis: ir.Index
     structure: str = ""
     depth: int = -1
     level: Level | None = None
     fused: ir.Index | None = None
+    merged: Iteration | None = None
 
 
 def ordered_loops(

@@ -8,7 +8,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.ir import nodes as ir
-from tilewright.ir.levels import is_list_of_pairs, load_value, locate_pair
+from tilewright.ir.levels import is_list_of_pairs, load_value, locate_pair, may_miss
 from tilewright.ir.names import parse_name
 from tilewright.ir.ranges import interval
 from tilewright.ir.rewrite import add
@@ -57,6 +57,9 @@ class Reader:
             return self.tables.size(size.owner)
         if isinstance(e, ir.Access):
             return self.access(e)
+        if isinstance(e, ir.Stored):
+            position = self._position(self.tables.tensors[e.access.tensor.name], e.access)
+            return ir.binary(">=", position, 0) if may_miss(position) else ir.Const(True, e.dtype)
         if isinstance(e, ir.Binary):
             return ir.binary(e.op, self.expr(e.a), self.expr(e.b))
         if isinstance(e, ir.Unary):

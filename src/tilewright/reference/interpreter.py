@@ -134,10 +134,34 @@ class _Nest:
         starts = {n: v for n, v in self.starts(s).items() if n not in before}
         self.started = before | starts.keys()
         self.registers.update(starts)
+        if isinstance(s, ir.Merge):
+            self.merge(s)
+        else:
+            self.iterate(s)
+        self.started = before
+
+    def merge(self, s: ir.Merge) -> None:
+        """Runs the body for each coordinate of the lists, which ascend."""
+        lists: list[dict[int, int]] = []
+        for run, end in zip(s.runs, s.ends, strict=True):
+            keys, first = self.memory[run.buffer.name], int(self.value(run.index[0]))
+            positions = range(first, int(self.value(end)))
+            coordinates = [int(keys.read(p, run.buffer.dtype)) for p in positions]
+            if coordinates != sorted(set(coordinates)):
+                raise InternalError("I101", f"{run.buffer.name} does not ascend: {coordinates}")
+            lists.append(dict(zip(coordinates, positions, strict=True)))
+        joined = set.union if s.op == "union" else set.intersection
+        number = s.var.dtype.numpy.type
+        for rank, key in enumerate(sorted(joined(*map(set, lists)))):
+            self.env[s.name], self.env[_cursor(s.name, ir.KEY)] = number(rank), number(key)
+            for n, known in enumerate(lists):
+                self.env[_cursor(s.name, n)] = number(known.get(key, -1))
+            self.do(s.body)
+
+    def iterate(self, s: ir.For) -> None:
         for i in _range(s.var, self.value(s.begin), self.value(s.end)):
             self.env[s.name] = i
             self.do(s.body)
-        self.started = before
 
     def starts(self, s: ir.Stmt) -> dict[str, Any]:
         """Position level: temporaries that the loop `s` reduces into, and their first values."""
@@ -240,6 +264,9 @@ class _Nest:
         if isinstance(e, ir.Const):
             value = constant(e.value, e.dtype.scalar)
             return lambda: value
+        if isinstance(e, ir.Cursor):
+            name = _cursor(e.loop.name, e.operand)
+            return lambda: env[name]
         if isinstance(e, ir.Load):
             return self.load(e)
         if isinstance(e, ir.Search):
@@ -289,6 +316,11 @@ class _Nest:
         if not e.last and not (at < high and keys.flat[at] == key):
             at = -1
         return e.dtype.numpy.type(at - e.last)
+
+
+def _cursor(loop: str, operand: int) -> str:
+    """The name of a cursor of a loop."""
+    return f"{loop}.{operand}"
 
 
 def _is_var(x: Any) -> bool:
