@@ -55,7 +55,7 @@ def iteration(st: Statement) -> Iteration | None:
         return None
     if len(shared) == 1 and st.op != "append":
         return Iteration(tuple(shared))
-    ranked = sorted(shared, key=lambda d: (_is_searched(shared[d].format), d))
+    ranked = sorted(shared, key=lambda d: (_rank(shared[d].format), d))
     zero = [d for d in ranked if _is_identity(st, {d})]
     if zero:
         op = "intersection" if len(zero) > 1 or st.op == "append" else ""
@@ -94,10 +94,13 @@ def check_reduction(st: Statement, tensors: dict[str, ir.Tensor]) -> None:
         )
 
 
-def _is_searched(fmt: Any) -> bool:
-    """Whether an entry can be searched for: other structures must be followed."""
+def _rank(fmt: Any) -> int:
+    """The formats that are followed first: those that cannot be searched, then those whose rows are
+    in one piece."""
     levels = getattr(fmt, "levels", ())
-    return bool(levels) and (all(x.unique for x in levels) or is_list_of_pairs(levels))
+    if is_list_of_pairs(levels):
+        return 2
+    return int(bool(levels) and all(x.unique for x in levels))
 
 
 def _access(st: Statement, driver: Driver) -> str:
