@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tilewright import dtypes
+from tilewright.codegen.merge import MergeRenderer
 from tilewright.codegen.params import C_TYPES, STORED_AS_BITS, Params, c_name
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
@@ -29,7 +30,7 @@ class Source:
 
 
 @dataclass
-class Renderer:
+class Renderer(MergeRenderer):
     """Renders one program. `params` says which names are fields of which struct."""
 
     program: ir.Program
@@ -95,52 +96,6 @@ class Renderer:
         if not isinstance(s.end, (ir.Const, ir.Var)):  # evaluated once
             begin, limit = f"{begin}, {name}__end = {end}", f"{name}__end"
         self.block(f"for ({kind} {name} = {begin}; {name} < {limit}; ++{name})", s.body)
-
-    def merge(self, s: ir.Merge) -> None:
-        """A loop over several lists with one position each: the least coordinate that any of them
-        has is the next one (union), or the greatest, where all of them have it (intersection)."""
-        kind, name, union = self.type(s.var.dtype), c_name(s.name), s.op == "union"
-        numbers = range(len(s.runs))
-        self.line("{")
-        self.depth += 1
-        for n, (run, end) in enumerate(zip(s.runs, s.ends, strict=True)):
-            first, last = self.expr(run.index[0]), self.expr(end)
-            self.line(f"{kind} {name}__at{n} = {first};")
-            self.line(f"const {kind} {name}__end{n} = {last};")
-        left = [f"{name}__at{n} < {name}__end{n}" for n in numbers]
-        self.line(f"for ({kind} {name} = 0; {(' || ' if union else ' && ').join(left)};) {{")
-        self.depth += 1
-        least = "min" if union else "max"
-        for n, run in enumerate(s.runs):
-            key = self.load_scalar(run.buffer, f"{self.pointer(run.buffer)}[{name}__at{n}]")
-            beyond = _integer(int(s.var.dtype.most), s.var.dtype)
-            key = f"{left[n]} ? {key} : {beyond}" if union and len(s.runs) > 1 else key
-            self.line(f"const {kind} {name}__key{n} = {key};")
-        keys = [f"{name}__key{n}" for n in numbers]
-        chosen = keys[0]
-        for key in keys[1:]:
-            chosen = f"tw::{least}<{kind}>({chosen}, {key})"
-        self.line(f"const {kind} {name}__key = {chosen};")
-        if union:
-            for n in numbers:
-                has = f"{keys[n]} == {name}__key ? {name}__at{n} : -1"
-                self.line(f"const {kind} {name}__position{n} = {has};")
-        elif len(s.runs) > 1:
-            moved = " ".join(f"{name}__at{n} += {keys[n]} < {name}__key;" for n in numbers)
-            differ = " || ".join(f"{k} != {name}__key" for k in keys)
-            self.line(f"if ({differ}) {{ {moved} continue; }}")
-        self.stmt(s.body)
-        step = (f"{name}__at{n} += {keys[n]} == {name}__key;" for n in numbers)
-        self.line(f"{' '.join(step)} ++{name};")
-        for _ in range(2):
-            self.depth -= 1
-            self.line("}")
-
-    def cursor(self, e: ir.Cursor) -> str:
-        name = c_name(e.loop.name)
-        if e.operand >= 0:
-            return f"{name}__{'position' if e.optional else 'at'}{e.operand}"
-        return f"{name}__{'key' if e.operand == ir.KEY else 'value'}"
 
     def unroll_pragma(self, n: int) -> str:
         return f"#pragma GCC unroll {n}"
@@ -365,6 +320,8 @@ class Renderer:
         return f"tw::{e.op}{template}({a})"
 
     def select(self, e: ir.Select) -> str:
+        if self.is_in_range(e):
+            return self.picked(e)
         a, b = self.stored(e.a), self.stored(e.b)
         if e.cond.dtype.lanes > 1:
             return f"tw::select({self.expr(e.cond)}, {a}, {b})"
@@ -434,6 +391,11 @@ class Renderer:
                 text.append(f"const {kind} {var} = static_cast<{kind}>({rest} % {extent});")
                 rest = f"({rest} / {extent})"
         return text
+
+
+def has_lists(stage: tuple[ir.Nest, ...]) -> bool:
+    """Whether a nest of the stage walks lists of coordinates."""
+    return any(isinstance(x, (ir.Merge, ir.Drain)) for n in stage for x in walk(n.body))
 
 
 def has_tiles(stage: tuple[ir.Nest, ...]) -> bool:
