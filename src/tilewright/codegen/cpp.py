@@ -22,6 +22,9 @@ class CppRenderer(Renderer):
         else:
             super().alloc(b)
 
+    def choice(self, kind: str, cond: str, a: str, b: str) -> str:
+        return f"tw::pick<{kind}>({cond}, {a}, {b})"
+
     def mma(self, s: ir.Mma | ir.MmaZero | ir.MmaStore) -> None:
         m, n, *_ = s.shape
         acc = f"{c_name(s.acc.name)} + ({self.expr(s.slot)}) * {m * n}"

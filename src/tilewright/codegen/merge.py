@@ -16,7 +16,6 @@ from tilewright.ir import nodes as ir
 class MergeRenderer:
     """The part of a renderer that prints `Merge` loops and `Cursor`s."""
 
-    pick = "tw::pick"
     unguarded: tuple[str, ...] = ()  # loops whose positions can all be read here
     is_picking = False  # positions are printed that can be read, not -1 for those that lack it
     line: Any
@@ -118,7 +117,13 @@ class MergeRenderer:
 
     def picked(self, e: ir.Select) -> str:
         """A choice that needs no branch: the value is read in any case."""
+        cursor: ir.Cursor = e.cond.a  # type: ignore[attr-defined]
+        name, kind = c_name(cursor.loop.name), C_TYPES[e.dtype.name]
+        has = f"{name}__key{cursor.operand} == {name}__key"
         self.is_picking = True
         value = self.stored(e.a)
         self.is_picking = False
-        return f"{self.pick}({self.expr(e.cond)}, {value}, {self.stored(e.b)})"
+        return self.choice(kind, has, value, self.stored(e.b))
+
+    def choice(self, kind: str, cond: str, a: str, b: str) -> str:
+        return f"({cond} ? {a} : {b})"

@@ -364,17 +364,21 @@ class NestBuilder:
 
     def _appended(self, scope: Scope, lets: list[ir.Stmt]) -> ir.Stmt:
         """The lists of one loop, each with its value at its next element."""
-        reader, leaf = Reader(self.tables, self.rows, scope, lets), []
-        assert scope.rank is not None
+        reader, rank = Reader(self.tables, self.rows, scope, lets), scope.rank
+        assert rank is not None
+        start = ir.cast(reader.expr(self.root.out.coords[0]), dtypes.int64)
+        at = ir.Var(self.tables.unused_name("at"), dtypes.int64)
+        lets.append(ir.Let(at, start + ir.cast(rank, dtypes.int64)))
+        leaves: dict[tuple[ir.Expr, ...], list[ir.Stmt]] = {}  # by their guards
         for st in (self.root, *self.also):
             assert isinstance(st.value, ir.Select)
-            tensor, start = st.out.tensor, reader.expr(st.out.coords[0])
-            value = ir.cast(reader.expr(st.value.a), tensor.dtype)
-            at = ir.cast(start, dtypes.int64) + ir.cast(scope.rank, dtypes.int64)
-            inside = reader.bounds(tensor, st.out, (at,))
+            tensor, value = st.out.tensor, reader.expr(st.value.a)
             out = ir.Load(self.tables.buffer(tensor), (at,), tensor.dtype)
-            leaf.append(_inside([], inside, ir.Compute(out, value)))
-        return ir.seq(*lets, *leaf)
+            inside = tuple(reader.bounds(tensor, st.out, (at,)))
+            leaf = ir.Compute(out, ir.cast(value, tensor.dtype))
+            leaves.setdefault(inside, []).append(leaf)
+        bodies = (_inside([], list(g), ir.seq(*b)) for g, b in leaves.items())
+        return ir.seq(*lets, *bodies)
 
     def _stored_guard(self, st: Statement, scope: Scope, lets: list[ir.Stmt]) -> list[ir.Expr]:
         """The test that an entry is stored, for a reduction whose last level is searched, not

@@ -15,6 +15,7 @@ from tilewright import dtypes
 from tilewright.build import Definition, named_recipe
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
+from tilewright.runtime import host_allocator
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse.formats import Format
@@ -70,6 +71,11 @@ def _kernels(
     return built(count), built(fill, columns=index, values=values)
 
 
+def _empty(n: int, dtype: np.dtype) -> np.ndarray:
+    is_large = n * dtype.itemsize >= host_allocator.SMALLEST
+    return host_allocator.empty((n,), dtype) if is_large else np.empty(n, dtype)
+
+
 def assembled(
     count: Definition, fill: Definition, A: Packed, B: Packed, shape: tuple[int, int]
 ) -> Packed:
@@ -80,8 +86,7 @@ def assembled(
     indptr = np.zeros(shape[0] + 1, np.int64)
     counted(A, B, out=indptr[1:])
     np.cumsum(indptr, out=indptr)
-    columns = np.empty(int(indptr[-1]), index.numpy)
-    values = np.empty(len(columns), dtype.numpy)
+    columns, values = (_empty(int(indptr[-1]), t.numpy) for t in (index, dtype))
     if len(columns):
         filled(A, B, indptr[:-1], columns, values)
     return of_rows(indptr, columns, values, shape, dtype)
