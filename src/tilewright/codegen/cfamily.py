@@ -15,7 +15,7 @@ from tilewright import dtypes
 from tilewright.codegen.merge import MergeRenderer
 from tilewright.codegen.params import C_TYPES, STORED_AS_BITS, Params, c_name
 from tilewright.dtypes import DType
-from tilewright.errors import InternalError
+from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import walk
 
@@ -67,6 +67,10 @@ class Renderer(MergeRenderer):
                 self.stmt(b)
         elif isinstance(s, ir.Merge):
             self.merge(s)
+        elif isinstance(s, ir.Scatter):
+            self.line(f"{c_name(s.workspace.name)}.add({self.expr(s.key)}, {self.expr(s.value)});")
+        elif isinstance(s, ir.Drain):
+            self.drain(s)
         elif isinstance(s, ir.For):
             self.loop(s)
         elif isinstance(s, ir.If):
@@ -104,6 +108,11 @@ class Renderer(MergeRenderer):
         name, kind = c_name(b.name), self.type(b.dtype)
         if b.scope == "fragment":
             raise InternalError("I101", "fragments belong to the target")
+        if b.scope == "workspace":
+            raise ScheduleError(
+                "S103", "a row of a sparse product is gathered in memory of a CPU",
+                hint='build for "cpp", or an output that is dense',
+            )  # fmt: skip
         if b.shape:
             total = math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
             self.line(f"{kind} {name}[{total}];")

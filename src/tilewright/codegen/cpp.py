@@ -11,16 +11,28 @@ from tilewright.codegen.params import Params, c_name, collect_params
 from tilewright.codegen.prelude_files import prelude
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
+from tilewright.ir.rewrite import statements
 
 
 class CppRenderer(Renderer):
     """The CPU's renderer: it adds matrix tiles."""
 
     def alloc(self, b: ir.Buffer) -> None:
-        if b.scope == "fragment":
+        if b.scope == "workspace":
+            pass  # one of the body: every row leaves it empty
+        elif b.scope == "fragment":
             self.line(f"float {c_name(b.name)}[{' * '.join(self.expr(e) for e in b.shape)}];")
         else:
             super().alloc(b)
+
+    def body_pointers(self, nest: ir.Nest) -> list[str]:
+        rows = (
+            f"tw::row_workspace<{self.type(self.program.index)}, {self.type(x.buffer.dtype)}> "
+            f"{c_name(x.buffer.name)};"
+            for x in statements(nest.body)
+            if isinstance(x, ir.Alloc) and x.buffer.scope == "workspace"
+        )
+        return [*super().body_pointers(nest), *rows]
 
     def choice(self, kind: str, cond: str, a: str, b: str) -> str:
         return f"tw::pick<{kind}>({cond}, {a}, {b})"

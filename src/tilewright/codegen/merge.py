@@ -11,6 +11,7 @@ from typing import Any
 
 from tilewright.codegen.params import C_TYPES, c_name
 from tilewright.ir import nodes as ir
+from tilewright.ir.rewrite import walk
 
 
 class MergeRenderer:
@@ -97,6 +98,21 @@ class MergeRenderer:
         self.line(f"{' '.join(step)} ++{name};")
         self.depth -= 1
         self.line("}")
+
+    def drain(self, s: ir.Drain) -> None:
+        """The loop over a row workspace, sorted where its order matters."""
+        assert s.workspace is not None
+        row, name, kind = c_name(s.workspace.name), c_name(s.name), C_TYPES[s.var.dtype.name]
+        if any(isinstance(x, ir.Cursor) and x.operand == ir.KEY for x in walk(s.body)):
+            self.line(f"{row}.sort();")
+        self.line(f"for ({kind} {name} = 0; {name} < {row}.count; ++{name}) {{")
+        self.depth += 1
+        self.line(f"const auto {name}__key = {row}.entries[{name}].key;")
+        self.line(f"const auto {name}__value = {row}.entries[{name}].value;")
+        self.stmt(s.body)
+        self.depth -= 1
+        self.line("}")
+        self.line(f"{row}.clear();")
 
     def cursor(self, e: ir.Cursor) -> str:
         name = c_name(e.loop.name)

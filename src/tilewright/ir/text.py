@@ -51,7 +51,7 @@ _EXPRESSIONS: dict[str, Callable[[Any], str]] = {
     "Search": _search,
     "Stored": lambda e: f"stored({expr_text(e.access)})",
     "Cursor": lambda e: (
-        f"{e.loop.name}.{ {-1: 'coordinate', -2: 'value'}.get(e.operand, f'position{e.operand}')}"
+        f"{e.loop.name}.{ {-1: 'coordinate', -2: 'value'}.get(e.operand, f'position{e.operand}') }"
     ),
     "Ramp": lambda e: f"{expr_text(e.base, 6)} +: {e.dtype.lanes}",
     "Broadcast": lambda e: f"broadcast({expr_text(e.a)}, {e.dtype.lanes})",

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Level, may_miss
@@ -20,7 +19,7 @@ from tilewright.ir.rewrite import add, mul, walk
 from tilewright.lower.drivers import Iteration, driver_of, iteration, outer_driver
 from tilewright.lower.lists import has_list, list_of, merge_of
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
-from tilewright.lower.reads import PartRows, Reader
+from tilewright.lower.reads import PartRows, Reader, appended
 from tilewright.lower.scope import BlockPart, Scope
 from tilewright.lower.tables import (
     Driver,
@@ -364,21 +363,9 @@ class NestBuilder:
 
     def _appended(self, scope: Scope, lets: list[ir.Stmt]) -> ir.Stmt:
         """The lists of one loop, each with its value at its next element."""
-        reader, rank = Reader(self.tables, self.rows, scope, lets), scope.rank
-        assert rank is not None
-        start = ir.cast(reader.expr(self.root.out.coords[0]), dtypes.int64)
-        at = ir.Var(self.tables.unused_name("at"), dtypes.int64)
-        lets.append(ir.Let(at, start + ir.cast(rank, dtypes.int64)))
-        leaves: dict[tuple[ir.Expr, ...], list[ir.Stmt]] = {}  # by their guards
-        for st in (self.root, *self.also):
-            assert isinstance(st.value, ir.Select)
-            tensor, value = st.out.tensor, reader.expr(st.value.a)
-            out = ir.Load(self.tables.buffer(tensor), (at,), tensor.dtype)
-            inside = tuple(reader.bounds(tensor, st.out, (at,)))
-            leaf = ir.Compute(out, ir.cast(value, tensor.dtype))
-            leaves.setdefault(inside, []).append(leaf)
-        bodies = (_inside([], list(g), ir.seq(*b)) for g, b in leaves.items())
-        return ir.seq(*lets, *bodies)
+        reader = Reader(self.tables, self.rows, scope, lets)
+        values = [reader.expr(st.value.a) for st in (self.root, *self.also)]  # type: ignore[attr-defined]
+        return appended(reader, (self.root, *self.also), values)
 
     def _stored_guard(self, st: Statement, scope: Scope, lets: list[ir.Stmt]) -> list[ir.Expr]:
         """The test that an entry is stored, for a reduction whose last level is searched, not

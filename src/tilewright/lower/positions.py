@@ -13,6 +13,7 @@ from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import rebuild, simplify, walk
 from tilewright.lower.drivers import check_reduction, driver_of, list_key, outer_driver
+from tilewright.lower.joins import join_nest, join_of
 from tilewright.lower.nests import NestBuilder
 from tilewright.lower.tables import (
     Driver,
@@ -55,7 +56,9 @@ def _roots(
         key = list_key(Statement.of(root))
         while key and roots and list_key(Statement.of(roots[0])) == key:
             also.append(roots.pop(0))
-        read = {t.out.tensor.name: t for a in (root, *also) for t in _read_by(a, [*inline.values()])}
+        read = {
+            t.out.tensor.name: t for a in (root, *also) for t in _read_by(a, [*inline.values()])
+        }
         yield root, list(read.values()), tuple(map(Statement.of, also))
 
 
@@ -92,6 +95,8 @@ class _Builder:
         self, root: ir.Assign, inline: list[ir.Assign], also: tuple[Statement, ...] = ()
     ) -> list[tuple[ir.Nest, ...]]:
         statement = Statement.of(root)
+        if join := join_of(root.value):
+            return [(join_nest(Tables(self.program), [statement, *also], join),)]
         temps = [Statement.of(a) for a in inline]
         structure, names = _root_driver(statement, temps)
         composition: Any = self.tensors[structure].format if structure else None

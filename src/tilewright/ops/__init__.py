@@ -8,8 +8,10 @@ from tilewright.ops.bsr_spmm import bsr_spmm
 from tilewright.ops.elementwise import add, multiply
 from tilewright.ops.gemm import gemm
 from tilewright.ops.sddmm import pack_for_sddmm, sddmm
+from tilewright.ops.spgemm import spgemm
 from tilewright.ops.spmm import pack_for_spmm, spmm
 
 __all__ = [
-    "add", "bsr_spmm", "gemm", "multiply", "pack_for_sddmm", "pack_for_spmm", "sddmm", "spmm",
+    "add", "bsr_spmm", "gemm", "multiply", "pack_for_sddmm", "pack_for_spmm", "sddmm", "spgemm",
+    "spmm",
 ]  # fmt: skip

@@ -64,6 +64,7 @@ class _Nest:
         self.nest, self.memory, self.positions = nest, memory, positions
         types = {x.name: x.dtype for e in (nest.body, *nest.grid) for x in walk(e) if _is_var(x)}
         self.env = {n: constant(x, types[n]) for n, x in variables.items() if n in types}
+        self.rows: dict[str, dict[Any, Any]] = {}  # row workspaces: values by coordinate
         self.scratch: set[str] = set()  # registers that a statement allocates
         self.registers: dict[str, Any] = {}  # values; at the position level one for each temporary
         self.started: set[str] = set()  # temporaries whose sum has begun in an outer loop
@@ -115,6 +116,9 @@ class _Nest:
             self.store(s.buffer, s.index, self.value(s.value), s.op)
         elif isinstance(s, ir.Alloc):
             self.allocate(s.buffer)
+        elif isinstance(s, ir.Scatter):
+            row, key, value = self.rows[s.workspace.name], self.value(s.key), self.value(s.value)
+            row[key] = row[key] + value if key in row else value
         elif isinstance(s, (ir.MmaZero, ir.Mma, ir.MmaStore)):
             self.tiles(s)
         elif not isinstance(s, (ir.Sync, ir.Prefetch)):
@@ -136,6 +140,8 @@ class _Nest:
         self.registers.update(starts)
         if isinstance(s, ir.Merge):
             self.merge(s)
+        elif isinstance(s, ir.Drain):
+            self.drain(s)
         else:
             self.iterate(s)
         self.started = before
@@ -157,6 +163,17 @@ class _Nest:
             for n, known in enumerate(lists):
                 self.env[_cursor(s.name, n)] = number(known.get(key, -1))
             self.do(s.body)
+
+    def drain(self, s: ir.Drain) -> None:
+        """Runs the body for each coordinate of a row workspace, and empties it."""
+        assert s.workspace is not None
+        row = self.rows[s.workspace.name]
+        for rank, key in enumerate(sorted(row)):
+            self.env[s.name] = s.var.dtype.numpy.type(rank)
+            self.env[_cursor(s.name, ir.KEY)] = key
+            self.env[_cursor(s.name, ir.VALUE)] = row[key]
+            self.do(s.body)
+        row.clear()
 
     def iterate(self, s: ir.For) -> None:
         for i in _range(s.var, self.value(s.begin), self.value(s.end)):
@@ -201,7 +218,9 @@ class _Nest:
 
     def allocate(self, b: ir.Buffer) -> None:
         extents = tuple(_integer(e) for e in b.shape)
-        if b.scope == "shared":
+        if b.scope == "workspace":
+            self.rows[b.name] = {}
+        elif b.scope == "shared":
             self.memory[b.name] = Array.of(b.name, poisoned(extents, b.dtype))
         else:
             shape = (prod(extents), b.dtype.lanes)[: 1 + (b.dtype.lanes > 1)]

@@ -96,9 +96,7 @@ def condition_of(op: str, value: Any) -> Expr:
 
 
 def _reduce(op: str) -> Callable[..., Expr]:
-    def reduction(
-        value: Any, over: Index | tuple[Index, ...], where: Expr | None = None
-    ) -> Expr:
+    def reduction(value: Any, over: Index | tuple[Index, ...], where: Expr | None = None) -> Expr:
         axes = over if isinstance(over, tuple) else (over,)
         if not axes or not all(isinstance(a, Index) for a in axes):
             raise refusal("P104", f"{op} over {over!r}: not indices", hint="over=j or over=(j, k)")

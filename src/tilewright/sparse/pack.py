@@ -356,7 +356,11 @@ def _numbers() -> np.ndarray:
 
 
 def of_rows(
-    indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, shape: tuple[int, int], dtype: DType
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    values: np.ndarray,
+    shape: tuple[int, int],
+    dtype: DType,
 ) -> Packed:
     """The CSR tensor of arrays that an operator computed. They are not checked: the columns of each
     row ascend."""
