@@ -28,7 +28,7 @@ class CppRenderer(Renderer):
     def body_pointers(self, nest: ir.Nest) -> list[str]:
         rows = (
             f"tw::row_workspace<{self.type(self.program.index)}, {self.type(x.buffer.dtype)}> "
-            f"{c_name(x.buffer.name)};"
+            f"{c_name(x.buffer.name)}({self.expr(x.buffer.shape[0])});"
             for x in statements(nest.body)
             if isinstance(x, ir.Alloc) and x.buffer.scope == "workspace"
         )

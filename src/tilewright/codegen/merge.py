@@ -100,15 +100,17 @@ class MergeRenderer:
         self.line("}")
 
     def drain(self, s: ir.Drain) -> None:
-        """The loop over a row workspace, sorted where its order matters."""
+        """The loop over a row workspace, which is sorted unless it is only counted."""
         assert s.workspace is not None
         row, name, kind = c_name(s.workspace.name), c_name(s.name), C_TYPES[s.var.dtype.name]
-        if any(isinstance(x, ir.Cursor) and x.operand == ir.KEY for x in walk(s.body)):
-            self.line(f"{row}.sort();")
+        is_read = any(isinstance(x, ir.Cursor) for x in walk(s.body))
+        if is_read:
+            self.line(f"{row}.gather();")
         self.line(f"for ({kind} {name} = 0; {name} < {row}.count; ++{name}) {{")
         self.depth += 1
-        self.line(f"const auto {name}__key = {row}.entries[{name}].key;")
-        self.line(f"const auto {name}__value = {row}.entries[{name}].value;")
+        if is_read:
+            self.line(f"const auto {name}__key = {row}.entries[{name}].key;")
+            self.line(f"const auto {name}__value = {row}.entries[{name}].value;")
         self.stmt(s.body)
         self.depth -= 1
         self.line("}")

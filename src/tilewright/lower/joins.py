@@ -7,7 +7,7 @@ after:  for i in 0:m.size
           alloc row
           for k_p in A.indptr1[i]:A.indptr1[i + 1]
             for j_p in B.indptr1[k]:B.indptr1[k + 1]
-              row[B.indices1[j_p]] += 0
+              row[B.indices1[j_p]] += false
           for n in row
             out[i] = sum(1 over j)
 """
@@ -78,8 +78,9 @@ class _Builder:
         self.tables, self.statements, self.join = tables, statements, join
         self.rows = PartRows(tables, "", False)
         self.product = self._product()
-        kind = dtypes.int8 if self.product is None else self.product.dtype
-        self.row = ir.Buffer(tables.unused_name("row"), kind, (), "workspace")
+        kind = dtypes.bool_ if self.product is None else self.product.dtype
+        extent = tables.size(join.axis.dim)
+        self.row = ir.Buffer(tables.unused_name("row"), kind, (extent,), "workspace")
 
     def build(self) -> ir.Nest:
         st, tables = self.statements[0], self.tables
@@ -154,7 +155,7 @@ class _Builder:
         around = self._walk(scope, join.first, join.over)
         inside = self._walk(scope, join.second, join.axis)
         lets: list[ir.Stmt] = []
-        value: ir.Expr = ir.Const(0, self.row.dtype)
+        value: ir.Expr = ir.cast(ir.Const(0, dtypes.int32), self.row.dtype)
         if self.product is not None:
             term = substitute(self.product.body, {self.product.axes[0].name: join.over})
             value = ir.cast(self._reader(scope, lets).expr(term), self.row.dtype)

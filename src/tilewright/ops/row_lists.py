@@ -21,7 +21,7 @@ from tilewright.schedule import Schedule
 from tilewright.sparse.formats import Format
 from tilewright.sparse.pack import Packed, of_rows
 
-ROWS_PER_UNIT = 64
+ROWS_PER_UNIT = 256
 FORMATS = ("csr", "dcsr")
 
 

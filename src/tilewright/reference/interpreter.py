@@ -217,10 +217,11 @@ class _Nest:
         cells[at] = encode(value, dtype, cells.dtype)
 
     def allocate(self, b: ir.Buffer) -> None:
-        extents = tuple(_integer(e) for e in b.shape)
         if b.scope == "workspace":
             self.rows[b.name] = {}
-        elif b.scope == "shared":
+            return
+        extents = tuple(_integer(e) for e in b.shape)
+        if b.scope == "shared":
             self.memory[b.name] = Array.of(b.name, poisoned(extents, b.dtype))
         else:
             shape = (prod(extents), b.dtype.lanes)[: 1 + (b.dtype.lanes > 1)]
