@@ -125,9 +125,9 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "KV", "LLM", "Alibi", "Attention", "Bound", "Causal", "Composed", "Definition", "Format",
     "Full", "Kernel", "Packed", "Plan", "Pool", "Schedule", "SlidingWindow", "Softcap", "State",
-    "Step", "Table", "Target", "TilewrightError", "Where", "Workspace", "abs", "any", "bsr", "bucket",
-    "coo", "cos", "csc", "csf", "csr", "dbsr", "dcsr", "dense", "ell", "equal", "exp", "floor",
-    "hyb", "indices", "log", "max", "maximum", "min", "minimum", "ops", "out", "per_head",
-    "prod", "program", "ragged", "recipes", "rsqrt", "scalar", "sigmoid", "sin", "size",
-    "sparse", "sqrt", "stored", "sum", "tanh", "target", "temp", "update", "variant", "where",
+    "Step", "Table", "Target", "TilewrightError", "Where", "Workspace", "abs", "any", "bsr",
+    "bucket", "coo", "cos", "csc", "csf", "csr", "dbsr", "dcsr", "dense", "ell", "equal", "exp",
+    "floor", "hyb", "indices", "log", "max", "maximum", "min", "minimum", "ops", "out", "per_head",
+    "prod", "program", "ragged", "recipes", "rsqrt", "scalar", "sigmoid", "sin", "size", "sparse",
+    "sqrt", "stored", "sum", "tanh", "target", "temp", "update", "variant", "where",
 ]  # fmt: skip

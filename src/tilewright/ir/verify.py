@@ -83,12 +83,7 @@ class _Checker:
         if isinstance(s, ir.Seq):
             self.seq(s, set(bound), dict(registers))
         elif isinstance(s, ir.For):
-            for child in ir.children(s):
-                if child is not s.body and child is not s.var:
-                    self.expr(child, bound, registers)
-            if s.name in bound:
-                self.fail(f"loop {s.name} shadows another name", s)
-            self.stmt(s.body, bound | {s.name}, registers)
+            self.loop(s, bound, registers)
         elif isinstance(s, ir.If):
             if s.cond.dtype.kind != "b" or s.cond.dtype.lanes != 1:
                 self.fail("a guard is one truth value", s.cond)
@@ -102,7 +97,21 @@ class _Checker:
             self.compute(s, bound)
         elif isinstance(s, ir.Store):
             self.store(s, bound, registers)
-        elif isinstance(s, ir.Scatter):
+        else:
+            self.leaf(s, bound, registers)
+
+    def loop(self, s: ir.For, bound: set[str], registers: dict[str, ir.Buffer]) -> None:
+        for child in ir.children(s):
+            if child is not s.body and child is not s.var:
+                self.expr(child, bound, registers)
+        if isinstance(s, ir.Drain) and s.workspace is not None:
+            self.declared(s.workspace, registers, s)
+        if s.name in bound:
+            self.fail(f"loop {s.name} shadows another name", s)
+        self.stmt(s.body, bound | {s.name}, registers)
+
+    def leaf(self, s: ir.Stmt, bound: set[str], registers: dict[str, ir.Buffer]) -> None:
+        if isinstance(s, ir.Scatter):
             self.declared(s.workspace, registers, s)
             self.expr(s.key, bound, registers)
             self.expr(s.value, bound, registers)

@@ -12,6 +12,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
+from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import is_list_of_pairs
@@ -109,8 +110,9 @@ def _access(st: Statement, driver: Driver) -> str:
     return f"{tensor}[{', '.join(driver.indices)}]"
 
 
-def _condition(body: ir.Expr) -> ir.Expr | None:
-    return body.cond if isinstance(body, ir.Select) else None
+def _condition(body: ir.Expr) -> ir.Expr:
+    """The condition of a body that has one; else one that nothing is known of."""
+    return body.cond if isinstance(body, ir.Select) else ir.Var("", dtypes.bool_)
 
 
 def _is_identity(st: Statement, missing: Container[Driver]) -> bool:
@@ -133,8 +135,7 @@ def _holds(st: Statement, stored: list[Driver]) -> bool:
     def read(x: ir.Access | ir.Stored) -> Any:
         return True if isinstance(x, ir.Stored) and _driver(x.access) in stored else None
 
-    cond = _condition(st.value)
-    return cond is not None and constant(cond, read) is True
+    return constant(_condition(st.value), read) is True
 
 
 def _driver(x: ir.Access) -> Driver:

@@ -36,9 +36,9 @@ def spgemm_fill(
 
 
 def spgemm(A: Packed, B: Packed) -> Packed:
-    """C = A B as CSR, with an entry wherever a product of entries adds to one. A: (m, k), B: (k, n),
-    csr or dcsr on the host; the dtype is the wider one, sums are in its accumulator. Raises
-    ArgumentError A102, A103, A105, A106."""
+    """C = A B as CSR, with an entry wherever entries of A and B meet. A: (m, k), B: (k, n), csr or
+    dcsr on the host; the dtype is the wider one, sums are in its accumulator. Raises ArgumentError
+    A102, A103, A105, A106."""
     row_lists.check_operands(A, B)
     if A.shape[1] != B.shape[0]:
         raise ArgumentError(

@@ -5,11 +5,11 @@
         return out[i, k](sum(A[i, j] * X[j, k], over=j))
 
 Parameters are described by their default values. A reduction `over` an axis that one sparse operand
-has ranges over the *stored* coordinates of that operand. Where several have the axis, it ranges over
-all coordinates: the body must be the identity of the reduction where one of them, or where all of
-them, are missing. `where=` names the coordinates instead: `max(X[j], over=j, where=stored(A[i, j]))`.
-Elsewhere a missing coordinate reads as the tensor's fill. Nothing is executed here: `A[i, j]` is a
-node.
+has ranges over the *stored* coordinates of that operand. Where several have the axis, it ranges
+over all coordinates, and the body must be the identity of the reduction where one of them, or where
+all of them, are missing; else `where=` names the coordinates, as in
+`max(A[i, j] * B[i, j], over=j, where=stored(A[i, j]))`. Elsewhere a missing coordinate reads as the
+tensor's fill. Nothing is executed here: `A[i, j]` is a node.
 """
 
 from __future__ import annotations
@@ -185,7 +185,8 @@ def _parameter(
 
 
 __all__ = [
-    "Declared", "Index", "Output", "abs_", "any_", "cos", "dense", "equal", "exp", "floor", "indices",
-    "log", "max_", "maximum", "min_", "minimum", "out", "prod", "rsqrt", "scalar", "sigmoid",
-    "sin", "size", "sparse", "sqrt", "stored", "sum_", "tanh", "temp", "trace", "update", "where",
+    "Declared", "Index", "Output", "abs_", "any_", "cos", "dense", "equal", "exp", "floor",
+    "indices", "log", "max_", "maximum", "min_", "minimum", "out", "prod", "rsqrt", "scalar",
+    "sigmoid", "sin", "size", "sparse", "sqrt", "stored", "sum_", "tanh", "temp", "trace", "update",
+    "where",
 ]  # fmt: skip
