@@ -358,6 +358,30 @@ def test_rows_of_products_are_gathered(fmt, rng):
         np.testing.assert_allclose(values, 2 * c[rows, cols] + 1, rtol=2e-5, atol=2e-5)
 
 
+@tw.program
+def dense_product(P=tw.sparse("m k"), M=tw.sparse("k n")):
+    i, k, j = tw.indices("m k n")
+    return tw.out[i, j](tw.sum(M[k, j] * P[i, k], over=k))
+
+
+@pytest.mark.parametrize("of_m", [*LISTS.values(), tw.csc(), tw.coo(), tw.bsr(2)], ids=str)
+@pytest.mark.parametrize("of_p", [tw.csr(), tw.dcsr(), tw.csc()], ids=str)
+def test_dense_products_follow_both_operands(of_p, of_m, rng):
+    """In lists the columns of a row of M are walked below k: no search, no loop over columns."""
+    a, b = some(rng, (5, 6)), some(rng, (6, 7))
+    program = dense_product.decompose(P=of_p, M=of_m)
+    args = {"P": pack(of_p, a), "M": pack(of_m, b)}
+    after_every_pass(program, args)
+    for target in TARGETS:
+        out = np.full((5, 7), np.nan, np.float32)
+        program.build(target)(**args, out=out)
+        np.testing.assert_allclose(out, a.astype(np.float64) @ b, rtol=2e-5, atol=2e-5)
+    if of_p == tw.csr() and of_m in LISTS.values():
+        assert merges(program) == [("union", 1)]
+        rows = program.schedule(lambda s: s.parallel("m")).build("cpp")
+        np.testing.assert_allclose(rows(**args), a.astype(np.float64) @ b, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     "value",
     [

@@ -56,7 +56,8 @@ def iteration(st: Statement) -> Iteration | None:
         return None
     if len(shared) == 1 and st.op != "append":
         return Iteration(tuple(shared))
-    ranked = sorted(shared, key=lambda d: (_rank(shared[d].format), d))
+    reduced = {a.name for a in st.axes}
+    ranked = sorted(shared, key=lambda d: (*_rank(d, shared[d].format, reduced), d))
     zero = [d for d in ranked if _is_identity(st, {d})]
     if zero:
         op = "intersection" if len(zero) > 1 or st.op == "append" else ""
@@ -95,13 +96,14 @@ def check_reduction(st: Statement, tensors: dict[str, ir.Tensor]) -> None:
         )
 
 
-def _rank(fmt: Any) -> int:
-    """The formats that are followed first: those that cannot be searched, then those whose rows are
-    in one piece."""
+def _rank(driver: Driver, fmt: Any, reduced: set[str]) -> tuple[int, bool]:
+    """The structures that are followed first: those that cannot be searched, then those whose rows
+    are in one piece, and of these the ones that have the reduced axis below the others."""
     levels = getattr(fmt, "levels", ())
     if is_list_of_pairs(levels):
-        return 2
-    return int(bool(levels) and all(x.unique for x in levels))
+        return 2, False
+    below = bool(levels) and driver.indices[levels[-1].dim] in reduced
+    return int(bool(levels) and all(x.unique for x in levels)), not below
 
 
 def _access(st: Statement, driver: Driver) -> str:

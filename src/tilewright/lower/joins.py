@@ -116,8 +116,8 @@ class _Builder:
             if len(sums) > 1 or total.op != "sum" or not self._is_zero_outside(total):
                 raise ProgramError(
                     "P107",
-                    f"{' and '.join(map(str, sums))}: a row of a product holds one sum, and it is "
-                    f"0 where {self.join.first.structure} or {self.join.second.structure} is missing",
+                    f"{' and '.join(map(str, sums))}: a row of a product holds one sum, which is 0 "
+                    f"where {self.join.first.structure} or {self.join.second.structure} is missing",
                     hint="sum(A[i, k] * B[k, j], over=k)",
                 )  # fmt: skip
         return next(iter(sums), None)

@@ -85,10 +85,13 @@ def revisits_outputs(st: Statement, specs: list[LoopSpec]) -> bool:
             is_below_reduction = True
             if s.fused is not None:
                 return True
-        elif s.level is not None and (
-            (s.fused is not None and s.fused.name in reduced)
-            or (not s.level.unique and not is_sparse)
-            or (not s.level.is_dense and is_below_reduction)
+        elif s.merged is not None or (
+            s.level is not None
+            and (
+                (s.fused is not None and s.fused.name in reduced)
+                or (not s.level.unique and not is_sparse)
+                or (not s.level.is_dense and is_below_reduction)
+            )
         ):
             return True
     return False
@@ -96,6 +99,8 @@ def revisits_outputs(st: Statement, specs: list[LoopSpec]) -> bool:
 
 def visits_all(tables: Tables, s: LoopSpec) -> bool:
     """Whether the loop of an output index visits every coordinate of its dimension."""
+    if s.merged is not None:
+        return False
     if s.level is None or (s.level.full and s.fused is None):
         return True
     fmt = tables.tensors[s.structure].format

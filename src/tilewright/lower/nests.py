@@ -153,8 +153,30 @@ class NestBuilder:
             if lists != it.drivers:
                 raise unmergeable(st, [self.tables.tensors[d.structure].format for d in it.drivers])
         elif len(lists) < 2 or lists[0] != it.drivers[0]:
-            return specs
+            return self._scattered(st, specs, it, scope)
         return [*specs[:-1], replace(specs[-1], merged=replace(it, drivers=lists))]
+
+    def _scattered(
+        self, st: Statement, specs: list[LoopSpec], it: Iteration, scope: Scope
+    ) -> list[LoopSpec]:
+        """The loops of a product of two structures in the order of Gustavson, where that is
+        possible: the last is over what the second stores at the coordinate of the reduction.
+
+        before: for i; for j in 0:n; for k in A[i, :]
+        after:  for i; for k in A[i, :]; for j in B[k, :]
+        """
+        *outer, inner = specs
+        in_memory = st is self.root and not self.temps and st.out.dtype == st.value.dtype
+        is_ordered = st.out.tensor.name in {order[0] for order in self.tables.program.orders}
+        if not in_memory or is_ordered or inner.level is None:
+            return specs
+        for s in outer:
+            rest = [x for x in outer if x is not s]
+            bound = {x.axis.name for x in (*rest, inner)} | scope.coordinates.keys()
+            for d in it.drivers[1:] if s.level is None and s.axis not in st.axes else ():
+                if has_list(self.tables, d, s.axis.name, bound):
+                    return [*rest, inner, replace(s, merged=Iteration((d,), "union"))]
+        return specs
 
     def _driver_inside(self) -> Driver | None:
         """The driver of a reduction inside the root, where the root's own loops can follow it:
