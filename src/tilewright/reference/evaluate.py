@@ -169,17 +169,19 @@ class _Evaluator:
         """Writes the values of each point of the box where the condition holds, one behind the
         other."""
         assert isinstance(e.body, ir.Select)
+        array, ends = self.data[s.out.tensor.name], [len(next(iter(d.values()))) for d in box]
         own = {a.name: np.arange(self.size(a.dim), dtype=self.index) for a in axes_of(e)}
-        full = tuple(slice(0, len(next(iter(along.values())))) for along in (*box, own))
-        inside = scope_of([*box, own], full)
-        shape = tuple(x.stop for x in full)
-        kept = np.broadcast_to(self.expr(e.body.cond, inside), shape)
-        values = np.broadcast_to(self.expr(e.body.a, inside), shape)[kept]
-        start = np.broadcast_to(self.expr(s.out.coords[0], inside), shape)[kept]
-        at = start + (np.cumsum(kept, axis=-1) - 1)[kept]
-        array = self.data[s.out.tensor.name]
-        valid = (at >= 0) & (at < len(array))
-        array[at[valid]] = encode(values, s.out.dtype, array.dtype)[valid]
+        row = slice(0, self.size(axes_of(e)[0].dim))
+        most = LIMIT_BYTES // 8 // max(self.points_below(e.body) * row.stop, 1)
+        for part in pieces(tuple(slice(0, n) for n in ends), most):
+            inside = scope_of([*box, own], (*part, row))
+            shape = (*(x.stop - x.start for x in part), row.stop)
+            kept = np.broadcast_to(self.expr(e.body.cond, inside), shape)
+            values = np.broadcast_to(self.expr(e.body.a, inside), shape)[kept]
+            start = np.broadcast_to(self.expr(s.out.coords[0], inside), shape)[kept]
+            at = start + (np.cumsum(kept, axis=-1) - 1)[kept]
+            valid = (at >= 0) & (at < len(array))
+            array[at[valid]] = encode(values, s.out.dtype, array.dtype)[valid]
 
     def box_of(self, out: ir.Access) -> Box:
         """The box of an output: a dimension for each index; one for all stored coordinates."""
