@@ -26,7 +26,7 @@ class CppRenderer(Renderer):
             super().alloc(b)
 
     def body_pointers(self, nest: ir.Nest) -> list[str]:
-        rows = (
+        rows = dict.fromkeys(  # once, though the body of a loop may be there twice
             f"tw::row_workspace<{self.type(self.program.index)}, {self.type(x.buffer.dtype)}> "
             f"{c_name(x.buffer.name)}({self.expr(x.buffer.shape[0])});"
             for x in statements(nest.body)
