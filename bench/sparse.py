@@ -108,7 +108,15 @@ def sddmm(args: argparse.Namespace) -> Iterator[Row]:
 
 def spgemm(args: argparse.Namespace) -> Iterator[Row]:
     """Rows of A A, A + Aᵀ and A ∘ Aᵀ for each graph, on the CPU, beside SciPy."""
+    if args.dtype not in ("float32", "float64") or args.target != "cpp":
+        raise ArgumentError(
+            "A102", f"sparse results in {args.dtype} on {args.target}", where="bench spgemm",
+            hint="float32 or float64, which SciPy has, and cpp",
+        )  # fmt: skip
     for graph in inputs(args):
+        if graph.shape[0] != graph.shape[1]:
+            note(f"{graph.name}: left out, it is not square")
+            continue
         yield from _sparse_results(graph, args.dtype)
 
 
