@@ -56,19 +56,25 @@ def check_operands(A: Any, B: Any) -> None:
         )  # fmt: skip
 
 
-@cache
-def _kernels(
-    count: Definition, fill: Definition, formats: tuple[Format, Format], types: tuple[DType, ...]
-) -> tuple[Kernel, Kernel]:
-    """The kernels of both phases for the formats of A and B, and for the dtypes of A, B, their
+def phases(
+    count: Definition, fill: Definition, formats: tuple[Format, ...], types: tuple[DType, ...]
+) -> tuple[Definition, Definition]:
+    """Both phases with their schedules, for the formats of A and B, and the dtypes of A, B, their
     coordinates and the result."""
     a, b, index, values = types
 
-    def built(phase: Definition, **of: Any) -> Kernel:
-        typed = phase.typed(A=a, B=b, index=index, **of)
-        return typed.decompose(A=formats[0], B=formats[1]).schedule(recipe).build("cpp")
+    def of(phase: Definition, **own: Any) -> Definition:
+        typed = phase.typed(A=a, B=b, index=index, **own)
+        return typed.decompose(A=formats[0], B=formats[1]).schedule(recipe)
 
-    return built(count), built(fill, columns=index, values=values)
+    return of(count), of(fill, columns=index, values=values)
+
+
+@cache
+def _kernels(
+    count: Definition, fill: Definition, formats: tuple[Format, ...], types: tuple[DType, ...]
+) -> tuple[Kernel, ...]:
+    return tuple(d.build("cpp") for d in phases(count, fill, formats, types))
 
 
 def _empty(n: int, dtype: np.dtype) -> np.ndarray:
