@@ -61,10 +61,10 @@ def _linear(kind: str, many: bool = False, n: int = 576, k: int = 1536) -> Shipp
     return Shipped(definition, CPU if many else BOTH)  # a GPU has one schedule for both
 
 
-def _row_lists(count: Definition, fill: Definition, dtype: str = "float32") -> dict[str, Shipped]:
+def _fill(count: Definition, fill: Definition, dtype: str = "float32") -> Shipped:
     kind = dtypes.dtype(dtype)
-    both = row_lists.phases(count, fill, (tw.csr(), tw.csr()), (kind, kind, dtypes.int32, kind))
-    return {d.name.replace("_", " "): Shipped(d, CPU) for d in both}
+    types = kind, kind, dtypes.int32, kind
+    return Shipped(row_lists.phases(count, fill, (tw.csr(), tw.csr()), types)[1], CPU)
 
 
 def _interleaved(kind: str, many: bool) -> Shipped:
@@ -110,9 +110,9 @@ SHIPPED: dict[str, Shipped] = {
     **{f"sddmm coo f16 {d}": _sddmm(tw.coo(), d, "float16", targets=CUDA) for d in (33, 512)},
     "sddmm coo f64 64 int64": _sddmm(tw.coo(), 64, "float64", index="int64"),
     # sparse results
-    **_row_lists(add_count, add_fill),
-    **_row_lists(multiply_count, multiply_fill),
-    **_row_lists(spgemm_count, spgemm_fill, "float64"),
+    "add fill": _fill(add_count, add_fill),
+    "multiply fill": _fill(multiply_count, multiply_fill),
+    "spgemm fill f64": _fill(spgemm_count, spgemm_fill, "float64"),
     # matrix tiles
     "gemm f16": Shipped(gemm_definition("float16")),
     "gemm bf16 512x256": Shipped(gemm_definition("bfloat16", 512, 256)),
