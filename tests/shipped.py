@@ -63,8 +63,8 @@ def _linear(kind: str, many: bool = False, n: int = 576, k: int = 1536) -> Shipp
 
 def _fill(count: Definition, fill: Definition, dtype: str = "float32") -> Shipped:
     kind = dtypes.dtype(dtype)
-    types = kind, kind, dtypes.int32, kind
-    return Shipped(row_lists.phases(count, fill, (tw.csr(), tw.csr()), types)[1], CPU)
+    operands = ("A", tw.csr(), kind), ("B", tw.csr(), kind)
+    return Shipped(row_lists.phases(count, fill, operands, dtypes.int32, kind)[1], CPU)
 
 
 def _interleaved(kind: str, many: bool) -> Shipped:

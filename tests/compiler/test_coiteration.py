@@ -359,6 +359,26 @@ def test_rows_of_products_are_gathered(fmt, rng):
 
 
 @tw.program
+def masked(A=tw.sparse("m k"), B=tw.sparse("k n"), M=tw.sparse("m n")):
+    i, k, j = tw.indices("m k n")
+    meets = tw.any(tw.stored(A[i, k]) & tw.stored(B[k, j]), over=k) & tw.stored(M[i, j])
+    value = M[i, j] * tw.sum(A[i, k] * B[k, j], over=k)
+    return tw.out[i](tw.sum(value, over=j, where=meets))
+
+
+@pytest.mark.parametrize("fmt", LISTS)
+def test_rows_of_products_are_masked(fmt, rng):
+    a, b, m = some(rng, (4, 6)), some(rng, (6, 7)), some(rng, (4, 7))
+    args = {"A": pack(tw.csr(), a), "B": pack(tw.csr(), b), "M": pack(LISTS[fmt], m)}
+    program = masked.decompose(M=LISTS[fmt])
+    after_every_pass(program, args)
+    for target in TARGETS:
+        got = program.build(target)(**args)
+        wanted = (m * (a.astype(np.float64) @ b)).sum(1)
+        np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5)
+
+
+@tw.program
 def dense_product(P=tw.sparse("m k"), M=tw.sparse("k n")):
     i, k, j = tw.indices("m k n")
     return tw.out[i, j](tw.sum(M[k, j] * P[i, k], over=k))

@@ -98,6 +98,24 @@ def test_products(share, rng):
             check(ops.spgemm(A, B), met, a @ b, k * (np.abs(a) @ np.abs(b)))
 
 
+@pytest.mark.parametrize("fmt", [tw.csr(), tw.dcsr()], ids=str)
+@pytest.mark.parametrize("columns", [30, (1 << 18) + 30])
+def test_masked_products(columns, fmt, rng):
+    """Entries of the product that the mask has; the values of the mask do not matter."""
+    left, right, mask = (pattern(rng, s, 0.2) for s in ((40, 20), (20, 30), (40, 30)))
+    A, B = packed(rng, left, "float64"), packed(rng, right, "float32", fmt)
+    a, b = exact(A), exact(B)
+    if columns > 30:  # the same beside many empty columns: rows are gathered in a hash table
+        B = fmt.pack((np.nonzero(right), b[right].astype("f"), (20, columns)))
+    M = fmt.pack((np.nonzero(mask), np.zeros(mask.sum(), bool), (40, columns)))
+    c = ops.spgemm(A, B, mask=M)
+    wanted = mask & (left.astype(int) @ right > 0)
+    coords, values = c.unpack()
+    assert c.shape == (40, columns) and c.dtype.name == "float64"
+    np.testing.assert_array_equal(coords, np.nonzero(wanted))
+    np.testing.assert_allclose(values, (a @ b)[wanted], rtol=1e-12, atol=1e-12)
+
+
 PAIRS = [
     ("float64", "float64"), ("float32", "float64"), ("float16", "float16"),
     ("bfloat16", "bfloat16"), ("float16", "float32"), ("int32", "int32"), ("int8", "int8"),
@@ -236,6 +254,14 @@ def test_bad_operands_are_refused(rng):
             with pytest.raises(ArgumentError) as e:
                 op(*operands)
             assert e.value.code == code and f"argument {at}" in e.value.where and e.value.hint
+    for code, mask in (
+        ("A103", tw.csr().pack(np.ones((4, 4)))),
+        ("A106", np.eye(3)),
+        ("A102", wide),
+    ):
+        with pytest.raises(ArgumentError) as e:
+            ops.spgemm(A, A, mask=mask)
+        assert e.value.code == code and "argument mask" in e.value.where and e.value.hint
     with pytest.raises(FormatError) as e:  # the lists of an operand have no coordinate twice
         tw.csr().pack((np.array([0, 2]), np.array([1, 1]), None, (1, 3)))
     assert e.value.code == "F105"

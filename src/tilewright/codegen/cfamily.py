@@ -240,6 +240,8 @@ class Renderer(MergeRenderer):
             )
         if isinstance(e, ir.Cursor):
             return self.cursor(e)
+        if isinstance(e, ir.Holds):
+            return f"{c_name(e.workspace.name)}.holds({self.expr(e.key)})"
         if isinstance(e, ir.Ramp):
             return f"tw::ramp<{_lanes_of(e.dtype)}>({self.expr(e.base)})"
         if isinstance(e, ir.Broadcast):

@@ -218,6 +218,15 @@ KEY, VALUE = -1, -2  # operands of a `Cursor`
 
 
 @node
+class Holds(Expr):
+    """Whether a row workspace holds a coordinate."""
+
+    workspace: Buffer
+    key: Expr
+    dtype: DType = dtypes.bool_
+
+
+@node
 class Ramp(Expr):
     """Loop level: the vector base, base+1, … of `dtype.lanes` lanes."""
 

@@ -49,6 +49,7 @@ _EXPRESSIONS: dict[str, Callable[[Any], str]] = {
     "Cast": lambda e: f"{e.dtype}({expr_text(e.a)})",
     "Reduce": lambda e: f"{e.op}({expr_text(e.body)} over {' '.join(a.name for a in e.axes)})",
     "Search": _search,
+    "Holds": lambda e: f"{expr_text(e.key)} in {e.workspace.name}",
     "Stored": lambda e: f"stored({expr_text(e.access)})",
     "Cursor": lambda e: (
         f"{e.loop.name}.{ {-1: 'coordinate', -2: 'value'}.get(e.operand, f'position{e.operand}') }"

@@ -17,11 +17,11 @@ _STATEMENTS = (
 _VECTORS = (ir.Ramp, ir.Broadcast, ir.ReduceLanes, ir.ReduceThreads)
 LEGAL: dict[str, tuple[type, ...]] = {
     "coordinates": (ir.Assign, ir.Access, ir.Stored, ir.Reduce, ir.Index),
-    "positions": (*_STATEMENTS, ir.Compute, ir.Load, ir.Search, ir.Cursor),
-    "loops": (*_STATEMENTS, ir.Load, ir.Search, ir.Cursor, *_VECTORS),
+    "positions": (*_STATEMENTS, ir.Compute, ir.Load, ir.Search, ir.Cursor, ir.Holds),
+    "loops": (*_STATEMENTS, ir.Load, ir.Search, ir.Cursor, ir.Holds, *_VECTORS),
 }
 # fmt: on
-LEVELLED = (ir.Access, ir.Stored, ir.Reduce, ir.Load, ir.Search, ir.Cursor, *_VECTORS)
+LEVELLED = (ir.Access, ir.Stored, ir.Reduce, ir.Load, ir.Search, ir.Cursor, ir.Holds, *_VECTORS)
 
 
 def verify(program: ir.Program, after: str = "") -> None:
@@ -194,6 +194,8 @@ class _Checker:
             self.indices(e)
         elif isinstance(e, ir.Search):
             self.declared(e.keys, registers, e)
+        elif isinstance(e, ir.Holds):
+            self.declared(e.workspace, registers, e)
         for child in ir.children(e):
             self.expr(child, bound, registers)
 

@@ -37,12 +37,14 @@ from tilewright.lower.tables import (
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """The coordinates `axis` at which `first` and `second` are stored for some `over`."""
+    """The coordinates `axis` at which `first` and `second` are stored for some `over`, and `mask`,
+    where there is one."""
 
     axis: ir.Index
     over: ir.Index
     first: Driver
     second: Driver
+    mask: Driver | None = None
 
 
 def join_of(value: ir.Expr) -> Join | None:
@@ -50,7 +52,12 @@ def join_of(value: ir.Expr) -> Join | None:
     inner = value.a if isinstance(value, ir.Cast) else value
     if not isinstance(inner, ir.Reduce) or not isinstance(inner.body, ir.Select):
         return None
-    cond = inner.body.cond  # any(stored(A[i, k]) & stored(B[k, j]) over k)
+    cond, mask = inner.body.cond, None  # any(stored(A[i, k]) & stored(B[k, j]) over k)
+    if isinstance(cond, ir.Binary) and cond.op == "&":  # … & stored(M[i, j])
+        cond, stored = (cond.b, cond.a) if isinstance(cond.a, ir.Stored) else (cond.a, cond.b)
+        if not isinstance(stored, ir.Stored):
+            return None
+        mask = _driver(stored)
     exists = cond.a if isinstance(cond, ir.Binary) and cond.op == "!=" else None
     if not isinstance(exists, ir.Reduce) or exists.op != "max" or len(inner.axes) != 1:
         return None
@@ -60,12 +67,16 @@ def join_of(value: ir.Expr) -> Join | None:
         return None
     if not isinstance(both.a, ir.Stored) or not isinstance(both.b, ir.Stored):
         return None
-    drivers = [Driver(x.access.tensor.structure, index_names(x.access)) for x in (both.a, both.b)]
+    drivers = [_driver(both.a), _driver(both.b)]
     drivers.sort(key=lambda d: axis.name in d.indices)
     first, second = drivers
     if axis.name in first.indices or not {axis.name, over[0].name} <= set(second.indices):
         return None
-    return Join(axis, over[0], first, second)  # type: ignore[arg-type]
+    return Join(axis, over[0], first, second, mask)  # type: ignore[arg-type]
+
+
+def _driver(x: ir.Stored) -> Driver:
+    return Driver(x.access.tensor.structure, index_names(x.access))
 
 
 def join_nest(tables: Tables, statements: list[Statement], join: Join) -> ir.Nest:
@@ -81,6 +92,7 @@ class _Builder:
         kind = dtypes.bool_ if self.product is None else self.product.dtype
         extent = tables.size(join.axis.dim)
         self.row = ir.Buffer(tables.unused_name("row"), kind, (extent,), "workspace")
+        self.mask = ir.Buffer(tables.unused_name("mask"), dtypes.bool_, (extent,), "workspace")
 
     def build(self) -> ir.Nest:
         st, tables = self.statements[0], self.tables
@@ -89,6 +101,8 @@ class _Builder:
             scope.coordinates[x.name] = self._variable(x.name)
         self._check_lists({x.name for x in outer})
         body = ir.seq(ir.Alloc(self.row), self._scatter(scope), self._drain(scope))
+        if self.join.mask is not None:
+            body = self._masked(scope, self.join.mask, body)
         for x in reversed(outer):
             var: Any = scope.coordinates[x.name]
             zero = ir.Const(0, tables.index)
@@ -102,10 +116,12 @@ class _Builder:
         join, k = self.join, self.join.over.name
         if not (
             has_list(self.tables, join.first, k, outer)
+            and (not join.mask or has_list(self.tables, join.mask, join.axis.name, outer))
             and has_list(self.tables, join.second, join.axis.name, outer | {k})
         ):
             tensors = self.tables.tensors
-            formats = [tensors[d.structure].format for d in (join.first, join.second)]
+            drivers = [d for d in (join.mask, join.first, join.second) if d is not None]
+            formats = [tensors[d.structure].format for d in drivers]
             raise unmergeable(self.statements[0], formats)
 
     def _product(self) -> ir.Reduce | None:
@@ -160,8 +176,19 @@ class _Builder:
         if self.product is not None:
             term = substitute(self.product.body, {self.product.axes[0].name: join.over})
             value = ir.cast(self._reader(scope, lets).expr(term), self.row.dtype)
-        leaf = ir.seq(*lets, ir.Scatter(self.row, scope.coordinates[join.axis.name], value))
-        return around(inside(leaf))
+        key = scope.coordinates[join.axis.name]
+        leaf = ir.seq(*lets, ir.Scatter(self.row, key, value))
+        return around(inside(ir.If(ir.Holds(self.mask, key), leaf) if join.mask else leaf))
+
+    def _masked(self, scope: Scope, mask: Driver, body: ir.Stmt) -> ir.Stmt:
+        """The body with the coordinates of the mask in a row workspace of their own."""
+        scope = scope.copy()
+        around = self._walk(scope, mask, self.join.axis)
+        key, empty = scope.coordinates[self.join.axis.name], ir.Const(False, dtypes.bool_)
+        var, zero = self._variable("mask_n"), ir.Const(0, self.tables.index)
+        fill = around(ir.Scatter(self.mask, key, empty))
+        clear = ir.Drain(var, zero, self.mask.shape[0], ir.Seq(()), workspace=self.mask)
+        return ir.seq(ir.Alloc(self.mask), fill, body, clear)
 
     def _drain(self, scope: Scope) -> ir.Stmt:
         """The loop over the coordinates of a row, ascending where lists are made of it."""

@@ -31,10 +31,10 @@ def recipe(s: Schedule) -> Schedule:
     return s.split("i", ROWS_PER_UNIT, into=("i_unit", "i_in")).parallel("i_unit")
 
 
-def check_operands(A: Any, B: Any) -> None:
+def check_operands(**operands: Any) -> None:
     """Checks what the operators of this file take: packed on the host, with a fill of 0 and
     coordinates of one type. Raises ArgumentError A102, A105, A106."""
-    for name, x in (("A", A), ("B", B)):
+    for name, x in operands.items():
         where = f"argument {name}"
         if not isinstance(x, Packed) or x.format.name not in FORMATS or x.fill != 0:
             kind = f"{x.format} with fill={x.fill:g}" if isinstance(x, Packed) else type(x).__name__
@@ -44,37 +44,39 @@ def check_operands(A: Any, B: Any) -> None:
             )  # fmt: skip
         if x.device != "cpu":
             raise ArgumentError("A105", f"{name} is on {x.device}", where=where, hint='to("cpu")')
-        if x.dtype.kind == "b" or x.dtype.name.startswith("float8"):
+        if name != "mask" and (x.dtype.kind == "b" or x.dtype.name.startswith("float8")):
             raise ArgumentError(
                 "A102", f"{name} is {x.dtype}", where=where, hint="a float or an integer type"
             )
-    kinds = A.structure.index_dtype, B.structure.index_dtype
-    if kinds[0] != kinds[1]:
-        raise ArgumentError(
-            "A102", f"the coordinates of A are {kinds[0]}, those of B {kinds[1]}",
-            where="argument B", hint='pack both with index="int64"',
-        )  # fmt: skip
+        index, first = x.structure.index_dtype, operands["A"].structure.index_dtype
+        if index != first:
+            raise ArgumentError(
+                "A102", f"the coordinates of A are {first}, those of {name} {index}",
+                where=where, hint='pack both with index="int64"',
+            )  # fmt: skip
+
+
+Operands = tuple[tuple[str, Format, DType], ...]  # name, format and dtype of each
 
 
 def phases(
-    count: Definition, fill: Definition, formats: tuple[Format, ...], types: tuple[DType, ...]
+    count: Definition, fill: Definition, operands: Operands, index: DType, values: DType
 ) -> tuple[Definition, Definition]:
-    """Both phases with their schedules, for the formats of A and B, and the dtypes of A, B, their
-    coordinates and the result."""
-    a, b, index, values = types
+    """Both phases with their schedules; `values` is the dtype of the result."""
 
     def of(phase: Definition, **own: Any) -> Definition:
-        typed = phase.typed(A=a, B=b, index=index, **own)
-        return typed.decompose(A=formats[0], B=formats[1]).schedule(recipe)
+        types = {name: dtype for name, _, dtype in operands} | own
+        formats = {name: fmt for name, fmt, _ in operands}
+        return phase.typed(index=index, **types).decompose(**formats).schedule(recipe)
 
     return of(count), of(fill, columns=index, values=values)
 
 
 @cache
 def _kernels(
-    count: Definition, fill: Definition, formats: tuple[Format, ...], types: tuple[DType, ...]
+    count: Definition, fill: Definition, operands: Operands, index: DType, values: DType
 ) -> tuple[Kernel, ...]:
-    return tuple(d.build("cpp") for d in phases(count, fill, formats, types))
+    return tuple(d.build("cpp") for d in phases(count, fill, operands, index, values))
 
 
 def _empty(n: int, dtype: np.dtype) -> np.ndarray:
@@ -83,16 +85,19 @@ def _empty(n: int, dtype: np.dtype) -> np.ndarray:
 
 
 def assembled(
-    count: Definition, fill: Definition, A: Packed, B: Packed, shape: tuple[int, int]
+    count: Definition, fill: Definition, operands: dict[str, Packed], shape: tuple[int, int]
 ) -> Packed:
-    """Runs both phases. `count(A, B)` gives the entries of each row; `fill(A, B, start, columns,
-    values)` writes them. The dtype of the result is the wider one, as of dense arrays."""
+    """Runs both phases. `count(*operands)` gives the entries of each row; `fill(*operands, start,
+    columns, values)` writes them. The dtype of the result is the wider one of A and B, as of dense
+    arrays."""
+    A, B = operands["A"], operands["B"]
     index, dtype = A.structure.index_dtype, dtypes.promote(A.dtype, B.dtype)
-    counted, filled = _kernels(count, fill, (A.format, B.format), (A.dtype, B.dtype, index, dtype))
+    described = tuple((name, x.format, x.dtype) for name, x in operands.items())
+    counted, filled = _kernels(count, fill, described, index, dtype)
     indptr = np.zeros(shape[0] + 1, np.int64)
-    counted(A, B, out=indptr[1:])
+    counted(*operands.values(), out=indptr[1:])
     np.cumsum(indptr, out=indptr)
     columns, values = (_empty(int(indptr[-1]), t.numpy) for t in (index, dtype))
     if len(columns):
-        filled(A, B, indptr[:-1], columns, values)
+        filled(*operands.values(), indptr[:-1], columns, values)
     return of_rows(indptr, columns, values, shape, dtype)

@@ -291,6 +291,8 @@ class _Nest:
             return self.load(e)
         if isinstance(e, ir.Search):
             return lambda: self.search(e)
+        if isinstance(e, ir.Holds):
+            return lambda: self.value(e.key) in self.rows[e.workspace.name]
         if isinstance(e, ir.ReduceThreads):
             return self.closure(e.a)  # the loop over threads has run in order
         operands = [self.closure(x) for x in ir.children(e)]

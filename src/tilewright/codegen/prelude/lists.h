@@ -51,6 +51,12 @@ struct row_workspace {
     groups[key >> 12] |= UINT64_C(1) << (key >> 6 & 63);
     if constexpr (kHasValues) sums[key] += value;
   }
+  bool holds(K key) const {
+    if (is_dense) return words[key >> 6] >> (key & 63) & 1;
+    for (uint32_t at = hash(key); slots[at].stamp == stamp; at = (at + 1) & mask)
+      if (entries[slots[at].number].key == key) return true;
+    return false;
+  }
   void gather() {
     if (!is_dense) return sort();
     if (count > capacity) reserve(count);
