@@ -3,6 +3,8 @@ computed again over all coordinates with NumPy."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tests.compiler.cases import after_every_pass, pack
@@ -338,7 +340,7 @@ def meeting(A=tw.sparse("m k"), B=tw.sparse("k n")):
 def test_rows_of_products_are_gathered(fmt, rng):
     a, b = some(rng, (4, 6)), some(rng, (6, 7))
     c, met = a.astype(np.float64) @ b, (a != 0).astype(int) @ (b != 0) > 0
-    args = {"A": pack(LISTS[fmt], a), "B": pack(LISTS[fmt], b)}
+    args: dict[str, Any] = {"A": pack(LISTS[fmt], a), "B": pack(LISTS[fmt], b)}
     program = meeting.decompose(A=LISTS[fmt], B=LISTS[fmt])
     after_every_pass(program, args)
     for target in TARGETS:

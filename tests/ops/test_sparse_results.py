@@ -52,7 +52,7 @@ def exact(a: Packed) -> np.ndarray:
     return (dtypes.bfloat16_values(dense) if a.dtype.name == "bfloat16" else dense).astype(float)
 
 
-def check(c: Packed, mask: np.ndarray, wanted: np.ndarray, size: np.ndarray) -> None:
+def check(c: Packed, mask: np.ndarray, wanted: np.ndarray, size: Any) -> None:
     """C is a well-formed CSR tensor with the entries of `mask`, and has the values wanted."""
     arrays = c.structure.parts[0].arrays[1]
     indptr, indices = arrays["indptr"], arrays["indices"]
@@ -239,26 +239,30 @@ def test_results_are_operands(rng):
     np.testing.assert_allclose(ops.spmm(c, x), c.dense() @ x, atol=1e-10)
 
 
+def dense_identity() -> Any:
+    return np.eye(3)
+
+
 def test_bad_operands_are_refused(rng):
     A = tw.csr().pack(np.eye(3, dtype=np.float32))
     wide = tw.csr().pack(np.eye(3, dtype=np.float32), index="int64")
-    for code, at, operands in (
+    bad: tuple[tuple[str, str, tuple[Any, Any]], ...] = (
         ("A103", "B", (A, tw.csr().pack(np.ones((4, 4), "f")))),
-        ("A106", "B", (A, np.eye(3))),
+        ("A106", "B", (A, dense_identity())),
         ("A106", "A", (tw.csc().pack(np.eye(3)), A)),
         ("A106", "A", (tw.csr().pack(np.eye(3), fill=1.0), A)),
         ("A102", "B", (A, wide)),
         ("A102", "A", (tw.csr().pack(np.eye(3, dtype=bool)), A)),
-    ):
+    )
+    for code, at, operands in bad:
         for op in (ops.add, ops.multiply, ops.spgemm):
             with pytest.raises(ArgumentError) as e:
                 op(*operands)
             assert e.value.code == code and f"argument {at}" in e.value.where and e.value.hint
-    for code, mask in (
-        ("A103", tw.csr().pack(np.ones((4, 4)))),
-        ("A106", np.eye(3)),
-        ("A102", wide),
-    ):
+    masks: tuple[tuple[str, Any], ...] = (
+        ("A103", tw.csr().pack(np.ones((4, 4)))), ("A106", dense_identity()), ("A102", wide)
+    )  # fmt: skip
+    for code, mask in masks:
         with pytest.raises(ArgumentError) as e:
             ops.spgemm(A, A, mask=mask)
         assert e.value.code == code and "argument mask" in e.value.where and e.value.hint
