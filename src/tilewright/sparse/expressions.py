@@ -108,8 +108,9 @@ def _reduce(op: str) -> Callable[..., Expr]:
         missing = {a.name for a in axes} - free_vars(body)
         if missing:
             raise refusal(
-                "P104", f"{op} over {', '.join(sorted(missing))}, which its body does not use"
-            )
+                "P104", f"{op} over {', '.join(sorted(missing))}, which its body does not use",
+                hint="where=tw.stored(A[i, j]) ranges over what A stores",
+            )  # fmt: skip
         dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
         return Reduce(op, axes, computed_in(body, dtype), dtype)
 
