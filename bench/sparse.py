@@ -1,4 +1,4 @@
-"""The suites `spmm`, `sddmm` and `graphs` of `tilewright bench`.
+"""The suites `spmm`, `sddmm`, `spgemm` and `graphs` of `tilewright bench`.
 
 Inputs are the synthetic graphs of `tools.graphs` or a folder of `.npz`; values are random. The call
 of ours is the one a user writes, `ops.spmm(A, X)`, with `A` packed by the operator's own choice.
@@ -62,6 +62,11 @@ def sddmm_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(width=[32, 128])
 
 
+def spgemm_arguments(parser: argparse.ArgumentParser) -> None:
+    spmm_arguments(parser)
+    parser.set_defaults(graphs=list(SMALL[:3]))
+
+
 def graphs_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--graphs", nargs="+", default=list(SMALL), metavar="NAME", help=", ".join(synthesis.LAWS)
@@ -99,6 +104,20 @@ def sddmm(args: argparse.Namespace) -> Iterator[Row]:
     for graph in inputs(args):
         for width in args.width:
             yield from _sddmm_case(graph, width, args.dtype, args.target)
+
+
+def spgemm(args: argparse.Namespace) -> Iterator[Row]:
+    """Rows of A A, A + Aᵀ and A ∘ Aᵀ for each graph, on the CPU, beside SciPy."""
+    if args.dtype not in ("float32", "float64") or args.target != "cpp":
+        raise ArgumentError(
+            "A102", f"sparse results in {args.dtype} on {args.target}", where="bench spgemm",
+            hint="float32 or float64, which SciPy has, and cpp",
+        )  # fmt: skip
+    for graph in inputs(args):
+        if graph.shape[0] != graph.shape[1]:
+            note(f"{graph.name}: left out, it is not square")
+            continue
+        yield from _sparse_results(graph, args.dtype)
 
 
 def graphs(args: argparse.Namespace) -> Iterator[Row]:
@@ -177,6 +196,42 @@ def _sddmm_case(graph: Graph, width: int, dtype: str, target: str) -> list[Row]:
         *peers.sddmm_peers(graph, values, data.arrays, dtype, target),
     ]
     return compare(base, contenders, oracle.wrong, 2.0 * graph.nnz * width)
+
+
+def _sparse_results(graph: Graph, dtype: str) -> Iterator[Row]:
+    import scipy.sparse
+
+    from tilewright import ops
+    from tilewright.sparse import formats
+
+    values = rounded_to(graph.values, dtype)
+    a = scipy.sparse.csr_matrix((values, graph.indices, graph.indptr), shape=graph.shape)
+    t = a.T.tocsr()
+    A, T = formats.csr().pack(a), formats.csr().pack(t)
+    products = int(np.diff(a.indptr)[a.indices].sum())
+    for op, ours, theirs, other, work in (
+        (ops.spgemm, lambda: ops.spgemm(A, A), lambda: a @ a, a, 2 * products),
+        (ops.add, lambda: ops.add(A, T), lambda: a + t, t, 2 * graph.nnz),
+        (ops.multiply, lambda: ops.multiply(A, T), lambda: a.multiply(t), t, 2 * graph.nnz),
+    ):
+        base = base_row(f"spgemm-{dtype}", op.__name__, "cpp") | _describe(graph, 0, dtype)
+        base["input"] += f" {op.__name__}"
+        check = SparseOracle(op.__name__, a, other, dtype).wrong
+        packed = _built(
+            Contender("tilewright", ours, _scipy_of, is_ours=True, is_default=True), 0, "cpp"
+        )
+        yield from compare(base, [Contender("scipy", theirs, _itself), packed], check, work)
+
+
+def _scipy_of(c: Any) -> Any:
+    import scipy.sparse
+
+    coords, values = c.unpack()
+    return scipy.sparse.csr_matrix((values, coords), shape=c.shape)
+
+
+def _itself(c: Any) -> Any:
+    return c
 
 
 def _describe(graph: Graph, width: int, dtype: str) -> Row:
@@ -378,6 +433,28 @@ class SddmmOracle:
             + self.floor
         )
         return _beyond(values[self.at].astype(np.float64), self.expected, bound)
+
+
+class SparseOracle:
+    """float64 A B, A + B or A ∘ B by SciPy, and bounds of the rounding."""
+
+    def __init__(self, op: str, a: Any, b: Any, dtype: str) -> None:
+        self.op, self.unit = op, _UNIT[dtype]
+        self.expected = self.of(a.astype(np.float64), b.astype(np.float64))
+        self.size = self.of(abs(a).astype(np.float64), abs(b).astype(np.float64))
+        self.grow = 8 + 4 * np.sqrt(np.diff(a.indptr).max(initial=0))
+
+    def of(self, a: Any, b: Any) -> Any:
+        return (
+            a @ b if self.op == "spgemm" else a + b if self.op == "add" else a.multiply(b)
+        ).tocsr()
+
+    def wrong(self, c: Any) -> str:
+        """The fault of a result; empty if it is right."""
+        if c.shape != self.expected.shape:
+            return f"wrong shape {c.shape}"
+        error = abs(c.astype(np.float64) - self.expected) - self.grow * self.unit * self.size
+        return f"WRONG by {error.max():g}" if error.nnz and error.max() > 0 else ""
 
 
 def _beyond(got: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> str:

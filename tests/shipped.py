@@ -14,8 +14,10 @@ from tilewright.attention import variant
 from tilewright.attention.spec import Spec
 from tilewright.attention.table import TableForm
 from tilewright.build import Definition
+from tilewright.ops import row_lists
 from tilewright.ops.activation import ADD, SILU_MUL
 from tilewright.ops.bsr_spmm import bsr_spmm_definition
+from tilewright.ops.elementwise import add_count, add_fill, multiply_count, multiply_fill
 from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
 from tilewright.ops.embedding import by_token
 from tilewright.ops.gemm import gemm_definition
@@ -24,6 +26,7 @@ from tilewright.ops.rmsnorm import RMSNORM
 from tilewright.ops.rope import APPEND, APPEND_HALVES, APPEND_PAIRS, ROPE_HALVES, ROPE_PAIRS
 from tilewright.ops.sampling import ARGMAX, SAMPLE
 from tilewright.ops.sddmm import sddmm_definition
+from tilewright.ops.spgemm import spgemm_count, spgemm_fill
 from tilewright.ops.spmm import by_length, powers, spmm_definition
 
 KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
@@ -56,6 +59,12 @@ def _sddmm(
 def _linear(kind: str, many: bool = False, n: int = 576, k: int = 1536, after: Any = "") -> Shipped:
     definition = linear_definition(kind, many, n, k, after=after)
     return Shipped(definition, CPU if many else BOTH)  # a GPU has one schedule for both
+
+
+def _fill(count: Definition, fill: Definition, dtype: str = "float32") -> Shipped:
+    kind = dtypes.dtype(dtype)
+    operands = ("A", tw.csr(), kind), ("B", tw.csr(), kind)
+    return Shipped(row_lists.phases(count, fill, operands, dtypes.int32, kind)[1], CPU)
 
 
 def _interleaved(kind: str, many: bool, after: Any = "") -> Shipped:
@@ -100,6 +109,10 @@ SHIPPED: dict[str, Shipped] = {
     **{f"sddmm coo f32 {d}": _sddmm(tw.coo(), d, targets=CUDA) for d in (1, 7, 128, 512)},
     **{f"sddmm coo f16 {d}": _sddmm(tw.coo(), d, "float16", targets=CUDA) for d in (33, 512)},
     "sddmm coo f64 64 int64": _sddmm(tw.coo(), 64, "float64", index="int64"),
+    # sparse results
+    "add fill": _fill(add_count, add_fill),
+    "multiply fill": _fill(multiply_count, multiply_fill),
+    "spgemm fill f64": _fill(spgemm_count, spgemm_fill, "float64"),
     # matrix tiles
     "gemm f16": Shipped(gemm_definition("float16")),
     "gemm bf16 512x256": Shipped(gemm_definition("bfloat16", 512, 256)),

@@ -206,6 +206,32 @@ def test_bench_sddmm(brief, folder, capsys):
     assert not any(r.get("wrong") for r in rows)
 
 
+def test_bench_spgemm(brief, tmp_path, rng, capsys, monkeypatch):
+    pytest.importorskip("scipy")
+    mask = np.triu(rng.random((40, 40)) < 0.1, 1)
+    rows, cols = np.nonzero(mask)
+    indptr = np.searchsorted(rows, np.arange(41))
+    np.savez(tmp_path / "square.npz", indptr=indptr, indices=cols, shape=np.array([40, 40]))
+    command = ["spgemm", "--data", str(tmp_path), "--json"]
+    assert harness.main(command) == 0
+    found = rows_of(capsys.readouterr().out)
+    assert [r["op"] for r in found if r["ratio"]] == ["spgemm", "add", "multiply"]
+    assert not any(r.get("wrong") for r in found)
+
+    from tilewright import ops
+
+    right = ops.spgemm
+
+    def wrong(a, b):
+        c = right(a, b)
+        return c.with_values(c.entry_values() * np.float32(1.01))
+
+    monkeypatch.setattr(ops, "spgemm", wrong)
+    wrong.__name__ = "spgemm"
+    assert harness.main(command) == 1
+    assert harness.main([*command, "--dtype", "float16"]) == 2
+
+
 def test_peers_of_sddmm_agree_with_the_oracle(brief, rng):
     graph = random_graph(rng)
     pq = sparse.operands([(300, 24), (200, 24)], "float32", "cpp")

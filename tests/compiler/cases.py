@@ -117,7 +117,7 @@ def triangles(A=tw.sparse("n n"), B=tw.sparse("n n")):
 @tw.program
 def farthest(A=tw.sparse("n n"), B=tw.sparse("n n")):
     i, j, k = tw.indices("i:n j:n k:n")
-    return tw.out.like(A)[i, j](tw.max(B[j, k] * A[i, k], over=k))
+    return tw.out.like(A)[i, j](tw.max(B[j, k] * A[i, k], over=k, where=tw.stored(B[j, k])))
 
 
 @tw.program

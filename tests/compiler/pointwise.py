@@ -20,6 +20,7 @@ from tilewright.ir.nodes import (
     Program,
     Reduce,
     Select,
+    Stored,
     Unary,
     Var,
 )  # fmt: skip
@@ -94,6 +95,9 @@ class _Reader:
         if isinstance(e, Access):
             at = tuple(self.value(c, env) for c in e.coords)
             return self.values[e.tensor.name].get(at, e.tensor.fill if e.tensor.is_sparse else 0)
+        if isinstance(e, Stored):
+            at = tuple(self.value(c, env) for c in e.access.coords)
+            return at in self.values[e.access.tensor.name]
         if isinstance(e, Binary):
             return _BINARY[e.op](self.value(e.a, env), self.value(e.b, env))
         if isinstance(e, Unary):
@@ -109,9 +113,10 @@ class _Reader:
     def range_of(self, e: Reduce, env: Env) -> list[Env]:
         """What the axes of a reduction are at one point."""
         own = [a.name for a in e.axes]
-        sparse = next((x for x in _accesses(e.body) if _drives(x, own)), None)
+        driving = {(x.tensor.structure, x.coords): x for x in _accesses(e.body) if _drives(x, own)}
         found: list[Env] = [{}]
-        if sparse is not None:
+        if len(driving) == 1:  # of several none decides: all coordinates
+            sparse = next(iter(driving.values()))
             names = [c.name for c in sparse.coords if isinstance(c, Index)]
             rows = [dict(zip(names, p, strict=True)) for p in self.stored[sparse.tensor.structure]]
             outer = [n for n in names if n not in own]
@@ -133,6 +138,8 @@ def _accesses(e: Any) -> list[Access]:
     """Accesses in reading order, without those of inner reductions."""
     if isinstance(e, Access):
         return [e, *(x for c in e.coords for x in _accesses(c))]
+    if isinstance(e, Stored):
+        return _accesses(e.access)
     parts = {Binary: "ab", Unary: "a", Cast: "a"}.get(type(e), "")
     found = [x for name in parts for x in _accesses(getattr(e, name))]
     if isinstance(e, Select):

@@ -163,8 +163,9 @@ def test_missing_coordinates_read_the_fill(rng):
     np.testing.assert_allclose(evaluate(filled.program, args)["out"], wanted, rtol=1e-6)
 
 
-def test_the_first_operand_with_the_axis_is_followed(rng):
-    """A max over k of B[j, k] * A[i, k] follows B, and reads 0 where A stores nothing."""
+def test_the_coordinates_that_where_names_are_followed(rng):
+    """A max over k of B[j, k] * A[i, k] where B is stored follows B, and reads 0 where A stores
+    nothing."""
     args = arguments(farthest, rng, "random", n=6)
     (a, _), (b, stored) = dense(args["A"]), dense(args["B"])
     rows, cols = args["A"].unpack()[0]

@@ -114,15 +114,15 @@ def written(t: Term, arrays: dict[str, Any], at: dict[str, Any], of_a: str) -> A
 # ------------------------------------------------------------------------------------- their value
 
 
-def first_structure(t: Term, axes: str, of_a: str) -> str:
-    """The sparse array whose stored coordinates a reduction over `axes` ranges over."""
+def structures(t: Term, axes: str, of_a: str) -> set[str]:
+    """The sparse arrays that have one of the axes of a reduction: a single one drives it, and it
+    ranges over what that stores; with several it ranges over all coordinates."""
     if t[0] == "array":
         read = of_a if t[1] == "A" else READ[t[1]]
-        return t[1] if t[1] in "AB" and set(read) & set(axes) else ""
+        return {t[1]} & {"A", "B"} if set(read) & set(axes) else set()
     if t[0] in ("number", "reduce"):
-        return ""
-    order = (t[2], t[1], t[2], t[3]) if t[0] == "where" else t[1:]
-    return next((s for x in order if (s := first_structure(x, axes, of_a))), "")
+        return set()
+    return set().union(*(structures(x, axes, of_a) for x in t[1:]))
 
 
 def value(t: Term, arrays: Any, stored: Any, at: dict[str, int], of_a: str) -> float:
@@ -133,7 +133,8 @@ def value(t: Term, arrays: Any, stored: Any, at: dict[str, int], of_a: str) -> f
         read = of_a if t[1] == "A" else READ[t[1]]
         return float(arrays[t[1]][tuple(at[x] for x in read)])
     if t[0] == "reduce":
-        driver = first_structure(t[3], t[2], of_a)
+        sparse = structures(t[3], t[2], of_a)
+        driver = sparse.pop() if len(sparse) == 1 else ""
         read = of_a if driver == "A" else "ij"
         found = []
         for point in itertools.product(*(range(SIZES[x]) for x in t[2])):

@@ -382,12 +382,22 @@ def two(body):
 @pytest.mark.parametrize(
     "body",
     [lambda a, b: a + b, lambda a, b: b + a, lambda a, b: (b + 0.5) * a,
-     lambda a, b: tw.exp(a) * b, tw.maximum],
+     lambda a, b: np.exp(a) * b if isinstance(a, np.ndarray) else tw.exp(a) * b,
+     lambda a, b: np.maximum(a, b) if isinstance(a, np.ndarray) else tw.maximum(a, b)],
 )  # fmt: skip
-def test_the_order_of_operands_never_decides(body, target):
-    with pytest.raises(ProgramError, match=r"structures of . and . share") as e:
-        two(body).build(target)
-    assert e.value.code == "P107" and e.value.hint
+def test_the_order_of_operands_never_decides(body, target, rng):
+    """A sum is that over all coordinates, whichever operand is written first."""
+    A, B = some(rng, (4, 6)), some(rng, (4, 6))
+    close(two(body).build(target)(tw.csr().pack(A), tw.csr().pack(B)), body(A, B).sum(1))
+
+
+@pytest.mark.parametrize(
+    "body", [lambda a, b: tw.exp(a) + b, lambda a, b: b + tw.exp(a), lambda a, b: a * b + 1.0]
+)
+def test_sums_that_several_structures_leave_open_are_refused(body):
+    with pytest.raises(ProgramError, match=r"structures of A and B share") as e:
+        two(body).lower()
+    assert e.value.code == "P107" and "where=tw.stored(A[m, n])" in e.value.hint
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tilewright import dtypes
+from tilewright.codegen.merge import MergeRenderer
 from tilewright.codegen.params import C_TYPES, STORED_AS_BITS, Params, c_name
 from tilewright.dtypes import DType
-from tilewright.errors import InternalError
+from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import walk
 
@@ -29,7 +30,7 @@ class Source:
 
 
 @dataclass
-class Renderer:
+class Renderer(MergeRenderer):
     """Renders one program. `params` says which names are fields of which struct."""
 
     program: ir.Program
@@ -64,6 +65,12 @@ class Renderer:
         if isinstance(s, ir.Seq):
             for b in s.body:
                 self.stmt(b)
+        elif isinstance(s, ir.Merge):
+            self.merge(s)
+        elif isinstance(s, ir.Scatter):
+            self.line(f"{c_name(s.workspace.name)}.add({self.expr(s.key)}, {self.expr(s.value)});")
+        elif isinstance(s, ir.Drain):
+            self.drain(s)
         elif isinstance(s, ir.For):
             self.loop(s)
         elif isinstance(s, ir.If):
@@ -101,6 +108,11 @@ class Renderer:
         name, kind = c_name(b.name), self.type(b.dtype)
         if b.scope == "fragment":
             raise InternalError("I101", "fragments belong to the target")
+        if b.scope == "workspace":
+            raise ScheduleError(
+                "S103", "a row of a sparse product is gathered in memory of a CPU",
+                hint='build for "cpp", or an output that is dense',
+            )  # fmt: skip
         if b.shape:
             total = math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
             self.line(f"{kind} {name}[{total}];")
@@ -226,6 +238,10 @@ class Renderer:
                 f"tw::{verb}<{self.type(e.dtype)}, {kind}>({self.pointer(e.keys)}, "
                 f"{self.expr(e.lo)}, {self.expr(e.hi)}, {self.expr(e.key)})"
             )
+        if isinstance(e, ir.Cursor):
+            return self.cursor(e)
+        if isinstance(e, ir.Holds):
+            return f"{c_name(e.workspace.name)}.holds({self.expr(e.key)})"
         if isinstance(e, ir.Ramp):
             return f"tw::ramp<{_lanes_of(e.dtype)}>({self.expr(e.base)})"
         if isinstance(e, ir.Broadcast):
@@ -315,6 +331,8 @@ class Renderer:
         return f"tw::{e.op}{template}({a})"
 
     def select(self, e: ir.Select) -> str:
+        if self.is_in_range(e):
+            return self.picked(e)
         a, b = self.stored(e.a), self.stored(e.b)
         if e.cond.dtype.lanes > 1:
             return f"tw::select({self.expr(e.cond)}, {a}, {b})"
@@ -384,6 +402,11 @@ class Renderer:
                 text.append(f"const {kind} {var} = static_cast<{kind}>({rest} % {extent});")
                 rest = f"({rest} / {extent})"
         return text
+
+
+def has_lists(stage: tuple[ir.Nest, ...]) -> bool:
+    """Whether a nest of the stage walks lists of coordinates."""
+    return any(isinstance(x, (ir.Merge, ir.Drain)) for n in stage for x in walk(n.body))
 
 
 def has_tiles(stage: tuple[ir.Nest, ...]) -> bool:

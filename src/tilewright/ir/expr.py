@@ -129,6 +129,14 @@ class Access(Expr):
 
 
 @node
+class Stored(Expr):
+    """Coordinate level: whether the tensor of `access` stores an entry at its coordinates."""
+
+    access: Access
+    dtype: DType = dtypes.bool_
+
+
+@node
 class Load(Expr):
     """`buffer[index…]`: one index per dimension (positions), or one flat offset (loops)."""
 
@@ -192,6 +200,30 @@ class Search(Expr):
     key: Expr
     last: bool = False
     dtype: DType = dtypes.int32
+
+
+@node
+class Cursor(Expr):
+    """In the body of a `Merge` or `Drain` loop of variable `loop`: the position in its list number
+    `operand`, -1 where that list lacks the coordinate (`optional`); the coordinate itself where
+    `operand` is `KEY`; the value that belongs to it where it is `VALUE`."""
+
+    loop: Var
+    operand: int
+    dtype: DType
+    optional: bool = False
+
+
+KEY, VALUE = -1, -2  # operands of a `Cursor`
+
+
+@node
+class Holds(Expr):
+    """Whether a row workspace holds a coordinate."""
+
+    workspace: Buffer
+    key: Expr
+    dtype: DType = dtypes.bool_
 
 
 @node
@@ -285,7 +317,7 @@ class Tensor(Operators):
     __repr__ = __str__
 
 
-Scope = Literal["global", "part", "register", "shared", "fragment"]
+Scope = Literal["global", "part", "register", "shared", "fragment", "workspace"]
 
 
 @dataclass(frozen=True, slots=True)

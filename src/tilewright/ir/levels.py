@@ -76,6 +76,7 @@ class Level:
     is_dense: ClassVar[bool] = False
     full: ClassVar[bool] = False  # every coordinate of its dimension is visited below a parent
     unique: ClassVar[bool] = True  # one position per coordinate below a parent
+    is_list: ClassVar[bool] = False  # its coordinates ascend in `indices`: lists can be merged
     least: ClassVar[dict[str, int]] = {"dim": 0, "block": 0}  # of each whole number it is given
 
     def __post_init__(self) -> None:
@@ -228,6 +229,10 @@ class Compressed(Level):
     @property
     def unique(self) -> bool:  # type: ignore[override]
         return self.chunk == 0
+
+    @property
+    def is_list(self) -> bool:  # type: ignore[override]
+        return self.unique and not self.block
 
     def loop(self, s: Storage, q: Expr) -> tuple[Expr, Expr]:
         if isinstance(q, Const):  # the root: its count is known on the host
@@ -431,7 +436,10 @@ def load_value(values: Buffer, position: Expr, fill: float) -> Expr:
 
 
 def may_miss(position: Any) -> bool:
-    """Whether a position may be -1, because it was searched for."""
+    """Whether a position may be -1, because it was searched for or its list lacks it."""
     from tilewright.ir.rewrite import walk
 
-    return any(isinstance(x, Search) or getattr(x, "value", None) == -1 for x in walk(position))
+    return any(
+        isinstance(x, Search) or getattr(x, "value", None) == -1 or getattr(x, "optional", False)
+        for x in walk(position)
+    )

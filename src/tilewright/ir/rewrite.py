@@ -200,9 +200,9 @@ def _free(n: Any) -> dict[str, ir.Var]:
         elif isinstance(x, ir.Reduce):
             visit(x.body, bound | {a.name for a in x.axes})
         elif isinstance(x, ir.For):
-            visit(x.begin, bound)
-            visit(x.end, bound)
-            visit(x.body, bound | {x.var.name})
+            for child in ir.children(x):
+                if child is not x.var:
+                    visit(child, bound | {x.var.name} if child is x.body else bound)
         elif isinstance(x, ir.Seq):
             for s in x.body:
                 visit(s.value if isinstance(s, ir.Let) else s, bound)

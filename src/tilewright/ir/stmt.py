@@ -73,6 +73,36 @@ class For(Stmt):
 
 
 @node
+class Merge(For):
+    """A loop over the coordinates of ascending lists: those in all of them, with op "intersection",
+    or in any, with "union". Its variable counts the coordinates visited before; `Cursor`s read the
+    coordinate and the position in each list.
+
+    List n is `runs[n].buffer` from the element `runs[n]` to `ends[n]`. `end` is a bound only."""
+
+    runs: tuple[Load, ...] = ()
+    ends: tuple[Expr, ...] = ()
+    op: str = "union"
+
+
+@node
+class Scatter(Stmt):
+    """Inserts a coordinate into a row workspace and adds `value` to what belongs to it."""
+
+    workspace: Buffer
+    key: Expr
+    value: Expr
+
+
+@node
+class Drain(For):
+    """A loop over the coordinates of a row workspace, ascending, which leaves it empty. Its
+    variable counts; `Cursor`s read the coordinate and its value."""
+
+    workspace: Buffer | None = None
+
+
+@node
 class Let(Stmt):
     """Names a value until the end of the enclosing `Seq`."""
 

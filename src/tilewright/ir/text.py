@@ -49,6 +49,11 @@ _EXPRESSIONS: dict[str, Callable[[Any], str]] = {
     "Cast": lambda e: f"{e.dtype}({expr_text(e.a)})",
     "Reduce": lambda e: f"{e.op}({expr_text(e.body)} over {' '.join(a.name for a in e.axes)})",
     "Search": _search,
+    "Holds": lambda e: f"{expr_text(e.key)} in {e.workspace.name}",
+    "Stored": lambda e: f"stored({expr_text(e.access)})",
+    "Cursor": lambda e: (
+        f"{e.loop.name}.{ {-1: 'coordinate', -2: 'value'}.get(e.operand, f'position{e.operand}') }"
+    ),
     "Ramp": lambda e: f"{expr_text(e.base, 6)} +: {e.dtype.lanes}",
     "Broadcast": lambda e: f"broadcast({expr_text(e.a)}, {e.dtype.lanes})",
     "ReduceLanes": lambda e: f"{e.op}_lanes({expr_text(e.a)})",
@@ -70,7 +75,7 @@ def _lines(s: Any, depth: int) -> list[str]:
     if kind == "Seq":
         return [line for b in s.body for line in _lines(b, depth)]
     line = "  " * depth + _STATEMENTS[kind](s)
-    return [line, *_lines(s.body, depth + 1)] if kind in ("For", "If") else [line]
+    return [line, *_lines(s.body, depth + 1)] if hasattr(s, "body") else [line]
 
 
 def _for(s: Any) -> str:
@@ -79,6 +84,14 @@ def _for(s: Any) -> str:
     notes += [f"unroll {s.unroll_hint}"] if s.unroll_hint else []
     note = f"   # {', '.join(notes)}" if notes else ""
     return f"for {s.name} in {expr_text(s.begin)}:{expr_text(s.end)}{note}"
+
+
+def _merge(s: Any) -> str:
+    lists = (
+        f"{r.buffer.name}[{expr_text(r.index[0])}:{expr_text(e)}]"
+        for r, e in zip(s.runs, s.ends, strict=True)
+    )
+    return f"for {s.name} in {s.op}({', '.join(lists)})"
 
 
 def _compute(s: Any) -> str:
@@ -105,6 +118,9 @@ def _fragment(s: Any) -> str:
 _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "Assign": lambda s: f"{expr_text(s.out)} {'+=' if s.op else '='} {expr_text(s.value)}",
     "For": _for,
+    "Merge": _merge,
+    "Scatter": lambda s: f"{s.workspace.name}[{expr_text(s.key)}] += {expr_text(s.value)}",
+    "Drain": lambda s: f"for {s.name} in {s.workspace.name}",
     "Let": lambda s: f"let {s.var.name} = {expr_text(s.value)}",
     "If": lambda s: f"if {expr_text(s.cond)}",
     "Compute": _compute,

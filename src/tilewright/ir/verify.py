@@ -12,16 +12,16 @@ from tilewright.ir.rewrite import free_vars, path_to, statements, walk
 # fmt: off
 _STATEMENTS = (
     ir.Seq, ir.For, ir.Let, ir.If, ir.Store, ir.Alloc, ir.Prefetch, ir.Sync,
-    ir.Mma, ir.MmaZero, ir.MmaStore,
+    ir.Mma, ir.MmaZero, ir.MmaStore, ir.Scatter,
 )
 _VECTORS = (ir.Ramp, ir.Broadcast, ir.ReduceLanes, ir.ReduceThreads)
 LEGAL: dict[str, tuple[type, ...]] = {
-    "coordinates": (ir.Assign, ir.Access, ir.Reduce, ir.Index),
-    "positions": (*_STATEMENTS, ir.Compute, ir.Load, ir.Search),
-    "loops": (*_STATEMENTS, ir.Load, ir.Search, *_VECTORS),
+    "coordinates": (ir.Assign, ir.Access, ir.Stored, ir.Reduce, ir.Index),
+    "positions": (*_STATEMENTS, ir.Compute, ir.Load, ir.Search, ir.Cursor, ir.Holds),
+    "loops": (*_STATEMENTS, ir.Load, ir.Search, ir.Cursor, ir.Holds, *_VECTORS),
 }
 # fmt: on
-LEVELLED = (ir.Access, ir.Reduce, ir.Load, ir.Search, *_VECTORS)
+LEVELLED = (ir.Access, ir.Stored, ir.Reduce, ir.Load, ir.Search, ir.Cursor, ir.Holds, *_VECTORS)
 
 
 def verify(program: ir.Program, after: str = "") -> None:
@@ -83,11 +83,7 @@ class _Checker:
         if isinstance(s, ir.Seq):
             self.seq(s, set(bound), dict(registers))
         elif isinstance(s, ir.For):
-            self.expr(s.begin, bound, registers)
-            self.expr(s.end, bound, registers)
-            if s.name in bound:
-                self.fail(f"loop {s.name} shadows another name", s)
-            self.stmt(s.body, bound | {s.name}, registers)
+            self.loop(s, bound, registers)
         elif isinstance(s, ir.If):
             if s.cond.dtype.kind != "b" or s.cond.dtype.lanes != 1:
                 self.fail("a guard is one truth value", s.cond)
@@ -101,6 +97,26 @@ class _Checker:
             self.compute(s, bound)
         elif isinstance(s, ir.Store):
             self.store(s, bound, registers)
+        else:
+            self.leaf(s, bound, registers)
+
+    def loop(self, s: ir.For, bound: set[str], registers: dict[str, ir.Buffer]) -> None:
+        for child in ir.children(s):
+            if child is not s.body and child is not s.var:
+                self.expr(child, bound, registers)
+        if isinstance(s, ir.Drain) and s.workspace is not None:
+            self.declared(s.workspace, registers, s)
+        if s.name in bound:
+            self.fail(f"loop {s.name} shadows another name", s)
+        self.stmt(s.body, bound | {s.name}, registers)
+
+    def leaf(self, s: ir.Stmt, bound: set[str], registers: dict[str, ir.Buffer]) -> None:
+        if isinstance(s, ir.Scatter):
+            self.declared(s.workspace, registers, s)
+            self.expr(s.key, bound, registers)
+            self.expr(s.value, bound, registers)
+            if s.value.dtype != s.workspace.dtype:
+                self.fail(f"{s.value.dtype} added to {s.workspace.dtype}", s)
         else:
             if isinstance(s, (ir.Mma, ir.MmaZero, ir.MmaStore)):
                 self.declared(s.acc, registers, s)
@@ -181,6 +197,8 @@ class _Checker:
             self.indices(e)
         elif isinstance(e, ir.Search):
             self.declared(e.keys, registers, e)
+        elif isinstance(e, ir.Holds):
+            self.declared(e.workspace, registers, e)
         for child in ir.children(e):
             self.expr(child, bound, registers)
 

@@ -1,103 +1,149 @@
-"""Checks of the structures that drive a reduction: its value depends neither on the order of its
-operands nor on coordinates that a format stores more than once."""
+"""What a statement iterates over: the structures whose stored coordinates its loops follow.
+
+The rule does not depend on the order of operands. An axis that one structure has is driven by it.
+Where several have it, one that makes the body the identity of the reduction where it is missing
+drives it (products: the intersection); else all do, if the body is the identity where all are
+missing (sums: the union); else the program is refused.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Container
+from dataclasses import dataclass
 from typing import Any
 
+from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import FOLD
-from tilewright.lower.tables import Driver, Statement, drivers
+from tilewright.ir.levels import is_list_of_pairs
+from tilewright.lower.constants import constant
+from tilewright.lower.tables import Driver, Statement, drivers, index_names
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """The structures that a statement iterates over. `op`: "" for one that is followed, the others
+    being searched; "intersection": the first is followed, the others may be merged with it;
+    "union": all are merged. `exact`: the condition of the body holds wherever the loops come to."""
+
+    drivers: tuple[Driver, ...]
+    op: str = ""
+    exact: bool = False
+
+
+def driver_of(st: Statement) -> Driver | None:
+    """The structure whose stored coordinates the loops of a statement follow, if it is one."""
+    it = iteration(st)
+    return it.drivers[0] if it and it.op != "union" else None
+
+
+def outer_driver(t: Statement) -> Driver | None:
+    """The driver of a reduction as the loops around it can follow it: its own indices are none of
+    theirs, though they may have the same names."""
+    driver, reduced = driver_of(t), {a.name for a in t.axes}
+    if driver is None:
+        return None
+    return Driver(driver.structure, tuple("" if n in reduced else n for n in driver.indices))
+
+
+def iteration(st: Statement) -> Iteration | None:
+    """What a statement iterates over beside whole dimensions. Raises ProgramError[P107] where its
+    value would depend on the order of operands."""
+    if st.out.tensor.is_sparse:
+        return Iteration((Driver(st.out.tensor.structure, index_names(st.out)),))
+    shared = drivers(st)
+    if not shared:
+        return None
+    if len(shared) == 1 and st.op != "append":
+        return Iteration(tuple(shared))
+    reduced = {a.name for a in st.axes}
+    ranked = sorted(shared, key=lambda d: (*_rank(d, shared[d].format, reduced), d))
+    zero = [d for d in ranked if _is_identity(st, {d})]
+    if zero:
+        op = "intersection" if len(zero) > 1 or st.op == "append" else ""
+        return Iteration(tuple(zero), op, _holds(st, zero))
+    if _is_identity(st, set(ranked)):
+        return Iteration(tuple(ranked), "union", all(_holds(st, [d]) for d in ranked))
+    names = " and ".join(shared[d].name for d in ranked)
+    raise ProgramError(
+        "P107",
+        f"the structures of {names} share an axis of {st.op} over "
+        f"{', '.join(a.name for a in st.axes)}, and {st.value} is not the {st.op} of nothing where "
+        "they are missing",
+        hint=f"name the coordinates: where=tw.stored({_access(st, ranked[0])}), or | and & of "
+        "several",
+    )
 
 
 def check_reduction(st: Statement, tensors: dict[str, ir.Tensor]) -> None:
     """Raises ProgramError[P107] where the value of a reduction is not well defined."""
-    shared = drivers(st)
-    if not st.op or not shared:
+    it = iteration(st)
+    if not it or not st.op or st.out.tensor.is_sparse:
         return
-    values = [_value_where_missing(st.value, driver) for driver in shared]
-    identity = ir.identity_of(st.op, st.value.dtype).value
-    if len(shared) > 1 and values[0] != identity and any(v != 0 for v in values):
-        names = " and ".join(t.name for t in shared.values())
-        first = next(iter(shared.values())).name
+    if st.op == "append" and not it.exact:
         raise ProgramError(
-            "P107",
-            f"the structures of {names} share an axis of {st.op} over "
-            f"{', '.join(a.name for a in st.axes)}, and {first}, the first, gives no {identity:g} "
-            f"where it is missing: {st.value}",
-            hint="write first the factor of a product that is 0 where it is missing, "
-            "sum(A[i, j] * (B[i, j] + 1)); write a sum as two, sum(A[i, j]) + sum(B[i, j])",
-        )
-    driver = next(iter(shared))
-    fmt = tensors[driver[0]].format
-    if fmt.repeats and values[0] != identity:
+            "P107", f"{st.out} is a list of the coordinates at which {_condition(st.value)}",
+            hint="the condition is stored(…) of tensors with that index, joined by | or by &",
+        )  # fmt: skip
+    fmt = tensors[it.drivers[0].structure].format
+    if fmt.repeats and not _is_identity(st, {it.drivers[0]}):
         raise ProgramError(
             "P107",
             f"{fmt} stores zeros beside its entries more than once, and they change {st.op} of "
             f"{st.value}",
-            hint=f"an expression that is {identity:g} where nothing is stored, or a format of "
+            hint="an expression that changes nothing where nothing is stored, or a format of "
             "entries only: csr, dcsr, hyb",
         )
 
 
-def _value_where_missing(body: ir.Expr, driver: Driver) -> Any:
-    """The value of `body` where `driver` stores no entry; None where that is no constant."""
-
-    def fill(x: ir.Access) -> float | None:
-        names = tuple(c.name if isinstance(c, ir.Index) else "" for c in x.coords)
-        known = (x.tensor.structure, names) == driver and x.tensor.role == "input"
-        return x.tensor.fill if known else None
-
-    return constant(body, fill)
-
-
-def constant(e: ir.Expr, read: Callable[[ir.Access], Any]) -> Any:
-    """The value of an expression in which `read` knows the value of some accesses, else None.
-    0 · x is 0, and ∞ + x is ∞, whatever x is."""
-    if isinstance(e, ir.Const):
-        return e.value
-    if isinstance(e, ir.Access):
-        return read(e)
-    if isinstance(e, ir.Cast):
-        value = constant(e.a, read)
-        return value if value is None or e.dtype.is_float or math.isfinite(value) else None
-    if isinstance(e, ir.Unary):
-        value = constant(e.a, read)
-        return None if value is None else _UNARY.get(e.op, lambda _: None)(value)
-    if isinstance(e, ir.Select):
-        cond, a, b = (constant(x, read) for x in (e.cond, e.a, e.b))
-        return (a if a == b else None) if cond is None else (a if cond else b)
-    if isinstance(e, ir.Binary):
-        return _binary(e.op, constant(e.a, read), constant(e.b, read))
-    return None
+def _rank(driver: Driver, fmt: Any, reduced: set[str]) -> tuple[int, bool]:
+    """The structures that are followed first: those that cannot be searched, then those whose rows
+    are in one piece, and of these the ones that have the reduced axis below the others."""
+    levels = getattr(fmt, "levels", ())
+    if is_list_of_pairs(levels):
+        return 2, False
+    below = bool(levels) and driver.indices[levels[-1].dim] in reduced
+    return int(bool(levels) and all(x.unique for x in levels)), not below
 
 
-_UNARY: dict[str, Callable[[Any], Any]] = {
-    "-": lambda a: -a,
-    "abs": abs,
-    "not": lambda a: not a,
-    "exp": lambda a: math.exp(a) if a < 700 else math.inf,
-    "sqrt": lambda a: math.sqrt(a) if a >= 0 else None,
-    "tanh": math.tanh,
-    "sin": lambda a: math.sin(a) if math.isfinite(a) else None,
-}
+def _access(st: Statement, driver: Driver) -> str:
+    """The first access of a driver, as text."""
+    tensor = drivers(st)[driver].name
+    return f"{tensor}[{', '.join(driver.indices)}]"
 
 
-def _binary(op: str, a: Any, b: Any) -> Any:
-    if a is not None and b is not None:
-        if op == "/":
-            return a / b if b != 0 else None
-        return FOLD[op](a, b) if op in FOLD and not (op in ("//", "%") and b == 0) else None
-    if op in ("*", "/") and a == 0:
-        return a
-    if op == "*" and b == 0:
-        return b
-    known = b if a is None else a
-    if op in ("+", "-") and known is not None and math.isinf(known):
-        return -known if op == "-" and a is None else known
-    if (op, known) in (("min", -math.inf), ("max", math.inf)):
-        return known
-    return None
+def _condition(body: ir.Expr) -> ir.Expr:
+    """The condition of a body that has one; else one that nothing is known of."""
+    return body.cond if isinstance(body, ir.Select) else ir.Var("", dtypes.bool_)
+
+
+def _is_identity(st: Statement, missing: Container[Driver]) -> bool:
+    """Whether the body changes nothing where these structures store no entry."""
+
+    def read(x: ir.Access | ir.Stored) -> Any:
+        if isinstance(x, ir.Stored):
+            return False if _driver(x.access) in missing else None
+        return x.tensor.fill if x.tensor.role == "input" and _driver(x) in missing else None
+
+    if st.op == "append":
+        return constant(_condition(st.value), read) is False
+    value = constant(st.value, read)
+    return value is not None and value == ir.identity_of(st.op, st.value.dtype).value
+
+
+def _holds(st: Statement, stored: list[Driver]) -> bool:
+    """Whether the condition of a body holds where these structures store an entry."""
+
+    def read(x: ir.Access | ir.Stored) -> Any:
+        return True if isinstance(x, ir.Stored) and _driver(x.access) in stored else None
+
+    return constant(_condition(st.value), read) is True
+
+
+def _driver(x: ir.Access) -> Driver:
+    return Driver(x.tensor.structure, index_names(x))
+
+
+def list_key(st: Statement) -> Any:
+    """What lists that are appended to in one loop have in common; None for other statements."""
+    return (st.out.coords, st.axes, _condition(st.value)) if st.op == "append" else None

@@ -13,7 +13,8 @@ from typing import Any
 
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import walk
-from tilewright.lower.tables import Statement, driver_of, indices_in, outer_driver
+from tilewright.lower.drivers import driver_of, iteration, outer_driver
+from tilewright.lower.tables import Statement, indices_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ def fused(
         if t.out.tensor.name in read - elsewhere
         and _indices(t) == own
         and not (root.out.tensor.is_sparse and driver_of(t))
+        and not _is_merged(t)
     ]  # fmt: skip
     candidates.sort(key=lambda t: _follows(t) != structure)
     group = [t for t in candidates if _loops(t) == _loops(candidates[0])]
@@ -58,6 +60,12 @@ def fused(
 def values_of(st: Statement) -> tuple[ir.Expr, ...]:
     """Every expression that a statement computes."""
     return (*(t.value for t in st.totals), st.epilogue) if isinstance(st, Fused) else (st.value,)
+
+
+def _is_merged(t: Statement) -> bool:
+    """Whether the loops of a reduction may follow several structures."""
+    it = iteration(t)
+    return it is not None and bool(it.op)
 
 
 def _names_read(st: Statement) -> Iterator[str]:

@@ -7,19 +7,22 @@ from dataclasses import dataclass
 
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Level, lists_rows
-from tilewright.lower.tables import Driver, Statement, Tables, driver_of, indices_in
+from tilewright.lower.drivers import Iteration, driver_of
+from tilewright.lower.tables import Driver, Statement, Tables, indices_in
 
 
 @dataclass(frozen=True, slots=True)
 class LoopSpec:
     """One loop to open: over the dimension of `axis`, over level `depth` of a structure, or over
-    two levels at once (`fused`: the axis of the lower one)."""
+    two levels at once (`fused`: the axis of the lower one); or over the last levels of several
+    structures together (`merged`)."""
 
     axis: ir.Index
     structure: str = ""
     depth: int = -1
     level: Level | None = None
     fused: ir.Index | None = None
+    merged: Iteration | None = None
 
 
 def ordered_loops(
@@ -82,10 +85,13 @@ def revisits_outputs(st: Statement, specs: list[LoopSpec]) -> bool:
             is_below_reduction = True
             if s.fused is not None:
                 return True
-        elif s.level is not None and (
-            (s.fused is not None and s.fused.name in reduced)
-            or (not s.level.unique and not is_sparse)
-            or (not s.level.is_dense and is_below_reduction)
+        elif s.merged is not None or (
+            s.level is not None
+            and (
+                (s.fused is not None and s.fused.name in reduced)
+                or (not s.level.unique and not is_sparse)
+                or (not s.level.is_dense and is_below_reduction)
+            )
         ):
             return True
     return False
@@ -93,6 +99,8 @@ def revisits_outputs(st: Statement, specs: list[LoopSpec]) -> bool:
 
 def visits_all(tables: Tables, s: LoopSpec) -> bool:
     """Whether the loop of an output index visits every coordinate of its dimension."""
+    if s.merged is not None:
+        return False
     if s.level is None or (s.level.full and s.fused is None):
         return True
     fmt = tables.tensors[s.structure].format

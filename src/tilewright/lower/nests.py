@@ -9,25 +9,26 @@ the outermost loop that binds all its indices.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Level, may_miss
 from tilewright.ir.rewrite import add, mul, transform, walk
+from tilewright.lower.drivers import Iteration, driver_of, iteration, outer_driver
 from tilewright.lower.epilogues import Fused, values_of
+from tilewright.lower.lists import has_list, list_of, merge_of
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
-from tilewright.lower.reads import PartRows, Reader
+from tilewright.lower.reads import PartRows, Reader, appended
 from tilewright.lower.scope import BlockPart, Scope
 from tilewright.lower.tables import (
     Driver,
     Statement,
     Tables,
-    driver_of,
     indices_in,
-    outer_driver,
     shares_rows,
+    unmergeable,
     unsearchable,
 )  # fmt: skip
 
@@ -62,7 +63,8 @@ class NestBuilder:
     """Builds the nest of `root` and of the inline reductions `temps`.
 
     `structure`: the one whose entries the loops of the root follow, in the part that `tables` name;
-    `shared`: other parts hold entries of the same rows."""
+    `shared`: other parts hold entries of the same rows; `also`: lists that are appended to in the
+    loops of the root."""
 
     def __init__(
         self,
@@ -72,8 +74,9 @@ class NestBuilder:
         structure: str,
         *,
         shared: bool,
+        also: tuple[Statement, ...] = (),
     ) -> None:
-        self.tables, self.root, self.temps = tables, root, temps
+        self.tables, self.root, self.temps, self.also = tables, root, temps, also
         self.structure, self.shared = structure, shared
         self.rows = PartRows(tables, structure, shared)
         self.emitted: set[str] = set()  # temporaries that are computed already
@@ -91,6 +94,8 @@ class NestBuilder:
             visits_all(self.tables, s) for s in specs if s.axis.name not in reduced
         )
         is_update = bool(st.op) and not st.axes
+        if st.op == "append":
+            return BuiltNest(self._loops(_Target(st, False), specs, scope), driver, False, True)
         is_revisited = (self.shared and not is_sparse) or revisits_outputs(st, specs)
         in_place = bool(st.op) and (is_update or is_revisited)
         body = self._loops(_Target(st, in_place), specs, scope)
@@ -131,7 +136,48 @@ class NestBuilder:
     def _follow(self, st: Statement, driver: Driver | None, scope: Scope) -> list[LoopSpec]:
         if driver:
             scope.follow(driver, st)
-        return ordered_loops(self.tables, st, driver, scope.coordinates)
+        return self._merged(st, ordered_loops(self.tables, st, driver, scope.coordinates), scope)
+
+    def _merged(self, st: Statement, specs: list[LoopSpec], scope: Scope) -> list[LoopSpec]:
+        """The loops, with one over several lists in place of the reduced one where that is
+        possible: a union must be merged, of an intersection the other structures are searched."""
+        it = iteration(st)
+        if it is None or not it.op:
+            return specs
+        bound = {s.axis.name for s in specs[:-1]} | scope.coordinates.keys()
+        axis = specs[-1].axis if specs and specs[-1].fused is None else None
+        lists = tuple(
+            d for d in it.drivers
+            if axis in st.axes and has_list(self.tables, d, specs[-1].axis.name, bound)
+        )  # fmt: skip
+        if st.op == "append" or it.op == "union":
+            if lists != it.drivers:
+                raise unmergeable(st, [self.tables.tensors[d.structure].format for d in it.drivers])
+        elif len(lists) < 2 or lists[0] != it.drivers[0]:
+            return self._scattered(st, specs, it, scope)
+        return [*specs[:-1], replace(specs[-1], merged=replace(it, drivers=lists))]
+
+    def _scattered(
+        self, st: Statement, specs: list[LoopSpec], it: Iteration, scope: Scope
+    ) -> list[LoopSpec]:
+        """The loops of a product of two structures in the order of Gustavson, where that is
+        possible: the last is over what the second stores at the coordinate of the reduction.
+
+        before: for i; for j in 0:n; for k in A[i, :]
+        after:  for i; for k in A[i, :]; for j in B[k, :]
+        """
+        *outer, inner = specs
+        in_memory = st is self.root and not self.temps and st.out.dtype == st.value.dtype
+        is_ordered = st.out.tensor.name in {order[0] for order in self.tables.program.orders}
+        if not in_memory or is_ordered or inner.level is None:
+            return specs
+        for s in outer:
+            rest = [x for x in outer if x is not s]
+            bound = {x.axis.name for x in (*rest, inner)} | scope.coordinates.keys()
+            for d in it.drivers[1:] if s.level is None and s.axis not in st.axes else ():
+                if has_list(self.tables, d, s.axis.name, bound):
+                    return [*rest, inner, replace(s, merged=Iteration((d,), "union"))]
+        return specs
 
     def _driver_inside(self) -> Driver | None:
         """The driver of a reduction inside the root, where the root's own loops can follow it:
@@ -187,6 +233,8 @@ class NestBuilder:
 
     def _open(self, s: LoopSpec, target: _Target, scope: Scope) -> Wrap:
         """Enters a loop: adds its variable to `scope`, returns its wrapper of bodies."""
+        if s.merged is not None:
+            return self._open_merge(s, s.merged, target, scope)
         if s.level is None:
             return self._open_dimension(s, target, scope)
         if s.fused is not None:
@@ -198,6 +246,22 @@ class NestBuilder:
         scope.coordinates[s.axis.name] = var
         axes = (target.tag(s.axis.name),)
         return lambda body: ir.For(var, ir.Const(0, var.dtype), end, body, axes=axes)
+
+    def _open_merge(self, s: LoopSpec, it: Iteration, target: _Target, scope: Scope) -> Wrap:
+        before: list[ir.Stmt] = []
+        var, axis = self._variable(f"{s.axis.name}_p"), self._variable(s.axis.name)
+        lists = [list_of(scope, d, before) for d in it.drivers]
+        loop = merge_of(var, lists, it.op, (target.tag(s.axis.name),))
+        for n, d in enumerate(it.drivers):
+            optional = it.op == "union" and len(lists) > 1
+            position = ir.Cursor(var, n, self.tables.index, optional)
+            scope.known_positions[d] = position
+            if scope.is_read_at(d):
+                scope.walks[d.structure].variables[s.depth] = position
+        scope.coordinates[s.axis.name] = axis
+        scope.rank = var
+        key = ir.Let(axis, ir.Cursor(var, ir.KEY, axis.dtype))
+        return lambda body: ir.seq(*before, replace(loop, body=ir.seq(key, body)))
 
     def _open_level(self, s: LoopSpec, level: Level, target: _Target, scope: Scope) -> Wrap:
         _, storage = self.tables.storage(s.structure, s.depth)
@@ -290,9 +354,14 @@ class NestBuilder:
     def _leaf(self, target: _Target, scope: Scope) -> ir.Stmt:
         st, in_place = target.statement, target.in_place
         lets: list[ir.Stmt] = []
+        if st.op == "append":
+            return self._appended(scope, lets)
         guards = self._stored_guard(st, scope, lets)
         reader = Reader(self.tables, self.rows, scope, lets)
-        reductions, value = self._values(st, reader)
+        it = iteration(st)
+        merged = it is not None and it.exact and scope.rank is not None
+        body = st.value.a if merged and isinstance(st.value, ir.Select) else st.value
+        reductions, value = self._values(st, body, reader)
         tensor = st.out.tensor
         if tensor.is_sparse:
             last = len(self.tables.levels(tensor.structure)) - 1
@@ -319,11 +388,13 @@ class NestBuilder:
         )
         return _inside(lets, guards, compute)
 
-    def _values(self, st: Statement, reader: Reader) -> tuple[tuple[ir.Reduction, ...], ir.Expr]:
-        """The reductions of a statement with an epilogue, and the value that it stores; or the
-        value alone."""
+    def _values(
+        self, st: Statement, body: ir.Expr, reader: Reader
+    ) -> tuple[tuple[ir.Reduction, ...], ir.Expr]:
+        """The reductions of a statement with an epilogue, and the value that it stores; or
+        `body` alone."""
         if not isinstance(st, Fused):
-            return (), reader.expr(st.value)
+            return (), reader.expr(body)
         totals = {t.out.tensor.name: ir.Buffer(t.out.tensor.name, t.out.dtype, (), "register")
                   for t in st.totals}  # fmt: skip
         reductions = tuple(
@@ -335,6 +406,12 @@ class NestBuilder:
             return ir.Load(totals[x.buffer.name], (), x.dtype) if is_total else x
 
         return reductions, transform(reader.expr(st.epilogue), scalar)
+
+    def _appended(self, scope: Scope, lets: list[ir.Stmt]) -> ir.Stmt:
+        """The lists of one loop, each with its value at its next element."""
+        reader = Reader(self.tables, self.rows, scope, lets)
+        values = [reader.expr(st.value.a) for st in (self.root, *self.also)]  # type: ignore[attr-defined]
+        return appended(reader, (self.root, *self.also), values)
 
     def _stored_guard(self, st: Statement, scope: Scope, lets: list[ir.Stmt]) -> list[ir.Expr]:
         """The test that an entry is stored, for a reduction whose last level is searched, not

@@ -12,16 +12,15 @@ from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import rebuild, simplify, walk
-from tilewright.lower.drivers import check_reduction
+from tilewright.lower.drivers import check_reduction, driver_of, list_key, outer_driver
 from tilewright.lower.epilogues import fused
+from tilewright.lower.joins import join_nest, join_of
 from tilewright.lower.nests import BuiltNest, NestBuilder
 from tilewright.lower.tables import (
     Driver,
     Statement,
     Tables,
-    driver_of,
     indices_in,
-    outer_driver,
     shares_rows,
 )  # fmt: skip
 
@@ -38,20 +37,30 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
     """
     builder = _Builder(program)
     stages: list[tuple[ir.Nest, ...]] = []
-    for root, inline in _roots(program):
-        stages += builder.stages(root, inline)
+    for root, inline, also in _roots(program):
+        stages += builder.stages(root, inline, also)
     buffers = {b.name: b for stage in stages for nest in stage for b in _buffers(nest.body)}
     return replace(
         program, level="positions", stages=tuple(stages), buffers=tuple(buffers.values())
     )
 
 
-def _roots(program: ir.Program) -> Iterable[tuple[ir.Assign, list[ir.Assign]]]:
-    """Each statement that is stored, with the inline ones that it reads."""
+def _roots(
+    program: ir.Program,
+) -> Iterable[tuple[ir.Assign, list[ir.Assign], tuple[Statement, ...]]]:
+    """Each statement that is stored, with the inline ones that it reads and the lists behind it
+    that are appended to in the same loops."""
     inline = {a.out.tensor.name: a for a in program.body if a.out.tensor.role == "inline"}
-    for root in program.body:
-        if root.out.tensor.name not in inline:
-            yield root, _read_by(root, list(inline.values()))
+    roots = [a for a in program.body if a.out.tensor.name not in inline]
+    while roots:
+        root, also = roots.pop(0), []
+        key = list_key(Statement.of(root))
+        while key and roots and list_key(Statement.of(roots[0])) == key:
+            also.append(roots.pop(0))
+        read = {
+            t.out.tensor.name: t for a in (root, *also) for t in _read_by(a, [*inline.values()])
+        }
+        yield root, list(read.values()), tuple(map(Statement.of, also))
 
 
 def _read_by(root: Any, temps: list[Any]) -> list[Any]:
@@ -83,8 +92,12 @@ class _Builder:
         self.program = program
         self.tensors = {t.name: t for t in program.tensors}
 
-    def stages(self, root: ir.Assign, inline: list[ir.Assign]) -> list[tuple[ir.Nest, ...]]:
+    def stages(
+        self, root: ir.Assign, inline: list[ir.Assign], also: tuple[Statement, ...] = ()
+    ) -> list[tuple[ir.Nest, ...]]:
         statement = Statement.of(root)
+        if join := join_of(root.value):
+            return [(join_nest(Tables(self.program), [statement, *also], join),)]
         temps = [Statement.of(a) for a in inline]
         structure, names = _root_driver(statement, temps)
         composition: Any = self.tensors[structure].format if structure else None
@@ -92,11 +105,11 @@ class _Builder:
         composed = composition if getattr(composition, "parts", ()) else None
         own_rows = bool(names) and names[0] in {x.name for x in indices_in(root.out.coords)}
         shared = composed is not None and not (composed.unique_rows and own_rows)
-        for st in (statement, *temps):
+        for st in (statement, *also, *temps):
             check_reduction(st, self.tensors)
         if composed is not None and composed.repeats:
             self._check_overlap(statement, temps, composed)
-        built = self._built(statement, temps, structure, formats, shared=shared)
+        built = self._built((statement, also), temps, structure, formats, shared=shared)
         nests: list[ir.Nest] = []
         empty: list[ir.Nest] = []
         in_place, covers, driver = False, True, None
@@ -121,19 +134,25 @@ class _Builder:
 
     def _built(
         self,
-        st: Statement,
+        roots: tuple[Statement, tuple[Statement, ...]],
         temps: list[Statement],
         structure: str,
         formats: tuple[Any, ...],
         *,
         shared: bool,
     ) -> list[BuiltNest]:
-        """The nest of a statement for each format. Its reductions are part of it, unless loops come
+        """The nest of a statement, with the lists that are appended to beside it, for each format.
+        Its reductions are part of it, unless loops come
         back to an element of the output: then no accumulator could hold their totals."""
+
+        st, also = roots
 
         def build(st: Statement, temps: list[Statement]) -> list[BuiltNest]:
             tables = (Tables(self.program, {structure: f} if structure else {}) for f in formats)
-            return [NestBuilder(t, st, temps, structure, shared=shared).build() for t in tables]
+            return [
+                NestBuilder(t, st, temps, structure, shared=shared, also=also).build()
+                for t in tables
+            ]
 
         whole = (st, temps) if shared else fused(st, temps, structure)
         built = build(*whole)

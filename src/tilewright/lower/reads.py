@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
 from tilewright import dtypes
 from tilewright.ir import nodes as ir
-from tilewright.ir.levels import is_list_of_pairs, load_value, locate_pair
+from tilewright.ir.levels import is_list_of_pairs, load_value, locate_pair, may_miss
 from tilewright.ir.names import parse_name
 from tilewright.ir.ranges import interval
 from tilewright.ir.rewrite import add
 from tilewright.lower.scope import Scope, part_of
-from tilewright.lower.tables import Driver, Tables, index_names, unsearchable
+from tilewright.lower.tables import Driver, Statement, Tables, index_names, unsearchable
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,9 @@ class Reader:
             return self.tables.size(size.owner)
         if isinstance(e, ir.Access):
             return self.access(e)
+        if isinstance(e, ir.Stored):
+            position = self._position(self.tables.tensors[e.access.tensor.name], e.access)
+            return ir.binary(">=", position, 0) if may_miss(position) else ir.Const(True, e.dtype)
         if isinstance(e, ir.Binary):
             return ir.binary(e.op, self.expr(e.a), self.expr(e.b))
         if isinstance(e, ir.Unary):
@@ -136,6 +140,24 @@ class Reader:
             if conditions or not level.is_dense:
                 conditions = [ir.binary(">=", position, 0)]
         return ir.select(conditions[0], position, missing) if conditions else add(position, 0)
+
+
+def appended(reader: Reader, lists: Sequence[Statement], values: Sequence[ir.Expr]) -> ir.Stmt:
+    """Each value stored at the next element of its list: where the list starts, and as many
+    elements further as the loop around has visited coordinates."""
+    rank, tables = reader.scope.rank, reader.tables
+    assert rank is not None
+    start = ir.cast(reader.expr(lists[0].out.coords[0]), dtypes.int64)
+    at = ir.Var(tables.unused_name("at"), dtypes.int64)
+    reader.lets.append(ir.Let(at, start + ir.cast(rank, dtypes.int64)))
+    leaves: dict[tuple[ir.Expr, ...], list[ir.Stmt]] = {}  # by their guards
+    for st, value in zip(lists, values, strict=True):
+        tensor = st.out.tensor
+        out = ir.Load(tables.buffer(tensor), (at,), tensor.dtype)
+        store = ir.Compute(out, ir.cast(value, tensor.dtype))
+        leaves.setdefault(tuple(reader.bounds(tensor, st.out, (at,))), []).append(store)
+    bodies = [ir.seq(*b) if not g else ir.If(_all(list(g)), ir.seq(*b)) for g, b in leaves.items()]
+    return ir.seq(*reader.lets, *bodies)
 
 
 def _all(conditions: list[ir.Expr]) -> ir.Expr:

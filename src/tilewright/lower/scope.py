@@ -36,13 +36,15 @@ class Walk:
 @dataclass(slots=True)
 class Scope:
     """`coordinates` by index, `block_parts` of blocked ones, `walks` by structure;
-    `known_positions` in structures that outer loops walk at other indices."""
+    `known_positions` in structures that outer loops walk at other indices; `rank`: how many
+    coordinates the merge loop around has visited."""
 
     tables: Tables
     coordinates: dict[str, ir.Expr] = field(default_factory=dict)
     block_parts: dict[BlockPart, ir.Expr] = field(default_factory=dict)
     walks: dict[str, Walk] = field(default_factory=dict)
     known_positions: dict[Driver, ir.Expr] = field(default_factory=dict)
+    rank: ir.Expr | None = None
 
     def copy(self) -> Scope:
         return Scope(
@@ -51,6 +53,7 @@ class Scope:
             dict(self.block_parts),
             {structure: walk.copy() for structure, walk in self.walks.items()},
             dict(self.known_positions),
+            self.rank,
         )
 
     def is_read_at(self, driver: Driver) -> bool:

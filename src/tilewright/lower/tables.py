@@ -49,8 +49,8 @@ def index_names(e: ir.Access) -> tuple[str, ...]:
 
 
 def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
-    """The structures that could drive a reduction, in reading order: those read at plain indices,
-    one of them reduced."""
+    """The structures that could drive a reduction: those read at plain indices, one of them
+    reduced."""
     reduced = {a.name for a in st.axes}
     tensors: dict[Driver, ir.Tensor] = {}
     for x in walk(st.value):
@@ -60,22 +60,6 @@ def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
             if driver.is_plain and len(names) == len(driver.indices) and reduced & names:
                 tensors.setdefault(driver, x.tensor)
     return tensors
-
-
-def driver_of(st: Statement) -> Driver | None:
-    """The structure whose stored coordinates the statement follows."""
-    if st.out.tensor.is_sparse:
-        return Driver(st.out.tensor.structure, index_names(st.out))
-    return next(iter(drivers(st)), None)
-
-
-def outer_driver(t: Statement) -> Driver | None:
-    """The driver of a reduction as the loops around it can follow it: its own indices are none of
-    theirs, though they may have the same names."""
-    driver, reduced = driver_of(t), {a.name for a in t.axes}
-    if driver is None:
-        return None
-    return Driver(driver.structure, tuple("" if n in reduced else n for n in driver.indices))
 
 
 class Tables:
@@ -165,6 +149,15 @@ def shares_rows(name: str, fmt: Any) -> ProgramError:
         "P107",
         f"{name} is more than one sum (or max, min) and {fmt} shares its rows",
         hint="use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'",
+    )
+
+
+def unmergeable(st: Statement, formats: list[Any]) -> ProgramError:
+    return ProgramError(
+        "P107",
+        f"{st.out} takes the coordinates of several structures together, stored as "
+        f"{', '.join(map(str, formats))}: their lists cannot be merged",
+        hint="store them as csr or dcsr; of a sum, write sum(A[i, j]) + sum(B[i, j])",
     )
 
 

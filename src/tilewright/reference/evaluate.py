@@ -9,10 +9,10 @@ length 1 along each dimension in which it does not vary. A reduction adds its ax
 evaluates its body there and reduces those dimensions. A name refers to its innermost scope.
 
 Rules:
-* An index takes every coordinate of its dimension. A reduction over an axis of a sparse operand
-  (whose coordinates are distinct plain indices) ranges over the *stored* coordinates of the first
-  such operand; its other axes take every coordinate. A coordinate that two parts of a format store
-  counts once; padding does not count.
+* An index takes every coordinate of its dimension. A reduction over an axis of one sparse operand
+  (whose coordinates are distinct plain indices) ranges over the *stored* coordinates of that
+  operand, over all coordinates where several operands have its axes; its other axes take every
+  coordinate. A coordinate that two parts of a format store counts once; padding does not count.
 * A sparse tensor reads its `fill` where nothing is stored; a dense array reads 0 outside of its
   shape, and a store there does nothing. Every element of an output is written.
 * Operations and conversions are those of `ops_table`. float16 and bfloat16 are rounded where the
@@ -148,6 +148,8 @@ class _Evaluator:
         if t.name not in self.data:
             self.data[t.name] = self.allocated(t)
         array = self.data[t.name]
+        if isinstance(s.value, ir.Reduce) and s.value.op == "append":
+            return self.append(s, s.value, box)
         full = tuple(slice(0, len(next(iter(along.values())))) for along in box)
         values = np.empty([x.stop for x in full], array.dtype)
         for part in pieces(full, LIMIT_BYTES // 8 // max(self.points_below(s.value), 1)):
@@ -162,6 +164,24 @@ class _Evaluator:
                 UFUNCS[s.op].at(array, to, values[inside])
             else:
                 array[to] = values[inside]
+
+    def append(self, s: ir.Assign, e: ir.Reduce, box: Box) -> None:
+        """Writes the values of each point of the box where the condition holds, one behind the
+        other."""
+        assert isinstance(e.body, ir.Select)
+        array, ends = self.data[s.out.tensor.name], [len(next(iter(d.values()))) for d in box]
+        own = {a.name: np.arange(self.size(a.dim), dtype=self.index) for a in axes_of(e)}
+        row = slice(0, self.size(axes_of(e)[0].dim))
+        most = LIMIT_BYTES // 8 // max(self.points_below(e.body) * row.stop, 1)
+        for part in pieces(tuple(slice(0, n) for n in ends), most):
+            inside = scope_of([*box, own], (*part, row))
+            shape = (*(x.stop - x.start for x in part), row.stop)
+            kept = np.broadcast_to(self.expr(e.body.cond, inside), shape)
+            values = np.broadcast_to(self.expr(e.body.a, inside), shape)[kept]
+            start = np.broadcast_to(self.expr(s.out.coords[0], inside), shape)[kept]
+            at = start + (np.cumsum(kept, axis=-1) - 1)[kept]
+            valid = (at >= 0) & (at < len(array))
+            array[at[valid]] = encode(values, s.out.dtype, array.dtype)[valid]
 
     def box_of(self, out: ir.Access) -> Box:
         """The box of an output: a dimension for each index; one for all stored coordinates."""
@@ -204,9 +224,17 @@ class _Evaluator:
             return np.full((1,) * scope.rank, self.sizes[size.owner], self.kind(e.dtype))
         if isinstance(e, ir.Access):
             return self.access(e, scope)
+        if isinstance(e, ir.Stored):
+            return self.exists(e.access, scope)
         if isinstance(e, ir.Reduce):
             return self.reduction(e, scope)
         return operation(e, self.exact)(*(self.expr(x, scope) for x in ir.children(e)))
+
+    def exists(self, e: ir.Access, scope: Scope) -> np.ndarray:
+        """Where an entry of a sparse tensor is stored."""
+        if not self.stored[e.tensor.structure].count:
+            return np.zeros((1,) * scope.rank, bool)
+        return self.stored[e.tensor.structure].find([self.expr(c, scope) for c in e.coords])[1]
 
     def access(self, e: ir.Access, scope: Scope) -> np.ndarray:
         t, values = e.tensor, self.data[e.tensor.name]
@@ -236,14 +264,15 @@ class _Evaluator:
 
     def driver(self, e: ir.Reduce) -> tuple[str, tuple[str, ...]] | None:
         """The structure whose stored coordinates a reduction ranges over, and the names of its
-        indices: that of the first sparse operand that has one of the axes."""
+        indices: that of the one sparse operand that has one of the axes."""
         own = {a.name for a in e.axes}
+        found: set[tuple[str, tuple[str, ...]]] = set()
         for x in operands(e.body):
             names = tuple(c.name if isinstance(c, ir.Index) else "" for c in x.coords)
             plain = "" not in names and len(set(names)) == len(names)
             if x.tensor.is_sparse and plain and own & set(names):
-                return x.tensor.structure, names
-        return None
+                found.add((x.tensor.structure, names))
+        return found.pop() if len(found) == 1 else None
 
     def reduction(self, e: ir.Reduce, scope: Scope) -> np.ndarray:
         """A reduction at every point of the box of a scope, or over the stored coordinates that

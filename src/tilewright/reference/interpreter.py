@@ -53,6 +53,7 @@ class _Nest:
         self, nest: ir.Nest, memory: dict[str, Array], env: dict[str, Any], positions: bool
     ) -> None:
         self.nest, self.memory, self.env, self.positions = nest, memory, env, positions
+        self.rows: dict[str, dict[Any, Any]] = {}  # row workspaces: values by coordinate
         self.scratch: set[str] = set()  # registers that a statement allocates
         self.registers: dict[str, Any] = {}  # values; at the position level one for each temporary
         self.started: set[str] = set()  # temporaries whose sum has begun in an outer loop
@@ -105,6 +106,9 @@ class _Nest:
             self.store(s.buffer, s.index, self.value(s.value), s.op)
         elif isinstance(s, ir.Alloc):
             self.allocate(s.buffer)
+        elif isinstance(s, ir.Scatter):
+            row, key, value = self.rows[s.workspace.name], self.value(s.key), self.value(s.value)
+            row[key] = row[key] + value if key in row else value
         elif isinstance(s, (ir.MmaZero, ir.Mma, ir.MmaStore)):
             self.tiles(s)
         elif not isinstance(s, (ir.Sync, ir.Prefetch)):
@@ -126,12 +130,49 @@ class _Nest:
         self.registers.update(starts)
         if self.positions:
             self.epilogues.enter(s)
-        for i in _range(s.var, self.value(s.begin), self.value(s.end)):
-            self.env[s.name] = i
-            self.do(s.body)
+        if isinstance(s, ir.Merge):
+            self.merge(s)
+        elif isinstance(s, ir.Drain):
+            self.drain(s)
+        else:
+            self.iterate(s)
         self.started = before
         if self.positions:
             self.epilogues.leave(s)
+
+    def merge(self, s: ir.Merge) -> None:
+        """Runs the body for each coordinate of the lists, which ascend."""
+        lists: list[dict[int, int]] = []
+        for run, end in zip(s.runs, s.ends, strict=True):
+            keys, first = self.memory[run.buffer.name], int(self.value(run.index[0]))
+            positions = range(first, int(self.value(end)))
+            coordinates = [int(keys.read(p, run.buffer.dtype)) for p in positions]
+            if coordinates != sorted(set(coordinates)):
+                raise InternalError("I101", f"{run.buffer.name} does not ascend: {coordinates}")
+            lists.append(dict(zip(coordinates, positions, strict=True)))
+        joined = set.union if s.op == "union" else set.intersection
+        number = s.var.dtype.numpy.type
+        for rank, key in enumerate(sorted(joined(*map(set, lists)))):
+            self.env[s.name], self.env[_cursor(s.name, ir.KEY)] = number(rank), number(key)
+            for n, known in enumerate(lists):
+                self.env[_cursor(s.name, n)] = number(known.get(key, -1))
+            self.do(s.body)
+
+    def drain(self, s: ir.Drain) -> None:
+        """Runs the body for each coordinate of a row workspace, and empties it."""
+        assert s.workspace is not None
+        row = self.rows[s.workspace.name]
+        for rank, key in enumerate(sorted(row)):
+            self.env[s.name] = s.var.dtype.numpy.type(rank)
+            self.env[_cursor(s.name, ir.KEY)] = key
+            self.env[_cursor(s.name, ir.VALUE)] = row[key]
+            self.do(s.body)
+        row.clear()
+
+    def iterate(self, s: ir.For) -> None:
+        for i in _range(s.var, self.value(s.begin), self.value(s.end)):
+            self.env[s.name] = i
+            self.do(s.body)
 
     def starts(self, s: ir.Stmt) -> dict[str, Any]:
         """Position level: temporaries that the loop `s` reduces into, and their first values."""
@@ -173,6 +214,9 @@ class _Nest:
         cells[at] = encode(value, dtype, cells.dtype)
 
     def allocate(self, b: ir.Buffer) -> None:
+        if b.scope == "workspace":
+            self.rows[b.name] = {}
+            return
         extents = tuple(_integer(e) for e in b.shape)
         if b.scope == "shared":
             self.memory[b.name] = Array.of(b.name, poisoned(extents, b.dtype))
@@ -237,10 +281,15 @@ class _Nest:
         if isinstance(e, ir.Const):
             value = constant(e.value, e.dtype.scalar)
             return lambda: value
+        if isinstance(e, ir.Cursor):
+            name = _cursor(e.loop.name, e.operand)
+            return lambda: env[name]
         if isinstance(e, ir.Load):
             return self.load(e)
         if isinstance(e, ir.Search):
             return lambda: self.search(e)
+        if isinstance(e, ir.Holds):
+            return lambda: self.value(e.key) in self.rows[e.workspace.name]
         if isinstance(e, ir.ReduceThreads):
             return self.closure(e.a)  # the loop over threads has run in order
         operands = [self.closure(x) for x in ir.children(e)]
@@ -286,6 +335,11 @@ class _Nest:
         if not e.last and not (at < high and keys.flat[at] == key):
             at = -1
         return e.dtype.numpy.type(at - e.last)
+
+
+def _cursor(loop: str, operand: int) -> str:
+    """The name of a cursor of a loop."""
+    return f"{loop}.{operand}"
 
 
 def _in_memory(b: ir.Buffer) -> bool:

@@ -43,7 +43,7 @@ def chain_from(s: ir.Stmt) -> Chain:
     lets: list[ir.Let] = []
     guards: list[ir.Expr] = []
     while True:
-        if isinstance(s, ir.For):
+        if isinstance(s, ir.For) and not isinstance(s, (ir.Merge, ir.Drain)):
             loops.append(s)
             s = s.body
         elif isinstance(s, ir.If):
@@ -191,6 +191,11 @@ def rewrite_loops(s: ir.Stmt, name: str, f: Callable[[ir.For], ir.Stmt]) -> tupl
     def visit(x: Any) -> Any:
         nonlocal count
         if isinstance(x, ir.For) and matches(x, name):
+            if isinstance(x, (ir.Merge, ir.Drain)):
+                raise illegal(
+                    f"loop {x.name} merges lists of coordinates, one after the other",
+                    "schedule the loops around it",
+                )
             count += 1
             return f(x)
         return rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x

@@ -8,7 +8,19 @@ from itertools import chain, count
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.ir.nodes import Expr, Index, Reduce, as_expr, binary, select, size_var, unary
+from tilewright.ir.nodes import (
+    Access,
+    Expr,
+    Index,
+    Reduce,
+    Stored,
+    as_expr,
+    binary,
+    identity_of,
+    select,
+    size_var,
+    unary,
+)  # fmt: skip
 from tilewright.ir.rewrite import computed_in, free_vars
 from tilewright.sparse.tracing import checked_name, current, refusal
 
@@ -60,23 +72,52 @@ def size(dim: str) -> Expr:
     return size_var(dim)
 
 
+def stored(access: Any) -> Expr:
+    """Whether a sparse tensor stores an entry at coordinates: `stored(A[i, j])`."""
+    if not isinstance(access, Access) or not access.tensor.is_sparse:
+        raise refusal(
+            "P103", f"stored({access!r}): no element of a sparse tensor", hint="tw.stored(A[i, j])"
+        )
+    return Stored(access)
+
+
+def any_(condition: Any, over: Index | tuple[Index, ...]) -> Expr:
+    """Whether a condition holds for any coordinate of an index or a tuple of indices."""
+    return binary("!=", max_(condition_of("any", condition), over), 0)
+
+
+def condition_of(op: str, value: Any) -> Expr:
+    """`value` as the condition of an operation. Raises ProgramError[P106] for other values."""
+    if not isinstance(value, Expr) or value.dtype.kind != "b":
+        raise refusal(
+            "P106", f"{op} where {value!r}: not a condition", hint="tw.stored(A[i, j]), or a < b"
+        )
+    return value
+
+
 def _reduce(op: str) -> Callable[..., Expr]:
-    def reduction(value: Any, over: Index | tuple[Index, ...]) -> Expr:
+    def reduction(value: Any, over: Index | tuple[Index, ...], where: Expr | None = None) -> Expr:
         axes = over if isinstance(over, tuple) else (over,)
         if not axes or not all(isinstance(a, Index) for a in axes):
             raise refusal("P104", f"{op} over {over!r}: not indices", hint="over=j or over=(j, k)")
         body = as_expr(value)
+        if where is not None:
+            kind = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
+            body = computed_in(body, kind)
+            body = select(condition_of(op, where), body, identity_of(op, kind))
         missing = {a.name for a in axes} - free_vars(body)
         if missing:
             raise refusal(
-                "P104", f"{op} over {', '.join(sorted(missing))}, which its body does not use"
-            )
+                "P104", f"{op} over {', '.join(sorted(missing))}, which its body does not use",
+                hint="where=tw.stored(A[i, j]) ranges over what A stores",
+            )  # fmt: skip
         dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
         return Reduce(op, axes, computed_in(body, dtype), dtype)
 
     reduction.__name__ = reduction.__qualname__ = op
     reduction.__doc__ = (
-        f"The {op} of `value` over an index or a tuple of indices; its identity over none."
+        f"The {op} of `value` over an index or a tuple of indices, at the coordinates `where` a "
+        "condition holds; its identity over none."
     )
     return reduction
 

@@ -8,8 +8,22 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.dtypes import DType
-from tilewright.ir.nodes import ATOMIC, Access, Assign, Expr, Index, Role, Tensor, as_expr, cast
+from tilewright.ir.nodes import (
+    ATOMIC,
+    Access,
+    Assign,
+    Const,
+    Expr,
+    Index,
+    Reduce,
+    Role,
+    Select,
+    Tensor,
+    as_expr,
+    cast,
+)  # fmt: skip
 from tilewright.ir.rewrite import free_indices, free_vars, rename_reductions, walk
+from tilewright.sparse.expressions import condition_of
 from tilewright.sparse.tracing import checked_name, current, refusal
 
 
@@ -47,18 +61,39 @@ out, temp = Output("output"), Output("temp")
 @dataclass(frozen=True, slots=True)
 class Update:
     """`update(pages)[slot[t], d](value)` writes into a parameter, at computed coordinates;
-    `update(Y).add[at[t]](value)` adds, also where coordinates repeat."""
+    `update(Y).add[at[t]](value)` adds, also where coordinates repeat.
+
+    `update(C).append[start[i]](value, over=j, where=condition)` writes the values at the
+    coordinates j, ascending, at which the condition holds, one behind the other from start[i] on:
+    how a sparse output is filled. The condition is made of `stored`."""
 
     tensor: Tensor
     op: str = ""
 
     @property
+    def append(self) -> Update:
+        return replace(self, op="append")
+
+    @property
     def add(self) -> Update:
         return replace(self, op="sum")
 
-    def __getitem__(self, coords: Any) -> Callable[[Any], Tensor]:
+    def __getitem__(self, coords: Any) -> Callable[..., Tensor]:
         access = self.tensor[coords]
+        if self.op == "append":
+            return lambda value, over, where: self._append(access, as_expr(value), over, where)
         return lambda value: self._assign(access, as_expr(value))
+
+    def _append(self, to: Access, value: Expr, over: Index, where: Expr) -> Tensor:
+        if len(to.coords) != 1 or not isinstance(over, Index):
+            raise refusal(
+                "P104", f"append to {to} over {over!r}: a list has one dimension, and one index "
+                "runs along it", hint="tw.update(C).append[start[i]](value, over=j, where=…)",
+            )  # fmt: skip
+        dtype = self.tensor.dtype
+        absent = cast(Const(0, dtypes.int32), dtype)
+        body = Select(condition_of("append", where), cast(value, dtype), absent, dtype)
+        return replace(self, op="")._assign(to, Reduce("append", (over,), body, dtype))
 
     def _assign(self, to: Access, value: Expr) -> Tensor:
         trace, written = current(), replace(self.tensor, role="output", kind="state")

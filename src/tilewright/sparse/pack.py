@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from tilewright.errors import ArgumentError, FormatError
 from tilewright.ir.levels import coordinates, lists_rows, row_major
 from tilewright.sparse import entries
 from tilewright.sparse.entries import Entries
-from tilewright.sparse.formats import Composed, Format
+from tilewright.sparse.formats import Composed, Format, csr
 
 ROUNDED_UP = 1 << 20  # units of the last CTA may count this far beyond the last entry
+FEW = 1 << 20  # numbers of entries that small results share
 MOST_POSITIONS = 1 << 40  # of a level: beyond the memory of any machine, within an int64
 
 
@@ -343,3 +345,32 @@ def _read_only(array: Any) -> Any:
 
 def _placed(arrays: tuple[np.ndarray, ...], device: str) -> tuple[Any, ...]:
     return arrays if device == "cpu" else tuple(entries.place(a, device) for a in arrays)
+
+
+_CSR = csr()
+
+
+@cache
+def _numbers() -> np.ndarray:
+    return np.arange(FEW)
+
+
+def of_rows(
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    values: np.ndarray,
+    shape: tuple[int, int],
+    dtype: DType,
+) -> Packed:
+    """The CSR tensor of arrays that an operator computed. They are not checked: the columns of each
+    row ascend."""
+    index = _index_type(None, max(len(indices), *shape)).numpy
+    arrays = {
+        "indptr": indptr.astype(index, copy=False),
+        "indices": indices.astype(index, copy=False),
+    }
+    nnz = len(indices)
+    numbers = _numbers()[:nnz] if nnz <= FEW else np.arange(nnz)
+    part = Part(_CSR, ({}, arrays), (shape[0], nnz), numbers, numbers)
+    structure = Structure(part.format, shape, (part,), len(indices), dtypes.dtype(index.name))
+    return Packed(structure, (values,), dtype)

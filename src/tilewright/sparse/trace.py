@@ -4,10 +4,12 @@
         i, j, k = indices("m n d")
         return out[i, k](sum(A[i, j] * X[j, k], over=j))
 
-Parameters are described by their default values. A reduction `over` a sparse axis ranges over the
-*stored* coordinates of the first sparse operand that has the axis; where others have it too, the
-first must make the body the identity where it is missing. Elsewhere a missing coordinate reads as
-the tensor's fill. Nothing is executed here: `A[i, j]` is a node.
+Parameters are described by their default values. A reduction `over` an axis that one sparse operand
+has ranges over the *stored* coordinates of that operand. Where several have the axis, it ranges
+over all coordinates, and the body must be the identity of the reduction where one of them, or where
+all of them, are missing; else `where=` names the coordinates, as in
+`max(A[i, j] * B[i, j], over=j, where=stored(A[i, j]))`. Elsewhere a missing coordinate reads as the
+tensor's fill. Nothing is executed here: `A[i, j]` is a node.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from tilewright.ir.nodes import Cast, Index, Kind, Program, Tensor, equal
 from tilewright.ir.rewrite import walk
 from tilewright.sparse.expressions import (
     abs_,
+    any_,
     cos,
     exp,
     floor,
@@ -39,6 +42,7 @@ from tilewright.sparse.expressions import (
     sin,
     size,
     sqrt,
+    stored,
     sum_,
     tanh,
     where,
@@ -181,7 +185,8 @@ def _parameter(
 
 
 __all__ = [
-    "Declared", "Index", "Output", "abs_", "cos", "dense", "equal", "exp", "floor", "indices",
-    "log", "max_", "maximum", "min_", "minimum", "out", "prod", "rsqrt", "scalar", "sigmoid",
-    "sin", "size", "sparse", "sqrt", "sum_", "tanh", "temp", "trace", "update", "where",
+    "Declared", "Index", "Output", "abs_", "any_", "cos", "dense", "equal", "exp", "floor",
+    "indices", "log", "max_", "maximum", "min_", "minimum", "out", "prod", "rsqrt", "scalar",
+    "sigmoid", "sin", "size", "sparse", "sqrt", "stored", "sum_", "tanh", "temp", "trace", "update",
+    "where",
 ]  # fmt: skip

@@ -1,0 +1,147 @@
+"""Text of the loops over lists of coordinates, for the C family.
+
+The union of two lists is a loop while both have coordinates left, without branches that depend on
+the data, and one loop for the rest of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tilewright.codegen.params import C_TYPES, c_name
+from tilewright.ir import nodes as ir
+from tilewright.ir.rewrite import walk
+
+
+class MergeRenderer:
+    """The part of a renderer that prints `Merge` loops and `Cursor`s."""
+
+    unguarded: tuple[str, ...] = ()  # loops whose positions can all be read here
+    is_picking = False  # positions are printed that can be read, not -1 for those that lack it
+    line: Any
+    block: Any
+    stmt: Any
+    stored: Any
+    expr: Any
+    pointer: Any
+    load_scalar: Any
+    depth: int
+
+    def merge(self, s: ir.Merge) -> None:
+        name, kind = c_name(s.name), C_TYPES[s.var.dtype.name]
+        numbers = range(len(s.runs))
+        self.line("{")
+        self.depth += 1
+        for n, (run, end) in enumerate(zip(s.runs, s.ends, strict=True)):
+            self.line(f"{kind} {name}__at{n} = {self.expr(run.index[0])};")
+            self.line(f"const {kind} {name}__end{n} = {self.expr(end)};")
+        self.line(f"{kind} {name} = 0;")
+        if s.op == "intersection" or len(s.runs) == 1:
+            self._together(s, numbers)
+        else:
+            self._union(s, numbers)
+        self.depth -= 1
+        self.line("}")
+
+    def _together(self, s: ir.Merge, numbers: Sequence[int]) -> None:
+        """The loop over the coordinates that lists `numbers` have in common; a list behind the
+        greatest of their coordinates moves on."""
+        name, kind = c_name(s.name), C_TYPES[s.var.dtype.name]
+        self._head(s, numbers, "max")
+        if len(numbers) > 1:
+            moved = " ".join(f"{name}__at{n} += {name}__key{n} < {name}__key;" for n in numbers)
+            differ = " || ".join(f"{name}__key{n} != {name}__key" for n in numbers)
+            self.line(f"if ({differ}) {{ {moved} continue; }}")
+        for n in range(len(s.runs)):
+            at = f"{name}__at{n}" if n in numbers else "-1"
+            self.line(f"const {kind} {name}__position{n} = {at};")
+        self._tail(s, numbers)
+
+    def _union(self, s: ir.Merge, numbers: Sequence[int]) -> None:
+        """The loops over the coordinates that any of lists `numbers` has: while all of them have
+        some left, then over the others when one has ended."""
+        if len(numbers) == 1:
+            self._together(s, numbers)
+            return
+        name, kind = c_name(s.name), C_TYPES[s.var.dtype.name]
+        before, self.unguarded = self.unguarded, (*self.unguarded, s.name)
+        self._head(s, numbers, "min")
+        for n in range(len(s.runs)):
+            has = f"{name}__key{n} == {name}__key ? {name}__at{n} : -1" if n in numbers else "-1"
+            self.line(f"const {kind} {name}__position{n} = {has};")
+        self._tail(s, numbers)
+        self.unguarded = before
+        for ended in numbers:
+            self._union(s, [n for n in numbers if n != ended])
+
+    def _head(self, s: ir.Merge, numbers: Sequence[int], chosen: str) -> None:
+        """The head of a loop while all lists `numbers` have coordinates left; its coordinate is the
+        least or the greatest of theirs."""
+        name, kind = c_name(s.name), C_TYPES[s.var.dtype.name]
+        left = " && ".join(f"{name}__at{n} < {name}__end{n}" for n in numbers)
+        self.line(f"while ({left}) {{")
+        self.depth += 1
+        for n in numbers:
+            keys = s.runs[n].buffer
+            key = self.load_scalar(keys, f"{self.pointer(keys)}[{name}__at{n}]")
+            self.line(f"const {kind} {name}__key{n} = {key};")
+        key = f"{name}__key{numbers[0]}"
+        for n in numbers[1:]:
+            key = f"tw::{chosen}<{kind}>({key}, {name}__key{n})"
+        self.line(f"const {kind} {name}__key = {key};")
+
+    def _tail(self, s: ir.Merge, numbers: Sequence[int]) -> None:
+        name = c_name(s.name)
+        self.stmt(s.body)
+        step = (f"{name}__at{n} += {name}__key{n} == {name}__key;" for n in numbers)
+        self.line(f"{' '.join(step)} ++{name};")
+        self.depth -= 1
+        self.line("}")
+
+    def drain(self, s: ir.Drain) -> None:
+        """The loop over a row workspace, which is sorted unless it is only counted."""
+        assert s.workspace is not None
+        row, name, kind = c_name(s.workspace.name), c_name(s.name), C_TYPES[s.var.dtype.name]
+        is_read = any(isinstance(x, ir.Cursor) for x in walk(s.body))
+        if is_read:
+            self.line(f"{row}.gather();")
+        self.line(f"for ({kind} {name} = 0; {name} < {row}.count; ++{name}) {{")
+        self.depth += 1
+        if is_read:
+            self.line(f"const auto {name}__key = {row}.entries[{name}].key;")
+            self.line(f"const auto {name}__value = {row}.entries[{name}].value;")
+        self.stmt(s.body)
+        self.depth -= 1
+        self.line("}")
+        self.line(f"{row}.clear();")
+
+    def cursor(self, e: ir.Cursor) -> str:
+        name = c_name(e.loop.name)
+        if e.operand == ir.VALUE:
+            return f"{name}__value"
+        if e.operand == ir.KEY:
+            return f"{name}__key"
+        return f"{name}__{'at' if self.is_picking else 'position'}{e.operand}"
+
+    def is_in_range(self, e: ir.Select) -> bool:
+        """Whether a value is chosen by whether a list has the coordinate, where the position in
+        that list can be read anyway."""
+        cond = e.cond
+        return (
+            isinstance(cond, ir.Binary) and cond.op == ">=" and isinstance(cond.a, ir.Cursor)
+            and cond.b == ir.Const(0, cond.b.dtype) and cond.a.loop.name in self.unguarded
+        )  # fmt: skip
+
+    def picked(self, e: ir.Select) -> str:
+        """A choice that needs no branch: the value is read in any case."""
+        cursor: ir.Cursor = e.cond.a  # type: ignore[attr-defined]
+        name, kind = c_name(cursor.loop.name), C_TYPES[e.dtype.name]
+        has = f"{name}__key{cursor.operand} == {name}__key"
+        self.is_picking = True
+        value = self.stored(e.a)
+        self.is_picking = False
+        return self.choice(kind, has, value, self.stored(e.b))
+
+    def choice(self, kind: str, cond: str, a: str, b: str) -> str:
+        return f"({cond} ? {a} : {b})"

@@ -1,0 +1,222 @@
+"""Nests for rows whose coordinates come from a product of two sparse operands, in the order of
+Gustavson (1978): for each k of a row of the first, the coordinates j of row k of the second go into
+a row workspace, which is drained in ascending order.
+
+before: out[i] = sum(where(any(stored(A[i, k]) & stored(B[k, j]) over k), 1, 0) over j)
+after:  for i in 0:m.size
+          alloc row
+          for k_p in A.indptr1[i]:A.indptr1[i + 1]
+            for j_p in B.indptr1[k]:B.indptr1[k + 1]
+              row[B.indices1[j_p]] += false
+          for n in row
+            out[i] = sum(1 over j)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tilewright import dtypes
+from tilewright.errors import ProgramError
+from tilewright.ir import nodes as ir
+from tilewright.ir.rewrite import substitute, transform, walk
+from tilewright.lower.constants import constant
+from tilewright.lower.lists import has_list, list_of
+from tilewright.lower.reads import PartRows, Reader, appended
+from tilewright.lower.scope import Scope
+from tilewright.lower.tables import (
+    Driver,
+    Statement,
+    Tables,
+    index_names,
+    indices_in,
+    unmergeable,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """The coordinates `axis` at which `first` and `second` are stored for some `over`, and `mask`,
+    where there is one."""
+
+    axis: ir.Index
+    over: ir.Index
+    first: Driver
+    second: Driver
+    mask: Driver | None = None
+
+
+def join_of(value: ir.Expr) -> Join | None:
+    """The join that a reduction ranges over, or None."""
+    inner = value.a if isinstance(value, ir.Cast) else value
+    if not isinstance(inner, ir.Reduce) or not isinstance(inner.body, ir.Select):
+        return None
+    cond, mask = inner.body.cond, None  # any(stored(A[i, k]) & stored(B[k, j]) over k)
+    if isinstance(cond, ir.Binary) and cond.op == "&":  # … & stored(M[i, j])
+        cond, stored = (cond.b, cond.a) if isinstance(cond.a, ir.Stored) else (cond.a, cond.b)
+        if not isinstance(stored, ir.Stored):
+            return None
+        mask = _driver(stored)
+    exists = cond.a if isinstance(cond, ir.Binary) and cond.op == "!=" else None
+    if not isinstance(exists, ir.Reduce) or exists.op != "max" or len(inner.axes) != 1:
+        return None
+    both = exists.body.a if isinstance(exists.body, ir.Cast) else None
+    (axis,), over = inner.axes, exists.axes
+    if len(over) != 1 or not isinstance(both, ir.Binary) or both.op != "&":
+        return None
+    if not isinstance(both.a, ir.Stored) or not isinstance(both.b, ir.Stored):
+        return None
+    drivers = [_driver(both.a), _driver(both.b)]
+    drivers.sort(key=lambda d: axis.name in d.indices)
+    first, second = drivers
+    if axis.name in first.indices or not {axis.name, over[0].name} <= set(second.indices):
+        return None
+    return Join(axis, over[0], first, second, mask)  # type: ignore[arg-type]
+
+
+def _driver(x: ir.Stored) -> Driver:
+    return Driver(x.access.tensor.structure, index_names(x.access))
+
+
+def join_nest(tables: Tables, statements: list[Statement], join: Join) -> ir.Nest:
+    """The nest of statements over the same join. Raises ProgramError[P107]."""
+    return _Builder(tables, statements, join).build()
+
+
+class _Builder:
+    def __init__(self, tables: Tables, statements: list[Statement], join: Join) -> None:
+        self.tables, self.statements, self.join = tables, statements, join
+        self.rows = PartRows(tables, "", False)
+        self.product = self._product()
+        kind = dtypes.bool_ if self.product is None else self.product.dtype
+        extent = tables.size(join.axis.dim)
+        self.row = ir.Buffer(tables.unused_name("row"), kind, (extent,), "workspace")
+        self.mask = ir.Buffer(tables.unused_name("mask"), dtypes.bool_, (extent,), "workspace")
+
+    def build(self) -> ir.Nest:
+        st, tables = self.statements[0], self.tables
+        scope, outer = Scope(tables), indices_in(st.out.coords)
+        for x in outer:
+            scope.coordinates[x.name] = self._variable(x.name)
+        self._check_lists({x.name for x in outer})
+        body = ir.seq(ir.Alloc(self.row), self._scatter(scope), self._drain(scope))
+        if self.join.mask is not None:
+            body = self._masked(scope, self.join.mask, body)
+        for x in reversed(outer):
+            var: Any = scope.coordinates[x.name]
+            zero = ir.Const(0, tables.index)
+            body = ir.For(var, zero, tables.size(x.dim), body, axes=(x.name,))
+        return ir.Nest(st.out.tensor.name, body)
+
+    def _variable(self, name: str) -> ir.Var:
+        return ir.Var(self.tables.unused_name(name), self.tables.index)
+
+    def _check_lists(self, outer: set[str]) -> None:
+        join, k = self.join, self.join.over.name
+        if not (
+            has_list(self.tables, join.first, k, outer)
+            and (not join.mask or has_list(self.tables, join.mask, join.axis.name, outer))
+            and has_list(self.tables, join.second, join.axis.name, outer | {k})
+        ):
+            tensors = self.tables.tensors
+            drivers = [d for d in (join.mask, join.first, join.second) if d is not None]
+            formats = [tensors[d.structure].format for d in drivers]
+            raise unmergeable(self.statements[0], formats)
+
+    def _product(self) -> ir.Reduce | None:
+        """The sum over the join that the statements read. Raises ProgramError[P107] for several, or
+        for one with terms outside of the join."""
+        sums = {x: 0 for st in self.statements for x in walk(_body(st)) if isinstance(x, ir.Reduce)}
+        for total in sums:
+            if len(sums) > 1 or total.op != "sum" or not self._is_zero_outside(total):
+                raise ProgramError(
+                    "P107",
+                    f"{' and '.join(map(str, sums))}: a row of a product holds one sum, which is 0 "
+                    f"where {self.join.first.structure} or {self.join.second.structure} is missing",
+                    hint="sum(A[i, k] * B[k, j], over=k)",
+                )  # fmt: skip
+        return next(iter(sums), None)
+
+    def _is_zero_outside(self, total: ir.Reduce) -> bool:
+        if len(total.axes) != 1:
+            return False
+        body = substitute(total.body, {total.axes[0].name: self.join.over})
+
+        def missing(driver: Driver) -> Any:
+            def read(x: Any) -> Any:
+                access = x.access if isinstance(x, ir.Stored) else x
+                if Driver(access.tensor.structure, index_names(access)) != driver:
+                    return None
+                return False if isinstance(x, ir.Stored) else access.tensor.fill
+
+            return constant(body, read)
+
+        return missing(self.join.first) == 0 and missing(self.join.second) == 0
+
+    def _walk(self, scope: Scope, driver: Driver, axis: ir.Index) -> Any:
+        """Opens the loop over the list of a structure; returns its wrapper of bodies."""
+        lets: list[ir.Stmt] = []
+        found = list_of(scope, driver, lets)
+        position, var = self._variable(f"{axis.name}_p"), self._variable(axis.name)
+        scope.coordinates[axis.name] = var
+        scope.known_positions[driver] = position
+        key = ir.Let(var, ir.Load(found.keys, (position,), var.dtype))
+        return lambda body: ir.seq(
+            *lets,
+            ir.For(position, found.begin, found.end, ir.seq(key, body), axes=(axis.name,)),
+        )
+
+    def _scatter(self, scope: Scope) -> ir.Stmt:
+        scope, join = scope.copy(), self.join
+        around = self._walk(scope, join.first, join.over)
+        inside = self._walk(scope, join.second, join.axis)
+        lets: list[ir.Stmt] = []
+        value: ir.Expr = ir.cast(ir.Const(0, dtypes.int32), self.row.dtype)
+        if self.product is not None:
+            term = substitute(self.product.body, {self.product.axes[0].name: join.over})
+            value = ir.cast(self._reader(scope, lets).expr(term), self.row.dtype)
+        key = scope.coordinates[join.axis.name]
+        leaf = ir.seq(*lets, ir.Scatter(self.row, key, value))
+        return around(inside(ir.If(ir.Holds(self.mask, key), leaf) if join.mask else leaf))
+
+    def _masked(self, scope: Scope, mask: Driver, body: ir.Stmt) -> ir.Stmt:
+        """The body with the coordinates of the mask in a row workspace of their own."""
+        scope = scope.copy()
+        around = self._walk(scope, mask, self.join.axis)
+        key, empty = scope.coordinates[self.join.axis.name], ir.Const(False, dtypes.bool_)
+        var, zero = self._variable("mask_n"), ir.Const(0, self.tables.index)
+        fill = around(ir.Scatter(self.mask, key, empty))
+        clear = ir.Drain(var, zero, self.mask.shape[0], ir.Seq(()), workspace=self.mask)
+        return ir.seq(ir.Alloc(self.mask), fill, body, clear)
+
+    def _drain(self, scope: Scope) -> ir.Stmt:
+        """The loop over the coordinates of a row, ascending where lists are made of it."""
+        scope, axis, tables = scope.copy(), self.join.axis, self.tables
+        var, key = self._variable(f"{axis.name}_n"), self._variable(axis.name)
+        scope.coordinates[axis.name], scope.rank = key, var
+        lets: list[ir.Stmt] = [ir.Let(key, ir.Cursor(var, ir.KEY, key.dtype))]
+        st, reader = self.statements[0], self._reader(scope, lets)
+        values = [
+            reader.expr(transform(_body(x), lambda e: self._total(e, var))) for x in self.statements
+        ]
+        if st.op == "append":
+            body = appended(reader, self.statements, values)
+        else:
+            buffer = tables.buffer(st.out.tensor)
+            out = ir.Load(buffer, tuple(map(reader.expr, st.out.coords)), buffer.dtype)
+            body = ir.seq(*lets, ir.Compute(out, values[0], st.op, (axis.name,)))
+        zero, end = ir.Const(0, tables.index), tables.size(axis.dim)
+        return ir.Drain(var, zero, end, body, axes=(axis.name,), workspace=self.row)
+
+    def _total(self, x: Any, loop: ir.Var) -> Any:
+        return ir.Cursor(loop, ir.VALUE, self.row.dtype) if isinstance(x, ir.Reduce) else x
+
+    def _reader(self, scope: Scope, lets: list[ir.Stmt]) -> Reader:
+        return Reader(self.tables, self.rows, scope, lets)
+
+
+def _body(st: Statement) -> ir.Expr:
+    """The value of a statement where its condition holds."""
+    assert isinstance(st.value, ir.Select)
+    return st.value.a

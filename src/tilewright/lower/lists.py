@@ -1,0 +1,66 @@
+"""Ascending lists of coordinates: the stored coordinates of a structure below known ones, and the
+loops that walk several such lists together."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+from tilewright.ir import nodes as ir
+from tilewright.ir.levels import may_miss
+from tilewright.ir.rewrite import add
+from tilewright.lower.scope import Scope, Walk
+from tilewright.lower.tables import Driver, Tables
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    """The stored coordinates of a structure along its last level: `keys[begin:end]`."""
+
+    driver: Driver
+    keys: ir.Buffer
+    begin: ir.Expr
+    end: ir.Expr
+
+
+def has_list(tables: Tables, driver: Driver, axis: str, bound: Container[str]) -> bool:
+    """Whether the coordinates of `axis` that a structure stores are a list, where the coordinates
+    `bound` are known."""
+    *above, last = tables.levels(driver.structure)
+    return (
+        last.is_list
+        and driver.indices[last.dim] == axis
+        and all(x.unique and driver.indices[x.dim] in bound for x in above)
+        and axis not in {driver.indices[x.dim] for x in above}
+    )
+
+
+def list_of(scope: Scope, driver: Driver, lets: list[ir.Stmt]) -> List:
+    """The list of a structure at the coordinates of a scope; empty where the levels above do not
+    store them. Searches are appended to `lets`."""
+    tables, depth = scope.tables, len(scope.tables.levels(driver.structure)) - 1
+    if not scope.is_read_at(driver):
+        walks = {driver.structure: Walk(driver.indices)}
+        scope = Scope(tables, scope.coordinates, scope.block_parts, walks)
+    parent = scope.position(driver.structure, depth - 1)
+    is_missing = may_miss(parent)
+    if is_missing:
+        var = ir.Var(tables.unused_name(f"{driver.structure}_q{depth - 1}"), parent.dtype)
+        lets.append(ir.Let(var, parent))
+        parent = var
+    level, storage = tables.storage(driver.structure, depth)
+    begin, end = level.loop(storage, parent)
+    if is_missing:
+        is_stored, zero = ir.binary(">=", parent, 0), ir.Const(0, tables.index)
+        begin, end = ir.select(is_stored, begin, zero), ir.select(is_stored, end, zero)
+    assert storage.indices is not None
+    return List(driver, storage.indices, ir.cast(begin, tables.index), end)
+
+
+def merge_of(var: ir.Var, lists: list[List], op: str, axes: tuple[str, ...]) -> ir.Merge:
+    """The loop over several lists, without a body."""
+    zero = ir.Const(0, var.dtype)
+    longest = add(zero, *(ir.binary("-", x.end, x.begin) for x in lists))
+    runs = tuple(ir.Load(x.keys, (x.begin,), x.keys.dtype) for x in lists)
+    ends = tuple(x.end for x in lists)
+    return ir.Merge(var, zero, longest, ir.Seq(()), axes=axes, runs=runs, ends=ends, op=op)

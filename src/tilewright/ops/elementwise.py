@@ -1,0 +1,72 @@
+"""Element-wise operators of two sparse matrices, with patterns of their own.
+
+The rows of both are merged, two ascending lists with one position each. `add` stores an entry where
+A or B does, `multiply` where both do; values that cancel are stored as zeros.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tilewright.build import Definition, program
+from tilewright.errors import ArgumentError
+from tilewright.ops import row_lists
+from tilewright.sparse import trace
+from tilewright.sparse.pack import Packed
+from tilewright.sparse.trace import dense, indices, out, sparse, stored, update
+
+
+@program
+def add_count(A=sparse("m n"), B=sparse("m n")):
+    i, j = indices("i:m j:n")
+    either = stored(A[i, j]) | stored(B[i, j])
+    return out.typed("int64")[i](trace.sum_(1, over=j, where=either))
+
+
+@program
+def add_fill(
+    A=sparse("m n"), B=sparse("m n"), start=dense("m", "int64"), columns=dense("c"),
+    values=dense("c"),
+):  # fmt: skip
+    i, j = indices("i:m j:n")
+    either = stored(A[i, j]) | stored(B[i, j])
+    update(columns).append[start[i]](j, over=j, where=either)
+    return update(values).append[start[i]](A[i, j] + B[i, j], over=j, where=either)
+
+
+@program
+def multiply_count(A=sparse("m n"), B=sparse("m n")):
+    i, j = indices("i:m j:n")
+    both = stored(A[i, j]) & stored(B[i, j])
+    return out.typed("int64")[i](trace.sum_(1, over=j, where=both))
+
+
+@program
+def multiply_fill(
+    A=sparse("m n"), B=sparse("m n"), start=dense("m", "int64"), columns=dense("c"),
+    values=dense("c"),
+):  # fmt: skip
+    i, j = indices("i:m j:n")
+    both = stored(A[i, j]) & stored(B[i, j])
+    update(columns).append[start[i]](j, over=j, where=both)
+    return update(values).append[start[i]](A[i, j] * B[i, j], over=j, where=both)
+
+
+def add(A: Packed, B: Packed) -> Packed:
+    """A + B as CSR: entries where A or B has one. A, B: (m, n), csr or dcsr on the host; the dtype
+    is the wider one. Raises ArgumentError A102, A103, A105, A106."""
+    return _elementwise(add_count, add_fill, A, B)
+
+
+def multiply(A: Packed, B: Packed) -> Packed:
+    """A ∘ B as CSR: entries where both have one. Arguments and errors as of `add`."""
+    return _elementwise(multiply_count, multiply_fill, A, B)
+
+
+def _elementwise(count: Definition, fill: Definition, A: Any, B: Any) -> Packed:
+    row_lists.check_operands(A=A, B=B)
+    if A.shape != B.shape:
+        raise ArgumentError(
+            "A103", f"A has shape {A.shape}, B {B.shape}", where="argument B", hint="equal shapes"
+        )
+    return row_lists.assembled(count, fill, {"A": A, "B": B}, A.shape)

@@ -1,0 +1,103 @@
+"""Operators whose result is sparse with a pattern of its own: count, scan, fill.
+
+A first kernel counts the entries of each row, NumPy adds the counts up to the starts of the rows, a
+second kernel writes columns and values. Both walk the operands in the same way.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from tilewright import dtypes
+from tilewright.build import Definition, named_recipe
+from tilewright.dtypes import DType
+from tilewright.errors import ArgumentError
+from tilewright.runtime import host_allocator
+from tilewright.runtime.kernel import Kernel
+from tilewright.schedule import Schedule
+from tilewright.sparse.formats import Format
+from tilewright.sparse.pack import Packed, of_rows
+
+ROWS_PER_UNIT = 256
+FORMATS = ("csr", "dcsr")
+
+
+@named_recipe
+def recipe(s: Schedule) -> Schedule:
+    """Blocks of rows in parallel."""
+    return s.split("i", ROWS_PER_UNIT, into=("i_unit", "i_in")).parallel("i_unit")
+
+
+def check_operands(**operands: Any) -> None:
+    """Checks what the operators of this file take: packed on the host, with a fill of 0 and
+    coordinates of one type. Raises ArgumentError A102, A105, A106."""
+    for name, x in operands.items():
+        where = f"argument {name}"
+        if not isinstance(x, Packed) or x.format.name not in FORMATS or x.fill != 0:
+            kind = f"{x.format} with fill={x.fill:g}" if isinstance(x, Packed) else type(x).__name__
+            raise ArgumentError(
+                "A106", f"{name} is {kind}", where=where,
+                hint=f"pack it without a fill, as one of: {', '.join(FORMATS)}",
+            )  # fmt: skip
+        if x.device != "cpu":
+            raise ArgumentError("A105", f"{name} is on {x.device}", where=where, hint='to("cpu")')
+        if name != "mask" and (x.dtype.kind == "b" or x.dtype.name.startswith("float8")):
+            raise ArgumentError(
+                "A102", f"{name} is {x.dtype}", where=where, hint="a float or an integer type"
+            )
+        index, first = x.structure.index_dtype, operands["A"].structure.index_dtype
+        if index != first:
+            raise ArgumentError(
+                "A102", f"the coordinates of A are {first}, those of {name} {index}",
+                where=where, hint='pack both with index="int64"',
+            )  # fmt: skip
+
+
+Operands = tuple[tuple[str, Format, DType], ...]  # name, format and dtype of each
+
+
+def phases(
+    count: Definition, fill: Definition, operands: Operands, index: DType, values: DType
+) -> tuple[Definition, Definition]:
+    """Both phases with their schedules; `values` is the dtype of the result."""
+
+    def of(phase: Definition, **own: Any) -> Definition:
+        types = {name: dtype for name, _, dtype in operands} | own
+        formats = {name: fmt for name, fmt, _ in operands}
+        return phase.typed(index=index, **types).decompose(**formats).schedule(recipe)
+
+    return of(count), of(fill, columns=index, values=values)
+
+
+@cache
+def _kernels(
+    count: Definition, fill: Definition, operands: Operands, index: DType, values: DType
+) -> tuple[Kernel, ...]:
+    return tuple(d.build("cpp") for d in phases(count, fill, operands, index, values))
+
+
+def _empty(n: int, dtype: np.dtype) -> np.ndarray:
+    is_large = n * dtype.itemsize >= host_allocator.SMALLEST
+    return host_allocator.empty((n,), dtype) if is_large else np.empty(n, dtype)
+
+
+def assembled(
+    count: Definition, fill: Definition, operands: dict[str, Packed], shape: tuple[int, int]
+) -> Packed:
+    """Runs both phases. `count(*operands)` gives the entries of each row; `fill(*operands, start,
+    columns, values)` writes them. The dtype of the result is the wider one of A and B, as of dense
+    arrays."""
+    A, B = operands["A"], operands["B"]
+    index, dtype = A.structure.index_dtype, dtypes.promote(A.dtype, B.dtype)
+    described = tuple((name, x.format, x.dtype) for name, x in operands.items())
+    counted, filled = _kernels(count, fill, described, index, dtype)
+    indptr = np.zeros(shape[0] + 1, np.int64)
+    counted(*operands.values(), out=indptr[1:])
+    np.cumsum(indptr, out=indptr)
+    columns, values = (_empty(int(indptr[-1]), t.numpy) for t in (index, dtype))
+    if len(columns):
+        filled(*operands.values(), indptr[:-1], columns, values)
+    return of_rows(indptr, columns, values, shape, dtype)

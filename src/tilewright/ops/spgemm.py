@@ -1,0 +1,75 @@
+"""SpGEMM: C = A B of two sparse matrices, as CSR.
+
+Row by row in the order of Gustavson: for each k of a row of A, row k of B goes into a row
+workspace, a hash table, whose coordinates are sorted. Memory is in proportion to the operands, the
+result and its longest row.
+Reference: Gustavson, ACM TOMS 4 (1978); workspaces as in taco (Kjolstad et al., CGO 2019).
+"""
+
+from __future__ import annotations
+
+from tilewright.build import program
+from tilewright.errors import ArgumentError
+from tilewright.ops import row_lists
+from tilewright.sparse import trace
+from tilewright.sparse.pack import Packed
+from tilewright.sparse.trace import any_, dense, indices, out, sparse, stored, update
+
+
+@program
+def spgemm_count(A=sparse("m k"), B=sparse("k n")):
+    i, k, j = indices("i:m k:k j:n")
+    meets = any_(stored(A[i, k]) & stored(B[k, j]), over=k)
+    return out.typed("int64")[i](trace.sum_(1, over=j, where=meets))
+
+
+@program
+def spgemm_fill(
+    A=sparse("m k"), B=sparse("k n"), start=dense("m", "int64"), columns=dense("c"),
+    values=dense("c"),
+):  # fmt: skip
+    i, k, j = indices("i:m k:k j:n")
+    meets = any_(stored(A[i, k]) & stored(B[k, j]), over=k)
+    update(columns).append[start[i]](j, over=j, where=meets)
+    total = trace.sum_(A[i, k] * B[k, j], over=k)
+    return update(values).append[start[i]](total, over=j, where=meets)
+
+
+@program
+def masked_count(A=sparse("m k"), B=sparse("k n"), M=sparse("m n")):
+    i, k, j = indices("i:m k:k j:n")
+    meets = stored(M[i, j]) & any_(stored(A[i, k]) & stored(B[k, j]), over=k)
+    return out.typed("int64")[i](trace.sum_(1, over=j, where=meets))
+
+
+@program
+def masked_fill(
+    A=sparse("m k"), B=sparse("k n"), M=sparse("m n"), start=dense("m", "int64"),
+    columns=dense("c"), values=dense("c"),
+):  # fmt: skip
+    i, k, j = indices("i:m k:k j:n")
+    meets = stored(M[i, j]) & any_(stored(A[i, k]) & stored(B[k, j]), over=k)
+    update(columns).append[start[i]](j, over=j, where=meets)
+    total = trace.sum_(A[i, k] * B[k, j], over=k)
+    return update(values).append[start[i]](total, over=j, where=meets)
+
+
+def spgemm(A: Packed, B: Packed, mask: Packed | None = None) -> Packed:
+    """C = A B as CSR, with an entry wherever entries of A and B meet, and `mask` (m, n) has one.
+    A: (m, k), B: (k, n), all csr or dcsr on the host; the dtype is the wider one of A and B, sums
+    are in its accumulator. Raises ArgumentError A102, A103, A105, A106."""
+    row_lists.check_operands(A=A, B=B, **({} if mask is None else {"mask": mask}))
+    if A.shape[1] != B.shape[0]:
+        raise ArgumentError(
+            "A103", f"A has {A.shape[1]} columns, B {B.shape[0]} rows", where="argument B",
+            hint="as many rows of B as columns of A",
+        )  # fmt: skip
+    shape = A.shape[0], B.shape[1]
+    if mask is None:
+        return row_lists.assembled(spgemm_count, spgemm_fill, {"A": A, "B": B}, shape)
+    if mask.shape != shape:
+        raise ArgumentError(
+            "A103", f"mask has shape {mask.shape}, the product {shape}", where="argument mask",
+            hint="a row for each of A, a column for each of B",
+        )  # fmt: skip
+    return row_lists.assembled(masked_count, masked_fill, {"A": A, "B": B, "M": mask}, shape)
