@@ -86,4 +86,5 @@ def test_every_golden_text_belongs_to_a_kernel(request):
             stale.unlink()
         return
     assert found == wanted
-    assert sum(path.stat().st_size for path in found) < 1_000_000
+    # A change has to be read in review: texts are short, 12 kB in the mean.
+    assert sum(path.stat().st_size for path in found) < 12_200 * len(names)
