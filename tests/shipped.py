@@ -67,8 +67,8 @@ def _fill(count: Definition, fill: Definition, dtype: str = "float32") -> Shippe
     return Shipped(row_lists.phases(count, fill, operands, dtypes.int32, kind)[1], CPU)
 
 
-def _interleaved(kind: str, many: bool, after: Any = "") -> Shipped:
-    return Shipped(linear_definition(kind, many, 576, 1536, True, after), CPU)
+def _interleaved(kind: str, many: bool) -> Shipped:
+    return Shipped(linear_definition(kind, many, 576, 1536, True), CPU)
 
 
 def _example(file: str, name: str, recipe: str = "") -> Definition:
@@ -126,14 +126,7 @@ SHIPPED: dict[str, Shipped] = {
         for kind in ("q8_0", "q4_0", "q4_1")
         for many in (False, True)
     },
-    **{
-        f"linear {kind} {after}": _linear(kind, after=after)
-        for kind, after in (("f32", "bias"), ("bf16", "residual"), ("q8_0", "residual"))
-    },
-    **{f"linear {kind} gate": _linear(kind, after="gate") for kind in ("bf16", "q8_0", "q4_1")},
-    "linear bf16 gate many": _linear("bf16", True, after="gate"),
-    "linear q8_0 interleaved gate": _interleaved("q8_0", False, "gate"),
-    "linear q8_0 interleaved gate many": _interleaved("q8_0", True, "gate"),
+    "linear bf16 gate": _linear("bf16", after="gate"),
     "linear f32 172x64": _linear("f32", n=172, k=64),
     "linear f32 odd": _linear("f32", n=13, k=37),
     "linear q4_1 odd": _linear("q4_1", n=13, k=96),

@@ -27,6 +27,7 @@ from tilewright.ir.rewrite import statements, walk
 from tilewright.lower import AFTER_SCHEDULE, run_passes
 from tilewright.ops.bsr_spmm import recipe as bsr_recipe
 from tilewright.ops.gemm import recipe as gemm_recipe
+from tilewright.ops.linear import linear_kernel
 from tilewright.ops.spmm import recipe as spmm_recipe
 from tilewright.schedule import replay
 from tilewright.toolchain import nvrtc
@@ -288,6 +289,25 @@ def test_a_layer_of_a_graph_network_takes_the_schedule_of_spmm(fmt, kind, rng):
     close(called(definition.build(), definition, args)["out"], value, "float32")
 
 
+IN_PIECES = {n: FORMATS[n] for n in FORMATS if n not in WHOLE_ROWS}
+
+
+@pytest.mark.parametrize("kind", ["random", "empty", "one row"])
+@pytest.mark.parametrize("fmt", IN_PIECES)
+def test_rows_in_pieces_are_summed_first(fmt, kind, rng):
+    """Where elements are visited several times the sums have stages of their own."""
+    program = layer.decompose(A=IN_PIECES[fmt])
+    args = arguments(program, rng, kind, m=6, n=6, d=3)
+    a = args["A"].dense().astype(np.float64)
+    x, bias, r = (numbers(args[n], "float32") for n in ("X", "bias", "R"))
+    value = silu(a @ x + bias) + r
+    after_every_pass(program, args)
+    close(called(program.build(), program, args)["out"], value, "float32")
+    (output,) = {c.out.buffer.name for c in leaves(program.scheduled().lowered.program)
+                 if c.op} - {"out"}  # fmt: skip
+    assert output == "out.0"
+
+
 # ------------------------------------------------------------------------------------- tiles
 
 HALVES = ("float16", "bfloat16")
@@ -444,6 +464,15 @@ def test_cubins(name, arch):
         assert used.spill_bytes == 0
         assert used.registers <= 168
     assert ("tw::fragment_row" in kernel.source) == name.startswith("tiles")
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
+@pytest.mark.parametrize("after", ["bias", "residual", "gate"])
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_1"])
+def test_cubins_of_linear_layers(kind, after):
+    kernel = linear_kernel(kind, False, 576, 1536, "cuda:sm_80", after=after)
+    assert all(used.spill_bytes == 0 for used in kernel.resources.values())
+    assert kernel.source.count("tw::across_lanes") == 1 + (after == "gate")
 
 
 # ------------------------------------------------------------------------------------- refusals

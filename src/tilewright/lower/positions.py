@@ -13,7 +13,7 @@ from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import rebuild, simplify, walk
 from tilewright.lower.drivers import check_reduction, driver_of, list_key, outer_driver
-from tilewright.lower.epilogues import fused
+from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.joins import join_nest, join_of
 from tilewright.lower.nests import BuiltNest, NestBuilder
 from tilewright.lower.tables import (
@@ -41,7 +41,7 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
         stages += builder.stages(root, inline, also)
     buffers = {b.name: b for stage in stages for nest in stage for b in _buffers(nest.body)}
     return replace(
-        program, level="positions", stages=tuple(stages), buffers=tuple(buffers.values())
+        builder.program, level="positions", stages=tuple(stages), buffers=tuple(buffers.values())
     )
 
 
@@ -107,9 +107,19 @@ class _Builder:
         shared = composed is not None and not (composed.unique_rows and own_rows)
         for st in (statement, *also, *temps):
             check_reduction(st, self.tensors)
-        if composed is not None and composed.repeats:
-            self._check_overlap(statement, temps, composed)
-        built = self._built((statement, also), temps, structure, formats, shared=shared)
+        overlaps = composed is not None and composed.repeats
+        built: list[BuiltNest] = []
+        whole, rest = fused(statement, temps, structure)
+        if isinstance(whole, Fused):
+            if not (shared or overlaps):
+                built = self._built((whole, also), rest, structure, formats, shared=False)
+            if not built or any(nest.in_place for nest in built):
+                if _is_separable(whole, temps):
+                    return self._separate(root, inline, whole)
+                built = []
+        if overlaps:
+            self._check_overlap(statement, temps, composition)
+        built = built or self._built((statement, also), temps, structure, formats, shared=shared)
         nests: list[ir.Nest] = []
         empty: list[ir.Nest] = []
         in_place, covers, driver = False, True, None
@@ -141,23 +151,28 @@ class _Builder:
         *,
         shared: bool,
     ) -> list[BuiltNest]:
-        """The nest of a statement, with the lists that are appended to beside it, for each format.
-        Its reductions are part of it, unless loops come
-        back to an element of the output: then no accumulator could hold their totals."""
-
+        """The nest of a statement, with the lists that are appended to beside it, for each
+        format."""
         st, also = roots
+        tables = (Tables(self.program, {structure: f} if structure else {}) for f in formats)
+        return [
+            NestBuilder(t, st, temps, structure, shared=shared, also=also).build() for t in tables
+        ]
 
-        def build(st: Statement, temps: list[Statement]) -> list[BuiltNest]:
-            tables = (Tables(self.program, {structure: f} if structure else {}) for f in formats)
-            return [
-                NestBuilder(t, st, temps, structure, shared=shared, also=also).build()
-                for t in tables
-            ]
-
-        whole = (st, temps) if shared else fused(st, temps, structure)
-        built = build(*whole)
-        is_revisited = any(nest.in_place for nest in built)
-        return build(st, temps) if is_revisited and whole[0] is not st else built
+    def _separate(
+        self, root: ir.Assign, inline: list[ir.Assign], whole: Fused
+    ) -> list[tuple[ir.Nest, ...]]:
+        """Stages for the totals of a statement, as arrays, and then for the statement. Loops come
+        back to an element of the output: no accumulator could hold its totals."""
+        names = {t.out.tensor.name for t in whole.totals}
+        self.tensors |= {n: replace(self.tensors[n], role="temp") for n in names}
+        self.program = replace(self.program, tensors=tuple(self.tensors.values()))
+        stages: list[tuple[ir.Nest, ...]] = []
+        for a in (a for a in inline if a.out.tensor.name in names):
+            out = replace(a.out, tensor=self.tensors[a.out.tensor.name])
+            stages += self.stages(replace(a, out=out), [])
+        rest = [a for a in inline if a.out.tensor.name not in names]
+        return [*stages, *self.stages(root, _read_by(root, rest))]
 
     def _check_overlap(self, st: Statement, temps: list[Statement], fmt: Any) -> None:
         """A part with blocks may store zeros where another has an entry: only reductions that they
@@ -207,6 +222,13 @@ class _Builder:
         body = simplify(NestBuilder(tables, plain, rest, "", shared=False).build().body)
         follows = structure if part >= 0 else ""
         return ir.Nest(f"{st.out.tensor.name}.init", body, part, structure=follows)
+
+
+def _is_separable(whole: Fused, temps: list[Statement]) -> bool:
+    """Whether the totals can be arrays: dense ones, computed from no other reduction."""
+    names = {t.out.tensor.name for t in temps}
+    read = {x.tensor.name for t in whole.totals for x in walk(t.value) if isinstance(x, ir.Access)}
+    return not whole.out.tensor.is_sparse and not names & read
 
 
 def _root_driver(st: Statement, temps: list[Statement]) -> Driver:

@@ -22,6 +22,7 @@ from tilewright.ir.rewrite import (
     transform,
     used_lets,
 )
+from tilewright.lower.accumulators import frame_of, framed, reduced_names, with_totals
 
 
 def materialize_reductions(program: ir.Program) -> ir.Program:
@@ -168,36 +169,21 @@ def _reductions(s: ir.Stmt) -> list[_Chain]:
 
 
 def _chain(number: int, compute: ir.Compute, path: list[Any]) -> _Chain:
-    spatial: list[ir.For] = []
-    lanes: list[ir.For] = []
-    threads: list[ir.For] = []
-    frame: list[Any] = []
-    reduced: set[str] = set()  # variables that differ from one reduced iteration to the next
-    for s in path:
-        if isinstance(s, ir.For):
-            if ir.reduces(s, compute):
-                reduced.add(s.name)
-                if s.kind in ir.THREADS:
-                    threads.append(s)
-                elif (s.kind == "vector" or s.private) and s.extent != 0:
-                    lanes.append(s)
-            elif (free_vars(s.begin) | free_vars(s.end)) & reduced:
-                reduced.add(s.name)
-            else:
-                if s.kind not in ir.THREADS:  # each thread has registers of its own
-                    spatial.append(s)
-                frame.append(s)
-        elif isinstance(s, ir.Let) and free_vars(s.value) & reduced:
-            reduced.add(s.var.name)
-        elif isinstance(s, ir.Let) or not free_vars(s.cond) & reduced:
-            frame.append(s)
+    reduced = reduced_names(path, compute)
+    frame = frame_of(path, reduced)
+    loops = [s for s in path if isinstance(s, ir.For) and ir.reduces(s, compute)]
+    threads = tuple(s for s in loops if s.kind in ir.THREADS)
+    lanes = tuple(
+        s for s in loops
+        if s.kind not in ir.THREADS and (s.kind == "vector" or s.private) and s.extent != 0
+    )  # fmt: skip
+    # Each thread has registers of its own.
+    spatial = tuple(s for s in frame if isinstance(s, ir.For) and s.kind not in ir.THREADS)
     out_vars = {name for i in compute.out.index for name in free_vars(i)}
     escapes = compute.out.buffer.scope != "register" and bool(out_vars & reduced)
     # `simplify` removes the coordinates of a level of width 0; such a loop updates nothing.
     escapes |= compute.in_place and any(isinstance(s, ir.For) and s.extent == 0 for s in path)
-    return _Chain(
-        number, compute, tuple(spatial), tuple(lanes), tuple(threads), tuple(frame), escapes
-    )
+    return _Chain(number, compute, spatial, lanes, threads, frame, escapes)
 
 
 def _computes(s: ir.Stmt, path: list[Any]) -> Iterator[tuple[ir.Compute, list[Any]]]:
@@ -257,14 +243,14 @@ def _final(parts: list[tuple[tuple[ir.Buffer, ...], _Chain]]) -> ir.Stmt:
         totals.append((_total_of(first[n]), value))
     across_threads = any(each.threads for _, each in parts)
     if not (across_threads or c.reductions):
-        return _framed(_store(c, totals[0][1]), chain.frame)
+        return framed(_store(c, totals[0][1]), chain.frame)
     *before, store = _epilogue(c, totals)
     if not across_threads:
-        return _framed(ir.seq(*before, store), chain.frame)
+        return framed(ir.seq(*before, store), chain.frame)
     # All threads take part in the reduction and its barriers: guards are around the store only.
     loops = tuple(f for f in chain.frame if isinstance(f, ir.For))
     guards = tuple(f for f in chain.frame if not isinstance(f, ir.For))
-    return _framed(ir.seq(*before, _framed(store, guards)), loops)
+    return framed(ir.seq(*before, framed(store, guards)), loops)
 
 
 def _over_threads(value: ir.Expr, chain: _Chain, op: str) -> ir.Expr:
@@ -294,31 +280,6 @@ def _epilogue(c: ir.Compute, totals: list[tuple[str, ir.Expr]]) -> list[ir.Stmt]
         return [*lines, _store(c, loads[0])]
     lets, value = with_totals(c, loads)
     return [*lines, ir.seq(*lets, _store(c, value))]
-
-
-def with_totals(c: ir.Compute, totals: Sequence[ir.Expr]) -> tuple[Sequence[ir.Stmt], ir.Expr]:
-    """The value of a statement with an epilogue, with these expressions for its totals; names for
-    what it would compute more than once."""
-    known = {
-        r.total.name: ir.cast(value, r.total.dtype)
-        for r, value in zip(c.reductions, totals, strict=True)
-    }
-
-    def visit(x: Any) -> Any:
-        return known.get(x.buffer.name, x) if isinstance(x, ir.Load) else x
-
-    lets, (value,) = name_repeated([transform(c.value, visit)], f"{c.out.buffer.name}.value")
-    return lets, value
-
-
-def _framed(body: ir.Stmt, frame: tuple[Any, ...]) -> ir.Stmt:
-    """The body under loops and guards, with the lets that it needs."""
-    for f in reversed(frame):
-        if not isinstance(f, ir.Let):
-            body = replace(f, body=body)
-        elif f.var.name in free_vars(body):
-            body = ir.seq(f, body)
-    return body
 
 
 def _joined(acc: ir.Buffer, chain: _Chain, op: str) -> ir.Expr:

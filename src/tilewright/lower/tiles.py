@@ -29,8 +29,8 @@ from tilewright.ir.rewrite import (
     substitute,
     walk,
 )
+from tilewright.lower.accumulators import frame_of, framed, reduced_names, with_totals
 from tilewright.lower.flatten import flat_offset
-from tilewright.lower.reductions import with_totals
 
 SHAPE = (16, 8, 16)  # rows, columns and depth of one tile operation
 OPERANDS = ("float16", "bfloat16")
@@ -160,7 +160,8 @@ class _Product:
         at = next(n for n, s in enumerate(path) if s is loops[0])
         outer, region = tuple(path[:at]), path[at:]
         inner, known, limits = _region(region, frozenset(c.mma))
-        reduced = _reduced((*outer, *inner), c)
+        _check_serial(outer, c)
+        reduced = reduced_names((*outer, *inner), c)
         p = cls(c, loops[0], c.mma, outer, inner, known, limits, reduced, tuple(region))
         for name in c.mma[:2]:
             # Beyond a limit one operand alone is 0, and 0 · ∞ would enter a sum that goes on.
@@ -225,10 +226,11 @@ class _Product:
         out = self.compute.out
         body = ir.seq(*lets, ir.Store(out.buffer, out.index, ir.cast(value, out.dtype)))
         rest = tuple(s for s in self.region if not isinstance(s, ir.For))
-        body = _framed(body, rest, _reduced((*self.outer, *self.region), self.compute))
+        reduced = reduced_names((*self.outer, *self.region), self.compute)
+        body = framed(body, frame_of(rest, reduced))
         for f in (cols, rows):
             body = ir.For(f.var, f.begin, f.end, body, "fragment")
-        return _framed(body, self.outer, self.reduced)
+        return framed(body, frame_of(self.outer, reduced))
 
     def _operands(self, op: str, value: ir.Expr) -> tuple[ir.Load, ir.Load]:
         """The factor that has the rows, then the one that has the columns."""
@@ -281,34 +283,11 @@ class _Product:
 
     def wrapped(self, body: ir.Stmt) -> ir.Stmt:
         """Under the lets and guards of the tile that concern all of it."""
-        for s in reversed(self.inner):
-            if isinstance(s, ir.Let):
-                body = ir.seq(s, body) if not self.compute.reductions or _needs(body, s) else body
-            else:
-                body = ir.If(s, body)
-        return body
+        return framed(body, self.inner)
 
     def framed(self, body: ir.Stmt) -> ir.Stmt:
         """Under the spatial loops, and the lets and guards that depend on nothing reduced."""
-        return _framed(body, (*self.outer, *self.inner), self.reduced)
-
-
-def _framed(body: ir.Stmt, around: tuple[Any, ...], reduced: frozenset[str]) -> ir.Stmt:
-    """The body under those loops, guards and lets that depend on no name in `reduced`; without lets
-    that it does not need."""
-    for s in reversed(around):
-        if isinstance(s, ir.For):
-            body = replace(s, body=body) if s.name not in reduced else body
-        elif isinstance(s, ir.Let):
-            body = ir.seq(s, body) if _needs(body, s) and s.var.name not in reduced else body
-        else:
-            for cond in reversed(conjuncts(s.cond) if isinstance(s, ir.If) else [s]):
-                body = body if free_vars(cond) & reduced else ir.If(cond, body)
-    return body
-
-
-def _needs(body: ir.Stmt, let: ir.Let) -> bool:
-    return let.var.name in free_vars(body)
+        return framed(body, frame_of((*self.outer, *self.inner), self.reduced))
 
 
 # ---------------------------------------------------------------------------- around a tile
@@ -351,7 +330,7 @@ def _region(
         elif isinstance(s, ir.If):
             for cond in conjuncts(substitute(s.cond, known)):
                 if not free_vars(cond) & names:
-                    inner.append(cond)
+                    inner.append(ir.If(cond, ir.Seq(())))
                     continue
                 name, limit = _limit(cond, names)
                 limits[name] = ir.binary("min", limits[name], limit) if name in limits else limit
@@ -373,24 +352,16 @@ def _limit(cond: ir.Expr, names: frozenset[str]) -> tuple[str, ir.Expr]:
     raise _not_affine(f"the guard {cond} does not end one loop of the tile")
 
 
-def _reduced(outer: tuple[Any, ...], c: ir.Compute) -> frozenset[str]:
-    """Names around a tile that differ from one reduced iteration to the next."""
-    reduced: set[str] = set()
-    for s in outer:
-        if isinstance(s, ir.For) and ir.reduces(s, c):
-            if s.kind in ("vector", "thread.x", "thread.y") or s.private:
-                kind = "private" if s.private else s.kind
-                raise ScheduleError(
-                    "S102",
-                    f"loop {s.name} reduces outside a tile and is {kind}",
-                    hint="loops around a tile that reduce are serial",
-                )
-            reduced.add(s.name)
-        elif isinstance(s, ir.For) and (free_vars(s.begin) | free_vars(s.end)) & reduced:
-            reduced.add(s.name)
-        elif isinstance(s, ir.Let) and free_vars(s.value) & reduced:
-            reduced.add(s.var.name)
-    return frozenset(reduced)
+def _check_serial(outer: tuple[Any, ...], c: ir.Compute) -> None:
+    """Raises ScheduleError[S102] for a loop around a tile that reduces in parts."""
+    for s in (s for s in outer if isinstance(s, ir.For) and ir.reduces(s, c)):
+        if s.kind in ("vector", *ir.THREADS) or s.private:
+            kind = "private" if s.private else s.kind
+            raise ScheduleError(
+                "S102",
+                f"loop {s.name} reduces outside a tile and is {kind}",
+                hint="loops around a tile that reduce are serial",
+            )
 
 
 # ---------------------------------------------------------------------------- affine addresses
