@@ -1,5 +1,5 @@
-"""The analysis of accumulators, of scalars and of tiles: the names that a reduction changes, and the
-loops, lets and guards under which its total is stored.
+"""The analysis of accumulators, of scalars and of tiles: the names that a reduction changes, and
+the loops, lets and guards under which its total is stored.
 """
 
 from __future__ import annotations
