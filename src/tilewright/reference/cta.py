@@ -162,12 +162,25 @@ class Launch:
             self.mask = saved
 
     def loop(self, s: ir.For) -> None:
+        if s.kind == "fragment":
+            self.elements(s)
+            return
         at, end = np.broadcast_arrays(self.value(s.begin), self.value(s.end))
         at = at.astype(s.var.dtype.numpy)
         while ((at < end) & self.mask).any():
             self.env[s.name] = at
             self.within(at < end, lambda: self.do(s.body))
             at = at + at.dtype.type(1)
+
+    def elements(self, rows: ir.For) -> None:
+        """The loops over a fragment: each lane runs the four elements that it holds, as mma.cuh has
+        them."""
+        cols, lane = rows.body, self.lane % WARP
+        assert isinstance(cols, ir.For) and cols.kind == "fragment"
+        for e in range(4):
+            self.env[rows.name] = (lane // 4 + e // 2 * 8).astype(rows.var.dtype.numpy)
+            self.env[cols.name] = (lane % 4 * 2 + e % 2).astype(cols.var.dtype.numpy)
+            self.do(cols.body)
 
     def barrier(self, where: ir.Sync | ir.ReduceThreads, number: int = 0) -> None:
         """A barrier of all threads of each CTA. `number`: which one of a reduction over rows."""
@@ -380,6 +393,8 @@ class Launch:
         b, name, dtype = e.buffer, e.buffer.name, e.dtype.scalar
         if b.scope == "register":
             return decode(self.register(e), dtype)
+        if b.scope == "fragment":
+            return self.registers[name][(self.lane // WARP, *map(self.value, e.index))]
         at = self.offset(b, e.index)
         if name in self.histories:
             seen = np.broadcast_to(at, (len(self.lane), *at.shape[1:]))[self.mask]
