@@ -127,6 +127,13 @@ def test_masked_and_in_place(rng):
     for x, y, first in ((merged.o, wanted.o, a.o), (merged.lse, wanted.lse, a.lse)):
         np.testing.assert_array_equal(x[mask], y[mask])
         np.testing.assert_allclose(x[~mask], first[~mask], rtol=1e-6)
+    rows = [State(s.o.reshape(12, 5), s.lse.reshape(12)) for s in (a, b, c)]  # two dimensions
+    flat = merge.merge(rows, mask=np.repeat(mask, 3))
+    np.testing.assert_array_equal(flat.o, merged.o.reshape(12, 5))
+    frozen = State(np.empty_like(a.o), np.empty_like(a.lse))
+    frozen.o.flags.writeable = False
+    with pytest.raises(ArgumentError, match="A105"):
+        merge.merge([a, b], out=frozen)
     again = merge.merge([a, b, c], out=b)
     assert again is b
     same(b, wanted)

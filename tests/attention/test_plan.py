@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.attention.cases import paged
 
 from tilewright.attention import plan as plans
+from tilewright.attention import ranges
 from tilewright.attention.batch import Attention
 from tilewright.attention.plan import KEY_TILE, Plan, Shape
 from tilewright.attention.variant import Causal, Full, SlidingWindow
@@ -165,6 +166,17 @@ def test_missing_and_doubled_items_are_refused():
 def test_fields_of_other_types_are_refused(changed):
     with pytest.raises(ArgumentError, match="A109"):
         dataclasses.replace(make([(40, 700)]), **changed)
+
+
+def test_a_plan_of_another_family_is_refused(rng):
+    kv, attn = paged(rng, [100, 40], (16, 2, 64)), Attention(6, 2, 64)
+    plan, q = attn.plan([0, 1, 2], kv), np.zeros((2, 6, 64), np.float32)
+    none = plan.items[:0]
+    cuts = ranges.cut(np.array([100, 40]), 2, 8)
+    other = dataclasses.replace(plan, items=none, cuts=cuts, slots=0, counters=0)
+    for wrong in (dataclasses.replace(plan, family="zzz"), other):
+        with pytest.raises(ArgumentError, match=r"A109.*damaged"):
+            attn.run(q, kv, wrong)
 
 
 def test_a_plan_keeps_what_was_checked():

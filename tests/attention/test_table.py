@@ -296,3 +296,8 @@ def test_a_reservation_is_for_gpus():
     refused("A103", "max_requests", attn.reserve, 0)
     refused("A103", "max_requests", attn.reserve, 10**6)
     refused("A103", "max_tokens", attn.reserve, 3, max_tokens=2.5)
+    refused("A103", "max_tokens", attn.reserve, 3, max_tokens=0)
+    refused("A105", "device", attn.reserve, 3, device=None)
+    refused("A103", "workers", attn.reserve, 3, workers="x")
+    refused("A103", "workers", attn.reserve, 3, workers=10**9)
+    refused("A103", "qo_heads", tw.Attention(34, 2, 8).reserve, 3)

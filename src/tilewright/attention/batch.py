@@ -240,6 +240,10 @@ class Attention:
             raise ArgumentError(
                 "A103", f"the plan is for {wanted}, not {actual} ({words})", where="plan"
             )
+        if isinstance(plan, Plan) and bool(len(plan.cuts)) != bool(family.ctas_per_sm):
+            raise ArgumentError(
+                "A109", f"the plan is damaged: its work is not for {family.name}", where="plan"
+            )
         reason = family.refuses(spec, plan.longest * self.group, kv.pool)
         if reason:
             raise ArgumentError(

@@ -84,10 +84,16 @@ def merge(states: Sequence[State], *, mask: Any = None, out: State | None = None
         raise ArgumentError("A107", f"{type(out).__name__} is no State", where="out")
     written = _views(out, "out")
     _check_like_first(-1, written, checked[0], (first, out))
+    if any(x.readonly for x in written):
+        raise ArgumentError("A105", "out is read-only", where="out")
     if checked[0][0].device == "cpu":
         _on_host(states, mask, out)
-    else:
-        _on_gpu(checked, written, mask)
+        return out
+    spare = written
+    if len(states) > MAX_STATES:  # `out` may be a state that is read later
+        scratch = [allocate(first.o, x.shape, x.dtype) for x in checked[0]]
+        spare = _views(State(*scratch), "scratch")
+    _on_gpu(checked, (spare, written), mask)
     return out
 
 
@@ -182,9 +188,13 @@ def _merged(states: Sequence[tuple[Any, Any]], mask: Any, lib: Any) -> tuple[Any
         return lib.where(c, a, b if lib is np else lib.full_like(a, b))
 
     none = -np.inf
+    if mask is not None:
+        mask = mask.reshape(-1, *(1,) * (states[0][1].ndim - 1)) | lib.zeros_like(
+            states[0][1], dtype=bool if lib is np else lib.bool
+        )
     lses = [states[0][1]]
     for _, lse in states[1:]:
-        lses.append(lse if mask is None else where(mask[:, None] & (lse == lse), lse, none))
+        lses.append(lse if mask is None else where(mask, lse, none))
     largest = lses[0]
     for lse in lses[1:]:
         largest = lib.maximum(largest, lse)
@@ -253,13 +263,19 @@ def _kernel(o: DType, dim: int, ordinal: int) -> Any:
     return cuda.Module(cubin.image, ordinal).function("merge_states")
 
 
-def _on_gpu(states: list[tuple[View, View]], out: tuple[View, View], mask: Any) -> None:
-    """Up to MAX_STATES states a launch; more are merged into `out` in turns."""
+def _on_gpu(
+    states: list[tuple[View, View]],
+    outs: tuple[tuple[View, View], tuple[View, View]],
+    mask: Any,
+) -> None:
+    """Up to MAX_STATES states a launch. `outs`: where the first of several launches write, and the
+    last one."""
     from tilewright.runtime import cuda
 
     if states[0][0].dtype == dtypes.float64 or states[0][1].dtype != dtypes.float32:
         raise ArgumentError("A102", "float64 states on a GPU", where="states", hint="float32")
-    o, lse = out
+    spare, last = outs
+    o, lse = last
     ordinal = int(o.device.partition(":")[2] or 0)
     rows, dim = lse.size, o.shape[-1]
     function = _kernel(o.dtype, dim, ordinal)
@@ -268,6 +284,7 @@ def _on_gpu(states: list[tuple[View, View]], out: tuple[View, View], mask: Any) 
     while pending:
         now, pending = pending[:MAX_STATES], pending[MAX_STATES:]
         addresses = {}
+        o, lse = spare if pending else last
         for i in range(MAX_STATES):
             pair = now[i] if i < len(now) else now[0]
             addresses[f"o{i}"], addresses[f"lse{i}"] = pair[0].pointer, pair[1].pointer
@@ -279,4 +296,4 @@ def _on_gpu(states: list[tuple[View, View]], out: tuple[View, View], mask: Any) 
         grid = (-(-rows // _WARPS), 1, 1)
         function.prepare(grid, (_WARPS * 32, 1, 1), 0, block).run(stream)
         if pending:
-            pending.insert(0, out)
+            pending.insert(0, spare)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 import io
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any, NoReturn
@@ -45,6 +46,7 @@ chunks, `counter` the word in which they count their arrival."""
 CHUNK_TILES = 8
 """The fewest tiles of keys in a chunk: merging its result then costs less than 2 % of making it."""
 
+_BAD_FILES = (zipfile.BadZipFile, zlib.error, NotImplementedError)  # of a damaged archive
 _ITEMS_PER_REQUEST = 64  # to aim at, where a request has keys enough: work for many threads
 
 
@@ -194,7 +196,7 @@ class Plan:
             )
         except ArgumentError:
             raise
-        except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (KeyError, ValueError, TypeError, OSError, EOFError, *_BAD_FILES) as error:
             raise ArgumentError("A107", f"these bytes are no plan: {error}", where="data") from None
 
 

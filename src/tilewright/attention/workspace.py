@@ -22,6 +22,7 @@ from tilewright.attention.table import Table
 from tilewright.errors import ArgumentError
 from tilewright.runtime.view import View
 
+MAX_WORKERS = 1 << 16
 MAX_REQUESTS = 16_384  # the planner keeps 8 bytes of each in shared memory
 
 
@@ -44,7 +45,7 @@ class Workspace:
         workers: int | None,
     ) -> None:
         """`heads`: KV heads, group, head_dim. Raises ArgumentError[A103, A105], BuildError."""
-        kind, _, number = device.partition(":")
+        kind, _, number = str(device).partition(":")
         if kind != "cuda" or (number and not number.isdecimal()):
             raise ArgumentError(
                 "A105",
@@ -52,9 +53,23 @@ class Workspace:
                 where="device",
                 hint="cuda or cuda:N; on a CPU plan each batch with attn.plan",
             )
-        for name, value in (("max_requests", max_requests), ("max_tokens", max_tokens or 1)):
-            if not is_integer(value) or not 1 <= value < 2**31:
+        sizes = {"max_requests": max_requests, "max_tokens": max_tokens, "workers": workers}
+        for name, value in sizes.items():
+            if value is None and name != "max_requests":
+                continue
+            if not is_integer(value) or not 1 <= int(value or 0) < 2**31:
                 raise ArgumentError("A103", f"{name}={value!r} is no positive integer", where=name)
+        if workers is not None and workers > MAX_WORKERS:
+            raise ArgumentError(
+                "A103", f"workers={workers} is above {MAX_WORKERS}", where="workers"
+            )
+        if heads[1] > decode.ROWS:
+            raise ArgumentError(
+                "A103",
+                f"{heads[1]} query heads share a KV head, more than {decode.ROWS}",
+                where="qo_heads",
+                hint="plan each batch with attn.plan",
+            )
         if max_requests > MAX_REQUESTS:
             raise ArgumentError(
                 "A103", f"max_requests={max_requests} is above {MAX_REQUESTS}", where="max_requests"

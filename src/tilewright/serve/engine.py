@@ -70,7 +70,8 @@ class Options:
         if self.step_tokens <= self.running:
             rule = f"{self.running} running requests leave no prompt tokens in {self.step_tokens}"
             raise ModelError("M106", rule, where="step_tokens", hint="more than running=")
-        pages = -(-int(kv_tokens) // PAGE_SIZE)
+        # A request that fills the context is admitted again with room for one more token.
+        pages = max(-(-int(kv_tokens) // PAGE_SIZE), context // PAGE_SIZE + 1)
         sizes = int(self.running), int(self.step_tokens)
         return int(context), Limits(pages, *sizes, self.share, self.invariant)
 
@@ -81,7 +82,7 @@ class Engine:
     def __init__(self, file: ModelFile, target: Target | str, options: Options) -> None:
         self.context, limits = options.resolved(file.config.context)
         self.tokenizer = load_tokenizer(file)
-        self.model = Llama(file, target, self.context)
+        self.model = Llama(file, target, self.context + 1)
         self.scheduler = Scheduler(limits)
         self.runner = Runner(self.model, limits, self.context)
         self._ids = itertools.count()

@@ -55,7 +55,7 @@ class Runner:
         self.cache = KVPool(model.config, limits.pages, model.memory)
         new, most, config = model.memory.empty, limits.running, model.config
         tokens = limits.step_tokens + most  # a row more for each chunk
-        self.width = -(-context // PAGE_SIZE)
+        self.width = context // PAGE_SIZE + 1
         self.activations = {k: new(tokens, w) for k, w in model.widths.items()}
         self.last = {"x": new(most, config.dim), "normed": new(most, config.dim)}
         self.last["logits"] = new(most, config.vocab)

@@ -12,7 +12,7 @@ from tilewright.attention.families import cpu, decode, hopper, portable
 from tilewright.attention.families.family import Call, Family, Prepared
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec
-from tilewright.errors import InternalError
+from tilewright.errors import ArgumentError, InternalError
 
 FAMILIES: tuple[Family, ...] = (decode.FAMILY, hopper.FAMILY, portable.FAMILY, cpu.FAMILY)
 """In the order of preference."""
@@ -21,7 +21,11 @@ __all__ = ["FAMILIES", "Call", "Family", "Prepared", "by_name", "choose", "reaso
 
 
 def by_name(name: str) -> Family:
-    return next(f for f in FAMILIES if f.name == name)
+    """The family of a plan. Raises ArgumentError[A109]."""
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise ArgumentError("A109", f"the plan is damaged: no family {name!r}", where="plan")
 
 
 def reasons(spec: Spec, rows: int, device: str, pool: Pool | None) -> Iterator[tuple[Family, str]]:

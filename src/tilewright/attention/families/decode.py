@@ -146,7 +146,17 @@ def _prepare(call: Call) -> Prepared:
     smem = smem_bytes(spec, blocks)
     launch = function.prepare(shape, (THREADS, 1, 1), smem, block, overlaps=True)
 
+    planned = plan.requests, plan.tokens
+
     def run() -> None:
+        if (plan.requests, plan.tokens) != planned:
+            raise ArgumentError(
+                "A103",
+                f"the workspace is planned for {plan.requests} requests and {plan.tokens} rows of "
+                f"q, this call is bound for {planned}",
+                where="plan",
+                hint="bind again, or plan the same numbers",
+            )
         launch.run(cuda.current_stream(ordinal))
 
     return Prepared(launch, run, source(spec, together, blocks), (*keep, block))
