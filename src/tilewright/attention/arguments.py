@@ -3,6 +3,7 @@ variant."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from tilewright import dtypes
 from tilewright.attention.checks import float_view, is_number, named_view
 from tilewright.attention.kv import KV
 from tilewright.attention.variant import Value, check_number, traced_of
+from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime.transfer import to_device
 from tilewright.runtime.view import View, allocate, overlaps
@@ -103,8 +105,17 @@ def values_of(
                 "A101", f"{traced.name} needs {v.name}", where=v.name, hint=f"{v.name}=…"
             )
         argument = arguments.get(v.name, fixed.get(v.name))
+        if v.name not in arguments and device != "cpu":
+            argument = _constant(v.dtype, fixed[v.name], device)
         arrays[v.name] = _value(v, argument, sizes, device)
     return arrays
+
+
+@functools.cache
+def _constant(dtype: DType, number: float, device: str) -> Any:
+    """A number that a variant fixes, on a GPU: one array for the process, so that no call copies it
+    and a recorded graph can read it as long as it likes."""
+    return to_device(np.full(1, number, dtype.numpy), device)
 
 
 def _value(v: Value, argument: Any, sizes: dict[str, int], device: str) -> tuple[Any, View]:
