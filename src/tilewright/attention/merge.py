@@ -63,7 +63,7 @@ def merge(states: Sequence[State], *, mask: Any = None, out: State | None = None
     """One state from states over disjoint keys, all of one framework, dtype, shape and device.
 
     Σ oᵢ·exp(lseᵢ − m) / Σ exp(lseᵢ − m) with m the largest lse, in float32 and in order, so
-    repeatable (FlashAttention-2, §3.1). Where lseᵢ = −inf, oᵢ is not read: it may hold anything.
+    repeatable. Where lseᵢ = −inf, oᵢ is not read: it may hold anything.
     `mask` (tokens,) bool: where it is false, the result is the first state. `out`: a state to write
     to, also one of `states`.
     Raises ArgumentError[A101, A102, A103, A104, A105, A107].

@@ -28,7 +28,7 @@ from tilewright.errors import ArgumentError
 from tilewright.ir.nodes import Expr
 from tilewright.runtime.layout import Struct
 
-KEY_TILE = 64
+KEY_TILE = ranges.TILE
 """Keys of a tile, on every target."""
 
 ITEM = Struct(
