@@ -61,10 +61,17 @@ class Batch:
 
     def __init__(self, rng, kv_lens, qo_lens, shape, dtype=torch.float32, layout="NHD"):
         page_size, self.qo_heads, self.kv_heads, self.dim = shape
-        self.page_size, self.layout, self.kv_lens, self.qo_lens = page_size, layout, kv_lens, qo_lens
+        self.page_size, self.layout, self.kv_lens, self.qo_lens = (
+            page_size,
+            layout,
+            kv_lens,
+            qo_lens,
+        )
         counts = [-(-n // page_size) for n in kv_lens]
         total = sum(counts) + 3
-        pages = torch.full((total, 2, page_size, self.kv_heads, self.dim), float("nan"), dtype=dtype)
+        pages = torch.full(
+            (total, 2, page_size, self.kv_heads, self.dim), float("nan"), dtype=dtype
+        )
         names = rng.permutation(total)[: sum(counts)]
         self.indptr = torch.tensor(np.cumsum([0, *counts]), dtype=torch.int32)
         self.indices = torch.tensor(names, dtype=torch.int32)

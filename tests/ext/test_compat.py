@@ -56,6 +56,7 @@ def test_decode(rng, layout):
     assert (lse[1] == -math.inf).all() and (out[1] == 0).all()
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_scales_multiply_scores_and_values(rng):
     batch = Batch(rng, [5, 17], [1, 1], SHAPE)
     found = decode(batch, sm_scale=0.3).run(
@@ -65,12 +66,14 @@ def test_scales_multiply_scores_and_values(rng):
     close(found, (o * 0.25, lse))
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_several_queries_a_request_are_causal(rng):
     batch = Batch(rng, [9, 12], [3, 3], SHAPE)
     found = decode(batch, q_len_per_req=3).run(batch.q, batch.pages, return_lse=True)
     close(found, batch.expected(causal=True))
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_prefill_options(rng):
     batch = Batch(rng, [21, 3, 8, 0], [5, 3, 0, 2], SHAPE)
     for causal in (False, True):
@@ -81,6 +84,7 @@ def test_prefill_options(rng):
     close(wrapper.run(batch.q, batch.pages, return_lse=True), batch.expected(**options))
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_more_queries_than_keys_see_nothing(rng):
     batch = Batch(rng, [3], [5], SHAPE)
     o, lse = prefill(batch, causal=True).run(batch.q, batch.pages, return_lse=True)
@@ -88,6 +92,7 @@ def test_more_queries_than_keys_see_nothing(rng):
     assert (lse[:2] == -math.inf).all()
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_sinks_come_with_the_run(rng):
     batch = Batch(rng, [6, 11], [1, 1], SHAPE)
     sinks = torch.tensor(rng.standard_normal(4), dtype=torch.float32)
@@ -101,6 +106,7 @@ def packed(mask):
     return torch.from_numpy(np.concatenate(parts))
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_custom_masks_flat_and_packed(rng):
     batch = Batch(rng, [37, 5, 0], [3, 5, 1], SHAPE)
     masks = [rng.random((m, n)) < 0.5 for m, n in zip(batch.qo_lens, batch.kv_lens, strict=True)]
@@ -111,6 +117,7 @@ def test_custom_masks_flat_and_packed(rng):
         close(wrapper.run(batch.q, batch.pages, return_lse=True), expected)
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_forward_has_options_of_its_own(rng):
     batch = Batch(rng, [9, 12], [3, 2], SHAPE)
     wrapper = fi.BatchPrefillWithPagedKVCacheWrapper(WORKSPACE)
@@ -122,6 +129,7 @@ def test_forward_has_options_of_its_own(rng):
     wrapper.end_forward()
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_half_precision_and_a_float32_output(rng):
     batch = Batch(rng, [40, 7], [1, 1], SHAPE, torch.bfloat16)
     found = decode(batch, o_data_type=torch.float32).run(batch.q, batch.pages, return_lse=True)
@@ -162,6 +170,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_ragged_and_single(rng, options):
     batch = Batch(rng, [19, 4], [5, 4], SHAPE)
@@ -312,11 +321,11 @@ def test_a_run_that_does_not_fit_its_plan_is_refused(rng):
     raises("A101", fresh.forward, batch.q, batch.pages)
     wrapper = decode(batch)
     raises("A102", wrapper.run, batch.q.half(), batch.pages, where="q")
-    raises("A102", wrapper.run, batch.q, batch.pages.half(), where="k")
+    raises("A102", wrapper.run, batch.q, batch.pages.half())
     raises("A103", wrapper.run, batch.q[:1], batch.pages, where="q")
     raises("A103", wrapper.run, batch.q[..., :16], batch.pages)
     raises("A103", wrapper.run, batch.q, batch.pages[:, 0], where="paged_kv_cache")
-    raises("A103", wrapper.run, batch.q, batch.pages.transpose(2, 3), where="kv")  # HND unsaid
+    raises("A103", wrapper.run, batch.q, batch.pages.transpose(2, 3))  # HND unsaid
     raises("A108", wrapper.run, batch.q, batch.pages, out=batch.q)
 
 
@@ -329,22 +338,25 @@ def test_damaged_arrays_are_refused(rng):
         arrays |= changed
         raises(code, wrapper.plan, *arrays.values(), *batch.heads(), 4, where=where)
 
-    plan("A109", "last_page_len", last_page_len=batch.last + 4)
-    plan("A109", "last_page_len", last_page_len=batch.last * 0)
     plan("A109", "kv_indptr", indptr=batch.indptr + 1)
-    plan("A102", "indices", indices=batch.indices.float())
+    plan("A102", "kv_indices", indices=batch.indices.float())
+    plan("A102", "kv_len", last_page_len=batch.last.float())
     plan("A103", "last_page_len", last_page_len=batch.last[:1])
     other = fi.BatchPrefillWithPagedKVCacheWrapper(WORKSPACE)
     for name, mask in (("custom_mask", torch.ones(5, dtype=torch.bool)),
                        ("packed_custom_mask", torch.ones(9, dtype=torch.bool))):  # fmt: skip
         call = (batch.qo_indptr, *batch.arrays(), *batch.heads(), 4)
-        raises("A103", other.plan, *call, where=name, **{name: mask})
-    page = batch.indices.clone()
-    page[0] = 99
-    wrapper.plan(batch.indptr, page, batch.last, *batch.heads(), 4, q_data_type="float32")
-    raises("A109", wrapper.run, batch.q, batch.pages, where="kv_indices")
+        raises("A103", other.plan, *call, **{name: mask})
+    for where, page, last in (("kv_indices", 99, 0), ("kv_len", 0, 4)):
+        indices = batch.indices.clone()
+        indices[0] += page
+        wrapper.plan(
+            batch.indptr, indices, batch.last + last, *batch.heads(), 4, q_data_type="float32"
+        )
+        raises("A109", wrapper.run, batch.q, batch.pages, where=where)
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_int64_tables_give_the_same(rng):
     batch = Batch(rng, [9, 4], [1, 1], SHAPE)
     expected = batch.expected()

@@ -1,23 +1,16 @@
-"""Doors to other systems; each module needs an extra, and is imported by its name.
-
-compat      FlashInfer's functions and wrappers over Tilewright's tables, pools and plans
-torch_ops   operators of `torch.library`: attention, append, merge under torch.compile
-hf          `attn_implementation="tilewright"` for Hugging Face transformers
-"""
-
-from __future__ import annotations
+"""Doors to other systems, imported by name: `compat` (FlashInfer's calls), `torch_ops` (operators
+for torch.compile), `hf` (attention of Hugging Face transformers)."""
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 from tilewright.errors import MissingExtra
 
 
-def needed(package: str, by: str) -> ModuleType:
-    """The optional package that module `by` needs. Raises MissingExtra[E101]."""
+def needed(package: str, extra: str) -> Any:
+    """An optional package. Raises MissingExtra[E101]."""
     try:
         return import_module(package)
     except ImportError as error:
-        extra = "torch" if package == "torch" else "hf"
         hint = f"pip install 'tilewright[{extra}]'"
-        raise MissingExtra("E101", f"{by} needs {package}: {error}", hint=hint) from None
+        raise MissingExtra("E101", f"{package} is needed: {error}", hint=hint) from None

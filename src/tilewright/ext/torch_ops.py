@@ -1,41 +1,33 @@
-"""Operators of `torch.library` for torch.compile and CUDA graphs.
+"""Operators of `torch.library`, for torch.compile(fullgraph=True) and CUDA graphs:
 
-attend = torch_ops.operator(tw.Attention(32, 8, 128))
-o, lse = attend(q, k_pages, v_pages, (kv_len, block_table), qo_indptr)
+    attend = torch_ops.operator(tw.Attention(32, 8, 128))
+    o, lse = attend(q, k_pages, v_pages, (kv_len, block_table), qo_indptr)
 
-`tilewright::attend`, `::plan`, `::append` and `::merge` are opaque to the compiler and have fakes,
-so a function that calls them compiles with fullgraph=True. They have no derivatives.
+`tilewright::attend`, `::plan`, `::append` and `::merge` have fakes and no derivatives.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tilewright.attention.batch import Attention
-from tilewright.attention.kv import KV
-from tilewright.attention.merge import State
-from tilewright.attention.merge import merge as merge_states
-from tilewright.attention.pool import Pool
-from tilewright.attention.table import Table
-from tilewright.attention.workspace import Workspace
+import tilewright as tw
 from tilewright.errors import ArgumentError
 from tilewright.ext import needed
 
-torch: Any = needed("torch", "tilewright.ext.torch_ops")
+torch: Any = needed("torch", "torch")
 Tensor = Any
-
-_OPERATORS: dict[str, Operator] = {}
-"""By the key that stands in compiled graphs, which hold for this process."""
+_OPERATORS: dict[str, Operator] = {}  # by the key that compiled graphs of this process hold
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class Operator:
-    """Attention as an operator; see `operator`."""
+    """Attention as an operator; see `operator`. `names`: the values that its variant needs."""
 
-    attn: Attention
-    room: Workspace | None
+    attn: tw.Attention
+    room: tw.Workspace | None
     key: str
     names: tuple[str, ...]
 
@@ -45,39 +37,33 @@ class Operator:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """o (tokens, qo_heads, head_dim_vo) and lse (tokens, qo_heads) float32, natural logarithm.
 
-        `k`, `v` (pages, page_size, kv_heads, head_dim) with any strides; `table`: kv_len and
-        block_table, or kv_len, kv_indptr and kv_indices; `rows`: qo_indptr (None: one query a
-        request), with a workspace what `plan` returned. `values`: each value of the variant that
-        it does not fix, as a tensor. Raises ArgumentError.
+        `k`, `v` (pages, page_size, kv_heads, head_dim), any strides; `table`: (kv_len,) where each
+        request has its page, (kv_len, block_table) or (kv_len, kv_indptr, kv_indices); `rows`:
+        qo_indptr (None: one query a request), with a workspace what `plan` returned. Raises
+        ArgumentError.
         """
-        if len(values) != len(self.names) or any(n not in self.names for n in values):
-            raise ArgumentError(
-                "A101", f"values {sorted(values)}", hint=f"the variant needs {list(self.names)}"
-            )
+        if sorted(values) != sorted(self.names):
+            raise ArgumentError("A101", f"values {sorted(values)}, not {list(self.names)}")
         ordered = [values[name] for name in self.names]
         return torch.ops.tilewright.attend(q, k, v, list(table), rows, ordered, self.key)
 
     def plan(self, table: Sequence[Tensor], qo_indptr: Tensor = None) -> Tensor:
-        """Plan a batch in the operator's workspace; pass the result as `rows` to each layer's call.
-
-        Usable while a CUDA graph is captured; a replay plans again. Raises ArgumentError.
-        """
+        """Plan a batch in the workspace, also inside a CUDA graph: the `rows` of every layer."""
         if self.room is None:
             raise ArgumentError("A101", "plan without a workspace", hint="operator(attn, room)")
         return torch.ops.tilewright.plan(list(table), qo_indptr, self.key)
 
 
-def operator(attn: Attention, room: Workspace | None = None) -> Operator:
-    """The operator of an attention; `room`: a workspace of `attn.reserve`, for CUDA graphs. Without
-    one each call plans on the host. Raises ArgumentError[A107]."""
-    for name, value, kind in (("attn", attn, Attention), ("room", room, (Workspace, type(None)))):
-        if not isinstance(value, kind):
-            raise ArgumentError("A107", f"{name} is a {type(value).__name__}", where=name)
+@functools.cache
+def operator(attn: tw.Attention, room: tw.Workspace | None = None) -> Operator:
+    """The operator of an attention. `room`: a workspace of `attn.reserve`, for CUDA graphs; without
+    one each call plans on the host."""
+    if not isinstance(attn, tw.Attention):
+        raise ArgumentError("A107", f"attn is a {type(attn).__name__}", where="attn")
     fixed = dict(attn.variant.fixed)
     names = tuple(v.name for v in attn.variant.traced.values if v.name not in fixed)
-    known = [x for x in _OPERATORS.values() if x.attn == attn and x.room is room]
-    made = known[0] if known else Operator(attn, room, f"attention_{len(_OPERATORS)}", names)
-    return _OPERATORS.setdefault(made.key, made)
+    key = f"attention_{len(_OPERATORS)}"
+    return _OPERATORS.setdefault(key, Operator(attn, room, key, names))
 
 
 def append(
@@ -87,16 +73,16 @@ def append(
     """Write rows `key`, `value` (rows, kv_heads, head_dim) into the pages `k`, `v`, in place.
 
     Row i is key position[i] of request[i]; rows of a negative request are skipped. `table`:
-    kv_indptr and kv_indices, or the block_table alone. No host work. Raises ArgumentError.
+    kv_indptr and kv_indices, or the block_table alone. No host work on GPUs, where entries are
+    clamped. Raises ArgumentError.
     """
-    for name, x in (("request", request), ("position", position)):
-        if x.shape != key.shape[:1] or x.is_floating_point():
-            text = f"{name} is {x.dtype} of shape {tuple(x.shape)}"
-            raise ArgumentError("A103", text, where=name, hint=f"integers ({key.shape[0]},)")
-    for name, rows, pages in (("key", key, k), ("value", value, v)):
-        if rows.shape[1:] != pages.shape[2:] or rows.dtype != pages.dtype:
-            text = f"{name} is {rows.dtype} {tuple(rows.shape)}, pages {pages.dtype} "
-            raise ArgumentError("A103", text + str(tuple(pages.shape)), where=name)
+    for name, x, like in (("request", request, key), ("position", position, key)):
+        if x.shape != like.shape[:1] or x.is_floating_point():
+            raise ArgumentError("A103", f"{name} is {x.dtype} {tuple(x.shape)}", where=name)
+    for name, x, like in (("key", key, k), ("value", value, v)):
+        if x.shape[1:] != like.shape[2:] or x.dtype != like.dtype:
+            text = f"{name} is {x.dtype} {tuple(x.shape)}, pages {like.dtype} {tuple(like.shape)}"
+            raise ArgumentError("A103", text, where=name)
     torch.ops.tilewright.append(k, v, key, value, request, position, list(table))
 
 
@@ -108,16 +94,13 @@ def merge(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------- implementations
 
 
-def _table(table: list[Tensor]) -> Table:
-    return Table(*table) if len(table) == 2 else Table.csr(*table)
+def _table(table: list[Tensor]) -> tw.Table:
+    return (tw.Table.dense, tw.Table, tw.Table.csr)[len(table) - 1](*table)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, table: list[Tensor], rows: Tensor, values: list[Tensor],
-    key: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    operator = _OPERATORS[key]
-    kv = KV(_table(table), Pool(k, v))
+def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, table, rows, values, key = arguments
+    operator, kv = _OPERATORS[key], tw.KV(_table(table), tw.Pool(k, v))
     plan: Any = operator.room
     if plan is None:
         rows = torch.arange(kv.requests + 1, dtype=torch.int32) if rows is None else rows
@@ -133,56 +116,66 @@ def _plan(table: list[Tensor], qo_indptr: Tensor, key: str) -> Tensor:
     return table[0].new_empty(0)
 
 
-def _append(
-    k: Tensor, v: Tensor, key: Tensor, value: Tensor, request: Tensor, position: Tensor,
-    table: list[Tensor],
-) -> None:  # fmt: skip
-    """Skipped rows write once more what another row writes, or what is there: shapes stay fixed."""
+def _append(*arguments: Any) -> None:
+    """Skipped rows write once more what another row writes, or what is there: shapes are fixed."""
+    k, v, key, value, request, position, table = arguments
     if not len(request):
         return
     valid = request >= 0
-    row = torch.arange(len(request), device=request.device)
-    row = torch.where(valid, row, valid.to(torch.int32).argmax())
+    row = torch.where(valid, torch.arange(len(valid), device=k.device), valid.int().argmax())
     request, position = request[row].clamp(min=0).long(), position[row].long()
-    entry = position // k.shape[1]
-    if len(table) == 2:
-        page = table[1][(table[0][request].long() + entry).clamp(0, len(table[1]) - 1)].long()
+    entry, slot = position // k.shape[1], position % k.shape[1]
+    if len(table) == 2:  # entries of all requests, one request after the other
+        entry, entries = entry + table[0][request].long(), table[1]
     else:
-        page = table[0][request, entry].long()
-    slot, some = position % k.shape[1], valid.any()
+        entry, entries = entry + request * table[0].shape[1], table[0].reshape(-1)
+    inside = (position >= 0) & (entry < len(entries))
+    page = entries[torch.where(inside, entry, 0)].long()
+    inside = inside & (page >= 0) & (page < len(k))
+    if k.device.type == "cpu" and bool((valid[row] & ~inside).any()):
+        raise ArgumentError("A109", "a position beyond the pages of its request", where="position")
+    page, slot = torch.where(inside, page, 0), torch.where(inside, slot, 0)
     for pages, new in ((k, key), (v, value)):
-        pages[page, slot] = torch.where(some, new[row], pages[page, slot])
+        old = pages[page, slot]
+        pages[page, slot] = torch.where((inside & valid.any())[:, None, None], new[row], old)
 
 
 def _merge(o: list[Tensor], lse: list[Tensor]) -> tuple[Tensor, Tensor]:
-    state = merge_states(
-        [State(x.contiguous(), y.contiguous()) for x, y in zip(o, lse, strict=True)]
+    state = tw.merge(
+        [tw.State(x.contiguous(), y.contiguous()) for x, y in zip(o, lse, strict=True)]
     )
     return state.o, state.lse
 
 
-def _empty(q: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    shape = (*q.shape[:-1], head_dim)
-    return q.new_empty(shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+def _like(q: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:-1], head_dim)), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-_FAKES = {
-    "attend": lambda q, k, v, table, rows, values, key: _empty(q, v.shape[-1]),
-    "plan": lambda table, qo_indptr, key: table[0].new_empty(0),
-    "append": lambda *arguments: None,
-    "merge": lambda o, lse: _empty(o[0], o[0].shape[-1]),
-}
-_SCHEMAS = {
-    "attend": "(Tensor q, Tensor k, Tensor v, Tensor[] table, Tensor? rows, Tensor[] values, "
-    "str key) -> (Tensor, Tensor)",
-    "plan": "(Tensor[] table, Tensor? qo_indptr, str key) -> Tensor",
-    "append": "(Tensor(a!) k, Tensor(b!) v, Tensor key, Tensor value, Tensor request, "
-    "Tensor position, Tensor[] table) -> ()",
-    "merge": "(Tensor[] o, Tensor[] lse) -> (Tensor, Tensor)",
-}
-for _name, _function in (
-    ("attend", _attend), ("plan", _plan), ("append", _append), ("merge", _merge),
-):  # fmt: skip
-    torch.library.define(f"tilewright::{_name}", _SCHEMAS[_name])
-    torch.library.impl(f"tilewright::{_name}", ("cpu", "cuda"), _function)
-    torch.library.register_fake(f"tilewright::{_name}", _FAKES[_name])
+def _define(name: str, schema: str, function: Any, fake: Any) -> None:
+    torch.library.define(f"tilewright::{name}", schema)
+    torch.library.impl(f"tilewright::{name}", ("cpu", "cuda"), function)
+    torch.library.register_fake(f"tilewright::{name}", fake)
+
+
+_define(
+    "attend",
+    "(Tensor q, Tensor k, Tensor v, Tensor[] table, Tensor? rows, Tensor[] values, str key) "
+    "-> (Tensor, Tensor)",
+    _attend,
+    lambda q, k, v, *rest: _like(q, v.shape[-1]),
+)
+_define(
+    "plan", "(Tensor[] table, Tensor? qo_indptr, str key) -> Tensor",
+    _plan, lambda table, *rest: table[0].new_empty(0),
+)  # fmt: skip
+_define(
+    "append",
+    "(Tensor(a!) k, Tensor(b!) v, Tensor key, Tensor value, Tensor request, Tensor position, "
+    "Tensor[] table) -> ()",
+    _append,
+    lambda *arguments: None,
+)
+_define(
+    "merge", "(Tensor[] o, Tensor[] lse) -> (Tensor, Tensor)",
+    _merge, lambda o, lse: _like(o[0], o[0].shape[-1]),
+)  # fmt: skip
