@@ -189,6 +189,7 @@ def test_ragged_and_single(rng, options):
     close(found, [x[:5] for x in expected])
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_single_decode_and_values_of_another_width(rng):
     q, k = (torch.tensor(rng.standard_normal(s)).float() for s in ((4, 24), (13, 2, 24)))
     expected = attend(as64(q)[None], as64(k), as64(k))
@@ -298,7 +299,7 @@ def test_what_is_not_supported_is_refused(rng):
         ("window_left", 5),
     ):  # fmt: skip
         raises("A101", wrapper.run, *run, **{name: value})
-    raises("A102", wrapper.run, *run, k_scale=torch.ones(1), where="k_scale")
+    raises("A102", wrapper.run, *run, k_scale=torch.ones(1))
     plan = (*batch.arrays(), *batch.heads(), 4)
     for name, value in (
         ("pos_encoding_mode", "ROPE_LLAMA"), ("window_right", 2), ("seq_lens", batch.last),

@@ -53,7 +53,7 @@ def test_values_of_the_variant_come_by_name(rng):
 
 
 def test_append_and_merge_pass_opcheck(rng):
-    batch, (k, v), table = inputs(rng)
+    _, (k, v), table = inputs(rng)
     new = torch.tensor(rng.standard_normal((2, 3, 2, 24))).float()
     request, position = torch.tensor([0, -1, 2]), torch.tensor([8, 0, 3])
     arguments = (k, v, *new, request, position, list(table[1:]))

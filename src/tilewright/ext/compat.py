@@ -19,14 +19,17 @@ from typing import Any
 
 import tilewright as tw
 from tilewright.errors import ArgumentError
-from tilewright.ext import needed
+from tilewright.ext import torch_ops
+from tilewright.ext.torch_ops import Tensor, torch
 from tilewright.ext.variants import composed, words
-
-torch: Any = needed("torch", "torch")
-Tensor = Any
 
 _LN_2 = math.log(2)
 _GRAPH_ROWS = 16  # rows of a request, times the group, that a workspace plans for
+_BUFFERS = ("qo_indptr", "kv_indptr", "indptr", "indices", "last_page_len")
+_OPTIONS = (
+    "num_qo_heads", "num_kv_heads", "head_dim_qk", "head_dim_vo", "causal", "pos_encoding_mode",
+    "window_left", "logits_soft_cap", "sm_scale",
+)  # fmt: skip
 _TEXT = Path(__file__).with_name("flashinfer.txt").read_text(encoding="utf-8")
 _SIGNATURES = {name: rest for name, _, rest in (p.partition(": ") for p in _TEXT.split("\n\n"))}
 
@@ -82,16 +85,10 @@ def _attention(options: dict[str, Any], device: Any) -> tuple[tw.Attention, dict
     causal = options["causal"] and "bits" not in tensors
     variant = composed(causal, options["window_left"], cap, tensors)
     sm_scale = dim**-0.5 if sm_scale is None else sm_scale
-    sm_scale *= _number(options, "q_scale") * _number(options, "k_scale")
+    for name in ("q_scale", "k_scale"):
+        sm_scale = sm_scale if options.get(name) is None else sm_scale * options[name]
     vo = options["head_dim_vo"] or dim
     return tw.Attention(heads, options["num_kv_heads"], dim, variant, sm_scale, vo), tensors
-
-
-def _number(options: dict[str, Any], name: str) -> float:
-    value = 1.0 if options.get(name) is None else options[name]
-    if not isinstance(value, (int, float)):
-        raise ArgumentError("A102", f"{name} is no float", where=name)
-    return float(value)
 
 
 @functools.lru_cache(64)  # no copy to a GPU while a graph is captured
@@ -104,13 +101,14 @@ def _alibi_slopes(heads: int, device: Any) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
-def _bits(options: dict[str, Any], qo: Tensor, kv: Tensor) -> Tensor | None:
+def _bits(options: dict[str, Any], qo: Tensor, table: tw.Table) -> Tensor | None:
     """The words of a custom mask: flat, request by request, rows by keys; or packed, bit i % 8 of
-    byte i // 8, each request from a new byte on. `qo`, `kv`: rows and keys of each request."""
+    byte i // 8, each request from a new byte on. `qo`: the rows of each request."""
     flat, packed = options.get("custom_mask"), options.get("packed_custom_mask")
     mask, unit, kind = (flat, 1, torch.bool) if packed is None else (packed, 8, torch.uint8)
     if mask is None:
         return None
+    kv = torch.from_numpy(table.lengths())
     sizes = (qo * kv + unit - 1) // unit
     if mask.dtype != kind or mask.numel() != int(sizes.sum()):
         text = f"{mask.numel()} elements of {mask.dtype}, not {int(sizes.sum())} of {kind}"
@@ -148,13 +146,11 @@ class _Wrapper:
             raise ArgumentError("A101", f"backend={g.backend!r}", where="backend", hint="auto")
         if not isinstance(g.float_workspace_buffer, torch.Tensor):
             raise ArgumentError("A107", "workspace is no tensor", where="float_workspace_buffer")
-        names = [n for n in vars(g) if "ptr_buf" in n or "indices_buf" in n or "len_buf" in n]
-        names = [n for n in names if not n.startswith("mask")]
-        stems = [n.rpartition("_buf")[0].removeprefix("paged_kv_") for n in names]
-        self._buffers = {s: getattr(g, n) for s, n in zip(stems, names, strict=True)}
+        stems = {n: n.rpartition("_buf")[0].removeprefix("paged_kv_") for n in vars(g)}
+        self._buffers = {s: getattr(g, n) for n, s in stems.items() if s in _BUFFERS}
         if g.use_cuda_graph and None in self._buffers.values():
             raise ArgumentError("A101", f"a graph needs buffers for {', '.join(self._buffers)}")
-        self.device, self.kv_layout = g.float_workspace_buffer.device, g.kv_layout
+        self.device, self._flips = g.float_workspace_buffer.device, _is_hnd(g.kv_layout)
         self.is_cuda_graph_enabled = bool(g.use_cuda_graph)
         self._room, self._options = None, {}
 
@@ -185,13 +181,13 @@ class _Wrapper:
 
     def _plan_batch(self, g: SimpleNamespace, table: tw.Table, rows: Any, page_size: int) -> None:
         """Plan queries `rows` (requests + 1) over a table; `page_size` 0: no pages."""
-        options = vars(g)
-        kinds = [options[f"{x}_data_type"] or g.q_data_type for x in ("q", "kv", "o")]
+        kinds = [x or g.q_data_type for x in (g.q_data_type, g.kv_data_type, g.o_data_type)]
         kinds = [getattr(torch, x, None) if isinstance(x, str) else x for x in kinds]
         if not all(isinstance(x, torch.dtype) for x in kinds):
             raise ArgumentError("A102", f"dtypes {kinds}", where="q_data_type")
         rows, over, device = torch.as_tensor(rows).cpu(), table, self.device
-        options["bits"] = _bits(options, rows.diff(), torch.from_numpy(table.lengths()))
+        options = {n: getattr(g, n) for n in _OPTIONS}
+        options["bits"] = _bits(vars(g), rows.diff(), table)
         attn, _ = _attention(options, device)
         if self.is_cuda_graph_enabled and options["bits"] is not None:
             raise ArgumentError("A110", "a custom mask in a CUDA graph", where="custom_mask")
@@ -224,9 +220,7 @@ class _Wrapper:
         if not planned:
             raise ArgumentError("A101", "run before plan", hint="plan the batch first")
         if given.get("window_left") not in (None, planned["window_left"]):
-            raise ArgumentError(
-                "A101", f"window_left={g.window_left}: plan it", where="window_left"
-            )
+            raise ArgumentError("A101", "window_left is not the planned one", where="window_left")
         pool = self._pool(g)
         found = (g.q.dtype, pool.arrays[0].dtype, pool.page_size)
         if found != (wanted := (*self._kinds[:2], self._page_size)):
@@ -241,27 +235,26 @@ class _Wrapper:
             out = torch.empty(shape, dtype=self._kinds[2], device=self.device)
         state = attn.run(g.q, tw.KV(self._table, pool), self._planned, out=out, **tensors)
         if given.get("v_scale") is not None:
-            state.o.mul_(_number(given, "v_scale"))
+            state.o.mul_(g.v_scale)
+        if not g.return_lse:
+            return state.o
         lse = state.lse.div_(_LN_2)
-        if given.get("lse") is not None:
-            lse = g.lse.copy_(lse)
-        return (state.o, lse) if g.return_lse else state.o
+        return state.o, lse if given.get("lse") is None else g.lse.copy_(lse)
 
     def _forward(self, g: SimpleNamespace) -> Any:
         """The old form of `run`, whose options replace those of the plan."""
-        self._options = self._options and self._options | vars(g)
+        self._options |= {n: x for n, x in vars(g).items() if n in self._options}
         g.window_left = None
         return self._run(g)
 
     def _pool(self, g: SimpleNamespace) -> tw.Pool:
-        return tw.Pool(*_halves(g.paged_kv_cache, self.kv_layout))
+        return tw.Pool(*_halves(g.paged_kv_cache, self._flips))
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_Wrapper, name="decode"):
     """Decode: one query a request, or `q_len_per_req`; keys in pages."""
 
     def _plan(self, g: SimpleNamespace) -> None:
-        """Plan a batch; FlashInfer documents the parameters."""
         g.causal, g.head_dim_qk, g.head_dim_vo = g.q_len_per_req > 1, g.head_dim, None
         g.kv_data_type = g.kv_data_type or g.data_type
         table = self._paged(g.indptr, g.indices, g.last_page_len, g.page_size)
@@ -273,7 +266,6 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper, name="prefill"):
     """Prefill and append: any number of queries a request, keys in pages."""
 
     def _plan(self, g: SimpleNamespace) -> None:
-        """Plan a batch; FlashInfer documents the parameters."""
         arrays = (g.paged_kv_indptr, g.paged_kv_indices, g.paged_kv_last_page_len)
         self._plan_batch(g, self._paged(*arrays, g.page_size), g.qo_indptr, g.page_size)
 
@@ -282,11 +274,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper, name="ragged"):
     """Prefill over keys and values without pages, one request after the other."""
 
     def _plan(self, g: SimpleNamespace) -> None:
-        """Plan a batch; FlashInfer documents the parameters."""
         self._plan_batch(g, tw.Table.ragged(self._keep("kv_indptr", g.kv_indptr)), g.qo_indptr, 0)
 
     def _pool(self, g: SimpleNamespace) -> tw.Pool:
-        return tw.Pool(*(x if self.kv_layout == "NHD" else x.transpose(0, 1) for x in (g.k, g.v)))
+        return tw.Pool(*(x.transpose(0, 1) if self._flips else x for x in (g.k, g.v)))
 
 
 class MultiLevelCascadeAttentionWrapper:
@@ -331,32 +322,27 @@ class MultiLevelCascadeAttentionWrapper:
 # ---------------------------------------------------------------------------- one request
 
 
-@accepts("single_decode")
-def single_decode_with_kv_cache(g: SimpleNamespace) -> Any:
-    """o (heads, head_dim) of one query `q` (heads, head_dim), with return_lse also lse (heads,)."""
-    g.q = g.q[None]
-    found = _single(g)
-    return (found[0][0], found[1][0]) if g.return_lse else found[0]
-
-
-@accepts("single_prefill")
-def single_prefill_with_kv_cache(g: SimpleNamespace) -> Any:
-    """o (tokens, heads, head_dim_vo) of the queries of one request, with return_lse also lse."""
-    return _single(g)
-
-
 def _single(g: SimpleNamespace) -> Any:
-    options = vars(g)
-    wrapper = BatchPrefillWithRaggedKVCacheWrapper(g.q, g.kv_layout)
+    """o of the queries of one request, with return_lse also lse; both without a row for `q` of one
+    query, (heads, head_dim)."""
+    options, q = vars(g), g.q if g.q.ndim == 3 else g.q[None]
+    backend = options.get("backend", "auto")
+    wrapper = BatchPrefillWithRaggedKVCacheWrapper(q, g.kv_layout, backend=backend)
     keys, heads = g.k.shape[:2] if g.kv_layout == "NHD" else g.k.shape[1::-1]
-    rows, keys = (torch.tensor([0, n], dtype=torch.int32) for n in (len(g.q), keys))
-    names = "custom_mask packed_custom_mask causal pos_encoding_mode sm_scale window_left"
-    shared = {n: options[n] for n in (*names.split(), "logits_soft_cap") if n in options}
-    shared |= {"q_data_type": g.q.dtype, "kv_data_type": g.k.dtype, "head_dim_vo": g.v.shape[-1]}
+    rows, keys = (torch.tensor([0, n], dtype=torch.int32) for n in (len(q), keys))
+    names = (*_OPTIONS, "custom_mask", "packed_custom_mask")
+    shared = {n: options[n] for n in names if n in options}
+    shared |= {"q_data_type": q.dtype, "kv_data_type": g.k.dtype, "head_dim_vo": g.v.shape[-1]}
     shared["o_data_type"] = options.get("o_dtype")
-    wrapper.plan(rows, keys, g.q.shape[1], heads, g.q.shape[2], **shared)
+    wrapper.plan(rows, keys, q.shape[1], heads, q.shape[2], **shared)
     scales = {n: options[n] for n in ("q_scale", "k_scale", "v_scale") if n in options}
-    return wrapper.run(g.q, g.k, g.v, **scales, return_lse=g.return_lse)
+    found = wrapper.run_return_lse(q, g.k, g.v, **scales)
+    o, lse = found if g.q.ndim == 3 else (x[0] for x in found)
+    return (o, lse) if g.return_lse else o
+
+
+single_decode_with_kv_cache = accepts("single_decode")(_single)
+single_prefill_with_kv_cache = accepts("single_prefill")(_single)
 
 
 # ---------------------------------------------------------------------------- pages, states
@@ -389,24 +375,26 @@ def append_paged_kv_cache(g: SimpleNamespace) -> None:
     Row i goes to position positions[i] of request batch_indices[i]; a negative request is skipped.
     No host work on GPUs.
     """
-    from tilewright.ext import torch_ops
-
-    k, v = _halves(g.paged_kv_cache, g.kv_layout)
+    k, v = _halves(g.paged_kv_cache, _is_hnd(g.kv_layout))
     table = [g.kv_indptr, g.kv_indices]
     torch_ops.append(k, v, g.append_key, g.append_value, g.batch_indices, g.positions, table)
 
 
-def _halves(cache: Any, layout: str) -> tuple[Tensor, Tensor]:
-    """K and V of a paged cache as views (pages, page_size, heads, head_dim)."""
+def _is_hnd(layout: str) -> bool:
     if layout not in ("NHD", "HND"):
         raise ArgumentError("A107", f"kv_layout={layout!r}", where="kv_layout", hint="NHD or HND")
+    return layout == "HND"
+
+
+def _halves(cache: Any, flips: bool) -> Any:
+    """K and V of a paged cache as views (pages, page_size, heads, head_dim)."""
     pair = cache
     if isinstance(cache, torch.Tensor):
         pair = cache.unbind(1) if cache.ndim == 5 else ()
     if [getattr(x, "ndim", 0) for x in pair] != [4, 4]:
         hint = "(k, v) of 4 dimensions each, or one tensor (pages, 2, …)"
         raise ArgumentError("A103", "not a paged cache", where="paged_kv_cache", hint=hint)
-    return pair if layout == "NHD" else tuple(x.transpose(1, 2) for x in pair)
+    return [x.transpose(1, 2) for x in pair] if flips else pair
 
 
 @accepts("merge_state")

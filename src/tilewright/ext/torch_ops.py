@@ -66,24 +66,15 @@ def operator(attn: tw.Attention, room: tw.Workspace | None = None) -> Operator:
     return _OPERATORS.setdefault(key, Operator(attn, room, key, names))
 
 
-def append(
-    k: Tensor, v: Tensor, key: Tensor, value: Tensor, request: Tensor, position: Tensor,
-    table: Sequence[Tensor],
-) -> None:  # fmt: skip
+def append(*arguments: Any) -> None:
     """Write rows `key`, `value` (rows, kv_heads, head_dim) into the pages `k`, `v`, in place.
 
-    Row i is key position[i] of request[i]; rows of a negative request are skipped. `table`:
-    kv_indptr and kv_indices, or the block_table alone. No host work on GPUs, where entries are
-    clamped. Raises ArgumentError.
+    `arguments`: k, v, key, value, request, position, table. Row i is key position[i] of request[i];
+    rows of a negative request are skipped. `table`: kv_indptr and kv_indices, or the block_table
+    alone. No host work on GPUs, where what lies outside a table is not written. Raises
+    ArgumentError.
     """
-    for name, x, like in (("request", request, key), ("position", position, key)):
-        if x.shape != like.shape[:1] or x.is_floating_point():
-            raise ArgumentError("A103", f"{name} is {x.dtype} {tuple(x.shape)}", where=name)
-    for name, x, like in (("key", key, k), ("value", value, v)):
-        if x.shape[1:] != like.shape[2:] or x.dtype != like.dtype:
-            text = f"{name} is {x.dtype} {tuple(x.shape)}, pages {like.dtype} {tuple(like.shape)}"
-            raise ArgumentError("A103", text, where=name)
-    torch.ops.tilewright.append(k, v, key, value, request, position, list(table))
+    torch.ops.tilewright.append(*arguments)
 
 
 def merge(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -119,6 +110,13 @@ def _plan(table: list[Tensor], qo_indptr: Tensor, key: str) -> Tensor:
 def _append(*arguments: Any) -> None:
     """Skipped rows write once more what another row writes, or what is there: shapes are fixed."""
     k, v, key, value, request, position, table = arguments
+    for name, x in (("request", request), ("position", position)):
+        if x.shape != key.shape[:1] or x.is_floating_point():
+            raise ArgumentError("A103", f"{name} is {x.dtype} {tuple(x.shape)}", where=name)
+    for name, x, pages in (("key", key, k), ("value", value, v)):
+        if x.shape[1:] != pages.shape[2:] or x.dtype != pages.dtype:
+            text = f"{name} is {x.dtype} {tuple(x.shape)}, pages {pages.dtype} {tuple(pages.shape)}"
+            raise ArgumentError("A103", text, where=name)
     if not len(request):
         return
     valid = request >= 0
@@ -151,31 +149,20 @@ def _like(q: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     return q.new_empty((*q.shape[:-1], head_dim)), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-def _define(name: str, schema: str, function: Any, fake: Any) -> None:
-    torch.library.define(f"tilewright::{name}", schema)
-    torch.library.impl(f"tilewright::{name}", ("cpu", "cuda"), function)
-    torch.library.register_fake(f"tilewright::{name}", fake)
-
-
-_define(
-    "attend",
-    "(Tensor q, Tensor k, Tensor v, Tensor[] table, Tensor? rows, Tensor[] values, str key) "
-    "-> (Tensor, Tensor)",
-    _attend,
-    lambda q, k, v, *rest: _like(q, v.shape[-1]),
-)
-_define(
-    "plan", "(Tensor[] table, Tensor? qo_indptr, str key) -> Tensor",
-    _plan, lambda table, *rest: table[0].new_empty(0),
-)  # fmt: skip
-_define(
-    "append",
-    "(Tensor(a!) k, Tensor(b!) v, Tensor key, Tensor value, Tensor request, Tensor position, "
-    "Tensor[] table) -> ()",
-    _append,
-    lambda *arguments: None,
-)
-_define(
-    "merge", "(Tensor[] o, Tensor[] lse) -> (Tensor, Tensor)",
-    _merge, lambda o, lse: _like(o[0], o[0].shape[-1]),
-)  # fmt: skip
+_IMPLEMENTED = {
+    "attend(Tensor q, Tensor k, Tensor v, Tensor[] table, Tensor? rows, Tensor[] values, str key) "
+    "-> (Tensor, Tensor)": (_attend, lambda q, k, v, *rest: _like(q, v.shape[-1])),
+    "plan(Tensor[] table, Tensor? qo_indptr, str key) -> Tensor": (
+        _plan, lambda table, *rest: table[0].new_empty(0),
+    ),
+    "append(Tensor(a!) k, Tensor(b!) v, Tensor key, Tensor value, Tensor request, Tensor position, "
+    "Tensor[] table) -> ()": (_append, lambda *arguments: None),
+    "merge(Tensor[] o, Tensor[] lse) -> (Tensor, Tensor)": (
+        _merge, lambda o, lse: _like(o[0], o[0].shape[-1]),
+    ),
+}  # fmt: skip
+for _schema, (_function, _fake) in _IMPLEMENTED.items():
+    _name, _, _rest = f"tilewright::{_schema}".partition("(")
+    torch.library.define(_name, f"({_rest}")
+    torch.library.impl(_name, ("cpu", "cuda"), _function)
+    torch.library.register_fake(_name, _fake)

@@ -58,8 +58,8 @@ def composed(causal: bool, window_left: int, soft_cap: float, tensors: dict[str,
 
 def words(rows: Any) -> Any:
     """Conditions (rows, n), a bool tensor, as int32 words (rows, ⌈n/32⌉), the first lowest."""
-    from torch.nn.functional import pad
-
-    n = -(-rows.shape[1] // 32)
-    bits = pad(rows, (0, 32 * n - rows.shape[1])).reshape(len(rows), n, 32).long()
-    return (bits << bits.new_tensor(range(32))).sum(-1).int()
+    found = rows[:, ::32].int()
+    for bit in range(1, 32):
+        part = rows[:, bit::32]
+        found[:, : part.shape[1]] |= part.int() << bit
+    return found
