@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,14 +26,14 @@ def raises(code, call, *args, where=None, **kwargs):
     assert where is None or caught.value.where == where
 
 
-def decode(batch, layout="NHD", **plan):
+def decode(batch, layout: str = "NHD", **plan: Any):
     wrapper = fi.BatchDecodeWithPagedKVCacheWrapper(WORKSPACE, layout)
     plan = {"q_data_type": batch.q.dtype} | plan
     wrapper.plan(*batch.arrays(), *batch.heads(), batch.page_size, **plan)
     return wrapper
 
 
-def prefill(batch, layout="NHD", **plan):
+def prefill(batch, layout: str = "NHD", **plan: Any):
     wrapper = fi.BatchPrefillWithPagedKVCacheWrapper(WORKSPACE, layout)
     plan = {"q_data_type": batch.q.dtype} | plan
     wrapper.plan(batch.qo_indptr, *batch.arrays(), *batch.heads(), batch.page_size, **plan)
@@ -112,7 +113,8 @@ def test_custom_masks_flat_and_packed(rng):
     masks = [rng.random((m, n)) < 0.5 for m, n in zip(batch.qo_lens, batch.kv_lens, strict=True)]
     flat = torch.from_numpy(np.concatenate([m.reshape(-1) for m in masks]))
     expected = batch.expected(masks=masks)
-    for given in ({"custom_mask": flat}, {"packed_custom_mask": packed(masks)}):
+    kinds: list[dict[str, Any]] = [{"custom_mask": flat}, {"packed_custom_mask": packed(masks)}]
+    for given in kinds:
         wrapper = prefill(batch, causal=True, **given)  # a mask takes the part of causal
         close(wrapper.run(batch.q, batch.pages, return_lse=True), expected)
 
@@ -161,7 +163,7 @@ def test_buffers_of_a_graph_are_filled_and_keep_their_addresses(rng):
 # ---------------------------------------------------------------------------- without pages
 
 
-OPTIONS = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"causal": True},
     {"causal": True, "window_left": 3, "logits_soft_cap": 2.0},
@@ -174,8 +176,8 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_ragged_and_single(rng, options):
     batch = Batch(rng, [19, 4], [5, 4], SHAPE)
-    rename = {"logits_soft_cap": "soft_cap"}
-    meant = {rename.get(n, n): x for n, x in options.items() if n != "pos_encoding_mode"}
+    meant = {"soft_cap" if n == "logits_soft_cap" else n: x for n, x in options.items()}
+    meant.pop("pos_encoding_mode", None)
     expected = batch.expected(alibi="pos_encoding_mode" in options, **meant)
     k, v = (torch.tensor(np.concatenate(x)).float() for x in (batch.keys, batch.values))
     for layout in ("NHD", "HND"):

@@ -17,7 +17,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import tilewright as tw
+from tilewright.attention.batch import Attention
+from tilewright.attention.kv import KV
+from tilewright.attention.merge import State, merge
+from tilewright.attention.pool import Pool
+from tilewright.attention.table import Table
+from tilewright.attention.workspace import Workspace
 from tilewright.errors import ArgumentError
 from tilewright.ext import torch_ops
 from tilewright.ext.torch_ops import Tensor, torch
@@ -71,7 +76,7 @@ def accepts(name: str) -> Callable[[Callable[..., Any]], Any]:
 # ---------------------------------------------------------------------------- options
 
 
-def _attention(options: dict[str, Any], device: Any) -> tuple[tw.Attention, dict[str, Any]]:
+def _attention(options: dict[str, Any], device: Any) -> tuple[Attention, dict[str, Any]]:
     """The attention that options of `plan` and `run` mean, and the tensors of its variant."""
     mode, cap = options["pos_encoding_mode"], options["logits_soft_cap"] or 0.0
     if mode not in ("NONE", "ALIBI") or (mode == "ALIBI" and cap > 0):
@@ -88,7 +93,7 @@ def _attention(options: dict[str, Any], device: Any) -> tuple[tw.Attention, dict
     for name in ("q_scale", "k_scale"):
         sm_scale = sm_scale if options.get(name) is None else sm_scale * options[name]
     vo = options["head_dim_vo"] or dim
-    return tw.Attention(heads, options["num_kv_heads"], dim, variant, sm_scale, vo), tensors
+    return Attention(heads, options["num_kv_heads"], dim, variant, sm_scale, vo), tensors
 
 
 @functools.lru_cache(64)  # no copy to a GPU while a graph is captured
@@ -101,7 +106,7 @@ def _alibi_slopes(heads: int, device: Any) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
-def _bits(options: dict[str, Any], qo: Tensor, table: tw.Table) -> Tensor | None:
+def _bits(options: dict[str, Any], qo: Tensor, table: Table) -> Tensor | None:
     """The words of a custom mask: flat, request by request, rows by keys; or packed, bit i % 8 of
     byte i // 8, each request from a new byte on. `qo`: the rows of each request."""
     flat, packed = options.get("custom_mask"), options.get("packed_custom_mask")
@@ -133,13 +138,18 @@ class _Wrapper:
     into a workspace, so that a captured `run` can be replayed after another `plan`.
     """
 
+    _plan: Callable[..., None]
+
     def __init_subclass__(cls, name: str) -> None:
         """The methods of a wrapper, whose signatures begin with `name`."""
         run, forward = accepts(f"{name}.run")(cls._run), accepts(f"{name}.forward")(cls._forward)
-        cls.__init__, cls.run, cls.forward = accepts(name)(cls._set_up), run, forward
+        cls._set_up, cls.run, cls.forward = accepts(name)(cls._set_up), run, forward
         cls.plan = cls.begin_forward = accepts(f"{name}.plan")(cls._plan)
         cls.run_return_lse = functools.partialmethod(run, return_lse=True)
         cls.forward_return_lse = functools.partialmethod(forward, return_lse=True)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._set_up(*args, **kwargs)
 
     def _set_up(self, g: SimpleNamespace) -> None:
         if g.backend not in ("auto", "fa2", "fa3"):  # each means Tilewright's own kernels
@@ -171,15 +181,15 @@ class _Wrapper:
         buffer[: array.numel()].copy_(array)
         return buffer
 
-    def _paged(self, indptr: Any, indices: Any, last_page_len: Any, page_size: int) -> tw.Table:
+    def _paged(self, indptr: Any, indices: Any, last_page_len: Any, page_size: int) -> Table:
         first, last = self._keep("indptr", indptr), self._keep("last_page_len", last_page_len)
         if last.shape != first.diff().shape:
             text = f"last_page_len is {tuple(last.shape)}, indptr {tuple(first.shape)}"
             raise ArgumentError("A103", text, where="last_page_len")
         lengths = self._keep("kv_len", get_seq_lens(first, last, page_size))
-        return tw.Table.csr(lengths, first, self._keep("indices", indices))
+        return Table.csr(lengths, first, self._keep("indices", indices))
 
-    def _plan_batch(self, g: SimpleNamespace, table: tw.Table, rows: Any, page_size: int) -> None:
+    def _plan_batch(self, g: SimpleNamespace, table: Table, rows: Any, page_size: int) -> None:
         """Plan queries `rows` (requests + 1) over a table; `page_size` 0: no pages."""
         kinds = [x or g.q_data_type for x in (g.q_data_type, g.kv_data_type, g.o_data_type)]
         kinds = [getattr(torch, x, None) if isinstance(x, str) else x for x in kinds]
@@ -195,13 +205,13 @@ class _Wrapper:
             shape = (1, page_size, attn.kv_heads) if page_size else (1, attn.kv_heads)
             dims = (g.head_dim_qk, g.head_dim_vo or g.head_dim_qk)
             pools = (torch.empty(*shape, d, dtype=kinds[1], device=device) for d in dims)
-            over = tw.KV(table, tw.Pool(*pools))
+            over = KV(table, Pool(*pools))
         in_room = self.is_cuda_graph_enabled and device.type == "cuda"
         self._planned = self._room_of(attn, table, rows) if in_room else attn.plan(rows, over)
         self._options, self._table, self._kinds = options, table, kinds
         self._page_size = page_size or 1
 
-    def _room_of(self, attn: tw.Attention, table: tw.Table, rows: Tensor) -> tw.Workspace:
+    def _room_of(self, attn: Attention, table: Table, rows: Tensor) -> Workspace:
         longest, tokens = int(rows.diff().max()), int(rows[-1])
         if longest * attn.group > _GRAPH_ROWS:
             text = f"{longest} queries × {attn.group} heads in a CUDA graph, above {_GRAPH_ROWS}"
@@ -233,7 +243,7 @@ class _Wrapper:
         if out is None and self._kinds[2] != self._kinds[0]:
             shape = (*g.q.shape[:2], pool.head_dim_vo)
             out = torch.empty(shape, dtype=self._kinds[2], device=self.device)
-        state = attn.run(g.q, tw.KV(self._table, pool), self._planned, out=out, **tensors)
+        state = attn.run(g.q, KV(self._table, pool), self._planned, out=out, **tensors)
         if given.get("v_scale") is not None:
             state.o.mul_(g.v_scale)
         if not g.return_lse:
@@ -247,8 +257,8 @@ class _Wrapper:
         g.window_left = None
         return self._run(g)
 
-    def _pool(self, g: SimpleNamespace) -> tw.Pool:
-        return tw.Pool(*_halves(g.paged_kv_cache, self._flips))
+    def _pool(self, g: SimpleNamespace) -> Pool:
+        return Pool(*_halves(g.paged_kv_cache, self._flips))
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_Wrapper, name="decode"):
@@ -274,10 +284,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper, name="ragged"):
     """Prefill over keys and values without pages, one request after the other."""
 
     def _plan(self, g: SimpleNamespace) -> None:
-        self._plan_batch(g, tw.Table.ragged(self._keep("kv_indptr", g.kv_indptr)), g.qo_indptr, 0)
+        self._plan_batch(g, Table.ragged(self._keep("kv_indptr", g.kv_indptr)), g.qo_indptr, 0)
 
-    def _pool(self, g: SimpleNamespace) -> tw.Pool:
-        return tw.Pool(*(x.transpose(0, 1) if self._flips else x for x in (g.k, g.v)))
+    def _pool(self, g: SimpleNamespace) -> Pool:
+        return Pool(*(x.transpose(0, 1) if self._flips else x for x in (g.k, g.v)))
 
 
 class MultiLevelCascadeAttentionWrapper:
@@ -418,5 +428,5 @@ def merge_states(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     if v.ndim != 4 or s.shape != v.shape[:3]:
         raise ArgumentError("A103", f"v is {tuple(v.shape)}, s {tuple(s.shape)}", where="v")
     parts = zip(v.unbind(1), s.unbind(1), strict=True)
-    merged = tw.merge([tw.State(o.contiguous(), lse * _LN_2) for o, lse in parts])
+    merged = merge([State(o.contiguous(), lse * _LN_2) for o, lse in parts])
     return merged.o, merged.lse.div_(_LN_2)

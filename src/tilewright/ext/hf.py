@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import tilewright as tw
+from tilewright.attention.batch import Attention
 from tilewright.errors import ArgumentError
 from tilewright.ext import needed
 from tilewright.ext.torch_ops import Tensor, operator, torch
@@ -47,7 +47,7 @@ def attend(
     if options.get("s_aux") is not None:
         tensors["sinks"] = options["s_aux"].detach().float()
     variant = composed(causal, -1, options.get("softcap") or 0.0, tensors)
-    attn = tw.Attention(heads, key.shape[1], dim, variant, options.get("scaling"), value.shape[3])
+    attn = Attention(heads, key.shape[1], dim, variant, options.get("scaling"), value.shape[3])
     lengths = torch.full((batch,), key.shape[2], dtype=torch.int32, device=query.device)
     indptr = torch.arange(batch + 1, dtype=torch.int32) * rows
     q = query.transpose(1, 2).reshape(batch * rows, heads, dim)

@@ -13,7 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tilewright as tw
+from tilewright.attention.batch import Attention
+from tilewright.attention.kv import KV
+from tilewright.attention.merge import State
+from tilewright.attention.merge import merge as merge_all
+from tilewright.attention.pool import Pool
+from tilewright.attention.table import Table
+from tilewright.attention.workspace import Workspace
 from tilewright.errors import ArgumentError
 from tilewright.ext import needed
 
@@ -26,8 +32,8 @@ _OPERATORS: dict[str, Operator] = {}  # by the key that compiled graphs of this 
 class Operator:
     """Attention as an operator; see `operator`. `names`: the values that its variant needs."""
 
-    attn: tw.Attention
-    room: tw.Workspace | None
+    attn: Attention
+    room: Workspace | None
     key: str
     names: tuple[str, ...]
 
@@ -55,10 +61,10 @@ class Operator:
 
 
 @functools.cache
-def operator(attn: tw.Attention, room: tw.Workspace | None = None) -> Operator:
+def operator(attn: Attention, room: Workspace | None = None) -> Operator:
     """The operator of an attention. `room`: a workspace of `attn.reserve`, for CUDA graphs; without
     one each call plans on the host."""
-    if not isinstance(attn, tw.Attention):
+    if not isinstance(attn, Attention):
         raise ArgumentError("A107", f"attn is a {type(attn).__name__}", where="attn")
     fixed = dict(attn.variant.fixed)
     names = tuple(v.name for v in attn.variant.traced.values if v.name not in fixed)
@@ -85,13 +91,13 @@ def merge(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------- implementations
 
 
-def _table(table: list[Tensor]) -> tw.Table:
-    return (tw.Table.dense, tw.Table, tw.Table.csr)[len(table) - 1](*table)
+def _table(table: list[Tensor]) -> Table:
+    return (Table.dense, Table, Table.csr)[len(table) - 1](*table)
 
 
 def _attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     q, k, v, table, rows, values, key = arguments
-    operator, kv = _OPERATORS[key], tw.KV(_table(table), tw.Pool(k, v))
+    operator, kv = _OPERATORS[key], KV(_table(table), Pool(k, v))
     plan: Any = operator.room
     if plan is None:
         rows = torch.arange(kv.requests + 1, dtype=torch.int32) if rows is None else rows
@@ -139,9 +145,7 @@ def _append(*arguments: Any) -> None:
 
 
 def _merge(o: list[Tensor], lse: list[Tensor]) -> tuple[Tensor, Tensor]:
-    state = tw.merge(
-        [tw.State(x.contiguous(), y.contiguous()) for x, y in zip(o, lse, strict=True)]
-    )
+    state = merge_all([State(x.contiguous(), y.contiguous()) for x, y in zip(o, lse, strict=True)])
     return state.o, state.lse
 
 

@@ -2,44 +2,46 @@
 
 from typing import Any
 
-import tilewright as tw
+from tilewright.attention.tracing import bit_mask, per_head
+from tilewright.attention.variant import Causal, Full, Softcap, variant
+from tilewright.sparse.trace import scalar
 
 
-@tw.variant
+@variant
 class Window:
     """The keys from `window_left` positions before the query on, causal or not."""
 
-    window_left = tw.scalar("int32")
+    window_left = scalar("int32")
 
     def mask(self, at: Any) -> Any:
         return at.qo - at.kv <= self.window_left
 
 
-@tw.variant
+@variant
 class Bits:
     """The keys whose bits are set in `bits` (rows of q, words)."""
 
-    bits = tw.bit_mask()
+    bits = bit_mask()
 
     def mask(self, at: Any) -> Any:
         return self.bits[at.key]
 
 
-@tw.variant
+@variant
 class RowAlibi:
     """ALiBi as FlashInfer counts: rows of q from 0. Weights are the same, the lse is another."""
 
-    slopes = tw.per_head("float32")
+    slopes = per_head("float32")
 
     def logits(self, s: Any, at: Any) -> Any:
         return s + self.slopes[at.qo_head] * (at.kv - (at.qo - at.kv_len + at.qo_len))
 
 
-@tw.variant
+@variant
 class Sinks:
     """A logit for each query head that joins the sum of its softmax and has no value."""
 
-    sinks = tw.per_head("float32")
+    sinks = per_head("float32")
 
     def sink(self, at: Any) -> Any:
         return self.sinks[at.qo_head]
@@ -48,10 +50,10 @@ class Sinks:
 def composed(causal: bool, window_left: int, soft_cap: float, tensors: dict[str, Any]) -> Any:
     """The variant of these options; `window_left` below 0 and `soft_cap` 0: none. `tensors`: those
     that are not None of `bits`, `slopes`, `sinks`."""
-    result = tw.Causal() if causal else tw.Full()
+    result = Causal() if causal else Full()
     result = result & Window(window_left=window_left) if window_left >= 0 else result
     result = result & Bits() if "bits" in tensors else result
-    result = result | tw.Softcap(soft_cap=soft_cap) if soft_cap else result
+    result = result | Softcap(soft_cap=soft_cap) if soft_cap else result
     result = result | RowAlibi() if "slopes" in tensors else result
     return result | Sinks() if "sinks" in tensors else result
 
