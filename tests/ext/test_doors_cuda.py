@@ -156,7 +156,7 @@ def test_operators_plan_append_and_attend_in_one_graph(rng):
 
     def step():
         position = torch.cat([lengths - 1, lengths[:1] * 0])
-        torch_ops.append(k, v, new[0], new[1], request, position, table[1:])
+        torch_ops.append(k, v, new[0], new[1], request, position, list(table[1:]))
         planned = operator.plan(table)
         return operator(batch.q, k, v, table, planned)
 

@@ -78,6 +78,12 @@ def test_append_by_block_table(rng):
         assert caught.value.code == code
 
     raises("A109", *new, request.clamp(min=0), position + 6, [table])
+    raises("A109", *new, request + 1, position, [table])
+    raises("A109", *new, request, position - 3, [table])
+    before = k.clone()
+    torch_ops.append(k, v, *new, request * 0 - 1, position, [table])
+    torch_ops.append(k, v, *new[:, :0], request[:0], position[:0], [table])
+    assert torch.equal(k, before)
     raises("A103", *new[:, :2], request, position, [table])
     raises("A103", *new, request, position.float(), [table])
     raises("A103", *new.half(), request, position, [table])
@@ -94,9 +100,9 @@ def test_a_layer_compiles_whole(rng, backend):
     ]
 
     def layer(q, k, v, key, value):
-        torch_ops.append(k, v, key * 2, value, rows, position, table[1:])
+        torch_ops.append(k, v, key * 2, value, rows, position, list(table[1:]))
         state = operator(q * 1.0, k, v, table)
-        return torch_ops.merge([state, state])
+        return torch_ops.merge([state[0]] * 2, [state[1]] * 2)
 
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     for r in range(3):

@@ -3,7 +3,12 @@
     attend = torch_ops.operator(tw.Attention(32, 8, 128))
     o, lse = attend(q, k_pages, v_pages, (kv_len, block_table), qo_indptr)
 
-`tilewright::attend`, `::plan`, `::append` and `::merge` have fakes and no derivatives.
+`append(k, v, key, value, request, position, table)` writes rows (rows, kv_heads, head_dim) into the
+pages k and v, in place: row i is key position[i] of request[i], rows of a negative request are
+skipped; `table` is (kv_indptr, kv_indices) or (block_table,). No host work on GPUs, where nothing
+outside a table is written. `merge(os, lses)` makes one state (o, lse) of states over disjoint keys.
+Each operator, `torch.ops.tilewright.attend` … `.merge`, has a fake and no derivative. Errors are
+ArgumentErrors.
 """
 
 from __future__ import annotations
@@ -72,22 +77,6 @@ def operator(attn: Attention, room: Workspace | None = None) -> Operator:
     return _OPERATORS.setdefault(key, Operator(attn, room, key, names))
 
 
-def append(*arguments: Any) -> None:
-    """Write rows `key`, `value` (rows, kv_heads, head_dim) into the pages `k`, `v`, in place.
-
-    `arguments`: k, v, key, value, request, position, table. Row i is key position[i] of request[i];
-    rows of a negative request are skipped. `table`: kv_indptr and kv_indices, or the block_table
-    alone. No host work on GPUs, where what lies outside a table is not written. Raises
-    ArgumentError.
-    """
-    torch.ops.tilewright.append(*arguments)
-
-
-def merge(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """One state (o, lse) from states over disjoint keys; lse is a natural logarithm."""
-    return torch.ops.tilewright.merge([o for o, _ in states], [lse for _, lse in states])
-
-
 # ---------------------------------------------------------------------------- implementations
 
 
@@ -114,7 +103,8 @@ def _plan(table: list[Tensor], qo_indptr: Tensor, key: str) -> Tensor:
 
 
 def _append(*arguments: Any) -> None:
-    """Skipped rows write once more what another row writes, or what is there: shapes are fixed."""
+    """Skipped rows write once more what another row writes, or what is there: no shape depends on
+    values, so a graph can hold it."""
     k, v, key, value, request, position, table = arguments
     for name, x in (("request", request), ("position", position)):
         if x.shape != key.shape[:1] or x.is_floating_point():
@@ -123,25 +113,21 @@ def _append(*arguments: Any) -> None:
         if x.shape[1:] != pages.shape[2:] or x.dtype != pages.dtype:
             text = f"{name} is {x.dtype} {tuple(x.shape)}, pages {pages.dtype} {tuple(pages.shape)}"
             raise ArgumentError("A103", text, where=name)
-    if not len(request):
-        return
-    valid = request >= 0
-    row = torch.where(valid, torch.arange(len(valid), device=k.device), valid.int().argmax())
-    request, position = request[row].clamp(min=0).long(), position[row].long()
-    entry, slot = position // k.shape[1], position % k.shape[1]
-    if len(table) == 2:  # entries of all requests, one request after the other
-        entry, entries = entry + table[0][request].long(), table[1]
-    else:
-        entry, entries = entry + request * table[0].shape[1], table[0].reshape(-1)
-    inside = (position >= 0) & (entry < len(entries))
-    page = entries[torch.where(inside, entry, 0)].long()
-    inside = inside & (page >= 0) & (page < len(k))
-    if k.device.type == "cpu" and bool((valid[row] & ~inside).any()):
+    first = table[0] if len(table) == 2 else torch.arange(len(table[0]) + 1, device=k.device)
+    first = first.long() * (1 if len(table) == 2 else table[0].shape[1])  # entry of each request
+    entries, at = table[-1].reshape(-1), request.clamp(0, len(first) - 2).long()
+    entry, slot = first[at] + position // k.shape[1], position % k.shape[1]
+    inside = (request < len(first) - 1) & (position >= 0) & (entry < first[at + 1])
+    if k.device.type == "cpu" and bool(((request >= 0) & ~inside).any()):
         raise ArgumentError("A109", "a position beyond the pages of its request", where="position")
-    page, slot = torch.where(inside, page, 0), torch.where(inside, slot, 0)
+    if not len(request) or not len(entries):
+        return
+    page = entries[torch.where(inside, entry, 0)].long()
+    valid = inside & (request >= 0) & (page >= 0) & (page < len(k))
+    row = torch.where(valid, torch.arange(len(valid), device=k.device), valid.int().argmax())
+    page, slot = page[row].clamp(0, len(k) - 1), slot[row].clamp(min=0)
     for pages, new in ((k, key), (v, value)):
-        old = pages[page, slot]
-        pages[page, slot] = torch.where((inside & valid.any())[:, None, None], new[row], old)
+        pages[page, slot] = torch.where(valid.any(), new[row], pages[page, slot])
 
 
 def _merge(o: list[Tensor], lse: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -170,3 +156,4 @@ for _schema, (_function, _fake) in _IMPLEMENTED.items():
     torch.library.define(_name, f"({_rest}")
     torch.library.impl(_name, ("cpu", "cuda"), _function)
     torch.library.register_fake(_name, _fake)
+append, merge = torch.ops.tilewright.append, torch.ops.tilewright.merge
