@@ -309,7 +309,6 @@ def test_what_is_not_supported_is_refused(rng):
     ):  # fmt: skip
         raises("A101", wrapper.plan, *plan, where=name, **{name: value})
     raises("A101", wrapper.plan, *plan[:-1])
-    raises("A102", wrapper.plan, *plan, q_data_type="fp99", where="q_data_type")
     both = {"pos_encoding_mode": "ALIBI", "logits_soft_cap": 3.0}
     raises("A101", wrapper.plan, *plan, **both)
     raises("A101", fi.BatchDecodeWithPagedKVCacheWrapper, WORKSPACE, jit_args=["x"])
@@ -323,11 +322,12 @@ def test_a_run_that_does_not_fit_its_plan_is_refused(rng):
     raises("A101", fresh.run, batch.q, batch.pages)
     raises("A101", fresh.forward, batch.q, batch.pages)
     wrapper = decode(batch)
-    raises("A102", wrapper.run, batch.q.half(), batch.pages, where="q")
-    raises("A102", wrapper.run, batch.q, batch.pages.half())
+    raises("A102", wrapper.run, batch.q.double(), batch.pages, where="q")
+    other = decode(batch, o_data_type="float64")
+    raises("A102", other.run, batch.q, batch.pages, where="out")
     raises("A103", wrapper.run, batch.q[:1], batch.pages, where="q")
     raises("A103", wrapper.run, batch.q[..., :16], batch.pages)
-    raises("A103", wrapper.run, batch.q, batch.pages[:, 0], where="paged_kv_cache")
+    raises("A103", wrapper.run, batch.q, batch.pages[:, 0], where="k")
     raises("A103", wrapper.run, batch.q, batch.pages.transpose(2, 3))  # HND unsaid
     raises("A108", wrapper.run, batch.q, batch.pages, out=batch.q)
 

@@ -20,7 +20,7 @@ from typing import Any
 from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State, merge
-from tilewright.attention.pool import Pool
+from tilewright.attention.pool import LAYOUTS, Pool
 from tilewright.attention.table import Table
 from tilewright.attention.workspace import Workspace
 from tilewright.errors import ArgumentError
@@ -160,7 +160,9 @@ class _Wrapper:
         self._buffers = {s: getattr(g, n) for n, s in stems.items() if s in _BUFFERS}
         if g.use_cuda_graph and None in self._buffers.values():
             raise ArgumentError("A101", f"a graph needs buffers for {', '.join(self._buffers)}")
-        self.device, self._flips = g.float_workspace_buffer.device, _is_hnd(g.kv_layout)
+        if g.kv_layout not in LAYOUTS:
+            raise ArgumentError("A107", f"kv_layout={g.kv_layout!r}", where="kv_layout")
+        self.device, self.kv_layout = g.float_workspace_buffer.device, g.kv_layout
         self.is_cuda_graph_enabled = bool(g.use_cuda_graph)
         self._room, self._options = None, {}
 
@@ -190,26 +192,19 @@ class _Wrapper:
         return Table.csr(lengths, first, self._keep("indices", indices))
 
     def _plan_batch(self, g: SimpleNamespace, table: Table, rows: Any, page_size: int) -> None:
-        """Plan queries `rows` (requests + 1) over a table; `page_size` 0: no pages."""
-        kinds = [x or g.q_data_type for x in (g.q_data_type, g.kv_data_type, g.o_data_type)]
-        kinds = [getattr(torch, x, None) if isinstance(x, str) else x for x in kinds]
-        if not all(isinstance(x, torch.dtype) for x in kinds):
-            raise ArgumentError("A102", f"dtypes {kinds}", where="q_data_type")
-        rows, over, device = torch.as_tensor(rows).cpu(), table, self.device
+        """Plan queries `rows` (requests + 1) over a table with pages of `page_size`.
+
+        In graphs now, on the GPU; else by the first `run`, whose cache decides which kernels.
+        """
+        self._rows, self._table, self._page_size = torch.as_tensor(rows).cpu(), table, page_size
         options = {n: getattr(g, n) for n in _OPTIONS}
-        options["bits"] = _bits(vars(g), rows.diff(), table)
-        attn, _ = _attention(options, device)
+        options["bits"] = _bits(vars(g), self._rows.diff(), table)
+        attn, _ = _attention(options, self.device)
         if self.is_cuda_graph_enabled and options["bits"] is not None:
             raise ArgumentError("A110", "a custom mask in a CUDA graph", where="custom_mask")
-        if device.type == "cuda":  # kernels are chosen by a pool's dtype and alignment
-            shape = (1, page_size, attn.kv_heads) if page_size else (1, attn.kv_heads)
-            dims = (g.head_dim_qk, g.head_dim_vo or g.head_dim_qk)
-            pools = (torch.empty(*shape, d, dtype=kinds[1], device=device) for d in dims)
-            over = KV(table, Pool(*pools))
-        in_room = self.is_cuda_graph_enabled and device.type == "cuda"
-        self._planned = self._room_of(attn, table, rows) if in_room else attn.plan(rows, over)
-        self._options, self._table, self._kinds = options, table, kinds
-        self._page_size = page_size or 1
+        in_room = self.is_cuda_graph_enabled and self.device.type == "cuda"
+        self._planned = self._room_of(attn, table, self._rows) if in_room else None
+        self._options = options | {"o_data_type": g.o_data_type}
 
     def _room_of(self, attn: Attention, table: Table, rows: Tensor) -> Workspace:
         longest, tokens = int(rows.diff().max()), int(rows[-1])
@@ -232,18 +227,20 @@ class _Wrapper:
         if given.get("window_left") not in (None, planned["window_left"]):
             raise ArgumentError("A101", "window_left is not the planned one", where="window_left")
         pool = self._pool(g)
-        found = (g.q.dtype, pool.arrays[0].dtype, pool.page_size)
-        if found != (wanted := (*self._kinds[:2], self._page_size)):
-            text = f"dtypes of q and k and page_size are {found}, planned {wanted}"
-            code = "A103" if found[:2] == wanted[:2] else "A102"
-            raise ArgumentError(code, text, where="q", hint="q_data_type, page_size or kv_layout")
+        if pool.page_size != self._page_size:
+            text = f"pages of {pool.page_size} keys, planned with {self._page_size}"
+            raise ArgumentError("A103", text, where="paged_kv_cache", hint="page_size, kv_layout")
+        kv = KV(self._table, pool)
         changed = {n: given.get(n) for n in ("sinks", "q_scale", "k_scale")}
         attn, tensors = _attention(planned | changed, self.device)
         out = given.get("out")
-        if out is None and self._kinds[2] != self._kinds[0]:
-            shape = (*g.q.shape[:2], pool.head_dim_vo)
-            out = torch.empty(shape, dtype=self._kinds[2], device=self.device)
-        state = attn.run(g.q, KV(self._table, pool), self._planned, out=out, **tensors)
+        if out is None and planned["o_data_type"] is not None:
+            kind = planned["o_data_type"]
+            kind = getattr(torch, kind, kind) if isinstance(kind, str) else kind
+            out = torch.empty(*g.q.shape[:2], kv.head_dim_vo, dtype=kind, device=self.device)
+        if self._planned is None:
+            self._planned = attn.plan(self._rows, kv)
+        state = attn.run(g.q, kv, self._planned, out=out, **tensors)
         if given.get("v_scale") is not None:
             state.o.mul_(g.v_scale)
         if not g.return_lse:
@@ -258,7 +255,7 @@ class _Wrapper:
         return self._run(g)
 
     def _pool(self, g: SimpleNamespace) -> Pool:
-        return Pool(*_halves(g.paged_kv_cache, self._flips))
+        return _paged_pool(g.paged_kv_cache, self.kv_layout)
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_Wrapper, name="decode"):
@@ -266,7 +263,6 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper, name="decode"):
 
     def _plan(self, g: SimpleNamespace) -> None:
         g.causal, g.head_dim_qk, g.head_dim_vo = g.q_len_per_req > 1, g.head_dim, None
-        g.kv_data_type = g.kv_data_type or g.data_type
         table = self._paged(g.indptr, g.indices, g.last_page_len, g.page_size)
         rows = torch.arange(table.requests + 1, dtype=torch.int32) * g.q_len_per_req
         self._plan_batch(g, table, rows, g.page_size)
@@ -284,10 +280,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper, name="ragged"):
     """Prefill over keys and values without pages, one request after the other."""
 
     def _plan(self, g: SimpleNamespace) -> None:
-        self._plan_batch(g, Table.ragged(self._keep("kv_indptr", g.kv_indptr)), g.qo_indptr, 0)
+        self._plan_batch(g, Table.ragged(self._keep("kv_indptr", g.kv_indptr)), g.qo_indptr, 1)
 
     def _pool(self, g: SimpleNamespace) -> Pool:
-        return Pool(*(x.transpose(0, 1) if self._flips else x for x in (g.k, g.v)))
+        return Pool(*(x if self.kv_layout == "NHD" else x.transpose(0, 1) for x in (g.k, g.v)))
 
 
 class MultiLevelCascadeAttentionWrapper:
@@ -342,8 +338,7 @@ def _single(g: SimpleNamespace) -> Any:
     rows, keys = (torch.tensor([0, n], dtype=torch.int32) for n in (len(q), keys))
     names = (*_OPTIONS, "custom_mask", "packed_custom_mask")
     shared = {n: options[n] for n in names if n in options}
-    shared |= {"q_data_type": q.dtype, "kv_data_type": g.k.dtype, "head_dim_vo": g.v.shape[-1]}
-    shared["o_data_type"] = options.get("o_dtype")
+    shared |= {"head_dim_vo": g.v.shape[-1], "o_data_type": options.get("o_dtype")}
     wrapper.plan(rows, keys, q.shape[1], heads, q.shape[2], **shared)
     scales = {n: options[n] for n in ("q_scale", "k_scale", "v_scale") if n in options}
     found = wrapper.run_return_lse(q, g.k, g.v, **scales)
@@ -385,26 +380,15 @@ def append_paged_kv_cache(g: SimpleNamespace) -> None:
     Row i goes to position positions[i] of request batch_indices[i]; a negative request is skipped.
     No host work on GPUs.
     """
-    k, v = _halves(g.paged_kv_cache, _is_hnd(g.kv_layout))
+    pool = _paged_pool(g.paged_kv_cache, g.kv_layout)
+    pair = g.paged_kv_cache.unbind(1) if pool.arrays[1] is None else pool.arrays
+    k, v = (x if g.kv_layout == "NHD" else x.transpose(1, 2) for x in pair)
     table = [g.kv_indptr, g.kv_indices]
     torch_ops.append(k, v, g.append_key, g.append_value, g.batch_indices, g.positions, table)
 
 
-def _is_hnd(layout: str) -> bool:
-    if layout not in ("NHD", "HND"):
-        raise ArgumentError("A107", f"kv_layout={layout!r}", where="kv_layout", hint="NHD or HND")
-    return layout == "HND"
-
-
-def _halves(cache: Any, flips: bool) -> Any:
-    """K and V of a paged cache as views (pages, page_size, heads, head_dim)."""
-    pair = cache
-    if isinstance(cache, torch.Tensor):
-        pair = cache.unbind(1) if cache.ndim == 5 else ()
-    if [getattr(x, "ndim", 0) for x in pair] != [4, 4]:
-        hint = "(k, v) of 4 dimensions each, or one tensor (pages, 2, …)"
-        raise ArgumentError("A103", "not a paged cache", where="paged_kv_cache", hint=hint)
-    return [x.transpose(1, 2) for x in pair] if flips else pair
+def _paged_pool(cache: Any, layout: str) -> Pool:
+    return Pool(*(cache if isinstance(cache, (tuple, list)) else (cache,)), layout=layout)
 
 
 @accepts("merge_state")
