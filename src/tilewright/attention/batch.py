@@ -308,8 +308,8 @@ class Resolution:
         width = max(len(name) for name, _ in self.families)
         lines = []
         for name, reason in self.families:
-            said = reason or ("runs" if name == self.chosen else "can run")
-            lines.append(f"{name:{width}}  {said}")
+            answer = reason or ("runs" if name == self.chosen else "can run")
+            lines.append(f"{name:{width}}  {answer}")
         return "\n".join(lines)
 
 

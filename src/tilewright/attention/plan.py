@@ -300,8 +300,8 @@ def visible_tiles(
         "at.kv_len": Interval.of(kv_lengths),
     }
     key = Interval.of(0, kv_lengths - 1)
-    found = extents.ranges(shape.mask, extents.Numbers(key, positions, shape.values))
-    return extents.visible_tiles(found, key, KEY_TILE)
+    visible = extents.ranges(shape.mask, extents.Numbers(key, positions, shape.values))
+    return extents.visible_tiles(visible, key, KEY_TILE)
 
 
 def most_visible_tiles(shape: Shape, queries: int) -> int:

@@ -16,8 +16,7 @@ LAYOUTS = ("NHD", "HND")
 @dataclass(frozen=True, init=False, eq=False)
 class Pool:
     """The pages of one layer. `k` is a view (pages, page_size, kv_heads, head_dim), `v` likewise
-    with
-    head_dim_vo; `rows`: the pool has no pages, `page_size` is 1."""
+    with head_dim_vo; `rows`: the pool has no pages, `page_size` is 1."""
 
     k: View
     v: View

@@ -267,7 +267,7 @@ def conditioned(e: Any, held: tuple[ir.Expr, ...] = ()) -> Any:
         return ir.Select(cond, a, b, e.dtype)
     if isinstance(e, ir.Reduce):
         body = conditioned(e.body, held)
-        if _computes_places(body):
+        if _computes_coordinates(body):
             nothing = ir.identity_of(e.op, body.dtype)
             for cond in reversed(held):
                 body = ir.Select(cond, body, nothing, body.dtype)
@@ -275,7 +275,7 @@ def conditioned(e: Any, held: tuple[ir.Expr, ...] = ()) -> Any:
     return rebuild(e, lambda child: conditioned(child, held))
 
 
-def _computes_places(e: ir.Expr) -> bool:
+def _computes_coordinates(e: ir.Expr) -> bool:
     """Whether a dense tensor is read at coordinates that are not the indices of its dimensions."""
     return any(
         not (isinstance(c, ir.Index) and c.dim == dim)
@@ -342,8 +342,8 @@ def _simplify_binary(x: ir.Binary) -> ir.Expr:
         return x
     by_zero = op in ("//", "%") and is_const(b, 0)
     if isinstance(a, ir.Const) and isinstance(b, ir.Const) and op in FOLD and not by_zero:
-        found = FOLD[op](a.value, b.value)
-        return ir.Const(found if op in ir.COMPARISON else x.dtype.wrapped(found), x.dtype)
+        folded = FOLD[op](a.value, b.value)
+        return ir.Const(folded if op in ir.COMPARISON else x.dtype.wrapped(folded), x.dtype)
     if op == "+":
         return _simplify_sum(x)
     if op == "-" and is_const(b, 0):

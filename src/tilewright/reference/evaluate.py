@@ -266,13 +266,13 @@ class _Evaluator:
         """The structure whose stored coordinates a reduction ranges over, and the names of its
         indices: that of the one sparse operand that has one of the axes."""
         own = {a.name for a in e.axes}
-        found: set[tuple[str, tuple[str, ...]]] = set()
+        calls: set[tuple[str, tuple[str, ...]]] = set()
         for x in operands(e.body):
             names = tuple(c.name if isinstance(c, ir.Index) else "" for c in x.coords)
             plain = "" not in names and len(set(names)) == len(names)
             if x.tensor.is_sparse and plain and own & set(names):
-                found.add((x.tensor.structure, names))
-        return found.pop() if len(found) == 1 else None
+                calls.add((x.tensor.structure, names))
+        return calls.pop() if len(calls) == 1 else None
 
     def reduction(self, e: ir.Reduce, scope: Scope) -> np.ndarray:
         """A reduction at every point of the box of a scope, or over the stored coordinates that

@@ -30,10 +30,10 @@ class AnswerText:
 
     def _certain(self, piece: str) -> str:
         text = self._held + piece
-        found = [at for at in map(text.find, self._stop) if at >= 0]
-        if found:
+        starts = [at for at in map(text.find, self._stop) if at >= 0]
+        if starts:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(starts)]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
