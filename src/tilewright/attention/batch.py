@@ -257,7 +257,7 @@ class Attention:
     def _interpreted(
         self, q: Any, kv: KV, plan: Any, state: State, arrays: dict[str, Any]
     ) -> BoundAttention:
-        """A run by NumPy, where there is no compiler."""
+        """Runs the attention in NumPy where no compiler is installed."""
         compilers.warn_of_interpreter()
         arguments = {name: array for name, (array, _) in arrays.items()}
         o, lse = np.asarray(state.o), np.asarray(state.lse)

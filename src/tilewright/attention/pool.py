@@ -111,7 +111,7 @@ class Pool:
 
 
 def _halves(both: View) -> tuple[View, View]:
-    """K and V of an array (pages, 2, …)."""
+    """The views of K and V in an array (pages, 2, …)."""
     if both.ndim != 5 or both.shape[1] != 2:
         raise ArgumentError(
             "A103",

@@ -81,7 +81,7 @@ def statements(s: Any) -> Iterator[ir.Stmt]:
 
 
 def path_to(s: ir.Stmt, goal: ir.Compute) -> list[Any] | None:
-    """From `s` to `goal`: the loops, guards and lets in whose scope it stands."""
+    """The loops, guards and lets around `goal`, from `s` inwards."""
     if s is goal:
         return []
     if isinstance(s, (ir.For, ir.If)):
@@ -186,7 +186,8 @@ def free_vars(n: Any) -> set[str]:
 
 
 def free_indices(e: Any) -> dict[str, ir.Index]:
-    """The program indices that an expression reads and does not bind, by name, as they occur."""
+    """The program indices that an expression reads and does not bind, by name, in order of
+    occurrence."""
     return {name: x for name, x in _free(e).items() if isinstance(x, ir.Index)}
 
 
@@ -255,8 +256,8 @@ def rename_reductions(e: N, taken: frozenset[str]) -> N:
 
 
 def conditioned(e: Any, held: tuple[ir.Expr, ...] = ()) -> Any:
-    """`e` with each reduction that stands in a `where`, and computes where it reads dense tensors,
-    under the condition itself: it is then the identity where nothing asks for it and reads nothing.
+    """Moves the condition of a `where` into the reductions of its arms that read dense tensors at
+    computed coordinates: where the condition fails they read nothing and give the identity.
 
     before: where(i > 0, sum(X[i - 1, j] over j), 0)
     after:  where(i > 0, sum(where(i > 0, X[i - 1, j], 0) over j), 0)

@@ -55,7 +55,8 @@ class _Target:
     shadowed: frozenset[str] = frozenset()
 
     def tag(self, axis: str) -> str:
-        """The axis of a loop as verbs and reductions know it: a shadowed index is another one."""
+        """The name of the axis that a loop runs over. Two indices of one name, of which one shadows the
+        other, have different tags."""
         return f"{axis}.{self.statement.out.tensor.name}" if axis in self.shadowed else axis
 
 

@@ -166,8 +166,7 @@ class _Evaluator:
                 array[to] = values[inside]
 
     def append(self, s: ir.Assign, e: ir.Reduce, box: Box) -> None:
-        """Writes the values of each point of the box where the condition holds, one behind the
-        other."""
+        """Appends the value of each point of the box at which the condition holds."""
         assert isinstance(e.body, ir.Select)
         array, ends = self.data[s.out.tensor.name], [len(next(iter(d.values()))) for d in box]
         own = {a.name: np.arange(self.size(a.dim), dtype=self.index) for a in axes_of(e)}

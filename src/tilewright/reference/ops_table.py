@@ -97,7 +97,7 @@ def decode(raw: Any, dtype: DType) -> Any:
 
 
 def encode(values: Any, dtype: DType, to: np.dtype) -> Any:
-    """Numbers as an array of the NumPy type `to` holds them, rounded to nearest even."""
+    """Numbers as an array in the storage type of `to`, rounded to nearest even."""
     if dtype.name == "bfloat16" and to == np.uint16:
         return dtypes.bfloat16_bits(values.astype(np.float32)).reshape(values.shape)
     return values.astype(to, copy=False)

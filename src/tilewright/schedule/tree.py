@@ -18,7 +18,7 @@ from tilewright.ir.rewrite import free_vars, loads, rebuild, statements
 
 
 def unknown(why: str, hint: str) -> ScheduleError:
-    """The error for a name that the program does not have."""
+    """The error for a loop or tensor name that does not exist; it lists those that do."""
     return ScheduleError("S101", why, hint=hint)
 
 
