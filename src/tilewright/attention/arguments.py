@@ -1,4 +1,4 @@
-"""Checks of the arguments of `Attention.run` and `bind`: queries, outputs, values of the variant."""
+"""Checks of the arguments of `Attention.run` and `bind`: queries, outputs, values of variants."""
 
 from __future__ import annotations
 

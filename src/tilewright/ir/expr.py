@@ -484,7 +484,7 @@ def select(cond: Any, a: Any, b: Any) -> Expr:
 
 
 def identity_of(op: str, dtype: DType) -> Const:
-    """The identity of a reduction: 0, 1, or the least or greatest value of the type for max and min."""
+    """The identity of a reduction: 0, 1, or for max and min the least or greatest value."""
     if op in ("sum", "prod"):
         return Const({"sum": 0, "prod": 1}[op] * (1.0 if dtype.is_float else 1), dtype)
     if dtype.is_float:

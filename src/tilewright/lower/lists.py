@@ -36,7 +36,7 @@ def has_list(tables: Tables, driver: Driver, axis: str, bound: Container[str]) -
 
 
 def list_of(scope: Scope, driver: Driver, lets: list[ir.Stmt]) -> List:
-    """The stored list of a structure's level below the coordinates that `scope` knows; empty where the
+    """The stored list of a structure below the coordinates that `scope` knows; empty where the
     levels above do not store those. Searches are appended to `lets`."""
     tables, depth = scope.tables, len(scope.tables.levels(driver.structure)) - 1
     if not scope.is_read_at(driver):

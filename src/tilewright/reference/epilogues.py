@@ -10,8 +10,9 @@ from tilewright.reference.ops_table import UFUNCS, cast, constant
 
 
 class Epilogues:
-    """The totals of a statement with an epilogue, by element of its output. When its outermost reduced
-    loop ends, the epilogue is stored for each element of that loop, also for those without a term."""
+    """The totals of a statement with an epilogue, by element of its output. When its outermost
+    reduced loop ends, the epilogue is stored for each element of that loop, also for those without
+    a term."""
 
     def __init__(self, nest: Any) -> None:
         self.nest = nest

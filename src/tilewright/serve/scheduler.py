@@ -97,7 +97,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        """Adds a new request. The caller has checked that its tokens and longest answer fit the pool."""
+        """Adds a new request. The caller has checked that its longest answer fits the pool."""
         request.since = self.step
         self.waiting.append(request)
 
