@@ -306,14 +306,18 @@ def arrays_of(case: Case) -> dict[str, Any]:
 
 
 def compare(
-    case: Case, o: np.ndarray, lse: np.ndarray, relative: float = 6e-7, rounding: float = 0.0
+    case: Case, o: np.ndarray, lse: np.ndarray, relative: float = 6e-7, kind: str = "float32"
 ) -> None:
-    """Raises AssertionError where a result is off by more than rounding explains; `rounding`: of o
-    to
-    its dtype, relative."""
+    """Raises AssertionError where a result is off by more than rounding explains: of o to `kind`,
+    its dtype, and, where Q, K, V and o are bfloat16, of each softmax weight to bfloat16 (a mean of
+    values with weights that are off by 2⁻⁹ each is off by at most 2⁻⁹ of the largest value)."""
     wanted, wanted_lse, largest = oracle(case)
     tolerance = relative * (4 + largest)
+    rounding = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}[kind]
     relative, absolute = tolerance + rounding, tolerance + rounding / 1000
+    if kind == case.k.dtype.name == "bfloat16":
+        values = np.abs(case.v.astype(np.float64))
+        absolute += 2**-9 * values[np.isfinite(values)].max(initial=0)
     np.testing.assert_allclose(o, wanted, rtol=relative, atol=absolute, err_msg=str(case))
     np.testing.assert_allclose(lse, wanted_lse, rtol=tolerance, atol=tolerance, err_msg=str(case))
 
@@ -327,11 +331,13 @@ def check(case: Case) -> None:
     plan = attn.plan(case.qo_indptr, kv, workers=case.workers)
     state = attn.run(case.q, kv, plan, out=out, **arrays)
     compare(case, out, state.lse)
+    if case.q.dtype.name == "bfloat16":
+        narrow = attn.run(case.q, kv, plan, **arrays)
+        compare(case, narrow.o.astype(np.float64), narrow.lse, kind="bfloat16")
     if (np.diff(case.qo_indptr) == 1).all():  # the same, as a step that is bound once
         bound = attn.bind(case.q, kv, **arrays)()
-        eps = {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8}[case.q.dtype.name]
         assert bound.o.dtype == case.q.dtype
-        compare(case, bound.o.astype(np.float64), bound.lse, rounding=eps)
+        compare(case, bound.o.astype(np.float64), bound.lse, kind=case.q.dtype.name)
     if int(case.number.split(":")[1]) % 5 == 0:
         from tilewright.attention import reference
 
