@@ -224,6 +224,7 @@ def test_merging_the_states_of_halves_gives_the_state_of_all(rng):
     raises("A103", fi.merge_states, states[0][0], states[0][1])
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_cascade_of_three_levels_equals_flat(rng):
     shared, middle, own = (Batch(rng, n, [1], SHAPE) for n in ([13], [6], [5]))
     pages = torch.cat([b.pages for b in (shared, middle, own)])

@@ -101,12 +101,17 @@ def test_a_graph_replays_after_another_plan(rng, rows):
         close(found, batch.expected(causal=rows > 1), 2e-2)
 
 
-def test_capture_without_a_graph_wrapper_is_refused(rng):
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@pytest.mark.parametrize("warm", [False, True])
+def test_capture_without_a_graph_wrapper_is_refused(rng, warm):
     batch = batch_of(rng, [40, 3], [1, 1])
     wrapper = fi.BatchDecodeWithPagedKVCacheWrapper(workspace())
     wrapper.plan(*batch.arrays(), *batch.heads(), 16, q_data_type="bfloat16")
-    with pytest.raises(ArgumentError) as caught:
-        captured(lambda: wrapper.run(batch.q, batch.pages))
+    if warm:
+        wrapper.run(batch.q, batch.pages)
+    torch.cuda.synchronize()
+    with pytest.raises(ArgumentError) as caught, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        wrapper.run(batch.q, batch.pages)
     assert caught.value.code == "A110"
     torch.cuda.synchronize()
 

@@ -88,7 +88,7 @@ def _attention(options: dict[str, Any], device: Any) -> tuple[Attention, dict[st
     tensors["slopes"] = _alibi_slopes(heads, device) if mode == "ALIBI" else None
     tensors = {name: value for name, value in tensors.items() if value is not None}
     causal = options["causal"] and "bits" not in tensors
-    variant = composed(causal, options["window_left"], cap, tensors)
+    variant = composed(causal, options["window_left"], cap, frozenset(tensors))
     sm_scale = dim**-0.5 if sm_scale is None else sm_scale
     for name in ("q_scale", "k_scale"):
         sm_scale = sm_scale if options.get(name) is None else sm_scale * options[name]
@@ -239,6 +239,8 @@ class _Wrapper:
             kind = getattr(torch, kind, kind) if isinstance(kind, str) else kind
             out = torch.empty(*g.q.shape[:2], kv.head_dim_vo, dtype=kind, device=self.device)
         if self._planned is None:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise ArgumentError("A110", "a CUDA graph is captured", hint="use_cuda_graph=True")
             self._planned = attn.plan(self._rows, kv)
         state = attn.run(g.q, kv, self._planned, out=out, **tensors)
         if given.get("v_scale") is not None:

@@ -46,7 +46,7 @@ def attend(
     tensors = {} if attention_mask is None else {"bits": _bits(attention_mask, key.shape[2])}
     if options.get("s_aux") is not None:
         tensors["sinks"] = options["s_aux"].detach().float()
-    variant = composed(causal, -1, options.get("softcap") or 0.0, tensors)
+    variant = composed(causal, -1, options.get("softcap") or 0.0, frozenset(tensors))
     attn = Attention(heads, key.shape[1], dim, variant, options.get("scaling"), value.shape[3])
     lengths = torch.full((batch,), key.shape[2], dtype=torch.int32, device=query.device)
     indptr = torch.arange(batch + 1, dtype=torch.int32) * rows

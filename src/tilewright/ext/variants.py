@@ -1,5 +1,6 @@
 """Single hooks as variants, to be composed: what other systems have as options."""
 
+import functools
 from typing import Any
 
 from tilewright.attention.tracing import bit_mask, per_head
@@ -47,9 +48,10 @@ class Sinks:
         return self.sinks[at.qo_head]
 
 
-def composed(causal: bool, window_left: int, soft_cap: float, tensors: dict[str, Any]) -> Any:
+@functools.lru_cache(256)
+def composed(causal: bool, window_left: int, soft_cap: float, tensors: frozenset[str]) -> Any:
     """The variant of these options; `window_left` below 0 and `soft_cap` 0: none. `tensors`: those
-    that are not None of `bits`, `slopes`, `sinks`."""
+    it has of `bits`, `slopes`, `sinks`."""
     result = Causal() if causal else Full()
     result = result & Window(window_left=window_left) if window_left >= 0 else result
     result = result & Bits() if "bits" in tensors else result
