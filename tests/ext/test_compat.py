@@ -160,6 +160,41 @@ def test_buffers_of_a_graph_are_filled_and_keep_their_addresses(rng):
     raises("A101", fi.BatchDecodeWithPagedKVCacheWrapper, WORKSPACE, use_cuda_graph=True)
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_the_tail_of_a_batch_as_vllm_plans_it(rng):
+    """Its kv_indptr does not begin at 0; options of the plan are read back under private names."""
+    batch = Batch(rng, [9, 30, 5], [1, 4, 2], SHAPE)
+    indptr, indices, last = batch.arrays()
+    wrapper = fi.BatchPrefillWithPagedKVCacheWrapper(WORKSPACE)
+    wrapper.plan(
+        batch.qo_indptr[1:] - 1, indptr[1:], indices, last[1:], *batch.heads(), 4, causal=True,
+        sm_scale=0.25, window_left=6, fixed_split_size=-1, disable_split_kv=False,
+    )  # fmt: skip
+    assert (wrapper._causal, wrapper._window_left, wrapper._logits_soft_cap) == (True, 6, 0.0)
+    assert wrapper._sm_scale == 0.25
+    found = wrapper.run(batch.q[1:], batch.pages, k_scale=1.0, v_scale=1.0, return_lse=True)
+    expected = batch.expected(causal=True, window_left=6, sm_scale=0.25)
+    close(found, [x[1:] for x in expected])
+    with pytest.raises(AttributeError):
+        _ = wrapper._spelt_wrong
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_caches_without_slots_as_sglang_has_them(rng, layout):
+    batch = Batch(rng, [9, 2], [1, 1], (1, 4, 2, 24))
+    k, v = (x[:, 0] for x in batch.pages.unbind(1))
+    wrapper = decode(batch, layout)
+    for cache in ((k, v), torch.stack((k, v), 1)):
+        close(wrapper.run(batch.q, cache, return_lse=True), batch.expected())
+    new = torch.ones(1, 2, 24)
+    where = (torch.tensor([1]), torch.tensor([1]))
+    fi.append_paged_kv_cache(
+        new, new, *where, (k, v), batch.indices, batch.indptr, batch.last, layout
+    )
+    assert (k[batch.indices[10]] == 1).all() and (v[batch.indices[10]] == 1).all()
+
+
 # ---------------------------------------------------------------------------- without pages
 
 
@@ -310,6 +345,7 @@ def test_what_is_not_supported_is_refused(rng):
     ):  # fmt: skip
         raises("A101", wrapper.plan, *plan, where=name, **{name: value})
     raises("A101", wrapper.plan, *plan[:-1])
+    raises("A101", wrapper.plan, *plan, "NONE")  # options by name
     both = {"pos_encoding_mode": "ALIBI", "logits_soft_cap": 3.0}
     raises("A101", wrapper.plan, *plan, **both)
     raises("A101", fi.BatchDecodeWithPagedKVCacheWrapper, WORKSPACE, jit_args=["x"])
@@ -342,7 +378,7 @@ def test_damaged_arrays_are_refused(rng):
         arrays |= changed
         raises(code, wrapper.plan, *arrays.values(), *batch.heads(), 4, where=where)
 
-    plan("A109", "kv_indptr", indptr=batch.indptr + 1)
+    plan("A109", "kv_indptr", indptr=batch.indptr.flip(0))
     plan("A102", "kv_indices", indices=batch.indices.float())
     plan("A102", "kv_len", last_page_len=batch.last.float())
     plan("A103", "last_page_len", last_page_len=batch.last[:1])

@@ -44,10 +44,14 @@ def accepts(name: str) -> Callable[[Callable[..., Any]], Any]:
     raise A101 for an unknown or missing name and for a refused value."""
     kind, parameters, refused = inspect.Parameter.POSITIONAL_OR_KEYWORD, [], {}
     for word in _SIGNATURES[name].split():
+        if word == "*":
+            kind = inspect.Parameter.KEYWORD_ONLY
+            continue
         parameter, _, text = word.lstrip("~!").partition("=")
-        default = ast.literal_eval(text) if text else inspect.Parameter.empty
+        allowed = [ast.literal_eval(x) for x in text.split("|")] if text else []
+        default = allowed[0] if allowed else inspect.Parameter.empty
         parameters.append(inspect.Parameter(parameter, kind, default=default))
-        refused |= {parameter: default} if word.startswith("!") else {}
+        refused |= {parameter: allowed} if word.startswith("!") else {}
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         me = [p for p in inspect.signature(function).parameters.values() if p.name == "self"]
@@ -61,12 +65,13 @@ def accepts(name: str) -> Callable[[Callable[..., Any]], Any]:
                 raise ArgumentError("A101", f"{name}: {e}", hint=f"it takes {signature}") from None
             bound.apply_defaults()
             values = bound.arguments
-            for n, default in refused.items():
-                if type(values[n]) is not type(default) or values[n] != default:
+            for n, allowed in refused.items():
+                if not any(type(values[n]) is type(x) and values[n] == x for x in allowed):
                     text = f"{n} is not supported"
-                    raise ArgumentError("A101", text, where=n, hint=f"leave it at {default!r}")
+                    raise ArgumentError("A101", text, where=n, hint=f"leave it at {allowed[0]!r}")
             return function(*(values.pop(p.name) for p in me), SimpleNamespace(**values))
 
+        call.__doc__ = function.__doc__ or "Parameters are as FlashInfer documents them."
         call.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
         return call
 
@@ -166,6 +171,13 @@ class _Wrapper:
         self.is_cuda_graph_enabled = bool(g.use_cuda_graph)
         self._room, self._options = None, {}
 
+    def __getattr__(self, name: str) -> Any:
+        """`_window_left` and the other options of a plan, which vLLM reads."""
+        options = self.__dict__.get("_options", {})
+        if name[1:] not in options:
+            raise AttributeError(name)
+        return options[name[1:]]
+
     def end_forward(self, *workspaces: Any) -> None:
         """Nothing: plans own their memory."""
 
@@ -189,7 +201,10 @@ class _Wrapper:
             text = f"last_page_len is {tuple(last.shape)}, indptr {tuple(first.shape)}"
             raise ArgumentError("A103", text, where="last_page_len")
         lengths = self._keep("kv_len", get_seq_lens(first, last, page_size))
-        return Table.csr(lengths, first, self._keep("indices", indices))
+        pages, start = self._keep("indices", indices), 0
+        if self.device.type == "cpu" and len(first):  # a slice of a batch need not begin at 0
+            start = int(first[0])
+        return Table.csr(lengths, first - start if start else first, pages[start:])
 
     def _plan_batch(self, g: SimpleNamespace, table: Table, rows: Any, page_size: int) -> None:
         """Plan queries `rows` (requests + 1) over a table with pages of `page_size`.
@@ -198,6 +213,7 @@ class _Wrapper:
         """
         self._rows, self._table, self._page_size = torch.as_tensor(rows).cpu(), table, page_size
         options = {n: getattr(g, n) for n in _OPTIONS}
+        options["logits_soft_cap"] = g.logits_soft_cap or 0.0
         options["bits"] = _bits(vars(g), self._rows.diff(), table)
         attn, _ = _attention(options, self.device)
         if self.is_cuda_graph_enabled and options["bits"] is not None:
@@ -207,7 +223,7 @@ class _Wrapper:
         self._options = options | {"o_data_type": g.o_data_type}
 
     def _room_of(self, attn: Attention, table: Table, rows: Tensor) -> Workspace:
-        longest, tokens = int(rows.diff().max()), int(rows[-1])
+        longest, tokens = max(rows.diff().tolist(), default=0), int(rows[-1])
         if longest * attn.group > _GRAPH_ROWS:
             text = f"{longest} queries × {attn.group} heads in a CUDA graph, above {_GRAPH_ROWS}"
             raise ArgumentError("A110", text, where="qo_indptr", hint="use_cuda_graph=False")
@@ -390,7 +406,10 @@ def append_paged_kv_cache(g: SimpleNamespace) -> None:
 
 
 def _paged_pool(cache: Any, layout: str) -> Pool:
-    return Pool(*(cache if isinstance(cache, (tuple, list)) else (cache,)), layout=layout)
+    """The pool of a cache; one without an axis of slots has pages of one key."""
+    parts = cache if isinstance(cache, (tuple, list)) else (cache,)
+    axis, short = -3 if layout == "NHD" else -2, 5 - len(parts)
+    return Pool(*(x.unsqueeze(axis) if x.ndim == short else x for x in parts), layout=layout)
 
 
 @accepts("merge_state")
