@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from tests.ext.oracle import as64, attend
 
 from tilewright.errors import ArgumentError
 from tilewright.toolchain import compilers
@@ -52,7 +55,7 @@ def by_both(model, **inputs):
     for name in ("eager", "tilewright"):
         model.set_attn_implementation(name)
         with torch.no_grad():
-            found.append(model(**{n: x() if callable(x) else x for n, x in inputs.items()}))
+            found.append(model(**inputs))
     return found
 
 
@@ -60,10 +63,11 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_prompts_and_steps_with_a_cache(model):
-    ids = torch.randint(2, 60, (2, 11))
+def test_prompts_and_steps_with_a_cache(model, device="cpu"):
+    ids = torch.randint(2, 60, (2, 11), device=device)
     eager, ours = by_both(model, input_ids=ids, use_cache=True)
     close(ours.logits, eager.logits)
+    name_of = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
     assert not torch.allclose(eager.logits[0], eager.logits[1], atol=1e-2)
     # One token, then two at once, each over a cache of its own.
     for token in (ids[:, :1], ids[:, 3:5]):
@@ -71,7 +75,7 @@ def test_prompts_and_steps_with_a_cache(model):
         for name, cache in (("eager", eager), ("tilewright", ours)):
             model.set_attn_implementation(name)
             with torch.no_grad():
-                step[name] = model(token, cache=cache.cache).logits
+                step[name] = model(token, **{name_of: cache[name_of]}).logits
         close(step["tilewright"], step["eager"])
 
 
@@ -132,3 +136,28 @@ def test_what_is_not_supported_is_refused():
     additive[..., 1] = torch.finfo(torch.float32).min
     o, _ = hf.attend(module, q, k, torch.arange(96.0).reshape(1, 2, 3, 16), additive)
     assert o.shape == (1, 3, 4, 16) and o[0, 0, 0, 0] == 16
+
+
+@pytest.mark.gpu
+def test_models_on_a_gpu(model):
+    test_prompts_and_steps_with_a_cache(model.cuda(), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 6])
+def test_half_precision_on_a_gpu(rows):
+    """bfloat16 with sinks: causal, and with padding on the left."""
+    torch.manual_seed(3)
+    q = torch.randn(2, 8, rows, 64, device="cuda").bfloat16()
+    k, v = torch.randn(2, 2, 2, 40, 64, device="cuda").bfloat16()
+    k, v = k[:, :, : 34 + rows], v[:, :, : 34 + rows]
+    sinks = torch.randn(8, device="cuda")
+    place = torch.arange(34 + rows, device="cuda")
+    seen = place <= torch.arange(34, 34 + rows, device="cuda")[:, None]
+    mask = (seen & (place >= torch.tensor([5, 0], device="cuda")[:, None, None]))[:, None]
+    module = SimpleNamespace(is_causal=True)
+    o, _ = hf.attend(module, q, k, v, mask, s_aux=sinks)
+    for b in range(2):
+        parts = (as64(x[b].transpose(0, 1)) for x in (q, k, v))
+        expected, _ = attend(*parts, mask=mask[b, 0].cpu().numpy(), sinks=as64(sinks))
+        np.testing.assert_allclose(as64(o[b]), expected, rtol=2e-2, atol=2e-2)
