@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tests.ext.oracle import Batch, as64, attend, close
 
 from tilewright.errors import ArgumentError
@@ -114,8 +116,8 @@ def test_custom_masks_flat_and_packed(rng):
     flat = torch.from_numpy(np.concatenate([m.reshape(-1) for m in masks]))
     expected = batch.expected(masks=masks)
     kinds: list[dict[str, Any]] = [{"custom_mask": flat}, {"packed_custom_mask": packed(masks)}]
-    for given in kinds:
-        wrapper = prefill(batch, causal=True, **given)  # a mask takes the part of causal
+    for mask in kinds:
+        wrapper = prefill(batch, causal=True, **mask)  # a mask takes the part of causal
         close(wrapper.run(batch.q, batch.pages, return_lse=True), expected)
 
 
@@ -193,6 +195,34 @@ def test_caches_without_slots_as_sglang_has_them(rng, layout):
         new, new, *where, (k, v), batch.indices, batch.indptr, batch.last, layout
     )
     assert (k[batch.indices[10]] == 1).all() and (v[batch.indices[10]] == 1).all()
+
+
+@pytest.mark.usefixtures("interpreted")
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_random_batches(data):
+    """Any lengths, none at all and none for some; pages of any size; options in any combination."""
+    draw, small = data.draw, st.integers(0, 9)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    requests = draw(st.integers(0, 4))
+    kv, qo = ([draw(small) for _ in range(requests)] for _ in range(2))
+    shape = (draw(st.integers(1, 5)), 2 * draw(st.integers(1, 3)), 2, draw(st.integers(1, 9)))
+    layout = draw(st.sampled_from(["NHD", "HND"]))
+    batch = Batch(rng, kv, qo, shape, layout=layout)
+    masks = [rng.random((m, n)) < 0.6 for m, n in zip(qo, kv, strict=True)]
+    kind = draw(st.sampled_from(["full", "causal", "flat", "packed"])) if requests else "full"
+    window, alibi = draw(st.integers(-1, 4)), draw(st.booleans())
+    cap = 0.0 if alibi else draw(st.sampled_from([0.0, 0.7]))
+    plan: dict[str, Any] = {"causal": kind != "full", "window_left": window}
+    plan |= {"logits_soft_cap": cap, "pos_encoding_mode": "ALIBI" if alibi else "NONE"}
+    if kind == "flat":
+        plan["custom_mask"] = torch.from_numpy(np.concatenate([m.reshape(-1) for m in masks]))
+    elif kind == "packed":
+        plan["packed_custom_mask"] = packed(masks)
+    wrapper = prefill(batch, layout, **plan)
+    meant = {"masks": masks} if kind in ("flat", "packed") else {"causal": kind == "causal"}
+    expected = batch.expected(window_left=window, alibi=alibi, soft_cap=cap, **meant)
+    close(wrapper.run(batch.q, batch.pages, return_lse=True), expected)
 
 
 # ---------------------------------------------------------------------------- without pages
