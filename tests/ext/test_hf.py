@@ -39,7 +39,7 @@ def model(request):
     config = getattr(transformers, f"{request.param}Config")(**SIZES | MODELS[request.param])
     torch.manual_seed(7)
     made = getattr(transformers, f"{request.param}ForCausalLM")(config).eval()
-    if request.param == "Gemma2":
+    if request.param in ("Gemma2", "GptOss"):
         request.getfixturevalue("interpreted")
     for name, weights in made.named_parameters():
         if name.endswith("sinks"):
