@@ -52,7 +52,9 @@ struct Consumer {
         }
     }
   }
-  // Scores become weights; `rescale`: what the sums so far are worth under the new maxima.
+  // Scores become weights; `rescale`: what the sums so far are worth under the new maxima. A maximum stays
+  // as it is until a score exceeds it by SLACK (log2): weights up to 2^SLACK are exact enough, and most tiles
+  // then leave the outputs alone. The division at the end takes any maximum out again.
   TW_INLINE bool weigh(float (&s)[BN / 2], Rows& rows, float (&rescale)[2]) const {
     bool changed = false;
 #pragma unroll
@@ -62,9 +64,11 @@ struct Consumer {
       for (int j = 0; j < BN / 8; ++j) largest = fmaxf(largest, fmaxf(s[j * 4 + half * 2], s[j * 4 + half * 2 + 1]));
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+      const bool grows = largest * factor > rows.row_max[half] * factor + SLACK;
+      if (!grows) largest = rows.row_max[half];
       const float base = largest == lowest() ? 0.0f : largest * factor;
       rescale[half] = tw::exp2(rows.row_max[half] * factor - base);
-      changed |= rows.row_max[half] != largest;
+      changed |= grows;
       rows.row_max[half] = largest;
       float sum = rows.row_sum[half] * rescale[half];
 #pragma unroll
@@ -88,11 +92,19 @@ struct Consumer {
     for (int i = 0; i < D / 2; ++i) o[i] *= rescale[i / 2 & 1];
   }
 
+  // Whether K of tile `done` and V of the tile before it have arrived; asked early, the answer costs nothing.
+  TW_INLINE bool has_arrived(int done) const {
+    return tw::barrier_test(shared.barrier(K_FULL + done % K_STAGES), done / K_STAGES & 1) &
+           tw::barrier_test(shared.barrier(V_FULL + done % V_STAGES), done / V_STAGES & 1);
+  }
+
   // Starts the scores of tile `done` and the outputs of the tile before it.
-  TW_INLINE void issue(int done, int buffer, float (&s)[BN / 2], float (&o)[D / 2], uint32_t (&weights)[BN / 4]) const {
+  TW_INLINE void issue(int done, int buffer, bool arrived, float (&s)[BN / 2], float (&o)[D / 2], uint32_t (&weights)[BN / 4]) const {
     const int keys = done % K_STAGES, values = done % V_STAGES;  // V's ring starts with a tile of zeros (load_values)
-    tw::barrier_wait(shared.barrier(K_FULL + keys), done / K_STAGES & 1);
-    tw::barrier_wait(shared.barrier(V_FULL + values), done / V_STAGES & 1);
+    if (!arrived) {
+      tw::barrier_wait(shared.barrier(K_FULL + keys), done / K_STAGES & 1);
+      tw::barrier_wait(shared.barrier(V_FULL + values), done / V_STAGES & 1);
+    }
     my_turn();
     tw::tie(weights);
     tw::tie(o);
@@ -105,9 +117,9 @@ struct Consumer {
   // A tile that is not the first: its scores and weights, and the outputs of the tile before. `Applies`:
   // with the variant's logits and mask; they may have branches, so nothing is under way meanwhile.
   template <bool Applies>
-  TW_INLINE void step(const Slot& item, int tile, int done, int buffer, float (&o)[D / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
+  TW_INLINE void step(const Slot& item, int tile, int done, int buffer, bool& arrived, float (&o)[D / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
     float s[BN / 2], rescale[2];
-    issue(done, buffer, s, o, weights);
+    issue(done, buffer, arrived, s, o, weights);
     tw::wgmma_wait<Applies ? 0 : 1>();
     tw::tie(s);
     if (Applies) apply(item, tile, s);
@@ -116,13 +128,14 @@ struct Consumer {
     tw::wgmma_wait<0>();
     tw::tie(o);
     release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
+    arrived = has_arrived(done + 1);
     if (__any_sync(0xffffffffu, changed)) scale(o, rescale);
     pack(weights, s);
   }
 
   // The first tile of a segment: its scores, and the outputs of the tile before, maybe of another item.
   TW_INLINE void join(int done, int buffer, float (&s)[BN / 2], float (&o)[D / 2], uint32_t (&weights)[BN / 4]) const {
-    issue(done, buffer, s, o, weights);
+    issue(done, buffer, false, s, o, weights);
     tw::wgmma_wait<0>();
     tw::tie(s);
     tw::tie(o);
@@ -235,9 +248,10 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     if (!item.begins) consumer.scale(o, rescale);
     consumer.pack(weights, s);
     ++done;
+    bool arrived = false;
     int i = 1;
-    for (; i < applied; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, o, weights, rows);
-    for (; TRIVIAL_LOGITS && i < tiles; ++i, ++done) consumer.step<false>(item, 0, done, buffer, o, weights, rows);
+    for (; i < applied; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, arrived, o, weights, rows);
+    for (; TRIVIAL_LOGITS && i < tiles; ++i, ++done) consumer.step<false>(item, 0, done, buffer, arrived, o, weights, rows);
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
   consumer.drain(done, o, weights);

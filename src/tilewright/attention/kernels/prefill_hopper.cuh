@@ -36,7 +36,7 @@ constexpr int BLOCK_BYTES = 128 * 128;             // 128 rows of 64 columns
 constexpr int TILE_BYTES = HALVES * BLOCK_BYTES;   // 128 rows
 constexpr int BOXES = BN / BOX, ENTRIES = (BOXES + 31) / 32;  // of a tile; entries of the table for each lane
 constexpr int LOADER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
-constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LOG2E = 1.4426950408889634f, SLACK = 8.0f;
 constexpr int PING = 2;  // named barriers 2, 3: warpgroup 0, 1 may issue; 4, 5: of one warpgroup
 static_assert(D % 64 == 0 && D <= 128 && BN % BOX == 0 && G <= 64, "");
 

@@ -56,6 +56,14 @@ TW_INLINE void barrier_wait(uint32_t barrier, uint32_t parity) {
 #endif
 }
 
+// Whether that phase has ended, without waiting.
+TW_INLINE bool barrier_test(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  return done != 0;
+}
+
 // -- TMA -----------------------------------------------------------------------------------------
 
 // A CUtensorMap, in constant memory (a kernel's parameter) at a multiple of 64 bytes.
