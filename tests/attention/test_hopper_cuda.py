@@ -69,8 +69,8 @@ def compiled(case) -> tuple[str, bytes]:
     that Python launches with are checked too."""
     spec, box, chunked = kernel_of(case)
     text = hopper.source(spec, box, chunked)
-    wanted = {"SMEM_BYTES": hopper.smem_bytes(spec), "THREADS": hopper.threads(box)}
-    wanted |= {"BM": hopper.ROWS}
+    wanted = {"SMEM_BYTES": hopper.smem_bytes(spec), "THREADS": hopper.threads(spec, box)}
+    wanted |= {"BM": hopper.rows_of(spec)}
     for name, value in wanted.items():
         text += f'\nstatic_assert(attention::{name} == {value}, "");'
     text += '\nstatic_assert(sizeof(Aligned) == sizeof(Params), "");'
@@ -89,7 +89,7 @@ def test_what_ptxas_makes_of_it(case, tmp_path):
     log, image = compiled(case)
     assert "C75" not in log, log
     found = nvrtc.parse_resources(log)["stage0"]
-    assert found.spill_bytes == 0 and found.registers == 65536 // hopper.threads(case[4]) // 8 * 8
+    assert found.spill_bytes == 0 and found.registers == 65536 // hopper.threads(*kernel_of(case)[:2]) // 8 * 8
     file = tmp_path / "kernel.cubin"
     file.write_bytes(image)
     text = subprocess.run(
@@ -154,7 +154,7 @@ def test_reasons(monkeypatch):
 
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 def test_the_order_holds_every_item_once(rng, group):
-    lengths, tokens, kv_heads = rng.integers(0, 400, 9), hopper.ROWS // group, 3
+    lengths, tokens, kv_heads = rng.integers(0, 400, 9), 128 // group, 3
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     rows = [
         (r, h, at, min(at + tokens, indptr[r + 1]))

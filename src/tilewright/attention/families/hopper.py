@@ -28,19 +28,19 @@ from tilewright.runtime.view import allocate, view
 from tilewright.toolchain import nvrtc
 
 ARCH = "sm_90a"
-ROWS = 128  # packed rows of an item
 MAX_TILES = 512  # of a segment: what the scheduler sorts at once
 MAX_GROUP = 64
-WARPS = 8  # that consume: each merges its own rows of an item in chunks
 IN_PAGES, IN_ROWS, IN_ONE = 0, 1, 2  # where the keys of a request lie
 _TAIL = 4  # items of a CTA that are drawn in the order of their keys
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """What a kernel keeps in shared memory: keys of a tile, tiles of Q, of K and of V. With two
-    tiles of Q the next item's queries arrive early, and outputs pass through them."""
+    """How a kernel divides its work: warpgroups that consume, 64 packed rows of an item each; keys
+    of a tile; tiles of Q, of K and of V in shared memory. With two tiles of Q the next item's
+    queries arrive early, and outputs pass through them."""
 
+    groups: int = 2
     keys: int = 128
     q: int = 2
     k: int = 2
@@ -48,7 +48,7 @@ class Tiles:
 
 
 TILES = {  # by head_dim and head_dim_vo
-    (64, 64): Tiles(),
+    (64, 64): Tiles(groups=3, keys=96),
     (96, 96): Tiles(),
     (128, 128): Tiles(),
     (192, 128): Tiles(keys=96),
@@ -58,6 +58,12 @@ TILES = {  # by head_dim and head_dim_vo
 
 def tiles_of(spec: Spec) -> Tiles:
     return TILES[spec.head_dim, spec.head_dim_vo]
+
+
+def rows_of(spec: Spec) -> int:
+    """The most packed rows of an item: BM of prefill_hopper.cuh."""
+    tiles = TILES.get((spec.head_dim, spec.head_dim_vo), Tiles())
+    return tiles.groups * 64
 
 
 def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
@@ -116,21 +122,21 @@ def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
 # ---------------------------------------------------------------------------- the kernel
 
 
-def loaders(box: int) -> int:
+def loaders(spec: Spec, box: int) -> int:
     """Warps that load K, and as many V: LOADERS of prefill_hopper.cuh."""
-    return 3 if box < 8 else 1
+    return 3 if box < 8 and tiles_of(spec).groups == 2 else 1
 
 
-def threads(box: int) -> int:
+def threads(spec: Spec, box: int) -> int:
     """Threads of a CTA: THREADS of prefill_hopper.cuh."""
-    return (-(-(2 * loaders(box) + 1) // 4) + 2) * 128
+    return (-(-(2 * loaders(spec, box) + 1) // 4) + tiles_of(spec).groups) * 128
 
 
 def smem_bytes(spec: Spec) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of prefill_hopper.cuh."""
     tiles = tiles_of(spec)
     k, v = (-(-n // 64) * 128 for n in (spec.head_dim, spec.head_dim_vo))  # bytes of a row
-    rows = tiles.q * ROWS * k + tiles.keys * (tiles.k * k + tiles.v * v)
+    rows = tiles.q * rows_of(spec) * k + tiles.keys * (tiles.k * k + tiles.v * v)
     barriers = 2 * tiles.k + 3 * tiles.v + 2 * tiles.q + 4
     return rows + 2 * (18 + MAX_TILES) * 4 + barriers * 8 + 1024
 
@@ -166,6 +172,7 @@ def source(spec: Spec, box: int, chunked: bool = False) -> str:
     tiles = tiles_of(spec)
     numbers = {
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BN": tiles.keys, "BOX": box,
+        "CONSUMERS": tiles.groups,
         "IN_PAGES": IN_PAGES, "IN_ROWS": IN_ROWS, "KEYS_LIE": keys_lie(spec), "Q_TILES": tiles.q,
         "K_STAGES": tiles.k, "V_STAGES": tiles.v, "MAX_TILES": MAX_TILES, "MAX_KEYS": MAX_KEYS,
         "TRIVIAL_LOGITS": int(isinstance(spec.traced.logits, Var)), "CHUNKED": int(chunked),
@@ -218,7 +225,7 @@ def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]
         return words
     group, heads, kv_heads = spec.group, values["qo_heads"], values["kv_heads"]
     shape, strides = (spec.head_dim, heads, tokens), (values["q_head"], values["q_token"])
-    words["q_map"] = tensor_map(values["q"], spec.q, shape, strides, (64, group, ROWS // group))
+    words["q_map"] = tensor_map(values["q"], spec.q, shape, strides, (64, group, rows_of(spec) // group))
     if spec.o == spec.q and 16 % group == 0:  # the 16 rows of a warp are whole queries
         dim = spec.head_dim_vo
         strides, box = (dim, heads * dim), (64, group, 16 // group)
@@ -241,9 +248,9 @@ def _prepare(call: Call) -> Prepared:
     assert isinstance(plan, Plan)  # a workspace is of the decode family
     _check_alignment(values)
     indptr, items = plan.on_device(ordinal)
-    counters = allocate(call.like, (1 + WARPS * plan.counters,), dtypes.int32)
+    counters = allocate(call.like, (1 + 4 * tiles_of(spec).groups * plan.counters,), dtypes.int32)
     cuda.clear(view(counters))
-    floats = plan.slots * ROWS * (spec.head_dim_vo + 8)
+    floats = plan.slots * rows_of(spec) * (spec.head_dim_vo + 8)
     partials = allocate(call.like, (floats,), dtypes.float32)
     box, struct = box_keys(spec, values["page_size"]), params_struct(spec)
     padding = {f.name: [0] * f.count for f in struct.fields if f.name == "padding"}
@@ -255,7 +262,7 @@ def _prepare(call: Call) -> Prepared:
     )  # fmt: skip
     grid, chunked = (min(len(plan.items), cuda.device(ordinal).sms), 1, 1), plan.slots > 0
     function = kernel(spec, box, chunked, ordinal)
-    launch = function.prepare(grid, (threads(box), 1, 1), smem_bytes(spec), block)
+    launch = function.prepare(grid, (threads(spec, box), 1, 1), smem_bytes(spec), block)
 
     def run() -> None:
         launch.run(cuda.current_stream(ordinal))
@@ -276,4 +283,4 @@ def _check_alignment(values: dict[str, Any]) -> None:
             )
 
 
-FAMILY = Family("hopper", "cuda", lambda spec: ROWS, "batch", 0, refuses, _prepare, order)
+FAMILY = Family("hopper", "cuda", rows_of, "batch", 0, refuses, _prepare, order)

@@ -19,6 +19,9 @@ struct Consumer {
   int group, warp, lane;     // the warpgroup, the warp in it
   uint64_t q, k, v;          // descriptors of the first tile of Q, K and V
   float factor;              // exp2 of factor · (score − row maximum) is a weight
+#ifdef TW_TRACE
+  mutable int events = 0;
+#endif
 
   TW_INLINE void issue_scores(float (&s)[BN / 2], int buffer, int stage) const {
     const uint64_t queries = q + buffer * (Q_BYTES / 16), keys = k + stage * (K_BYTES / 16);
@@ -28,21 +31,12 @@ struct Consumer {
       tw::wgmma<Kind, BN, true, false>::of(s, queries + i / 4 * (Q_BLOCK / 16) + i % 4 * 2, keys + i / 4 * (KV_BLOCK / 16) + i % 4 * 2);
     tw::wgmma_commit();
   }
-  // P·V of the keys 16 · From … 16 · To of a tile.
-  template <int From, int To>
   TW_INLINE void issue_outputs(float (&o)[DV / 2], const uint32_t (&weights)[BN / 4], int stage) const {
     const uint64_t values = v + stage * (V_BYTES / 16);
 #pragma unroll
-    for (int i = From; i < To; ++i) tw::wgmma<Kind, DV, true, true>::of(o, weights + i * 4, values + i * 128);
+    for (int i = 0; i < BN / 16; ++i) tw::wgmma<Kind, DV, true, true>::of(o, weights + i * 4, values + i * 128);
     tw::wgmma_commit();
   }
-#ifdef TW_NOPING
-  TW_INLINE void my_turn() const {}
-  TW_INLINE void your_turn() const {}
-#else
-  TW_INLINE void my_turn() const { tw::bar_sync(PING + group, 256); }
-  TW_INLINE void your_turn() const { tw::arrive_at(PING + 1 - group, 256); }
-#endif
 
   // Scores as the variant has them, times log2 e; −inf where the mask refuses.
   TW_INLINE void apply(const Slot& item, int tile, float (&s)[BN / 2]) const {
@@ -116,34 +110,32 @@ struct Consumer {
 
   // A tile that is not the first: its scores and weights, and the outputs of the tile before. `Applies`:
   // with the variant's logits and mask; they may have branches, so nothing is under way meanwhile.
-  // Some exponentials come behind the wait for P·V: they hide what the registers of the weights must wait for.
+  // `last` of the item: its queries are not read any more. Some exponentials come behind the wait for P·V: they hide what the registers of the weights must wait for.
   template <bool Applies>
-  TW_INLINE void step(const Slot& item, int tile, int done, int buffer, bool& arrived, float (&o)[DV / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
+  TW_INLINE void step(const Slot& item, int tile, int done, int buffer, bool last, bool& arrived, float (&o)[DV / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
     constexpr int EARLY = BN * TW_MID / 128;
-    constexpr int FIRST = Applies ? BN / 16 : BN * TW_PV / 128;  // products of P·V that are issued before the wait for the scores
     float s[BN / 2], sum[2] = {};
     const Rows old = rows;
     if (!arrived) arrive(done);
-    my_turn();
+    TRACE(11)
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
     issue_scores(s, buffer, done % K_STAGES);
-    if (FIRST) issue_outputs<0, FIRST>(o, weights, done % V_STAGES);
-    your_turn();
-    tw::wgmma_wait<Applies || !FIRST ? 0 : 1>();
+    issue_outputs(o, weights, done % V_STAGES);
+    TRACE(12)
+    tw::wgmma_wait<Applies ? 0 : 1>();
     tw::tie(s);
+    TRACE(13)
     if (Applies) apply(item, tile, s);
     const bool grew = raise(s, rows);
-    if (FIRST < BN / 16) {
-      tw::tie(weights);
-      tw::tie(o);
-      tw::wgmma_fence();
-      issue_outputs<FIRST, BN / 16>(o, weights, done % V_STAGES);
-    }
+    TRACE(14)
     weigh<0, EARLY>(s, rows, sum);
     tw::barrier_arrive_after(shared.barrier(K_EMPTY + done % K_STAGES), lane == 0, sum[0] + sum[1]);
+    if (!STAGED) tw::barrier_arrive_after(shared.barrier(Q_EMPTY + buffer), lane == 0 && last, sum[0] + sum[1]);
+    TRACE(15)
     tw::wgmma_wait<0>();
+    TRACE(16)
     tw::tie(o);
     release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
     arrived = has_arrived(done + 1);
@@ -152,19 +144,20 @@ struct Consumer {
     if (grew) rescale(o, rows, old);
     rows.sum[0] += sum[0];
     rows.sum[1] += sum[1];
+    TRACE(17)
   }
 
   // The first tile of a segment: starts its scores, behind the outputs of the tile before, maybe of another
   // item, which are there when this returns. Those of the scores are not.
   TW_INLINE void join(int done, int buffer, float (&s)[BN / 2], float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
     arrive(done);
-    my_turn();
+    TRACE(2)
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
-    issue_outputs<0, BN / 16>(o, weights, done % V_STAGES);
+    issue_outputs(o, weights, done % V_STAGES);
     issue_scores(s, buffer, done % K_STAGES);
-    your_turn();
+    TRACE(3)
     tw::wgmma_wait<1>();
     tw::tie(o);
     release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
@@ -176,7 +169,7 @@ struct Consumer {
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
-    issue_outputs<0, BN / 16>(o, weights, done % V_STAGES);
+    issue_outputs(o, weights, done % V_STAGES);
     tw::wgmma_wait<0>();
     tw::tie(o);
   }
@@ -184,26 +177,26 @@ struct Consumer {
   // Leaves a chunk's part of this warp's rows in memory. The last warp to come merges all, in the order of
   // the chunks, into `o` and `rows`, and only it is told so.
   TW_INLINE bool merge(const Work& item, float (&o)[DV / 2], Rows& rows) const {
-    constexpr int FLOATS = 32 * (DV / 2 + 4);  // of a warp: four for each lane in turn
+    constexpr int WARPS = 4 * CONSUMERS, FLOATS = 32 * (DV / 2 + 4);  // of a warp: four for each lane in turn
     const int number = group * 4 + warp, lane = here(this->lane);
-    float* parts = p.partials + (static_cast<int64_t>(item.slot) * 8 + number) * FLOATS + lane * 4;
-    float4* mine = reinterpret_cast<float4*>(parts + static_cast<int64_t>(item.chunk) * 8 * FLOATS);
+    float* parts = p.partials + (static_cast<int64_t>(item.slot) * WARPS + number) * FLOATS + lane * 4;
+    float4* mine = reinterpret_cast<float4*>(parts + static_cast<int64_t>(item.chunk) * WARPS * FLOATS);
 #pragma unroll
     for (int i = 0; i < DV / 8; ++i) mine[i * 32] = make_float4(o[i * 4], o[i * 4 + 1], o[i * 4 + 2], o[i * 4 + 3]);
     mine[DV / 8 * 32] = make_float4(rows.base[0], rows.base[1], rows.sum[0], rows.sum[1]);
     __threadfence();
     __syncwarp();
     int before = 0;
-    if (lane == 0) before = tw::arrive(p.counters + item.counter * 8 + number);
+    if (lane == 0) before = tw::arrive(p.counters + item.counter * WARPS + number);
     if (__shfl_sync(0xffffffffu, before, 0) != item.chunks - 1) return false;
-    if (lane == 0) p.counters[item.counter * 8 + number] = 0;
+    if (lane == 0) p.counters[item.counter * WARPS + number] = 0;
     __threadfence();
     rows = Rows{{lowest(), lowest()}, {0.0f, 0.0f}};
 #pragma unroll
     for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
 #pragma unroll 1
     for (int chunk = 0; chunk < item.chunks; ++chunk) {
-      const float4* part = reinterpret_cast<const float4*>(parts + static_cast<int64_t>(chunk) * 8 * FLOATS);
+      const float4* part = reinterpret_cast<const float4*>(parts + static_cast<int64_t>(chunk) * WARPS * FLOATS);
       const float4 r = __ldcg(part + DV / 8 * 32);
       const Rows old = rows;
       rows.base[0] = fmaxf(old.base[0], r.x);
@@ -296,7 +289,9 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
                     tw::wgmma_descriptor(shared.base + Q_AT + group * 64 * 128, 0, 1024),
                     tw::wgmma_descriptor(shared.base + K_AT, 0, 1024),
                     tw::wgmma_descriptor(shared.base + V_AT, KV_BLOCK, 1024), TRIVIAL_LOGITS ? p.sm_scale * LOG2E : 1.0f};
-  if (group == 1) consumer.your_turn();
+#ifdef TW_TRACE
+  int& events = consumer.events;
+#endif
   int done = 0, items = 0;  // tiles, and the item: 0 is an empty one
   float o[DV / 2] = {};
   uint32_t weights[BN / 4] = {};  // of the tile of zeros
@@ -306,6 +301,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   for (int n = 0;; ++n) {
     const Slot& item = next_item(shared, n);
     if (item.tokens < 0) break;
+    TRACE(1)
     const int tiles = item.partial + item.full, applied = TRIVIAL_LOGITS ? item.partial : tiles;  // tiles that the variant is applied to
     float s[BN / 2], sum[2] = {};
     if (item.begins) {
@@ -315,30 +311,36 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     const int buffer = items % Q_TILES;
     consumer.join(done, buffer, s, o, weights);
     if (item.begins) {
+      TRACE(4)
       consumer.write(current, buffer ^ 1, o, rows);
       current = item;
       rows = Rows{{lowest(), lowest()}, {0.0f, 0.0f}};
 #pragma unroll
       for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
     }
+    TRACE(5)
     tw::wgmma_wait<0>();
     tw::tie(s);
+    TRACE(6)
     release(shared.barrier(K_EMPTY + done % K_STAGES), lane);
     if (applied) consumer.apply(item, tile_at(item, 0), s);
+    TRACE(7)
     const Rows old = rows;
     const bool grew = consumer.raise(s, rows);
+    TRACE(8)
     consumer.weigh<0, BN / 8>(s, rows, sum);
     consumer.pack(weights, s);
     if (STAGED && item.begins) consumer.free_queries(buffer ^ 1);
     if (grew && !item.begins) consumer.rescale(o, rows, old);
     rows.sum[0] += sum[0];
     rows.sum[1] += sum[1];
+    if (!STAGED && item.ends && tiles == 1) consumer.free_queries(buffer);
     ++done;
+    TRACE(9)
     bool arrived = false;
     int i = 1;
-    for (; i < applied; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, arrived, o, weights, rows);
-    for (; TRIVIAL_LOGITS && i < tiles; ++i, ++done) consumer.step<false>(item, 0, done, buffer, arrived, o, weights, rows);
-    if (!STAGED && item.ends) consumer.free_queries(buffer);
+    for (; i < applied; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
+    for (; TRIVIAL_LOGITS && i < tiles; ++i, ++done) consumer.step<false>(item, 0, done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
   consumer.drain(done, o, weights);

@@ -77,7 +77,7 @@ TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& s
 
 // -- loaders -------------------------------------------------------------------------------------
 
-// Issues the boxes of tiles, every LOADERS-th from `part` on. `entry`: the pages of boxes lane, lane + 32, … of the next tile.
+// Issues the boxes of tiles, of each LOADERS · 8 those of `part`. `entry`: the pages of boxes lane, lane + 32, … of the next tile.
 template <int BLOCKS>
 struct Loader {
   const void* map;
@@ -104,12 +104,20 @@ struct Loader {
     if (part == 0 && tw::elect()) tw::barrier_expect(barrier, BLOCKS * KV_BLOCK);
     if constexpr (KEYS_LIE == IN_PAGES) {
       const int mask = (1 << p.page_shift) - 1;
+      constexpr int EACH = BOXES < 32 ? BOXES : 32, AT_ONCE = EACH < 8 ? EACH : 8;
 #pragma unroll
       for (int i = 0; i < ENTRIES; ++i)
-#pragma unroll 8
-        for (int box = LOADERS == 1 ? 0 : part; box < (BOXES < 32 ? BOXES : 32); box += LOADERS) {
-          const int page = __shfl_sync(0xffffffffu, entry[i], box), number = i * 32 + box;
-          if (tw::elect()) copy(to + number * BOX * 128, barrier, tile * BN + number * BOX & mask, page);
+#pragma unroll 1
+        for (int first = part * AT_ONCE; first < EACH; first += LOADERS * AT_ONCE) {
+          int page[AT_ONCE];
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; ++j) page[j] = __shfl_sync(0xffffffffu, entry[i], first + j);
+          if (tw::elect())
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j) {
+              const int row = (i * 32 + first + j) * BOX;
+              copy(to + row * 128, barrier, tile * BN + row & mask, page[j]);
+            }
         }
     } else if (tw::elect()) {
       const int first = static_cast<int>(pages.first);

@@ -1,8 +1,8 @@
 // Attention of many query rows (prefill, append) by wgmma and TMA, sm_90a.
 //
 // Rows are packed: row r of an item is query r / G of it, head r % G of the KV head's group. An item is
-// up to TOKENS queries of one request with one KV head, and all of its keys or a chunk of them: 128 rows, 64
-// for each of two consumer warpgroups. CTAs are persistent and draw items from a counter. Roles side by side:
+// up to TOKENS queries of one request with one KV head, and all of its keys or a chunk of them: 64 rows for
+// each of two or three consumer warpgroups (CONSUMERS). CTAs are persistent and draw items from a counter. Roles side by side:
 //   scheduler (a warp)  draws an item and sorts its tiles of BN keys by the mask: those of which only a
 //                       part is seen (partial), and those of which every row sees all (full); an item of
 //                       more than MAX_TILES tiles goes on in several segments
@@ -18,38 +18,43 @@
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, hopper.cuh, bounds.h, table.h, variant.h, the constants of
 // `attention` (DK and DV: elements of a row of K and of V; G query heads of a KV head, BN keys of a tile,
-// BOX keys of a TMA box, KEYS_LIE, TRIVIAL_LOGITS, CHUNKED, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
+// BOX keys of a TMA box, CONSUMERS, KEYS_LIE, TRIVIAL_LOGITS, CHUNKED, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
 // the types Kind and Out), the structs `Params`, `Item`, `At` and `Variant`.
 // KEYS_LIE: the keys of a request are IN_PAGES of a table, IN_ROWS one after the other, or IN_ONE page.
 //
 // Launch: grid = at most min(items, SMs) CTAs, THREADS threads, SMEM_BYTES of dynamic shared memory:
-//   [Q_TILES of Q, 128 rows] [K_STAGES of K] [V_STAGES of V, BN rows]  tiles of blocks of 128-byte rows, swizzled
+//   [Q_TILES of Q, BM rows] [K_STAGES of K] [V_STAGES of V, BN rows]  tiles of blocks of 128-byte rows, swizzled
 //   [2 slots of a segment] [mbarriers]
 // With two tiles of Q the outputs of an item pass through its own, where Out has 16 bits.
 // Assumes: sm_scale > 0; rows of Q, K, V described by tensor maps; counters are 0 (and are 0 again at the end).
 
-#ifndef TW_PV
-#define TW_PV 8
-#endif
 #ifndef TW_MID
-#define TW_MID 10
+#define TW_MID 8
+#endif
+#ifdef TW_TRACE
+#define TRACE(n) if (lane == 0 && warp == 0 && blockIdx.x == 3 && events < 1000) p.cycles[200 + group * 1000 + events++] = clock64() << 8 | n;
+#else
+#define TRACE(n)
 #endif
 
 namespace attention {
 
-constexpr int BM = 128;               // rows of an item
+constexpr int BM = CONSUMERS * 64;    // rows of an item
 constexpr int TOKENS = BM / G;        // queries of an item
-constexpr int LOADERS = BOX < 8 ? 3 : 1;                       // warps that load K; as many load V
+constexpr int LOADERS = BOX < 8 && CONSUMERS == 2 ? 3 : 1;                     // warps that load K; as many load V
 constexpr int LOADER_GROUPS = (2 * LOADERS + 1 + 3) / 4;       // warpgroups of loaders and scheduler
-constexpr int WARPGROUPS = LOADER_GROUPS + 2, THREADS = WARPGROUPS * 128;
-constexpr int LOADER_REGISTERS = 56, CONSUMER_REGISTERS = LOADERS == 1 ? 224 : 200;
+constexpr int WARPGROUPS = LOADER_GROUPS + CONSUMERS, THREADS = WARPGROUPS * 128;
+#ifndef TW_LR
+#define TW_LR 56
+#endif
+constexpr int LOADER_REGISTERS = TW_LR;  // of the 504 or 512 that the warpgroups share
+constexpr int CONSUMER_REGISTERS = (65536 / THREADS / 8 * 8 * WARPGROUPS - LOADER_GROUPS * LOADER_REGISTERS) / CONSUMERS / 8 * 8;
 constexpr int K_BLOCKS = (DK + 63) / 64, V_BLOCKS = (DV + 63) / 64;  // blocks of 64 columns
 constexpr int Q_BLOCK = BM * 128, KV_BLOCK = BN * 128;         // bytes of a block
 constexpr int Q_BYTES = K_BLOCKS * Q_BLOCK, K_BYTES = K_BLOCKS * KV_BLOCK, V_BYTES = V_BLOCKS * KV_BLOCK;
 constexpr int BOXES = BN / BOX, ENTRIES = (BOXES + 31) / 32;  // of a tile; entries of the table for each lane
 constexpr bool STAGED = sizeof(Out) == 2 && Q_TILES == 2;     // outputs pass through shared memory
 constexpr float LOG2E = 1.4426950408889634f, SLACK = 8.0f;
-constexpr int PING = 2;  // named barriers 2, 3: warpgroup 0, 1 may issue
 static_assert(DK % 16 == 0 && DV <= DK && BN % BOX == 0 && BN % 32 == 0 && G <= 64, "");
 
 struct Work {  // of an item: what positions, masks and outputs need
@@ -117,7 +122,7 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
   if (thread == 0) {
     for (int i = 0; i < BARRIERS; ++i) {  // who arrives: the loader or the scheduler, the consumer warps, all who read an item
       const bool frees = (i >= K_EMPTY && i < V_FULL) || (i >= V_EMPTY && i < V_LOADED) || (i >= Q_EMPTY && i < ITEM_FULL);
-      tw::barrier_init(shared.barrier(i), i >= ITEM_EMPTY ? 8 + 2 * LOADERS : frees ? 8 : 1);
+      tw::barrier_init(shared.barrier(i), i >= ITEM_EMPTY ? 4 * CONSUMERS + 2 * LOADERS : frees ? 4 * CONSUMERS : 1);
     }
     tw::barrier_init_done();
   }
