@@ -13,7 +13,6 @@ import pytest
 from tests.attention.cases import (
     ALL_VARIANTS,
     TYPES,
-    csr,
     paged,
     queries,
     spec_of,
@@ -49,7 +48,7 @@ KERNELS = [  # group, dims, dtype, variant, keys of a box, paged, dtype of o, in
     (4, (128, 128), "bfloat16", "full", 16, True, "float32", True),
     (1, (64, 64), "float16", "causal", 16, True, "float16", False),
     (3, (128, 128), "float16", "window", 1, True, "float32", False),
-    (8, (64, 64), "bfloat16", "full", 128, True, "bfloat16", True),
+    (8, (64, 64), "bfloat16", "full", 32, True, "bfloat16", True),
     (4, (96, 96), "bfloat16", "causal", 128, False, "bfloat16", False),
     (1, (192, 128), "float16", "causal", 32, True, "float16", False),
     (4, (256, 256), "bfloat16", "causal", 64, False, "bfloat16", False),
@@ -89,7 +88,10 @@ def test_what_ptxas_makes_of_it(case, tmp_path):
     log, image = compiled(case)
     assert "C75" not in log, log
     found = nvrtc.parse_resources(log)["stage0"]
-    assert found.spill_bytes == 0 and found.registers == 65536 // hopper.threads(*kernel_of(case)[:2]) // 8 * 8
+    assert (
+        found.spill_bytes == 0
+        and found.registers == 65536 // hopper.threads(*kernel_of(case)[:2]) // 8 * 8
+    )
     file = tmp_path / "kernel.cubin"
     file.write_bytes(image)
     text = subprocess.run(
@@ -99,17 +101,16 @@ def test_what_ptxas_makes_of_it(case, tmp_path):
         r"WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|HGMMA|F2FP|\bLDL|\bSTL", text.stdout
     )
     ops = [m[0] for m in found]
+    assert "LDL" not in ops and "STL" not in ops
     pending = [i for i, op in enumerate(ops) if op.endswith("0x1")]
-    assert (
-        len(pending) == 2 and "LDL" not in ops and "STL" not in ops
-    )  # of an item's start, and of the loop
+    assert len(pending) == 2  # at the start of an item, and in the loop
     weights = hopper.tiles_of(kernel_of(case)[0]).keys // 2
     loop = ops[pending[1] + 1 :]
     end = next(i for i, op in enumerate(loop) if op.startswith("WARP"))
     assert loop[:end].count("MUFU.EX2") >= weights // 2 and "HGMMA" not in loop[:end]
     rest = loop[end + 1 :]
-    rest = rest[: len(rest) - rest[::-1].index("F2FP")]
-    assert loop[:end].count("MUFU.EX2") + rest[:weights].count("MUFU.EX2") >= weights
+    packed = [i for i, op in enumerate(rest) if op == "F2FP"][weights // 2 - 1]
+    assert loop[:end].count("MUFU.EX2") + rest[:packed].count("MUFU.EX2") >= weights
 
 
 def nvdisasm() -> str:
@@ -201,7 +202,7 @@ def close(o: np.ndarray, lse: np.ndarray, wanted: State) -> None:
     np.testing.assert_allclose(lse, wanted.lse, rtol=2e-3, atol=4e-3)
 
 
-CASES = [  # group, kv_heads, head_dim (of K, of V), dtype, variant, page_size (0: ragged, -1: dense)
+CASES = [  # group, kv_heads, head_dim (K, V), dtype, variant, page_size (0: ragged, -1: dense)
     (4, 2, 128, "bfloat16", "causal", 0),
     (4, 2, 128, "bfloat16", "full", 0),
     (1, 3, 64, "float16", "causal", 0),
@@ -387,7 +388,7 @@ def test_more_tiles_than_a_segment_has(card, rng):
     """A request whose tiles of keys come in several segments, and one whose first sees nothing."""
     from tilewright.runtime.cuda import DeviceArray
 
-    keys = hopper.MAX_TILES * hopper.KEYS * 2 + 77
+    keys = hopper.MAX_TILES * hopper.TILES[64, 64].keys * 2 + 77
     attn = Attention(2, 1, 64, ALL_VARIANTS["causal"])
     kv = ragged(rng, [keys, 5], 1, 64, TYPES["bfloat16"])
     q, indptr = queries(rng, [70, 200], 2, 64, TYPES["bfloat16"])

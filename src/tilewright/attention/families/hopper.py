@@ -124,12 +124,12 @@ def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
 
 def loaders(spec: Spec, box: int) -> int:
     """Warps that load K, and as many V: LOADERS of prefill_hopper.cuh."""
-    return 3 if box < 8 and tiles_of(spec).groups == 2 else 1
+    return 3 if box < 8 and tiles_of(spec).groups == 2 and spec.head_dim_vo <= 128 else 1
 
 
 def threads(spec: Spec, box: int) -> int:
     """Threads of a CTA: THREADS of prefill_hopper.cuh."""
-    return (-(-(2 * loaders(spec, box) + 1) // 4) + tiles_of(spec).groups) * 128
+    return ((2 * loaders(spec, box) + 2) // 4 + tiles_of(spec).groups) * 128
 
 
 def smem_bytes(spec: Spec) -> int:
@@ -137,6 +137,7 @@ def smem_bytes(spec: Spec) -> int:
     tiles = tiles_of(spec)
     k, v = (-(-n // 64) * 128 for n in (spec.head_dim, spec.head_dim_vo))  # bytes of a row
     rows = tiles.q * rows_of(spec) * k + tiles.keys * (tiles.k * k + tiles.v * v)
+    rows += rows_of(spec) * 128 * (tiles.q == 1)  # outputs on their way
     barriers = 2 * tiles.k + 3 * tiles.v + 2 * tiles.q + 4
     return rows + 2 * (18 + MAX_TILES) * 4 + barriers * 8 + 1024
 
@@ -225,7 +226,9 @@ def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]
         return words
     group, heads, kv_heads = spec.group, values["qo_heads"], values["kv_heads"]
     shape, strides = (spec.head_dim, heads, tokens), (values["q_head"], values["q_token"])
-    words["q_map"] = tensor_map(values["q"], spec.q, shape, strides, (64, group, rows_of(spec) // group))
+    words["q_map"] = tensor_map(
+        values["q"], spec.q, shape, strides, (64, group, rows_of(spec) // group)
+    )
     if spec.o == spec.q and 16 % group == 0:  # the 16 rows of a warp are whole queries
         dim = spec.head_dim_vo
         strides, box = (dim, heads * dim), (64, group, 16 // group)

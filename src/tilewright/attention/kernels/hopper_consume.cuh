@@ -19,9 +19,6 @@ struct Consumer {
   int group, warp, lane;     // the warpgroup, the warp in it
   uint64_t q, k, v;          // descriptors of the first tile of Q, K and V
   float factor;              // exp2 of factor · (score − row maximum) is a weight
-#ifdef TW_TRACE
-  mutable int events = 0;
-#endif
 
   TW_INLINE void issue_scores(float (&s)[BN / 2], int buffer, int stage) const {
     const uint64_t queries = q + buffer * (Q_BYTES / 16), keys = k + stage * (K_BYTES / 16);
@@ -113,29 +110,23 @@ struct Consumer {
   // `last` of the item: its queries are not read any more. Some exponentials come behind the wait for P·V: they hide what the registers of the weights must wait for.
   template <bool Applies>
   TW_INLINE void step(const Slot& item, int tile, int done, int buffer, bool last, bool& arrived, float (&o)[DV / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
-    constexpr int EARLY = BN * TW_MID / 128;
+    constexpr int EARLY = BN / 16;
     float s[BN / 2], sum[2] = {};
     const Rows old = rows;
     if (!arrived) arrive(done);
-    TRACE(11)
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
     issue_scores(s, buffer, done % K_STAGES);
     issue_outputs(o, weights, done % V_STAGES);
-    TRACE(12)
     tw::wgmma_wait<Applies ? 0 : 1>();
     tw::tie(s);
-    TRACE(13)
     if (Applies) apply(item, tile, s);
     const bool grew = raise(s, rows);
-    TRACE(14)
     weigh<0, EARLY>(s, rows, sum);
     tw::barrier_arrive_after(shared.barrier(K_EMPTY + done % K_STAGES), lane == 0, sum[0] + sum[1]);
     if (!STAGED) tw::barrier_arrive_after(shared.barrier(Q_EMPTY + buffer), lane == 0 && last, sum[0] + sum[1]);
-    TRACE(15)
     tw::wgmma_wait<0>();
-    TRACE(16)
     tw::tie(o);
     release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
     arrived = has_arrived(done + 1);
@@ -144,20 +135,17 @@ struct Consumer {
     if (grew) rescale(o, rows, old);
     rows.sum[0] += sum[0];
     rows.sum[1] += sum[1];
-    TRACE(17)
   }
 
   // The first tile of a segment: starts its scores, behind the outputs of the tile before, maybe of another
   // item, which are there when this returns. Those of the scores are not.
   TW_INLINE void join(int done, int buffer, float (&s)[BN / 2], float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
     arrive(done);
-    TRACE(2)
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
     issue_outputs(o, weights, done % V_STAGES);
     issue_scores(s, buffer, done % K_STAGES);
-    TRACE(3)
     tw::wgmma_wait<1>();
     tw::tie(o);
     release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
@@ -217,12 +205,33 @@ struct Consumer {
     return true;
   }
 
+  // 64 columns of this warp's 16 rows to shared memory, as TMA has them.
+  TW_INLINE void stage(int at, int block, const float (&o)[DV / 2], int lane) const {
+    const int row = lane & 15;
+#pragma unroll
+    for (int j = 0; j < 8 && block * 8 + j < DV / 8; j += 2) {
+      const float* x = o + (block * 8 + j) * 4;
+      tw::store_matrices(shared.base + at + row * 128 + ((j + (lane >> 4) ^ (row & 7)) << 4), tw::pack<Kind>(x[0], x[1]), tw::pack<Kind>(x[2], x[3]),
+                         tw::pack<Kind>(x[4], x[5]), tw::pack<Kind>(x[6], x[7]));
+    }
+  }
+  // And from there to memory, the rows that the item has.
+  TW_INLINE void copy(const Work& item, int at, int block, int lane) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = i * 4 + lane / 8, packed = group * 64 + warp * 16 + r, column = block * 64 + lane % 8 * 8;
+      const uint4 x = *reinterpret_cast<const uint4*>(shared.memory + at + r * 128 + ((lane % 8 ^ (r & 7)) << 4));
+      if (packed < item.tokens * G && column < DV)
+        *reinterpret_cast<uint4*>(p.o + (static_cast<int64_t>(item.token + packed / G) * p.qo_heads + item.head * G + packed % G) * DV + column) = x;
+    }
+  }
+
   // Outputs divided by the sums, and lse; a row that sees nothing has o = 0 and lse = −inf.
   TW_INLINE void write(const Work& item, int buffer, float (&o)[DV / 2], Rows& rows) const {
     if (CHUNKED && item.chunks > 1 && !merge(item, o, rows)) return;
     const int first = group * 64 + warp * 16, lane = here(this->lane);  // packed row of this warp
-    float scale[2];
-    Out* to[2];
+    float scale[2], lse[2];
+    int64_t at[2];  // rows of the outputs
     bool exists[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -233,49 +242,47 @@ struct Consumer {
       if constexpr (Variant::SINK) keep = tw::add_sink(variant.sink(at_of(item, row, 0)), largest, sum);
       scale[half] = sum == 0.0f ? 0.0f : __fdividef(keep, sum);
       exists[half] = row < item.tokens * G;
-      const int64_t at = static_cast<int64_t>(item.token + row / G) * p.qo_heads + item.head * G + row % G;
-      to[half] = p.o + at * DV + lane % 4 * 2;
-      if (lane % 4 == 0 && exists[half]) p.lse[at] = sum == 0.0f ? lowest() : largest + log2f(sum) / LOG2E;
+      at[half] = static_cast<int64_t>(item.token + row / G) * p.qo_heads + item.head * G + row % G;
+      lse[half] = sum == 0.0f ? lowest() : largest + log2f(sum) / LOG2E;
     }
 #pragma unroll
     for (int i = 0; i < DV / 2; ++i) o[i] *= scale[i / 2 & 1];
     if constexpr (STAGED) {
-      // Through the item's tile of Q, as TMA has it: 16 rows of this warp.
-      const uint32_t at = Q_AT + buffer * Q_BYTES + first * 128;
+      const int tile = Q_AT + buffer * Q_BYTES + first * 128;
 #pragma unroll
-      for (int j = 0; j < DV / 8; j += 2) {
-        const int row = lane & 15, chunk = j % 8 + (lane >> 4);
-        tw::store_matrices(shared.base + at + j / 8 * Q_BLOCK + row * 128 + ((chunk ^ (row & 7)) << 4), tw::pack<Kind>(o[j * 4], o[j * 4 + 1]),
-                           tw::pack<Kind>(o[j * 4 + 2], o[j * 4 + 3]), tw::pack<Kind>(o[j * 4 + 4], o[j * 4 + 5]), tw::pack<Kind>(o[j * 4 + 6], o[j * 4 + 7]));
-      }
+      for (int block = 0; block < V_BLOCKS; ++block) stage(tile + block * Q_BLOCK, block, o, lane);
       tw::fence_async();
       __syncwarp();
       if (16 % G == 0 && first + 16 <= item.tokens * G) {
         if (tw::elect())
 #pragma unroll
           for (int block = 0; block < V_BLOCKS; ++block)
-            tw::store_box(&p.o_map, shared.base + at + block * Q_BLOCK, block * 64, item.head * G, item.token + first / G);
+            tw::store_box(&p.o_map, shared.base + tile + block * Q_BLOCK, block * 64, item.head * G, item.token + first / G);
       } else {
-#pragma unroll 4
-        for (int i = 0; i < V_BLOCKS * 4; ++i) {
-          const int r = i % 4 * 4 + lane / 8, packed = first + r, column = i / 4 * 64 + lane % 8 * 8;
-          const uint4 x = *reinterpret_cast<const uint4*>(shared.memory + at + i / 4 * Q_BLOCK + r * 128 + ((lane % 8 ^ (r & 7)) << 4));
-          if (packed < item.tokens * G && column < DV)
-            *reinterpret_cast<uint4*>(p.o + (static_cast<int64_t>(item.token + packed / G) * p.qo_heads + item.head * G + packed % G) * DV + column) = x;
-        }
+#pragma unroll 1
+        for (int block = 0; block < V_BLOCKS; ++block) copy(item, tile + block * Q_BLOCK, block, lane);
         tw::fence_async();
+      }
+    } else if constexpr (sizeof(Out) == 2) {
+      const int tile = STAGE_AT + (group * 4 + warp) * 16 * 128;
+#pragma unroll
+      for (int block = 0; block < V_BLOCKS; ++block) {
+        stage(tile, block, o, lane);
+        __syncwarp();
+        copy(item, tile, block, lane);
+        __syncwarp();
       }
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         if (exists[half])
 #pragma unroll
-          for (int j = 0; j < DV / 8; ++j) {
-            const float x = o[j * 4 + half * 2], y = o[j * 4 + half * 2 + 1];
-            if constexpr (sizeof(Out) == 4) *reinterpret_cast<float2*>(to[half] + j * 8) = make_float2(x, y);
-            else *reinterpret_cast<uint32_t*>(to[half] + j * 8) = tw::pack<Kind>(x, y);
-          }
+          for (int j = 0; j < DV / 8; ++j)
+            *reinterpret_cast<float2*>(p.o + at[half] * DV + lane % 4 * 2 + j * 8) = make_float2(o[j * 4 + half * 2], o[j * 4 + half * 2 + 1]);
     }
+#pragma unroll
+    for (int half = 0; half < 2; ++half)  // behind the fence, which would wait for it
+      if (lane % 4 == 0 && exists[half]) p.lse[at[half]] = lse[half];
   }
   // The item's tile of Q is free: its outputs, if they passed through it, have been read.
   TW_INLINE void free_queries(int buffer) const {
@@ -289,9 +296,6 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
                     tw::wgmma_descriptor(shared.base + Q_AT + group * 64 * 128, 0, 1024),
                     tw::wgmma_descriptor(shared.base + K_AT, 0, 1024),
                     tw::wgmma_descriptor(shared.base + V_AT, KV_BLOCK, 1024), TRIVIAL_LOGITS ? p.sm_scale * LOG2E : 1.0f};
-#ifdef TW_TRACE
-  int& events = consumer.events;
-#endif
   int done = 0, items = 0;  // tiles, and the item: 0 is an empty one
   float o[DV / 2] = {};
   uint32_t weights[BN / 4] = {};  // of the tile of zeros
@@ -301,7 +305,6 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   for (int n = 0;; ++n) {
     const Slot& item = next_item(shared, n);
     if (item.tokens < 0) break;
-    TRACE(1)
     const int tiles = item.partial + item.full, applied = TRIVIAL_LOGITS ? item.partial : tiles;  // tiles that the variant is applied to
     float s[BN / 2], sum[2] = {};
     if (item.begins) {
@@ -311,32 +314,26 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     const int buffer = items % Q_TILES;
     consumer.join(done, buffer, s, o, weights);
     if (item.begins) {
-      TRACE(4)
       consumer.write(current, buffer ^ 1, o, rows);
       current = item;
       rows = Rows{{lowest(), lowest()}, {0.0f, 0.0f}};
 #pragma unroll
       for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
     }
-    TRACE(5)
     tw::wgmma_wait<0>();
     tw::tie(s);
-    TRACE(6)
     release(shared.barrier(K_EMPTY + done % K_STAGES), lane);
     if (applied) consumer.apply(item, tile_at(item, 0), s);
-    TRACE(7)
+    if (STAGED && item.begins) consumer.free_queries(buffer ^ 1);
     const Rows old = rows;
     const bool grew = consumer.raise(s, rows);
-    TRACE(8)
     consumer.weigh<0, BN / 8>(s, rows, sum);
     consumer.pack(weights, s);
-    if (STAGED && item.begins) consumer.free_queries(buffer ^ 1);
     if (grew && !item.begins) consumer.rescale(o, rows, old);
     rows.sum[0] += sum[0];
     rows.sum[1] += sum[1];
     if (!STAGED && item.ends && tiles == 1) consumer.free_queries(buffer);
     ++done;
-    TRACE(9)
     bool arrived = false;
     int i = 1;
     for (; i < applied; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);

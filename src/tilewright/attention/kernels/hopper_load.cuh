@@ -131,16 +131,12 @@ struct Loader {
   }
 };
 
-TW_INLINE void load_keys(const Params& p, const Shared& shared, int part, int lane) {
-  int done = 0, items = 1;  // tiles, items: 0 is the consumers' empty one, whose tile of Q is free at once
+TW_INLINE void load_queries(const Params& p, const Shared& shared, int lane) {
+  int items = 1;  // 0 is the consumers' empty one, whose tile of Q is free at once
   for (int n = 0;; ++n) {
     const Slot& s = next_item(shared, n);
     if (s.tokens < 0) return;
-    const int tiles = s.partial + s.full;
-    Loader<K_BLOCKS> loader;
-    loader.start(p, s, &p.k_map, part);
-    loader.look_up(p, tile_at(s, 0), lane);
-    if (s.begins && part == 0) {
+    if (s.begins) {
       const int buffer = items % Q_TILES;
       const uint32_t full = shared.barrier(Q_FULL + buffer);
       tw::barrier_wait(shared.barrier(Q_EMPTY + buffer), (items++ / Q_TILES & 1) ^ 1);
@@ -151,6 +147,19 @@ TW_INLINE void load_keys(const Params& p, const Shared& shared, int part, int la
           tw::copy_box(shared.base + Q_AT + buffer * Q_BYTES + block * Q_BLOCK, &p.q_map, full, block * 64, s.head * G, s.token);
       }
     }
+    release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
+  }
+}
+
+TW_INLINE void load_keys(const Params& p, const Shared& shared, int part, int lane) {
+  int done = 0;
+  for (int n = 0;; ++n) {
+    const Slot& s = next_item(shared, n);
+    if (s.tokens < 0) return;
+    const int tiles = s.partial + s.full;
+    Loader<K_BLOCKS> loader;
+    loader.start(p, s, &p.k_map, part);
+    loader.look_up(p, tile_at(s, 0), lane);
     for (int i = 0; i < tiles; ++i, ++done) {
       const int stage = done % K_STAGES;
       tw::barrier_wait(shared.barrier(K_EMPTY + stage), (done / K_STAGES & 1) ^ 1);

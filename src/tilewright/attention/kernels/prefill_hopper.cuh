@@ -6,7 +6,7 @@
 //   scheduler (a warp)  draws an item and sorts its tiles of BN keys by the mask: those of which only a
 //                       part is seen (partial), and those of which every row sees all (full); an item of
 //                       more than MAX_TILES tiles goes on in several segments
-//   loaders of Q and K, loaders of V (LOADERS warps each): boxes by TMA into rings of tiles. Rows of V that
+//   loaders of K, loaders of V (LOADERS warps each), of Q: boxes by TMA into rings of tiles. Rows of V that
 //                       no row of the item sees are overwritten with zeros (0 · NaN would reach the
 //                       outputs), in partial tiles only
 //   consumers           S = Q·Kᵀ, softmax, O += P·V, with P from registers. In the loop over full tiles
@@ -24,36 +24,24 @@
 //
 // Launch: grid = at most min(items, SMs) CTAs, THREADS threads, SMEM_BYTES of dynamic shared memory:
 //   [Q_TILES of Q, BM rows] [K_STAGES of K] [V_STAGES of V, BN rows]  tiles of blocks of 128-byte rows, swizzled
-//   [2 slots of a segment] [mbarriers]
+//   [128 bytes for each row of outputs, where Q_TILES is 1] [2 slots of a segment] [mbarriers]
 // With two tiles of Q the outputs of an item pass through its own, where Out has 16 bits.
 // Assumes: sm_scale > 0; rows of Q, K, V described by tensor maps; counters are 0 (and are 0 again at the end).
-
-#ifndef TW_MID
-#define TW_MID 8
-#endif
-#ifdef TW_TRACE
-#define TRACE(n) if (lane == 0 && warp == 0 && blockIdx.x == 3 && events < 1000) p.cycles[200 + group * 1000 + events++] = clock64() << 8 | n;
-#else
-#define TRACE(n)
-#endif
 
 namespace attention {
 
 constexpr int BM = CONSUMERS * 64;    // rows of an item
 constexpr int TOKENS = BM / G;        // queries of an item
-constexpr int LOADERS = BOX < 8 && CONSUMERS == 2 ? 3 : 1;                     // warps that load K; as many load V
-constexpr int LOADER_GROUPS = (2 * LOADERS + 1 + 3) / 4;       // warpgroups of loaders and scheduler
+constexpr int LOADERS = BOX < 8 && CONSUMERS == 2 && DV <= 128 ? 3 : 1;  // warps that load K; as many load V
+constexpr int LOADER_GROUPS = (2 * LOADERS + 2) / 4;  // warpgroups of the scheduler and the loaders
 constexpr int WARPGROUPS = LOADER_GROUPS + CONSUMERS, THREADS = WARPGROUPS * 128;
-#ifndef TW_LR
-#define TW_LR 56
-#endif
-constexpr int LOADER_REGISTERS = TW_LR;  // of the 504 or 512 that the warpgroups share
+constexpr int LOADER_REGISTERS = 56;  // of the 504 or 512 that the warpgroups share
 constexpr int CONSUMER_REGISTERS = (65536 / THREADS / 8 * 8 * WARPGROUPS - LOADER_GROUPS * LOADER_REGISTERS) / CONSUMERS / 8 * 8;
 constexpr int K_BLOCKS = (DK + 63) / 64, V_BLOCKS = (DV + 63) / 64;  // blocks of 64 columns
 constexpr int Q_BLOCK = BM * 128, KV_BLOCK = BN * 128;         // bytes of a block
 constexpr int Q_BYTES = K_BLOCKS * Q_BLOCK, K_BYTES = K_BLOCKS * KV_BLOCK, V_BYTES = V_BLOCKS * KV_BLOCK;
 constexpr int BOXES = BN / BOX, ENTRIES = (BOXES + 31) / 32;  // of a tile; entries of the table for each lane
-constexpr bool STAGED = sizeof(Out) == 2 && Q_TILES == 2;     // outputs pass through shared memory
+constexpr bool STAGED = sizeof(Out) == 2 && Q_TILES == 2;     // outputs pass through the item's tile of Q
 constexpr float LOG2E = 1.4426950408889634f, SLACK = 8.0f;
 static_assert(DK % 16 == 0 && DV <= DK && BN % BOX == 0 && BN % 32 == 0 && G <= 64, "");
 
@@ -74,7 +62,8 @@ struct Slot : Work {       // a segment of an item, as the scheduler passes it o
   int tiles[MAX_TILES];    // partial tiles from the front, full tiles from the back
 };
 
-constexpr int Q_AT = 0, K_AT = Q_TILES * Q_BYTES, V_AT = K_AT + K_STAGES * K_BYTES, SLOTS_AT = V_AT + V_STAGES * V_BYTES;
+constexpr int Q_AT = 0, K_AT = Q_TILES * Q_BYTES, V_AT = K_AT + K_STAGES * K_BYTES, STAGE_AT = V_AT + V_STAGES * V_BYTES;
+constexpr int SLOTS_AT = STAGE_AT + (Q_TILES == 1 ? BM * 128 : 0);
 constexpr int BARRIERS_AT = SLOTS_AT + 2 * sizeof(Slot);
 enum Barrier { K_FULL, K_EMPTY = K_FULL + K_STAGES, V_FULL = K_EMPTY + K_STAGES, V_EMPTY = V_FULL + V_STAGES, V_LOADED = V_EMPTY + V_STAGES,
                Q_FULL = V_LOADED + V_STAGES, Q_EMPTY = Q_FULL + Q_TILES, ITEM_FULL = Q_EMPTY + Q_TILES, ITEM_EMPTY = ITEM_FULL + 2, BARRIERS = ITEM_EMPTY + 2 };
@@ -122,7 +111,7 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
   if (thread == 0) {
     for (int i = 0; i < BARRIERS; ++i) {  // who arrives: the loader or the scheduler, the consumer warps, all who read an item
       const bool frees = (i >= K_EMPTY && i < V_FULL) || (i >= V_EMPTY && i < V_LOADED) || (i >= Q_EMPTY && i < ITEM_FULL);
-      tw::barrier_init(shared.barrier(i), i >= ITEM_EMPTY ? 4 * CONSUMERS + 2 * LOADERS : frees ? 4 * CONSUMERS : 1);
+      tw::barrier_init(shared.barrier(i), i >= ITEM_EMPTY ? 4 * CONSUMERS + 2 * LOADERS + 1 : frees ? 4 * CONSUMERS : 1);
     }
     tw::barrier_init_done();
   }
@@ -133,6 +122,7 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
     if (warp == 0) schedule(p, variant, shared, lane);
     else if (warp <= LOADERS) load_keys(p, shared, warp - 1, lane);
     else if (warp <= 2 * LOADERS) load_values(p, variant, shared, warp - 1 - LOADERS, lane);
+    else load_queries(p, shared, lane);
   } else {
     tw::more_registers<CONSUMER_REGISTERS>();
     consume(p, variant, shared, group - LOADER_GROUPS, warp % 4, lane);
