@@ -1,9 +1,9 @@
 """`python3 dev.py bench prefill`: prefill and append attention on a GPU, in TFLOP/s.
 
-bfloat16, 32 query heads over 8 KV heads. Prefill: 16 384 tokens in all, in requests of one length or
-of many; keys ragged, or in pages in random order. Append: a few new tokens of each of 16 requests
-over a long paged cache. FLOPs are 2 · (head_dim + head_dim_vo) for each pair of query and key that
-the mask keeps, so half the pairs where causal. Each run starts with a cold L2; a row's
+bfloat16, 32 query heads over 8 KV heads. Prefill: 16 384 tokens in all, in requests of one length
+or of many; keys ragged, or in pages in random order. Append: a few new tokens of each of 16
+requests over a long paged cache. FLOPs are 2 · (head_dim + head_dim_vo) for each pair of query and
+key that the mask keeps, so half the pairs where causal. Each run starts with a cold L2; a row's
 implementations run in turns. A result is compared with float64 before it counts. Peer:
 FlashAttention-3 (package tokenspeed-fa3) where it can be imported: its dense, its ragged and its
 paged form, of which the fastest counts. Others are not measured here.

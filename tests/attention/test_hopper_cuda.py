@@ -88,10 +88,8 @@ def test_what_ptxas_makes_of_it(case, tmp_path):
     log, image = compiled(case)
     assert "C75" not in log, log
     found = nvrtc.parse_resources(log)["stage0"]
-    assert (
-        found.spill_bytes == 0
-        and found.registers == 65536 // hopper.threads(*kernel_of(case)[:2]) // 8 * 8
-    )
+    assert found.spill_bytes == 0
+    assert found.registers == 65536 // hopper.threads(*kernel_of(case)[:2]) // 8 * 8
     file = tmp_path / "kernel.cubin"
     file.write_bytes(image)
     text = subprocess.run(

@@ -37,8 +37,8 @@ _TAIL = 4  # items of a CTA that are drawn in the order of their keys
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """How a kernel divides its work: warpgroups that consume, 64 packed rows of an item each; keys
-    of a tile; tiles of Q, of K and of V in shared memory. With two tiles of Q the next item's
-    queries arrive early, and outputs pass through them."""
+    of a tile; tiles of Q, of K and of V in shared memory. With more
+    tiles of Q than one the next item's queries arrive early, and outputs pass through them."""
 
     groups: int = 2
     keys: int = 128
@@ -226,9 +226,8 @@ def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]
         return words
     group, heads, kv_heads = spec.group, values["qo_heads"], values["kv_heads"]
     shape, strides = (spec.head_dim, heads, tokens), (values["q_head"], values["q_token"])
-    words["q_map"] = tensor_map(
-        values["q"], spec.q, shape, strides, (64, group, rows_of(spec) // group)
-    )
+    box = (64, group, rows_of(spec) // group)
+    words["q_map"] = tensor_map(values["q"], spec.q, shape, strides, box)
     if spec.o == spec.q and 16 % group == 0:  # the 16 rows of a warp are whole queries
         dim = spec.head_dim_vo
         strides, box = (dim, heads * dim), (64, group, 16 // group)

@@ -311,10 +311,10 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
       tw::barrier_wait(shared.barrier(Q_FULL + (items + 1) % Q_TILES), items / Q_TILES & 1);
       ++items;
     }
-    const int buffer = items % Q_TILES;
+    const int buffer = items % Q_TILES, previous = (items + Q_TILES - 1) % Q_TILES;
     consumer.join(done, buffer, s, o, weights);
     if (item.begins) {
-      consumer.write(current, buffer ^ 1, o, rows);
+      consumer.write(current, previous, o, rows);
       current = item;
       rows = Rows{{lowest(), lowest()}, {0.0f, 0.0f}};
 #pragma unroll
@@ -324,7 +324,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     tw::tie(s);
     release(shared.barrier(K_EMPTY + done % K_STAGES), lane);
     if (applied) consumer.apply(item, tile_at(item, 0), s);
-    if (STAGED && item.begins) consumer.free_queries(buffer ^ 1);
+    if (STAGED && item.begins) consumer.free_queries(previous);
     const Rows old = rows;
     const bool grew = consumer.raise(s, rows);
     consumer.weigh<0, BN / 8>(s, rows, sum);

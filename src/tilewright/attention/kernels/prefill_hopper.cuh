@@ -25,7 +25,7 @@
 // Launch: grid = at most min(items, SMs) CTAs, THREADS threads, SMEM_BYTES of dynamic shared memory:
 //   [Q_TILES of Q, BM rows] [K_STAGES of K] [V_STAGES of V, BN rows]  tiles of blocks of 128-byte rows, swizzled
 //   [128 bytes for each row of outputs, where Q_TILES is 1] [2 slots of a segment] [mbarriers]
-// With two tiles of Q the outputs of an item pass through its own, where Out has 16 bits.
+// With more than one tile of Q the outputs of an item pass through its own, where Out has 16 bits.
 // Assumes: sm_scale > 0; rows of Q, K, V described by tensor maps; counters are 0 (and are 0 again at the end).
 
 namespace attention {
@@ -41,7 +41,7 @@ constexpr int K_BLOCKS = (DK + 63) / 64, V_BLOCKS = (DV + 63) / 64;  // blocks o
 constexpr int Q_BLOCK = BM * 128, KV_BLOCK = BN * 128;         // bytes of a block
 constexpr int Q_BYTES = K_BLOCKS * Q_BLOCK, K_BYTES = K_BLOCKS * KV_BLOCK, V_BYTES = V_BLOCKS * KV_BLOCK;
 constexpr int BOXES = BN / BOX, ENTRIES = (BOXES + 31) / 32;  // of a tile; entries of the table for each lane
-constexpr bool STAGED = sizeof(Out) == 2 && Q_TILES == 2;     // outputs pass through the item's tile of Q
+constexpr bool STAGED = sizeof(Out) == 2 && Q_TILES > 1;      // outputs pass through the item's tile of Q
 constexpr float LOG2E = 1.4426950408889634f, SLACK = 8.0f;
 static_assert(DK % 16 == 0 && DV <= DK && BN % BOX == 0 && BN % 32 == 0 && G <= 64, "");
 
