@@ -16,10 +16,6 @@ TW_INLINE bool elect() {
   return elected != 0;
 }
 
-// -- named barriers: `bar_sync` of gpu.cuh waits, this only arrives -----------------------------------
-
-TW_INLINE void arrive_at(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-
 // -- mbarriers -----------------------------------------------------------------------------------
 
 TW_INLINE void barrier_init(uint32_t barrier, int arrivals) {
