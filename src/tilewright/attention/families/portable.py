@@ -85,4 +85,4 @@ def _prepare(call: Call) -> Prepared:
     return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), source(spec), keep)
 
 
-FAMILY = Family("portable", "cuda", lambda spec: ROWS, False, 0, lambda spec, n, pool: "", _prepare)
+FAMILY = Family("portable", "cuda", lambda spec: ROWS, "", 0, lambda spec, n, pool: "", _prepare)
