@@ -80,8 +80,12 @@ class Renderer(MergeRenderer):
             self.line(f"const {kind} {name} = {self.stored(s.value)};")
         elif isinstance(s, ir.Alloc):
             self.alloc(s.buffer)
+        elif isinstance(s, ir.CopyAsync):
+            self.copy_async(s)
         elif isinstance(s, ir.Store):
             self.store(s)
+        elif isinstance(s, (ir.Commit, ir.Wait)):
+            self.line(self.pipeline(s))
         elif isinstance(s, ir.Prefetch):
             self.line(self.prefetch(self.address(s.place.buffer, s.place.index[0])))
         elif isinstance(s, ir.Sync):
@@ -180,8 +184,14 @@ class Renderer(MergeRenderer):
     def prefetch(self, address: str) -> str:
         return f"__builtin_prefetch({address});"
 
+    def copy_async(self, s: ir.CopyAsync) -> None:
+        self.store(s)  # complete at once
+
     def sync(self) -> None:
         raise InternalError("I101", "this target has no threads to synchronise")
+
+    def pipeline(self, s: ir.Commit | ir.Wait) -> str:
+        raise InternalError("I101", "this target has no asynchronous copies")
 
     def mma(self, s: ir.Mma | ir.MmaZero | ir.MmaStore) -> None:
         raise InternalError("I101", "this target has no matrix tiles")

@@ -16,6 +16,7 @@ LoopKind = Literal[
     "serial", "parallel", "vector", "unroll",
     "cta.x", "cta.y", "thread.x", "thread.y", "threads",  # threads: shared out among all of a CTA
     "fragment",  # rows, and right inside columns, of a tile: each thread runs the elements it has
+    "pipeline",  # copies of the next iterations to shared memory are under way during each
 ]  # fmt: skip
 GRID: tuple[LoopKind, ...] = ("parallel", "cta.x", "cta.y")  # loops that become units of a launch
 THREADS: tuple[LoopKind, ...] = ("thread.x", "thread.y")  # loops bound to the threads of a CTA
@@ -49,7 +50,8 @@ class Seq(Stmt):
 class For(Stmt):
     """`for name in begin:end`. `axes` are the coordinate axes the loop came from.
 
-    `private` reductions keep one accumulator per iteration of this loop (rfactor)."""
+    `private` reductions keep one accumulator per iteration of this loop (rfactor). `stages`: the
+    buffers of a pipeline."""
 
     var: Var
     begin: Expr
@@ -59,6 +61,7 @@ class For(Stmt):
     axes: tuple[str, ...] = ()
     private: bool = False
     unroll_hint: int = 0
+    stages: int = 0
 
     @property
     def name(self) -> str:
@@ -170,6 +173,24 @@ class Store(Stmt):
 
 
 @node
+class CopyAsync(Store):
+    """Loop level: starts a copy to shared memory, of a load or of zeros where its condition fails.
+    The elements are written at any time until the thread waits for the group of the copy."""
+
+
+@node
+class Commit(Stmt):
+    """The copies that a thread has started since its last `Commit` are a group."""
+
+
+@node
+class Wait(Stmt):
+    """A thread waits until all of its groups but the latest `pending` have landed."""
+
+    pending: int
+
+
+@node
 class Alloc(Stmt):
     """Loop level: declares a register, shared or fragment buffer until the end of its `Seq`."""
 
@@ -185,7 +206,7 @@ class Prefetch(Stmt):
 
 @node
 class Sync(Stmt):
-    """All threads of the CTA meet here."""
+    """A barrier of all threads of the CTA."""
 
 
 @node

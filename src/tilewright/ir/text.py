@@ -82,6 +82,7 @@ def _for(s: Any) -> str:
     notes = [s.kind] if s.kind != "serial" else []
     notes += ["private"] if s.private else []
     notes += [f"unroll {s.unroll_hint}"] if s.unroll_hint else []
+    notes += [f"{s.stages} stages"] if s.stages else []
     note = f"   # {', '.join(notes)}" if notes else ""
     return f"for {s.name} in {expr_text(s.begin)}:{expr_text(s.end)}{note}"
 
@@ -127,6 +128,9 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "Store": _store,
     "Alloc": lambda s: f"alloc {s.buffer}",
     "Prefetch": lambda s: f"prefetch {expr_text(s.place)}",
+    "CopyAsync": lambda s: f"async {_store(s)}",
+    "Commit": lambda s: "commit",
+    "Wait": lambda s: f"wait {s.pending}",
     "Sync": lambda s: "sync",
     "MmaZero": lambda s: f"mma_zero {_fragment(s)}",
     "Mma": lambda s: f"mma {_fragment(s)} += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}",

@@ -11,7 +11,7 @@ from tilewright.ir.rewrite import free_vars, path_to, statements, walk
 
 # fmt: off
 _STATEMENTS = (
-    ir.Seq, ir.For, ir.Let, ir.If, ir.Store, ir.Alloc, ir.Prefetch, ir.Sync,
+    ir.Seq, ir.For, ir.Let, ir.If, ir.Store, ir.Alloc, ir.Prefetch, ir.Sync, ir.Commit, ir.Wait,
     ir.Mma, ir.MmaZero, ir.MmaStore, ir.Scatter,
 )
 _VECTORS = (ir.Ramp, ir.Broadcast, ir.ReduceLanes, ir.ReduceThreads)

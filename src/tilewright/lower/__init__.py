@@ -16,6 +16,7 @@ from tilewright.ir.verify import verify
 from tilewright.lower.bind import bind_grid, bind_threads, serialize_threads
 from tilewright.lower.flatten import flatten_addresses, inline_lets
 from tilewright.lower.hoist import hoist_reductions
+from tilewright.lower.pipelines import pipeline_loops
 from tilewright.lower.positions import coordinates_to_positions
 from tilewright.lower.predicate import predicate_loads
 from tilewright.lower.reductions import materialize_reductions
@@ -37,6 +38,7 @@ class Pass:
 
 BEFORE_SCHEDULE = (Pass(hoist_reductions), Pass(coordinates_to_positions))
 AFTER_SCHEDULE = (
+    Pass(pipeline_loops),
     Pass(serialize_threads, only=("cpp", "interp")),
     Pass(materialize_tiles),
     Pass(materialize_reductions),

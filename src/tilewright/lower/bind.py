@@ -99,9 +99,10 @@ def serialize_threads(program: ir.Program) -> ir.Program:
             for t in 0:96     # threads                    for t in 0:96
             sync
     """
+    barriers = ir.Sync, ir.Commit, ir.Wait
 
     def visit(s: Any) -> Any:
-        if isinstance(s, ir.Sync):
+        if isinstance(s, barriers):
             return ir.seq()
         if isinstance(s, ir.For) and s.kind in (*ir.THREADS, "threads"):
             s = replace(s, kind="serial")

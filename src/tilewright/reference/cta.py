@@ -9,7 +9,10 @@ order that barriers give, not by the order in which it happens here.
 InternalError[I102] is raised for
 * two accesses to one element, one of them a write, that no barrier orders (also of equal values);
 * a barrier, a reduction over threads or a tile operation that some of its threads do not reach;
-* a read of shared memory that was not written since its allocation.
+* a read of shared memory that was not written since its allocation;
+* an access to an element while an asynchronous copy to it is under way: a copy lands when the thread
+  that started it waits for its group, not before, and is a write of that thread then. Others see it
+  after a barrier. Memory holds no number until then.
 An access out of bounds raises InternalError[I101].
 
 Barriers are those that `codegen.cuda` renders: `Sync`, for all threads of the nest, and the two
@@ -29,6 +32,7 @@ from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import walk
+from tilewright.reference.flights import Flights
 from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
 from tilewright.reference.ops_table import (
     UFUNCS,
@@ -104,6 +108,7 @@ class Launch:
         self.unit = self.lane // self.threads
         self.epoch = np.zeros(lanes, np.int64)
         self.mask = np.ones(lanes, bool)
+        self.flights = Flights(lanes)  # asynchronous copies
 
     def run(self) -> None:
         try:
@@ -141,8 +146,17 @@ class Launch:
         self.statement = s
         if isinstance(s, ir.Let):
             self.env[s.var.name] = self.value(s.value)
+        elif isinstance(s, ir.CopyAsync):
+            self.copy_async(s)
         elif isinstance(s, ir.Store):
             self.store(s)
+        elif isinstance(s, ir.Commit):
+            self.flights.commit(self.mask)
+        elif isinstance(s, ir.Wait):
+            for name, at, value, lane in self.flights.landed(self.mask, s.pending):
+                who = np.stack((lane, self.unit[lane] + self.first_unit, self.epoch[lane]))
+                self.access(name, "write", at, who)
+                self.memory[name].flat[at] = value
         elif isinstance(s, ir.Alloc):
             self.allocate(s)
         elif isinstance(s, ir.Sync):
@@ -208,6 +222,18 @@ class Launch:
             new = UFUNCS[s.op](decode(old, dtype), value) if s.op else value
             cells[where] = encode(new, dtype, cells.dtype)
 
+    def copy_async(self, s: ir.CopyAsync) -> None:
+        name, dtype, array = s.buffer.name, s.buffer.dtype.scalar, self.memory[s.buffer.name]
+        value, at = self.value(s.value), self.offset(s.buffer, s.index)
+        at = at if at.ndim > 1 else at[:, None]
+        value = value if value.ndim > 1 else value[:, None]
+        at = np.broadcast_to(at, (len(self.lane), at.shape[1]))[self.mask]
+        value = np.broadcast_to(value, (len(self.lane), at.shape[1]))[self.mask]
+        self.access(name, "write", at, self.who())
+        array.flat[at] = poisoned((), s.buffer.dtype)
+        value = encode(value, dtype, array.flat.dtype)
+        self.flights.start(name, len(array.flat), (at, value, self.lane[self.mask]))
+
     def allocate(self, s: ir.Alloc) -> None:
         b, extents = s.buffer, tuple(int(self.value(e)[0]) for e in s.buffer.shape)
         if b.scope == "shared":
@@ -234,6 +260,8 @@ class Launch:
         self.memory[name].checked(at)
         who = np.repeat(who, at.size // at.shape[0], axis=1)
         at, written = at.reshape(-1), self.shared.get(name)
+        if self.flights.touches(name, at):
+            raise self.refuse(f"a race: {kind} of {name} while a copy to it is under way")
         self.record(self.histories[name], name, kind, at, who)
         if written is not None and kind == "write":
             written[at] = True

@@ -111,7 +111,7 @@ class _Nest:
             row[key] = row[key] + value if key in row else value
         elif isinstance(s, (ir.MmaZero, ir.Mma, ir.MmaStore)):
             self.tiles(s)
-        elif not isinstance(s, (ir.Sync, ir.Prefetch)):
+        elif not isinstance(s, (ir.Sync, ir.Commit, ir.Wait, ir.Prefetch)):
             raise InternalError("I101", f"{type(s).__name__} cannot be executed")
 
     def sequence(self, s: ir.Seq) -> None:

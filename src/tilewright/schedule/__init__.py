@@ -370,6 +370,22 @@ class Schedule:
         missing = loop, f"no loop {loop!r} reads {buffer!r}"
         return self._loops(staging.cache, buffer, loop, scope, missing=missing, new_names=True)
 
+    @takes(loop=A_NAME, stages=integer(2, staging.MOST_STAGES))
+    def pipeline(self, loop: str, stages: int) -> Schedule:
+        """Overlap the copies to shared memory that a loop makes with the work on them: they are
+        asynchronous, into `stages` buffers, and start `stages` - 1 iterations early.
+
+        before: for k in 0:n                    after:  for e in 0:2
+                  S[t] = A[k, t]  # threads               async S[e, t] = A[e, t]; commit
+                  sync                                  for k in 0:n
+                  … S[t] …                                wait for the copy of k; sync
+                  sync                                    async S[(k+2) % 3, t] = A[k+2, t]; commit
+                                                          … S[k % 3, t] …
+
+        It comes after `cache(…, "shared")` of all operands. A CPU copies at once.
+        Raises ScheduleError[S101, S102]."""
+        return self._loops(staging.pipeline, loop, stages)
+
     @takes(output=A_NAME, loop=A_NAME, copies=integer(2, privatize.MOST_COPIES))
     def privatize(self, output: str, loop: str, copies: int) -> Schedule:
         """Give an output that is updated in place one copy for each of `copies` groups of

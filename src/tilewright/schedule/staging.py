@@ -33,6 +33,7 @@ SCOPES: tuple[CacheScope, ...] = ("register", "shared")
 SHARED_LIMIT = max(SHARED_BYTES.values())  # of one array; `build` checks the sum for its target
 REGISTERS = 256  # elements of one scratch array in registers
 WIDE = 16  # bytes of the widest load
+MOST_STAGES = 8  # buffers of a pipeline
 BANK_CONFLICT = 32  # bytes: rows of shared memory that are multiples of it share banks
 
 
@@ -57,6 +58,47 @@ def _is_memory(x: Any) -> bool:
 
 def _is_of(name: str, operand: str) -> bool:
     return name in (operand, values_name(operand))
+
+
+def pipeline(body: ir.Stmt, loop: str, stages: int) -> tuple[ir.Stmt, int]:
+    """The loop rewrite behind `Schedule.pipeline`."""
+
+    def one(f: ir.For) -> ir.Stmt:
+        lines = f.body.body if isinstance(f.body, ir.Seq) else ()
+        copies = [s for s in lines if isinstance(s, ir.For) and s.kind == "threads"]
+        if not copies or f.kind != "serial":
+            raise illegal(
+                f"loop {f.name} is {f.kind} and copies {len(copies)} operands to shared memory",
+                'cache(…, "shared") at a serial loop first',
+            )
+        total = stages * sum(map(_copied_bytes, copies))
+        if total > SHARED_LIMIT:
+            raise illegal(
+                f"{stages} stages take {total} of {SHARED_LIMIT} bytes of shared memory",
+                "fewer stages, or smaller tiles",
+            )
+        return replace(f, kind="pipeline", stages=stages)
+
+    return rewrite_loops(body, loop, one)
+
+
+def _copied_bytes(copy: ir.For) -> int:
+    """Bytes of scratch that a copy fills. Raises ScheduleError[S102] if it cannot be
+    asynchronous."""
+    scratch = next(x for x in statements(copy) if isinstance(x, ir.Store)).buffer
+    lanes = prod(x.extent or 1 for x in statements(copy.body) if isinstance(x, ir.For))
+    nbytes = scratch.dtype.itemsize * lanes
+    if nbytes not in (4, 8, 16):
+        raise illegal(
+            f"{scratch.name} is copied {nbytes} bytes at a time; asynchronous are 4, 8 or 16",
+            f"specialize() its last dimension to a multiple of {WIDE // scratch.dtype.itemsize}",
+        )
+    if any(isinstance(x, ir.Load) and x.buffer.scope == "shared" for x in walk(copy)):
+        raise illegal(
+            f"the copy to {scratch.name} reads shared memory of the same iteration",
+            "cache fewer operands",
+        )
+    return scratch.dtype.itemsize * prod(int(e.value) for e in scratch.shape)  # type: ignore[attr-defined]
 
 
 class _Staging:
