@@ -6,7 +6,7 @@ begin … end-1, on whatever thread calls it.
 
 from __future__ import annotations
 
-from tilewright.codegen.cfamily import Renderer, Source, has_lists, has_tiles
+from tilewright.codegen.cfamily import Renderer, Source, has_lists, has_tiles, operand_kind
 from tilewright.codegen.params import Params, c_name, collect_params
 from tilewright.codegen.prelude_files import prelude
 from tilewright.errors import InternalError
@@ -44,7 +44,7 @@ class CppRenderer(Renderer):
             self.line(f"tw::mma_zero<{m}, {n}>({acc});")
         elif isinstance(s, ir.Mma):
             k = s.shape[2]
-            kind = f"tw::{s.a.buffer.dtype.name}_bits"
+            kind = operand_kind(s.a.buffer.dtype)
             self.line(f"tw::mma<{kind}, {m}, {n}, {k}>({acc}, {self.tile(s.a)}, {self.tile(s.b)});")
         else:
             kind = f"tw::{s.to.buffer.dtype.name}_bits"

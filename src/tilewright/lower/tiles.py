@@ -16,6 +16,7 @@ from tilewright.dtypes import DType
 from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import Affine, affine
+from tilewright.ir.atoms import ATOMS
 from tilewright.ir.rewrite import (
     add,
     conjuncts,
@@ -32,8 +33,6 @@ from tilewright.ir.rewrite import (
 from tilewright.lower.accumulators import frame_of, framed, reduced_names, with_totals
 from tilewright.lower.flatten import flat_offset
 
-SHAPE = (16, 8, 16)  # rows, columns and depth of one tile operation
-OPERANDS = ("float16", "bfloat16")
 MEMORY = ("global", "part", "shared")
 RESULTS = ("float32", "float16", "bfloat16")
 
@@ -93,19 +92,19 @@ class _Tiler:
             self.count += 1
             slots = () if p.escapes else p.slots
             total = math.prod(f.extent or 0 for f in slots)
-            shape = tuple(ir.Const(n, dtypes.int32) for n in (total, *SHAPE[:2]))
+            shape = tuple(ir.Const(n, dtypes.int32) for n in (total, *p.shape[:2]))
             name = f"{c.out.buffer.name}_tile{self.count}"
             names = [name] if len(c.sums) == 1 else [f"{name}_{n}" for n in range(len(c.sums))]
             accs = [ir.Buffer(n, dtypes.float32, shape, "fragment") for n in names]
             slot = _slot(slots)
             update, store = p.update(accs, slot), p.store(accs, slot)
             if p.escapes:
-                zeros = (ir.seq(ir.Alloc(acc), ir.MmaZero(acc, slot, SHAPE)) for acc in accs)
+                zeros = (ir.seq(ir.Alloc(acc), ir.MmaZero(acc, slot, p.shape)) for acc in accs)
                 top = _replaced(top, p.first, p.wrapped(ir.seq(*zeros, update, store)))
                 continue
             top = _replaced(top, p.first, p.wrapped(update))
             for acc in accs:
-                zero: ir.Stmt = ir.MmaZero(acc, slot, SHAPE)
+                zero: ir.Stmt = ir.MmaZero(acc, slot, p.shape)
                 for f in reversed(slots):
                     zero = ir.For(f.var, f.begin, f.end, zero, "unroll")
                 before += [ir.Alloc(acc), zero]
@@ -139,12 +138,12 @@ class _Product:
         path = path_to(top, c)
         assert path is not None
         loops = [s for s in path if isinstance(s, ir.For)][-3:]
-        exact = tuple(f.extent for f in loops) == SHAPE and all(
+        exact = tuple(f.extent for f in loops) in ATOMS and all(
             f.kind == "serial" and not f.private and is_const(f.begin, 0) for f in loops
         )
         if tuple(f.name for f in loops) != c.mma or not exact:
             raise ScheduleError(
-                "S102", f"the loops {', '.join(c.mma)} are no longer one tile of 16 × 8 × 16",
+                "S102", f"the loops {', '.join(c.mma)} are no longer those of a tile operation",
                 hint="call mma() after every other verb on these loops",
             )  # fmt: skip
         if any(ir.reduces(f, c) for f in loops[:2]) or not ir.reduces(loops[2], c):
@@ -170,6 +169,11 @@ class _Product:
                     f"how many iterations of {name} there are depends on a reduced loop"
                 )
         return p
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        rows, cols, depth = (s.extent or 0 for s in self.region if isinstance(s, ir.For))
+        return rows, cols, depth
 
     @property
     def escapes(self) -> bool:
@@ -207,7 +211,7 @@ class _Product:
         for acc, (op, value) in zip(accs, self.compute.sums, strict=True):
             x, y = self._operands(op, value)
             a, b = self.tile(x, rows, depth), self.tile(y, depth, cols)
-            products.append(ir.Mma(acc, slot, a, b, SHAPE))
+            products.append(ir.Mma(acc, slot, a, b, self.shape))
         return ir.seq(*products)
 
     def store(self, accs: list[ir.Buffer], slot: ir.Expr) -> ir.Stmt:
@@ -215,7 +219,7 @@ class _Product:
         if c.reductions:
             return self._epilogue(accs, slot)
         to = self.tile(c.out, *self.names[:2])
-        return ir.MmaStore(to, accs[0], slot, SHAPE, c.op if c.in_place else "")
+        return ir.MmaStore(to, accs[0], slot, self.shape, c.op if c.in_place else "")
 
     def _epilogue(self, accs: list[ir.Buffer], slot: ir.Expr) -> ir.Stmt:
         """Each thread stores the elements that its fragments hold. Lets and guards of the tile
@@ -246,11 +250,11 @@ class _Product:
             factors.append(e)
         x, y = factors
         to_result = bool(c.reductions) or c.out.dtype.name in RESULTS
-        if x.dtype != y.dtype or x.dtype.name not in OPERANDS or not to_result:
+        if x.dtype != y.dtype or x.dtype.name not in ATOMS[self.shape] or not to_result:
             raise ScheduleError(
                 "S102",
-                "a tile operation multiplies float16 or bfloat16 into float32, "
-                f"not {x.dtype} × {y.dtype} into {c.out.dtype}",
+                f"a tile operation of {self.shape} multiplies {' or '.join(ATOMS[self.shape])} "
+                f"into float32, not {x.dtype} × {y.dtype} into {c.out.dtype}",
                 hint='build it .typed(A="float16", B="float16"), with the output typed("float32")',
             )
         rows, cols, _ = self.names
@@ -272,12 +276,13 @@ class _Product:
             raise _not_affine(f"{x.buffer.name} lies in no memory that tiles can be cut from")
         x = replace(x, index=tuple(substitute(i, self.known) for i in x.index))
         names = frozenset(self.names)
-        base, step = _affine(flat_offset(x), names, dtypes.int64)
+        offset = flat_offset(x)
+        base, step = _affine(offset, names, offset.dtype)
         if set(step) - {rows, cols}:
             raise _not_affine(f"{x} depends on {', '.join(sorted(set(step) - {rows, cols}))} too")
-        zero = ir.Const(0, dtypes.int64)
+        zero = ir.Const(0, offset.dtype)
         strides = (simplify(step.get(n, zero)) for n in (rows, cols))
-        extents = dict(zip(self.names, SHAPE, strict=True))
+        extents = dict(zip(self.names, self.shape, strict=True))
         limits = (self.limits.get(n, ir.Const(extents[n], dtypes.int32)) for n in (rows, cols))
         return ir.Tile(x.buffer, simplify(base), *strides, *limits)
 

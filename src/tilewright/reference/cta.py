@@ -31,11 +31,13 @@ import numpy as np
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
+from tilewright.ir.atoms import element
 from tilewright.ir.rewrite import walk
 from tilewright.reference.flights import Flights
 from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
 from tilewright.reference.ops_table import (
     UFUNCS,
+    as_operand,
     cast,
     computed,
     constant,
@@ -187,13 +189,13 @@ class Launch:
             at = at + at.dtype.type(1)
 
     def elements(self, rows: ir.For) -> None:
-        """The loops over a fragment: each lane runs the four elements that it holds, as mma.cuh has
-        them."""
-        cols, lane = rows.body, self.lane % WARP
+        """The loops over a fragment: each lane runs the elements that it holds."""
+        cols = rows.body
         assert isinstance(cols, ir.For) and cols.kind == "fragment"
-        for e in range(4):
-            self.env[rows.name] = (lane // 4 + e // 2 * 8).astype(rows.var.dtype.numpy)
-            self.env[cols.name] = (lane % 4 * 2 + e % 2).astype(cols.var.dtype.numpy)
+        for e in range((rows.extent or 0) * (cols.extent or 0) // WARP):
+            row, col = element(e, self.lane % WARP)
+            self.env[rows.name] = row.astype(rows.var.dtype.numpy)
+            self.env[cols.name] = col.astype(cols.var.dtype.numpy)
             self.do(cols.body)
 
     def barrier(self, where: ir.Sync | ir.ReduceThreads, number: int = 0) -> None:
@@ -376,7 +378,8 @@ class Launch:
             who = np.stack((reader, self.unit[first] + self.first_unit, self.epoch[first]))
             self.access(t.buffer.name, "read", at[inside], who)
         if inside.any():
-            elements[inside] = self.memory[t.buffer.name].read(at[inside], t.buffer.dtype)
+            read = self.memory[t.buffer.name].read(at[inside], t.buffer.dtype)
+            elements[inside] = as_operand(read, t.buffer.dtype)
         return elements
 
     # -- expressions -----------------------------------------------------------------------------

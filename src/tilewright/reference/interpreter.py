@@ -22,7 +22,7 @@ from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import walk
 from tilewright.reference.epilogues import Epilogues
 from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
-from tilewright.reference.ops_table import UFUNCS, cast, constant, decode, encode, operation
+from tilewright.reference.ops_table import UFUNCS, as_operand, cast, constant, decode, encode, operation
 
 
 def execute(
@@ -231,7 +231,9 @@ class _Nest:
         if isinstance(s, ir.MmaZero):
             fragment[...] = 0
         elif isinstance(s, ir.Mma):
-            fragment += self.tile(s.a, m, k)[0] @ self.tile(s.b, k, n)[0]
+            tiles = (s.a, m, k), (s.b, k, n)
+            a, b = (as_operand(self.tile(*t)[0], t[0].buffer.dtype) for t in tiles)
+            fragment += a @ b
         else:
             old, at, inside = self.tile(s.to, m, n)
             new, dtype = fragment + old if s.op else fragment, s.to.buffer.dtype

@@ -12,6 +12,7 @@ from typing import Any
 
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple
+from tilewright.ir.atoms import ATOMS, SHAPES
 from tilewright.ir.rewrite import (
     add,
     free_vars,
@@ -287,8 +288,9 @@ def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Rewritten:
             raise illegal(
                 f"{', '.join(names)} are not the three innermost loops of one product{why}", hint
             )
-        if tuple(x.extent for x in loops if x) != (16, 8, 16):
-            raise illegal("a tile operation is 16 × 8 × 16", "split the loops by 16, 8 and 16")
+        extents = tuple(x.extent for x in loops if x)
+        if extents not in ATOMS:
+            raise illegal(f"no tile operation is {extents}", f"split the loops into {SHAPES}")
         c = chain.body
         products = (op == "sum" and isinstance(x, ir.Binary) and x.op == "*" for op, x in c.sums)
         if not all(products) or not ir.reduces(chain.loops[-1], c):

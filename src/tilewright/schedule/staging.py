@@ -38,13 +38,13 @@ BANK_CONFLICT = 32  # bytes: rows of shared memory that are multiples of it shar
 
 
 def cache(
-    body: ir.Stmt, buffer: str, loop: str, scope: CacheScope = "register"
+    body: ir.Stmt, buffer: str, loop: str, scope: CacheScope = "register", padding: float = 0
 ) -> tuple[ir.Stmt, int]:
-    """The loop rewrite behind `Schedule.cache`."""
+    """The loop rewrite behind `Schedule.cache`. `padding`: the value of slots without an entry."""
     reads = (x for c in computes(body) for e in _values(c) for x in walk(e) if _is_memory(x))
     if not any(_is_of(x.buffer.name, buffer) for x in reads):
         return body, 0
-    return rewrite_loops(body, loop, lambda f: _Staging(body, f, buffer, scope).result())
+    return rewrite_loops(body, loop, lambda f: _Staging(body, f, buffer, scope, padding).result())
 
 
 def _values(c: ir.Compute) -> tuple[ir.Expr, ...]:
@@ -104,8 +104,10 @@ def _copied_bytes(copy: ir.For) -> int:
 class _Staging:
     """`cache` at one loop: the accesses, the scratch they share, its copy."""
 
-    def __init__(self, nest: ir.Stmt, at: ir.For, operand: str, scope: CacheScope) -> None:
-        self.nest, self.at, self.operand = nest, at, operand
+    def __init__(
+        self, nest: ir.Stmt, at: ir.For, operand: str, scope: CacheScope, padding: float
+    ) -> None:
+        self.nest, self.at, self.operand, self.padding = nest, at, operand, padding
         self.scope: CacheScope = scope
         self.groups: list[list[ir.For]] = []  # the loops of each dimension of scratch
         accesses = [
@@ -264,7 +266,10 @@ class _Staging:
         if self.scope == "shared" and not extents:
             extents = [1]
         rows = self.scope == "shared" and len(extents) > 1
-        if rows and extents[-1] * dtype.itemsize % BANK_CONFLICT == 0:
+        conflicts = rows and extents[-1] * dtype.itemsize % BANK_CONFLICT == 0
+        is_power = bool(extents) and extents[-1] & (extents[-1] - 1) == 0
+        swizzled = conflicts and is_power and all(c.mma for c in computes(self.at.body))
+        if conflicts and not swizzled:
             extents[-1] += WIDE // dtype.itemsize
         total = prod(extents)
         if self.scope == "register" and total > REGISTERS:
@@ -274,7 +279,8 @@ class _Staging:
                 f"{total * dtype.itemsize} bytes of shared memory",
                 f"at most {SHARED_LIMIT}: a smaller tile",
             )
-        return ir.Buffer(name, dtype, tuple(map(ir.as_expr, extents)), self.scope)
+        shape = tuple(map(ir.as_expr, extents))
+        return ir.Buffer(name, dtype, shape, self.scope, swizzled=swizzled)
 
     # -- the copy --------------------------------------------------------------------------------
 
@@ -366,7 +372,7 @@ class _Staging:
         for s in self.path:
             for cond in conjuncts(s.cond) if isinstance(s, ir.If) else ():
                 reads = self.reads(cond) & self.inner.keys()
-                if reads and not reads & own:
+                if (reads and not reads & own) or self._is_of_coordinates(cond):
                     continue
                 if reads - own:
                     raise self.refuse(
@@ -375,6 +381,17 @@ class _Staging:
                     )
                 guards.append(cond)
         return guards
+
+
+    def _is_of_coordinates(self, cond: ir.Expr) -> bool:
+        """Whether a guard of stored values bounds what their position does not depend on, a
+        coordinate: beyond its bound the format stores padding, which is 0."""
+        stored = self.access.buffer.scope == "part" and self.padding == 0
+        if not (stored and isinstance(cond, ir.Binary) and cond.op == "<"):
+            return False
+        names, positions = self.reads(cond.a), set().union(*map(self.reads, self.access.index))
+        loaded = any(n in self.lets and reads_memory(self.lets[n]) for n in names)
+        return loaded or bool(names - positions)
 
 
 def _part_of(e: ir.Expr, loops: dict[str, ir.For]) -> tuple[ir.For, ir.Expr] | None:

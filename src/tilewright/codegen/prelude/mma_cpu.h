@@ -14,10 +14,28 @@ TW_INLINE window<T> tile(T* p, int64_t down, int64_t right, int64_t rows, int64_
   return {p, down, right, rows, cols};
 }
 
+template <class T> struct plain { using type = T; };
+template <class T> struct plain<const T> { using type = T; };
+
 // How the elements of a window are read and written.
 struct float32_bits {
   TW_INLINE float read(float x) { return x; }
   TW_INLINE float write(float x) { return x; }
+};
+// An operand in float32: rounded to 10 bits of mantissa, ties away from zero.
+struct tf32_bits {
+  TW_INLINE float read(float x) {
+    if (x != x) return x;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    bits = (bits + 0x1000u) & 0xffffe000u;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+  }
+  template <int N> TW_INLINE vec<float, N> read(vec<float, N> x) {
+    for (int i = 0; i < N; ++i) x[i] = read(x[i]);
+    return x;
+  }
 };
 struct float16_bits {
   TW_INLINE float read(uint16_t x) { return from_float16(x); }
@@ -37,7 +55,7 @@ TW_INLINE void read_tile(float* to, window<T> w) {
   for (int r = 0; r < R; ++r) {
     const T* row = w.p + r * w.down;
     if (all_cols && r < w.rows) {
-      store<float, C>(to + r * C, Kind::template read<C>(load<uint16_t, C>(row)));
+      store<float, C>(to + r * C, Kind::template read<C>(load<typename plain<T>::type, C>(row)));
     } else {
       for (int c = 0; c < C; ++c)
         to[r * C + c] = r < w.rows && c < w.cols ? Kind::read(row[c * w.right]) : 0.0f;
