@@ -90,7 +90,7 @@ class Renderer(MergeRenderer):
             self.line(self.prefetch(self.address(s.place.buffer, s.place.index[0])))
         elif isinstance(s, ir.Sync):
             self.sync()
-        elif isinstance(s, (ir.Mma, ir.MmaZero, ir.MmaStore)):
+        elif isinstance(s, (ir.Mma, ir.MmaZero)):
             self.mma(s)
         else:
             raise InternalError("I101", f"no text for {type(s).__name__}")
@@ -193,7 +193,7 @@ class Renderer(MergeRenderer):
     def pipeline(self, s: ir.Commit | ir.Wait) -> str:
         raise InternalError("I101", "this target has no asynchronous copies")
 
-    def mma(self, s: ir.Mma | ir.MmaZero | ir.MmaStore) -> None:
+    def mma(self, s: ir.Mma | ir.MmaZero) -> None:
         raise InternalError("I101", "this target has no matrix tiles")
 
     # -- expressions -----------------------------------------------------------------------------

@@ -37,19 +37,14 @@ class CppRenderer(Renderer):
     def choice(self, kind: str, cond: str, a: str, b: str) -> str:
         return f"tw::pick<{kind}>({cond}, {a}, {b})"
 
-    def mma(self, s: ir.Mma | ir.MmaZero | ir.MmaStore) -> None:
+    def mma(self, s: ir.Mma | ir.MmaZero) -> None:
         m, n, *_ = s.shape
         acc = f"{c_name(s.acc.name)} + ({self.expr(s.slot)}) * {m * n}"
         if isinstance(s, ir.MmaZero):
             self.line(f"tw::mma_zero<{m}, {n}>({acc});")
-        elif isinstance(s, ir.Mma):
-            k = s.shape[2]
-            kind = operand_kind(s.a.buffer.dtype)
-            self.line(f"tw::mma<{kind}, {m}, {n}, {k}>({acc}, {self.tile(s.a)}, {self.tile(s.b)});")
         else:
-            kind = f"tw::{s.to.buffer.dtype.name}_bits"
-            verb = "mma_add" if s.op else "mma_store"
-            self.line(f"tw::{verb}<{kind}, {m}, {n}>({self.tile(s.to)}, {acc});")
+            k, kind = s.shape[2], operand_kind(s.a.buffer.dtype)
+            self.line(f"tw::mma<{kind}, {m}, {n}, {k}>({acc}, {self.tile(s.a)}, {self.tile(s.b)});")
 
     def tile(self, t: ir.Tile) -> str:
         fields = (t.row_stride, t.col_stride, t.row_limit, t.col_limit)

@@ -154,33 +154,37 @@ class CudaRenderer(Renderer):
             super().loop(s)
             return
         cols = s.body
-        assert isinstance(cols, ir.For) and cols.kind == "fragment"
+        assert isinstance(cols, ir.For) and cols.kind in ("fragment", "pairs")
+        step = 1 if cols.kind == "fragment" else 2
         self.line("#pragma unroll")
-        self.line(f"for (int e__ = 0; e__ < {(cols.extent or 0) // 2}; ++e__) {{")
+        count = (cols.extent or 0) * step // 2
+        self.line(f"for (int e__ = 0; e__ < {count}; e__ += {step}) {{")
         self.depth += 1
-        for f, which in ((s, "row"), (cols, "col")):
-            self.line(f"const {self.type(f.var.dtype)} {c_name(f.name)} = "
-                      f"tw::fragment_{which}(e__, tx);")  # fmt: skip
+        for f, which in ((s, "row(e__, tx)"), (cols, f"col(e__, tx) / {step}")):
+            kind = self.type(f.var.dtype)
+            self.line(f"const {kind} {c_name(f.name)} = tw::fragment_{which};")
         self.stmt(cols.body)
         self.depth -= 1
         self.line("}")
+
+    def load(self, e: ir.Load) -> str:
+        if e.buffer.scope == "fragment" and e.dtype.lanes == 2:
+            first = self.register(e.buffer, e.index)
+            return f"tw::vec<float, 2>{{{{{first}, {first[:-1]} + 1]}}}}"
+        return super().load(e)
 
     def register(self, b: ir.Buffer, index: tuple[ir.Expr, ...]) -> str:
         if b.scope == "fragment":
             return f"{c_name(b.name)}[{self.expr(index[0])}].v[e__ / 4][e__ % 4]"
         return super().register(b, index)
 
-    def mma(self, s: ir.Mma | ir.MmaZero | ir.MmaStore) -> None:
+    def mma(self, s: ir.Mma | ir.MmaZero) -> None:
         acc = f"{c_name(s.acc.name)}[{self.expr(s.slot)}]"
         if isinstance(s, ir.MmaZero):
             self.line(f"tw::mma_zero({acc});")
-        elif isinstance(s, ir.Mma):
+        else:
             a, b = self.fragment(s.a, "a"), self.fragment(s.b, f"b<{s.shape[1]}>")
             self.line(f"tw::mma<{operand_kind(s.a.buffer.dtype)}>({acc}, {a}, {b});")
-        else:
-            kind = f"tw::{s.to.buffer.dtype.name}_bits"
-            verb = "mma_add" if s.op else "mma_store"
-            self.line(f"tw::{verb}<{kind}>({self.tile(s.to)}, {acc}, tx);")
 
     def fragment(self, t: ir.Tile, side: str) -> str:
         """The fragment of an operand tile, loaded once for all products of a block that read it."""

@@ -16,6 +16,7 @@ LoopKind = Literal[
     "serial", "parallel", "vector", "unroll",
     "cta.x", "cta.y", "thread.x", "thread.y", "threads",  # threads: shared out among all of a CTA
     "fragment",  # rows, and right inside columns, of a tile: each thread runs the elements it has
+    "pairs",  # in place of these columns: their pairs, both elements of which a thread has
     "pipeline",  # copies of the next iterations to shared memory are under way during each
 ]  # fmt: skip
 GRID: tuple[LoopKind, ...] = ("parallel", "cta.x", "cta.y")  # loops that become units of a launch
@@ -242,17 +243,6 @@ class Mma(Stmt):
     a: Tile
     b: Tile
     shape: tuple[int, int, int]
-
-
-@node
-class MmaStore(Stmt):
-    """Writes (or adds) a fragment to a tile of memory, within its limits."""
-
-    to: Tile
-    acc: Buffer
-    slot: Expr
-    shape: tuple[int, int, int]
-    op: str = ""
 
 
 # ---------------------------------------------------------------------------- programs

@@ -134,7 +134,6 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "Sync": lambda s: "sync",
     "MmaZero": lambda s: f"mma_zero {_fragment(s)}",
     "Mma": lambda s: f"mma {_fragment(s)} += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}",
-    "MmaStore": lambda s: f"mma_store {_tile(s.to)} {'+' if s.op else ''}= {_fragment(s)}",
 }
 
 

@@ -21,7 +21,7 @@ from tilewright.lower.positions import coordinates_to_positions
 from tilewright.lower.predicate import predicate_loads
 from tilewright.lower.reductions import materialize_reductions
 from tilewright.lower.tiles import materialize_tiles
-from tilewright.lower.vectorize import split_registers, unroll_loops, vectorize_loops
+from tilewright.lower.vectorize import pair_fragments, split_registers, unroll_loops, vectorize_loops
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ AFTER_SCHEDULE = (
     Pass(bind_threads, only=("cuda",)),
     Pass(predicate_loads, only=("cuda",)),
     Pass(flatten_addresses),
+    Pass(pair_fragments, only=("cuda",)),
     Pass(vectorize_loops),
     Pass(unroll_loops),
     Pass(split_registers),

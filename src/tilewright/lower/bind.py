@@ -246,10 +246,8 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
             if extents[kind] > 1 and kind not in inside:
                 s = ir.If(ir.binary("==", var, 0), s)
         return s
-    if isinstance(s, (ir.Mma, ir.MmaZero, ir.MmaStore)):
+    if isinstance(s, (ir.Mma, ir.MmaZero)):
         _check_tile(inside)
-        if isinstance(s, ir.MmaStore) and extents["thread.y"] > 1 and "thread.y" not in inside:
-            return ir.If(ir.binary("==", THREAD_Y, 0), s)
     return s
 
 

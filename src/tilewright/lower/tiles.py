@@ -47,9 +47,9 @@ def materialize_tiles(program: ir.Program) -> ir.Program:
                 for i_i in 0:16                             for u in 0:4  # unroll
                   if i < m                                    mma acc[u] += A tile @ B tile
                     for j_i in 0:8                        for u in 0:4  # unroll
-                      if j < n                              mma_store C tile = acc[u]
-                        for k_i in 0:16
-                          if k < size_k
+                      if j < n                              for i_i, j_i  # fragment
+                        for k_i in 0:16                       if i < m, j < n
+                          if k < size_k                         C[i, j] = acc[u, i_i, j_i]
                             C[i, j] = sum(…) mma(i_i, j_i, k_i)
 
     An output that is updated in place at coordinates which the reduced loops compute is updated in
@@ -100,7 +100,7 @@ class _Tiler:
             update, store = p.update(accs, slot), p.store(accs, slot)
             if p.escapes:
                 zeros = (ir.seq(ir.Alloc(acc), ir.MmaZero(acc, slot, p.shape)) for acc in accs)
-                top = _replaced(top, p.first, p.wrapped(ir.seq(*zeros, update, store)))
+                top = _replaced(top, p.first, ir.seq(*zeros, p.wrapped(update), store))
                 continue
             top = _replaced(top, p.first, p.wrapped(update))
             for acc in accs:
@@ -108,7 +108,7 @@ class _Tiler:
                 for f in reversed(slots):
                     zero = ir.For(f.var, f.begin, f.end, zero, "unroll")
                 before += [ir.Alloc(acc), zero]
-            after.append(store if p.compute.reductions else p.framed(store))
+            after.append(store)
         # The rest of the loop may hold products whose own reductions start further in.
         return ir.seq(*before, rebuild(top, self.visit), *after)
 
@@ -178,13 +178,8 @@ class _Product:
     @property
     def escapes(self) -> bool:
         """Whether the reduced loops decide where the output lies."""
-        if self.compute.reductions:
-            return False
-        to = self.tile(self.compute.out, *self.names[:2])
-        return bool(
-            (free_vars(to.offset) | free_vars(to.row_stride) | free_vars(to.col_stride))
-            & self.reduced
-        )
+        index = (substitute(i, self.known) for i in self.compute.out.index)
+        return any(free_vars(i) & self.reduced for i in index)
 
     @property
     def slots(self) -> tuple[ir.For, ...]:
@@ -215,26 +210,20 @@ class _Product:
         return ir.seq(*products)
 
     def store(self, accs: list[ir.Buffer], slot: ir.Expr) -> ir.Stmt:
-        c = self.compute
-        if c.reductions:
-            return self._epilogue(accs, slot)
-        to = self.tile(c.out, *self.names[:2])
-        return ir.MmaStore(to, accs[0], slot, self.shape, c.op if c.in_place else "")
-
-    def _epilogue(self, accs: list[ir.Buffer], slot: ir.Expr) -> ir.Stmt:
         """Each thread stores the elements that its fragments hold. Lets and guards of the tile
         stand inside of its two loops, but those of the sum."""
+        c, path = self.compute, self.region if self.escapes else (*self.outer, *self.region)
         rows, cols, _ = (s for s in self.region if isinstance(s, ir.For))
-        element = (slot, rows.var, cols.var)
-        lets, value = with_totals(self.compute, [ir.Load(acc, element, acc.dtype) for acc in accs])
-        out = self.compute.out
-        body = ir.seq(*lets, ir.Store(out.buffer, out.index, ir.cast(value, out.dtype)))
-        rest = tuple(s for s in self.region if not isinstance(s, ir.For))
-        reduced = reduced_names((*self.outer, *self.region), self.compute)
-        body = framed(body, frame_of(rest, reduced))
+        totals = [ir.Load(acc, (slot, rows.var, cols.var), acc.dtype) for acc in accs]
+        lets, value = with_totals(c, totals) if c.reductions else ((), totals[0])
+        if c.in_place:
+            value = ir.binary("+", ir.cast(c.out, value.dtype), value)
+        body = ir.seq(*lets, ir.Store(c.out.buffer, c.out.index, ir.cast(value, c.out.dtype)))
+        reduced = reduced_names(path, c)
+        body = framed(body, frame_of([s for s in self.region if not isinstance(s, ir.For)], reduced))
         for f in (cols, rows):
             body = ir.For(f.var, f.begin, f.end, body, "fragment")
-        return framed(body, frame_of(self.outer, reduced))
+        return body if self.escapes else framed(body, frame_of(self.outer, reduced))
 
     def _operands(self, op: str, value: ir.Expr) -> tuple[ir.Load, ir.Load]:
         """The factor that has the rows, then the one that has the columns."""
@@ -289,10 +278,6 @@ class _Product:
     def wrapped(self, body: ir.Stmt) -> ir.Stmt:
         """Under the lets and guards of the tile that concern all of it."""
         return framed(body, self.inner)
-
-    def framed(self, body: ir.Stmt) -> ir.Stmt:
-        """Under the spatial loops, and the lets and guards that depend on nothing reduced."""
-        return framed(body, frame_of((*self.outer, *self.inner), self.reduced))
 
 
 # ---------------------------------------------------------------------------- around a tile

@@ -63,10 +63,11 @@ def execute(
     with np.errstate(all="ignore"):
         for stage in launches(program, buffers, variables, parts):
             written = {
-                (x.buffer if isinstance(x, ir.Store) else x.to.buffer).name
-                for nest, _, _ in stage for x in walk(nest.body)
-                if isinstance(x, (ir.Store, ir.MmaStore))
-            }  # fmt: skip
+                x.buffer.name
+                for nest, _, _ in stage
+                for x in walk(nest.body)
+                if isinstance(x, ir.Store)
+            }
             histories: dict[tuple[int, int], History] = {}  # by address and length of an array
             units = 0
             for nest, memory, env in stage:
@@ -163,7 +164,7 @@ class Launch:
             self.allocate(s)
         elif isinstance(s, ir.Sync):
             self.barrier(s)
-        elif isinstance(s, (ir.MmaZero, ir.Mma, ir.MmaStore)):
+        elif isinstance(s, (ir.MmaZero, ir.Mma)):
             self.tiles(s)
         elif not isinstance(s, ir.Prefetch):
             raise InternalError("I101", f"{type(s).__name__} cannot be executed")
@@ -189,13 +190,14 @@ class Launch:
             at = at + at.dtype.type(1)
 
     def elements(self, rows: ir.For) -> None:
-        """The loops over a fragment: each lane runs the elements that it holds."""
+        """The loops over a fragment: each lane runs the elements that it holds, or pairs of them."""
         cols = rows.body
-        assert isinstance(cols, ir.For) and cols.kind == "fragment"
-        for e in range((rows.extent or 0) * (cols.extent or 0) // WARP):
+        assert isinstance(cols, ir.For) and cols.kind in ("fragment", "pairs")
+        step = 1 if cols.kind == "fragment" else 2
+        for e in range(0, (rows.extent or 0) * (cols.extent or 0) * step // WARP, step):
             row, col = element(e, self.lane % WARP)
             self.env[rows.name] = row.astype(rows.var.dtype.numpy)
-            self.env[cols.name] = col.astype(cols.var.dtype.numpy)
+            self.env[cols.name] = (col // step).astype(cols.var.dtype.numpy)
             self.do(cols.body)
 
     def barrier(self, where: ir.Sync | ir.ReduceThreads, number: int = 0) -> None:
@@ -329,29 +331,14 @@ class Launch:
             raise self.refuse("the lanes of a warp disagree on a tile")
         return values[:, 0].astype(np.int64)
 
-    def tiles(self, s: ir.MmaZero | ir.Mma | ir.MmaStore) -> None:
+    def tiles(self, s: ir.MmaZero | ir.Mma) -> None:
         m, n, k = s.shape
         acc = self.registers[s.acc.name]
         where = self.warps(), self.of_warps(s.slot)
         if isinstance(s, ir.MmaZero):
             acc[where] = 0
-        elif isinstance(s, ir.Mma):
-            acc[where] += self.operand(s.a, m, k) @ self.operand(s.b, k, n)
         else:
-            at, inside = self.window(s.to, m, n)
-            r, c = np.indices((m, n))
-            lane = where[0][:, None, None] * WARP + r % 8 * 4 + c % 8 // 2  # as mma.cuh has them
-            self.write_tile(s, acc[where][inside], at[inside], lane[inside])
-
-    def write_tile(self, s: ir.MmaStore, new: Any, at: np.ndarray, lane: np.ndarray) -> None:
-        if not len(at):
-            return
-        b, cells = s.to.buffer, self.memory[s.to.buffer.name].flat
-        who = np.stack((lane, self.unit[lane] + self.first_unit, self.epoch[lane]))
-        self.access(b.name, "write", at, who)
-        if s.op:
-            new = new + decode(cells[at], b.dtype)
-        cells[at] = encode(cast(new, b.dtype), b.dtype, cells.dtype)
+            acc[where] += self.operand(s.a, m, k) @ self.operand(s.b, k, n)
 
     def window(self, t: ir.Tile, rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
         """The offsets of the elements of a tile for each warp, and which are inside the limits. In
@@ -425,7 +412,11 @@ class Launch:
         if b.scope == "register":
             return decode(self.register(e), dtype)
         if b.scope == "fragment":
-            return self.registers[name][(self.lane // WARP, *map(self.value, e.index))]
+            *at, col = map(self.value, e.index)
+            if e.dtype.lanes == 1:
+                return self.registers[name][(self.lane // WARP, *at, col)]
+            warp, *at = (x[:, None] for x in (self.lane // WARP, *at))
+            return self.registers[name][(warp, *at, col[:, None] + np.arange(e.dtype.lanes))]
         at = self.offset(b, e.index)
         if name in self.histories:
             seen = np.broadcast_to(at, (len(self.lane), *at.shape[1:]))[self.mask]

@@ -109,7 +109,7 @@ class _Nest:
         elif isinstance(s, ir.Scatter):
             row, key, value = self.rows[s.workspace.name], self.value(s.key), self.value(s.value)
             row[key] = row[key] + value if key in row else value
-        elif isinstance(s, (ir.MmaZero, ir.Mma, ir.MmaStore)):
+        elif isinstance(s, (ir.MmaZero, ir.Mma)):
             self.tiles(s)
         elif not isinstance(s, (ir.Sync, ir.Commit, ir.Wait, ir.Prefetch)):
             raise InternalError("I101", f"{type(s).__name__} cannot be executed")
@@ -225,24 +225,16 @@ class _Nest:
             self.registers[b.name] = poisoned(shape, b.dtype.scalar)
             self.scratch.add(b.name)
 
-    def tiles(self, s: ir.MmaZero | ir.Mma | ir.MmaStore) -> None:
+    def tiles(self, s: ir.MmaZero | ir.Mma) -> None:
         m, n, k = s.shape
         fragment = self.registers[s.acc.name].reshape(-1, m, n)[self.value(s.slot)]
         if isinstance(s, ir.MmaZero):
             fragment[...] = 0
-        elif isinstance(s, ir.Mma):
-            tiles = (s.a, m, k), (s.b, k, n)
-            a, b = (as_operand(self.tile(*t)[0], t[0].buffer.dtype) for t in tiles)
-            fragment += a @ b
         else:
-            old, at, inside = self.tile(s.to, m, n)
-            new, dtype = fragment + old if s.op else fragment, s.to.buffer.dtype
-            if inside.any():
-                self.memory[s.to.buffer.name].write(at[inside], cast(new[inside], dtype), dtype)
+            fragment += self.tile(s.a, m, k) @ self.tile(s.b, k, n)
 
-    def tile(self, t: ir.Tile, rows: int, cols: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The elements of a tile in float32, their offsets, and whether each is inside the limits;
-        0 beyond them."""
+    def tile(self, t: ir.Tile, rows: int, cols: int) -> np.ndarray:
+        """The elements of an operand in float32; 0 beyond its limits."""
         array = self.memory[t.buffer.name]
         fields = (t.offset, t.row_stride, t.col_stride, t.row_limit, t.col_limit)
         first, down, right, high, wide = (int(self.value(f)) for f in fields)
@@ -251,8 +243,8 @@ class _Nest:
         at = np.where(inside, first + r * down + c * right, 0)
         elements = np.zeros(inside.shape, np.float32)
         if inside.any():
-            elements[inside] = array.read(at[inside], t.buffer.dtype)
-        return elements, at, inside
+            elements[inside] = as_operand(array.read(at[inside], t.buffer.dtype), t.buffer.dtype)
+        return elements
 
     # -- expressions -----------------------------------------------------------------------------
 

@@ -11,11 +11,13 @@ from typing import Any, Literal
 from tilewright import dtypes
 from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
+from tilewright.ir.affine import affine, is_multiple
 from tilewright.ir.names import values_name
 from tilewright.ir.rewrite import (
     add,
     conjuncts,
     free_vars,
+    is_const,
     mul,
     path_to,
     rebuild,
@@ -289,7 +291,7 @@ class _Staging:
         fresh = {f.name: ir.Var(f"{f.name}_{scratch.name}", f.var.dtype) for f in loops}
         if self.scope == "shared":
             return self._fill_together(scratch, loops, fresh)
-        body, _ = self._element(scratch, fresh, tuple(fresh.values()))
+        body = self._element(scratch, fresh, tuple(fresh.values()), {})
         for f in reversed(loops):
             kind = "vector" if f.kind == "vector" else "unroll"
             body = ir.For(fresh[f.name], f.begin, f.end, body, kind)
@@ -302,9 +304,9 @@ class _Staging:
         dtype = loops[0].var.dtype if loops else dtypes.int32
         at = ir.Var(f"{scratch.name}_at", dtype)
         numbers = tuple(ir.Var(f"{scratch.name}_{n}", dtype) for n in range(len(self.groups)))
-        element, guarded = self._element(scratch, fresh, numbers or (ir.as_expr(0),))
-        lanes = 1 if guarded else self._lanes(loops)
+        lanes = self._lanes(loops, self._guards(set(fresh)))
         lane, rest = ir.Var(f"{scratch.name}_lane", dtype), at
+        starts: dict[str, ir.Expr] = {}
         outside: list[ir.Stmt] = []
         inside: list[ir.Stmt] = []
         for n, group in reversed(list(enumerate(self.groups))):
@@ -321,28 +323,54 @@ class _Staging:
             for f in reversed(group):
                 wide = by if f is loops[-1] else 1
                 digit, number = _digit(number, (f.extent or 1) // wide, f is group[0])
-                value = add(mul(digit, wide), lane) if wide > 1 else digit
-                (inside if wide > 1 else outside).append(ir.Let(fresh[f.name], value))
+                if wide > 1:
+                    starts[f.name] = mul(digit, wide)
+                    inside.append(ir.Let(fresh[f.name], add(starts[f.name], lane)))
+                else:
+                    outside.append(ir.Let(fresh[f.name], digit))
+        element = self._element(scratch, fresh, numbers or (ir.as_expr(0),), starts)
         body: ir.Stmt = ir.seq(*inside, element)
         if lanes > 1:
             body = ir.For(lane, ir.as_expr(0), ir.as_expr(lanes), body, "vector")
         total = prod(f.extent or 0 for f in loops) // lanes
         return ir.For(at, ir.as_expr(0), ir.as_expr(total), ir.seq(*outside, body), "threads")
 
-    def _lanes(self, loops: list[ir.For]) -> int:
-        """Elements that one thread copies at once: neighbours of a row, where they are."""
-        if not loops:
+    def _lanes(self, loops: list[ir.For], guards: list[ir.Expr]) -> int:
+        """Elements that one thread copies at once: neighbours of a row, where they are, and where
+        guards hold for all of them or for none."""
+        lanes = WIDE // self.access.dtype.itemsize
+        if not loops or (loops[-1].extent or 0) % lanes:
             return 1
         last = loops[-1].name
         if any(last in self.reads(i) for i in self.access.index[:-1]):
             return 1
-        lanes = WIDE // self.access.dtype.itemsize
-        return lanes if (loops[-1].extent or 0) % lanes == 0 else 1
+        together = all(self._is_uniform(g, last, lanes) for g in guards if last in self.reads(g))
+        return lanes if together else 1
+
+    def _is_uniform(self, guard: ir.Expr, last: str, lanes: int) -> bool:
+        """Whether a guard is the same for each group of iterations of the last loop, from a
+        multiple of `lanes` on: it compares x + last, x a multiple, with a size that is one."""
+        if not (isinstance(guard, ir.Binary) and guard.op == "<" and isinstance(guard.b, ir.Const)):
+            return False
+        form = affine(self._resolved(guard.a), frozenset((last,)))
+        is_plain = form is not None and is_const(form.steps.get(last), 1)
+        return is_plain and is_multiple(form.base, lanes) and int(guard.b.value) % lanes == 0
+
+    def _resolved(self, e: ir.Expr) -> ir.Expr:
+        """An expression without the lets on the way to the access."""
+        while self.lets.keys() & free_vars(e):
+            e = substitute(e, self.lets)
+        return e
 
     def _element(
-        self, scratch: ir.Buffer, fresh: dict[str, ir.Var], to: tuple[ir.Expr, ...]
-    ) -> tuple[ir.Stmt, bool]:
-        """Scratch element = operand element, and whether a guard depends on the last loop."""
+        self,
+        scratch: ir.Buffer,
+        fresh: dict[str, ir.Var],
+        to: tuple[ir.Expr, ...],
+        starts: dict[str, ir.Expr],
+    ) -> ir.Stmt:
+        """Scratch element = operand element. `starts`: for a loop whose iterations are copied
+        together the first of them, for which guards are tested."""
         guards = self._guards(set(fresh))
         needed = {n for e in (*self.access.index, *guards) for n in self.reads(e)}
         names: dict[str, ir.Expr] = dict(fresh)
@@ -356,14 +384,14 @@ class _Staging:
                 names[s.var.name] = var
             for cond in conjuncts(s.cond) if isinstance(s, ir.If) else ():
                 if cond in guards:
-                    cond = substitute(cond, names)
+                    if starts.keys() & self.reads(cond):
+                        cond = self._resolved(cond)
+                    cond = substitute(cond, names | starts)
                     held = cond if held is None else ir.binary("&", held, cond)
         x = self.access
         at = tuple(substitute(i, names) for i in x.index)
         store = ir.Store(scratch, to, zero_unless(held, ir.Load(x.buffer, at, x.dtype)))
-        last = next(reversed(fresh), "")
-        uses_last = any(last in self.reads(g) for g in guards)
-        return ir.seq(*out, store), uses_last
+        return ir.seq(*out, store)
 
     def _guards(self, own: set[str]) -> list[ir.Expr]:
         """The guards of the access itself, which skip elements of the operand; guards that read
@@ -389,9 +417,8 @@ class _Staging:
         stored = self.access.buffer.scope == "part" and self.padding == 0
         if not (stored and isinstance(cond, ir.Binary) and cond.op == "<"):
             return False
-        names, positions = self.reads(cond.a), set().union(*map(self.reads, self.access.index))
-        loaded = any(n in self.lets and reads_memory(self.lets[n]) for n in names)
-        return loaded or bool(names - positions)
+        positions = set().union(*map(self.reads, self.access.index))
+        return bool(self.reads(cond.a) - positions)
 
 
 def _part_of(e: ir.Expr, loops: dict[str, ir.For]) -> tuple[ir.For, ir.Expr] | None:

@@ -266,32 +266,4 @@ TW_INLINE void mma(fragment<N>& acc, const fragment_a& a, const fragment_b<N>& b
   for (int n = 0; n < N / 8; ++n) mma<Kind>(acc.v[n], a.v, b.v[2 * n], b.v[2 * n + 1]);
 }
 
-// -- fragments to memory -------------------------------------------------------------------------
-
-template <class Kind, int N, class T>
-TW_INLINE void mma_store(window<T> to, const fragment<N>& acc, int lane) {
-  const bool pairs = in_pairs(to);
-#pragma unroll
-  for (int e = 0; e < N / 2; e += 2) {
-    const int r = fragment_row(e, lane), c = fragment_col(e, lane);
-    T* p = to.p + r * to.down + c * to.right;
-    const T low = Kind::write(acc.v[e / 4][e % 4]), high = Kind::write(acc.v[e / 4][e % 4 + 1]);
-    if (pairs) {
-      if (r < to.rows && c < to.cols) store<T, 2>(p, vec<T, 2>{{low, high}});
-    } else {
-      if (r < to.rows && c < to.cols) p[0] = low;
-      if (r < to.rows && c + 1 < to.cols) p[to.right] = high;
-    }
-  }
-}
-template <class Kind, int N, class T>
-TW_INLINE void mma_add(window<T> to, const fragment<N>& acc, int lane) {
-#pragma unroll
-  for (int e = 0; e < N / 2; ++e) {
-    const int r = fragment_row(e, lane), c = fragment_col(e, lane);
-    T* p = to.p + r * to.down + c * to.right;
-    if (r < to.rows && c < to.cols) *p = Kind::write(Kind::read(*p) + acc.v[e / 4][e % 4]);
-  }
-}
-
 }  // namespace tw

@@ -81,19 +81,4 @@ TW_INLINE void mma(float* acc, window<A> a, window<B> b) {
   }
 }
 
-template <class Kind, int M, int N, class T>
-TW_INLINE void mma_store(window<T> to, const float* acc) {
-  for (int r = 0; r < M && r < to.rows; ++r)
-    for (int c = 0; c < N && c < to.cols; ++c)
-      to.p[r * to.down + c * to.right] = Kind::write(acc[r * N + c]);
-}
-template <class Kind, int M, int N, class T>
-TW_INLINE void mma_add(window<T> to, const float* acc) {
-  for (int r = 0; r < M && r < to.rows; ++r)
-    for (int c = 0; c < N && c < to.cols; ++c) {
-      T& element = to.p[r * to.down + c * to.right];
-      element = Kind::write(Kind::read(element) + acc[r * N + c]);
-    }
-}
-
 }  // namespace tw
