@@ -287,7 +287,7 @@ class _Nest:
         if isinstance(e, ir.ReduceThreads):
             return self.closure(e.a)  # the loop over threads has run in order
         operands = [self.closure(x) for x in ir.children(e)]
-        if isinstance(e, ir.Select) and e.dtype.lanes == 1:
+        if isinstance(e, ir.Select) and e.cond.dtype.lanes == 1:
             cond, a, b = operands
             return lambda: a() if cond() else b()
         act = operation(e)
