@@ -221,6 +221,25 @@ TW_INLINE void load_fragment(fragment_b<N>& f, shared_cols<T, L> w, int lane) {
   rounded<T>(f.v);
 }
 
+// Lines that run across the words of an operand in tf32: word by word.
+TW_INLINE uint32_t load_word(uint32_t at) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
+  return to_tf32(x);
+}
+template <class L>
+TW_INLINE void load_fragment(fragment_a& f, shared_cols<float, L> w, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) f.v[i] = load_word(w.at(t + (i >> 1) * 4, g + (i & 1) * 8));
+}
+template <int N, class L>
+TW_INLINE void load_fragment(fragment_b<N>& f, shared_rows<float, L> w, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) f.v[i] = load_word(w.at(t + (i & 1) * 4, g + (i >> 1) * 8));
+}
+
 // -- the operation -------------------------------------------------------------------------------
 
 template <int N>
