@@ -203,7 +203,10 @@ def test_cubins_spill_nothing(name):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_tiles_are_read_by_ldmatrix(dtype):
     kernel = gemm_program.typed(A=dtype, B=dtype).schedule(mma_gemm).build("cuda:sm_80")
-    assert all(f"tw::shared_rows<uint16_t, tw::swizzled<32, 2>>{{{{{x}_shared" in kernel.source for x in "AB")
+    assert all(
+        f"tw::shared_rows<uint16_t, tw::swizzled<32, 2>>{{{{{x}_shared" in kernel.source
+        for x in "AB"
+    )
     assert "tw::shared_tile(" not in kernel.source and "tw::tile(A " not in kernel.source
     assert all(found.spill_bytes == 0 for found in kernel.resources.values())
     rows = 32 * (32 + 8) + 32 * (128 + 8)  # 16 bytes beside each row keep rows off the same banks

@@ -200,7 +200,10 @@ class CudaRenderer(Renderer):
             fields = (t.row_stride, t.col_stride, t.row_limit, t.col_limit)
             address = self.address(t.buffer, t.offset)
             return f"tw::tile({address}, {', '.join(map(self.expr, fields))})"
-        pointer, kind = self.pointer(t.buffer), f"{C_TYPES[t.buffer.dtype.name]}, {_layout(t.buffer)}"
+        pointer, kind = (
+            self.pointer(t.buffer),
+            f"{C_TYPES[t.buffer.dtype.name]}, {_layout(t.buffer)}",
+        )
         chunk = WIDE // t.buffer.dtype.itemsize
         strides = ("rows", t.row_stride, t.col_stride), ("cols", t.col_stride, t.row_stride)
         for lines, across, along in strides:

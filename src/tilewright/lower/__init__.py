@@ -21,7 +21,12 @@ from tilewright.lower.positions import coordinates_to_positions
 from tilewright.lower.predicate import predicate_loads
 from tilewright.lower.reductions import materialize_reductions
 from tilewright.lower.tiles import materialize_tiles
-from tilewright.lower.vectorize import pair_fragments, split_registers, unroll_loops, vectorize_loops
+from tilewright.lower.vectorize import (
+    pair_fragments,
+    split_registers,
+    unroll_loops,
+    vectorize_loops,
+)
 
 
 @dataclass(frozen=True, slots=True)

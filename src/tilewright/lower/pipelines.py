@@ -78,7 +78,9 @@ def _pipelined(f: ir.For, repeated: bool) -> ir.Stmt:
 
         return transform(s, visit)
 
-    gathers = any(isinstance(x, ir.Let) and any(loads(x.value)) for x in statements(copies))
+    gathers = any(
+        isinstance(x, ir.Let) and any(True for _ in loads(x.value)) for x in statements(copies)
+    )
 
     def started(iteration: ir.Expr, number: ir.Expr) -> ir.Stmt:
         exists = ir.binary("<", iteration, last)

@@ -220,7 +220,9 @@ class _Product:
             value = ir.binary("+", ir.cast(c.out, value.dtype), value)
         body = ir.seq(*lets, ir.Store(c.out.buffer, c.out.index, ir.cast(value, c.out.dtype)))
         reduced = reduced_names(path, c)
-        body = framed(body, frame_of([s for s in self.region if not isinstance(s, ir.For)], reduced))
+        body = framed(
+            body, frame_of([s for s in self.region if not isinstance(s, ir.For)], reduced)
+        )
         for f in (cols, rows):
             body = ir.For(f.var, f.begin, f.end, body, "fragment")
         return body if self.escapes else framed(body, frame_of(self.outer, reduced))

@@ -10,9 +10,9 @@ InternalError[I102] is raised for
 * two accesses to one element, one of them a write, that no barrier orders (also of equal values);
 * a barrier, a reduction over threads or a tile operation that some of its threads do not reach;
 * a read of shared memory that was not written since its allocation;
-* an access to an element while an asynchronous copy to it is under way: a copy lands when the thread
-  that started it waits for its group, not before, and is a write of that thread then. Others see it
-  after a barrier. Memory holds no number until then.
+* an access to an element while an asynchronous copy to it is under way. A copy lands when the
+  thread that started it waits for its group, as a write of that thread: others see it after a
+  barrier. Until then memory holds no number.
 An access out of bounds raises InternalError[I101].
 
 Barriers are those that `codegen.cuda` renders: `Sync`, for all threads of the nest, and the two
@@ -38,7 +38,6 @@ from tilewright.reference.memory import Array, Part, lane_dimensions, launches, 
 from tilewright.reference.ops_table import (
     UFUNCS,
     as_operand,
-    cast,
     computed,
     constant,
     decode,
@@ -190,7 +189,7 @@ class Launch:
             at = at + at.dtype.type(1)
 
     def elements(self, rows: ir.For) -> None:
-        """The loops over a fragment: each lane runs the elements that it holds, or pairs of them."""
+        """The loops over a fragment: each lane runs the elements, or pairs, that it holds."""
         cols = rows.body
         assert isinstance(cols, ir.For) and cols.kind in ("fragment", "pairs")
         step = 1 if cols.kind == "fragment" else 2

@@ -22,7 +22,15 @@ from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import walk
 from tilewright.reference.epilogues import Epilogues
 from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
-from tilewright.reference.ops_table import UFUNCS, as_operand, cast, constant, decode, encode, operation
+from tilewright.reference.ops_table import (
+    UFUNCS,
+    as_operand,
+    cast,
+    constant,
+    decode,
+    encode,
+    operation,
+)
 
 
 def execute(

@@ -350,7 +350,7 @@ class _Staging:
 
     def _is_uniform(self, guard: ir.Expr, last: str, lanes: int) -> bool:
         """Whether a guard is the same for each group of iterations of the last loop, from a
-        multiple of `lanes` on: it compares x + the column, x a multiple, with a size that is one."""
+        multiple of `lanes` on: it compares a multiple plus the column with a multiple."""
         if not (isinstance(guard, ir.Binary) and guard.op == "<" and isinstance(guard.b, ir.Const)):
             return False
         columns = {f.name for f in self.groups[-1]}
@@ -410,7 +410,9 @@ class _Staging:
                     held = cond if held is None else ir.binary("&", held, cond)
         x = self.access
         at = tuple(moved(i, to) for i in x.index)
-        return ir.seq(*out, ir.Store(scratch, to, zero_unless(held, ir.Load(x.buffer, at, x.dtype))))
+        return ir.seq(
+            *out, ir.Store(scratch, to, zero_unless(held, ir.Load(x.buffer, at, x.dtype)))
+        )
 
     def _guards(self, own: set[str]) -> list[ir.Expr]:
         """The guards of the access itself, which skip elements of the operand; guards that read
@@ -428,7 +430,6 @@ class _Staging:
                     )
                 guards.append(cond)
         return guards
-
 
     def _is_of_coordinates(self, cond: ir.Expr) -> bool:
         """Whether a guard of stored values bounds what their position does not depend on, a
