@@ -16,7 +16,7 @@ from tilewright.ir.rewrite import (
     substitute,
     transform,
     zero_unless,
-)
+)  # fmt: skip
 
 LATE = False
 

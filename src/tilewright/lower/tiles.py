@@ -13,7 +13,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.dtypes import DType
-from tilewright.errors import ScheduleError
+from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import Affine, affine
 from tilewright.ir.atoms import ATOMS
@@ -67,11 +67,10 @@ class _Tiler:
         times = Counter((c.out, c.op) for c in computes)
         for c in computes:
             if c.mma and times[c.out, c.op] > 1:
-                raise ScheduleError(
-                    "S102",
+                raise illegal(
                     f"{c.out.buffer.name} is summed by a tile operation and by another loop",
-                    hint="split the reduced loop with tail='guard'",
-                )  # fmt: skip
+                    "split the reduced loop with tail='guard'",
+                )
 
     def visit(self, s: Any) -> Any:
         if isinstance(s, ir.For):
@@ -142,19 +141,15 @@ class _Product:
             f.kind == "serial" and not f.private and is_const(f.begin, 0) for f in loops
         )
         if tuple(f.name for f in loops) != c.mma or not exact:
-            raise ScheduleError(
-                "S102", f"the loops {', '.join(c.mma)} are no longer those of a tile operation",
-                hint="call mma() after every other verb on these loops",
-            )  # fmt: skip
-        if any(ir.reduces(f, c) for f in loops[:2]) or not ir.reduces(loops[2], c):
-            raise ScheduleError(
-                "S102", f"a tile operation sums over its last loop only, {c.mma[2]}"
+            raise illegal(
+                f"the loops {', '.join(c.mma)} are no longer those of a tile operation",
+                "call mma() after every other verb on these loops",
             )
+        if any(ir.reduces(f, c) for f in loops[:2]) or not ir.reduces(loops[2], c):
+            raise illegal(f"a tile operation sums over its last loop only, {c.mma[2]}")
         if c.atomic:
-            raise ScheduleError(
-                "S102",
-                "a tile operation has no atomic updates",
-                hint="a format that keeps rows whole",
+            raise illegal(
+                "a tile operation has no atomic updates", "a format that keeps rows whole"
             )
         at = next(n for n, s in enumerate(path) if s is loops[0])
         outer, region = tuple(path[:at]), path[at:]
@@ -191,10 +186,9 @@ class _Product:
         for f in loops:
             if f.extent is None or not is_const(f.begin, 0):
                 out = self.compute.out.buffer.name
-                raise ScheduleError(
-                    "S102",
+                raise illegal(
                     f"loop {f.name} lies inside the reduction of {out} and has a run-time extent",
-                    hint="a warp keeps a constant number of tiles: split the loop, and keep only "
+                    "a warp keeps a constant number of tiles: split the loop, and keep only "
                     "its inner part inside",
                 )
         return loops
@@ -231,7 +225,7 @@ class _Product:
         """The factor that has the rows, then the one that has the columns."""
         c = self.compute
         if not (isinstance(value, ir.Binary) and value.op == "*" and op == "sum"):
-            raise ScheduleError("S102", f"{c.out.buffer.name} is no sum of products of two tiles")
+            raise illegal(f"{c.out.buffer.name} is no sum of products of two tiles")
         factors = []
         for e in (value.a, value.b):
             while isinstance(e, ir.Cast):
@@ -242,11 +236,10 @@ class _Product:
         x, y = factors
         to_result = bool(c.reductions) or c.out.dtype.name in RESULTS
         if x.dtype != y.dtype or x.dtype.name not in ATOMS[self.shape] or not to_result:
-            raise ScheduleError(
-                "S102",
+            raise illegal(
                 f"a tile operation of {self.shape} multiplies {' or '.join(ATOMS[self.shape])} "
                 f"into float32, not {x.dtype} × {y.dtype} into {c.out.dtype}",
-                hint='build it .typed(A="float16", B="float16"), with the output typed("float32")',
+                'build it .typed(A="float16", B="float16"), with the output typed("float32")',
             )
         rows, cols, _ = self.names
         x_has, y_has = self._varies(x), self._varies(y)
@@ -349,10 +342,9 @@ def _check_serial(outer: tuple[Any, ...], c: ir.Compute) -> None:
     for s in (s for s in outer if isinstance(s, ir.For) and ir.reduces(s, c)):
         if s.kind in ("vector", *ir.THREADS) or s.private:
             kind = "private" if s.private else s.kind
-            raise ScheduleError(
-                "S102",
+            raise illegal(
                 f"loop {s.name} reduces outside a tile and is {kind}",
-                hint="loops around a tile that reduce are serial",
+                "loops around a tile that reduce are serial",
             )
 
 
@@ -368,8 +360,8 @@ def _affine(e: ir.Expr, names: frozenset[str], to: DType) -> Affine:
 
 
 def _not_affine(why: str) -> ScheduleError:
-    return ScheduleError(
-        "S102", f"no tile: {why}",
-        hint="the operands and the output of a tile operation are read at affine addresses: "
+    return illegal(
+        f"no tile: {why}",
+        "the operands and the output of a tile operation are read at affine addresses: "
         "tile other loops, or use a format whose blocks are dense, such as bsr(16)",
-    )  # fmt: skip
+    )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.dtypes import DType
-from tilewright.errors import ScheduleError
+from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import affine
 from tilewright.ir.rewrite import (
@@ -156,10 +156,10 @@ def _vectorize(body: ir.Stmt) -> ir.Stmt:
     def visit(s: Any) -> Any:
         if isinstance(s, ir.For) and s.kind == "vector":
             if s.extent is None or not is_const(s.begin, 0):
-                raise ScheduleError(
-                    "S102", f"loop {s.name} is to be a vector but its extent is not a constant",
-                    hint="split it by the number of lanes first, with tail='cut'",
-                )  # fmt: skip
+                raise illegal(
+                    f"loop {s.name} is to be a vector but its extent is not a constant",
+                    "split it by the number of lanes first, with tail='cut'",
+                )
             if s.extent == 1:
                 return substitute(s.body, {s.name: s.begin})
             return _Vectorizer(s, wide).stmt(s.body)
@@ -178,7 +178,7 @@ class _Vectorizer:
         self.registers: set[str] = set()
 
     def refuse(self, why: str, hint: str = "vectorize another loop") -> ScheduleError:
-        return ScheduleError("S102", f"loop {self.loop.name} cannot be a vector: {why}", hint=hint)
+        return illegal(f"loop {self.loop.name} cannot be a vector: {why}", hint)
 
     def varies(self, e: ir.Expr) -> bool:
         for x in walk(e):
@@ -312,10 +312,10 @@ def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:
         ):
             dim, lanes = wide[x.buffer.name]
             if (x.value if isinstance(x, ir.Store) else x).dtype.lanes != lanes:
-                raise ScheduleError(
-                    "S102", f"{x.buffer.name} holds {lanes} lanes in one loop and not in another",
-                    hint="vectorize the loop before cache(), and every loop over it alike",
-                )  # fmt: skip
+                raise illegal(
+                    f"{x.buffer.name} holds {lanes} lanes in one loop and not in another",
+                    "vectorize the loop before cache(), and every loop over it alike",
+                )
             return replace(x, buffer=buffer(x.buffer), index=x.index[:dim] + x.index[dim + 1 :])
         return x
 
