@@ -200,9 +200,9 @@ class Alloc(Stmt):
 
 @node
 class Prefetch(Stmt):
-    """Asks for the memory of `place` without reading it: nothing depends on it."""
+    """Prefetches the cache line of `element`: a hint, on which no result depends."""
 
-    place: Load
+    element: Load
 
 
 @node

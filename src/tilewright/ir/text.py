@@ -127,7 +127,7 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "Compute": _compute,
     "Store": _store,
     "Alloc": lambda s: f"alloc {s.buffer}",
-    "Prefetch": lambda s: f"prefetch {expr_text(s.place)}",
+    "Prefetch": lambda s: f"prefetch {expr_text(s.element)}",
     "CopyAsync": lambda s: f"async {_store(s)}",
     "Commit": lambda s: "commit",
     "Wait": lambda s: f"wait {s.pending}",

@@ -8,17 +8,12 @@ from typing import Any
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import (
     add,
-    loads,
     map_bodies,
     rebuild,
     simplify,
-    statements,
     substitute,
     transform,
-    zero_unless,
 )  # fmt: skip
-
-LATE = False
 
 
 def pipeline_loops(program: ir.Program) -> ir.Program:
@@ -37,7 +32,7 @@ def pipeline_loops(program: ir.Program) -> ir.Program:
                                                            … S[(k - a) % 3, t] …
 
     Copies of an iteration are a group even where there are none, so that the number of groups that
-    may still be under way is always the same.
+    may still be under way is always the same. A branch around them was faster than predicates.
     Reference: the multistage main loop of CUTLASS, for the order of wait, barrier and copies.
     """
     return map_bodies(program, lambda body: _visit(body, False))
@@ -78,25 +73,19 @@ def _pipelined(f: ir.For, repeated: bool) -> ir.Stmt:
 
         return transform(s, visit)
 
-    gathers = any(
-        isinstance(x, ir.Let) and any(True for _ in loads(x.value)) for x in statements(copies)
-    )
-
     def started(iteration: ir.Expr, number: ir.Expr) -> ir.Stmt:
-        exists = ir.binary("<", iteration, last)
         moved = staged(substitute(copies, {f.name: iteration}), number)
-        if gathers:
-            moved = ir.If(exists, transform(moved, lambda x: _asynchronous(x, None)))
-        else:  # no branch: the copies move between the work
-            moved = transform(moved, lambda x: _asynchronous(x, exists))
-        return ir.seq(moved, ir.Commit())
+        moved = transform(moved, lambda x: _asynchronous(x) if isinstance(x, ir.Store) else x)
+        return ir.seq(ir.If(ir.binary("<", iteration, last), moved), ir.Commit())
 
     number = simplify(ir.binary("-", f.var, first))
     ahead = f.stages - 1
     early = ir.Var(f"{f.name}.early", f.var.dtype)
     prologue = started(add(first, early), early)
-    parts = [started(add(f.var, ahead), add(number, ahead)), staged(ir.seq(*work), number)]
-    body = ir.seq(ir.Wait(ahead - 1), ir.Sync(), *(reversed(parts) if LATE else parts))
+    body = ir.seq(
+        ir.Wait(ahead - 1), ir.Sync(), started(add(f.var, ahead), add(number, ahead)),
+        staged(ir.seq(*work), number),
+    )  # fmt: skip
     return ir.seq(
         ir.Let(first, f.begin), ir.Let(last, f.end), *map(ir.Alloc, scratch.values()),
         ir.For(early, ir.as_expr(0), ir.as_expr(ahead), prologue),
@@ -105,13 +94,5 @@ def _pipelined(f: ir.For, repeated: bool) -> ir.Stmt:
     )  # fmt: skip
 
 
-def _asynchronous(s: Any, exists: ir.Expr | None) -> Any:
-    """A store as an asynchronous copy, of zeros where its iteration does not exist."""
-    if not isinstance(s, ir.Store):
-        return s
-    value = s.value
-    if exists is not None and isinstance(value, ir.Select):
-        value = replace(value, cond=ir.binary("&", exists, value.cond))
-    elif exists is not None:
-        value = zero_unless(exists, value)
-    return ir.CopyAsync(s.buffer, s.index, value)
+def _asynchronous(s: ir.Store) -> ir.CopyAsync:
+    return ir.CopyAsync(s.buffer, s.index, s.value)

@@ -271,7 +271,7 @@ class _Product:
         return ir.Tile(x.buffer, simplify(base), *strides, *limits)
 
     def wrapped(self, body: ir.Stmt) -> ir.Stmt:
-        """Under the lets and guards of the tile that concern all of it."""
+        """`body` inside the lets and guards that hold for the entire tile."""
         return framed(body, self.inner)
 
 
