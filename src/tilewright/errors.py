@@ -105,9 +105,9 @@ class ScheduleError(TilewrightError, ValueError):
     """A schedule verb that was refused (S codes). The program is unchanged."""
 
 
-def illegal(why: str, hint: str = "") -> ScheduleError:
+def illegal(why: str, hint: str = "", where: str = "") -> ScheduleError:
     """The error for a schedule that is not legal: S102."""
-    return ScheduleError("S102", why, hint=hint)
+    return ScheduleError("S102", why, where=where, hint=hint)
 
 
 class ArgumentError(TilewrightError, ValueError):

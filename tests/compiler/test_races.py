@@ -178,7 +178,7 @@ def product(*between: ir.Stmt, limit: int = 4, apart: int = 32) -> tuple[ir.Stmt
     stores = ir.If(ir.binary("<", R, limit), store(Y, TY * apart + R * 8 + C, total))
     for var, extent in ((C, 8), (R, 16)):
         stores = ir.For(var, ir.as_expr(0), ir.as_expr(extent), stores, "fragment")
-    return (ir.Alloc(H), loop(8, ones), *between, ir.Alloc(ACC), ir.MmaZero(ACC, slot, SHAPE),
+    return (ir.Alloc(H), loop(8, ones), *between, ir.Alloc(ACC),
             ir.Mma(ACC, slot, a, b, SHAPE), stores)  # fmt: skip
 
 
@@ -189,7 +189,8 @@ def test_tiles():
     refused("race at Y.*write", *product(SYNC, apart=24))  # a row of both warps
     refused("outside", *product(SYNC, limit=5), code="I101")
     refused("lanes of a warp", *product(SYNC)[:3], guard(TX < 31, *product(SYNC)[3:]))
-    refused("disagree", *product(SYNC)[:-1], ir.MmaZero(ACC, TX, SHAPE))
+    refused("disagree", *product(SYNC)[:-1], ir.Mma(ACC, TX, tile(H, 0, 16, 16, 16),
+                                                    tile(H, 256, 8, 16, 8), SHAPE))  # fmt: skip
 
 
 def test_lanes_that_do_not_run_access_nothing():

@@ -90,7 +90,7 @@ class Renderer(MergeRenderer):
             self.line(self.prefetch(self.address(s.element.buffer, s.element.index[0])))
         elif isinstance(s, ir.Sync):
             self.sync()
-        elif isinstance(s, (ir.Mma, ir.MmaZero)):
+        elif isinstance(s, ir.Mma):
             self.mma(s)
         else:
             raise InternalError("I101", f"no text for {type(s).__name__}")
@@ -193,7 +193,7 @@ class Renderer(MergeRenderer):
     def pipeline(self, s: ir.Commit | ir.Wait) -> str:
         raise InternalError("I101", "this target has no asynchronous copies")
 
-    def mma(self, s: ir.Mma | ir.MmaZero) -> None:
+    def mma(self, s: ir.Mma) -> None:
         raise InternalError("I101", "this target has no matrix tiles")
 
     # -- expressions -----------------------------------------------------------------------------
@@ -428,7 +428,7 @@ def has_lists(stage: tuple[ir.Nest, ...]) -> bool:
 
 def has_tiles(stage: tuple[ir.Nest, ...]) -> bool:
     """Whether a nest of the stage has tile operations."""
-    return any(isinstance(x, ir.MmaZero) for n in stage for x in walk(n.body))
+    return any(isinstance(x, ir.Mma) for n in stage for x in walk(n.body))
 
 
 def operand_kind(t: DType) -> str:

@@ -21,7 +21,7 @@ class CppRenderer(Renderer):
         if b.scope == "workspace":
             pass  # one of the body: every row leaves it empty
         elif b.scope == "fragment":
-            self.line(f"float {c_name(b.name)}[{' * '.join(self.expr(e) for e in b.shape)}];")
+            self.line(f"float {c_name(b.name)}[{' * '.join(map(self.expr, b.shape))}] = {{}};")
         else:
             super().alloc(b)
 
@@ -37,14 +37,11 @@ class CppRenderer(Renderer):
     def choice(self, kind: str, cond: str, a: str, b: str) -> str:
         return f"tw::pick<{kind}>({cond}, {a}, {b})"
 
-    def mma(self, s: ir.Mma | ir.MmaZero) -> None:
-        m, n, *_ = s.shape
+    def mma(self, s: ir.Mma) -> None:
+        m, n, k = s.shape
         acc = f"{c_name(s.acc.name)} + ({self.expr(s.slot)}) * {m * n}"
-        if isinstance(s, ir.MmaZero):
-            self.line(f"tw::mma_zero<{m}, {n}>({acc});")
-        else:
-            k, kind = s.shape[2], operand_kind(s.a.buffer.dtype)
-            self.line(f"tw::mma<{kind}, {m}, {n}, {k}>({acc}, {self.tile(s.a)}, {self.tile(s.b)});")
+        kind = operand_kind(s.a.buffer.dtype)
+        self.line(f"tw::mma<{kind}, {m}, {n}, {k}>({acc}, {self.tile(s.a)}, {self.tile(s.b)});")
 
     def tile(self, t: ir.Tile) -> str:
         fields = (t.row_stride, t.col_stride, t.row_limit, t.col_limit)

@@ -54,15 +54,13 @@ class CudaRenderer(Renderer):
         self.line(f"tw::bar_sync(1, {self.threads[0] * self.threads[1]});")
 
     def copy_async(self, s: ir.CopyAsync) -> None:
-        load = s.value.a if isinstance(s.value, ir.Select) else s.value
-        assert isinstance(load, ir.Load)
-        to, source = (
-            x.index[0].base if isinstance(x.index[0], ir.Ramp) else x.index[0] for x in (s, load)
-        )
-        cond = f", {self.expr(s.value.cond)}" if isinstance(s.value, ir.Select) else ""
+        held = isinstance(s.value, ir.Select)
+        cond, load = (f", {self.expr(s.value.cond)}", s.value.a) if held else ("", s.value)
+        at = (x.index[0] for x in (s, load))
+        to, source = (x.base if isinstance(x, ir.Ramp) else x for x in at)
         kind = _vector_of(load.buffer, source, load.dtype.lanes)
-        address = self.address(load.buffer, source)
-        self.line(f"tw::copy_async<{kind}>({self.address(s.buffer, to)}, {address}{cond});")
+        addresses = f"{self.address(s.buffer, to)}, {self.address(load.buffer, source)}"
+        self.line(f"tw::copy_async<{kind}>({addresses}{cond});")
 
     def pipeline(self, s: ir.Commit | ir.Wait) -> str:
         is_wait = isinstance(s, ir.Wait)
@@ -138,7 +136,7 @@ class CudaRenderer(Renderer):
     def alloc(self, b: ir.Buffer) -> None:
         if b.scope == "fragment":
             slots, _, cols = map(self.expr, b.shape)
-            self.line(f"tw::fragment<{cols}> {c_name(b.name)}[{slots}];")
+            self.line(f"tw::fragment<{cols}> {c_name(b.name)}[{slots}] = {{}};")
         elif b.scope == "shared":
             aligned = ALIGNED if b.swizzled else WIDE
             kind, first = self.type(b.dtype), -(-self.smem_bytes // aligned) * aligned
@@ -178,13 +176,10 @@ class CudaRenderer(Renderer):
             return f"{c_name(b.name)}[{self.expr(index[0])}].v[e__ / 4][e__ % 4]"
         return super().register(b, index)
 
-    def mma(self, s: ir.Mma | ir.MmaZero) -> None:
+    def mma(self, s: ir.Mma) -> None:
+        a, b = self.fragment(s.a, "a"), self.fragment(s.b, f"b<{s.shape[1]}>")
         acc = f"{c_name(s.acc.name)}[{self.expr(s.slot)}]"
-        if isinstance(s, ir.MmaZero):
-            self.line(f"tw::mma_zero({acc});")
-        else:
-            a, b = self.fragment(s.a, "a"), self.fragment(s.b, f"b<{s.shape[1]}>")
-            self.line(f"tw::mma<{operand_kind(s.a.buffer.dtype)}>({acc}, {a}, {b});")
+        self.line(f"tw::mma<{operand_kind(s.a.buffer.dtype)}>({acc}, {a}, {b});")
 
     def fragment(self, t: ir.Tile, side: str) -> str:
         """The fragment of an operand tile, loaded once for all products of a block that read it."""
@@ -305,12 +300,9 @@ def stage_threads(stage: tuple[ir.Nest, ...]) -> int:
 
 def _registers(nest: ir.Nest) -> int:
     """Registers of a thread that a nest is compiled for. More of them cost CTAs of an SM."""
-    accs = (x.buffer for x in walk(nest.body) if isinstance(x, ir.Alloc))
-    held = sum(
-        math.prod(int(e.value) for e in b.shape) // WARP  # type: ignore[attr-defined]
-        for b in accs
-        if b.scope == "fragment"
-    )
+    allocs = (x.buffer for x in walk(nest.body) if isinstance(x, ir.Alloc))
+    shapes = [b.shape for b in allocs if b.scope == "fragment"]
+    held = sum(math.prod(int(e.value) for e in shape) // WARP for shape in shapes)  # type: ignore[attr-defined]
     return max(LEAST_MMA, held + OPERANDS) if held else REGISTERS // RESIDENT
 
 

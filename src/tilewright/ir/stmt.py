@@ -193,7 +193,8 @@ class Wait(Stmt):
 
 @node
 class Alloc(Stmt):
-    """Loop level: declares a register, shared or fragment buffer until the end of its `Seq`."""
+    """Loop level: declares a register, shared or fragment buffer until the end of its `Seq`. A
+    fragment buffer is an array of float32 fragments, (slots, rows, columns), and starts at 0."""
 
     buffer: Buffer
 
@@ -222,16 +223,6 @@ class Tile:
     col_stride: Expr
     row_limit: Expr
     col_limit: Expr
-
-
-@node
-class MmaZero(Stmt):
-    """Sets an m × n float32 fragment to zero. `acc` is an array of fragments: its shape is (slots,
-    m, n)."""
-
-    acc: Buffer
-    slot: Expr
-    shape: tuple[int, int, int]
 
 
 @node

@@ -112,8 +112,8 @@ def _store(s: Any) -> str:
     return line + (" atomic" if s.atomic else "")
 
 
-def _fragment(s: Any) -> str:
-    return f"{s.acc.name}[{expr_text(s.slot)}]"
+def _element(b: Any, index: Any) -> str:
+    return f"{b.name}[{expr_text(index)}]"
 
 
 _STATEMENTS: dict[str, Callable[[Any], str]] = {
@@ -132,8 +132,7 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "Commit": lambda s: "commit",
     "Wait": lambda s: f"wait {s.pending}",
     "Sync": lambda s: "sync",
-    "MmaZero": lambda s: f"mma_zero {_fragment(s)}",
-    "Mma": lambda s: f"mma {_fragment(s)} += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}",
+    "Mma": lambda s: f"mma {_element(s.acc, s.slot)} += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}",
 }
 
 

@@ -56,7 +56,7 @@ def bind_threads(program: ir.Program) -> ir.Program:
 
 def _bound(nest: ir.Nest) -> ir.Nest:
     extents = {kind: _extent(nest.body, kind) for kind in ir.THREADS}
-    if any(isinstance(x, ir.MmaZero) for x in walk(nest.body)):
+    if any(isinstance(x, ir.Mma) for x in walk(nest.body)):
         if extents["thread.x"] > WARP:
             raise illegal(
                 f"{extents['thread.x']} threads along thread.x beside tile operations",
@@ -239,7 +239,7 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
             if extents[kind] > 1 and kind not in inside:
                 s = ir.If(ir.binary("==", var, 0), s)
         return s
-    if isinstance(s, (ir.Mma, ir.MmaZero)):
+    if isinstance(s, ir.Mma):
         _check_tile(inside)
     return s
 

@@ -42,7 +42,7 @@ def materialize_tiles(program: ir.Program) -> ir.Program:
     outermost loop that reduces, with a slot for each spatial iteration inside that loop, and stored
     after it. Guards on the three loops become limits: beyond them a tile reads 0, writes nothing.
 
-    before: for k_o in 0:ceil(k/16)               after:  alloc acc[4 fragments]; … mma_zero acc[u]
+    before: for k_o in 0:ceil(k/16)               after:  alloc acc[4 fragments]
               for u in 0:4  # unroll                      for k_o in 0:ceil(k/16)
                 for i_i in 0:16                             for u in 0:4  # unroll
                   if i < m                                    mma acc[u] += A tile @ B tile
@@ -98,15 +98,11 @@ class _Tiler:
             slot = _slot(slots)
             update, store = p.update(accs, slot), p.store(accs, slot)
             if p.escapes:
-                zeros = (ir.seq(ir.Alloc(acc), ir.MmaZero(acc, slot, p.shape)) for acc in accs)
-                top = _replaced(top, p.first, ir.seq(*zeros, p.wrapped(update), store))
+                allocs = map(ir.Alloc, accs)
+                top = _replaced(top, p.first, ir.seq(*allocs, p.wrapped(update), store))
                 continue
             top = _replaced(top, p.first, p.wrapped(update))
-            for acc in accs:
-                zero: ir.Stmt = ir.MmaZero(acc, slot, p.shape)
-                for f in reversed(slots):
-                    zero = ir.For(f.var, f.begin, f.end, zero, "unroll")
-                before += [ir.Alloc(acc), zero]
+            before += map(ir.Alloc, accs)
             after.append(store)
         # The rest of the loop may hold products whose own reductions start further in.
         return ir.seq(*before, rebuild(top, self.visit), *after)

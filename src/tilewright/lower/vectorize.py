@@ -138,7 +138,7 @@ def _rename_buffers(s: Any, buffers: dict[str, ir.Buffer]) -> Any:
     def visit(x: Any) -> Any:
         if isinstance(x, (ir.Load, ir.Store)) and x.buffer.name in buffers:
             return replace(x, buffer=replace(x.buffer, name=buffers[x.buffer.name].name))
-        if isinstance(x, (ir.Mma, ir.MmaZero)) and x.acc.name in buffers:
+        if isinstance(x, ir.Mma) and x.acc.name in buffers:
             return replace(x, acc=buffers[x.acc.name])
         if isinstance(x, ir.Tile) and x.buffer.name in buffers:
             return replace(x, buffer=buffers[x.buffer.name])

@@ -163,8 +163,10 @@ class Launch:
             self.allocate(s)
         elif isinstance(s, ir.Sync):
             self.barrier(s)
-        elif isinstance(s, (ir.MmaZero, ir.Mma)):
-            self.tiles(s)
+        elif isinstance(s, ir.Mma):
+            m, n, k = s.shape
+            where = self.warps(), self.of_warps(s.slot)
+            self.registers[s.acc.name][where] += self.operand(s.a, m, k) @ self.operand(s.b, k, n)
         elif not isinstance(s, ir.Prefetch):
             raise InternalError("I101", f"{type(s).__name__} cannot be executed")
 
@@ -247,7 +249,7 @@ class Launch:
             self.memory[b.name], self.histories[b.name] = self.allocated[id(s)]
             self.shared[b.name] = np.zeros(self.units * size, bool)
         elif b.scope == "fragment":
-            self.registers[b.name] = poisoned((len(self.lane) // WARP, *extents), b.dtype)
+            self.registers[b.name] = np.zeros((len(self.lane) // WARP, *extents), np.float32)
         else:
             shape = (len(self.lane), prod(extents), b.dtype.lanes)[: 2 + (b.dtype.lanes > 1)]
             self.registers[b.name] = poisoned(shape, b.dtype.scalar)
@@ -329,15 +331,6 @@ class Launch:
         if (values != values[:, :1]).any():
             raise self.refuse("the lanes of a warp disagree on a tile")
         return values[:, 0].astype(np.int64)
-
-    def tiles(self, s: ir.MmaZero | ir.Mma) -> None:
-        m, n, k = s.shape
-        acc = self.registers[s.acc.name]
-        where = self.warps(), self.of_warps(s.slot)
-        if isinstance(s, ir.MmaZero):
-            acc[where] = 0
-        else:
-            acc[where] += self.operand(s.a, m, k) @ self.operand(s.b, k, n)
 
     def window(self, t: ir.Tile, rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
         """The offsets of the elements of a tile for each warp, and which are inside the limits. In

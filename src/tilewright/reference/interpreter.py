@@ -117,8 +117,10 @@ class _Nest:
         elif isinstance(s, ir.Scatter):
             row, key, value = self.rows[s.workspace.name], self.value(s.key), self.value(s.value)
             row[key] = row[key] + value if key in row else value
-        elif isinstance(s, (ir.MmaZero, ir.Mma)):
-            self.tiles(s)
+        elif isinstance(s, ir.Mma):
+            m, n, k = s.shape
+            fragment = self.registers[s.acc.name].reshape(-1, m, n)[self.value(s.slot)]
+            fragment += self.tile(s.a, m, k) @ self.tile(s.b, k, n)
         elif not isinstance(s, (ir.Sync, ir.Commit, ir.Wait, ir.Prefetch)):
             raise InternalError("I101", f"{type(s).__name__} cannot be executed")
 
@@ -231,15 +233,9 @@ class _Nest:
         else:
             shape = (prod(extents), b.dtype.lanes)[: 1 + (b.dtype.lanes > 1)]
             self.registers[b.name] = poisoned(shape, b.dtype.scalar)
+            if b.scope == "fragment":
+                self.registers[b.name][...] = 0
             self.scratch.add(b.name)
-
-    def tiles(self, s: ir.MmaZero | ir.Mma) -> None:
-        m, n, k = s.shape
-        fragment = self.registers[s.acc.name].reshape(-1, m, n)[self.value(s.slot)]
-        if isinstance(s, ir.MmaZero):
-            fragment[...] = 0
-        else:
-            fragment += self.tile(s.a, m, k) @ self.tile(s.b, k, n)
 
     def tile(self, t: ir.Tile, rows: int, cols: int) -> np.ndarray:
         """The elements of an operand in float32; 0 beyond its limits."""

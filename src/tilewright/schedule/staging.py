@@ -75,20 +75,15 @@ def pipeline(body: ir.Stmt, loop: str, stages: int) -> tuple[ir.Stmt, int]:
                 f"loop {f.name} is {f.kind} and copies {len(copies)} operands to shared memory",
                 'cache(…, "shared") at a serial loop first',
             )
-        total = stages * sum(map(_copied_bytes, copies))
-        if total > SHARED_LIMIT:
-            raise illegal(
-                f"{stages} stages take {total} of {SHARED_LIMIT} bytes of shared memory",
-                "fewer stages, or smaller tiles",
-            )
+        for copy in copies:
+            _check_asynchronous(copy)
         return replace(f, kind="pipeline", stages=stages)
 
     return rewrite_loops(body, loop, one)
 
 
-def _copied_bytes(copy: ir.For) -> int:
-    """Bytes of scratch that a copy fills. Raises ScheduleError[S102] if it cannot be
-    asynchronous."""
+def _check_asynchronous(copy: ir.For) -> None:
+    """Raises ScheduleError[S102] for a copy of single elements, or of other shared memory."""
     scratch = next(x for x in statements(copy) if isinstance(x, ir.Store)).buffer
     lanes = prod(x.extent or 1 for x in statements(copy.body) if isinstance(x, ir.For))
     nbytes = scratch.dtype.itemsize * lanes
@@ -98,11 +93,8 @@ def _copied_bytes(copy: ir.For) -> int:
             f"specialize() its last dimension to a multiple of {WIDE // scratch.dtype.itemsize}",
         )
     if any(isinstance(x, ir.Load) and x.buffer.scope == "shared" for x in walk(copy)):
-        raise illegal(
-            f"the copy to {scratch.name} reads shared memory of the same iteration",
-            "cache fewer operands",
-        )
-    return scratch.dtype.itemsize * prod(int(e.value) for e in scratch.shape)  # type: ignore[attr-defined]
+        why = f"the copy to {scratch.name} reads shared memory of the same iteration"
+        raise illegal(why, "cache fewer operands")
 
 
 class _Staging:

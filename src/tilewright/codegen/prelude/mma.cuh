@@ -242,12 +242,6 @@ TW_INLINE void load_fragment(fragment_b<N>& f, shared_rows<float, L> w, int lane
 
 // -- the operation -------------------------------------------------------------------------------
 
-template <int N>
-TW_INLINE void mma_zero(fragment<N>& acc) {
-#pragma unroll
-  for (int n = 0; n < N / 8; ++n) TW_EACH(4) acc.v[n][l] = 0.0f;
-}
-
 // An 8 × 8 matrix of 16-bit elements (row g, columns 2 t and 2 t + 1 in lane 4 g + t), transposed.
 TW_INLINE uint32_t transpose_matrix(uint32_t x) {
   uint32_t out;

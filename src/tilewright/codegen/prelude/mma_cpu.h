@@ -63,11 +63,6 @@ TW_INLINE void read_tile(float* to, window<T> w) {
   }
 }
 
-template <int M, int N>
-TW_INLINE void mma_zero(float* acc) {
-  for (int i = 0; i < M * N; ++i) acc[i] = 0.0f;
-}
-
 // acc += a (M × K) · b (K × N)
 template <class Kind, int M, int N, int K, class A, class B>
 TW_INLINE void mma(float* acc, window<A> a, window<B> b) {
