@@ -211,7 +211,6 @@ def test_a_pipeline_inside_a_loop_ends_with_a_barrier():
     [
         (lambda s: s.pipeline("k", 3), "copies 0 operands"),
         (lambda s: gpu_recipe(s, Tile(64, 64, 32, 32, 8, 64, 2)), "2 bytes at a time"),
-        (tiny(64, 64, Tile(128, 256, 64, 64, 16, 64, 8)), "bytes of shared memory"),
         (lambda s: tiny(64, 64, TILES["small"])(s).pipeline("k_o", 2), "is pipeline"),
         (lambda s: s.pipeline("k", 1), "stages is 1"),
     ],
@@ -220,6 +219,15 @@ def test_refused(recipe, says):
     with pytest.raises(ScheduleError, match=says) as caught:
         gemm_program.typed(A="float16", B="float16").schedule(recipe).scheduled("cuda:sm_80")
     assert caught.value.code == "S102" and caught.value.hint
+
+
+def test_more_shared_memory_than_the_target_has():
+    recipe = tiny(64, 64, Tile(128, 128, 64, 64, 16, 64, 6))
+    definition = gemm_program.typed(A="float16", B="float16").schedule(recipe)
+    if nvrtc.available():
+        assert definition.build("cuda:sm_90a").manifest.stages[0].smem_bytes == 196608
+    with pytest.raises(ScheduleError, match="196608 bytes of shared memory"):
+        definition.build("cuda:sm_80")
 
 
 # ---------------------------------------------------------------------------- layouts and atoms

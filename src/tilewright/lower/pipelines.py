@@ -89,7 +89,7 @@ def _pipelined(f: ir.For, repeated: bool) -> ir.Stmt:
     return ir.seq(
         ir.Let(first, f.begin), ir.Let(last, f.end), *map(ir.Alloc, scratch.values()),
         ir.For(early, ir.as_expr(0), ir.as_expr(ahead), prologue),
-        replace(f, begin=first, end=last, body=body, kind="serial", stages=0),
+        replace(f, begin=first, end=last, body=body, kind="serial", stages=0, unroll_hint=1),
         *([ir.Sync()] if repeated else []),
     )  # fmt: skip
 

@@ -41,14 +41,16 @@ class Tile(NamedTuple):
     neighbours: int = 8
 
 
-TileName = Literal["large", "small", "few"]
+TileName = Literal["large", "small", "low", "few"]
 TILES = {
     "large": Tile(128, 128, 64, 64, 16, 32, 4),
     "small": Tile(64, 64, 32, 32, 16, 64, 3),
-    "few": Tile(16, 32, 16, 8, 8, 128, 8, 1),  # few rows: all of B is read once, by many CTAs
+    "low": Tile(32, 64, 32, 16, 16, 128, 4, 4),  # many bytes under way: B is what is read
+    "few": Tile(16, 32, 16, 8, 8, 128, 8, 1),
 }
 ANY = Tile(64, 64, 32, 32, 8, 64, 1)  # sizes that are no multiples of 16 bytes
-FEW, CTAS = 16, 132  # rows; large tiles that keep a GPU busy
+FEW, LOW = 16, 128  # rows of C
+CTAS = 132  # large tiles that keep a GPU busy
 
 
 @program
@@ -117,8 +119,8 @@ def gemm_definition(dtype: str, n: int = 0, k: int = 0, tile: TileName = "small"
 
 def tile_of(m: int, n: int) -> TileName:
     """The tile for m × n elements of C on a GPU."""
-    if m <= FEW:
-        return "few"
+    if m <= LOW:
+        return "few" if m <= FEW else "low"
     large = TILES["large"]
     return "large" if -(-m // large.rows) * -(-n // large.cols) >= CTAS else "small"
 

@@ -4,7 +4,6 @@ loops.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any, Literal
@@ -25,7 +24,6 @@ from tilewright.ir.rewrite import (
     statements,
     substitute,
     transform,
-    used_lets,
     walk,
     zero_unless,
 )
@@ -285,7 +283,7 @@ class _Staging:
         fresh = {f.name: ir.Var(f"{f.name}_{scratch.name}", f.var.dtype) for f in loops}
         if self.scope == "shared":
             return self._fill_together(scratch, loops, fresh)
-        body = self._element(scratch, fresh, tuple(fresh.values()))
+        body = self._element(scratch, fresh, tuple(fresh.values()), {})
         for f in reversed(loops):
             kind = "vector" if f.kind == "vector" else "unroll"
             body = ir.For(fresh[f.name], f.begin, f.end, body, kind)
@@ -300,7 +298,7 @@ class _Staging:
         numbers = tuple(ir.Var(f"{scratch.name}_{n}", dtype) for n in range(len(self.groups)))
         lanes = self._lanes(loops, self._guards(set(fresh)))
         lane, rest = ir.Var(f"{scratch.name}_lane", dtype), at
-        heads: tuple[ir.Expr, ...] = numbers  # of the elements that are copied together the first
+        starts: dict[str, ir.Expr] = {}
         outside: list[ir.Stmt] = []
         inside: list[ir.Stmt] = []
         for n, group in reversed(list(enumerate(self.groups))):
@@ -310,7 +308,6 @@ class _Staging:
                 block = ir.Var(f"{numbers[n].name}_block", dtype)
                 outside.append(ir.Let(block, number))
                 inside.append(ir.Let(numbers[n], add(mul(block, by), lane)))
-                heads = (*numbers[:-1], mul(block, by))
                 number = block
             else:
                 outside.append(ir.Let(numbers[n], number))
@@ -318,15 +315,17 @@ class _Staging:
             for f in reversed(group):
                 wide = by if f is loops[-1] else 1
                 digit, number = _digit(number, (f.extent or 1) // wide, f is group[0])
-                value = add(mul(digit, wide), lane) if wide > 1 else digit
-                (inside if wide > 1 else outside).append(ir.Let(fresh[f.name], value))
-        element = self._element(scratch, fresh, numbers or (ir.as_expr(0),), heads)
+                if wide > 1:
+                    starts[f.name] = mul(digit, wide)
+                    inside.append(ir.Let(fresh[f.name], add(starts[f.name], lane)))
+                else:
+                    outside.append(ir.Let(fresh[f.name], digit))
+        element = self._element(scratch, fresh, numbers or (ir.as_expr(0),), starts)
         body: ir.Stmt = ir.seq(*inside, element)
         if lanes > 1:
             body = ir.For(lane, ir.as_expr(0), ir.as_expr(lanes), body, "vector")
         total = prod(f.extent or 0 for f in loops) // lanes
-        body = used_lets(ir.seq(*outside, body))
-        return ir.For(at, ir.as_expr(0), ir.as_expr(total), body, "threads")
+        return ir.For(at, ir.as_expr(0), ir.as_expr(total), ir.seq(*outside, body), "threads")
 
     def _lanes(self, loops: list[ir.For], guards: list[ir.Expr]) -> int:
         """Elements that one thread copies at once: neighbours of a row, where they are, and where
@@ -342,31 +341,17 @@ class _Staging:
 
     def _is_uniform(self, guard: ir.Expr, last: str, lanes: int) -> bool:
         """Whether a guard is the same for each group of iterations of the last loop, from a
-        multiple of `lanes` on: it compares a multiple plus the column with a multiple."""
+        multiple of `lanes` on: it compares x + last, x a multiple, with a size that is one."""
         if not (isinstance(guard, ir.Binary) and guard.op == "<" and isinstance(guard.b, ir.Const)):
             return False
-        columns = {f.name for f in self.groups[-1]}
-        x = self._numbered(guard.a, [ir.as_expr(0) for _ in self.groups])
-        only = self.reads(guard.a) & self.inner.keys() <= columns
-        return x is not None and only and is_multiple(x, lanes) and int(guard.b.value) % lanes == 0
+        form = affine(self._resolved(guard.a), frozenset((last,)))
+        is_plain = form is not None and is_const(form.steps.get(last), 1)
+        return is_plain and is_multiple(form.base, lanes) and int(guard.b.value) % lanes == 0
 
-    def _numbered(self, e: ir.Expr, numbers: Sequence[ir.Expr]) -> ir.Expr | None:
-        """An index by the row and the column of scratch, where it grows by 1 with them; None where
-        the loops that these count make it in another way."""
-        plain = {name: x for name, x in self.lets.items() if not reads_memory(x)}
-        while plain.keys() & free_vars(e):
-            e = substitute(e, plain)
-        for group, number in zip(self.groups, numbers, strict=True):
-            names = frozenset(f.name for f in group)
-            if not names & free_vars(e):
-                continue
-            form, by = affine(e, names), 1
-            for f in reversed(group):
-                if form is None or not is_const(form.steps.get(f.name), by):
-                    return None
-                by *= f.extent or 1
-            assert form is not None
-            e = add(form.base, number)
+    def _resolved(self, e: ir.Expr) -> ir.Expr:
+        """An expression without the lets on the way to the access."""
+        while self.lets.keys() & free_vars(e):
+            e = substitute(e, self.lets)
         return e
 
     def _element(
@@ -374,20 +359,15 @@ class _Staging:
         scratch: ir.Buffer,
         fresh: dict[str, ir.Var],
         to: tuple[ir.Expr, ...],
-        heads: tuple[ir.Expr, ...] = (),
+        starts: dict[str, ir.Expr],
     ) -> ir.Stmt:
-        """Scratch element = operand element. `heads`: where guards are tested, if elements are
-        copied together."""
+        """Scratch element = operand element. `starts`: for a loop whose iterations are copied
+        together the first of them, for which guards are tested."""
         guards = self._guards(set(fresh))
         needed = {n for e in (*self.access.index, *guards) for n in self.reads(e)}
         names: dict[str, ir.Expr] = dict(fresh)
         out: list[ir.Stmt] = []
         held: ir.Expr | None = None
-
-        def moved(e: ir.Expr, numbers: tuple[ir.Expr, ...]) -> ir.Expr:
-            by_number = self._numbered(e, numbers) if heads else None
-            return substitute(e if by_number is None else by_number, names)
-
         for s in self.path:
             if isinstance(s, ir.Let) and s.var.name in needed - fresh.keys():
                 var = ir.Var(f"{s.var.name}_{scratch.name}", s.var.dtype)
@@ -396,15 +376,14 @@ class _Staging:
                 names[s.var.name] = var
             for cond in conjuncts(s.cond) if isinstance(s, ir.If) else ():
                 if cond in guards:
-                    sides = isinstance(cond, ir.Binary) and cond.op == "<"
-                    new = rebuild(cond, lambda e: moved(e, heads)) if sides else None
-                    cond = substitute(cond, names) if new is None else new
+                    if starts.keys() & self.reads(cond):
+                        cond = self._resolved(cond)
+                    cond = substitute(cond, names | starts)
                     held = cond if held is None else ir.binary("&", held, cond)
         x = self.access
-        at = tuple(moved(i, to) for i in x.index)
-        return ir.seq(
-            *out, ir.Store(scratch, to, zero_unless(held, ir.Load(x.buffer, at, x.dtype)))
-        )
+        at = tuple(substitute(i, names) for i in x.index)
+        store = ir.Store(scratch, to, zero_unless(held, ir.Load(x.buffer, at, x.dtype)))
+        return ir.seq(*out, store)
 
     def _guards(self, own: set[str]) -> list[ir.Expr]:
         """The guards of the access itself, which skip elements of the operand; guards that read
