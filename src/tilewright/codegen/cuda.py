@@ -54,8 +54,10 @@ class CudaRenderer(Renderer):
         self.line(f"tw::bar_sync(1, {self.threads[0] * self.threads[1]});")
 
     def copy_async(self, s: ir.CopyAsync) -> None:
-        held = isinstance(s.value, ir.Select)
-        cond, load = (f", {self.expr(s.value.cond)}", s.value.a) if held else ("", s.value)
+        cond, load = "", s.value
+        if isinstance(load, ir.Select):
+            cond, load = f", {self.expr(load.cond)}", load.a
+        assert isinstance(load, ir.Load)
         at = (x.index[0] for x in (s, load))
         to, source = (x.base if isinstance(x, ir.Ramp) else x for x in at)
         kind = _vector_of(load.buffer, source, load.dtype.lanes)
@@ -195,11 +197,8 @@ class CudaRenderer(Renderer):
             fields = (t.row_stride, t.col_stride, t.row_limit, t.col_limit)
             address = self.address(t.buffer, t.offset)
             return f"tw::tile({address}, {', '.join(map(self.expr, fields))})"
-        pointer, kind = (
-            self.pointer(t.buffer),
-            f"{C_TYPES[t.buffer.dtype.name]}, {_layout(t.buffer)}",
-        )
-        chunk = WIDE // t.buffer.dtype.itemsize
+        kind, chunk = C_TYPES[t.buffer.dtype.name], WIDE // t.buffer.dtype.itemsize
+        kind, pointer = f"{kind}, {_layout(t.buffer)}", self.pointer(t.buffer)
         strides = ("rows", t.row_stride, t.col_stride), ("cols", t.col_stride, t.row_stride)
         for lines, across, along in strides:
             parts = _line_start(t.buffer, t.offset)

@@ -372,7 +372,7 @@ class Schedule:
         padding = next((t.fill for t in self.program.tensors if t.name == buffer), 0)
 
         def cache(body: Stmt, *args: Any) -> tuple[Stmt, int]:
-            return staging.cache(body, *args, padding)
+            return staging.cache(body, *args, padding=padding)
 
         missing = loop, f"no loop {loop!r} reads {buffer!r}"
         return self._loops(cache, buffer, loop, scope, missing=missing, new_names=True)

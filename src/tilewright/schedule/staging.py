@@ -345,8 +345,9 @@ class _Staging:
         if not (isinstance(guard, ir.Binary) and guard.op == "<" and isinstance(guard.b, ir.Const)):
             return False
         form = affine(self._resolved(guard.a), frozenset((last,)))
-        is_plain = form is not None and is_const(form.steps.get(last), 1)
-        return is_plain and is_multiple(form.base, lanes) and int(guard.b.value) % lanes == 0
+        if form is None or form.steps.keys() != {last} or not is_const(form.steps[last], 1):
+            return False
+        return is_multiple(form.base, lanes) and int(guard.b.value) % lanes == 0
 
     def _resolved(self, e: ir.Expr) -> ir.Expr:
         """An expression without the lets on the way to the access."""
