@@ -298,15 +298,10 @@ def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Rewritten:
                 f"{c.out.buffer.name} is no sum of products over {depth}",
                 "only sum(A[i, k] * B[k, j], over=k), and functions of it, become tiles",
             )
-        return replace_innermost(f, replace(c, mma=tuple(x.name for x in loops if x)))
+        tiled = replace(c, mma=tuple(x.name for x in loops if x))
+        return transform(f, lambda x: tiled if x is c else x)
 
     return rewrite_loops(body, rows, one)
-
-
-def replace_innermost(s: Any, c: ir.Compute) -> Any:
-    if isinstance(s, ir.Compute):
-        return c
-    return rebuild(s, lambda x: replace_innermost(x, c) if isinstance(x, ir.Stmt) else x)
 
 
 def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:

@@ -13,7 +13,7 @@
 namespace tw {
 
 // A window of memory: element (r, c) lies at p[r * down + c * right]; beyond rows and cols it reads
-// as 0 and is not written.
+// as 0.
 template <class T>
 struct window {
   T* p;
@@ -77,19 +77,9 @@ template <int N> struct fragment_b { uint32_t v[N / 4]; };
 TW_INLINE int fragment_row(int e, int lane) { return (lane >> 2) + (e >> 1 & 1) * 8; }
 TW_INLINE int fragment_col(int e, int lane) { return (lane & 3) * 2 + (e & 1) + (e >> 2) * 8; }
 
-// How the elements of a window are read and written.
-struct float32_bits {
-  static TW_INLINE float read(float x) { return x; }
-  static TW_INLINE float write(float x) { return x; }
-};
-struct float16_bits {
-  static TW_INLINE float read(uint16_t x) { return from_float16(x); }
-  static TW_INLINE uint16_t write(float x) { return to_float16(x); }
-};
-struct bfloat16_bits {
-  static TW_INLINE float read(uint16_t x) { return from_bfloat16(x); }
-  static TW_INLINE uint16_t write(float x) { return to_bfloat16(x); }
-};
+// The types of operands.
+struct float16_bits {};
+struct bfloat16_bits {};
 struct tf32_bits {};
 // To nearest, ties away from zero.
 TW_INLINE uint32_t to_tf32(float x) {

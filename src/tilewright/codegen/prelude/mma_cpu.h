@@ -3,7 +3,7 @@
 namespace tw {
 
 // A window of memory: element (r, c) lies at p[r * down + c * right]; beyond rows and cols it reads
-// as 0 and is not written.
+// as 0.
 template <class T>
 struct window {
   T* p;
@@ -17,11 +17,7 @@ TW_INLINE window<T> tile(T* p, int64_t down, int64_t right, int64_t rows, int64_
 template <class T> struct plain { using type = T; };
 template <class T> struct plain<const T> { using type = T; };
 
-// How the elements of a window are read and written.
-struct float32_bits {
-  TW_INLINE float read(float x) { return x; }
-  TW_INLINE float write(float x) { return x; }
-};
+// How the elements of an operand are read.
 // An operand in float32: rounded to 10 bits of mantissa, ties away from zero.
 struct tf32_bits {
   TW_INLINE float read(float x) {
@@ -39,12 +35,10 @@ struct tf32_bits {
 };
 struct float16_bits {
   TW_INLINE float read(uint16_t x) { return from_float16(x); }
-  TW_INLINE uint16_t write(float x) { return to_float16(x); }
   template <int N> TW_INLINE vec<float, N> read(vec<uint16_t, N> x) { return from_float16<N>(x); }
 };
 struct bfloat16_bits {
   TW_INLINE float read(uint16_t x) { return from_bfloat16(x); }
-  TW_INLINE uint16_t write(float x) { return to_bfloat16(x); }
   template <int N> TW_INLINE vec<float, N> read(vec<uint16_t, N> x) { return from_bfloat16<N>(x); }
 };
 
