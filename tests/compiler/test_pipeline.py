@@ -212,6 +212,7 @@ def test_a_pipeline_inside_a_loop_ends_with_a_barrier():
         (lambda s: s.pipeline("k", 3), "copies 0 operands"),
         (lambda s: gpu_recipe(s, Tile(64, 64, 32, 32, 8, 64, 2)), "2 bytes at a time"),
         (lambda s: tiny(64, 64, TILES["small"])(s).pipeline("k_o", 2), "is pipeline"),
+        (lambda s: tiny(64, 64, TILES["small"])(s).split("k_o", 2), "is marked pipeline"),
         (lambda s: s.pipeline("k", 1), "stages is 1"),
     ],
 )  # fmt: skip
@@ -219,6 +220,12 @@ def test_refused(recipe, says):
     with pytest.raises(ScheduleError, match=says) as caught:
         gemm_program.typed(A="float16", B="float16").schedule(recipe).scheduled("cuda:sm_80")
     assert caught.value.code == "S102" and caught.value.hint
+
+
+def test_no_copies_are_added_to_a_pipeline():
+    definition = spmm.decompose(A=tw.csr()).schedule(lambda s: gathered(s).cache("A", "j_o"))
+    with pytest.raises(ScheduleError, match="is a pipeline"):
+        definition.scheduled("cuda")
 
 
 def test_more_shared_memory_than_the_target_has():

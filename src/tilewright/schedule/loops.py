@@ -50,7 +50,7 @@ def split(
     """The loop rewrite behind `Schedule.split`."""
 
     def one(f: ir.For) -> ir.Stmt:
-        if f.kind in ("vector", "unroll", "thread.x", "thread.y"):
+        if f.kind in ("vector", "unroll", "pipeline", "thread.x", "thread.y"):
             raise illegal(f"loop {f.name} is marked {f.kind}", "split it first, then mark a part")
         outer_name, inner_name = into or (f"{loop}_o", f"{loop}_i")
         if f.name in (outer_name, inner_name):
@@ -200,7 +200,7 @@ def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Rewritten:
                 f"loop {f.name} reduces over {f.extent} threads: they come in powers of two, to 32",
                 "split it by a power of two first",
             )
-        return replace(f, kind=kind)
+        return replace(f, kind=kind, stages=0)
 
     return rewrite_loops(body, loop, one)
 

@@ -103,6 +103,8 @@ class _Staging:
     ) -> None:
         self.nest, self.at, self.operand, self.padding = nest, at, operand, padding
         self.scope: CacheScope = scope
+        if at.kind == "pipeline":
+            raise self.refuse(f"loop {at.name} is a pipeline", "call cache before pipeline")
         self.groups: list[list[ir.For]] = []  # the loops of each dimension of scratch
         accesses = [
             self._access(x, c)
