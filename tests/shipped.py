@@ -115,8 +115,8 @@ SHIPPED: dict[str, Shipped] = {
     "spgemm fill f64": _fill(spgemm_count, spgemm_fill, "float64"),
     # matrix tiles
     "gemm f16": Shipped(gemm_definition("float16")),
-    "gemm bf16 512x256": Shipped(gemm_definition("bfloat16", 512, 256)),
-    "bsr_spmm 32 f16 64": Shipped(bsr_spmm_definition(tw.bsr(32), "float16", 64)),
+    "gemm bf16 512x256": Shipped(gemm_definition("bfloat16", 512, 256, "few")),
+    "bsr_spmm 16 f16 64": Shipped(bsr_spmm_definition(tw.bsr(16), "float16", 64)),
     "bsr_spmm 128 bf16 any": Shipped(bsr_spmm_definition(tw.bsr(128), "bfloat16")),
     # layers of a model
     **{f"linear {kind}": _linear(kind) for kind in KINDS},

@@ -57,6 +57,8 @@ def arguments(name: str, program: ir.Program, rng: np.random.Generator) -> Array
     definition, sizes, out = SHIPPED[name].definition, {**SIZES, **dict(program.sizes)}, {}
     if "by_length" in name:
         sizes["n"] = max(LONG)
+    if name.startswith("gemm"):
+        sizes["m"] = 30  # rows of each tile operation of a warp
     if "csc" in name:
         sizes["m"], sizes["n"] = sizes["n"], sizes["m"]
     for t in definition.program.tensors:
@@ -157,8 +159,10 @@ def without_barrier(node: int, number: int) -> Any:
 
 def mutants(program: ir.Program) -> Iterator[tuple[str, ir.Program, Any]]:
     nodes = [x for stage in program.stages for nest in stage for x in walk(nest.body)]
-    for n, _ in enumerate(x for x in nodes if isinstance(x, ir.Sync)):
-        yield f"barrier {n}", without(program, lambda s: isinstance(s, ir.Sync), n), None
+    for kind in (ir.Sync, ir.Commit, ir.Wait):
+        for n, _ in enumerate(x for x in nodes if isinstance(x, kind)):
+            mutant = without(program, lambda s, kind=kind: isinstance(s, kind), n)
+            yield f"barrier {kind.__name__} {n}", mutant, None
     for n, s in enumerate(x for x in nodes if is_guard(x)):
         yield f"guard {n}: {s.cond}", without(program, is_guard, n), None
     rows = (x for x in nodes if isinstance(x, ir.ReduceThreads) and x.axis == "thread.y")

@@ -351,7 +351,6 @@ def test_a_product_with_an_epilogue_on_tiles(name, size, dtype, rng):
     definition = case.program.schedule(gemm_recipe)
     program = definition.lower()
     assert any(is_fragment(x) for x in walk(program.stages[0][0].body))
-    assert not any(isinstance(x, ir.MmaStore) for x in walk(program.stages[0][0].body))
     check(case, args, called(definition.build(), definition, args)["out"])
 
 

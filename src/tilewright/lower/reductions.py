@@ -9,7 +9,7 @@ from itertools import count, product
 from typing import Any
 
 from tilewright.dtypes import DType
-from tilewright.errors import ScheduleError
+from tilewright.errors import illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import ACCUMULATOR, TOTAL, GeneratedName, parse_name
 from tilewright.ir.rewrite import (
@@ -145,11 +145,10 @@ class _Materializer:
         self.count += 1
         for loop in (*chain.spatial, *chain.lanes):
             if loop.extent is None or not is_const(loop.begin, 0):
-                raise ScheduleError(
-                    "S102",
+                raise illegal(
                     f"loop {loop.name} lies inside the reduction of {out.name} and has a run-time "
                     "extent",
-                    hint="an accumulator has a constant size: split the loop, keep its inner "
+                    "an accumulator has a constant size: split the loop, keep its inner "
                     "part inside",
                 )
         shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in (*chain.spatial, *chain.lanes))

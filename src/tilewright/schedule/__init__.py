@@ -317,7 +317,9 @@ class Schedule:
                     for k in 0:16
                       C[i, j] = sum(A[i, k] * B[k, j] over k)
 
-        float16 or bfloat16 operands, float32 sums; extents 16, 8, 16.
+        Extents 16, 8, 16 or 16, 16, 16 of float16 or bfloat16 operands; 16, 8, 8 of float32
+        operands, which are rounded to tf32 (10 bits of mantissa). The sums are float32. Where there
+        are few rows the columns of the output can be the rows of the tile: mma("j", "i", "k").
 
         Raises ScheduleError[S101, S102]."""
         return self._loops(loops.mma, rows, cols, depth)
@@ -367,8 +369,29 @@ class Schedule:
         copy together (on a CPU an array of the body). Where a guard would keep an element from
         being read, scratch holds 0. `buffer`: a dense operand, or a sparse one for its values.
         Raises ScheduleError[S101, S102]."""
+        padding = next((t.fill for t in self.program.tensors if t.name == buffer), 0)
+
+        def cache(body: Stmt, *args: Any) -> tuple[Stmt, int]:
+            return staging.cache(body, *args, padding=padding)
+
         missing = loop, f"no loop {loop!r} reads {buffer!r}"
-        return self._loops(staging.cache, buffer, loop, scope, missing=missing, new_names=True)
+        return self._loops(cache, buffer, loop, scope, missing=missing, new_names=True)
+
+    @takes(loop=A_NAME, stages=integer(2, staging.MOST_STAGES))
+    def pipeline(self, loop: str, stages: int) -> Schedule:
+        """Overlap the copies to shared memory that a loop makes with the work on them: they are
+        asynchronous, into `stages` buffers, and start `stages` - 1 iterations early.
+
+        before: for k in 0:n                    after:  for e in 0:2
+                  S[t] = A[k, t]  # threads               async S[e, t] = A[e, t]; commit
+                  sync                                  for k in 0:n
+                  … S[t] …                                wait for the copy of k; sync
+                  sync                                    async S[(k+2) % 3, t] = A[k+2, t]; commit
+                                                          … S[k % 3, t] …
+
+        It comes after `cache(…, "shared")` of all operands. A CPU copies at once.
+        Raises ScheduleError[S101, S102]."""
+        return self._loops(staging.pipeline, loop, stages)
 
     @takes(output=A_NAME, loop=A_NAME, copies=integer(2, privatize.MOST_COPIES))
     def privatize(self, output: str, loop: str, copies: int) -> Schedule:
