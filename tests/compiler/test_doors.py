@@ -10,7 +10,7 @@ from tests.compiler.cases import both_ways, spmm
 
 import tilewright as tw
 from tilewright.errors import ArgumentError, ProgramError, ScheduleError
-from tilewright.runtime.launch import Step
+from tilewright.runtime.step import Step
 from tilewright.toolchain import compilers
 
 TARGETS = [

@@ -1,5 +1,6 @@
 """Linear layers: Y = X Wᵀ, for weights in float32, bfloat16, float16, Q8_0, Q4_0 and Q4_1; in the
-same kernel X Wᵀ + B (a bias), R + X Wᵀ (a residual), or SiLU(X Wᵀ) · (X W2ᵀ) (a gate).
+same kernel X Wᵀ + B (a bias), R + X Wᵀ (a residual), or SiLU(X Wᵀ) · (X W2ᵀ) (a gate), and of any
+of these with the RMSNorm of X in place of X.
 
 Quantised weights keep the layout of the model file, blocks of 32 along a row. The programs
 dequantise them by shifts and scales, in registers.
@@ -31,7 +32,7 @@ from tilewright.sparse.trace import dense, indices, out
 from tilewright.toolchain import compilers
 
 BLOCK = 32
-After = Literal["", "bias", "residual", "gate"]
+After = Literal["", "bias", "residual", "gate", "norm", "norm_gate"]
 Rows = tuple[Any, ...]  # the indices of a row of W
 
 
@@ -88,16 +89,20 @@ LAYOUTS = {
 
 def _linear(layout: str, after: After) -> Definition:
     """The program of a layer, with what is done to its result: `"bias"` and `"residual"` add B and
-    R, `"gate"` multiplies SiLU of it by the product with a second weight, whose arrays come
-    last."""
+    R, `"gate"` multiplies SiLU of it by the product with a second weight, whose arrays come last.
+    `"norm"` takes N and eps in front of these, and the RMSNorm of X in place of X: the sum of its
+    squares is taken beside the product, and scales the result."""
     arrays, rows, depth, weight = LAYOUTS[layout]
     parameters = {"X": dense("t k"), **arrays}
     dims = " ".join(x.partition(":")[2] for x in rows.split())
+    norm, gate = after.startswith("norm"), after.endswith("gate")
+    if norm:
+        parameters |= {"N": dense("k", kind="weight"), "eps": trace.scalar()}
     if after == "bias":
         parameters["B"] = dense(dims, kind="weight")
     if after == "residual":
         parameters["R"] = dense(f"t {dims}")
-    if after == "gate":
+    if gate:
         parameters |= {f"{name}2": array for name, array in arrays.items()}
 
     def linear(**a: Any) -> Any:
@@ -106,14 +111,21 @@ def _linear(layout: str, after: After) -> Definition:
 
         def product(suffix: str = "") -> Any:
             column, w = weight({name: a[name + suffix] for name in arrays}, place, *over)
-            return trace.sum_(a["X"][t, column] * w, over=over)
+            x = a["X"][t, column] * a["N"][column] if norm else a["X"][t, column]
+            total = trace.sum_(x * w, over=over)
+            return total * scale if norm else total
 
+        if norm:
+            column, _ = weight({name: a[name] for name in arrays}, place, *over)
+            squares = trace.sum_(a["X"][t, column] * a["X"][t, column], over=over)
+            mean = squares / trace.size("k").cast("float32")
+            scale = trace.rsqrt(mean + a["eps"][()])
         y = product()
         if after == "bias":
             y = y + a["B"][*place]
         elif after == "residual":
             y = a["R"][t, *place] + y
-        elif after == "gate":
+        elif gate:
             y = y * trace.sigmoid(y) * product("2")
         return out[t, *place](y)
 
@@ -134,7 +146,7 @@ def linear_program(kind: str, interleaved: bool = False, after: After = "") -> D
     stored = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}.get(kind)
     if stored is None:
         return _linear(kind + ("_interleaved" if interleaved else ""), after)
-    names = ("W", "W2") if after == "gate" else ("W",)
+    names = ("W", "W2") if after.endswith("gate") else ("W",)
     made = _linear("dense", after)
     return made if kind == "f32" else made.typed(**dict.fromkeys(names, stored))
 
@@ -237,7 +249,7 @@ def recipe(s: Schedule, many: bool, n: int, k: int) -> Schedule:
     """The schedule of a linear layer of n × k."""
     dims = {d for t in s.program.tensors for d in t.dims}
     s = s.specialize("g", n // TOGETHER) if "g" in dims else s.specialize("n", n)
-    s = s.specialize("k", k)
+    s = s.specialize("k", k).merge_sums("out")
     s = s.specialize("b", k // BLOCK) if "b" in dims else s
     return gpu_recipe(s, n) if s.target.is_cuda else cpu_recipe(s, many)
 

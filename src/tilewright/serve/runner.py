@@ -21,7 +21,7 @@ from tilewright.attention.kv import KV
 from tilewright.attention.plan import CHUNK_TILES, KEY_TILE
 from tilewright.attention.table import Table
 from tilewright.ops.embedding import embedding_kernel
-from tilewright.runtime.launch import Step
+from tilewright.runtime.step import Step
 from tilewright.serve.kv_pool import PAGE_SIZE, KVPool
 from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.scheduler import Chunk, Limits
