@@ -194,17 +194,26 @@ def _is_gate(s: Schedule) -> bool:
     return any(t.name in ("W2", "Q2") for t in s.program.tensors)
 
 
-GPU_ROWS = 16  # rows of W of one CTA
+GPU_ROWS = 8  # rows of W of one CTA
+GPU_UNROLL = 8  # iterations whose loads are issued together
+GPU_LANES = 4  # neighbouring numbers of a row that a thread reads at once
 
 
-def gpu_recipe(s: Schedule, n: int) -> Schedule:
-    """Threads in y take rows of W; threads in x share the sum of a row."""
-    rows = next(r for r in (GPU_ROWS, 8, 4, 2, 1) if n % r == 0)
+def gpu_recipe(s: Schedule, n: int, k: int) -> Schedule:
+    """Threads in y take rows of W; the 32 threads in x share the sum of a row, four numbers each:
+    of eight blocks, or of 128 columns."""
+    rows = next(r for r in (GPU_ROWS, 4, 2, 1) if n % r == 0)
     s = s.split("n", rows, into=("n_cta", "n_y")).bind("t", "cta.y")
     s = s.bind("n_cta", "cta.x").bind("n_y", "thread.y")
     if s.has("b"):
-        return s.bind("l", "thread.x").unroll("h").unroll("b", 4)
-    return s.split("k", 32, into=("k_o", "k_x")).bind("k_x", "thread.x").unroll("k_o", 4)
+        s = s.split("b", 8, into=("k_o", "b_x")).split("l", GPU_LANES, into=("l_x", "k_v"))
+        s = s.reorder("k_o", "b_x", "l_x", "h", "k_v").fuse("b_x", "l_x", into="k_x").unroll("h")
+    elif k % GPU_LANES == 0:
+        s = s.split("k", GPU_LANES, into=("k_4", "k_v")).split("k_4", 32, into=("k_o", "k_x"))
+    else:
+        s = s.split("k", 32, into=("k_o", "k_x"))
+    s = s.bind("k_x", "thread.x").unroll("k_o", GPU_UNROLL // 2 if _is_gate(s) else GPU_UNROLL)
+    return s.vectorize("k_v") if s.has("k_v") else s
 
 
 def check_kind(kind: str, name: str = "") -> None:
@@ -251,7 +260,7 @@ def recipe(s: Schedule, many: bool, n: int, k: int) -> Schedule:
     s = s.specialize("g", n // TOGETHER) if "g" in dims else s.specialize("n", n)
     s = s.specialize("k", k).merge_sums("out")
     s = s.specialize("b", k // BLOCK) if "b" in dims else s
-    return gpu_recipe(s, n) if s.target.is_cuda else cpu_recipe(s, many)
+    return gpu_recipe(s, n, k) if s.target.is_cuda else cpu_recipe(s, many)
 
 
 def weight_views(kind: str, data: np.ndarray) -> tuple[np.ndarray, ...]:

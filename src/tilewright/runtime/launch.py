@@ -123,12 +123,15 @@ class CudaLauncher(Launcher):
         ]
 
     def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
-        launches = [one.run_active for one in self.launches(kernel, frame)]
+        """Loads the functions at the first run: a recorded step has none of its own."""
+        launches: list[Callable[[int], None]] = []
         ordinal = ordinal_of(frame)
         activate, current_stream = cuda.device(ordinal).activate, cuda.current_stream
 
         def run() -> None:
             activate()
+            if not launches:
+                launches.extend(one.run_active for one in self.launches(kernel, frame))
             stream = current_stream(ordinal)
             for launch in launches:
                 launch(stream)
