@@ -22,6 +22,7 @@ from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
 from tilewright.ops.embedding import by_token
 from tilewright.ops.gemm import gemm_definition
 from tilewright.ops.linear import linear_definition
+from tilewright.ops.positions import by_request, lengthen, positions_program
 from tilewright.ops.rmsnorm import RMSNORM
 from tilewright.ops.rope import APPEND, APPEND_HALVES, APPEND_PAIRS, ROPE_HALVES, ROPE_PAIRS
 from tilewright.ops.sampling import ARGMAX, SAMPLE
@@ -120,14 +121,23 @@ SHIPPED: dict[str, Shipped] = {
     "bsr_spmm 128 bf16 any": Shipped(bsr_spmm_definition(tw.bsr(128), "bfloat16")),
     # layers of a model
     **{f"linear {kind}": _linear(kind) for kind in KINDS},
-    # float16 differs from bfloat16 in the conversion of a weight alone.
-    **{f"linear {kind} many": _linear(kind, many=True) for kind in KINDS if kind != "f16"},
+    # float16 differs from bfloat16 in the conversion of a weight alone, Q4_0 from Q4_1 in `m`.
+    **{
+        f"linear {kind} many": _linear(kind, many=True)
+        for kind in KINDS
+        if kind not in ("f16", "q4_0")
+    },
     **{
         f"linear {kind} interleaved{' many' if many else ''}": _interleaved(kind, many)
         for kind in ("q8_0", "q4_0", "q4_1")
         for many in (False, True)
     },
     "linear bf16 gate": _linear("bf16", after="gate"),
+    "linear q4_1 norm_gate": Shipped(
+        linear_definition("q4_1", False, 1536, 576, after="norm_gate"), CUDA
+    ),
+    "positions": Shipped(positions_program(16).schedule(by_request)),
+    "lengthen": Shipped(lengthen.schedule(by_request)),
     "linear f32 172x64": _linear("f32", n=172, k=64),
     "linear f32 odd": _linear("f32", n=13, k=37),
     "linear q4_1 odd": _linear("q4_1", n=13, k=96),

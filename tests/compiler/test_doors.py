@@ -230,7 +230,7 @@ def test_verbs_refuse_what_would_change_the_meaning(verb):
 
 
 VERB_NAMES = """split fuse reorder mark bind unroll rfactor atomic mma prefetch cache privatize
-order_axes fuse_axes specialize"""
+order_axes fuse_axes merge_sums specialize"""
 
 
 def test_every_verb_documents_itself():

@@ -33,10 +33,10 @@ def beside(bodies: Sequence[Body]) -> str:
     threads = max(b.threads for b in bodies)
     text.append(_head("step", "Step", bodies))
     text += ["  const int thread = threadIdx.x;", "  const int64_t cta = blockIdx.x;"]
-    # The next launch may start as soon as all CTAs of this one have: it waits for their end.
-    text.append("  tw::start_next_launch();")
     text += _by_cta(bodies, names, "prefetch", f"thread, {threads}")
-    text.append("  tw::wait_for_previous_launch();")
+    # The next launch starts when the one in front of this one has ended: were it started before the
+    # wait, CTAs of many launches would wait on an SM together.
+    text += ["  tw::wait_for_previous_launch();", "  tw::start_next_launch();"]
     return "\n".join((*text, *_by_cta(bodies, names, "entry", "thread, smem"), "}"))
 
 

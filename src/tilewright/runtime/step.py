@@ -55,8 +55,8 @@ def hazards(nodes: Sequence[Node]) -> np.ndarray:
 
 
 def _boxes(of_nodes: Sequence[tuple[Box, ...]]) -> np.ndarray:
-    """Rows of (begin, end, number of the node)."""
-    rows = [(*box, n) for n, boxes in enumerate(of_nodes) for box in boxes]
+    """Rows of (begin, end, number of the node); empty ranges are left out."""
+    rows = [(*box, n) for n, boxes in enumerate(of_nodes) for box in boxes if box[0] < box[1]]
     return np.array(rows, np.int64).reshape(-1, 3)
 
 
@@ -175,13 +175,15 @@ def _nodes(bound: Bound, launcher: CudaLauncher) -> list[Node]:
 
 
 def _cuts(parts: Sequence[Part]) -> list[int]:
-    """Where to divide launches so that the parameters of each range fit a kernel."""
-    cuts, used = [0], 0
+    """Where to divide launches so that the parameters of each range fit a kernel, and that no body
+    has fewer registers than alone, because another one has more threads."""
+    cuts, used, threads, resident = [0], 0, 0, 2**31
     for i, part in enumerate(parts):
-        size = len(part.params) + 8
-        if used and used + size > PARAMS_BYTES:
+        size, b = len(part.params) + 8, part.body
+        threads, resident = max(threads, b.threads), min(resident, b.resident)
+        if used and (used + size > PARAMS_BYTES or threads > resident):
             cuts.append(i)
-            used = 0
+            used, threads, resident = 0, b.threads, b.resident
         used += size
     return [*cuts, len(parts)] if parts else []
 
