@@ -118,7 +118,8 @@ def test_independent_launches_become_one(record):
     """A layer's beginning: three products of one input, then what reads each of them."""
     calls = [
         Recorded("q", "x", "Q"), Recorded("k", "x", "K"), Recorded("v", "x", "V"),
-        Recorded("rotate", "Q", "R"), Recorded("append k", "K", "C"), Recorded("append v", "V", "D"),
+        Recorded("rotate", "Q", "R"), Recorded("append k", "K", "C"),
+        Recorded("append v", "V", "D"),
         Recorded("attend", "RCD", "A"), Recorded("o", "Ax", "x"),
     ]  # fmt: skip
     made = record(*calls)

@@ -97,7 +97,5 @@ def test_a_step_on_a_gpu_says_what_the_cpu_says(monkeypatch: pytest.MonkeyPatch,
         assert sides[1].greedy() == tokens[-1]
         for side in sides:
             side.decode(tokens[-1])
-        np.testing.assert_allclose(
-            sides[1].logits(), sides[0].logits(), rtol=1e-3, atol=1e-4
-        )
+        np.testing.assert_allclose(sides[1].logits(), sides[0].logits(), rtol=1e-3, atol=1e-4)
     assert len(set(tokens)) > 8

@@ -116,7 +116,9 @@ class CudaRenderer(Renderer):
         value, op = self.expr(e.a), f"tw::op_{e.op}<{self.type(e.dtype)}>"
         if e.axis == "thread.x":
             return f"tw::across_lanes<{op}, {e.extent}>({value})"
-        return f"tw::across_rows<{op}, {e.extent}>({value}, smem, BARRIER, {self.threads[0]}, tx, ty)"
+        return (
+            f"tw::across_rows<{op}, {e.extent}>({value}, smem, BARRIER, {self.threads[0]}, tx, ty)"
+        )
 
     def alloc(self, b: ir.Buffer) -> None:
         if b.scope == "fragment":
@@ -271,9 +273,7 @@ def stage_threads(stage: tuple[ir.Nest, ...]) -> int:
     return max(n.threads[0] * n.threads[1] for n in stage)
 
 
-def _prefetch(
-    program: ir.Program, params: Params, stage: tuple[ir.Nest, ...], number: int
-) -> str:
+def _prefetch(program: ir.Program, params: Params, stage: tuple[ir.Nest, ...], number: int) -> str:
     """A function that fetches the weights which a CTA reads to the L2 cache: no launch writes them,
     so that this may run while the launch in front does. "" where none have bounds that the CTA's
     number and sizes tell."""
@@ -299,7 +299,9 @@ def _prefetch(
     if nest.part >= 0 or not any(first for first, _ in boxes.values()):
         return ""
     renderer = CudaRenderer(program, params, threads=nest.threads)
-    head = f"TW_INLINE void prefetch{number}(const Params& p, int64_t unit, int thread, int threads)"
+    head = (
+        f"TW_INLINE void prefetch{number}(const Params& p, int64_t unit, int thread, int threads)"
+    )
     lines = []
     for b, (firsts, lasts) in boxes.items():
         if firsts:  # a guard may leave out what lies behind the array
@@ -326,9 +328,7 @@ def _last(b: ir.Buffer) -> ir.Expr:
 def _run(stage: tuple[ir.Nest, ...], number: int) -> str:
     """The function of a stage: finds the row of a CTA in the work table and calls its body."""
     threads = stage_threads(stage)
-    head = (
-        f"TW_INLINE void run{number}(const Params& p, int64_t unit, int thread, char* smem) {{\n"
-    )
+    head = f"TW_INLINE void run{number}(const Params& p, int64_t unit, int thread, char* smem) {{\n"
 
     def call(case: int, nest: ir.Nest, unit: str, row: str) -> str:
         mine = nest.threads[0] * nest.threads[1]

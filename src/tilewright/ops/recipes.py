@@ -17,9 +17,7 @@ def cpu_lanes() -> int:
 
 
 @named_recipe
-def rows(
-    s: Schedule, row: str, elements: tuple[str, ...], threads_y: int = THREADS_Y
-) -> Schedule:
+def rows(s: Schedule, row: str, elements: tuple[str, ...], threads_y: int = THREADS_Y) -> Schedule:
     """Rows in parallel; the loops over elements (also sums) in vectors on a CPU, threads on a
     GPU."""
     if s.target.is_cuda:

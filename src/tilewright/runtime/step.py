@@ -118,9 +118,7 @@ class Step:
     def _launches(self, overlaps: bool) -> list[cuda.Launch]:
         """The launches of the graph, level by level."""
         level = levels(len(self.nodes), self.edges)
-        ordinal = next(
-            (ordinal_of(b.frame) for b in self.keep if isinstance(b, Bound)), 0
-        )
+        ordinal = next((ordinal_of(b.frame) for b in self.keep if isinstance(b, Bound)), 0)
         launches: list[cuda.Launch] = []
         for of_level in range(max(level) + 1):
             nodes = [n.launch for n, at in zip(self.nodes, level, strict=True) if at == of_level]
