@@ -107,27 +107,27 @@ def _linear(layout: str, after: After) -> Definition:
 
     def linear(**a: Any) -> Any:
         t, *at = indices(f"t:t {rows} {depth}")
-        place, over = tuple(at[: len(rows.split())]), tuple(at[len(rows.split()) :])
+        coordinates, over = tuple(at[: len(rows.split())]), tuple(at[len(rows.split()) :])
 
         def product(suffix: str = "") -> Any:
-            column, w = weight({name: a[name + suffix] for name in arrays}, place, *over)
+            column, w = weight({name: a[name + suffix] for name in arrays}, coordinates, *over)
             x = a["X"][t, column] * a["N"][column] if norm else a["X"][t, column]
             total = trace.sum_(x * w, over=over)
             return total * scale if norm else total
 
         if norm:
-            column, _ = weight({name: a[name] for name in arrays}, place, *over)
+            column, _ = weight({name: a[name] for name in arrays}, coordinates, *over)
             squares = trace.sum_(a["X"][t, column] * a["X"][t, column], over=over)
             mean = squares / trace.size("k").cast("float32")
             scale = trace.rsqrt(mean + a["eps"][()])
         y = product()
         if after == "bias":
-            y = y + a["B"][*place]
+            y = y + a["B"][*coordinates]
         elif after == "residual":
-            y = a["R"][t, *place] + y
+            y = a["R"][t, *coordinates] + y
         elif gate:
             y = y * trace.sigmoid(y) * product("2")
-        return out[t, *place](y)
+        return out[t, *coordinates](y)
 
     linear.__name__ = "_".join(filter(None, ("linear", layout, after)))
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -239,9 +239,9 @@ def linear_kernel(
     16), the same memory, for those of `interleave`. Sizes are constants, so that the kernel needs
     no guards; the layers of a model have few shapes.
 
-    `after`: `"bias"` and `"residual"` take one more array, of the shape of a row of the output or
-    of the output, and add it; `"gate"` takes the
-    arrays of a second weight last and returns SiLU of the first product times the second."""
+    `after`: `"bias"` takes one more array, of the shape of a row of the output, `"residual"` one of
+    the shape of the output, and adds it; `"gate"` takes the arrays of a second weight last and
+    returns SiLU of the first product times the second."""
     return linear_definition(kind, many, n, k, interleaved, after).build(target)
 
 
