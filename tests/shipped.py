@@ -15,7 +15,7 @@ from tilewright.attention.spec import Spec
 from tilewright.attention.table import TableForm
 from tilewright.build import Definition
 from tilewright.ops import row_lists
-from tilewright.ops.activation import ADD, SILU_MUL
+from tilewright.ops.activation import SILU_MUL
 from tilewright.ops.bsr_spmm import bsr_spmm_definition
 from tilewright.ops.elementwise import add_count, add_fill, multiply_count, multiply_fill
 from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
@@ -144,7 +144,6 @@ SHIPPED: dict[str, Shipped] = {
     **{f"embedding {kind}": Shipped(EMBEDDINGS[kind].schedule(by_token)) for kind in KINDS},
     "rmsnorm": Shipped(RMSNORM),
     "silu_mul": Shipped(SILU_MUL),
-    "add": Shipped(ADD),
     "rope pairs": Shipped(ROPE_PAIRS),
     "rope halves": Shipped(ROPE_HALVES),
     "append pairs": Shipped(APPEND_PAIRS),

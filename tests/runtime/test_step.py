@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 from tests.runtime.test_cuda import AXPY, fake  # noqa: F401 - a fixture
 
+import tilewright as tw
 from tilewright.ir.body import Body
 from tilewright.runtime import cuda, step
-from tilewright.runtime.launch import Part
-from tilewright.runtime.step import Node, Step, dependencies, hazards, levels, missing
+from tilewright.runtime.step import Node, Part, Step, dependencies, hazards, levels, missing
+from tilewright.toolchain import nvrtc
 
 
 def random_nodes(rng: np.random.Generator, count: int, cells: int) -> list[Node]:
@@ -171,3 +173,31 @@ def test_launches_without_boxes_keep_their_order(fake: ctypes.CDLL):  # noqa: F8
     assert recorded.edges == ((0, 1), (1, 2)) and recorded.count == 3
     recorded()
     assert x.to_numpy().tolist() == [8.0] * 8 and y.to_numpy().tolist() == [5.0] * 8
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
+def test_stages_of_a_kernel_follow_each_other(fake: ctypes.CDLL):  # noqa: F811
+    """A temporary that one stage writes and the next reads; coordinates and values of a matrix."""
+
+    @tw.program
+    def centred(X=tw.dense("i j")):
+        i, j = tw.indices("i:i j:j")
+        total = tw.temp[()](tw.sum(X[i, j], over=(i, j)))
+        return tw.out[i, j](X[i, j] - total[()])
+
+    @tw.program
+    def spmm(A=tw.sparse("m n"), X=tw.dense("n d")):
+        i, j, k = tw.indices("m n d")
+        return tw.out[i, k](tw.sum(A[i, j] * X[j, k], over=j))
+
+    x, y = (cuda.DeviceArray.from_numpy(np.zeros((4, 4), np.float32)) for _ in range(2))
+    two = centred.schedule(lambda s: s.on(1).bind("i", "cta.x")).build("cuda:sm_90a")
+    recorded = Step([two.bind(x, out=y), two.bind(y, out=x)])
+    assert recorded.count == 4 and set(recorded.edges) == {(0, 1), (1, 2), (2, 3)}
+    product = spmm.schedule(lambda s: s.bind("m", "cta.x")).build("cuda:sm_90a")
+    matrix = tw.csr().pack(np.eye(4, dtype=np.float32)).to("cuda:0")
+    boxes = product.bind(matrix, x, out=y).boxes()
+    sizes = {name: sum(high - low for low, high in of) for name, of in boxes.items()}
+    assert sizes == {"A": 4 * 4, "X": 64, "out": 64, "": 4 * (5 + 4)}
+    del recorded, matrix
+    gc.collect()

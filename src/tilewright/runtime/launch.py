@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 from tilewright.ir.body import Body
 from tilewright.runtime import cuda
@@ -69,18 +67,6 @@ CompileStep = Callable[[tuple[Body, ...], tuple[str, ...]], bytes]
 """From the bodies of one launch of a step and macros to the cubin of their function `step`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A launch of a kernel that a step may put beside others: `units` CTAs of a body with its
-    parameters, and the macros that its code is compiled with."""
-
-    body: Body
-    params: Any
-    units: int
-    macros: tuple[str, ...]
-    compile_step: CompileStep
-
-
 class CudaLauncher(Launcher):
     """Functions of a cubin, loaded on the device of the call at its first launch there. `image`
     compiles the cubin of a variant when it is first needed: without wide loads for arrays that are
@@ -111,15 +97,6 @@ class CudaLauncher(Launcher):
                 self.functions(kernel, frame), stages, frame.blocks, frame.units, strict=True
             )
             if units
-        ]
-
-    def parts(self, frame: Frame) -> list[Part | None]:
-        """The launch of each stage for a recorded step; None for one without units."""
-        compile_step = self.compile_step
-        assert compile_step is not None
-        return [
-            Part(body, block, units, frame.variants, compile_step) if units else None
-            for body, block, units in zip(self.bodies, frame.blocks, frame.units, strict=True)
         ]
 
     def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from tilewright.errors import ArgumentError
+from tilewright.ir.body import Body
 from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
 from tilewright.runtime.kernel import Bound
-from tilewright.runtime.launch import CpuLauncher, CudaLauncher, Part, ordinal_of
+from tilewright.runtime.launch import CompileStep, CpuLauncher, CudaLauncher, ordinal_of
 
 Box = tuple[int, int]
 """The first address of a range of memory, and the one behind its last."""
@@ -29,6 +30,18 @@ Box = tuple[int, int]
 ANY: tuple[Box, ...] = ((0, 2**63 - 1),)  # what a launch touches that says nothing of its memory
 PARAMS_BYTES = 4000  # of the parameters that launches together have: a kernel takes 4096 bytes
 Edge = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A launch that a step may put beside others: `units` CTAs of a body with its parameters, and
+    the macros that its code is compiled with."""
+
+    body: Body
+    params: Any
+    units: int
+    macros: tuple[str, ...]
+    compile_step: CompileStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +116,7 @@ class Step:
         flat = [launch for of_bound in recorded for launch in of_bound or ()]
         if None in recorded:
             self.count = len(self.keep)
-            self._run = self._call_each
+            self._run = lambda: [bound() for bound in self.keep]
         elif any(isinstance(launch, tuple) for launch in flat) or not flat:
             self.count = len(flat)
             self._run = pools.pool().prepare(flat)
@@ -127,10 +140,6 @@ class Step:
             for begin, end in itertools.pairwise(_cuts(parts)):
                 launches.append(_together(tuple(parts[begin:end]), ordinal, overlaps))
         return launches
-
-    def _call_each(self) -> None:
-        for bound in self.keep:
-            bound()
 
     def __call__(self) -> None:
         self._run()
@@ -159,17 +168,17 @@ def _launches(bound: Any) -> Sequence[Any] | None:
 
 
 def _nodes(bound: Bound, launcher: CudaLauncher) -> list[Node]:
-    """A node for each launch of a kernel."""
-    boxes, name = bound.boxes(), bound.kernel.manifest.name
-
-    def touched(names: tuple[str, ...]) -> tuple[Box, ...]:
-        return tuple(box for n in names for box in boxes.get(n, boxes[""]))
-
-    return [
-        Node(name, part, touched(part.body.reads), touched(part.body.writes))
-        for part in launcher.parts(bound.frame)
-        if part is not None
-    ]
+    """A node for each launch of a kernel that has units."""
+    boxes, frame, nodes = bound.boxes(), bound.frame, []
+    assert launcher.compile_step is not None
+    for body, params, units in zip(launcher.bodies, frame.blocks, frame.units, strict=True):
+        part = Part(body, params, units, frame.variants, launcher.compile_step)
+        reads, writes = (
+            tuple(box for name in names for box in boxes.get(name, boxes[""]))
+            for names in (body.reads, body.writes)
+        )
+        nodes += [Node(bound.kernel.manifest.name, part, reads, writes)] * (units > 0)
+    return nodes
 
 
 def _cuts(parts: Sequence[Part]) -> list[int]:
