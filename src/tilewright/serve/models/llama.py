@@ -92,10 +92,13 @@ class Rows:
     a: dict[str, Any]
 
 
-class Normed(NamedTuple):
-    """The input of linear layers: x, or with `norm` (weight, epsilon) the RMSNorm of x."""
+class LayerInput(NamedTuple):
+    """The rows that linear layers read: `x`, but of the first `raw_rows` of `raw` the RMSNorm,
+    which the layers compute themselves from `norm` (weight, epsilon)."""
 
     x: Any
+    raw: Any = None
+    raw_rows: int = 0
     norm: tuple[Any, ...] = ()
 
 
@@ -174,7 +177,7 @@ class Llama:
         angles, append = (*self.angles, b.position), append_kernel(name)
         do(embedding_kernel(self.table_kind, name), b.ids, *self.table, out=self._embedded(x))
         for i, layer in enumerate(self.layers):
-            normed = self._normed(x, layer.attn_norm, a, do)
+            normed = self._normed(x, layer.attn_norm, a, b.single, do)
             for w, out in ((layer.q, a["q"]), (layer.k, a["k"]), (layer.v, a["v"])):
                 self.linear(w, normed, out, b.single, do)
             rotated = self.pairs(a["rotated"], t, c.qo_heads)
@@ -184,19 +187,22 @@ class Llama:
             do(append, cache[1][i], a["v"].reshape(t, c.kv_heads, c.head_dim), b.page, b.slot)
             heads = (t, c.qo_heads, c.head_dim)
             attend(i, a["rotated"].reshape(*heads), a["attended"].reshape(*heads))
-            self.linear(layer.o, Normed(a["attended"]), y, b.single, do, residual=x)
-            self._gated(layer, self._normed(y, layer.ffn_norm, a, do), a, b.single, do)
-            self.linear(layer.down, Normed(a["mixed"]), x, b.single, do, residual=y)
+            self.linear(layer.o, LayerInput(a["attended"]), y, b.single, do, residual=x)
+            normed = self._normed(y, layer.ffn_norm, a, b.single, do)
+            self._gated(layer, normed, a, b.single, do)
+            self.linear(layer.down, LayerInput(a["mixed"]), x, b.single, do, residual=y)
 
-    def _normed(self, x: Any, norm: Any, a: dict[str, Any], do: Do) -> Normed:
-        """The RMSNorm of x for the layers that read it: computed here, or on GPUs by each of their
-        kernels from x."""
-        if self.target.is_cuda:
-            return Normed(x, (norm, self.config.rms_eps))
-        do(rmsnorm_kernel(self.name), x, norm, self.config.rms_eps, out=a["normed"])
-        return Normed(a["normed"])
+    def _normed(self, x: Any, norm: Any, a: dict[str, Any], single: int, do: Do) -> LayerInput:
+        """The RMSNorm of x. On GPUs the layers compute that of the first `single` rows themselves:
+        no launch for it, and more arithmetic, which shows where there are many rows."""
+        raw_rows, rows = single if self.target.is_cuda else 0, self.memory.rows
+        count, eps = x.shape[0], self.config.rms_eps
+        if raw_rows < count:
+            out = rows(a["normed"], raw_rows, count)
+            do(rmsnorm_kernel(self.name), rows(x, raw_rows, count), norm, eps, out=out)
+        return LayerInput(a["normed"], x, raw_rows, (norm, eps))
 
-    def _gated(self, layer: Layer, x: Normed, a: dict[str, Any], single: int, do: Do) -> None:
+    def _gated(self, layer: Layer, x: LayerInput, a: dict[str, Any], single: int, do: Do) -> None:
         """mixed = SiLU(x Gᵀ) · (x Uᵀ): one kernel where both weights are stored alike."""
         if layer.gate.is_stored_like(layer.up):
             self.linear(layer.gate, x, a["mixed"], single, do, up=layer.up)
@@ -206,24 +212,26 @@ class Llama:
         do(silu_mul_kernel(self.name), a["gate"], a["up"], out=a["mixed"])
 
     def linear(
-        self, w: Linear, x: Normed, out: Any, single: int, do: Do, *,
+        self, w: Linear, x: LayerInput, out: Any, single: int, do: Do, *,
         residual: Any = None, up: Linear | None = None,
     ) -> None:  # fmt: skip
         """out = x Wᵀ, or residual + x Wᵀ, or SiLU(x Wᵀ) · (x Uᵀ): the first `single` rows by the
-        kernel of one row, the rest by the other. GPUs have the same kernel for both."""
+        kernel of one row, the rest by the other. GPUs have the same kernel for both but for
+        rows whose norm is computed here."""
         rows, count = self.memory.rows, x.x.shape[0]
-        single = count if self.target.is_cuda else single
-        after: After = "gate" if up else "" if residual is None else "residual"
-        if x.norm:
-            after = "norm_gate" if up else "norm"
+        single = x.raw_rows if self.target.is_cuda else single
         for begin, end, many in ((0, single, False), (single, count, True)):
             if begin < end:
+                array, norm = (x.raw, x.norm) if begin < x.raw_rows else (x.x, ())
+                after: After = "gate" if up else "" if residual is None else "residual"
+                if norm:
+                    after = "norm_gate" if up else "norm"
                 more = up.arrays if up else ()
                 if residual is not None:
                     more = (w.as_written(rows(residual, begin, end)),)
                 kernel = w.kernel(many, self.name, after)
                 piece = w.as_written(rows(out, begin, end))
-                do(kernel, rows(x.x, begin, end), *w.arrays, *x.norm, *more, out=piece)
+                do(kernel, rows(array, begin, end), *w.arrays, *norm, *more, out=piece)
 
     def _embedded(self, x: Any) -> Any:
         blocks = self.config.dim // 32
@@ -232,6 +240,6 @@ class Llama:
 
     def finish(self, a: dict[str, Any], single: int, do: Do) -> None:
         """The `logits` of the rows of `x`, and the `token` of the largest of each."""
-        normed = self._normed(a["x"], self.norm, a, do)
+        normed = self._normed(a["x"], self.norm, a, single, do)
         self.linear(self.head, normed, a["logits"], single, do)
         do(argmax_kernel(self.name), a["logits"], out=a["token"])
