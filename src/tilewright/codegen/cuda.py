@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
 
-from tilewright import dtypes
 from tilewright.codegen.cfamily import Renderer, has_tiles
 from tilewright.codegen.params import C_TYPES, Params, c_name, collect_params
 from tilewright.ir import nodes as ir
-from tilewright.ir.affine import is_multiple, least_and_greatest
+from tilewright.ir.affine import is_multiple
 from tilewright.ir.body import Body
-from tilewright.ir.names import SIZE, STRIDE, is_generated
-from tilewright.ir.rewrite import add, as_int64, is_const, mul, simplify, walk
+from tilewright.ir.names import STRIDE, is_generated
+from tilewright.ir.rewrite import is_const, walk
 
 RESIDENT = 1024  # threads of an SM that share its registers: 64 for each
 EIGHT = 8  # elements of a row that ldmatrix reads at once
@@ -215,14 +213,11 @@ def render(
             text.append(body)
             used = max(used, nbytes)
         text.append(_run(stage, number))
-        fetched = _prefetch(program, params, stage, number)
-        text += [fetched] * bool(fetched)
         tiles, (reads, writes) = has_tiles(stage), _accesses(stage)
         bodies.append(
             Body(
                 "", f"run{number}", stage_threads(stage), RESIDENT_MMA if tiles else RESIDENT, used,
                 ("gpu.cuh", *("mma.cuh",) * tiles), reads, writes,
-                f"prefetch{number}" if fetched else "",
             )
         )  # fmt: skip
     return tuple(replace(b, text="\n".join(text)) for b in bodies)
@@ -271,58 +266,6 @@ def _reduction_bytes(nest: ir.Nest) -> int:
 def stage_threads(stage: tuple[ir.Nest, ...]) -> int:
     """Threads of a CTA: the maximum over its bodies. Smaller bodies leave the rest idle."""
     return max(n.threads[0] * n.threads[1] for n in stage)
-
-
-def _prefetch(program: ir.Program, params: Params, stage: tuple[ir.Nest, ...], number: int) -> str:
-    """A function that fetches the weights which a CTA reads to the L2 cache: no launch writes them,
-    so that this may run while the launch in front does. "" where none have bounds that the CTA's
-    number and sizes tell."""
-    nest = stage[0]
-    x, y = (ir.Const(n - 1, dtypes.int32) for n in nest.threads)
-    ends: dict[str, tuple[ir.Expr, ir.Expr]] = {
-        "thread_x": (ir.Const(0, x.dtype), x), "thread_y": (ir.Const(0, y.dtype), y)
-    }  # fmt: skip
-    ends |= {v.name: (v, v) for v in nest.grid_vars}
-    for f in walk(nest.body):
-        if isinstance(f, ir.For) and f.extent is not None:
-            ends[f.name] = f.begin, ir.binary("-", f.end, 1)
-        elif isinstance(f, ir.Var) and is_generated(f.name, STRIDE, SIZE):
-            ends[f.name] = f, f
-    boxes: dict[ir.Buffer, list[dict[ir.Expr, None]]] = {}
-    for e in walk(nest.body):
-        if isinstance(e, ir.Load) and e.buffer.kind == "weight" and e.buffer.scope == "global":
-            for of_buffer, end in zip(
-                boxes.setdefault(e.buffer, [{}, {}]),
-                least_and_greatest(e.index[0], ends) or (), strict=False,
-            ):  # fmt: skip
-                of_buffer[end] = None
-    if nest.part >= 0 or not any(first for first, _ in boxes.values()):
-        return ""
-    renderer = CudaRenderer(program, params, threads=nest.threads)
-    head = (
-        f"TW_INLINE void prefetch{number}(const Params& p, int64_t unit, int thread, int threads)"
-    )
-    lines = []
-    for b, (firsts, lasts) in boxes.items():
-        if firsts:  # a guard may leave out what lies behind the array
-            least, greatest = partial(ir.binary, "min"), partial(ir.binary, "max")
-            low, high = reduce(least, firsts), least(reduce(greatest, lasts), _last(b))
-            ends_text = f"{renderer.expr(low)}, {renderer.expr(simplify(high))}"
-            array = f"p.{c_name(b.name)}"
-            lines.append(f"  tw::prefetch_range({array}, {ends_text}, thread, threads);")
-    grid = [f"  {line}" for line in renderer.unit_to_grid(nest)]
-    return "\n".join((f"{head} {{", *grid, *lines, "}"))
-
-
-def _last(b: ir.Buffer) -> ir.Expr:
-    """The offset of the last element of an array."""
-    steps, total = [], ir.Const(1, dtypes.int64)
-    for extent in reversed(b.shape):
-        steps.append(total)
-        total = mul(total, as_int64(extent))
-    strides = b.strides or tuple(reversed(steps))
-    parts = (mul(as_int64(ir.binary("-", n, 1)), s) for n, s in zip(b.shape, strides, strict=True))
-    return simplify(add(*parts))
 
 
 def _run(stage: tuple[ir.Nest, ...], number: int) -> str:

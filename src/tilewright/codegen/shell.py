@@ -33,11 +33,17 @@ def beside(bodies: Sequence[Body]) -> str:
     threads = max(b.threads for b in bodies)
     text.append(_head("step", "Step", bodies))
     text += ["  const int thread = threadIdx.x;", "  const int64_t cta = blockIdx.x;"]
-    text += _by_cta(bodies, names, "prefetch", f"thread, {threads}")
     # The next launch starts when the one in front of this one has ended: were it started before the
     # wait, CTAs of many launches would wait on an SM together.
     text += ["  tw::wait_for_previous_launch();", "  tw::start_next_launch();"]
-    return "\n".join((*text, *_by_cta(bodies, names, "entry", "thread, smem"), "}"))
+    for i, b in enumerate(bodies):
+        tests = [f"cta >= p.first[{i}]"] * (i > 0)
+        tests += [f"cta < p.first[{i + 1}]"] * (i + 1 < len(bodies))
+        tests += [f"thread < {b.threads}"] * (b.threads < threads)
+        guard = f"if ({' && '.join(tests)}) " if tests else ""
+        call = f"{names[b.text]}::{b.entry}(p.p{i}, cta - p.first[{i}], thread, smem);"
+        text.append(f"  {guard}{call}")
+    return "\n".join((*text, "}"))
 
 
 def _texts(bodies: Sequence[Body], *more: str) -> tuple[list[str], dict[str, str]]:
@@ -60,16 +66,3 @@ def _head(entry: str, params: str, bodies: Sequence[Body]) -> str:
         f"{entry}(const __grid_constant__ {params} p) {{\n"
         "  extern __shared__ __align__(16) char smem[];"
     )
-
-
-def _by_cta(bodies: Sequence[Body], names: dict[str, str], which: str, rest: str) -> list[str]:
-    """Calls of one function of each body, for its CTAs and its threads."""
-    threads, lines = max(b.threads for b in bodies), []
-    for i, b in enumerate(bodies):
-        tests = [f"cta >= p.first[{i}]"] * (i > 0)
-        tests += [f"cta < p.first[{i + 1}]"] * (i + 1 < len(bodies))
-        tests += [f"thread < {b.threads}"] * (b.threads < threads and which == "entry")
-        call = f"{names[b.text]}::{getattr(b, which)}(p.p{i}, cta - p.first[{i}], {rest});"
-        guard = f"if ({' && '.join(tests)}) " if tests else ""
-        lines += [f"  {guard}{call}"] * bool(getattr(b, which))
-    return lines

@@ -1,12 +1,12 @@
-"""Affine forms, ends and divisibility of index arithmetic."""
+"""Affine forms and divisibility of index arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 from tilewright.dtypes import DType
-from tilewright.ir.nodes import Binary, Cast, Const, Expr, Ramp, Var, binary, cast
+from tilewright.ir.nodes import Binary, Cast, Const, Expr, Var, binary, cast
 from tilewright.ir.rewrite import add, free_vars, mul, simplify
 
 
@@ -51,36 +51,6 @@ def _combined(op: str, a: Affine, b: Affine) -> Affine | None:
     }
     base = add(a.base, b.base) if op == "+" else simplify(binary("-", a.base, b.base))
     return Affine(base, steps)
-
-
-Ends = Mapping[str, tuple[Expr, Expr]]
-
-
-def least_and_greatest(e: Expr, ends: Ends) -> tuple[Expr, Expr] | None:
-    """The least and the greatest value of an index that grows with its variables, or None.
-
-    `ends`: the least and the greatest value of each variable, none of which is negative."""
-    if isinstance(e, Const):
-        return e, e
-    if isinstance(e, Var):
-        return ends.get(e.name)
-    if isinstance(e, Ramp):
-        first = least_and_greatest(e.base, ends)
-        return first and (first[0], add(first[1], e.dtype.lanes - 1))
-    if isinstance(e, Cast):
-        inner = least_and_greatest(e.a, ends)
-        return inner and (cast(inner[0], e.dtype), cast(inner[1], e.dtype))
-    if not isinstance(e, Binary):
-        return None
-    a, b = least_and_greatest(e.a, ends), least_and_greatest(e.b, ends)
-    if a is None or b is None:
-        return None
-    if e.op in ("+", "*") or (e.op == "//" and isinstance(e.b, Const)):
-        low, high = (simplify(binary(e.op, x, y)) for x, y in zip(a, b, strict=True))
-        return low, high
-    if e.op == "%" and isinstance(e.b, Const):
-        return Const(0, e.dtype), Const(int(e.b.value) - 1, e.dtype)
-    return None
 
 
 def is_multiple(e: Expr, n: int, known: Callable[[Var], bool] = lambda v: False) -> bool:

@@ -13,8 +13,7 @@ class Body:
     there, has a struct `Params` and `void {entry}(const Params&, int64_t unit, int thread, char*
     smem)` for the first `threads` threads of a CTA. Launches of several stages share one text.
     `resident`: threads of an SM that share its registers; `smem_bytes`: of dynamic shared memory;
-    `headers`: of the prelude; `reads`, `writes`: the names of its buffers; `prefetch`: the name of
-    a function of (params, unit, thread, threads) for what no launch writes, or "".
+    `headers`: of the prelude; `reads`, `writes`: the names of its buffers.
     """
 
     text: str
@@ -25,4 +24,3 @@ class Body:
     headers: tuple[str, ...] = ("gpu.cuh",)
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
-    prefetch: str = ""

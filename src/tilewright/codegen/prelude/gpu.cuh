@@ -115,12 +115,6 @@ TW_INLINE vec<T, N> load_const(const T* p) {
   return r;
 }
 TW_INLINE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-// The 128-byte lines of the elements first … last of an array, shared out among threads.
-template <class T>
-TW_INLINE void prefetch_range(const T* array, int64_t first, int64_t last, int thread, int threads) {
-  const char* line = reinterpret_cast<const char*>(reinterpret_cast<uint64_t>(array + first) & ~uint64_t(127));
-  for (line += thread * 128; line < reinterpret_cast<const char*>(array + last + 1); line += threads * 128) prefetch(line);
-}
 // Zero where the condition fails: the load is predicated, and nothing is read then.
 template <class T, int N, bool Unaligned = false>
 TW_INLINE vec<T, N> load_const_if(bool c, const T* p) {
