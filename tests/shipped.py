@@ -15,13 +15,14 @@ from tilewright.attention.spec import Spec
 from tilewright.attention.table import TableForm
 from tilewright.build import Definition
 from tilewright.ops import row_lists
-from tilewright.ops.activation import ADD, SILU_MUL
+from tilewright.ops.activation import SILU_MUL
 from tilewright.ops.bsr_spmm import bsr_spmm_definition
 from tilewright.ops.elementwise import add_count, add_fill, multiply_count, multiply_fill
 from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
 from tilewright.ops.embedding import by_token
 from tilewright.ops.gemm import gemm_definition
 from tilewright.ops.linear import linear_definition
+from tilewright.ops.positions import by_request, lengthen, positions_program
 from tilewright.ops.rmsnorm import RMSNORM
 from tilewright.ops.rope import APPEND, APPEND_HALVES, APPEND_PAIRS, ROPE_HALVES, ROPE_PAIRS
 from tilewright.ops.sampling import ARGMAX, SAMPLE
@@ -120,21 +121,29 @@ SHIPPED: dict[str, Shipped] = {
     "bsr_spmm 128 bf16 any": Shipped(bsr_spmm_definition(tw.bsr(128), "bfloat16")),
     # layers of a model
     **{f"linear {kind}": _linear(kind) for kind in KINDS},
-    # float16 differs from bfloat16 in the conversion of a weight alone.
-    **{f"linear {kind} many": _linear(kind, many=True) for kind in KINDS if kind != "f16"},
+    # float16 differs from bfloat16 in the conversion of a weight alone, Q4_0 from Q4_1 in `m`.
+    **{
+        f"linear {kind} many": _linear(kind, many=True)
+        for kind in KINDS
+        if kind not in ("f16", "q4_0")
+    },
     **{
         f"linear {kind} interleaved{' many' if many else ''}": _interleaved(kind, many)
         for kind in ("q8_0", "q4_0", "q4_1")
         for many in (False, True)
     },
     "linear bf16 gate": _linear("bf16", after="gate"),
+    "linear q4_1 norm_gate": Shipped(
+        linear_definition("q4_1", False, 1536, 576, after="norm_gate"), CUDA
+    ),
+    "positions": Shipped(positions_program(16).schedule(by_request)),
+    "lengthen": Shipped(lengthen.schedule(by_request)),
     "linear f32 172x64": _linear("f32", n=172, k=64),
     "linear f32 odd": _linear("f32", n=13, k=37),
     "linear q4_1 odd": _linear("q4_1", n=13, k=96),
     **{f"embedding {kind}": Shipped(EMBEDDINGS[kind].schedule(by_token)) for kind in KINDS},
     "rmsnorm": Shipped(RMSNORM),
     "silu_mul": Shipped(SILU_MUL),
-    "add": Shipped(ADD),
     "rope pairs": Shipped(ROPE_PAIRS),
     "rope halves": Shipped(ROPE_HALVES),
     "append pairs": Shipped(APPEND_PAIRS),

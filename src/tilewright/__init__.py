@@ -22,7 +22,7 @@ from tilewright.build import Definition, program
 from tilewright.errors import TilewrightError
 from tilewright.ir.nodes import equal
 from tilewright.runtime.kernel import Bound, Kernel
-from tilewright.runtime.launch import Step
+from tilewright.runtime.step import Step
 from tilewright.sparse.formats import (
     Composed,
     Format,

@@ -195,7 +195,7 @@ CUDA = {
 def test_cubins_spill_nothing(name):
     definition, recipe = recipe_of(name)
     kernel = definition.schedule(recipe).build("cuda:sm_90a")
-    assert "bar.sync" not in kernel.source and "tw::bar_sync(1, " in kernel.source
+    assert "bar.sync" not in kernel.source and "tw::bar_sync(BARRIER, " in kernel.source
     assert kernel.manifest.stages[0].smem_bytes > 0
     assert all(found.spill_bytes == 0 for found in kernel.resources.values())
 

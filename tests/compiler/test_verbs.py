@@ -12,7 +12,8 @@ import tilewright as tw
 from tilewright.errors import ScheduleError
 
 CALLS = [
-    ("order_axes", "out", "k", "i"), ("fuse_axes", "A"), ("specialize", "d", 8),
+    ("order_axes", "out", "k", "i"), ("fuse_axes", "A"), ("merge_sums", "out"),
+    ("specialize", "d", 8),
     ("split", "k", 4, "guard", ("k_a", "k_b")), ("fuse", "i", "k", "ik"), ("reorder", "k", "i"),
     ("mark", "i", "parallel"), ("bind", "i", "cta.x"), ("parallel", "i"), ("vectorize", "k"),
     ("unroll", "k", 4), ("rfactor", "j"), ("atomic", "out"), ("mma", "i", "k", "j"),

@@ -26,7 +26,6 @@ class Source:
 
     text: str
     entries: tuple[str, ...]
-    smem_bytes: tuple[int, ...] = ()
 
 
 @dataclass

@@ -263,8 +263,8 @@ class Program:
 
     `stages` groups the nests that run in one launch: nests of a stage are independent of each
     other. `orders` holds loop orders asked for (output name, then axes); `fused` the structures
-    whose two axes are walked as one; `sizes` dimensions that are fixed; `index` the type of
-    coordinates.
+    whose two axes are walked as one; `merged` the outputs all of whose reductions run in one loop;
+    `sizes` dimensions that are fixed; `index` the type of coordinates.
     """
 
     name: str
@@ -275,6 +275,7 @@ class Program:
     buffers: tuple[Buffer, ...] = ()
     orders: tuple[tuple[str, ...], ...] = ()
     fused: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
     index: DType = dtypes.int32
 

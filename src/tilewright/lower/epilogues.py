@@ -27,14 +27,15 @@ class Fused(Statement):
 
 
 def fused(
-    root: Statement, temps: list[Statement], structure: str
+    root: Statement, temps: list[Statement], structure: str, merged: bool = False
 ) -> tuple[Statement, list[Statement]]:
     """The root together with the reductions that it can be the epilogue of, and the other ones.
 
     before: out.0[i, j] = sum(A[i, k] * B[k, j] over k);  out[i, j] = max(out.0[i, j] + b[j], 0)
     after:  out[i, j] = max(out.0 + b[j], 0) where out.0 = sum(A[i, k] * B[k, j] over k)
 
-    Those that follow `structure`, the driver of the nest, come first.
+    Those that follow `structure`, the driver of the nest, come first. `merged`: also reductions
+    that fewer indices tell apart, which are then computed for each element anew.
     """
     if root.op:
         return root, temps
@@ -44,7 +45,7 @@ def fused(
     candidates = [
         t for t in temps
         if t.out.tensor.name in read - elsewhere
-        and _indices(t) == own
+        and (_indices(t) == own or (merged and _indices(t) < own))
         and not (root.out.tensor.is_sparse and driver_of(t))
         and not _is_merged(t)
     ]  # fmt: skip

@@ -109,7 +109,8 @@ class _Builder:
             check_reduction(st, self.tensors)
         overlaps = composed is not None and composed.repeats
         built: list[BuiltNest] = []
-        joined, rest = fused(statement, temps, structure)
+        merged = root.out.tensor.name in self.program.merged
+        joined, rest = fused(statement, temps, structure, merged)
         if isinstance(joined, Fused):
             if not (shared or overlaps):
                 built = self._built((joined, also), rest, structure, formats, shared=False)

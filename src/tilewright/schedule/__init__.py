@@ -171,6 +171,20 @@ class Schedule:
         Raises ScheduleError[S101, S102]."""
         return self._coords(coords.order_axes, output, *axes)
 
+    @takes(output=A_NAME)
+    def merge_sums(self, output: str) -> Schedule:
+        """Compute all sums over the same axes that one statement reads in one loop, also those that
+        many of its elements share and that would be computed once for all of these.
+
+        before: for i in 0:m                after:  for i in 0:m
+                  s = sum(f(X[i, k]))                 for j in 0:n
+                  for j in 0:n                          Y[i, j] = g(sum(X[i, k] * W[j, k]), s)
+                    Y[i, j] = g(sum(…), s)                where s = sum(f(X[i, k])), same loop
+
+        Threads then share no result, and X is read once: for statements with few elements a CTA.
+        Raises ScheduleError[S101]."""
+        return self._coords(coords.merge_sums, output)
+
     @takes(structure=A_NAME)
     def fuse_axes(self, structure: str) -> Schedule:
         """Walk the two axes of a sparse matrix in one loop over its entries; a binary search in

@@ -104,11 +104,11 @@ TW_INLINE uint32_t load_pair(window<T> w, int r, int c, bool pairs) {
   const T* p = w.p + r * w.down + c * w.right;
   uint32_t low = 0, high = 0;
   if (pairs) {
-    if (r < w.rows && c < w.cols) low = __ldg(reinterpret_cast<const uint32_t*>(p));
+    if (r < w.rows && c < w.cols) low = load_input(reinterpret_cast<const uint32_t*>(p));
     return low;
   }
-  if (r < w.rows && c < w.cols) low = __ldg(p);
-  if (r < w.rows && c + 1 < w.cols) high = __ldg(p + w.right);
+  if (r < w.rows && c < w.cols) low = load_input(p);
+  if (r < w.rows && c + 1 < w.cols) high = load_input(p + w.right);
   return low | high << 16;
 }
 
