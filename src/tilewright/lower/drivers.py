@@ -96,6 +96,18 @@ def check_reduction(st: Statement, tensors: dict[str, ir.Tensor]) -> None:
         )
 
 
+def check_positions(st: Statement, tensors: dict[str, ir.Tensor]) -> None:
+    """Raises ProgramError[P107] for an output of a structure that keeps several coordinates at one
+    position."""
+    structure = st.out.tensor.structure
+    formats: Any = tensors[structure].format.formats if structure else ()
+    if any(f.shares_positions for f in formats):
+        raise ProgramError(
+            "P107", f"{st.out} is stored like {structure}, in {formats[0]}, whose rows may have "
+            "pages in common", hint="store it in a dense output, or in a format of its own",
+        )  # fmt: skip
+
+
 def _rank(driver: Driver, fmt: Any, reduced: set[str]) -> tuple[int, bool]:
     """The structures that are followed first: those that cannot be searched, then those whose rows
     are in one piece, and of these the ones that have the reduced axis below the others."""

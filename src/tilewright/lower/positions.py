@@ -12,7 +12,13 @@ from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import rebuild, simplify, walk
-from tilewright.lower.drivers import check_reduction, driver_of, list_key, outer_driver
+from tilewright.lower.drivers import (
+    check_positions,
+    check_reduction,
+    driver_of,
+    list_key,
+    outer_driver,
+)
 from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.joins import join_nest, join_of
 from tilewright.lower.nests import BuiltNest, NestBuilder
@@ -107,6 +113,7 @@ class _Builder:
         shared = composed is not None and not (composed.unique_rows and own_rows)
         for st in (statement, *also, *temps):
             check_reduction(st, self.tensors)
+            check_positions(st, self.tensors)
         overlaps = composed is not None and composed.repeats
         built: list[BuiltNest] = []
         whole, rest = fused(statement, temps, structure)

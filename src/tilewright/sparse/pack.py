@@ -18,7 +18,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError, FormatError
-from tilewright.ir.levels import coordinates, lists_rows, row_major
+from tilewright.ir.levels import Compressed, Parents, coordinates, lists_rows, row_major
 from tilewright.sparse import entries
 from tilewright.sparse.entries import Entries
 from tilewright.sparse.formats import Composed, Format, csr
@@ -242,9 +242,12 @@ def _pack(
     ]
     chosen = _index_type(index, max([matrix.nnz, *shape, *(n for p in parts for n in p.counts)]))
     parts = tuple(
-        replace(p, arrays=_each(p.arrays, lambda a: np.ascontiguousarray(a, chosen.numpy)))
+        replace(p, arrays=tuple(
+            {n: np.ascontiguousarray(a, (level.arrays[n] or chosen).numpy) for n, a in x.items()}
+            for level, x in zip(p.format.levels, p.arrays, strict=True)
+        ))
         for p in parts
-    )
+    )  # fmt: skip
     structure = Structure(fmt, shape, parts, matrix.nnz, chosen)
     arrays = tuple(_scatter(p, array, wanted, fill) for p in parts)
     return Packed(structure, arrays, wanted, float(fill))
@@ -289,27 +292,21 @@ def _pack_part(
     if resort is not None:
         keys, numbers = [k[resort] for k in keys], numbers[resort]
     q = np.zeros(len(numbers), np.int64)
-    parents, arrays, counts = 1, [], []
+    parents, arrays, counts, above = 1, [], [], {}
     for depth, (level, c) in enumerate(zip(fmt.levels, keys, strict=True)):
         extent = level.extent_of(shape)
-        _check_positions(fmt, parents * (extent if level.is_dense else getattr(level, "width", 1)))
-        built, q, parents = level.build(q, c.astype(np.int64, copy=False), parents, extent)
+        _check_positions(fmt, level.positions(parents, extent))
+        c = c.astype(np.int64, copy=False)
+        built, q, parents = level.build(q, c, Parents(parents, extent, above))
+        above = {**above, level.dim: c}
         if depth == 0 and roots is not None and lists_rows(level):
-            built, q, parents = _with_roots(built, q, np.unique(level.coordinate_of(roots)))
+            assert isinstance(level, Compressed)
+            built, q, parents = level.with_roots(built, q, np.unique(level.coordinate_of(roots)))
         arrays.append(built)
         counts.append(parents)
     _check_positions(fmt, parents)
     numbers = numbers if order is None else order[numbers]
     return Part(fmt, tuple(arrays), tuple(counts), numbers, q)
-
-
-def _with_roots(built: dict[str, np.ndarray], q: np.ndarray, roots: np.ndarray):
-    """The outermost level with all of `roots` stored, those without entries too."""
-    indices = built["indices"]
-    empty = np.setdiff1d(roots, indices)
-    indices = np.insert(indices, np.searchsorted(indices, empty), empty)
-    q = q + np.searchsorted(empty, built["indices"])[q]
-    return {"indptr": np.array([0, len(indices)]), "indices": indices}, q, len(indices)
 
 
 def _scatter(part: Part, values: np.ndarray, dtype: DType, fill: float) -> np.ndarray:
