@@ -90,11 +90,14 @@ class Band(Diagonals):
     coord, locate = Level.coord, Level.locate
 
     def loop(self, s: Storage, q: Expr) -> tuple[Expr, Expr]:
-        c = s.above(self.of)
-        return binary("max", add(c, self.low), 0), binary("min", add(c, self.high + 1), s.size)
+        end = binary("min", add(s.above(self.of), self.high + 1), s.size)
+        return binary("max", self._first(s), 0), end
 
     def pos(self, s: Storage, q: Expr, v: Expr) -> Expr:
-        return add(mul(q, self.slots), binary("-", v, s.above(self.of)), -self.low)
+        return add(mul(q, self.slots), binary("-", v, self._first(s)))
+
+    def _first(self, s: Storage) -> Expr:
+        return binary("-", s.above(self.of), -self.low)
 
     def _extra(self) -> str:
         return f" - d{self.of} in {self.low}..{self.high}"
