@@ -251,17 +251,17 @@ def matrix(kind: str, m: int, n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def fitted(fmt: Any, dense: np.ndarray) -> np.ndarray:
-    """The entries of a matrix that a format can hold."""
-    rows, cols = np.indices(dense.shape)
+    """The entries of a tensor that a format can hold."""
+    coords = np.indices(dense.shape)
     for level in getattr(fmt, "levels", ()):
         if isinstance(level, Diagonals):
-            dense = np.where(np.isin(cols - rows, level.offsets), dense, 0)
+            offset = coords[level.dim] - coords[level.of]
+            dense = np.where(np.isin(offset, level.offsets), dense, 0)
         if isinstance(level, NofM):
-            for first in range(0, dense.shape[1], level.block):
-                group = dense[:, first : first + level.block]
-                kept = np.cumsum(group != 0, 1) <= level.n
-                dense = dense.copy()
-                dense[:, first : first + level.block] = np.where(kept, group, 0)
+            groups = range(level.block, dense.shape[level.dim], level.block)
+            split = np.split(dense, groups, axis=level.dim)
+            kept = [np.where(np.cumsum(g != 0, level.dim) <= level.n, g, 0) for g in split]
+            dense = np.concatenate(kept, axis=level.dim)
     return dense
 
 
