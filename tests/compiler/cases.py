@@ -260,7 +260,7 @@ def fitted(fmt: Any, dense: np.ndarray) -> np.ndarray:
         if isinstance(level, NofM):
             groups = range(level.block, dense.shape[level.dim], level.block)
             split = np.split(dense, groups, axis=level.dim)
-            kept = [np.where(np.cumsum(g != 0, level.dim) <= level.n, g, 0) for g in split]
+            kept = [np.where(np.cumsum(g != 0, level.dim) <= level.width, g, 0) for g in split]
             dense = np.concatenate(kept, axis=level.dim)
     return dense
 

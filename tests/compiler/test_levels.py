@@ -132,7 +132,7 @@ def test_positions_of_bitmaps_are_dense_or_counted_and_metadata_is_packed(rng):
     pairs = tw.n_m(2, 4).pack(fitted(tw.n_m(2, 4), dense)).structure.parts[0]
     assert pairs.size == 8 * 16 // 2 and pairs.arrays[2]["metadata"].nbytes == 8 * 16 // 2 // 4
     for n, m, bits in ((1, 2, 1), (2, 4, 2), (3, 9, 4), (7, 200, 8)):
-        assert NofM(1, block=m, inner=True, n=n).bits == bits
+        assert NofM(1, block=m, inner=True, width=n).bits == bits
         fmt = tw.n_m(n, m)
         wide = fitted(fmt, matrix("random", 5, 405, rng))
         np.testing.assert_array_equal(fmt.pack(wide).dense(), wide)
@@ -225,7 +225,7 @@ BAD = [
     ("counted", lambda: tw.bitmap(counted=1)),  # type: ignore[arg-type]
     ("n", lambda: tw.n_m(5, 4)),
     ("m", lambda: tw.n_m(1, 300)),
-    ("m", lambda: NofM(1, n=2)),
+    ("m", lambda: NofM(1, width=2)),
     ("page", lambda: tw.paged(0)),
     ("shared", lambda: tw.paged(4, shared=None)),  # type: ignore[arg-type]
     ("ndim", lambda: tw.paged(4, 1)),

@@ -72,7 +72,8 @@ FORMATS_3D = {
     "pages of rows": tw.paged(2, 3),
     "pages below": tw.Format("pages below", (Compressed(0), Dense(1), Paged(2, page=3))),
     "1 of 2": tw.Format(
-        "1 of 2", (Dense(0), Compressed(1), Dense(2, block=2), NofM(2, block=2, inner=True, n=1))
+        "1 of 2",
+        (Dense(0), Compressed(1), Dense(2, block=2), NofM(2, block=2, inner=True, width=1)),
     ),
 }
 
@@ -209,7 +210,7 @@ def has(level: Any, c: Any, below: list[Any]) -> bool:
         return c[level.dim] - c[level.of] in level.offsets
     if kind == "NofM":  # the entries, and the first of the others
         rest = [x for x in range(level.block) if x not in own]
-        return at in own | set(rest[: level.n - len(own)])
+        return at in own | set(rest[: level.width - len(own)])
     return at in own
 
 

@@ -276,7 +276,8 @@ class NestBuilder:
             is_stored = ir.binary(">=", parent, 0)
             begin, end = ir.select(is_stored, begin, zero), ir.select(is_stored, end, zero)
         suffix = ("_i" if level.inner else "_o") if level.block else ""
-        var = self._variable(s.axis.name + suffix + ("" if level.by_coordinate else "_p"))
+        suffix += "" if type(level).coord is Level.coord else "_p"
+        var = self._variable(s.axis.name + suffix)
         variable: ir.Expr = parent if level.single else var
         scope.walks[s.structure].variables[s.depth] = variable
         coordinate = level.coord(storage, parent, variable)
@@ -329,8 +330,8 @@ class NestBuilder:
     def _open_fused(self, s: LoopSpec, column: ir.Index, target: _Target, scope: Scope) -> Wrap:
         """Two levels as one loop over the entries of the lower one; a search in indptr gives the
         row."""
-        upper, upper_storage = self.tables.storage(s.structure, 0)
-        lower, storage = self.tables.storage(s.structure, 1)
+        upper, upper_storage = scope.storage(s.structure, 0)
+        lower, storage = scope.storage(s.structure, 1)
         assert isinstance(lower, Compressed), "checked by the verb"
         row, col = s.axis.name, column.name
         var, i, j = self._variable(f"{row}{col}"), self._variable(row), self._variable(col)

@@ -13,7 +13,6 @@ from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import rebuild, simplify, walk
 from tilewright.lower.drivers import (
-    check_positions,
     check_reduction,
     driver_of,
     list_key,
@@ -113,7 +112,6 @@ class _Builder:
         shared = composed is not None and not (composed.unique_rows and own_rows)
         for st in (statement, *also, *temps):
             check_reduction(st, self.tensors)
-            check_positions(st, self.tensors)
         overlaps = composed is not None and composed.repeats
         built: list[BuiltNest] = []
         whole, rest = fused(statement, temps, structure)

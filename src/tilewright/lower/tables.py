@@ -104,10 +104,9 @@ class Tables:
         return ir.size_var(dim, self.index)
 
     def storage(
-        self, structure: str, depth: int, above: Callable[[int], ir.Expr] | None = None
+        self, structure: str, depth: int, above: Callable[[int], ir.Expr]
     ) -> tuple[Level, Storage]:
-        """A level of a structure, and its arrays in the IR; `above`: see `Storage`; None where no
-        level asks for coordinates above it."""
+        """A level of a structure, and its arrays in the IR; `above`: see `Storage`."""
         level = self.formats[structure].levels[depth]
         size = self.size(self.tensors[structure].dims[level.dim])
         if level.inner:
@@ -124,7 +123,7 @@ class Tables:
             )
             for name, dtype in level.arrays.items()
         }
-        return level, Storage(size, count, arrays, above or _none_above)
+        return level, Storage(size, count, arrays, above)
 
     def values(self, tensor: ir.Tensor) -> ir.Buffer:
         last = len(self.formats[tensor.structure].levels) - 1
@@ -146,10 +145,6 @@ class Tables:
             strides[-1] = ir.Const(1, dtypes.int64)
         kind = "state" if tensor.role == "temp" else tensor.kind
         return ir.Buffer(tensor.name, tensor.dtype, shape, "global", tuple(strides), kind)
-
-
-def _none_above(dim: int) -> ir.Expr:
-    raise AssertionError(f"no coordinate of dimension {dim} is known")
 
 
 def shares_rows(name: str, fmt: Any) -> ProgramError:

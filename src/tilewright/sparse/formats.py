@@ -74,11 +74,6 @@ class Format:
         return not self.is_exact and not all(level.unique for level in self.levels)
 
     @property
-    def shares_positions(self) -> bool:
-        """Whether several coordinates may be stored at one position: nothing is computed there."""
-        return any(level.shared for level in self.levels)
-
-    @property
     def covers_rows(self) -> bool:
         """Whether every row is stored, the empty ones too."""
         return self.levels[0].is_dense and self.levels[0].dim == 0

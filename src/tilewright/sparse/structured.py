@@ -3,7 +3,7 @@
     band(-1, 1)      dense(d0) band(d1 - d0 in -1..1)
     dia(-8, 0, 8)    dense(d0) diagonals(d1 - d0 in -8, 0, 8)
     bitmap()         dense(d0) bitmap(d1)
-    n_m(2, 4)        dense(d0) dense(d1/4) n_m(d1%4, 2)
+    n_m(2, 4)        dense(d0) dense(d1/4) nofm(d1%4, 2)
     paged(16)        dense(d0) paged(d1, page=16)
 
 Bands, diagonals, N:M and pages store explicit zeros beside the entries: see `formats.bsr`.
@@ -39,7 +39,7 @@ def n_m(n: int, m: int) -> Format:
     """At most n entries in each m columns of a row that begin at a multiple of m, with packed
     indices: 2 bits each for n_m(2, 4). Raises FormatError[F101]."""
     m = integer(f"n_m({n!r}, {m!r})", "m", m, 1)
-    levels = (Dense(0), Dense(1, block=m), NofM(1, block=m, inner=True, n=n))
+    levels = (Dense(0), Dense(1, block=m), NofM(1, block=m, inner=True, width=n))
     return Format(f"n_m({n}, {m})", levels)
 
 

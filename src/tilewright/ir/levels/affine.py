@@ -18,7 +18,7 @@ from tilewright.ir.levels.level import (
     Storage,
     Types,
     integer,
-)  # fmt: skip
+)
 from tilewright.ir.nodes import Expr, binary
 from tilewright.ir.rewrite import add, mul
 
@@ -38,12 +38,9 @@ class Diagonals(Slots):
 
     def __post_init__(self) -> None:
         Level.__post_init__(self)
-        known = {integer("dia", "offset", o, -INT32_MAX) for o in self.offsets}
-        object.__setattr__(self, "offsets", tuple(sorted(known)))
-
-    @property
-    def slots(self) -> int:
-        return len(self.offsets)
+        known = sorted({integer("dia", "offset", o, -INT32_MAX) for o in self.offsets})
+        object.__setattr__(self, "offsets", tuple(known))
+        object.__setattr__(self, "width", len(known))
 
     def misfit(self, above: Sequence[Level]) -> str:
         known = self.of != self.dim and any(x.dim == self.of for x in above)
@@ -57,14 +54,14 @@ class Diagonals(Slots):
 
     def build(self, q: np.ndarray, c: np.ndarray, p: Parents) -> Built:
         offsets, mine = np.array(self.offsets, np.int64), c - p.above[self.of]
-        if not np.isin(mine, offsets).all():
-            at = int(np.isin(mine, offsets).argmin())
+        if (wrong := ~np.isin(mine, offsets)).any():
             raise FormatError(
-                "F108", f"entry ({p.above[self.of][at]}, {c[at]}) is on diagonal {mine[at]}, which "
-                f"{self} does not store", where="matrix", hint="a wider band, or tw.csr()",
+                "F108", f"an entry is on diagonal {mine[wrong][0]}, which {self} does not store",
+                where="matrix", hint="a wider band, or tw.csr()",
             )  # fmt: skip
         arrays = dict.fromkeys(self.arrays, offsets)
-        return arrays, q * self.slots + np.searchsorted(offsets, mine), p.count * self.slots
+        n = len(offsets)
+        return arrays, q * n + np.searchsorted(offsets, mine), p.count * n
 
     def _extra(self) -> str:
         return f" - d{self.of} in {', '.join(map(str, self.offsets))}"
@@ -94,7 +91,7 @@ class Band(Diagonals):
         return binary("max", self._first(s), 0), end
 
     def pos(self, s: Storage, q: Expr, v: Expr) -> Expr:
-        return add(mul(q, self.slots), binary("-", v, self._first(s)))
+        return add(mul(q, len(self.offsets)), binary("-", v, self._first(s)))
 
     def _first(self, s: Storage) -> Expr:
         return binary("-", s.above(self.of), -self.low)

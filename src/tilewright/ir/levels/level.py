@@ -86,7 +86,7 @@ class Level:
     flags: ClassVar[tuple[str, ...]] = ("inner",)
 
     def __post_init__(self) -> None:
-        of = self._name()
+        of = type(self).__name__.lower()
         for name, least in self.least.items():
             object.__setattr__(self, name, integer(of, name, getattr(self, name), least))
         for name in self.flags:
@@ -120,6 +120,7 @@ class Level:
         return Const(0, dtypes.int32), s.size
 
     def coord(self, s: Storage, q: Expr, v: Expr) -> Expr:
+        """The coordinate at v, which is v itself where a class does not say otherwise."""
         return v
 
     def pos(self, s: Storage, q: Expr, v: Expr) -> Expr:
@@ -136,11 +137,6 @@ class Level:
         if not is_const(begin, 0):
             inside = binary("&", binary(">=", c, begin), inside)
         return select(inside, self.pos(s, q, c), -1)
-
-    @property
-    def by_coordinate(self) -> bool:
-        """Whether the variable of its loop is the coordinate."""
-        return type(self).coord is Level.coord
 
     def elements(self, array: str, count: Expr) -> Expr:
         """The extent of an array as programs print it, of a level with `count` positions."""
@@ -160,12 +156,9 @@ class Level:
         dim = f"d{self.dim}" + (
             f"%{self.block}" if self.inner else f"/{self.block}" if self.block else ""
         )
-        return f"{self._name()}({dim}{self._extra()})"
+        return f"{type(self).__name__.lower()}({dim}{self._extra()})"
 
     __repr__ = __str__
-
-    def _name(self) -> str:
-        return type(self).__name__.lower()
 
     def _extra(self) -> str:
         return ""
@@ -173,38 +166,33 @@ class Level:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Slots(Level):
-    """A level of as many positions below each parent: `slots` of them."""
+    """A level of `width` positions below each parent."""
 
-    @property
-    def slots(self) -> int:
-        raise NotImplementedError
+    width: int = 0
+    least: ClassVar[dict[str, int]] = {**Level.least, "width": 0}
 
     def loop(self, s: Storage, q: Expr) -> tuple[Expr, Expr]:
-        return Const(0, dtypes.int32), Const(self.slots, dtypes.int32)
+        return Const(0, dtypes.int32), Const(self.width, dtypes.int32)
 
     def pos(self, s: Storage, q: Expr, v: Expr) -> Expr:
-        return add(mul(q, self.slots), v)
+        return add(mul(q, self.width), v)
 
     def locate(self, s: Storage, q: Expr, c: Expr) -> Expr:
         found: Expr = Const(-1, dtypes.int32)
-        for slot in range(self.slots):
+        for slot in range(self.width):
             v = Const(slot, dtypes.int32)
             found = select(binary("==", self.coord(s, q, v), c), self.pos(s, q, v), found)
         return found
 
     def positions(self, parents: int, extent: int) -> int:
-        return parents * self.slots
+        return parents * self.width
+
+    def _extra(self) -> str:
+        return f", {self.width}"
 
 
 def segments(q: np.ndarray, parents: int) -> np.ndarray:
     """indptr from the (sorted) parent of each position."""
     out = np.zeros(parents + 1, np.int64)
     np.cumsum(np.bincount(q, minlength=parents), out=out[1:])
-    return out
-
-
-def lengths(q: np.ndarray, c: np.ndarray, parents: int) -> np.ndarray:
-    """One more than the greatest coordinate below each parent."""
-    out = np.zeros(parents, np.int64)
-    np.maximum.at(out, q, c + 1)
     return out

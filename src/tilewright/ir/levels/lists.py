@@ -18,9 +18,8 @@ from tilewright.ir.levels.level import (
     Slots,
     Storage,
     Types,
-    lengths,
     segments,
-)  # fmt: skip
+)
 from tilewright.ir.nodes import Const, Expr, Search, binary, select
 from tilewright.ir.rewrite import add
 
@@ -55,7 +54,9 @@ class Ragged(Level):
         return add(s["indptr"][q], v)
 
     def build(self, q: np.ndarray, c: np.ndarray, p: Parents) -> Built:
-        indptr = np.append(0, np.cumsum(lengths(q, c, p.count)))
+        indptr = np.zeros(p.count + 1, np.int64)
+        np.maximum.at(indptr, q + 1, c + 1)
+        indptr = np.cumsum(indptr)
         return {"indptr": indptr}, indptr[q] + c, int(indptr[-1])
 
 
@@ -123,14 +124,8 @@ class Compressed(Level):
 class Fixed(Slots):
     """Exactly `width` slots below each parent; unused slots have coordinate -1."""
 
-    width: int = 0
     arrays: ClassVar[Types] = {"indices": None}
     padded: ClassVar[bool] = True
-    least: ClassVar[dict[str, int]] = {**Level.least, "width": 0}
-
-    @property
-    def slots(self) -> int:
-        return self.width
 
     def coord(self, s: Storage, q: Expr, v: Expr) -> Expr:
         return s["indices"][self.pos(s, q, v)]
@@ -152,9 +147,6 @@ class Fixed(Slots):
         indices = np.full(p.count * self.width, -1, np.int64)
         indices[position] = coords
         return {"indices": indices}, position[np.cumsum(new) - 1], p.count * self.width
-
-    def _extra(self) -> str:
-        return f", {self.width}"
 
 
 @dataclass(frozen=True, slots=True, repr=False)

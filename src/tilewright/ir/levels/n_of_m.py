@@ -9,38 +9,24 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.errors import FormatError
-from tilewright.ir.levels.level import (
-    Built,
-    Level,
-    Parents,
-    Slots,
-    Storage,
-    Types,
-    integer,
-)  # fmt: skip
+from tilewright.ir.levels.level import Built, Level, Parents, Slots, Storage, Types, integer
 from tilewright.ir.nodes import Expr, binary, cast
 from tilewright.ir.rewrite import mul
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class NofM(Slots):
-    """The remainder by `block` m: `n` ascending coordinates below each parent, as indices of 1, 2,
-    4 or 8 bits in `metadata`. A group with fewer entries stores explicit zeros at its first free
+    """The remainder by `block` m: `width` ascending coordinates below each parent, as indices of 1,
+    2, 4 or 8 bits in `metadata`. A group with fewer entries stores explicit zeros at its first free
     coordinates, as sparse tensor cores want it. Raises FormatError[F101]."""
 
-    n: int = 1
     arrays: ClassVar[Types] = {"metadata": dtypes.uint8}
     exact: ClassVar[bool] = False
-    least: ClassVar[dict[str, int]] = {**Level.least, "n": 1}
 
     def __post_init__(self) -> None:
         Level.__post_init__(self)
         integer("n_m", "m", self.block if self.inner else 0, 1, 256)
-        integer("n_m", "n", self.n, 1, self.block)
-
-    @property
-    def slots(self) -> int:
-        return self.n
+        integer("n_m", "n", self.width, 1, self.block)
 
     @property
     def bits(self) -> int:
@@ -57,22 +43,16 @@ class NofM(Slots):
         stored = np.zeros((p.count, self.block), bool)
         stored[q, c] = True
         most = int(stored.sum(1).max(initial=0))
-        if most > self.n:
+        if most > self.width:
             raise FormatError(
-                "F108", f"{most} of {self.block} coordinates have entries, it holds {self.n}",
+                "F108", f"{most} of {self.block} coordinates have entries, it holds {self.width}",
                 where="matrix", hint="prune the matrix first, or store it as tw.csr()",
             )  # fmt: skip
-        missing = self.n - stored.sum(1, keepdims=True)
+        missing = self.width - stored.sum(1, keepdims=True)
         stored |= ~stored & (np.cumsum(~stored, 1) <= missing)
-        position, each = q * self.n + np.cumsum(stored, 1)[q, c] - 1, 8 // self.bits
-        index = np.zeros((-(-p.count * self.n // each), each), np.uint8)
-        index.reshape(-1)[: p.count * self.n] = np.nonzero(stored)[1]
+        position, each = q * self.width + np.cumsum(stored, 1)[q, c] - 1, 8 // self.bits
+        index = np.zeros((-(-p.count * self.width // each), each), np.uint8)
+        index.reshape(-1)[: p.count * self.width] = np.nonzero(stored)[1]
         shifts = self.bits * np.arange(each, dtype=np.uint8)
         metadata = np.bitwise_or.reduce(index << shifts, axis=1, dtype=np.uint8)
-        return {"metadata": metadata}, position, p.count * self.n
-
-    def _name(self) -> str:
-        return "n_m"
-
-    def _extra(self) -> str:
-        return f", {self.n}"
+        return {"metadata": metadata}, position, p.count * self.width

@@ -8,14 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.ir.levels.level import (
-    Built,
-    Level,
-    Parents,
-    Storage,
-    Types,
-    lengths,
-)  # fmt: skip
+from tilewright.ir.levels.level import Built, Level, Parents, Storage, Types
 from tilewright.ir.nodes import Const, Expr, binary
 from tilewright.ir.rewrite import add, mul
 
@@ -47,7 +40,8 @@ class Paged(Level):
         return add(mul(page, self.page), binary("%", v, self.page))
 
     def build(self, q: np.ndarray, c: np.ndarray, p: Parents) -> Built:
-        length = lengths(q, c, p.count)
+        length = np.zeros(p.count, np.int64)
+        np.maximum.at(length, q, c + 1)
         indptr = np.append(0, np.cumsum(-(-length // self.page)))
         arrays = {"indptr": indptr, "pages": np.arange(indptr[-1]), "length": length}
         return arrays, indptr[q] * self.page + c, int(indptr[-1]) * self.page
