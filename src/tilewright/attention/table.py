@@ -260,7 +260,7 @@ class Table:
         indptr = self.arrays.get("table_indptr")
         if indptr is None:
             host = np.arange(self.requests + 1, dtype=length.dtype.numpy) * self.stride
-            indptr = entries.place(host, self.device)
+            indptr = entries.to_device(host, self.device)
         named = self.arrays["table_entries"].reshape(-1)
         level = {"indptr": indptr, "pages": named, "length": self.arrays["kv_len"]}
         shape, none = (self.requests, longest, *values.shape[2:]), np.zeros(0, np.int64)

@@ -178,11 +178,11 @@ class Slots(Level):
         return add(mul(q, self.width), v)
 
     def locate(self, s: Storage, q: Expr, c: Expr) -> Expr:
-        found: Expr = Const(-1, dtypes.int32)
+        position: Expr = Const(-1, dtypes.int32)
         for slot in range(self.width):
             v = Const(slot, dtypes.int32)
-            found = select(binary("==", self.coord(s, q, v), c), self.pos(s, q, v), found)
-        return found
+            position = select(binary("==", self.coord(s, q, v), c), self.pos(s, q, v), position)
+        return position
 
     def positions(self, parents: int, extent: int) -> int:
         return parents * self.width

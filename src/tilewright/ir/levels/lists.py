@@ -137,10 +137,10 @@ class Fixed(Slots):
         rank = np.arange(len(mine)) - ptr[mine]
         if len(rank) and int(rank.max()) >= self.width:
             worst = int(mine[rank.argmax()])
-            kind = "blocks" if self.block else "entries"
+            unit = "blocks" if self.block else "entries"
             raise FormatError(
                 "F108",
-                f"row {worst} has {int(ptr[worst + 1] - ptr[worst])} {kind} but the level holds "
+                f"row {worst} has {int(ptr[worst + 1] - ptr[worst])} {unit} but the level holds "
                 f"{self.width}", hint="use a wider ELL, or hyb, which chooses a width for each row",
             )  # fmt: skip
         position = mine * self.width + rank
