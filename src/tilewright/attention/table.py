@@ -24,6 +24,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.attention.checks import check_range, integer_view, named_view, rises
 from tilewright.errors import ArgumentError
+from tilewright.ir.levels import integer
 from tilewright.runtime.transfer import to_host
 from tilewright.runtime.view import View
 from tilewright.sparse import entries
@@ -246,17 +247,21 @@ class Table:
             raise ArgumentError(
                 "A107", f"a {self.kind} table", where="table", hint="Table(…) or Table.csr(…)"
             )
-        kinds = {v.dtype for n, v in self.views.items() if n.startswith(("kv_len", "table"))}
-        if len(kinds) > 1:
+        own = [v for n, v in self.views.items() if n.startswith(("kv_len", "table"))]
+        if {v.dtype for v in own} != {length.dtype}:
             raise ArgumentError("A102", "arrays of two dtypes", where="table", hint="int32 for all")
-        if values.ndim < 2 or not values.size:
-            raise ArgumentError("A103", f"pages has shape {values.shape}", where="pages")
-        if not (values.is_contiguous and self.views["table_entries"].is_contiguous):
+        if values.ndim < 2 or not 0 < values.size <= length.dtype.most:
+            raise ArgumentError(
+                "A103", f"pages has shape {values.shape}", where="pages",
+                hint=f"(pages, page_size, …), at most {length.dtype.most} elements: those of int64",
+            )  # fmt: skip
+        if not all(v.is_contiguous for v in (values, *own)):
             raise ArgumentError("A104", "pages or entries are not contiguous", where="pages")
         if values.device != self.device:
             raise ArgumentError("A105", f"pages is on {values.device}", where="pages")
         if longest is None:
             longest = int(self.ranges()[1].max(initial=0)) * values.shape[1]
+        longest = integer("Table.tensor", "longest", longest)
         indptr = self.arrays.get("table_indptr")
         if indptr is None:
             host = np.arange(self.requests + 1, dtype=length.dtype.numpy) * self.stride

@@ -77,6 +77,21 @@ class Structure:
         stored = sum(p.size for p in self.parts)
         return 1 - self.nnz / stored if stored else 0.0
 
+    def stored(self) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+        """The coordinates of what is stored, in row-major order and each once, and the positions
+        of their values in those of all parts, one part after the other."""
+        parts, base = [], 0
+        for p in self.parts:
+            arrays = _each(p.arrays, lambda a: entries.array_of(a, "structure"))
+            coords, at = coordinates(p.format.levels, arrays, p.counts, self.shape)
+            is_entry = np.zeros(p.size, bool)
+            is_entry[p.slots] = True
+            parts.append((*coords, at + base, is_entry[at]))
+            base += p.size
+        *coords, position, is_entry = (np.concatenate(c) for c in zip(*parts, strict=True))
+        order = row_major(coords, is_entry)
+        return tuple(c[order] for c in coords), position[order]
+
     def __repr__(self) -> str:
         return f"<structure {self._text()}, {self.index_dtype} coordinates>"
 
@@ -144,14 +159,8 @@ class Packed:
     def unpack(self) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         """Coordinates (one array a dimension) and values of what is stored, in row-major order;
         padding is left out, explicit zeros inside dense levels are not."""
-        parts = [
-            _unpack_part(p, entries.stored(v, self.dtype), self.shape)
-            for p, v in zip(self.structure.parts, self.values, strict=True)
-        ]
-        coords = [np.concatenate([c[d] for c, *_ in parts]) for d in range(len(self.shape))]
-        values = np.concatenate([v for _, v, _ in parts])
-        order = row_major(coords, np.concatenate([e for *_, e in parts]))
-        return tuple(c[order] for c in coords), values[order]
+        coords, at = self.structure.stored()
+        return coords, np.concatenate([entries.stored(v, self.dtype) for v in self.values])[at]
 
     def dense(self) -> np.ndarray:
         """The dense array, with `fill` where nothing is stored."""
@@ -313,17 +322,6 @@ def _scatter(part: Part, values: np.ndarray, dtype: DType, fill: float) -> np.nd
     out = np.full(part.size, entries.filling(fill, dtype), dtype.numpy)
     out[part.slots] = values[part.entries]
     return out
-
-
-def _unpack_part(
-    part: Part, values: np.ndarray, shape: tuple[int, ...]
-) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Coordinates and values of what a part stores, and which of them are entries."""
-    arrays = _each(part.arrays, lambda a: entries.array_of(a, "structure"))
-    coords, positions = coordinates(part.format.levels, arrays, part.counts, shape)
-    is_entry = np.zeros(part.size, bool)
-    is_entry[part.slots] = True
-    return coords, values[positions], is_entry[positions]
 
 
 def _each(

@@ -9,18 +9,11 @@ from typing import ClassVar
 import numpy as np
 
 from tilewright.errors import FormatError
-from tilewright.ir.levels.level import (
-    INT32_MAX,
-    Built,
-    Level,
-    Parents,
-    Slots,
-    Storage,
-    Types,
-    integer,
-)
+from tilewright.ir.levels.level import Built, Level, Parents, Slots, Storage, Types, integer
 from tilewright.ir.nodes import Expr, binary
 from tilewright.ir.rewrite import add, mul
+
+FARTHEST = 1 << 30  # diagonal: a coordinate plus an offset is an int32
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -38,7 +31,7 @@ class Diagonals(Slots):
 
     def __post_init__(self) -> None:
         Level.__post_init__(self)
-        known = sorted({integer("dia", "offset", o, -INT32_MAX) for o in self.offsets})
+        known = sorted({integer("dia", "offset", o, -FARTHEST) for o in self.offsets})
         object.__setattr__(self, "offsets", tuple(known))
         object.__setattr__(self, "width", len(known))
 
@@ -59,8 +52,7 @@ class Diagonals(Slots):
                 "F108", f"an entry is on diagonal {mine[wrong][0]}, which {self} does not store",
                 where="matrix", hint="a wider band, or tw.csr()",
             )  # fmt: skip
-        arrays = dict.fromkeys(self.arrays, offsets)
-        n = len(offsets)
+        arrays, n = dict.fromkeys(self.arrays, offsets), len(offsets)
         return arrays, q * n + np.searchsorted(offsets, mine), p.count * n
 
     def _extra(self) -> str:
@@ -79,8 +71,8 @@ class Band(Diagonals):
     padded: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        low = integer("band", "low", self.low, -INT32_MAX)
-        high = integer("band", "high", self.high, low)
+        low = integer("band", "low", self.low, -FARTHEST)
+        high = integer("band", "high", self.high, low, FARTHEST)
         object.__setattr__(self, "offsets", range(low, high + 1))
         Level.__post_init__(self)
 

@@ -77,9 +77,7 @@ class Level:
     ordered: ClassVar[bool] = True  # coordinates below a parent do not fall
     unique: ClassVar[bool] = True  # one position per coordinate below a parent
     padded: ClassVar[bool] = False  # a loop also visits what `guard` rules out
-    shared: ClassVar[bool] = (
-        False  # parents may have positions in common: nothing is computed there
-    )
+    shared: ClassVar[bool] = False  # parents may have positions in common: outputs are refused
     single: ClassVar[bool] = False  # one coordinate for each parent, at its position: no loop
     outermost: ClassVar[bool] = False  # it can be the first level of a format
     least: ClassVar[dict[str, int]] = {"dim": 0, "block": 0}  # of each whole number it is given

@@ -8,21 +8,8 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
+from tilewright.ir import nodes as ir
 from tilewright.ir.levels.level import Arrays, Level, Storage
-from tilewright.ir.nodes import (
-    Binary,
-    Buffer,
-    Cast,
-    Const,
-    Expr,
-    Load,
-    Search,
-    Select,
-    Var,
-    binary,
-    cast,
-    select,
-)
 from tilewright.ir.rewrite import FOLD, is_const, walk
 
 
@@ -33,11 +20,11 @@ def coordinates(
     the loops over its levels, on arrays. Padding is left out; explicit zeros in blocks are not."""
     coords = [np.zeros(1, np.int64) for _ in shape]
     known: Arrays = {"q": np.zeros(1, np.int64)}  # of each point that the loops so far come to
-    q, v, coordinate = (Var(name, dtypes.int64) for name in ("q", "v", "c"))
+    q, v, coordinate = (ir.Var(name, dtypes.int64) for name in ("q", "v", "c"))
     for level, own, count in zip(levels, arrays, counts, strict=True):
-        size = Const(level.extent_of(tuple(shape)), dtypes.int64)
-        buffers = {name: Buffer(name, dtypes.int64, ()) for name in own}
-        storage = Storage(size, Const(count, dtypes.int64), buffers, _above)
+        size = ir.Const(level.extent_of(tuple(shape)), dtypes.int64)
+        buffers = {name: ir.Buffer(name, dtypes.int64, ()) for name in own}
+        storage = Storage(size, ir.Const(count, dtypes.int64), buffers, _above)
         begin, end = (_value(e, known, own) + 0 * known["q"] for e in level.loop(storage, q))
         length = np.maximum(end - begin, 0)
         point = np.repeat(np.arange(len(length)), length)
@@ -57,8 +44,8 @@ def coordinates(
     return [c[stored] for c in coords], known["q"][stored]
 
 
-def _above(dim: int) -> Var:
-    return Var(f"above{dim}", dtypes.int64)
+def _above(dim: int) -> ir.Var:
+    return ir.Var(f"above{dim}", dtypes.int64)
 
 
 _OPERATIONS: dict[str, Any] = {
@@ -69,15 +56,15 @@ _OPERATIONS: dict[str, Any] = {
 
 def _value(e: Any, known: Arrays, own: Arrays) -> Any:
     """An expression of a level, in int64, on the arrays of its names and on those it stores."""
-    if isinstance(e, Const):
+    if isinstance(e, ir.Const):
         return np.int64(e.value)
-    if isinstance(e, Var):
+    if isinstance(e, ir.Var):
         return known[e.name]
-    if isinstance(e, Load):
+    if isinstance(e, ir.Load):
         return own[e.buffer.name][_value(e.index[0], known, own)].astype(np.int64)
-    if isinstance(e, Cast):
+    if isinstance(e, ir.Cast):
         return _value(e.a, known, own)
-    assert isinstance(e, Binary), f"a level has {e} in a loop"
+    assert isinstance(e, ir.Binary), f"a level has {e} in a loop"
     return _OPERATIONS[e.op](_value(e.a, known, own), _value(e.b, known, own))
 
 
@@ -92,22 +79,24 @@ def row_major(coords: Sequence[np.ndarray], is_entry: np.ndarray) -> np.ndarray:
     return order[new]
 
 
-def load_value(values: Buffer, position: Expr, fill: float) -> Expr:
+def load_value(values: ir.Buffer, position: ir.Expr, fill: float) -> ir.Expr:
     """`values[position]`, or `fill` where the position is -1 (a missing coordinate)."""
-    value = Load(values, (position,), values.dtype)
-    if isinstance(position, (Var, Const)) or not may_miss(position):
+    value = ir.Load(values, (position,), values.dtype)
+    if isinstance(position, (ir.Var, ir.Const)) or not may_miss(position):
         return value
     kind = values.dtype.accumulator  # a narrow float is only stored, never chosen between
-    return select(
-        binary(">=", position, 0), cast(value, kind), cast(Const(fill, dtypes.float64), kind)
+    return ir.select(
+        ir.binary(">=", position, 0),
+        ir.cast(value, kind),
+        ir.cast(ir.Const(fill, dtypes.float64), kind),
     )
 
 
 def may_miss(position: Any) -> bool:
     """Whether a position may be -1, because it was searched for or its list lacks it."""
     return any(
-        isinstance(x, Search)
+        isinstance(x, ir.Search)
         or getattr(x, "optional", False)
-        or (isinstance(x, Select) and (is_const(x.a, -1) or is_const(x.b, -1)))
+        or (isinstance(x, ir.Select) and (is_const(x.a, -1) or is_const(x.b, -1)))
         for x in walk(position)
     )
