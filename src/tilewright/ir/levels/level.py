@@ -187,10 +187,3 @@ class Slots(Level):
 
     def _extra(self) -> str:
         return f", {self.width}"
-
-
-def segments(q: np.ndarray, parents: int) -> np.ndarray:
-    """indptr from the (sorted) parent of each position."""
-    out = np.zeros(parents + 1, np.int64)
-    np.cumsum(np.bincount(q, minlength=parents), out=out[1:])
-    return out

@@ -10,16 +10,7 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.errors import FormatError
-from tilewright.ir.levels.level import (
-    Arrays,
-    Built,
-    Level,
-    Parents,
-    Slots,
-    Storage,
-    Types,
-    segments,
-)
+from tilewright.ir.levels.level import Arrays, Built, Level, Parents, Slots, Storage, Types
 from tilewright.ir.nodes import Const, Expr, Search, binary, select
 from tilewright.ir.rewrite import add
 
@@ -181,6 +172,13 @@ class Singleton(Level):
                 hint="put compressed(chunk=-1) above it, as coo does",
             )  # fmt: skip
         return {"indices": indices}, q, p.count
+
+
+def segments(q: np.ndarray, parents: int) -> np.ndarray:
+    """indptr from the (sorted) parent of each position."""
+    out = np.zeros(parents + 1, np.int64)
+    np.cumsum(np.bincount(q, minlength=parents), out=out[1:])
+    return out
 
 
 def starts(q: np.ndarray, c: np.ndarray) -> np.ndarray:
