@@ -101,7 +101,7 @@ SHIPPED: dict[str, Shipped] = {
     "spmm by_length f32 64": _spmm(SHORT, 64, targets=CPU),
     "spmm by_length f16 128": _spmm(LENGTHS, 128, "float16", targets=CUDA),
     "spmm by_length f32 512 far": _spmm(LENGTHS, 512, far=True, targets=CUDA),
-    **{f"spmm by_length f32 {d}": _spmm(SHORT, d, targets=CUDA) for d in (1, 7, 33)},
+    **{f"spmm by_length f32 {d}": _spmm(SHORT, d, targets=CUDA) for d in (1, 7)},
     # SDDMM
     "sddmm csr f32 128": _sddmm(tw.csr(), 128),
     "sddmm csr f32 any": _sddmm(tw.csr(), 0, targets=CPU),
@@ -158,6 +158,9 @@ SHIPPED: dict[str, Shipped] = {
         f"example 03 attend {name}": Shipped(ATTEND.decompose(A=fmt), CPU)
         for name, fmt in (("csr", tw.csr()), ("hyb", tw.hyb(buckets=(8, 16))), ("ell", tw.ell(64)))
     },
+    "example 04 band": Shipped(
+        _example("04_band_attention.py", "attend").decompose(A=tw.band(-63, 0)), CPU
+    ),
 }
 
 

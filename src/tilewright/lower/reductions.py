@@ -180,8 +180,10 @@ def _chain(number: int, compute: ir.Compute, path: list[Any]) -> _Chain:
     spatial = tuple(s for s in frame if isinstance(s, ir.For) and s.kind not in ir.THREADS)
     out_vars = {name for i in compute.out.index for name in free_vars(i)}
     escapes = compute.out.buffer.scope != "register" and bool(out_vars & reduced)
-    # `simplify` removes the coordinates of a level of width 0; such a loop updates nothing.
+    # `simplify` removes the coordinates of a level of width 0; such a loop updates nothing. No
+    # accumulator holds what a level visits that has as many coordinates as its dimension.
     escapes |= compute.in_place and any(isinstance(s, ir.For) and s.extent == 0 for s in path)
+    escapes |= compute.in_place and any(f.extent is None for f in spatial)
     return _Chain(number, compute, spatial, lanes, threads, frame, escapes)
 
 

@@ -14,6 +14,7 @@ typedef unsigned int uint32_t;
 typedef long long int64_t;
 typedef unsigned long long uint64_t;
 #define INT64_C(x) x##ll
+#define UINT64_C(x) x##ull
 #define TW_INLINE __device__ __forceinline__
 
 namespace tw {
