@@ -467,12 +467,13 @@ def test_cubins(name, arch):
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
-@pytest.mark.parametrize("after", ["bias", "residual", "gate"])
+@pytest.mark.parametrize("after", ["bias", "residual", "gate", "norm_gate"])
 @pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_1"])
 def test_cubins_of_linear_layers(kind, after):
     kernel = linear_kernel(kind, False, 576, 1536, "cuda:sm_80", after=after)
     assert all(used.spill_bytes == 0 for used in kernel.resources.values())
-    assert kernel.source.count("tw::across_lanes") == 1 + (after == "gate")
+    sums = 1 + after.endswith("gate") + after.startswith("norm")
+    assert kernel.source.count("tw::across_lanes") == sums
 
 
 # ------------------------------------------------------------------------------------- refusals

@@ -195,7 +195,7 @@ def _is_gate(s: Schedule) -> bool:
 
 
 GPU_ROWS = 8  # rows of W of one CTA
-GPU_UNROLL = 8  # iterations whose loads are issued together
+GPU_UNROLL = 8  # iterations whose loads are issued together; with a gate one: registers
 GPU_LANES = 4  # neighbouring numbers of a row that a thread reads at once
 
 
@@ -212,7 +212,7 @@ def gpu_recipe(s: Schedule, n: int, k: int) -> Schedule:
         s = s.split("k", GPU_LANES, into=("k_4", "k_v")).split("k_4", 32, into=("k_o", "k_x"))
     else:
         s = s.split("k", 32, into=("k_o", "k_x"))
-    s = s.bind("k_x", "thread.x").unroll("k_o", GPU_UNROLL // 2 if _is_gate(s) else GPU_UNROLL)
+    s = s.bind("k_x", "thread.x").unroll("k_o", 1 if _is_gate(s) else GPU_UNROLL)
     return s.vectorize("k_v") if s.has("k_v") else s
 
 
