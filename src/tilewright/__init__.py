@@ -80,21 +80,8 @@ if TYPE_CHECKING:
     from tilewright.attention.plan import Plan
     from tilewright.attention.pool import Pool
     from tilewright.attention.table import Table
-    from tilewright.attention.tracing import (
-        bit_mask,
-        per_head,
-        per_key,
-        per_request,
-        per_token,
-    )
-    from tilewright.attention.variant import (
-        Alibi,
-        Causal,
-        Full,
-        SlidingWindow,
-        Softcap,
-        variant,
-    )
+    from tilewright.attention.tracing import bit_mask, per_head, per_key, per_request, per_token
+    from tilewright.attention.variant import Alibi, Causal, Full, SlidingWindow, Softcap, variant
     from tilewright.attention.workspace import Workspace
     from tilewright.ops import schedules as recipes
     from tilewright.schedule import Schedule

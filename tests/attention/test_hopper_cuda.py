@@ -10,14 +10,7 @@ import subprocess
 import ml_dtypes
 import numpy as np
 import pytest
-from tests.attention.cases import (
-    ALL_VARIANTS,
-    TYPES,
-    paged,
-    queries,
-    spec_of,
-    values_of,
-)
+from tests.attention.cases import ALL_VARIANTS, TYPES, paged, queries, spec_of, values_of
 from tests.attention.oracle import (
     MASKS,
     SINKS,

@@ -81,11 +81,7 @@ FORMATS_3D = {
 
 Term = tuple[Any, ...]
 REDUCTIONS = {"sum": (tw.sum, sum), "max": (tw.max, max), "min": (tw.min, min)}
-BINARY = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-}
+BINARY = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
 
 def term(rng: np.random.Generator, depth: int) -> Term:

@@ -30,13 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.attention.tracing import (
-    SCORE,
-    Traced,
-    Value,
-    per_head,
-    trace,
-)
+from tilewright.attention.tracing import SCORE, Traced, Value, per_head, trace
 from tilewright.errors import ArgumentError, ProgramError
 from tilewright.ir.nodes import Binary, Const, Expr, Load, binary
 from tilewright.ir.rewrite import substitute, walk

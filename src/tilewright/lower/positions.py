@@ -12,22 +12,11 @@ from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import rebuild, simplify, walk
-from tilewright.lower.drivers import (
-    check_reduction,
-    driver_of,
-    list_key,
-    outer_driver,
-)
+from tilewright.lower.drivers import check_reduction, driver_of, list_key, outer_driver
 from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.joins import join_nest, join_of
 from tilewright.lower.nests import BuiltNest, NestBuilder
-from tilewright.lower.tables import (
-    Driver,
-    Statement,
-    Tables,
-    indices_in,
-    shares_rows,
-)  # fmt: skip
+from tilewright.lower.tables import Driver, Statement, Tables, indices_in, shares_rows  # fmt: skip
 
 
 def coordinates_to_positions(program: ir.Program) -> ir.Program:

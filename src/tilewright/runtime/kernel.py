@@ -11,13 +11,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
-from tilewright.runtime.arguments import (
-    Arguments,
-    Span,
-    check_overlaps,
-    scalar_value,
-    value_spans,
-)
+from tilewright.runtime.arguments import Arguments, Span, check_overlaps, scalar_value, value_spans
 from tilewright.runtime.frame import Frame, build_frame
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.manifest import Manifest, structs

@@ -20,28 +20,17 @@ from typing import Any
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import For, LoopKind, Nest, Program, Stmt
 from tilewright.ir.rewrite import statements
+from tilewright.schedule import arguments as rule
 from tilewright.schedule import coords, loops, privatize, staging
-from tilewright.schedule.arguments import (
-    A_NAME,
-    FAR,
-    INT64_MAX,
-    NAMES,
-    NEAR,
-    TWO_NAMES,
-    integer,
-    one_of,
-    optional,
-    several,
-    takes,
-)
+from tilewright.schedule.arguments import A_NAME, FAR, NAMES, NEAR, TWO_NAMES, takes
 from tilewright.schedule.tree import clash, computes, illegal, loop_names, unknown
 from tilewright.target import Target
 
 Nests = tuple[int, ...] | None
-NUMBER = integer(0, FAR)  # of a nest, or of steps
-KIND = one_of(*loops.KINDS)
-TAIL = one_of(*loops.TAILS)
-SCOPE = one_of(*staging.SCOPES)
+NUMBER = rule.integer(0, FAR)  # of a nest, or of steps
+KIND = rule.one_of(*loops.KINDS)
+TAIL = rule.one_of(*loops.TAILS)
+SCOPE = rule.one_of(*staging.SCOPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +128,7 @@ class Schedule:
 
     # -- selecting -------------------------------------------------------------------------------
 
-    @takes(nests=several(NUMBER, "numbers of nests"))
+    @takes(nests=rule.several(NUMBER, "numbers of nests"))
     def on(self, *nests: int) -> Schedule:
         """The same schedule with later verbs applied to these nests only. Raises
         ScheduleError[S101, S102]."""
@@ -197,7 +186,7 @@ class Schedule:
         Raises ScheduleError[S101, S102]."""
         return self._coords(coords.fuse_axes, structure)
 
-    @takes(dim=A_NAME, size=integer(1, INT64_MAX))
+    @takes(dim=A_NAME, size=rule.integer(1, rule.INT64_MAX))
     def specialize(self, dim: str, size: int) -> Schedule:
         """Fix the size of a dimension, so that loops over it have constant extents.
 
@@ -209,7 +198,7 @@ class Schedule:
 
     # -- verbs on loops --------------------------------------------------------------------------
 
-    @takes(loop=A_NAME, factor=integer(1, FAR), tail=TAIL, into=optional(TWO_NAMES))
+    @takes(loop=A_NAME, factor=rule.integer(1, FAR), tail=TAIL, into=rule.optional(TWO_NAMES))
     def split(
         self, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
     ) -> Schedule:
@@ -288,7 +277,7 @@ class Schedule:
         Raises ScheduleError[S101, S102]."""
         return self._loops(loops.mark, loop, "vector")
 
-    @takes(loop=A_NAME, factor=integer(0, NEAR))
+    @takes(loop=A_NAME, factor=rule.integer(0, NEAR))
     def unroll(self, loop: str, factor: int = 0) -> Schedule:
         """Write out a loop of constant extent; with `factor`, only hint the compiler to unroll by
         it.
@@ -338,7 +327,7 @@ class Schedule:
         Raises ScheduleError[S101, S102]."""
         return self._loops(loops.mma, rows, cols, depth)
 
-    @takes(buffer=A_NAME, loop=A_NAME, ahead=integer(1, NEAR))
+    @takes(buffer=A_NAME, loop=A_NAME, ahead=rule.integer(1, NEAR))
     def prefetch(self, buffer: str, loop: str, ahead: int) -> Schedule:
         """Prefetch what a loop reads of `buffer`, `ahead` iterations early. Where the loop walks
         stored positions, these are the rows that it gathers.
@@ -391,7 +380,7 @@ class Schedule:
         missing = loop, f"no loop {loop!r} reads {buffer!r}"
         return self._loops(cache, buffer, loop, scope, missing=missing, new_names=True)
 
-    @takes(loop=A_NAME, stages=integer(2, staging.MOST_STAGES))
+    @takes(loop=A_NAME, stages=rule.integer(2, staging.MOST_STAGES))
     def pipeline(self, loop: str, stages: int) -> Schedule:
         """Overlap the copies to shared memory that a loop makes with the work on them: they are
         asynchronous, into `stages` buffers, and start `stages` - 1 iterations early.
@@ -407,7 +396,7 @@ class Schedule:
         Raises ScheduleError[S101, S102]."""
         return self._loops(staging.pipeline, loop, stages)
 
-    @takes(output=A_NAME, loop=A_NAME, copies=integer(2, privatize.MOST_COPIES))
+    @takes(output=A_NAME, loop=A_NAME, copies=rule.integer(2, privatize.MOST_COPIES))
     def privatize(self, output: str, loop: str, copies: int) -> Schedule:
         """Give an output that is updated in place one copy for each of `copies` groups of
         iterations of an outermost loop. The groups run as units and a last stage adds the copies in
@@ -485,7 +474,7 @@ class Schedule:
         self.calls.append(step)
         return replace(self, program=program, history=(*self.history, step), before=self)
 
-    @takes(loop=A_NAME, nest=optional(NUMBER))
+    @takes(loop=A_NAME, nest=rule.optional(NUMBER))
     def has(self, loop: str, nest: int | None = None) -> bool:
         """Whether there is a loop of that name (in one nest). Raises ScheduleError[S101, S102]."""
         chosen = self.nests if nest is None else (self._nest(nest),)

@@ -437,10 +437,7 @@ def bucket(width: int, *, split: bool = False) -> Format:
 
 
 def hyb(
-    col_parts: int = 1,
-    buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
-    *,
-    long_rows: str = "csr",
+    col_parts: int = 1, buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32), *, long_rows: str = "csr"
 ) -> Composed:
     """SparseTIR's hyb(c, k): columns in `col_parts` ranges; in each, a row goes to the first bucket
     that holds it. Rows longer than the last go to a CSR part, or, with `long_rows="split"`, are cut
