@@ -284,7 +284,7 @@ def _epilogue(c: ir.Compute, totals: list[tuple[str, ir.Expr]]) -> list[ir.Stmt]
 
 
 def _joined(acc: ir.Buffer, chain: _Chain, op: str) -> ir.Expr:
-    """The accumulators of one output element: private ones in order, then the lanes of a vector."""
+    """Combines the accumulators of one output element: private ones in order, then vector lanes."""
     spatial = tuple(f.var for f in chain.spatial)
     vector = next((f for f in chain.lanes if f.kind == "vector" and f.extent != 1), None)
     lanes = acc.dtype.vector(vector.extent or 1) if vector else acc.dtype

@@ -210,5 +210,5 @@ def _together(parts: tuple[Part, ...], ordinal: int, overlaps: bool) -> cuda.Lau
 
 @functools.lru_cache(256)
 def _function(compile_step: Any, bodies: Any, macros: tuple[str, ...], ordinal: int) -> Any:
-    """The loaded function of bodies beside each other. Raises BuildError."""
+    """Loads one function that runs several bodies side by side. Raises BuildError."""
     return cuda.Module(compile_step(bodies, macros), ordinal).function("step")
