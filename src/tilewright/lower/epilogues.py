@@ -35,7 +35,7 @@ def fused(
     after:  out[i, j] = max(out.0 + b[j], 0) where out.0 = sum(A[i, k] * B[k, j] over k)
 
     Those that follow `structure`, the driver of the nest, come first. `merged`: also reductions
-    that fewer indices tell apart, which are then computed for each element anew.
+    that depend on fewer indices, which are then computed for each element anew.
     """
     if root.op:
         return root, temps

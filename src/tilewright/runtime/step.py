@@ -58,13 +58,13 @@ class Node:
 def hazards(nodes: Sequence[Node]) -> np.ndarray:
     """bool (n, n): whether node j comes after node i in the list and touches memory that i does,
     which at least one of them writes."""
-    found = np.zeros((len(nodes), len(nodes)), bool)
+    ordered = np.zeros((len(nodes), len(nodes)), bool)
     reads, writes = _boxes([n.reads for n in nodes]), _boxes([n.writes for n in nodes])
     for a, b in ((writes, writes), (writes, reads), (reads, writes)):
-        meets = (a[:, None, 0] < b[None, :, 1]) & (b[None, :, 0] < a[:, None, 1])
-        i, j = meets.nonzero()
-        found[a[i, 2], b[j, 2]] = True
-    return np.triu(found, 1)
+        overlaps = (a[:, None, 0] < b[None, :, 1]) & (b[None, :, 0] < a[:, None, 1])
+        i, j = overlaps.nonzero()
+        ordered[a[i, 2], b[j, 2]] = True
+    return np.triu(ordered, 1)
 
 
 def _boxes(of_nodes: Sequence[tuple[Box, ...]]) -> np.ndarray:
@@ -75,9 +75,9 @@ def _boxes(of_nodes: Sequence[tuple[Box, ...]]) -> np.ndarray:
 
 def dependencies(nodes: Sequence[Node]) -> tuple[Edge, ...]:
     """The fewest edges (i, j), j after i, that keep every hazard of the nodes in order."""
-    found, before, edges = hazards(nodes), [0] * len(nodes), []
+    ordered, before, edges = hazards(nodes), [0] * len(nodes), []
     for j in range(len(nodes)):
-        for i in found[:, j].nonzero()[0].tolist()[::-1]:
+        for i in ordered[:, j].nonzero()[0].tolist()[::-1]:
             if not before[j] >> i & 1:  # not after i by another edge
                 edges.append((i, j))
                 before[j] |= before[i] | 1 << i
