@@ -33,7 +33,7 @@ def test_tiny_model_is_read(tiny_path: Path):
     model = open_model(tiny_path)
     c = model.config
     assert (c.layers, c.dim, c.ffn_dim, c.qo_heads, c.kv_heads, c.head_dim) == (2, 64, 96, 4, 2, 16)
-    assert (c.vocab, c.context, c.rope_base, c.tied_embedding) == (268, 128, 10000.0, True)
+    assert (c.vocab, c.context, c.rope.base, c.tied_embedding) == (268, 128, 10000.0, True)
     assert c.rope_interleaved and c.rms_eps == pytest.approx(1e-5)
     assert {name: w.shape for name, w in model.tensors.items()} == c.shapes()
     assert model.tensors["lm_head"] is model.tensors["embed"]
@@ -130,7 +130,7 @@ def test_wrong_metadata(tmp_path: Path, key: str, value: object, code: str):
 def test_rope_scale(tmp_path: Path, keys: dict[str, object], scale: float):
     tiny = TinyModel()
     tiny.metadata |= {f"llama.rope.{key}": value for key, value in keys.items()}
-    assert open_model(tiny.write(tmp_path / "m.gguf")).config.rope_scale == scale
+    assert open_model(tiny.write(tmp_path / "m.gguf")).config.rope.factor == scale
 
 
 def test_a_part_of_a_split_model(tmp_path: Path):
@@ -317,7 +317,7 @@ def test_smollm_is_the_library_s(smollm: ModelFile):
         assert (value.tolist() if isinstance(value, np.ndarray) else value) == expected, key
     c = smollm.config
     assert (c.layers, c.dim, c.ffn_dim, c.vocab, c.context) == (30, 576, 1536, 49152, 8192)
-    assert (c.qo_heads, c.kv_heads, c.head_dim, c.rope_base) == (9, 3, 64, 100000.0)
+    assert (c.qo_heads, c.kv_heads, c.head_dim, c.rope.base) == (9, 3, 64, 100000.0)
     theirs = {tensor.name: tensor for tensor in reader.tensors}
     pairs = {
         "layers.7.attn.k": "blk.7.attn_k.weight",

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.errors import MissingExtra, ModelError, TilewrightError
-from tilewright.serve.gguf import Metadata, Value
+from tilewright.serve.metadata import Metadata, Value
 from tilewright.serve.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from tilewright.errors import ModelError
-from tilewright.serve.blocks import KINDS, GGMLQuantizationType, block_size
+from tilewright.serve.blocks import KINDS, GGMLQuantizationType, Stored, block_size
+from tilewright.serve.metadata import Value
 
 from gguf import GGUFReader, GGUFValueType  # isort: skip (blocks reports it where it is missing)
 
@@ -24,70 +24,10 @@ VERSIONS = (2, 3)
 MAX_ITEMS = 1 << 16  # metadata keys, and tensors
 MAX_ELEMENTS = 1 << 40
 
-Value = int | float | bool | str | np.ndarray | list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """A tensor in the file: `shape` with the slowest dimension first, `offset` in bytes."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Metadata:
-    """Typed reads of metadata. A key of another type, or absent without a default, raises a
-    ModelError of `code` that names the key."""
-
-    values: Mapping[str, Any]
-    where: str = ""
-    code: str = "M101"
-
-    def _read(self, key: str, default: Any, kinds: tuple[type, ...], needed: str) -> Any:
-        value = self.values.get(key, default)
-        if isinstance(value, kinds) and isinstance(value, bool) == (bool in kinds):
-            return value
-        raise ModelError(
-            self.code, f"{key} is {short(value)}, {needed} is needed", where=self.where or key
-        )
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        return self._read(key, default, (int,), "an integer")
-
-    def number(self, key: str, default: float | None = None) -> float:
-        return float(self._read(key, default, (int, float), "a number"))
-
-    def text(self, key: str, default: str | None = None) -> str:
-        return self._read(key, default, (str,), "a text")
-
-    def flag(self, key: str, default: bool | None = None) -> bool:
-        return self._read(key, default, (bool,), "true or false")
-
-    def strings(self, key: str) -> list[str]:
-        return self._read(key, None, (list,), "an array of texts")
-
-    def refuse(self, key: str, harmless: tuple[Value, ...]) -> None:
-        """Raises ModelError[M102] for a key with another value than `harmless` ones."""
-        value = self.values.get(key, harmless[0])
-        if not isinstance(value, int | float | str) or value not in harmless:
-            raise ModelError("M102", f"{key} = {short(value)} is not supported", where=self.where)
-
-
-def short(value: Any) -> str:
-    """A value of the metadata, for a message."""
-    if value is None:
-        return "missing"
-    if isinstance(value, list | np.ndarray):
-        return f"an array of {len(value)}"
-    return repr(value[:60] if isinstance(value, str) else value)
-
 
 class Header(GGUFReader):
     """The part of a GGUF file before the tensors: `metadata`, whose arrays of numbers are views of
-    the file, and `infos` of the tensors in the order of their offsets. `data`: all bytes, mapped.
+    the file, and `stored`, the tensors in the order of their offsets. `data`: all bytes, mapped.
 
     Raises ModelError: M101 for a damaged file, M104 for a tensor of a type that is not supported.
     Source: the GGUF specification of ggml, versions 2 and 3, little-endian.
@@ -98,7 +38,7 @@ class Header(GGUFReader):
         version = int.from_bytes(file.read(8)[4:], "little")
         if version not in VERSIONS:
             raise self.damaged(f"version {version} is not supported, or the file is big-endian")
-        self.infos: list[TensorInfo] = []
+        self.stored: list[Stored] = []
         try:
             super().__init__(file)  # pyright: ignore[reportArgumentType]
             self.metadata: dict[str, Value] = {
@@ -190,7 +130,7 @@ class Header(GGUFReader):
             raise self.damaged(f"tensor {name!r} has the weight type {type_name}", "M104", hint)
         if shape[-1] % block_size(kind)[0]:
             raise self.damaged(f"tensor {name!r}: rows of {shape[-1]} are not whole {kind} blocks")
-        self.infos.append(TensorInfo(name, kind, shape, int(offset[0])))
+        self.stored.append(Stored(name, kind, shape, self.data, int(offset[0])))
         return field
 
     def _build_tensors(self, start_offs: int, fields: list) -> None:
@@ -199,11 +139,12 @@ class Header(GGUFReader):
             raise self.damaged(f"general.alignment is {self.alignment}")
         start_offs = last = int(start_offs)
         before, names = "the header", set()
-        relative, self.infos = sorted(self.infos, key=lambda info: info.offset), []
-        for name, kind, shape, offset in ((i.name, i.kind, i.shape, i.offset) for i in relative):
+        relative, self.stored = sorted(self.stored, key=lambda tensor: tensor.offset), []
+        for tensor in relative:
+            name, kind, offset = tensor.name, tensor.kind, tensor.offset
             elements, size = block_size(kind)
             begin = start_offs + offset
-            end = begin + math.prod(shape) // elements * size
+            end = begin + math.prod(tensor.shape) // elements * size
             if offset % self.alignment:
                 rule = f"tensor {name!r} starts at {offset}, not a multiple of {self.alignment}"
                 raise self.damaged(rule)
@@ -212,5 +153,5 @@ class Header(GGUFReader):
             if end > len(self.data):
                 raise self.damaged(f"tensor {name!r} ends at byte {end}, behind the file's end")
             names.add(name)
-            self.infos.append(TensorInfo(name, kind, shape, begin))
+            self.stored.append(replace(tensor, offset=begin))
             last, before = end, f"tensor {name!r}"

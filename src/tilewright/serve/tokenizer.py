@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.errors import MissingExtra, ModelError
-from tilewright.serve.gguf import Metadata, Value, short
+from tilewright.serve.metadata import Metadata, Value, short
 from tilewright.serve.weights import ModelFile
 
 try:

