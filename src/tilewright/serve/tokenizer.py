@@ -14,16 +14,18 @@ Bytes that a byte-level vocabulary does not have are dropped. Source: the GGUF k
 from __future__ import annotations
 
 import codecs
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tilewright.errors import MissingExtra, ModelError
 from tilewright.serve.metadata import Metadata, Value, short
-from tilewright.serve.weights import ModelFile
+from tilewright.serve.weights import ModelFile, read_json
 
 try:
     import tokenizers
@@ -59,7 +61,7 @@ class Tokenizer:
         special: Mapping[str, int],
         control: Iterable[int],
     ) -> None:
-        self._library, self.pieces, self.special = library, tuple(pieces), dict(special)
+        self.library, self.pieces, self.special = library, tuple(pieces), dict(special)
         self.control = frozenset(control)
         self.bos: int | None = None
         self.eos: int | None = None
@@ -98,7 +100,7 @@ class Tokenizer:
 
     def _plain(self, text: str) -> list[int]:
         """The tokens of a text that contains no special token."""
-        return self._library.encode(text, add_special_tokens=False).ids if text else []
+        return self.library.encode(text, add_special_tokens=False).ids if text else []
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token; none for an id beyond the vocabulary (padding)."""
@@ -143,10 +145,12 @@ class Stream:
 
 def load_tokenizer(model: ModelFile) -> Tokenizer:
     """The tokenizer of a model. Raises ModelError[M107] for a missing or damaged one."""
+    vocab = model.config.vocab
+    if model.path.is_dir():
+        return from_folder(model.path, vocab)
     tokenizer = from_metadata(model.metadata)
-    if len(tokenizer) > model.config.vocab:
-        rows = model.config.vocab
-        raise _unusable(f"{len(tokenizer)} tokens for an embedding of {rows} rows")
+    if len(tokenizer) > vocab:
+        raise _unusable(f"{len(tokenizer)} tokens for an embedding of {vocab} rows")
     return tokenizer
 
 
@@ -193,20 +197,21 @@ def _numbers(metadata: Mapping[str, Value], key: str, count: int, kinds: str, de
     return values.tolist()
 
 
-def _joined(
-    model: Callable[[dict[str, int]], models.BPE],
+def _tokenizer(
     tokens: Sequence[str],
     types: Sequence[int],
+    merges: Sequence[Any],
     spelled: Callable[[str], bytes],
+    **options: Any,
 ) -> Tokenizer:
-    """A tokenizer around a BPE model of the ordinary tokens. No control token is among them, so
-    that no merge can make one; of equal spellings the first counts."""
+    """A tokenizer around the library's BPE of the ordinary tokens. No control token is among them,
+    so that no merge can make one; of equal spellings the first counts."""
     marked = {i for i, kind in enumerate(types) if kind in (_CONTROL, _USER_DEFINED)}
-    ordinary = [(token, i) for i, token in enumerate(tokens) if i not in marked]
+    ordinary = {t: i for i, t in reversed([*enumerate(tokens)]) if i not in marked}
     special = {tokens[i]: i for i in sorted(marked, reverse=True) if tokens[i]}
     try:
         pieces = [t.encode() if i in marked else spelled(t) for i, t in enumerate(tokens)]
-        library = tokenizers.Tokenizer(model(dict(reversed(ordinary))))
+        library = tokenizers.Tokenizer(models.BPE(ordinary, merges, **options))
     except Exception as error:  # the library raises plain Exceptions
         raise _unusable(str(error)[:200]) from None
     return Tokenizer(library, pieces, special, (i for i in marked if types[i] == _CONTROL))
@@ -248,14 +253,10 @@ def byte_level(
     if len(set(merges)) < len(merges):
         raise _unusable("a merge occurs twice", "tokenizer.ggml.merges")
     own_words = pre == "llama-bpe"
-
-    def model(ids: dict[str, int]) -> models.BPE:
-        pairs: list[Any] = [tuple(pair.split(" ")) for pair in merges]
-        return models.BPE(ids, pairs, ignore_merges=own_words)
-
-    out = _joined(model, tokens, types, _from_bytes)
+    pairs = [tuple(pair.split(" ")) for pair in merges]
+    out = _tokenizer(tokens, types, pairs, _from_bytes, ignore_merges=own_words)
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not own_words)
-    out._library.pre_tokenizer = pre_tokenizers.Sequence([*_PRE[pre], level])
+    out.library.pre_tokenizer = pre_tokenizers.Sequence([*_PRE[pre], level])
     return out
 
 
@@ -282,15 +283,13 @@ def scored(
     normal = {t: i for i, t in reversed([*enumerate(tokens)]) if types[i] == _NORMAL}
     unknown = next((t for i, t in enumerate(tokens) if types[i] == _UNKNOWN), None)
 
-    def model(ids: dict[str, int]) -> models.BPE:
-        best = sorted(normal, key=lambda token: (-scores[normal[token]], normal[token]))
-        cuts = ((token[:n], token[n:]) for token in best for n in range(1, len(token)))
-        pairs = [(left, right) for left, right in cuts if left in normal and right in normal]
-        return models.BPE(ids, pairs, unk_token=unknown, byte_fallback=True, fuse_unk=True)
-
-    out = _joined(model, tokens, types, _from_piece)
+    best = sorted(normal, key=lambda token: (-scores[normal[token]], normal[token]))
+    cuts = ((token[:n], token[n:]) for token in best for n in range(1, len(token)))
+    pairs = [(left, right) for left, right in cuts if left in normal and right in normal]
+    options = {"unk_token": unknown, "byte_fallback": True, "fuse_unk": True}
+    out = _tokenizer(tokens, types, pairs, _from_piece, **options)
     parts: list[Any] = [normalizers.Prepend("▁")] if prefix else []
-    out._library.normalizer = normalizers.Sequence([*parts, normalizers.Replace(" ", "▁")])
+    out.library.normalizer = normalizers.Sequence([*parts, normalizers.Replace(" ", "▁")])
     out.strips_space = prefix
     return out
 
@@ -298,3 +297,67 @@ def scored(
 def _from_piece(token: str) -> bytes:
     byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
     return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+
+
+# tokenizer.json
+
+
+def from_folder(folder: Path, vocab: int) -> Tokenizer:
+    """From the tokenizer.json of a folder, and the end tokens that its other files name. Ids are
+    below `vocab`. Raises ModelError[M107]."""
+    path = folder / "tokenizer.json"
+    data = read_json(path, "M107")
+    try:
+        tokens, types, merges = _json_vocabulary(data, vocab)
+        parts = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
+        unused = dict.fromkeys(("post_processor", "decoder", "truncation", "padding"))
+        around = tokenizers.Tokenizer.from_str(json.dumps(data | parts | unused))
+        bytewise = '"ByteLevel"' in json.dumps(data["decoder"])
+        names = ("unk_token", "byte_fallback", "fuse_unk", "ignore_merges")
+        options = {name: data["model"][name] for name in names if data["model"].get(name)}
+        if data["model"].get("type", "BPE") != "BPE":
+            raise ValueError(f"its model is {data['model']['type']!r}, not BPE")
+        spelled = _from_bytes if bytewise else _from_piece
+        out = _tokenizer(tokens, types, merges, spelled, **options)
+    except ModelError:
+        raise
+    except Exception as error:  # anything may be missing, or of another type
+        raise _unusable(f"{type(error).__name__}: {error}"[:200], str(path)) from None
+    if around.normalizer is not None:
+        out.library.normalizer = around.normalizer
+    if around.pre_tokenizer is not None:
+        out.library.pre_tokenizer = around.pre_tokenizer
+    for file in ("config.json", "generation_config.json"):
+        values = read_json(folder / file) if (folder / file).is_file() else {}
+        ends = values.get("eos_token_id", [])
+        out.ends |= {i for i in (ends if isinstance(ends, list) else [ends]) if i in out.control}
+    out.bos, out.eos = _first_special(data, out), min(out.ends, default=None)
+    out.add_bos = out.bos is not None
+    out.named = {k: i for k, i in (("bos", out.bos), ("eos", out.eos)) if i is not None}
+    return out
+
+
+def _json_vocabulary(data: dict[str, Any], vocab: int) -> tuple[list[str], list[int], list[Any]]:
+    """Tokens and their types as in GGUF by id, and merges. Raises ValueError and others."""
+    added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+    ids: dict[str, int] = data["model"]["vocab"] | added
+    if not ids or not all(type(i) is int and 0 <= i < vocab for i in ids.values()):
+        raise ValueError(f"ids are not integers from 0 to {vocab - 1}")
+    size = max(ids.values()) + 1
+    tokens, types = [""] * size, [_NORMAL] * size
+    for text, i in ids.items():
+        tokens[i] = text
+    for token in data.get("added_tokens") or []:
+        types[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
+    merges = data["model"]["merges"]
+    return tokens, types, [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+
+
+def _first_special(data: dict[str, Any], tokenizer: Tokenizer) -> int | None:
+    """The token that the post-processor puts in front of a text."""
+    processor = data.get("post_processor") or {}
+    for part in processor.get("processors", [processor]):
+        first = (part.get("single") or [{}])[0]
+        if "SpecialToken" in first:
+            return tokenizer.special.get(first["SpecialToken"]["id"])
+    return None
