@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,9 @@ def made(folder: Path, case: str, dtype: Any = None) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():  # also biases and norms, which begin as 0 and 1
             spread = 0.3 if parameter.ndim == 1 else parameter.shape[1] ** -0.5
-            parameter.copy_(torch.randn(parameter.shape) * spread + parameter * (parameter.ndim < 2))
+            parameter.copy_(
+                torch.randn(parameter.shape) * spread + parameter * (parameter.ndim < 2)
+            )
     model.to(dtype or torch.float32).save_pretrained(folder)
     return model.to(torch.float32)
 

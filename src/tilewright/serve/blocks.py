@@ -25,18 +25,6 @@ KINDS = (*_DTYPES, "q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stored:
-    """Where a file holds a tensor: `shape` with the slowest dimension first, bytes of `data` from
-    `offset` on."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    data: Any
-    offset: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Weight:
     """One tensor of a model, not copied from its file.
 

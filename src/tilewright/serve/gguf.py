@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import replace
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from tilewright.errors import ModelError
-from tilewright.serve.blocks import KINDS, GGMLQuantizationType, Stored, block_size
-from tilewright.serve.metadata import Value
+from tilewright.serve.blocks import KINDS, GGMLQuantizationType, Weight, block_size, view
+from tilewright.serve.models.config import Value
 
 from gguf import GGUFReader, GGUFValueType  # isort: skip (blocks reports it where it is missing)
 
@@ -27,7 +26,7 @@ MAX_ELEMENTS = 1 << 40
 
 class Header(GGUFReader):
     """The part of a GGUF file before the tensors: `metadata`, whose arrays of numbers are views of
-    the file, and `stored`, the tensors in the order of their offsets. `data`: all bytes, mapped.
+    the file, and `weights` in the order of their offsets. `data`: all bytes, mapped.
 
     Raises ModelError: M101 for a damaged file, M104 for a tensor of a type that is not supported.
     Source: the GGUF specification of ggml, versions 2 and 3, little-endian.
@@ -35,15 +34,19 @@ class Header(GGUFReader):
 
     def __init__(self, file: BinaryIO, where: str) -> None:
         self.where, self.position = where, 4
-        version = int.from_bytes(file.read(8)[4:], "little")
+        version, *counts = struct.unpack_from("<IQQ", file.read(24), 4)
         if version not in VERSIONS:
             raise self.damaged(f"version {version} is not supported, or the file is big-endian")
-        self.stored: list[Stored] = []
+        if max(counts) > MAX_ITEMS:
+            raise self.damaged(f"{counts[0]} tensors, {counts[1]} metadata keys: above {MAX_ITEMS}")
+        self.weights: list[Weight] = []
+        self._entries: list[tuple[int, str, str, tuple[int, ...]]] = []
         try:
             super().__init__(file)  # pyright: ignore[reportArgumentType]
             self.metadata: dict[str, Value] = {
                 name: field.parts[-1] if len(field.types) > 1 else field.contents()
                 for name, field in self.fields.items()
+                if not name.startswith("GGUF.")  # the library's own
             }
         except ModelError:
             raise
@@ -100,19 +103,6 @@ class Header(GGUFReader):
             raise self.damaged(f"the file ends inside string {len(out)} of {length} of an array")
         return position, out
 
-    def _build_fields(self, offs: int, count: int) -> int:
-        self._check_count("metadata keys", count)
-        self.fields.clear()  # the library's own: version and counts
-        return super()._build_fields(offs, count)
-
-    def _build_tensor_info(self, offs: int, count: int) -> tuple[int, list]:
-        self._check_count("tensors", count)
-        return super()._build_tensor_info(offs, count)
-
-    def _check_count(self, what: str, count: int) -> None:
-        if count > MAX_ITEMS:
-            raise self.damaged(f"the number of {what} is {count} (limit {MAX_ITEMS})")
-
     def _get_tensor_info_field(self, orig_offs: int) -> Any:
         """The entry of one tensor; its offset counts from the end of the header."""
         field = super()._get_tensor_info_field(orig_offs)
@@ -130,7 +120,7 @@ class Header(GGUFReader):
             raise self.damaged(f"tensor {name!r} has the weight type {type_name}", "M104", hint)
         if shape[-1] % block_size(kind)[0]:
             raise self.damaged(f"tensor {name!r}: rows of {shape[-1]} are not whole {kind} blocks")
-        self.stored.append(Stored(name, kind, shape, self.data, int(offset[0])))
+        self._entries.append((int(offset[0]), name, kind, shape))
         return field
 
     def _build_tensors(self, start_offs: int, fields: list) -> None:
@@ -139,12 +129,10 @@ class Header(GGUFReader):
             raise self.damaged(f"general.alignment is {self.alignment}")
         start_offs = last = int(start_offs)
         before, names = "the header", set()
-        relative, self.stored = sorted(self.stored, key=lambda tensor: tensor.offset), []
-        for tensor in relative:
-            name, kind, offset = tensor.name, tensor.kind, tensor.offset
+        for offset, name, kind, shape in sorted(self._entries):
             elements, size = block_size(kind)
             begin = start_offs + offset
-            end = begin + math.prod(tensor.shape) // elements * size
+            end = begin + math.prod(shape) // elements * size
             if offset % self.alignment:
                 rule = f"tensor {name!r} starts at {offset}, not a multiple of {self.alignment}"
                 raise self.damaged(rule)
@@ -153,5 +141,5 @@ class Header(GGUFReader):
             if end > len(self.data):
                 raise self.damaged(f"tensor {name!r} ends at byte {end}, behind the file's end")
             names.add(name)
-            self.stored.append(replace(tensor, offset=begin))
+            self.weights.append(view(name, kind, shape, self.data, begin))
             last, before = end, f"tensor {name!r}"

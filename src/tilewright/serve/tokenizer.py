@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.errors import MissingExtra, ModelError
-from tilewright.serve.metadata import Metadata, Value, short
+from tilewright.serve.models.config import Metadata, Value, short
 from tilewright.serve.weights import ModelFile, read_json
 
 try:
@@ -161,17 +161,17 @@ def _unusable(rule: str, where: str = "", hint: str = "") -> ModelError:
 def from_metadata(metadata: Mapping[str, Value]) -> Tokenizer:
     """From the keys `tokenizer.ggml.*` of a GGUF file. Raises ModelError[M107]."""
     keys = Metadata(metadata, code="M107")
-    kind, tokens = keys.text("tokenizer.ggml.model"), keys.strings("tokenizer.ggml.tokens")
+    kind, tokens = keys.get("tokenizer.ggml.model", str), keys.get("tokenizer.ggml.tokens", list)
     longest = max(map(len, tokens), default=0)
     if not 1 <= longest <= MAX_TOKEN_CHARS:
         raise _unusable(f"the longest token has {longest} characters (limit {MAX_TOKEN_CHARS})")
     types = _numbers(metadata, "token_type", len(tokens), "iu", _NORMAL)
     if kind == "gpt2":
-        pre = keys.text("tokenizer.ggml.pre", "gpt-2")
-        out = byte_level(tokens, types, keys.strings("tokenizer.ggml.merges"), pre)
+        pre = keys.get("tokenizer.ggml.pre", str, "gpt-2")
+        out = byte_level(tokens, types, keys.get("tokenizer.ggml.merges", list), pre)
     elif kind == "llama":
         scores = _numbers(metadata, "scores", len(tokens), "f", math.nan)
-        prefix = keys.flag("tokenizer.ggml.add_space_prefix", True)
+        prefix = keys.get("tokenizer.ggml.add_space_prefix", bool, True)
         out = scored(tokens, types, scores, prefix)
     else:
         hint = "byte-level BPE (gpt2) and scored pieces (llama) are supported"
@@ -179,12 +179,14 @@ def from_metadata(metadata: Mapping[str, Value]) -> Tokenizer:
     for name, key in _NAMED.items():
         key = f"tokenizer.ggml.{key}_token_id"
         if key in metadata:
-            out.named[name] = keys.integer(key)
+            out.named[name] = keys.get(key, int)
             if not 0 <= out.named[name] < len(tokens):
                 raise _unusable(f"{out.named[name]} is outside the vocabulary", key)
     out.ends |= {i for name, i in out.named.items() if name in ("eos", "eot", "eom")}
     out.bos, out.eos = out.named.get("bos"), out.named.get("eos")
-    out.add_bos = keys.flag("tokenizer.ggml.add_bos_token", kind == "llama") and out.bos is not None
+    out.add_bos = (
+        keys.get("tokenizer.ggml.add_bos_token", bool, kind == "llama") and out.bos is not None
+    )
     return out
 
 
@@ -301,6 +303,18 @@ def _from_piece(token: str) -> bytes:
 
 # tokenizer.json
 
+_PARTS = {
+    "Sequence",
+    "NFC",
+    "NFKC",
+    "Prepend",
+    "Replace",
+    "Split",
+    "Digits",
+    "ByteLevel",
+    "Metaspace",
+}
+
 
 def from_folder(folder: Path, vocab: int) -> Tokenizer:
     """From the tokenizer.json of a folder, and the end tokens that its other files name. Ids are
@@ -312,6 +326,10 @@ def from_folder(folder: Path, vocab: int) -> Tokenizer:
         parts = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
         unused = dict.fromkeys(("post_processor", "decoder", "truncation", "padding"))
         around = tokenizers.Tokenizer.from_str(json.dumps(data | parts | unused))
+        for part in filter(None, (data.get("normalizer"), data.get("pre_tokenizer"))):
+            _check_part(part)
+            if json.dumps(part).count('"ByteLevel"') > 1:
+                raise ValueError("ByteLevel occurs twice")
         bytewise = '"ByteLevel"' in json.dumps(data["decoder"])
         names = ("unk_token", "byte_fallback", "fuse_unk", "ignore_merges")
         options = {name: data["model"][name] for name in names if data["model"].get(name)}
@@ -319,9 +337,10 @@ def from_folder(folder: Path, vocab: int) -> Tokenizer:
             raise ValueError(f"its model is {data['model']['type']!r}, not BPE")
         spelled = _from_bytes if bytewise else _from_piece
         out = _tokenizer(tokens, types, merges, spelled, **options)
-    except ModelError:
+        out.bos = _first_special(data, out)
+    except (ModelError, KeyboardInterrupt):
         raise
-    except Exception as error:  # anything may be missing, or of another type
+    except BaseException as error:  # anything may be missing; a panic of Rust is no Exception
         raise _unusable(f"{type(error).__name__}: {error}"[:200], str(path)) from None
     if around.normalizer is not None:
         out.library.normalizer = around.normalizer
@@ -331,8 +350,7 @@ def from_folder(folder: Path, vocab: int) -> Tokenizer:
         values = read_json(folder / file) if (folder / file).is_file() else {}
         ends = values.get("eos_token_id", [])
         out.ends |= {i for i in (ends if isinstance(ends, list) else [ends]) if i in out.control}
-    out.bos, out.eos = _first_special(data, out), min(out.ends, default=None)
-    out.add_bos = out.bos is not None
+    out.eos, out.add_bos = min(out.ends, default=None), out.bos is not None
     out.named = {k: i for k, i in (("bos", out.bos), ("eos", out.eos)) if i is not None}
     return out
 
@@ -351,6 +369,16 @@ def _json_vocabulary(data: dict[str, Any], vocab: int) -> tuple[list[str], list[
         types[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
     merges = data["model"]["merges"]
     return tokens, types, [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+
+
+def _check_part(part: Any) -> None:
+    """Refuses parts that other models have, or that make a text much longer. Raises ValueError."""
+    for inner in part.get("normalizers", part.get("pretokenizers", [])):
+        _check_part(inner)
+    kind, pattern = part["type"], part.get("pattern", {})
+    longer = len(part.get("prepend", "")) > 1 or len(part.get("content", "")) > 1
+    if kind not in _PARTS or longer or (kind == "Replace" and not pattern.get("String")):
+        raise ValueError(f"this {kind} is not supported")
 
 
 def _first_special(data: dict[str, Any], tokenizer: Tokenizer) -> int | None:

