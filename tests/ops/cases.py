@@ -8,7 +8,7 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.ops.linear import weight_views
-from tilewright.serve.blocks import Weight, block_size, dequantize
+from tilewright.serve.gguf import Weight, block_size, dequantize
 
 KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 TOKENS = (1, 2, 3, 5, 8, 17)

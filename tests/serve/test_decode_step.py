@@ -20,8 +20,8 @@ from tilewright.serve.weights import ModelConfig, ModelFile, Weight
 from tilewright.toolchain import nvrtc
 
 CONFIG = ModelConfig(
-    architecture="llama", layers=2, dim=64, ffn_dim=96, qo_heads=4, kv_heads=4, head_dim=16, vocab=128,
-    context=96, rope=Rope(), rms_eps=1e-5, tied_embedding=True, rope_interleaved=True,
+    architecture="llama", layers=2, dim=64, ffn_dim=96, qo_heads=4, kv_heads=4, head_dim=16,
+    vocab=128, context=96, rope=Rope(), rms_eps=1e-5, tied_embedding=True, rope_interleaved=True,
 )  # fmt: skip
 A_LAYER = 6  # q, k, v · RoPE and append · attention · o · gate and up · down
 AROUND = 3  # embedding and positions · head · argmax

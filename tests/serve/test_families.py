@@ -56,12 +56,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def made(folder: Path, case: str, dtype: Any = None) -> Any:
+def made(folder: Path, case: str, dtype: Any = None, **sizes: int) -> Any:
     """The reference model, its files written to `folder`."""
     name, more = CASES[case]
     kind = "Gemma3ForCausalLM" if name == "Gemma3" else f"{name}ForCausalLM"
     config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(
-        **SIZES | more
+        **SIZES | more | sizes
     )
     config._attn_implementation = "eager"
     torch.manual_seed(len(case))
@@ -73,7 +73,7 @@ def made(folder: Path, case: str, dtype: Any = None) -> Any:
                 torch.randn(parameter.shape) * spread + parameter * (parameter.ndim < 2)
             )
     model.to(dtype or torch.float32).save_pretrained(folder)
-    return model.to(torch.float32)
+    return model if dtype is None else type(model).from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("case", CASES)

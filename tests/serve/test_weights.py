@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from tilewright.errors import MissingExtra, ModelError
-from tilewright.serve.blocks import KINDS as READ
-from tilewright.serve.blocks import view
 from tilewright.serve.chat import ChatTemplate
+from tilewright.serve.gguf import KINDS as READ
+from tilewright.serve.gguf import view
 from tilewright.serve.tokenizer import load_tokenizer
 from tilewright.serve.weights import ModelFile, dequantize, open_model, packaged_model
 

@@ -1,27 +1,83 @@
-"""Reads the header of a GGUF file: its metadata, and kind, shape and offset of each tensor.
+"""Weights as model files store them, and the header of a GGUF file.
 
-The library `gguf` knows the format. It is not made for damaged files, and reads an array string by
-string with several NumPy arrays each: `_Reader` checks every count, length and offset against the
-size of the file before memory is allocated or read, and reads an array at once.
+A row of a weight is stored as blocks, one after another. The library `gguf` knows the layouts of
+the quantised kinds, and the format of the file; `ops/linear.py` computes with the kinds of
+`linear.KINDS` as they are stored. The library is not made for damaged files, and reads an array
+string by string with several NumPy arrays each: `Header` checks every count, length and offset
+against the size of the file before memory is allocated or read, and reads an array at once.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from tilewright.errors import ModelError
-from tilewright.serve.blocks import KINDS, GGMLQuantizationType, Weight, block_size, view
+from tilewright.errors import MissingExtra, ModelError
 from tilewright.serve.models.config import Value
 
-from gguf import GGUFReader, GGUFValueType  # isort: skip (blocks reports it where it is missing)
+try:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, quants
+except ImportError as missing:
+    rule, hint = f"model files need {missing.name}", "pip install 'tilewright[models]'"
+    raise MissingExtra("E101", rule, hint=hint) from None
 
 VERSIONS = (2, 3)
 MAX_ITEMS = 1 << 16  # metadata keys, and tensors
 MAX_ELEMENTS = 1 << 40
+_DTYPES = {"f32": "<f4", "f16": "<f2", "bf16": "<u2"}
+KINDS = (*_DTYPES, "q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """One tensor of a model, not copied from its file.
+
+    `shape` is (rows, cols) as in y = W x, or (n,) for the scale of a normalisation. `data` is
+    read-only and C contiguous: `shape` in float32, float16 or uint16 (the bits of bfloat16), or,
+    for quantised kinds, uint8 of (rows, bytes of the blocks of a row).
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def __repr__(self) -> str:
+        return f"Weight({self.name!r}, {self.kind}, {self.shape}, {self.nbytes} bytes)"
+
+
+def block_size(kind: str) -> tuple[int, int]:
+    """The numbers in a block of a kind, and its bytes."""
+    return GGML_QUANT_SIZES[GGMLQuantizationType[kind.upper()]]
+
+
+def view(name: str, kind: str, shape: tuple[int, ...], buffer: Any, offset: int) -> Weight:
+    """A weight over the bytes of `buffer` from `offset` on; the caller has checked the bounds."""
+    elements, nbytes = block_size(kind)
+    dtype = np.dtype(_DTYPES.get(kind, "u1"))
+    stored = (*shape[:-1], shape[-1] // elements * nbytes // dtype.itemsize)
+    data = np.frombuffer(buffer, dtype, math.prod(stored), offset).reshape(stored)
+    return Weight(name, kind, shape, data)
+
+
+def dequantize(weight: Weight) -> np.ndarray:
+    """The numbers of a weight, float32 of `weight.shape`; float32 weights are not copied.
+
+    A scale that is infinite or NaN gives such values, without a warning.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        numbers = quants.dequantize(
+            weight.data.view(np.uint8), GGMLQuantizationType[weight.kind.upper()]
+        )
+    return numbers.reshape(weight.shape)
 
 
 class Header(GGUFReader):

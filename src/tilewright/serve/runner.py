@@ -78,7 +78,8 @@ class Runner:
         model.memory.write(self.last["token"], self.tokens)
         self._views: dict[int, tuple[list[KV], KV]] = {}
         self._steps: dict[int, Step] = {}
-        self._qo_tile = model.attention.plan(np.array([0, 1], np.int32), self._kv(1)[1]).qo_tile
+        one = model.layers[0].attention.plan(np.array([0, 1], np.int32), self._kv(1)[1])
+        self._qo_tile = one.qo_tile  # of every layer
 
     def run(self, chunks: Sequence[Chunk]) -> Logits:
         """Reads the tokens of the chunks, those of answers first, and computes the logits of the

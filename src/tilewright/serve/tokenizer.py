@@ -100,7 +100,10 @@ class Tokenizer:
 
     def _plain(self, text: str) -> list[int]:
         """The tokens of a text that contains no special token."""
-        return self.library.encode(text, add_special_tokens=False).ids if text else []
+        ids = self.library.encode(text, add_special_tokens=False).ids if text else []
+        if not self.control.isdisjoint(ids):  # a merge of this vocabulary makes one
+            raise ModelError("M106", "the text would become a control token", hint="other words")
+        return ids
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token; none for an id beyond the vocabulary (padding)."""
@@ -284,7 +287,6 @@ def scored(
         raise _unusable("a score is missing or not finite", "tokenizer.ggml.scores")
     normal = {t: i for i, t in reversed([*enumerate(tokens)]) if types[i] == _NORMAL}
     unknown = next((t for i, t in enumerate(tokens) if types[i] == _UNKNOWN), None)
-
     best = sorted(normal, key=lambda token: (-scores[normal[token]], normal[token]))
     cuts = ((token[:n], token[n:]) for token in best for n in range(1, len(token)))
     pairs = [(left, right) for left, right in cuts if left in normal and right in normal]
@@ -303,17 +305,9 @@ def _from_piece(token: str) -> bytes:
 
 # tokenizer.json
 
-_PARTS = {
-    "Sequence",
-    "NFC",
-    "NFKC",
-    "Prepend",
-    "Replace",
-    "Split",
-    "Digits",
-    "ByteLevel",
-    "Metaspace",
-}
+_NORMALIZERS, _PRE_TOKENIZERS = ("NFC", "NFKC", "Prepend", "Replace"), ("ByteLevel", "Metaspace")
+_PARTS = ("Sequence", "Split", "Digits", *_NORMALIZERS, *_PRE_TOKENIZERS)
+_CONFIGS = "config.json", "generation_config.json"
 
 
 def from_folder(folder: Path, vocab: int) -> Tokenizer:
@@ -322,70 +316,44 @@ def from_folder(folder: Path, vocab: int) -> Tokenizer:
     path = folder / "tokenizer.json"
     data = read_json(path, "M107")
     try:
-        tokens, types, merges = _json_vocabulary(data, vocab)
-        parts = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
-        unused = dict.fromkeys(("post_processor", "decoder", "truncation", "padding"))
-        around = tokenizers.Tokenizer.from_str(json.dumps(data | parts | unused))
         for part in filter(None, (data.get("normalizer"), data.get("pre_tokenizer"))):
             _check_part(part)
-            if json.dumps(part).count('"ByteLevel"') > 1:
-                raise ValueError("ByteLevel occurs twice")
-        bytewise = '"ByteLevel"' in json.dumps(data["decoder"])
-        names = ("unk_token", "byte_fallback", "fuse_unk", "ignore_merges")
-        options = {name: data["model"][name] for name in names if data["model"].get(name)}
-        if data["model"].get("type", "BPE") != "BPE":
-            raise ValueError(f"its model is {data['model']['type']!r}, not BPE")
-        spelled = _from_bytes if bytewise else _from_piece
-        out = _tokenizer(tokens, types, merges, spelled, **options)
-        out.bos = _first_special(data, out)
+        library = tokenizers.Tokenizer.from_str(json.dumps(data))
+        library.no_truncation()
+        library.no_padding()
+        library.encode_special_tokens = True  # as plain text: they are told apart here
+        ids, added = library.get_vocab(), library.get_added_tokens_decoder()
+        if not isinstance(library.model, models.BPE) or max(ids.values()) >= vocab:
+            raise ValueError(f"no BPE of at most {vocab} tokens")
+        spelled = _from_bytes if '"ByteLevel"' in json.dumps(data.get("decoder")) else _from_piece
+        pieces = [b""] * (max(ids.values()) + 1)
+        for token, i in ids.items():
+            pieces[i] = token.encode() if i in added else spelled(token)
+        special = {token.content: i for i, token in added.items()}
+        out = Tokenizer(library, pieces, special, (i for i in added if added[i].special))
+        ends: set[int] = set()
+        for file in filter(Path.is_file, map(folder.joinpath, _CONFIGS)):
+            named = read_json(file).get("eos_token_id", [])
+            ends |= set(named if isinstance(named, list) else [named])
+        first = [i for i in library.encode("").ids[:1] if i in out.control]
     except (ModelError, KeyboardInterrupt):
         raise
     except BaseException as error:  # anything may be missing; a panic of Rust is no Exception
         raise _unusable(f"{type(error).__name__}: {error}"[:200], str(path)) from None
-    if around.normalizer is not None:
-        out.library.normalizer = around.normalizer
-    if around.pre_tokenizer is not None:
-        out.library.pre_tokenizer = around.pre_tokenizer
-    for file in ("config.json", "generation_config.json"):
-        values = read_json(folder / file) if (folder / file).is_file() else {}
-        ends = values.get("eos_token_id", [])
-        out.ends |= {i for i in (ends if isinstance(ends, list) else [ends]) if i in out.control}
-    out.eos, out.add_bos = min(out.ends, default=None), out.bos is not None
+    out.ends |= ends & out.control
+    out.bos, out.eos = next(iter(first), None), min(out.ends, default=None)
+    out.add_bos = out.bos is not None
     out.named = {k: i for k, i in (("bos", out.bos), ("eos", out.eos)) if i is not None}
     return out
 
 
-def _json_vocabulary(data: dict[str, Any], vocab: int) -> tuple[list[str], list[int], list[Any]]:
-    """Tokens and their types as in GGUF by id, and merges. Raises ValueError and others."""
-    added = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
-    ids: dict[str, int] = data["model"]["vocab"] | added
-    if not ids or not all(type(i) is int and 0 <= i < vocab for i in ids.values()):
-        raise ValueError(f"ids are not integers from 0 to {vocab - 1}")
-    size = max(ids.values()) + 1
-    tokens, types = [""] * size, [_NORMAL] * size
-    for text, i in ids.items():
-        tokens[i] = text
-    for token in data.get("added_tokens") or []:
-        types[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
-    merges = data["model"]["merges"]
-    return tokens, types, [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
-
-
 def _check_part(part: Any) -> None:
     """Refuses parts that other models have, or that make a text much longer. Raises ValueError."""
+    if json.dumps(part).count('"ByteLevel"') > 1:
+        raise ValueError("ByteLevel occurs twice")
     for inner in part.get("normalizers", part.get("pretokenizers", [])):
         _check_part(inner)
-    kind, pattern = part["type"], part.get("pattern", {})
-    longer = len(part.get("prepend", "")) > 1 or len(part.get("content", "")) > 1
-    if kind not in _PARTS or longer or (kind == "Replace" and not pattern.get("String")):
+    kind, content = part["type"], part.get("prepend", part.get("content", ""))
+    by_text = kind != "Replace" or part["pattern"].get("String")
+    if kind not in _PARTS or len(content) > 1 or not by_text:
         raise ValueError(f"this {kind} is not supported")
-
-
-def _first_special(data: dict[str, Any], tokenizer: Tokenizer) -> int | None:
-    """The token that the post-processor puts in front of a text."""
-    processor = data.get("post_processor") or {}
-    for part in processor.get("processors", [processor]):
-        first = (part.get("single") or [{}])[0]
-        if "SpecialToken" in first:
-            return tokenizer.special.get(first["SpecialToken"]["id"])
-    return None

@@ -28,8 +28,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.errors import MissingExtra, ModelError
-from tilewright.serve.blocks import Weight, dequantize, view
-from tilewright.serve.gguf import Header
+from tilewright.serve.gguf import Header, Weight, dequantize, view
 from tilewright.serve.models.config import (
     FAMILIES,
     Metadata,

@@ -140,11 +140,6 @@ class Llama:
         sizes = c.qo_heads, c.kv_heads, c.head_dim
         return Attention(*sizes, every, c.sm_scale), Attention(*sizes, local, c.sm_scale)
 
-    @property
-    def attention(self) -> Attention:
-        """That of the first layer: all layers take tiles of the same size."""
-        return self.layers[0].attention
-
     # -- weights ---------------------------------------------------------------------------------
 
     def _layer(self, prefix: str, attention: Attention, angles: tuple[Any, ...]) -> Layer:
