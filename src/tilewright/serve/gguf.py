@@ -50,9 +50,6 @@ class Weight:
     def nbytes(self) -> int:
         return self.data.nbytes
 
-    def __repr__(self) -> str:
-        return f"Weight({self.name!r}, {self.kind}, {self.shape}, {self.nbytes} bytes)"
-
 
 def block_size(kind: str) -> tuple[int, int]:
     """The numbers in a block of a kind, and its bytes."""

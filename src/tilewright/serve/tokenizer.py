@@ -68,7 +68,6 @@ class Tokenizer:
         self.named: dict[str, int] = {}  # "bos", "eos", "unk", ... as chat templates call them
         self.ends = {self.special[text] for text in END_SPELLINGS if text in self.special}
         self.add_bos = False
-        self.strips_space = False  # behind a beginning token, that the encoder has put there
         self.any_special = _any_of(self.special)
         self._user_defined = _any_of(t for t, i in self.special.items() if i not in self.control)
 
@@ -100,7 +99,10 @@ class Tokenizer:
 
     def _plain(self, text: str) -> list[int]:
         """The tokens of a text that contains no special token."""
-        ids = self.library.encode(text, add_special_tokens=False).ids if text else []
+        try:
+            ids = self.library.encode(text, add_special_tokens=False).ids if text else []
+        except Exception as error:  # a pattern that never ends, an unknown token that is none
+            raise _unusable(str(error)[:200]) from None
         if not self.control.isdisjoint(ids):  # a merge of this vocabulary makes one
             raise ModelError("M106", "the text would become a control token", hint="other words")
         return ids
@@ -111,10 +113,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], special: bool = True) -> str:
         """The text of `ids`, U+FFFD for invalid UTF-8; without `special`, no control tokens."""
-        ids, hidden = list(ids), () if special else self.control
-        text = b"".join(self.piece(i) for i in ids if i not in hidden).decode("utf-8", "replace")
-        begins = self.strips_space and ids[:1] == [self.bos]
-        return text.removeprefix(" ") if begins else text
+        hidden = () if special else self.control
+        kept = (self.piece(i) for i in ids if i not in hidden)
+        return b"".join(kept).decode("utf-8", "replace")
 
     def stream(self, special: bool = False) -> Stream:
         return Stream(self, special)
@@ -187,9 +188,8 @@ def from_metadata(metadata: Mapping[str, Value]) -> Tokenizer:
                 raise _unusable(f"{out.named[name]} is outside the vocabulary", key)
     out.ends |= {i for name, i in out.named.items() if name in ("eos", "eot", "eom")}
     out.bos, out.eos = out.named.get("bos"), out.named.get("eos")
-    out.add_bos = (
-        keys.get("tokenizer.ggml.add_bos_token", bool, kind == "llama") and out.bos is not None
-    )
+    adds = keys.get("tokenizer.ggml.add_bos_token", bool, kind == "llama")
+    out.add_bos = adds and out.bos is not None
     return out
 
 
@@ -235,16 +235,8 @@ def byte_spellings() -> list[str]:
 
 # To the byte's Latin-1 character; Latin-1 characters that spell no byte become another one.
 _TO_BYTE = dict.fromkeys(range(256), 0xFFFF) | {ord(c): b for b, c in enumerate(byte_spellings())}
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# How text is divided before the words of GPT-2, by tokenizer.ggml.pre; None: by words of its own.
-_PRE = {
-    "gpt-2": [],
-    "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-    "llama-bpe": [pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated")],
-}
+# What divides a text before the words of GPT-2 do, by tokenizer.ggml.pre.
+_PRE = {"gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)]}
 
 
 def byte_level(
@@ -257,11 +249,10 @@ def byte_level(
         raise _unusable(f"the pre-tokenizer {pre!r} is not known", "tokenizer.ggml.pre", hint)
     if len(set(merges)) < len(merges):
         raise _unusable("a merge occurs twice", "tokenizer.ggml.merges")
-    own_words = pre == "llama-bpe"
     pairs = [tuple(pair.split(" ")) for pair in merges]
-    out = _tokenizer(tokens, types, pairs, _from_bytes, ignore_merges=own_words)
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not own_words)
-    out.library.pre_tokenizer = pre_tokenizers.Sequence([*_PRE[pre], level])
+    out = _tokenizer(tokens, types, pairs, _from_bytes)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    out.library.pre_tokenizer = pre_tokenizers.Sequence([*_PRE[pre], words])
     return out
 
 
@@ -294,7 +285,6 @@ def scored(
     out = _tokenizer(tokens, types, pairs, _from_piece, **options)
     parts: list[Any] = [normalizers.Prepend("▁")] if prefix else []
     out.library.normalizer = normalizers.Sequence([*parts, normalizers.Replace(" ", "▁")])
-    out.strips_space = prefix
     return out
 
 

@@ -29,14 +29,7 @@ import numpy as np
 
 from tilewright.errors import MissingExtra, ModelError
 from tilewright.serve.gguf import Header, Weight, dequantize, view
-from tilewright.serve.models.config import (
-    FAMILIES,
-    Metadata,
-    ModelConfig,
-    Value,
-    read_config,
-    short,
-)
+from tilewright.serve.models.config import Metadata, ModelConfig, Value, read_config
 
 try:
     from gguf import MODEL_ARCH, get_tensor_name_map
@@ -185,14 +178,13 @@ def _open_gguf(path: Path, header: Header) -> ModelFile:
         raise ModelError("M102", rule, where=str(path), hint=hint)
     architecture = metadata.get("general.architecture", str)
     if architecture != "llama":
-        rule = f"the architecture is {short(architecture)}, only llama is supported"
+        rule = f"the architecture is {architecture[:60]!r}, only llama is supported"
         raise ModelError("M102", rule, where=str(path))
     shapes = {weight.name: weight.shape for weight in header.weights}
     vocab = shapes.get("token_embd.weight", (0,))[0]
     if not vocab or vocab != metadata.get("llama.vocab_size", int, vocab):
-        rule = f"token_embd.weight has {vocab} rows, llama.vocab_size is"
-        value = short(metadata.values.get("llama.vocab_size"))
-        raise ModelError("M103", f"{rule} {value}", where=str(path))
+        rule = f"token_embd.weight has {vocab} rows, which is not llama.vocab_size"
+        raise ModelError("M103", rule, where=str(path))
     metadata.refuse("llama.expert_count", (0,))
     metadata.refuse("llama.attention.sliding_window", (0,))
     values = {
@@ -247,8 +239,8 @@ def _open_folder(path: Path) -> ModelFile:
     config = read_config(keys, any(weight.name == "lm_head.weight" for weight in weights))
     if config.tied_embedding:  # some files hold the output matrix all the same
         weights = [weight for weight in weights if weight.name != "lm_head.weight"]
-    architecture = FAMILIES[config.architecture].get("gguf", config.architecture)
-    names = get_tensor_name_map(MODEL_ARCH[architecture.upper()], config.layers)
+    known = MODEL_ARCH[(config.gguf or config.architecture).upper()]
+    names = get_tensor_name_map(known, config.layers)
     suffixes = (".weight", ".bias")
     weights = [replace(w, name=names.get_name(w.name, suffixes) or w.name) for w in weights]
     metadata: dict[str, Value] = {}

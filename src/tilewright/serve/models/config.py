@@ -57,18 +57,12 @@ def short(value: Any) -> str:
 
 
 _LIMITS = {
-    "layers": 1 << 10,
-    "dim": 1 << 16,
-    "ffn_dim": 1 << 20,
-    "qo_heads": 1 << 10,
-    "kv_heads": 1 << 10,
-    "head_dim": 1 << 10,
-    "vocab": 1 << 21,
-    "context": 1 << 24,
-}
+    "layers": 1 << 10, "dim": 1 << 16, "ffn_dim": 1 << 20, "qo_heads": 1 << 10,
+    "kv_heads": 1 << 10, "head_dim": 1 << 10, "vocab": 1 << 21, "context": 1 << 24,
+}  # fmt: skip
 _GEMMA = {"post_norms": True, "norm_offset": 1.0, "gelu": True, "scaled_embedding": True}
-# By model_type: fields of `ModelConfig`; `full_every`: each how many-th layer has no window where
-# the file does not say it (0: none); `gguf`: the architecture's name there, where it is another.
+# By model_type: fields of `ModelConfig`, and `full_every`: each how many-th layer has no window where
+# the file does not say it (0: none).
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"full_every": 0, "gguf": "llama"},
@@ -91,6 +85,7 @@ class ModelConfig:
     """
 
     architecture: str
+    gguf: str = ""  # the architecture's name there, where it is another
     layers: int
     dim: int
     ffn_dim: int
@@ -165,7 +160,7 @@ def read_config(keys: Metadata, has_head: bool, interleaved: bool = False) -> Mo
         rule, hint = f"model_type {short(architecture)}", f"supported: {', '.join(FAMILIES)}"
         raise ModelError("M102", rule, where=keys.where, hint=hint)
     family = dict(FAMILIES[architecture])
-    full_every, _ = family.pop("full_every", 1), family.pop("gguf", "")
+    full_every = family.pop("full_every", 1)
     keys.refuse("quantization_config", ("",))
     for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         keys.refuse(key, (False,))

@@ -124,11 +124,13 @@ class Llama:
         self.norm = self._vector("norm")
         variants = self._variants()
         ropes = self.config.rope, self.config.local_rope or self.config.rope
-        tables = [rope.tables(positions, self.config.head_dim) for rope in ropes]
-        angles = [tuple(map(self.memory.put, table)) for table in tables]
+        angles = {
+            rope: tuple(map(self.memory.put, rope.tables(positions, self.config.head_dim)))
+            for rope in set(ropes)
+        }
         windowed = self.config.windowed or (False,) * self.config.layers
         self.layers = [
-            self._layer(f"layers.{i}.", variants[local], angles[local])
+            self._layer(f"layers.{i}.", variants[local], angles[ropes[local]])
             for i, local in enumerate(windowed)
         ]
 
