@@ -13,7 +13,7 @@ import tilewright as tw
 from tilewright import dtypes
 from tilewright.attention import bounds, reference
 from tilewright.attention.families import decode, portable
-from tilewright.attention.spec import Spec
+from tilewright.attention.spec import Spec, compile_cuda
 from tilewright.attention.table import TableForm
 from tilewright.attention.variant import traced_of
 from tilewright.errors import ArgumentError, ProgramError
@@ -154,8 +154,9 @@ def test_on_a_gpu(rng, name, kind):
 def test_cubins_without_spills(name):
     kinds = dtypes.bfloat16, dtypes.bfloat16, dtypes.bfloat16
     spec = Spec(4, 128, 128, *kinds, traced_of(VARIANTS[name]), TableForm())
-    for cubin in (decode.compile_cuda(spec, 8, 1, "sm_90a"), portable.compile_cuda(spec, "sm_80")):
-        assert cubin.resources["stage0"].spill_bytes == 0
+    kernels = (decode.source(spec, 8, 1), "sm_90a"), (portable.source(spec), "sm_80")
+    for text, arch in kernels:
+        assert compile_cuda(text, arch).resources["stage0"].spill_bytes == 0
 
 
 def test_tiles_of_what_is_loaded_are_partial():

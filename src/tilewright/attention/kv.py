@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,6 +23,13 @@ class KV:
 
     table: Table
     pool: Pool
+    requests: int = field(init=False)
+    dtype: DType = field(init=False)
+    device: str = field(init=False)
+    page_size: int = field(init=False)
+    kv_heads: int = field(init=False)
+    head_dim: int = field(init=False)
+    head_dim_vo: int = field(init=False)
 
     def __post_init__(self) -> None:
         table, pool = self.table, self.pool
@@ -46,6 +53,9 @@ class KV:
             raise ArgumentError(
                 "A103", f"{table.requests} requests, k has {pool.pages} of them", where="pool"
             )
+        object.__setattr__(self, "requests", table.requests)
+        for name in ("dtype", "device", "page_size", "kv_heads", "head_dim", "head_dim_vo"):
+            object.__setattr__(self, name, getattr(pool, name))
         if table.device == "cpu":
             self._check_contents()
 
@@ -66,34 +76,6 @@ class KV:
         names = {"csr": "kv_indices", "ragged": "kv_indptr"}
         name = names.get(table.kind, "block_table")
         check_range(name, table.pages(request, entry), 0, pool.pages - 1)
-
-    @property
-    def dtype(self) -> DType:
-        return self.pool.dtype
-
-    @property
-    def device(self) -> str:
-        return self.pool.device
-
-    @property
-    def requests(self) -> int:
-        return self.table.requests
-
-    @property
-    def page_size(self) -> int:
-        return self.pool.page_size
-
-    @property
-    def kv_heads(self) -> int:
-        return self.pool.kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.pool.head_dim
-
-    @property
-    def head_dim_vo(self) -> int:
-        return self.pool.head_dim_vo
 
     def lengths(self) -> np.ndarray:
         """Keys of each request (requests,), int64, as the arrays now say, clamped as kernels clamp

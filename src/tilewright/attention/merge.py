@@ -16,13 +16,12 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.attention.checks import named_view
-from tilewright.attention.spec import cuda_headers
+from tilewright.attention.spec import loaded
 from tilewright.codegen.params import C_TYPES
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import View, allocate
-from tilewright.toolchain import nvrtc
 
 MAX_STATES = 8  # that one launch merges
 _WARPS = 4
@@ -229,6 +228,7 @@ def _params_struct(o: DType) -> Struct:
     return Struct("MergeParams", [*states, *rest])
 
 
+@functools.lru_cache(64)
 def cuda_source(o: DType, dim: int) -> str:
     """The CUDA C++ of the merge of states of a dtype and head_dim."""
     kind = o.name
@@ -251,19 +251,6 @@ def cuda_source(o: DType, dim: int) -> str:
     )
 
 
-def compile_cuda(o: DType, dim: int, arch: str) -> nvrtc.Cubin:
-    """The cubin of one kernel. Raises BuildError."""
-    return nvrtc.compile_cuda(cuda_source(o, dim), arch=arch, name="merge", headers=cuda_headers())
-
-
-@functools.lru_cache(64)
-def _kernel(o: DType, dim: int, ordinal: int) -> Any:
-    from tilewright.runtime import cuda
-
-    cubin = compile_cuda(o, dim, cuda.device_arch(ordinal))
-    return cuda.Module(cubin.image, ordinal).function("merge_states")
-
-
 def _on_gpu(
     states: list[tuple[View, View]], outs: tuple[tuple[View, View], tuple[View, View]], mask: Any
 ) -> None:
@@ -277,7 +264,7 @@ def _on_gpu(
     o, lse = last
     ordinal = int(o.device.partition(":")[2] or 0)
     rows, dim = lse.size, o.shape[-1]
-    function = _kernel(o.dtype, dim, ordinal)
+    function = loaded(cuda_source(o.dtype, dim), ordinal, "merge_states", "merge")
     stream = cuda.current_stream(ordinal)
     pending = list(states)
     while pending:

@@ -42,6 +42,8 @@ ITEM = Struct(
 )  # fmt: skip
 """One work item. `qo_begin` … `qo_end` are rows of q; `slot` is the first partial result of its
 chunks, `counter` the word in which they count their arrival."""
+ITEMS = (("items", "ptr", "const Item*"),)
+"""The field of a kernel's parameters that has the items."""
 
 CHUNK_TILES = 8
 """The fewest tiles of keys in a chunk: merging its result then costs less than 2 % of making it."""

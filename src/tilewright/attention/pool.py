@@ -23,6 +23,13 @@ class Pool:
     rows: bool
     layout: str
     arrays: tuple[Any, Any]
+    dtype: DType
+    device: str
+    pages: int
+    page_size: int
+    kv_heads: int
+    head_dim: int
+    head_dim_vo: int
 
     def __init__(self, k: Any, v: Any = None, *, layout: str = "NHD") -> None:
         """Views of K and V; nothing is copied.
@@ -52,37 +59,11 @@ class Pool:
             )
         views = [_as_pages(name, x, keys.ndim, layout) for name, x in (("k", keys), ("v", values))]
         _check_alike(*views)
-        fields = (*views, keys.ndim == 3, layout, (k, v))
+        own = (*views, keys.ndim == 3, layout, (k, v))
+        shape = (*views[0].shape, views[1].shape[3])
+        fields = (*own, keys.dtype, keys.device, *shape)
         for name, value in zip(self.__dataclass_fields__, fields, strict=True):
             object.__setattr__(self, name, value)
-
-    @property
-    def dtype(self) -> DType:
-        return self.k.dtype
-
-    @property
-    def device(self) -> str:
-        return self.k.device
-
-    @property
-    def pages(self) -> int:
-        return self.k.shape[0]
-
-    @property
-    def page_size(self) -> int:
-        return self.k.shape[1]
-
-    @property
-    def kv_heads(self) -> int:
-        return self.k.shape[2]
-
-    @property
-    def head_dim(self) -> int:
-        return self.k.shape[3]
-
-    @property
-    def head_dim_vo(self) -> int:
-        return self.v.shape[3]
 
     def index(self, part: int, page: Any, slot: Any) -> tuple[Any, tuple[Any, ...]]:
         """The array that holds K (part 0) or V (1), and the index of rows by page and slot in it:

@@ -18,6 +18,7 @@ from tilewright.attention import planner, ranges
 from tilewright.attention.checks import integer_view, is_integer
 from tilewright.attention.families import decode
 from tilewright.attention.ranges import CUT
+from tilewright.attention.spec import loaded
 from tilewright.attention.table import Table
 from tilewright.errors import ArgumentError
 from tilewright.runtime.view import View
@@ -138,7 +139,8 @@ class Workspace:
             requests=table.requests, groups=self.kv_heads // ranges.heads_at_once(self.kv_heads),
             max_tokens=rows,
         )  # fmt: skip
-        function = planner.kernel(form.for_planner(), self.group, decode.ROWS, self.ordinal)
+        text = planner.cuda_source(form.for_planner(), self.group, decode.ROWS)
+        function = loaded(text, self.ordinal, "plan_cuts", "planner")
         smem = planner.smem_bytes(table.requests, self.limit)
         stream = cuda.current_stream(self.ordinal)
         block = (planner.THREADS, 1, 1)
