@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.attention.cases import TYPES, paged, queries
+from tests.attention.cases import TYPES, paged, queries, tile_class
 from tests.attention.test_flash_cuda import _bits, on_device
 
 import tilewright as tw
@@ -162,11 +162,11 @@ def test_cubins_without_spills(name):
 def test_tiles_of_what_is_loaded_are_partial():
     tile = {"at.qo": bounds.Interval.of(90, 99), "at.kv": bounds.Interval.of(0, 63)}
     for name, kind in {"documents": 1, "prefix": 2, "images": 2, "tree": 1}.items():
-        found = bounds.tile_class(traced_of(VARIANTS[name]).mask, tile, {})
+        found = tile_class(traced_of(VARIANTS[name]).mask, tile, {})
         assert int(found) == kind, name
     tile["at.kv"] = bounds.Interval.of(128, 191)
     for name, kind in {"documents": 0, "prefix": 1, "images": 1, "tree": 1}.items():
-        found = bounds.tile_class(traced_of(VARIANTS[name]).mask, tile, {})
+        found = tile_class(traced_of(VARIANTS[name]).mask, tile, {})
         assert int(found) == kind, name
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tilewright.attention import extents
-from tilewright.attention.bounds import bound_text
+from tilewright.attention.bounds import bound
 from tilewright.attention.tracing import NO_SINK, Traced, Value
 from tilewright.codegen.cpp import CppRenderer
 from tilewright.codegen.cuda import CudaRenderer
@@ -148,7 +148,8 @@ def _struct(
     methods: dict[str, Expr],
     read: Callable[[Value], str],
 ) -> str:
-    ranges = extents.ranges(traced.mask, extents.Text())
+    text = extents.Text()
+    ranges = extents.ranges(traced.mask, text)
     members, starts = [], []
     for v in traced.values:
         members.append(f"  {_member(v)};")
@@ -170,7 +171,7 @@ def _struct(
                 for signature, e in methods.items()
             ),
             "  TW_METHOD int tile_class(const tw::Tile& tile) const "
-            f"{{ return tw::tile_class({bound_text(traced.mask)}); }}",
+            f"{{ return tw::tile_class({bound(traced.mask, text)}); }}",
             "  TW_METHOD tw::Ranges<RANGES> ranges(const tw::Tile& tile, const tw::Line& kv) const "
             f"{{ (void)kv; return {{{{{', '.join(ranges)}}}}}; }}",
             "};",
