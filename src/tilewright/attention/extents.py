@@ -31,21 +31,17 @@ Case = tuple[Expr, ...]
 """Conditions that all hold."""
 
 
-def cases(mask: Expr) -> list[Case]:
-    """Conjunctions of which one holds where the mask does."""
-    return _cases(mask, True)
-
-
-def _cases(e: Any, wanted: bool) -> list[Case]:
+def cases(e: Any, wanted: bool = True) -> list[Case]:
+    """Conjunctions of which one holds where the mask does, or where it does not."""
     if isinstance(e, Const):
         return [()] if bool(e.value) == wanted else []
     if isinstance(e, Unary) and e.op == "not":
-        return _cases(e.a, not wanted)
+        return cases(e.a, not wanted)
     if isinstance(e, Select):
         then, other = binary("&", e.cond, e.a), binary("&", unary("not", e.cond), e.b)
-        return _cases(binary("|", then, other), wanted)
+        return cases(binary("|", then, other), wanted)
     if isinstance(e, Binary) and e.op in ("&", "|"):
-        a, b = _cases(e.a, wanted), _cases(e.b, wanted)
+        a, b = cases(e.a, wanted), cases(e.b, wanted)
         both = [x + y for x in a for y in b] if (e.op == "&") == wanted else [*a, *b]
         return both if len(both) <= MAX_RANGES else [()]
     if isinstance(e, Binary) and e.op in COMPARISON and e.a.dtype == dtypes.int32:

@@ -43,12 +43,9 @@ class KV:
                 "A105", f"the table is on {table.device}, the pool on {pool.device}", where="table"
             )
         if table.kind == "ragged" and pool.page_size != 1:
-            raise ArgumentError(
-                "A103",
-                f"a ragged table over pages of {pool.page_size}",
-                where="pool",
-                hint="rows without pages: k and v of shape (tokens, kv_heads, head_dim)",
-            )
+            text = f"a ragged table over pages of {pool.page_size}"
+            hint = "rows without pages: k and v of shape (tokens, kv_heads, head_dim)"
+            raise ArgumentError("A103", text, where="pool", hint=hint)
         if table.kind == "dense" and pool.pages < table.requests:
             raise ArgumentError(
                 "A103", f"{table.requests} requests, k has {pool.pages} of them", where="pool"
@@ -64,12 +61,9 @@ class KV:
         lengths, capacity = table.lengths(), self.capacity()
         if (lengths > capacity).any():
             r = int(np.argmax(lengths > capacity))
-            raise ArgumentError(
-                "A109",
-                f"request {r} has {lengths[r]} keys, its pages hold {capacity[r]}",
-                where="kv_len",
-                hint=f"pages of {pool.page_size} keys; a request has at most {MAX_KEYS}",
-            )
+            text = f"request {r} has {lengths[r]} keys, its pages hold {capacity[r]}"
+            hint = f"pages of {pool.page_size} keys; a request has at most {MAX_KEYS}"
+            raise ArgumentError("A109", text, where="kv_len", hint=hint)
         used = -(-lengths // pool.page_size)
         request = np.repeat(np.arange(table.requests), used)
         entry = np.arange(len(request)) - np.repeat(np.cumsum(used) - used, used)

@@ -45,6 +45,7 @@ chunks, `counter` the word in which they count their arrival."""
 ITEMS = (("items", "ptr", "const Item*"),)
 """The field of a kernel's parameters that has the items."""
 
+MAX_WORKERS = 1 << 16
 CHUNK_TILES = 8
 """The fewest tiles of keys in a chunk: merging its result then costs less than 2 % of making it."""
 

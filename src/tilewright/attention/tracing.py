@@ -57,11 +57,8 @@ class At:
 
     def __getattr__(self, name: str) -> Expr:
         if name not in POSITIONS:
-            raise ProgramError(
-                "P101",
-                f"at.{name} is not known",
-                hint=f"one of {', '.join(f'at.{n}' for n in POSITIONS)}",
-            )
+            hint = f"one of {', '.join(f'at.{n}' for n in POSITIONS)}"
+            raise ProgramError("P101", f"at.{name} is not known", hint=hint)
         return Var(f"at.{name}", dtypes.int32)
 
 
@@ -153,11 +150,8 @@ class _Reads:
                 "P101", f"{self.name}[{index}]: it is read as {' or '.join(accesses)}"
             )
         if self.used.setdefault(self.name, by) != by:
-            raise ProgramError(
-                "P102",
-                f"{self.name} is read by query head and by KV head",
-                hint="declare two values",
-            )
+            text = f"{self.name} is read by query head and by KV head"
+            raise ProgramError("P102", text, hint="declare two values")
         return self._load(by)
 
     def _load(self, by: str, *column: Expr) -> Expr:
@@ -205,18 +199,12 @@ def trace(cls: type) -> Traced:
     symbols: dict[str, Any] = {}
     for name, d in declared.items():
         if name in RESERVED:
-            raise ProgramError(
-                "P101",
-                f"a value of variant {cls.__name__} is named {name!r}",
-                where=name,
-                hint=f"Attention uses these names itself: {', '.join(sorted(RESERVED))}",
-            )
+            text = f"a value of variant {cls.__name__} is named {name!r}"
+            hint = f"Attention uses these names itself: {', '.join(sorted(RESERVED))}"
+            raise ProgramError("P101", text, where=name, hint=hint)
         if d.dtype not in VALUE_TYPES:
-            raise ProgramError(
-                "P106",
-                f"{name} of variant {cls.__name__} is {d.dtype}",
-                hint="run-time values are float32 or int32",
-            )
+            hint = "run-time values are float32 or int32"
+            raise ProgramError("P106", f"{name} of variant {cls.__name__} is {d.dtype}", hint=hint)
         if isinstance(d, Tensor):
             symbols[name] = _Reads(name, d, used)
         else:
@@ -228,24 +216,18 @@ def trace(cls: type) -> Traced:
     mask = _call(cls, me, "mask", (At(),))
     sink = _call(cls, me, "sink", (At(),))
     if mask.dtype != dtypes.bool_:
-        raise ProgramError(
-            "P106",
-            f"mask of {cls.__name__} is {mask.dtype}, not bool",
-            where=str(mask),
-            hint="return a comparison, as at.kv <= at.qo",
-        )
+        text = f"mask of {cls.__name__} is {mask.dtype}, not bool"
+        hint = "return a comparison, as at.kv <= at.qo"
+        raise ProgramError("P106", text, where=str(mask), hint=hint)
     for name, hook in (("logits", logits), ("sink", sink)):
         if hook.dtype == dtypes.bool_:
             raise ProgramError("P106", f"{name} of {cls.__name__} is a condition", where=str(hook))
     for hook in (logits, mask, sink):
         _check(cls, hook)
     if {"s", "at.kv", "at.key"} & {x.name for x in walk(sink) if isinstance(x, Var)}:
-        raise ProgramError(
-            "P104",
-            f"sink of {cls.__name__} reads a score or a key",
-            where=str(sink),
-            hint="it is one logit a row: a function of at.qo_head, at.qo …",
-        )
+        text = f"sink of {cls.__name__} reads a score or a key"
+        hint = "it is one logit a row: a function of at.qo_head, at.qo …"
+        raise ProgramError("P104", text, where=str(sink), hint=hint)
     values = tuple(
         Value(n, d.dtype, by=used.get(n, d.by[0]))
         if isinstance(d, Tensor)
@@ -333,11 +315,9 @@ def _call(cls: type, me: Any, name: str, arguments: tuple[Any, ...]) -> Expr:
     if result is None:
         raise ProgramError("P101", f"{name} of variant {cls.__name__} returns nothing")
     if isinstance(result, (bool, np.bool_)):
-        raise ProgramError(
-            "P101",
-            f"{name} of variant {cls.__name__} is {result}: a condition that Python has decided",
-            hint="`==` compares the text of expressions: write tw.equal(a, b) or ~tw.equal(a, b)",
-        )
+        text = f"{name} of variant {cls.__name__} is {result}: a condition that Python has decided"
+        hint = "`==` compares the text of expressions: write tw.equal(a, b) or ~tw.equal(a, b)"
+        raise ProgramError("P101", text, hint=hint)
     return as_expr(result, None if name == "mask" else dtypes.float32)
 
 
@@ -345,23 +325,17 @@ def _check(cls: type, hook: Expr) -> None:
     """Only scalars of 32 bits, by operations that each target has on vectors too."""
     for x in walk(hook):
         if not isinstance(x, (Const, Var, Load, Binary, Unary, Select, Cast)):
-            raise ProgramError(
-                "P101",
-                f"{type(x).__name__} cannot stand in variant {cls.__name__}",
-                where=str(hook),
-                hint="a variant computes with s, at and its own values",
-            )
+            text = f"{type(x).__name__} cannot stand in variant {cls.__name__}"
+            hint = "a variant computes with s, at and its own values"
+            raise ProgramError("P101", text, where=str(hook), hint=hint)
         if isinstance(x, Var) and x.name != "s" and not x.name.startswith("at."):
             raise ProgramError(
                 "P104", f"{x.name} means nothing in variant {cls.__name__}", where=str(hook)
             )
         if x.dtype not in (*VALUE_TYPES, dtypes.bool_):
-            raise ProgramError(
-                "P106",
-                f"{x} of variant {cls.__name__} is {x.dtype}",
-                where=str(hook),
-                hint="variants compute in float32, int32 and bool",
-            )
+            text = f"{x} of variant {cls.__name__} is {x.dtype}"
+            hint = "variants compute in float32, int32 and bool"
+            raise ProgramError("P106", text, where=str(hook), hint=hint)
         if isinstance(x, Binary) and x.op in ("//", "%") and x.dtype.is_float:
             raise ProgramError(
                 "P106", f"{x.op} needs integers", where=str(x), hint="tw.floor(a / b)"

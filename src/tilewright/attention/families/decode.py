@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.families.family import Call, Family, Prepared
+from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
 from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import CUT, TILE, heads_at_once
@@ -90,7 +90,7 @@ def _prepare(call: Call) -> Prepared:
     from tilewright.runtime import cuda
 
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
-    _check_alignment(values)
+    check_alignment(values, 4)
     together = heads_at_once(values["kv_heads"])
     blocks = blocks_of(plan.longest * spec.group)
     if isinstance(plan, Plan):
@@ -127,17 +127,6 @@ def _prepare(call: Call) -> Prepared:
         launch.run(cuda.current_stream(ordinal))
 
     return Prepared(launch, run, text, (*keep, block))
-
-
-def _check_alignment(values: dict[str, Any]) -> None:
-    for name, bytes_, addresses in (
-        ("q", 4, (values["q"], 2 * values["q_token"], 2 * values["q_head"])),
-        ("out", 16, (values["o"],)),
-    ):
-        if any(a % bytes_ for a in addresses):
-            raise ArgumentError(
-                "A104", f"rows of {name} are not aligned to {bytes_} bytes", where=name
-            )
 
 
 FAMILY = Family("decode", "cuda", lambda spec: ROWS, "", CTAS_PER_SM, refuses, _prepare)

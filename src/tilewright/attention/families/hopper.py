@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.families.family import Call, Family, Prepared
+from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec, constants, cuda_text, loaded, namespace
@@ -213,7 +213,9 @@ def _prepare(call: Call) -> Prepared:
 
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     assert isinstance(plan, Plan)  # a workspace is of the decode family
-    _check_alignment(values)
+    check_alignment(values, 16)
+    if min(values["q_token"], values["q_head"]) < 0:
+        raise ArgumentError("A104", "q has a negative stride", where="q", hint="a contiguous copy")
     indptr, items = plan.on_device(ordinal)
     counters = allocate(call.like, (1 + 4 * tiles_of(spec).groups * plan.counters,), dtypes.int32)
     cuda.clear(view(counters))
@@ -235,18 +237,6 @@ def _prepare(call: Call) -> Prepared:
 
     keep = (indptr, items, counters, partials, block)
     return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
-
-
-def _check_alignment(values: dict[str, Any]) -> None:
-    q = (values["q"], 2 * values["q_token"], 2 * values["q_head"])
-    for name, addresses in (("q", q), ("out", (values["o"],))):
-        if any(a % 16 for a in addresses) or min(addresses) < 0:
-            raise ArgumentError(
-                "A104",
-                f"rows of {name} are not aligned to 16 bytes, or a stride is negative",
-                where=name,
-                hint=f"a contiguous copy of {name}",
-            )
 
 
 FAMILY = Family("hopper", "cuda", rows_of, "batch", 0, refuses, _prepare, order)
