@@ -51,16 +51,19 @@ def float_view(name: str, array: Any) -> View:
 
 
 def integer_view(
-    name: str, array: Any, ndim: int = 1, kinds: Sequence[DType] = INTEGERS, device: str = ""
-) -> View:
-    """A view of integers whose last dimension is contiguous. Raises ArgumentError."""
+    name: str, array: Any, ndim: int = 1, kinds: Sequence[DType] = INTEGERS, device: str = "",
+    size: int | None = None,
+) -> View:  # fmt: skip
+    """A view of integers whose last dimension is contiguous; `size`: its length.
+    Raises ArgumentError."""
     seen = named_view(name, array)
     check_view(name, seen, kinds)
     if seen.ndim != ndim:
         raise ArgumentError("A103", f"{name} has {seen.ndim} dimensions, not {ndim}", where=name)
     if seen.size and seen.shape[-1] > 1 and seen.strides[-1] != 1:
         raise ArgumentError("A104", f"{name} is not contiguous", where=name)
-    check_view(name, seen, device=device)
+    shape = seen.shape if size is None else (size,)
+    check_view(name, seen, shape=shape, device=device, hint="one a request; an indptr has one more")
     return seen
 
 

@@ -120,9 +120,8 @@ class Table:
         views, arrays = {"kv_len": lengths, "table_entries": entries}, {"kv_len": kv_len}
         arrays["table_entries"] = block_table
         if rows is not None:
-            views["table_rows"] = integer_view("rows", rows, device=device)
+            views["table_rows"] = integer_view("rows", rows, device=device, size=requests)
             arrays["table_rows"] = rows
-            _check_size("rows", views["table_rows"], requests)
             if device == "cpu":
                 check_range("rows", np.asarray(rows), 0, height - 1)
         stride = entries.strides[0] if height > 1 else width
@@ -139,7 +138,7 @@ class Table:
         lengths = integer_view("kv_len", kv_len)
         indptr = integer_view("kv_indptr", kv_indptr, device=lengths.device)
         indices = integer_view("kv_indices", kv_indices, device=lengths.device)
-        _check_size("kv_len", lengths, _requests(indptr))
+        check_view("kv_len", lengths, shape=(_requests(indptr),), hint="one a request")
         if lengths.device == "cpu":
             _check_indptr(np.asarray(kv_indptr), indices.size, "kv_indices")
         table = object.__new__(cls)
@@ -159,9 +158,8 @@ class Table:
         requests = _requests(indptr)
         views, arrays = {"table_indptr": indptr}, {"table_indptr": kv_indptr}
         if kv_len is not None:
-            views["kv_len"] = integer_view("kv_len", kv_len, device=indptr.device)
+            views["kv_len"] = integer_view("kv_len", kv_len, device=indptr.device, size=requests)
             arrays["kv_len"] = kv_len
-            _check_size("kv_len", views["kv_len"], requests)
         if indptr.device == "cpu":
             _check_indptr(np.asarray(kv_indptr), 2**63 - 1, "k")
         table = object.__new__(cls)
@@ -195,9 +193,9 @@ class Table:
                 hint = "positions: qo_base, kv_base, kv_stride"
                 raise ArgumentError("A101", f"a table has no {name!r}", where=name, hint=hint)
             if array is not None:
-                views[name] = integer_view(name, array, kinds=(dtypes.int32,), device=device)
+                kinds = (dtypes.int32,)
+                views[name] = integer_view(name, array, 1, kinds, device, requests)
                 arrays[name] = array
-                _check_size(name, views[name], requests)
         if len({"kv_base", "kv_stride"} & views.keys()) == 1 or (
             "kv_base" in views and "qo_base" not in views
         ):
@@ -210,8 +208,7 @@ class Table:
         if device == "cpu" and "kv_stride" in views:
             check_range("kv_stride", np.asarray(arrays["kv_stride"]), 1, 2**31 - 1)
         form = TableForm(**{n: views[n].dtype.name if n in views else "" for n in _NAMES})
-        limit, width, stride = sizes
-        values = (requests, device, form, limit, width, stride, views, arrays)
+        values = (requests, device, form, *sizes, views, arrays)
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
 
@@ -317,10 +314,6 @@ class Table:
 
     def __repr__(self) -> str:
         return f"Table({self.kind}, {self.requests} requests, {self.device})"
-
-
-def _check_size(name: str, array: View, requests: int) -> None:
-    check_view(name, array, shape=(requests,), hint="one a request")
 
 
 def _requests(indptr: View) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.attention import planner, ranges
-from tilewright.attention.checks import check_count, check_view, integer_view
+from tilewright.attention.checks import check_count, integer_view
 from tilewright.attention.families import decode
 from tilewright.attention.plan import MAX_WORKERS
 from tilewright.attention.ranges import CUT
@@ -144,9 +144,8 @@ class Workspace:
             raise ArgumentError("A101", text, where="qo_indptr", hint=hint)
         if qo_indptr is None:
             return None
-        queries = integer_view("qo_indptr", qo_indptr, kinds=(dtypes.int32,), device=table.device)
-        check_view("qo_indptr", queries, shape=(table.requests + 1,), hint="(requests + 1,)")
-        return queries
+        size, kinds = table.requests + 1, (dtypes.int32,)
+        return integer_view("qo_indptr", qo_indptr, 1, kinds, table.device, size)
 
     def params(self) -> dict[str, int]:
         """The parameters of an attention kernel that a plan decides."""
