@@ -266,6 +266,7 @@ class Attention:
         """Runs the attention in NumPy where no compiler is installed."""
         compilers.warn_of_interpreter()
         arguments = {name: array for name, (array, _) in arrays.items()}
+
         def run() -> None:
             result = reference.attention(
                 q, kv, plan.qo_indptr, self.variant, sm_scale=self.scale, **arguments
