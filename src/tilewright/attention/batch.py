@@ -9,6 +9,7 @@ state = attn.run(q, kv, plan)            # state.o, state.lse
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,13 +248,17 @@ class Attention:
         """Runs the attention in NumPy where no compiler is installed."""
         compilers.warn_of_interpreter()
         arguments = {name: array for name, (array, _) in arrays.items()}
-        o, lse = np.asarray(state.o), np.asarray(state.lse)
 
         def run() -> None:
             result = reference.attention(
                 q, kv, plan.qo_indptr, self.variant, sm_scale=self.scale, **arguments
             )
-            o[...], lse[...] = result.o, result.lse
+            torch = sys.modules.get("torch")
+            for array, values in ((state.o, result.o), (state.lse, result.lse)):
+                if torch is not None and isinstance(array, torch.Tensor):  # bfloat16 among them
+                    array.copy_(torch.from_numpy(values))
+                else:
+                    np.asarray(array)[...] = values
 
         return BoundAttention(state, families.Prepared(None, run, "", ()), (q, kv, plan))
 

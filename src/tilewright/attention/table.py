@@ -1,8 +1,9 @@
 """Page tables: how many keys each request has, and which pages of a pool hold them.
 
-A table is of one step and serves every layer; `Pool` holds the pages of one layer, `KV` joins both.
-The length in tokens is what decides: key t of request r lies in slot t % page_size of the page
-that entry t // page_size of the request names, and entries behind the last key are never read.
+One table describes one step of a model and is used by all of its layers. A `Pool` holds the pages
+of one layer, and `KV` is a table with a pool. Key t of request r is slot t % page_size of the page
+whose number is entry t // page_size of the request. Entries beyond the request's last key are never
+read.
 
     Table(kv_len, block_table)                     padded: one row of entries a request
     Table(kv_len, block_table, rows=rows)          request r has row rows[r] of a larger table
@@ -10,8 +11,7 @@ that entry t // page_size of the request names, and entries behind the last key 
     Table.ragged(kv_indptr)                        no pages: rows of k and v one after the other
     Table.dense(kv_len)                            no table: request r has page r
 
-The arrays stay the caller's. Kernels read them where they lie, so a length that changes in memory
-is seen by the next run.
+Arrays are not copied: kernels read the caller's memory, so the next run uses what it then holds.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ class TableForm:
 
 @dataclass(frozen=True, init=False, eq=False)
 class Table:
-    """The page table of a batch. `views` and `arrays` hold its arrays by name, as given.
+    """The page table of a batch. `arrays` holds the caller's arrays by name, `views` their views.
 
-    `limit`: entries of a CSR table, else rows; `width`: entries of a row; `stride`: entries from
-    one row to the next. `form` is what kernels are compiled for.
+    `limit`: the number of entries of a CSR table, else of rows; `width`: entries in a row;
+    `stride`: distance between the starts of two rows, in entries. `form` selects the kernels.
     """
 
     requests: int
