@@ -133,12 +133,10 @@ def _check_frameworks(states: Sequence[State]) -> None:
 
 
 def _fill(array: Any, value: float) -> None:
-    if hasattr(array, "fill_"):  # torch
-        array.fill_(value)
-    elif hasattr(array, "fill"):  # NumPy, CuPy
-        array.fill(value)
-    else:
+    if hasattr(array, "copy_from"):  # a DeviceArray
         array.copy_from(np.full(array.shape, value, array.dtype.numpy))
+    else:
+        array[...] = value
 
 
 # ---------------------------------------------------------------------------- host
@@ -146,19 +144,14 @@ def _fill(array: Any, value: float) -> None:
 
 def _on_host(states: Sequence[State], mask: Any, out: State) -> None:
     """In float32, or the dtype of lse where that is float64."""
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
+    wide = states[0].lse.dtype
     if torch is not None and isinstance(states[0].o, torch.Tensor):
-        wide = states[0].lse.dtype
-        arrays = [(s.o.to(wide), s.lse) for s in states]
-        o, lse = _merged(arrays, mask, torch)
-        out.o.copy_(o)
-        out.lse.copy_(lse)
-        return
-    with np.errstate(invalid="ignore"):  # NaN where nothing is read
-        wide = states[0].lse.dtype
-        o, lse = _merged([(np.asarray(s.o).astype(wide), s.lse) for s in states], mask, np)
-    out.o[...] = o
-    out.lse[...] = lse
+        o, lse = _merged([(s.o.to(wide), s.lse) for s in states], mask, torch)
+    else:
+        with np.errstate(invalid="ignore"):  # NaN where nothing is read
+            o, lse = _merged([(np.asarray(s.o).astype(wide), s.lse) for s in states], mask, np)
+    out.o[...], out.lse[...] = o, lse
 
 
 def _merged(states: Sequence[tuple[Any, Any]], mask: Any, lib: Any) -> tuple[Any, Any]:
