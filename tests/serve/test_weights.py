@@ -49,7 +49,7 @@ def test_dequantize_is_the_library_s(kind: str, rng: np.random.Generator):
     values = rng.normal(size=(7, 96)).astype(np.float32)
     raw = gguf.quants.quantize(values, KINDS[kind])
     weight = view("w", kind, (7, 96), memoryview(raw.tobytes()), 0)
-    assert weight.nbytes == raw.nbytes
+    assert weight.data.nbytes == raw.nbytes
     np.testing.assert_array_equal(dequantize(weight), gguf.quants.dequantize(raw, KINDS[kind]))
 
 
@@ -59,7 +59,7 @@ def test_untied_output(tmp_path: Path):
     model = open_model(tiny.write(tmp_path / "m.gguf"))
     assert not model.config.tied_embedding
     assert model.tensors["lm_head"] is not model.tensors["embed"]
-    assert model.nbytes == sum(w.nbytes for w in model.tensors.values())
+    assert model.nbytes == sum(w.data.nbytes for w in model.tensors.values())
 
 
 @pytest.mark.parametrize(

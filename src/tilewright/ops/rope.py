@@ -147,7 +147,10 @@ class Rope:
             turns = self.original * frequencies / (2 * np.pi)
             kept = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
         elif self.kind == "yarn":
-            first, last = (self._pair(turns, head_dim) for turns in (self.high, self.low))
+            first, last = (  # the pairs that turn so often in the original context
+                head_dim * math.log(self.original / (turns * 2 * math.pi), self.base) / 2
+                for turns in (self.high, self.low)
+            )
             first, last = max(math.floor(first), 0), min(math.ceil(last), head_dim - 1)
             ramp = (np.arange(head_dim // 2) - first) / max(last - first, 0.001)
             kept = 1 - np.clip(ramp, 0, 1)
@@ -155,8 +158,3 @@ class Rope:
         angles = np.arange(positions)[:, None] * (frequencies * (kept + (1 - kept) / self.factor))
         cosines, sines = gain * np.cos(angles), gain * np.sin(angles)
         return cosines.astype(np.float32), sines.astype(np.float32)
-
-    def _pair(self, turns: float, head_dim: int) -> float:
-        """The index of the pair that turns so often in the original context."""
-        radians = math.log(self.original / (turns * 2 * math.pi))
-        return head_dim * radians / (2 * math.log(self.base))

@@ -46,10 +46,6 @@ class Weight:
     shape: tuple[int, ...]
     data: np.ndarray
 
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes
-
 
 def block_size(kind: str) -> tuple[int, int]:
     """The numbers in a block of a kind, and its bytes."""

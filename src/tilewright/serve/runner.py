@@ -171,8 +171,7 @@ class Runner:
         capacity, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * KEY_TILE
         lengths = [min(c.stop, short) if c.is_prompt else capacity for c in chunks]
         memory.write(memory.rows(self.plan_len, 0, len(chunks)), np.array(lengths, np.int32))
-        kinds = {layer.attention for layer in model.layers}
-        plans = {attention: attention.plan(indptr, to_plan) for attention in kinds}
+        plans = {x: x.plan(indptr, to_plan) for x in {layer.attention for layer in model.layers}}
 
         def do(kernel: Any, *args: Any, out: Any = None) -> None:
             kernel(*args, out=out)

@@ -321,10 +321,9 @@ def from_folder(folder: Path, vocab: int) -> Tokenizer:
             pieces[i] = token.encode() if i in added else spelled(token)
         special = {token.content: i for i, token in added.items()}
         out = Tokenizer(library, pieces, special, (i for i in added if added[i].special))
-        ends: set[int] = set()
-        for file in filter(Path.is_file, map(folder.joinpath, _CONFIGS)):
-            named = read_json(file).get("eos_token_id", [])
-            ends |= set(named if isinstance(named, list) else [named])
+        files = filter(Path.is_file, map(folder.joinpath, _CONFIGS))
+        named = [read_json(file).get("eos_token_id", []) for file in files]
+        ends = {i for x in named for i in (x if isinstance(x, list) else [x])}
         first = [i for i in library.encode("").ids[:1] if i in out.control]
     except (ModelError, KeyboardInterrupt):
         raise

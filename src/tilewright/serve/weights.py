@@ -56,12 +56,9 @@ class ModelFile:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights; a tied embedding counts once."""
-        return sum(weight.nbytes for weight in {id(w): w for w in self.tensors.values()}.values())
-
-    def __repr__(self) -> str:
-        c = self.config
-        size = f"{c.layers} layers, dim {c.dim}, vocab {c.vocab}, {self.nbytes / 1e6:.1f} MB"
-        return f"ModelFile({self.path.name}: {c.architecture}, {size})"
+        return sum(
+            weight.data.nbytes for weight in {id(w): w for w in self.tensors.values()}.values()
+        )
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
@@ -268,7 +265,7 @@ def _safetensors(path: Path) -> list[Weight]:
                     rule, hint = f"tensor {name!r} has dtype {kind}", f"supported: {_DTYPES}"
                     raise ModelError("M104", rule, where=str(path), hint=hint)
                 weights.append(view(name, kind.lower(), shape or (1,), data, offset))
-                offset += weights[-1].nbytes
+                offset += weights[-1].data.nbytes
     except SafetensorError as error:
         raise ModelError("M101", str(error)[:200], where=str(path)) from None
     return weights

@@ -49,11 +49,7 @@ class Metadata:
 
 def short(value: Any) -> str:
     """A value of a file, for a message."""
-    if value is None:
-        return "missing"
-    if isinstance(value, list | np.ndarray):
-        return f"an array of {len(value)}"
-    return repr(value)[:60]
+    return "missing" if value is None else repr(value)[:60]
 
 
 _LIMITS = {
@@ -61,8 +57,8 @@ _LIMITS = {
     "kv_heads": 1 << 10, "head_dim": 1 << 10, "vocab": 1 << 21, "context": 1 << 24,
 }  # fmt: skip
 _GEMMA = {"post_norms": True, "norm_offset": 1.0, "gelu": True, "scaled_embedding": True}
-# By model_type: fields of `ModelConfig`, and `full_every`: each how many-th layer has no window where
-# the file does not say it (0: none).
+# By model_type: fields of `ModelConfig`, and `full_every`: each how many-th layer has no window
+# where the file does not say it (0: none).
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"full_every": 0, "gguf": "llama"},
