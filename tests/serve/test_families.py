@@ -72,8 +72,10 @@ def made(folder: Path, case: str, dtype: Any = None, **sizes: int) -> Any:
             parameter.copy_(
                 torch.randn(parameter.shape) * spread + parameter * (parameter.ndim < 2)
             )
-    model.to(dtype or torch.float32).save_pretrained(folder)
-    return model if dtype is None else type(model).from_pretrained(folder, dtype=torch.float32)
+            if dtype is not None:
+                parameter.copy_(parameter.to(dtype))
+    copy.deepcopy(model).to(dtype or torch.float32).save_pretrained(folder)
+    return model
 
 
 @pytest.mark.parametrize("case", CASES)
