@@ -9,8 +9,8 @@ The canonical names, with y = W x and the shapes (rows, cols):
     layers.N.attn.o         (dim, q_dim)         norm                 (dim,)
     lm_head                 (vocab, dim): the same weight as `embed` if `config.tied_embedding`
 
-with q_dim = qo_heads * head_dim and kv_dim = kv_heads * head_dim; and where the model has them
-layers.N.attn.q.bias .k.bias .v.bias, attn.q_norm .k_norm (head_dim,), attn_post_norm, ffn_post_norm.
+with q_dim = qo_heads * head_dim and kv_dim = kv_heads * head_dim; and, where a model
+has them, layers.N.attn.q.bias .k.bias .v.bias, attn.q_norm .k_norm, attn_post_norm, ffn_post_norm.
 """
 
 from __future__ import annotations
