@@ -88,7 +88,7 @@ def test_against_the_reference(monkeypatch, rng, shape, page_size):
     state = attn.run(
         DeviceArray.from_numpy(_bits(q), q_type),
         there,
-        attn.plan(indptr, there),
+        attn.plan(indptr, there, q_dtype=q_type),
         out=out,
         **{n: DeviceArray.from_numpy(v) for n, v in values.items()},
     )

@@ -18,7 +18,14 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.attention import families, plan, reference, render
 from tilewright.attention.arguments import check_kv, check_names, check_q, outputs, values_of
-from tilewright.attention.checks import check_count, host_indptr, is_number, named_view
+from tilewright.attention.checks import (
+    FLOATS,
+    check_count,
+    float_view,
+    host_indptr,
+    is_number,
+    named_view,
+)
 from tilewright.attention.families import Call, Family
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
@@ -87,14 +94,16 @@ class Attention:
     # -- planning --------------------------------------------------------------------------------
 
     def plan(
-        self, qo_indptr: Any, kv: KV | Table, *, workers: int | None = None, **values: Any
-    ) -> Plan:
+        self, qo_indptr: Any, kv: KV | Table, *, q_dtype: Any = None, workers: int | None = None,
+        **values: Any,
+    ) -> Plan:  # fmt: skip
         """Divide a batch into balanced parts, for the family of kernels that will run it.
 
         `qo_indptr` (requests + 1): the rows of q of each request, whose last query has the position
         of its last key where the table says nothing else. `kv`: a KV, or its table where the pool
-        is bfloat16 or float16 with aligned rows; a plan serves every layer. `workers`: threads of
-        the pool, or SMs of a GPU. `values`: scalars of the variant, which only sharpen the balance.
+        is bfloat16 or float16 with aligned rows; a plan serves every layer. `q_dtype`: of q and o
+        (None: that of the pool). `workers`: threads of the pool, or SMs of a GPU. `values`: scalars
+        of the variant, which only sharpen the balance.
         Where qo_len > kv_len the first queries of a request have positions below 0: under a causal
         mask they see nothing (o = 0, lse = −inf). On a CPU the bits of a request's results depend
         on the request alone, not on `workers`, on threads or on the other requests. Raises
@@ -105,19 +114,21 @@ class Attention:
         over = (kv, None) if isinstance(kv, Table) else (kv.table, kv.pool)
         check_names(self.variant, values)
         indptr = host_indptr("qo_indptr", qo_indptr, kv.requests)
-        return self._plan(indptr, kv.lengths(), over, workers, values)
+        return self._plan(indptr, kv.lengths(), over, q_dtype, workers, values)
 
     def _plan(
         self,
         indptr: np.ndarray,
         lengths: np.ndarray,
         over: tuple[Table, Pool | None],
+        q_dtype: Any,
         workers: int | None,
         values: dict[str, Any],
     ) -> Plan:
         table, pool = over
         kind = dtypes.bfloat16 if pool is None else pool.dtype
-        spec = _spec_of(self, (kind, kind, kind), table.form)
+        q = _query_dtype(q_dtype, kind)
+        spec = _spec_of(self, (q, kind, q), table.form)
         longest = int(np.diff(indptr).max(initial=0))
         family = families.choose(spec, longest * self.group, table.device, pool)
         shape = self._shape(family, family.qo_tile(spec), values)
@@ -155,7 +166,7 @@ class Attention:
         """The families of kernels of `kv`'s device with what each has against calls of at most
         `qo_len` queries a request; `q_dtype`: of q and o (None: kv's). Touches no array."""
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
-        q = kv.dtype if q_dtype is None else dtypes.dtype(q_dtype)
+        q = _query_dtype(q_dtype, kv.dtype)
         spec = _spec_of(self, (q, kv.dtype, q), kv.table.form)
         entries = families.reasons(spec, qo_len * self.group, kv.device, kv.pool)
         return Resolution(tuple((family.name, reason) for family, reason in entries))
@@ -197,8 +208,8 @@ class Attention:
         """
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         if plan is None:
-            indptr = np.arange(kv.requests + 1, dtype=np.int32)
-            plan = self._plan(indptr, kv.capacity(), (kv.table, kv.pool), None, values)
+            indptr, kind = np.arange(kv.requests + 1, dtype=np.int32), float_view("q", q).dtype
+            plan = self._plan(indptr, kv.capacity(), (kv.table, kv.pool), kind, None, values)
         _check_is_plan(plan)
         queries = check_q(q, kv, (plan.tokens, self.qo_heads, self.head_dim))
         o, lse = outputs(q, queries, kv, out)
@@ -238,7 +249,7 @@ class Attention:
         reason = family.refuses(spec, plan.longest * self.group, kv.pool)
         if reason:
             text = f"the plan is for the {family.name} kernels, which cannot run this: {reason}"
-            hint = "plan with the cache: attn.plan(qo_indptr, kv)"
+            hint = "plan with the cache and the queries: attn.plan(qo_indptr, kv, q_dtype=q.dtype)"
             raise ArgumentError("A103", text, where="plan", hint=hint)
         return family
 
@@ -314,6 +325,14 @@ def _spec_of(attn: Attention, kinds: tuple[DType, DType, DType], table: TableFor
     traced, ascending = traced_of(attn.variant), attn.scale > 0
     dims = (attn.head_dim, attn._vo)
     return Spec(attn.group, *dims, *kinds, traced, table, ascending)
+
+
+def _query_dtype(q_dtype: Any, kv: DType) -> DType:
+    """The dtype of q and o, by default that of the cache. Raises ArgumentError[A102]."""
+    kind = kv if q_dtype is None else dtypes.dtype(q_dtype)
+    if kind not in FLOATS:
+        raise ArgumentError("A102", f"q_dtype={kind}", where="q_dtype", hint="float32 or 16 bits")
+    return kind
 
 
 def _check_is_plan(plan: Any) -> None:
