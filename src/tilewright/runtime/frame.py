@@ -149,8 +149,7 @@ def _block(
         units = unit_count(stage.units[body], counts)
         fields = (f.name for f in row.fields[len(ROW_HEAD) :])
         values = dict(zip(fields, (_row_value(k, parts) for k in manifest.row_names), strict=True))
-        packed = row.pack(first=total, units=units, body=body, **values)
-        ctypes.memmove(ctypes.addressof(block) + offset + i * row.size, packed, row.size)
+        row.pack_into(block, offset + i * row.size, first=total, units=units, body=body, **values)
         total += units
     return block, total
 
