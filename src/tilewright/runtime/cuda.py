@@ -94,11 +94,6 @@ def device_arch(ordinal: int = 0) -> str:
     return device(ordinal).arch
 
 
-def device_name(ordinal: int = 0) -> str:
-    """The name of a GPU as the driver gives it."""
-    return device(ordinal).name
-
-
 def synchronize(stream: int = 0, ordinal: int = 0) -> None:
     """Wait until everything on a stream is done; failures of earlier kernels show here (B104)."""
     device(ordinal).activate()

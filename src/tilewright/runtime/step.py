@@ -84,14 +84,6 @@ def dependencies(nodes: Sequence[Node]) -> tuple[Edge, ...]:
     return tuple(edges)
 
 
-def missing(nodes: Sequence[Node], edges: Iterable[Edge]) -> list[Edge]:
-    """The hazards (i, j) that no path of edges keeps in order."""
-    before = [1 << j for j in range(len(nodes))]
-    for i, j in sorted(edges, key=lambda edge: edge[1]):
-        before[j] |= before[i]
-    return [(i, j) for i, j in np.argwhere(hazards(nodes)).tolist() if not before[j] >> i & 1]
-
-
 def levels(count: int, edges: Iterable[Edge]) -> list[int]:
     """The level of each node: one above the highest that it must follow."""
     level = [0] * count
