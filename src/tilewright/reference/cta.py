@@ -57,8 +57,11 @@ def execute(
     parts: Sequence[Part] = (),
     machine: Machine | None = None,
 ) -> None:
-    """Run a program whose threads are bound, in place; arguments as `interpreter.execute` has
-    them. `machine` replaces `Launch`, for tests that leave a barrier out."""
+    """Run a program whose threads are bound, on arrays it reads and writes in place.
+
+    `buffers` are the dense arrays by name; `variables` the sizes (`m.size`); `parts` what belongs
+    to the parts of sparse tensors; strides are those of the arrays. `machine` replaces `Launch`,
+    for tests that leave a barrier out."""
     with np.errstate(all="ignore"):
         for stage in launches(program, buffers, variables, parts):
             written = {
