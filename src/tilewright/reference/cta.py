@@ -33,7 +33,6 @@ from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.atoms import element
 from tilewright.ir.rewrite import walk
-from tilewright.reference.flights import Flights
 from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
 from tilewright.reference.ops_table import (
     UFUNCS,
@@ -44,7 +43,7 @@ from tilewright.reference.ops_table import (
     encode,
     operation,
 )
-from tilewright.reference.races import History
+from tilewright.reference.races import Flights, History
 from tilewright.target import WARP
 
 Machine = Callable[..., "Launch"]

@@ -48,10 +48,6 @@ class Output:
             slot.value = pointer or address(array.values[part] if self.spec.structure else array)
 
 
-def _not_prepared() -> None:
-    raise AssertionError("a launcher prepares the frame before it runs")
-
-
 @dataclass(slots=True)
 class Frame:
     """The parameter blocks of a call, one a stage, ready to be launched again.
@@ -77,7 +73,7 @@ class Frame:
     values: list[tuple[Any, int, int]]  # and the part
     numbers: list[tuple[int, list[Any]]]
     spans: dict[str, tuple[int, int]]
-    run: Callable[[], None] = _not_prepared  # set by the launcher
+    run: Callable[[], None] = dataclasses.field(init=False)  # set by the launcher
 
 
 def build_frame(

@@ -147,8 +147,9 @@ def _launches(bound: Any) -> Sequence[Any] | None:
         launcher = bound.kernel.launcher
         if isinstance(launcher, CudaLauncher):
             return _nodes(bound, launcher)
-        native = isinstance(launcher, CpuLauncher)
-        return launcher.launches(bound.kernel, bound.frame) if native else None
+        if isinstance(launcher, CpuLauncher):
+            return launcher.launches(bound.kernel, bound.frame)
+        return None
     if not isinstance(bound, (tuple, cuda.Launch)) and not hasattr(bound, "launch"):
         text = f"a step records bound calls, not {type(bound).__name__}"
         raise ArgumentError("A107", text, where="bounds", hint="kernel.bind(…)")
