@@ -44,12 +44,13 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One cached file; `nbytes` includes the trailer."""
+    """One cached file; `nbytes` includes the trailer, `modified` is seconds of Unix time."""
 
     kind: str
     key: str
     path: Path
     nbytes: int
+    modified: float
 
 
 stats = Stats()
@@ -123,7 +124,8 @@ class Cache:
                 key, _, kind = path.name.partition(".")
                 if _KEY.fullmatch(key) and _KIND.fullmatch(kind):
                     with contextlib.suppress(OSError):
-                        yield Entry(kind, key, path, path.stat().st_size)
+                        status = path.stat()
+                        yield Entry(kind, key, path, status.st_size, status.st_mtime)
 
     def clear(self) -> int:
         """Remove all entries and the temporary files of dead writers; the number of entries."""
