@@ -16,14 +16,7 @@ from tilewright.errors import ArgumentError
 from tilewright.ir import names
 from tilewright.runtime.arguments import Arguments
 from tilewright.runtime.layout import Struct
-from tilewright.runtime.manifest import (
-    ROW_HEAD,
-    Manifest,
-    TensorSpec,
-    max_rows,
-    rows_offset,
-    unit_count,
-)
+from tilewright.runtime.manifest import ROW_HEAD, Manifest, TensorSpec, max_rows, unit_count
 from tilewright.runtime.view import View, address, allocate, allocator, byte_range
 
 Slot = tuple[Any, int]
@@ -127,8 +120,8 @@ def _block(
 ) -> tuple[Any, int]:
     """The parameter block of stage n without addresses, and its units. The work table follows the
     parameters: a row for each part of the structure that the stage follows."""
-    stage, offset = manifest.stages[n], rows_offset(params)
-    block = ctypes.create_string_buffer(offset + max_rows(manifest) * row.size)
+    stage = manifest.stages[n]
+    block = ctypes.create_string_buffer(params.size + max_rows(manifest) * row.size)
     values = [_parameter(name, arguments) for name in manifest.param_names]
     fields = (f.name for f in params.fields)
     params.pack_into(block, **dict(zip(fields, [*values, len(stage.rows)], strict=True)))
@@ -145,7 +138,8 @@ def _block(
         units = unit_count(stage.units[body], counts)
         fields = (f.name for f in row.fields[len(ROW_HEAD) :])
         values = dict(zip(fields, (_row_value(k, parts) for k in manifest.row_names), strict=True))
-        row.pack_into(block, offset + i * row.size, first=total, units=units, body=body, **values)
+        at = params.size + i * row.size
+        row.pack_into(block, at, first=total, units=units, body=body, **values)
         total += units
     return block, total
 
@@ -190,7 +184,7 @@ def _slots(
                 c_type = _C_FLOATS.get(kind) or getattr(ctypes, f"c_{kind}")
                 slots.setdefault(name, []).append((c_type.from_buffer(block, f.offset), 0))
         for i in range(len(stage.rows)):
-            start = rows_offset(params) + i * row.size
+            start = params.size + i * row.size
             for f, name in zip(row.fields[len(ROW_HEAD) :], manifest.row_names, strict=True):
                 parsed = names.parse_name(name)
                 if parsed is not None and parsed.kind == names.VALUES:
