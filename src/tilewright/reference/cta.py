@@ -211,7 +211,8 @@ class Launch:
         return np.flatnonzero(groups.all(1))
 
     def barrier(self, where: ir.Sync | ir.ReduceThreads, number: int = 0) -> None:
-        """A barrier of all threads of each CTA. `number`: which one of a reduction over rows."""
+        """Runs a barrier that every thread of a CTA must reach. A reduction over threads has
+        several barriers; `number` says which of them this is."""
         self.running(self.threads, "threads of a CTA do not reach a barrier")
         self.epoch[self.mask] += 1
 
