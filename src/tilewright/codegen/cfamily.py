@@ -79,7 +79,10 @@ class Renderer(MergeRenderer):
             kind, name = self.type(s.var.dtype), c_name(s.var.name)
             self.line(f"const {kind} {name} = {self.stored(s.value)};")
         elif isinstance(s, ir.Alloc):
-            self.alloc(s.buffer)
+            if s.buffer.scope == "row":
+                self.row(s)
+            else:
+                self.alloc(s.buffer)
         elif isinstance(s, ir.Store):
             self.store(s)
         elif isinstance(s, ir.Prefetch):
@@ -118,6 +121,12 @@ class Renderer(MergeRenderer):
             self.line(f"{kind} {name}[{total}];")
         else:
             self.line(f"{kind} {name};")
+
+    def row(self, s: ir.Alloc) -> None:
+        raise ScheduleError(
+            "S103", f"{s.buffer.name} has a run-time length, and a GPU has no such arrays",
+            hint='compute_at(…, scope="global")',
+        )  # fmt: skip
 
     def register(self, b: ir.Buffer, index: tuple[ir.Expr, ...]) -> str:
         if not b.shape:

@@ -6,6 +6,8 @@ begin … end-1, on whatever thread calls it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from tilewright.codegen.cfamily import Renderer, Source, has_lists, has_tiles
 from tilewright.codegen.params import Params, c_name, collect_params
 from tilewright.codegen.prelude_files import prelude
@@ -25,8 +27,18 @@ class CppRenderer(Renderer):
         else:
             super().alloc(b)
 
+    def row(self, s: ir.Alloc) -> None:
+        name, kind = c_name(s.buffer.name), self.type(s.buffer.dtype)
+        count = " * ".join(f"static_cast<int64_t>({self.expr(e)})" for e in s.extents)
+        self.line(f"{kind}* const {self.restrict} {name} = {name}__row.sized({count});")
+
     def body_pointers(self, nest: ir.Nest) -> list[str]:
         rows = dict.fromkeys(  # once, though the body of a loop may be there twice
+            f"tw::row_memory<{self.type(x.buffer.dtype)}> {c_name(x.buffer.name)}__row;"
+            for x in statements(nest.body)
+            if isinstance(x, ir.Alloc) and x.buffer.scope == "row"
+        )
+        rows |= dict.fromkeys(
             f"tw::row_workspace<{self.type(self.program.index)}, {self.type(x.buffer.dtype)}> "
             f"{c_name(x.buffer.name)}({self.expr(x.buffer.shape[0])});"
             for x in statements(nest.body)
@@ -65,6 +77,8 @@ def render(program: ir.Program, declarations: str, params: Params | None = None)
         text.append(prelude("mma_cpu.h"))
     if any(map(has_lists, program.stages)):
         text.append(prelude("lists.h"))
+    if any(isinstance(x, ir.Alloc) and x.buffer.scope == "row" for x in _statements(program)):
+        text.append(prelude("rows.h"))
     text.append(declarations)
     entries = []
     for number, stage in enumerate(program.stages):
@@ -73,6 +87,10 @@ def render(program: ir.Program, declarations: str, params: Params | None = None)
         entries.append(f"stage{number}")
         text.append(_entry(stage, number))
     return Source("\n".join(text), tuple(entries))
+
+
+def _statements(program: ir.Program) -> Iterator[ir.Stmt]:
+    return (x for stage in program.stages for nest in stage for x in statements(nest.body))
 
 
 def _body(program: ir.Program, params: Params, nest: ir.Nest, name: str, alone: bool) -> str:

@@ -317,12 +317,13 @@ class Tensor(Operators):
     __repr__ = __str__
 
 
-Scope = Literal["global", "part", "register", "shared", "fragment", "workspace"]
+Scope = Literal["global", "part", "register", "shared", "fragment", "workspace", "row"]
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Memory. `part` buffers belong to one part of a composed tensor and come with the work table.
+    """Memory. `part` buffers belong to one part of a composed tensor and come with the work table;
+    a `row` buffer holds what one iteration of a loop computes, and its `Alloc` has its extents.
 
     `shape` and `strides` are in elements; run-time sizes are `Var`s. `strides` None = dense C
     order.

@@ -348,6 +348,8 @@ def _simplify_binary(x: ir.Binary) -> ir.Expr:
         return _simplify_sum(x)
     if op == "-" and is_const(b, 0):
         return a
+    if op == "-" and isinstance(a, ir.Binary) and a.op == "+" and a.a == b:
+        return a.b
     if op == "*":
         if is_const(a, 1):
             return b

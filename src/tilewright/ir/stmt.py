@@ -118,11 +118,13 @@ class If(Stmt):
 
 @node
 class Reduction:
-    """Position level: `total = op of value`, over the loops that the `Compute` reduces over."""
+    """Position level: `total = op of value`, over the loops that the `Compute` reduces over.
+    `factor`: a register that the sum so far is multiplied by before each term."""
 
     total: Buffer
     op: str
     value: Expr
+    factor: Buffer | None = None
 
 
 @node
@@ -134,7 +136,9 @@ class Compute(Stmt):
     `in_place`: the output was initialised by an earlier nest and is updated in memory (a row that
     several iterations share). `shared`: so do other nests, or other parts of the same format.
     `atomic`: those updates may come from several units at once. `mma`: the names of the three
-    innermost loops, when they form a matrix tile.
+    innermost loops, when they form a matrix tile. `online`: a maximum that is read before it is
+    complete. For each term x it sets two registers: exp(x - maximum), and exp(old maximum -
+    maximum), the factor of sums that are relative to it.
     """
 
     out: Load
@@ -146,6 +150,7 @@ class Compute(Stmt):
     mma: tuple[str, str, str] | None = None
     shared: bool = False
     reductions: tuple[Reduction, ...] = ()
+    online: tuple[Buffer, Buffer] | None = None
 
     @property
     def sums(self) -> tuple[tuple[str, Expr], ...]:
@@ -171,9 +176,11 @@ class Store(Stmt):
 
 @node
 class Alloc(Stmt):
-    """Loop level: declares a register, shared or fragment buffer until the end of its `Seq`."""
+    """Loop level: declares a register, shared, fragment or row buffer until the end of its `Seq`.
+    `extents`: the shape of a row buffer, which is known at run time only."""
 
     buffer: Buffer
+    extents: tuple[Expr, ...] = ()
 
 
 @node
@@ -261,7 +268,8 @@ class Program:
 
     `stages` groups the nests that run in one launch: nests of a stage are independent of each
     other. `orders` holds loop orders asked for (output name, then axes); `fused` the structures
-    whose two axes are walked as one; `sizes` dimensions that are fixed; `index` the type of
+    whose two axes are walked as one; `placed` temporaries, each with the index in whose loop it is
+    computed and the scope of its memory; `sizes` dimensions that are fixed; `index` the type of
     coordinates.
     """
 
@@ -273,6 +281,7 @@ class Program:
     buffers: tuple[Buffer, ...] = ()
     orders: tuple[tuple[str, ...], ...] = ()
     fused: tuple[str, ...] = ()
+    placed: tuple[tuple[str, str, str], ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
     index: DType = dtypes.int32
 

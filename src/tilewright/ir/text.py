@@ -98,11 +98,21 @@ def _compute(s: Any) -> str:
     over = f"over {' '.join(s.reduce)}"
     how = f" mma({', '.join(s.mma)})" if s.mma else ""
     if not s.op:
-        totals = (f"{r.total.name} = {r.op}({expr_text(r.value)} {over})" for r in s.reductions)
+        totals = (
+            f"{r.total.name} = {r.op}({expr_text(r.value)} {over})"
+            + (f" by {r.factor.name}" if r.factor else "")
+            for r in s.reductions
+        )
         where = f" where {', '.join(totals)}" if s.reductions else ""
         return f"{expr_text(s.out)} = {expr_text(s.value)}{where}{how}"
+    how += " online" if s.online else ""
     how = (" in place" if s.in_place else "") + (" atomic" if s.atomic else "") + how
     return f"{expr_text(s.out)} = {s.op}({expr_text(s.value)} {over}){how}"
+
+
+def _alloc(s: Any) -> str:
+    b = s.buffer
+    return f"alloc {b.name}: {b.scope} {b.dtype}[{_commas(s.extents or b.shape)}]"
 
 
 def _store(s: Any) -> str:
@@ -125,7 +135,7 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "If": lambda s: f"if {expr_text(s.cond)}",
     "Compute": _compute,
     "Store": _store,
-    "Alloc": lambda s: f"alloc {s.buffer}",
+    "Alloc": _alloc,
     "Prefetch": lambda s: f"prefetch {expr_text(s.place)}",
     "Sync": lambda s: "sync",
     "MmaZero": lambda s: f"mma_zero {_fragment(s)}",

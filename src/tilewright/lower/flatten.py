@@ -58,7 +58,12 @@ def flatten_addresses(program: ir.Program) -> ir.Program:
     """
 
     def visit(x: Any) -> Any:
-        if isinstance(x, (ir.Load, ir.Store)) and x.buffer.scope in ("global", "part", "shared"):
+        if isinstance(x, (ir.Load, ir.Store)) and x.buffer.scope in (
+            "global",
+            "part",
+            "shared",
+            "row",
+        ):
             return replace(x, index=(flat_offset(x),))
         return x
 

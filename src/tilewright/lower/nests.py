@@ -20,6 +20,7 @@ from tilewright.lower.drivers import Iteration, driver_of, iteration, outer_driv
 from tilewright.lower.epilogues import Fused, values_of
 from tilewright.lower.lists import has_list, list_of, merge_of
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
+from tilewright.lower.placed import Row, check_around, nest_of, refuse, unready
 from tilewright.lower.reads import PartRows, Reader, appended
 from tilewright.lower.scope import BlockPart, Scope
 from tilewright.lower.tables import (
@@ -76,11 +77,13 @@ class NestBuilder:
         shared: bool,
         also: tuple[Statement, ...] = (),
     ) -> None:
-        self.tables, self.root, self.temps, self.also = tables, root, temps, also
+        self.tables, self.also = tables, also
+        self.placed = {name: loop for name, loop, _ in tables.program.placed}
+        self.root, self.temps, self.online = nest_of(root, temps, self.placed)
         self.structure, self.shared = structure, shared
         self.rows = PartRows(tables, structure, shared)
         self.emitted: set[str] = set()  # temporaries that are computed already
-        self.computed_in = {t.out.tensor.name: self._statement_around(t) for t in temps}
+        self.computed_in = {t.out.tensor.name: self._statement_around(t) for t in self.temps}
 
     def build(self) -> BuiltNest:
         st = self.root
@@ -106,7 +109,10 @@ class NestBuilder:
     def _statement_around(self, t: Statement) -> str:
         """The output of the statement in whose loops `t` is computed: the root, or the reduction
         whose index it needs."""
-        if not {x.name for x in indices_in(t.out.coords)} - self._names_of(self.root, axes=False):
+        is_placed = t.out.tensor.name in self.placed
+        if is_placed or not {x.name for x in indices_in(t.out.coords)} - self._names_of(
+            self.root, axes=False
+        ):
             return self.root.out.tensor.name
         for reader in (*self.temps, self.root):
             for x in (x for value in values_of(reader) for x in walk(value)):
@@ -118,11 +124,25 @@ class NestBuilder:
         return {x.name for x in (*indices_in(st.out.coords), *(st.axes if axes else ()))}
 
     def _temporary(self, t: Statement, scope: Scope) -> ir.Stmt:
-        """The loops of a reduction inside those of another statement."""
+        """The loops of a temporary inside those of another statement."""
+        name, loop, outside = t.out.tensor.name, self.placed.get(t.out.tensor.name, ""), scope
         driver, scope = driver_of(t), scope.copy()
+        if missing := unready(t, self.placed, self.emitted):
+            raise refuse(missing[0], f"{name} reads it first", f"compute_at {name} further in")
         if driver:
             self._check_complete_rows(t, driver)
-        specs = self._follow(t, driver, scope)
+        is_running = loop in {a.name for a in t.axes}
+        if is_running:
+            rest = tuple(a for a in t.axes if a.name != loop)
+            specs = self._follow(replace(t, axes=rest), None, scope)
+            if driver != self._followed_by(loop) or (driver and not scope.is_read_at(driver)):
+                raise refuse(
+                    name, f"loop {loop} has other coordinates", "give it a loop of its own"
+                )
+        else:
+            specs = self._follow(t, driver, scope)
+        if loop:
+            check_around(t, loop, set(outside.coordinates))
         if revisits_outputs(t, specs):
             raise ProgramError(
                 "P107",
@@ -130,8 +150,28 @@ class NestBuilder:
             )
         around = (self.root, *(x for x in self.temps if x is not t))
         names = {name for x in around for name in self._names_of(x)}
-        shadowed = frozenset(a.name for a in t.axes if a.name in names)
-        return self._loops(_Target(t, False, shadowed), specs, scope)
+        shadowed = frozenset(
+            a.name for a in t.axes if a.name in names and not (is_running and a.name == loop)
+        )
+        tensor = t.out.tensor
+        if loop and tensor.role == "inline":
+            own = enumerate(x for x in t.out.coords if isinstance(x, ir.Index))
+            levels = len(t.out.coords) if tensor.is_sparse else 0
+            dims = [(n, x) for n, x in own if n >= levels and x.name not in outside.coordinates]
+            row = Row(
+                tensor, tuple(n for n, _ in dims), tuple(self.tables.size(x.dim) for _, x in dims)
+            )
+            self.tables.rows[name] = row
+        body = self._loops(_Target(t, False, shadowed), specs, scope)
+        if loop and tensor.role != "inline":
+            return ir.seq(body, ir.Sync())
+        row = self.tables.rows.get(name)
+        return ir.seq(ir.Alloc(row.buffer, row.extents), body) if row and row.extents else body
+
+    def _followed_by(self, loop: str) -> Driver | None:
+        """The structure whose stored coordinates a loop of the root follows."""
+        driver = driver_of(self.root)
+        return driver if driver and loop in driver.indices else None
 
     def _follow(self, st: Statement, driver: Driver | None, scope: Scope) -> list[LoopSpec]:
         if driver:
@@ -216,7 +256,8 @@ class NestBuilder:
         for t in self.temps:
             name = t.out.tensor.name
             is_inside = self.computed_in[name] == target.statement.out.tensor.name
-            is_ready = self._names_of(t, axes=False) <= scope.coordinates.keys()
+            needed = {self.placed[name]} if name in self.placed else self._names_of(t, axes=False)
+            is_ready = needed <= scope.coordinates.keys()
             if name not in self.emitted and is_inside and is_ready:
                 self.emitted.add(name)
                 before.append(self._temporary(t, scope))
@@ -275,6 +316,11 @@ class NestBuilder:
         if is_missing:  # nothing is stored there: an empty range
             is_stored = ir.binary(">=", parent, 0)
             begin, end = ir.select(is_stored, begin, zero), ir.select(is_stored, end, zero)
+        row = self.tables.rows.get(target.statement.out.tensor.name)
+        if row and row.tensor.is_sparse:
+            if row.levels and not level.is_dense:
+                raise refuse(row.tensor.name, "the lengths of its rows differ", 'scope="global"')
+            row.levels.append((s.depth, begin, end))
         suffix = ("_i" if level.inner else "_o") if level.block else ""
         is_coordinate = level.is_dense or not level.arrays or level.arrays == ("indptr",)
         var = self._variable(s.axis.name + suffix + ("" if is_coordinate else "_p"))
@@ -363,10 +409,15 @@ class NestBuilder:
         body = st.value.a if merged and isinstance(st.value, ir.Select) else st.value
         reductions, value = self._values(st, body, reader)
         tensor = st.out.tensor
-        if tensor.is_sparse:
+        if tensor.name in self.tables.rows:
+            coords = tuple(reader.expr(c) for c in st.out.coords)
+            out = self.tables.rows[tensor.name].element(scope, st.out, coords)
+        elif tensor.is_sparse:
             last = len(self.tables.levels(tensor.structure)) - 1
             position = scope.position(tensor.structure, last)
             out = ir.Load(self.tables.values(tensor), (position,), tensor.dtype)
+        elif tensor.role == "inline":
+            out = ir.Load(self.tables.buffer(tensor), (), tensor.dtype)
         else:
             coords = tuple(reader.expr(c) for c in st.out.coords)
             guards += reader.bounds(tensor, st.out, coords)
@@ -383,8 +434,9 @@ class NestBuilder:
         if not op:
             value = ir.cast(value, out.dtype)
         axes = tuple(target.tag(a.name) for a in st.axes)
+        shared, online = in_place and self.shared, self.online.registers.get(tensor.name)
         compute = ir.Compute(
-            out, value, op, axes, in_place, shared=in_place and self.shared, reductions=reductions
+            out, value, op, axes, in_place, shared=shared, reductions=reductions, online=online
         )
         return _inside(lets, guards, compute)
 
@@ -393,12 +445,20 @@ class NestBuilder:
     ) -> tuple[tuple[ir.Reduction, ...], ir.Expr]:
         """The reductions of a statement with an epilogue, and the value that it stores; or
         `body` alone."""
+        name, relative = st.out.tensor.name, self.online.relative
+        row = self.tables.rows.get(name)
+        if not isinstance(st, Fused) and st.op and (name in relative or (row and row.extents)):
+            value = reader.expr(body)
+            total = ir.Buffer(f"{name}.0", value.dtype, (), "register")
+            factor = self._factor_of(name)
+            return (ir.Reduction(total, st.op, value, factor),), ir.Load(total, (), total.dtype)
         if not isinstance(st, Fused):
             return (), reader.expr(body)
         totals = {t.out.tensor.name: ir.Buffer(t.out.tensor.name, t.out.dtype, (), "register")
                   for t in st.totals}  # fmt: skip
         reductions = tuple(
-            ir.Reduction(totals[t.out.tensor.name], t.op, reader.expr(t.value)) for t in st.totals
+            ir.Reduction(total, t.op, reader.expr(t.value), self._factor_of(t.out.tensor.name))
+            for t, total in zip(st.totals, totals.values(), strict=True)
         )
 
         def scalar(x: Any) -> Any:
@@ -406,6 +466,11 @@ class NestBuilder:
             return ir.Load(totals[x.buffer.name], (), x.dtype) if is_total else x
 
         return reductions, transform(reader.expr(st.epilogue), scalar)
+
+    def _factor_of(self, name: str) -> ir.Buffer | None:
+        """The register of the factor of a sum that is relative to a running maximum."""
+        maximum = self.online.relative.get(name)
+        return self.online.registers[maximum][1] if maximum else None
 
     def _appended(self, scope: Scope, lets: list[ir.Stmt]) -> ir.Stmt:
         """The lists of one loop, each with its value at its next element."""

@@ -16,6 +16,7 @@ from tilewright.lower.drivers import check_reduction, driver_of, list_key, outer
 from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.joins import join_nest, join_of
 from tilewright.lower.nests import BuiltNest, NestBuilder
+from tilewright.lower.placed import with_roles
 from tilewright.lower.tables import (
     Driver,
     Statement,
@@ -35,9 +36,10 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
                   let j = A.indices1[j_p]
                   Y[i, k] = sum(A.values[j_p] * X[j, k] over j)
     """
+    program = with_roles(program)
     builder = _Builder(program)
     stages: list[tuple[ir.Nest, ...]] = []
-    for root, inline, also in _roots(program):
+    for root, inline, also in _roots(program, builder.placed):
         stages += builder.stages(root, inline, also)
     buffers = {b.name: b for stage in stages for nest in stage for b in _buffers(nest.body)}
     return replace(
@@ -46,11 +48,15 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
 
 
 def _roots(
-    program: ir.Program,
+    program: ir.Program, placed: set[str]
 ) -> Iterable[tuple[ir.Assign, list[ir.Assign], tuple[Statement, ...]]]:
     """Each statement that is stored, with the inline ones that it reads and the lists behind it
     that are appended to in the same loops."""
-    inline = {a.out.tensor.name: a for a in program.body if a.out.tensor.role == "inline"}
+    inline = {
+        a.out.tensor.name: a
+        for a in program.body
+        if a.out.tensor.role == "inline" or a.out.tensor.name in placed
+    }
     roots = [a for a in program.body if a.out.tensor.name not in inline]
     while roots:
         root, also = roots.pop(0), []
@@ -91,6 +97,7 @@ class _Builder:
     def __init__(self, program: ir.Program) -> None:
         self.program = program
         self.tensors = {t.name: t for t in program.tensors}
+        self.placed = {name for name, _, _ in program.placed}
 
     def stages(
         self, root: ir.Assign, inline: list[ir.Assign], also: tuple[Statement, ...] = ()
@@ -108,6 +115,8 @@ class _Builder:
         for st in (statement, *also, *temps):
             check_reduction(st, self.tensors)
         overlaps = composed is not None and composed.repeats
+        if (shared or overlaps) and any(t.out.tensor.name in self.placed for t in temps):
+            raise shares_rows(statement.out.tensor.name, composition)
         built: list[BuiltNest] = []
         whole, rest = fused(statement, temps, structure)
         if isinstance(whole, Fused):
@@ -202,7 +211,7 @@ class _Builder:
         followers = {
             t.out.tensor.name: ir.identity_of(t.op, t.out.dtype)
             for t in temps
-            if driver and driver in (driver_of(t), outer_driver(t))
+            if driver and t.op and driver in (driver_of(t), outer_driver(t))
         }
 
         def visit(e: Any) -> Any:

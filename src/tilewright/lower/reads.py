@@ -73,9 +73,13 @@ class Reader:
 
     def access(self, e: ir.Access) -> ir.Expr:
         tensor = self.tables.tensors[e.tensor.name]
+        if row := self.tables.rows.get(tensor.name):
+            return row.element(self.scope, e, tuple(self.expr(c) for c in e.coords))
         if tensor.is_sparse:
             position = self._position(tensor, e)
             return load_value(self.tables.values(tensor), position, tensor.fill)
+        if tensor.role == "inline":
+            return ir.Load(self.tables.buffer(tensor), (), e.dtype)
         coords = tuple(self.expr(c) for c in e.coords)
         value = ir.Load(self.tables.buffer(tensor), coords, e.dtype)
         inside = self.bounds(tensor, e, coords)

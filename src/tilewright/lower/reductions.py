@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import count, product
 from typing import Any
+
+import numpy as np
 
 from tilewright.dtypes import DType
 from tilewright.errors import ScheduleError
@@ -18,8 +20,6 @@ from tilewright.ir.rewrite import (
     map_bodies,
     name_repeated,
     rebuild,
-    statements,
-    transform,
     used_lets,
 )
 from tilewright.lower.accumulators import frame_of, framed, reduced_names, with_totals
@@ -39,7 +39,7 @@ def materialize_reductions(program: ir.Program) -> ir.Program:
     fixed order; one bound to threads is joined across them. An output that is updated in place at
     coordinates which the reduced loops themselves compute is updated in memory.
     """
-    program = map_bodies(program, lambda body: _scalars(_Materializer().visit(body)))
+    program = map_bodies(program, lambda body: _Materializer().visit(body))
     return replace(program, level="loops")
 
 
@@ -61,6 +61,9 @@ class _Chain:
         return self.compute.out, self.compute.op
 
 
+LEAST = {"float32": float(-np.finfo(np.float32).max), "float64": float(-np.finfo(np.float64).max)}
+_Scale = Callable[[tuple[ir.Expr, ...]], ir.Expr]
+
 # By the loops inside: an accumulator for each reduction of a statement.
 _Accumulators = dict[Any, tuple[tuple[ir.Buffer, ...], _Chain]]
 
@@ -68,6 +71,7 @@ _Accumulators = dict[Any, tuple[tuple[ir.Buffer, ...], _Chain]]
 class _Materializer:
     def __init__(self) -> None:
         self.count = 0
+        self.maxima: dict[Any, ir.Buffer] = {}  # accumulators of running ones, by name and shape
 
     def visit(self, s: ir.Stmt) -> ir.Stmt:
         out: list[ir.Stmt] = []
@@ -86,9 +90,10 @@ class _Materializer:
         if isinstance(s, ir.Seq):
             return self.visit(s)
         if isinstance(s, ir.Compute):
-            alloc = [ir.Alloc(_scalar(s.out.buffer))] if s.out.buffer.scope == "register" else []
+            alloc = [ir.Alloc(s.out.buffer)] if s.out.buffer.scope == "register" else []
             if s.reductions:  # no loop reduces: each total is its one value
-                return ir.seq(*_epilogue(s, [(r.total.name, r.value) for r in s.reductions]))
+                totals = [(r.total.name, r.value) for r in s.reductions]
+                return ir.seq(*alloc, *_epilogue(s, totals))
             return ir.seq(*alloc, _store(s, s.value))
         return s
 
@@ -109,10 +114,10 @@ class _Materializer:
                 for accs, chain in parts:
                     for acc, (op, _) in zip(accs, chain.compute.sums, strict=True):
                         before += [ir.Alloc(acc), _initial(acc, chain, op)]
-                after.append(_final(parts))
+                after.append(self._final(parts))
                 out = parts[0][1].compute.out.buffer
                 if out.scope == "register":
-                    before.insert(0, ir.Alloc(_scalar(out)))
+                    before.insert(0, ir.Alloc(out))
         inside = [_replace(s, new) for s, new in zip(group, changed, strict=True)]
         if any(c.compute.reductions for chains in chains_of for c in chains):
             inside = [used_lets(s) for s in inside]  # others are those of epilogues
@@ -129,16 +134,26 @@ class _Materializer:
             accs = tuple(self._accumulator(chain, value.dtype) for _, value in c.sums)
             accumulators[shape] = accs, chain
         index = tuple(f.var for f in (*chain.spatial, *chain.lanes))
+        if c.online:
+            self.maxima[c.out.buffer.name, shape] = accumulators[shape][0][0]
+            return _online_term(c, ir.Load(accumulators[shape][0][0], index, c.value.dtype))
         lets: Sequence[ir.Stmt] = ()
         values: Sequence[ir.Expr] = [value for _, value in c.sums]
         if len(values) > 1:
             self.count += 1
             name = f"{c.out.buffer.name}.term{self.count}_"
             lets, values = name_repeated(values, name)
-        updates = zip(accumulators[shape][0], c.sums, values, strict=True)
-        return ir.seq(*lets, *(
-            ir.Store(acc, index, ir.cast(value, acc.dtype), op) for acc, (op, _), value in updates
-        ))  # fmt: skip
+        updates: list[ir.Stmt] = []
+        factors = [r.factor for r in c.reductions] or [None]
+        for acc, (op, _), value, f in zip(
+            accumulators[shape][0], c.sums, values, factors, strict=True
+        ):
+            value = ir.cast(value, acc.dtype)
+            if f is not None:
+                by = ir.cast(ir.Load(f, (), f.dtype), acc.dtype)
+                value, op = ir.Load(acc, index, acc.dtype) * by + value, ""
+            updates.append(ir.Store(acc, index, value, op))
+        return ir.seq(*lets, *updates)
 
     def _accumulator(self, chain: _Chain, dtype: DType) -> ir.Buffer:
         out = chain.compute.out.buffer
@@ -155,6 +170,51 @@ class _Materializer:
         shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in (*chain.spatial, *chain.lanes))
         name = GeneratedName(out.name, ACCUMULATOR, self.count).name
         return ir.Buffer(name, dtype, shape, "register")
+
+    def _final(self, parts: list[tuple[tuple[ir.Buffer, ...], _Chain]]) -> ir.Stmt:
+        """Under the spatial loops and guards: the accumulators joined, and the output stored."""
+        first, chain = parts[0]
+        c = chain.compute
+        totals: list[tuple[str, ir.Expr]] = []
+        is_split = len(parts) > 1 or any(each.lanes or each.threads for _, each in parts)
+        for n, (op, _) in enumerate(c.sums):
+            factor = c.reductions[n].factor if c.reductions and is_split else None
+            joined = (
+                _over_threads(_joined(accs[n], each, op, self._scale(each, factor)), each, op)
+                for accs, each in parts
+            )
+            value = reduce(lambda a, b, op=op: ir.Binary(ir.REDUCTIONS[op], a, b, a.dtype), joined)
+            totals.append((_total_of(first[n]), value))
+        across_threads = any(each.threads for _, each in parts)
+        if not (across_threads or c.reductions):
+            return framed(_store(c, totals[0][1]), chain.frame)
+        *before, store = _epilogue(c, totals)
+        if not across_threads:
+            return framed(ir.seq(*before, store), chain.frame)
+        # All threads take part in the reduction and its barriers: guards are around the store only.
+        loops = tuple(f for f in chain.frame if isinstance(f, ir.For))
+        guards = tuple(f for f in chain.frame if not isinstance(f, ir.For))
+        return framed(ir.seq(*before, framed(store, guards)), loops)
+
+    def _scale(self, chain: _Chain, factor: ir.Buffer | None) -> _Scale | None:
+        """What a sum relative to its own running maximum is multiplied by, at each of its lanes, to
+        be relative to the maximum of all."""
+        if factor is None:
+            return None
+        name = factor.name.removesuffix(".factor")
+        shape = tuple((f.var.name, f.extent) for f in (*chain.lanes, *chain.threads))
+        own = self.maxima.get((name, shape))
+        if own is None or any(f.kind == "vector" for f in chain.lanes):
+            raise ScheduleError(
+                "S102", f"{chain.compute.out.buffer.name} and {name} are split in different loops",
+                hint="split the loop around both, into threads or with rfactor",
+            )  # fmt: skip
+        total = ir.Load(ir.Buffer(name, own.dtype, (), "register"), (), own.dtype)
+
+        def scale(lanes: tuple[ir.Expr, ...]) -> ir.Expr:
+            return ir.unary("exp", _finite(ir.Load(own, lanes, own.dtype)) - _finite(total))
+
+        return scale
 
 
 def _reductions(s: ir.Stmt) -> list[_Chain]:
@@ -215,12 +275,8 @@ def _replace(s: ir.Stmt, by: dict[int, ir.Stmt]) -> ir.Stmt:
 
 def _store(c: ir.Compute, value: ir.Expr) -> ir.Store:
     """The output set to `value`, or updated with it where it is updated in place."""
-    buffer, index = c.out.buffer, c.out.index
-    if buffer.scope == "register":
-        buffer, index = _scalar(buffer), ()
-    return ir.Store(
-        buffer, index, ir.cast(value, buffer.dtype), c.op if c.in_place else "", c.atomic
-    )
+    value = ir.cast(value, c.out.buffer.dtype)
+    return ir.Store(c.out.buffer, c.out.index, value, c.op if c.in_place else "", c.atomic)
 
 
 def _initial(acc: ir.Buffer, chain: _Chain, op: str) -> ir.Stmt:
@@ -232,25 +288,29 @@ def _initial(acc: ir.Buffer, chain: _Chain, op: str) -> ir.Stmt:
     return body
 
 
-def _final(parts: list[tuple[tuple[ir.Buffer, ...], _Chain]]) -> ir.Stmt:
-    """Under the spatial loops and guards: the accumulators joined, and the output stored."""
-    first, chain = parts[0]
-    c = chain.compute
-    totals: list[tuple[str, ir.Expr]] = []
-    for n, (op, _) in enumerate(c.sums):
-        joined = (_over_threads(_joined(accs[n], each, op), each, op) for accs, each in parts)
-        value = reduce(lambda a, b, op=op: ir.Binary(ir.REDUCTIONS[op], a, b, a.dtype), joined)
-        totals.append((_total_of(first[n]), value))
-    across_threads = any(each.threads for _, each in parts)
-    if not (across_threads or c.reductions):
-        return framed(_store(c, totals[0][1]), chain.frame)
-    *before, store = _epilogue(c, totals)
-    if not across_threads:
-        return framed(ir.seq(*before, store), chain.frame)
-    # All threads take part in the reduction and its barriers: guards are around the store only.
-    loops = tuple(f for f in chain.frame if isinstance(f, ir.For))
-    guards = tuple(f for f in chain.frame if not isinstance(f, ir.For))
-    return framed(ir.seq(*before, framed(store, guards)), loops)
+def _online_term(c: ir.Compute, maximum: ir.Load) -> ir.Stmt:
+    """One term x of a running maximum: its weight, the factor of what was summed before it, and the
+    new maximum. Of the two exponentials one is exp(-|x - maximum|), and the other is 1."""
+    assert c.online is not None
+    weight, factor = (ir.Load(b, (), b.dtype) for b in c.online)
+    x, old = (ir.Var(f"{c.out.buffer.name}.{n}", maximum.dtype) for n in ("term", "old"))
+    one, grows = ir.Const(1.0, weight.dtype), ir.binary(">", x, old)
+    distance = ir.unary("-", ir.unary("abs", x - old))
+    return ir.seq(
+        ir.Let(x, ir.cast(c.value, x.dtype)),
+        ir.Let(old, _finite(maximum)),
+        ir.Alloc(weight.buffer),
+        ir.Store(weight.buffer, (), ir.cast(ir.unary("exp", distance), weight.dtype)),
+        ir.Alloc(factor.buffer),
+        ir.Store(factor.buffer, (), ir.select(grows, weight, one)),
+        ir.Store(weight.buffer, (), ir.select(grows, one, weight)),
+        ir.Store(maximum.buffer, maximum.index, x, "max"),
+    )
+
+
+def _finite(maximum: ir.Expr) -> ir.Expr:
+    """A maximum, at least the least number: exp(-inf - maximum) is then 0, also of the first."""
+    return ir.binary("max", maximum, ir.Const(LEAST[maximum.dtype.name], maximum.dtype))
 
 
 def _over_threads(value: ir.Expr, chain: _Chain, op: str) -> ir.Expr:
@@ -282,38 +342,16 @@ def _epilogue(c: ir.Compute, totals: list[tuple[str, ir.Expr]]) -> list[ir.Stmt]
     return [*lines, ir.seq(*lets, _store(c, value))]
 
 
-def _joined(acc: ir.Buffer, chain: _Chain, op: str) -> ir.Expr:
+def _joined(acc: ir.Buffer, chain: _Chain, op: str, scale: _Scale | None = None) -> ir.Expr:
     """The accumulators of one output element: private ones in order, then the lanes of a vector."""
     spatial = tuple(f.var for f in chain.spatial)
     vector = next((f for f in chain.lanes if f.kind == "vector" and f.extent != 1), None)
     lanes = acc.dtype.vector(vector.extent or 1) if vector else acc.dtype
     ranges = [range(1) if f is vector else range(f.extent or 0) for f in chain.lanes]
-    loads = (
-        ir.Load(
-            acc,
-            (*spatial, *(ir.Const(i, f.var.dtype) for i, f in zip(at, chain.lanes, strict=True))),
-            lanes,
-        )
-        for at in product(*ranges)
-    )
+    loads: list[ir.Expr] = []
+    for at in product(*ranges):
+        own = tuple(ir.Const(i, f.var.dtype) for i, f in zip(at, chain.lanes, strict=True))
+        load = ir.Load(acc, (*spatial, *own), lanes)
+        loads.append(load * ir.cast(scale(own), acc.dtype) if scale else load)
     total = reduce(lambda a, b: ir.Binary(ir.REDUCTIONS[op], a, b, a.dtype), loads)
     return ir.ReduceLanes(op, total, acc.dtype) if vector else total
-
-
-def _scalars(body: ir.Stmt) -> ir.Stmt:
-    """Reads of inline temporaries as reads of their one register."""
-    inline = {
-        x.buffer.name for x in statements(body) if isinstance(x, ir.Alloc) and not x.buffer.shape
-    }
-
-    def visit(x: Any) -> Any:
-        if isinstance(x, ir.Load) and x.buffer.name in inline and x.index:
-            return ir.Load(_scalar(x.buffer), (), x.dtype)
-        return x
-
-    return transform(body, visit)
-
-
-def _scalar(buffer: ir.Buffer) -> ir.Buffer:
-    """An inline temporary as one register: all its own loops lie outside."""
-    return replace(buffer, shape=())

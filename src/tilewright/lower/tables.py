@@ -74,6 +74,7 @@ class Tables:
         self.formats = {t.structure: t.format for t in program.tensors if t.structure}
         self.formats.update(parts or {})
         self.names = set(self.tensors)
+        self.rows: dict[str, Any] = {}  # `placed.Row` of temporaries, by name
 
     def unused_name(self, name: str) -> str:
         """`name` without primes, with a number where the nest uses it already."""
@@ -132,9 +133,9 @@ class Tables:
         )
 
     def buffer(self, tensor: ir.Tensor) -> ir.Buffer:
-        shape = tuple(self.size(d) for d in tensor.dims)
         if tensor.role == "inline":
-            return ir.Buffer(tensor.name, tensor.dtype, shape, "register")
+            return ir.Buffer(tensor.name, tensor.dtype, (), "register")
+        shape = tuple(self.size(d) for d in tensor.dims)
         strides: list[ir.Expr] = [
             ir.Var(stride_name(tensor.name, d), dtypes.int64) for d in range(len(shape))
         ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import free_vars, statements
 from tilewright.reference.ops_table import UFUNCS, cast, constant
@@ -25,8 +27,10 @@ class Epilogues:
         at = self._offset(c)
         for r in c.reductions:
             key = r.total.name, at
-            value = self.nest.value(r.value)
-            self.totals[key] = UFUNCS[r.op](self.totals.get(key, _identity(r)), value)
+            value, before = self.nest.value(r.value), self.totals.get(key, _identity(r))
+            if r.factor is not None and before:
+                before = before * self.nest.registers[r.factor.name]
+            self.totals[key] = UFUNCS[r.op](before, value)
         if not any(ir.reduces(f, c) for f in self.around):
             self._store(c)
 
@@ -67,12 +71,25 @@ class Epilogues:
     def _store(self, c: ir.Compute) -> None:
         at = self._offset(c)
         for r in c.reductions:
-            total = self.totals.get((r.total.name, at), _identity(r))
+            total = self.totals.pop((r.total.name, at), _identity(r))
             self.nest.registers[r.total.name] = cast(total, r.total.dtype)
-        self.nest.store(c.out.buffer, c.out.index, self.nest.value(c.value), "")
+        value = self.nest.value(c.value)
+        if c.out.buffer.scope == "register":
+            self.nest.registers[c.out.buffer.name] = value
+        else:
+            self.nest.store(c.out.buffer, c.out.index, value, "")
+
+    def weigh(self, online: tuple[ir.Buffer, ir.Buffer], old: Any, x: Any) -> None:
+        """The weight of a term of a running maximum, and the factor of the sums before it."""
+        weight, factor = online
+        new = max(old, x)
+        self.nest.registers[weight.name] = np.exp(x - new) if x > -np.inf else x.dtype.type(0)
+        self.nest.registers[factor.name] = np.exp(old - new)
 
     def _offset(self, c: ir.Compute) -> int:
         buffer = c.out.buffer
+        if buffer.scope == "register":
+            return 0
         return int(self.nest.memory[buffer.name].checked(self.nest.offset(buffer, c.out.index)))
 
 

@@ -105,7 +105,7 @@ class _Nest:
         elif isinstance(s, ir.Store):
             self.store(s.buffer, s.index, self.value(s.value), s.op)
         elif isinstance(s, ir.Alloc):
-            self.allocate(s.buffer)
+            self.allocate(s.buffer, s.extents)
         elif isinstance(s, ir.Scatter):
             row, key, value = self.rows[s.workspace.name], self.value(s.key), self.value(s.value)
             row[key] = row[key] + value if key in row else value
@@ -193,6 +193,8 @@ class _Nest:
         buffer, value = s.out.buffer, self.value(s.value)
         if not _in_memory(buffer):
             if s.op and buffer.name in self.started:
+                if s.online:
+                    self.epilogues.weigh(s.online, self.registers[buffer.name], value)
                 value = UFUNCS[s.op](self.registers[buffer.name], value)
             self.registers[buffer.name] = value
         elif not s.op or s.in_place:
@@ -213,12 +215,12 @@ class _Nest:
             value = UFUNCS[op](decode(cells[at], dtype), value)
         cells[at] = encode(value, dtype, cells.dtype)
 
-    def allocate(self, b: ir.Buffer) -> None:
+    def allocate(self, b: ir.Buffer, row: tuple[ir.Expr, ...]) -> None:
         if b.scope == "workspace":
             self.rows[b.name] = {}
             return
-        extents = tuple(_integer(e) for e in b.shape)
-        if b.scope == "shared":
+        extents = tuple(int(self.value(e)) for e in row or b.shape)
+        if b.scope in ("shared", "row"):
             self.memory[b.name] = Array.of(b.name, poisoned(extents, b.dtype))
         else:
             shape = (prod(extents), b.dtype.lanes)[: 1 + (b.dtype.lanes > 1)]

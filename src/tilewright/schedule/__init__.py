@@ -171,6 +171,26 @@ class Schedule:
         Raises ScheduleError[S101, S102]."""
         return self._coords(coords.order_axes, output, *axes)
 
+    @takes(temporary=A_NAME, loop=A_NAME, scope=one_of("row", "global"))
+    def compute_at(self, temporary: str, loop: str, scope: str = "row") -> Schedule:
+        """Compute a temporary inside the loop of an index of the statement that reads it: one
+        launch, nothing is computed twice, and of the temporary exists what one iteration needs.
+
+        before: for i: for j in A[i, :]: score[i, j] = sum(Q[i, k] * K[j, k] over k)
+                for i: for c: for j in A[i, :]: out[i, c] = sum(score[i, j] * V[j, c] over j)
+        after:  for i                                                (compute_at("score", "i"))
+                  alloc score: row[number of entries of row i]
+                  for j in A[i, :]: score[j] = sum(Q[i, k] * K[j, k] over k)
+                  for c: for j in A[i, :]: out[i, c] = sum(score[j] * V[j, c] over j)
+
+        A reduction at the index that it reduces over is updated in the loop of its reader. A
+        maximum so placed is read before it is complete (the online softmax): readers inside take
+        exp(x - maximum) of its own terms x, and sums of that are rescaled whenever it grows.
+        `scope`: `"row"`, memory of a unit (CPU); `"global"`: it keeps its array, and a barrier
+        separates it from its readers (GPU). Values of one element are in a register.
+        Raises ScheduleError[S101, S102]."""
+        return self._coords(coords.compute_at, temporary, loop, scope)
+
     @takes(structure=A_NAME)
     def fuse_axes(self, structure: str) -> Schedule:
         """Walk the two axes of a sparse matrix in one loop over its entries; a binary search in

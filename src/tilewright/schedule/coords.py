@@ -25,6 +25,15 @@ def order_axes(program: Program, output: str, *axes: str) -> Program:
     return replace(program, orders=(*program.orders, (output, *axes)))
 
 
+def compute_at(program: Program, temporary: str, loop: str, scope: str) -> Program:
+    """The program rewrite behind `Schedule.compute_at`; the lowering checks what it takes."""
+    known = [t.name for t in program.tensors if t.role == "temp"]
+    if temporary not in known:
+        raise unknown(f"no temporary {temporary!r}", f"temporaries: {', '.join(known) or 'none'}")
+    rest = (p for p in program.placed if p[0] != temporary)
+    return replace(program, placed=(*rest, (temporary, loop, scope)))
+
+
 def fuse_axes(program: Program, structure: str) -> Program:
     """The program rewrite behind `Schedule.fuse_axes`."""
     tensor = next((t for t in program.tensors if t.name == structure and t.is_sparse), None)
