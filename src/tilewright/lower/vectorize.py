@@ -148,6 +148,7 @@ class _Vectorizer:
         self.loop, self.wide = loop, wide
         self.lanes = loop.extent or 1
         self.varying: dict[str, DType] = {}
+        self.lets: dict[str, ir.Expr] = {}  # those of varying names that are linear
         self.registers: set[str] = set()
 
     def refuse(self, why: str, hint: str = "vectorize another loop") -> ScheduleError:
@@ -167,6 +168,8 @@ class _Vectorizer:
         if isinstance(s, ir.Let):
             if not self.varies(s.value):
                 return s
+            if self.linear(s.value):
+                self.lets[s.var.name] = substitute(s.value, self.lets)
             value = self.vector(s.value)
             self.varying[s.var.name] = value.dtype
             return ir.Let(ir.Var(s.var.name, value.dtype), value)
@@ -253,6 +256,7 @@ class _Vectorizer:
         """(base, step) when e = base + step * lane."""
         if any(isinstance(x, ir.Load) and x.buffer.name in self.registers for x in walk(e)):
             return None
+        e = simplify(substitute(e, self.lets))
         form = affine(e, frozenset((self.loop.name, *self.varying)))
         if form is None or form.steps.keys() - {self.loop.name}:
             return None

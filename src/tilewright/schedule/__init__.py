@@ -34,7 +34,7 @@ from tilewright.schedule.arguments import (
     several,
     takes,
 )
-from tilewright.schedule.tree import clash, computes, illegal, loop_names, unknown
+from tilewright.schedule.tree import clash, computes, illegal, loop_names, matches, unknown
 from tilewright.target import Target
 
 Nests = tuple[int, ...] | None
@@ -473,7 +473,7 @@ class Schedule:
         """Whether there is a loop of that name (in one nest). Raises ScheduleError[S101, S102]."""
         chosen = self.nests if nest is None else (self._nest(nest),)
         return any(
-            isinstance(x, For) and (x.name == loop or x.name == f"{loop}_p")
+            isinstance(x, For) and matches(x, loop)
             for n in chosen
             for x in statements(n.body)
         )

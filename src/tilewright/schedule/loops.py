@@ -51,7 +51,8 @@ def split(
     def one(f: ir.For) -> ir.Stmt:
         if f.kind in ("vector", "unroll", "thread.x", "thread.y"):
             raise illegal(f"loop {f.name} is marked {f.kind}", "split it first, then mark a part")
-        outer_name, inner_name = into or (f"{loop}_o", f"{loop}_i")
+        own = loop.rpartition(".")[2]
+        outer_name, inner_name = into or (f"{own}_o", f"{own}_i")
         if f.name in (outer_name, inner_name):
             raise illegal(
                 f"split {loop} into {outer_name}, {inner_name}: the name is taken", "new names"
@@ -77,7 +78,7 @@ def split(
         if tail != "cut" or exact:
             return nest
         start = simplify(add(f.begin, mul(count, factor)))
-        return ir.seq(nest, _tail(f, f"{loop}_t", start))
+        return ir.seq(nest, _tail(f, f"{own}_t", start))
 
     return rewrite_loops(body, loop, one)
 

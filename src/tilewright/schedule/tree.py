@@ -180,8 +180,14 @@ def _clash_of(name: str, taken: frozenset[str]) -> str | None:
 
 
 def matches(loop: ir.For, name: str) -> bool:
-    """Whether `name` is that of the loop, or of the axis that it walks (`j` for `j_p`)."""
-    return loop.name == name or loop.name == f"{name}_p"
+    """Whether `name` is that of the loop, or of the axis that it walks (`j` for `j_p`). `out.j` is
+    the loop j around the statement of `out`, whatever number the name of the loop ends in."""
+    statement, _, own = name.rpartition(".")
+    names = own, f"{own}_p"
+    if not statement:
+        return loop.name in names
+    of = (c.out.buffer.name.removesuffix(".values") for c in computes(loop))
+    return statement in of and (loop.name in names or loop.name.rstrip("0123456789") in names)
 
 
 def rewrite_loops(s: ir.Stmt, name: str, f: Callable[[ir.For], ir.Stmt]) -> tuple[ir.Stmt, int]:
