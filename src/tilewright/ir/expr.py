@@ -127,6 +127,12 @@ class Access(Expr):
     coords: tuple[Expr, ...]
     dtype: DType
 
+    @property
+    def stored_coords(self) -> tuple[Expr, ...]:
+        """The coordinates in the structure of a sparse tensor, without those of dense dimensions
+        behind it."""
+        return self.coords[: len(self.coords) - self.tensor.inner]
+
 
 @node
 class Stored(Expr):
@@ -274,7 +280,8 @@ class Tensor(Operators):
     """Coordinate level: a named array over named dimensions (or integer sizes).
 
     `format` is None for dense tensors. Tensors with the same `structure` name share one sparsity
-    structure; `fill` is what a missing coordinate reads.
+    structure; `fill` is what a missing coordinate reads. The last `inner` dimensions of a sparse
+    tensor are dense: each stored coordinate has an array of them.
     """
 
     name: str
@@ -286,6 +293,7 @@ class Tensor(Operators):
     fill: float = 0.0
     kind: Kind = "activation"
     strided: bool = False
+    inner: int = 0
 
     def __hash__(self) -> int:  # formats are long to hash
         return hash((self.name, self.dims))

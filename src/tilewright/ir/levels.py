@@ -424,9 +424,9 @@ def row_major(coords: Sequence[np.ndarray], is_entry: np.ndarray) -> np.ndarray:
     return order[new]
 
 
-def load_value(values: Buffer, position: Expr, fill: float) -> Expr:
-    """`values[position]`, or `fill` where the position is -1 (a missing coordinate)."""
-    value = Load(values, (position,), values.dtype)
+def load_value(values: Buffer, position: Expr, fill: float, inner: tuple[Expr, ...] = ()) -> Expr:
+    """`values[position, inner]`, or `fill` where the position is -1 (a missing coordinate)."""
+    value = Load(values, (position, *inner), values.dtype)
     if isinstance(position, (Var, Const)) or not may_miss(position):
         return value
     kind = values.dtype.accumulator  # a narrow float is only stored, never chosen between

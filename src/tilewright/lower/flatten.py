@@ -73,7 +73,7 @@ def flatten_addresses(program: ir.Program) -> ir.Program:
 def flat_offset(x: ir.Load | ir.Store) -> ir.Expr:
     """The 64-bit offset of an access, in elements."""
     buffer = x.buffer
-    if buffer.scope == "part":
+    if buffer.scope == "part" and len(x.index) == 1:
         return x.index[0]
     strides = buffer.strides
     if strides is None:

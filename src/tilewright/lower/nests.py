@@ -156,7 +156,7 @@ class NestBuilder:
         tensor = t.out.tensor
         if loop and tensor.role == "inline":
             own = enumerate(x for x in t.out.coords if isinstance(x, ir.Index))
-            levels = len(t.out.coords) if tensor.is_sparse else 0
+            levels = len(t.out.stored_coords) if tensor.is_sparse else 0
             dims = [(n, x) for n, x in own if n >= levels and x.name not in outside.coordinates]
             row = Row(
                 tensor, tuple(n for n, _ in dims), tuple(self.tables.size(x.dim) for _, x in dims)
@@ -415,7 +415,8 @@ class NestBuilder:
         elif tensor.is_sparse:
             last = len(self.tables.levels(tensor.structure)) - 1
             position = scope.position(tensor.structure, last)
-            out = ir.Load(self.tables.values(tensor), (position,), tensor.dtype)
+            inner = map(reader.expr, st.out.coords[len(st.out.stored_coords) :])
+            out = ir.Load(self.tables.values(tensor), (position, *inner), tensor.dtype)
         elif tensor.role == "inline":
             out = ir.Load(self.tables.buffer(tensor), (), tensor.dtype)
         else:

@@ -77,7 +77,8 @@ class Reader:
             return row.element(self.scope, e, tuple(self.expr(c) for c in e.coords))
         if tensor.is_sparse:
             position = self._position(tensor, e)
-            return load_value(self.tables.values(tensor), position, tensor.fill)
+            inner = tuple(self.expr(c) for c in e.coords[len(e.stored_coords) :])
+            return load_value(self.tables.values(tensor), position, tensor.fill, inner)
         if tensor.role == "inline":
             return ir.Load(self.tables.buffer(tensor), (), e.dtype)
         coords = tuple(self.expr(c) for c in e.coords)

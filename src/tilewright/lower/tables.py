@@ -44,8 +44,8 @@ class Statement:
 
 
 def index_names(e: ir.Access) -> tuple[str, ...]:
-    """The index of each coordinate of an access, "" for one that is computed."""
-    return tuple(c.name if isinstance(c, ir.Index) else "" for c in e.coords)
+    """The index of each coordinate of an access in its structure, "" for one that is computed."""
+    return tuple(c.name if isinstance(c, ir.Index) else "" for c in e.stored_coords)
 
 
 def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
@@ -125,12 +125,9 @@ class Tables:
 
     def values(self, tensor: ir.Tensor) -> ir.Buffer:
         last = len(self.formats[tensor.structure].levels) - 1
-        return ir.Buffer(
-            values_name(tensor.name),
-            tensor.dtype,
-            (ir.Var(count_name(tensor.structure, last), self.index),),
-            "part",
-        )
+        count = ir.Var(count_name(tensor.structure, last), self.index)
+        inner = map(self.size, tensor.dims[len(tensor.dims) - tensor.inner :])
+        return ir.Buffer(values_name(tensor.name), tensor.dtype, (count, *inner), "part")
 
     def buffer(self, tensor: ir.Tensor) -> ir.Buffer:
         if tensor.role == "inline":

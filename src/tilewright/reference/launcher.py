@@ -14,6 +14,7 @@ from tilewright.ir.nodes import Program
 from tilewright.reference.evaluate import run
 from tilewright.reference.stored import Stored
 from tilewright.runtime.kernel import Kernel, Launcher
+from tilewright.runtime.view import row_major_strides
 
 
 class InterpLauncher(Launcher):
@@ -40,8 +41,16 @@ def run_frame(program: Program, frame: Any) -> None:
             stored[t.structure], order = _stored(structure)
             parts = [p.size for p in structure.parts]
             pointers = {part: slot.value for slot, part in slots}
-            arrays = [_array_at(p, t.dtype, (parts[n],), (1,)) for n, p in sorted(pointers.items())]
-            flat = np.concatenate(arrays) if slots else np.zeros(sum(parts), t.dtype.numpy)
+            inner = tuple(
+                d if isinstance(d, int) else frame.sizes[d] for d in t.dims[len(structure.shape) :]
+            )
+            arrays = [
+                _array_at(p, t.dtype, (parts[n], *inner), row_major_strides((parts[n], *inner)))
+                for n, p in sorted(pointers.items())
+            ]
+            flat = (
+                np.concatenate(arrays) if slots else np.zeros((sum(parts), *inner), t.dtype.numpy)
+            )
             data[t.name] = values = flat[order]
             if t.role == "output":
                 write_back.append(lambda f=flat, o=order, v=values, a=arrays: _scatter(f, o, v, a))

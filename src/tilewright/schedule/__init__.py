@@ -473,9 +473,7 @@ class Schedule:
         """Whether there is a loop of that name (in one nest). Raises ScheduleError[S101, S102]."""
         chosen = self.nests if nest is None else (self._nest(nest),)
         return any(
-            isinstance(x, For) and matches(x, loop)
-            for n in chosen
-            for x in statements(n.body)
+            isinstance(x, For) and matches(x, loop) for n in chosen for x in statements(n.body)
         )
 
 
