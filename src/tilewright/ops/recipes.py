@@ -33,10 +33,11 @@ def rows(s: Schedule, row: str, elements: tuple[str, ...]) -> Schedule:
     return s
 
 
-def vectors(s: Schedule, loop: str) -> Schedule:
-    """A loop in vectors, the remainder in scalars."""
-    s = s.split(loop, cpu_lanes(), tail="cut", into=(f"{loop}_o", f"{loop}_v"))
-    return s.vectorize(f"{loop}_v")
+def vectors(s: Schedule, loop: str, name: str = "") -> Schedule:
+    """A loop in vectors, the remainder in scalars; `name`: of the new loops, that of the loop."""
+    name = name or loop
+    s = s.split(loop, cpu_lanes(), tail="cut", into=(f"{name}_o", f"{name}_v"))
+    return s.vectorize(f"{name}_v")
 
 
 def fixed_width(width: int, device: str) -> int:

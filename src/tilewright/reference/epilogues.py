@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,19 @@ class Epilogues:
     def __init__(self, nest: Any) -> None:
         self.nest = nest
         self.around: list[ir.For] = []
-        self.totals: dict[tuple[str, int], Any] = {}  # by register and offset of the output
+        self.totals: dict[tuple[str, str, int], Any] = {}  # by output, register, and offset
 
     def enter(self, loop: ir.For) -> None:
         self.around.append(loop)
 
+    def start(self, outputs: Collection[str]) -> None:
+        """Forgets the totals of temporaries that are computed anew."""
+        self.totals = {k: v for k, v in self.totals.items() if k[0] not in outputs}
+
     def add(self, c: ir.Compute) -> None:
         at = self._offset(c)
         for r in c.reductions:
-            key = r.total.name, at
+            key = c.out.buffer.name, r.total.name, at
             value, before = self.nest.value(r.value), self.totals.get(key, _identity(r))
             if r.factor is not None and before:
                 before = before * self.nest.registers[r.factor.name]
@@ -71,7 +76,7 @@ class Epilogues:
     def _store(self, c: ir.Compute) -> None:
         at = self._offset(c)
         for r in c.reductions:
-            total = self.totals.pop((r.total.name, at), _identity(r))
+            total = self.totals.get((c.out.buffer.name, r.total.name, at), _identity(r))
             self.nest.registers[r.total.name] = cast(total, r.total.dtype)
         value = self.nest.value(c.value)
         if c.out.buffer.scope == "register":

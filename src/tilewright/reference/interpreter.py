@@ -128,6 +128,8 @@ class _Nest:
         starts = {n: v for n, v in self.starts(s).items() if n not in before}
         self.started = before | starts.keys()
         self.registers.update(starts)
+        if starts:
+            self.epilogues.start(starts)
         if self.positions:
             self.epilogues.enter(s)
         if isinstance(s, ir.Merge):
@@ -182,7 +184,9 @@ class _Nest:
             self.cached[id(s)] = {
                 c.out.buffer.name: _identity(c)
                 for c in walk(s)
-                if isinstance(c, ir.Compute) and not _in_memory(c.out.buffer) and ir.reduces(s, c)
+                if isinstance(c, ir.Compute)
+                and ir.reduces(s, c)
+                and c.out.buffer.scope in ("register", "row")
             }
         return self.cached[id(s)]
 
