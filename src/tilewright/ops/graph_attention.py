@@ -11,6 +11,8 @@ Reference: FeatGraph (SC 2020); FlashAttention (NeurIPS 2022) for the online for
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -44,6 +46,16 @@ def graph_attention_program(
 
 
 @program
+def gpu_softmax_program(A=sparse("m n")):
+    """Exponentials twice: a GPU computes them faster than it keeps them."""
+    i, j = indices("i:m j:n")
+    top = temp.named("top")[i](trace.max_(A[i, j], over=j))
+    weight = trace.exp(A[i, j] - top[i])
+    total = temp.named("total")[i](trace.sum_(weight, over=j))
+    return out.like(A)[i, j](weight / total[i])
+
+
+@program
 def graph_softmax_program(A=sparse("m n")):
     i, j = indices("i:m j:n")
     top = temp.named("top")[i](trace.max_(A[i, j], over=j))
@@ -59,6 +71,7 @@ AHEAD = 8  # entries whose rows of K and V are prefetched
 CTA, WARP = 256, 32  # threads
 IN_FLIGHT = 4  # entries of a row that a group of threads loads at once
 TALL, SHORT = "tall", "short"  # rows of a CTA, and of a few threads
+FEW = 8  # threads of a short row of a softmax
 LONG = 256  # entries from which a row has a CTA
 
 
@@ -138,13 +151,25 @@ def recipe(s: Schedule, heads: int = 0, d: int = 0, v: int = 0) -> Schedule:
 
 @named_recipe
 def softmax_recipe(s: Schedule) -> Schedule:
-    """The schedule of the softmax of each row."""
+    """The schedule of the softmax of each row; on a GPU a few threads for each, a CTA for a long
+    one."""
+    temporaries = [t.name for t in s.program.tensors if t.role == "temp"]
+    for t in temporaries:
+        s = s.compute_at(t, "i")
     if not s.target.is_cuda:
-        for t in TEMPORARIES[1:]:
-            s = s.compute_at(t, "i")
-        s = _rows_in_vectors(s, (*TEMPORARIES[1:], "out"))
+        s = _rows_in_vectors(s, (*temporaries, "out"))
         return s.split("i", ROWS_PER_UNIT, into=("i_unit", "i_row")).parallel("i_unit")
-    raise NotImplementedError
+    for n in range(len(s.nests)):
+        is_tall, s = s.format_of(n).name == TALL, s.on(n)
+        for t in (*temporaries, "out"):
+            s = s.split(f"{t}.j", CTA if is_tall else FEW, into=(f"{t}_o", f"{t}_r"))
+            if is_tall:
+                s = s.split(f"{t}_r", WARP, into=(f"{t}_y", f"{t}_x")).bind(f"{t}_y", "thread.y")
+            s = s.bind(f"{t}_x" if is_tall else f"{t}_r", "thread.x")
+        if not is_tall:
+            s = s.split("i", CTA // FEW, into=("i_cta", "i_y")).bind("i_y", "thread.y")
+        s = s.bind("i" if is_tall else "i_cta", "cta.x")
+    return s.everywhere()
 
 
 # ---------------------------------------------------------------------------- the operators
@@ -186,15 +211,9 @@ def graph_attention(
     sizes = (heads, d, v) if all(widths) else (0, 0, 0)
     types = str(A.dtype), *(operand_dtype(x, n) for x, n in ((Q, "Q"), (K, "K"), (V, "V")))
     target = "cpp" if A.device == "cpu" else "cuda"
-    try:
-        kernel = graph_attention_kernel(
-            A.format, types, sizes, A.structure.index_dtype.name, target
-        )
-    except (ProgramError, ScheduleError) as e:
-        raise ArgumentError(
-            "A106", f"A is packed as {A.format}: {e.message}", where="argument A",
-            hint="pack_for_graph_attention(matrix)",
-        ) from e  # fmt: skip
+    index = A.structure.index_dtype.name
+    with _packed_right(A):
+        kernel = graph_attention_kernel(A.format, types, sizes, index, target)
     return kernel(A, Q, K, V, d**-0.5 if scale is None else scale, out=out)
 
 
@@ -225,3 +244,39 @@ def graph_attention_definition(
     of = dict(zip("AQKV", types, strict=True))
     typed = graph_attention_program.typed(**of, index=index).decompose(A=fmt)
     return typed.schedule(recipe.of(**dict(zip(("heads", "d", "v"), sizes, strict=True))))
+
+
+def graph_softmax(A: Packed, out: Any = None) -> Packed:
+    """The softmax of the stored entries of each row of A, with the structure of A. `out`: a Packed
+    of A's structure to write to. Raises ArgumentError as `graph_attention` does."""
+    check_packed(A, lambda fmt: fmt.ndim == 2, "pack_for_graph_attention(matrix)")
+    target = "cpp" if A.device == "cpu" else "cuda"
+    with _packed_right(A):
+        kernel = graph_softmax_kernel(A.format, str(A.dtype), A.structure.index_dtype.name, target)
+    return kernel(A, out=out)
+
+
+@cache
+def graph_softmax_kernel(fmt: Any, dtype: str, index: str, target: str) -> Kernel:
+    """The built kernel for a format, the dtype of A, an index type and a target."""
+    return graph_softmax_definition(fmt, dtype, index, target).build(target)
+
+
+def graph_softmax_definition(
+    fmt: Any, dtype: str, index: str = "int32", target: str = "cpp"
+) -> Definition:
+    """The program of `graph_softmax_kernel` with its schedule."""
+    softmax = graph_softmax_program if target == "cpp" else gpu_softmax_program
+    return softmax.typed(A=dtype, index=index).decompose(A=fmt).schedule(softmax_recipe)
+
+
+@contextmanager
+def _packed_right(A: Packed) -> Iterator[None]:
+    """Refuses a format that the recipes have no schedule for. Raises ArgumentError[A106]."""
+    try:
+        yield
+    except (ProgramError, ScheduleError) as e:
+        raise ArgumentError(
+            "A106", f"A is packed as {A.format}: {e.message}", where="argument A",
+            hint="pack_for_graph_attention(matrix)",
+        ) from e  # fmt: skip
