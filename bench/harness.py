@@ -32,6 +32,8 @@ SUITES = {
     "spmm": ("sparse", "sparse times dense"),
     "sddmm": ("sparse", "dense times dense at stored entries"),
     "spgemm": ("sparse", "sparse with sparse: A A, A + Aᵀ, A ∘ Aᵀ"),
+    "graph_attention": ("graph_attention", "attention along the edges of a graph"),
+    "graph_softmax": ("graph_attention", "the softmax of the entries of each row"),
     "decode": ("decode", "decode attention over a paged cache, beside the time to read it"),
     "prefill": ("prefill", "prefill attention, ragged and paged, causal and full"),
     "model": ("model", "tokens a second of a model, for prompts and for answers"),
