@@ -17,10 +17,10 @@ from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Level, may_miss
 from tilewright.ir.rewrite import add, mul, transform, walk
 from tilewright.lower.drivers import Iteration, driver_of, iteration, outer_driver
-from tilewright.lower.epilogues import Fused, values_of
+from tilewright.lower.epilogues import Fused, fused, values_of
 from tilewright.lower.lists import has_list, list_of, merge_of
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
-from tilewright.lower.placed import Row, check_around, nest_of, refuse, unready
+from tilewright.lower.placed import Row, check, online, refuse
 from tilewright.lower.reads import PartRows, Reader, appended
 from tilewright.lower.scope import BlockPart, Scope
 from tilewright.lower.tables import (
@@ -77,13 +77,17 @@ class NestBuilder:
         shared: bool,
         also: tuple[Statement, ...] = (),
     ) -> None:
-        self.tables, self.also = tables, also
-        self.placed = {name: loop for name, loop, _ in tables.program.placed}
-        self.root, self.temps, self.online = nest_of(root, temps, self.placed)
+        self.tables, self.root, self.also = tables, root, also
         self.structure, self.shared = structure, shared
         self.rows = PartRows(tables, structure, shared)
         self.emitted: set[str] = set()  # temporaries that are computed already
-        self.computed_in = {t.out.tensor.name: self._statement_around(t) for t in self.temps}
+        self.placed = {name: loop for name, loop, _ in tables.program.placed}
+        for t in [t for t in temps if t.out.tensor.name in self.placed]:
+            before, after = temps[: temps.index(t)], temps[temps.index(t) + 1 :]
+            t, before = fused(t, before, "")
+            temps = [*before, t, *after]
+        self.temps = temps
+        self.computed_in = {t.out.tensor.name: self._statement_around(t) for t in temps}
 
     def build(self) -> BuiltNest:
         st = self.root
@@ -102,6 +106,7 @@ class NestBuilder:
         is_revisited = (self.shared and not is_sparse) or revisits_outputs(st, specs)
         in_place = bool(st.op) and (is_update or is_revisited)
         body = self._loops(_Target(st, in_place), specs, scope)
+        body = online(body) if self.placed else body
         return BuiltNest(body, driver, in_place and not is_update, covers)
 
     # -- statements ----------------------------------------------------------------------------
@@ -110,9 +115,7 @@ class NestBuilder:
         """The output of the statement in whose loops `t` is computed: the root, or the reduction
         whose index it needs."""
         is_placed = t.out.tensor.name in self.placed
-        if is_placed or not {x.name for x in indices_in(t.out.coords)} - self._names_of(
-            self.root, axes=False
-        ):
+        if is_placed or self._names_of(t, axes=False) <= self._names_of(self.root, axes=False):
             return self.root.out.tensor.name
         for reader in (*self.temps, self.root):
             for x in (x for value in values_of(reader) for x in walk(value)):
@@ -124,25 +127,20 @@ class NestBuilder:
         return {x.name for x in (*indices_in(st.out.coords), *(st.axes if axes else ()))}
 
     def _temporary(self, t: Statement, scope: Scope) -> ir.Stmt:
-        """The loops of a temporary inside those of another statement."""
-        name, loop, outside = t.out.tensor.name, self.placed.get(t.out.tensor.name, ""), scope
-        driver, scope = driver_of(t), scope.copy()
-        if missing := unready(t, self.placed, self.emitted):
-            raise refuse(missing[0], f"{name} reads it first", f"compute_at {name} further in")
+        """The loops of a temporary inside those of another statement; none over an axis in whose
+        loop it is placed."""
+        tensor, loop = t.out.tensor, self.placed.get(t.out.tensor.name, "")
+        driver, root, inside = driver_of(t), driver_of(self.root), scope.copy()
+        check(t, self.placed, self.emitted, set(scope.coordinates))
         if driver:
             self._check_complete_rows(t, driver)
-        is_running = loop in {a.name for a in t.axes}
-        if is_running:
-            rest = tuple(a for a in t.axes if a.name != loop)
-            specs = self._follow(replace(t, axes=rest), None, scope)
-            if driver != self._followed_by(loop) or (driver and not scope.is_read_at(driver)):
-                raise refuse(
-                    name, f"loop {loop} has other coordinates", "give it a loop of its own"
-                )
+        own = tuple(a for a in t.axes if a.name != loop)
+        if own == t.axes:
+            specs = self._follow(t, driver, inside)
         else:
-            specs = self._follow(t, driver, scope)
-        if loop:
-            check_around(t, loop, set(outside.coordinates))
+            if driver != (root if root and loop in root.indices else None):
+                raise refuse(tensor.name, f"loop {loop} has other coordinates", "another index")
+            specs = self._follow(replace(t, axes=own), None, inside)
         if revisits_outputs(t, specs):
             raise ProgramError(
                 "P107",
@@ -150,28 +148,12 @@ class NestBuilder:
             )
         around = (self.root, *(x for x in self.temps if x is not t))
         names = {name for x in around for name in self._names_of(x)}
-        shadowed = frozenset(
-            a.name for a in t.axes if a.name in names and not (is_running and a.name == loop)
-        )
-        tensor = t.out.tensor
-        if loop and tensor.role == "inline":
-            own = enumerate(x for x in t.out.coords if isinstance(x, ir.Index))
-            levels = len(t.out.stored_coords) if tensor.is_sparse else 0
-            dims = [(n, x) for n, x in own if n >= levels and x.name not in outside.coordinates]
-            row = Row(
-                tensor, tuple(n for n, _ in dims), tuple(self.tables.size(x.dim) for _, x in dims)
-            )
-            self.tables.rows[name] = row
-        body = self._loops(_Target(t, False, shadowed), specs, scope)
-        if loop and tensor.role != "inline":
-            return ir.seq(body, ir.Sync())
-        row = self.tables.rows.get(name)
-        return ir.seq(ir.Alloc(row.buffer, row.extents), body) if row and row.extents else body
-
-    def _followed_by(self, loop: str) -> Driver | None:
-        """The structure whose stored coordinates a loop of the root follows."""
-        driver = driver_of(self.root)
-        return driver if driver and loop in driver.indices else None
+        target = _Target(t, False, frozenset(a.name for a in own if a.name in names))
+        if self.tables.tensors[tensor.name].role != "inline":
+            return ir.seq(self._loops(target, specs, inside), ir.Sync())
+        row = self.tables.rows[tensor.name] = Row.of(self.tables, t.out, scope)
+        body = self._loops(target, specs, inside)
+        return ir.seq(ir.Alloc(row.buffer, row.extents), body) if row.extents else body
 
     def _follow(self, st: Statement, driver: Driver | None, scope: Scope) -> list[LoopSpec]:
         if driver:
@@ -409,16 +391,13 @@ class NestBuilder:
         body = st.value.a if merged and isinstance(st.value, ir.Select) else st.value
         reductions, value = self._values(st, body, reader)
         tensor = st.out.tensor
-        if tensor.name in self.tables.rows:
-            coords = tuple(reader.expr(c) for c in st.out.coords)
-            out = self.tables.rows[tensor.name].element(scope, st.out, coords)
+        if row := self.tables.rows.get(tensor.name):
+            out = row.element(scope, st.out, tuple(map(reader.expr, st.out.coords)))
         elif tensor.is_sparse:
             last = len(self.tables.levels(tensor.structure)) - 1
             position = scope.position(tensor.structure, last)
             inner = map(reader.expr, st.out.coords[len(st.out.stored_coords) :])
             out = ir.Load(self.tables.values(tensor), (position, *inner), tensor.dtype)
-        elif tensor.role == "inline":
-            out = ir.Load(self.tables.buffer(tensor), (), tensor.dtype)
         else:
             coords = tuple(reader.expr(c) for c in st.out.coords)
             guards += reader.bounds(tensor, st.out, coords)
@@ -435,9 +414,8 @@ class NestBuilder:
         if not op:
             value = ir.cast(value, out.dtype)
         axes = tuple(target.tag(a.name) for a in st.axes)
-        shared, online = in_place and self.shared, self.online.registers.get(tensor.name)
         compute = ir.Compute(
-            out, value, op, axes, in_place, shared=shared, reductions=reductions, online=online
+            out, value, op, axes, in_place, shared=in_place and self.shared, reductions=reductions
         )
         return _inside(lets, guards, compute)
 
@@ -446,20 +424,17 @@ class NestBuilder:
     ) -> tuple[tuple[ir.Reduction, ...], ir.Expr]:
         """The reductions of a statement with an epilogue, and the value that it stores; or
         `body` alone."""
-        name, relative = st.out.tensor.name, self.online.relative
-        row = self.tables.rows.get(name)
-        if not isinstance(st, Fused) and st.op and (name in relative or (row and row.extents)):
+        row = self.tables.rows.get(st.out.tensor.name)
+        if st.op and row and row.extents and not isinstance(st, Fused):
             value = reader.expr(body)
-            total = ir.Buffer(f"{name}.0", value.dtype, (), "register")
-            factor = self._factor_of(name)
-            return (ir.Reduction(total, st.op, value, factor),), ir.Load(total, (), total.dtype)
+            total = ir.Buffer(f"{row.tensor.name}.0", value.dtype, (), "register")
+            return (ir.Reduction(total, st.op, value),), ir.Load(total, (), total.dtype)
         if not isinstance(st, Fused):
             return (), reader.expr(body)
         totals = {t.out.tensor.name: ir.Buffer(t.out.tensor.name, t.out.dtype, (), "register")
                   for t in st.totals}  # fmt: skip
         reductions = tuple(
-            ir.Reduction(total, t.op, reader.expr(t.value), self._factor_of(t.out.tensor.name))
-            for t, total in zip(st.totals, totals.values(), strict=True)
+            ir.Reduction(totals[t.out.tensor.name], t.op, reader.expr(t.value)) for t in st.totals
         )
 
         def scalar(x: Any) -> Any:
@@ -467,11 +442,6 @@ class NestBuilder:
             return ir.Load(totals[x.buffer.name], (), x.dtype) if is_total else x
 
         return reductions, transform(reader.expr(st.epilogue), scalar)
-
-    def _factor_of(self, name: str) -> ir.Buffer | None:
-        """The register of the factor of a sum that is relative to a running maximum."""
-        maximum = self.online.relative.get(name)
-        return self.online.registers[maximum][1] if maximum else None
 
     def _appended(self, scope: Scope, lets: list[ir.Stmt]) -> ir.Stmt:
         """The lists of one loop, each with its value at its next element."""

@@ -1,9 +1,5 @@
 """Temporaries that are computed inside a loop of the statement that reads them
 (`Schedule.compute_at`): their checks, their memory, and the online form of a softmax.
-
-A maximum that is computed in the loop it reduces over is read before it is complete. The terms of a
-sum over exp(x - maximum) are then relative to the maximum so far, and the sum is multiplied by
-exp(old - new) whenever the maximum grows. Reference: Milakov and Gimelshein (2018), algorithm 3.
 """
 
 from __future__ import annotations
@@ -14,15 +10,56 @@ from typing import Any
 
 from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import rebuild, simplify, walk
-from tilewright.lower.epilogues import Fused, fused, values_of
+from tilewright.ir.rewrite import rebuild, simplify, transform, walk
+from tilewright.lower.epilogues import values_of
 from tilewright.lower.scope import Scope
-from tilewright.lower.tables import Driver, Statement, index_names, indices_in
+from tilewright.lower.tables import Driver, Statement, Tables, index_names, indices_in
+
+
+def refuse(name: str, why: str, hint: str) -> ScheduleError:
+    return ScheduleError("S102", f"{name} cannot be computed there: {why}", hint=hint)
+
+
+def with_roles(program: ir.Program) -> ir.Program:
+    """The program with temporaries in memory of a unit marked as inline. Raises ScheduleError[S102]
+    for one that several statements with loops of their own read."""
+    scopes = {name: scope for name, _, scope in program.placed}
+    for name, loop, _ in program.placed:
+        readers = {a.out.tensor.name for a in program.body if name in _names_read(a.value)}
+        roots = sorted(readers - scopes.keys())
+        if len(roots) > 1 or not readers:
+            raise refuse(
+                name, f"{' and '.join(roots) or 'nothing'} read it",
+                f"compute_at(…, {loop!r}) all readers but one",
+            )  # fmt: skip
+    tensors = (
+        replace(t, role="inline") if scopes.get(t.name) == "row" else t for t in program.tensors
+    )
+    return replace(program, tensors=tuple(tensors))
+
+
+def _names_read(e: Any) -> set[str]:
+    return {x.tensor.name for x in walk(e) if isinstance(x, ir.Access)}
+
+
+def check(t: Statement, placed: dict[str, str], emitted: set[str], around: set[str]) -> None:
+    """Raises ScheduleError[S102] for a temporary that reads what is not computed yet, or that loops
+    `around` would repeat."""
+    name, loop = t.out.tensor.name, placed.get(t.out.tensor.name, "")
+    read = set().union(*map(_names_read, values_of(t))) & placed.keys()
+    for late in sorted(read - emitted - {name}):
+        raise refuse(late, f"{name} reads it first", f"compute_at {name} further in")
+    own = {loop, *(x.name for x in indices_in(t.out.coords))}
+    for again in sorted(around - own) if loop else ():
+        raise refuse(
+            name, f"loop {again} is around loop {loop}, and would repeat it",
+            f"order_axes the statement that reads it, {loop} before {again}",
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
 class Row:
-    """The memory of a placed temporary: a register, or an array of what one iteration computes.
+    """The memory of an inline temporary: a register, or an array of what one iteration computes.
 
     Its indices are the variables of the `levels` walked inside (depth, begin and end), and the
     coordinates number `dims`, which have `sizes`."""
@@ -32,24 +69,29 @@ class Row:
     sizes: tuple[ir.Expr, ...]
     levels: list[tuple[int, ir.Expr, ir.Expr]] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, tables: Tables, out: ir.Access, scope: Scope) -> Row:
+        """That of a temporary whose loops are inside those of a scope."""
+        first = len(out.stored_coords) if out.tensor.is_sparse else 0
+        own = list(enumerate(indices_in(out.coords)))[first:]
+        free = [(n, tables.size(x.dim)) for n, x in own if x.name not in scope.coordinates]
+        tensor = tables.tensors[out.tensor.name]
+        return cls(tensor, tuple(n for n, _ in free), tuple(size for _, size in free))
+
     @property
     def extents(self) -> tuple[ir.Expr, ...]:
-        return (
-            *(simplify(ir.binary("-", end, begin)) for _, begin, end in self.levels),
-            *self.sizes,
-        )
+        lengths = (simplify(ir.binary("-", end, begin)) for _, begin, end in self.levels)
+        return (*lengths, *self.sizes)
 
     @property
     def buffer(self) -> ir.Buffer:
         extents = self.extents
-        if not extents:
-            return ir.Buffer(self.tensor.name, self.tensor.dtype, (), "register")
-        shape = (ir.as_expr(0), *extents[1:])  # `Alloc` has the first one
-        return ir.Buffer(self.tensor.name, self.tensor.dtype, shape, "row")
+        shape = (ir.as_expr(0), *extents[1:])[: len(extents)]  # `Alloc` has the first one
+        scope = "row" if extents else "register"
+        return ir.Buffer(self.tensor.name, self.tensor.dtype, shape, scope)
 
     def element(self, scope: Scope, e: ir.Access, coords: Sequence[ir.Expr]) -> ir.Load:
-        """The element at coordinates. Raises ScheduleError[S102] for another row than that of the
-        iteration."""
+        """The element at coordinates. Raises ScheduleError[S102] where no loop follows them."""
         index: list[ir.Expr] = []
         if self.levels:
             driver = Driver(e.tensor.structure, index_names(e))
@@ -63,165 +105,113 @@ class Row:
         return ir.Load(self.buffer, (*index, *(coords[n] for n in self.dims)), e.dtype)
 
 
-def refuse(name: str, why: str, hint: str) -> ScheduleError:
-    return ScheduleError("S102", f"{name} cannot be computed there: {why}", hint=hint)
+# ---------------------------------------------------------------------------- the online form
 
 
-def with_roles(program: ir.Program) -> ir.Program:
-    """The program with temporaries in memory of a unit marked as inline. Raises ScheduleError[S102]
-    for one that several statements with loops of their own read."""
-    placed = {name: (loop, scope) for name, loop, scope in program.placed}
-    for name, (loop, _) in placed.items():
-        readers = [a for a in program.body if _reads(a.value, name)]
-        roots = {r.out.tensor.name for r in readers} - placed.keys()
-        through = {r.out.tensor.name for r in readers} & placed.keys()
-        if len(roots) > 1 or not (roots or through):
-            raise refuse(
-                name, f"{' and '.join(sorted(roots)) or 'nothing'} read it",
-                f"compute_at(…, {loop!r}) all readers but one",
-            )  # fmt: skip
-    tensors = tuple(
-        replace(t, role="inline") if placed.get(t.name, ("", ""))[1] == "row" else t
-        for t in program.tensors
-    )
-    roles = {t.name: t for t in tensors}
+def online(body: ir.Stmt) -> ir.Stmt:
+    """Maxima that are read in the loop they reduce over, before they are complete: a reader takes
+    exp(x - maximum) of the terms x, and sums of that are multiplied by exp(old - new) whenever the
+    maximum grows. Reference: Milakov and Gimelshein (2018), algorithm 3.
 
-    def visit(x: Any) -> Any:
-        if isinstance(x, ir.Access):
-            coords = tuple(visit(c) for c in x.coords)
-            return replace(x, tensor=roles[x.tensor.name], coords=coords)
-        return rebuild(x, visit)
+    before: top[] = max(s[] over j)            after: top[] = max(s[] over j) online
+            w[] = exp(s[] - top[])                    w[] = top.weight[]
+            l[] = sum(w[] over j)                     l[] = l.0[] where l.0 = sum(w[] over j)
+                                                                                  by top.factor
+    """
+    rewriter = _Online()
+    body = rewriter.visit(body, frozenset())
 
-    body = tuple(ir.Assign(visit(a.out), visit(a.value), a.op) for a in program.body)
-    return replace(program, tensors=tensors, body=body)
+    def mark(x: Any) -> Any:
+        is_read = isinstance(x, ir.Compute) and x.out.buffer.name in rewriter.registers
+        return replace(x, online=rewriter.registers[x.out.buffer.name]) if is_read else x
+
+    return transform(body, mark)
 
 
-def _reads(e: Any, name: str) -> bool:
-    return any(isinstance(x, ir.Access) and x.tensor.name == name for x in walk(e))
+class _Online:
+    """`running`: the maxima around; `degrees`: the weights that a register is linear in."""
 
+    def __init__(self) -> None:
+        self.running: dict[str, ir.Compute] = {}
+        self.registers: dict[str, tuple[ir.Buffer, ir.Buffer]] = {}
+        self.degrees: dict[str, frozenset[str]] = {}
 
-def nest_of(
-    root: Statement, temps: list[Statement], placed: dict[str, str]
-) -> tuple[Statement, list[Statement], Online]:
-    """The statements of a nest, placed ones with their epilogues; running maxima read by weight."""
-    for t in [t for t in temps if t.out.tensor.name in placed]:
-        at = temps.index(t)
-        joined, rest = fused(t, temps[:at], "")
-        temps = [*rest, joined, *temps[at + 1 :]]
-    running = {
-        t.out.tensor.name: t for t in temps
-        if placed.get(t.out.tensor.name) in {a.name for a in t.axes}
-    }  # fmt: skip
-    online = Online({}, {}, placed, running, {})
-    if running:
-        temps = [online.statement(t) for t in temps]
-        root = online.statement(root)
-    return root, temps, online
+    def visit(self, s: Any, axes: frozenset[str]) -> Any:
+        if isinstance(s, ir.Compute):
+            return self.compute(s, axes)
+        within = axes | frozenset(s.axes) if isinstance(s, ir.For) else axes
+        return rebuild(s, lambda x: self.visit(x, within) if isinstance(x, ir.Stmt) else x)
 
+    def compute(self, c: ir.Compute, axes: frozenset[str]) -> ir.Compute:
+        name = c.out.buffer.name
+        inside = {n: m for n, m in self.running.items() if axes & set(m.reduce)}
+        terms = [self.value(name, e, inside) for _, e in c.sums]
+        relative = [self.degree(e) for e in terms] if c.reduce else []
+        for (op, _), degree in zip(c.sums, relative, strict=False):
+            if degree is None or (degree and (op != "sum" or len(degree) > 1)):
+                raise self.not_linear(name)
+        factors = [self.registers[next(iter(d))][1] if d else None for d in relative]
+        if c.op == "max" and c.out.buffer.scope == "register":
+            self.running[name] = c
+        if c.reductions:
+            outside = {n: m for n, m in inside.items() if not set(m.reduce) & set(c.reduce)}
+            sums = zip(c.reductions, terms, factors, strict=True)
+            reductions = tuple(replace(r, value=e, factor=f) for r, e, f in sums)
+            return replace(c, reductions=reductions, value=self.value(name, c.value, outside))
+        if any(factors):
+            total = ir.Buffer(f"{name}.0", terms[0].dtype, (), "register")
+            sums = (ir.Reduction(total, c.op, terms[0], factors[0]),)
+            return replace(c, op="", value=ir.Load(total, (), total.dtype), reductions=sums)
+        if not c.reduce:
+            degree = self.degree(terms[0])
+            if degree is None:
+                raise self.not_linear(name)
+            self.degrees[name] = degree
+        return replace(c, value=terms[0])
 
-@dataclass(frozen=True, slots=True)
-class Online:
-    """Rewrites the statements of a nest that read `running` maxima. `registers`: of weight and
-    factor, by name of the maximum; `relative`: the maxima that sums are relative to, by name of the
-    sum; `degrees` by temporary, as `degree` has them."""
+    def value(self, name: str, e: ir.Expr, inside: dict[str, ir.Compute]) -> ir.Expr:
+        """A value computed in the loops of the maxima `inside`, which reads their weights."""
 
-    registers: dict[str, tuple[ir.Buffer, ir.Buffer]]
-    relative: dict[str, str]
-    placed: dict[str, str]
-    running: dict[str, Statement]
-    degrees: dict[str, dict[str, int]]
+        def visit(x: Any) -> Any:
+            a = x.a if isinstance(x, ir.Unary) and x.op == "exp" else None
+            if isinstance(a, ir.Binary) and a.op == "-" and isinstance(a.b, ir.Load):
+                m = inside.get(a.b.buffer.name)
+                if m is not None and a.a == m.value:
+                    registers = (
+                        ir.Buffer(f"{a.b.buffer.name}.{kind}", x.dtype, (), "register")
+                        for kind in ("weight", "factor")
+                    )
+                    pair = self.registers.setdefault(a.b.buffer.name, tuple(registers))  # type: ignore[arg-type]
+                    return ir.Load(pair[0], (), x.dtype)
+            return rebuild(x, visit)
 
-    def statement(self, st: Statement) -> Statement:
-        name = st.out.tensor.name
-        around = {self.placed.get(name, "")} - {a.name for a in st.axes}
-        if name not in self.placed and st.out.tensor.role != "inline":
-            around = {x.name for x in indices_in(st.out.coords)}
-        within = around | {a.name for a in st.axes}
-        if isinstance(st, Fused):
-            totals = tuple(self.reduction(t, within) for t in st.totals)
-            epilogue = self.value(name, st.epilogue, around)
-            return replace(st, totals=totals, value=totals[0].value, epilogue=epilogue)
-        if st.op:
-            return self.reduction(st, within)
-        return replace(st, value=self.value(name, st.value, around))
-
-    def value(self, name: str, e: ir.Expr, loops: set[str]) -> ir.Expr:
-        """A value computed in `loops`, with weights in place of exp(x - maximum)."""
-        waiting = {n: t for n, t in self.running.items() if self.placed[n] in loops and n != name}
-        e = self.by_weight(e, waiting)
-        for n in waiting:
-            if _reads(e, n):
+        e = visit(e)
+        for x in walk(e):
+            if isinstance(x, ir.Load) and x.buffer.name in inside and x.buffer.name != name:
                 raise refuse(
-                    n, f"{name} reads it before it is complete",
-                    f"only exp(x - {n}) of the terms x of a maximum is read in its own loop",
+                    x.buffer.name, f"{name} reads it before it is complete",
+                    f"only exp(x - {x.buffer.name}) of the terms x is read in its own loop",
                 )  # fmt: skip
-        degree = self.degree(e)
-        if degree is None:
-            raise self._not_linear(name)
-        self.degrees[name] = degree
         return e
 
-    def reduction(self, st: Statement, loops: set[str]) -> Statement:
-        name = st.out.tensor.name
-        value = self.value(name, st.value, loops)
-        relative = self.degrees.pop(name)
-        if relative and (st.op != "sum" or len(relative) > 1):
-            raise self._not_linear(name)
-        if relative:
-            self.relative[name] = next(iter(relative))
-        return replace(st, value=value)
-
-    def _not_linear(self, name: str) -> ScheduleError:
+    def not_linear(self, name: str) -> ScheduleError:
         return refuse(
             " and ".join(self.running), f"{name} is no sum of products with one exp(x - maximum)",
             "sum(exp(score[i, j] - top[i]) * V[j, c], over=j)",
         )  # fmt: skip
 
-    def by_weight(self, e: Any, running: dict[str, Statement]) -> Any:
-        """`e` with exp(x - maximum) read from the register of its weight."""
-        if isinstance(e, ir.Unary) and e.op == "exp" and isinstance(e.a, ir.Binary):
-            b = e.a.b
-            t = running.get(b.tensor.name) if isinstance(b, ir.Access) else None
-            if t is not None and (e.a.op, t.op) == ("-", "max") and e.a.a == t.value:
-                name = t.out.tensor.name
-                weight, factor = (
-                    ir.Buffer(f"{name}.{kind}", e.dtype, (), "register")
-                    for kind in ("weight", "factor")
-                )
-                self.registers[name] = weight, factor
-                return ir.Load(weight, (), e.dtype)
-        return rebuild(e, lambda x: self.by_weight(x, running))
-
-    def degree(self, e: Any) -> dict[str, int] | None:
+    def degree(self, e: Any) -> frozenset[str] | None:
         """The weights that an expression is linear in; None where it is not linear."""
-        if isinstance(e, ir.Load):
-            return {e.buffer.name.removesuffix(".weight"): 1}
-        if isinstance(e, ir.Access):
-            return self.degrees.get(e.tensor.name, {})
+        if isinstance(e, ir.Load) and e.buffer.scope == "register":
+            maximum = e.buffer.name.removesuffix(".weight")
+            is_weight = maximum in self.registers and maximum != e.buffer.name
+            return frozenset({maximum} if is_weight else self.degrees.get(e.buffer.name, ()))
         parts = [self.degree(x) for x in ir.children(e)]
-        used = [p for p in parts if p != {}]
+        used = [p for p in parts if p is None or p]
         if not used or None in used:
-            return None if used else {}
-        is_scaled = isinstance(e, ir.Cast) or (isinstance(e, ir.Unary) and e.op == "-")
-        is_scaled |= isinstance(e, ir.Binary) and e.op in "*/" and used == parts[: len(used)]
-        is_scaled |= isinstance(e, ir.Binary) and e.op == "*" and len(used) == 1
+            return None if used else frozenset()
         is_sum = isinstance(e, ir.Binary) and e.op in "+-" and parts[0] == parts[1]
-        return used[0] if (is_scaled and len(used) == 1) or is_sum else None
-
-
-def unready(t: Statement, placed: dict[str, str], emitted: set[str]) -> list[str]:
-    """The placed temporaries that `t` reads and that are not computed yet."""
-    reads = (x for v in values_of(t) for x in walk(v) if isinstance(x, ir.Access))
-    names = {x.tensor.name for x in reads} & placed.keys()
-    return sorted(names - emitted - {t.out.tensor.name})
-
-
-def check_around(t: Statement, loop: str, around: set[str]) -> None:
-    """Raises ScheduleError[S102] where a loop around a placed temporary would repeat it."""
-    name, own = t.out.tensor.name, {loop, *(x.name for x in indices_in(t.out.coords))}
-    again = sorted(around - own)
-    if again:
-        raise refuse(
-            name, f"loop {again[0]} is around loop {loop}, and would repeat it",
-            f"order_axes the statement that reads it, {loop} before {again[0]}",
-        )  # fmt: skip
+        is_scaled = isinstance(e, ir.Cast) or (
+            isinstance(e, ir.Binary) and (e.op == "*" or (e.op == "/" and not parts[1]))
+        )
+        return used[0] if is_sum or (is_scaled and len(used) == 1) else None

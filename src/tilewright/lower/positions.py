@@ -52,11 +52,8 @@ def _roots(
 ) -> Iterable[tuple[ir.Assign, list[ir.Assign], tuple[Statement, ...]]]:
     """Each statement that is stored, with the inline ones that it reads and the lists behind it
     that are appended to in the same loops."""
-    inline = {
-        a.out.tensor.name: a
-        for a in program.body
-        if a.out.tensor.role == "inline" or a.out.tensor.name in placed
-    }
+    inside = placed | {t.name for t in program.tensors if t.role == "inline"}
+    inline = {a.out.tensor.name: a for a in program.body if a.out.tensor.name in inside}
     roots = [a for a in program.body if a.out.tensor.name not in inline]
     while roots:
         root, also = roots.pop(0), []

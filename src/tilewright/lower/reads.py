@@ -79,8 +79,6 @@ class Reader:
             position = self._position(tensor, e)
             inner = tuple(self.expr(c) for c in e.coords[len(e.stored_coords) :])
             return load_value(self.tables.values(tensor), position, tensor.fill, inner)
-        if tensor.role == "inline":
-            return ir.Load(self.tables.buffer(tensor), (), e.dtype)
         coords = tuple(self.expr(c) for c in e.coords)
         value = ir.Load(self.tables.buffer(tensor), coords, e.dtype)
         inside = self.bounds(tensor, e, coords)

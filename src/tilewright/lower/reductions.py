@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import count, product
@@ -60,9 +60,13 @@ class _Chain:
     def key(self) -> tuple[Any, ...]:
         return self.compute.out, self.compute.op
 
+    @property
+    def split(self) -> tuple[Any, ...]:
+        """The loops that have an accumulator for each iteration or thread."""
+        return tuple((f.var.name, f.extent) for f in (*self.lanes, *self.threads))
+
 
 LEAST = {"float32": float(-np.finfo(np.float32).max), "float64": float(-np.finfo(np.float64).max)}
-_Scale = Callable[[tuple[ir.Expr, ...]], ir.Expr]
 
 # By the loops inside: an accumulator for each reduction of a statement.
 _Accumulators = dict[Any, tuple[tuple[ir.Buffer, ...], _Chain]]
@@ -129,7 +133,7 @@ class _Materializer:
         c = chain.compute
         if chain.escapes:
             return _store(c, c.value)
-        shape = tuple((f.var.name, f.extent) for f in (*chain.lanes, *chain.threads))
+        shape = chain.split
         if shape not in accumulators:
             accs = tuple(self._accumulator(chain, value.dtype) for _, value in c.sums)
             accumulators[shape] = accs, chain
@@ -180,7 +184,7 @@ class _Materializer:
         for n, (op, _) in enumerate(c.sums):
             factor = c.reductions[n].factor if c.reductions and is_split else None
             joined = (
-                _over_threads(_joined(accs[n], each, op, self._scale(each, factor)), each, op)
+                _over_threads(self._scaled(_joined(accs[n], each, op), each, factor), each, op)
                 for accs, each in parts
             )
             value = reduce(lambda a, b, op=op: ir.Binary(ir.REDUCTIONS[op], a, b, a.dtype), joined)
@@ -196,25 +200,20 @@ class _Materializer:
         guards = tuple(f for f in chain.frame if not isinstance(f, ir.For))
         return framed(ir.seq(*before, framed(store, guards)), loops)
 
-    def _scale(self, chain: _Chain, factor: ir.Buffer | None) -> _Scale | None:
-        """What a sum relative to its own running maximum is multiplied by, at each of its lanes, to
-        be relative to the maximum of all."""
+    def _scaled(self, value: ir.Expr, chain: _Chain, factor: ir.Buffer | None) -> ir.Expr:
+        """A sum that is relative to its own running maximum, relative to the maximum of all."""
         if factor is None:
-            return None
+            return value
         name = factor.name.removesuffix(".factor")
-        shape = tuple((f.var.name, f.extent) for f in (*chain.lanes, *chain.threads))
-        own = self.maxima.get((name, shape))
-        if own is None or any(f.kind == "vector" for f in chain.lanes):
+        own = self.maxima.get((name, chain.split))
+        if own is None or chain.lanes:
             raise ScheduleError(
                 "S102", f"{chain.compute.out.buffer.name} and {name} are split in different loops",
-                hint="split the loop around both, into threads or with rfactor",
+                hint="split the loop around both by threads",
             )  # fmt: skip
         total = ir.Load(ir.Buffer(name, own.dtype, (), "register"), (), own.dtype)
-
-        def scale(lanes: tuple[ir.Expr, ...]) -> ir.Expr:
-            return ir.unary("exp", _finite(ir.Load(own, lanes, own.dtype)) - _finite(total))
-
-        return scale
+        by = ir.unary("exp", _finite(ir.Load(own, (), own.dtype)) - _finite(total))
+        return ir.binary("*", value, ir.cast(by, value.dtype))
 
 
 def _reductions(s: ir.Stmt) -> list[_Chain]:
@@ -342,16 +341,19 @@ def _epilogue(c: ir.Compute, totals: list[tuple[str, ir.Expr]]) -> list[ir.Stmt]
     return [*lines, ir.seq(*lets, _store(c, value))]
 
 
-def _joined(acc: ir.Buffer, chain: _Chain, op: str, scale: _Scale | None = None) -> ir.Expr:
+def _joined(acc: ir.Buffer, chain: _Chain, op: str) -> ir.Expr:
     """The accumulators of one output element: private ones in order, then the lanes of a vector."""
     spatial = tuple(f.var for f in chain.spatial)
     vector = next((f for f in chain.lanes if f.kind == "vector" and f.extent != 1), None)
     lanes = acc.dtype.vector(vector.extent or 1) if vector else acc.dtype
     ranges = [range(1) if f is vector else range(f.extent or 0) for f in chain.lanes]
-    loads: list[ir.Expr] = []
-    for at in product(*ranges):
-        own = tuple(ir.Const(i, f.var.dtype) for i, f in zip(at, chain.lanes, strict=True))
-        load = ir.Load(acc, (*spatial, *own), lanes)
-        loads.append(load * ir.cast(scale(own), acc.dtype) if scale else load)
+    loads = (
+        ir.Load(
+            acc,
+            (*spatial, *(ir.Const(i, f.var.dtype) for i, f in zip(at, chain.lanes, strict=True))),
+            lanes,
+        )
+        for at in product(*ranges)
+    )
     total = reduce(lambda a, b: ir.Binary(ir.REDUCTIONS[op], a, b, a.dtype), loads)
     return ir.ReduceLanes(op, total, acc.dtype) if vector else total

@@ -130,8 +130,6 @@ class Tables:
         return ir.Buffer(values_name(tensor.name), tensor.dtype, (count, *inner), "part")
 
     def buffer(self, tensor: ir.Tensor) -> ir.Buffer:
-        if tensor.role == "inline":
-            return ir.Buffer(tensor.name, tensor.dtype, (), "register")
         shape = tuple(self.size(d) for d in tensor.dims)
         strides: list[ir.Expr] = [
             ir.Var(stride_name(tensor.name, d), dtypes.int64) for d in range(len(shape))
