@@ -11,8 +11,6 @@ Reference: FeatGraph (SC 2020); FlashAttention (NeurIPS 2022) for the online for
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -45,25 +43,6 @@ def graph_attention_program(
     return out[i, h, c](trace.where(total[i, h] > 0, mixed / total[i, h], 0.0))
 
 
-@program
-def gpu_softmax_program(A=sparse("m n")):
-    """Exponentials twice: a GPU computes them faster than it keeps them."""
-    i, j = indices("i:m j:n")
-    top = temp.named("top")[i](trace.max_(A[i, j], over=j))
-    weight = trace.exp(A[i, j] - top[i])
-    total = temp.named("total")[i](trace.sum_(weight, over=j))
-    return out.like(A)[i, j](weight / total[i])
-
-
-@program
-def graph_softmax_program(A=sparse("m n")):
-    i, j = indices("i:m j:n")
-    top = temp.named("top")[i](trace.max_(A[i, j], over=j))
-    weight = temp.like(A).named("weight")[i, j](trace.exp(A[i, j] - top[i]))
-    total = temp.named("total")[i](trace.sum_(weight[i, j], over=j))
-    return out.like(A)[i, j](weight[i, j] / total[i])
-
-
 # ---------------------------------------------------------------------------- recipes
 
 ROWS_PER_UNIT = 16  # of one unit on the CPU
@@ -71,7 +50,6 @@ AHEAD = 8  # entries whose rows of K and V are prefetched
 CTA, WARP = 256, 32  # threads
 IN_FLIGHT = 4  # entries of a row that a group of threads loads at once
 TALL, SHORT = "tall", "short"  # rows of a CTA, and of a few threads
-FEW = 8  # threads of a short row of a softmax
 LONG = 256  # entries from which a row has a CTA
 
 
@@ -80,7 +58,11 @@ def cpu_recipe(s: Schedule) -> Schedule:
     sizes, lanes = dict(s.program.sizes), cpu_lanes()
     for t in TEMPORARIES:
         s = s.compute_at(t, "h")
-    s = _rows_in_vectors(vectors(s, "k"), TEMPORARIES[1:])
+    s = vectors(s, "k")
+    for n in range(len(s.nests)):
+        for loop in TEMPORARIES[1:] if not s.format_of(n).levels[-1].pads else ():
+            s = vectors(s.on(n), f"{loop}.j", loop) if s.has(f"{loop}.j", n) else s
+    s = s.everywhere()
     rest, width = "c", sizes.get("v", 0)
     for tile in (128, 64, 32, lanes):
         if tile < lanes or (width and width < tile):
@@ -94,21 +76,9 @@ def cpu_recipe(s: Schedule) -> Schedule:
         if is_exact:
             break
         rest = f"{rest}_t"
-    if all(f.name in ("csr", "dcsr") for f in _format(s).formats):
+    if s.format_of(0).name == "csr":
         s = s.prefetch("K", "score.j", AHEAD)
     return s.split("i", ROWS_PER_UNIT, into=("i_unit", "i_row")).parallel("i_unit")
-
-
-def _rows_in_vectors(s: Schedule, statements: tuple[str, ...]) -> Schedule:
-    """The loops over stored entries in vectors, of formats without padding."""
-    for n in range(len(s.nests)):
-        for t in statements if not s.format_of(n).levels[-1].pads else ():
-            s = vectors(s.on(n), f"{t}.j", t) if s.has(f"{t}.j", n) else s
-    return s.everywhere()
-
-
-def _format(s: Schedule) -> Any:
-    return next(t.format for t in s.program.tensors if t.is_sparse)
 
 
 def gpu_recipe(s: Schedule) -> Schedule:
@@ -149,29 +119,6 @@ def recipe(s: Schedule, heads: int = 0, d: int = 0, v: int = 0) -> Schedule:
     return gpu_recipe(s) if s.target.is_cuda else cpu_recipe(s)
 
 
-@named_recipe
-def softmax_recipe(s: Schedule) -> Schedule:
-    """The schedule of the softmax of each row; on a GPU a few threads for each, a CTA for a long
-    one."""
-    temporaries = [t.name for t in s.program.tensors if t.role == "temp"]
-    for t in temporaries:
-        s = s.compute_at(t, "i")
-    if not s.target.is_cuda:
-        s = _rows_in_vectors(s, (*temporaries, "out"))
-        return s.split("i", ROWS_PER_UNIT, into=("i_unit", "i_row")).parallel("i_unit")
-    for n in range(len(s.nests)):
-        is_tall, s = s.format_of(n).name == TALL, s.on(n)
-        for t in (*temporaries, "out"):
-            s = s.split(f"{t}.j", CTA if is_tall else FEW, into=(f"{t}_o", f"{t}_r"))
-            if is_tall:
-                s = s.split(f"{t}_r", WARP, into=(f"{t}_y", f"{t}_x")).bind(f"{t}_y", "thread.y")
-            s = s.bind(f"{t}_x" if is_tall else f"{t}_r", "thread.x")
-        if not is_tall:
-            s = s.split("i", CTA // FEW, into=("i_cta", "i_y")).bind("i_y", "thread.y")
-        s = s.bind("i" if is_tall else "i_cta", "cta.x")
-    return s.everywhere()
-
-
 # ---------------------------------------------------------------------------- the operators
 
 
@@ -210,10 +157,14 @@ def graph_attention(
     widths = fixed_width(d, A.device), fixed_width(v, A.device)
     sizes = (heads, d, v) if all(widths) else (0, 0, 0)
     types = str(A.dtype), *(operand_dtype(x, n) for x, n in ((Q, "Q"), (K, "K"), (V, "V")))
-    target = "cpp" if A.device == "cpu" else "cuda"
-    index = A.structure.index_dtype.name
-    with _packed_right(A):
+    index, target = A.structure.index_dtype.name, "cpp" if A.device == "cpu" else "cuda"
+    try:
         kernel = graph_attention_kernel(A.format, types, sizes, index, target)
+    except (ProgramError, ScheduleError) as e:
+        raise ArgumentError(
+            "A106", f"A is packed as {A.format}: {e.message}", where="argument A",
+            hint="pack_for_graph_attention(matrix)",
+        ) from e  # fmt: skip
     return kernel(A, Q, K, V, d**-0.5 if scale is None else scale, out=out)
 
 
@@ -244,39 +195,3 @@ def graph_attention_definition(
     of = dict(zip("AQKV", types, strict=True))
     typed = graph_attention_program.typed(**of, index=index).decompose(A=fmt)
     return typed.schedule(recipe.of(**dict(zip(("heads", "d", "v"), sizes, strict=True))))
-
-
-def graph_softmax(A: Packed, out: Any = None) -> Packed:
-    """The softmax of the stored entries of each row of A, with the structure of A. `out`: a Packed
-    of A's structure to write to. Raises ArgumentError as `graph_attention` does."""
-    check_packed(A, lambda fmt: fmt.ndim == 2, "pack_for_graph_attention(matrix)")
-    target = "cpp" if A.device == "cpu" else "cuda"
-    with _packed_right(A):
-        kernel = graph_softmax_kernel(A.format, str(A.dtype), A.structure.index_dtype.name, target)
-    return kernel(A, out=out)
-
-
-@cache
-def graph_softmax_kernel(fmt: Any, dtype: str, index: str, target: str) -> Kernel:
-    """The built kernel for a format, the dtype of A, an index type and a target."""
-    return graph_softmax_definition(fmt, dtype, index, target).build(target)
-
-
-def graph_softmax_definition(
-    fmt: Any, dtype: str, index: str = "int32", target: str = "cpp"
-) -> Definition:
-    """The program of `graph_softmax_kernel` with its schedule."""
-    softmax = graph_softmax_program if target == "cpp" else gpu_softmax_program
-    return softmax.typed(A=dtype, index=index).decompose(A=fmt).schedule(softmax_recipe)
-
-
-@contextmanager
-def _packed_right(A: Packed) -> Iterator[None]:
-    """Refuses a format that the recipes have no schedule for. Raises ArgumentError[A106]."""
-    try:
-        yield
-    except (ProgramError, ScheduleError) as e:
-        raise ArgumentError(
-            "A106", f"A is packed as {A.format}: {e.message}", where="argument A",
-            hint="pack_for_graph_attention(matrix)",
-        ) from e  # fmt: skip
