@@ -424,10 +424,11 @@ class NestBuilder:
     ) -> tuple[tuple[ir.Reduction, ...], ir.Expr]:
         """The reductions of a statement with an epilogue, and the value that it stores; or
         `body` alone."""
-        row = self.tables.rows.get(st.out.tensor.name)
-        if st.op and row and row.extents and not isinstance(st, Fused):
+        name = st.out.tensor.name
+        row, is_plain = self.tables.rows.get(name), not isinstance(st, Fused)
+        if st.op and is_plain and name in self.placed and (not row or row.extents):
             value = reader.expr(body)
-            total = ir.Buffer(f"{row.tensor.name}.0", value.dtype, (), "register")
+            total = ir.Buffer(f"{name}.0", value.dtype, (), "register")
             return (ir.Reduction(total, st.op, value),), ir.Load(total, (), total.dtype)
         if not isinstance(st, Fused):
             return (), reader.expr(body)

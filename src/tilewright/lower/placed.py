@@ -25,7 +25,10 @@ def with_roles(program: ir.Program) -> ir.Program:
     for one that several statements with loops of their own read."""
     scopes = {name: scope for name, _, scope in program.placed}
     for name, loop, _ in program.placed:
-        readers = {a.out.tensor.name for a in program.body if name in _names_read(a.value)}
+        readers = {  # a reduction of out is out.0
+            a.out.tensor.name.partition(".")[0] for a in program.body
+            if name in _names_read(a.value)
+        }  # fmt: skip
         roots = sorted(readers - scopes.keys())
         if len(roots) > 1 or not readers:
             raise refuse(

@@ -47,7 +47,8 @@ def graph_attention_program(
 
 ROWS_PER_UNIT = 16  # of one unit on the CPU
 AHEAD = 8  # entries whose rows of K and V are prefetched
-CTA, WARP = 256, 32  # threads
+CTA, WARP = 512, 32  # threads
+TALL_LANES = 8  # threads of an entry of a long row
 IN_FLIGHT = 4  # entries of a row that a group of threads loads at once
 TALL, SHORT = "tall", "short"  # rows of a CTA, and of a few threads
 LONG = 256  # entries from which a row has a CTA
@@ -88,24 +89,27 @@ def gpu_recipe(s: Schedule) -> Schedule:
     d, v = sizes["d"], sizes["v"]
     itemsize = next(t.dtype.itemsize for t in s.program.tensors if t.name == "K")
     lanes = next(n for n in (16 // itemsize, 4, 2, 1) if d % n == 0 and v % n == 0)
-    across = min(WARP, 1 << (max(d, v) // lanes - 1).bit_length())
-    groups = CTA // across
+    power = 1 << (max(d, v) // lanes - 1).bit_length()
     for t in TEMPORARIES:
         s = s.compute_at(t, "j")
-    s = s.order_axes("out", "i", "h", "j", "c")
-    for loop in "k", "c":
-        s = s.split(loop, lanes, into=(f"{loop}_q", f"{loop}_v"))
-        s = s.split(f"{loop}_q", across, into=(f"{loop}_o", f"{loop}_x"))
-        s = s.bind(f"{loop}_x", "thread.x").unroll(f"{loop}_o").vectorize(f"{loop}_v")
-    s = s.fuse("i", "h", into="row")
+    s = s.order_axes("out", "i", "h", "j", "c").fuse("i", "h", into="row")
     for n in range(len(s.nests)):
         fmt, s = s.format_of(n), s.on(n)
-        if fmt.name == TALL:
-            s = s.split("j", groups, into=("j_o", "j_y")).bind("j_y", "thread.y")
-            s = s.bind("row", "cta.x")
-            continue
+        across = min(power, TALL_LANES if fmt.name == TALL else WARP)  # threads of an entry
+        for loop in "k", "c":
+            s = s.split(loop, lanes, into=(f"{loop}_q", f"{loop}_v")).vectorize(f"{loop}_v")
+            s = s.split(f"{loop}_q", across, into=(f"{loop}_o", f"{loop}_x"))
+            s = s.bind(f"{loop}_x", "thread.x").unroll(f"{loop}_o")
+        groups = CTA // across
+        entries = IN_FLIGHT * (groups if fmt.name == TALL else 1)
         if fmt.name != "bucket(0)":
-            s = s.split("j", IN_FLIGHT, tail="cut", into=("j_o", "j_u")).unroll("j_u")
+            s = s.split("j", entries, tail="cut", into=("j_o", "j_r"))
+        if fmt.name == TALL:
+            s = s.split("j_r", groups, into=("j_u", "j_y")).bind("j_y", "thread.y")
+            s = s.split("j_t", groups, into=("t_o", "t_y")).bind("t_y", "thread.y")
+            s = s.bind("row", "cta.x").unroll("j_u")
+            continue
+        s = s.unroll("j_r") if fmt.name != "bucket(0)" else s
         s = s.split("row", groups, into=("row_cta", "row_y"))
         s = s.bind("row_cta", "cta.x").bind("row_y", "thread.y")
     return s.everywhere()
