@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tilewright.compiler import Recipe, Watch
     from tilewright.schedule import Schedule
 
-entries.place = transfer.to_device
+entries.to_device = transfer.to_device
 
 _INT32, _INT64 = dtypes.int32, dtypes.int64
 WATCHED = 2  # the debug level from which passes and schedules are printed, so that they must run

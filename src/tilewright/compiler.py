@@ -1,4 +1,4 @@
-"""From a program to the text of a kernel: the passes, the schedule and the rendering in a row.
+"""From a program to the text of a kernel: the passes, the schedule and rendering, in order.
 
 `build` imports this only for a kernel that is not in the cache.
 """

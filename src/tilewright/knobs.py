@@ -66,7 +66,7 @@ KNOBS: dict[str, Knob] = {
     "cache": Knob("TILEWRIGHT_CACHE", True, _flag, "0 or 1", "0 compiles everything anew"),
     "threads": Knob("TILEWRIGHT_THREADS", 0, _integer(0), "an integer, 0 = all cores", "threads of the CPU target"),
     "cxx": Knob("TILEWRIGHT_CXX", "", str, "a command", "the C++ compiler, as g++ or 'ccache g++'; empty = CXX, else c++, g++ or clang++"),
-    "isa": Knob("TILEWRIGHT_ISA", "", str, "avx512, avx2, baseline or empty", "instruction set of the CPU target; empty = this CPU's"),
+    "isa": Knob("TILEWRIGHT_ISA", "", str, "avx512bf16, avx512, avx2, baseline or empty", "instruction set of the CPU target; empty = this CPU's"),
     "verify": Knob("TILEWRIGHT_VERIFY", False, _flag, "0 or 1", "run the IR verifiers between all passes"),
     "debug": Knob("TILEWRIGHT_DEBUG", 0, _integer(0, 4), "0 to 4", "1 timings, 2 schedules, 3 each pass, 4 source"),
 }  # fmt: skip

@@ -22,7 +22,7 @@ CUDA_ARCHS = tuple(SHARED_BYTES)
 # The noun for `arch` in messages, and its values, for each kind of target.
 ARCHS: dict[str, tuple[str, tuple[str, ...]]] = {
     "interp": ("architecture", ()),
-    "cpp": ("instruction set", ("avx512", "avx2", "baseline")),
+    "cpp": ("instruction set", ("avx512bf16", "avx512", "avx2", "baseline")),
     "cuda": ("CUDA architecture", CUDA_ARCHS),
 }
 

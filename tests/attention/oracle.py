@@ -3,7 +3,8 @@
     python -m tests.attention.oracle --cases 20000 --seed 7
 
 runs that many cases and prints each that fails, with the number that makes it again
-(`--first N --cases 1`); 100 cases take about 15 s, most of it in the C++ compiler. Masks and
+(`--first N --cases 1`); 100 cases take about 15 s, most of it in the C++ compiler. `--device cuda`
+runs them on a GPU, whose kernels of 16-bit products round more. Masks and
 logits are written twice: as hooks of a variant, and as NumPy functions of positions and heads.
 Whatever no query sees holds NaN or Inf, in K and in V.
 """
@@ -15,7 +16,8 @@ import functools
 import operator
 import sys
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -197,17 +199,19 @@ def pages_of(
 FORMS = ("csr", "csr int64", "padded", "padded int64", "rows", "ragged", "dense")
 
 
-def table_of(case: Case) -> tw.Table:
-    """The table of a case as its form tells it; entries that nobody needs are rubbish."""
+def table_of(case: Case, to: Callable[[np.ndarray], Any] = lambda x: x) -> tw.Table:
+    """The table of a case as its form tells it, of arrays converted by `to`; unused entries are
+    random."""
     rng = np.random.default_rng(zlib.crc32(case.number.encode()))
     kind = np.int64 if case.form.endswith("int64") else np.int32
     kv_len, indptr = case.kv_len.astype(kind), case.kv_indptr.astype(kind)
+    positions = {name: to(x) for name, x in case.positions.items()}
     if case.form.startswith("csr"):
-        return tw.Table.csr(kv_len, indptr, case.kv_indices.astype(kind), **case.positions)
+        return tw.Table.csr(to(kv_len), to(indptr), to(case.kv_indices.astype(kind)), **positions)
     if case.form == "ragged":
-        return tw.Table.ragged(indptr, **case.positions)
+        return tw.Table.ragged(to(indptr), **positions)
     if case.form == "dense":
-        return tw.Table.dense(kv_len, **case.positions)
+        return tw.Table.dense(to(kv_len), **positions)
     requests, counts = len(kv_len), np.diff(case.kv_indptr)
     rows = rng.permutation(requests + 3)[:requests] if case.form == "rows" else np.arange(requests)
     height, width = requests + 3 * (case.form == "rows"), int(counts.max(initial=0)) + 2
@@ -215,8 +219,8 @@ def table_of(case: Case) -> tw.Table:
     block_table = wide[:, :width]
     for r, row in enumerate(rows):
         block_table[row, : counts[r]] = case.kv_indices[indptr[r] : indptr[r] + counts[r]]
-    named = {"rows": rows.astype(kind)} if case.form == "rows" else {}
-    return tw.Table(kv_len, block_table, **named, **case.positions)
+    named = {"rows": to(rows.astype(kind))} if case.form == "rows" else {}
+    return tw.Table(to(kv_len), to(block_table), **named, **positions)
 
 
 def draw_positions(rng: np.random.Generator, lengths: list[int], kind: str) -> dict[str, Any]:
@@ -306,14 +310,18 @@ def arrays_of(case: Case) -> dict[str, Any]:
 
 
 def compare(
-    case: Case, o: np.ndarray, lse: np.ndarray, relative: float = 6e-7, rounding: float = 0.0
+    case: Case, o: np.ndarray, lse: np.ndarray, relative: float = 6e-7, kind: str = "float32"
 ) -> None:
-    """Raises AssertionError where a result is off by more than rounding explains; `rounding`: of o
-    to
-    its dtype, relative."""
+    """Raises AssertionError where a result is off by more than rounding explains: of o to `kind`,
+    its dtype, and, where Q, K, V and o are bfloat16, of each softmax weight to bfloat16 (a mean of
+    values with weights that are off by 2⁻⁹ each is off by at most 2⁻⁹ of the largest value)."""
     wanted, wanted_lse, largest = oracle(case)
     tolerance = relative * (4 + largest)
+    rounding = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}[kind]
     relative, absolute = tolerance + rounding, tolerance + rounding / 1000
+    if kind == case.k.dtype.name == "bfloat16":
+        values = np.abs(case.v.astype(np.float64))
+        absolute += 2**-9 * values[np.isfinite(values)].max(initial=0)
     np.testing.assert_allclose(o, wanted, rtol=relative, atol=absolute, err_msg=str(case))
     np.testing.assert_allclose(lse, wanted_lse, rtol=tolerance, atol=tolerance, err_msg=str(case))
 
@@ -327,11 +335,13 @@ def check(case: Case) -> None:
     plan = attn.plan(case.qo_indptr, kv, workers=case.workers)
     state = attn.run(case.q, kv, plan, out=out, **arrays)
     compare(case, out, state.lse)
+    if case.q.dtype.name == "bfloat16":
+        narrow = attn.run(case.q, kv, plan, **arrays)
+        compare(case, narrow.o.astype(np.float64), narrow.lse, kind="bfloat16")
     if (np.diff(case.qo_indptr) == 1).all():  # the same, as a step that is bound once
         bound = attn.bind(case.q, kv, **arrays)()
-        eps = {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8}[case.q.dtype.name]
         assert bound.o.dtype == case.q.dtype
-        compare(case, bound.o.astype(np.float64), bound.lse, rounding=eps)
+        compare(case, bound.o.astype(np.float64), bound.lse, kind=case.q.dtype.name)
     if int(case.number.split(":")[1]) % 5 == 0:
         from tilewright.attention import reference
 
@@ -341,22 +351,62 @@ def check(case: Case) -> None:
         compare(case, found.o, found.lse, 1e-13)
 
 
+def on_gpu(x: np.ndarray) -> Any:
+    """A torch tensor on the GPU with the strides of `x` (negative ones reversed)."""
+    import torch
+
+    kind = getattr(torch, x.dtype.name) if x.dtype.name != "uint32" else torch.int32
+    bits = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[x.itemsize]
+    flat = torch.from_numpy(np.ascontiguousarray(x).view(bits)).view(kind)
+    strides = [abs(n) // x.itemsize for n in x.strides]
+    return torch.empty_strided(x.shape, strides, dtype=kind, device="cuda").copy_(flat)
+
+
+def check_on_gpu(case: Case) -> str:
+    """Run a case on a GPU and compare; returns the family that ran."""
+    attn = attention_of(case)
+    k, v = (x[:, 0] if case.form == "ragged" else x for x in (case.k, case.v))
+    kv = tw.KV(table_of(case, on_gpu), tw.Pool(on_gpu(k), on_gpu(v)))
+    plan = attn.plan(case.qo_indptr, kv, workers=case.workers)
+    arrays = {name: on_gpu(x) for name, x in arrays_of(case).items()}
+    state = attn.run(on_gpu(case.q), kv, plan, **arrays)
+    o, lse = state.o.double().cpu().numpy(), state.lse.double().cpu().numpy()
+    family = plan.family
+    if family == "portable":
+        compare(case, o, lse, relative=4e-6, kind=case.q.dtype.name)
+        return family
+    wanted, wanted_lse, largest = oracle(case)  # weights are rounded to the type of V
+    values = np.abs(case.v.astype(np.float64))
+    most = values[np.isfinite(values)].max(initial=0)
+    rounding = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}[case.q.dtype.name]
+    np.testing.assert_allclose(
+        o, wanted, rtol=rounding, atol=most * (2**-8 + 4e-6 * largest), err_msg=str(case)
+    )
+    np.testing.assert_allclose(
+        lse, wanted_lse, rtol=4e-6 * (4 + largest), atol=4e-3, err_msg=str(case)
+    )
+    return family
+
+
 def main() -> int:
     """Run cases as the command line says; the number of failures decides the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    failed = 0
-    for number in range(given.first, given.first + given.cases):
-        case = draw(given.seed, number)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args()
+    failed, families = 0, Counter[str]()
+    for number in range(args.first, args.first + args.cases):
+        case = draw(args.seed, number)
         try:
-            check(case)
+            families["cpu" if args.device == "cpu" else check_on_gpu(case)] += 1
+            if args.device == "cpu":
+                check(case)
         except Exception as error:
             failed += 1
             print(f"{case}\n  {type(error).__name__}: {str(error).strip()[:600]}", flush=True)
-    print(f"{given.cases} cases, {failed} failed")
+    print(f"{args.cases} cases, {failed} failed; {dict(families)}")
     return int(failed > 0)
 
 

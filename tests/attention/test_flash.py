@@ -87,6 +87,26 @@ def test_narrow_types(rng, dtype, q_dtype):
     check(Attention(6, 2, 80), q, kv, indptr)
 
 
+@pytest.mark.parametrize("isa", ["avx512", "avx512bf16"])
+@pytest.mark.parametrize("head_dim", [16, 72, 128])
+def test_products_of_bfloat16(rng, isa, head_dim):
+    """Pairs of bfloat16 where the CPU multiplies them, floats elsewhere; NaN in unused slots."""
+    if not compilers.runnable(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    with knobs.scope(isa=isa):
+        kv = paged(rng, KV_LENGTHS, (16, 2, head_dim), TYPES["bfloat16"])
+        q, indptr = queries(rng, QO, 6, head_dim, TYPES["bfloat16"])
+        attn = Attention(6, 2, head_dim)
+        check(attn, q, kv, indptr)
+        state = attn.run(q, kv, attn.plan(indptr, kv))
+    wanted = reference.attention(q, kv, indptr, attn.variant)
+    o = state.o.astype(np.float64)
+    np.testing.assert_allclose(o, wanted.o, rtol=2**-8, atol=2**-9 * 4)
+    error = np.linalg.norm(o - wanted.o) / np.linalg.norm(wanted.o)
+    assert error < 4e-3, error
+    np.testing.assert_allclose(state.lse, wanted.lse, rtol=3e-6, atol=3e-6)
+
+
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_other_vector_widths(rng, isa):
     if not compilers.runnable(isa):

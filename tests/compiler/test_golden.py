@@ -58,7 +58,7 @@ def attention_text(name: str) -> str:
     """What is rendered for a variant, for both targets; the skeletons are files of their own."""
     spec = ATTENTION[name]
     cpp = without_constants(cpu.source(spec, VECTOR_BITS))
-    for file in ("bounds.h", "table.h", "variant.h", "flash_cpu.h"):
+    for file in ("bounds.h", "table.h", "variant.h", "vectors_cpu.h", "flash_cpu.h"):
         cpp = cpp.replace(template(file), f'#include "{file}"\n')
     cuda = without_constants(portable.source(spec))
     text = f"==== cpp\n{cpp.rstrip()}\n==== cuda\n{cuda.rstrip()}\n"

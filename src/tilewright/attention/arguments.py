@@ -1,5 +1,4 @@
-"""Checks of what `Attention.run` and `bind` are called with: queries, outputs, values of the
-variant."""
+"""Checks of the arguments of `Attention.run` and `bind`: queries, outputs, values of variants."""
 
 from __future__ import annotations
 

@@ -257,7 +257,7 @@ class Attention:
     def _interpreted(
         self, q: Any, kv: KV, plan: Any, state: State, arrays: dict[str, Any]
     ) -> BoundAttention:
-        """A run by NumPy, where there is no compiler."""
+        """Runs the attention in NumPy where no compiler is installed."""
         compilers.warn_of_interpreter()
         arguments = {name: array for name, (array, _) in arrays.items()}
         o, lse = np.asarray(state.o), np.asarray(state.lse)
@@ -308,8 +308,8 @@ class Resolution:
         width = max(len(name) for name, _ in self.families)
         lines = []
         for name, reason in self.families:
-            said = reason or ("runs" if name == self.chosen else "can run")
-            lines.append(f"{name:{width}}  {said}")
+            answer = reason or ("runs" if name == self.chosen else "can run")
+            lines.append(f"{name:{width}}  {answer}")
         return "\n".join(lines)
 
 

@@ -54,7 +54,7 @@ def _cases(e: Any, wanted: bool) -> list[Case]:
 
 def ranges(mask: Expr, ops: Any) -> list[Any]:
     """The range of keys of each case, as `ops` (Numbers or Text) writes it; at least one."""
-    found = []
+    ranges = []
     for case in cases(mask):
         keys = ops.key
         for condition in case:
@@ -62,8 +62,8 @@ def ranges(mask: Expr, ops: Any) -> list[Any]:
                 keys = ops.keys_both(keys, ops.keys_if(ops.bound(condition), ops.key))
             elif isinstance(condition, Binary) and condition.op in ("<", "<=", ">", ">=", "=="):
                 keys = ops.keys_both(keys, _compared(condition, ops))
-        found.append(keys)
-    return found or [ops.keys_none()]
+        ranges.append(keys)
+    return ranges or [ops.keys_none()]
 
 
 def _reads_key(e: Expr) -> bool:
@@ -201,10 +201,10 @@ class Numbers:
         return Interval(low, high)
 
 
-def visible_tiles(found: list[Interval], key: Interval, tile: int) -> np.ndarray:
+def visible_tiles(intervals: list[Interval], key: Interval, tile: int) -> np.ndarray:
     """How many tiles of `tile` keys the ranges touch, each once."""
-    low = np.stack([np.maximum(r.lo, key.lo) + 0 * key.hi for r in found])
-    high = np.stack([np.minimum(r.hi, key.hi) + 0 * key.lo for r in found])
+    low = np.stack([np.maximum(r.lo, key.lo) + 0 * key.hi for r in intervals])
+    high = np.stack([np.minimum(r.hi, key.hi) + 0 * key.lo for r in intervals])
     begin = np.where(low <= high, low // tile, 0)
     end = np.where(low <= high, high // tile + 1, 0)
     order = np.argsort(begin, 0, kind="stable")

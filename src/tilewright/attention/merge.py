@@ -31,9 +31,10 @@ _FLOATS = (dtypes.float64, dtypes.float32, dtypes.float16, dtypes.bfloat16)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class State:
-    """`o` (tokens, qo_heads, head_dim), of the dtype of q; `lse` (tokens, qo_heads) float32,
-    natural
-    logarithm. Arrays are of the framework that the queries came from."""
+    """The result of attention over some keys, which merges with that over other keys.
+
+    `o` (tokens, qo_heads, head_dim), of the dtype of q; `lse` (tokens, qo_heads) float32, natural
+    logarithm. Both are arrays of the framework of the queries."""
 
     o: Any
     lse: Any

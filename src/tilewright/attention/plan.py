@@ -300,13 +300,13 @@ def visible_tiles(
         "at.kv_len": Interval.of(kv_lengths),
     }
     key = Interval.of(0, kv_lengths - 1)
-    found = extents.ranges(shape.mask, extents.Numbers(key, positions, shape.values))
-    return extents.visible_tiles(found, key, KEY_TILE)
+    visible = extents.ranges(shape.mask, extents.Numbers(key, positions, shape.values))
+    return extents.visible_tiles(visible, key, KEY_TILE)
 
 
 def most_visible_tiles(shape: Shape, queries: int) -> int:
-    """About the most tiles that the last `queries` of a request can see, whatever its length: exact
-    for windows, the most of a sample of lengths for other masks; at least 1."""
+    """An estimate of the number of tiles that the last `queries` of a request see at any length:
+    exact for windows, the maximum over a sample of lengths for other masks; at least 1."""
     spread = np.geomspace(1, MAX_KEYS, 4096).astype(np.int64)
     lengths = np.concatenate([spread, MAX_KEYS - np.arange(KEY_TILE)])
     return max(1, int(visible_tiles(lengths - queries, lengths - 1, lengths, shape).max()))

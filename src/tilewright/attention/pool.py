@@ -16,8 +16,7 @@ LAYOUTS = ("NHD", "HND")
 @dataclass(frozen=True, init=False, eq=False)
 class Pool:
     """The pages of one layer. `k` is a view (pages, page_size, kv_heads, head_dim), `v` likewise
-    with
-    head_dim_vo; `rows`: the pool has no pages, `page_size` is 1."""
+    with head_dim_vo; `rows`: the pool has no pages, `page_size` is 1."""
 
     k: View
     v: View
@@ -112,7 +111,7 @@ class Pool:
 
 
 def _halves(both: View) -> tuple[View, View]:
-    """K and V of an array (pages, 2, …)."""
+    """The views of K and V in an array (pages, 2, …)."""
     if both.ndim != 5 or both.shape[1] != 2:
         raise ArgumentError(
             "A103",

@@ -33,7 +33,7 @@ from tilewright.ir.nodes import (
 from tilewright.ir.rewrite import walk
 from tilewright.sparse.trace import Declared
 
-PLACES = (
+POSITIONS = (
     "qo", "kv", "qo_head", "kv_head", "request", "q_token", "key", "qo_len", "kv_len",
 )  # fmt: skip
 SCORE = Var("s", dtypes.float32)
@@ -56,11 +56,11 @@ class At:
     __slots__ = ()
 
     def __getattr__(self, name: str) -> Expr:
-        if name not in PLACES:
+        if name not in POSITIONS:
             raise ProgramError(
                 "P101",
                 f"at.{name} is not known",
-                hint=f"one of {', '.join(f'at.{n}' for n in PLACES)}",
+                hint=f"one of {', '.join(f'at.{n}' for n in POSITIONS)}",
             )
         return Var(f"at.{name}", dtypes.int32)
 
@@ -142,14 +142,16 @@ class _Reads:
 
     def __getitem__(self, index: Any) -> Expr:
         if self.declared.by == ("key",):
-            return self._load("request", _whole(self.name, index))
+            return self._load("request", _require_index(self.name, index))
         if self.declared.by == ("bit",):
-            n = _whole(self.name, index)
+            n = _require_index(self.name, index)
             return equal(self._load("q_token", n >> 5) >> (n & 31) & 1, 1)
         by = index.name.removeprefix("at.") if isinstance(index, Var) else ""
         if by not in self.declared.by:
-            places = [f"{self.name}[at.{by}]" for by in self.declared.by]
-            raise ProgramError("P101", f"{self.name}[{index}]: it is read as {' or '.join(places)}")
+            accesses = [f"{self.name}[at.{by}]" for by in self.declared.by]
+            raise ProgramError(
+                "P101", f"{self.name}[{index}]: it is read as {' or '.join(accesses)}"
+            )
         if self.used.setdefault(self.name, by) != by:
             raise ProgramError(
                 "P102",
@@ -164,15 +166,15 @@ class _Reads:
         return Load(buffer, (Var(f"at.{by}", dtypes.int32), *column), self.declared.dtype)
 
 
-def _whole(name: str, index: Any) -> Expr:
+def _require_index(name: str, index: Any) -> Expr:
     """An index of a tensor as an int32 expression. Raises ProgramError[P106]."""
     try:
-        found = as_expr(index, None)
+        entry = as_expr(index, None)
     except (TypeError, TilewrightError):
-        found = None
-    if found is None or found.dtype != dtypes.int32:
+        entry = None
+    if entry is None or entry.dtype != dtypes.int32:
         raise ProgramError("P106", f"{name}[{index}]: the index is no int32 number")
-    return found
+    return entry
 
 
 class _Defaults:

@@ -112,8 +112,8 @@ class Workspace:
         `qo_indptr` (requests + 1) int32 on the GPU: the rows of q of each request, at most 16 with
         the query heads of a KV head; None where the workspace is of one query each. `tokens`: the
         rows that q will have, at most `max_tokens` (None: as many). Raises ArgumentError (A101 …
-        A109); A109 also where an earlier plan found `qo_indptr` to be wrong: then that batch was
-        attended to by no query.
+        A109); A109 also where an earlier batch had an invalid `qo_indptr`: its rows were not
+        written.
         """
         from tilewright.runtime import cuda
 

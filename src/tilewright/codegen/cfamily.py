@@ -86,7 +86,7 @@ class Renderer(MergeRenderer):
         elif isinstance(s, ir.Store):
             self.store(s)
         elif isinstance(s, ir.Prefetch):
-            self.line(self.prefetch(self.address(s.place.buffer, s.place.index[0])))
+            self.line(self.prefetch(self.address(s.element.buffer, s.element.index[0])))
         elif isinstance(s, ir.Sync):
             self.sync()
         elif isinstance(s, (ir.Mma, ir.MmaZero, ir.MmaStore)):

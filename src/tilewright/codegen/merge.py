@@ -76,8 +76,8 @@ class MergeRenderer:
             self._union(s, [n for n in numbers if n != ended])
 
     def _head(self, s: ir.Merge, numbers: Sequence[int], chosen: str) -> None:
-        """The head of a loop while all lists `numbers` have coordinates left; its coordinate is the
-        least or the greatest of theirs."""
+        """The head of a loop that runs while all lists `numbers` have coordinates left, at their
+        least or greatest current coordinate."""
         name, kind = c_name(s.name), C_TYPES[s.var.dtype.name]
         left = " && ".join(f"{name}__at{n} < {name}__end{n}" for n in numbers)
         self.line(f"while ({left}) {{")

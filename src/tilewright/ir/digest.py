@@ -1,6 +1,6 @@
 """The digest of a frozen value: equal values of the package, and only those, have the same one.
 
-It means the same in every process, so a cache on disk can be keyed by it.
+Digests do not depend on the process, so that they serve as keys of a cache on disk.
 """
 
 from __future__ import annotations

@@ -309,14 +309,14 @@ class Tensor(Operators):
                 "P103", f"{self.name} has dimensions {self.dims} but was read with {len(coords)} "
                 "coordinates", hint=f"write {self.name}[{', '.join('ijklmn'[: len(self.dims)])}]",
             )  # fmt: skip
-        found = tuple(as_expr(c, dtypes.int32) for c in coords)
-        for c in found:
+        indices = tuple(as_expr(c, dtypes.int32) for c in coords)
+        for c in indices:
             if not c.dtype.is_int:
                 raise ProgramError(
                     "P106", f"{c} is {c.dtype}: coordinates of {self.name} are whole numbers",
                     hint='convert it: tw.floor(x).cast("int32")',
                 )  # fmt: skip
-        return Access(self, found, self.dtype)
+        return Access(self, indices, self.dtype)
 
     def __str__(self) -> str:
         kind = f"sparse({self.format or 'csr'})" if self.is_sparse else "dense"
@@ -493,7 +493,7 @@ def select(cond: Any, a: Any, b: Any) -> Expr:
 
 
 def identity_of(op: str, dtype: DType) -> Const:
-    """What an empty reduction gives: 0, 1, or the far end of the type for max and min."""
+    """The identity of a reduction: 0, 1, or for max and min the least or greatest value."""
     if op in ("sum", "prod"):
         return Const({"sum": 0, "prod": 1}[op] * (1.0 if dtype.is_float else 1), dtype)
     if dtype.is_float:

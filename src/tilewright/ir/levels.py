@@ -298,11 +298,11 @@ class Fixed(Level):
 
     def locate(self, s: Storage, q: Expr, c: Expr) -> Expr:
         assert s.indices
-        found: Expr = Const(-1, dtypes.int32)
+        position: Expr = Const(-1, dtypes.int32)
         for slot in range(self.width):
             p = add(mul(q, self.width), slot)
-            found = select(binary("==", s.indices[p], c), p, found)
-        return found
+            position = select(binary("==", s.indices[p], c), p, position)
+        return position
 
     def build(
         self, q: np.ndarray, c: np.ndarray, parents: int, extent: int
@@ -313,10 +313,10 @@ class Fixed(Level):
         rank = np.arange(len(mine)) - ptr[mine]
         if len(rank) and int(rank.max()) >= self.width:
             worst = int(mine[rank.argmax()])
-            what = "blocks" if self.block else "entries"
+            unit = "blocks" if self.block else "entries"
             raise FormatError(
                 "F108",
-                f"row {worst} has {int(ptr[worst + 1] - ptr[worst])} {what} but the level holds "
+                f"row {worst} has {int(ptr[worst + 1] - ptr[worst])} {unit} but the level holds "
                 f"{self.width}", hint="use a wider ELL, or hyb, which chooses a width for each row",
             )  # fmt: skip
         position = mine * self.width + rank

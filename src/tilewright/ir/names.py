@@ -23,7 +23,8 @@ _USERS = re.compile(r"(?!.*__)[A-Za-z][A-Za-z0-9_]*")
 
 
 def is_users(name: str) -> bool:
-    """Whether a user may give this name. In C the dot of ours becomes two underscores."""
+    """Whether `name` is allowed as a user's name. Generated names contain a dot, which becomes two
+    underscores in C, so that the two kinds never collide."""
     return _USERS.fullmatch(name) is not None
 
 

@@ -24,66 +24,66 @@ class Range(NamedTuple):
 def interval(e: Expr, size: Size | None = None) -> Range:
     """The values that a whole number `e` can have, of each lane of a vector. `size` gives the
     extent of a dimension, a constant where it is known; without it an index is not negative."""
-    whole = Range(e.dtype.least, e.dtype.most)
-    found = _interval(e, size, whole)
-    return found if whole.low <= found.low and found.high <= whole.high else whole
+    full = Range(e.dtype.least, e.dtype.most)
+    result = _interval(e, size, full)
+    return result if full.low <= result.low and result.high <= full.high else full
 
 
-def _interval(e: Expr, size: Size | None, whole: Range) -> Range:
+def _interval(e: Expr, size: Size | None, full: Range) -> Range:
     if isinstance(e, Const):
         return Range(int(e.value), int(e.value))
     if isinstance(e, Index):
         extent = size(e.dim) if size else None
-        return Range(0, int(extent.value) - 1 if isinstance(extent, Const) else whole.high)
+        return Range(0, int(extent.value) - 1 if isinstance(extent, Const) else full.high)
     if isinstance(e, (Cast, Broadcast)):
-        return whole if e.a.dtype.is_float else interval(e.a, size)
+        return full if e.a.dtype.is_float else interval(e.a, size)
     if isinstance(e, Select):
         a, b = interval(e.a, size), interval(e.b, size)
         return Range(min(a.low, b.low), max(a.high, b.high))
     if isinstance(e, Binary) and e.op not in COMPARISON:
-        return _RULES.get(e.op, _any)(interval(e.a, size), interval(e.b, size), whole)
-    return whole
+        return _RULES.get(e.op, _any)(interval(e.a, size), interval(e.b, size), full)
+    return full
 
 
 # ---------------------------------------------------------------------------- one rule an operator
 
 
-def _any(a: Range, b: Range, whole: Range) -> Range:
-    return whole
+def _any(a: Range, b: Range, full: Range) -> Range:
+    return full
 
 
-def _product(a: Range, b: Range, whole: Range) -> Range:
+def _product(a: Range, b: Range, full: Range) -> Range:
     corners = [x * y for x in a for y in b]
     return Range(min(corners), max(corners))
 
 
-def _quotient(a: Range, b: Range, whole: Range) -> Range:
+def _quotient(a: Range, b: Range, full: Range) -> Range:
     if b.low != b.high or b.low <= 0:
-        return whole
+        return full
     return Range(a.low // b.low, a.high // b.low)
 
 
-def _remainder(a: Range, b: Range, whole: Range) -> Range:
+def _remainder(a: Range, b: Range, full: Range) -> Range:
     if b.low <= 0:
-        return whole
+        return full
     return a if a.low >= 0 and a.high < b.low else Range(0, b.high - 1)
 
 
-def _both(a: Range, b: Range, whole: Range) -> Range:
+def _both(a: Range, b: Range, full: Range) -> Range:
     highs = [r.high for r in (a, b) if r.low >= 0]
-    return Range(0, min(highs)) if highs else whole
+    return Range(0, min(highs)) if highs else full
 
 
-def _either(a: Range, b: Range, whole: Range) -> Range:
+def _either(a: Range, b: Range, full: Range) -> Range:
     if a.low < 0 or b.low < 0:
-        return whole
+        return full
     return Range(0, (1 << max(a.high, b.high).bit_length()) - 1)
 
 
 def _shifted(by: Callable[[int, int], int]) -> Callable[[Range, Range, Range], Range]:
-    def rule(a: Range, b: Range, whole: Range) -> Range:
-        if b.low != b.high or not 0 <= b.low < whole.high.bit_length():
-            return whole
+    def rule(a: Range, b: Range, full: Range) -> Range:
+        if b.low != b.high or not 0 <= b.low < full.high.bit_length():
+            return full
         return Range(by(a.low, b.low), by(a.high, b.low))
 
     return rule

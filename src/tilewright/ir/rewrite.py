@@ -81,7 +81,7 @@ def statements(s: Any) -> Iterator[ir.Stmt]:
 
 
 def path_to(s: ir.Stmt, goal: ir.Compute) -> list[Any] | None:
-    """From `s` to `goal`: the loops, guards and lets in whose scope it stands."""
+    """The loops, guards and lets around `goal`, from `s` inwards."""
     if s is goal:
         return []
     if isinstance(s, (ir.For, ir.If)):
@@ -186,7 +186,8 @@ def free_vars(n: Any) -> set[str]:
 
 
 def free_indices(e: Any) -> dict[str, ir.Index]:
-    """The program indices that an expression reads and does not bind, by name, as they occur."""
+    """The program indices that an expression reads and does not bind, by name, in order of
+    occurrence."""
     return {name: x for name, x in _free(e).items() if isinstance(x, ir.Index)}
 
 
@@ -255,8 +256,8 @@ def rename_reductions(e: N, taken: frozenset[str]) -> N:
 
 
 def conditioned(e: Any, held: tuple[ir.Expr, ...] = ()) -> Any:
-    """`e` with each reduction that stands in a `where`, and computes where it reads dense tensors,
-    under the condition itself: it is then the identity where nothing asks for it and reads nothing.
+    """Moves the condition of a `where` into the reductions of its arms that read dense tensors at
+    computed coordinates: where the condition fails they read nothing and give the identity.
 
     before: where(i > 0, sum(X[i - 1, j] over j), 0)
     after:  where(i > 0, sum(where(i > 0, X[i - 1, j], 0) over j), 0)
@@ -267,7 +268,7 @@ def conditioned(e: Any, held: tuple[ir.Expr, ...] = ()) -> Any:
         return ir.Select(cond, a, b, e.dtype)
     if isinstance(e, ir.Reduce):
         body = conditioned(e.body, held)
-        if _computes_places(body):
+        if _computes_coordinates(body):
             nothing = ir.identity_of(e.op, body.dtype)
             for cond in reversed(held):
                 body = ir.Select(cond, body, nothing, body.dtype)
@@ -275,7 +276,7 @@ def conditioned(e: Any, held: tuple[ir.Expr, ...] = ()) -> Any:
     return rebuild(e, lambda child: conditioned(child, held))
 
 
-def _computes_places(e: ir.Expr) -> bool:
+def _computes_coordinates(e: ir.Expr) -> bool:
     """Whether a dense tensor is read at coordinates that are not the indices of its dimensions."""
     return any(
         not (isinstance(c, ir.Index) and c.dim == dim)
@@ -342,8 +343,8 @@ def _simplify_binary(x: ir.Binary) -> ir.Expr:
         return x
     by_zero = op in ("//", "%") and is_const(b, 0)
     if isinstance(a, ir.Const) and isinstance(b, ir.Const) and op in FOLD and not by_zero:
-        found = FOLD[op](a.value, b.value)
-        return ir.Const(found if op in ir.COMPARISON else x.dtype.wrapped(found), x.dtype)
+        folded = FOLD[op](a.value, b.value)
+        return ir.Const(folded if op in ir.COMPARISON else x.dtype.wrapped(folded), x.dtype)
     if op == "+":
         return _simplify_sum(x)
     if op == "-" and is_const(b, 0):

@@ -185,14 +185,14 @@ class Alloc(Stmt):
 
 @node
 class Prefetch(Stmt):
-    """Asks for the memory of `place` without reading it: nothing depends on it."""
+    """Prefetches the cache line of `element`: a hint, on which no result depends."""
 
-    place: Load
+    element: Load
 
 
 @node
 class Sync(Stmt):
-    """All threads of the CTA meet here."""
+    """A barrier of all threads of the CTA."""
 
 
 @node

@@ -136,7 +136,7 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "Compute": _compute,
     "Store": _store,
     "Alloc": _alloc,
-    "Prefetch": lambda s: f"prefetch {expr_text(s.place)}",
+    "Prefetch": lambda s: f"prefetch {expr_text(s.element)}",
     "Sync": lambda s: "sync",
     "MmaZero": lambda s: f"mma_zero {_fragment(s)}",
     "Mma": lambda s: f"mma {_fragment(s)} += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}",

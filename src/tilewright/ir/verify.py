@@ -210,10 +210,10 @@ def _visits_all(body: ir.Stmt, compute: ir.Compute) -> bool:
     for s in path_to(body, compute) or ():
         if isinstance(s, ir.For):
             reducing |= ir.reduces(s, compute)
-            whole = s.begin == ir.Const(0, s.begin.dtype) and not any(
+            covers = s.begin == ir.Const(0, s.begin.dtype) and not any(
                 _is_read(x) for x in walk(s.end)
             )
-            if not (ir.reduces(s, compute) or whole):
+            if not (ir.reduces(s, compute) or covers):
                 return False
         elif isinstance(s, ir.If) and not reducing and not _is_tail(s.cond):
             return False

@@ -53,8 +53,8 @@ def fused(
     if not group:
         return root, temps
     first = group[0]
-    whole = Fused(root.out, first.op, first.axes, first.value, root.value, tuple(group))
-    return whole, [t for t in temps if t not in group]
+    joined = Fused(root.out, first.op, first.axes, first.value, root.value, tuple(group))
+    return joined, [t for t in temps if t not in group]
 
 
 def values_of(st: Statement) -> tuple[ir.Expr, ...]:

@@ -157,14 +157,14 @@ class _Builder:
     def _walk(self, scope: Scope, driver: Driver, axis: ir.Index) -> Any:
         """Opens the loop over the list of a structure; returns its wrapper of bodies."""
         lets: list[ir.Stmt] = []
-        found = list_of(scope, driver, lets)
+        entries = list_of(scope, driver, lets)
         position, var = self._variable(f"{axis.name}_p"), self._variable(axis.name)
         scope.coordinates[axis.name] = var
         scope.known_positions[driver] = position
-        key = ir.Let(var, ir.Load(found.keys, (position,), var.dtype))
+        key = ir.Let(var, ir.Load(entries.keys, (position,), var.dtype))
         return lambda body: ir.seq(
             *lets,
-            ir.For(position, found.begin, found.end, ir.seq(key, body), axes=(axis.name,)),
+            ir.For(position, entries.begin, entries.end, ir.seq(key, body), axes=(axis.name,)),
         )
 
     def _scatter(self, scope: Scope) -> ir.Stmt:

@@ -36,8 +36,8 @@ def has_list(tables: Tables, driver: Driver, axis: str, bound: Container[str]) -
 
 
 def list_of(scope: Scope, driver: Driver, lets: list[ir.Stmt]) -> List:
-    """The list of a structure at the coordinates of a scope; empty where the levels above do not
-    store them. Searches are appended to `lets`."""
+    """The stored list of a structure below the coordinates that `scope` knows; empty where the
+    levels above do not store those. Searches are appended to `lets`."""
     tables, depth = scope.tables, len(scope.tables.levels(driver.structure)) - 1
     if not scope.is_read_at(driver):
         walks = {driver.structure: Walk(driver.indices)}

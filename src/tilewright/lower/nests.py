@@ -56,7 +56,8 @@ class _Target:
     shadowed: frozenset[str] = frozenset()
 
     def tag(self, axis: str) -> str:
-        """The axis of a loop as verbs and reductions know it: a shadowed index is another one."""
+        """The name of the axis that a loop runs over. An index that shadows another of the same
+        name has a tag of its own."""
         return f"{axis}.{self.statement.out.tensor.name}" if axis in self.shadowed else axis
 
 

@@ -115,13 +115,13 @@ class _Builder:
         if (shared or overlaps) and any(t.out.tensor.name in self.placed for t in temps):
             raise shares_rows(statement.out.tensor.name, composition)
         built: list[BuiltNest] = []
-        whole, rest = fused(statement, temps, structure)
-        if isinstance(whole, Fused):
+        joined, rest = fused(statement, temps, structure)
+        if isinstance(joined, Fused):
             if not (shared or overlaps):
-                built = self._built((whole, also), rest, structure, formats, shared=False)
+                built = self._built((joined, also), rest, structure, formats, shared=False)
             if not built or any(nest.in_place for nest in built):
-                if _is_separable(whole, temps):
-                    return self._separate(root, inline, whole)
+                if _is_separable(joined, temps):
+                    return self._separate(root, inline, joined)
                 built = []
         if overlaps:
             self._check_overlap(statement, temps, composition)
@@ -166,11 +166,11 @@ class _Builder:
         ]
 
     def _separate(
-        self, root: ir.Assign, inline: list[ir.Assign], whole: Fused
+        self, root: ir.Assign, inline: list[ir.Assign], joined: Fused
     ) -> list[tuple[ir.Nest, ...]]:
         """Stages for the totals of a statement, as arrays, and then for the statement. Loops come
         back to an element of the output: no accumulator could hold its totals."""
-        names = {t.out.tensor.name for t in whole.totals}
+        names = {t.out.tensor.name for t in joined.totals}
         self.tensors |= {n: replace(self.tensors[n], role="temp") for n in names}
         self.program = replace(self.program, tensors=tuple(self.tensors.values()))
         stages: list[tuple[ir.Nest, ...]] = []
@@ -230,11 +230,11 @@ class _Builder:
         return ir.Nest(f"{st.out.tensor.name}.init", body, part, structure=follows)
 
 
-def _is_separable(whole: Fused, temps: list[Statement]) -> bool:
+def _is_separable(joined: Fused, temps: list[Statement]) -> bool:
     """Whether the totals can be arrays: dense ones, computed from no other reduction."""
     names = {t.out.tensor.name for t in temps}
-    read = {x.tensor.name for t in whole.totals for x in walk(t.value) if isinstance(x, ir.Access)}
-    return not whole.out.tensor.is_sparse and not names & read
+    read = {x.tensor.name for t in joined.totals for x in walk(t.value) if isinstance(x, ir.Access)}
+    return not joined.out.tensor.is_sparse and not names & read
 
 
 def _root_driver(st: Statement, temps: list[Statement]) -> Driver:

@@ -282,11 +282,12 @@ class _Product:
         return ir.Tile(x.buffer, simplify(base), *strides, *limits)
 
     def wrapped(self, body: ir.Stmt) -> ir.Stmt:
-        """Under the lets and guards of the tile that concern all of it."""
+        """`body` inside the lets and guards that hold for the entire tile."""
         return framed(body, self.inner)
 
     def framed(self, body: ir.Stmt) -> ir.Stmt:
-        """Under the spatial loops, and the lets and guards that depend on nothing reduced."""
+        """`body` inside the spatial loops, and inside the lets and guards that depend on no reduced
+        loop."""
         return framed(body, frame_of((*self.outer, *self.inner), self.reduced))
 
 

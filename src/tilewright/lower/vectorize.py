@@ -190,8 +190,8 @@ class _Vectorizer:
         if isinstance(s, ir.Store):
             return self.store(s)
         if isinstance(s, ir.Prefetch):  # the line of the first lane: a register is one line
-            form = self.linear(s.place.index[0])
-            return ir.Seq(()) if form is None else ir.Prefetch(replace(s.place, index=(form[0],)))
+            form = self.linear(s.element.index[0])
+            return ir.Seq(()) if form is None else ir.Prefetch(replace(s.element, index=(form[0],)))
         raise self.refuse(f"it holds a {type(s).__name__}")
 
     def store(self, s: ir.Store) -> ir.Stmt:

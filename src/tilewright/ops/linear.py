@@ -102,20 +102,20 @@ def _linear(layout: str, after: After) -> Definition:
 
     def linear(**a: Any) -> Any:
         t, *at = indices(f"t:t {rows} {depth}")
-        place, over = tuple(at[: len(rows.split())]), tuple(at[len(rows.split()) :])
+        coordinates, over = tuple(at[: len(rows.split())]), tuple(at[len(rows.split()) :])
 
         def product(suffix: str = "") -> Any:
-            column, w = weight({name: a[name + suffix] for name in arrays}, place, *over)
+            column, w = weight({name: a[name + suffix] for name in arrays}, coordinates, *over)
             return trace.sum_(a["X"][t, column] * w, over=over)
 
         y = product()
         if after == "bias":
-            y = y + a["B"][*place]
+            y = y + a["B"][*coordinates]
         elif after == "residual":
-            y = a["R"][t, *place] + y
+            y = a["R"][t, *coordinates] + y
         elif after == "gate":
             y = y * trace.sigmoid(y) * product("2")
-        return out[t, *place](y)
+        return out[t, *coordinates](y)
 
     linear.__name__ = "_".join(filter(None, ("linear", layout, after)))
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -135,8 +135,8 @@ def linear_program(kind: str, interleaved: bool = False, after: After = "") -> D
     if stored is None:
         return _linear(kind + ("_interleaved" if interleaved else ""), after)
     names = ("W", "W2") if after == "gate" else ("W",)
-    made = _linear("dense", after)
-    return made if kind == "f32" else made.typed(**dict.fromkeys(names, stored))
+    layer = _linear("dense", after)
+    return layer if kind == "f32" else layer.typed(**dict.fromkeys(names, stored))
 
 
 ROWS = 4  # rows of W in registers together
@@ -218,9 +218,9 @@ def linear_kernel(
     16), the same memory, for those of `interleave`. Sizes are constants, so that the kernel needs
     no guards; the layers of a model have few shapes.
 
-    `after`: `"bias"` and `"residual"` take one more array, of the shape of a row of the output or
-    of the output, and add it; `"gate"` takes the
-    arrays of a second weight last and returns SiLU of the first product times the second."""
+    `after`: `"bias"` takes one more array, of the shape of a row of the output, `"residual"` one of
+    the shape of the output, and adds it; `"gate"` takes the arrays of a second weight last and
+    returns SiLU of the first product times the second."""
     return linear_definition(kind, many, n, k, interleaved, after).build(target)
 
 

@@ -19,8 +19,8 @@ from tilewright.sparse.trace import any_, dense, indices, out, sparse, stored, u
 @program
 def spgemm_count(A=sparse("m k"), B=sparse("k n")):
     i, k, j = indices("i:m k:k j:n")
-    meets = any_(stored(A[i, k]) & stored(B[k, j]), over=k)
-    return out.typed("int64")[i](trace.sum_(1, over=j, where=meets))
+    pattern = any_(stored(A[i, k]) & stored(B[k, j]), over=k)
+    return out.typed("int64")[i](trace.sum_(1, over=j, where=pattern))
 
 
 @program
@@ -29,17 +29,17 @@ def spgemm_fill(
     values=dense("c"),
 ):  # fmt: skip
     i, k, j = indices("i:m k:k j:n")
-    meets = any_(stored(A[i, k]) & stored(B[k, j]), over=k)
-    update(columns).append[start[i]](j, over=j, where=meets)
+    pattern = any_(stored(A[i, k]) & stored(B[k, j]), over=k)
+    update(columns).append[start[i]](j, over=j, where=pattern)
     total = trace.sum_(A[i, k] * B[k, j], over=k)
-    return update(values).append[start[i]](total, over=j, where=meets)
+    return update(values).append[start[i]](total, over=j, where=pattern)
 
 
 @program
 def masked_count(A=sparse("m k"), B=sparse("k n"), M=sparse("m n")):
     i, k, j = indices("i:m k:k j:n")
-    meets = stored(M[i, j]) & any_(stored(A[i, k]) & stored(B[k, j]), over=k)
-    return out.typed("int64")[i](trace.sum_(1, over=j, where=meets))
+    pattern = stored(M[i, j]) & any_(stored(A[i, k]) & stored(B[k, j]), over=k)
+    return out.typed("int64")[i](trace.sum_(1, over=j, where=pattern))
 
 
 @program
@@ -48,10 +48,10 @@ def masked_fill(
     columns=dense("c"), values=dense("c"),
 ):  # fmt: skip
     i, k, j = indices("i:m k:k j:n")
-    meets = stored(M[i, j]) & any_(stored(A[i, k]) & stored(B[k, j]), over=k)
-    update(columns).append[start[i]](j, over=j, where=meets)
+    pattern = stored(M[i, j]) & any_(stored(A[i, k]) & stored(B[k, j]), over=k)
+    update(columns).append[start[i]](j, over=j, where=pattern)
     total = trace.sum_(A[i, k] * B[k, j], over=k)
-    return update(values).append[start[i]](total, over=j, where=meets)
+    return update(values).append[start[i]](total, over=j, where=pattern)
 
 
 def spgemm(A: Packed, B: Packed, mask: Packed | None = None) -> Packed:

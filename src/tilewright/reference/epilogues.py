@@ -13,8 +13,9 @@ from tilewright.reference.ops_table import UFUNCS, cast, constant
 
 
 class Epilogues:
-    """Totals by element of the output. After the outermost loop that a statement reduces over its
-    value is stored for each element below that loop, those without a term too."""
+    """The totals of a statement with an epilogue, by element of its output. When its outermost
+    reduced loop ends, the epilogue is stored for each element of that loop, also for those without
+    a term."""
 
     def __init__(self, nest: Any) -> None:
         self.nest = nest

@@ -166,8 +166,7 @@ class _Evaluator:
                 array[to] = values[inside]
 
     def append(self, s: ir.Assign, e: ir.Reduce, box: Box) -> None:
-        """Writes the values of each point of the box where the condition holds, one behind the
-        other."""
+        """Appends the value of each point of the box at which the condition holds."""
         assert isinstance(e.body, ir.Select)
         array, ends = self.data[s.out.tensor.name], [len(next(iter(d.values()))) for d in box]
         own = {a.name: np.arange(self.size(a.dim), dtype=self.index) for a in axes_of(e)}
@@ -273,13 +272,13 @@ class _Evaluator:
         """The structure whose stored coordinates a reduction ranges over, and the names of its
         indices: that of the one sparse operand that has one of the axes."""
         own = {a.name for a in e.axes}
-        found: set[tuple[str, tuple[str, ...]]] = set()
+        calls: set[tuple[str, tuple[str, ...]]] = set()
         for x in operands(e.body):
             names = tuple(c.name if isinstance(c, ir.Index) else "" for c in x.stored_coords)
             plain = "" not in names and len(set(names)) == len(names)
             if x.tensor.is_sparse and plain and own & set(names):
-                found.add((x.tensor.structure, names))
-        return found.pop() if len(found) == 1 else None
+                calls.add((x.tensor.structure, names))
+        return calls.pop() if len(calls) == 1 else None
 
     def reduction(self, e: ir.Reduce, scope: Scope) -> np.ndarray:
         """A reduction at every point of the box of a scope, or over the stored coordinates that

@@ -81,7 +81,7 @@ def _stored(structure: Any) -> tuple[Stored, np.ndarray]:
 
 
 def _scatter(flat: np.ndarray, order: np.ndarray, values: np.ndarray, parts: list[Any]) -> None:
-    """Writes values by entry to the arrays of the parts; padding keeps its values."""
+    """Writes values, in entry order, into the value arrays of the parts; padding is not written."""
     flat[order] = values
     ends = np.cumsum([len(p) for p in parts])
     for part, piece in zip(parts, np.split(flat, ends[:-1]), strict=True):

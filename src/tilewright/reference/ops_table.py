@@ -82,10 +82,10 @@ def cast(x: Any, to: DType, exact: bool = False) -> Any:
 def to_integer(x: Any, to: DType) -> Any:
     """Floats as integers: the fraction is cut off, what is out of range becomes the nearest
     integer of the type, NaN becomes 0."""
-    whole = np.trunc(x, dtype=np.float64)
+    truncated = np.trunc(x, dtype=np.float64)
     least, most = np.array(to.least, to.numpy), np.array(to.most, to.numpy)
-    low, high = whole <= float(to.least), whole >= float(to.most + 1)
-    inside = np.where(low | high | np.isnan(whole), 0, whole).astype(to.numpy)
+    low, high = truncated <= float(to.least), truncated >= float(to.most + 1)
+    inside = np.where(low | high | np.isnan(truncated), 0, truncated).astype(to.numpy)
     return np.where(low, least, np.where(high, most, inside))[()]
 
 
@@ -97,7 +97,7 @@ def decode(raw: Any, dtype: DType) -> Any:
 
 
 def encode(values: Any, dtype: DType, to: np.dtype) -> Any:
-    """Numbers as an array of the NumPy type `to` holds them, rounded to nearest even."""
+    """Numbers as an array in the storage type of `to`, rounded to nearest even."""
     if dtype.name == "bfloat16" and to == np.uint16:
         return dtypes.bfloat16_bits(values.astype(np.float32)).reshape(values.shape)
     return values.astype(to, copy=False)

@@ -40,7 +40,7 @@ class CpuLauncher(Launcher):
         return self._bodies[variants]
 
     def launches(self, kernel: Kernel, frame: Frame) -> list[pools.Launch]:
-        """The launch of each stage that has units."""
+        """The launches of a call: one for each stage that has units."""
         chunks = pools.pool().threads * CHUNKS_PER_THREAD  # a build alone needs no pool
         return [
             (

@@ -32,6 +32,6 @@ def tensor_map(
         0, _SWIZZLE_128, _PROMOTE_256, 0,
     )  # fmt: skip
     if code:
-        said = f"shape {tuple(shape)}, strides {tuple(strides)}, box {tuple(box)}"
-        raise InternalError("I101", f"no tensor map: {driver().error_name(code)} of {said}")
+        geometry = f"shape {tuple(shape)}, strides {tuple(strides)}, box {tuple(box)}"
+        raise InternalError("I101", f"no tensor map: {driver().error_name(code)} of {geometry}")
     return list((ctypes.c_uint64 * _WORDS).from_address(address))

@@ -18,7 +18,7 @@ from tilewright.ir.rewrite import free_vars, loads, rebuild, statements
 
 
 def unknown(why: str, hint: str) -> ScheduleError:
-    """The error for a name that the program does not have."""
+    """The error for a loop or tensor name that does not exist; it lists those that do."""
     return ScheduleError("S101", why, hint=hint)
 
 
@@ -86,7 +86,7 @@ def _named(s: ir.Stmt) -> str:
         stored = next(x for x in statements(s) if isinstance(x, ir.Store))
         return f"the copy to {stored.buffer.name}"
     if isinstance(s, ir.Prefetch):
-        return f"the prefetch of {s.place.buffer.name}"
+        return f"the prefetch of {s.element.buffer.name}"
     outputs = dict.fromkeys(c.out.buffer.name for c in computes(s))
     if isinstance(s, ir.For):
         return f"loop {s.name} that computes {' and '.join(outputs)}"

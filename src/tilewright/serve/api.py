@@ -223,10 +223,10 @@ def build_app(llm: LLM, name: str, limits: Limits | None = None) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(body: Completion, http: Request) -> Response:
         server.check_model(body.model)
-        given = body.prompt
-        if isinstance(given, str) or (given and isinstance(given[0], int)):
-            given = [given]
-        prompts = await asyncio.to_thread(_encoded, llm, given)
+        prompt = body.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            prompt = [prompt]
+        prompts = await asyncio.to_thread(_encoded, llm, prompt)
         how = body.sampling(16, body.logprobs)
         return await server.answer(
             http, body, prompts, how, Shape(llm, False, body.logprobs is not None)

@@ -94,29 +94,29 @@ class Shape:
         return {"id": self.id, "object": kind, "created": int(time.time()), "model": model}
 
     def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
-        said = (
+        content = (
             {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
         )
-        return self._choice(index, said, logprobs, finish)
+        return self._choice(index, content, logprobs, finish)
 
     def part(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
-        said = {"delta": {"content": text} if text else {}} if self.is_chat else {"text": text}
-        return self._choice(index, said, logprobs, finish)
+        content = {"delta": {"content": text} if text else {}} if self.is_chat else {"text": text}
+        return self._choice(index, content, logprobs, finish)
 
     def first(self, index: int) -> dict[str, Any]:
         return self._choice(index, {"delta": {"role": "assistant", "content": ""}}, (), "")
 
-    def _choice(self, index: int, said: Any, logprobs: Any, finish: str) -> dict[str, Any]:
+    def _choice(self, index: int, content: Any, logprobs: Any, finish: str) -> dict[str, Any]:
         ends = {"": None, "cancel": "stop"}.get(finish, finish)
         shown = self._logprobs(logprobs) if self.with_logprobs else None
-        return {"index": index, **said, "logprobs": shown, "finish_reason": ends}
+        return {"index": index, **content, "logprobs": shown, "finish_reason": ends}
 
     def _logprobs(self, logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any]:
         if not self.is_chat:
-            texts = [self._text(x.token) for x in logprobs]
+            tokens = [self._text(x.token) for x in logprobs]
             top = [{self._text(t): p for t, p in x.top} for x in logprobs]
             values = [x.logprob for x in logprobs]
-            return {"tokens": texts, "token_logprobs": values, "top_logprobs": top}
+            return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top}
         return {
             "content": [
                 self._token(x.token, x.logprob)

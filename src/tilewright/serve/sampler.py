@@ -47,8 +47,8 @@ def draw(scores: np.ndarray, sampling: Sampling, uniform: float) -> int:
         weights = np.exp((scores - scores.max()) / max(sampling.temperature, COLDEST))
     tokens = candidates(weights, sampling)
     sums = np.cumsum(weights if tokens is None else weights[tokens])
-    place = min(int(np.searchsorted(sums, uniform * sums[-1], side="right")), len(sums) - 1)
-    return place if tokens is None else int(tokens[place])
+    choice = min(int(np.searchsorted(sums, uniform * sums[-1], side="right")), len(sums) - 1)
+    return choice if tokens is None else int(tokens[choice])
 
 
 def candidates(weights: np.ndarray, s: Sampling) -> np.ndarray | None:

@@ -97,7 +97,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        """A new request; its tokens and the longest answer fit into the pool."""
+        """Adds a new request. The caller has checked that its longest answer fits the pool."""
         request.since = self.step
         self.waiting.append(request)
 
@@ -180,7 +180,7 @@ class Scheduler:
         return admitted
 
     def _needed(self, request: Request) -> int:
-        """Pages of its tokens and of the one that comes next."""
+        """The number of pages for the tokens of a request and the next one."""
         return len(request.tokens) // self.limits.page_size + 1
 
     def _fits(self, request: Request) -> bool:

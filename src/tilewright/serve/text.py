@@ -30,17 +30,17 @@ class AnswerText:
 
     def _certain(self, piece: str) -> str:
         text = self._held + piece
-        found = [at for at in map(text.find, self._stop) if at >= 0]
-        if found:
+        starts = [at for at in map(text.find, self._stop) if at >= 0]
+        if starts:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(starts)]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    """The length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:size]):
             return size

@@ -43,10 +43,12 @@ class Entries:
 
 
 def _no_device(array: Any, device: str) -> Any:
-    raise FormatError("F102", f"nothing here can place arrays on {device}", where="device")
+    raise FormatError(
+        "F102", f"no runtime is loaded that copies arrays to {device}", where="device"
+    )
 
 
-place: Callable[[Any, str], Any] = _no_device
+to_device: Callable[[Any, str], Any] = _no_device
 """Copies an array to a device, or from any to the host (`"cpu"`); `build` sets it to the runtime's,
 which this room does not know."""
 
@@ -275,7 +277,7 @@ def check_count(values: np.ndarray, nnz: int) -> None:
 def array_of(x: Any, name: str) -> np.ndarray:
     """Any array as NumPy, copied from its device where needed. Raises FormatError[F102]."""
     try:
-        a = place(x, "cpu")
+        a = to_device(x, "cpu")
     except (TilewrightError, MemoryError):
         raise
     except Exception:  # each library refuses in its own way

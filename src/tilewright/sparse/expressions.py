@@ -29,8 +29,8 @@ def indices(dims: str) -> Any:
     """Indices over dimensions: `i, j, k = indices("m n d")`. Their loops are called as the
     dimensions are, m, n and d; with `indices("row:m col:n")` they are called row and col.
 
-    The same dimension may be given twice (square matrices): its second loop is m1. One dimension
-    gives one index."""
+    A dimension may occur twice (square matrices); its second loop is then called m1. One dimension
+    returns one index, not a tuple."""
     trace = current()
     created: list[Index] = []
     for word in dims.split():

@@ -118,8 +118,8 @@ def update(tensor: Tensor) -> Update:
 
 
 def _check_reads_of_updated(to: Access, value: Expr, op: str) -> None:
-    """What is updated is read where it is written, at plain indices, or nowhere: the order of
-    updates is open, and computed coordinates may repeat."""
+    """Refuses reads of an updated tensor at other coordinates than those of the update: updates
+    run in no fixed order, so such a read could see either value."""
     plain = all(isinstance(c, Index) for c in to.coords)
     for x in walk(value):
         if not isinstance(x, Access) or x.tensor.name != to.tensor.name:

@@ -122,8 +122,7 @@ class Packed:
     def with_values(self, values: Any, *, dtype: Any = None) -> Packed:
         """A tensor of the same structure with other values: (nnz,), in the order of the entries of
         the matrix that was packed (row-major where equal coordinates were added up). Raises
-        FormatError[F107] when there are not nnz of them, and as `pack`
-        for what are no values."""
+        FormatError[F107] when their number is not nnz, and as `pack` for other objects."""
         array, kind = entries.values_of(values, "values")
         if array.shape != (self.nnz,):
             raise FormatError(
@@ -174,7 +173,8 @@ class Packed:
         s = self.structure
         values = tuple(entries.stored(v, self.dtype) for v in self.values)
         parts = tuple(
-            replace(p, arrays=_each(p.arrays, lambda a: entries.place(a, device))) for p in s.parts
+            replace(p, arrays=_each(p.arrays, lambda a: entries.to_device(a, device)))
+            for p in s.parts
         )
         moved = Structure(s.format, s.shape, parts, s.nnz, s.index_dtype, device)
         return replace(self, structure=moved, values=_placed(values, device))
@@ -348,7 +348,7 @@ def _read_only(array: Any) -> Any:
 
 
 def _placed(arrays: tuple[np.ndarray, ...], device: str) -> tuple[Any, ...]:
-    return arrays if device == "cpu" else tuple(entries.place(a, device) for a in arrays)
+    return arrays if device == "cpu" else tuple(entries.to_device(a, device) for a in arrays)
 
 
 _CSR = csr()

@@ -66,12 +66,12 @@ class Declared:
 
 
 def _dims(text: str) -> tuple[str | int, ...]:
-    found: list[str | int] = []
+    parts: list[str | int] = []
     for d in text.split():
-        found.append(int(d) if d.isdecimal() else checked_name(d, "a dimension"))
-        if found[-1] == 0:
+        parts.append(int(d) if d.isdecimal() else checked_name(d, "a dimension"))
+        if parts[-1] == 0:
             raise refusal("P101", "a dimension of size 0")
-    return tuple(found)
+    return tuple(parts)
 
 
 def dense(dims: str, dtype: Any = None, *, kind: Kind = "activation", strided: bool = False) -> Any:

@@ -35,6 +35,9 @@ _AVX512_NEEDS = _AVX2_NEEDS | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 # Best first; the last one runs on every CPU of its family (SSE2 on x86-64, NEON on aarch64).
 ISAS: dict[str, Isa] = {
+    "avx512bf16": Isa(
+        "avx512bf16", _AVX512_NEEDS | {"avx512_bf16"}, (*_AVX2, *_AVX512, "-mavx512bf16"), 512
+    ),
     "avx512": Isa("avx512", _AVX512_NEEDS, _AVX2 + _AVX512, 512),
     "avx2": Isa("avx2", _AVX2_NEEDS, _AVX2, 256),
     "baseline": Isa("baseline", frozenset(), (), 128),

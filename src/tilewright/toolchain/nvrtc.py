@@ -172,8 +172,8 @@ def _compile(
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _strings(texts: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
-    encoded = [text.encode() for text in texts]
+def _strings(strings: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
+    encoded = [text.encode() for text in strings]
     return (ctypes.c_char_p * len(encoded))(*encoded)
 
 

@@ -56,9 +56,9 @@ def version() -> str | None:
     known = disk_cache.current().get("version", key) if knobs.get("cache") else None
     if known is not None:
         return known.decode()
-    texts = [part for n in _AT_START for part in (n, (PACKAGE / n.lstrip("/")).read_bytes())]
+    sources = [part for n in _AT_START for part in (n, (PACKAGE / n.lstrip("/")).read_bytes())]
     if _stamp() != _AT_START:
         return None
-    digest = key_of(*texts)
+    digest = key_of(*sources)
     disk_cache.put("version", key, digest.encode())
     return digest

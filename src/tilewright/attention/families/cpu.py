@@ -1,6 +1,6 @@
 """The family of CPUs: vectors of the machine's width, work items on a pool of threads.
 
-Template: kernels/flash_cpu.h."""
+Templates: kernels/flash_cpu.h, kernels/vectors_cpu.h."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def source(spec: Spec, vector_bits: int) -> str:
             params_struct(spec).c_decl,
             _DECLARATIONS,
             render.cpp_variant(spec.traced, lanes),
+            template("vectors_cpu.h"),
             template("flash_cpu.h"),
         )
     )

@@ -21,9 +21,8 @@ Order = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """One call with its arguments checked. `values`: the kernel's parameters (`spec.param_values`
-    and
-    the pointers of the variant's values) but those of its plan."""
+    """One call whose arguments are checked. `values`: the kernel's parameters (those of
+    `spec.param_values` and the pointers of the variant's values) without those of its plan."""
 
     spec: Spec
     pool: Pool

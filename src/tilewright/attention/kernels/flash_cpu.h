@@ -3,96 +3,14 @@
 // In front of this file: the prelude (cpu.h), the constants of `flash` (DK and DV: elements of a row of
 // K and of V, G query heads of a KV head, N lanes, T keys of a tile, RB × CB the register block,
 // MAX_TOKENS of an item, MAX_KEYS of a request, CHUNK_TILES at least in a chunk; the element types Q, KV
-// and O), `Params`, `Item`, bounds.h, table.h, variant.h and the struct `Variant`.
+// and O), `Params`, `Item`, bounds.h, table.h, variant.h, the struct `Variant`
+// and vectors_cpu.h.
 // Rows of an item are (token, query head of the group), tokens first: all of them share each load
-// of K and V. Sums are float32 and run in a fixed order, whatever thread runs the item.
+// of K and V. Sums are float32 and run in a fixed order, whatever thread runs the item. Where the CPU
+// multiplies pairs of bfloat16 (AVX-512 BF16) and Q and KV are bfloat16, so are the products of many
+// queries, with weights rounded to bfloat16; the sum of the weights is that of the unrounded ones.
 
 namespace flash {
-
-using tw::vec;
-using F = vec<float, N>;
-using I = vec<int32_t, N>;
-
-constexpr int NK = (DK + N - 1) / N, NV = (DV + N - 1) / N;  // vectors of a row of K, of V
-constexpr int DKP = NK * N, DVP = NV * N;                    // a row with padding
-constexpr int TV = T / N;            // vectors of a tile of keys
-constexpr int PARTIAL_ROW = DVP + 2;  // floats of a partial result: sums, maximum, weight
-constexpr float LOWEST = -__builtin_inff();
-
-// -- elements ------------------------------------------------------------------------------------
-
-TW_INLINE F as_float(vec<float, N> x, float32) { return x; }
-TW_INLINE F as_float(vec<uint16_t, N> x, float16) { return tw::from_float16<N>(x); }
-TW_INLINE F as_float(vec<uint16_t, N> x, bfloat16) { return tw::from_bfloat16<N>(x); }
-
-TW_INLINE float from_float(float x, float32) { return x; }
-TW_INLINE uint16_t from_float(float x, float16) { return tw::to_float16(x); }
-TW_INLINE uint16_t from_float(float x, bfloat16) { return tw::to_bfloat16(x); }
-
-// Vector `v` of a row of D elements at `p`; lanes beyond it are 0.
-template <class E, int D>
-TW_INLINE F load_head(const typename E::type* p, int v) {
-  if constexpr (D % N != 0) {
-    if (v == D / N) {
-      vec<typename E::type, N> part{};
-      __builtin_memcpy(&part, p + v * N, (D % N) * sizeof(typename E::type));
-      return as_float(part, E());
-    }
-  }
-  return as_float(tw::load<typename E::type, N>(p + v * N), E());
-}
-
-TW_INLINE F shuffle(F a, F b, I lanes) {
-#ifdef __clang__
-  F out;
-  for (int l = 0; l < N; ++l) out[l] = lanes[l] < N ? a[lanes[l]] : b[lanes[l] - N];
-  return out;
-#else
-  return __builtin_shuffle(a, b, lanes);
-#endif
-}
-
-// Lane i of the result is the sum of the lanes of x[i].
-TW_INLINE F sum_each(F* x) {
-  int count = N;
-#pragma GCC unroll 8
-  for (int width = N; width > 1; width /= 2) {  // groups of `width` lanes fold to half of it
-    I low, high;
-#pragma GCC unroll 16
-    for (int l = 0; l < N; ++l) {
-      int group = l / (width / 2), within = l % (width / 2), groups = N / width;
-      int from = group < groups ? group * width : N + (group - groups) * width;
-      low[l] = from + within;
-      high[l] = from + within + width / 2;
-    }
-    count /= 2;
-#pragma GCC unroll 16
-    for (int i = 0; i < N / 2; ++i) {
-      if (i < count) x[i] = shuffle(x[2 * i], x[2 * i + 1], low) + shuffle(x[2 * i], x[2 * i + 1], high);
-    }
-  }
-  return x[0];
-}
-
-// x becomes its transpose.
-TW_INLINE void transpose(F* x) {
-#pragma GCC unroll 8
-  for (int step = N / 2; step > 0; step /= 2) {
-    I low, high;
-#pragma GCC unroll 16
-    for (int l = 0; l < N; ++l) {
-      low[l] = l & step ? N + l - step : l;
-      high[l] = l & step ? N + l : l + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) {
-      if (i & step) continue;
-      F a = x[i], b = x[i + step];
-      x[i] = shuffle(a, b, low);
-      x[i + step] = shuffle(a, b, high);
-    }
-  }
-}
 
 // -- the mathematics of vectors that programs have only for scalars --------------------------------
 
@@ -144,9 +62,6 @@ TW_INLINE I position(const tw::Pages& pages, I key) {
   return __builtin_convertvector(__builtin_convertvector(key, U) * static_cast<uint32_t>(pages.stride) + static_cast<uint32_t>(pages.base), I);
 }
 
-template <int C>
-struct Count { static constexpr int value = C; };
-
 struct Softmax {  // of one row, over the keys seen so far
   float largest = LOWEST, weight = 0.0f;
 };
@@ -184,48 +99,6 @@ TW_INLINE float online_softmax(const Variant& variant, const At& at, const tw::P
                 : online_softmax<false>(variant, at, pages, kv0, s, row);
 }
 
-// Σ_k a[r][k] b[k] for R rows and C vectors of columns.
-template <int R, int C, class LoadB>
-TW_INLINE void block(const float* a, int lda, LoadB b, int k_end, F (&acc)[R][C]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < C; ++v) acc[r][v] = F{};
-#pragma GCC unroll 1
-  for (int k = 0; k < k_end; ++k) {
-    F row[C];
-#pragma GCC unroll 8
-    for (int v = 0; v < C; ++v) row[v] = b(k, v);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < C; ++v) acc[r][v] += a[r * lda + k] * row[v];
-  }
-}
-
-// The columns of a product, CB vectors at a time: `body` gets the first vector and how many.
-template <int VECTORS, class Body>
-TW_INLINE void for_columns(Body body) {
-  constexpr int most = VECTORS / CB * CB;
-#pragma GCC unroll 1
-  for (int v0 = 0; v0 < most; v0 += CB) body(v0, Count<CB>());
-  if constexpr (most < VECTORS) body(most, Count<VECTORS - most>());
-}
-
-// c[r] = Σ_k a[r][k] b[k]; `b(k, v)` is vector v of row k.
-template <int R, int VECTORS, class LoadB>
-TW_INLINE void product(const float* a, int lda, LoadB b, int k_end, float* c, int ldc) {
-  for_columns<VECTORS>([&](int v0, auto count) {
-    constexpr int C = decltype(count)::value;
-    F acc[R][C];
-    block<R, C>(a, lda, [&](int k, int v) { return b(k, v0 + v); }, k_end, acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < C; ++v) tw::store<float, N>(c + r * ldc + (v0 + v) * N, acc[r][v]);
-  });
-}
-
 // Σ_k weights[r][k] values[k] where no value of a masked key counts, NaN and Inf included.
 template <int R, int C, class LoadB>
 __attribute__((noinline)) void block_of_visible(const float* weights, LoadB value, int n, float* sums) {
@@ -238,15 +111,15 @@ __attribute__((noinline)) void block_of_visible(const float* weights, LoadB valu
     }
 }
 
-// sums[r] = keep[r] * sums[r] + Σ_k weights[r][k] values[k]: a tile is summed from 0, or small terms
-// would vanish beside the sum of a long context.
-template <int R, class LoadB>
-TW_INLINE void add_values(const float* weights, LoadB value, int n, float* sums, const float* keep, bool masked) {
+// sums[r] = keep[r] * sums[r] + Σ_k weights[r][k] values[k] over n keys: a tile is summed from 0, or
+// small terms would vanish beside the sum of a long context. `products(v0, acc)` computes the columns
+// from vector v0 on.
+template <int R, class Products, class Value>
+TW_INLINE void add_values(Products products, const float* weights, Value value, int n, float* sums, const float* keep, bool masked) {
   for_columns<NV>([&](int v0, auto count) {
     constexpr int C = decltype(count)::value;
-    auto column = [&](int k, int v) { return value(k, v0 + v); };
     F acc[R][C], all{};
-    block<R, C>(weights, T, column, n, acc);
+    products(v0, acc);
     if (masked) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
@@ -255,7 +128,7 @@ TW_INLINE void add_values(const float* weights, LoadB value, int n, float* sums,
     }
     if (tw::fold_sum<float, N>(all) != 0.0f) {  // NaN: some value is not finite
       alignas(64) float again[R * C * N];
-      block_of_visible<R, C>(weights, column, n, again);
+      block_of_visible<R, C>(weights, [&](int k, int v) { return value(k, v0 + v); }, n, again);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -299,14 +172,16 @@ struct Work {  // an item with the lengths read from memory
   }
 };
 
+TW_INLINE const typename Q::type* query_row(const Work& w, int r) {
+  return w.p.q + static_cast<int64_t>(w.item.qo_begin + r / G) * w.p.q_token + (w.item.kv_head * G + r % G) * w.p.q_head;
+}
+
 // Queries in float32, scaled, with zeros up to `padded` rows.
 TW_INLINE void load_queries(const Work& w, int padded, float* q) {
   for (int r = 0; r < padded; ++r) {
-    const typename Q::type* from =
-        w.p.q + static_cast<int64_t>(w.item.qo_begin + r / G) * w.p.q_token + (w.item.kv_head * G + r % G) * w.p.q_head;
 #pragma GCC unroll 4
     for (int v = 0; v < NK; ++v) {
-      F x = r < w.rows ? load_head<Q, DK>(from, v) * w.p.sm_scale : F{};
+      F x = r < w.rows ? load_head<Q, DK>(query_row(w, r), v) * w.p.sm_scale : F{};
       tw::store<float, N>(q + r * DKP + v * N, x);
     }
   }
@@ -362,33 +237,77 @@ TW_INLINE void attend_one(const Work& w, float* sums, Softmax* rows) {
       if (d == 0 && j < coming) prefetch_head<DK>(next[j]);
       return load_head<KV, DV>(v[j], d);
     };
+    auto add = [&](int g, auto count) {
+      auto products = [&](int v0, auto& acc) { block(s[g], T, [&](int j, int d) { return value(j, v0 + d); }, n, acc); };
+      add_values<decltype(count)::value>(products, s[g], value, n, sums + g * DVP, keep + g, masked);
+    };
     constexpr int most = G / RB * RB;
-    for (int g = 0; g < most; g += RB) add_values<RB>(s[g], value, n, sums + g * DVP, keep + g, masked);
-    if constexpr (most < G) add_values<G - most>(s[most], value, n, sums + most * DVP, keep + most, masked);
+    for (int g = 0; g < most; g += RB) add(g, Count<RB>());
+    if constexpr (most < G) add(most, Count<most < G ? G - most : RB>());
   }
 }
 
-// A tile of keys, transposed, and of values; both in float32, with zeros beyond n.
-TW_INLINE void load_tile(const K_t** k, const K_t** v, int n, float* keys, float* values) {
+// Queries as pairs, unscaled, with zeros up to `padded` rows.
+TW_INLINE void load_queries(const Work& w, int padded, uint32_t* q) {
+  __builtin_memset(q, 0, sizeof(uint32_t) * QP * padded);
+  for (int r = 0; r < w.rows; ++r) __builtin_memcpy(q + r * QP, query_row(w, r), DK * sizeof(typename Q::type));
+}
+
+// A tile of keys as operands, transposed, with zeros beyond n.
+TW_INLINE void load_keys(const K_t** k, int n, Operand* keys) {
   for (int j0 = 0; j0 < T; j0 += N) {
 #pragma GCC unroll 1
-    for (int d = 0; d < NK; ++d) {
-      F square[N];
+    for (int d = 0; d < NQ; ++d) {
+      F square[N];  // of the bits of operands
 #pragma GCC unroll 16
-      for (int j = 0; j < N; ++j) square[j] = j0 + j < n ? load_head<KV, DK>(k[j0 + j], d) : F{};
+      for (int j = 0; j < N; ++j) {
+        Operands operands{};
+        if (j0 + j < n) load_operands(k[j0 + j], d, operands);
+        square[j] = (F)operands;
+      }
       transpose(square);
 #pragma GCC unroll 16
-      for (int i = 0; i < N; ++i) tw::store<float, N>(keys + (d * N + i) * T + j0, square[i]);
+      for (int i = 0; i < N; ++i) tw::store<Operand, N>(keys + (d * N + i) * T + j0, (Operands)square[i]);
     }
   }
+}
+
+// A tile of n values: floats in rows of keys, or the pairs of keys 2j and 2j + 1 in row j.
+TW_INLINE void load_values(const K_t** v, int n, float* values) {
   for (int j = 0; j < n; ++j)
     for (int d = 0; d < NV; ++d) tw::store<float, N>(values + j * DVP + d * N, load_head<KV, DV>(v[j], d));
+}
+
+TW_INLINE void load_values(const K_t** v, int n, uint32_t* values) {
+  using U = vec<uint32_t, N>;
+  for (int j = 0; j < n; j += 2)
+    for (int d = 0; d < NV; ++d) {
+      U low = (U)load_head<KV, DV>(v[j], d), high = j + 1 < n ? (U)load_head<KV, DV>(v[j + 1], d) : U{};
+      tw::store<uint32_t, N>(values + j / 2 * DVP + d * N, low >> 16 | high);  // float32 ends in zeros
+    }
+}
+
+// Vector `d` of the value of key j.
+TW_INLINE F value_of(const float* values, int j, int d) { return tw::load<float, N>(values + j * DVP + d * N); }
+TW_INLINE F value_of(const uint32_t* values, int j, int d) {
+  vec<uint32_t, N> pairs = tw::load<uint32_t, N>(values + j / 2 * DVP + d * N);
+  return (F)(j % 2 ? pairs & 0xffff0000u : pairs << 16);
+}
+
+// The weights of RB rows as operands.
+TW_INLINE const float* as_operands(const float* weights, float*) { return weights; }
+TW_INLINE const uint32_t* as_operands(const float* weights, uint32_t* pairs) {
+#pragma GCC unroll 8
+  for (int c = 0; c < RB * T; c += 2 * N)
+    tw::store<uint32_t, N>(pairs + c / 2, to_pairs(tw::load<float, N>(weights + c), tw::load<float, N>(weights + c + N)));
+  return pairs;
 }
 
 // Many queries: products of register blocks over a copied tile.
 TW_INLINE void attend_many(const Work& w, float* sums, Softmax* rows) {
   constexpr int MAX_ROWS = (MAX_TOKENS * G + RB - 1) / RB * RB;
-  alignas(64) float q[MAX_ROWS * DKP], keys[DKP * T], values[T * DVP], s[RB * T], keep[RB];
+  alignas(64) Operand q[MAX_ROWS * QP], keys[QP * T], values[T / EACH * DVP], weights[RB * T / EACH];
+  alignas(64) float s[RB * T], keep[RB];
   const K_t *k[T], *v[T];
   load_queries(w, (w.rows + RB - 1) / RB * RB, q);
   for (int i = w.begin; i < w.end; ++i) {
@@ -396,21 +315,27 @@ TW_INLINE void attend_many(const Work& w, float* sums, Softmax* rows) {
     if (w.tile_class(0, w.rows - 1, t) == tw::EMPTY) continue;
     int kv0 = t * T, n = w.pages.length - kv0 < T ? w.pages.length - kv0 : T;
     find_rows(w.p, w.pages, w.item.kv_head, kv0, n, k, v);
-    load_tile(k, v, n, keys, values);
+    load_keys(k, n, keys);
+    load_values(v, n, values);
     for (int r0 = 0; r0 < w.rows; r0 += RB) {
       int count = w.rows - r0 < RB ? w.rows - r0 : RB;
       int kind = w.tile_class(r0, r0 + count - 1, t);
       if (kind == tw::EMPTY) continue;
-      auto key = [&](int d, int c) { return tw::load<float, N>(keys + d * T + c * N); };
-      product<RB, TV>(q + r0 * DKP, DKP, key, DK, s, T);
+      auto key = [&](int d, int c) { return tw::load<Operand, N>(keys + d * T + c * N); };
+      product<RB, TV>(q + r0 * QP, QP, key, (DK + EACH - 1) / EACH, PAIRED ? w.p.sm_scale : 1.0f, s, T);
       bool masked = n < T || kind != tw::FULL;
       for (int r = 0; r < RB; ++r) {
         keep[r] = 1.0f;
         if (r < count)
           keep[r] = online_softmax(w.variant, w.at(r0 + r), w.pages, kv0, masked, s + r * T, rows[r0 + r]);
       }
-      auto value = [&](int j, int d) { return tw::load<float, N>(values + j * DVP + d * N); };
-      add_values<RB>(s, value, n, sums + r0 * DVP, keep, masked);
+      const Operand* a = as_operands(s, weights);
+      auto products = [&](int v0, auto& acc) {
+        auto b = [&](int j, int d) { return tw::load<Operand, N>(values + j * DVP + (v0 + d) * N); };
+        block(a, T / EACH, b, (n + EACH - 1) / EACH, acc);
+      };
+      auto value = [&](int j, int d) { return value_of(values, j, d); };
+      add_values<RB>(products, s, value, n, sums + r0 * DVP, keep, masked);
     }
   }
 }

@@ -1,11 +1,12 @@
 // Flash attention on any NVIDIA GPU from sm_80 on, by CUDA cores in float32: simple and right.
 //
-// In front of this file: gpu.cuh, the constants of `flash` (DK and DV: elements of a row of K and of V,
+// Expects before it: gpu.cuh, the constants of `flash` (DK and DV: elements of a row of K and of V,
 // G query heads of a KV head, MAX_TOKENS of an item, MAX_KEYS of a request; the element types Q, KV and
 // O), `Params`, `Item`, bounds.h, table.h, variant.h and the struct `Variant`.
 //
-// A CTA runs one item: some queries of one request with one KV head. Its warps take tiles of 32 keys in turn, a key a thread; rows (token, query head of the group) go ROWS at a
-// time and share each load of K and V. The warps' sums are merged in their order.
+// A CTA runs one item: some queries of one request with one KV head. Its warps take tiles of 32 keys in
+// turn, a key a thread. Rows (token, query head of the group) are processed ROWS at a time and share
+// each load of K and V. The warps' partial sums are merged in warp order.
 
 namespace flash {
 

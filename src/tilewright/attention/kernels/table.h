@@ -1,10 +1,10 @@
 // The page table of a batch: how many keys a request has, where in the cache a key lies, and which
 // positions its keys and queries have.
 //
-// Read by C++ and CUDA; TW_INLINE comes from either prelude, TW_METHOD from the family. In front of this file: namespace `table`
-// with the form of the table (attention/table.py): which of its arrays exist. `P` is a kernel's
-// parameter struct; absent arrays are not read. What the arrays hold is clamped to what exists, so
-// that no table makes a kernel read outside the cache.
+// For C++ and CUDA: TW_INLINE comes from either prelude, TW_METHOD from the family. Expects before it
+// the namespace `table`, which says which arrays the table has (attention/table.py). `P` is a kernel's
+// parameter struct; absent arrays are not read. Entries are clamped to the pages that exist, so that no
+// table makes a kernel read outside the cache.
 
 namespace tw {
 

@@ -79,7 +79,7 @@ class Rows:
     """The packed rows of a step: where the model reads tokens and writes activations.
 
     `single`: the first rows, whose linear layers take the kernel of one row; the others take that
-    of many rows. Each of the two kernels gives a row the same bits whatever stands beside it.
+    of many rows. Each of the two kernels gives a row the same bits for any number of rows.
     `ids`, `position`, `page`, `slot`: int32 (tokens,). `a`: the arrays of `WIDTHS`.
     """
 

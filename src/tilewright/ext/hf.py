@@ -1,0 +1,71 @@
+"""Attention of Hugging Face transformers: `hf.register()`, then attn_implementation="tilewright".
+
+For inference. Masks are those of transformers' SDPA: none for what is plainly causal, else read as
+bits. Continuous batching of transformers 5 admits no implementations but its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tilewright.attention.batch import Attention
+from tilewright.errors import ArgumentError
+from tilewright.ext import needed
+from tilewright.ext.torch_ops import Tensor, operator, torch
+from tilewright.ext.variants import composed, words
+
+_REFUSED = ("position_bias", "output_attentions", "cache", "block_table")
+
+
+def register(name: str = "tilewright") -> None:
+    """Make `name` an attn_implementation of transformers. Raises MissingExtra[E101]."""
+    masking = needed("transformers.masking_utils", "hf")
+    needed("transformers", "hf").AttentionInterface.register(name, attend)
+    masking.AttentionMaskInterface.register(name, masking.sdpa_mask)
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """o (batch, q, heads, head_dim) of `query` (batch, heads, q, head_dim), `key` and `value`
+    (batch, kv_heads, kv, …), which are read where they are. `options`: scaling, softcap, s_aux
+    (sinks), is_causal. Raises ArgumentError: A101 for training and for what is not supported."""
+    if options.get("dropout") or (torch.is_grad_enabled() and query.requires_grad):
+        hint = "with torch.no_grad(): …; train with another attn_implementation"
+        raise ArgumentError("A101", "attention of tilewright has no derivatives", hint=hint)
+    for name in _REFUSED:
+        if options.get(name) is not None and options[name] is not False:
+            raise ArgumentError("A101", f"{name} is not supported", where=name, hint="eager")
+    batch, heads, rows, dim = query.shape
+    causal = options.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    causal = causal and attention_mask is None and rows > 1
+    if causal:  # the first rows of a cache with room behind them
+        key, value = key[:, :, :rows], value[:, :, :rows]
+    tensors = {} if attention_mask is None else {"bits": _bits(attention_mask, key.shape[2])}
+    if options.get("s_aux") is not None:
+        tensors["sinks"] = options["s_aux"].detach().float()
+    variant = composed(causal, -1, options.get("softcap") or 0.0, frozenset(tensors))
+    attn = Attention(heads, key.shape[1], dim, variant, options.get("scaling"), value.shape[3])
+    lengths = torch.full((batch,), key.shape[2], dtype=torch.int32, device=query.device)
+    indptr = torch.arange(batch + 1, dtype=torch.int32) * rows
+    q = query.transpose(1, 2).reshape(batch * rows, heads, dim)
+    pages = key.transpose(1, 2), value.transpose(1, 2)  # a page for each sequence
+    o, _ = operator(attn)(q, *pages, (lengths,), indptr, **tensors)
+    return o.reshape(batch, rows, heads, value.shape[3]), None
+
+
+def _bits(mask: Tensor, kv: int) -> Tensor:
+    """The words of a mask (batch, 1, q, kv), bool, or 0 and the lowest number. Kept with the mask:
+    every layer has the same."""
+    if hasattr(mask, "_tilewright_words"):
+        return mask._tilewright_words
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] < kv:
+        text, where = f"attention_mask has shape {tuple(mask.shape)}", "attention_mask"
+        raise ArgumentError("A103", text, where=where, hint=f"(batch, 1, q, {kv})")
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and bool((~seen & (mask > torch.finfo(mask.dtype).min / 2)).any()):
+        raise ArgumentError("A102", "attention_mask adds biases", where="attention_mask")
+    mask._tilewright_words = words(seen[:, 0, :, :kv].reshape(-1, kv))
+    return mask._tilewright_words

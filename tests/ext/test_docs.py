@@ -1,0 +1,31 @@
+"""The blocks of Python on the pages of docs/ are run, page by page, one after the other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tilewright.toolchain import compilers
+
+FOLDER = Path(__file__).resolve().parents[2] / "docs"
+PAGES = sorted(FOLDER.glob("*.md"))
+pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
+
+
+def test_there_is_a_page():
+    assert "coming-from-flashinfer.md" in [page.name for page in PAGES]
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_block_runs(page):
+    pytest.importorskip("torch")
+    text = page.read_text(encoding="utf-8")
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    assert blocks
+    names: dict = {"__name__": page.stem}
+    for block in blocks:
+        first = text[: block.start(1)].count("\n")
+        exec(compile("\n" * first + block[1], str(page), "exec"), names)
