@@ -21,6 +21,7 @@ from tilewright.ops.elementwise import add_count, add_fill, multiply_count, mult
 from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
 from tilewright.ops.embedding import by_token
 from tilewright.ops.gemm import gemm_definition
+from tilewright.ops.graph_attention import graph_attention_definition
 from tilewright.ops.linear import linear_definition
 from tilewright.ops.rmsnorm import RMSNORM
 from tilewright.ops.rope import APPEND, APPEND_HALVES, APPEND_PAIRS, ROPE_HALVES, ROPE_PAIRS
@@ -80,8 +81,6 @@ def _example(file: str, name: str, recipe: str = "") -> Definition:
     return definition.schedule(getattr(module, recipe)) if recipe else definition
 
 
-ATTEND = _example("03_graph_softmax.py", "attend")
-
 SHIPPED: dict[str, Shipped] = {
     # SpMM: the format that pack_for_spmm chooses on each target, then every other one
     "spmm csr f32 128": _spmm(tw.csr(), 128),
@@ -100,15 +99,19 @@ SHIPPED: dict[str, Shipped] = {
     "spmm by_length f32 64": _spmm(SHORT, 64, targets=CPU),
     "spmm by_length f16 128": _spmm(LENGTHS, 128, "float16", targets=CUDA),
     "spmm by_length f32 512 far": _spmm(LENGTHS, 512, far=True, targets=CUDA),
-    **{f"spmm by_length f32 {d}": _spmm(SHORT, d, targets=CUDA) for d in (1, 7, 33)},
+    **{f"spmm by_length f32 {d}": _spmm(SHORT, d, targets=CUDA) for d in (1, 33)},
     # SDDMM
     "sddmm csr f32 128": _sddmm(tw.csr(), 128),
     "sddmm csr f32 any": _sddmm(tw.csr(), 0, targets=CPU),
     "sddmm dcsr bf16 40": _sddmm(tw.dcsr(), 40, "bfloat16"),
     **{f"sddmm coo f32 {d}": _sddmm(tw.coo(), d) for d in (32, 33)},
-    **{f"sddmm coo f32 {d}": _sddmm(tw.coo(), d, targets=CUDA) for d in (1, 7, 128, 512)},
+    **{f"sddmm coo f32 {d}": _sddmm(tw.coo(), d, targets=CUDA) for d in (1, 128, 512)},
     **{f"sddmm coo f16 {d}": _sddmm(tw.coo(), d, "float16", targets=CUDA) for d in (33, 512)},
     "sddmm coo f64 64 int64": _sddmm(tw.coo(), 64, "float64", index="int64"),
+    # attention along edges
+    "graph_attention csr": Shipped(
+        graph_attention_definition(tw.csr(), ("float32",) * 4, (2, 64, 64))
+    ),
     # sparse results
     "add fill": _fill(add_count, add_fill),
     "multiply fill": _fill(multiply_count, multiply_fill),
@@ -145,10 +148,10 @@ SHIPPED: dict[str, Shipped] = {
     # the lessons
     "example 01 spmm": Shipped(_example("01_spmm.py", "scheduled")),
     "example 02 rgcn": Shipped(_example("02_rgcn.py", "rgcn", "fast"), CPU),
-    **{
-        f"example 03 attend {name}": Shipped(ATTEND.decompose(A=fmt), CPU)
-        for name, fmt in (("csr", tw.csr()), ("hyb", tw.hyb(buckets=(8, 16))), ("ell", tw.ell(64)))
-    },
+    "example 03 attend": Shipped(_example("03_graph_softmax.py", "attend", "by_row"), CPU),
+    "example 04 softmax": Shipped(
+        _example("04_row_softmax.py", "softmax_on_gpu", "softmax_by_threads"), CUDA
+    ),
 }
 
 
