@@ -73,12 +73,15 @@ def attention(args: dict[str, Any]) -> np.ndarray:
     return out
 
 
-SIZES = {"m": 5, "n": 6, "d": 3, "v": 4, "h": 2}
+SIZES = {"m": 3, "n": 4, "d": 2, "v": 4, "h": 2}
 FORMATS = ("csr", "dcsr", "ell", "ragged", "bsr", "hyb")
 
 
-@pytest.mark.parametrize("loop", ["i", "h", "j"])
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(
+    ("fmt", "loop"),
+    [*(("csr", loop) for loop in "ihj"), ("dcsr", "h"), ("ell", "j"), ("ragged", "i"),
+     ("bsr", "h"), ("bsr", "j"), ("hyb", "h"), ("hyb", "j")],
+)  # fmt: skip
 def test_the_meaning_stays_after_every_pass(rng, fmt, loop):
     definition = attend.decompose(A=cases.FORMATS[fmt])
     for kind in ("random", "empty", "one row")[: 3 if loop == "j" else 1]:
@@ -94,7 +97,7 @@ def test_a_kernel_agrees_with_numpy(rng, fmt, loop):
     args = cases.arguments(definition, rng, **SIZES)
     args["A"] = cases.filled_padding(args["A"])
     kernel = definition.build()
-    out = np.full((5, 2, 4), np.nan, np.float32)
+    out = np.full((3, 2, 4), np.nan, np.float32)
     kernel(**args, out=out)
     np.testing.assert_allclose(out, attention(args), rtol=2e-5, atol=2e-6)
     assert len(kernel.manifest.stages) == 1
@@ -304,7 +307,7 @@ def test_an_output_has_an_array_for_each_entry(rng, fmt):
         got = definition.build(target)(*args.values())
         assert got.inner == (2,) and got.values[0].shape[1:] == (2,)
         np.testing.assert_allclose(got.unpack()[1], expected, rtol=1e-5, atol=1e-6)
-        assert got.dense().shape == (5, 6, 2)
+        assert got.dense().shape == (3, 4, 2)
     if fmt == "csr":
         np.testing.assert_allclose(got.entry_values(), expected, rtol=1e-5, atol=1e-6)
 

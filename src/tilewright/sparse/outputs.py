@@ -191,6 +191,7 @@ def _output_dtype(value: Expr) -> DType:
         if isinstance(x, Access)
         and x.dtype.is_float
         and x.tensor.kind == "activation"
+        and x.tensor.role != "temp"
         and not x.tensor.is_sparse
         and x.tensor.dims
     ]
