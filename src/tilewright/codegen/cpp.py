@@ -6,8 +6,6 @@ begin … end-1, on whatever thread calls it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from tilewright.codegen.cfamily import Renderer, Source, has_lists, has_tiles
 from tilewright.codegen.params import Params, c_name, collect_params
 from tilewright.codegen.prelude_files import prelude
@@ -36,7 +34,7 @@ class CppRenderer(Renderer):
         rows = dict.fromkeys(  # once, though the body of a loop may be there twice
             f"tw::row_memory<{self.type(x.buffer.dtype)}> {c_name(x.buffer.name)}__row;"
             for x in statements(nest.body)
-            if isinstance(x, ir.Alloc) and x.buffer.scope == "row"
+            if isinstance(x, ir.Alloc) and x.extents
         )
         rows |= dict.fromkeys(
             f"tw::row_workspace<{self.type(self.program.index)}, {self.type(x.buffer.dtype)}> "
@@ -77,7 +75,7 @@ def render(program: ir.Program, declarations: str, params: Params | None = None)
         text.append(prelude("mma_cpu.h"))
     if any(map(has_lists, program.stages)):
         text.append(prelude("lists.h"))
-    if any(isinstance(x, ir.Alloc) and x.buffer.scope == "row" for x in _statements(program)):
+    if any(map(has_rows, program.stages)):
         text.append(prelude("rows.h"))
     text.append(declarations)
     entries = []
@@ -89,8 +87,9 @@ def render(program: ir.Program, declarations: str, params: Params | None = None)
     return Source("\n".join(text), tuple(entries))
 
 
-def _statements(program: ir.Program) -> Iterator[ir.Stmt]:
-    return (x for stage in program.stages for nest in stage for x in statements(nest.body))
+def has_rows(stage: tuple[ir.Nest, ...]) -> bool:
+    """Whether a nest of the stage has arrays of run-time length."""
+    return any(isinstance(x, ir.Alloc) and x.extents for n in stage for x in statements(n.body))
 
 
 def _body(program: ir.Program, params: Params, nest: ir.Nest, name: str, alone: bool) -> str:

@@ -129,8 +129,7 @@ class Access(Expr):
 
     @property
     def stored_coords(self) -> tuple[Expr, ...]:
-        """The coordinates in the structure of a sparse tensor, without those of dense dimensions
-        behind it."""
+        """The coordinates in the structure of a sparse tensor, without those behind it."""
         return self.coords[: len(self.coords) - self.tensor.inner]
 
 

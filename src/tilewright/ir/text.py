@@ -6,6 +6,7 @@ Nodes print themselves through this module, so it knows their classes by name on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 _INFIX = {
@@ -98,21 +99,13 @@ def _compute(s: Any) -> str:
     over = f"over {' '.join(s.reduce)}"
     how = f" mma({', '.join(s.mma)})" if s.mma else ""
     if not s.op:
-        totals = (
-            f"{r.total.name} = {r.op}({expr_text(r.value)} {over})"
-            + (f" by {r.factor.name}" if r.factor else "")
-            for r in s.reductions
-        )
+        by = {r: f" by {r.factor.name}" if r.factor else "" for r in s.reductions}
+        totals = (f"{r.total.name} = {r.op}({expr_text(r.value)} {over}){by[r]}" for r in by)
         where = f" where {', '.join(totals)}" if s.reductions else ""
         return f"{expr_text(s.out)} = {expr_text(s.value)}{where}{how}"
     how += " online" if s.online else ""
     how = (" in place" if s.in_place else "") + (" atomic" if s.atomic else "") + how
     return f"{expr_text(s.out)} = {s.op}({expr_text(s.value)} {over}){how}"
-
-
-def _alloc(s: Any) -> str:
-    b = s.buffer
-    return f"alloc {b.name}: {b.scope} {b.dtype}[{_commas(s.extents or b.shape)}]"
 
 
 def _store(s: Any) -> str:
@@ -135,7 +128,7 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "If": lambda s: f"if {expr_text(s.cond)}",
     "Compute": _compute,
     "Store": _store,
-    "Alloc": _alloc,
+    "Alloc": lambda s: f"alloc {replace(s.buffer, shape=s.extents or s.buffer.shape)}",
     "Prefetch": lambda s: f"prefetch {expr_text(s.element)}",
     "Sync": lambda s: "sync",
     "MmaZero": lambda s: f"mma_zero {_fragment(s)}",
