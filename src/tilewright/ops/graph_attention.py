@@ -16,7 +16,7 @@ from typing import Any
 
 from tilewright.build import Definition, named_recipe, program
 from tilewright.errors import ArgumentError, ProgramError, ScheduleError
-from tilewright.ops.recipes import cpu_lanes, fixed_width, vectors
+from tilewright.ops.recipes import cpu_lanes, fixed_width, register_tiles, vectors
 from tilewright.ops.spmm import check_packed, operand_dtype
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
@@ -47,7 +47,7 @@ def graph_attention_program(
 
 ROWS_PER_UNIT = 16  # of one unit on the CPU
 AHEAD = 8  # entries whose rows of K and V are prefetched
-CTA, WARP = 512, 32  # threads
+CTA, WARP = 256, 32  # threads
 TALL_LANES = 8  # threads of an entry of a long row
 IN_FLIGHT = 4  # entries of a row that a group of threads loads at once
 TALL, SHORT = "tall", "short"  # rows of a CTA, and of a few threads
@@ -56,7 +56,6 @@ LONG = 256  # entries from which a row has a CTA
 
 def cpu_recipe(s: Schedule) -> Schedule:
     """A row and head after the other: scores, their maximum, weights, their sum, features."""
-    sizes, lanes = dict(s.program.sizes), cpu_lanes()
     for t in TEMPORARIES:
         s = s.compute_at(t, "h")
     s = vectors(s, "k")
@@ -64,19 +63,8 @@ def cpu_recipe(s: Schedule) -> Schedule:
         for loop in TEMPORARIES[1:] if not s.format_of(n).levels[-1].pads else ():
             s = vectors(s.on(n), f"{loop}.j", loop) if s.has(f"{loop}.j", n) else s
     s = s.everywhere()
-    rest, width = "c", sizes.get("v", 0)
-    for tile in (128, 64, 32, lanes):
-        if tile < lanes or (width and width < tile):
-            continue
-        is_exact = bool(width) and width % tile == 0
-        name = f"c{tile}"
-        s = s.split(rest, tile, tail="exact" if is_exact else "cut", into=(name, f"{name}_i"))
-        s = s.split(f"{name}_i", lanes, into=(f"{name}_u", f"{name}_v"))
-        s = s.reorder("out.j", f"{name}_u", f"{name}_v")
-        s = s.unroll(f"{name}_u").vectorize(f"{name}_v")
-        if is_exact:
-            break
-        rest = f"{rest}_t"
+    width = dict(s.program.sizes).get("v", 0)
+    s = register_tiles(s, "c", "out.j", width, (128, 64, 32, cpu_lanes()))
     if s.format_of(0).name == "csr":
         s = s.prefetch("K", "score.j", AHEAD)
     return s.split("i", ROWS_PER_UNIT, into=("i_unit", "i_row")).parallel("i_unit")
@@ -105,8 +93,8 @@ def gpu_recipe(s: Schedule) -> Schedule:
         if fmt.name != "bucket(0)":
             s = s.split("j", entries, tail="cut", into=("j_o", "j_r"))
         if fmt.name == TALL:
-            s = s.split("j_r", groups, into=("j_u", "j_y")).bind("j_y", "thread.y")
-            s = s.split("j_t", groups, into=("t_o", "t_y")).bind("t_y", "thread.y")
+            s = s.split("j_r", groups, into=("j_u", "j_y"))
+            s = s.split("j_t", groups, into=("t_o", "j_y")).bind("j_y", "thread.y")
             s = s.bind("row", "cta.x").unroll("j_u")
             continue
         s = s.unroll("j_r") if fmt.name != "bucket(0)" else s

@@ -40,6 +40,26 @@ def vectors(s: Schedule, loop: str, name: str = "") -> Schedule:
     return s.vectorize(f"{name}_v")
 
 
+def register_tiles(
+    s: Schedule, loop: str, inside: str, width: int, tiles: tuple[int, ...]
+) -> Schedule:
+    """A loop in tiles that fit in registers, each around the loop `inside`, from the widest to the
+    narrowest. `width`: its extent, 0 where that is known at run time only."""
+    rest, lanes = loop, cpu_lanes()
+    for size in tiles:
+        if size < lanes or (width and width < size):
+            continue
+        tile, u, v = f"{loop}{size}", f"{loop}{size}_u", f"{loop}{size}_v"
+        is_exact = bool(width) and width % size == 0
+        s = s.split(rest, size, tail="exact" if is_exact else "cut", into=(tile, f"{tile}_i"))
+        s = s.split(f"{tile}_i", lanes, into=(u, v))
+        s = s.reorder(inside, u, v).unroll(u).vectorize(v)
+        if is_exact:
+            break
+        rest = f"{rest}_t"
+    return s
+
+
 def fixed_width(width: int, device: str) -> int:
     """The width that is a constant of the kernel; 0 if it takes any width."""
     if device != "cpu":
