@@ -157,6 +157,23 @@ def test_the_online_form_neither_overflows_nor_stumbles_over_infinity(row):
     np.testing.assert_allclose(kernel(x), np.where(total > 0, expected, -INF), rtol=1e-6)
 
 
+@tw.program
+def nested(A=tw.sparse("m n"), W=tw.dense("n k"), V=tw.dense("n")):
+    """A sum inside of each term."""
+    i, j, k = tw.indices("i:m j:n k:k")
+    top = tw.temp.named("top")[i](tw.max(A[i, j], over=j))
+    weight = tw.exp(A[i, j] - top[i])
+    inner = tw.temp.like(A).named("inner")[i, j](tw.sum(weight * W[j, k], over=k) * 2.0)
+    return tw.out[i](tw.sum(inner[i, j] * V[j], over=j))
+
+
+def test_a_term_may_be_a_sum(rng):
+    args = cases.arguments(nested, rng, m=4, n=6, k=3)
+    schedule = lambda s: s.compute_at("top", "j").compute_at("inner", "j")  # noqa: E731
+    with knobs.scope(verify=True):
+        cases.after_every_pass(nested, args, schedule)
+
+
 def threads(s: Any) -> Any:
     s = s.compute_at("top", "j").split("j", 8, into=("j_o", "j_y"))
     return s.bind("j_y", "thread.y").bind("i", "cta.x")
@@ -174,6 +191,16 @@ def test_a_cut_tail_continues_the_state(rng):
     x = rng.standard_normal((3, 11)).astype(np.float32) * 30
     with knobs.scope(verify=True):
         cases.after_every_pass(logsumexp, {"X": x}, schedule)
+
+
+def test_a_state_has_no_lanes():
+    for kind in ("rfactor", "vectorize"):
+        schedule = lambda s, kind=kind: getattr(  # noqa: E731
+            s.compute_at("top", "j").split("j", 4, tail="cut"), kind
+        )("j_i")
+        with pytest.raises(ScheduleError) as error:
+            logsumexp.schedule(schedule).build()
+        assert error.value.code == "S102"
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------
@@ -251,6 +278,13 @@ def squared(A=tw.sparse("m n")):
 
 
 @tw.program
+def kept(A=tw.sparse("m n")):
+    i, j = tw.indices("i:m j:n")
+    top = tw.temp.named("top")[i](tw.max(A[i, j], over=j))
+    return tw.out.like(A)[i, j](tw.exp(A[i, j] - top[i]))
+
+
+@tw.program
 def searched(A=tw.sparse("n n")):
     i, j, k = tw.indices("i:n j:n k:n")
     s = tw.temp.like(A).named("s")[i, j](A[i, j] + 1.0)
@@ -265,6 +299,7 @@ def searched(A=tw.sparse("n n")):
         (read_twice, lambda s: s.compute_at("t", "i"), ("out and second read it",)),
         (early, lambda s: s.compute_at("top", "j"), ("top", "before it is complete")),
         (squared, lambda s: s.compute_at("top", "j"), ("no sum of products",)),
+        (kept, lambda s: s.compute_at("top", "j"), ("out is no sum of products",)),
         (searched, lambda s: s.compute_at("s", "i"), ("s[i, k]", "no loop follows it")),
         (
             attend,

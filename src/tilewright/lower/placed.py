@@ -148,29 +148,32 @@ class _Online:
     def compute(self, c: ir.Compute, axes: frozenset[str]) -> ir.Compute:
         name = c.out.buffer.name
         inside = {n: m for n, m in self.running.items() if axes & set(m.reduce)}
+        outside = {n: m for n, m in inside.items() if not set(m.reduce) & set(c.reduce)}
         terms = [self.value(name, e, inside) for _, e in c.sums]
-        relative = [self.degree(e) for e in terms] if c.reduce else []
-        for (op, _), degree in zip(c.sums, relative, strict=False):
-            if degree is None or (degree and (op != "sum" or len(degree) > 1)):
+        degrees = [self.degree(e) for e in terms]
+        for (op, _), degree in zip(c.sums, degrees, strict=True):
+            if degree is None or (op and degree and (op != "sum" or len(degree) > 1)):
                 raise self.not_linear(name)
-        factors = [self.registers[next(iter(d))][1] if d else None for d in relative]
-        if c.op == "max" and c.out.buffer.scope == "register":
-            self.running[name] = c
+        relative = [sorted((d or set()) - outside.keys()) for d in degrees]
+        factors = [self.registers[names[0]][1] if names else None for names in relative]
+        left = [(d or frozenset()) & outside.keys() for d in degrees]
+        changed, own = replace(c, value=terms[0]), left[0]
         if c.reductions:
-            outside = {n: m for n, m in inside.items() if not set(m.reduce) & set(c.reduce)}
+            self.degrees |= {r.total.name: d for r, d in zip(c.reductions, left, strict=True)}
             sums = zip(c.reductions, terms, factors, strict=True)
             reductions = tuple(replace(r, value=e, factor=f) for r, e, f in sums)
-            return replace(c, reductions=reductions, value=self.value(name, c.value, outside))
-        if any(factors):
+            changed = replace(c, reductions=reductions, value=self.value(name, c.value, outside))
+            own = self.degree(changed.value)
+        elif any(factors):
             total = ir.Buffer(f"{name}.0", terms[0].dtype, (), "register")
             sums = (ir.Reduction(total, c.op, terms[0], factors[0]),)
-            return replace(c, op="", value=ir.Load(total, (), total.dtype), reductions=sums)
-        if not c.reduce:
-            degree = self.degree(terms[0])
-            if degree is None:
-                raise self.not_linear(name)
-            self.degrees[name] = degree
-        return replace(c, value=terms[0])
+            changed = replace(c, op="", value=ir.Load(total, (), total.dtype), reductions=sums)
+        if own is None or (own and c.out.buffer.scope != "register"):
+            raise self.not_linear(name)
+        self.degrees[name] = frozenset(own)
+        if c.op == "max" and c.out.buffer.scope == "register":
+            self.running[name] = c
+        return changed
 
     def value(self, name: str, e: ir.Expr, inside: dict[str, ir.Compute]) -> ir.Expr:
         """A value computed in the loops of the maxima `inside`, which reads their weights."""
@@ -199,7 +202,8 @@ class _Online:
 
     def not_linear(self, name: str) -> ScheduleError:
         return refuse(
-            " and ".join(self.running), f"{name} is no sum of products with one exp(x - maximum)",
+            " and ".join(self.running),
+            f"{name.removesuffix('.values')} is no sum of products with one exp(x - maximum)",
             "sum(exp(score[i, j] - top[i]) * V[j, c], over=j)",
         )  # fmt: skip
 
