@@ -20,7 +20,7 @@ from tilewright import ops
 from tilewright.runtime import pool
 from tilewright.toolchain import cxx
 
-LESSON = Path(__file__).parent.parent / "examples" / "04_row_softmax.py"
+LESSON = Path(__file__).parent.parent / "examples" / "05_row_softmax.py"
 _SAMPLED_ROWS = 512
 HAND_WRITTEN = """#include <cmath>
 #include <cstdint>
@@ -107,7 +107,7 @@ def graph_softmax(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _softmax_kernel(A: Any, target: str) -> Any:
-    """That of lesson 4."""
+    """That of lesson 5."""
     lesson = runpy.run_path(str(LESSON))
     if target == "cpp":
         return lesson["softmax"].schedule(lesson["softmax_by_row"]).build()

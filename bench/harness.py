@@ -34,6 +34,7 @@ SUITES = {
     "spgemm": ("sparse", "sparse with sparse: A A, A + Aᵀ, A ∘ Aᵀ"),
     "graph_attention": ("graph_attention", "attention along the edges of a graph"),
     "graph_softmax": ("graph_attention", "the softmax of the entries of each row"),
+    "gemm": ("gemm", "dense times dense on tensor cores, beside cuBLAS"),
     "attention": ("attention", "attention on the CPU beside torch"),
     "decode": ("decode", "decode attention over a paged cache, beside the time to read it"),
     "prefill": ("prefill", "prefill attention, ragged and paged, causal and full"),

@@ -26,6 +26,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="write the golden files instead of comparing"
     )
+    parser.addoption(
+        "--random-programs", type=int, default=500, help="how many test_random_programs.py runs"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -15,7 +15,7 @@ from tilewright.attention.spec import Spec
 from tilewright.attention.table import TableForm
 from tilewright.build import Definition
 from tilewright.ops import row_lists
-from tilewright.ops.activation import ADD, SILU_MUL
+from tilewright.ops.activation import SILU_MUL
 from tilewright.ops.bsr_spmm import bsr_spmm_definition
 from tilewright.ops.elementwise import add_count, add_fill, multiply_count, multiply_fill
 from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
@@ -23,6 +23,7 @@ from tilewright.ops.embedding import by_token
 from tilewright.ops.gemm import gemm_definition
 from tilewright.ops.graph_attention import graph_attention_definition
 from tilewright.ops.linear import linear_definition
+from tilewright.ops.positions import by_request, lengthen, positions_program
 from tilewright.ops.rmsnorm import RMSNORM
 from tilewright.ops.rope import APPEND, APPEND_HALVES, APPEND_PAIRS, ROPE_HALVES, ROPE_PAIRS
 from tilewright.ops.sampling import ARGMAX, SAMPLE
@@ -99,13 +100,13 @@ SHIPPED: dict[str, Shipped] = {
     "spmm by_length f32 64": _spmm(SHORT, 64, targets=CPU),
     "spmm by_length f16 128": _spmm(LENGTHS, 128, "float16", targets=CUDA),
     "spmm by_length f32 512 far": _spmm(LENGTHS, 512, far=True, targets=CUDA),
-    **{f"spmm by_length f32 {d}": _spmm(SHORT, d, targets=CUDA) for d in (1, 33)},
+    **{f"spmm by_length f32 {d}": _spmm(SHORT, d, targets=CUDA) for d in (1, 7)},
     # SDDMM
     "sddmm csr f32 128": _sddmm(tw.csr(), 128),
     "sddmm csr f32 any": _sddmm(tw.csr(), 0, targets=CPU),
     "sddmm dcsr bf16 40": _sddmm(tw.dcsr(), 40, "bfloat16"),
     **{f"sddmm coo f32 {d}": _sddmm(tw.coo(), d) for d in (32, 33)},
-    **{f"sddmm coo f32 {d}": _sddmm(tw.coo(), d, targets=CUDA) for d in (1, 128, 512)},
+    **{f"sddmm coo f32 {d}": _sddmm(tw.coo(), d, targets=CUDA) for d in (1, 7, 128, 512)},
     **{f"sddmm coo f16 {d}": _sddmm(tw.coo(), d, "float16", targets=CUDA) for d in (33, 512)},
     "sddmm coo f64 64 int64": _sddmm(tw.coo(), 64, "float64", index="int64"),
     # attention along edges
@@ -118,26 +119,34 @@ SHIPPED: dict[str, Shipped] = {
     "spgemm fill f64": _fill(spgemm_count, spgemm_fill, "float64"),
     # matrix tiles
     "gemm f16": Shipped(gemm_definition("float16")),
-    "gemm bf16 512x256": Shipped(gemm_definition("bfloat16", 512, 256)),
-    "bsr_spmm 32 f16 64": Shipped(bsr_spmm_definition(tw.bsr(32), "float16", 64)),
+    "gemm bf16 512x256": Shipped(gemm_definition("bfloat16", 512, 256, "few")),
+    "bsr_spmm 16 f16 64": Shipped(bsr_spmm_definition(tw.bsr(16), "float16", 64)),
     "bsr_spmm 128 bf16 any": Shipped(bsr_spmm_definition(tw.bsr(128), "bfloat16")),
     # layers of a model
     **{f"linear {kind}": _linear(kind) for kind in KINDS},
-    # float16 differs from bfloat16 in the conversion of a weight alone.
-    **{f"linear {kind} many": _linear(kind, many=True) for kind in KINDS if kind != "f16"},
+    # float16 differs from bfloat16 in the conversion of a weight alone, Q4_0 from Q4_1 in `m`.
+    **{
+        f"linear {kind} many": _linear(kind, many=True)
+        for kind in KINDS
+        if kind not in ("f16", "q4_0")
+    },
     **{
         f"linear {kind} interleaved{' many' if many else ''}": _interleaved(kind, many)
         for kind in ("q8_0", "q4_0", "q4_1")
         for many in (False, True)
     },
     "linear bf16 gate": _linear("bf16", after="gate"),
+    "linear q4_1 norm_gate": Shipped(
+        linear_definition("q4_1", False, 1536, 576, after="norm_gate"), CUDA
+    ),
+    "positions": Shipped(positions_program(16).schedule(by_request)),
+    "lengthen": Shipped(lengthen.schedule(by_request)),
     "linear f32 172x64": _linear("f32", n=172, k=64),
     "linear f32 odd": _linear("f32", n=13, k=37),
     "linear q4_1 odd": _linear("q4_1", n=13, k=96),
     **{f"embedding {kind}": Shipped(EMBEDDINGS[kind].schedule(by_token)) for kind in KINDS},
     "rmsnorm": Shipped(RMSNORM),
     "silu_mul": Shipped(SILU_MUL),
-    "add": Shipped(ADD),
     "rope pairs": Shipped(ROPE_PAIRS),
     "rope halves": Shipped(ROPE_HALVES),
     "append pairs": Shipped(APPEND_PAIRS),
@@ -149,8 +158,11 @@ SHIPPED: dict[str, Shipped] = {
     "example 01 spmm": Shipped(_example("01_spmm.py", "scheduled")),
     "example 02 rgcn": Shipped(_example("02_rgcn.py", "rgcn", "fast"), CPU),
     "example 03 attend": Shipped(_example("03_graph_softmax.py", "attend", "by_row"), CPU),
-    "example 04 softmax": Shipped(
-        _example("04_row_softmax.py", "softmax_on_gpu", "softmax_by_threads"), CUDA
+    "example 04 band": Shipped(
+        _example("04_band_attention.py", "attend").decompose(A=tw.band(-63, 0)), CPU
+    ),
+    "example 05 softmax": Shipped(
+        _example("05_row_softmax.py", "softmax_on_gpu", "softmax_by_threads"), CUDA
     ),
 }
 

@@ -22,7 +22,7 @@ from tilewright.build import Definition, program
 from tilewright.errors import TilewrightError
 from tilewright.ir.nodes import equal
 from tilewright.runtime.kernel import Bound, Kernel
-from tilewright.runtime.launch import Step
+from tilewright.runtime.step import Step
 from tilewright.sparse.formats import (
     Composed,
     Format,
@@ -40,6 +40,7 @@ from tilewright.sparse.formats import (
     ragged,
 )  # fmt: skip
 from tilewright.sparse.pack import Packed
+from tilewright.sparse.structured import band, bitmap, dia, n_m, paged
 from tilewright.sparse.trace import abs_ as abs
 from tilewright.sparse.trace import any_ as any
 from tilewright.sparse.trace import (
@@ -79,21 +80,8 @@ if TYPE_CHECKING:
     from tilewright.attention.plan import Plan
     from tilewright.attention.pool import Pool
     from tilewright.attention.table import Table
-    from tilewright.attention.tracing import (
-        bit_mask,
-        per_head,
-        per_key,
-        per_request,
-        per_token,
-    )
-    from tilewright.attention.variant import (
-        Alibi,
-        Causal,
-        Full,
-        SlidingWindow,
-        Softcap,
-        variant,
-    )
+    from tilewright.attention.tracing import bit_mask, per_head, per_key, per_request, per_token
+    from tilewright.attention.variant import Alibi, Causal, Full, SlidingWindow, Softcap, variant
     from tilewright.attention.workspace import Workspace
     from tilewright.ops import schedules as recipes
     from tilewright.schedule import Schedule
@@ -134,10 +122,11 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "KV", "LLM", "Alibi", "Attention", "Bound", "Causal", "Composed", "Definition", "Format",
     "Full", "Kernel", "Packed", "Plan", "Pool", "Schedule", "SlidingWindow", "Softcap", "State",
-    "Step", "Table", "Target", "TilewrightError", "Where", "Workspace", "abs", "any",
-    "bit_mask", "bsr", "bucket", "coo", "cos", "csc", "csf", "csr", "dbsr", "dcsr", "dense",
-    "ell", "equal", "exp", "floor", "hyb", "indices", "log", "max", "maximum", "merge", "min",
-    "minimum", "ops", "out", "per_head", "per_key", "per_request", "per_token", "prod",
-    "program", "ragged", "recipes", "rsqrt", "scalar", "sigmoid", "sin", "size", "sparse",
-    "sqrt", "stored", "sum", "tanh", "target", "temp", "update", "variant", "where",
+    "Step", "Table", "Target", "TilewrightError", "Where", "Workspace", "abs", "any", "band",
+    "bit_mask", "bitmap", "bsr", "bucket", "coo", "cos", "csc", "csf", "csr", "dbsr", "dcsr",
+    "dense", "dia", "ell", "equal", "exp", "floor", "hyb", "indices", "log", "max", "maximum",
+    "merge", "min", "minimum", "n_m", "ops", "out", "paged", "per_head", "per_key",
+    "per_request", "per_token", "prod", "program", "ragged", "recipes", "rsqrt", "scalar",
+    "sigmoid", "sin", "size", "sparse", "sqrt", "stored", "sum", "tanh", "target", "temp",
+    "update", "variant", "where",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -19,6 +20,7 @@ from tilewright import dtypes, knobs
 from tilewright.codegen import prelude_files
 from tilewright.dtypes import DType
 from tilewright.errors import BuildError, ProgramError, ScheduleError, TilewrightError
+from tilewright.ir.body import Body
 from tilewright.ir.digest import digest
 from tilewright.ir.nodes import Program
 from tilewright.reference.launcher import InterpLauncher
@@ -247,5 +249,21 @@ def _cuda_kernel(built: Built, target: Target) -> Kernel:
         return nvrtc.compile_cuda(source, arch=target.arch, name=name, headers=headers)
 
     cubin = compiled(())
-    launcher = launch.CudaLauncher(lambda v: compiled(v).image if v else cubin.image)
+    launcher = launch.CudaLauncher(
+        lambda v: compiled(v).image if v else cubin.image, built.bodies, _step_compiler(target.arch)
+    )
     return Kernel(built.manifest, launcher, built.source, cubin.resources)
+
+
+@functools.cache
+def _step_compiler(arch: str) -> launch.CompileStep:
+    """Compiles bodies of several kernels into one function, for a recorded step."""
+
+    def compile_step(bodies: tuple[Body, ...], macros: tuple[str, ...]) -> bytes:
+        from tilewright.codegen import shell
+
+        source = _variant_source((*macros, shell.OVERLAPS), shell.beside(bodies))
+        headers = prelude_files.headers()
+        return nvrtc.compile_cuda(source, arch=arch, name="step", headers=headers).image
+
+    return compile_step

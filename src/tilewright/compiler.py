@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright import knobs
-from tilewright.codegen import cpp, cuda
+from tilewright.codegen import cpp, cuda, shell
 from tilewright.codegen.params import Params, collect_params, host_count
 from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir.names import stride_name
@@ -90,15 +90,17 @@ def rendered(program: Program, target: Target) -> Built:
     if target.kind == "cpp":
         source = cpp.render(program, declarations(manifest), params)
         return Built(manifest, source.text, source.entries)
-    source = cuda.render(program, declarations(manifest), params)
-    smem = tuple(zip(manifest.stages, source.smem_bytes, strict=True))
-    for stage, nbytes in smem:
-        if nbytes > target.shared_bytes:
-            text = f"{stage.entry} of {program.name} has {nbytes} bytes of shared memory"
+    bodies = cuda.render(program, declarations(manifest), params)
+    for stage, body in zip(manifest.stages, bodies, strict=True):
+        if body.smem_bytes > target.shared_bytes:
+            text = f"{stage.entry} of {program.name} has {body.smem_bytes} bytes of shared memory"
             hint = f"a CTA of {target} has at most {target.shared_bytes}: smaller tiles"
             raise ScheduleError("S103", text, hint=hint)
-    stages = tuple(replace(s, smem_bytes=b) for s, b in smem)
-    return Built(replace(manifest, stages=stages), source.text, source.entries)
+    stages = tuple(
+        replace(s, smem_bytes=b.smem_bytes) for s, b in zip(manifest.stages, bodies, strict=True)
+    )
+    entries = tuple(s.entry for s in stages)
+    return Built(replace(manifest, stages=stages), shell.alone(bodies, entries), entries, bodies)
 
 
 def _manifest(program: Program, params: Params, target: Target) -> Manifest:

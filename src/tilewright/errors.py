@@ -105,6 +105,11 @@ class ScheduleError(TilewrightError, ValueError):
     """A schedule verb that was refused (S codes). The program is unchanged."""
 
 
+def illegal(why: str, hint: str = "", where: str = "") -> ScheduleError:
+    """The error for a schedule that is not legal: S102."""
+    return ScheduleError("S102", why, where=where, hint=hint)
+
+
 class ArgumentError(TilewrightError, ValueError):
     """An argument of a call (A codes). Nothing was written."""
 

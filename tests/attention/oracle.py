@@ -357,7 +357,7 @@ def on_gpu(x: np.ndarray) -> Any:
 
     kind = getattr(torch, x.dtype.name) if x.dtype.name != "uint32" else torch.int32
     bits = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[x.itemsize]
-    flat = torch.from_numpy(np.ascontiguousarray(x).view(bits)).view(kind)
+    flat = torch.from_numpy(np.array(x, order="C").view(bits)).view(kind)
     strides = [abs(n) // x.itemsize for n in x.strides]
     return torch.empty_strided(x.shape, strides, dtype=kind, device="cuda").copy_(flat)
 

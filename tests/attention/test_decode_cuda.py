@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.attention.cases import (
-    ALL_VARIANTS,
-    TYPES,
-    arrays_of,
-    paged,
-    queries,
-    values_of,
-)
+from tests.attention.cases import ALL_VARIANTS, TYPES, arrays_of, paged, queries, values_of
 from tests.attention.cases import spec_of as cases_spec
 from tests.attention.test_flash_cuda import _bits, on_device
 

@@ -153,7 +153,7 @@ def test_tiles_are_counted_once():
 
 def test_the_planner_counts_what_is_visible():
     shape = plan.Shape(
-        "cpu", 2, 2, traced_of(tw.SlidingWindow()).mask, {"window": 1024}, 8, True, False
+        "cpu", 2, 2, traced_of(tw.SlidingWindow()).mask, {"window": 1024}, 8, "request", False
     )
     length = np.array([2**31 - 200, 131_072, 100, 0])
     count = plan.visible_tiles(length - 1, length - 1, length, shape)
@@ -162,14 +162,14 @@ def test_the_planner_counts_what_is_visible():
     long = np.array([131_072])
     cuts = plan.make(np.array([0, 1]), long, shape, 1)
     assert cuts.items["chunks"].max() == 2  # of 16 tiles, not of 2048
-    shape = plan.Shape("decode", 8, 2, shape.mask, shape.values, 8, True, True)
+    shape = plan.Shape("decode", 8, 2, shape.mask, shape.values, 8, "", True)
     cuts = plan.make(np.array([0, 1]), long, shape, 132).cuts
     assert len(cuts) - 1 == 17 - (length[1] % 64 == 0) and cuts["tile"].max() == len(cuts) - 2
 
 
 def test_the_most_that_is_visible_at_any_length():
     def most(hook, queries, **values):
-        shape = plan.Shape("decode", 2, 2, mask(hook), values, 8, True, True)
+        shape = plan.Shape("decode", 2, 2, mask(hook), values, 8, "", True)
         return plan.most_visible_tiles(shape, queries)
 
     window, chunks = MASKS["window"][0], MASKS["chunks"][0]

@@ -28,7 +28,7 @@ from tilewright.attention.table import Table
 from tilewright.attention.variant import Causal, SlidingWindow
 from tilewright.errors import ArgumentError
 from tilewright.runtime import pool
-from tilewright.runtime.launch import Step
+from tilewright.runtime.step import Step
 from tilewright.toolchain import compilers
 
 pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")

@@ -18,11 +18,7 @@ def i32(*numbers):
 
 def parts(**changed):
     """Arguments of a good CSR table: 3 requests of 20, 0 and 32 keys."""
-    arrays = {
-        "kv_len": i32(20, 0, 32),
-        "kv_indptr": i32(0, 2, 2, 4),
-        "kv_indices": i32(5, 0, 3, 1),
-    }
+    arrays = {"kv_len": i32(20, 0, 32), "kv_indptr": i32(0, 2, 2, 4), "kv_indices": i32(5, 0, 3, 1)}
     return arrays | changed
 
 

@@ -95,7 +95,7 @@ def test_every_visible_tile_is_visited_once(rng, name):
     variant, values = VARIANTS[name], SCALARS[name]
     struct, steps = compiled(variant)
     together = ranges.heads_at_once(KV_HEADS)
-    shape = plan.Shape("decode", KV_HEADS, GROUP, variant.traced.mask, values, 8, True, True)
+    shape = plan.Shape("decode", KV_HEADS, GROUP, variant.traced.mask, values, 8, "", True)
     out = np.empty(3 * 200_000, np.int32)
     kept = {f"v_{n}": np.array([x], np.int32) for n, x in values.items()}
     for queries in (None, [1, 3, 0, 2, 1, 1, 1]):

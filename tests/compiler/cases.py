@@ -10,7 +10,7 @@ import numpy as np
 
 import tilewright as tw
 from tilewright import dtypes
-from tilewright.ir.levels import coordinates
+from tilewright.ir.levels import Diagonals, NofM, Paged, coordinates
 from tilewright.ir.names import GeneratedName, count_name, size_name, values_name
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
@@ -223,6 +223,15 @@ FORMATS: dict[str, Any] = {
     ),
 }
 
+STRUCTURED: dict[str, Any] = {  # these hold some matrices only, or store more than entries
+    "band": tw.band(-1, 2),
+    "dia": tw.dia(-2, 0, 1),
+    "bitmap": tw.bitmap(),
+    "counted": tw.bitmap(counted=True),
+    "2:4": tw.n_m(2, 4),
+    "paged": tw.paged(4),
+}
+
 MATRICES = ("random", "sparse", "empty", "dense", "one row", "one column", "diagonal")
 
 
@@ -241,9 +250,44 @@ def matrix(kind: str, m: int, n: int, rng: np.random.Generator) -> np.ndarray:
     return np.where(keep, values, 0).astype(np.float32)
 
 
+def fitted(fmt: Any, dense: np.ndarray) -> np.ndarray:
+    """The entries of a tensor that a format can hold."""
+    coords = np.indices(dense.shape)
+    for level in getattr(fmt, "levels", ()):
+        if isinstance(level, Diagonals):
+            offset = coords[level.dim] - coords[level.of]
+            dense = np.where(np.isin(offset, level.offsets), dense, 0)
+        if isinstance(level, NofM):
+            groups = range(level.block, dense.shape[level.dim], level.block)
+            split = np.split(dense, groups, axis=level.dim)
+            kept = [np.where(np.cumsum(g != 0, level.dim) <= level.width, g, 0) for g in split]
+            dense = np.concatenate(kept, axis=level.dim)
+    return dense
+
+
 def pack(fmt: Any, dense: np.ndarray, dtype: str = "float32", fill: float = 0.0) -> Packed:
-    """Packed, with NaN in all padding that no program may read."""
-    return poison_padding(fmt.pack(dense, dtype=dtype, fill=fill))
+    """Packed, with NaN in all padding that no program may read; pages are in a random order."""
+    packed = fmt.pack(fitted(fmt, dense), dtype=dtype, fill=fill)
+    if any(isinstance(level, Paged) for level in getattr(fmt, "levels", ())):
+        packed = shuffled(packed)
+    return poison_padding(packed)
+
+
+def shuffled(a: Packed) -> Packed:
+    """A matrix in pages, the same in other pages of a pool that has some more."""
+    (part,) = a.structure.parts
+    level: Any = part.format.levels[1]
+    size, kind = level.page, a.structure.index_dtype.numpy
+    pages = len(part.arrays[1]["pages"])
+    other = np.random.default_rng(pages).permutation(pages + 2).astype(kind)
+    values = poisoned((len(other), size), a.dtype)
+    values[other[:pages]] = a.values[0].reshape(-1, size)
+    slots = other[part.slots // size] * size + part.slots % size
+    table = {**part.arrays[1], "pages": other[part.arrays[1]["pages"]]}
+    counts = (part.counts[0], values.size)
+    moved = dataclasses.replace(part, arrays=({}, table), counts=counts, slots=slots)
+    structure = dataclasses.replace(a.structure, parts=(moved,))
+    return dataclasses.replace(a, structure=structure, values=(values.reshape(-1),))
 
 
 def poison_padding(a: Packed) -> Packed:
@@ -267,7 +311,11 @@ def widened(a: Packed) -> Packed:
     s = a.structure
     parts = tuple(
         dataclasses.replace(
-            p, arrays=tuple({k: x.astype(np.int64) for k, x in level.items()} for level in p.arrays)
+            p,
+            arrays=tuple(
+                {k: x.astype(np.int64) if level.arrays[k] is None else x for k, x in own.items()}
+                for level, own in zip(p.format.levels, p.arrays, strict=True)
+            ),
         )
         for p in s.parts
     )

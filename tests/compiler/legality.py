@@ -6,7 +6,7 @@ has a row of its own. A cell is `ok` or the code of the refusal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from tests.compiler.cases import (
     SEARCHED,
     SPARSE,
     SQUARE,
+    STRUCTURED,
     attention,
     filled,
     two_sparse,
@@ -27,6 +28,7 @@ from tilewright.errors import TilewrightError
 
 FILE = "legality.txt"
 NARROW = ("float16", "bfloat16")
+COLUMNS = FORMATS | STRUCTURED
 PROGRAMS: tuple[Definition, ...] = (*SPARSE, *SQUARE, two_sparse, *OTHER, attention, filled)
 
 
@@ -38,7 +40,7 @@ def rows() -> Iterator[tuple[str, Definition]]:
         for dtype in NARROW:
             yield f"{program.name} in {dtype}", program.typed(A=dtype, X=dtype)
     for program in SEARCHED:
-        for name, fmt in FORMATS.items():
+        for name, fmt in COLUMNS.items():
             yield f"{program.name}, B in {name}", program.decompose(B=fmt)
 
 
@@ -54,9 +56,9 @@ def outcome(definition: Definition) -> str:
 
 def table() -> str:
     """The text of the table, from the compiler."""
-    cells = [["", *FORMATS]]
+    cells = [["", *COLUMNS]]
     for label, program in rows():
-        cells.append([label, *(outcome(program.decompose(A=fmt)) for fmt in FORMATS.values())])
+        cells.append([label, *(outcome(program.decompose(A=fmt)) for fmt in COLUMNS.values())])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = (" | ".join(x.ljust(w) for x, w in zip(c, widths, strict=True)) for c in cells)
     return "".join(f"{line.rstrip()}\n" for line in lines)
@@ -74,10 +76,12 @@ def outcomes() -> dict[tuple[str, str], str]:
     return {(label, f): x for label, *line in body for f, x in zip(head[1:], line, strict=True)}
 
 
-def accepted(programs: Sequence[Definition], dtype: str = "") -> list[Any]:
+def accepted(
+    programs: Sequence[Definition], dtype: str = "", formats: Iterable[str] = FORMATS
+) -> list[Any]:
     """The cells of these programs that the committed table allows: (program, format of A)."""
     of = f" in {dtype}" if dtype in NARROW else ""
-    return [(p, f) for p in programs for f in FORMATS if outcomes().get((p.name + of, f)) == "ok"]
+    return [(p, f) for p in programs for f in formats if outcomes().get((p.name + of, f)) == "ok"]
 
 
 def accepted_pairs(

@@ -73,10 +73,7 @@ PRODUCTS = {
     "b a": lambda a, b: b * a,
     "-a 2 b": lambda a, b: -a * 2.0 * b,
 }
-FIRST = {
-    "a (b + 0.5)": lambda a, b: a * (b + 0.5),
-    "(b + 0.5) a": lambda a, b: (b + 0.5) * a,
-}
+FIRST = {"a (b + 0.5)": lambda a, b: a * (b + 0.5), "(b + 0.5) a": lambda a, b: (b + 0.5) * a}
 
 
 @pytest.mark.parametrize(

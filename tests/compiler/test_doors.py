@@ -10,7 +10,7 @@ from tests.compiler.cases import both_ways, spmm
 
 import tilewright as tw
 from tilewright.errors import ArgumentError, ProgramError, ScheduleError
-from tilewright.runtime.launch import Step
+from tilewright.runtime.step import Step
 from tilewright.toolchain import compilers
 
 TARGETS = [
@@ -230,7 +230,7 @@ def test_verbs_refuse_what_would_change_the_meaning(verb):
 
 
 VERB_NAMES = """split fuse reorder mark bind unroll rfactor atomic mma prefetch cache privatize
-order_axes fuse_axes specialize"""
+order_axes fuse_axes merge_sums specialize"""
 
 
 def test_every_verb_documents_itself():

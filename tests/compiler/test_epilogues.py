@@ -311,7 +311,7 @@ def test_rows_in_pieces_are_summed_first(fmt, kind, rng):
 # ------------------------------------------------------------------------------------- tiles
 
 HALVES = ("float16", "bfloat16")
-SIZES = [(16, 8, 16), (17, 9, 33), (1, 1, 1), (33, 40, 16), (15, 7, 2), (3, 5, 0)]
+SIZES = [(16, 8, 16), (17, 9, 33), (1, 1, 1), (33, 18, 16), (15, 7, 2), (3, 5, 0)]
 
 
 @tw.program
@@ -351,7 +351,6 @@ def test_a_product_with_an_epilogue_on_tiles(name, size, dtype, rng):
     definition = case.program.schedule(gemm_recipe)
     program = definition.lower()
     assert any(is_fragment(x) for x in walk(program.stages[0][0].body))
-    assert not any(isinstance(x, ir.MmaStore) for x in walk(program.stages[0][0].body))
     check(case, args, called(definition.build(), definition, args)["out"])
 
 
@@ -374,7 +373,7 @@ def test_tiles_do_not_read_or_write_beside_their_arrays(rng):
 @pytest.mark.parametrize("block", [16, 32])
 def test_block_sparse_products_with_an_epilogue_on_tiles(block, kind, rng):
     program = layer.typed(A="float16", X="float16").decompose(A=tw.bsr(block))
-    m, n, d = 70, 50, 21
+    m, n, d = 40, 50, 11
     a = pack(tw.bsr(block), matrix(kind, m, n, rng), "float16")
     args = {
         "A": a,
@@ -468,12 +467,13 @@ def test_cubins(name, arch):
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
-@pytest.mark.parametrize("after", ["bias", "residual", "gate"])
+@pytest.mark.parametrize("after", ["bias", "residual", "gate", "norm_gate"])
 @pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_1"])
 def test_cubins_of_linear_layers(kind, after):
     kernel = linear_kernel(kind, False, 576, 1536, "cuda:sm_80", after=after)
     assert all(used.spill_bytes == 0 for used in kernel.resources.values())
-    assert kernel.source.count("tw::across_lanes") == 1 + (after == "gate")
+    sums = 1 + after.endswith("gate") + after.startswith("norm")
+    assert kernel.source.count("tw::across_lanes") == sums
 
 
 # ------------------------------------------------------------------------------------- refusals

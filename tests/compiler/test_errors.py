@@ -198,10 +198,7 @@ P107 = [
     ("1 dimensions", lambda: spmm.decompose(A=tw.Format("v", (Compressed(0),))).program),
     ("shares its rows", lambda: softmax.decompose(A=tw.coo()).lower()),
     ("shares its rows", lambda: softmax.decompose(A=tw.hyb(2, (1, 2))).lower()),
-    (
-        "shares its rows",
-        lambda: softmax.decompose(A=tw.hyb(1, (1, 2), long_rows="split")).lower(),
-    ),
+    ("shares its rows", lambda: softmax.decompose(A=tw.hyb(1, (1, 2), long_rows="split")).lower()),
     ("cannot be searched", lambda: two_sparse.decompose(B=tw.bucket(2, split=True)).lower()),
     ("cannot be searched", lambda: two_sparse.decompose(B=tw.hyb()).lower()),
     ("cannot be searched", lambda: triangles.decompose(B=tw.hyb()).lower()),

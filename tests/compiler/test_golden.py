@@ -2,12 +2,14 @@
 changes. `pytest tests/compiler/test_golden.py --update-golden` writes them anew.
 
 A file holds a kernel's loops after its schedule and the code generated from them, for each target
-it ships for. What is the same for all kernels is left out.
+it ships for. What is the same for all kernels is left out, as are the shells of bodies, of which
+`test_shells_have_their_golden_text` keeps one.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from tests.conftest import GOLDEN
@@ -16,7 +18,7 @@ from tests.shipped import ATTENTION, SHIPPED
 from tilewright import compiler
 from tilewright.attention.families import cpu, decode, portable
 from tilewright.attention.spec import template
-from tilewright.codegen import prelude_files
+from tilewright.codegen import prelude_files, shell
 from tilewright.target import target
 from tilewright.toolchain import compilers
 
@@ -49,8 +51,15 @@ def kernel_text(name: str) -> str:
         made_for = target(kind)
         scheduled = shipped.definition.scheduled(made_for).lowered.program
         lowered = shipped.definition.lower(made_for)
-        source = without_constants(compiler.rendered(lowered, made_for).source)
+        built = compiler.rendered(lowered, made_for)
+        source = without_constants(f"\n{built.bodies[0].text}" if built.bodies else built.source)
+        source = source.lstrip("\n")
         parts += [f"==== {kind}: scheduled", str(scheduled), f"==== {kind}: generated", source]
+        parts += [
+            f"{b.entry}: {b.threads} threads, {b.smem_bytes} bytes shared, {' '.join(b.headers)}, "
+            f"{' '.join(b.reads)} -> {' '.join(b.writes)}"
+            for b in built.bodies
+        ]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -70,6 +79,18 @@ def attention_text(name: str) -> str:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_kernel_has_its_golden_text(name, golden):
     golden(file_of(name), kernel_text(name))
+
+
+def test_shells_have_their_golden_text(golden):
+    """A kernel alone, and beside others in a step: the same body twice, one of fewer threads."""
+    bodies = {
+        name: replace(compiler.rendered(SHIPPED[name].definition.lower("cuda"), target("cuda"))
+                      .bodies[0], text=f"// the body of {name}")
+        for name in ("linear f32", "append")
+    }  # fmt: skip
+    linear, append = bodies.values()
+    texts = shell.alone([linear], ["stage0"]), shell.beside([linear, append, linear])
+    golden("shells.txt", "\n====\n".join(texts) + "\n")
 
 
 @pytest.mark.parametrize("name", ATTENTION)

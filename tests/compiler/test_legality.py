@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.compiler.cases import FORMATS
+from tests.compiler.cases import FORMATS, STRUCTURED
 from tests.compiler.legality import FILE, PROGRAMS, accepted, table
 
 
@@ -13,5 +13,6 @@ def test_programs_and_formats_have_their_outcomes(golden):
 def test_most_programs_take_most_formats():
     """What the tests of passes and kernels run is these cells."""
     assert len(accepted(PROGRAMS)) >= 0.7 * len(PROGRAMS) * len(FORMATS)
+    assert len(accepted(PROGRAMS, formats=STRUCTURED)) == len(PROGRAMS) * len(STRUCTURED)
     for program in PROGRAMS:
         assert "csr" in {f for _, f in accepted([program])}, program.name

@@ -15,7 +15,7 @@ from tilewright.reference import cta
 i32, f32 = dtypes.int32, dtypes.float32
 X, Y = (ir.Buffer(name, f32, (ir.as_expr(64),), "global") for name in "XY")
 S = ir.Buffer("S", f32, (ir.as_expr(64),), "shared")
-TX, TY, U, I = (ir.Var(name) for name in ("thread_x", "thread_y", "unit", "i"))
+TX, TY, U, I, R, C = (ir.Var(name) for name in ("thread_x", "thread_y", "unit", "i", "r", "c"))
 T = TY * 32 + TX  # of 32 × 2 threads
 
 
@@ -174,9 +174,12 @@ def product(*between: ir.Stmt, limit: int = 4, apart: int = 32) -> tuple[ir.Stmt
     slot = ir.as_expr(0)
     ones = ir.Store(H, (I * 64 + T,), ir.as_expr(1.0).cast("float16"))
     a, b = tile(H, 0, 16, 16, 16), tile(H, 256, 8, 16, 8)
-    out = tile(Y, TY * apart, 8, limit, 8)
-    return (ir.Alloc(H), loop(8, ones), *between, ir.Alloc(ACC), ir.MmaZero(ACC, slot, SHAPE),
-            ir.Mma(ACC, slot, a, b, SHAPE), ir.MmaStore(out, ACC, slot, SHAPE))  # fmt: skip
+    total = ir.Load(ACC, (slot, R, C), f32)
+    stores = ir.If(ir.binary("<", R, limit), store(Y, TY * apart + R * 8 + C, total))
+    for var, extent in ((C, 8), (R, 16)):
+        stores = ir.For(var, ir.as_expr(0), ir.as_expr(extent), stores, "fragment")
+    return (ir.Alloc(H), loop(8, ones), *between, ir.Alloc(ACC),
+            ir.Mma(ACC, slot, a, b, SHAPE), stores)  # fmt: skip
 
 
 def test_tiles():
@@ -186,8 +189,8 @@ def test_tiles():
     refused("race at Y.*write", *product(SYNC, apart=24))  # a row of both warps
     refused("outside", *product(SYNC, limit=5), code="I101")
     refused("lanes of a warp", *product(SYNC)[:3], guard(TX < 31, *product(SYNC)[3:]))
-    refused("disagree", *product(SYNC)[:-1], ir.MmaStore(tile(Y, TX, 8, 1, 1), ACC,
-            ir.as_expr(0), SHAPE))  # fmt: skip
+    refused("disagree", *product(SYNC)[:-1], ir.Mma(ACC, TX, tile(H, 0, 16, 16, 16),
+                                                    tile(H, 256, 8, 16, 8), SHAPE))  # fmt: skip
 
 
 def test_lanes_that_do_not_run_access_nothing():

@@ -1,18 +1,26 @@
-"""Random programs against a plain evaluator of their own, which knows nothing of the package:
-shadowed indices, nested reductions, two structures, rows and relations that formats leave out."""
+"""Random programs, formats, schedules and targets against a plain evaluator of their own, which
+knows nothing of the package: shadowed indices, nested reductions, two structures, rows and
+relations that formats leave out.
+
+500 programs run by default; `--random-programs 10000` runs that many, as the nightly run does.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.compiler.cases import executed
+from tests.compiler.cases import executed, filled_padding, fitted
 
 import tilewright as tw
-from tilewright.errors import ProgramError
-from tilewright.ir.levels import Compressed, Dense, Fixed
+from tilewright.errors import ProgramError, ScheduleError
+from tilewright.ir.levels import Band, Bitmap, Compressed, Dense, Fixed, NofM, Paged
+from tilewright.lower import AFTER_SCHEDULE, run_passes
+from tilewright.reference import cta
+from tilewright.reference.evaluate import evaluate
 from tilewright.schedule.tree import computes
 
 SIZES = {"r": 2, "i": 3, "j": 4, "k": 2}
@@ -39,6 +47,13 @@ FORMATS_2D = {
         disjoint_rows=True, covers_rows=True,
     ),
     "pieces": tw.Format("pieces", (Compressed(0, chunk=2), Dense(1))),
+    "band": tw.band(-1, 1),
+    "dia": tw.dia(-2, 0, 3),
+    "bitmap": tw.bitmap(),
+    "counted": tw.bitmap(counted=True),
+    "1:3": tw.n_m(1, 3),
+    "paged": tw.paged(2),
+    "bits of columns": tw.Format("bits of columns", (Bitmap(1), Bitmap(0, counted=True))),
 }  # fmt: skip
 FORMATS_3D = {
     "csf": tw.csf(3),
@@ -51,17 +66,22 @@ FORMATS_3D = {
         (Dense(0), Compressed(1, block=2), Dense(1, block=2, inner=True), Compressed(2)),
     ),
     "by columns": tw.Format("by columns", (Dense(2), Compressed(0), Compressed(1))),
+    "bands": tw.Format("bands", (Dense(0), Dense(1), Band(2, of=1, low=-1, high=2))),
+    "bands of lists": tw.Format("bands of lists", (Compressed(0), Compressed(1), Band(2, of=0))),
+    "bits": tw.Format("bits", (Compressed(0), Bitmap(1, counted=True), Bitmap(2))),
+    "pages of rows": tw.paged(2, 3),
+    "pages below": tw.Format("pages below", (Compressed(0), Dense(1), Paged(2, page=3))),
+    "1 of 2": tw.Format(
+        "1 of 2",
+        (Dense(0), Compressed(1), Dense(2, block=2), NofM(2, block=2, inner=True, width=1)),
+    ),
 }
 
 # ------------------------------------------------------------------------------------------ terms
 
 Term = tuple[Any, ...]
 REDUCTIONS = {"sum": (tw.sum, sum), "max": (tw.max, max), "min": (tw.min, min)}
-BINARY = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-}
+BINARY = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
 
 def term(rng: np.random.Generator, depth: int) -> Term:
@@ -161,27 +181,36 @@ def stored_by(fmt: Any, dense: np.ndarray) -> np.ndarray:
             rows = (length >= where.shortest) & (length <= longest)
             masks.append(stored_by(part, np.where(inside & rows[:, None], dense, 0)))
         return np.logical_or.reduce(masks)
-    kinds = [type(level).__name__ for level in fmt.levels]
-    last = max((n for n, kind in enumerate(kinds) if kind != "Dense"), default=-1)
-
-    def part_of(level: Any, c: Any) -> int:
-        n = c[level.dim]
-        return n if not level.block else n % level.block if level.inner else n // level.block
-
     mask = np.ones(dense.shape, bool)
     for c in np.ndindex(dense.shape):
-        alive = [tuple(e) for e in np.argwhere(dense)]
-        for level, kind in list(zip(fmt.levels, kinds, strict=True))[: last + 1]:
-            at = part_of(level, c)
-            ahead = kind == "Ragged"  # everything up to the last entry is stored
-            alive = [
-                e for e in alive if part_of(level, e) == at or (ahead and part_of(level, e) > at)
-            ]
-        mask[c] = last < 0 or bool(alive)
+        below = [tuple(e) for e in np.argwhere(dense)]
+        for level in fmt.levels:
+            mask[c] &= has(level, c, below)
+            below = [e for e in below if part_of(level, e) == part_of(level, c)]
     return mask
 
 
-# ------------------------------------------------------------------------------------------- tests
+def part_of(level: Any, c: Any) -> int:
+    n = c[level.dim]
+    return n if not level.block else n % level.block if level.inner else n // level.block
+
+
+def has(level: Any, c: Any, below: list[Any]) -> bool:
+    """Whether a level stores its part of coordinate c, with these entries below the same parent."""
+    kind, own, at = type(level).__name__, {part_of(level, e) for e in below}, part_of(level, c)
+    if kind == "Dense":
+        return True
+    if kind in ("Ragged", "Paged"):  # up to the last entry
+        return at <= max(own, default=-1)
+    if kind in ("Band", "Diagonals"):  # all of it
+        return c[level.dim] - c[level.of] in level.offsets
+    if kind == "NofM":  # the entries, and the first of the others
+        rest = [x for x in range(level.block) if x not in own]
+        return at in own | set(rest[: level.width - len(own)])
+    return at in own
+
+
+# ---------------------------------------------------------------------------------------- programs
 
 
 def drawn(rng: np.random.Generator, of_a: str) -> tuple[Any, Term, str, bool]:
@@ -226,12 +255,6 @@ def with_epilogue(rng: np.random.Generator, t: Term, of_a: str) -> Term:
     return ("where", t, other, t) if rng.random() < 0.3 else ("*+-"[rng.integers(3)], t, other)
 
 
-def epilogues(program: Any) -> int:
-    """The statements that are a function of reductions over their own loops."""
-    stages = program.scheduled("cpp").lowered.program.stages
-    return sum(bool(c.reductions) for stage in stages for n in stage for c in computes(n.body))
-
-
 def without_relations(t: Term) -> Term:
     """The term for a matrix A: no reduction over relations."""
     if t[0] in ("array", "number"):
@@ -242,50 +265,104 @@ def without_relations(t: Term) -> Term:
     return ("reduce", t[1], axes, body) if axes else body
 
 
-@pytest.mark.parametrize(
-    ("of_a", "formats", "least"), [("ij", FORMATS_2D, 120), ("rij", FORMATS_3D, 200)]
-)
-def test_random_programs_mean_what_they_say(of_a, formats, least):
-    ran, compiled, fused = 0, 0, 0
-    for seed in range(260):
-        rng = np.random.default_rng(seed)
-        name = list(formats)[seed % len(formats)]
-        fmt = formats[name]
-        program, t, out, like = drawn(rng, of_a)
-        program = program.decompose(A=fmt)
+# --------------------------------------------------------------------------------------- schedules
+
+STEPS = 3  # verbs of a schedule, at most
+
+
+def with_verbs(s: Any, rng: np.random.Generator) -> Any:
+    """A schedule with verbs on loops that are there, those that are not refused."""
+    for _ in range(rng.integers(STEPS + 1)):
+        verb = str(rng.choice(["split", "split", "reorder", "unroll", "vectorize", "parallel"]))
+        a, b = (str(x) for x in rng.choice(s.loops, 2))
+        args, options = (a,), {}
+        if verb == "split":
+            args, options["tail"] = (a, int(rng.integers(1, 4))), str(rng.choice(["guard", "cut"]))
+        elif verb == "reorder":
+            args = a, b
+        elif verb == "parallel" and s.target.is_cuda:
+            verb, args = "bind", (a, str(rng.choice(["cta.x", "thread.x", "thread.y"])))
         try:
-            lowered = program.lower("cpp")
-        except ProgramError as refused:
-            assert refused.code == "P107" and refused.hint
-            continue
-        ran += 1
-        fused += epilogues(program) > 0
-        shape = tuple(SIZES[x] for x in of_a)
-        values = {
-            n: rng.integers(1, 3, s) * rng.choice([-1.0, 1.0], s)
-            for n, s in (("A", shape), ("B", (3, 4)), ("X", (3, 2)), ("Y", (4,)), ("Z", (3,)))
-        }
-        for n in "AB":
-            values[n] *= rng.random(values[n].shape) < 0.5
-        stored = {"A": stored_by(fmt, values["A"]), "B": values["B"] != 0}
-        wanted = np.array([
-            value(t, values, stored, dict(zip(out, c, strict=True)), of_a)
-            for c in np.ndindex(*(SIZES[x] for x in out))
-        ]).reshape([SIZES[x] for x in out])  # fmt: skip
-        args = {n: v.astype(np.float32) for n, v in values.items()}
-        args["A"], args["B"] = fmt.pack(args["A"]), tw.csr().pack(args["B"])
-        results = [program.build("interp")(**args)]
-        if ran % 6 == 0:
-            compiled += 1
-            results.append(program.build("cpp")(**args))
-        said = f"seed {seed}, {name}\n{program}"
-        if like:
-            entries = values["A"] != 0
-            for got in results:
-                np.testing.assert_allclose(
-                    got.dense()[entries], wanted[entries], 1e-4, 1e-4, err_msg=said
-                )
-        else:
-            for got in (*results, executed(program, lowered, args)["out"]):
-                np.testing.assert_allclose(got, wanted, 1e-4, 1e-4, err_msg=said)
-    assert ran >= least and compiled >= least // 6 and fused >= 30, (ran, compiled, fused)
+            s = getattr(s, verb)(*args, **options)
+        except ScheduleError as refused:
+            assert refused.hint
+    return s
+
+
+def ran_on_loops(program: Any, s: Any, args: Any) -> Any:
+    """The result of the loops of a schedule, interpreted; None where it does not lower."""
+    machine = (cta.execute,) if s.target.is_cuda else ()
+    if machine:
+        args = args | {n: filled_padding(args[n]) for n in "AB"}
+    try:
+        lowered = run_passes(s.lowered.program, AFTER_SCHEDULE, s.target.kind)
+    except ScheduleError as refused:  # some choices show only together
+        assert refused.code in ("S102", "S103") and refused.hint
+        return None
+    return executed(program, lowered, args, *machine)["out"]
+
+
+# ------------------------------------------------------------------------------------------- tests
+
+
+def runs(rng: np.random.Generator, of_a: str, fmt: Any, ran: int) -> dict[str, int]:
+    """Draws a program and runs it as it is, with a schedule and, now and then, compiled and on the
+    threads of a GPU. What was done, by name; nothing for a program that is refused."""
+    program, t, out, like = drawn(rng, of_a)
+    program = program.decompose(A=fmt)
+    target = "cuda" if ran % 6 == 0 else "cpp"
+    try:
+        s = program.scheduled(target).lowered
+    except ProgramError as refused:
+        assert refused.code == "P107" and refused.hint
+        return {}
+    fused = any(c.reductions for x in s.program.stages for n in x for c in computes(n.body))
+    s = with_verbs(s, rng)
+    shape = tuple(SIZES[x] for x in of_a)
+    values = {
+        n: rng.integers(1, 3, s) * rng.choice([-1.0, 1.0], s)
+        for n, s in (("A", shape), ("B", (3, 4)), ("X", (3, 2)), ("Y", (4,)), ("Z", (3,)))
+    }
+    for n in "AB":
+        values[n] *= rng.random(values[n].shape) < 0.5
+    values["A"] = fitted(fmt, values["A"])
+    stored = {"A": stored_by(fmt, values["A"]), "B": values["B"] != 0}
+    wanted = np.array([
+        value(t, values, stored, dict(zip(out, c, strict=True)), of_a)
+        for c in np.ndindex(*(SIZES[x] for x in out))
+    ]).reshape([SIZES[x] for x in out])  # fmt: skip
+    args = {n: v.astype(np.float32) for n, v in values.items()}
+    args["A"], args["B"] = fmt.pack(args["A"]), tw.csr().pack(args["B"])
+    made = ran_on_loops(program, s, args)
+    results = [] if made is None else [made]
+    results.append(evaluate(program.program, args)["out"])
+    for kind in ("interp", "cpp") if ran % 12 == 1 else ():
+        got = program.build(kind)(**args)
+        results.append(got.unpack()[1] if like else got)
+    if like:  # explicit zeros beside the entries keep no meaning of their own
+        at, wanted = stored["A"], wanted[values["A"] != 0]
+        results = [x[values["A"][at] != 0] for x in results]
+    for got in results:
+        np.testing.assert_allclose(got, wanted, 1e-4, 1e-4, err_msg=f"{program}\n{s.history}")
+    scheduled = made is not None and len(s.history) > 0
+    return {"ran": 1, "fused": fused, "scheduled": scheduled}
+
+
+CELLS = [("ij", n) for n in FORMATS_2D] + [("rij", n) for n in FORMATS_3D]
+
+
+@pytest.mark.parametrize(("of_a", "name"), CELLS)
+def test_random_programs_mean_what_they_say(of_a, name, request):
+    programs = -(-request.config.getoption("random_programs") // len(CELLS))
+    fmt, tally, seed = (FORMATS_2D | FORMATS_3D)[name], Counter(), 0
+    while tally["ran"] < programs:
+        rng = np.random.default_rng([seed, *name.encode()])
+        seed += 1
+        try:
+            tally.update(runs(rng, of_a, fmt, tally["ran"]))
+        except Exception as wrong:
+            raise AssertionError(f"seed {seed - 1} of {name}") from wrong
+        assert seed <= 100 * programs, "nearly all programs are refused"
+    assert tally["scheduled"] > 0 or programs < 9, tally
+    if name == "csr":
+        assert tally["fused"] > 0

@@ -215,6 +215,29 @@ def test_order_of_axes_of_a_sparse_output(rng):
         after_every_pass(program, args, lambda s, o=order: s.order_axes("out", *o))
 
 
+@tw.program
+def normed_product(X=tw.dense("m k"), W=tw.dense("n k")):
+    i, j, k = tw.indices("m n k")
+    squares = tw.sum(X[i, k] * X[i, k], over=k)
+    return tw.out[i, j](tw.sum(X[i, k] * W[j, k], over=k) * tw.rsqrt(squares + 0.5))
+
+
+def test_sums_of_a_statement_in_one_loop(rng):
+    """One that many elements share beside one of each element, on scalars, vectors and threads."""
+
+    def threads(s):
+        s = s.merge_sums("out").split("n", 4).bind("m", "cta.y").bind("n_o", "cta.x")
+        return s.bind("n_i", "thread.y").split("k", 8).bind("k_i", "thread.x")
+
+    args = arguments(normed_product, rng, m=3, n=10, k=21)
+    after_every_pass(normed_product, args, lambda s: s.merge_sums("out"))
+    after_every_pass(normed_product, args, threads, "cuda")
+    merged = normed_product.scheduled().merge_sums("out")
+    assert len(merged.loops) == 3 and len(normed_product.scheduled().loops) == 4
+    with pytest.raises(ScheduleError, match="S101"):
+        normed_product.scheduled().merge_sums("squares")
+
+
 def test_gpu_schedules_run_on_the_interpreter(rng):
     """Loops bound to threads run one after the other."""
 
@@ -391,7 +414,7 @@ def in_vectors(s):
 def test_vectors_that_begin_anywhere_are_not_loaded_as_words():
     """X[i, j + 1] lies at no multiple of 16 bytes: a load of a word there is a fault on a GPU."""
     source = neighbours.schedule(in_vectors).build("cuda:sm_80").source
-    assert "load_const<float, 4, true>(X" in source and "load_const<float, 4>(W" in source
+    assert "load_input<float, 4, true>(X" in source and "load_input<float, 4>(W" in source
 
 
 @pytest.mark.gpu

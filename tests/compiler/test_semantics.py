@@ -124,14 +124,14 @@ def test_a_row_sum_of_what_the_output_has_too(fmt, target, rng):
 @tw.program
 def column_norm(A=tw.sparse("m n"), C=tw.sparse("m n")):
     i, j = tw.indices("m n")
-    return tw.out.like(C)[i, j](C[i, j] / (10.0 + tw.sum(A[i, j] * C[i, j], over=i)))
+    return tw.out.like(C)[i, j](C[i, j] / (10.5 + tw.sum(A[i, j] * C[i, j], over=i)))
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("fmt", [tw.csr(), tw.coo(), tw.csc(), tw.dcsr(), tw.bsr(2)], ids=str)
 def test_a_second_sparse_operand_under_a_shadowed_row(fmt, target, rng):
     A, C = some(rng, (3, 5)), some(rng, (3, 5))
-    wanted = np.where(C != 0, C / (10.0 + (A * C).sum(0)), 0)
+    wanted = np.where(C != 0, C / (10.5 + (A * C).sum(0)), 0)
     program = column_norm.decompose(C=fmt)
     close(program.build(target)(tw.csr().pack(A), fmt.pack(C)).dense(), wanted)
 

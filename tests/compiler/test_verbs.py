@@ -12,12 +12,14 @@ import tilewright as tw
 from tilewright.errors import ScheduleError
 
 CALLS = [
-    ("order_axes", "out", "k", "i"), ("fuse_axes", "A"), ("specialize", "d", 8),
+    ("order_axes", "out", "k", "i"), ("fuse_axes", "A"), ("merge_sums", "out"),
+    ("specialize", "d", 8),
     ("split", "k", 4, "guard", ("k_a", "k_b")), ("fuse", "i", "k", "ik"), ("reorder", "k", "i"),
     ("mark", "i", "parallel"), ("bind", "i", "cta.x"), ("parallel", "i"), ("vectorize", "k"),
     ("unroll", "k", 4), ("rfactor", "j"), ("atomic", "out"), ("mma", "i", "k", "j"),
-    ("prefetch", "X", "j", 4), ("cache", "X", "j", "register"), ("privatize", "out", "j", 4),
-    ("on", 0), ("undo", 1), ("has", "k", 0), ("format_of", 0), ("everywhere",),
+    ("prefetch", "X", "j", 4), ("cache", "X", "j", "register"), ("pipeline", "j", 3),
+    ("privatize", "out", "j", 4), ("on", 0), ("undo", 1), ("has", "k", 0), ("format_of", 0),
+    ("everywhere",),
 ]  # fmt: skip
 STRANGE = [
     1.5, True, (), (1, 2), object(), -1, 2**40, [], {}, ("a",), b"k", float("nan"), 2**64,

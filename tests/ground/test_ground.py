@@ -93,8 +93,7 @@ def test_a_dtype_is_found_by_its_name_and_holds_its_size(name: str):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["bool", "int8", "int64", "uint16", "uint32", "float16", "float32", "float64"],
+    "name", ["bool", "int8", "int64", "uint16", "uint32", "float16", "float32", "float64"]
 )
 def test_numpy_dtypes_map_both_ways(name: str):
     assert dtype(np.dtype(name)).name == name

@@ -34,11 +34,7 @@ LIMITS = {
     "file": ("ir/a.py", "x = 1\n" * 501, "src/tilewright/ir/a.py: 501 lines, at most 500"),
     "device file": ("ops/a.cuh", "\n" * 501, "src/tilewright/ops/a.cuh: 501 lines, at most 500"),
     "function": ("a.py", "def f():\n" + "    x = 1\n" * 70, "a.py:1: f: 71 lines, at most 70"),
-    "method": (
-        "a.py",
-        "class A:\n    def f(self, a, b, c, d, *, e, f, g): ...\n",
-        "",
-    ),
+    "method": ("a.py", "class A:\n    def f(self, a, b, c, d, *, e, f, g): ...\n", ""),
     "parameters": ("a.py", "def f(a, b, c, d, e, f, *, g, h): ...\n", "f: 8 parameters, at most 7"),
     "knobs": ("knobs.py", "K = [\n" + "    Knob(),\n" * 16 + "]\n", "16 knobs, at most 15"),
     "syntax": ("a.py", "def f(:\n", "does not parse"),

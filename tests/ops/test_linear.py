@@ -43,12 +43,12 @@ def test_linear(rng, kind, n, k, many):
 @pytest.mark.parametrize(("kind", "n", "k"), CASES)
 def test_the_schedule_of_a_gpu_run_on_the_cpu(rng, kind, n, k):
     """Its loops, guards and indices, one thread after the other."""
-    dims = {"n": n} | ({"b": k // 32} if kind.startswith("q") else {"k": k})
+    dims = {"n": n, "k": k} | ({"b": k // 32} if kind.startswith("q") else {})
 
     def scheduled(s):
         for dim, size in dims.items():
             s = s.specialize(dim, size)
-        return gpu_recipe(s, n)
+        return gpu_recipe(s, n, k)
 
     w, x, y = weight(rng, kind, n, k), normal(rng, 3, k), poisoned(3, n)
     linear_program(kind).schedule(scheduled).build("cpp")(x, *arrays(w), out=y)
@@ -68,12 +68,18 @@ def test_interleaved_rows(rng, kind, n, k, many):
         close(y, x @ values(w).T, np.abs(x) @ np.abs(values(w)).T + 1)
 
 
-AFTER = ("bias", "residual", "gate")
+AFTER = ("bias", "residual", "gate", "norm", "norm_gate")
+EPS = 0.25  # as large as the mean of squares is apart from 1, so that leaving it out shows
 
 
 def fused(after, x, w, other, r):
     """(the layer's value in float64, the sum of the absolute values that make it)."""
+    if after.startswith("norm"):
+        x = x.astype(np.float64)
+        x = x / np.sqrt((x * x).mean(1, keepdims=True) + EPS) * norm_weight(x.shape[1])
     y, size = x @ values(w).T, np.abs(x) @ np.abs(values(w)).T + 1
+    if after == "norm":
+        return y, size
     if after == "bias":
         return y + r[0], np.abs(r[0]) + size
     if after == "residual":
@@ -82,9 +88,17 @@ def fused(after, x, w, other, r):
     return y / (1 + np.exp(-y)) * up, size * up_size
 
 
-def last(after, r, weight2):
+def norm_weight(k):
+    return np.linspace(-1, 2, k, dtype=np.float32)
+
+
+def last(after, r, weight2, k):
     """The last arguments of a kernel; the bias is the first row of `r`."""
-    return {"bias": (r[0],), "residual": (r,), "gate": weight2}[after]
+    norm = norm_weight(k), EPS
+    return {
+        "bias": (r[0],), "residual": (r,), "gate": weight2, "norm": norm,
+        "norm_gate": (*norm, *weight2),
+    }[after]  # fmt: skip
 
 
 @pytest.mark.parametrize("after", AFTER)
@@ -95,7 +109,7 @@ def test_a_residual_and_a_gate(rng, kind, n, k, many, after):
     kernel = linear_kernel(kind, many, n, k, after=after)
     for t in TOKENS if many else (1, 2):
         x, r, y = normal(rng, t, k), normal(rng, t, n), poisoned(t, n)
-        kernel(x, *arrays(w), *last(after, r, arrays(other)), out=y)
+        kernel(x, *arrays(w), *last(after, r, arrays(other), k), out=y)
         close(y, *fused(after, x, w, other, r))
 
 
@@ -104,12 +118,13 @@ def test_a_residual_and_a_gate(rng, kind, n, k, many, after):
 def test_a_residual_and_a_gate_by_the_schedule_of_a_gpu(rng, kind, n, k, after):
     def scheduled(s):
         s = s.specialize("n", n)
-        return gpu_recipe(s.specialize(*(("b", k // 32) if s.has("b") else ("k", k))), n)
+        s = s.specialize("k", k).merge_sums("out")
+        return gpu_recipe(s.specialize("b", k // 32) if s.has("b") else s, n, k)
 
     w, other = weight(rng, kind, n, k), weight(rng, kind, n, k)
     x, r, y = normal(rng, 3, k), normal(rng, 3, n), poisoned(3, n)
     kernel = linear_program(kind, after=after).schedule(scheduled).build("cpp")
-    kernel(x, *arrays(w), *last(after, r, arrays(other)), out=y)
+    kernel(x, *arrays(w), *last(after, r, arrays(other), k), out=y)
     close(y, *fused(after, x, w, other, r))
 
 
@@ -122,7 +137,7 @@ def test_a_residual_and_a_gate_of_interleaved_rows(rng, kind, many, after):
     kernel = linear_kernel(kind, many, n, k, interleaved=True, after=after)
     for t in TOKENS if many else (1, 2):
         x, r, y = normal(rng, t, k), normal(rng, t, n), poisoned(t, n)
-        more = last(after, r.reshape(t, -1, 16), interleave(kind, other.data))
+        more = last(after, r.reshape(t, -1, 16), interleave(kind, other.data), k)
         kernel(x, *interleave(kind, w.data), *more, out=y.reshape(t, -1, 16))
         close(y, *fused(after, x, w, other, r))
 

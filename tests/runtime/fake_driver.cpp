@@ -1,8 +1,9 @@
 // A CUDA driver made of host memory, for machines without a GPU.
 //
 // It is compiled against CUDA's own header, so that the names and arguments which Tilewright passes
-// through ctypes meet the real prototypes. Its one kernel, "axpy", runs when launched; while a
-// stream captures, launches are recorded instead. Anything improper is CUDA_ERROR_INVALID_VALUE.
+// through ctypes meet the real prototypes. Its kernel "axpy" runs when launched, the functions of
+// real cubins do nothing; while a stream captures, launches are recorded instead. Anything improper
+// is CUDA_ERROR_INVALID_VALUE.
 
 #include <cuda.h>
 #include <stdint.h>
@@ -16,7 +17,7 @@
 namespace {
 
 struct Axpy { float* y; const float* x; float a; int64_t n; };
-struct Step { unsigned threads; Axpy params; };
+struct Step { unsigned threads; Axpy params; bool runs, overlaps; };
 struct Graph { std::vector<Step> steps; };
 
 constexpr int kDevices = 2;
@@ -25,13 +26,16 @@ thread_local Graph* capturing = nullptr;
 thread_local CUstream capture_stream = nullptr;
 bool initialised = false;
 int smem_allowed = 48 * 1024;
+int64_t nodes = 0, overlapping = 0;
 int64_t live = 0;  // allocations, streams and graphs not yet given back
 
 CUcontext context_of(int device) { return reinterpret_cast<CUcontext>(0x1000L + device); }
 const CUfunction kAxpy = reinterpret_cast<CUfunction>(0x77);
+const CUfunction kOther = reinterpret_cast<CUfunction>(0x78);
 const CUmodule kModule = reinterpret_cast<CUmodule>(0x66);
 
 void execute(const Step& step) {
+  if (!step.runs) return;
   for (int64_t i = 0; i < step.params.n && i < step.threads; ++i) {
     step.params.y[i] += step.params.a * step.params.x[i];
   }
@@ -42,6 +46,9 @@ void execute(const Step& step) {
 extern "C" {
 
 int64_t fake_live() { return live; }
+// Launches of the graph that was made last; of these, those that may overlap the one in front.
+int64_t fake_nodes() { return nodes; }
+int64_t fake_overlapping() { return overlapping; }
 
 CUresult cuInit(unsigned flags) {
   initialised = flags == 0 && !getenv("TILEWRIGHT_FAKE_NO_GPU");
@@ -89,8 +96,9 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
 }
 CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
-  if (module != kModule || strcmp(name, "axpy") != 0) return CUDA_ERROR_NOT_FOUND;
-  *function = kAxpy;
+  const bool other = strcmp(name, "step") == 0 || strcmp(name, "stage0") == 0;
+  if (module != kModule || (!other && strcmp(name, "axpy") != 0)) return CUDA_ERROR_NOT_FOUND;
+  *function = other ? kOther : kAxpy;
   return CUDA_SUCCESS;
 }
 CUresult cuFuncGetAttribute(int* value, CUfunction_attribute, CUfunction) {
@@ -98,7 +106,7 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute, CUfunction) {
   return CUDA_SUCCESS;
 }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute what, int value) {
-  if (function != kAxpy || what != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES ||
+  if ((function != kAxpy && function != kOther) || what != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES ||
       value > 232448) return CUDA_ERROR_INVALID_VALUE;
   smem_allowed = value;
   return CUDA_SUCCESS;
@@ -109,10 +117,14 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   unsigned grid = config->gridDimX * config->gridDimY * config->gridDimZ;
   unsigned block = config->blockDimX * config->blockDimY * config->blockDimZ;
   CUstream stream = config->hStream;
-  if (function != kAxpy || !grid || !block || block > 1024 || extra || config->numAttrs ||
+  const bool runs = function == kAxpy, overlaps = config->numAttrs == 1;
+  if ((!runs && function != kOther) || !grid || !block || block > 1024 || extra ||
+      (config->numAttrs && (runs || !overlaps ||
+        config->attrs[0].id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION ||
+        config->attrs[0].value.programmaticStreamSerializationAllowed != 1)) ||
       static_cast<int>(config->sharedMemBytes) > smem_allowed) return CUDA_ERROR_INVALID_VALUE;
   if (!active) return CUDA_ERROR_INVALID_CONTEXT;
-  Step step{grid * block, *static_cast<Axpy*>(params[0])};
+  Step step{grid * block, runs ? *static_cast<Axpy*>(params[0]) : Axpy{}, runs, overlaps};
   if (capturing && stream == capture_stream) {
     capturing->steps.push_back(step);
   } else {
@@ -186,7 +198,11 @@ CUresult cuStreamEndCapture(CUstream, CUgraph* graph) {
 }
 CUresult cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph graph, unsigned long long flags) {
   if (flags) return CUDA_ERROR_INVALID_VALUE;
-  *exec = reinterpret_cast<CUgraphExec>(new Graph(*reinterpret_cast<Graph*>(graph)));
+  Graph* made = new Graph(*reinterpret_cast<Graph*>(graph));
+  nodes = static_cast<int64_t>(made->steps.size());
+  overlapping = 0;
+  for (const Step& step : made->steps) overlapping += step.overlaps;
+  *exec = reinterpret_cast<CUgraphExec>(made);
   ++live;
   return CUDA_SUCCESS;
 }

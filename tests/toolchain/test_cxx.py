@@ -145,11 +145,7 @@ def test_the_verifier_is_not_suggested_when_it_ran(tmp_path: Path) -> None:
 @needs_cxx
 @pytest.mark.parametrize(
     ("command", "said"),
-    [
-        ("{mycxx}", "no licence"),
-        ("g++ -no-such-flag", "-no-such-flag"),
-        ("ld", "ld"),
-    ],
+    [("{mycxx}", "no licence"), ("g++ -no-such-flag", "-no-such-flag"), ("ld", "ld")],
 )
 def test_a_setting_that_cannot_compile_anything_is_not_our_bug(
     tmp_path: Path, command: str, said: str

@@ -30,6 +30,7 @@ from tilewright.attention.workspace import Workspace
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime import pool as pools
+from tilewright.runtime.view import View, byte_range
 from tilewright.toolchain import compilers
 
 MAX_HEAD_DIM = 256
@@ -225,7 +226,11 @@ class Attention:
         keep = (queries, kv, plan, arrays)
         if kv.device == "cpu" and not compilers.has_compiler():
             return self._interpreted(q, kv, plan, State(o, lse), arrays)
-        return BoundAttention(State(o, lse), family.prepare(call), keep)
+        reads = (queries, kv.pool.k, kv.pool.v, *kv.table.views.values())
+        boxes = _boxes(*reads, *(seen for _, seen in arrays.values())), _boxes(*written)
+        if isinstance(plan, Workspace):  # its scratch memory is one for all its calls
+            boxes = boxes[0], (*boxes[1], *((a, a + 1) for a in plan.params().values() if a))
+        return BoundAttention(State(o, lse), family.prepare(call), keep, boxes)
 
     def _spec(self, kinds: tuple[DType, DType, DType], table: TableForm) -> Spec:
         return _spec_of(self, kinds, table)
@@ -275,14 +280,17 @@ class BoundAttention:
     """A run with its memory fixed; calling it runs it and returns the state.
 
     `launch` is the launch for a recorded step: on the CPU a `runtime.pool.Launch`, on a GPU a
-    `runtime.cuda.Launch`, None where attention is evaluated with NumPy (no C++ compiler). Keep this
-    object as long as the step.
+    `runtime.cuda.Launch`, None where attention is evaluated with NumPy (no C++ compiler). `boxes`:
+    the ranges of addresses that it reads, and those that it writes. Keep this object as long as the
+    step.
     """
 
-    __slots__ = ("_keep", "_prepared", "launch", "source", "state")
+    __slots__ = ("_keep", "_prepared", "boxes", "launch", "source", "state")
 
-    def __init__(self, state: State, prepared: families.Prepared, keep: tuple[Any, ...]) -> None:
-        self.state, self._prepared, self._keep = state, prepared, keep
+    def __init__(
+        self, state: State, prepared: families.Prepared, keep: tuple[Any, ...], boxes: Any = None
+    ) -> None:
+        self.state, self._prepared, self._keep, self.boxes = state, prepared, keep, boxes
         self.launch, self.source = prepared.launch, prepared.source
 
     def __call__(self) -> State:
@@ -329,6 +337,12 @@ def _check_is_plan(plan: Any) -> None:
             where="plan",
             hint="attn.plan(qo_indptr, kv); only bind can do without",
         )
+
+
+def _boxes(*views: View) -> tuple[tuple[int, int], ...]:
+    """The ranges of addresses of arrays."""
+    seen = [(v.pointer, byte_range(v)) for v in views]
+    return tuple((pointer + low, pointer + high) for pointer, (low, high) in seen)
 
 
 def _check_not_capturing(plan: Plan | Workspace, device: str) -> None:

@@ -157,11 +157,7 @@ class Numbers:
         slope, times = np.where(swap, b.slope, a.slope), np.where(swap, a.rest.lo, b.rest.lo)
         low = np.where(swap, b.rest.lo, a.rest.lo) * times
         high = np.where(swap, b.rest.hi, a.rest.hi) * times
-        constant = np.where(
-            swap,
-            (a.slope == 0) & (a.rest.lo == a.rest.hi),
-            b.rest.lo == b.rest.hi,
-        )
+        constant = np.where(swap, (a.slope == 0) & (a.rest.lo == a.rest.hi), b.rest.lo == b.rest.hi)
         known = a.known & b.known & (a.by == 1) & (b.by == 1) & constant
         rest = Interval(np.minimum(low, high), np.maximum(low, high))
         return self.line_fit(slope * times, rest, known, key)

@@ -265,9 +265,7 @@ def _kernel(o: DType, dim: int, ordinal: int) -> Any:
 
 
 def _on_gpu(
-    states: list[tuple[View, View]],
-    outs: tuple[tuple[View, View], tuple[View, View]],
-    mask: Any,
+    states: list[tuple[View, View]], outs: tuple[tuple[View, View], tuple[View, View]], mask: Any
 ) -> None:
     """Up to MAX_STATES states a launch. `outs`: where the first of several launches write, and the
     last one."""

@@ -47,6 +47,7 @@ CHUNK_TILES = 8
 """The fewest tiles of keys in a chunk: merging its result then costs less than 2 % of making it."""
 
 _BAD_FILES = (zipfile.BadZipFile, zlib.error, NotImplementedError)  # of a damaged archive
+_BATCH_CHUNK_TILES = 16  # the fewest where the batch decides: a GPU's item starts anew in a CTA
 _ITEMS_PER_REQUEST = 64  # to aim at, where a request has keys enough: work for many threads
 
 
@@ -211,9 +212,9 @@ def _frozen(array: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What a planner must know of the attention and of the family that runs it: the heads, the mask
-    with its known values, the most queries of an item, whether items are cut along the keys, and
-    the CTAs of a worker where the plan is cuts (else 0), and the order of items (None: longest
-    first)."""
+    with its known values, the most queries of an item, what decides how items are cut along the
+    keys ("" where they are not; see `Family`), the CTAs of a worker where the plan is cuts (else
+    0), and the order of items (None: longest first)."""
 
     family: str
     kv_heads: int
@@ -221,7 +222,7 @@ class Shape:
     mask: Expr
     values: Mapping[str, Any]
     qo_tile: int
-    splits: bool
+    splits: str
     ctas_per_worker: int
     order: Callable[[np.ndarray, np.ndarray, int], np.ndarray] | None = None
 
@@ -230,7 +231,8 @@ def make(qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: i
     """Divide a batch among `workers`; `qo_indptr` (requests + 1), `kv_lengths` (requests).
 
     How a request is cut into items depends on nothing but the request: so do the bits of its
-    results. Where cuts divide it, it depends on the batch and the workers.
+    results. Where cuts divide it, or chunks that fill the workers ("batch"), it depends on the
+    batch and the workers.
     """
     indptr = _frozen(np.array(qo_indptr, np.int32))
     if shape.ctas_per_worker:
@@ -251,7 +253,11 @@ def make(qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: i
     visible = visible_tiles(first, first + (end - begin) - 1, kv_lengths[request], shape)
     cost = visible * ((end - begin) * shape.group + 4) + 4
     chunks = np.ones(len(request), np.int64)
-    if shape.splits:
+    if shape.splits == "batch":
+        share = visible.sum() * shape.kv_heads / workers
+        chunks = np.clip(visible / max(share, 1), 1, np.maximum(visible // _BATCH_CHUNK_TILES, 1))
+        chunks = chunks.astype(np.int64)
+    elif shape.splits:
         wanted = -(-_ITEMS_PER_REQUEST // (tiles[request] * shape.kv_heads))
         chunks = np.clip(visible // CHUNK_TILES, 1, wanted)
     return _listed(indptr, (request, begin, end, cost, chunks), shape, workers)

@@ -1,8 +1,9 @@
 """Page tables: how many keys each request has, and which pages of a pool hold them.
 
-A table is of one step and serves every layer; `Pool` holds the pages of one layer, `KV` joins both.
-The length in tokens is what decides: key t of request r lies in slot t % page_size of the page
-that entry t // page_size of the request names, and entries behind the last key are never read.
+One table describes one step of a model and is used by all of its layers. A `Pool` holds the pages
+of one layer, and `KV` is a table with a pool. Key t of request r is slot t % page_size of the page
+whose number is entry t // page_size of the request. Entries beyond the request's last key are never
+read.
 
     Table(kv_len, block_table)                     padded: one row of entries a request
     Table(kv_len, block_table, rows=rows)          request r has row rows[r] of a larger table
@@ -10,8 +11,7 @@ that entry t // page_size of the request names, and entries behind the last key 
     Table.ragged(kv_indptr)                        no pages: rows of k and v one after the other
     Table.dense(kv_len)                            no table: request r has page r
 
-The arrays stay the caller's. Kernels read them where they lie, so a length that changes in memory
-is seen by the next run.
+Arrays are not copied: kernels read the caller's memory, so the next run uses what it then holds.
 """
 
 from __future__ import annotations
@@ -22,10 +22,15 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import check_range, integer_view, rises
+from tilewright.attention.checks import check_range, integer_view, named_view, rises
 from tilewright.errors import ArgumentError
+from tilewright.ir.levels import integer
 from tilewright.runtime.transfer import to_host
 from tilewright.runtime.view import View
+from tilewright.sparse import entries
+from tilewright.sparse.formats import Format
+from tilewright.sparse.pack import Packed, Part, Structure
+from tilewright.sparse.structured import paged
 
 MAX_KEYS = 2**31 - 128
 """The most keys of a request: positions are int32, and so is the end of the last tile."""
@@ -76,10 +81,10 @@ class TableForm:
 
 @dataclass(frozen=True, init=False, eq=False)
 class Table:
-    """The page table of a batch. `views` and `arrays` hold its arrays by name, as given.
+    """The page table of a batch. `arrays` holds the caller's arrays by name, `views` their views.
 
-    `limit`: entries of a CSR table, else rows; `width`: entries of a row; `stride`: entries from
-    one row to the next. `form` is what kernels are compiled for.
+    `limit`: the number of entries of a CSR table, else of rows; `width`: entries in a row;
+    `stride`: distance between the starts of two rows, in entries. `form` selects the kernels.
     """
 
     requests: int
@@ -219,6 +224,57 @@ class Table:
         values = (requests, device, form, limit, width, stride, views, arrays)
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
+
+    # -- as a tensor of the sparse compiler --------------------------------------------------------
+
+    @staticmethod
+    def format(page: int, ndim: int = 4) -> Format:
+        """The format of tensors (requests, positions, …) in pages that a table names: what a
+        program is decomposed with, to read `tensor(pages)`. Raises FormatError[F101]."""
+        return paged(page, ndim, shared=True)
+
+    def tensor(self, pages: Any, *, longest: int | None = None) -> Packed:
+        """`pages` (pages, page_size, …), contiguous, as a sparse tensor (requests, positions, …) of
+        the format above, for programs. Nothing is copied: it follows lengths, entries and pages
+        that change in memory.
+
+        `longest`: its number of positions; None: as many as a request has room for now, which is
+        read from the device. Positions behind it, or behind the pages of a request, are not there.
+        The table has kv_len and entries, padded or CSR, all of one dtype. Raises ArgumentError.
+        """
+        values, length = named_view("pages", pages), self.views.get("kv_len")
+        if self.kind not in ("padded", "csr") or length is None:
+            raise ArgumentError(
+                "A107", f"a {self.kind} table", where="table", hint="Table(…) or Table.csr(…)"
+            )
+        own = [v for n, v in self.views.items() if n.startswith(("kv_len", "table"))]
+        if {v.dtype for v in own} != {length.dtype}:
+            raise ArgumentError("A102", "arrays of two dtypes", where="table", hint="int32 for all")
+        if values.ndim < 2 or not 0 < values.size <= length.dtype.most:
+            raise ArgumentError(
+                "A103", f"pages has shape {values.shape}", where="pages",
+                hint=f"(pages, page_size, …), at most {length.dtype.most} elements: those of int64",
+            )  # fmt: skip
+        if not all(v.is_contiguous for v in (values, *own)):
+            raise ArgumentError("A104", "pages or entries are not contiguous", where="pages")
+        if values.device != self.device:
+            raise ArgumentError("A105", f"pages is on {values.device}", where="pages")
+        if longest is None:
+            longest = int(self.ranges()[1].max(initial=0)) * values.shape[1]
+        longest = integer("Table.tensor", "longest", longest)
+        indptr = self.arrays.get("table_indptr")
+        if indptr is None:
+            host = np.arange(self.requests + 1, dtype=length.dtype.numpy) * self.stride
+            indptr = entries.to_device(host, self.device)
+        named = self.arrays["table_entries"].reshape(-1)
+        level = {"indptr": indptr, "pages": named, "length": self.arrays["kv_len"]}
+        shape, none = (self.requests, longest, *values.shape[2:]), np.zeros(0, np.int64)
+        fmt = self.format(values.shape[1], len(shape))
+        counts = np.cumprod((values.shape[0] * values.shape[1], *values.shape[2:])).tolist()
+        arrays = ({}, level, *({} for _ in shape[2:]))
+        part = Part(fmt, arrays, (self.requests, *counts), none, none)  # without a list of entries
+        structure = Structure(fmt, shape, (part,), 0, length.dtype, self.device)
+        return Packed(structure, (pages.reshape(-1),), values.dtype)
 
     # -- what the arrays hold now ----------------------------------------------------------------
 

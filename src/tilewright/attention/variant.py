@@ -1,4 +1,4 @@
-"""Variants of attention: values that say which scores count and how they are changed.
+"""Variants of attention: which keys a query sees, and how their scores are changed.
 
     @variant
     class Softcap:
@@ -6,20 +6,18 @@
         def logits(self, s, at): return self.soft_cap * tanh(s / self.soft_cap)
         def mask(self, at):      return at.kv <= at.qo
 
-A class is traced when it is defined. Its instances are frozen values that may fix scalars, and they
-compose:
+A class is traced when it is defined. Its instances are frozen values, may fix scalars, and compose:
 
     Causal() & SlidingWindow(window=1024) | Softcap(soft_cap=50.0)
 
-A hook `sink(self, at)` gives each row a logit that joins the sum of its softmax and has no value,
-as in GPT-OSS: `return self.sinks[at.qo_head]`. The lse of a row includes it, as in FlashInfer, so
-of states that are merged afterwards only one may have it. A row that sees no key has o = 0 and its
-sink as lse.
+The hook `sink(self, at)` returns a logit that is added to the denominator of a row's softmax as if
+it belonged to a key whose value is 0 (GPT-OSS): `return self.sinks[at.qo_head]`. The row's lse
+includes it, as in FlashInfer, so if states are merged only one of them may have a sink. A row that
+sees no key has o = 0, and its lse is the sink.
 
-`a & b` counts a score where the masks of both count it, and changes scores by the hooks of a, then
-by those of b. `a | b` is `a` with the hooks of b but its mask on top. Python evaluates `&` before
-`|`, so masks come first; in `a | b` the right side is no `&` without parentheses, and is refused
-with them, because its masks would be lost.
+`a & b` sees the keys that both see; scores pass through the hooks of a, then those of b. `a | b`
+sees what a sees: of b it takes every hook but the mask. `&` binds tighter than `|`, so
+`a & b | c` is `(a & b) | c`; `a | (b & c)` is refused, because the masks of b and c would be lost.
 """
 
 from __future__ import annotations
@@ -30,13 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.attention.tracing import (
-    SCORE,
-    Traced,
-    Value,
-    per_head,
-    trace,
-)
+from tilewright.attention.tracing import SCORE, Traced, Value, per_head, trace
 from tilewright.errors import ArgumentError, ProgramError
 from tilewright.ir.nodes import Binary, Const, Expr, Load, binary
 from tilewright.ir.rewrite import substitute, walk

@@ -26,7 +26,6 @@ class Source:
 
     text: str
     entries: tuple[str, ...]
-    smem_bytes: tuple[int, ...] = ()
 
 
 @dataclass
@@ -79,17 +78,18 @@ class Renderer(MergeRenderer):
             kind, name = self.type(s.var.dtype), c_name(s.var.name)
             self.line(f"const {kind} {name} = {self.stored(s.value)};")
         elif isinstance(s, ir.Alloc):
-            if s.buffer.scope == "row":
-                self.row(s)
-            else:
-                self.alloc(s.buffer)
+            self.alloc(s)
+        elif isinstance(s, ir.CopyAsync):
+            self.copy_async(s)
         elif isinstance(s, ir.Store):
             self.store(s)
+        elif isinstance(s, (ir.Commit, ir.Wait)):
+            self.line(self.pipeline(s))
         elif isinstance(s, ir.Prefetch):
             self.line(self.prefetch(self.address(s.element.buffer, s.element.index[0])))
         elif isinstance(s, ir.Sync):
             self.sync()
-        elif isinstance(s, (ir.Mma, ir.MmaZero, ir.MmaStore)):
+        elif isinstance(s, ir.Mma):
             self.mma(s)
         else:
             raise InternalError("I101", f"no text for {type(s).__name__}")
@@ -107,8 +107,8 @@ class Renderer(MergeRenderer):
     def unroll_pragma(self, n: int) -> str:
         return f"#pragma GCC unroll {n}"
 
-    def alloc(self, b: ir.Buffer) -> None:
-        name, kind = c_name(b.name), self.type(b.dtype)
+    def alloc(self, s: ir.Alloc) -> None:
+        b, name, kind = s.buffer, c_name(s.buffer.name), self.type(s.buffer.dtype)
         if b.scope == "fragment":
             raise InternalError("I101", "fragments belong to the target")
         if b.scope == "workspace":
@@ -116,17 +116,16 @@ class Renderer(MergeRenderer):
                 "S103", "a row of a sparse product is gathered in memory of a CPU",
                 hint='build for "cpp", or an output that is dense',
             )  # fmt: skip
+        if b.scope == "row":
+            raise ScheduleError(
+                "S103", f"{b.name} has a run-time length, and a GPU has no such arrays",
+                hint='compute_at(…, scope="global")',
+            )  # fmt: skip
         if b.shape:
             total = math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
             self.line(f"{kind} {name}[{total}];")
         else:
             self.line(f"{kind} {name};")
-
-    def row(self, s: ir.Alloc) -> None:
-        raise ScheduleError(
-            "S103", f"{s.buffer.name} has a run-time length, and a GPU has no such arrays",
-            hint='compute_at(…, scope="global")',
-        )  # fmt: skip
 
     def register(self, b: ir.Buffer, index: tuple[ir.Expr, ...]) -> str:
         if not b.shape:
@@ -147,7 +146,7 @@ class Renderer(MergeRenderer):
         if s.atomic:
             self.atomic(s, pointer, value)
         elif lanes == 1:
-            element = f"{pointer}[{self.expr(offset)}]"
+            element = self.element(s.buffer, offset)
             self.line(f"{element} = {self.combine(s.op, element, value, s.buffer.dtype)};")
         elif isinstance(offset, ir.Ramp):
             if s.op:
@@ -189,10 +188,16 @@ class Renderer(MergeRenderer):
     def prefetch(self, address: str) -> str:
         return f"__builtin_prefetch({address});"
 
+    def copy_async(self, s: ir.CopyAsync) -> None:
+        self.store(s)  # complete at once
+
     def sync(self) -> None:
         raise InternalError("I101", "this target has no threads to synchronise")
 
-    def mma(self, s: ir.Mma | ir.MmaZero | ir.MmaStore) -> None:
+    def pipeline(self, s: ir.Commit | ir.Wait) -> str:
+        raise InternalError("I101", "this target has no asynchronous copies")
+
+    def mma(self, s: ir.Mma) -> None:
         raise InternalError("I101", "this target has no matrix tiles")
 
     # -- expressions -----------------------------------------------------------------------------
@@ -272,7 +277,7 @@ class Renderer(MergeRenderer):
             return f"p.{c_name(b.name)}"
         pointer, offset, lanes = self.pointer(b), e.index[0], e.dtype.lanes
         if lanes == 1:
-            return self.load_scalar(b, f"{pointer}[{self.expr(offset)}]")
+            return self.load_scalar(b, self.element(b, offset))
         if isinstance(offset, ir.Ramp):
             return self.load_vector(b, offset.base, lanes)
         kind = f"{C_TYPES[b.dtype.name]}, {lanes}"
@@ -281,8 +286,15 @@ class Renderer(MergeRenderer):
     def load_scalar(self, b: ir.Buffer, element: str) -> str:
         return element
 
+    def at(self, b: ir.Buffer, offset: ir.Expr) -> str:
+        """Where an element lies in its array."""
+        return self.expr(offset)
+
+    def element(self, b: ir.Buffer, offset: ir.Expr) -> str:
+        return f"{self.pointer(b)}[{self.at(b, offset)}]"
+
     def address(self, b: ir.Buffer, offset: ir.Expr) -> str:
-        return f"{self.pointer(b)} + {self.expr(offset)}"
+        return f"{self.pointer(b)} + {self.at(b, offset)}"
 
     def load_vector(self, b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
         return f"tw::load<{C_TYPES[b.dtype.name]}, {lanes}>({self.address(b, base)})"
@@ -420,7 +432,12 @@ def has_lists(stage: tuple[ir.Nest, ...]) -> bool:
 
 def has_tiles(stage: tuple[ir.Nest, ...]) -> bool:
     """Whether a nest of the stage has tile operations."""
-    return any(isinstance(x, ir.MmaZero) for n in stage for x in walk(n.body))
+    return any(isinstance(x, ir.Mma) for n in stage for x in walk(n.body))
+
+
+def operand_kind(t: DType) -> str:
+    """How a tile operation reads the elements of its operands."""
+    return "tw::tf32_bits" if t.name == "float32" else f"tw::{t.name}_bits"
 
 
 # Expressions whose vectors of bool hold one byte per lane.

@@ -6,7 +6,7 @@ begin … end-1, on whatever thread calls it.
 
 from __future__ import annotations
 
-from tilewright.codegen.cfamily import Renderer, Source, has_lists, has_tiles
+from tilewright.codegen.cfamily import Renderer, Source, has_lists, has_tiles, operand_kind
 from tilewright.codegen.params import Params, c_name, collect_params
 from tilewright.codegen.prelude_files import prelude
 from tilewright.errors import InternalError
@@ -17,18 +17,18 @@ from tilewright.ir.rewrite import statements
 class CppRenderer(Renderer):
     """The CPU's renderer: it adds matrix tiles."""
 
-    def alloc(self, b: ir.Buffer) -> None:
+    def alloc(self, s: ir.Alloc) -> None:
+        b = s.buffer
         if b.scope == "workspace":
             pass  # one of the body: every row leaves it empty
         elif b.scope == "fragment":
-            self.line(f"float {c_name(b.name)}[{' * '.join(self.expr(e) for e in b.shape)}];")
+            self.line(f"float {c_name(b.name)}[{' * '.join(map(self.expr, b.shape))}] = {{}};")
+        elif b.scope == "row":
+            name, kind = c_name(b.name), self.type(b.dtype)
+            count = " * ".join(f"static_cast<int64_t>({self.expr(e)})" for e in s.extents)
+            self.line(f"{kind}* const {self.restrict} {name} = {name}__row.sized({count});")
         else:
-            super().alloc(b)
-
-    def row(self, s: ir.Alloc) -> None:
-        name, kind = c_name(s.buffer.name), self.type(s.buffer.dtype)
-        count = " * ".join(f"static_cast<int64_t>({self.expr(e)})" for e in s.extents)
-        self.line(f"{kind}* const {self.restrict} {name} = {name}__row.sized({count});")
+            super().alloc(s)
 
     def body_pointers(self, nest: ir.Nest) -> list[str]:
         rows = dict.fromkeys(  # once, though the body of a loop may be there twice
@@ -47,19 +47,11 @@ class CppRenderer(Renderer):
     def choice(self, kind: str, cond: str, a: str, b: str) -> str:
         return f"tw::pick<{kind}>({cond}, {a}, {b})"
 
-    def mma(self, s: ir.Mma | ir.MmaZero | ir.MmaStore) -> None:
-        m, n, *_ = s.shape
+    def mma(self, s: ir.Mma) -> None:
+        m, n, k = s.shape
         acc = f"{c_name(s.acc.name)} + ({self.expr(s.slot)}) * {m * n}"
-        if isinstance(s, ir.MmaZero):
-            self.line(f"tw::mma_zero<{m}, {n}>({acc});")
-        elif isinstance(s, ir.Mma):
-            k = s.shape[2]
-            kind = f"tw::{s.a.buffer.dtype.name}_bits"
-            self.line(f"tw::mma<{kind}, {m}, {n}, {k}>({acc}, {self.tile(s.a)}, {self.tile(s.b)});")
-        else:
-            kind = f"tw::{s.to.buffer.dtype.name}_bits"
-            verb = "mma_add" if s.op else "mma_store"
-            self.line(f"tw::{verb}<{kind}, {m}, {n}>({self.tile(s.to)}, {acc});")
+        kind = operand_kind(s.a.buffer.dtype)
+        self.line(f"tw::mma<{kind}, {m}, {n}, {k}>({acc}, {self.tile(s.a)}, {self.tile(s.b)});")
 
     def tile(self, t: ir.Tile) -> str:
         fields = (t.row_stride, t.col_stride, t.row_limit, t.col_limit)

@@ -1,26 +1,31 @@
-"""CUDA C++ for NVRTC: a `__global__` function for each stage, which calls the bodies of its nests.
+"""CUDA C++ for NVRTC: a body for each stage, around which `shell.py` puts a `__global__` function.
 
-A body is a `__device__` function of (params, row of the work table, unit, shared memory); the entry
-finds the row of its CTA. The work table is part of the parameter block: no load is needed to find
-it, and another matrix changes only the number of CTAs of a launch.
+A nest is a `__device__` function of (params, row of the work table, unit, shared memory); `run` of
+a stage finds the row of its CTA. The work table is part of the parameter block: no load is needed
+to find it, and another matrix changes only the number of CTAs of a launch.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from tilewright.codegen.cfamily import Renderer, Source, has_tiles
+from tilewright.codegen.cfamily import Renderer, has_tiles, operand_kind
 from tilewright.codegen.params import C_TYPES, Params, c_name, collect_params
 from tilewright.ir import nodes as ir
-from tilewright.ir.affine import is_multiple
+from tilewright.ir.affine import is_multiple, terms
+from tilewright.ir.body import Body
 from tilewright.ir.names import STRIDE, is_generated
-from tilewright.ir.rewrite import is_const, walk
+from tilewright.ir.rewrite import add, is_const, walk
+from tilewright.target import WARP
 
 RESIDENT = 1024  # threads of an SM that share its registers: 64 for each
-EIGHT = 8  # elements of a row that ldmatrix reads at once
-WIDE = 16  # bytes of the widest access: where an array of shared memory may start
-RESIDENT_MMA = 384  # where accumulators are fragments: 168 registers for each
+WIDE = 16  # bytes of the widest access, and of a line that ldmatrix reads
+LINES = 8  # of a matrix; a swizzle repeats after as many rows
+ALIGNED = 128  # bytes: where an array of shared memory may start
+REGISTERS = 65536  # of an SM
+OPERANDS = 112  # registers of a thread for operands and addresses beside its fragments
+LEAST_MMA = 168  # registers of a thread that has fragments
 
 
 _BITS32 = {"nan": "0x7fc00000", "inf": "0x7f800000", "-inf": "0xff800000"}
@@ -47,7 +52,22 @@ class CudaRenderer(Renderer):
 
     def sync(self) -> None:
         self.fragments.clear()
-        self.line(f"tw::bar_sync(1, {self.threads[0] * self.threads[1]});")
+        self.line(f"tw::bar_sync(BARRIER, {self.threads[0] * self.threads[1]});")
+
+    def copy_async(self, s: ir.CopyAsync) -> None:
+        cond, load = "", s.value
+        if isinstance(load, ir.Select):
+            cond, load = f", {self.expr(load.cond)}", load.a
+        assert isinstance(load, ir.Load)
+        at = (x.index[0] for x in (s, load))
+        to, source = (x.base if isinstance(x, ir.Ramp) else x for x in at)
+        kind = _vector_of(load.buffer, source, load.dtype.lanes)
+        addresses = f"{self.address(s.buffer, to)}, {self.address(load.buffer, source)}"
+        self.line(f"tw::copy_async<{kind}>({addresses}{cond});")
+
+    def pipeline(self, s: ir.Commit | ir.Wait) -> str:
+        is_wait = isinstance(s, ir.Wait)
+        return f"tw::copy_async_wait<{s.pending}>();" if is_wait else "tw::copy_async_commit();"
 
     def unroll_pragma(self, n: int) -> str:
         return f"#pragma unroll {n}"
@@ -65,14 +85,28 @@ class CudaRenderer(Renderer):
             return f"static_cast<{self.type(e.dtype)}>({'tx' if e.name == 'thread_x' else 'ty'})"
         return super().var(e)
 
+    def at(self, b: ir.Buffer, offset: ir.Expr) -> str:
+        if not b.swizzled:
+            return self.expr(offset)
+        parts = terms(offset)  # what a layout leaves alone is outside, and often known early
+        rows = [t for t in parts if _is_multiple(t, LINES * _row(b))]
+        rest = [t for t in parts if t not in rows]
+        return f"{self.expr(add(0, *rows))} + {_layout(b)}::at({self.expr(add(0, *rest))})"
+
     def load_scalar(self, b: ir.Buffer, element: str) -> str:
-        if b.name in self.written or b.scope == "shared":
-            return element
-        return f"tw::load_const(&{element})"
+        verb = self.load_verb(b)
+        return element if verb == "load" else f"tw::{verb}(&{element})"
 
     def load_vector(self, b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
-        verb = "load" if b.name in self.written or b.scope == "shared" else "load_const"
-        return f"tw::{verb}<{_vector_of(b, base, lanes)}>({self.address(b, base)})"
+        kind = _vector_of(b, base, lanes)
+        return f"tw::{self.load_verb(b)}<{kind}>({self.address(b, base)})"
+
+    def load_verb(self, b: ir.Buffer) -> str:
+        """How memory is read: weights through the read-only path; inputs, which a launch before may
+        have written, too, where launches do not overlap; what the program writes by plain loads."""
+        if b.name in self.written or b.scope == "shared":
+            return "load"
+        return "load_const" if b.kind == "weight" else "load_input"
 
     def store_vector(self, b: ir.Buffer, base: ir.Expr, value: str, lanes: int) -> str:
         return f"tw::store<{_vector_of(b, base, lanes)}>({self.address(b, base)}, {value});"
@@ -99,81 +133,120 @@ class CudaRenderer(Renderer):
                 kind = _vector_of(e.a.buffer, index, e.dtype.lanes)
                 lanes = "" if e.dtype.lanes > 1 else "[0]"
                 address = self.address(e.a.buffer, index)
-                return f"tw::load_const_if<{kind}>({self.expr(e.cond)}, {address}){lanes}"
+                verb = self.load_verb(e.a.buffer)
+                return f"tw::{verb}_if<{kind}>({self.expr(e.cond)}, {address}){lanes}"
         return super().select(e)
 
     def reduce_threads(self, e: ir.ReduceThreads) -> str:
         value, op = self.expr(e.a), f"tw::op_{e.op}<{self.type(e.dtype)}>"
         if e.axis == "thread.x":
             return f"tw::across_lanes<{op}, {e.extent}>({value})"
-        return f"tw::across_rows<{op}, {e.extent}>({value}, smem, {self.threads[0]}, tx, ty)"
+        return (
+            f"tw::across_rows<{op}, {e.extent}>({value}, smem, BARRIER, {self.threads[0]}, tx, ty)"
+        )
 
-    def alloc(self, b: ir.Buffer) -> None:
+    def alloc(self, s: ir.Alloc) -> None:
+        b = s.buffer
         if b.scope == "fragment":
-            self.line(f"tw::fragment {c_name(b.name)}[{self.expr(b.shape[0])}];")
+            slots, _, cols = map(self.expr, b.shape)
+            self.line(f"tw::fragment<{cols}> {c_name(b.name)}[{slots}] = {{}};")
         elif b.scope == "shared":
-            kind, first = self.type(b.dtype), -(-self.smem_bytes // WIDE) * WIDE
+            aligned = ALIGNED if b.swizzled else WIDE
+            kind, first = self.type(b.dtype), -(-self.smem_bytes // aligned) * aligned
             self.line(
                 f"{kind}* const {c_name(b.name)} = reinterpret_cast<{kind}*>(smem + {first});"
             )
             self.smem_bytes = first + b.dtype.itemsize * math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
         else:
-            super().alloc(b)
+            super().alloc(s)
 
     def loop(self, s: ir.For) -> None:
         if s.kind != "fragment":
             super().loop(s)
             return
         cols = s.body
-        assert isinstance(cols, ir.For) and cols.kind == "fragment"
+        assert isinstance(cols, ir.For) and cols.kind in ("fragment", "pairs")
+        step = 1 if cols.kind == "fragment" else 2
         self.line("#pragma unroll")
-        self.line("for (int e__ = 0; e__ < 4; ++e__) {")
+        count = (cols.extent or 0) * step // 2
+        self.line(f"for (int e__ = 0; e__ < {count}; e__ += {step}) {{")
         self.depth += 1
-        for f, which in ((s, "row"), (cols, "col")):
-            self.line(f"const {self.type(f.var.dtype)} {c_name(f.name)} = "
-                      f"tw::fragment_{which}(e__, tx);")  # fmt: skip
+        for f, which in ((s, "row(e__, tx)"), (cols, f"col(e__, tx) / {step}")):
+            kind = self.type(f.var.dtype)
+            self.line(f"const {kind} {c_name(f.name)} = tw::fragment_{which};")
         self.stmt(cols.body)
         self.depth -= 1
         self.line("}")
 
+    def load(self, e: ir.Load) -> str:
+        if e.buffer.scope == "fragment" and e.dtype.lanes == 2:
+            first = self.register(e.buffer, e.index)
+            return f"tw::vec<float, 2>{{{{{first}, {first[:-1]} + 1]}}}}"
+        return super().load(e)
+
     def register(self, b: ir.Buffer, index: tuple[ir.Expr, ...]) -> str:
         if b.scope == "fragment":
-            return f"{c_name(b.name)}[{self.expr(index[0])}].v[e__]"
+            return f"{c_name(b.name)}[{self.expr(index[0])}].v[e__ / 4][e__ % 4]"
         return super().register(b, index)
 
-    def mma(self, s: ir.Mma | ir.MmaZero | ir.MmaStore) -> None:
+    def mma(self, s: ir.Mma) -> None:
+        a, b = self.fragment(s.a, "a"), self.fragment(s.b, f"b<{s.shape[1]}>")
         acc = f"{c_name(s.acc.name)}[{self.expr(s.slot)}]"
-        if isinstance(s, ir.MmaZero):
-            self.line(f"tw::mma_zero({acc});")
-        elif isinstance(s, ir.Mma):
-            a, b = self.fragment(s.a, "a"), self.fragment(s.b, "b")
-            self.line(f"tw::mma_{s.a.buffer.dtype.name}({acc}, {a}, {b});")
-        else:
-            kind = f"tw::{s.to.buffer.dtype.name}_bits"
-            verb = "mma_add" if s.op else "mma_store"
-            self.line(f"tw::{verb}<{kind}>({self.tile(s.to)}, {acc}, tx);")
+        self.line(f"tw::mma<{operand_kind(s.a.buffer.dtype)}>({acc}, {a}, {b});")
 
     def fragment(self, t: ir.Tile, side: str) -> str:
         """The fragment of an operand tile, loaded once for all products of a block that read it."""
         if (t, side) not in self.fragments:
-            name = self.fragments[t, side] = f"{side}__{self.fragment_count}"
+            name = self.fragments[t, side] = f"{side[0]}__{self.fragment_count}"
             self.fragment_count += 1
             self.line(f"tw::fragment_{side} {name};")
             self.line(f"tw::load_fragment({name}, {self.tile(t)}, tx);")
         return self.fragments[t, side]
 
     def tile(self, t: ir.Tile) -> str:
-        address = self.address(t.buffer, t.offset)
-        fields = (t.row_stride, t.col_stride, t.row_limit, t.col_limit)
         if t.buffer.scope != "shared":
+            fields = (t.row_stride, t.col_stride, t.row_limit, t.col_limit)
+            address = self.address(t.buffer, t.offset)
             return f"tw::tile({address}, {', '.join(map(self.expr, fields))})"
-        down, right = (self.expr(f) for f in fields[:2])
-        if _is_multiple(t.offset, EIGHT):
-            if right == "1" and _is_multiple(t.row_stride, EIGHT):
-                return f"tw::shared_rows_at({address}, {down})"
-            if down == "1" and _is_multiple(t.col_stride, EIGHT):
-                return f"tw::shared_cols_at({address}, {right})"
-        return f"tw::shared_tile({address}, {down}, {right})"
+        kind, chunk = C_TYPES[t.buffer.dtype.name], WIDE // t.buffer.dtype.itemsize
+        kind, pointer = f"{kind}, {_layout(t.buffer)}", self.pointer(t.buffer)
+        strides = ("rows", t.row_stride, t.col_stride), ("cols", t.col_stride, t.row_stride)
+        for lines, across, along in strides:
+            parts = _line_start(t.buffer, t.offset)
+            if is_const(along, 1) and _is_multiple(across, chunk) and parts is not None:
+                start, first = (self.expr(x) for x in parts)
+                fields = f"{pointer}, {start}, {first}, {self.expr(across)}"
+                return f"tw::shared_{lines}<{kind}>{{{{{fields}}}}}"
+        fields = ", ".join(map(self.expr, (t.offset, t.row_stride, t.col_stride)))
+        return f"tw::shared_window<{kind}>{{{pointer}, {fields}}}"
+
+
+def _row(b: ir.Buffer) -> int:
+    """Elements of a row of scratch."""
+    assert isinstance(b.shape[-1], ir.Const)
+    return int(b.shape[-1].value)
+
+
+def _layout(b: ir.Buffer) -> str:
+    return f"tw::swizzled<{_row(b)}, {b.dtype.itemsize}>" if b.swizzled else "tw::row_major"
+
+
+def _line_start(b: ir.Buffer, offset: ir.Expr) -> tuple[ir.Expr, ir.Expr] | None:
+    """The offset of a tile whose lines start at multiples of 16 bytes in two parts: one that the
+    layout of the buffer leaves alone, and columns that it exchanges. None for other tiles."""
+    chunk = WIDE // b.dtype.itemsize
+    if not b.swizzled:
+        return (offset, ir.as_expr(0)) if _is_multiple(offset, chunk) else None
+    row = _row(b)
+    start, first = ir.as_expr(0), ir.as_expr(0)
+    for term in terms(offset):
+        if not _is_multiple(term, LINES * row if _is_multiple(term, row) else chunk):
+            return None
+        if _is_multiple(term, LINES * chunk):
+            start = add(start, term)
+        else:
+            first = add(first, term)
+    return start, first
 
 
 def _vector_of(b: ir.Buffer, base: ir.Expr, lanes: int) -> str:
@@ -189,24 +262,53 @@ def _is_multiple(e: ir.Expr, n: int) -> bool:
     return is_multiple(e, n, lambda v: is_generated(v.name, STRIDE))
 
 
-def render(program: ir.Program, declarations: str, params: Params | None = None) -> Source:
-    """The source of a program at the loop level. `declarations` are the structs Params and Row."""
+def render(
+    program: ir.Program, declarations: str, params: Params | None = None
+) -> tuple[Body, ...]:
+    """A body for each stage of a program at the loop level; all share one text. `declarations` are
+    the structs Params and Row."""
     params = params or collect_params(program)
-    text = ["// generated by Tilewright", '#include "gpu.cuh"']
-    if any(map(has_tiles, program.stages)):
-        text.append('#include "mma.cuh"')
-    text.append(declarations)
-    entries, smem = [], []
+    text, bodies = [declarations], []
     for number, stage in enumerate(program.stages):
         used = 0
         for case, nest in enumerate(stage):
             body, nbytes = _body(program, params, nest, f"body{number}_{case}")
             text.append(body)
             used = max(used, nbytes)
-        entries.append(f"stage{number}")
-        smem.append(used)
-        text.append(_entry(stage, number))
-    return Source("\n".join(text), tuple(entries), tuple(smem))
+        text.append(_run(stage, number))
+        reads, writes = _accesses(stage)
+        bodies.append(
+            Body(
+                "", f"run{number}", stage_threads(stage),
+                REGISTERS // max(map(_registers, stage)), used, _headers(stage), reads, writes,
+            )
+        )  # fmt: skip
+    return tuple(replace(b, text="\n".join(text)) for b in bodies)
+
+
+def _headers(stage: tuple[ir.Nest, ...]) -> tuple[str, ...]:
+    copies = any(isinstance(x, ir.Wait) for nest in stage for x in walk(nest.body))
+    return ("gpu.cuh", *("mma.cuh",) * has_tiles(stage), *("async.cuh",) * copies)
+
+
+def _accesses(stage: tuple[ir.Nest, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the buffers that a stage reads, and of those that it writes."""
+    reads, writes = {}, {}
+    for x in (x for nest in stage for x in walk(nest.body)):
+        if isinstance(x, ir.Store):
+            writes[x.buffer.name] = x.buffer
+            if x.op:
+                reads[x.buffer.name] = x.buffer
+        elif isinstance(x, ir.Load):
+            reads[x.buffer.name] = x.buffer
+        elif isinstance(x, ir.Mma):
+            reads |= {t.buffer.name: t.buffer for t in (x.a, x.b)}
+        elif isinstance(x, ir.Search):
+            reads[x.keys.name] = x.keys
+    outside = ("global", "part")
+    return tuple(
+        tuple(n for n, b in found.items() if b.scope in outside) for found in (reads, writes)
+    )  # type: ignore[return-value]
 
 
 def _body(program: ir.Program, params: Params, nest: ir.Nest, name: str) -> tuple[str, int]:
@@ -233,16 +335,18 @@ def stage_threads(stage: tuple[ir.Nest, ...]) -> int:
     return max(n.threads[0] * n.threads[1] for n in stage)
 
 
-def _entry(stage: tuple[ir.Nest, ...], number: int) -> str:
+def _registers(nest: ir.Nest) -> int:
+    """Registers of a thread that a nest is compiled for. More of them cost CTAs of an SM."""
+    allocs = (x.buffer for x in walk(nest.body) if isinstance(x, ir.Alloc))
+    shapes = [b.shape for b in allocs if b.scope == "fragment"]
+    held = sum(math.prod(int(e.value) for e in shape) // WARP for shape in shapes)  # type: ignore[attr-defined]
+    return max(LEAST_MMA, held + OPERANDS) if held else REGISTERS // RESIDENT
+
+
+def _run(stage: tuple[ir.Nest, ...], number: int) -> str:
+    """The function of a stage: finds the row of a CTA in the work table and calls its body."""
     threads = stage_threads(stage)
-    resident = RESIDENT_MMA if has_tiles(stage) else RESIDENT
-    bounds = f"__launch_bounds__({threads}, {max(1, resident // threads)})"
-    head = (
-        f'extern "C" __global__ void {bounds} stage{number}(const __grid_constant__ Params p) {{\n'
-        "  extern __shared__ __align__(16) char smem[];\n"
-        "  const int thread = threadIdx.x;\n"
-        "  const int64_t unit = blockIdx.x;\n"
-    )
+    head = f"TW_INLINE void run{number}(const Params& p, int64_t unit, int thread, char* smem) {{\n"
 
     def call(case: int, nest: ir.Nest, unit: str, row: str) -> str:
         mine = nest.threads[0] * nest.threads[1]

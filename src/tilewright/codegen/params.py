@@ -63,7 +63,7 @@ def collect_params(program: ir.Program) -> Params:
     row: dict[str, tuple[str, ...]] = {}
     written = frozenset(
         x.buffer.name if isinstance(x, ir.Store) else x.to.buffer.name
-        for n in _nests(program) for x in walk(n.body) if isinstance(x, (ir.Store, ir.MmaStore))
+        for n in _nests(program) for x in walk(n.body) if isinstance(x, ir.Store)
     )  # fmt: skip
     for b in program.buffers:
         const = "" if b.name in written else "const "

@@ -372,7 +372,7 @@ single_prefill_with_kv_cache = accepts("single_prefill")(_single)
 
 
 def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
-    """Keys of each request (batch,): full pages and the last one; 0 where it has no page."""
+    """Returns the number of keys of each request, (batch,); 0 for a request without pages."""
     pages = kv_indptr.diff()
     return torch.where(pages > 0, (pages - 1) * page_size + kv_last_page_len, 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import gcd
 from typing import NamedTuple
 
 from tilewright.dtypes import DType
@@ -65,7 +66,20 @@ def is_multiple(e: Expr, n: int, known: Callable[[Var], bool] = lambda v: False)
         return is_multiple(e.a, n, known)
     if not isinstance(e, Binary):
         return False
+    if e.op == "*" and isinstance(e.b, Const):
+        return is_multiple(e.a, n // gcd(n, int(e.b.value)), known)
     if e.op == "*":
         return is_multiple(e.a, n, known) or is_multiple(e.b, n, known)
     both = e.op in ("+", "-", "min", "max")
     return both and is_multiple(e.a, n, known) and is_multiple(e.b, n, known)
+
+
+def terms(e: Expr) -> list[Expr]:
+    """Expressions whose sum is the integer `e`, products by a constant of sums multiplied out."""
+    if isinstance(e, Cast) and e.a.dtype.is_int:
+        return [cast(t, e.dtype) for t in terms(e.a)]
+    if isinstance(e, Binary) and e.op == "+":
+        return terms(e.a) + terms(e.b)
+    if isinstance(e, Binary) and e.op == "*" and isinstance(e.b, Const):
+        return [mul(t, e.b) for t in terms(e.a)]
+    return [e]

@@ -330,10 +330,11 @@ Scope = Literal["global", "part", "register", "shared", "fragment", "workspace",
 @dataclass(frozen=True, slots=True)
 class Buffer:
     """Memory. `part` buffers belong to one part of a composed tensor and come with the work table;
-    a `row` buffer holds what one iteration of a loop computes, and its `Alloc` has its extents.
+    `row` buffers hold what one iteration of a loop computes.
 
     `shape` and `strides` are in elements; run-time sizes are `Var`s. `strides` None = dense C
-    order.
+    order. `swizzled`: chunks of 16 bytes of a row of shared memory are exchanged by the number of
+    the row. Indices and offsets do not show it: the renderer of the GPU moves the addresses.
     """
 
     name: str
@@ -342,6 +343,7 @@ class Buffer:
     scope: Scope = "global"
     strides: tuple[Expr, ...] | None = None
     kind: Kind = "activation"
+    swizzled: bool = False
 
     def __getitem__(self, index: Any) -> Load:
         index = index if isinstance(index, tuple) else (index,)

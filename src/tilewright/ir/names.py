@@ -12,11 +12,10 @@ from functools import cache
 from typing import NamedTuple
 
 SIZE, STRIDE, COUNT = "size", "stride", "count"  # numbers
-INDPTR, INDICES, VALUES = "indptr", "indices", "values"  # arrays of one part
+VALUES = "values"  # an array of one part; the others have the names that their levels give them
 ACCUMULATOR, TOTAL = "acc", "total"  # registers
 COPIES = "copies"  # an array: of an output, one for each group of units
 PRIME = "'"  # j': the index of a reduction inside the scope of another j
-KINDS = (SIZE, STRIDE, COUNT, INDPTR, INDICES, VALUES, ACCUMULATOR, TOTAL, COPIES)
 
 
 _USERS = re.compile(r"(?!.*__)[A-Za-z][A-Za-z0-9_]*")
@@ -47,7 +46,7 @@ def parse_name(name: str) -> GeneratedName | None:
     """The parts of a generated name; None for a name of a user, or of a loop."""
     owner, dot, rest = name.rpartition(".")
     kind = rest.rstrip("0123456789")
-    if not dot or kind not in KINDS:
+    if not dot:
         return None
     return GeneratedName(owner, kind, int(rest[len(kind) :] or -1))
 

@@ -154,13 +154,10 @@ def map_bodies(program: ir.Program, f: Callable[[ir.Stmt], ir.Stmt]) -> ir.Progr
 
 def is_ordered(nest: ir.Nest) -> bool:
     """Loop level: whether its units must run one after the other, with those of its stage."""
-    return nest.shared and any(_updates(s) for s in statements(nest.body))
-
-
-def _updates(s: Any) -> bool:
-    if isinstance(s, ir.Store):
-        return bool(s.op) and not s.atomic and s.buffer.scope in ("global", "part")
-    return isinstance(s, ir.MmaStore) and bool(s.op)
+    stores = (s for s in statements(nest.body) if isinstance(s, ir.Store))
+    return nest.shared and any(
+        s.op and not s.atomic and s.buffer.scope in ("global", "part") for s in stores
+    )
 
 
 def substitute(n: N, values: Mapping[str, ir.Expr]) -> N:

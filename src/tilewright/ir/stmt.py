@@ -16,6 +16,8 @@ LoopKind = Literal[
     "serial", "parallel", "vector", "unroll",
     "cta.x", "cta.y", "thread.x", "thread.y", "threads",  # threads: shared out among all of a CTA
     "fragment",  # rows, and right inside columns, of a tile: each thread runs the elements it has
+    "pairs",  # in place of these columns: their pairs, both elements of which a thread has
+    "pipeline",  # copies of the next iterations to shared memory are under way during each
 ]  # fmt: skip
 GRID: tuple[LoopKind, ...] = ("parallel", "cta.x", "cta.y")  # loops that become units of a launch
 THREADS: tuple[LoopKind, ...] = ("thread.x", "thread.y")  # loops bound to the threads of a CTA
@@ -49,7 +51,8 @@ class Seq(Stmt):
 class For(Stmt):
     """`for name in begin:end`. `axes` are the coordinate axes the loop came from.
 
-    `private` reductions keep one accumulator per iteration of this loop (rfactor)."""
+    `private` reductions keep one accumulator per iteration of this loop (rfactor). `stages`: the
+    buffers of a pipeline."""
 
     var: Var
     begin: Expr
@@ -59,6 +62,7 @@ class For(Stmt):
     axes: tuple[str, ...] = ()
     private: bool = False
     unroll_hint: int = 0
+    stages: int = 0
 
     @property
     def name(self) -> str:
@@ -175,8 +179,27 @@ class Store(Stmt):
 
 
 @node
+class CopyAsync(Store):
+    """Loop level: starts a copy to shared memory, of a load or of zeros where its condition fails.
+    The elements are written at any time until the thread waits for the group of the copy."""
+
+
+@node
+class Commit(Stmt):
+    """The copies that a thread has started since its last `Commit` are a group."""
+
+
+@node
+class Wait(Stmt):
+    """A thread waits until all of its groups but the latest `pending` have landed."""
+
+    pending: int
+
+
+@node
 class Alloc(Stmt):
     """Loop level: declares a register, shared, fragment or row buffer until the end of its `Seq`.
+    A fragment buffer is an array of float32 fragments, (slots, rows, columns), and starts at 0.
     `extents`: the shape of a row buffer, which is known at run time only."""
 
     buffer: Buffer
@@ -210,16 +233,6 @@ class Tile:
 
 
 @node
-class MmaZero(Stmt):
-    """Sets an m × n float32 fragment to zero. `acc` is an array of fragments: its shape is (slots,
-    m, n)."""
-
-    acc: Buffer
-    slot: Expr
-    shape: tuple[int, int, int]
-
-
-@node
 class Mma(Stmt):
     """acc[slot] += a (m × k) · b (k × n), float16/bfloat16 in, float32 out."""
 
@@ -228,17 +241,6 @@ class Mma(Stmt):
     a: Tile
     b: Tile
     shape: tuple[int, int, int]
-
-
-@node
-class MmaStore(Stmt):
-    """Writes (or adds) a fragment to a tile of memory, within its limits."""
-
-    to: Tile
-    acc: Buffer
-    slot: Expr
-    shape: tuple[int, int, int]
-    op: str = ""
 
 
 # ---------------------------------------------------------------------------- programs
@@ -268,9 +270,9 @@ class Program:
 
     `stages` groups the nests that run in one launch: nests of a stage are independent of each
     other. `orders` holds loop orders asked for (output name, then axes); `fused` the structures
-    whose two axes are walked as one; `placed` temporaries, each with the index in whose loop it is
-    computed and the scope of its memory; `sizes` dimensions that are fixed; `index` the type of
-    coordinates.
+    whose two axes are walked as one; `merged` the outputs all of whose reductions run in one loop;
+    `placed` temporaries, each with the index in whose loop it is computed and the scope of its
+    memory; `sizes` dimensions that are fixed; `index` the type of coordinates.
     """
 
     name: str
@@ -281,6 +283,7 @@ class Program:
     buffers: tuple[Buffer, ...] = ()
     orders: tuple[tuple[str, ...], ...] = ()
     fused: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
     placed: tuple[tuple[str, str, str], ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
     index: DType = dtypes.int32

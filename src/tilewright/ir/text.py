@@ -83,6 +83,7 @@ def _for(s: Any) -> str:
     notes = [s.kind] if s.kind != "serial" else []
     notes += ["private"] if s.private else []
     notes += [f"unroll {s.unroll_hint}"] if s.unroll_hint else []
+    notes += [f"{s.stages} stages"] if s.stages else []
     note = f"   # {', '.join(notes)}" if notes else ""
     return f"for {s.name} in {expr_text(s.begin)}:{expr_text(s.end)}{note}"
 
@@ -114,8 +115,8 @@ def _store(s: Any) -> str:
     return line + (" atomic" if s.atomic else "")
 
 
-def _fragment(s: Any) -> str:
-    return f"{s.acc.name}[{expr_text(s.slot)}]"
+def _element(b: Any, index: Any) -> str:
+    return f"{b.name}[{expr_text(index)}]"
 
 
 _STATEMENTS: dict[str, Callable[[Any], str]] = {
@@ -130,10 +131,11 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "Store": _store,
     "Alloc": lambda s: f"alloc {replace(s.buffer, shape=s.extents or s.buffer.shape)}",
     "Prefetch": lambda s: f"prefetch {expr_text(s.element)}",
+    "CopyAsync": lambda s: f"async {_store(s)}",
+    "Commit": lambda s: "commit",
+    "Wait": lambda s: f"wait {s.pending}",
     "Sync": lambda s: "sync",
-    "MmaZero": lambda s: f"mma_zero {_fragment(s)}",
-    "Mma": lambda s: f"mma {_fragment(s)} += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}",
-    "MmaStore": lambda s: f"mma_store {_tile(s.to)} {'+' if s.op else ''}= {_fragment(s)}",
+    "Mma": lambda s: f"mma {_element(s.acc, s.slot)} += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}",
 }
 
 

@@ -11,8 +11,8 @@ from tilewright.ir.rewrite import free_vars, path_to, statements, walk
 
 # fmt: off
 _STATEMENTS = (
-    ir.Seq, ir.For, ir.Let, ir.If, ir.Store, ir.Alloc, ir.Prefetch, ir.Sync,
-    ir.Mma, ir.MmaZero, ir.MmaStore, ir.Scatter,
+    ir.Seq, ir.For, ir.Let, ir.If, ir.Store, ir.Alloc, ir.Prefetch, ir.Sync, ir.Commit, ir.Wait,
+    ir.Mma, ir.Scatter,
 )
 _VECTORS = (ir.Ramp, ir.Broadcast, ir.ReduceLanes, ir.ReduceThreads)
 LEGAL: dict[str, tuple[type, ...]] = {
@@ -118,7 +118,7 @@ class _Checker:
             if s.value.dtype != s.workspace.dtype:
                 self.fail(f"{s.value.dtype} added to {s.workspace.dtype}", s)
         else:
-            if isinstance(s, (ir.Mma, ir.MmaZero, ir.MmaStore)):
+            if isinstance(s, ir.Mma):
                 self.declared(s.acc, registers, s)
             for child in ir.children(s):
                 if isinstance(child, ir.Tile):

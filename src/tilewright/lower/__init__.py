@@ -16,11 +16,17 @@ from tilewright.ir.verify import verify
 from tilewright.lower.bind import bind_grid, bind_threads, serialize_threads
 from tilewright.lower.flatten import flatten_addresses, inline_lets
 from tilewright.lower.hoist import hoist_reductions
+from tilewright.lower.pipelines import pipeline_loops
 from tilewright.lower.positions import coordinates_to_positions
 from tilewright.lower.predicate import predicate_loads
 from tilewright.lower.reductions import materialize_reductions
 from tilewright.lower.tiles import materialize_tiles
-from tilewright.lower.vectorize import split_registers, unroll_loops, vectorize_loops
+from tilewright.lower.vectorize import (
+    pair_fragments,
+    split_registers,
+    unroll_loops,
+    vectorize_loops,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,7 @@ class Pass:
 
 BEFORE_SCHEDULE = (Pass(hoist_reductions), Pass(coordinates_to_positions))
 AFTER_SCHEDULE = (
+    Pass(pipeline_loops),
     Pass(serialize_threads, only=("cpp", "interp")),
     Pass(materialize_tiles),
     Pass(materialize_reductions),
@@ -45,6 +52,7 @@ AFTER_SCHEDULE = (
     Pass(bind_threads, only=("cuda",)),
     Pass(predicate_loads, only=("cuda",)),
     Pass(flatten_addresses),
+    Pass(pair_fragments, only=("cuda",)),
     Pass(vectorize_loops),
     Pass(unroll_loops),
     Pass(split_registers),

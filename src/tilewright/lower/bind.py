@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from tilewright.errors import ScheduleError
+from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import COUNT, SIZE, is_generated
 from tilewright.ir.rewrite import (
@@ -56,21 +56,19 @@ def bind_threads(program: ir.Program) -> ir.Program:
 
 def _bound(nest: ir.Nest) -> ir.Nest:
     extents = {kind: _extent(nest.body, kind) for kind in ir.THREADS}
-    if any(isinstance(x, ir.MmaZero) for x in walk(nest.body)):
+    if any(isinstance(x, ir.Mma) for x in walk(nest.body)):
         if extents["thread.x"] > WARP:
-            raise ScheduleError(
-                "S102",
+            raise illegal(
                 f"{extents['thread.x']} threads along thread.x beside tile operations",
-                hint="a tile operation takes all of thread.x: bind other loops to thread.y",
+                "a tile operation takes all of thread.x: bind other loops to thread.y",
             )
         extents["thread.x"] = WARP
     _check_cta(nest, extents["thread.x"] * extents["thread.y"])
     if is_ordered(nest):
-        raise ScheduleError(
-            "S102",
+        raise illegal(
             f"parts of {nest.structure} update the same rows of {nest.name}, and a GPU runs them "
             "at once",
-            hint="atomic(), or a format that keeps rows whole",
+            "atomic(), or a format that keeps rows whole",
         )
     body = simplify(_threads(nest.body, extents, frozenset()))
     _check_barriers(body, guarded=False)
@@ -85,10 +83,9 @@ def _check_cta(nest: ir.Nest, threads: int) -> None:
         )  # fmt: skip
     has_barrier = any(isinstance(x, ir.Sync) for x in statements(nest.body))
     if has_barrier and threads % WARP:
-        raise ScheduleError(
-            "S102",
+        raise illegal(
             f"{nest.name} has a barrier and {threads} threads: a barrier takes complete warps",
-            hint="bind loops to threads so that their product is a multiple of 32",
+            "bind loops to threads so that their product is a multiple of 32",
         )
 
 
@@ -99,9 +96,10 @@ def serialize_threads(program: ir.Program) -> ir.Program:
             for t in 0:96     # threads                    for t in 0:96
             sync
     """
+    barriers = ir.Sync, ir.Commit, ir.Wait
 
     def visit(s: Any) -> Any:
-        if isinstance(s, ir.Sync):
+        if isinstance(s, barriers):
             return ir.seq()
         if isinstance(s, ir.For) and s.kind in (*ir.THREADS, "threads"):
             s = replace(s, kind="serial")
@@ -138,10 +136,10 @@ def _grid(nest: ir.Nest) -> ir.Nest:
         below = next(x for x in statements(body) if isinstance(x, ir.For) and x.kind in ir.GRID)
         above = next((x for x in statements(body) if isinstance(x, ir.For)), below)
         outer = f"serial loop {above.name}" if above is not below else "a branch"
-        raise ScheduleError(
-            "S102", f"in {nest.name} the parallel loop {below.name} is inside {outer}",
-            hint="reorder so that parallel loops come first: they are the units of the launch",
-        )  # fmt: skip
+        raise illegal(
+            f"in {nest.name} the parallel loop {below.name} is inside {outer}",
+            "reorder so that parallel loops come first: they are the units of the launch",
+        )
     for wrap in reversed(rewrap):
         body = wrap(body)
     return replace(nest, body=body, grid=tuple(extents), grid_vars=tuple(variables))
@@ -158,11 +156,10 @@ def _check_host(loop: ir.For) -> None:
         if isinstance(x, (ir.Load, ir.Search)) or (isinstance(x, ir.Var) and not host_known(x.name))
     ]
     if unknown or not is_const(loop.begin, 0):
-        raise ScheduleError(
-            "S102",
+        raise illegal(
             f"loop {loop.name} cannot be parallel: its range {loop.begin}:{loop.end} is not known "
             "before the launch",
-            hint="units of work: loops over a dimension, or over the outermost level of a format",
+            "units of work: loops over a dimension, or over the outermost level of a format",
         )
 
 
@@ -176,10 +173,9 @@ def _extent(body: ir.Stmt, kind: str) -> int:
     for x in statements(body):
         if isinstance(x, ir.For) and x.kind == kind:
             if x.extent is None:
-                raise ScheduleError(
-                    "S102",
+                raise illegal(
                     f"loop {x.name} is bound to {kind} but its extent is not a constant",
-                    hint="split it first",
+                    "split it first",
                 )
             largest = max(largest, x.extent)
     return largest
@@ -197,10 +193,9 @@ def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
         for b in s.body:
             _check_barriers(b, guarded=guarded)
     elif guarded and (isinstance(s, ir.Sync) or _reduces_over_y(s)):
-        raise ScheduleError(
-            "S102",
+        raise illegal(
             "a guard keeps some threads from a barrier",
-            hint="specialize() the dimension and split it by a factor that divides it",
+            "specialize() the dimension and split it by a factor that divides it",
         )
 
 
@@ -213,17 +208,16 @@ def _reduces_over_y(s: ir.Stmt) -> bool:
 def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.Stmt:
     if isinstance(s, ir.Sync) or (isinstance(s, ir.For) and s.kind == "threads"):
         if inside:
-            raise ScheduleError(
-                "S102", "shared memory is filled inside a loop bound to threads",
-                hint="cache at a loop around those bound to threads",
-            )  # fmt: skip
+            raise illegal(
+                "shared memory is filled inside a loop bound to threads",
+                "cache at a loop around those bound to threads",
+            )
         return s if isinstance(s, ir.Sync) else _distributed(s, extents)
     if isinstance(s, ir.For) and s.kind in ir.THREADS:
         if s.kind in inside:
-            raise ScheduleError(
-                "S102",
+            raise illegal(
                 f"loop {s.name} is bound to {s.kind} inside a loop that already is",
-                hint="bind one of them to the other kind of thread",
+                "bind one of them to the other kind of thread",
             )
         var = THREAD_X if s.kind == "thread.x" else THREAD_Y
         body = substitute(
@@ -245,19 +239,17 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
             if extents[kind] > 1 and kind not in inside:
                 s = ir.If(ir.binary("==", var, 0), s)
         return s
-    if isinstance(s, (ir.Mma, ir.MmaZero, ir.MmaStore)):
+    if isinstance(s, ir.Mma):
         _check_tile(inside)
-        if isinstance(s, ir.MmaStore) and extents["thread.y"] > 1 and "thread.y" not in inside:
-            return ir.If(ir.binary("==", THREAD_Y, 0), s)
     return s
 
 
 def _check_tile(inside: frozenset[str]) -> None:
     if "thread.x" in inside:
-        raise ScheduleError(
-            "S102", "a tile operation is inside a loop bound to thread.x",
-            hint="its own 32 threads are those of thread.x: bind the loop to thread.y",
-        )  # fmt: skip
+        raise illegal(
+            "a tile operation is inside a loop bound to thread.x",
+            "its own 32 threads are those of thread.x: bind the loop to thread.y",
+        )
 
 
 def _distributed(s: ir.For, extents: dict[str, int]) -> ir.Stmt:

@@ -76,9 +76,14 @@ def iteration(st: Statement) -> Iteration | None:
 
 
 def check_reduction(st: Statement, tensors: dict[str, ir.Tensor]) -> None:
-    """Raises ProgramError[P107] where the value of a reduction is not well defined."""
-    it = iteration(st)
-    if not it or not st.op or st.out.tensor.is_sparse:
+    """Raises ProgramError[P107] where the value of a statement is not well defined."""
+    it, structure = iteration(st), st.out.tensor.structure
+    if structure and any(x.shared for f in tensors[structure].format.formats for x in f.levels):
+        raise ProgramError(
+            "P107", f"{st.out} is stored like {structure}, whose rows may have pages in common",
+            hint="store it in a dense output, or in a format of its own",
+        )  # fmt: skip
+    if not it or not st.op or structure:
         return
     if st.op == "append" and not it.exact:
         raise ProgramError(

@@ -1,8 +1,8 @@
-"""Statements that are a function of reductions, as one statement with an epilogue.
+"""Fuses a statement that is a function of reductions with these reductions.
 
-`out[i, j] = max(out.0[i, j] + b[j], 0)` with `out.0[i, j] = sum(… over k)` is scheduled like the
-sum alone: its loops are those of the sum, and the rest is computed where an element's sum is
-complete.
+`out[i, j] = max(out.0[i, j] + b[j], 0)` and `out.0[i, j] = sum(… over k)` become one statement with
+the loops of the sum. The function, called its epilogue, is computed for an element as soon as the
+element's sum is complete, so `out.0` needs no memory.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from tilewright.lower.tables import Statement, indices_in
 
 @dataclass(frozen=True, slots=True)
 class Fused(Statement):
-    """`out = epilogue(totals)`: reductions with the same output indices, axes and driver. As a
-    `Statement` it is the first of them."""
+    """`out = epilogue(totals)`. Its reductions have the same output indices, axes and driver; the
+    fields of `Statement` are those of the first."""
 
     epilogue: ir.Expr
     totals: tuple[Statement, ...]
 
 
 def fused(
-    root: Statement, temps: list[Statement], structure: str
+    root: Statement, temps: list[Statement], structure: str, merged: bool = False
 ) -> tuple[Statement, list[Statement]]:
     """The root together with the reductions that it can be the epilogue of, and the other ones.
 
     before: out.0[i, j] = sum(A[i, k] * B[k, j] over k);  out[i, j] = max(out.0[i, j] + b[j], 0)
     after:  out[i, j] = max(out.0 + b[j], 0) where out.0 = sum(A[i, k] * B[k, j] over k)
 
-    Those that follow `structure`, the driver of the nest, come first.
+    Those that follow `structure`, the driver of the nest, come first. `merged`: also reductions
+    that depend on fewer indices, which are then computed for each element anew.
     """
     if root.op:
         return root, temps
@@ -44,7 +45,7 @@ def fused(
     candidates = [
         t for t in temps
         if t.out.tensor.name in read - elsewhere
-        and _indices(t) == own
+        and (_indices(t) == own or (merged and _indices(t) < own))
         and not (root.out.tensor.is_sparse and driver_of(t))
         and not _is_merged(t)
     ]  # fmt: skip

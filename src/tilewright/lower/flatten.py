@@ -51,19 +51,17 @@ def _inline(s: Any, known: dict[str, ir.Expr]) -> Any:
     return substitute(s, known)
 
 
+IN_MEMORY = ("global", "part", "shared", "row")
+
+
 def flatten_addresses(program: ir.Program) -> ir.Program:
-    """Loads and stores of memory get one 64-bit offset; registers keep their indices.
+    """Loads and stores of memory get one offset; registers keep their indices.
 
     before: X[j, k]        after: X[int64(j) * X_stride0 + int64(k)]
     """
 
     def visit(x: Any) -> Any:
-        if isinstance(x, (ir.Load, ir.Store)) and x.buffer.scope in (
-            "global",
-            "part",
-            "shared",
-            "row",
-        ):
+        if isinstance(x, (ir.Load, ir.Store)) and x.buffer.scope in IN_MEMORY:
             return replace(x, index=(flat_offset(x),))
         return x
 
@@ -71,19 +69,21 @@ def flatten_addresses(program: ir.Program) -> ir.Program:
 
 
 def flat_offset(x: ir.Load | ir.Store) -> ir.Expr:
-    """The 64-bit offset of an access, in elements."""
+    """The offset of an access, in elements: 64 bits, in shared memory 32."""
     buffer = x.buffer
+    width = dtypes.int32 if buffer.scope == "shared" else dtypes.int64
     if buffer.scope == "part" and len(x.index) == 1:
         return x.index[0]
     strides = buffer.strides
     if strides is None:
         packed: list[ir.Expr] = []
-        step: ir.Expr = ir.Const(1, dtypes.int64)
+        step: ir.Expr = ir.Const(1, width)
         for extent in reversed(buffer.shape):
             packed.insert(0, step)
-            step = mul(step, as_int64(extent))
+            step = mul(step, ir.cast(extent, width))
         strides = tuple(packed)
-    total: ir.Expr = ir.Const(0, dtypes.int64)
+    total: ir.Expr = ir.Const(0, width)
     for i, s in zip(x.index, strides, strict=True):
-        total = add(total, mul(as_int64(i), ir.cast(s, dtypes.int64)))
+        index = as_int64(i) if width == dtypes.int64 else ir.cast(i, width)
+        total = add(total, mul(index, ir.cast(s, width)))
     return total

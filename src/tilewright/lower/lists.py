@@ -28,11 +28,11 @@ def has_list(tables: Tables, driver: Driver, axis: str, bound: Container[str]) -
     `bound` are known."""
     *above, last = tables.levels(driver.structure)
     return (
-        last.is_list
+        last.ordered and last.unique and bool(last.keys) and not last.block
         and driver.indices[last.dim] == axis
         and all(x.unique and driver.indices[x.dim] in bound for x in above)
         and axis not in {driver.indices[x.dim] for x in above}
-    )
+    )  # fmt: skip
 
 
 def list_of(scope: Scope, driver: Driver, lets: list[ir.Stmt]) -> List:
@@ -48,13 +48,12 @@ def list_of(scope: Scope, driver: Driver, lets: list[ir.Stmt]) -> List:
         var = ir.Var(tables.unused_name(f"{driver.structure}_q{depth - 1}"), parent.dtype)
         lets.append(ir.Let(var, parent))
         parent = var
-    level, storage = tables.storage(driver.structure, depth)
+    level, storage = scope.storage(driver.structure, depth)
     begin, end = level.loop(storage, parent)
     if is_missing:
         is_stored, zero = ir.binary(">=", parent, 0), ir.Const(0, tables.index)
         begin, end = ir.select(is_stored, begin, zero), ir.select(is_stored, end, zero)
-    assert storage.indices is not None
-    return List(driver, storage.indices, ir.cast(begin, tables.index), end)
+    return List(driver, storage[level.keys], ir.cast(begin, tables.index), end)
 
 
 def merge_of(var: ir.Var, lists: list[List], op: str, axes: tuple[str, ...]) -> ir.Merge:

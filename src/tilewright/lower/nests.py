@@ -8,13 +8,13 @@ the outermost loop that binds all its indices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
-from tilewright.ir.levels import Level, may_miss
+from tilewright.ir.levels import Compressed, Level, may_miss
 from tilewright.ir.rewrite import add, mul, transform, walk
 from tilewright.lower.drivers import Iteration, driver_of, iteration, outer_driver
 from tilewright.lower.epilogues import Fused, fused, values_of
@@ -288,7 +288,7 @@ class NestBuilder:
         return lambda body: ir.seq(*before, replace(loop, body=ir.seq(key, body)))
 
     def _open_level(self, s: LoopSpec, level: Level, target: _Target, scope: Scope) -> Wrap:
-        _, storage = self.tables.storage(s.structure, s.depth)
+        _, storage = scope.storage(s.structure, s.depth)
         zero = ir.Const(0, self.tables.index)
         # A dense level may be walked before the levels above it: its parent is only needed later.
         parent = zero if level.is_dense else scope.position(s.structure, s.depth - 1)
@@ -305,14 +305,16 @@ class NestBuilder:
                 raise refuse(row.tensor.name, "the lengths of its rows differ", 'scope="global"')
             row.levels.append((s.depth, begin, end))
         suffix = ("_i" if level.inner else "_o") if level.block else ""
-        is_coordinate = level.is_dense or not level.arrays or level.arrays == ("indptr",)
-        var = self._variable(s.axis.name + suffix + ("" if is_coordinate else "_p"))
-        is_single = "indices" in level.arrays and not level.pads and "indptr" not in level.arrays
-        variable: ir.Expr = parent if is_single else var
+        suffix += "" if type(level).coord is Level.coord else "_p"
+        var = self._variable(s.axis.name + suffix)
+        variable: ir.Expr = parent if level.single else var
         scope.walks[s.structure].variables[s.depth] = variable
         coordinate = level.coord(storage, parent, variable)
         lets, guards = self._bind(s, level, coordinate, scope)
-        if is_single:
+        if level.padded:
+            c = coordinate if isinstance(coordinate, ir.Var) else lets[0].var
+            guards.insert(0, level.guard(storage, parent, variable, c))
+        if level.single:
             return lambda body: _inside(lets, guards, body)
         axes = (target.tag(s.axis.name),)
         return lambda body: ir.seq(
@@ -330,18 +332,16 @@ class NestBuilder:
 
     def _bind(
         self, s: LoopSpec, level: Level, coordinate: ir.Expr, scope: Scope
-    ) -> tuple[list[ir.Stmt], list[ir.Expr]]:
+    ) -> tuple[list[ir.Let], list[ir.Expr]]:
         """Names the coordinate of a level, (lets, guards); that of a blocked axis when both parts
         are known."""
         name, block = s.axis.name, level.block
-        lets: list[ir.Stmt] = []
+        lets: list[ir.Let] = []
         guards: list[ir.Expr] = []
         if not isinstance(coordinate, ir.Var):
-            var = self._variable(name + ("_o" if block else ""))
+            var = self._variable(name + (("_i" if level.inner else "_o") if block else ""))
             lets.append(ir.Let(var, coordinate))
             coordinate = var
-            if level.pads:
-                guards.append(ir.binary(">=", var, 0))
         if not block:
             scope.coordinates[name] = coordinate
             return lets, guards
@@ -359,17 +359,16 @@ class NestBuilder:
     def _open_fused(self, s: LoopSpec, column: ir.Index, target: _Target, scope: Scope) -> Wrap:
         """Two levels as one loop over the entries of the lower one; a search in indptr gives the
         row."""
-        upper, upper_storage = self.tables.storage(s.structure, 0)
-        lower, storage = self.tables.storage(s.structure, 1)
-        assert storage.indptr is not None, "checked by the verb"
+        upper, upper_storage = scope.storage(s.structure, 0)
+        lower, storage = scope.storage(s.structure, 1)
+        assert isinstance(lower, Compressed), "checked by the verb"
         row, col = s.axis.name, column.name
         var, i, j = self._variable(f"{row}{col}"), self._variable(row), self._variable(col)
         rows = upper_storage.size if upper.is_dense else upper_storage.count
         zero = ir.Const(0, self.tables.index)
-        search = ir.Search(storage.indptr, zero, add(rows, 1), var, True, self.tables.index)
         parent = self._variable(f"{row}_q")
         lets: list[ir.Stmt] = [
-            ir.Let(parent, search),
+            ir.Let(parent, lower.parent(storage, rows, var)),
             ir.Let(i, upper.coord(upper_storage, parent, parent)),
             ir.Let(j, lower.coord(storage, parent, var)),
         ]
@@ -465,7 +464,7 @@ class NestBuilder:
         return [ir.binary(">=", var, 0)]
 
 
-def _inside(lets: list[ir.Stmt], guards: list[ir.Expr], body: ir.Stmt) -> ir.Stmt:
+def _inside(lets: Sequence[ir.Stmt], guards: list[ir.Expr], body: ir.Stmt) -> ir.Stmt:
     """Lets, then the body under the guards that use them."""
     for g in reversed(guards):
         body = ir.If(g, body)

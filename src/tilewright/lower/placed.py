@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tilewright.errors import ScheduleError
+from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import rebuild, simplify, transform, walk
 from tilewright.lower.epilogues import values_of
@@ -17,7 +17,7 @@ from tilewright.lower.tables import Driver, Statement, Tables, index_names, indi
 
 
 def refuse(name: str, why: str, hint: str) -> ScheduleError:
-    return ScheduleError("S102", f"{name} cannot be computed there: {why}", hint=hint)
+    return illegal(f"{name} cannot be computed there: {why}", hint)
 
 
 def with_roles(program: ir.Program) -> ir.Program:

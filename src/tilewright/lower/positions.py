@@ -17,13 +17,7 @@ from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.joins import join_nest, join_of
 from tilewright.lower.nests import BuiltNest, NestBuilder
 from tilewright.lower.placed import with_roles
-from tilewright.lower.tables import (
-    Driver,
-    Statement,
-    Tables,
-    indices_in,
-    shares_rows,
-)  # fmt: skip
+from tilewright.lower.tables import Driver, Statement, Tables, indices_in, shares_rows  # fmt: skip
 
 
 def coordinates_to_positions(program: ir.Program) -> ir.Program:
@@ -115,7 +109,8 @@ class _Builder:
         if (shared or overlaps) and any(t.out.tensor.name in self.placed for t in temps):
             raise shares_rows(statement.out.tensor.name, composition)
         built: list[BuiltNest] = []
-        joined, rest = fused(statement, temps, structure)
+        merged = root.out.tensor.name in self.program.merged
+        joined, rest = fused(statement, temps, structure, merged)
         if isinstance(joined, Fused):
             if not (shared or overlaps):
                 built = self._built((joined, also), rest, structure, formats, shared=False)

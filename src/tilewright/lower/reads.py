@@ -127,7 +127,12 @@ class Reader:
             raise unsearchable(tensor.name, self.tables.formats[tensor.structure])
         missing = ir.as_expr(-1, self.tables.index)
         wanted = [part_of(level, coords[level.dim]) for level in levels]
-        storages = [self.tables.storage(tensor.structure, d)[1] for d in range(len(levels))]
+        storages = [
+            self.tables.storage(tensor.structure, d, {
+                level.dim: c for level, c in zip(levels[:d], wanted, strict=False)
+            }.__getitem__)[1]
+            for d in range(len(levels))
+        ]  # fmt: skip
         position: ir.Expr = ir.Const(0, self.tables.index)
         for depth, level in enumerate(levels):
             if is_pairs and depth == 0:

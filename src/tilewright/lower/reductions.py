@@ -11,17 +11,10 @@ from typing import Any
 import numpy as np
 
 from tilewright.dtypes import DType
-from tilewright.errors import ScheduleError
+from tilewright.errors import illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import ACCUMULATOR, TOTAL, GeneratedName, parse_name
-from tilewright.ir.rewrite import (
-    free_vars,
-    is_const,
-    map_bodies,
-    name_repeated,
-    rebuild,
-    used_lets,
-)
+from tilewright.ir.rewrite import free_vars, is_const, map_bodies, name_repeated, rebuild, used_lets
 from tilewright.lower.accumulators import frame_of, framed, reduced_names, with_totals
 
 
@@ -164,11 +157,10 @@ class _Materializer:
         self.count += 1
         for loop in (*chain.spatial, *chain.lanes):
             if loop.extent is None or not is_const(loop.begin, 0):
-                raise ScheduleError(
-                    "S102",
+                raise illegal(
                     f"loop {loop.name} lies inside the reduction of {out.name} and has a run-time "
                     "extent",
-                    hint="an accumulator has a constant size: split the loop, keep its inner "
+                    "an accumulator has a constant size: split the loop, keep its inner "
                     "part inside",
                 )
         shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in (*chain.spatial, *chain.lanes))
@@ -207,10 +199,10 @@ class _Materializer:
         name = factor.name.removesuffix(".factor")
         own = self.maxima.get((name, chain.split))
         if own is None or chain.lanes:
-            raise ScheduleError(
-                "S102", f"{chain.compute.out.buffer.name} and {name} are split in different loops",
-                hint="split the loop around both by threads",
-            )  # fmt: skip
+            raise illegal(
+                f"{chain.compute.out.buffer.name} and {name} are split in different loops",
+                "split the loop around both by threads",
+            )
         total = ir.Load(ir.Buffer(name, own.dtype, (), "register"), (), own.dtype)
         by = ir.unary("exp", _finite(ir.Load(own, (), own.dtype)) - _finite(total))
         return ir.binary("*", value, ir.cast(by, value.dtype))
@@ -240,8 +232,10 @@ def _chain(number: int, compute: ir.Compute, path: list[Any]) -> _Chain:
     spatial = tuple(s for s in frame if isinstance(s, ir.For) and s.kind not in ir.THREADS)
     out_vars = {name for i in compute.out.index for name in free_vars(i)}
     escapes = compute.out.buffer.scope != "register" and bool(out_vars & reduced)
-    # `simplify` removes the coordinates of a level of width 0; such a loop updates nothing.
+    # `simplify` removes the coordinates of a level of width 0; such a loop updates nothing. No
+    # accumulator holds what a level visits that has as many coordinates as its dimension.
     escapes |= compute.in_place and any(isinstance(s, ir.For) and s.extent == 0 for s in path)
+    escapes |= compute.in_place and any(f.extent is None for f in spatial)
     return _Chain(number, compute, spatial, lanes, threads, frame, escapes)
 
 
@@ -342,7 +336,7 @@ def _epilogue(c: ir.Compute, totals: list[tuple[str, ir.Expr]]) -> list[ir.Stmt]
 
 
 def _joined(acc: ir.Buffer, chain: _Chain, op: str) -> ir.Expr:
-    """The accumulators of one output element: private ones in order, then the lanes of a vector."""
+    """Combines the accumulators of one output element: private ones in order, then vector lanes."""
     spatial = tuple(f.var for f in chain.spatial)
     vector = next((f for f in chain.lanes if f.kind == "vector" and f.extent != 1), None)
     lanes = acc.dtype.vector(vector.extent or 1) if vector else acc.dtype

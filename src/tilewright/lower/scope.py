@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tilewright.ir import nodes as ir
-from tilewright.ir.levels import Level, may_miss
+from tilewright.ir.levels import Level, Storage, may_miss
 from tilewright.ir.rewrite import simplify
 from tilewright.lower.tables import Driver, Statement, Tables, indices_in, unsearchable
 
@@ -94,23 +94,34 @@ class Scope:
             return ir.Const(0, self.tables.index)
         walk = self.walks[structure]
         if depth in walk.variables:
-            level, storage = self.tables.storage(structure, depth)
+            level, storage = self.storage(structure, depth)
             parent = self.position(structure, depth - 1)
             return level.pos(storage, parent, walk.variables[depth])
         if depth not in walk.positions:
             walk.positions[depth] = self._located(structure, depth)
         return walk.positions[depth]
 
-    def _located(self, structure: str, depth: int) -> ir.Expr:
-        level, storage = self.tables.storage(structure, depth)
-        if not level.unique:
-            raise unsearchable(structure, self.tables.formats[structure])
+    def storage(self, structure: str, depth: int) -> tuple[Level, Storage]:
+        """A level of a structure that the loops walk, and its arrays in the IR."""
+
+        def above(dim: int) -> ir.Expr:
+            levels = self.tables.levels(structure)[:depth]
+            return self._coordinate(structure, [x for x in levels if x.dim == dim][-1])
+
+        return self.tables.storage(structure, depth, above)
+
+    def _coordinate(self, structure: str, level: Level) -> ir.Expr:
+        """The coordinate of a level, where that of its dimension is known."""
         axis = self.walks[structure].indices[level.dim]
         coordinate = self.block_parts.get(BlockPart(axis, level.block, level.inner))
-        if coordinate is None:
-            coordinate = part_of(level, self.coordinates[axis])
+        return part_of(level, self.coordinates[axis]) if coordinate is None else coordinate
+
+    def _located(self, structure: str, depth: int) -> ir.Expr:
+        level, storage = self.storage(structure, depth)
+        if not level.unique:
+            raise unsearchable(structure, self.tables.formats[structure])
         parent = self.position(structure, depth - 1)
-        position = level.locate(storage, parent, coordinate)
+        position = level.locate(storage, parent, self._coordinate(structure, level))
         if may_miss(parent) and not level.is_dense:  # without a parent nothing is stored below it
             missing = ir.as_expr(-1, self.tables.index)
             position = ir.select(ir.binary(">=", parent, 0), position, missing)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Level, Storage
 from tilewright.ir.names import PRIME, GeneratedName, count_name, stride_name, values_name
-from tilewright.ir.rewrite import add, ceil_div, walk
+from tilewright.ir.rewrite import ceil_div, walk
 
 
 class Driver(NamedTuple):
@@ -104,7 +104,10 @@ class Tables:
             return ir.Const(self.sizes[dim], self.index)
         return ir.size_var(dim, self.index)
 
-    def storage(self, structure: str, depth: int) -> tuple[Level, Storage]:
+    def storage(
+        self, structure: str, depth: int, above: Callable[[int], ir.Expr]
+    ) -> tuple[Level, Storage]:
+        """A level of a structure, and its arrays in the IR; `above`: see `Storage`."""
         level = self.formats[structure].levels[depth]
         size = self.size(self.tensors[structure].dims[level.dim])
         if level.inner:
@@ -115,13 +118,13 @@ class Tables:
         arrays = {
             name: ir.Buffer(
                 GeneratedName(structure, name, depth).name,
-                self.index,
-                (add(count, 1) if name == "indptr" else count,),
+                dtype or self.index,
+                (level.elements(name, count),),
                 "part",
             )
-            for name in level.arrays
+            for name, dtype in level.arrays.items()
         }
-        return level, Storage(size, count, arrays.get("indptr"), arrays.get("indices"))
+        return level, Storage(size, count, arrays, above)
 
     def values(self, tensor: ir.Tensor) -> ir.Buffer:
         last = len(self.formats[tensor.structure].levels) - 1

@@ -13,9 +13,10 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.dtypes import DType
-from tilewright.errors import ScheduleError
+from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import Affine, affine
+from tilewright.ir.atoms import ATOMS
 from tilewright.ir.rewrite import (
     add,
     conjuncts,
@@ -32,8 +33,6 @@ from tilewright.ir.rewrite import (
 from tilewright.lower.accumulators import frame_of, framed, reduced_names, with_totals
 from tilewright.lower.flatten import flat_offset
 
-SHAPE = (16, 8, 16)  # rows, columns and depth of one tile operation
-OPERANDS = ("float16", "bfloat16")
 MEMORY = ("global", "part", "shared")
 RESULTS = ("float32", "float16", "bfloat16")
 
@@ -43,14 +42,14 @@ def materialize_tiles(program: ir.Program) -> ir.Program:
     outermost loop that reduces, with a slot for each spatial iteration inside that loop, and stored
     after it. Guards on the three loops become limits: beyond them a tile reads 0, writes nothing.
 
-    before: for k_o in 0:ceil(k/16)               after:  alloc acc[4 fragments]; … mma_zero acc[u]
+    before: for k_o in 0:ceil(k/16)               after:  alloc acc[4 fragments]
               for u in 0:4  # unroll                      for k_o in 0:ceil(k/16)
                 for i_i in 0:16                             for u in 0:4  # unroll
                   if i < m                                    mma acc[u] += A tile @ B tile
                     for j_i in 0:8                        for u in 0:4  # unroll
-                      if j < n                              mma_store C tile = acc[u]
-                        for k_i in 0:16
-                          if k < size_k
+                      if j < n                              for i_i, j_i  # fragment
+                        for k_i in 0:16                       if i < m, j < n
+                          if k < size_k                         C[i, j] = acc[u, i_i, j_i]
                             C[i, j] = sum(…) mma(i_i, j_i, k_i)
 
     An output that is updated in place at coordinates which the reduced loops compute is updated in
@@ -68,11 +67,10 @@ class _Tiler:
         times = Counter((c.out, c.op) for c in computes)
         for c in computes:
             if c.mma and times[c.out, c.op] > 1:
-                raise ScheduleError(
-                    "S102",
+                raise illegal(
                     f"{c.out.buffer.name} is summed by a tile operation and by another loop",
-                    hint="split the reduced loop with tail='guard'",
-                )  # fmt: skip
+                    "split the reduced loop with tail='guard'",
+                )
 
     def visit(self, s: Any) -> Any:
         if isinstance(s, ir.For):
@@ -85,7 +83,9 @@ class _Tiler:
         return rebuild(s, self.visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
 
     def reduce(self, top: ir.Stmt, computes: list[ir.Compute]) -> ir.Stmt:
-        """`top` is the outermost loop of these products that reduces, or the first of a tile."""
+        """Returns `top` with the products `computes` in it as tile operations, their accumulators
+        allocated before it and stored after it. `top` is their outermost loop that reduces, or the
+        outermost loop of the tile if no loop around the tile reduces."""
         before: list[ir.Stmt] = []
         after: list[ir.Stmt] = []
         for c in computes:
@@ -93,23 +93,19 @@ class _Tiler:
             self.count += 1
             slots = () if p.escapes else p.slots
             total = math.prod(f.extent or 0 for f in slots)
-            shape = tuple(ir.Const(n, dtypes.int32) for n in (total, *SHAPE[:2]))
+            shape = tuple(ir.Const(n, dtypes.int32) for n in (total, *p.shape[:2]))
             name = f"{c.out.buffer.name}_tile{self.count}"
             names = [name] if len(c.sums) == 1 else [f"{name}_{n}" for n in range(len(c.sums))]
             accs = [ir.Buffer(n, dtypes.float32, shape, "fragment") for n in names]
             slot = _slot(slots)
             update, store = p.update(accs, slot), p.store(accs, slot)
             if p.escapes:
-                zeros = (ir.seq(ir.Alloc(acc), ir.MmaZero(acc, slot, SHAPE)) for acc in accs)
-                top = _replaced(top, p.first, p.wrapped(ir.seq(*zeros, update, store)))
+                allocs = map(ir.Alloc, accs)
+                top = _replaced(top, p.first, ir.seq(*allocs, p.wrapped(update), store))
                 continue
             top = _replaced(top, p.first, p.wrapped(update))
-            for acc in accs:
-                zero: ir.Stmt = ir.MmaZero(acc, slot, SHAPE)
-                for f in reversed(slots):
-                    zero = ir.For(f.var, f.begin, f.end, zero, "unroll")
-                before += [ir.Alloc(acc), zero]
-            after.append(store if p.compute.reductions else p.framed(store))
+            before += map(ir.Alloc, accs)
+            after.append(store)
         # The rest of the loop may hold products whose own reductions start further in.
         return ir.seq(*before, rebuild(top, self.visit), *after)
 
@@ -139,23 +135,19 @@ class _Product:
         path = path_to(top, c)
         assert path is not None
         loops = [s for s in path if isinstance(s, ir.For)][-3:]
-        exact = tuple(f.extent for f in loops) == SHAPE and all(
+        exact = tuple(f.extent for f in loops) in ATOMS and all(
             f.kind == "serial" and not f.private and is_const(f.begin, 0) for f in loops
         )
         if tuple(f.name for f in loops) != c.mma or not exact:
-            raise ScheduleError(
-                "S102", f"the loops {', '.join(c.mma)} are no longer one tile of 16 × 8 × 16",
-                hint="call mma() after every other verb on these loops",
-            )  # fmt: skip
-        if any(ir.reduces(f, c) for f in loops[:2]) or not ir.reduces(loops[2], c):
-            raise ScheduleError(
-                "S102", f"a tile operation sums over its last loop only, {c.mma[2]}"
+            raise illegal(
+                f"the loops {', '.join(c.mma)} are no longer those of a tile operation",
+                "call mma() after every other verb on these loops",
             )
+        if any(ir.reduces(f, c) for f in loops[:2]) or not ir.reduces(loops[2], c):
+            raise illegal(f"a tile operation sums over its last loop only, {c.mma[2]}")
         if c.atomic:
-            raise ScheduleError(
-                "S102",
-                "a tile operation has no atomic updates",
-                hint="a format that keeps rows whole",
+            raise illegal(
+                "a tile operation has no atomic updates", "a format that keeps rows whole"
             )
         at = next(n for n, s in enumerate(path) if s is loops[0])
         outer, region = tuple(path[:at]), path[at:]
@@ -172,15 +164,15 @@ class _Product:
         return p
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        rows, cols, depth = (s.extent or 0 for s in self.region if isinstance(s, ir.For))
+        return rows, cols, depth
+
+    @property
     def escapes(self) -> bool:
         """Whether the reduced loops decide where the output lies."""
-        if self.compute.reductions:
-            return False
-        to = self.tile(self.compute.out, *self.names[:2])
-        return bool(
-            (free_vars(to.offset) | free_vars(to.row_stride) | free_vars(to.col_stride))
-            & self.reduced
-        )
+        index = (substitute(i, self.known) for i in self.compute.out.index)
+        return any(free_vars(i) & self.reduced for i in index)
 
     @property
     def slots(self) -> tuple[ir.For, ...]:
@@ -192,10 +184,9 @@ class _Product:
         for f in loops:
             if f.extent is None or not is_const(f.begin, 0):
                 out = self.compute.out.buffer.name
-                raise ScheduleError(
-                    "S102",
+                raise illegal(
                     f"loop {f.name} lies inside the reduction of {out} and has a run-time extent",
-                    hint="a warp keeps a constant number of tiles: split the loop, and keep only "
+                    "a warp keeps a constant number of tiles: split the loop, and keep only "
                     "its inner part inside",
                 )
         return loops
@@ -207,36 +198,32 @@ class _Product:
         for acc, (op, value) in zip(accs, self.compute.sums, strict=True):
             x, y = self._operands(op, value)
             a, b = self.tile(x, rows, depth), self.tile(y, depth, cols)
-            products.append(ir.Mma(acc, slot, a, b, SHAPE))
+            products.append(ir.Mma(acc, slot, a, b, self.shape))
         return ir.seq(*products)
 
     def store(self, accs: list[ir.Buffer], slot: ir.Expr) -> ir.Stmt:
-        c = self.compute
-        if c.reductions:
-            return self._epilogue(accs, slot)
-        to = self.tile(c.out, *self.names[:2])
-        return ir.MmaStore(to, accs[0], slot, SHAPE, c.op if c.in_place else "")
-
-    def _epilogue(self, accs: list[ir.Buffer], slot: ir.Expr) -> ir.Stmt:
         """Each thread stores the elements that its fragments hold. Lets and guards of the tile
         stand inside of its two loops, but those of the sum."""
+        c, path = self.compute, self.region if self.escapes else (*self.outer, *self.region)
         rows, cols, _ = (s for s in self.region if isinstance(s, ir.For))
-        element = (slot, rows.var, cols.var)
-        lets, value = with_totals(self.compute, [ir.Load(acc, element, acc.dtype) for acc in accs])
-        out = self.compute.out
-        body = ir.seq(*lets, ir.Store(out.buffer, out.index, ir.cast(value, out.dtype)))
-        rest = tuple(s for s in self.region if not isinstance(s, ir.For))
-        reduced = reduced_names((*self.outer, *self.region), self.compute)
-        body = framed(body, frame_of(rest, reduced))
+        totals = [ir.Load(acc, (slot, rows.var, cols.var), acc.dtype) for acc in accs]
+        lets, value = with_totals(c, totals) if c.reductions else ((), totals[0])
+        if c.in_place:
+            value = ir.binary("+", ir.cast(c.out, value.dtype), value)
+        body = ir.seq(*lets, ir.Store(c.out.buffer, c.out.index, ir.cast(value, c.out.dtype)))
+        reduced = reduced_names(path, c)
+        body = framed(
+            body, frame_of([s for s in self.region if not isinstance(s, ir.For)], reduced)
+        )
         for f in (cols, rows):
             body = ir.For(f.var, f.begin, f.end, body, "fragment")
-        return framed(body, frame_of(self.outer, reduced))
+        return body if self.escapes else framed(body, frame_of(self.outer, reduced))
 
     def _operands(self, op: str, value: ir.Expr) -> tuple[ir.Load, ir.Load]:
         """The factor that has the rows, then the one that has the columns."""
         c = self.compute
         if not (isinstance(value, ir.Binary) and value.op == "*" and op == "sum"):
-            raise ScheduleError("S102", f"{c.out.buffer.name} is no sum of products of two tiles")
+            raise illegal(f"{c.out.buffer.name} is no sum of products of two tiles")
         factors = []
         for e in (value.a, value.b):
             while isinstance(e, ir.Cast):
@@ -246,12 +233,11 @@ class _Product:
             factors.append(e)
         x, y = factors
         to_result = bool(c.reductions) or c.out.dtype.name in RESULTS
-        if x.dtype != y.dtype or x.dtype.name not in OPERANDS or not to_result:
-            raise ScheduleError(
-                "S102",
-                "a tile operation multiplies float16 or bfloat16 into float32, "
-                f"not {x.dtype} × {y.dtype} into {c.out.dtype}",
-                hint='build it .typed(A="float16", B="float16"), with the output typed("float32")',
+        if x.dtype != y.dtype or x.dtype.name not in ATOMS[self.shape] or not to_result:
+            raise illegal(
+                f"a tile operation of {self.shape} multiplies {' or '.join(ATOMS[self.shape])} "
+                f"into float32, not {x.dtype} × {y.dtype} into {c.out.dtype}",
+                'build it .typed(A="float16", B="float16"), with the output typed("float32")',
             )
         rows, cols, _ = self.names
         x_has, y_has = self._varies(x), self._varies(y)
@@ -272,23 +258,19 @@ class _Product:
             raise _not_affine(f"{x.buffer.name} lies in no memory that tiles can be cut from")
         x = replace(x, index=tuple(substitute(i, self.known) for i in x.index))
         names = frozenset(self.names)
-        base, step = _affine(flat_offset(x), names, dtypes.int64)
+        offset = flat_offset(x)
+        base, step = _affine(offset, names, offset.dtype)
         if set(step) - {rows, cols}:
             raise _not_affine(f"{x} depends on {', '.join(sorted(set(step) - {rows, cols}))} too")
-        zero = ir.Const(0, dtypes.int64)
+        zero = ir.Const(0, offset.dtype)
         strides = (simplify(step.get(n, zero)) for n in (rows, cols))
-        extents = dict(zip(self.names, SHAPE, strict=True))
+        extents = dict(zip(self.names, self.shape, strict=True))
         limits = (self.limits.get(n, ir.Const(extents[n], dtypes.int32)) for n in (rows, cols))
         return ir.Tile(x.buffer, simplify(base), *strides, *limits)
 
     def wrapped(self, body: ir.Stmt) -> ir.Stmt:
         """`body` inside the lets and guards that hold for the entire tile."""
         return framed(body, self.inner)
-
-    def framed(self, body: ir.Stmt) -> ir.Stmt:
-        """`body` inside the spatial loops, and inside the lets and guards that depend on no reduced
-        loop."""
-        return framed(body, frame_of((*self.outer, *self.inner), self.reduced))
 
 
 # ---------------------------------------------------------------------------- around a tile
@@ -358,10 +340,9 @@ def _check_serial(outer: tuple[Any, ...], c: ir.Compute) -> None:
     for s in (s for s in outer if isinstance(s, ir.For) and ir.reduces(s, c)):
         if s.kind in ("vector", *ir.THREADS) or s.private:
             kind = "private" if s.private else s.kind
-            raise ScheduleError(
-                "S102",
+            raise illegal(
                 f"loop {s.name} reduces outside a tile and is {kind}",
-                hint="loops around a tile that reduce are serial",
+                "loops around a tile that reduce are serial",
             )
 
 
@@ -377,8 +358,8 @@ def _affine(e: ir.Expr, names: frozenset[str], to: DType) -> Affine:
 
 
 def _not_affine(why: str) -> ScheduleError:
-    return ScheduleError(
-        "S102", f"no tile: {why}",
-        hint="the operands and the output of a tile operation are read at affine addresses: "
+    return illegal(
+        f"no tile: {why}",
+        "the operands and the output of a tile operation are read at affine addresses: "
         "tile other loops, or use a format whose blocks are dense, such as bsr(16)",
-    )  # fmt: skip
+    )

@@ -7,14 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.dtypes import DType
-from tilewright.errors import ScheduleError
+from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import affine
 from tilewright.ir.rewrite import (
+    add,
     broadcast,
     free_vars,
     is_const,
     map_bodies,
+    mul,
     simplify,
     substitute,
     transform,
@@ -29,6 +31,31 @@ def vectorize_loops(program: ir.Program) -> ir.Program:
               acc[0, v] += a[p] * X[o + v]          (acc: one register of 16 lanes)
     """
     return map_bodies(program, _vectorize)
+
+
+def pair_fragments(program: ir.Program) -> ir.Program:
+    """The two neighbours in a row of a fragment that a thread has become a vector, unless what is
+    done differs between them.
+
+    before: for r in 0:16  # fragment        after: for r in 0:16  # fragment
+              for c in 0:8  # fragment                for c.pair in 0:4  # pairs
+                Y[o + c] = acc[r, c] * 2                for c.lane in 0:2  # vector
+                                                          Y[o + c.pair*2 + c.lane] = …
+    """
+
+    def visit(s: Any) -> Any:
+        if not isinstance(s, ir.For) or s.kind != "fragment" or isinstance(s.body, ir.For):
+            return s
+        pair, lane = (ir.Var(f"{s.name}.{part}", s.var.dtype) for part in ("pair", "lane"))
+        body = substitute(s.body, {s.name: add(mul(pair, 2), lane)})
+        vector = ir.For(lane, ir.as_expr(0), ir.as_expr(2), body, "vector")
+        try:
+            _Vectorizer(vector, {}).stmt(body)
+        except ScheduleError:
+            return s
+        return ir.For(pair, s.begin, ir.as_expr((s.extent or 0) // 2), vector, "pairs")
+
+    return map_bodies(program, lambda body: transform(body, visit))
 
 
 def unroll_loops(program: ir.Program) -> ir.Program:
@@ -111,7 +138,7 @@ def _rename_buffers(s: Any, buffers: dict[str, ir.Buffer]) -> Any:
     def visit(x: Any) -> Any:
         if isinstance(x, (ir.Load, ir.Store)) and x.buffer.name in buffers:
             return replace(x, buffer=replace(x.buffer, name=buffers[x.buffer.name].name))
-        if isinstance(x, (ir.Mma, ir.MmaZero, ir.MmaStore)) and x.acc.name in buffers:
+        if isinstance(x, ir.Mma) and x.acc.name in buffers:
             return replace(x, acc=buffers[x.acc.name])
         if isinstance(x, ir.Tile) and x.buffer.name in buffers:
             return replace(x, buffer=buffers[x.buffer.name])
@@ -129,10 +156,10 @@ def _vectorize(body: ir.Stmt) -> ir.Stmt:
     def visit(s: Any) -> Any:
         if isinstance(s, ir.For) and s.kind == "vector":
             if s.extent is None or not is_const(s.begin, 0):
-                raise ScheduleError(
-                    "S102", f"loop {s.name} is to be a vector but its extent is not a constant",
-                    hint="split it by the number of lanes first, with tail='cut'",
-                )  # fmt: skip
+                raise illegal(
+                    f"loop {s.name} is to be a vector but its extent is not a constant",
+                    "split it by the number of lanes first, with tail='cut'",
+                )
             if s.extent == 1:
                 return substitute(s.body, {s.name: s.begin})
             return _Vectorizer(s, wide).stmt(s.body)
@@ -152,7 +179,7 @@ class _Vectorizer:
         self.registers: set[str] = set()
 
     def refuse(self, why: str, hint: str = "vectorize another loop") -> ScheduleError:
-        return ScheduleError("S102", f"loop {self.loop.name} cannot be a vector: {why}", hint=hint)
+        return illegal(f"loop {self.loop.name} cannot be a vector: {why}", hint)
 
     def varies(self, e: ir.Expr) -> bool:
         for x in walk(e):
@@ -247,7 +274,9 @@ class _Vectorizer:
             return ir.Load(replace(e.buffer, dtype=dtype), e.index, dtype)
         if e.buffer.scope == "register":
             return ir.Load(e.buffer, self.register_index(e.buffer, e.index), dtype)
-        form = self.linear(e.index[0])
+        form = self.linear(e.index[-1])
+        if form and e.buffer.scope == "fragment":
+            return ir.Load(e.buffer, (*e.index[:-1], form[0]), dtype)
         if form and form[1] == 1:
             return ir.Load(e.buffer, (ir.Ramp(form[0], form[0].dtype.vector(self.lanes)),), dtype)
         return ir.Load(e.buffer, (self.vector(e.index[0]),), dtype)
@@ -287,10 +316,10 @@ def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:
         ):
             dim, lanes = wide[x.buffer.name]
             if (x.value if isinstance(x, ir.Store) else x).dtype.lanes != lanes:
-                raise ScheduleError(
-                    "S102", f"{x.buffer.name} holds {lanes} lanes in one loop and not in another",
-                    hint="vectorize the loop before cache(), and every loop over it alike",
-                )  # fmt: skip
+                raise illegal(
+                    f"{x.buffer.name} holds {lanes} lanes in one loop and not in another",
+                    "vectorize the loop before cache(), and every loop over it alike",
+                )
             return replace(x, buffer=buffer(x.buffer), index=x.index[:dim] + x.index[dim + 1 :])
         return x
 

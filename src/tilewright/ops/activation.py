@@ -1,4 +1,4 @@
-"""Elementwise operators: SiLU times a factor, addition."""
+"""Elementwise operators: SiLU times a factor."""
 
 from __future__ import annotations
 
@@ -16,23 +16,10 @@ def silu_mul(G=dense("t k"), U=dense("t k")):
     return out[t, k](G[t, k] * sigmoid(G[t, k]) * U[t, k])
 
 
-@program
-def add(A=dense("t k"), B=dense("t k")):
-    t, k = indices("t:t k:k")
-    return out[t, k](A[t, k] + B[t, k])
-
-
 SILU_MUL = silu_mul.schedule(recipes.rows.of(row="t", elements=("k",)))
-ADD = add.schedule(recipes.rows.of(row="t", elements=("k",)))
 
 
 @cache
 def silu_mul_kernel(target: str = "cpp") -> Kernel:
     """silu(G) · U, both (t, k)."""
     return SILU_MUL.build(target)
-
-
-@cache
-def add_kernel(target: str = "cpp") -> Kernel:
-    """A + B, both (t, k)."""
-    return ADD.build(target)

@@ -2,7 +2,7 @@
 
 float16 or bfloat16 in, float32 out. A block of A is contiguous in memory, and it multiplies
 consecutive rows of X. On a GPU the warps of a CTA share a row of blocks, 32 features each, and copy
-each block and its rows of X to shared memory.
+each block and its rows of X to shared memory, some blocks ahead.
 Reference: SparseTIR (ASPLOS 2023), its block-sparse kernels on tensor cores.
 """
 
@@ -26,6 +26,8 @@ ROWS, COLS, DEPTH = 16, 8, 16  # one tile operation
 WARP_COLS = 32  # features that a warp keeps in its registers
 WARP_ROWS = {"cpp": 32, "cuda": 64}  # of a block; taller blocks take several passes
 WARPS = 4  # of a CTA, at most
+LOAD = 8  # elements that a thread copies at once: 16 bytes
+STAGES = 3  # blocks in shared memory
 HALVES = ("float16", "bfloat16")
 
 
@@ -60,6 +62,8 @@ def recipe(s: Schedule, width: int = 0) -> Schedule:
         return s.parallel("i_o").parallel("k_o")
     s = s.bind("i_o", "cta.x").bind("k_o", "cta.y").bind("k_y", "thread.y")
     s = s.cache("A", "j_o", "shared")
+    if d and d % LOAD == 0:
+        return s.cache("X", "j_o", "shared").pipeline("j_o", STAGES)
     return s.cache("X", "j_o", "shared") if d else s  # a vector of X is inside a row
 
 

@@ -6,6 +6,7 @@ A or B does, `multiply` where both do; values that cancel are stored as zeros.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from tilewright.build import Definition, program
@@ -16,40 +17,31 @@ from tilewright.sparse.pack import Packed
 from tilewright.sparse.trace import dense, indices, out, sparse, stored, update
 
 
-@program
-def add_count(A=sparse("m n"), B=sparse("m n")):
-    i, j = indices("i:m j:n")
-    either = stored(A[i, j]) | stored(B[i, j])
-    return out.typed("int64")[i](trace.sum_(1, over=j, where=either))
+def _programs(pattern: Any, value: Any) -> tuple[Definition, Definition]:
+    """The programs that count the entries of each row and that fill them: an entry where `pattern`
+    of (A has one, B has one) holds, with the `value` of both."""
+
+    @program
+    def elementwise_count(A=sparse("m n"), B=sparse("m n")):
+        i, j = indices("i:m j:n")
+        where = pattern(stored(A[i, j]), stored(B[i, j]))
+        return out.typed("int64")[i](trace.sum_(1, over=j, where=where))
+
+    @program
+    def elementwise_fill(
+        A=sparse("m n"), B=sparse("m n"), start=dense("m", "int64"), columns=dense("c"),
+        values=dense("c"),
+    ):  # fmt: skip
+        i, j = indices("i:m j:n")
+        where = pattern(stored(A[i, j]), stored(B[i, j]))
+        update(columns).append[start[i]](j, over=j, where=where)
+        return update(values).append[start[i]](value(A[i, j], B[i, j]), over=j, where=where)
+
+    return elementwise_count, elementwise_fill
 
 
-@program
-def add_fill(
-    A=sparse("m n"), B=sparse("m n"), start=dense("m", "int64"), columns=dense("c"),
-    values=dense("c"),
-):  # fmt: skip
-    i, j = indices("i:m j:n")
-    either = stored(A[i, j]) | stored(B[i, j])
-    update(columns).append[start[i]](j, over=j, where=either)
-    return update(values).append[start[i]](A[i, j] + B[i, j], over=j, where=either)
-
-
-@program
-def multiply_count(A=sparse("m n"), B=sparse("m n")):
-    i, j = indices("i:m j:n")
-    both = stored(A[i, j]) & stored(B[i, j])
-    return out.typed("int64")[i](trace.sum_(1, over=j, where=both))
-
-
-@program
-def multiply_fill(
-    A=sparse("m n"), B=sparse("m n"), start=dense("m", "int64"), columns=dense("c"),
-    values=dense("c"),
-):  # fmt: skip
-    i, j = indices("i:m j:n")
-    both = stored(A[i, j]) & stored(B[i, j])
-    update(columns).append[start[i]](j, over=j, where=both)
-    return update(values).append[start[i]](A[i, j] * B[i, j], over=j, where=both)
+add_count, add_fill = _programs(operator.or_, operator.add)
+multiply_count, multiply_fill = _programs(operator.and_, operator.mul)
 
 
 def add(A: Packed, B: Packed) -> Packed:

@@ -1,13 +1,15 @@
-"""GEMM: C = A B, float16 or bfloat16 in, float32 out, on tile operations of 16 × 8 × 16.
+"""GEMM: C = A B, float16 or bfloat16 in, float32 out, on tile operations.
 
-On a GPU a warp computes 32 × 32 elements of C, and the four warps of a CTA 64 × 64; they copy tiles
-of A and B to shared memory. On a CPU fragments are loaded from memory.
+On a GPU a CTA computes a tile of C; its warps share tiles of A and B in shared memory, which are
+copied while earlier ones are multiplied. CTAs that run at the same time compute neighbouring tiles,
+so that they read the same rows and columns from the L2 cache. On a CPU fragments are loaded from
+memory. References: CUTLASS (multistage main loop, threadblock swizzle).
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from tilewright import dtypes
 from tilewright.build import Definition, named_recipe, program
@@ -18,12 +20,37 @@ from tilewright.schedule import Schedule
 from tilewright.sparse import trace
 from tilewright.sparse.trace import dense, indices, out
 
-ROWS, COLS, DEPTH = 16, 8, 16  # one tile operation
-WARP_ROWS, WARP_COLS = 32, 32  # elements of C that a warp keeps in its registers
-WARPS = 2  # of a CTA, down and across
-STEP = 64  # of the sum, between two barriers of a CTA
+ROWS, COLS, DEPTH = 16, 8, 16  # one tile operation of a CPU
+WARP_ROWS, WARP_COLS = 32, 32  # elements of C in registers of a CPU
 LOAD = 8  # elements that a thread copies at once: 16 bytes
 HALVES = ("float16", "bfloat16")
+
+
+class Tile(NamedTuple):
+    """A tile of C: of a CTA, of each of its warps, of a tile operation. `step`: elements of the sum
+    between two barriers; `stages`: buffers of A and B; 1: copies wait. `neighbours`: rows of tiles
+    that CTAs take before the next column of tiles."""
+
+    rows: int
+    cols: int
+    warp_rows: int
+    warp_cols: int
+    wide: int
+    step: int
+    stages: int
+    neighbours: int = 8
+
+
+TileName = Literal["large", "small", "low", "few"]
+TILES = {
+    "large": Tile(128, 128, 64, 64, 16, 32, 4),
+    "small": Tile(64, 64, 32, 32, 16, 64, 3),
+    "low": Tile(32, 64, 32, 16, 16, 128, 4, 4),  # many bytes under way: B is what is read
+    "few": Tile(16, 32, 16, 8, 8, 128, 8, 1),
+}
+ANY = Tile(64, 64, 32, 32, 8, 64, 1)  # sizes that are no multiples of 16 bytes
+FEW, LOW = 16, 128  # rows of C
+CTAS = 132  # large tiles that keep a GPU busy
 
 
 @program
@@ -33,51 +60,69 @@ def gemm_program(A=dense("m k"), B=dense("k n")):
 
 
 @named_recipe
-def recipe(s: Schedule, n: int = 0, k: int = 0, products: int = 1) -> Schedule:
+def recipe(
+    s: Schedule, n: int = 0, k: int = 0, products: int = 1, tile: TileName = "small"
+) -> Schedule:
     """The schedule of GEMM and of functions of products A B. `n`, `k`: sizes, 0 for any;
-    `products`: how many have accumulators."""
+    `products`: how many have accumulators; `tile`: of a GPU, one of TILES."""
     s = s.specialize("n", n) if n else s
     s = s.specialize("k", k) if k else s
-    return gpu_recipe(s, WARP_COLS // products) if s.target.is_cuda else cpu_recipe(s)
+    if not s.target.is_cuda:
+        return cpu_recipe(s)
+    known = n and k and n % LOAD == 0 and k % LOAD == 0
+    t = TILES[tile] if known else ANY
+    return gpu_recipe(s, t._replace(cols=t.cols // products, warp_cols=t.warp_cols // products))
 
 
 def cpu_recipe(s: Schedule) -> Schedule:
     """A square of C in registers."""
     s = s.split("i", WARP_ROWS, into=("i_o", "i_w")).split("j", WARP_COLS, into=("j_o", "j_w"))
-    s = _tiles(s.split("k", DEPTH, into=("k_o", "k_v")))
+    s = _operations(s.split("k", DEPTH, into=("k_o", "k_v")), COLS)
     s = s.reorder("i_o", "j_o", "k_o", "i_u", "j_u", "i_v", "j_v", "k_v")
     return s.mma("i_v", "j_v", "k_v").parallel("i_o").parallel("j_o")
 
 
-def gpu_recipe(s: Schedule, warp_cols: int = WARP_COLS) -> Schedule:
-    """A square of C for each CTA and for each of its warps; operands in shared memory."""
-    s = s.split("i", WARP_ROWS * WARPS, into=("i_o", "i_r"))
-    s = s.split("i_r", WARP_ROWS, into=("i_y", "i_w"))
-    s = s.split("j", warp_cols * WARPS, into=("j_o", "j_r"))
-    s = s.split("j_r", warp_cols, into=("j_y", "j_w"))
-    s = _tiles(s.split("k", STEP, into=("k_o", "k_r")).split("k_r", DEPTH, into=("k_u", "k_v")))
-    s = s.reorder("i_o", "j_o", "k_o", "i_y", "j_y", "k_u", "i_u", "j_u", "i_v", "j_v", "k_v")
+def gpu_recipe(s: Schedule, t: Tile) -> Schedule:
+    """A tile of C for each CTA and for each of its warps; operands in shared memory."""
+    s = s.split("i", t.rows, into=("i_o", "i_r")).split("i_r", t.warp_rows, into=("i_y", "i_w"))
+    s = s.split("j", t.cols, into=("j_o", "j_r")).split("j_r", t.warp_cols, into=("j_y", "j_w"))
+    s = s.split("k", t.step, into=("k_o", "k_r")).split("k_r", DEPTH, into=("k_u", "k_v"))
+    s = _operations(s, t.wide).split("i_o", t.neighbours, into=("i_g", "i_n"))
+    s = s.reorder(
+        "i_g", "j_o", "i_n", "k_o", "i_y", "j_y", "k_u", "i_u", "j_u", "i_v", "j_v", "k_v"
+    )
     s = s.unroll("k_u").mma("i_v", "j_v", "k_v").fuse("i_y", "j_y", into="warp")
-    s = s.bind("i_o", "cta.x").bind("j_o", "cta.y").bind("warp", "thread.y")
-    return s.cache("A", "k_o", "shared").cache("B", "k_o", "shared")
+    s = s.bind("i_g", "cta.x").bind("j_o", "cta.y").bind("i_n", "cta.x").bind("warp", "thread.y")
+    s = s.cache("A", "k_o", "shared").cache("B", "k_o", "shared")
+    return s.pipeline("k_o", t.stages) if t.stages > 1 else s
 
 
-def _tiles(s: Schedule) -> Schedule:
-    """The square of a warp in tile operations."""
-    s = s.split("i_w", ROWS, into=("i_u", "i_v")).split("j_w", COLS, into=("j_u", "j_v"))
+def _operations(s: Schedule, wide: int) -> Schedule:
+    """The tile of a warp in tile operations."""
+    s = s.split("i_w", ROWS, into=("i_u", "i_v")).split("j_w", wide, into=("j_u", "j_v"))
     return s.unroll("i_u").unroll("j_u")
 
 
 @cache
-def gemm_kernel(dtype: str, n: int = 0, k: int = 0, target: str = "cpp") -> Kernel:
+def gemm_kernel(
+    dtype: str, n: int = 0, k: int = 0, target: str = "cpp", tile: TileName = "small"
+) -> Kernel:
     """The built kernel for operands of a dtype. `kernel(A, B, out=None)`: any m; any `n` and `k`
     where they are 0."""
-    return gemm_definition(dtype, n, k).build(target)
+    return gemm_definition(dtype, n, k, tile).build(target)
 
 
-def gemm_definition(dtype: str, n: int = 0, k: int = 0) -> Definition:
+def gemm_definition(dtype: str, n: int = 0, k: int = 0, tile: TileName = "small") -> Definition:
     """The program of `gemm_kernel` with its schedule."""
-    return gemm_program.typed(A=dtype, B=dtype).schedule(recipe.of(n=n, k=k))
+    return gemm_program.typed(A=dtype, B=dtype).schedule(recipe.of(n=n, k=k, tile=tile))
+
+
+def tile_of(m: int, n: int) -> TileName:
+    """The tile for m × n elements of C on a GPU."""
+    if m <= LOW:
+        return "few" if m <= FEW else "low"
+    large = TILES["large"]
+    return "large" if -(-m // large.rows) * -(-n // large.cols) >= CTAS else "small"
 
 
 def gemm(A: Any, B: Any, out: Any = None, *, dtype: Any = None) -> Any:
@@ -93,6 +138,8 @@ def gemm(A: Any, B: Any, out: Any = None, *, dtype: Any = None) -> Any:
         raise ArgumentError("A102", rule, where="argument A", hint=hint)
     if not a.device.startswith("cuda"):
         return gemm_kernel(kind)(A, B, out=out)
-    k, n = (int(x) for x in view(B).shape) if len(view(B).shape) == 2 else (0, 0)
+    if len(a.shape) != 2 or len(view(B).shape) != 2:
+        return gemm_kernel(kind, target="cuda")(A, B, out=out)  # which refuses it
+    m, (k, n) = int(a.shape[0]), (int(x) for x in view(B).shape)
     known = (n, k) if n % LOAD == 0 and k % LOAD == 0 else (0, 0)
-    return gemm_kernel(kind, *known, "cuda")(A, B, out=out)
+    return gemm_kernel(kind, *known, "cuda", tile_of(m, n))(A, B, out=out)

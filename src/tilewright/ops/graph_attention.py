@@ -60,7 +60,7 @@ def cpu_recipe(s: Schedule) -> Schedule:
         s = s.compute_at(t, "h")
     s = vectors(s, "k")
     for n in range(len(s.nests)):
-        for loop in TEMPORARIES[1:] if not s.format_of(n).levels[-1].pads else ():
+        for loop in TEMPORARIES[1:] if not s.format_of(n).levels[-1].padded else ():
             s = vectors(s.on(n), f"{loop}.j", loop) if s.has(f"{loop}.j", n) else s
     s = s.everywhere()
     width = dict(s.program.sizes).get("v", 0)

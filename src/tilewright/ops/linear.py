@@ -1,5 +1,6 @@
 """Linear layers: Y = X Wᵀ, for weights in float32, bfloat16, float16, Q8_0, Q4_0 and Q4_1; in the
-same kernel X Wᵀ + B (a bias), R + X Wᵀ (a residual), or SiLU(X Wᵀ) · (X W2ᵀ) (a gate).
+same kernel X Wᵀ + B (a bias), R + X Wᵀ (a residual), or SiLU(X Wᵀ) · (X W2ᵀ) (a gate), and of any
+of these with the RMSNorm of X in place of X.
 
 Quantised weights keep the layout of the model file, blocks of 32 along a row. The programs
 dequantise them by shifts and scales, in registers.
@@ -31,7 +32,7 @@ from tilewright.sparse.trace import dense, indices, out
 from tilewright.toolchain import compilers
 
 BLOCK = 32
-After = Literal["", "bias", "residual", "gate"]
+After = Literal["", "bias", "residual", "gate", "norm", "norm_gate"]
 Rows = tuple[Any, ...]  # the indices of a row of W
 
 
@@ -88,16 +89,20 @@ LAYOUTS = {
 
 def _linear(layout: str, after: After) -> Definition:
     """The program of a layer, with what is done to its result: `"bias"` and `"residual"` add B and
-    R, `"gate"` multiplies SiLU of it by the product with a second weight, whose arrays come
-    last."""
+    R, `"gate"` multiplies SiLU of it by the product with a second weight, whose arrays come last.
+    `"norm"` takes N and eps in front of these, and the RMSNorm of X in place of X: the sum of its
+    squares is taken beside the product, and scales the result."""
     arrays, rows, depth, weight = LAYOUTS[layout]
     parameters = {"X": dense("t k"), **arrays}
     dims = " ".join(x.partition(":")[2] for x in rows.split())
+    norm, gate = after.startswith("norm"), after.endswith("gate")
+    if norm:
+        parameters |= {"N": dense("k", kind="weight"), "eps": trace.scalar()}
     if after == "bias":
         parameters["B"] = dense(dims, kind="weight")
     if after == "residual":
         parameters["R"] = dense(f"t {dims}")
-    if after == "gate":
+    if gate:
         parameters |= {f"{name}2": array for name, array in arrays.items()}
 
     def linear(**a: Any) -> Any:
@@ -106,14 +111,21 @@ def _linear(layout: str, after: After) -> Definition:
 
         def product(suffix: str = "") -> Any:
             column, w = weight({name: a[name + suffix] for name in arrays}, coordinates, *over)
-            return trace.sum_(a["X"][t, column] * w, over=over)
+            x = a["X"][t, column] * a["N"][column] if norm else a["X"][t, column]
+            total = trace.sum_(x * w, over=over)
+            return total * scale if norm else total
 
+        if norm:
+            column, _ = weight({name: a[name] for name in arrays}, coordinates, *over)
+            squares = trace.sum_(a["X"][t, column] * a["X"][t, column], over=over)
+            mean = squares / trace.size("k").cast("float32")
+            scale = trace.rsqrt(mean + a["eps"][()])
         y = product()
         if after == "bias":
             y = y + a["B"][*coordinates]
         elif after == "residual":
             y = a["R"][t, *coordinates] + y
-        elif after == "gate":
+        elif gate:
             y = y * trace.sigmoid(y) * product("2")
         return out[t, *coordinates](y)
 
@@ -134,9 +146,9 @@ def linear_program(kind: str, interleaved: bool = False, after: After = "") -> D
     stored = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}.get(kind)
     if stored is None:
         return _linear(kind + ("_interleaved" if interleaved else ""), after)
-    names = ("W", "W2") if after == "gate" else ("W",)
-    layer = _linear("dense", after)
-    return layer if kind == "f32" else layer.typed(**dict.fromkeys(names, stored))
+    names = ("W", "W2") if after.endswith("gate") else ("W",)
+    made = _linear("dense", after)
+    return made if kind == "f32" else made.typed(**dict.fromkeys(names, stored))
 
 
 ROWS = 4  # rows of W in registers together
@@ -182,17 +194,26 @@ def _is_gate(s: Schedule) -> bool:
     return any(t.name in ("W2", "Q2") for t in s.program.tensors)
 
 
-GPU_ROWS = 16  # rows of W of one CTA
+GPU_ROWS = 8  # rows of W of one CTA
+GPU_UNROLL = 8  # iterations whose loads are issued together; with a gate one: registers
+GPU_LANES = 4  # neighbouring numbers of a row that a thread reads at once
 
 
-def gpu_recipe(s: Schedule, n: int) -> Schedule:
-    """Threads in y take rows of W; threads in x share the sum of a row."""
-    rows = next(r for r in (GPU_ROWS, 8, 4, 2, 1) if n % r == 0)
+def gpu_recipe(s: Schedule, n: int, k: int) -> Schedule:
+    """Threads in y take rows of W; the 32 threads in x share the sum of a row, four numbers each:
+    of eight blocks, or of 128 columns."""
+    rows = next(r for r in (GPU_ROWS, 4, 2, 1) if n % r == 0)
     s = s.split("n", rows, into=("n_cta", "n_y")).bind("t", "cta.y")
     s = s.bind("n_cta", "cta.x").bind("n_y", "thread.y")
     if s.has("b"):
-        return s.bind("l", "thread.x").unroll("h").unroll("b", 4)
-    return s.split("k", 32, into=("k_o", "k_x")).bind("k_x", "thread.x").unroll("k_o", 4)
+        s = s.split("b", 8, into=("k_o", "b_x")).split("l", GPU_LANES, into=("l_x", "k_v"))
+        s = s.reorder("k_o", "b_x", "l_x", "h", "k_v").fuse("b_x", "l_x", into="k_x").unroll("h")
+    elif k % GPU_LANES == 0:
+        s = s.split("k", GPU_LANES, into=("k_4", "k_v")).split("k_4", 32, into=("k_o", "k_x"))
+    else:
+        s = s.split("k", 32, into=("k_o", "k_x"))
+    s = s.bind("k_x", "thread.x").unroll("k_o", 1 if _is_gate(s) else GPU_UNROLL)
+    return s.vectorize("k_v") if s.has("k_v") else s
 
 
 def check_kind(kind: str, name: str = "") -> None:
@@ -237,9 +258,9 @@ def recipe(s: Schedule, many: bool, n: int, k: int) -> Schedule:
     """The schedule of a linear layer of n × k."""
     dims = {d for t in s.program.tensors for d in t.dims}
     s = s.specialize("g", n // TOGETHER) if "g" in dims else s.specialize("n", n)
-    s = s.specialize("k", k)
+    s = s.specialize("k", k).merge_sums("out")
     s = s.specialize("b", k // BLOCK) if "b" in dims else s
-    return gpu_recipe(s, n) if s.target.is_cuda else cpu_recipe(s, many)
+    return gpu_recipe(s, n, k) if s.target.is_cuda else cpu_recipe(s, many)
 
 
 def weight_views(kind: str, data: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -17,13 +17,13 @@ def cpu_lanes() -> int:
 
 
 @named_recipe
-def rows(s: Schedule, row: str, elements: tuple[str, ...]) -> Schedule:
+def rows(s: Schedule, row: str, elements: tuple[str, ...], threads_y: int = THREADS_Y) -> Schedule:
     """Rows in parallel; the loops over elements (also sums) in vectors on a CPU, threads on a
     GPU."""
     if s.target.is_cuda:
         s = s.bind(row, "cta.x")
         for e in elements:
-            s = s.split(e, THREADS_X * THREADS_Y, into=(f"{e}_o", f"{e}_r"))
+            s = s.split(e, THREADS_X * threads_y, into=(f"{e}_o", f"{e}_r"))
             s = s.split(f"{e}_r", THREADS_X, into=(f"{e}_y", f"{e}_x"))
             s = s.bind(f"{e}_y", "thread.y").bind(f"{e}_x", "thread.x")
         return s

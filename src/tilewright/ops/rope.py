@@ -26,36 +26,28 @@ def _rotated(mine: Any, other: Any, e: Any, cosine: Any, sine: Any) -> Any:
 
 @program
 def rope_pairs(
-    X=dense("t h p 2"),
-    C=dense("s p", kind="weight"),
-    S=dense("s p", kind="weight"),
+    X=dense("t h p 2"), C=dense("s p", kind="weight"), S=dense("s p", kind="weight"),
     P=dense("t", "int32"),
-):
+):  # fmt: skip
     t, h, p, e = indices("t:t h:h p:p e:2")
     return out[t, h, p, e](_rotated(X[t, h, p, e], X[t, h, p, 1 - e], e, C[P[t], p], S[P[t], p]))
 
 
 @program
 def rope_halves(
-    X=dense("t h 2 p"),
-    C=dense("s p", kind="weight"),
-    S=dense("s p", kind="weight"),
+    X=dense("t h 2 p"), C=dense("s p", kind="weight"), S=dense("s p", kind="weight"),
     P=dense("t", "int32"),
-):
+):  # fmt: skip
     t, h, e, p = indices("t:t h:h e:2 p:p")
     return out[t, h, e, p](_rotated(X[t, h, e, p], X[t, h, 1 - e, p], e, C[P[t], p], S[P[t], p]))
 
 
 @program
 def append_pairs(
-    K=dense("g f h p 2", kind="kv"),
-    X=dense("t h p 2"),
-    C=dense("s p", kind="weight"),
-    S=dense("s p", kind="weight"),
-    P=dense("t", "int32"),
-    page=dense("t", "int32"),
+    K=dense("g f h p 2", kind="kv"), X=dense("t h p 2"), C=dense("s p", kind="weight"),
+    S=dense("s p", kind="weight"), P=dense("t", "int32"), page=dense("t", "int32"),
     slot=dense("t", "int32"),
-):
+):  # fmt: skip
     t, h, p, e = indices("t:t h:h p:p e:2")
     return update(K)[page[t], slot[t], h, p, e](
         _rotated(X[t, h, p, e], X[t, h, p, 1 - e], e, C[P[t], p], S[P[t], p])
@@ -64,14 +56,10 @@ def append_pairs(
 
 @program
 def append_halves(
-    K=dense("g f h 2 p", kind="kv"),
-    X=dense("t h 2 p"),
-    C=dense("s p", kind="weight"),
-    S=dense("s p", kind="weight"),
-    P=dense("t", "int32"),
-    page=dense("t", "int32"),
+    K=dense("g f h 2 p", kind="kv"), X=dense("t h 2 p"), C=dense("s p", kind="weight"),
+    S=dense("s p", kind="weight"), P=dense("t", "int32"), page=dense("t", "int32"),
     slot=dense("t", "int32"),
-):
+):  # fmt: skip
     t, h, e, p = indices("t:t h:h e:2 p:p")
     return update(K)[page[t], slot[t], h, e, p](
         _rotated(X[t, h, e, p], X[t, h, 1 - e, p], e, C[P[t], p], S[P[t], p])
@@ -80,11 +68,9 @@ def append_halves(
 
 @program
 def append_plain(
-    V=dense("g f h d", kind="kv"),
-    X=dense("t h d"),
-    page=dense("t", "int32"),
+    V=dense("g f h d", kind="kv"), X=dense("t h d"), page=dense("t", "int32"),
     slot=dense("t", "int32"),
-):
+):  # fmt: skip
     t, h, d = indices("t:t h:h d:d")
     return update(V)[page[t], slot[t], h, d](X[t, h, d])
 

@@ -9,9 +9,10 @@ from functools import cache
 
 import numpy as np
 
-from tilewright.build import program
+from tilewright.build import named_recipe, program
 from tilewright.ops import recipes
 from tilewright.runtime.kernel import Kernel
+from tilewright.schedule import Schedule
 from tilewright.sparse import trace
 from tilewright.sparse.trace import dense, indices, out, scalar, where
 
@@ -34,8 +35,16 @@ def sample(X=dense("t v"), G=dense("t v"), warmth=scalar()):
     return out[t](trace.min_(where(score < peak, NONE, v), over=v))
 
 
-ARGMAX = argmax.schedule(recipes.rows.of(row="t", elements=("v", "v2")))
-SAMPLE = sample.schedule(recipes.rows.of(row="t", elements=("v", "v2")))
+@named_recipe
+def by_row(s: Schedule) -> Schedule:
+    """A row is read by one CTA of a GPU: as many threads as it can have, each with several loads
+    under way."""
+    s = recipes.rows.of(row="t", elements=("v", "v2"), threads_y=32)(s)
+    return s.unroll("v_o", 8).unroll("v2_o", 8) if s.target.is_cuda else s
+
+
+ARGMAX = argmax.schedule(by_row)
+SAMPLE = sample.schedule(by_row)
 
 
 @cache

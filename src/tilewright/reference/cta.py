@@ -9,7 +9,10 @@ order that barriers give, not by the order in which it happens here.
 InternalError[I102] is raised for
 * two accesses to one element, one of them a write, that no barrier orders (also of equal values);
 * a barrier, a reduction over threads or a tile operation that some of its threads do not reach;
-* a read of shared memory that was not written since its allocation.
+* a read of shared memory that was not written since its allocation;
+* an access to an element while an asynchronous copy to it is under way. A copy lands when the
+  thread that started it waits for its group, as a write of that thread: others see it after a
+  barrier. Until then memory holds no number.
 An access out of bounds raises InternalError[I101].
 
 Barriers are those that `codegen.cuda` renders: `Sync`, for all threads of the nest, and the two
@@ -28,11 +31,13 @@ import numpy as np
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
+from tilewright.ir.atoms import element
 from tilewright.ir.rewrite import walk
+from tilewright.reference.flights import Flights
 from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
 from tilewright.reference.ops_table import (
     UFUNCS,
-    cast,
+    as_operand,
     computed,
     constant,
     decode,
@@ -57,10 +62,11 @@ def execute(
     with np.errstate(all="ignore"):
         for stage in launches(program, buffers, variables, parts):
             written = {
-                (x.buffer if isinstance(x, ir.Store) else x.to.buffer).name
-                for nest, _, _ in stage for x in walk(nest.body)
-                if isinstance(x, (ir.Store, ir.MmaStore))
-            }  # fmt: skip
+                x.buffer.name
+                for nest, _, _ in stage
+                for x in walk(nest.body)
+                if isinstance(x, ir.Store)
+            }
             histories: dict[tuple[int, int], History] = {}  # by address and length of an array
             units = 0
             for nest, memory, env in stage:
@@ -104,6 +110,7 @@ class Launch:
         self.unit = self.lane // self.threads
         self.epoch = np.zeros(lanes, np.int64)
         self.mask = np.ones(lanes, bool)
+        self.flights = Flights(lanes)  # asynchronous copies
 
     def run(self) -> None:
         try:
@@ -141,14 +148,25 @@ class Launch:
         self.statement = s
         if isinstance(s, ir.Let):
             self.env[s.var.name] = self.value(s.value)
+        elif isinstance(s, ir.CopyAsync):
+            self.copy_async(s)
         elif isinstance(s, ir.Store):
             self.store(s)
+        elif isinstance(s, ir.Commit):
+            self.flights.commit(self.mask)
+        elif isinstance(s, ir.Wait):
+            for name, at, value, lane in self.flights.landed(self.mask, s.pending):
+                who = np.stack((lane, self.unit[lane] + self.first_unit, self.epoch[lane]))
+                self.access(name, "write", at, who)
+                self.memory[name].flat[at] = value
         elif isinstance(s, ir.Alloc):
             self.allocate(s)
         elif isinstance(s, ir.Sync):
             self.barrier(s)
-        elif isinstance(s, (ir.MmaZero, ir.Mma, ir.MmaStore)):
-            self.tiles(s)
+        elif isinstance(s, ir.Mma):
+            m, n, k = s.shape
+            where = self.warps(), self.of_warps(s.slot)
+            self.registers[s.acc.name][where] += self.operand(s.a, m, k) @ self.operand(s.b, k, n)
         elif not isinstance(s, ir.Prefetch):
             raise InternalError("I101", f"{type(s).__name__} cannot be executed")
 
@@ -173,17 +191,19 @@ class Launch:
             at = at + at.dtype.type(1)
 
     def elements(self, rows: ir.For) -> None:
-        """The loops over a fragment: each lane runs the four elements that it holds, as mma.cuh has
-        them."""
-        cols, lane = rows.body, self.lane % WARP
-        assert isinstance(cols, ir.For) and cols.kind == "fragment"
-        for e in range(4):
-            self.env[rows.name] = (lane // 4 + e // 2 * 8).astype(rows.var.dtype.numpy)
-            self.env[cols.name] = (lane % 4 * 2 + e % 2).astype(cols.var.dtype.numpy)
+        """The loops over a fragment: each lane runs the elements, or pairs, that it holds."""
+        cols = rows.body
+        assert isinstance(cols, ir.For) and cols.kind in ("fragment", "pairs")
+        step = 1 if cols.kind == "fragment" else 2
+        for e in range(0, (rows.extent or 0) * (cols.extent or 0) * step // WARP, step):
+            row, col = element(e, self.lane % WARP)
+            self.env[rows.name] = row.astype(rows.var.dtype.numpy)
+            self.env[cols.name] = (col // step).astype(cols.var.dtype.numpy)
             self.do(cols.body)
 
     def barrier(self, where: ir.Sync | ir.ReduceThreads, number: int = 0) -> None:
-        """A barrier of all threads of each CTA. `number`: which one of a reduction over rows."""
+        """Runs a barrier that every thread of a CTA must reach. A reduction over threads has
+        several barriers; `number` says which of them this is."""
         arrived = self.mask.reshape(self.units, self.threads)
         if (arrived.any(1) != arrived.all(1)).any():
             raise self.refuse("some threads of a CTA do not reach a barrier")
@@ -208,6 +228,18 @@ class Launch:
             new = UFUNCS[s.op](decode(old, dtype), value) if s.op else value
             cells[where] = encode(new, dtype, cells.dtype)
 
+    def copy_async(self, s: ir.CopyAsync) -> None:
+        name, dtype, array = s.buffer.name, s.buffer.dtype.scalar, self.memory[s.buffer.name]
+        value, at = self.value(s.value), self.offset(s.buffer, s.index)
+        at = at if at.ndim > 1 else at[:, None]
+        value = value if value.ndim > 1 else value[:, None]
+        at = np.broadcast_to(at, (len(self.lane), at.shape[1]))[self.mask]
+        value = np.broadcast_to(value, (len(self.lane), at.shape[1]))[self.mask]
+        self.access(name, "write", at, self.who())
+        array.flat[at] = poisoned((), s.buffer.dtype)
+        value = encode(value, dtype, array.flat.dtype)
+        self.flights.start(name, len(array.flat), (at, value, self.lane[self.mask]))
+
     def allocate(self, s: ir.Alloc) -> None:
         b, extents = s.buffer, tuple(int(self.value(e)[0]) for e in s.buffer.shape)
         if b.scope == "shared":
@@ -218,7 +250,7 @@ class Launch:
             self.memory[b.name], self.histories[b.name] = self.allocated[id(s)]
             self.shared[b.name] = np.zeros(self.units * size, bool)
         elif b.scope == "fragment":
-            self.registers[b.name] = poisoned((len(self.lane) // WARP, *extents), b.dtype)
+            self.registers[b.name] = np.zeros((len(self.lane) // WARP, *extents), np.float32)
         else:
             shape = (len(self.lane), prod(extents), b.dtype.lanes)[: 2 + (b.dtype.lanes > 1)]
             self.registers[b.name] = poisoned(shape, b.dtype.scalar)
@@ -234,6 +266,8 @@ class Launch:
         self.memory[name].checked(at)
         who = np.repeat(who, at.size // at.shape[0], axis=1)
         at, written = at.reshape(-1), self.shared.get(name)
+        if self.flights.touches(name, at):
+            raise self.refuse(f"a race: {kind} of {name} while a copy to it is under way")
         self.record(self.histories[name], name, kind, at, who)
         if written is not None and kind == "write":
             written[at] = True
@@ -299,30 +333,6 @@ class Launch:
             raise self.refuse("the lanes of a warp disagree on a tile")
         return values[:, 0].astype(np.int64)
 
-    def tiles(self, s: ir.MmaZero | ir.Mma | ir.MmaStore) -> None:
-        m, n, k = s.shape
-        acc = self.registers[s.acc.name]
-        where = self.warps(), self.of_warps(s.slot)
-        if isinstance(s, ir.MmaZero):
-            acc[where] = 0
-        elif isinstance(s, ir.Mma):
-            acc[where] += self.operand(s.a, m, k) @ self.operand(s.b, k, n)
-        else:
-            at, inside = self.window(s.to, m, n)
-            r, c = np.indices((m, n))
-            lane = where[0][:, None, None] * WARP + r % 8 * 4 + c % 8 // 2  # as mma.cuh has them
-            self.write_tile(s, acc[where][inside], at[inside], lane[inside])
-
-    def write_tile(self, s: ir.MmaStore, new: Any, at: np.ndarray, lane: np.ndarray) -> None:
-        if not len(at):
-            return
-        b, cells = s.to.buffer, self.memory[s.to.buffer.name].flat
-        who = np.stack((lane, self.unit[lane] + self.first_unit, self.epoch[lane]))
-        self.access(b.name, "write", at, who)
-        if s.op:
-            new = new + decode(cells[at], b.dtype)
-        cells[at] = encode(cast(new, b.dtype), b.dtype, cells.dtype)
-
     def window(self, t: ir.Tile, rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
         """The offsets of the elements of a tile for each warp, and which are inside the limits. In
         shared memory all are: `shared_rows` of mma.cuh reads 16 rows and columns."""
@@ -348,7 +358,8 @@ class Launch:
             who = np.stack((reader, self.unit[first] + self.first_unit, self.epoch[first]))
             self.access(t.buffer.name, "read", at[inside], who)
         if inside.any():
-            elements[inside] = self.memory[t.buffer.name].read(at[inside], t.buffer.dtype)
+            read = self.memory[t.buffer.name].read(at[inside], t.buffer.dtype)
+            elements[inside] = as_operand(read, t.buffer.dtype)
         return elements
 
     # -- expressions -----------------------------------------------------------------------------
@@ -394,7 +405,11 @@ class Launch:
         if b.scope == "register":
             return decode(self.register(e), dtype)
         if b.scope == "fragment":
-            return self.registers[name][(self.lane // WARP, *map(self.value, e.index))]
+            *at, col = map(self.value, e.index)
+            if e.dtype.lanes == 1:
+                return self.registers[name][(self.lane // WARP, *at, col)]
+            warp, *at = (x[:, None] for x in (self.lane // WARP, *at))
+            return self.registers[name][(warp, *at, col[:, None] + np.arange(e.dtype.lanes))]
         at = self.offset(b, e.index)
         if name in self.histories:
             seen = np.broadcast_to(at, (len(self.lane), *at.shape[1:]))[self.mask]

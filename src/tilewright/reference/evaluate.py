@@ -119,7 +119,7 @@ def scope_of(box: Box, part: tuple[slice, ...]) -> Scope:
 
 
 def along(values: np.ndarray, d: int, rank: int) -> np.ndarray:
-    """A row of values as an array of a rank, along dimension d."""
+    """Reshapes a 1-D array to the given rank: its values along dimension d, size 1 elsewhere."""
     return values.reshape((1,) * d + (-1,) + (1,) * (rank - d - 1))
 
 

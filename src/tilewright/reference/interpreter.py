@@ -22,7 +22,15 @@ from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import walk
 from tilewright.reference.epilogues import Epilogues
 from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
-from tilewright.reference.ops_table import UFUNCS, cast, constant, decode, encode, operation
+from tilewright.reference.ops_table import (
+    UFUNCS,
+    as_operand,
+    cast,
+    constant,
+    decode,
+    encode,
+    operation,
+)
 
 
 def execute(
@@ -109,9 +117,11 @@ class _Nest:
         elif isinstance(s, ir.Scatter):
             row, key, value = self.rows[s.workspace.name], self.value(s.key), self.value(s.value)
             row[key] = row[key] + value if key in row else value
-        elif isinstance(s, (ir.MmaZero, ir.Mma, ir.MmaStore)):
-            self.tiles(s)
-        elif not isinstance(s, (ir.Sync, ir.Prefetch)):
+        elif isinstance(s, ir.Mma):
+            m, n, k = s.shape
+            fragment = self.registers[s.acc.name].reshape(-1, m, n)[self.value(s.slot)]
+            fragment += self.tile(s.a, m, k) @ self.tile(s.b, k, n)
+        elif not isinstance(s, (ir.Sync, ir.Commit, ir.Wait, ir.Prefetch)):
             raise InternalError("I101", f"{type(s).__name__} cannot be executed")
 
     def sequence(self, s: ir.Seq) -> None:
@@ -229,24 +239,12 @@ class _Nest:
         else:
             shape = (prod(extents), b.dtype.lanes)[: 1 + (b.dtype.lanes > 1)]
             self.registers[b.name] = poisoned(shape, b.dtype.scalar)
+            if b.scope == "fragment":
+                self.registers[b.name][...] = 0
             self.scratch.add(b.name)
 
-    def tiles(self, s: ir.MmaZero | ir.Mma | ir.MmaStore) -> None:
-        m, n, k = s.shape
-        fragment = self.registers[s.acc.name].reshape(-1, m, n)[self.value(s.slot)]
-        if isinstance(s, ir.MmaZero):
-            fragment[...] = 0
-        elif isinstance(s, ir.Mma):
-            fragment += self.tile(s.a, m, k)[0] @ self.tile(s.b, k, n)[0]
-        else:
-            old, at, inside = self.tile(s.to, m, n)
-            new, dtype = fragment + old if s.op else fragment, s.to.buffer.dtype
-            if inside.any():
-                self.memory[s.to.buffer.name].write(at[inside], cast(new[inside], dtype), dtype)
-
-    def tile(self, t: ir.Tile, rows: int, cols: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The elements of a tile in float32, their offsets, and whether each is inside the limits;
-        0 beyond them."""
+    def tile(self, t: ir.Tile, rows: int, cols: int) -> np.ndarray:
+        """The elements of an operand in float32; 0 beyond its limits."""
         array = self.memory[t.buffer.name]
         fields = (t.offset, t.row_stride, t.col_stride, t.row_limit, t.col_limit)
         first, down, right, high, wide = (int(self.value(f)) for f in fields)
@@ -255,8 +253,8 @@ class _Nest:
         at = np.where(inside, first + r * down + c * right, 0)
         elements = np.zeros(inside.shape, np.float32)
         if inside.any():
-            elements[inside] = array.read(at[inside], t.buffer.dtype)
-        return elements, at, inside
+            elements[inside] = as_operand(array.read(at[inside], t.buffer.dtype), t.buffer.dtype)
+        return elements
 
     # -- expressions -----------------------------------------------------------------------------
 
@@ -299,7 +297,7 @@ class _Nest:
         if isinstance(e, ir.ReduceThreads):
             return self.closure(e.a)  # the loop over threads has run in order
         operands = [self.closure(x) for x in ir.children(e)]
-        if isinstance(e, ir.Select) and e.dtype.lanes == 1:
+        if isinstance(e, ir.Select) and e.cond.dtype.lanes == 1:
             cond, a, b = operands
             return lambda: a() if cond() else b()
         act = operation(e)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from tilewright.dtypes import DType
-from tilewright.ir.levels import coordinates, row_major
 from tilewright.ir.nodes import Program
 from tilewright.reference.evaluate import run
 from tilewright.reference.stored import Stored
@@ -38,7 +37,8 @@ def run_frame(program: Program, frame: Any) -> None:
             continue
         if t.is_sparse:
             structure = frame.structures[t.structure]()
-            stored[t.structure], order = _stored(structure)
+            coords, order = structure.stored()
+            stored[t.structure] = Stored(tuple(structure.shape), coords)
             parts = [p.size for p in structure.parts]
             pointers = {part: slot.value for slot, part in slots}
             inner = tuple(
@@ -63,21 +63,6 @@ def run_frame(program: Program, frame: Any) -> None:
     run(program, data, stored, {d: n for d, n in frame.sizes.items() if isinstance(d, str)})
     for write in write_back:
         write()
-
-
-def _stored(structure: Any) -> tuple[Stored, np.ndarray]:
-    """The stored coordinates of a structure, and where their values are in the concatenated values
-    of its parts."""
-    parts, base = [], 0
-    for p in structure.parts:
-        coords, at = coordinates(p.format.levels, p.arrays, p.counts, structure.shape)
-        is_entry = np.zeros(p.size, bool)
-        is_entry[p.slots] = True
-        parts.append((*coords, at + base, is_entry[at]))
-        base += p.size
-    *coords, position, is_entry = (np.concatenate(c) for c in zip(*parts, strict=True))
-    order = row_major(coords, is_entry)
-    return Stored(tuple(structure.shape), tuple(c[order] for c in coords)), position[order]
 
 
 def _scatter(flat: np.ndarray, order: np.ndarray, values: np.ndarray, parts: list[Any]) -> None:

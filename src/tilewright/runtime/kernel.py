@@ -11,17 +11,11 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
-from tilewright.runtime.arguments import (
-    Arguments,
-    Span,
-    check_overlaps,
-    scalar_value,
-    value_spans,
-)
+from tilewright.runtime.arguments import Arguments, Span, check_overlaps, scalar_value, value_spans
 from tilewright.runtime.frame import Frame, build_frame
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.manifest import Manifest, structs
-from tilewright.runtime.view import address, layout, view
+from tilewright.runtime.view import address, byte_range, layout, view
 
 DENSE, SPARSE, NUMBER = "dense", "sparse", "number"
 FRAMES_KEPT = 64  # layouts that one kernel remembers
@@ -266,6 +260,27 @@ class Bound:
     def __call__(self) -> Any:
         self._run()
         return self.outputs
+
+    def boxes(self) -> dict[str, tuple[tuple[int, int], ...]]:
+        """The first address of each array, and the one behind its last, by the name of its tensor;
+        under "" those of the coordinate arrays of all structures."""
+        frame = self.frame
+        boxes: dict[str, tuple[tuple[int, int], ...]] = {"": ()}
+        for t in self.kernel.manifest.tensors:
+            slots = frame.slots.get(t.name, ())
+            if t.structure:
+                parts = frame.structures[t.structure]().parts  # type: ignore[union-attr]
+                size = dtypes.ALL[t.dtype].itemsize
+                spans = [(0, parts[n].size * size) for _, n in slots]
+                views = [view(a) for p in parts for of in p.arrays for a in of.values()]
+                boxes[""] += tuple((v.pointer, v.pointer + byte_range(v)[1]) for v in views)
+            else:
+                spans = [frame.spans[t.name] for _ in slots[:1] if t.name in frame.spans]
+            boxes[t.name] = tuple(
+                (slot.value + low, slot.value + high)
+                for (slot, _), (low, high) in zip(slots, spans, strict=False)
+            )
+        return boxes
 
     def __repr__(self) -> str:
         return f"<bound {self.kernel!r}, {sum(self.frame.units)} units>"

@@ -88,7 +88,7 @@ def declarations(manifest: Manifest) -> str:
 
 
 def max_rows(manifest: Manifest) -> int:
-    """Rows of the largest work table: each launch has a parameter block of this size."""
+    """The number of rows of the largest work table. Every stage's parameter block has so many."""
     return max(len(s.rows) for s in manifest.stages)
 
 
@@ -101,16 +101,16 @@ def rows_offset(params: Struct) -> int:
 
 def manifest_from(fields: dict[str, Any]) -> Manifest:
     """The manifest whose `dataclasses.asdict` JSON holds, equal to it."""
-    tensors = tuple(TensorSpec(**_tuples(t)) for t in fields["tensors"])
-    stages = tuple(StageSpec(**_tuples(s)) for s in fields["stages"])
-    return Manifest(**_tuples(fields) | {"tensors": tensors, "stages": stages})
+    tensors = tuple(TensorSpec(**tuples(t)) for t in fields["tensors"])
+    stages = tuple(StageSpec(**tuples(s)) for s in fields["stages"])
+    return Manifest(**tuples(fields) | {"tensors": tensors, "stages": stages})
 
 
-def _tuples(x: Any) -> Any:
+def tuples(x: Any) -> Any:
     """JSON's lists as tuples, but for the fields of the dictionary at the top."""
     if isinstance(x, dict):
-        return {name: _tuples(v) for name, v in x.items()}
-    return tuple(_tuples(v) for v in x) if isinstance(x, list) else x
+        return {name: tuples(v) for name, v in x.items()}
+    return tuple(tuples(v) for v in x) if isinstance(x, list) else x
 
 
 # ---------------------------------------------------------------------------- units

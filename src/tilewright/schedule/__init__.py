@@ -20,28 +20,17 @@ from typing import Any
 from tilewright.errors import ScheduleError
 from tilewright.ir.nodes import For, LoopKind, Nest, Program, Stmt
 from tilewright.ir.rewrite import statements
+from tilewright.schedule import arguments as rule
 from tilewright.schedule import coords, loops, privatize, staging
-from tilewright.schedule.arguments import (
-    A_NAME,
-    FAR,
-    INT64_MAX,
-    NAMES,
-    NEAR,
-    TWO_NAMES,
-    integer,
-    one_of,
-    optional,
-    several,
-    takes,
-)
+from tilewright.schedule.arguments import A_NAME, FAR, NAMES, NEAR, TWO_NAMES, takes
 from tilewright.schedule.tree import clash, computes, illegal, loop_names, matches, unknown
 from tilewright.target import Target
 
 Nests = tuple[int, ...] | None
-NUMBER = integer(0, FAR)  # of a nest, or of steps
-KIND = one_of(*loops.KINDS)
-TAIL = one_of(*loops.TAILS)
-SCOPE = one_of(*staging.SCOPES)
+NUMBER = rule.integer(0, FAR)  # of a nest, or of steps
+KIND = rule.one_of(*loops.KINDS)
+TAIL = rule.one_of(*loops.TAILS)
+SCOPE = rule.one_of(*staging.SCOPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +116,8 @@ class Schedule:
         return s
 
     def dropped(self) -> list[Step]:
-        """The verbs called on a schedule that this one came from whose results were not used."""
+        """Verbs whose results are not part of this schedule, though they were called on one of the
+        schedules that it was made from: most likely the caller forgot to assign the result."""
         used = {id(step) for step in self.history}
         return [step for step in self.calls if id(step) not in used]
 
@@ -139,7 +129,7 @@ class Schedule:
 
     # -- selecting -------------------------------------------------------------------------------
 
-    @takes(nests=several(NUMBER, "numbers of nests"))
+    @takes(nests=rule.several(NUMBER, "numbers of nests"))
     def on(self, *nests: int) -> Schedule:
         """The same schedule with later verbs applied to these nests only. Raises
         ScheduleError[S101, S102]."""
@@ -171,7 +161,7 @@ class Schedule:
         Raises ScheduleError[S101, S102]."""
         return self._coords(coords.order_axes, output, *axes)
 
-    @takes(temporary=A_NAME, loop=A_NAME, scope=one_of("row", "global"))
+    @takes(temporary=A_NAME, loop=A_NAME, scope=rule.one_of("row", "global"))
     def compute_at(self, temporary: str, loop: str, scope: str = "row") -> Schedule:
         """Compute a temporary inside the loop of an index of the statement that reads it: one
         launch, nothing is computed twice, and of the temporary exists what one iteration needs.
@@ -191,6 +181,20 @@ class Schedule:
         Raises ScheduleError[S101, S102]."""
         return self._coords(coords.compute_at, temporary, loop, scope)
 
+    @takes(output=A_NAME)
+    def merge_sums(self, output: str) -> Schedule:
+        """Compute all sums over the same axes that one statement reads in one loop, also those that
+        many of its elements share and that would be computed once for all of these.
+
+        before: for i in 0:m                after:  for i in 0:m
+                  s = sum(f(X[i, k]))                 for j in 0:n
+                  for j in 0:n                          Y[i, j] = g(sum(X[i, k] * W[j, k]), s)
+                    Y[i, j] = g(sum(…), s)                where s = sum(f(X[i, k])), same loop
+
+        Threads then share no result, and X is read once: for statements with few elements a CTA.
+        Raises ScheduleError[S101]."""
+        return self._coords(coords.merge_sums, output)
+
     @takes(structure=A_NAME)
     def fuse_axes(self, structure: str) -> Schedule:
         """Walk the two axes of a sparse matrix in one loop over its entries; a binary search in
@@ -203,7 +207,7 @@ class Schedule:
         Raises ScheduleError[S101, S102]."""
         return self._coords(coords.fuse_axes, structure)
 
-    @takes(dim=A_NAME, size=integer(1, INT64_MAX))
+    @takes(dim=A_NAME, size=rule.integer(1, rule.INT64_MAX))
     def specialize(self, dim: str, size: int) -> Schedule:
         """Fix the size of a dimension, so that loops over it have constant extents.
 
@@ -215,7 +219,7 @@ class Schedule:
 
     # -- verbs on loops --------------------------------------------------------------------------
 
-    @takes(loop=A_NAME, factor=integer(1, FAR), tail=TAIL, into=optional(TWO_NAMES))
+    @takes(loop=A_NAME, factor=rule.integer(1, FAR), tail=TAIL, into=rule.optional(TWO_NAMES))
     def split(
         self, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
     ) -> Schedule:
@@ -294,7 +298,7 @@ class Schedule:
         Raises ScheduleError[S101, S102]."""
         return self._loops(loops.mark, loop, "vector")
 
-    @takes(loop=A_NAME, factor=integer(0, NEAR))
+    @takes(loop=A_NAME, factor=rule.integer(0, NEAR))
     def unroll(self, loop: str, factor: int = 0) -> Schedule:
         """Write out a loop of constant extent; with `factor`, only hint the compiler to unroll by
         it.
@@ -337,12 +341,14 @@ class Schedule:
                     for k in 0:16
                       C[i, j] = sum(A[i, k] * B[k, j] over k)
 
-        float16 or bfloat16 operands, float32 sums; extents 16, 8, 16.
+        Extents 16, 8, 16 or 16, 16, 16 of float16 or bfloat16 operands; 16, 8, 8 of float32
+        operands, which are rounded to tf32 (10 bits of mantissa). The sums are float32. Where there
+        are few rows the columns of the output can be the rows of the tile: mma("j", "i", "k").
 
         Raises ScheduleError[S101, S102]."""
         return self._loops(loops.mma, rows, cols, depth)
 
-    @takes(buffer=A_NAME, loop=A_NAME, ahead=integer(1, NEAR))
+    @takes(buffer=A_NAME, loop=A_NAME, ahead=rule.integer(1, NEAR))
     def prefetch(self, buffer: str, loop: str, ahead: int) -> Schedule:
         """Prefetch what a loop reads of `buffer`, `ahead` iterations early. Where the loop walks
         stored positions, these are the rows that it gathers.
@@ -387,10 +393,31 @@ class Schedule:
         copy together (on a CPU an array of the body). Where a guard would keep an element from
         being read, scratch holds 0. `buffer`: a dense operand, or a sparse one for its values.
         Raises ScheduleError[S101, S102]."""
-        missing = loop, f"no loop {loop!r} reads {buffer!r}"
-        return self._loops(staging.cache, buffer, loop, scope, missing=missing, new_names=True)
+        padding = next((t.fill for t in self.program.tensors if t.name == buffer), 0)
 
-    @takes(output=A_NAME, loop=A_NAME, copies=integer(2, privatize.MOST_COPIES))
+        def cache(body: Stmt, *args: Any) -> tuple[Stmt, int]:
+            return staging.cache(body, *args, padding=padding)
+
+        missing = loop, f"no loop {loop!r} reads {buffer!r}"
+        return self._loops(cache, buffer, loop, scope, missing=missing, new_names=True)
+
+    @takes(loop=A_NAME, stages=rule.integer(2, staging.MOST_STAGES))
+    def pipeline(self, loop: str, stages: int) -> Schedule:
+        """Overlap the copies to shared memory that a loop makes with the work on them: they are
+        asynchronous, into `stages` buffers, and start `stages` - 1 iterations early.
+
+        before: for k in 0:n                    after:  for e in 0:2
+                  S[t] = A[k, t]  # threads               async S[e, t] = A[e, t]; commit
+                  sync                                  for k in 0:n
+                  … S[t] …                                wait for the copy of k; sync
+                  sync                                    async S[(k+2) % 3, t] = A[k+2, t]; commit
+                                                          … S[k % 3, t] …
+
+        It comes after `cache(…, "shared")` of all operands. A CPU copies at once.
+        Raises ScheduleError[S101, S102]."""
+        return self._loops(staging.pipeline, loop, stages)
+
+    @takes(output=A_NAME, loop=A_NAME, copies=rule.integer(2, privatize.MOST_COPIES))
     def privatize(self, output: str, loop: str, copies: int) -> Schedule:
         """Give an output that is updated in place one copy for each of `copies` groups of
         iterations of an outermost loop. The groups run as units and a last stage adds the copies in
@@ -468,7 +495,7 @@ class Schedule:
         self.calls.append(step)
         return replace(self, program=program, history=(*self.history, step), before=self)
 
-    @takes(loop=A_NAME, nest=optional(NUMBER))
+    @takes(loop=A_NAME, nest=rule.optional(NUMBER))
     def has(self, loop: str, nest: int | None = None) -> bool:
         """Whether there is a loop of that name (in one nest). Raises ScheduleError[S101, S102]."""
         chosen = self.nests if nest is None else (self._nest(nest),)

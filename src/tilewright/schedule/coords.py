@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tilewright.ir.levels import Compressed, Dense
-from tilewright.ir.nodes import Program
+from tilewright.ir.nodes import Assign, Program
 from tilewright.ir.rewrite import indices_of
 from tilewright.schedule.tree import illegal, unknown
 
 
 def order_axes(program: Program, output: str, *axes: str) -> Program:
     """The program rewrite behind `Schedule.order_axes`."""
-    statement = next((s for s in program.body if s.out.tensor.name == output), None)
-    if statement is None:
-        known = ", ".join(s.out.tensor.name for s in program.body)
-        raise unknown(f"no statement computes {output!r}", f"outputs: {known}")
+    statement = _statement(program, output)
     has = {x.name for x in indices_of(statement)}
     wrong = [a for a in axes if a not in has]
     if len(set(axes)) < len(axes):
@@ -32,6 +29,20 @@ def compute_at(program: Program, temporary: str, loop: str, scope: str) -> Progr
         raise unknown(f"no temporary {temporary!r}", f"temporaries: {', '.join(known) or 'none'}")
     rest = (p for p in program.placed if p[0] != temporary)
     return replace(program, placed=(*rest, (temporary, loop, scope)))
+
+
+def merge_sums(program: Program, output: str) -> Program:
+    """The program rewrite behind `Schedule.merge_sums`."""
+    _statement(program, output)
+    return replace(program, merged=(*program.merged, output))
+
+
+def _statement(program: Program, output: str) -> Assign:
+    statement = next((s for s in program.body if s.out.tensor.name == output), None)
+    if statement is None:
+        known = ", ".join(s.out.tensor.name for s in program.body)
+        raise unknown(f"no statement computes {output!r}", f"outputs: {known}")
+    return statement
 
 
 def fuse_axes(program: Program, structure: str) -> Program:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple
+from tilewright.ir.atoms import ATOMS, SHAPES
 from tilewright.ir.rewrite import (
     add,
     free_vars,
@@ -49,7 +50,7 @@ def split(
     """The loop rewrite behind `Schedule.split`."""
 
     def one(f: ir.For) -> ir.Stmt:
-        if f.kind in ("vector", "unroll", "thread.x", "thread.y"):
+        if f.kind in ("vector", "unroll", "pipeline", "thread.x", "thread.y"):
             raise illegal(f"loop {f.name} is marked {f.kind}", "split it first, then mark a part")
         own = loop.rpartition(".")[2]
         outer_name, inner_name = into or (f"{own}_o", f"{own}_i")
@@ -200,14 +201,14 @@ def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Rewritten:
                 f"loop {f.name} reduces over {f.extent} threads: they come in powers of two, to 32",
                 "split it by a power of two first",
             )
-        return replace(f, kind=kind)
+        return replace(f, kind=kind, stages=0)
 
     return rewrite_loops(body, loop, one)
 
 
 def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
-    """Whether different iterations of `f` update different elements: an output index is its
-    variable, or one that sums and products make of it. Other coordinates may repeat."""
+    """Whether no two iterations of `f` update the same element. They do not if an index of the
+    output is the loop's variable, or computed from it by + - * alone; other values may repeat."""
     derived = {f.name}
 
     def distinct(e: ir.Expr) -> bool:
@@ -288,8 +289,9 @@ def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Rewritten:
             raise illegal(
                 f"{', '.join(names)} are not the three innermost loops of one product{why}", hint
             )
-        if tuple(x.extent for x in loops if x) != (16, 8, 16):
-            raise illegal("a tile operation is 16 × 8 × 16", "split the loops by 16, 8 and 16")
+        extents = tuple(x.extent for x in loops if x)
+        if extents not in ATOMS:
+            raise illegal(f"no tile operation is {extents}", f"split the loops into {SHAPES}")
         c = chain.body
         products = (op == "sum" and isinstance(x, ir.Binary) and x.op == "*" for op, x in c.sums)
         if not all(products) or not ir.reduces(chain.loops[-1], c):
@@ -297,15 +299,10 @@ def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Rewritten:
                 f"{c.out.buffer.name} is no sum of products over {depth}",
                 "only sum(A[i, k] * B[k, j], over=k), and functions of it, become tiles",
             )
-        return replace_innermost(f, replace(c, mma=tuple(x.name for x in loops if x)))
+        tiled = replace(c, mma=tuple(x.name for x in loops if x))
+        return transform(f, lambda x: tiled if x is c else x)
 
     return rewrite_loops(body, rows, one)
-
-
-def replace_innermost(s: Any, c: ir.Compute) -> Any:
-    if isinstance(s, ir.Compute):
-        return c
-    return rebuild(s, lambda x: replace_innermost(x, c) if isinstance(x, ir.Stmt) else x)
 
 
 def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:

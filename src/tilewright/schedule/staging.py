@@ -11,11 +11,13 @@ from typing import Any, Literal
 from tilewright import dtypes
 from tilewright.errors import ScheduleError
 from tilewright.ir import nodes as ir
+from tilewright.ir.affine import affine, is_multiple
 from tilewright.ir.names import values_name
 from tilewright.ir.rewrite import (
     add,
     conjuncts,
     free_vars,
+    is_const,
     mul,
     path_to,
     rebuild,
@@ -33,17 +35,18 @@ SCOPES: tuple[CacheScope, ...] = ("register", "shared")
 SHARED_LIMIT = max(SHARED_BYTES.values())  # of one array; `build` checks the sum for its target
 REGISTERS = 256  # elements of one scratch array in registers
 WIDE = 16  # bytes of the widest load
+MOST_STAGES = 8  # buffers of a pipeline
 BANK_CONFLICT = 32  # bytes: rows of shared memory that are multiples of it share banks
 
 
 def cache(
-    body: ir.Stmt, buffer: str, loop: str, scope: CacheScope = "register"
+    body: ir.Stmt, buffer: str, loop: str, scope: CacheScope = "register", padding: float = 0
 ) -> tuple[ir.Stmt, int]:
-    """The loop rewrite behind `Schedule.cache`."""
+    """The loop rewrite behind `Schedule.cache`. `padding`: the value of slots without an entry."""
     reads = (x for c in computes(body) for e in _values(c) for x in walk(e) if _is_memory(x))
     if not any(_is_of(x.buffer.name, buffer) for x in reads):
         return body, 0
-    return rewrite_loops(body, loop, lambda f: _Staging(body, f, buffer, scope).result())
+    return rewrite_loops(body, loop, lambda f: _Staging(body, f, buffer, scope, padding).result())
 
 
 def _values(c: ir.Compute) -> tuple[ir.Expr, ...]:
@@ -59,12 +62,49 @@ def _is_of(name: str, operand: str) -> bool:
     return name in (operand, values_name(operand))
 
 
+def pipeline(body: ir.Stmt, loop: str, stages: int) -> tuple[ir.Stmt, int]:
+    """The loop rewrite behind `Schedule.pipeline`."""
+
+    def one(f: ir.For) -> ir.Stmt:
+        lines = f.body.body if isinstance(f.body, ir.Seq) else ()
+        copies = [s for s in lines if isinstance(s, ir.For) and s.kind == "threads"]
+        if not copies or f.kind != "serial":
+            raise illegal(
+                f"loop {f.name} is {f.kind} and copies {len(copies)} operands to shared memory",
+                'cache(…, "shared") at a serial loop first',
+            )
+        for copy in copies:
+            _check_asynchronous(copy)
+        return replace(f, kind="pipeline", stages=stages)
+
+    return rewrite_loops(body, loop, one)
+
+
+def _check_asynchronous(copy: ir.For) -> None:
+    """Raises ScheduleError[S102] for a copy of single elements, or of other shared memory."""
+    scratch = next(x for x in statements(copy) if isinstance(x, ir.Store)).buffer
+    lanes = prod(x.extent or 1 for x in statements(copy.body) if isinstance(x, ir.For))
+    nbytes = scratch.dtype.itemsize * lanes
+    if nbytes not in (4, 8, 16):
+        raise illegal(
+            f"{scratch.name} is copied {nbytes} bytes at a time; asynchronous are 4, 8 or 16",
+            f"specialize() its last dimension to a multiple of {WIDE // scratch.dtype.itemsize}",
+        )
+    if any(isinstance(x, ir.Load) and x.buffer.scope == "shared" for x in walk(copy)):
+        why = f"the copy to {scratch.name} reads shared memory of the same iteration"
+        raise illegal(why, "cache fewer operands")
+
+
 class _Staging:
     """`cache` at one loop: the accesses, the scratch they share, its copy."""
 
-    def __init__(self, nest: ir.Stmt, at: ir.For, operand: str, scope: CacheScope) -> None:
-        self.nest, self.at, self.operand = nest, at, operand
+    def __init__(
+        self, nest: ir.Stmt, at: ir.For, operand: str, scope: CacheScope, padding: float
+    ) -> None:
+        self.nest, self.at, self.operand, self.padding = nest, at, operand, padding
         self.scope: CacheScope = scope
+        if at.kind == "pipeline":
+            raise self.refuse(f"loop {at.name} is a pipeline", "call cache before pipeline")
         self.groups: list[list[ir.For]] = []  # the loops of each dimension of scratch
         accesses = [
             self._access(x, c)
@@ -222,7 +262,10 @@ class _Staging:
         if self.scope == "shared" and not extents:
             extents = [1]
         rows = self.scope == "shared" and len(extents) > 1
-        if rows and extents[-1] * dtype.itemsize % BANK_CONFLICT == 0:
+        conflicts = rows and extents[-1] * dtype.itemsize % BANK_CONFLICT == 0
+        is_power = bool(extents) and extents[-1] & (extents[-1] - 1) == 0
+        swizzled = conflicts and is_power and all(c.mma for c in computes(self.at.body))
+        if conflicts and not swizzled:
             extents[-1] += WIDE // dtype.itemsize
         total = prod(extents)
         if self.scope == "register" and total > REGISTERS:
@@ -232,7 +275,8 @@ class _Staging:
                 f"{total * dtype.itemsize} bytes of shared memory",
                 f"at most {SHARED_LIMIT}: a smaller tile",
             )
-        return ir.Buffer(name, dtype, tuple(map(ir.as_expr, extents)), self.scope)
+        shape = tuple(map(ir.as_expr, extents))
+        return ir.Buffer(name, dtype, shape, self.scope, swizzled=swizzled)
 
     # -- the copy --------------------------------------------------------------------------------
 
@@ -241,7 +285,7 @@ class _Staging:
         fresh = {f.name: ir.Var(f"{f.name}_{scratch.name}", f.var.dtype) for f in loops}
         if self.scope == "shared":
             return self._fill_together(scratch, loops, fresh)
-        body, _ = self._element(scratch, fresh, tuple(fresh.values()))
+        body = self._element(scratch, fresh, tuple(fresh.values()), {})
         for f in reversed(loops):
             kind = "vector" if f.kind == "vector" else "unroll"
             body = ir.For(fresh[f.name], f.begin, f.end, body, kind)
@@ -254,9 +298,9 @@ class _Staging:
         dtype = loops[0].var.dtype if loops else dtypes.int32
         at = ir.Var(f"{scratch.name}_at", dtype)
         numbers = tuple(ir.Var(f"{scratch.name}_{n}", dtype) for n in range(len(self.groups)))
-        element, guarded = self._element(scratch, fresh, numbers or (ir.as_expr(0),))
-        lanes = 1 if guarded else self._lanes(loops)
+        lanes = self._lanes(loops, self._guards(set(fresh)))
         lane, rest = ir.Var(f"{scratch.name}_lane", dtype), at
+        starts: dict[str, ir.Expr] = {}
         outside: list[ir.Stmt] = []
         inside: list[ir.Stmt] = []
         for n, group in reversed(list(enumerate(self.groups))):
@@ -273,28 +317,55 @@ class _Staging:
             for f in reversed(group):
                 wide = by if f is loops[-1] else 1
                 digit, number = _digit(number, (f.extent or 1) // wide, f is group[0])
-                value = add(mul(digit, wide), lane) if wide > 1 else digit
-                (inside if wide > 1 else outside).append(ir.Let(fresh[f.name], value))
+                if wide > 1:
+                    starts[f.name] = mul(digit, wide)
+                    inside.append(ir.Let(fresh[f.name], add(starts[f.name], lane)))
+                else:
+                    outside.append(ir.Let(fresh[f.name], digit))
+        element = self._element(scratch, fresh, numbers or (ir.as_expr(0),), starts)
         body: ir.Stmt = ir.seq(*inside, element)
         if lanes > 1:
             body = ir.For(lane, ir.as_expr(0), ir.as_expr(lanes), body, "vector")
         total = prod(f.extent or 0 for f in loops) // lanes
         return ir.For(at, ir.as_expr(0), ir.as_expr(total), ir.seq(*outside, body), "threads")
 
-    def _lanes(self, loops: list[ir.For]) -> int:
-        """Elements that one thread copies at once: neighbours of a row, where they are."""
-        if not loops:
+    def _lanes(self, loops: list[ir.For], guards: list[ir.Expr]) -> int:
+        """Elements that one thread copies at once: neighbours of a row, where they are, and where
+        guards hold for all of them or for none."""
+        lanes = WIDE // self.access.dtype.itemsize
+        if not loops or (loops[-1].extent or 0) % lanes:
             return 1
         last = loops[-1].name
         if any(last in self.reads(i) for i in self.access.index[:-1]):
             return 1
-        lanes = WIDE // self.access.dtype.itemsize
-        return lanes if (loops[-1].extent or 0) % lanes == 0 else 1
+        together = all(self._is_uniform(g, last, lanes) for g in guards if last in self.reads(g))
+        return lanes if together else 1
+
+    def _is_uniform(self, guard: ir.Expr, last: str, lanes: int) -> bool:
+        """Whether a guard is the same for each group of iterations of the last loop, from a
+        multiple of `lanes` on: it compares x + last, x a multiple, with a size that is one."""
+        if not (isinstance(guard, ir.Binary) and guard.op == "<" and isinstance(guard.b, ir.Const)):
+            return False
+        form = affine(self._resolved(guard.a), frozenset((last,)))
+        if form is None or form.steps.keys() != {last} or not is_const(form.steps[last], 1):
+            return False
+        return is_multiple(form.base, lanes) and int(guard.b.value) % lanes == 0
+
+    def _resolved(self, e: ir.Expr) -> ir.Expr:
+        """An expression without the lets on the way to the access."""
+        while self.lets.keys() & free_vars(e):
+            e = substitute(e, self.lets)
+        return e
 
     def _element(
-        self, scratch: ir.Buffer, fresh: dict[str, ir.Var], to: tuple[ir.Expr, ...]
-    ) -> tuple[ir.Stmt, bool]:
-        """Scratch element = operand element, and whether a guard depends on the last loop."""
+        self,
+        scratch: ir.Buffer,
+        fresh: dict[str, ir.Var],
+        to: tuple[ir.Expr, ...],
+        starts: dict[str, ir.Expr],
+    ) -> ir.Stmt:
+        """Scratch element = operand element. `starts`: for a loop whose iterations are copied
+        together the first of them, for which guards are tested."""
         guards = self._guards(set(fresh))
         needed = {n for e in (*self.access.index, *guards) for n in self.reads(e)}
         names: dict[str, ir.Expr] = dict(fresh)
@@ -308,14 +379,14 @@ class _Staging:
                 names[s.var.name] = var
             for cond in conjuncts(s.cond) if isinstance(s, ir.If) else ():
                 if cond in guards:
-                    cond = substitute(cond, names)
+                    if starts.keys() & self.reads(cond):
+                        cond = self._resolved(cond)
+                    cond = substitute(cond, names | starts)
                     held = cond if held is None else ir.binary("&", held, cond)
         x = self.access
         at = tuple(substitute(i, names) for i in x.index)
         store = ir.Store(scratch, to, zero_unless(held, ir.Load(x.buffer, at, x.dtype)))
-        last = next(reversed(fresh), "")
-        uses_last = any(last in self.reads(g) for g in guards)
-        return ir.seq(*out, store), uses_last
+        return ir.seq(*out, store)
 
     def _guards(self, own: set[str]) -> list[ir.Expr]:
         """The guards of the access itself, which skip elements of the operand; guards that read
@@ -324,7 +395,7 @@ class _Staging:
         for s in self.path:
             for cond in conjuncts(s.cond) if isinstance(s, ir.If) else ():
                 reads = self.reads(cond) & self.inner.keys()
-                if reads and not reads & own:
+                if (reads and not reads & own) or self._is_of_coordinates(cond):
                     continue
                 if reads - own:
                     raise self.refuse(
@@ -333,6 +404,15 @@ class _Staging:
                     )
                 guards.append(cond)
         return guards
+
+    def _is_of_coordinates(self, cond: ir.Expr) -> bool:
+        """Whether a guard of stored values bounds what their position does not depend on, a
+        coordinate: beyond its bound the format stores padding, which is 0."""
+        stored = self.access.buffer.scope == "part" and self.padding == 0
+        if not (stored and isinstance(cond, ir.Binary) and cond.op == "<"):
+            return False
+        positions = set().union(*map(self.reads, self.access.index))
+        return bool(self.reads(cond.a) - positions)
 
 
 def _part_of(e: ir.Expr, loops: dict[str, ir.For]) -> tuple[ir.For, ir.Expr] | None:

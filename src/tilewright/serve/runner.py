@@ -1,7 +1,9 @@
 """The runner: one step of a batch through the model.
 
 The rows of all chunks are packed one after the other, answers first. A step of answers alone, one
-row each, is recorded once for each number of requests and then replayed as one native call.
+row each, is recorded once for each number of requests and then replayed as one native call. It
+computes positions, pages and slots from the lengths in memory of the target, reads the tokens that
+the step before has put there, and adds 1 to the lengths: the host writes what it wants otherwise.
 
 The bits of a row depend on its own request only, and not on how its prompt is cut into chunks:
 linear layers read rows of answers and of prompts by different kernels, each of which computes a row
@@ -13,6 +15,7 @@ every answer were as long as the context, and every prompt short.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,8 @@ from tilewright.attention.kv import KV
 from tilewright.attention.plan import CHUNK_TILES, KEY_TILE
 from tilewright.attention.table import Table
 from tilewright.ops.embedding import embedding_kernel
-from tilewright.runtime.launch import Step
+from tilewright.ops.positions import lengthen_kernel, positions_kernel
+from tilewright.runtime.step import Step
 from tilewright.serve.kv_pool import PAGE_SIZE, KVPool
 from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.scheduler import Chunk, Limits
@@ -34,8 +38,8 @@ class Logits:
 
     def __init__(self, runner: Runner, rows: list[int]) -> None:
         self._memory, self._logits, self._rows = runner.model.memory, runner.last["logits"], rows
-        token = self._memory.read(runner.last["token"])
-        self.likeliest = [int(token[n]) for n in rows]
+        runner.tokens[:] = self._memory.read(runner.last["token"])
+        self.likeliest = [int(runner.tokens[n]) for n in rows]
 
     def row(self, i: int) -> np.ndarray:
         """The logits of request i, float32 (vocab,); valid until the next step."""
@@ -67,6 +71,9 @@ class Runner:
         self.table = np.zeros((most, self.width), np.int32)
         self.block_table = model.memory.put(self.table.copy())
         self._written: list[list[int]] = [[] for _ in range(most)]
+        # What memory of the target holds: tokens of `last`, and `kv_len`.
+        self.tokens, self._lengths = np.zeros(most, np.int32), np.zeros(most, np.int32)
+        model.memory.write(self.last["token"], self.tokens)
         self._views: dict[int, tuple[list[KV], KV]] = {}
         self._steps: dict[int, Step] = {}
         self._qo_tile = model.attention.plan(np.array([0, 1], np.int32), self._kv(1)[1]).qo_tile
@@ -75,14 +82,19 @@ class Runner:
         """Reads the tokens of the chunks, those of answers first, and computes the logits of the
         requests that want a token."""
         stops = [c.stop + self._needs_row(c) for c in chunks]
-        self._write(chunks, stops)
+        self._write_table(chunks)
+        self._write_first(self.kv_len, self._lengths, stops)
         wanting = [i for i, c in enumerate(chunks) if c.wants_token]
         if not any(c.is_prompt for c in chunks):
             step = self._steps.get(len(chunks))
             if step is None:
                 step = self._steps[len(chunks)] = self._record(len(chunks))
+            tokens = [c.request.tokens[c.start] for c in chunks]
+            self._write_first(self.last["token"], self.tokens, tokens)
             step()
+            self._lengths[: len(chunks)] += 1
             return Logits(self, wanting)
+        self._write(chunks, stops)
         self._mixed(chunks, stops, wanting)
         return Logits(self, list(range(len(wanting))))
 
@@ -93,25 +105,37 @@ class Runner:
         is read as token 0; nobody sees its result, and its key is overwritten by the next token."""
         return chunk.is_prompt and (chunk.stop - chunk.start) % self._qo_tile == 1
 
-    def _write(self, chunks: Sequence[Chunk], stops: list[int]) -> None:
-        """Tokens up to `stops` and the page table, to memory of the target."""
+    def _write_table(self, chunks: Sequence[Chunk]) -> None:
+        """The rows of the page table that have changed, to memory of the target."""
         memory = self.model.memory
-        ids: list[int] = []
-        position: list[int] = []
-        page: list[int] = []
-        for i, (chunk, stop) in enumerate(zip(chunks, stops, strict=True)):
+        for i, chunk in enumerate(chunks):
             pages = chunk.request.pages
-            ids += chunk.request.tokens[chunk.start : chunk.stop] + [0] * (stop - chunk.stop)
-            position += range(chunk.start, stop)
-            page += [pages[n // PAGE_SIZE] for n in range(chunk.start, stop)]
             if self._written[i] != pages:
                 self._written[i] = list(pages)
                 self.table[i, : len(pages)] = pages
                 memory.write(memory.rows(self.block_table, i, i + 1), self.table[i : i + 1])
+
+    def _write_first(self, array: Any, held: np.ndarray, values: list[int]) -> None:
+        """The first values of an array in memory of the target, where it holds other ones."""
+        if held[: len(values)].tolist() != values:
+            held[: len(values)] = values
+            memory = self.model.memory
+            memory.write(memory.rows(array, 0, len(values)), held[: len(values)])
+
+    def _write(self, chunks: Sequence[Chunk], stops: list[int]) -> None:
+        """Tokens up to `stops`, their positions, pages and slots, to memory of the target."""
+        memory = self.model.memory
+        ids: list[int] = []
+        position: list[int] = []
+        page: list[int] = []
+        for chunk, stop in zip(chunks, stops, strict=True):
+            pages = chunk.request.pages
+            ids += chunk.request.tokens[chunk.start : chunk.stop] + [0] * (stop - chunk.stop)
+            position += range(chunk.start, stop)
+            page += [pages[n // PAGE_SIZE] for n in range(chunk.start, stop)]
         packed = np.zeros((4, _aligned(len(ids))), np.int32)
         packed[:, : len(ids)] = ids, position, page, [n % PAGE_SIZE for n in position]
         memory.write(memory.rows(self.ints, 0, packed.size), packed.reshape(-1))
-        memory.write(memory.rows(self.kv_len, 0, len(stops)), np.array(stops, np.int32))
 
     def _rows(self, tokens: int, single: int) -> Rows:
         rows = self.model.memory.rows
@@ -176,9 +200,14 @@ class Runner:
             bounds.append(model.attention.bind(q, views[layer], out))
 
         b = self._rows(requests, self._single(requests))
-        model.forward(b, (self.cache.keys, self.cache.values), attend, do)
         last = {name: rows(self.last[name], 0, requests) for name in ("logits", "token")}
+        lengths, table = (rows(x, 0, requests) for x in (self.kv_len, self.block_table))
+        positions = positions_kernel(PAGE_SIZE, model.name)
+        do(positions, lengths, table, out=(b.position, b.page, b.slot))
+        b = replace(b, ids=last["token"])
+        model.forward(b, (self.cache.keys, self.cache.values), attend, do)
         model.finish({**b.a, **last}, b.single, do)
+        do(lengthen_kernel(model.name), lengths)
         return Step(bounds)
 
 

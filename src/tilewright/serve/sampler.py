@@ -69,7 +69,7 @@ def candidates(weights: np.ndarray, s: Sampling) -> np.ndarray | None:
 
 
 def _largest(weights: np.ndarray, count: int) -> np.ndarray:
-    """The indices of the `count` largest, the largest first, of equals the smallest index."""
+    """Indices of the `count` largest values, descending; ties go to the smaller index."""
     if count < len(weights):
         part = np.argpartition(-weights, count - 1)[:count]
     else:

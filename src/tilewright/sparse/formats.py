@@ -66,8 +66,7 @@ class Format:
         """Whether only entries are stored, no explicit zeros around them."""
         stored = [level.is_dense for level in self.levels]
         first = stored.index(False) if False in stored else 0
-        ragged = any(isinstance(level, Ragged) for level in self.levels)
-        return not ragged and not any(stored[first:])
+        return all(level.exact for level in self.levels) and not any(stored[first:])
 
     @property
     def repeats(self) -> bool:
@@ -346,13 +345,11 @@ def _check_levels(f: Format) -> None:
             continue
         if len(blocks) != 1 or 0 in blocks or kinds != [False, True]:
             raise bad(f"dimension {dim} must be whole, or once its quotient and once its remainder")
-    for above, level in zip((None, *f.levels), f.levels, strict=False):
-        if isinstance(level, Singleton) and not (
-            isinstance(above, Compressed) and above.chunk == -1
-        ):
-            raise bad("a singleton level needs compressed(chunk=-1) above it")
-    if any(isinstance(level, (Fixed, Ragged, Singleton)) for level in f.levels[:1]):
-        raise bad("the outermost level must be dense or compressed")
+    if not f.levels[0].outermost:
+        raise bad("the outermost level must be dense, compressed or a bitmap")
+    for depth, level in enumerate(f.levels[1:], 1):
+        if why := level.misfit(f.levels[:depth]):
+            raise bad(why)
 
 
 def csr() -> Format:
@@ -440,10 +437,7 @@ def bucket(width: int, *, split: bool = False) -> Format:
 
 
 def hyb(
-    col_parts: int = 1,
-    buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
-    *,
-    long_rows: str = "csr",
+    col_parts: int = 1, buckets: tuple[int, ...] = (1, 2, 4, 8, 16, 32), *, long_rows: str = "csr"
 ) -> Composed:
     """SparseTIR's hyb(c, k): columns in `col_parts` ranges; in each, a row goes to the first bucket
     that holds it. Rows longer than the last go to a CSR part, or, with `long_rows="split"`, are cut

@@ -18,7 +18,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError, FormatError
-from tilewright.ir.levels import coordinates, lists_rows, row_major
+from tilewright.ir.levels import Compressed, Parents, coordinates, lists_rows, row_major
 from tilewright.sparse import entries
 from tilewright.sparse.entries import Entries
 from tilewright.sparse.formats import Composed, Format, csr
@@ -76,6 +76,21 @@ class Structure:
         """The share of stored slots that hold no entry."""
         stored = sum(p.size for p in self.parts)
         return 1 - self.nnz / stored if stored else 0.0
+
+    def stored(self) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+        """The coordinates of what is stored, in row-major order and each once, and the positions
+        of their values in those of all parts, one part after the other."""
+        parts, base = [], 0
+        for p in self.parts:
+            arrays = _each(p.arrays, lambda a: entries.array_of(a, "structure"))
+            coords, at = coordinates(p.format.levels, arrays, p.counts, self.shape)
+            is_entry = np.zeros(p.size, bool)
+            is_entry[p.slots] = True
+            parts.append((*coords, at + base, is_entry[at]))
+            base += p.size
+        *coords, position, is_entry = (np.concatenate(c) for c in zip(*parts, strict=True))
+        order = row_major(coords, is_entry)
+        return tuple(c[order] for c in coords), position[order]
 
     def __repr__(self) -> str:
         return f"<structure {self._text()}, {self.index_dtype} coordinates>"
@@ -146,14 +161,8 @@ class Packed:
     def unpack(self) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         """Coordinates (one array a dimension) and values of what is stored, in row-major order;
         padding is left out, explicit zeros inside dense levels are not."""
-        parts = [
-            _unpack_part(p, entries.stored(v, self.dtype), self.shape)
-            for p, v in zip(self.structure.parts, self.values, strict=True)
-        ]
-        coords = [np.concatenate([c[d] for c, *_ in parts]) for d in range(len(self.shape))]
-        values = np.concatenate([v for _, v, _ in parts])
-        order = row_major(coords, np.concatenate([e for *_, e in parts]))
-        return tuple(c[order] for c in coords), values[order]
+        coords, at = self.structure.stored()
+        return coords, np.concatenate([entries.stored(v, self.dtype) for v in self.values])[at]
 
     def dense(self) -> np.ndarray:
         """The dense array, with `fill` where nothing is stored."""
@@ -246,9 +255,12 @@ def _pack(
     ]
     chosen = _index_type(index, max([matrix.nnz, *shape, *(n for p in parts for n in p.counts)]))
     parts = tuple(
-        replace(p, arrays=_each(p.arrays, lambda a: np.ascontiguousarray(a, chosen.numpy)))
+        replace(p, arrays=tuple(
+            {n: np.ascontiguousarray(a, (level.arrays[n] or chosen).numpy) for n, a in x.items()}
+            for level, x in zip(p.format.levels, p.arrays, strict=True)
+        ))
         for p in parts
-    )
+    )  # fmt: skip
     structure = Structure(fmt, shape, parts, matrix.nnz, chosen)
     arrays = tuple(_scatter(p, array, wanted, fill) for p in parts)
     return Packed(structure, arrays, wanted, float(fill))
@@ -293,13 +305,16 @@ def _pack_part(
     if resort is not None:
         keys, numbers = [k[resort] for k in keys], numbers[resort]
     q = np.zeros(len(numbers), np.int64)
-    parents, arrays, counts = 1, [], []
+    parents, arrays, counts, above = 1, [], [], {}
     for depth, (level, c) in enumerate(zip(fmt.levels, keys, strict=True)):
         extent = level.extent_of(shape)
-        _check_positions(fmt, parents * (extent if level.is_dense else getattr(level, "width", 1)))
-        built, q, parents = level.build(q, c.astype(np.int64, copy=False), parents, extent)
+        _check_positions(fmt, level.positions(parents, extent))
+        c = c.astype(np.int64, copy=False)
+        built, q, parents = level.build(q, c, Parents(parents, extent, above))
+        above = {**above, level.dim: c}
         if depth == 0 and roots is not None and lists_rows(level):
-            built, q, parents = _with_roots(built, q, np.unique(level.coordinate_of(roots)))
+            assert isinstance(level, Compressed)
+            built, q, parents = level.with_roots(built, q, np.unique(level.coordinate_of(roots)))
         arrays.append(built)
         counts.append(parents)
     _check_positions(fmt, parents)
@@ -307,30 +322,10 @@ def _pack_part(
     return Part(fmt, tuple(arrays), tuple(counts), numbers, q)
 
 
-def _with_roots(built: dict[str, np.ndarray], q: np.ndarray, roots: np.ndarray):
-    """The outermost level with all of `roots` stored, those without entries too."""
-    indices = built["indices"]
-    empty = np.setdiff1d(roots, indices)
-    indices = np.insert(indices, np.searchsorted(indices, empty), empty)
-    q = q + np.searchsorted(empty, built["indices"])[q]
-    return {"indptr": np.array([0, len(indices)]), "indices": indices}, q, len(indices)
-
-
 def _scatter(part: Part, values: np.ndarray, dtype: DType, fill: float) -> np.ndarray:
     out = np.full(part.size, entries.filling(fill, dtype), dtype.numpy)
     out[part.slots] = values[part.entries]
     return out
-
-
-def _unpack_part(
-    part: Part, values: np.ndarray, shape: tuple[int, ...]
-) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Coordinates and values of what a part stores, and which of them are entries."""
-    arrays = _each(part.arrays, lambda a: entries.array_of(a, "structure"))
-    coords, positions = coordinates(part.format.levels, arrays, part.counts, shape)
-    is_entry = np.zeros(part.size, bool)
-    is_entry[part.slots] = True
-    return coords, values[positions], is_entry[positions]
 
 
 def _each(

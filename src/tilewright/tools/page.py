@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,43 +16,9 @@ if TYPE_CHECKING:
 
 GENERATED = ("C++", "CUDA", "refused")
 
-_STYLE = """
-:root { color-scheme: light dark; --back: #fff; --text: #1d2733; --quiet: #5b6b7c; --line: #d8dee6;
-  --panel: #f6f8fa; --new: #d9f2df; --old: #fbe0dd; --accent: #0b62a8; }
-@media (prefers-color-scheme: dark) { :root { --back: #14181d; --text: #dde4ec; --quiet: #93a1b1;
-  --line: #2e3742; --panel: #1b2128; --new: #17402a; --old: #4a2326; --accent: #6db3f2; } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif;
-  display: grid; grid-template-columns: 17rem minmax(0, 1fr); }
-nav { position: sticky; top: 0; height: 100vh; overflow: auto; padding: 1rem;
-  border-right: 1px solid var(--line); background: var(--panel); font-size: 13px; }
-nav a { display: block; color: inherit; text-decoration: none; padding: .1rem 0;
-  overflow-wrap: anywhere }
-nav a:hover, nav a:focus { color: var(--accent); text-decoration: underline }
-nav small, summary small { color: var(--quiet) }
-main { padding: 1rem 1.5rem; min-width: 0 }
-h1 { font-size: 1.3rem } h2 { font-size: 1.05rem; margin: 1.5rem 0 .5rem }
-details { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0; overflow: hidden }
-summary { cursor: pointer; padding: .4rem .8rem; background: var(--panel); font-weight: 600 }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font: 12.5px/1.45 ui-monospace, monospace }
-td { vertical-align: top; white-space: pre; padding: 0 .6rem; width: 50% }
-td + td { border-left: 1px solid var(--line) }
-td.new { background: var(--new) } td.old { background: var(--old) }
-td.gap { color: var(--quiet); font-style: italic }
-pre { margin: 0; padding: .6rem .8rem; overflow-x: auto; font: 12.5px/1.45 ui-monospace, monospace }
-button { font: inherit; font-size: 13px; margin-right: .5rem }
-@media (max-width: 60rem) { body { display: block } nav { position: static; height: auto } }
-"""
+_STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
-_SCRIPT = """
-function all(open) { document.querySelectorAll("details").forEach(d => d.open = open) }
-function reveal() {
-  const d = document.getElementById(location.hash.slice(1));
-  if (d) d.open = true;
-}
-addEventListener("hashchange", reveal); reveal();
-"""
+_SCRIPT = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
 
 
 def html(title: str, programs: dict[str, list[Stage]]) -> str:

@@ -108,4 +108,4 @@ def _prepare(call: Call) -> Prepared:
     return Prepared(launch, lambda: run(address, 1), loaded.source, keep)
 
 
-FAMILY = Family("cpu", "cpu", rows, True, 0, lambda spec, n, pool: "", _prepare)
+FAMILY = Family("cpu", "cpu", rows, "request", 0, lambda spec, n, pool: "", _prepare)

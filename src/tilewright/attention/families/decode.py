@@ -173,4 +173,4 @@ def _check_alignment(values: dict[str, Any]) -> None:
             )
 
 
-FAMILY = Family("decode", "cuda", lambda spec: ROWS, True, CTAS_PER_SM, refuses, _prepare)
+FAMILY = Family("decode", "cuda", lambda spec: ROWS, "", CTAS_PER_SM, refuses, _prepare)

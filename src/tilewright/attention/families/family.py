@@ -51,7 +51,8 @@ class Family:
     """A family of kernels.
 
     `device`: cpu or cuda. `rows`: the packed rows (queries × group) of an item, as a function of
-    the spec. `splits`: whether items of one request are cut along its keys. `ctas_per_sm`: the CTAs
+    the spec. `splits`: items are cut along the keys by what the "request" alone says, or until the
+    "batch" fills the workers ("": never). `ctas_per_sm`: the CTAs
     of an SM where its plans are cuts of contiguous ranges (`ranges.py`), 0 where they are items.
     `refuses(spec, rows, pool)`: the reason why it cannot run a call, or "".
     `order(items, qo_indptr, workers)`: the order of a plan's items, as indices (None: longest
@@ -61,7 +62,7 @@ class Family:
     name: str
     device: str
     rows: Callable[[Spec], int]
-    splits: bool
+    splits: str
     ctas_per_sm: int
     refuses: Callable[[Spec, int, Pool | None], str]
     prepare: Callable[[Call], Prepared]

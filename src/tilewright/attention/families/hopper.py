@@ -6,7 +6,9 @@ the order of the plan."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,13 +28,42 @@ from tilewright.runtime.view import allocate, view
 from tilewright.toolchain import nvrtc
 
 ARCH = "sm_90a"
-THREADS, ROWS, KEYS = 384, 128, 128  # of a CTA; packed rows of an item, keys of a tile
-K_STAGES, V_STAGES = 2, 2  # tiles in shared memory
 MAX_TILES = 512  # of a segment: what the scheduler sorts at once
-HEAD_DIMS = (64, 128)
 MAX_GROUP = 64
 IN_PAGES, IN_ROWS, IN_ONE = 0, 1, 2  # where the keys of a request lie
 _TAIL = 4  # items of a CTA that are drawn in the order of their keys
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How a kernel divides its work: warpgroups that consume, 64 packed rows of an item each; keys
+    of a tile; tiles of Q, of K and of V in shared memory. With more
+    tiles of Q than one the next item's queries arrive early, and outputs pass through them."""
+
+    groups: int = 2
+    keys: int = 128
+    q: int = 2
+    k: int = 2
+    v: int = 2
+
+
+TILES = {  # by head_dim and head_dim_vo
+    (64, 64): Tiles(groups=3, keys=96),
+    (96, 96): Tiles(),
+    (128, 128): Tiles(),
+    (192, 128): Tiles(keys=96),
+    (256, 256): Tiles(keys=64, q=1),
+}
+
+
+def tiles_of(spec: Spec) -> Tiles:
+    return TILES[spec.head_dim, spec.head_dim_vo]
+
+
+def rows_of(spec: Spec) -> int:
+    """The most packed rows of an item: BM of prefill_hopper.cuh."""
+    tiles = TILES.get((spec.head_dim, spec.head_dim_vo), Tiles())
+    return tiles.groups * 64
 
 
 def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
@@ -40,16 +71,12 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
     del rows
     if spec.q != spec.kv or spec.kv not in (dtypes.float16, dtypes.bfloat16):
         return "q, k and v are not all float16 or all bfloat16"
-    if spec.head_dim not in HEAD_DIMS or spec.head_dim_vo != spec.head_dim:
-        return f"head_dim is none of {HEAD_DIMS}, the same for K and V"
+    if (spec.head_dim, spec.head_dim_vo) not in TILES:
+        return f"head_dim and head_dim_vo are none of {', '.join(map(str, TILES))}"
     if spec.group > MAX_GROUP:
         return f"{spec.group} query heads share a KV head, more than {MAX_GROUP}"
     if not spec.ascending:
         return "sm_scale is not positive"
-    if spec.traced.sink is not None:
-        return "the variant has a sink"
-    if spec.table.kv_base:
-        return "keys have positions of their own"
     if pool is None:
         return "the strides and the GPU are not known: plan with the cache, not with its table"
     arch = _arch(pool.device)
@@ -95,17 +122,30 @@ def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
 # ---------------------------------------------------------------------------- the kernel
 
 
+def loaders(spec: Spec, box: int) -> int:
+    """Warps that load K, and as many V: LOADERS of prefill_hopper.cuh."""
+    return 3 if box < 8 and tiles_of(spec).groups == 2 and spec.head_dim_vo <= 128 else 1
+
+
+def threads(spec: Spec, box: int) -> int:
+    """Threads of a CTA: THREADS of prefill_hopper.cuh."""
+    return ((2 * loaders(spec, box) + 2) // 4 + tiles_of(spec).groups) * 128
+
+
 def smem_bytes(spec: Spec) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of prefill_hopper.cuh."""
-    stages, slots = K_STAGES + V_STAGES, 2 * (12 + MAX_TILES) * 4
-    tiles, barriers = 2 + stages, 2 * stages + 9
-    return tiles * ROWS * spec.head_dim * 2 + slots + barriers * 8 + 1024
+    tiles = tiles_of(spec)
+    k, v = (-(-n // 64) * 128 for n in (spec.head_dim, spec.head_dim_vo))  # bytes of a row
+    rows = tiles.q * rows_of(spec) * k + tiles.keys * (tiles.k * k + tiles.v * v)
+    rows += rows_of(spec) * 128 * (tiles.q == 1)  # outputs on their way
+    barriers = 2 * tiles.k + 3 * tiles.v + 2 * tiles.q + 4
+    return rows + 2 * (18 + MAX_TILES) * 4 + barriers * 8 + 1024
 
 
 @functools.lru_cache(256)
 def params_struct(spec: Spec) -> Struct:
     """The parameters of the kernel: the tensor maps first, a multiple of 64 bytes in all."""
-    maps = tuple((f"{name}_map", "uint64[16]") for name in "qkv")
+    maps = tuple((f"{name}_map", "uint64[16]") for name in "qkvo")
     work: tuple[tuple[str, ...], ...] = (
         ("items", "ptr", "const Item*"), ("counter", "ptr", "int32_t*"),
         ("cycles", "ptr", "int64_t*"), ("item_count", "int32"), ("page_shift", "int32"),
@@ -123,22 +163,25 @@ def keys_lie(spec: Spec) -> int:
 
 
 def box_keys(spec: Spec, page_size: int) -> int:
-    """Keys of a TMA box: a page, or a tile where pages are larger or keys lie in a row."""
-    return min(page_size, KEYS) if keys_lie(spec) == IN_PAGES else KEYS
+    """Keys of a TMA box: a tile, or as much of one as a page holds."""
+    keys = tiles_of(spec).keys
+    return math.gcd(page_size, keys) if keys_lie(spec) == IN_PAGES else keys
 
 
-def source(spec: Spec, box: int) -> str:
-    """The CUDA C++ of one kernel; `box`: keys of a TMA box."""
+def source(spec: Spec, box: int, chunked: bool = False) -> str:
+    """The CUDA C++ of one kernel; `box`: keys of a TMA box; `chunked`: items may be chunks."""
+    tiles = tiles_of(spec)
     numbers = {
-        "D": spec.head_dim, "G": spec.group, "BOX": box, "IN_PAGES": IN_PAGES, "IN_ROWS": IN_ROWS,
-        "KEYS_LIE": keys_lie(spec), "K_STAGES": K_STAGES, "V_STAGES": V_STAGES,
-        "MAX_TILES": MAX_TILES, "MAX_KEYS": MAX_KEYS,
-        "TRIVIAL_LOGITS": int(isinstance(spec.traced.logits, Var)),
+        "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BN": tiles.keys, "BOX": box,
+        "CONSUMERS": tiles.groups,
+        "IN_PAGES": IN_PAGES, "IN_ROWS": IN_ROWS, "KEYS_LIE": keys_lie(spec), "Q_TILES": tiles.q,
+        "K_STAGES": tiles.k, "V_STAGES": tiles.v, "MAX_TILES": MAX_TILES, "MAX_KEYS": MAX_KEYS,
+        "TRIVIAL_LOGITS": int(isinstance(spec.traced.logits, Var)), "CHUNKED": int(chunked),
     }  # fmt: skip
     return "\n".join(
         (
             "// generated by Tilewright",
-            *(f'#include "{name}"' for name in ("gpu.cuh", "mma.cuh", "hopper.cuh")),
+            *(f'#include "{name}"' for name in ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh")),
             "#define TW_METHOD __device__ __forceinline__",
             render.CUDA_AT,
             "namespace attention {",
@@ -158,38 +201,44 @@ def source(spec: Spec, box: int) -> str:
     )
 
 
-def compile_cuda(spec: Spec, box: int, flags: Sequence[str] = ()) -> nvrtc.Cubin:
+def compile_cuda(
+    spec: Spec, box: int, chunked: bool = False, flags: Sequence[str] = ()
+) -> nvrtc.Cubin:
     """The cubin of one kernel. Raises BuildError."""
-    text, headers = source(spec, box), cuda_headers()
+    text, headers = source(spec, box, chunked), cuda_headers()
     return nvrtc.compile_cuda(text, arch=ARCH, name="attention", headers=headers, flags=flags)
 
 
 @functools.lru_cache(256)
-def kernel(spec: Spec, box: int, ordinal: int) -> Any:
+def kernel(spec: Spec, box: int, chunked: bool, ordinal: int) -> Any:
     """The loaded function on one GPU. Raises BuildError[B101, B102, B104]."""
     from tilewright.runtime import cuda
 
-    return cuda.Module(compile_cuda(spec, box).image, ordinal).function("stage0")
+    return cuda.Module(compile_cuda(spec, box, chunked).image, ordinal).function("stage0")
 
 
 def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]]:
-    """The tensor maps of q, k and v as the parameters hold them."""
+    """The tensor maps of q, k, v and o as the parameters hold them."""
     from tilewright.runtime.tensor_map import tensor_map
 
+    words = {f"{name}_map": [0] * 16 for name in "qkvo"}
     if not tokens:  # nothing is launched, and there are no maps of empty arrays
-        return dict.fromkeys(("q_map", "k_map", "v_map"), [0] * 16)
-    group, dim, kv_heads = spec.group, spec.head_dim, values["kv_heads"]
-    shape, box = (dim, values["qo_heads"], tokens), (64, group, ROWS // group)
-    words = {
-        "q_map": tensor_map(values["q"], spec.q, shape, (values["q_head"], values["q_token"]), box)
-    }
-    for name in "kv":
+        return words
+    group, heads, kv_heads = spec.group, values["qo_heads"], values["kv_heads"]
+    shape, strides = (spec.head_dim, heads, tokens), (values["q_head"], values["q_token"])
+    box = (64, group, rows_of(spec) // group)
+    words["q_map"] = tensor_map(values["q"], spec.q, shape, strides, box)
+    if spec.o == spec.q and 16 % group == 0:  # the 16 rows of a warp are whole queries
+        dim = spec.head_dim_vo
+        strides, box = (dim, heads * dim), (64, group, 16 // group)
+        words["o_map"] = tensor_map(values["o"], spec.o, (dim, heads, tokens), strides, box)
+    for name, dim in (("k", spec.head_dim), ("v", spec.head_dim_vo)):
         page, slot, head = (values[f"{name}_{n}"] for n in ("page", "slot", "head"))
         rows, pages = values["page_size"], values["pages"]
         if keys_lie(spec) == IN_ROWS:
             rows, pages, slot, page = pages, 1, page, 8
-        shape = (dim, rows, kv_heads, pages)
         box = (64, box_keys(spec, values["page_size"]), 1, 1)
+        shape = (dim, rows, kv_heads, pages)
         words[f"{name}_map"] = tensor_map(values[name], spec.kv, shape, (slot, head, page), box)
     return words
 
@@ -201,22 +250,27 @@ def _prepare(call: Call) -> Prepared:
     assert isinstance(plan, Plan)  # a workspace is of the decode family
     _check_alignment(values)
     indptr, items = plan.on_device(ordinal)
-    counter = allocate(call.like, (1,), dtypes.int32)
-    cuda.clear(view(counter))
+    counters = allocate(call.like, (1 + 4 * tiles_of(spec).groups * plan.counters,), dtypes.int32)
+    cuda.clear(view(counters))
+    floats = plan.slots * rows_of(spec) * (spec.head_dim_vo + 8)
+    partials = allocate(call.like, (floats,), dtypes.float32)
     box, struct = box_keys(spec, values["page_size"]), params_struct(spec)
     padding = {f.name: [0] * f.count for f in struct.fields if f.name == "padding"}
+    first = view(counters).pointer
     block = struct.pack(
         **values, **maps(spec, values, plan.tokens), **padding, qo_indptr=indptr.pointer,
-        items=items.pointer, item_count=len(plan.items), counter=view(counter).pointer,
-        page_shift=values["page_size"].bit_length() - 1, cycles=0, partials=0, counters=0,
+        items=items.pointer, item_count=len(plan.items), counter=first, counters=first + 4,
+        page_shift=values["page_size"].bit_length() - 1, cycles=0, partials=view(partials).pointer,
     )  # fmt: skip
-    grid = (min(len(plan.items), cuda.device(ordinal).sms), 1, 1)
-    launch = kernel(spec, box, ordinal).prepare(grid, (THREADS, 1, 1), smem_bytes(spec), block)
+    grid, chunked = (min(len(plan.items), cuda.device(ordinal).sms), 1, 1), plan.slots > 0
+    function = kernel(spec, box, chunked, ordinal)
+    launch = function.prepare(grid, (threads(spec, box), 1, 1), smem_bytes(spec), block)
 
     def run() -> None:
         launch.run(cuda.current_stream(ordinal))
 
-    return Prepared(launch, run, source(spec, box), (indptr, items, counter, block))
+    keep = (indptr, items, counters, partials, block)
+    return Prepared(launch, run, source(spec, box, chunked), keep)
 
 
 def _check_alignment(values: dict[str, Any]) -> None:
@@ -231,4 +285,4 @@ def _check_alignment(values: dict[str, Any]) -> None:
             )
 
 
-FAMILY = Family("hopper", "cuda", lambda spec: ROWS, False, 0, refuses, _prepare, order)
+FAMILY = Family("hopper", "cuda", rows_of, "batch", 0, refuses, _prepare, order)

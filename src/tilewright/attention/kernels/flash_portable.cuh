@@ -191,5 +191,7 @@ TW_INLINE void body(const Params& p, int64_t unit, int thread, char* smem) {
 
 extern "C" __global__ void __launch_bounds__(flash::THREADS, 2) stage0(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) char smem[];
+  tw::wait_for_previous_launch();
+  tw::start_next_launch();
   flash::body(p, blockIdx.x, threadIdx.x, smem);
 }

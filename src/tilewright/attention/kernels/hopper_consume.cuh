@@ -2,12 +2,15 @@
 
 namespace attention {
 
-struct Queries {  // of an item, where its outputs go
-  int token, tokens, head;
+struct Rows {  // of one thread, two rows: maxima (times `factor`; see raise), sums of this thread's columns
+  float base[2], sum[2];
 };
-struct Rows {  // of one thread, two rows: maxima (of scores before `factor`), sums of this thread's columns
-  float row_max[2], row_sum[2];
-};
+// x, of which what depends on it is computed here, not in front of the loops, where it would hold registers.
+TW_INLINE int here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+TW_INLINE float finite(float base) { return base == lowest() ? 0.0f : base; }
 
 struct Consumer {
   const Params& p;
@@ -18,22 +21,19 @@ struct Consumer {
   float factor;              // exp2 of factor · (score − row maximum) is a weight
 
   TW_INLINE void issue_scores(float (&s)[BN / 2], int buffer, int stage) const {
-    const uint64_t queries = q + buffer * (TILE_BYTES / 16);
-    const uint64_t keys = k + stage * (TILE_BYTES / 16);
+    const uint64_t queries = q + buffer * (Q_BYTES / 16), keys = k + stage * (K_BYTES / 16);
     tw::wgmma<Kind, BN, false, false>::of(s, queries, keys);
 #pragma unroll
-    for (int i = 1; i < D / 16; ++i)
-      tw::wgmma<Kind, BN, true, false>::of(s, queries + i / 4 * (BLOCK_BYTES / 16) + i % 4 * 2, keys + i / 4 * (BLOCK_BYTES / 16) + i % 4 * 2);
+    for (int i = 1; i < DK / 16; ++i)
+      tw::wgmma<Kind, BN, true, false>::of(s, queries + i / 4 * (Q_BLOCK / 16) + i % 4 * 2, keys + i / 4 * (KV_BLOCK / 16) + i % 4 * 2);
     tw::wgmma_commit();
   }
-  TW_INLINE void issue_outputs(float (&o)[D / 2], const uint32_t (&weights)[BN / 4], int stage) const {
-    const uint64_t values = v + stage * (TILE_BYTES / 16);
+  TW_INLINE void issue_outputs(float (&o)[DV / 2], const uint32_t (&weights)[BN / 4], int stage) const {
+    const uint64_t values = v + stage * (V_BYTES / 16);
 #pragma unroll
-    for (int i = 0; i < BN / 16; ++i) tw::wgmma<Kind, D, true, true>::of(o, weights + i * 4, values + i * 128);
+    for (int i = 0; i < BN / 16; ++i) tw::wgmma<Kind, DV, true, true>::of(o, weights + i * 4, values + i * 128);
     tw::wgmma_commit();
   }
-  TW_INLINE void my_turn() const { tw::bar_sync(PING + group, 256); }
-  TW_INLINE void your_turn() const { tw::arrive_at(PING + 1 - group, 256); }
 
   // Scores as the variant has them, times log2 e; −inf where the mask refuses.
   TW_INLINE void apply(const Slot& item, int tile, float (&s)[BN / 2]) const {
@@ -46,92 +46,113 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = s[j * 4 + half * 2 + i];
-          at.kv = at.key = tile * BN + j * 8 + lane % 4 * 2 + i;
+          at.key = tile * BN + j * 8 + lane % 4 * 2 + i;
+          at.kv = item.position(at.key);
           if (!TRIVIAL_LOGITS) x = variant.logits(x * p.sm_scale, at) * LOG2E;
-          x = at.kv < item.length && variant.mask(at) ? x : lowest();
+          x = at.key < item.length && variant.mask(at) ? x : lowest();
         }
     }
   }
-  // Scores become weights; `rescale`: what the sums so far are worth under the new maxima.
-  TW_INLINE bool weigh(float (&s)[BN / 2], Rows& rows, float (&rescale)[2]) const {
-    bool changed = false;
+  // New maxima: each stays as it is until a score exceeds it by SLACK (log2), so most tiles leave the outputs
+  // alone; weights up to 2^SLACK are exact enough, and the division at the end takes any maximum out again.
+  // Returns whether one of this warp grew.
+  TW_INLINE bool raise(const float (&s)[BN / 2], Rows& rows) const {
+    bool grew = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float largest = rows.row_max[half];
+      float largest = fmaxf(s[half * 2], s[half * 2 + 1]);
 #pragma unroll
-      for (int j = 0; j < BN / 8; ++j) largest = fmaxf(largest, fmaxf(s[j * 4 + half * 2], s[j * 4 + half * 2 + 1]));
+      for (int j = 1; j < BN / 8; ++j) largest = fmaxf(largest, fmaxf(s[j * 4 + half * 2], s[j * 4 + half * 2 + 1]));
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-      const float base = largest == lowest() ? 0.0f : largest * factor;
-      rescale[half] = tw::exp2(rows.row_max[half] * factor - base);
-      changed |= rows.row_max[half] != largest;
-      rows.row_max[half] = largest;
-      float sum = rows.row_sum[half] * rescale[half];
-#pragma unroll
-      for (int j = 0; j < BN / 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[j * 4 + half * 2 + i];
-          x = tw::exp2(x * factor - base);
-          sum += x;
-        }
-      rows.row_sum[half] = sum;
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)) * factor;
+      const bool grows = largest > rows.base[half] + SLACK;
+      rows.base[half] = grows ? largest : rows.base[half];
+      grew |= grows;
     }
-    return changed;
+    return __any_sync(0xffffffffu, grew);
+  }
+  // Scores become weights, those of keys 8 · From … 8 · To; `sum` of them.
+  template <int From, int To>
+  TW_INLINE void weigh(float (&s)[BN / 2], const Rows& rows, float (&sum)[2]) const {
+    const float base[2] = {finite(rows.base[0]), finite(rows.base[1])};
+#pragma unroll
+    for (int i = From * 4; i < To * 4; ++i) {
+      s[i] = tw::exp2(s[i] * factor - base[i / 2 & 1]);
+      sum[i / 2 & 1] += s[i];
+    }
   }
   TW_INLINE void pack(uint32_t (&weights)[BN / 4], const float (&s)[BN / 2]) const {
 #pragma unroll
     for (int i = 0; i < BN / 4; ++i) weights[i] = tw::pack<Kind>(s[2 * i], s[2 * i + 1]);
   }
-  TW_INLINE void scale(float (&o)[D / 2], const float (&rescale)[2]) const {
+  // The sums so far, under the maxima of `rows` instead of `old` ones.
+  TW_INLINE void rescale(float (&o)[DV / 2], Rows& rows, const Rows& old) const {
+    const float factors[2] = {tw::exp2(old.base[0] - finite(rows.base[0])), tw::exp2(old.base[1] - finite(rows.base[1]))};
+    rows.sum[0] *= factors[0];
+    rows.sum[1] *= factors[1];
 #pragma unroll
-    for (int i = 0; i < D / 2; ++i) o[i] *= rescale[i / 2 & 1];
+    for (int i = 0; i < DV / 2; ++i) o[i] *= factors[i / 2 & 1];
   }
 
-  // Starts the scores of tile `done` and the outputs of the tile before it.
-  TW_INLINE void issue(int done, int buffer, float (&s)[BN / 2], float (&o)[D / 2], uint32_t (&weights)[BN / 4]) const {
-    const int keys = done % K_STAGES, values = done % V_STAGES;  // V's ring starts with a tile of zeros (load_values)
-    tw::barrier_wait(shared.barrier(K_FULL + keys), done / K_STAGES & 1);
-    tw::barrier_wait(shared.barrier(V_FULL + values), done / V_STAGES & 1);
-    my_turn();
-    tw::tie(weights);
-    tw::tie(o);
-    tw::wgmma_fence();
-    issue_scores(s, buffer, keys);
-    issue_outputs(o, weights, values);
-    your_turn();
+  // Whether K of tile `done` and V of the tile before it have arrived; asked early, the answer costs nothing.
+  TW_INLINE bool has_arrived(int done) const {
+    return tw::barrier_test(shared.barrier(K_FULL + done % K_STAGES), done / K_STAGES & 1) &
+           tw::barrier_test(shared.barrier(V_FULL + done % V_STAGES), done / V_STAGES & 1);
+  }
+  // Waits for both. V's ring starts with a tile of zeros (load_values), so it is one ahead.
+  TW_INLINE void arrive(int done) const {
+    tw::barrier_wait(shared.barrier(K_FULL + done % K_STAGES), done / K_STAGES & 1);
+    tw::barrier_wait(shared.barrier(V_FULL + done % V_STAGES), done / V_STAGES & 1);
   }
 
   // A tile that is not the first: its scores and weights, and the outputs of the tile before. `Applies`:
   // with the variant's logits and mask; they may have branches, so nothing is under way meanwhile.
+  // `last` of the item: its queries are not read any more. Some exponentials come behind the wait for P·V: they hide what the registers of the weights must wait for.
   template <bool Applies>
-  TW_INLINE void step(const Slot& item, int tile, int done, int buffer, float (&o)[D / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
-    float s[BN / 2], rescale[2];
-    issue(done, buffer, s, o, weights);
+  TW_INLINE void step(const Slot& item, int tile, int done, int buffer, bool last, bool& arrived, float (&o)[DV / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
+    constexpr int EARLY = BN / 16;
+    float s[BN / 2], sum[2] = {};
+    const Rows old = rows;
+    if (!arrived) arrive(done);
+    tw::tie(weights);
+    tw::tie(o);
+    tw::wgmma_fence();
+    issue_scores(s, buffer, done % K_STAGES);
+    issue_outputs(o, weights, done % V_STAGES);
     tw::wgmma_wait<Applies ? 0 : 1>();
     tw::tie(s);
     if (Applies) apply(item, tile, s);
-    const bool changed = weigh(s, rows, rescale);
-    tw::barrier_arrive_after(shared.barrier(K_EMPTY + done % K_STAGES), lane == 0, rows.row_sum[0] + rows.row_sum[1]);
+    const bool grew = raise(s, rows);
+    weigh<0, EARLY>(s, rows, sum);
+    tw::barrier_arrive_after(shared.barrier(K_EMPTY + done % K_STAGES), lane == 0, sum[0] + sum[1]);
+    if (!STAGED) tw::barrier_arrive_after(shared.barrier(Q_EMPTY + buffer), lane == 0 && last, sum[0] + sum[1]);
     tw::wgmma_wait<0>();
     tw::tie(o);
     release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
-    if (__any_sync(0xffffffffu, changed)) scale(o, rescale);
+    arrived = has_arrived(done + 1);
+    weigh<EARLY, BN / 8>(s, rows, sum);
     pack(weights, s);
+    if (grew) rescale(o, rows, old);
+    rows.sum[0] += sum[0];
+    rows.sum[1] += sum[1];
   }
 
-  // The first tile of a segment: its scores, and the outputs of the tile before, maybe of another item.
-  TW_INLINE void join(int done, int buffer, float (&s)[BN / 2], float (&o)[D / 2], uint32_t (&weights)[BN / 4]) const {
-    issue(done, buffer, s, o, weights);
-    tw::wgmma_wait<0>();
-    tw::tie(s);
+  // The first tile of a segment: starts its scores, behind the outputs of the tile before, maybe of another
+  // item, which are there when this returns. Those of the scores are not.
+  TW_INLINE void join(int done, int buffer, float (&s)[BN / 2], float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
+    arrive(done);
+    tw::tie(weights);
     tw::tie(o);
-    release(shared.barrier(K_EMPTY + done % K_STAGES), lane);
+    tw::wgmma_fence();
+    issue_outputs(o, weights, done % V_STAGES);
+    issue_scores(s, buffer, done % K_STAGES);
+    tw::wgmma_wait<1>();
+    tw::tie(o);
     release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
   }
 
   // The outputs of the last tile.
-  TW_INLINE void drain(int done, float (&o)[D / 2], uint32_t (&weights)[BN / 4]) const {
+  TW_INLINE void drain(int done, float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
     tw::barrier_wait(shared.barrier(V_FULL + done % V_STAGES), done / V_STAGES & 1);
     tw::tie(weights);
     tw::tie(o);
@@ -141,61 +162,131 @@ struct Consumer {
     tw::tie(o);
   }
 
+  // Leaves a chunk's part of this warp's rows in memory. The last warp to come merges all, in the order of
+  // the chunks, into `o` and `rows`, and only it is told so.
+  TW_INLINE bool merge(const Work& item, float (&o)[DV / 2], Rows& rows) const {
+    constexpr int WARPS = 4 * CONSUMERS, FLOATS = 32 * (DV / 2 + 4);  // of a warp: four for each lane in turn
+    const int number = group * 4 + warp, lane = here(this->lane);
+    float* parts = p.partials + (static_cast<int64_t>(item.slot) * WARPS + number) * FLOATS + lane * 4;
+    float4* mine = reinterpret_cast<float4*>(parts + static_cast<int64_t>(item.chunk) * WARPS * FLOATS);
+#pragma unroll
+    for (int i = 0; i < DV / 8; ++i) mine[i * 32] = make_float4(o[i * 4], o[i * 4 + 1], o[i * 4 + 2], o[i * 4 + 3]);
+    mine[DV / 8 * 32] = make_float4(rows.base[0], rows.base[1], rows.sum[0], rows.sum[1]);
+    __threadfence();
+    __syncwarp();
+    int before = 0;
+    if (lane == 0) before = tw::arrive(p.counters + item.counter * WARPS + number);
+    if (__shfl_sync(0xffffffffu, before, 0) != item.chunks - 1) return false;
+    if (lane == 0) p.counters[item.counter * WARPS + number] = 0;
+    __threadfence();
+    rows = Rows{{lowest(), lowest()}, {0.0f, 0.0f}};
+#pragma unroll
+    for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
+#pragma unroll 1
+    for (int chunk = 0; chunk < item.chunks; ++chunk) {
+      const float4* part = reinterpret_cast<const float4*>(parts + static_cast<int64_t>(chunk) * WARPS * FLOATS);
+      const float4 r = __ldcg(part + DV / 8 * 32);
+      const Rows old = rows;
+      rows.base[0] = fmaxf(old.base[0], r.x);
+      rows.base[1] = fmaxf(old.base[1], r.y);
+      rescale(o, rows, old);
+      const float factors[2] = {tw::exp2(r.x - finite(rows.base[0])), tw::exp2(r.y - finite(rows.base[1]))};
+      rows.sum[0] += r.z * factors[0];
+      rows.sum[1] += r.w * factors[1];
+#pragma unroll
+      for (int i = 0; i < DV / 8; ++i) {
+        const float4 x = __ldcg(part + i * 32);
+        o[i * 4] += x.x * factors[0];
+        o[i * 4 + 1] += x.y * factors[0];
+        o[i * 4 + 2] += x.z * factors[1];
+        o[i * 4 + 3] += x.w * factors[1];
+      }
+    }
+    return true;
+  }
+
+  // 64 columns of this warp's 16 rows to shared memory, as TMA has them.
+  TW_INLINE void stage(int at, int block, const float (&o)[DV / 2], int lane) const {
+    const int row = lane & 15;
+#pragma unroll
+    for (int j = 0; j < 8 && block * 8 + j < DV / 8; j += 2) {
+      const float* x = o + (block * 8 + j) * 4;
+      tw::store_matrices(shared.base + at + row * 128 + ((j + (lane >> 4) ^ (row & 7)) << 4), tw::pack<Kind>(x[0], x[1]), tw::pack<Kind>(x[2], x[3]),
+                         tw::pack<Kind>(x[4], x[5]), tw::pack<Kind>(x[6], x[7]));
+    }
+  }
+  // And from there to memory, the rows that the item has.
+  TW_INLINE void copy(const Work& item, int at, int block, int lane) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = i * 4 + lane / 8, packed = group * 64 + warp * 16 + r, column = block * 64 + lane % 8 * 8;
+      const uint4 x = *reinterpret_cast<const uint4*>(shared.memory + at + r * 128 + ((lane % 8 ^ (r & 7)) << 4));
+      if (packed < item.tokens * G && column < DV)
+        *reinterpret_cast<uint4*>(p.o + (static_cast<int64_t>(item.token + packed / G) * p.qo_heads + item.head * G + packed % G) * DV + column) = x;
+    }
+  }
+
   // Outputs divided by the sums, and lse; a row that sees nothing has o = 0 and lse = −inf.
-  TW_INLINE void write(const Queries& item, int buffer, float (&o)[D / 2], const Rows& rows) const {
-    const int first = group * 64 + warp * 16;  // packed row of this warp
-    float scale[2];
+  TW_INLINE void write(const Work& item, int buffer, float (&o)[DV / 2], Rows& rows) const {
+    if (CHUNKED && item.chunks > 1 && !merge(item, o, rows)) return;
+    const int first = group * 64 + warp * 16, lane = here(this->lane);  // packed row of this warp
+    float scale[2], lse[2];
+    int64_t at[2];  // rows of the outputs
+    bool exists[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float sum = rows.row_sum[half];
+      const int row = first + half * 8 + lane / 4;
+      float sum = rows.sum[half], keep = 1.0f, largest = rows.base[half] / LOG2E;
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      scale[half] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
-      const int row = first + half * 8 + lane / 4;
-      if (lane % 4 == 0 && row < item.tokens * G)
-        p.lse[static_cast<int64_t>(item.token + row / G) * p.qo_heads + item.head * G + row % G] =
-            sum == 0.0f ? lowest() : (rows.row_max[half] * factor + log2f(sum)) / LOG2E;
+      if constexpr (Variant::SINK) keep = tw::add_sink(variant.sink(at_of(item, row, 0)), largest, sum);
+      scale[half] = sum == 0.0f ? 0.0f : __fdividef(keep, sum);
+      exists[half] = row < item.tokens * G;
+      at[half] = static_cast<int64_t>(item.token + row / G) * p.qo_heads + item.head * G + row % G;
+      lse[half] = sum == 0.0f ? lowest() : largest + log2f(sum) / LOG2E;
     }
-    if constexpr (sizeof(Out) == 4) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first + half * 8 + lane / 4;
-        Out* to = p.o + (static_cast<int64_t>(item.token + row / G) * p.qo_heads + item.head * G + row % G) * D + lane % 4 * 2;
-        if (row < item.tokens * G)
+    for (int i = 0; i < DV / 2; ++i) o[i] *= scale[i / 2 & 1];
+    if constexpr (STAGED) {
+      const int tile = Q_AT + buffer * Q_BYTES + first * 128;
 #pragma unroll
-          for (int j = 0; j < D / 8; ++j)
-            *reinterpret_cast<float2*>(to + j * 8) = make_float2(o[j * 4 + half * 2] * scale[half], o[j * 4 + half * 2 + 1] * scale[half]);
+      for (int block = 0; block < V_BLOCKS; ++block) stage(tile + block * Q_BLOCK, block, o, lane);
+      tw::fence_async();
+      __syncwarp();
+      if (16 % G == 0 && first + 16 <= item.tokens * G) {
+        if (tw::elect())
+#pragma unroll
+          for (int block = 0; block < V_BLOCKS; ++block)
+            tw::store_box(&p.o_map, shared.base + tile + block * Q_BLOCK, block * 64, item.head * G, item.token + first / G);
+      } else {
+#pragma unroll 1
+        for (int block = 0; block < V_BLOCKS; ++block) copy(item, tile + block * Q_BLOCK, block, lane);
+        tw::fence_async();
+      }
+    } else if constexpr (sizeof(Out) == 2) {
+      const int tile = STAGE_AT + (group * 4 + warp) * 16 * 128;
+#pragma unroll
+      for (int block = 0; block < V_BLOCKS; ++block) {
+        stage(tile, block, o, lane);
+        __syncwarp();
+        copy(item, tile, block, lane);
+        __syncwarp();
       }
     } else {
-      // Through the item's tile of Q, 16 rows of this warp, 16-byte chunk c of row r at c XOR (r mod 8).
-      constexpr int CHUNKS = D / 8;
-      const uint32_t base = shared.base + Q_AT + buffer * TILE_BYTES + first * D * 2;
-      const int row = lane & 15;
 #pragma unroll
-      for (int j = 0; j < D / 8; j += 2) {
-        const int chunk = j + (lane >> 4);
-        const uint32_t to = base + row * D * 2 + ((chunk ^ (row & 7)) << 4);
-        tw::store_matrices(to, tw::pack<Kind>(o[j * 4] * scale[0], o[j * 4 + 1] * scale[0]), tw::pack<Kind>(o[j * 4 + 2] * scale[1], o[j * 4 + 3] * scale[1]),
-                           tw::pack<Kind>(o[j * 4 + 4] * scale[0], o[j * 4 + 5] * scale[0]), tw::pack<Kind>(o[j * 4 + 6] * scale[1], o[j * 4 + 7] * scale[1]));
-      }
-      __syncwarp();
-      const char* rows_at = shared.memory + Q_AT + buffer * TILE_BYTES + first * D * 2;
-      constexpr int EACH = 16 * CHUNKS / 32;  // chunks of a lane
-      uint4 x[EACH];
+      for (int half = 0; half < 2; ++half)
+        if (exists[half])
 #pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        const int r = i * (32 / CHUNKS) + lane / CHUNKS;
-        x[i] = *reinterpret_cast<const uint4*>(rows_at + r * D * 2 + ((lane % CHUNKS ^ (r & 7)) << 4));
-      }
-      // TMA writes here next. Before the stores to global memory, or the fence would wait for them.
-      tw::fence_async();
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        const int packed = first + i * (32 / CHUNKS) + lane / CHUNKS;
-        if (packed < item.tokens * G)
-          *reinterpret_cast<uint4*>(p.o + (static_cast<int64_t>(item.token + packed / G) * p.qo_heads + item.head * G + packed % G) * D + lane % CHUNKS * 8) = x[i];
-      }
+          for (int j = 0; j < DV / 8; ++j)
+            *reinterpret_cast<float2*>(p.o + at[half] * DV + lane % 4 * 2 + j * 8) = make_float2(o[j * 4 + half * 2], o[j * 4 + half * 2 + 1]);
     }
+#pragma unroll
+    for (int half = 0; half < 2; ++half)  // behind the fence, which would wait for it
+      if (lane % 4 == 0 && exists[half]) p.lse[at[half]] = lse[half];
+  }
+  // The item's tile of Q is free: its outputs, if they passed through it, have been read.
+  TW_INLINE void free_queries(int buffer) const {
+    if (STAGED) tw::stores_read();
     release(shared.barrier(Q_EMPTY + buffer), lane);
   }
 };
@@ -204,44 +295,54 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   Consumer consumer{p, variant, shared, group, warp, lane,
                     tw::wgmma_descriptor(shared.base + Q_AT + group * 64 * 128, 0, 1024),
                     tw::wgmma_descriptor(shared.base + K_AT, 0, 1024),
-                    tw::wgmma_descriptor(shared.base + V_AT, BLOCK_BYTES, 1024), TRIVIAL_LOGITS ? p.sm_scale * LOG2E : 1.0f};
-  if (group == 1) consumer.your_turn();
+                    tw::wgmma_descriptor(shared.base + V_AT, KV_BLOCK, 1024), TRIVIAL_LOGITS ? p.sm_scale * LOG2E : 1.0f};
   int done = 0, items = 0;  // tiles, and the item: 0 is an empty one
-  float o[D / 2] = {};
+  float o[DV / 2] = {};
   uint32_t weights[BN / 4] = {};  // of the tile of zeros
   Rows rows{};
-  Queries current{0, 0, 0};
+  Work current{};
+  if (!STAGED) consumer.free_queries(0);
   for (int n = 0;; ++n) {
     const Slot& item = next_item(shared, n);
     if (item.tokens < 0) break;
-    const int tiles = item.partial + item.full;
-    float s[BN / 2], rescale[2];
+    const int tiles = item.partial + item.full, applied = TRIVIAL_LOGITS ? item.partial : tiles;  // tiles that the variant is applied to
+    float s[BN / 2], sum[2] = {};
     if (item.begins) {
-      tw::barrier_wait(shared.barrier(Q_FULL + (items + 1 & 1)), items >> 1 & 1);
+      tw::barrier_wait(shared.barrier(Q_FULL + (items + 1) % Q_TILES), items / Q_TILES & 1);
       ++items;
     }
-    const int buffer = items & 1;
+    const int buffer = items % Q_TILES, previous = (items + Q_TILES - 1) % Q_TILES;
     consumer.join(done, buffer, s, o, weights);
     if (item.begins) {
-      consumer.write(current, buffer ^ 1, o, rows);
-      current = Queries{item.token, item.tokens, item.head};
+      consumer.write(current, previous, o, rows);
+      current = item;
       rows = Rows{{lowest(), lowest()}, {0.0f, 0.0f}};
 #pragma unroll
-      for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
+      for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
     }
-    const int applied = TRIVIAL_LOGITS ? item.partial : tiles;  // tiles that the variant is applied to
+    tw::wgmma_wait<0>();
+    tw::tie(s);
+    release(shared.barrier(K_EMPTY + done % K_STAGES), lane);
     if (applied) consumer.apply(item, tile_at(item, 0), s);
-    consumer.weigh(s, rows, rescale);
-    if (!item.begins) consumer.scale(o, rescale);
+    if (STAGED && item.begins) consumer.free_queries(previous);
+    const Rows old = rows;
+    const bool grew = consumer.raise(s, rows);
+    consumer.weigh<0, BN / 8>(s, rows, sum);
     consumer.pack(weights, s);
+    if (grew && !item.begins) consumer.rescale(o, rows, old);
+    rows.sum[0] += sum[0];
+    rows.sum[1] += sum[1];
+    if (!STAGED && item.ends && tiles == 1) consumer.free_queries(buffer);
     ++done;
+    bool arrived = false;
     int i = 1;
-    for (; i < applied; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, o, weights, rows);
-    for (; TRIVIAL_LOGITS && i < tiles; ++i, ++done) consumer.step<false>(item, 0, done, buffer, o, weights, rows);
+    for (; i < applied; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
+    for (; TRIVIAL_LOGITS && i < tiles; ++i, ++done) consumer.step<false>(item, 0, done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
   consumer.drain(done, o, weights);
-  consumer.write(current, items & 1, o, rows);
+  consumer.write(current, items % Q_TILES, o, rows);
+  if (STAGED) consumer.free_queries(items % Q_TILES);
 }
 
 }  // namespace attention

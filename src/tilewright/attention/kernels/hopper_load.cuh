@@ -4,14 +4,14 @@ namespace attention {
 
 // -- scheduler -----------------------------------------------------------------------------------
 
-// Sorts up to MAX_TILES tiles of an item, the last ones first, from tile `top` down.
-TW_INLINE void sort_tiles(const Variant& variant, Slot& s, int top, int lane) {
-  const int count = (s.length + BN - 1) / BN, bottom = max(top - MAX_TILES, -1);
+// Sorts up to MAX_TILES tiles of an item: number `top` of those that its mask's extents hold, and down to `bottom`.
+template <class Tiles>
+TW_INLINE void sort_tiles(const Variant& variant, Slot& s, const Tiles& seen, int top, int bottom, int lane) {
   int partial = 0, full = 0;
-  for (; top > bottom; top -= 32) {
-    const int tile = top - lane, end = min((tile + 1) * BN, s.length);
-    int kind = tw::EMPTY;
-    if (tile >= 0) kind = variant.tile_class(rows_and(s, tw::Bound{tile * BN, end - 1}));
+  for (; top >= bottom; top -= 32) {
+    const bool exists = top - lane >= bottom;
+    const int tile = exists ? seen.at(top - lane) : 0, end = min((tile + 1) * BN, s.length);
+    int kind = exists ? variant.tile_class(rows_and(s, tile * BN, end - 1)) : int(tw::EMPTY);
     if (kind == tw::FULL && end < (tile + 1) * BN) kind = tw::PARTIAL;
     const uint32_t before = (1u << lane) - 1;
     const uint32_t partials = __ballot_sync(0xffffffffu, kind == tw::PARTIAL), fulls = __ballot_sync(0xffffffffu, kind == tw::FULL);
@@ -21,7 +21,7 @@ TW_INLINE void sort_tiles(const Variant& variant, Slot& s, int top, int lane) {
     full += __popc(fulls);
   }
   if (lane == 0) {
-    if (partial + full == 0) s.tiles[partial++] = count;  // past the end: no row sees it
+    if (partial + full == 0) s.tiles[partial++] = (s.length + BN - 1) / BN;  // past the end: no row sees it
     s.partial = partial;
     s.full = full;
   }
@@ -39,31 +39,36 @@ TW_INLINE int draw(const Params& p, int n, int lane) {
   return gridDim.x + __shfl_sync(0xffffffffu, drawn, 0);
 }
 
+TW_INLINE Work work_of(const Params& p, const Item& item, const tw::Pages& pages) {
+  const int begin = p.qo_indptr[item.request], queries = p.qo_indptr[item.request + 1] - begin;
+  const int first = tw::first_query(p, pages, item.request, queries) + (item.qo_begin - begin);
+  return Work{item.request, item.kv_head, item.qo_begin, item.qo_end - item.qo_begin, first, pages.length, queries,
+              pages.base, pages.stride, item.chunk, item.chunks, item.slot, item.counter};
+}
+
 TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& shared, int lane) {
   int segments = 0;
   for (int n = 0;; ++n) {
-    const int item = draw(p, n, lane);
-    const bool ends = item >= p.item_count;
-    const Item work = p.items[ends ? 0 : item];
-    const int begin = p.qo_indptr[work.request], end = p.qo_indptr[work.request + 1];
-    const tw::Pages pages = tw::pages_of(p, work.request, MAX_KEYS);
-    const int length = pages.length;
-    for (int top = (length + BN - 1) / BN - 1, first = 1; first || top >= 0; top -= MAX_TILES, first = 0, ++segments) {
+    const int number = draw(p, n, lane);
+    const bool ends = number >= p.item_count;
+    const Item item = p.items[ends ? 0 : number];
+    const tw::Pages pages = tw::pages_of(p, item.request, MAX_KEYS);
+    Work work = work_of(p, item, pages);
+    const auto seen = tw::tiles_seen<BN>(variant, rows_and(work, 0, work.length - 1), pages);
+    const int64_t count = seen.count();
+    int top = static_cast<int>(CHUNKED ? count * (item.chunk + 1) / item.chunks : count) - 1;
+    const int bottom = CHUNKED ? static_cast<int>(count * item.chunk / item.chunks) : 0;
+    if (ends) work.tokens = -1;
+    for (int first = 1; first || top >= bottom; top -= MAX_TILES, first = 0, ++segments) {
       Slot& s = shared.slot(segments);
       tw::barrier_wait(shared.barrier(ITEM_EMPTY + (segments & 1)), (segments >> 1 & 1) ^ 1);
       if (lane == 0) {
-        s.request = work.request;
-        s.head = work.kv_head;
-        s.token = work.qo_begin;
-        s.tokens = ends ? -1 : work.qo_end - work.qo_begin;
-        s.length = length;
-        s.queries = end - begin;
-        s.first = tw::first_query(p, pages, work.request, end - begin) + (work.qo_begin - begin);
+        static_cast<Work&>(s) = work;
         s.begins = first;
-        s.ends = top < MAX_TILES;
+        s.ends = top - MAX_TILES < bottom;
       }
       __syncwarp();
-      if (!ends) sort_tiles(variant, s, top, lane);
+      if (!ends) sort_tiles(variant, s, seen, top, max(bottom, top - MAX_TILES + 1), lane);
       release(shared.barrier(ITEM_FULL + (segments & 1)), lane);
       if (ends) return;
     }
@@ -72,17 +77,19 @@ TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& s
 
 // -- loaders -------------------------------------------------------------------------------------
 
-// Issues the boxes of tiles. `entry`: the pages of boxes lane, lane + 32, … of the next tile.
+// Issues the boxes of tiles, of each LOADERS · 8 those of `part`. `entry`: the pages of boxes lane, lane + 32, … of the next tile.
+template <int BLOCKS>
 struct Loader {
   const void* map;
   tw::Pages pages;
-  int head;
+  int head, part;
   int entry[ENTRIES];
 
-  TW_INLINE void start(const Params& p, const Slot& s, const void* tensor_map) {
+  TW_INLINE void start(const Params& p, const Slot& s, const void* tensor_map, int number) {
     map = tensor_map;
     pages = tw::pages_of(p, s.request, MAX_KEYS);
     head = s.head;
+    part = number;
   }
   TW_INLINE void look_up(const Params& p, int tile, int lane) {
     if constexpr (KEYS_LIE == IN_PAGES)
@@ -94,15 +101,23 @@ struct Loader {
       }
   }
   TW_INLINE void issue(const Params& p, int tile, uint32_t to, uint32_t barrier) {
-    if (tw::elect()) tw::barrier_expect(barrier, TILE_BYTES);
+    if (part == 0 && tw::elect()) tw::barrier_expect(barrier, BLOCKS * KV_BLOCK);
     if constexpr (KEYS_LIE == IN_PAGES) {
-      const int slot = BOX == BN ? tile * BN & ((1 << p.page_shift) - 1) : 0;
+      const int mask = (1 << p.page_shift) - 1;
+      constexpr int EACH = BOXES < 32 ? BOXES : 32, AT_ONCE = EACH < 8 ? EACH : 8;
 #pragma unroll
       for (int i = 0; i < ENTRIES; ++i)
-#pragma unroll 8
-        for (int box = 0; box < (BOXES < 32 ? BOXES : 32); ++box) {
-          const int page = __shfl_sync(0xffffffffu, entry[i], box);
-          if (tw::elect()) copy(to + (i * 32 + box) * BOX * 128, barrier, slot, page);
+#pragma unroll 1
+        for (int first = part * AT_ONCE; first < EACH; first += LOADERS * AT_ONCE) {
+          int page[AT_ONCE];
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; ++j) page[j] = __shfl_sync(0xffffffffu, entry[i], first + j);
+          if (tw::elect())
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j) {
+              const int row = (i * 32 + first + j) * BOX;
+              copy(to + row * 128, barrier, tile * BN + row & mask, page[j]);
+            }
         }
     } else if (tw::elect()) {
       const int first = static_cast<int>(pages.first);
@@ -112,34 +127,43 @@ struct Loader {
   }
   TW_INLINE void copy(uint32_t to, uint32_t barrier, int row, int page) const {
 #pragma unroll
-    for (int half = 0; half < HALVES; ++half) tw::copy_box(to + half * BLOCK_BYTES, map, barrier, half * 64, row, head, page);
+    for (int block = 0; block < BLOCKS; ++block) tw::copy_box(to + block * KV_BLOCK, map, barrier, block * 64, row, head, page);
   }
 };
 
-TW_INLINE void load_keys(const Params& p, const Shared& shared, int lane) {
-  int done = 0, items = 1;  // tiles, items: 0 is the consumers' empty one, whose tile of Q is free at once
+TW_INLINE void load_queries(const Params& p, const Shared& shared, int lane) {
+  int items = 1;  // 0 is the consumers' empty one, whose tile of Q is free at once
+  for (int n = 0;; ++n) {
+    const Slot& s = next_item(shared, n);
+    if (s.tokens < 0) return;
+    if (s.begins) {
+      const int buffer = items % Q_TILES;
+      const uint32_t full = shared.barrier(Q_FULL + buffer);
+      tw::barrier_wait(shared.barrier(Q_EMPTY + buffer), (items++ / Q_TILES & 1) ^ 1);
+      if (tw::elect()) {
+        tw::barrier_expect(full, K_BLOCKS * TOKENS * G * 128);
+#pragma unroll
+        for (int block = 0; block < K_BLOCKS; ++block)
+          tw::copy_box(shared.base + Q_AT + buffer * Q_BYTES + block * Q_BLOCK, &p.q_map, full, block * 64, s.head * G, s.token);
+      }
+    }
+    release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
+  }
+}
+
+TW_INLINE void load_keys(const Params& p, const Shared& shared, int part, int lane) {
+  int done = 0;
   for (int n = 0;; ++n) {
     const Slot& s = next_item(shared, n);
     if (s.tokens < 0) return;
     const int tiles = s.partial + s.full;
-    Loader loader;
-    loader.start(p, s, &p.k_map);
+    Loader<K_BLOCKS> loader;
+    loader.start(p, s, &p.k_map, part);
     loader.look_up(p, tile_at(s, 0), lane);
-    if (s.begins) {
-      const int buffer = items & 1;
-      const uint32_t full = shared.barrier(Q_FULL + buffer);
-      tw::barrier_wait(shared.barrier(Q_EMPTY + buffer), (items++ >> 1 & 1) ^ 1);
-      if (tw::elect()) {
-        tw::barrier_expect(full, HALVES * TOKENS * G * 128);
-#pragma unroll
-        for (int half = 0; half < HALVES; ++half)
-          tw::copy_box(shared.base + Q_AT + buffer * TILE_BYTES + half * BLOCK_BYTES, &p.q_map, full, half * 64, s.head * G, s.token);
-      }
-    }
     for (int i = 0; i < tiles; ++i, ++done) {
       const int stage = done % K_STAGES;
       tw::barrier_wait(shared.barrier(K_EMPTY + stage), (done / K_STAGES & 1) ^ 1);
-      loader.issue(p, tile_at(s, i), shared.base + K_AT + stage * TILE_BYTES, shared.barrier(K_FULL + stage));
+      loader.issue(p, tile_at(s, i), shared.base + K_AT + stage * K_BYTES, shared.barrier(K_FULL + stage));
       if (i + 1 < tiles) loader.look_up(p, tile_at(s, i + 1), lane);
     }
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
@@ -147,36 +171,39 @@ TW_INLINE void load_keys(const Params& p, const Shared& shared, int lane) {
 }
 
 // Whether no row of the item sees a key.
-TW_INLINE bool is_unseen(const Variant& variant, const Slot& s, int kv) {
-  if (kv >= s.length) return true;
-  const int kind = variant.tile_class(rows_and(s, tw::bound(kv)));
+TW_INLINE bool is_unseen(const Variant& variant, const Slot& s, int key) {
+  if (key >= s.length) return true;
+  const int kind = variant.tile_class(rows_and(s, key, key));
   if (kind != tw::PARTIAL) return kind == tw::EMPTY;
   const int rows = s.tokens * G;
 #pragma unroll 1
   for (int i = 0; i < rows; ++i) {  // from both ends: the first or the last row mostly sees it
     const int row = i & 1 ? rows - 1 - (i >> 1) : i >> 1;
-    if (variant.mask(at_of(s, row, kv))) return false;
+    if (variant.mask(at_of(s, row, key))) return false;
   }
   return true;
 }
 
-TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared& shared, int lane) {
+TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared& shared, int part, int lane) {
   // The first tile of the ring is zeros: the consumers' first step has a tile before it.
-  const int4 zero = make_int4(0, 0, 0, 0);
-  for (int i = lane; i < TILE_BYTES / 16; i += 32) reinterpret_cast<int4*>(shared.memory + V_AT)[i] = zero;
-  tw::fence_async();
-  release(shared.barrier(V_FULL), lane);
-  int done = 1, patched = 0;
+  if (part == 0) {
+    const int4 zero = make_int4(0, 0, 0, 0);
+    for (int i = lane; i < V_BYTES / 16; i += 32) reinterpret_cast<int4*>(shared.memory + V_AT)[i] = zero;
+    tw::fence_async();
+    release(shared.barrier(V_FULL), lane);
+  }
+  int done = 1;
+  uint32_t patched = 0;  // a bit for each stage: the parity of its tiles that were patched
   for (int n = 0;; ++n) {
     const Slot& s = next_item(shared, n);
     if (s.tokens < 0) return;
     const int tiles = s.partial + s.full;
-    Loader loader;
-    loader.start(p, s, &p.v_map);
+    Loader<V_BLOCKS> loader;
+    loader.start(p, s, &p.v_map, part);
     loader.look_up(p, tile_at(s, 0), lane);
     for (int i = 0; i < tiles; ++i, ++done) {
       const int stage = done % V_STAGES, tile = tile_at(s, i);
-      const uint32_t to = shared.base + V_AT + stage * TILE_BYTES;
+      const uint32_t to = shared.base + V_AT + stage * V_BYTES;
       int unseen = 0;  // of keys lane, lane + 32, …, a bit each
       if (i < s.partial) {
 #pragma unroll 1
@@ -184,19 +211,20 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
       }
       const bool patches = __any_sync(0xffffffffu, unseen != 0);
       tw::barrier_wait(shared.barrier(V_EMPTY + stage), (done / V_STAGES & 1) ^ 1);
-      loader.issue(p, tile, to, shared.barrier(patches ? V_LOADED : V_FULL + stage));
+      loader.issue(p, tile, to, shared.barrier((patches ? V_LOADED : V_FULL) + stage));
       if (i + 1 < tiles) loader.look_up(p, tile_at(s, i + 1), lane);
-      if (patches) {
-        tw::barrier_wait(shared.barrier(V_LOADED), patched++ & 1);
-        char* rows = shared.memory + V_AT + stage * TILE_BYTES;
+      if (patches && part == 0) {
+        tw::barrier_wait(shared.barrier(V_LOADED + stage), patched >> stage & 1);
+        patched ^= 1u << stage;
+        char* rows = shared.memory + V_AT + stage * V_BYTES;
 #pragma unroll 1
         for (int j = 0; j < BN / 32; ++j)
           if (unseen >> j & 1)
-#pragma unroll
-            for (int half = 0; half < HALVES; ++half)
+#pragma unroll 1
+            for (int block = 0; block < V_BLOCKS; ++block)
 #pragma unroll
               for (int c = 0; c < 8; ++c)
-                *reinterpret_cast<uint4*>(rows + half * BLOCK_BYTES + (j * 32 + lane) * 128 + ((c + lane) & 7) * 16) = make_uint4(0, 0, 0, 0);
+                *reinterpret_cast<uint4*>(rows + block * KV_BLOCK + (j * 32 + lane) * 128 + ((c + lane) & 7) * 16) = make_uint4(0, 0, 0, 0);
         tw::fence_async();
         release(shared.barrier(V_FULL + stage), lane);
       }

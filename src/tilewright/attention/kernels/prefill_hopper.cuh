@@ -1,58 +1,72 @@
-// Attention of many query rows (prefill) by wgmma and TMA, sm_90a.
+// Attention of many query rows (prefill, append) by wgmma and TMA, sm_90a.
 //
 // Rows are packed: row r of an item is query r / G of it, head r % G of the KV head's group. An item is
-// up to TOKENS queries of one request with one KV head: 128 rows, 64 for each of two consumer
-// warpgroups. CTAs are persistent and draw items from a counter. Four roles run side by side:
-//   scheduler (a warp)  draws an item and sorts its tiles of 128 keys by the mask: those of which only a
+// up to TOKENS queries of one request with one KV head, and all of its keys or a chunk of them: 64 rows for
+// each of two or three consumer warpgroups (CONSUMERS). CTAs are persistent and draw items from a counter. Roles side by side:
+//   scheduler (a warp)  draws an item and sorts its tiles of BN keys by the mask: those of which only a
 //                       part is seen (partial), and those of which every row sees all (full); an item of
 //                       more than MAX_TILES tiles goes on in several segments
-//   loader of Q and K, loader of V (a warp each): boxes by TMA into rings of tiles. Rows of V that
+//   loaders of K, loaders of V (LOADERS warps each), of Q: boxes by TMA into rings of tiles. Rows of V that
 //                       no row of the item sees are overwritten with zeros (0 · NaN would reach the
 //                       outputs), in partial tiles only
 //   consumers           S = Q·Kᵀ, softmax, O += P·V, with P from registers. In the loop over full tiles
-//                       S of a tile and P·V of the tile before are under way while the other warpgroup
-//                       computes its exponentials (ping-pong by named barriers), and this one's own hide
-//                       P·V. Partial tiles come first, in a loop of their own, so that the loop over full
-//                       tiles has no branch and no mask between issue and wait.
+//                       P·V of the tile before runs behind S of a tile, and the exponentials hide it, as they
+//                       hide the other warpgroup's products. Partial tiles come first, in a loop of their
+//                       own, so that the loop over full tiles has no mask, and no branch between issue and wait.
+//   Of an item in chunks each consumer warp leaves its 16 rows as a partial result; the last warp to come
+//   merges them in the order of the chunks.
 //
-// In front of this file: gpu.cuh, mma.cuh, hopper.cuh, bounds.h, table.h, variant.h, the constants of `attention`
-// (D head_dim 64 or 128, G query heads of a KV head, BOX keys of a TMA box, KEYS_LIE, TRIVIAL_LOGITS,
-// K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS, the types Kind and Out), the structs `Params`, `Item`, `At` and `Variant`.
+// In front of this file: gpu.cuh, mma.cuh, async.cuh, hopper.cuh, bounds.h, table.h, variant.h, the constants of
+// `attention` (DK and DV: elements of a row of K and of V; G query heads of a KV head, BN keys of a tile,
+// BOX keys of a TMA box, CONSUMERS, KEYS_LIE, TRIVIAL_LOGITS, CHUNKED, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
+// the types Kind and Out), the structs `Params`, `Item`, `At` and `Variant`.
 // KEYS_LIE: the keys of a request are IN_PAGES of a table, IN_ROWS one after the other, or IN_ONE page.
 //
 // Launch: grid = at most min(items, SMs) CTAs, THREADS threads, SMEM_BYTES of dynamic shared memory:
-//   [2 of Q] [K_STAGES of K] [V_STAGES of V]  tiles of 128 rows, each D/64 blocks of 128-byte rows, swizzled
-//   [2 slots of a segment] [mbarriers]
-// The outputs of an item pass through its tile of Q, where Out has 16 bits.
-// Assumes: sm_scale > 0; rows of Q, K, V described by tensor maps; counter is 0 (and is 0 again at the end).
+//   [Q_TILES of Q, BM rows] [K_STAGES of K] [V_STAGES of V, BN rows]  tiles of blocks of 128-byte rows, swizzled
+//   [128 bytes for each row of outputs, where Q_TILES is 1] [2 slots of a segment] [mbarriers]
+// With more than one tile of Q the outputs of an item pass through its own, where Out has 16 bits.
+// Assumes: sm_scale > 0; rows of Q, K, V described by tensor maps; counters are 0 (and are 0 again at the end).
 
 namespace attention {
 
-constexpr int WARPGROUPS = 3, THREADS = WARPGROUPS * 128;
-constexpr int BM = 128, BN = 128;     // rows of an item, keys of a tile
+constexpr int BM = CONSUMERS * 64;    // rows of an item
 constexpr int TOKENS = BM / G;        // queries of an item
-constexpr int HALVES = D / 64;        // blocks of 64 columns
-constexpr int BLOCK_BYTES = 128 * 128;             // 128 rows of 64 columns
-constexpr int TILE_BYTES = HALVES * BLOCK_BYTES;   // 128 rows
+constexpr int LOADERS = BOX < 8 && CONSUMERS == 2 && DV <= 128 ? 3 : 1;  // warps that load K; as many load V
+constexpr int LOADER_GROUPS = (2 * LOADERS + 2) / 4;  // warpgroups of the scheduler and the loaders
+constexpr int WARPGROUPS = LOADER_GROUPS + CONSUMERS, THREADS = WARPGROUPS * 128;
+constexpr int LOADER_REGISTERS = 56;  // of the 504 or 512 that the warpgroups share
+constexpr int CONSUMER_REGISTERS = (65536 / THREADS / 8 * 8 * WARPGROUPS - LOADER_GROUPS * LOADER_REGISTERS) / CONSUMERS / 8 * 8;
+constexpr int K_BLOCKS = (DK + 63) / 64, V_BLOCKS = (DV + 63) / 64;  // blocks of 64 columns
+constexpr int Q_BLOCK = BM * 128, KV_BLOCK = BN * 128;         // bytes of a block
+constexpr int Q_BYTES = K_BLOCKS * Q_BLOCK, K_BYTES = K_BLOCKS * KV_BLOCK, V_BYTES = V_BLOCKS * KV_BLOCK;
 constexpr int BOXES = BN / BOX, ENTRIES = (BOXES + 31) / 32;  // of a tile; entries of the table for each lane
-constexpr int LOADER_REGISTERS = 56, CONSUMER_REGISTERS = 224;
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr int PING = 2;  // named barriers 2, 3: warpgroup 0, 1 may issue; 4, 5: of one warpgroup
-static_assert(D % 64 == 0 && D <= 128 && BN % BOX == 0 && G <= 64, "");
+constexpr bool STAGED = sizeof(Out) == 2 && Q_TILES > 1;      // outputs pass through the item's tile of Q
+constexpr float LOG2E = 1.4426950408889634f, SLACK = 8.0f;
+static_assert(DK % 16 == 0 && DV <= DK && BN % BOX == 0 && BN % 32 == 0 && G <= 64, "");
 
-struct Slot {  // a segment of an item, as the scheduler passes it on
+struct Work {  // of an item: what positions, masks and outputs need
   int request, head, token, tokens;  // token: row of q; tokens < 0: no more items
-  int first, length;                 // position of the first query; keys of the request
-  int queries, padding;              // of the request
-  int begins, ends;                  // whether it is the item's first segment, its last
-  int partial, full;                 // numbers of tiles
-  int tiles[MAX_TILES];              // partial tiles from the front, full tiles from the back
+  int first, length, queries;        // position of the first query; keys and queries of the request
+  int base, stride;                  // key t has position base + stride · t
+  int chunk, chunks, slot, counter;
+  TW_INLINE int position(int key) const {
+    if constexpr (!table::KEY_POSITIONS) return key;
+    return static_cast<int>(static_cast<uint32_t>(base) + static_cast<uint32_t>(stride) * static_cast<uint32_t>(key));
+  }
+};
+struct Slot : Work {       // a segment of an item, as the scheduler passes it on
+  int begins, ends;        // whether it is the item's first segment, its last
+  int partial, full;       // numbers of tiles
+  int padding;
+  int tiles[MAX_TILES];    // partial tiles from the front, full tiles from the back
 };
 
-constexpr int Q_AT = 0, K_AT = 2 * TILE_BYTES, V_AT = K_AT + K_STAGES * TILE_BYTES, SLOTS_AT = V_AT + V_STAGES * TILE_BYTES;
+constexpr int Q_AT = 0, K_AT = Q_TILES * Q_BYTES, V_AT = K_AT + K_STAGES * K_BYTES, STAGE_AT = V_AT + V_STAGES * V_BYTES;
+constexpr int SLOTS_AT = STAGE_AT + (Q_TILES == 1 ? BM * 128 : 0);
 constexpr int BARRIERS_AT = SLOTS_AT + 2 * sizeof(Slot);
-enum Barrier { K_FULL, K_EMPTY = K_FULL + K_STAGES, V_FULL = K_EMPTY + K_STAGES, V_EMPTY = V_FULL + V_STAGES,
-               Q_FULL = V_EMPTY + V_STAGES, Q_EMPTY = Q_FULL + 2, V_LOADED = Q_EMPTY + 2, ITEM_FULL, ITEM_EMPTY = ITEM_FULL + 2, BARRIERS = ITEM_EMPTY + 2 };
+enum Barrier { K_FULL, K_EMPTY = K_FULL + K_STAGES, V_FULL = K_EMPTY + K_STAGES, V_EMPTY = V_FULL + V_STAGES, V_LOADED = V_EMPTY + V_STAGES,
+               Q_FULL = V_LOADED + V_STAGES, Q_EMPTY = Q_FULL + Q_TILES, ITEM_FULL = Q_EMPTY + Q_TILES, ITEM_EMPTY = ITEM_FULL + 2, BARRIERS = ITEM_EMPTY + 2 };
 constexpr int SMEM_BYTES = BARRIERS_AT + BARRIERS * 8 + 1024;  // the base is aligned to 1024 by hand
 static_assert(SMEM_BYTES <= 232448 && sizeof(Slot) % 8 == 0, "");
 
@@ -65,12 +79,12 @@ struct Shared {  // of a CTA
 
 TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
 TW_INLINE int tile_at(const Slot& s, int i) { return i < s.partial ? s.tiles[i] : s.tiles[MAX_TILES - 1 - (i - s.partial)]; }
-TW_INLINE tw::Tile rows_and(const Slot& s, tw::Bound key) {  // a key has its own number as its position
-  return tw::Tile{tw::Bound{s.first, s.first + s.tokens - 1}, key, tw::Bound{s.head * G, s.head * G + G - 1}, tw::bound(s.head),
-                  tw::bound(s.request), key, tw::bound(s.queries), tw::bound(s.length)};
+TW_INLINE tw::Tile rows_and(const Work& w, int from, int to) {  // rows of an item and keys from … to
+  return tw::Tile{tw::Bound{w.first, w.first + w.tokens - 1}, tw::Bound{w.position(from), w.position(to)}, tw::Bound{w.head * G, w.head * G + G - 1},
+                  tw::bound(w.head), tw::bound(w.request), tw::Bound{from, to}, tw::bound(w.queries), tw::bound(w.length)};
 }
-TW_INLINE At at_of(const Slot& s, int row, int key) {
-  return At{s.first + row / G, key, s.head * G + row % G, s.head, s.request, s.token + row / G, key, s.queries, s.length};
+TW_INLINE At at_of(const Work& w, int row, int key) {
+  return At{w.first + row / G, w.position(key), w.head * G + row % G, w.head, w.request, w.token + row / G, key, w.queries, w.length};
 }
 
 // Waits for item n and gives it; `release` when this warp has read what it needs.
@@ -95,33 +109,23 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
   const Shared shared{smem + (base - start), base};
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32, group = warp / 4;
   if (thread == 0) {
-    for (int i = 0; i < K_STAGES; ++i) {
-      tw::barrier_init(shared.barrier(K_FULL + i), 1);
-      tw::barrier_init(shared.barrier(K_EMPTY + i), 8);  // consumer warps
-    }
-    for (int i = 0; i < V_STAGES; ++i) {
-      tw::barrier_init(shared.barrier(V_FULL + i), 1);
-      tw::barrier_init(shared.barrier(V_EMPTY + i), 8);
-    }
-    tw::barrier_init(shared.barrier(V_LOADED), 1);
-    for (int i = 0; i < 2; ++i) {
-      tw::barrier_init(shared.barrier(Q_FULL + i), 1);
-      tw::barrier_init(shared.barrier(Q_EMPTY + i), 8);
-      tw::barrier_init(shared.barrier(ITEM_FULL + i), 1);
-      tw::barrier_init(shared.barrier(ITEM_EMPTY + i), 10);  // consumer warps and loaders
+    for (int i = 0; i < BARRIERS; ++i) {  // who arrives: the loader or the scheduler, the consumer warps, all who read an item
+      const bool frees = (i >= K_EMPTY && i < V_FULL) || (i >= V_EMPTY && i < V_LOADED) || (i >= Q_EMPTY && i < ITEM_FULL);
+      tw::barrier_init(shared.barrier(i), i >= ITEM_EMPTY ? 4 * CONSUMERS + 2 * LOADERS + 1 : frees ? 4 * CONSUMERS : 1);
     }
     tw::barrier_init_done();
   }
   __syncthreads();
   const Variant variant(p);
-  if (group == 0) {
+  if (group < LOADER_GROUPS) {
     tw::fewer_registers<LOADER_REGISTERS>();
-    if (warp == 0) load_keys(p, shared, lane);
-    else if (warp == 1) load_values(p, variant, shared, lane);
-    else if (warp == 2) schedule(p, variant, shared, lane);
+    if (warp == 0) schedule(p, variant, shared, lane);
+    else if (warp <= LOADERS) load_keys(p, shared, warp - 1, lane);
+    else if (warp <= 2 * LOADERS) load_values(p, variant, shared, warp - 1 - LOADERS, lane);
+    else load_queries(p, shared, lane);
   } else {
     tw::more_registers<CONSUMER_REGISTERS>();
-    consume(p, variant, shared, group - 1, warp % 4, lane);
+    consume(p, variant, shared, group - LOADER_GROUPS, warp % 4, lane);
   }
 }
 
@@ -138,6 +142,6 @@ extern "C" __global__ void __launch_bounds__(attention::THREADS, 1) stage0(const
 #endif
   attention::body(p, threadIdx.x, smem);
 #ifdef TW_CYCLES
-  if (threadIdx.x == 128) p.cycles[blockIdx.x] = clock64() - began;
+  if (threadIdx.x == attention::LOADER_GROUPS * 128) p.cycles[blockIdx.x] = clock64() - began;
 #endif
 }

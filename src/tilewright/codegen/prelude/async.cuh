@@ -8,6 +8,20 @@ namespace tw {
 TW_INLINE void copy_async_16(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(bytes) : "memory");
 }
+// `N` elements, or zeros where the condition fails: 4, 8 or 16 bytes at a multiple of their size.
+// `Unaligned`: the source may not be one, so elements are copied one by one before this returns.
+template <class T, int N, bool Unaligned = false>
+TW_INLINE void copy_async(T* to, const T* from, bool c = true) {
+#ifndef TW_UNALIGNED
+  if constexpr (!Unaligned) {
+    constexpr int bytes = sizeof(T) * N;
+    if constexpr (bytes == 16) copy_async_16(to, from, c ? 16 : 0);
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "n"(bytes), "r"(c ? bytes : 0) : "memory");
+    return;
+  }
+#endif
+  TW_EACH(N) to[l] = c ? load_const(from + l) : T{};
+}
 TW_INLINE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most `Pending` groups of this thread are under way.
 template <int Pending>

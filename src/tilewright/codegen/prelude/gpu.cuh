@@ -14,6 +14,7 @@ typedef unsigned int uint32_t;
 typedef long long int64_t;
 typedef unsigned long long uint64_t;
 #define INT64_C(x) x##ll
+#define UINT64_C(x) x##ull
 #define TW_INLINE __device__ __forceinline__
 
 namespace tw {
@@ -121,6 +122,27 @@ TW_INLINE vec<T, N> load_const_if(bool c, const T* p) {
   vec<T, N> r = {};
   if (c) {
     if constexpr (N == 1) r.v[0] = load_const(p); else r = load_const<T, N, Unaligned>(p);
+  }
+  return r;
+}
+// Inputs: what an earlier launch may have written. Where launches overlap (TW_OVERLAPS) the read-only
+// path may still hold what was there before, so the loads are plain ones.
+#ifdef TW_OVERLAPS
+template <class T>
+TW_INLINE T load_input(const T* p) { return *p; }
+template <class T, int N, bool Unaligned = false>
+TW_INLINE vec<T, N> load_input(const T* p) { return load<T, N, Unaligned>(p); }
+#else
+template <class T>
+TW_INLINE T load_input(const T* p) { return load_const(p); }
+template <class T, int N, bool Unaligned = false>
+TW_INLINE vec<T, N> load_input(const T* p) { return load_const<T, N, Unaligned>(p); }
+#endif
+template <class T, int N, bool Unaligned = false>
+TW_INLINE vec<T, N> load_input_if(bool c, const T* p) {
+  vec<T, N> r = {};
+  if (c) {
+    if constexpr (N == 1) r.v[0] = load_input(p); else r = load_input<T, N, Unaligned>(p);
   }
   return r;
 }
@@ -326,13 +348,13 @@ TW_INLINE void bar_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :
 
 // Over the `Rows` values of a column of threads (same x): through shared memory, in the order of y.
 template <class Op, int Rows, class T>
-TW_INLINE T across_rows(T x, char* smem, int width, int tx, int ty) {
+TW_INLINE T across_rows(T x, char* smem, int barrier, int width, int tx, int ty) {
   T* all = reinterpret_cast<T*>(smem);
   all[ty * width + tx] = x;
-  bar_sync(1, width * Rows);
+  bar_sync(barrier, width * Rows);
   T total = all[tx];
   for (int row = 1; row < Rows; ++row) total = Op::of(total, all[row * width + tx]);
-  bar_sync(1, width * Rows);
+  bar_sync(barrier, width * Rows);
   return total;
 }
 
@@ -344,16 +366,16 @@ TW_INLINE I find(const K* keys, I lo, I hi, K key) {
   I end = hi;
   while (lo < hi) {
     I mid = lo + (hi - lo) / 2;
-    if (__ldg(keys + mid) < key) lo = mid + 1; else hi = mid;
+    if (load_input(keys + mid) < key) lo = mid + 1; else hi = mid;
   }
-  return lo < end && __ldg(keys + lo) == key ? lo : static_cast<I>(-1);
+  return lo < end && load_input(keys + lo) == key ? lo : static_cast<I>(-1);
 }
 // The last position of ascending keys[lo, hi) whose key is not greater.
 template <class I, class K>
 TW_INLINE I find_last(const K* keys, I lo, I hi, K key) {
   while (lo < hi) {
     I mid = lo + (hi - lo) / 2;
-    if (__ldg(keys + mid) <= key) lo = mid + 1; else hi = mid;
+    if (load_input(keys + mid) <= key) lo = mid + 1; else hi = mid;
   }
   return lo - 1;
 }

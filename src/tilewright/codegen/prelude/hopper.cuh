@@ -16,10 +16,6 @@ TW_INLINE bool elect() {
   return elected != 0;
 }
 
-// -- named barriers: `bar_sync` of gpu.cuh waits, this only arrives -----------------------------------
-
-TW_INLINE void arrive_at(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-
 // -- mbarriers -----------------------------------------------------------------------------------
 
 TW_INLINE void barrier_init(uint32_t barrier, int arrivals) {
@@ -56,6 +52,14 @@ TW_INLINE void barrier_wait(uint32_t barrier, uint32_t parity) {
 #endif
 }
 
+// Whether that phase has ended, without waiting.
+TW_INLINE bool barrier_test(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  return done != 0;
+}
+
 // -- TMA -----------------------------------------------------------------------------------------
 
 // A CUtensorMap, in constant memory (a kernel's parameter) at a multiple of 64 bytes.
@@ -71,6 +75,13 @@ TW_INLINE void copy_box(uint32_t to, const void* map, uint32_t barrier, int c0, 
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
                ::"r"(to), "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
+// One box from shared memory, by one thread, as a group of its own. What lies outside the array is not written.
+TW_INLINE void store_box(const void* map, uint32_t from, int c0, int c1, int c2) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(from), "r"(c0), "r"(c1), "r"(c2) : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until the boxes that this thread stores have been read from shared memory.
+TW_INLINE void stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 // What this thread wrote to shared memory before is seen by TMA and wgmma after a barrier.
 TW_INLINE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -106,15 +117,19 @@ struct wgmma;
 #define TW_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define TW_16(d, i) TW_4(d, i), TW_4(d, i + 4), TW_4(d, i + 8), TW_4(d, i + 12)
 #define TW_32(d) TW_16(d, 0), TW_16(d, 16)
-#define TW_64(d) TW_32(d), TW_16(d, 32), TW_16(d, 48)
+#define TW_48(d) TW_32(d), TW_16(d, 32)
+#define TW_64(d) TW_48(d), TW_16(d, 48)
+#define TW_128(d) TW_64(d), TW_16(d, 64), TW_16(d, 80), TW_16(d, 96), TW_16(d, 112)
 #define TW_NAMES_32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define TW_NAMES_64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TW_NAMES_48 TW_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define TW_NAMES_64 TW_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TW_NAMES_128 TW_NAMES_64 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define TW_WGMMA(Kind, kind, N, REGISTERS, NAMES, A, B, B4, ADDS, TURNED, ADDS4, TURNED4)                        \
   template <bool Adds, bool Turned>                                                                           \
   struct wgmma<Kind, N, Adds, Turned> {                                                                       \
@@ -129,17 +144,25 @@ struct wgmma;
                    : REGISTERS(acc) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(Adds), "n"(Turned)); \
     }                                                                                                         \
   };
-TW_WGMMA(float16_bits, "f16", 64, TW_32, TW_NAMES_32, "%32", "%33", "%32, %33, %34, %35}, %36", "%34", "%35", "%37", "%38")
-TW_WGMMA(bfloat16_bits, "bf16", 64, TW_32, TW_NAMES_32, "%32", "%33", "%32, %33, %34, %35}, %36", "%34", "%35", "%37", "%38")
-TW_WGMMA(float16_bits, "f16", 128, TW_64, TW_NAMES_64, "%64", "%65", "%64, %65, %66, %67}, %68", "%66", "%67", "%69", "%70")
-TW_WGMMA(bfloat16_bits, "bf16", 128, TW_64, TW_NAMES_64, "%64", "%65", "%64, %65, %66, %67}, %68", "%66", "%67", "%69", "%70")
+#define TW_WGMMAS(N, REGISTERS, NAMES, A, B, B4, ADDS, TURNED, ADDS4, TURNED4)                            \
+  TW_WGMMA(float16_bits, "f16", N, REGISTERS, NAMES, A, B, B4, ADDS, TURNED, ADDS4, TURNED4)               \
+  TW_WGMMA(bfloat16_bits, "bf16", N, REGISTERS, NAMES, A, B, B4, ADDS, TURNED, ADDS4, TURNED4)
+TW_WGMMAS(64, TW_32, TW_NAMES_32, "%32", "%33", "%32, %33, %34, %35}, %36", "%34", "%35", "%37", "%38")
+TW_WGMMAS(96, TW_48, TW_NAMES_48, "%48", "%49", "%48, %49, %50, %51}, %52", "%50", "%51", "%53", "%54")
+TW_WGMMAS(128, TW_64, TW_NAMES_64, "%64", "%65", "%64, %65, %66, %67}, %68", "%66", "%67", "%69", "%70")
+TW_WGMMAS(256, TW_128, TW_NAMES_128, "%128", "%129", "%128, %129, %130, %131}, %132", "%130", "%131", "%133", "%134")
+#undef TW_WGMMAS
 #undef TW_WGMMA
 #undef TW_NAMES_32
+#undef TW_NAMES_48
 #undef TW_NAMES_64
+#undef TW_NAMES_128
 #undef TW_4
 #undef TW_16
 #undef TW_32
+#undef TW_48
 #undef TW_64
+#undef TW_128
 
 // Four 8 × 8 matrices of 16-bit elements to shared memory: lane l gives the address of row l % 8 of
 // matrix l / 8; a word holds two neighbours of row l / 4.

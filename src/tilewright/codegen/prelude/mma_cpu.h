@@ -3,7 +3,7 @@
 namespace tw {
 
 // A window of memory: element (r, c) lies at p[r * down + c * right]; beyond rows and cols it reads
-// as 0 and is not written.
+// as 0.
 template <class T>
 struct window {
   T* p;
@@ -14,19 +14,31 @@ TW_INLINE window<T> tile(T* p, int64_t down, int64_t right, int64_t rows, int64_
   return {p, down, right, rows, cols};
 }
 
-// How the elements of a window are read and written.
-struct float32_bits {
-  TW_INLINE float read(float x) { return x; }
-  TW_INLINE float write(float x) { return x; }
+template <class T> struct plain { using type = T; };
+template <class T> struct plain<const T> { using type = T; };
+
+// How the elements of an operand are read.
+// An operand in float32: rounded to 10 bits of mantissa, ties away from zero.
+struct tf32_bits {
+  TW_INLINE float read(float x) {
+    if (x != x) return x;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    bits = (bits + 0x1000u) & 0xffffe000u;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+  }
+  template <int N> TW_INLINE vec<float, N> read(vec<float, N> x) {
+    for (int i = 0; i < N; ++i) x[i] = read(x[i]);
+    return x;
+  }
 };
 struct float16_bits {
   TW_INLINE float read(uint16_t x) { return from_float16(x); }
-  TW_INLINE uint16_t write(float x) { return to_float16(x); }
   template <int N> TW_INLINE vec<float, N> read(vec<uint16_t, N> x) { return from_float16<N>(x); }
 };
 struct bfloat16_bits {
   TW_INLINE float read(uint16_t x) { return from_bfloat16(x); }
-  TW_INLINE uint16_t write(float x) { return to_bfloat16(x); }
   template <int N> TW_INLINE vec<float, N> read(vec<uint16_t, N> x) { return from_bfloat16<N>(x); }
 };
 
@@ -37,17 +49,12 @@ TW_INLINE void read_tile(float* to, window<T> w) {
   for (int r = 0; r < R; ++r) {
     const T* row = w.p + r * w.down;
     if (all_cols && r < w.rows) {
-      store<float, C>(to + r * C, Kind::template read<C>(load<uint16_t, C>(row)));
+      store<float, C>(to + r * C, Kind::template read<C>(load<typename plain<T>::type, C>(row)));
     } else {
       for (int c = 0; c < C; ++c)
         to[r * C + c] = r < w.rows && c < w.cols ? Kind::read(row[c * w.right]) : 0.0f;
     }
   }
-}
-
-template <int M, int N>
-TW_INLINE void mma_zero(float* acc) {
-  for (int i = 0; i < M * N; ++i) acc[i] = 0.0f;
 }
 
 // acc += a (M × K) · b (K × N)
@@ -61,21 +68,6 @@ TW_INLINE void mma(float* acc, window<A> a, window<B> b) {
     for (int k = 0; k < K; ++k) sum += x[r * K + k] * load<float, N>(y + k * N);
     store<float, N>(acc + r * N, sum);
   }
-}
-
-template <class Kind, int M, int N, class T>
-TW_INLINE void mma_store(window<T> to, const float* acc) {
-  for (int r = 0; r < M && r < to.rows; ++r)
-    for (int c = 0; c < N && c < to.cols; ++c)
-      to.p[r * to.down + c * to.right] = Kind::write(acc[r * N + c]);
-}
-template <class Kind, int M, int N, class T>
-TW_INLINE void mma_add(window<T> to, const float* acc) {
-  for (int r = 0; r < M && r < to.rows; ++r)
-    for (int c = 0; c < N && c < to.cols; ++c) {
-      T& element = to.p[r * to.down + c * to.right];
-      element = Kind::write(Kind::read(element) + acc[r * N + c]);
-    }
 }
 
 }  // namespace tw

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tilewright.attention.batch import Attention
 from tilewright.ops.activation import silu_mul_kernel
@@ -92,6 +92,16 @@ class Rows:
     a: dict[str, Any]
 
 
+class LayerInput(NamedTuple):
+    """The rows that linear layers read: `x`, but of the first `raw_rows` of `raw` the RMSNorm,
+    which the layers compute themselves from `norm` (weight, epsilon)."""
+
+    x: Any
+    raw: Any = None
+    raw_rows: int = 0
+    norm: tuple[Any, ...] = ()
+
+
 class Llama:
     """The weights of a model in memory of a target, and its kernels.
 
@@ -162,13 +172,12 @@ class Llama:
         `cache`: keys and values, (pages, page_size, kv_heads, head_dim) a layer; `attend(layer, q,
         out)` is the attention of a layer."""
         c, name, t, a = self.config, self.name, b.tokens, b.a
-        x, y, normed = a["x"], a["y"], a["normed"]
-        norm = rmsnorm_kernel(name)
+        x, y = a["x"], a["y"]
         rope, rope_append = (f(c.rope_interleaved, name) for f in (rope_kernel, rope_append_kernel))
         angles, append = (*self.angles, b.position), append_kernel(name)
         do(embedding_kernel(self.table_kind, name), b.ids, *self.table, out=self._embedded(x))
         for i, layer in enumerate(self.layers):
-            do(norm, x, layer.attn_norm, c.rms_eps, out=normed)
+            normed = self._normed(x, layer.attn_norm, a, b.single, do)
             for w, out in ((layer.q, a["q"]), (layer.k, a["k"]), (layer.v, a["v"])):
                 self.linear(w, normed, out, b.single, do)
             rotated = self.pairs(a["rotated"], t, c.qo_heads)
@@ -178,12 +187,22 @@ class Llama:
             do(append, cache[1][i], a["v"].reshape(t, c.kv_heads, c.head_dim), b.page, b.slot)
             heads = (t, c.qo_heads, c.head_dim)
             attend(i, a["rotated"].reshape(*heads), a["attended"].reshape(*heads))
-            self.linear(layer.o, a["attended"], y, b.single, do, residual=x)
-            do(norm, y, layer.ffn_norm, c.rms_eps, out=normed)
+            self.linear(layer.o, LayerInput(a["attended"]), y, b.single, do, residual=x)
+            normed = self._normed(y, layer.ffn_norm, a, b.single, do)
             self._gated(layer, normed, a, b.single, do)
-            self.linear(layer.down, a["mixed"], x, b.single, do, residual=y)
+            self.linear(layer.down, LayerInput(a["mixed"]), x, b.single, do, residual=y)
 
-    def _gated(self, layer: Layer, x: Any, a: dict[str, Any], single: int, do: Do) -> None:
+    def _normed(self, x: Any, norm: Any, a: dict[str, Any], single: int, do: Do) -> LayerInput:
+        """The RMSNorm of x. On GPUs the layers compute that of the first `single` rows themselves:
+        no launch for it, and more arithmetic, which shows where there are many rows."""
+        raw_rows, rows = single if self.target.is_cuda else 0, self.memory.rows
+        count, eps = x.shape[0], self.config.rms_eps
+        if raw_rows < count:
+            out = rows(a["normed"], raw_rows, count)
+            do(rmsnorm_kernel(self.name), rows(x, raw_rows, count), norm, eps, out=out)
+        return LayerInput(a["normed"], x, raw_rows, (norm, eps))
+
+    def _gated(self, layer: Layer, x: LayerInput, a: dict[str, Any], single: int, do: Do) -> None:
         """mixed = SiLU(x Gᵀ) · (x Uᵀ): one kernel where both weights are stored alike."""
         if layer.gate.is_stored_like(layer.up):
             self.linear(layer.gate, x, a["mixed"], single, do, up=layer.up)
@@ -193,22 +212,26 @@ class Llama:
         do(silu_mul_kernel(self.name), a["gate"], a["up"], out=a["mixed"])
 
     def linear(
-        self, w: Linear, x: Any, out: Any, single: int, do: Do, *,
+        self, w: Linear, x: LayerInput, out: Any, single: int, do: Do, *,
         residual: Any = None, up: Linear | None = None,
     ) -> None:  # fmt: skip
         """out = x Wᵀ, or residual + x Wᵀ, or SiLU(x Wᵀ) · (x Uᵀ): the first `single` rows by the
-        kernel of one row, the rest by the other. GPUs have the same kernel for both."""
-        rows = self.memory.rows
-        single = x.shape[0] if self.target.is_cuda else single
-        after: After = "gate" if up else "" if residual is None else "residual"
-        for begin, end, many in ((0, single, False), (single, x.shape[0], True)):
+        kernel of one row, the rest by the other. GPUs have the same kernel for both but for
+        rows whose norm is computed here."""
+        rows, count = self.memory.rows, x.x.shape[0]
+        single = x.raw_rows if self.target.is_cuda else single
+        for begin, end, many in ((0, single, False), (single, count, True)):
             if begin < end:
+                array, norm = (x.raw, x.norm) if begin < x.raw_rows else (x.x, ())
+                after: After = "gate" if up else "" if residual is None else "residual"
+                if norm:
+                    after = "norm_gate" if up else "norm"
                 more = up.arrays if up else ()
                 if residual is not None:
                     more = (w.as_written(rows(residual, begin, end)),)
                 kernel = w.kernel(many, self.name, after)
                 piece = w.as_written(rows(out, begin, end))
-                do(kernel, rows(x, begin, end), *w.arrays, *more, out=piece)
+                do(kernel, rows(array, begin, end), *w.arrays, *norm, *more, out=piece)
 
     def _embedded(self, x: Any) -> Any:
         blocks = self.config.dim // 32
@@ -217,6 +240,6 @@ class Llama:
 
     def finish(self, a: dict[str, Any], single: int, do: Do) -> None:
         """The `logits` of the rows of `x`, and the `token` of the largest of each."""
-        do(rmsnorm_kernel(self.name), a["x"], self.norm, self.config.rms_eps, out=a["normed"])
-        self.linear(self.head, a["normed"], a["logits"], single, do)
+        normed = self._normed(a["x"], self.norm, a, single, do)
+        self.linear(self.head, normed, a["logits"], single, do)
         do(argmax_kernel(self.name), a["logits"], out=a["token"])

@@ -1,6 +1,6 @@
-"""Lesson 4: the softmax of the stored entries of each row, scheduled for a CPU and for a GPU.
+"""Lesson 5: the softmax of the stored entries of each row, scheduled for a CPU and for a GPU.
 
-    python examples/04_row_softmax.py
+    python examples/05_row_softmax.py
 
 `top.j` is the loop j around the statement that computes top: each statement of a row has loops of
 its own, and a schedule names them by the statement.

@@ -1,0 +1,25 @@
+"""Matrix tile operations of a warp: their shapes, and what they multiply into float32.
+
+Of a 16 × n fragment lane 4·g + t holds, for each eight columns, elements (g, 2t), (g, 2t + 1),
+(g + 8, 2t), (g + 8, 2t + 1). float32 operands are rounded to tf32: 10 bits of mantissa.
+Reference: PTX ISA, mma.sync, fragments of m16n8k16 and m16n8k8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+HALVES = ("float16", "bfloat16")
+# (rows, columns, depth): the types of both operands. 16 columns: one load of four matrices for both
+# halves of b.
+ATOMS: dict[tuple[int, int, int], tuple[str, ...]] = {
+    (16, 8, 16): HALVES,
+    (16, 16, 16): HALVES,
+    (16, 8, 8): ("float32",),
+}
+SHAPES = ", ".join(" × ".join(map(str, shape)) for shape in ATOMS)
+
+
+def element(e: int, lane: Any) -> tuple[Any, Any]:
+    """Row and column of element `e` of a fragment in a lane, or in an array of lanes."""
+    return lane // 4 + e // 2 % 2 * 8, lane % 4 * 2 + e % 2 + e // 4 * 8

@@ -1,0 +1,98 @@
+"""Pass: loops of kind `pipeline` copy to shared memory for later iterations while they work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tilewright.ir import nodes as ir
+from tilewright.ir.rewrite import (
+    add,
+    map_bodies,
+    rebuild,
+    simplify,
+    substitute,
+    transform,
+)  # fmt: skip
+
+
+def pipeline_loops(program: ir.Program) -> ir.Program:
+    """Copies to shared memory become asynchronous, into one of several buffers, `stages` - 1
+    iterations early. One barrier an iteration is enough: it follows the wait for what this
+    iteration reads, and comes before the copies into the buffer that the last one read.
+
+    before: for k in a:b  # pipeline, 3 stages    after: alloc S[3, 64]
+              alloc S[64]                                for e in 0:2
+              for t in 0:64  # threads                     if a + e < b: async S[e, …] = A[a + e, …]
+                S[t] = A[k, t]                             commit
+              sync                                       for k in a:b
+              … S[t] …                                     wait 1; sync
+              sync                                         if k + 2 < b: async S[(k - a + 2) % 3, …]
+                                                           commit
+                                                           … S[(k - a) % 3, t] …
+
+    Copies of an iteration are a group even where there are none, so that the number of groups that
+    may still be under way is always the same. A branch around them was faster than predicates.
+    Reference: the multistage main loop of CUTLASS, for the order of wait, barrier and copies.
+    """
+    return map_bodies(program, lambda body: _visit(body, False))
+
+
+def _visit(s: Any, repeated: bool) -> Any:
+    """`repeated`: a loop around `s` runs it again in the same CTA."""
+    if isinstance(s, ir.For):
+        repeated_below = repeated or s.kind not in (*ir.GRID, *ir.THREADS)
+        s = rebuild(s, lambda x: _visit(x, repeated_below))
+        return _pipelined(s, repeated) if s.kind == "pipeline" else s
+    return rebuild(s, lambda x: _visit(x, repeated)) if isinstance(s, (ir.Seq, ir.If)) else s
+
+
+def is_copy(s: ir.Stmt) -> bool:
+    """Whether a statement is the copy of an operand by all threads of the CTA."""
+    return isinstance(s, ir.For) and s.kind == "threads"
+
+
+def _pipelined(f: ir.For, repeated: bool) -> ir.Stmt:
+    assert isinstance(f.body, ir.Seq)
+    scratch = {
+        s.buffer.name: replace(s.buffer, shape=(ir.as_expr(f.stages), *s.buffer.shape))
+        for s in f.body.body if isinstance(s, ir.Alloc) and s.buffer.scope == "shared"
+    }  # fmt: skip
+    copies = ir.seq(*filter(is_copy, f.body.body))
+    work = [s for s in f.body.body if not is_copy(s) and not isinstance(s, (ir.Alloc, ir.Sync))]
+    first, last = (ir.Var(f"{f.name}.{end}", f.var.dtype) for end in ("first", "last"))
+
+    def staged(s: Any, number: ir.Expr) -> Any:
+        """`s` on the buffer of the iteration of that number."""
+        stage = simplify(ir.binary("%", number, f.stages))
+
+        def visit(x: Any) -> Any:
+            if isinstance(x, (ir.Load, ir.Store)) and x.buffer.name in scratch:
+                return replace(x, buffer=scratch[x.buffer.name], index=(stage, *x.index))
+            return x
+
+        return transform(s, visit)
+
+    def started(iteration: ir.Expr, number: ir.Expr) -> ir.Stmt:
+        moved = staged(substitute(copies, {f.name: iteration}), number)
+        moved = transform(moved, lambda x: _asynchronous(x) if isinstance(x, ir.Store) else x)
+        return ir.seq(ir.If(ir.binary("<", iteration, last), moved), ir.Commit())
+
+    number = simplify(ir.binary("-", f.var, first))
+    ahead = f.stages - 1
+    early = ir.Var(f"{f.name}.early", f.var.dtype)
+    prologue = started(add(first, early), early)
+    body = ir.seq(
+        ir.Wait(ahead - 1), ir.Sync(), started(add(f.var, ahead), add(number, ahead)),
+        staged(ir.seq(*work), number),
+    )  # fmt: skip
+    return ir.seq(
+        ir.Let(first, f.begin), ir.Let(last, f.end), *map(ir.Alloc, scratch.values()),
+        ir.For(early, ir.as_expr(0), ir.as_expr(ahead), prologue),
+        replace(f, begin=first, end=last, body=body, kind="serial", stages=0, unroll_hint=1),
+        *([ir.Sync()] if repeated else []),
+    )  # fmt: skip
+
+
+def _asynchronous(s: ir.Store) -> ir.CopyAsync:
+    return ir.CopyAsync(s.buffer, s.index, s.value)

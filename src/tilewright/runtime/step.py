@@ -1,0 +1,214 @@
+"""Recorded steps: the launches of many bound calls as one native call (DESIGN 15).
+
+On the CPU a list of launches that the pool runs with a barrier after each. On a GPU a graph: what
+each launch reads and writes says which must follow which; launches of kernels that depend on none
+of each other become one, and each may start before the one in front has ended (programmatic
+dependent launch), whose end it waits for itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tilewright.errors import ArgumentError
+from tilewright.ir.body import Body
+from tilewright.runtime import cuda
+from tilewright.runtime import pool as pools
+from tilewright.runtime.kernel import Bound
+from tilewright.runtime.launch import CompileStep, CpuLauncher, CudaLauncher, ordinal_of
+
+Box = tuple[int, int]
+"""The first address of a range of memory, and the one behind its last."""
+
+ANY: tuple[Box, ...] = ((0, 2**63 - 1),)  # what a launch touches that says nothing of its memory
+PARAMS_BYTES = 4000  # of the parameters that launches together have: a kernel takes 4096 bytes
+Edge = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A launch that a step may put beside others: `units` CTAs of a body with its parameters, and
+    the macros that its code is compiled with."""
+
+    body: Body
+    params: Any
+    units: int
+    macros: tuple[str, ...]
+    compile_step: CompileStep
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One launch of a step with the memory that it reads and writes. `launch`: a `Part`, or a
+    `runtime.cuda.Launch`."""
+
+    name: str
+    launch: Any
+    reads: tuple[Box, ...]
+    writes: tuple[Box, ...]
+
+
+def hazards(nodes: Sequence[Node]) -> np.ndarray:
+    """bool (n, n): whether node j comes after node i in the list and touches memory that i does,
+    which at least one of them writes."""
+    ordered = np.zeros((len(nodes), len(nodes)), bool)
+    reads, writes = _boxes([n.reads for n in nodes]), _boxes([n.writes for n in nodes])
+    for a, b in ((writes, writes), (writes, reads), (reads, writes)):
+        overlaps = (a[:, None, 0] < b[None, :, 1]) & (b[None, :, 0] < a[:, None, 1])
+        i, j = overlaps.nonzero()
+        ordered[a[i, 2], b[j, 2]] = True
+    return np.triu(ordered, 1)
+
+
+def _boxes(of_nodes: Sequence[tuple[Box, ...]]) -> np.ndarray:
+    """Rows of (begin, end, number of the node); empty ranges are left out."""
+    rows = [(*box, n) for n, boxes in enumerate(of_nodes) for box in boxes if box[0] < box[1]]
+    return np.array(rows, np.int64).reshape(-1, 3)
+
+
+def dependencies(nodes: Sequence[Node]) -> tuple[Edge, ...]:
+    """The fewest edges (i, j), j after i, that keep every hazard of the nodes in order."""
+    ordered, before, edges = hazards(nodes), [0] * len(nodes), []
+    for j in range(len(nodes)):
+        for i in ordered[:, j].nonzero()[0].tolist()[::-1]:
+            if not before[j] >> i & 1:  # not after i by another edge
+                edges.append((i, j))
+                before[j] |= before[i] | 1 << i
+    return tuple(edges)
+
+
+def missing(nodes: Sequence[Node], edges: Iterable[Edge]) -> list[Edge]:
+    """The hazards (i, j) that no path of edges keeps in order."""
+    before = [1 << j for j in range(len(nodes))]
+    for i, j in sorted(edges, key=lambda edge: edge[1]):
+        before[j] |= before[i]
+    return [(i, j) for i, j in np.argwhere(hazards(nodes)).tolist() if not before[j] >> i & 1]
+
+
+def levels(count: int, edges: Iterable[Edge]) -> list[int]:
+    """The level of each node: one above the highest that it must follow."""
+    level = [0] * count
+    for i, j in sorted(edges, key=lambda edge: edge[1]):
+        level[j] = max(level[j], level[i] + 1)
+    return level
+
+
+class Step:
+    """A recorded step. `bounds` are `Bound`s, launches (a `runtime.pool.Launch` on the CPU, a
+    `runtime.cuda.Launch` on a GPU), or anything with one as `.launch`, and the memory it touches
+    as `.boxes` (reads, writes). All of one device. Where there is no C++ compiler they are called
+    one after the other. `overlaps`: whether launches on a GPU may start before the one in front
+    has ended. `count`: of the launches of a run.
+    """
+
+    def __init__(self, bounds: Iterable[Any], overlaps: bool = True) -> None:
+        self.keep = list(bounds)
+        self.nodes: list[Node] = []
+        self.edges: tuple[Edge, ...] = ()
+        recorded = [_launches(b) for b in self.keep]
+        flat = [launch for of_bound in recorded for launch in of_bound or ()]
+        if None in recorded:
+            self.count = len(self.keep)
+            self._run = lambda: [bound() for bound in self.keep]
+        elif any(isinstance(launch, tuple) for launch in flat) or not flat:
+            self.count = len(flat)
+            self._run = pools.pool().prepare(flat)
+        else:
+            self.nodes = flat
+            self.edges = dependencies(flat)
+            launches = self._launches(overlaps)
+            self.count = len(launches)
+            graph = cuda.Graph(launches)
+            self._run = lambda: graph.launch(cuda.current_stream())
+
+    def _launches(self, overlaps: bool) -> list[cuda.Launch]:
+        """The launches of the graph, level by level."""
+        level = levels(len(self.nodes), self.edges)
+        ordinal = next((ordinal_of(b.frame) for b in self.keep if isinstance(b, Bound)), 0)
+        launches: list[cuda.Launch] = []
+        for of_level in range(max(level) + 1):
+            nodes = [n.launch for n, at in zip(self.nodes, level, strict=True) if at == of_level]
+            launches += [one for one in nodes if not isinstance(one, Part)]
+            parts = [one for one in nodes if isinstance(one, Part)]
+            for begin, end in itertools.pairwise(_cuts(parts)):
+                launches.append(_together(tuple(parts[begin:end]), ordinal, overlaps))
+        return launches
+
+    def __call__(self) -> None:
+        self._run()
+
+    def __repr__(self) -> str:
+        return f"<step of {self.count} launches>"
+
+
+def _launches(bound: Any) -> Sequence[Any] | None:
+    """The launches of a bound call: nodes on a GPU, plain launches on the CPU; None for one without
+    native code. Raises ArgumentError."""
+    if isinstance(bound, Bound):
+        launcher = bound.kernel.launcher
+        if isinstance(launcher, CudaLauncher):
+            return _nodes(bound, launcher)
+        native = isinstance(launcher, CpuLauncher)
+        return launcher.launches(bound.kernel, bound.frame) if native else None
+    if not isinstance(bound, (tuple, cuda.Launch)) and not hasattr(bound, "launch"):
+        text = f"a step records bound calls, not {type(bound).__name__}"
+        raise ArgumentError("A107", text, where="bounds", hint="kernel.bind(…)")
+    launch = getattr(bound, "launch", bound)
+    if launch is None or isinstance(launch, tuple):
+        return None if launch is None else (launch,)
+    reads, writes = getattr(bound, "boxes", None) or (ANY, ANY)
+    return (Node(launch.function.name, launch, reads, writes),)
+
+
+def _nodes(bound: Bound, launcher: CudaLauncher) -> list[Node]:
+    """A node for each launch of a kernel that has units."""
+    boxes, frame, nodes = bound.boxes(), bound.frame, []
+    assert launcher.compile_step is not None
+    for body, params, units in zip(launcher.bodies, frame.blocks, frame.units, strict=True):
+        part = Part(body, params, units, frame.variants, launcher.compile_step)
+        reads, writes = (
+            tuple(box for name in names for box in boxes.get(name, boxes[""]))
+            for names in (body.reads, body.writes)
+        )
+        nodes += [Node(bound.kernel.manifest.name, part, reads, writes)] * (units > 0)
+    return nodes
+
+
+def _cuts(parts: Sequence[Part]) -> list[int]:
+    """Where to divide launches so that the parameters of each range fit a kernel, and that no body
+    has fewer registers than alone, because another one has more threads."""
+    cuts, used, threads, resident = [0], 0, 0, 2**31
+    for i, part in enumerate(parts):
+        size, b = len(part.params) + 8, part.body
+        threads, resident = max(threads, b.threads), min(resident, b.resident)
+        if used and (used + size > PARAMS_BYTES or threads > resident):
+            cuts.append(i)
+            used, threads, resident = 0, b.threads, b.resident
+        used += size
+    return [*cuts, len(parts)] if parts else []
+
+
+def _together(parts: tuple[Part, ...], ordinal: int, overlaps: bool) -> cuda.Launch:
+    """One launch of several parts, each on its own CTAs."""
+    bodies = tuple(p.body for p in parts)
+    macros = tuple(sorted({m for p in parts for m in p.macros}))
+    first = [0, *itertools.accumulate(p.units for p in parts)]
+    data = b"".join(bytes(p.params) for p in parts) + np.array(first[:-1], np.int64).tobytes()
+    function = _function(parts[0].compile_step, bodies, macros, ordinal)
+    return function.prepare(
+        (first[-1], 1, 1), (max(b.threads for b in bodies), 1, 1),
+        max(b.smem_bytes for b in bodies), ctypes.create_string_buffer(data, len(data)), overlaps,
+    )  # fmt: skip
+
+
+@functools.lru_cache(256)
+def _function(compile_step: Any, bodies: Any, macros: tuple[str, ...], ordinal: int) -> Any:
+    """Loads one function that runs several bodies side by side. Raises BuildError."""
+    return cuda.Module(compile_step(bodies, macros), ordinal).function("step")
