@@ -113,6 +113,10 @@ class Let(Stmt):
     var: Var
     value: Expr
 
+    @property
+    def name(self) -> str:
+        return self.var.name
+
 
 @node
 class If(Stmt):

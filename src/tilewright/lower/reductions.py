@@ -1,11 +1,15 @@
-"""Pass: reductions get accumulators: a `Compute` becomes initialization, update and store."""
+"""Pass: reductions get accumulators: a `Compute` becomes initialization, update and store.
+
+The analysis is that of tiles too: the names that a reduction changes, and the loops, lets and
+guards under which its total is stored.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import count, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,8 +18,17 @@ from tilewright.dtypes import DType
 from tilewright.errors import illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import ACCUMULATOR, TOTAL, GeneratedName, parse_name
-from tilewright.ir.rewrite import free_vars, is_const, map_bodies, name_repeated, rebuild, used_lets
-from tilewright.lower.accumulators import frame_of, framed, reduced_names, with_totals
+from tilewright.ir.rewrite import (
+    conjuncts,
+    free_vars,
+    is_const,
+    map_bodies,
+    name_repeated,
+    path_to,
+    statements,
+    transform,
+    used_lets,
+)
 
 
 def materialize_reductions(program: ir.Program) -> ir.Program:
@@ -38,10 +51,9 @@ def materialize_reductions(program: ir.Program) -> ir.Program:
 
 @dataclass(frozen=True, slots=True)
 class _Chain:
-    """The statements between the outermost loop of a reduction and its `Compute`, the `number`-th
-    below that loop (there are several where a cut tail is inside another loop that reduces)."""
+    """The statements between the outermost loop of a reduction and its `Compute`. There are several
+    below that loop where a cut tail is inside another loop that reduces."""
 
-    number: int
     compute: ir.Compute
     spatial: tuple[ir.For, ...]  # loops that do not reduce and are not bound to threads
     lanes: tuple[ir.For, ...]  # reducing loops with an accumulator for each iteration
@@ -52,6 +64,15 @@ class _Chain:
     @property
     def key(self) -> tuple[Any, ...]:
         return self.compute.out, self.compute.op
+
+    @property
+    def cells(self) -> tuple[ir.For, ...]:
+        """The loops whose iterations have an element of the accumulator each."""
+        return (*self.spatial, *self.lanes)
+
+    @property
+    def index(self) -> tuple[ir.Var, ...]:
+        return tuple(f.var for f in self.cells)
 
     @property
     def split(self) -> tuple[Any, ...]:
@@ -97,15 +118,14 @@ class _Materializer:
     def _reduce(self, group: list[ir.Stmt]) -> list[ir.Stmt]:
         """`group`: neighbouring loops that reduce into the same outputs (a loop and its cut
         tail)."""
-        chains_of = [_reductions(s) for s in group]
-        changed: list[dict[int, ir.Stmt]] = [{} for _ in group]
+        chains = [c for s in group for c in _reductions(s)]
+        updates: dict[int, ir.Stmt] = {}  # by id of the `Compute`
         before: list[ir.Stmt] = []
         after: list[ir.Stmt] = []
-        for key in dict.fromkeys(c.key for chains in chains_of for c in chains):
+        for key in dict.fromkeys(c.key for c in chains):
             accumulators: _Accumulators = {}
-            for chains, new in zip(chains_of, changed, strict=True):
-                for chain in (c for c in chains if c.key == key):
-                    new[chain.number] = self._update(chain, accumulators)
+            for chain in (c for c in chains if c.key == key):
+                updates[id(chain.compute)] = self._update(chain, accumulators)
             if accumulators:
                 parts = list(accumulators.values())
                 for accs, chain in parts:
@@ -115,8 +135,8 @@ class _Materializer:
                 out = parts[0][1].compute.out.buffer
                 if out.scope == "register":
                     before.insert(0, ir.Alloc(out))
-        inside = [_replace(s, new) for s, new in zip(group, changed, strict=True)]
-        if any(c.compute.reductions for chains in chains_of for c in chains):
+        inside = [transform(s, lambda x: updates.get(id(x), x)) for s in group]
+        if any(c.compute.reductions for c in chains):
             inside = [used_lets(s) for s in inside]  # others are those of epilogues
         return [*before, *(self._plain(s) for s in inside), *after]
 
@@ -130,7 +150,7 @@ class _Materializer:
         if shape not in accumulators:
             accs = tuple(self._accumulator(chain, value.dtype) for _, value in c.sums)
             accumulators[shape] = accs, chain
-        index = tuple(f.var for f in (*chain.spatial, *chain.lanes))
+        index = chain.index
         if c.online:
             self.maxima[c.out.buffer.name, shape] = accumulators[shape][0][0]
             return _online_term(c, ir.Load(accumulators[shape][0][0], index, c.value.dtype))
@@ -155,7 +175,7 @@ class _Materializer:
     def _accumulator(self, chain: _Chain, dtype: DType) -> ir.Buffer:
         out = chain.compute.out.buffer
         self.count += 1
-        for loop in (*chain.spatial, *chain.lanes):
+        for loop in chain.cells:
             if loop.extent is None or not is_const(loop.begin, 0):
                 raise illegal(
                     f"loop {loop.name} lies inside the reduction of {out.name} and has a run-time "
@@ -163,7 +183,7 @@ class _Materializer:
                     "an accumulator has a constant size: split the loop, keep its inner "
                     "part inside",
                 )
-        shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in (*chain.spatial, *chain.lanes))
+        shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in chain.cells)
         name = GeneratedName(out.name, ACCUMULATOR, self.count).name
         return ir.Buffer(name, dtype, shape, "register")
 
@@ -180,7 +200,9 @@ class _Materializer:
                 for accs, each in parts
             )
             value = reduce(lambda a, b, op=op: ir.Binary(ir.REDUCTIONS[op], a, b, a.dtype), joined)
-            totals.append((_total_of(first[n]), value))
+            own = parse_name(first[n].name)
+            assert own is not None
+            totals.append((own._replace(kind=TOTAL).name, value))
         across_threads = any(each.threads for _, each in parts)
         if not (across_threads or c.reductions):
             return framed(_store(c, totals[0][1]), chain.frame)
@@ -212,14 +234,11 @@ def _reductions(s: ir.Stmt) -> list[_Chain]:
     """The reductions for which the loop `s` is the outermost one that reduces."""
     if not isinstance(s, ir.For):
         return []
-    return [
-        _chain(number, c, path)
-        for number, (c, path) in enumerate(_computes(s, []))
-        if ir.reduces(s, c)
-    ]
+    computes = [x for x in statements(s) if isinstance(x, ir.Compute) and ir.reduces(s, x)]
+    return [_chain(c, path_to(s, c) or []) for c in computes]
 
 
-def _chain(number: int, compute: ir.Compute, path: list[Any]) -> _Chain:
+def _chain(compute: ir.Compute, path: list[Any]) -> _Chain:
     reduced = reduced_names(path, compute)
     frame = frame_of(path, reduced)
     loops = [s for s in path if isinstance(s, ir.For) and ir.reduces(s, compute)]
@@ -236,34 +255,7 @@ def _chain(number: int, compute: ir.Compute, path: list[Any]) -> _Chain:
     # accumulator holds what a level visits that has as many coordinates as its dimension.
     escapes |= compute.in_place and any(isinstance(s, ir.For) and s.extent == 0 for s in path)
     escapes |= compute.in_place and any(f.extent is None for f in spatial)
-    return _Chain(number, compute, spatial, lanes, threads, frame, escapes)
-
-
-def _computes(s: ir.Stmt, path: list[Any]) -> Iterator[tuple[ir.Compute, list[Any]]]:
-    """Every `Compute` below `s`, with the loops, guards and lets around it."""
-    if isinstance(s, ir.Compute):
-        yield s, path
-    elif isinstance(s, (ir.For, ir.If)):
-        yield from _computes(s.body, [*path, s])
-    elif isinstance(s, ir.Seq):
-        lets: list[Any] = []
-        for b in s.body:
-            if isinstance(b, ir.Let):
-                lets.append(b)
-            else:
-                yield from _computes(b, [*path, *lets])
-
-
-def _replace(s: ir.Stmt, by: dict[int, ir.Stmt]) -> ir.Stmt:
-    """The computes below `s` replaced by number."""
-    numbers = count()
-
-    def visit(x: Any) -> Any:
-        if isinstance(x, ir.Compute):
-            return by.get(next(numbers), x)
-        return rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
-
-    return visit(s)
+    return _Chain(compute, spatial, lanes, threads, frame, escapes)
 
 
 def _store(c: ir.Compute, value: ir.Expr) -> ir.Store:
@@ -274,9 +266,8 @@ def _store(c: ir.Compute, value: ir.Expr) -> ir.Store:
 
 def _initial(acc: ir.Buffer, chain: _Chain, op: str) -> ir.Stmt:
     """Every element of the accumulator set to the identity."""
-    index = tuple(f.var for f in (*chain.spatial, *chain.lanes))
-    body: ir.Stmt = ir.Store(acc, index, ir.identity_of(op, acc.dtype))
-    for f in reversed((*chain.spatial, *chain.lanes)):
+    body: ir.Stmt = ir.Store(acc, chain.index, ir.identity_of(op, acc.dtype))
+    for f in reversed(chain.cells):
         body = ir.For(f.var, f.begin, f.end, body, f.kind if f.kind == "vector" else "unroll")
     return body
 
@@ -313,13 +304,6 @@ def _over_threads(value: ir.Expr, chain: _Chain, op: str) -> ir.Expr:
     return value
 
 
-def _total_of(acc: ir.Buffer) -> str:
-    """The register for the total of an accumulator."""
-    own = parse_name(acc.name)
-    assert own is not None
-    return GeneratedName(own.owner, TOTAL, own.number).name
-
-
 def _epilogue(c: ir.Compute, totals: list[tuple[str, ir.Expr]]) -> list[ir.Stmt]:
     """A register for each total, given by name and value, then the store of what is made of
     them."""
@@ -351,3 +335,59 @@ def _joined(acc: ir.Buffer, chain: _Chain, op: str) -> ir.Expr:
     )
     total = reduce(lambda a, b: ir.Binary(ir.REDUCTIONS[op], a, b, a.dtype), loads)
     return ir.ReduceLanes(op, total, acc.dtype) if vector else total
+
+
+# ---------------------------------------------------------------------------- the analysis
+
+
+def reduced_names(path: Iterable[Any], c: ir.Compute) -> frozenset[str]:
+    """Loops and names on the path to a statement that differ from one reduced iteration to the
+    next."""
+    reduced: set[str] = set()
+    for s in path:
+        if isinstance(s, ir.For):
+            if ir.reduces(s, c) or (free_vars(s.begin) | free_vars(s.end)) & reduced:
+                reduced.add(s.name)
+        elif isinstance(s, ir.Let) and free_vars(s.value) & reduced:
+            reduced.add(s.var.name)
+    return frozenset(reduced)
+
+
+def frame_of(path: Iterable[Any], reduced: frozenset[str]) -> tuple[Any, ...]:
+    """The loops, lets and guards of a path that depend on nothing reduced: a total is stored under
+    them. Of a guard that depends on it in part the rest remains."""
+    frame: list[Any] = []
+    for s in path:
+        if isinstance(s, ir.If):
+            kept = [x for x in conjuncts(s.cond) if not free_vars(x) & reduced]
+            if kept:
+                cond = reduce(lambda a, b: ir.binary("&", a, b), kept)
+                frame.append(s if cond == s.cond else ir.If(cond, s.body))
+        elif (s.name if isinstance(s, ir.For) else s.var.name) not in reduced:
+            frame.append(s)
+    return tuple(frame)
+
+
+def framed(body: ir.Stmt, frame: Sequence[Any]) -> ir.Stmt:
+    """The body under loops and guards, with the lets that it needs."""
+    for f in reversed(frame):
+        if not isinstance(f, ir.Let):
+            body = replace(f, body=body)
+        elif f.var.name in free_vars(body):
+            body = ir.seq(f, body)
+    return body
+
+
+def with_totals(c: ir.Compute, totals: Sequence[ir.Expr]) -> tuple[Sequence[ir.Stmt], ir.Expr]:
+    """The value of a statement with an epilogue, with these expressions for its totals; names for
+    what it would compute more than once."""
+    known = {
+        r.total.name: ir.cast(value, r.total.dtype)
+        for r, value in zip(c.reductions, totals, strict=True)
+    }
+
+    def visit(x: Any) -> Any:
+        return known.get(x.buffer.name, x) if isinstance(x, ir.Load) else x
+
+    lets, (value,) = name_repeated([transform(c.value, visit)], f"{c.out.buffer.name}.value")
+    return lets, value

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tilewright.errors import illegal
 from tilewright.ir.levels import Compressed, Dense
 from tilewright.ir.nodes import Assign, Program
 from tilewright.ir.rewrite import indices_of
-from tilewright.schedule.tree import illegal, unknown
+from tilewright.schedule.tree import unknown
 
 
 def order_axes(program: Program, output: str, *axes: str) -> Program:

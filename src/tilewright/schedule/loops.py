@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from tilewright.errors import illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple
 from tilewright.ir.atoms import ATOMS, SHAPES
@@ -29,7 +30,6 @@ from tilewright.schedule.tree import (
     chain_from,
     computes,
     has_loop,
-    illegal,
     in_the_way,
     matches,
     reads_memory,
@@ -266,17 +266,15 @@ def atomic(body: ir.Stmt, output: str) -> Rewritten:
                     "privatize() does without",
                 )
             return replace(x, atomic=True)
-        return rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
+        return x
 
-    return visit(body), count
+    return transform(body, visit), count
 
 
 def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Rewritten:
     """The loop rewrite behind `Schedule.mma`."""
-    count = 0
 
     def one(f: ir.For) -> ir.Stmt:
-        nonlocal count
         chain = chain_from(f)
         names = (rows, cols, depth)
         loops = [next((x for x in chain.loops if matches(x, n)), None) for n in names]
