@@ -16,11 +16,11 @@ import numpy as np
 from bench import peers, sparse
 from bench.graphs import Graph
 from bench.harness import Contender, Row, base_row, compare, note
-from tilewright import ops
 from tilewright.runtime import pool
 from tilewright.toolchain import cxx
 
-LESSON = Path(__file__).parent.parent / "examples" / "05_row_softmax.py"
+LESSONS = Path(__file__).parent.parent / "examples"
+LESSON = runpy.run_path(str(LESSONS / "06_graph_attention.py"))
 _SAMPLED_ROWS = 512
 HAND_WRITTEN = """#include <cmath>
 #include <cstdint>
@@ -94,7 +94,7 @@ def graph_attention(args: argparse.Namespace) -> Iterator[Row]:
 def graph_softmax(args: argparse.Namespace) -> Iterator[Row]:
     """Rows of the softmax of each row of A, for each graph."""
     for graph in sparse.inputs(args):
-        A = ops.pack_for_graph_attention(graph.csr, args.target, dtype="float32")
+        A = LESSON["pack_for_graph_attention"](graph.csr, args.target, dtype="float32")
         kernel = _softmax_kernel(A, args.target)
         base = base_row("graph_softmax", "graph_softmax", args.target)
         base |= sparse._describe(graph, 1, "float32")
@@ -108,7 +108,7 @@ def graph_softmax(args: argparse.Namespace) -> Iterator[Row]:
 
 def _softmax_kernel(A: Any, target: str) -> Any:
     """That of lesson 5."""
-    lesson = runpy.run_path(str(LESSON))
+    lesson = runpy.run_path(str(LESSONS / "05_row_softmax.py"))
     if target == "cpp":
         return lesson["softmax"].schedule(lesson["softmax_by_row"]).build()
     softmax = lesson["softmax_on_gpu"].decompose(A=A.format)
@@ -120,9 +120,9 @@ def _attention_case(graph: Graph, heads: int, width: int, target: str) -> list[R
     rng = np.random.default_rng(7)
     exact = [rng.standard_normal(s, np.float32) for s in shapes]
     q, k, v = (peers.to_target(x, "float32", target) for x in exact)
-    A = ops.pack_for_graph_attention(graph.csr, target, dtype="float32")
+    A = LESSON["pack_for_graph_attention"](graph.csr, target, dtype="float32")
     scale = width**-0.5
-    contenders = [_ours(lambda: ops.graph_attention(A, q, k, v), peers.to_host)]
+    contenders = [_ours(lambda: LESSON["graph_attention"](A, q, k, v), peers.to_host)]
     chain = _Chain(graph, target)
     for name, run in chain.attention(q, k, v, scale).items():
         try:

@@ -21,7 +21,6 @@ from tilewright.ops.elementwise import add_count, add_fill, multiply_count, mult
 from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
 from tilewright.ops.embedding import by_token
 from tilewright.ops.gemm import gemm_definition
-from tilewright.ops.graph_attention import graph_attention_definition
 from tilewright.ops.linear import linear_definition
 from tilewright.ops.positions import by_request, lengthen, positions_program
 from tilewright.ops.rmsnorm import RMSNORM
@@ -73,11 +72,17 @@ def _interleaved(kind: str, many: bool) -> Shipped:
     return Shipped(linear_definition(kind, many, 576, 1536, True), CPU)
 
 
-def _example(file: str, name: str, recipe: str = "") -> Definition:
+def lesson(file: str) -> Any:
+    """An example as a module."""
     spec = importlib.util.spec_from_file_location(file[3:-3], EXAMPLES / file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def _example(file: str, name: str, recipe: str = "") -> Definition:
+    module = lesson(file)
     definition = getattr(module, name)
     return definition.schedule(getattr(module, recipe)) if recipe else definition
 
@@ -109,10 +114,6 @@ SHIPPED: dict[str, Shipped] = {
     **{f"sddmm coo f32 {d}": _sddmm(tw.coo(), d, targets=CUDA) for d in (1, 7, 128, 512)},
     **{f"sddmm coo f16 {d}": _sddmm(tw.coo(), d, "float16", targets=CUDA) for d in (33, 512)},
     "sddmm coo f64 64 int64": _sddmm(tw.coo(), 64, "float64", index="int64"),
-    # attention along edges
-    "graph_attention csr": Shipped(
-        graph_attention_definition(tw.csr(), ("float32",) * 4, (2, 64, 64))
-    ),
     # sparse results
     "add fill": _fill(add_count, add_fill),
     "multiply fill": _fill(multiply_count, multiply_fill),
@@ -163,6 +164,11 @@ SHIPPED: dict[str, Shipped] = {
     ),
     "example 05 softmax": Shipped(
         _example("05_row_softmax.py", "softmax_on_gpu", "softmax_by_threads"), CUDA
+    ),
+    "example 06 graph attention": Shipped(
+        lesson("06_graph_attention.py").graph_attention_definition(
+            tw.csr(), ("float32",) * 4, (2, 64, 64)
+        )
     ),
 }
 

@@ -8,6 +8,7 @@ memory access and matrix tiles, and write the entry.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from tilewright.codegen.params import C_TYPES, STORED_AS_BITS, Params, c_name
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import walk
+from tilewright.ir.rewrite import statements, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,14 +426,9 @@ class Renderer(MergeRenderer):
         return text
 
 
-def has_lists(stage: tuple[ir.Nest, ...]) -> bool:
-    """Whether a nest of the stage walks lists of coordinates."""
-    return any(isinstance(x, (ir.Merge, ir.Drain)) for n in stage for x in walk(n.body))
-
-
-def has_tiles(stage: tuple[ir.Nest, ...]) -> bool:
-    """Whether a nest of the stage has tile operations."""
-    return any(isinstance(x, ir.Mma) for n in stage for x in walk(n.body))
+def has(stage: Iterable[ir.Nest], *kinds: type) -> bool:
+    """Whether a nest of the stage has statements of these kinds."""
+    return any(isinstance(x, kinds) for n in stage for x in statements(n.body))
 
 
 def operand_kind(t: DType) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from tilewright.codegen.cfamily import Renderer, has_tiles, operand_kind
+from tilewright.codegen.cfamily import Renderer, has, operand_kind
 from tilewright.codegen.params import C_TYPES, Params, c_name, collect_params
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple, terms
@@ -287,8 +287,8 @@ def render(
 
 
 def _headers(stage: tuple[ir.Nest, ...]) -> tuple[str, ...]:
-    copies = any(isinstance(x, ir.Wait) for nest in stage for x in walk(nest.body))
-    return ("gpu.cuh", *("mma.cuh",) * has_tiles(stage), *("async.cuh",) * copies)
+    needs = ("mma.cuh", ir.Mma), ("async.cuh", ir.Wait)
+    return ("gpu.cuh", *(file for file, kind in needs if has(stage, kind)))
 
 
 def _accesses(stage: tuple[ir.Nest, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -26,10 +26,6 @@ def expr_text(e: Any, outer: int = 0) -> str:
     return f"({text})" if level < outer else text
 
 
-def _const(e: Any) -> str:
-    return f"{e.value:g}" if isinstance(e.value, float) else str(e.value).lower()
-
-
 def _unary(e: Any) -> str:
     return f"-{expr_text(e.a, 8)}" if e.op == "-" else f"{e.op}({expr_text(e.a)})"
 
@@ -40,7 +36,7 @@ def _search(e: Any) -> str:
 
 
 _EXPRESSIONS: dict[str, Callable[[Any], str]] = {
-    "Const": _const,
+    "Const": lambda e: f"{e.value:g}" if isinstance(e.value, float) else str(e.value).lower(),
     "Var": lambda e: e.name,
     "Index": lambda e: e.name,
     "Access": lambda e: f"{e.tensor.name}[{_commas(e.coords)}]",
@@ -115,10 +111,6 @@ def _store(s: Any) -> str:
     return line + (" atomic" if s.atomic else "")
 
 
-def _element(b: Any, index: Any) -> str:
-    return f"{b.name}[{expr_text(index)}]"
-
-
 _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "Assign": lambda s: f"{expr_text(s.out)} {'+=' if s.op else '='} {expr_text(s.value)}",
     "For": _for,
@@ -135,7 +127,9 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "Commit": lambda s: "commit",
     "Wait": lambda s: f"wait {s.pending}",
     "Sync": lambda s: "sync",
-    "Mma": lambda s: f"mma {_element(s.acc, s.slot)} += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}",
+    "Mma": lambda s: (
+        f"mma {s.acc.name}[{expr_text(s.slot)}] += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}"
+    ),
 }
 
 

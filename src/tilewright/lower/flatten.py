@@ -9,7 +9,6 @@ from tilewright import dtypes
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import (
     add,
-    as_int64,
     map_bodies,
     mul,
     rebuild,
@@ -84,6 +83,5 @@ def flat_offset(x: ir.Load | ir.Store) -> ir.Expr:
         strides = tuple(packed)
     total: ir.Expr = ir.Const(0, width)
     for i, s in zip(x.index, strides, strict=True):
-        index = as_int64(i) if width == dtypes.int64 else ir.cast(i, width)
-        total = add(total, mul(index, ir.cast(s, width)))
+        total = add(total, mul(ir.cast(i, width), ir.cast(s, width)))
     return total

@@ -7,7 +7,6 @@ from collections.abc import Container
 from dataclasses import dataclass
 
 from tilewright.ir import nodes as ir
-from tilewright.ir.levels import may_miss
 from tilewright.ir.rewrite import add
 from tilewright.lower.scope import Scope, Walk
 from tilewright.lower.tables import Driver, Tables
@@ -43,16 +42,8 @@ def list_of(scope: Scope, driver: Driver, lets: list[ir.Stmt]) -> List:
         walks = {driver.structure: Walk(driver.indices)}
         scope = Scope(tables, scope.coordinates, scope.block_parts, walks)
     parent = scope.position(driver.structure, depth - 1)
-    is_missing = may_miss(parent)
-    if is_missing:
-        var = ir.Var(tables.unused_name(f"{driver.structure}_q{depth - 1}"), parent.dtype)
-        lets.append(ir.Let(var, parent))
-        parent = var
+    begin, end, _ = scope.copy().range_of(driver.structure, depth, parent, lets)
     level, storage = scope.storage(driver.structure, depth)
-    begin, end = level.loop(storage, parent)
-    if is_missing:
-        is_stored, zero = ir.binary(">=", parent, 0), ir.Const(0, tables.index)
-        begin, end = ir.select(is_stored, begin, zero), ir.select(is_stored, end, zero)
     return List(driver, storage[level.keys], ir.cast(begin, tables.index), end)
 
 

@@ -293,12 +293,7 @@ class NestBuilder:
         # A dense level may be walked before the levels above it: its parent is only needed later.
         parent = zero if level.is_dense else scope.position(s.structure, s.depth - 1)
         before: list[ir.Stmt] = []
-        if is_missing := may_miss(parent):
-            parent = self._named_position(s.structure, s.depth - 1, parent, scope, before)
-        begin, end = level.loop(storage, parent)
-        if is_missing:  # nothing is stored there: an empty range
-            is_stored = ir.binary(">=", parent, 0)
-            begin, end = ir.select(is_stored, begin, zero), ir.select(is_stored, end, zero)
+        begin, end, parent = scope.range_of(s.structure, s.depth, parent, before)
         row = self.tables.rows.get(target.statement.out.tensor.name)
         if row and row.tensor.is_sparse:
             if row.levels and not level.is_dense:
@@ -320,15 +315,6 @@ class NestBuilder:
         return lambda body: ir.seq(
             *before, ir.For(var, begin, end, _inside(lets, guards, body), axes=axes)
         )
-
-    def _named_position(
-        self, structure: str, depth: int, position: ir.Expr, scope: Scope, lets: list[ir.Stmt]
-    ) -> ir.Var:
-        """A located position as a variable, so that it is searched once."""
-        var = ir.Var(self.tables.unused_name(f"{structure}_q{depth}"), position.dtype)
-        scope.walks[structure].positions[depth] = var
-        lets.append(ir.Let(var, position))
-        return var
 
     def _bind(
         self, s: LoopSpec, level: Level, coordinate: ir.Expr, scope: Scope
@@ -460,7 +446,7 @@ class NestBuilder:
         position = scope.position(driver.structure, last)
         if not may_miss(position):
             return []
-        var = self._named_position(driver.structure, last, position, scope, lets)
+        var = scope.named_position(driver.structure, last, position, lets)
         return [ir.binary(">=", var, 0)]
 
 

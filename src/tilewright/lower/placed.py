@@ -13,7 +13,7 @@ from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import rebuild, simplify, transform, walk
 from tilewright.lower.epilogues import values_of
 from tilewright.lower.scope import Scope
-from tilewright.lower.tables import Driver, Statement, Tables, index_names, indices_in
+from tilewright.lower.tables import Driver, Statement, Tables, index_names, indices_in, names_read
 
 
 def refuse(name: str, why: str, hint: str) -> ScheduleError:
@@ -27,7 +27,7 @@ def with_roles(program: ir.Program) -> ir.Program:
     for name, loop, _ in program.placed:
         readers = {  # a reduction of out is out.0
             a.out.tensor.name.partition(".")[0] for a in program.body
-            if name in _names_read(a.value)
+            if name in names_read(a.value)
         }  # fmt: skip
         roots = sorted(readers - scopes.keys())
         if len(roots) > 1 or not readers:
@@ -41,15 +41,11 @@ def with_roles(program: ir.Program) -> ir.Program:
     return replace(program, tensors=tuple(tensors))
 
 
-def _names_read(e: Any) -> set[str]:
-    return {x.tensor.name for x in walk(e) if isinstance(x, ir.Access)}
-
-
 def check(t: Statement, placed: dict[str, str], emitted: set[str], around: set[str]) -> None:
     """Raises ScheduleError[S102] for a temporary that reads what is not computed yet, or that loops
     `around` would repeat."""
     name, loop = t.out.tensor.name, placed.get(t.out.tensor.name, "")
-    read = set().union(*map(_names_read, values_of(t))) & placed.keys()
+    read = names_read(*values_of(t)) & placed.keys()
     for late in sorted(read - emitted - {name}):
         raise refuse(late, f"{name} reads it first", f"compute_at {name} further in")
     own = {loop, *(x.name for x in indices_in(t.out.coords))}

@@ -17,7 +17,14 @@ from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.joins import join_nest, join_of
 from tilewright.lower.nests import BuiltNest, NestBuilder
 from tilewright.lower.placed import with_roles
-from tilewright.lower.tables import Driver, Statement, Tables, indices_in, shares_rows  # fmt: skip
+from tilewright.lower.tables import (  # fmt: skip
+    Driver,
+    Statement,
+    Tables,
+    indices_in,
+    names_read,
+    shares_rows,
+)
 
 
 def coordinates_to_positions(program: ir.Program) -> ir.Program:
@@ -63,14 +70,9 @@ def _roots(
 def _read_by(root: Any, temps: list[Any]) -> list[Any]:
     """The statements of `temps` whose values the statement `root` reads, itself or through other
     ones."""
-    known = {t.out.tensor.name: t for t in temps}
-    read: set[str] = set()
-    waiting = [root.value, root.out]
-    while waiting:
-        for x in walk(waiting.pop()):
-            if isinstance(x, ir.Access) and x.tensor.name in known.keys() - read:
-                read.add(x.tensor.name)
-                waiting.append(known[x.tensor.name].value)
+    read = names_read(root.value, root.out)
+    while more := names_read(*(t.value for t in temps if t.out.tensor.name in read)) - read:
+        read |= more
     return [t for t in temps if t.out.tensor.name in read]
 
 
@@ -227,9 +229,8 @@ class _Builder:
 
 def _is_separable(joined: Fused, temps: list[Statement]) -> bool:
     """Whether the totals can be arrays: dense ones, computed from no other reduction."""
-    names = {t.out.tensor.name for t in temps}
-    read = {x.tensor.name for t in joined.totals for x in walk(t.value) if isinstance(x, ir.Access)}
-    return not joined.out.tensor.is_sparse and not names & read
+    read = names_read(*(t.value for t in joined.totals))
+    return not joined.out.tensor.is_sparse and not any(t.out.tensor.name in read for t in temps)
 
 
 def _root_driver(st: Statement, temps: list[Statement]) -> Driver:

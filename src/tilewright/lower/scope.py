@@ -110,6 +110,28 @@ class Scope:
 
         return self.tables.storage(structure, depth, above)
 
+    def range_of(
+        self, structure: str, depth: int, parent: ir.Expr, lets: list[ir.Stmt]
+    ) -> tuple[ir.Expr, ir.Expr, ir.Expr]:
+        """The range of a loop over a level below `parent`, empty where that is not stored, and the
+        parent; a search for it becomes a let, and its variable the known position."""
+        level, storage = self.storage(structure, depth)
+        if not may_miss(parent):
+            return *level.loop(storage, parent), parent
+        var = self.named_position(structure, depth - 1, parent, lets)
+        is_stored, zero = ir.binary(">=", var, 0), ir.Const(0, self.tables.index)
+        begin, end = (ir.select(is_stored, e, zero) for e in level.loop(storage, var))
+        return begin, end, var
+
+    def named_position(
+        self, structure: str, depth: int, position: ir.Expr, lets: list[ir.Stmt]
+    ) -> ir.Var:
+        """A located position as a variable, so that it is searched once."""
+        var = ir.Var(self.tables.unused_name(f"{structure}_q{depth}"), position.dtype)
+        self.walks[structure].positions[depth] = var
+        lets.append(ir.Let(var, position))
+        return var
+
     def _coordinate(self, structure: str, level: Level) -> ir.Expr:
         """The coordinate of a level, where that of its dimension is known."""
         axis = self.walks[structure].indices[level.dim]

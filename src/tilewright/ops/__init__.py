@@ -7,12 +7,11 @@ calls, which selects format and schedule by shape.
 from tilewright.ops.bsr_spmm import bsr_spmm
 from tilewright.ops.elementwise import add, multiply
 from tilewright.ops.gemm import gemm
-from tilewright.ops.graph_attention import graph_attention, pack_for_graph_attention
 from tilewright.ops.sddmm import pack_for_sddmm, sddmm
 from tilewright.ops.spgemm import spgemm
 from tilewright.ops.spmm import pack_for_spmm, spmm
 
 __all__ = [
-    "add", "bsr_spmm", "gemm", "graph_attention", "multiply", "pack_for_graph_attention",
-    "pack_for_sddmm", "pack_for_spmm", "sddmm", "spgemm", "spmm",
+    "add", "bsr_spmm", "gemm", "multiply", "pack_for_sddmm", "pack_for_spmm", "sddmm", "spgemm",
+    "spmm",
 ]  # fmt: skip

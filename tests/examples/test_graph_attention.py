@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.compiler import cases
+from tests.shipped import lesson
 
 import tilewright as tw
-from tilewright import knobs, ops
+from tilewright import knobs
 from tilewright.toolchain import nvrtc
 
-module = importlib.import_module("tilewright.ops.graph_attention")
+module = lesson("06_graph_attention.py")
 
 
 def graph(rng: np.random.Generator, m: int, n: int, density: float = 0.3) -> tuple[Any, ...]:
@@ -50,8 +50,8 @@ def operands(rng: np.random.Generator, m: int, n: int, h: int, d: int, v: int) -
 def test_shapes(rng, m, n, h, d, v):
     matrix, (q, k, w) = graph(rng, m, n), operands(rng, m, n, h, d, v)
     out = np.full((m, h, v), np.nan, np.float32)
-    A = ops.pack_for_graph_attention(matrix)
-    assert ops.graph_attention(A, q, k, w, out=out) is out
+    A = module.pack_for_graph_attention(matrix)
+    assert module.graph_attention(A, q, k, w, out=out) is out
     np.testing.assert_allclose(out, expected(matrix, q, k, w, d**-0.5), rtol=1e-5, atol=2e-6)
 
 
@@ -60,7 +60,7 @@ def test_shapes(rng, m, n, h, d, v):
 )
 def test_formats(rng, fmt):
     matrix, (q, k, v) = graph(rng, 37, 29), operands(rng, 37, 29, 2, 16, 16)
-    got = ops.graph_attention(fmt.pack(matrix), q, k, v, scale=2.0)
+    got = module.graph_attention(fmt.pack(matrix), q, k, v, scale=2.0)
     np.testing.assert_allclose(got, expected(matrix, q, k, v, 2.0), rtol=2e-5, atol=5e-6)
 
 
@@ -70,13 +70,13 @@ def test_a_row_of_100_000_entries(rng):
     indices = np.concatenate([[1, 5, 9], np.arange(n)]).astype(np.int32)
     matrix = indptr, indices, np.ones(n + 3, np.float32), (3, n)
     q, k, v = operands(rng, 3, n, 1, 16, 16)
-    got = ops.graph_attention(ops.pack_for_graph_attention(matrix), q, k, v)
+    got = module.graph_attention(module.pack_for_graph_attention(matrix), q, k, v)
     np.testing.assert_allclose(got, expected(matrix, q, k, v, 0.25), rtol=1e-4, atol=1e-6)
 
 
 def test_large_scores_do_not_overflow(rng):
     matrix, (q, k, v) = graph(rng, 12, 11), operands(rng, 12, 11, 1, 16, 16)
-    got = ops.graph_attention(ops.pack_for_graph_attention(matrix), q, k, v, scale=1e4)
+    got = module.graph_attention(module.pack_for_graph_attention(matrix), q, k, v, scale=1e4)
     np.testing.assert_allclose(got, expected(matrix, q, k, v, 1e4), rtol=2e-2, atol=1e-4)
 
 
@@ -84,8 +84,8 @@ def test_large_scores_do_not_overflow(rng):
 def test_dtypes(rng, dtype, tolerance):
     matrix, qkv = graph(rng, 12, 11), operands(rng, 12, 11, 2, 32, 16)
     q, k, v = (x.astype(dtype) for x in qkv)
-    A = ops.pack_for_graph_attention(matrix, dtype="float64" if dtype == "float64" else None)
-    got = ops.graph_attention(A, q, k, v, scale=0.5)
+    A = module.pack_for_graph_attention(matrix, dtype="float64" if dtype == "float64" else None)
+    got = module.graph_attention(A, q, k, v, scale=0.5)
     assert got.dtype == np.dtype(dtype)
     np.testing.assert_allclose(got, expected(matrix, q, k, v, 0.5), rtol=tolerance, atol=tolerance)
 
@@ -119,16 +119,16 @@ def test_on_a_gpu(rng, h, d, v):
     import torch
 
     matrix, qkv = graph(rng, 700, 900), operands(rng, 700, 900, h, d, v)
-    A = ops.pack_for_graph_attention(matrix, "cuda")
+    A = module.pack_for_graph_attention(matrix, "cuda")
     assert max(np.diff(matrix[0])) > module.LONG
-    got = ops.graph_attention(A, *(torch.from_numpy(x).cuda() for x in qkv))
+    got = module.graph_attention(A, *(torch.from_numpy(x).cuda() for x in qkv))
     wanted = expected(matrix, *qkv, d**-0.5)
     np.testing.assert_allclose(got.cpu().numpy(), wanted, rtol=2e-5, atol=5e-6)
 
 
 def test_refusals(rng):
     matrix, (q, k, v) = graph(rng, 12, 11), operands(rng, 12, 11, 2, 16, 16)
-    A = ops.pack_for_graph_attention(matrix)
+    A = module.pack_for_graph_attention(matrix)
     for bad, code, word in (
         ((matrix, q, k, v), "A106", "tuple"),
         ((tw.coo().pack(matrix), q, k, v), "A106", "coo"),
@@ -138,5 +138,5 @@ def test_refusals(rng):
         ((A, q.astype(bool), k, v), "A102", "Q"),
     ):
         with pytest.raises(tw.TilewrightError) as error:
-            ops.graph_attention(*bad)
+            module.graph_attention(*bad)
         assert error.value.code == code and word in str(error.value), error.value
