@@ -22,9 +22,8 @@ from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import substitute, transform, walk
 from tilewright.lower.constants import constant
-from tilewright.lower.lists import has_list, list_of
 from tilewright.lower.reads import PartRows, Reader, appended
-from tilewright.lower.scope import Scope
+from tilewright.lower.scope import Scope, has_list
 from tilewright.lower.tables import (
     Driver,
     Statement,
@@ -157,7 +156,7 @@ class _Builder:
     def _walk(self, scope: Scope, driver: Driver, axis: ir.Index) -> Any:
         """Opens the loop over the list of a structure; returns its wrapper of bodies."""
         lets: list[ir.Stmt] = []
-        entries = list_of(scope, driver, lets)
+        entries = scope.list_of(driver, lets)
         position, var = self._variable(f"{axis.name}_p"), self._variable(axis.name)
         scope.coordinates[axis.name] = var
         scope.known_positions[driver] = position

@@ -18,11 +18,10 @@ from tilewright.ir.levels import Compressed, Level, may_miss
 from tilewright.ir.rewrite import add, mul, transform, walk
 from tilewright.lower.drivers import Iteration, driver_of, iteration, outer_driver
 from tilewright.lower.epilogues import Fused, fused, values_of
-from tilewright.lower.lists import has_list, list_of, merge_of
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
 from tilewright.lower.placed import Row, check, online, refuse
 from tilewright.lower.reads import PartRows, Reader, appended
-from tilewright.lower.scope import BlockPart, Scope
+from tilewright.lower.scope import BlockPart, Scope, has_list, merge_of
 from tilewright.lower.tables import (
     Driver,
     Statement,
@@ -274,7 +273,7 @@ class NestBuilder:
     def _open_merge(self, s: LoopSpec, it: Iteration, target: _Target, scope: Scope) -> Wrap:
         before: list[ir.Stmt] = []
         var, axis = self._variable(f"{s.axis.name}_p"), self._variable(s.axis.name)
-        lists = [list_of(scope, d, before) for d in it.drivers]
+        lists = [scope.list_of(d, before) for d in it.drivers]
         loop = merge_of(var, lists, it.op, (target.tag(s.axis.name),))
         for n, d in enumerate(it.drivers):
             optional = it.op == "union" and len(lists) > 1

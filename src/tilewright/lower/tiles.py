@@ -256,8 +256,6 @@ class _Product:
 
     def tile(self, x: ir.Load, rows: str, cols: str) -> ir.Tile:
         """The window of memory that `x` runs over as the loops `rows` and `cols` run."""
-        if x.buffer.scope not in MEMORY:
-            raise _not_affine(f"{x.buffer.name} lies in no memory that tiles can be cut from")
         x = replace(x, index=tuple(substitute(i, self.known) for i in x.index))
         names = frozenset(self.names)
         offset = flat_offset(x)

@@ -268,16 +268,12 @@ class Schedule:
 
     @takes(loop=A_NAME)
     def parallel(self, loop: str) -> Schedule:
-        """Run the iterations of a loop as units of the launch: `mark(loop, "parallel")`.
-
-        before: for i in 0:n                after:  for i in 0:n   # parallel"""
+        """Run the iterations of a loop as units of the launch: `mark(loop, "parallel")`."""
         return self._loops(loops.mark, loop, "parallel")
 
     @takes(loop=A_NAME)
     def vectorize(self, loop: str) -> Schedule:
-        """Run a loop as the lanes of a register: `mark(loop, "vector")`.
-
-        before: for i in 0:8                after:  for i in 0:8   # vector"""
+        """Run a loop as the lanes of a register: `mark(loop, "vector")`."""
         return self._loops(loops.mark, loop, "vector")
 
     @takes(loop=A_NAME, factor=rule.integer(0, NEAR))
