@@ -84,12 +84,10 @@ class Renderer(MergeRenderer):
             self.copy_async(s)
         elif isinstance(s, ir.Store):
             self.store(s)
-        elif isinstance(s, (ir.Commit, ir.Wait)):
-            self.line(self.pipeline(s))
         elif isinstance(s, ir.Prefetch):
             self.line(self.prefetch(self.address(s.element.buffer, s.element.index[0])))
-        elif isinstance(s, ir.Sync):
-            self.sync()
+        elif isinstance(s, (ir.Sync, ir.Commit, ir.Wait)):
+            self.line(self.barrier(s))
         elif isinstance(s, ir.Mma):
             self.mma(s)
         else:
@@ -110,8 +108,6 @@ class Renderer(MergeRenderer):
 
     def alloc(self, s: ir.Alloc) -> None:
         b, name, kind = s.buffer, c_name(s.buffer.name), self.type(s.buffer.dtype)
-        if b.scope == "fragment":
-            raise InternalError("I101", "fragments belong to the target")
         if b.scope == "workspace":
             raise ScheduleError(
                 "S103", "a row of a sparse product is gathered in memory of a CPU",
@@ -192,11 +188,8 @@ class Renderer(MergeRenderer):
     def copy_async(self, s: ir.CopyAsync) -> None:
         self.store(s)  # complete at once
 
-    def sync(self) -> None:
+    def barrier(self, s: ir.Sync | ir.Commit | ir.Wait) -> str:
         raise InternalError("I101", "this target has no threads to synchronise")
-
-    def pipeline(self, s: ir.Commit | ir.Wait) -> str:
-        raise InternalError("I101", "this target has no asynchronous copies")
 
     def mma(self, s: ir.Mma) -> None:
         raise InternalError("I101", "this target has no matrix tiles")
@@ -367,10 +360,12 @@ class Renderer(MergeRenderer):
             wide = f"tw::from_{source.name}{lanes}({a})"
             return wide if to.name == "float32" else self.convert(wide, to)
         if to.name in STORED_AS_BITS:
-            narrow = a if source.name == "float32" else self.convert(a, _float32(to))
+            narrow = (
+                a if source.name == "float32" else self.convert(a, dtypes.float32.vector(to.lanes))
+            )
             return f"tw::to_{to.name}{lanes}({narrow})"
         if source.is_int and source.bits < 32 and to.is_float and to.lanes > 1:
-            a = self.convert(a, _int32(to))  # one step would go lane by lane
+            a = self.convert(a, dtypes.int32.vector(to.lanes))  # one step would go lane by lane
         if source.kind == "b" and source.lanes > 1:
             ones = f"tw::splat<{_lanes_of(to)}>(1)"
             return f"tw::select({a}, {ones}, {self.type(to)}{{}})"
@@ -471,11 +466,3 @@ def _integer(value: int, dtype: DType) -> str:
 def _lanes_of(t: DType) -> str:
     """The template arguments of a vector type: its element and the number of lanes."""
     return f"{C_TYPES[t.name]}, {t.lanes}"
-
-
-def _int32(to: DType) -> DType:
-    return dtypes.int32.vector(to.lanes)
-
-
-def _float32(to: DType) -> DType:
-    return dtypes.float32.vector(to.lanes)

@@ -50,9 +50,12 @@ class CudaRenderer(Renderer):
         super().block(head, body)
         self.fragments.clear()
 
-    def sync(self) -> None:
-        self.fragments.clear()
-        self.line(f"tw::bar_sync(BARRIER, {self.threads[0] * self.threads[1]});")
+    def barrier(self, s: ir.Sync | ir.Commit | ir.Wait) -> str:
+        if isinstance(s, ir.Sync):
+            self.fragments.clear()
+            return f"tw::bar_sync(BARRIER, {self.threads[0] * self.threads[1]});"
+        is_wait = isinstance(s, ir.Wait)
+        return f"tw::copy_async_wait<{s.pending}>();" if is_wait else "tw::copy_async_commit();"
 
     def copy_async(self, s: ir.CopyAsync) -> None:
         cond, load = "", s.value
@@ -64,10 +67,6 @@ class CudaRenderer(Renderer):
         kind = _vector_of(load.buffer, source, load.dtype.lanes)
         addresses = f"{self.address(s.buffer, to)}, {self.address(load.buffer, source)}"
         self.line(f"tw::copy_async<{kind}>({addresses}{cond});")
-
-    def pipeline(self, s: ir.Commit | ir.Wait) -> str:
-        is_wait = isinstance(s, ir.Wait)
-        return f"tw::copy_async_wait<{s.pending}>();" if is_wait else "tw::copy_async_commit();"
 
     def unroll_pragma(self, n: int) -> str:
         return f"#pragma unroll {n}"

@@ -13,7 +13,7 @@ from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import rebuild, simplify, transform, walk
 from tilewright.lower.epilogues import values_of
 from tilewright.lower.scope import Scope
-from tilewright.lower.tables import Driver, Statement, Tables, index_names, indices_in, names_read
+from tilewright.lower.tables import Driver, Statement, Tables, indices_in, names_read
 
 
 def refuse(name: str, why: str, hint: str) -> ScheduleError:
@@ -93,7 +93,7 @@ class Row:
         """The element at coordinates. Raises ScheduleError[S102] where no loop follows them."""
         index: list[ir.Expr] = []
         if self.levels:
-            driver = Driver(e.tensor.structure, index_names(e))
+            driver = Driver.of(e)
             walked = scope.walks[driver.structure].variables
             if not (scope.is_read_at(driver) and all(d in walked for d, *_ in self.levels)):
                 raise refuse(

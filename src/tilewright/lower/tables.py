@@ -21,6 +21,11 @@ class Driver(NamedTuple):
     structure: str
     indices: tuple[str, ...]
 
+    @classmethod
+    def of(cls, e: ir.Access) -> Driver:
+        names = (c.name if isinstance(c, ir.Index) else "" for c in e.stored_coords)
+        return cls(e.tensor.structure, tuple(names))
+
     @property
     def is_plain(self) -> bool:
         return "" not in self.indices
@@ -43,11 +48,6 @@ class Statement:
         return cls(a.out, a.op, (), a.value)  # an update in place reduces over no axes
 
 
-def index_names(e: ir.Access) -> tuple[str, ...]:
-    """The index of each coordinate of an access in its structure, "" for one that is computed."""
-    return tuple(c.name if isinstance(c, ir.Index) else "" for c in e.stored_coords)
-
-
 def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
     """The structures that could drive a reduction: those read at plain indices, one of them
     reduced."""
@@ -55,7 +55,7 @@ def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
     tensors: dict[Driver, ir.Tensor] = {}
     for x in walk(st.value):
         if isinstance(x, ir.Access) and x.tensor.is_sparse:
-            driver = Driver(x.tensor.structure, index_names(x))
+            driver = Driver.of(x)
             names = set(driver.indices)
             if driver.is_plain and len(names) == len(driver.indices) and reduced & names:
                 tensors.setdefault(driver, x.tensor)

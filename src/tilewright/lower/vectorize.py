@@ -97,15 +97,12 @@ class _Unroller:
 
 def _without_repeated_prefetches(s: ir.Stmt) -> ir.Stmt:
     """The copies with one prefetch of each address."""
-    seen: set[ir.Prefetch] = set()
-    out: list[ir.Stmt] = []
-    for b in s.body if isinstance(s, ir.Seq) else (s,):
-        if isinstance(b, ir.Prefetch):
-            if b in seen:
-                continue
-            seen.add(b)
-        out.append(b)
-    return ir.seq(*out)
+    lines = s.body if isinstance(s, ir.Seq) else (s,)
+    keys = (b if isinstance(b, ir.Prefetch) else n for n, b in enumerate(lines))
+    first: dict[Any, ir.Stmt] = {}
+    for key, b in zip(keys, lines, strict=True):
+        first.setdefault(key, b)
+    return ir.seq(*first.values())
 
 
 def _renamed_lets(s: ir.Stmt, suffix: str) -> ir.Stmt:
@@ -244,6 +241,10 @@ class _Vectorizer:
         self.wide[buffer.name] = (dims[0], self.lanes)
         return tuple(ir.Const(0, i.dtype) if n == dims[0] else i for n, i in enumerate(index))
 
+    def reads_memory(self, *arms: ir.Expr) -> bool:
+        loads = (x for e in arms for x in walk(e) if isinstance(x, ir.Load))
+        return any(x.buffer.scope != "register" for x in loads)
+
     def vector(self, e: ir.Expr) -> ir.Expr:
         return broadcast(e, self.lanes) if not self.varies(e) else self.expr(e)
 
@@ -258,7 +259,7 @@ class _Vectorizer:
             return replace(e, a=self.vector(e.a), dtype=e.dtype.vector(self.lanes))
         if isinstance(e, ir.Select):
             dtype = e.dtype.vector(self.lanes)
-            if self.varies(e.cond) and any(_in_memory(x) for b in (e.a, e.b) for x in walk(b)):
+            if self.varies(e.cond) and self.reads_memory(e.a, e.b):
                 raise self.refuse(f"whether it reads {e.a} differs from lane to lane")
             cond = self.vector(e.cond) if self.varies(e.cond) else e.cond
             return ir.Select(cond, self.vector(e.a), self.vector(e.b), dtype)
@@ -291,10 +292,6 @@ class _Vectorizer:
             return None
         step = form.steps.get(self.loop.name, ir.Const(0, e.dtype))
         return (form.base, int(step.value)) if isinstance(step, ir.Const) else None
-
-
-def _in_memory(e: Any) -> bool:
-    return isinstance(e, ir.Load) and e.buffer.scope != "register"
 
 
 def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:

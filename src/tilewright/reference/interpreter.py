@@ -81,7 +81,8 @@ class _Nest:
                 view[...] = encode(cast(_identity(c), c.out.dtype), c.out.dtype, view.dtype)
 
     def run(self) -> None:
-        ranges = [_range(v, 0, self.value(e)) for v, e in self._grid()]
+        grid = zip(self.nest.grid_vars, self.nest.grid, strict=True)
+        ranges = [_range(v, 0, self.value(e)) for v, e in grid]
         try:
             for unit in itertools.product(*ranges):
                 self.env.update(zip((v.name for v in self.nest.grid_vars), unit, strict=True))
@@ -93,9 +94,6 @@ class _Nest:
                 for at, total in self.sums.pop(c.out.buffer.name, {}).items():
                     array = self.memory[c.out.buffer.name]
                     array.write(at, cast(total, c.out.dtype), c.out.dtype)
-
-    def _grid(self) -> Iterator[tuple[ir.Var, ir.Expr]]:
-        return zip(self.nest.grid_vars, self.nest.grid, strict=True)
 
     # -- statements ------------------------------------------------------------------------------
 
@@ -271,9 +269,8 @@ class _Nest:
     def leave(self, loop: ir.For) -> None:
         """Stores the statements whose outermost loop that reduces ends here."""
         self.around.pop()
-        for c in statements(loop):
-            is_sum = isinstance(c, ir.Compute) and c.reductions and ir.reduces(loop, c)
-            if is_sum and not any(ir.reduces(f, c) for f in self.around):
+        for c in (c for c in statements(loop) if isinstance(c, ir.Compute) and c.reductions):
+            if ir.reduces(loop, c) and not any(ir.reduces(f, c) for f in self.around):
                 self.finish_below(loop, c, set())
 
     def finish_below(self, s: ir.Stmt, c: ir.Compute, reduced: set[str]) -> None:

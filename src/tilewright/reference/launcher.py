@@ -41,9 +41,7 @@ def run_frame(program: Program, frame: Any) -> None:
             stored[t.structure] = Stored(tuple(structure.shape), coords)
             parts = [p.size for p in structure.parts]
             pointers = {part: slot.value for slot, part in slots}
-            inner = tuple(
-                d if isinstance(d, int) else frame.sizes[d] for d in t.dims[len(structure.shape) :]
-            )
+            inner = tuple(frame.sizes.get(d, d) for d in t.dims[len(structure.shape) :])
             arrays = [
                 _array_at(p, t.dtype, (parts[n], *inner), row_major_strides((parts[n], *inner)))
                 for n, p in sorted(pointers.items())

@@ -91,11 +91,8 @@ def _tail(f: ir.For, name: str, begin: ir.Expr) -> ir.For:
     var, end = ir.Var(name, f.var.dtype), f.end
     at: ir.Expr = var
     if isinstance(begin, ir.Const) and isinstance(end, ir.Const):
-        at, end, begin = (
-            add(begin, var),
-            simplify(ir.binary("-", end, begin)),
-            ir.Const(0, var.dtype),
-        )
+        at, end = add(begin, var), simplify(ir.binary("-", end, begin))
+        begin = ir.Const(0, var.dtype)
     body = transform(
         substitute(f.body, {f.name: at}), lambda x: replace(x) if isinstance(x, ir.Compute) else x
     )
