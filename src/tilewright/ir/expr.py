@@ -478,10 +478,8 @@ def cast(a: Expr, to: DType) -> Expr:
         return Const(bool(a.value), to)
     if isinstance(a, Const) and to.is_float:
         return Const(float(a.value), to)
-    if isinstance(a, Const) and not a.dtype.is_float:
+    if isinstance(a, Const) and (not a.dtype.is_float or to.least <= a.value <= to.most):
         return Const(to.wrapped(int(a.value)), to)
-    if isinstance(a, Const) and to.least <= a.value <= to.most:
-        return Const(int(a.value), to)
     return Cast(a, to.vector(a.dtype.lanes))
 
 
