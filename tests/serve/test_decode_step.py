@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.runtime.test_cuda import fake  # noqa: F401 - a fixture
+from tests.runtime.test_step import missing
 from tests.serve.sequence import Sequence
 
 from tilewright.ops.rope import Rope
-from tilewright.runtime.step import Step, missing
+from tilewright.runtime.step import Step
 from tilewright.serve import runner
 from tilewright.serve.weights import ModelConfig, ModelFile, Weight
 from tilewright.toolchain import nvrtc
