@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tilewright.errors import MissingExtra, ModelError
-from tilewright.serve.chat import ChatTemplate
+from tilewright.serve.chat import ChatTemplate, template_of
 from tilewright.serve.gguf import KINDS as READ
 from tilewright.serve.gguf import view
 from tilewright.serve.models.llama import Llama
@@ -327,7 +327,7 @@ def read_all(path: Path) -> None:
     shapes = {name: dequantize(weight).shape for name, weight in model.tensors.items()}
     assert shapes == model.config.shapes()
     tokenizer = load_tokenizer(model)
-    chat = ChatTemplate.from_metadata(model.metadata, tokenizer)
+    chat = ChatTemplate(template_of(model.metadata), tokenizer)
     # Rendering starts a process: a template that is as it was renders as it did.
     messages = [{"role": "user", "content": "the hills"}]
     ids = [] if chat.source == TEMPLATE else chat.tokens(messages)
