@@ -2,33 +2,54 @@
 
 bfloat16, 32 query heads over 8 KV heads. Prefill: 16 384 tokens in all, in requests of one length
 or of many; keys ragged, or in pages in random order. Append: a few new tokens of each of 16
-requests over a long paged cache. FLOPs are 2 · (head_dim + head_dim_vo) for each pair of query and
-key that the mask keeps, so half the pairs where causal. Each run starts with a cold L2; a row's
-implementations run in turns. A result is compared with float64 before it counts. Peer:
-FlashAttention-3 (package tokenspeed-fa3) where it can be imported: its dense, its ragged and its
-paged form, of which the fastest counts. Others are not measured here.
+requests over a long paged cache. Mixed: prompts and single tokens in one batch, which one of our
+calls and one of a peer's answers; `parts_ms` has the prompts alone and the single tokens alone.
+FLOPs are 2 · (head_dim + head_dim_vo) for each pair of query and key that the mask keeps, so half
+the pairs where causal. Each run starts with a cold L2; a row's implementations run in turns. A
+result is compared with float64 before it counts. Peers (`prefill_peers.py`), those that can be
+imported: FlashAttention-3 and -4, cuDNN and FlashAttention-2 through torch, FlexAttention,
+FlashInfer, each in every form that takes the row; the fastest right one counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+import tilewright as tw
 from bench.harness import Row, base_row, note, require_torch
+from bench.prefill_peers import PEERS
 from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
 from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
-from tilewright.attention.variant import Causal, Full, SlidingWindow
+from tilewright.attention.variant import Alibi, Causal, Full, SlidingWindow, Softcap
 
-TOKENS, QO_HEADS, KV_HEADS, WINDOW = 16384, 32, 8, 1024
+DEVICE = "cuda"
+TOKENS, QO_HEADS, KV_HEADS, WINDOW, SOFT_CAP = 16384, 32, 8, 1024, 30.0
+DOCUMENT = 512  # keys of a document
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-VARIANTS = {"causal": Causal(), "full": Full(), "window": SlidingWindow(window=WINDOW)}
+
+
+@tw.variant
+class Document(Causal):
+    """Causal inside the document of the query."""
+
+    document = tw.per_key("int32")
+
+    def mask(self, at: Any) -> Any:
+        return super().mask(at) & tw.equal(self.document[at.key], self.document[at.qo])
+
+
+VARIANTS = {
+    "causal": Causal(), "full": Full(), "window": SlidingWindow(window=WINDOW),
+    "softcap": Softcap(soft_cap=SOFT_CAP), "alibi": Alibi(), "document": Document(),
+}  # fmt: skip
 _ROUNDS, _TURNS, _FLUSH_BYTES = 3, 7, 256 << 20
 
 
@@ -49,6 +70,16 @@ class Case:
         return self.head_dim, self.head_dim_vo or self.head_dim
 
     @property
+    def is_even(self) -> bool:
+        """Whether all requests have as many queries and as many keys."""
+        return len(set(self.queries)) == 1 and len(set(self.keys)) == 1
+
+    @property
+    def is_square(self) -> bool:
+        """Whether it is even with as many queries as keys."""
+        return self.is_even and self.queries == self.keys
+
+    @property
     def flops(self) -> float:
         return 2.0 * sum(self.dims) * QO_HEADS * sum(map(self.pairs, self.queries, self.keys))
 
@@ -57,11 +88,18 @@ class Case:
         if self.variant == "full":
             return queries * keys
         last = np.arange(keys - queries + 1, keys + 1)  # keys up to each query's own
+        if self.variant == "document":
+            last = (last - 1) % DOCUMENT + 1
         return int((np.minimum(last, WINDOW) if self.variant == "window" else last).sum())
 
 
 def prefill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, nargs="*", help="numbers of rows (default: all)")
+    parser.add_argument("--only", metavar="TEXT", help="rows whose input begins so")
+    parser.add_argument(
+        "--peers", nargs="*", choices=("all", *PEERS), default=["all"],
+        help="default: all that can be imported",
+    )  # fmt: skip
 
 
 def even(variant: str, head_dim: int, length: int, page_size: int = 0, dim_vo: int = 0) -> Case:
@@ -102,34 +140,50 @@ def cases() -> Iterator[Case]:
         yield even("causal", 96, length)
         yield even("causal", 256, length)
         yield even("causal", 192, length, dim_vo=128)
-    yield even("window", 128, 4096)
+    for variant in ("window", "softcap", "alibi", "document"):
+        yield even(variant, 128, 4096)
     for keys in (4096, 32768):
         for new in (16, 64, 256):
             name = f"append {new} on {keys}"
             yield Case(name, "causal", 128, (new,) * 16, (keys,) * 16, 16)
     yield Case("append 64 on 32768, one request", "causal", 128, (64,), (32768,), 16)
+    for new, keys, singles, of in ((8192, 8192, 64, 8192), (2048, 16384, 64, 4096)):
+        name = f"mixed {new} on {keys} + {singles} x 1 on {of}"
+        yield Case(name, "causal", 128, (new, *(1,) * singles), (keys, *(of,) * singles), 16)
 
 
 def prefill(args: argparse.Namespace) -> Iterator[Row]:
     """Rows of our kernel beside the peers, in TFLOP/s: medians of three interleaved rounds."""
     torch = require_torch()
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
     for number, case in enumerate(cases()):
         if args.rows and number not in args.rows:
             continue
-        yield measured(case, flush) | base_row("prefill", "attention.prefill", "cuda")
+        if args.only and not case.name.startswith(args.only):
+            continue
+        wanted = [name for name in PEERS if {name, "all"} & set(args.peers)]
+        yield measured(case, flush, wanted) | base_row("prefill", "attention.prefill", "cuda")
 
 
-def measured(case: Case, flush: Any) -> Row:
+def measured(case: Case, flush: Any, peer_names: list[str]) -> Row:
     """The row of a case; `wrong` returns the fault of our result."""
     torch = require_torch()
     torch.manual_seed(0)
     batch = Batch(case)
-    calls = {"tilewright": batch.ours(), **dict(batch.flash_attention_3())}
-    error = {name: batch.error(call) for name, call in calls.items()}
-    rounds = _rounds(calls, flush)
+    calls, error = {"tilewright": batch.ours()}, {}
+    calls |= {name: call for peer in peer_names for name, call in batch.peer(peer)}
+    for name, call in list(calls.items()):
+        try:
+            error[name] = batch.error(call)
+        except RuntimeError as refusal:  # a peer that takes the call and then not this shape
+            if name == "tilewright":
+                raise
+            note(f"{name} does not run {case.name}: {str(refusal).splitlines()[0]}")
+            del calls[name]
+    parts = batch.parts() if case.name.startswith("mixed") else {}
+    rounds = _rounds(calls | parts, flush)
     times = {name: statistics.median(ms) for name, ms in rounds.items()}
-    peers = {n: ms for n, ms in times.items() if n != "tilewright" and error[n] < 8e-3}
+    peers = {n: times[n] for n in calls if n != "tilewright" and error[n] < 8e-3}
     best = min(peers, key=peers.__getitem__) if peers else ""
     ms = times["tilewright"]
     row: Row = {
@@ -137,7 +191,7 @@ def measured(case: Case, flush: Any) -> Row:
         "heads": f"{QO_HEADS}/{KV_HEADS}", "ms": ms, "metric": "TFLOP/s",
         "value": case.flops / ms / 1e9, "ratio": peers[best] / ms if best else None,
         "rounds": rounds["tilewright"], "error": error["tilewright"],
-        "peer": best, "peers_ms": peers,
+        "peer": best, "peers_ms": peers, "parts_ms": {name: times[name] for name in parts},
     }  # fmt: skip
     beside = f", {best} {case.flops / peers[best] / 1e9:6.1f} ({row['ratio']:.2f})" if best else ""
     note(f"{case.name:32} {case.head_dim:4} {ms:8.4f} ms {row['value']:7.1f} TFLOP/s{beside}")
@@ -157,76 +211,89 @@ class Batch:
         tokens, keys = int(self.qo_indptr[-1]), int(self.kv_indptr[-1])
 
         def drawn(*shape: int) -> Any:
-            return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+            return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
 
         self.q = drawn(tokens, QO_HEADS, case.head_dim)
         self.k, self.v = (drawn(keys, KV_HEADS, dim) for dim in case.dims)
+        self.slopes = torch.logspace(-1, -8, QO_HEADS, 2.0, device=DEVICE)
+        self.documents = torch.arange(max(case.keys), dtype=torch.int32, device=DEVICE) // DOCUMENT
+        self.documents = self.documents.expand(len(case.keys), -1).contiguous()
         if case.page_size:  # lengths are multiples of it
-            self.names = torch.randperm(keys // case.page_size, device="cuda").int()
+            self.names = torch.randperm(keys // case.page_size, device=DEVICE).int()
             self.pages = []
             for x in (self.k, self.v):
                 paged = torch.empty_like(x).view(-1, case.page_size, *x.shape[1:])
                 paged[self.names.long()] = x.view(paged.shape)
                 self.pages.append(paged)
 
+    window, soft_cap = WINDOW, SOFT_CAP
+
     def ours(self) -> Callable[[], Any]:
+        return self._call(range(len(self.case.queries)))
+
+    def parts(self) -> dict[str, Callable[[], Any]]:
+        """Our calls of a mixed batch's prompts alone and of its single tokens alone."""
+        single = [r for r, n in enumerate(self.case.queries) if n == 1]
+        longer = [r for r, n in enumerate(self.case.queries) if n > 1]
+        return {"prompts alone": self._call(longer), "singles alone": self._call(single)}
+
+    def _call(self, requests: Sequence[int]) -> Callable[[], Any]:
+        """Our call for consecutive requests of the batch."""
         torch, case = require_torch(), self.case
+        first, last = requests[0], requests[-1] + 1
         attn = Attention(
             QO_HEADS, KV_HEADS, case.head_dim, VARIANTS[case.variant], head_dim_vo=case.dims[1]
         )
         if case.page_size:
-            kv = KV(Table(self.lengths(), self.block_table()), Pool(*self.pages))
+            lengths, names = self.lengths()[first:last], self.block_table()[first:last]
+            kv = KV(Table(lengths, names), Pool(*self.pages))
         else:
-            indptr = torch.from_numpy(self.kv_indptr).cuda()
-            kv = KV(Table.ragged(indptr), Pool(self.k, self.v))
-        out = torch.full((*self.q.shape[:2], case.dims[1]), torch.nan, device="cuda")
-        plan = attn.plan(self.qo_indptr, kv)
-        bound = attn.bind(self.q, kv, out.bfloat16(), plan=plan)
+            kv = KV(Table.ragged(self.key_indptr()), Pool(self.k, self.v))
+        q = self.q[self.qo_indptr[first] : self.qo_indptr[last]]
+        out = torch.full((*q.shape[:2], case.dims[1]), torch.nan, device=DEVICE).bfloat16()
+        plan = attn.plan(self.qo_indptr[first : last + 1] - self.qo_indptr[first], kv)
+        tensors = {"alibi": {"slopes": self.slopes}, "document": {"document": self.documents}}
+        bound = attn.bind(q, kv, out, plan=plan, **tensors.get(case.variant, {}))
         return lambda: bound().o
 
+    def peer(self, name: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """The calls of a peer; none, and a note, where it refuses to set the batch up."""
+        try:
+            yield from PEERS[name](self)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as refusal:
+            reason = (str(refusal) or type(refusal).__name__).splitlines()[0]
+            note(f"{name} does not take {self.case.name}: {reason}")
+
+    # -- the batch as peers want it --------------------------------------------------------------
+
     def lengths(self) -> Any:
-        return require_torch().tensor(self.case.keys, dtype=require_torch().int32, device="cuda")
+        return require_torch().tensor(self.case.keys, dtype=require_torch().int32, device=DEVICE)
+
+    def block_list(self) -> Any:
+        """The pages of all requests, one request after the other."""
+        return self.names
 
     def block_table(self) -> Any:
-        return self.names.view(len(self.case.keys), -1)
+        """The pages of each request, a row each; those behind its last are page 0."""
+        torch, counts = require_torch(), [n // self.case.page_size for n in self.case.keys]
+        table = torch.zeros(len(counts), max(counts), dtype=torch.int32, device=DEVICE)
+        for row, names in zip(table, self.names.split(counts), strict=True):
+            row[: len(names)] = names
+        return table
 
-    def flash_attention_3(self) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """Calls of FlashAttention-3 in each of its forms that takes the case; none where it is not
-        installed."""
-        torch, case = require_torch(), self.case
-        try:
-            import flash_attn_interface as fa
-        except ImportError:
-            return
-        how: dict[str, Any] = {"causal": case.variant != "full"}
-        if case.variant == "window":
-            how["window_size"] = (WINDOW - 1, 0)
-        requests, is_even = len(case.queries), len(set(case.queries)) == 1
-        q, k, v = (
-            x.view(requests, -1, *x.shape[1:]) if is_even else x for x in (self.q, self.k, self.v)
-        )
-        if case.page_size:
-            lengths, table = self.lengths(), self.block_table()
-            for splits in (0, 1):
-                yield f"fa3 paged, splits {splits or 'auto'}", lambda splits=splits: _first(
-                    fa.flash_attn_with_kvcache(
-                        q, *self.pages, cache_seqlens=lengths, page_table=table,
-                        num_splits=splits, **how,
-                    )
-                )  # fmt: skip
-            return
-        if is_even:
-            yield "fa3", lambda: _first(fa.flash_attn_func(q, k, v, **how))
-        indptr = torch.from_numpy(self.qo_indptr).cuda()
-        longest = max(case.queries)
-        yield (
-            "fa3 varlen",
-            lambda: _first(
-                fa.flash_attn_varlen_func(
-                    self.q, self.k, self.v, indptr, indptr, longest, longest, **how
-                )
-            ),
-        )
+    def indptr(self) -> Any:
+        return require_torch().from_numpy(self.qo_indptr).to(DEVICE)
+
+    def key_indptr(self) -> Any:
+        return require_torch().from_numpy(self.kv_indptr).to(DEVICE)
+
+    def by_request(self, x: Any) -> Any:
+        """Rows as (requests, rows, heads, head_dim); the batch is even."""
+        return x.view(len(self.case.queries), -1, *x.shape[1:])
+
+    def by_head(self) -> list[Any]:
+        """q, k and v as (requests, heads, rows, head_dim), contiguous; the batch is even."""
+        return [self.by_request(x).transpose(1, 2).contiguous() for x in (self.q, self.k, self.v)]
 
     def error(self, call: Callable[[], Any]) -> float:
         """The largest relative error of a few rows of the first, the last and the longest request,
@@ -237,12 +304,18 @@ class Batch:
         for r in {0, len(case.queries) - 1, int(np.argmax(case.queries))}:
             rows, keys = (slice(x[r], x[r + 1]) for x in (self.qo_indptr, self.kv_indptr))
             n, m = case.queries[r], case.keys[r]
-            at = torch.tensor([0, n // 3, n // 2, n - 1], device="cuda")
+            at = torch.tensor([0, n // 3, n // 2, n - 1], device=DEVICE)
             last = at + (m - n)
-            key = torch.arange(m, device="cuda")
+            key = torch.arange(m, device=DEVICE)
             for head in (0, QO_HEADS - 1):
                 k, v = (x[keys, head // group].double() for x in (self.k, self.v))
                 s = self.q[rows][at, head].double() @ k.T * case.head_dim**-0.5
+                if case.variant == "softcap":
+                    s = SOFT_CAP * (s / SOFT_CAP).tanh()
+                if case.variant == "alibi":
+                    s = s + self.slopes[head].double() * (key - last[:, None])
+                if case.variant == "document":
+                    s = s.masked_fill(key // DOCUMENT != last[:, None] // DOCUMENT, -torch.inf)
                 if case.variant != "full":
                     s = s.masked_fill(key > last[:, None], -torch.inf)
                 if case.variant == "window":
@@ -251,10 +324,6 @@ class Batch:
                 difference = o[rows][at, head].double() - right
                 worst = max(worst, (difference.norm(dim=-1) / right.norm(dim=-1)).max().item())
         return worst
-
-
-def _first(o: Any) -> Any:
-    return o[0] if isinstance(o, tuple) else o
 
 
 def _rounds(calls: dict[str, Callable[[], Any]], flush: Any) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ from tilewright.attention.batch import Attention
 from tilewright.attention.families import decode
 from tilewright.attention.merge import State
 from tilewright.attention.pool import Pool
-from tilewright.attention.spec import Spec, cuda_headers
+from tilewright.attention.spec import Spec, compile_cuda
 from tilewright.runtime.view import view
 from tilewright.toolchain import nvrtc
 
@@ -51,8 +51,7 @@ def test_cubin_without_spills(arch, shape, blocks):
     for name, value in wanted.items():
         name = name if "attention::" in name else f"attention::{name}"
         text += f'\nstatic_assert({name} == {value}, "");'
-    cubin = nvrtc.compile_cuda(text, arch=arch, headers=cuda_headers())
-    used = cubin.resources["stage0"]
+    used = compile_cuda(text, arch).resources["stage0"]
     assert used.spill_bytes == 0 and 0 < used.registers <= 255
 
 

@@ -10,6 +10,7 @@ import tilewright as tw
 from tilewright.attention import reference
 from tilewright.attention.table import MAX_KEYS, Table
 from tilewright.errors import ArgumentError
+from tilewright.toolchain import compilers
 
 
 def i32(*numbers):
@@ -297,3 +298,23 @@ def test_a_reservation_is_for_gpus():
     refused("A103", "workers", attn.reserve, 3, workers="x")
     refused("A103", "workers", attn.reserve, 3, workers=10**9)
     refused("A103", "qo_heads", tw.Attention(34, 2, 8).reserve, 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_tensors_of_each_dtype_without_a_compiler(rng, monkeypatch, dtype):
+    """Attention then runs in NumPy, which has no bfloat16; o is written in place all the same."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(compilers, "has_compiler", lambda: False)
+    monkeypatch.setattr(compilers, "warn_of_interpreter", lambda: None)
+    q, k, v = (
+        torch.from_numpy(rng.standard_normal((5, heads, 16))).to(getattr(torch, dtype))
+        for heads in (4, 2, 2)
+    )
+    kv, rows = tw.KV(tw.Table.ragged(np.array([0, 5])), tw.Pool(k, v)), np.array([0, 5])
+    attn, out = tw.Attention(4, 2, 16), torch.full_like(q, torch.nan)
+    state = attn.run(q, kv, attn.plan(rows, kv), out=out)
+    assert state.o is out
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double().transpose(0, 1) for x in (q, k, v)), is_causal=True, enable_gqa=True
+    )
+    torch.testing.assert_close(out, wanted.transpose(0, 1).to(out.dtype), rtol=1e-2, atol=1e-2)

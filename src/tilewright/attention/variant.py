@@ -1,4 +1,4 @@
-"""Variants of attention: values that say which scores count and how they are changed.
+"""Variants of attention: which keys a query sees, and how their scores are changed.
 
     @variant
     class Softcap:
@@ -6,31 +6,28 @@
         def logits(self, s, at): return self.soft_cap * tanh(s / self.soft_cap)
         def mask(self, at):      return at.kv <= at.qo
 
-A class is traced when it is defined. Its instances are frozen values that may fix scalars, and they
-compose:
+A class is traced when it is defined. Its instances are frozen values, may fix scalars, and compose:
 
     Causal() & SlidingWindow(window=1024) | Softcap(soft_cap=50.0)
 
-A hook `sink(self, at)` gives each row a logit that joins the sum of its softmax and has no value,
-as in GPT-OSS: `return self.sinks[at.qo_head]`. The lse of a row includes it, as in FlashInfer, so
-of states that are merged afterwards only one may have it. A row that sees no key has o = 0 and its
-sink as lse.
+The hook `sink(self, at)` returns a logit that is added to the denominator of a row's softmax as if
+it belonged to a key whose value is 0 (GPT-OSS): `return self.sinks[at.qo_head]`. The row's lse
+includes it, as in FlashInfer, so if states are merged only one of them may have a sink. A row that
+sees no key has o = 0, and its lse is the sink.
 
-`a & b` counts a score where the masks of both count it, and changes scores by the hooks of a, then
-by those of b. `a | b` is `a` with the hooks of b but its mask on top. Python evaluates `&` before
-`|`, so masks come first; in `a | b` the right side is no `&` without parentheses, and is refused
-with them, because its masks would be lost.
+`a & b` sees the keys that both see; scores pass through the hooks of a, then those of b. `a | b`
+sees what a sees: of b it takes every hook but the mask. `&` binds tighter than `|`, so
+`a & b | c` is `(a & b) | c`; `a | (b & c)` is refused, because the masks of b and c would be lost.
 """
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.attention.tracing import SCORE, Traced, Value, per_head, trace
+from tilewright.attention.tracing import NO_SINK, SCORE, Traced, Value, per_head, trace
 from tilewright.errors import ArgumentError, ProgramError
 from tilewright.ir.nodes import Binary, Const, Expr, Load, binary
 from tilewright.ir.rewrite import substitute, walk
@@ -51,12 +48,9 @@ def variant(cls: type) -> Any:
     def __init__(self: Any, **values: float) -> None:
         for name, value in values.items():
             if name not in scalars:
-                raise ArgumentError(
-                    "A101",
-                    f"{cls.__name__} has no scalar {name!r}",
-                    where=name,
-                    hint=f"scalars: {', '.join(scalars) or 'none'}; tensors go to run()",
-                )
+                text = f"{cls.__name__} has no scalar {name!r}"
+                hint = f"scalars: {', '.join(scalars) or 'none'}; tensors go to run()"
+                raise ArgumentError("A101", text, where=name, hint=hint)
             check_number(scalars[name], value)
         fixed = {n: v.default for n, v in scalars.items() if v.default is not None} | values
         object.__setattr__(self, "fixed", tuple(sorted(fixed.items())))
@@ -73,10 +67,10 @@ def variant(cls: type) -> Any:
     def __hash__(self: Any) -> int:
         return hash((type(self), self.fixed))
 
-    functions: list[Callable[..., Any]] = [__init__, __setattr__, __repr__, __eq__, __hash__]
-    for function in functions:
-        setattr(cls, function.__name__, function)
-    for name, member in {"__and__": _and, "__or__": _or, "traced": traced}.items():
+    functions: list[Any] = [__init__, __setattr__, __repr__, __eq__, __hash__]
+    members = {function.__name__: function for function in functions}
+    members |= {"__and__": Combined.__and__, "__or__": Combined.__or__, "traced": traced}
+    for name, member in members.items():
         setattr(cls, name, member)
     return cls
 
@@ -96,24 +90,12 @@ def traced_of(variant: Any) -> Traced:
     """The expressions of a variant's value or class. Raises ArgumentError[A107]."""
     traced = getattr(variant, "traced", None)
     if isinstance(variant, type) or not isinstance(traced, Traced):
-        raise ArgumentError(
-            "A107",
-            f"{variant!r} is not a variant",
-            where="variant",
-            hint="decorate the class with @tw.variant and pass an instance: MyVariant()",
-        )
+        hint = "decorate the class with @tw.variant and pass an instance: MyVariant()"
+        raise ArgumentError("A107", f"{variant!r} is not a variant", where="variant", hint=hint)
     return traced
 
 
 # ---------------------------------------------------------------------------- composition
-
-
-def _and(self: Any, other: Any) -> Combined:
-    return _combined(self, other, "&")
-
-
-def _or(self: Any, other: Any) -> Combined:
-    return _combined(self, other, "|")
 
 
 @dataclass(frozen=True, repr=False)
@@ -125,7 +107,11 @@ class Combined:
     by: str = field(compare=False)
     text: str = field(compare=False)
 
-    __and__, __or__ = _and, _or
+    def __and__(self, other: Any) -> Combined:
+        return _combined(self, other, "&")
+
+    def __or__(self, other: Any) -> Combined:
+        return _combined(self, other, "|")
 
     def __repr__(self) -> str:
         return self.text
@@ -142,22 +128,14 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
             "P101", f"{b} on the right of | would lose its masks", hint="(a | b) & c: masks by &"
         )
     elif right.logits == SCORE and right.sink is None:
-        raise ProgramError(
-            "P101",
-            f"{b} has no logits and no sink to add to {a}",
-            hint="a | b adds b's hooks; a & b counts scores that both masks count",
-        )
+        hint = "a | b adds b's hooks; a & b counts scores that both masks count"
+        raise ProgramError("P101", f"{b} has no logits and no sink to add to {a}", hint=hint)
     if left.sink is not None and right.sink is not None:
         raise ProgramError("P101", f"{a} and {b} both have a sink")
     sink = right.sink if left.sink is None else left.sink
     logits = substitute(right.logits, {"s": left.logits})
-    read = {
-        x.buffer.name
-        for e in (logits, mask, sink)
-        if e is not None
-        for x in walk(e)
-        if isinstance(x, Load)
-    }
+    hooks = (logits, mask, NO_SINK if sink is None else sink)
+    read = {x.buffer.name for hook in hooks for x in walk(hook) if isinstance(x, Load)}
     values = {v.name: v for v in left.values}
     fixed = dict(a.fixed)
     for v in right.values:

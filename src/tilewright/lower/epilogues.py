@@ -1,8 +1,8 @@
-"""Statements that are a function of reductions, as one statement with an epilogue.
+"""Fuses a statement that is a function of reductions with these reductions.
 
-`out[i, j] = max(out.0[i, j] + b[j], 0)` with `out.0[i, j] = sum(… over k)` is scheduled like the
-sum alone: its loops are those of the sum, and the rest is computed where an element's sum is
-complete.
+`out[i, j] = max(out.0[i, j] + b[j], 0)` and `out.0[i, j] = sum(… over k)` become one statement with
+the loops of the sum. The function, called its epilogue, is computed for an element as soon as the
+element's sum is complete, so `out.0` needs no memory.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tilewright.lower.tables import Statement, indices_in
 
 @dataclass(frozen=True, slots=True)
 class Fused(Statement):
-    """`out = epilogue(totals)`: reductions with the same output indices, axes and driver. As a
-    `Statement` it is the first of them."""
+    """`out = epilogue(totals)`. Its reductions have the same output indices, axes and driver; the
+    fields of `Statement` are those of the first."""
 
     epilogue: ir.Expr
     totals: tuple[Statement, ...]

@@ -28,9 +28,9 @@ class LoopSpec:
 def ordered_loops(
     tables: Tables, st: Statement, driver: Driver | None, bound: Container[str]
 ) -> list[LoopSpec]:
-    """The loops of a statement, outermost first: those of its output and then of its reduction, or
-    as the program orders them, but a sparse level never before the levels above it. Indices in
-    `bound` have loops already."""
+    """The loops of a statement, outermost first. Loops over output indices come before loops over
+    reduced ones unless `Schedule.order_axes` chose another order; in each case a sparse level
+    comes after the levels above it. Indices in `bound` have loops already and get none here."""
     axes = [x for x in indices_in(st.out.coords) if x.name not in bound] + list(st.axes)
     for order in tables.program.orders:
         if order[0] == st.out.tensor.name:

@@ -83,7 +83,9 @@ class _Tiler:
         return rebuild(s, self.visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
 
     def reduce(self, top: ir.Stmt, computes: list[ir.Compute]) -> ir.Stmt:
-        """`top` is the outermost loop of these products that reduces, or the first of a tile."""
+        """Returns `top` with the products `computes` in it as tile operations, their accumulators
+        allocated before it and stored after it. `top` is their outermost loop that reduces, or the
+        outermost loop of the tile if no loop around the tile reduces."""
         before: list[ir.Stmt] = []
         after: list[ir.Stmt] = []
         for c in computes:

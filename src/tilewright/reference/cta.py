@@ -202,7 +202,8 @@ class Launch:
             self.do(cols.body)
 
     def barrier(self, where: ir.Sync | ir.ReduceThreads, number: int = 0) -> None:
-        """A barrier of all threads of each CTA. `number`: which one of a reduction over rows."""
+        """Runs a barrier that every thread of a CTA must reach. A reduction over threads has
+        several barriers; `number` says which of them this is."""
         arrived = self.mask.reshape(self.units, self.threads)
         if (arrived.any(1) != arrived.all(1)).any():
             raise self.refuse("some threads of a CTA do not reach a barrier")

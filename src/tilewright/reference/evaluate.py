@@ -183,7 +183,8 @@ class _Evaluator:
             array[at[valid]] = encode(values, s.out.dtype, array.dtype)[valid]
 
     def box_of(self, out: ir.Access) -> Box:
-        """The box of an output: a dimension for each index; one for all stored coordinates."""
+        """The index values for which `out` is computed: a dense output has a dimension for each
+        index, a sparse one a single dimension with the coordinates that its structure stores."""
         if out.tensor.is_sparse:
             coords = self.stored[out.tensor.structure].coords
             pairs = zip(indices_of(out), coords, strict=True)

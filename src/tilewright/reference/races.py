@@ -18,10 +18,10 @@ _CONFLICTS = {
 
 
 class History:
-    """The latest accesses of each element, by kind: lane (a thread of the launch), unit, epoch.
+    """The latest access of each kind to each element of a buffer: its lane (the thread's number in
+    the launch), its unit (the CTA) and its epoch (how many barriers the thread had passed).
 
-    Accesses of earlier epochs of the same unit are forgotten: what is ordered after the latest is
-    ordered after them too."""
+    One access of a kind is enough: what a barrier orders after the latest is after the others."""
 
     def __init__(self, size: int) -> None:
         self.latest = {kind: np.full((3, size), NONE, np.int32) for kind in _CONFLICTS}

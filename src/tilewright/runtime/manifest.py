@@ -88,7 +88,7 @@ def declarations(manifest: Manifest) -> str:
 
 
 def max_rows(manifest: Manifest) -> int:
-    """Rows of the largest work table: each launch has a parameter block of this size."""
+    """The number of rows of the largest work table. Every stage's parameter block has so many."""
     return max(len(s.rows) for s in manifest.stages)
 
 

@@ -116,7 +116,8 @@ class Schedule:
         return s
 
     def dropped(self) -> list[Step]:
-        """The verbs called on a schedule that this one came from whose results were not used."""
+        """Verbs whose results are not part of this schedule, though they were called on one of the
+        schedules that it was made from: most likely the caller forgot to assign the result."""
         used = {id(step) for step in self.history}
         return [step for step in self.calls if id(step) not in used]
 

@@ -206,8 +206,8 @@ def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Rewritten:
 
 
 def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
-    """Whether different iterations of `f` update different elements: an output index is its
-    variable, or one that sums and products make of it. Other coordinates may repeat."""
+    """Whether no two iterations of `f` update the same element. They do not if an index of the
+    output is the loop's variable, or computed from it by + - * alone; other values may repeat."""
     derived = {f.name}
 
     def distinct(e: ir.Expr) -> bool:

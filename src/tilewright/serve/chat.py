@@ -167,10 +167,10 @@ class ChatTemplate:
     def tokens(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> list[int]:
-        """Returns the prompt as tokens, of which only the template writes control tokens.
+        """Returns the ids of the prompt's tokens. Text of a message never becomes a control token.
 
-        The beginning token comes once, whether the template writes it or the model asks for it.
-        Raises as `render`.
+        The beginning-of-sequence token comes exactly once, also where both the template and the
+        model's file ask for it. Raises the errors of `render`.
         """
         tokenizer = self.tokenizer
         assert tokenizer is not None, "tokens need the tokenizer of the model"

@@ -13,8 +13,8 @@ from tilewright.serve.request import Request, Sampling, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What steps added to an answer; pieces of one answer add up. `finish`: as in `Request`;
-    `answered`, `cached`: its tokens so far, and those of the prompt that were not read again."""
+    """The text that a step added to an answer; `+` joins consecutive pieces. `finish`: as in
+    `Request`; `answered`: tokens of the answer so far; `cached`: prompt tokens from the cache."""
 
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()

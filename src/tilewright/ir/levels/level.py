@@ -146,8 +146,8 @@ class Level:
         return parents
 
     def build(self, q: np.ndarray, c: np.ndarray, p: Parents) -> Built:
-        """From the parent position and the coordinate of each entry (sorted): the arrays of the
-        level, the position of each entry, and the number of positions."""
+        """Packs one level. `q` and `c`, sorted, are the parent position and the coordinate of each
+        entry. Returns the level's arrays, the position of each entry, the number of positions."""
         raise NotImplementedError
 
     def __str__(self) -> str:

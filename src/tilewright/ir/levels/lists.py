@@ -82,7 +82,7 @@ class Compressed(Level):
         return Search(s["indices"], lo, hi, c)
 
     def parent(self, s: Storage, parents: Expr, v: Expr) -> Expr:
-        """The parent position of a position, of so many parents."""
+        """The parent of position `v`; the level has `parents` of them."""
         kind = s.count.dtype
         return Search(s["indptr"], Const(0, kind), add(parents, 1), v, True, kind)
 
