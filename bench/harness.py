@@ -32,6 +32,8 @@ SUITES = {
     "spmm": ("sparse", "sparse times dense"),
     "sddmm": ("sparse", "dense times dense at stored entries"),
     "spgemm": ("sparse", "sparse with sparse: A A, A + Aᵀ, A ∘ Aᵀ"),
+    "graph_attention": ("graph_attention", "attention along the edges of a graph"),
+    "graph_softmax": ("graph_attention", "the softmax of the entries of each row"),
     "gemm": ("gemm", "dense times dense on tensor cores, beside cuBLAS"),
     "attention": ("attention", "attention on the CPU beside torch"),
     "decode": ("decode", "decode attention over a paged cache, beside the time to read it"),

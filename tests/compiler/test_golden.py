@@ -38,7 +38,7 @@ def file_of(name: str) -> str:
 def without_constants(source: str) -> str:
     """Generated code with each file that it holds named instead, and without the checks that the C
     structs are laid out as Python says: the same for all kernels."""
-    for name in ("cpu.h", "mma_cpu.h", "lists.h"):
+    for name in ("cpu.h", "mma_cpu.h", "lists.h", "rows.h"):
         source = source.replace(prelude_files.prelude(name), f'#include "{name}"\n')
     source = re.sub(r"\n#ifndef TW_OFFSET\n.*?\n#endif\n#endif\n", "\n", source, flags=re.DOTALL)
     return re.sub(r"static_assert\(TW_OFFSET.*\n", "", source)

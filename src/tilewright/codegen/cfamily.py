@@ -8,6 +8,7 @@ memory access and matrix tiles, and write the entry.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from tilewright.codegen.params import C_TYPES, STORED_AS_BITS, Params, c_name
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import walk
+from tilewright.ir.rewrite import statements, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +79,15 @@ class Renderer(MergeRenderer):
             kind, name = self.type(s.var.dtype), c_name(s.var.name)
             self.line(f"const {kind} {name} = {self.stored(s.value)};")
         elif isinstance(s, ir.Alloc):
-            self.alloc(s.buffer)
+            self.alloc(s)
         elif isinstance(s, ir.CopyAsync):
             self.copy_async(s)
         elif isinstance(s, ir.Store):
             self.store(s)
-        elif isinstance(s, (ir.Commit, ir.Wait)):
-            self.line(self.pipeline(s))
         elif isinstance(s, ir.Prefetch):
             self.line(self.prefetch(self.address(s.element.buffer, s.element.index[0])))
-        elif isinstance(s, ir.Sync):
-            self.sync()
+        elif isinstance(s, (ir.Sync, ir.Commit, ir.Wait)):
+            self.line(self.barrier(s))
         elif isinstance(s, ir.Mma):
             self.mma(s)
         else:
@@ -107,14 +106,17 @@ class Renderer(MergeRenderer):
     def unroll_pragma(self, n: int) -> str:
         return f"#pragma GCC unroll {n}"
 
-    def alloc(self, b: ir.Buffer) -> None:
-        name, kind = c_name(b.name), self.type(b.dtype)
-        if b.scope == "fragment":
-            raise InternalError("I101", "fragments belong to the target")
+    def alloc(self, s: ir.Alloc) -> None:
+        b, name, kind = s.buffer, c_name(s.buffer.name), self.type(s.buffer.dtype)
         if b.scope == "workspace":
             raise ScheduleError(
                 "S103", "a row of a sparse product is gathered in memory of a CPU",
                 hint='build for "cpp", or an output that is dense',
+            )  # fmt: skip
+        if b.scope == "row":
+            raise ScheduleError(
+                "S103", f"{b.name} has a run-time length, and a GPU has no such arrays",
+                hint='compute_at(…, scope="global")',
             )  # fmt: skip
         if b.shape:
             total = math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
@@ -186,11 +188,8 @@ class Renderer(MergeRenderer):
     def copy_async(self, s: ir.CopyAsync) -> None:
         self.store(s)  # complete at once
 
-    def sync(self) -> None:
+    def barrier(self, s: ir.Sync | ir.Commit | ir.Wait) -> str:
         raise InternalError("I101", "this target has no threads to synchronise")
-
-    def pipeline(self, s: ir.Commit | ir.Wait) -> str:
-        raise InternalError("I101", "this target has no asynchronous copies")
 
     def mma(self, s: ir.Mma) -> None:
         raise InternalError("I101", "this target has no matrix tiles")
@@ -361,10 +360,12 @@ class Renderer(MergeRenderer):
             wide = f"tw::from_{source.name}{lanes}({a})"
             return wide if to.name == "float32" else self.convert(wide, to)
         if to.name in STORED_AS_BITS:
-            narrow = a if source.name == "float32" else self.convert(a, _float32(to))
+            narrow = (
+                a if source.name == "float32" else self.convert(a, dtypes.float32.vector(to.lanes))
+            )
             return f"tw::to_{to.name}{lanes}({narrow})"
         if source.is_int and source.bits < 32 and to.is_float and to.lanes > 1:
-            a = self.convert(a, _int32(to))  # one step would go lane by lane
+            a = self.convert(a, dtypes.int32.vector(to.lanes))  # one step would go lane by lane
         if source.kind == "b" and source.lanes > 1:
             ones = f"tw::splat<{_lanes_of(to)}>(1)"
             return f"tw::select({a}, {ones}, {self.type(to)}{{}})"
@@ -420,14 +421,9 @@ class Renderer(MergeRenderer):
         return text
 
 
-def has_lists(stage: tuple[ir.Nest, ...]) -> bool:
-    """Whether a nest of the stage walks lists of coordinates."""
-    return any(isinstance(x, (ir.Merge, ir.Drain)) for n in stage for x in walk(n.body))
-
-
-def has_tiles(stage: tuple[ir.Nest, ...]) -> bool:
-    """Whether a nest of the stage has tile operations."""
-    return any(isinstance(x, ir.Mma) for n in stage for x in walk(n.body))
+def has(stage: Iterable[ir.Nest], *kinds: type) -> bool:
+    """Whether a nest of the stage has statements of these kinds."""
+    return any(isinstance(x, kinds) for n in stage for x in statements(n.body))
 
 
 def operand_kind(t: DType) -> str:
@@ -470,11 +466,3 @@ def _integer(value: int, dtype: DType) -> str:
 def _lanes_of(t: DType) -> str:
     """The template arguments of a vector type: its element and the number of lanes."""
     return f"{C_TYPES[t.name]}, {t.lanes}"
-
-
-def _int32(to: DType) -> DType:
-    return dtypes.int32.vector(to.lanes)
-
-
-def _float32(to: DType) -> DType:
-    return dtypes.float32.vector(to.lanes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from tilewright.codegen.cfamily import Renderer, has_tiles, operand_kind
+from tilewright.codegen.cfamily import Renderer, has, operand_kind
 from tilewright.codegen.params import C_TYPES, Params, c_name, collect_params
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple, terms
@@ -50,9 +50,12 @@ class CudaRenderer(Renderer):
         super().block(head, body)
         self.fragments.clear()
 
-    def sync(self) -> None:
-        self.fragments.clear()
-        self.line(f"tw::bar_sync(BARRIER, {self.threads[0] * self.threads[1]});")
+    def barrier(self, s: ir.Sync | ir.Commit | ir.Wait) -> str:
+        if isinstance(s, ir.Sync):
+            self.fragments.clear()
+            return f"tw::bar_sync(BARRIER, {self.threads[0] * self.threads[1]});"
+        is_wait = isinstance(s, ir.Wait)
+        return f"tw::copy_async_wait<{s.pending}>();" if is_wait else "tw::copy_async_commit();"
 
     def copy_async(self, s: ir.CopyAsync) -> None:
         cond, load = "", s.value
@@ -64,10 +67,6 @@ class CudaRenderer(Renderer):
         kind = _vector_of(load.buffer, source, load.dtype.lanes)
         addresses = f"{self.address(s.buffer, to)}, {self.address(load.buffer, source)}"
         self.line(f"tw::copy_async<{kind}>({addresses}{cond});")
-
-    def pipeline(self, s: ir.Commit | ir.Wait) -> str:
-        is_wait = isinstance(s, ir.Wait)
-        return f"tw::copy_async_wait<{s.pending}>();" if is_wait else "tw::copy_async_commit();"
 
     def unroll_pragma(self, n: int) -> str:
         return f"#pragma unroll {n}"
@@ -145,7 +144,8 @@ class CudaRenderer(Renderer):
             f"tw::across_rows<{op}, {e.extent}>({value}, smem, BARRIER, {self.threads[0]}, tx, ty)"
         )
 
-    def alloc(self, b: ir.Buffer) -> None:
+    def alloc(self, s: ir.Alloc) -> None:
+        b = s.buffer
         if b.scope == "fragment":
             slots, _, cols = map(self.expr, b.shape)
             self.line(f"tw::fragment<{cols}> {c_name(b.name)}[{slots}] = {{}};")
@@ -157,7 +157,7 @@ class CudaRenderer(Renderer):
             )
             self.smem_bytes = first + b.dtype.itemsize * math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
         else:
-            super().alloc(b)
+            super().alloc(s)
 
     def loop(self, s: ir.For) -> None:
         if s.kind != "fragment":
@@ -286,8 +286,8 @@ def render(
 
 
 def _headers(stage: tuple[ir.Nest, ...]) -> tuple[str, ...]:
-    copies = any(isinstance(x, ir.Wait) for nest in stage for x in walk(nest.body))
-    return ("gpu.cuh", *("mma.cuh",) * has_tiles(stage), *("async.cuh",) * copies)
+    needs = ("mma.cuh", ir.Mma), ("async.cuh", ir.Wait)
+    return ("gpu.cuh", *(file for file, kind in needs if has(stage, kind)))
 
 
 def _accesses(stage: tuple[ir.Nest, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

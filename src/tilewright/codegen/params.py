@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
-from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import COUNT, SIZE, STRIDE, is_generated, stride_name
@@ -65,13 +64,15 @@ def collect_params(program: ir.Program) -> Params:
         x.buffer.name if isinstance(x, ir.Store) else x.to.buffer.name
         for n in _nests(program) for x in walk(n.body) if isinstance(x, ir.Store)
     )  # fmt: skip
+    inputs = {t.name for t in program.inputs}
     for b in program.buffers:
         const = "" if b.name in written else "const "
         field_ = (c_name(b.name), "ptr", f"{const}{C_TYPES[b.dtype.name]}*")
         if b.scope == "part":
             row[b.name] = field_
-        elif b.shape == () and b.name not in written and _is_input(program, b.name):
-            params[b.name] = (c_name(b.name), _scalar_type(b.dtype))
+        elif b.shape == () and b.name not in written and b.name in inputs:
+            kind = "uint16" if b.dtype.name in STORED_AS_BITS else b.dtype.name
+            params[b.name] = (c_name(b.name), kind)
         else:
             params[b.name] = field_
     for name, dtype in _free_names(program).items():
@@ -102,14 +103,6 @@ def packed_strides(tensor: ir.Tensor, sizes: Mapping[str, int]) -> tuple[int | N
         extent = dim if isinstance(dim, int) else sizes.get(dim)
         step = None if step is None or extent is None else step * extent
     return tuple(reversed(strides))
-
-
-def _is_input(program: ir.Program, name: str) -> bool:
-    return any(t.name == name and t.role == "input" for t in program.tensors)
-
-
-def _scalar_type(dtype: DType) -> str:
-    return "uint16" if dtype.name in STORED_AS_BITS else dtype.name
 
 
 def _nests(program: ir.Program) -> list[ir.Nest]:

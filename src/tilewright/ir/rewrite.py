@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
-from operator import is_
 from typing import Any, TypeVar
 
 from tilewright import dtypes
@@ -30,7 +30,7 @@ def rebuild(n: N, f: Callable[[Any], Any]) -> N:
         old = getattr(n, name)
         if many:
             new = tuple([f(o) for o in old])
-            if all(map(is_, new, old)):
+            if all(map(operator.is_, new, old)):
                 continue
         else:
             new = f(old)
@@ -313,20 +313,10 @@ def _simplify_node(x: Any) -> Any:
 
 
 FOLD: dict[str, Callable[[Any, Any], Any]] = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "//": lambda a, b: a // b,
-    "%": lambda a, b: a % b,
-    "min": min,
-    "max": max,
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
-    "==": lambda a, b: a == b,
-    "!=": lambda a, b: a != b,
-}
+    "+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv,
+    "%": operator.mod, "min": min, "max": max, "<": operator.lt, "<=": operator.le,
+    ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
+}  # fmt: skip
 
 
 def _simplify_binary(x: ir.Binary) -> ir.Expr:
@@ -346,6 +336,8 @@ def _simplify_binary(x: ir.Binary) -> ir.Expr:
         return _simplify_sum(x)
     if op == "-" and is_const(b, 0):
         return a
+    if op == "-" and isinstance(a, ir.Binary) and a.op == "+" and a.a == b:
+        return a.b
     if op == "*":
         if is_const(a, 1):
             return b
@@ -380,14 +372,10 @@ def _simplify_sum(x: ir.Binary) -> ir.Expr:
         return b
     if is_const(b, 0):
         return a
-    if (
-        isinstance(b, ir.Const)
-        and isinstance(a, ir.Binary)
-        and a.op == "+"
-        and isinstance(a.b, ir.Const)
-    ):
-        both = ir.Const(b.dtype.wrapped(int(a.b.value + b.value)), b.dtype)
-        return _simplify_binary(ir.Binary("+", a.a, both, x.dtype))
+    inner = a.b if isinstance(a, ir.Binary) and a.op == "+" else None
+    if isinstance(b, ir.Const) and isinstance(inner, ir.Const):
+        both = ir.Const(b.dtype.wrapped(int(inner.value + b.value)), b.dtype)
+        return _simplify_binary(ir.Binary("+", a.a, both, x.dtype))  # type: ignore[attr-defined]
     return x
 
 
@@ -423,10 +411,6 @@ def computed_in(e: ir.Expr, to: DType) -> ir.Expr:
 
 def ceil_div(a: Any, b: int) -> ir.Expr:
     return ir.as_expr(a) if b == 1 else simplify(ir.binary("//", add(a, b - 1), b))
-
-
-def as_int64(e: ir.Expr) -> ir.Expr:
-    return ir.cast(e, dtypes.int64)
 
 
 def broadcast(e: ir.Expr, lanes: int) -> ir.Expr:

@@ -7,7 +7,7 @@ from typing import Any
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import COUNT, SIZE, STRIDE, is_generated
-from tilewright.ir.rewrite import free_vars, path_to, statements, walk
+from tilewright.ir.rewrite import free_vars, is_const, path_to, statements, walk
 
 # fmt: off
 _STATEMENTS = (
@@ -98,6 +98,8 @@ class _Checker:
         elif isinstance(s, ir.Store):
             self.store(s, bound, registers)
         else:
+            if isinstance(s, ir.Scatter) and s.value.dtype != s.workspace.dtype:
+                self.fail(f"{s.value.dtype} added to {s.workspace.dtype}", s)
             self.leaf(s, bound, registers)
 
     def loop(self, s: ir.For, bound: set[str], registers: dict[str, ir.Buffer]) -> None:
@@ -110,21 +112,16 @@ class _Checker:
             self.fail(f"loop {s.name} shadows another name", s)
         self.stmt(s.body, bound | {s.name}, registers)
 
-    def leaf(self, s: ir.Stmt, bound: set[str], registers: dict[str, ir.Buffer]) -> None:
-        if isinstance(s, ir.Scatter):
-            self.declared(s.workspace, registers, s)
-            self.expr(s.key, bound, registers)
-            self.expr(s.value, bound, registers)
-            if s.value.dtype != s.workspace.dtype:
-                self.fail(f"{s.value.dtype} added to {s.workspace.dtype}", s)
-        else:
-            if isinstance(s, ir.Mma):
-                self.declared(s.acc, registers, s)
-            for child in ir.children(s):
-                if isinstance(child, ir.Tile):
-                    self.declared(child.buffer, registers, s)
-                for e in ir.children(child) if isinstance(child, ir.Tile) else (child,):
-                    self.expr(e, bound, registers)
+    def leaf(self, s: ir.Stmt | ir.Tile, bound: set[str], registers: dict[str, ir.Buffer]) -> None:
+        """A statement without others inside, or one of its operands: its buffer and expressions."""
+        for name in ("workspace", "acc", "buffer") if not isinstance(s, ir.Alloc) else ():
+            if hasattr(s, name):
+                self.declared(getattr(s, name), registers, s)
+        for child in ir.children(s):
+            if isinstance(child, ir.Tile):
+                self.leaf(child, bound, registers)
+            else:
+                self.expr(child, bound, registers)
 
     def declared(self, b: ir.Buffer, registers: dict[str, ir.Buffer] | None, node: Any) -> None:
         """Fails for a buffer that is neither a parameter nor allocated around the node."""
@@ -158,12 +155,9 @@ class _Checker:
             self.fail(f"{s.value.dtype} assigned to {s.out.dtype}", s)
 
     def store(self, s: ir.Store, bound: set[str], registers: dict[str, ir.Buffer]) -> None:
-        for i in s.index:
-            self.expr(i, bound, registers)
-        self.expr(s.value, bound, registers)
+        self.leaf(s, bound, registers)
         if s.value.dtype.scalar != s.buffer.dtype.scalar:
             self.fail(f"{s.value.dtype} stored to {s.buffer.dtype}", s)
-        self.declared(s.buffer, registers, s)
         self.indices(s)
 
     def indices(self, x: ir.Load | ir.Store) -> None:
@@ -192,13 +186,11 @@ class _Checker:
                 self.fail(f"the reduction shadows {', '.join(shadowed)}", e)
             self.expr(e.body, bound | {a.name for a in e.axes}, registers)
             return
+        for name in ("buffer", "keys", "workspace"):  # of Load, Search and Holds
+            if hasattr(e, name):
+                self.declared(getattr(e, name), registers, e)
         if isinstance(e, ir.Load):
-            self.declared(e.buffer, registers, e)
             self.indices(e)
-        elif isinstance(e, ir.Search):
-            self.declared(e.keys, registers, e)
-        elif isinstance(e, ir.Holds):
-            self.declared(e.workspace, registers, e)
         for child in ir.children(e):
             self.expr(child, bound, registers)
 
@@ -210,9 +202,7 @@ def _visits_all(body: ir.Stmt, compute: ir.Compute) -> bool:
     for s in path_to(body, compute) or ():
         if isinstance(s, ir.For):
             reducing |= ir.reduces(s, compute)
-            covers = s.begin == ir.Const(0, s.begin.dtype) and not any(
-                _is_read(x) for x in walk(s.end)
-            )
+            covers = is_const(s.begin, 0) and not any(map(_is_read, walk(s.end)))
             if not (ir.reduces(s, compute) or covers):
                 return False
         elif isinstance(s, ir.If) and not reducing and not _is_tail(s.cond):

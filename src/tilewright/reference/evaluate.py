@@ -232,17 +232,20 @@ class _Evaluator:
             array[at[valid]] = encode(values, s.out.dtype, array.dtype)[valid]
 
     def box_of(self, out: ir.Access) -> Box:
-        """The index values for which `out` is computed: a dense output has a dimension for each
-        index, a sparse one a single dimension with the coordinates that its structure stores."""
+        """The box of an output: a dimension for each index; one for all stored coordinates."""
+        inner, box = indices_of(out), []
         if out.tensor.is_sparse:
             coords = self.stored[out.tensor.structure].coords
-            pairs = zip(indices_of(out), coords, strict=True)
-            return [{i.name: c.astype(self.index) for i, c in pairs}]
-        return [{i.name: np.arange(self.size(i.dim), dtype=self.index)} for i in indices_of(out)]
+            pairs = zip(out.stored_coords, coords, strict=True)
+            box = [{i.name: c.astype(self.index) for i, c in pairs if isinstance(i, ir.Index)}]
+            inner = inner[len(coords) :]
+        return box + [{i.name: np.arange(self.size(i.dim), dtype=self.index)} for i in inner]
 
     def allocated(self, t: ir.Tensor) -> np.ndarray:
         """An output or a temporary, NaN where it can be."""
-        count = (self.stored[t.structure].count,) if t.is_sparse else map(self.size, t.dims)
+        count = [self.size(d) for d in t.dims]
+        if t.is_sparse:
+            count[: len(t.dims) - t.inner] = [self.stored[t.structure].count]
         kind = np.dtype(np.float64) if self.exact and t.dtype.is_float else t.dtype.numpy
         return np.full(tuple(count), np.nan if kind.kind == "f" else 0, kind)
 
@@ -291,8 +294,11 @@ class _Evaluator:
             fill = t.fill if t.is_sparse else 0
             return np.full((1,) * scope.rank, fill, self.kind(t.dtype))
         if t.is_sparse:
-            entry, exists = self.stored[t.structure].find([self.expr(c, scope) for c in e.coords])
-            return np.where(exists, self.number(values[entry], t), self.kind(t.dtype).type(t.fill))
+            coords = [self.expr(c, scope) for c in e.coords]
+            own = len(e.stored_coords)
+            entry, exists = self.stored[t.structure].find(coords[:own])
+            numbers = self.number(values[(entry, *coords[own:])], t)
+            return np.where(exists, numbers, self.kind(t.dtype).type(t.fill))
         at, inside = self.coordinates(e, scope)
         numbers = self.number(values[tuple(at)].reshape(inside.shape), t)
         return numbers if inside.all() else np.where(inside, numbers, numbers.dtype.type(0))
@@ -317,7 +323,7 @@ class _Evaluator:
         own = {a.name for a in e.axes}
         calls: set[tuple[str, tuple[str, ...]]] = set()
         for x in operands(e.body):
-            names = tuple(c.name if isinstance(c, ir.Index) else "" for c in x.coords)
+            names = tuple(c.name if isinstance(c, ir.Index) else "" for c in x.stored_coords)
             plain = "" not in names and len(set(names)) == len(names)
             if x.tensor.is_sparse and plain and own & set(names):
                 calls.add((x.tensor.structure, names))

@@ -12,6 +12,7 @@ from tilewright.dtypes import DType
 from tilewright.ir.nodes import Program
 from tilewright.reference.evaluate import Stored, run
 from tilewright.runtime.kernel import Kernel, Launcher
+from tilewright.runtime.view import row_major_strides
 
 
 class InterpLauncher(Launcher):
@@ -39,8 +40,14 @@ def run_frame(program: Program, frame: Any) -> None:
             stored[t.structure] = Stored(tuple(structure.shape), coords)
             parts = [p.size for p in structure.parts]
             pointers = {part: slot.value for slot, part in slots}
-            arrays = [_array_at(p, t.dtype, (parts[n],), (1,)) for n, p in sorted(pointers.items())]
-            flat = np.concatenate(arrays) if slots else np.zeros(sum(parts), t.dtype.numpy)
+            inner = tuple(frame.sizes.get(d, d) for d in t.dims[len(structure.shape) :])
+            arrays = [
+                _array_at(p, t.dtype, (parts[n], *inner), row_major_strides((parts[n], *inner)))
+                for n, p in sorted(pointers.items())
+            ]
+            flat = (
+                np.concatenate(arrays) if slots else np.zeros((sum(parts), *inner), t.dtype.numpy)
+            )
             data[t.name] = values = flat[order]
             if t.role == "output":
                 write_back.append(lambda f=flat, o=order, v=values, a=arrays: _scatter(f, o, v, a))

@@ -206,7 +206,8 @@ def _output(
     sparse = [n for n, t in enumerate(inputs) if t.structure]
     if spec.structure:
         like = next((n for n in sparse if inputs[n].structure == spec.structure), 0)
-        return Output(spec, slots, like, lambda packed: sparse_output(packed, dtype))
+        inner = arguments.inner(spec)
+        return Output(spec, slots, like, lambda packed: sparse_output(packed, dtype, inner))
     v = arguments.views[spec.name]
     shape = v.shape
     dense = [n for n, t in enumerate(inputs) if t.dims and not t.structure]
@@ -219,14 +220,15 @@ def _output(
     return Output(spec, slots, like, lambda packed: allocate(packed.values[0], shape, dtype))
 
 
-def sparse_output(like: Any, dtype: DType) -> Any:
-    """A tensor of the structure of `like` with new values; padding is zero, entries are not set."""
+def sparse_output(like: Any, dtype: DType, inner: tuple[int, ...] = ()) -> Any:
+    """A tensor of the structure of `like` with new values, or arrays of shape `inner`; padding is
+    zero, entries are not set."""
     values = []
     for v, part in zip(like.values, like.structure.parts, strict=True):
-        array = allocate(v, (part.size,), dtype)
+        array = allocate(v, (part.size, *inner), dtype)
         # On the host, packed values are bits where NumPy itself lacks the dtype.
         values.append(array.view(dtype.numpy) if isinstance(array, np.ndarray) else array)
-    return dataclasses.replace(like, values=tuple(values), dtype=dtype, fill=0.0)
+    return dataclasses.replace(like, values=tuple(values), dtype=dtype, fill=0.0, inner=inner)
 
 
 def _variants(manifest: Manifest, arguments: Arguments) -> tuple[str, ...]:

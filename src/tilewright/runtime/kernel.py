@@ -139,7 +139,7 @@ class Kernel:
                     key.append(None)
                 elif kind is SPARSE:
                     structure = getattr(arg, "structure", None)  # None is refused by _build_frame
-                    key += (id(structure), structure and (arg.dtype.name, arg.fill))
+                    key += (id(structure), structure and (arg.dtype.name, arg.fill, arg.inner))
         except ArgumentError:
             self._build_frame(args, outs)  # raises the error with the name of the argument
             raise
