@@ -98,7 +98,7 @@ def test_products_of_bfloat16(rng, isa, head_dim):
         q, indptr = queries(rng, QO, 6, head_dim, TYPES["bfloat16"])
         attn = Attention(6, 2, head_dim)
         state = check(attn, q, kv, indptr)
-        if head_dim == 72:  # a part of a vector; results in bfloat16
+        if head_dim > 16:  # results in bfloat16; 72 has a part of a vector
             state = attn.run(q, kv, attn.plan(indptr, kv))
             assert state.o.dtype.name == "bfloat16"
     wanted = reference.attention(q, kv, indptr, attn.variant)
