@@ -8,21 +8,15 @@ from itertools import chain, count
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.ir.nodes import (
-    Access,
-    Expr,
-    Index,
-    Reduce,
-    Stored,
-    as_expr,
-    binary,
-    identity_of,
-    select,
-    size_var,
-    unary,
-)  # fmt: skip
+from tilewright.ir import nodes as ir
+from tilewright.ir.nodes import Access, Expr, Index, as_expr
 from tilewright.ir.rewrite import computed_in, free_vars
 from tilewright.sparse.tracing import checked_name, current, refusal
+
+__all__ = [
+    "abs_", "any_", "cos", "exp", "floor", "indices", "log", "max_", "maximum", "min_", "minimum",
+    "prod", "rsqrt", "sigmoid", "sin", "size", "sqrt", "stored", "sum_", "tanh", "where",
+]  # fmt: skip
 
 
 def indices(dims: str) -> Any:
@@ -69,7 +63,7 @@ def size(dim: str) -> Expr:
             "P102", f"no parameter has a dimension {dim!r}",
             hint=f"dimensions: {', '.join(sorted(known))}",
         )  # fmt: skip
-    return size_var(dim)
+    return ir.size_var(dim)
 
 
 def stored(access: Any) -> Expr:
@@ -78,12 +72,12 @@ def stored(access: Any) -> Expr:
         raise refusal(
             "P103", f"stored({access!r}): no element of a sparse tensor", hint="tw.stored(A[i, j])"
         )
-    return Stored(access)
+    return ir.Stored(access)
 
 
 def any_(condition: Any, over: Index | tuple[Index, ...]) -> Expr:
     """Whether a condition holds for any coordinate of an index or a tuple of indices."""
-    return binary("!=", max_(condition_of("any", condition), over), 0)
+    return ir.binary("!=", max_(condition_of("any", condition), over), 0)
 
 
 def condition_of(op: str, value: Any) -> Expr:
@@ -104,7 +98,7 @@ def _reduce(op: str) -> Callable[..., Expr]:
         if where is not None:
             kind = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
             body = computed_in(body, kind)
-            body = select(condition_of(op, where), body, identity_of(op, kind))
+            body = ir.select(condition_of(op, where), body, ir.identity_of(op, kind))
         missing = {a.name for a in axes} - free_vars(body)
         if missing:
             raise refusal(
@@ -112,7 +106,7 @@ def _reduce(op: str) -> Callable[..., Expr]:
                 hint="where=tw.stored(A[i, j]) ranges over what A stores",
             )  # fmt: skip
         dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
-        return Reduce(op, axes, computed_in(body, dtype), dtype)
+        return ir.Reduce(op, axes, computed_in(body, dtype), dtype)
 
     reduction.__name__ = reduction.__qualname__ = op
     reduction.__doc__ = (
@@ -127,7 +121,7 @@ sum_, max_, min_, prod = (_reduce(op) for op in ("sum", "max", "min", "prod"))
 
 def _function(op: str) -> Callable[[Any], Expr]:
     def apply(x: Any) -> Expr:
-        return unary(op, as_expr(x))
+        return ir.unary(op, as_expr(x))
 
     apply.__name__ = apply.__qualname__ = op
     apply.__doc__ = f"{op} of a value, in float32 at least."
@@ -146,12 +140,12 @@ def sigmoid(x: Any) -> Expr:
 
 def maximum(a: Any, b: Any) -> Expr:
     """The larger of two values."""
-    return binary("max", a, b)
+    return ir.binary("max", a, b)
 
 
 def minimum(a: Any, b: Any) -> Expr:
     """The smaller of two values."""
-    return binary("min", a, b)
+    return ir.binary("min", a, b)
 
 
 def where(cond: Expr, a: Any, b: Any) -> Expr:
@@ -161,4 +155,4 @@ def where(cond: Expr, a: Any, b: Any) -> Expr:
             "P101", f"the condition of where is {cond!r}",
             hint="`==` compares the text of expressions: write tw.equal(i, j)",
         )  # fmt: skip
-    return select(cond, a, b)
+    return ir.select(cond, a, b)

@@ -8,21 +8,9 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.dtypes import DType
-from tilewright.ir.nodes import (
-    ATOMIC,
-    Access,
-    Assign,
-    Const,
-    Expr,
-    Index,
-    Reduce,
-    Role,
-    Select,
-    Tensor,
-    as_expr,
-    cast,
-)  # fmt: skip
-from tilewright.ir.rewrite import free_indices, free_vars, rename_reductions, walk
+from tilewright.ir import nodes as ir
+from tilewright.ir.nodes import Access, Expr, Index, Tensor, as_expr
+from tilewright.ir.rewrite import free_indices, free_vars, rename_reductions, walk, zero_unless
 from tilewright.sparse.expressions import condition_of
 from tilewright.sparse.tracing import checked_name, current, refusal
 
@@ -34,7 +22,7 @@ class Output:
     `out.like(A)` has the structure of A; `out.named("Y")` a name; `out.typed("float16")` a dtype.
     """
 
-    role: Role
+    role: ir.Role
     name: str = ""
     dtype: DType | None = None
     structure_of: Tensor | None = None
@@ -90,15 +78,13 @@ class Update:
                 "P104", f"append to {to} over {over!r}: a list has one dimension, and one index "
                 "runs along it", hint="tw.update(C).append[start[i]](value, over=j, where=…)",
             )  # fmt: skip
-        dtype = self.tensor.dtype
-        absent = cast(Const(0, dtypes.int32), dtype)
-        body = Select(condition_of("append", where), cast(value, dtype), absent, dtype)
-        return replace(self, op="")._assign(to, Reduce("append", (over,), body, dtype))
+        body = zero_unless(condition_of("append", where), ir.cast(value, self.tensor.dtype))
+        return replace(self, op="")._assign(to, ir.Reduce("append", (over,), body, body.dtype))
 
     def _assign(self, to: Access, value: Expr) -> Tensor:
         trace, written = current(), replace(self.tensor, role="output", kind="state")
-        if self.op and written.dtype not in ATOMIC[self.op]:
-            kinds = ", ".join(t.name for t in ATOMIC[self.op])
+        if self.op and written.dtype not in ir.ATOMIC[self.op]:
+            kinds = ", ".join(t.name for t in ir.ATOMIC[self.op])
             raise refusal(
                 "P106", f"{written.name} is {written.dtype}: add updates arrays of {kinds}",
                 hint="add into an array of a wider type, then convert it",
@@ -141,10 +127,9 @@ def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
     if len({c.name for c in coords}) != len(coords):
         raise refusal("P103", "an index occurs twice in the coordinates of an output")
     _check_bound(coords, value)
-    number = len([t for t in trace.tensors.values() if t.role == output.role])
-    name = output.name or {"output": "out", "temp": "temp"}[output.role] + (
-        str(number) if number else ""
-    )
+    number = sum(t.role == output.role for t in trace.tensors.values())
+    prefix = "out" if output.role == "output" else output.role
+    name = output.name or f"{prefix}{number or ''}"
     checked_name(name, f"an {output.role}")
     if any(x.name == name for x in trace.indices):
         raise refusal("P102", f"{name} is an index already")
@@ -167,11 +152,11 @@ def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
     return tensor
 
 
-def _statement(to: Access, value: Expr, op: str = "") -> Assign:
+def _statement(to: Access, value: Expr, op: str = "") -> ir.Assign:
     """`to = value`, or `to += value` with op "sum". No reduction in it binds an index that the
     coordinates or a reduction around it bind."""
     bound = frozenset().union(*(free_vars(c) for c in to.coords))
-    return Assign(to, cast(rename_reductions(value, bound), to.dtype), op)
+    return ir.Assign(to, ir.cast(rename_reductions(value, bound), to.dtype), op)
 
 
 def _output_dtype(value: Expr) -> DType:

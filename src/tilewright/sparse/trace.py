@@ -22,32 +22,10 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ProgramError
-from tilewright.ir.nodes import Cast, Index, Kind, Program, Tensor, equal
+from tilewright.ir.nodes import Cast, Kind, Program, Tensor
 from tilewright.ir.rewrite import walk
-from tilewright.sparse.expressions import (
-    abs_,
-    any_,
-    cos,
-    exp,
-    floor,
-    indices,
-    log,
-    max_,
-    maximum,
-    min_,
-    minimum,
-    prod,
-    rsqrt,
-    sigmoid,
-    sin,
-    size,
-    sqrt,
-    stored,
-    sum_,
-    tanh,
-    where,
-)  # fmt: skip
-from tilewright.sparse.outputs import Output, out, temp, update
+from tilewright.sparse.expressions import *  # noqa: F403 - the language is imported from here
+from tilewright.sparse.outputs import out, temp, update  # noqa: F401
 from tilewright.sparse.tracing import Trace, checked_name, refusal, tracing
 
 
@@ -182,11 +160,3 @@ def _parameter(
             "P107", f"{fmt} stores {fmt.ndim} dimensions, {name} has {len(d.dims)}", where=line
         )
     return Tensor(name, d.dims, dtype, format=fmt, structure=owner, fill=d.fill, kind=d.kind)
-
-
-__all__ = [
-    "Declared", "Index", "Output", "abs_", "any_", "cos", "dense", "equal", "exp", "floor",
-    "indices", "log", "max_", "maximum", "min_", "minimum", "out", "prod", "rsqrt", "scalar",
-    "sigmoid", "sin", "size", "sparse", "sqrt", "stored", "sum_", "tanh", "temp", "trace", "update",
-    "where",
-]  # fmt: skip
