@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -150,8 +151,6 @@ class Definition:
         return _build(self, parse_target(target))
 
     def _known(self, names: Any) -> None:
-        import inspect
-
         known = inspect.signature(self.function).parameters
         for name in names:
             if name not in known:
@@ -169,6 +168,14 @@ def program(function: Callable[..., Any]) -> Definition:
     definition = Definition(function)
     definition.program  # noqa: B018 - errors belong to the definition, not to the first use
     return definition
+
+
+def program_of(name: str, parameters: dict[str, Any], function: Callable[..., Any]) -> Definition:
+    """The program of a function that takes what `parameters` describe by keyword."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    described = [inspect.Parameter(n, kind, default=d) for n, d in parameters.items()]
+    function.__name__, function.__signature__ = name, inspect.Signature(described)
+    return program(function)
 
 
 def _build(d: Definition, target: Target) -> Kernel:

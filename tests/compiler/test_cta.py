@@ -188,7 +188,6 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "rmsnorm": ROWS_0,
     # two reductions in one body
     "argmax": ROWS_1,
-    "sample": ROWS_1,
 }
 
 

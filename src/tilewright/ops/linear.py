@@ -16,14 +16,13 @@ Reference: the block formats of GGUF.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from tilewright.build import Definition, named_recipe, program
+from tilewright.build import Definition, named_recipe, program_of
 from tilewright.errors import ModelError
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
@@ -129,12 +128,7 @@ def _linear(layout: str, after: After) -> Definition:
             y = y * trace.sigmoid(y) * product("2")
         return out[t, *coordinates](y)
 
-    linear.__name__ = "_".join(filter(None, ("linear", layout, after)))
-    kind = inspect.Parameter.KEYWORD_ONLY
-    linear.__signature__ = inspect.Signature(
-        [inspect.Parameter(name, kind, default=array) for name, array in parameters.items()]
-    )
-    return program(linear)
+    return program_of("_".join(filter(None, ("linear", layout, after))), parameters, linear)
 
 
 KINDS = ("f32", "bf16", "f16", "q8_0", "q4_0", "q4_1")

@@ -6,13 +6,14 @@ second kernel writes columns and values. Both walk the operands in the same way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.build import Definition, named_recipe
+from tilewright.build import Definition, named_recipe, program_of
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime import host_allocator
@@ -20,9 +21,30 @@ from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse.formats import Format
 from tilewright.sparse.pack import Packed, of_rows
+from tilewright.sparse.trace import dense, out, sum_, update
 
 ROWS_PER_UNIT = 256
 FORMATS = ("csr", "dcsr")
+
+
+def programs(
+    name: str, operands: dict[str, Any], row: Callable[..., tuple[Any, Any, Any, Any]]
+) -> tuple[Definition, Definition]:
+    """The programs that count the entries of each row and that fill them. `row(**operands)` gives
+    the indices of rows and columns, the condition of an entry, and its value."""
+
+    def count(**of: Any) -> Any:
+        i, j, condition, _ = row(**of)
+        return out.typed("int64")[i](sum_(1, over=j, where=condition))
+
+    def fill(start: Any, columns: Any, values: Any, **of: Any) -> Any:
+        i, j, condition, value = row(**of)
+        update(columns).append[start[i]](j, over=j, where=condition)
+        return update(values).append[start[i]](value, over=j, where=condition)
+
+    lists = {"start": dense("m", "int64"), "columns": dense("c"), "values": dense("c")}
+    counted = program_of(f"{name}_count", operands, count)
+    return counted, program_of(f"{name}_fill", {**operands, **lists}, fill)
 
 
 @named_recipe
