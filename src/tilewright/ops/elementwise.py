@@ -46,7 +46,6 @@ def multiply(A: Packed, B: Packed) -> Packed:
 def _elementwise(count: Definition, fill: Definition, A: Any, B: Any) -> Packed:
     row_lists.check_operands(A=A, B=B)
     if A.shape != B.shape:
-        raise ArgumentError(
-            "A103", f"A has shape {A.shape}, B {B.shape}", where="argument B", hint="equal shapes"
-        )
+        rule = f"A has shape {A.shape}, B {B.shape}"
+        raise ArgumentError("A103", rule, where="argument B", hint="equal shapes")
     return row_lists.assembled(count, fill, {"A": A, "B": B}, A.shape)

@@ -60,22 +60,17 @@ def check_operands(**operands: Any) -> None:
         where = f"argument {name}"
         if not isinstance(x, Packed) or x.format.name not in FORMATS or x.fill != 0:
             kind = f"{x.format} with fill={x.fill:g}" if isinstance(x, Packed) else type(x).__name__
-            raise ArgumentError(
-                "A106", f"{name} is {kind}", where=where,
-                hint=f"pack it without a fill, as one of: {', '.join(FORMATS)}",
-            )  # fmt: skip
+            hint = f"pack it without a fill, as one of: {', '.join(FORMATS)}"
+            raise ArgumentError("A106", f"{name} is {kind}", where=where, hint=hint)
         if x.device != "cpu":
             raise ArgumentError("A105", f"{name} is on {x.device}", where=where, hint='to("cpu")')
         if name != "mask" and (x.dtype.kind == "b" or x.dtype.name.startswith("float8")):
-            raise ArgumentError(
-                "A102", f"{name} is {x.dtype}", where=where, hint="a float or an integer type"
-            )
+            hint = "a float or an integer type"
+            raise ArgumentError("A102", f"{name} is {x.dtype}", where=where, hint=hint)
         index, first = x.structure.index_dtype, operands["A"].structure.index_dtype
         if index != first:
-            raise ArgumentError(
-                "A102", f"the coordinates of A are {first}, those of {name} {index}",
-                where=where, hint='pack both with index="int64"',
-            )  # fmt: skip
+            rule = f"the coordinates of A are {first}, those of {name} {index}"
+            raise ArgumentError("A102", rule, where=where, hint='pack both with index="int64"')
 
 
 Operands = tuple[tuple[str, Format, DType], ...]  # name, format and dtype of each

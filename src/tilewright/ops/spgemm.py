@@ -34,16 +34,14 @@ def spgemm(A: Packed, B: Packed, mask: Packed | None = None) -> Packed:
     are in its accumulator. Raises ArgumentError A102, A103, A105, A106."""
     row_lists.check_operands(A=A, B=B, **({} if mask is None else {"mask": mask}))
     if A.shape[1] != B.shape[0]:
-        raise ArgumentError(
-            "A103", f"A has {A.shape[1]} columns, B {B.shape[0]} rows", where="argument B",
-            hint="as many rows of B as columns of A",
-        )  # fmt: skip
+        rule = f"A has {A.shape[1]} columns, B {B.shape[0]} rows"
+        hint = "as many rows of B as columns of A"
+        raise ArgumentError("A103", rule, where="argument B", hint=hint)
     shape = A.shape[0], B.shape[1]
     if mask is None:
         return row_lists.assembled(spgemm_count, spgemm_fill, {"A": A, "B": B}, shape)
     if mask.shape != shape:
-        raise ArgumentError(
-            "A103", f"mask has shape {mask.shape}, the product {shape}", where="argument mask",
-            hint="a row for each of A, a column for each of B",
-        )  # fmt: skip
+        rule = f"mask has shape {mask.shape}, the product {shape}"
+        hint = "a row for each of A, a column for each of B"
+        raise ArgumentError("A103", rule, where="argument mask", hint=hint)
     return row_lists.assembled(masked_count, masked_fill, {"A": A, "B": B, "M": mask}, shape)

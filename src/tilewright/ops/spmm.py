@@ -76,10 +76,9 @@ def _names(s: Schedule) -> _Names:
             if len(to.coords) == 2 and len(features) == 1 and X is not None:
                 i, j, k = (c.name for c in (*A.coords, *features) if isinstance(c, Index))
                 return _Names(i, j, k, features[0].dim, to.tensor.name, X.tensor.name)
-    raise ScheduleError(
-        "S102", f"{s.program.name} is no product of a sparse and a dense matrix",
-        hint="the recipe schedules out[i, k](sum(A[i, j] * X[j, k], over=j)), whatever its names",
-    )  # fmt: skip
+    rule = f"{s.program.name} is no product of a sparse and a dense matrix"
+    hint = "the recipe schedules out[i, k](sum(A[i, j] * X[j, k], over=j)), whatever its names"
+    raise ScheduleError("S102", rule, hint=hint)
 
 
 def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:

@@ -32,17 +32,13 @@ def indices(dims: str) -> Any:
         used = {x.name for x in trace.indices} | trace.tensors.keys()
         name = name or _loop_name(dim, used)
         if checked_name(name, "an index", "P102") in used:
-            raise refusal(
-                "P102", f"index {name!r} is not a new name",
-                hint="indices and parameters have names of their own",
-            )  # fmt: skip
+            hint = "indices and parameters have names of their own"
+            raise refusal("P102", f"index {name!r} is not a new name", hint=hint)
         known = {d for t in trace.tensors.values() for d in t.dims}
         parsed: str | int = int(dim) if dim.isdigit() else dim
         if isinstance(parsed, str) and parsed not in known:
-            raise refusal(
-                "P102", f"no parameter has a dimension {parsed!r}",
-                hint=f"dimensions: {', '.join(sorted(str(k) for k in known))}",
-            )  # fmt: skip
+            hint = f"dimensions: {', '.join(sorted(str(k) for k in known))}"
+            raise refusal("P102", f"no parameter has a dimension {parsed!r}", hint=hint)
         created.append(Index(name, dim=parsed))
         trace.indices.append(created[-1])
     return created[0] if len(created) == 1 else tuple(created)
@@ -59,19 +55,16 @@ def size(dim: str) -> Expr:
     """The run-time size of a dimension."""
     known = {d for t in current().tensors.values() for d in t.dims if isinstance(d, str)}
     if dim not in known:
-        raise refusal(
-            "P102", f"no parameter has a dimension {dim!r}",
-            hint=f"dimensions: {', '.join(sorted(known))}",
-        )  # fmt: skip
+        hint = f"dimensions: {', '.join(sorted(known))}"
+        raise refusal("P102", f"no parameter has a dimension {dim!r}", hint=hint)
     return ir.size_var(dim)
 
 
 def stored(access: Any) -> Expr:
     """Whether a sparse tensor stores an entry at coordinates: `stored(A[i, j])`."""
     if not isinstance(access, Access) or not access.tensor.is_sparse:
-        raise refusal(
-            "P103", f"stored({access!r}): no element of a sparse tensor", hint="tw.stored(A[i, j])"
-        )
+        hint = "tw.stored(A[i, j])"
+        raise refusal("P103", f"stored({access!r}): no element of a sparse tensor", hint=hint)
     return ir.Stored(access)
 
 
@@ -83,9 +76,8 @@ def any_(condition: Any, over: Index | tuple[Index, ...]) -> Expr:
 def condition_of(op: str, value: Any) -> Expr:
     """`value` as the condition of an operation. Raises ProgramError[P106] for other values."""
     if not isinstance(value, Expr) or value.dtype.kind != "b":
-        raise refusal(
-            "P106", f"{op} where {value!r}: not a condition", hint="tw.stored(A[i, j]), or a < b"
-        )
+        hint = "tw.stored(A[i, j]), or a < b"
+        raise refusal("P106", f"{op} where {value!r}: not a condition", hint=hint)
     return value
 
 
@@ -101,10 +93,8 @@ def _reduce(op: str) -> Callable[..., Expr]:
             body = ir.select(condition_of(op, where), body, ir.identity_of(op, kind))
         missing = {a.name for a in axes} - free_vars(body)
         if missing:
-            raise refusal(
-                "P104", f"{op} over {', '.join(sorted(missing))}, which its body does not use",
-                hint="where=tw.stored(A[i, j]) ranges over what A stores",
-            )  # fmt: skip
+            rule = f"{op} over {', '.join(sorted(missing))}, which its body does not use"
+            raise refusal("P104", rule, hint="where=tw.stored(A[i, j]) ranges over what A stores")
         dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
         return ir.Reduce(op, axes, computed_in(body, dtype), dtype)
 
@@ -151,8 +141,6 @@ def minimum(a: Any, b: Any) -> Expr:
 def where(cond: Expr, a: Any, b: Any) -> Expr:
     """`a` where `cond` holds, else `b`."""
     if not isinstance(cond, Expr):
-        raise refusal(
-            "P101", f"the condition of where is {cond!r}",
-            hint="`==` compares the text of expressions: write tw.equal(i, j)",
-        )  # fmt: skip
+        hint = "`==` compares the text of expressions: write tw.equal(i, j)"
+        raise refusal("P101", f"the condition of where is {cond!r}", hint=hint)
     return ir.select(cond, a, b)

@@ -293,9 +293,8 @@ def _is_part(part: Any) -> bool:
 def _check_tuple(of: str, name: str, items: Any, fits: Any) -> None:
     """Refuses what is not a tuple of what `fits`."""
     if not isinstance(items, tuple):
-        raise FormatError(
-            "F101", f"{of}: {name} is a {type(items).__name__}, not a tuple", where=name
-        )
+        rule = f"{of}: {name} is a {type(items).__name__}, not a tuple"
+        raise FormatError("F101", rule, where=name)
     for at, one in enumerate(items):
         if not fits(one):
             kind = {"parts": "(where, format) pair", "levels": "level"}[name]
@@ -417,9 +416,8 @@ def hyb(
     buckets = _widths(call, buckets)
     col_parts = integer(call, "col_parts", col_parts, 1, MOST_PARTS // (len(buckets) + 1))
     if long_rows not in ("csr", "split"):
-        raise FormatError(
-            "F101", f"long_rows={long_rows!r}", where="long_rows", hint="csr or split"
-        )
+        hint = "csr or split"
+        raise FormatError("F101", f"long_rows={long_rows!r}", where="long_rows", hint=hint)
     cuts_rows = long_rows == "split"
     disjoint = col_parts == 1 and not cuts_rows
     lows = (1, *(w + 1 for w in buckets[:-1]))
@@ -443,7 +441,6 @@ def _widths(of: str, buckets: Any) -> tuple[int, ...]:
     if isinstance(buckets, tuple | list):
         widths = tuple(integer(of, "buckets", w, 1) for w in buckets)
     if not widths or list(widths) != sorted(set(widths)):
-        raise FormatError(
-            "F101", f"{of}: buckets are widths, ascending", where="buckets", hint="as (1, 2, 4, 8)"
-        )
+        rule = f"{of}: buckets are widths, ascending"
+        raise FormatError("F101", rule, where="buckets", hint="as (1, 2, 4, 8)")
     return widths

@@ -85,10 +85,8 @@ class Update:
         trace, written = current(), replace(self.tensor, role="output", kind="state")
         if self.op and written.dtype not in ir.ATOMIC[self.op]:
             kinds = ", ".join(t.name for t in ir.ATOMIC[self.op])
-            raise refusal(
-                "P106", f"{written.name} is {written.dtype}: add updates arrays of {kinds}",
-                hint="add into an array of a wider type, then convert it",
-            )  # fmt: skip
+            rule = f"{written.name} is {written.dtype}: add updates arrays of {kinds}"
+            raise refusal("P106", rule, hint="add into an array of a wider type, then convert it")
         trace.tensors[written.name] = written
         _check_bound(to.coords, value)
         _check_reads_of_updated(to, value, self.op)
@@ -120,10 +118,8 @@ def _check_reads_of_updated(to: Access, value: Expr, op: str) -> None:
 def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
     trace = current()
     if not all(isinstance(c, Index) for c in coords):
-        raise refusal(
-            "P103", f"an {output.role} is written at plain indices",
-            hint="update() writes elsewhere",
-        )  # fmt: skip
+        hint = "update() writes elsewhere"
+        raise refusal("P103", f"an {output.role} is written at plain indices", hint=hint)
     if len({c.name for c in coords}) != len(coords):
         raise refusal("P103", "an index occurs twice in the coordinates of an output")
     _check_bound(coords, value)
@@ -183,14 +179,11 @@ def _check_bound(coords: tuple[Expr, ...], value: Expr) -> None:
             continue
         for c, dim in zip(x.coords, x.tensor.dims, strict=True):
             if isinstance(c, Index) and c.dim != dim:
-                raise refusal(
-                    "P102", f"{c.name} runs over {c.dim} but stands for {dim} in {x}",
-                    hint="give the index and the tensor the same dimension name",
-                )  # fmt: skip
+                rule = f"{c.name} runs over {c.dim} but stands for {dim} in {x}"
+                hint = "give the index and the tensor the same dimension name"
+                raise refusal("P102", rule, hint=hint)
     written = set().union(*map(free_indices, coords))
     loose = sorted(free_indices(value).keys() - written)
     if loose:
-        raise refusal(
-            "P104", f"index {', '.join(loose)} is neither in the output nor under a reduction",
-            hint=f"write sum(…, over={loose[0]})",
-        )  # fmt: skip
+        rule = f"index {', '.join(loose)} is neither in the output nor under a reduction"
+        raise refusal("P104", rule, hint=f"write sum(…, over={loose[0]})")
