@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from tilewright.codegen.cfamily import Renderer, has_tiles, operand_kind
-from tilewright.codegen.params import C_TYPES, Params, c_name, collect_params
+from tilewright.codegen.cfamily import has_tiles, operand_kind
+from tilewright.codegen.merge import MergeRenderer
+from tilewright.codegen.params import C_TYPES, Params, c_name
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple, terms
 from tilewright.ir.body import Body
@@ -33,7 +34,7 @@ _BITS64 = {"nan": "0x7ff8000000000000", "inf": "0x7ff0000000000000", "-inf": "0x
 
 
 @dataclass
-class CudaRenderer(Renderer):
+class CudaRenderer(MergeRenderer):
     """The GPU's renderer: read-only loads, reductions across threads, matrix tiles of a warp."""
 
     threads: tuple[int, int] = (1, 1)
@@ -50,7 +51,7 @@ class CudaRenderer(Renderer):
         super().block(head, body)
         self.fragments.clear()
 
-    def sync(self) -> None:
+    def sync(self, s: ir.Sync) -> None:
         self.fragments.clear()
         self.line(f"tw::bar_sync(BARRIER, {self.threads[0] * self.threads[1]});")
 
@@ -65,20 +66,19 @@ class CudaRenderer(Renderer):
         addresses = f"{self.address(s.buffer, to)}, {self.address(load.buffer, source)}"
         self.line(f"tw::copy_async<{kind}>({addresses}{cond});")
 
-    def pipeline(self, s: ir.Commit | ir.Wait) -> str:
-        is_wait = isinstance(s, ir.Wait)
-        return f"tw::copy_async_wait<{s.pending}>();" if is_wait else "tw::copy_async_commit();"
+    def commit(self, s: ir.Commit) -> None:
+        self.line("tw::copy_async_commit();")
+
+    def wait(self, s: ir.Wait) -> None:
+        self.line(f"tw::copy_async_wait<{s.pending}>();")
 
     def unroll_pragma(self, n: int) -> str:
         return f"#pragma unroll {n}"
 
-    restrict = "__restrict__"
+    restrict, prefetches = "__restrict__", "tw::prefetch"
 
     def mask(self, text: str, lanes: int) -> str:
         return f"tw::convert<bool, {lanes}>({text})"
-
-    def prefetch(self, address: str) -> str:
-        return f"tw::prefetch({address});"
 
     def var(self, e: ir.Var) -> str:
         if e.name in ("thread_x", "thread_y"):
@@ -145,7 +145,8 @@ class CudaRenderer(Renderer):
             f"tw::across_rows<{op}, {e.extent}>({value}, smem, BARRIER, {self.threads[0]}, tx, ty)"
         )
 
-    def alloc(self, b: ir.Buffer) -> None:
+    def alloc(self, s: ir.Alloc) -> None:
+        b = s.buffer
         if b.scope == "fragment":
             slots, _, cols = map(self.expr, b.shape)
             self.line(f"tw::fragment<{cols}> {c_name(b.name)}[{slots}] = {{}};")
@@ -157,7 +158,7 @@ class CudaRenderer(Renderer):
             )
             self.smem_bytes = first + b.dtype.itemsize * math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
         else:
-            super().alloc(b)
+            super().alloc(s)
 
     def loop(self, s: ir.For) -> None:
         if s.kind != "fragment":
@@ -261,12 +262,9 @@ def _is_multiple(e: ir.Expr, n: int) -> bool:
     return is_multiple(e, n, lambda v: is_generated(v.name, STRIDE))
 
 
-def render(
-    program: ir.Program, declarations: str, params: Params | None = None
-) -> tuple[Body, ...]:
+def render(program: ir.Program, declarations: str, params: Params) -> tuple[Body, ...]:
     """A body for each stage of a program at the loop level; all share one text. `declarations` are
     the structs Params and Row."""
-    params = params or collect_params(program)
     text, bodies = [declarations], []
     for number, stage in enumerate(program.stages):
         used = 0
