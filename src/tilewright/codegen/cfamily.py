@@ -103,10 +103,8 @@ class Renderer:
         b = s.buffer
         name, kind = c_name(b.name), self.type(b.dtype)
         if b.scope == "workspace":
-            raise ScheduleError(
-                "S103", "a row of a sparse product is gathered in memory of a CPU",
-                hint='build for "cpp", or an output that is dense',
-            )  # fmt: skip
+            rule = "a row of a sparse product is gathered in memory of a CPU"
+            raise ScheduleError("S103", rule, hint='build for "cpp", or an output that is dense')
         if b.shape:
             total = math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
             self.line(f"{kind} {name}[{total}];")
