@@ -11,12 +11,11 @@ Reference: SparseTIR (ASPLOS 2023, §4.2), its SpMM on hyb(c, k).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from tilewright import dtypes
-from tilewright.build import Definition, named_recipe, program
+from tilewright.build import Definition, kernels, named_recipe, program
 from tilewright.errors import ArgumentError, ProgramError, ScheduleError
 from tilewright.ir.nodes import Access, Index
 from tilewright.ir.rewrite import indices_of, walk
@@ -314,12 +313,12 @@ def _chosen(A: Packed, X: Any, width: int) -> Kernel:
     x_dtype = operand_dtype(X, "X")
     try:
         return spmm_kernel(
+            "cuda" if on_cuda else "cpp",
             A.format,
             str(A.dtype),
             x_dtype,
             fixed_width(width, A.device),
             A.structure.index_dtype.name,
-            "cuda" if on_cuda else "cpp",
             x_bytes > (L2_BYTES if on_cuda else compilers.l2_bytes() // 2),
         )
     except (ScheduleError, ProgramError) as e:
@@ -328,19 +327,14 @@ def _chosen(A: Packed, X: Any, width: int) -> Kernel:
         raise ArgumentError("A106", rule, where="argument A", hint=hint) from e
 
 
-@cache
-def spmm_kernel(
-    fmt: Any, a: str, x: str, width: int, index: str, target: str, gathers_far: bool = False
-) -> Kernel:
-    """The built kernel for a format, dtypes, a width (0 = any), an index type and a target.
-
-    `gathers_far`: X does not fit the L2 cache."""
-    return spmm_definition(fmt, a, x, width, index, gathers_far).build(target)
-
-
 def spmm_definition(
     fmt: Any, a: str, x: str, width: int, index: str = "int32", gathers_far: bool = False
 ) -> Definition:
-    """The program of `spmm_kernel` with its schedule."""
+    """The program with its schedule, for a format, dtypes, a width (0 = any) and an index type.
+
+    `gathers_far`: X does not fit the L2 cache."""
     typed = spmm_program.typed(A=a, X=dtypes.dtype(x), index=index).decompose(A=fmt)
     return typed.schedule(recipe.of(width=width, gathers_far=gathers_far))
+
+
+spmm_kernel = kernels(spmm_definition)
