@@ -26,12 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.errors import ArgumentError, MissingExtra
+from tilewright.target import target as parse_target
 from tilewright.tools.cli import check_output, guarded
 
 SUITES = {
     "spmm": ("sparse", "sparse times dense"),
     "sddmm": ("sparse", "dense times dense at stored entries"),
     "spgemm": ("sparse", "sparse with sparse: A A, A + Aᵀ, A ∘ Aᵀ"),
+    "graph_attention": ("graph_attention", "attention along the edges of a graph"),
+    "graph_softmax": ("graph_attention", "the softmax of the entries of each row"),
     "gemm": ("gemm", "dense times dense on tensor cores, beside cuBLAS"),
     "attention": ("attention", "attention on the CPU beside torch"),
     "decode": ("decode", "decode attention over a paged cache, beside the time to read it"),
@@ -362,22 +365,9 @@ def base_row(suite: str, op: str, target: str) -> Row:
 @functools.cache
 def device_name(target: str) -> str:
     """The GPU, or the processor and the cores this process may use."""
-    if target.startswith("cuda"):
-        from tilewright.runtime import cuda
+    from tilewright.serve.cost import device_name
 
-        return cuda.device_name(cuda.current_device()) if cuda.available() else target
-    from tilewright.runtime import pool
-
-    name = platform.processor() or platform.machine()
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        name = next(
-            (v.partition(":")[2].strip() for v in text.splitlines() if v.startswith("model name")),
-            name,
-        )
-    except OSError:
-        pass
-    return f"{name}, {pool.wanted_threads()} threads"
+    return device_name(parse_target(target))
 
 
 def slug(device: str) -> str:

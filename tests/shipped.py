@@ -72,16 +72,20 @@ def _interleaved(kind: str, many: bool) -> Shipped:
     return Shipped(linear_definition(kind, many, 576, 1536, True), CPU)
 
 
-def _example(file: str, name: str, recipe: str = "") -> Definition:
+def lesson(file: str) -> Any:
+    """An example as a module."""
     spec = importlib.util.spec_from_file_location(file[3:-3], EXAMPLES / file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def _example(file: str, name: str, recipe: str = "") -> Definition:
+    module = lesson(file)
     definition = getattr(module, name)
     return definition.schedule(getattr(module, recipe)) if recipe else definition
 
-
-ATTEND = _example("03_graph_softmax.py", "attend")
 
 SHIPPED: dict[str, Shipped] = {
     # SpMM: the format that pack_for_spmm chooses on each target, then every other one
@@ -153,12 +157,17 @@ SHIPPED: dict[str, Shipped] = {
     # the lessons
     "example 01 spmm": Shipped(_example("01_spmm.py", "scheduled")),
     "example 02 rgcn": Shipped(_example("02_rgcn.py", "rgcn", "fast"), CPU),
-    **{
-        f"example 03 attend {name}": Shipped(ATTEND.decompose(A=fmt), CPU)
-        for name, fmt in (("csr", tw.csr()), ("hyb", tw.hyb(buckets=(8, 16))), ("ell", tw.ell(64)))
-    },
+    "example 03 attend": Shipped(_example("03_graph_softmax.py", "attend", "by_row"), CPU),
     "example 04 band": Shipped(
         _example("04_band_attention.py", "attend").decompose(A=tw.band(-63, 0)), CPU
+    ),
+    "example 05 softmax": Shipped(
+        _example("05_row_softmax.py", "softmax_on_gpu", "softmax_by_threads"), CUDA
+    ),
+    "example 06 graph attention": Shipped(
+        lesson("06_graph_attention.py").graph_attention_definition(
+            tw.csr(), ("float32",) * 4, (2, 64, 64)
+        )
     ),
 }
 

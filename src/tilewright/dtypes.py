@@ -6,6 +6,7 @@ A `DType` with `lanes > 1` is a vector register; only the loop level of the IR k
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -98,12 +99,14 @@ _NUMPY = {n: n for n in ALL} | {
 _FROM_NUMPY = {np.dtype(t.numpy): t for n, t in ALL.items() if _NUMPY[n] == n}
 
 
-def dtype(of: DType | str | np.dtype | type) -> DType:
-    """The DType of a name, a NumPy dtype or scalar type. Raises ArgumentError[A102]."""
+def dtype(of: Any) -> DType:
+    """The DType of a name, a dtype of NumPy or torch, or a scalar type of NumPy. Raises
+    ArgumentError[A102]."""
     if isinstance(of, DType):
         return of
-    if isinstance(of, str) and of in ALL:
-        return ALL[of]
+    name = str(of).removeprefix("torch.")
+    if name in ALL:
+        return ALL[name]
     try:
         numpy_dtype = np.dtype(of)
         if numpy_dtype in _FROM_NUMPY:

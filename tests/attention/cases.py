@@ -9,6 +9,7 @@ import numpy as np
 
 import tilewright.attention.variant as variants
 from tilewright import dtypes
+from tilewright.attention import bounds
 from tilewright.attention.kv import KV
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec
@@ -130,3 +131,12 @@ ALL_VARIANTS = {
     "softcap_alibi": SoftcapAlibi(soft_cap=8.0),
     "strange": Strange(stride=5),
 }
+
+
+EMPTY, PARTIAL, FULL = 0, 1, 2  # the classes of tiles of kernels/bounds.h
+
+
+def tile_class(mask: Any, positions: dict[str, bounds.Interval], values: dict[str, int]) -> int:
+    """The class of a tile by the bounds of its mask over NumPy arrays."""
+    seen = bounds.bound(mask, bounds.Numbers(positions, values))
+    return EMPTY if seen.hi == 0 else FULL if seen.lo == 1 else PARTIAL

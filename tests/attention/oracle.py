@@ -332,7 +332,8 @@ def check(case: Case) -> None:
     k, v = (x[:, 0] if case.form == "ragged" else x for x in (case.k, case.v))
     kv = tw.KV(table_of(case), tw.Pool(k, v))
     out = np.full((*case.q.shape[:2], case.v.shape[3]), np.nan, np.float32)
-    plan = attn.plan(case.qo_indptr, kv, workers=case.workers)
+    q_dtype = case.q.dtype.name
+    plan = attn.plan(case.qo_indptr, kv, q_dtype=q_dtype, workers=case.workers)
     state = attn.run(case.q, kv, plan, out=out, **arrays)
     compare(case, out, state.lse)
     if case.q.dtype.name == "bfloat16":
@@ -367,7 +368,8 @@ def check_on_gpu(case: Case) -> str:
     attn = attention_of(case)
     k, v = (x[:, 0] if case.form == "ragged" else x for x in (case.k, case.v))
     kv = tw.KV(table_of(case, on_gpu), tw.Pool(on_gpu(k), on_gpu(v)))
-    plan = attn.plan(case.qo_indptr, kv, workers=case.workers)
+    q_dtype = case.q.dtype.name
+    plan = attn.plan(case.qo_indptr, kv, q_dtype=q_dtype, workers=case.workers)
     arrays = {name: on_gpu(x) for name, x in arrays_of(case).items()}
     state = attn.run(on_gpu(case.q), kv, plan, **arrays)
     o, lse = state.o.double().cpu().numpy(), state.lse.double().cpu().numpy()

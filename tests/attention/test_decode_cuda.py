@@ -13,7 +13,7 @@ from tilewright.attention.batch import Attention
 from tilewright.attention.families import decode
 from tilewright.attention.merge import State
 from tilewright.attention.pool import Pool
-from tilewright.attention.spec import Spec, cuda_headers
+from tilewright.attention.spec import Spec, compile_cuda, cuda_headers
 from tilewright.runtime.view import view
 from tilewright.toolchain import nvrtc
 
@@ -39,8 +39,8 @@ def spec_of(shape, o="") -> Spec:
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_cubin_without_spills(arch, shape, blocks):
-    cubin = decode.compile_cuda(spec_of(shape), ranges.heads_at_once(shape[1]), blocks, arch)
-    used = cubin.resources["stage0"]
+    text = decode.source(spec_of(shape), ranges.heads_at_once(shape[1]), blocks)
+    used = compile_cuda(text, arch).resources["stage0"]
     assert used.spill_bytes == 0 and 0 < used.registers <= 255
 
 

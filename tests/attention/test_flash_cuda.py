@@ -19,7 +19,7 @@ from tilewright.attention import families, reference
 from tilewright.attention.batch import Attention
 from tilewright.attention.families import portable
 from tilewright.attention.kv import KV
-from tilewright.attention.spec import cuda_headers
+from tilewright.attention.spec import compile_cuda, cuda_headers
 from tilewright.toolchain import nvrtc
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
@@ -37,7 +37,7 @@ SHAPES = [  # group, head_dim, q, kv, variant
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s)))
 def test_cubin_without_spills(arch, shape):
     group, head_dim, q, kv, name = shape
-    cubin = portable.compile_cuda(spec_of(group, head_dim, q, kv, ALL_VARIANTS[name]), arch)
+    cubin = compile_cuda(portable.source(spec_of(group, head_dim, q, kv, ALL_VARIANTS[name])), arch)
     assert cubin.image[:4] == b"\x7fELF"
     assert cubin.resources["stage0"].spill_bytes == 0
     assert 0 < cubin.resources["stage0"].registers <= 255
@@ -88,7 +88,7 @@ def test_against_the_reference(monkeypatch, rng, shape, page_size):
     state = attn.run(
         DeviceArray.from_numpy(_bits(q), q_type),
         there,
-        attn.plan(indptr, there),
+        attn.plan(indptr, there, q_dtype=q_type),
         out=out,
         **{n: DeviceArray.from_numpy(v) for n, v in values.items()},
     )

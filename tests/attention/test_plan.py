@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.attention.cases import paged
 
+from tilewright.attention import families, ranges
 from tilewright.attention import plan as plans
-from tilewright.attention import ranges
 from tilewright.attention.batch import Attention
 from tilewright.attention.plan import KEY_TILE, Plan, Shape
 from tilewright.attention.variant import Causal, Full, SlidingWindow
@@ -221,3 +221,27 @@ def test_numbers_of_numpy_are_numbers():
     assert attn == Attention(6, 2, 64, sm_scale=0.5) and attn.scale == 0.5
     with pytest.raises(ArgumentError, match="A103"):
         Attention(True, 1, 64)
+
+
+@pytest.mark.parametrize("q_dtype", [None, "float16", np.float32, "torch"])
+def test_the_family_is_chosen_for_the_dtype_of_the_queries(rng, monkeypatch, q_dtype):
+    """A family for 16-bit products must not get a plan that float32 queries then fail with."""
+    wanted = {None: "float32", "float16": "float16", np.float32: "float32"}.get(q_dtype, "bfloat16")
+    if q_dtype == "torch":
+        q_dtype = pytest.importorskip("torch").bfloat16
+    kv, chosen, choose = paged(rng, [20], (20, 2, 16)), [], families.choose
+
+    def spy(spec, *rest):
+        chosen.append((spec.q.name, spec.kv.name, spec.o.name))
+        return choose(spec, *rest)
+
+    monkeypatch.setattr(families, "choose", spy)
+    attn = Attention(2, 2, 16)
+    attn.plan(np.array([0, 1]), kv, q_dtype=q_dtype)
+    attn.bind(rng.standard_normal((1, 2, 16)).astype(np.float16), kv)
+    assert chosen == [(wanted, "float32", wanted), ("float16", "float32", "float16")]
+    for wrong in ("int8", "complex64", object()):
+        with pytest.raises(ArgumentError, match="A102"):
+            attn.plan(np.array([0, 1]), kv, q_dtype=wrong)
+        with pytest.raises(ArgumentError, match="A102"):
+            attn.resolve(kv, q_dtype=wrong)

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.attention.cases import TYPES, paged, queries
+from tests.attention.cases import TYPES, paged, queries, tile_class
 from tests.attention.test_flash_cuda import _bits, on_device
 
 import tilewright as tw
 from tilewright import dtypes
 from tilewright.attention import bounds, reference
 from tilewright.attention.families import decode, portable
-from tilewright.attention.spec import Spec
+from tilewright.attention.spec import Spec, compile_cuda
 from tilewright.attention.table import TableForm
 from tilewright.attention.variant import traced_of
 from tilewright.errors import ArgumentError, ProgramError
@@ -154,18 +154,19 @@ def test_on_a_gpu(rng, name, kind):
 def test_cubins_without_spills(name):
     kinds = dtypes.bfloat16, dtypes.bfloat16, dtypes.bfloat16
     spec = Spec(4, 128, 128, *kinds, traced_of(VARIANTS[name]), TableForm())
-    for cubin in (decode.compile_cuda(spec, 8, 1, "sm_90a"), portable.compile_cuda(spec, "sm_80")):
-        assert cubin.resources["stage0"].spill_bytes == 0
+    kernels = (decode.source(spec, 8, 1), "sm_90a"), (portable.source(spec), "sm_80")
+    for text, arch in kernels:
+        assert compile_cuda(text, arch).resources["stage0"].spill_bytes == 0
 
 
 def test_tiles_of_what_is_loaded_are_partial():
     tile = {"at.qo": bounds.Interval.of(90, 99), "at.kv": bounds.Interval.of(0, 63)}
     for name, kind in {"documents": 1, "prefix": 2, "images": 2, "tree": 1}.items():
-        found = bounds.tile_class(traced_of(VARIANTS[name]).mask, tile, {})
+        found = tile_class(traced_of(VARIANTS[name]).mask, tile, {})
         assert int(found) == kind, name
     tile["at.kv"] = bounds.Interval.of(128, 191)
     for name, kind in {"documents": 0, "prefix": 1, "images": 1, "tree": 1}.items():
-        found = bounds.tile_class(traced_of(VARIANTS[name]).mask, tile, {})
+        found = tile_class(traced_of(VARIANTS[name]).mask, tile, {})
         assert int(found) == kind, name
 
 

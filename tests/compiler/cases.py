@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from tests.compiler.interpreter import execute
 
 import tilewright as tw
 from tilewright import dtypes
@@ -16,7 +17,6 @@ from tilewright.ir.nodes import Program, Tensor
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
 from tilewright.reference import cta
 from tilewright.reference.evaluate import evaluate
-from tilewright.reference.interpreter import execute
 from tilewright.reference.memory import Part, poisoned
 from tilewright.sparse.pack import Packed
 
@@ -371,8 +371,10 @@ def poisoned_output(t: Tensor, args: Arrays, definition: Any) -> Any:
         sizes = sizes_of(definition.program, args)
         return poisoned(tuple(d if isinstance(d, int) else sizes[d] for d in t.dims), t.dtype)
     owner = args[t.structure]
-    values = tuple(poisoned(v.shape, t.dtype) for v in owner.values)
-    return dataclasses.replace(owner, values=values, dtype=t.dtype)
+    sizes = sizes_of(definition.program, args)
+    inner = tuple(d if isinstance(d, int) else sizes[d] for d in t.dims[len(owner.shape) :])
+    values = tuple(poisoned((*v.shape, *inner), t.dtype) for v in owner.values)
+    return dataclasses.replace(owner, values=values, dtype=t.dtype, inner=inner)
 
 
 def sizes_of(program: Program, args: Arrays) -> dict[Any, int]:
@@ -472,7 +474,7 @@ def memory_of(
         Part() for _ in range(max((len(x.values) for t, x in passed if t.is_sparse), default=0))
     ]
     for t, x in passed:
-        sizes |= {d: n for d, n in zip(t.dims, np.shape(x), strict=True) if isinstance(d, str)}
+        sizes |= {d: n for d, n in zip(t.dims, np.shape(x), strict=False) if isinstance(d, str)}
         if t.is_sparse:
             _add_to_parts(t, x, parts)
         else:

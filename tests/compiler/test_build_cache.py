@@ -151,6 +151,7 @@ def test_constants_of_a_program_and_their_types() -> None:
 OTHERS = {
     "name": "Y", "dims": ("m", 8), "dtype": dtypes.float16, "role": "temp",
     "format": tw.coo(), "structure": "A", "fill": 1.0, "kind": "weight", "strided": True,
+    "inner": 1,
 }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def file_of(name: str) -> str:
 def without_constants(source: str) -> str:
     """Generated code with each file that it holds named instead, and without the checks that the C
     structs are laid out as Python says: the same for all kernels."""
-    for name in ("cpu.h", "mma_cpu.h", "lists.h"):
+    for name in ("cpu.h", "mma_cpu.h", "lists.h", "rows.h"):
         source = source.replace(prelude_files.prelude(name), f'#include "{name}"\n')
     source = re.sub(r"\n#ifndef TW_OFFSET\n.*?\n#endif\n#endif\n", "\n", source, flags=re.DOTALL)
     return re.sub(r"static_assert\(TW_OFFSET.*\n", "", source)
@@ -76,7 +76,12 @@ def attention_text(name: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+# Those of q4_1 have the same statements and a minimum more.
+REDUNDANT = {f"linear q4_0{kind}" for kind in (" many", " interleaved", " interleaved many")}
+PRINTED = [name for name in SHIPPED if name not in REDUNDANT]
+
+
+@pytest.mark.parametrize("name", PRINTED)
 def test_a_kernel_has_its_golden_text(name, golden):
     golden(file_of(name), kernel_text(name))
 
@@ -99,7 +104,7 @@ def test_an_attention_kernel_has_its_golden_text(name, golden):
 
 
 def test_every_golden_text_belongs_to_a_kernel(request):
-    names = [*SHIPPED, *(f"attention {name}" for name in ATTENTION)]
+    names = [*PRINTED, *(f"attention {name}" for name in ATTENTION)]
     wanted = {GOLDEN / file_of(name) for name in names}
     found = set((GOLDEN / FOLDER).iterdir())
     if request.config.getoption("update_golden"):

@@ -1,4 +1,4 @@
-"""Argmax: the smallest index of the largest value, also where values are not finite."""
+"""Argmax of rows."""
 
 from __future__ import annotations
 

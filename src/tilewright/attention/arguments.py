@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import float_view, is_number, named_view
+from tilewright.attention.checks import check_view, float_view, is_number, named_view
 from tilewright.attention.kv import KV
 from tilewright.attention.variant import Value, check_number, traced_of
 from tilewright.dtypes import DType
@@ -38,17 +38,10 @@ def check_kv(kv: Any, kv_heads: int, head_dim: int, head_dim_vo: int) -> None:
 def check_q(q: Any, kv: KV, shape: tuple[int, int, int]) -> View:
     """The view of the queries. Raises ArgumentError (A102 … A107)."""
     seen = float_view("q", q)
-    if seen.shape != shape:
-        raise ArgumentError(
-            "A103",
-            f"q has shape {seen.shape}, the plan wants {shape}",
-            where="q",
-            hint="(tokens, qo_heads, head_dim), tokens = qo_indptr[-1]",
-        )
+    check_view("q", seen, shape=shape, hint="(tokens, qo_heads, head_dim) of the plan")
     if seen.size and shape[2] > 1 and seen.strides[-1] != 1:
         raise ArgumentError("A104", "head_dim of q is not contiguous", where="q")
-    if seen.device != kv.device:
-        raise ArgumentError("A105", f"q is on {seen.device}, kv on {kv.device}", where="q")
+    check_view("q", seen, device=kv.device)
     return seen
 
 
@@ -59,15 +52,12 @@ def outputs(q: Any, queries: View, kv: KV, out: Any) -> tuple[Any, Any]:
     if out is None:
         return allocate(q, shape, queries.dtype), lse
     seen = named_view("out", out)
-    if seen.dtype not in (queries.dtype, dtypes.float32):
-        raise ArgumentError(
-            "A102", f"out is {seen.dtype}", where="out", hint=f"{queries.dtype} or float32"
-        )
+    check_view("out", seen, (queries.dtype, dtypes.float32))
     if seen.shape != shape or not seen.is_contiguous:
         raise ArgumentError("A103", f"out is no contiguous array of shape {shape}", where="out")
-    if seen.device != kv.device or seen.readonly:
-        reason = "read-only" if seen.readonly else f"on {seen.device}"
-        raise ArgumentError("A105", f"out is {reason}", where="out")
+    check_view("out", seen, device=kv.device)
+    if seen.readonly:
+        raise ArgumentError("A105", "out is read-only", where="out")
     for name, other in (("q", queries), ("k", kv.pool.k), ("v", kv.pool.v)):
         if overlaps(seen, other):
             raise ArgumentError("A108", f"out overlaps {name}", where="out")
@@ -80,14 +70,16 @@ def check_names(variant: Any, arguments: dict[str, Any]) -> None:
     known = {v.name: v for v in traced.values}
     for name, value in arguments.items():
         if name not in known:
-            raise ArgumentError(
-                "A101",
-                f"{traced.name} has no value {name!r}",
-                where=name,
-                hint=f"values: {', '.join(known) or 'none'}",
-            )
-        if not known[name].by and (is_number(value) or not hasattr(value, "shape")):
+            text = f"{traced.name} has no value {name!r}"
+            hint = f"values: {', '.join(known) or 'none'}"
+            raise ArgumentError("A101", text, where=name, hint=hint)
+        if _is_number_of(known[name], value):
             check_number(known[name], value)
+
+
+def _is_number_of(v: Value, argument: Any) -> bool:
+    """Whether the argument of a value is a number of its own, not an array."""
+    return not v.by and (is_number(argument) or not hasattr(argument, "shape"))
 
 
 def values_of(
@@ -119,20 +111,16 @@ def _constant(dtype: DType, number: float, device: str) -> Any:
 
 def _value(v: Value, argument: Any, sizes: dict[str, int], device: str) -> tuple[Any, View]:
     """The array that a kernel reads a value from: the caller's, or a new one for a number."""
-    if not v.by and (is_number(argument) or not hasattr(argument, "shape")):
+    if _is_number_of(v, argument):
         check_number(v, argument)
         argument = np.full(1, argument, v.dtype.numpy)
         argument = argument if device == "cpu" else to_device(argument, device)
     seen = named_view(v.name, argument)
-    kinds = (v.dtype, dtypes.uint32) if v.by == "bit" else (v.dtype,)
-    if seen.dtype not in kinds:
-        names = " or ".join(map(str, kinds))
-        raise ArgumentError("A102", f"{v.name} is {seen.dtype}, not {names}", where=v.name)
+    check_view(v.name, seen, (v.dtype, dtypes.uint32) if v.by == "bit" else (v.dtype,))
     _check_shape(v, seen, sizes)
     if not seen.is_contiguous:
         raise ArgumentError("A104", f"{v.name} is not contiguous", where=v.name)
-    if seen.device != device:
-        raise ArgumentError("A105", f"{v.name} is on {seen.device}, kv on {device}", where=v.name)
+    check_view(v.name, seen, device=device)
     return argument, seen
 
 
@@ -144,10 +132,7 @@ def _check_shape(v: Value, seen: View, sizes: dict[str, int]) -> None:
     if len(shape) != 1 + v.is_matrix or shape[0] != rows:
         columns = {"key": " keys", "bit": " words"}.get(v.by, "")
         count = f"one for each {rows_are}" if rows_are else "one number"
-        raise ArgumentError(
-            "A103",
-            f"{v.name} has shape {seen.shape}, not ({rows},{columns}): {count}",
-            where=v.name,
-        )
+        text = f"{v.name} has shape {seen.shape}, not ({rows},{columns}): {count}"
+        raise ArgumentError("A103", text, where=v.name)
     if seen.size >= 2**31:
         raise ArgumentError("A103", f"{v.name} has {seen.size} elements", where=v.name)

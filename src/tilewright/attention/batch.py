@@ -18,7 +18,14 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.attention import families, plan, reference, render
 from tilewright.attention.arguments import check_kv, check_names, check_q, outputs, values_of
-from tilewright.attention.checks import host_indptr, is_integer, is_number, named_view
+from tilewright.attention.checks import (
+    FLOATS,
+    check_count,
+    float_view,
+    host_indptr,
+    is_number,
+    named_view,
+)
 from tilewright.attention.families import Call, Family
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
@@ -36,7 +43,6 @@ from tilewright.toolchain import compilers
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
-MAX_WORKERS = 1 << 16
 MAX_SCALE = float(np.finfo(np.float32).max)
 
 
@@ -59,20 +65,12 @@ class Attention:
     def __post_init__(self) -> None:
         for name in ("qo_heads", "kv_heads", "head_dim", "head_dim_vo"):
             value = self.head_dim if getattr(self, name) is None else getattr(self, name)
-            if not is_integer(value) or value < 1:
-                raise ArgumentError("A103", f"{name}={value!r} is no positive integer", where=name)
-            object.__setattr__(self, name, int(value))
+            most = MAX_HEAD_DIM if name.startswith("head_dim") else 2**31 - 1
+            object.__setattr__(self, name, check_count(name, value, most))
         if self.qo_heads % self.kv_heads or self.group > MAX_GROUP:
-            raise ArgumentError(
-                "A103",
-                f"{self.qo_heads} query heads cannot share {self.kv_heads} KV heads",
-                where="qo_heads",
-                hint=f"a multiple of kv_heads, at most {MAX_GROUP} times as many",
-            )
-        for name in ("head_dim", "head_dim_vo"):
-            if getattr(self, name) > MAX_HEAD_DIM:
-                value = getattr(self, name)
-                raise ArgumentError("A103", f"{name} {value} is above {MAX_HEAD_DIM}", where=name)
+            text = f"{self.qo_heads} query heads cannot share {self.kv_heads} KV heads"
+            hint = f"a multiple of kv_heads, at most {MAX_GROUP} times as many"
+            raise ArgumentError("A103", text, where="qo_heads", hint=hint)
         sm_scale = self.sm_scale
         if sm_scale is not None and not (is_number(sm_scale) and abs(sm_scale) <= MAX_SCALE):
             raise ArgumentError(
@@ -96,14 +94,16 @@ class Attention:
     # -- planning --------------------------------------------------------------------------------
 
     def plan(
-        self, qo_indptr: Any, kv: KV | Table, *, workers: int | None = None, **values: Any
-    ) -> Plan:
+        self, qo_indptr: Any, kv: KV | Table, *, q_dtype: Any = None, workers: int | None = None,
+        **values: Any,
+    ) -> Plan:  # fmt: skip
         """Divide a batch into balanced parts, for the family of kernels that will run it.
 
         `qo_indptr` (requests + 1): the rows of q of each request, whose last query has the position
         of its last key where the table says nothing else. `kv`: a KV, or its table where the pool
-        is bfloat16 or float16 with aligned rows; a plan serves every layer. `workers`: threads of
-        the pool, or SMs of a GPU. `values`: scalars of the variant, which only sharpen the balance.
+        is bfloat16 or float16 with aligned rows; a plan serves every layer. `q_dtype`: of q and o
+        (None: that of the pool). `workers`: threads of the pool, or SMs of a GPU. `values`: scalars
+        of the variant, which only sharpen the balance.
         Where qo_len > kv_len the first queries of a request have positions below 0: under a causal
         mask they see nothing (o = 0, lse = −inf). On a CPU the bits of a request's results depend
         on the request alone, not on `workers`, on threads or on the other requests. Raises
@@ -114,29 +114,28 @@ class Attention:
         over = (kv, None) if isinstance(kv, Table) else (kv.table, kv.pool)
         check_names(self.variant, values)
         indptr = host_indptr("qo_indptr", qo_indptr, kv.requests)
-        return self._plan(indptr, kv.lengths(), over, workers, values)
+        return self._plan(indptr, kv.lengths(), over, q_dtype, workers, values)
 
     def _plan(
         self,
         indptr: np.ndarray,
         lengths: np.ndarray,
         over: tuple[Table, Pool | None],
+        q_dtype: Any,
         workers: int | None,
         values: dict[str, Any],
     ) -> Plan:
         table, pool = over
         kind = dtypes.bfloat16 if pool is None else pool.dtype
-        spec = self._spec((kind, kind, kind), table.form)
+        q = _query_dtype(q_dtype, kind)
+        spec = _spec_of(self, (q, kind, q), table.form)
         longest = int(np.diff(indptr).max(initial=0))
         family = families.choose(spec, longest * self.group, table.device, pool)
         shape = self._shape(family, family.qo_tile(spec), values)
         if workers is None:
             workers = _sms(table.device) if family.device == "cuda" else pools.wanted_threads()
-        if not is_integer(workers) or not 1 <= workers <= MAX_WORKERS:
-            raise ArgumentError(
-                "A103", f"workers={workers!r} is no integer of 1..{MAX_WORKERS}", where="workers"
-            )
-        return plan.make(indptr, lengths, shape, int(workers)).with_tensors(table.device)
+        workers = check_count("workers", workers, plan.MAX_WORKERS)
+        return plan.make(indptr, lengths, shape, workers).with_tensors(table.device)
 
     def _shape(self, family: Family, qo_tile: int, values: dict[str, Any]) -> plan.Shape:
         """What a planner must know, with the scalars that are fixed or among `values`."""
@@ -167,8 +166,8 @@ class Attention:
         """The families of kernels of `kv`'s device with what each has against calls of at most
         `qo_len` queries a request; `q_dtype`: of q and o (None: kv's). Touches no array."""
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
-        q = kv.dtype if q_dtype is None else dtypes.dtype(q_dtype)
-        spec = self._spec((q, kv.dtype, q), kv.table.form)
+        q = _query_dtype(q_dtype, kv.dtype)
+        spec = _spec_of(self, (q, kv.dtype, q), kv.table.form)
         entries = families.reasons(spec, qo_len * self.group, kv.device, kv.pool)
         return Resolution(tuple((family.name, reason) for family, reason in entries))
 
@@ -209,13 +208,13 @@ class Attention:
         """
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         if plan is None:
-            indptr = np.arange(kv.requests + 1, dtype=np.int32)
-            plan = self._plan(indptr, kv.capacity(), (kv.table, kv.pool), None, values)
+            indptr, kind = np.arange(kv.requests + 1, dtype=np.int32), float_view("q", q).dtype
+            plan = self._plan(indptr, kv.capacity(), (kv.table, kv.pool), kind, None, values)
         _check_is_plan(plan)
         queries = check_q(q, kv, (plan.tokens, self.qo_heads, self.head_dim))
         o, lse = outputs(q, queries, kv, out)
         written = named_view("out", o), named_view("lse", lse)
-        spec = self._spec((queries.dtype, kv.dtype, written[0].dtype), kv.table.form)
+        spec = _spec_of(self, (queries.dtype, kv.dtype, written[0].dtype), kv.table.form)
         family = self._family(plan, kv, spec)
         _check_not_capturing(plan, kv.device)
         sizes = {"qo_head": self.qo_heads, "kv_head": self.kv_heads}
@@ -233,9 +232,6 @@ class Attention:
             boxes = boxes[0], (*boxes[1], *((a, a + 1) for a in plan.params().values() if a))
         return BoundAttention(State(o, lse), family.prepare(call), keep, boxes)
 
-    def _spec(self, kinds: tuple[DType, DType, DType], table: TableForm) -> Spec:
-        return _spec_of(self, kinds, table)
-
     def _family(self, plan: Plan | Workspace, kv: KV, spec: Spec) -> Family:
         """The family that a plan is for, if it can run this call. Raises ArgumentError."""
         family = families.by_name(plan.family)
@@ -252,12 +248,9 @@ class Attention:
             )
         reason = family.refuses(spec, plan.longest * self.group, kv.pool)
         if reason:
-            raise ArgumentError(
-                "A103",
-                f"the plan is for the {family.name} kernels, which cannot run this: {reason}",
-                where="plan",
-                hint="plan with the cache: attn.plan(qo_indptr, kv)",
-            )
+            text = f"the plan is for the {family.name} kernels, which cannot run this: {reason}"
+            hint = "plan with the cache and the queries: attn.plan(qo_indptr, kv, q_dtype=q.dtype)"
+            raise ArgumentError("A103", text, where="plan", hint=hint)
         return family
 
     def _interpreted(
@@ -334,14 +327,18 @@ def _spec_of(attn: Attention, kinds: tuple[DType, DType, DType], table: TableFor
     return Spec(attn.group, *dims, *kinds, traced, table, ascending)
 
 
+def _query_dtype(q_dtype: Any, kv: DType) -> DType:
+    """The dtype of q and o, by default that of the cache. Raises ArgumentError[A102]."""
+    kind = kv if q_dtype is None else dtypes.dtype(q_dtype)
+    if kind not in FLOATS:
+        raise ArgumentError("A102", f"q_dtype={kind}", where="q_dtype", hint="float32 or 16 bits")
+    return kind
+
+
 def _check_is_plan(plan: Any) -> None:
     if not isinstance(plan, (Plan, Workspace)):
-        raise ArgumentError(
-            "A107",
-            f"{type(plan).__name__} is no Plan",
-            where="plan",
-            hint="attn.plan(qo_indptr, kv); only bind can do without",
-        )
+        hint = "attn.plan(qo_indptr, kv); only bind can do without"
+        raise ArgumentError("A107", f"{type(plan).__name__} is no Plan", where="plan", hint=hint)
 
 
 def _boxes(*views: View) -> tuple[tuple[int, int], ...]:
@@ -357,12 +354,9 @@ def _check_not_capturing(plan: Plan | Workspace, device: str) -> None:
     from tilewright.runtime import cuda
 
     if cuda.is_capturing(int(device.partition(":")[2] or 0)):
-        raise ArgumentError(
-            "A110",
-            "a CUDA graph is being captured: the memory of this call would not outlive it",
-            where="plan",
-            hint="room = attn.reserve(…); in the graph room.plan(table), attn.run(q, kv, room)",
-        )
+        text = "a CUDA graph is being captured: the memory of this call would not outlive it"
+        hint = "room = attn.reserve(…); in the graph room.plan(table), attn.run(q, kv, room)"
+        raise ArgumentError("A110", text, where="plan", hint=hint)
 
 
 def _sms(device: str) -> int:

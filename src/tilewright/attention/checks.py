@@ -26,35 +26,44 @@ def named_view(name: str, array: Any) -> View:
         raise ArgumentError(e.code, e.message, where=name, hint=e.hint) from None
 
 
+def check_view(
+    name: str, seen: View, kinds: Sequence[DType] = (), shape: tuple[int, ...] | None = None,
+    device: str = "", where: str = "", hint: str = "",
+) -> None:  # fmt: skip
+    """An argument has one of these dtypes, this shape, and is on this device, where they are given.
+    Raises ArgumentError[A102, A103, A105]."""
+    where = where or name
+    if kinds and seen.dtype not in kinds:
+        text = f"{name} is {seen.dtype}, not {' or '.join(map(str, kinds))}"
+        raise ArgumentError("A102", text, where=where, hint=hint)
+    if shape is not None and seen.shape != shape:
+        text = f"{name} has shape {seen.shape}, not {shape}"
+        raise ArgumentError("A103", text, where=where, hint=hint)
+    if device and seen.device != device:
+        raise ArgumentError("A105", f"{name} is on {seen.device}, not {device}", where=where)
+
+
 def float_view(name: str, array: Any) -> View:
     """A view of float32, float16 or bfloat16. Raises ArgumentError[A102]."""
     seen = named_view(name, array)
-    if seen.dtype not in FLOATS:
-        kinds = ", ".join(map(str, FLOATS))
-        raise ArgumentError(
-            "A102",
-            f"{name} is {seen.dtype}",
-            where=name,
-            hint=f"one of {kinds} (bfloat16 in NumPy: ml_dtypes)",
-        )
+    check_view(name, seen, FLOATS, hint="bfloat16 in NumPy: ml_dtypes")
     return seen
 
 
 def integer_view(
-    name: str, array: Any, ndim: int = 1, kinds: Sequence[DType] = INTEGERS, device: str = ""
-) -> View:
-    """A view of integers whose last dimension is contiguous. Raises ArgumentError."""
+    name: str, array: Any, ndim: int = 1, kinds: Sequence[DType] = INTEGERS, device: str = "",
+    size: int | None = None,
+) -> View:  # fmt: skip
+    """A view of integers whose last dimension is contiguous; `size`: its length.
+    Raises ArgumentError."""
     seen = named_view(name, array)
-    if seen.dtype not in kinds:
-        raise ArgumentError(
-            "A102", f"{name} is {seen.dtype}, not {' or '.join(map(str, kinds))}", where=name
-        )
+    check_view(name, seen, kinds)
     if seen.ndim != ndim:
         raise ArgumentError("A103", f"{name} has {seen.ndim} dimensions, not {ndim}", where=name)
     if seen.size and seen.shape[-1] > 1 and seen.strides[-1] != 1:
         raise ArgumentError("A104", f"{name} is not contiguous", where=name)
-    if device and seen.device != device:
-        raise ArgumentError("A105", f"{name} is on {seen.device}, not {device}", where=name)
+    shape = seen.shape if size is None else (size,)
+    check_view(name, seen, shape=shape, device=device, hint="one a request; an indptr has one more")
     return seen
 
 
@@ -86,6 +95,14 @@ def check_range(name: str, values: np.ndarray, lowest: int, highest: int) -> Non
     if values.size and (values.min() < lowest or values.max() > highest):
         bad = values[(values < lowest) | (values > highest)][0]
         raise ArgumentError("A109", f"{name} holds {bad}, outside {lowest}..{highest}", where=name)
+
+
+def check_count(name: str, value: Any, most: int = 2**31 - 1, least: int = 1) -> int:
+    """`value` as an int of least … most. Raises ArgumentError[A103]."""
+    if not is_integer(value) or not least <= value <= most:
+        text = f"{name}={value!r} is no integer of {least}..{most}"
+        raise ArgumentError("A103", text, where=name)
+    return int(value)
 
 
 def is_number(x: Any) -> bool:

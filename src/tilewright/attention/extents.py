@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.bounds import HIGH, LOW, Interval, bound, bound_text
+from tilewright.attention import bounds
+from tilewright.attention.bounds import HIGH, LOW, Interval, bound
 from tilewright.ir.nodes import COMPARISON, Binary, Const, Expr, Select, Unary, Var, binary, unary
 from tilewright.ir.rewrite import walk
 
@@ -30,21 +31,17 @@ Case = tuple[Expr, ...]
 """Conditions that all hold."""
 
 
-def cases(mask: Expr) -> list[Case]:
-    """Conjunctions of which one holds where the mask does."""
-    return _cases(mask, True)
-
-
-def _cases(e: Any, wanted: bool) -> list[Case]:
+def cases(e: Any, wanted: bool = True) -> list[Case]:
+    """Conjunctions of which one holds where the mask does, or where it does not."""
     if isinstance(e, Const):
         return [()] if bool(e.value) == wanted else []
     if isinstance(e, Unary) and e.op == "not":
-        return _cases(e.a, not wanted)
+        return cases(e.a, not wanted)
     if isinstance(e, Select):
         then, other = binary("&", e.cond, e.a), binary("&", unary("not", e.cond), e.b)
-        return _cases(binary("|", then, other), wanted)
+        return cases(binary("|", then, other), wanted)
     if isinstance(e, Binary) and e.op in ("&", "|"):
-        a, b = _cases(e.a, wanted), _cases(e.b, wanted)
+        a, b = cases(e.a, wanted), cases(e.b, wanted)
         both = [x + y for x in a for y in b] if (e.op == "&") == wanted else [*a, *b]
         return both if len(both) <= MAX_RANGES else [()]
     if isinstance(e, Binary) and e.op in COMPARISON and e.a.dtype == dtypes.int32:
@@ -59,7 +56,7 @@ def ranges(mask: Expr, ops: Any) -> list[Any]:
         keys = ops.key
         for condition in case:
             if not _reads_key(condition):
-                keys = ops.keys_both(keys, ops.keys_if(ops.bound(condition), ops.key))
+                keys = ops.keys_both(keys, ops.keys_if(bound(condition, ops), ops.key))
             elif isinstance(condition, Binary) and condition.op in ("<", "<=", ">", ">=", "=="):
                 keys = ops.keys_both(keys, _compared(condition, ops))
         ranges.append(keys)
@@ -82,24 +79,20 @@ def _compared(e: Binary, ops: Any) -> Any:
 def _line(e: Any, ops: Any) -> Any:
     """An integer as a linear function of the key."""
     if not _reads_key(e):
-        return ops.line(ops.bound(e))
+        return ops.line(bound(e, ops))
     if isinstance(e, Var):
         return ops.line_key() if e.name == "at.key" else ops.kv
     if isinstance(e, Binary) and e.op in _LINES:
         return getattr(ops, _LINES[e.op])(_line(e.a, ops), _line(e.b, ops), ops.key)
     if isinstance(e, Unary) and e.op == "-":
-        return ops.line_sub(ops.line(ops.bound(Const(0, dtypes.int32))), _line(e.a, ops), ops.key)
+        return ops.line_sub(ops.line(ops.constant(0)), _line(e.a, ops), ops.key)
     return ops.line_unknown()
 
 
-class Text:
+class Text(bounds.Text):
     """Writes ranges as C expressions over `tile` and the line `kv` of the keys' positions."""
 
     key, kv = "tile.key", "kv"
-    bound = staticmethod(bound_text)
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: f"tw::{name}({', '.join(arguments)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,19 +104,20 @@ class Line:
     by: Any
     known: Any
 
+    @property
+    def is_whole(self) -> Any:
+        return self.known & (self.by == 1)
 
-class Numbers:
+
+class Numbers(bounds.Numbers):
     """Computes ranges over arrays of tiles. `key`: the keys of each request; their positions are
     their numbers."""
 
     def __init__(
         self, key: Interval, positions: Mapping[str, Interval], values: Mapping[str, Any]
     ) -> None:
-        self.key, self.positions, self.values = key, positions, values
-        self.kv = self.line_key()
-
-    def bound(self, e: Expr) -> Interval:
-        return bound(e, self.positions, self.values)
+        super().__init__(positions, values)
+        self.key, self.kv = key, self.line_key()
 
     def line(self, rest: Interval) -> Line:
         return Line(0, rest, 1, True)
@@ -143,14 +137,10 @@ class Numbers:
         return Line(np.where(known, slope, 0), rest, 1, known)
 
     def line_add(self, a: Line, b: Line, key: Interval) -> Line:
-        rest = Interval(a.rest.lo + b.rest.lo, a.rest.hi + b.rest.hi)
-        known = a.known & b.known & (a.by == 1) & (b.by == 1)
-        return self.line_fit(a.slope + b.slope, rest, known, key)
+        return self.line_fit(a.slope + b.slope, a.rest + b.rest, a.is_whole & b.is_whole, key)
 
     def line_sub(self, a: Line, b: Line, key: Interval) -> Line:
-        rest = Interval(a.rest.lo - b.rest.hi, a.rest.hi - b.rest.lo)
-        known = a.known & b.known & (a.by == 1) & (b.by == 1)
-        return self.line_fit(a.slope - b.slope, rest, known, key)
+        return self.line_fit(a.slope - b.slope, a.rest - b.rest, a.is_whole & b.is_whole, key)
 
     def line_mul(self, a: Line, b: Line, key: Interval) -> Line:
         swap = b.slope != 0
@@ -158,14 +148,13 @@ class Numbers:
         low = np.where(swap, b.rest.lo, a.rest.lo) * times
         high = np.where(swap, b.rest.hi, a.rest.hi) * times
         constant = np.where(swap, (a.slope == 0) & (a.rest.lo == a.rest.hi), b.rest.lo == b.rest.hi)
-        known = a.known & b.known & (a.by == 1) & (b.by == 1) & constant
         rest = Interval(np.minimum(low, high), np.maximum(low, high))
-        return self.line_fit(slope * times, rest, known, key)
+        return self.line_fit(slope * times, rest, a.is_whole & b.is_whole & constant, key)
 
     def line_div(self, a: Line, b: Line, key: Interval) -> Line:
         usable = (b.slope == 0) & (b.rest.lo == b.rest.hi) & (b.rest.lo > 0) & (a.by == 1)
         by = np.where(usable, b.rest.lo, 1)
-        return Line(a.slope, a.rest, by, a.known & b.known & (b.by == 1) & usable)
+        return Line(a.slope, a.rest, by, a.known & b.is_whole & usable)
 
     def keys_none(self) -> Interval:
         return Interval.of(0, -1)
@@ -180,8 +169,8 @@ class Numbers:
     def keys_below(self, a: Line, b: Line, key: Interval) -> Interval:
         """Keys where a < b is possible."""
         one = np.where(a.by == 1, 1, 0)
-        left = Line(a.slope, Interval(a.rest.lo + one, a.rest.hi + one), a.by, a.known)
-        rest = Interval(b.rest.lo - (1 - one), b.rest.hi - (1 - one))
+        left = Line(a.slope, a.rest + Interval(one, one), a.by, a.known)
+        rest = b.rest - Interval(1 - one, 1 - one)
         return self.keys_up_to(left, Line(b.slope, rest, b.by, b.known), key)
 
     def keys_up_to(self, a: Line, b: Line, key: Interval) -> Interval:

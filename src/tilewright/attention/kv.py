@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,6 +23,13 @@ class KV:
 
     table: Table
     pool: Pool
+    requests: int = field(init=False)
+    dtype: DType = field(init=False)
+    device: str = field(init=False)
+    page_size: int = field(init=False)
+    kv_heads: int = field(init=False)
+    head_dim: int = field(init=False)
+    head_dim_vo: int = field(init=False)
 
     def __post_init__(self) -> None:
         table, pool = self.table, self.pool
@@ -36,16 +43,16 @@ class KV:
                 "A105", f"the table is on {table.device}, the pool on {pool.device}", where="table"
             )
         if table.kind == "ragged" and pool.page_size != 1:
-            raise ArgumentError(
-                "A103",
-                f"a ragged table over pages of {pool.page_size}",
-                where="pool",
-                hint="rows without pages: k and v of shape (tokens, kv_heads, head_dim)",
-            )
+            text = f"a ragged table over pages of {pool.page_size}"
+            hint = "rows without pages: k and v of shape (tokens, kv_heads, head_dim)"
+            raise ArgumentError("A103", text, where="pool", hint=hint)
         if table.kind == "dense" and pool.pages < table.requests:
             raise ArgumentError(
                 "A103", f"{table.requests} requests, k has {pool.pages} of them", where="pool"
             )
+        object.__setattr__(self, "requests", table.requests)
+        for name in ("dtype", "device", "page_size", "kv_heads", "head_dim", "head_dim_vo"):
+            object.__setattr__(self, name, getattr(pool, name))
         if table.device == "cpu":
             self._check_contents()
 
@@ -54,46 +61,15 @@ class KV:
         lengths, capacity = table.lengths(), self.capacity()
         if (lengths > capacity).any():
             r = int(np.argmax(lengths > capacity))
-            raise ArgumentError(
-                "A109",
-                f"request {r} has {lengths[r]} keys, its pages hold {capacity[r]}",
-                where="kv_len",
-                hint=f"pages of {pool.page_size} keys; a request has at most {MAX_KEYS}",
-            )
+            text = f"request {r} has {lengths[r]} keys, its pages hold {capacity[r]}"
+            hint = f"pages of {pool.page_size} keys; a request has at most {MAX_KEYS}"
+            raise ArgumentError("A109", text, where="kv_len", hint=hint)
         used = -(-lengths // pool.page_size)
         request = np.repeat(np.arange(table.requests), used)
         entry = np.arange(len(request)) - np.repeat(np.cumsum(used) - used, used)
         names = {"csr": "kv_indices", "ragged": "kv_indptr"}
         name = names.get(table.kind, "block_table")
         check_range(name, table.pages(request, entry), 0, pool.pages - 1)
-
-    @property
-    def dtype(self) -> DType:
-        return self.pool.dtype
-
-    @property
-    def device(self) -> str:
-        return self.pool.device
-
-    @property
-    def requests(self) -> int:
-        return self.table.requests
-
-    @property
-    def page_size(self) -> int:
-        return self.pool.page_size
-
-    @property
-    def kv_heads(self) -> int:
-        return self.pool.kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.pool.head_dim
-
-    @property
-    def head_dim_vo(self) -> int:
-        return self.pool.head_dim_vo
 
     def lengths(self) -> np.ndarray:
         """Keys of each request (requests,), int64, as the arrays now say, clamped as kernels clamp

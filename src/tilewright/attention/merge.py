@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import named_view
-from tilewright.attention.spec import cuda_headers
+from tilewright.attention.checks import check_view, named_view
+from tilewright.attention.spec import loaded
 from tilewright.codegen.params import C_TYPES
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import View, allocate
-from tilewright.toolchain import nvrtc
 
 MAX_STATES = 8  # that one launch merges
 _WARPS = 4
@@ -74,17 +73,22 @@ def merge(states: Sequence[State], *, mask: Any = None, out: State | None = None
             raise ArgumentError("A107", f"{type(s).__name__} is no State", where="states")
     if not states:
         raise ArgumentError("A101", "no states to merge", where="states", hint="State.empty(…)")
-    checked = [_views(s, f"state {n}") for n, s in enumerate(states)]
+    first, checked = states[0], [_views(s, f"state {n}") for n, s in enumerate(states)]
     for n, pair in enumerate(checked):
-        _check_like_first(n, pair, checked[0], states)
-    _check_mask(mask, checked[0])
-    first = states[0]
+        _check_like(f"state {n}", pair, checked[0])
+    _check_frameworks(states)
+    if mask is not None:
+        seen, o = named_view("mask", mask), checked[0][0]
+        check_view("mask", seen, (dtypes.bool_,), o.shape[:1], o.device)
+        if not seen.is_contiguous:
+            raise ArgumentError("A103", "mask is not contiguous", where="mask")
     if out is None:
         out = State(*(allocate(first.o, x.shape, x.dtype) for x in checked[0]))
     elif not isinstance(out, State):
         raise ArgumentError("A107", f"{type(out).__name__} is no State", where="out")
     written = _views(out, "out")
-    _check_like_first(-1, written, checked[0], (first, out))
+    _check_like("out", written, checked[0])
+    _check_frameworks((first, out))
     if any(x.readonly for x in written):
         raise ArgumentError("A105", "out is read-only", where="out")
     if checked[0][0].device == "cpu":
@@ -103,65 +107,36 @@ def merge(states: Sequence[State], *, mask: Any = None, out: State | None = None
 
 def _views(s: State, name: str) -> tuple[View, View]:
     o, lse = named_view(f"o of {name}", s.o), named_view(f"lse of {name}", s.lse)
-    shapes = f"{name} has o {o.shape} {o.dtype}, lse {lse.shape} {lse.dtype}"
-    if o.ndim < 1 or lse.shape != o.shape[:-1]:
-        raise ArgumentError(
-            "A103", shapes, where="states", hint="lse has the shape of o less its last"
-        )
-    if o.dtype not in _FLOATS or lse.dtype not in (dtypes.float32, dtypes.float64):
-        raise ArgumentError("A102", shapes, where="states", hint="lse is float32, o any float")
-    if lse.device != o.device:
-        raise ArgumentError(
-            "A105", f"{name} has o on {o.device}, lse on {lse.device}", where="states"
-        )
+    if o.ndim < 1:
+        raise ArgumentError("A103", f"o of {name} is a number", where="states")
+    check_view(f"o of {name}", o, _FLOATS, where="states")
+    hint, kinds = "lse has the shape of o less its last", (dtypes.float32, dtypes.float64)
+    check_view(f"lse of {name}", lse, kinds, o.shape[:-1], o.device, where="states", hint=hint)
     if not (o.is_contiguous and lse.is_contiguous):
         raise ArgumentError("A104", f"{name} is not contiguous", where="states")
     return o, lse
 
 
-def _check_like_first(
-    n: int, pair: tuple[View, View], first: tuple[View, View], states: Sequence[State]
-) -> None:
-    name = "out" if n < 0 else f"state {n}"
-    for kind, x, y in (("o", pair[0], first[0]), ("lse", pair[1], first[1])):
-        if x.shape != y.shape:
-            text = f"{kind} of {name} has shape {x.shape}, of the first state {y.shape}"
-            raise ArgumentError("A103", text, where="states")
-        if x.dtype != y.dtype:
-            text = f"{kind} of {name} is {x.dtype}, of the first state {y.dtype}"
-            raise ArgumentError("A102", text, where="states")
-        if x.device != y.device:
-            text = f"{kind} of {name} is on {x.device}, of the first state on {y.device}"
-            raise ArgumentError("A105", text, where="states")
+def _check_like(name: str, pair: tuple[View, View], first: tuple[View, View]) -> None:
+    for kind, x, y in zip(("o", "lse"), pair, first, strict=True):
+        check_view(
+            f"{kind} of {name}", x, (y.dtype,), y.shape, y.device,
+            where="states", hint="as the first state is",
+        )  # fmt: skip
+
+
+def _check_frameworks(states: Sequence[State]) -> None:
     roots = {type(a).__module__.partition(".")[0] for s in states for a in (s.o, s.lse)}
     if len(roots) > 1:
-        kinds = ", ".join(sorted(roots))
-        raise ArgumentError(
-            "A107", f"states of {kinds}", where="states", hint="all arrays of one framework"
-        )
-
-
-def _check_mask(mask: Any, first: tuple[View, View]) -> None:
-    if mask is None:
-        return
-    seen = named_view("mask", mask)
-    if seen.dtype != dtypes.bool_:
-        raise ArgumentError("A102", f"mask is {seen.dtype}, not bool", where="mask")
-    if seen.shape != first[0].shape[:1] or not seen.is_contiguous:
-        raise ArgumentError(
-            "A103", f"mask has shape {seen.shape}, not {first[0].shape[:1]}", where="mask"
-        )
-    if seen.device != first[0].device:
-        raise ArgumentError("A105", f"mask is on {seen.device}", where="mask")
+        text, hint = f"states of {', '.join(sorted(roots))}", "all arrays of one framework"
+        raise ArgumentError("A107", text, where="states", hint=hint)
 
 
 def _fill(array: Any, value: float) -> None:
-    if hasattr(array, "fill_"):  # torch
-        array.fill_(value)
-    elif hasattr(array, "fill"):  # NumPy, CuPy
-        array.fill(value)
-    else:
+    if hasattr(array, "copy_from"):  # a DeviceArray
         array.copy_from(np.full(array.shape, value, array.dtype.numpy))
+    else:
+        array[...] = value
 
 
 # ---------------------------------------------------------------------------- host
@@ -169,36 +144,23 @@ def _fill(array: Any, value: float) -> None:
 
 def _on_host(states: Sequence[State], mask: Any, out: State) -> None:
     """In float32, or the dtype of lse where that is float64."""
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
+    wide = states[0].lse.dtype
     if torch is not None and isinstance(states[0].o, torch.Tensor):
-        wide = states[0].lse.dtype
-        arrays = [(s.o.to(wide), s.lse) for s in states]
-        o, lse = _merged(arrays, mask, torch)
-        out.o.copy_(o)
-        out.lse.copy_(lse)
-        return
-    with np.errstate(invalid="ignore"):  # NaN where nothing is read
-        wide = states[0].lse.dtype
-        o, lse = _merged([(np.asarray(s.o).astype(wide), s.lse) for s in states], mask, np)
-    out.o[...] = o
-    out.lse[...] = lse
+        o, lse = _merged([(s.o.to(wide), s.lse) for s in states], mask, torch)
+    else:
+        with np.errstate(invalid="ignore"):  # NaN where nothing is read
+            o, lse = _merged([(np.asarray(s.o).astype(wide), s.lse) for s in states], mask, np)
+    out.o[...], out.lse[...] = o, lse
 
 
 def _merged(states: Sequence[tuple[Any, Any]], mask: Any, lib: Any) -> tuple[Any, Any]:
-    def where(c: Any, a: Any, b: float) -> Any:
-        return lib.where(c, a, b if lib is np else lib.full_like(a, b))
-
-    none = -np.inf
+    where, none = lib.where, -np.inf
+    lses = [lse for _, lse in states]
     if mask is not None:
-        mask = mask.reshape(-1, *(1,) * (states[0][1].ndim - 1)) | lib.zeros_like(
-            states[0][1], dtype=bool if lib is np else lib.bool
-        )
-    lses = [states[0][1]]
-    for _, lse in states[1:]:
-        lses.append(lse if mask is None else where(mask, lse, none))
-    largest = lses[0]
-    for lse in lses[1:]:
-        largest = lib.maximum(largest, lse)
+        mask = mask.reshape(len(mask), *(1,) * (lses[0].ndim - 1))
+        lses[1:] = (where(mask, lse, none) for lse in lses[1:])
+    largest = functools.reduce(lib.maximum, lses)
     some = largest != none
     base = where(some, largest, 0.0)
     weight, total = lib.zeros_like(largest), lib.zeros_like(states[0][0])
@@ -229,6 +191,7 @@ def _params_struct(o: DType) -> Struct:
     return Struct("MergeParams", [*states, *rest])
 
 
+@functools.lru_cache(64)
 def cuda_source(o: DType, dim: int) -> str:
     """The CUDA C++ of the merge of states of a dtype and head_dim."""
     kind = o.name
@@ -251,19 +214,6 @@ def cuda_source(o: DType, dim: int) -> str:
     )
 
 
-def compile_cuda(o: DType, dim: int, arch: str) -> nvrtc.Cubin:
-    """The cubin of one kernel. Raises BuildError."""
-    return nvrtc.compile_cuda(cuda_source(o, dim), arch=arch, name="merge", headers=cuda_headers())
-
-
-@functools.lru_cache(64)
-def _kernel(o: DType, dim: int, ordinal: int) -> Any:
-    from tilewright.runtime import cuda
-
-    cubin = compile_cuda(o, dim, cuda.device_arch(ordinal))
-    return cuda.Module(cubin.image, ordinal).function("merge_states")
-
-
 def _on_gpu(
     states: list[tuple[View, View]], outs: tuple[tuple[View, View], tuple[View, View]], mask: Any
 ) -> None:
@@ -277,16 +227,15 @@ def _on_gpu(
     o, lse = last
     ordinal = int(o.device.partition(":")[2] or 0)
     rows, dim = lse.size, o.shape[-1]
-    function = _kernel(o.dtype, dim, ordinal)
+    function = loaded(cuda_source(o.dtype, dim), ordinal, "merge_states", "merge")
     stream = cuda.current_stream(ordinal)
     pending = list(states)
     while pending:
         now, pending = pending[:MAX_STATES], pending[MAX_STATES:]
-        addresses = {}
         o, lse = spare if pending else last
-        for i in range(MAX_STATES):
-            pair = now[i] if i < len(now) else now[0]
-            addresses[f"o{i}"], addresses[f"lse{i}"] = pair[0].pointer, pair[1].pointer
+        parts = (now + now[:1] * MAX_STATES)[:MAX_STATES]
+        addresses = {f"o{i}": x.pointer for i, (x, _) in enumerate(parts)}
+        addresses |= {f"lse{i}": x.pointer for i, (_, x) in enumerate(parts)}
         block = _params_struct(o.dtype).pack(
             **addresses, out_o=o.pointer, out_lse=lse.pointer,
             mask=0 if mask is None else named_view("mask", mask).pointer,

@@ -42,10 +42,16 @@ ITEM = Struct(
 )  # fmt: skip
 """One work item. `qo_begin` … `qo_end` are rows of q; `slot` is the first partial result of its
 chunks, `counter` the word in which they count their arrival."""
+ITEMS = (("items", "ptr", "const Item*"),)
+"""The field of a kernel's parameters that has the items."""
 
+MAX_WORKERS = 1 << 16
 CHUNK_TILES = 8
 """The fewest tiles of keys in a chunk: merging its result then costs less than 2 % of making it."""
 
+_NUMBERS = ("kv_heads", "qo_tile", "workers", "slots", "counters")
+_ARRAYS = {"items": ITEM.numpy, "qo_indptr": np.dtype(np.int32), "cuts": CUT.numpy}
+_LAYOUT = ITEM.version + CUT.version
 _BAD_FILES = (zipfile.BadZipFile, zlib.error, NotImplementedError)  # of a damaged archive
 _BATCH_CHUNK_TILES = 16  # the fewest where the batch decides: a GPU's item starts anew in a CTA
 _ITEMS_PER_REQUEST = 64  # to aim at, where a request has keys enough: work for many threads
@@ -83,7 +89,7 @@ class Plan:
     def __post_init__(self, planned: bool) -> None:
         if not planned:
             _check_types(self)
-            for name in ("items", "qo_indptr", "cuts"):
+            for name in _ARRAYS:
                 object.__setattr__(self, name, _frozen(np.array(getattr(self, name))))
             check(self)
             object.__setattr__(self, "tensors", None)  # they may be of another plan
@@ -121,16 +127,8 @@ class Plan:
         return both.rows(0, split), both.rows(split, both.shape[0])
 
     def _key(self) -> tuple[Any, ...]:
-        scalars = (
-            self.kv_heads,
-            self.qo_tile,
-            self.workers,
-            self.family,
-            self.slots,
-            self.counters,
-        )
-        arrays = (self.items, self.qo_indptr, self.cuts)
-        return (*scalars, *(a.tobytes() for a in arrays))
+        numbers = (getattr(self, name) for name in _NUMBERS)
+        return (self.family, *numbers, *(getattr(self, name).tobytes() for name in _ARRAYS))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self._key() == other._key()
@@ -151,16 +149,13 @@ class Plan:
     def save(self) -> bytes:
         """The plan as the bytes of an `.npz` file."""
         file = io.BytesIO()
-        numbers = [self.kv_heads, self.qo_tile, self.workers, self.slots, self.counters]
         np.savez(
             file,
-            layout=np.array(ITEM.version + CUT.version),
-            items=self.items.view(np.int32),
-            cuts=self.cuts.view(np.int32),
-            qo_indptr=self.qo_indptr,
-            numbers=np.array(numbers, np.int64),
+            layout=np.array(_LAYOUT),
+            numbers=np.array([getattr(self, name) for name in _NUMBERS], np.int64),
             family=np.array(self.family),
             imbalance=np.array(self.imbalance),
+            **{name: getattr(self, name).view(np.int32) for name in _ARRAYS},
         )
         return file.getvalue()
 
@@ -170,30 +165,17 @@ class Plan:
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 fields = {name: file[name] for name in file.files}
-            if str(fields["layout"]) != ITEM.version + CUT.version:
+            if str(fields["layout"]) != _LAYOUT:
                 raise ValueError("another version of the layout")
-            items = np.ascontiguousarray(fields["items"])
-            qo_indptr = np.ascontiguousarray(fields["qo_indptr"])
-            cuts = np.ascontiguousarray(fields["cuts"])
-            if (
-                cuts.dtype != np.int32
-                or items.dtype != np.int32
-                or qo_indptr.dtype != np.int32
-                or qo_indptr.ndim != 1
-            ):
-                raise ValueError("wrong dtypes")
-            kv_heads, qo_tile, workers, slots, counters = map(int, fields["numbers"].reshape(5))
+            arrays = {name: np.ascontiguousarray(fields[name]) for name in _ARRAYS}
+            if any(x.dtype != np.int32 or x.ndim != 1 for x in arrays.values()):
+                raise ValueError("wrong dtypes or shapes")
+            numbers = fields["numbers"].reshape(len(_NUMBERS)).tolist()
             return Plan(
-                items.reshape(-1).view(ITEM.numpy),
-                qo_indptr,
-                kv_heads,
-                qo_tile,
-                workers,
-                str(fields["family"]),
-                slots,
-                counters,
-                float(fields["imbalance"]),
-                cuts.reshape(-1).view(CUT.numpy),
+                **{name: arrays[name].view(dtype) for name, dtype in _ARRAYS.items()},
+                **dict(zip(_NUMBERS, map(int, numbers), strict=True)),
+                family=str(fields["family"]),
+                imbalance=float(fields["imbalance"]),
             )
         except ArgumentError:
             raise
@@ -273,26 +255,20 @@ def _listed(indptr: np.ndarray, parts: tuple[np.ndarray, ...], shape: Shape, wor
     of = np.repeat(np.arange(len(request)), chunks)
     items = np.zeros(len(of), ITEM.numpy)
     items["chunk"] = np.arange(len(of)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-    columns = (request, kv_head, begin, end, chunks, slot, counter)
-    names = ("request", "kv_head", "qo_begin", "qo_end", "chunks", "slot", "counter")
-    for name, column in zip(names, columns, strict=True):
+    columns = {
+        "request": request, "kv_head": kv_head, "qo_begin": begin, "qo_end": end,
+        "chunks": chunks, "slot": slot, "counter": counter,
+    }  # fmt: skip
+    for name, column in columns.items():
         items[name] = column[of]
     work = (cost / chunks)[of]
     order = np.argsort(-work, kind="stable")
     if shape.order is not None:
         order = shape.order(items, indptr, workers)
-    return Plan(
-        _frozen(items[order]),
-        indptr,
-        shape.kv_heads,
-        shape.qo_tile,
-        workers,
-        shape.family,
-        int(chunks[cut].sum()),
-        int(cut.sum()),
-        _imbalance(work[order], workers),
-        planned=True,
-    )
+    sizes = (shape.kv_heads, shape.qo_tile, workers, shape.family)
+    space = int(chunks[cut].sum()), int(cut.sum())
+    balance = _imbalance(work[order], workers)
+    return Plan(_frozen(items[order]), indptr, *sizes, *space, balance, planned=True)
 
 
 def visible_tiles(
@@ -337,12 +313,11 @@ def _refuse(reason: str) -> NoReturn:
 
 def _check_types(plan: Plan) -> None:
     """The fields are what they are annotated as. Raises A109."""
-    kinds = {"items": ITEM.numpy, "qo_indptr": np.dtype(np.int32), "cuts": CUT.numpy}
-    for name, dtype in kinds.items():
+    for name, dtype in _ARRAYS.items():
         array = getattr(plan, name)
         if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
             _refuse(f"{name} is no array of {dtype}")
-    for name in ("kv_heads", "qo_tile", "workers", "slots", "counters"):
+    for name in _NUMBERS:
         if type(getattr(plan, name)) is not int:
             _refuse(f"{name} is a {type(getattr(plan, name)).__name__}, not an int")
     if type(plan.family) is not str or not isinstance(plan.imbalance, float):

@@ -14,19 +14,18 @@ import numpy as np
 
 from tilewright.attention import ranges
 from tilewright.attention.ranges import CUT
-from tilewright.attention.spec import cuda_headers, template
+from tilewright.attention.spec import constants, namespace, template
 from tilewright.attention.table import MAX_KEYS, TableForm
 from tilewright.codegen import prelude_files
 from tilewright.runtime.layout import Struct
-from tilewright.toolchain import compilers, cxx, nvrtc
+from tilewright.toolchain import compilers, cxx
 
 THREADS = 1024  # of the one CTA that plans on a GPU
 
 
 def _constants(more: dict[str, int]) -> str:
     numbers = {"TILE": ranges.TILE, "TILE_COST": ranges.TILE_COST, "UNIT_COST": ranges.UNIT_COST}
-    lines = (f"constexpr int {name} = {value};" for name, value in (numbers | more).items())
-    return "\n".join(("namespace cuts {", *lines, "}  // namespace cuts"))
+    return namespace("cuts", *constants(numbers | more))
 
 
 # ---------------------------------------------------------------------------- host
@@ -85,6 +84,7 @@ def params_struct(kv_len: str, table_indptr: str) -> Struct:
     )  # fmt: skip
 
 
+@functools.lru_cache(64)
 def cuda_source(form: TableForm, group: int, max_rows: int) -> str:
     """The CUDA C++ of the planner for tables of a form."""
     numbers = {"THREADS": THREADS, "GROUP": group, "MAX_ROWS": max_rows, "MAX_KEYS": MAX_KEYS}
@@ -101,21 +101,6 @@ def cuda_source(form: TableForm, group: int, max_rows: int) -> str:
             '#include "plan_gpu.cuh"',
         )
     )
-
-
-def compile_cuda(form: TableForm, group: int, max_rows: int, arch: str) -> nvrtc.Cubin:
-    """The cubin of the planner. Raises BuildError."""
-    text = cuda_source(form, group, max_rows)
-    return nvrtc.compile_cuda(text, arch=arch, name="planner", headers=cuda_headers())
-
-
-@functools.lru_cache(64)
-def kernel(form: TableForm, group: int, max_rows: int, ordinal: int) -> Any:
-    """The loaded planner on one GPU. Raises BuildError[B101, B102, B104]."""
-    from tilewright.runtime import cuda
-
-    cubin = compile_cuda(form, group, max_rows, cuda.device_arch(ordinal))
-    return cuda.Module(cubin.image, ordinal).function("plan_cuts")
 
 
 def smem_bytes(requests: int, limit: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tilewright.attention.checks import float_view
+from tilewright.attention.checks import check_view, float_view
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime.view import View
@@ -23,6 +23,13 @@ class Pool:
     rows: bool
     layout: str
     arrays: tuple[Any, Any]
+    dtype: DType
+    device: str
+    pages: int
+    page_size: int
+    kv_heads: int
+    head_dim: int
+    head_dim_vo: int
 
     def __init__(self, k: Any, v: Any = None, *, layout: str = "NHD") -> None:
         """Views of K and V; nothing is copied.
@@ -51,38 +58,12 @@ class Pool:
                 "for rows without pages",
             )
         views = [_as_pages(name, x, keys.ndim, layout) for name, x in (("k", keys), ("v", values))]
-        _check_alike(*views)
-        fields = (*views, keys.ndim == 3, layout, (k, v))
+        shape = views[0].shape[:3] + views[1].shape[3:]
+        check_view("v", views[1], (views[0].dtype,), shape, views[0].device, hint="as k is")
+        own = (*views, keys.ndim == 3, layout, (k, v))
+        fields = (*own, keys.dtype, keys.device, *views[0].shape, views[1].shape[3])
         for name, value in zip(self.__dataclass_fields__, fields, strict=True):
             object.__setattr__(self, name, value)
-
-    @property
-    def dtype(self) -> DType:
-        return self.k.dtype
-
-    @property
-    def device(self) -> str:
-        return self.k.device
-
-    @property
-    def pages(self) -> int:
-        return self.k.shape[0]
-
-    @property
-    def page_size(self) -> int:
-        return self.k.shape[1]
-
-    @property
-    def kv_heads(self) -> int:
-        return self.k.shape[2]
-
-    @property
-    def head_dim(self) -> int:
-        return self.k.shape[3]
-
-    @property
-    def head_dim_vo(self) -> int:
-        return self.v.shape[3]
 
     def index(self, part: int, page: Any, slot: Any) -> tuple[Any, tuple[Any, ...]]:
         """The array that holds K (part 0) or V (1), and the index of rows by page and slot in it:
@@ -113,12 +94,9 @@ class Pool:
 def _halves(both: View) -> tuple[View, View]:
     """The views of K and V in an array (pages, 2, …)."""
     if both.ndim != 5 or both.shape[1] != 2:
-        raise ArgumentError(
-            "A103",
-            f"k has shape {both.shape} and there is no v",
-            where="k",
-            hint="without v, k is (pages, 2, page_size, kv_heads, head_dim)",
-        )
+        text = f"k has shape {both.shape} and there is no v"
+        hint = "without v, k is (pages, 2, page_size, kv_heads, head_dim)"
+        raise ArgumentError("A103", text, where="k", hint=hint)
     shape, strides = both.shape[:1] + both.shape[2:], both.strides[:1] + both.strides[2:]
     step = both.strides[1] * both.dtype.itemsize
     return _view(both, shape, strides), _view(both, shape, strides, step)
@@ -144,19 +122,6 @@ def _as_pages(name: str, seen: View, ndim: int, layout: str) -> View:
         axis = ("head_dim", "kv_heads", "page_size")[shape[::-1].index(0)]
         raise ArgumentError("A103", f"{name} of shape {seen.shape} has {axis} 0", where=name)
     if seen.size and shape[3] > 1 and strides[3] != 1:
-        raise ArgumentError(
-            "A104",
-            f"head_dim of {name} has stride {strides[3]}",
-            where=name,
-            hint="the last dimension must be contiguous",
-        )
+        text = f"head_dim of {name} has stride {strides[3]}"
+        raise ArgumentError("A104", text, where=name, hint="the last dimension must be contiguous")
     return _view(seen, shape, strides)
-
-
-def _check_alike(k: View, v: View) -> None:
-    if v.dtype != k.dtype:
-        raise ArgumentError("A102", f"v is {v.dtype}, k is {k.dtype}", where="v")
-    if v.shape[:3] != k.shape[:3]:
-        raise ArgumentError("A103", f"v is {v.shape}, k is {k.shape}", where="v")
-    if v.device != k.device:
-        raise ArgumentError("A105", f"v is on {v.device}, k on {k.device}", where="v")

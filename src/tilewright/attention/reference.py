@@ -11,9 +11,9 @@ from tilewright import dtypes
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
 from tilewright.attention.variant import traced_of
-from tilewright.errors import InternalError
-from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Select, Unary, Var
-from tilewright.reference.ops_table import BINARY, UNARY
+from tilewright.ir.nodes import Const, Expr, Load, Var
+from tilewright.ir.stmt import children
+from tilewright.reference.ops_table import computed, operation
 from tilewright.runtime.transfer import to_host
 from tilewright.runtime.view import view
 
@@ -23,22 +23,14 @@ def evaluate(e: Expr, positions: dict[str, Any], values: dict[str, Any]) -> Any:
     """An expression of a variant over arrays: float64 for floats. Integers are int32, wrap around,
     and give 0 when divided by 0, as in the kernels."""
     if isinstance(e, Const):
-        return np.asarray(e.value, _kind(e.dtype))
+        return np.asarray(e.value, computed(e.dtype, exact=True))
     if isinstance(e, Var):
-        return np.asarray(positions[e.name], _kind(e.dtype))
+        return np.asarray(positions[e.name], computed(e.dtype, exact=True))
     if isinstance(e, Load):
-        kept = np.asarray(values[e.buffer.name]).astype(_kind(e.dtype))
+        kept = np.asarray(values[e.buffer.name]).astype(computed(e.dtype, exact=True))
         return _element(kept, [evaluate(i, positions, values) for i in e.index])
-    if isinstance(e, Binary):
-        return BINARY[e.op](evaluate(e.a, positions, values), evaluate(e.b, positions, values))
-    if isinstance(e, Unary):
-        return UNARY[e.op](evaluate(e.a, positions, values))
-    if isinstance(e, Select):
-        arms = (evaluate(x, positions, values) for x in (e.cond, e.a, e.b))
-        return np.where(*arms)
-    if isinstance(e, Cast):
-        return np.asarray(evaluate(e.a, positions, values)).astype(_kind(e.dtype))
-    raise InternalError("I101", f"no value for {type(e).__name__}")
+    operands = (evaluate(x, positions, values) for x in children(e))
+    return operation(e, exact=True)(*operands)
 
 
 def _element(kept: np.ndarray, index: list[Any]) -> Any:
@@ -51,10 +43,6 @@ def _element(kept: np.ndarray, index: list[Any]) -> Any:
     if not kept.size:
         return np.zeros(inside.shape, kept.dtype)
     return np.where(inside, kept[tuple(np.where(inside, i, 0) for i in index)], kept.dtype.type(0))
-
-
-def _kind(dtype: Any) -> Any:
-    return {"f": np.float64, "b": np.bool_}.get(dtype.kind, np.int32)
 
 
 @np.errstate(invalid="ignore")  # NaN and Inf in keys that nobody sees

@@ -6,16 +6,18 @@ On the CPU a vector of scores along the keys is one value; on a GPU each thread 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from tilewright.attention import extents
-from tilewright.attention.bounds import bound_text
+from tilewright.attention.bounds import bound
 from tilewright.attention.tracing import NO_SINK, Traced, Value
 from tilewright.codegen.cpp import CppRenderer
 from tilewright.codegen.cuda import CudaRenderer
 from tilewright.codegen.params import C_TYPES, Params
-from tilewright.ir.nodes import Binary, Broadcast, Cast, Expr, Load, Program, Select, Unary, Var
+from tilewright.ir.nodes import Binary, Broadcast, Expr, Load, Program, Select, Unary, Var
 from tilewright.ir.rewrite import transform
+from tilewright.ir.stmt import children
 from tilewright.runtime.view import View
 
 CUDA_AT = "struct At { int32_t qo, kv, qo_head, kv_head, request, q_token, key, qo_len, kv_len; };"
@@ -54,18 +56,11 @@ def widened(e: Expr, lanes: int) -> Expr:
         return x if x.dtype.lanes > 1 else Broadcast(x, x.dtype.vector(lanes))
 
     def visit(x: Any) -> Any:
-        if isinstance(x, Var) and x.name in ("s", "at.kv", "at.key"):
-            return Var(x.name, x.dtype.vector(lanes))
-        if isinstance(x, Load) and any(i.dtype.lanes > 1 for i in x.index):
-            return Load(x.buffer, x.index, x.dtype.vector(lanes))
-        if isinstance(x, Binary) and max(x.a.dtype.lanes, x.b.dtype.lanes) > 1:
-            return Binary(x.op, wide(x.a), wide(x.b), x.dtype.vector(lanes))
-        if isinstance(x, Select) and max(y.dtype.lanes for y in (x.cond, x.a, x.b)) > 1:
-            return Select(x.cond, wide(x.a), wide(x.b), x.dtype.vector(lanes))
-        if isinstance(x, (Unary, Cast)) and x.a.dtype.lanes > 1:
-            rest = (x.dtype.vector(lanes),)
-            return Unary(x.op, x.a, *rest) if isinstance(x, Unary) else Cast(x.a, *rest)
-        return x
+        differs = isinstance(x, Var) and x.name in ("s", "at.kv", "at.key")
+        if not differs and all(y.dtype.lanes == 1 for y in children(x)):
+            return x
+        sides = {"a": wide(x.a), "b": wide(x.b)} if isinstance(x, (Binary, Select)) else {}
+        return replace(x, **sides, dtype=x.dtype.vector(lanes))
 
     return wide(transform(e, visit))
 
@@ -148,7 +143,8 @@ def _struct(
     methods: dict[str, Expr],
     read: Callable[[Value], str],
 ) -> str:
-    ranges = extents.ranges(traced.mask, extents.Text())
+    text = extents.Text()
+    ranges = extents.ranges(traced.mask, text)
     members, starts = [], []
     for v in traced.values:
         members.append(f"  {_member(v)};")
@@ -170,7 +166,7 @@ def _struct(
                 for signature, e in methods.items()
             ),
             "  TW_METHOD int tile_class(const tw::Tile& tile) const "
-            f"{{ return tw::tile_class({bound_text(traced.mask)}); }}",
+            f"{{ return tw::tile_class({bound(traced.mask, text)}); }}",
             "  TW_METHOD tw::Ranges<RANGES> ranges(const tw::Tile& tile, const tw::Line& kv) const "
             f"{{ (void)kv; return {{{{{', '.join(ranges)}}}}}; }}",
             "};",

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import check_range, integer_view, named_view, rises
+from tilewright.attention.checks import check_range, check_view, integer_view, named_view, rises
 from tilewright.errors import ArgumentError
 from tilewright.ir.levels import integer
 from tilewright.runtime.transfer import to_host
@@ -114,18 +114,14 @@ class Table:
         entries = integer_view("block_table", block_table, 2, device=device)
         height, width = entries.shape
         if rows is None and height != requests:
-            raise ArgumentError(
-                "A103",
-                f"block_table has {height} rows, kv_len {requests} requests",
-                where="block_table",
-                hint="rows=… names the row of each request",
-            )
+            text = f"block_table has {height} rows, kv_len {requests} requests"
+            hint = "rows=… names the row of each request"
+            raise ArgumentError("A103", text, where="block_table", hint=hint)
         views, arrays = {"kv_len": lengths, "table_entries": entries}, {"kv_len": kv_len}
         arrays["table_entries"] = block_table
         if rows is not None:
-            views["table_rows"] = integer_view("rows", rows, device=device)
+            views["table_rows"] = integer_view("rows", rows, device=device, size=requests)
             arrays["table_rows"] = rows
-            _check_size("rows", views["table_rows"], requests)
             if device == "cpu":
                 check_range("rows", np.asarray(rows), 0, height - 1)
         stride = entries.strides[0] if height > 1 else width
@@ -142,7 +138,7 @@ class Table:
         lengths = integer_view("kv_len", kv_len)
         indptr = integer_view("kv_indptr", kv_indptr, device=lengths.device)
         indices = integer_view("kv_indices", kv_indices, device=lengths.device)
-        _check_size("kv_len", lengths, _requests(indptr))
+        check_view("kv_len", lengths, shape=(_requests(indptr),), hint="one a request")
         if lengths.device == "cpu":
             _check_indptr(np.asarray(kv_indptr), indices.size, "kv_indices")
         table = object.__new__(cls)
@@ -162,9 +158,8 @@ class Table:
         requests = _requests(indptr)
         views, arrays = {"table_indptr": indptr}, {"table_indptr": kv_indptr}
         if kv_len is not None:
-            views["kv_len"] = integer_view("kv_len", kv_len, device=indptr.device)
+            views["kv_len"] = integer_view("kv_len", kv_len, device=indptr.device, size=requests)
             arrays["kv_len"] = kv_len
-            _check_size("kv_len", views["kv_len"], requests)
         if indptr.device == "cpu":
             _check_indptr(np.asarray(kv_indptr), 2**63 - 1, "k")
         table = object.__new__(cls)
@@ -195,33 +190,25 @@ class Table:
         device = next(iter(views.values())).device
         for name, array in positions.items():
             if name not in ("qo_base", "kv_base", "kv_stride"):
-                raise ArgumentError(
-                    "A101",
-                    f"a table has no {name!r}",
-                    where=name,
-                    hint="positions: qo_base, kv_base, kv_stride",
-                )
+                hint = "positions: qo_base, kv_base, kv_stride"
+                raise ArgumentError("A101", f"a table has no {name!r}", where=name, hint=hint)
             if array is not None:
-                views[name] = integer_view(name, array, kinds=(dtypes.int32,), device=device)
+                kinds = (dtypes.int32,)
+                views[name] = integer_view(name, array, 1, kinds, device, requests)
                 arrays[name] = array
-                _check_size(name, views[name], requests)
         if len({"kv_base", "kv_stride"} & views.keys()) == 1 or (
             "kv_base" in views and "qo_base" not in views
         ):
-            raise ArgumentError(
-                "A101",
-                "positions of keys need kv_base, kv_stride and qo_base",
-                where="kv_base",
-                hint="without kv_base and kv_stride key t has position t",
-            )
+            text = "positions of keys need kv_base, kv_stride and qo_base"
+            hint = "without kv_base and kv_stride key t has position t"
+            raise ArgumentError("A101", text, where="kv_base", hint=hint)
         lengths = arrays.get("kv_len")
         if device == "cpu" and lengths is not None:
             check_range("kv_len", np.asarray(lengths), 0, MAX_KEYS)
         if device == "cpu" and "kv_stride" in views:
             check_range("kv_stride", np.asarray(arrays["kv_stride"]), 1, 2**31 - 1)
         form = TableForm(**{n: views[n].dtype.name if n in views else "" for n in _NAMES})
-        limit, width, stride = sizes
-        values = (requests, device, form, limit, width, stride, views, arrays)
+        values = (requests, device, form, *sizes, views, arrays)
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
 
@@ -251,14 +238,11 @@ class Table:
         if {v.dtype for v in own} != {length.dtype}:
             raise ArgumentError("A102", "arrays of two dtypes", where="table", hint="int32 for all")
         if values.ndim < 2 or not 0 < values.size <= length.dtype.most:
-            raise ArgumentError(
-                "A103", f"pages has shape {values.shape}", where="pages",
-                hint=f"(pages, page_size, …), at most {length.dtype.most} elements: those of int64",
-            )  # fmt: skip
+            hint = f"(pages, page_size, …), at most {length.dtype.most} elements: those of int64"
+            raise ArgumentError("A103", f"pages has shape {values.shape}", where="pages", hint=hint)
         if not all(v.is_contiguous for v in (values, *own)):
             raise ArgumentError("A104", "pages or entries are not contiguous", where="pages")
-        if values.device != self.device:
-            raise ArgumentError("A105", f"pages is on {values.device}", where="pages")
+        check_view("pages", values, device=self.device)
         if longest is None:
             longest = int(self.ranges()[1].max(initial=0)) * values.shape[1]
         longest = integer("Table.tensor", "longest", longest)
@@ -332,13 +316,6 @@ class Table:
         return f"Table({self.kind}, {self.requests} requests, {self.device})"
 
 
-def _check_size(name: str, array: View, requests: int) -> None:
-    if array.size != requests:
-        raise ArgumentError(
-            "A103", f"{name} has shape {array.shape}, not ({requests},): one a request", where=name
-        )
-
-
 def _requests(indptr: View) -> int:
     if indptr.size < 1:
         raise ArgumentError("A103", "kv_indptr is empty", where="kv_indptr", hint="[0] for none")
@@ -348,8 +325,5 @@ def _requests(indptr: View) -> int:
 def _check_indptr(indptr: np.ndarray, limit: int, of: str) -> None:
     if indptr[0] != 0 or indptr[-1] > limit or not rises(indptr):
         most = f" to at most {limit}, the length of {of}" if limit < 2**62 else ""
-        raise ArgumentError(
-            "A109",
-            f"kv_indptr must rise from 0{most}; it goes from {indptr[0]} to {indptr[-1]}",
-            where="kv_indptr",
-        )
+        text = f"kv_indptr must rise from 0{most}; it goes from {indptr[0]} to {indptr[-1]}"
+        raise ArgumentError("A109", text, where="kv_indptr")

@@ -13,33 +13,18 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ProgramError, TilewrightError
+from tilewright.ir import nodes as ir
 from tilewright.ir.names import size_name
-from tilewright.ir.nodes import (
-    BITWISE,
-    COMPARISON,
-    Binary,
-    Buffer,
-    Cast,
-    Const,
-    Expr,
-    Load,
-    Select,
-    Unary,
-    Var,
-    as_expr,
-    cast,
-    equal,
-)
 from tilewright.ir.rewrite import walk
 from tilewright.sparse.trace import Declared
 
 POSITIONS = (
     "qo", "kv", "qo_head", "kv_head", "request", "q_token", "key", "qo_len", "kv_len",
 )  # fmt: skip
-SCORE = Var("s", dtypes.float32)
+SCORE = ir.Var("s", dtypes.float32)
 VALUE_TYPES = (dtypes.float32, dtypes.int32)
 RESERVED = frozenset(
-    {"self", "q", "kv", "plan", "out", "workers", "qo_indptr", "variant", "sm_scale"}
+    {"self", "q", "kv", "plan", "out", "workers", "qo_indptr", "q_dtype", "variant", "sm_scale"}
     | {"fixed", "traced", "logits", "mask", "sink"}
 )
 """Names that no value of a variant may have: other arguments of its users, its own attributes."""
@@ -55,14 +40,11 @@ class At:
 
     __slots__ = ()
 
-    def __getattr__(self, name: str) -> Expr:
+    def __getattr__(self, name: str) -> ir.Expr:
         if name not in POSITIONS:
-            raise ProgramError(
-                "P101",
-                f"at.{name} is not known",
-                hint=f"one of {', '.join(f'at.{n}' for n in POSITIONS)}",
-            )
-        return Var(f"at.{name}", dtypes.int32)
+            hint = f"one of {', '.join(f'at.{n}' for n in POSITIONS)}"
+            raise ProgramError("P101", f"at.{name} is not known", hint=hint)
+        return ir.Var(f"at.{name}", dtypes.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +103,10 @@ class Traced:
     `sink` float32 over what no key decides, None where there is none."""
 
     name: str
-    logits: Expr
-    mask: Expr
+    logits: ir.Expr
+    mask: ir.Expr
     values: tuple[Value, ...]
-    sink: Expr | None = None
+    sink: ir.Expr | None = None
 
     def __str__(self) -> str:
         sink = "" if self.sink is None else f"\n  sink = {self.sink}"
@@ -140,36 +122,33 @@ class _Reads:
     def __init__(self, name: str, declared: Tensor, used: dict[str, str]) -> None:
         self.name, self.declared, self.used = name, declared, used
 
-    def __getitem__(self, index: Any) -> Expr:
+    def __getitem__(self, index: Any) -> ir.Expr:
         if self.declared.by == ("key",):
             return self._load("request", _require_index(self.name, index))
         if self.declared.by == ("bit",):
             n = _require_index(self.name, index)
-            return equal(self._load("q_token", n >> 5) >> (n & 31) & 1, 1)
-        by = index.name.removeprefix("at.") if isinstance(index, Var) else ""
+            return ir.equal(self._load("q_token", n >> 5) >> (n & 31) & 1, 1)
+        by = index.name.removeprefix("at.") if isinstance(index, ir.Var) else ""
         if by not in self.declared.by:
             accesses = [f"{self.name}[at.{by}]" for by in self.declared.by]
             raise ProgramError(
                 "P101", f"{self.name}[{index}]: it is read as {' or '.join(accesses)}"
             )
         if self.used.setdefault(self.name, by) != by:
-            raise ProgramError(
-                "P102",
-                f"{self.name} is read by query head and by KV head",
-                hint="declare two values",
-            )
+            text = f"{self.name} is read by query head and by KV head"
+            raise ProgramError("P102", text, hint="declare two values")
         return self._load(by)
 
-    def _load(self, by: str, *column: Expr) -> Expr:
-        shape = tuple(Var(size_name(f"{self.name}_{n}")) for n in range(1 + len(column)))
-        buffer = Buffer(self.name, self.declared.dtype, shape)
-        return Load(buffer, (Var(f"at.{by}", dtypes.int32), *column), self.declared.dtype)
+    def _load(self, by: str, *column: ir.Expr) -> ir.Expr:
+        shape = tuple(ir.Var(size_name(f"{self.name}_{n}")) for n in range(1 + len(column)))
+        buffer = ir.Buffer(self.name, self.declared.dtype, shape)
+        return ir.Load(buffer, (ir.Var(f"at.{by}", dtypes.int32), *column), self.declared.dtype)
 
 
-def _require_index(name: str, index: Any) -> Expr:
+def _require_index(name: str, index: Any) -> ir.Expr:
     """An index of a tensor as an int32 expression. Raises ProgramError[P106]."""
     try:
-        entry = as_expr(index, None)
+        entry = ir.as_expr(index, None)
     except (TypeError, TilewrightError):
         entry = None
     if entry is None or entry.dtype != dtypes.int32:
@@ -180,17 +159,17 @@ def _require_index(name: str, index: Any) -> Expr:
 class _Defaults:
     """The hooks of a variant that has none; `super()` of a base class ends here."""
 
-    def logits(self, s: Expr, at: At) -> Expr:
+    def logits(self, s: ir.Expr, at: At) -> ir.Expr:
         return s
 
-    def mask(self, at: At) -> Expr:
-        return Const(True, dtypes.bool_)
+    def mask(self, at: At) -> ir.Expr:
+        return ir.Const(True, dtypes.bool_)
 
     def sink(self, at: At) -> Any:
         return NO_SINK
 
 
-NO_SINK = Const(float("-inf"), dtypes.float32)
+NO_SINK = ir.Const(float("-inf"), dtypes.float32)
 HOOKS = {
     "logits": "def logits(self, s, at)",
     "mask": "def mask(self, at)",
@@ -205,22 +184,16 @@ def trace(cls: type) -> Traced:
     symbols: dict[str, Any] = {}
     for name, d in declared.items():
         if name in RESERVED:
-            raise ProgramError(
-                "P101",
-                f"a value of variant {cls.__name__} is named {name!r}",
-                where=name,
-                hint=f"Attention uses these names itself: {', '.join(sorted(RESERVED))}",
-            )
+            text = f"a value of variant {cls.__name__} is named {name!r}"
+            hint = f"Attention uses these names itself: {', '.join(sorted(RESERVED))}"
+            raise ProgramError("P101", text, where=name, hint=hint)
         if d.dtype not in VALUE_TYPES:
-            raise ProgramError(
-                "P106",
-                f"{name} of variant {cls.__name__} is {d.dtype}",
-                hint="run-time values are float32 or int32",
-            )
+            hint = "run-time values are float32 or int32"
+            raise ProgramError("P106", f"{name} of variant {cls.__name__} is {d.dtype}", hint=hint)
         if isinstance(d, Tensor):
             symbols[name] = _Reads(name, d, used)
         else:
-            symbols[name] = Load(Buffer(name, d.dtype, ()), (), d.dtype)
+            symbols[name] = ir.Load(ir.Buffer(name, d.dtype, ()), (), d.dtype)
     _check_functions(cls)
     # An instance of a subclass, so that super() and properties work in a hook as anywhere.
     me = object.__new__(type(cls.__name__, (cls, _Defaults), symbols))
@@ -228,32 +201,26 @@ def trace(cls: type) -> Traced:
     mask = _call(cls, me, "mask", (At(),))
     sink = _call(cls, me, "sink", (At(),))
     if mask.dtype != dtypes.bool_:
-        raise ProgramError(
-            "P106",
-            f"mask of {cls.__name__} is {mask.dtype}, not bool",
-            where=str(mask),
-            hint="return a comparison, as at.kv <= at.qo",
-        )
+        text = f"mask of {cls.__name__} is {mask.dtype}, not bool"
+        hint = "return a comparison, as at.kv <= at.qo"
+        raise ProgramError("P106", text, where=str(mask), hint=hint)
     for name, hook in (("logits", logits), ("sink", sink)):
         if hook.dtype == dtypes.bool_:
             raise ProgramError("P106", f"{name} of {cls.__name__} is a condition", where=str(hook))
     for hook in (logits, mask, sink):
         _check(cls, hook)
-    if {"s", "at.kv", "at.key"} & {x.name for x in walk(sink) if isinstance(x, Var)}:
-        raise ProgramError(
-            "P104",
-            f"sink of {cls.__name__} reads a score or a key",
-            where=str(sink),
-            hint="it is one logit a row: a function of at.qo_head, at.qo …",
-        )
+    if {"s", "at.kv", "at.key"} & {x.name for x in walk(sink) if isinstance(x, ir.Var)}:
+        text = f"sink of {cls.__name__} reads a score or a key"
+        hint = "it is one logit a row: a function of at.qo_head, at.qo …"
+        raise ProgramError("P104", text, where=str(sink), hint=hint)
     values = tuple(
         Value(n, d.dtype, by=used.get(n, d.by[0]))
         if isinstance(d, Tensor)
         else Value(n, d.dtype, d.default)
         for n, d in declared.items()
     )
-    end = None if sink == NO_SINK else cast(sink, dtypes.float32)
-    return Traced(cls.__name__, cast(logits, dtypes.float32), mask, values, end)
+    end = None if sink == NO_SINK else ir.cast(sink, dtypes.float32)
+    return Traced(cls.__name__, ir.cast(logits, dtypes.float32), mask, values, end)
 
 
 def _declared(cls: type) -> dict[str, Any]:
@@ -317,7 +284,7 @@ def _names_read(code: CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _call(cls: type, me: Any, name: str, arguments: tuple[Any, ...]) -> Expr:
+def _call(cls: type, me: Any, name: str, arguments: tuple[Any, ...]) -> ir.Expr:
     """The expression that a hook returns."""
     try:
         result = getattr(me, name)(*arguments)
@@ -333,44 +300,38 @@ def _call(cls: type, me: Any, name: str, arguments: tuple[Any, ...]) -> Expr:
     if result is None:
         raise ProgramError("P101", f"{name} of variant {cls.__name__} returns nothing")
     if isinstance(result, (bool, np.bool_)):
-        raise ProgramError(
-            "P101",
-            f"{name} of variant {cls.__name__} is {result}: a condition that Python has decided",
-            hint="`==` compares the text of expressions: write tw.equal(a, b) or ~tw.equal(a, b)",
-        )
-    return as_expr(result, None if name == "mask" else dtypes.float32)
+        text = f"{name} of variant {cls.__name__} is {result}: a condition that Python has decided"
+        hint = "`==` compares the text of expressions: write tw.equal(a, b) or ~tw.equal(a, b)"
+        raise ProgramError("P101", text, hint=hint)
+    return ir.as_expr(result, None if name == "mask" else dtypes.float32)
 
 
-def _check(cls: type, hook: Expr) -> None:
+def _check(cls: type, hook: ir.Expr) -> None:
     """Only scalars of 32 bits, by operations that each target has on vectors too."""
     for x in walk(hook):
-        if not isinstance(x, (Const, Var, Load, Binary, Unary, Select, Cast)):
-            raise ProgramError(
-                "P101",
-                f"{type(x).__name__} cannot stand in variant {cls.__name__}",
-                where=str(hook),
-                hint="a variant computes with s, at and its own values",
-            )
-        if isinstance(x, Var) and x.name != "s" and not x.name.startswith("at."):
+        if not isinstance(x, (ir.Const, ir.Var, ir.Load, ir.Binary, ir.Unary, ir.Select, ir.Cast)):
+            text = f"{type(x).__name__} cannot stand in variant {cls.__name__}"
+            hint = "a variant computes with s, at and its own values"
+            raise ProgramError("P101", text, where=str(hook), hint=hint)
+        if isinstance(x, ir.Var) and x.name != "s" and not x.name.startswith("at."):
             raise ProgramError(
                 "P104", f"{x.name} means nothing in variant {cls.__name__}", where=str(hook)
             )
         if x.dtype not in (*VALUE_TYPES, dtypes.bool_):
-            raise ProgramError(
-                "P106",
-                f"{x} of variant {cls.__name__} is {x.dtype}",
-                where=str(hook),
-                hint="variants compute in float32, int32 and bool",
-            )
-        if isinstance(x, Binary) and x.op in ("//", "%") and x.dtype.is_float:
+            text = f"{x} of variant {cls.__name__} is {x.dtype}"
+            hint = "variants compute in float32, int32 and bool"
+            raise ProgramError("P106", text, where=str(hook), hint=hint)
+        if isinstance(x, ir.Binary) and x.op in ("//", "%") and x.dtype.is_float:
             raise ProgramError(
                 "P106", f"{x.op} needs integers", where=str(x), hint="tw.floor(a / b)"
             )
-        if isinstance(x, Binary) and x.a.dtype == dtypes.bool_:
-            allowed = {*(BITWISE - {"<<", ">>"}), *COMPARISON}
+        if isinstance(x, ir.Binary) and x.a.dtype == dtypes.bool_:
+            allowed = {*(ir.BITWISE - {"<<", ">>"}), *ir.COMPARISON}
             if x.op not in allowed:
                 raise ProgramError(
                     "P106", f"{x.op} of two conditions", where=str(x), hint="use & | or where()"
                 )
-    if hook.dtype == dtypes.bool_ and any(isinstance(x, Var) and x.name == "s" for x in walk(hook)):
+    if hook.dtype == dtypes.bool_ and any(
+        isinstance(x, ir.Var) and x.name == "s" for x in walk(hook)
+    ):
         raise ProgramError("P104", f"mask of {cls.__name__} reads the score", where=str(hook))

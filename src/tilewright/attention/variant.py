@@ -23,12 +23,11 @@ sees what a sees: of b it takes every hook but the mask. `&` binds tighter than 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.attention.tracing import SCORE, Traced, Value, per_head, trace
+from tilewright.attention.tracing import NO_SINK, SCORE, Traced, Value, per_head, trace
 from tilewright.errors import ArgumentError, ProgramError
 from tilewright.ir.nodes import Binary, Const, Expr, Load, binary
 from tilewright.ir.rewrite import substitute, walk
@@ -49,12 +48,9 @@ def variant(cls: type) -> Any:
     def __init__(self: Any, **values: float) -> None:
         for name, value in values.items():
             if name not in scalars:
-                raise ArgumentError(
-                    "A101",
-                    f"{cls.__name__} has no scalar {name!r}",
-                    where=name,
-                    hint=f"scalars: {', '.join(scalars) or 'none'}; tensors go to run()",
-                )
+                text = f"{cls.__name__} has no scalar {name!r}"
+                hint = f"scalars: {', '.join(scalars) or 'none'}; tensors go to run()"
+                raise ArgumentError("A101", text, where=name, hint=hint)
             check_number(scalars[name], value)
         fixed = {n: v.default for n, v in scalars.items() if v.default is not None} | values
         object.__setattr__(self, "fixed", tuple(sorted(fixed.items())))
@@ -71,10 +67,10 @@ def variant(cls: type) -> Any:
     def __hash__(self: Any) -> int:
         return hash((type(self), self.fixed))
 
-    functions: list[Callable[..., Any]] = [__init__, __setattr__, __repr__, __eq__, __hash__]
-    for function in functions:
-        setattr(cls, function.__name__, function)
-    for name, member in {"__and__": _and, "__or__": _or, "traced": traced}.items():
+    functions: list[Any] = [__init__, __setattr__, __repr__, __eq__, __hash__]
+    members = {function.__name__: function for function in functions}
+    members |= {"__and__": Combined.__and__, "__or__": Combined.__or__, "traced": traced}
+    for name, member in members.items():
         setattr(cls, name, member)
     return cls
 
@@ -94,24 +90,12 @@ def traced_of(variant: Any) -> Traced:
     """The expressions of a variant's value or class. Raises ArgumentError[A107]."""
     traced = getattr(variant, "traced", None)
     if isinstance(variant, type) or not isinstance(traced, Traced):
-        raise ArgumentError(
-            "A107",
-            f"{variant!r} is not a variant",
-            where="variant",
-            hint="decorate the class with @tw.variant and pass an instance: MyVariant()",
-        )
+        hint = "decorate the class with @tw.variant and pass an instance: MyVariant()"
+        raise ArgumentError("A107", f"{variant!r} is not a variant", where="variant", hint=hint)
     return traced
 
 
 # ---------------------------------------------------------------------------- composition
-
-
-def _and(self: Any, other: Any) -> Combined:
-    return _combined(self, other, "&")
-
-
-def _or(self: Any, other: Any) -> Combined:
-    return _combined(self, other, "|")
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,7 +107,11 @@ class Combined:
     by: str = field(compare=False)
     text: str = field(compare=False)
 
-    __and__, __or__ = _and, _or
+    def __and__(self, other: Any) -> Combined:
+        return _combined(self, other, "&")
+
+    def __or__(self, other: Any) -> Combined:
+        return _combined(self, other, "|")
 
     def __repr__(self) -> str:
         return self.text
@@ -140,22 +128,14 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
             "P101", f"{b} on the right of | would lose its masks", hint="(a | b) & c: masks by &"
         )
     elif right.logits == SCORE and right.sink is None:
-        raise ProgramError(
-            "P101",
-            f"{b} has no logits and no sink to add to {a}",
-            hint="a | b adds b's hooks; a & b counts scores that both masks count",
-        )
+        hint = "a | b adds b's hooks; a & b counts scores that both masks count"
+        raise ProgramError("P101", f"{b} has no logits and no sink to add to {a}", hint=hint)
     if left.sink is not None and right.sink is not None:
         raise ProgramError("P101", f"{a} and {b} both have a sink")
     sink = right.sink if left.sink is None else left.sink
     logits = substitute(right.logits, {"s": left.logits})
-    read = {
-        x.buffer.name
-        for e in (logits, mask, sink)
-        if e is not None
-        for x in walk(e)
-        if isinstance(x, Load)
-    }
+    hooks = (logits, mask, NO_SINK if sink is None else sink)
+    read = {x.buffer.name for hook in hooks for x in walk(hook) if isinstance(x, Load)}
     values = {v.name: v for v in left.values}
     fixed = dict(a.fixed)
     for v in right.values:

@@ -15,14 +15,15 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.attention import planner, ranges
-from tilewright.attention.checks import integer_view, is_integer
+from tilewright.attention.checks import check_count, integer_view
 from tilewright.attention.families import decode
+from tilewright.attention.plan import MAX_WORKERS
 from tilewright.attention.ranges import CUT
+from tilewright.attention.spec import loaded
 from tilewright.attention.table import Table
 from tilewright.errors import ArgumentError
 from tilewright.runtime.view import View
 
-MAX_WORKERS = 1 << 16
 MAX_REQUESTS = 16_384  # the planner keeps 8 bytes of each in shared memory
 
 
@@ -47,33 +48,17 @@ class Workspace:
         """`heads`: KV heads, group, head_dim. Raises ArgumentError[A103, A105], BuildError."""
         kind, _, number = str(device).partition(":")
         if kind != "cuda" or (number and not number.isdecimal()):
-            raise ArgumentError(
-                "A105",
-                f"a workspace on {device!r}",
-                where="device",
-                hint="cuda or cuda:N; on a CPU plan each batch with attn.plan",
-            )
-        sizes = {"max_requests": max_requests, "max_tokens": max_tokens, "workers": workers}
-        for name, value in sizes.items():
-            if value is None and name != "max_requests":
-                continue
-            if not is_integer(value) or not 1 <= int(value or 0) < 2**31:
-                raise ArgumentError("A103", f"{name}={value!r} is no positive integer", where=name)
-        if workers is not None and workers > MAX_WORKERS:
-            raise ArgumentError(
-                "A103", f"workers={workers} is above {MAX_WORKERS}", where="workers"
-            )
+            hint = "cuda or cuda:N; on a CPU plan each batch with attn.plan"
+            raise ArgumentError("A105", f"a workspace on {device!r}", where="device", hint=hint)
+        check_count("max_requests", max_requests, MAX_REQUESTS)
+        if max_tokens is not None:
+            check_count("max_tokens", max_tokens)
+        if workers is not None:
+            check_count("workers", workers, MAX_WORKERS)
         if heads[1] > decode.ROWS:
-            raise ArgumentError(
-                "A103",
-                f"{heads[1]} query heads share a KV head, more than {decode.ROWS}",
-                where="qo_heads",
-                hint="plan each batch with attn.plan",
-            )
-        if max_requests > MAX_REQUESTS:
-            raise ArgumentError(
-                "A103", f"max_requests={max_requests} is above {MAX_REQUESTS}", where="max_requests"
-            )
+            text = f"{heads[1]} query heads share a KV head, more than {decode.ROWS}"
+            hint = "plan each batch with attn.plan"
+            raise ArgumentError("A103", text, where="qo_heads", hint=hint)
         from tilewright.runtime import cuda
 
         self.ordinal, self.kv_heads, self.group = int(number or 0), heads[0], heads[1]
@@ -126,9 +111,7 @@ class Workspace:
             )
         queries = self._check(table, qo_indptr)
         most = self.max_tokens or table.requests
-        rows = most if tokens is None else tokens
-        if not is_integer(rows) or not 0 <= rows <= most:
-            raise ArgumentError("A103", f"tokens={tokens!r} is not in 0..{most}", where="tokens")
+        rows = most if tokens is None else check_count("tokens", tokens, most, 0)
         form = table.form
         params = planner.params_struct(form.kv_len, form.table_indptr).pack(
             kv_len=table.params()["kv_len"], table_indptr=table.params()["table_indptr"],
@@ -138,43 +121,31 @@ class Workspace:
             requests=table.requests, groups=self.kv_heads // ranges.heads_at_once(self.kv_heads),
             max_tokens=rows,
         )  # fmt: skip
-        function = planner.kernel(form.for_planner(), self.group, decode.ROWS, self.ordinal)
+        text = planner.cuda_source(form.for_planner(), self.group, decode.ROWS)
+        function = loaded(text, self.ordinal, "plan_cuts", "planner")
         smem = planner.smem_bytes(table.requests, self.limit)
         stream = cuda.current_stream(self.ordinal)
         block = (planner.THREADS, 1, 1)
         function.prepare((1, 1, 1), block, smem, params, overlaps=True).run(stream)
-        self.requests, self.tokens = table.requests, int(rows)
+        self.requests, self.tokens = table.requests, rows
 
     def _check(self, table: Table, qo_indptr: Any) -> View | None:
         if not isinstance(table, Table):
             raise ArgumentError("A107", f"{type(table).__name__} is no Table", where="table")
         if table.device != f"cuda:{self.ordinal}":
-            raise ArgumentError(
-                "A105", f"the table is on {table.device}, not cuda:{self.ordinal}", where="table"
-            )
+            text = f"the table is on {table.device}, not cuda:{self.ordinal}"
+            raise ArgumentError("A105", text, where="table")
         if table.requests > self.max_requests:
-            raise ArgumentError(
-                "A103",
-                f"{table.requests} requests, reserved for {self.max_requests}",
-                where="table",
-                hint="attn.reserve(max_requests=…)",
-            )
+            text = f"{table.requests} requests, reserved for {self.max_requests}"
+            raise ArgumentError("A103", text, where="table", hint="attn.reserve(max_requests=…)")
         if (qo_indptr is None) != (self.max_tokens is None):
-            raise ArgumentError(
-                "A101",
-                "qo_indptr goes with max_tokens",
-                where="qo_indptr",
-                hint="attn.reserve(…, max_tokens=…) for more than one query a request",
-            )
+            text = "qo_indptr goes with max_tokens"
+            hint = "attn.reserve(…, max_tokens=…) for more than one query a request"
+            raise ArgumentError("A101", text, where="qo_indptr", hint=hint)
         if qo_indptr is None:
             return None
-        queries = integer_view("qo_indptr", qo_indptr, kinds=(dtypes.int32,), device=table.device)
-        if queries.size != table.requests + 1:
-            raise ArgumentError(
-                "A103", f"qo_indptr has shape {queries.shape}", where="qo_indptr",
-                hint="(requests + 1,)",
-            )  # fmt: skip
-        return queries
+        size, kinds = table.requests + 1, (dtypes.int32,)
+        return integer_view("qo_indptr", qo_indptr, 1, kinds, table.device, size)
 
     def params(self) -> dict[str, int]:
         """The parameters of an attention kernel that a plan decides."""

@@ -8,6 +8,7 @@ memory access and matrix tiles, and write the entry.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from tilewright.codegen.params import C_TYPES, STORED_AS_BITS, Params, c_name
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import walk
+from tilewright.ir.rewrite import statements, walk
 
 # The method of a renderer that gives the text of a node.
 _METHODS: dict[type, str] = {
@@ -105,6 +106,9 @@ class Renderer:
         if b.scope == "workspace":
             rule = "a row of a sparse product is gathered in memory of a CPU"
             raise ScheduleError("S103", rule, hint='build for "cpp", or an output that is dense')
+        if b.scope == "row":
+            rule = f"{b.name} has a run-time length, and a GPU has no such arrays"
+            raise ScheduleError("S103", rule, hint='compute_at(…, scope="global")')
         if b.shape:
             total = math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
             self.line(f"{kind} {name}[{total}];")
@@ -386,14 +390,9 @@ class Renderer:
         return text
 
 
-def has_lists(stage: tuple[ir.Nest, ...]) -> bool:
-    """Whether a nest of the stage walks lists of coordinates."""
-    return any(isinstance(x, (ir.Merge, ir.Drain)) for n in stage for x in walk(n.body))
-
-
-def has_tiles(stage: tuple[ir.Nest, ...]) -> bool:
-    """Whether a nest of the stage has tile operations."""
-    return any(isinstance(x, ir.Mma) for n in stage for x in walk(n.body))
+def has(stage: Iterable[ir.Nest], *kinds: type) -> bool:
+    """Whether a nest of the stage has statements of these kinds."""
+    return any(isinstance(x, kinds) for n in stage for x in statements(n.body))
 
 
 def operand_kind(t: DType) -> str:

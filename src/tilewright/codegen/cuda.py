@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from tilewright.codegen.cfamily import has_tiles, operand_kind
+from tilewright.codegen.cfamily import has, operand_kind
 from tilewright.codegen.merge import MergeRenderer
 from tilewright.codegen.params import C_TYPES, Params, c_name
 from tilewright.ir import nodes as ir
@@ -284,8 +284,8 @@ def render(program: ir.Program, declarations: str, params: Params) -> tuple[Body
 
 
 def _headers(stage: tuple[ir.Nest, ...]) -> tuple[str, ...]:
-    copies = any(isinstance(x, ir.Wait) for nest in stage for x in walk(nest.body))
-    return ("gpu.cuh", *("mma.cuh",) * has_tiles(stage), *("async.cuh",) * copies)
+    needs = ("mma.cuh", ir.Mma), ("async.cuh", ir.Wait)
+    return ("gpu.cuh", *(file for file, kind in needs if has(stage, kind)))
 
 
 def _accesses(stage: tuple[ir.Nest, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

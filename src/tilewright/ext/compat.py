@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tilewright.attention.batch import Attention
+from tilewright.attention.checks import float_view
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State, merge
 from tilewright.attention.pool import LAYOUTS, Pool
@@ -257,7 +258,8 @@ class _Wrapper:
         if self._planned is None:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise ArgumentError("A110", "a CUDA graph is captured", hint="use_cuda_graph=True")
-            self._planned = attn.plan(self._rows, kv)
+            q_dtype = float_view("q", g.q).dtype
+            self._planned = attn.plan(self._rows, kv, q_dtype=q_dtype)
         state = attn.run(g.q, kv, self._planned, out=out, **tensors)
         if given.get("v_scale") is not None:
             state.o.mul_(g.v_scale)

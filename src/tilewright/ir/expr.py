@@ -125,6 +125,11 @@ class Access(Expr):
     coords: tuple[Expr, ...]
     dtype: DType
 
+    @property
+    def stored_coords(self) -> tuple[Expr, ...]:
+        """The coordinates in the structure of a sparse tensor, without those behind it."""
+        return self.coords[: len(self.coords) - self.tensor.inner]
+
 
 @node
 class Stored(Expr):
@@ -272,7 +277,8 @@ class Tensor(Operators):
     """Coordinate level: a named array over named dimensions (or integer sizes).
 
     `format` is None for dense tensors. Tensors with the same `structure` name share one sparsity
-    structure; `fill` is what a missing coordinate reads.
+    structure; `fill` is what a missing coordinate reads. The last `inner` dimensions of a sparse
+    tensor are dense: each stored coordinate has an array of them.
     """
 
     name: str
@@ -284,6 +290,7 @@ class Tensor(Operators):
     fill: float = 0.0
     kind: Kind = "activation"
     strided: bool = False
+    inner: int = 0
 
     def __hash__(self) -> int:  # formats are long to hash
         return hash((self.name, self.dims))
@@ -313,12 +320,13 @@ class Tensor(Operators):
     __repr__ = __str__
 
 
-Scope = Literal["global", "part", "register", "shared", "fragment", "workspace"]
+Scope = Literal["global", "part", "register", "shared", "fragment", "workspace", "row"]
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """Memory. `part` buffers belong to one part of a composed tensor and come with the work table.
+    """Memory. `part` buffers belong to one part of a composed tensor and come with the work table;
+    `row` buffers hold what one iteration of a loop computes.
 
     `shape` and `strides` are in elements; run-time sizes are `Var`s. `strides` None = dense C
     order. `swizzled`: chunks of 16 bytes of a row of shared memory are exchanged by the number of
@@ -459,10 +467,8 @@ def cast(a: Expr, to: DType) -> Expr:
         return Const(bool(a.value), to)
     if isinstance(a, Const) and to.is_float:
         return Const(float(a.value), to)
-    if isinstance(a, Const) and not a.dtype.is_float:
+    if isinstance(a, Const) and (not a.dtype.is_float or to.least <= a.value <= to.most):
         return Const(to.wrapped(int(a.value)), to)
-    if isinstance(a, Const) and to.least <= a.value <= to.most:
-        return Const(int(a.value), to)
     return Cast(a, to.vector(a.dtype.lanes))
 
 

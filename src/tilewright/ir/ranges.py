@@ -41,15 +41,12 @@ def _interval(e: Expr, size: Size | None, full: Range) -> Range:
         a, b = interval(e.a, size), interval(e.b, size)
         return Range(min(a.low, b.low), max(a.high, b.high))
     if isinstance(e, Binary) and e.op not in COMPARISON:
-        return _RULES.get(e.op, _any)(interval(e.a, size), interval(e.b, size), full)
+        rule = _RULES.get(e.op)
+        return rule(interval(e.a, size), interval(e.b, size), full) if rule else full
     return full
 
 
 # ---------------------------------------------------------------------------- one rule an operator
-
-
-def _any(a: Range, b: Range, full: Range) -> Range:
-    return full
 
 
 def _product(a: Range, b: Range, full: Range) -> Range:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
-from operator import is_
 from typing import Any, TypeVar
 
 from tilewright import dtypes
@@ -31,7 +30,7 @@ def rebuild(n: N, f: Callable[[Any], Any]) -> N:
         old = getattr(n, name)
         if many:
             new = tuple([f(o) for o in old])
-            if all(map(is_, new, old)):
+            if all(map(operator.is_, new, old)):
                 continue
         else:
             new = f(old)
@@ -338,6 +337,8 @@ def _simplify_binary(x: ir.Binary) -> ir.Expr:
         return b
     if op in _NEUTRAL and is_const(b, _NEUTRAL[op]):
         return a
+    if op == "-" and isinstance(a, ir.Binary) and a.op == "+" and a.a == b:
+        return a.b
     if op == "+":
         return _simplify_sum(x)
     if op in ("<<", ">>") and _number(b) == 0:
@@ -404,10 +405,6 @@ def computed_in(e: ir.Expr, to: DType) -> ir.Expr:
 
 def ceil_div(a: Any, b: int) -> ir.Expr:
     return ir.as_expr(a) if b == 1 else simplify(ir.binary("//", add(a, b - 1), b))
-
-
-def as_int64(e: ir.Expr) -> ir.Expr:
-    return ir.cast(e, dtypes.int64)
 
 
 def broadcast(e: ir.Expr, lanes: int) -> ir.Expr:

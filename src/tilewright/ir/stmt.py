@@ -113,6 +113,10 @@ class Let(Stmt):
     var: Var
     value: Expr
 
+    @property
+    def name(self) -> str:
+        return self.var.name
+
 
 @node
 class If(Stmt):
@@ -122,11 +126,13 @@ class If(Stmt):
 
 @node
 class Reduction:
-    """Position level: `total = op of value`, over the loops that the `Compute` reduces over."""
+    """Position level: `total = op of value`, over the loops that the `Compute` reduces over.
+    `factor`: a register that the sum so far is multiplied by before each term."""
 
     total: Buffer
     op: str
     value: Expr
+    factor: Buffer | None = None
 
 
 @node
@@ -138,7 +144,9 @@ class Compute(Stmt):
     `in_place`: the output was initialised by an earlier nest and is updated in memory (a row that
     several iterations share). `shared`: so do other nests, or other parts of the same format.
     `atomic`: those updates may come from several units at once. `mma`: the names of the three
-    innermost loops, when they form a matrix tile.
+    innermost loops, when they form a matrix tile. `online`: a maximum that is read before it is
+    complete. For each term x it sets two registers: exp(x - maximum), and exp(old maximum -
+    maximum), the factor of sums that are relative to it.
     """
 
     out: Load
@@ -150,6 +158,7 @@ class Compute(Stmt):
     mma: tuple[str, str, str] | None = None
     shared: bool = False
     reductions: tuple[Reduction, ...] = ()
+    online: tuple[Buffer, Buffer] | None = None
 
     @property
     def sums(self) -> tuple[tuple[str, Expr], ...]:
@@ -193,10 +202,12 @@ class Wait(Stmt):
 
 @node
 class Alloc(Stmt):
-    """Loop level: declares a register, shared or fragment buffer until the end of its `Seq`. A
-    fragment buffer is an array of float32 fragments, (slots, rows, columns), and starts at 0."""
+    """Loop level: declares a register, shared, fragment or row buffer until the end of its `Seq`.
+    A fragment buffer is an array of float32 fragments, (slots, rows, columns), and starts at 0.
+    `extents`: the shape of a row buffer, which is known at run time only."""
 
     buffer: Buffer
+    extents: tuple[Expr, ...] = ()
 
 
 @node
@@ -264,7 +275,8 @@ class Program:
     `stages` groups the nests that run in one launch: nests of a stage are independent of each
     other. `orders` holds loop orders asked for (output name, then axes); `fused` the structures
     whose two axes are walked as one; `merged` the outputs all of whose reductions run in one loop;
-    `sizes` dimensions that are fixed; `index` the type of coordinates.
+    `placed` temporaries, each with the index in whose loop it is computed and the scope of its
+    memory; `sizes` dimensions that are fixed; `index` the type of coordinates.
     """
 
     name: str
@@ -276,6 +288,7 @@ class Program:
     orders: tuple[tuple[str, ...], ...] = ()
     fused: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
+    placed: tuple[tuple[str, str, str], ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
     index: DType = dtypes.int32
 

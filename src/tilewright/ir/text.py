@@ -6,6 +6,7 @@ Nodes print themselves through this module, so it knows their classes by name on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 _INFIX = {
@@ -25,10 +26,6 @@ def expr_text(e: Any, outer: int = 0) -> str:
     return f"({text})" if level < outer else text
 
 
-def _const(e: Any) -> str:
-    return f"{e.value:g}" if isinstance(e.value, float) else str(e.value).lower()
-
-
 def _unary(e: Any) -> str:
     return f"-{expr_text(e.a, 8)}" if e.op == "-" else f"{e.op}({expr_text(e.a)})"
 
@@ -39,7 +36,7 @@ def _search(e: Any) -> str:
 
 
 _EXPRESSIONS: dict[str, Callable[[Any], str]] = {
-    "Const": _const,
+    "Const": lambda e: f"{e.value:g}" if isinstance(e.value, float) else str(e.value).lower(),
     "Var": lambda e: e.name,
     "Index": lambda e: e.name,
     "Access": lambda e: f"{e.tensor.name}[{_commas(e.coords)}]",
@@ -99,9 +96,11 @@ def _compute(s: Any) -> str:
     over = f"over {' '.join(s.reduce)}"
     how = f" mma({', '.join(s.mma)})" if s.mma else ""
     if not s.op:
-        totals = (f"{r.total.name} = {r.op}({expr_text(r.value)} {over})" for r in s.reductions)
+        by = {r: f" by {r.factor.name}" if r.factor else "" for r in s.reductions}
+        totals = (f"{r.total.name} = {r.op}({expr_text(r.value)} {over}){by[r]}" for r in by)
         where = f" where {', '.join(totals)}" if s.reductions else ""
         return f"{expr_text(s.out)} = {expr_text(s.value)}{where}{how}"
+    how += " online" if s.online else ""
     how = (" in place" if s.in_place else "") + (" atomic" if s.atomic else "") + how
     return f"{expr_text(s.out)} = {s.op}({expr_text(s.value)} {over}){how}"
 
@@ -110,10 +109,6 @@ def _store(s: Any) -> str:
     op = {"": "=", "sum": "+=", "prod": "*="}.get(s.op, f"{s.op}=")
     line = f"{s.buffer.name}[{_commas(s.index)}] {op} {expr_text(s.value)}"
     return line + (" atomic" if s.atomic else "")
-
-
-def _element(b: Any, index: Any) -> str:
-    return f"{b.name}[{expr_text(index)}]"
 
 
 _STATEMENTS: dict[str, Callable[[Any], str]] = {
@@ -126,13 +121,15 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "If": lambda s: f"if {expr_text(s.cond)}",
     "Compute": _compute,
     "Store": _store,
-    "Alloc": lambda s: f"alloc {s.buffer}",
+    "Alloc": lambda s: f"alloc {replace(s.buffer, shape=s.extents or s.buffer.shape)}",
     "Prefetch": lambda s: f"prefetch {expr_text(s.element)}",
     "CopyAsync": lambda s: f"async {_store(s)}",
     "Commit": lambda s: "commit",
     "Wait": lambda s: f"wait {s.pending}",
     "Sync": lambda s: "sync",
-    "Mma": lambda s: f"mma {_element(s.acc, s.slot)} += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}",
+    "Mma": lambda s: (
+        f"mma {s.acc.name}[{expr_text(s.slot)}] += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}"
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import COUNT, SIZE, STRIDE, is_generated
-from tilewright.ir.rewrite import free_vars, path_to, statements, walk
+from tilewright.ir.rewrite import free_vars, is_const, path_to, statements, walk
 
 # fmt: off
 _STATEMENTS = (
@@ -164,9 +164,7 @@ def _visits_all(body: ir.Stmt, compute: ir.Compute) -> bool:
     for s in path_to(body, compute) or ():
         if isinstance(s, ir.For):
             reducing |= ir.reduces(s, compute)
-            covers = s.begin == ir.Const(0, s.begin.dtype) and not any(
-                _is_read(x) for x in walk(s.end)
-            )
+            covers = is_const(s.begin, 0) and not any(map(_is_read, walk(s.end)))
             if not (ir.reduces(s, compute) or covers):
                 return False
         elif isinstance(s, ir.If) and not reducing and not _is_tail(s.cond):

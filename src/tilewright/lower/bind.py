@@ -150,22 +150,18 @@ def _has_grid(s: ir.Stmt) -> bool:
 
 
 def _check_host(loop: ir.For) -> None:
-    unknown = [
-        x
+    # Before a launch the host knows sizes and counts.
+    unknown = any(
+        isinstance(x, (ir.Load, ir.Search))
+        or (isinstance(x, ir.Var) and not is_generated(x.name, SIZE, COUNT))
         for x in walk(loop.end)
-        if isinstance(x, (ir.Load, ir.Search)) or (isinstance(x, ir.Var) and not host_known(x.name))
-    ]
+    )
     if unknown or not is_const(loop.begin, 0):
         raise illegal(
             f"loop {loop.name} cannot be parallel: its range {loop.begin}:{loop.end} is not known "
             "before the launch",
             "units of work: loops over a dimension, or over the outermost level of a format",
         )
-
-
-def host_known(name: str) -> bool:
-    """Whether the host knows a variable before a launch: sizes and counts."""
-    return is_generated(name, SIZE, COUNT)
 
 
 def _extent(body: ir.Stmt, kind: str) -> int:

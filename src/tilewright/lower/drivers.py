@@ -17,7 +17,7 @@ from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import is_list_of_pairs
 from tilewright.lower.constants import constant
-from tilewright.lower.tables import Driver, Statement, drivers, index_names
+from tilewright.lower.tables import Driver, Statement, drivers
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def iteration(st: Statement) -> Iteration | None:
     """What a statement iterates over beside whole dimensions. Raises ProgramError[P107] where its
     value would depend on the order of operands."""
     if st.out.tensor.is_sparse:
-        return Iteration((Driver(st.out.tensor.structure, index_names(st.out)),))
+        return Iteration((Driver.of(st.out),))
     shared = drivers(st)
     if not shared:
         return None
@@ -65,13 +65,13 @@ def iteration(st: Statement) -> Iteration | None:
     if _is_identity(st, set(ranked)):
         return Iteration(tuple(ranked), "union", all(_holds(st, [d]) for d in ranked))
     names = " and ".join(shared[d].name for d in ranked)
+    first = f"{shared[ranked[0]].name}[{', '.join(ranked[0].indices)}]"
     raise ProgramError(
         "P107",
         f"the structures of {names} share an axis of {st.op} over "
         f"{', '.join(a.name for a in st.axes)}, and {st.value} is not the {st.op} of nothing where "
         "they are missing",
-        hint=f"name the coordinates: where=tw.stored({_access(st, ranked[0])}), or | and & of "
-        "several",
+        hint=f"name the coordinates: where=tw.stored({first}), or | and & of several",
     )
 
 
@@ -111,12 +111,6 @@ def _rank(driver: Driver, fmt: Any, reduced: set[str]) -> tuple[int, bool]:
     return int(bool(levels) and all(x.unique for x in levels)), not below
 
 
-def _access(st: Statement, driver: Driver) -> str:
-    """The first access of a driver, as text."""
-    tensor = drivers(st)[driver].name
-    return f"{tensor}[{', '.join(driver.indices)}]"
-
-
 def _condition(body: ir.Expr) -> ir.Expr:
     """The condition of a body that has one; else one that nothing is known of."""
     return body.cond if isinstance(body, ir.Select) else ir.Var("", dtypes.bool_)
@@ -127,8 +121,8 @@ def _is_identity(st: Statement, missing: Container[Driver]) -> bool:
 
     def read(x: ir.Access | ir.Stored) -> Any:
         if isinstance(x, ir.Stored):
-            return False if _driver(x.access) in missing else None
-        return x.tensor.fill if x.tensor.role == "input" and _driver(x) in missing else None
+            return False if Driver.of(x.access) in missing else None
+        return x.tensor.fill if x.tensor.role == "input" and Driver.of(x) in missing else None
 
     if st.op == "append":
         return constant(_condition(st.value), read) is False
@@ -140,13 +134,9 @@ def _holds(st: Statement, stored: list[Driver]) -> bool:
     """Whether the condition of a body holds where these structures store an entry."""
 
     def read(x: ir.Access | ir.Stored) -> Any:
-        return True if isinstance(x, ir.Stored) and _driver(x.access) in stored else None
+        return True if isinstance(x, ir.Stored) and Driver.of(x.access) in stored else None
 
     return constant(_condition(st.value), read) is True
-
-
-def _driver(x: ir.Access) -> Driver:
-    return Driver(x.tensor.structure, index_names(x))
 
 
 def list_key(st: Statement) -> Any:

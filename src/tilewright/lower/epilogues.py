@@ -7,14 +7,11 @@ element's sum is complete, so `out.0` needs no memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import walk
 from tilewright.lower.drivers import driver_of, iteration, outer_driver
-from tilewright.lower.tables import Statement, indices_in
+from tilewright.lower.tables import Statement, indices_in, names_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +36,26 @@ def fused(
     """
     if root.op:
         return root, temps
-    read = set(_names_read(root))
-    elsewhere = {name for t in temps for name in _names_read(t)}
-    own = _indices(root)
-    candidates = [
-        t for t in temps
-        if t.out.tensor.name in read - elsewhere
-        and (_indices(t) == own or (merged and _indices(t) < own))
-        and not (root.out.tensor.is_sparse and driver_of(t))
-        and not _is_merged(t)
-    ]  # fmt: skip
-    candidates.sort(key=lambda t: _follows(t) != structure)
-    group = [t for t in candidates if _loops(t) == _loops(candidates[0])]
-    if not group:
+    read = names_read(root.value) - names_read(*(t.value for t in temps))
+    own = set(indices_in(root.out.coords))
+
+    def is_candidate(t: Statement) -> bool:
+        needs, it = set(indices_in(t.out.coords)), iteration(t)
+        walks_one = not (it and it.op) and not (root.out.tensor.is_sparse and it)
+        return (
+            t.out.tensor.name in read and walks_one and (needs == own or (merged and needs < own))
+        )
+
+    def is_elsewhere(t: Statement) -> bool:
+        driver = outer_driver(t)
+        return (driver.structure if driver else "") != structure
+
+    candidates = sorted(filter(is_candidate, temps), key=is_elsewhere)
+    if not candidates:
         return root, temps
-    first = group[0]
+    first = candidates[0]
+    loops = first.axes, driver_of(first)
+    group = [t for t in candidates if (t.axes, driver_of(t)) == loops]
     joined = Fused(root.out, first.op, first.axes, first.value, root.value, tuple(group))
     return joined, [t for t in temps if t not in group]
 
@@ -61,26 +63,3 @@ def fused(
 def values_of(st: Statement) -> tuple[ir.Expr, ...]:
     """Every expression that a statement computes."""
     return (*(t.value for t in st.totals), st.epilogue) if isinstance(st, Fused) else (st.value,)
-
-
-def _is_merged(t: Statement) -> bool:
-    """Whether the loops of a reduction may follow several structures."""
-    it = iteration(t)
-    return it is not None and bool(it.op)
-
-
-def _names_read(st: Statement) -> Iterator[str]:
-    return (x.tensor.name for x in walk(st.value) if isinstance(x, ir.Access))
-
-
-def _indices(st: Statement) -> set[str]:
-    return {x.name for x in indices_in(st.out.coords)}
-
-
-def _follows(t: Statement) -> str:
-    driver = outer_driver(t)
-    return driver.structure if driver else ""
-
-
-def _loops(t: Statement) -> Any:
-    return t.axes, driver_of(t)

@@ -9,7 +9,6 @@ from tilewright import dtypes
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import (
     add,
-    as_int64,
     map_bodies,
     mul,
     rebuild,
@@ -51,6 +50,9 @@ def _inline(s: Any, known: dict[str, ir.Expr]) -> Any:
     return substitute(s, known)
 
 
+IN_MEMORY = ("global", "part", "shared", "row")
+
+
 def flatten_addresses(program: ir.Program) -> ir.Program:
     """Loads and stores of memory get one offset; registers keep their indices.
 
@@ -58,7 +60,7 @@ def flatten_addresses(program: ir.Program) -> ir.Program:
     """
 
     def visit(x: Any) -> Any:
-        if isinstance(x, (ir.Load, ir.Store)) and x.buffer.scope in ("global", "part", "shared"):
+        if isinstance(x, (ir.Load, ir.Store)) and x.buffer.scope in IN_MEMORY:
             return replace(x, index=(flat_offset(x),))
         return x
 
@@ -69,7 +71,7 @@ def flat_offset(x: ir.Load | ir.Store) -> ir.Expr:
     """The offset of an access, in elements: 64 bits, in shared memory 32."""
     buffer = x.buffer
     width = dtypes.int32 if buffer.scope == "shared" else dtypes.int64
-    if buffer.scope == "part":
+    if buffer.scope == "part" and len(x.index) == 1:
         return x.index[0]
     strides = buffer.strides
     if strides is None:
@@ -81,6 +83,5 @@ def flat_offset(x: ir.Load | ir.Store) -> ir.Expr:
         strides = tuple(packed)
     total: ir.Expr = ir.Const(0, width)
     for i, s in zip(x.index, strides, strict=True):
-        index = as_int64(i) if width == dtypes.int64 else ir.cast(i, width)
-        total = add(total, mul(index, ir.cast(s, width)))
+        total = add(total, mul(ir.cast(i, width), ir.cast(s, width)))
     return total

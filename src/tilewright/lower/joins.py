@@ -22,17 +22,9 @@ from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import substitute, transform, walk
 from tilewright.lower.constants import constant
-from tilewright.lower.lists import has_list, list_of
 from tilewright.lower.reads import PartRows, Reader, appended
-from tilewright.lower.scope import Scope
-from tilewright.lower.tables import (
-    Driver,
-    Statement,
-    Tables,
-    index_names,
-    indices_in,
-    unmergeable,
-)  # fmt: skip
+from tilewright.lower.scope import Scope, has_list
+from tilewright.lower.tables import Driver, Statement, Tables, indices_in, unmergeable  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +49,7 @@ def join_of(value: ir.Expr) -> Join | None:
         cond, stored = (cond.b, cond.a) if isinstance(cond.a, ir.Stored) else (cond.a, cond.b)
         if not isinstance(stored, ir.Stored):
             return None
-        mask = _driver(stored)
+        mask = Driver.of(stored.access)
     exists = cond.a if isinstance(cond, ir.Binary) and cond.op == "!=" else None
     if not isinstance(exists, ir.Reduce) or exists.op != "max" or len(inner.axes) != 1:
         return None
@@ -67,16 +59,12 @@ def join_of(value: ir.Expr) -> Join | None:
         return None
     if not isinstance(both.a, ir.Stored) or not isinstance(both.b, ir.Stored):
         return None
-    drivers = [_driver(both.a), _driver(both.b)]
+    drivers = [Driver.of(x.access) for x in (both.a, both.b)]
     drivers.sort(key=lambda d: axis.name in d.indices)
     first, second = drivers
     if axis.name in first.indices or not {axis.name, over[0].name} <= set(second.indices):
         return None
     return Join(axis, over[0], first, second, mask)  # type: ignore[arg-type]
-
-
-def _driver(x: ir.Stored) -> Driver:
-    return Driver(x.access.tensor.structure, index_names(x.access))
 
 
 def join_nest(tables: Tables, statements: list[Statement], join: Join) -> ir.Nest:
@@ -146,7 +134,7 @@ class _Builder:
         def missing(driver: Driver) -> Any:
             def read(x: Any) -> Any:
                 access = x.access if isinstance(x, ir.Stored) else x
-                if Driver(access.tensor.structure, index_names(access)) != driver:
+                if Driver.of(access) != driver:
                     return None
                 return False if isinstance(x, ir.Stored) else access.tensor.fill
 
@@ -157,7 +145,7 @@ class _Builder:
     def _walk(self, scope: Scope, driver: Driver, axis: ir.Index) -> Any:
         """Opens the loop over the list of a structure; returns its wrapper of bodies."""
         lets: list[ir.Stmt] = []
-        entries = list_of(scope, driver, lets)
+        entries = scope.list_of(driver, lets)
         position, var = self._variable(f"{axis.name}_p"), self._variable(axis.name)
         scope.coordinates[axis.name] = var
         scope.known_positions[driver] = position

@@ -17,11 +17,11 @@ from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Compressed, Level, may_miss
 from tilewright.ir.rewrite import add, mul, transform, walk
 from tilewright.lower.drivers import Iteration, driver_of, iteration, outer_driver
-from tilewright.lower.epilogues import Fused, values_of
-from tilewright.lower.lists import has_list, list_of, merge_of
+from tilewright.lower.epilogues import Fused, fused, values_of
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
+from tilewright.lower.placed import Row, check, online, refuse
 from tilewright.lower.reads import PartRows, Reader, appended
-from tilewright.lower.scope import BlockPart, Scope
+from tilewright.lower.scope import BlockPart, Scope, has_list, merge_of
 from tilewright.lower.tables import (
     Driver,
     Statement,
@@ -77,10 +77,16 @@ class NestBuilder:
         shared: bool,
         also: tuple[Statement, ...] = (),
     ) -> None:
-        self.tables, self.root, self.temps, self.also = tables, root, temps, also
+        self.tables, self.root, self.also = tables, root, also
         self.structure, self.shared = structure, shared
         self.rows = PartRows(tables, structure, shared)
         self.emitted: set[str] = set()  # temporaries that are computed already
+        self.placed = {name: loop for name, loop, _ in tables.program.placed}
+        for t in [t for t in temps if t.out.tensor.name in self.placed]:
+            before, after = temps[: temps.index(t)], temps[temps.index(t) + 1 :]
+            t, before = fused(t, before, "")
+            temps = [*before, t, *after]
+        self.temps = temps
         self.computed_in = {t.out.tensor.name: self._statement_around(t) for t in temps}
 
     def build(self) -> BuiltNest:
@@ -100,6 +106,7 @@ class NestBuilder:
         is_revisited = (self.shared and not is_sparse) or revisits_outputs(st, specs)
         in_place = bool(st.op) and (is_update or is_revisited)
         body = self._loops(_Target(st, in_place), specs, scope)
+        body = online(body) if self.placed else body
         return BuiltNest(body, driver, in_place and not is_update, covers)
 
     # -- statements ----------------------------------------------------------------------------
@@ -107,7 +114,8 @@ class NestBuilder:
     def _statement_around(self, t: Statement) -> str:
         """The output of the statement in whose loops `t` is computed: the root, or the reduction
         whose index it needs."""
-        if not {x.name for x in indices_in(t.out.coords)} - self._names_of(self.root, axes=False):
+        is_placed = t.out.tensor.name in self.placed
+        if is_placed or self._names_of(t, axes=False) <= self._names_of(self.root, axes=False):
             return self.root.out.tensor.name
         for reader in (*self.temps, self.root):
             for x in (x for value in values_of(reader) for x in walk(value)):
@@ -119,11 +127,20 @@ class NestBuilder:
         return {x.name for x in (*indices_in(st.out.coords), *(st.axes if axes else ()))}
 
     def _temporary(self, t: Statement, scope: Scope) -> ir.Stmt:
-        """The loops of a reduction inside those of another statement."""
-        driver, scope = driver_of(t), scope.copy()
+        """The loops of a temporary inside those of another statement; none over an axis in whose
+        loop it is placed."""
+        tensor, loop = t.out.tensor, self.placed.get(t.out.tensor.name, "")
+        driver, root, inside = driver_of(t), driver_of(self.root), scope.copy()
+        check(t, self.placed, self.emitted, set(scope.coordinates))
         if driver:
             self._check_complete_rows(t, driver)
-        specs = self._follow(t, driver, scope)
+        own = tuple(a for a in t.axes if a.name != loop)
+        if own == t.axes:
+            specs = self._follow(t, driver, inside)
+        else:
+            if driver != (root if root and loop in root.indices else None):
+                raise refuse(tensor.name, f"loop {loop} has other coordinates", "another index")
+            specs = self._follow(replace(t, axes=own), None, inside)
         if revisits_outputs(t, specs):
             raise ProgramError(
                 "P107",
@@ -131,8 +148,12 @@ class NestBuilder:
             )
         around = (self.root, *(x for x in self.temps if x is not t))
         names = {name for x in around for name in self._names_of(x)}
-        shadowed = frozenset(a.name for a in t.axes if a.name in names)
-        return self._loops(_Target(t, False, shadowed), specs, scope)
+        target = _Target(t, False, frozenset(a.name for a in own if a.name in names))
+        if self.tables.tensors[tensor.name].role != "inline":
+            return ir.seq(self._loops(target, specs, inside), ir.Sync())
+        row = self.tables.rows[tensor.name] = Row.of(self.tables, t.out, scope)
+        body = self._loops(target, specs, inside)
+        return ir.seq(ir.Alloc(row.buffer, row.extents), body) if row.extents else body
 
     def _follow(self, st: Statement, driver: Driver | None, scope: Scope) -> list[LoopSpec]:
         if driver:
@@ -217,7 +238,8 @@ class NestBuilder:
         for t in self.temps:
             name = t.out.tensor.name
             is_inside = self.computed_in[name] == target.statement.out.tensor.name
-            is_ready = self._names_of(t, axes=False) <= scope.coordinates.keys()
+            needed = {self.placed[name]} if name in self.placed else self._names_of(t, axes=False)
+            is_ready = needed <= scope.coordinates.keys()
             if name not in self.emitted and is_inside and is_ready:
                 self.emitted.add(name)
                 before.append(self._temporary(t, scope))
@@ -251,7 +273,7 @@ class NestBuilder:
     def _open_merge(self, s: LoopSpec, it: Iteration, target: _Target, scope: Scope) -> Wrap:
         before: list[ir.Stmt] = []
         var, axis = self._variable(f"{s.axis.name}_p"), self._variable(s.axis.name)
-        lists = [list_of(scope, d, before) for d in it.drivers]
+        lists = [scope.list_of(d, before) for d in it.drivers]
         loop = merge_of(var, lists, it.op, (target.tag(s.axis.name),))
         for n, d in enumerate(it.drivers):
             optional = it.op == "union" and len(lists) > 1
@@ -270,12 +292,12 @@ class NestBuilder:
         # A dense level may be walked before the levels above it: its parent is only needed later.
         parent = zero if level.is_dense else scope.position(s.structure, s.depth - 1)
         before: list[ir.Stmt] = []
-        if is_missing := may_miss(parent):
-            parent = self._named_position(s.structure, s.depth - 1, parent, scope, before)
-        begin, end = level.loop(storage, parent)
-        if is_missing:  # nothing is stored there: an empty range
-            is_stored = ir.binary(">=", parent, 0)
-            begin, end = ir.select(is_stored, begin, zero), ir.select(is_stored, end, zero)
+        begin, end, parent = scope.range_of(s.structure, s.depth, parent, before)
+        row = self.tables.rows.get(target.statement.out.tensor.name)
+        if row and row.tensor.is_sparse:
+            if row.levels and not level.is_dense:
+                raise refuse(row.tensor.name, "the lengths of its rows differ", 'scope="global"')
+            row.levels.append((s.depth, begin, end))
         suffix = ("_i" if level.inner else "_o") if level.block else ""
         suffix += "" if type(level).coord is Level.coord else "_p"
         var = self._variable(s.axis.name + suffix)
@@ -292,15 +314,6 @@ class NestBuilder:
         return lambda body: ir.seq(
             *before, ir.For(var, begin, end, _inside(lets, guards, body), axes=axes)
         )
-
-    def _named_position(
-        self, structure: str, depth: int, position: ir.Expr, scope: Scope, lets: list[ir.Stmt]
-    ) -> ir.Var:
-        """A located position as a variable, so that it is searched once."""
-        var = ir.Var(self.tables.unused_name(f"{structure}_q{depth}"), position.dtype)
-        scope.walks[structure].positions[depth] = var
-        lets.append(ir.Let(var, position))
-        return var
 
     def _bind(
         self, s: LoopSpec, level: Level, coordinate: ir.Expr, scope: Scope
@@ -363,10 +376,13 @@ class NestBuilder:
         body = st.value.a if merged and isinstance(st.value, ir.Select) else st.value
         reductions, value = self._values(st, body, reader)
         tensor = st.out.tensor
-        if tensor.is_sparse:
+        if row := self.tables.rows.get(tensor.name):
+            out = row.element(scope, st.out, tuple(map(reader.expr, st.out.coords)))
+        elif tensor.is_sparse:
             last = len(self.tables.levels(tensor.structure)) - 1
             position = scope.position(tensor.structure, last)
-            out = ir.Load(self.tables.values(tensor), (position,), tensor.dtype)
+            inner = map(reader.expr, st.out.coords[len(st.out.stored_coords) :])
+            out = ir.Load(self.tables.values(tensor), (position, *inner), tensor.dtype)
         else:
             coords = tuple(reader.expr(c) for c in st.out.coords)
             guards += reader.bounds(tensor, st.out, coords)
@@ -393,6 +409,12 @@ class NestBuilder:
     ) -> tuple[tuple[ir.Reduction, ...], ir.Expr]:
         """The reductions of a statement with an epilogue, and the value that it stores; or
         `body` alone."""
+        name = st.out.tensor.name
+        row, is_plain = self.tables.rows.get(name), not isinstance(st, Fused)
+        if st.op and is_plain and name in self.placed and (not row or row.extents):
+            value = reader.expr(body)
+            total = ir.Buffer(f"{name}.0", value.dtype, (), "register")
+            return (ir.Reduction(total, st.op, value),), ir.Load(total, (), total.dtype)
         if not isinstance(st, Fused):
             return (), reader.expr(body)
         totals = {t.out.tensor.name: ir.Buffer(t.out.tensor.name, t.out.dtype, (), "register")
@@ -423,7 +445,7 @@ class NestBuilder:
         position = scope.position(driver.structure, last)
         if not may_miss(position):
             return []
-        var = self._named_position(driver.structure, last, position, scope, lets)
+        var = scope.named_position(driver.structure, last, position, lets)
         return [ir.binary(">=", var, 0)]
 
 

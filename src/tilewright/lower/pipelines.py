@@ -73,9 +73,12 @@ def _pipelined(f: ir.For, repeated: bool) -> ir.Stmt:
 
         return transform(s, visit)
 
+    def asynchronous(x: Any) -> Any:
+        return ir.CopyAsync(x.buffer, x.index, x.value) if isinstance(x, ir.Store) else x
+
     def started(iteration: ir.Expr, number: ir.Expr) -> ir.Stmt:
         moved = staged(substitute(copies, {f.name: iteration}), number)
-        moved = transform(moved, lambda x: _asynchronous(x) if isinstance(x, ir.Store) else x)
+        moved = transform(moved, asynchronous)
         return ir.seq(ir.If(ir.binary("<", iteration, last), moved), ir.Commit())
 
     number = simplify(ir.binary("-", f.var, first))
@@ -92,7 +95,3 @@ def _pipelined(f: ir.For, repeated: bool) -> ir.Stmt:
         replace(f, begin=first, end=last, body=body, kind="serial", stages=0, unroll_hint=1),
         *([ir.Sync()] if repeated else []),
     )  # fmt: skip
-
-
-def _asynchronous(s: ir.Store) -> ir.CopyAsync:
-    return ir.CopyAsync(s.buffer, s.index, s.value)

@@ -16,7 +16,15 @@ from tilewright.lower.drivers import check_reduction, driver_of, list_key, outer
 from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.joins import join_nest, join_of
 from tilewright.lower.nests import BuiltNest, NestBuilder
-from tilewright.lower.tables import Driver, Statement, Tables, indices_in, shares_rows  # fmt: skip
+from tilewright.lower.placed import with_roles
+from tilewright.lower.tables import (  # fmt: skip
+    Driver,
+    Statement,
+    Tables,
+    indices_in,
+    names_read,
+    shares_rows,
+)
 
 
 def coordinates_to_positions(program: ir.Program) -> ir.Program:
@@ -29,9 +37,10 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
                   let j = A.indices1[j_p]
                   Y[i, k] = sum(A.values[j_p] * X[j, k] over j)
     """
+    program = with_roles(program)
     builder = _Builder(program)
     stages: list[tuple[ir.Nest, ...]] = []
-    for root, inline, also in _roots(program):
+    for root, inline, also in _roots(program, builder.placed):
         stages += builder.stages(root, inline, also)
     buffers = {b.name: b for stage in stages for nest in stage for b in _buffers(nest.body)}
     return replace(
@@ -40,11 +49,12 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
 
 
 def _roots(
-    program: ir.Program,
+    program: ir.Program, placed: set[str]
 ) -> Iterable[tuple[ir.Assign, list[ir.Assign], tuple[Statement, ...]]]:
     """Each statement that is stored, with the inline ones that it reads and the lists behind it
     that are appended to in the same loops."""
-    inline = {a.out.tensor.name: a for a in program.body if a.out.tensor.role == "inline"}
+    inside = placed | {t.name for t in program.tensors if t.role == "inline"}
+    inline = {a.out.tensor.name: a for a in program.body if a.out.tensor.name in inside}
     roots = [a for a in program.body if a.out.tensor.name not in inline]
     while roots:
         root, also = roots.pop(0), []
@@ -60,14 +70,9 @@ def _roots(
 def _read_by(root: Any, temps: list[Any]) -> list[Any]:
     """The statements of `temps` whose values the statement `root` reads, itself or through other
     ones."""
-    known = {t.out.tensor.name: t for t in temps}
-    read: set[str] = set()
-    waiting = [root.value, root.out]
-    while waiting:
-        for x in walk(waiting.pop()):
-            if isinstance(x, ir.Access) and x.tensor.name in known.keys() - read:
-                read.add(x.tensor.name)
-                waiting.append(known[x.tensor.name].value)
+    read = names_read(root.value, root.out)
+    while more := names_read(*(t.value for t in temps if t.out.tensor.name in read)) - read:
+        read |= more
     return [t for t in temps if t.out.tensor.name in read]
 
 
@@ -85,6 +90,7 @@ class _Builder:
     def __init__(self, program: ir.Program) -> None:
         self.program = program
         self.tensors = {t.name: t for t in program.tensors}
+        self.placed = {name for name, _, _ in program.placed}
 
     def stages(
         self, root: ir.Assign, inline: list[ir.Assign], also: tuple[Statement, ...] = ()
@@ -102,6 +108,8 @@ class _Builder:
         for st in (statement, *also, *temps):
             check_reduction(st, self.tensors)
         overlaps = composed is not None and composed.repeats
+        if (shared or overlaps) and any(t.out.tensor.name in self.placed for t in temps):
+            raise shares_rows(statement.out.tensor.name, composition)
         built: list[BuiltNest] = []
         merged = root.out.tensor.name in self.program.merged
         joined, rest = fused(statement, temps, structure, merged)
@@ -197,7 +205,7 @@ class _Builder:
         followers = {
             t.out.tensor.name: ir.identity_of(t.op, t.out.dtype)
             for t in temps
-            if driver and driver in (driver_of(t), outer_driver(t))
+            if driver and t.op and driver in (driver_of(t), outer_driver(t))
         }
 
         def visit(e: Any) -> Any:
@@ -221,9 +229,8 @@ class _Builder:
 
 def _is_separable(joined: Fused, temps: list[Statement]) -> bool:
     """Whether the totals can be arrays: dense ones, computed from no other reduction."""
-    names = {t.out.tensor.name for t in temps}
-    read = {x.tensor.name for t in joined.totals for x in walk(t.value) if isinstance(x, ir.Access)}
-    return not joined.out.tensor.is_sparse and not names & read
+    read = names_read(*(t.value for t in joined.totals))
+    return not joined.out.tensor.is_sparse and not any(t.out.tensor.name in read for t in temps)
 
 
 def _root_driver(st: Statement, temps: list[Statement]) -> Driver:

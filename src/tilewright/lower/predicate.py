@@ -32,8 +32,8 @@ def predicate_loads(program: ir.Program) -> ir.Program:
 def _visit(s: Any, filled: set[str]) -> Any:
     if not isinstance(s, ir.If):
         return s
-    padding = _is_padding_test(s.cond)
-    names = free_vars(s.cond)
+    cond, names = s.cond, free_vars(s.cond)
+    padding = isinstance(cond, ir.Binary) and cond.op == ">=" and is_const(cond.b, 0)
 
     def guarded(x: ir.Load) -> bool:
         return not padding or x.buffer.name in filled or bool(free_vars(x) & names)
@@ -62,10 +62,6 @@ def _rewrite(s: ir.Stmt, cond: ir.Expr, guarded: Any) -> ir.Stmt | None:
     ):
         return replace(s, value=_guard_loads(s.value, cond, guarded))
     return None
-
-
-def _is_padding_test(cond: ir.Expr) -> bool:
-    return isinstance(cond, ir.Binary) and cond.op == ">=" and is_const(cond.b, 0)
 
 
 def _is_product(e: ir.Expr, guarded: Any) -> bool:

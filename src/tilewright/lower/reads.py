@@ -14,7 +14,7 @@ from tilewright.ir.names import parse_name
 from tilewright.ir.ranges import interval
 from tilewright.ir.rewrite import add
 from tilewright.lower.scope import Scope, part_of
-from tilewright.lower.tables import Driver, Statement, Tables, index_names, unsearchable
+from tilewright.lower.tables import Driver, Statement, Tables, unsearchable
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,12 @@ class Reader:
 
     def access(self, e: ir.Access) -> ir.Expr:
         tensor = self.tables.tensors[e.tensor.name]
+        if row := self.tables.rows.get(tensor.name):
+            return row.element(self.scope, e, tuple(self.expr(c) for c in e.coords))
         if tensor.is_sparse:
             position = self._position(tensor, e)
-            return load_value(self.tables.values(tensor), position, tensor.fill)
+            inner = tuple(self.expr(c) for c in e.coords[len(e.stored_coords) :])
+            return load_value(self.tables.values(tensor), position, tensor.fill, inner)
         coords = tuple(self.expr(c) for c in e.coords)
         value = ir.Load(self.tables.buffer(tensor), coords, e.dtype)
         inside = self.bounds(tensor, e, coords)
@@ -104,7 +107,7 @@ class Reader:
     def _position(self, tensor: ir.Tensor, e: ir.Access) -> ir.Expr:
         """The position of an access in the values of a sparse tensor; negative if not stored."""
         levels = self.tables.levels(tensor.structure, tensor.name)
-        access = Driver(tensor.structure, index_names(e))
+        access = Driver.of(e)
         if access.is_plain and self.scope.is_read_at(access):
             return self.scope.position(tensor.structure, len(levels) - 1)
         if access.is_plain and access in self.scope.known_positions:

@@ -1,28 +1,34 @@
-"""Pass: reductions get accumulators: a `Compute` becomes initialization, update and store."""
+"""Pass: reductions get accumulators: a `Compute` becomes initialization, update and store.
+
+The analysis is that of tiles too: the names that a reduction changes, and the loops, lets and
+guards under which its total is stored.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import count, product
+from itertools import product
 from typing import Any
+
+import numpy as np
 
 from tilewright.dtypes import DType
 from tilewright.errors import illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import ACCUMULATOR, TOTAL, GeneratedName, parse_name
 from tilewright.ir.rewrite import (
+    conjuncts,
     free_vars,
     is_const,
     map_bodies,
     name_repeated,
-    rebuild,
+    path_to,
     statements,
     transform,
     used_lets,
 )
-from tilewright.lower.accumulators import frame_of, framed, reduced_names, with_totals
 
 
 def materialize_reductions(program: ir.Program) -> ir.Program:
@@ -39,16 +45,15 @@ def materialize_reductions(program: ir.Program) -> ir.Program:
     fixed order; one bound to threads is joined across them. An output that is updated in place at
     coordinates which the reduced loops themselves compute is updated in memory.
     """
-    program = map_bodies(program, lambda body: _scalars(_Materializer().visit(body)))
+    program = map_bodies(program, lambda body: _Materializer().visit(body))
     return replace(program, level="loops")
 
 
 @dataclass(frozen=True, slots=True)
 class _Chain:
-    """The statements between the outermost loop of a reduction and its `Compute`, the `number`-th
-    below that loop (there are several where a cut tail is inside another loop that reduces)."""
+    """The statements between the outermost loop of a reduction and its `Compute`. There are several
+    below that loop where a cut tail is inside another loop that reduces."""
 
-    number: int
     compute: ir.Compute
     spatial: tuple[ir.For, ...]  # loops that do not reduce and are not bound to threads
     lanes: tuple[ir.For, ...]  # reducing loops with an accumulator for each iteration
@@ -60,6 +65,22 @@ class _Chain:
     def key(self) -> tuple[Any, ...]:
         return self.compute.out, self.compute.op
 
+    @property
+    def cells(self) -> tuple[ir.For, ...]:
+        """The loops whose iterations have an element of the accumulator each."""
+        return (*self.spatial, *self.lanes)
+
+    @property
+    def index(self) -> tuple[ir.Var, ...]:
+        return tuple(f.var for f in self.cells)
+
+    @property
+    def split(self) -> tuple[Any, ...]:
+        """The loops that have an accumulator for each iteration or thread."""
+        return tuple((f.var.name, f.extent) for f in (*self.lanes, *self.threads))
+
+
+LEAST = {"float32": float(-np.finfo(np.float32).max), "float64": float(-np.finfo(np.float64).max)}
 
 # By the loops inside: an accumulator for each reduction of a statement.
 _Accumulators = dict[Any, tuple[tuple[ir.Buffer, ...], _Chain]]
@@ -68,6 +89,7 @@ _Accumulators = dict[Any, tuple[tuple[ir.Buffer, ...], _Chain]]
 class _Materializer:
     def __init__(self) -> None:
         self.count = 0
+        self.maxima: dict[Any, ir.Buffer] = {}  # accumulators of running ones, by name and shape
 
     def visit(self, s: ir.Stmt) -> ir.Stmt:
         out: list[ir.Stmt] = []
@@ -86,35 +108,35 @@ class _Materializer:
         if isinstance(s, ir.Seq):
             return self.visit(s)
         if isinstance(s, ir.Compute):
-            alloc = [ir.Alloc(_scalar(s.out.buffer))] if s.out.buffer.scope == "register" else []
+            alloc = [ir.Alloc(s.out.buffer)] if s.out.buffer.scope == "register" else []
             if s.reductions:  # no loop reduces: each total is its one value
-                return ir.seq(*_epilogue(s, [(r.total.name, r.value) for r in s.reductions]))
+                totals = [(r.total.name, r.value) for r in s.reductions]
+                return ir.seq(*alloc, *_epilogue(s, totals))
             return ir.seq(*alloc, _store(s, s.value))
         return s
 
     def _reduce(self, group: list[ir.Stmt]) -> list[ir.Stmt]:
         """`group`: neighbouring loops that reduce into the same outputs (a loop and its cut
         tail)."""
-        chains_of = [_reductions(s) for s in group]
-        changed: list[dict[int, ir.Stmt]] = [{} for _ in group]
+        chains = [c for s in group for c in _reductions(s)]
+        updates: dict[int, ir.Stmt] = {}  # by id of the `Compute`
         before: list[ir.Stmt] = []
         after: list[ir.Stmt] = []
-        for key in dict.fromkeys(c.key for chains in chains_of for c in chains):
+        for key in dict.fromkeys(c.key for c in chains):
             accumulators: _Accumulators = {}
-            for chains, new in zip(chains_of, changed, strict=True):
-                for chain in (c for c in chains if c.key == key):
-                    new[chain.number] = self._update(chain, accumulators)
+            for chain in (c for c in chains if c.key == key):
+                updates[id(chain.compute)] = self._update(chain, accumulators)
             if accumulators:
                 parts = list(accumulators.values())
                 for accs, chain in parts:
                     for acc, (op, _) in zip(accs, chain.compute.sums, strict=True):
                         before += [ir.Alloc(acc), _initial(acc, chain, op)]
-                after.append(_final(parts))
+                after.append(self._final(parts))
                 out = parts[0][1].compute.out.buffer
                 if out.scope == "register":
-                    before.insert(0, ir.Alloc(_scalar(out)))
-        inside = [_replace(s, new) for s, new in zip(group, changed, strict=True)]
-        if any(c.compute.reductions for chains in chains_of for c in chains):
+                    before.insert(0, ir.Alloc(out))
+        inside = [transform(s, lambda x: updates.get(id(x), x)) for s in group]
+        if any(c.compute.reductions for c in chains):
             inside = [used_lets(s) for s in inside]  # others are those of epilogues
         return [*before, *(self._plain(s) for s in inside), *after]
 
@@ -124,26 +146,36 @@ class _Materializer:
         c = chain.compute
         if chain.escapes:
             return _store(c, c.value)
-        shape = tuple((f.var.name, f.extent) for f in (*chain.lanes, *chain.threads))
+        shape = chain.split
         if shape not in accumulators:
             accs = tuple(self._accumulator(chain, value.dtype) for _, value in c.sums)
             accumulators[shape] = accs, chain
-        index = tuple(f.var for f in (*chain.spatial, *chain.lanes))
+        index = chain.index
+        if c.online:
+            self.maxima[c.out.buffer.name, shape] = accumulators[shape][0][0]
+            return _online_term(c, ir.Load(accumulators[shape][0][0], index, c.value.dtype))
         lets: Sequence[ir.Stmt] = ()
         values: Sequence[ir.Expr] = [value for _, value in c.sums]
         if len(values) > 1:
             self.count += 1
             name = f"{c.out.buffer.name}.term{self.count}_"
             lets, values = name_repeated(values, name)
-        updates = zip(accumulators[shape][0], c.sums, values, strict=True)
-        return ir.seq(*lets, *(
-            ir.Store(acc, index, ir.cast(value, acc.dtype), op) for acc, (op, _), value in updates
-        ))  # fmt: skip
+        updates: list[ir.Stmt] = []
+        factors = [r.factor for r in c.reductions] or [None]
+        for acc, (op, _), value, f in zip(
+            accumulators[shape][0], c.sums, values, factors, strict=True
+        ):
+            value = ir.cast(value, acc.dtype)
+            if f is not None:
+                by = ir.cast(ir.Load(f, (), f.dtype), acc.dtype)
+                value, op = ir.Load(acc, index, acc.dtype) * by + value, ""
+            updates.append(ir.Store(acc, index, value, op))
+        return ir.seq(*lets, *updates)
 
     def _accumulator(self, chain: _Chain, dtype: DType) -> ir.Buffer:
         out = chain.compute.out.buffer
         self.count += 1
-        for loop in (*chain.spatial, *chain.lanes):
+        for loop in chain.cells:
             if loop.extent is None or not is_const(loop.begin, 0):
                 raise illegal(
                     f"loop {loop.name} lies inside the reduction of {out.name} and has a run-time "
@@ -151,23 +183,62 @@ class _Materializer:
                     "an accumulator has a constant size: split the loop, keep its inner "
                     "part inside",
                 )
-        shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in (*chain.spatial, *chain.lanes))
+        shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in chain.cells)
         name = GeneratedName(out.name, ACCUMULATOR, self.count).name
         return ir.Buffer(name, dtype, shape, "register")
+
+    def _final(self, parts: list[tuple[tuple[ir.Buffer, ...], _Chain]]) -> ir.Stmt:
+        """Under the spatial loops and guards: the accumulators joined, and the output stored."""
+        first, chain = parts[0]
+        c = chain.compute
+        totals: list[tuple[str, ir.Expr]] = []
+        is_split = len(parts) > 1 or any(each.lanes or each.threads for _, each in parts)
+        for n, (op, _) in enumerate(c.sums):
+            factor = c.reductions[n].factor if c.reductions and is_split else None
+            joined = (
+                _over_threads(self._scaled(_joined(accs[n], each, op), each, factor), each, op)
+                for accs, each in parts
+            )
+            value = reduce(lambda a, b, op=op: ir.Binary(ir.REDUCTIONS[op], a, b, a.dtype), joined)
+            own = parse_name(first[n].name)
+            assert own is not None
+            totals.append((own._replace(kind=TOTAL).name, value))
+        across_threads = any(each.threads for _, each in parts)
+        if not (across_threads or c.reductions):
+            return framed(_store(c, totals[0][1]), chain.frame)
+        *before, store = _epilogue(c, totals)
+        if not across_threads:
+            return framed(ir.seq(*before, store), chain.frame)
+        # All threads take part in the reduction and its barriers: guards are around the store only.
+        loops = tuple(f for f in chain.frame if isinstance(f, ir.For))
+        guards = tuple(f for f in chain.frame if not isinstance(f, ir.For))
+        return framed(ir.seq(*before, framed(store, guards)), loops)
+
+    def _scaled(self, value: ir.Expr, chain: _Chain, factor: ir.Buffer | None) -> ir.Expr:
+        """A sum that is relative to its own running maximum, relative to the maximum of all."""
+        if factor is None:
+            return value
+        name = factor.name.removesuffix(".factor")
+        own = self.maxima.get((name, chain.split))
+        if own is None or chain.lanes:
+            raise illegal(
+                f"{chain.compute.out.buffer.name} and {name} are split in different loops",
+                "split the loop around both by threads",
+            )
+        total = ir.Load(ir.Buffer(name, own.dtype, (), "register"), (), own.dtype)
+        by = ir.unary("exp", _finite(ir.Load(own, (), own.dtype)) - _finite(total))
+        return ir.binary("*", value, ir.cast(by, value.dtype))
 
 
 def _reductions(s: ir.Stmt) -> list[_Chain]:
     """The reductions for which the loop `s` is the outermost one that reduces."""
     if not isinstance(s, ir.For):
         return []
-    return [
-        _chain(number, c, path)
-        for number, (c, path) in enumerate(_computes(s, []))
-        if ir.reduces(s, c)
-    ]
+    computes = [x for x in statements(s) if isinstance(x, ir.Compute) and ir.reduces(s, x)]
+    return [_chain(c, path_to(s, c) or []) for c in computes]
 
 
-def _chain(number: int, compute: ir.Compute, path: list[Any]) -> _Chain:
+def _chain(compute: ir.Compute, path: list[Any]) -> _Chain:
     reduced = reduced_names(path, compute)
     frame = frame_of(path, reduced)
     loops = [s for s in path if isinstance(s, ir.For) and ir.reduces(s, compute)]
@@ -184,74 +255,46 @@ def _chain(number: int, compute: ir.Compute, path: list[Any]) -> _Chain:
     # accumulator holds what a level visits that has as many coordinates as its dimension.
     escapes |= compute.in_place and any(isinstance(s, ir.For) and s.extent == 0 for s in path)
     escapes |= compute.in_place and any(f.extent is None for f in spatial)
-    return _Chain(number, compute, spatial, lanes, threads, frame, escapes)
-
-
-def _computes(s: ir.Stmt, path: list[Any]) -> Iterator[tuple[ir.Compute, list[Any]]]:
-    """Every `Compute` below `s`, with the loops, guards and lets around it."""
-    if isinstance(s, ir.Compute):
-        yield s, path
-    elif isinstance(s, (ir.For, ir.If)):
-        yield from _computes(s.body, [*path, s])
-    elif isinstance(s, ir.Seq):
-        lets: list[Any] = []
-        for b in s.body:
-            if isinstance(b, ir.Let):
-                lets.append(b)
-            else:
-                yield from _computes(b, [*path, *lets])
-
-
-def _replace(s: ir.Stmt, by: dict[int, ir.Stmt]) -> ir.Stmt:
-    """The computes below `s` replaced by number."""
-    numbers = count()
-
-    def visit(x: Any) -> Any:
-        if isinstance(x, ir.Compute):
-            return by.get(next(numbers), x)
-        return rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
-
-    return visit(s)
+    return _Chain(compute, spatial, lanes, threads, frame, escapes)
 
 
 def _store(c: ir.Compute, value: ir.Expr) -> ir.Store:
     """The output set to `value`, or updated with it where it is updated in place."""
-    buffer, index = c.out.buffer, c.out.index
-    if buffer.scope == "register":
-        buffer, index = _scalar(buffer), ()
-    return ir.Store(
-        buffer, index, ir.cast(value, buffer.dtype), c.op if c.in_place else "", c.atomic
-    )
+    value = ir.cast(value, c.out.buffer.dtype)
+    return ir.Store(c.out.buffer, c.out.index, value, c.op if c.in_place else "", c.atomic)
 
 
 def _initial(acc: ir.Buffer, chain: _Chain, op: str) -> ir.Stmt:
     """Every element of the accumulator set to the identity."""
-    index = tuple(f.var for f in (*chain.spatial, *chain.lanes))
-    body: ir.Stmt = ir.Store(acc, index, ir.identity_of(op, acc.dtype))
-    for f in reversed((*chain.spatial, *chain.lanes)):
+    body: ir.Stmt = ir.Store(acc, chain.index, ir.identity_of(op, acc.dtype))
+    for f in reversed(chain.cells):
         body = ir.For(f.var, f.begin, f.end, body, f.kind if f.kind == "vector" else "unroll")
     return body
 
 
-def _final(parts: list[tuple[tuple[ir.Buffer, ...], _Chain]]) -> ir.Stmt:
-    """Under the spatial loops and guards: the accumulators joined, and the output stored."""
-    first, chain = parts[0]
-    c = chain.compute
-    totals: list[tuple[str, ir.Expr]] = []
-    for n, (op, _) in enumerate(c.sums):
-        joined = (_over_threads(_joined(accs[n], each, op), each, op) for accs, each in parts)
-        value = reduce(lambda a, b, op=op: ir.Binary(ir.REDUCTIONS[op], a, b, a.dtype), joined)
-        totals.append((_total_of(first[n]), value))
-    across_threads = any(each.threads for _, each in parts)
-    if not (across_threads or c.reductions):
-        return framed(_store(c, totals[0][1]), chain.frame)
-    *before, store = _epilogue(c, totals)
-    if not across_threads:
-        return framed(ir.seq(*before, store), chain.frame)
-    # All threads take part in the reduction and its barriers: guards are around the store only.
-    loops = tuple(f for f in chain.frame if isinstance(f, ir.For))
-    guards = tuple(f for f in chain.frame if not isinstance(f, ir.For))
-    return framed(ir.seq(*before, framed(store, guards)), loops)
+def _online_term(c: ir.Compute, maximum: ir.Load) -> ir.Stmt:
+    """One term x of a running maximum: its weight, the factor of what was summed before it, and the
+    new maximum. Of the two exponentials one is exp(-|x - maximum|), and the other is 1."""
+    assert c.online is not None
+    weight, factor = (ir.Load(b, (), b.dtype) for b in c.online)
+    x, old = (ir.Var(f"{c.out.buffer.name}.{n}", maximum.dtype) for n in ("term", "old"))
+    one, grows = ir.Const(1.0, weight.dtype), ir.binary(">", x, old)
+    distance = ir.unary("-", ir.unary("abs", x - old))
+    return ir.seq(
+        ir.Let(x, ir.cast(c.value, x.dtype)),
+        ir.Let(old, _finite(maximum)),
+        ir.Alloc(weight.buffer),
+        ir.Store(weight.buffer, (), ir.cast(ir.unary("exp", distance), weight.dtype)),
+        ir.Alloc(factor.buffer),
+        ir.Store(factor.buffer, (), ir.select(grows, weight, one)),
+        ir.Store(weight.buffer, (), ir.select(grows, one, weight)),
+        ir.Store(maximum.buffer, maximum.index, x, "max"),
+    )
+
+
+def _finite(maximum: ir.Expr) -> ir.Expr:
+    """A maximum, at least the least number: exp(-inf - maximum) is then 0, also of the first."""
+    return ir.binary("max", maximum, ir.Const(LEAST[maximum.dtype.name], maximum.dtype))
 
 
 def _over_threads(value: ir.Expr, chain: _Chain, op: str) -> ir.Expr:
@@ -259,13 +302,6 @@ def _over_threads(value: ir.Expr, chain: _Chain, op: str) -> ir.Expr:
     for f in chain.threads:
         value = ir.ReduceThreads(op, value, f.kind, f.extent or 0, value.dtype)
     return value
-
-
-def _total_of(acc: ir.Buffer) -> str:
-    """The register for the total of an accumulator."""
-    own = parse_name(acc.name)
-    assert own is not None
-    return GeneratedName(own.owner, TOTAL, own.number).name
 
 
 def _epilogue(c: ir.Compute, totals: list[tuple[str, ir.Expr]]) -> list[ir.Stmt]:
@@ -301,20 +337,57 @@ def _joined(acc: ir.Buffer, chain: _Chain, op: str) -> ir.Expr:
     return ir.ReduceLanes(op, total, acc.dtype) if vector else total
 
 
-def _scalars(body: ir.Stmt) -> ir.Stmt:
-    """Reads of inline temporaries as reads of their one register."""
-    inline = {
-        x.buffer.name for x in statements(body) if isinstance(x, ir.Alloc) and not x.buffer.shape
+# ---------------------------------------------------------------------------- the analysis
+
+
+def reduced_names(path: Iterable[Any], c: ir.Compute) -> frozenset[str]:
+    """Loops and names on the path to a statement that differ from one reduced iteration to the
+    next."""
+    reduced: set[str] = set()
+    for s in path:
+        if isinstance(s, ir.For):
+            if ir.reduces(s, c) or (free_vars(s.begin) | free_vars(s.end)) & reduced:
+                reduced.add(s.name)
+        elif isinstance(s, ir.Let) and free_vars(s.value) & reduced:
+            reduced.add(s.var.name)
+    return frozenset(reduced)
+
+
+def frame_of(path: Iterable[Any], reduced: frozenset[str]) -> tuple[Any, ...]:
+    """The loops, lets and guards of a path that depend on nothing reduced: a total is stored under
+    them. Of a guard that depends on it in part the rest remains."""
+    frame: list[Any] = []
+    for s in path:
+        if isinstance(s, ir.If):
+            kept = [x for x in conjuncts(s.cond) if not free_vars(x) & reduced]
+            if kept:
+                cond = reduce(lambda a, b: ir.binary("&", a, b), kept)
+                frame.append(s if cond == s.cond else ir.If(cond, s.body))
+        elif (s.name if isinstance(s, ir.For) else s.var.name) not in reduced:
+            frame.append(s)
+    return tuple(frame)
+
+
+def framed(body: ir.Stmt, frame: Sequence[Any]) -> ir.Stmt:
+    """The body under loops and guards, with the lets that it needs."""
+    for f in reversed(frame):
+        if not isinstance(f, ir.Let):
+            body = replace(f, body=body)
+        elif f.var.name in free_vars(body):
+            body = ir.seq(f, body)
+    return body
+
+
+def with_totals(c: ir.Compute, totals: Sequence[ir.Expr]) -> tuple[Sequence[ir.Stmt], ir.Expr]:
+    """The value of a statement with an epilogue, with these expressions for its totals; names for
+    what it would compute more than once."""
+    known = {
+        r.total.name: ir.cast(value, r.total.dtype)
+        for r, value in zip(c.reductions, totals, strict=True)
     }
 
     def visit(x: Any) -> Any:
-        if isinstance(x, ir.Load) and x.buffer.name in inline and x.index:
-            return ir.Load(_scalar(x.buffer), (), x.dtype)
-        return x
+        return known.get(x.buffer.name, x) if isinstance(x, ir.Load) else x
 
-    return transform(body, visit)
-
-
-def _scalar(buffer: ir.Buffer) -> ir.Buffer:
-    """An inline temporary as one register: all its own loops lie outside."""
-    return replace(buffer, shape=())
+    lets, (value,) = name_repeated([transform(c.value, visit)], f"{c.out.buffer.name}.value")
+    return lets, value

@@ -1,13 +1,14 @@
-"""The coordinates and positions that are known at one point of a nest of loops."""
+"""The coordinates, positions and lists of coordinates that are known at one point of a nest."""
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Level, Storage, may_miss
-from tilewright.ir.rewrite import simplify
+from tilewright.ir.rewrite import add, simplify
 from tilewright.lower.tables import Driver, Statement, Tables, indices_in, unsearchable
 
 
@@ -31,6 +32,16 @@ class Walk:
 
     def copy(self) -> Walk:
         return Walk(self.indices, dict(self.variables), dict(self.positions))
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    """The stored coordinates of a structure along its last level: `keys[begin:end]`."""
+
+    driver: Driver
+    keys: ir.Buffer
+    begin: ir.Expr
+    end: ir.Expr
 
 
 @dataclass(slots=True)
@@ -110,6 +121,40 @@ class Scope:
 
         return self.tables.storage(structure, depth, above)
 
+    def list_of(self, driver: Driver, lets: list[ir.Stmt]) -> List:
+        """The stored list of a structure below the coordinates that are known; empty where the
+        levels above do not store those. Searches are appended to `lets`."""
+        structure, depth = driver.structure, len(self.tables.levels(driver.structure)) - 1
+        scope = self.copy()
+        if not scope.is_read_at(driver):
+            scope.walks = {structure: Walk(driver.indices)}
+        parent = scope.position(structure, depth - 1)
+        begin, end, _ = scope.range_of(structure, depth, parent, lets)
+        level, storage = scope.storage(structure, depth)
+        return List(driver, storage[level.keys], ir.cast(begin, self.tables.index), end)
+
+    def range_of(
+        self, structure: str, depth: int, parent: ir.Expr, lets: list[ir.Stmt]
+    ) -> tuple[ir.Expr, ir.Expr, ir.Expr]:
+        """The range of a loop over a level below `parent`, empty where that is not stored, and the
+        parent; a search for it becomes a let, and its variable the known position."""
+        level, storage = self.storage(structure, depth)
+        if not may_miss(parent):
+            return *level.loop(storage, parent), parent
+        var = self.named_position(structure, depth - 1, parent, lets)
+        is_stored, zero = ir.binary(">=", var, 0), ir.Const(0, self.tables.index)
+        begin, end = (ir.select(is_stored, e, zero) for e in level.loop(storage, var))
+        return begin, end, var
+
+    def named_position(
+        self, structure: str, depth: int, position: ir.Expr, lets: list[ir.Stmt]
+    ) -> ir.Var:
+        """A located position as a variable, so that it is searched once."""
+        var = ir.Var(self.tables.unused_name(f"{structure}_q{depth}"), position.dtype)
+        self.walks[structure].positions[depth] = var
+        lets.append(ir.Let(var, position))
+        return var
+
     def _coordinate(self, structure: str, level: Level) -> ir.Expr:
         """The coordinate of a level, where that of its dimension is known."""
         axis = self.walks[structure].indices[level.dim]
@@ -134,3 +179,24 @@ def part_of(level: Level, coordinate: ir.Expr) -> ir.Expr:
     if not level.block:
         return coordinate
     return simplify(ir.binary("%" if level.inner else "//", coordinate, level.block))
+
+
+def has_list(tables: Tables, driver: Driver, axis: str, bound: Container[str]) -> bool:
+    """Whether the coordinates of `axis` that a structure stores are a list, where the coordinates
+    `bound` are known."""
+    *above, last = tables.levels(driver.structure)
+    return (
+        last.ordered and last.unique and bool(last.keys) and not last.block
+        and driver.indices[last.dim] == axis
+        and all(x.unique and driver.indices[x.dim] in bound for x in above)
+        and axis not in {driver.indices[x.dim] for x in above}
+    )  # fmt: skip
+
+
+def merge_of(var: ir.Var, lists: list[List], op: str, axes: tuple[str, ...]) -> ir.Merge:
+    """The loop over several lists, without a body."""
+    zero = ir.Const(0, var.dtype)
+    longest = add(zero, *(ir.binary("-", x.end, x.begin) for x in lists))
+    runs = tuple(ir.Load(x.keys, (x.begin,), x.keys.dtype) for x in lists)
+    ends = tuple(x.end for x in lists)
+    return ir.Merge(var, zero, longest, ir.Seq(()), axes=axes, runs=runs, ends=ends, op=op)

@@ -21,6 +21,11 @@ class Driver(NamedTuple):
     structure: str
     indices: tuple[str, ...]
 
+    @classmethod
+    def of(cls, e: ir.Access) -> Driver:
+        names = (c.name if isinstance(c, ir.Index) else "" for c in e.stored_coords)
+        return cls(e.tensor.structure, tuple(names))
+
     @property
     def is_plain(self) -> bool:
         return "" not in self.indices
@@ -43,11 +48,6 @@ class Statement:
         return cls(a.out, a.op, (), a.value)  # an update in place reduces over no axes
 
 
-def index_names(e: ir.Access) -> tuple[str, ...]:
-    """The index of each coordinate of an access, "" for one that is computed."""
-    return tuple(c.name if isinstance(c, ir.Index) else "" for c in e.coords)
-
-
 def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
     """The structures that could drive a reduction: those read at plain indices, one of them
     reduced."""
@@ -55,7 +55,7 @@ def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
     tensors: dict[Driver, ir.Tensor] = {}
     for x in walk(st.value):
         if isinstance(x, ir.Access) and x.tensor.is_sparse:
-            driver = Driver(x.tensor.structure, index_names(x))
+            driver = Driver.of(x)
             names = set(driver.indices)
             if driver.is_plain and len(names) == len(driver.indices) and reduced & names:
                 tensors.setdefault(driver, x.tensor)
@@ -74,6 +74,7 @@ class Tables:
         self.formats = {t.structure: t.format for t in program.tensors if t.structure}
         self.formats.update(parts or {})
         self.names = set(self.tensors)
+        self.rows: dict[str, Any] = {}  # `placed.Row` of temporaries, by name
 
     def unused_name(self, name: str) -> str:
         """`name` without primes, with a number where the nest uses it already."""
@@ -127,17 +128,12 @@ class Tables:
 
     def values(self, tensor: ir.Tensor) -> ir.Buffer:
         last = len(self.formats[tensor.structure].levels) - 1
-        return ir.Buffer(
-            values_name(tensor.name),
-            tensor.dtype,
-            (ir.Var(count_name(tensor.structure, last), self.index),),
-            "part",
-        )
+        count = ir.Var(count_name(tensor.structure, last), self.index)
+        inner = map(self.size, tensor.dims[len(tensor.dims) - tensor.inner :])
+        return ir.Buffer(values_name(tensor.name), tensor.dtype, (count, *inner), "part")
 
     def buffer(self, tensor: ir.Tensor) -> ir.Buffer:
         shape = tuple(self.size(d) for d in tensor.dims)
-        if tensor.role == "inline":
-            return ir.Buffer(tensor.name, tensor.dtype, shape, "register")
         strides: list[ir.Expr] = [
             ir.Var(stride_name(tensor.name, d), dtypes.int64) for d in range(len(shape))
         ]
@@ -169,6 +165,11 @@ def unsearchable(name: str, fmt: Any) -> ProgramError:
         "P107", f"{name} is read where its entries are not followed, and {fmt} cannot be searched",
         hint="store it as csr, or let the loops follow it",
     )  # fmt: skip
+
+
+def names_read(*values: ir.Expr) -> set[str]:
+    """The tensors that expressions read."""
+    return {x.tensor.name for e in values for x in walk(e) if isinstance(x, ir.Access)}
 
 
 def indices_in(coords: tuple[ir.Expr, ...]) -> list[ir.Index]:

@@ -28,10 +28,11 @@ from tilewright.ir.rewrite import (
     rebuild,
     simplify,
     substitute,
+    transform,
     walk,
 )
-from tilewright.lower.accumulators import frame_of, framed, reduced_names, with_totals
 from tilewright.lower.flatten import flat_offset
+from tilewright.lower.reductions import frame_of, framed, reduced_names, with_totals
 
 MEMORY = ("global", "part", "shared")
 RESULTS = ("float32", "float16", "bfloat16")
@@ -101,11 +102,12 @@ class _Tiler:
             update, store = p.update(accs, slot), p.store(accs, slot)
             if p.escapes:
                 allocs = map(ir.Alloc, accs)
-                top = _replaced(top, p.first, ir.seq(*allocs, p.wrapped(update), store))
-                continue
-            top = _replaced(top, p.first, p.wrapped(update))
-            before += map(ir.Alloc, accs)
-            after.append(store)
+                new = ir.seq(*allocs, framed(update, p.inner), store)
+            else:
+                new = framed(update, p.inner)
+                before += map(ir.Alloc, accs)
+                after.append(store)
+            top = transform(top, lambda x, old=p.first, new=new: new if x is old else x)
         # The rest of the loop may hold products whose own reductions start further in.
         return ir.seq(*before, rebuild(top, self.visit), *after)
 
@@ -254,8 +256,6 @@ class _Product:
 
     def tile(self, x: ir.Load, rows: str, cols: str) -> ir.Tile:
         """The window of memory that `x` runs over as the loops `rows` and `cols` run."""
-        if x.buffer.scope not in MEMORY:
-            raise _not_affine(f"{x.buffer.name} lies in no memory that tiles can be cut from")
         x = replace(x, index=tuple(substitute(i, self.known) for i in x.index))
         names = frozenset(self.names)
         offset = flat_offset(x)
@@ -268,10 +268,6 @@ class _Product:
         limits = (self.limits.get(n, ir.Const(extents[n], dtypes.int32)) for n in (rows, cols))
         return ir.Tile(x.buffer, simplify(base), *strides, *limits)
 
-    def wrapped(self, body: ir.Stmt) -> ir.Stmt:
-        """`body` inside the lets and guards that hold for the entire tile."""
-        return framed(body, self.inner)
-
 
 # ---------------------------------------------------------------------------- around a tile
 
@@ -282,16 +278,6 @@ def _slot(slots: tuple[ir.For, ...]) -> ir.Expr:
     for f in slots:
         at = add(mul(at, f.extent or 1), f.var)
     return at
-
-
-def _replaced(s: Any, old: ir.For, new: ir.Stmt) -> Any:
-    if s is old:
-        return new
-    return (
-        rebuild(s, lambda x: _replaced(x, old, new))
-        if isinstance(s, (ir.Seq, ir.For, ir.If))
-        else s
-    )
 
 
 def _region(

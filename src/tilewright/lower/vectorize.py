@@ -97,15 +97,12 @@ class _Unroller:
 
 def _without_repeated_prefetches(s: ir.Stmt) -> ir.Stmt:
     """The copies with one prefetch of each address."""
-    seen: set[ir.Prefetch] = set()
-    out: list[ir.Stmt] = []
-    for b in s.body if isinstance(s, ir.Seq) else (s,):
-        if isinstance(b, ir.Prefetch):
-            if b in seen:
-                continue
-            seen.add(b)
-        out.append(b)
-    return ir.seq(*out)
+    lines = s.body if isinstance(s, ir.Seq) else (s,)
+    keys = (b if isinstance(b, ir.Prefetch) else n for n, b in enumerate(lines))
+    first: dict[Any, ir.Stmt] = {}
+    for key, b in zip(keys, lines, strict=True):
+        first.setdefault(key, b)
+    return ir.seq(*first.values())
 
 
 def _renamed_lets(s: ir.Stmt, suffix: str) -> ir.Stmt:
@@ -175,6 +172,7 @@ class _Vectorizer:
         self.loop, self.wide = loop, wide
         self.lanes = loop.extent or 1
         self.varying: dict[str, DType] = {}
+        self.lets: dict[str, ir.Expr] = {}  # those of varying names that are linear
         self.registers: set[str] = set()
 
     def refuse(self, why: str, hint: str = "vectorize another loop") -> ScheduleError:
@@ -194,10 +192,12 @@ class _Vectorizer:
         if isinstance(s, ir.Let):
             if not self.varies(s.value):
                 return s
+            if self.linear(s.value):
+                self.lets[s.var.name] = substitute(s.value, self.lets)
             value = self.vector(s.value)
             self.varying[s.var.name] = value.dtype
             return ir.Let(ir.Var(s.var.name, value.dtype), value)
-        if isinstance(s, ir.Alloc):
+        if isinstance(s, ir.Alloc) and s.buffer.scope != "row":
             self.registers.add(s.buffer.name)
             return ir.Alloc(replace(s.buffer, dtype=s.buffer.dtype.vector(self.lanes)))
         if isinstance(s, ir.If):
@@ -241,6 +241,10 @@ class _Vectorizer:
         self.wide[buffer.name] = (dims[0], self.lanes)
         return tuple(ir.Const(0, i.dtype) if n == dims[0] else i for n, i in enumerate(index))
 
+    def reads_memory(self, *arms: ir.Expr) -> bool:
+        loads = (x for e in arms for x in walk(e) if isinstance(x, ir.Load))
+        return any(x.buffer.scope != "register" for x in loads)
+
     def vector(self, e: ir.Expr) -> ir.Expr:
         return broadcast(e, self.lanes) if not self.varies(e) else self.expr(e)
 
@@ -255,7 +259,7 @@ class _Vectorizer:
             return replace(e, a=self.vector(e.a), dtype=e.dtype.vector(self.lanes))
         if isinstance(e, ir.Select):
             dtype = e.dtype.vector(self.lanes)
-            if self.varies(e.cond) and any(_in_memory(x) for b in (e.a, e.b) for x in walk(b)):
+            if self.varies(e.cond) and self.reads_memory(e.a, e.b):
                 raise self.refuse(f"whether it reads {e.a} differs from lane to lane")
             cond = self.vector(e.cond) if self.varies(e.cond) else e.cond
             return ir.Select(cond, self.vector(e.a), self.vector(e.b), dtype)
@@ -282,15 +286,12 @@ class _Vectorizer:
         """(base, step) when e = base + step * lane."""
         if any(isinstance(x, ir.Load) and x.buffer.name in self.registers for x in walk(e)):
             return None
+        e = simplify(substitute(e, self.lets))
         form = affine(e, frozenset((self.loop.name, *self.varying)))
         if form is None or form.steps.keys() - {self.loop.name}:
             return None
         step = form.steps.get(self.loop.name, ir.Const(0, e.dtype))
         return (form.base, int(step.value)) if isinstance(step, ir.Const) else None
-
-
-def _in_memory(e: Any) -> bool:
-    return isinstance(e, ir.Load) and e.buffer.scope != "register"
 
 
 def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:

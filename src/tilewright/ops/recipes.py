@@ -33,10 +33,31 @@ def rows(s: Schedule, row: str, elements: tuple[str, ...], threads_y: int = THRE
     return s
 
 
-def vectors(s: Schedule, loop: str) -> Schedule:
-    """A loop in vectors, the remainder in scalars."""
-    s = s.split(loop, cpu_lanes(), tail="cut", into=(f"{loop}_o", f"{loop}_v"))
-    return s.vectorize(f"{loop}_v")
+def vectors(s: Schedule, loop: str, name: str = "") -> Schedule:
+    """A loop in vectors, the remainder in scalars; `name`: of the new loops, that of the loop."""
+    name = name or loop
+    s = s.split(loop, cpu_lanes(), tail="cut", into=(f"{name}_o", f"{name}_v"))
+    return s.vectorize(f"{name}_v")
+
+
+def register_tiles(
+    s: Schedule, loop: str, inside: str, width: int, tiles: tuple[int, ...]
+) -> Schedule:
+    """A loop in tiles that fit in registers, each around the loop `inside`, from the widest to the
+    narrowest. `width`: its extent, 0 where that is known at run time only."""
+    rest, lanes = loop, cpu_lanes()
+    for size in tiles:
+        if size < lanes or (width and width < size):
+            continue
+        tile, u, v = f"{loop}{size}", f"{loop}{size}_u", f"{loop}{size}_v"
+        is_exact = bool(width) and width % size == 0
+        s = s.split(rest, size, tail="exact" if is_exact else "cut", into=(tile, f"{tile}_i"))
+        s = s.split(f"{tile}_i", lanes, into=(u, v))
+        s = s.reorder(inside, u, v).unroll(u).vectorize(v)
+        if is_exact:
+            break
+        rest = f"{rest}_t"
+    return s
 
 
 def fixed_width(width: int, device: str) -> int:

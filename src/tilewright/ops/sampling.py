@@ -1,4 +1,4 @@
-"""Choosing the next token: the index of the largest logit."""
+"""The likeliest next token: argmax of each row."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from tilewright.build import Definition, kernels, named_recipe, program
 from tilewright.errors import ArgumentError, ProgramError, ScheduleError
 from tilewright.ir.nodes import Access, Index
 from tilewright.ir.rewrite import indices_of, walk
-from tilewright.ops.recipes import dtype_name, fixed_width
+from tilewright.ops.recipes import dtype_name, fixed_width, register_tiles
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import entries, formats, trace
@@ -90,18 +90,7 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
     fixed = at.width(s)
     if s.in_place and not s.shares_rows:
         return _cpu_pieces(s, at, lanes)
-    rest = at.k
-    for width in (CPU_TILE, 32, lanes) if fixed else (ANY_TILE, lanes):
-        if width < lanes or (fixed and fixed < width):
-            continue
-        tile, inside = f"{at.k}{width}", f"{at.k}{width}_i"
-        exact = bool(fixed) and fixed % width == 0
-        s = s.split(rest, width, tail="exact" if exact else "cut", into=(tile, inside))
-        s = s.split(inside, lanes, into=(f"{tile}_u", f"{tile}_v"))
-        s = s.reorder(at.j, f"{tile}_u", f"{tile}_v").unroll(f"{tile}_u").vectorize(f"{tile}_v")
-        if exact:
-            break
-        rest = f"{rest}_t"
+    s = register_tiles(s, at.k, at.j, fixed, (CPU_TILE, 32, lanes) if fixed else (ANY_TILE, lanes))
     for n in range(len(s.nests)):
         if s.has(at.j, n) and getattr(s.format_of(n).levels[-1], "width", 0) > 1:
             # Unrolled further it compiles a third longer and runs no faster.

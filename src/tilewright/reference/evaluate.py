@@ -23,7 +23,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -35,7 +35,6 @@ from tilewright.ir import nodes as ir
 from tilewright.ir.names import parse_name
 from tilewright.ir.rewrite import free_vars, indices_of
 from tilewright.reference.ops_table import UFUNCS, computed, decode, encode, operation
-from tilewright.reference.stored import Stored
 
 LIMIT_BYTES = 64 << 20  # of one array of intermediate values, where cutting the output can keep it
 
@@ -96,6 +95,56 @@ def _sparse_argument(t: ir.Tensor, x: Any, stored: dict[str, Stored]) -> np.ndar
     if t.structure not in stored:
         stored[t.structure] = Stored(tuple(x.shape), tuple(c.astype(np.int64) for c in coords))
     return np.asarray(values)
+
+
+# ---------------------------------------------------------------------------- stored coordinates
+
+
+def keys_of(shape: Sequence[int], coords: Sequence[Any]) -> np.ndarray:
+    """Coordinates as single numbers, in row-major order."""
+    key = np.zeros((), np.int64)
+    for n, c in zip(shape, coords, strict=True):
+        key = key * n + c
+    return key
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """The stored coordinates of a sparse structure, one int64 array a dimension: distinct, in
+    row-major order."""
+
+    shape: tuple[int, ...]
+    coords: tuple[np.ndarray, ...]
+    keys: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", keys_of(self.shape, self.coords))
+
+    @property
+    def count(self) -> int:
+        return len(self.coords[0])
+
+    def find(self, coords: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """(index of the entry at each coordinate, whether it exists). At least one is stored."""
+        inside = np.ones((), bool)
+        for c, n in zip(coords, self.shape, strict=True):
+            inside = inside & (c >= 0) & (c < n)
+        wanted = keys_of(self.shape, [np.where(inside, c, 0).astype(np.int64) for c in coords])
+        at = np.searchsorted(self.keys[:-1], wanted)  # the last one if no other
+        return at, inside & (self.keys[at] == wanted)
+
+    def below(self, bound: Mapping[int, np.ndarray], points: int) -> tuple[np.ndarray, np.ndarray]:
+        """(point, entry) of all pairs in which an entry has the coordinates of a point. `bound`:
+        these coordinates, (points,) by dimension; every entry where it is empty. Points ascend,
+        then entries."""
+        shape = [self.shape[d] for d in bound]
+        keys = np.broadcast_to(keys_of(shape, [self.coords[d] for d in bound]), self.count)
+        order = np.argsort(keys, kind="stable")
+        wanted = np.broadcast_to(keys_of(shape, list(bound.values())), points)
+        low, high = (np.searchsorted(keys[order], wanted, side) for side in ("left", "right"))
+        point = np.repeat(np.arange(len(wanted)), high - low)
+        rank = np.arange(len(point)) - np.repeat(np.cumsum(high - low) - (high - low), high - low)
+        return point, order[np.repeat(low, high - low) + rank]
 
 
 # ---------------------------------------------------------------------------- boxes
@@ -183,17 +232,20 @@ class _Evaluator:
             array[at[valid]] = encode(values, s.out.dtype, array.dtype)[valid]
 
     def box_of(self, out: ir.Access) -> Box:
-        """The index values for which `out` is computed: a dense output has a dimension for each
-        index, a sparse one a single dimension with the coordinates that its structure stores."""
+        """The box of an output: a dimension for each index; one for all stored coordinates."""
+        inner, box = indices_of(out), []
         if out.tensor.is_sparse:
             coords = self.stored[out.tensor.structure].coords
-            pairs = zip(indices_of(out), coords, strict=True)
-            return [{i.name: c.astype(self.index) for i, c in pairs}]
-        return [{i.name: np.arange(self.size(i.dim), dtype=self.index)} for i in indices_of(out)]
+            pairs = zip(out.stored_coords, coords, strict=True)
+            box = [{i.name: c.astype(self.index) for i, c in pairs if isinstance(i, ir.Index)}]
+            inner = inner[len(coords) :]
+        return box + [{i.name: np.arange(self.size(i.dim), dtype=self.index)} for i in inner]
 
     def allocated(self, t: ir.Tensor) -> np.ndarray:
         """An output or a temporary, NaN where it can be."""
-        count = (self.stored[t.structure].count,) if t.is_sparse else map(self.size, t.dims)
+        count = [self.size(d) for d in t.dims]
+        if t.is_sparse:
+            count[: len(t.dims) - t.inner] = [self.stored[t.structure].count]
         kind = np.dtype(np.float64) if self.exact and t.dtype.is_float else t.dtype.numpy
         return np.full(tuple(count), np.nan if kind.kind == "f" else 0, kind)
 
@@ -242,8 +294,11 @@ class _Evaluator:
             fill = t.fill if t.is_sparse else 0
             return np.full((1,) * scope.rank, fill, self.kind(t.dtype))
         if t.is_sparse:
-            entry, exists = self.stored[t.structure].find([self.expr(c, scope) for c in e.coords])
-            return np.where(exists, self.number(values[entry], t), self.kind(t.dtype).type(t.fill))
+            coords = [self.expr(c, scope) for c in e.coords]
+            own = len(e.stored_coords)
+            entry, exists = self.stored[t.structure].find(coords[:own])
+            numbers = self.number(values[(entry, *coords[own:])], t)
+            return np.where(exists, numbers, self.kind(t.dtype).type(t.fill))
         at, inside = self.coordinates(e, scope)
         numbers = self.number(values[tuple(at)].reshape(inside.shape), t)
         return numbers if inside.all() else np.where(inside, numbers, numbers.dtype.type(0))
@@ -268,7 +323,7 @@ class _Evaluator:
         own = {a.name for a in e.axes}
         calls: set[tuple[str, tuple[str, ...]]] = set()
         for x in operands(e.body):
-            names = tuple(c.name if isinstance(c, ir.Index) else "" for c in x.coords)
+            names = tuple(c.name if isinstance(c, ir.Index) else "" for c in x.stored_coords)
             plain = "" not in names and len(set(names)) == len(names)
             if x.tensor.is_sparse and plain and own & set(names):
                 calls.add((x.tensor.structure, names))

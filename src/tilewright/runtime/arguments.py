@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -63,9 +64,6 @@ class Arguments:
         dtype = self.dtypes[name]
         if v.dtype != dtype and not _same_bits(v, dtype):
             raise _wrong_dtype(spec, dtype, v.dtype)
-        if len(v.shape) != len(spec.dims):
-            text = f"{name} has {len(v.shape)} dimensions, expected {_dims(spec)}"
-            raise _error("A103", text, name)
         self._add_sizes(spec, v.shape)
         if spec.dims and not spec.strided and v.strides[-1] != 1 and v.shape[-1] > 1 and v.size:
             hint = "make it contiguous (np.ascontiguousarray, .contiguous())"
@@ -99,10 +97,18 @@ class Arguments:
             raise _error("A102", text, name, f'build with .typed(index="{s.index_dtype}")')
         if arg.dtype != self.dtypes[name]:
             raise _wrong_dtype(spec, self.dtypes[name], arg.dtype)
-        self._add_sizes(spec, s.shape)
+        self._add_sizes(spec, (*s.shape, *arg.inner))
         self._add_device(f"{s.device}:0" if s.device == "cuda" else s.device, name)
 
+    def inner(self, spec: TensorSpec) -> tuple[int, ...]:
+        """The sizes of the dense dimensions of a sparse tensor."""
+        own = len(self.structures[spec.structure].shape)
+        return tuple(d if isinstance(d, int) else self.sizes[d] for d in spec.dims[own:])
+
     def _add_sizes(self, spec: TensorSpec, shape: tuple[int, ...]) -> None:
+        if len(shape) != len(spec.dims):
+            text = f"{spec.name} has {len(shape)} dimensions, expected {_dims(spec)}"
+            raise _error("A103", text, spec.name)
         for dim, n in zip(spec.dims, shape, strict=True):
             expected = dim if isinstance(dim, int) else self.sizes.setdefault(dim, n)
             if expected != n:
@@ -165,7 +171,7 @@ def _check_fill(spec: TensorSpec, arg: Any) -> None:
 
 def value_spans(name: str, packed: Any) -> list[Span]:
     """The bytes of the values of a sparse tensor, one span a part."""
-    itemsize, spans = packed.dtype.itemsize, []
+    itemsize, spans = packed.dtype.itemsize * prod(packed.inner), []
     for values, part in zip(packed.values, packed.structure.parts, strict=True):
         first = address(values)
         spans.append((name, first, first + part.size * itemsize))

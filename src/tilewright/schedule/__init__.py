@@ -7,7 +7,8 @@ A `Schedule` is a frozen value; each verb returns a new one or refuses (S codes)
 nothing. Verbs on coordinates come first; the first verb on loops lowers the program to positions.
 
 A refused verb raises ScheduleError: S101 for an unknown name or number, S102 for an argument that
-the verb does not take (`arguments.py`) or where the verb is not legal.
+the verb does not take (`arguments.py`) or where the verb is not legal. The docstrings of all verbs
+end in this.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tilewright.errors import ScheduleError
+from tilewright.errors import ScheduleError, illegal
 from tilewright.ir.nodes import For, LoopKind, Nest, Program, Stmt
 from tilewright.ir.rewrite import statements
 from tilewright.schedule import arguments as rule
 from tilewright.schedule import coords, loops, privatize, staging
 from tilewright.schedule.arguments import A_NAME, FAR, NAMES, NEAR, TWO_NAMES, takes
-from tilewright.schedule.tree import clash, computes, illegal, loop_names, unknown
+from tilewright.schedule.tree import clash, computes, loop_names, matches, unknown
 from tilewright.target import Target
 
 Nests = tuple[int, ...] | None
@@ -95,8 +96,7 @@ class Schedule:
 
     @takes(nest=NUMBER)
     def format_of(self, nest: int) -> Any:
-        """The format that a nest of a decomposition serves, or the only one, or None. Raises
-        ScheduleError[S101, S102]."""
+        """The format that a nest of a decomposition serves, or the only one, or None."""
         part = self._nest(nest).part
         for t in self.program.tensors:
             if t.is_sparse:
@@ -105,7 +105,7 @@ class Schedule:
 
     @takes(steps=NUMBER)
     def undo(self, steps: int = 1) -> Schedule:
-        """The schedule before the last `steps` verbs. Raises ScheduleError[S102]."""
+        """The schedule before the last `steps` verbs."""
         s: Schedule = self
         for _ in range(steps):
             if s.before is None:
@@ -131,8 +131,7 @@ class Schedule:
 
     @takes(nests=rule.several(NUMBER, "numbers of nests"))
     def on(self, *nests: int) -> Schedule:
-        """The same schedule with later verbs applied to these nests only. Raises
-        ScheduleError[S101, S102]."""
+        """The same schedule with later verbs applied to these nests only."""
         for n in nests:
             self._nest(n)
         return replace(self, selected=nests)
@@ -157,9 +156,27 @@ class Schedule:
         before: for i … for k … for j …: Y[i, k] = sum(A[i, j] * X[j, k] over j)
         after:  for k … for i … for j …                      (order_axes("out", "k", "i", "j"))
 
-        A level stays inside the levels above it, whatever order is asked for.
-        Raises ScheduleError[S101, S102]."""
+        A level stays inside the levels above it, whatever order is asked for."""
         return self._coords(coords.order_axes, output, *axes)
+
+    @takes(temporary=A_NAME, loop=A_NAME, scope=rule.one_of("row", "global"))
+    def compute_at(self, temporary: str, loop: str, scope: str = "row") -> Schedule:
+        """Compute a temporary inside the loop of an index of the statement that reads it: one
+        launch, nothing is computed twice, and of the temporary exists what one iteration needs.
+
+        before: for i: for j in A[i, :]: score[i, j] = sum(Q[i, k] * K[j, k] over k)
+                for i: for c: for j in A[i, :]: out[i, c] = sum(score[i, j] * V[j, c] over j)
+        after:  for i                                                (compute_at("score", "i"))
+                  alloc score: row[number of entries of row i]
+                  for j in A[i, :]: score[j] = sum(Q[i, k] * K[j, k] over k)
+                  for c: for j in A[i, :]: out[i, c] = sum(score[j] * V[j, c] over j)
+
+        A reduction at the index that it reduces over is updated in the loop of its reader. A
+        maximum so placed is read before it is complete (the online softmax): readers inside take
+        exp(x - maximum) of its own terms x, and sums of that are rescaled whenever it grows.
+        `scope`: `"row"`, memory of a unit (CPU); `"global"`: it keeps its array, and a barrier
+        separates it from its readers (GPU). Values of one element are in a register."""
+        return self._coords(coords.compute_at, temporary, loop, scope)
 
     @takes(output=A_NAME)
     def merge_sums(self, output: str) -> Schedule:
@@ -171,8 +188,7 @@ class Schedule:
                   for j in 0:n                          Y[i, j] = g(sum(X[i, k] * W[j, k]), s)
                     Y[i, j] = g(sum(…), s)                where s = sum(f(X[i, k])), same loop
 
-        Threads then share no result, and X is read once: for statements with few elements a CTA.
-        Raises ScheduleError[S101]."""
+        Threads then share no result, and X is read once: for statements with few elements a CTA."""
         return self._coords(coords.merge_sums, output)
 
     @takes(structure=A_NAME)
@@ -182,9 +198,7 @@ class Schedule:
 
         before: for i in 0:m                       after:  for ij in 0:nnz
                   for j_p in ptr[i]:ptr[i+1]                 let i = find_last(ij in ptr)
-                    let j = idx[j_p]                         let j = idx[ij]
-
-        Raises ScheduleError[S101, S102]."""
+                    let j = idx[j_p]                         let j = idx[ij]"""
         return self._coords(coords.fuse_axes, structure)
 
     @takes(dim=A_NAME, size=rule.integer(1, rule.INT64_MAX))
@@ -193,8 +207,7 @@ class Schedule:
 
         before: for k in 0:size_d            after:  for k in 0:128         (specialize("d", 128))
 
-        The kernel then refuses (A103) arrays of another size.
-        Raises ScheduleError[S101, S102]."""
+        The kernel then refuses (A103) arrays of another size."""
         return self._coords(coords.specialize, dim, size)
 
     # -- verbs on loops --------------------------------------------------------------------------
@@ -210,8 +223,7 @@ class Schedule:
                                                         if i_o*8 + i_i < n: S(i_o*8 + i_i)
 
         `tail` handles a range that is no multiple of `factor`: `"guard"` tests each iteration,
-        `"cut"` adds a loop `i_t` for the rest, `"exact"` requires a known multiple.
-        Raises ScheduleError[S101, S102]."""
+        `"cut"` adds a loop `i_t` for the rest, `"exact"` requires a known multiple."""
         return self._loops(loops.split, loop, factor, tail=tail, into=into, new_names=True)
 
     @takes(outer=A_NAME, inner=A_NAME, into=A_NAME)
@@ -220,9 +232,7 @@ class Schedule:
 
         before: for i in 0:n                after:  for ij in 0:n*m
                   for j in 0:m                        S(ij / m, ij % m)
-                    S(i, j)
-
-        Raises ScheduleError[S101, S102]."""
+                    S(i, j)"""
         return self._loops(loops.fuse, outer, inner, into=into, new_names=True)
 
     @takes(order=NAMES)
@@ -234,8 +244,7 @@ class Schedule:
                     S(i, j)                             S(i, j)
 
         Refused where the range of a loop would depend on a loop inside it, and where the nest
-        branches between the loops.
-        Raises ScheduleError[S101, S102]."""
+        branches between the loops."""
         return self._loops(loops.reorder, *order)
 
     @takes(loop=A_NAME, kind=KIND)
@@ -247,35 +256,24 @@ class Schedule:
         `parallel`, `cta.x`, `cta.y`: its iterations are units of the launch. `thread.x`,
         `thread.y`: the threads of a CTA. `vector`: the lanes of a register. `unroll`: written out.
         A loop that reduces may be a vector or threads (there is one accumulator an iteration,
-        joined in a fixed order at the end), not units.
-        Raises ScheduleError[S101, S102]."""
+        joined in a fixed order at the end), not units."""
         return self._loops(loops.mark, loop, kind)
 
     @takes(loop=A_NAME, to=KIND)
     def bind(self, loop: str, to: LoopKind) -> Schedule:
         """Set how a loop runs: another name of `mark`.
 
-        before: for i in 0:n                after:  for i in 0:n   # cta.x
-
-        Raises ScheduleError[S101, S102]."""
+        before: for i in 0:n                after:  for i in 0:n   # cta.x"""
         return self._loops(loops.mark, loop, to)
 
     @takes(loop=A_NAME)
     def parallel(self, loop: str) -> Schedule:
-        """Run the iterations of a loop as units of the launch: `mark(loop, "parallel")`.
-
-        before: for i in 0:n                after:  for i in 0:n   # parallel
-
-        Raises ScheduleError[S101, S102]."""
+        """Run the iterations of a loop as units of the launch: `mark(loop, "parallel")`."""
         return self._loops(loops.mark, loop, "parallel")
 
     @takes(loop=A_NAME)
     def vectorize(self, loop: str) -> Schedule:
-        """Run a loop as the lanes of a register: `mark(loop, "vector")`.
-
-        before: for i in 0:8                after:  for i in 0:8   # vector
-
-        Raises ScheduleError[S101, S102]."""
+        """Run a loop as the lanes of a register: `mark(loop, "vector")`."""
         return self._loops(loops.mark, loop, "vector")
 
     @takes(loop=A_NAME, factor=rule.integer(0, NEAR))
@@ -284,9 +282,7 @@ class Schedule:
         it.
 
         before: for u in 0:2                after:  S(0); S(1)
-                  S(u)
-
-        Raises ScheduleError[S101, S102]."""
+                  S(u)"""
         return self._loops(loops.unroll, loop, factor)
 
     @takes(loop=A_NAME)
@@ -296,9 +292,7 @@ class Schedule:
 
         before: for p_i in 0:4              after:  for p_i in 0:4
                   acc += x[p_i]                       acc[p_i] += x[p_i]
-                                                    Y = ((acc[0] + acc[1]) + acc[2]) + acc[3]
-
-        Raises ScheduleError[S101, S102]."""
+                                                    Y = ((acc[0] + acc[1]) + acc[2]) + acc[3]"""
         return self._loops(loops.rfactor, loop)
 
     @takes(output=A_NAME)
@@ -306,9 +300,7 @@ class Schedule:
         """Make the in-place updates of an output atomic, so that several units may share its rows.
         The order of the sums, and with it the last bits, is then not fixed.
 
-        before: Y[i, k] = sum(…) in place          after:  Y[i, k] = sum(…) in place atomic
-
-        Raises ScheduleError[S101, S102]."""
+        before: Y[i, k] = sum(…) in place          after:  Y[i, k] = sum(…) in place atomic"""
         missing = output, f"no output {output!r} is updated in place"
         return self._loops(loops.atomic, output, missing=missing)
 
@@ -323,9 +315,7 @@ class Schedule:
 
         Extents 16, 8, 16 or 16, 16, 16 of float16 or bfloat16 operands; 16, 8, 8 of float32
         operands, which are rounded to tf32 (10 bits of mantissa). The sums are float32. Where there
-        are few rows the columns of the output can be the rows of the tile: mma("j", "i", "k").
-
-        Raises ScheduleError[S101, S102]."""
+        are few rows the columns of the output can be the rows of the tile: mma("j", "i", "k")."""
         return self._loops(loops.mma, rows, cols, depth)
 
     @takes(buffer=A_NAME, loop=A_NAME, ahead=rule.integer(1, NEAR))
@@ -346,8 +336,7 @@ class Schedule:
                                                             Y[i, k] = sum(… X[j, k] …)
 
         The prefetch of a gather continues beyond the end of a row: the next row needs those
-        entries. Apply it last on a nest: other verbs do not look past a prefetch.
-        Raises ScheduleError[S101, S102]."""
+        entries. Apply it last on a nest: other verbs do not look past a prefetch."""
         missing = loop, f"no loop {loop!r} reads {buffer!r}"
         return self._loops(loops.prefetch, buffer, loop, ahead, missing=missing, new_names=True)
 
@@ -371,8 +360,7 @@ class Schedule:
         Scratch has a dimension for each loop inside `loop` that the access depends on; their
         extents are constants. `scope`: `"register"`, or `"shared"` by the threads of a CTA, which
         copy together (on a CPU an array of the body). Where a guard would keep an element from
-        being read, scratch holds 0. `buffer`: a dense operand, or a sparse one for its values.
-        Raises ScheduleError[S101, S102]."""
+        being read, scratch holds 0. `buffer`: a dense operand, or a sparse one for its values."""
         padding = next((t.fill for t in self.program.tensors if t.name == buffer), 0)
 
         def cache(body: Stmt, *args: Any) -> tuple[Stmt, int]:
@@ -393,8 +381,7 @@ class Schedule:
                   sync                                    async S[(k+2) % 3, t] = A[k+2, t]; commit
                                                           … S[k % 3, t] …
 
-        It comes after `cache(…, "shared")` of all operands. A CPU copies at once.
-        Raises ScheduleError[S101, S102]."""
+        It comes after `cache(…, "shared")` of all operands. A CPU copies at once."""
         return self._loops(staging.pipeline, loop, stages)
 
     @takes(output=A_NAME, loop=A_NAME, copies=rule.integer(2, privatize.MOST_COPIES))
@@ -407,9 +394,7 @@ class Schedule:
                 for p in 0:nnz                         for c in 0:8  # parallel
                   let i = row[p]                         for p in min(nnz, c*n) : min(nnz, …+n)
                   Y[i, k] = sum(…) in place                Y.copies[c, i, k] = sum(…) in place
-                                                       Y[i, k] = Y.copies[0, i, k] + …
-
-        Raises ScheduleError[S101, S102]."""
+                                                       Y[i, k] = Y.copies[0, i, k] + …"""
         if self.selected is not None:
             raise illegal("privatize changes all nests of an output", "everywhere() first")
         args = output, loop, copies
@@ -477,12 +462,10 @@ class Schedule:
 
     @takes(loop=A_NAME, nest=rule.optional(NUMBER))
     def has(self, loop: str, nest: int | None = None) -> bool:
-        """Whether there is a loop of that name (in one nest). Raises ScheduleError[S101, S102]."""
+        """Whether there is a loop of that name (in one nest)."""
         chosen = self.nests if nest is None else (self._nest(nest),)
         return any(
-            isinstance(x, For) and (x.name == loop or x.name == f"{loop}_p")
-            for n in chosen
-            for x in statements(n.body)
+            isinstance(x, For) and matches(x, loop) for n in chosen for x in statements(n.body)
         )
 
 

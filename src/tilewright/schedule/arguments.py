@@ -99,7 +99,7 @@ TWO_NAMES = Rule("two names", _pair)
 
 def takes(**rules: Rule) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A method whose arguments are as `rules` say, one rule for each. A call of it on a schedule
-    with any others raises ScheduleError[S102]."""
+    with any others raises ScheduleError[S102], which its docstring then says."""
     known = "; ".join(f"{name}: {rule.words}" for name, rule in rules.items())
 
     def decorate(method: Callable[P, R]) -> Callable[P, R]:
@@ -128,6 +128,7 @@ def takes(**rules: Rule) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     raise refused(args, options, why, name) from None
             return method(*bound.args, **bound.kwargs)
 
+        checked.__doc__ = f"{inspect.getdoc(method)}\n\nRaises ScheduleError[S101, S102]."
         return checked
 
     return decorate

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tilewright.errors import illegal
 from tilewright.ir.levels import Compressed, Dense
 from tilewright.ir.nodes import Assign, Program
 from tilewright.ir.rewrite import indices_of
-from tilewright.schedule.tree import illegal, unknown
+from tilewright.schedule.tree import unknown
 
 
 def order_axes(program: Program, output: str, *axes: str) -> Program:
@@ -20,6 +21,15 @@ def order_axes(program: Program, output: str, *axes: str) -> Program:
     if wrong:
         raise unknown(f"{output} has no axis {', '.join(wrong)}", f"axes: {', '.join(sorted(has))}")
     return replace(program, orders=(*program.orders, (output, *axes)))
+
+
+def compute_at(program: Program, temporary: str, loop: str, scope: str) -> Program:
+    """The program rewrite behind `Schedule.compute_at`; the lowering checks what it takes."""
+    known = [t.name for t in program.tensors if t.role == "temp"]
+    if temporary not in known:
+        raise unknown(f"no temporary {temporary!r}", f"temporaries: {', '.join(known) or 'none'}")
+    rest = (p for p in program.placed if p[0] != temporary)
+    return replace(program, placed=(*rest, (temporary, loop, scope)))
 
 
 def merge_sums(program: Program, output: str) -> Program:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from tilewright.errors import illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple
 from tilewright.ir.atoms import ATOMS, SHAPES
@@ -29,7 +30,6 @@ from tilewright.schedule.tree import (
     chain_from,
     computes,
     has_loop,
-    illegal,
     in_the_way,
     matches,
     reads_memory,
@@ -52,7 +52,8 @@ def split(
     def one(f: ir.For) -> ir.Stmt:
         if f.kind in ("vector", "unroll", "pipeline", "thread.x", "thread.y"):
             raise illegal(f"loop {f.name} is marked {f.kind}", "split it first, then mark a part")
-        outer_name, inner_name = into or (f"{loop}_o", f"{loop}_i")
+        own = loop.rpartition(".")[2]
+        outer_name, inner_name = into or (f"{own}_o", f"{own}_i")
         if f.name in (outer_name, inner_name):
             raise illegal(
                 f"split {loop} into {outer_name}, {inner_name}: the name is taken", "new names"
@@ -78,7 +79,7 @@ def split(
         if tail != "cut" or exact:
             return nest
         start = simplify(add(f.begin, mul(count, factor)))
-        return ir.seq(nest, _tail(f, f"{loop}_t", start))
+        return ir.seq(nest, _tail(f, f"{own}_t", start))
 
     return rewrite_loops(body, loop, one)
 
@@ -90,11 +91,8 @@ def _tail(f: ir.For, name: str, begin: ir.Expr) -> ir.For:
     var, end = ir.Var(name, f.var.dtype), f.end
     at: ir.Expr = var
     if isinstance(begin, ir.Const) and isinstance(end, ir.Const):
-        at, end, begin = (
-            add(begin, var),
-            simplify(ir.binary("-", end, begin)),
-            ir.Const(0, var.dtype),
-        )
+        at, end = add(begin, var), simplify(ir.binary("-", end, begin))
+        begin = ir.Const(0, var.dtype)
     body = transform(
         substitute(f.body, {f.name: at}), lambda x: replace(x) if isinstance(x, ir.Compute) else x
     )
@@ -265,17 +263,15 @@ def atomic(body: ir.Stmt, output: str) -> Rewritten:
                     "privatize() does without",
                 )
             return replace(x, atomic=True)
-        return rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
+        return x
 
-    return visit(body), count
+    return transform(body, visit), count
 
 
 def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Rewritten:
     """The loop rewrite behind `Schedule.mma`."""
-    count = 0
 
     def one(f: ir.For) -> ir.Stmt:
-        nonlocal count
         chain = chain_from(f)
         names = (rows, cols, depth)
         loops = [next((x for x in chain.loops if matches(x, n)), None) for n in names]

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright import dtypes
+from tilewright.errors import illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import COPIES, GeneratedName, stride_name
-from tilewright.ir.rewrite import add, ceil_div, mul, rebuild, simplify
-from tilewright.schedule.tree import computes, illegal, matches, unknown
+from tilewright.ir.rewrite import add, ceil_div, mul, simplify, transform
+from tilewright.schedule.tree import computes, matches, unknown
 
 MOST_COPIES = 64  # of an output
 
@@ -62,12 +63,11 @@ class _Copies:
         stages: list[tuple[ir.Nest, ...]] = []
         op = ""
         for stage in program.stages:
-            if not any(
-                c.out.buffer.name == self.output.name for n in stage for c in computes(n.body)
-            ):
+            own = [c for n in stage for c in computes(n.body) if self._is_update(c)]
+            if not own:
                 stages.append(stage)
                 continue
-            updates = [c for n in stage for c in computes(n.body) if c.in_place]
+            updates = [c for c in own if c.in_place]
             if not updates:
                 stages.append(tuple(self._start(n) for n in stage))
                 continue
@@ -107,9 +107,8 @@ class _Copies:
             raise illegal(f"loop {top.name} is marked {top.kind}", "privatize it first")
         extent = simplify(ir.binary("-", top.end, top.begin))
         share = ceil_div(extent, self.copies)
-        begin = ir.binary(
-            "min", top.end, add(top.begin, mul(self.copy, share))
-        )  # none runs backwards
+        first = add(top.begin, mul(self.copy, share))
+        begin = ir.binary("min", top.end, first)  # none runs backwards
         end = ir.binary("min", top.end, add(begin, share))
         body = self._each(top.body, lambda c: replace(c, out=self._at(self.copy, c), atomic=False))
         groups = ir.For(
@@ -130,18 +129,17 @@ class _Copies:
             value = ir.Binary({"sum": "+", "prod": "*"}.get(op, op), value, x, value.dtype)
         out = ir.Load(self.original, tuple(axes), self.original.dtype)
         body: ir.Stmt = ir.Compute(out, ir.cast(value, out.dtype))
-        for d, (var, size) in reversed(
-            list(enumerate(zip(axes, self.original.shape, strict=True)))
-        ):
-            body = ir.For(var, ir.as_expr(0), size, body, "parallel" if d == 0 else "serial")
+        for var, size in reversed([*zip(axes, self.original.shape, strict=True)]):
+            kind = "parallel" if var is axes[0] else "serial"
+            body = ir.For(var, ir.as_expr(0), size, body, kind)
         return ir.Nest(f"{self.output.name}.join", body)
 
     def _at(self, copy: ir.Expr, c: ir.Compute) -> ir.Load:
         return ir.Load(self.buffer, (copy, *c.out.index), self.buffer.dtype)
 
     def _each(self, s: Any, f: Any) -> Any:
-        if isinstance(s, ir.Compute):
-            return f(s) if s.out.buffer.name == self.output.name else s
-        return (
-            rebuild(s, lambda x: self._each(x, f)) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
-        )
+        """`s` with `f` applied to each statement of the output."""
+        return transform(s, lambda x: f(x) if self._is_update(x) else x)
+
+    def _is_update(self, x: Any) -> bool:
+        return isinstance(x, ir.Compute) and x.out.buffer.name == self.output.name

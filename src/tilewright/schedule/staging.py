@@ -9,7 +9,7 @@ from math import prod
 from typing import Any, Literal
 
 from tilewright import dtypes
-from tilewright.errors import ScheduleError
+from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import affine, is_multiple
 from tilewright.ir.names import values_name
@@ -27,7 +27,7 @@ from tilewright.ir.rewrite import (
     walk,
     zero_unless,
 )
-from tilewright.schedule.tree import computes, illegal, reads_memory, rewrite_loops
+from tilewright.schedule.tree import computes, reads_memory, rewrite_loops
 from tilewright.target import SHARED_BYTES
 
 CacheScope = Literal["register", "shared"]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tilewright.errors import ScheduleError
+from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import is_users
 from tilewright.ir.rewrite import free_vars, loads, rebuild, statements
@@ -20,11 +20,6 @@ from tilewright.ir.rewrite import free_vars, loads, rebuild, statements
 def unknown(why: str, hint: str) -> ScheduleError:
     """The error for a loop or tensor name that does not exist; it lists those that do."""
     return ScheduleError("S101", why, hint=hint)
-
-
-def illegal(why: str, hint: str, where: str = "") -> ScheduleError:
-    """The error for a verb that is not legal where it was called."""
-    return ScheduleError("S102", why, where=where, hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,27 +156,26 @@ def loop_names(program: ir.Program) -> list[str]:
 def clash(s: Any, taken: frozenset[str]) -> str | None:
     """The first name of a loop or let that shadows one around it or cannot be a name in generated
     code; None where there is no such name. `taken`: the names bound around `s`."""
-    if isinstance(s, ir.For):
-        name = _clash_of(s.name, taken)
-        return clash(s.body, taken | {s.name}) if name is None else name
-    if isinstance(s, ir.If):
-        return clash(s.body, taken)
-    if isinstance(s, ir.Seq):
-        for b in s.body:
-            name = _clash_of(b.var.name, taken) if isinstance(b, ir.Let) else clash(b, taken)
-            if name is not None:
-                return name
-            taken = taken | {b.var.name} if isinstance(b, ir.Let) else taken
+    if isinstance(s, (ir.For, ir.Let)):
+        if s.name in taken or not is_users(s.name):
+            return s.name
+        return clash(s.body, taken | {s.name}) if isinstance(s, ir.For) else None
+    for b in s.body if isinstance(s, ir.Seq) else (s.body,) if isinstance(s, ir.If) else ():
+        if (name := clash(b, taken)) is not None:
+            return name
+        taken = taken | {b.name} if isinstance(b, ir.Let) else taken
     return None
 
 
-def _clash_of(name: str, taken: frozenset[str]) -> str | None:
-    return name if name in taken or not is_users(name) else None
-
-
 def matches(loop: ir.For, name: str) -> bool:
-    """Whether `name` is that of the loop, or of the axis that it walks (`j` for `j_p`)."""
-    return loop.name == name or loop.name == f"{name}_p"
+    """Whether `name` is that of the loop, or of the axis that it walks (`j` for `j_p`). `out.j` is
+    the loop j around the statement of `out`, whatever number the name of the loop ends in."""
+    statement, _, own = name.rpartition(".")
+    names = own, f"{own}_p"
+    if not statement:
+        return loop.name in names
+    of = (c.out.buffer.name.removesuffix(".values") for c in computes(loop))
+    return statement in of and (loop.name in names or loop.name.rstrip("0123456789") in names)
 
 
 def rewrite_loops(s: ir.Stmt, name: str, f: Callable[[ir.For], ir.Stmt]) -> tuple[ir.Stmt, int]:

@@ -22,11 +22,12 @@ import numpy as np
 
 from tilewright.attention.kv import KV
 from tilewright.attention.plan import CHUNK_TILES, KEY_TILE
+from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
 from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.positions import lengthen_kernel, positions_kernel
 from tilewright.runtime.step import Step
-from tilewright.serve.kv_pool import PAGE_SIZE, KVPool
+from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.scheduler import Chunk, Limits
 
@@ -38,13 +39,15 @@ class Logits:
 
     def __init__(self, runner: Runner, rows: list[int]) -> None:
         self._memory, self._logits, self._rows = runner.model.memory, runner.last["logits"], rows
+        self._cap = np.float32(runner.model.config.logit_cap)  # which the order does not depend on
         runner.tokens[:] = self._memory.read(runner.last["token"])
         self.likeliest = [int(runner.tokens[n]) for n in rows]
 
     def row(self, i: int) -> np.ndarray:
         """The logits of request i, float32 (vocab,); valid until the next step."""
         n = self._rows[i]
-        return self._memory.read(self._memory.rows(self._logits, n, n + 1))[0]
+        row = self._memory.read(self._memory.rows(self._logits, n, n + 1))[0]
+        return self._cap * np.tanh(row / self._cap) if self._cap else row
 
 
 class Runner:
@@ -56,8 +59,9 @@ class Runner:
 
     def __init__(self, model: Llama, limits: Limits, context: int) -> None:
         self.model, self.invariant = model, limits.invariant
-        self.cache = KVPool(model.config, limits.pages, model.memory)
         new, most, config = model.memory.empty, limits.running, model.config
+        shape = (limits.pages, PAGE_SIZE, config.kv_heads, config.head_dim)
+        self.keys, self.values = ([new(*shape) for _ in range(config.layers)] for _ in range(2))
         tokens = limits.step_tokens + most  # a row more for each chunk
         self.width = context // PAGE_SIZE + 1
         self.activations = {k: new(tokens, w) for k, w in model.widths.items()}
@@ -76,7 +80,8 @@ class Runner:
         model.memory.write(self.last["token"], self.tokens)
         self._views: dict[int, tuple[list[KV], KV]] = {}
         self._steps: dict[int, Step] = {}
-        self._qo_tile = model.attention.plan(np.array([0, 1], np.int32), self._kv(1)[1]).qo_tile
+        one = model.layers[0].attention.plan(np.array([0, 1], np.int32), self._kv(1)[1])
+        self._qo_tile = one.qo_tile  # of every layer
 
     def run(self, chunks: Sequence[Chunk]) -> Logits:
         """Reads the tokens of the chunks, those of answers first, and computes the logits of the
@@ -155,7 +160,7 @@ class Runner:
             pages = rows(self.block_table, 0, requests)
             table = Table(rows(self.kv_len, 0, requests), pages)
             plan = Table(rows(self.plan_len, 0, requests), pages)
-            pools = self.cache.layers
+            pools = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
             self._views[requests] = [KV(table, pool) for pool in pools], KV(plan, pools[0])
         return self._views[requests]
 
@@ -168,16 +173,17 @@ class Runner:
         capacity, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * KEY_TILE
         lengths = [min(c.stop, short) if c.is_prompt else capacity for c in chunks]
         memory.write(memory.rows(self.plan_len, 0, len(chunks)), np.array(lengths, np.int32))
-        plan = model.attention.plan(indptr, to_plan)
+        plans = {x: x.plan(indptr, to_plan) for x in {layer.attention for layer in model.layers}}
 
         def do(kernel: Any, *args: Any, out: Any = None) -> None:
             kernel(*args, out=out)
 
         def attend(layer: int, q: Any, out: Any) -> None:
-            model.attention.run(q, views[layer], plan, out=out)
+            attention = model.layers[layer].attention
+            attention.run(q, views[layer], plans[attention], out=out)
 
         b = self._rows(int(indptr[-1]), self._single(sum(not c.is_prompt for c in chunks)))
-        model.forward(b, (self.cache.keys, self.cache.values), attend, do)
+        model.forward(b, (self.keys, self.values), attend, do)
         if wanting:
             count = len(wanting)
             last = {name: memory.rows(a, 0, count) for name, a in self.last.items()}
@@ -197,7 +203,7 @@ class Runner:
             bounds.append(kernel.bind(*args, out=out))
 
         def attend(layer: int, q: Any, out: Any) -> None:
-            bounds.append(model.attention.bind(q, views[layer], out))
+            bounds.append(model.layers[layer].attention.bind(q, views[layer], out))
 
         b = self._rows(requests, self._single(requests))
         last = {name: rows(self.last[name], 0, requests) for name in ("logits", "token")}
@@ -205,7 +211,7 @@ class Runner:
         positions = positions_kernel(PAGE_SIZE, model.name)
         do(positions, lengths, table, out=(b.position, b.page, b.slot))
         b = replace(b, ids=last["token"])
-        model.forward(b, (self.cache.keys, self.cache.values), attend, do)
+        model.forward(b, (self.keys, self.values), attend, do)
         model.finish({**b.a, **last}, b.single, do)
         do(lengthen_kernel(model.name), lengths)
         return Step(bounds)

@@ -19,7 +19,8 @@ from tilewright.sparse.tracing import checked_name, current, refusal
 class Output:
     """`out[i, k](value)` declares and computes an output; `temp` a value of the program's own.
 
-    `out.like(A)` has the structure of A; `out.named("Y")` a name; `out.typed("float16")` a dtype.
+    `out.like(A)` has the structure of A, and may have dense dimensions behind its own,
+    `out.like(A)[i, j, head]`; `out.named("Y")` a name; `out.typed("float16")` a dtype.
     """
 
     role: ir.Role
@@ -133,8 +134,12 @@ def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
         raise refusal("P101", f"{name} is defined twice")
     dtype = output.dtype or (_output_dtype(value) if output.role == "output" else value.dtype)
     like = output.structure_of
-    if like is not None and tuple(c.dim for c in coords) != like.dims:
-        raise refusal("P103", f"{name} has the structure of {like.name} but other dimensions")
+    own = len(like.dims) if like else 0
+    if like is not None and (like.inner or tuple(c.dim for c in coords[:own]) != like.dims):
+        raise refusal(
+            "P103", f"{name} has the structure of {like.name} but other dimensions",
+            hint="those of the structure, then dense ones: tw.temp.like(A)[i, j, head]",
+        )  # fmt: skip
     tensor = Tensor(
         name,
         tuple(c.dim for c in coords),
@@ -142,6 +147,7 @@ def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
         output.role,
         structure=like.structure if like else "",
         format=like.format if like else None,
+        inner=len(coords) - own if like else 0,
     )
     trace.tensors[name] = tensor
     trace.body.append(_statement(Access(tensor, coords, dtype), value))
@@ -166,6 +172,7 @@ def _output_dtype(value: Expr) -> DType:
         if isinstance(x, Access)
         and x.dtype.is_float
         and x.tensor.kind == "activation"
+        and x.tensor.role != "temp"
         and not x.tensor.is_sparse
         and x.tensor.dims
     ]
@@ -182,6 +189,8 @@ def _check_bound(coords: tuple[Expr, ...], value: Expr) -> None:
                 rule = f"{c.name} runs over {c.dim} but stands for {dim} in {x}"
                 hint = "give the index and the tensor the same dimension name"
                 raise refusal("P102", rule, hint=hint)
+        if not all(isinstance(c, Index) for c in x.coords[len(x.stored_coords) :]):
+            raise refusal("P103", f"{x}: the dense dimensions of a structure are read at indices")
     written = set().union(*map(free_indices, coords))
     loose = sorted(free_indices(value).keys() - written)
     if loose:

@@ -104,12 +104,14 @@ class Structure:
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
     """A sparse tensor: a structure and one array of values for each part. Slots without an entry
-    (the rest of a block, a gap of a ragged row, padding) hold `fill`."""
+    (the rest of a block, a gap of a ragged row, padding) hold `fill`. Each slot
+    of a result may hold an array, of shape `inner`."""
 
     structure: Structure
     values: tuple[Any, ...]
     dtype: DType
     fill: float = 0.0
+    inner: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -149,8 +151,8 @@ class Packed:
     repack_values = with_values
 
     def entry_values(self) -> np.ndarray:
-        """The values (nnz,), in the order that `with_values` takes."""
-        out = np.zeros(self.nnz, self.dtype.numpy)
+        """The values (nnz, *inner), in the order that `with_values` takes."""
+        out = np.zeros((self.nnz, *self.inner), self.dtype.numpy)
         for part, values in zip(self.structure.parts, self.values, strict=True):
             out[part.entries] = entries.stored(values, self.dtype)[part.slots]
         return out
@@ -164,7 +166,9 @@ class Packed:
     def dense(self) -> np.ndarray:
         """The dense array, with `fill` where nothing is stored."""
         coords, values = self.unpack()
-        out = np.full(self.shape, entries.filling(self.fill, self.dtype), self.dtype.numpy)
+        out = np.full(
+            (*self.shape, *self.inner), entries.filling(self.fill, self.dtype), self.dtype.numpy
+        )
         out[coords] = values
         return out
 
@@ -181,7 +185,7 @@ class Packed:
             for p in s.parts
         )
         moved = Structure(s.format, s.shape, parts, s.nnz, s.index_dtype, device)
-        return Packed(moved, _placed(values, device), self.dtype, self.fill)
+        return replace(self, structure=moved, values=_placed(values, device))
 
     def __str__(self) -> str:
         lines = [self.structure._text(f" {self.dtype}")]

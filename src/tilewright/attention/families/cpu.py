@@ -6,19 +6,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tilewright.attention import render
 from tilewright.attention.families.family import Call, Family, Prepared
-from tilewright.attention.plan import CHUNK_TILES, ITEM, KEY_TILE, Plan
-from tilewright.attention.spec import Spec, constants, template
-from tilewright.attention.spec import params_struct as common_params
+from tilewright.attention.plan import CHUNK_TILES, ITEM, ITEMS, KEY_TILE, Plan
+from tilewright.attention.spec import Spec, flash_constants, params_struct, template
 from tilewright.codegen import prelude_files
 from tilewright.runtime import pool
-from tilewright.runtime.layout import Struct
 from tilewright.toolchain import compilers, cxx
 
 _ROWS = 96  # of an item: the copied tile pays off, the sums stay in the cache
@@ -37,11 +34,6 @@ def rows(spec: Spec) -> int:
 
 
 @functools.lru_cache(256)
-def params_struct(spec: Spec) -> Struct:
-    """The parameters of the kernel."""
-    return common_params(spec, (("items", "ptr", "const Item*"),))
-
-
 def source(spec: Spec, vector_bits: int) -> str:
     """The C++ of one kernel for vectors of this width."""
     lanes = vector_bits // 32
@@ -54,13 +46,11 @@ def source(spec: Spec, vector_bits: int) -> str:
             prelude_files.prelude("cpu.h"),
             "#define TW_METHOD inline __attribute__((always_inline))",
             "struct At { int32_t qo, qo_head, kv_head, request, q_token, qo_len, kv_len; };",
-            constants(spec, blocks),
+            flash_constants(spec, blocks),
             spec.table.c_text(),
-            template("bounds.h"),
-            template("table.h"),
-            template("variant.h"),
+            *(template(name) for name in ("bounds.h", "table.h", "variant.h")),
             ITEM.c_decl,
-            params_struct(spec).c_decl,
+            params_struct(spec, ITEMS).c_decl,
             _DECLARATIONS,
             render.cpp_variant(spec.traced, lanes),
             template("vectors_cpu.h"),
@@ -69,43 +59,34 @@ def source(spec: Spec, vector_bits: int) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """A loaded kernel: the address of its body, kept alive by its library."""
-
-    body: int
-    source: str
-    library: Any
-
-
 @functools.lru_cache(256)
-def kernel(spec: Spec, isa: str) -> Kernel:
-    """The kernel for an instruction set of `compilers.ISAS`. Raises BuildError."""
-    text = source(spec, compilers.ISAS[isa].vector_bits)
+def kernel(text: str, isa: str) -> tuple[int, Any]:
+    """The address of a kernel's body, and the library that keeps it alive. Raises BuildError."""
     library = cxx.load_cpp(text, name="attention", isa=isa)
-    return Kernel(pool.address_of(library.stage0), text, library)
+    return pool.address_of(library.stage0), library
 
 
 def _prepare(call: Call) -> Prepared:
     spec, plan, isa = call.spec, call.plan, compilers.resolve_isa()
     assert isinstance(plan, Plan)  # a workspace is of a GPU
-    loaded = kernel(spec, isa.name)
+    text = source(spec, isa.vector_bits)
+    body, library = kernel(text, isa.name)
     lanes = isa.vector_bits // 32
     padded = -(-spec.head_dim_vo // lanes) * lanes
     partials = np.empty(max(plan.slots * spec.group * plan.qo_tile * (padded + 2), 1), np.float32)
     counters = np.zeros(max(plan.counters, 1), np.int32)
-    block = params_struct(spec).pack(
+    block = params_struct(spec, ITEMS).pack(
         **call.values,
         qo_indptr=plan.qo_indptr.ctypes.data,
         items=plan.items.ctypes.data,
         partials=partials.ctypes.data,
         counters=counters.ctypes.data,
     )
-    launch = (loaded.body, ctypes.addressof(block), len(plan.items), 1, False)
+    launch = (body, ctypes.addressof(block), len(plan.items), 1, False)
     array = pool.launch_array([launch])
     run, address = pool.pool().run, ctypes.addressof(array)
-    keep = (loaded, partials, counters, block, array)
-    return Prepared(launch, lambda: run(address, 1), loaded.source, keep)
+    keep = (library, partials, counters, block, array)
+    return Prepared(launch, lambda: run(address, 1), text, keep)
 
 
 FAMILY = Family("cpu", "cpu", rows, "request", 0, lambda spec, n, pool: "", _prepare)

@@ -10,6 +10,7 @@ import numpy as np
 
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec
+from tilewright.errors import ArgumentError
 
 if TYPE_CHECKING:
     from tilewright.attention.plan import Plan
@@ -71,3 +72,12 @@ class Family:
     def qo_tile(self, spec: Spec) -> int:
         """The most queries of an item."""
         return max(1, self.rows(spec) // spec.group)
+
+
+def check_alignment(values: dict[str, Any], q_bytes: int) -> None:
+    """Rows of q (16-bit elements) are aligned to `q_bytes`, o to 16. Raises ArgumentError[A104]."""
+    q = (values["q"], 2 * values["q_token"], 2 * values["q_head"])
+    for name, nbytes, addresses in (("q", q_bytes, q), ("out", 16, (values["o"],))):
+        if any(a % nbytes for a in addresses):
+            text = f"rows of {name} are not aligned to {nbytes} bytes"
+            raise ArgumentError("A104", text, where=name, hint="a contiguous copy")

@@ -79,9 +79,11 @@ def row_major(coords: Sequence[np.ndarray], is_entry: np.ndarray) -> np.ndarray:
     return order[new]
 
 
-def load_value(values: ir.Buffer, position: ir.Expr, fill: float) -> ir.Expr:
-    """`values[position]`, or `fill` where the position is -1 (a missing coordinate)."""
-    value = ir.Load(values, (position,), values.dtype)
+def load_value(
+    values: ir.Buffer, position: ir.Expr, fill: float, inner: tuple[ir.Expr, ...] = ()
+) -> ir.Expr:
+    """`values[position, inner]`, or `fill` where the position is -1 (a missing coordinate)."""
+    value = ir.Load(values, (position, *inner), values.dtype)
     if isinstance(position, (ir.Var, ir.Const)) or not may_miss(position):
         return value
     kind = values.dtype.accumulator  # a narrow float is only stored, never chosen between

@@ -1,4 +1,4 @@
-"""Interprets lowered IR, one scalar operation after the other: the tests run passes on it.
+"""Interprets lowered IR, one scalar operation after the other, to judge the passes.
 
 `execute` runs the position and the loop level. A value is a NumPy scalar of its dtype, or an array
 of its lanes (bfloat16: float32). Memory that was never written is NaN, and an access outside of a
@@ -19,8 +19,7 @@ import numpy as np
 from tilewright import dtypes
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import walk
-from tilewright.reference.epilogues import Epilogues
+from tilewright.ir.rewrite import free_vars, statements, walk
 from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
 from tilewright.reference.ops_table import (
     UFUNCS,
@@ -70,7 +69,9 @@ class _Nest:
         self.lanes = lane_dimensions(nest.body)
         self.closures: dict[int, Callable[[], Any]] = {}  # of expressions, by id
         self.cached: dict[int, dict[str, Any]] = {}  # `starts` of loops, by id
-        self.epilogues = Epilogues(self)
+        self.around: list[ir.For] = []  # position level: the loops
+        # Position level: totals of epilogues, by output, register, and offset.
+        self.totals: dict[tuple[str, str, int], Any] = {}
 
     def start_sums(self) -> None:
         """Every element that a nest sums into starts at the identity."""
@@ -80,7 +81,8 @@ class _Nest:
                 view[...] = encode(cast(_identity(c), c.out.dtype), c.out.dtype, view.dtype)
 
     def run(self) -> None:
-        ranges = [_range(v, 0, self.value(e)) for v, e in self._grid()]
+        grid = zip(self.nest.grid_vars, self.nest.grid, strict=True)
+        ranges = [_range(v, 0, self.value(e)) for v, e in grid]
         try:
             for unit in itertools.product(*ranges):
                 self.env.update(zip((v.name for v in self.nest.grid_vars), unit, strict=True))
@@ -90,11 +92,8 @@ class _Nest:
         for c in walk(self.nest.body):
             if isinstance(c, ir.Compute):
                 for at, total in self.sums.pop(c.out.buffer.name, {}).items():
-                    array = self.memory[c.out.buffer.name]
-                    array.write(at, cast(total, c.out.dtype), c.out.dtype)
-
-    def _grid(self) -> Iterator[tuple[ir.Var, ir.Expr]]:
-        return zip(self.nest.grid_vars, self.nest.grid, strict=True)
+                    flat = self.memory[c.out.buffer.name].flat
+                    flat[at] = encode(cast(total, c.out.dtype), c.out.dtype, flat.dtype)
 
     # -- statements ------------------------------------------------------------------------------
 
@@ -113,7 +112,7 @@ class _Nest:
         elif isinstance(s, ir.Store):
             self.store(s.buffer, s.index, self.value(s.value), s.op)
         elif isinstance(s, ir.Alloc):
-            self.allocate(s.buffer)
+            self.allocate(s.buffer, s.extents)
         elif isinstance(s, ir.Scatter):
             row, key, value = self.rows[s.workspace.name], self.value(s.key), self.value(s.value)
             row[key] = row[key] + value if key in row else value
@@ -138,17 +137,21 @@ class _Nest:
         starts = {n: v for n, v in self.starts(s).items() if n not in before}
         self.started = before | starts.keys()
         self.registers.update(starts)
+        if starts:  # temporaries that are computed anew
+            self.totals = {k: v for k, v in self.totals.items() if k[0] not in starts}
         if self.positions:
-            self.epilogues.enter(s)
+            self.around.append(s)
         if isinstance(s, ir.Merge):
             self.merge(s)
         elif isinstance(s, ir.Drain):
             self.drain(s)
         else:
-            self.iterate(s)
+            for i in _range(s.var, self.value(s.begin), self.value(s.end)):
+                self.env[s.name] = i
+                self.do(s.body)
         self.started = before
         if self.positions:
-            self.epilogues.leave(s)
+            self.leave(s)
 
     def merge(self, s: ir.Merge) -> None:
         """Runs the body for each coordinate of the lists, which ascend."""
@@ -179,11 +182,6 @@ class _Nest:
             self.do(s.body)
         row.clear()
 
-    def iterate(self, s: ir.For) -> None:
-        for i in _range(s.var, self.value(s.begin), self.value(s.end)):
-            self.env[s.name] = i
-            self.do(s.body)
-
     def starts(self, s: ir.Stmt) -> dict[str, Any]:
         """Position level: temporaries that the loop `s` reduces into, and their first values."""
         if not isinstance(s, ir.For) or not self.positions:
@@ -192,17 +190,21 @@ class _Nest:
             self.cached[id(s)] = {
                 c.out.buffer.name: _identity(c)
                 for c in walk(s)
-                if isinstance(c, ir.Compute) and not _in_memory(c.out.buffer) and ir.reduces(s, c)
+                if isinstance(c, ir.Compute)
+                and ir.reduces(s, c)
+                and c.out.buffer.scope in ("register", "row")
             }
         return self.cached[id(s)]
 
     def compute(self, s: ir.Compute) -> None:
         if s.reductions:
-            self.epilogues.add(s)
+            self.add(s)
             return
         buffer, value = s.out.buffer, self.value(s.value)
         if not _in_memory(buffer):
             if s.op and buffer.name in self.started:
+                if s.online:
+                    self.weigh(s.online, self.registers[buffer.name], value)
                 value = UFUNCS[s.op](self.registers[buffer.name], value)
             self.registers[buffer.name] = value
         elif not s.op or s.in_place:
@@ -223,12 +225,12 @@ class _Nest:
             value = UFUNCS[op](decode(cells[at], dtype), value)
         cells[at] = encode(value, dtype, cells.dtype)
 
-    def allocate(self, b: ir.Buffer) -> None:
+    def allocate(self, b: ir.Buffer, row: tuple[ir.Expr, ...]) -> None:
         if b.scope == "workspace":
             self.rows[b.name] = {}
             return
-        extents = tuple(_integer(e) for e in b.shape)
-        if b.scope == "shared":
+        extents = tuple(int(self.value(e)) for e in row or b.shape)
+        if b.scope in ("shared", "row"):
             self.memory[b.name] = Array.of(b.name, poisoned(extents, b.dtype))
         else:
             shape = (prod(extents), b.dtype.lanes)[: 1 + (b.dtype.lanes > 1)]
@@ -250,6 +252,77 @@ class _Nest:
             elements[inside] = as_operand(array.read(at[inside], t.buffer.dtype), t.buffer.dtype)
         return elements
 
+    # -- epilogues: totals of each element, stored where the outermost loop that reduces ends ------
+
+    def add(self, c: ir.Compute) -> None:
+        """Adds the terms of a statement with an epilogue to the totals of its element."""
+        at = self.element(c)
+        for r in c.reductions:
+            key = c.out.buffer.name, r.total.name, at
+            value, before = self.value(r.value), self.totals.get(key, _identity(r))
+            if r.factor is not None and before:
+                before = before * self.registers[r.factor.name]
+            self.totals[key] = UFUNCS[r.op](before, value)
+        if not any(ir.reduces(f, c) for f in self.around):
+            self.finish(c)
+
+    def leave(self, loop: ir.For) -> None:
+        """Stores the statements whose outermost loop that reduces ends here."""
+        self.around.pop()
+        for c in (c for c in statements(loop) if isinstance(c, ir.Compute) and c.reductions):
+            if ir.reduces(loop, c) and not any(ir.reduces(f, c) for f in self.around):
+                self.finish_below(loop, c, set())
+
+    def finish_below(self, s: ir.Stmt, c: ir.Compute, reduced: set[str]) -> None:
+        """Stores the elements of `c` below `s`, also those without a term: loops that reduce, and
+        guards and names that depend on them, are passed by."""
+        if s is c:
+            self.finish(c)
+        elif isinstance(s, ir.For):
+            if ir.reduces(s, c):
+                self.finish_below(s.body, c, reduced | {s.name})
+                return
+            for i in range(int(self.value(s.begin)), int(self.value(s.end))):
+                self.env[s.name] = s.var.dtype.numpy.type(i)
+                self.finish_below(s.body, c, reduced)
+        elif isinstance(s, ir.If):
+            if free_vars(s.cond) & reduced or self.value(s.cond):
+                self.finish_below(s.body, c, reduced)
+        elif isinstance(s, ir.Seq):
+            reduced = set(reduced)
+            for b in s.body:
+                if isinstance(b, ir.Let) and free_vars(b.value) & reduced:
+                    reduced.add(b.var.name)
+                elif isinstance(b, ir.Let):
+                    self.do(b)
+                else:
+                    self.finish_below(b, c, reduced)
+
+    def finish(self, c: ir.Compute) -> None:
+        """Stores a statement with an epilogue from the totals of its element."""
+        at = self.element(c)
+        for r in c.reductions:
+            total = self.totals.get((c.out.buffer.name, r.total.name, at), _identity(r))
+            self.registers[r.total.name] = cast(total, r.total.dtype)
+        value = self.value(c.value)
+        if c.out.buffer.scope == "register":
+            self.registers[c.out.buffer.name] = value
+        else:
+            self.store(c.out.buffer, c.out.index, value, "")
+
+    def weigh(self, online: tuple[ir.Buffer, ir.Buffer], old: Any, x: Any) -> None:
+        """The weight of a term of a running maximum, and the factor of the sums before it."""
+        weight, factor = online
+        new = max(old, x)
+        self.registers[weight.name] = np.exp(x - new) if x > -np.inf else x.dtype.type(0)
+        self.registers[factor.name] = np.exp(old - new)
+
+    def element(self, c: ir.Compute) -> int:
+        buffer = c.out.buffer
+        if buffer.scope == "register":
+            return 0
+        return int(self.memory[buffer.name].checked(self.offset(buffer, c.out.index)))
+
     # -- expressions -----------------------------------------------------------------------------
 
     def offset(self, b: ir.Buffer, index: tuple[ir.Expr, ...]) -> Any:
@@ -257,7 +330,7 @@ class _Nest:
         are flattened there is one index for each dimension."""
         values = [self.value(i) for i in index]
         if _in_memory(b):
-            return values[0] if len(values) == 1 else self.memory[b.name].offset(values)
+            return values[0] if len(values) == 1 else _offset(self.memory[b.name], values)
         at = 0
         for i, extent in zip(values, map(_integer, b.shape), strict=False):
             if not 0 <= i < extent:
@@ -335,6 +408,74 @@ class _Nest:
         return e.dtype.numpy.type(at - e.last)
 
 
+class Epilogues:
+    """The totals of a statement with an epilogue, by element of its output. When its outermost
+    reduced loop ends, the epilogue is stored for each element of that loop, also for those without
+    a term."""
+
+    def __init__(self, nest: Any) -> None:
+        self.nest = nest
+        self.around: list[ir.For] = []
+        self.totals: dict[tuple[str, int], Any] = {}  # by register and offset of the output
+
+    def enter(self, loop: ir.For) -> None:
+        self.around.append(loop)
+
+    def add(self, c: ir.Compute) -> None:
+        at = self._offset(c)
+        for r in c.reductions:
+            key = r.total.name, at
+            value = self.nest.value(r.value)
+            self.totals[key] = UFUNCS[r.op](self.totals.get(key, _identity(r)), value)
+        if not any(ir.reduces(f, c) for f in self.around):
+            self._store(c)
+
+    def leave(self, loop: ir.For) -> None:
+        self.around.pop()
+        for c in statements(loop):
+            if not isinstance(c, ir.Compute) or not c.reductions or not ir.reduces(loop, c):
+                continue
+            if not any(ir.reduces(f, c) for f in self.around):
+                self._store_below(loop, c, set())
+
+    def _store_below(self, s: ir.Stmt, c: ir.Compute, reduced: set[str]) -> None:
+        """Stores the elements of `c` below `s`: loops that reduce, and guards and names that depend
+        on them, are passed by."""
+        run = self.nest
+        if s is c:
+            self._store(c)
+        elif isinstance(s, ir.For):
+            if ir.reduces(s, c):
+                self._store_below(s.body, c, reduced | {s.name})
+                return
+            for i in range(int(run.value(s.begin)), int(run.value(s.end))):
+                run.env[s.name] = s.var.dtype.numpy.type(i)
+                self._store_below(s.body, c, reduced)
+        elif isinstance(s, ir.If):
+            if free_vars(s.cond) & reduced or run.value(s.cond):
+                self._store_below(s.body, c, reduced)
+        elif isinstance(s, ir.Seq):
+            reduced = set(reduced)
+            for b in s.body:
+                if isinstance(b, ir.Let) and free_vars(b.value) & reduced:
+                    reduced.add(b.var.name)
+                elif isinstance(b, ir.Let):
+                    run.do(b)
+                else:
+                    self._store_below(b, c, reduced)
+
+    def _store(self, c: ir.Compute) -> None:
+        at = self._offset(c)
+        for r in c.reductions:
+            total = self.totals.get((r.total.name, at), _identity(r))
+            self.nest.registers[r.total.name] = cast(total, r.total.dtype)
+        self.nest.store(c.out.buffer, c.out.index, self.nest.value(c.value), "")
+
+    def _offset(self, c: ir.Compute) -> int:
+        buffer = c.out.buffer
+        return int(self.nest.memory[buffer.name].checked(self.nest.offset(buffer, c.out.index)))
+
+
 def _cursor(loop: str, operand: int) -> str:
     """The name of a cursor of a loop."""
     return f"{loop}.{operand}"
@@ -344,12 +485,20 @@ def _in_memory(b: ir.Buffer) -> bool:
     return b.scope not in ("register", "fragment")
 
 
+def _offset(array: Array, index: Sequence[Any]) -> int:
+    """The offset of an element by its index in each dimension, checked."""
+    for i, n in zip(index, array.view.shape, strict=True):
+        if not 0 <= i < n:
+            raise InternalError("I101", f"{array.name}{[*index]} is outside {array.view.shape}")
+    return sum(int(i) * s for i, s in zip(index, array.strides, strict=True))
+
+
 def _range(v: ir.Var, begin: Any, end: Any) -> Iterator[Any]:
     """The values of a loop variable, in its dtype."""
     return map(v.dtype.numpy.type, range(int(begin), int(end)))
 
 
-def _identity(c: ir.Compute) -> Any:
+def _identity(c: ir.Compute | ir.Reduction) -> Any:
     return constant(ir.identity_of(c.op, c.value.dtype).value, c.value.dtype)
 
 
