@@ -51,9 +51,8 @@ class _Checker:
 
     def fail(self, why: str, node: Any) -> None:
         ran = f" after {self.after}" if self.after else ""
-        raise InternalError(
-            "I101", f"{self.level} level{ran}: {why}: {node}", hint="please report this bug"
-        )
+        hint = "please report this bug"
+        raise InternalError("I101", f"{self.level} level{ran}: {why}: {node}", hint=hint)
 
     def covered(self, program: ir.Program, t: ir.Tensor) -> None:
         """The first stage that stores a dense output stores every element of it."""
@@ -74,8 +73,8 @@ class _Checker:
             self.fail(f"{type(x).__name__} is illegal at this level", x)
         if why := _fault(x) or _mismatch(x):
             self.fail(why, x)
-        for buffer in (getattr(x, name) for name in _buffer_fields(type(x))):
-            self.declared(buffer, allocated, x)
+        for name in _buffer_fields(type(x)):
+            self.declared(getattr(x, name), allocated, x)
         if isinstance(x, ir.Var):
             if x.name not in bound and not is_generated(x.name, SIZE, STRIDE, COUNT):
                 self.fail(f"{x.name} is not bound", x)
@@ -122,9 +121,9 @@ class _Checker:
 
 @cache
 def _buffer_fields(cls: type) -> tuple[str, ...]:
-    """The fields of a node class for the buffers that it uses."""
+    """The fields of a node class for the buffers that it uses, and does not declare itself."""
     names = (f.name for f in fields(cls) if str(f.type).startswith("Buffer"))
-    return () if cls is ir.Alloc else tuple(names)
+    return () if cls in (ir.Alloc, ir.Reduction) else tuple(names)
 
 
 def _fault(x: Any) -> str:

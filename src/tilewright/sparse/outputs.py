@@ -136,10 +136,9 @@ def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
     like = output.structure_of
     own = len(like.dims) if like else 0
     if like is not None and (like.inner or tuple(c.dim for c in coords[:own]) != like.dims):
-        raise refusal(
-            "P103", f"{name} has the structure of {like.name} but other dimensions",
-            hint="those of the structure, then dense ones: tw.temp.like(A)[i, j, head]",
-        )  # fmt: skip
+        rule = f"{name} has the structure of {like.name} but other dimensions"
+        hint = "those of the structure, then dense ones: tw.temp.like(A)[i, j, head]"
+        raise refusal("P103", rule, hint=hint)
     tensor = Tensor(
         name,
         tuple(c.dim for c in coords),
