@@ -90,15 +90,14 @@ class Renderer:
     def loop(self, s: ir.For) -> None:
         kind, name = self.type(s.var.dtype), c_name(s.name)
         if s.unroll_hint or s.kind == "unroll":
-            self.line(self.unroll_pragma(s.unroll_hint or 16))
+            self.line(f"{self.unroll_pragma} {s.unroll_hint or 16}")
         begin, end = self.expr(s.begin), self.expr(s.end)
         limit = end
         if not isinstance(s.end, (ir.Const, ir.Var)):  # evaluated once
             begin, limit = f"{begin}, {name}__end = {end}", f"{name}__end"
         self.block(f"for ({kind} {name} = {begin}; {name} < {limit}; ++{name})", s.body)
 
-    def unroll_pragma(self, n: int) -> str:
-        return f"#pragma GCC unroll {n}"
+    unroll_pragma = "#pragma GCC unroll"
 
     def alloc(self, s: ir.Alloc) -> None:
         b = s.buffer
@@ -166,12 +165,8 @@ class Renderer:
             return
         index = self.expr(s.index[0])
         self.line(f"{{ const auto value__ = {value}; const auto at__ = {index};")
-        address = f"&{pointer}[{self.lane('at__', 'l__')}]"
         self.line(f"  for (int l__ = 0; l__ < {s.value.dtype.lanes}; ++l__)")
-        self.line(f"    tw::atomic_{s.op}({address}, {self.lane('value__', 'l__')}); }}")
-
-    def lane(self, vector: str, lane: str) -> str:
-        return f"{vector}[{lane}]"
+        self.line(f"    tw::atomic_{s.op}(&{pointer}[at__[l__]], value__[l__]); }}")
 
     def prefetch(self, s: ir.Prefetch) -> None:
         address = self.address(s.element.buffer, s.element.index[0])

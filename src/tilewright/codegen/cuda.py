@@ -8,6 +8,7 @@ to find it, and another matrix changes only the number of CTAs of a launch.
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass, field, replace
 
 from tilewright.codegen.cfamily import has, operand_kind
@@ -27,10 +28,6 @@ ALIGNED = 128  # bytes: where an array of shared memory may start
 REGISTERS = 65536  # of an SM
 OPERANDS = 112  # registers of a thread for operands and addresses beside its fragments
 LEAST_MMA = 168  # registers of a thread that has fragments
-
-
-_BITS32 = {"nan": "0x7fc00000", "inf": "0x7f800000", "-inf": "0xff800000"}
-_BITS64 = {"nan": "0x7ff8000000000000", "inf": "0x7ff0000000000000", "-inf": "0xfff0000000000000"}
 
 
 @dataclass
@@ -72,10 +69,8 @@ class CudaRenderer(MergeRenderer):
     def wait(self, s: ir.Wait) -> None:
         self.line(f"tw::copy_async_wait<{s.pending}>();")
 
-    def unroll_pragma(self, n: int) -> str:
-        return f"#pragma unroll {n}"
-
     restrict, prefetches = "__restrict__", "tw::prefetch"
+    unroll_pragma = "#pragma unroll"
 
     def mask(self, text: str, lanes: int) -> str:
         return f"tw::convert<bool, {lanes}>({text})"
@@ -114,10 +109,10 @@ class CudaRenderer(MergeRenderer):
     def const(self, e: ir.Const) -> str:
         if not e.dtype.is_float or math.isfinite(e.value):
             return super().const(e)
-        which = "nan" if math.isnan(e.value) else "inf" if e.value > 0 else "-inf"
+        value = math.nan if math.isnan(e.value) else e.value  # one of many NaNs
         if e.dtype.bits == 64:
-            return f"__longlong_as_double({_BITS64[which]}ll)"
-        return f"__uint_as_float({_BITS32[which]}u)"
+            return f"__longlong_as_double(0x{struct.pack('>d', value).hex()}ll)"
+        return f"__uint_as_float(0x{struct.pack('>f', value).hex()}u)"
 
     def select(self, e: ir.Select) -> str:
         """Render a guarded load as a predicated load. A branch would serialise the latencies of

@@ -83,10 +83,8 @@ def rope_append_kernel(interleaved: bool, target: str = "cpp") -> Kernel:
     return (APPEND_PAIRS if interleaved else APPEND_HALVES).build(target)
 
 
-@cache
-def append_kernel(target: str = "cpp") -> Kernel:
-    """Writes values to `page[t], slot[t]` of the pages (g, f, h, d)."""
-    return APPEND.build(target)
+# Writes values to `page[t], slot[t]` of the pages (g, f, h, d).
+append_kernel = cache(APPEND.build)
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,8 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
             # Unrolled further it compiles a third longer and runs no faster.
             s = s.on(n).unroll(at.j, 1)
     s = _rows(s.everywhere(), at, ROWS_PER_UNIT)
-    if not gathers_far or any(f.name not in ("csr", "dcsr") for f in _formats(s)):
+    stored = (f.name for t in s.program.tensors if t.is_sparse for f in t.format.formats)
+    if not gathers_far or not {"csr", "dcsr"}.issuperset(stored):
         return s
     return s.prefetch(at.X, at.j, AHEAD_CPU if fixed and fixed <= CPU_TILE else AHEAD_TILED)
 
@@ -114,10 +115,6 @@ def _cpu_pieces(s: Schedule, at: _Names, lanes: int) -> Schedule:
     s = s.split(at.k, tile, tail="exact", into=(unit, f"{at.k}_in")).parallel(unit)
     s = s.split(f"{at.k}_in", lanes, tail="exact", into=(u, v))
     return s.reorder(*entries, u, v).unroll(u).vectorize(v)
-
-
-def _formats(s: Schedule) -> list[Format]:
-    return [f for t in s.program.tensors if t.is_sparse for f in t.format.formats]
 
 
 def _rows(s: Schedule, at: _Names, n: int) -> Schedule:

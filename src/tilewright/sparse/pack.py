@@ -357,10 +357,8 @@ def of_rows(
     """The CSR tensor of arrays that an operator computed. They are not checked: the columns of each
     row ascend."""
     index = _index_type(None, max(len(indices), *shape)).numpy
-    arrays = {
-        "indptr": indptr.astype(index, copy=False),
-        "indices": indices.astype(index, copy=False),
-    }
+    lists = ("indptr", indptr), ("indices", indices)
+    arrays = {name: a.astype(index, copy=False) for name, a in lists}
     nnz = len(indices)
     numbers = _numbers()[:nnz] if nnz <= FEW else np.arange(nnz)
     part = Part(_CSR, ({}, arrays), (shape[0], nnz), numbers, numbers)
