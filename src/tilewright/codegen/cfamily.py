@@ -170,9 +170,9 @@ class Renderer:
 
     def prefetch(self, s: ir.Prefetch) -> None:
         address = self.address(s.element.buffer, s.element.index[0])
-        self.line(f"{self.prefetches}({address});")
+        self.line(f"{self.prefetch_function}({address});")
 
-    prefetches = "__builtin_prefetch"
+    prefetch_function = "__builtin_prefetch"
 
     def copy_async(self, s: ir.CopyAsync) -> None:
         self.store(s)  # complete at once

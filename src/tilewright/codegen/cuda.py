@@ -69,7 +69,7 @@ class CudaRenderer(MergeRenderer):
     def wait(self, s: ir.Wait) -> None:
         self.line(f"tw::copy_async_wait<{s.pending}>();")
 
-    restrict, prefetches = "__restrict__", "tw::prefetch"
+    restrict, prefetch_function = "__restrict__", "tw::prefetch"
     unroll_pragma = "#pragma unroll"
 
     def mask(self, text: str, lanes: int) -> str:
