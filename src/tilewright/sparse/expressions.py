@@ -8,21 +8,15 @@ from itertools import chain, count
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.ir.nodes import (
-    Access,
-    Expr,
-    Index,
-    Reduce,
-    Stored,
-    as_expr,
-    binary,
-    identity_of,
-    select,
-    size_var,
-    unary,
-)  # fmt: skip
+from tilewright.ir import nodes as ir
+from tilewright.ir.nodes import Access, Expr, Index, as_expr
 from tilewright.ir.rewrite import computed_in, free_vars
 from tilewright.sparse.tracing import checked_name, current, refusal
+
+__all__ = [
+    "abs_", "any_", "cos", "exp", "floor", "indices", "log", "max_", "maximum", "min_", "minimum",
+    "prod", "rsqrt", "sigmoid", "sin", "size", "sqrt", "stored", "sum_", "tanh", "where",
+]  # fmt: skip
 
 
 def indices(dims: str) -> Any:
@@ -38,17 +32,13 @@ def indices(dims: str) -> Any:
         used = {x.name for x in trace.indices} | trace.tensors.keys()
         name = name or _loop_name(dim, used)
         if checked_name(name, "an index", "P102") in used:
-            raise refusal(
-                "P102", f"index {name!r} is not a new name",
-                hint="indices and parameters have names of their own",
-            )  # fmt: skip
+            hint = "indices and parameters have names of their own"
+            raise refusal("P102", f"index {name!r} is not a new name", hint=hint)
         known = {d for t in trace.tensors.values() for d in t.dims}
         parsed: str | int = int(dim) if dim.isdigit() else dim
         if isinstance(parsed, str) and parsed not in known:
-            raise refusal(
-                "P102", f"no parameter has a dimension {parsed!r}",
-                hint=f"dimensions: {', '.join(sorted(str(k) for k in known))}",
-            )  # fmt: skip
+            hint = f"dimensions: {', '.join(sorted(str(k) for k in known))}"
+            raise refusal("P102", f"no parameter has a dimension {parsed!r}", hint=hint)
         created.append(Index(name, dim=parsed))
         trace.indices.append(created[-1])
     return created[0] if len(created) == 1 else tuple(created)
@@ -65,33 +55,29 @@ def size(dim: str) -> Expr:
     """The run-time size of a dimension."""
     known = {d for t in current().tensors.values() for d in t.dims if isinstance(d, str)}
     if dim not in known:
-        raise refusal(
-            "P102", f"no parameter has a dimension {dim!r}",
-            hint=f"dimensions: {', '.join(sorted(known))}",
-        )  # fmt: skip
-    return size_var(dim)
+        hint = f"dimensions: {', '.join(sorted(known))}"
+        raise refusal("P102", f"no parameter has a dimension {dim!r}", hint=hint)
+    return ir.size_var(dim)
 
 
 def stored(access: Any) -> Expr:
     """Whether a sparse tensor stores an entry at coordinates: `stored(A[i, j])`."""
     if not isinstance(access, Access) or not access.tensor.is_sparse:
-        raise refusal(
-            "P103", f"stored({access!r}): no element of a sparse tensor", hint="tw.stored(A[i, j])"
-        )
-    return Stored(access)
+        hint = "tw.stored(A[i, j])"
+        raise refusal("P103", f"stored({access!r}): no element of a sparse tensor", hint=hint)
+    return ir.Stored(access)
 
 
 def any_(condition: Any, over: Index | tuple[Index, ...]) -> Expr:
     """Whether a condition holds for any coordinate of an index or a tuple of indices."""
-    return binary("!=", max_(condition_of("any", condition), over), 0)
+    return ir.binary("!=", max_(condition_of("any", condition), over), 0)
 
 
 def condition_of(op: str, value: Any) -> Expr:
     """`value` as the condition of an operation. Raises ProgramError[P106] for other values."""
     if not isinstance(value, Expr) or value.dtype.kind != "b":
-        raise refusal(
-            "P106", f"{op} where {value!r}: not a condition", hint="tw.stored(A[i, j]), or a < b"
-        )
+        hint = "tw.stored(A[i, j]), or a < b"
+        raise refusal("P106", f"{op} where {value!r}: not a condition", hint=hint)
     return value
 
 
@@ -104,15 +90,13 @@ def _reduce(op: str) -> Callable[..., Expr]:
         if where is not None:
             kind = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
             body = computed_in(body, kind)
-            body = select(condition_of(op, where), body, identity_of(op, kind))
+            body = ir.select(condition_of(op, where), body, ir.identity_of(op, kind))
         missing = {a.name for a in axes} - free_vars(body)
         if missing:
-            raise refusal(
-                "P104", f"{op} over {', '.join(sorted(missing))}, which its body does not use",
-                hint="where=tw.stored(A[i, j]) ranges over what A stores",
-            )  # fmt: skip
+            rule = f"{op} over {', '.join(sorted(missing))}, which its body does not use"
+            raise refusal("P104", rule, hint="where=tw.stored(A[i, j]) ranges over what A stores")
         dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
-        return Reduce(op, axes, computed_in(body, dtype), dtype)
+        return ir.Reduce(op, axes, computed_in(body, dtype), dtype)
 
     reduction.__name__ = reduction.__qualname__ = op
     reduction.__doc__ = (
@@ -127,7 +111,7 @@ sum_, max_, min_, prod = (_reduce(op) for op in ("sum", "max", "min", "prod"))
 
 def _function(op: str) -> Callable[[Any], Expr]:
     def apply(x: Any) -> Expr:
-        return unary(op, as_expr(x))
+        return ir.unary(op, as_expr(x))
 
     apply.__name__ = apply.__qualname__ = op
     apply.__doc__ = f"{op} of a value, in float32 at least."
@@ -146,19 +130,17 @@ def sigmoid(x: Any) -> Expr:
 
 def maximum(a: Any, b: Any) -> Expr:
     """The larger of two values."""
-    return binary("max", a, b)
+    return ir.binary("max", a, b)
 
 
 def minimum(a: Any, b: Any) -> Expr:
     """The smaller of two values."""
-    return binary("min", a, b)
+    return ir.binary("min", a, b)
 
 
 def where(cond: Expr, a: Any, b: Any) -> Expr:
     """`a` where `cond` holds, else `b`."""
     if not isinstance(cond, Expr):
-        raise refusal(
-            "P101", f"the condition of where is {cond!r}",
-            hint="`==` compares the text of expressions: write tw.equal(i, j)",
-        )  # fmt: skip
-    return select(cond, a, b)
+        hint = "`==` compares the text of expressions: write tw.equal(i, j)"
+        raise refusal("P101", f"the condition of where is {cond!r}", hint=hint)
+    return ir.select(cond, a, b)

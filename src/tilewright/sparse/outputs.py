@@ -8,21 +8,9 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.dtypes import DType
-from tilewright.ir.nodes import (
-    ATOMIC,
-    Access,
-    Assign,
-    Const,
-    Expr,
-    Index,
-    Reduce,
-    Role,
-    Select,
-    Tensor,
-    as_expr,
-    cast,
-)  # fmt: skip
-from tilewright.ir.rewrite import free_indices, free_vars, rename_reductions, walk
+from tilewright.ir import nodes as ir
+from tilewright.ir.nodes import Access, Expr, Index, Tensor, as_expr
+from tilewright.ir.rewrite import free_indices, free_vars, rename_reductions, walk, zero_unless
 from tilewright.sparse.expressions import condition_of
 from tilewright.sparse.tracing import checked_name, current, refusal
 
@@ -35,7 +23,7 @@ class Output:
     `out.like(A)[i, j, head]`; `out.named("Y")` a name; `out.typed("float16")` a dtype.
     """
 
-    role: Role
+    role: ir.Role
     name: str = ""
     dtype: DType | None = None
     structure_of: Tensor | None = None
@@ -91,19 +79,15 @@ class Update:
                 "P104", f"append to {to} over {over!r}: a list has one dimension, and one index "
                 "runs along it", hint="tw.update(C).append[start[i]](value, over=j, where=…)",
             )  # fmt: skip
-        dtype = self.tensor.dtype
-        absent = cast(Const(0, dtypes.int32), dtype)
-        body = Select(condition_of("append", where), cast(value, dtype), absent, dtype)
-        return replace(self, op="")._assign(to, Reduce("append", (over,), body, dtype))
+        body = zero_unless(condition_of("append", where), ir.cast(value, self.tensor.dtype))
+        return replace(self, op="")._assign(to, ir.Reduce("append", (over,), body, body.dtype))
 
     def _assign(self, to: Access, value: Expr) -> Tensor:
         trace, written = current(), replace(self.tensor, role="output", kind="state")
-        if self.op and written.dtype not in ATOMIC[self.op]:
-            kinds = ", ".join(t.name for t in ATOMIC[self.op])
-            raise refusal(
-                "P106", f"{written.name} is {written.dtype}: add updates arrays of {kinds}",
-                hint="add into an array of a wider type, then convert it",
-            )  # fmt: skip
+        if self.op and written.dtype not in ir.ATOMIC[self.op]:
+            kinds = ", ".join(t.name for t in ir.ATOMIC[self.op])
+            rule = f"{written.name} is {written.dtype}: add updates arrays of {kinds}"
+            raise refusal("P106", rule, hint="add into an array of a wider type, then convert it")
         trace.tensors[written.name] = written
         _check_bound(to.coords, value)
         _check_reads_of_updated(to, value, self.op)
@@ -135,17 +119,14 @@ def _check_reads_of_updated(to: Access, value: Expr, op: str) -> None:
 def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
     trace = current()
     if not all(isinstance(c, Index) for c in coords):
-        raise refusal(
-            "P103", f"an {output.role} is written at plain indices",
-            hint="update() writes elsewhere",
-        )  # fmt: skip
+        hint = "update() writes elsewhere"
+        raise refusal("P103", f"an {output.role} is written at plain indices", hint=hint)
     if len({c.name for c in coords}) != len(coords):
         raise refusal("P103", "an index occurs twice in the coordinates of an output")
     _check_bound(coords, value)
-    number = len([t for t in trace.tensors.values() if t.role == output.role])
-    name = output.name or {"output": "out", "temp": "temp"}[output.role] + (
-        str(number) if number else ""
-    )
+    number = sum(t.role == output.role for t in trace.tensors.values())
+    prefix = "out" if output.role == "output" else output.role
+    name = output.name or f"{prefix}{number or ''}"
     checked_name(name, f"an {output.role}")
     if any(x.name == name for x in trace.indices):
         raise refusal("P102", f"{name} is an index already")
@@ -155,10 +136,9 @@ def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
     like = output.structure_of
     own = len(like.dims) if like else 0
     if like is not None and (like.inner or tuple(c.dim for c in coords[:own]) != like.dims):
-        raise refusal(
-            "P103", f"{name} has the structure of {like.name} but other dimensions",
-            hint="those of the structure, then dense ones: tw.temp.like(A)[i, j, head]",
-        )  # fmt: skip
+        rule = f"{name} has the structure of {like.name} but other dimensions"
+        hint = "those of the structure, then dense ones: tw.temp.like(A)[i, j, head]"
+        raise refusal("P103", rule, hint=hint)
     tensor = Tensor(
         name,
         tuple(c.dim for c in coords),
@@ -173,11 +153,11 @@ def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
     return tensor
 
 
-def _statement(to: Access, value: Expr, op: str = "") -> Assign:
+def _statement(to: Access, value: Expr, op: str = "") -> ir.Assign:
     """`to = value`, or `to += value` with op "sum". No reduction in it binds an index that the
     coordinates or a reduction around it bind."""
     bound = frozenset().union(*(free_vars(c) for c in to.coords))
-    return Assign(to, cast(rename_reductions(value, bound), to.dtype), op)
+    return ir.Assign(to, ir.cast(rename_reductions(value, bound), to.dtype), op)
 
 
 def _output_dtype(value: Expr) -> DType:
@@ -205,16 +185,13 @@ def _check_bound(coords: tuple[Expr, ...], value: Expr) -> None:
             continue
         for c, dim in zip(x.coords, x.tensor.dims, strict=True):
             if isinstance(c, Index) and c.dim != dim:
-                raise refusal(
-                    "P102", f"{c.name} runs over {c.dim} but stands for {dim} in {x}",
-                    hint="give the index and the tensor the same dimension name",
-                )  # fmt: skip
+                rule = f"{c.name} runs over {c.dim} but stands for {dim} in {x}"
+                hint = "give the index and the tensor the same dimension name"
+                raise refusal("P102", rule, hint=hint)
         if not all(isinstance(c, Index) for c in x.coords[len(x.stored_coords) :]):
             raise refusal("P103", f"{x}: the dense dimensions of a structure are read at indices")
     written = set().union(*map(free_indices, coords))
     loose = sorted(free_indices(value).keys() - written)
     if loose:
-        raise refusal(
-            "P104", f"index {', '.join(loose)} is neither in the output nor under a reduction",
-            hint=f"write sum(…, over={loose[0]})",
-        )  # fmt: skip
+        rule = f"index {', '.join(loose)} is neither in the output nor under a reduction"
+        raise refusal("P104", rule, hint=f"write sum(…, over={loose[0]})")
