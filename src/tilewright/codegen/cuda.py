@@ -299,7 +299,7 @@ def _accesses(stage: tuple[ir.Nest, ...]) -> tuple[tuple[str, ...], tuple[str, .
             reads[x.keys.name] = x.keys
     outside = ("global", "part")
     return tuple(
-        tuple(n for n, b in found.items() if b.scope in outside) for found in (reads, writes)
+        tuple(n for n, b in buffers.items() if b.scope in outside) for buffers in (reads, writes)
     )  # type: ignore[return-value]
 
 

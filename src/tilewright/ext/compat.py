@@ -238,19 +238,19 @@ class _Wrapper:
 
     def _run(self, g: SimpleNamespace) -> Any:
         """o (tokens, heads, head_dim_vo), with return_lse also lse to base 2."""
-        planned, given = self._options, vars(g)
+        planned, options = self._options, vars(g)
         if not planned:
             raise ArgumentError("A101", "run before plan", hint="plan the batch first")
-        if given.get("window_left") not in (None, planned["window_left"]):
+        if options.get("window_left") not in (None, planned["window_left"]):
             raise ArgumentError("A101", "window_left is not the planned one", where="window_left")
         pool = self._pool(g)
         if pool.page_size != self._page_size:
             text = f"pages of {pool.page_size} keys, planned with {self._page_size}"
             raise ArgumentError("A103", text, where="paged_kv_cache", hint="page_size, kv_layout")
         kv = KV(self._table, pool)
-        changed = {n: given.get(n) for n in ("sinks", "q_scale", "k_scale")}
+        changed = {n: options.get(n) for n in ("sinks", "q_scale", "k_scale")}
         attn, tensors = _attention(planned | changed, self.device)
-        out = given.get("out")
+        out = options.get("out")
         if out is None and planned["o_data_type"] is not None:
             kind = planned["o_data_type"]
             kind = getattr(torch, kind, kind) if isinstance(kind, str) else kind
@@ -261,12 +261,12 @@ class _Wrapper:
             q_dtype = float_view("q", g.q).dtype
             self._planned = attn.plan(self._rows, kv, q_dtype=q_dtype)
         state = attn.run(g.q, kv, self._planned, out=out, **tensors)
-        if given.get("v_scale") is not None:
+        if options.get("v_scale") is not None:
             state.o.mul_(g.v_scale)
         if not g.return_lse:
             return state.o
         lse = state.lse.div_(_LN_2)
-        return state.o, lse if given.get("lse") is None else g.lse.copy_(lse)
+        return state.o, lse if options.get("lse") is None else g.lse.copy_(lse)
 
     def _forward(self, g: SimpleNamespace) -> Any:
         """The old form of `run`, whose options replace those of the plan."""
@@ -361,8 +361,8 @@ def _single(g: SimpleNamespace) -> Any:
     shared |= {"head_dim_vo": g.v.shape[-1], "o_data_type": options.get("o_dtype")}
     wrapper.plan(rows, keys, q.shape[1], heads, q.shape[2], **shared)
     scales = {n: options[n] for n in ("q_scale", "k_scale", "v_scale") if n in options}
-    found = wrapper.run_return_lse(q, g.k, g.v, **scales)
-    o, lse = found if g.q.ndim == 3 else (x[0] for x in found)
+    result = wrapper.run_return_lse(q, g.k, g.v, **scales)
+    o, lse = result if g.q.ndim == 3 else (x[0] for x in result)
     return (o, lse) if g.return_lse else o
 
 
@@ -387,8 +387,8 @@ def get_batch_indices_positions(g: SimpleNamespace) -> tuple[Tensor, Tensor]:
     request = torch.searchsorted(g.append_indptr, row, right=True) - 1
     inside = row < g.append_indptr[-1]
     position = (g.seq_lens - g.append_indptr[1:])[torch.where(inside, request, 0)] + row
-    found = torch.where(inside, request, -1).int(), torch.where(inside, position, 0).int()
-    outs = zip((g.batch_indices, g.positions), found, strict=True)
+    values = torch.where(inside, request, -1).int(), torch.where(inside, position, 0).int()
+    outs = zip((g.batch_indices, g.positions), values, strict=True)
     first, second = (new if out is None else out.copy_(new) for out, new in outs)
     return first, second
 

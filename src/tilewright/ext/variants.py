@@ -62,8 +62,8 @@ def composed(causal: bool, window_left: int, soft_cap: float, tensors: frozenset
 
 def words(rows: Any) -> Any:
     """Conditions (rows, n), a bool tensor, as int32 words (rows, ⌈n/32⌉), the first lowest."""
-    found = rows[:, ::32].int()
+    packed = rows[:, ::32].int()
     for bit in range(1, 32):
         part = rows[:, bit::32]
-        found[:, : part.shape[1]] |= part.int() << bit
-    return found
+        packed[:, : part.shape[1]] |= part.int() << bit
+    return packed

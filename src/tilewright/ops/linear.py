@@ -140,8 +140,8 @@ def linear_program(kind: str, interleaved: bool = False, after: After = "") -> D
     if stored is None:
         return _linear(kind + ("_interleaved" if interleaved else ""), after)
     names = ("W", "W2") if after.endswith("gate") else ("W",)
-    made = _linear("dense", after)
-    return made if kind == "f32" else made.typed(**dict.fromkeys(names, stored))
+    definition = _linear("dense", after)
+    return definition if kind == "f32" else definition.typed(**dict.fromkeys(names, stored))
 
 
 ROWS = 4  # rows of W in registers together

@@ -211,9 +211,9 @@ class Gate:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        key, given = self.limits.api_key, dict(scope["headers"]).get(b"authorization", b"")
+        key, sent_key = self.limits.api_key, dict(scope["headers"]).get(b"authorization", b"")
         is_open = not key or scope["path"] == "/health"
-        if not is_open and not hmac.compare_digest(given, f"Bearer {key}".encode()):
+        if not is_open and not hmac.compare_digest(sent_key, f"Bearer {key}".encode()):
             refused = JSONResponse(*failure(HTTPException(401, "the API key is wrong or missing")))
             return await refused(scope, receive, send)
         number, began, sent = f"req-{secrets.token_hex(8)}", time.monotonic(), {}

@@ -154,12 +154,12 @@ def _seconds_a_token(state: State, model: CostModel) -> float:
     """Of prompts, beside the answers that run now and keep their gaps."""
     tokens = max(state.step_tokens - state.answers, 1)
     work = Work(state.answers, state.context)
-    whole = model.seconds(work.plus(0, tokens))
+    at_once = model.seconds(work.plus(0, tokens))
     alone = model.seconds(work) if state.answers else 0.0
     room = SAFETY * state.gap - alone
-    if state.gap == inf or whole <= SAFETY * state.gap or room <= 0:
-        return whole / tokens
-    return state.gap / max(tokens * room / (whole - alone), 1)
+    if state.gap == inf or at_once <= SAFETY * state.gap or room <= 0:
+        return at_once / tokens
+    return state.gap / max(tokens * room / (at_once - alone), 1)
 
 
 def _admit(state: State, order: Sequence[Prompt], model: CostModel) -> tuple[int, ...]:
