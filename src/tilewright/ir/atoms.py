@@ -7,8 +7,13 @@ Reference: PTX ISA, mma.sync, fragments of m16n8k16 and m16n8k8.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from tilewright.errors import ScheduleError
+
+QUAD = 4  # lanes that share a row of a fragment
 HALVES = ("float16", "bfloat16")
 # (rows, columns, depth): the types of both operands. 16 columns: one load of four matrices for both
 # halves of b.
@@ -18,6 +23,33 @@ ATOMS: dict[tuple[int, int, int], tuple[str, ...]] = {
     (16, 8, 8): ("float32",),
 }
 SHAPES = ", ".join(" × ".join(map(str, shape)) for shape in ATOMS)
+
+
+@dataclass(frozen=True, slots=True)
+class Atom:
+    """A tile operation of a user's, for `Schedule.mma`: `name(acc, a, b)` adds a · b to `acc`.
+
+    `shape`: rows, columns and depth of a built-in one, whose fragments it takes; `operands`: dtypes
+    of both. `cuda`: the function of a `tw::fragment<columns>&`, a `tw::fragment_a` and a
+    `tw::fragment_b<columns>`; `cpp`: that of a pointer to rows × columns floats and two
+    `tw::window`s; `numpy(a, b)`: what is added, from float32 arrays (…, rows, depth) and (…, depth,
+    columns). Kernels with atoms are compiled anew by each process. Raises ScheduleError[S102]."""
+
+    name: str
+    shape: tuple[int, int, int]
+    operands: tuple[str, ...]
+    cuda: str
+    cpp: str
+    numpy: Callable[[Any, Any], Any]
+
+    def __post_init__(self) -> None:
+        if self.shape not in ATOMS or not set(self.operands) <= set(ATOMS[self.shape]):
+            known = "; ".join(f"{s}: {', '.join(of)}" for s, of in ATOMS.items())
+            why = f"an atom of {self.shape} for {', '.join(self.operands)} has no fragments"
+            raise ScheduleError("S102", why, hint=known)
+        if not self.name.isidentifier() or any(self.name not in x for x in (self.cuda, self.cpp)):
+            why = f"{self.name!r} is no function of both texts"
+            raise ScheduleError("S102", why, hint="void name(acc, a, b) in CUDA C++ and in C++")
 
 
 def element(e: int, lane: Any) -> tuple[Any, Any]:

@@ -17,7 +17,9 @@ _STATEMENTS = (
 _VECTORS = (ir.Ramp, ir.Broadcast, ir.ReduceLanes, ir.ReduceThreads)
 LEGAL: dict[str, tuple[type, ...]] = {
     "coordinates": (ir.Assign, ir.Access, ir.Stored, ir.Reduce, ir.Index),
-    "positions": (*_STATEMENTS, ir.Compute, ir.Load, ir.Search, ir.Cursor, ir.Holds),
+    "positions": (
+        *_STATEMENTS, ir.Compute, ir.Load, ir.Search, ir.Cursor, ir.Holds, ir.ReduceThreads,
+    ),
     "loops": (*_STATEMENTS, ir.Load, ir.Search, ir.Cursor, ir.Holds, *_VECTORS),
 }
 # fmt: on

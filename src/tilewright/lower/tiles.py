@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,15 +91,12 @@ class _Tiler:
         before: list[ir.Stmt] = []
         after: list[ir.Stmt] = []
         for c in computes:
-            p = _Product.of(top, c)
+            p = Product.of(top, c)
             self.count += 1
-            slots = () if p.escapes else p.slots
-            total = math.prod(f.extent or 0 for f in slots)
-            shape = tuple(ir.Const(n, dtypes.int32) for n in (total, *p.shape[:2]))
             name = f"{c.out.buffer.name}_tile{self.count}"
             names = [name] if len(c.sums) == 1 else [f"{name}_{n}" for n in range(len(c.sums))]
-            accs = [ir.Buffer(n, dtypes.float32, shape, "fragment") for n in names]
-            slot = _slot(slots)
+            accs = [p.accumulator(n) for n in names]
+            slot = slot_of(() if p.escapes else p.slots)
             update, store = p.update(accs, slot), p.store(accs, slot)
             if p.escapes:
                 allocs = map(ir.Alloc, accs)
@@ -113,7 +111,7 @@ class _Tiler:
 
 
 @dataclass(frozen=True, slots=True)
-class _Product:
+class Product:
     """A product as a tile operation: the statements around its tile, its operands and its output.
 
     `outer`: loops, lets and guards from the outermost loop that reduces to the tile. `inner`: lets
@@ -132,7 +130,7 @@ class _Product:
     region: tuple[Any, ...]
 
     @classmethod
-    def of(cls, top: ir.Stmt, c: ir.Compute) -> _Product:
+    def of(cls, top: ir.Stmt, c: ir.Compute) -> Product:
         assert c.mma is not None
         path = path_to(top, c)
         assert path is not None
@@ -179,19 +177,13 @@ class _Product:
     @property
     def slots(self) -> tuple[ir.For, ...]:
         """The spatial loops inside the reduction; each thread has fragments of its own."""
-        loops = tuple(
-            s for s in self.outer
-            if isinstance(s, ir.For) and s.name not in self.reduced and s.kind not in ir.THREADS
-        )  # fmt: skip
-        for f in loops:
-            if f.extent is None or not is_const(f.begin, 0):
-                out = self.compute.out.buffer.name
-                raise illegal(
-                    f"loop {f.name} lies inside the reduction of {out} and has a run-time extent",
-                    "a warp keeps a constant number of tiles: split the loop, and keep only "
-                    "its inner part inside",
-                )
-        return loops
+        return slots_of(self.outer, self.reduced, self.compute.out.buffer.name)
+
+    def accumulator(self, name: str) -> ir.Buffer:
+        """Fragments for the sums of all slots, or of one tile that is updated in memory."""
+        total = 1 if self.escapes else math.prod(f.extent or 0 for f in self.slots)
+        shape = tuple(ir.Const(n, dtypes.int32) for n in (total, *self.shape[:2]))
+        return ir.Buffer(name, dtypes.float32, shape, "fragment")
 
     def update(self, accs: list[ir.Buffer], slot: ir.Expr) -> ir.Stmt:
         """acc[slot] += a tile · b tile, for each product."""
@@ -200,7 +192,7 @@ class _Product:
         for acc, (op, value) in zip(accs, self.compute.sums, strict=True):
             x, y = self._operands(op, value)
             a, b = self.tile(x, rows, depth), self.tile(y, depth, cols)
-            products.append(ir.Mma(acc, slot, a, b, self.shape))
+            products.append(ir.Mma(acc, slot, a, b, self.shape, self.compute.atom))
         return ir.seq(*products)
 
     def store(self, accs: list[ir.Buffer], slot: ir.Expr) -> ir.Stmt:
@@ -230,14 +222,16 @@ class _Product:
         for e in (value.a, value.b):
             while isinstance(e, ir.Cast):
                 e = e.a
-            if not isinstance(e, ir.Load) or e.buffer.scope not in MEMORY:
+            if not isinstance(e, ir.Load) or e.buffer.scope not in (*MEMORY, "fragment"):
                 raise _not_affine(f"{e} is no element of an array")
             factors.append(e)
         x, y = factors
+        kinds = {e.dtype.name for e in factors if e.buffer.scope in MEMORY}  # others are rounded
+        known = c.atom.operands if c.atom else ATOMS[self.shape]
         to_result = bool(c.reductions) or c.out.dtype.name in RESULTS
-        if x.dtype != y.dtype or x.dtype.name not in ATOMS[self.shape] or not to_result:
+        if len(kinds) != 1 or not kinds <= set(known) or not to_result:
             raise illegal(
-                f"a tile operation of {self.shape} multiplies {' or '.join(ATOMS[self.shape])} "
+                f"a tile operation of {self.shape} multiplies {' or '.join(known)} "
                 f"into float32, not {x.dtype} × {y.dtype} into {c.out.dtype}",
                 'build it .typed(A="float16", B="float16"), with the output typed("float32")',
             )
@@ -256,6 +250,14 @@ class _Product:
 
     def tile(self, x: ir.Load, rows: str, cols: str) -> ir.Tile:
         """The window of memory that `x` runs over as the loops `rows` and `cols` run."""
+        extents = dict(zip(self.names, self.shape, strict=True))
+        if x.buffer.scope == "fragment":
+            slot, *at = x.index
+            if [getattr(i, "name", "") for i in at] != [rows, cols]:
+                raise _not_affine(f"{x} is no tile of rows {rows} and columns {cols}")
+            return ir.Tile(
+                x.buffer, slot, *map(ir.as_expr, (extents[cols], 1, extents[rows], extents[cols]))
+            )
         x = replace(x, index=tuple(substitute(i, self.known) for i in x.index))
         names = frozenset(self.names)
         offset = flat_offset(x)
@@ -264,7 +266,6 @@ class _Product:
             raise _not_affine(f"{x} depends on {', '.join(sorted(set(step) - {rows, cols}))} too")
         zero = ir.Const(0, offset.dtype)
         strides = (simplify(step.get(n, zero)) for n in (rows, cols))
-        extents = dict(zip(self.names, self.shape, strict=True))
         limits = (self.limits.get(n, ir.Const(extents[n], dtypes.int32)) for n in (rows, cols))
         return ir.Tile(x.buffer, simplify(base), *strides, *limits)
 
@@ -272,7 +273,24 @@ class _Product:
 # ---------------------------------------------------------------------------- around a tile
 
 
-def _slot(slots: tuple[ir.For, ...]) -> ir.Expr:
+def slots_of(path: Iterable[Any], reduced: frozenset[str], out: str) -> tuple[ir.For, ...]:
+    """The loops of a path that do not reduce: a warp has a fragment for each iteration of them.
+    Raises ScheduleError[S102] for one of run-time extent."""
+    loops = tuple(
+        s for s in path
+        if isinstance(s, ir.For) and s.name not in reduced and s.kind not in ir.THREADS
+    )  # fmt: skip
+    for f in loops:
+        if f.extent is None or not is_const(f.begin, 0):
+            raise illegal(
+                f"loop {f.name} lies inside the reduction of {out} and has a run-time extent",
+                "a warp keeps a constant number of tiles: split the loop, and keep only "
+                "its inner part inside",
+            )
+    return loops
+
+
+def slot_of(slots: Sequence[ir.For]) -> ir.Expr:
     """The number of a fragment: the last spatial loop runs fastest."""
     at: ir.Expr = ir.Const(0, slots[0].var.dtype if slots else dtypes.int32)
     for f in slots:

@@ -46,6 +46,8 @@ def pair_fragments(program: ir.Program) -> ir.Program:
     def visit(s: Any) -> Any:
         if not isinstance(s, ir.For) or s.kind != "fragment" or isinstance(s.body, ir.For):
             return s
+        if any(isinstance(x, ir.Store) and x.buffer.scope == "fragment" for x in walk(s)):
+            return s  # in registers neighbours are not together
         pair, lane = (ir.Var(f"{s.name}.{part}", s.var.dtype) for part in ("pair", "lane"))
         body = substitute(s.body, {s.name: add(mul(pair, 2), lane)})
         vector = ir.For(lane, ir.as_expr(0), ir.as_expr(2), body, "vector")

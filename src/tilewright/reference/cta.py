@@ -31,13 +31,14 @@ import numpy as np
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
-from tilewright.ir.atoms import element
+from tilewright.ir.atoms import QUAD, element
 from tilewright.ir.rewrite import walk
 from tilewright.reference.flights import Flights
 from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
 from tilewright.reference.ops_table import (
     UFUNCS,
     as_operand,
+    cast,
     computed,
     constant,
     decode,
@@ -48,6 +49,7 @@ from tilewright.reference.races import History
 from tilewright.target import WARP
 
 Machine = Callable[..., "Launch"]
+LINES = WARP // QUAD  # rows of a fragment that a warp holds at once
 
 
 def execute(
@@ -166,7 +168,9 @@ class Launch:
         elif isinstance(s, ir.Mma):
             m, n, k = s.shape
             where = self.warps(), self.of_warps(s.slot)
-            self.registers[s.acc.name][where] += self.operand(s.a, m, k) @ self.operand(s.b, k, n)
+            dtype = s.b.buffer.dtype
+            a, b = self.operand(s.a, m, k, dtype), self.operand(s.b, k, n, dtype)
+            self.registers[s.acc.name][where] += s.atom.numpy(a, b) if s.atom else a @ b
         elif not isinstance(s, ir.Prefetch):
             raise InternalError("I101", f"{type(s).__name__} cannot be executed")
 
@@ -191,15 +195,16 @@ class Launch:
             at = at + at.dtype.type(1)
 
     def elements(self, rows: ir.For) -> None:
-        """The loops over a fragment: each lane runs the elements, or pairs, that it holds."""
+        """The loops over a fragment: each lane runs the elements, pairs or rows that it holds."""
         cols = rows.body
-        assert isinstance(cols, ir.For) and cols.kind in ("fragment", "pairs")
-        step = 1 if cols.kind == "fragment" else 2
-        for e in range(0, (rows.extent or 0) * (cols.extent or 0) * step // WARP, step):
+        step = 1 if isinstance(cols, ir.For) and cols.kind == "fragment" else 2
+        pairs = cols.extent or 0 if isinstance(cols, ir.For) else WARP // LINES
+        for e in range(0, (rows.extent or 0) * pairs * step // WARP, step):
             row, col = element(e, self.lane % WARP)
             self.env[rows.name] = row.astype(rows.var.dtype.numpy)
-            self.env[cols.name] = (col // step).astype(cols.var.dtype.numpy)
-            self.do(cols.body)
+            if isinstance(cols, ir.For):
+                self.env[cols.name] = (col // step).astype(cols.var.dtype.numpy)
+            self.do(cols.body if isinstance(cols, ir.For) else cols)
 
     def barrier(self, where: ir.Sync | ir.ReduceThreads, number: int = 0) -> None:
         """Runs a barrier that every thread of a CTA must reach. A reduction over threads has
@@ -215,6 +220,9 @@ class Launch:
             cells, at = self.cell(s.buffer, s.index)
             at = np.broadcast_to(at, self.lane.shape)[self.mask]
             where = (self.lane[self.mask], at)
+        elif s.buffer.scope == "fragment":
+            cells = self.registers[s.buffer.name]
+            where = tuple(np.broadcast_to(i, self.lane.shape)[self.mask] for i in self.held(s))
         else:
             cells, at = self.memory[s.buffer.name].flat, self.offset(s.buffer, s.index)
             shape = (len(self.lane), *at.shape[1:])
@@ -250,7 +258,9 @@ class Launch:
             self.memory[b.name], self.histories[b.name] = self.allocated[id(s)]
             self.shared[b.name] = np.zeros(self.units * size, bool)
         elif b.scope == "fragment":
-            self.registers[b.name] = np.zeros((len(self.lane) // WARP, *extents), np.float32)
+            warps, (slots, rows, *cols) = len(self.lane) // WARP, extents
+            shape = (warps, slots, rows, *cols) if cols else (len(self.lane), slots, rows // LINES)
+            self.registers[b.name] = np.zeros(shape, np.float32)
         else:
             shape = (len(self.lane), prod(extents), b.dtype.lanes)[: 2 + (b.dtype.lanes > 1)]
             self.registers[b.name] = poisoned(shape, b.dtype.scalar)
@@ -317,6 +327,15 @@ class Launch:
 
     # -- tiles: every warp is 32 neighbouring lanes ------------------------------------------------
 
+    def held(self, x: ir.Load | ir.Store) -> tuple[np.ndarray, ...]:
+        """The indices of an element of a fragment for each lane, which holds that element."""
+        slot, row, *col = map(self.value, x.index)
+        if not col:
+            if ((row % LINES != self.lane % WARP // QUAD) & self.mask).any():
+                raise InternalError("I101", f"a lane accesses a row of {x.buffer.name} of another")
+            return self.lane, slot, row // LINES
+        return self.lane // WARP, slot, row, *col
+
     def warps(self) -> np.ndarray:
         """The warps that run."""
         if self.nest.threads[0] != WARP:
@@ -347,9 +366,12 @@ class Launch:
             return at + self.unit[self.warps() * WARP][:, None, None] * size, inside | True
         return at, inside
 
-    def operand(self, t: ir.Tile, rows: int, cols: int) -> np.ndarray:
-        """The elements of a tile in float32; 0 beyond its limits. The reader is the warp: no lane
-        of it, so that also lanes of the same warp need a barrier."""
+    def operand(self, t: ir.Tile, rows: int, cols: int, dtype: DType) -> np.ndarray:
+        """The elements of a tile in float32, of a fragment rounded to `dtype`; 0 beyond its limits.
+        The reader is the warp: no lane of it, so that lanes of the same warp need a barrier too."""
+        if t.buffer.scope == "fragment":
+            values = self.registers[t.buffer.name][self.warps(), self.of_warps(t.offset)]
+            return as_operand(cast(values, dtype), dtype)
         at, inside = self.window(t, rows, cols)
         elements = np.zeros(at.shape, np.float32)
         if t.buffer.name in self.histories and inside.any():
@@ -405,11 +427,11 @@ class Launch:
         if b.scope == "register":
             return decode(self.register(e), dtype)
         if b.scope == "fragment":
-            *at, col = map(self.value, e.index)
+            *at, col = self.held(e)
             if e.dtype.lanes == 1:
-                return self.registers[name][(self.lane // WARP, *at, col)]
-            warp, *at = (x[:, None] for x in (self.lane // WARP, *at))
-            return self.registers[name][(warp, *at, col[:, None] + np.arange(e.dtype.lanes))]
+                return self.registers[name][(*at, col)]
+            at = [x[:, None] for x in at]
+            return self.registers[name][(*at, col[:, None] + np.arange(e.dtype.lanes))]
         at = self.offset(b, e.index)
         if name in self.histories:
             seen = np.broadcast_to(at, (len(self.lane), *at.shape[1:]))[self.mask]

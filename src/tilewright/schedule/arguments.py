@@ -19,6 +19,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from tilewright.errors import ScheduleError
+from tilewright.ir.atoms import Atom
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -92,7 +93,14 @@ def _pair(value: Any) -> tuple[str, str]:
     return _name(first), _name(second)
 
 
+def _atom(value: Any) -> Atom:
+    if not isinstance(value, Atom):
+        raise TypeError
+    return value
+
+
 A_NAME = Rule("a name", _name)
+AN_ATOM = Rule("a tw.Atom", _atom)
 NAMES = several(A_NAME, "one or more names", 1)
 TWO_NAMES = Rule("two names", _pair)
 

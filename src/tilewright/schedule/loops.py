@@ -13,11 +13,12 @@ from typing import Any
 from tilewright.errors import illegal
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple
-from tilewright.ir.atoms import ATOMS, SHAPES
+from tilewright.ir.atoms import ATOMS, SHAPES, Atom
 from tilewright.ir.rewrite import (
     add,
     free_vars,
     mul,
+    path_to,
     rebuild,
     simplify,
     statements,
@@ -268,33 +269,37 @@ def atomic(body: ir.Stmt, output: str) -> Rewritten:
     return transform(body, visit), count
 
 
-def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Rewritten:
+def mma(body: ir.Stmt, rows: str, cols: str, depth: str, atom: Atom | None = None) -> Rewritten:
     """The loop rewrite behind `Schedule.mma`."""
 
     def one(f: ir.For) -> ir.Stmt:
-        chain = chain_from(f)
-        names = (rows, cols, depth)
-        loops = [next((x for x in chain.loops if matches(x, n)), None) for n in names]
-        if (
-            any(x is None for x in loops)
-            or chain.loops[-3:] != tuple(loops)
-            or not isinstance(chain.body, ir.Compute)
-        ):
+        chain, names = chain_from(f), (rows, cols, depth)
+        paths = ((c, path_to(f, c) or ()) for c in computes(f))
+        below = [(c, [x for x in path if isinstance(x, ir.For)]) for c, path in paths]
+        tiles = [
+            (c, [next((x for x in p if matches(x, n)), None) for n in names]) for c, p in below
+        ]
+        tiles = [(c, loops) for c, loops in tiles if None not in loops]
+        loops = tiles[0][1] if len(tiles) == 1 else []
+        # Statements that share two loops of a tile are computed one tile after the other.
+        shared = isinstance(chain.body, ir.Seq) and sum(x in chain.loops for x in loops) == 2
+        if not loops or not (shared or chain.loops[-3:] == tuple(loops)):
             why, hint = in_the_way(chain, depth)
             raise illegal(
                 f"{', '.join(names)} are not the three innermost loops of one product{why}", hint
             )
+        c = tiles[0][0]
         extents = tuple(x.extent for x in loops if x)
-        if extents not in ATOMS:
-            raise illegal(f"no tile operation is {extents}", f"split the loops into {SHAPES}")
-        c = chain.body
+        if extents not in ATOMS or (atom and atom.shape != extents):
+            shapes = atom.shape if atom else SHAPES
+            raise illegal(f"no tile operation is {extents}", f"split the loops into {shapes}")
         products = (op == "sum" and isinstance(x, ir.Binary) and x.op == "*" for op, x in c.sums)
-        if not all(products) or not ir.reduces(chain.loops[-1], c):
+        if not all(products) or not ir.reduces(loops[-1], c):
             raise illegal(
                 f"{c.out.buffer.name} is no sum of products over {depth}",
                 "only sum(A[i, k] * B[k, j], over=k), and functions of it, become tiles",
             )
-        tiled = replace(c, mma=tuple(x.name for x in loops if x))
+        tiled = replace(c, mma=tuple(x.name for x in loops if x), atom=atom)
         return transform(f, lambda x: tiled if x is c else x)
 
     return rewrite_loops(body, rows, one)

@@ -208,7 +208,7 @@ class _Staging:
             lines[copied + barrier : copied + barrier] = [fill, ir.Sync()]
         else:  # one barrier for all copies
             lines[copied:copied] = [fill] if barrier else [fill, ir.Sync()]
-        if self.scope == "shared" and not isinstance(lines[-1], ir.Sync):
+        if self.scope == "shared" and self.at.kind not in ir.GRID and lines[-1] != ir.Sync():
             lines.append(ir.Sync())
         return replace(self.at, body=ir.seq(*lines))
 
