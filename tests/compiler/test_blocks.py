@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,12 +179,12 @@ TW_INLINE void half_sums(float* acc, tw::window<A> a, tw::window<B> b) {
 )  # fmt: skip
 
 
-def half_sums_product() -> Any:
+def half_sums_product(atom: Any = HALF_SUMS) -> Any:
     def recipe(s):
         for loop, n in (("i", 16), ("j", 8), ("k", 16)):
             s = s.split(loop, n, into=(f"{loop}_u", f"{loop}_v"))
         s = s.reorder("i_u", "j_u", "k_u", "i_v", "j_v", "k_v")
-        return s.mma("i_v", "j_v", "k_v", HALF_SUMS).bind("i_u", "cta.x").bind("j_u", "cta.y")
+        return s.mma("i_v", "j_v", "k_v", atom).bind("i_u", "cta.x").bind("j_u", "cta.y")
 
     return gemm_program.typed(A="float16", B="float16").schedule(recipe)
 
@@ -205,9 +206,15 @@ def test_an_atom_of_a_user_is_what_every_target_computes():
 
 
 @pytest.mark.parametrize(
-    "change", ({"shape": (16, 8, 4)}, {"operands": ("float32",)}, {"name": "x y"})
+    ("change", "why"),
+    (({"shape": (16, 8, 8)}, "no tile operation is"), ({"operands": ("bfloat16",)}, "not float16")),
+    ids=("shape", "operands"),
 )
-def test_an_atom_without_fragments_or_functions_is_refused(change):
-    parts = {"name": "f", "shape": (16, 8, 16), "operands": ("float16",), "cuda": "f", "cpp": "f"}
-    with pytest.raises(ScheduleError, match="S102"):
-        tw.Atom(**parts | change, numpy=lambda a, b: a @ b)
+def test_an_atom_for_other_tiles_is_refused(change, why):
+    with pytest.raises(ScheduleError, match=f"S102.*{why}"):
+        half_sums_product(replace(HALF_SUMS, **change)).lower(target("cuda"))
+
+
+def test_only_atoms_are_taken():
+    with pytest.raises(ScheduleError, match=r"S102.*not a tw\.Atom"):
+        half_sums_product("half_sums").lower(target("cuda"))

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tilewright.errors import ScheduleError
-
 QUAD = 4  # lanes that share a row of a fragment
 HALVES = ("float16", "bfloat16")
 # (rows, columns, depth): the types of both operands. 16 columns: one load of four matrices for both
@@ -33,7 +31,7 @@ class Atom:
     of both. `cuda`: the function of a `tw::fragment<columns>&`, a `tw::fragment_a` and a
     `tw::fragment_b<columns>`; `cpp`: that of a pointer to rows × columns floats and two
     `tw::window`s; `numpy(a, b)`: what is added, from float32 arrays (…, rows, depth) and (…, depth,
-    columns). Kernels with atoms are compiled anew by each process. Raises ScheduleError[S102]."""
+    columns). Kernels with atoms are compiled anew by each process."""
 
     name: str
     shape: tuple[int, int, int]
@@ -41,15 +39,6 @@ class Atom:
     cuda: str
     cpp: str
     numpy: Callable[[Any, Any], Any]
-
-    def __post_init__(self) -> None:
-        if self.shape not in ATOMS or not set(self.operands) <= set(ATOMS[self.shape]):
-            known = "; ".join(f"{s}: {', '.join(of)}" for s, of in ATOMS.items())
-            why = f"an atom of {self.shape} for {', '.join(self.operands)} has no fragments"
-            raise ScheduleError("S102", why, hint=known)
-        if not self.name.isidentifier() or any(self.name not in x for x in (self.cuda, self.cpp)):
-            why = f"{self.name!r} is no function of both texts"
-            raise ScheduleError("S102", why, hint="void name(acc, a, b) in CUDA C++ and in C++")
 
 
 def element(e: int, lane: Any) -> tuple[Any, Any]:

@@ -206,24 +206,20 @@ class _Block:
         self.after.append(self.each(final, self.all_rows, self.rows))
 
     def online(self, c: ir.Compute, x: ir.Load, term: ir.Expr) -> None:
-        """The maximum of a block, the factor of sums before it, and the weights of its terms.
-        `base` is the maximum in powers of two, and finite: the weight of -inf is 0."""
+        """The maximum of a block, the factor of sums before it, and the weights of its terms, as
+        powers of two. Beside the least number a weight of -inf is 0."""
         assert c.online is not None
-        name, (weight, factor) = c.out.buffer.name, (b.name for b in c.online)
-        term = self.define(f"{name}.term", term)
+        weight, factor = (b.name for b in c.online)
+        term = self.define(f"{c.out.buffer.name}.term", term)
         self.mask(term, [g for g in self.guards if free_vars(g) & self.reduced])
-        base, by = self.state(f"{name}.base", LEAST), self.state(factor, LEAST)
-        finite, new = ir.binary("max", x * LOG2E, LEAST), ir.Var(f"{name}.new", x.dtype)
-        rows = ir.seq(
-            _set(x, _over_quad("max", x)), ir.Let(new, finite),
-            _set(by, ir.unary("exp2", base - new)), _set(base, new),
-        )  # fmt: skip
+        top, by = ir.binary("max", x * LOG2E, LEAST), self.state(factor, LEAST)
+        rows = ir.seq(_set(x, _over_quad("max", x)), _set(by, ir.unary("exp2", by - top)))
         self.steps += [
-            self.each(_set(base, finite), self.block_rows, self.rows),
+            self.each(_set(by, top), self.block_rows, self.rows),
             self.element(x, term, "max"),
             self.each(rows, self.block_rows, self.rows),
         ]
-        self.define(weight, ir.unary("exp2", term * LOG2E - base))
+        self.define(weight, ir.unary("exp2", term * LOG2E - top))
 
     # -- products --------------------------------------------------------------------------------
 

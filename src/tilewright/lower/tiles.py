@@ -227,7 +227,7 @@ class Product:
             factors.append(e)
         x, y = factors
         kinds = {e.dtype.name for e in factors if e.buffer.scope in MEMORY}  # others are rounded
-        known = c.atom.operands if c.atom else ATOMS[self.shape]
+        known = [t for t in ATOMS[self.shape] if not c.atom or t in c.atom.operands]
         to_result = bool(c.reductions) or c.out.dtype.name in RESULTS
         if len(kinds) != 1 or not kinds <= set(known) or not to_result:
             raise illegal(
