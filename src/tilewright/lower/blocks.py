@@ -26,7 +26,7 @@ from tilewright.ir.rewrite import (
     transform,
     walk,
 )
-from tilewright.lower.reductions import framed, reduced_names, with_totals
+from tilewright.lower.reductions import framed, reduced_names
 from tilewright.lower.tiles import MEMORY, Product, slot_of, slots_of
 
 LOG2E = ir.Const(math.log2(math.e), dtypes.float32)
@@ -110,15 +110,16 @@ class _Block:
         self.all_rows = slots_of((*self.outer, *self.slots), self.reduced, "a block of tiles")
         self.block_rows = [f for f in self.all_rows if f in self.slots]
         self.row = slot_of(self.all_rows), self.rows.var
-        for c, inner in zip(self.computes, self.inner, strict=True):
-            if c in self.products and c.mma and c.mma[0] == self.rows.name:
+        for s, inner in zip(self.computes, self.inner, strict=True):
+            c = self.translated(s)
+            if s in self.products and c.mma[0] == self.rows.name:
                 self.product(c, inner)
             elif inner:
                 raise self.refuse(c, "has other loops inside")
-            elif c in reducing:
+            elif s in reducing:
                 self.reduction(c)
             else:
-                self.define(c.out.buffer.name, self.translated(c.value))
+                self.define(c.out.buffer.name, c.value)
         old, new = self.loops[0], ir.seq(*self.steps)
         top = transform(self.path[0], lambda x: new if x is old else x)
         return ir.seq(*self.before, top, *self.after)
@@ -191,19 +192,23 @@ class _Block:
         name, ((op, value), *more) = c.out.buffer.name, c.sums
         if c.out.buffer.scope != "register" or more:
             raise self.refuse(c, "is stored, or several sums")
-        term, x = self.translated(value), self.state(name, ir.identity_of(op, dtypes.float32))
+        x = self.state(name, ir.identity_of(op, dtypes.float32))
         if c.online is not None:
-            self.online(c, x, term)
+            self.online(c, x, value)
             return
         factor = c.reductions[0].factor if c.reductions else None
         if factor is not None:
             scaled = _set(x, x * self.known[factor.name])
             self.steps.append(self.each(scaled, self.block_rows, self.rows))
         # Where a guard fails the weight of a term is 0.
-        self.steps.append(self.element(x, term, op, guarded=factor is None))
-        lets, total = with_totals(c, [x]) if c.reductions else ((), x)
-        final = ir.seq(_set(x, _over_quad(op, x)), *lets, _set(x, self.translated(total)))
+        self.steps.append(self.element(x, value, op, guarded=factor is None))
+        final = ir.seq(_set(x, _over_quad(op, x)), _set(x, self.total(c, [x])))
         self.after.append(self.each(final, self.all_rows, self.rows))
+
+    def total(self, c: ir.Compute, totals: Sequence[ir.Load]) -> Any:
+        """The value of a statement whose sums are complete."""
+        self.known |= {r.total.name: x for r, x in zip(c.reductions, totals, strict=False)}
+        return self.translated(c.value) if c.reductions else totals[0]
 
     def online(self, c: ir.Compute, x: ir.Load, term: ir.Expr) -> None:
         """The maximum of a block, the factor of sums before it, and the weights of its terms, as
@@ -232,9 +237,6 @@ class _Block:
         tile = [own.pop(name) for name in c.mma]
         order = [f for f in own.values() if ir.reduces(f, c)]
         order += [f for f in reversed(own.values()) if f not in order]
-        sums = tuple(replace(r, value=self.translated(r.value)) for r in c.reductions)
-        out, value = self.translated(c.out), self.translated(c.value)
-        c = replace(c, out=out, reductions=sums, value=value)
         rest = (f for f in inner if not isinstance(f, ir.For))
         frame = [*order, *tile, *map(self.translated, rest)]
         frame += [ir.If(g, c) for g in self.guards]
@@ -255,9 +257,7 @@ class _Block:
         inside = p.outer[len(p.outer) - len(order) :]
         self.steps.append(framed(framed(p.update(accs, slot), p.inner), inside))
         if is_local:
-            lets, value = with_totals(c, totals) if c.reductions else ((), totals[0])
-            value = substitute(value, {s.var.name: s.value for s in reversed(lets)})
-            self.define(c.out.buffer.name, value)
+            self.define(c.out.buffer.name, self.total(c, totals))
         else:
             self.before += map(ir.Alloc, accs)
             p = replace(p, compute=replace(c, value=self.of_rows(c.value)))

@@ -250,14 +250,12 @@ class Product:
 
     def tile(self, x: ir.Load, rows: str, cols: str) -> ir.Tile:
         """The window of memory that `x` runs over as the loops `rows` and `cols` run."""
-        extents = dict(zip(self.names, self.shape, strict=True))
+        m, n = (self.shape[self.names.index(name)] for name in (rows, cols))
         if x.buffer.scope == "fragment":
             slot, *at = x.index
             if [getattr(i, "name", "") for i in at] != [rows, cols]:
                 raise _not_affine(f"{x} is no tile of rows {rows} and columns {cols}")
-            return ir.Tile(
-                x.buffer, slot, *map(ir.as_expr, (extents[cols], 1, extents[rows], extents[cols]))
-            )
+            return ir.Tile(x.buffer, slot, *map(ir.as_expr, (n, 1, m, n)))
         x = replace(x, index=tuple(substitute(i, self.known) for i in x.index))
         names = frozenset(self.names)
         offset = flat_offset(x)
@@ -266,7 +264,8 @@ class Product:
             raise _not_affine(f"{x} depends on {', '.join(sorted(set(step) - {rows, cols}))} too")
         zero = ir.Const(0, offset.dtype)
         strides = (simplify(step.get(n, zero)) for n in (rows, cols))
-        limits = (self.limits.get(n, ir.Const(extents[n], dtypes.int32)) for n in (rows, cols))
+        ends = ((rows, m), (cols, n))
+        limits = (self.limits.get(name, ir.Const(end, dtypes.int32)) for name, end in ends)
         return ir.Tile(x.buffer, simplify(base), *strides, *limits)
 
 

@@ -34,8 +34,8 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 UNARY: dict[str, Callable[[Any], Any]] = {
     "-": np.negative, "not": np.logical_not, "exp": np.exp, "exp2": np.exp2, "log": np.log,
-    "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x), "tanh": np.tanh, "sin": np.sin, "cos": np.cos,
-    "abs": np.abs, "floor": np.floor,
+    "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x), "tanh": np.tanh, "sin": np.sin,
+    "cos": np.cos, "abs": np.abs, "floor": np.floor,
 }  # fmt: skip
 
 
