@@ -367,7 +367,7 @@ def device_name(target: str) -> str:
     if target.startswith("cuda"):
         from tilewright.runtime import cuda
 
-        return cuda.device_name(cuda.current_device()) if cuda.available() else target
+        return cuda.device(cuda.current_device()).name if cuda.available() else target
     from tilewright.runtime import pool
 
     name = platform.processor() or platform.machine()

@@ -25,7 +25,7 @@ from tilewright.ops.linear import linear_definition
 from tilewright.ops.positions import by_request, lengthen, positions_program
 from tilewright.ops.rmsnorm import RMSNORM
 from tilewright.ops.rope import APPEND, APPEND_HALVES, APPEND_PAIRS, ROPE_HALVES, ROPE_PAIRS
-from tilewright.ops.sampling import ARGMAX, SAMPLE
+from tilewright.ops.sampling import ARGMAX
 from tilewright.ops.sddmm import sddmm_definition
 from tilewright.ops.spgemm import spgemm_count, spgemm_fill
 from tilewright.ops.spmm import by_length, powers, spmm_definition
@@ -154,7 +154,6 @@ SHIPPED: dict[str, Shipped] = {
     "append halves": Shipped(APPEND_HALVES),
     "append": Shipped(APPEND),
     "argmax": Shipped(ARGMAX),
-    "sample": Shipped(SAMPLE),
     # the lessons
     "example 01 spmm": Shipped(_example("01_spmm.py", "scheduled")),
     "example 02 rgcn": Shipped(_example("02_rgcn.py", "rgcn", "fast"), CPU),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from tests.compiler.interpreter import execute
 
 import tilewright as tw
 from tilewright import dtypes
@@ -16,7 +17,6 @@ from tilewright.ir.nodes import Program, Tensor
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
 from tilewright.reference import cta
 from tilewright.reference.evaluate import evaluate
-from tilewright.reference.interpreter import execute
 from tilewright.reference.memory import Part, poisoned
 from tilewright.sparse.pack import Packed
 

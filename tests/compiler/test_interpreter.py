@@ -17,6 +17,7 @@ from tests.compiler.cases import (
     numbers,
     spmm,
 )
+from tests.compiler.interpreter import execute
 
 import tilewright as tw
 from tilewright import dtypes
@@ -45,7 +46,6 @@ from tilewright.ir.nodes import (
 )
 from tilewright.ir.rewrite import transform
 from tilewright.reference.evaluate import evaluate
-from tilewright.reference.interpreter import execute
 
 f32, i32, i64 = dtypes.float32, dtypes.int32, dtypes.int64
 N = Var("n.size")

@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from tilewright.serve.weights import LlamaConfig, ModelFile, dequantize
+from tilewright.serve.weights import ModelConfig, ModelFile, dequantize
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -22,11 +22,11 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight
 
 
-def rotate(x: np.ndarray, positions: np.ndarray, config: LlamaConfig) -> np.ndarray:
+def rotate(x: np.ndarray, positions: np.ndarray, config: ModelConfig) -> np.ndarray:
     """Rotary positions. x: (tokens, heads, head_dim); angles in float64."""
     half = config.head_dim // 2
-    frequencies = config.rope_base ** (-2.0 * np.arange(half) / config.head_dim)
-    angles = positions[:, None, None] / config.rope_scale * frequencies
+    frequencies = config.rope.base ** (-2.0 * np.arange(half) / config.head_dim)
+    angles = positions[:, None, None] / config.rope.factor * frequencies
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     out = np.empty_like(x)
     if config.rope_interleaved:

@@ -8,7 +8,7 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.ops.linear import weight_views
-from tilewright.serve.blocks import LAYOUTS, Weight, dequantize
+from tilewright.serve.gguf import Weight, block_size, dequantize
 
 KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 TOKENS = (1, 2, 3, 5, 8, 17)
@@ -26,11 +26,10 @@ def weight(rng: np.random.Generator, kind: str, n: int, k: int) -> Weight:
         return Weight(
             "w", kind, (n, k), normal(rng, n, k).astype({"f32": "<f4", "f16": "<f2"}[kind])
         )
-    layout = LAYOUTS[kind]
-    blocks = rng.integers(0, 256, (n, k // 32, layout.nbytes), dtype=np.uint8)
+    blocks = rng.integers(0, 256, (n, k // 32, block_size(kind)[1]), dtype=np.uint8)
     scales = rng.uniform(0.01, 0.1, (n, k // 32, 1)).astype("<f2")
     blocks[..., :2] = scales.view(np.uint8)
-    if layout.minimum >= 0:
+    if kind == "q4_1":
         blocks[..., 2:4] = (-7.5 * scales).astype("<f2").view(np.uint8)
     return Weight("w", kind, (n, k), blocks.reshape(n, -1))
 

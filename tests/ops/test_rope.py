@@ -7,7 +7,7 @@ import pytest
 from tests.ops.cases import TOKENS, close, normal, poisoned
 
 from tilewright.errors import ArgumentError
-from tilewright.ops.rope import append_kernel, rope_append_kernel, rope_kernel, rope_tables
+from tilewright.ops.rope import Rope, append_kernel, rope_append_kernel, rope_kernel
 
 HEADS = ((1, 2), (3, 10), (9, 64), (2, 6))  # heads, head_dim: pairs that fill no vector
 POSITIONS = 300
@@ -33,7 +33,7 @@ def turned(x: np.ndarray, positions: np.ndarray, interleaved: bool) -> np.ndarra
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize(("h", "d"), HEADS)
 def test_rope(rng, interleaved, h, d):
-    tables = rope_tables(POSITIONS, d, BASE)
+    tables = Rope(BASE).tables(POSITIONS, d)
     for t in TOKENS:
         x, at = normal(rng, t, h, d), rng.integers(0, POSITIONS, t).astype(np.int32)
         at[0] = POSITIONS - 1
@@ -45,12 +45,12 @@ def test_rope(rng, interleaved, h, d):
 
 def test_position_zero_changes_nothing(rng):
     x = normal(rng, 3, 2, 4, 2)
-    tables = rope_tables(8, 8, BASE)
+    tables = Rope(BASE).tables(8, 8)
     np.testing.assert_array_equal(rope_kernel(True)(x, *tables, np.zeros(3, np.int32)), x)
 
 
 def test_tables():
-    cos, sin = rope_tables(5000, 64, 1e5)
+    cos, sin = Rope(1e5).tables(5000, 64)
     angle = 4999 * 1e5 ** (-2 * 31 / 64)
     assert cos.shape == sin.shape == (5000, 32) and cos.dtype == np.float32
     np.testing.assert_allclose(
@@ -72,7 +72,7 @@ def places(
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize(("h", "d"), HEADS)
 def test_keys_are_turned_into_their_slots(rng, interleaved, h, d):
-    tables = rope_tables(POSITIONS, d, BASE)
+    tables = Rope(BASE).tables(POSITIONS, d)
     for t in TOKENS:
         x, at = normal(rng, t, h, d), rng.integers(0, POSITIONS, t).astype(np.int32)
         page, slot = places(rng, t, 7, 5)
@@ -107,7 +107,7 @@ def test_wrong_arguments(rng):
         ("A103", lambda: append_kernel()(pages, x, page[:1], slot)),
         ("A102", lambda: append_kernel()(pages, x, page.astype(np.int64), slot)),
         ("A104", lambda: append_kernel()(frozen, x, page, slot)),
-        ("A103", lambda: rope_kernel(True)(x.reshape(2, 3, 2, 2), *rope_tables(9, 8, BASE), page)),
+        ("A103", lambda: rope_kernel(True)(x.reshape(2, 3, 2, 2), *Rope(BASE).tables(9, 8), page)),
     ):
         with pytest.raises(ArgumentError) as caught:
             call()

@@ -298,7 +298,7 @@ def test_device_array(axpy: cuda.Function, rng: np.random.Generator) -> None:
 
 def test_device_facts(fake: ctypes.CDLL) -> None:
     assert cuda.available()
-    assert (cuda.device_name(), cuda.device_arch(), cuda.device_arch(1)) == (
+    assert (cuda.device(0).name, cuda.device_arch(), cuda.device_arch(1)) == (
         "Imaginary H100",
         "sm_90a",
         "sm_86",

@@ -15,7 +15,7 @@ from tilewright.runtime import cuda
 from tilewright.runtime.frame import Frame
 from tilewright.runtime.kernel import Kernel, Launcher
 from tilewright.runtime.launch import CudaLauncher
-from tilewright.runtime.manifest import ROW_HEAD, rows_offset, structs
+from tilewright.runtime.manifest import ROW_HEAD, structs
 from tilewright.sparse.pack import pack
 from tilewright.target import target as parse_target
 
@@ -97,7 +97,7 @@ def check_blocks(kernel, blocks, addresses, a, sizes):
                 assert value == sizes[name.removesuffix(".size")]
             elif name.endswith(".stride0") and "copies" not in name:
                 assert value == sizes["d"], name
-        table = np.frombuffer(block, row.numpy, len(stage.rows), rows_offset(params))
+        table = np.frombuffer(block, row.numpy, len(stage.rows), params.size)
         for record in table:
             for field, name in zip(row.fields[len(ROW_HEAD) :], manifest.row_names, strict=True):
                 if name == "A.values":

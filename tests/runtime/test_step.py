@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from tests.runtime.test_cuda import AXPY, fake  # noqa: F401 - a fixture
 import tilewright as tw
 from tilewright.ir.body import Body
 from tilewright.runtime import cuda, step
-from tilewright.runtime.step import Node, Part, Step, dependencies, hazards, levels, missing
+from tilewright.runtime.step import Edge, Node, Part, Step, dependencies, hazards, levels
 from tilewright.toolchain import nvrtc
 
 
@@ -47,6 +48,14 @@ def reachable(count: int, edges: list[tuple[int, int]]) -> set[tuple[int, int]]:
         out = [j for i, j in paths if i == middle]
         paths |= set(itertools.product(into, out))
     return paths
+
+
+def missing(nodes: Sequence[Node], edges: Iterable[Edge]) -> list[Edge]:
+    """The hazards (i, j) that no path of edges keeps in order."""
+    before = [1 << j for j in range(len(nodes))]
+    for i, j in sorted(edges, key=lambda edge: edge[1]):
+        before[j] |= before[i]
+    return [(i, j) for i, j in np.argwhere(hazards(nodes)).tolist() if not before[j] >> i & 1]
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -29,11 +29,11 @@ def runnable_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stories(data_dir: Path) -> ModelFile:
-    path = data_dir / "llm" / "stories260K.bin"
-    if not path.is_file():
-        pytest.skip(f"no {path}")
-    return open_model(path)
+def stories(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
+    pytest.importorskip("gguf", reason="the gguf library writes the test files")
+    from tests.models.stories import write
+
+    return open_model(write(data_dir / "llm", tmp_path_factory.mktemp("stories") / "m.gguf"))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ pytest.importorskip("jinja2", reason="chat templates need the models extra")
 from tilewright.errors import MissingExtra, ModelError
 from tilewright.serve import chat as chat_module
 from tilewright.serve.chat import MAX_MESSAGES, ChatTemplate, check_messages
-from tilewright.serve.tokenizer import BpeTokenizer, load_tokenizer
+from tilewright.serve.tokenizer import from_metadata, load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -109,7 +109,7 @@ def test_the_names_of_the_file(tiny_path: Path):
     model = open_model(tiny_path)
     held = {"tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.padding_token_id": 2}
     source = "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}"
-    tokenizer = BpeTokenizer.from_metadata({**model.metadata, **held})
+    tokenizer = from_metadata({**model.metadata, **held})
     shown = "<|im_start|>|<|im_end|>|<|endoftext|>|<|im_end|>"
     assert ChatTemplate(source, tokenizer).render(HELLO) == shown
     assert ChatTemplate(source).render(HELLO) == "|||"

@@ -11,22 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.runtime.test_cuda import fake  # noqa: F401 - a fixture
+from tests.runtime.test_step import missing
 from tests.serve.sequence import Sequence
 
-from tilewright.runtime.step import Step, missing
+from tilewright.ops.rope import Rope
+from tilewright.runtime.step import Step
 from tilewright.serve import runner
-from tilewright.serve.weights import LlamaConfig, ModelFile, Weight
+from tilewright.serve.weights import ModelConfig, ModelFile, Weight
 from tilewright.toolchain import nvrtc
 
-CONFIG = LlamaConfig(
-    "llama", layers=2, dim=64, ffn_dim=96, qo_heads=4, kv_heads=4, head_dim=16, vocab=128,
-    context=96, rope_base=1e4, rms_eps=1e-5, tied_embedding=True, rope_interleaved=True,
+CONFIG = ModelConfig(
+    architecture="llama", layers=2, dim=64, ffn_dim=96, qo_heads=4, kv_heads=4, head_dim=16,
+    vocab=128, context=96, rope=Rope(), rms_eps=1e-5, tied_embedding=True, rope_interleaved=True,
 )  # fmt: skip
 A_LAYER = 6  # q, k, v · RoPE and append · attention · o · gate and up · down
 AROUND = 3  # embedding and positions · head · argmax
 
 
-def model_file(config: LlamaConfig = CONFIG) -> ModelFile:
+def model_file(config: ModelConfig = CONFIG) -> ModelFile:
     rng = np.random.default_rng(3)
     tensors = {
         name: Weight(name, "f32", shape, rng.normal(0, shape[-1] ** -0.5, shape).astype("f4"))

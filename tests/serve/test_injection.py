@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: E402
 from tests.serve.test_tokenizer import TEXTS, random_text  # noqa: E402
 
 from tilewright.serve.chat import ChatTemplate, template_of  # noqa: E402
-from tilewright.serve.tokenizer import BpeTokenizer, Tokenizer, load_tokenizer  # noqa: E402
+from tilewright.serve.tokenizer import Tokenizer, byte_level, byte_spellings, load_tokenizer  # noqa: E402
 from tilewright.serve.weights import ModelFile, open_model  # noqa: E402
 
 # Writes every field, the control tokens in literals.
@@ -96,20 +96,18 @@ def control_tokens(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def phi() -> BpeTokenizer:
+def phi() -> Tokenizer:
     """A vocabulary of bytes with Phi-3's control tokens, one of letters and user-defined ones."""
     from tests.serve.tiny import SPECIAL
-
-    from tilewright.serve.tokenizer import _SPELLINGS
 
     control = [*SPECIAL, "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>", "<|end|>", "EOT"]
     defined = ["<think>", "</think>"]
     types = [3] * len(control) + [4] * len(defined) + [1] * 256
-    return BpeTokenizer([*control, *defined, *_SPELLINGS], types, [], "smollm")
+    return byte_level([*control, *defined, *byte_spellings()], types, [], "smollm")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_control_token_in_every_field(phi: BpeTokenizer, name: str):
+def test_every_control_token_in_every_field(phi: Tokenizer, name: str):
     chat = ChatTemplate(TEMPLATES[name], phi)
     spellings = [phi.piece(i).decode() for i in sorted(phi.control)]
     for spelling in spellings:
@@ -168,7 +166,7 @@ PIECES = [  # fields that make a control token only together, or after the templ
 
 @pytest.mark.parametrize("message", PIECES, ids=str)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_pieces_of_a_control_token(phi: BpeTokenizer, name: str, message: dict[str, Any]):
+def test_pieces_of_a_control_token(phi: Tokenizer, name: str, message: dict[str, Any]):
     chat = ChatTemplate(TEMPLATES[name], phi)
     honest = {"role": message["role"], "content": "a"}
     expected = control_tokens(phi, chat.tokens([honest]))
@@ -189,7 +187,7 @@ HONEST = [
 
 @pytest.mark.parametrize("name", [*TEMPLATES, "smollm"])
 def test_honest_messages_keep_their_tokens(
-    smollm: ModelFile, phi: BpeTokenizer, name: str, rng: np.random.Generator
+    smollm: ModelFile, phi: Tokenizer, name: str, rng: np.random.Generator
 ):
     for tokenizer in (load_tokenizer(smollm), phi):
         source = TEMPLATES.get(name, template_of(smollm.metadata))
@@ -203,7 +201,7 @@ def test_honest_messages_keep_their_tokens(
                 assert chat.tokens(messages) == unprotected(source, tokenizer, messages), field
 
 
-def test_text_is_rendered_as_it_is(phi: BpeTokenizer):
+def test_text_is_rendered_as_it_is(phi: Tokenizer):
     """`render` shows marks and substitutes as the text that they stand for."""
     text = "a<|im_end|>b <x> \U0001f600"
     message = {"role": "user", "content": text}

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import struct
 import unicodedata
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tests.models.stories import tokens as stories_pieces
 
 from tilewright.errors import ModelError
-from tilewright.serve.tokenizer import (
-    BpeTokenizer,
-    ScoredTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    merge,
-)
+from tilewright.serve.tokenizer import Tokenizer, byte_level, from_metadata, load_tokenizer, scored
 from tilewright.serve.weights import ModelFile, open_model
 
 TEXTS = [
@@ -126,19 +121,6 @@ def tiny(tiny_path: Path) -> ModelFile:
     return open_model(tiny_path)
 
 
-def test_merge_is_the_slow_one(rng: np.random.Generator):
-    for _ in range(200):
-        alphabet = "ab" if rng.random() < 0.5 else "abcd"
-        letters = [alphabet[i] for i in rng.integers(0, len(alphabet), rng.integers(0, 30))]
-        parts = [
-            "".join(alphabet[i] for i in rng.integers(0, len(alphabet), n))
-            for n in rng.integers(1, 4, 20)
-        ]
-        pairs = list(dict.fromkeys((parts[i], parts[j]) for i, j in rng.integers(0, 20, (60, 2))))
-        ranks = {pair: rank for rank, pair in enumerate(pairs)}
-        assert merge(letters, lambda a, b, r=ranks: r.get((a, b))) == slow_merge(letters, ranks)
-
-
 def test_tiny_vocabulary(tiny: ModelFile, rng: np.random.Generator):
     tokenizer, slow = load_tokenizer(tiny), SlowTokenizer(tiny)
     for text in [*TEXTS, *(random_text(rng) for _ in range(300))]:
@@ -204,10 +186,10 @@ def test_text_that_cannot_be_encoded(tiny: ModelFile):
         with pytest.raises(ModelError) as error:
             tokenizer.encode(text)  # pyright: ignore[reportArgumentType]
         assert code_of(error) == "M106"
-    without = BpeTokenizer(["a", "b"], [1, 1], [], "smollm")
+    without = byte_level(["a", "b"], [1, 1], [], "smollm")
     assert without.encode("abba") == [0, 1, 1, 0]
     assert without.encode("acb\u00e9a") == [0, 1, 0]  # what the vocabulary lacks is dropped
-    merging = BpeTokenizer(["a", "b", "ab"], [1, 1, 1], ["a b"], "gpt-2")
+    merging = byte_level(["a", "b", "ab"], [1, 1, 1], ["a b"], "gpt-2")
     assert merging.encode("acb") == [2]  # dropped before the merges, as `tokenizers` does
 
 
@@ -244,7 +226,7 @@ def test_text_that_cannot_be_encoded(tiny: ModelFile):
 )
 def test_wrong_metadata(tiny: ModelFile, key: str, value: object):
     with pytest.raises(ModelError) as error:
-        BpeTokenizer.from_metadata({**tiny.metadata, f"tokenizer.ggml.{key}": value})  # pyright: ignore[reportArgumentType]
+        from_metadata({**tiny.metadata, f"tokenizer.ggml.{key}": value})  # pyright: ignore[reportArgumentType]
     assert code_of(error) == "M107"
 
 
@@ -253,16 +235,16 @@ def test_end_tokens(tiny: ModelFile):
     key = "tokenizer.ggml."
     assert load_tokenizer(tiny).ends == {0, 2}  # <|endoftext|>, <|im_end|>
     more = {f"{key}eot_token_id": 20, f"{key}eom_token_id": 21, f"{key}eos_token_id": 22}
-    assert BpeTokenizer.from_metadata({**tiny.metadata, **more}).ends == {0, 2, 20, 21, 22}
+    assert from_metadata({**tiny.metadata, **more}).ends == {0, 2, 20, 21, 22}
     without = {k: v for k, v in tiny.metadata.items() if k != f"{key}eos_token_id"}
-    assert BpeTokenizer.from_metadata(without).ends == {0, 2}
+    assert from_metadata(without).ends == {0, 2}
     for spelling in ("<|eot_id|>", "<|eom_id|>", "<end_of_turn>"):
-        made = BpeTokenizer(["a", spelling, "b"], [1, 3, 1], [], "gpt-2")
+        made = byte_level(["a", spelling, "b"], [1, 3, 1], [], "gpt-2")
         assert made.ends == {1}
 
 
 def test_user_defined_tokens_are_always_recognised():
-    tokenizer = BpeTokenizer(
+    tokenizer = byte_level(
         ["<s>", "<t>", "a", "<", "s", "t", ">"], [3, 4, 1, 1, 1, 1, 1], [], "gpt-2"
     )
     assert tokenizer.encode("<s>a<t>") == [0, 2, 1]
@@ -272,7 +254,7 @@ def test_user_defined_tokens_are_always_recognised():
 def test_tokens_must_be_in_byte_spelling():
     for token in ("with space", "ł\u0400", "\u0085"):
         with pytest.raises(ModelError) as error:
-            BpeTokenizer(["a", token], [1, 1], [], "gpt-2")
+            byte_level(["a", token], [1, 1], [], "gpt-2")
         assert code_of(error) == "M107"
 
 
@@ -315,32 +297,31 @@ def test_smollm_is_the_tokenizers_library_s(smollm: ModelFile, rng: np.random.Ge
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
 
 
-# llama2.c
+# Pieces with scores
 
 
 @pytest.fixture(scope="module")
-def scored(stories: ModelFile) -> Tokenizer:
+def stories_tokenizer(stories: ModelFile) -> Tokenizer:
     return load_tokenizer(stories)
 
 
-def test_stories_known_encoding(scored: Tokenizer):
-    assert scored.encode("Zoo") == [1, 410, 469, 347]
-    assert scored.encode("") == [1]
-    assert scored.encode("Zoo", bos=False) == [410, 469, 347]
+def test_stories_known_encoding(stories_tokenizer: Tokenizer):
+    assert stories_tokenizer.encode("Zoo") == [1, 410, 469, 347]
+    assert stories_tokenizer.encode("") == [1]
+    assert stories_tokenizer.encode("Zoo", bos=False) == [410, 469, 347]
 
 
-def test_stories_round_trip(scored: Tokenizer, rng: np.random.Generator):
+def test_stories_round_trip(stories_tokenizer: Tokenizer, rng: np.random.Generator):
     for text in [*TEXTS, *(random_text(rng) for _ in range(200))]:
-        assert scored.decode(scored.encode(text)) == text
+        for spelled in (text, f"<s>{text}"):
+            ids = stories_tokenizer.encode(spelled, special=False)
+            prefix = " " if spelled else ""
+            assert stories_tokenizer.decode(ids, special=False) == prefix + spelled
+            assert ids.count(1) == 1
 
 
-def test_stories_merges_the_best_score_first(data_dir: Path, scored: Tokenizer):
-    data = (data_dir / "llm" / "tok512.bin").read_bytes()
-    position, pieces = 4, []
-    for _ in range(512):
-        score, length = struct.unpack_from("<fi", data, position)
-        pieces.append((data[position + 8 : position + 8 + length].decode(), score))
-        position += 8 + length
+def test_stories_merges_the_best_score_first(data_dir: Path, stories_tokenizer: Tokenizer):
+    pieces = stories_pieces(data_dir / "llm" / "tok512.bin")
     scores = dict(pieces[259:])
     ids = {piece: i for i, (piece, _) in enumerate(pieces) if i >= 259}
     for text in ("Once upon a time, there was a little girl.", "the happy bunny hopped and played"):
@@ -355,57 +336,41 @@ def test_stories_merges_the_best_score_first(data_dir: Path, scored: Tokenizer):
             if best < 0:
                 break
             symbols[best : best + 2] = [joined[best]]
-        assert scored.encode(text) == [1, *(ids[symbol] for symbol in symbols)]
+        assert stories_tokenizer.encode(text) == [1, *(ids[symbol] for symbol in symbols)]
 
 
-def test_damaged_llama2c_tokenizer(tmp_path: Path, rng: np.random.Generator):
-    path = tmp_path / "tok.bin"
-    pieces = [
-        b"<unk>",
-        b"<s>",
-        b"</s>",
-        *(b"<0x%02X>" % b for b in range(256)),
-        b" ",
-        b"a",
-        b"b",
-        b" a",
-        b"ab",
-    ]
-    good = struct.pack("<i", 6) + b"".join(
-        struct.pack("<fi", -i, len(p)) + p for i, p in enumerate(pieces)
-    )
-    path.write_bytes(good)
-    tokenizer = ScoredTokenizer.from_file(path, len(pieces))
-    assert tokenizer.encode("ab") == [1, 262, 261] and tokenizer.encode("é") == [
-        1,
-        259,
-        0xC3 + 3,
-        0xA9 + 3,
-    ]
-    bad = [
-        good[:-1],
-        good + b"x",
-        good[:3],
-        b"",
-        good.replace(struct.pack("<fi", -4, 6), struct.pack("<fi", -4, -6)),
-    ]
-    bad += [good.replace(struct.pack("<fi", -4, 6), struct.pack("<fi", float("nan"), 6))]
-    bad += [good[: int(size)] for size in rng.integers(0, len(good), 50)]
-    for data in bad:
-        path.write_bytes(data)
-        with pytest.raises(ModelError) as error:
-            ScoredTokenizer.from_file(path, len(pieces))
-        assert code_of(error) == "M107"
-    for vocab in (258, 1000):
-        path.write_bytes(good)
-        with pytest.raises(ModelError):
-            ScoredTokenizer.from_file(path, vocab)
+PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a", "ab"]
+TYPES = [2, 3, 3, *[6] * 256, *[1] * 5]
 
 
-def test_no_tokenizer_beside_the_model(stories: ModelFile, tmp_path: Path):
-    alone = tmp_path / "stories.bin"
-    alone.symlink_to(stories.path)
-    with pytest.raises(ModelError, match=r"tok512\.bin or tokenizer\.bin") as error:
-        load_tokenizer(open_model(alone))
+def test_characters_without_a_token_become_bytes():
+    tokenizer = scored(PIECES, TYPES, [float(-i) for i in range(264)], prefix=True)
+    assert tokenizer.encode("ab") == [262, 261]
+    assert tokenizer.encode("é") == [259, 0xC3 + 3, 0xA9 + 3]
+    assert tokenizer.encode("<s>a", special=False)[:2] == [259, ord("<") + 3]
+    plain = scored(PIECES, TYPES, [float(-i) for i in range(264)], prefix=False)
+    assert plain.encode("ab") == [263] and plain.encode(" ab") == [262, 261]
+    without = scored(["<unk>", "a"], [2, 1], [0.0, 0.0], prefix=False)
+    assert without.encode("aéa") == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [None, "s", np.zeros(3, "f4"), np.zeros(264, "i4")]
+    + [np.full(264, bad, "f4") for bad in (np.nan, np.inf)],
+    ids=str,
+)
+def test_wrong_scores(scores: object):
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": PIECES,
+        "tokenizer.ggml.token_type": np.array(TYPES),
+        "tokenizer.ggml.scores": np.zeros(264, "f4"),
+    }
+    assert from_metadata(metadata).encode("ab", bos=False)
+    metadata["tokenizer.ggml.scores"] = scores
+    if scores is None:
+        del metadata["tokenizer.ggml.scores"]
+    with pytest.raises(ModelError) as error:
+        from_metadata(metadata)
     assert code_of(error) == "M107"
-    assert len(load_tokenizer(open_model(alone), stories.path.with_name("tok512.bin"))) == 512

@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from tilewright.serve.tokenizer import _SPELLINGS
+from tilewright.serve.tokenizer import byte_spellings
 
 KINDS = {
     "f32": gguf.GGMLQuantizationType.F32,
@@ -30,7 +30,7 @@ TEMPLATE = (
 
 def tokens() -> list[str]:
     made = [merge.replace(" ", "") for merge in MERGES]
-    return [*SPECIAL, *_SPELLINGS, *made]
+    return [*SPECIAL, *byte_spellings(), *made]
 
 
 def metadata() -> dict[str, Any]:

@@ -216,13 +216,6 @@ def gpu_recipe(s: Schedule, n: int, k: int) -> Schedule:
     return s.vectorize("k_v") if s.has("k_v") else s
 
 
-def check_kind(kind: str, name: str = "") -> None:
-    """Raises ModelError[M104] for a kind of weight that there is no linear layer for."""
-    if kind not in KINDS:
-        rule, hint = f"no linear layer for weights of kind {kind}", f"kinds: {', '.join(KINDS)}"
-        raise ModelError("M104", rule, where=name, hint=hint)
-
-
 @cache
 def linear_kernel(
     kind: str,
@@ -249,7 +242,9 @@ def linear_definition(
     kind: str, many: bool, n: int, k: int, interleaved: bool = False, after: After = ""
 ) -> Definition:
     """The program of `linear_kernel` with its schedule. Raises ModelError[M104]."""
-    check_kind(kind)
+    if kind not in KINDS:
+        rule, hint = f"no linear layer for weights of kind {kind}", f"kinds: {', '.join(KINDS)}"
+        raise ModelError("M104", rule, hint=hint)
     return linear_program(kind, interleaved, after).schedule(recipe.of(many=many, n=n, k=k))
 
 
@@ -267,17 +262,14 @@ def weight_views(kind: str, data: np.ndarray) -> tuple[np.ndarray, ...]:
     """The arrays of a weight: views of its data in the file.
 
     `data`: (n, k) of float32 or bits, or uint8 (n, bytes of a row) of blocks."""
-    if kind == "q8_0":
-        blocks = data.reshape(data.shape[0], -1, 34)
-        return blocks[:, :, :2].view(np.float16)[..., 0], blocks[:, :, 2:].view(np.int8)
-    if kind == "q4_0":
-        blocks = data.reshape(data.shape[0], -1, 18)
-        return blocks[:, :, :2].view(np.float16)[..., 0], blocks[:, :, 2:]
-    if kind == "q4_1":
-        blocks = data.reshape(data.shape[0], -1, 20)
-        scales = blocks[:, :, :4].view(np.float16)
-        return scales[..., 0], scales[..., 1], blocks[:, :, 4:]
-    return (data,)
+    sizes = {"q8_0": (2, 34), "q4_0": (2, 18), "q4_1": (4, 20)}  # bytes of scales, of a block
+    if kind not in sizes:
+        return (data,)
+    scales, size = sizes[kind]
+    blocks = data.reshape(data.shape[0], -1, size)
+    floats, numbers = blocks[:, :, :scales].view(np.float16), blocks[:, :, scales:]
+    arrays = [floats[..., i] for i in range(scales // 2)]
+    return (*arrays, numbers.view(np.int8) if kind == "q8_0" else numbers)
 
 
 def can_interleave(kind: str, rows: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from tilewright.build import program
 from tilewright.ops import recipes
@@ -11,11 +12,21 @@ from tilewright.sparse import trace
 from tilewright.sparse.trace import dense, indices, out, rsqrt, scalar, size
 
 
+def _normalised(X: Any, W: Any, eps: Any, t: Any, k: Any) -> Any:
+    mean = trace.sum_(X[t, k] * X[t, k], over=k) / size("k").cast("float32")
+    return X[t, k] * rsqrt(mean + eps[()]) * W[k]
+
+
 @program
 def rmsnorm(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar()):
     t, k = indices("t:t k:k")
-    mean = trace.sum_(X[t, k] * X[t, k], over=k) / size("k").cast("float32")
-    return out[t, k](X[t, k] * rsqrt(mean + eps[()]) * W[k])
+    return out[t, k](_normalised(X, W, eps, t, k))
+
+
+@program
+def rmsnorm_add(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar(), R=dense("t k")):
+    t, k = indices("t:t k:k")
+    return out[t, k](R[t, k] + _normalised(X, W, eps, t, k))
 
 
 RMSNORM = rmsnorm.schedule(recipes.rows.of(row="t", elements=("k", "k2")))
@@ -25,3 +36,9 @@ RMSNORM = rmsnorm.schedule(recipes.rows.of(row="t", elements=("k", "k2")))
 def rmsnorm_kernel(target: str = "cpp") -> Kernel:
     """X: (t, k), W: (k,), eps: a number → (t, k)."""
     return RMSNORM.build(target)
+
+
+@cache
+def rmsnorm_add_kernel(target: str = "cpp") -> Kernel:
+    """The same plus a residual R (t, k), which is the last argument."""
+    return rmsnorm_add.schedule(recipes.rows.of(row="t", elements=("k", "k2"))).build(target)

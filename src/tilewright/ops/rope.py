@@ -7,8 +7,10 @@ and sines are computed once, in float64. Source: Su et al., RoFormer (2021), §3
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -109,10 +111,50 @@ def append_kernel(target: str = "cpp") -> Kernel:
     return APPEND.build(target)
 
 
-def rope_tables(
-    positions: int, head_dim: int, base: float, scale: float = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines, float32 (positions, head_dim / 2). Positions are divided by `scale`."""
-    frequencies = base ** (-np.arange(0, head_dim, 2) / head_dim)
-    angles = np.arange(positions)[:, None] / scale * frequencies
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """The angles of a rotary embedding: position · base^(-2i/d) for pair i of a head of d.
+
+    `kind`: frequencies may be scaled for contexts longer than the `original` one, in tokens.
+    `linear` divides each by `factor`. `llama3` keeps those that turn more than `high` times in the
+    original context, divides those that turn less than `low` times, and interpolates between in the
+    number of turns. `yarn` does so with `high` and `low` in the index of a pair, and multiplies
+    cosines and sines by `gain` (0: 1 + ln(factor) / 10). Sources: Peng et al., YaRN (2023), §3;
+    the Llama 3.1 models.
+    """
+
+    base: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 4.0
+    original: float = 8192.0
+    gain: float = 0.0
+    KINDS: ClassVar = ("default", "linear", "llama3", "yarn")
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the numbers are finite and give frequencies."""
+        numbers = self.base, self.factor, self.low, self.high, self.original
+        sensible = all(0 < x < 1e30 for x in numbers) and 0 <= self.gain < 1e30
+        return sensible and (self.kind != "yarn" or self.base > 1) and self.low < self.high
+
+    def tables(self, positions: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines, float32 (positions, head_dim / 2)."""
+        frequencies = self.base ** (-np.arange(0, head_dim, 2) / head_dim)
+        gain, kept = 1.0, np.float64(self.kind != "linear")
+        if self.kind == "llama3":
+            turns = self.original * frequencies / (2 * np.pi)
+            kept = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        elif self.kind == "yarn":
+            first, last = (  # the pairs that turn so often in the original context
+                head_dim * math.log(self.original / (turns * 2 * math.pi), self.base) / 2
+                for turns in (self.high, self.low)
+            )
+            first, last = max(math.floor(first), 0), min(math.ceil(last), head_dim - 1)
+            ramp = (np.arange(head_dim // 2) - first) / max(last - first, 0.001)
+            kept = 1 - np.clip(ramp, 0, 1)
+            gain = self.gain or 0.1 * math.log(max(self.factor, 1.0)) + 1
+        angles = np.arange(positions)[:, None] * (frequencies * (kept + (1 - kept) / self.factor))
+        cosines, sines = gain * np.cos(angles), gain * np.sin(angles)
+        return cosines.astype(np.float32), sines.astype(np.float32)

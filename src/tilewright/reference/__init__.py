@@ -1,1 +1,1 @@
-"""Programs evaluated in Python: the definition of the language; an interpreter of lowered IR."""
+"""Programs evaluated in Python: the definition of the language; CUDA-lowered IR without a GPU."""

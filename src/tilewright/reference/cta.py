@@ -33,7 +33,6 @@ from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.atoms import QUAD, element
 from tilewright.ir.rewrite import walk
-from tilewright.reference.flights import Flights
 from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
 from tilewright.reference.ops_table import (
     UFUNCS,
@@ -45,7 +44,7 @@ from tilewright.reference.ops_table import (
     encode,
     operation,
 )
-from tilewright.reference.races import History
+from tilewright.reference.races import Flights, History
 from tilewright.target import WARP
 
 Machine = Callable[..., "Launch"]
@@ -59,8 +58,11 @@ def execute(
     parts: Sequence[Part] = (),
     machine: Machine | None = None,
 ) -> None:
-    """Run a program whose threads are bound, in place; arguments as `interpreter.execute` has
-    them. `machine` replaces `Launch`, for tests that leave a barrier out."""
+    """Run a program whose threads are bound, on arrays it reads and writes in place.
+
+    `buffers` are the dense arrays by name; `variables` the sizes (`m.size`); `parts` what belongs
+    to the parts of sparse tensors; strides are those of the arrays. `machine` replaces `Launch`,
+    for tests that leave a barrier out."""
     with np.errstate(all="ignore"):
         for stage in launches(program, buffers, variables, parts):
             written = {
@@ -206,12 +208,17 @@ class Launch:
                 self.env[cols.name] = (col // step).astype(cols.var.dtype.numpy)
             self.do(cols.body if isinstance(cols, ir.For) else cols)
 
+    def running(self, size: int, partly: str) -> np.ndarray:
+        """The groups of `size` neighbouring lanes that run; none may run in part."""
+        groups = self.mask.reshape(-1, size)
+        if (groups.any(1) != groups.all(1)).any():
+            raise self.refuse(f"some {partly}")
+        return np.flatnonzero(groups.all(1))
+
     def barrier(self, where: ir.Sync | ir.ReduceThreads, number: int = 0) -> None:
         """Runs a barrier that every thread of a CTA must reach. A reduction over threads has
         several barriers; `number` says which of them this is."""
-        arrived = self.mask.reshape(self.units, self.threads)
-        if (arrived.any(1) != arrived.all(1)).any():
-            raise self.refuse("some threads of a CTA do not reach a barrier")
+        self.running(self.threads, "threads of a CTA do not reach a barrier")
         self.epoch[self.mask] += 1
 
     def store(self, s: ir.Store) -> None:
@@ -340,10 +347,7 @@ class Launch:
         """The warps that run."""
         if self.nest.threads[0] != WARP:
             raise self.refuse(f"a tile operation beside {self.nest.threads[0]} threads along x")
-        running = self.mask.reshape(-1, WARP)
-        if (running.any(1) != running.all(1)).any():
-            raise self.refuse("some lanes of a warp do not reach a tile operation")
-        return np.flatnonzero(running.all(1))
+        return self.running(WARP, "lanes of a warp do not reach a tile operation")
 
     def of_warps(self, e: ir.Expr) -> np.ndarray:
         """A value for each warp that runs, which its lanes share."""
@@ -471,9 +475,7 @@ class Launch:
         """Over groups of neighbouring threads of a warp, by shuffles."""
         if self.threads % e.extent:
             raise self.refuse(f"{self.threads} threads are no groups of {e.extent}")
-        groups = self.mask.reshape(-1, e.extent)
-        if (groups.any(1) != groups.all(1)).any():
-            raise self.refuse("some lanes of a group do not reach a reduction over thread.x")
+        self.running(e.extent, "lanes of a group do not reach a reduction over thread.x")
         value = self.value(e.a)
         value = np.broadcast_to(value, (len(self.lane), *value.shape[1:]))
         total = UFUNCS[e.op].reduce(value.reshape(-1, e.extent, *value.shape[1:]), 1, value.dtype)

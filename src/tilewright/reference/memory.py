@@ -17,7 +17,7 @@ from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.names import stride_name
 from tilewright.ir.rewrite import walk
-from tilewright.reference.ops_table import constant, decode, encode
+from tilewright.reference.ops_table import constant, decode
 
 
 @dataclass(slots=True)
@@ -91,13 +91,6 @@ class Array:
         span = 1 + sum((n - 1) * s for n, s in zip(a.shape, strides, strict=True)) if a.size else 0
         return cls(name, a, np.lib.stride_tricks.as_strided(a, (span,), (a.itemsize,)), strides)
 
-    def offset(self, index: Sequence[Any]) -> int:
-        """The offset of an element by its index in each dimension, checked."""
-        for i, n in zip(index, self.view.shape, strict=True):
-            if not 0 <= i < n:
-                raise InternalError("I101", f"{self.name}{[*index]} is outside {self.view.shape}")
-        return sum(int(i) * s for i, s in zip(index, self.strides, strict=True))
-
     def checked(self, offset: Any) -> Any:
         """An offset, or an array of them. Raises InternalError[I101] for one out of bounds."""
         many = isinstance(offset, np.ndarray)
@@ -109,6 +102,3 @@ class Array:
 
     def read(self, offset: Any, dtype: DType) -> Any:
         return decode(self.flat[self.checked(offset)], dtype)
-
-    def write(self, offset: Any, value: Any, dtype: DType) -> None:
-        self.flat[self.checked(offset)] = encode(value, dtype, self.flat.dtype)

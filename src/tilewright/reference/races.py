@@ -1,4 +1,5 @@
-"""Happens-before order of memory accesses: who read, wrote and updated each element of an array.
+"""Happens-before order of memory accesses: who read, wrote and updated each element of an array,
+and which asynchronous copies are under way.
 
 Two accesses are ordered when one thread makes both, or when a barrier of their CTA is between them.
 Threads of different CTAs of a launch are never ordered. A CTA has an *epoch*, the number of its
@@ -7,8 +8,11 @@ barriers so far: accesses of two threads of a CTA are ordered exactly when their
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
+Copy = tuple[np.ndarray, np.ndarray, np.ndarray]  # elements and values, (threads, n); their threads
 NONE, MANY = -1, -2  # in place of a lane or of a unit
 _CONFLICTS = {
     "read": ("write", "update"),
@@ -46,3 +50,40 @@ class History:
         latest[0, at[lanes]] = MANY
         latest[1, at[units]] = MANY
         return None
+
+
+class Flights:
+    """Asynchronous copies, from the moment when threads start them until they wait for their
+    groups."""
+
+    def __init__(self, lanes: int) -> None:
+        self.commits = np.zeros(lanes, np.int64)  # groups of each thread so far
+        self.copies: list[tuple[str, np.ndarray, Copy]] = []  # array, group of each thread
+        self.under_way: dict[str, np.ndarray] = {}  # for each element of an array
+
+    def start(self, name: str, size: int, copy: Copy) -> None:
+        at, _, lane = copy
+        self.under_way.setdefault(name, np.zeros(size, bool))[at] = True
+        self.copies.append((name, self.commits[lane], copy))
+
+    def commit(self, running: np.ndarray) -> None:
+        self.commits[running] += 1
+
+    def landed(
+        self, running: np.ndarray, pending: int
+    ) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+        """(array, elements, values, threads) of the copies that the running threads wait for: all
+        of their groups but the latest `pending`."""
+        left = []
+        for name, group, (at, value, lane) in self.copies:
+            done = running[lane] & (group < self.commits[lane] - pending)
+            if done.any():
+                self.under_way[name][at[done]] = False
+                yield name, at[done], value[done], lane[done]
+            if not done.all():
+                left.append((name, group[~done], (at[~done], value[~done], lane[~done])))
+        self.copies = left
+
+    def touches(self, name: str, at: np.ndarray) -> bool:
+        """Whether a copy to one of these elements is under way."""
+        return name in self.under_way and bool(self.under_way[name][at].any())

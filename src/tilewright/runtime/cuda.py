@@ -34,7 +34,7 @@ _POINTER_DEVICE_ORDINAL = 9
 def available() -> bool:
     """Whether kernels can run here: a driver that starts, and a GPU."""
     try:
-        return driver().integer("cuDeviceGetCount") > 0
+        return driver().returned("cuDeviceGetCount") > 0
     except BuildError:
         return False
 
@@ -94,11 +94,6 @@ def device_arch(ordinal: int = 0) -> str:
     return device(ordinal).arch
 
 
-def device_name(ordinal: int = 0) -> str:
-    """The name of a GPU as the driver gives it."""
-    return device(ordinal).name
-
-
 def synchronize(stream: int = 0, ordinal: int = 0) -> None:
     """Wait until everything on a stream is done; failures of earlier kernels show here (B104)."""
     device(ordinal).activate()
@@ -109,8 +104,8 @@ def describe() -> list[tuple[str, str]]:
     """What `tilewright env` prints of CUDA: the compiler, the driver, each GPU."""
     lines = [("NVRTC", nvrtc.toolkit_version() if nvrtc.available() else "not installed")]
     try:
-        version = driver().integer("cuDriverGetVersion")
-        count = driver().integer("cuDeviceGetCount")
+        version = driver().returned("cuDriverGetVersion")
+        count = driver().returned("cuDeviceGetCount")
     except BuildError as error:
         return [*lines, ("CUDA driver", error.message)]
     lines.append(("CUDA driver", f"CUDA {version // 1000}.{version % 1000 // 10}"))
@@ -128,12 +123,12 @@ class Module:
         """Raises BuildError[B102, B104]."""
         self.device = device(ordinal)
         self.device.activate()
-        self._handle = driver().handle("cuModuleLoadData", image)
+        self._handle = driver().returned("cuModuleLoadData", image)
 
     def function(self, name: str) -> Function:
         """A kernel by its `extern "C"` name. Raises BuildError[B104]."""
         self.device.activate()
-        handle = driver().handle("cuModuleGetFunction", self._handle, name.encode())
+        handle = driver().returned("cuModuleGetFunction", self._handle, name.encode())
         return Function(name, handle, self)
 
 
@@ -250,7 +245,7 @@ class Graph:
         self.device = launches[0].function.module.device
         self._handle = 0
         self.device.activate()
-        stream = api.handle("cuStreamCreate", _STREAM_NON_BLOCKING)
+        stream = api.returned("cuStreamCreate", _STREAM_NON_BLOCKING)
         graph = c_void_p()
         try:
             api.call("cuStreamBeginCapture_v2", stream, _CAPTURE_THREAD_LOCAL)
@@ -261,7 +256,7 @@ class Graph:
                 code = api.functions["cuStreamEndCapture"](stream, ctypes.byref(graph))
             if code:
                 api.fail("cuStreamEndCapture", code)
-            self._handle = api.handle("cuGraphInstantiateWithFlags", graph, 0)
+            self._handle = api.returned("cuGraphInstantiateWithFlags", graph, 0)
         finally:
             if graph.value:
                 api.functions["cuGraphDestroy"](graph)
@@ -296,9 +291,7 @@ class DeviceArray:
             raise ArgumentError("A103", f"an array cannot have shape {self.shape}")
         if self.nbytes:
             self.device.activate()
-            address = ctypes.c_uint64()
-            driver().call("cuMemAlloc_v2", ctypes.byref(address), self.nbytes)
-            self.pointer = address.value
+            self.pointer = driver().returned("cuMemAlloc_v2", self.nbytes)
 
     @classmethod
     def from_numpy(
@@ -395,7 +388,7 @@ class StatusWord:
         self.device = device(ordinal)
         self.device.activate()
         portable_and_mapped = 1 | 2
-        self.pointer = driver().handle("cuMemHostAlloc", 64, portable_and_mapped)
+        self.pointer = driver().returned("cuMemHostAlloc", 64, portable_and_mapped)
         self._word = ctypes.c_int32.from_address(self.pointer)
         self._word.value = 0
 

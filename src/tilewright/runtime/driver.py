@@ -100,15 +100,9 @@ class Driver:
         self.functions["cuGetErrorName"](code, ctypes.byref(name))
         return name.value.decode() if name.value else f"CUresult {code}"
 
-    def integer(self, name: str, *arguments: Any) -> int:
-        """Call a function whose first argument returns an int."""
-        value = c_int()
-        self.call(name, ctypes.byref(value), *arguments)
-        return value.value
-
-    def handle(self, name: str, *arguments: Any) -> int:
-        """Call a function whose first argument returns a handle."""
-        value = c_void_p()
+    def returned(self, name: str, *arguments: Any) -> int:
+        """Call a function that returns a number or a handle through its first argument."""
+        value = _PROTOTYPES[name][0]._type_()
         self.call(name, ctypes.byref(value), *arguments)
         return value.value or 0
 
@@ -141,12 +135,12 @@ class Device:
 
     def __init__(self, ordinal: int) -> None:
         api = driver()
-        self.count = api.integer("cuDeviceGetCount")
+        self.count = api.returned("cuDeviceGetCount")
         if not 0 <= ordinal < self.count:
             raise BuildError("B102", f"there is no GPU {ordinal}; this machine has {self.count}")
         self.ordinal = ordinal
-        self._id = api.integer("cuDeviceGet", ordinal)
-        self.context = api.handle("cuDevicePrimaryCtxRetain", self._id)
+        self._id = api.returned("cuDeviceGet", ordinal)
+        self.context = api.returned("cuDevicePrimaryCtxRetain", self._id)
 
     def activate(self) -> None:
         """Make the context current in this thread."""
@@ -154,13 +148,13 @@ class Device:
         if self.count == 1 and getattr(_active, "ordinal", None) == self.ordinal:
             return
         api = driver()
-        if api.handle("cuCtxGetCurrent") != self.context:
+        if api.returned("cuCtxGetCurrent") != self.context:
             api.call("cuCtxSetCurrent", self.context)
         _active.ordinal = self.ordinal
 
     def attribute(self, number: int) -> int:
         """A CUdevice_attribute by its number."""
-        return driver().integer("cuDeviceGetAttribute", number, self._id)
+        return driver().returned("cuDeviceGetAttribute", number, self._id)
 
     @functools.cached_property
     def name(self) -> str:
@@ -180,9 +174,7 @@ class Device:
 
     @functools.cached_property
     def memory_bytes(self) -> int:
-        total = c_size_t()
-        driver().call("cuDeviceTotalMem_v2", ctypes.byref(total), self._id)
-        return total.value
+        return driver().returned("cuDeviceTotalMem_v2", self._id)
 
 
 def device(ordinal: int = 0) -> Device:

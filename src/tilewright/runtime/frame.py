@@ -16,14 +16,7 @@ from tilewright.errors import ArgumentError
 from tilewright.ir import names
 from tilewright.runtime.arguments import Arguments
 from tilewright.runtime.layout import Struct
-from tilewright.runtime.manifest import (
-    ROW_HEAD,
-    Manifest,
-    TensorSpec,
-    max_rows,
-    rows_offset,
-    unit_count,
-)
+from tilewright.runtime.manifest import ROW_HEAD, Manifest, TensorSpec, max_rows, unit_count
 from tilewright.runtime.view import View, address, allocate, allocator, byte_range
 
 Slot = tuple[Any, int]
@@ -46,10 +39,6 @@ class Output:
         """Write the address of `array` (`pointer`, where it is known) into the fields."""
         for slot, part in self.slots:
             slot.value = pointer or address(array.values[part] if self.spec.structure else array)
-
-
-def _not_prepared() -> None:
-    raise AssertionError("a launcher prepares the frame before it runs")
 
 
 @dataclass(slots=True)
@@ -77,7 +66,7 @@ class Frame:
     values: list[tuple[Any, int, int]]  # and the part
     numbers: list[tuple[int, list[Any]]]
     spans: dict[str, tuple[int, int]]
-    run: Callable[[], None] = _not_prepared  # set by the launcher
+    run: Callable[[], None] = dataclasses.field(init=False)  # set by the launcher
 
 
 def build_frame(
@@ -131,8 +120,8 @@ def _block(
 ) -> tuple[Any, int]:
     """The parameter block of stage n without addresses, and its units. The work table follows the
     parameters: a row for each part of the structure that the stage follows."""
-    stage, offset = manifest.stages[n], rows_offset(params)
-    block = ctypes.create_string_buffer(offset + max_rows(manifest) * row.size)
+    stage = manifest.stages[n]
+    block = ctypes.create_string_buffer(params.size + max_rows(manifest) * row.size)
     values = [_parameter(name, arguments) for name in manifest.param_names]
     fields = (f.name for f in params.fields)
     params.pack_into(block, **dict(zip(fields, [*values, len(stage.rows)], strict=True)))
@@ -149,8 +138,8 @@ def _block(
         units = unit_count(stage.units[body], counts)
         fields = (f.name for f in row.fields[len(ROW_HEAD) :])
         values = dict(zip(fields, (_row_value(k, parts) for k in manifest.row_names), strict=True))
-        packed = row.pack(first=total, units=units, body=body, **values)
-        ctypes.memmove(ctypes.addressof(block) + offset + i * row.size, packed, row.size)
+        at = params.size + i * row.size
+        row.pack_into(block, at, first=total, units=units, body=body, **values)
         total += units
     return block, total
 
@@ -195,7 +184,7 @@ def _slots(
                 c_type = _C_FLOATS.get(kind) or getattr(ctypes, f"c_{kind}")
                 slots.setdefault(name, []).append((c_type.from_buffer(block, f.offset), 0))
         for i in range(len(stage.rows)):
-            start = rows_offset(params) + i * row.size
+            start = params.size + i * row.size
             for f, name in zip(row.fields[len(ROW_HEAD) :], manifest.row_names, strict=True):
                 parsed = names.parse_name(name)
                 if parsed is not None and parsed.kind == names.VALUES:

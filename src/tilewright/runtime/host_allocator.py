@@ -7,6 +7,7 @@ allocators of GPUs do.
 
 from __future__ import annotations
 
+import math
 import sys
 
 import numpy as np
@@ -36,21 +37,14 @@ class _Lease:
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array of at least `SMALLEST` bytes, in a cached block if there is one."""
-    nbytes = dtype.itemsize
-    for n in shape:
-        nbytes *= n
-    block = _take(nbytes)
-    return np.asarray(_Lease(np.empty(nbytes, np.uint8) if block is None else block, shape, dtype))
-
-
-def _take(nbytes: int) -> np.ndarray | None:
     global _idle_bytes
+    nbytes = math.prod(shape) * dtype.itemsize
     try:
-        block = _idle[nbytes].pop()
-    except LookupError:  # one step, so that two threads cannot take the same block
-        return None
-    _idle_bytes -= nbytes
-    return block
+        block = _idle[nbytes].pop()  # one step, so that two threads cannot take the same block
+        _idle_bytes -= nbytes
+    except LookupError:
+        block = np.empty(nbytes, np.uint8)
+    return np.asarray(_Lease(block, shape, dtype))
 
 
 def _give_back(block: np.ndarray) -> None:

@@ -5,7 +5,7 @@ every call writes addresses and numbers into a frame of its layout and launches 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -22,15 +22,11 @@ FRAMES_KEPT = 64  # layouts that one kernel remembers
 
 
 class Launcher:
-    """Prepares and lists the launches of a frame on one target."""
+    """Prepares the launches of a frame on one target."""
 
     def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
         """A function that launches the frame with what its blocks hold at that moment."""
         raise NotImplementedError
-
-    def launches(self, kernel: Kernel, frame: Frame) -> Sequence[Any]:
-        """The frame's launches as plain data, for a recorded step; none without native code."""
-        return ()
 
 
 class Kernel:

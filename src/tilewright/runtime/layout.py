@@ -18,20 +18,13 @@ import numpy as np
 
 from tilewright.errors import InternalError
 
-# spelling -> (C type, struct code, bytes)
-_SCALARS: dict[str, tuple[str, str, int]] = {
-    "ptr": ("void*", "Q", 8),
-    "float32": ("float", "f", 4),
-    "float64": ("double", "d", 8),
-    "uint8": ("uint8_t", "B", 1),
-    "uint16": ("uint16_t", "H", 2),
-    "uint32": ("uint32_t", "I", 4),
-    "uint64": ("uint64_t", "Q", 8),
-    "int8": ("int8_t", "b", 1),
-    "int16": ("int16_t", "h", 2),
-    "int32": ("int32_t", "i", 4),
-    "int64": ("int64_t", "q", 8),
-}
+# spelling -> (C type, code of `struct`)
+_SCALARS: dict[str, tuple[str, str]] = {
+    "ptr": ("void*", "Q"), "float32": ("float", "f"), "float64": ("double", "d"),
+    "uint8": ("uint8_t", "B"), "uint16": ("uint16_t", "H"), "uint32": ("uint32_t", "I"),
+    "uint64": ("uint64_t", "Q"), "int8": ("int8_t", "b"), "int16": ("int16_t", "h"),
+    "int32": ("int32_t", "i"), "int64": ("int64_t", "q"),
+}  # fmt: skip
 # NVRTC has no offsetof; its front end's own intrinsic is constant where a null pointer's is not.
 _OFFSET_MACRO = (
     "#ifndef TW_OFFSET",
@@ -54,14 +47,6 @@ class Field:
     offset: int
     c_type: str
 
-    @property
-    def itemsize(self) -> int:
-        return _SCALARS[self.type][2]
-
-    @property
-    def nbytes(self) -> int:
-        return self.itemsize * max(self.count, 1)
-
 
 class Struct:
     """A C struct described once.
@@ -77,17 +62,17 @@ class Struct:
             raise InternalError("I101", f"struct {name!r} needs a C name and at least one field")
         self.name = name
         fields: list[Field] = []
-        end = 0
+        codes = "@"  # native sizes, aligned as C aligns them
         for described in described_fields:
-            fields.append(_field(name, described, end))
-            end = fields[-1].offset + fields[-1].nbytes
+            fields.append(_field(name, described, codes))
+            codes += f"{max(fields[-1].count, 1)}{_SCALARS[fields[-1].type][1]}"
         self._names = {f.name for f in fields}
         if len(self._names) != len(fields):
             raise InternalError("I101", f"struct {name} names a field twice")
         self.fields = tuple(fields)
-        self.align = max(f.itemsize for f in fields)
-        self.size = -(-end // self.align) * self.align
-        self._packer = struct.Struct(_packer_format(self.fields, self.size))
+        widest = max((_SCALARS[f.type][1] for f in fields), key=struct.calcsize)
+        self._packer = struct.Struct(f"{codes}0{widest}")  # padded at its end
+        self.size = self._packer.size
 
     @cached_property
     def c_decl(self) -> str:
@@ -106,17 +91,10 @@ class Struct:
     @cached_property
     def numpy(self) -> np.dtype:
         """The same layout as a NumPy dtype; pointers are `uint64`."""
-        return np.dtype(
-            {
-                "names": [f.name for f in self.fields],
-                "formats": [
-                    ("uint64" if f.type == "ptr" else f.type, (f.count,) if f.count else ())
-                    for f in self.fields
-                ],
-                "offsets": [f.offset for f in self.fields],
-                "itemsize": self.size,
-            }
-        )
+        kinds = ["uint64" if f.type == "ptr" else f.type for f in self.fields]
+        counts = [(f.count,) if f.count else () for f in self.fields]
+        names = [f.name for f in self.fields]
+        return np.dtype(list(zip(names, kinds, counts, strict=True)), align=True)
 
     @cached_property
     def version(self) -> str:
@@ -129,8 +107,10 @@ class Struct:
         self.pack_into(buffer, **values)
         return buffer
 
-    def pack_into(self, buffer: ctypes.Array[ctypes.c_char], /, **values: Any) -> None:
-        """Overwrite `buffer` (at least `size` bytes) with these values."""
+    def pack_into(
+        self, buffer: ctypes.Array[ctypes.c_char], offset: int = 0, /, **values: Any
+    ) -> None:
+        """Overwrite `size` bytes of `buffer` from `offset` on with these values."""
         if wrong := sorted(values.keys() ^ self._names):
             raise InternalError("I101", f"struct {self.name}: fields {wrong} missing or unknown")
         flat: list[Any] = []
@@ -141,7 +121,7 @@ class Struct:
                 raise InternalError("I101", text)
             flat += value
         try:
-            self._packer.pack_into(buffer, 0, *flat)
+            self._packer.pack_into(buffer, offset, *flat)
         except struct.error as error:
             raise InternalError("I101", f"struct {self.name}: {error}") from None
 
@@ -149,8 +129,8 @@ class Struct:
         return f"Struct({self.name}, {self.size} bytes, {len(self.fields)} fields)"
 
 
-def _field(struct_name: str, description: tuple[str, ...], end: int) -> Field:
-    """A field at the first aligned offset from `end` on."""
+def _field(struct_name: str, description: tuple[str, ...], codes: str) -> Field:
+    """A field behind those whose codes of `struct` are given."""
     name, spelled, *c_type = description
     kind, _, length = spelled.partition("[")
     count = length.removesuffix("]")
@@ -160,15 +140,6 @@ def _field(struct_name: str, description: tuple[str, ...], end: int) -> Field:
         raise InternalError("I101", f"struct {struct_name}: bad field {name!r} of type {kind!r}")
     if c_type and kind != "ptr":
         raise InternalError("I101", f"struct {struct_name}.{name}: a {kind} has no other C type")
-    c_name, _, size = _SCALARS[kind]
-    offset = -(-end // size) * size
+    c_name, code = _SCALARS[kind]
+    offset = struct.calcsize(f"{codes}0{code}")
     return Field(name, kind, int(count or 0), offset, c_type[0] if c_type else c_name)
-
-
-def _packer_format(fields: Sequence[Field], size: int) -> str:
-    """The format of `struct`, with the padding written out."""
-    text, end = "<", 0
-    for f in fields:
-        text += "x" * (f.offset - end) + f"{max(f.count, 1)}{_SCALARS[f.type][1]}"
-        end = f.offset + f.nbytes
-    return text + "x" * (size - end)

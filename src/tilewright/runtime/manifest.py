@@ -69,7 +69,8 @@ ROW_HEAD = (("first", "int64"), ("units", "int64"), ("body", "int64"))
 
 
 def structs(manifest: Manifest) -> tuple[Struct, Struct]:
-    """The row of the work table, and the parameter block that precedes the table in memory."""
+    """The row of the work table, and the parameter block that precedes the table in memory; both
+    have 64-bit fields, so that the table begins at the block's end."""
     row = Struct("Row", (*ROW_HEAD, *manifest.row))
     params = Struct("Params0", (*manifest.params, ("row_count", "int64")))
     return row, params
@@ -83,17 +84,13 @@ def declarations(manifest: Manifest) -> str:
     return (
         f"{row.c_decl}\n{params.c_decl}\n"
         f"struct Params {{\n{fields}\n  Row rows[{n}];\n}};\n"
-        f'static_assert(sizeof(Params) == {rows_offset(params) + n * row.size}, "Params: size");\n'
+        f'static_assert(sizeof(Params) == {params.size + n * row.size}, "Params: size");\n'
     )
 
 
 def max_rows(manifest: Manifest) -> int:
     """The number of rows of the largest work table. Every stage's parameter block has so many."""
     return max(len(s.rows) for s in manifest.stages)
-
-
-def rows_offset(params: Struct) -> int:
-    return -(-params.size // 8) * 8
 
 
 # ---------------------------------------------------------------------------- on disk

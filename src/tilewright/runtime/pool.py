@@ -105,8 +105,8 @@ def launch_array(launches: list[Launch]) -> ctypes.Array[ctypes.c_char]:
     """A buffer of `tw_launch`."""
     buffer = ctypes.create_string_buffer(max(len(launches), 1) * LAUNCH.size)
     for i, (body, params, units, grain, guided) in enumerate(launches):
-        one = LAUNCH.pack(body=body, params=params, units=units, grain=grain, guided=guided)
-        ctypes.memmove(ctypes.addressof(buffer) + i * LAUNCH.size, one, LAUNCH.size)
+        values = {"body": body, "params": params, "units": units, "grain": grain, "guided": guided}
+        LAUNCH.pack_into(buffer, i * LAUNCH.size, **values)
     return buffer
 
 

@@ -84,14 +84,6 @@ def dependencies(nodes: Sequence[Node]) -> tuple[Edge, ...]:
     return tuple(edges)
 
 
-def missing(nodes: Sequence[Node], edges: Iterable[Edge]) -> list[Edge]:
-    """The hazards (i, j) that no path of edges keeps in order."""
-    before = [1 << j for j in range(len(nodes))]
-    for i, j in sorted(edges, key=lambda edge: edge[1]):
-        before[j] |= before[i]
-    return [(i, j) for i, j in np.argwhere(hazards(nodes)).tolist() if not before[j] >> i & 1]
-
-
 def levels(count: int, edges: Iterable[Edge]) -> list[int]:
     """The level of each node: one above the highest that it must follow."""
     level = [0] * count
@@ -155,8 +147,9 @@ def _launches(bound: Any) -> Sequence[Any] | None:
         launcher = bound.kernel.launcher
         if isinstance(launcher, CudaLauncher):
             return _nodes(bound, launcher)
-        native = isinstance(launcher, CpuLauncher)
-        return launcher.launches(bound.kernel, bound.frame) if native else None
+        if isinstance(launcher, CpuLauncher):
+            return launcher.launches(bound.kernel, bound.frame)
+        return None
     if not isinstance(bound, (tuple, cuda.Launch)) and not hasattr(bound, "launch"):
         text = f"a step records bound calls, not {type(bound).__name__}"
         raise ArgumentError("A107", text, where="bounds", hint="kernel.bind(…)")

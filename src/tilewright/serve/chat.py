@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.errors import MissingExtra, ModelError, TilewrightError
-from tilewright.serve.gguf import Metadata, Value
+from tilewright.serve.models.config import Metadata, Value
 from tilewright.serve.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -247,7 +247,7 @@ class ChatTemplate:
 
 def template_of(metadata: Mapping[str, Value]) -> str:
     """Returns the chat template of a model, empty without one. Raises ModelError[M107]."""
-    return Metadata(metadata, code="M107").text("tokenizer.chat_template", "")
+    return Metadata(metadata, code="M107").get("tokenizer.chat_template", str, "")
 
 
 def _unusable(rule: str, hint: str = "") -> ModelError:

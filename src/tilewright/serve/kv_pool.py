@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tilewright.attention.pool import Pool
 from tilewright.serve.memory import Memory
-from tilewright.serve.weights import LlamaConfig
+from tilewright.serve.models.config import ModelConfig
 
 PAGE_SIZE = 16
 
@@ -12,7 +12,7 @@ PAGE_SIZE = 16
 class KVPool:
     """Keys and values of `pages` pages, float32: one pair of arrays for each layer."""
 
-    def __init__(self, config: LlamaConfig, pages: int, memory: Memory) -> None:
+    def __init__(self, config: ModelConfig, pages: int, memory: Memory) -> None:
         shape = (pages, PAGE_SIZE, config.kv_heads, config.head_dim)
         self.pages = pages
         self.keys = [memory.empty(*shape) for _ in range(config.layers)]

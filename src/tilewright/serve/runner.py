@@ -38,13 +38,15 @@ class Logits:
 
     def __init__(self, runner: Runner, rows: list[int]) -> None:
         self._memory, self._logits, self._rows = runner.model.memory, runner.last["logits"], rows
+        self._cap = np.float32(runner.model.config.logit_cap)  # which the order does not depend on
         runner.tokens[:] = self._memory.read(runner.last["token"])
         self.likeliest = [int(runner.tokens[n]) for n in rows]
 
     def row(self, i: int) -> np.ndarray:
         """The logits of request i, float32 (vocab,); valid until the next step."""
         n = self._rows[i]
-        return self._memory.read(self._memory.rows(self._logits, n, n + 1))[0]
+        row = self._memory.read(self._memory.rows(self._logits, n, n + 1))[0]
+        return self._cap * np.tanh(row / self._cap) if self._cap else row
 
 
 class Runner:
@@ -76,7 +78,8 @@ class Runner:
         model.memory.write(self.last["token"], self.tokens)
         self._views: dict[int, tuple[list[KV], KV]] = {}
         self._steps: dict[int, Step] = {}
-        self._qo_tile = model.attention.plan(np.array([0, 1], np.int32), self._kv(1)[1]).qo_tile
+        one = model.layers[0].attention.plan(np.array([0, 1], np.int32), self._kv(1)[1])
+        self._qo_tile = one.qo_tile  # of every layer
 
     def run(self, chunks: Sequence[Chunk]) -> Logits:
         """Reads the tokens of the chunks, those of answers first, and computes the logits of the
@@ -168,13 +171,14 @@ class Runner:
         capacity, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * KEY_TILE
         lengths = [min(c.stop, short) if c.is_prompt else capacity for c in chunks]
         memory.write(memory.rows(self.plan_len, 0, len(chunks)), np.array(lengths, np.int32))
-        plan = model.attention.plan(indptr, to_plan)
+        plans = {x: x.plan(indptr, to_plan) for x in {layer.attention for layer in model.layers}}
 
         def do(kernel: Any, *args: Any, out: Any = None) -> None:
             kernel(*args, out=out)
 
         def attend(layer: int, q: Any, out: Any) -> None:
-            model.attention.run(q, views[layer], plan, out=out)
+            attention = model.layers[layer].attention
+            attention.run(q, views[layer], plans[attention], out=out)
 
         b = self._rows(int(indptr[-1]), self._single(sum(not c.is_prompt for c in chunks)))
         model.forward(b, (self.cache.keys, self.cache.values), attend, do)
@@ -197,7 +201,7 @@ class Runner:
             bounds.append(kernel.bind(*args, out=out))
 
         def attend(layer: int, q: Any, out: Any) -> None:
-            bounds.append(model.attention.bind(q, views[layer], out))
+            bounds.append(model.layers[layer].attention.bind(q, views[layer], out))
 
         b = self._rows(requests, self._single(requests))
         last = {name: rows(self.last[name], 0, requests) for name in ("logits", "token")}

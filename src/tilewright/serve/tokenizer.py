@@ -1,4 +1,4 @@
-"""Converts text to tokens and back: byte-level BPE from a GGUF file, and llama2.c's scored merges.
+"""Converts text to tokens and back, with the BPE of the library `tokenizers`.
 
     tokenizer = load_tokenizer(open_model(path))
     ids = tokenizer.encode("What is the capital of France?")
@@ -6,34 +6,36 @@
     for token in generated: print(stream.push(token), end="")
     print(stream.finish())
 
-Encoding is exact for valid Unicode. Bytes that a byte-level vocabulary does not have are dropped,
-as by the `tokenizers` library. Sources: the tokenizers of GPT-2 and of llama2.c, and the GGUF keys
+The library encodes plain text only: it does not know the control tokens, which are told apart here.
+Bytes that a byte-level vocabulary does not have are dropped. Source: the GGUF keys
 `tokenizer.ggml.*`.
 """
 
 from __future__ import annotations
 
 import codecs
-import heapq
+import json
 import math
-import os
 import re
-import struct
-import unicodedata
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import AnyStr
+from typing import Any
 
 import numpy as np
 
-from tilewright.errors import ModelError
-from tilewright.serve.gguf import Metadata, Value, short
-from tilewright.serve.weights import ModelFile
+from tilewright.errors import MissingExtra, ModelError
+from tilewright.serve.models.config import Metadata, Value, short
+from tilewright.serve.weights import ModelFile, read_json
 
-MAX_TOKEN_BYTES = 4096
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+try:
+    import tokenizers
+    from tokenizers import models, normalizers, pre_tokenizers
+except ImportError as missing:
+    rule, hint = f"tokenizers need {missing.name}", "pip install 'tilewright[models]'"
+    raise MissingExtra("E101", rule, hint=hint) from None
+
+MAX_TOKEN_CHARS = 1024
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 _NAMED = {  # name to tokenizer.ggml.*_token_id
     "bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom",
 }  # fmt: skip
@@ -45,14 +47,21 @@ END_SPELLINGS = (
 )  # fmt: skip
 
 
-class Tokenizer(ABC):
-    """A vocabulary. `pieces[id]` is the bytes of a token; `control`: the ids of control tokens."""
+class Tokenizer:
+    """A vocabulary and the library's encoder of plain text.
+
+    `pieces[id]`: the bytes of a token; `special`: ids of the tokens recognised in text, by
+    spelling; `control`: those that text of a user never becomes.
+    """
 
     def __init__(
-        self, pieces: Sequence[bytes], special: Mapping[str, int], control: Iterable[int]
+        self,
+        library: tokenizers.Tokenizer,
+        pieces: Sequence[bytes],
+        special: Mapping[str, int],
+        control: Iterable[int],
     ) -> None:
-        self.pieces = tuple(pieces)
-        self.special = dict(special)  # ids of the tokens recognised in text, by spelling
+        self.library, self.pieces, self.special = library, tuple(pieces), dict(special)
         self.control = frozenset(control)
         self.bos: int | None = None
         self.eos: int | None = None
@@ -83,14 +92,20 @@ class Tokenizer(ABC):
         out = [self.bos] if add_bos and self.bos is not None else []
         start = 0
         for match in (self.any_special if special else self._user_defined).finditer(text):
-            out += self._encode(text[start : match.start()])
+            out += self._plain(text[start : match.start()])
             out.append(self.special[match[0]])
             start = match.end()
-        return out + self._encode(text[start:])
+        return out + self._plain(text[start:])
 
-    @abstractmethod
-    def _encode(self, text: str) -> list[int]:
+    def _plain(self, text: str) -> list[int]:
         """The tokens of a text that contains no special token."""
+        try:
+            ids = self.library.encode(text, add_special_tokens=False).ids if text else []
+        except Exception as error:  # a pattern that never ends, an unknown token that is none
+            raise _unusable(str(error)[:200]) from None
+        if not self.control.isdisjoint(ids):  # a merge of this vocabulary makes one
+            raise ModelError("M106", "the text would become a control token", hint="other words")
+        return ids
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token; none for an id beyond the vocabulary (padding)."""
@@ -98,20 +113,12 @@ class Tokenizer(ABC):
 
     def decode(self, ids: Iterable[int], special: bool = True) -> str:
         """The text of `ids`, U+FFFD for invalid UTF-8; without `special`, no control tokens."""
-        keep = () if special else self.control
-        return b"".join(self.piece(i) for i in ids if i not in keep).decode("utf-8", "replace")
+        hidden = () if special else self.control
+        kept = (self.piece(i) for i in ids if i not in hidden)
+        return b"".join(kept).decode("utf-8", "replace")
 
     def stream(self, special: bool = False) -> Stream:
         return Stream(self, special)
-
-    def _read_id(self, keys: Metadata, key: str) -> int | None:
-        """The id of a token, None if the file does not name one."""
-        if key not in keys.values:
-            return None
-        value = keys.integer(key)
-        if not 0 <= value < len(self.pieces):
-            raise _unusable(f"{value} is outside the vocabulary of {len(self.pieces)}", key)
-        return value
 
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
@@ -140,275 +147,202 @@ class Stream:
         return rest
 
 
-def load_tokenizer(model: ModelFile, path: str | os.PathLike[str] | None = None) -> Tokenizer:
-    """The tokenizer of a model: from its GGUF metadata, or from llama2.c's file at `path`.
-
-    Without `path`, the file of a llama2.c model is `tok<vocab>.bin` or `tokenizer.bin` in the same
-    folder. Raises ModelError[M107] for a missing or damaged tokenizer.
-    """
-    if path is None and model.metadata:
-        tokenizer: Tokenizer = BpeTokenizer.from_metadata(model.metadata)
-        if len(tokenizer) > model.config.vocab:
-            rows = model.config.vocab
-            raise _unusable(f"{len(tokenizer)} tokens for an embedding of {rows} rows")
-        return tokenizer
-    names = (f"tok{model.config.vocab}.bin", "tokenizer.bin")
-    for file in map(model.path.with_name, names) if path is None else [Path(path)]:
-        if file.is_file():
-            return ScoredTokenizer.from_file(file, model.config.vocab)
-    raise _unusable(f"no tokenizer file: {path or ' or '.join(names)}")
+def load_tokenizer(model: ModelFile) -> Tokenizer:
+    """The tokenizer of a model. Raises ModelError[M107] for a missing or damaged one."""
+    vocab = model.config.vocab
+    if model.path.is_dir():
+        return from_folder(model.path, vocab)
+    tokenizer = from_metadata(model.metadata)
+    if len(tokenizer) > vocab:
+        raise _unusable(f"{len(tokenizer)} tokens for an embedding of {vocab} rows")
+    return tokenizer
 
 
 def _unusable(rule: str, where: str = "", hint: str = "") -> ModelError:
     return ModelError("M107", f"the tokenizer cannot be used: {rule}", where=where, hint=hint)
 
 
-def merge(
-    symbols: Sequence[AnyStr], rank: Callable[[AnyStr, AnyStr], float | None]
-) -> list[AnyStr]:
-    """Joins neighbours, the lowest `rank(left, right)` first and of equals the leftmost.
+def from_metadata(metadata: Mapping[str, Value]) -> Tokenizer:
+    """From the keys `tokenizer.ggml.*` of a GGUF file. Raises ModelError[M107]."""
+    keys = Metadata(metadata, code="M107")
+    kind, tokens = keys.get("tokenizer.ggml.model", str), keys.get("tokenizer.ggml.tokens", list)
+    longest = max(map(len, tokens), default=0)
+    if not 1 <= longest <= MAX_TOKEN_CHARS:
+        raise _unusable(f"the longest token has {longest} characters (limit {MAX_TOKEN_CHARS})")
+    types = _numbers(metadata, "token_type", len(tokens), "iu", _NORMAL)
+    if kind == "gpt2":
+        pre = keys.get("tokenizer.ggml.pre", str, "gpt-2")
+        out = byte_level(tokens, types, keys.get("tokenizer.ggml.merges", list), pre)
+    elif kind == "llama":
+        scores = _numbers(metadata, "scores", len(tokens), "f", math.nan)
+        prefix = keys.get("tokenizer.ggml.add_space_prefix", bool, True)
+        out = scored(tokens, types, scores, prefix)
+    else:
+        hint = "byte-level BPE (gpt2) and scored pieces (llama) are supported"
+        raise _unusable(f"model {short(kind)}", "tokenizer.ggml.model", hint)
+    for name, key in _NAMED.items():
+        key = f"tokenizer.ggml.{key}_token_id"
+        if key in metadata:
+            out.named[name] = keys.get(key, int)
+            if not 0 <= out.named[name] < len(tokens):
+                raise _unusable(f"{out.named[name]} is outside the vocabulary", key)
+    out.ends |= {i for name, i in out.named.items() if name in ("eos", "eot", "eom")}
+    out.bos, out.eos = out.named.get("bos"), out.named.get("eos")
+    adds = keys.get("tokenizer.ggml.add_bos_token", bool, kind == "llama")
+    out.add_bos = adds and out.bos is not None
+    return out
 
-    A heap over a linked list: n symbols cost O(n log n) at worst.
-    """
-    parts: list[AnyStr | None] = list(symbols)
-    end = len(parts)
-    after, before = list(range(1, end + 1)), list(range(-1, end - 1))
-    heap: list[tuple[float, int, AnyStr, AnyStr]] = []
 
-    def offer(i: int) -> None:
-        if i < 0 or after[i] == end:
-            return
-        left, right = parts[i], parts[after[i]]
-        assert left is not None and right is not None, "the linked list holds a joined symbol"
-        order = rank(left, right)
-        if order is not None:
-            heapq.heappush(heap, (order, i, left, right))
+def _numbers(metadata: Mapping[str, Value], key: str, count: int, kinds: str, default: Any) -> list:
+    """An array with a number for each token."""
+    key = f"tokenizer.ggml.{key}"
+    values = metadata.get(key, np.full(count, default))
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds or len(values) != count:
+        raise _unusable("there is not one number for each token", key)
+    return values.tolist()
 
-    for i in range(end):
-        offer(i)
-    while heap:
-        _, i, left, right = heapq.heappop(heap)
-        if parts[i] != left or after[i] == end or parts[after[i]] != right:
-            continue  # one of the two was joined to something else since
-        joined = after[i]
-        parts[i], parts[joined] = left + right, None
-        after[i] = after[joined]
-        if after[i] < end:
-            before[after[i]] = i
-        offer(before[i])
-        offer(i)
-    return [part for part in parts if part is not None]
+
+def _tokenizer(
+    tokens: Sequence[str],
+    types: Sequence[int],
+    merges: Sequence[Any],
+    spelled: Callable[[str], bytes],
+    **options: Any,
+) -> Tokenizer:
+    """A tokenizer around the library's BPE of the ordinary tokens. No control token is among them,
+    so that no merge can make one; of equal spellings the first counts."""
+    marked = {i for i, kind in enumerate(types) if kind in (_CONTROL, _USER_DEFINED)}
+    ordinary = {t: i for i, t in reversed([*enumerate(tokens)]) if i not in marked}
+    special = {tokens[i]: i for i in sorted(marked, reverse=True) if tokens[i]}
+    try:
+        pieces = [t.encode() if i in marked else spelled(t) for i, t in enumerate(tokens)]
+        library = tokenizers.Tokenizer(models.BPE(ordinary, merges, **options))
+    except Exception as error:  # the library raises plain Exceptions
+        raise _unusable(str(error)[:200]) from None
+    return Tokenizer(library, pieces, special, (i for i in marked if types[i] == _CONTROL))
 
 
 # Byte-level BPE
 
 
-def _byte_spellings() -> list[str]:
+def byte_spellings() -> list[str]:
     """The character by which GPT-2 spells each byte: itself if visible, else from U+0100 on."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [b for b in range(256) if b not in visible]
-    return [chr(b) if b in visible else chr(0x100 + hidden.index(b)) for b in range(256)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    visible = {ord(c) for c in alphabet if ord(c) < 256}
+    hidden = iter(alphabet[len(visible) :])
+    return [chr(b) if b in visible else next(hidden) for b in range(256)]
 
 
-_SPELLINGS = _byte_spellings()
-_TO_SPELLING = dict(enumerate(_SPELLINGS))
-# From a spelling to the byte's Latin-1 character. Latin-1 characters that spell no byte become
-# U+FFFF, which is not Latin-1.
-_TO_BYTE = dict.fromkeys(range(256), 0xFFFF) | {
-    ord(spelling): b for b, spelling in enumerate(_SPELLINGS)
-}
+# To the byte's Latin-1 character; Latin-1 characters that spell no byte become another one.
+_TO_BYTE = dict.fromkeys(range(256), 0xFFFF) | {ord(c): b for b, c in enumerate(byte_spellings())}
+# What divides a text before the words of GPT-2 do, by tokenizer.ggml.pre.
+_PRE = {"gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)]}
 
 
-_WHITE_SPACE = {0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000}
+def byte_level(
+    tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str
+) -> Tokenizer:
+    """Byte-level BPE. `tokens` in GPT-2's spelling, `types` as in GGUF, `merges` "left right",
+    best first. Raises ModelError[M107]."""
+    if pre not in _PRE:
+        hint = f"supported: {', '.join(_PRE)}"
+        raise _unusable(f"the pre-tokenizer {pre!r} is not known", "tokenizer.ggml.pre", hint)
+    if len(set(merges)) < len(merges):
+        raise _unusable("a merge occurs twice", "tokenizer.ggml.merges")
+    pairs = [tuple(pair.split(" ")) for pair in merges]
+    out = _tokenizer(tokens, types, pairs, _from_bytes)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    out.library.pre_tokenizer = pre_tokenizers.Sequence([*_PRE[pre], words])
+    return out
 
 
-class _Classes(dict[int, int]):
-    """Maps a character to an ASCII one of its class, since `re` has no Unicode categories.
+def _from_bytes(token: str) -> bytes:
+    try:
+        return token.translate(_TO_BYTE).encode("latin-1")
+    except UnicodeEncodeError:
+        raise ValueError(f"token {token[:40]!r} is not in byte spelling") from None
 
-    ASCII stays; other letters become `A`, numbers `0`, white space a vertical tab, the rest `!`.
+
+# Pieces with scores (SentencePiece)
+
+
+def scored(
+    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], prefix: bool
+) -> Tokenizer:
+    """Merges of the best score first; characters that are no token become tokens of their bytes.
+
+    `tokens` with ▁ for a space; `prefix`: a space comes before a text. Each cut of a token into two
+    tokens is a merge, ranked by the score of the token. Raises ModelError[M107].
     """
-
-    def __missing__(self, code: int) -> int:
-        if code < 128:
-            ascii_code = code
-        elif code in _WHITE_SPACE:
-            ascii_code = 0x0B
-        else:
-            ascii_code = ord({"L": "A", "N": "0"}.get(unicodedata.category(chr(code))[0], "!"))
-        self[code] = ascii_code
-        return ascii_code
-
-
-_CLASSES = _Classes()
-_CONTRACTIONS = "'(?:[stmd]|re|ve|ll)"
-# The pattern of a word over the classes of its characters, by tokenizer.ggml.pre. smollm splits at
-# each digit first, so that white space before a digit counts as trailing.
-_WORDS = {
-    "gpt-2": _CONTRACTIONS + r"| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
-    "smollm": r"[0-9]|" + _CONTRACTIONS + r"| ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+",
-}
+    if not all(map(math.isfinite, scores)):
+        raise _unusable("a score is missing or not finite", "tokenizer.ggml.scores")
+    normal = {t: i for i, t in reversed([*enumerate(tokens)]) if types[i] == _NORMAL}
+    unknown = next((t for i, t in enumerate(tokens) if types[i] == _UNKNOWN), None)
+    best = sorted(normal, key=lambda token: (-scores[normal[token]], normal[token]))
+    cuts = ((token[:n], token[n:]) for token in best for n in range(1, len(token)))
+    pairs = [(left, right) for left, right in cuts if left in normal and right in normal]
+    options = {"unk_token": unknown, "byte_fallback": True, "fuse_unk": True}
+    out = _tokenizer(tokens, types, pairs, _from_piece, **options)
+    parts: list[Any] = [normalizers.Prepend("▁")] if prefix else []
+    out.library.normalizer = normalizers.Sequence([*parts, normalizers.Replace(" ", "▁")])
+    return out
 
 
-class BpeTokenizer(Tokenizer):
-    """Byte-level BPE: splits text into words and merges the bytes of a word by rank."""
-
-    def __init__(
-        self, tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str
-    ) -> None:
-        """`tokens` in GPT-2's spelling, `types` as in GGUF, `merges` "left right", best first."""
-        if pre not in _WORDS:
-            hint = f"supported: {', '.join(_WORDS)}"
-            raise _unusable(f"the pre-tokenizer {pre!r} is not known", "tokenizer.ggml.pre", hint)
-        marked = {i for i, kind in enumerate(types) if kind in (_CONTROL, _USER_DEFINED)}
-        pieces = [
-            token.encode() if i in marked else self._spelled(token, i)
-            for i, token in enumerate(tokens)
-        ]
-        special = {tokens[i]: i for i in sorted(marked, reverse=True) if tokens[i]}
-        control = {i for i in marked if types[i] == _CONTROL}
-        super().__init__(pieces, special, control)
-        # Of equal spellings the first counts; no merge results in a special token.
-        ordinary = [(token, i) for i, token in enumerate(tokens) if i not in marked]
-        self._ids = dict(reversed(ordinary))
-        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
-        for rank, pair in enumerate(merges):
-            if pair.count(" ") != 1 or pair.replace(" ", "") not in self._ids:
-                rule = f"merge {rank} ({pair[:40]!r}) makes no token"
-                raise _unusable(rule, "tokenizer.ggml.merges")
-        if len(self._ranks) < len(merges):
-            raise _unusable("a merge occurs twice", "tokenizer.ggml.merges")
-        self._words = re.compile(_WORDS[pre], re.ASCII)
-        self._word = lru_cache(maxsize=1 << 14)(self._merge_word)
-
-    @staticmethod
-    def _spelled(token: str, number: int) -> bytes:
-        try:
-            return token.translate(_TO_BYTE).encode("latin-1")
-        except UnicodeEncodeError:
-            raise _unusable(f"token {number} ({token[:40]!r}) is not in byte spelling") from None
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Value]) -> BpeTokenizer:
-        """From the keys `tokenizer.ggml.*` of a GGUF file. Raises ModelError[M107]."""
-        keys = Metadata(metadata, code="M107")
-        kind = keys.text("tokenizer.ggml.model")
-        if kind != "gpt2":
-            hint = "byte-level BPE (gpt2) is supported"
-            raise _unusable(f"model {short(kind)}", "tokenizer.ggml.model", hint)
-        tokens, merges = (keys.strings(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
-        if not tokens:
-            raise _unusable("it has no tokens", "tokenizer.ggml.tokens")
-        longest = max(map(len, tokens))
-        if longest > MAX_TOKEN_BYTES:
-            raise _unusable(f"a token of {longest} characters (limit {MAX_TOKEN_BYTES})")
-        types = metadata.get("tokenizer.ggml.token_type", np.full(len(tokens), _NORMAL))
-        if (
-            not isinstance(types, np.ndarray)
-            or types.dtype.kind not in "iu"
-            or len(types) != len(tokens)
-        ):
-            raise _unusable("there is not one type for each token", "tokenizer.ggml.token_type")
-        out = cls(tokens, types.tolist(), merges, keys.text("tokenizer.ggml.pre", "gpt-2"))
-        ids = {
-            name: out._read_id(keys, f"tokenizer.ggml.{key}_token_id")
-            for name, key in _NAMED.items()
-        }
-        out.named = {name: i for name, i in ids.items() if i is not None}
-        out.ends |= {i for name, i in out.named.items() if name in ("eos", "eot", "eom")}
-        out.bos, out.eos = ids["bos"], ids["eos"]
-        out.add_bos = keys.flag("tokenizer.ggml.add_bos_token", False) and out.bos is not None
-        return out
-
-    def _encode(self, text: str) -> list[int]:
-        classes = text if text.isascii() else text.translate(_CLASSES)
-        out: list[int] = []
-        for match in self._words.finditer(classes):
-            word = text[match.start() : match.end()]
-            # Long words are rare and are not cached.
-            out += self._word(word) if len(word) <= 64 else self._merge_word(word)
-        return out
-
-    def _merge_word(self, word: str) -> tuple[int, ...]:
-        ranks, ids = self._ranks, self._ids
-        spelled = word.encode().decode("latin-1").translate(_TO_SPELLING)
-        known = [symbol for symbol in spelled if symbol in ids]
-        return tuple(ids[s] for s in merge(known, lambda left, right: ranks.get(f"{left} {right}")))
+def _from_piece(token: str) -> bytes:
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
 
-# llama2.c
+# tokenizer.json
 
-_UNKNOWN, _BOS, _EOS, _FIRST_BYTE = 0, 1, 2, 3
+_NORMALIZERS, _PRE_TOKENIZERS = ("NFC", "NFKC", "Prepend", "Replace"), ("ByteLevel", "Metaspace")
+_PARTS = ("Sequence", "Split", "Digits", *_NORMALIZERS, *_PRE_TOKENIZERS)
+_CONFIGS = "config.json", "generation_config.json"
 
 
-class ScoredTokenizer(Tokenizer):
-    """llama2.c's tokenizer: characters merge by the best score; unknown ones become byte tokens.
+def from_folder(folder: Path, vocab: int) -> Tokenizer:
+    """From the tokenizer.json of a folder, and the end tokens that its other files name. Ids are
+    below `vocab`. Raises ModelError[M107]."""
+    path = folder / "tokenizer.json"
+    data = read_json(path, "M107")
+    try:
+        for part in filter(None, (data.get("normalizer"), data.get("pre_tokenizer"))):
+            _check_part(part)
+        library = tokenizers.Tokenizer.from_str(json.dumps(data))
+        library.no_truncation()
+        library.no_padding()
+        library.encode_special_tokens = True  # as plain text: they are told apart here
+        ids, added = library.get_vocab(), library.get_added_tokens_decoder()
+        if not isinstance(library.model, models.BPE) or max(ids.values()) >= vocab:
+            raise ValueError(f"no BPE of at most {vocab} tokens")
+        spelled = _from_bytes if '"ByteLevel"' in json.dumps(data.get("decoder")) else _from_piece
+        pieces = [b""] * (max(ids.values()) + 1)
+        for token, i in ids.items():
+            pieces[i] = token.encode() if i in added else spelled(token)
+        special = {token.content: i for i, token in added.items()}
+        out = Tokenizer(library, pieces, special, (i for i in added if added[i].special))
+        files = filter(Path.is_file, map(folder.joinpath, _CONFIGS))
+        named = [read_json(file).get("eos_token_id", []) for file in files]
+        ends = {i for x in named for i in (x if isinstance(x, list) else [x])}
+        first = [i for i in library.encode("").ids[:1] if i in out.control]
+    except (ModelError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # anything may be missing; a panic of Rust is no Exception
+        raise _unusable(f"{type(error).__name__}: {error}"[:200], str(path)) from None
+    out.ends |= ends & out.control
+    out.bos, out.eos = next(iter(first), None), min(out.ends, default=None)
+    out.add_bos = out.bos is not None
+    out.named = {k: i for k, i in (("bos", out.bos), ("eos", out.eos)) if i is not None}
+    return out
 
-    Tokens 0, 1, 2 are unknown, begin and end, 3 to 258 the bytes. `encode` puts the begin token and
-    a space before a text, `decode` removes them.
-    """
 
-    def __init__(self, tokens: Sequence[bytes], scores: Sequence[float]) -> None:
-        first = _FIRST_BYTE + 256
-        if len(tokens) < first:
-            raise _unusable(f"{len(tokens)} tokens do not hold the {first} fixed ones")
-        fixed = [b"", b"", b"", *(bytes([b]) for b in range(256))]
-        super().__init__([*fixed, *tokens[first:]], {}, (_UNKNOWN, _BOS, _EOS))
-        self.bos, self.eos, self.add_bos = _BOS, _EOS, True
-        self.ends = {_EOS}
-        self._ids = {tokens[i]: i for i in range(len(tokens) - 1, first - 1, -1)}
-        self._scores = {token: scores[i] for token, i in self._ids.items()}
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str], vocab: int) -> ScoredTokenizer:
-        """Reads an int32, then `vocab` tokens: float32 score, int32 length, bytes.
-
-        Raises ModelError[M107] for a file that is damaged or of another vocabulary.
-        """
-        where = str(path)
-        try:
-            with open(path, "rb") as file:
-                data = file.read(vocab * (8 + MAX_TOKEN_BYTES) + 5)
-        except OSError as error:
-            raise _unusable(str(error.strerror), where) from None
-        tokens: list[bytes] = []
-        scores: list[float] = []
-        position = 4
-        for number in range(vocab):
-            if position + 8 > len(data):
-                raise _unusable(f"the file ends before token {number} of {vocab}", where)
-            score, length = struct.unpack_from("<fi", data, position)
-            position += 8
-            if not 0 <= length <= min(MAX_TOKEN_BYTES, len(data) - position) or math.isnan(score):
-                raise _unusable(f"token {number} has length {length} and score {score}", where)
-            tokens.append(data[position : position + length])
-            scores.append(score)
-            position += length
-        if position != len(data):
-            excess = len(data) - position
-            raise _unusable(f"{excess} bytes follow the last of {vocab} tokens", where)
-        return cls(tokens, scores)
-
-    def decode(self, ids: Iterable[int], special: bool = True) -> str:
-        ids = list(ids)
-        text = super().decode(ids, special)
-        return text[1:] if ids[:1] == [_BOS] and text.startswith(" ") else text
-
-    def _encode(self, text: str) -> list[int]:
-        out: list[int] = []
-        known: list[bytes] = []
-        for character in f" {text}" if text else "":
-            spelled = character.encode()
-            if spelled in self._ids:
-                known.append(spelled)
-                continue
-            out += self._merged(known)
-            out += [_FIRST_BYTE + byte for byte in spelled]
-            known = []
-        return out + self._merged(known)
-
-    def _merged(self, symbols: list[bytes]) -> list[int]:
-        return [self._ids[symbol] for symbol in merge(symbols, self._rank)]
-
-    def _rank(self, left: bytes, right: bytes) -> float | None:
-        score = self._scores.get(left + right)
-        return None if score is None else -score
+def _check_part(part: Any) -> None:
+    """Refuses parts that other models have, or that make a text much longer. Raises ValueError."""
+    if json.dumps(part).count('"ByteLevel"') > 1:
+        raise ValueError("ByteLevel occurs twice")
+    for inner in part.get("normalizers", part.get("pretokenizers", [])):
+        _check_part(inner)
+    kind, content = part["type"], part.get("prepend", part.get("content", ""))
+    by_text = kind != "Replace" or part["pattern"].get("String")
+    if kind not in _PARTS or len(content) > 1 or not by_text:
+        raise ValueError(f"this {kind} is not supported")

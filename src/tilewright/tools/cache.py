@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import time
 
@@ -32,18 +31,17 @@ def cache(args: argparse.Namespace) -> int:
         text = f"removed {removed} entries of {folder}"
         print(json.dumps({"folder": str(folder), "removed": removed}) if args.json else text)
         return 0
-    rows = []
-    for entry in disk_cache.current().entries():
-        with contextlib.suppress(OSError):  # another process has just removed it
-            rows.append((entry.path.stat().st_mtime, entry))
-    rows.sort(key=lambda row: row[0])
+    entries = sorted(disk_cache.current().entries(), key=lambda e: e.modified)
     if args.json:
-        listed = [{"kind": e.kind, "key": e.key, "bytes": e.nbytes, "modified": t} for t, e in rows]
+        listed = [
+            {"kind": e.kind, "key": e.key, "bytes": e.nbytes, "modified": e.modified}
+            for e in entries
+        ]
         print(json.dumps({"folder": str(folder), "entries": listed}))
         return 0
-    for when, entry in rows:
-        stamp = time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
-        kind = _KINDS.get(entry.kind, entry.kind)
-        print(f"{stamp}  {entry.nbytes / 1024:8.1f} KiB  {entry.key[:12]}  {kind}")
-    print(f"{len(rows)} entries, {sum(e.nbytes for _, e in rows) / 2**20:.1f} MiB in {folder}")
+    for e in entries:
+        stamp = time.strftime("%Y-%m-%d %H:%M", time.localtime(e.modified))
+        kind = _KINDS.get(e.kind, e.kind)
+        print(f"{stamp}  {e.nbytes / 1024:8.1f} KiB  {e.key[:12]}  {kind}")
+    print(f"{len(entries)} entries, {sum(e.nbytes for e in entries) / 2**20:.1f} MiB in {folder}")
     return 0

@@ -14,7 +14,6 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright.errors import ArgumentError, TilewrightError
@@ -22,23 +21,16 @@ from tilewright.errors import ArgumentError, TilewrightError
 EXIT_ERROR, EXIT_INTERRUPT = 2, 130
 
 
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """`module` below `tilewright.tools` that has `name_arguments` and `name`."""
-
-    module: str
-    help: str
-
-
-VERBS: dict[str, Verb] = {
-    "env": Verb("env", "list what is installed and what is missing"),
-    "show": Verb("show", "print a file's programs at every level, then the generated C++ and CUDA"),
-    "cache": Verb("cache", "list or clear the compiled kernels"),
-    "explain": Verb("explain", "explain an error code and its remedy"),
-    "demo": Verb("chat", "serve a small language model with kernels compiled on the spot"),
-    "chat": Verb("chat", "talk to a model file (GGUF)"),
-    "serve": Verb("chat", "answer OpenAI's HTTP API with a model file (GGUF)"),
+VERBS: dict[str, tuple[str, str]] = {
+    "env": ("env", "list what is installed and what is missing"),
+    "show": ("show", "print a file's programs at every level, then the generated C++ and CUDA"),
+    "cache": ("cache", "list or clear the compiled kernels"),
+    "explain": ("explain", "explain an error code and its remedy"),
+    "demo": ("chat", "serve a small language model with kernels compiled on the spot"),
+    "chat": ("chat", "talk to a model file (GGUF)"),
+    "serve": ("chat", "answer OpenAI's HTTP API with a model file (GGUF)"),
 }
+"""The module below `tilewright.tools` that has `name_arguments` and `name`, and the help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,10 +106,10 @@ def _run(arguments: list[str]) -> int:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     chosen = next((a for a in arguments if not a.startswith("-")), "")
     module = None
-    for name, verb in VERBS.items():
-        one = verbs.add_parser(name, help=verb.help, description=verb.help)
+    for name, (file, help_text) in VERBS.items():
+        one = verbs.add_parser(name, help=help_text, description=help_text)
         if name == chosen:
-            module = importlib.import_module(f"tilewright.tools.{verb.module}")
+            module = importlib.import_module(f"tilewright.tools.{file}")
             getattr(module, f"{name}_arguments")(one)
     args = parser.parse_args(arguments)
     if args.version:

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
-from pathlib import Path
+from textwrap import dedent
 
-from tilewright.errors import CATALOG
+from tilewright.errors import CATALOG, TEXT
 
-FAMILIES = {
-    "F": "FormatError: formats and packing",
-    "P": "ProgramError: programs",
-    "S": "ScheduleError: schedules",
-    "A": "ArgumentError: arguments of a call",
-    "B": "BuildError: building and running",
-    "K": "KnobError: environment variables",
-    "E": "MissingExtra: optional packages",
-    "M": "ModelError: models and serving",
-    "I": "InternalError: a bug of Tilewright",
+FAMILIES: dict[str, str] = dict(re.findall(r"^([A-Z])    (.+)$", TEXT, re.MULTILINE))
+EXPLAIN: dict[str, str] = {
+    code: dedent(lines).rstrip()
+    for code, lines in re.findall(r"^([A-Z]\d\d\d) .+\n((?: .+\n)+)", TEXT, re.MULTILINE)
 }
-
-_TEXT = Path(__file__).with_name("explain.txt").read_text(encoding="utf-8")
-
-EXPLAIN: dict[str, str] = {}
-for _line in _TEXT.splitlines():  # a code begins an entry, indented lines continue it
-    _code = _line[:4].strip() or next(reversed(EXPLAIN))
-    EXPLAIN[_code] = f"{EXPLAIN[_code]}\n{_line[5:]}" if _code in EXPLAIN else _line[5:]
 
 
 def explain_arguments(parser: argparse.ArgumentParser) -> None:

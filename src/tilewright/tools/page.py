@@ -35,7 +35,8 @@ def html(title: str, programs: dict[str, list[Stage]]) -> str:
             if before is None or stage.level in GENERATED:
                 inner = f"<pre>{escape(stage.text)}</pre>"
             else:
-                inner = _beside(before, stage.text)
+                rows = "".join(_rows(before.splitlines(), stage.text.splitlines()))
+                inner = f'<div class="scroll"><table>{rows}</table></div>'
             body.append(f'<details id="s{number}" open><summary>{head}</summary>{inner}</details>')
             if stage.level not in GENERATED:
                 before = stage.text
@@ -49,11 +50,6 @@ def html(title: str, programs: dict[str, list[Stage]]) -> str:
         '<button onclick="all(false)">close all</button></p>\n'
         f"{chr(10).join(body)}\n</main><script>{_SCRIPT}</script></body></html>\n"
     )
-
-
-def _beside(old: str, new: str) -> str:
-    rows = "".join(_rows(old.splitlines(), new.splitlines()))
-    return f'<div class="scroll"><table>{rows}</table></div>'
 
 
 def _rows(old: list[str], new: list[str]) -> Iterator[str]:

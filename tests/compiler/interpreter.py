@@ -1,4 +1,4 @@
-"""Interprets lowered IR, one scalar operation after the other: the tests run passes on it.
+"""Interprets lowered IR, one scalar operation after the other, to judge the passes.
 
 `execute` runs the position and the loop level. A value is a NumPy scalar of its dtype, or an array
 of its lanes (bfloat16: float32). Memory that was never written is NaN, and an access outside of a
@@ -93,8 +93,8 @@ class _Nest:
         for c in walk(self.nest.body):
             if isinstance(c, ir.Compute):
                 for at, total in self.sums.pop(c.out.buffer.name, {}).items():
-                    array = self.memory[c.out.buffer.name]
-                    array.write(at, cast(total, c.out.dtype), c.out.dtype)
+                    flat = self.memory[c.out.buffer.name].flat
+                    flat[at] = encode(cast(total, c.out.dtype), c.out.dtype, flat.dtype)
 
     # -- statements ------------------------------------------------------------------------------
 
@@ -337,7 +337,7 @@ class _Nest:
         are flattened there is one index for each dimension."""
         values = [self.value(i) for i in index]
         if _in_memory(b):
-            return values[0] if len(values) == 1 else self.memory[b.name].offset(values)
+            return values[0] if len(values) == 1 else _offset(self.memory[b.name], values)
         at = 0
         for i, extent in zip(values, map(_integer, b.shape), strict=False):
             if not 0 <= i < extent:
@@ -415,6 +415,74 @@ class _Nest:
         return e.dtype.numpy.type(at - e.last)
 
 
+class Epilogues:
+    """The totals of a statement with an epilogue, by element of its output. When its outermost
+    reduced loop ends, the epilogue is stored for each element of that loop, also for those without
+    a term."""
+
+    def __init__(self, nest: Any) -> None:
+        self.nest = nest
+        self.around: list[ir.For] = []
+        self.totals: dict[tuple[str, int], Any] = {}  # by register and offset of the output
+
+    def enter(self, loop: ir.For) -> None:
+        self.around.append(loop)
+
+    def add(self, c: ir.Compute) -> None:
+        at = self._offset(c)
+        for r in c.reductions:
+            key = r.total.name, at
+            value = self.nest.value(r.value)
+            self.totals[key] = UFUNCS[r.op](self.totals.get(key, _identity(r)), value)
+        if not any(ir.reduces(f, c) for f in self.around):
+            self._store(c)
+
+    def leave(self, loop: ir.For) -> None:
+        self.around.pop()
+        for c in statements(loop):
+            if not isinstance(c, ir.Compute) or not c.reductions or not ir.reduces(loop, c):
+                continue
+            if not any(ir.reduces(f, c) for f in self.around):
+                self._store_below(loop, c, set())
+
+    def _store_below(self, s: ir.Stmt, c: ir.Compute, reduced: set[str]) -> None:
+        """Stores the elements of `c` below `s`: loops that reduce, and guards and names that depend
+        on them, are passed by."""
+        run = self.nest
+        if s is c:
+            self._store(c)
+        elif isinstance(s, ir.For):
+            if ir.reduces(s, c):
+                self._store_below(s.body, c, reduced | {s.name})
+                return
+            for i in range(int(run.value(s.begin)), int(run.value(s.end))):
+                run.env[s.name] = s.var.dtype.numpy.type(i)
+                self._store_below(s.body, c, reduced)
+        elif isinstance(s, ir.If):
+            if free_vars(s.cond) & reduced or run.value(s.cond):
+                self._store_below(s.body, c, reduced)
+        elif isinstance(s, ir.Seq):
+            reduced = set(reduced)
+            for b in s.body:
+                if isinstance(b, ir.Let) and free_vars(b.value) & reduced:
+                    reduced.add(b.var.name)
+                elif isinstance(b, ir.Let):
+                    run.do(b)
+                else:
+                    self._store_below(b, c, reduced)
+
+    def _store(self, c: ir.Compute) -> None:
+        at = self._offset(c)
+        for r in c.reductions:
+            total = self.totals.get((r.total.name, at), _identity(r))
+            self.nest.registers[r.total.name] = cast(total, r.total.dtype)
+        self.nest.store(c.out.buffer, c.out.index, self.nest.value(c.value), "")
+
+    def _offset(self, c: ir.Compute) -> int:
+        buffer = c.out.buffer
+        return int(self.nest.memory[buffer.name].checked(self.nest.offset(buffer, c.out.index)))
+
+
 def _cursor(loop: str, operand: int) -> str:
     """The name of a cursor of a loop."""
     return f"{loop}.{operand}"
@@ -422,6 +490,14 @@ def _cursor(loop: str, operand: int) -> str:
 
 def _in_memory(b: ir.Buffer) -> bool:
     return b.scope not in ("register", "fragment")
+
+
+def _offset(array: Array, index: Sequence[Any]) -> int:
+    """The offset of an element by its index in each dimension, checked."""
+    for i, n in zip(index, array.view.shape, strict=True):
+        if not 0 <= i < n:
+            raise InternalError("I101", f"{array.name}{[*index]} is outside {array.view.shape}")
+    return sum(int(i) * s for i, s in zip(index, array.strides, strict=True))
 
 
 def _range(v: ir.Var, begin: Any, end: Any) -> Iterator[Any]:
