@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.compiler.cases import executed
+from tests.compiler.interpreter import execute
 
 import tilewright as tw
 from tilewright import dtypes
@@ -18,7 +19,6 @@ from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import map_bodies, rebuild, walk
 from tilewright.ops.gemm import gemm_program
 from tilewright.reference import cta
-from tilewright.reference.interpreter import execute
 from tilewright.target import target
 from tilewright.toolchain import nvrtc
 

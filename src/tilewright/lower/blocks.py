@@ -12,20 +12,9 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.errors import ScheduleError, illegal
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.affine import extreme, slack_of
 from tilewright.ir.atoms import QUAD
-from tilewright.ir.rewrite import (
-    conjuncts,
-    free_vars,
-    is_const,
-    map_bodies,
-    path_to,
-    rebuild,
-    substitute,
-    transform,
-    walk,
-)
 from tilewright.lower.reductions import framed, reduced_names
 from tilewright.lower.tiles import MEMORY, Product, slot_of, slots_of
 
@@ -53,16 +42,16 @@ def materialize_blocks(program: ir.Program) -> ir.Program:
     under guards, and under a condition of the program, become -inf where it may fail only.
     Raises ScheduleError[S102] for other statements. Reference: Dao et al., FlashAttention (2022).
     """
-    return map_bodies(program, _visit)
+    return ir.map_bodies(program, _visit)
 
 
 def _visit(s: Any) -> Any:
-    computes = [x for x in walk(s) if isinstance(x, ir.Compute)] if isinstance(s, ir.For) else []
+    computes = [x for x in ir.walk(s) if isinstance(x, ir.Compute)] if isinstance(s, ir.For) else []
     if len(computes) > 1:
         block = _Block(s, computes)
         if block.products and (s is block.loops[0] or block.reducing(s)):
             return block.result()
-    return rebuild(s, _visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
+    return ir.rebuild(s, _visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
 
 
 class _Block:
@@ -70,7 +59,7 @@ class _Block:
     loops over tiles; `tile`: the loops over rows and columns of a tile."""
 
     def __init__(self, top: ir.For, computes: list[ir.Compute]) -> None:
-        paths = [path_to(top, c) or [] for c in computes]
+        paths = [ir.path_to(top, c) or [] for c in computes]
         shared = takewhile(
             lambda nodes: all(x is nodes[0] for x in nodes), zip(*paths, strict=False)
         )
@@ -92,7 +81,7 @@ class _Block:
         # Elements of fragments by the names of the registers that they replace.
         self.known: dict[str, ir.Load] = {}
         conds = (self.translated(f.cond) for f in region if isinstance(f, ir.If))
-        self.guards = [x for cond in conds for x in conjuncts(cond)]
+        self.guards = [x for cond in conds for x in ir.conjuncts(cond)]
         self.before: list[ir.Stmt] = []
         self.steps: list[ir.Stmt] = []
         self.after: list[ir.Stmt] = []
@@ -121,7 +110,7 @@ class _Block:
             else:
                 self.define(c.out.buffer.name, c.value)
         old, new = self.loops[0], ir.seq(*self.steps)
-        top = transform(self.path[0], lambda x: new if x is old else x)
+        top = ir.transform(self.path[0], lambda x: new if x is old else x)
         return ir.seq(*self.before, top, *self.after)
 
     def refuse(self, c: ir.Compute, why: str) -> ScheduleError:
@@ -132,9 +121,9 @@ class _Block:
 
     def translated(self, e: Any) -> Any:
         """An expression, or a statement, on fragments and without the lets of the loops."""
-        while self.lets.keys() & free_vars(e):
-            e = substitute(e, self.lets)
-        return transform(e, lambda x: self.known.get(x.buffer.name, x) if _is_load(x) else x)
+        while self.lets.keys() & ir.free_vars(e):
+            e = ir.substitute(e, self.lets)
+        return ir.transform(e, lambda x: self.known.get(x.buffer.name, x) if _is_load(x) else x)
 
     def each(self, body: ir.Stmt, slots: Sequence[ir.For], *tile: ir.For) -> ir.Stmt:
         """For each tile, and each element of it or each of its rows."""
@@ -162,10 +151,10 @@ class _Block:
             return value
         x = self.known[name] = self.local(name)
         names = {f.name for f in self.loops}
-        reads = any(_is_load(e, *MEMORY) and free_vars(e) & names for e in walk(value))
-        if isinstance(value, ir.Select) and is_const(value.b, -math.inf) and not reads:
+        reads = any(_is_load(e, *MEMORY) and ir.free_vars(e) & names for e in ir.walk(value))
+        if isinstance(value, ir.Select) and ir.is_const(value.b, -math.inf) and not reads:
             self.steps.append(self.element(x, value.a))
-            self.mask(x, conjuncts(value.cond))
+            self.mask(x, ir.conjuncts(value.cond))
         else:
             self.steps.append(self.element(x, value, guarded=reads))
         return x
@@ -216,7 +205,7 @@ class _Block:
         assert c.online is not None
         weight, factor = (b.name for b in c.online)
         term = self.define(f"{c.out.buffer.name}.term", term)
-        self.mask(term, [g for g in self.guards if free_vars(g) & self.reduced])
+        self.mask(term, [g for g in self.guards if ir.free_vars(g) & self.reduced])
         top, by = ir.binary("max", x * LOG2E, LEAST), self.state(factor, LEAST)
         rows = ir.seq(_set(x, _over_quad("max", x)), _set(by, ir.unary("exp2", by - top)))
         self.steps += [
@@ -265,9 +254,9 @@ class _Block:
 
     def of_rows(self, e: Any) -> Any:
         """An epilogue in which what depends on rows alone is computed once for each row."""
-        loads = [x for x in walk(e) if _is_load(x)]
+        loads = [x for x in ir.walk(e) if _is_load(x)]
         if e in loads or not loads or not all(x.index == self.row for x in loads):
-            return rebuild(e, self.of_rows)
+            return ir.rebuild(e, self.of_rows)
         x = self.state(f"value{len(self.after)}", LEAST)
         self.after.append(self.each(_set(x, e), self.all_rows, self.rows))
         return x

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.affine import affine, extreme, slack_of
-from tilewright.ir.rewrite import add, conjuncts, map_bodies, path_to, rebuild, substitute, walk
 
 
 def narrow_loops(program: ir.Program) -> ir.Program:
@@ -20,21 +19,21 @@ def narrow_loops(program: ir.Program) -> ir.Program:
               out = sum(top.weight * V[j, c] over j) by top.factor
 
     Terms add nothing where they are the identity, or relative to a maximum whose terms are."""
-    return map_bodies(program, _visit)
+    return ir.map_bodies(program, _visit)
 
 
 def _visit(s: Any) -> Any:
     if type(s) is not ir.For or s.kind not in ("serial", "pipeline"):
-        return rebuild(s, _visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
-    computes = {c.out.buffer.name: c for c in walk(s) if isinstance(c, ir.Compute)}
+        return ir.rebuild(s, _visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
+    computes = {c.out.buffer.name: c for c in ir.walk(s) if isinstance(c, ir.Compute)}
     sums = [(c, n) for c in computes.values() if ir.reduces(s, c) for n in range(len(c.sums))]
     others = [c for c in computes.values() if not ir.reduces(s, c)]
     is_plain = not any(c.mma and s.name in c.mma for c in computes.values())
     narrowed = s
     if sums and is_plain and all(c.out.buffer.scope == "register" for c in others):
         for cond in set.intersection(*(_conditions(c, n, computes) for c, n in sums)):
-            narrowed = _narrowed(narrowed, cond, path_to(s.body, sums[0][0]) or [])
-    return rebuild(s, _visit) if narrowed is s else narrowed
+            narrowed = _narrowed(narrowed, cond, ir.path_to(s.body, sums[0][0]) or [])
+    return ir.rebuild(s, _visit) if narrowed is s else narrowed
 
 
 def _conditions(c: ir.Compute, n: int, computes: dict[str, ir.Compute]) -> set[ir.Expr]:
@@ -46,13 +45,13 @@ def _conditions(c: ir.Compute, n: int, computes: dict[str, ir.Compute]) -> set[i
     while isinstance(value, ir.Load) and value.buffer.name in computes:
         value = computes[value.buffer.name].value
     is_masked = isinstance(value, ir.Select) and value.b == ir.identity_of(op, value.dtype)
-    return set(conjuncts(value.cond)) if is_masked else set()
+    return set(ir.conjuncts(value.cond)) if is_masked else set()
 
 
 def _narrowed(f: ir.For, cond: ir.Expr, path: list[Any]) -> ir.For:
     """The loop without iterations for which `cond` fails in all loops of the path."""
     for let in reversed([x for x in path if isinstance(x, ir.Let)]):
-        cond = substitute(cond, {let.var.name: let.value})
+        cond = ir.substitute(cond, {let.var.name: let.value})
     slack, inner = slack_of(cond), [x for x in path if isinstance(x, ir.For)]
     most = None if slack is None else extreme(slack, inner, largest=True)
     base, steps = (most is not None and affine(most, frozenset((f.name,)))) or (None, {})
@@ -61,5 +60,5 @@ def _narrowed(f: ir.For, cond: ir.Expr, path: list[Any]) -> ir.For:
         return f
     last = ir.binary("//", base, abs(int(step.value)))  # base + step · f >= 0
     if step.value < 0:
-        return replace(f, end=ir.binary("min", f.end, add(last, 1)))
+        return replace(f, end=ir.binary("min", f.end, ir.add(last, 1)))
     return replace(f, begin=ir.binary("max", f.begin, ir.binary("-", 0, last)))

@@ -15,23 +15,9 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ScheduleError, illegal
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.affine import Affine, affine
 from tilewright.ir.atoms import ATOMS
-from tilewright.ir.rewrite import (
-    add,
-    conjuncts,
-    free_vars,
-    is_const,
-    map_bodies,
-    mul,
-    path_to,
-    rebuild,
-    simplify,
-    substitute,
-    transform,
-    walk,
-)
 from tilewright.lower.flatten import flat_offset
 from tilewright.lower.reductions import frame_of, framed, reduced_names, with_totals
 
@@ -57,7 +43,7 @@ def materialize_tiles(program: ir.Program) -> ir.Program:
     An output that is updated in place at coordinates which the reduced loops compute is updated in
     memory, a tile at a time. Raises ScheduleError[S102] for other values than products of tiles.
     """
-    return map_bodies(program, lambda body: _Tiler(body).visit(body))
+    return ir.map_bodies(program, lambda body: _Tiler(body).visit(body))
 
 
 class _Tiler:
@@ -65,7 +51,7 @@ class _Tiler:
 
     def __init__(self, body: ir.Stmt) -> None:
         self.count = 0
-        computes = [x for x in walk(body) if isinstance(x, ir.Compute)]
+        computes = [x for x in ir.walk(body) if isinstance(x, ir.Compute)]
         times = Counter((c.out, c.op) for c in computes)
         for c in computes:
             if c.mma and times[c.out, c.op] > 1:
@@ -77,12 +63,12 @@ class _Tiler:
     def visit(self, s: Any) -> Any:
         if isinstance(s, ir.For):
             mine = [
-                c for c in walk(s)
+                c for c in ir.walk(s)
                 if isinstance(c, ir.Compute) and c.mma and (ir.reduces(s, c) or s.name == c.mma[0])
             ]  # fmt: skip
             if mine:
                 return self.reduce(s, mine)
-        return rebuild(s, self.visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
+        return ir.rebuild(s, self.visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
 
     def reduce(self, top: ir.Stmt, computes: list[ir.Compute]) -> ir.Stmt:
         """Returns `top` with the products `computes` in it as tile operations, their accumulators
@@ -105,9 +91,9 @@ class _Tiler:
                 new = framed(update, p.inner)
                 before += map(ir.Alloc, accs)
                 after.append(store)
-            top = transform(top, lambda x, old=p.first, new=new: new if x is old else x)
+            top = ir.transform(top, lambda x, old=p.first, new=new: new if x is old else x)
         # The rest of the loop may hold products whose own reductions start further in.
-        return ir.seq(*before, rebuild(top, self.visit), *after)
+        return ir.seq(*before, ir.rebuild(top, self.visit), *after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +118,11 @@ class Product:
     @classmethod
     def of(cls, top: ir.Stmt, c: ir.Compute) -> Product:
         assert c.mma is not None
-        path = path_to(top, c)
+        path = ir.path_to(top, c)
         assert path is not None
         loops = [s for s in path if isinstance(s, ir.For)][-3:]
         exact = tuple(f.extent for f in loops) in ATOMS and all(
-            f.kind == "serial" and not f.private and is_const(f.begin, 0) for f in loops
+            f.kind == "serial" and not f.private and ir.is_const(f.begin, 0) for f in loops
         )
         if tuple(f.name for f in loops) != c.mma or not exact:
             raise illegal(
@@ -157,7 +143,7 @@ class Product:
         p = cls(c, loops[0], c.mma, outer, inner, known, limits, reduced, tuple(region))
         for name in c.mma[:2]:
             # Beyond a limit one operand alone is 0, and 0 · ∞ would enter a sum that goes on.
-            if name in limits and free_vars(limits[name]) & reduced and not p.escapes:
+            if name in limits and ir.free_vars(limits[name]) & reduced and not p.escapes:
                 raise _not_affine(
                     f"how many iterations of {name} there are depends on a reduced loop"
                 )
@@ -171,8 +157,8 @@ class Product:
     @property
     def escapes(self) -> bool:
         """Whether the reduced loops decide where the output lies."""
-        index = (substitute(i, self.known) for i in self.compute.out.index)
-        return any(free_vars(i) & self.reduced for i in index)
+        index = (ir.substitute(i, self.known) for i in self.compute.out.index)
+        return any(ir.free_vars(i) & self.reduced for i in index)
 
     @property
     def slots(self) -> tuple[ir.For, ...]:
@@ -244,7 +230,7 @@ class Product:
         return x, y
 
     def _varies(self, x: ir.Load) -> set[str]:
-        return {name for i in x.index for name in free_vars(substitute(i, self.known))} & set(
+        return {name for i in x.index for name in ir.free_vars(ir.substitute(i, self.known))} & set(
             self.names
         )
 
@@ -256,17 +242,17 @@ class Product:
             if [getattr(i, "name", "") for i in at] != [rows, cols]:
                 raise _not_affine(f"{x} is no tile of rows {rows} and columns {cols}")
             return ir.Tile(x.buffer, slot, *map(ir.as_expr, (n, 1, m, n)))
-        x = replace(x, index=tuple(substitute(i, self.known) for i in x.index))
+        x = replace(x, index=tuple(ir.substitute(i, self.known) for i in x.index))
         names = frozenset(self.names)
         offset = flat_offset(x)
         base, step = _affine(offset, names, offset.dtype)
         if set(step) - {rows, cols}:
             raise _not_affine(f"{x} depends on {', '.join(sorted(set(step) - {rows, cols}))} too")
         zero = ir.Const(0, offset.dtype)
-        strides = (simplify(step.get(n, zero)) for n in (rows, cols))
+        strides = (ir.simplify(step.get(n, zero)) for n in (rows, cols))
         ends = ((rows, m), (cols, n))
         limits = (self.limits.get(name, ir.Const(end, dtypes.int32)) for name, end in ends)
-        return ir.Tile(x.buffer, simplify(base), *strides, *limits)
+        return ir.Tile(x.buffer, ir.simplify(base), *strides, *limits)
 
 
 # ---------------------------------------------------------------------------- around a tile
@@ -280,7 +266,7 @@ def slots_of(path: Iterable[Any], reduced: frozenset[str], out: str) -> tuple[ir
         if isinstance(s, ir.For) and s.name not in reduced and s.kind not in ir.THREADS
     )  # fmt: skip
     for f in loops:
-        if f.extent is None or not is_const(f.begin, 0):
+        if f.extent is None or not ir.is_const(f.begin, 0):
             raise illegal(
                 f"loop {f.name} lies inside the reduction of {out} and has a run-time extent",
                 "a warp keeps a constant number of tiles: split the loop, and keep only "
@@ -293,7 +279,7 @@ def slot_of(slots: Sequence[ir.For]) -> ir.Expr:
     """The number of a fragment: the last spatial loop runs fastest."""
     at: ir.Expr = ir.Const(0, slots[0].var.dtype if slots else dtypes.int32)
     for f in slots:
-        at = add(mul(at, f.extent or 1), f.var)
+        at = ir.add(ir.mul(at, f.extent or 1), f.var)
     return at
 
 
@@ -307,15 +293,15 @@ def _region(
     limits: dict[str, ir.Expr] = {}
     for s in region:
         if isinstance(s, ir.Let):
-            value = substitute(s.value, known)
-            heavy = any(isinstance(x, (ir.Load, ir.Search)) for x in walk(value))
-            if heavy and not free_vars(value) & names:
+            value = ir.substitute(s.value, known)
+            heavy = any(isinstance(x, (ir.Load, ir.Search)) for x in ir.walk(value))
+            if heavy and not ir.free_vars(value) & names:
                 inner.append(ir.Let(s.var, value))
             else:
                 known[s.var.name] = value
         elif isinstance(s, ir.If):
-            for cond in conjuncts(substitute(s.cond, known)):
-                if not free_vars(cond) & names:
+            for cond in ir.conjuncts(ir.substitute(s.cond, known)):
+                if not ir.free_vars(cond) & names:
                     inner.append(ir.If(cond, ir.Seq(())))
                     continue
                 name, limit = _limit(cond, names)
@@ -330,11 +316,11 @@ def _limit(cond: ir.Expr, names: frozenset[str]) -> tuple[str, ir.Expr]:
         if not low.dtype.is_int:
             raise _not_affine(f"the guard {cond} compares no integers")
         base, step = _affine(low, names, low.dtype)
-        if len(step) == 1 and not free_vars(high) & names:
+        if len(step) == 1 and not ir.free_vars(high) & names:
             ((name, by),) = step.items()
-            if is_const(by, 1):
+            if ir.is_const(by, 1):
                 more = 1 if cond.op in ("<=", ">=") else 0
-                return name, simplify(add(ir.binary("-", high, base), more))
+                return name, ir.simplify(ir.add(ir.binary("-", high, base), more))
     raise _not_affine(f"the guard {cond} does not end one loop of the tile")
 
 

@@ -93,14 +93,8 @@ def _pair(value: Any) -> tuple[str, str]:
     return _name(first), _name(second)
 
 
-def _atom(value: Any) -> Atom:
-    if not isinstance(value, Atom):
-        raise TypeError
-    return value
-
-
 A_NAME = Rule("a name", _name)
-AN_ATOM = Rule("a tw.Atom", _atom)
+AN_ATOM = Rule("a tw.Atom", lambda value: {Atom: value}[type(value)])
 NAMES = several(A_NAME, "one or more names", 1)
 TWO_NAMES = Rule("two names", _pair)
 
