@@ -199,8 +199,7 @@ class CudaRenderer(Renderer):
         self.line(f"{function}({acc}, {a}, {b});")
 
     def fragment(self, t: ir.Tile, side: str, kind: str) -> str:
-        """The fragment of an operand tile, loaded or rounded once for all products of a block that
-        read it."""
+        """The fragment of an operand tile, made once for all products of a block that read it."""
         if (t, side) not in self.fragments:
             name = self.fragments[t, side] = f"{side[0]}__{self.fragment_count}"
             self.fragment_count += 1

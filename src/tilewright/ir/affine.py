@@ -59,7 +59,7 @@ def slack_of(cond: Expr) -> Expr | None:
     if not (isinstance(cond, Binary) and cond.op in ("<", "<=", ">", ">=") and cond.a.dtype.is_int):
         return None
     a, b = (cond.a, cond.b) if cond.op in ("<", "<=") else (cond.b, cond.a)
-    return add(binary("-", b, a), 0 if cond.op.endswith("=") else -1)
+    return add(binary("-", b, a), 0 if "=" in cond.op else -1)
 
 
 def extreme(e: Expr, loops: Iterable[For], largest: bool) -> Expr | None:

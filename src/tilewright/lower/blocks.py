@@ -37,11 +37,9 @@ def materialize_blocks(program: ir.Program) -> ir.Program:
                     for c_v: out = sum(w·V) mma              for j_u: mma acc += w[j_u] @ V
                                                            out = acc
 
-    The distributed loops are those of the tile and the unrolled ones around them. A maximum that is
-    read while it runs is that of all tiles of a block: sums are rescaled once for each block. Terms
-    under guards, and under a condition of the program, become -inf where it may fail only.
-    Raises ScheduleError[S102] for other statements. Reference: Dao et al., FlashAttention (2022).
-    """
+    The loops are those of the tile and the unrolled ones around them. Sums are rescaled once for all
+    tiles of a block. Raises ScheduleError[S102] for other statements. Reference: Dao et al.,
+    FlashAttention (2022)."""
     return ir.map_bodies(program, _visit)
 
 
@@ -60,9 +58,8 @@ class _Block:
 
     def __init__(self, top: ir.For, computes: list[ir.Compute]) -> None:
         paths = [ir.path_to(top, c) or [] for c in computes]
-        shared = takewhile(
-            lambda nodes: all(x is nodes[0] for x in nodes), zip(*paths, strict=False)
-        )
+        together = zip(*paths, strict=False)
+        shared = takewhile(lambda nodes: all(x is nodes[0] for x in nodes), together)
         self.computes, self.path = computes, [x for x, *_ in shared]
         own = {f.name for f in self.path if isinstance(f, ir.For)}
         self.products = [c for c in computes if c.mma and own & set(c.mma)]
@@ -218,8 +215,8 @@ class _Block:
     # -- products --------------------------------------------------------------------------------
 
     def product(self, c: ir.Compute, inner: list[Any]) -> None:
-        """A tile operation whose result is a tile of the block, or one that outlives it. Loops that
-        reduce are outside, so that products that take the same operand follow each other."""
+        """A tile operation whose result is a tile of the block, or one that outlives it. Products
+        that take the same operand follow each other."""
         assert c.mma is not None
         is_local = self.cols.name == c.mma[1]
         own = {f.name: f for f in (*self.loops, *inner) if isinstance(f, ir.For)}

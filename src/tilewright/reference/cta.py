@@ -33,17 +33,8 @@ from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.atoms import QUAD, element
 from tilewright.ir.rewrite import walk
+from tilewright.reference import ops_table as ops
 from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
-from tilewright.reference.ops_table import (
-    UFUNCS,
-    as_operand,
-    cast,
-    computed,
-    constant,
-    decode,
-    encode,
-    operation,
-)
 from tilewright.reference.races import Flights, History
 from tilewright.target import WARP
 
@@ -238,10 +229,10 @@ class Launch:
         old = cells[where]
         value = np.broadcast_to(value, (len(self.lane), *old.shape[1:]))[self.mask]
         if s.atomic:  # lanes may update one element
-            UFUNCS[s.op].at(cells, where, value)
+            ops.UFUNCS[s.op].at(cells, where, value)
         else:
-            new = UFUNCS[s.op](decode(old, dtype), value) if s.op else value
-            cells[where] = encode(new, dtype, cells.dtype)
+            new = ops.UFUNCS[s.op](ops.decode(old, dtype), value) if s.op else value
+            cells[where] = ops.encode(new, dtype, cells.dtype)
 
     def copy_async(self, s: ir.CopyAsync) -> None:
         name, dtype, array = s.buffer.name, s.buffer.dtype.scalar, self.memory[s.buffer.name]
@@ -252,7 +243,7 @@ class Launch:
         value = np.broadcast_to(value, (len(self.lane), at.shape[1]))[self.mask]
         self.access(name, "write", at, self.who())
         array.flat[at] = poisoned((), s.buffer.dtype)
-        value = encode(value, dtype, array.flat.dtype)
+        value = ops.encode(value, dtype, array.flat.dtype)
         self.flights.start(name, len(array.flat), (at, value, self.lane[self.mask]))
 
     def allocate(self, s: ir.Alloc) -> None:
@@ -375,7 +366,7 @@ class Launch:
         The reader is the warp: no lane of it, so that lanes of the same warp need a barrier too."""
         if t.buffer.scope == "fragment":
             values = self.registers[t.buffer.name][self.warps(), self.of_warps(t.offset)]
-            return as_operand(cast(values, dtype), dtype)
+            return ops.as_operand(ops.cast(values, dtype), dtype)
         at, inside = self.window(t, rows, cols)
         elements = np.zeros(at.shape, np.float32)
         if t.buffer.name in self.histories and inside.any():
@@ -385,7 +376,7 @@ class Launch:
             self.access(t.buffer.name, "read", at[inside], who)
         if inside.any():
             read = self.memory[t.buffer.name].read(at[inside], t.buffer.dtype)
-            elements[inside] = as_operand(read, t.buffer.dtype)
+            elements[inside] = ops.as_operand(read, t.buffer.dtype)
         return elements
 
     # -- expressions -----------------------------------------------------------------------------
@@ -393,9 +384,9 @@ class Launch:
     def value(self, e: ir.Expr) -> np.ndarray:
         """The value of an expression for each lane; of no meaning for lanes that do not run."""
         if isinstance(e, ir.Const):
-            return np.full(1, constant(e.value, e.dtype.scalar))
+            return np.full(1, ops.constant(e.value, e.dtype.scalar))
         if isinstance(e, ir.Var):
-            return self.env[e.name].astype(computed(e.dtype), copy=False)
+            return self.env[e.name].astype(ops.computed(e.dtype), copy=False)
         if isinstance(e, ir.Load):
             return self.load(e)
         if isinstance(e, ir.Select) and e.cond.dtype.lanes == 1:
@@ -409,33 +400,31 @@ class Launch:
         operands = [self.value(x) for x in ir.children(e)]
         if e.dtype.lanes > 1 and not isinstance(e, (ir.Ramp, ir.Broadcast)):
             operands = [x[:, None] if x.ndim == 1 else x for x in operands]
-        return operation(e)(*operands)
+        return ops.operation(e)(*operands)
 
     def select(self, e: ir.Select) -> np.ndarray:
         cond, none = self.value(e.cond), np.zeros((1, 1)[: 1 + (e.dtype.lanes > 1)])
         a = self.within(cond, lambda: self.value(e.a))
         b = self.within(~cond, lambda: self.value(e.b))
-        a, b = (none.astype(computed(e.dtype)) if x is None else x for x in (a, b))
+        a, b = (none.astype(ops.computed(e.dtype)) if x is None else x for x in (a, b))
         return np.where(cond[:, None] if e.dtype.lanes > 1 else cond, a, b)
 
     def both(self, e: ir.Binary) -> np.ndarray:
         """The second operand may read what only the first one allows."""
         a = self.value(e.a)
         if a.ndim > 1:
-            return operation(e)(a, self.value(e.b))
+            return ops.operation(e)(a, self.value(e.b))
         b = self.within(a if e.op == "&" else ~a, lambda: self.value(e.b))
         return a if b is None else np.where(a, b, False) if e.op == "&" else np.where(a, True, b)
 
     def load(self, e: ir.Load) -> np.ndarray:
         b, name, dtype = e.buffer, e.buffer.name, e.dtype.scalar
         if b.scope == "register":
-            return decode(self.register(e), dtype)
+            return ops.decode(self.register(e), dtype)
         if b.scope == "fragment":
-            *at, col = self.held(e)
-            if e.dtype.lanes == 1:
-                return self.registers[name][(*at, col)]
-            at = [x[:, None] for x in at]
-            return self.registers[name][(*at, col[:, None] + np.arange(e.dtype.lanes))]
+            *at, last = (x[:, None] for x in self.held(e))
+            lanes = self.registers[name][(*at, last + np.arange(e.dtype.lanes))]
+            return lanes if e.dtype.lanes > 1 else lanes[:, 0]
         at = self.offset(b, e.index)
         if name in self.histories:
             seen = np.broadcast_to(at, (len(self.lane), *at.shape[1:]))[self.mask]
@@ -478,7 +467,9 @@ class Launch:
         self.running(e.extent, "lanes of a group do not reach a reduction over thread.x")
         value = self.value(e.a)
         value = np.broadcast_to(value, (len(self.lane), *value.shape[1:]))
-        total = UFUNCS[e.op].reduce(value.reshape(-1, e.extent, *value.shape[1:]), 1, value.dtype)
+        total = ops.UFUNCS[e.op].reduce(
+            value.reshape(-1, e.extent, *value.shape[1:]), 1, value.dtype
+        )
         return np.repeat(total, e.extent, axis=0)
 
     def across_rows(self, e: ir.ReduceThreads) -> np.ndarray:
@@ -493,7 +484,7 @@ class Launch:
         self.share("read", e.dtype, column)
         self.barrier(e, 1)
         rows = value.reshape(self.units, y, x, *value.shape[1:])
-        total = UFUNCS[e.op].reduce(rows, 1, value.dtype)
+        total = ops.UFUNCS[e.op].reduce(rows, 1, value.dtype)
         return np.repeat(total[:, None], y, 1).reshape(value.shape)
 
     def share(self, kind: str, dtype: DType, slots: np.ndarray) -> None:

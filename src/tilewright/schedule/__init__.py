@@ -317,10 +317,8 @@ class Schedule:
         Extents 16, 8, 16 or 16, 16, 16 of float16 or bfloat16 operands; 16, 8, 8 of float32
         operands, which are rounded to tf32 (10 bits of mantissa). The sums are float32. Where there
         are few rows the columns of the output can be the rows of the tile: mma("j", "i", "k").
-        `atom`: an operation of yours, `tw.Atom`.
-
-        Statements that share loops of the tile, as those of attention do, are computed one tile
-        after the other. Their values stay in registers; as operands they are rounded."""
+        `atom`: an operation of yours. Statements that share loops of the tile are computed one tile
+        after the other; their values stay in registers, and are rounded as operands."""
         return self._loops(loops.mma, rows, cols, depth, atom=atom)
 
     @takes(buffer=A_NAME, loop=A_NAME, ahead=rule.integer(1, NEAR))

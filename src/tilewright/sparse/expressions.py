@@ -8,19 +8,7 @@ from itertools import chain, count
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.ir.nodes import (
-    Access,
-    Expr,
-    Index,
-    Reduce,
-    Stored,
-    as_expr,
-    binary,
-    identity_of,
-    select,
-    size_var,
-    unary,
-)  # fmt: skip
+from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import computed_in, free_vars
 from tilewright.sparse.tracing import checked_name, current, refusal
 
@@ -32,7 +20,7 @@ def indices(dims: str) -> Any:
     A dimension may occur twice (square matrices); its second loop is then called m1. One dimension
     returns one index, not a tuple."""
     trace = current()
-    created: list[Index] = []
+    created: list[ir.Index] = []
     for word in dims.split():
         name, _, dim = word.rpartition(":")
         used = {x.name for x in trace.indices} | trace.tensors.keys()
@@ -49,7 +37,7 @@ def indices(dims: str) -> Any:
                 "P102", f"no parameter has a dimension {parsed!r}",
                 hint=f"dimensions: {', '.join(sorted(str(k) for k in known))}",
             )  # fmt: skip
-        created.append(Index(name, dim=parsed))
+        created.append(ir.Index(name, dim=parsed))
         trace.indices.append(created[-1])
     return created[0] if len(created) == 1 else tuple(created)
 
@@ -61,7 +49,7 @@ def _loop_name(dim: str, used: set[str]) -> str:
     return next(n for n in chain((base,), (f"{base}{n}" for n in count(1))) if n not in used)
 
 
-def size(dim: str) -> Expr:
+def size(dim: str) -> ir.Expr:
     """The run-time size of a dimension."""
     known = {d for t in current().tensors.values() for d in t.dims if isinstance(d, str)}
     if dim not in known:
@@ -69,42 +57,44 @@ def size(dim: str) -> Expr:
             "P102", f"no parameter has a dimension {dim!r}",
             hint=f"dimensions: {', '.join(sorted(known))}",
         )  # fmt: skip
-    return size_var(dim)
+    return ir.size_var(dim)
 
 
-def stored(access: Any) -> Expr:
+def stored(access: Any) -> ir.Expr:
     """Whether a sparse tensor stores an entry at coordinates: `stored(A[i, j])`."""
-    if not isinstance(access, Access) or not access.tensor.is_sparse:
+    if not isinstance(access, ir.Access) or not access.tensor.is_sparse:
         raise refusal(
             "P103", f"stored({access!r}): no element of a sparse tensor", hint="tw.stored(A[i, j])"
         )
-    return Stored(access)
+    return ir.Stored(access)
 
 
-def any_(condition: Any, over: Index | tuple[Index, ...]) -> Expr:
+def any_(condition: Any, over: ir.Index | tuple[ir.Index, ...]) -> ir.Expr:
     """Whether a condition holds for any coordinate of an index or a tuple of indices."""
-    return binary("!=", max_(condition_of("any", condition), over), 0)
+    return ir.binary("!=", max_(condition_of("any", condition), over), 0)
 
 
-def condition_of(op: str, value: Any) -> Expr:
+def condition_of(op: str, value: Any) -> ir.Expr:
     """`value` as the condition of an operation. Raises ProgramError[P106] for other values."""
-    if not isinstance(value, Expr) or value.dtype.kind != "b":
+    if not isinstance(value, ir.Expr) or value.dtype.kind != "b":
         raise refusal(
             "P106", f"{op} where {value!r}: not a condition", hint="tw.stored(A[i, j]), or a < b"
         )
     return value
 
 
-def _reduce(op: str) -> Callable[..., Expr]:
-    def reduction(value: Any, over: Index | tuple[Index, ...], where: Expr | None = None) -> Expr:
+def _reduce(op: str) -> Callable[..., ir.Expr]:
+    def reduction(
+        value: Any, over: ir.Index | tuple[ir.Index, ...], where: ir.Expr | None = None
+    ) -> ir.Expr:
         axes = over if isinstance(over, tuple) else (over,)
-        if not axes or not all(isinstance(a, Index) for a in axes):
+        if not axes or not all(isinstance(a, ir.Index) for a in axes):
             raise refusal("P104", f"{op} over {over!r}: not indices", hint="over=j or over=(j, k)")
-        body = as_expr(value)
+        body = ir.as_expr(value)
         if where is not None:
             kind = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
             body = computed_in(body, kind)
-            body = select(condition_of(op, where), body, identity_of(op, kind))
+            body = ir.select(condition_of(op, where), body, ir.identity_of(op, kind))
         missing = {a.name for a in axes} - free_vars(body)
         if missing:
             raise refusal(
@@ -112,7 +102,7 @@ def _reduce(op: str) -> Callable[..., Expr]:
                 hint="where=tw.stored(A[i, j]) ranges over what A stores",
             )  # fmt: skip
         dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
-        return Reduce(op, axes, computed_in(body, dtype), dtype)
+        return ir.Reduce(op, axes, computed_in(body, dtype), dtype)
 
     reduction.__name__ = reduction.__qualname__ = op
     reduction.__doc__ = (
@@ -125,9 +115,9 @@ def _reduce(op: str) -> Callable[..., Expr]:
 sum_, max_, min_, prod = (_reduce(op) for op in ("sum", "max", "min", "prod"))
 
 
-def _function(op: str) -> Callable[[Any], Expr]:
-    def apply(x: Any) -> Expr:
-        return unary(op, as_expr(x))
+def _function(op: str) -> Callable[[Any], ir.Expr]:
+    def apply(x: Any) -> ir.Expr:
+        return ir.unary(op, ir.as_expr(x))
 
     apply.__name__ = apply.__qualname__ = op
     apply.__doc__ = f"{op} of a value, in float32 at least."
@@ -139,26 +129,26 @@ exp, log, sqrt, rsqrt, tanh, sin, cos, abs_, floor = (
 )
 
 
-def sigmoid(x: Any) -> Expr:
+def sigmoid(x: Any) -> ir.Expr:
     """1 / (1 + exp(-x))"""
-    return 1.0 / (1.0 + exp(-as_expr(x)))
+    return 1.0 / (1.0 + exp(-ir.as_expr(x)))
 
 
-def maximum(a: Any, b: Any) -> Expr:
+def maximum(a: Any, b: Any) -> ir.Expr:
     """The larger of two values."""
-    return binary("max", a, b)
+    return ir.binary("max", a, b)
 
 
-def minimum(a: Any, b: Any) -> Expr:
+def minimum(a: Any, b: Any) -> ir.Expr:
     """The smaller of two values."""
-    return binary("min", a, b)
+    return ir.binary("min", a, b)
 
 
-def where(cond: Expr, a: Any, b: Any) -> Expr:
+def where(cond: ir.Expr, a: Any, b: Any) -> ir.Expr:
     """`a` where `cond` holds, else `b`."""
-    if not isinstance(cond, Expr):
+    if not isinstance(cond, ir.Expr):
         raise refusal(
             "P101", f"the condition of where is {cond!r}",
             hint="`==` compares the text of expressions: write tw.equal(i, j)",
         )  # fmt: skip
-    return select(cond, a, b)
+    return ir.select(cond, a, b)
