@@ -37,9 +37,8 @@ def materialize_blocks(program: ir.Program) -> ir.Program:
                     for c_v: out = sum(w·V) mma              for j_u: mma acc += w[j_u] @ V
                                                            out = acc
 
-    The loops are those of the tile and the unrolled ones around them. Sums are rescaled once for all
-    tiles of a block. Raises ScheduleError[S102] for other statements. Reference: Dao et al.,
-    FlashAttention (2022)."""
+    The loops are those of the tile and the unrolled ones around it; sums are rescaled once for all
+    of a block. Raises ScheduleError[S102]. Reference: Dao et al., FlashAttention (2022)."""
     return ir.map_bodies(program, _visit)
 
 
