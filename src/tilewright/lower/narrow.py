@@ -23,29 +23,30 @@ def narrow_loops(program: ir.Program) -> ir.Program:
 
 
 def _visit(s: Any) -> Any:
-    if type(s) is not ir.For or s.kind not in ("serial", "pipeline"):
+    if type(s) is not ir.For or s.kind not in ("serial", "pipeline") or s.private:
         return ir.rebuild(s, _visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
-    computes = {c.out.buffer.name: c for c in ir.walk(s) if isinstance(c, ir.Compute)}
-    sums = [(c, n) for c in computes.values() if ir.reduces(s, c) for n in range(len(c.sums))]
-    others = [c for c in computes.values() if not ir.reduces(s, c)]
-    is_plain = not any(c.mma and s.name in c.mma for c in computes.values())
-    narrowed = s
-    if sums and is_plain and all(c.out.buffer.scope == "register" for c in others):
-        for cond in set.intersection(*(_conditions(c, n, computes) for c, n in sums)):
+    every = [c for c in ir.walk(s) if isinstance(c, ir.Compute)]
+    sums = [(c, n) for c in every if ir.reduces(s, c) for n in range(len(c.sums))]
+    kept = (c for c in every if c.out.buffer.scope != "register" and not ir.reduces(s, c))
+    is_tile, narrowed = any(s.name in (c.mma or ()) for c in every), s
+    if sums and not is_tile and not any(kept):
+        for cond in set.intersection(*(_conditions(*x, every) for x in sums)):
             narrowed = _narrowed(narrowed, cond, ir.path_to(s.body, sums[0][0]) or [])
     return ir.rebuild(s, _visit) if narrowed is s else narrowed
 
 
-def _conditions(c: ir.Compute, n: int, computes: dict[str, ir.Compute]) -> set[ir.Expr]:
+def _conditions(c: ir.Compute, n: int, every: list[ir.Compute]) -> set[ir.Expr]:
     """Conditions without which term `n` of a statement adds nothing."""
     (op, value), factor = c.sums[n], c.reductions[n].factor if c.reductions else None
-    for top in computes.values():
+    for top in every:
         if factor is not None and top.online and factor in top.online:
-            return _conditions(top, 0, computes)
-    while isinstance(value, ir.Load) and value.buffer.name in computes:
-        value = computes[value.buffer.name].value
-    is_masked = isinstance(value, ir.Select) and value.b == ir.identity_of(op, value.dtype)
-    return set(ir.conjuncts(value.cond)) if is_masked else set()
+            return _conditions(top, 0, every)
+    values = {x.out.buffer.name: x.value for x in every if not x.op}
+    while isinstance(value, ir.Load) and value.buffer.name in values:
+        value = values.pop(value.buffer.name)
+    if isinstance(value, ir.Select) and value.b == ir.identity_of(op, value.dtype):
+        return set(ir.conjuncts(value.cond))
+    return set()
 
 
 def _narrowed(f: ir.For, cond: ir.Expr, path: list[Any]) -> ir.For:
