@@ -23,7 +23,7 @@ from tilewright.target import target
 from tilewright.toolchain import nvrtc
 
 LESSON = runpy.run_path(
-    str(Path(__file__).resolve().parents[2] / "examples" / "05_flash_attention.py"),
+    str(Path(__file__).resolve().parents[2] / "examples" / "09_flash_attention.py"),
     run_name="lesson",
 )
 TILES = {"rows": 32, "warps": 2, "keys": 32}

@@ -1,6 +1,6 @@
-"""Lesson 5: flash attention, causal or full, as a tile program: one program, two schedules.
+"""Lesson 9: flash attention, causal or full, as a tile program: one program, two schedules.
 
-    python examples/05_flash_attention.py
+    python examples/09_flash_attention.py
 
 Each temporary is computed in the loop over keys, so that no score is ever stored: the softmax is
 the online one, whatever the schedule. `plain` runs a row after the other; `tiles` gives a CTA a
