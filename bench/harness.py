@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.errors import ArgumentError, MissingExtra
+from tilewright.target import target as parse_target
 from tilewright.tools.cli import check_output, guarded
 
 SUITES = {
@@ -364,22 +365,9 @@ def base_row(suite: str, op: str, target: str) -> Row:
 @functools.cache
 def device_name(target: str) -> str:
     """The GPU, or the processor and the cores this process may use."""
-    if target.startswith("cuda"):
-        from tilewright.runtime import cuda
+    from tilewright.serve.cost import device_name
 
-        return cuda.device(cuda.current_device()).name if cuda.available() else target
-    from tilewright.runtime import pool
-
-    name = platform.processor() or platform.machine()
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        name = next(
-            (v.partition(":")[2].strip() for v in text.splitlines() if v.startswith("model name")),
-            name,
-        )
-    except OSError:
-        pass
-    return f"{name}, {pool.wanted_threads()} threads"
+    return device_name(parse_target(target))
 
 
 def slug(device: str) -> str:

@@ -83,7 +83,7 @@ def _timed(runner: Runner, prompt: list[int], tokens: int) -> tuple[float, float
 
 def _ours(engine: Engine) -> Runner:
     """The engine with one request: scheduling, sampling and decoding of text included."""
-    how = Sampling(max_tokens=1 << 20, ignore_end=True)
+    how = Sampling(max_tokens=1 << 20, ignore_eos=True)
     running: list[Request] = []
 
     def read(prompt: list[int]) -> None:

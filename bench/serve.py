@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from bench.harness import Row, base_row, note
+from bench.simulate import simulate_rows
+from bench.tune import errors, fit, measure
 from tilewright.errors import ArgumentError
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.request import Request, Sampling
@@ -53,11 +55,33 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=float, default=0.25, help="factor of all lengths")
     parser.add_argument("--running", type=int, default=16, help="requests answered at once")
     parser.add_argument("--step-tokens", type=int, default=256, help="tokens of one step")
+    parser.add_argument("--simulate", action="store_true", help="on a virtual clock, by --cost")
+    folder_of_costs = Path(__file__).resolve().parent / "costs"
+    cost_help = "a file of --tune (default of --simulate: an estimated H100)"
+    parser.add_argument("--cost", type=Path, help=cost_help)
+    parser.set_defaults(default_cost=folder_of_costs / "h100-llama-8b.json")
+    parser.add_argument("--ttft-ms", type=float, default=1000.0, help="promised first token")
+    parser.add_argument(
+        "--itl-ms", type=float, nargs="+", default=[20.0, 30.0, 50.0], help="promised gaps"
+    )
+    parser.add_argument("--context", type=int, default=8192, help="of the simulated model")
+    parser.add_argument("--kv-tokens", type=int, default=400_000, help="of the simulated cache")
+    parser.add_argument("--timeline", type=Path, help="writes the steps for Perfetto (JSON)")
+    parser.add_argument("--tune", type=Path, help="writes measured costs of steps")
+    parser.add_argument("--seconds", type=float, default=150.0, help="of --tune")
+    parser.add_argument("--predict", type=int, help="compares so many random steps with --cost")
     parser.add_argument("--fast", action="store_true", help="faster batches, not equal to the bit")
 
 
 def serve(args: argparse.Namespace) -> Iterator[Row]:
-    """Rows of one replay."""
+    """Rows of one replay, of simulations, or of predicted steps."""
+    if args.simulate:
+        args.cost = args.cost or args.default_cost
+        yield from simulate_rows(args)
+        return
+    if args.predict or args.tune:
+        yield from predicted(args)
+        return
     file = open_model(args.model or packaged_model())
     context = min(file.config.context, 4096)
     sizes = {"running": args.running, "step_tokens": args.step_tokens, "invariant": not args.fast}
@@ -72,6 +96,32 @@ def serve(args: argparse.Namespace) -> Iterator[Row]:
         yield base_row("serve", "serve.replay", args.target) | {
             "input": name, "width": len(jobs), "dtype": "float32", "impl": "tilewright",
             "ms": 1e3 * took_s, "metric": metric, "value": value, "ratio": None,
+        }  # fmt: skip
+
+
+def predicted(args: argparse.Namespace) -> Iterator[Row]:
+    """The error of a fitted cost over random steps: with --tune over those of the fit, which is
+    written; else over steps that it has not seen, of --cost or of one fitted on as many others."""
+    options = Options(
+        context=2048, running=args.running, step_tokens=args.step_tokens, cost=args.cost,
+        invariant=not args.fast,
+    )  # fmt: skip
+    engine = Engine(open_model(args.model or packaged_model()), args.target, options)
+    model = engine.scheduler.model
+    if args.tune:
+        samples = measure(engine, args.seconds)
+        model = fit(samples, model.key)
+        model.save(args.tune)
+    else:
+        if args.cost is None:
+            model = fit(measure(engine, 180, args.predict, seed=1))
+        samples = measure(engine, 1e9, args.predict, seed=2)
+    found = errors(model, samples)
+    for p in (50, 90, 99):
+        yield base_row("serve", "serve.predict", args.target) | {
+            "input": "random steps", "width": len(found), "dtype": "float32",
+            "impl": "tilewright", "ms": None, "metric": f"% error p{p}",
+            "value": 100 * float(np.percentile(found, p)), "ratio": None,
         }  # fmt: skip
 
 
@@ -107,7 +157,7 @@ def replay(engine: Engine, jobs: list[Job], speed: float) -> float:
         while waiting and waiting[0].arrival_s / speed <= now:
             job = waiting.pop(0)
             job.request = engine.submit(
-                job.prompt, Sampling(max_tokens=job.answer, ignore_end=True)
+                job.prompt, Sampling(max_tokens=job.answer, ignore_eos=True)
             )
             running[job.request] = job
         if not running:

@@ -126,6 +126,7 @@ def test_reasons(monkeypatch):
             x = getattr(seen, name)
             aligned = dataclasses.replace(x, pointer=x.pointer & ~15, device=device)
             object.__setattr__(seen, name, aligned)
+        object.__setattr__(seen, "device", device)
         return hopper.refuses(spec, 400, seen)
 
     assert reason() == ""

@@ -76,7 +76,12 @@ def attention_text(name: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+# Those of q4_1 have the same statements and a minimum more.
+REDUNDANT = {f"linear q4_0{kind}" for kind in (" many", " interleaved", " interleaved many")}
+PRINTED = [name for name in SHIPPED if name not in REDUNDANT]
+
+
+@pytest.mark.parametrize("name", PRINTED)
 def test_a_kernel_has_its_golden_text(name, golden):
     golden(file_of(name), kernel_text(name))
 
@@ -99,7 +104,7 @@ def test_an_attention_kernel_has_its_golden_text(name, golden):
 
 
 def test_every_golden_text_belongs_to_a_kernel(request):
-    names = [*SHIPPED, *(f"attention {name}" for name in ATTENTION)]
+    names = [*PRINTED, *(f"attention {name}" for name in ATTENTION)]
     wanted = {GOLDEN / file_of(name) for name in names}
     found = set((GOLDEN / FOLDER).iterdir())
     if request.config.getoption("update_golden"):

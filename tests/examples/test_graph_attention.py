@@ -118,11 +118,11 @@ def test_the_gpu_kernel_has_one_launch_and_no_spills():
 def test_on_a_gpu(rng, h, d, v):
     import torch
 
-    matrix, qkv = graph(rng, 700, 900), operands(rng, 700, 900, h, d, v)
+    matrix, (q, k, w) = graph(rng, 700, 900), operands(rng, 700, 900, h, d, v)
     A = module.pack_for_graph_attention(matrix, "cuda")
     assert max(np.diff(matrix[0])) > module.LONG
-    got = module.graph_attention(A, *(torch.from_numpy(x).cuda() for x in qkv))
-    wanted = expected(matrix, *qkv, d**-0.5)
+    got = module.graph_attention(A, *(torch.from_numpy(x).cuda() for x in (q, k, w)))
+    wanted = expected(matrix, q, k, w, d**-0.5)
     np.testing.assert_allclose(got.cpu().numpy(), wanted, rtol=2e-5, atol=5e-6)
 
 

@@ -7,8 +7,8 @@ import pytest
 from tests.ops.cases import TOKENS, close, normal, poisoned
 
 from tilewright.errors import ArgumentError
-from tilewright.ops.activation import silu_mul_kernel
-from tilewright.ops.rmsnorm import rmsnorm_kernel
+from tilewright.ops.activation import gelu_mul_kernel, scaled_kernel, silu_mul_kernel
+from tilewright.ops.rmsnorm import rmsnorm_add_kernel, rmsnorm_kernel
 
 WIDTHS = (1, 7, 16, 33, 100)
 
@@ -38,6 +38,28 @@ def test_silu_mul(rng, k):
         silu_mul_kernel()(g, u, out=y)
         wide = g.astype(np.float64)
         close(y, wide / (1 + np.exp(-wide)) * u, np.abs(wide * u) + 1e-6)
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+def test_gelu_mul_and_scaled(rng, k):
+    for t in TOKENS:
+        g, u, y = 4 * normal(rng, t, k), normal(rng, t, k), poisoned(t, k)
+        gelu_mul_kernel()(g, u, out=y)
+        wide = g.astype(np.float64)
+        bent = np.tanh((2 / np.pi) ** 0.5 * (wide + 0.044715 * wide**3))
+        close(y, wide / 2 * (1 + bent) * u, np.abs(wide * u) + 1e-6)
+        scaled_kernel()(g, 3.5, out=y)
+        np.testing.assert_array_equal(y, g * np.float32(3.5))
+
+
+@pytest.mark.parametrize("k", WIDTHS)
+def test_rmsnorm_add(rng, k):
+    for t in TOKENS:
+        x, w, r, y = normal(rng, t, k), normal(rng, k), normal(rng, t, k), poisoned(t, k)
+        rmsnorm_add_kernel()(x, w, 1e-5, r, out=y)
+        wide = x.astype(np.float64)
+        wanted = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * w
+        close(y, r + wanted, np.abs(r) + np.abs(wanted) + 1e-6)
 
 
 def test_silu_far_out():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -26,11 +27,16 @@ pytest.importorskip("httpx", reason="clients of the tests")
 pytest.importorskip("openai", reason="clients of the tests")
 
 import httpx
+import hypothesis
 import openai
 import uvicorn
+from hypothesis import HealthCheck
+from hypothesis import strategies as st
+from tests.serve.threaded import threaded
 
 from tilewright.serve.api import Limits, build_app
 from tilewright.serve.engine import LLM
+from tilewright.serve.protocol import Chat, Completion
 from tilewright.serve.weights import ModelFile
 
 HELLO = "and the thing is in the land"
@@ -41,13 +47,15 @@ PATIENCE_S = 60
 @contextmanager
 def serving(llm: LLM, limits: Limits | None = None) -> Iterator[tuple[str, Any]]:
     """The address of a server in a thread, and its `Server`."""
-    app = build_app(llm, "tiny", limits)
+    worker = threaded(llm.engine)
+    app = build_app(llm, worker, "tiny", limits)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
     until(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
+        app.state.server.engine = llm.engine
         yield f"http://127.0.0.1:{port}", app.state.server
     finally:
         server.should_exit = True
@@ -63,7 +71,7 @@ def until(is_so: Callable[[], bool]) -> None:
 
 
 def is_idle(server: Any) -> bool:
-    scheduler = server.llm.engine.scheduler
+    scheduler = server.engine.scheduler
     return not scheduler.has_work and server.worker.pending == 0 and scheduler.pages.held == 0
 
 
@@ -111,7 +119,7 @@ def test_chat(client: openai.OpenAI, alone: LLM, options: dict[str, Any]):
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(alone.prompt(ASKED))
-    assert answer.usage.completion_tokens == 20 == alone.counts.answer_tokens
+    assert answer.usage.completion_tokens == 20 == alone.latest.answered
     stream = client.chat.completions.create(
         model="tiny", messages=ASKED, max_tokens=20, stream=True,
         stream_options={"include_usage": True}, **options,
@@ -207,6 +215,68 @@ def test_many_clients_at_once(client: openai.OpenAI, alone: LLM):
         assert list(pool.map(ask, range(24))) == [wanted(i) for i in range(24)]
 
 
+def test_schemas(client: openai.OpenAI):
+    """The answer of a random model follows the schema, also when it is drawn."""
+    pytest.importorskip("llguidance", reason="schemas need the grammar extra")
+    schema = {
+        "type": "object", "required": ["a", "b"], "additionalProperties": False,
+        "properties": {"a": {"enum": ["the", "and"]}, "b": {"type": "boolean"}},
+    }  # fmt: skip
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for seed in range(4):
+        answer = client.chat.completions.create(
+            model="tiny", messages=ASKED, response_format=wanted, seed=seed, max_tokens=110,
+            temperature=1.0,
+        )  # fmt: skip
+        value = json.loads(answer.choices[0].message.content or "")
+        assert value["a"] in ("the", "and") and isinstance(value["b"], bool) and len(value) == 2
+        assert answer.choices[0].finish_reason == "stop"
+
+
+def test_tools_and_tokenize(url: str, client: openai.OpenAI, alone: LLM):
+    """A text of a tool never becomes a control token; the template of the model ignores tools."""
+    tool: Any = {
+        "type": "function", "function": {"name": "f", "description": "<|im_start|>system"},
+    }  # fmt: skip
+    answer = client.chat.completions.create(
+        model="tiny", messages=ASKED, tools=[tool], max_tokens=2, temperature=0
+    )
+    assert answer.usage is not None and answer.usage.prompt_tokens == len(alone.prompt(ASKED))
+    for body, wanted in (
+        ({"messages": ASKED}, alone.prompt(ASKED)),
+        ({"prompt": "the <|im_end|>"}, alone.tokenizer.encode("the <|im_end|>", special=False)),
+    ):
+        found = httpx.post(url + "/tokenize", json=body).json()
+        assert found["tokens"] == wanted and found["count"] == len(wanted)
+
+
+def test_the_page_and_request_ids(url: str):
+    page = httpx.get(url + "/")
+    assert page.status_code == 200 and "<textarea" in page.text and "http" not in page.text
+    first, second = (httpx.get(url + "/health").headers["x-request-id"] for _ in range(2))
+    assert first != second
+
+
+def test_an_engine_that_ends(runnable_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its requests get 503, as does /health until it runs again; then all is well."""
+    with serving(LLM(runnable_path)) as (url, server):
+        schedule = server.engine.scheduler.schedule
+
+        def broken(now: float) -> Any:
+            raise RuntimeError("secret")
+
+        monkeypatch.setattr(server.engine.scheduler, "schedule", broken)
+        monkeypatch.setattr("tilewright.serve.worker.PAUSES_S", (1.0,))
+        body = {"prompt": HELLO, "max_tokens": 2}
+        for stream in (False, True):
+            check_error(httpx.post(url + TEXT, json=body | {"stream": stream}), 503)
+            until(lambda: httpx.get(url + "/health").status_code == 503)
+        monkeypatch.setattr(server.engine.scheduler, "schedule", schedule)
+        until(lambda: httpx.get(url + "/health").status_code == 200)
+        assert httpx.post(url + TEXT, json=body).status_code == 200
+        assert "engine_restarts_total" in httpx.get(url + "/metrics").text
+
+
 # ---------------------------------------------------------------------------- hostile clients
 
 
@@ -233,7 +303,13 @@ BAD: list[tuple[str, Any, int]] = [
     (CHAT, {"messages": ASKED, "temprature": 1}, 400),
     (CHAT, {"messages": ASKED, "x\ud800" * 500: 1}, 400),
     (CHAT, {"messages": ASKED, "model": "gpt-\ud800"}, 404),
-    (CHAT, {"messages": ASKED, "response_format": {"type": "json_object"}}, 400),
+    (CHAT, {"messages": ASKED, "response_format": {"type": "xml"}}, 400),
+    (CHAT, {"messages": ASKED, "response_format": {"type": "json_schema"}}, 400),
+    (CHAT, {"messages": ASKED, "response_format":
+            {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}}, 400),
+    (CHAT, {"messages": ASKED, "tools": [{"a": "\udc00"}]}, 400),
+    (CHAT, {"messages": ASKED, "itl_ms": 5}, 400), (CHAT, {"messages": ASKED, "ttft_ms": -1}, 400),
+    ("/tokenize", {}, 400), ("/tokenize", {"prompt": "a", "messages": ASKED}, 400),
     (CHAT, {"messages": ASKED, "logprobs": True, "top_logprobs": 21}, 400),
     (TEXT, {}, 400), (TEXT, {"prompt": []}, 400), (TEXT, {"prompt": [[]]}, 400),
     (TEXT, {"prompt": ""}, 400), (TEXT, {"prompt": [268]}, 400), (TEXT, {"prompt": [-1]}, 400),
@@ -279,22 +355,22 @@ def test_a_client_that_leaves(served: tuple[str, Any], is_streamed: bool):
     url, server = served
     until(lambda: is_idle(server))
     body = {"prompt": HELLO, "max_tokens": 90, "ignore_eos": True, "stream": is_streamed}
-    slow, run = threading.Event(), server.llm.engine.runner.run
-    server.llm.engine.runner.run = lambda chunks: (slow.wait(0.05), run(chunks))[1]
+    slow, run = threading.Event(), server.engine.runner.run
+    server.engine.runner.run = lambda chunks: (slow.wait(0.05), run(chunks))[1]
     try:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as one:
             sent = json.dumps(body).encode()
             head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             one.sendall(f"{head}Content-Length: {len(sent)}\r\n\r\n".encode() + sent)
-            until(lambda: bool(server.llm.engine.scheduler.running))
+            until(lambda: bool(server.engine.scheduler.running))
             time.sleep(0.2)
-        before = server.worker.tokens
+        before = server.worker.counts["tokens_total"]
         until(lambda: is_idle(server))
-        assert server.worker.tokens - before < 60
+        assert server.worker.counts["tokens_total"] - before < 60
     finally:
         slow.set()
-        server.llm.engine.runner.run = run
+        server.engine.runner.run = run
     assert httpx.post(url + TEXT, json={"prompt": HELLO, "max_tokens": 2}).status_code == 200
 
 
@@ -306,12 +382,11 @@ def test_a_step_that_fails(served: tuple[str, Any], monkeypatch: pytest.MonkeyPa
         raise RuntimeError("secret")
 
     body = {"prompt": HELLO, "max_tokens": 2}
-    monkeypatch.setattr(server.llm.engine.runner, "run", broken)
+    monkeypatch.setattr(server.engine.runner, "run", broken)
     answer = httpx.post(url + TEXT, json=body)
     check_error(answer, 500)
     assert "secret" not in answer.text
-    events = httpx.post(url + TEXT, json=body | {"stream": True}).text.split("\n\n")
-    assert json.loads(events[0].removeprefix("data: "))["error"]["type"] == "server_error"
+    check_error(httpx.post(url + TEXT, json=body | {"stream": True}), 500)
     monkeypatch.undo()
     assert httpx.post(url + TEXT, json=body).status_code == 200
     until(lambda: is_idle(server))
@@ -349,6 +424,56 @@ def test_metrics(served: tuple[str, Any], client: openai.OpenAI):
     now = value("requests_total"), value("tokens_total")
     assert now == (before[0] + 2, before[1] + answer.usage.completion_tokens)
     assert value("requests_running") == value("pages_held") == 0 < value("pages")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=6,
+)
+FIELDS = sorted({*Chat.model_fields, *Completion.model_fields} - {"max_tokens"})
+
+
+@hypothesis.settings(
+    max_examples=1000 if os.environ.get("TILEWRIGHT_LONG_TESTS") else 40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(
+    path=st.sampled_from([CHAT, TEXT, "/tokenize", "/v1/models", "/metrics", "/v1/models/%00"]),
+    method=st.sampled_from(["POST", "POST", "POST", "GET", "DELETE", "PUT"]),
+    fields=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4),
+    whole=st.booleans(),
+)
+def test_any_json(url: str, path: str, method: str, fields: dict[str, Any], whole: bool):
+    """Nothing of it makes the server fail, and every refusal has OpenAI's shape."""
+    base = {"messages": ASKED} if path == CHAT else {"prompt": HELLO}
+    base |= {} if path == "/tokenize" else {"max_tokens": 2}
+    body = base | fields if whole else fields
+    answer = httpx.request(method, url + path, content=json.dumps(body).encode(), headers={
+        "content-type": "application/json"}, timeout=PATIENCE_S)  # fmt: skip
+    assert answer.status_code < 500, (body, answer.text)
+    if answer.status_code >= 400:
+        check_error(answer, answer.status_code)
+
+
+RAW = [
+    b"\0" * 50, b"GET", b"GET / HTTP/9.9\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"GET /" + b"a" * 100_000, b"A: b\r\n" * 5000,
+]  # fmt: skip
+
+
+def test_bytes_that_are_no_http(url: str):
+    """Those that send garbage, or nothing more, do not stop the others."""
+    host, port = url.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        for raw in RAW:
+            one = stack.enter_context(socket.create_connection((host, int(port))))
+            with contextlib.suppress(OSError):  # refused while it still sends
+                one.sendall(raw)
+        assert httpx.post(url + TEXT, json={"prompt": HELLO, "max_tokens": 2}).status_code == 200
 
 
 # ---------------------------------------------------------------------------- the command

@@ -34,13 +34,13 @@ def jobs() -> list[tuple[list[int], Sampling]]:
         prompt = (STEM[: count // 2] if i % 2 else []) + rng.integers(3, 260, count).tolist()
         options: dict[str, Any] = {
             "max_tokens": 30 + 5 * (i % 4),
-            "ignore_end": True,
+            "ignore_eos": True,
             "logprobs": 2,
         }
         if i % 3 == 1:
             options |= {"temperature": 1.5, "seed": i, "top_p": 0.9}
         if i % 3 == 2:
-            options |= {"temperature": 0.8, "seed": i, "top_k": 20, "frequency": 1.0}
+            options |= {"temperature": 0.8, "seed": i, "top_k": 20, "frequency_penalty": 1.0}
         made.append((prompt[:80], Sampling(**options)))
     return made
 
@@ -113,7 +113,7 @@ def test_two_at_once_against_plain_numpy(tiny: ModelFile):
     """Greedy tokens of two requests in one batch are those of the reference, each alone."""
     reference = ReferenceLlama(tiny)
     engine = Engine(tiny, "cpp", Options(context=128))
-    how = Sampling(max_tokens=40, ignore_end=True)
+    how = Sampling(max_tokens=40, ignore_eos=True)
     prompts = (STEM, STEM[5:25])
     requests = [engine.submit(p, how) for p in prompts]
     while not all(r.finish for r in requests):
@@ -129,7 +129,7 @@ def test_what_is_not_read_never_matters(tiny: ModelFile, alone: list[Request]):
     """A pool full of NaN: the row that pads a chunk, unwritten slots and other pages are unseen."""
     for share in (True, False):
         engine = Engine(tiny, "cpp", Options(context=128, share=share, step_tokens=40))
-        for array in (*engine.runner.cache.keys, *engine.runner.cache.values):
+        for array in (*engine.runner.keys, *engine.runner.values):
             array[...] = np.nan
         for one, other in zip(alone, answers(engine, jobs()), strict=True):
             assert other.answer == one.answer and other.logprobs == one.logprobs
@@ -143,7 +143,7 @@ def test_contexts_so_long_that_keys_are_divided(tmp_path: Path):
     made = runnable()
     made.metadata["llama.context_length"] = 4096
     file = open_model(made.write(tmp_path / "long.gguf"))
-    how = Sampling(max_tokens=30, ignore_end=True, logprobs=2)
+    how = Sampling(max_tokens=30, ignore_eos=True, logprobs=2)
     rng = np.random.default_rng(4)
     long = [(rng.integers(3, 260, n).tolist(), how) for n in (1990, 1100, 300, 1500)]
     together = Engine(file, "cpp", Options(context=4096, share=False, step_tokens=130))
@@ -156,7 +156,7 @@ def test_contexts_so_long_that_keys_are_divided(tmp_path: Path):
 def test_rows_of_answers_of_every_number(tiny: ModelFile):
     """A recorded step of n answers gives each the logits that it has alone, for n = 1 … 16."""
     engine = Engine(tiny, "cpp", Options(context=128, share=False, kv_tokens=4096))
-    how = Sampling(max_tokens=60, ignore_end=True, logprobs=3)
+    how = Sampling(max_tokens=60, ignore_eos=True, logprobs=3)
     requests = []
     for n in range(16):
         requests.append(engine.submit(STEM[: 3 + 2 * n], how))
@@ -178,7 +178,7 @@ def test_rows_of_answers_of_every_number(tiny: ModelFile):
 def test_smollm_bits_of_an_answer(smollm: ModelFile):
     """Real weights: requests together, in chunks, preempted, against each alone."""
     rng = np.random.default_rng(1)
-    how = Sampling(max_tokens=56, ignore_end=True, logprobs=1)
+    how = Sampling(max_tokens=56, ignore_eos=True, logprobs=1)
     made = [(rng.integers(3, 49_000, n).tolist(), how) for n in (1, 5, 33, 14, 49, 65)]
     sizes: dict[str, Any] = {"context": 160, "running": 8, "step_tokens": 48, "kv_tokens": 288}
     engine = Engine(smollm, "cpp", Options(**sizes))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,15 +18,21 @@ pytest.importorskip("jinja2", reason="chat templates need the models extra")
 
 from tilewright.errors import MissingExtra, ModelError
 from tilewright.serve import chat as chat_module
-from tilewright.serve.chat import MAX_MESSAGES, ChatTemplate, check_messages
+from tilewright.serve.chat import MAX_MESSAGES, ChatTemplate, Prompts, check_messages, template_of
 from tilewright.serve.tokenizer import from_metadata, load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
 
 HELLO = [{"role": "user", "content": "Hello"}]
+PLAIN: Any = SimpleNamespace(any_special=re.compile(r"(?!)"), special={}, control=(), named={})
+
+
+def template(source: str) -> ChatTemplate:
+    """With a tokenizer that has no special tokens."""
+    return ChatTemplate(source, PLAIN)
 
 
 def test_smollm_prompt(smollm: ModelFile):
-    chat = ChatTemplate.from_metadata(smollm.metadata)
+    chat = template(template_of(smollm.metadata))
     talk = [*HELLO, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Bye"}]
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     assert chat.render(talk) == (
@@ -31,16 +40,15 @@ def test_smollm_prompt(smollm: ModelFile):
         "<|im_start|>assistant\nHi.<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    named = chat.render(
-        [{"role": "system", "content": "Be brief."}, *HELLO], add_generation_prompt=False
+    assert chat.render([{"role": "system", "content": "Be brief."}, *HELLO]) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
-    assert named == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
 
 
 def test_names_of_a_template(tiny_path: Path):
     model = open_model(tiny_path)
-    metadata = {**model.metadata, "tokenizer.chat_template": "{{ bos_token }}|{{ eos_token }}"}
-    chat = ChatTemplate.from_metadata(metadata, load_tokenizer(model))
+    chat = ChatTemplate("{{ bos_token }}|{{ eos_token }}", load_tokenizer(model))
     assert chat.render(HELLO) == "<|im_start|>|<|im_end|>"
 
 
@@ -55,9 +63,9 @@ def test_what_templates_rely_on():
     {%- endfor %} {{ ns.n }} {{ (7 * 6) % 5 }} {{ {'a': '<é>'} | tojson }}
     {%- if tools is defined and tools %}tools{% endif %}"""
     talk = [{"role": "user", "content": " a "}, {"role": "assistant", "content": "b"}]
-    assert ChatTemplate(source).render(talk) == 'a, b 2 2 {"a": "<é>"}'
+    assert template(source).render(talk) == 'a, b 2 2 {"a": "<é>"}'
     with pytest.raises(ModelError, match="refuses") as error:
-        ChatTemplate(source).render(talk[1:])
+        template(source).render(talk[1:])
     assert error.value.code == "M106"
 
 
@@ -90,7 +98,7 @@ def test_what_transformers_offers():
         "  {% if true %}\nx\n  {% endif %}\n": "x\n",
     }  # fmt: skip
     for source, expected in cases.items():
-        assert ChatTemplate(source).render(talk) == expected, source
+        assert template(source).render(talk) == expected, source
 
 
 def test_tool_calls_reach_the_template():
@@ -102,7 +110,7 @@ def test_tool_calls_reach_the_template():
     ]
     source = "{{ messages | tojson }}"
     del talk[2]["name"]
-    assert json.loads(ChatTemplate(source).render(talk)) == talk
+    assert json.loads(template(source).render(talk)) == talk
 
 
 def test_the_names_of_the_file(tiny_path: Path):
@@ -112,12 +120,12 @@ def test_the_names_of_the_file(tiny_path: Path):
     tokenizer = from_metadata({**model.metadata, **held})
     shown = "<|im_start|>|<|im_end|>|<|endoftext|>|<|im_end|>"
     assert ChatTemplate(source, tokenizer).render(HELLO) == shown
-    assert ChatTemplate(source).render(HELLO) == "|||"
+    assert template(source).render(HELLO) == "|||"
 
 
 def test_a_process_that_died_is_started_anew(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(chat_module, "MAX_SECONDS", 0.5)
-    chat = ChatTemplate("{{ messages[0].content }}{% if messages[1] %}" + TWICE + "{% endif %}")
+    chat = template("{{ messages[0].content }}{% if messages[1] %}" + TWICE + "{% endif %}")
     for _ in range(2):
         assert chat.render(HELLO) == "Hello"
         with pytest.raises(ModelError, match=r"M107.*processor time"):
@@ -137,7 +145,7 @@ def test_a_process_that_died_is_started_anew(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_threads_share_a_template():
-    chat = ChatTemplate("{{ messages[0].content }}")
+    chat = template("{{ messages[0].content }}")
     texts = [str(n) * 100 for n in range(60)]
     with ThreadPoolExecutor(6) as pool:
         found = pool.map(lambda text: chat.render([{"role": "user", "content": text}]), texts)
@@ -145,7 +153,7 @@ def test_threads_share_a_template():
 
 
 def test_an_interrupted_rendering_answers_nothing_later(monkeypatch: pytest.MonkeyPatch):
-    chat = ChatTemplate("{{ messages[0].content }}")
+    chat = template("{{ messages[0].content }}")
     assert chat.render(HELLO) == "Hello"
 
     def interrupted(*_: object) -> None:
@@ -202,7 +210,7 @@ HOSTILE = {
 def test_hostile_template(what: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(chat_module, "MAX_SECONDS", 0.5)
     with pytest.raises(ModelError) as error:
-        ChatTemplate(HOSTILE[what]).render([{"role": "user", "content": "x" * 1000}])
+        template(HOSTILE[what]).render([{"role": "user", "content": "x" * 1000}])
     assert error.value.code == "M107"
 
 
@@ -214,14 +222,16 @@ def test_filters_of_many_messages():
         "{% endfor %}{{ range(3)|sum }}{{ 5 in range(9) }}"
     )
     messages = [{"role": "user", "content": f" {n}x{n} "} for n in range(MAX_MESSAGES)]
-    assert ChatTemplate(text).render(messages).endswith(f"{MAX_MESSAGES - 1}3True")
+    assert template(text).render(messages).endswith(f"{MAX_MESSAGES - 1}3True")
 
 
-@pytest.mark.parametrize("template", [None, "", 7, True, ["a"], np.arange(3)], ids=repr)
-def test_model_without_a_template(template: Any):
-    found = {} if template is None else {"tokenizer.chat_template": template}
+@pytest.mark.parametrize("found", [None, "", 7, True, ["a"], np.arange(3)], ids=repr)
+def test_model_without_a_template(found: Any, tiny_path: Path):
+    model = open_model(tiny_path)
+    metadata = {k: v for k, v in model.metadata.items() if k != "tokenizer.chat_template"}
+    metadata |= {} if found is None else {"tokenizer.chat_template": found}
     with pytest.raises(ModelError) as error:
-        ChatTemplate.from_metadata(found)
+        Prompts(replace(model, metadata=metadata), 64).prompt(HELLO)
     assert error.value.code == "M107"
 
 
@@ -261,40 +271,43 @@ def test_text_parts_are_joined():
     assert check_messages([{"role": "user", "content": parts, "other": 1}]) == HELLO
 
 
-def test_fit_leaves_out_the_oldest(tiny_path: Path):
+def test_the_oldest_messages_are_left_out(tiny_path: Path):
     model = open_model(tiny_path)
     tokenizer = load_tokenizer(model)
-    chat = ChatTemplate.from_metadata(model.metadata, tokenizer)
+    prompts = Prompts(model, 64, tokenizer)
+    assert prompts.template is not None
+    render = prompts.template.render
     system = {"role": "system", "content": "be brief"}
     talk = [{"role": ("user", "assistant")[i % 2], "content": f"message {i}"} for i in range(9)]
     for first in ([], [system]):
         sizes = {}
         for left_out in range(0, 9, 2):
-            sizes[left_out] = len(tokenizer.encode(chat.render([*first, *talk[left_out:]])))
+            sizes[left_out] = len(tokenizer.encode(render([*first, *talk[left_out:]])))
         for limit in range(sizes[8], sizes[0] + 2):
-            ids, left_out = chat.fit([*first, *talk], limit)
-            assert left_out == next(n for n in range(0, 9, 2) if sizes[n] <= limit)
-            assert ids == tokenizer.encode(chat.render([*first, *talk[left_out:]]))
+            prompts.context = limit + min(64, limit)
+            wanted = next(n for n in range(0, 9, 2) if sizes[n] <= limit)
+            assert prompts.too_many([*first, *talk]) == wanted
+        prompts.context = 2 * (sizes[8] - 1)
         with pytest.raises(ModelError) as error:
-            chat.fit([*first, *talk], sizes[8] - 1)
+            prompts.too_many([*first, *talk])
         assert error.value.code == "M105"
 
 
 def test_the_constructor_starts_the_process(monkeypatch: pytest.MonkeyPatch):
     """The first prompt uses the process that the constructor starts, which reports no error."""
-    chat = ChatTemplate("{{ messages[0].content }}")
+    chat = template("{{ messages[0].content }}")
     process = chat._worker._process
     assert process is not None
     assert chat.compiles()
     assert chat.render(HELLO) == "Hello" and chat._worker._process is process
     for source in (HOSTILE["does not parse"], HOSTILE["is too long"]):
-        damaged = ChatTemplate(source)
+        damaged = template(source)
         assert not damaged.compiles()
         with pytest.raises(ModelError) as error:
             damaged.render(HELLO)
         assert error.value.code == "M107"
     monkeypatch.setattr(chat_module, "find_spec", lambda name: None)
-    absent = ChatTemplate("x")
+    absent = template("x")
     for use in (absent.compiles, lambda: absent.render(HELLO)):
         with pytest.raises(MissingExtra, match="jinja2"):
             use()

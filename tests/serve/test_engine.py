@@ -65,8 +65,8 @@ def test_an_answer_is_greedy_decoding(llm: LLM):
     text = llm.generate(HELLO, max_tokens=12)
     ids = llm.prompt(HELLO)
     assert text == spoken(llm, greedy(llm, ids, 12))
-    assert llm.counts.answer_tokens == 12
-    assert llm.counts.prompt_tokens + llm.counts.cached_tokens == len(ids)
+    assert llm.latest.answered == 12
+    assert llm.latest.prompt_tokens == len(ids)
 
 
 def test_pieces_join_to_the_answer(llm: LLM):
@@ -79,7 +79,7 @@ def test_pieces_join_to_the_answer(llm: LLM):
 def test_max_tokens(llm: LLM, limit: int):
     whole = llm.generate(HELLO, max_tokens=40)
     assert whole.startswith(llm.generate(HELLO, max_tokens=limit).rstrip("\ufffd"))
-    assert llm.counts.answer_tokens == limit
+    assert llm.latest.answered == limit
 
 
 def test_stops_at_the_end_token(fresh: LLM):
@@ -87,16 +87,16 @@ def test_stops_at_the_end_token(fresh: LLM):
     last = next(n for n in range(3, 30) if tokens[n] not in tokens[:n])
     fresh.tokenizer.ends = {tokens[last]}
     assert fresh.generate(HELLO) == spoken(fresh, tokens[:last])
-    assert fresh.counts.answer_tokens == last
+    assert fresh.latest.answered == last
     fresh.tokenizer.ends = {tokens[0]}
-    assert fresh.generate(HELLO) == "" and fresh.counts.answer_tokens == 0
+    assert fresh.generate(HELLO) == "" and fresh.latest.answered == 0
 
 
 def test_a_full_context_ends_the_answer(runnable_path: Path):
     llm = LLM(runnable_path, context=64)
     prompt = len(llm.prompt(HELLO))
     llm.generate(HELLO, max_tokens=1000)
-    assert llm.counts.answer_tokens == 64 - prompt + 1  # the last token is said, not read
+    assert llm.latest.answered == 64 - prompt + 1  # the last token is said, not read
 
 
 # ---------------------------------------------------------------------------- what is remembered
@@ -107,18 +107,18 @@ def test_a_conversation_is_not_read_twice(llm: LLM, fresh: LLM):
     read = len(llm.prompt(talk(HELLO)))
     longer = talk(HELLO, first, OTHER)
     answer = llm.generate(longer, max_tokens=10)
-    assert llm.counts.cached_tokens >= read // PAGE_SIZE * PAGE_SIZE > 0
-    assert llm.counts.prompt_tokens + llm.counts.cached_tokens == len(llm.prompt(longer))
+    assert llm.latest.cached >= read // PAGE_SIZE * PAGE_SIZE > 0
+    assert llm.latest.prompt_tokens == len(llm.prompt(longer))
     assert answer == fresh.generate(longer, max_tokens=10)
-    assert fresh.counts.cached_tokens == 0
+    assert fresh.latest.cached == 0
 
 
 def test_the_same_prompt_again(fresh: LLM):
     first = fresh.generate(HELLO, max_tokens=5)
     assert fresh.generate(HELLO, max_tokens=5) == first
     count = len(fresh.prompt(HELLO))
-    assert fresh.counts.cached_tokens == (count - 1) // PAGE_SIZE * PAGE_SIZE > 0
-    assert fresh.counts.prompt_tokens == count - fresh.counts.cached_tokens
+    assert fresh.latest.cached == (count - 1) // PAGE_SIZE * PAGE_SIZE > 0
+    assert fresh.latest.prompt_tokens == count
 
 
 def test_another_conversation(llm: LLM, fresh: LLM):
@@ -206,7 +206,7 @@ def test_the_coldest_is_greedy(llm: LLM, temperature: float):
 
 def test_the_hottest_is_any_token(llm: LLM):
     llm.generate(HELLO, max_tokens=20, temperature=1e30, seed=3)
-    assert llm.counts.answer_tokens > 0
+    assert llm.latest.answered > 0
 
 
 # ---------------------------------------------------------------------------- hostile arguments
@@ -220,10 +220,12 @@ def test_the_hottest_is_any_token(llm: LLM):
         {"temperature": float("inf")}, {"temperature": "hot"}, {"temperature": None},
         {"temperature": 1j}, {"temperature": 10**400}, {"seed": -1}, {"seed": "x"},
         {"seed": 0.5}, {"seed": []}, {"top_k": -1}, {"top_k": 1.0}, {"top_p": 0}, {"top_p": 1.1},
-        {"min_p": -0.1}, {"min_p": 2}, {"presence": 3}, {"frequency": "1"}, {"repetition": 0},
+        {"min_p": -0.1}, {"min_p": 2}, {"presence_penalty": 3}, {"frequency_penalty": "1"},
+        {"repetition_penalty": 0}, {"priority": 1.5}, {"ttft_ms": 0}, {"itl_ms": "x"},
+        {"schema": 5},
         {"logit_bias": {5: 101}}, {"logit_bias": {-1: 1}}, {"logit_bias": {268: 1}},
         {"logit_bias": [1]}, {"stop": "the"}, {"stop": [""]}, {"stop": ["x"] * 17}, {"stop": [1]},
-        {"ignore_end": 1}, {"logprobs": -1}, {"logprobs": 21}, {"top_pp": 0.5},
+        {"ignore_eos": 1}, {"logprobs": -1}, {"logprobs": 21}, {"top_pp": 0.5},
         {"max_tokens": True}, {"temperature": True}, {"seed": True},
     ],
     ids=str,
@@ -326,7 +328,7 @@ def test_a_model_that_computes_no_numbers(tmp_path: Path, value: float):
     for _ in range(2):
         with pytest.raises(ModelError, match=r"M101.*no numbers"):
             llm.generate(HELLO, temperature=1.0)
-        assert llm.counts.answer_tokens == 0 and not llm.engine.scheduler.has_work
+        assert llm.latest.answered == 0 and not llm.engine.scheduler.has_work
 
 
 @pytest.mark.slow
@@ -334,11 +336,11 @@ def test_smollm(smollm: ModelFile):
     llm = LLM(smollm.path, context=512)
     question = talk("What is the capital of France?")
     assert llm.generate(question) == "The capital of France is Paris."
-    assert 5 < llm.counts.answer_tokens < 12  # the end token ended it
+    assert 5 < llm.latest.answered < 12  # the end token ended it
     longer = [*question, *talk("", "The capital of France is Paris.", "And of Italy?")[1:]]
     longer[-1]["role"] = "user"
     assert "Rome" in llm.generate(longer, max_tokens=40)
-    assert llm.counts.cached_tokens > llm.counts.prompt_tokens
+    assert 2 * llm.latest.cached > llm.latest.prompt_tokens
     warm = [llm.generate(question, temperature=0.7, seed=s, max_tokens=20) for s in (1, 1, 2, 3, 4)]
     assert warm[0] == warm[1] and len(set(warm)) > 1
 
@@ -353,3 +355,11 @@ def test_a_conversation_that_outgrows_the_context(llm: LLM):
     with pytest.raises(ModelError) as e:
         llm.too_many(talk("word " * 4 * llm.engine.context))
     assert e.value.code == "M105"
+
+
+def test_progress(runnable_path: Path, capsys: pytest.CaptureFixture[str]):
+    llm = LLM(runnable_path)
+    quiet = llm.generate(["the", "and"], max_tokens=5)
+    assert capsys.readouterr().err == ""
+    assert llm.generate(["the", "and"], max_tokens=5, progress=True) == quiet
+    assert "2 of 2 answers" in capsys.readouterr().err.splitlines()[-1]

@@ -121,9 +121,8 @@ def test_an_answer(tmp_path: Path):
     assert isinstance(llm.generate("hello", max_tokens=5), str)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_weights_of_two_bytes(tmp_path: Path, dtype: str):
-    reference = made(tmp_path, "qwen2", dtype=getattr(torch, dtype))
+def test_weights_of_two_bytes(tmp_path: Path):
+    reference = made(tmp_path, "qwen2", dtype=torch.bfloat16)
     with torch.no_grad():
         wanted = reference(torch.tensor([[5, 9, 2]])).logits[0, -1].numpy()
     got = Sequence(open_model(tmp_path), context=32).prefill([5, 9, 2])

@@ -18,7 +18,7 @@ from tests.serve.sequence import Sequence
 from tilewright.errors import ModelError
 from tilewright.ops.rope import Rope
 from tilewright.runtime import pool as pools
-from tilewright.serve.chat import ChatTemplate
+from tilewright.serve.chat import ChatTemplate, template_of
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.request import Sampling
 from tilewright.serve.tokenizer import load_tokenizer
@@ -74,7 +74,7 @@ def check_greedy(
 
 def check_smollm(file: ModelFile, target: str) -> None:
     tokenizer = load_tokenizer(file)
-    chat = ChatTemplate.from_metadata(file.metadata, tokenizer)
+    chat = ChatTemplate(template_of(file.metadata), tokenizer)
     model, reference = Sequence(file, target, context=256), ReferenceLlama(file)
     for question in QUESTIONS:
         prompt = tokenizer.encode(chat.render([{"role": "user", "content": question}]))

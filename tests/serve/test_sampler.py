@@ -88,9 +88,9 @@ def test_equal_logits_and_minus_infinity():
 
 def test_penalties_and_biases():
     how = Sampling(
-        presence=0.5,
-        frequency=0.25,
-        repetition=2.0,
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+        repetition_penalty=2.0,
         logit_bias={0: 3.0, 5: -100.0},
         temperature=1.0,
     )
@@ -128,10 +128,10 @@ def test_logprobs():
 
 def test_options_reach_the_model(llm: LLM):
     """Through the engine: each changes the answer as it says."""
-    plain = llm.engine.check(llm.prompt(HELLO), Sampling())
+    plain = llm.prompt(HELLO)
 
     def said(**options: Any) -> list[int]:
-        request = llm.engine.submit(plain, Sampling(max_tokens=24, ignore_end=True, **options))
+        request = llm.engine.submit(plain, Sampling(max_tokens=24, ignore_eos=True, **options))
         while not request.finish:
             llm.engine.step()
         return request.answer
@@ -141,7 +141,7 @@ def test_options_reach_the_model(llm: LLM):
     assert set(said(logit_bias={77: 100})) == {77}
     banned = said(logit_bias=dict.fromkeys(greedy, -100))
     assert not set(banned) & set(greedy)
-    assert len(set(said(frequency=2.0, presence=2.0))) > len(set(greedy))
+    assert len(set(said(frequency_penalty=2.0, presence_penalty=2.0))) > len(set(greedy))
     assert len({tuple(said(temperature=1.5)) for _ in range(3)}) > 1
 
 
@@ -154,12 +154,12 @@ def test_several_end_tokens(runnable_path: Path):
             engine.step()
         return request
 
-    tokens = said(ignore_end=True).answer
+    tokens = said(ignore_eos=True).answer
     for ends in ({tokens[7]}, {tokens[4], tokens[9]}):
         engine.tokenizer.ends = ends
         first = min(tokens.index(t) for t in ends)
         assert said().answer == tokens[:first] and said().finish == "stop"
-        assert said(ignore_end=True).answer == tokens
+        assert said(ignore_eos=True).answer == tokens
 
 
 # ---------------------------------------------------------------------------- stop texts

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from tilewright.errors import MissingExtra, ModelError
-from tilewright.serve.chat import ChatTemplate
+from tilewright.serve.chat import ChatTemplate, template_of
 from tilewright.serve.gguf import KINDS as READ
 from tilewright.serve.gguf import view
+from tilewright.serve.models.llama import Llama
 from tilewright.serve.tokenizer import load_tokenizer
 from tilewright.serve.weights import ModelFile, dequantize, open_model, packaged_model
 
@@ -51,6 +52,71 @@ def test_dequantize_is_the_library_s(kind: str, rng: np.random.Generator):
     weight = view("w", kind, (7, 96), memoryview(raw.tobytes()), 0)
     assert weight.data.nbytes == raw.nbytes
     np.testing.assert_array_equal(dequantize(weight), gguf.quants.dequantize(raw, KINDS[kind]))
+
+
+def q4_k(block: bytes) -> list[float]:
+    """256 numbers in 144 bytes: eight groups of 32, a scale and a minimum of six bits for each."""
+    d, least = struct.unpack_from("<2e", block)
+    packed, quants = block[4:16], block[16:]
+    out: list[float] = []
+    for group in range(8):
+        if group < 4:
+            scale, minimum = packed[group] & 63, packed[group + 4] & 63
+        else:
+            scale = packed[group + 4] & 15 | packed[group - 4] >> 6 << 4
+            minimum = packed[group + 4] >> 4 | packed[group] >> 6 << 4
+        for byte in quants[group // 2 * 32 : group // 2 * 32 + 32]:
+            out.append(d * scale * (byte >> 4 if group % 2 else byte & 15) - least * minimum)
+    return out
+
+
+def q6_k(block: bytes) -> list[float]:
+    """256 numbers in 210 bytes: low four bits, high two bits, int8 scales of 16 numbers, d."""
+    low, high, scales = block[:128], block[128:192], struct.unpack_from("<16b", block, 192)
+    d = struct.unpack_from("<e", block, 208)[0]
+    out = []
+    for n in range(256):
+        half, at = divmod(n, 128)
+        quarter, lane = divmod(at, 32)
+        byte = low[half * 64 + quarter % 2 * 32 + lane]
+        bits = high[half * 32 + lane] >> 2 * quarter & 3
+        q = (byte >> 4 if quarter > 1 else byte & 15) | bits << 4
+        out.append(d * scales[n // 16] * (q - 32))
+    return out
+
+
+def k_blocks(rng: np.random.Generator, kind: str, rows: int) -> np.ndarray:
+    """Random blocks with sensible scales, one a row."""
+    size, at = {"q4_k": (144, 0), "q6_k": (210, 208)}[kind]
+    blocks = rng.integers(0, 256, (rows, size), np.uint8)
+    for offset in (at, at + 2)[: 2 if kind == "q4_k" else 1]:
+        scales = rng.uniform(1e-4, 1e-3, (rows, 1)).astype("<f2")
+        blocks[:, offset : offset + 2] = scales.view(np.uint8)
+    return blocks
+
+
+@pytest.mark.parametrize(("kind", "decoded"), [("q4_k", q4_k), ("q6_k", q6_k)])
+def test_k_quants(kind: str, decoded: Callable[[bytes], list[float]], rng: np.random.Generator):
+    blocks = k_blocks(rng, kind, 5)
+    found = dequantize(view("w", kind, (5, 256), blocks.tobytes(), 0))
+    wanted = np.array([decoded(block.tobytes()) for block in blocks])
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_k_quants_are_computed_with_as_float16(tmp_path: Path, rng: np.random.Generator):
+    tiny, blocks = TinyModel(), k_blocks(rng, "q4_k", 64)
+    tiny.metadata["llama.feed_forward_length"] = 256
+    for i in range(2):
+        for name in ("gate", "up", "down"):
+            shape = (64, 256) if name == "down" else (256, 64)
+            tiny.tensors[f"blk.{i}.ffn_{name}.weight"] = ("f16", np.zeros(shape, "f4"))
+    path = tiny.write(tmp_path / "k.gguf", {"ffn_down": ("Q4_K", blocks)})
+    file = open_model(path)
+    assert file.tensors["layers.1.ffn.down"].kind == "q4_k"
+    down = Llama(file, "cpp", 16).layers[1].down
+    wanted = np.array([q4_k(block.tobytes()) for block in blocks])
+    assert (down.kind, down.arrays[0].dtype) == ("f16", np.float16)
+    np.testing.assert_allclose(down.arrays[0], wanted, rtol=1e-3, atol=1e-6)
 
 
 def test_untied_output(tmp_path: Path):
@@ -261,7 +327,7 @@ def read_all(path: Path) -> None:
     shapes = {name: dequantize(weight).shape for name, weight in model.tensors.items()}
     assert shapes == model.config.shapes()
     tokenizer = load_tokenizer(model)
-    chat = ChatTemplate.from_metadata(model.metadata, tokenizer)
+    chat = ChatTemplate(template_of(model.metadata), tokenizer)
     # Rendering starts a process: a template that is as it was renders as it did.
     messages = [{"role": "user", "content": "the hills"}]
     ids = [] if chat.source == TEMPLATE else chat.tokens(messages)

@@ -1,15 +1,21 @@
-"""The engine's thread: many callers at once, cancels at random, steps that fail."""
+"""The engine's process: many callers at once, cancels at random, steps that fail."""
 
 from __future__ import annotations
 
-import queue
+import asyncio
+import itertools
 import random
-import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.serve.threaded import threaded
 
+from tilewright.errors import ModelError
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.request import Sampling
 from tilewright.serve.weights import open_model
@@ -18,14 +24,14 @@ from tilewright.serve.worker import Piece, Worker
 PATIENCE_S = 60
 
 
-@pytest.fixture
-def worker(runnable_path: Path) -> Any:
-    """Few pages and seats, so that requests wait and are preempted."""
-    options = Options(context=128, kv_tokens=256, running=5, step_tokens=30)
-    one = Worker(Engine(open_model(runnable_path), "cpp", options))
-    yield one
-    one.stop()
-    assert one.engine.scheduler.pages.held == 0
+@asynccontextmanager
+async def worker_of(path: Path, **options: Any) -> AsyncIterator[tuple[Engine, Worker]]:
+    """An engine in a thread. By default few pages and seats: requests wait and are preempted."""
+    options = options or {"kv_tokens": 256, "running": 5, "step_tokens": 30}
+    engine = Engine(open_model(path), "cpp", Options(context=128, **options))
+    worker = threaded(engine)
+    async with worker.running():
+        yield engine, worker
 
 
 def job(number: int) -> tuple[list[int], Sampling]:
@@ -35,22 +41,38 @@ def job(number: int) -> tuple[list[int], Sampling]:
         "max_tokens": rng.randrange(1, 40),
         "temperature": rng.choice([0, 1]),
     }
-    return prompt, Sampling(seed=number % 40, ignore_end=True, **options)
+    return prompt, Sampling(seed=number % 40, ignore_eos=True, **options)
 
 
-def read(pieces: queue.Queue[Piece]) -> tuple[str, str, int]:
+Answer = tuple[str, str, int]
+
+
+async def read(pieces: asyncio.Queue[Piece]) -> Answer:
     """Text, reason of the end, tokens."""
     text = ""
     while True:
-        piece = pieces.get(timeout=PATIENCE_S)
+        piece = await asyncio.wait_for(pieces.get(), PATIENCE_S)
         text += piece.text
         if piece.finish:
             return text, piece.finish, piece.answered
 
 
-def test_many_callers_and_cancels(worker: Worker):
+async def ask(worker: Worker, number: int) -> Answer:
+    pieces: asyncio.Queue[Piece] = asyncio.Queue()
+    worker.submit(*job(number), pieces.put_nowait)
+    return await read(pieces)
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+def test_many_callers_and_cancels(runnable_path: Path):
     """Every answer is complete, in order, and the one that the request has alone."""
-    alone = Engine(worker.engine.model.file, "cpp", Options(context=128, share=False))
+    alone = Engine(open_model(runnable_path), "cpp", Options(context=128, share=False))
     wanted = {}
     for number in range(40):
         request = alone.submit(*job(number))
@@ -59,61 +81,124 @@ def test_many_callers_and_cancels(worker: Worker):
         wanted[number] = "".join(request.pieces), "length", request.answered
     wrong: list[Any] = []
 
-    def call(caller: int) -> None:
+    async def call(worker: Worker, caller: int) -> None:
         rng = random.Random(caller)
-        for _ in range(25):
+        for _ in range(8):
             number = rng.randrange(40)
-            pieces: queue.Queue[Piece] = queue.Queue()
-            ticket = worker.submit(*job(number), pieces.put, priority=rng.choice([0, 0, 3]))
+            pieces: asyncio.Queue[Piece] = asyncio.Queue()
+            tokens, how = job(number)
+            how = replace(how, priority=rng.choice([0, 0, 3]))
+            ticket = worker.submit(tokens, how, pieces.put_nowait)
             if rng.random() < 0.3:
                 for _ in range(rng.randrange(3)):
-                    if pieces.get(timeout=PATIENCE_S).finish:
+                    if (await asyncio.wait_for(pieces.get(), PATIENCE_S)).finish:
                         break
                 worker.cancel(ticket)
                 continue
-            found = read(pieces)
+            found = await read(pieces)
             if found != wanted[number] or not pieces.empty():
                 wrong.append((number, found, wanted[number]))
 
-    callers = [threading.Thread(target=call, args=(n,)) for n in range(8)]
-    for thread in callers:
-        thread.start()
-    for thread in callers:
-        thread.join(PATIENCE_S)
-    assert not any(t.is_alive() for t in callers) and not wrong
-    assert worker.requests == 200
+    async def body() -> None:
+        async with worker_of(runnable_path) as (engine, worker):
+            await asyncio.gather(*(call(worker, n) for n in range(8)))
+            await until(lambda: engine.scheduler.pages.held == 0)
+            assert worker.counts["requests_total"] == 64 and worker.pending == 0
+
+    asyncio.run(body())
+    assert not wrong
 
 
-def test_steps_that_fail(worker: Worker):
-    """Each request has an answer or an error, never a wrong answer; the thread goes on."""
-    run, steps = worker.engine.runner.run, [0]
+def test_steps_that_fail(runnable_path: Path):
+    """Each request has an answer or an error, never a wrong answer; the engine goes on."""
 
-    def failing(chunks: Any) -> Any:
-        steps[0] += 1
-        if steps[0] % 7 == 0:
-            raise RuntimeError("broken")
-        return run(chunks)
+    async def body() -> None:
+        async with worker_of(runnable_path) as (engine, worker):
+            run, steps = engine.runner.run, itertools.count(1)
 
-    worker.engine.runner.run = failing
-    queues: list[queue.Queue[Piece]] = [queue.Queue() for _ in range(30)]
-    for number, pieces in enumerate(queues):
-        worker.submit(*job(number), pieces.put)
-    ended = [read(pieces) for pieces in queues]
-    worker.engine.runner.run = run
-    assert {reason for _, reason, _ in ended} == {"length", "error"}
-    for number, (text, reason, _) in enumerate(ended):
-        pieces = queue.Queue()
-        worker.submit(*job(number), pieces.put)
-        again = read(pieces)
-        assert again[1] == "length"
-        assert again[0] == text if reason == "length" else again[0].startswith(text)
+            def failing(chunks: Any) -> Any:
+                if next(steps) % 7 == 0:
+                    raise RuntimeError("broken")
+                return run(chunks)
+
+            engine.runner.run = failing
+            ended = await asyncio.gather(*(ask(worker, n) for n in range(30)))
+            engine.runner.run = run
+            assert {reason for _, reason, _ in ended} == {"length", "error"}
+            for number, (text, reason, _) in enumerate(ended):
+                again = await ask(worker, number)
+                assert again[1] == "length"
+                assert again[0] == text if reason == "length" else again[0].startswith(text)
+            assert engine.scheduler.pages.held == 0
+
+    asyncio.run(body())
 
 
-def test_stop_ends_what_runs(runnable_path: Path):
-    worker = Worker(Engine(open_model(runnable_path), "cpp", Options(context=128)))
-    pieces: queue.Queue[Piece] = queue.Queue()
-    worker.submit([5, 6], Sampling(max_tokens=120, ignore_end=True), pieces.put)
-    pieces.get(timeout=PATIENCE_S)
-    worker.stop()
-    assert read(pieces)[1] in ("cancel", "length")
-    assert worker.engine.scheduler.pages.held == 0
+def test_leaving_ends_what_runs(runnable_path: Path):
+    async def body() -> None:
+        pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        async with worker_of(runnable_path, running=16) as (_, worker):
+            worker.submit([5, 6], Sampling(max_tokens=120, ignore_eos=True), pieces.put_nowait)
+            await asyncio.wait_for(pieces.get(), PATIENCE_S)
+        assert (await read(pieces))[1] in ("error", "length")
+
+    asyncio.run(body())
+
+
+def test_an_engine_that_ends_is_started_again(runnable_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An exception of the scheduler ends the engine: requests that wait or run get M109, none is
+    taken until it runs again."""
+    monkeypatch.setattr("tilewright.serve.worker.PAUSES_S", (1.0,))
+
+    async def body() -> None:
+        async with worker_of(runnable_path) as (engine, worker):
+            schedule, calls = engine.scheduler.schedule, itertools.count(1)
+
+            def failing(now: float = 0.0) -> Any:
+                if next(calls) >= 4:
+                    raise RuntimeError("broken")
+                return schedule(now)
+
+            engine.scheduler.schedule = failing
+            ended: list[Piece] = []
+            for number in range(9):
+                worker.submit(*job(number), lambda p: ended.append(p) if p.finish else None)
+            await until(lambda: len(ended) == 9)
+            codes = {(p.finish, getattr(p.error, "code", "")) for p in ended}
+            assert ("error", "M109") in codes  # of those that waited; others ran in a step
+            assert codes <= {("error", "M109"), ("error", ""), ("length", "")}
+            with pytest.raises(ModelError, match="M109"):
+                worker.submit(*job(3), ended.append)
+            engine.scheduler.schedule = schedule
+            await until(lambda: worker.is_ready)
+            assert (await ask(worker, 3))[1] == "length"
+            assert worker.restarts >= 1 and worker.pending == 0
+
+    asyncio.run(body())
+
+
+def test_a_process_that_is_killed(runnable_path: Path):
+    """Its request gets an error; the next process answers the same prompt, with the same tokens."""
+    worker = Worker.process(str(runnable_path), "cpp", Options(context=128))
+
+    async def body() -> None:
+        texts = []
+        async with worker.running():
+            for _ in range(2):
+                await until(lambda: worker.is_ready)
+                texts.append(await ask(worker, 1))
+                pieces: asyncio.Queue[Piece] = asyncio.Queue()
+                worker.submit([5, 6], Sampling(max_tokens=120, ignore_eos=True), pieces.put_nowait)
+                worker._engine.kill()
+                text, finish, _ = await read(pieces)
+                assert finish == "error" or (finish == "length" and text)
+            assert texts[0] == texts[1] and texts[0][1] == "length"
+            await until(lambda: worker.restarts == 2)
+
+    asyncio.run(body())
+    assert not worker._engine.is_alive()
+
+
+def test_a_model_that_is_no_model(tmp_path: Path):
+    with pytest.raises(ModelError, match="M101"):
+        Worker.process(str(tmp_path / "none.gguf"), "cpp", Options())

@@ -87,7 +87,8 @@ class TinyModel:
     metadata: dict[str, Any] = field(default_factory=metadata)
     tensors: dict[str, tuple[str, np.ndarray]] = field(default_factory=tensors)
 
-    def write(self, path: Path) -> Path:
+    def write(self, path: Path, stored: dict[str, tuple[str, np.ndarray]] | None = None) -> Path:
+        """`stored`: type and bytes of the tensors with such a part in their names."""
         writer = gguf.GGUFWriter(path, self.architecture)
         for key, value in self.metadata.items():
             if isinstance(value, bool):
@@ -101,6 +102,11 @@ class TinyModel:
             else:
                 writer.add_array(key, value)
         for name, (kind, values) in self.tensors.items():
+            part = name.split(".")[-2]
+            if stored and part in stored:
+                number = gguf.GGMLQuantizationType[stored[part][0]]
+                writer.add_tensor(name, stored[part][1], raw_dtype=number)
+                continue
             raw = values if kind == "f32" else gguf.quants.quantize(values, KINDS[kind])
             writer.add_tensor(name, raw, raw_dtype=KINDS[kind])
         writer.write_header_to_file()

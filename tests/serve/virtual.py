@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tilewright.serve.request import Request, Sampling
-from tilewright.serve.scheduler import Decision, Limits, Scheduler
+from tilewright.serve.scheduler import Batch, Limits, Scheduler
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,13 @@ def token_after(tokens: list[int]) -> int:
     return 1000 + hash(tuple(tokens)) % 1000
 
 
+def line(batch: Batch) -> str:
+    """Number of the step, chunks, + who was admitted, - who was preempted."""
+    words = [f"{c.request.id}[{c.start}:{c.stop}]" for c in batch.chunks]
+    words += [f"+{i}" for i in batch.decision.admit] + [f"-{i}" for i in batch.preempted]
+    return " ".join([f"{batch.step}:", *words])
+
+
 @dataclass
 class Clock:
     limits: Limits
@@ -40,7 +47,7 @@ class Clock:
         self.scheduler = Scheduler(self.limits)
         self.slots: dict[tuple[int, int], int] = {}
         self.requests = [
-            Request(i, list(a.prompt), Sampling(max_tokens=a.answer), a.priority)
+            Request(i, list(a.prompt), Sampling(max_tokens=a.answer, priority=a.priority))
             for i, a in enumerate(self.arrivals)
         ]
         for tick in range(1, most):
@@ -60,7 +67,7 @@ class Clock:
         decision = scheduler.schedule()
         if scheduler.has_work:
             assert decision.chunks, "a step with work reads nothing"
-        self.log.append(str(decision))
+        self.log.append(line(decision))
         self.check(decision)
         for chunk in decision.chunks:
             request, size = chunk.request, self.limits.page_size
@@ -72,7 +79,7 @@ class Clock:
             if request.answered == request.sampling.max_tokens:
                 scheduler.finish(request, "length")
 
-    def check(self, decision: Decision) -> None:
+    def check(self, decision: Batch) -> None:
         scheduler, size, pages = self.scheduler, self.limits.page_size, self.scheduler.pages
         assert sum(c.stop - c.start for c in decision.chunks) <= self.limits.step_tokens
         assert len(scheduler.running) <= self.limits.running

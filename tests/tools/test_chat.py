@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("jinja2", reason="chat templates need the models extra")
 
 from tilewright.errors import MissingExtra, ModelError
-from tilewright.serve.engine import Counts
+from tilewright.serve.request import Request
 from tilewright.serve.weights import packaged_model
 from tilewright.tools import chat as tool
 
@@ -173,7 +173,7 @@ class FakeLLM:
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
-        self.counts = Counts()
+        self.latest = Request(0, [1])
 
     def too_many(self, messages: list[dict[str, str]]) -> int:
         return max(len(messages) - 7, 0)
@@ -247,11 +247,11 @@ def test_ctrl_c_just_as_an_answer_ends(monkeypatch: pytest.MonkeyPatch):
         """The key is pressed while the counts are printed."""
 
         @property
-        def counts(self) -> Counts:
+        def latest(self) -> Request:
             raise KeyboardInterrupt
 
-        @counts.setter
-        def counts(self, counts: Counts) -> None:
+        @latest.setter
+        def latest(self, request: Request) -> None:
             pass
 
     fake = Late()

@@ -180,13 +180,18 @@ def cpu_recipe(s: Schedule, many: bool) -> Schedule:
 
 def _interleaved_recipe(s: Schedule, many: bool) -> Schedule:
     """Sixteen rows of W are the lanes of a vector. One token is bound by memory: several sums, and
-    a prefetch of the next rows' weights. Many tokens share each dequantised weight."""
+    a prefetch of the next rows' weights. Four share each dequantised weight, with the same sums;
+    not beside a gate, whose two products leave no registers for it. So do many tokens, with one
+    sum each."""
     s = s.reorder("g", "t", "b", "l", "h", "r").parallel("g").vectorize("r").unroll("h")
     if many:
         s = s.split("t", WIDE_TOKENS, tail="cut", into=("t_o", "t_i"))
         return s.reorder("t_o", "b", "l", "h", "t_i", "r").unroll("t_i")
-    s = s.split("l", SUMS, into=("l_o", "l_i")).unroll("l_i").rfactor("l_i").rfactor("h")
-    s = s.prefetch("Q", "g", 1)
+    s = s.split("l", SUMS, into=("l_o", "l_i"))
+    if not _is_gate(s):
+        s = s.split("t", TOKENS, tail="cut", into=("t_o", "t_i"))
+        s = s.reorder("t_o", "b", "l_o", "l_i", "h", "t_i", "r").unroll("t_i")
+    s = s.unroll("l_i").rfactor("l_i").rfactor("h").prefetch("Q", "g", 1)
     return s.prefetch("Q2", "g", 1) if _is_gate(s) else s
 
 

@@ -1,5 +1,6 @@
 """OpenAI's HTTP API over an engine: `/v1/models`, `/v1/completions`, `/v1/chat/completions`,
-`/health`, `/metrics`. Needs the extra `serve` (FastAPI, uvicorn).
+`/tokenize`, `/health`, `/metrics`, and a chat page at `/`. Needs the extra `serve` (FastAPI,
+uvicorn).
 
 The text of a request never becomes a control token; a prompt of token ids is taken as it is.
 Errors have OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
@@ -9,144 +10,200 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
+import json
+import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from starlette.exceptions import HTTPException
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.exceptions import HTTPException as AnyHTTPException
 
 from tilewright.errors import ModelError, TilewrightError
-from tilewright.serve.engine import LLM
-from tilewright.serve.protocol import (
-    Body,
-    Chat,
-    Completion,
-    Shape,
-    described,
-    event,
-    failure,
-    usage,
-)
-from tilewright.serve.request import Request as Answer
-from tilewright.serve.request import Sampling
-from tilewright.serve.worker import Piece, Worker
+from tilewright.serve.chat import Prompts
+from tilewright.serve.protocol import Body, Chat, Completion, Shape, Tokenize, event, failure, usage
+from tilewright.serve.request import Sampling, check_tokens
+from tilewright.serve.worker import LOG, Piece, Worker
+
+LOOK_S = 1.0  # between looks whether a client has left
+MAX_PROMPTS = 64
+
+Pieces = AsyncGenerator[tuple[int, Piece]]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`waiting`: requests that wait or run; `body_bytes`: of a request; `api_key`: "" for none."""
+    """`waiting`: requests that wait or run; `body_bytes`, `body_s`: of a request, and the time to
+    send it; `answer_s`: of an answer; `api_key`: "" for none."""
 
     waiting: int = 256
     body_bytes: int = 1 << 20
+    body_s: float = 30.0
+    answer_s: float = 600.0
     api_key: str = ""
 
 
 class Server:
-    """The endpoints' common work: from checked prompts to answers."""
+    """The endpoints, and their way from checked prompts to answers."""
 
-    def __init__(self, llm: LLM, name: str, limits: Limits) -> None:
-        self.llm, self.name, self.limits = llm, name, limits
-        self.worker = Worker(llm.engine)
-        self.began = int(time.time())
+    def __init__(self, prompts: Prompts, worker: Worker, name: str, limits: Limits) -> None:
+        self.prompts, self.worker, self.name, self.limits = prompts, worker, name, limits
+        self.card = {"id": name, "object": "model", "created": int(time.time())}
+        self.card["owned_by"] = "tilewright"
 
-    def check_model(self, model: str) -> None:
+    async def page(self) -> FileResponse:
+        return FileResponse(Path(__file__).with_name("page.html"))
+
+    async def health(self) -> Response:
+        is_ready = self.worker.is_ready
+        status = {"status": "ok" if is_ready else "the engine is being started"}
+        return JSONResponse(status, 200 if is_ready else 503)
+
+    async def metrics(self) -> PlainTextResponse:
+        """In Prometheus' text format."""
+        values = self.worker.counts | {"engine_restarts_total": self.worker.restarts}
+        kinds = {n: "counter" if n.endswith("_total") else "gauge" for n in values}
+        lines = [f"# TYPE tilewright_{n} {kinds[n]}\ntilewright_{n} {values[n]}\n" for n in values]
+        return PlainTextResponse("".join(lines))
+
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self.card]}
+
+    async def model(self, wanted: str) -> dict[str, Any]:
+        self._check_model(wanted)
+        return self.card
+
+    async def completions(self, body: Completion, http: Request) -> Response:
+        self._check_model(body.model)
+        asked = body.prompt
+        if isinstance(asked, str) or (asked and isinstance(asked[0], int)):
+            asked = [asked]
+        prompts = await asyncio.to_thread(self._encoded, asked)
+        return await self._answer(http, body, prompts, body.sampling(16, body.logprobs))
+
+    async def chat(self, body: Chat, http: Request) -> Response:
+        self._check_model(body.model)
+        if body.max_completion_tokens is not None:
+            body.max_tokens = body.max_completion_tokens
+        schema = body.response_format.schema_text() if body.response_format else ""
+        top = body.top_logprobs if body.logprobs else None
+        how = body.sampling(self.prompts.context, top, schema)
+        tools = body.tools if body.tool_choice != "none" else None
+        prompt = await asyncio.to_thread(self.prompts.prompt, body.messages, tools)
+        return await self._answer(http, body, [prompt], how)
+
+    async def tokenize(self, body: Tokenize) -> dict[str, Any]:
+        self._check_model(body.model)
+        if (body.messages is None) == (body.prompt is None):
+            raise HTTPException(400, "prompt or messages, one of them")
+        if body.messages is not None:
+            tokens = await asyncio.to_thread(self.prompts.prompt, body.messages)
+        else:
+            (tokens,) = await asyncio.to_thread(self._encoded, [body.prompt])
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": self.prompts.context}
+
+    def _check_model(self, model: str) -> None:
         if model not in ("", self.name):
             raise HTTPException(404, f"there is no model {model[:80]!r}, only {self.name!r}")
 
-    async def answer(
-        self, http: Request, body: Body, prompts: list[list[int]], how: Sampling, shape: Shape
+    def _encoded(self, asked: Any) -> list[list[int]]:
+        """Texts as tokens, none of them control tokens; ids as they are."""
+        if not 0 < len(asked) <= MAX_PROMPTS:
+            rule = f"{len(asked)} prompts, 1 to {MAX_PROMPTS} are answered"
+            raise ModelError("M106", rule, where="prompt")
+        encode = self.prompts.tokenizer.encode
+        return [encode(p, special=False) if isinstance(p, str) else list(p) for p in asked]
+
+    async def _answer(
+        self, http: Request, body: Body, prompts: list[list[int]], how: Sampling
     ) -> Response:
-        """Answers `body.n` times to each prompt, together."""
+        """Answers `body.n` times to each prompt, together. The status of a stream is that of its
+        first piece."""
         for tokens in prompts:
-            self.llm.engine.check(tokens, how)
-        if self.worker.pending + len(prompts) * body.n > self.limits.waiting:
+            check_tokens(tokens, how, self.prompts.vocab, self.prompts.context)
+        jobs = [tokens for tokens in prompts for _ in range(body.n)]
+        if self.worker.pending + len(jobs) > self.limits.waiting:
             raise HTTPException(429, f"{self.limits.waiting} requests wait or run: try again later")
-        read = sum(map(len, prompts))
-        pieces = self._pieces(body, [p for p in prompts for _ in range(body.n)], how)
+        shape = Shape(body, self.name, self.prompts.tokenizer)
+        pieces = self._pieces(http, body, jobs, how)
+        # Until the first piece nothing is awaited: the limit above holds.
+        pieces, prompt_tokens = _resumed(await anext(pieces), pieces), sum(map(len, prompts))
         if body.stream:
-            lines = self._lines(body, pieces, shape, read)
-            return StreamingResponse(lines, media_type="text/event-stream")
-        joined = [Piece()] * (len(prompts) * body.n)
-        async with contextlib.aclosing(pieces):
-            async for index, piece in pieces:
-                joined[index] += piece
-                if await http.is_disconnected():
-                    return Response(status_code=499)
-        choices = [shape.choice(i, j.text, j.logprobs, j.finish) for i, j in enumerate(joined)]
-        head = shape.head(self.name, shape.kind)
-        return JSONResponse(head | {"choices": choices, "usage": usage(read, joined)})
+            stream = _stream(body, shape, pieces, prompt_tokens)
+            return StreamingResponse(stream, media_type="text/event-stream")
+        joined = [Piece()] * len(jobs)
+        async for index, piece in pieces:
+            joined[index] += piece
+        return JSONResponse(shape.answer(prompt_tokens, joined))
 
     async def _pieces(
-        self, body: Body, prompts: list[list[int]], how: Sampling
-    ) -> AsyncGenerator[tuple[int, Piece]]:
+        self, http: Request, body: Body, jobs: list[list[int]], how: Sampling
+    ) -> Pieces:
         """The pieces of all answers as they come. Leaving ends the answers."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]]()
-
-        def listener(index: int) -> Callable[[Piece], None]:
-            def put(piece: Piece) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-                    loop.call_soon_threadsafe(queue.put_nowait, (index, piece))
-
-            return put
-
-        answers: list[Answer] = []
+        queue, numbers = asyncio.Queue[tuple[int, Piece]](), []
+        looked = began = time.monotonic()
         try:
-            for i, tokens in enumerate(prompts):
-                seed = None if how.seed is None else how.seed + i % body.n
-                own = replace(how, seed=seed)
-                answers.append(self.worker.submit(tokens, own, listener(i), body.priority))
-            left = len(answers)
+            for i, tokens in enumerate(jobs):
+                own = how if how.seed is None else replace(how, seed=how.seed + i % body.n)
+                put = functools.partial(lambda i, piece: queue.put_nowait((i, piece)), i)
+                numbers.append(self.worker.submit(tokens, own, put))
+            left = len(jobs)
             while left:
-                index, piece = await queue.get()
-                left -= bool(piece.finish)
+                now = time.monotonic()
+                if now - began > self.limits.answer_s:
+                    raise HTTPException(503, f"no answer in {self.limits.answer_s:g} seconds")
+                if now - looked > LOOK_S:
+                    looked = now
+                    if await http.is_disconnected():
+                        raise HTTPException(499, "the client has left")
+                try:
+                    index, piece = await asyncio.wait_for(queue.get(), LOOK_S)
+                except TimeoutError:
+                    continue
                 if piece.error is not None:
                     raise piece.error
+                left -= bool(piece.finish)
                 yield index, piece
         finally:
-            for request in answers:
-                self.worker.cancel(request)
+            for number in numbers:
+                self.worker.cancel(number)
 
-    async def _lines(
-        self, body: Body, pieces: AsyncGenerator[tuple[int, Piece]], shape: Shape, read: int
-    ) -> AsyncIterator[str]:
-        """Server-sent events."""
-        head, last = shape.head(self.name, shape.chunk_kind), {}
-        try:
-            async with contextlib.aclosing(pieces):
-                async for index, piece in pieces:
-                    if index not in last and shape.is_chat:
-                        yield event(head | {"choices": [shape.first(index)]})
+
+async def _resumed(first: tuple[int, Piece], rest: Pieces) -> Pieces:
+    """All pieces, where the first has been waited for."""
+    async with contextlib.aclosing(rest):
+        yield first
+        async for item in rest:
+            yield item
+
+
+async def _stream(
+    body: Body, shape: Shape, pieces: Pieces, prompt_tokens: int
+) -> AsyncIterator[str]:  # fmt: skip
+    """Server-sent events."""
+    last: dict[int, Piece] = {}
+    try:
+        async with contextlib.aclosing(pieces):
+            async for index, piece in pieces:
+                if piece.text or piece.logprobs or piece.finish:
+                    yield shape.chunk([shape.part(index, piece, index not in last)])
                     last[index] = piece
-                    if piece.text or piece.logprobs or piece.finish:
-                        part = shape.part(index, piece.text, piece.logprobs, piece.finish)
-                        yield event(head | {"choices": [part]})
-            if body.stream_options and body.stream_options.include_usage:
-                yield event(head | {"choices": [], "usage": usage(read, [*last.values()])})
-        except Exception as error:  # the status line has been sent
-            yield event(failure(*described(error))[0])
-        yield "data: [DONE]\n\n"
-
-    def metrics(self) -> str:
-        """In Prometheus' text format."""
-        scheduler, worker = self.llm.engine.scheduler, self.worker
-        values = {
-            "requests_total": worker.requests, "tokens_total": worker.tokens,
-            "preemptions_total": scheduler.preemptions, "requests_running": len(scheduler.running),
-            "requests_waiting": len(scheduler.waiting), "pages_held": scheduler.pages.held,
-            "pages": scheduler.pages.count,
-        }  # fmt: skip
-        kinds = {n: "counter" if n.endswith("_total") else "gauge" for n in values}
-        lines = (f"# TYPE tilewright_{n} {kinds[n]}\ntilewright_{n} {v}" for n, v in values.items())
-        return "\n".join(lines) + "\n"
+        if body.stream_options and body.stream_options.include_usage:
+            yield shape.chunk([], usage=usage(prompt_tokens, [*last.values()]))
+    except Exception as error:  # the status line has been sent
+        yield event(failure(error)[0])
+    yield "data: [DONE]\n\n"
 
 
 class Gate:
-    """ASGI middleware: refuses requests without the key, and bodies that are too large."""
+    """ASGI middleware: refuses requests without the key and bodies that are too large or too slow;
+    gives each request an id, in a header and a line of the log."""
 
     def __init__(self, app: Any, limits: Limits) -> None:
         self.app, self.limits = app, limits
@@ -154,99 +211,68 @@ class Gate:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = dict(scope["headers"])
-        wanted = f"Bearer {self.limits.api_key}".encode()
-        is_open = not self.limits.api_key or scope["path"] == "/health"
-        if not is_open and not hmac.compare_digest(headers.get(b"authorization", b""), wanted):
-            return await _refuse(401, "the API key is wrong or missing")(scope, receive, send)
-        messages, size, more = [], 0, True
-        while more:
-            message = await receive()
-            messages.append(message)
-            size += len(message.get("body", b""))
-            more = message["type"] == "http.request" and message.get("more_body", False)
-            if size > self.limits.body_bytes:
-                rule = f"the body has more than {self.limits.body_bytes} bytes"
-                return await _refuse(413, rule)(scope, receive, send)
-        stored = iter(messages)
+        key, given = self.limits.api_key, dict(scope["headers"]).get(b"authorization", b"")
+        is_open = not key or scope["path"] == "/health"
+        if not is_open and not hmac.compare_digest(given, f"Bearer {key}".encode()):
+            refused = JSONResponse(*failure(HTTPException(401, "the API key is wrong or missing")))
+            return await refused(scope, receive, send)
+        number, began, sent = f"req-{secrets.token_hex(8)}", time.monotonic(), {}
 
-        async def replay() -> Any:
-            return next(stored, None) or await receive()
+        async def named(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                sent["status"] = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
+            await send(message)
 
-        return await self.app(scope, replay, send)
+        try:
+            await self.app(scope, self._limited(receive), named)
+        finally:
+            ms = round(1e3 * (time.monotonic() - began), 1)
+            line = {"id": number, "method": scope["method"], "path": scope["path"][:200], "ms": ms}
+            LOG.info(json.dumps(line | sent))
+
+    def _limited(self, receive: Any) -> Any:
+        """Receives a body within the limits of bytes and time, then what comes behind it."""
+        ends, left, more = time.monotonic() + self.limits.body_s, self.limits.body_bytes, True
+
+        async def limited() -> Any:
+            nonlocal left, more
+            patience = ends - time.monotonic() if more else None
+            try:
+                message = await asyncio.wait_for(receive(), patience)
+            except TimeoutError:
+                raise HTTPException(408, "the body does not come") from None
+            left -= len(message.get("body", b""))
+            more = message.get("more_body", False)
+            if left < 0:
+                raise HTTPException(413, f"the body has more than {self.limits.body_bytes} bytes")
+            return message
+
+        return limited
 
 
-def _refuse(status: int, message: str) -> JSONResponse:
-    content, status = failure(status, message)
-    return JSONResponse(content, status)
-
-
-def build_app(llm: LLM, name: str, limits: Limits | None = None) -> FastAPI:
+def build_app(
+    prompts: Prompts, worker: Worker, name: str, limits: Limits | None = None
+) -> FastAPI:  # fmt: skip
     """The application that serves a model under a name. Its engine stops when it shuts down."""
-    server = Server(llm, name, limits or Limits())
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(server.worker.stop)
-
-    app = FastAPI(title="Tilewright", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.server = server
-    app.add_middleware(Gate, limits=server.limits)
+    server = Server(prompts, worker, name, limits or Limits())
 
     async def failed(_: Request, error: Exception) -> JSONResponse:
-        content, status = failure(*described(error))
-        return JSONResponse(content, status)
+        return JSONResponse(*failure(error))
 
-    for kind in (HTTPException, RequestValidationError, TilewrightError, Exception):
+    app = FastAPI(
+        title="Tilewright", lifespan=lambda _: worker.running(), docs_url=None, redoc_url=None
+    )
+    app.state.server = server
+    app.add_middleware(Gate, limits=server.limits)
+    for kind in (AnyHTTPException, RequestValidationError, TilewrightError, Exception):
         app.add_exception_handler(kind, failed)
-
-    model = {"id": name, "object": "model", "created": server.began, "owned_by": "tilewright"}
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/metrics")
-    async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(server.metrics())
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
-
-    @app.get("/v1/models/{wanted:path}")
-    async def one_model(wanted: str) -> dict[str, Any]:
-        server.check_model(wanted)
-        return model
-
-    @app.post("/v1/completions")
-    async def completions(body: Completion, http: Request) -> Response:
-        server.check_model(body.model)
-        prompt = body.prompt
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-            prompt = [prompt]
-        prompts = await asyncio.to_thread(_encoded, llm, prompt)
-        how = body.sampling(16, body.logprobs)
-        return await server.answer(
-            http, body, prompts, how, Shape(llm, False, body.logprobs is not None)
-        )
-
-    @app.post("/v1/chat/completions")
-    async def chat(body: Chat, http: Request) -> Response:
-        server.check_model(body.model)
-        if body.max_completion_tokens is not None:
-            body.max_tokens = body.max_completion_tokens
-        how = body.sampling(llm.engine.context, body.top_logprobs if body.logprobs else None)
-        prompt = await asyncio.to_thread(llm.prompt, body.messages)
-        return await server.answer(http, body, [prompt], how, Shape(llm, True, body.logprobs))
-
+    app.get("/", include_in_schema=False)(server.page)
+    app.get("/health")(server.health)
+    app.get("/metrics")(server.metrics)
+    app.get("/v1/models")(server.models)
+    app.get("/v1/models/{wanted:path}")(server.model)
+    app.post("/v1/completions")(server.completions)
+    app.post("/v1/chat/completions")(server.chat)
+    app.post("/tokenize")(server.tokenize)
     return app
-
-
-def _encoded(llm: LLM, prompts: Any) -> list[list[int]]:
-    """Texts as tokens, none of them control tokens; ids as they are. Raises ModelError[M106]."""
-    if not 0 < len(prompts) <= 64:
-        raise ModelError("M106", f"{len(prompts)} prompts, 1 to 64 are answered", where="prompt")
-    encode = llm.tokenizer.encode
-    return [encode(p, special=False) if isinstance(p, str) else list(p) for p in prompts]

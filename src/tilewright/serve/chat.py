@@ -1,7 +1,7 @@
-"""Renders a conversation as the prompt of a model, by the model's own chat template.
+"""Prompts as tokens: questions and texts, and conversations by the model's own chat template.
 
-    chat = ChatTemplate.from_metadata(model.metadata, tokenizer)
-    ids = chat.tokens([{"role": "user", "content": "What is the capital of France?"}])
+    prompts = Prompts(open_model(path), context=2048)
+    ids = prompts.prompt([{"role": "user", "content": "What is the capital of France?"}])
 
 A template is a program from a model file. It runs in Jinja's immutable sandbox, in a process with
 limits of time and memory (`template_worker.py`).
@@ -19,14 +19,12 @@ Only the template writes control tokens; the text of a message never becomes one
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
 import subprocess
 import sys
 import threading
 import weakref
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +32,8 @@ from typing import Any
 
 from tilewright.errors import MissingExtra, ModelError, TilewrightError
 from tilewright.serve.models.config import Metadata, Value
-from tilewright.serve.tokenizer import Tokenizer
+from tilewright.serve.tokenizer import Tokenizer, load_tokenizer
+from tilewright.serve.weights import ModelFile
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_TEMPLATE_CHARS = 1 << 16
@@ -43,7 +42,10 @@ MAX_PROMPT_BYTES = 1 << 26  # of a rendered prompt as JSON
 MAX_SECONDS = 2.0  # of processor time, in one rendering
 MAX_BYTES = 1 << 29  # of memory, in the process that renders
 
+ANSWER_ROOM = 64  # tokens
+
 Message = dict[str, Any]
+Messages = list[Message]
 TEXT_FIELDS = ("content", "name", "reasoning_content", "tool_call_id")
 
 
@@ -54,17 +56,10 @@ def check_messages(messages: Any) -> list[Message]:
     joined; it may be None beside `tool_calls`, a list of objects. `name`, `reasoning_content` and
     `tool_call_id` are str. A system message may only come first. Raises ModelError[M106].
     """
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise _malformed("messages is not a list of at least one message", "messages")
-    if len(messages) > MAX_MESSAGES:
-        raise _malformed(f"{len(messages)} messages (limit {MAX_MESSAGES})", "messages")
+    if not isinstance(messages, list | tuple) or not 0 < len(messages) <= MAX_MESSAGES:
+        raise _malformed(f"messages is not a list of 1 to {MAX_MESSAGES} messages", "messages")
     checked = [_check_message(message, i) for i, message in enumerate(messages)]
-    try:
-        json.dumps(checked, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise _malformed("a text holds a lone surrogate", "messages") from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise _malformed(f"a message is not JSON: {str(error)[:80]}", "messages") from None
+    _check_json(checked, "messages")
     return checked
 
 
@@ -73,16 +68,14 @@ def _check_message(message: Any, i: int) -> Message:
     if not isinstance(message, Mapping):
         raise _malformed(f"a message is a {type(message).__name__}, not an object", where)
     role, calls = message.get("role"), message.get("tool_calls")
-    if role not in ROLES:
-        rule = f"role is {str(role)[:40]!r}, not one of {', '.join(ROLES)}"
+    if role not in ROLES or (role == "system" and i > 0):
+        rule = f"role is {str(role)[:40]!r}, not one of {', '.join(ROLES)}, and system only first"
         raise _malformed(rule, f"{where}.role")
-    if role == "system" and i > 0:
-        raise _malformed("a system message comes after others", where)
     checked: Message = {"role": str(role), "content": None}
     checked |= {key: message[key] for key in TEXT_FIELDS if message.get(key) is not None}
     if isinstance(checked["content"], list):
         parts = enumerate(checked["content"])
-        checked["content"] = "".join(_part_text(x, f"{where}.content[{j}]") for j, x in parts)
+        checked["content"] = "".join([_part_text(x, f"{where}.content[{j}]") for j, x in parts])
     for key, value in checked.items():
         if not isinstance(value, str) and not (value is None and calls):
             raise _malformed(f"{key} is a {type(value).__name__}, not text", f"{where}.{key}")
@@ -96,14 +89,63 @@ def _check_message(message: Any, i: int) -> Message:
 def _part_text(part: Any, where: str) -> str:
     text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
     if not isinstance(text, str):
-        rule = 'a part is not {"type": "text", "text": ...}; only text is supported'
-        raise _malformed(rule, where)
+        raise _malformed('a part is not {"type": "text", "text": ...}', where)
     return text
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Refuses what is not JSON, and lone surrogates, which would pass for markers."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        rule = f"{where} is not JSON, or holds a lone surrogate: {ascii(str(error))[:80]}"
+        raise _malformed(rule, where) from None
 
 
 def _malformed(rule: str, where: str) -> ModelError:
     hint = '[{"role": "user", "content": "Hello"}] is a conversation'
     return ModelError("M106", rule, where=where, hint=hint)
+
+
+class Prompts:
+    """The tokenizer and the chat template of a model. `context`: tokens of prompt and answer;
+    `tokenizer`: of the file, where it is loaded already."""
+
+    def __init__(self, file: ModelFile, context: int, tokenizer: Tokenizer | None = None) -> None:
+        self.context, self.vocab = context, file.config.vocab
+        self.tokenizer = load_tokenizer(file) if tokenizer is None else tokenizer
+        source = template_of(file.metadata)
+        self.template = ChatTemplate(source, self.tokenizer) if source else None
+
+    def prompt(self, prompt: str | Messages, tools: Any = None) -> list[int]:
+        """The tokens of a question, of a chat, or of a text to continue; no text of a user becomes
+        a control token. Raises the errors of `ChatTemplate.render`."""
+        template = self.template
+        if isinstance(prompt, str) and (template is None or not template.compiles()):
+            return self.tokenizer.encode(prompt, special=False)
+        if template is None:
+            raise _unusable("the model has none", "pass a text to continue")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return template.tokens(messages, tools)
+
+    def too_many(self, messages: Messages) -> int:
+        """How many messages to leave out, so that `ANSWER_ROOM` tokens (at most half of the
+        context) remain for an answer.
+
+        A leading system message and the last message always stay. The oldest others are left out
+        first, up to a user message, so that the rest begins with a question. Raises
+        ModelError[M105] when even the shortest form does not fit.
+        """
+        assert self.template is not None
+        checked, room = check_messages(messages), self.context - min(ANSWER_ROOM, self.context // 2)
+        first, size = (1 if checked[0]["role"] == "system" else 0), 0
+        later = [i for i in range(first + 1, len(checked)) if checked[i]["role"] == "user"]
+        for start in (first, *later):
+            size = len(self.template.tokens([*checked[:first], *checked[start:]]))
+            if size <= room:
+                return start - first
+        hint = "shorten the last message or the system message"
+        raise ModelError("M105", f"the prompt takes {size} tokens, {room} fit", hint=hint)
 
 
 class ChatTemplate:
@@ -113,16 +155,13 @@ class ChatTemplate:
     are raised by the first use.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
         self.source, self.tokenizer = source, tokenizer
-        self._any_special = re.compile(r"(?!)") if tokenizer is None else tokenizer.any_special
-        self._control: dict[str, int] = {}
+        self._any_special, special = tokenizer.any_special, tokenizer.special.items()
+        self._control = {text: i for text, i in special if i in tokenizer.control}
         names = {"bos_token": "", "eos_token": ""}
-        if tokenizer is not None:
-            special = tokenizer.special.items()
-            self._control = {text: i for text, i in special if i in tokenizer.control}
-            for name, token in tokenizer.named.items():
-                names[f"{name}_token"] = tokenizer.piece(token).decode("utf-8", "replace")
+        for name, token in tokenizer.named.items():
+            names[f"{name}_token"] = tokenizer.piece(token).decode("utf-8", "replace")
         surrogates = map(chr, range(0xDC00, 0xE000))
         used = set("".join(self._control))
         punctuation = sorted(ord(c) for c in used if not (c.isalnum() or c in "_ \t\n"))
@@ -135,16 +174,6 @@ class ChatTemplate:
         self._names = {name: self._marked(text) for name, text in names.items()}
         self._worker = _Worker(self._marked(source))
 
-    @classmethod
-    def from_metadata(
-        cls, metadata: Mapping[str, Value], tokenizer: Tokenizer | None = None
-    ) -> ChatTemplate:
-        """From `tokenizer.chat_template` of a GGUF file. Raises ModelError[M107] without one."""
-        source = template_of(metadata)
-        if not source:
-            raise _unusable("the model has none", "call generate with a text to complete")
-        return cls(source, tokenizer)
-
     def compiles(self) -> bool:
         """Returns whether the source is a template. Raises MissingExtra."""
         try:
@@ -153,28 +182,23 @@ class ChatTemplate:
             return False
         return True
 
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-    ) -> str:
-        """Returns the prompt of a conversation, up to the answer of the assistant.
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str:
+        """Returns the prompt of a conversation, up to the answer of the assistant. `tools`:
+        functions that the template shows to the model.
 
-        Without `add_generation_prompt` it ends behind the last message. Raises ModelError: M106 for
-        messages that are not well formed or that the template refuses, M107 for a template that
-        fails or takes too much time or memory.
+        Raises ModelError: M106 for messages that are not well formed or that the template refuses,
+        M107 for a template that fails or takes too much time or memory.
         """
-        return self._rendered(messages, add_generation_prompt).translate(self._originals)
+        return self._rendered(messages, tools).translate(self._originals)
 
-    def tokens(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-    ) -> list[int]:
+    def tokens(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
         """Returns the ids of the prompt's tokens. Text of a message never becomes a control token.
 
         The beginning-of-sequence token comes exactly once, also where both the template and the
         model's file ask for it. Raises the errors of `render`.
         """
         tokenizer = self.tokenizer
-        assert tokenizer is not None, "tokens need the tokenizer of the model"
-        text = self._rendered(messages, add_generation_prompt)
+        text = self._rendered(messages, tools)
         pieces, start = [], 0  # text and control token in turn
         for match in self._special.finditer(text):
             spelling = match[0].translate(self._originals)
@@ -190,43 +214,21 @@ class ChatTemplate:
         bos = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
         return ids if ids[:1] == bos else bos + ids
 
-    def fit(self, messages: Sequence[Mapping[str, Any]], limit: int) -> tuple[list[int], int]:
-        """Returns the longest end of a conversation that takes at most `limit` tokens, as tokens,
-        and the number of messages left out.
-
-        A leading system message and the last message always stay. The oldest others are left out
-        first, up to a user message, so that the rest begins with a question. Raises
-        ModelError[M105] when even the shortest form does not fit, and as `render`.
-        """
-        checked = check_messages(messages)
-        first = 1 if checked[0]["role"] == "system" else 0
-        later = [i for i in range(first + 1, len(checked)) if checked[i]["role"] == "user"]
-        starts = [first, *later]
-
-        @functools.cache
-        def tokens(start: int) -> list[int]:
-            return self.tokens([*checked[:first], *checked[start:]])
-
-        number = bisect_left(starts, True, key=lambda start: len(tokens(start)) <= limit)
-        if number == len(starts):
-            rule = f"the prompt takes {len(tokens(starts[-1]))} tokens, {limit} fit"
-            hint = "shorten the last message or the system message"
-            raise ModelError("M105", rule, hint=hint)
-        return tokens(starts[number]), starts[number] - first
-
     def _marked(self, text: str) -> str:
         return self._any_special.sub(lambda m: self._markers.get(m[0], m[0]), text)
 
-    def _rendered(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
         """The prompt with markers for control tokens, and perhaps substitutes in the messages."""
         checked = check_messages(messages)
-        variables = {"messages": checked, "tools": None, "documents": None, **self._names}
-        variables["add_generation_prompt"] = add_generation_prompt
+        _check_json(tools, "tools")
+        variables = {"messages": checked, "tools": tools, "documents": None, **self._names}
+        variables["add_generation_prompt"] = True
         text = self._worker.render(variables)
         if self._control.keys().isdisjoint(self._any_special.findall(text)):
             return text
         try:
             protected = [self._substituted(m) | {"role": m["role"]} for m in checked]
+            variables["tools"] = self._substituted(tools)
         except RecursionError:
             raise _malformed("a message is nested too deeply", "messages") from None
         return self._worker.render(variables | {"messages": protected})

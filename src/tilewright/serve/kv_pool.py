@@ -1,23 +1,8 @@
-"""The KV cache: pages of all layers, and an allocator that counts who uses each page."""
+"""The pages of the KV cache: an allocator that counts who uses each."""
 
 from __future__ import annotations
 
-from tilewright.attention.pool import Pool
-from tilewright.serve.memory import Memory
-from tilewright.serve.models.config import ModelConfig
-
-PAGE_SIZE = 16
-
-
-class KVPool:
-    """Keys and values of `pages` pages, float32: one pair of arrays for each layer."""
-
-    def __init__(self, config: ModelConfig, pages: int, memory: Memory) -> None:
-        shape = (pages, PAGE_SIZE, config.kv_heads, config.head_dim)
-        self.pages = pages
-        self.keys = [memory.empty(*shape) for _ in range(config.layers)]
-        self.values = [memory.empty(*shape) for _ in range(config.layers)]
-        self.layers = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
+PAGE_SIZE = 16  # tokens
 
 
 class Pages:

@@ -12,19 +12,33 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from tilewright.errors import ModelError, TilewrightError
-from tilewright.serve.engine import LLM
 from tilewright.serve.request import Sampling, TokenLogprob
+from tilewright.serve.tokenizer import Tokenizer
 from tilewright.serve.worker import Piece
 
 MAX_MESSAGE = 500  # characters of an error
+KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+BAD_REQUEST = ("M105", "M106", "M107", "M110")
 
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class TextFormat(BaseModel):
-    type: Literal["text"]
+class Schema(BaseModel):
+    schema_: dict[str, Any] = Field({}, alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+    def schema_text(self) -> str:
+        """The JSON schema of an answer, "" for none."""
+        if self.type == "text":
+            return ""
+        asked = self.json_schema.schema_ if self.json_schema else None
+        return json.dumps({"type": "object"} if self.type == "json_object" else asked)
 
 
 class Body(BaseModel):
@@ -53,18 +67,20 @@ class Body(BaseModel):
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     ignore_eos: bool = False
-    priority: int = Field(0, ge=-100, le=100)
+    priority: int = 0
+    ttft_ms: float | None = None
+    itl_ms: float | None = None
+    best_effort: bool = False
 
-    def sampling(self, max_tokens: int, logprobs: int | None) -> Sampling:
-        """Raises ModelError[M106]."""
-        return Sampling(
-            max_tokens=max_tokens if self.max_tokens is None else self.max_tokens,
-            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
-            presence=self.presence_penalty, frequency=self.frequency_penalty,
-            repetition=self.repetition_penalty, logit_bias=self.logit_bias or {}, seed=self.seed,
-            stop=[self.stop] if isinstance(self.stop, str) else self.stop or (),
-            ignore_end=self.ignore_eos, logprobs=logprobs,
-        )  # fmt: skip
+    def sampling(self, max_tokens: int, logprobs: int | None, schema: str = "") -> Sampling:
+        """How the answer is chosen; `max_tokens` where the client names none. Raises
+        ModelError[M106]."""
+        names = set(Sampling.__dataclass_fields__) - {"logprobs"}
+        fields: dict[str, Any] = {"max_tokens": max_tokens}
+        fields |= self.model_dump(include=names, exclude_none=True)
+        if isinstance(self.stop, str):
+            fields["stop"] = [self.stop]
+        return Sampling(**fields, logprobs=logprobs, schema=schema)
 
 
 class Completion(Body):
@@ -78,66 +94,79 @@ class Chat(Body):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+
+
+class Tokenize(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    model: str = ""
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
 
 
 class Shape:
-    """The JSON of one endpoint."""
+    """The JSON of the answers to a body."""
 
-    def __init__(self, llm: LLM, is_chat: bool, with_logprobs: bool) -> None:
-        self.llm, self.is_chat, self.with_logprobs = llm, is_chat, with_logprobs
-        self.kind = "chat.completion" if is_chat else "text_completion"
-        self.chunk_kind = "chat.completion.chunk" if is_chat else self.kind
-        self.id = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
+    def __init__(self, body: Body, model: str, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.is_chat = tokenizer, isinstance(body, Chat)
+        self.with_logprobs = getattr(body, "logprobs", None) not in (None, False)
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        number = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self.head = {"id": number, "object": kind, "created": int(time.time()), "model": model}
 
-    def head(self, model: str, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": int(time.time()), "model": model}
+    def answer(self, prompt_tokens: int, pieces: list[Piece]) -> dict[str, Any]:
+        """All answers, each as one piece."""
+        choices = [self._choice(i, piece, "message") for i, piece in enumerate(pieces)]
+        return self.head | {"choices": choices, "usage": usage(prompt_tokens, pieces)}
 
-    def choice(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
-        content = (
-            {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        )
-        return self._choice(index, content, logprobs, finish)
+    def chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        """An event of a stream."""
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        return event(self.head | {"object": kind, "choices": choices} | more)
 
-    def part(self, index: int, text: str, logprobs: Any, finish: str) -> dict[str, Any]:
-        content = {"delta": {"content": text} if text else {}} if self.is_chat else {"text": text}
-        return self._choice(index, content, logprobs, finish)
+    def part(self, index: int, piece: Piece, is_first: bool) -> dict[str, Any]:
+        """What a step added to an answer."""
+        choice = self._choice(index, piece, "delta")
+        if self.is_chat and not is_first:
+            del choice["delta"]["role"]
+        return choice
 
-    def first(self, index: int) -> dict[str, Any]:
-        return self._choice(index, {"delta": {"role": "assistant", "content": ""}}, (), "")
-
-    def _choice(self, index: int, content: Any, logprobs: Any, finish: str) -> dict[str, Any]:
-        ends = {"": None, "cancel": "stop"}.get(finish, finish)
-        shown = self._logprobs(logprobs) if self.with_logprobs else None
+    def _choice(self, index: int, piece: Piece, key: str) -> dict[str, Any]:
+        content: dict[str, Any] = {"text": piece.text}
+        if self.is_chat:
+            content = {key: {"role": "assistant", "content": piece.text}}
+        ends = {"": None, "cancel": "stop"}.get(piece.finish, piece.finish)
+        shown = self._logprobs(piece.logprobs) if self.with_logprobs else None
         return {"index": index, **content, "logprobs": shown, "finish_reason": ends}
 
     def _logprobs(self, logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any]:
-        if not self.is_chat:
-            tokens = [self._text(x.token) for x in logprobs]
-            top = [{self._text(t): p for t, p in x.top} for x in logprobs]
-            values = [x.logprob for x in logprobs]
-            return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top}
-        return {
-            "content": [
+        if self.is_chat:
+            rows = [
                 self._token(x.token, x.logprob)
                 | {"top_logprobs": [self._token(t, p) for t, p in x.top]}
                 for x in logprobs
             ]
-        }
+            return {"content": rows}
+        tokens = [self._text(x.token) for x in logprobs]
+        top = [{self._text(t): p for t, p in x.top} for x in logprobs]
+        values = [x.logprob for x in logprobs]
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top}
 
     def _text(self, token: int) -> str:
-        return self.llm.tokenizer.piece(token).decode("utf-8", "replace")
+        return self.tokenizer.piece(token).decode("utf-8", "replace")
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        spelled = list(self.llm.tokenizer.piece(token))
+        spelled = list(self.tokenizer.piece(token))
         return {"token": self._text(token), "logprob": logprob, "bytes": spelled}
 
 
-def usage(read: int, answers: list[Piece]) -> dict[str, Any]:
+def usage(prompt_tokens: int, answers: list[Piece]) -> dict[str, Any]:
     written, cached = sum(a.answered for a in answers), sum(a.cached for a in answers)
     return {
-        "prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens": prompt_tokens, "completion_tokens": written,
+        "total_tokens": prompt_tokens + written, "prompt_tokens_details": {"cached_tokens": cached},
     }  # fmt: skip
 
 
@@ -145,27 +174,20 @@ def event(value: Any) -> str:
     return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
 
 
-def described(error: Exception) -> tuple[int, str, str | None, str | None]:
-    """Status, message, argument and code of an error."""
-    if isinstance(error, HTTPException):
-        return error.status_code, str(error.detail), None, None
-    if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        where = ".".join(ascii(part).strip("'")[:80] for part in first["loc"][1:])
-        return 400, f"{where}: {first['msg']}", where, None
-    if isinstance(error, ModelError) and error.code in ("M105", "M106", "M107"):
-        message = f"{error.message}. {error.hint}".removesuffix(". ")
-        code = "context_length_exceeded" if error.code == "M105" else error.code
-        return 400, message, error.where or None, code
+def failure(error: Exception) -> tuple[dict[str, Any], int]:
+    """An error in OpenAI's shape, and its status. What went wrong inside is not told."""
+    status, message, param = 500, "the server failed to answer this request", None
     code = error.code if isinstance(error, TilewrightError) else None
-    return 500, "the server failed to answer this request", None, code
-
-
-def failure(
-    status: int, message: str, param: str | None = None, code: str | None = None
-) -> tuple[dict[str, Any], int]:
-    """An error in OpenAI's shape, and its status."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    if isinstance(error, HTTPException):
+        status, message = error.status_code, str(error.detail)
+    elif isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        param = ".".join(ascii(part).strip("'")[:80] for part in first["loc"][1:])
+        status, message = 400, f"{param}: {first['msg']}"
+    elif isinstance(error, ModelError) and (code == "M109" or code in BAD_REQUEST):
+        status, param = 503 if code == "M109" else 400, error.where or None
+        message = f"{error.message}. {error.hint}".removesuffix(". ")
+        code = "context_length_exceeded" if code == "M105" else code
+    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     message = message[:MAX_MESSAGE].encode(errors="replace").decode()  # it may quote the request
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}, status

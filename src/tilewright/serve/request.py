@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +16,22 @@ from tilewright.errors import ModelError
 if TYPE_CHECKING:
     from tilewright.serve.prefix import Node
 
-HOTTEST = 1e30
+RANGES = {
+    "temperature": (0, 1e30), "min_p": (0, 1), "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2), "repetition_penalty": (0.01, 100),
+    "ttft_ms": (0.001, 1e9), "itl_ms": (0.001, 1e9),
+}  # fmt: skip
+LARGEST = 1000  # of priorities
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_BIASES = 1024
 
 
-def is_count(value: Any, least: int) -> bool:
-    """Whether an argument is an integer of Python or NumPy, and at least `least`."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+def is_count(value: Any, least: int, most: float = inf) -> bool:
+    """Whether an argument is an integer of Python or NumPy in a range."""
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    return is_integer and least <= int(value) <= most
 
 
 def is_number(value: Any, least: float, most: float) -> bool:
@@ -33,18 +40,32 @@ def is_number(value: Any, least: float, most: float) -> bool:
     return is_real and least <= value <= most  # pyright: ignore[reportOperatorIssue]
 
 
+def check_fields(value: Any, rules: Mapping[str, tuple[bool, str]]) -> None:
+    """Raises ModelError[M106] for the first field that is not right. `rules`: by the name of a
+    field whether it is, and what is allowed."""
+    for name, (is_right, allowed) in rules.items():
+        if not is_right:
+            rule = f"{name}={repr(getattr(value, name))[:80]}"
+            raise ModelError("M106", rule, where=name, hint=f"{name}: {allowed}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How an answer is chosen. Raises ModelError[M106] for values out of range.
+    """How an answer is chosen and served. Raises ModelError[M106] for values out of range.
 
     `temperature` 0 takes the likeliest token. Then the tokens are cut to the `top_k` likeliest (0:
     all), to the fewest that have the probability `top_p`, and to those with at least `min_p` times
-    the probability of the likeliest. Penalties: `presence` and `frequency` are subtracted from the
-    logits of tokens of the answer, once and for each occurrence; `repetition` divides positive
-    logits of tokens of prompt and answer, and multiplies negative ones. `logit_bias`: token to a
-    number that is added. `seed` None: another answer each time. `stop`: texts that end the answer
-    and are not part of it; `ignore_end`: end tokens do not end it. `logprobs`: how many likeliest
-    tokens are reported with each token; None reports nothing.
+    the probability of the likeliest. Penalties: those of presence and frequency are subtracted from
+    the logits of tokens of the answer, once and for each occurrence; that of repetition divides
+    positive logits of tokens of prompt and answer, and multiplies negative ones. `logit_bias`:
+    token to a number that is added. `seed` None: another answer each time. `stop`: texts that end
+    the answer and are not part of it; `ignore_eos`: end tokens do not end it. `logprobs`: how many
+    likeliest tokens are reported with each token; None reports nothing. `schema`: a JSON schema
+    that the answer follows ("": none).
+
+    `priority`: a higher one is served first. `ttft_ms`: the first token is promised so many
+    milliseconds after the arrival; `itl_ms`: each later one so many after the one before.
+    `best_effort`: promises that cannot be kept are dropped, instead of an error.
     """
 
     max_tokens: int = 256
@@ -52,47 +73,48 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    presence: float = 0.0
-    frequency: float = 0.0
-    repetition: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: Sequence[str] = ()
-    ignore_end: bool = False
+    ignore_eos: bool = False
     logprobs: int | None = None
+    schema: str = ""
+    priority: int = 0
+    ttft_ms: float | None = None
+    itl_ms: float | None = None
+    best_effort: bool = False
 
     def __post_init__(self) -> None:
-        tests = {
+        top, seed = self.logprobs, self.seed
+        rules = {
             "max_tokens": (is_count(self.max_tokens, 1), "an integer from 1"),
-            "temperature": (is_number(self.temperature, 0, HOTTEST), f"0…{HOTTEST:g}"),
             "top_k": (is_count(self.top_k, 0), "an integer from 0"),
             "top_p": (is_number(self.top_p, 0, 1) and self.top_p > 0, "above 0, at most 1"),
-            "min_p": (is_number(self.min_p, 0, 1), "0…1"),
-            "presence": (is_number(self.presence, -2, 2), "-2…2"),
-            "frequency": (is_number(self.frequency, -2, 2), "-2…2"),
-            "repetition": (is_number(self.repetition, 0.01, 100), "0.01…100"),
             "logit_bias": (_is_bias(self.logit_bias), "tokens to numbers of -100…100"),
-            "seed": (self.seed is None or is_count(self.seed, 0), "an integer from 0"),
+            "seed": (seed is None or is_count(seed, 0), "an integer from 0"),
             "stop": (_are_stops(self.stop), f"at most {MAX_STOPS} texts, none of them empty"),
-            "ignore_end": (isinstance(self.ignore_end, bool), "True or False"),
-            "logprobs": (
-                self.logprobs is None
-                or (is_count(self.logprobs, 0) and self.logprobs <= MAX_LOGPROBS),
-                f"an integer of 0…{MAX_LOGPROBS}",
-            ),
+            "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
+            "logprobs": (top is None or is_count(top, 0, MAX_LOGPROBS), f"0…{MAX_LOGPROBS}"),
+            "schema": (isinstance(self.schema, str), "a JSON schema as text"),
+            "priority": (is_count(self.priority, -LARGEST, LARGEST), f"-{LARGEST}…{LARGEST}"),
         }
-        for name, (is_right, allowed) in tests.items():
-            if not is_right:
-                rule = f"{name}={repr(getattr(self, name))[:80]}"
-                raise ModelError("M106", rule, where=name, hint=f"{name}: {allowed}")
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            is_absent = value is None and name.endswith("_ms")
+            rules[name] = is_absent or is_number(value, least, most), f"{least:g}…{most:g}"
+        check_fields(self, rules)
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
     @property
     def is_plain_greedy(self) -> bool:
         """Whether the token is the one of the largest logit, and nothing else is asked for."""
-        changed = self.presence or self.frequency or self.repetition != 1 or self.logit_bias
-        return self.temperature == 0 and self.logprobs is None and not changed
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        is_changed = self.temperature or penalties or self.logit_bias or self.schema
+        return not is_changed and self.logprobs is None
 
 
 def _is_bias(value: Any) -> bool:
@@ -125,13 +147,15 @@ class Request:
     `tokens`: prompt and answer; keys and values of the first `computed` are in `pages`, the first
     `cached` of them were when it was admitted; the first `in_chunks` are read many at once, later
     ones one a step. `rank`: its priority, grown by waiting. `finish`: "" while it runs, then stop,
-    length, cancel or error. `pieces`: text that nobody has read yet.
+    length, cancel or error. `pieces`: text that nobody has read yet. `since`: the step at which it
+    began to wait, for a seat or for its next tokens. Seconds: `arrived`; `due`: the next token is
+    promised; `first`, `last`: its first and its latest token came.
     """
 
     id: int
     tokens: list[int]
     sampling: Sampling = field(default_factory=Sampling)
-    priority: int = 0
+    arrived: float = 0.0
     seed: int = 0
     prompt_tokens: int = 0
     in_chunks: int = 0
@@ -141,16 +165,23 @@ class Request:
     node: Node | None = None
     rank: int = 0
     since: int = 0
+    due: float = field(default=inf, init=False)
+    first: float = 0.0
+    last: float = 0.0
     finish: str = ""
     error: Exception | None = None
     counts: Counter[int] = field(default_factory=Counter)
     pieces: deque[str] = field(default_factory=deque)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     text: Any = None
+    grammar: Any = None
+    gap: float = field(default=inf, init=False)
 
     def __post_init__(self) -> None:
         self.prompt_tokens = self.in_chunks = len(self.tokens)
-        self.rank = self.priority
+        self.rank, how = self.sampling.priority, self.sampling
+        self.due = inf if how.ttft_ms is None else self.arrived + how.ttft_ms / 1e3
+        self.gap = inf if how.itl_ms is None else how.itl_ms / 1e3
 
     @property
     def answer(self) -> list[int]:
@@ -166,17 +197,27 @@ class Request:
         """Tokens that the model has not read. One that is being answered has 1."""
         return len(self.tokens) - self.computed
 
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Tokens a second: of the prompt, without known ones and up to the first token of the
+        answer; of the answer, after it."""
+        read_s, written_s = self.first - self.arrived, self.last - self.first
+        read, written = self.prompt_tokens - self.cached, self.answered - 1
+        return read / read_s if read_s > 0 else 0.0, written / written_s if written_s > 0 else 0.0
 
-def check_tokens(tokens: Any, vocab: int, context: int) -> list[int]:
-    """The tokens of a prompt. Raises ModelError: M106 for none or one out of range, M105 for more
-    than fit into the context."""
+
+def check_tokens(tokens: Any, sampling: Sampling, vocab: int, context: int) -> list[int]:
+    """The tokens of a prompt. Raises ModelError: M106 for none or one out of range, here or in
+    `logit_bias`, M105 for more than fit into the context."""
+    if sampling.logit_bias and max(sampling.logit_bias) >= vocab:
+        rule = f"logit_bias names token {max(sampling.logit_bias)} of {vocab}"
+        raise ModelError("M106", rule, where="logit_bias")
     try:
         ids = np.asarray(tokens)
     except ValueError:
         ids = np.empty(0)
-    if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu" or ids.min() < 0:
-        ids = np.empty(0)
-    if not len(ids) or ids.max() >= vocab:
+    is_list = ids.ndim == 1 and len(ids) > 0 and ids.dtype.kind in "iu"
+    if not is_list or ids.min() < 0 or ids.max() >= vocab:
         rule = f"tokens must be 1 or more integers from 0 to {vocab - 1}"
         raise ModelError("M106", rule, where="tokens")
     if len(ids) >= context:

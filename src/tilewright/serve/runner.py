@@ -22,11 +22,12 @@ import numpy as np
 
 from tilewright.attention.kv import KV
 from tilewright.attention.plan import CHUNK_TILES, KEY_TILE
+from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
 from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.positions import lengthen_kernel, positions_kernel
 from tilewright.runtime.step import Step
-from tilewright.serve.kv_pool import PAGE_SIZE, KVPool
+from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.scheduler import Chunk, Limits
 
@@ -58,8 +59,9 @@ class Runner:
 
     def __init__(self, model: Llama, limits: Limits, context: int) -> None:
         self.model, self.invariant = model, limits.invariant
-        self.cache = KVPool(model.config, limits.pages, model.memory)
         new, most, config = model.memory.empty, limits.running, model.config
+        shape = (limits.pages, PAGE_SIZE, config.kv_heads, config.head_dim)
+        self.keys, self.values = ([new(*shape) for _ in range(config.layers)] for _ in range(2))
         tokens = limits.step_tokens + most  # a row more for each chunk
         self.width = context // PAGE_SIZE + 1
         self.activations = {k: new(tokens, w) for k, w in model.widths.items()}
@@ -158,7 +160,7 @@ class Runner:
             pages = rows(self.block_table, 0, requests)
             table = Table(rows(self.kv_len, 0, requests), pages)
             plan = Table(rows(self.plan_len, 0, requests), pages)
-            pools = self.cache.layers
+            pools = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
             self._views[requests] = [KV(table, pool) for pool in pools], KV(plan, pools[0])
         return self._views[requests]
 
@@ -181,7 +183,7 @@ class Runner:
             attention.run(q, views[layer], plans[attention], out=out)
 
         b = self._rows(int(indptr[-1]), self._single(sum(not c.is_prompt for c in chunks)))
-        model.forward(b, (self.cache.keys, self.cache.values), attend, do)
+        model.forward(b, (self.keys, self.values), attend, do)
         if wanting:
             count = len(wanting)
             last = {name: memory.rows(a, 0, count) for name, a in self.last.items()}
@@ -209,7 +211,7 @@ class Runner:
         positions = positions_kernel(PAGE_SIZE, model.name)
         do(positions, lengths, table, out=(b.position, b.page, b.slot))
         b = replace(b, ids=last["token"])
-        model.forward(b, (self.cache.keys, self.cache.values), attend, do)
+        model.forward(b, (self.keys, self.values), attend, do)
         model.finish({**b.a, **last}, b.single, do)
         do(lengthen_kernel(model.name), lengths)
         return Step(bounds)

@@ -21,6 +21,8 @@ def sample(request: Request, logits: np.ndarray) -> int:
     if sampling.temperature:
         uniform = np.random.default_rng((request.seed, request.answered)).random()
         token = draw(scores, sampling, uniform)
+    if request.grammar is not None:
+        request.grammar.consume_token(token)
     if sampling.logprobs is not None:
         request.logprobs.append(logprobs(logits, token, sampling.logprobs))
     return token
@@ -29,15 +31,20 @@ def sample(request: Request, logits: np.ndarray) -> int:
 def penalized(request: Request, logits: np.ndarray) -> np.ndarray:
     """The logits after penalties and biases, float64 (vocab,)."""
     s, scores = request.sampling, logits.astype(np.float64)
-    if s.repetition != 1:
+    if s.repetition_penalty != 1:
         seen = np.unique(request.tokens)
         x = scores[seen]
-        scores[seen] = np.where(x > 0, x / s.repetition, x * s.repetition)
-    if request.counts and (s.presence or s.frequency):
+        scores[seen] = np.where(x > 0, x / s.repetition_penalty, x * s.repetition_penalty)
+    if request.counts and (s.presence_penalty or s.frequency_penalty):
         tokens = np.fromiter(request.counts.keys(), np.int64)
-        scores[tokens] -= s.presence + s.frequency * np.fromiter(request.counts.values(), np.int64)
+        scores[tokens] -= s.presence_penalty + s.frequency_penalty * np.fromiter(
+            request.counts.values(), np.int64
+        )
     for token, bias in s.logit_bias.items():
         scores[token] += bias
+    if request.grammar is not None:
+        mask = np.frombuffer(request.grammar.compute_bitmask(), np.uint8)
+        scores[np.unpackbits(mask, bitorder="little", count=len(scores)) == 0] = -np.inf
     return scores
 
 

@@ -1,29 +1,35 @@
 """The scheduler: which tokens of which requests the next step reads.
 
 Continuous batching: a step has one token of every request that is being answered, then chunks of
-prompts as far as `step_tokens` reach. A request is admitted when the pages of its whole prompt are
+prompts. What a step does, `policy.decide` says, of the state that the scheduler shows it; the
+scheduler owns the lists and the pages. A request is admitted when the pages of its whole prompt are
 available; the answer takes pages as it grows. Where none is left, the running request of the lowest
 rank, among equals the latest, gives its pages back and is read again later (preemption by
-recompute). A waiting request of a higher priority preempts one of a lower rank. Waiting raises the
-rank by one every `PATIENCE` steps, so that nobody waits for ever.
+recompute). Waiting raises the rank by one every `PATIENCE` steps, so that nobody waits for ever.
 
-Decisions depend on token ids and counts only: no clock, no arrays, no threads.
+No clock, no arrays, no threads: the caller tells the time.
 
     while scheduler.has_work:
-        decision = scheduler.schedule()
-        ...                                   # run decision.chunks
-        for request in scheduler.commit(decision): ...   # each wants its next token
+        batch = scheduler.schedule(now)
+        ...                                   # run batch.chunks
+        for request in scheduler.commit(batch, now): ...   # each wants its next token
 """
 
 from __future__ import annotations
 
+from bisect import insort
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
+from tilewright.serve.cost import CostModel, Work
 from tilewright.serve.kv_pool import PAGE_SIZE, Pages
+from tilewright.serve.policy import Decision, Prompt, State, decide
 from tilewright.serve.prefix import PrefixTree
 from tilewright.serve.request import Request
 
 PATIENCE = 256  # steps
+WINDOW = 64  # waiting requests that the policy sees, the best by rank and arrival
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,44 +66,55 @@ class Chunk:
         """Whether its last token is the last of the request."""
         return self.stop == len(self.request.tokens)
 
-    def __str__(self) -> str:
-        return f"{self.request.id}[{self.start}:{self.stop}]"
-
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    """What a step does: its chunks, those of answers first; ids of who was admitted and who was
-    preempted before it."""
+class Batch:
+    """What a step does: its chunks, those of answers first; the decision that led to it, and ids of
+    who was preempted before it."""
 
     step: int
     chunks: tuple[Chunk, ...]
-    admitted: tuple[int, ...] = ()
+    decision: Decision
     preempted: tuple[int, ...] = ()
 
-    def __str__(self) -> str:
-        words = [f"{self.step}:", *map(str, self.chunks)]
-        words += [f"+{i}" for i in self.admitted] + [f"-{i}" for i in self.preempted]
-        return " ".join(words)
+
+def work_of(chunks: Sequence[Chunk]) -> Work:
+    """What a step of these chunks reads, for the model of its cost."""
+    stops = [c.stop for c in chunks if not c.is_prompt]
+    work = Work(len(stops), sum(stops))
+    for chunk in chunks[len(stops) :]:
+        work = work.plus(chunk.start, chunk.stop - chunk.start)
+    return work
 
 
 class Scheduler:
-    """The waiting and the running requests, and the pages they hold."""
+    """The waiting and the running requests, and the pages they hold.
 
-    def __init__(self, limits: Limits) -> None:
+    `model`: predicts the seconds of a step; one without constants lets every step be full.
+    `policy`: `decide`, or another for comparisons. `late`: tokens after their promised time."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        model: CostModel | None = None,
+        policy: Callable[[State, CostModel], Decision] = decide,
+    ) -> None:
         self.limits = limits
+        self.model = model or CostModel()
+        self.policy = policy
         self.pages = Pages(limits.pages)
         self.prefix = PrefixTree(self.pages, limits.page_size)
         self.waiting: list[Request] = []
-        self.running: list[Request] = []
+        self.running: list[Request] = []  # by rank, then by arrival
         self.step = 0
-        self.preemptions = 0
+        self.preemptions = self.late = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        """Adds a new request. The caller has checked that its longest answer fits the pool."""
+        """A new request; its tokens and the longest answer fit into the pool."""
         request.since = self.step
         self.waiting.append(request)
 
@@ -112,97 +129,100 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
 
-    def schedule(self) -> Decision:
-        """The next step. One that failed and was not committed is decided again."""
+    def schedule(self, now: float = 0.0) -> Batch:
+        """The next step, at `now` seconds. One that was not committed is decided again."""
         self.step += 1
         for request in self.running:  # a failure after commit: the last token is read again
             request.computed = min(request.computed, len(request.tokens) - 1)
-        preempted = self._make_room()
-        admitted = self._admit()
-        self.running.sort(key=_order)
-        chunks, budget = [], self.limits.step_tokens
-        for request in [r for r in self.running if r.computed >= r.in_chunks]:
-            if request not in self.running or not self._grow(request, preempted):
-                continue
-            chunks.append(Chunk(request, request.computed, request.computed + 1))
-            budget -= 1
-        for request in [r for r in self.running if r.computed < r.in_chunks]:
-            stop = min(request.in_chunks, request.computed + budget)
-            if stop > request.computed:
-                chunks.append(Chunk(request, request.computed, stop))
-                budget -= stop - request.computed
-        return Decision(self.step, tuple(chunks), tuple(admitted), tuple(preempted))
+        preempted: list[int] = []
+        decision = self.policy(self.state(now), self.model)
+        while decision.preempt >= 0:
+            preempted.append(self._preempt(decision.preempt))
+            decision = self.policy(self.state(now), self.model)
+        self._admit([r for r in self.waiting if r.id in decision.admit])
+        rows = [(r, 1) for r in self._answers() if decision.kind != "prefill"]
+        for request, _ in rows:
+            if self._lacks_page(request):
+                request.pages.append(self._take())
+        by_id = {r.id: r for r in self.running}
+        rows += [(by_id[i], tokens) for i, tokens in decision.chunks]
+        chunks = tuple([Chunk(r, r.computed, r.computed + tokens) for r, tokens in rows])
+        return Batch(self.step, chunks, decision, tuple(preempted))
 
-    def commit(self, decision: Decision) -> list[Request]:
-        """Notes that a step was run. Returns the requests that want their next token, in the order
-        of the chunks."""
-        for chunk in decision.chunks:
-            chunk.request.computed = chunk.stop
+    def commit(self, batch: Batch, now: float = 0.0) -> list[Request]:
+        """Notes that a step was run, until `now` seconds. Returns the requests that want their next
+        token, in the order of the chunks."""
+        for chunk in batch.chunks:
+            request = chunk.request
+            request.computed, request.since = chunk.stop, batch.step
             if self.limits.share:
-                self._keep(chunk.request)
-        return [c.request for c in decision.chunks if c.wants_token]
+                self._keep(request)
+            if chunk.wants_token:
+                self.late += now > request.due
+                request.due = now + request.gap
+        return [c.request for c in batch.chunks if c.wants_token]
 
-    # -- inside ----------------------------------------------------------------------------------
+    def state(self, now: float) -> State:
+        """What the policy sees. Of those that wait the best, by rank and arrival."""
+        running, answers = self.running, self._answers()
+        waiting = sorted(self.waiting, key=lambda r: (-self._rank(r), r.id))[:WINDOW]
+        return State(
+            step_tokens=self.limits.step_tokens, quantum=self.limits.page_size,
+            pages=self.pages.available, seats=self.limits.running - len(running),
+            answers=len(answers), context=sum([r.computed for r in answers]) + len(answers),
+            due=min([r.due for r in answers if r.left == 1], default=inf) - now,
+            gap=min([r.gap for r in running], default=inf),
+            growth=sum([self._lacks_page(r) for r in answers]),
+            worst=(running[-1].rank, running[-1].id) if running else None,
+            prompts=tuple([self._prompt(r, now) for r in running if r.computed < r.in_chunks]),
+            waiting=tuple([self._candidate(r, now) for r in waiting]),
+        )  # fmt: skip
+
+    def _answers(self) -> list[Request]:
+        """The running requests that read a token a step."""
+        return [r for r in self.running if r.computed >= r.in_chunks]
 
     def _rank(self, request: Request) -> int:
         """The rank of a waiting request now."""
         return request.rank + (self.step - request.since) // PATIENCE
 
-    def _make_room(self) -> list[int]:
-        """Preempts for waiting requests of a higher priority, while these lack a seat or pages."""
-        preempted: list[int] = []
-        for request in sorted(self.waiting, key=lambda r: (-r.priority, r.id)):
-            worst = max(self.running, key=_order, default=None)
-            if worst is None or worst.rank >= request.priority:
-                break
-            while worst is not None and worst.rank < request.priority:
-                if len(self.running) < self.limits.running and self._fits(request):
-                    break
-                preempted.append(self._preempt(worst))
-                worst = max(self.running, key=_order, default=None)
-        return preempted
+    def _prompt(self, r: Request, now: float) -> Prompt:
+        left, age, priority = r.in_chunks - r.computed, self.step - r.since, r.sampling.priority
+        return Prompt(r.id, r.computed, left, r.due - now, r.gap, age, priority, r.rank)
 
-    def _admit(self) -> list[int]:
-        """Moves waiting requests to the running ones, as far as a step can read their prompts."""
-        admitted: list[int] = []
-        backlog = sum(r.left for r in self.running)
-        for request in sorted(self.waiting, key=lambda r: (-self._rank(r), r.id)):
-            if len(self.running) == self.limits.running or backlog >= self.limits.step_tokens:
-                break
-            if not self._fits(request):
-                break
-            request.rank = self._rank(request)
+    def _candidate(self, r: Request, now: float) -> Prompt:
+        """A waiting request, with what the prefix tree knows of it."""
+        path = self.prefix.match(r.tokens)
+        start = len(path) * self.limits.page_size
+        pages = self._needed(r) - sum([self.pages.holders[n.page] > 0 for n in path])
+        seen = self._prompt(r, now)
+        return seen._replace(
+            start=start, left=r.in_chunks - start, rank=self._rank(r), pages=pages
+        )  # fmt: skip
+
+    def _admit(self, requests: list[Request]) -> None:
+        """Moves waiting requests to the running ones, with the pages of their tokens. All hold what
+        the prefix tree knows of them before any takes a new page, which may evict another."""
+        for request in requests:
+            path = self.prefix.match(request.tokens)
+            for node in path:
+                self.pages.hold(node.page)
+            request.pages = [node.page for node in path]
+            request.node = path[-1] if path else None
+            request.computed = len(path) * self.limits.page_size
+            if request.answered == 0:
+                request.cached = request.computed
+            self.prefix.touch(request.node)
+        for request in requests:
+            while len(request.pages) < self._needed(request):
+                request.pages.append(self._take())
+            request.rank, request.since = self._rank(request), self.step
             self.waiting.remove(request)
-            self._seat(request)
-            self.running.append(request)
-            admitted.append(request.id)
-            backlog += request.left
-        return admitted
+            insort(self.running, request, key=lambda r: (-r.rank, r.id))
 
     def _needed(self, request: Request) -> int:
         """The number of pages for the tokens of a request and the next one."""
         return len(request.tokens) // self.limits.page_size + 1
-
-    def _fits(self, request: Request) -> bool:
-        """Whether its pages are available, and one more for each running request."""
-        path = self.prefix.match(request.tokens) if self.limits.share else []
-        shared = sum(self.pages.holders[n.page] > 0 for n in path)
-        needed = self._needed(request) - shared
-        return self.pages.available >= needed + len(self.running)
-
-    def _seat(self, request: Request) -> None:
-        """Gives a request the pages of its tokens: known ones, then new ones."""
-        path = self.prefix.match(request.tokens) if self.limits.share else []
-        for node in path:
-            self.pages.hold(node.page)
-        request.pages = [node.page for node in path]
-        request.node = path[-1] if path else None
-        request.computed = len(path) * self.limits.page_size
-        if request.answered == 0:
-            request.cached = request.computed
-        self.prefix.touch(request.node)
-        while len(request.pages) < self._needed(request):
-            request.pages.append(self._take())
 
     def _take(self) -> int:
         """A page for a request; the caller knows that one is available."""
@@ -210,20 +230,12 @@ class Scheduler:
             self.prefix.evict(1 + self.limits.pages // 32)  # a few at once: the search is linear
         return self.pages.take()
 
-    def _grow(self, request: Request, preempted: list[int]) -> bool:
-        """Gives a request the page of its next token, whoever must give one up; False if that is
-        itself."""
-        while len(request.pages) * self.limits.page_size < len(request.tokens):
-            if self.pages.available:
-                request.pages.append(self._take())
-                continue
-            worst = max(self.running, key=_order)
-            preempted.append(self._preempt(worst))
-            if worst is request:
-                return False
-        return True
+    def _lacks_page(self, request: Request) -> bool:
+        """Whether the next token of an answer needs a page more."""
+        return len(request.pages) * self.limits.page_size < len(request.tokens)
 
-    def _preempt(self, request: Request) -> int:
+    def _preempt(self, number: int) -> int:
+        request = next(r for r in self.running if r.id == number)
         self.running.remove(request)
         self._release(request)
         request.computed, request.since = 0, self.step
@@ -231,7 +243,7 @@ class Scheduler:
             request.in_chunks = len(request.tokens)
         self.waiting.append(request)
         self.preemptions += 1
-        return request.id
+        return number
 
     def _release(self, request: Request) -> None:
         self.prefix.touch(request.node)
@@ -251,8 +263,3 @@ class Scheduler:
                 self.pages.hold(request.node.page)
                 self.pages.release(pages[n])
                 pages[n] = request.node.page
-
-
-def _order(request: Request) -> tuple[int, int]:
-    """The best first: by rank, then by arrival."""
-    return -request.rank, request.id

@@ -9,7 +9,8 @@ The canonical names, with y = W x and the shapes (rows, cols):
     layers.N.attn.o         (dim, q_dim)         norm                 (dim,)
     lm_head                 (vocab, dim): the same weight as `embed` if `config.tied_embedding`
 
-with q_dim = qo_heads * head_dim and kv_dim = kv_heads * head_dim.
+with q_dim = qo_heads * head_dim and kv_dim = kv_heads * head_dim; and, where a model
+has them, layers.N.attn.q.bias .k.bias .v.bias, attn.q_norm .k_norm, attn_post_norm, ffn_post_norm.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ __all__ = ["ModelConfig", "ModelFile", "Weight", "dequantize", "open_model", "pa
 class ModelFile:
     """A model file, mapped as long as one of its weights is alive; do not truncate it then.
 
-    `metadata` holds the keys of the GGUF file (tokenizer, chat template).
+    `metadata`: the keys of a GGUF file; of a folder the chat template, under the key it has there.
     """
 
     path: Path
@@ -56,9 +57,7 @@ class ModelFile:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights; a tied embedding counts once."""
-        return sum(
-            weight.data.nbytes for weight in {id(w): w for w in self.tensors.values()}.values()
-        )
+        return sum(w.data.nbytes for w in {id(w): w for w in self.tensors.values()}.values())
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:

@@ -1,14 +1,32 @@
-"""The thread that runs an engine, for callers in other threads."""
+"""The engine as a process of its own, started again when it dies.
+
+`Worker` is the server's side, in its event loop. `run` is the engine's side, the loop of its
+steps. A pipe is between them.
+"""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable
+import asyncio
+import contextlib
+import itertools
+import logging
+import multiprocessing
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
 
-from tilewright.serve.engine import Engine
+from tilewright.errors import ModelError, TilewrightError
+from tilewright.serve.engine import Engine, Options
 from tilewright.serve.request import Request, Sampling, TokenLogprob
+from tilewright.serve.weights import open_model
+
+LOG = logging.getLogger("tilewright.serve")
+HANG_S = 120.0  # without a word while requests wait: the process is killed
+PAUSES_S = (0.0, 1.0, 4.0, 15.0, 60.0)  # before each start in a row that led to no answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,89 +49,200 @@ class Piece:
 Listener = Callable[[Piece], None]
 
 
-class Worker:
-    """Runs the steps of an engine while there is work. Commands of other threads are run between
-    two steps, in their order."""
+def ended() -> ModelError:
+    """The error of requests whose engine has ended."""
+    return ModelError("M109", "the engine has ended", hint="try again in a few seconds")
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.requests = self.tokens = 0  # counted since the start
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._listeners: dict[Request, Listener] = {}
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="tilewright-engine", daemon=True)
-        self._thread.start()
+
+def main(connection: Connection, path: str, target: str, options: Options) -> None:
+    """Builds an engine and runs it; what a new process calls."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the server decides when it is over
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        engine = Engine(open_model(path), target, options)
+    except TilewrightError as error:
+        return connection.send(error)
+    return run(engine, connection)
+
+
+def run(engine: Engine, connection: Connection) -> None:
+    """Runs the steps of an engine for the requests that come through a connection, until it is
+    closed. An exception of a step ends the running requests, any other one the process."""
+    requests: dict[int, Request] = {}  # by the server's numbers
+    counts = {"requests_total": 0, "tokens_total": 0}
+    connection.send(({}, counts))
+    with contextlib.suppress(EOFError, OSError), connection:  # until the server has gone
+        while True:
+            pieces: dict[int, Piece] = {}
+            patience = 0 if engine.scheduler.has_work else None
+            while connection.poll(patience):
+                patience = 0
+                number, message = connection.recv()
+                if number < 0:
+                    return
+                if message is None:
+                    if number in requests:
+                        engine.cancel(requests.pop(number))
+                    continue
+                counts["requests_total"] += 1
+                try:
+                    requests[number] = engine.submit(*message)
+                except TilewrightError as error:
+                    pieces[number] = Piece(finish="error", error=error)
+            ready = set(_step(engine))
+            counts["tokens_total"] += len(ready)
+            pieces |= {n: _piece(r) for n, r in requests.items() if r in ready}
+            requests = {n: r for n, r in requests.items() if not r.finish}
+            connection.send((pieces, counts | engine.counts()))
+
+
+def _step(engine: Engine) -> list[Request]:
+    """A step of the engine. One that fails ends the running requests; those that wait go on. Raises
+    where none was running: then the scheduler has failed, and would again."""
+    try:
+        return engine.step()
+    except Exception as error:
+        failed = list(engine.scheduler.running)
+        if not failed:
+            raise
+        LOG.exception("a step has failed")
+        for request in failed:
+            known = isinstance(error, TilewrightError)
+            request.error = error if known else RuntimeError(repr(error)[:200])
+            engine.scheduler.finish(request, "error")
+        return failed
+
+
+def _piece(request: Request) -> Piece:
+    """What nobody has read yet."""
+    text, logprobs = "".join(request.pieces), tuple(request.logprobs)
+    request.pieces.clear()
+    request.logprobs.clear()
+    return Piece(
+        text, logprobs, request.finish, request.answered, request.cached, request.error
+    )  # fmt: skip
+
+
+class Worker:
+    """Requests to an engine in another process, and the answers; of one event loop.
+
+    `start(connection)` starts the engine's side and returns its process (or a thread, in tests).
+    Requests that are under way when it ends get an error, M109. Raises what the first start raises.
+    """
+
+    def __init__(self, start: Callable[[Connection], Any]) -> None:
+        self._start, self._numbers = start, itertools.count()
+        self._listeners: dict[int, Listener] = {}
+        self._sender = ThreadPoolExecutor(1, "tilewright-requests")
+        self.restarts, self.counts = -1, {}
+        self._launch()
+        first = self._receive()
+        if isinstance(first, Exception):
+            raise first
+
+    @classmethod
+    def process(cls, path: str, target: str, options: Options) -> Worker:
+        """An engine of a model file in a new process."""
+        context = multiprocessing.get_context("spawn")
+
+        def start(connection: Connection) -> Any:
+            arguments = connection, path, target, options
+            process = context.Process(target=main, args=arguments, daemon=True)
+            process.start()
+            connection.close()
+            return process
+
+        return cls(start)
 
     @property
     def pending(self) -> int:
         """Requests that wait or run."""
-        return len(self._listeners) + self._commands.qsize()
+        return len(self._listeners)
 
-    def submit(
-        self, tokens: list[int], sampling: Sampling, listener: Listener, priority: int = 0
-    ) -> Request:
-        """Begins an answer; the listener is called after each step of it, in the engine's thread.
-        Raises ModelError (M105, M106)."""
-        request = self.engine.request(tokens, sampling, priority)
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Hands out answers inside of it. Leaving ends the engine: what runs gets an error."""
+        task = asyncio.create_task(self._run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            self._send(-1, None)
+            await asyncio.to_thread(self._engine.join, 10)
+            if self._engine.is_alive() and hasattr(self._engine, "kill"):
+                self._engine.kill()
+            self._end_all()
 
-        def begin() -> None:
-            self._listeners[request] = listener
-            self.engine.scheduler.add(request)
-            self.requests += 1
+    def submit(self, tokens: list[int], sampling: Sampling, listener: Listener) -> int:
+        """Begins an answer and returns its number; the listener gets what each step adds. Raises
+        ModelError[M109] while no engine runs."""
+        if not self.is_ready:
+            raise ended()
+        if not self._listeners:
+            self._heard = time.monotonic()
+        number = next(self._numbers)
+        self._listeners[number] = listener
+        self._send(number, (tokens, sampling, time.perf_counter()))
+        return number
 
-        self._commands.put(begin)
-        return request
-
-    def cancel(self, request: Request) -> None:
+    def cancel(self, number: int) -> None:
         """Ends an answer that nobody waits for any more; nothing is told."""
+        if self._listeners.pop(number, None):
+            self._send(number, None)
 
-        def end() -> None:
-            self._listeners.pop(request, None)
-            self.engine.cancel(request)
+    def _launch(self) -> None:
+        self.is_ready = False
+        self._connection, theirs = multiprocessing.Pipe()
+        self._heard = time.monotonic()
+        self._engine = self._start(theirs)
+        self.restarts += 1
 
-        self._commands.put(end)
+    def _send(self, *message: Any) -> None:
+        """Sends without waiting for the engine, which may be in a step."""
+        connection = self._connection
 
-    def stop(self) -> None:
-        """Ends all answers and the thread."""
+        def send() -> None:
+            with contextlib.suppress(OSError):  # it has ended, and so have its requests
+                connection.send(message)
 
-        def end() -> None:
-            self._stopping = True
+        self._sender.submit(send)
 
-        self._commands.put(end)
-        self._thread.join()
+    def _receive(self) -> Any:
+        """Waits for the next message; returns an exception where the engine has ended."""
+        try:
+            message = self._connection.recv()
+        except (EOFError, OSError):
+            message = ended()
+        self._heard, self.is_ready = time.monotonic(), not isinstance(message, Exception)
+        return message
 
-    # -- inside ----------------------------------------------------------------------------------
+    async def _run(self) -> None:
+        """Hands out what comes from the engine, and starts it again when it has ended."""
+        failures = 0
+        while True:
+            coming = asyncio.ensure_future(asyncio.to_thread(self._receive))
+            while not (await asyncio.wait([coming], timeout=1.0))[0]:
+                if self._listeners and time.monotonic() - self._heard > HANG_S:
+                    LOG.error("the engine hangs and is killed")
+                    self._engine.kill()
+            message = coming.result()
+            if isinstance(message, Exception):
+                LOG.error("the engine has ended; it is started again")
+                self._end_all()
+                await asyncio.to_thread(self._engine.join)
+                await asyncio.sleep(PAUSES_S[min(failures, len(PAUSES_S) - 1)])
+                failures += 1
+                self._launch()
+                continue
+            pieces, self.counts = message
+            failures = 0 if pieces else failures
+            for number, piece in pieces.items():
+                take = self._listeners.pop if piece.finish else self._listeners.get
+                if listener := take(number, None):
+                    listener(piece)
 
-    def _run(self) -> None:
-        while not self._stopping:
-            idle = not self.engine.scheduler.has_work
-            while idle or not self._commands.empty():
-                self._commands.get()()
-                idle = False
-            try:
-                ready = self.engine.step()
-            except Exception as error:
-                ready = self._fail(error)
-            self.tokens += len(ready)
-            self._tell(ready)
-        for request in list(self._listeners):
-            self.engine.cancel(request)
-        self._tell(list(self._listeners))
-
-    def _tell(self, requests: list[Request]) -> None:
-        for request in requests:
-            text, logprobs = "".join(request.pieces), tuple(request.logprobs)
-            request.pieces.clear()
-            request.logprobs.clear()
-            counts = request.finish, request.answered, request.cached
-            self._listeners[request](Piece(text, logprobs, *counts, request.error))
-            if request.finish:
-                del self._listeners[request]
-
-    def _fail(self, error: Exception) -> list[Request]:
-        """Ends the running requests, whose step failed; those that wait go on."""
-        failed = list(self.engine.scheduler.running)
-        for request in failed:
-            request.error = error
-            self.engine.scheduler.finish(request, "error")
-        return failed
+    def _end_all(self) -> None:
+        self.is_ready = False
+        listeners, self._listeners = list(self._listeners.values()), {}
+        for listener in listeners:
+            listener(Piece(finish="error", error=ended()))

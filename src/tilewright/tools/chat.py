@@ -4,58 +4,61 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tilewright.errors import MissingExtra, TilewrightError
-from tilewright.serve.engine import LLM
+from tilewright.serve.chat import Prompts
+from tilewright.serve.engine import LLM, Options
 from tilewright.serve.request import Sampling
-from tilewright.serve.weights import packaged_model
+from tilewright.serve.weights import open_model, packaged_model
 from tilewright.target import target as parse_target
 from tilewright.toolchain import compilers, disk_cache
 
 QUESTION = "What is the capital of France?"
+MODEL = "a GGUF file (default: the packaged SmolLM2-135M-Instruct)"
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "question": {"nargs": "?", "default": QUESTION},
+    "model": {"nargs": "?", "help": MODEL},
+    "--model": {"help": MODEL},
+    "--target": {"default": "cpp", "help": "cpp or cuda"},
+    "--context": {"type": int, "help": "tokens of prompt and answer together"},
+    "--max-tokens": {"type": int, "default": 256},
+    "--temperature": {"type": float, "default": 0.0, "help": "0 takes the likeliest token"},
+    "--seed": {"type": int},
+    "--running": {"type": int, "default": 16, "help": "requests answered at once"},
+    "--step-tokens": {"type": int, "default": 256, "help": "tokens of one step"},
+    "--kv-tokens": {"type": int, "help": "tokens of the KV cache"},
+    "--fast": {"action": "store_true", "help": "faster batches from 8 on, not equal to the bit"},
+    "--name": {"help": "the model's name in the API (default: the file's)"},
+    "--host": {"default": "127.0.0.1"},
+    "--port": {"type": int, "default": 8000},
+    "--api-key": {"default": "", "help": "what clients must send (default: anything)"},
+    "--cost": {"help": "measured costs of a step, which ttft_ms and itl_ms need"},
+}
+ANSWER = ("--max-tokens", "--temperature", "--seed", "--target", "--context")
+SERVER = ("--name", "--host", "--port", "--api-key")
+ENGINE = ("--running", "--step-tokens", "--kv-tokens", "--fast", "--cost", "--target", "--context")
 
 
-MODEL_HELP = "a GGUF file (default: the packaged SmolLM2-135M-Instruct)"
+def _arguments(*names: str) -> Callable[[argparse.ArgumentParser], None]:
+    """Adds these of `ARGUMENTS` to a parser."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        for name in names:
+            parser.add_argument(name, **ARGUMENTS[name])
+
+    return add
 
 
-def demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("question", nargs="?", default=QUESTION)
-    parser.add_argument("--model", help=MODEL_HELP)
-    _shared_arguments(parser)
-
-
-def chat_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help=MODEL_HELP)
-    _shared_arguments(parser)
-
-
-def serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help=MODEL_HELP)
-    parser.add_argument("--name", help="the model's name in the API (default: the file's)")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--api-key", default="", help="what clients must send (default: anything)")
-    parser.add_argument("--target", default="cpp", help="cpp or cuda")
-    parser.add_argument("--context", type=int, help="tokens of prompt and answer together")
-    parser.add_argument("--running", type=int, default=16, help="requests answered at once")
-    parser.add_argument("--step-tokens", type=int, default=256, help="tokens of one step")
-    parser.add_argument("--kv-tokens", type=int, help="tokens of the KV cache")
-    fast_help = "faster batches of 8 or more, at the cost of answers equal to the bit"
-    parser.add_argument("--fast", action="store_true", help=fast_help)
-
-
-def _shared_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", default="cpp", help="cpp or cuda")
-    parser.add_argument("--max-tokens", type=int, default=256)
-    temperature_help = "0 takes the likeliest token"
-    parser.add_argument("--temperature", type=float, default=0.0, help=temperature_help)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--context", type=int, help="tokens of prompt and answer together")
+demo_arguments = _arguments("question", "--model", *ANSWER)
+chat_arguments = _arguments("model", *ANSWER)
+serve_arguments = _arguments("model", *SERVER, *ENGINE)
 
 
 def _open(args: argparse.Namespace) -> tuple[LLM, float]:
@@ -128,17 +131,22 @@ def serve(args: argparse.Namespace) -> int:
         import uvicorn
 
         from tilewright.serve.api import Limits, build_app
+        from tilewright.serve.worker import Worker
     except ModuleNotFoundError as missing:
         rule, hint = f"the server needs {missing.name}", "pip install 'tilewright[models,serve]'"
         raise MissingExtra("E101", rule, hint=hint) from None
     path = Path(args.model or packaged_model())
-    llm = LLM(
-        path, target=args.target, context=args.context, running=args.running,
-        step_tokens=args.step_tokens, kv_tokens=args.kv_tokens, invariant=not args.fast,
+    options = Options(
+        context=args.context, running=args.running, step_tokens=args.step_tokens,
+        kv_tokens=args.kv_tokens, invariant=not args.fast, cost=args.cost,
     )  # fmt: skip
-    app = build_app(llm, args.name or path.stem, Limits(api_key=args.api_key))
-    print(f"{args.name or path.stem} at http://{args.host}:{args.port}/v1", flush=True)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    file, name = open_model(path), args.name or path.stem
+    worker = Worker.process(str(path), args.target, options)
+    prompts = Prompts(file, options.resolved(file.config.context)[0])
+    app = build_app(prompts, worker, name, Limits(api_key=args.api_key))
+    print(f"{name} at http://{args.host}:{args.port}/v1", flush=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
     return 0
 
 
@@ -163,11 +171,9 @@ def _turn(llm: LLM, messages: list[dict[str, str]], question: str, options: dict
         print()
         return
     messages += [asked, {"role": "assistant", "content": "".join(answer)}]
-    c = llm.counts
-    print(
-        f"\n[{c.prompt_tokens} + {c.cached_tokens} cached tokens read at {c.prompt_rate:.0f}/s, "
-        f"{c.answer_tokens} written at {c.answer_rate:.0f}/s]"
-    )
+    r = llm.latest
+    read = f"{r.prompt_tokens - r.cached} + {r.cached} cached tokens read at {r.rates[0]:.0f}/s"
+    print(f"\n[{read}, {r.answered} written at {r.rates[1]:.0f}/s]")
 
 
 def _within_context(
@@ -183,15 +189,15 @@ def _within_context(
 
 
 def _report(llm: LLM, opened_s: float, first_s: float) -> None:
-    c, stats = llm.counts, disk_cache.stats
+    r, stats = llm.latest, disk_cache.stats
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     weights_mb, compiled = llm.model.file.nbytes / 1e6, f"{stats.compiled} compiled"
     rows = {
         "model": f"{weights_mb:.0f} MB of weights, opened in {1e3 * opened_s:.0f} ms",
         "kernels": f"{compiled} in {stats.compile_ms:.0f} ms, {stats.hits} from the cache",
         "first token": f"{1e3 * first_s:.0f} ms after the start",
-        "prompt": f"{c.prompt_tokens} tokens, {c.prompt_rate:.0f} tokens/s",
-        "answer": f"{c.answer_tokens} tokens, {c.answer_rate:.0f} tokens/s",
+        "prompt": f"{r.prompt_tokens} tokens, {r.rates[0]:.0f} tokens/s",
+        "answer": f"{r.answered} tokens, {r.rates[1]:.0f} tokens/s",
         "memory": f"{peak_mb:.0f} MB at the peak",
     }
     print("\n".join(f"{name:12} {text}" for name, text in rows.items()))

@@ -1,0 +1,211 @@
+"""`dev.py bench serve --simulate`: the scheduler of the engine on a virtual clock, without a model.
+
+A step takes the time that a cost model says. The same arrivals are served by the policy of the
+engine, by the same scheduler with fixed chunks, and with prompts first. Goodput: requests a second
+whose first token comes within `--ttft-ms`, and 99 % of whose gaps are within the promised one.
+
+    python3 dev.py bench serve --simulate --cost bench/costs/h100-llama-8b.json --speed 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.harness import Row, base_row
+from tilewright.errors import ArgumentError
+from tilewright.serve.cost import CostModel
+from tilewright.serve.policy import Decision, State, decide
+from tilewright.serve.request import Request, Sampling
+from tilewright.serve.scheduler import Limits, Scheduler, work_of
+
+Policy = Callable[[State, CostModel], Decision]
+CHUNKS = (256, 512, 1024, 2048)
+BLOCK = 512  # tokens of a block in Mooncake's traces, whose ids are shared by equal beginnings
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request of a trace: seconds, tokens of its prompt, number of tokens of its answer."""
+
+    at_s: float
+    prompt: list[int]
+    answer: int
+
+
+@dataclass(slots=True)
+class Replay:
+    """What came of a replay: for each request the times of its tokens, and the steps."""
+
+    requests: list[Request]
+    times_s: dict[int, list[float]] = field(default_factory=dict)
+    steps: list[tuple[float, float, Decision]] = field(default_factory=list)
+    cached: int = 0
+    preemptions: int = 0
+
+
+def read_arrivals(path: Path, count: int, speed: float, longest: int) -> list[Arrival]:
+    """The first requests of a trace of Azure (csv) or Mooncake (jsonl), also .gz; times divided by
+    `speed`, prompts and answers cut to `longest` tokens together. Raises ArgumentError[A109]."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            mooncake = ".jsonl" in path.name
+            lines = map(json.loads, file) if mooncake else csv.DictReader(file)
+            rows = [row for row, _ in zip(lines, range(count), strict=False)]
+        read = _mooncake if mooncake else _azure
+        found = [read(row, i, longest) for i, row in enumerate(rows)]
+        first = found[0].at_s
+    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+        raise ArgumentError("A109", f"{path} is no trace: {error}", where="--trace") from None
+    return [replace(a, at_s=(a.at_s - first) / speed) for a in found]
+
+
+def _azure(row: dict[str, str], i: int, longest: int) -> Arrival:
+    at = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
+    count = min(int(row["ContextTokens"]), longest - 1)
+    prompt = list(range(i << 24, (i << 24) + max(count, 1)))  # no two prompts begin alike
+    return Arrival(at, prompt, max(1, min(int(row["GeneratedTokens"]), longest - count)))
+
+
+def _mooncake(row: dict[str, Any], i: int, longest: int) -> Arrival:
+    ids = [b * BLOCK + k for b in row["hash_ids"] for k in range(BLOCK)]
+    prompt = ids[: min(int(row["input_length"]), longest - 1)]
+    answer = max(1, min(int(row["output_length"]), longest - len(prompt)))
+    return Arrival(float(row["timestamp"]) / 1e3, prompt, answer)
+
+
+def fixed(state: State, model: CostModel) -> Decision:
+    """Answers, then prompts by arrival, in steps of `step_tokens`: the policy without promises."""
+    return decide(_unpromised(state), model)
+
+
+def prefill_first(state: State, model: CostModel) -> Decision:
+    """Prompts before answers, as long as there are any."""
+    state = _unpromised(state)
+    decision = decide(state, model)
+    if decision.kind != "hybrid":
+        return decision
+    alone = decide(replace(state, answers=0, context=0, growth=0, waiting=()), model)
+    known = {p.id for p in state.prompts}
+    if not known:
+        return decision
+    return replace(alone, admit=()) if alone.chunks else decision
+
+
+def _unpromised(state: State) -> State:
+    prompts, waiting = (
+        tuple(p._replace(due=inf, gap=inf) for p in some) for some in (state.prompts, state.waiting)
+    )
+    return replace(state, due=inf, gap=inf, prompts=prompts, waiting=waiting)
+
+
+def simulate(
+    arrivals: list[Arrival], limits: Limits, model: CostModel, policy: Policy, promise: Sampling
+) -> Replay:
+    """Serves the arrivals on a virtual clock, each with the times of `promise`."""
+    scheduler = Scheduler(limits, model, policy)
+    requests = [
+        Request(i, list(a.prompt), replace(promise, max_tokens=a.answer), a.at_s)
+        for i, a in enumerate(arrivals)
+    ]
+    done = Replay(requests)
+    coming, now = requests[::-1], 0.0
+    while coming or scheduler.has_work:
+        if not scheduler.has_work:
+            now = max(now, coming[-1].arrived)
+        while coming and coming[-1].arrived <= now:
+            scheduler.add(coming.pop())
+        batch = scheduler.schedule(now)
+        seconds = model.seconds(work_of(batch.chunks))
+        done.steps.append((now, seconds, batch.decision))
+        now += seconds
+        for request in scheduler.commit(batch, now):
+            done.times_s.setdefault(request.id, []).append(now)
+            request.tokens.append(-1 - request.id)
+            if request.answered == request.sampling.max_tokens:
+                scheduler.finish(request, "length")
+    done.cached = sum(r.cached for r in requests)
+    done.preemptions = scheduler.preemptions
+    return done
+
+
+def measures(done: Replay, ttft_s: float, gap_s: float) -> dict[str, float]:
+    """Goodput, percentiles in milliseconds, rates, and the part of prompt tokens that was known."""
+    took = max(times[-1] for times in done.times_s.values())
+    first, gaps, good = [], [], 0
+    for request in done.requests:
+        times = done.times_s[request.id]
+        own = np.diff(times)
+        first.append(times[0] - request.arrived)
+        gaps.append(own)
+        in_time = own.size == 0 or np.quantile(own, 0.99, method="higher") <= gap_s
+        good += bool(first[-1] <= ttft_s and in_time)
+    every = np.concatenate(gaps)
+    every = every if every.size else np.zeros(1)
+    values = {"goodput requests/s": good / took, "requests/s": len(done.requests) / took}
+    for name, samples in (("first token", np.array(first)), ("gap", every)):
+        for p in (50, 90, 99):
+            values[f"ms {name} p{p}"] = 1e3 * float(np.percentile(samples, p))
+    prompts = sum(r.prompt_tokens for r in done.requests)
+    return values | {"hit rate": done.cached / prompts, "preemptions": float(done.preemptions)}
+
+
+def simulate_rows(args: argparse.Namespace) -> Iterator[Row]:
+    """A row for each policy, promised gap and measure. `ratio`: of our goodput over the best other
+    one, which `--plot` draws."""
+    model = CostModel.load(args.cost, None)
+    arrivals = read_arrivals(args.trace, args.requests, args.speed, args.context)
+    seats, tokens = args.running, args.step_tokens
+    pages = args.kv_tokens // 16
+    name = f"{args.trace.name.split('.')[0]} x{args.speed:g}"
+    for gap_ms in args.itl_ms:
+        promise = Sampling(ttft_ms=args.ttft_ms, itl_ms=gap_ms)
+        policies: dict[str, tuple[Policy, int]] = {"tilewright": (decide, tokens)}
+        policies |= {f"fixed chunk {c}": (fixed, c) for c in CHUNKS if c > seats}
+        policies["prefill first"] = prefill_first, tokens
+        rows: list[Row] = []
+        for impl, (policy, step_tokens) in policies.items():
+            limits = Limits(pages, seats, step_tokens)
+            done = simulate(arrivals, limits, model, policy, promise)
+            if args.timeline and impl == "tilewright":
+                path = args.timeline.with_stem(f"{args.timeline.stem}-{gap_ms:g}ms")
+                path.write_text(json.dumps(timeline(done)), encoding="utf-8")
+            for metric, value in measures(done, args.ttft_ms / 1e3, gap_ms / 1e3).items():
+                rows.append(base_row("serve", "serve.simulate", "cpp") | {
+                    "input": f"{name}, {gap_ms:g} ms", "width": len(arrivals), "dtype": "none",
+                    "impl": impl, "device": f"simulated: {model.key}", "ms": None,
+                    "metric": metric, "value": value, "ratio": None,
+                })  # fmt: skip
+        goodput = {r["impl"]: r for r in rows if r["metric"].startswith("goodput")}
+        ours = goodput.pop("tilewright")
+        best = max(r["value"] for r in goodput.values())
+        ours["ratio"] = ours["value"] / best if best else None
+        yield from rows
+
+
+def timeline(done: Replay) -> dict[str, Any]:
+    """The steps and the requests in the trace-event format, which Perfetto reads."""
+    events: list[dict[str, Any]] = [
+        {"name": d.kind, "ph": "X", "pid": 0, "tid": 0, "ts": 1e6 * at, "dur": 1e6 * seconds,
+         "args": {"decision": str(d)}}
+        for at, seconds, d in done.steps
+    ]  # fmt: skip
+    for request in done.requests:
+        times = [request.arrived, *done.times_s[request.id]]
+        spans = (("first token", times[0], times[1]), ("answer", times[1], times[-1]))
+        events += [
+            {"name": name, "ph": "X", "pid": 1, "tid": request.id, "ts": 1e6 * begin,
+             "dur": 1e6 * (end - begin), "args": {"prompt": request.prompt_tokens}}
+            for name, begin, end in spans
+        ]  # fmt: skip
+    return {"traceEvents": events, "displayTimeUnit": "ms"}

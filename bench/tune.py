@@ -1,0 +1,98 @@
+"""Measures steps of an engine and fits the cost of a step: `dev.py bench serve --tune FILE`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from tilewright.serve.cost import CONSTANTS, CostModel, Work
+from tilewright.serve.engine import Engine
+from tilewright.serve.kv_pool import PAGE_SIZE
+from tilewright.serve.request import Request
+from tilewright.serve.scheduler import Chunk, work_of
+
+KNEES = (0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+Sample = tuple[Work, float]
+"""What a step read, and the seconds it took."""
+
+
+def fit(samples: Sequence[Sample], key: str = "") -> CostModel:
+    """The constants of the least mean square of the relative error over measured steps. The time is
+    linear in them: a model with one constant alone, 1, says what that is multiplied with."""
+    best, least = CostModel(key=key), np.inf
+    for knee in KNEES:
+        units = [replace(CostModel(knee=knee), **{name: 1.0}) for name in CONSTANTS]
+        x = np.array([[unit.seconds(work) / s for unit in units] for work, s in samples])
+        constants = _least_squares(x, np.ones(len(samples)))
+        error = float(((x @ constants - 1) ** 2).sum())
+        if error < least * (1 - 1e-9):
+            values = dict(zip(CONSTANTS, constants.tolist(), strict=True))
+            best, least = replace(CostModel(knee=knee, key=key), **values), error
+    return best
+
+
+def errors(model: CostModel, samples: Sequence[Sample]) -> list[float]:
+    """Of each measured step, how far the prediction is from the time, as a part of it."""
+    return [abs(model.seconds(work) / seconds - 1) for work, seconds in samples]
+
+
+def _least_squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """argmin |x c - y| with c ≥ 0: of the constants that would be negative the worst is set to 0,
+    until none is."""
+    scale = np.maximum(np.linalg.norm(x, axis=0), 1e-300)
+    free = np.arange(x.shape[1])
+    while True:
+        c = np.zeros(x.shape[1])
+        c[free] = np.linalg.lstsq(x[:, free] / scale[free], y, rcond=None)[0]
+        if c.min() >= 0:
+            return c / scale
+        free = free[free != c.argmin()]
+
+
+def measure(engine: Engine, seconds: float, most: int = 1000, seed: int = 0) -> list[Sample]:
+    """Steps of random states with the time of each, the least of three runs. Overwrites the KV
+    cache. Ends after `seconds`, or after `most` steps."""
+    rng = np.random.default_rng(seed)
+    for array in (*engine.runner.keys, *engine.runner.values):
+        engine.model.memory.write(array, rng.standard_normal(array.shape[-1]))
+    samples: list[Sample] = []
+    ends = time.perf_counter() + seconds
+    while time.perf_counter() < ends and len(samples) < most:
+        chunks = _chunks(engine, rng)
+        engine.runner.run(chunks)  # builds and records what steps of this kind need
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            engine.runner.run(chunks)
+            times.append(time.perf_counter() - began)
+        samples.append((work_of(chunks), min(times)))
+    return samples
+
+
+def _chunks(engine: Engine, rng: np.random.Generator) -> list[Chunk]:
+    """A random step: answers, prompts in up to three chunks, or both."""
+    limits, context = engine.scheduler.limits, engine.context
+    vocab, kind = engine.model.config.vocab, rng.integers(3)
+    answers = int(limits.running ** rng.random() + 0.5) if kind != 1 else 0
+
+    def chunk(start: int, tokens: int, is_prompt: bool, is_final: bool) -> Chunk:
+        stop = start + tokens
+        ids = rng.integers(0, vocab, stop + (not is_final)).tolist()
+        request = Request(0, ids)
+        request.in_chunks = len(ids) if is_prompt else 0
+        request.pages = rng.integers(0, limits.pages, len(ids) // PAGE_SIZE + 1).tolist()
+        return Chunk(request, start, stop)
+
+    longest = int(rng.integers(1, context))
+    chunks = [chunk(int(rng.integers(longest)), 1, False, True) for _ in range(answers)]
+    if kind:
+        tokens = int(rng.integers(1, min(limits.step_tokens - answers, context - 1) + 1))
+        parts = min(int(rng.integers(1, 4)), tokens, limits.running - answers)
+        for size in np.diff(np.linspace(0, tokens, parts + 1).astype(int)).tolist():
+            start = int(rng.integers(context - size)) if rng.integers(2) else 0
+            chunks.append(chunk(start, size, True, bool(rng.integers(2))))
+    return chunks

@@ -1,0 +1,134 @@
+"""The cost of a step: seconds by the tokens it reads, from ten constants that `bench/tune.py` fits.
+
+    seconds = step + answer · answers + context · Σ their keys + over · max(0, rows - knee)
+            and with prompts  + mixed + prompt · tokens + reads · Σ keys of each token
+                              + span · Σ keys of each chunk + beside [answers too]
+
+Up to `knee` rows a GPU reads the weights in the time that their products take; on a CPU the knee is
+0. The constants are fitted by least squares of the relative error, none below zero, so that a step
+that reads more never costs less. Two factors, of steps of answers and of steps with prompts, follow
+what steps really take.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import tilewright
+from tilewright.errors import ModelError
+from tilewright.runtime import cuda, pool
+from tilewright.serve.weights import ModelFile
+from tilewright.target import Target
+
+CONSTANTS = ("step", "mixed", "answer", "context", "prompt", "reads", "span", "beside", "over")
+HOW_TO_TUNE = "measure them: python3 dev.py bench serve --tune FILE"
+SLOWNESS = 64  # steps in which the factors follow a change
+
+
+class Work(NamedTuple):
+    """What a step reads. `answers`: rows of answers, `context`: keys that these read; `prompt`:
+    tokens of prompts, `reads`: keys that each reads, `span`: keys that their chunks read."""
+
+    answers: int = 0
+    context: int = 0
+    prompt: int = 0
+    reads: int = 0
+    span: int = 0
+
+    def plus(self, start: int, tokens: int) -> Work:
+        """The same with a chunk of a prompt more, from position `start` on."""
+        answers, context, prompt, reads, span = self
+        reads += tokens * start + tokens * (tokens + 1) // 2
+        return Work(answers, context, prompt + tokens, reads, span + start + tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Seconds of a step; the module describes the constants. `key`: what they were measured on."""
+
+    step: float = 0.0
+    mixed: float = 0.0
+    answer: float = 0.0
+    context: float = 0.0
+    prompt: float = 0.0
+    reads: float = 0.0
+    span: float = 0.0
+    beside: float = 0.0
+    over: float = 0.0
+    knee: int = 0
+    factors: tuple[float, float] = (1.0, 1.0)
+    key: str = ""
+
+    def seconds(self, work: Work) -> float:
+        """The time that a step takes."""
+        answers, context, prompt, reads, span = work
+        cost = self.step + self.answer * answers + self.context * context
+        if answers + prompt > self.knee:
+            cost += self.over * (answers + prompt - self.knee)
+        if not prompt:
+            return cost * self.factors[0]
+        cost += self.mixed + self.prompt * prompt + self.reads * reads + self.span * span
+        return (cost + self.beside * (answers > 0)) * self.factors[1]
+
+    @property
+    def is_fitted(self) -> bool:
+        return self.step + self.answer + self.prompt > 0
+
+    def corrected(self, work: Work, seconds: float) -> CostModel:
+        """The model after a step that took `seconds`: one factor follows by 1 / `SLOWNESS` of the
+        difference. A step twice as slow as predicted, or slower, counts as twice as slow."""
+        if not self.is_fitted:
+            return self
+        ratio = min(max(seconds / self.seconds(work), 0.5), 2.0)
+        change, (answers, prompts) = 1 + (ratio - 1) / SLOWNESS, self.factors
+        factors = (answers, prompts * change) if work.prompt else (answers * change, prompts)
+        return replace(self, factors=factors)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], key: str | None) -> CostModel:
+        """Reads a file of `save`. Raises ModelError[M108] for one that was measured on another
+        device, model or version than `key` (None: any), or that is no such file."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            factors = values.pop("factors")
+            model = cls(factors=(float(factors[0]), float(factors[1])), **values)
+            numbers = [getattr(model, name) for name in CONSTANTS] + [model.knee, *model.factors]
+            if not all(np.isfinite(numbers)) or min(numbers) < 0 or min(model.factors) == 0:
+                raise ValueError("a constant is negative or no number")
+        except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise _refused(path, f"is no file of measured costs: {error}") from None
+        if key is not None and model.key != key:
+            raise _refused(path, f"was measured on {model.key[:200]!r}, this is {key!r}")
+        return model
+
+
+def cost_key(file: ModelFile, target: Target, invariant: bool) -> str:
+    """What a fitted cost holds for: device, weights, version, and how rows are computed."""
+    weights = f"{file.path.name} of {file.nbytes} bytes on {target}"
+    kind = "invariant" if invariant else "fast"
+    return f"{device_name(target)}; {weights}; {kind}; tilewright {tilewright.__version__}"
+
+
+def device_name(target: Target) -> str:
+    """The GPU, or the processor and the cores that this process uses."""
+    if target.is_cuda:
+        return cuda.device(cuda.current_device()).name if cuda.available() else str(target)
+    info = Path("/proc/cpuinfo")  # of Linux
+    model = re.search(r"model name\s*: (.+)", info.read_text("utf-8")) if info.exists() else None
+    name = model[1] if model else platform.processor() or platform.machine()
+    return f"{name}, {pool.wanted_threads()} threads"
+
+
+def _refused(path: str | os.PathLike[str], rule: str) -> ModelError:
+    return ModelError("M108", f"{path} {rule}", where="cost", hint=HOW_TO_TUNE)

@@ -1,0 +1,47 @@
+"""Answers that follow a JSON schema, by the library llguidance (extra `grammar`)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from tilewright.errors import MissingExtra, ModelError
+from tilewright.serve.tokenizer import Tokenizer
+
+try:
+    from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+except ImportError:
+    hint = "pip install 'tilewright[grammar]'"
+    raise MissingExtra("E101", "response_format needs llguidance", hint=hint) from None
+
+MAX_SCHEMA_CHARS = 1 << 16
+
+
+def matcher(tokenizer: Tokenizer, schema: str) -> LLMatcher:
+    """What follows an answer token by token, and has a mask of those that may come next (an end
+    token where the text is done). Raises ModelError[M106] for a JSON schema that no answer can be
+    held to."""
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema)
+        wrong = LLMatcher.validate_grammar(grammar)
+    except ValueError as error:
+        grammar, wrong = "", str(error)
+    if wrong or len(schema) > MAX_SCHEMA_CHARS:
+        rule = f"the JSON schema cannot be used: {wrong[:200] or 'it is too long'}"
+        raise ModelError("M106", rule, where="response_format")
+    return LLMatcher(_vocabulary(tokenizer), grammar)
+
+
+@functools.lru_cache(maxsize=2)
+def _vocabulary(tokenizer: Tokenizer) -> Any:
+    """The tokens in the library's form. Control tokens are no text to it."""
+
+    class Wrapped:
+        eos_token_id, bos_token_id = min(tokenizer.ends), tokenizer.bos
+        tokens = tuple(map(tokenizer.piece, range(len(tokenizer.pieces))))
+        special_token_ids = tuple(sorted(tokenizer.control))
+
+        def __call__(self, text: str) -> list[int]:
+            return tokenizer.encode(text, special=False, bos=False)
+
+    return LLTokenizer(TokenizerWrapper(Wrapped()), eos_token=sorted(tokenizer.ends))

@@ -1,0 +1,204 @@
+"""The cost of a step: what is fitted, what is refused, what follows the steps; the simulator."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import serve as bench_serve
+from bench import simulate, tune
+from tilewright.errors import ArgumentError, ModelError
+from tilewright.serve.cost import CostModel, Work
+from tilewright.serve.engine import Engine, Options
+from tilewright.serve.policy import decide
+from tilewright.serve.request import Sampling
+from tilewright.serve.scheduler import Limits
+from tilewright.serve.weights import open_model
+
+TRUE = CostModel(
+    step=6e-3, mixed=1e-3, answer=2e-5, context=4e-8, prompt=1e-6, reads=2e-9, span=1e-8,
+    beside=5e-4, over=3e-5, knee=192,
+)  # fmt: skip
+
+
+def random_works(count: int, seed: int) -> list[Work]:
+    rng = np.random.default_rng(seed)
+    works = []
+    for _ in range(count):
+        answers = int(rng.integers(0, 200))
+        work = Work(answers, int(rng.integers(0, 2000)) * answers)
+        for _ in range(int(rng.integers(0, 4))):
+            work = work.plus(int(rng.integers(0, 4000)), int(rng.integers(1, 700)))
+        works.append(work if work.answers or work.prompt else Work(1, 5))
+    return works
+
+
+def written_out(work: Work) -> float:
+    """The formula of the module's docstring, for `TRUE`."""
+    answers, context, prompt, reads, span = work
+    total = 6e-3 + 2e-5 * answers + 4e-8 * context + 3e-5 * max(0, answers + prompt - 192)
+    if prompt:
+        total += 1e-3 + 1e-6 * prompt + 2e-9 * reads + 1e-8 * span + (5e-4 if answers else 0)
+    return total
+
+
+def test_work():
+    """Two chunks: 3 tokens from position 10 read 11 + 12 + 13 keys, 2 from 0 read 1 + 2."""
+    assert Work(2, 30).plus(10, 3).plus(0, 2) == Work(2, 30, prompt=5, reads=39, span=15)
+
+
+def test_a_fit_of_exact_times():
+    works = random_works(200, 0)
+    found = tune.fit([(work, written_out(work)) for work in works], "here")
+    assert found.knee == 192 and found.key == "here"
+    for work in [*works, *random_works(100, 1)]:
+        assert found.seconds(work) == pytest.approx(written_out(work), rel=1e-6)
+
+
+def test_a_fit_of_noisy_times():
+    """10 % of noise: the constants stay at or above zero, and the mean is right to 2 %."""
+    rng = np.random.default_rng(0)
+    works = random_works(300, 2)
+    found = tune.fit([(w, written_out(w) * rng.uniform(0.9, 1.1)) for w in works])
+    assert min(getattr(found, n) for n in ("step", "mixed", "answer", "prompt", "over")) >= 0
+    ratios = [found.seconds(w) / written_out(w) for w in random_works(300, 3)]
+    assert np.mean(ratios) == pytest.approx(1, abs=0.02)
+    assert np.percentile(np.abs(np.array(ratios) - 1), 90) < 0.05
+
+
+def test_corrections_are_slow_and_apart():
+    """Where steps of answers take 1.5 times as long, their factor gets there in hundreds of steps,
+    and that of steps with prompts stays; one step that takes a second changes little."""
+    model, work = TRUE, Work(10, 1000)
+    once = model.corrected(work, 1.0)
+    assert 1 < once.factors[0] < 1.02
+    for _ in range(600):
+        model = model.corrected(work, 1.5 * written_out(work))
+    assert model.factors[0] == pytest.approx(1.5, rel=0.01) and model.factors[1] == 1
+    assert CostModel().corrected(work, 1.0) == CostModel()
+
+
+def test_files(tmp_path: Path):
+    path = tmp_path / "cost.json"
+    replace(TRUE, key="a device").save(path)
+    assert CostModel.load(path, "a device") == replace(TRUE, key="a device")
+    with pytest.raises(ModelError, match="M108"):
+        CostModel.load(path, "another")
+    good = json.loads(path.read_text())
+    bad: list[Any] = [
+        {}, [], 5, good | {"step": -1}, good | {"step": "x"}, good | {"more": 1},
+        good | {"factors": [1]}, good | {"factors": [0, 1]}, good | {"answer": float("nan")},
+        {k: v for k, v in good.items() if k != "factors"},
+    ]  # fmt: skip
+    for value in bad:
+        path.write_text(json.dumps(value))
+        with pytest.raises(ModelError, match="M108"):
+            CostModel.load(path, "a device")
+    with pytest.raises(ModelError, match="M108"):
+        CostModel.load(tmp_path / "none.json", "a device")
+
+
+def test_an_engine_with_a_cost(runnable_path: Path, tmp_path: Path):
+    """Measured on the engine itself; promises are kept at the door or refused with the least."""
+    file = open_model(runnable_path)
+    options = Options(context=128, running=4, step_tokens=32)
+    engine = Engine(file, "cpp", options)
+    with pytest.raises(ModelError, match="M110"):
+        engine.submit([5, 6], Sampling(itl_ms=1e6))
+    samples = tune.measure(engine, 600, most=16)
+    assert len(samples) == 16 and all(s > 0 for _, s in samples)
+    assert any(w.answers and w.prompt for w, _ in samples)
+    model = tune.fit(samples, engine.scheduler.model.key)
+    model.save(tmp_path / "cost.json")
+    tuned = Engine(file, "cpp", replace(options, cost=tmp_path / "cost.json"))
+    request = tuned.submit([5, 6], Sampling(max_tokens=4, ignore_eos=True, itl_ms=1e6))
+    while not request.finish:
+        tuned.step()
+    assert tuned.scheduler.model.factors != (1.0, 1.0) and tuned.scheduler.late == 0
+    with pytest.raises(ModelError, match="M110") as caught:
+        tuned.submit([5, 6], Sampling(itl_ms=0.001))
+    assert "ms is the least" in caught.value.message
+    tuned.submit([5, 6], Sampling(max_tokens=1, itl_ms=0.001, best_effort=True))
+    assert tuned.counts()["best_effort_total"] == 1
+    with pytest.raises(ModelError, match="M108"):
+        Engine(file, "cpp", replace(options, invariant=False, cost=tmp_path / "cost.json"))
+
+
+# ---------------------------------------------------------------------------- the simulator
+
+AZURE = (
+    "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    "2023-11-16 18:15:46.0000000,40,3\n"
+    "2023-11-16 18:15:47.0000000,100,2\n"
+)
+MOONCAKE = "".join(
+    json.dumps({"timestamp": t, "input_length": n, "output_length": 2, "hash_ids": ids}) + "\n"
+    for t, n, ids in ((0, 1000, [0, 1]), (2000, 1024, [0, 2]))
+)
+
+
+def test_a_simulation(tmp_path: Path):
+    """Two requests of the Azure trace, apart: the first token after a step of 40 tokens, then two
+    steps of an answer. The second of Mooncake's knows 512 tokens."""
+    path = tmp_path / "trace.csv.gz"
+    path.write_bytes(gzip.compress(AZURE.encode()))
+    arrivals = simulate.read_arrivals(path, 5, 2.0, 8192)
+    assert [(a.at_s, len(a.prompt), a.answer) for a in arrivals] == [(0, 40, 3), (0.5, 100, 2)]
+    model = CostModel(step=0.01, prompt=0.001)
+    done = simulate.simulate(arrivals, Limits(100, 4, 64), model, decide, Sampling(itl_ms=50))
+    assert done.times_s[0] == pytest.approx([0.05, 0.06, 0.07])
+    assert done.times_s[1] == pytest.approx([0.5 + 0.074 + 0.046, 0.5 + 0.074 + 0.046 + 0.01])
+    found = simulate.measures(done, 0.06, 0.05)
+    assert found["goodput requests/s"] == pytest.approx(1 / 0.63)  # the second comes after 120 ms
+    assert found["ms gap p50"] == pytest.approx(10) and found["hit rate"] == 0
+    names = [e["name"] for e in simulate.timeline(done)["traceEvents"] if e["pid"] == 0]
+    assert names == ["prefill", "decode", "decode", "prefill", "prefill", "decode"]
+    path = tmp_path / "trace.jsonl"
+    path.write_text(MOONCAKE)
+    known = simulate.simulate(
+        simulate.read_arrivals(path, 5, 1.0, 8192), Limits(300, 4, 4096), model, decide, Sampling()
+    )
+    assert known.cached == 512
+
+
+def test_simulated_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path, line = tmp_path / "trace.csv", tmp_path / "line.json"
+    path.write_text(AZURE)
+    parser = argparse.ArgumentParser()
+    bench_serve.serve_arguments(parser)
+    args = parser.parse_args(
+        ["--simulate", "--trace", str(path), "--itl-ms", "20", "--timeline", str(line)]
+    )
+    rows = list(bench_serve.serve(args))
+    assert {r["impl"] for r in rows} >= {"tilewright", "fixed chunk 256", "prefill first"}
+    assert all(np.isfinite(r["value"]) for r in rows)
+    assert json.loads((tmp_path / "line-20ms.json").read_text())["traceEvents"]
+    path.write_text("nothing")
+    with pytest.raises(ArgumentError, match="A109"):
+        list(bench_serve.serve(args))
+
+
+@pytest.mark.data
+def test_goodput_of_a_served_trace(data_dir: Path):
+    """150 requests of the Azure trace, nine times as fast as they came: ours keeps more promises
+    than every fixed chunk, and than prompts first."""
+    arrivals = simulate.read_arrivals(data_dir / "traces" / bench_serve.TRACE.split("/")[-1],
+                                      150, 9.0, 8192)  # fmt: skip
+    cost = Path(bench_serve.__file__).with_name("costs") / "h100-llama-8b.json"
+    model, promise = CostModel.load(cost, None), Sampling(ttft_ms=1000, itl_ms=30)
+
+    def goodput(policy: simulate.Policy, step_tokens: int) -> float:
+        limits = Limits(25_000, 128, step_tokens)
+        done = simulate.simulate(arrivals, limits, model, policy, promise)
+        return simulate.measures(done, 1.0, 0.03)["goodput requests/s"]
+
+    ours = goodput(decide, 2048)
+    others = [goodput(simulate.fixed, c) for c in simulate.CHUNKS]
+    assert ours >= max(*others, goodput(simulate.prefill_first, 2048))
