@@ -10,15 +10,14 @@ from tilewright.ir.affine import affine, extreme, slack_of
 
 
 def narrow_loops(program: ir.Program) -> ir.Program:
-    """A loop that reduces ends, or begins, where the condition of all of its terms can hold.
+    """Loops that reduce end, or begin, where the condition of all terms can hold for one inside.
 
     before: for j in 0:n                                    after: for j in 0:min(n, i + 1)
               s = where(j <= i, x[i, j], -inf)                       …
               top = max(s over j) online
               out = sum(top.weight * V[j, c] over j) by top.factor
 
-    Terms add nothing where they are the identity, or relative to a maximum whose terms are. The
-    condition can hold if it does in some iteration of the loops inside."""
+    Terms add nothing where they are the identity, or relative to a maximum whose terms are."""
     return ir.map_bodies(program, _visit)
 
 

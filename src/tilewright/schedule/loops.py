@@ -267,15 +267,14 @@ def mma(body: ir.Stmt, rows: str, cols: str, depth: str, atom: Atom | None = Non
 
     def one(f: ir.For) -> ir.Stmt:
         chain, names = chain_from(f), (rows, cols, depth)
-        below = [
-            (c, [x for x in ir.path_to(f, c) or () if isinstance(x, ir.For)]) for c in computes(f)
-        ]
+        paths = ((c, ir.path_to(f, c) or ()) for c in computes(f))
+        below = [(c, [x for x in path if isinstance(x, ir.For)]) for c, path in paths]
         tiles = [(c, [x for n in names for x in path if matches(x, n)]) for c, path in below]
         tiles = [(c, loops) for c, loops in tiles if len(loops) == 3]
         c, loops = tiles[0] if len(tiles) == 1 else (None, [])
         # Statements that share two loops of a tile are computed one tile after the other.
-        shared = isinstance(chain.body, ir.Seq) and sum(x in chain.loops for x in loops) == 2
-        if c is None or not (shared or chain.loops[-3:] == tuple(loops)):
+        shared = len(below) > 1 and sum(x in chain.loops for x in loops) == 2
+        if c is None or not (shared or (chain.body is c and chain.loops[-3:] == tuple(loops))):
             why, hint = in_the_way(chain, depth)
             raise illegal(
                 f"{', '.join(names)} are not the three innermost loops of one product{why}", hint
