@@ -132,7 +132,7 @@ class Soak:
 def children(pid: int) -> list[int]:
     """Of all threads: one that is started again is the child of the thread that did it."""
     files = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(n) for file in files for n in file.read_text().split()]
+    return [int(n) for file in files for n in file.read_text(encoding="utf-8").split()]
 
 
 def engine_of(pid: int) -> int | None:
@@ -145,7 +145,7 @@ def engine_of(pid: int) -> int | None:
 
 
 def resident_mb(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     line = next(x for x in lines if x.startswith("VmRSS"))
     return int(line.split()[1]) / 1024
 

@@ -97,8 +97,10 @@ def test_products_of_bfloat16(rng, isa, head_dim):
         kv = paged(rng, KV_LENGTHS, (16, 2, head_dim), TYPES["bfloat16"])
         q, indptr = queries(rng, QO, 6, head_dim, TYPES["bfloat16"])
         attn = Attention(6, 2, head_dim)
-        check(attn, q, kv, indptr)
-        state = attn.run(q, kv, attn.plan(indptr, kv))
+        state = check(attn, q, kv, indptr)
+        if head_dim > 16:  # results in bfloat16; 72 has a part of a vector
+            state = attn.run(q, kv, attn.plan(indptr, kv))
+            assert state.o.dtype.name == "bfloat16"
     wanted = reference.attention(q, kv, indptr, attn.variant)
     o = state.o.astype(np.float64)
     np.testing.assert_allclose(o, wanted.o, rtol=2**-8, atol=2**-9 * 4)

@@ -70,6 +70,7 @@ class _Nest:
         self.lanes = lane_dimensions(nest.body)
         self.closures: dict[int, Callable[[], Any]] = {}  # of expressions, by id
         self.cached: dict[int, dict[str, Any]] = {}  # `starts` of loops, by id
+        self.reads: dict[int, set[str]] = {}  # names that expressions read, by id
         self.around: list[ir.For] = []  # position level: the loops
         # Position level: totals of epilogues, by output, register, and offset.
         self.totals: dict[tuple[str, str, int], Any] = {}
@@ -293,17 +294,23 @@ class _Nest:
                 self.env[s.name] = s.var.dtype.numpy.type(i)
                 self.finish_below(s.body, c, reduced)
         elif isinstance(s, ir.If):
-            if free_vars(s.cond) & reduced or self.value(s.cond):
+            if self.depends(s.cond, reduced) or self.value(s.cond):
                 self.finish_below(s.body, c, reduced)
         elif isinstance(s, ir.Seq):
             reduced = set(reduced)
             for b in s.body:
-                if isinstance(b, ir.Let) and free_vars(b.value) & reduced:
+                if isinstance(b, ir.Let) and self.depends(b.value, reduced):
                     reduced.add(b.var.name)
                 elif isinstance(b, ir.Let):
                     self.do(b)
                 else:
                     self.finish_below(b, c, reduced)
+
+    def depends(self, e: ir.Expr, names: set[str]) -> bool:
+        """Whether an expression reads one of the names."""
+        if id(e) not in self.reads:
+            self.reads[id(e)] = free_vars(e)
+        return not names.isdisjoint(self.reads[id(e)])
 
     def finish(self, c: ir.Compute) -> None:
         """Stores a statement with an epilogue from the totals of its element."""
@@ -413,74 +420,6 @@ class _Nest:
         if not e.last and not (at < high and keys.flat[at] == key):
             at = -1
         return e.dtype.numpy.type(at - e.last)
-
-
-class Epilogues:
-    """The totals of a statement with an epilogue, by element of its output. When its outermost
-    reduced loop ends, the epilogue is stored for each element of that loop, also for those without
-    a term."""
-
-    def __init__(self, nest: Any) -> None:
-        self.nest = nest
-        self.around: list[ir.For] = []
-        self.totals: dict[tuple[str, int], Any] = {}  # by register and offset of the output
-
-    def enter(self, loop: ir.For) -> None:
-        self.around.append(loop)
-
-    def add(self, c: ir.Compute) -> None:
-        at = self._offset(c)
-        for r in c.reductions:
-            key = r.total.name, at
-            value = self.nest.value(r.value)
-            self.totals[key] = UFUNCS[r.op](self.totals.get(key, _identity(r)), value)
-        if not any(ir.reduces(f, c) for f in self.around):
-            self._store(c)
-
-    def leave(self, loop: ir.For) -> None:
-        self.around.pop()
-        for c in statements(loop):
-            if not isinstance(c, ir.Compute) or not c.reductions or not ir.reduces(loop, c):
-                continue
-            if not any(ir.reduces(f, c) for f in self.around):
-                self._store_below(loop, c, set())
-
-    def _store_below(self, s: ir.Stmt, c: ir.Compute, reduced: set[str]) -> None:
-        """Stores the elements of `c` below `s`: loops that reduce, and guards and names that depend
-        on them, are passed by."""
-        run = self.nest
-        if s is c:
-            self._store(c)
-        elif isinstance(s, ir.For):
-            if ir.reduces(s, c):
-                self._store_below(s.body, c, reduced | {s.name})
-                return
-            for i in range(int(run.value(s.begin)), int(run.value(s.end))):
-                run.env[s.name] = s.var.dtype.numpy.type(i)
-                self._store_below(s.body, c, reduced)
-        elif isinstance(s, ir.If):
-            if free_vars(s.cond) & reduced or run.value(s.cond):
-                self._store_below(s.body, c, reduced)
-        elif isinstance(s, ir.Seq):
-            reduced = set(reduced)
-            for b in s.body:
-                if isinstance(b, ir.Let) and free_vars(b.value) & reduced:
-                    reduced.add(b.var.name)
-                elif isinstance(b, ir.Let):
-                    run.do(b)
-                else:
-                    self._store_below(b, c, reduced)
-
-    def _store(self, c: ir.Compute) -> None:
-        at = self._offset(c)
-        for r in c.reductions:
-            total = self.totals.get((r.total.name, at), _identity(r))
-            self.nest.registers[r.total.name] = cast(total, r.total.dtype)
-        self.nest.store(c.out.buffer, c.out.index, self.nest.value(c.value), "")
-
-    def _offset(self, c: ir.Compute) -> int:
-        buffer = c.out.buffer
-        return int(self.nest.memory[buffer.name].checked(self.nest.offset(buffer, c.out.index)))
 
 
 def _cursor(loop: str, operand: int) -> str:

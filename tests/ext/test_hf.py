@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from inspect import signature
 from types import SimpleNamespace
 
@@ -11,15 +12,14 @@ import torch
 from tests.ext.oracle import as64, attend
 
 from tilewright.errors import ArgumentError
+from tilewright.ext import hf
 from tilewright.toolchain import compilers
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-if not compilers.has_compiler():
-    pytest.skip("no C++ compiler", allow_module_level=True)
-
-from tilewright.ext import hf  # noqa: E402
-
-hf.register()
+pytestmark = [
+    pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed"),
+    pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler"),
+    pytest.mark.usefixtures("registered"),
+]
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 61, "max_position_embeddings": 64,
@@ -34,8 +34,16 @@ MODELS = {
 }
 
 
+@pytest.fixture(scope="module")
+def registered():
+    """Importing transformers takes 3 s, which processes that run none of these tests save."""
+    hf.register()
+
+
 @pytest.fixture(params=MODELS)
-def model(request):
+def model(request, registered):
+    import transformers
+
     config = getattr(transformers, f"{request.param}Config")(**SIZES | MODELS[request.param])
     torch.manual_seed(7)
     made = getattr(transformers, f"{request.param}ForCausalLM")(config).eval()

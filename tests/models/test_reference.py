@@ -11,7 +11,7 @@ from tests.models.reference import ReferenceLlama
 from tests.models.stories import write
 
 from tilewright.errors import MissingExtra
-from tilewright.serve.chat import ChatTemplate
+from tilewright.serve.chat import ChatTemplate, template_of
 from tilewright.serve.tokenizer import load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model, packaged_model
 
@@ -68,7 +68,8 @@ def test_smollm_answers():
     except MissingExtra as missing:
         pytest.skip(f"SmolLM2 is not installed: {missing.hint}")
     tokenizer, model = load_tokenizer(file), ReferenceLlama(file)
-    chat = ChatTemplate.from_metadata(file.metadata, tokenizer)
+    source = template_of(file.metadata)
+    chat = ChatTemplate(source, tokenizer)
     answers = {
         "What is the capital of France?": "The capital of France is Paris.",
         "What is 2+2?": "4",

@@ -39,6 +39,7 @@ def test_arrays_and_structures_die_with_their_owner(rng, target):
     assert not kernel._frames, "a dead structure's number may come back"
 
 
+@pytest.mark.usefixtures("small_heap")
 @pytest.mark.parametrize("target", ["cpp", "interp"])
 def test_one_matrix_after_the_other_in_the_same_place(rng, target):
     kernel = tw.program(_spmm).build(target)

@@ -91,14 +91,14 @@ def test_files(tmp_path: Path):
     assert CostModel.load(path, "a device") == replace(TRUE, key="a device")
     with pytest.raises(ModelError, match="M108"):
         CostModel.load(path, "another")
-    good = json.loads(path.read_text())
+    good = json.loads(path.read_text(encoding="utf-8"))
     bad: list[Any] = [
         {}, [], 5, good | {"step": -1}, good | {"step": "x"}, good | {"more": 1},
         good | {"factors": [1]}, good | {"factors": [0, 1]}, good | {"answer": float("nan")},
         {k: v for k, v in good.items() if k != "factors"},
     ]  # fmt: skip
     for value in bad:
-        path.write_text(json.dumps(value))
+        path.write_text(json.dumps(value), encoding="utf-8")
         with pytest.raises(ModelError, match="M108"):
             CostModel.load(path, "a device")
     with pytest.raises(ModelError, match="M108"):
@@ -161,7 +161,7 @@ def test_a_simulation(tmp_path: Path):
     names = [e["name"] for e in simulate.timeline(done)["traceEvents"] if e["pid"] == 0]
     assert names == ["prefill", "decode", "decode", "prefill", "prefill", "decode"]
     path = tmp_path / "trace.jsonl"
-    path.write_text(MOONCAKE)
+    path.write_text(MOONCAKE, encoding="utf-8")
     known = simulate.simulate(
         simulate.read_arrivals(path, 5, 1.0, 8192), Limits(300, 4, 4096), model, decide, Sampling()
     )
@@ -170,7 +170,7 @@ def test_a_simulation(tmp_path: Path):
 
 def test_simulated_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path, line = tmp_path / "trace.csv", tmp_path / "line.json"
-    path.write_text(AZURE)
+    path.write_text(AZURE, encoding="utf-8")
     parser = argparse.ArgumentParser()
     bench_serve.serve_arguments(parser)
     args = parser.parse_args(
@@ -179,8 +179,8 @@ def test_simulated_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     rows = list(bench_serve.serve(args))
     assert {r["impl"] for r in rows} >= {"tilewright", "fixed chunk 256", "prefill first"}
     assert all(np.isfinite(r["value"]) for r in rows)
-    assert json.loads((tmp_path / "line-20ms.json").read_text())["traceEvents"]
-    path.write_text("nothing")
+    assert json.loads((tmp_path / "line-20ms.json").read_text(encoding="utf-8"))["traceEvents"]
+    path.write_text("nothing", encoding="utf-8")
     with pytest.raises(ArgumentError, match="A109"):
         list(bench_serve.serve(args))
 

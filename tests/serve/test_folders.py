@@ -97,9 +97,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("folder")
     made(path, "llama")
     bytewise().save(str(path / "tokenizer.json"))
-    config = json.loads((path / "config.json").read_text())
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     weights = path / "model.safetensors"
-    (path / "full.json").write_text(json.dumps(config))
+    (path / "full.json").write_text(json.dumps(config), encoding="utf-8")
     assert weights.is_file()
     return path
 
@@ -169,8 +169,8 @@ def code_of(path: Path) -> str:
     ],
 )  # fmt: skip
 def test_hostile_config(copy: Path, key: str, value: Any, code: str):
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {key: value}))
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps(config | {key: value}), encoding="utf-8")
     assert code_of(copy) == code
 
 
@@ -243,8 +243,8 @@ HOSTILE: dict[str, Any] = {
 
 @pytest.mark.parametrize("key", HOSTILE)
 def test_hostile_tokenizer_json(copy: Path, key: str):
-    data = json.loads((copy / "tokenizer.json").read_text())
-    (copy / "tokenizer.json").write_text(json.dumps(data | {key: HOSTILE[key]}))
+    data = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
+    (copy / "tokenizer.json").write_text(json.dumps(data | {key: HOSTILE[key]}), encoding="utf-8")
     if key == "decoder":
         from_folder(copy, 400)  # spelled as pieces, and so with ▁
         return
@@ -268,10 +268,10 @@ def test_random_damage_of_tokenizer_json(copy: Path, rng: np.random.Generator):
 
 
 def test_a_merge_that_makes_a_control_token(copy: Path):
-    data = json.loads((copy / "tokenizer.json").read_text())
+    data = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
     data["model"] |= {"vocab": data["model"]["vocab"] | {"EOT": 318}, "ignore_merges": True}
     data["added_tokens"].append(data["added_tokens"][0] | {"id": 318, "content": "EOT"})
-    (copy / "tokenizer.json").write_text(json.dumps(data))
+    (copy / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     tokenizer = from_folder(copy, 400)
     assert tokenizer.encode("EOT", bos=False) == [318]
     with pytest.raises(ModelError) as caught:

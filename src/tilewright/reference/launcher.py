@@ -12,7 +12,6 @@ from tilewright.dtypes import DType
 from tilewright.ir.nodes import Program
 from tilewright.reference.evaluate import Stored, run
 from tilewright.runtime.kernel import Kernel, Launcher
-from tilewright.runtime.view import row_major_strides
 
 
 class InterpLauncher(Launcher):
@@ -42,12 +41,10 @@ def run_frame(program: Program, frame: Any) -> None:
             pointers = {part: slot.value for slot, part in slots}
             inner = tuple(frame.sizes.get(d, d) for d in t.dims[len(structure.shape) :])
             arrays = [
-                _array_at(p, t.dtype, (parts[n], *inner), row_major_strides((parts[n], *inner)))
-                for n, p in sorted(pointers.items())
+                _array_at(p, t.dtype, (parts[n], *inner)) for n, p in sorted(pointers.items())
             ]
-            flat = (
-                np.concatenate(arrays) if slots else np.zeros((sum(parts), *inner), t.dtype.numpy)
-            )
+            shape = (sum(parts), *inner)
+            flat = np.concatenate(arrays) if slots else np.zeros(shape, t.dtype.numpy)
             data[t.name] = values = flat[order]
             if t.role == "output":
                 write_back.append(lambda f=flat, o=order, v=values, a=arrays: _scatter(f, o, v, a))
@@ -71,13 +68,13 @@ def _scatter(flat: np.ndarray, order: np.ndarray, values: np.ndarray, parts: lis
 
 
 def _array_at(
-    pointer: int, dtype: DType, shape: tuple[int, ...], strides: tuple[int, ...]
+    pointer: int, dtype: DType, shape: tuple[int, ...], strides: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """The array at an address; `strides` count elements."""
+    """The array at an address; `strides` count elements (None: row-major without gaps)."""
     kind = dtype.numpy
     described = {
         "data": (pointer, False), "shape": shape, "typestr": kind.str, "version": 3,
-        "strides": tuple(s * kind.itemsize for s in strides),
+        "strides": strides and tuple(s * kind.itemsize for s in strides),
     }  # fmt: skip
     return np.asarray(SimpleNamespace(__array_interface__=described))
 

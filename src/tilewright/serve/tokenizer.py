@@ -331,7 +331,7 @@ def from_folder(folder: Path, vocab: int) -> Tokenizer:
         raise _unusable(f"{type(error).__name__}: {error}"[:200], str(path)) from None
     out.ends |= ends & out.control
     out.bos, out.eos = next(iter(first), None), min(out.ends, default=None)
-    out.add_bos = out.bos is not None
+    out.add_bos = bool(first)
     out.named = {k: i for k, i in (("bos", out.bos), ("eos", out.eos)) if i is not None}
     return out
 

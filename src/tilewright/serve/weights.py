@@ -183,11 +183,9 @@ def _open_gguf(path: Path, header: Header) -> ModelFile:
         raise ModelError("M103", rule, where=str(path))
     metadata.refuse("llama.expert_count", (0,))
     metadata.refuse("llama.attention.sliding_window", (0,))
-    values = {
-        ours: header.metadata[key] for ours, key in _GGUF_KEYS.items() if key in header.metadata
-    }
-    values |= {"vocab_size": vocab, "rope_scaling": _linear_scaling(metadata)}
-    values = {key: value for key, value in values.items() if value is not None}
+    named = header.metadata
+    values: dict[str, Any] = {"vocab_size": vocab, "rope_scaling": _linear_scaling(metadata)}
+    values |= {ours: named[key] for ours, key in _GGUF_KEYS.items() if key in named}
     keys = Metadata(values, str(path), names=_GGUF_KEYS)
     # Converters permute the rows of Q and K so that the rotated pairs are neighbours.
     config = read_config(keys, "output.weight" in shapes, interleaved=True)

@@ -139,8 +139,7 @@ class ModelConfig:
             not any(self.windowed) or 1 <= self.window < 1 << 31,
         )
         if not all(usable):
-            rule = f"a number is not positive and finite: {self}"
-            raise ModelError("M101", rule[:600], where=where)
+            raise ModelError("M101", f"not positive and finite: {self}"[:600], where=where)
         return self
 
 
