@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from tilewright import dtypes, knobs
 from tilewright.codegen import prelude_files
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 entries.to_device = transfer.to_device
 
+P = ParamSpec("P")
 _INT32, _INT64 = dtypes.int32, dtypes.int64
 WATCHED = 2  # the debug level from which passes and schedules are printed, so that they must run
 
@@ -150,8 +152,6 @@ class Definition:
         return _build(self, parse_target(target))
 
     def _known(self, names: Any) -> None:
-        import inspect
-
         known = inspect.signature(self.function).parameters
         for name in names:
             if name not in known:
@@ -169,6 +169,24 @@ def program(function: Callable[..., Any]) -> Definition:
     definition = Definition(function)
     definition.program  # noqa: B018 - errors belong to the definition, not to the first use
     return definition
+
+
+def program_of(name: str, parameters: dict[str, Any], function: Callable[..., Any]) -> Definition:
+    """The program of a function that takes what `parameters` describe by keyword."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    described = [inspect.Parameter(n, kind, default=d) for n, d in parameters.items()]
+    function.__name__, function.__signature__ = name, inspect.Signature(described)
+    return program(function)
+
+
+def kernels(define: Callable[P, Definition]) -> Callable[Concatenate[str, P], Kernel]:
+    """The kernels of the definitions that a function returns, built once each: a function of the
+    target and of its arguments."""
+
+    def kernel(target: str, *args: P.args, **named: P.kwargs) -> Kernel:
+        return define(*args, **named).build(target)
+
+    return functools.cache(kernel)  # type: ignore[return-value]
 
 
 def _build(d: Definition, target: Target) -> Kernel:

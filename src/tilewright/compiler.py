@@ -88,8 +88,8 @@ def rendered(program: Program, target: Target) -> Built:
     if target.kind == "interp":
         return Built(manifest, str(program), ())
     if target.kind == "cpp":
-        source = cpp.render(program, declarations(manifest), params)
-        return Built(manifest, source.text, source.entries)
+        text = cpp.render(program, declarations(manifest), params)
+        return Built(manifest, text, tuple(s.entry for s in manifest.stages))
     bodies = cuda.render(program, declarations(manifest), params)
     for stage, body in zip(manifest.stages, bodies, strict=True):
         if body.smem_bytes > target.shared_bytes:

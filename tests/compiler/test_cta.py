@@ -23,6 +23,7 @@ from tests.compiler.cases import (
 from tests.shipped import CUDA, SHIPPED
 
 from tilewright.codegen import cuda
+from tilewright.codegen.params import collect_params
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import free_vars, map_bodies, rebuild, walk
@@ -188,7 +189,6 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "rmsnorm": ROWS_0,
     # two reductions in one body
     "argmax": ROWS_1,
-    "sample": ROWS_1,
 }
 
 
@@ -215,7 +215,7 @@ def test_how_many_mutants_there_are():
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_barriers_of_the_text_are_those_of_the_ir(name):
     program = case(name)[0]
-    text = cuda.render(program, "")[0].text
+    text = cuda.render(program, "", collect_params(program))[0].text
     nodes = [x for stage in program.stages for nest in stage for x in walk(nest.body)]
     assert text.count("tw::bar_sync(") == sum(isinstance(x, ir.Sync) for x in nodes)
     rows = [x for x in nodes if isinstance(x, ir.ReduceThreads) and x.axis == "thread.y"]

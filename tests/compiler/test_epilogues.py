@@ -478,7 +478,7 @@ def test_cubins(name, arch):
 @pytest.mark.parametrize("after", ["bias", "residual", "gate", "norm_gate"])
 @pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_1"])
 def test_cubins_of_linear_layers(kind, after):
-    kernel = linear_kernel(kind, False, 576, 1536, "cuda:sm_80", after=after)
+    kernel = linear_kernel("cuda:sm_80", kind, False, 576, 1536, after=after)
     assert all(used.spill_bytes == 0 for used in kernel.resources.values())
     sums = 1 + after.endswith("gate") + after.startswith("norm")
     assert kernel.source.count("tw::across_lanes") == sums

@@ -51,5 +51,5 @@ def test_every_architecture_has_a_limit() -> None:
 
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 def test_what_fits_is_built_for_its_architecture() -> None:
-    kernel = gemm_kernel("float16", target="cuda:sm_90a")
+    kernel = gemm_kernel("cuda:sm_90a", "float16")
     assert 0 < kernel.manifest.stages[0].smem_bytes <= 232448

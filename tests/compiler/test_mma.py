@@ -425,13 +425,13 @@ BSR = {  # block, dtype, width
 
 def kernel_of(name, target):
     if name == "gemm float16":
-        return gemm_kernel("float16", target=target)
+        return gemm_kernel(target, "float16")
     if name == "gemm bfloat16":
-        return gemm_kernel("bfloat16", target=target)
+        return gemm_kernel(target, "bfloat16")
     if name == "gemm fixed":
-        return gemm_kernel("float16", 96, 200, target)
+        return gemm_kernel(target, "float16", 96, 200)
     block, dtype, width = BSR[name]
-    return bsr_spmm_kernel(tw.bsr(block), dtype, width, "int32", target)
+    return bsr_spmm_kernel(target, tw.bsr(block), dtype, width)
 
 
 NAMES = ("gemm float16", "gemm bfloat16", "gemm fixed", *BSR)

@@ -33,7 +33,7 @@ CASES = [(kind, n, k) for kind in KINDS for n, k in SIZES[kind]]
 @pytest.mark.parametrize("many", [False, True])
 def test_linear(rng, kind, n, k, many):
     w = weight(rng, kind, n, k)
-    kernel = linear_kernel(kind, many, n, k)
+    kernel = linear_kernel("cpp", kind, many, n, k)
     for t in TOKENS if many else (1, 2):
         x, y = normal(rng, t, k), poisoned(t, n)
         assert kernel(x, *arrays(w), out=y) is y
@@ -61,7 +61,7 @@ def test_the_schedule_of_a_gpu_run_on_the_cpu(rng, kind, n, k):
 def test_interleaved_rows(rng, kind, n, k, many):
     w = weight(rng, kind, n, k)
     assert can_interleave(kind, n) and not can_interleave(kind, n + 8)
-    kernel = linear_kernel(kind, many, n, k, interleaved=True)
+    kernel = linear_kernel("cpp", kind, many, n, k, interleaved=True)
     for t in TOKENS if many else (1, 2):
         x, y = normal(rng, t, k), poisoned(t, n)
         kernel(x, *interleave(w.kind, w.data), out=y.reshape(t, -1, 16))
@@ -108,7 +108,7 @@ def test_a_residual_and_a_gate(rng, kind, many, after):
     """The sizes of a kind take turns; in the test below each of them has each epilogue."""
     n, k = SIZES[kind][(AFTER.index(after) + many) % len(SIZES[kind])]
     w, other = weight(rng, kind, n, k), weight(rng, kind, n, k)
-    kernel = linear_kernel(kind, many, n, k, after=after)
+    kernel = linear_kernel("cpp", kind, many, n, k, after=after)
     for t in TOKENS if many else (1, 2):
         x, r, y = normal(rng, t, k), normal(rng, t, n), poisoned(t, n)
         kernel(x, *arrays(w), *last(after, r, arrays(other), k), out=y)
@@ -136,7 +136,7 @@ def test_a_residual_and_a_gate_by_the_schedule_of_a_gpu(rng, kind, n, k, after):
 def test_a_residual_and_a_gate_of_interleaved_rows(rng, kind, many, after):
     n, k = 48, 96
     w, other = weight(rng, kind, n, k), weight(rng, kind, n, k)
-    kernel = linear_kernel(kind, many, n, k, interleaved=True, after=after)
+    kernel = linear_kernel("cpp", kind, many, n, k, interleaved=True, after=after)
     for t in TOKENS if many else (1, 2):
         x, r, y = normal(rng, t, k), normal(rng, t, n), poisoned(t, n)
         more = last(after, r.reshape(t, -1, 16), interleave(kind, other.data), k)
@@ -153,9 +153,9 @@ def test_blocks_mean_what_the_gguf_library_says(rng, kind, many):
     raw = gguf.quants.quantize(normal(rng, 32, 64), quantised)
     wanted = gguf.quants.dequantize(raw, quantised)
     x = np.eye(64, dtype=np.float32)
-    got = linear_kernel(kind, many, 32, 64)(x, *weight_views(kind, raw))
+    got = linear_kernel("cpp", kind, many, 32, 64)(x, *weight_views(kind, raw))
     assert np.array_equal(got.T, wanted)
-    got = linear_kernel(kind, many, 32, 64, interleaved=True)(x, *interleave(kind, raw))
+    got = linear_kernel("cpp", kind, many, 32, 64, interleaved=True)(x, *interleave(kind, raw))
     assert np.array_equal(got.reshape(64, 32).T, wanted)
     rows = embedding_kernel(kind)(np.arange(32, dtype=np.int32), *weight_views(kind, raw))
     assert np.array_equal(rows.reshape(32, 64), wanted)
@@ -171,7 +171,10 @@ def test_interleaving_moves_rows_and_nothing_else(rng):
 
 def test_linear_of_no_tokens():
     w = np.ones((20, 37), np.float32)
-    assert linear_kernel("f32", True, 20, 37)(np.empty((0, 37), np.float32), w).shape == (0, 20)
+    assert linear_kernel("cpp", "f32", True, 20, 37)(np.empty((0, 37), np.float32), w).shape == (
+        0,
+        20,
+    )
 
 
 def test_linear_reads_rows_that_lie_apart(rng):
@@ -179,14 +182,14 @@ def test_linear_reads_rows_that_lie_apart(rng):
     w, x = weight(rng, "f32", 20, 37), poisoned(5, 64)
     x[:, 3:40] = normal(rng, 5, 37)
     y = poisoned(5, 40)
-    linear_kernel("f32", True, 20, 37)(x[:, 3:40], *arrays(w), out=y[:, 10:30])
+    linear_kernel("cpp", "f32", True, 20, 37)(x[:, 3:40], *arrays(w), out=y[:, 10:30])
     inside = x[:, 3:40]
     close(y[:, 10:30], inside @ values(w).T, np.abs(inside) @ np.abs(values(w)).T)
     assert np.isnan(y[:, :10]).all() and np.isnan(y[:, 30:]).all()
 
 
 def test_linear_refuses_what_does_not_fit(rng):
-    kernel = linear_kernel("f32", False, 20, 37)
+    kernel = linear_kernel("cpp", "f32", False, 20, 37)
     w, x = normal(rng, 20, 37), normal(rng, 1, 37)
     y = poisoned(1, 20)
     for code, args in (
@@ -203,11 +206,11 @@ def test_linear_refuses_what_does_not_fit(rng):
         assert caught.value.code == code, args
     assert np.isnan(y).all()
     with pytest.raises(ArgumentError, match="A108"):
-        linear_kernel("f32", False, 37, 37)(x, normal(rng, 37, 37), out=x)
+        linear_kernel("cpp", "f32", False, 37, 37)(x, normal(rng, 37, 37), out=x)
 
 
 def test_unknown_kinds_are_refused():
-    for make in (lambda: linear_kernel("q9", False, 8, 8), lambda: embedding_kernel("q9")):
+    for make in (lambda: linear_kernel("cpp", "q9", False, 8, 8), lambda: embedding_kernel("q9")):
         with pytest.raises(ModelError) as caught:
             make()
         assert caught.value.code == "M104" and "q8_0" in caught.value.hint

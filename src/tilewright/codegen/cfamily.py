@@ -13,24 +13,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.codegen.merge import MergeRenderer
 from tilewright.codegen.params import C_TYPES, STORED_AS_BITS, Params, c_name
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import statements, walk
 
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Generated text of one program. `entries` names the function of each stage."""
-
-    text: str
-    entries: tuple[str, ...]
+# The method of a renderer that gives the text of a node.
+_METHODS: dict[type, str] = {
+    ir.Seq: "seq", ir.For: "loop", ir.Merge: "merge", ir.Drain: "drain", ir.If: "guard",
+    ir.Let: "let", ir.Alloc: "alloc", ir.Store: "store", ir.CopyAsync: "copy_async",
+    ir.Commit: "commit", ir.Wait: "wait", ir.Sync: "sync", ir.Prefetch: "prefetch", ir.Mma: "mma",
+    ir.Scatter: "scatter", ir.Const: "const", ir.Var: "var", ir.Index: "var", ir.Load: "load",
+    ir.Binary: "binary", ir.Unary: "unary", ir.Select: "select", ir.Cast: "cast",
+    ir.Search: "search", ir.Cursor: "cursor", ir.Holds: "holds", ir.Ramp: "ramp",
+    ir.Broadcast: "broadcast", ir.ReduceLanes: "reduce_lanes", ir.ReduceThreads: "reduce_threads",
+}  # fmt: skip
 
 
 @dataclass
-class Renderer(MergeRenderer):
+class Renderer:
     """Renders one program. `params` says which names are fields of which struct."""
 
     program: ir.Program
@@ -61,63 +63,51 @@ class Renderer(MergeRenderer):
         self.depth -= 1
         self.line("}")
 
+    def text(self, node: Any) -> Any:
+        """Runs the method of a node; what other targets alone have, this one has no method for."""
+        method = getattr(self, _METHODS.get(type(node), ""), None)
+        if method is None:
+            raise InternalError("I101", f"{type(self).__name__}: no text for {type(node).__name__}")
+        return method(node)
+
     def stmt(self, s: ir.Stmt) -> None:
-        if isinstance(s, ir.Seq):
-            for b in s.body:
-                self.stmt(b)
-        elif isinstance(s, ir.Merge):
-            self.merge(s)
-        elif isinstance(s, ir.Scatter):
-            self.line(f"{c_name(s.workspace.name)}.add({self.expr(s.key)}, {self.expr(s.value)});")
-        elif isinstance(s, ir.Drain):
-            self.drain(s)
-        elif isinstance(s, ir.For):
-            self.loop(s)
-        elif isinstance(s, ir.If):
-            self.block(f"if ({self.expr(s.cond)})", s.body)
-        elif isinstance(s, ir.Let):
-            kind, name = self.type(s.var.dtype), c_name(s.var.name)
-            self.line(f"const {kind} {name} = {self.stored(s.value)};")
-        elif isinstance(s, ir.Alloc):
-            self.alloc(s)
-        elif isinstance(s, ir.CopyAsync):
-            self.copy_async(s)
-        elif isinstance(s, ir.Store):
-            self.store(s)
-        elif isinstance(s, ir.Prefetch):
-            self.line(self.prefetch(self.address(s.element.buffer, s.element.index[0])))
-        elif isinstance(s, (ir.Sync, ir.Commit, ir.Wait)):
-            self.line(self.barrier(s))
-        elif isinstance(s, ir.Mma):
-            self.mma(s)
-        else:
-            raise InternalError("I101", f"no text for {type(s).__name__}")
+        self.text(s)
+
+    def seq(self, s: ir.Seq) -> None:
+        for b in s.body:
+            self.stmt(b)
+
+    def scatter(self, s: ir.Scatter) -> None:
+        self.line(f"{c_name(s.workspace.name)}.add({self.expr(s.key)}, {self.expr(s.value)});")
+
+    def guard(self, s: ir.If) -> None:
+        self.block(f"if ({self.expr(s.cond)})", s.body)
+
+    def let(self, s: ir.Let) -> None:
+        kind, name = self.type(s.var.dtype), c_name(s.var.name)
+        self.line(f"const {kind} {name} = {self.stored(s.value)};")
 
     def loop(self, s: ir.For) -> None:
         kind, name = self.type(s.var.dtype), c_name(s.name)
         if s.unroll_hint or s.kind == "unroll":
-            self.line(self.unroll_pragma(s.unroll_hint or 16))
+            self.line(f"{self.unroll_pragma} {s.unroll_hint or 16}")
         begin, end = self.expr(s.begin), self.expr(s.end)
         limit = end
         if not isinstance(s.end, (ir.Const, ir.Var)):  # evaluated once
             begin, limit = f"{begin}, {name}__end = {end}", f"{name}__end"
         self.block(f"for ({kind} {name} = {begin}; {name} < {limit}; ++{name})", s.body)
 
-    def unroll_pragma(self, n: int) -> str:
-        return f"#pragma GCC unroll {n}"
+    unroll_pragma = "#pragma GCC unroll"
 
     def alloc(self, s: ir.Alloc) -> None:
-        b, name, kind = s.buffer, c_name(s.buffer.name), self.type(s.buffer.dtype)
+        b = s.buffer
+        name, kind = c_name(b.name), self.type(b.dtype)
         if b.scope == "workspace":
-            raise ScheduleError(
-                "S103", "a row of a sparse product is gathered in memory of a CPU",
-                hint='build for "cpp", or an output that is dense',
-            )  # fmt: skip
+            rule = "a row of a sparse product is gathered in memory of a CPU"
+            raise ScheduleError("S103", rule, hint='build for "cpp", or an output that is dense')
         if b.scope == "row":
-            raise ScheduleError(
-                "S103", f"{b.name} has a run-time length, and a GPU has no such arrays",
-                hint='compute_at(…, scope="global")',
-            )  # fmt: skip
+            rule = f"{b.name} has a run-time length, and a GPU has no such arrays"
+            raise ScheduleError("S103", rule, hint='compute_at(…, scope="global")')
         if b.shape:
             total = math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
             self.line(f"{kind} {name}[{total}];")
@@ -175,24 +165,17 @@ class Renderer(MergeRenderer):
             return
         index = self.expr(s.index[0])
         self.line(f"{{ const auto value__ = {value}; const auto at__ = {index};")
-        address = f"&{pointer}[{self.lane('at__', 'l__')}]"
         self.line(f"  for (int l__ = 0; l__ < {s.value.dtype.lanes}; ++l__)")
-        self.line(f"    tw::atomic_{s.op}({address}, {self.lane('value__', 'l__')}); }}")
+        self.line(f"    tw::atomic_{s.op}(&{pointer}[at__[l__]], value__[l__]); }}")
 
-    def lane(self, vector: str, lane: str) -> str:
-        return f"{vector}[{lane}]"
+    def prefetch(self, s: ir.Prefetch) -> None:
+        address = self.address(s.element.buffer, s.element.index[0])
+        self.line(f"{self.prefetch_function}({address});")
 
-    def prefetch(self, address: str) -> str:
-        return f"__builtin_prefetch({address});"
+    prefetch_function = "__builtin_prefetch"
 
     def copy_async(self, s: ir.CopyAsync) -> None:
         self.store(s)  # complete at once
-
-    def barrier(self, s: ir.Sync | ir.Commit | ir.Wait) -> str:
-        raise InternalError("I101", "this target has no threads to synchronise")
-
-    def mma(self, s: ir.Mma) -> None:
-        raise InternalError("I101", "this target has no matrix tiles")
 
     # -- expressions -----------------------------------------------------------------------------
 
@@ -225,40 +208,24 @@ class Renderer(MergeRenderer):
         return f"p.{name}" if name in self.param_fields else name
 
     def expr(self, e: Any) -> str:
-        if isinstance(e, ir.Const):
-            return self.const(e)
-        if isinstance(e, ir.Var):
-            return self.var(e)
-        if isinstance(e, ir.Load):
-            return self.load(e)
-        if isinstance(e, ir.Binary):
-            return self.binary(e)
-        if isinstance(e, ir.Unary):
-            return self.unary(e)
-        if isinstance(e, ir.Select):
-            return self.select(e)
-        if isinstance(e, ir.Cast):
-            return self.cast(e)
-        if isinstance(e, ir.Search):
-            verb = "find_last" if e.last else "find"
-            kind = C_TYPES[e.keys.dtype.name]
-            return (
-                f"tw::{verb}<{self.type(e.dtype)}, {kind}>({self.pointer(e.keys)}, "
-                f"{self.expr(e.lo)}, {self.expr(e.hi)}, {self.expr(e.key)})"
-            )
-        if isinstance(e, ir.Cursor):
-            return self.cursor(e)
-        if isinstance(e, ir.Holds):
-            return f"{c_name(e.workspace.name)}.holds({self.expr(e.key)})"
-        if isinstance(e, ir.Ramp):
-            return f"tw::ramp<{_lanes_of(e.dtype)}>({self.expr(e.base)})"
-        if isinstance(e, ir.Broadcast):
-            return f"tw::splat<{_lanes_of(e.dtype)}>({self.expr(e.a)})"
-        if isinstance(e, ir.ReduceLanes):
-            return f"tw::fold_{e.op}<{_lanes_of(e.a.dtype)}>({self.expr(e.a)})"
-        if isinstance(e, ir.ReduceThreads):
-            return self.reduce_threads(e)
-        raise InternalError("I101", f"no text for {type(e).__name__}")
+        return self.text(e)
+
+    def search(self, e: ir.Search) -> str:
+        verb = "find_last" if e.last else "find"
+        kind, bounds = C_TYPES[e.keys.dtype.name], ", ".join(map(self.expr, (e.lo, e.hi, e.key)))
+        return f"tw::{verb}<{self.type(e.dtype)}, {kind}>({self.pointer(e.keys)}, {bounds})"
+
+    def holds(self, e: ir.Holds) -> str:
+        return f"{c_name(e.workspace.name)}.holds({self.expr(e.key)})"
+
+    def ramp(self, e: ir.Ramp) -> str:
+        return f"tw::ramp<{_lanes_of(e.dtype)}>({self.expr(e.base)})"
+
+    def broadcast(self, e: ir.Broadcast) -> str:
+        return f"tw::splat<{_lanes_of(e.dtype)}>({self.expr(e.a)})"
+
+    def reduce_lanes(self, e: ir.ReduceLanes) -> str:
+        return f"tw::fold_{e.op}<{_lanes_of(e.a.dtype)}>({self.expr(e.a)})"
 
     def reduce_threads(self, e: ir.ReduceThreads) -> str:
         return self.expr(e.a)  # on a CPU the loop over threads has run in order
@@ -346,8 +313,6 @@ class Renderer(MergeRenderer):
         return f"tw::{e.op}{template}({a})"
 
     def select(self, e: ir.Select) -> str:
-        if self.is_in_range(e):
-            return self.picked(e)
         a, b = self.stored(e.a), self.stored(e.b)
         if e.cond.dtype.lanes > 1:
             return f"tw::select({self.expr(e.cond)}, {a}, {b})"
@@ -360,9 +325,8 @@ class Renderer(MergeRenderer):
             wide = f"tw::from_{source.name}{lanes}({a})"
             return wide if to.name == "float32" else self.convert(wide, to)
         if to.name in STORED_AS_BITS:
-            narrow = (
-                a if source.name == "float32" else self.convert(a, dtypes.float32.vector(to.lanes))
-            )
+            single = dtypes.float32.vector(to.lanes)
+            narrow = a if source.name == "float32" else self.convert(a, single)
             return f"tw::to_{to.name}{lanes}({narrow})"
         if source.is_int and source.bits < 32 and to.is_float and to.lanes > 1:
             a = self.convert(a, dtypes.int32.vector(to.lanes))  # one step would go lane by lane

@@ -8,10 +8,12 @@ to find it, and another matrix changes only the number of CTAs of a launch.
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass, field, replace
 
-from tilewright.codegen.cfamily import Renderer, atom_texts, has, operand_kind
-from tilewright.codegen.params import C_TYPES, Params, c_name, collect_params
+from tilewright.codegen.cfamily import atom_texts, has, operand_kind
+from tilewright.codegen.merge import MergeRenderer
+from tilewright.codegen.params import C_TYPES, Params, c_name
 from tilewright.ir import nodes as ir
 from tilewright.ir.affine import is_multiple, terms
 from tilewright.ir.body import Body
@@ -28,12 +30,8 @@ OPERANDS = 112  # registers of a thread for operands and addresses beside its fr
 LEAST_MMA = 168  # registers of a thread that has fragments
 
 
-_BITS32 = {"nan": "0x7fc00000", "inf": "0x7f800000", "-inf": "0xff800000"}
-_BITS64 = {"nan": "0x7ff8000000000000", "inf": "0x7ff0000000000000", "-inf": "0xfff0000000000000"}
-
-
 @dataclass
-class CudaRenderer(Renderer):
+class CudaRenderer(MergeRenderer):
     """The GPU's renderer: read-only loads, reductions across threads, matrix tiles of a warp."""
 
     threads: tuple[int, int] = (1, 1)
@@ -50,12 +48,9 @@ class CudaRenderer(Renderer):
         super().block(head, body)
         self.fragments.clear()
 
-    def barrier(self, s: ir.Sync | ir.Commit | ir.Wait) -> str:
-        if isinstance(s, ir.Sync):
-            self.fragments.clear()
-            return f"tw::bar_sync(BARRIER, {self.threads[0] * self.threads[1]});"
-        is_wait = isinstance(s, ir.Wait)
-        return f"tw::copy_async_wait<{s.pending}>();" if is_wait else "tw::copy_async_commit();"
+    def sync(self, s: ir.Sync) -> None:
+        self.fragments.clear()
+        self.line(f"tw::bar_sync(BARRIER, {self.threads[0] * self.threads[1]});")
 
     def copy_async(self, s: ir.CopyAsync) -> None:
         cond, load = "", s.value
@@ -68,16 +63,17 @@ class CudaRenderer(Renderer):
         addresses = f"{self.address(s.buffer, to)}, {self.address(load.buffer, source)}"
         self.line(f"tw::copy_async<{kind}>({addresses}{cond});")
 
-    def unroll_pragma(self, n: int) -> str:
-        return f"#pragma unroll {n}"
+    def commit(self, s: ir.Commit) -> None:
+        self.line("tw::copy_async_commit();")
 
-    restrict = "__restrict__"
+    def wait(self, s: ir.Wait) -> None:
+        self.line(f"tw::copy_async_wait<{s.pending}>();")
+
+    restrict, prefetch_function = "__restrict__", "tw::prefetch"
+    unroll_pragma = "#pragma unroll"
 
     def mask(self, text: str, lanes: int) -> str:
         return f"tw::convert<bool, {lanes}>({text})"
-
-    def prefetch(self, address: str) -> str:
-        return f"tw::prefetch({address});"
 
     def var(self, e: ir.Var) -> str:
         if e.name in ("thread_x", "thread_y"):
@@ -113,10 +109,10 @@ class CudaRenderer(Renderer):
     def const(self, e: ir.Const) -> str:
         if not e.dtype.is_float or math.isfinite(e.value):
             return super().const(e)
-        which = "nan" if math.isnan(e.value) else "inf" if e.value > 0 else "-inf"
+        value = math.nan if math.isnan(e.value) else e.value  # one of many NaNs
         if e.dtype.bits == 64:
-            return f"__longlong_as_double({_BITS64[which]}ll)"
-        return f"__uint_as_float({_BITS32[which]}u)"
+            return f"__longlong_as_double(0x{struct.pack('>d', value).hex()}ll)"
+        return f"__uint_as_float(0x{struct.pack('>f', value).hex()}u)"
 
     def select(self, e: ir.Select) -> str:
         """Render a guarded load as a predicated load. A branch would serialise the latencies of
@@ -270,12 +266,9 @@ def _is_multiple(e: ir.Expr, n: int) -> bool:
     return is_multiple(e, n, lambda v: is_generated(v.name, STRIDE))
 
 
-def render(
-    program: ir.Program, declarations: str, params: Params | None = None
-) -> tuple[Body, ...]:
+def render(program: ir.Program, declarations: str, params: Params) -> tuple[Body, ...]:
     """A body for each stage of a program at the loop level; all share one text. `declarations` are
     the structs Params and Row."""
-    params = params or collect_params(program)
     text, bodies = [declarations, *atom_texts(program, "cuda")], []
     for number, stage in enumerate(program.stages):
         used = 0

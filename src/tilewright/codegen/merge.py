@@ -7,26 +7,18 @@ the data, and one loop for the rest of each.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from tilewright.codegen.cfamily import Renderer
 from tilewright.codegen.params import C_TYPES, c_name
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import walk
 
 
-class MergeRenderer:
+class MergeRenderer(Renderer):
     """The part of a renderer that prints `Merge` loops and `Cursor`s."""
 
     unguarded: tuple[str, ...] = ()  # loops whose positions can all be read here
     is_picking = False  # positions are printed that can be read, not -1 for those that lack it
-    line: Any
-    block: Any
-    stmt: Any
-    stored: Any
-    expr: Any
-    pointer: Any
-    load_scalar: Any
-    depth: int
 
     def merge(self, s: ir.Merge) -> None:
         name, kind = c_name(s.name), C_TYPES[s.var.dtype.name]
@@ -124,20 +116,17 @@ class MergeRenderer:
             return f"{name}__key"
         return f"{name}__{'at' if self.is_picking else 'position'}{e.operand}"
 
-    def is_in_range(self, e: ir.Select) -> bool:
-        """Whether a value is chosen by whether a list has the coordinate, where the position in
-        that list can be read anyway."""
+    def select(self, e: ir.Select) -> str:
+        """Where a value is chosen by whether a list has the coordinate, and the position in that
+        list can be read anyway, it is read in any case: the choice needs no branch."""
         cond = e.cond
-        return (
+        if not (
             isinstance(cond, ir.Binary) and cond.op == ">=" and isinstance(cond.a, ir.Cursor)
             and cond.b == ir.Const(0, cond.b.dtype) and cond.a.loop.name in self.unguarded
-        )  # fmt: skip
-
-    def picked(self, e: ir.Select) -> str:
-        """A choice that needs no branch: the value is read in any case."""
-        cursor: ir.Cursor = e.cond.a  # type: ignore[attr-defined]
-        name, kind = c_name(cursor.loop.name), C_TYPES[e.dtype.name]
-        has = f"{name}__key{cursor.operand} == {name}__key"
+        ):  # fmt: skip
+            return super().select(e)
+        name, kind = c_name(cond.a.loop.name), C_TYPES[e.dtype.name]
+        has = f"{name}__key{cond.a.operand} == {name}__key"
         self.is_picking = True
         value = self.stored(e.a)
         self.is_picking = False

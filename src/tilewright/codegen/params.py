@@ -60,10 +60,9 @@ def collect_params(program: ir.Program) -> Params:
     """Every buffer, stride, size and count of a program as fields of its two structs."""
     params: dict[str, tuple[str, ...]] = {}
     row: dict[str, tuple[str, ...]] = {}
-    written = frozenset(
-        x.buffer.name if isinstance(x, ir.Store) else x.to.buffer.name
-        for n in _nests(program) for x in walk(n.body) if isinstance(x, ir.Store)
-    )  # fmt: skip
+    nests = (n for stage in program.stages for n in stage)
+    nodes = [x for n in nests for root in (n.body, *n.grid) for x in walk(root)]
+    written = frozenset(x.buffer.name for x in nodes if isinstance(x, ir.Store))
     inputs = {t.name for t in program.inputs}
     for b in program.buffers:
         const = "" if b.name in written else "const "
@@ -75,8 +74,11 @@ def collect_params(program: ir.Program) -> Params:
             params[b.name] = (c_name(b.name), kind)
         else:
             params[b.name] = field_
-    for name, dtype in _free_names(program).items():
-        (row if is_generated(name, COUNT) else params)[name] = (c_name(name), dtype)
+    for x in nodes:
+        if isinstance(x, ir.Var) and is_generated(x.name, SIZE, STRIDE, COUNT):
+            is_wide = is_generated(x.name, STRIDE) or x.dtype.bits == 64
+            struct = row if is_generated(x.name, COUNT) else params
+            struct[x.name] = (c_name(x.name), "int64" if is_wide else "int32")
     packed = {
         stride_name(t.name, d): stride
         for t in program.tensors
@@ -103,20 +105,6 @@ def packed_strides(tensor: ir.Tensor, sizes: Mapping[str, int]) -> tuple[int | N
         extent = dim if isinstance(dim, int) else sizes.get(dim)
         step = None if step is None or extent is None else step * extent
     return tuple(reversed(strides))
-
-
-def _nests(program: ir.Program) -> list[ir.Nest]:
-    return [n for stage in program.stages for n in stage]
-
-
-def _free_names(program: ir.Program) -> dict[str, str]:
-    types: dict[str, str] = {}
-    for n in _nests(program):
-        for x in (*walk(n.body), *(v for g in n.grid for v in walk(g))):
-            if isinstance(x, ir.Var) and is_generated(x.name, SIZE, STRIDE, COUNT):
-                wide = is_generated(x.name, STRIDE) or x.dtype.bits == 64
-                types[x.name] = "int64" if wide else "int32"
-    return types
 
 
 def host_count(grid: tuple[ir.Expr, ...]) -> Any:

@@ -77,10 +77,8 @@ class Expr(Operators):
     dtype: DType
 
     def __bool__(self) -> bool:
-        raise ProgramError(
-            "P101", "an expression of a program has no truth value",
-            hint="programs are traced: use tw.where(condition, a, b), and & | for and, or",
-        )  # fmt: skip
+        hint = "programs are traced: use tw.where(condition, a, b), and & | for and, or"
+        raise ProgramError("P101", "an expression of a program has no truth value", hint=hint)
 
     def cast(self, to: DType | str) -> Expr:
         """The value converted to another dtype."""
@@ -311,10 +309,8 @@ class Tensor(Operators):
         indices = tuple(as_expr(c, dtypes.int32) for c in coords)
         for c in indices:
             if not c.dtype.is_int:
-                raise ProgramError(
-                    "P106", f"{c} is {c.dtype}: coordinates of {self.name} are whole numbers",
-                    hint='convert it: tw.floor(x).cast("int32")',
-                )  # fmt: skip
+                rule = f"{c} is {c.dtype}: coordinates of {self.name} are whole numbers"
+                raise ProgramError("P106", rule, hint='convert it: tw.floor(x).cast("int32")')
         return Access(self, indices, self.dtype)
 
     def __str__(self) -> str:
@@ -378,10 +374,8 @@ def as_expr(x: Any, dtype: DType | None = None) -> Expr:
         return Const(x, kind)
     if isinstance(x, float):
         return Const(x, dtype or dtypes.float32)
-    raise ProgramError(
-        "P101", f"{x!r} cannot be an operand",
-        hint="operands are numbers, scalars and elements of tensors, such as X[i, j]",
-    )  # fmt: skip
+    hint = "operands are numbers, scalars and elements of tensors, such as X[i, j]"
+    raise ProgramError("P101", f"{x!r} cannot be an operand", hint=hint)
 
 
 def _operand(x: Any) -> Any:
@@ -396,18 +390,14 @@ def binary(op: str, a: Any, b: Any) -> Expr:
     """`a op b` with promoted operands; a number takes the other operand's type."""
     a, b = _operand(a), _operand(b)
     if isinstance(a, bool) or isinstance(b, bool):
-        raise ProgramError(
-            "P101", f"{a} {op} {b}: a condition that Python has decided",
-            hint="`==` compares the text of expressions: write tw.equal(i, j)",
-        )  # fmt: skip
+        hint = "`==` compares the text of expressions: write tw.equal(i, j)"
+        raise ProgramError("P101", f"{a} {op} {b}: a condition that Python has decided", hint=hint)
     a, b = _same_literals(a, b)
     ta, tb = a.dtype.scalar, b.dtype.scalar
     common = ta if op in ("<<", ">>") and tb.is_int else dtypes.promote(ta, tb)
     if op in BITWISE and common.is_float:
-        raise ProgramError(
-            "P106", f"{op} needs integers of one type, not {ta} and {tb}", where=f"{a} {op} {b}",
-            hint="cast one of them",
-        )  # fmt: skip
+        rule = f"{op} needs integers of one type, not {ta} and {tb}"
+        raise ProgramError("P106", rule, where=f"{a} {op} {b}", hint="cast one of them")
     if op == "/" and not common.is_float:
         common = dtypes.float32
     elif common.is_float:
@@ -441,10 +431,9 @@ def power(a: Any, exponent: Any) -> Expr:
     if isinstance(n, float) and n.is_integer():
         n = int(n)
     if not isinstance(n, int) or isinstance(n, bool) or abs(n) > 64 or (n < 0 and a.dtype.is_int):
-        raise ProgramError(
-            "P106", f"{a} ** {exponent}: the exponent is a whole number of at most 64",
-            hint="write tw.sqrt(x), or tw.exp(y * tw.log(x)) for x > 0",
-        )  # fmt: skip
+        rule = f"{a} ** {exponent}: the exponent is a whole number of at most 64"
+        hint = "write tw.sqrt(x), or tw.exp(y * tw.log(x)) for x > 0"
+        raise ProgramError("P106", rule, hint=hint)
     if n < 1:
         return as_expr(1, a.dtype.accumulator) if n == 0 else binary("/", 1, power(a, -n))
     half = power(a, n // 2) if n > 1 else a

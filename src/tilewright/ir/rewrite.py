@@ -319,6 +319,7 @@ FOLD: dict[str, Callable[[Any, Any], Any]] = {
     "%": operator.mod, "min": min, "max": max, "<": operator.lt, "<=": operator.le,
     ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
 }  # fmt: skip
+_NEUTRAL = {"+": 0, "-": 0, "*": 1, "//": 1}  # right operands; of + and * left ones too
 
 
 def _simplify_binary(x: ir.Binary) -> ir.Expr:
@@ -334,19 +335,14 @@ def _simplify_binary(x: ir.Binary) -> ir.Expr:
     if isinstance(a, ir.Const) and isinstance(b, ir.Const) and op in FOLD and not by_zero:
         folded = FOLD[op](a.value, b.value)
         return ir.Const(folded if op in ir.COMPARISON else x.dtype.wrapped(folded), x.dtype)
-    if op == "+":
-        return _simplify_sum(x)
-    if op == "-" and is_const(b, 0):
+    if op in ("+", "*") and is_const(a, _NEUTRAL[op]):
+        return b
+    if op in _NEUTRAL and is_const(b, _NEUTRAL[op]):
         return a
     if op == "-" and isinstance(a, ir.Binary) and a.op == "+" and a.a == b:
         return a.b
-    if op == "*":
-        if is_const(a, 1):
-            return b
-        if is_const(b, 1):
-            return a
-    if op == "//" and is_const(b, 1):
-        return a
+    if op == "+":
+        return _simplify_sum(x)
     if op in ("<<", ">>") and _number(b) == 0:
         return a
     if op == "&" and (mask := _number(b)) is not None and _keeps(mask, a):
@@ -368,16 +364,14 @@ def _keeps(mask: int, e: ir.Expr) -> bool:
 
 
 def _simplify_sum(x: ir.Binary) -> ir.Expr:
-    """i + 0, 0 + i, (i + 1) + 2"""
+    """(i + 1) + 2"""
     a, b = x.a, x.b
-    if is_const(a, 0):
-        return b
-    if is_const(b, 0):
-        return a
-    inner = a.b if isinstance(a, ir.Binary) and a.op == "+" else None
-    if isinstance(b, ir.Const) and isinstance(inner, ir.Const):
-        both = ir.Const(b.dtype.wrapped(int(inner.value + b.value)), b.dtype)
-        return _simplify_binary(ir.Binary("+", a.a, both, x.dtype))  # type: ignore[attr-defined]
+    if (
+        isinstance(a, ir.Binary) and a.op == "+"
+        and isinstance(a.b, ir.Const) and isinstance(b, ir.Const)
+    ):  # fmt: skip
+        both = ir.Const(b.dtype.wrapped(int(a.b.value + b.value)), b.dtype)
+        return _simplify_binary(ir.Binary("+", a.a, both, x.dtype))
     return x
 
 

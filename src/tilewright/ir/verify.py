@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from tilewright.errors import InternalError
@@ -14,28 +17,25 @@ _STATEMENTS = (
     ir.Seq, ir.For, ir.Let, ir.If, ir.Store, ir.Alloc, ir.Prefetch, ir.Sync, ir.Commit, ir.Wait,
     ir.Mma, ir.Scatter,
 )
+_READS = (ir.Load, ir.Search, ir.Cursor, ir.Holds)
 _VECTORS = (ir.Ramp, ir.Broadcast, ir.ReduceLanes, ir.ReduceThreads)
 LEGAL: dict[str, tuple[type, ...]] = {
     "coordinates": (ir.Assign, ir.Access, ir.Stored, ir.Reduce, ir.Index),
-    "positions": (
-        *_STATEMENTS, ir.Compute, ir.Load, ir.Search, ir.Cursor, ir.Holds, ir.ReduceThreads,
-    ),
-    "loops": (*_STATEMENTS, ir.Load, ir.Search, ir.Cursor, ir.Holds, *_VECTORS),
+    "positions": (*_STATEMENTS, *_READS, ir.Compute, ir.ReduceThreads),
+    "loops": (*_STATEMENTS, *_READS, *_VECTORS),
 }
 # fmt: on
-LEVELLED = (ir.Access, ir.Stored, ir.Reduce, ir.Load, ir.Search, ir.Cursor, ir.Holds, *_VECTORS)
+LEVELLED = (ir.Stmt, ir.Access, ir.Stored, ir.Reduce, *_READS, *_VECTORS)
 
 
 def verify(program: ir.Program, after: str = "") -> None:
     """Checks every node of a program: its kind, its types, and that each name is bound where it is
     read. Raises InternalError[I101] that names the pass `after` which it ran."""
     check = _Checker(program, after)
-    if program.level == "coordinates":
-        for statement in program.body:
-            check.assign(statement)
-    for stage in program.stages:
-        for nest in stage:
-            check.nest(nest)
+    for statement in program.body if program.level == "coordinates" else ():
+        check.node(statement, set().union(*map(free_vars, statement.out.coords)), {})
+    for nest in (nest for stage in program.stages for nest in stage):
+        check.node(nest.body, {v.name for v in nest.grid_vars} | {"thread_x", "thread_y"}, {})
     if after == "coordinates_to_positions":
         for t in program.tensors:
             if t.role in ("output", "temp") and t.kind != "state" and not t.is_sparse:
@@ -51,9 +51,8 @@ class _Checker:
 
     def fail(self, why: str, node: Any) -> None:
         ran = f" after {self.after}" if self.after else ""
-        raise InternalError(
-            "I101", f"{self.level} level{ran}: {why}: {node}", hint="please report this bug"
-        )
+        hint = "please report this bug"
+        raise InternalError("I101", f"{self.level} level{ran}: {why}: {node}", hint=hint)
 
     def covered(self, program: ir.Program, t: ir.Tensor) -> None:
         """The first stage that stores a dense output stores every element of it."""
@@ -67,76 +66,40 @@ class _Checker:
             if not listed and not _visits_all(nest.body, compute):
                 self.fail(f"some elements of {t.name} are not stored", nest.body)
 
-    def assign(self, s: ir.Assign) -> None:
-        if s.out.tensor.name not in self.tensors:
-            self.fail("unknown tensor", s)
-        if s.value.dtype != s.out.dtype:
-            self.fail(f"{s.value.dtype} assigned to {s.out.dtype}", s)
-        bound = set().union(*map(free_vars, s.out.coords))
-        self.expr(s.value, bound)
-
-    def nest(self, n: ir.Nest) -> None:
-        bound = {v.name for v in n.grid_vars} | {"thread_x", "thread_y"}
-        self.stmt(n.body, bound, {})
-
-    def stmt(self, s: ir.Stmt, bound: set[str], registers: dict[str, ir.Buffer]) -> None:
-        if not isinstance(s, self.legal):
-            self.fail(f"{type(s).__name__} is illegal at this level", s)
-        if isinstance(s, ir.Seq):
-            self.seq(s, set(bound), dict(registers))
-        elif isinstance(s, ir.For):
-            self.loop(s, bound, registers)
-        elif isinstance(s, ir.If):
-            if s.cond.dtype.kind != "b" or s.cond.dtype.lanes != 1:
-                self.fail("a guard is one truth value", s.cond)
-            self.expr(s.cond, bound, registers)
-            self.stmt(s.body, bound, registers)
-        elif isinstance(s, ir.Let):
-            self.expr(s.value, bound, registers)
-            if s.value.dtype != s.var.dtype:
-                self.fail(f"{s.var.name} is {s.var.dtype} but gets {s.value.dtype}", s)
-        elif isinstance(s, ir.Compute):
-            self.compute(s, bound)
-        elif isinstance(s, ir.Store):
-            self.store(s, bound, registers)
+    def node(self, x: Any, bound: set[str], allocated: Mapping[str, ir.Buffer] | None) -> None:
+        """Checks a node and all below it. `bound` names the variables around it, `allocated` the
+        buffers; None where totals are read, which are allocated later."""
+        if isinstance(x, LEVELLED) and not isinstance(x, self.legal):
+            self.fail(f"{type(x).__name__} is illegal at this level", x)
+        if why := _fault(x) or _mismatch(x):
+            self.fail(why, x)
+        for name in _buffer_fields(type(x)):
+            self.declared(getattr(x, name), allocated, x)
+        if isinstance(x, ir.Var):
+            if x.name not in bound and not is_generated(x.name, SIZE, STRIDE, COUNT):
+                self.fail(f"{x.name} is not bound", x)
+        elif isinstance(x, ir.Seq):
+            self.seq(x, set(bound), dict(allocated or {}))
+        elif isinstance(x, (ir.For, ir.Reduce)):
+            variables = x.axes if isinstance(x, ir.Reduce) else (x.var,)
+            own = {v.name for v in variables}
+            if shadowed := own & bound:
+                self.fail(f"{', '.join(sorted(shadowed))} is bound twice", x)
+            for child in ir.children(x):
+                inside = any(child is y for y in (x.body, *variables))
+                self.node(child, bound | own if inside else bound, allocated)
+        elif isinstance(x, ir.Let):
+            self.node(x.value, bound, allocated)
         else:
-            if isinstance(s, ir.Scatter) and s.value.dtype != s.workspace.dtype:
-                self.fail(f"{s.value.dtype} added to {s.workspace.dtype}", s)
-            self.leaf(s, bound, registers)
+            if isinstance(x, ir.Assign) and x.out.tensor.name not in self.tensors:
+                self.fail("unknown tensor", x)
+            for child in ir.children(x):
+                self.node(child, bound, None if isinstance(x, ir.Compute) else allocated)
 
-    def loop(self, s: ir.For, bound: set[str], registers: dict[str, ir.Buffer]) -> None:
-        for child in ir.children(s):
-            if child is not s.body and child is not s.var:
-                self.expr(child, bound, registers)
-        if isinstance(s, ir.Drain) and s.workspace is not None:
-            self.declared(s.workspace, registers, s)
-        if s.name in bound:
-            self.fail(f"loop {s.name} shadows another name", s)
-        self.stmt(s.body, bound | {s.name}, registers)
-
-    def leaf(self, s: ir.Stmt | ir.Tile, bound: set[str], registers: dict[str, ir.Buffer]) -> None:
-        """A statement without others inside, or one of its operands: its buffer and expressions."""
-        for name in ("workspace", "acc", "buffer") if not isinstance(s, ir.Alloc) else ():
-            if hasattr(s, name):
-                self.declared(getattr(s, name), registers, s)
-        for child in ir.children(s):
-            if isinstance(child, ir.Tile):
-                self.leaf(child, bound, registers)
-            else:
-                self.expr(child, bound, registers)
-
-    def declared(self, b: ir.Buffer, registers: dict[str, ir.Buffer] | None, node: Any) -> None:
-        """Fails for a buffer that is neither a parameter nor allocated around the node."""
-        if b.scope in ("global", "part"):
-            if b.name not in self.buffers:
-                self.fail(f"buffer {b.name} is not declared", node)
-        elif registers is not None and b.name not in registers:
-            self.fail(f"{b.scope} {b.name} is not allocated here", node)
-
-    def seq(self, s: ir.Seq, bound: set[str], registers: dict[str, ir.Buffer]) -> None:
+    def seq(self, s: ir.Seq, bound: set[str], allocated: dict[str, ir.Buffer]) -> None:
         own: set[str] = set()
         for b in s.body:
-            self.stmt(b, bound, registers)
+            self.node(b, bound, allocated)
             if isinstance(b, ir.Let):
                 if b.var.name in bound:
                     self.fail(f"{b.var.name} is bound twice", b)
@@ -145,56 +108,52 @@ class _Checker:
                 if b.buffer.name in own:
                     self.fail(f"{b.buffer.name} is allocated twice", b)
                 own.add(b.buffer.name)
-                registers[b.buffer.name] = b.buffer
+                allocated[b.buffer.name] = b.buffer
 
-    def compute(self, s: ir.Compute, bound: set[str]) -> None:
-        self.expr(s.out, bound, None)
-        for e in (s.value, *(r.value for r in s.reductions)):
-            self.expr(e, bound, None)
-        if s.reductions and (s.op or s.in_place or not s.reduce):
-            self.fail("an epilogue belongs to a reduction that is not in place", s)
-        if not s.op and s.value.dtype != s.out.dtype:
-            self.fail(f"{s.value.dtype} assigned to {s.out.dtype}", s)
+    def declared(self, b: ir.Buffer, allocated: Mapping[str, ir.Buffer] | None, node: Any) -> None:
+        """Fails for a buffer that is neither a parameter nor allocated around the node."""
+        if b.scope in ("global", "part"):
+            if b.name not in self.buffers:
+                self.fail(f"buffer {b.name} is not declared", node)
+        elif allocated is not None and b.name not in allocated:
+            self.fail(f"{b.scope} {b.name} is not allocated here", node)
 
-    def store(self, s: ir.Store, bound: set[str], registers: dict[str, ir.Buffer]) -> None:
-        self.leaf(s, bound, registers)
-        if s.value.dtype.scalar != s.buffer.dtype.scalar:
-            self.fail(f"{s.value.dtype} stored to {s.buffer.dtype}", s)
-        self.indices(s)
 
-    def indices(self, x: ir.Load | ir.Store) -> None:
-        if x.buffer.scope == "register" and len(x.index) != len(x.buffer.shape):
-            self.fail(f"{x.buffer} accessed with {len(x.index)} indices", x)
+@cache
+def _buffer_fields(cls: type) -> tuple[str, ...]:
+    """The fields of a node class for the buffers that it uses, and does not declare itself."""
+    names = (f.name for f in fields(cls) if str(f.type).startswith("Buffer"))
+    return () if cls in (ir.Alloc, ir.Reduction) else tuple(names)
 
-    def expr(
-        self, e: ir.Expr, bound: set[str], registers: dict[str, ir.Buffer] | None = None
-    ) -> None:
-        if isinstance(e, ir.Var):
-            if e.name not in bound and not is_generated(e.name, SIZE, STRIDE, COUNT):
-                self.fail(f"{e.name} is not bound", e)
-            return
-        if isinstance(e, ir.Const):
-            return
-        if isinstance(e, ir.Binary):
-            if e.a.dtype != e.b.dtype and e.op not in ("<<", ">>"):
-                self.fail(f"{e.a.dtype} {e.op} {e.b.dtype}", e)
-            if (e.op in ir.COMPARISON) != (e.dtype.kind == "b") and e.op not in ("&", "|", "^"):
-                self.fail(f"{e.op} gives {e.dtype}", e)
-        elif isinstance(e, LEVELLED) and not isinstance(e, self.legal):
-            self.fail(f"{type(e).__name__} is illegal at this level", e)
-        if isinstance(e, ir.Reduce):
-            shadowed = [a.name for a in e.axes if a.name in bound]
-            if shadowed:
-                self.fail(f"the reduction shadows {', '.join(shadowed)}", e)
-            self.expr(e.body, bound | {a.name for a in e.axes}, registers)
-            return
-        for name in ("buffer", "keys", "workspace"):  # of Load, Search and Holds
-            if hasattr(e, name):
-                self.declared(getattr(e, name), registers, e)
-        if isinstance(e, ir.Load):
-            self.indices(e)
-        for child in ir.children(e):
-            self.expr(child, bound, registers)
+
+def _fault(x: Any) -> str:
+    """What is wrong with a node by itself; "" if nothing is."""
+    if isinstance(x, ir.If) and (x.cond.dtype.kind != "b" or x.cond.dtype.lanes != 1):
+        return "a guard is one truth value"
+    if isinstance(x, ir.Compute) and x.reductions and (x.op or x.in_place or not x.reduce):
+        return "an epilogue belongs to a reduction that is not in place"
+    if isinstance(x, ir.Binary):
+        if x.a.dtype != x.b.dtype and x.op not in ("<<", ">>"):
+            return f"{x.a.dtype} {x.op} {x.b.dtype}"
+        if (x.op in ir.COMPARISON) != (x.dtype.kind == "b") and x.op not in ("&", "|", "^"):
+            return f"{x.op} gives {x.dtype}"
+    if isinstance(x, (ir.Load, ir.Store)) and x.buffer.scope == "register":
+        read, declared = len(x.index), len(x.buffer.shape)
+        return "" if read == declared else f"{x.buffer} accessed with {read} indices"
+    return ""
+
+
+def _mismatch(x: Any) -> str:
+    """Says that the value of a statement has another dtype than what it goes to."""
+    if isinstance(x, ir.Store):
+        to = x.buffer.dtype.vector(x.value.dtype.lanes)
+    elif isinstance(x, (ir.Scatter, ir.Let)):
+        to = (x.var if isinstance(x, ir.Let) else x.workspace).dtype
+    elif isinstance(x, ir.Assign) or (isinstance(x, ir.Compute) and not x.op):
+        to = x.out.dtype
+    else:
+        return ""
+    return "" if x.value.dtype == to else f"{x.value.dtype} goes to {to}"
 
 
 def _visits_all(body: ir.Stmt, compute: ir.Compute) -> bool:

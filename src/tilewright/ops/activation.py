@@ -7,7 +7,6 @@ from functools import cache
 
 from tilewright.build import program
 from tilewright.ops import recipes
-from tilewright.runtime.kernel import Kernel
 from tilewright.sparse.trace import dense, indices, out, scalar, sigmoid, tanh
 
 
@@ -31,22 +30,11 @@ def scaled(X=dense("t k"), factor=scalar()):
     return out[t, k](X[t, k] * factor[()])
 
 
-SILU_MUL = silu_mul.schedule(recipes.rows.of(row="t", elements=("k",)))
+BY_ROW = recipes.rows.of(row="t", elements=("k",))
+SILU_MUL = silu_mul.schedule(BY_ROW)
 
-
-@cache
-def silu_mul_kernel(target: str = "cpp") -> Kernel:
-    """silu(G) · U, both (t, k)."""
-    return SILU_MUL.build(target)
-
-
-@cache
-def gelu_mul_kernel(target: str = "cpp") -> Kernel:
-    """gelu(G) · U, both (t, k), with the tanh form of GELU (Hendrycks and Gimpel, 2016)."""
-    return gelu_mul.schedule(recipes.rows.of(row="t", elements=("k",))).build(target)
-
-
-@cache
-def scaled_kernel(target: str = "cpp") -> Kernel:
-    """X (t, k) times a number."""
-    return scaled.schedule(recipes.rows.of(row="t", elements=("k",))).build(target)
+# silu(G) · U, and gelu(G) · U with the tanh form of GELU (Hendrycks and Gimpel, 2016): both (t, k).
+silu_mul_kernel = cache(SILU_MUL.build)
+gelu_mul_kernel = cache(gelu_mul.schedule(BY_ROW).build)
+# X (t, k) times a number.
+scaled_kernel = cache(scaled.schedule(BY_ROW).build)

@@ -8,14 +8,12 @@ Reference: SparseTIR (ASPLOS 2023), its block-sparse kernels on tensor cores.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
-from tilewright.build import Definition, named_recipe, program
+from tilewright.build import Definition, kernels, named_recipe, program
 from tilewright.errors import ArgumentError
 from tilewright.ops.recipes import fixed_width
 from tilewright.ops.spmm import check_packed, last_size
-from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import formats, trace
 from tilewright.sparse.formats import Format
@@ -67,20 +65,13 @@ def recipe(s: Schedule, width: int = 0) -> Schedule:
     return s.cache("X", "j_o", "shared") if d else s  # a vector of X is inside a row
 
 
-@cache
-def bsr_spmm_kernel(
-    fmt: Format, dtype: str, width: int = 0, index: str = "int32", target: str = "cpp"
-) -> Kernel:
-    """The built kernel for a format and a dtype. `kernel(A, X, out=None)`; `width` 0: any d."""
-    return bsr_spmm_definition(fmt, dtype, width, index).build(target)
-
-
-def bsr_spmm_definition(
-    fmt: Format, dtype: str, width: int = 0, index: str = "int32"
-) -> Definition:
-    """The program of `bsr_spmm_kernel` with its schedule."""
+def bsr_spmm_definition(fmt: Any, dtype: str, width: int = 0, index: str = "int32") -> Definition:
+    """The program with its schedule, for a format and a dtype; `width` 0: any d."""
     typed = bsr_spmm_program.typed(A=dtype, X=dtype, index=index)
     return typed.decompose(A=fmt).schedule(recipe.of(width=width))
+
+
+bsr_spmm_kernel = kernels(bsr_spmm_definition)
 
 
 def bsr_spmm(A: Packed, X: Any, out: Any = None) -> Any:
@@ -98,4 +89,4 @@ def bsr_spmm(A: Packed, X: Any, out: Any = None) -> Any:
     width = fixed_width(last_size(X), A.device)
     target = "cuda" if A.device.startswith("cuda") else "cpp"
     index = A.structure.index_dtype.name
-    return bsr_spmm_kernel(A.format, A.dtype.name, width, index, target)(A, X, out=out)
+    return bsr_spmm_kernel(target, A.format, A.dtype.name, width, index)(A, X, out=out)

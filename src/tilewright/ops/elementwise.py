@@ -9,35 +9,23 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from tilewright.build import Definition, program
+from tilewright.build import Definition
 from tilewright.errors import ArgumentError
 from tilewright.ops import row_lists
-from tilewright.sparse import trace
 from tilewright.sparse.pack import Packed
-from tilewright.sparse.trace import dense, indices, out, sparse, stored, update
+from tilewright.sparse.trace import indices, sparse, stored
 
 
 def _programs(pattern: Any, value: Any) -> tuple[Definition, Definition]:
-    """The programs that count the entries of each row and that fill them: an entry where `pattern`
-    of (A has one, B has one) holds, with the `value` of both."""
+    """The programs for an entry where `pattern` of (A has one, B has one) holds, with the `value`
+    of both."""
 
-    @program
-    def elementwise_count(A=sparse("m n"), B=sparse("m n")):
+    def row(A: Any, B: Any) -> Any:
         i, j = indices("i:m j:n")
-        where = pattern(stored(A[i, j]), stored(B[i, j]))
-        return out.typed("int64")[i](trace.sum_(1, over=j, where=where))
+        a, b = A[i, j], B[i, j]
+        return i, j, pattern(stored(a), stored(b)), value(a, b)
 
-    @program
-    def elementwise_fill(
-        A=sparse("m n"), B=sparse("m n"), start=dense("m", "int64"), columns=dense("c"),
-        values=dense("c"),
-    ):  # fmt: skip
-        i, j = indices("i:m j:n")
-        where = pattern(stored(A[i, j]), stored(B[i, j]))
-        update(columns).append[start[i]](j, over=j, where=where)
-        return update(values).append[start[i]](value(A[i, j], B[i, j]), over=j, where=where)
-
-    return elementwise_count, elementwise_fill
+    return row_lists.programs("elementwise", {"A": sparse("m n"), "B": sparse("m n")}, row)
 
 
 add_count, add_fill = _programs(operator.or_, operator.add)
@@ -58,7 +46,6 @@ def multiply(A: Packed, B: Packed) -> Packed:
 def _elementwise(count: Definition, fill: Definition, A: Any, B: Any) -> Packed:
     row_lists.check_operands(A=A, B=B)
     if A.shape != B.shape:
-        raise ArgumentError(
-            "A103", f"A has shape {A.shape}, B {B.shape}", where="argument B", hint="equal shapes"
-        )
+        rule = f"A has shape {A.shape}, B {B.shape}"
+        raise ArgumentError("A103", rule, where="argument B", hint="equal shapes")
     return row_lists.assembled(count, fill, {"A": A, "B": B}, A.shape)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
-from tilewright.build import Definition, named_recipe, program
+from tilewright.build import Definition, named_recipe, program, program_of
 from tilewright.errors import ModelError
+from tilewright.ops.linear import LAYOUTS, Layout
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse.trace import dense, indices, out
 
 
-@program
-def embed_dense(ids=dense("t", "int32"), W=dense("n k", kind="weight")):
-    t, k = indices("t:t k:k")
-    return out.typed("float32")[t, k](W[ids[t], k].cast("float32"))
+def _embedding(name: str, layout: Layout) -> Definition:
+    """Rows of a weight in a layout of `linear`."""
+
+    def embed(ids: Any, **arrays: Any) -> Any:
+        t, *at = indices(f"t:t {layout.depth}")
+        _, w = layout.weight(arrays, (ids[t],), *at)
+        return out.typed("float32")[t, *at](w)
+
+    return program_of(f"embed_{name}", {"ids": dense("t", "int32"), **layout.arrays}, embed)
 
 
 @program
@@ -27,38 +34,14 @@ def embed_q8_0(
     return out.typed("float32")[t, b, e](Q[ids[t], b, e].cast("float32") * D[ids[t], b])
 
 
-@program
-def embed_q4_0(
-    ids=dense("t", "int32"),
-    D=dense("n b", "float16", kind="weight", strided=True),
-    Q=dense("n b 16", "uint8", kind="weight"),
-):
-    t, b, half, lane = indices("t:t b:b h:2 l:16")
-    nibble = (Q[ids[t], b, lane].cast("int32") >> (half * 4)) & 15
-    return out.typed("float32")[t, b, half, lane]((nibble - 8).cast("float32") * D[ids[t], b])
-
-
-@program
-def embed_q4_1(
-    ids=dense("t", "int32"),
-    D=dense("n b", "float16", kind="weight", strided=True),
-    M=dense("n b", "float16", kind="weight", strided=True),
-    Q=dense("n b 16", "uint8", kind="weight"),
-):
-    t, b, half, lane = indices("t:t b:b h:2 l:16")
-    nibble = (Q[ids[t], b, lane].cast("int32") >> (half * 4)) & 15
-    return out.typed("float32")[t, b, half, lane](
-        nibble.cast("float32") * D[ids[t], b] + M[ids[t], b]
-    )
-
-
+_DENSE = _embedding("dense", LAYOUTS["dense"])
 PROGRAMS: dict[str, Definition] = {
-    "f32": embed_dense,
-    "bf16": embed_dense.typed(W="bfloat16"),
-    "f16": embed_dense.typed(W="float16"),
+    "f32": _DENSE,
+    "bf16": _DENSE.typed(W="bfloat16"),
+    "f16": _DENSE.typed(W="float16"),
     "q8_0": embed_q8_0,
-    "q4_0": embed_q4_0,
-    "q4_1": embed_q4_1,
+    "q4_0": _embedding("q4_0", LAYOUTS["q4_0"]),
+    "q4_1": _embedding("q4_1", LAYOUTS["q4_1"]),
 }
 
 

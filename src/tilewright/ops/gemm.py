@@ -8,13 +8,11 @@ memory. References: CUTLASS (multistage main loop, threadblock swizzle).
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, Literal, NamedTuple
 
 from tilewright import dtypes
-from tilewright.build import Definition, named_recipe, program
+from tilewright.build import Definition, kernels, named_recipe, program
 from tilewright.errors import ArgumentError
-from tilewright.runtime.kernel import Kernel
 from tilewright.runtime.view import view
 from tilewright.schedule import Schedule
 from tilewright.sparse import trace
@@ -103,18 +101,13 @@ def _operations(s: Schedule, wide: int) -> Schedule:
     return s.unroll("i_u").unroll("j_u")
 
 
-@cache
-def gemm_kernel(
-    dtype: str, n: int = 0, k: int = 0, target: str = "cpp", tile: TileName = "small"
-) -> Kernel:
-    """The built kernel for operands of a dtype. `kernel(A, B, out=None)`: any m; any `n` and `k`
-    where they are 0."""
-    return gemm_definition(dtype, n, k, tile).build(target)
-
-
 def gemm_definition(dtype: str, n: int = 0, k: int = 0, tile: TileName = "small") -> Definition:
-    """The program of `gemm_kernel` with its schedule."""
+    """The program with its schedule, for operands of a dtype: any m; any `n` and `k` where they are
+    0."""
     return gemm_program.typed(A=dtype, B=dtype).schedule(recipe.of(n=n, k=k, tile=tile))
+
+
+gemm_kernel = kernels(gemm_definition)
 
 
 def tile_of(m: int, n: int) -> TileName:
@@ -137,9 +130,9 @@ def gemm(A: Any, B: Any, out: Any = None, *, dtype: Any = None) -> Any:
         hint = 'for bfloat16 held in uint16 pass dtype="bfloat16"'
         raise ArgumentError("A102", rule, where="argument A", hint=hint)
     if not a.device.startswith("cuda"):
-        return gemm_kernel(kind)(A, B, out=out)
+        return gemm_kernel("cpp", kind)(A, B, out=out)
     if len(a.shape) != 2 or len(view(B).shape) != 2:
-        return gemm_kernel(kind, target="cuda")(A, B, out=out)  # which refuses it
+        return gemm_kernel("cuda", kind)(A, B, out=out)  # which refuses it
     m, (k, n) = int(a.shape[0]), (int(x) for x in view(B).shape)
     known = (n, k) if n % LOAD == 0 and k % LOAD == 0 else (0, 0)
-    return gemm_kernel(kind, *known, "cuda", tile_of(m, n))(A, B, out=out)
+    return gemm_kernel("cuda", kind, *known, tile_of(m, n))(A, B, out=out)

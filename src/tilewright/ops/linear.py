@@ -16,16 +16,14 @@ Reference: the block formats of GGUF.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from tilewright.build import Definition, named_recipe, program
+from tilewright.build import Definition, kernels, named_recipe, program_of
 from tilewright.errors import ModelError
-from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import trace
 from tilewright.sparse.trace import dense, indices, out
@@ -129,12 +127,7 @@ def _linear(layout: str, after: After) -> Definition:
             y = y * trace.sigmoid(y) * product("2")
         return out[t, *coordinates](y)
 
-    linear.__name__ = "_".join(filter(None, ("linear", layout, after)))
-    kind = inspect.Parameter.KEYWORD_ONLY
-    linear.__signature__ = inspect.Signature(
-        [inspect.Parameter(name, kind, default=array) for name, array in parameters.items()]
-    )
-    return program(linear)
+    return program_of("_".join(filter(None, ("linear", layout, after))), parameters, linear)
 
 
 KINDS = ("f32", "bf16", "f16", "q8_0", "q4_0", "q4_1")
@@ -142,7 +135,7 @@ KINDS = ("f32", "bf16", "f16", "q8_0", "q4_0", "q4_1")
 
 @cache
 def linear_program(kind: str, interleaved: bool = False, after: After = "") -> Definition:
-    """The program of a layer for a kind of weight; `after` as in `linear_kernel`."""
+    """The program of a layer for a kind of weight; `after` as in `linear_definition`."""
     stored = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}.get(kind)
     if stored is None:
         return _linear(kind + ("_interleaved" if interleaved else ""), after)
@@ -221,36 +214,26 @@ def gpu_recipe(s: Schedule, n: int, k: int) -> Schedule:
     return s.vectorize("k_v") if s.has("k_v") else s
 
 
-@cache
-def linear_kernel(
-    kind: str,
-    many: bool,
-    n: int,
-    k: int,
-    target: str = "cpp",
-    interleaved: bool = False,
-    after: After = "",
-) -> Kernel:
-    """The built kernel for a kind of weight of n × k. `many`: more than a few rows of X.
+def linear_definition(
+    kind: str, many: bool, n: int, k: int, interleaved: bool = False, after: After = ""
+) -> Definition:
+    """The program with its schedule for a kind of weight of n × k. `many`: more than a few rows of
+    X. Raises ModelError[M104].
 
-    `kernel(X, *arrays, out=None)` returns (t, n) for the arrays of `weight_views`, and (t, n / 16,
-    16), the same memory, for those of `interleave`. Sizes are constants, so that the kernel needs
-    no guards; the layers of a model have few shapes.
+    Its kernels, called with `(X, *arrays, out=None)`, return (t, n) for the arrays of
+    `weight_views`, and (t, n / 16, 16), the same memory, for those of `interleave`. Sizes are
+    constants, so that a kernel needs no guards; the layers of a model have few shapes.
 
     `after`: `"bias"` takes one more array, of the shape of a row of the output, `"residual"` one of
     the shape of the output, and adds it; `"gate"` takes the arrays of a second weight last and
     returns SiLU of the first product times the second."""
-    return linear_definition(kind, many, n, k, interleaved, after).build(target)
-
-
-def linear_definition(
-    kind: str, many: bool, n: int, k: int, interleaved: bool = False, after: After = ""
-) -> Definition:
-    """The program of `linear_kernel` with its schedule. Raises ModelError[M104]."""
     if kind not in KINDS:
         rule, hint = f"no linear layer for weights of kind {kind}", f"kinds: {', '.join(KINDS)}"
         raise ModelError("M104", rule, hint=hint)
     return linear_program(kind, interleaved, after).schedule(recipe.of(many=many, n=n, k=k))
+
+
+linear_kernel = kernels(linear_definition)
 
 
 @named_recipe

@@ -40,7 +40,5 @@ def positions_kernel(page_size: int, target: str = "cpp") -> Kernel:
     return positions_program(page_size).schedule(by_request).build(target)
 
 
-@cache
-def lengthen_kernel(target: str = "cpp") -> Kernel:
-    """Adds 1 to lengths (t,), int32, in place."""
-    return lengthen.schedule(by_request).build(target)
+# Adds 1 to lengths (t,), int32, in place.
+lengthen_kernel = cache(lengthen.schedule(by_request).build)

@@ -7,7 +7,6 @@ from typing import Any
 
 from tilewright.build import program
 from tilewright.ops import recipes
-from tilewright.runtime.kernel import Kernel
 from tilewright.sparse import trace
 from tilewright.sparse.trace import dense, indices, out, rsqrt, scalar, size
 
@@ -29,16 +28,9 @@ def rmsnorm_add(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar(), R=den
     return out[t, k](R[t, k] + _normalised(X, W, eps, t, k))
 
 
-RMSNORM = rmsnorm.schedule(recipes.rows.of(row="t", elements=("k", "k2")))
+BY_ROW = recipes.rows.of(row="t", elements=("k", "k2"))
+RMSNORM = rmsnorm.schedule(BY_ROW)
 
-
-@cache
-def rmsnorm_kernel(target: str = "cpp") -> Kernel:
-    """X: (t, k), W: (k,), eps: a number → (t, k)."""
-    return RMSNORM.build(target)
-
-
-@cache
-def rmsnorm_add_kernel(target: str = "cpp") -> Kernel:
-    """The same plus a residual R (t, k), which is the last argument."""
-    return rmsnorm_add.schedule(recipes.rows.of(row="t", elements=("k", "k2"))).build(target)
+# X: (t, k), W: (k,), eps: a number → (t, k); the second adds a residual, R: (t, k).
+rmsnorm_kernel = cache(RMSNORM.build)
+rmsnorm_add_kernel = cache(rmsnorm_add.schedule(BY_ROW).build)

@@ -14,65 +14,41 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tilewright.build import named_recipe, program
+from tilewright.build import Definition, named_recipe, program, program_of
 from tilewright.ir.nodes import equal
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse.trace import dense, indices, out, update, where
 
-
-def _rotated(mine: Any, other: Any, e: Any, cosine: Any, sine: Any) -> Any:
-    """Element e of a rotated pair (x0 cos − x1 sin, x0 sin + x1 cos), from it and its partner."""
-    return mine * cosine + where(equal(e, 0), -1.0, 1.0) * other * sine
+_SLOTS = {"page": dense("t", "int32"), "slot": dense("t", "int32")}
 
 
-@program
-def rope_pairs(
-    X=dense("t h p 2"), C=dense("s p", kind="weight"), S=dense("s p", kind="weight"),
-    P=dense("t", "int32"),
-):  # fmt: skip
-    t, h, p, e = indices("t:t h:h p:p e:2")
-    return out[t, h, p, e](_rotated(X[t, h, p, e], X[t, h, p, 1 - e], e, C[P[t], p], S[P[t], p]))
+def _program(halves: bool, append: bool) -> Definition:
+    """Pair (x0, x1) → (x0 cos − x1 sin, x0 sin + x1 cos); with `append` into the pages K."""
+    head = "2 p" if halves else "p 2"
+    table, positions = dense("s p", kind="weight"), dense("t", "int32")
+    parameters = {"X": dense(f"t h {head}"), "C": table, "S": table, "P": positions}
+    if append:
+        parameters = {"K": dense(f"g f h {head}", kind="kv"), **parameters, **_SLOTS}
 
+    def rotated(X, C, S, P, K: Any = None, page: Any = None, slot: Any = None):
+        t, h, *pair = indices("t:t h:h e:2 p:p" if halves else "t:t h:h p:p e:2")
+        e, p = pair if halves else reversed(pair)
+        partner = (1 - e, p) if halves else (p, 1 - e)
+        sign = where(equal(e, 0), -1.0, 1.0)
+        x = X[t, h, *pair] * C[P[t], p] + sign * X[t, h, *partner] * S[P[t], p]
+        if not append:
+            return out[t, h, *pair](x)
+        return update(K)[page[t], slot[t], h, *pair](x)
 
-@program
-def rope_halves(
-    X=dense("t h 2 p"), C=dense("s p", kind="weight"), S=dense("s p", kind="weight"),
-    P=dense("t", "int32"),
-):  # fmt: skip
-    t, h, e, p = indices("t:t h:h e:2 p:p")
-    return out[t, h, e, p](_rotated(X[t, h, e, p], X[t, h, 1 - e, p], e, C[P[t], p], S[P[t], p]))
-
-
-@program
-def append_pairs(
-    K=dense("g f h p 2", kind="kv"), X=dense("t h p 2"), C=dense("s p", kind="weight"),
-    S=dense("s p", kind="weight"), P=dense("t", "int32"), page=dense("t", "int32"),
-    slot=dense("t", "int32"),
-):  # fmt: skip
-    t, h, p, e = indices("t:t h:h p:p e:2")
-    return update(K)[page[t], slot[t], h, p, e](
-        _rotated(X[t, h, p, e], X[t, h, p, 1 - e], e, C[P[t], p], S[P[t], p])
-    )
-
-
-@program
-def append_halves(
-    K=dense("g f h 2 p", kind="kv"), X=dense("t h 2 p"), C=dense("s p", kind="weight"),
-    S=dense("s p", kind="weight"), P=dense("t", "int32"), page=dense("t", "int32"),
-    slot=dense("t", "int32"),
-):  # fmt: skip
-    t, h, e, p = indices("t:t h:h e:2 p:p")
-    return update(K)[page[t], slot[t], h, e, p](
-        _rotated(X[t, h, e, p], X[t, h, 1 - e, p], e, C[P[t], p], S[P[t], p])
-    )
+    name = f"{'append' if append else 'rope'}_{'halves' if halves else 'pairs'}"
+    return program_of(name, parameters, rotated)
 
 
 @program
 def append_plain(
-    V=dense("g f h d", kind="kv"), X=dense("t h d"), page=dense("t", "int32"),
-    slot=dense("t", "int32"),
-):  # fmt: skip
+    V=dense("g f h d", kind="kv"), X=dense("t h d"), page=_SLOTS["page"], slot=_SLOTS["slot"]
+):
     t, h, d = indices("t:t h:h d:d")
     return update(V)[page[t], slot[t], h, d](X[t, h, d])
 
@@ -87,10 +63,12 @@ def by_token(s: Schedule) -> Schedule:
     return s.split(inner, 32, into=("x_o", "x_i")).bind("x_i", "thread.x")
 
 
-ROPE_PAIRS, ROPE_HALVES, APPEND_PAIRS, APPEND_HALVES, APPEND = (
-    p.schedule(by_token)
-    for p in (rope_pairs, rope_halves, append_pairs, append_halves, append_plain)
+ROPE_PAIRS, ROPE_HALVES, APPEND_PAIRS, APPEND_HALVES = (
+    _program(halves, append).schedule(by_token)
+    for append in (False, True)
+    for halves in (False, True)
 )
+APPEND = append_plain.schedule(by_token)
 
 
 @cache
@@ -105,10 +83,8 @@ def rope_append_kernel(interleaved: bool, target: str = "cpp") -> Kernel:
     return (APPEND_PAIRS if interleaved else APPEND_HALVES).build(target)
 
 
-@cache
-def append_kernel(target: str = "cpp") -> Kernel:
-    """Writes values to `page[t], slot[t]` of the pages (g, f, h, d)."""
-    return APPEND.build(target)
+# Writes values to `page[t], slot[t]` of the pages (g, f, h, d).
+append_kernel = cache(APPEND.build)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,14 @@ second kernel writes columns and values. Both walk the operands in the same way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.build import Definition, named_recipe
+from tilewright.build import Definition, named_recipe, program_of
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime import host_allocator
@@ -20,9 +21,30 @@ from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse.formats import Format
 from tilewright.sparse.pack import Packed, of_rows
+from tilewright.sparse.trace import dense, out, sum_, update
 
 ROWS_PER_UNIT = 256
 FORMATS = ("csr", "dcsr")
+
+
+def programs(
+    name: str, operands: dict[str, Any], row: Callable[..., tuple[Any, Any, Any, Any]]
+) -> tuple[Definition, Definition]:
+    """The programs that count the entries of each row and that fill them. `row(**operands)` gives
+    the indices of rows and columns, the condition of an entry, and its value."""
+
+    def count(**of: Any) -> Any:
+        i, j, condition, _ = row(**of)
+        return out.typed("int64")[i](sum_(1, over=j, where=condition))
+
+    def fill(start: Any, columns: Any, values: Any, **of: Any) -> Any:
+        i, j, condition, value = row(**of)
+        update(columns).append[start[i]](j, over=j, where=condition)
+        return update(values).append[start[i]](value, over=j, where=condition)
+
+    lists = {"start": dense("m", "int64"), "columns": dense("c"), "values": dense("c")}
+    counted = program_of(f"{name}_count", operands, count)
+    return counted, program_of(f"{name}_fill", {**operands, **lists}, fill)
 
 
 @named_recipe
@@ -38,22 +60,17 @@ def check_operands(**operands: Any) -> None:
         where = f"argument {name}"
         if not isinstance(x, Packed) or x.format.name not in FORMATS or x.fill != 0:
             kind = f"{x.format} with fill={x.fill:g}" if isinstance(x, Packed) else type(x).__name__
-            raise ArgumentError(
-                "A106", f"{name} is {kind}", where=where,
-                hint=f"pack it without a fill, as one of: {', '.join(FORMATS)}",
-            )  # fmt: skip
+            hint = f"pack it without a fill, as one of: {', '.join(FORMATS)}"
+            raise ArgumentError("A106", f"{name} is {kind}", where=where, hint=hint)
         if x.device != "cpu":
             raise ArgumentError("A105", f"{name} is on {x.device}", where=where, hint='to("cpu")')
         if name != "mask" and (x.dtype.kind == "b" or x.dtype.name.startswith("float8")):
-            raise ArgumentError(
-                "A102", f"{name} is {x.dtype}", where=where, hint="a float or an integer type"
-            )
+            hint = "a float or an integer type"
+            raise ArgumentError("A102", f"{name} is {x.dtype}", where=where, hint=hint)
         index, first = x.structure.index_dtype, operands["A"].structure.index_dtype
         if index != first:
-            raise ArgumentError(
-                "A102", f"the coordinates of A are {first}, those of {name} {index}",
-                where=where, hint='pack both with index="int64"',
-            )  # fmt: skip
+            rule = f"the coordinates of A are {first}, those of {name} {index}"
+            raise ArgumentError("A102", rule, where=where, hint='pack both with index="int64"')
 
 
 Operands = tuple[tuple[str, Format, DType], ...]  # name, format and dtype of each

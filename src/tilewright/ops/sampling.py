@@ -6,7 +6,6 @@ from functools import cache
 
 from tilewright.build import named_recipe, program
 from tilewright.ops import recipes
-from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import trace
 from tilewright.sparse.trace import dense, indices, out, where
@@ -32,9 +31,6 @@ def by_row(s: Schedule) -> Schedule:
 
 ARGMAX = argmax.schedule(by_row)
 
-
-@cache
-def argmax_kernel(target: str = "cpp") -> Kernel:
-    """X (t, v) → the smallest index of the largest value of each row, int32 (t,). A row with NaN
-    gives some index of it."""
-    return ARGMAX.build(target)
+# X (t, v) → the smallest index of the largest value of each row, int32 (t,). A row with NaN gives
+# some index of it.
+argmax_kernel = cache(ARGMAX.build)

@@ -9,14 +9,12 @@ Reference: SparseTIR (ASPLOS 2023, §4.2), its SDDMM; FeatGraph (SC 2020), entri
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.build import Definition, named_recipe, program
+from tilewright.build import Definition, kernels, named_recipe, program
 from tilewright.ops import recipes
 from tilewright.ops.spmm import check_packed, last_size, operand_dtype
-from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import formats, trace
 from tilewright.sparse.formats import Format
@@ -115,31 +113,25 @@ def sddmm(A: Packed, P: Any, Q: Any, out: Any = None) -> Packed:
 
     Kernels are built for the format and the width at first use and cached. Raises ArgumentError.
     """
-    check_packed(A, _takes, f"pack it as one of: {', '.join(FORMATS)}")
+    check_packed(
+        A, lambda fmt: isinstance(fmt, Format) and fmt.name in FORMATS,
+        f"pack it as one of: {', '.join(FORMATS)}",
+    )  # fmt: skip
     width = recipes.fixed_width(last_size(Q), A.device)
     types = str(A.dtype), operand_dtype(P, "P"), operand_dtype(Q, "Q")
     target = "cpp" if A.device == "cpu" else "cuda"
-    kernel = sddmm_kernel(A.format, types, width, A.structure.index_dtype.name, target)
+    kernel = sddmm_kernel(target, A.format, types, width, A.structure.index_dtype.name)
     return kernel(A, P, Q, out=out)
 
 
-def _takes(fmt: Any) -> bool:
-    return isinstance(fmt, Format) and fmt.name in FORMATS
-
-
-@cache
-def sddmm_kernel(
-    fmt: Format, types: tuple[str, str, str], width: int, index: str, target: str
-) -> Kernel:
-    """The built kernel for a format, the dtypes of A, P and Q, a width (0 = any), an index type and
-    a target."""
-    return sddmm_definition(fmt, types, width, index).build(target)
-
-
 def sddmm_definition(
-    fmt: Format, types: tuple[str, str, str], width: int, index: str = "int32"
+    fmt: Any, types: tuple[str, str, str], width: int, index: str = "int32"
 ) -> Definition:
-    """The program of `sddmm_kernel` with its schedule."""
+    """The program with its schedule, for a format, the dtypes of A, P and Q, a width (0 = any) and
+    an index type."""
     a, p, q = types
     typed = sddmm_program.typed(A=a, P=dtypes.dtype(p), Q=dtypes.dtype(q), index=index)
     return typed.decompose(A=fmt).schedule(recipe.of(width=width))
+
+
+sddmm_kernel = kernels(sddmm_definition)

@@ -8,50 +8,24 @@ Reference: Gustavson, ACM TOMS 4 (1978); workspaces as in taco (Kjolstad et al.,
 
 from __future__ import annotations
 
-from tilewright.build import program
+from typing import Any
+
 from tilewright.errors import ArgumentError
 from tilewright.ops import row_lists
-from tilewright.sparse import trace
 from tilewright.sparse.pack import Packed
-from tilewright.sparse.trace import any_, dense, indices, out, sparse, stored, update
+from tilewright.sparse.trace import any_, indices, sparse, stored, sum_
 
 
-@program
-def spgemm_count(A=sparse("m k"), B=sparse("k n")):
+def _row(A: Any, B: Any, M: Any = None) -> Any:
     i, k, j = indices("i:m k:k j:n")
     pattern = any_(stored(A[i, k]) & stored(B[k, j]), over=k)
-    return out.typed("int64")[i](trace.sum_(1, over=j, where=pattern))
+    pattern = pattern if M is None else stored(M[i, j]) & pattern
+    return i, j, pattern, sum_(A[i, k] * B[k, j], over=k)
 
 
-@program
-def spgemm_fill(
-    A=sparse("m k"), B=sparse("k n"), start=dense("m", "int64"), columns=dense("c"),
-    values=dense("c"),
-):  # fmt: skip
-    i, k, j = indices("i:m k:k j:n")
-    pattern = any_(stored(A[i, k]) & stored(B[k, j]), over=k)
-    update(columns).append[start[i]](j, over=j, where=pattern)
-    total = trace.sum_(A[i, k] * B[k, j], over=k)
-    return update(values).append[start[i]](total, over=j, where=pattern)
-
-
-@program
-def masked_count(A=sparse("m k"), B=sparse("k n"), M=sparse("m n")):
-    i, k, j = indices("i:m k:k j:n")
-    pattern = stored(M[i, j]) & any_(stored(A[i, k]) & stored(B[k, j]), over=k)
-    return out.typed("int64")[i](trace.sum_(1, over=j, where=pattern))
-
-
-@program
-def masked_fill(
-    A=sparse("m k"), B=sparse("k n"), M=sparse("m n"), start=dense("m", "int64"),
-    columns=dense("c"), values=dense("c"),
-):  # fmt: skip
-    i, k, j = indices("i:m k:k j:n")
-    pattern = stored(M[i, j]) & any_(stored(A[i, k]) & stored(B[k, j]), over=k)
-    update(columns).append[start[i]](j, over=j, where=pattern)
-    total = trace.sum_(A[i, k] * B[k, j], over=k)
-    return update(values).append[start[i]](total, over=j, where=pattern)
+_OPERANDS = {"A": sparse("m k"), "B": sparse("k n")}
+spgemm_count, spgemm_fill = row_lists.programs("spgemm", _OPERANDS, _row)
+masked_count, masked_fill = row_lists.programs("masked", {**_OPERANDS, "M": sparse("m n")}, _row)
 
 
 def spgemm(A: Packed, B: Packed, mask: Packed | None = None) -> Packed:
@@ -60,16 +34,14 @@ def spgemm(A: Packed, B: Packed, mask: Packed | None = None) -> Packed:
     are in its accumulator. Raises ArgumentError A102, A103, A105, A106."""
     row_lists.check_operands(A=A, B=B, **({} if mask is None else {"mask": mask}))
     if A.shape[1] != B.shape[0]:
-        raise ArgumentError(
-            "A103", f"A has {A.shape[1]} columns, B {B.shape[0]} rows", where="argument B",
-            hint="as many rows of B as columns of A",
-        )  # fmt: skip
+        rule = f"A has {A.shape[1]} columns, B {B.shape[0]} rows"
+        hint = "as many rows of B as columns of A"
+        raise ArgumentError("A103", rule, where="argument B", hint=hint)
     shape = A.shape[0], B.shape[1]
     if mask is None:
         return row_lists.assembled(spgemm_count, spgemm_fill, {"A": A, "B": B}, shape)
     if mask.shape != shape:
-        raise ArgumentError(
-            "A103", f"mask has shape {mask.shape}, the product {shape}", where="argument mask",
-            hint="a row for each of A, a column for each of B",
-        )  # fmt: skip
+        rule = f"mask has shape {mask.shape}, the product {shape}"
+        hint = "a row for each of A, a column for each of B"
+        raise ArgumentError("A103", rule, where="argument mask", hint=hint)
     return row_lists.assembled(masked_count, masked_fill, {"A": A, "B": B, "M": mask}, shape)

@@ -11,12 +11,11 @@ Reference: SparseTIR (ASPLOS 2023, §4.2), its SpMM on hyb(c, k).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from tilewright import dtypes
-from tilewright.build import Definition, named_recipe, program
+from tilewright.build import Definition, kernels, named_recipe, program
 from tilewright.errors import ArgumentError, ProgramError, ScheduleError
 from tilewright.ir.nodes import Access, Index
 from tilewright.ir.rewrite import indices_of, walk
@@ -76,10 +75,9 @@ def _names(s: Schedule) -> _Names:
             if len(to.coords) == 2 and len(features) == 1 and X is not None:
                 i, j, k = (c.name for c in (*A.coords, *features) if isinstance(c, Index))
                 return _Names(i, j, k, features[0].dim, to.tensor.name, X.tensor.name)
-    raise ScheduleError(
-        "S102", f"{s.program.name} is no product of a sparse and a dense matrix",
-        hint="the recipe schedules out[i, k](sum(A[i, j] * X[j, k], over=j)), whatever its names",
-    )  # fmt: skip
+    rule = f"{s.program.name} is no product of a sparse and a dense matrix"
+    hint = "the recipe schedules out[i, k](sum(A[i, j] * X[j, k], over=j)), whatever its names"
+    raise ScheduleError("S102", rule, hint=hint)
 
 
 def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
@@ -98,7 +96,8 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
             # Unrolled further it compiles a third longer and runs no faster.
             s = s.on(n).unroll(at.j, 1)
     s = _rows(s.everywhere(), at, ROWS_PER_UNIT)
-    if not gathers_far or any(f.name not in ("csr", "dcsr") for f in _formats(s)):
+    stored = (f.name for t in s.program.tensors if t.is_sparse for f in t.format.formats)
+    if not gathers_far or not {"csr", "dcsr"}.issuperset(stored):
         return s
     return s.prefetch(at.X, at.j, AHEAD_CPU if fixed and fixed <= CPU_TILE else AHEAD_TILED)
 
@@ -116,10 +115,6 @@ def _cpu_pieces(s: Schedule, at: _Names, lanes: int) -> Schedule:
     s = s.split(at.k, tile, tail="exact", into=(unit, f"{at.k}_in")).parallel(unit)
     s = s.split(f"{at.k}_in", lanes, tail="exact", into=(u, v))
     return s.reorder(*entries, u, v).unroll(u).vectorize(v)
-
-
-def _formats(s: Schedule) -> list[Format]:
-    return [f for t in s.program.tensors if t.is_sparse for f in t.format.formats]
 
 
 def _rows(s: Schedule, at: _Names, n: int) -> Schedule:
@@ -304,12 +299,12 @@ def _chosen(A: Packed, X: Any, width: int) -> Kernel:
     x_dtype = operand_dtype(X, "X")
     try:
         return spmm_kernel(
+            "cuda" if on_cuda else "cpp",
             A.format,
             str(A.dtype),
             x_dtype,
             fixed_width(width, A.device),
             A.structure.index_dtype.name,
-            "cuda" if on_cuda else "cpp",
             x_bytes > (L2_BYTES if on_cuda else compilers.l2_bytes() // 2),
         )
     except (ScheduleError, ProgramError) as e:
@@ -318,19 +313,14 @@ def _chosen(A: Packed, X: Any, width: int) -> Kernel:
         raise ArgumentError("A106", rule, where="argument A", hint=hint) from e
 
 
-@cache
-def spmm_kernel(
-    fmt: Any, a: str, x: str, width: int, index: str, target: str, gathers_far: bool = False
-) -> Kernel:
-    """The built kernel for a format, dtypes, a width (0 = any), an index type and a target.
-
-    `gathers_far`: X does not fit the L2 cache."""
-    return spmm_definition(fmt, a, x, width, index, gathers_far).build(target)
-
-
 def spmm_definition(
     fmt: Any, a: str, x: str, width: int, index: str = "int32", gathers_far: bool = False
 ) -> Definition:
-    """The program of `spmm_kernel` with its schedule."""
+    """The program with its schedule, for a format, dtypes, a width (0 = any) and an index type.
+
+    `gathers_far`: X does not fit the L2 cache."""
     typed = spmm_program.typed(A=a, X=dtypes.dtype(x), index=index).decompose(A=fmt)
     return typed.schedule(recipe.of(width=width, gathers_far=gathers_far))
+
+
+spmm_kernel = kernels(spmm_definition)

@@ -43,9 +43,8 @@ class Entries:
 
 
 def _no_device(array: Any, device: str) -> Any:
-    raise FormatError(
-        "F102", f"no runtime is loaded that copies arrays to {device}", where="device"
-    )
+    rule = f"no runtime is loaded that copies arrays to {device}"
+    raise FormatError("F102", rule, where="device")
 
 
 to_device: Callable[[Any, str], Any] = _no_device
@@ -59,10 +58,9 @@ def read(matrix: Any) -> Entries:
         return matrix
     if isinstance(matrix, tuple):
         if len(matrix) not in (3, 4):
-            raise FormatError(
-                "F102", f"a tuple of {len(matrix)} is no matrix", where="matrix",
-                hint="(indptr, indices, values, shape) or (coords, values, shape)",
-            )  # fmt: skip
+            rule = f"a tuple of {len(matrix)} is no matrix"
+            hint = "(indptr, indices, values, shape) or (coords, values, shape)"
+            raise FormatError("F102", rule, where="matrix", hint=hint)
         return _from_csr(*matrix) if len(matrix) == 4 else _from_coo(*matrix)
     if hasattr(matrix, "layout") and hasattr(matrix, "detach"):
         return _from_torch(matrix.detach())
@@ -74,9 +72,8 @@ def read(matrix: Any) -> Entries:
 def _from_dense(matrix: Any) -> Entries:
     array, kind = values_of(matrix, "matrix")
     if array.ndim == 0:
-        raise FormatError(
-            "F102", f"cannot pack a {type(matrix).__name__}", where="matrix", hint=MATRICES
-        )
+        rule = f"cannot pack a {type(matrix).__name__}"
+        raise FormatError("F102", rule, where="matrix", hint=MATRICES)
     # of bits all but the sign: -0.0 is no entry in any dtype
     coords = np.nonzero(array & (1 << kind.bits - 1) - 1 if _is_bits(kind) else array)
     return Entries(coords, array[coords], kind, array.shape, None)
@@ -155,10 +152,9 @@ def _from_coo(coords: Any, values: Any, shape: Any, *, repeats: bool = False) ->
         return Entries(checked, array, kind, shape, order)
     at = int(same.argmax())
     if not repeats or "float8" in kind.name:
-        raise FormatError(
-            "F105", f"the entry at {tuple(int(c[at]) for c in ordered)} is stored twice",
-            where="indices", hint="add up the values of equal coordinates, or leave one of them",
-        )  # fmt: skip
+        rule = f"the entry at {tuple(int(c[at]) for c in ordered)} is stored twice"
+        hint = "add up the values of equal coordinates, or leave one of them"
+        raise FormatError("F105", rule, where="indices", hint=hint)
     first = np.flatnonzero(np.append(True, ~same))
     numbers = array if order is None else array[order]
     numbers = dtypes.bfloat16_values(numbers) if _is_bits(kind) else numbers
@@ -183,10 +179,9 @@ def _shape(shape: Any) -> tuple[int, ...]:
     except TypeError:
         sizes = (-1,)
     if not all(0 <= n < 2**63 for n in sizes):
-        raise FormatError(
-            "F102", f"{shape!r} is not the shape of a matrix", where="shape",
-            hint="one whole number for each dimension, below 2**63",
-        )  # fmt: skip
+        rule = f"{shape!r} is not the shape of a matrix"
+        hint = "one whole number for each dimension, below 2**63"
+        raise FormatError("F102", rule, where="shape", hint=hint)
     return sizes
 
 
@@ -202,10 +197,8 @@ def _index_array(x: Any, name: str) -> np.ndarray:
     if a.ndim == 1 and not a.size:
         return np.zeros(0, np.int64)  # an empty list is float64 to NumPy
     if a.ndim != 1 or a.dtype.kind not in "iu":
-        raise FormatError(
-            "F102", f"{name} has shape {a.shape} and dtype {a.dtype}", where=name,
-            hint="a 1-D integer array",
-        )  # fmt: skip
+        rule = f"{name} has shape {a.shape} and dtype {a.dtype}"
+        raise FormatError("F102", rule, where=name, hint="a 1-D integer array")
     return a
 
 
@@ -214,23 +207,17 @@ def _expanded(indptr: Any, stored: int, rows: int, *, spare: bool = False) -> np
     fewer). Raises FormatError[F103]."""
     indptr = _index_array(indptr, "indptr")
     if len(indptr) != rows + 1:
-        raise FormatError(
-            "F103", f"indptr has {len(indptr)} elements, a matrix of {rows} rows needs {rows + 1}",
-            where="indptr",
-        )  # fmt: skip
+        rule = f"indptr has {len(indptr)} elements, a matrix of {rows} rows needs {rows + 1}"
+        raise FormatError("F103", rule, where="indptr")
     if indptr[0] != 0 or indptr[-1] > stored or (indptr[-1] != stored and not spare):
-        raise FormatError(
-            "F103",
-            f"indptr runs from {indptr[0]} to {indptr[-1]} but indices has {stored} elements",
-            where="indptr", hint="take both arrays from the same matrix",
-        )  # fmt: skip
+        rule = f"indptr runs from {indptr[0]} to {indptr[-1]} but indices has {stored} elements"
+        hint = "take both arrays from the same matrix"
+        raise FormatError("F103", rule, where="indptr", hint=hint)
     falls = indptr[1:] < indptr[:-1]  # compared: a difference would wrap
     if falls.any():
         row = int(falls.argmax())
-        raise FormatError(
-            "F103", f"indptr falls from {indptr[row]} to {indptr[row + 1]} at row {row}",
-            where="indptr",
-        )  # fmt: skip
+        rule = f"indptr falls from {indptr[row]} to {indptr[row + 1]} at row {row}"
+        raise FormatError("F103", rule, where="indptr")
     kind, count = _counter((rows,)), int(indptr[-1])
     if count < rows // 64:  # most rows are empty: in proportion to the entries
         return np.searchsorted(indptr, np.arange(count), "right").astype(kind) - kind(1)
@@ -244,18 +231,14 @@ def _in_range(coords: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     except TypeError:
         arrays = None
     if arrays is None or len(arrays) != len(shape) or len({len(c) for c in arrays}) > 1:
-        raise FormatError(
-            "F102", "coords and shape do not go together", where="coords",
-            hint="one array for each dimension, all of one length",
-        )  # fmt: skip
+        hint = "one array for each dimension, all of one length"
+        raise FormatError("F102", "coords and shape do not go together", where="coords", hint=hint)
     for d, (c, n) in enumerate(zip(arrays, shape, strict=True)):
         low, high = (int(c.min()), int(c.max())) if len(c) else (0, -1)
         if low < 0 or high >= n:
-            raise FormatError(
-                "F104",
-                f"coordinate {low if low < 0 else high} of dimension {d} is outside 0…{n - 1}",
-                where="indices", hint="check that rows and columns are not swapped",
-            )  # fmt: skip
+            rule = f"coordinate {low if low < 0 else high} of dimension {d} is outside 0…{n - 1}"
+            hint = "check that rows and columns are not swapped"
+            raise FormatError("F104", rule, where="indices", hint=hint)
     return tuple(c.astype(_counter(shape), copy=False) for c in arrays)
 
 
@@ -266,9 +249,8 @@ def _counter(shape: Sequence[int]) -> type:
 
 def check_count(values: np.ndarray, nnz: int) -> None:
     if values.shape != (nnz,):
-        raise FormatError(
-            "F102", f"{nnz} entries but values of shape {values.shape}", where="values"
-        )
+        rule = f"{nnz} entries but values of shape {values.shape}"
+        raise FormatError("F102", rule, where="values")
 
 
 # ---------------------------------------------------------------------------- values
@@ -283,10 +265,9 @@ def array_of(x: Any, name: str) -> np.ndarray:
     except Exception:  # each library refuses in its own way
         a = None
     if a is None or a.dtype == object:
-        raise FormatError(
-            "F102", f"a {type(x).__name__} is not an array of numbers", where=name,
-            hint=MATRICES if name == "matrix" else "an array of NumPy, torch or CuPy",
-        )  # fmt: skip
+        rule = f"a {type(x).__name__} is not an array of numbers"
+        hint = MATRICES if name == "matrix" else "an array of NumPy, torch or CuPy"
+        raise FormatError("F102", rule, where=name, hint=hint)
     return a
 
 
@@ -316,10 +297,8 @@ def converted(values: np.ndarray, kind: DType, to: DType) -> np.ndarray:
     if kind == to or (_is_bits(to) and kind.is_int and values.dtype == to.numpy):
         return values
     if "float8" in kind.name + to.name:
-        raise ArgumentError(
-            "A102", f"nothing here converts {kind} to {to}", where="dtype",
-            hint="hand over its bits",
-        )  # fmt: skip
+        rule = f"nothing here converts {kind} to {to}"
+        raise ArgumentError("A102", rule, where="dtype", hint="hand over its bits")
     numbers = dtypes.bfloat16_values(values) if _is_bits(kind) else values
     with np.errstate(all="ignore"):  # what is lost is found below
         if _is_bits(to):
@@ -329,10 +308,8 @@ def converted(values: np.ndarray, kind: DType, to: DType) -> np.ndarray:
             result = numbers.astype(to.numpy)
             lost = _lost(numbers, result)
     if lost.any():
-        raise ArgumentError(
-            "A109", f"the value {numbers[lost][0]} is out of the range of {to}", where="values",
-            hint="a wider dtype, or values that fit",
-        )  # fmt: skip
+        rule = f"the value {numbers[lost][0]} is out of the range of {to}"
+        raise ArgumentError("A109", rule, where="values", hint="a wider dtype, or values that fit")
     return result
 
 

@@ -9,8 +9,14 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.ir import nodes as ir
+from tilewright.ir.nodes import Access, Expr, Index, as_expr
 from tilewright.ir.rewrite import computed_in, free_vars
 from tilewright.sparse.tracing import checked_name, current, refusal
+
+__all__ = [
+    "abs_", "any_", "cos", "exp", "floor", "indices", "log", "max_", "maximum", "min_", "minimum",
+    "prod", "rsqrt", "sigmoid", "sin", "size", "sqrt", "stored", "sum_", "tanh", "where",
+]  # fmt: skip
 
 
 def indices(dims: str) -> Any:
@@ -20,24 +26,20 @@ def indices(dims: str) -> Any:
     A dimension may occur twice (square matrices); its second loop is then called m1. One dimension
     returns one index, not a tuple."""
     trace = current()
-    created: list[ir.Index] = []
+    created: list[Index] = []
     for word in dims.split():
         name, _, dim = word.rpartition(":")
         used = {x.name for x in trace.indices} | trace.tensors.keys()
         name = name or _loop_name(dim, used)
         if checked_name(name, "an index", "P102") in used:
-            raise refusal(
-                "P102", f"index {name!r} is not a new name",
-                hint="indices and parameters have names of their own",
-            )  # fmt: skip
+            hint = "indices and parameters have names of their own"
+            raise refusal("P102", f"index {name!r} is not a new name", hint=hint)
         known = {d for t in trace.tensors.values() for d in t.dims}
         parsed: str | int = int(dim) if dim.isdigit() else dim
         if isinstance(parsed, str) and parsed not in known:
-            raise refusal(
-                "P102", f"no parameter has a dimension {parsed!r}",
-                hint=f"dimensions: {', '.join(sorted(str(k) for k in known))}",
-            )  # fmt: skip
-        created.append(ir.Index(name, dim=parsed))
+            hint = f"dimensions: {', '.join(sorted(str(k) for k in known))}"
+            raise refusal("P102", f"no parameter has a dimension {parsed!r}", hint=hint)
+        created.append(Index(name, dim=parsed))
         trace.indices.append(created[-1])
     return created[0] if len(created) == 1 else tuple(created)
 
@@ -49,58 +51,50 @@ def _loop_name(dim: str, used: set[str]) -> str:
     return next(n for n in chain((base,), (f"{base}{n}" for n in count(1))) if n not in used)
 
 
-def size(dim: str) -> ir.Expr:
+def size(dim: str) -> Expr:
     """The run-time size of a dimension."""
     known = {d for t in current().tensors.values() for d in t.dims if isinstance(d, str)}
     if dim not in known:
-        raise refusal(
-            "P102", f"no parameter has a dimension {dim!r}",
-            hint=f"dimensions: {', '.join(sorted(known))}",
-        )  # fmt: skip
+        hint = f"dimensions: {', '.join(sorted(known))}"
+        raise refusal("P102", f"no parameter has a dimension {dim!r}", hint=hint)
     return ir.size_var(dim)
 
 
-def stored(access: Any) -> ir.Expr:
+def stored(access: Any) -> Expr:
     """Whether a sparse tensor stores an entry at coordinates: `stored(A[i, j])`."""
-    if not isinstance(access, ir.Access) or not access.tensor.is_sparse:
-        raise refusal(
-            "P103", f"stored({access!r}): no element of a sparse tensor", hint="tw.stored(A[i, j])"
-        )
+    if not isinstance(access, Access) or not access.tensor.is_sparse:
+        hint = "tw.stored(A[i, j])"
+        raise refusal("P103", f"stored({access!r}): no element of a sparse tensor", hint=hint)
     return ir.Stored(access)
 
 
-def any_(condition: Any, over: ir.Index | tuple[ir.Index, ...]) -> ir.Expr:
+def any_(condition: Any, over: Index | tuple[Index, ...]) -> Expr:
     """Whether a condition holds for any coordinate of an index or a tuple of indices."""
     return ir.binary("!=", max_(condition_of("any", condition), over), 0)
 
 
-def condition_of(op: str, value: Any) -> ir.Expr:
+def condition_of(op: str, value: Any) -> Expr:
     """`value` as the condition of an operation. Raises ProgramError[P106] for other values."""
-    if not isinstance(value, ir.Expr) or value.dtype.kind != "b":
-        raise refusal(
-            "P106", f"{op} where {value!r}: not a condition", hint="tw.stored(A[i, j]), or a < b"
-        )
+    if not isinstance(value, Expr) or value.dtype.kind != "b":
+        hint = "tw.stored(A[i, j]), or a < b"
+        raise refusal("P106", f"{op} where {value!r}: not a condition", hint=hint)
     return value
 
 
-def _reduce(op: str) -> Callable[..., ir.Expr]:
-    def reduction(
-        value: Any, over: ir.Index | tuple[ir.Index, ...], where: ir.Expr | None = None
-    ) -> ir.Expr:
+def _reduce(op: str) -> Callable[..., Expr]:
+    def reduction(value: Any, over: Index | tuple[Index, ...], where: Expr | None = None) -> Expr:
         axes = over if isinstance(over, tuple) else (over,)
-        if not axes or not all(isinstance(a, ir.Index) for a in axes):
+        if not axes or not all(isinstance(a, Index) for a in axes):
             raise refusal("P104", f"{op} over {over!r}: not indices", hint="over=j or over=(j, k)")
-        body = ir.as_expr(value)
+        body = as_expr(value)
         if where is not None:
             kind = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
             body = computed_in(body, kind)
             body = ir.select(condition_of(op, where), body, ir.identity_of(op, kind))
         missing = {a.name for a in axes} - free_vars(body)
         if missing:
-            raise refusal(
-                "P104", f"{op} over {', '.join(sorted(missing))}, which its body does not use",
-                hint="where=tw.stored(A[i, j]) ranges over what A stores",
-            )  # fmt: skip
+            rule = f"{op} over {', '.join(sorted(missing))}, which its body does not use"
+            raise refusal("P104", rule, hint="where=tw.stored(A[i, j]) ranges over what A stores")
         dtype = body.dtype.accumulator if body.dtype.kind != "b" else dtypes.int32
         return ir.Reduce(op, axes, computed_in(body, dtype), dtype)
 
@@ -115,9 +109,9 @@ def _reduce(op: str) -> Callable[..., ir.Expr]:
 sum_, max_, min_, prod = (_reduce(op) for op in ("sum", "max", "min", "prod"))
 
 
-def _function(op: str) -> Callable[[Any], ir.Expr]:
-    def apply(x: Any) -> ir.Expr:
-        return ir.unary(op, ir.as_expr(x))
+def _function(op: str) -> Callable[[Any], Expr]:
+    def apply(x: Any) -> Expr:
+        return ir.unary(op, as_expr(x))
 
     apply.__name__ = apply.__qualname__ = op
     apply.__doc__ = f"{op} of a value, in float32 at least."
@@ -129,26 +123,24 @@ exp, log, sqrt, rsqrt, tanh, sin, cos, abs_, floor = (
 )
 
 
-def sigmoid(x: Any) -> ir.Expr:
+def sigmoid(x: Any) -> Expr:
     """1 / (1 + exp(-x))"""
-    return 1.0 / (1.0 + exp(-ir.as_expr(x)))
+    return 1.0 / (1.0 + exp(-as_expr(x)))
 
 
-def maximum(a: Any, b: Any) -> ir.Expr:
+def maximum(a: Any, b: Any) -> Expr:
     """The larger of two values."""
     return ir.binary("max", a, b)
 
 
-def minimum(a: Any, b: Any) -> ir.Expr:
+def minimum(a: Any, b: Any) -> Expr:
     """The smaller of two values."""
     return ir.binary("min", a, b)
 
 
-def where(cond: ir.Expr, a: Any, b: Any) -> ir.Expr:
+def where(cond: Expr, a: Any, b: Any) -> Expr:
     """`a` where `cond` holds, else `b`."""
-    if not isinstance(cond, ir.Expr):
-        raise refusal(
-            "P101", f"the condition of where is {cond!r}",
-            hint="`==` compares the text of expressions: write tw.equal(i, j)",
-        )  # fmt: skip
+    if not isinstance(cond, Expr):
+        hint = "`==` compares the text of expressions: write tw.equal(i, j)"
+        raise refusal("P101", f"the condition of where is {cond!r}", hint=hint)
     return ir.select(cond, a, b)

@@ -14,21 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from tilewright.errors import FormatError
-from tilewright.ir.levels import (
-    Compressed,
-    Dense,
-    Fixed,
-    Level,
-    Ragged,
-    Singleton,
-    integer,
-    lists_rows,
-)  # fmt: skip
+from tilewright.ir.levels import Compressed, Dense, Fixed, Level, Ragged, Singleton, integer
+from tilewright.ir.levels.lists import lists_rows
 
 MOST_PARTS = 1 << 16  # of a composed format: a row of its work table each
 Chosen = tuple["Format", np.ndarray | None, np.ndarray | None]  # format, entries, rows of a part
@@ -149,20 +142,17 @@ class ByRow:
 
     def __init__(self, coords: Sequence[np.ndarray], shape: tuple[int, ...]) -> None:
         self.coords, self.shape = coords, shape
-        self._known: dict[tuple[int, int], tuple[np.ndarray | None, np.ndarray]] = {}
+        self.of_columns = cache(self._of_columns)
 
-    def of_columns(self, part: int, parts: int) -> tuple[np.ndarray | None, np.ndarray]:
+    def _of_columns(self, part: int, parts: int) -> tuple[np.ndarray | None, np.ndarray]:
         """Of one of `parts` equal ranges of columns: the numbers of the entries inside (None: all
         of them), and how many each row has there."""
-        if (part, parts) not in self._known:
-            rows, numbers = self.coords[0], None
-            if parts > 1:
-                width = max(-(-self.shape[1] // parts), 1)
-                numbers = np.flatnonzero(self.coords[1] // width == part)
-                rows = rows[numbers]
-            length = np.bincount(rows, minlength=self.shape[0])
-            self._known[part, parts] = numbers, length
-        return self._known[part, parts]
+        rows, numbers = self.coords[0], None
+        if parts > 1:
+            width = max(-(-self.shape[1] // parts), 1)
+            numbers = np.flatnonzero(self.coords[1] // width == part)
+            rows = rows[numbers]
+        return numbers, np.bincount(rows, minlength=self.shape[0])
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -188,28 +178,22 @@ class Composed:
 
     def __post_init__(self) -> None:
         _check_tuple(f"composed format {self.name}", "parts", self.parts, _is_part)
-        if not self.parts:
-            raise FormatError(
-                "F101", f"{self.name} has no parts", where="parts",
-                hint="give at least one (where, format)",
-            )  # fmt: skip
-        if len({f.ndim for _, f in self.parts}) != 1:
-            raise FormatError(
-                "F101", f"the parts of {self.name} have different numbers of dimensions",
-                where="parts",
-            )  # fmt: skip
-        if self.ndim < 2:
-            raise FormatError(
-                "F101", f"the parts of {self.name} have one dimension", where="parts",
-                hint="parts are chosen by rows and columns: two dimensions at least",
-            )  # fmt: skip
-
+        dims = {f.ndim for _, f in self.parts}
+        wrong = hint = ""
+        if not dims:
+            wrong, hint = f"{self.name} has no parts", "give at least one (where, format)"
+        elif len(dims) != 1:
+            wrong = f"the parts of {self.name} have different numbers of dimensions"
+        elif dims == {1}:
+            wrong = f"the parts of {self.name} have one dimension"
+            hint = "parts are chosen by rows and columns: two dimensions at least"
+        if wrong:
+            raise FormatError("F101", wrong, where="parts", hint=hint)
         for at, (_, f) in enumerate(self.parts):
             if self.covers_rows and not _can_store_empty_rows(f):
-                raise FormatError(
-                    "F101", f"{self.name} covers rows, but parts[{at}], {f}, stores no empty rows",
-                    where="covers_rows", hint="covers_rows=False, or rows first: tw.dcsr()",
-                )  # fmt: skip
+                wrong = f"{self.name} covers rows, but parts[{at}], {f}, stores no empty rows"
+                hint = "covers_rows=False, or rows first: tw.dcsr()"
+                raise FormatError("F101", wrong, where="covers_rows", hint=hint)
 
     @property
     def ndim(self) -> int:
@@ -249,22 +233,17 @@ class Composed:
             chosen.append((part, numbers, np.flatnonzero(rows) if self.covers_rows else None))
         if (of_entry != 1).any():
             at = int((of_entry != 1).argmax())
-            raise FormatError(
-                "F106", f"entry {tuple(int(c[at]) for c in coords)} is in {of_entry[at]} parts of "
-                f"{self.name}", hint="each entry must be in exactly one part",
-            )  # fmt: skip
+            entry = tuple(int(c[at]) for c in coords)
+            wrong = f"entry {entry} is in {of_entry[at]} parts of {self.name}"
+            raise FormatError("F106", wrong, hint="each entry must be in exactly one part")
         if taken != len(of_entry):
-            raise FormatError(
-                "F106", f"a part of {self.name} takes an entry more than once",
-                hint="the numbers that `choose` gives differ",
-            )  # fmt: skip
+            wrong = f"a part of {self.name} takes an entry more than once"
+            raise FormatError("F106", wrong, hint="the numbers that `choose` gives differ")
         wrong = (self.disjoint_rows & (of_row > 1)) | (self.covers_rows & (of_row < 1))
         if wrong.any():
             at = int(wrong.argmax())
-            raise FormatError(
-                "F106", f"row {at} is in {of_row[at]} parts of {self.name}",
-                hint="its promise says one",
-            )  # fmt: skip
+            wrong = f"row {at} is in {of_row[at]} parts of {self.name}"
+            raise FormatError("F106", wrong, hint="its promise says one")
         yield from chosen
 
     def _checked(self, at: int, chosen: Any, row_of: np.ndarray, rows: int) -> Any:
@@ -288,10 +267,9 @@ class Composed:
             row = int(row_of[numbers][mask[row_of[numbers]].argmin()])
             wrong = f"took an entry of row {row}, which its row mask leaves out"
         if wrong:
-            raise FormatError(
-                "F106", f"`choose` of parts[{at}] of {self.name} {wrong}", where="parts",
-                hint=f"a bool mask of {rows} rows, and the numbers of entries in these rows",
-            )  # fmt: skip
+            wrong = f"`choose` of parts[{at}] of {self.name} {wrong}"
+            hint = f"a bool mask of {rows} rows, and the numbers of entries in these rows"
+            raise FormatError("F106", wrong, where="parts", hint=hint)
         return mask, numbers
 
     def __str__(self) -> str:
@@ -308,20 +286,15 @@ def _can_store_empty_rows(fmt: Format) -> bool:
 
 
 def _is_part(part: Any) -> bool:
-    return (
-        isinstance(part, tuple)
-        and len(part) == 2
-        and callable(getattr(part[0], "choose", None))
-        and isinstance(part[1], Format)
-    )
+    is_pair = isinstance(part, tuple) and len(part) == 2
+    return is_pair and callable(getattr(part[0], "choose", None)) and isinstance(part[1], Format)
 
 
 def _check_tuple(of: str, name: str, items: Any, fits: Any) -> None:
     """Refuses what is not a tuple of what `fits`."""
     if not isinstance(items, tuple):
-        raise FormatError(
-            "F101", f"{of}: {name} is a {type(items).__name__}, not a tuple", where=name
-        )
+        rule = f"{of}: {name} is a {type(items).__name__}, not a tuple"
+        raise FormatError("F101", rule, where=name)
     for at, one in enumerate(items):
         if not fits(one):
             kind = {"parts": "(where, format) pair", "levels": "level"}[name]
@@ -410,15 +383,8 @@ def bsr(block: int) -> Format:
     entries.
     """
     block = integer(f"bsr({block!r})", "block", block, 1)
-    return Format(
-        f"bsr({block})",
-        (
-            Dense(0, block=block),
-            Compressed(1, block=block),
-            Dense(0, block=block, inner=True),
-            Dense(1, block=block, inner=True),
-        ),
-    )
+    inside = (Dense(dim, block=block, inner=True) for dim in (0, 1))
+    return Format(f"bsr({block})", (Dense(0, block=block), Compressed(1, block=block), *inside))
 
 
 def dbsr(block: int) -> Format:
@@ -450,24 +416,22 @@ def hyb(
     buckets = _widths(call, buckets)
     col_parts = integer(call, "col_parts", col_parts, 1, MOST_PARTS // (len(buckets) + 1))
     if long_rows not in ("csr", "split"):
-        raise FormatError(
-            "F101", f"long_rows={long_rows!r}", where="long_rows", hint="csr or split"
-        )
-    disjoint = col_parts == 1 and long_rows == "csr"
+        hint = "csr or split"
+        raise FormatError("F101", f"long_rows={long_rows!r}", where="long_rows", hint=hint)
+    cuts_rows = long_rows == "split"
+    disjoint = col_parts == 1 and not cuts_rows
     lows = (1, *(w + 1 for w in buckets[:-1]))
     parts: list[tuple[Where, Format]] = []
     for c in range(col_parts):
         here = {"col_part": c, "col_parts": col_parts}
-        if long_rows == "csr":
+        if not cuts_rows:
             parts.append((Where(buckets[-1] + 1, None, **here), dcsr()))
         for low, width in reversed(list(zip(lows, buckets, strict=True))):
-            split = long_rows == "split" and width == buckets[-1]
+            split = cuts_rows and width == buckets[-1]
             parts.append((Where(low, None if split else width, **here), bucket(width, split=split)))
     if disjoint:
         parts.append((Where(0, 0), bucket(0)))
-    name = (
-        f"hyb({col_parts}; {', '.join(map(str, buckets))}{'' if long_rows == 'csr' else '; split'})"
-    )
+    name = f"hyb({col_parts}; {', '.join(map(str, buckets))}{'; split' if cuts_rows else ''})"
     return Composed(name, tuple(parts), disjoint_rows=disjoint, covers_rows=disjoint)
 
 
@@ -477,7 +441,6 @@ def _widths(of: str, buckets: Any) -> tuple[int, ...]:
     if isinstance(buckets, tuple | list):
         widths = tuple(integer(of, "buckets", w, 1) for w in buckets)
     if not widths or list(widths) != sorted(set(widths)):
-        raise FormatError(
-            "F101", f"{of}: buckets are widths, ascending", where="buckets", hint="as (1, 2, 4, 8)"
-        )
+        rule = f"{of}: buckets are widths, ascending"
+        raise FormatError("F101", rule, where="buckets", hint="as (1, 2, 4, 8)")
     return widths

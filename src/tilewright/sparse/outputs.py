@@ -9,7 +9,8 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import free_indices, free_vars, rename_reductions, walk
+from tilewright.ir.nodes import Access, Expr, Index, Tensor, as_expr
+from tilewright.ir.rewrite import free_indices, free_vars, rename_reductions, walk, zero_unless
 from tilewright.sparse.expressions import condition_of
 from tilewright.sparse.tracing import checked_name, current, refusal
 
@@ -25,9 +26,9 @@ class Output:
     role: ir.Role
     name: str = ""
     dtype: DType | None = None
-    structure_of: ir.Tensor | None = None
+    structure_of: Tensor | None = None
 
-    def like(self, tensor: ir.Tensor) -> Output:
+    def like(self, tensor: Tensor) -> Output:
         if not tensor.is_sparse:
             raise refusal("P103", f"{tensor.name} is dense: it has no structure to share")
         return replace(self, structure_of=tensor)
@@ -38,9 +39,9 @@ class Output:
     def typed(self, dtype: Any) -> Output:
         return replace(self, dtype=dtypes.dtype(dtype))
 
-    def __getitem__(self, coords: Any) -> Callable[[Any], ir.Tensor]:
+    def __getitem__(self, coords: Any) -> Callable[[Any], Tensor]:
         coords = coords if isinstance(coords, tuple) else (coords,)
-        return lambda value: _assign(self, coords, ir.as_expr(value))
+        return lambda value: _assign(self, coords, as_expr(value))
 
 
 out, temp = Output("output"), Output("temp")
@@ -55,7 +56,7 @@ class Update:
     coordinates j, ascending, at which the condition holds, one behind the other from start[i] on:
     how a sparse output is filled. The condition is made of `stored`."""
 
-    tensor: ir.Tensor
+    tensor: Tensor
     op: str = ""
 
     @property
@@ -66,50 +67,46 @@ class Update:
     def add(self) -> Update:
         return replace(self, op="sum")
 
-    def __getitem__(self, coords: Any) -> Callable[..., ir.Tensor]:
+    def __getitem__(self, coords: Any) -> Callable[..., Tensor]:
         access = self.tensor[coords]
         if self.op == "append":
-            return lambda value, over, where: self._append(access, ir.as_expr(value), over, where)
-        return lambda value: self._assign(access, ir.as_expr(value))
+            return lambda value, over, where: self._append(access, as_expr(value), over, where)
+        return lambda value: self._assign(access, as_expr(value))
 
-    def _append(self, to: ir.Access, value: ir.Expr, over: ir.Index, where: ir.Expr) -> ir.Tensor:
-        if len(to.coords) != 1 or not isinstance(over, ir.Index):
+    def _append(self, to: Access, value: Expr, over: Index, where: Expr) -> Tensor:
+        if len(to.coords) != 1 or not isinstance(over, Index):
             raise refusal(
                 "P104", f"append to {to} over {over!r}: a list has one dimension, and one index "
                 "runs along it", hint="tw.update(C).append[start[i]](value, over=j, where=…)",
             )  # fmt: skip
-        dtype = self.tensor.dtype
-        absent = ir.cast(ir.Const(0, dtypes.int32), dtype)
-        body = ir.Select(condition_of("append", where), ir.cast(value, dtype), absent, dtype)
-        return replace(self, op="")._assign(to, ir.Reduce("append", (over,), body, dtype))
+        body = zero_unless(condition_of("append", where), ir.cast(value, self.tensor.dtype))
+        return replace(self, op="")._assign(to, ir.Reduce("append", (over,), body, body.dtype))
 
-    def _assign(self, to: ir.Access, value: ir.Expr) -> ir.Tensor:
+    def _assign(self, to: Access, value: Expr) -> Tensor:
         trace, written = current(), replace(self.tensor, role="output", kind="state")
         if self.op and written.dtype not in ir.ATOMIC[self.op]:
             kinds = ", ".join(t.name for t in ir.ATOMIC[self.op])
-            raise refusal(
-                "P106", f"{written.name} is {written.dtype}: add updates arrays of {kinds}",
-                hint="add into an array of a wider type, then convert it",
-            )  # fmt: skip
+            rule = f"{written.name} is {written.dtype}: add updates arrays of {kinds}"
+            raise refusal("P106", rule, hint="add into an array of a wider type, then convert it")
         trace.tensors[written.name] = written
         _check_bound(to.coords, value)
         _check_reads_of_updated(to, value, self.op)
-        target = ir.Access(written, to.coords, written.dtype)
+        target = Access(written, to.coords, written.dtype)
         trace.body.append(_statement(target, value, self.op))
         return written
 
 
-def update(tensor: ir.Tensor) -> Update:
+def update(tensor: Tensor) -> Update:
     """Writes into a parameter: see `Update`."""
     return Update(tensor)
 
 
-def _check_reads_of_updated(to: ir.Access, value: ir.Expr, op: str) -> None:
+def _check_reads_of_updated(to: Access, value: Expr, op: str) -> None:
     """Refuses reads of an updated tensor at other coordinates than those of the update: updates
     run in no fixed order, so such a read could see either value."""
-    plain = all(isinstance(c, ir.Index) for c in to.coords)
+    plain = all(isinstance(c, Index) for c in to.coords)
     for x in walk(value):
-        if not isinstance(x, ir.Access) or x.tensor.name != to.tensor.name:
+        if not isinstance(x, Access) or x.tensor.name != to.tensor.name:
             continue
         if x.coords != to.coords or not plain or op:
             raise refusal(
@@ -119,20 +116,17 @@ def _check_reads_of_updated(to: ir.Access, value: ir.Expr, op: str) -> None:
             )  # fmt: skip
 
 
-def _assign(output: Output, coords: tuple[Any, ...], value: ir.Expr) -> ir.Tensor:
+def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
     trace = current()
-    if not all(isinstance(c, ir.Index) for c in coords):
-        raise refusal(
-            "P103", f"an {output.role} is written at plain indices",
-            hint="update() writes elsewhere",
-        )  # fmt: skip
+    if not all(isinstance(c, Index) for c in coords):
+        hint = "update() writes elsewhere"
+        raise refusal("P103", f"an {output.role} is written at plain indices", hint=hint)
     if len({c.name for c in coords}) != len(coords):
         raise refusal("P103", "an index occurs twice in the coordinates of an output")
     _check_bound(coords, value)
-    number = len([t for t in trace.tensors.values() if t.role == output.role])
-    name = output.name or {"output": "out", "temp": "temp"}[output.role] + (
-        str(number) if number else ""
-    )
+    number = sum(t.role == output.role for t in trace.tensors.values())
+    prefix = "out" if output.role == "output" else output.role
+    name = output.name or f"{prefix}{number or ''}"
     checked_name(name, f"an {output.role}")
     if any(x.name == name for x in trace.indices):
         raise refusal("P102", f"{name} is an index already")
@@ -142,11 +136,10 @@ def _assign(output: Output, coords: tuple[Any, ...], value: ir.Expr) -> ir.Tenso
     like = output.structure_of
     own = len(like.dims) if like else 0
     if like is not None and (like.inner or tuple(c.dim for c in coords[:own]) != like.dims):
-        raise refusal(
-            "P103", f"{name} has the structure of {like.name} but other dimensions",
-            hint="those of the structure, then dense ones: tw.temp.like(A)[i, j, head]",
-        )  # fmt: skip
-    tensor = ir.Tensor(
+        rule = f"{name} has the structure of {like.name} but other dimensions"
+        hint = "those of the structure, then dense ones: tw.temp.like(A)[i, j, head]"
+        raise refusal("P103", rule, hint=hint)
+    tensor = Tensor(
         name,
         tuple(c.dim for c in coords),
         dtype,
@@ -156,18 +149,18 @@ def _assign(output: Output, coords: tuple[Any, ...], value: ir.Expr) -> ir.Tenso
         inner=len(coords) - own if like else 0,
     )
     trace.tensors[name] = tensor
-    trace.body.append(_statement(ir.Access(tensor, coords, dtype), value))
+    trace.body.append(_statement(Access(tensor, coords, dtype), value))
     return tensor
 
 
-def _statement(to: ir.Access, value: ir.Expr, op: str = "") -> ir.Assign:
+def _statement(to: Access, value: Expr, op: str = "") -> ir.Assign:
     """`to = value`, or `to += value` with op "sum". No reduction in it binds an index that the
     coordinates or a reduction around it bind."""
     bound = frozenset().union(*(free_vars(c) for c in to.coords))
     return ir.Assign(to, ir.cast(rename_reductions(value, bound), to.dtype), op)
 
 
-def _output_dtype(value: ir.Expr) -> DType:
+def _output_dtype(value: Expr) -> DType:
     """A float result takes the dtype of the last dense float activation, as a matrix product
     does."""
     if not value.dtype.is_float:
@@ -175,7 +168,7 @@ def _output_dtype(value: ir.Expr) -> DType:
     floats = [
         x.dtype
         for x in walk(value)
-        if isinstance(x, ir.Access)
+        if isinstance(x, Access)
         and x.dtype.is_float
         and x.tensor.kind == "activation"
         and x.tensor.role != "temp"
@@ -185,23 +178,20 @@ def _output_dtype(value: ir.Expr) -> DType:
     return floats[-1] if floats and floats[-1].bits <= value.dtype.bits else value.dtype
 
 
-def _check_bound(coords: tuple[ir.Expr, ...], value: ir.Expr) -> None:
+def _check_bound(coords: tuple[Expr, ...], value: Expr) -> None:
     """Every index is in the coordinates or under a reduction, and runs over one dimension."""
     for x in walk(value):
-        if not isinstance(x, ir.Access):
+        if not isinstance(x, Access):
             continue
         for c, dim in zip(x.coords, x.tensor.dims, strict=True):
-            if isinstance(c, ir.Index) and c.dim != dim:
-                raise refusal(
-                    "P102", f"{c.name} runs over {c.dim} but stands for {dim} in {x}",
-                    hint="give the index and the tensor the same dimension name",
-                )  # fmt: skip
-        if not all(isinstance(c, ir.Index) for c in x.coords[len(x.stored_coords) :]):
+            if isinstance(c, Index) and c.dim != dim:
+                rule = f"{c.name} runs over {c.dim} but stands for {dim} in {x}"
+                hint = "give the index and the tensor the same dimension name"
+                raise refusal("P102", rule, hint=hint)
+        if not all(isinstance(c, Index) for c in x.coords[len(x.stored_coords) :]):
             raise refusal("P103", f"{x}: the dense dimensions of a structure are read at indices")
     written = set().union(*map(free_indices, coords))
     loose = sorted(free_indices(value).keys() - written)
     if loose:
-        raise refusal(
-            "P104", f"index {', '.join(loose)} is neither in the output nor under a reduction",
-            hint=f"write sum(…, over={loose[0]})",
-        )  # fmt: skip
+        rule = f"index {', '.join(loose)} is neither in the output nor under a reduction"
+        raise refusal("P104", rule, hint=f"write sum(…, over={loose[0]})")

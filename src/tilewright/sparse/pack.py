@@ -140,10 +140,9 @@ class Packed:
         FormatError[F107] when their number is not nnz, and as `pack` for other objects."""
         array, kind = entries.values_of(values, "values")
         if array.shape != (self.nnz,):
-            raise FormatError(
-                "F107", f"{array.shape} values for {self.nnz} entries", where="values",
-                hint="one value for each entry, in the order they were packed",
-            )  # fmt: skip
+            rule = f"{array.shape} values for {self.nnz} entries"
+            hint = "one value for each entry, in the order they were packed"
+            raise FormatError("F107", rule, where="values", hint=hint)
         wanted = kind if dtype is None else dtypes.dtype(dtype)
         array = entries.converted(array, kind, wanted)
         arrays = tuple(_scatter(p, array, wanted, self.fill) for p in self.structure.parts)
@@ -224,10 +223,9 @@ def pack(
     try:
         return _pack(fmt, entries.read(matrix), dtype, values, index, fill)
     except MemoryError as error:
-        raise FormatError(
-            "F108", f"{fmt} of this matrix does not fit the memory: {error}", where="matrix",
-            hint="a format that stores less: tw.csr(), tw.coo()",
-        ) from None  # fmt: skip
+        rule = f"{fmt} of this matrix does not fit the memory: {error}"
+        hint = "a format that stores less: tw.csr(), tw.coo()"
+        raise FormatError("F108", rule, where="matrix", hint=hint) from None
 
 
 def _pack(
@@ -235,10 +233,8 @@ def _pack(
 ) -> Packed:
     shape = matrix.shape
     if len(shape) != fmt.ndim:
-        raise FormatError(
-            "F102", f"{fmt} stores {fmt.ndim} dimensions, the matrix has {len(shape)}",
-            where="matrix",
-        )  # fmt: skip
+        rule = f"{fmt} stores {fmt.ndim} dimensions, the matrix has {len(shape)}"
+        raise FormatError("F102", rule, where="matrix")
     array, kind = (
         (matrix.values, matrix.dtype) if values is None else entries.values_of(values, "values")
     )
@@ -276,10 +272,8 @@ def _index_type(index: Any, largest: int) -> DType:
     if kind not in (dtypes.int32, dtypes.int64):
         raise ArgumentError("A102", f"index is {kind}", where="index", hint="int32 or int64")
     if kind == dtypes.int32 and not fits:
-        raise FormatError(
-            "F108", f"coordinates or positions go up to {largest}, beyond int32", where="index",
-            hint='index="int64"',
-        )  # fmt: skip
+        rule = f"coordinates or positions go up to {largest}, beyond int32"
+        raise FormatError("F108", rule, where="index", hint='index="int64"')
     return kind
 
 
@@ -288,10 +282,9 @@ def _index_type(index: Any, largest: int) -> DType:
 
 def _check_positions(of: Any, count: int) -> None:
     if count > MOST_POSITIONS:
-        raise FormatError(
-            "F108", f"{of} of this matrix has {count} positions, the limit is {MOST_POSITIONS}",
-            where="shape", hint="tw.coo() stores entries only, whatever the shape",
-        )  # fmt: skip
+        rule = f"{of} of this matrix has {count} positions, the limit is {MOST_POSITIONS}"
+        hint = "tw.coo() stores entries only, whatever the shape"
+        raise FormatError("F108", rule, where="shape", hint=hint)
 
 
 def _pack_part(
@@ -364,10 +357,8 @@ def of_rows(
     """The CSR tensor of arrays that an operator computed. They are not checked: the columns of each
     row ascend."""
     index = _index_type(None, max(len(indices), *shape)).numpy
-    arrays = {
-        "indptr": indptr.astype(index, copy=False),
-        "indices": indices.astype(index, copy=False),
-    }
+    lists = ("indptr", indptr), ("indices", indices)
+    arrays = {name: a.astype(index, copy=False) for name, a in lists}
     nnz = len(indices)
     numbers = _numbers()[:nnz] if nnz <= FEW else np.arange(nnz)
     part = Part(_CSR, ({}, arrays), (shape[0], nnz), numbers, numbers)

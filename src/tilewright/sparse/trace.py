@@ -22,32 +22,10 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ProgramError
-from tilewright.ir.nodes import Cast, Index, Kind, Program, Tensor, equal
+from tilewright.ir.nodes import Cast, Kind, Program, Tensor
 from tilewright.ir.rewrite import walk
-from tilewright.sparse.expressions import (
-    abs_,
-    any_,
-    cos,
-    exp,
-    floor,
-    indices,
-    log,
-    max_,
-    maximum,
-    min_,
-    minimum,
-    prod,
-    rsqrt,
-    sigmoid,
-    sin,
-    size,
-    sqrt,
-    stored,
-    sum_,
-    tanh,
-    where,
-)  # fmt: skip
-from tilewright.sparse.outputs import Output, out, temp, update
+from tilewright.sparse.expressions import *  # noqa: F403 - the language is imported from here
+from tilewright.sparse.outputs import out, temp, update  # noqa: F401
 from tilewright.sparse.tracing import Trace, checked_name, refusal, tracing
 
 
@@ -113,10 +91,9 @@ def trace(
     with tracing(function.__name__) as t:
         for name, d in declared.items():
             if not isinstance(d, Declared):
-                raise ProgramError(
-                    "P101", f"parameter {name} of {function.__name__} does not say what it is",
-                    where=line, hint=f'give it a default: {name}=tw.dense("m n")',
-                )  # fmt: skip
+                rule = f"parameter {name} of {function.__name__} does not say what it is"
+                hint = f'give it a default: {name}=tw.dense("m n")'
+                raise ProgramError("P101", rule, where=line, hint=hint)
             checked_name(name, "a parameter")
             t.tensors[name] = _parameter(name, d, declared, dtypes_by_name, formats, default, line)
         returned = function(**t.tensors)
@@ -151,10 +128,9 @@ def _check_dtypes(program: Program, line: str) -> None:
     casts = (x.dtype for s in program.body for x in walk(s.value) if isinstance(x, Cast))
     for kind in (*(t.dtype for t in program.tensors), *casts):
         if kind.is_float and kind.bits < 16:
-            raise ProgramError(
-                "P106", f"{program.name} computes with {kind}", where=line,
-                hint="convert to float16 or bfloat16 before the call",
-            )  # fmt: skip
+            rule = f"{program.name} computes with {kind}"
+            hint = "convert to float16 or bfloat16 before the call"
+            raise ProgramError("P106", rule, where=line, hint=hint)
 
 
 def _parameter(
@@ -163,30 +139,17 @@ def _parameter(
 ) -> Tensor:  # fmt: skip
     dtype = dtypes_by_name.get(name) or d.dtype or dtypes.float32
     if d.default is not None:
-        raise ProgramError(
-            "P101", f"scalar {name} of a program has a default", where=line,
-            hint="pass the number in the call",
-        )  # fmt: skip
+        rule = f"scalar {name} of a program has a default"
+        raise ProgramError("P101", rule, where=line, hint="pass the number in the call")
     if not d.is_sparse:
         return Tensor(name, d.dims, dtype, kind=d.kind, strided=d.strided)
     owner = d.like or name
     other = declared.get(owner)
     if not isinstance(other, Declared) or not other.is_sparse or other.dims != d.dims:
-        raise ProgramError(
-            "P101", f"{name} is like {owner!r}, which is no sparse parameter of its dimensions",
-            where=line,
-        )  # fmt: skip
+        rule = f"{name} is like {owner!r}, which is no sparse parameter of its dimensions"
+        raise ProgramError("P101", rule, where=line)
     fmt = formats.get(owner) or default(len(d.dims))
     if fmt.ndim != len(d.dims):
-        raise ProgramError(
-            "P107", f"{fmt} stores {fmt.ndim} dimensions, {name} has {len(d.dims)}", where=line
-        )
+        rule = f"{fmt} stores {fmt.ndim} dimensions, {name} has {len(d.dims)}"
+        raise ProgramError("P107", rule, where=line)
     return Tensor(name, d.dims, dtype, format=fmt, structure=owner, fill=d.fill, kind=d.kind)
-
-
-__all__ = [
-    "Declared", "Index", "Output", "abs_", "any_", "cos", "dense", "equal", "exp", "floor",
-    "indices", "log", "max_", "maximum", "min_", "minimum", "out", "prod", "rsqrt", "scalar",
-    "sigmoid", "sin", "size", "sparse", "sqrt", "stored", "sum_", "tanh", "temp", "trace", "update",
-    "where",
-]  # fmt: skip

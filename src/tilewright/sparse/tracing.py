@@ -55,8 +55,6 @@ def checked_name(name: str, role: str, code: str = "P101") -> str:
     """`name`, which a user chose for `role`. Raises ProgramError where generated code cannot use it
     or a generated name could equal it."""
     if not is_users(name):
-        raise refusal(
-            code, f"{name!r} is no name for {role}",
-            hint="letters, digits and single underscores, a letter first",
-        )  # fmt: skip
+        hint = "letters, digits and single underscores, a letter first"
+        raise refusal(code, f"{name!r} is no name for {role}", hint=hint)
     return name

@@ -48,10 +48,8 @@ class Diagonals(Slots):
     def build(self, q: np.ndarray, c: np.ndarray, p: Parents) -> Built:
         offsets, mine = np.array(self.offsets, np.int64), c - p.above[self.of]
         if (wrong := ~np.isin(mine, offsets)).any():
-            raise FormatError(
-                "F108", f"an entry is on diagonal {mine[wrong][0]}, which {self} does not store",
-                where="matrix", hint="a wider band, or tw.csr()",
-            )  # fmt: skip
+            rule = f"an entry is on diagonal {mine[wrong][0]}, which {self} does not store"
+            raise FormatError("F108", rule, where="matrix", hint="a wider band, or tw.csr()")
         arrays, n = dict.fromkeys(self.arrays, offsets), len(offsets)
         return arrays, q * n + np.searchsorted(offsets, mine), p.count * n
 

@@ -28,9 +28,8 @@ def integer(of: str, name: str, value: Any, least: int = 0, most: int = INT32_MA
     except TypeError:
         number = least - 1
     if isinstance(value, bool) or not least <= number <= most:
-        raise FormatError(
-            "F101", f"{of}: {name} {value!r} is no whole number from {least} to {most}", where=name
-        )
+        rule = f"{of}: {name} {value!r} is no whole number from {least} to {most}"
+        raise FormatError("F101", rule, where=name)
     return number
 
 
@@ -90,10 +89,9 @@ class Level:
         for name in self.flags:
             value = getattr(self, name)
             if not isinstance(value, bool) or (name == "inner" and value and not self.block):
-                raise FormatError(
-                    "F101", f"{of}: {name} {value!r} with block {self.block}", where=name,
-                    hint="True or False; inner=True for the remainder by a block",
-                )  # fmt: skip
+                rule = f"{of}: {name} {value!r} with block {self.block}"
+                hint = "True or False; inner=True for the remainder by a block"
+                raise FormatError("F101", rule, where=name, hint=hint)
 
     def misfit(self, above: Sequence[Level]) -> str:
         """Why the level does not fit below these levels of a format; "" if it does."""

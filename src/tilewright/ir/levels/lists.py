@@ -167,10 +167,8 @@ class Singleton(Level):
         indices = np.full(p.count, -1, np.int64)
         indices[q] = c
         if len(q) != p.count or len(np.unique(q)) != p.count:
-            raise FormatError(
-                "F108", "a singleton level needs exactly one entry for each position above it",
-                hint="put compressed(chunk=-1) above it, as coo does",
-            )  # fmt: skip
+            rule = "a singleton level needs exactly one entry for each position above it"
+            raise FormatError("F108", rule, hint="put compressed(chunk=-1) above it, as coo does")
         return {"indices": indices}, q, p.count
 
 

@@ -49,7 +49,7 @@ class Linear:
     bias: tuple[Any, ...] = ()
 
     def kernel(self, many: bool, where: str, after: After = "") -> Any:
-        return linear_kernel(self.kind, many, self.rows, self.cols, where, self.interleaved, after)
+        return linear_kernel(where, self.kind, many, self.rows, self.cols, self.interleaved, after)
 
     def is_stored_like(self, other: Linear) -> bool:
         """Whether one kernel can take both weights."""
