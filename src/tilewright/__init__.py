@@ -122,12 +122,12 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "KV", "LLM", "Alibi", "Atom", "Attention", "Bound", "Causal", "Composed", "Definition",
-    "Format", "Full", "Kernel", "Packed", "Plan", "Pool", "Schedule", "SlidingWindow",
-    "Softcap", "State", "Step", "Table", "Target", "TilewrightError", "Where", "Workspace",
-    "abs", "any", "band", "bit_mask", "bitmap", "bsr", "bucket", "coo", "cos", "csc", "csf",
-    "csr", "dbsr", "dcsr", "dense", "dia", "ell", "equal", "exp", "floor", "hyb", "indices",
-    "log", "max", "maximum", "merge", "min", "minimum", "n_m", "ops", "out", "paged",
-    "per_head", "per_key", "per_request", "per_token", "prod", "program", "ragged", "recipes",
-    "rsqrt", "scalar", "sigmoid", "sin", "size", "sparse", "sqrt", "stored", "sum", "tanh",
-    "target", "temp", "update", "variant", "where",
+    "Format", "Full", "Kernel", "Packed", "Plan", "Pool", "Schedule", "SlidingWindow", "Softcap",
+    "State", "Step", "Table", "Target", "TilewrightError", "Where", "Workspace", "abs", "any",
+    "band", "bit_mask", "bitmap", "bsr", "bucket", "coo", "cos", "csc", "csf", "csr", "dbsr",
+    "dcsr", "dense", "dia", "ell", "equal", "exp", "floor", "hyb", "indices", "log", "max",
+    "maximum", "merge", "min", "minimum", "n_m", "ops", "out", "paged", "per_head", "per_key",
+    "per_request", "per_token", "prod", "program", "ragged", "recipes", "rsqrt", "scalar",
+    "sigmoid", "sin", "size", "sparse", "sqrt", "stored", "sum", "tanh", "target", "temp", "update",
+    "variant", "where",
 ]  # fmt: skip

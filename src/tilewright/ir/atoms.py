@@ -27,11 +27,10 @@ SHAPES = ", ".join(" × ".join(map(str, shape)) for shape in ATOMS)
 class Atom:
     """A tile operation of a user's, for `Schedule.mma`: `name(acc, a, b)` adds a · b to `acc`.
 
-    `shape`: rows, columns and depth of a built-in one, whose fragments it takes; `operands`: dtypes
-    of both. `cuda`: the function of a `tw::fragment<columns>&`, a `tw::fragment_a` and a
-    `tw::fragment_b<columns>`; `cpp`: that of a pointer to rows × columns floats and two
-    `tw::window`s; `numpy(a, b)`: what is added, from float32 arrays (…, rows, depth) and (…, depth,
-    columns). Kernels with atoms are compiled anew by each process."""
+    `shape`, `operands`: those of a built-in one, whose fragments it takes, and dtypes. `cuda`: the
+    function of a `tw::fragment<columns>&`, a `tw::fragment_a` and a `tw::fragment_b<columns>`;
+    `cpp`: of a pointer to rows × columns floats and two `tw::window`s; `numpy(a, b)`: what is
+    added, from float32 arrays (…, rows, depth) and (…, depth, columns). Not cached by its steps."""
 
     name: str
     shape: tuple[int, int, int]

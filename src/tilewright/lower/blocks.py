@@ -131,8 +131,6 @@ class _Block:
         store = framed(_set(x, value, op), [ir.If(g, ir.seq()) for g in self.guards * guarded])
         return self.each(store, self.slots, self.rows, self.cols)
 
-    # -- values ----------------------------------------------------------------------------------
-
     def local(self, name: str) -> ir.Load:
         """An element of fragments of one block, which start at 0."""
         b = _fragments(f"{name}_tile", self.slots, *self.tile)
@@ -140,8 +138,7 @@ class _Block:
         return ir.Load(b, self.at, b.dtype)
 
     def define(self, name: str, value: ir.Expr) -> ir.Load:
-        """A value for each element; -inf where the program's own condition fails is stored after,
-        in the tiles alone in which it may fail."""
+        """A value for each element; -inf is stored where a condition of the program may fail."""
         if isinstance(value, ir.Load) and value.index == self.at:
             self.known[name] = value
             return value
@@ -164,8 +161,6 @@ class _Block:
             least = None if slack is None else extreme(slack, self.loops, largest=False)
             self.steps.append(step if least is None else ir.If(ir.binary("<", least, 0), step))
 
-    # -- reductions over columns -----------------------------------------------------------------
-
     def state(self, name: str, start: ir.Const) -> ir.Load:
         """A value for each row that outlives the block."""
         b = _fragments(f"{name}_rows", self.all_rows, self.rows)
@@ -179,8 +174,7 @@ class _Block:
             raise self.refuse(c, "is stored, or several sums")
         x = self.state(name, ir.identity_of(op, dtypes.float32))
         if c.online is not None:
-            self.online(c, x, value)
-            return
+            return self.online(c, x, value)
         factor = c.reductions[0].factor if c.reductions else None
         if factor is not None:
             scaled = _set(x, x * self.known[factor.name])
@@ -211,16 +205,13 @@ class _Block:
         ]
         self.define(weight, ir.unary("exp2", term * LOG2E - top))
 
-    # -- products --------------------------------------------------------------------------------
-
     def product(self, c: ir.Compute, inner: list[Any]) -> None:
-        """A tile operation whose result is a tile of the block, or one that outlives it. Products
-        that take the same operand follow each other."""
+        """A tile operation whose result is a tile of the block, or one that outlives it."""
         assert c.mma is not None
         is_local = self.cols.name == c.mma[1]
         own = {f.name: f for f in (*self.loops, *inner) if isinstance(f, ir.For)}
         tile = [own.pop(name) for name in c.mma]
-        order = [f for f in own.values() if ir.reduces(f, c)]
+        order = [f for f in own.values() if ir.reduces(f, c)]  # operands are shared inside of these
         order += [f for f in reversed(own.values()) if f not in order]
         rest = (f for f in inner if not isinstance(f, ir.For))
         frame = [*order, *tile, *map(self.translated, rest)]

@@ -259,8 +259,7 @@ class Product:
 
 
 def slots_of(path: Iterable[Any], reduced: frozenset[str], out: str) -> tuple[ir.For, ...]:
-    """The loops of a path that do not reduce: a warp has a fragment for each iteration of them.
-    Raises ScheduleError[S102] for one of run-time extent."""
+    """The loops of a path that do not reduce. Raises ScheduleError[S102] for run-time extents."""
     loops = tuple(
         s for s in path
         if isinstance(s, ir.For) and s.name not in reduced and s.kind not in ir.THREADS

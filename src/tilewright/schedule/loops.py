@@ -14,17 +14,7 @@ from tilewright.errors import illegal
 from tilewright.ir import core as ir
 from tilewright.ir.affine import is_multiple
 from tilewright.ir.atoms import ATOMS, SHAPES, Atom
-from tilewright.schedule.tree import (
-    build_chain,
-    chain_from,
-    computes,
-    has_loop,
-    in_the_way,
-    matches,
-    reads_memory,
-    rewrite_loops,
-    unknown,
-)
+from tilewright.schedule import tree
 
 Rewritten = tuple[ir.Stmt, int]  # the body, and how many loops or updates changed
 KINDS = (
@@ -70,7 +60,7 @@ def split(
         start = ir.simplify(ir.add(f.begin, ir.mul(count, factor)))
         return ir.seq(nest, _tail(f, f"{own}_t", start))
 
-    return rewrite_loops(body, loop, one)
+    return tree.rewrite_loops(body, loop, one)
 
 
 def _tail(f: ir.For, name: str, begin: ir.Expr) -> ir.For:
@@ -93,16 +83,18 @@ def fuse(body: ir.Stmt, outer: str, inner: str, into: str = "") -> Rewritten:
     """The loop rewrite behind `Schedule.fuse`."""
 
     def one(f: ir.For) -> ir.Stmt:
-        chain = chain_from(f)
-        if len(chain.loops) < 2 or not matches(chain.loops[1], inner):
-            why, hint = in_the_way(chain, inner) if len(chain.loops) < 2 else ("", "reorder first")
+        chain = tree.chain_from(f)
+        if len(chain.loops) < 2 or not tree.matches(chain.loops[1], inner):
+            why, hint = (
+                tree.in_the_way(chain, inner) if len(chain.loops) < 2 else ("", "reorder first")
+            )
             raise illegal(f"loop {inner} is not right inside loop {outer}{why}", hint)
         a, b = chain.loops[:2]
         own = {a.name} | {x.var.name for x in chain.lets}
         if ir.free_vars(b.begin) & own or ir.free_vars(b.end) & own:
             why = f"the range of {b.name} depends on {a.name}"
             raise illegal(why, "only rectangular loops fuse")
-        if any(ir.reduces(a, c) != ir.reduces(b, c) for c in computes(chain.body)):
+        if any(ir.reduces(a, c) != ir.reduces(b, c) for c in tree.computes(chain.body)):
             raise illegal(
                 f"one of {a.name}, {b.name} reduces and the other does not",
                 "fuse loops of the output, or loops of the sum",
@@ -118,11 +110,11 @@ def fuse(body: ir.Stmt, outer: str, inner: str, into: str = "") -> Rewritten:
             ir.Let(a.var, ir.add(a.begin, ir.simplify(ir.binary("//", both, width)))),
             ir.Let(b.var, ir.add(b.begin, ir.simplify(ir.binary("%", both, width)))),
         )
-        return build_chain(
+        return tree.build_chain(
             replace(chain, loops=(joint, *chain.loops[2:]), lets=(*lets, *chain.lets))
         )
 
-    return rewrite_loops(body, outer, one)
+    return tree.rewrite_loops(body, outer, one)
 
 
 def reorder(body: ir.Stmt, *order: str) -> Rewritten:
@@ -131,7 +123,7 @@ def reorder(body: ir.Stmt, *order: str) -> Rewritten:
 
     def visit(x: Any) -> Any:
         nonlocal count
-        if isinstance(x, ir.For) and any(matches(x, n) for n in order):
+        if isinstance(x, ir.For) and any(tree.matches(x, n) for n in order):
             count += 1
             return _reordered(x, order)
         return ir.rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
@@ -140,26 +132,26 @@ def reorder(body: ir.Stmt, *order: str) -> Rewritten:
 
 
 def _reordered(top: ir.For, order: tuple[str, ...]) -> ir.Stmt:
-    chain = chain_from(top)
-    named = [next((f for f in chain.loops if matches(f, n)), None) for n in order]
+    chain = tree.chain_from(top)
+    named = [next((f for f in chain.loops if tree.matches(f, n)), None) for n in order]
     present = [f for f in named if f is not None]
     missing = [n for n, f in zip(order, named, strict=True) if f is None]
-    below = [m for m in missing if has_loop(chain.body, m)]
+    below = [m for m in missing if tree.has_loop(chain.body, m)]
     if below:
-        why, hint = in_the_way(chain, below[0])
+        why, hint = tree.in_the_way(chain, below[0])
         raise illegal(f"between {top.name} and {', '.join(below)} the nest branches{why}", hint)
     if len({f.name for f in present}) < len(present):
         raise illegal(f"reorder({', '.join(order)}) names a loop twice", "each loop once")
     slots = iter(present)
     loops = tuple(next(slots) if f in present else f for f in chain.loops)
-    return build_chain(replace(chain, loops=loops))
+    return tree.build_chain(replace(chain, loops=loops))
 
 
 def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Rewritten:
     """The loop rewrite behind `Schedule.mark`."""
 
     def one(f: ir.For) -> ir.Stmt:
-        reducing = [c for c in computes(f.body) if ir.reduces(f, c)]
+        reducing = [c for c in tree.computes(f.body) if ir.reduces(f, c)]
         if kind in ("parallel", "cta.x", "cta.y"):
             for c in reducing:
                 if not (c.in_place and c.atomic):
@@ -169,7 +161,7 @@ def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Rewritten:
                         "make the updates atomic, or parallelise a loop of the output",
                     )
         if kind not in ("serial", "unroll", "vector"):
-            for c in computes(f.body):
+            for c in tree.computes(f.body):
                 scatters = c.in_place and not c.reduce
                 if kind.startswith("thread") and not scatters:
                     continue
@@ -192,7 +184,7 @@ def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Rewritten:
             )
         return replace(f, kind=kind, stages=0)
 
-    return rewrite_loops(body, loop, one)
+    return tree.rewrite_loops(body, loop, one)
 
 
 def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
@@ -206,10 +198,9 @@ def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
         return isinstance(e, ir.Var) and e.name in derived
 
     for x in ir.statements(f.body):
-        owned = (
-            isinstance(x, ir.Let) and ir.free_vars(x.value) & derived and not reads_memory(x.value)
-        )
-        if isinstance(x, ir.Let) and owned and (c.reduce or distinct(x.value)):
+        if not isinstance(x, ir.Let) or tree.reads_memory(x.value):
+            continue
+        if ir.free_vars(x.value) & derived and (c.reduce or distinct(x.value)):
             derived.add(x.var.name)
     return any(ir.free_vars(i) & derived if c.reduce else distinct(i) for i in c.out.index)
 
@@ -226,20 +217,20 @@ def unroll(body: ir.Stmt, loop: str, factor: int = 0) -> Rewritten:
             raise illegal(f"loop {f.name} would be written out {f.extent} times", "split it first")
         return replace(f, kind="unroll") if not factor else replace(f, unroll_hint=factor)
 
-    return rewrite_loops(body, loop, one)
+    return tree.rewrite_loops(body, loop, one)
 
 
 def rfactor(body: ir.Stmt, loop: str) -> Rewritten:
     """The loop rewrite behind `Schedule.rfactor`."""
 
     def one(f: ir.For) -> ir.Stmt:
-        if not any(ir.reduces(f, c) for c in computes(f.body)):
+        if not any(ir.reduces(f, c) for c in tree.computes(f.body)):
             raise illegal(f"loop {f.name} does not reduce", "rfactor splits a reduction")
         if f.extent is None:
             raise illegal(f"loop {f.name} has no constant extent", "split it first")
         return replace(f, private=True)
 
-    return rewrite_loops(body, loop, one)
+    return tree.rewrite_loops(body, loop, one)
 
 
 def atomic(body: ir.Stmt, output: str) -> Rewritten:
@@ -266,16 +257,16 @@ def mma(body: ir.Stmt, rows: str, cols: str, depth: str, atom: Atom | None = Non
     """The loop rewrite behind `Schedule.mma`."""
 
     def one(f: ir.For) -> ir.Stmt:
-        chain, names = chain_from(f), (rows, cols, depth)
-        paths = ((c, ir.path_to(f, c) or ()) for c in computes(f))
+        chain, names = tree.chain_from(f), (rows, cols, depth)
+        paths = ((c, ir.path_to(f, c) or ()) for c in tree.computes(f))
         below = [(c, [x for x in path if isinstance(x, ir.For)]) for c, path in paths]
-        tiles = [(c, [x for n in names for x in path if matches(x, n)]) for c, path in below]
+        tiles = [(c, [x for n in names for x in path if tree.matches(x, n)]) for c, path in below]
         tiles = [(c, loops) for c, loops in tiles if len(loops) == 3]
         c, loops = tiles[0] if len(tiles) == 1 else (None, [])
         # Statements that share two loops of a tile are computed one tile after the other.
         shared = len(below) > 1 and sum(x in chain.loops for x in loops) == 2
         if c is None or not (shared or (chain.body is c and chain.loops[-3:] == tuple(loops))):
-            why, hint = in_the_way(chain, depth)
+            why, hint = tree.in_the_way(chain, depth)
             raise illegal(
                 f"{', '.join(names)} are not the three innermost loops of one product{why}", hint
             )
@@ -292,7 +283,7 @@ def mma(body: ir.Stmt, rows: str, cols: str, depth: str, atom: Atom | None = Non
         tiled = replace(c, mma=tuple(x.name for x in loops if x), atom=atom)
         return ir.transform(f, lambda x: tiled if x is c else x)
 
-    return rewrite_loops(body, rows, one)
+    return tree.rewrite_loops(body, rows, one)
 
 
 def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
@@ -313,14 +304,14 @@ def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
             at, moving = lines.index(let) + 1, let.var
         rest, count = _prefetched(ir.seq(*lines[at:]), buffer, {moving.name: ahead_of.var})
         if not count:
-            raise unknown(
+            raise tree.unknown(
                 f"loop {f.name} reads nothing of {buffer!r} by way of {moving.name}",
                 "name an operand, and a loop that its address depends on",
             )
         known = ahead_of in lines  # by an earlier prefetch
         return replace(f, body=ir.seq(*lines[:at], *(() if known else (ahead_of,)), rest))
 
-    return rewrite_loops(body, loop, one)
+    return tree.rewrite_loops(body, loop, one)
 
 
 def _later(v: ir.Var) -> ir.Var:
@@ -353,7 +344,7 @@ def _prefetched(s: ir.Stmt, buffer: str, later: dict[str, ir.Expr]) -> Rewritten
         if (
             isinstance(line, ir.Let)
             and ir.free_vars(line.value) & later.keys()
-            and not reads_memory(line.value)  # what is loaded is not known early
+            and not tree.reads_memory(line.value)  # what is loaded is not known early
         ):
             later = later | {line.var.name: ir.substitute(line.value, later)}
     return ir.seq(*lines), total
