@@ -21,10 +21,10 @@ import numpy as np
 
 from bench.harness import Row, base_row, note
 from bench.simulate import simulate_rows
-from bench.tune import errors, fit, measure
 from tilewright.errors import ArgumentError
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.request import Request, Sampling
+from tilewright.serve.tune import errors, fit, measure
 from tilewright.serve.weights import open_model, packaged_model
 
 TRACE = "shared/data/traces/AzureLLMInferenceTrace_conv.csv.gz"
@@ -57,7 +57,7 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step-tokens", type=int, default=256, help="tokens of one step")
     parser.add_argument("--simulate", action="store_true", help="on a virtual clock, by --cost")
     folder_of_costs = Path(__file__).resolve().parent / "costs"
-    cost_help = "a file of --tune (default of --simulate: an estimated H100)"
+    cost_help = "a file of `tilewright tune serve` (default of --simulate: an estimated H100)"
     parser.add_argument("--cost", type=Path, help=cost_help)
     parser.set_defaults(default_cost=folder_of_costs / "h100-llama-8b.json")
     parser.add_argument("--ttft-ms", type=float, default=1000.0, help="promised first token")
@@ -67,8 +67,6 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=8192, help="of the simulated model")
     parser.add_argument("--kv-tokens", type=int, default=400_000, help="of the simulated cache")
     parser.add_argument("--timeline", type=Path, help="writes the steps for Perfetto (JSON)")
-    parser.add_argument("--tune", type=Path, help="writes measured costs of steps")
-    parser.add_argument("--seconds", type=float, default=150.0, help="of --tune")
     parser.add_argument("--predict", type=int, help="compares so many random steps with --cost")
     parser.add_argument("--fast", action="store_true", help="faster batches, not equal to the bit")
 
@@ -79,7 +77,7 @@ def serve(args: argparse.Namespace) -> Iterator[Row]:
         args.cost = args.cost or args.default_cost
         yield from simulate_rows(args)
         return
-    if args.predict or args.tune:
+    if args.predict:
         yield from predicted(args)
         return
     file = open_model(args.model or packaged_model())
@@ -100,23 +98,17 @@ def serve(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def predicted(args: argparse.Namespace) -> Iterator[Row]:
-    """The error of a fitted cost over random steps: with --tune over those of the fit, which is
-    written; else over steps that it has not seen, of --cost or of one fitted on as many others."""
+    """The error of a fitted cost over random steps that it has not seen: of --cost, or of one
+    fitted on as many others."""
     options = Options(
         context=2048, running=args.running, step_tokens=args.step_tokens, cost=args.cost,
         invariant=not args.fast,
     )  # fmt: skip
     engine = Engine(open_model(args.model or packaged_model()), args.target, options)
     model = engine.scheduler.model
-    if args.tune:
-        samples = measure(engine, args.seconds)
-        model = fit(samples, model.key)
-        model.save(args.tune)
-    else:
-        if args.cost is None:
-            model = fit(measure(engine, 180, args.predict, seed=1))
-        samples = measure(engine, 1e9, args.predict, seed=2)
-    found = errors(model, samples)
+    if args.cost is None:
+        model = fit(measure(engine, 180, args.predict, seed=1))
+    found = errors(model, measure(engine, 1e9, args.predict, seed=2))
     for p in (50, 90, 99):
         yield base_row("serve", "serve.predict", args.target) | {
             "input": "random steps", "width": len(found), "dtype": "float32",

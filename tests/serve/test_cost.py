@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 
 from bench import serve as bench_serve
-from bench import simulate, tune
+from bench import simulate
 from tilewright.errors import ArgumentError, ModelError
+from tilewright.serve import tune
 from tilewright.serve.cost import CostModel, Work
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.policy import decide
 from tilewright.serve.request import Sampling
 from tilewright.serve.scheduler import Limits
 from tilewright.serve.weights import open_model
+from tilewright.tools import cli
 
 TRUE = CostModel(
     step=6e-3, mixed=1e-3, answer=2e-5, context=4e-8, prompt=1e-6, reads=2e-9, span=1e-8,
@@ -202,3 +204,17 @@ def test_goodput_of_a_served_trace(data_dir: Path):
     ours = goodput(decide, 2048)
     others = [goodput(simulate.fixed, c) for c in simulate.CHUNKS]
     assert ours >= max(*others, goodput(simulate.prefill_first, 2048))
+
+
+def test_the_verb_that_measures(runnable_path: Path, tmp_path: Path, capsys):
+    """`tilewright tune serve` shows its progress and writes what the engine then takes."""
+    out, sizes = tmp_path / "cost.json", ["--context", "128", "--running", "4"]
+    command = ["tune", "serve", str(runnable_path), *sizes, "--step-tokens", "32"]
+    assert cli.main([*command, "--seconds", "0.5", "--out", str(out)]) == 0
+    told = capsys.readouterr()
+    assert told.err.count("#") and "steps, off by" in told.out
+    options = Options(context=128, running=4, step_tokens=32, cost=out)
+    Engine(open_model(runnable_path), "cpp", options).submit([5, 6], Sampling(itl_ms=1e6))
+    for wrong in (["--seconds", "nan"], ["--seconds", "0"], ["--out", str(tmp_path / "no" / "x")]):
+        assert cli.main([*command, *wrong]) == 2
+        assert "A109" in capsys.readouterr().err

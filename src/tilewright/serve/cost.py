@@ -1,4 +1,4 @@
-"""The cost of a step: seconds by the tokens it reads, from ten constants that `bench/tune.py` fits.
+"""The cost of a step: seconds by the tokens it reads, from ten constants that `tune.py` fits.
 
     seconds = step + answer · answers + context · Σ their keys + over · max(0, rows - knee)
             and with prompts  + mixed + prompt · tokens + reads · Σ keys of each token
@@ -29,7 +29,7 @@ from tilewright.serve.weights import ModelFile
 from tilewright.target import Target
 
 CONSTANTS = ("step", "mixed", "answer", "context", "prompt", "reads", "span", "beside", "over")
-HOW_TO_TUNE = "measure them: python3 dev.py bench serve --tune FILE"
+HOW_TO_TUNE = "measure them: tilewright tune serve MODEL --out FILE"
 SLOWNESS = 64  # steps in which the factors follow a change
 
 

@@ -8,7 +8,6 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tilewright.target import target as parse_target
 from tilewright.toolchain import compilers, disk_cache
 
 QUESTION = "What is the capital of France?"
-MODEL = "a GGUF file (default: the packaged SmolLM2-135M-Instruct)"
+MODEL = "a GGUF file, or a folder of safetensors (default: SmolLM2-135M-Instruct)"
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "question": {"nargs": "?", "default": QUESTION},
     "model": {"nargs": "?", "help": MODEL},
@@ -46,19 +45,22 @@ SERVER = ("--name", "--host", "--port", "--api-key")
 ENGINE = ("--running", "--step-tokens", "--kv-tokens", "--fast", "--cost", "--target", "--context")
 
 
-def _arguments(*names: str) -> Callable[[argparse.ArgumentParser], None]:
+def add_arguments(parser: argparse.ArgumentParser, *names: str) -> None:
     """Adds these of `ARGUMENTS` to a parser."""
-
-    def add(parser: argparse.ArgumentParser) -> None:
-        for name in names:
-            parser.add_argument(name, **ARGUMENTS[name])
-
-    return add
+    for name in names:
+        parser.add_argument(name, **ARGUMENTS[name])
 
 
-demo_arguments = _arguments("question", "--model", *ANSWER)
-chat_arguments = _arguments("model", *ANSWER)
-serve_arguments = _arguments("model", *SERVER, *ENGINE)
+def demo_arguments(parser: argparse.ArgumentParser) -> None:
+    add_arguments(parser, "question", "--model", *ANSWER)
+
+
+def chat_arguments(parser: argparse.ArgumentParser) -> None:
+    add_arguments(parser, "model", *ANSWER)
+
+
+def serve_arguments(parser: argparse.ArgumentParser) -> None:
+    add_arguments(parser, "model", *SERVER, *ENGINE)
 
 
 def _open(args: argparse.Namespace) -> tuple[LLM, float]:

@@ -27,8 +27,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "cache": ("cache", "list or clear the compiled kernels"),
     "explain": ("explain", "explain an error code and its remedy"),
     "demo": ("chat", "serve a small language model with kernels compiled on the spot"),
-    "chat": ("chat", "talk to a model file (GGUF)"),
-    "serve": ("chat", "answer OpenAI's HTTP API with a model file (GGUF)"),
+    "chat": ("chat", "talk to a model"),
+    "serve": ("chat", "answer OpenAI's HTTP API with a model"),
+    "tune": ("tune", "measure what a step of the server costs, which promised times need"),
 }
 """The module below `tilewright.tools` that has `name_arguments` and `name`, and the help."""
 

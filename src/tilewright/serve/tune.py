@@ -1,9 +1,9 @@
-"""Measures steps of an engine and fits the cost of a step: `dev.py bench serve --tune FILE`."""
+"""Measures steps of an engine and fits the cost of a step: `tilewright tune serve`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -53,15 +53,19 @@ def _least_squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         free = free[free != c.argmin()]
 
 
-def measure(engine: Engine, seconds: float, most: int = 1000, seed: int = 0) -> list[Sample]:
+def measure(
+    engine: Engine, seconds: float, most: int = 1000, seed: int = 0,
+    progress: Callable[[float, int], None] | None = None,
+) -> list[Sample]:  # fmt: skip
     """Steps of random states with the time of each, the least of three runs. Overwrites the KV
-    cache. Ends after `seconds`, or after `most` steps."""
+    cache. Ends after `seconds`, or after `most` steps. `progress` is called after each step with
+    the part that is done, 0 to 1, and the number of steps."""
     rng = np.random.default_rng(seed)
     for array in (*engine.runner.keys, *engine.runner.values):
         engine.model.memory.write(array, rng.standard_normal(array.shape[-1]))
     samples: list[Sample] = []
-    ends = time.perf_counter() + seconds
-    while time.perf_counter() < ends and len(samples) < most:
+    started = time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds and len(samples) < most:
         chunks = _chunks(engine, rng)
         engine.runner.run(chunks)  # builds and records what steps of this kind need
         times = []
@@ -70,6 +74,8 @@ def measure(engine: Engine, seconds: float, most: int = 1000, seed: int = 0) -> 
             engine.runner.run(chunks)
             times.append(time.perf_counter() - began)
         samples.append((work_of(chunks), min(times)))
+        if progress is not None:
+            progress(min(1.0, max(passed / seconds, len(samples) / most)), len(samples))
     return samples
 
 

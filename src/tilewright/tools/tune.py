@@ -1,0 +1,51 @@
+"""`tilewright tune serve`: measures the cost of a step on this machine, and writes it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from tilewright.errors import ArgumentError
+from tilewright.serve.engine import Engine, Options
+from tilewright.serve.tune import errors, fit, measure
+from tilewright.serve.weights import open_model, packaged_model
+from tilewright.tools.chat import add_arguments
+from tilewright.tools.cli import check_output
+
+_BAR = 40  # characters
+
+
+def tune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("serve",))
+    add_arguments(parser, "model", "--running", "--step-tokens", "--fast", "--target", "--context")
+    parser.add_argument("--out", type=Path, default=Path("cost.json"), help="default: cost.json")
+    parser.add_argument("--seconds", type=float, default=150.0, help="how long to measure")
+
+
+def tune(args: argparse.Namespace) -> int:
+    """Times random steps, fits the constants of `serve.cost`, and writes them as JSON for
+    `tilewright serve --cost`. Raises ArgumentError[A109] before the work."""
+    check_output("--out", args.out)
+    if not 0 < args.seconds < math.inf:
+        raise ArgumentError("A109", f"--seconds {args.seconds}", where="--seconds", hint="150")
+    options = Options(
+        context=args.context, running=args.running, step_tokens=args.step_tokens,
+        invariant=not args.fast,
+    )  # fmt: skip
+    engine = Engine(open_model(args.model or packaged_model()), args.target, options)
+    samples = measure(engine, args.seconds, progress=_show)
+    print(file=sys.stderr)
+    model = fit(samples, engine.scheduler.model.key)
+    model.save(args.out)
+    p50, p90 = (100 * float(np.percentile(errors(model, samples), p)) for p in (50, 90))
+    print(f"{args.out}: {len(samples)} steps, off by {p50:.1f} % at the median, {p90:.1f} % at p90")
+    return 0
+
+
+def _show(part: float, steps: int) -> None:
+    bar = "#" * round(part * _BAR)
+    print(f"\r[{bar:.<{_BAR}}] {steps} steps", end="", file=sys.stderr, flush=True)
