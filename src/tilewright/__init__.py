@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tilewright.build import Definition, program
 from tilewright.errors import TilewrightError
+from tilewright.ir.atoms import Atom
 from tilewright.ir.nodes import equal
 from tilewright.runtime.kernel import Bound, Kernel
 from tilewright.runtime.step import Step
@@ -120,13 +121,13 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
-    "KV", "LLM", "Alibi", "Attention", "Bound", "Causal", "Composed", "Definition", "Format",
-    "Full", "Kernel", "Packed", "Plan", "Pool", "Schedule", "SlidingWindow", "Softcap", "State",
-    "Step", "Table", "Target", "TilewrightError", "Where", "Workspace", "abs", "any", "band",
-    "bit_mask", "bitmap", "bsr", "bucket", "coo", "cos", "csc", "csf", "csr", "dbsr", "dcsr",
-    "dense", "dia", "ell", "equal", "exp", "floor", "hyb", "indices", "log", "max", "maximum",
-    "merge", "min", "minimum", "n_m", "ops", "out", "paged", "per_head", "per_key",
+    "KV", "LLM", "Alibi", "Atom", "Attention", "Bound", "Causal", "Composed", "Definition",
+    "Format", "Full", "Kernel", "Packed", "Plan", "Pool", "Schedule", "SlidingWindow", "Softcap",
+    "State", "Step", "Table", "Target", "TilewrightError", "Where", "Workspace", "abs", "any",
+    "band", "bit_mask", "bitmap", "bsr", "bucket", "coo", "cos", "csc", "csf", "csr", "dbsr",
+    "dcsr", "dense", "dia", "ell", "equal", "exp", "floor", "hyb", "indices", "log", "max",
+    "maximum", "merge", "min", "minimum", "n_m", "ops", "out", "paged", "per_head", "per_key",
     "per_request", "per_token", "prod", "program", "ragged", "recipes", "rsqrt", "scalar",
-    "sigmoid", "sin", "size", "sparse", "sqrt", "stored", "sum", "tanh", "target", "temp",
-    "update", "variant", "where",
+    "sigmoid", "sin", "size", "sparse", "sqrt", "stored", "sum", "tanh", "target", "temp", "update",
+    "variant", "where",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
+from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import free_vars, statements, walk
@@ -120,7 +121,9 @@ class _Nest:
         elif isinstance(s, ir.Mma):
             m, n, k = s.shape
             fragment = self.registers[s.acc.name].reshape(-1, m, n)[self.value(s.slot)]
-            fragment += self.tile(s.a, m, k) @ self.tile(s.b, k, n)
+            dtype = s.b.buffer.dtype
+            a, b = self.tile(s.a, m, k, dtype), self.tile(s.b, k, n, dtype)
+            fragment += s.atom.numpy(a, b) if s.atom else a @ b
         elif not isinstance(s, (ir.Sync, ir.Commit, ir.Wait, ir.Prefetch)):
             raise InternalError("I101", f"{type(s).__name__} cannot be executed")
 
@@ -217,11 +220,11 @@ class _Nest:
 
     def store(self, b: ir.Buffer, index: tuple[ir.Expr, ...], value: Any, op: str) -> None:
         at, dtype = self.offset(b, index), b.dtype.scalar
-        if b.scope == "register":
-            cells = self.registers[b.name]
-        else:
+        if _in_memory(b):
             cells = self.memory[b.name].flat
             self.memory[b.name].checked(at)
+        else:
+            cells = self.registers[b.name]
         if op:
             value = UFUNCS[op](decode(cells[at], dtype), value)
         cells[at] = encode(value, dtype, cells.dtype)
@@ -240,8 +243,12 @@ class _Nest:
                 self.registers[b.name][...] = 0
             self.scratch.add(b.name)
 
-    def tile(self, t: ir.Tile, rows: int, cols: int) -> np.ndarray:
-        """The elements of an operand in float32; 0 beyond its limits."""
+    def tile(self, t: ir.Tile, rows: int, cols: int, dtype: DType) -> np.ndarray:
+        """The elements of an operand in float32, those of a fragment rounded to `dtype`; 0 beyond
+        its limits."""
+        if t.buffer.scope == "fragment":
+            values = self.registers[t.buffer.name].reshape(-1, rows, cols)[self.value(t.offset)]
+            return as_operand(cast(values, dtype), dtype)
         array = self.memory[t.buffer.name]
         fields = (t.offset, t.row_stride, t.col_stride, t.row_limit, t.col_limit)
         first, down, right, high, wide = (int(self.value(f)) for f in fields)

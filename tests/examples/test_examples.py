@@ -11,7 +11,13 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 EXAMPLES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
-LINES = {"01_spmm.py": 15, "02_rgcn.py": 20, "03_graph_softmax.py": 20, "04_band_attention.py": 20}
+LINES = {
+    "01_spmm.py": 15,
+    "02_rgcn.py": 20,
+    "03_graph_softmax.py": 20,
+    "04_band_attention.py": 20,
+    "09_flash_attention.py": 60,
+}
 
 
 def test_the_lessons_are_there():

@@ -124,7 +124,7 @@ class Renderer:
 
     def store(self, s: ir.Store) -> None:
         value = self.stored(s.value)
-        if s.buffer.scope == "register":
+        if s.buffer.scope in ("register", "fragment"):
             element = self.register(s.buffer, s.index)
             self.line(f"{element} = {self.combine(s.op, element, value, s.buffer.dtype)};")
             return
@@ -388,6 +388,13 @@ class Renderer:
 def has(stage: Iterable[ir.Nest], *kinds: type) -> bool:
     """Whether a nest of the stage has statements of these kinds."""
     return any(isinstance(x, kinds) for n in stage for x in statements(n.body))
+
+
+def atom_texts(program: ir.Program, target: str) -> list[str]:
+    """The functions of the atoms of a program, each once."""
+    nests = (n for stage in program.stages for n in stage)
+    atoms = [x.atom for n in nests for x in walk(n.body) if isinstance(x, ir.Mma) and x.atom]
+    return list(dict.fromkeys(getattr(atom, target) for atom in atoms))
 
 
 def operand_kind(t: DType) -> str:

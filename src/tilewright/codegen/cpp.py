@@ -6,13 +6,13 @@ begin … end-1, on whatever thread calls it.
 
 from __future__ import annotations
 
-from tilewright.codegen.cfamily import has, operand_kind
+from tilewright.codegen.cfamily import atom_texts, has, operand_kind
 from tilewright.codegen.merge import MergeRenderer
 from tilewright.codegen.params import Params, c_name
 from tilewright.codegen.prelude_files import prelude
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import statements
+from tilewright.ir.rewrite import mul, statements
 
 
 class CppRenderer(MergeRenderer):
@@ -51,13 +51,16 @@ class CppRenderer(MergeRenderer):
     def mma(self, s: ir.Mma) -> None:
         m, n, k = s.shape
         acc = f"{c_name(s.acc.name)} + ({self.expr(s.slot)}) * {m * n}"
-        kind = operand_kind(s.a.buffer.dtype)
-        self.line(f"tw::mma<{kind}, {m}, {n}, {k}>({acc}, {self.tile(s.a)}, {self.tile(s.b)});")
+        kind = operand_kind(s.b.buffer.dtype)
+        function = s.atom.name if s.atom else f"tw::mma<{kind}, {m}, {n}, {k}>"
+        self.line(f"{function}({acc}, {self.tile(s.a)}, {self.tile(s.b)});")
 
     def tile(self, t: ir.Tile) -> str:
         fields = (t.row_stride, t.col_stride, t.row_limit, t.col_limit)
         rest = ", ".join(self.expr(f) for f in fields)
-        return f"tw::tile({self.pointer(t.buffer)} + {self.expr(t.offset)}, {rest})"
+        is_slot = t.buffer.scope == "fragment"
+        offset = mul(t.offset, mul(t.row_stride, t.row_limit)) if is_slot else t.offset
+        return f"tw::tile({self.pointer(t.buffer)} + {self.expr(offset)}, {rest})"
 
 
 def render(program: ir.Program, declarations: str, params: Params) -> str:
@@ -70,7 +73,7 @@ def render(program: ir.Program, declarations: str, params: Params) -> str:
         text.append(prelude("lists.h"))
     if any(isinstance(x, ir.Alloc) and x.extents for n in nests for x in statements(n.body)):
         text.append(prelude("rows.h"))
-    text.append(declarations)
+    text += [declarations, *atom_texts(program, "cpp")]
     for number, stage in enumerate(program.stages):
         for case, nest in enumerate(stage):
             text.append(_body(program, params, nest, f"body{number}_{case}", len(stage) == 1))

@@ -11,7 +11,7 @@ import math
 import struct
 from dataclasses import dataclass, field, replace
 
-from tilewright.codegen.cfamily import has, operand_kind
+from tilewright.codegen.cfamily import atom_texts, has, operand_kind
 from tilewright.codegen.merge import MergeRenderer
 from tilewright.codegen.params import C_TYPES, Params, c_name
 from tilewright.ir import nodes as ir
@@ -143,8 +143,9 @@ class CudaRenderer(MergeRenderer):
     def alloc(self, s: ir.Alloc) -> None:
         b = s.buffer
         if b.scope == "fragment":
-            slots, _, cols = map(self.expr, b.shape)
-            self.line(f"tw::fragment<{cols}> {c_name(b.name)}[{slots}] = {{}};")
+            slots, _, *cols = map(self.expr, b.shape)
+            kind = f"tw::fragment<{cols[0]}>" if cols else "tw::fragment_rows"
+            self.line(f"{kind} {c_name(b.name)}[{slots}] = {{}};")
         elif b.scope == "shared":
             aligned = ALIGNED if b.swizzled else WIDE
             kind, first = self.type(b.dtype), -(-self.smem_bytes // aligned) * aligned
@@ -159,17 +160,18 @@ class CudaRenderer(MergeRenderer):
         if s.kind != "fragment":
             super().loop(s)
             return
-        cols = s.body
-        assert isinstance(cols, ir.For) and cols.kind in ("fragment", "pairs")
-        step = 1 if cols.kind == "fragment" else 2
+        self.fragments.clear()
+        cols = s.body if isinstance(s.body, ir.For) else None
+        step = 1 if cols and cols.kind == "fragment" else 2  # rows are two elements apart
         self.line("#pragma unroll")
-        count = (cols.extent or 0) * step // 2
+        count = (cols.extent or 0) * step // 2 if cols else 4
         self.line(f"for (int e__ = 0; e__ < {count}; e__ += {step}) {{")
         self.depth += 1
         for f, which in ((s, "row(e__, tx)"), (cols, f"col(e__, tx) / {step}")):
-            kind = self.type(f.var.dtype)
-            self.line(f"const {kind} {c_name(f.name)} = tw::fragment_{which};")
-        self.stmt(cols.body)
+            if f is not None:
+                kind = self.type(f.var.dtype)
+                self.line(f"const {kind} {c_name(f.name)} = tw::fragment_{which};")
+        self.stmt(cols.body if cols else s.body)
         self.depth -= 1
         self.line("}")
 
@@ -181,21 +183,28 @@ class CudaRenderer(MergeRenderer):
 
     def register(self, b: ir.Buffer, index: tuple[ir.Expr, ...]) -> str:
         if b.scope == "fragment":
-            return f"{c_name(b.name)}[{self.expr(index[0])}].v[e__ / 4][e__ % 4]"
+            lane = "[e__ / 4][e__ % 4]" if len(index) == 3 else "[e__ / 2 % 2]"
+            return f"{c_name(b.name)}[{self.expr(index[0])}].v{lane}"
         return super().register(b, index)
 
     def mma(self, s: ir.Mma) -> None:
-        a, b = self.fragment(s.a, "a"), self.fragment(s.b, f"b<{s.shape[1]}>")
+        kind = operand_kind(s.b.buffer.dtype)
+        a, b = self.fragment(s.a, "a", kind), self.fragment(s.b, f"b<{s.shape[1]}>", kind)
         acc = f"{c_name(s.acc.name)}[{self.expr(s.slot)}]"
-        self.line(f"tw::mma<{operand_kind(s.a.buffer.dtype)}>({acc}, {a}, {b});")
+        function = s.atom.name if s.atom else f"tw::mma<{kind}>"
+        self.line(f"{function}({acc}, {a}, {b});")
 
-    def fragment(self, t: ir.Tile, side: str) -> str:
-        """The fragment of an operand tile, loaded once for all products of a block that read it."""
+    def fragment(self, t: ir.Tile, side: str, kind: str) -> str:
+        """The fragment of an operand tile, made once for all products of a block that read it."""
         if (t, side) not in self.fragments:
             name = self.fragments[t, side] = f"{side[0]}__{self.fragment_count}"
             self.fragment_count += 1
             self.line(f"tw::fragment_{side} {name};")
-            self.line(f"tw::load_fragment({name}, {self.tile(t)}, tx);")
+            if t.buffer.scope == "fragment":
+                tile = f"{c_name(t.buffer.name)}[{self.expr(t.offset)}]"
+                self.line(f"tw::pack_fragment<{kind}>({name}, {tile});")
+            else:
+                self.line(f"tw::load_fragment({name}, {self.tile(t)}, tx);")
         return self.fragments[t, side]
 
     def tile(self, t: ir.Tile) -> str:
@@ -260,7 +269,7 @@ def _is_multiple(e: ir.Expr, n: int) -> bool:
 def render(program: ir.Program, declarations: str, params: Params) -> tuple[Body, ...]:
     """A body for each stage of a program at the loop level; all share one text. `declarations` are
     the structs Params and Row."""
-    text, bodies = [declarations], []
+    text, bodies = [declarations, *atom_texts(program, "cuda")], []
     for number, stage in enumerate(program.stages):
         used = 0
         for case, nest in enumerate(stage):
@@ -279,8 +288,10 @@ def render(program: ir.Program, declarations: str, params: Params) -> tuple[Body
 
 
 def _headers(stage: tuple[ir.Nest, ...]) -> tuple[str, ...]:
-    needs = ("mma.cuh", ir.Mma), ("async.cuh", ir.Wait)
-    return ("gpu.cuh", *(file for file, kind in needs if has(stage, kind)))
+    stores = (x.buffer.scope for n in stage for x in walk(n.body) if isinstance(x, ir.Store))
+    needs = {"mma.cuh": has(stage, ir.Mma), "fragments.cuh": "fragment" in stores}
+    needs["async.cuh"] = has(stage, ir.Wait)
+    return ("gpu.cuh", *(file for file, is_needed in needs.items() if is_needed))
 
 
 def _accesses(stage: tuple[ir.Nest, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

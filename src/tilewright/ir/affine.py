@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import gcd
 from typing import NamedTuple
 
 from tilewright.dtypes import DType
-from tilewright.ir.nodes import Binary, Cast, Const, Expr, Var, binary, cast
+from tilewright.ir.nodes import Binary, Cast, Const, Expr, For, Var, binary, cast
 from tilewright.ir.rewrite import add, free_vars, mul, simplify
 
 
@@ -52,6 +52,27 @@ def _combined(op: str, a: Affine, b: Affine) -> Affine | None:
     }
     base = add(a.base, b.base) if op == "+" else simplify(binary("-", a.base, b.base))
     return Affine(base, steps)
+
+
+def slack_of(cond: Expr) -> Expr | None:
+    """b - a where `cond` says that a <= b of whole numbers: it holds where that is not negative."""
+    if not (isinstance(cond, Binary) and cond.op in ("<", "<=", ">", ">=") and cond.a.dtype.is_int):
+        return None
+    a, b = (cond.a, cond.b) if cond.op in ("<", "<=") else (cond.b, cond.a)
+    return add(binary("-", b, a), 0 if "=" in cond.op else -1)
+
+
+def extreme(e: Expr, loops: Iterable[For], largest: bool) -> Expr | None:
+    """The largest or the least value of `e`, an affine form, in loops of constant extents."""
+    ranges = {f.name: (f.begin, f.extent) for f in loops}
+    value, steps = affine(e, frozenset(ranges)) or (None, {})
+    for name, step in steps.items():
+        begin, extent = ranges[name]
+        if value is None or extent is None or not isinstance(step, Const):
+            return None
+        last = extent - 1 if (int(step.value) > 0) == largest else 0
+        value = add(value, mul(step, add(begin, last)))
+    return value
 
 
 def is_multiple(e: Expr, n: int, known: Callable[[Var], bool] = lambda v: False) -> bool:

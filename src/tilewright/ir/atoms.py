@@ -7,8 +7,11 @@ Reference: PTX ISA, mma.sync, fragments of m16n8k16 and m16n8k8.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+QUAD = 4  # lanes that share a row of a fragment
 HALVES = ("float16", "bfloat16")
 # (rows, columns, depth): the types of both operands. 16 columns: one load of four matrices for both
 # halves of b.
@@ -18,6 +21,23 @@ ATOMS: dict[tuple[int, int, int], tuple[str, ...]] = {
     (16, 8, 8): ("float32",),
 }
 SHAPES = ", ".join(" × ".join(map(str, shape)) for shape in ATOMS)
+
+
+@dataclass(frozen=True, slots=True)
+class Atom:
+    """A tile operation of a user's, for `Schedule.mma`: `name(acc, a, b)` adds a · b to `acc`.
+
+    `shape`, `operands`: those of a built-in one, whose fragments it takes, and dtypes. `cuda`: the
+    function of a `tw::fragment<columns>&`, a `tw::fragment_a` and a `tw::fragment_b<columns>`;
+    `cpp`: of a pointer to rows × columns floats and two `tw::window`s; `numpy(a, b)`: what is
+    added, from float32 arrays (…, rows, depth) and (…, depth, columns). Not cached by its steps."""
+
+    name: str
+    shape: tuple[int, int, int]
+    operands: tuple[str, ...]
+    cuda: str
+    cpp: str
+    numpy: Callable[[Any, Any], Any]
 
 
 def element(e: int, lane: Any) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 BITWISE = {"&", "|", "^", "<<", ">>"}
 COMPARISON = {"<", "<=", ">", ">=", "==", "!="}
-UNARY = {"-", "not", "exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "abs", "floor"}
+UNARY = {"-", "not", "exp", "exp2", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "abs", "floor"}
 REDUCTIONS = {"sum": "+", "max": "max", "min": "min", "prod": "*"}
 # The atomic updates that every target has.
 _ATOMIC = (dtypes.float32, dtypes.float64, dtypes.int32)

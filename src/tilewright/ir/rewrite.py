@@ -254,7 +254,7 @@ def rename_reductions(e: N, taken: frozenset[str]) -> N:
 
 def conditioned(e: Any, held: tuple[ir.Expr, ...] = ()) -> Any:
     """Moves the condition of a `where` into the reductions of its arms that read dense tensors at
-    computed coordinates: where the condition fails they read nothing and give the identity.
+    coordinates computed from its indices: where it fails they read nothing and give the identity.
 
     before: where(i > 0, sum(X[i - 1, j] over j), 0)
     after:  where(i > 0, sum(where(i > 0, X[i - 1, j], 0) over j), 0)
@@ -265,22 +265,24 @@ def conditioned(e: Any, held: tuple[ir.Expr, ...] = ()) -> Any:
         return ir.Select(cond, a, b, e.dtype)
     if isinstance(e, ir.Reduce):
         body = conditioned(e.body, held)
-        if _computes_coordinates(body):
-            nothing = ir.identity_of(e.op, body.dtype)
-            for cond in reversed(held):
+        used, nothing = _computed_coordinates(body), ir.identity_of(e.op, body.dtype)
+        for cond in reversed(held):
+            if used & free_indices(cond).keys():
                 body = ir.Select(cond, body, nothing, body.dtype)
         return ir.Reduce(e.op, e.axes, body, e.dtype)
     return rebuild(e, lambda child: conditioned(child, held))
 
 
-def _computes_coordinates(e: ir.Expr) -> bool:
-    """Whether a dense tensor is read at coordinates that are not the indices of its dimensions."""
-    return any(
-        not (isinstance(c, ir.Index) and c.dim == dim)
+def _computed_coordinates(e: ir.Expr) -> set[str]:
+    """The indices of coordinates of dense tensors that are not the indices of their dimensions."""
+    return {
+        name
         for x in walk(e)
         if isinstance(x, ir.Access) and not x.tensor.is_sparse
         for c, dim in zip(x.coords, x.tensor.dims, strict=True)
-    )
+        if not (isinstance(c, ir.Index) and c.dim == dim)
+        for name in free_indices(c)
+    }
 
 
 def is_const(e: ir.Expr, value: Any = None) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from tilewright import dtypes
 from tilewright.dtypes import DType
+from tilewright.ir.atoms import Atom
 from tilewright.ir.expr import Access, Buffer, Const, Expr, Load, Tensor, Var, node
 from tilewright.ir.text import program_text, stmt_text
 
@@ -156,6 +157,7 @@ class Compute(Stmt):
     in_place: bool = False
     atomic: bool = False
     mma: tuple[str, str, str] | None = None
+    atom: Atom | None = None
     shared: bool = False
     reductions: tuple[Reduction, ...] = ()
     online: tuple[Buffer, Buffer] | None = None
@@ -245,6 +247,7 @@ class Mma(Stmt):
     a: Tile
     b: Tile
     shape: tuple[int, int, int]
+    atom: Atom | None = None
 
 
 # ---------------------------------------------------------------------------- programs

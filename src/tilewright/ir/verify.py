@@ -21,7 +21,7 @@ _READS = (ir.Load, ir.Search, ir.Cursor, ir.Holds)
 _VECTORS = (ir.Ramp, ir.Broadcast, ir.ReduceLanes, ir.ReduceThreads)
 LEGAL: dict[str, tuple[type, ...]] = {
     "coordinates": (ir.Assign, ir.Access, ir.Stored, ir.Reduce, ir.Index),
-    "positions": (*_STATEMENTS, *_READS, ir.Compute),
+    "positions": (*_STATEMENTS, *_READS, ir.Compute, ir.ReduceThreads),
     "loops": (*_STATEMENTS, *_READS, *_VECTORS),
 }
 # fmt: on

@@ -14,8 +14,10 @@ from tilewright import knobs
 from tilewright.ir import nodes as ir
 from tilewright.ir.verify import verify
 from tilewright.lower.bind import bind_grid, bind_threads, serialize_threads
+from tilewright.lower.blocks import materialize_blocks
 from tilewright.lower.flatten import flatten_addresses, inline_lets
 from tilewright.lower.hoist import hoist_reductions
+from tilewright.lower.narrow import narrow_loops
 from tilewright.lower.pipelines import pipeline_loops
 from tilewright.lower.positions import coordinates_to_positions
 from tilewright.lower.predicate import predicate_loads
@@ -43,8 +45,10 @@ class Pass:
 
 BEFORE_SCHEDULE = (Pass(hoist_reductions), Pass(coordinates_to_positions))
 AFTER_SCHEDULE = (
+    Pass(narrow_loops),
     Pass(pipeline_loops),
     Pass(serialize_threads, only=("cpp", "interp")),
+    Pass(materialize_blocks),
     Pass(materialize_tiles),
     Pass(materialize_reductions),
     Pass(inline_lets),

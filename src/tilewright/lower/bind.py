@@ -7,21 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.errors import ScheduleError, illegal
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.names import COUNT, SIZE, is_generated
-from tilewright.ir.rewrite import (
-    add,
-    free_vars,
-    is_const,
-    is_ordered,
-    map_bodies,
-    mul,
-    rebuild,
-    simplify,
-    statements,
-    substitute,
-    walk,
-)
 from tilewright.target import CTA_THREADS, WARP
 
 UNROLLED = 8  # rounds of a copy to shared memory that are written out
@@ -56,7 +43,7 @@ def bind_threads(program: ir.Program) -> ir.Program:
 
 def _bound(nest: ir.Nest) -> ir.Nest:
     extents = {kind: _extent(nest.body, kind) for kind in ir.THREADS}
-    if any(isinstance(x, ir.Mma) for x in walk(nest.body)):
+    if any(isinstance(x, ir.Mma) for x in ir.walk(nest.body)):
         if extents["thread.x"] > WARP:
             raise illegal(
                 f"{extents['thread.x']} threads along thread.x beside tile operations",
@@ -64,13 +51,13 @@ def _bound(nest: ir.Nest) -> ir.Nest:
             )
         extents["thread.x"] = WARP
     _check_cta(nest, extents["thread.x"] * extents["thread.y"])
-    if is_ordered(nest):
+    if ir.is_ordered(nest):
         raise illegal(
             f"parts of {nest.structure} update the same rows of {nest.name}, and a GPU runs them "
             "at once",
             "atomic(), or a format that keeps rows whole",
         )
-    body = simplify(_threads(nest.body, extents, frozenset()))
+    body = ir.simplify(_threads(nest.body, extents, frozenset()))
     _check_barriers(body, guarded=False)
     return replace(nest, body=body, threads=(extents["thread.x"], extents["thread.y"]))
 
@@ -81,7 +68,7 @@ def _check_cta(nest: ir.Nest, threads: int) -> None:
             "S103", f"{nest.name} has {threads} threads in a CTA",
             hint=f"at most {CTA_THREADS}: bind smaller loops",
         )  # fmt: skip
-    has_barrier = any(isinstance(x, ir.Sync) for x in statements(nest.body))
+    has_barrier = any(isinstance(x, ir.Sync) for x in ir.statements(nest.body))
     if has_barrier and threads % WARP:
         raise illegal(
             f"{nest.name} has a barrier and {threads} threads: a barrier takes complete warps",
@@ -103,9 +90,9 @@ def serialize_threads(program: ir.Program) -> ir.Program:
             return ir.seq()
         if isinstance(s, ir.For) and s.kind in (*ir.THREADS, "threads"):
             s = replace(s, kind="serial")
-        return rebuild(s, visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
+        return ir.rebuild(s, visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
 
-    return map_bodies(program, visit)
+    return ir.map_bodies(program, visit)
 
 
 def _grid(nest: ir.Nest) -> ir.Nest:
@@ -133,8 +120,8 @@ def _grid(nest: ir.Nest) -> ir.Nest:
         else:
             break
     if _has_grid(body):
-        below = next(x for x in statements(body) if isinstance(x, ir.For) and x.kind in ir.GRID)
-        above = next((x for x in statements(body) if isinstance(x, ir.For)), below)
+        below = next(x for x in ir.statements(body) if isinstance(x, ir.For) and x.kind in ir.GRID)
+        above = next((x for x in ir.statements(body) if isinstance(x, ir.For)), below)
         outer = f"serial loop {above.name}" if above is not below else "a branch"
         raise illegal(
             f"in {nest.name} the parallel loop {below.name} is inside {outer}",
@@ -146,7 +133,7 @@ def _grid(nest: ir.Nest) -> ir.Nest:
 
 
 def _has_grid(s: ir.Stmt) -> bool:
-    return any(isinstance(x, ir.For) and x.kind in ir.GRID for x in statements(s))
+    return any(isinstance(x, ir.For) and x.kind in ir.GRID for x in ir.statements(s))
 
 
 def _check_host(loop: ir.For) -> None:
@@ -154,9 +141,9 @@ def _check_host(loop: ir.For) -> None:
     unknown = any(
         isinstance(x, (ir.Load, ir.Search))
         or (isinstance(x, ir.Var) and not is_generated(x.name, SIZE, COUNT))
-        for x in walk(loop.end)
+        for x in ir.walk(loop.end)
     )
-    if unknown or not is_const(loop.begin, 0):
+    if unknown or not ir.is_const(loop.begin, 0):
         raise illegal(
             f"loop {loop.name} cannot be parallel: its range {loop.begin}:{loop.end} is not known "
             "before the launch",
@@ -166,7 +153,7 @@ def _check_host(loop: ir.For) -> None:
 
 def _extent(body: ir.Stmt, kind: str) -> int:
     largest = 1
-    for x in statements(body):
+    for x in ir.statements(body):
         if isinstance(x, ir.For) and x.kind == kind:
             if x.extent is None:
                 raise illegal(
@@ -181,7 +168,7 @@ def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
     """Raises ScheduleError[S102] for a barrier that a guard keeps some threads from. Reductions
     over thread.y and copies to shared memory have barriers."""
     if isinstance(s, ir.If):
-        divergent = bool(free_vars(s.cond) & {THREAD_X.name, THREAD_Y.name})
+        divergent = bool(ir.free_vars(s.cond) & {THREAD_X.name, THREAD_Y.name})
         _check_barriers(s.body, guarded=guarded or divergent)
     elif isinstance(s, ir.For):
         _check_barriers(s.body, guarded=guarded)
@@ -197,7 +184,7 @@ def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
 
 def _reduces_over_y(s: ir.Stmt) -> bool:
     return isinstance(s, ir.Store) and any(
-        isinstance(x, ir.ReduceThreads) and x.axis == "thread.y" for x in walk(s.value)
+        isinstance(x, ir.ReduceThreads) and x.axis == "thread.y" for x in ir.walk(s.value)
     )
 
 
@@ -216,7 +203,7 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
                 "bind one of them to the other kind of thread",
             )
         var = THREAD_X if s.kind == "thread.x" else THREAD_Y
-        body = substitute(
+        body = ir.substitute(
             _threads(s.body, extents, inside | {s.kind}), {s.name: replace(var, dtype=s.var.dtype)}
         )
         partial = s.extent is not None and s.extent < extents[s.kind]
@@ -255,10 +242,10 @@ def _distributed(s: ir.For, extents: dict[str, int]) -> ir.Stmt:
     dtype = s.var.dtype
     thread: ir.Expr = replace(THREAD_X, dtype=dtype)
     if y > 1:
-        thread = add(mul(replace(THREAD_Y, dtype=dtype), x), thread)
+        thread = ir.add(ir.mul(replace(THREAD_Y, dtype=dtype), x), thread)
     rounds = -(-s.extent // (x * y))
     outer = ir.Var(f"{s.name}_o", dtype)
     body = ir.If(ir.binary("<", s.var, s.extent), s.body) if s.extent % (x * y) else s.body
-    body = ir.seq(ir.Let(s.var, add(mul(outer, x * y), thread)), body)
+    body = ir.seq(ir.Let(s.var, ir.add(ir.mul(outer, x * y), thread)), body)
     kind = "unroll" if rounds <= UNROLLED else "serial"
     return ir.For(outer, ir.Const(0, dtype), ir.Const(rounds, dtype), body, kind)

@@ -6,17 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import (
-    add,
-    map_bodies,
-    mul,
-    rebuild,
-    simplify,
-    substitute,
-    transform,
-    walk,
-)
+from tilewright.ir import core as ir
 
 HEAVY = (ir.Load, ir.Search)
 
@@ -27,7 +17,7 @@ def inline_lets(program: ir.Program) -> ir.Program:
     before: let k = k_o * 64 + k_i; let j = indices[p]; … X[j, k]
     after:  let j = indices[p]; … X[j, k_o * 64 + k_i]
     """
-    return map_bodies(program, lambda s: simplify(_inline(s, {})))
+    return ir.map_bodies(program, lambda s: ir.simplify(_inline(s, {})))
 
 
 def _inline(s: Any, known: dict[str, ir.Expr]) -> Any:
@@ -35,8 +25,8 @@ def _inline(s: Any, known: dict[str, ir.Expr]) -> Any:
         out: list[ir.Stmt] = []
         for b in s.body:
             if isinstance(b, ir.Let):
-                value = substitute(b.value, known)
-                if any(isinstance(x, HEAVY) for x in walk(value)):
+                value = ir.substitute(b.value, known)
+                if any(isinstance(x, HEAVY) for x in ir.walk(value)):
                     out.append(ir.Let(b.var, value))
                 else:
                     known = {**known, b.var.name: value}
@@ -44,10 +34,10 @@ def _inline(s: Any, known: dict[str, ir.Expr]) -> Any:
                 out.append(_inline(b, known))
         return ir.seq(*out)
     if isinstance(s, (ir.For, ir.If)):
-        return rebuild(
-            s, lambda c: _inline(c, known) if isinstance(c, ir.Stmt) else substitute(c, known)
+        return ir.rebuild(
+            s, lambda c: _inline(c, known) if isinstance(c, ir.Stmt) else ir.substitute(c, known)
         )
-    return substitute(s, known)
+    return ir.substitute(s, known)
 
 
 IN_MEMORY = ("global", "part", "shared", "row")
@@ -64,7 +54,7 @@ def flatten_addresses(program: ir.Program) -> ir.Program:
             return replace(x, index=(flat_offset(x),))
         return x
 
-    return map_bodies(program, lambda s: simplify(transform(s, visit)))
+    return ir.map_bodies(program, lambda s: ir.simplify(ir.transform(s, visit)))
 
 
 def flat_offset(x: ir.Load | ir.Store) -> ir.Expr:
@@ -79,9 +69,9 @@ def flat_offset(x: ir.Load | ir.Store) -> ir.Expr:
         step: ir.Expr = ir.Const(1, width)
         for extent in reversed(buffer.shape):
             packed.insert(0, step)
-            step = mul(step, ir.cast(extent, width))
+            step = ir.mul(step, ir.cast(extent, width))
         strides = tuple(packed)
     total: ir.Expr = ir.Const(0, width)
     for i, s in zip(x.index, strides, strict=True):
-        total = add(total, mul(ir.cast(i, width), ir.cast(s, width)))
+        total = ir.add(total, ir.mul(ir.cast(i, width), ir.cast(s, width)))
     return total

@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import (
-    add,
-    map_bodies,
-    rebuild,
-    simplify,
-    substitute,
-    transform,
-)  # fmt: skip
+from tilewright.ir import core as ir
 
 
 def pipeline_loops(program: ir.Program) -> ir.Program:
@@ -35,16 +27,16 @@ def pipeline_loops(program: ir.Program) -> ir.Program:
     may still be under way is always the same. A branch around them was faster than predicates.
     Reference: the multistage main loop of CUTLASS, for the order of wait, barrier and copies.
     """
-    return map_bodies(program, lambda body: _visit(body, False))
+    return ir.map_bodies(program, lambda body: _visit(body, False))
 
 
 def _visit(s: Any, repeated: bool) -> Any:
     """`repeated`: a loop around `s` runs it again in the same CTA."""
     if isinstance(s, ir.For):
         repeated_below = repeated or s.kind not in (*ir.GRID, *ir.THREADS)
-        s = rebuild(s, lambda x: _visit(x, repeated_below))
+        s = ir.rebuild(s, lambda x: _visit(x, repeated_below))
         return _pipelined(s, repeated) if s.kind == "pipeline" else s
-    return rebuild(s, lambda x: _visit(x, repeated)) if isinstance(s, (ir.Seq, ir.If)) else s
+    return ir.rebuild(s, lambda x: _visit(x, repeated)) if isinstance(s, (ir.Seq, ir.If)) else s
 
 
 def is_copy(s: ir.Stmt) -> bool:
@@ -64,29 +56,29 @@ def _pipelined(f: ir.For, repeated: bool) -> ir.Stmt:
 
     def staged(s: Any, number: ir.Expr) -> Any:
         """`s` on the buffer of the iteration of that number."""
-        stage = simplify(ir.binary("%", number, f.stages))
+        stage = ir.simplify(ir.binary("%", number, f.stages))
 
         def visit(x: Any) -> Any:
             if isinstance(x, (ir.Load, ir.Store)) and x.buffer.name in scratch:
                 return replace(x, buffer=scratch[x.buffer.name], index=(stage, *x.index))
             return x
 
-        return transform(s, visit)
+        return ir.transform(s, visit)
 
     def asynchronous(x: Any) -> Any:
         return ir.CopyAsync(x.buffer, x.index, x.value) if isinstance(x, ir.Store) else x
 
     def started(iteration: ir.Expr, number: ir.Expr) -> ir.Stmt:
-        moved = staged(substitute(copies, {f.name: iteration}), number)
-        moved = transform(moved, asynchronous)
+        moved = staged(ir.substitute(copies, {f.name: iteration}), number)
+        moved = ir.transform(moved, asynchronous)
         return ir.seq(ir.If(ir.binary("<", iteration, last), moved), ir.Commit())
 
-    number = simplify(ir.binary("-", f.var, first))
+    number = ir.simplify(ir.binary("-", f.var, first))
     ahead = f.stages - 1
     early = ir.Var(f"{f.name}.early", f.var.dtype)
-    prologue = started(add(first, early), early)
+    prologue = started(ir.add(first, early), early)
     body = ir.seq(
-        ir.Wait(ahead - 1), ir.Sync(), started(add(f.var, ahead), add(number, ahead)),
+        ir.Wait(ahead - 1), ir.Sync(), started(ir.add(f.var, ahead), ir.add(number, ahead)),
         staged(ir.seq(*work), number),
     )  # fmt: skip
     return ir.seq(

@@ -16,19 +16,8 @@ import numpy as np
 
 from tilewright.dtypes import DType
 from tilewright.errors import illegal
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.names import ACCUMULATOR, TOTAL, GeneratedName, parse_name
-from tilewright.ir.rewrite import (
-    conjuncts,
-    free_vars,
-    is_const,
-    map_bodies,
-    name_repeated,
-    path_to,
-    statements,
-    transform,
-    used_lets,
-)
 
 
 def materialize_reductions(program: ir.Program) -> ir.Program:
@@ -45,7 +34,7 @@ def materialize_reductions(program: ir.Program) -> ir.Program:
     fixed order; one bound to threads is joined across them. An output that is updated in place at
     coordinates which the reduced loops themselves compute is updated in memory.
     """
-    program = map_bodies(program, lambda body: _Materializer().visit(body))
+    program = ir.map_bodies(program, lambda body: _Materializer().visit(body))
     return replace(program, level="loops")
 
 
@@ -135,9 +124,9 @@ class _Materializer:
                 out = parts[0][1].compute.out.buffer
                 if out.scope == "register":
                     before.insert(0, ir.Alloc(out))
-        inside = [transform(s, lambda x: updates.get(id(x), x)) for s in group]
+        inside = [ir.transform(s, lambda x: updates.get(id(x), x)) for s in group]
         if any(c.compute.reductions for c in chains):
-            inside = [used_lets(s) for s in inside]  # others are those of epilogues
+            inside = [ir.used_lets(s) for s in inside]  # others are those of epilogues
         return [*before, *(self._plain(s) for s in inside), *after]
 
     def _update(self, chain: _Chain, accumulators: _Accumulators) -> ir.Stmt:
@@ -159,7 +148,7 @@ class _Materializer:
         if len(values) > 1:
             self.count += 1
             name = f"{c.out.buffer.name}.term{self.count}_"
-            lets, values = name_repeated(values, name)
+            lets, values = ir.name_repeated(values, name)
         updates: list[ir.Stmt] = []
         factors = [r.factor for r in c.reductions] or [None]
         for acc, (op, _), value, f in zip(
@@ -176,7 +165,7 @@ class _Materializer:
         out = chain.compute.out.buffer
         self.count += 1
         for loop in chain.cells:
-            if loop.extent is None or not is_const(loop.begin, 0):
+            if loop.extent is None or not ir.is_const(loop.begin, 0):
                 raise illegal(
                     f"loop {loop.name} lies inside the reduction of {out.name} and has a run-time "
                     "extent",
@@ -234,8 +223,8 @@ def _reductions(s: ir.Stmt) -> list[_Chain]:
     """The reductions for which the loop `s` is the outermost one that reduces."""
     if not isinstance(s, ir.For):
         return []
-    computes = [x for x in statements(s) if isinstance(x, ir.Compute) and ir.reduces(s, x)]
-    return [_chain(c, path_to(s, c) or []) for c in computes]
+    computes = [x for x in ir.statements(s) if isinstance(x, ir.Compute) and ir.reduces(s, x)]
+    return [_chain(c, ir.path_to(s, c) or []) for c in computes]
 
 
 def _chain(compute: ir.Compute, path: list[Any]) -> _Chain:
@@ -249,7 +238,7 @@ def _chain(compute: ir.Compute, path: list[Any]) -> _Chain:
     )  # fmt: skip
     # Each thread has registers of its own.
     spatial = tuple(s for s in frame if isinstance(s, ir.For) and s.kind not in ir.THREADS)
-    out_vars = {name for i in compute.out.index for name in free_vars(i)}
+    out_vars = {name for i in compute.out.index for name in ir.free_vars(i)}
     escapes = compute.out.buffer.scope != "register" and bool(out_vars & reduced)
     # `simplify` removes the coordinates of a level of width 0; such a loop updates nothing. No
     # accumulator holds what a level visits that has as many coordinates as its dimension.
@@ -346,9 +335,9 @@ def reduced_names(path: Iterable[Any], c: ir.Compute) -> frozenset[str]:
     reduced: set[str] = set()
     for s in path:
         if isinstance(s, ir.For):
-            if ir.reduces(s, c) or (free_vars(s.begin) | free_vars(s.end)) & reduced:
+            if ir.reduces(s, c) or (ir.free_vars(s.begin) | ir.free_vars(s.end)) & reduced:
                 reduced.add(s.name)
-        elif isinstance(s, ir.Let) and free_vars(s.value) & reduced:
+        elif isinstance(s, ir.Let) and ir.free_vars(s.value) & reduced:
             reduced.add(s.var.name)
     return frozenset(reduced)
 
@@ -359,7 +348,7 @@ def frame_of(path: Iterable[Any], reduced: frozenset[str]) -> tuple[Any, ...]:
     frame: list[Any] = []
     for s in path:
         if isinstance(s, ir.If):
-            kept = [x for x in conjuncts(s.cond) if not free_vars(x) & reduced]
+            kept = [x for x in ir.conjuncts(s.cond) if not ir.free_vars(x) & reduced]
             if kept:
                 cond = reduce(lambda a, b: ir.binary("&", a, b), kept)
                 frame.append(s if cond == s.cond else ir.If(cond, s.body))
@@ -373,7 +362,7 @@ def framed(body: ir.Stmt, frame: Sequence[Any]) -> ir.Stmt:
     for f in reversed(frame):
         if not isinstance(f, ir.Let):
             body = replace(f, body=body)
-        elif f.var.name in free_vars(body):
+        elif f.var.name in ir.free_vars(body):
             body = ir.seq(f, body)
     return body
 
@@ -389,5 +378,5 @@ def with_totals(c: ir.Compute, totals: Sequence[ir.Expr]) -> tuple[Sequence[ir.S
     def visit(x: Any) -> Any:
         return known.get(x.buffer.name, x) if isinstance(x, ir.Load) else x
 
-    lets, (value,) = name_repeated([transform(c.value, visit)], f"{c.out.buffer.name}.value")
+    lets, (value,) = ir.name_repeated([ir.transform(c.value, visit)], f"{c.out.buffer.name}.value")
     return lets, value

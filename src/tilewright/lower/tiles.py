@@ -8,29 +8,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import ScheduleError, illegal
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.affine import Affine, affine
 from tilewright.ir.atoms import ATOMS
-from tilewright.ir.rewrite import (
-    add,
-    conjuncts,
-    free_vars,
-    is_const,
-    map_bodies,
-    mul,
-    path_to,
-    rebuild,
-    simplify,
-    substitute,
-    transform,
-    walk,
-)
 from tilewright.lower.flatten import flat_offset
 from tilewright.lower.reductions import frame_of, framed, reduced_names, with_totals
 
@@ -56,7 +43,7 @@ def materialize_tiles(program: ir.Program) -> ir.Program:
     An output that is updated in place at coordinates which the reduced loops compute is updated in
     memory, a tile at a time. Raises ScheduleError[S102] for other values than products of tiles.
     """
-    return map_bodies(program, lambda body: _Tiler(body).visit(body))
+    return ir.map_bodies(program, lambda body: _Tiler(body).visit(body))
 
 
 class _Tiler:
@@ -64,7 +51,7 @@ class _Tiler:
 
     def __init__(self, body: ir.Stmt) -> None:
         self.count = 0
-        computes = [x for x in walk(body) if isinstance(x, ir.Compute)]
+        computes = [x for x in ir.walk(body) if isinstance(x, ir.Compute)]
         times = Counter((c.out, c.op) for c in computes)
         for c in computes:
             if c.mma and times[c.out, c.op] > 1:
@@ -76,12 +63,12 @@ class _Tiler:
     def visit(self, s: Any) -> Any:
         if isinstance(s, ir.For):
             mine = [
-                c for c in walk(s)
+                c for c in ir.walk(s)
                 if isinstance(c, ir.Compute) and c.mma and (ir.reduces(s, c) or s.name == c.mma[0])
             ]  # fmt: skip
             if mine:
                 return self.reduce(s, mine)
-        return rebuild(s, self.visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
+        return ir.rebuild(s, self.visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
 
     def reduce(self, top: ir.Stmt, computes: list[ir.Compute]) -> ir.Stmt:
         """Returns `top` with the products `computes` in it as tile operations, their accumulators
@@ -90,15 +77,12 @@ class _Tiler:
         before: list[ir.Stmt] = []
         after: list[ir.Stmt] = []
         for c in computes:
-            p = _Product.of(top, c)
+            p = Product.of(top, c)
             self.count += 1
-            slots = () if p.escapes else p.slots
-            total = math.prod(f.extent or 0 for f in slots)
-            shape = tuple(ir.Const(n, dtypes.int32) for n in (total, *p.shape[:2]))
             name = f"{c.out.buffer.name}_tile{self.count}"
             names = [name] if len(c.sums) == 1 else [f"{name}_{n}" for n in range(len(c.sums))]
-            accs = [ir.Buffer(n, dtypes.float32, shape, "fragment") for n in names]
-            slot = _slot(slots)
+            accs = [p.accumulator(n) for n in names]
+            slot = slot_of(() if p.escapes else p.slots)
             update, store = p.update(accs, slot), p.store(accs, slot)
             if p.escapes:
                 allocs = map(ir.Alloc, accs)
@@ -107,13 +91,13 @@ class _Tiler:
                 new = framed(update, p.inner)
                 before += map(ir.Alloc, accs)
                 after.append(store)
-            top = transform(top, lambda x, old=p.first, new=new: new if x is old else x)
+            top = ir.transform(top, lambda x, old=p.first, new=new: new if x is old else x)
         # The rest of the loop may hold products whose own reductions start further in.
-        return ir.seq(*before, rebuild(top, self.visit), *after)
+        return ir.seq(*before, ir.rebuild(top, self.visit), *after)
 
 
 @dataclass(frozen=True, slots=True)
-class _Product:
+class Product:
     """A product as a tile operation: the statements around its tile, its operands and its output.
 
     `outer`: loops, lets and guards from the outermost loop that reduces to the tile. `inner`: lets
@@ -132,13 +116,13 @@ class _Product:
     region: tuple[Any, ...]
 
     @classmethod
-    def of(cls, top: ir.Stmt, c: ir.Compute) -> _Product:
+    def of(cls, top: ir.Stmt, c: ir.Compute) -> Product:
         assert c.mma is not None
-        path = path_to(top, c)
+        path = ir.path_to(top, c)
         assert path is not None
         loops = [s for s in path if isinstance(s, ir.For)][-3:]
         exact = tuple(f.extent for f in loops) in ATOMS and all(
-            f.kind == "serial" and not f.private and is_const(f.begin, 0) for f in loops
+            f.kind == "serial" and not f.private and ir.is_const(f.begin, 0) for f in loops
         )
         if tuple(f.name for f in loops) != c.mma or not exact:
             raise illegal(
@@ -159,7 +143,7 @@ class _Product:
         p = cls(c, loops[0], c.mma, outer, inner, known, limits, reduced, tuple(region))
         for name in c.mma[:2]:
             # Beyond a limit one operand alone is 0, and 0 · ∞ would enter a sum that goes on.
-            if name in limits and free_vars(limits[name]) & reduced and not p.escapes:
+            if name in limits and ir.free_vars(limits[name]) & reduced and not p.escapes:
                 raise _not_affine(
                     f"how many iterations of {name} there are depends on a reduced loop"
                 )
@@ -173,25 +157,19 @@ class _Product:
     @property
     def escapes(self) -> bool:
         """Whether the reduced loops decide where the output lies."""
-        index = (substitute(i, self.known) for i in self.compute.out.index)
-        return any(free_vars(i) & self.reduced for i in index)
+        index = (ir.substitute(i, self.known) for i in self.compute.out.index)
+        return any(ir.free_vars(i) & self.reduced for i in index)
 
     @property
     def slots(self) -> tuple[ir.For, ...]:
         """The spatial loops inside the reduction; each thread has fragments of its own."""
-        loops = tuple(
-            s for s in self.outer
-            if isinstance(s, ir.For) and s.name not in self.reduced and s.kind not in ir.THREADS
-        )  # fmt: skip
-        for f in loops:
-            if f.extent is None or not is_const(f.begin, 0):
-                out = self.compute.out.buffer.name
-                raise illegal(
-                    f"loop {f.name} lies inside the reduction of {out} and has a run-time extent",
-                    "a warp keeps a constant number of tiles: split the loop, and keep only "
-                    "its inner part inside",
-                )
-        return loops
+        return slots_of(self.outer, self.reduced, self.compute.out.buffer.name)
+
+    def accumulator(self, name: str) -> ir.Buffer:
+        """Fragments for the sums of all slots, or of one tile that is updated in memory."""
+        total = 1 if self.escapes else math.prod(f.extent or 0 for f in self.slots)
+        shape = tuple(ir.Const(n, dtypes.int32) for n in (total, *self.shape[:2]))
+        return ir.Buffer(name, dtypes.float32, shape, "fragment")
 
     def update(self, accs: list[ir.Buffer], slot: ir.Expr) -> ir.Stmt:
         """acc[slot] += a tile · b tile, for each product."""
@@ -200,7 +178,7 @@ class _Product:
         for acc, (op, value) in zip(accs, self.compute.sums, strict=True):
             x, y = self._operands(op, value)
             a, b = self.tile(x, rows, depth), self.tile(y, depth, cols)
-            products.append(ir.Mma(acc, slot, a, b, self.shape))
+            products.append(ir.Mma(acc, slot, a, b, self.shape, self.compute.atom))
         return ir.seq(*products)
 
     def store(self, accs: list[ir.Buffer], slot: ir.Expr) -> ir.Stmt:
@@ -230,14 +208,16 @@ class _Product:
         for e in (value.a, value.b):
             while isinstance(e, ir.Cast):
                 e = e.a
-            if not isinstance(e, ir.Load) or e.buffer.scope not in MEMORY:
+            if not isinstance(e, ir.Load) or e.buffer.scope not in (*MEMORY, "fragment"):
                 raise _not_affine(f"{e} is no element of an array")
             factors.append(e)
         x, y = factors
+        kinds = {e.dtype.name for e in factors if e.buffer.scope in MEMORY}  # others are rounded
+        known = [t for t in ATOMS[self.shape] if not c.atom or t in c.atom.operands]
         to_result = bool(c.reductions) or c.out.dtype.name in RESULTS
-        if x.dtype != y.dtype or x.dtype.name not in ATOMS[self.shape] or not to_result:
+        if len(kinds) != 1 or not kinds <= set(known) or not to_result:
             raise illegal(
-                f"a tile operation of {self.shape} multiplies {' or '.join(ATOMS[self.shape])} "
+                f"a tile operation of {self.shape} multiplies {' or '.join(known)} "
                 f"into float32, not {x.dtype} × {y.dtype} into {c.out.dtype}",
                 'build it .typed(A="float16", B="float16"), with the output typed("float32")',
             )
@@ -250,33 +230,55 @@ class _Product:
         return x, y
 
     def _varies(self, x: ir.Load) -> set[str]:
-        return {name for i in x.index for name in free_vars(substitute(i, self.known))} & set(
+        return {name for i in x.index for name in ir.free_vars(ir.substitute(i, self.known))} & set(
             self.names
         )
 
     def tile(self, x: ir.Load, rows: str, cols: str) -> ir.Tile:
         """The window of memory that `x` runs over as the loops `rows` and `cols` run."""
-        x = replace(x, index=tuple(substitute(i, self.known) for i in x.index))
+        m, n = (self.shape[self.names.index(name)] for name in (rows, cols))
+        if x.buffer.scope == "fragment":
+            slot, *at = x.index
+            if [getattr(i, "name", "") for i in at] != [rows, cols]:
+                raise _not_affine(f"{x} is no tile of rows {rows} and columns {cols}")
+            return ir.Tile(x.buffer, slot, *map(ir.as_expr, (n, 1, m, n)))
+        x = replace(x, index=tuple(ir.substitute(i, self.known) for i in x.index))
         names = frozenset(self.names)
         offset = flat_offset(x)
         base, step = _affine(offset, names, offset.dtype)
         if set(step) - {rows, cols}:
             raise _not_affine(f"{x} depends on {', '.join(sorted(set(step) - {rows, cols}))} too")
         zero = ir.Const(0, offset.dtype)
-        strides = (simplify(step.get(n, zero)) for n in (rows, cols))
-        extents = dict(zip(self.names, self.shape, strict=True))
-        limits = (self.limits.get(n, ir.Const(extents[n], dtypes.int32)) for n in (rows, cols))
-        return ir.Tile(x.buffer, simplify(base), *strides, *limits)
+        strides = (ir.simplify(step.get(n, zero)) for n in (rows, cols))
+        ends = ((rows, m), (cols, n))
+        limits = (self.limits.get(name, ir.Const(end, dtypes.int32)) for name, end in ends)
+        return ir.Tile(x.buffer, ir.simplify(base), *strides, *limits)
 
 
 # ---------------------------------------------------------------------------- around a tile
 
 
-def _slot(slots: tuple[ir.For, ...]) -> ir.Expr:
+def slots_of(path: Iterable[Any], reduced: frozenset[str], out: str) -> tuple[ir.For, ...]:
+    """The loops of a path that do not reduce. Raises ScheduleError[S102] for run-time extents."""
+    loops = tuple(
+        s for s in path
+        if isinstance(s, ir.For) and s.name not in reduced and s.kind not in ir.THREADS
+    )  # fmt: skip
+    for f in loops:
+        if f.extent is None or not ir.is_const(f.begin, 0):
+            raise illegal(
+                f"loop {f.name} lies inside the reduction of {out} and has a run-time extent",
+                "a warp keeps a constant number of tiles: split the loop, and keep only "
+                "its inner part inside",
+            )
+    return loops
+
+
+def slot_of(slots: Sequence[ir.For]) -> ir.Expr:
     """The number of a fragment: the last spatial loop runs fastest."""
     at: ir.Expr = ir.Const(0, slots[0].var.dtype if slots else dtypes.int32)
     for f in slots:
-        at = add(mul(at, f.extent or 1), f.var)
+        at = ir.add(ir.mul(at, f.extent or 1), f.var)
     return at
 
 
@@ -290,15 +292,15 @@ def _region(
     limits: dict[str, ir.Expr] = {}
     for s in region:
         if isinstance(s, ir.Let):
-            value = substitute(s.value, known)
-            heavy = any(isinstance(x, (ir.Load, ir.Search)) for x in walk(value))
-            if heavy and not free_vars(value) & names:
+            value = ir.substitute(s.value, known)
+            heavy = any(isinstance(x, (ir.Load, ir.Search)) for x in ir.walk(value))
+            if heavy and not ir.free_vars(value) & names:
                 inner.append(ir.Let(s.var, value))
             else:
                 known[s.var.name] = value
         elif isinstance(s, ir.If):
-            for cond in conjuncts(substitute(s.cond, known)):
-                if not free_vars(cond) & names:
+            for cond in ir.conjuncts(ir.substitute(s.cond, known)):
+                if not ir.free_vars(cond) & names:
                     inner.append(ir.If(cond, ir.Seq(())))
                     continue
                 name, limit = _limit(cond, names)
@@ -313,11 +315,11 @@ def _limit(cond: ir.Expr, names: frozenset[str]) -> tuple[str, ir.Expr]:
         if not low.dtype.is_int:
             raise _not_affine(f"the guard {cond} compares no integers")
         base, step = _affine(low, names, low.dtype)
-        if len(step) == 1 and not free_vars(high) & names:
+        if len(step) == 1 and not ir.free_vars(high) & names:
             ((name, by),) = step.items()
-            if is_const(by, 1):
+            if ir.is_const(by, 1):
                 more = 1 if cond.op in ("<=", ">=") else 0
-                return name, simplify(add(ir.binary("-", high, base), more))
+                return name, ir.simplify(ir.add(ir.binary("-", high, base), more))
     raise _not_affine(f"the guard {cond} does not end one loop of the tile")
 
 

@@ -8,20 +8,8 @@ from typing import Any
 
 from tilewright.dtypes import DType
 from tilewright.errors import ScheduleError, illegal
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.affine import affine
-from tilewright.ir.rewrite import (
-    add,
-    broadcast,
-    free_vars,
-    is_const,
-    map_bodies,
-    mul,
-    simplify,
-    substitute,
-    transform,
-    walk,
-)  # fmt: skip
 
 
 def vectorize_loops(program: ir.Program) -> ir.Program:
@@ -30,7 +18,7 @@ def vectorize_loops(program: ir.Program) -> ir.Program:
     before: for v in 0:16  # vector          after: acc[0] += broadcast(a[p]) * X[o +: 16]
               acc[0, v] += a[p] * X[o + v]          (acc: one register of 16 lanes)
     """
-    return map_bodies(program, _vectorize)
+    return ir.map_bodies(program, _vectorize)
 
 
 def pair_fragments(program: ir.Program) -> ir.Program:
@@ -46,8 +34,10 @@ def pair_fragments(program: ir.Program) -> ir.Program:
     def visit(s: Any) -> Any:
         if not isinstance(s, ir.For) or s.kind != "fragment" or isinstance(s.body, ir.For):
             return s
+        if any(isinstance(x, ir.Store) and x.buffer.scope == "fragment" for x in ir.walk(s)):
+            return s  # in registers neighbours are not together
         pair, lane = (ir.Var(f"{s.name}.{part}", s.var.dtype) for part in ("pair", "lane"))
-        body = substitute(s.body, {s.name: add(mul(pair, 2), lane)})
+        body = ir.substitute(s.body, {s.name: ir.add(ir.mul(pair, 2), lane)})
         vector = ir.For(lane, ir.as_expr(0), ir.as_expr(2), body, "vector")
         try:
             _Vectorizer(vector, {}).stmt(body)
@@ -55,7 +45,7 @@ def pair_fragments(program: ir.Program) -> ir.Program:
             return s
         return ir.For(pair, s.begin, ir.as_expr((s.extent or 0) // 2), vector, "pairs")
 
-    return map_bodies(program, lambda body: transform(body, visit))
+    return ir.map_bodies(program, lambda body: ir.transform(body, visit))
 
 
 def unroll_loops(program: ir.Program) -> ir.Program:
@@ -64,7 +54,7 @@ def unroll_loops(program: ir.Program) -> ir.Program:
     before: for u in 0:2  # unroll           after: acc[0] = 0; acc[1] = 0
               acc[u] = 0
     """
-    return map_bodies(program, lambda body: simplify(transform(body, _Unroller().visit)))
+    return ir.map_bodies(program, lambda body: ir.simplify(ir.transform(body, _Unroller().visit)))
 
 
 def split_registers(program: ir.Program) -> ir.Program:
@@ -73,7 +63,7 @@ def split_registers(program: ir.Program) -> ir.Program:
 
     before: alloc acc[4]; acc[0] = 0; …      after: alloc acc.0, acc.1, …; acc.0 = 0; …
     """
-    return map_bodies(program, _split)
+    return ir.map_bodies(program, _split)
 
 
 # ---------------------------------------------------------------------------- unroll
@@ -90,7 +80,7 @@ class _Unroller:
         copies = []
         for i in range(first, first + s.extent):
             self.copies += 1
-            body = substitute(s.body, {s.name: ir.Const(i, s.var.dtype)})
+            body = ir.substitute(s.body, {s.name: ir.Const(i, s.var.dtype)})
             copies.append(_renamed_lets(body, f".{self.copies}") if s.extent > 1 else body)
         return _without_repeated_prefetches(ir.seq(*copies))
 
@@ -114,7 +104,7 @@ def _renamed_lets(s: ir.Stmt, suffix: str) -> ir.Stmt:
     names: dict[str, ir.Expr] = {}
     buffers: dict[str, ir.Buffer] = {}
     for b in s.body if isinstance(s, ir.Seq) else (s,):
-        b = _rename_buffers(substitute(b, names), buffers)
+        b = _rename_buffers(ir.substitute(b, names), buffers)
         if isinstance(b, ir.Let):
             fresh = ir.Var(b.var.name + suffix, b.var.dtype)
             names[b.var.name] = fresh
@@ -141,7 +131,7 @@ def _rename_buffers(s: Any, buffers: dict[str, ir.Buffer]) -> Any:
             return replace(x, buffer=buffers[x.buffer.name])
         return x
 
-    return transform(s, visit)
+    return ir.transform(s, visit)
 
 
 # ---------------------------------------------------------------------------- vectorize
@@ -152,17 +142,17 @@ def _vectorize(body: ir.Stmt) -> ir.Stmt:
 
     def visit(s: Any) -> Any:
         if isinstance(s, ir.For) and s.kind == "vector":
-            if s.extent is None or not is_const(s.begin, 0):
+            if s.extent is None or not ir.is_const(s.begin, 0):
                 raise illegal(
                     f"loop {s.name} is to be a vector but its extent is not a constant",
                     "split it by the number of lanes first, with tail='cut'",
                 )
             if s.extent == 1:
-                return substitute(s.body, {s.name: s.begin})
+                return ir.substitute(s.body, {s.name: s.begin})
             return _Vectorizer(s, wide).stmt(s.body)
         return s
 
-    return _narrow(transform(body, visit), wide)
+    return _narrow(ir.transform(body, visit), wide)
 
 
 class _Vectorizer:
@@ -179,7 +169,7 @@ class _Vectorizer:
         return illegal(f"loop {self.loop.name} cannot be a vector: {why}", hint)
 
     def varies(self, e: ir.Expr) -> bool:
-        for x in walk(e):
+        for x in ir.walk(e):
             if isinstance(x, ir.Var) and (x.name == self.loop.name or x.name in self.varying):
                 return True
             if isinstance(x, ir.Load) and x.buffer.name in self.registers:
@@ -193,7 +183,7 @@ class _Vectorizer:
             if not self.varies(s.value):
                 return s
             if self.linear(s.value):
-                self.lets[s.var.name] = substitute(s.value, self.lets)
+                self.lets[s.var.name] = ir.substitute(s.value, self.lets)
             value = self.vector(s.value)
             self.varying[s.var.name] = value.dtype
             return ir.Let(ir.Var(s.var.name, value.dtype), value)
@@ -242,11 +232,11 @@ class _Vectorizer:
         return tuple(ir.Const(0, i.dtype) if n == dims[0] else i for n, i in enumerate(index))
 
     def reads_memory(self, *arms: ir.Expr) -> bool:
-        loads = (x for e in arms for x in walk(e) if isinstance(x, ir.Load))
+        loads = (x for e in arms for x in ir.walk(e) if isinstance(x, ir.Load))
         return any(x.buffer.scope != "register" for x in loads)
 
     def vector(self, e: ir.Expr) -> ir.Expr:
-        return broadcast(e, self.lanes) if not self.varies(e) else self.expr(e)
+        return ir.broadcast(e, self.lanes) if not self.varies(e) else self.expr(e)
 
     def expr(self, e: Any) -> ir.Expr:
         if isinstance(e, ir.Var):
@@ -284,9 +274,9 @@ class _Vectorizer:
 
     def linear(self, e: ir.Expr) -> tuple[ir.Expr, int] | None:
         """(base, step) when e = base + step * lane."""
-        if any(isinstance(x, ir.Load) and x.buffer.name in self.registers for x in walk(e)):
+        if any(isinstance(x, ir.Load) and x.buffer.name in self.registers for x in ir.walk(e)):
             return None
-        e = simplify(substitute(e, self.lets))
+        e = ir.simplify(ir.substitute(e, self.lets))
         form = affine(e, frozenset((self.loop.name, *self.varying)))
         if form is None or form.steps.keys() - {self.loop.name}:
             return None
@@ -320,7 +310,7 @@ def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:
             return replace(x, buffer=buffer(x.buffer), index=x.index[:dim] + x.index[dim + 1 :])
         return x
 
-    return transform(body, visit)
+    return ir.transform(body, visit)
 
 
 # ---------------------------------------------------------------------------- registers
@@ -329,14 +319,14 @@ def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:
 def _split(body: ir.Stmt) -> ir.Stmt:
     arrays = {
         x.buffer.name: x.buffer
-        for x in walk(body)
+        for x in ir.walk(body)
         if isinstance(x, ir.Alloc) and x.buffer.scope == "register" and x.buffer.shape
     }
-    for x in walk(body):
+    for x in ir.walk(body):
         if (
             isinstance(x, (ir.Load, ir.Store))
             and x.buffer.name in arrays
-            and free_vars(ir.Seq((ir.Store(x.buffer, x.index, ir.Const(0, x.buffer.dtype)),)))
+            and ir.free_vars(ir.Seq((ir.Store(x.buffer, x.index, ir.Const(0, x.buffer.dtype)),)))
         ):
             arrays.pop(x.buffer.name)
 
@@ -358,4 +348,4 @@ def _split(body: ir.Stmt) -> ir.Stmt:
             return ir.seq(*x.body)
         return x
 
-    return transform(body, visit)
+    return ir.transform(body, visit)

@@ -31,22 +31,15 @@ import numpy as np
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
-from tilewright.ir.atoms import element
+from tilewright.ir.atoms import QUAD, element
 from tilewright.ir.rewrite import walk
+from tilewright.reference import ops_table as ops
 from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
-from tilewright.reference.ops_table import (
-    UFUNCS,
-    as_operand,
-    computed,
-    constant,
-    decode,
-    encode,
-    operation,
-)
 from tilewright.reference.races import Flights, History
 from tilewright.target import WARP
 
 Machine = Callable[..., "Launch"]
+LINES = WARP // QUAD  # rows of a fragment that a warp holds at once
 
 
 def execute(
@@ -168,7 +161,9 @@ class Launch:
         elif isinstance(s, ir.Mma):
             m, n, k = s.shape
             where = self.warps(), self.of_warps(s.slot)
-            self.registers[s.acc.name][where] += self.operand(s.a, m, k) @ self.operand(s.b, k, n)
+            dtype = s.b.buffer.dtype
+            a, b = self.operand(s.a, m, k, dtype), self.operand(s.b, k, n, dtype)
+            self.registers[s.acc.name][where] += s.atom.numpy(a, b) if s.atom else a @ b
         elif not isinstance(s, ir.Prefetch):
             raise InternalError("I101", f"{type(s).__name__} cannot be executed")
 
@@ -193,15 +188,16 @@ class Launch:
             at = at + at.dtype.type(1)
 
     def elements(self, rows: ir.For) -> None:
-        """The loops over a fragment: each lane runs the elements, or pairs, that it holds."""
+        """The loops over a fragment: each lane runs the elements, pairs or rows that it holds."""
         cols = rows.body
-        assert isinstance(cols, ir.For) and cols.kind in ("fragment", "pairs")
-        step = 1 if cols.kind == "fragment" else 2
-        for e in range(0, (rows.extent or 0) * (cols.extent or 0) * step // WARP, step):
+        step = 1 if isinstance(cols, ir.For) and cols.kind == "fragment" else 2
+        pairs = cols.extent or 0 if isinstance(cols, ir.For) else WARP // LINES
+        for e in range(0, (rows.extent or 0) * pairs * step // WARP, step):
             row, col = element(e, self.lane % WARP)
             self.env[rows.name] = row.astype(rows.var.dtype.numpy)
-            self.env[cols.name] = (col // step).astype(cols.var.dtype.numpy)
-            self.do(cols.body)
+            if isinstance(cols, ir.For):
+                self.env[cols.name] = (col // step).astype(cols.var.dtype.numpy)
+            self.do(cols.body if isinstance(cols, ir.For) else cols)
 
     def running(self, size: int, partly: str) -> np.ndarray:
         """The groups of `size` neighbouring lanes that run; none may run in part."""
@@ -222,6 +218,9 @@ class Launch:
             cells, at = self.cell(s.buffer, s.index)
             at = np.broadcast_to(at, self.lane.shape)[self.mask]
             where = (self.lane[self.mask], at)
+        elif s.buffer.scope == "fragment":
+            cells = self.registers[s.buffer.name]
+            where = tuple(np.broadcast_to(i, self.lane.shape)[self.mask] for i in self.held(s))
         else:
             cells, at = self.memory[s.buffer.name].flat, self.offset(s.buffer, s.index)
             shape = (len(self.lane), *at.shape[1:])
@@ -230,10 +229,10 @@ class Launch:
         old = cells[where]
         value = np.broadcast_to(value, (len(self.lane), *old.shape[1:]))[self.mask]
         if s.atomic:  # lanes may update one element
-            UFUNCS[s.op].at(cells, where, value)
+            ops.UFUNCS[s.op].at(cells, where, value)
         else:
-            new = UFUNCS[s.op](decode(old, dtype), value) if s.op else value
-            cells[where] = encode(new, dtype, cells.dtype)
+            new = ops.UFUNCS[s.op](ops.decode(old, dtype), value) if s.op else value
+            cells[where] = ops.encode(new, dtype, cells.dtype)
 
     def copy_async(self, s: ir.CopyAsync) -> None:
         name, dtype, array = s.buffer.name, s.buffer.dtype.scalar, self.memory[s.buffer.name]
@@ -244,7 +243,7 @@ class Launch:
         value = np.broadcast_to(value, (len(self.lane), at.shape[1]))[self.mask]
         self.access(name, "write", at, self.who())
         array.flat[at] = poisoned((), s.buffer.dtype)
-        value = encode(value, dtype, array.flat.dtype)
+        value = ops.encode(value, dtype, array.flat.dtype)
         self.flights.start(name, len(array.flat), (at, value, self.lane[self.mask]))
 
     def allocate(self, s: ir.Alloc) -> None:
@@ -257,7 +256,9 @@ class Launch:
             self.memory[b.name], self.histories[b.name] = self.allocated[id(s)]
             self.shared[b.name] = np.zeros(self.units * size, bool)
         elif b.scope == "fragment":
-            self.registers[b.name] = np.zeros((len(self.lane) // WARP, *extents), np.float32)
+            warps, (slots, rows, *cols) = len(self.lane) // WARP, extents
+            shape = (warps, slots, rows, *cols) if cols else (len(self.lane), slots, rows // LINES)
+            self.registers[b.name] = np.zeros(shape, np.float32)
         else:
             shape = (len(self.lane), prod(extents), b.dtype.lanes)[: 2 + (b.dtype.lanes > 1)]
             self.registers[b.name] = poisoned(shape, b.dtype.scalar)
@@ -324,6 +325,15 @@ class Launch:
 
     # -- tiles: every warp is 32 neighbouring lanes ------------------------------------------------
 
+    def held(self, x: ir.Load | ir.Store) -> tuple[np.ndarray, ...]:
+        """The indices of an element of a fragment for each lane, which holds that element."""
+        slot, row, *col = map(self.value, x.index)
+        if not col:
+            if ((row % LINES != self.lane % WARP // QUAD) & self.mask).any():
+                raise InternalError("I101", f"a lane accesses a row of {x.buffer.name} of another")
+            return self.lane, slot, row // LINES
+        return self.lane // WARP, slot, row, *col
+
     def warps(self) -> np.ndarray:
         """The warps that run."""
         if self.nest.threads[0] != WARP:
@@ -351,9 +361,12 @@ class Launch:
             return at + self.unit[self.warps() * WARP][:, None, None] * size, inside | True
         return at, inside
 
-    def operand(self, t: ir.Tile, rows: int, cols: int) -> np.ndarray:
-        """The elements of a tile in float32; 0 beyond its limits. The reader is the warp: no lane
-        of it, so that also lanes of the same warp need a barrier."""
+    def operand(self, t: ir.Tile, rows: int, cols: int, dtype: DType) -> np.ndarray:
+        """The elements of a tile in float32, of a fragment rounded to `dtype`; 0 beyond its limits.
+        The reader is the warp: no lane of it, so that lanes of the same warp need a barrier too."""
+        if t.buffer.scope == "fragment":
+            values = self.registers[t.buffer.name][self.warps(), self.of_warps(t.offset)]
+            return ops.as_operand(ops.cast(values, dtype), dtype)
         at, inside = self.window(t, rows, cols)
         elements = np.zeros(at.shape, np.float32)
         if t.buffer.name in self.histories and inside.any():
@@ -363,7 +376,7 @@ class Launch:
             self.access(t.buffer.name, "read", at[inside], who)
         if inside.any():
             read = self.memory[t.buffer.name].read(at[inside], t.buffer.dtype)
-            elements[inside] = as_operand(read, t.buffer.dtype)
+            elements[inside] = ops.as_operand(read, t.buffer.dtype)
         return elements
 
     # -- expressions -----------------------------------------------------------------------------
@@ -371,9 +384,9 @@ class Launch:
     def value(self, e: ir.Expr) -> np.ndarray:
         """The value of an expression for each lane; of no meaning for lanes that do not run."""
         if isinstance(e, ir.Const):
-            return np.full(1, constant(e.value, e.dtype.scalar))
+            return np.full(1, ops.constant(e.value, e.dtype.scalar))
         if isinstance(e, ir.Var):
-            return self.env[e.name].astype(computed(e.dtype), copy=False)
+            return self.env[e.name].astype(ops.computed(e.dtype), copy=False)
         if isinstance(e, ir.Load):
             return self.load(e)
         if isinstance(e, ir.Select) and e.cond.dtype.lanes == 1:
@@ -387,33 +400,31 @@ class Launch:
         operands = [self.value(x) for x in ir.children(e)]
         if e.dtype.lanes > 1 and not isinstance(e, (ir.Ramp, ir.Broadcast)):
             operands = [x[:, None] if x.ndim == 1 else x for x in operands]
-        return operation(e)(*operands)
+        return ops.operation(e)(*operands)
 
     def select(self, e: ir.Select) -> np.ndarray:
         cond, none = self.value(e.cond), np.zeros((1, 1)[: 1 + (e.dtype.lanes > 1)])
         a = self.within(cond, lambda: self.value(e.a))
         b = self.within(~cond, lambda: self.value(e.b))
-        a, b = (none.astype(computed(e.dtype)) if x is None else x for x in (a, b))
+        a, b = (none.astype(ops.computed(e.dtype)) if x is None else x for x in (a, b))
         return np.where(cond[:, None] if e.dtype.lanes > 1 else cond, a, b)
 
     def both(self, e: ir.Binary) -> np.ndarray:
         """The second operand may read what only the first one allows."""
         a = self.value(e.a)
         if a.ndim > 1:
-            return operation(e)(a, self.value(e.b))
+            return ops.operation(e)(a, self.value(e.b))
         b = self.within(a if e.op == "&" else ~a, lambda: self.value(e.b))
         return a if b is None else np.where(a, b, False) if e.op == "&" else np.where(a, True, b)
 
     def load(self, e: ir.Load) -> np.ndarray:
         b, name, dtype = e.buffer, e.buffer.name, e.dtype.scalar
         if b.scope == "register":
-            return decode(self.register(e), dtype)
+            return ops.decode(self.register(e), dtype)
         if b.scope == "fragment":
-            *at, col = map(self.value, e.index)
-            if e.dtype.lanes == 1:
-                return self.registers[name][(self.lane // WARP, *at, col)]
-            warp, *at = (x[:, None] for x in (self.lane // WARP, *at))
-            return self.registers[name][(warp, *at, col[:, None] + np.arange(e.dtype.lanes))]
+            *at, last = (x[:, None] for x in self.held(e))
+            lanes = self.registers[name][(*at, last + np.arange(e.dtype.lanes))]
+            return lanes if e.dtype.lanes > 1 else lanes[:, 0]
         at = self.offset(b, e.index)
         if name in self.histories:
             seen = np.broadcast_to(at, (len(self.lane), *at.shape[1:]))[self.mask]
@@ -456,7 +467,9 @@ class Launch:
         self.running(e.extent, "lanes of a group do not reach a reduction over thread.x")
         value = self.value(e.a)
         value = np.broadcast_to(value, (len(self.lane), *value.shape[1:]))
-        total = UFUNCS[e.op].reduce(value.reshape(-1, e.extent, *value.shape[1:]), 1, value.dtype)
+        total = ops.UFUNCS[e.op].reduce(
+            value.reshape(-1, e.extent, *value.shape[1:]), 1, value.dtype
+        )
         return np.repeat(total, e.extent, axis=0)
 
     def across_rows(self, e: ir.ReduceThreads) -> np.ndarray:
@@ -471,7 +484,7 @@ class Launch:
         self.share("read", e.dtype, column)
         self.barrier(e, 1)
         rows = value.reshape(self.units, y, x, *value.shape[1:])
-        total = UFUNCS[e.op].reduce(rows, 1, value.dtype)
+        total = ops.UFUNCS[e.op].reduce(rows, 1, value.dtype)
         return np.repeat(total[:, None], y, 1).reshape(value.shape)
 
     def share(self, kind: str, dtype: DType, slots: np.ndarray) -> None:

@@ -19,11 +19,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tilewright.errors import ScheduleError, illegal
+from tilewright.ir.atoms import Atom
 from tilewright.ir.nodes import For, LoopKind, Nest, Program, Stmt
 from tilewright.ir.rewrite import statements
 from tilewright.schedule import arguments as rule
 from tilewright.schedule import coords, loops, privatize, staging
-from tilewright.schedule.arguments import A_NAME, FAR, NAMES, NEAR, TWO_NAMES, takes
+from tilewright.schedule.arguments import A_NAME, AN_ATOM, FAR, NAMES, NEAR, TWO_NAMES, takes
 from tilewright.schedule.tree import clash, computes, loop_names, matches, unknown
 from tilewright.target import Target
 
@@ -304,8 +305,8 @@ class Schedule:
         missing = output, f"no output {output!r} is updated in place"
         return self._loops(loops.atomic, output, missing=missing)
 
-    @takes(rows=A_NAME, cols=A_NAME, depth=A_NAME)
-    def mma(self, rows: str, cols: str, depth: str) -> Schedule:
+    @takes(rows=A_NAME, cols=A_NAME, depth=A_NAME, atom=rule.optional(AN_ATOM))
+    def mma(self, rows: str, cols: str, depth: str, atom: Atom | None = None) -> Schedule:
         """Turn the three innermost loops of a matrix product into one tile operation.
 
         before: for i in 0:16                       after:  C[…] += mma(A tile, B tile)
@@ -315,8 +316,10 @@ class Schedule:
 
         Extents 16, 8, 16 or 16, 16, 16 of float16 or bfloat16 operands; 16, 8, 8 of float32
         operands, which are rounded to tf32 (10 bits of mantissa). The sums are float32. Where there
-        are few rows the columns of the output can be the rows of the tile: mma("j", "i", "k")."""
-        return self._loops(loops.mma, rows, cols, depth)
+        are few rows the columns of the output can be the rows of the tile: mma("j", "i", "k").
+        `atom`: an operation of yours. Statements that share loops of the tile are computed one tile
+        after the other; their values stay in registers, and are rounded as operands."""
+        return self._loops(loops.mma, rows, cols, depth, atom=atom)
 
     @takes(buffer=A_NAME, loop=A_NAME, ahead=rule.integer(1, NEAR))
     def prefetch(self, buffer: str, loop: str, ahead: int) -> Schedule:

@@ -19,6 +19,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from tilewright.errors import ScheduleError
+from tilewright.ir.atoms import Atom
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -93,6 +94,7 @@ def _pair(value: Any) -> tuple[str, str]:
 
 
 A_NAME = Rule("a name", _name)
+AN_ATOM = Rule("a tw.Atom", lambda value: {Atom: value}[type(value)])
 NAMES = several(A_NAME, "one or more names", 1)
 TWO_NAMES = Rule("two names", _pair)
 

@@ -11,31 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.errors import illegal
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.affine import is_multiple
-from tilewright.ir.atoms import ATOMS, SHAPES
-from tilewright.ir.rewrite import (
-    add,
-    free_vars,
-    mul,
-    rebuild,
-    simplify,
-    statements,
-    substitute,
-    transform,
-    walk,
-)
-from tilewright.schedule.tree import (
-    build_chain,
-    chain_from,
-    computes,
-    has_loop,
-    in_the_way,
-    matches,
-    reads_memory,
-    rewrite_loops,
-    unknown,
-)
+from tilewright.ir.atoms import ATOMS, SHAPES, Atom
+from tilewright.schedule import tree
 
 Rewritten = tuple[ir.Stmt, int]  # the body, and how many loops or updates changed
 KINDS = (
@@ -61,27 +40,27 @@ def split(
         t = f.var.dtype
         zero = ir.Const(0, t)
         outer, inner = ir.Var(outer_name, t), ir.Var(inner_name, t)
-        extent = simplify(ir.binary("-", f.end, f.begin))
+        extent = ir.simplify(ir.binary("-", f.end, f.begin))
         exact = isinstance(extent, ir.Const) and int(extent.value) % factor == 0
         if tail == "exact" and not exact and not is_multiple(extent, factor):
             raise illegal(
                 f"{extent} is not known to be a multiple of {factor}",
                 "specialize the dimension first, or use tail='cut'",
             )
-        index = add(f.begin, add(mul(outer, factor), inner))
+        index = ir.add(f.begin, ir.add(ir.mul(outer, factor), inner))
         inside: ir.Stmt = ir.seq(ir.Let(f.var, index), f.body)
         if tail == "guard" and not exact:
             inside = ir.seq(ir.Let(f.var, index), ir.If(ir.binary("<", f.var, f.end), f.body))
-        rounded = extent if exact or tail != "guard" else add(extent, factor - 1)
-        count = simplify(ir.binary("//", rounded, factor))
+        rounded = extent if exact or tail != "guard" else ir.add(extent, factor - 1)
+        count = ir.simplify(ir.binary("//", rounded, factor))
         inner_loop = ir.For(inner, zero, ir.Const(factor, t), inside, "serial", f.axes, f.private)
         nest: ir.Stmt = ir.For(outer, zero, count, inner_loop, f.kind, f.axes)
         if tail != "cut" or exact:
             return nest
-        start = simplify(add(f.begin, mul(count, factor)))
+        start = ir.simplify(ir.add(f.begin, ir.mul(count, factor)))
         return ir.seq(nest, _tail(f, f"{own}_t", start))
 
-    return rewrite_loops(body, loop, one)
+    return tree.rewrite_loops(body, loop, one)
 
 
 def _tail(f: ir.For, name: str, begin: ir.Expr) -> ir.For:
@@ -91,10 +70,11 @@ def _tail(f: ir.For, name: str, begin: ir.Expr) -> ir.For:
     var, end = ir.Var(name, f.var.dtype), f.end
     at: ir.Expr = var
     if isinstance(begin, ir.Const) and isinstance(end, ir.Const):
-        at, end = add(begin, var), simplify(ir.binary("-", end, begin))
+        at, end = ir.add(begin, var), ir.simplify(ir.binary("-", end, begin))
         begin = ir.Const(0, var.dtype)
-    body = transform(
-        substitute(f.body, {f.name: at}), lambda x: replace(x) if isinstance(x, ir.Compute) else x
+    body = ir.transform(
+        ir.substitute(f.body, {f.name: at}),
+        lambda x: replace(x) if isinstance(x, ir.Compute) else x,
     )
     return ir.For(var, begin, end, body, "serial", f.axes)
 
@@ -103,34 +83,38 @@ def fuse(body: ir.Stmt, outer: str, inner: str, into: str = "") -> Rewritten:
     """The loop rewrite behind `Schedule.fuse`."""
 
     def one(f: ir.For) -> ir.Stmt:
-        chain = chain_from(f)
-        if len(chain.loops) < 2 or not matches(chain.loops[1], inner):
-            why, hint = in_the_way(chain, inner) if len(chain.loops) < 2 else ("", "reorder first")
+        chain = tree.chain_from(f)
+        if len(chain.loops) < 2 or not tree.matches(chain.loops[1], inner):
+            why, hint = (
+                tree.in_the_way(chain, inner) if len(chain.loops) < 2 else ("", "reorder first")
+            )
             raise illegal(f"loop {inner} is not right inside loop {outer}{why}", hint)
         a, b = chain.loops[:2]
         own = {a.name} | {x.var.name for x in chain.lets}
-        if free_vars(b.begin) & own or free_vars(b.end) & own:
+        if ir.free_vars(b.begin) & own or ir.free_vars(b.end) & own:
             why = f"the range of {b.name} depends on {a.name}"
             raise illegal(why, "only rectangular loops fuse")
-        if any(ir.reduces(a, c) != ir.reduces(b, c) for c in computes(chain.body)):
+        if any(ir.reduces(a, c) != ir.reduces(b, c) for c in tree.computes(chain.body)):
             raise illegal(
                 f"one of {a.name}, {b.name} reduces and the other does not",
                 "fuse loops of the output, or loops of the sum",
             )
-        width = simplify(ir.binary("-", b.end, b.begin))
+        width = ir.simplify(ir.binary("-", b.end, b.begin))
         both = ir.Var(into or a.name + b.name, a.var.dtype)
-        height = simplify(ir.binary("-", a.end, a.begin))
+        height = ir.simplify(ir.binary("-", a.end, a.begin))
         axes = tuple(dict.fromkeys(a.axes + b.axes))
-        joint = ir.For(both, ir.Const(0, both.dtype), mul(height, width), chain.body, a.kind, axes)
-        lets = (
-            ir.Let(a.var, add(a.begin, simplify(ir.binary("//", both, width)))),
-            ir.Let(b.var, add(b.begin, simplify(ir.binary("%", both, width)))),
+        joint = ir.For(
+            both, ir.Const(0, both.dtype), ir.mul(height, width), chain.body, a.kind, axes
         )
-        return build_chain(
+        lets = (
+            ir.Let(a.var, ir.add(a.begin, ir.simplify(ir.binary("//", both, width)))),
+            ir.Let(b.var, ir.add(b.begin, ir.simplify(ir.binary("%", both, width)))),
+        )
+        return tree.build_chain(
             replace(chain, loops=(joint, *chain.loops[2:]), lets=(*lets, *chain.lets))
         )
 
-    return rewrite_loops(body, outer, one)
+    return tree.rewrite_loops(body, outer, one)
 
 
 def reorder(body: ir.Stmt, *order: str) -> Rewritten:
@@ -139,35 +123,35 @@ def reorder(body: ir.Stmt, *order: str) -> Rewritten:
 
     def visit(x: Any) -> Any:
         nonlocal count
-        if isinstance(x, ir.For) and any(matches(x, n) for n in order):
+        if isinstance(x, ir.For) and any(tree.matches(x, n) for n in order):
             count += 1
             return _reordered(x, order)
-        return rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
+        return ir.rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
 
     return visit(body), count
 
 
 def _reordered(top: ir.For, order: tuple[str, ...]) -> ir.Stmt:
-    chain = chain_from(top)
-    named = [next((f for f in chain.loops if matches(f, n)), None) for n in order]
+    chain = tree.chain_from(top)
+    named = [next((f for f in chain.loops if tree.matches(f, n)), None) for n in order]
     present = [f for f in named if f is not None]
     missing = [n for n, f in zip(order, named, strict=True) if f is None]
-    below = [m for m in missing if has_loop(chain.body, m)]
+    below = [m for m in missing if tree.has_loop(chain.body, m)]
     if below:
-        why, hint = in_the_way(chain, below[0])
+        why, hint = tree.in_the_way(chain, below[0])
         raise illegal(f"between {top.name} and {', '.join(below)} the nest branches{why}", hint)
     if len({f.name for f in present}) < len(present):
         raise illegal(f"reorder({', '.join(order)}) names a loop twice", "each loop once")
     slots = iter(present)
     loops = tuple(next(slots) if f in present else f for f in chain.loops)
-    return build_chain(replace(chain, loops=loops))
+    return tree.build_chain(replace(chain, loops=loops))
 
 
 def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Rewritten:
     """The loop rewrite behind `Schedule.mark`."""
 
     def one(f: ir.For) -> ir.Stmt:
-        reducing = [c for c in computes(f.body) if ir.reduces(f, c)]
+        reducing = [c for c in tree.computes(f.body) if ir.reduces(f, c)]
         if kind in ("parallel", "cta.x", "cta.y"):
             for c in reducing:
                 if not (c.in_place and c.atomic):
@@ -177,7 +161,7 @@ def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Rewritten:
                         "make the updates atomic, or parallelise a loop of the output",
                     )
         if kind not in ("serial", "unroll", "vector"):
-            for c in computes(f.body):
+            for c in tree.computes(f.body):
                 scatters = c.in_place and not c.reduce
                 if kind.startswith("thread") and not scatters:
                     continue
@@ -200,7 +184,7 @@ def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Rewritten:
             )
         return replace(f, kind=kind, stages=0)
 
-    return rewrite_loops(body, loop, one)
+    return tree.rewrite_loops(body, loop, one)
 
 
 def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
@@ -213,11 +197,12 @@ def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
             return e.op in ("+", "-", "*") and (distinct(e.a) or distinct(e.b))
         return isinstance(e, ir.Var) and e.name in derived
 
-    for x in statements(f.body):
-        owned = isinstance(x, ir.Let) and free_vars(x.value) & derived and not reads_memory(x.value)
-        if isinstance(x, ir.Let) and owned and (c.reduce or distinct(x.value)):
+    for x in ir.statements(f.body):
+        if not isinstance(x, ir.Let) or tree.reads_memory(x.value):
+            continue
+        if ir.free_vars(x.value) & derived and (c.reduce or distinct(x.value)):
             derived.add(x.var.name)
-    return any(free_vars(i) & derived if c.reduce else distinct(i) for i in c.out.index)
+    return any(ir.free_vars(i) & derived if c.reduce else distinct(i) for i in c.out.index)
 
 
 def unroll(body: ir.Stmt, loop: str, factor: int = 0) -> Rewritten:
@@ -232,20 +217,20 @@ def unroll(body: ir.Stmt, loop: str, factor: int = 0) -> Rewritten:
             raise illegal(f"loop {f.name} would be written out {f.extent} times", "split it first")
         return replace(f, kind="unroll") if not factor else replace(f, unroll_hint=factor)
 
-    return rewrite_loops(body, loop, one)
+    return tree.rewrite_loops(body, loop, one)
 
 
 def rfactor(body: ir.Stmt, loop: str) -> Rewritten:
     """The loop rewrite behind `Schedule.rfactor`."""
 
     def one(f: ir.For) -> ir.Stmt:
-        if not any(ir.reduces(f, c) for c in computes(f.body)):
+        if not any(ir.reduces(f, c) for c in tree.computes(f.body)):
             raise illegal(f"loop {f.name} does not reduce", "rfactor splits a reduction")
         if f.extent is None:
             raise illegal(f"loop {f.name} has no constant extent", "split it first")
         return replace(f, private=True)
 
-    return rewrite_loops(body, loop, one)
+    return tree.rewrite_loops(body, loop, one)
 
 
 def atomic(body: ir.Stmt, output: str) -> Rewritten:
@@ -265,39 +250,40 @@ def atomic(body: ir.Stmt, output: str) -> Rewritten:
             return replace(x, atomic=True)
         return x
 
-    return transform(body, visit), count
+    return ir.transform(body, visit), count
 
 
-def mma(body: ir.Stmt, rows: str, cols: str, depth: str) -> Rewritten:
+def mma(body: ir.Stmt, rows: str, cols: str, depth: str, atom: Atom | None = None) -> Rewritten:
     """The loop rewrite behind `Schedule.mma`."""
 
     def one(f: ir.For) -> ir.Stmt:
-        chain = chain_from(f)
-        names = (rows, cols, depth)
-        loops = [next((x for x in chain.loops if matches(x, n)), None) for n in names]
-        if (
-            any(x is None for x in loops)
-            or chain.loops[-3:] != tuple(loops)
-            or not isinstance(chain.body, ir.Compute)
-        ):
-            why, hint = in_the_way(chain, depth)
+        chain, names = tree.chain_from(f), (rows, cols, depth)
+        paths = ((c, ir.path_to(f, c) or ()) for c in tree.computes(f))
+        below = [(c, [x for x in path if isinstance(x, ir.For)]) for c, path in paths]
+        tiles = [(c, [x for n in names for x in path if tree.matches(x, n)]) for c, path in below]
+        tiles = [(c, loops) for c, loops in tiles if len(loops) == 3]
+        c, loops = tiles[0] if len(tiles) == 1 else (None, [])
+        # Statements that share two loops of a tile are computed one tile after the other.
+        shared = len(below) > 1 and sum(x in chain.loops for x in loops) == 2
+        if c is None or not (shared or (chain.body is c and chain.loops[-3:] == tuple(loops))):
+            why, hint = tree.in_the_way(chain, depth)
             raise illegal(
                 f"{', '.join(names)} are not the three innermost loops of one product{why}", hint
             )
         extents = tuple(x.extent for x in loops if x)
-        if extents not in ATOMS:
-            raise illegal(f"no tile operation is {extents}", f"split the loops into {SHAPES}")
-        c = chain.body
+        if extents not in ATOMS or (atom and atom.shape != extents):
+            shapes = atom.shape if atom else SHAPES
+            raise illegal(f"no tile operation is {extents}", f"split the loops into {shapes}")
         products = (op == "sum" and isinstance(x, ir.Binary) and x.op == "*" for op, x in c.sums)
-        if not all(products) or not ir.reduces(chain.loops[-1], c):
+        if not all(products) or not ir.reduces(loops[-1], c):
             raise illegal(
                 f"{c.out.buffer.name} is no sum of products over {depth}",
                 "only sum(A[i, k] * B[k, j], over=k), and functions of it, become tiles",
             )
-        tiled = replace(c, mma=tuple(x.name for x in loops if x))
-        return transform(f, lambda x: tiled if x is c else x)
+        tiled = replace(c, mma=tuple(x.name for x in loops if x), atom=atom)
+        return ir.transform(f, lambda x: tiled if x is c else x)
 
-    return rewrite_loops(body, rows, one)
+    return tree.rewrite_loops(body, rows, one)
 
 
 def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
@@ -307,25 +293,25 @@ def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
         lines = f.body.body if isinstance(f.body, ir.Seq) else (f.body,)
         let = next((b for b in lines if isinstance(b, ir.Let) and _is_coordinate(b, f)), None)
         if let is None:
-            last = add(f.end, -1)
-            ahead_of = ir.Let(_later(f.var), ir.binary("min", add(f.var, ahead), last))
+            last = ir.add(f.end, -1)
+            ahead_of = ir.Let(_later(f.var), ir.binary("min", ir.add(f.var, ahead), last))
             at, moving = 0, f.var
         else:
             assert isinstance(let.value, ir.Load)
-            last = add(let.value.buffer.shape[0], -1)
-            position = ir.binary("min", add(f.var, ahead), last)
+            last = ir.add(let.value.buffer.shape[0], -1)
+            position = ir.binary("min", ir.add(f.var, ahead), last)
             ahead_of = ir.Let(_later(let.var), replace(let.value, index=(position,)))
             at, moving = lines.index(let) + 1, let.var
         rest, count = _prefetched(ir.seq(*lines[at:]), buffer, {moving.name: ahead_of.var})
         if not count:
-            raise unknown(
+            raise tree.unknown(
                 f"loop {f.name} reads nothing of {buffer!r} by way of {moving.name}",
                 "name an operand, and a loop that its address depends on",
             )
         known = ahead_of in lines  # by an earlier prefetch
         return replace(f, body=ir.seq(*lines[:at], *(() if known else (ahead_of,)), rest))
 
-    return rewrite_loops(body, loop, one)
+    return tree.rewrite_loops(body, loop, one)
 
 
 def _later(v: ir.Var) -> ir.Var:
@@ -342,7 +328,7 @@ def _prefetched(s: ir.Stmt, buffer: str, later: dict[str, ir.Expr]) -> Rewritten
     these values, and the number of prefetches."""
     if isinstance(s, ir.Compute):
         moving = (x for _, value in s.sums for x in _moving(value, buffer, later))
-        reads = list(dict.fromkeys(substitute(x, later) for x in moving))
+        reads = list(dict.fromkeys(ir.substitute(x, later) for x in moving))
         return ir.seq(*(ir.Prefetch(x) for x in reads), s), len(reads)
     if isinstance(s, (ir.For, ir.If)):
         body, count = _prefetched(s.body, buffer, later)
@@ -357,14 +343,14 @@ def _prefetched(s: ir.Stmt, buffer: str, later: dict[str, ir.Expr]) -> Rewritten
         total += count
         if (
             isinstance(line, ir.Let)
-            and free_vars(line.value) & later.keys()
-            and not reads_memory(line.value)  # what is loaded is not known early
+            and ir.free_vars(line.value) & later.keys()
+            and not tree.reads_memory(line.value)  # what is loaded is not known early
         ):
-            later = later | {line.var.name: substitute(line.value, later)}
+            later = later | {line.var.name: ir.substitute(line.value, later)}
     return ir.seq(*lines), total
 
 
 def _moving(value: ir.Expr, buffer: str, later: dict[str, ir.Expr]) -> list[ir.Load]:
     """The loads of `buffer` in a value whose address depends on names in `later`, each once."""
-    reads = (x for x in walk(value) if isinstance(x, ir.Load) and x.buffer.name == buffer)
-    return list(dict.fromkeys(x for x in reads if free_vars(x) & later.keys()))
+    reads = (x for x in ir.walk(value) if isinstance(x, ir.Load) and x.buffer.name == buffer)
+    return list(dict.fromkeys(x for x in reads if ir.free_vars(x) & later.keys()))

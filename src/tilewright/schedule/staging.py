@@ -10,23 +10,9 @@ from typing import Any, Literal
 
 from tilewright import dtypes
 from tilewright.errors import ScheduleError, illegal
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.affine import affine, is_multiple
 from tilewright.ir.names import values_name
-from tilewright.ir.rewrite import (
-    add,
-    conjuncts,
-    free_vars,
-    is_const,
-    mul,
-    path_to,
-    rebuild,
-    statements,
-    substitute,
-    transform,
-    walk,
-    zero_unless,
-)
 from tilewright.schedule.tree import computes, reads_memory, rewrite_loops
 from tilewright.target import SHARED_BYTES
 
@@ -43,7 +29,7 @@ def cache(
     body: ir.Stmt, buffer: str, loop: str, scope: CacheScope = "register", padding: float = 0
 ) -> tuple[ir.Stmt, int]:
     """The loop rewrite behind `Schedule.cache`. `padding`: the value of slots without an entry."""
-    reads = (x for c in computes(body) for e in _values(c) for x in walk(e) if _is_memory(x))
+    reads = (x for c in computes(body) for e in _values(c) for x in ir.walk(e) if _is_memory(x))
     if not any(_is_of(x.buffer.name, buffer) for x in reads):
         return body, 0
     return rewrite_loops(body, loop, lambda f: _Staging(body, f, buffer, scope, padding).result())
@@ -82,15 +68,15 @@ def pipeline(body: ir.Stmt, loop: str, stages: int) -> tuple[ir.Stmt, int]:
 
 def _check_asynchronous(copy: ir.For) -> None:
     """Raises ScheduleError[S102] for a copy of single elements, or of other shared memory."""
-    scratch = next(x for x in statements(copy) if isinstance(x, ir.Store)).buffer
-    lanes = prod(x.extent or 1 for x in statements(copy.body) if isinstance(x, ir.For))
+    scratch = next(x for x in ir.statements(copy) if isinstance(x, ir.Store)).buffer
+    lanes = prod(x.extent or 1 for x in ir.statements(copy.body) if isinstance(x, ir.For))
     nbytes = scratch.dtype.itemsize * lanes
     if nbytes not in (4, 8, 16):
         raise illegal(
             f"{scratch.name} is copied {nbytes} bytes at a time; asynchronous are 4, 8 or 16",
             f"specialize() its last dimension to a multiple of {WIDE // scratch.dtype.itemsize}",
         )
-    if any(isinstance(x, ir.Load) and x.buffer.scope == "shared" for x in walk(copy)):
+    if any(isinstance(x, ir.Load) and x.buffer.scope == "shared" for x in ir.walk(copy)):
         why = f"the copy to {scratch.name} reads shared memory of the same iteration"
         raise illegal(why, "cache fewer operands")
 
@@ -110,7 +96,7 @@ class _Staging:
             self._access(x, c)
             for c in computes(at.body)
             for value in self._computed(c)
-            for x in walk(value)
+            for x in ir.walk(value)
             if _is_memory(x) and _is_of(x.buffer.name, operand)
         ]
         if not accesses:
@@ -137,20 +123,20 @@ class _Staging:
 
     def _access(self, x: ir.Load, c: ir.Compute) -> tuple[ir.Load, list[Any]]:
         """A load of the operand, and the loops, guards and lets around its statement."""
-        selects = (y for e in self._computed(c) for y in walk(e) if isinstance(y, ir.Select))
+        selects = (y for e in self._computed(c) for y in ir.walk(e) if isinstance(y, ir.Select))
         arms = (arm for y in selects for arm in (y.a, y.b))
-        if any(y == x for arm in arms for y in walk(arm)):
+        if any(y == x for arm in arms for y in ir.walk(arm)):
             raise self.refuse(
                 "whether it is read depends on a condition", "cache what is always read"
             )
-        path = path_to(self.at.body, c)
+        path = ir.path_to(self.at.body, c)
         assert path is not None
         return x, path
 
     def _computed(self, c: ir.Compute) -> tuple[ir.Expr, ...]:
         """What a statement computes inside of the loop: its epilogue only if neither the loop nor
         one around it reduces."""
-        path = path_to(self.nest, c) or []
+        path = ir.path_to(self.nest, c) or []
         around = path[: next(n for n, s in enumerate(path) if s is self.at) + 1]
         is_later = any(isinstance(s, ir.For) and ir.reduces(s, c) for s in around)
         return _values(c)[:-1] if c.reductions and is_later else _values(c)
@@ -164,7 +150,7 @@ class _Staging:
                 parts[name] = part[0], replace(part[0], var=ir.Var(name, value.dtype), end=part[1])
         rest = {name: value for name, value in self.lets.items() if name not in parts}
         guards = [s.cond for s in self.path if isinstance(s, ir.If)]
-        used = {n for e in (*rest.values(), *guards, *self.access.index) for n in free_vars(e)}
+        used = {n for e in (*rest.values(), *guards, *self.access.index) for n in ir.free_vars(e)}
         kept = {name: f for name, (fused, f) in parts.items() if fused.name not in used}
         every = self.inner | kept
         order = (s.var.name for s in self.path if isinstance(s, (ir.For, ir.Let)))
@@ -174,12 +160,12 @@ class _Staging:
     def reads(self, e: Any) -> set[str]:
         """Names that an expression depends on, through the lets that it names."""
         names: set[str] = set()
-        waiting = list(free_vars(e))
+        waiting = list(ir.free_vars(e))
         while waiting:
             name = waiting.pop()
             if name not in names:
                 names.add(name)
-                waiting += free_vars(self.lets[name]) if name in self.lets else ()
+                waiting += ir.free_vars(self.lets[name]) if name in self.lets else ()
         return names
 
     def result(self) -> ir.For:
@@ -192,11 +178,11 @@ class _Staging:
 
         def reads(s: Any) -> Any:
             if isinstance(s, ir.Compute):
-                sums = tuple(replace(r, value=transform(r.value, visit)) for r in s.reductions)
+                sums = tuple(replace(r, value=ir.transform(r.value, visit)) for r in s.reductions)
                 is_inside = s.value in self._computed(s)
-                value = transform(s.value, visit) if is_inside else s.value
+                value = ir.transform(s.value, visit) if is_inside else s.value
                 return replace(s, value=value, reductions=sums)
-            return rebuild(s, reads) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
+            return ir.rebuild(s, reads) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
 
         fill, body = ir.seq(ir.Alloc(scratch), self._fill(scratch, loops)), reads(self.at.body)
         lines = list(body.body) if isinstance(body, ir.Seq) else [body]
@@ -204,11 +190,11 @@ class _Staging:
         barrier = isinstance(lines[copied], ir.Sync)  # after the copies before this one
         if self.scope == "register":
             lines.insert(copied + barrier, fill)
-        elif any(isinstance(x, ir.Load) and x.buffer.scope == "shared" for x in walk(fill)):
+        elif any(isinstance(x, ir.Load) and x.buffer.scope == "shared" for x in ir.walk(fill)):
             lines[copied + barrier : copied + barrier] = [fill, ir.Sync()]
         else:  # one barrier for all copies
             lines[copied:copied] = [fill] if barrier else [fill, ir.Sync()]
-        if self.scope == "shared" and not isinstance(lines[-1], ir.Sync):
+        if self.scope == "shared" and self.at.kind not in ir.GRID and lines[-1] != ir.Sync():
             lines.append(ir.Sync())
         return replace(self.at, body=ir.seq(*lines))
 
@@ -252,7 +238,7 @@ class _Staging:
         for group in self.groups:
             number: ir.Expr = group[0].var
             for f in group[1:]:
-                number = add(mul(number, f.extent or 1), f.var)
+                number = ir.add(ir.mul(number, f.extent or 1), f.var)
             index.append(number)
         return tuple(index)
 
@@ -309,7 +295,7 @@ class _Staging:
             if by > 1:  # the last number is a multiple of a vector, and the lane
                 block = ir.Var(f"{numbers[n].name}_block", dtype)
                 outside.append(ir.Let(block, number))
-                inside.append(ir.Let(numbers[n], add(mul(block, by), lane)))
+                inside.append(ir.Let(numbers[n], ir.add(ir.mul(block, by), lane)))
                 number = block
             else:
                 outside.append(ir.Let(numbers[n], number))
@@ -318,8 +304,8 @@ class _Staging:
                 wide = by if f is loops[-1] else 1
                 digit, number = _digit(number, (f.extent or 1) // wide, f is group[0])
                 if wide > 1:
-                    starts[f.name] = mul(digit, wide)
-                    inside.append(ir.Let(fresh[f.name], add(starts[f.name], lane)))
+                    starts[f.name] = ir.mul(digit, wide)
+                    inside.append(ir.Let(fresh[f.name], ir.add(starts[f.name], lane)))
                 else:
                     outside.append(ir.Let(fresh[f.name], digit))
         element = self._element(scratch, fresh, numbers or (ir.as_expr(0),), starts)
@@ -347,14 +333,14 @@ class _Staging:
         if not (isinstance(guard, ir.Binary) and guard.op == "<" and isinstance(guard.b, ir.Const)):
             return False
         form = affine(self._resolved(guard.a), frozenset((last,)))
-        if form is None or form.steps.keys() != {last} or not is_const(form.steps[last], 1):
+        if form is None or form.steps.keys() != {last} or not ir.is_const(form.steps[last], 1):
             return False
         return is_multiple(form.base, lanes) and int(guard.b.value) % lanes == 0
 
     def _resolved(self, e: ir.Expr) -> ir.Expr:
         """An expression without the lets on the way to the access."""
-        while self.lets.keys() & free_vars(e):
-            e = substitute(e, self.lets)
+        while self.lets.keys() & ir.free_vars(e):
+            e = ir.substitute(e, self.lets)
         return e
 
     def _element(
@@ -374,18 +360,20 @@ class _Staging:
         for s in self.path:
             if isinstance(s, ir.Let) and s.var.name in needed - fresh.keys():
                 var = ir.Var(f"{s.var.name}_{scratch.name}", s.var.dtype)
-                value = substitute(s.value, names)
-                out.append(ir.Let(var, zero_unless(held, value) if reads_memory(value) else value))
+                value = ir.substitute(s.value, names)
+                out.append(
+                    ir.Let(var, ir.zero_unless(held, value) if reads_memory(value) else value)
+                )
                 names[s.var.name] = var
-            for cond in conjuncts(s.cond) if isinstance(s, ir.If) else ():
+            for cond in ir.conjuncts(s.cond) if isinstance(s, ir.If) else ():
                 if cond in guards:
                     if starts.keys() & self.reads(cond):
                         cond = self._resolved(cond)
-                    cond = substitute(cond, names | starts)
+                    cond = ir.substitute(cond, names | starts)
                     held = cond if held is None else ir.binary("&", held, cond)
         x = self.access
-        at = tuple(substitute(i, names) for i in x.index)
-        store = ir.Store(scratch, to, zero_unless(held, ir.Load(x.buffer, at, x.dtype)))
+        at = tuple(ir.substitute(i, names) for i in x.index)
+        store = ir.Store(scratch, to, ir.zero_unless(held, ir.Load(x.buffer, at, x.dtype)))
         return ir.seq(*out, store)
 
     def _guards(self, own: set[str]) -> list[ir.Expr]:
@@ -393,7 +381,7 @@ class _Staging:
         other inner loops only do not concern it."""
         guards: list[ir.Expr] = []
         for s in self.path:
-            for cond in conjuncts(s.cond) if isinstance(s, ir.If) else ():
+            for cond in ir.conjuncts(s.cond) if isinstance(s, ir.If) else ():
                 reads = self.reads(cond) & self.inner.keys()
                 if (reads and not reads & own) or self._is_of_coordinates(cond):
                     continue
@@ -431,7 +419,7 @@ def _copied(lines: list[ir.Stmt]) -> int:
     for n, s in enumerate(lines):
         if computes(s):
             break
-        if any(isinstance(x, ir.Store) for x in statements(s)):
+        if any(isinstance(x, ir.Store) for x in ir.statements(s)):
             end = n + 1
     return end
 

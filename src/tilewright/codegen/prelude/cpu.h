@@ -219,6 +219,7 @@ TW_INLINE vec<float, N> exp(vec<float, N> x) {
 }
 TW_INLINE float exp(float x) { return exp<1>(vec<float, 1>{x})[0]; }
 TW_INLINE double exp(double x) { return __builtin_exp(x); }
+TW_INLINE float exp2(float x) { return __builtin_exp2f(x); }
 
 #define TW_LANEWISE(name, single, wide)                              \
   TW_INLINE float name(float x) { return single; }                   \

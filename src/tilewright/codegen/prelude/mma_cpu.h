@@ -35,11 +35,15 @@ struct tf32_bits {
 };
 struct float16_bits {
   TW_INLINE float read(uint16_t x) { return from_float16(x); }
+  TW_INLINE float read(float x) { return from_float16(to_float16(x)); }  // of a fragment
   template <int N> TW_INLINE vec<float, N> read(vec<uint16_t, N> x) { return from_float16<N>(x); }
+  template <int N> TW_INLINE vec<float, N> read(vec<float, N> x) { return from_float16<N>(to_float16<N>(x)); }
 };
 struct bfloat16_bits {
   TW_INLINE float read(uint16_t x) { return from_bfloat16(x); }
+  TW_INLINE float read(float x) { return from_bfloat16(to_bfloat16(x)); }
   template <int N> TW_INLINE vec<float, N> read(vec<uint16_t, N> x) { return from_bfloat16<N>(x); }
+  template <int N> TW_INLINE vec<float, N> read(vec<float, N> x) { return from_bfloat16<N>(to_bfloat16<N>(x)); }
 };
 
 // A window as numbers, R × C.
