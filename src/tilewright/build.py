@@ -275,7 +275,7 @@ def _cuda_kernel(built: Built, target: Target) -> Kernel:
 
 @functools.cache
 def _step_compiler(arch: str) -> launch.CompileStep:
-    """Compiles bodies of several kernels into one function, for a recorded step."""
+    """Returns a function that compiles several kernel bodies of a recorded step into one cubin."""
 
     def compile_step(bodies: tuple[Body, ...], macros: tuple[str, ...]) -> bytes:
         from tilewright.codegen import shell

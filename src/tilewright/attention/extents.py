@@ -110,8 +110,8 @@ class Line:
 
 
 class Numbers(bounds.Numbers):
-    """Computes ranges over arrays of tiles. `key`: the keys of each request; their positions are
-    their numbers."""
+    """Computes ranges of keys as NumPy arrays with one element per tile. `key` is the range of all
+    keys of each request; the position of a key is its index."""
 
     def __init__(
         self, key: Interval, positions: Mapping[str, Interval], values: Mapping[str, Any]
@@ -174,7 +174,7 @@ class Numbers(bounds.Numbers):
         return self.keys_up_to(left, Line(b.slope, rest, b.by, b.known), key)
 
     def keys_up_to(self, a: Line, b: Line, key: Interval) -> Interval:
-        """Keys where a ≤ b is possible: (a.slope − b.slope) · key ≤ room."""
+        """The keys in `key` for which a ≤ b may hold, as one range; all of `key` if not known."""
         known = a.known & b.known & ((a.by == 1) | ((b.by == 1) & (b.slope == 0)))
         known = known & ((b.by == 1) | (a.slope == 0))
         slope = a.slope - b.slope

@@ -115,8 +115,8 @@ class Plan:
         return self
 
     def on_device(self, ordinal: int) -> tuple[Any, Any]:
-        """`qo_indptr` and the work (items or cuts) as int32 arrays on a GPU: those made when it was
-        planned for that GPU, else new ones."""
+        """`qo_indptr` and the work (`items` or `cuts`) as int32 arrays on GPU `ordinal`: the copies
+        that the plan keeps, if they are on that GPU, and new copies otherwise."""
         if self.tensors is not None and self.tensors[0].device.ordinal == ordinal:
             return self.tensors
         from tilewright.runtime.cuda import DeviceArray

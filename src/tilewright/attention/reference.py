@@ -49,12 +49,12 @@ def _element(kept: np.ndarray, index: list[Any]) -> Any:
 def attention(
     q: Any, kv: KV, qo_indptr: Any, variant: Any, *, sm_scale: float | None = None, **values: Any
 ) -> State:
-    """softmax(logits(q·k·sm_scale) where mask)·v for each query, in float64.
+    """softmax(logits(q·k·sm_scale) where mask)·v for each query, in float64, on the host.
 
-    `q` (tokens, qo_heads, head_dim); the last query of a request has the position of its
-    last key, unless the table says otherwise. Slow: it computes the full score matrix. A query that
-    sees nothing has o = 0 and lse = −inf, or its sink; NaN and Inf in keys and values reach the
-    queries that see them and no others.
+    `q` is (tokens, qo_heads, head_dim); request i has rows qo_indptr[i]:qo_indptr[i + 1], and its
+    last query has position kv_len − 1, unless the table of `kv` has `qo_base`. `values` are those
+    of `variant`. A query that sees no key has o = 0, and lse = −inf or its sink. NaN and Inf in
+    keys and values reach only queries that see them. Slow: it computes the full score matrix.
     """
     traced = traced_of(variant)
     values = dict(variant.fixed) | {n: to_host(v) for n, v in values.items()}

@@ -103,7 +103,7 @@ class _OnThreads(CudaRenderer):
 
 
 def _load(renderer: CppRenderer | CudaRenderer, e: Load, read: Callable[[str], str]) -> str:
-    """A value of the variant: a member, or an element of a vector or a matrix."""
+    """Code that reads a scalar or element of a variant; `read` turns an address into a load."""
     name = f"v_{e.buffer.name}"
     if not e.index:
         return name

@@ -100,7 +100,7 @@ def traced_of(variant: Any) -> Traced:
 
 @dataclass(frozen=True, repr=False)
 class Combined:
-    """Variants composed by `&` and `|`: a value as each of them is. `by`: the last operator."""
+    """A variant composed of two others by the operator `by` ("&" or "|"), and used as they are."""
 
     traced: Traced
     fixed: tuple[tuple[str, float], ...]

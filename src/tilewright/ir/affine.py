@@ -96,7 +96,7 @@ def is_multiple(e: Expr, n: int, known: Callable[[Var], bool] = lambda v: False)
 
 
 def terms(e: Expr) -> list[Expr]:
-    """Expressions whose sum is the integer `e`, products by a constant of sums multiplied out."""
+    """Splits an integer expression into terms that add up to it: (a + b) * 4 into a * 4, b * 4."""
     if isinstance(e, Cast) and e.a.dtype.is_int:
         return [cast(t, e.dtype) for t in terms(e.a)]
     if isinstance(e, Binary) and e.op == "+":

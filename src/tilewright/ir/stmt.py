@@ -50,10 +50,10 @@ class Seq(Stmt):
 
 @node
 class For(Stmt):
-    """`for name in begin:end`. `axes` are the coordinate axes the loop came from.
+    """A loop `for name in begin:end`. `axes` are the coordinate axes from which it was lowered.
 
-    `private` reductions keep one accumulator per iteration of this loop (rfactor). `stages`: the
-    buffers of a pipeline."""
+    If it is `private`, reductions over it keep one accumulator per iteration (see rfactor).
+    `stages` is the number of buffers of a pipelined loop, and 0 for other loops."""
 
     var: Var
     begin: Expr

@@ -42,8 +42,8 @@ def with_roles(program: ir.Program) -> ir.Program:
 
 
 def check(t: Statement, placed: dict[str, str], emitted: set[str], around: set[str]) -> None:
-    """Raises ScheduleError[S102] for a temporary that reads what is not computed yet, or that loops
-    `around` would repeat."""
+    """Checks that `t` can be computed at its loop in `placed`. Raises ScheduleError[S102] if it
+    reads a temporary not yet in `emitted`, or if another loop, in `around`, would repeat it."""
     name, loop = t.out.tensor.name, placed.get(t.out.tensor.name, "")
     read = names_read(*values_of(t)) & placed.keys()
     for late in sorted(read - emitted - {name}):

@@ -49,8 +49,8 @@ def _dense(a: dict[str, Any], rows: Rows, k: Any) -> tuple[Any, Any]:
 
 
 def _blocks(a: dict[str, Any], rows: Rows, b: Any, half: Any, lane: Any) -> tuple[Any, Any]:
-    """Blocks of 32 numbers: int8 side by side, or uint4 with the low halves first. Of interleaved
-    rows (g, r) each array has r last."""
+    """The column and the dequantised weight at (b, half, lane) of a row in blocks of 32: int8 in
+    order, or uint4 with the low halves first. If `rows` is (g, r), the arrays `a` have r last."""
     n, *r = rows
     column = b * 32 + half * 16 + lane
     if a["Q"].dtype.name == "int8":

@@ -79,7 +79,7 @@ def rope_kernel(interleaved: bool, target: str = "cpp") -> Kernel:
 
 @cache
 def rope_append_kernel(interleaved: bool, target: str = "cpp") -> Kernel:
-    """Rotates keys and writes them to `page[t], slot[t]` of the pages (g, f, h, …)."""
+    """Builds the kernel that rotates keys and writes the key of token t to K[page[t], slot[t]]."""
     return (APPEND_PAIRS if interleaved else APPEND_HALVES).build(target)
 
 

@@ -36,7 +36,7 @@ class Output:
     allocate: Callable[[Any], Any]
 
     def write(self, array: Any, pointer: int = 0) -> None:
-        """Write the address of `array` (`pointer`, where it is known) into the fields."""
+        """Write the address of `array`, or `pointer` if it is not 0, into the output's fields."""
         for slot, part in self.slots:
             slot.value = pointer or address(array.values[part] if self.spec.structure else array)
 

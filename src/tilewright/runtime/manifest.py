@@ -30,10 +30,10 @@ Count = int | str | tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """One launch: its entry, how many units each of its bodies has, which body serves each row of
-    its work table, its threads. The rows are the parts of `structure`, if it follows a composed
-    format. Units of an `ordered` launch run one after the other. `searches`: the arrays in which a
-    unit searches inside loops, and how many loops are around the search."""
+    """One launch. `entry`: its function; `units`: how many each of its bodies has; `rows`: which
+    body runs each row of its work table. `structure`: the sparse operand that it follows, or "";
+    its parts are the rows. Units of an `ordered` launch run one after the other. `searches`: each
+    array that a unit searches inside loops, and the largest number of loops around the search."""
 
     entry: str
     units: tuple[Count, ...]

@@ -82,7 +82,7 @@ def _check_asynchronous(copy: ir.For) -> None:
 
 
 class _Staging:
-    """`cache` at one loop: the accesses, the scratch they share, its copy."""
+    """Rewrites loop `at` for `Schedule.cache`: copies `operand` to scratch and reads it there."""
 
     def __init__(
         self, nest: ir.Stmt, at: ir.For, operand: str, scope: CacheScope, padding: float
@@ -201,7 +201,7 @@ class _Staging:
     # -- what scratch is indexed by --------------------------------------------------------------
 
     def _dimensions(self) -> list[ir.For]:
-        """The loops inside that the access depends on, in the order of its indices."""
+        """The loops inside `at` that the access depends on, in index order; also fills `groups`."""
         if any(s.kind in ir.GRID for s in self.inner.values()):
             raise self.refuse(
                 f"loop {self.at.name} contains loops over units of the launch",

@@ -35,10 +35,10 @@ STARVED = 8  # steps
 
 
 class Prompt(NamedTuple):
-    """A prompt that is read or waits. `left`: tokens from position `start`; `due`: seconds until
-    its first token is promised, `gap`: promised between later ones; `age`: steps since it got
-    tokens; `priority`: as asked, `rank`: grown by waiting; `pages`: that it needs to be
-    admitted (0: it runs).
+    """A prompt that is being processed or waits to be admitted. `left`: tokens still to process,
+    from position `start` on; `due`: seconds from now until its first token is promised; `gap`:
+    seconds promised between later tokens; `age`: steps since it last got tokens or was queued;
+    `rank`: its `priority`, raised by waiting; `pages`: that it needs to be admitted (0: it runs).
     """
 
     id: int

@@ -79,7 +79,7 @@ class Batch:
 
 
 def work_of(chunks: Sequence[Chunk]) -> Work:
-    """What a step of these chunks reads, for the model of its cost."""
+    """What a step of these chunks (answers first) reads; the cost model predicts time from it."""
     stops = [c.stop for c in chunks if not c.is_prompt]
     work = Work(len(stops), sum(stops))
     for chunk in chunks[len(stops) :]:

@@ -145,8 +145,8 @@ class ByRow:
         self.of_columns = cache(self._of_columns)
 
     def _of_columns(self, part: int, parts: int) -> tuple[np.ndarray | None, np.ndarray]:
-        """Of one of `parts` equal ranges of columns: the numbers of the entries inside (None: all
-        of them), and how many each row has there."""
+        """Selects the entries in range `part` of `parts` equal ranges of columns. Returns their
+        numbers (None for all entries, if `parts` is 1), and how many of them each row has."""
         rows, numbers = self.coords[0], None
         if parts > 1:
             width = max(-(-self.shape[1] // parts), 1)
@@ -206,8 +206,8 @@ class Composed:
 
     @property
     def unique_rows(self) -> bool:
-        """Whether each row of the result belongs to one part: parts that list their rows, one by
-        one. A dense or blocked level of rows walks rows of other parts too."""
+        """Whether each row of the result is written by only one part: parts share no rows, and list
+        those they have. A dense or blocked level of rows also visits rows of other parts."""
         return self.disjoint_rows and all(lists_rows(f.levels[0]) for _, f in self.parts)
 
     @property

@@ -140,7 +140,7 @@ def _stages(definition: Definition, target: Target) -> Iterator[Stage]:
 
 
 def _programs(definition: Definition, target: Target) -> Iterator[tuple[Program, str]]:
-    """The program as written, after each verb, and after each pass that changed it."""
+    """Yields the program and a title: as written, after each verb, after each pass with effect."""
     previous = ""
     for program, title in _steps(definition, target):
         if str(program) != previous or title.startswith("schedule "):

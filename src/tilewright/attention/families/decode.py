@@ -54,7 +54,7 @@ def _row(spec: Spec) -> int:
 
 
 def blocks_of(rows: int) -> int:
-    """Blocks of 8 packed rows that a kernel for at most `rows` of a request works on."""
+    """How many blocks of 8 rows a kernel needs if each request has at most `rows` packed rows."""
     return 1 if rows <= 8 else 2
 
 
