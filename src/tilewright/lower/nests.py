@@ -430,7 +430,7 @@ class NestBuilder:
         return reductions, transform(reader.expr(st.epilogue), scalar)
 
     def _appended(self, scope: Scope, lets: list[ir.Stmt]) -> ir.Stmt:
-        """The statements that append a value to the lists `root` and `also`; `lets`: what they read."""
+        """The statements that append to the lists `root` and `also`; `lets`: what they read."""
         reader = Reader(self.tables, self.rows, scope, lets)
         values = [reader.expr(st.value.a) for st in (self.root, *self.also)]  # type: ignore[attr-defined]
         return appended(reader, (self.root, *self.also), values)
