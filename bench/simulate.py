@@ -167,6 +167,9 @@ def simulate_rows(args: argparse.Namespace) -> Iterator[Row]:
     arrivals = read_arrivals(args.trace, args.requests, args.speed, args.context)
     seats, tokens = args.running, args.step_tokens
     pages = args.kv_tokens // 16
+    if args.kv_tokens < args.context:
+        rule = f"--kv-tokens {args.kv_tokens} hold no request of --context {args.context}"
+        raise ArgumentError("A109", rule, where="--kv-tokens", hint="at least the context")
     name = f"{args.trace.name.split('.')[0]} x{args.speed:g}"
     for gap_ms in args.itl_ms:
         promise = Sampling(ttft_ms=args.ttft_ms, itl_ms=gap_ms)

@@ -258,7 +258,7 @@ def ours_spmm(graph: Graph, values: np.ndarray, x: Any, dtype: str, target: str)
     matrix = (graph.indptr, graph.indices, values, graph.shape)
     kept = _kept.get("spmm")
     if kept is None or kept[0] is not graph or kept[1] != (dtype, target):
-        packing = _timed(lambda: ops.pack_for_spmm(matrix, x.shape[1], target, dtype=dtype), target)
+        packing = _timed(lambda: ops.pack_for_spmm(matrix, target, dtype=dtype), target)
         _kept["spmm"] = kept = (graph, (dtype, target), packing)  # one format serves every width
     packed, pack_ms = kept[2]
     plain = Contender(

@@ -78,10 +78,10 @@ def test_an_empty_sum(rng):
 
 def test_packing():
     a = np.array([[0, 2.0], [3, 0]], np.float32)
-    packed = ops.pack_for_sddmm(a, 32)
+    packed = ops.pack_for_sddmm(a)
     assert packed.format == tw.csr() and packed.dtype.name == "float32"
     np.testing.assert_array_equal(packed.dense(), a)
-    assert ops.pack_for_sddmm(a, 32, dtype="float16").dtype.name == "float16"
+    assert ops.pack_for_sddmm(a, dtype="float16").dtype.name == "float16"
 
 
 def test_wrong_arguments(rng):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench import harness, simulate
 from bench import serve as bench_serve
-from bench import simulate
 from tilewright.errors import ArgumentError, ModelError
 from tilewright.serve import tune
 from tilewright.serve.cost import CostModel, Work
@@ -212,9 +212,18 @@ def test_the_verb_that_measures(runnable_path: Path, tmp_path: Path, capsys):
     command = ["tune", "serve", str(runnable_path), *sizes, "--step-tokens", "32"]
     assert cli.main([*command, "--seconds", "0.5", "--out", str(out)]) == 0
     told = capsys.readouterr()
-    assert told.err.count("#") and "steps, off by" in told.out
+    assert f"#] {tune.FEWEST} steps" in told.err and "steps, off by" in told.out
     options = Options(context=128, running=4, step_tokens=32, cost=out)
     Engine(open_model(runnable_path), "cpp", options).submit([5, 6], Sampling(itl_ms=1e6))
-    for wrong in (["--seconds", "nan"], ["--seconds", "0"], ["--out", str(tmp_path / "no" / "x")]):
+    for wrong in (
+        ["--seconds", "nan"], ["--seconds", "0"], ["--out", str(tmp_path / "no" / "x")],
+        ["--context", "1"],
+    ):  # fmt: skip
         assert cli.main([*command, *wrong]) == 2
         assert "A109" in capsys.readouterr().err
+    with pytest.raises(ArgumentError, match="A109"):
+        tune.fit([(Work(1), 0.1)] * 3)
+    few = ["serve", "--simulate", "--kv-tokens", "1000", "--context", "5000", "--requests", "2"]
+    trace = tmp_path / "trace.csv"
+    trace.write_text(AZURE, encoding="utf-8")
+    assert harness.main([*few, "--trace", str(trace)]) == 2

@@ -97,11 +97,11 @@ def recipe(s: Schedule, width: int = 0) -> Schedule:
 # ---------------------------------------------------------------------------- the operator
 
 
-def pack_for_sddmm(matrix: Any, width: int = 128, target: str = "cpp", dtype: Any = None) -> Packed:
+def pack_for_sddmm(matrix: Any, target: str = "cpp", dtype: Any = None) -> Packed:
     """Pack a matrix into the format that `sddmm` is fastest on, on the device of the target.
 
-    `matrix`: as `Format.pack` takes it, and its errors. `width`: columns of P and Q. Raises
-    BuildError[B103] for an unknown target."""
+    `matrix`: as `Format.pack` takes it, and its errors. Raises BuildError[B103] for an unknown
+    target."""
     on_gpu = parse_target(target).is_cuda
     packed = (formats.coo() if on_gpu else formats.csr()).pack(matrix, dtype=dtype)
     return packed.to("cuda") if on_gpu else packed

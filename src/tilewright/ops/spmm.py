@@ -249,7 +249,7 @@ def powers(top: int) -> tuple[int, ...]:
     return tuple(2**b for b in range(top.bit_length()))
 
 
-def choose_format(rows: int, nnz: int, target: str) -> Format | Composed:
+def choose_format(nnz: int, target: str) -> Format | Composed:
     """CSR on a CPU; on a GPU rows by length.
 
     One group of threads takes a row of a bucket: cheap if other rows hide its latency, else the
@@ -262,15 +262,14 @@ def choose_format(rows: int, nnz: int, target: str) -> Format | Composed:
     return by_length(WIDE, giant=nnz // 2000)
 
 
-def pack_for_spmm(matrix: Any, width: int = 128, target: str = "cpp", dtype: Any = None) -> Packed:
+def pack_for_spmm(matrix: Any, target: str = "cpp", dtype: Any = None) -> Packed:
     """Pack a matrix into the format that `spmm` is fastest on, on the device of the target.
 
-    `matrix`: as `Format.pack` takes it, and its errors. `width`: features of X. Raises
-    BuildError[B103] for an unknown target."""
+    `matrix`: as `Format.pack` takes it, and its errors. Raises BuildError[B103] for an unknown
+    target."""
     kind = parse_target(target).kind
     coordinates = entries.read(matrix)
-    rows = coordinates.shape[0] if coordinates.shape else 0  # of no matrix: packing says so
-    packed = choose_format(rows, coordinates.nnz, kind).pack(coordinates, dtype=dtype)
+    packed = choose_format(coordinates.nnz, kind).pack(coordinates, dtype=dtype)
     return packed.to("cuda") if kind == "cuda" else packed
 
 

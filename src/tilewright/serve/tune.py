@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from tilewright.errors import ArgumentError
 from tilewright.serve.cost import CONSTANTS, CostModel, Work
 from tilewright.serve.engine import Engine
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.request import Request
 from tilewright.serve.scheduler import Chunk, work_of
 
+FEWEST = 2 * len(CONSTANTS)  # samples of a fit
 KNEES = (0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 Sample = tuple[Work, float]
@@ -22,7 +24,11 @@ Sample = tuple[Work, float]
 
 def fit(samples: Sequence[Sample], key: str = "") -> CostModel:
     """The constants of the least mean square of the relative error over measured steps. The time is
-    linear in them: a model with one constant alone, 1, says what that is multiplied with."""
+    linear in them: a model with one constant alone, 1, says what that is multiplied with. Raises
+    ArgumentError[A109] for fewer samples than constants."""
+    if len(samples) < len(CONSTANTS):
+        rule = f"{len(samples)} measured steps for {len(CONSTANTS)} constants"
+        raise ArgumentError("A109", rule, where="samples")
     best, least = CostModel(key=key), np.inf
     for knee in KNEES:
         units = [replace(CostModel(knee=knee), **{name: 1.0}) for name in CONSTANTS]
@@ -58,14 +64,21 @@ def measure(
     progress: Callable[[float, int], None] | None = None,
 ) -> list[Sample]:  # fmt: skip
     """Steps of random states with the time of each, the least of three runs. Overwrites the KV
-    cache. Ends after `seconds`, or after `most` steps. `progress` is called after each step with
-    the part that is done, 0 to 1, and the number of steps."""
+    cache. Ends after `most` steps, or after `seconds` but not before `FEWEST` steps. `progress` is
+    called after each step with the part that is done, 0 to 1, and the number of steps. Raises
+    ArgumentError[A109] for a context of one token."""
     rng = np.random.default_rng(seed)
     for array in (*engine.runner.keys, *engine.runner.values):
         engine.model.memory.write(array, rng.standard_normal(array.shape[-1]))
     samples: list[Sample] = []
     started = time.perf_counter()
-    while (passed := time.perf_counter() - started) < seconds and len(samples) < most:
+    if engine.context < 2:
+        rule = f"a context of {engine.context}: no prompt and no answer"
+        raise ArgumentError("A109", rule, where="context", hint="2 or more")
+    while len(samples) < most:
+        passed = time.perf_counter() - started
+        if passed >= seconds and len(samples) >= FEWEST:
+            break
         chunks = _chunks(engine, rng)
         engine.runner.run(chunks)  # builds and records what steps of this kind need
         times = []
