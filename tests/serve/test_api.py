@@ -233,6 +233,24 @@ def test_schemas(client: openai.OpenAI):
         assert answer.choices[0].finish_reason == "stop"
 
 
+def test_schemas_that_cannot_be_followed(served: tuple[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """One that fails while the answer is written, and a model without an end token."""
+    pytest.importorskip("llguidance", reason="schemas need the grammar extra")
+    url, server = served
+
+    def ask(schema: Any) -> httpx.Response:
+        wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+        return httpx.post(url + CHAT, json={"messages": ASKED, "response_format": wanted})
+
+    answer = ask({"$ref": "#"})
+    check_error(answer, 400)
+    assert answer.json()["error"]["code"] == "M106" and "<state>" not in answer.text
+    monkeypatch.setattr(server.engine.tokenizer, "ends", frozenset())
+    answer = ask({"type": "boolean"})
+    check_error(answer, 400)
+    assert "no end token" in answer.text and server.worker.restarts == 0
+
+
 def test_tools_and_tokenize(url: str, client: openai.OpenAI, alone: LLM):
     """A text of a tool never becomes a control token; the template of the model ignores tools."""
     tool: Any = {

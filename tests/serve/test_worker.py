@@ -134,6 +134,19 @@ def test_steps_that_fail(runnable_path: Path):
     asyncio.run(body())
 
 
+def test_a_request_that_cannot_begin(runnable_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Any exception of `submit` ends that request alone."""
+
+    async def body() -> None:
+        async with worker_of(runnable_path) as (engine, worker):
+            with monkeypatch.context() as patch:
+                patch.setattr(engine, "submit", lambda *_: min(()))
+                assert (await ask(worker, 1))[1] == "error"
+            assert (await ask(worker, 1))[1] == "length" and worker.restarts == 0
+
+    asyncio.run(body())
+
+
 def test_leaving_ends_what_runs(runnable_path: Path):
     async def body() -> None:
         pieces: asyncio.Queue[Piece] = asyncio.Queue()

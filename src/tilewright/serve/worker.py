@@ -87,8 +87,8 @@ def run(engine: Engine, connection: Connection) -> None:
                 counts["requests_total"] += 1
                 try:
                     requests[number] = engine.submit(*message)
-                except TilewrightError as error:
-                    pieces[number] = Piece(finish="error", error=error)
+                except Exception as error:
+                    pieces[number] = Piece(finish="error", error=_told(error))
             ready = set(_step(engine))
             counts["tokens_total"] += len(ready)
             pieces |= {n: _piece(r) for n, r in requests.items() if r in ready}
@@ -105,12 +105,19 @@ def _step(engine: Engine) -> list[Request]:
         failed = list(engine.scheduler.running)
         if not failed:
             raise
-        LOG.exception("a step has failed")
+        told = _told(error)
         for request in failed:
-            known = isinstance(error, TilewrightError)
-            request.error = error if known else RuntimeError(repr(error)[:200])
+            request.error = told
             engine.scheduler.finish(request, "error")
         return failed
+
+
+def _told(error: Exception) -> Exception:
+    """What the server is told of an exception. One that is not ours is logged here."""
+    if isinstance(error, TilewrightError):
+        return error
+    LOG.error("a request or a step has failed", exc_info=error)
+    return RuntimeError(repr(error)[:200])
 
 
 def _piece(request: Request) -> Piece:
