@@ -223,6 +223,7 @@ def test_schemas(client: openai.OpenAI):
         "properties": {"a": {"enum": ["the", "and"]}, "b": {"type": "boolean"}},
     }  # fmt: skip
     wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    wanted["json_schema"] |= {"strict": True, "description": "two words"}
     for seed in range(4):
         answer = client.chat.completions.create(
             model="tiny", messages=ASKED, response_format=wanted, seed=seed, max_tokens=110,
@@ -325,6 +326,14 @@ BAD: list[tuple[str, Any, int]] = [
     (CHAT, {"messages": ASKED, "response_format": {"type": "json_schema"}}, 400),
     (CHAT, {"messages": ASKED, "response_format":
             {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}}, 400),
+    (CHAT, {"messages": ASKED, "response_format":
+            {"type": "json_schema", "json_schema": {"schem": {}}}}, 400),
+    (CHAT, {"messages": ASKED, "response_format":
+            {"type": "json_schema", "json_schema": {"schema": {}, "nam": "x"}}}, 400),
+    (CHAT, {"messages": ASKED, "response_format": {"type": "text", "schema": {}}}, 400),
+    (CHAT, {"messages": ASKED, "response_format":
+            {"type": "json_schema", "json_schema": {"name": "x"}}}, 400),
+    (CHAT, {"messages": ASKED, "stream_options": {"include_usag": True}}, 400),
     (CHAT, {"messages": ASKED, "tools": [{"a": "\udc00"}]}, 400),
     (CHAT, {"messages": ASKED, "itl_ms": 5}, 400), (CHAT, {"messages": ASKED, "ttft_ms": -1}, 400),
     ("/tokenize", {}, 400), ("/tokenize", {"prompt": "a", "messages": ASKED}, 400),

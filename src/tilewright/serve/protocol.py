@@ -21,15 +21,24 @@ KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_e
 BAD_REQUEST = ("M105", "M106", "M107", "M110")
 
 
-class StreamOptions(BaseModel):
+class Strict(BaseModel):
+    """Unknown fields are refused, at every depth."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class Schema(BaseModel):
-    schema_: dict[str, Any] = Field({}, alias="schema")
+class Schema(Strict):
+    schema_: dict[str, Any] = Field(alias="schema")
+    name: str = ""
+    strict: bool | None = None
+    description: str | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
 
@@ -41,11 +50,9 @@ class ResponseFormat(BaseModel):
         return json.dumps({"type": "object"} if self.type == "json_object" else asked)
 
 
-class Body(BaseModel):
-    """The fields that both endpoints share. Unknown ones are refused; those of accounting are
-    taken and not used."""
+class Body(Strict):
+    """The fields that both endpoints share. Those of accounting are taken and not used."""
 
-    model_config = ConfigDict(extra="forbid")
     model: str = ""
     max_tokens: int | None = None
     temperature: float = 1.0
@@ -99,8 +106,7 @@ class Chat(Body):
     tool_choice: Literal["none", "auto"] | None = None
 
 
-class Tokenize(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Tokenize(Strict):
     model: str = ""
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
