@@ -26,6 +26,7 @@ from tilewright.serve.weights import open_model
 
 LOG = logging.getLogger("tilewright.serve")
 HANG_S = 120.0  # without a word while requests wait: the process is killed
+END_S = 10.0  # for a process to end by itself
 PAUSES_S = (0.0, 1.0, 4.0, 15.0, 60.0)  # before each start in a row that led to no answer
 
 
@@ -60,8 +61,10 @@ def main(connection: Connection, path: str, target: str, options: Options) -> No
         signal.signal(number, signal.SIG_IGN)
     try:
         engine = Engine(open_model(path), target, options)
-    except TilewrightError as error:
-        return connection.send(error)
+    except Exception as error:
+        known, rule = isinstance(error, TilewrightError), f"the engine cannot start: {error!r:.200}"
+        LOG.error("the engine cannot start", exc_info=None if known else error)
+        return connection.send(error if known else ModelError("M109", rule))
     return run(engine, connection)
 
 
@@ -175,9 +178,7 @@ class Worker:
         finally:
             task.cancel()
             self._send(-1, None)
-            await asyncio.to_thread(self._engine.join, 10)
-            if self._engine.is_alive() and hasattr(self._engine, "kill"):
-                self._engine.kill()
+            await asyncio.to_thread(self._join)
             self._end_all()
 
     def submit(self, tokens: list[int], sampling: Sampling, listener: Listener) -> int:
@@ -201,8 +202,19 @@ class Worker:
         self.is_ready = False
         self._connection, theirs = multiprocessing.Pipe()
         self._heard = time.monotonic()
-        self._engine = self._start(theirs)
+        try:
+            self._engine = self._start(theirs)
+        except Exception:
+            theirs.close()  # so that the next look finds the end
+            raise
         self.restarts += 1
+
+    def _join(self) -> None:
+        """Waits for the end of the engine. A process that takes too long is killed."""
+        self._engine.join(END_S)
+        if self._engine.is_alive() and hasattr(self._engine, "kill"):
+            self._engine.kill()
+            self._engine.join(END_S)
 
     def _send(self, *message: Any) -> None:
         """Sends without waiting for the engine, which may be in a step."""
@@ -234,12 +246,15 @@ class Worker:
                     self._engine.kill()
             message = coming.result()
             if isinstance(message, Exception):
-                LOG.error("the engine has ended; it is started again")
+                LOG.error("the engine is started again: %s", message)
                 self._end_all()
-                await asyncio.to_thread(self._engine.join)
+                await asyncio.to_thread(self._join)
                 await asyncio.sleep(PAUSES_S[min(failures, len(PAUSES_S) - 1)])
                 failures += 1
-                self._launch()
+                try:
+                    self._launch()
+                except Exception:
+                    LOG.exception("the engine cannot be started")
                 continue
             pieces, self.counts = message
             failures = 0 if pieces else failures
