@@ -163,9 +163,8 @@ class Engine:
         plain = request.sampling.is_plain_greedy
         token = logits.likeliest[i] if plain else sample(request, logits.row(i))
         if request.grammar is not None and (wrong := request.grammar.get_error()):
-            from tilewright.serve.grammar import refused
-
-            request.error = refused(wrong)
+            rule = f"no answer can follow the JSON schema: {wrong.splitlines()[0][:200]}"
+            request.error = ModelError("M106", rule, where="response_format")
             return self.scheduler.finish(request, "error")
         if token in self.tokenizer.ends and not request.sampling.ignore_eos:
             if request.sampling.logprobs is not None:

@@ -29,15 +29,9 @@ def matcher(tokenizer: Tokenizer, schema: str) -> LLMatcher:
     if not tokenizer.ends:
         wrong = "the model has no end token"
     if wrong or len(schema) > MAX_SCHEMA_CHARS:
-        raise refused(wrong or "it is too long")
+        rule = f"the JSON schema cannot be used: {wrong[:200] or 'it is too long'}"
+        raise ModelError("M106", rule, where="response_format")
     return LLMatcher(_vocabulary(tokenizer), grammar)
-
-
-def refused(wrong: str) -> ModelError:
-    """The error of a schema, or of an answer that has left it."""
-    wrong = wrong.partition("\n<state>")[0][:200]  # without the library's inner state
-    rule = f"the JSON schema cannot be used: {wrong}"
-    return ModelError("M106", rule, where="response_format")
 
 
 @functools.lru_cache(maxsize=2)

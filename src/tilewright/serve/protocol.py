@@ -11,14 +11,14 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from tilewright.errors import ModelError, TilewrightError
+from tilewright.errors import TilewrightError
 from tilewright.serve.request import Sampling, TokenLogprob
 from tilewright.serve.tokenizer import Tokenizer
 from tilewright.serve.worker import Piece
 
 MAX_MESSAGE = 500  # characters of an error
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-BAD_REQUEST = ("M105", "M106", "M107", "M110")
+BAD_REQUEST = ("E101", "M105", "M106", "M107", "M110")
 
 
 class Strict(BaseModel):
@@ -190,7 +190,7 @@ def failure(error: Exception) -> tuple[dict[str, Any], int]:
         first = error.errors()[0]
         param = ".".join(ascii(part).strip("'")[:80] for part in first["loc"][1:])
         status, message = 400, f"{param}: {first['msg']}"
-    elif isinstance(error, ModelError) and (code == "M109" or code in BAD_REQUEST):
+    elif isinstance(error, TilewrightError) and (code == "M109" or code in BAD_REQUEST):
         status, param = 503 if code == "M109" else 400, error.where or None
         message = f"{error.message}. {error.hint}".removesuffix(". ")
         code = "context_length_exceeded" if code == "M105" else code
