@@ -38,6 +38,8 @@ from tilewright.serve.api import Limits, build_app
 from tilewright.serve.engine import LLM
 from tilewright.serve.protocol import Chat, Completion
 from tilewright.serve.weights import ModelFile
+from tilewright.serve.worker import Worker
+from tilewright.tools import cli
 
 HELLO = "and the thing is in the land"
 ASKED: Any = [{"role": "user", "content": HELLO}]
@@ -223,6 +225,7 @@ def test_schemas(client: openai.OpenAI):
         "properties": {"a": {"enum": ["the", "and"]}, "b": {"type": "boolean"}},
     }  # fmt: skip
     wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    wanted["json_schema"] |= {"strict": True, "description": "two words"}
     for seed in range(4):
         answer = client.chat.completions.create(
             model="tiny", messages=ASKED, response_format=wanted, seed=seed, max_tokens=110,
@@ -231,6 +234,33 @@ def test_schemas(client: openai.OpenAI):
         value = json.loads(answer.choices[0].message.content or "")
         assert value["a"] in ("the", "and") and isinstance(value["b"], bool) and len(value) == 2
         assert answer.choices[0].finish_reason == "stop"
+
+
+def test_schemas_that_cannot_be_followed(served: tuple[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """One that fails while the answer is written, and a model without an end token."""
+    pytest.importorskip("llguidance", reason="schemas need the grammar extra")
+    url, server = served
+
+    def ask(schema: Any) -> httpx.Response:
+        wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+        return httpx.post(url + CHAT, json={"messages": ASKED, "response_format": wanted})
+
+    answer = ask({"$ref": "#"})
+    check_error(answer, 400)
+    assert answer.json()["error"]["code"] == "M106" and "<state>" not in answer.text
+    monkeypatch.setattr(server.engine.tokenizer, "ends", frozenset())
+    answer = ask({"type": "boolean"})
+    check_error(answer, 400)
+    assert "no end token" in answer.text and server.worker.restarts == 0
+
+
+def test_schemas_without_the_extra(url: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.delitem(sys.modules, "tilewright.serve.grammar", raising=False)
+    body = {"messages": ASKED, "response_format": {"type": "json_object"}}
+    answer = httpx.post(url + CHAT, json=body)
+    check_error(answer, 400)
+    assert "tilewright[grammar]" in answer.text and answer.json()["error"]["code"] == "E101"
 
 
 def test_tools_and_tokenize(url: str, client: openai.OpenAI, alone: LLM):
@@ -307,6 +337,14 @@ BAD: list[tuple[str, Any, int]] = [
     (CHAT, {"messages": ASKED, "response_format": {"type": "json_schema"}}, 400),
     (CHAT, {"messages": ASKED, "response_format":
             {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}}, 400),
+    (CHAT, {"messages": ASKED, "response_format":
+            {"type": "json_schema", "json_schema": {"schem": {}}}}, 400),
+    (CHAT, {"messages": ASKED, "response_format":
+            {"type": "json_schema", "json_schema": {"schema": {}, "nam": "x"}}}, 400),
+    (CHAT, {"messages": ASKED, "response_format": {"type": "text", "schema": {}}}, 400),
+    (CHAT, {"messages": ASKED, "response_format":
+            {"type": "json_schema", "json_schema": {"name": "x"}}}, 400),
+    (CHAT, {"messages": ASKED, "stream_options": {"include_usag": True}}, 400),
     (CHAT, {"messages": ASKED, "tools": [{"a": "\udc00"}]}, 400),
     (CHAT, {"messages": ASKED, "itl_ms": 5}, 400), (CHAT, {"messages": ASKED, "ttft_ms": -1}, 400),
     ("/tokenize", {}, 400), ("/tokenize", {"prompt": "a", "messages": ASKED}, 400),
@@ -392,7 +430,7 @@ def test_a_step_that_fails(served: tuple[str, Any], monkeypatch: pytest.MonkeyPa
     until(lambda: is_idle(server))
 
 
-def test_limits(runnable_path: Path):
+def test_limits(runnable_path: Path, monkeypatch: pytest.MonkeyPatch):
     limits = Limits(waiting=3, body_bytes=2000, api_key="key")
     with serving(LLM(runnable_path), limits) as (url, server):
         check_error(httpx.get(url + "/v1/models"), 401)
@@ -405,8 +443,19 @@ def test_limits(runnable_path: Path):
         chunks = (b" " * 100 for _ in range(30))
         check_error(httpx.post(url + TEXT, content=chunks, headers=key), 413)
         four = {"prompt": ["a", "b"], "n": 2}
-        check_error(httpx.post(url + TEXT, json=four, headers=key), 429)
-        assert httpx.post(url + TEXT, json={"prompt": "a", "n": 3}, headers=key).status_code == 200
+        check_error(httpx.post(url + TEXT, json=four, headers=key), 400)  # never, not later
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "pending", 1)
+            three = {"prompt": "a", "n": 3}
+            check_error(httpx.post(url + TEXT, json=three, headers=key), 429)
+        page = httpx.get(url + "/")
+        assert page.status_code == 200 and 'id="key"' in page.text
+        assert (
+            httpx.post(
+                url + TEXT, json={"prompt": "a", "n": 3}, headers=key, timeout=PATIENCE_S
+            ).status_code
+            == 200
+        )
         until(lambda: is_idle(server))
 
 
@@ -520,6 +569,12 @@ def test_the_command_finishes_answers_before_it_ends(runnable_path: Path):
             read = [line for line in lines if line.startswith("data: ")]
         assert read[-1] == "data: [DONE]" and '"finish_reason":"length"' in read[-2]
         assert process.wait(PATIENCE_S) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize("port", ["-1", "65536"])
+def test_ports_that_are_none(port: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["serve", "no such file", f"--port={port}"]) == 2
+    assert capsys.readouterr().err.startswith("ArgumentError[A109]")
 
 
 def test_without_the_extra(runnable_path: Path):

@@ -97,10 +97,11 @@ def test_files(tmp_path: Path):
     bad: list[Any] = [
         {}, [], 5, good | {"step": -1}, good | {"step": "x"}, good | {"more": 1},
         good | {"factors": [1]}, good | {"factors": [0, 1]}, good | {"answer": float("nan")},
-        {k: v for k, v in good.items() if k != "factors"},
+        {k: v for k, v in good.items() if k != "factors"}, good | {"key": 5},
+        good | {"step": 0, "answer": 0, "context": 0}, good | {"factors": [10**400, 1]},
     ]  # fmt: skip
-    for value in bad:
-        path.write_text(json.dumps(value), encoding="utf-8")
+    for text in [*map(json.dumps, bad), "[" * 100_000]:
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(ModelError, match="M108"):
             CostModel.load(path, "a device")
     with pytest.raises(ModelError, match="M108"):

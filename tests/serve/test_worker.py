@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tilewright.errors import ModelError
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.request import Sampling
 from tilewright.serve.weights import open_model
-from tilewright.serve.worker import Piece, Worker
+from tilewright.serve.worker import Piece, Worker, main
 
 PATIENCE_S = 60
 
@@ -134,6 +135,19 @@ def test_steps_that_fail(runnable_path: Path):
     asyncio.run(body())
 
 
+def test_a_request_that_cannot_begin(runnable_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Any exception of `submit` ends that request alone."""
+
+    async def body() -> None:
+        async with worker_of(runnable_path) as (engine, worker):
+            with monkeypatch.context() as patch:
+                patch.setattr(engine, "submit", lambda *_: min(()))
+                assert (await ask(worker, 1))[1] == "error"
+            assert (await ask(worker, 1))[1] == "length" and worker.restarts == 0
+
+    asyncio.run(body())
+
+
 def test_leaving_ends_what_runs(runnable_path: Path):
     async def body() -> None:
         pieces: asyncio.Queue[Piece] = asyncio.Queue()
@@ -197,6 +211,54 @@ def test_a_process_that_is_killed(runnable_path: Path):
 
     asyncio.run(body())
     assert not worker._engine.is_alive()
+
+
+def test_starts_that_fail(
+    runnable_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """No process, an engine that says why it cannot start, one that never ends: all are logged, and
+    the next start is tried."""
+    monkeypatch.setattr("tilewright.serve.worker.PAUSES_S", (0.0,))
+    monkeypatch.setattr("tilewright.serve.worker.END_S", 0.01)
+    engine = Engine(open_model(runnable_path), "cpp", Options(context=128))
+    worker, killed = threaded(engine), []
+    starts, start = [], worker._start
+
+    class Stuck:
+        join = staticmethod(lambda _: None)
+        is_alive = staticmethod(lambda: True)
+        kill = staticmethod(lambda: killed.append(True))
+
+    def failing(connection: Any) -> Any:
+        starts.append(connection)
+        if len(starts) == 1:
+            raise OSError("no process")
+        if len(starts) == 2:
+            connection.send(ModelError("M101", "half a file"))
+            return Stuck
+        return start(connection)
+
+    async def body() -> None:
+        async with worker.running():
+            worker._start = failing
+            worker._send(-1, None)  # ends the first engine
+            await until(lambda: len(starts) > 2 and worker.is_ready)
+            assert (await ask(worker, 1))[1] == "length"
+
+    asyncio.run(body())
+    assert killed and "no process" in caplog.text and "half a file" in caplog.text
+
+
+def test_any_exception_of_a_start_is_told(monkeypatch: pytest.MonkeyPatch):
+    def broken(_: str) -> Any:
+        raise MemoryError("too large")
+
+    monkeypatch.setattr("tilewright.serve.worker.open_model", broken)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    ours, theirs = Pipe()
+    main(theirs, "", "cpp", Options())
+    with pytest.raises(ModelError, match=r"M109.*MemoryError\('too large'\)"):
+        raise ours.recv()
 
 
 def test_a_model_that_is_no_model(tmp_path: Path):

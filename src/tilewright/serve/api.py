@@ -128,6 +128,9 @@ class Server:
         for tokens in prompts:
             check_tokens(tokens, how, self.prompts.vocab, self.prompts.context)
         jobs = [tokens for tokens in prompts for _ in range(body.n)]
+        if len(jobs) > self.limits.waiting:
+            rule = f"{len(jobs)} answers, at most {self.limits.waiting} are given at once"
+            raise ModelError("M106", rule, where="n")
         if self.worker.pending + len(jobs) > self.limits.waiting:
             raise HTTPException(429, f"{self.limits.waiting} requests wait or run: try again later")
         shape = Shape(body, self.name, self.prompts.tokenizer)
@@ -212,7 +215,7 @@ class Gate:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         key, sent_key = self.limits.api_key, dict(scope["headers"]).get(b"authorization", b"")
-        is_open = not key or scope["path"] == "/health"
+        is_open = not key or scope["path"] in ("/", "/health")  # the page asks for the key
         if not is_open and not hmac.compare_digest(sent_key, f"Bearer {key}".encode()):
             refused = JSONResponse(*failure(HTTPException(401, "the API key is wrong or missing")))
             return await refused(scope, receive, send)

@@ -104,12 +104,13 @@ class CostModel:
             factors = values.pop("factors")
             model = cls(factors=(float(factors[0]), float(factors[1])), **values)
             numbers = [getattr(model, name) for name in CONSTANTS] + [model.knee, *model.factors]
-            if not all(np.isfinite(numbers)) or min(numbers) < 0 or min(model.factors) == 0:
-                raise ValueError("a constant is negative or no number")
-        except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            least = [model.seconds(work) for work in (Work(1, 1), Work().plus(0, 1))]
+            if not all(np.isfinite(numbers)) or min(numbers) < 0 or min(least) == 0:
+                raise ValueError("a constant is negative or no number, or a step takes no time")
+        except Exception as error:  # a file may hold anything
             raise _refused(path, f"is no file of measured costs: {error}") from None
         if key is not None and model.key != key:
-            raise _refused(path, f"was measured on {model.key[:200]!r}, this is {key!r}")
+            raise _refused(path, f"was measured on {str(model.key)[:200]!r}, this is {key!r}")
         return model
 
 

@@ -162,6 +162,10 @@ class Engine:
         request.first, request.last = now if is_first else request.first, now
         plain = request.sampling.is_plain_greedy
         token = logits.likeliest[i] if plain else sample(request, logits.row(i))
+        if request.grammar is not None and (wrong := request.grammar.get_error()):
+            rule = f"no answer can follow the JSON schema: {wrong.splitlines()[0][:200]}"
+            request.error = ModelError("M106", rule, where="response_format")
+            return self.scheduler.finish(request, "error")
         if token in self.tokenizer.ends and not request.sampling.ignore_eos:
             if request.sampling.logprobs is not None:
                 request.logprobs.pop()  # the end token is not part of the answer

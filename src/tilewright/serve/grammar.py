@@ -26,6 +26,8 @@ def matcher(tokenizer: Tokenizer, schema: str) -> LLMatcher:
         wrong = LLMatcher.validate_grammar(grammar)
     except ValueError as error:
         grammar, wrong = "", str(error)
+    if not tokenizer.ends:
+        wrong = "the model has no end token"
     if wrong or len(schema) > MAX_SCHEMA_CHARS:
         rule = f"the JSON schema cannot be used: {wrong[:200] or 'it is too long'}"
         raise ModelError("M106", rule, where="response_format")

@@ -3,10 +3,10 @@
     decision = decide(state, model)
 
 `State` is all that a decision depends on, `Decision` what comes of it; both are frozen values whose
-`repr` builds them again, so that a decision can be replayed anywhere. Steps are of four kinds:
-*decode* (a token of every answer), *hybrid* (these, and chunks of prompts), *prefill* (chunks
-where nothing is answered), *preempt* (a running request gives up its pages; then the policy decides
-again).
+`repr` builds them again, so that a decision can be replayed anywhere. Steps are of five kinds:
+*idle* (nothing), *decode* (a token of every answer), *hybrid* (these, and chunks of prompts),
+*prefill* (chunks where nothing is answered), *preempt* (a running request gives up its pages; then
+the policy decides again).
 
 1. A step has a token of every answer, and ends before the next one of any is due. Prompts get the
    time that is left.

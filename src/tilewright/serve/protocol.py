@@ -11,25 +11,34 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from tilewright.errors import ModelError, TilewrightError
+from tilewright.errors import TilewrightError
 from tilewright.serve.request import Sampling, TokenLogprob
 from tilewright.serve.tokenizer import Tokenizer
 from tilewright.serve.worker import Piece
 
 MAX_MESSAGE = 500  # characters of an error
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-BAD_REQUEST = ("M105", "M106", "M107", "M110")
+BAD_REQUEST = ("E101", "M105", "M106", "M107", "M110")
 
 
-class StreamOptions(BaseModel):
+class Strict(BaseModel):
+    """Unknown fields are refused, at every depth."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class Schema(BaseModel):
-    schema_: dict[str, Any] = Field({}, alias="schema")
+class Schema(Strict):
+    schema_: dict[str, Any] = Field(alias="schema")
+    name: str = ""
+    strict: bool | None = None
+    description: str | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
 
@@ -41,11 +50,9 @@ class ResponseFormat(BaseModel):
         return json.dumps({"type": "object"} if self.type == "json_object" else asked)
 
 
-class Body(BaseModel):
-    """The fields that both endpoints share. Unknown ones are refused; those of accounting are
-    taken and not used."""
+class Body(Strict):
+    """The fields that both endpoints share. Those of accounting are taken and not used."""
 
-    model_config = ConfigDict(extra="forbid")
     model: str = ""
     max_tokens: int | None = None
     temperature: float = 1.0
@@ -99,8 +106,7 @@ class Chat(Body):
     tool_choice: Literal["none", "auto"] | None = None
 
 
-class Tokenize(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Tokenize(Strict):
     model: str = ""
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
@@ -184,7 +190,7 @@ def failure(error: Exception) -> tuple[dict[str, Any], int]:
         first = error.errors()[0]
         param = ".".join(ascii(part).strip("'")[:80] for part in first["loc"][1:])
         status, message = 400, f"{param}: {first['msg']}"
-    elif isinstance(error, ModelError) and (code == "M109" or code in BAD_REQUEST):
+    elif isinstance(error, TilewrightError) and (code == "M109" or code in BAD_REQUEST):
         status, param = 503 if code == "M109" else 400, error.where or None
         message = f"{error.message}. {error.hint}".removesuffix(". ")
         code = "context_length_exceeded" if code == "M105" else code

@@ -26,6 +26,7 @@ from tilewright.serve.weights import open_model
 
 LOG = logging.getLogger("tilewright.serve")
 HANG_S = 120.0  # without a word while requests wait: the process is killed
+END_S = 10.0  # for a process to end by itself
 PAUSES_S = (0.0, 1.0, 4.0, 15.0, 60.0)  # before each start in a row that led to no answer
 
 
@@ -60,8 +61,10 @@ def main(connection: Connection, path: str, target: str, options: Options) -> No
         signal.signal(number, signal.SIG_IGN)
     try:
         engine = Engine(open_model(path), target, options)
-    except TilewrightError as error:
-        return connection.send(error)
+    except Exception as error:
+        known, rule = isinstance(error, TilewrightError), f"the engine cannot start: {error!r:.200}"
+        LOG.error("the engine cannot start", exc_info=None if known else error)
+        return connection.send(error if known else ModelError("M109", rule))
     return run(engine, connection)
 
 
@@ -87,8 +90,8 @@ def run(engine: Engine, connection: Connection) -> None:
                 counts["requests_total"] += 1
                 try:
                     requests[number] = engine.submit(*message)
-                except TilewrightError as error:
-                    pieces[number] = Piece(finish="error", error=error)
+                except Exception as error:
+                    pieces[number] = Piece(finish="error", error=_told(error))
             ready = set(_step(engine))
             counts["tokens_total"] += len(ready)
             pieces |= {n: _piece(r) for n, r in requests.items() if r in ready}
@@ -105,12 +108,19 @@ def _step(engine: Engine) -> list[Request]:
         failed = list(engine.scheduler.running)
         if not failed:
             raise
-        LOG.exception("a step has failed")
+        told = _told(error)
         for request in failed:
-            known = isinstance(error, TilewrightError)
-            request.error = error if known else RuntimeError(repr(error)[:200])
+            request.error = told
             engine.scheduler.finish(request, "error")
         return failed
+
+
+def _told(error: Exception) -> Exception:
+    """What the server is told of an exception. One that is not ours is logged here."""
+    if isinstance(error, TilewrightError):
+        return error
+    LOG.error("a request or a step has failed", exc_info=error)
+    return RuntimeError(repr(error)[:200])
 
 
 def _piece(request: Request) -> Piece:
@@ -168,9 +178,7 @@ class Worker:
         finally:
             task.cancel()
             self._send(-1, None)
-            await asyncio.to_thread(self._engine.join, 10)
-            if self._engine.is_alive() and hasattr(self._engine, "kill"):
-                self._engine.kill()
+            await asyncio.to_thread(self._join)
             self._end_all()
 
     def submit(self, tokens: list[int], sampling: Sampling, listener: Listener) -> int:
@@ -194,8 +202,19 @@ class Worker:
         self.is_ready = False
         self._connection, theirs = multiprocessing.Pipe()
         self._heard = time.monotonic()
-        self._engine = self._start(theirs)
+        try:
+            self._engine = self._start(theirs)
+        except Exception:
+            theirs.close()  # so that the next look finds the end
+            raise
         self.restarts += 1
+
+    def _join(self) -> None:
+        """Waits for the end of the engine. A process that takes too long is killed."""
+        self._engine.join(END_S)
+        if self._engine.is_alive() and hasattr(self._engine, "kill"):
+            self._engine.kill()
+            self._engine.join(END_S)
 
     def _send(self, *message: Any) -> None:
         """Sends without waiting for the engine, which may be in a step."""
@@ -227,12 +246,15 @@ class Worker:
                     self._engine.kill()
             message = coming.result()
             if isinstance(message, Exception):
-                LOG.error("the engine has ended; it is started again")
+                LOG.error("the engine is started again: %s", message)
                 self._end_all()
-                await asyncio.to_thread(self._engine.join)
+                await asyncio.to_thread(self._join)
                 await asyncio.sleep(PAUSES_S[min(failures, len(PAUSES_S) - 1)])
                 failures += 1
-                self._launch()
+                try:
+                    self._launch()
+                except Exception:
+                    LOG.exception("the engine cannot be started")
                 continue
             pieces, self.counts = message
             failures = 0 if pieces else failures

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tilewright.errors import MissingExtra, TilewrightError
+from tilewright.errors import ArgumentError, MissingExtra, TilewrightError
 from tilewright.serve.chat import Prompts
 from tilewright.serve.engine import LLM, Options
 from tilewright.serve.request import Sampling
@@ -128,7 +128,9 @@ def chat(args: argparse.Namespace) -> int:
 
 def serve(args: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM; then answers that have begun are finished. Raises
-    MissingExtra[E101]."""
+    MissingExtra[E101], ArgumentError[A109]."""
+    if not 0 <= args.port <= 65535:
+        raise ArgumentError("A109", f"--port {args.port} is outside 0…65535")
     try:
         import uvicorn
 
