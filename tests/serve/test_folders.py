@@ -191,6 +191,10 @@ def code_of(path: Path) -> str:
         ("num_attention_heads", 0, "M101"),
         ("num_key_value_heads", 3, "M101"),
         ("head_dim", -2, "M101"),
+        ("head_dim", 258, "M101"),
+        ("query_pre_attn_scalar", 1e-320, "M101"),
+        ("query_pre_attn_scalar", 1e300, "M101"),
+        ("query_pre_attn_scalar", -4, "M101"),
         ("rms_norm_eps", 10**400, "M101"),
         ("rms_norm_eps", float("nan"), "M101"),
         ("hidden_act", "relu", "M102"),
@@ -227,6 +231,27 @@ def test_files_that_are_no_json(copy: Path, text: str):
             open_model(copy) if code == "M101" else from_folder(copy, 400)
         assert caught.value.code in (code, "M101")
         (copy / name).write_bytes(kept)
+
+
+def test_weights_at_any_byte(copy: Path):
+    wanted = {name: weight.data.copy() for name, weight in open_model(copy).tensors.items()}
+    path = copy / "model.safetensors"
+    good = path.read_bytes()
+    size = struct.unpack("<Q", good[:8])[0]
+    text = good[8 : 8 + size].rstrip()
+    for spaces in range(4):
+        header = text + b" " * (-len(text) % 4 + spaces)
+        path.write_bytes(struct.pack("<Q", len(header)) + header + good[8 + size :])
+        for name, weight in open_model(copy).tensors.items():
+            assert weight.data.flags.aligned and not weight.data.flags.writeable
+            assert np.array_equal(weight.data, wanted[name])
+
+
+def test_a_tensor_in_two_files(copy: Path):
+    shutil.copy(copy / "model.safetensors", copy / "model-2.safetensors")
+    with pytest.raises(ModelError, match="occurs twice") as caught:
+        open_model(copy)
+    assert caught.value.code == "M103"
 
 
 def test_hostile_safetensors(copy: Path, rng: np.random.Generator):
