@@ -60,8 +60,7 @@ def view(name: str, kind: str, shape: tuple[int, ...], buffer: Any, offset: int)
     stored = (*shape[:-1], shape[-1] // elements * nbytes // dtype.itemsize)
     data = np.frombuffer(buffer, dtype, math.prod(stored), offset).reshape(stored)
     if not data.flags.aligned:
-        data = data.copy()
-        data.flags.writeable = False
+        data = np.frombuffer(data.tobytes(), dtype).reshape(stored)
     return Weight(name, kind, shape, data)
 
 

@@ -21,9 +21,8 @@ Value = int | float | bool | str | np.ndarray | list[str]
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """Typed reads of what a model's file says; null is as absent. A key of another type, or absent
-    without a default, raises a ModelError of `code` that names the key, or what `names` has for it.
-    """
+    """Typed reads of a model's file; null is as absent. A key of another type, or absent without a
+    default, raises a ModelError of `code` that names the key, or what `names` has for it."""
 
     values: Mapping[str, Any]
     where: str = ""
@@ -59,22 +58,19 @@ _LIMITS = {
     "layers": 1 << 10, "dim": 1 << 16, "ffn_dim": 1 << 20, "qo_heads": 1 << 10,
     "kv_heads": 1 << 10, "head_dim": 1 << 8, "vocab": 1 << 21, "context": 1 << 24,
 }  # fmt: skip
-_WINDOW = {"sliding_window": 4096}
 _GEMMA = {"post_norms": True, "norm_offset": 1.0, "gelu": True, "scaled_embedding": True}
-_GEMMA_ABSENT = _WINDOW | {"query_pre_attn_scalar": 256, "tie_word_embeddings": True}
-_GEMMA2_ABSENT = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-_GEMMA3_ABSENT = {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
+_ABSENT = {"sliding_window": 4096, "query_pre_attn_scalar": 256, "tie_word_embeddings": True}
 # By model_type: fields of `ModelConfig`; `full_every`: each how many-th layer has no window where
-# the file does not say it (0: none); `absent`: what keys of config.json mean that are not there,
-# where that is not what null means.
+# the file does not say it (0: none); `absent`: what absent keys of config.json mean (null: off).
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"full_every": 0, "gguf": "llama", "absent": _WINDOW},
+    "mistral": {"full_every": 0, "gguf": "llama", "absent": {"sliding_window": 4096}},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
-    "gemma2": _GEMMA | {"full_every": 2, "absent": _GEMMA_ABSENT | _GEMMA2_ABSENT},
+    "gemma2": _GEMMA | {"full_every": 2, "absent": _ABSENT | {
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}},
     "gemma3_text": _GEMMA | {"qk_norm": True, "full_every": 6, "gguf": "gemma3",
-                             "absent": _GEMMA_ABSENT | _GEMMA3_ABSENT},
+        "absent": _ABSENT | {"rope_theta": 1e6, "rope_local_base_freq": 1e4}},
 }  # fmt: skip
 
 
@@ -223,10 +219,8 @@ def _ropes(keys: Metadata) -> tuple[Rope, Rope | None]:
     kinds = [every.get("full_attention") or every, every.get("sliding_attention")]
     if not all(isinstance(kind, dict | None) for kind in kinds):
         raise ModelError("M101", "rope_parameters has no object for a kind", where=keys.where)
-    context, theta = (
-        keys.get("max_position_embeddings", int),
-        keys.get("rope_theta", float, 10000.0),
-    )
+    context = keys.get("max_position_embeddings", int)
+    theta = keys.get("rope_theta", float, 10000.0)
     full = _rope(Metadata(kinds[0], keys.where), context, theta)
     if kinds[1] is None and not keys.has("rope_local_base_freq"):
         return full, None
