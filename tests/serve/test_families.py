@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is the reference")
 transformers = pytest.importorskip("transformers", reason="transformers is the reference")
 from tests.serve.sequence import Sequence  # noqa: E402
 
+from tilewright.serve.models.config import Metadata, ModelConfig, read_config  # noqa: E402
 from tilewright.serve.weights import open_model  # noqa: E402
 
 SIZES = {
@@ -90,3 +91,58 @@ def test_logits_are_those_of_transformers(tmp_path: Path, case: str):
         sequence.decode(ids[at])
         np.testing.assert_allclose(sequence.logits(), wanted[at], rtol=0, atol=2e-4)
         assert sequence.greedy() == sequence.logits().argmax()
+
+
+NEAREST = {"gemma2": "Gemma2Config", "gemma3_text": "Gemma3TextConfig", "mistral": "MistralConfig"}
+
+
+def both(kind: str, **keys: Any) -> tuple[ModelConfig, Any]:
+    """What a config.json with these keys means here, and there."""
+    config = SIZES | {"rms_norm_eps": 1e-6, "num_hidden_layers": 12} | keys
+    ours = read_config(Metadata({"model_type": kind} | config), has_head=False)
+    return ours, getattr(transformers, NEAREST[kind])(**config)
+
+
+@pytest.mark.parametrize("kind", NEAREST)
+def test_keys_that_are_absent_have_the_defaults_of_the_family(kind: str):
+    ours, theirs = both(kind)
+    caps = (getattr(theirs, f"{x}_logit_softcapping", None) or 0.0 for x in ("attn", "final"))
+    assert (ours.score_cap, ours.logit_cap) == tuple(caps)
+    assert ours.window == theirs.sliding_window == 4096
+    if kind == "mistral":
+        assert ours.windowed == (True,) * 12
+        return
+    assert ours.sm_scale == theirs.query_pre_attn_scalar**-0.5 and ours.tied_embedding
+    assert ours.windowed == tuple(t == "sliding_attention" for t in theirs.layer_types)
+    ropes = theirs.rope_parameters
+    full, local = (ropes.get(x, ropes)["rope_theta"] for x in (KINDS[1], KINDS[0]))
+    assert (ours.rope.base, (ours.local_rope or ours.rope).base) == (full, local)
+
+
+def test_null_is_off_where_absent_is_a_default():
+    ours, theirs = both("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert theirs.attn_logit_softcapping is theirs.final_logit_softcapping is None
+    assert (ours.score_cap, ours.logit_cap) == (0.0, 0.0)
+    ours, theirs = both("mistral", sliding_window=None)
+    assert theirs.sliding_window is None and not any(ours.windowed)
+
+
+def test_the_older_theta_counts_where_rope_parameters_has_none():
+    ours, theirs = both("mistral", rope_theta=5e5, rope_parameters={"rope_type": "default"})
+    assert ours.rope.base == theirs.rope_parameters["rope_theta"] == 5e5
+    linear = {"rope_type": "linear", "factor": 8.0}
+    kinds = {"full_attention": linear, "sliding_attention": {"rope_type": "default"}}
+    more = {"rope_theta": 7e5, "rope_local_base_freq": 3e4}
+    ours, theirs = both("gemma3_text", rope_parameters=copy.deepcopy(kinds), **more)
+    assert ours.rope.base == theirs.rope_parameters["full_attention"]["rope_theta"] == 7e5
+    assert ours.local_rope and ours.rope.factor == 8.0
+    assert ours.local_rope.base == theirs.rope_parameters["sliding_attention"]["rope_theta"] == 3e4
+    kinds["full_attention"] = linear | {"rope_theta": 9e5}
+    assert both("gemma3_text", rope_parameters=kinds, **more)[0].rope.base == 9e5
+
+
+def test_nested_nulls_are_absent():
+    yarn = YARN | {"attention_factor": None, "beta_fast": None, "truncate": None}
+    keys = {"model_type": "mistral"} | SIZES | {"rms_norm_eps": 1e-6}
+    with_nulls = read_config(Metadata(keys | {"rope_scaling": yarn}), has_head=True)
+    assert with_nulls == read_config(Metadata(keys | {"rope_scaling": YARN}), has_head=True)

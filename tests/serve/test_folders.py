@@ -80,7 +80,7 @@ def test_tokenizer_json(library: tokenizers.Tokenizer, tmp_path: Path, rng: np.r
     ours = from_folder(tmp_path, 400)
     begin, end = (library.token_to_id(t) for t in ("<s>", "</s>"))
     assert (ours.bos, ours.add_bos, len(ours)) == (begin, True, library.get_vocab_size())
-    assert {1, 2} & ours.control <= ours.ends and 999 not in ours.ends and end in ours.control
+    assert {1, 2} <= ours.ends and 999 not in ours.ends and end in ours.control
     for text in [*TEXTS, *(random_text(rng) for _ in range(200)), "a</s>b <think>x"]:
         assert ours.encode(text) == library.encode(text).ids
         plain = ours.encode(text, special=False)
@@ -90,6 +90,48 @@ def test_tokenizer_json(library: tokenizers.Tokenizer, tmp_path: Path, rng: np.r
             assert ours.decode(plain, special=False) == prefix + text
         stream = ours.stream()
         assert "".join(map(stream.push, plain)) + stream.finish() == ours.decode(plain, False)
+
+
+def write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def test_the_names_of_tokenizer_config(library: tokenizers.Tokenizer, tmp_path: Path):
+    library.save(str(tmp_path / "tokenizer.json"))
+    written, end, im_end = (library.token_to_id(t) for t in SPECIAL)
+    guessed = from_folder(tmp_path, 400)
+    assert guessed.named == {"bos": written, "eos": im_end}
+    names = {"bos_token": "<|im_end|>", "eos_token": {"content": "</s>", "special": True}}
+    write(tmp_path / "tokenizer_config.json", names)
+    ours = from_folder(tmp_path, 400)
+    assert ours.named == {"bos": im_end, "eos": end} and ours.ends == {end, im_end}
+    assert (ours.bos, ours.eos, ours.add_bos) == (written, end, True)
+    write(tmp_path / "tokenizer_config.json", {"bos_token": None, "eos_token": "<absent>"})
+    assert from_folder(tmp_path, 400).named == guessed.named
+    for wrong in (["</s>"], {"text": "</s>"}):
+        write(tmp_path / "tokenizer_config.json", {"eos_token": wrong})
+        with pytest.raises(ModelError) as caught:
+            from_folder(tmp_path, 400)
+        assert caught.value.code == "M107"
+
+
+def test_every_named_end_of_the_vocabulary_counts(tmp_path: Path):
+    data = json.loads(bytewise().to_str())
+    data["added_tokens"][1]["special"] = False
+    write(tmp_path / "tokenizer.json", data)
+    write(tmp_path / "config.json", {"eos_token_id": [1, "1", None]})
+    write(tmp_path / "generation_config.json", {"eos_token_id": 300})  # an ordinary one
+    ours = from_folder(tmp_path, 400)
+    assert ours.ends == {1, 2, 300} and ours.control == {0, 2}
+    write(tmp_path / "generation_config.json", {"eos_token_id": 399})
+    assert from_folder(tmp_path, 400).ends == {1, 2}
+
+
+def test_a_name_that_no_text_begins_with(tmp_path: Path):
+    bytewise().save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path / "tokenizer_config.json", {"bos_token": "<s>"})
+    ours = from_folder(tmp_path, 400)
+    assert (ours.bos, ours.add_bos, ours.named["bos"]) == (0, False, 0)
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +191,10 @@ def code_of(path: Path) -> str:
         ("num_attention_heads", 0, "M101"),
         ("num_key_value_heads", 3, "M101"),
         ("head_dim", -2, "M101"),
+        ("head_dim", 258, "M101"),
+        ("query_pre_attn_scalar", 1e-320, "M101"),
+        ("query_pre_attn_scalar", 1e300, "M101"),
+        ("query_pre_attn_scalar", -4, "M101"),
         ("rms_norm_eps", 10**400, "M101"),
         ("rms_norm_eps", float("nan"), "M101"),
         ("hidden_act", "relu", "M102"),
@@ -185,6 +231,27 @@ def test_files_that_are_no_json(copy: Path, text: str):
             open_model(copy) if code == "M101" else from_folder(copy, 400)
         assert caught.value.code in (code, "M101")
         (copy / name).write_bytes(kept)
+
+
+def test_weights_at_any_byte(copy: Path):
+    wanted = {name: weight.data.copy() for name, weight in open_model(copy).tensors.items()}
+    path = copy / "model.safetensors"
+    good = path.read_bytes()
+    size = struct.unpack("<Q", good[:8])[0]
+    text = good[8 : 8 + size].rstrip()
+    for spaces in range(4):
+        header = text + b" " * (-len(text) % 4 + spaces)
+        path.write_bytes(struct.pack("<Q", len(header)) + header + good[8 + size :])
+        for name, weight in open_model(copy).tensors.items():
+            assert weight.data.flags.aligned and not weight.data.flags.writeable
+            assert np.array_equal(weight.data, wanted[name])
+
+
+def test_a_tensor_in_two_files(copy: Path):
+    shutil.copy(copy / "model.safetensors", copy / "model-2.safetensors")
+    with pytest.raises(ModelError, match="occurs twice") as caught:
+        open_model(copy)
+    assert caught.value.code == "M103"
 
 
 def test_hostile_safetensors(copy: Path, rng: np.random.Generator):

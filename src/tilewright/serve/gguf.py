@@ -34,7 +34,7 @@ KINDS = (*_DTYPES, "q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight:
-    """One tensor of a model, not copied from its file.
+    """One tensor of a model, not copied from its file if it is aligned there.
 
     `shape` is (rows, cols) as in y = W x, or (n,) for the scale of a normalisation. `data` is
     read-only and C contiguous: `shape` in float32, float16 or uint16 (the bits of bfloat16), or,
@@ -53,11 +53,14 @@ def block_size(kind: str) -> tuple[int, int]:
 
 
 def view(name: str, kind: str, shape: tuple[int, ...], buffer: Any, offset: int) -> Weight:
-    """A weight over the bytes of `buffer` from `offset` on; the caller has checked the bounds."""
+    """A weight over the bytes of `buffer` from `offset` on; the caller has checked the bounds. A
+    safetensors file may begin its tensors at any byte: numbers that are not aligned are copied."""
     elements, nbytes = block_size(kind)
     dtype = np.dtype(_DTYPES.get(kind, "u1"))
     stored = (*shape[:-1], shape[-1] // elements * nbytes // dtype.itemsize)
     data = np.frombuffer(buffer, dtype, math.prod(stored), offset).reshape(stored)
+    if not data.flags.aligned:
+        data = np.frombuffer(data.tobytes(), dtype).reshape(stored)
     return Weight(name, kind, shape, data)
 
 

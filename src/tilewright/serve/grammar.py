@@ -36,12 +36,12 @@ def matcher(tokenizer: Tokenizer, schema: str) -> LLMatcher:
 
 @functools.lru_cache(maxsize=2)
 def _vocabulary(tokenizer: Tokenizer) -> Any:
-    """The tokens in the library's form. Control tokens are no text to it."""
+    """The tokens in the library's form. Control and end tokens are no text to it."""
 
     class Wrapped:
         eos_token_id, bos_token_id = min(tokenizer.ends), tokenizer.bos
         tokens = tuple(map(tokenizer.piece, range(len(tokenizer.pieces))))
-        special_token_ids = tuple(sorted(tokenizer.control))
+        special_token_ids = tuple(sorted(tokenizer.control | tokenizer.ends))
 
         def __call__(self, text: str) -> list[int]:
             return tokenizer.encode(text, special=False, bos=False)

@@ -301,9 +301,9 @@ _CONFIGS = "config.json", "generation_config.json"
 
 
 def from_folder(folder: Path, vocab: int) -> Tokenizer:
-    """From the tokenizer.json of a folder, and the end tokens that its other files name. Ids are
-    below `vocab`. Raises ModelError[M107]."""
-    path = folder / "tokenizer.json"
+    """From the tokenizer.json of a folder, and what its other files name: all end tokens, `bos` and
+    `eos`, if the vocabulary has them. Ids are below `vocab`. Raises ModelError[M107]."""
+    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     data = read_json(path, "M107")
     try:
         for part in filter(None, (data.get("normalizer"), data.get("pre_tokenizer"))):
@@ -324,15 +324,22 @@ def from_folder(folder: Path, vocab: int) -> Tokenizer:
         files = filter(Path.is_file, map(folder.joinpath, _CONFIGS))
         named = [read_json(file).get("eos_token_id", []) for file in files]
         ends = {i for x in named for i in (x if isinstance(x, list) else [x])}
-        first = [i for i in library.encode("").ids[:1] if i in out.control]
+        first = next((i for i in library.encode("").ids[:1] if i in out.control), None)
+        texts = read_json(config, "M107") if config.is_file() else {}
+        for name in ("bos", "eos"):
+            text = texts.get(f"{name}_token")
+            text = text["content"] if isinstance(text, dict) else text
+            if text in ids:
+                out.named[name] = ids[text]
     except (ModelError, KeyboardInterrupt):
         raise
     except BaseException as error:  # anything may be missing; a panic of Rust is no Exception
         raise _unusable(f"{type(error).__name__}: {error}"[:200], str(path)) from None
-    out.ends |= ends & out.control
-    out.bos, out.eos = next(iter(first), None), min(out.ends, default=None)
-    out.add_bos = bool(first)
-    out.named = {k: i for k, i in (("bos", out.bos), ("eos", out.eos)) if i is not None}
+    out.ends |= {i for i in ids.values() if i in ends or i == out.named.get("eos")}
+    guesses = {"bos": first, "eos": min(out.ends, default=None)}
+    out.named = {k: i for k, i in (guesses | out.named).items() if i is not None}
+    out.bos = out.named.get("bos") if first is None else first  # what comes before a text
+    out.eos, out.add_bos = out.named.get("eos"), first is not None
     return out
 
 

@@ -117,7 +117,9 @@ def _assembled(
         number = _NUMBER.search(weight.name)
         inner = _NAMES.get(_NUMBER.sub(".", weight.name, count=1), "?")
         name = f"layers{number[0]}{inner}" if number else inner
-        if name not in expected or name in tensors:
+        if name in tensors:
+            raise ModelError("M103", f"tensor {weight.name!r} occurs twice", where=where)
+        if name not in expected:
             rule = f"tensor {weight.name!r} is not part of a model {config.architecture} of"
             hint = "such biases, experts and frequencies are not supported"
             raise ModelError("M103", f"{rule} {config.layers} layers", where=where, hint=hint)
@@ -211,7 +213,7 @@ _DTYPES = ("F32", "F16", "BF16")
 
 
 def read_json(path: Path, code: str = "M101") -> dict[str, Any]:
-    """The object in a JSON file, without the keys that are null. Raises ModelError of `code`."""
+    """The object in a JSON file. Raises ModelError of `code`."""
     try:
         with _opened(path, 2) as file:
             data = file.read(MAX_JSON_BYTES + 1)
@@ -223,7 +225,7 @@ def read_json(path: Path, code: str = "M101") -> dict[str, Any]:
     if not isinstance(values, dict):
         rule = f"no JSON object of at most {MAX_JSON_BYTES} bytes"
         raise ModelError(code, rule, where=str(path))
-    return {key: value for key, value in values.items() if value is not None}
+    return values
 
 
 def _open_folder(path: Path) -> ModelFile:
@@ -243,8 +245,8 @@ def _open_folder(path: Path) -> ModelFile:
             text = file.read(MAX_JSON_BYTES).decode("utf-8", "replace")
         metadata["tokenizer.chat_template"] = text
     elif (path / "tokenizer_config.json").is_file():
-        template = read_json(path / "tokenizer_config.json", "M107").get("chat_template", "")
-        metadata["tokenizer.chat_template"] = template
+        template = read_json(path / "tokenizer_config.json", "M107").get("chat_template")
+        metadata["tokenizer.chat_template"] = template or ""
     return _assembled(path, config, weights, metadata)
 
 

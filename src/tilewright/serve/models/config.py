@@ -6,10 +6,9 @@ A model is a Llama with differences, which are data: `FAMILIES`. Sources: the mo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,16 +21,19 @@ Value = int | float | bool | str | np.ndarray | list[str]
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """Typed reads of what a model's file says. A key of another type, or absent without a default,
-    raises a ModelError of `code` that names the key, or what `names` has for it."""
+    """Typed reads of a model's file; null is as absent. A key of another type, or absent without a
+    default, raises a ModelError of `code` that names the key, or what `names` has for it."""
 
     values: Mapping[str, Any]
     where: str = ""
     code: str = "M101"
     names: Mapping[str, str] = field(default_factory=dict)
 
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        value: Any = self.values.get(key, default)
+        value: Any = self.values[key] if self.has(key) else default
         kinds = (int, float) if kind is float else kind
         if isinstance(value, kinds) and isinstance(value, bool) == (kind is bool):
             with suppress(OverflowError):  # an integer that no float holds
@@ -42,7 +44,7 @@ class Metadata:
 
     def refuse(self, key: str, harmless: tuple[Value, ...]) -> None:
         """Raises ModelError[M102] for a key with another value than `harmless` ones."""
-        value = self.values.get(key, harmless[0])
+        value = self.values[key] if self.has(key) else harmless[0]
         if not isinstance(value, int | float | str) or value not in harmless:
             raise ModelError("M102", f"{key} = {short(value)} is not supported", where=self.where)
 
@@ -54,19 +56,22 @@ def short(value: Any) -> str:
 
 _LIMITS = {
     "layers": 1 << 10, "dim": 1 << 16, "ffn_dim": 1 << 20, "qo_heads": 1 << 10,
-    "kv_heads": 1 << 10, "head_dim": 1 << 10, "vocab": 1 << 21, "context": 1 << 24,
+    "kv_heads": 1 << 10, "head_dim": 1 << 8, "vocab": 1 << 21, "context": 1 << 24,
 }  # fmt: skip
 _GEMMA = {"post_norms": True, "norm_offset": 1.0, "gelu": True, "scaled_embedding": True}
-# By model_type: fields of `ModelConfig`, and `full_every`: each how many-th layer has no window
-# where the file does not say it (0: none).
+_ABSENT = {"sliding_window": 4096, "query_pre_attn_scalar": 256, "tie_word_embeddings": True}
+# By model_type: fields of `ModelConfig`; `full_every`: each how many-th layer has no window where
+# the file does not say it (0: none); `absent`: what absent keys of config.json mean (null: off).
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"full_every": 0, "gguf": "llama"},
+    "mistral": {"full_every": 0, "gguf": "llama", "absent": {"sliding_window": 4096}},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
-    "gemma2": _GEMMA | {"full_every": 2},
-    "gemma3_text": _GEMMA | {"qk_norm": True, "full_every": 6, "gguf": "gemma3"},
-}
+    "gemma2": _GEMMA | {"full_every": 2, "absent": _ABSENT | {
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}},
+    "gemma3_text": _GEMMA | {"qk_norm": True, "full_every": 6, "gguf": "gemma3",
+        "absent": _ABSENT | {"rope_theta": 1e6, "rope_local_base_freq": 1e4}},
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,17 +139,17 @@ class ModelConfig:
             raise ModelError("M101", f"{heads}: groups must be whole, heads even", where=where)
         usable = (
             self.rope.is_usable and (self.local_rope or self.rope).is_usable,
-            0 < self.rms_eps < 1 and (self.sm_scale is None or 0 < self.sm_scale < math.inf),
+            0 < self.rms_eps < 1 and (self.sm_scale is None or 1e-6 < self.sm_scale < 1e6),
             0 <= self.score_cap < 1e30 and 0 <= self.logit_cap < 1e30,
             not any(self.windowed) or 1 <= self.window < 1 << 31,
         )
         if not all(usable):
-            raise ModelError("M101", f"not positive and finite: {self}"[:600], where=where)
+            raise ModelError("M101", f"not positive and sensible: {self}"[:600], where=where)
         return self
 
 
 def read_config(keys: Metadata, has_head: bool, interleaved: bool = False) -> ModelConfig:
-    """From the keys of a config.json that are not null. `has_head`: the file has an output matrix;
+    """From the keys of a config.json. `has_head`: the file has an output matrix;
     `interleaved`: as `rope_interleaved` of `ModelConfig`.
 
     Raises ModelError: M101 for a value that is missing or of a wrong type, M102 for a model that is
@@ -156,10 +161,11 @@ def read_config(keys: Metadata, has_head: bool, interleaved: bool = False) -> Mo
         raise ModelError("M102", rule, where=keys.where, hint=hint)
     family = dict(FAMILIES[architecture])
     full_every = family.pop("full_every", 1)
+    keys = replace(keys, values=family.pop("absent", {}) | dict(keys.values))
     keys.refuse("quantization_config", ("",))
     for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         keys.refuse(key, (False,))
-    if "layer_types" not in keys.values:
+    if not keys.has("layer_types"):
         keys.refuse("use_sliding_window", (False,))
     for key in ("hidden_act", "hidden_activation"):
         keys.refuse(key, ("gelu_pytorch_tanh" if family.get("gelu") else "silu",))
@@ -184,7 +190,7 @@ def read_config(keys: Metadata, has_head: bool, interleaved: bool = False) -> Mo
         local_rope=local_rope,
         windowed=windowed,
         window=keys.get("sliding_window", int) if any(windowed) else 0,
-        sm_scale=query**-0.5 if query > 0 else None,
+        sm_scale=query**-0.5 if query > 0 else query or None,
         score_cap=keys.get("attn_logit_softcapping", float, 0.0),
         logit_cap=keys.get("final_logit_softcapping", float, 0.0),
         **family,
@@ -194,13 +200,13 @@ def read_config(keys: Metadata, has_head: bool, interleaved: bool = False) -> Mo
 def _windows(keys: Metadata, layers: int, full_every: int) -> tuple[bool, ...]:
     """Which layers have a sliding window: by `layer_types`, or by the rule of the family."""
     names = {"full_attention": False, "sliding_attention": True}
-    if "layer_types" in keys.values:
+    if keys.has("layer_types"):
         types = keys.get("layer_types", list)
         if len(types) != layers or not all(isinstance(t, str) and t in names for t in types):
             rule = f"layer_types must name {' or '.join(names)} for each of {layers} layers"
             raise ModelError("M102", rule, where=keys.where)
         return tuple(names[t] for t in types)
-    if "sliding_window" not in keys.values or full_every == 1 or layers > _LIMITS["layers"]:
+    if not keys.has("sliding_window") or full_every == 1 or layers > _LIMITS["layers"]:
         return ()
     every = keys.get("sliding_window_pattern", int, full_every)
     return tuple(every <= 0 or (i + 1) % every != 0 for i in range(layers))
@@ -208,20 +214,21 @@ def _windows(keys: Metadata, layers: int, full_every: int) -> tuple[bool, ...]:
 
 def _ropes(keys: Metadata) -> tuple[Rope, Rope | None]:
     """The rotary embedding of layers without a window and, where it is another, of those with one:
-    from today's `rope_parameters`, or from the keys of older files."""
-    older = {"rope_theta": keys.get("rope_theta", float, 10000.0)}
-    every = keys.get("rope_parameters", dict, older | keys.get("rope_scaling", dict, {}))
-    kinds = [every.get("full_attention", every), every.get("sliding_attention")]
-    if "rope_local_base_freq" in keys.values:
-        kinds[1] = kinds[1] or {"rope_theta": keys.values["rope_local_base_freq"]}
+    from today's `rope_parameters`, and from the keys of older files what that leaves out."""
+    every = keys.get("rope_parameters", dict, keys.get("rope_scaling", dict, {}))
+    kinds = [every.get("full_attention") or every, every.get("sliding_attention")]
     if not all(isinstance(kind, dict | None) for kind in kinds):
         raise ModelError("M101", "rope_parameters has no object for a kind", where=keys.where)
     context = keys.get("max_position_embeddings", int)
-    full, local = (kind and _rope(Metadata(kind, keys.where), context) for kind in kinds)
-    return full or Rope(), local
+    theta = keys.get("rope_theta", float, 10000.0)
+    full = _rope(Metadata(kinds[0], keys.where), context, theta)
+    if kinds[1] is None and not keys.has("rope_local_base_freq"):
+        return full, None
+    theta = keys.get("rope_local_base_freq", float, theta)
+    return full, _rope(Metadata(kinds[1] or {}, keys.where), context, theta)
 
 
-def _rope(keys: Metadata, context: int) -> Rope:
+def _rope(keys: Metadata, context: int, theta: float) -> Rope:
     kind = keys.get("rope_type", str, keys.get("type", str, "default"))
     if kind not in Rope.KINDS:
         rule = f"rotary scaling {short(kind)} is not supported"
@@ -231,7 +238,7 @@ def _rope(keys: Metadata, context: int) -> Rope:
         keys.refuse(key, (value,))
     yarn = kind == "yarn"
     return Rope(
-        base=keys.get("rope_theta", float, 10000.0),
+        base=keys.get("rope_theta", float, theta),
         kind=kind,
         factor=keys.get("factor", float, 1.0),
         low=keys.get("beta_slow" if yarn else "low_freq_factor", float, 1.0),
