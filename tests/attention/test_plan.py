@@ -245,6 +245,7 @@ def test_the_family_is_chosen_for_the_dtype_of_the_queries(rng, monkeypatch, q_d
             attn.plan(np.array([0, 1]), kv, q_dtype=wrong)
         with pytest.raises(ArgumentError, match="A102"):
             attn.resolve(kv, q_dtype=wrong)
-    for wrong in ("x", -1, 1.5, True):
+    wrongs: list[Any] = ["x", -1, 1.5, True]
+    for wrong in wrongs:
         with pytest.raises(ArgumentError, match="A103"):
             attn.resolve(kv, qo_len=wrong)

@@ -73,7 +73,7 @@ def attention(args: dict[str, Any]) -> np.ndarray:
     return out
 
 
-SIZES = {"m": 3, "n": 4, "d": 2, "v": 4, "h": 2}
+SIZES: Any = {"m": 3, "n": 4, "d": 2, "v": 4, "h": 2}
 FORMATS = ("csr", "dcsr", "ell", "ragged", "bsr", "hyb")
 
 

@@ -109,7 +109,7 @@ def test_bfloat16_of_ml_dtypes_is_known():
 @pytest.mark.parametrize("bad", ["float99", "complex64", object, np.dtype("M8[s]"), 7])
 def test_what_is_not_a_dtype_is_refused(bad: object):
     with pytest.raises(ArgumentError, match="A102"):
-        dtype(bad)  # pyright: ignore[reportArgumentType]
+        dtype(bad)
 
 
 def test_vectors_and_accumulators():

@@ -213,7 +213,7 @@ def test_the_verb_that_measures(runnable_path: Path, tmp_path: Path, capsys):
     command = ["tune", "serve", str(runnable_path), *sizes, "--step-tokens", "32"]
     assert cli.main([*command, "--seconds", "0.5", "--out", str(out)]) == 0
     told = capsys.readouterr()
-    assert f"#] {tune.FEWEST} steps" in told.err and "steps, off by" in told.out
+    assert "#] " in told.err and int(told.out.split()[1]) >= tune.FEWEST
     options = Options(context=128, running=4, step_tokens=32, cost=out)
     Engine(open_model(runnable_path), "cpp", options).submit([5, 6], Sampling(itl_ms=1e6))
     for wrong in (
