@@ -38,6 +38,7 @@ def tune(args: argparse.Namespace) -> int:
     )  # fmt: skip
     engine = Engine(open_model(args.model or packaged_model()), args.target, options)
     samples = measure(engine, args.seconds, progress=_show)
+    _show(1.0, len(samples))
     print(file=sys.stderr)
     model = fit(samples, engine.scheduler.model.key)
     model.save(args.out)
