@@ -269,10 +269,6 @@ class Batch:
     def lengths(self) -> Any:
         return require_torch().tensor(self.case.keys, dtype=require_torch().int32, device=DEVICE)
 
-    def block_list(self) -> Any:
-        """The pages of all requests, one request after the other."""
-        return self.names
-
     def block_table(self) -> Any:
         """The pages of each request, a row each; those behind its last are page 0."""
         torch, counts = require_torch(), [n // self.case.page_size for n in self.case.keys]

@@ -17,6 +17,7 @@ from bench.harness import note, require_torch
 
 Calls = Iterator[tuple[str, Callable[[], Any]]]
 WORKSPACE_BYTES = 384 << 20
+LIBRARY_VARIANTS = ("causal", "full", "window", "softcap")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,37 +48,29 @@ def flash_attention_3(batch: Any) -> Calls:
     """Its dense, its ragged and its paged form."""
     fa = imported("flash_attn_interface", "FlashAttention-3")
     case = batch.case
-    if fa is None or case.variant not in ("causal", "full", "window", "softcap"):
+    if fa is None or case.variant not in LIBRARY_VARIANTS:
         return
     how = {"causal": case.variant != "full"} | _options(batch)
-    if case.page_size and case.is_even:
-        q = batch.by_request(batch.q)
-        for splits in (0, 1):
-            yield f"fa3 paged, splits {splits or 'auto'}", lambda splits=splits: first(
-                fa.flash_attn_with_kvcache(
-                    q, *batch.pages, cache_seqlens=batch.lengths(), page_table=batch.block_table(),
-                    num_splits=splits, **how,
-                )
-            )  # fmt: skip
-    elif case.page_size:
-        indptr, longest = batch.indptr(), max(case.queries)
-        for splits in (0, 1):
-            yield f"fa3 paged, splits {splits or 'auto'}", lambda splits=splits: first(
-                fa.flash_attn_with_kvcache(
-                    batch.q, *batch.pages, cache_seqlens=batch.lengths(),
-                    page_table=batch.block_table(), cu_seqlens_q=indptr, max_seqlen_q=longest,
-                    num_splits=splits, **how,
-                )
-            )  # fmt: skip
-    else:
+    if not case.page_size:
         yield from _dense_and_ragged("fa3", batch, fa, how)
+        return
+    q = batch.by_request(batch.q) if case.is_even else batch.q
+    if not case.is_even:
+        how |= {"cu_seqlens_q": batch.indptr(), "max_seqlen_q": max(case.queries)}
+    for splits in (0, 1):
+        yield f"fa3 paged, splits {splits or 'auto'}", lambda splits=splits: first(
+            fa.flash_attn_with_kvcache(
+                q, *batch.pages, cache_seqlens=batch.lengths(), page_table=batch.block_table(),
+                num_splits=splits, **how,
+            )
+        )  # fmt: skip
 
 
 def flash_attention_4(batch: Any) -> Calls:
     """Its dense, its ragged and its paged form (CuTe DSL)."""
     fa = imported("flash_attn.cute", "FlashAttention-4")
     case = batch.case
-    if fa is None or case.variant not in ("causal", "full", "window", "softcap"):
+    if fa is None or case.variant not in LIBRARY_VARIANTS:
         return
     how = {"causal": case.variant != "full"} | _options(batch)
     if not case.page_size:
@@ -174,7 +167,7 @@ def flashinfer(batch: Any) -> Calls:
     kernels."""
     torch, case = require_torch(), batch.case
     fi = imported("flashinfer", "FlashInfer")
-    if fi is None or case.variant not in ("causal", "full", "window", "softcap"):
+    if fi is None or case.variant not in LIBRARY_VARIANTS:
         return
     how: dict[str, Any] = {"causal": case.variant != "full", "q_data_type": batch.q.dtype}
     if case.variant == "window":
@@ -187,7 +180,7 @@ def flashinfer(batch: Any) -> Calls:
         if case.page_size:
             last = torch.full_like(batch.lengths(), case.page_size)
             counts = torch.tensor([0, *case.keys]).cumsum(0) // case.page_size
-            names, counts = batch.block_list(), counts.int().to(batch.q.device)
+            names, counts = batch.names, counts.int().to(batch.q.device)
             paged = fi.BatchPrefillWithPagedKVCacheWrapper(space, "NHD", backend=backend)
             paged.plan(
                 batch.indptr(),

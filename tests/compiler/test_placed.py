@@ -3,7 +3,9 @@ computed how often, the online softmax, barriers, and refusals."""
 
 from __future__ import annotations
 
+import runpy
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,25 +20,11 @@ from tilewright.ir.rewrite import map_bodies, rebuild, walk
 from tilewright.lower import AFTER_SCHEDULE, run_passes
 from tilewright.reference import cta
 
-NAMES = ("score", "top", "weight", "total")
-
-
-@tw.program
-def attend(
-    A=tw.sparse("m n"),
-    Q=tw.dense("m h d"),
-    K=tw.dense("n h d"),
-    V=tw.dense("n h v"),
-    scale=tw.scalar(),
-):
-    i, j, h, k, c = tw.indices("i:m j:n h:h k:d c:v")
-    dot = tw.sum(Q[i, h, k] * K[j, h, k], over=k)
-    score = tw.temp.like(A).named("score")[i, j, h](scale * A[i, j] * dot)
-    top = tw.temp.named("top")[i, h](tw.max(score[i, j, h], over=j))
-    weight = tw.temp.like(A).named("weight")[i, j, h](tw.exp(score[i, j, h] - top[i, h]))
-    total = tw.temp.named("total")[i, h](tw.sum(weight[i, j, h], over=j))
-    mixed = tw.sum(weight[i, j, h] * V[j, h, c], over=j)
-    return tw.out[i, h, c](tw.where(total[i, h] > 0, mixed / total[i, h], 0.0))
+LESSON = runpy.run_path(
+    str(Path(__file__).resolve().parents[2] / "examples" / "06_graph_attention.py"),
+    run_name="lesson",
+)
+attend, NAMES = LESSON["attend"], LESSON["TEMPORARIES"]
 
 
 @tw.program

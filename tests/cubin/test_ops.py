@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tests.shipped import CUDA, SHIPPED
 
+from tilewright.ops.activation import gelu_mul_kernel, scaled_kernel
+from tilewright.ops.rmsnorm import rmsnorm_add_kernel
 from tilewright.target import target
 from tilewright.toolchain import nvrtc
 
@@ -17,7 +21,17 @@ NAMES = [name for name, shipped in SHIPPED.items() if CUDA[0] in shipped.targets
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", NAMES)
 def test_cubin_without_spills(name: str, arch: str):
-    kernel = SHIPPED[name].definition.build(f"cuda:{arch}")
+    check(SHIPPED[name].definition.build(f"cuda:{arch}"), arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("build", [gelu_mul_kernel, scaled_kernel, rmsnorm_add_kernel])
+def test_kernels_of_the_model_families(build: Any, arch: str):
+    """Element-wise kernels, whose texts are like those of `silu_mul` and `rmsnorm`."""
+    check(build(f"cuda:{arch}"), arch)
+
+
+def check(kernel: Any, arch: str) -> None:
     assert set(kernel.resources) >= {s.entry for s in kernel.manifest.stages}
     for entry, found in kernel.resources.items():
         assert found.spill_bytes == 0, f"{entry}: {found}"

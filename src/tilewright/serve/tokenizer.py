@@ -6,7 +6,7 @@
     for token in generated: print(stream.push(token), end="")
     print(stream.finish())
 
-The library encodes plain text only: it does not know the control tokens, which are told apart here.
+The library encodes plain text only: it does not know the control tokens: this module finds those.
 Bytes that a byte-level vocabulary does not have are dropped. Source: the GGUF keys
 `tokenizer.ggml.*`.
 """
@@ -311,7 +311,7 @@ def from_folder(folder: Path, vocab: int) -> Tokenizer:
         library = tokenizers.Tokenizer.from_str(json.dumps(data))
         library.no_truncation()
         library.no_padding()
-        library.encode_special_tokens = True  # as plain text: they are told apart here
+        library.encode_special_tokens = True  # as plain text: this module finds them
         ids, added = library.get_vocab(), library.get_added_tokens_decoder()
         if not isinstance(library.model, models.BPE) or max(ids.values()) >= vocab:
             raise ValueError(f"no BPE of at most {vocab} tokens")
@@ -325,9 +325,9 @@ def from_folder(folder: Path, vocab: int) -> Tokenizer:
         named = [read_json(file).get("eos_token_id", []) for file in files]
         ends = {i for x in named for i in (x if isinstance(x, list) else [x])}
         first = next((i for i in library.encode("").ids[:1] if i in out.control), None)
-        texts = read_json(config, "M107") if config.is_file() else {}
+        options = read_json(config, "M107") if config.is_file() else {}
         for name in ("bos", "eos"):
-            text = texts.get(f"{name}_token")
+            text = options.get(f"{name}_token")
             text = text["content"] if isinstance(text, dict) else text
             if text in ids:
                 out.named[name] = ids[text]
