@@ -196,7 +196,7 @@ def _build(d: Definition, target: Target) -> Kernel:
     if target.is_cuda and not target.arch:
         from tilewright.runtime import cuda
 
-        target = Target("cuda", cuda.device_arch())  # its limits count when the program is lowered
+        target = Target("cuda", cuda.device().arch)  # its limits count when the program is lowered
     program, scheduled = d.program, None
     if d.recipe is None or isinstance(d.recipe, NamedRecipe):
         key = _key(program, d.recipe, target)

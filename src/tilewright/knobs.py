@@ -7,7 +7,6 @@ names the variable, the value and the expected form.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,11 +41,6 @@ class Knob:
 
 def folder(path: str | Path) -> Path:
     """A path with its `~` resolved. Raises KnobError[K101] where no such user has a home."""
-    return _resolved(str(path), os.environ.get("HOME"))
-
-
-@functools.lru_cache(maxsize=16)  # each look at the cache asks
-def _resolved(path: str, _home: str | None) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

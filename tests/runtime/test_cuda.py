@@ -142,7 +142,7 @@ def test_no_driver_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cuda.available()
     assert "no CUDA driver" in dict(cuda.describe())["CUDA driver"]
     for call in (
-        cuda.device_arch,
+        cuda.device,
         lambda: cuda.Module(b""),
         lambda: cuda.DeviceArray((1,), "int8"),
     ):
@@ -186,7 +186,7 @@ def axpy(request: pytest.FixtureRequest) -> cuda.Function:
     if request.param == "fake":
         request.getfixturevalue("fake")
         return cuda.Module(b"\x7fELF").function("axpy")
-    cubin = nvrtc.compile_cuda(SOURCE, arch=cuda.device_arch(), headers=HEADERS)
+    cubin = nvrtc.compile_cuda(SOURCE, arch=cuda.device().arch, headers=HEADERS)
     return cuda.Module(cubin.image).function("axpy")
 
 
@@ -219,7 +219,7 @@ def test_large_shared_memory(axpy: cuda.Function) -> None:
 def test_graph_replays(axpy: cuda.Function, rng: np.random.Generator) -> None:
     x = rng.standard_normal(100).astype(np.float32)
     xd, yd = cuda.DeviceArray.from_numpy(x), cuda.DeviceArray((100,), "float32")
-    yd.zero()
+    cuda.clear(view(yd))
     cuda.synchronize()
     launches = [axpy.prepare((1, 1, 1), (128, 1, 1), 0, _params(yd, xd, a)) for a in (1.0, 3.0)]
     graph = cuda.Graph(launches)
@@ -298,7 +298,7 @@ def test_device_array(axpy: cuda.Function, rng: np.random.Generator) -> None:
 
 def test_device_facts(fake: ctypes.CDLL) -> None:
     assert cuda.available()
-    assert (cuda.device(0).name, cuda.device_arch(), cuda.device_arch(1)) == (
+    assert (cuda.device(0).name, cuda.device().arch, cuda.device(1).arch) == (
         "Imaginary H100",
         "sm_90a",
         "sm_86",
@@ -353,7 +353,7 @@ def test_cuda_array_interface(fake: ctypes.CDLL) -> None:
 @pytest.mark.gpu
 def test_torch_shares_context_and_stream(rng: np.random.Generator) -> None:
     torch = pytest.importorskip("torch")
-    cubin = nvrtc.compile_cuda(SOURCE, arch=cuda.device_arch(), headers=HEADERS)
+    cubin = nvrtc.compile_cuda(SOURCE, arch=cuda.device().arch, headers=HEADERS)
     kernel = cuda.Module(cubin.image).function("axpy")
     x = torch.from_numpy(rng.standard_normal(1000).astype(np.float32)).cuda()
     side = torch.cuda.Stream()

@@ -21,6 +21,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from tilewright.errors import ModelError  # noqa: E402
 from tilewright.serve.engine import LLM  # noqa: E402
+from tilewright.serve.text import AnswerText  # noqa: E402
 from tilewright.serve.tokenizer import from_folder  # noqa: E402
 from tilewright.serve.weights import open_model  # noqa: E402
 
@@ -88,7 +89,7 @@ def test_tokenizer_json(library: tokenizers.Tokenizer, tmp_path: Path, rng: np.r
         if "<think>" not in text:
             prefix = "" if library.normalizer is None or not text else " "
             assert ours.decode(plain, special=False) == prefix + text
-        stream = ours.stream()
+        stream = AnswerText(ours)
         assert "".join(map(stream.push, plain)) + stream.finish() == ours.decode(plain, False)
 
 

@@ -22,7 +22,7 @@ from tilewright.attention.ranges import CUT
 from tilewright.attention.spec import loaded
 from tilewright.attention.table import Table
 from tilewright.errors import ArgumentError
-from tilewright.runtime.view import View
+from tilewright.runtime.view import View, view
 
 MAX_REQUESTS = 16_384  # the planner keeps 8 bytes of each in shared memory
 
@@ -82,7 +82,7 @@ class Workspace:
         self._indptr = words("int32", max_requests + 1 if max_tokens else 0)
         self._status = cuda.StatusWord(self.ordinal)
         for array in (self._cuts, self._counters):
-            array.zero()
+            cuda.clear(view(array))
         cuda.synchronize(cuda.current_stream(self.ordinal), self.ordinal)
 
     @property

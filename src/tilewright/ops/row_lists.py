@@ -96,11 +96,6 @@ def _kernels(
     return tuple(d.build("cpp") for d in phases(count, fill, operands, index, values))
 
 
-def _empty(n: int, dtype: np.dtype) -> np.ndarray:
-    is_large = n * dtype.itemsize >= host_allocator.SMALLEST
-    return host_allocator.empty((n,), dtype) if is_large else np.empty(n, dtype)
-
-
 def assembled(
     count: Definition, fill: Definition, operands: dict[str, Packed], shape: tuple[int, int]
 ) -> Packed:
@@ -114,7 +109,8 @@ def assembled(
     indptr = np.zeros(shape[0] + 1, np.int64)
     counted(*operands.values(), out=indptr[1:])
     np.cumsum(indptr, out=indptr)
-    columns, values = (_empty(int(indptr[-1]), t.numpy) for t in (index, dtype))
+    count = (int(indptr[-1]),)
+    columns, values = (host_allocator.empty(count, t.numpy) for t in (index, dtype))
     if len(columns):
         filled(*operands.values(), indptr[:-1], columns, values)
     return of_rows(indptr, columns, values, shape, dtype)

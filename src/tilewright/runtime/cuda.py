@@ -11,6 +11,8 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from ctypes import c_void_p
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,25 +75,24 @@ def _torch_streams() -> Callable[[int], int] | None:
     return _stream_getters[0]
 
 
+def _active_stream(ordinal: int) -> int:
+    """The current stream of a GPU, whose context becomes current in this thread."""
+    device(ordinal).activate()
+    return current_stream(ordinal)
+
+
 def is_capturing(ordinal: int) -> bool:
     """Whether the current stream records a CUDA graph."""
-    device(ordinal).activate()
     status = ctypes.c_int()
-    driver().call("cuStreamIsCapturing", current_stream(ordinal), ctypes.byref(status))
+    driver().call("cuStreamIsCapturing", _active_stream(ordinal), ctypes.byref(status))
     return status.value != 0
 
 
 def clear(array: View) -> None:
     """Set every byte of an array on a GPU to 0, in the order of its current stream."""
-    ordinal = int(array.device.partition(":")[2])
-    device(ordinal).activate()
+    stream = _active_stream(int(array.device.partition(":")[2]))
     nbytes = array.size * array.dtype.itemsize
-    driver().call("cuMemsetD8Async", array.pointer, 0, nbytes, current_stream(ordinal))
-
-
-def device_arch(ordinal: int = 0) -> str:
-    """The architecture of a GPU, as `sm_90a`."""
-    return device(ordinal).arch
+    driver().call("cuMemsetD8Async", array.pointer, 0, nbytes, stream)
 
 
 def synchronize(stream: int = 0, ordinal: int = 0) -> None:
@@ -158,6 +159,7 @@ class Function:
             self.module.device.activate()
             driver().call("cuFuncSetAttribute", self.handle, _FUNCTION_MAX_DYNAMIC_SMEM, smem_bytes)
             self._smem = smem_bytes
+        overlaps = overlaps and self.module.device.attribute(ATTRIBUTE_MAJOR) >= 9
         return Launch(self, grid, block, smem_bytes, params, overlaps)
 
 
@@ -184,6 +186,7 @@ _PROGRAMMATIC_SERIALIZATION = 6
 _OVERLAPS = _Attribute(_PROGRAMMATIC_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
 
 
+@dataclass(slots=True, eq=False)
 class Launch:
     """A kernel with its grid and parameters: `run(stream)` launches it on a stream.
 
@@ -191,24 +194,14 @@ class Launch:
     A grid with a zero launches nothing.
     """
 
-    __slots__ = ("_configs", "_grid", "_launch", "_pointers", "function", "overlaps", "params")
-
-    def __init__(
-        self,
-        function: Function,
-        grid: Dim3,
-        block: Dim3,
-        smem_bytes: int,
-        params: ctypes.Array[Any],
-        overlaps: bool = False,
-    ) -> None:
-        self.function, self.params = function, params
-        self.overlaps = overlaps and function.module.device.attribute(ATTRIBUTE_MAJOR) >= 9
-        self._grid = grid, block, smem_bytes
-        self._pointers = (c_void_p * 1)(ctypes.addressof(params))
-        # One configuration a stream, never rewritten: two threads may launch on two streams.
-        self._configs: dict[int, tuple[Any, ...]] = {}
-        self._launch = driver().functions["cuLaunchKernelEx"]
+    function: Function
+    grid: Dim3
+    block: Dim3
+    smem_bytes: int
+    params: ctypes.Array[Any]
+    overlaps: bool
+    # The native call by stream, never rewritten: two threads may launch on two streams.
+    _calls: dict[int, Callable[[], int]] = field(default_factory=dict, init=False)
 
     def run(self, stream: int) -> None:
         """Launch on a stream. Raises BuildError[B104]."""
@@ -217,19 +210,22 @@ class Launch:
 
     def run_active(self, stream: int) -> None:
         """`run` where the GPU's context is current in this thread."""
-        arguments = self._configs.get(stream)
-        if arguments is None:
-            grid, block, smem_bytes = self._grid
-            if 0 in grid:
+        call = self._calls.get(stream)
+        if call is None:
+            if 0 in self.grid:
                 return
-            attributes = ctypes.addressof(_OVERLAPS) if self.overlaps else None
-            config = _Config(grid, block, smem_bytes, stream, attributes, int(self.overlaps))
-            handle = c_void_p(self.function.handle)
-            arguments = ctypes.byref(config), handle, self._pointers, None
-            self._configs[stream] = arguments
-        code = self._launch(*arguments)
+            call = self._calls[stream] = self._native_call(stream)
+        code = call()
         if code:
             driver().fail(f"launching {self.function.name}", code)
+
+    def _native_call(self, stream: int) -> Callable[[], int]:
+        attributes = ctypes.addressof(_OVERLAPS) if self.overlaps else None
+        size = self.grid, self.block, self.smem_bytes
+        config = ctypes.byref(_Config(*size, stream, attributes, int(self.overlaps)))
+        pointers = (c_void_p * 1)(ctypes.addressof(self.params))
+        launch = driver().functions["cuLaunchKernelEx"]
+        return partial(launch, config, c_void_p(self.function.handle), pointers, None)
 
 
 class Graph:
@@ -273,10 +269,8 @@ class Graph:
 
 
 class DeviceArray:
-    """A dense array on a GPU, for use without torch or CuPy. Freed with its last reference.
-
-    Copies are ordered on the stream that they are given (default: `current_stream`).
-    """
+    """A dense array on a GPU, for use without torch or CuPy. Freed with its last reference. Copies
+    are ordered on `current_stream`."""
 
     __slots__ = ("__weakref__", "device", "dtype", "owner", "pointer", "shape")
 
@@ -321,7 +315,7 @@ class DeviceArray:
         view.pointer += begin * math.prod(self.shape[1:]) * self.dtype.itemsize
         return view
 
-    def copy_from(self, array: np.ndarray, stream: int | None = None) -> None:
+    def copy_from(self, array: np.ndarray) -> None:
         """Overwrite with a NumPy array of the same shape and itemsize; done when it returns.
 
         Raises ArgumentError[A102, A103].
@@ -333,24 +327,20 @@ class DeviceArray:
         if not self.nbytes:
             return
         source = np.ascontiguousarray(array)
-        queue = self._stream(stream)
-        driver().call("cuMemcpyHtoDAsync_v2", self.pointer, source.ctypes.data, self.nbytes, queue)
-        driver().call("cuStreamSynchronize", queue)
+        self._copied("cuMemcpyHtoDAsync_v2", self.pointer, source.ctypes.data)
 
-    def to_numpy(self, stream: int | None = None) -> np.ndarray:
+    def to_numpy(self) -> np.ndarray:
         """A copy on the host, complete when it returns; bfloat16 and 8-bit floats as their bits."""
         out = np.empty(self.shape, self.dtype.numpy)
         if self.nbytes:
-            queue = self._stream(stream)
-            driver().call("cuMemcpyDtoHAsync_v2", out.ctypes.data, self.pointer, out.nbytes, queue)
-            driver().call("cuStreamSynchronize", queue)
+            self._copied("cuMemcpyDtoHAsync_v2", out.ctypes.data, self.pointer)
         return out
 
-    def zero(self, stream: int | None = None) -> None:
-        """Set every byte to 0, in the order of the stream."""
-        if self.nbytes:
-            queue = self._stream(stream)
-            driver().call("cuMemsetD8Async", self.pointer, 0, self.nbytes, queue)
+    def _copied(self, function: str, to: int, source: int) -> None:
+        """Copy all bytes, in the order of the current stream, and wait for them."""
+        stream = _active_stream(self.device.ordinal)
+        driver().call(function, to, source, self.nbytes, stream)
+        driver().call("cuStreamSynchronize", stream)
 
     @property
     def nbytes(self) -> int:
@@ -362,10 +352,6 @@ class DeviceArray:
             "shape": self.shape, "typestr": self.dtype.numpy.str, "data": (self.pointer, False),
             "strides": None, "version": 3,
         }  # fmt: skip
-
-    def _stream(self, stream: int | None) -> int:
-        self.device.activate()
-        return current_stream(self.device.ordinal) if stream is None else stream
 
     def __repr__(self) -> str:
         return f"DeviceArray({self.shape}, {self.dtype}, cuda:{self.device.ordinal})"

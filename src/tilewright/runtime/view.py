@@ -140,11 +140,8 @@ def allocator(like: object, shape: tuple[int, ...], dtype: DType) -> Callable[[A
     """A function that allocates an array of this shape and dtype; its argument is an array with the
     layout of `like`."""
     if isinstance(like, np.ndarray):
-        large = (
-            math.prod(shape) * dtype.itemsize >= host_allocator.SMALLEST and dtype.name in _PLAIN
-        )
-        kind = dtype.numpy if large else _numpy_type(dtype)
-        empty = host_allocator.empty if large else np.empty
+        kind = _numpy_type(dtype)
+        empty = host_allocator.empty if dtype.name in _PLAIN else np.empty
         return lambda _: empty(shape, kind)
     module = _root_module(type(like))
     if module == "torch":

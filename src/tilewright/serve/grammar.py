@@ -5,14 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tilewright.errors import MissingExtra, ModelError
+from tilewright.errors import ModelError, needed_for
 from tilewright.serve.tokenizer import Tokenizer
 
-try:
+with needed_for("response_format", "grammar"):
     from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-except ImportError:
-    hint = "pip install 'tilewright[grammar]'"
-    raise MissingExtra("E101", "response_format needs llguidance", hint=hint) from None
 
 MAX_SCHEMA_CHARS = 1 << 16
 

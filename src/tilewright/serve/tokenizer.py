@@ -2,9 +2,7 @@
 
     tokenizer = load_tokenizer(open_model(path))
     ids = tokenizer.encode("What is the capital of France?")
-    stream = tokenizer.stream()
-    for token in generated: print(stream.push(token), end="")
-    print(stream.finish())
+    text = tokenizer.decode(ids)
 
 The library encodes plain text only: it does not know the control tokens: this module finds those.
 Bytes that a byte-level vocabulary does not have are dropped. Source: the GGUF keys
@@ -13,7 +11,6 @@ Bytes that a byte-level vocabulary does not have are dropped. Source: the GGUF k
 
 from __future__ import annotations
 
-import codecs
 import json
 import math
 import re
@@ -23,16 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.errors import MissingExtra, ModelError
+from tilewright.errors import ModelError, needed_for
 from tilewright.serve.models.config import Metadata, Value, short
 from tilewright.serve.weights import ModelFile, read_json
 
-try:
+with needed_for("tokens of text", "models"):
     import tokenizers
     from tokenizers import models, normalizers, pre_tokenizers
-except ImportError as missing:
-    rule, hint = f"tokenizers need {missing.name}", "pip install 'tilewright[models]'"
-    raise MissingExtra("E101", rule, hint=hint) from None
 
 MAX_TOKEN_CHARS = 1024
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
@@ -117,34 +111,11 @@ class Tokenizer:
         kept = (self.piece(i) for i in ids if i not in hidden)
         return b"".join(kept).decode("utf-8", "replace")
 
-    def stream(self, special: bool = False) -> Stream:
-        return Stream(self, special)
-
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
     """A pattern that matches any of these texts, the longest first; none if there are no texts."""
     longest_first = sorted(spellings, key=lambda text: (-len(text), text))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-class Stream:
-    """Decodes token by token; keeps the bytes of an incomplete character back."""
-
-    def __init__(self, tokenizer: Tokenizer, special: bool = False) -> None:
-        self._tokenizer, self._special = tokenizer, special
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        """The characters that this token completes."""
-        if not self._special and token in self._tokenizer.control:
-            return ""
-        return self._decoder.decode(self._tokenizer.piece(token))
-
-    def finish(self) -> str:
-        """The rest: U+FFFD for an incomplete character. Resets the stream."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
 
 
 def load_tokenizer(model: ModelFile) -> Tokenizer:

@@ -28,16 +28,13 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.errors import MissingExtra, ModelError
+from tilewright.errors import MissingExtra, ModelError, needed_for
 from tilewright.serve.gguf import Header, Weight, dequantize, view
 from tilewright.serve.models.config import Metadata, ModelConfig, Value, read_config
 
-try:
+with needed_for("model folders", "models"):
     from gguf import MODEL_ARCH, get_tensor_name_map
     from safetensors import SafetensorError, safe_open
-except ImportError as missing:
-    rule, hint = f"model folders need {missing.name}", "pip install 'tilewright[models]'"
-    raise MissingExtra("E101", rule, hint=hint) from None
 
 __all__ = ["ModelConfig", "ModelFile", "Weight", "dequantize", "open_model", "packaged_model"]
 

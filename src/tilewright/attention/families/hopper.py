@@ -92,7 +92,7 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
 def _arch(device: str) -> str:
     from tilewright.runtime import cuda
 
-    return cuda.device_arch(int(device.partition(":")[2] or 0))
+    return cuda.device(int(device.partition(":")[2] or 0)).arch
 
 
 def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
