@@ -26,8 +26,8 @@ from tilewright.ir.digest import digest
 from tilewright.ir.nodes import Program
 from tilewright.reference.launcher import InterpLauncher
 from tilewright.runtime import launch, transfer
-from tilewright.runtime.built import Built
 from tilewright.runtime.kernel import Kernel
+from tilewright.runtime.manifest import Built
 from tilewright.sparse import entries, formats, trace
 from tilewright.target import Target
 from tilewright.target import target as parse_target

@@ -18,8 +18,7 @@ from tilewright.ir.nodes import Nest, Program, Tensor
 from tilewright.ir.rewrite import is_ordered, searches
 from tilewright.ir.verify import verify
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
-from tilewright.runtime.built import Built
-from tilewright.runtime.manifest import Manifest, StageSpec, TensorSpec, declarations
+from tilewright.runtime.manifest import Built, Manifest, StageSpec, TensorSpec, declarations
 from tilewright.schedule import Schedule, Step
 from tilewright.target import Target
 

@@ -19,6 +19,7 @@ from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import allocate, overlaps, view
 from tilewright.target import CUDA_ARCHS
 from tilewright.toolchain import compilers, cxx, disk_cache, nvrtc
+from tilewright.tools import env
 
 AXPY = Struct(
     "Axpy", [("y", "ptr", "float*"), ("x", "ptr", "const float*"), ("a", "float32"), ("n", "int64")]
@@ -135,17 +136,18 @@ def test_architecture_of_a_capability() -> None:
     assert driver.arch_of(7, 5) == "sm_75"
 
 
+def _described() -> dict[str, str]:
+    """What `tilewright env` prints of CUDA, by name."""
+    return {f.name: f.value for f in env.report() if f.section == "CUDA target"}
+
+
 def test_no_driver_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "LIBRARIES", ("libtilewright-absent.so",))
     monkeypatch.setattr(driver, "_driver", [])
     monkeypatch.setattr(driver, "_devices", {})
     assert not cuda.available()
-    assert "no CUDA driver" in dict(cuda.describe())["CUDA driver"]
-    for call in (
-        cuda.device,
-        lambda: cuda.Module(b""),
-        lambda: cuda.DeviceArray((1,), "int8"),
-    ):
+    assert "no CUDA driver" in _described()["CUDA driver"]
+    for call in (cuda.device, lambda: cuda.Module(b""), lambda: cuda.DeviceArray((1,), "int8")):
         with pytest.raises(BuildError, match="B102"):
             call()
 
@@ -304,7 +306,7 @@ def test_device_facts(fake: ctypes.CDLL) -> None:
         "sm_86",
     )
     assert cuda.device(0).sms == 132
-    lines = dict(cuda.describe())
+    lines = _described()
     assert lines["CUDA driver"] == "CUDA 13.0"
     assert lines["GPU 1"] == "Imaginary H100, sm_86, 132 SMs, 80 GiB"
     with pytest.raises(BuildError, match="no GPU 2"):

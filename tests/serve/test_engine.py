@@ -14,7 +14,7 @@ pytest.importorskip("jinja2", reason="chat templates need the models extra")
 from tilewright.errors import BuildError, ModelError
 from tilewright.serve.engine import LLM
 from tilewright.serve.kv_pool import PAGE_SIZE
-from tilewright.serve.text import AnswerText
+from tilewright.serve.tokenizer import AnswerText
 from tilewright.serve.weights import ModelFile
 
 HELLO = "and the thing is in the land"

@@ -21,8 +21,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from tilewright.errors import ModelError  # noqa: E402
 from tilewright.serve.engine import LLM  # noqa: E402
-from tilewright.serve.text import AnswerText  # noqa: E402
-from tilewright.serve.tokenizer import from_folder  # noqa: E402
+from tilewright.serve.tokenizer import AnswerText, from_folder  # noqa: E402
 from tilewright.serve.weights import open_model  # noqa: E402
 
 WORDS = ["the", " the", "an", " an", "123", "é", "中", "'s", "hello", " hello world"]

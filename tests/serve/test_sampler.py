@@ -15,7 +15,7 @@ pytest.importorskip("jinja2", reason="chat templates need the models extra")
 from tilewright.serve.engine import LLM, Engine, Options
 from tilewright.serve.request import Request, Sampling
 from tilewright.serve.sampler import draw, logprobs, penalized, sample
-from tilewright.serve.text import AnswerText
+from tilewright.serve.tokenizer import AnswerText
 from tilewright.serve.weights import open_model
 
 HELLO = "and the thing is in the land"

@@ -12,8 +12,14 @@ import pytest
 from tests.models.stories import tokens as stories_pieces
 
 from tilewright.errors import ModelError
-from tilewright.serve.text import AnswerText
-from tilewright.serve.tokenizer import Tokenizer, byte_level, from_metadata, load_tokenizer, scored
+from tilewright.serve.tokenizer import (
+    AnswerText,
+    Tokenizer,
+    byte_level,
+    from_metadata,
+    load_tokenizer,
+    scored,
+)
 from tilewright.serve.weights import ModelFile, open_model
 
 TEXTS = [

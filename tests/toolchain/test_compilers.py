@@ -90,7 +90,7 @@ def test_a_setting_is_a_command(
         ("{failing}", "exit status 3: no licence"),
         ("{silent}", "exit status 0: silent"),
         ("{launcher} no-such-compiler", "no-such-compiler"),
-        ("'g++", "it cannot be split into words: No closing quotation"),
+        ("'g++", "No closing quotation"),
         ("''", "'' is not found"),
     ],
 )

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.dtypes import dtype as to_dtype
-from tilewright.errors import ArgumentError, BuildError
+from tilewright.errors import ArgumentError, BuildError, InternalError
 from tilewright.runtime.driver import ATTRIBUTE_MAJOR, device, driver
 from tilewright.runtime.view import View
-from tilewright.toolchain import nvrtc
 
 Dim3 = tuple[int, int, int]
 
@@ -99,22 +99,6 @@ def synchronize(stream: int = 0, ordinal: int = 0) -> None:
     """Wait until everything on a stream is done; failures of earlier kernels show here (B104)."""
     device(ordinal).activate()
     driver().call("cuStreamSynchronize", stream)
-
-
-def describe() -> list[tuple[str, str]]:
-    """What `tilewright env` prints of CUDA: the compiler, the driver, each GPU."""
-    lines = [("NVRTC", nvrtc.toolkit_version() if nvrtc.available() else "not installed")]
-    try:
-        version = driver().returned("cuDriverGetVersion")
-        count = driver().returned("cuDeviceGetCount")
-    except BuildError as error:
-        return [*lines, ("CUDA driver", error.message)]
-    lines.append(("CUDA driver", f"CUDA {version // 1000}.{version % 1000 // 10}"))
-    for i in range(count):
-        gpu = device(i)
-        memory = f"{gpu.memory_bytes / 2**30:.0f} GiB"
-        lines.append((f"GPU {i}", f"{gpu.name}, {gpu.arch}, {gpu.sms} SMs, {memory}"))
-    return lines
 
 
 class Module:
@@ -397,3 +381,31 @@ def pointer_device(address: int) -> int:
     ordinal = ctypes.c_int()
     driver().call("cuPointerGetAttribute", ctypes.byref(ordinal), _POINTER_DEVICE_ORDINAL, address)
     return ordinal.value
+
+
+_MAP_TYPES = {dtypes.float16: 6, dtypes.bfloat16: 9}  # CUtensorMapDataType
+_SWIZZLE_128, _PROMOTE_256, _WORDS = 3, 3, 16
+
+
+def tensor_map(
+    pointer: int, dtype: DType, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]
+) -> list[int]:
+    """What TMA knows of an array in global memory: a CUtensorMap as 16 words of 64 bits, for boxes
+    in the 128-byte swizzle (sm_90 and newer).
+
+    Dimensions with the fastest first, which is contiguous; `strides` of the others, in elements.
+    What lies outside `shape` reads as 0. Raises InternalError[I101] where the driver refuses.
+    """
+    rank, size = len(shape), dtype.itemsize
+    buffer = (ctypes.c_uint64 * (2 * _WORDS))()  # a map lies at a multiple of 64 bytes
+    address = ctypes.addressof(buffer) + -ctypes.addressof(buffer) % 64
+    code = driver().functions["cuTensorMapEncodeTiled"](
+        address, _MAP_TYPES[dtype], rank, pointer,
+        (ctypes.c_uint64 * rank)(*shape), (ctypes.c_uint64 * rank)(*(n * size for n in strides)),
+        (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank),
+        0, _SWIZZLE_128, _PROMOTE_256, 0,
+    )  # fmt: skip
+    if code:
+        geometry = f"shape {tuple(shape)}, strides {tuple(strides)}, box {tuple(box)}"
+        raise InternalError("I101", f"no tensor map: {driver().error_name(code)} of {geometry}")
+    return list((ctypes.c_uint64 * _WORDS).from_address(address))

@@ -4,6 +4,7 @@ every call writes addresses and numbers into a frame of its layout and launches 
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from functools import cached_property
@@ -223,20 +224,16 @@ class Kernel:
 
     def _ordered(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments in the order of the program's parameters. Raises ArgumentError[A101]."""
-        names = [t.name for t in self.inputs]
-        hint = f"arguments: {', '.join(names)}"
-        for name in named:
-            if name not in names:
-                text = f"{self.manifest.name} has no argument {name!r}"
-                raise ArgumentError("A101", text, where=name, hint=hint)
-        by_name = dict(zip(names, args, strict=False))
-        missing = [n for n in names if n not in by_name and n not in named]
-        if len(args) > len(names) or missing or by_name.keys() & named.keys():
-            fault = f"missing: {', '.join(missing)}" if missing else "too many, or one given twice"
-            text = f"{self.manifest.name}: {fault}"
-            raise ArgumentError("A101", text, where="arguments", hint=hint)
-        by_name |= named
-        return tuple(by_name[n] for n in names)
+        try:
+            return self._signature.bind(*args, **named).args
+        except TypeError as error:
+            text = f"{self.manifest.name}{self._signature}: {error}"
+            raise ArgumentError("A101", text, where="arguments") from None
+
+    @cached_property
+    def _signature(self) -> inspect.Signature:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return inspect.Signature([inspect.Parameter(t.name, kind) for t in self.inputs])
 
     @cached_property
     def _structs(self) -> tuple[Struct, Struct]:

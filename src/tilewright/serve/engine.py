@@ -30,8 +30,7 @@ from tilewright.serve.request import Request, Sampling, check_fields, check_toke
 from tilewright.serve.runner import Logits, Runner
 from tilewright.serve.sampler import sample
 from tilewright.serve.scheduler import Limits, Scheduler, work_of
-from tilewright.serve.text import AnswerText
-from tilewright.serve.tokenizer import load_tokenizer
+from tilewright.serve.tokenizer import AnswerText, load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
 from tilewright.target import Target
 

@@ -162,12 +162,21 @@ def _exists(module: str) -> bool:
 
 
 def _cuda() -> Iterable[Line]:
-    from tilewright.runtime import cuda
+    from tilewright.runtime.driver import device, driver
+    from tilewright.toolchain import nvrtc
 
-    hints = {
-        "NVRTC": "pip install 'tilewright[cuda]'",
-        "CUDA driver": "kernels for GPUs compile here but do not run: install NVIDIA's driver",
-    }
-    for name, value in cuda.describe():
-        works = value.startswith(("nvidia", "nvrtc", "CUDA ")) or name.startswith("GPU")
-        yield (name, value) if works else (name, value, "missing", hints.get(name, ""))
+    if nvrtc.available():
+        yield "NVRTC", nvrtc.toolkit_version()
+    else:
+        yield "NVRTC", "not installed", "missing", "pip install 'tilewright[cuda]'"
+    try:
+        version = driver().returned("cuDriverGetVersion")
+        gpus = [device(i) for i in range(driver().returned("cuDeviceGetCount"))]
+    except TilewrightError as error:
+        hint = "kernels for GPUs compile here but do not run: install NVIDIA's driver"
+        yield "CUDA driver", error.message, "missing", hint
+        return
+    yield "CUDA driver", f"CUDA {version // 1000}.{version % 1000 // 10}"
+    for gpu in gpus:
+        memory = f"{gpu.memory_bytes / 2**30:.0f} GiB"
+        yield f"GPU {gpu.ordinal}", f"{gpu.name}, {gpu.arch}, {gpu.sms} SMs, {memory}"

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import extract_tb
 
 from tilewright import compiler
 from tilewright.build import Definition
@@ -94,7 +95,9 @@ def load(path: Path) -> dict[str, Definition]:
             raise
         except (Exception, SystemExit) as error:
             rule = f"running it failed: {type(error).__name__}: {error}"
-            raise ProgramError("P101", rule, where=f"{path}{_line_in(path, error)}") from error
+            lines = [f.lineno for f in extract_tb(error.__traceback__) if f.filename == str(path)]
+            where = f"{path}:{lines[-1]}" if lines else str(path)
+            raise ProgramError("P101", rule, where=where) from error
     definitions: dict[str, Definition] = {}
     for name, value in names.items():
         if isinstance(value, Definition) and not any(value is d for d in definitions.values()):
@@ -103,15 +106,6 @@ def load(path: Path) -> dict[str, Definition]:
         hint = "@tw.program above a function"
         raise ProgramError("P101", "the file defines no program", where=str(path), hint=hint)
     return definitions
-
-
-def _line_in(path: Path, error: BaseException) -> str:
-    trace, line = error.__traceback__, ""
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = f":{trace.tb_lineno}"
-        trace = trace.tb_next
-    return line
 
 
 def stages_of(definition: Definition, targets: list[Target]) -> list[Stage]:
@@ -130,25 +124,20 @@ def stages_of(definition: Definition, targets: list[Target]) -> list[Stage]:
 
 
 def _stages(definition: Definition, target: Target) -> Iterator[Stage]:
-    last = definition.program
-    for last, title in _programs(definition, target):
-        yield Stage(title, last.level, str(last))
+    """The program as written, after each verb, after each pass with effect; the generated text."""
+    last, previous = definition.program, ""
+    for last, title in _steps(definition, target):
+        if str(last) != previous or title.startswith("schedule "):
+            yield Stage(title, last.level, str(last))
+        previous = str(last)
     if target.kind == "interp":
         return
     language = "CUDA" if target.is_cuda else "C++"
     yield Stage(f"{language} for {target}", language, source_text(last, target))
 
 
-def _programs(definition: Definition, target: Target) -> Iterator[tuple[Program, str]]:
-    """Yields the program and a title: as written, after each verb, after each pass with effect."""
-    previous = ""
-    for program, title in _steps(definition, target):
-        if str(program) != previous or title.startswith("schedule "):
-            yield program, title
-        previous = str(program)
-
-
 def _steps(definition: Definition, target: Target) -> Iterator[tuple[Program, str]]:
+    """Yields the program and a title, for the program as written, each verb and each pass."""
     states: list[Schedule] = []
     schedule: Schedule | None = definition.scheduled(target)
     while schedule is not None:
@@ -162,9 +151,10 @@ def _steps(definition: Definition, target: Target) -> Iterator[tuple[Program, st
                 program = state.program
                 yield program, f"schedule {state.history[-1]}"
         results: list[tuple[Program, str]] = []
-        run_passes(program, passes, target.kind, lambda name, p, r=results: r.append((p, name)))
-        for program, name in results:
-            yield program, name
+        program = run_passes(
+            program, passes, target.kind, lambda name, p, r=results: r.append((p, name))
+        )
+        yield from results
 
 
 def source_text(program: Program, target: Target) -> str:
