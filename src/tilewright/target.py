@@ -63,4 +63,4 @@ def target(of: Target | str) -> Target:
     if isinstance(of, Target):
         return of
     kind, _, arch = of.partition(":") if isinstance(of, str) else (of, "", "")
-    return Target({"cpu": "cpp"}.get(kind, kind), arch)
+    return Target("cpp" if kind == "cpu" else kind, arch)

@@ -145,7 +145,7 @@ def test_any_unicode_comes_back(tiny: ModelFile, rng: np.random.Generator):
 
 def test_special_tokens(tiny: ModelFile):
     tokenizer = load_tokenizer(tiny)
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.add_bos) == (1, 2, False)
+    assert (tokenizer.bos, tokenizer.named["eos"], tokenizer.add_bos) == (1, 2, False)
     ids = tokenizer.encode("<|im_start|>the<|im_end|>")
     assert ids[0] == 1 and ids[-1] == 2 and len(ids) == 3
     plain = tokenizer.encode("<|im_start|>the", special=False)

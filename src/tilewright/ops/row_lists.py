@@ -109,8 +109,8 @@ def assembled(
     indptr = np.zeros(shape[0] + 1, np.int64)
     counted(*operands.values(), out=indptr[1:])
     np.cumsum(indptr, out=indptr)
-    count = (int(indptr[-1]),)
-    columns, values = (host_allocator.empty(count, t.numpy) for t in (index, dtype))
+    entries = (int(indptr[-1]),)
+    columns, values = (host_allocator.empty(entries, t.numpy) for t in (index, dtype))
     if len(columns):
         filled(*operands.values(), indptr[:-1], columns, values)
     return of_rows(indptr, columns, values, shape, dtype)

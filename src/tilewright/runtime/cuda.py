@@ -10,7 +10,7 @@ import ctypes
 import math
 import sys
 from collections.abc import Callable, Sequence
-from ctypes import c_void_p
+from ctypes import c_uint, c_void_p
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -151,13 +151,9 @@ class _Config(ctypes.Structure):
     """CUlaunchConfig of the driver's API."""
 
     _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("smem_bytes", ctypes.c_uint),
-        ("stream", c_void_p),
-        ("attributes", c_void_p),
-        ("attribute_count", ctypes.c_uint),
-    )
+        ("grid", c_uint * 3), ("block", c_uint * 3), ("smem_bytes", c_uint), ("stream", c_void_p),
+        ("attributes", c_void_p), ("attribute_count", c_uint),
+    )  # fmt: skip
 
 
 class _Attribute(ctypes.Structure):

@@ -96,11 +96,8 @@ class Kernel:
         lines = [f"{self.manifest.name} for {self.manifest.target}"]
         for s in self.manifest.stages:
             used = (self.resources or {}).get(s.entry)
-            threads = s.threads[0] * s.threads[1]
-            lines.append(
-                f"  {s.entry}: {len(s.units)} bodies, {threads} threads"
-                + (f", {used}" if used else "")
-            )
+            text = f"  {s.entry}: {len(s.units)} bodies, {s.threads[0] * s.threads[1]} threads"
+            lines.append(f"{text}, {used}" if used else text)
             lines += [
                 f"    binary search in {array} for each iteration of {depth} nested loops"
                 for array, depth in s.searches

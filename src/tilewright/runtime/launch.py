@@ -41,23 +41,16 @@ class CpuLauncher(Launcher):
     def launches(self, kernel: Kernel, frame: Frame) -> list[pools.Launch]:
         """The launches of a call: one for each stage that has units."""
         chunks = pools.pool().threads * CHUNKS_PER_THREAD  # a build alone needs no pool
-        return [
-            (
-                body,
-                ctypes.addressof(block),
-                units,
-                units if stage.ordered else max(1, units // chunks),
-                not kernel.manifest.formats,  # rows of a sparse matrix are of unequal length
-            )
-            for body, block, units, stage in zip(
-                self.bodies(frame.variants),
-                frame.blocks,
-                frame.units,
-                kernel.manifest.stages,
-                strict=True,
-            )
-            if units
-        ]
+        guided = not kernel.manifest.formats  # rows of a sparse matrix are of unequal length
+        bodies, stages = self.bodies(frame.variants), kernel.manifest.stages
+        launches: list[pools.Launch] = []
+        for body, block, units, stage in zip(
+            bodies, frame.blocks, frame.units, stages, strict=True
+        ):
+            if units:
+                grain = units if stage.ordered else max(1, units // chunks)
+                launches.append((body, ctypes.addressof(block), units, grain, guided))
+        return launches
 
     def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
         return pools.pool().prepare(self.launches(kernel, frame))

@@ -59,7 +59,6 @@ class Tokenizer:
         self.library, self.pieces, self.special = library, tuple(pieces), dict(special)
         self.control = frozenset(control)
         self.bos: int | None = None
-        self.eos: int | None = None
         self.named: dict[str, int] = {}  # "bos", "eos", "unk", ... as chat templates call them
         self.ends = {self.special[text] for text in END_SPELLINGS if text in self.special}
         self.add_bos = False
@@ -201,7 +200,7 @@ def from_metadata(metadata: Mapping[str, Value]) -> Tokenizer:
             if not 0 <= out.named[name] < len(tokens):
                 raise _unusable(f"{out.named[name]} is outside the vocabulary", key)
     out.ends |= {i for name, i in out.named.items() if name in ("eos", "eot", "eom")}
-    out.bos, out.eos = out.named.get("bos"), out.named.get("eos")
+    out.bos = out.named.get("bos")
     adds = keys.get("tokenizer.ggml.add_bos_token", bool, kind == "llama")
     out.add_bos = adds and out.bos is not None
     return out
@@ -353,7 +352,7 @@ def from_folder(folder: Path, vocab: int) -> Tokenizer:
     guesses = {"bos": first, "eos": min(out.ends, default=None)}
     out.named = {k: i for k, i in (guesses | out.named).items() if i is not None}
     out.bos = out.named.get("bos") if first is None else first  # what comes before a text
-    out.eos, out.add_bos = out.named.get("eos"), first is not None
+    out.add_bos = first is not None
     return out
 
 

@@ -99,9 +99,9 @@ def resolve_isa(isa: str | None = None) -> Isa:
     return ISAS[asked]
 
 
-def vector_bits(isa: str | None = None) -> int:
-    """Bits of a vector register of the resolved instruction set: 512, 256 or 128."""
-    return resolve_isa(isa).vector_bits
+def cpu_lanes() -> int:
+    """float32 lanes of a vector register of the resolved instruction set: 16, 8 or 4."""
+    return resolve_isa().vector_bits // 32
 
 
 @functools.cache
@@ -202,6 +202,8 @@ def _configured(variable: str, text: str, path: str) -> Compiler:
             raise _Unusable(_why_not(words[0]))
         command = (program, *words[1:])
         return Compiler(command, _version(command, path), setting)
+    except KnobError:  # of the cache's folder
+        raise
     except (_Unusable, ValueError) as error:  # ValueError: a quote that is not closed
         text = f"{setting} is no working C++ compiler: {error}"
         hint = "a command, as g++ or 'ccache g++'; unset, another compiler is looked for"

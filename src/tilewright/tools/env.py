@@ -78,8 +78,7 @@ def report() -> list[Finding]:
         try:
             findings += [Finding(section, *line) for line in probe()]
         except Exception as error:  # the other probes still run
-            text, hint = f"{type(error).__name__}: {error}", getattr(error, "hint", "")
-            findings.append(Finding(section, "probe failed", text, "bad", hint))
+            findings.append(Finding(section, *_failure("probe failed", error)))
     return findings
 
 
@@ -102,11 +101,15 @@ def _python() -> Iterable[Line]:
 def _try(name: str, probe: Callable[[], str], hint: str = "") -> Line:
     """A line from a probe, with its error as the value if it fails."""
     try:
-        return (name, probe())
-    except TilewrightError as error:
-        return (name, error.message, "bad", error.hint or hint)
+        return name, probe()
     except Exception as error:
-        return (name, f"{type(error).__name__}: {error}", "bad", hint)
+        return _failure(name, error, hint)
+
+
+def _failure(name: str, error: Exception, hint: str = "") -> Line:
+    if isinstance(error, TilewrightError):
+        return name, error.message, "bad", error.hint or hint
+    return name, f"{type(error).__name__}: {error}", "bad", hint
 
 
 def _cpu() -> Iterable[Line]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import runpy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from traceback import extract_tb
 
@@ -27,6 +29,7 @@ from tilewright.target import target as parse_target
 from tilewright.tools.cli import check_output
 
 DEFAULT_TARGETS = ("cpp", "cuda:sm_90a")
+GENERATED = ("C++", "CUDA", "refused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +73,7 @@ def show(args: argparse.Namespace) -> int:
     if not args.stages and not args.html:
         shown = {name: _ends(stages) for name, stages in shown.items()}
     if args.html:
-        from tilewright.tools import page
-
-        args.html.write_text(page.html(args.file.name, shown), encoding="utf-8")
+        args.html.write_text(html(args.file.name, shown), encoding="utf-8")
         print(f"wrote {args.html}")
         return 0
     for name, stages in shown.items():
@@ -168,4 +169,49 @@ def source_text(program: Program, target: Target) -> str:
 
 def _ends(stages: list[Stage]) -> list[Stage]:
     """The program as written, and the generated texts."""
-    return [s for s in stages if s.title == "as written" or s.level in ("C++", "CUDA", "refused")]
+    return [s for s in stages if s.title == "as written" or s.level in GENERATED]
+
+
+def html(title: str, programs: dict[str, list[Stage]]) -> str:
+    """The page for the stages of each program: one file with its style and script. Every stage
+    stands beside the one before it; lines that a pass changed are marked on both sides."""
+    files = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
+    style, script = (file.read_text(encoding="utf-8") for file in files)
+    menu, body, number = [], [], 0
+    for name, stages in programs.items():
+        menu.append(f"<h2>{escape(name)}</h2>")
+        body.append(f"<h2>{escape(name)}</h2>")
+        before = None
+        for stage in stages:
+            number += 1
+            head = f"{escape(stage.title)} <small>{escape(stage.level)}</small>"
+            menu.append(f'<a href="#s{number}">{head}</a>')
+            if before is None or stage.level in GENERATED:
+                inner = f"<pre>{escape(stage.text)}</pre>"
+            else:
+                rows = "".join(_rows(before.splitlines(), stage.text.splitlines()))
+                inner = f'<div class="scroll"><table>{rows}</table></div>'
+            body.append(f'<details id="s{number}" open><summary>{head}</summary>{inner}</details>')
+            if stage.level not in GENERATED:
+                before = stage.text
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}: stages</title><style>{style}</style></head>\n"
+        f'<body><nav aria-label="stages">{"".join(menu)}</nav>\n<main><h1>{escape(title)}</h1>'
+        "<p>Each stage on the right, the one before it on the left; changed lines are marked.</p>"
+        '<p><button onclick="all(true)">open all</button>'
+        '<button onclick="all(false)">close all</button></p>\n'
+        f"{chr(10).join(body)}\n</main><script>{script}</script></body></html>\n"
+    )
+
+
+def _rows(old: list[str], new: list[str]) -> Iterator[str]:
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        for k in range(max(b - a, d - c)):
+            left = old[a + k] if a + k < b else ""
+            right = new[c + k] if c + k < d else ""
+            old_class = ' class="old"' if kind != "equal" and a + k < b else ""
+            new_class = ' class="new"' if kind != "equal" and c + k < d else ""
+            cells = f"<td{old_class}>{escape(left)}</td><td{new_class}>{escape(right)}</td>"
+            yield f"<tr>{cells}</tr>"
