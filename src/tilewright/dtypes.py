@@ -15,8 +15,8 @@ from tilewright.errors import ArgumentError
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """`kind` is one of `f` float, `i` signed, `u` unsigned, `b` bool; `bits` the width of one
-    lane."""
+    """A data type. `kind`: `f` float, `i` signed, `u` unsigned or `b` bool; `bits`: the width of a
+    lane; `lanes`: above 1 in a vector register."""
 
     name: str
     kind: str
@@ -68,7 +68,8 @@ class DType:
         return 1 if self.kind == "b" else (1 << (self.bits - (self.kind == "i"))) - 1
 
     def wrapped(self, value: int) -> int:
-        """A whole number as it is kept: what does not fit wraps around. A bool is 0 or 1."""
+        """The integer that a variable of this type holds once `value` is assigned to it: one that
+        does not fit wraps around. A bool holds 0 or 1."""
         if self.kind == "b":
             return int(bool(value))
         return (value - self.least) % (1 << self.bits) + self.least

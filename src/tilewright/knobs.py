@@ -93,9 +93,8 @@ def scope(**values: Any) -> Iterator[None]:
     global _overrides
     unknown = values.keys() - KNOBS.keys()
     if unknown:
-        raise KnobError(
-            "K101", f"no knob named {sorted(unknown)}", hint=f"knobs: {', '.join(KNOBS)}"
-        )
+        hint = f"knobs: {', '.join(KNOBS)}"
+        raise KnobError("K101", f"no knob named {sorted(unknown)}", hint=hint)
     saved, _overrides = _overrides, _overrides | values
     try:
         yield

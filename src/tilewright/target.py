@@ -25,10 +25,8 @@ ARCHS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`kind` is interp, cpp or cuda; `arch` the CUDA architecture, or the instruction set of the
-    CPU.
-
-    An empty `arch` means the machine's own; it is resolved when something is compiled.
+    """What kernels are compiled for. `kind`: interp, cpp or cuda; `arch`: the CUDA architecture, or
+    the instruction set of the CPU. Empty: the machine's own, resolved when something is compiled.
     """
 
     kind: str

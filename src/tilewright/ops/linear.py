@@ -1,6 +1,6 @@
-"""Linear layers: Y = X Wᵀ, for weights in float32, bfloat16, float16, Q8_0, Q4_0 and Q4_1; in the
-same kernel X Wᵀ + B (a bias), R + X Wᵀ (a residual), or SiLU(X Wᵀ) · (X W2ᵀ) (a gate), and of any
-of these with the RMSNorm of X in place of X.
+"""Linear layers: Y = X Wᵀ, for weights in float32, bfloat16, float16, Q8_0, Q4_0 and Q4_1. One
+kernel also computes X Wᵀ + B (a bias), R + X Wᵀ (a residual) or SiLU(X Wᵀ) · (X W2ᵀ) (a gate); the
+product and the gate may take the RMSNorm of X in place of X.
 
 Quantised weights keep the layout of the model file, blocks of 32 along a row. The programs
 dequantise them by shifts and scales, in registers.
@@ -35,8 +35,8 @@ Rows = tuple[Any, ...]  # the indices of a row of W
 
 
 class Layout(NamedTuple):
-    """How a kind of weight is stored: its arrays, the indices of its rows and of a sum over its
-    columns, and, at these, (column, value of the weight)."""
+    """How a kind of weight is stored. `arrays`: its parameters; `rows`, `depth`: the indices of a
+    row, and those of a sum over its columns; `weight(arrays, rows, *depth)`: (column, value)."""
 
     arrays: dict[str, Any]
     rows: str

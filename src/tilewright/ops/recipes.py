@@ -27,7 +27,7 @@ def rows(s: Schedule, row: str, elements: tuple[str, ...], threads_y: int = THRE
 
 
 def vectors(s: Schedule, loop: str, name: str = "") -> Schedule:
-    """A loop in vectors, the remainder in scalars; `name`: of the new loops, that of the loop."""
+    """Vectorizes a loop, its remainder in scalars. `name` begins the new names (default: loop)."""
     name = name or loop
     s = s.split(loop, compilers.cpu_lanes(), tail="cut", into=(f"{name}_o", f"{name}_v"))
     return s.vectorize(f"{name}_v")

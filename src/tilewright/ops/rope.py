@@ -127,10 +127,10 @@ class Rope:
 
     `kind`: frequencies may be scaled for contexts longer than the `original` one, in tokens.
     `linear` divides each by `factor`. `llama3` keeps those that turn more than `high` times in the
-    original context, divides those that turn less than `low` times, and interpolates between in the
-    number of turns. `yarn` does so with `high` and `low` in the index of a pair, and multiplies
-    cosines and sines by `gain` (0: 1 + ln(factor) / 10). Sources: Peng et al., YaRN (2023), §3;
-    the Llama 3.1 models.
+    original context, divides those that turn less than `low` times, and interpolates between them
+    in the number of turns. `yarn` has the same two limits, but interpolates in the index of the
+    pair; it multiplies cosines and sines by `gain` (0: 1 + ln(factor) / 10). Sources: Peng et al.,
+    YaRN (2023), §3; the Llama 3.1 models.
     """
 
     base: float = 10000.0

@@ -99,9 +99,8 @@ def _kernels(
 def assembled(
     count: Definition, fill: Definition, operands: dict[str, Packed], shape: tuple[int, int]
 ) -> Packed:
-    """Runs both phases. `count(*operands)` gives the entries of each row; `fill(*operands, start,
-    columns, values)` writes them. The dtype of the result is the wider one of A and B, as of dense
-    arrays."""
+    """Runs both phases: `count(*operands)` counts the entries of each row, `fill(*operands, start,
+    columns, values)` writes them. The dtype of the result is the wider one of A and B."""
     A, B = operands["A"], operands["B"]
     index, dtype = A.structure.index_dtype, dtypes.promote(A.dtype, B.dtype)
     described = tuple((name, x.format, x.dtype) for name, x in operands.items())

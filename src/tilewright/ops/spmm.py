@@ -225,8 +225,9 @@ def last_size(X: Any) -> int:
 
 
 def by_length(widths: tuple[int, ...], giant: int = 1024) -> Composed:
-    """Rows by length: padded buckets of these widths, a CTA for each longer row, and several CTAs
-    for a row beyond `giant`, a few features each. Every row is in one part: no atomics."""
+    """A format that groups rows by length: padded buckets of these widths, a CTA for each longer
+    row, several CTAs, a few features each, for a row of more than `giant` entries. Every row is in
+    one part, so sums need no atomics."""
     lows = [1, *(w + 1 for w in widths[:-1])]
     giant = max(giant, widths[-1])
     parts: list[tuple[Where, Format]] = [(Where(giant + 1), formats.dcsr(GIANT))]

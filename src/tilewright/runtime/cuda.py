@@ -117,14 +117,14 @@ class Module:
         return Function(name, handle, self)
 
 
+@dataclass(slots=True, eq=False)
 class Function:
     """A kernel ready to launch."""
 
-    __slots__ = ("_smem", "handle", "module", "name")
-
-    def __init__(self, name: str, handle: int, module: Module) -> None:
-        self.name, self.handle, self.module = name, handle, module
-        self._smem = _SMEM_WITHOUT_ASKING
+    name: str
+    handle: int
+    module: Module
+    _smem: int = _SMEM_WITHOUT_ASKING
 
     def prepare(
         self,

@@ -16,7 +16,7 @@ from tilewright.runtime.arguments import Arguments, Span, check_overlaps, scalar
 from tilewright.runtime.frame import Frame, build_frame
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.manifest import Manifest, structs
-from tilewright.runtime.view import address, byte_range, layout, view
+from tilewright.runtime.view import address, byte_span, layout, view
 
 DENSE, SPARSE, NUMBER = "dense", "sparse", "number"
 FRAMES_KEPT = 64  # layouts that one kernel remembers
@@ -31,12 +31,12 @@ class Launcher:
 
 
 class Kernel:
-    """A built program. Call it with its parameters in order, or by name; outputs are allocated by
-    the framework of the first dense argument, or given as `out=` (a tuple for several).
+    """A built program. Call it with its parameters in order, or by name. The framework of the first
+    dense argument allocates the outputs, unless `out=` names arrays for them (a tuple for several).
 
     Raises ArgumentError (A codes) before anything is written. `source` is the generated text,
-    `report()` what the compiler said of it. Copies and pickles hold the source: it is compiled,
-    through the cache, where they are loaded.
+    `report()` what the compiler said of it. Copies and pickles hold the source, which is compiled,
+    through the cache, when they are loaded.
     """
 
     rebuilt: tuple[Callable[..., Kernel], tuple[Any, ...]]
@@ -79,8 +79,8 @@ class Kernel:
         return self._returned(outputs, args)
 
     def bind(self, *args: Any, out: Any = None, **named: Any) -> Bound:
-        """A call with everything fixed: running it again costs one native call. The arrays must
-        stay where they are; their contents may change."""
+        """Checks and prepares a call with fixed arguments, which then runs as one native call. The
+        arrays must stay at their addresses; their contents may change."""
         if named or len(args) != len(self.inputs):
             args = self._ordered(args, named)
         outs = () if out is None else out if isinstance(out, tuple) else (out,)
@@ -239,7 +239,7 @@ class Kernel:
 
 
 class Bound:
-    """A call with its arguments fixed. `outputs` is what it writes; calling it returns that."""
+    """A prepared call with fixed arguments. Calling it returns `outputs`, the arrays it writes."""
 
     __slots__ = ("_run", "frame", "kernel", "outputs")
 
@@ -252,8 +252,8 @@ class Bound:
         return self.outputs
 
     def boxes(self) -> dict[str, tuple[tuple[int, int], ...]]:
-        """The first address of each array, and the one behind its last, by the name of its tensor;
-        under "" those of the coordinate arrays of all structures."""
+        """The address ranges (first, end) of each tensor, by its name. The name "" has those of the
+        coordinate arrays of all structures."""
         frame = self.frame
         boxes: dict[str, tuple[tuple[int, int], ...]] = {"": ()}
         for t in self.kernel.manifest.tensors:
@@ -263,7 +263,7 @@ class Bound:
                 size = dtypes.ALL[t.dtype].itemsize
                 spans = [(0, parts[n].size * size) for _, n in slots]
                 views = [view(a) for p in parts for of in p.arrays for a in of.values()]
-                boxes[""] += tuple((v.pointer, v.pointer + byte_range(v)[1]) for v in views)
+                boxes[""] += tuple(map(byte_span, views))
             else:
                 spans = [frame.spans[t.name] for _ in slots[:1] if t.name in frame.spans]
             boxes[t.name] = tuple(

@@ -19,8 +19,8 @@ CHUNKS_PER_THREAD = 8  # enough for units of uneven size to even out, few enough
 
 
 class CpuLauncher(Launcher):
-    """Entries of a shared library, run by the thread pool. `load` compiles and loads the library
-    of a variant; the one without macros is loaded at once."""
+    """Runs entries of a shared library on the thread pool. `load(macros)` compiles and loads the
+    library; the one without macros is loaded by the constructor."""
 
     def __init__(
         self, load: Callable[[tuple[str, ...]], ctypes.CDLL], entries: tuple[str, ...]
@@ -61,10 +61,10 @@ CompileStep = Callable[[tuple[Body, ...], tuple[str, ...]], bytes]
 
 
 class CudaLauncher(Launcher):
-    """Functions of a cubin, loaded on the device of the call at its first launch there. `image`
-    compiles the cubin of a variant when it is first needed: without wide loads for arrays that are
-    not aligned to 16 bytes, with strides read at run time for arrays with gaps. `bodies` are those
-    of its stages, which `compile_step` puts beside others."""
+    """Launches the functions of a cubin, which is loaded on a GPU at the first launch there.
+    `image(macros)` compiles it when it is first needed: macros turn off wide loads for arrays that
+    are not aligned to 16 bytes, and constant strides for arrays with gaps. `bodies` are the bodies
+    of its stages; `compile_step` compiles bodies of several kernels into one launch."""
 
     def __init__(
         self,

@@ -33,10 +33,10 @@ Count = int | str | tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """One launch. `entry`: its function; `units`: how many each of its bodies has; `rows`: which
-    body runs each row of its work table. `structure`: the sparse operand that it follows, or "";
-    its parts are the rows. Units of an `ordered` launch run one after the other. `searches`: each
-    array that a unit searches inside loops, and the largest number of loops around the search."""
+    """One launch. `entry`: the name of its function; `units`: the number of units of each body;
+    `rows`: the body that runs each row of its work table. `structure`: the sparse operand whose
+    parts are these rows, or "". Units of an `ordered` launch run one after the other. `searches`:
+    each array that a unit searches inside loops, with the most loops around such a search."""
 
     entry: str
     units: tuple[Count, ...]
@@ -143,7 +143,7 @@ def manifest_from(fields: dict[str, Any]) -> Manifest:
 
 
 def tuples(x: Any) -> Any:
-    """JSON's lists as tuples, but for the fields of the dictionary at the top."""
+    """A value read from JSON, with tuples in place of lists at every depth."""
     if isinstance(x, dict):
         return {name: tuples(v) for name, v in x.items()}
     return tuple(tuples(v) for v in x) if isinstance(x, list) else x

@@ -78,8 +78,8 @@ def check_memory(pointer: int | None, shape: Sequence[int]) -> None:
 
 
 def layout(x: object) -> tuple[Any, int, object]:
-    """A key of the array's layout; its address; and an object that must live as long as the
-    address is used (None: the array itself does).
+    """(key, address, owner): a key of the array's layout, its address, and an object that must live
+    as long as the address is used (None: the array itself).
 
     Arrays with equal keys whose addresses agree in the low four bits have equal Views except for
     the address. Raises ArgumentError.
@@ -103,15 +103,10 @@ def _layout_any(x: object) -> tuple[Any, int, object]:
     return (type(x), v.dtype, v.shape, v.strides, v.device, v.readonly), v.pointer, v
 
 
-def overlaps(a: View, b: View) -> bool:
-    """Whether the byte ranges of two views overlap; those of interleaved views do."""
-    if a.device != b.device:
-        return False
-    a_low, a_high = byte_range(a)
-    b_low, b_high = byte_range(b)
-    if a_low == a_high or b_low == b_high:  # no elements
-        return False
-    return a.pointer + a_low < b.pointer + b_high and b.pointer + b_low < a.pointer + a_high
+def byte_span(v: View) -> tuple[int, int]:
+    """The address of the first byte, and that behind the last."""
+    low, high = byte_range(v)
+    return v.pointer + low, v.pointer + high
 
 
 def allocate(like: object, shape: tuple[int, ...], dtype: DType) -> Any:

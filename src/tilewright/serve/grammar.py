@@ -15,9 +15,9 @@ MAX_SCHEMA_CHARS = 1 << 16
 
 
 def matcher(tokenizer: Tokenizer, schema: str) -> LLMatcher:
-    """What follows an answer token by token, and has a mask of those that may come next (an end
-    token where the text is done). Raises ModelError[M106] for a JSON schema that no answer can be
-    held to."""
+    """Returns the matcher of an answer. It takes each token, and masks those that may come next (an
+    end token once the text is complete). Raises ModelError[M106] for a JSON schema that cannot be
+    used."""
     try:
         grammar = LLMatcher.grammar_from_json_schema(schema)
         wrong = LLMatcher.validate_grammar(grammar)

@@ -176,7 +176,7 @@ def _unusable(rule: str, where: str = "", hint: str = "") -> ModelError:
 
 
 def from_metadata(metadata: Mapping[str, Value]) -> Tokenizer:
-    """From the keys `tokenizer.ggml.*` of a GGUF file. Raises ModelError[M107]."""
+    """The tokenizer in the keys `tokenizer.ggml.*` of a GGUF file. Raises ModelError[M107]."""
     keys = Metadata(metadata, code="M107")
     kind, tokens = keys.get("tokenizer.ggml.model", str), keys.get("tokenizer.ggml.tokens", list)
     longest = max(map(len, tokens), default=0)
@@ -282,7 +282,7 @@ def _from_bytes(token: str) -> bytes:
 def scored(
     tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], prefix: bool
 ) -> Tokenizer:
-    """Merges of the best score first; characters that are no token become tokens of their bytes.
+    """BPE that merges by the best score; a character that is no token becomes tokens of its bytes.
 
     `tokens` with ▁ for a space; `prefix`: a space comes before a text. Each cut of a token into two
     tokens is a merge, ranked by the score of the token. Raises ModelError[M107].
@@ -314,8 +314,9 @@ _CONFIGS = "config.json", "generation_config.json"
 
 
 def from_folder(folder: Path, vocab: int) -> Tokenizer:
-    """From the tokenizer.json of a folder, and what its other files name: all end tokens, `bos` and
-    `eos`, if the vocabulary has them. Ids are below `vocab`. Raises ModelError[M107]."""
+    """The tokenizer in a folder's tokenizer.json. Its other files name the end tokens, `bos` and
+    `eos`; names beyond the vocabulary are left out. Raises ModelError[M107], also
+    for ids from `vocab` on."""
     path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     data = read_json(path, "M107")
     try:

@@ -41,9 +41,9 @@ __all__ = ["ModelConfig", "ModelFile", "Weight", "dequantize", "open_model", "pa
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelFile:
-    """A model file, mapped as long as one of its weights is alive; do not truncate it then.
+    """A model file. It stays mapped, and must not be truncated, while one of its weights is alive.
 
-    `metadata`: the keys of a GGUF file; of a folder the chat template, under the key it has there.
+    `metadata`: the keys of a GGUF file; of a folder only the chat template, under GGUF's key.
     """
 
     path: Path

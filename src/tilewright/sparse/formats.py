@@ -29,8 +29,8 @@ Chosen = tuple["Format", np.ndarray | None, np.ndarray | None]  # format, entrie
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Format:
-    """A list of levels, outermost first. Formats of other names are other formats, though their
-    levels be the same: so two parts of one matrix can have schedules of their own.
+    """A list of levels, outermost first. Formats with different names are different formats, also
+    where their levels are equal: two parts of one matrix can then have their own schedules.
 
     Raises FormatError[F101]."""
 

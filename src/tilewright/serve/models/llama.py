@@ -98,8 +98,8 @@ class Rows:
 
 
 class LayerInput(NamedTuple):
-    """The rows that linear layers read: `x`, but of the first `raw_rows` of `raw` the RMSNorm,
-    which the layers compute themselves from `norm` (weight, epsilon)."""
+    """The input of linear layers: `x`, whose first `raw_rows` rows are not filled. For these the
+    layers read `raw`, and compute its RMSNorm themselves, with `norm` (weight, epsilon)."""
 
     x: Any
     raw: Any = None
