@@ -102,8 +102,8 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """The entries a part takes: rows by length (inclusive; `longest` None = no limit), columns by
-    range `col_part` of `col_parts` equal ones. Lengths count entries inside the column range.
+    """Selects the entries of a part: columns in range `col_part` of `col_parts` equal ranges, and
+    rows with `shortest` to `longest` entries in it (inclusive; `longest` None: no limit).
 
     Raises FormatError[F101]."""
 
@@ -331,7 +331,7 @@ def csr() -> Format:
 
 
 def csf(ndim: int) -> Format:
-    """Compressed fibres: each dimension lists the coordinates that something is stored below."""
+    """Compressed sparse fibres: each dimension lists the coordinates that have entries."""
     if not isinstance(ndim, int) or ndim < 1:
         raise FormatError("F101", f"csf({ndim!r})", hint="a number of dimensions, at least 1")
     return Format(f"csf({ndim})", tuple(Compressed(d) for d in range(ndim)))
@@ -348,7 +348,7 @@ def csc() -> Format:
 
 
 def dcsr(name: str = "dcsr") -> Format:
-    """Compressed rows of which the empty ones are left out."""
+    """CSR without its empty rows."""
     return Format(name, (Compressed(0), Compressed(1)))
 
 
