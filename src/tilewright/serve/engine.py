@@ -219,7 +219,7 @@ class LLM(Prompts):
     ) -> list[str]: ...
 
     def generate(self, prompt: Any, *, progress: bool = False, **sampling: Any) -> str | list[str]:
-        """The answer as one text; for a list of prompts (texts or chats) a list of answers, which are
+        """The answer as one text; for a list of prompts (texts or chats), a list of their answers,
         computed together. `progress`: a line on the standard error counts the answers.
         `sampling`, errors: see `stream`."""
         several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], dict)
