@@ -15,6 +15,7 @@ from tilewright.runtime.arguments import Arguments, Span, check_overlaps, scalar
 from tilewright.runtime.frame import Frame, build_frame
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.manifest import Manifest, structs
+from tilewright.runtime.report import Report, report
 from tilewright.runtime.view import address, byte_range, layout, view
 
 DENSE, SPARSE, NUMBER = "dense", "sparse", "number"
@@ -34,7 +35,7 @@ class Kernel:
     the framework of the first dense argument, or given as `out=` (a tuple for several).
 
     Raises ArgumentError (A codes) before anything is written. `source` is the generated text,
-    `report()` what the compiler said of it. Copies and pickles hold the source: it is compiled,
+    `report()` what it does when it runs. Copies and pickles hold the source: it is compiled,
     through the cache, where they are loaded.
     """
 
@@ -89,22 +90,16 @@ class Kernel:
         frame.keep += [*args, *outputs, *owners]
         return Bound(self, frame, self._returned(outputs, args))
 
-    def report(self) -> str:
-        """Entries, threads, binary searches inside loops, and registers, shared memory and spills
-        where the compiler tells them."""
-        lines = [f"{self.manifest.name} for {self.manifest.target}"]
-        for s in self.manifest.stages:
-            used = (self.resources or {}).get(s.entry)
-            threads = s.threads[0] * s.threads[1]
-            lines.append(
-                f"  {s.entry}: {len(s.units)} bodies, {threads} threads"
-                + (f", {used}" if used else "")
-            )
-            lines += [
-                f"    binary search in {array} for each iteration of {depth} nested loops"
-                for array, depth in s.searches
-            ]
-        return "\n".join(lines)
+    def report(self, *args: Any, **named: Any) -> Report:
+        """The launches, binary searches inside loops, work that is done again, bytes and padding:
+        in numbers for the arguments of a call, else as amounts in their sizes. Raises
+        ArgumentError."""
+        arguments = None
+        if args or named:
+            arguments = Arguments(self.manifest, self._dtypes)
+            for spec, arg in zip(self.inputs, self._ordered(args, named), strict=True):
+                arguments.add_input(spec, arg)
+        return report(self.manifest, self.resources, arguments)
 
     def __reduce__(self) -> tuple[Callable[..., Kernel], tuple[Any, ...]]:
         return self.rebuilt
