@@ -15,19 +15,9 @@ from math import prod
 from typing import Any, NamedTuple
 
 from tilewright.dtypes import int64
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.affine import affine
 from tilewright.ir.names import COUNT, GeneratedName, parse_name
-from tilewright.ir.rewrite import (
-    add,
-    free_vars,
-    is_const,
-    mul,
-    simplify,
-    substitute,
-    used_lets,
-    walk,
-)
 
 MEMORY = ("global", "part")
 LANES = ("vector", "thread.x")  # what all lanes read at one address, or compute alike, is done once
@@ -36,12 +26,12 @@ Rows = tuple[tuple[Any, ...], ...]
 
 
 class Loop(NamedTuple):
-    """A loop around a statement, of `trips` / `split` iterations. If it is a `lane`, work that does
-    not depend on it is done once for all of them."""
+    """A loop around a statement, over blocks of `trips`. If it is a `lane`, work that does not
+    depend on it is done once for all iterations."""
 
     name: str
     trips: ir.Expr
-    split: int
+    block: int
     lane: bool
     node: ir.For
 
@@ -62,12 +52,12 @@ def costs(program: ir.Program, count: Callable[[ir.Expr], Any]) -> tuple[Rows, R
     recomputed, bytes, padding. An amount is its text and the data that `count` makes of it."""
 
     def amount(terms: Iterable[ir.Expr]) -> tuple[str, Any]:
-        total = add(_number(0), *(_product(e, _number(n)) for e, n in Counter(terms).items()))
+        total = ir.add(_number(0), *(_product(e, _number(n)) for e, n in Counter(terms).items()))
         return str(total).replace(".size", ""), count(total)
 
     nests = [_Nest(program, nest) for stage in program.stages for nest in stage]
     for n in nests:
-        n.statement(used_lets(n.nest.body), ())
+        n.statement(ir.used_lets(n.nest.body), ())
     unique = {key: size for n in nests for key, size in n.unique.items()}
     moved = [m for n in nests for m in n.moved]
     searched = [s for n in nests for s in n.searched if s[1]]
@@ -107,15 +97,21 @@ def _product(*factors: ir.Expr, divisor: int = 1) -> ir.Expr:
         if isinstance(e, ir.Const):
             number *= int(e.value)
         else:
-            result = mul(result, e)
-    result = mul(result, _number(number.numerator))
-    return simplify(ir.binary("//", result, _number(number.denominator)))
+            result = ir.mul(result, e)
+    result = ir.mul(result, _number(number.numerator))
+    return ir.simplify(ir.binary("//", result, _number(number.denominator)))
 
 
-def _times(loops: Iterable[Loop], *factors: ir.Expr) -> ir.Expr:
-    """The iterations of nested loops, times more factors."""
-    loops = list(loops)
-    return _product(*(x.trips for x in loops), *factors, divisor=prod(x.split for x in loops))
+def _times(loops: Sequence[Loop], *factors: ir.Expr) -> ir.Expr:
+    """The iterations of nested loops, times more factors. Of a loop over blocks, with those inside
+    of a block, a guard leaves out what the last block has too many."""
+    extents, divisor = [], 1
+    for x in loops:
+        axis = (y.trips for y in loops if y.node.axes == x.node.axes)
+        is_guarded = prod(int(e.value) for e in axis if isinstance(e, ir.Const)) == x.block
+        extents.append(x.trips if is_guarded else ir.ceil_div(x.trips, x.block))
+        divisor *= x.block if is_guarded else 1
+    return _product(*extents, *factors, divisor=divisor)
 
 
 def _symbol(structure: str, depth: int, part: Any, fmt: Any, kind: str = COUNT) -> ir.Expr:
@@ -132,13 +128,13 @@ class _Nest:
         self.nest = nest
         self.formats = {t.structure: t.format for t in program.tensors if t.structure}
         self.searched: list[tuple[str, tuple[Loop, ...]]] = []
-        self.unique: dict[tuple[str, str], ir.Expr] = {}  # bytes, by array and format
+        self.unique: dict[tuple[str, int], ir.Expr] = {}  # bytes, by array and part
         self.moved: list[tuple[str, str, ir.Expr]] = []  # array, "read" or "written", bytes
         self.computed: dict[str, list[Computed]] = {}
         self._depends: dict[str, frozenset[str]] = {}  # on loops, of a variable or register
         self._done: set[Any] = set()
 
-    def statement(self, s: Any, loops: tuple[Loop, ...]) -> None:
+    def statement(self, s: ir.Stmt, loops: tuple[Loop, ...]) -> None:
         if isinstance(s, ir.Seq):
             for b in s.body:
                 self.statement(b, loops)
@@ -150,22 +146,18 @@ class _Nest:
         elif isinstance(s, ir.Compute):
             self._compute(s, loops)
         elif isinstance(s, (ir.Let, ir.Store, ir.Scatter)):
-            name = s.name if isinstance(s, ir.Let) else s.buffer.name
-            self._evaluate(s.value, loops, name)
-            self._depends[name] = self._depends_on(s.value)
+            to = s.var if isinstance(s, ir.Let) else s.buffer if isinstance(s, ir.Store) else s.key
+            self._evaluate(s.value, loops, str(to))
+            self._depends[getattr(to, "name", "")] = self._depends_on(s.value)
 
     def _loop(self, s: ir.For, loops: tuple[Loop, ...]) -> None:
         for e in (s.begin, s.end):
             self._evaluate(e, loops)
-        trips, split = self._trips(s.begin, s.end), 1
-        if _is_rounded_up(trips):  # of a split loop: a guard leaves out the excess
-            trips, split = trips.a.a, int(trips.b.value)
-        if is_const(trips, 0):
-            return
+        trips, block = _without_rounding(self._trips(s.begin, s.end))
         for run, stop in zip(s.runs, s.ends, strict=True) if isinstance(s, ir.Merge) else ():
             self._move(run.buffer, "read", loops, self._trips(run.index[0], stop))
         self._depends[s.name] = self._depends_on(s.begin) | self._depends_on(s.end) | {s.name}
-        self.statement(s.body, (*loops, Loop(s.name, trips, split, s.kind in LANES, s)))
+        self.statement(s.body, (*loops, Loop(s.name, trips, block, s.kind in LANES, s)))
 
     def _compute(self, s: ir.Compute, loops: tuple[Loop, ...]) -> None:
         loops = tuple(x._replace(lane=x.lane or x.name in (s.mma or ())) for x in loops)
@@ -189,7 +181,7 @@ class _Nest:
 
     def _evaluate(self, e: ir.Expr, loops: tuple[Loop, ...], statement: str = "") -> None:
         """The searches, loads and operations of an expression; of equal ones at one point, one."""
-        for x in walk(e):
+        for x in ir.walk(e):
             if isinstance(x, ir.Search):
                 self.searched.append((x.keys.name, loops))
             elif isinstance(x, ir.Load) and x.buffer.scope in MEMORY:
@@ -204,7 +196,8 @@ class _Nest:
         if isinstance(e, (ir.Binary, ir.Unary)) and e.dtype.is_float:
             depends, key = self._depends_on(e), self._general(e)
             around = self._around(depends, loops)
-            if around and self._is_new((statement, e, *(id(x.node) for x in around))):
+            runs = around and not any(ir.is_const(x.trips, 0) for x in around)
+            if runs and self._is_new((statement, e, *(id(x.node) for x in around))):
                 own = [x for x in around if x.name in depends]
                 found = Computed(e, statement, around, own, within)
                 self.computed.setdefault(key, []).append(found)
@@ -221,16 +214,17 @@ class _Nest:
             again = dict.fromkeys(x.name for f in found for x in f.loops if x not in f.own)
             statements = dict.fromkeys(f.statement for f in found)
             if (again or len(statements) > 1) and not all(f.within & rows.keys() for f in found):
-                elements = [_times(f.own) for f in found if f.statement == found[0].statement]
+                own = (f.own for f in found if f.statement == found[0].statement)
+                elements = {tuple(x.name for x in loops): _times(loops) for loops in own}
                 evaluated = [_times(f.loops) for f in found]
-                text = str(found[0].expr)
-                rows[key] = (text, tuple(again), tuple(statements), elements, evaluated)
+                texts = str(found[0].expr), tuple(again), tuple(statements)
+                rows[key] = (*texts, list(elements.values()), evaluated)
         return list(rows.values())
 
     def _depends_on(self, e: ir.Expr) -> frozenset[str]:
         """The names of the loops that a value depends on."""
-        names = {x.name for x in walk(e) if isinstance(x, ir.Var)}
-        names |= {x.buffer.name for x in walk(e) if isinstance(x, ir.Load)}
+        names = {x.name for x in ir.walk(e) if isinstance(x, ir.Var)}
+        names |= {x.buffer.name for x in ir.walk(e) if isinstance(x, ir.Load)}
         return NONE.union(*(self._depends[x] for x in names if x in self._depends))
 
     def _around(self, depends: frozenset[str], loops: Sequence[Loop]) -> list[Loop]:
@@ -241,20 +235,20 @@ class _Nest:
 
     def _general(self, e: ir.Expr) -> str:
         """The text of an expression with its loop variables and lets numbered."""
-        variables = (x.name for x in walk(e) if isinstance(x, ir.Var))
+        variables = (x.name for x in ir.walk(e) if isinstance(x, ir.Var))
         names = dict.fromkeys(x for x in variables if x in self._depends)
-        return str(substitute(e, {v: ir.Var(f"${n}") for n, v in enumerate(names)}))
+        return str(ir.substitute(e, {v: ir.Var(f"${n}") for n, v in enumerate(names)}))
 
     def _is_new(self, key: Any) -> bool:
         is_new = key not in self._done
         self._done.add(key)
         return is_new
 
-    def _move(self, b: ir.Buffer, way: str, loops: Iterable[Loop], *factors: ir.Expr) -> None:
+    def _move(self, b: ir.Buffer, way: str, loops: Sequence[Loop], *factors: ir.Expr) -> None:
         """One element, or a product of elements, moved in each iteration of `loops`."""
         shape, parsed = [self._amount(e) for e in b.shape], parse_name(b.name)
         if parsed and parsed.kind == "indptr":
-            shape = [add(self._count(parsed.owner, parsed.number - 1), 1)]
+            shape = [ir.add(self._count(parsed.owner, parsed.number - 1), 1)]
         part, size = self.nest.part if b.scope == "part" else -1, _number(b.dtype.itemsize)
         self.unique[b.name, part] = _product(*shape, size)
         self.moved.append((b.name, way, _times(loops, *factors, size)))
@@ -266,16 +260,16 @@ class _Nest:
         maximum does not depend on other loops, a number if there is one."""
         bounds = product(_operands(end, "min"), _operands(begin, "max"))
         counts = [self._difference(*pair) for pair in bounds]
-        known = [x for x in counts if not free_vars(x) & self._depends.keys()]
+        known = [x for x in counts if not ir.free_vars(x) & self._depends.keys()]
         unknown = ir.Var(f"({end} - {begin})", int64)
-        return next(filter(is_const, known), known[0] if known else unknown)
+        return next(filter(ir.is_const, known), known[0] if known else unknown)
 
     def _difference(self, a: ir.Expr, b: ir.Expr) -> ir.Expr:
         a, b = self._amount(a), self._amount(b)
         x, y = (affine(e, frozenset(self._depends), int64) for e in (a, b))
         if x and y and x.steps == y.steps:
             a, b = x.base, y.base
-        return simplify(ir.binary("-", a, b))
+        return ir.simplify(ir.binary("-", a, b))
 
     def _amount(self, e: ir.Expr) -> ir.Expr:
         """A bound in int64, where a row starts at its number times the mean length of rows."""
@@ -285,7 +279,7 @@ class _Nest:
             return _number(int(e.value))
         parsed = parse_name(e.buffer.name if isinstance(e, ir.Load) else getattr(e, "name", ""))
         if isinstance(e, ir.Load) and parsed and parsed.kind == "indptr":
-            return mul(self._count(parsed.owner, parsed.number, "row"), self._amount(e.index[0]))
+            return ir.mul(self._count(parsed.owner, parsed.number, "row"), self._amount(e.index[0]))
         if isinstance(e, ir.Var):
             if parsed and parsed.kind == COUNT:
                 return self._count(parsed.owner, parsed.number)
@@ -294,7 +288,7 @@ class _Nest:
             return ir.Var(str(e), int64)
         if e.op == "-":
             return self._difference(e.a, e.b)
-        return simplify(ir.binary(e.op, self._amount(e.a), self._amount(e.b)))
+        return ir.simplify(ir.binary(e.op, self._amount(e.a), self._amount(e.b)))
 
     def _count(self, structure: str, depth: int, kind: str = COUNT) -> ir.Expr:
         fmt = self.formats[structure]
@@ -302,15 +296,16 @@ class _Nest:
         return _symbol(structure, depth, part, fmt, kind)
 
 
-def _operands(e: ir.Expr, op: str) -> list[ir.Expr]:
+def _operands(e: Any, op: str) -> list[ir.Expr]:
     """The operands of a minimum or maximum."""
     nested = isinstance(e, ir.Binary) and e.op == op
     return [*_operands(e.a, op), *_operands(e.b, op)] if nested else [e]
 
 
-def _is_rounded_up(e: ir.Expr) -> bool:
-    """Whether this is (n + b - 1) // b."""
-    return (
-        isinstance(e, ir.Binary) and e.op == "//" and isinstance(e.b, ir.Const)
-        and isinstance(e.a, ir.Binary) and e.a.op == "+" and is_const(e.a.b, e.b.value - 1)
-    )  # fmt: skip
+def _without_rounding(e: Any) -> tuple[ir.Expr, int]:
+    """n and b of (n + b - 1) // b, the loop over blocks, of which a guard leaves out the excess."""
+    if isinstance(e, ir.Binary) and e.op == "//" and isinstance(e.b, ir.Const):
+        n, divisor = e.a, int(e.b.value)
+        if isinstance(n, ir.Binary) and n.op == "+" and ir.is_const(n.b, divisor - 1):
+            return n.a, divisor
+    return e, 1

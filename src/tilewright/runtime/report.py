@@ -99,16 +99,21 @@ def report(manifest: Manifest, resources: Any, arguments: Arguments | None) -> R
             return text
         return number.numerator if number.denominator == 1 else float(number)
 
+    used = resources or {}
     launches = (
-        Launch(s.entry, len(s.units), s.threads[0] * s.threads[1], (resources or {}).get(s.entry))
+        Launch(s.entry, len(s.units), s.threads[0] * s.threads[1], str(used.get(s.entry, "")))
         for s in manifest.stages
     )
-    kinds = zip((Search, Recomputed, Bytes, Padding), (2, 3, 2, 1), manifest.costs, strict=True)
-    tables = (
-        tuple(kind(*row[:n], *(amount(*x) for x in row[n:])) for row in rows)
-        for kind, n, rows in kinds
+    searches, recomputed, moved, padding = manifest.costs
+    return Report(
+        manifest.name,
+        manifest.target,
+        tuple(launches),
+        tuple(Search(name, depth, amount(*x)) for name, depth, x in searches),
+        tuple(Recomputed(e, f, s, amount(*x), amount(*y)) for e, f, s, x, y in recomputed),
+        tuple(Bytes(name, way, amount(*x), amount(*y)) for name, way, x, y in moved),
+        tuple(Padding(name, amount(*x), amount(*y)) for name, x, y in padding),
     )
-    return Report(manifest.name, manifest.target, tuple(launches), *tables)
 
 
 def _values(arguments: Arguments) -> dict[str, Any]:

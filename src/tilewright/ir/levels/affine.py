@@ -72,7 +72,6 @@ class Band(Diagonals):
         low = integer("band", "low", self.low, -FARTHEST)
         high = integer("band", "high", self.high, low, FARTHEST)
         object.__setattr__(self, "offsets", range(low, high + 1))
-        object.__setattr__(self, "width", high + 1 - low)
         Level.__post_init__(self)
 
     coord, locate = Level.coord, Level.locate
