@@ -96,16 +96,6 @@ def decode(raw: Any, dtype: DType) -> Any:
     return dtypes.bfloat16_values(raw) if raw.dtype == np.uint16 else raw.astype(np.float32)
 
 
-def as_operand(x: np.ndarray, dtype: DType) -> np.ndarray:
-    """Elements of an operand of a tile operation as it multiplies them: float32 is rounded to tf32,
-    to the nearest, ties away from zero."""
-    if dtype.name != "float32":
-        return x.astype(np.float32, copy=False)
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
-    return np.where(np.isnan(x), x, rounded)
-
-
 def encode(values: Any, dtype: DType, to: np.dtype) -> Any:
     """Numbers as an array in the storage type of `to`, rounded to nearest even."""
     if dtype.name == "bfloat16" and to == np.uint16:
