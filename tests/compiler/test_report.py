@@ -75,7 +75,7 @@ def test_without_arguments_amounts_are_formulas_in_sizes() -> None:
     (search,) = report(farthest, CPU).searches
     assert search == Search("A.indices1", 3, "n * A.row1 * B.row1")
     by_hand = {
-        "A.indptr1": ("(A.count0 + 1) * 4", "m * 4 * 2"),
+        "A.indptr1": ("(A.count0 + 1) * 4", "m * 8"),
         "A.indices1": ("A.count1 * 4", "m * d * A.row1 * 4"),
         "A.values": ("A.count1 * 4", "m * d * A.row1 * 4"),
         "X": ("n * d * 4", "m * d * A.row1 * 4"),

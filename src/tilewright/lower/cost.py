@@ -94,6 +94,8 @@ def _product(*factors: ir.Expr, divisor: int = 1) -> ir.Expr:
     """A product with its constants last, divided by a number."""
     number, result = Fraction(1, divisor), _number(1)
     for e in factors:
+        if isinstance(e, ir.Binary) and e.op == "*" and isinstance(e.b, ir.Const):
+            e, number = e.a, number * int(e.b.value)
         if isinstance(e, ir.Const):
             number *= int(e.value)
         else:

@@ -81,9 +81,12 @@ class Report:
     padding: tuple[Padding, ...]
 
     def __str__(self) -> str:
-        tables = (self.launches, self.searches, self.recomputed, self.bytes, self.padding)
-        lines = [line for rows in tables if rows for line in _table(rows)]
-        return "\n".join((f"{self.name} for {self.target}", *lines))
+        lines = [f"{self.name} for {self.target}"]
+        for rows in (self.launches, self.searches, self.recomputed, self.bytes, self.padding):
+            lines += _table(rows) if rows else []
+            if rows and rows is self.recomputed:
+                lines.append("  (once as a temporary, with compute_at outside of those loops)")
+        return "\n".join(lines)
 
     __repr__ = __str__
 
