@@ -7,7 +7,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
@@ -15,8 +15,10 @@ from tilewright.runtime.arguments import Arguments, Span, check_overlaps, scalar
 from tilewright.runtime.frame import Frame, build_frame
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.manifest import Manifest, structs
-from tilewright.runtime.report import Report, report
 from tilewright.runtime.view import address, byte_range, layout, view
+
+if TYPE_CHECKING:
+    from tilewright.runtime.report import Report
 
 DENSE, SPARSE, NUMBER = "dense", "sparse", "number"
 FRAMES_KEPT = 64  # layouts that one kernel remembers
@@ -94,6 +96,8 @@ class Kernel:
         """The launches, binary searches inside loops, work that is done again, bytes and padding:
         in numbers for the arguments of a call, else as amounts in their sizes. Raises
         ArgumentError."""
+        from tilewright.runtime.report import report
+
         arguments = None
         if args or named:
             arguments = Arguments(self.manifest, self._dtypes)
