@@ -186,6 +186,7 @@ class _Nest:
         for x in ir.walk(e):
             if isinstance(x, ir.Search):
                 self.searched.append((x.keys.name, loops))
+                self._move(x.keys, "read", loops)  # at least one element
             elif isinstance(x, ir.Load) and x.buffer.scope in MEMORY:
                 around = self._around(self._depends_on(x), loops)
                 if self._is_new((x, *(id(x.node) for x in around))):
