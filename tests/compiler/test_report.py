@@ -14,6 +14,7 @@ from tests.shipped import lesson
 import tilewright as tw
 from tilewright import compiler
 from tilewright.errors import ArgumentError
+from tilewright.ops.linear import linear_definition
 from tilewright.runtime.kernel import Kernel, Launcher
 from tilewright.runtime.report import Padding, Recomputed, Report, Search
 from tilewright.target import target
@@ -29,11 +30,13 @@ def dense(*shape: int, dtype: str = "float32") -> np.ndarray:
     return np.ones(shape, dtype)
 
 
-def report(definition: Any, on: str, *args: Any) -> Report:
+def report(definition: Any, on: str, *args: Any, **named: Any) -> Report:
     """The report of a kernel that is rendered for a target but not compiled, for arrays of a
     CPU."""
     built = compiler.built(definition.scheduled(target(on)))
-    return Kernel(replace(built.manifest, target=CPU), Launcher(), built.source).report(*args)
+    return Kernel(replace(built.manifest, target=CPU), Launcher(), built.source).report(
+        *args, **named
+    )
 
 
 def moved(r: Report) -> dict[str, tuple[Any, Any]]:
@@ -231,6 +234,18 @@ def test_lesson_9_tiles_load_a_block_once_for_its_rows(on: str) -> None:
         "out:": (whole, whole),
     }
     assert moved(tiles).items() >= by_hand.items()
+
+
+def test_unrolled_rows_share_what_is_loaded_and_computed() -> None:
+    """Of 11 tokens the first 8 are computed 4 at a time: a weight is dequantised 2 + 3 times."""
+    tokens, n, k = 11, 64, 64
+    scales = dense(n, k // 32, dtype="float16")
+    operands = {"X": dense(tokens, k), "Q": dense(n, k // 32, 32, dtype="int8"), "D": scales}
+    r = report(linear_definition("q8_0", True, n, k), CPU, **operands)
+    (again,) = r.recomputed
+    assert again.loops == ("t_o", "t_t") and (again.elements, again.evaluated) == (n * k, 5 * n * k)
+    assert moved(r)["Q"] == (n * k, 5 * n * k)
+    assert moved(r)["out:"] == (tokens * n * 4, tokens * n * 4)
 
 
 def test_a_report_prints_as_tables() -> None:

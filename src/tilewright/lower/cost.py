@@ -20,7 +20,7 @@ from tilewright.ir.affine import affine
 from tilewright.ir.names import COUNT, GeneratedName, parse_name
 
 MEMORY = ("global", "part")
-LANES = ("vector", "thread.x")  # what all lanes read at one address, or compute alike, is done once
+LANES = ("vector", "thread.x", "unroll")  # iterations that share what none of them changes
 NONE: frozenset[str] = frozenset()
 Rows = tuple[tuple[Any, ...], ...]
 

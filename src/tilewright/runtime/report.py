@@ -51,8 +51,8 @@ class Recomputed(NamedTuple):
 
 class Bytes(NamedTuple):
     """Bytes of an array, read or written: those that it has, and those that the loops ask for. What
-    does not depend on the innermost loops is loaded once for them; the lanes of a vector or a warp
-    share a load of one address."""
+    does not depend on the innermost loops is loaded once for them; lanes of a vector or a warp, and
+    iterations that are written out, share a load of one address."""
 
     array: str
     way: str
