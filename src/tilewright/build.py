@@ -212,7 +212,7 @@ def _build(d: Definition, target: Target) -> Kernel:
         from tilewright import compiler
 
         scheduled = scheduled or compiler.scheduled(program, d.recipe, target)
-        built = compiler.rendered(compiler.lowered(scheduled), target)
+        built = compiler.built(scheduled)
         if key:
             with contextlib.suppress(BuildError):  # the next process lowers again
                 program_cache.save(key, built.to_bytes())

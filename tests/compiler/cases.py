@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from tests.compiler import cta
 from tests.compiler.interpreter import execute
+from tests.compiler.memory import Part, poisoned
 
 import tilewright as tw
 from tilewright import dtypes
@@ -15,9 +17,7 @@ from tilewright.ir.levels import Diagonals, NofM, Paged, coordinates
 from tilewright.ir.names import GeneratedName, count_name, size_name, values_name
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
-from tilewright.reference import cta
 from tilewright.reference.evaluate import evaluate
-from tilewright.reference.memory import Part, poisoned
 from tilewright.sparse.pack import Packed
 
 Arrays = dict[str, Any]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.compiler import cases
+from tests.compiler import cases, cta
 
 import tilewright as tw
 from tilewright import knobs
@@ -18,7 +18,6 @@ from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import map_bodies, rebuild, walk
 from tilewright.lower import AFTER_SCHEDULE, run_passes
-from tilewright.reference import cta
 
 LESSON = runpy.run_path(
     str(Path(__file__).resolve().parents[2] / "examples" / "06_graph_attention.py"),

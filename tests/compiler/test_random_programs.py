@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.compiler import cta
 from tests.compiler.cases import executed, filled_padding, fitted
 
 import tilewright as tw
 from tilewright.errors import ProgramError, ScheduleError
 from tilewright.ir.levels import Band, Bitmap, Compressed, Dense, Fixed, NofM, Paged
 from tilewright.lower import AFTER_SCHEDULE, run_passes
-from tilewright.reference import cta
 from tilewright.reference.evaluate import evaluate
 from tilewright.schedule.tree import computes
 

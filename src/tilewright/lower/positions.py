@@ -11,7 +11,7 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import rebuild, simplify, walk
+from tilewright.ir.rewrite import loads, rebuild, simplify
 from tilewright.lower.drivers import check_reduction, driver_of, list_key, outer_driver
 from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.joins import join_nest, join_of
@@ -42,7 +42,8 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
     stages: list[tuple[ir.Nest, ...]] = []
     for root, inline, also in _roots(program, builder.placed):
         stages += builder.stages(root, inline, also)
-    buffers = {b.name: b for stage in stages for nest in stage for b in _buffers(nest.body)}
+    read = (x.buffer for stage in stages for nest in stage for x in loads(nest.body))
+    buffers = {b.name: b for b in read if b.scope in ("global", "part")}
     return replace(
         builder.program, level="positions", stages=tuple(stages), buffers=tuple(buffers.values())
     )
@@ -74,14 +75,6 @@ def _read_by(root: Any, temps: list[Any]) -> list[Any]:
     while more := names_read(*(t.value for t in temps if t.out.tensor.name in read)) - read:
         read |= more
     return [t for t in temps if t.out.tensor.name in read]
-
-
-def _buffers(n: Any) -> Iterable[ir.Buffer]:
-    for x in walk(n):
-        if isinstance(x, ir.Load) and x.buffer.scope in ("global", "part"):
-            yield x.buffer
-        elif isinstance(x, ir.Search):
-            yield x.keys
 
 
 class _Builder:

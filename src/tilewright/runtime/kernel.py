@@ -8,7 +8,7 @@ import inspect
 import weakref
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
@@ -17,6 +17,9 @@ from tilewright.runtime.frame import Frame, build_frame
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.manifest import Manifest, structs
 from tilewright.runtime.view import address, byte_span, layout, view
+
+if TYPE_CHECKING:
+    from tilewright.runtime.report import Report
 
 DENSE, SPARSE, NUMBER = "dense", "sparse", "number"
 FRAMES_KEPT = 64  # layouts that one kernel remembers
@@ -35,7 +38,7 @@ class Kernel:
     dense argument allocates the outputs, unless `out=` names arrays for them (a tuple for several).
 
     Raises ArgumentError (A codes) before anything is written. `source` is the generated text,
-    `report()` what the compiler said of it. Copies and pickles hold the source, which is compiled,
+    `report()` what it does when it runs. Copies and pickles hold the source, which is compiled,
     through the cache, when they are loaded.
     """
 
@@ -90,19 +93,18 @@ class Kernel:
         frame.keep += [*args, *outputs, *owners]
         return Bound(self, frame, self._returned(outputs, args))
 
-    def report(self) -> str:
-        """Entries, threads, binary searches inside loops, and registers, shared memory and spills
-        where the compiler tells them."""
-        lines = [f"{self.manifest.name} for {self.manifest.target}"]
-        for s in self.manifest.stages:
-            used = (self.resources or {}).get(s.entry)
-            text = f"  {s.entry}: {len(s.units)} bodies, {s.threads[0] * s.threads[1]} threads"
-            lines.append(f"{text}, {used}" if used else text)
-            lines += [
-                f"    binary search in {array} for each iteration of {depth} nested loops"
-                for array, depth in s.searches
-            ]
-        return "\n".join(lines)
+    def report(self, *args: Any, **named: Any) -> Report:
+        """The launches, binary searches inside loops, work that is done again, bytes and padding:
+        in numbers for the arguments of a call, else as amounts in their sizes. Raises
+        ArgumentError."""
+        from tilewright.runtime.report import report
+
+        arguments = None
+        if args or named:
+            arguments = Arguments(self.manifest, self._dtypes)
+            for spec, arg in zip(self.inputs, self._ordered(args, named), strict=True):
+                arguments.add_input(spec, arg)
+        return report(self.manifest, self.resources, arguments)
 
     def __reduce__(self) -> tuple[Callable[..., Kernel], tuple[Any, ...]]:
         return self.rebuilt

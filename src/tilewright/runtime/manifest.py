@@ -35,8 +35,7 @@ Count = int | str | tuple[Any, ...]
 class StageSpec:
     """One launch. `entry`: the name of its function; `units`: the number of units of each body;
     `rows`: the body that runs each row of its work table. `structure`: the sparse operand whose
-    parts are these rows, or "". Units of an `ordered` launch run one after the other. `searches`:
-    each array that a unit searches inside loops, with the most loops around such a search."""
+    parts are these rows, or "". Units of an `ordered` launch run one after the other."""
 
     entry: str
     units: tuple[Count, ...]
@@ -45,14 +44,14 @@ class StageSpec:
     ordered: bool = False
     threads: tuple[int, int] = (1, 1)
     smem_bytes: int = 0
-    searches: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """The tensors, stages and parameters of a built program. `param_names` and `row_names` are the
     names in the IR of the fields of the two structs; `formats` are the texts of the formats by
-    structure. `packed` names the arrays that the code assumes to have no gaps."""
+    structure. `packed` names the arrays that the code assumes to have no gaps; `costs` are the
+    rows of the tables of a `Report`, in order."""
 
     name: str
     target: str
@@ -66,6 +65,7 @@ class Manifest:
     sizes: tuple[tuple[str, int], ...] = ()
     index: str = "int32"
     packed: tuple[str, ...] = ()
+    costs: tuple[tuple[Any, ...], ...] = ((), (), (), ())
 
 
 ROW_HEAD = (("first", "int64"), ("units", "int64"), ("body", "int64"))
