@@ -16,8 +16,9 @@ from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import is_list_of_pairs
+from tilewright.ir.rewrite import walk
 from tilewright.lower.constants import constant
-from tilewright.lower.tables import Driver, Statement, drivers
+from tilewright.lower.tables import Driver, Statement, drivers, indices_in, names_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,20 @@ def outer_driver(t: Statement) -> Driver | None:
     if driver is None:
         return None
     return Driver(driver.structure, tuple("" if n in reduced else n for n in driver.indices))
+
+
+def drivers_read(st: Statement) -> list[Driver]:
+    """The composed structures that an element of a dense output is computed from at its own
+    indices. The loops follow their parts, which cannot be searched; where nothing is stored an
+    earlier nest has computed the value."""
+    name, own = st.out.tensor.name, {x.name for x in indices_in(st.out.coords)}
+    if st.op or st.out.tensor.is_sparse or name in names_read(st.value):
+        return []
+    return [
+        Driver.of(x) for x in walk(st.value)
+        if isinstance(x, ir.Access) and hasattr(x.tensor.format, "parts")
+        and not x.tensor.format.repeats and set(Driver.of(x).indices) <= own
+    ]  # fmt: skip
 
 
 def iteration(st: Statement) -> Iteration | None:

@@ -16,7 +16,7 @@ from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Compressed, Level, may_miss
 from tilewright.ir.rewrite import add, mul, transform, walk
-from tilewright.lower.drivers import Iteration, driver_of, iteration, outer_driver
+from tilewright.lower.drivers import Iteration, driver_of, drivers_read, iteration, outer_driver
 from tilewright.lower.epilogues import Fused, fused, values_of
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
 from tilewright.lower.placed import Row, check, online, refuse
@@ -27,7 +27,6 @@ from tilewright.lower.tables import (
     Statement,
     Tables,
     indices_in,
-    shares_rows,
     unmergeable,
     unsearchable,
 )  # fmt: skip
@@ -132,8 +131,6 @@ class NestBuilder:
         tensor, loop = t.out.tensor, self.placed.get(t.out.tensor.name, "")
         driver, root, inside = driver_of(t), driver_of(self.root), scope.copy()
         check(t, self.placed, self.emitted, set(scope.coordinates))
-        if driver:
-            self._check_complete_rows(t, driver)
         own = tuple(a for a in t.axes if a.name != loop)
         if own == t.axes:
             specs = self._follow(t, driver, inside)
@@ -206,7 +203,7 @@ class NestBuilder:
         where no level of theirs is below one that only the reduction walks."""
         own = self._names_of(self.root, axes=False)
         levels = self.tables.levels(self.structure)
-        for driver in map(outer_driver, self.temps):
+        for driver in (*drivers_read(self.root), *map(outer_driver, self.temps)):
             if driver is None or driver.structure != self.structure:
                 continue
             walked = [driver.indices[level.dim] in own for level in levels]
@@ -220,18 +217,6 @@ class NestBuilder:
         if self.tables.is_composed(self.structure):
             raise unsearchable(self.structure, self.tables.tensors[self.structure].format)
         return None
-
-    def _check_complete_rows(self, st: Statement, driver: Driver) -> None:
-        """Raises ProgramError[P107] where a reduction inside another statement sees only a piece of
-        a row: its value is read before other pieces are added."""
-        structure, names = driver
-        reduced = {a.name for a in st.axes}
-        levels = self.tables.levels(structure)
-        pieces = any(not x.unique and names[x.dim] not in reduced for x in levels)
-        if pieces or (self.rows.is_part(structure) and (self.shared or names[0] in reduced)):
-            fmt = self.tables.tensors[structure].format
-            raise shares_rows(self.root.out.tensor.name, fmt)
-        self.rows.check(driver)
 
     def _loops(self, target: _Target, specs: list[LoopSpec], scope: Scope) -> ir.Stmt:
         before: list[ir.Stmt] = []
