@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.compiler.cases import matrix, pack
+from tests.compiler.cases import matrix, pack, softmax
 
 import tilewright as tw
 from tilewright.errors import FormatError
-from tilewright.ir.levels import Compressed, Dense
+from tilewright.ir.levels import Compressed, Dense, coordinates
 
 
 @tw.program
@@ -161,3 +161,53 @@ def test_a_choice_that_is_no_pair(given):
     with pytest.raises(FormatError) as caught:
         tw.Composed("odd", ((Odd(), tw.dcsr()),)).pack(DENSE)
     assert caught.value.code == "F106"
+
+
+# ---------------------------------------------------------------------------- blocks
+
+BY_ROWS = ((tw.Where(3), tw.csr()), (tw.Where(1, 2), tw.dbsr(2)), (tw.Where(0, 0), tw.bsr(3)))
+BY_COLUMNS = tuple((tw.Where(0, None, c, 3), f) for c, f in enumerate([tw.dbsr(2), tw.csc(),
+                                                                       tw.bsr(3)]))  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 1), (7, 11), (40, 33)])
+@pytest.mark.parametrize("parts", [BY_ROWS, BY_COLUMNS], ids=["rows", "columns"])
+def test_no_coordinate_is_stored_by_two_parts(parts, shape, rng):
+    fmt = tw.Composed("blocks", parts, disjoint_rows=parts is BY_ROWS)
+    dense = np.where(rng.random(shape) < rng.choice([0, 0.1, 0.6], (shape[0], 1)), 2, 0)
+    packed = fmt.pack(dense.astype(np.float32))
+    np.testing.assert_array_equal(packed.dense(), dense)
+    stored = np.zeros(shape, int)
+    for part in packed.structure.parts:
+        (i, j), _ = coordinates(part.format.levels, part.arrays, part.counts, shape)
+        np.add.at(stored, (i, j), 1)
+    assert stored.max(initial=0) <= 1 and (stored[dense != 0] == 1).all()
+    assert not fmt.repeats
+
+
+@pytest.mark.parametrize("disjoint", [False, True])
+def test_a_choice_that_cuts_a_block_is_refused(disjoint):
+    """Entries 0 and 1 are in row 0, 2 in row 1: one block of 2×2."""
+    parts = ((Says(FIRST, [0, 1]), tw.dcsr()), (Says(SECOND, [2]), tw.bsr(2)))
+    fmt = tw.Composed("cut", parts, disjoint_rows=disjoint)
+    with pytest.raises(FormatError, match=r"row 0 is in 2 parts|in parts 0 and 1") as caught:
+        fmt.pack(DENSE)
+    assert caught.value.code == "F106" and caught.value.hint
+
+
+@pytest.mark.parametrize("fmt", [tw.coo(), tw.hyb(2, (1, 4)), tw.hyb(1, (2,), long_rows="split"),
+                                 tw.Composed("blocks", BY_COLUMNS)], ids=str)  # fmt: skip
+def test_a_softmax_over_rows_in_pieces(fmt, rng):
+    """Maximum and sum of a row are arrays, each in a launch of its own."""
+    dense = matrix("random", 300, 211, rng)
+    dense[7] = 0
+    if isinstance(fmt, tw.Composed) and fmt.blocks != (1, 1):
+        dense[dense == 0] = 1  # blocks store zeros, which have a weight
+    program = softmax.decompose(A=fmt)
+    assert [nest.name for stage in program.lower().stages for nest in stage[:1]] == [
+        "out.0.init", "out.0", "out.1.init", "out.1", "out"
+    ]  # fmt: skip
+    e = np.where(dense != 0, np.exp(dense.astype(np.float64)), 0)
+    wanted = np.divide(e, e.sum(1, keepdims=True), where=e != 0, out=np.zeros_like(e))
+    got = program.build("cpp")(fmt.pack(dense)).dense()
+    np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-7)
