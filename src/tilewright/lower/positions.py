@@ -114,18 +114,24 @@ class _Builder:
                 raise _shares_rows(statement, (pieces or placed)[0], composition)
             return self._separate(root, inline, pieces)
         parts = [{structure: f} if structure else {} for f in formats]
+
+        def build(st: Statement, temps: list[Statement]) -> list[BuiltNest]:
+            """The nest of a statement for each format."""
+            tables = (Tables(self.program, p) for p in parts)
+            builders = (NestBuilder(t, st, temps, structure, shared=shared, also=also)
+                        for t in tables)  # fmt: skip
+            return [builder.build() for builder in builders]
+
+        is_sparse, merged = root.out.tensor.is_sparse, root.out.tensor.name in self.program.merged
+        joined, rest = fused(statement, temps, structure, merged)
         built: list[BuiltNest] = []
-        joined, rest = fused(
-            statement, temps, structure, root.out.tensor.name in self.program.merged
-        )
         if isinstance(joined, Fused):
-            if not shared:
-                built = self._built((joined, also), rest, structure, parts, shared=False)
+            built = [] if shared else build(joined, rest)
             if not built or any(nest.in_place for nest in built):
-                if not root.out.tensor.is_sparse:
+                if not is_sparse:
                     return self._separate(root, inline, joined.totals)
                 built = []
-        built = built or self._built((statement, also), temps, structure, parts, shared=shared)
+        built = built or build(statement, temps)
         numbers, follows = (range(len(built)), structure) if composed else ((-1,), "")
         nests = tuple(
             ir.Nest(
@@ -136,29 +142,9 @@ class _Builder:
         )  # fmt: skip
         if all(nest.covers and not nest.in_place for nest in built):
             return [nests]
-        own = [n for n in numbers if statement.out.tensor.is_sparse and built[n].in_place]
+        own = [n for n in numbers if is_sparse and built[n].in_place] or [-1]
         driver = built[-1].driver
-        return [
-            tuple(self._init(statement, temps, driver, n, parts[n]) for n in own or [-1]),
-            nests,
-        ]
-
-    def _built(
-        self,
-        roots: tuple[Statement, tuple[Statement, ...]],
-        temps: list[Statement],
-        structure: str,
-        parts: Sequence[dict[str, Any]],
-        *,
-        shared: bool,
-    ) -> list[BuiltNest]:
-        """The nest of a statement, with the lists that are appended to beside it, for each
-        format."""
-        st, also = roots
-        tables = (Tables(self.program, p) for p in parts)
-        return [
-            NestBuilder(t, st, temps, structure, shared=shared, also=also).build() for t in tables
-        ]
+        return [tuple(self._init(statement, temps, driver, n, parts[n]) for n in own), nests]
 
     def _is_in_pieces(self, t: Statement, around: Driver, shared: bool) -> bool:
         """Whether a reduction inside loops that follow `around` would see a piece of a row only:
@@ -224,6 +210,8 @@ class _Builder:
         def visit(e: Any) -> Any:
             if isinstance(e, ir.Access) and e.tensor.name in followers:
                 return followers[e.tensor.name]
+            if isinstance(e, ir.Stored) and composed and e.access.tensor.structure == structure:
+                return ir.Const(False, e.dtype)
             if isinstance(e, ir.Access) and composed and e.tensor.structure == structure:
                 return ir.cast(ir.Const(e.tensor.fill, dtypes.float64), e.dtype)
             return rebuild(e, visit)

@@ -239,7 +239,7 @@ class Composed:
     @property
     def unique_rows(self) -> bool:
         """Whether each row of the result is written by only one part: parts share no rows, and list
-        those they have. A dense level of rows also visits rows of other parts."""
+        those they have. A dense or blocked level of rows also visits rows of other parts."""
         return self.disjoint_rows and all(lists_rows(f.levels[0]) for _, f in self.parts)
 
     @property
