@@ -73,11 +73,11 @@ def iteration(st: Statement) -> Iteration | None:
         return Iteration(tuple(shared))
     reduced = {a.name for a in st.axes}
     ranked = sorted(shared, key=lambda d: (*_rank(d, shared[d].format, reduced), d))
-    zero = [d for d in ranked if _is_identity(st, {d})]
+    zero = [d for d in ranked if is_identity(st, {d})]
     if zero:
         op = "intersection" if len(zero) > 1 or st.op == "append" else ""
         return Iteration(tuple(zero), op, _holds(st, zero))
-    if _is_identity(st, set(ranked)):
+    if is_identity(st, set(ranked)):
         return Iteration(tuple(ranked), "union", all(_holds(st, [d]) for d in ranked))
     names = " and ".join(shared[d].name for d in ranked)
     first = f"{shared[ranked[0]].name}[{', '.join(ranked[0].indices)}]"
@@ -106,7 +106,7 @@ def check_reduction(st: Statement, tensors: dict[str, ir.Tensor]) -> None:
             hint="the condition is stored(…) of tensors with that index, joined by | or by &",
         )  # fmt: skip
     fmt = tensors[it.drivers[0].structure].format
-    if fmt.repeats and not _is_identity(st, {it.drivers[0]}):
+    if fmt.repeats and not is_identity(st, {it.drivers[0]}):
         raise ProgramError(
             "P107",
             f"{fmt} stores zeros beside its entries more than once, and they change {st.op} of "
@@ -131,7 +131,7 @@ def _condition(body: ir.Expr) -> ir.Expr:
     return body.cond if isinstance(body, ir.Select) else ir.Var("", dtypes.bool_)
 
 
-def _is_identity(st: Statement, missing: Container[Driver]) -> bool:
+def is_identity(st: Statement, missing: Container[Driver]) -> bool:
     """Whether the body changes nothing where these structures store no entry."""
 
     def read(x: ir.Access | ir.Stored) -> Any:

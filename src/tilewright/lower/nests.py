@@ -141,7 +141,7 @@ class NestBuilder:
         if revisits_outputs(t, specs):
             raise ProgramError(
                 "P107",
-                f"a reduction inside {self.root.out.tensor.name} runs over rows stored in pieces",
+                f"{t.out}, a reduction inside {self.root.out}, runs over rows stored in pieces",
             )
         around = (self.root, *(x for x in self.temps if x is not t))
         names = {name for x in around for name in self._names_of(x)}
