@@ -211,3 +211,42 @@ def test_a_softmax_over_rows_in_pieces(fmt, rng):
     wanted = np.divide(e, e.sum(1, keepdims=True), where=e != 0, out=np.zeros_like(e))
     got = program.build("cpp")(fmt.pack(dense)).dense()
     np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-7)
+
+
+@tw.program
+def argmax(A=tw.sparse("m n")):
+    i, j = tw.indices("m n")
+    is_top = tw.equal(A[i, j], tw.max(A[i, j], over=j))
+    return tw.out[i](tw.min(j, over=j, where=tw.stored(A[i, j]) & is_top))
+
+
+@tw.program
+def mean(A=tw.sparse("m n")):
+    i, j = tw.indices("m n")
+    return tw.out[i](tw.sum(A[i, j], over=j) / tw.sum(1.0, over=j, where=tw.stored(A[i, j])))
+
+
+@tw.program
+def above_mean(A=tw.sparse("m n")):
+    i, j = tw.indices("m n")
+    row = tw.sum(A[i, j], over=j)
+    return tw.out[i, j](tw.where(tw.stored(A[i, j]), A[i, j] - row / tw.size("n"), row))
+
+
+@pytest.mark.parametrize("fmt", [tw.csr(), tw.coo(), tw.csc(), tw.hyb(buckets=(1, 2)),
+                                 tw.hyb(2, (1, 2), long_rows="split")], ids=str)  # fmt: skip
+def test_reductions_that_read_reductions(fmt, rng):
+    """Argmax, mean, and a dense output that takes entries and the rest of a row differently."""
+    dense = matrix("random", 13, 9, rng)
+    dense[3] = 0
+    rows, total, entries = dense != 0, dense.sum(1), fmt.pack(dense)
+    number = rows.sum(1)
+    got = argmax.decompose(A=fmt).build("interp")(entries)
+    assert got[3] == np.iinfo(np.int32).max
+    wanted = np.where(rows, dense, -np.inf).argmax(1)
+    np.testing.assert_array_equal(got[number > 0], wanted[number > 0])
+    got = mean.decompose(A=fmt).build("interp")(entries)
+    np.testing.assert_allclose(got[number > 0], (total / np.maximum(number, 1))[number > 0], 1e-5)
+    got = above_mean.decompose(A=fmt).build("interp")(entries)
+    wanted = np.where(rows, dense - total[:, None] / 9, total[:, None])
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
