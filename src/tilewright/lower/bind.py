@@ -167,19 +167,16 @@ def _extent(body: ir.Stmt, kind: str) -> int:
 def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
     """Raises ScheduleError[S102] for a barrier that a guard keeps some threads from. Reductions
     over thread.y and copies to shared memory have barriers."""
-    if isinstance(s, ir.If):
-        divergent = bool(ir.free_vars(s.cond) & {THREAD_X.name, THREAD_Y.name})
-        _check_barriers(s.body, guarded=guarded or divergent)
-    elif isinstance(s, ir.For):
-        _check_barriers(s.body, guarded=guarded)
-    elif isinstance(s, ir.Seq):
-        for b in s.body:
-            _check_barriers(b, guarded=guarded)
-    elif guarded and (isinstance(s, ir.Sync) or _reduces_over_y(s)):
+    if guarded and (isinstance(s, ir.Sync) or _reduces_over_y(s)):
         raise illegal(
             "a guard keeps some threads from a barrier",
             "specialize() the dimension and split it by a factor that divides it",
         )
+    if isinstance(s, ir.If):
+        guarded |= bool(ir.free_vars(s.cond) & {THREAD_X.name, THREAD_Y.name})
+    for child in ir.children(s):
+        if isinstance(child, ir.Stmt):
+            _check_barriers(child, guarded=guarded)
 
 
 def _reduces_over_y(s: ir.Stmt) -> bool:

@@ -244,16 +244,13 @@ class NestBuilder:
         if s.merged is not None:
             return self._open_merge(s, s.merged, target, scope)
         if s.level is None:
-            return self._open_dimension(s, target, scope)
+            var, end = self._variable(s.axis.name), self.tables.size(s.axis.dim)
+            scope.coordinates[s.axis.name] = var
+            axes = (target.tag(s.axis.name),)
+            return lambda body: ir.For(var, ir.Const(0, var.dtype), end, body, axes=axes)
         if s.fused is not None:
             return self._open_fused(s, s.fused, target, scope)
         return self._open_level(s, s.level, target, scope)
-
-    def _open_dimension(self, s: LoopSpec, target: _Target, scope: Scope) -> Wrap:
-        var, end = self._variable(s.axis.name), self.tables.size(s.axis.dim)
-        scope.coordinates[s.axis.name] = var
-        axes = (target.tag(s.axis.name),)
-        return lambda body: ir.For(var, ir.Const(0, var.dtype), end, body, axes=axes)
 
     def _open_merge(self, s: LoopSpec, it: Iteration, target: _Target, scope: Scope) -> Wrap:
         before: list[ir.Stmt] = []
@@ -352,10 +349,11 @@ class NestBuilder:
     def _leaf(self, target: _Target, scope: Scope) -> ir.Stmt:
         st, in_place = target.statement, target.in_place
         lets: list[ir.Stmt] = []
-        if st.op == "append":
-            return self._appended(scope, lets)
-        guards = self._stored_guard(st, scope, lets)
         reader = Reader(self.tables, self.rows, scope, lets)
+        if st.op == "append":
+            lists = (self.root, *self.also)
+            return appended(reader, lists, [reader.expr(x.value.a) for x in lists])  # type: ignore[attr-defined]
+        guards = self._stored_guard(st, scope, lets)
         it = iteration(st)
         merged = it is not None and it.exact and scope.rank is not None
         body = st.value.a if merged and isinstance(st.value, ir.Select) else st.value
@@ -413,12 +411,6 @@ class NestBuilder:
             return ir.Load(totals[x.buffer.name], (), x.dtype) if is_total else x
 
         return reductions, transform(reader.expr(st.epilogue), scalar)
-
-    def _appended(self, scope: Scope, lets: list[ir.Stmt]) -> ir.Stmt:
-        """The statements that append to the lists `root` and `also`; `lets`: what they read."""
-        reader = Reader(self.tables, self.rows, scope, lets)
-        values = [reader.expr(st.value.a) for st in (self.root, *self.also)]  # type: ignore[attr-defined]
-        return appended(reader, (self.root, *self.also), values)
 
     def _stored_guard(self, st: Statement, scope: Scope, lets: list[ir.Stmt]) -> list[ir.Expr]:
         """The test that an entry is stored, for a reduction whose last level is searched, not
