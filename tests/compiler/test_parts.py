@@ -195,8 +195,7 @@ def test_a_choice_that_cuts_a_block_is_refused(disjoint):
     assert caught.value.code == "F106" and caught.value.hint
 
 
-@pytest.mark.parametrize("fmt", [tw.coo(), tw.hyb(2, (1, 4)), tw.hyb(1, (2,), long_rows="split"),
-                                 tw.Composed("blocks", BY_COLUMNS)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("fmt", [tw.hyb(2, (1, 4)), tw.Composed("blocks", BY_COLUMNS)], ids=str)
 def test_a_softmax_over_rows_in_pieces(fmt, rng):
     """Maximum and sum of a row are arrays, each in a launch of its own."""
     dense = matrix("random", 300, 211, rng)
