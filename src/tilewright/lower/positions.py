@@ -105,10 +105,11 @@ class _Builder:
         composed = composition if getattr(composition, "parts", ()) else None
         for st in (statement, *also, *temps):
             check_reduction(st, self.tensors)
-        shared = composed is not None and not _keeps_rows(composed, root.out, around)
+        placed = [t for t in temps if t.out.tensor.name in self.placed]
+        is_like = root.out.tensor.structure == structure and not placed
+        shared = composed is not None and not _keeps_rows(composed, root.out, around, is_like)
         in_parts = shared or bool(drivers_read(statement))
         pieces = [t for t in temps if self._is_in_pieces(t, around, in_parts)]
-        placed = [t for t in temps if t.out.tensor.name in self.placed]
         if pieces or (placed and shared):
             if placed or not all(self._is_separable(t, statement, temps) for t in pieces):
                 raise _shares_rows(statement, (pieces or placed)[0], composition)
@@ -236,13 +237,11 @@ def _shares_rows(root: Statement, t: Statement, fmt: Any) -> ProgramError:
     )  # fmt: skip
 
 
-def _keeps_rows(fmt: Any, out: ir.Access, around: Driver) -> bool:
-    """Whether no two parts of a composed format have elements of one row of the output. Loops of an
-    output that is stored like it come to rows of their part only."""
-    if around.indices[0] not in {x.name for x in indices_in(out.coords)}:
-        return False
-    is_like = out.tensor.structure == around.structure
-    return fmt.unique_rows or (is_like and fmt.disjoint_rows and not fmt.repeats)
+def _keeps_rows(fmt: Any, out: ir.Access, around: Driver, is_like: bool) -> bool:
+    """Whether no two parts of a composed format store elements of one row of the output. `is_like`:
+    all that loops store is stored like it; they come to elements of their part only."""
+    has_row = around.indices[0] in {x.name for x in indices_in(out.coords)}
+    return has_row and (fmt.unique_rows or (is_like and fmt.disjoint_rows and not fmt.repeats))
 
 
 def _root_driver(st: Statement, temps: list[Statement]) -> Driver:
