@@ -249,3 +249,32 @@ def test_reductions_that_read_reductions(fmt, rng):
     got = above_mean.decompose(A=fmt).build("interp")(entries)
     wanted = np.where(rows, dense - total[:, None] / 9, total[:, None])
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@tw.program
+def weighted_lists(
+    B=tw.sparse("m n"),
+    C=tw.sparse("m k"),
+    start=tw.dense("s", dtype="int32"),
+    columns=tw.dense("z", dtype="int32"),
+    values=tw.dense("z"),
+):
+    i, j, k = tw.indices("m n k")
+    is_stored = tw.stored(B[i, j])
+    weight = tw.sum(C[i, k], over=k)
+    filled = tw.update(columns).append[start[i]](j, over=j, where=is_stored)
+    return filled, tw.update(values).append[start[i]](B[i, j] * weight, over=j, where=is_stored)
+
+
+@pytest.mark.parametrize("fmt", [tw.csr(), tw.coo(), tw.hyb(2, (1, 2))], ids=str)
+def test_lists_that_read_a_sum_over_rows_in_pieces(fmt, rng):
+    """Both lists are filled in one loop, also where an array of the sums comes first."""
+    b, c = matrix("random", 9, 7, rng), matrix("random", 9, 5, rng)
+    start = np.append(0, np.cumsum((b != 0).sum(1))).astype(np.int32)
+    columns, values = np.full(start[-1], -1, np.int32), np.full(start[-1], np.nan, np.float32)
+    kernel = weighted_lists.decompose(C=fmt).build("interp")
+    kernel(tw.csr().pack(b), fmt.pack(c), start, columns, values)
+    rows, wanted = np.nonzero(b)
+    np.testing.assert_array_equal(columns, wanted)
+    weights = c.astype(np.float64).sum(1)
+    np.testing.assert_allclose(values, b[rows, wanted] * weights[rows], rtol=1e-5, atol=1e-6)

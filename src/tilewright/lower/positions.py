@@ -113,7 +113,7 @@ class _Builder:
         if pieces or (placed and shared):
             if placed or not all(self._is_separable(t, statement, temps) for t in pieces):
                 raise _shares_rows(statement, (pieces or placed)[0], composition)
-            return self._separate(root, inline, pieces)
+            return self._separate(root, inline, pieces, also)
         parts = [{structure: f} if structure else {} for f in formats]
 
         def build(st: Statement, temps: list[Statement]) -> list[BuiltNest]:
@@ -174,7 +174,11 @@ class _Builder:
         return own <= dense or len(own & sparse) <= 1
 
     def _separate(
-        self, root: ir.Assign, inline: list[ir.Assign], totals: Sequence[Statement]
+        self,
+        root: ir.Assign,
+        inline: list[ir.Assign],
+        totals: Sequence[Statement],
+        also: tuple[Statement, ...] = (),
     ) -> list[tuple[ir.Nest, ...]]:
         """Stages for totals of a statement, as arrays, and then for the statement. Loops come back
         to an element of them: no accumulator could hold it."""
@@ -186,7 +190,8 @@ class _Builder:
         for a in (a for a in inline if a.out.tensor.name in names):
             out = replace(a.out, tensor=self.tensors[a.out.tensor.name])
             stages += self.stages(replace(a, out=out), _read_by(a, rest))
-        return [*stages, *self.stages(root, _read_by(root, rest))]
+        read = [t for x in (root, *also) for t in _read_by(x, rest)]
+        return [*stages, *self.stages(root, [t for t in rest if t in read], also)]
 
     def _init(
         self,
