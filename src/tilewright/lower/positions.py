@@ -185,13 +185,18 @@ class _Builder:
         names = {t.out.tensor.name for t in totals}
         self.tensors |= {n: replace(self.tensors[n], role="temp") for n in names}
         self.program = replace(self.program, tensors=tuple(self.tensors.values()))
-        rest = [a for a in inline if a.out.tensor.name not in names]
+
+        def inside(*readers: ir.Assign | Statement) -> list[ir.Assign]:
+            """What these statements read that is no array."""
+            left = [a for a in inline if self.tensors[a.out.tensor.name].role == "inline"]
+            read = [t for x in readers for t in _read_by(x, left)]
+            return [t for t in left if t in read]
+
         stages: list[tuple[ir.Nest, ...]] = []
         for a in (a for a in inline if a.out.tensor.name in names):
             out = replace(a.out, tensor=self.tensors[a.out.tensor.name])
-            stages += self.stages(replace(a, out=out), _read_by(a, rest))
-        read = [t for x in (root, *also) for t in _read_by(x, rest)]
-        return [*stages, *self.stages(root, [t for t in rest if t in read], also)]
+            stages += self.stages(replace(a, out=out), inside(a))
+        return [*stages, *self.stages(root, inside(root, *also), also)]
 
     def _init(
         self,
