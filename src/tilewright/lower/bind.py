@@ -164,7 +164,10 @@ def _extent(body: ir.Stmt, kind: str) -> int:
 def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
     """Raises ScheduleError[S102] for a barrier that a guard keeps some threads from. Reductions
     over thread.y and copies to shared memory have barriers."""
-    if guarded and (isinstance(s, ir.Sync) or _reduces_over_y(s)):
+    over_y = isinstance(s, ir.Store) and any(
+        isinstance(x, ir.ReduceThreads) and x.axis == "thread.y" for x in ir.walk(s.value)
+    )
+    if guarded and (over_y or isinstance(s, ir.Sync)):
         raise illegal(
             "a guard keeps some threads from a barrier",
             "specialize() the dimension and split it by a factor that divides it",
@@ -174,12 +177,6 @@ def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
     for child in ir.children(s):
         if isinstance(child, ir.Stmt):
             _check_barriers(child, guarded=guarded)
-
-
-def _reduces_over_y(s: ir.Stmt) -> bool:
-    return isinstance(s, ir.Store) and any(
-        isinstance(x, ir.ReduceThreads) and x.axis == "thread.y" for x in ir.walk(s.value)
-    )
 
 
 def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.Stmt:

@@ -23,7 +23,7 @@ from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.joins import join_nest, join_of
 from tilewright.lower.nests import BuiltNest, NestBuilder
 from tilewright.lower.placed import with_roles
-from tilewright.lower.tables import Driver, Statement, Tables, indices_in, names_read  # fmt: skip
+from tilewright.lower.tables import Driver, Statement, Tables, indices_in, names_read
 
 
 def coordinates_to_positions(program: ir.Program) -> ir.Program:
@@ -100,9 +100,9 @@ class _Builder:
         temps = [Statement.of(a) for a in inline]
         around = _root_driver(statement, temps)
         structure = around.structure
-        composition: Any = self.tensors[structure].format if structure else None
-        formats = composition.formats if composition is not None else (None,)
-        composed = composition if getattr(composition, "parts", ()) else None
+        fmt: Any = self.tensors[structure].format if structure else None
+        parts = [{structure: f} for f in fmt.formats] if structure else [{}]
+        composed = fmt if hasattr(fmt, "parts") else None
         for st in (statement, *also, *temps):
             check_reduction(st, self.tensors)
         placed = [t for t in temps if t.out.tensor.name in self.placed]
@@ -112,9 +112,10 @@ class _Builder:
         pieces = [t for t in temps if self._is_in_pieces(t, around, in_parts)]
         if pieces or (placed and shared):
             if placed or not all(self._is_separable(t, statement, temps) for t in pieces):
-                raise _shares_rows(statement, (pieces or placed)[0], composition)
+                t = (pieces or placed)[0]
+                structure = (driver_of(t) or around).structure
+                raise _shares_rows(statement, t, self.tensors[structure].format)
             return self._separate(root, inline, pieces, also)
-        parts = [{structure: f} if structure else {} for f in formats]
 
         def build(st: Statement, temps: list[Statement]) -> list[BuiltNest]:
             """The nest of a statement for each format."""
@@ -242,7 +243,7 @@ class _Builder:
 def _shares_rows(root: Statement, t: Statement, fmt: Any) -> ProgramError:
     value = f"{t.op} of {t.value} over {', '.join(a.name for a in t.axes)}" if t.op else t.out
     return ProgramError(
-        "P107", f"{root.out} reads {value} in its loops, and {fmt or t} keeps rows in pieces",
+        "P107", f"{root.out} reads {value} in its loops, and {fmt} keeps rows in pieces",
         hint="use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'",
     )  # fmt: skip
 
