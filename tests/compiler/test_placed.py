@@ -294,8 +294,13 @@ def searched(A=tw.sparse("n n")):
             ("loop c is around loop h",),
         ),
         (attend, lambda s: at("h")(s).compute_at("score", "j"), ("score", "reads it first")),
-        (attend.decompose(A=tw.coo()), at("h"), ("coo shares its rows",)),
-        (attend.decompose(A=tw.hyb(2, (1, 2))), at("h"), ("shares its rows",)),
+        (attend.decompose(A=tw.coo()), at("h"), ("coo keeps rows in pieces",)),
+        (attend.decompose(A=tw.hyb(2, (1, 2))), at("h"), ("keeps rows in pieces",)),
+        (
+            kept.decompose(A=cases.FORMATS["csr + bsr"]),
+            lambda s: s.compute_at("top", "i"),
+            ("max of A[i, j] over j", "keeps rows in pieces"),
+        ),
     ],
 )  # fmt: skip
 def test_a_refusal_names_the_statement(definition, schedule, names):
