@@ -1,5 +1,5 @@
 """The rows of a decode step, computed where the lengths are: position, page and slot of each
-request's last token, and the lengths of the next step."""
+request's last token, and the lengths of the next step. Rows of length 0 fill a batch up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 from tilewright.build import Definition, named_recipe, program
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
-from tilewright.sparse.trace import dense, indices, out, update
+from tilewright.sparse.trace import dense, indices, out, update, where
 
 
 def positions_program(page_size: int) -> Definition:
@@ -16,7 +16,7 @@ def positions_program(page_size: int) -> Definition:
 
     def positions(L=dense("t", "int32"), T=dense("t w", "int32")):
         t = indices("t:t")
-        last = L[t] - 1
+        last = where(L[t] > 0, L[t] - 1, 0)
         return out[t](last), out[t](T[t, last // page_size]), out[t](last % page_size)
 
     return program(positions)
@@ -25,7 +25,7 @@ def positions_program(page_size: int) -> Definition:
 @program
 def lengthen(L=dense("t", "int32")):
     t = indices("t:t")
-    return update(L)[t](L[t] + 1)
+    return update(L)[t](where(L[t] > 0, L[t] + 1, 0))
 
 
 @named_recipe
@@ -36,9 +36,9 @@ def by_request(s: Schedule) -> Schedule:
 @cache
 def positions_kernel(page_size: int, target: str = "cpp") -> Kernel:
     """Lengths L (t,) and page table T (t, w), int32 → position L − 1, its page and its slot, each
-    int32 (t,)."""
+    int32 (t,). A row of length 0 has position 0."""
     return positions_program(page_size).schedule(by_request).build(target)
 
 
-# Adds 1 to lengths (t,), int32, in place.
+# Adds 1 to lengths (t,), int32, in place, where they are not 0.
 lengthen_kernel = cache(lengthen.schedule(by_request).build)

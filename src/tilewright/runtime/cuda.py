@@ -377,32 +377,89 @@ class DeviceArray:
             driver().functions["cuMemFree_v2"](self.pointer)
 
 
-class StatusWord:
-    """One int32 that a GPU writes and the host reads without waiting: pinned, mapped memory, 0 at
-    first. `pointer` is its address on both sides."""
+class Pinned:
+    """Memory of the host that a GPU reads and writes at the same address, 0 at first. `bytes`: its
+    contents, uint8."""
 
-    __slots__ = ("_word", "device", "pointer")
-
-    def __init__(self, ordinal: int = 0) -> None:
+    def __init__(self, nbytes: int, ordinal: int = 0) -> None:
         self.pointer = 0
         self.device = device(ordinal)
         self.device.activate()
         portable_and_mapped = 1 | 2
-        self.pointer = driver().returned("cuMemHostAlloc", 64, portable_and_mapped)
-        self._word = ctypes.c_int32.from_address(self.pointer)
-        self._word.value = 0
-
-    def take(self) -> int:
-        """The value, which becomes 0."""
-        value = self._word.value
-        if value:
-            self._word.value = 0
-        return value
+        self.pointer = driver().returned("cuMemHostAlloc", nbytes, portable_and_mapped)
+        self.bytes = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(self.pointer), np.uint8)
+        self.bytes[:] = 0
 
     def __del__(self) -> None:
         if getattr(self, "pointer", 0) and not sys.is_finalizing():
             self.device.activate()
             driver().functions["cuMemFreeHost"](self.pointer)
+
+
+class StatusWord(Pinned):
+    """One int32 that a GPU writes and the host reads without waiting."""
+
+    def __init__(self, ordinal: int = 0) -> None:
+        super().__init__(64, ordinal)
+        self._word = self.bytes.view(np.int32)
+
+    def take(self) -> int:
+        """The value, which becomes 0."""
+        value = int(self._word[0])
+        if value:
+            self._word[0] = 0
+        return value
+
+
+class Transfers:
+    """Small copies to and from a GPU that the host does not wait for, in rounds: `turn` begins one.
+
+    What a round copies lies in pinned memory until the second round after it begins. By then the
+    caller has waited for its `read`, and so for all that was launched in front."""
+
+    def __init__(self, nbytes: int, ordinal: int = 0) -> None:
+        self._halves = [Pinned(nbytes, ordinal), Pinned(nbytes, ordinal)]
+        self._events = [driver().returned("cuEventCreate", 0) for _ in self._halves]
+        self._used = 0
+
+    def turn(self) -> None:
+        self._halves.reverse()
+        self._events.reverse()
+        self._used = 0
+
+    def write(self, array: DeviceArray, values: np.ndarray) -> None:
+        """Overwrite an array on the GPU, in the order of the stream. One that does not fit into
+        the pinned memory is waited for."""
+        begin, half = self._used, self._halves[0]
+        if begin + array.nbytes > len(half.bytes):
+            return array.copy_from(values)
+        self._used += -(-array.nbytes // 64) * 64
+        half.bytes[begin : begin + array.nbytes] = np.ascontiguousarray(values).view(np.uint8).flat
+        to, queue = array.pointer, current_stream(array.device.ordinal)
+        array.device.activate()
+        driver().call("cuMemcpyHtoDAsync_v2", to, half.pointer + begin, array.nbytes, queue)
+        return None
+
+    def read(self, array: DeviceArray) -> Callable[[], np.ndarray]:
+        """Begin a copy to the host, the only one of this round; the result waits for it."""
+        half, event, begin, nbytes = self._halves[0], self._events[0], self._used, array.nbytes
+        queue = current_stream(array.device.ordinal)
+        array.device.activate()
+        driver().call("cuMemcpyDtoHAsync_v2", half.pointer + begin, array.pointer, nbytes, queue)
+        driver().call("cuEventRecord", event, queue)
+        copied = half.bytes[begin : begin + nbytes].view(array.dtype.numpy).reshape(array.shape)
+
+        def wait() -> np.ndarray:
+            array.device.activate()
+            driver().call("cuEventSynchronize", event)
+            return copied
+
+        return wait
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            for event in getattr(self, "_events", ()):
+                driver().functions["cuEventDestroy_v2"](event)
 
 
 def pointer_device(address: int) -> int:

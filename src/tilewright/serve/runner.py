@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from tilewright.attention.batch import Attention
+from tilewright.attention.families.decode import CTAS_PER_SM
 from tilewright.attention.kv import KV
-from tilewright.attention.plan import CHUNK_TILES, KEY_TILE
+from tilewright.attention.plan import CHUNK_TILES, KEY_TILE, Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
 from tilewright.ops.embedding import embedding_kernel
@@ -29,29 +32,41 @@ from tilewright.ops.positions import lengthen_kernel, positions_kernel
 from tilewright.runtime.step import Step
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows
+from tilewright.serve.request import PENDING
 from tilewright.serve.scheduler import Chunk, Limits
 
 FEW = 8  # rows from which the kernel of many rows is the faster one
+PIECES = 16  # of the longest keys of an answer, on a GPU; even
 
 
 class Logits:
-    """What a step computed for the requests that want a token, in the order of the chunks."""
+    """What a step computes for the requests that want a token, in the order of the chunks. On a GPU
+    it may still be under way: `likeliest` waits for it."""
 
     def __init__(self, runner: Runner, rows: list[int]) -> None:
-        self._memory, self._logits, self._rows = runner.model.memory, runner.last["logits"], rows
+        self._runner, self._rows = runner, rows
         self._cap = np.float32(runner.model.config.logit_cap)  # which the order does not depend on
-        runner.tokens[:] = self._memory.read(runner.last["token"])
-        self.likeliest = [int(runner.tokens[n]) for n in rows]
+        self._tokens = runner.model.memory.read_later(runner.last["token"])
+        runner.latest, runner.tokens[:] = self, PENDING
+
+    @cached_property
+    def likeliest(self) -> list[int]:
+        """The token of the largest logit of each request."""
+        tokens = self._tokens()
+        if self._runner.latest is self:
+            self._runner.tokens[:] = tokens
+        return [int(tokens[n]) for n in self._rows]
 
     def row(self, i: int) -> np.ndarray:
         """The logits of request i, float32 (vocab,); valid until the next step."""
-        n = self._rows[i]
-        row = self._memory.read(self._memory.rows(self._logits, n, n + 1))[0]
+        n, memory = self._rows[i], self._runner.model.memory
+        row = memory.read(memory.rows(self._runner.last["logits"], n, n + 1))[0]
         return self._cap * np.tanh(row / self._cap) if self._cap else row
 
 
 class Runner:
-    """A model with the memory of its batches: activations, page tables and the KV cache.
+    """A model with the memory of its batches: activations, page tables and the KV cache, which is
+    float32 on CPUs and bfloat16 on GPUs.
 
     `context`: the longest sequence. With `limits.invariant` a batch of many answers takes the
     kernel of one row too, which is slower and keeps the bits of each.
@@ -59,51 +74,70 @@ class Runner:
 
     def __init__(self, model: Llama, limits: Limits, context: int) -> None:
         self.model, self.invariant = model, limits.invariant
-        new, most, config = model.memory.empty, limits.running, model.config
-        shape = (limits.pages, PAGE_SIZE, config.kv_heads, config.head_dim)
-        self.keys, self.values = ([new(*shape) for _ in range(config.layers)] for _ in range(2))
+        new, config = model.memory.empty, model.config
+        self.rows = most = self._bucket(limits.running)
+        # One page more than requests have: of the rows that fill up a recorded step.
+        shape = (limits.pages + 1, PAGE_SIZE, config.kv_heads, config.head_dim)
+        self.keys, self.values = (
+            [new(*shape, dtype=model.kv_dtype) for _ in range(config.layers)] for _ in range(2)
+        )
+        self.pools = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
         tokens = limits.step_tokens + most  # a row more for each chunk
         self.width = context // PAGE_SIZE + 1
-        self.activations = {k: new(tokens, w) for k, w in model.widths.items()}
+        self.activations = {k: new(tokens, w, dtype=t) for k, (w, t) in model.widths.items()}
         self.last = {"x": new(most, config.dim), "normed": new(most, config.dim)}
         self.last["logits"] = new(most, config.vocab)
         self.last["token"] = new(most, dtype="int32")
         self.ints = new(4 * _aligned(tokens), dtype="int32")
         self.picked = new(most, dtype="int32")
-        self.kv_len = model.memory.put(np.zeros(most, np.int32))
-        self.plan_len = model.memory.put(np.zeros(most, np.int32))
-        self.table = np.zeros((most, self.width), np.int32)
-        self.block_table = model.memory.put(self.table.copy())
+        put = model.memory.put
+        self.kv_len = put(np.zeros(most, np.int32))
+        # Keys are divided as if every answer were as long as the context, and every prompt short.
+        longest, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * KEY_TILE
+        self.longest = put(np.full(most, longest, np.int32))
+        self.short = put(np.full(most, min(short, longest), np.int32))
+        self.table = np.full((most, self.width), limits.pages, np.int32)
+        self.block_table = put(self.table.copy())
         self._written: list[list[int]] = [[] for _ in range(most)]
-        # What memory of the target holds: tokens of `last`, and `kv_len`.
-        self.tokens, self._lengths = np.zeros(most, np.int32), np.zeros(most, np.int32)
-        model.memory.write(self.last["token"], self.tokens)
-        self._views: dict[int, tuple[list[KV], KV]] = {}
+        # What memory of the target holds: tokens of `last` (PENDING: not known), and `kv_len`.
+        self.tokens, self._lengths = np.full(most, PENDING, np.int32), np.zeros(most, np.int32)
+        self.latest: Logits | None = None
+        self._views: dict[tuple[int, int], list[KV]] = {}
+        self._plans: dict[int, dict[Attention, Plan]] = {}
         self._steps: dict[int, Step] = {}
-        one = model.layers[0].attention.plan(np.array([0, 1], np.int32), self._kv(1)[1])
-        self._qo_tile = one.qo_tile  # of every layer
+        self._qo_tile = self._answer_plans(1)[model.layers[0].attention].qo_tile  # of every layer
 
     def run(self, chunks: Sequence[Chunk]) -> Logits:
         """Reads the tokens of the chunks, those of answers first, and computes the logits of the
-        requests that want a token."""
+        requests that want a token. A step of answers alone may read tokens that the step before
+        computes, PENDING on the host, if it has the same requests."""
+        self.model.memory.turn()
         stops = [c.stop + self._needs_row(c) for c in chunks]
         self._write_table(chunks)
-        self._write_first(self.kv_len, self._lengths, stops)
         wanting = [i for i, c in enumerate(chunks) if c.wants_token]
         if not any(c.is_prompt for c in chunks):
-            step = self._steps.get(len(chunks))
+            rows = self._bucket(len(chunks))
+            step = self._steps.get(rows)
             if step is None:
-                step = self._steps[len(chunks)] = self._record(len(chunks))
+                step = self._steps[rows] = self._record(rows)
+            self._write_first(self.kv_len, self._lengths, stops + [0] * (rows - len(chunks)))
             tokens = [c.request.tokens[c.start] for c in chunks]
-            self._write_first(self.last["token"], self.tokens, tokens)
+            if PENDING not in tokens:
+                self._write_first(self.last["token"], self.tokens, tokens)
             step()
             self._lengths[: len(chunks)] += 1
             return Logits(self, wanting)
+        self._write_first(self.kv_len, self._lengths, stops)
         self._write(chunks, stops)
         self._mixed(chunks, stops, wanting)
         return Logits(self, list(range(len(wanting))))
 
     # -- inside ----------------------------------------------------------------------------------
+
+    def _bucket(self, requests: int) -> int:
+        """The rows of the recorded step for a number of answers: on a GPU a multiple of eight where
+        there are more, filled up with rows of length 0."""
+        return requests if requests <= 8 or not self.model.memory.on_cuda else -(-requests // 8) * 8
 
     def _needs_row(self, chunk: Chunk) -> bool:
         """Whether the last work item of a chunk of a prompt would have one query. The row behind it
@@ -112,9 +146,9 @@ class Runner:
 
     def _write_table(self, chunks: Sequence[Chunk]) -> None:
         """The rows of the page table that have changed, to memory of the target."""
-        memory = self.model.memory
-        for i, chunk in enumerate(chunks):
-            pages = chunk.request.pages
+        memory, spare = self.model.memory, [self.keys[0].shape[0] - 1]
+        unused = range(len(chunks), self._bucket(len(chunks)))
+        for i, pages in enumerate([*(c.request.pages for c in chunks), *(spare for _ in unused)]):
             if self._written[i] != pages:
                 self._written[i] = list(pages)
                 self.table[i, : len(pages)] = pages
@@ -153,57 +187,75 @@ class Runner:
         """How many of `rows` rows of answers take the kernel of one row."""
         return rows if self.invariant or rows < FEW else 0
 
-    def _kv(self, requests: int) -> tuple[list[KV], KV]:
-        """The KV of each layer for a number of requests, and the one to plan with."""
-        if requests not in self._views:
-            rows = self.model.memory.rows
-            pages = rows(self.block_table, 0, requests)
-            table = Table(rows(self.kv_len, 0, requests), pages)
-            plan = Table(rows(self.plan_len, 0, requests), pages)
-            pools = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
-            self._views[requests] = [KV(table, pool) for pool in pools], KV(plan, pools[0])
-        return self._views[requests]
+    def _kv(self, begin: int, end: int) -> list[KV]:
+        """The KV of each layer for requests begin … end-1."""
+        if (begin, end) not in self._views:
+            table = self._table(self.kv_len, begin, end)
+            self._views[begin, end] = [KV(table, pool) for pool in self.pools]
+        return self._views[begin, end]
+
+    def _table(self, lengths: Any, begin: int, end: int) -> Table:
+        rows = self.model.memory.rows
+        return Table(rows(lengths, begin, end), rows(self.block_table, begin, end))
+
+    def _answer_plans(self, requests: int) -> dict[Attention, Plan]:
+        """The plan of each attention for the first requests, which have one query each. A GPU cuts
+        the keys of each of them at equal places for any number of requests."""
+        if requests not in self._plans:
+            to_plan = KV(self._table(self.longest, 0, requests), self.pools[0])
+            config, on_cuda = self.model.config, self.model.memory.on_cuda
+            workers = requests * config.kv_heads * PIECES // CTAS_PER_SM if on_cuda else None
+            self._plans[requests] = {
+                x: x.plan(np.arange(requests + 1), to_plan, workers=workers)
+                for x in {layer.attention for layer in self.model.layers}
+            }
+        return self._plans[requests]
 
     def _mixed(self, chunks: Sequence[Chunk], stops: list[int], wanting: list[int]) -> None:
-        """Any chunks, call by call."""
-        model, memory = self.model, self.model.memory
+        """Any chunks, call by call. Attention of answers and of prompts are two calls."""
+        model, rows, count = self.model, self.model.memory.rows, len(chunks)
         starts = np.array([c.start for c in chunks], np.int32)
         indptr = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int32)
-        views, to_plan = self._kv(len(chunks))
-        capacity, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * KEY_TILE
-        lengths = [min(c.stop, short) if c.is_prompt else capacity for c in chunks]
-        memory.write(memory.rows(self.plan_len, 0, len(chunks)), np.array(lengths, np.int32))
-        plans = {x: x.plan(indptr, to_plan) for x in {layer.attention for layer in model.layers}}
+        answers, tokens = sum(not c.is_prompt for c in chunks), int(indptr[-1])
+        to_plan = KV(self._table(self.short, answers, count), self.pools[0])
+        prompts = indptr[answers:] - answers
+        parts = [(answers, tokens, self._kv(answers, count), {
+            x: x.plan(prompts, to_plan) for x in {layer.attention for layer in model.layers}
+        })]  # fmt: skip
+        if answers:
+            parts.append((0, answers, self._kv(0, answers), self._answer_plans(answers)))
 
         def do(kernel: Any, *args: Any, out: Any = None) -> None:
             kernel(*args, out=out)
 
         def attend(layer: int, q: Any, out: Any) -> None:
             attention = model.layers[layer].attention
-            attention.run(q, views[layer], plans[attention], out=out)
+            for begin, end, views, plans in parts:
+                plan, result = plans[attention], rows(out, begin, end)
+                attention.run(rows(q, begin, end), views[layer], plan, out=result)
 
-        b = self._rows(int(indptr[-1]), self._single(sum(not c.is_prompt for c in chunks)))
+        b = self._rows(tokens, self._single(answers))
         model.forward(b, (self.keys, self.values), attend, do)
         if wanting:
-            count = len(wanting)
-            last = {name: memory.rows(a, 0, count) for name, a in self.last.items()}
-            picked = memory.rows(self.picked, 0, count)
+            last = {name: rows(a, 0, len(wanting)) for name, a in self.last.items()}
+            picked = rows(self.picked, 0, len(wanting))
             ends = [indptr[i] + chunks[i].stop - starts[i] for i in wanting]
-            memory.write(picked, np.array(ends, np.int32) - 1)
+            model.memory.write(picked, np.array(ends, np.int32) - 1)
             do(embedding_kernel("f32", model.name), picked, b.a["x"], out=last["x"])
-            model.finish(last, self._single(count), do)
+            model.finish(last, self._single(len(wanting)), do)
 
     def _record(self, requests: int) -> Step:
         """The step of one row of each of some answers."""
         bounds: list[Any] = []
         model, rows = self.model, self.model.memory.rows
-        views, _ = self._kv(requests)
+        views, plans = self._kv(0, requests), self._answer_plans(requests)
 
         def do(kernel: Any, *args: Any, out: Any = None) -> None:
             bounds.append(kernel.bind(*args, out=out))
 
         def attend(layer: int, q: Any, out: Any) -> None:
-            bounds.append(model.layers[layer].attention.bind(q, views[layer], out))
+            attention = model.layers[layer].attention
+            bounds.append(attention.bind(q, views[layer], out, plan=plans[attention]))
 
         b = self._rows(requests, self._single(requests))
         last = {name: rows(self.last[name], 0, requests) for name in ("logits", "token")}

@@ -113,6 +113,7 @@ class Llama:
     def __init__(self, file: ModelFile, where: Target | str, positions: int) -> None:
         self.target = target(where)
         self.name = str(self.target)
+        self.kv_dtype = "bfloat16" if self.target.is_cuda else "float32"
         self.file, self.config = file, file.config
         self.memory = Memory(self.target)
         tied = self.config.tied_embedding
@@ -181,13 +182,15 @@ class Llama:
     # -- the layers ------------------------------------------------------------------------------
 
     @property
-    def widths(self) -> dict[str, int]:
-        """Elements of each activation of a token."""
+    def widths(self) -> dict[str, tuple[int, str]]:
+        """Elements of each activation of a token, and their dtype."""
         c = self.config
         q, kv = c.qo_heads * c.head_dim, c.kv_heads * c.head_dim
         widths = dict.fromkeys(("x", "y", "normed"), c.dim) | {"q": q, "k": kv, "v": kv}
         widths |= {"rotated": q, "attended": q} | ({"k_normed": kv} if c.qk_norm else {})
-        return widths | dict.fromkeys(("gate", "up", "mixed"), c.ffn_dim)
+        widths |= dict.fromkeys(("gate", "up", "mixed"), c.ffn_dim)
+        dtypes = {"rotated": self.kv_dtype}
+        return {name: (width, dtypes.get(name, "float32")) for name, width in widths.items()}
 
     def pairs(self, array: Any, *outer: int) -> Any:
         """A projection, or pages of keys, as pairs that are rotated: (*outer, half, 2) or
@@ -202,8 +205,9 @@ class Llama:
         out)` is the attention of a layer."""
         c, name, t, a = self.config, self.name, b.tokens, b.a
         x, y = a["x"], a["y"]
-        rope, rope_append = (f(c.rope_interleaved, name) for f in (rope_kernel, rope_append_kernel))
-        append = append_kernel(name)
+        rotations = rope_kernel, rope_append_kernel
+        rope, rope_append = (f(c.rope_interleaved, name, self.kv_dtype) for f in rotations)
+        append = append_kernel(name, self.kv_dtype)
         embedded = y if c.scaled_embedding else x
         do(
             embedding_kernel(self.table_kind, name),
