@@ -26,10 +26,17 @@ from tilewright.serve.cost import HOW_TO_TUNE, CostModel, Work, cost_key
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama
 from tilewright.serve.policy import SAFETY
-from tilewright.serve.request import Request, Sampling, check_fields, check_tokens, is_count
+from tilewright.serve.request import (
+    PENDING,
+    Request,
+    Sampling,
+    check_fields,
+    check_tokens,
+    is_count,
+)
 from tilewright.serve.runner import Logits, Runner
 from tilewright.serve.sampler import sample
-from tilewright.serve.scheduler import Limits, Scheduler, work_of
+from tilewright.serve.scheduler import Batch, Limits, Scheduler, work_of
 from tilewright.serve.text import AnswerText
 from tilewright.serve.tokenizer import load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
@@ -73,8 +80,27 @@ class Options:
         return int(context), Limits(pages, *sizes, self.share, self.invariant)
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that is launched: `wanting` are the requests that want a token, in the order of its
+    logits; `began`: seconds."""
+
+    batch: Batch
+    wanting: list[Request]
+    logits: Logits
+    began: float
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it has answers alone, each of which goes on with its likeliest token."""
+        chunks = self.batch.chunks
+        greedy = [r.sampling.is_plain_greedy for r in self.wanting]
+        return len(greedy) == len(chunks) and all(greedy) and not any(c.is_prompt for c in chunks)
+
+
 class Engine:
-    """A model, its scheduler and its runner."""
+    """A model, its scheduler and its runner. `runs_ahead`: a step may be launched before the tokens
+    of the one in front are read."""
 
     def __init__(self, file: ModelFile, target: Target | str, options: Options) -> None:
         self.context, limits = options.resolved(file.config.context)
@@ -84,6 +110,9 @@ class Engine:
         cost = CostModel.load(options.cost, key) if options.cost else CostModel(key=key)
         self.scheduler = Scheduler(limits, cost)
         self.runner = Runner(self.model, limits, self.context)
+        self.runs_ahead = self.model.target.is_cuda
+        self._flight: Flight | None = None
+        self._ended = 0.0  # when tokens were read last, seconds
         self._ids = itertools.count()
         self.best_effort = 0  # promises that were dropped
 
@@ -128,18 +157,50 @@ class Engine:
         self.scheduler.finish(request, "cancel")
 
     def step(self) -> list[Request]:
-        """Runs one step. Returns the requests that got a token or ended."""
-        batch = self.scheduler.schedule(time.perf_counter())
-        if not batch.chunks:
-            return []
-        began = time.perf_counter()
-        logits = self.runner.run(batch.chunks)
-        now = time.perf_counter()
-        ready = self.scheduler.commit(batch, now)
-        self.scheduler.model = self.scheduler.model.corrected(work_of(batch.chunks), now - began)
-        for i, request in enumerate(ready):
-            self._answer(request, logits, i, now)
+        """Runs one step. Returns the requests that got a token or ended.
+
+        On a GPU the step behind it, if it has the same requests, is launched before the tokens of
+        this one are read, which are on the GPU where it needs them. Where one of them ends an
+        answer, that request's next token is computed in vain."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            batch = self.scheduler.schedule(time.perf_counter())
+            if not batch.chunks:
+                return []
+            flight = self._launch(batch)
+        leads = self.runs_ahead and flight.is_greedy
+        if not leads:
+            flight.logits.likeliest  # noqa: B018 - waits
+        ready = self.scheduler.commit(flight.batch, time.perf_counter())
+        for request in ready:
+            request.tokens.append(PENDING)
+        try:
+            if leads and not any(self._is_full(r) for r in ready):
+                behind = self.scheduler.schedule(time.perf_counter())
+                if [c.request for c in behind.chunks] == flight.wanting:
+                    self._flight = self._launch(behind)
+            self._read(flight)
+        finally:
+            for request in ready:  # an exception: the last token is read again
+                if request.tokens[-1] == PENDING:
+                    request.tokens.pop()
         return ready
+
+    def _launch(self, batch: Batch) -> Flight:
+        began, wanting = time.perf_counter(), [c.request for c in batch.chunks if c.wants_token]
+        return Flight(batch, wanting, self.runner.run(batch.chunks), began)
+
+    def _read(self, flight: Flight) -> None:
+        """Answers the requests of a step with its tokens, when it has ended."""
+        logits = flight.logits
+        logits.likeliest  # noqa: B018 - waits
+        now, began = time.perf_counter(), max(flight.began, self._ended)
+        work, self._ended = work_of(flight.batch.chunks), now
+        self.scheduler.model = self.scheduler.model.corrected(work, now - began)
+        for i, request in enumerate(flight.wanting):
+            if not request.finish:  # not cancelled since
+                request.tokens.pop()  # PENDING
+                self._answer(request, logits, i, now)
 
     def counts(self) -> dict[str, int]:
         """What `/metrics` shows of the scheduler."""
@@ -175,9 +236,14 @@ class Engine:
         request.pieces.append(request.text.push(token))
         if request.text.stopped:
             self._end(request, "stop")
-        elif request.answered == request.sampling.max_tokens or len(request.tokens) > self.context:
+        elif self._is_full(request):
             self._end(request, "length")
         return None
+
+    def _is_full(self, request: Request) -> bool:
+        """Whether the answer has all the tokens that it may have."""
+        most = request.sampling.max_tokens
+        return request.answered == most or len(request.tokens) > self.context
 
     def _end(self, request: Request, reason: str) -> None:
         request.pieces.append(request.text.finish())

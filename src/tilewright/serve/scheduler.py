@@ -154,13 +154,15 @@ class Scheduler:
         token, in the order of the chunks."""
         for chunk in batch.chunks:
             request = chunk.request
+            if request.finish:  # cancelled while the step ran
+                continue
             request.computed, request.since = chunk.stop, batch.step
             if self.limits.share:
                 self._keep(request)
             if chunk.wants_token:
                 self.late += now > request.due
                 request.due = now + request.gap
-        return [c.request for c in batch.chunks if c.wants_token]
+        return [c.request for c in batch.chunks if c.wants_token and not c.request.finish]
 
     def state(self, now: float) -> State:
         """What the policy sees. Of those that wait the best, by rank and arrival."""
