@@ -30,7 +30,7 @@ class Late:
     def __init__(self, engine: Engine) -> None:
         self.run_now, self.unread, self.ahead, self.launched = engine.runner.run, 0, 0, 0
         self.rows: list[list[Request]] = []
-        engine.runner.run = self.run  # type: ignore[method-assign]
+        engine.runner.run = self.run
         engine.runs_ahead = True
 
     def run(self, chunks: Sequence[Chunk]) -> Any:
@@ -51,14 +51,17 @@ class Late:
 
 
 class LateLogits:
+    """Logits that know whether the engine has waited for them."""
+
     def __init__(self, runner: Late, logits: Any) -> None:
         self.runner, self.logits, self.is_read = runner, logits, False
+        self.requests = logits.requests
 
-    @property
-    def likeliest(self) -> list[int]:
+    def wait(self) -> None:
         self.runner.unread -= not self.is_read
         self.is_read = True
-        return self.logits.likeliest
+        self.logits.wait()
+        self.likeliest = self.logits.likeliest
 
     def row(self, i: int) -> np.ndarray:
         assert self.is_read and self.runner.unread == 0, "another step has overwritten the logits"
@@ -106,7 +109,8 @@ SIZES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("apart", [1, 7])
 def test_tokens_are_those_of_steps_in_turn(tiny: ModelFile, name: str, apart: int):
     """End tokens, lengths, stop texts, sampling on the host, a cancel and preemption."""
-    options = Options(context=128, **({"share": False} | SIZES[name]))
+    sizes: dict[str, Any] = {"context": 128, "share": False} | SIZES[name]
+    options = Options(**sizes)
     engine, plain = Engine(tiny, "cpp", options), Engine(tiny, "cpp", options)
     made = jobs(1)
     wanted = answers(plain, made, apart)
@@ -163,7 +167,7 @@ def test_an_interrupt_in_flight_leaves_no_trace(tiny: ModelFile):
             raise KeyboardInterrupt
         return run(chunks)
 
-    engine.runner.run = failing  # type: ignore[method-assign]
+    engine.runner.run = failing
     failed = 0
     while not all(r.finish for r in requests):
         try:

@@ -61,13 +61,13 @@ def test_launches_of_a_step(fake: ctypes.CDLL):  # noqa: F811
 
 
 def test_the_host_writes_what_it_wants_otherwise():
-    """Tokens that are not the likeliest, a jump back, and the likeliest again, which nobody
-    writes: logits as from reading the same tokens as a prompt."""
+    """Tokens that are not the likeliest, a jump back, and the likeliest again: logits as from
+    reading the same tokens as a prompt."""
     sequence, prompt = Sequence(model_file()), [5, 9, 2]
     writes: list[Any] = []
     memory = sequence.runner.model.memory
     write = memory.write
-    memory.write = lambda array, values: (writes.append(array), write(array, values))  # type: ignore[method-assign]
+    memory.write = lambda array, values, **how: (writes.append(array), write(array, values, **how))  # type: ignore[method-assign]
     sequence.prefill(prompt)
     said = list(prompt)
 
@@ -81,8 +81,7 @@ def test_the_host_writes_what_it_wants_otherwise():
 
     assert decode(7) > 0  # not what the prompt's logits say, or a new page
     likeliest = sequence.greedy()
-    assert decode(likeliest) == 0
-    assert decode((sequence.greedy() + 1) % CONFIG.vocab) == 1
+    assert decode(likeliest) == decode((sequence.greedy() + 1) % CONFIG.vocab) == 1
     del said[4:]
     sequence.reset(4)
     sequence.request.tokens[:] = said
@@ -149,6 +148,7 @@ def advance(of: runner.Runner, answers: list[Answer]) -> None:
     ordered = sorted(answers, key=lambda a: a.request.computed == 0)
     requests = [a.request for a in ordered]
     result = of.run([Chunk(r, r.computed, len(r.tokens)) for r in requests])
+    result.wait()
     for i, (answer, request) in enumerate(zip(ordered, requests, strict=True)):
         answer.logits.append(result.row(i).copy())
         request.computed = len(request.tokens)

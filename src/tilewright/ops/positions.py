@@ -1,5 +1,5 @@
 """The rows of a decode step, computed where the lengths are: position, page and slot of each
-request's last token, and the lengths of the next step. Rows of length 0 fill a batch up."""
+request's last token, and the lengths of the next step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ def positions_program(page_size: int) -> Definition:
 
     def positions(L=dense("t", "int32"), T=dense("t w", "int32")):
         t = indices("t:t")
-        last = where(L[t] > 0, L[t] - 1, 0)
-        return out[t](last), out[t](T[t, last // page_size]), out[t](last % page_size)
+        last = L[t] - 1
+        page = where(L[t] > 0, T[t, last // page_size], -1)
+        return out[t](last), out[t](page), out[t](last % page_size)
 
     return program(positions)
 
@@ -36,7 +37,7 @@ def by_request(s: Schedule) -> Schedule:
 @cache
 def positions_kernel(page_size: int, target: str = "cpp") -> Kernel:
     """Lengths L (t,) and page table T (t, w), int32 → position L − 1, its page and its slot, each
-    int32 (t,). A row of length 0 has position 0."""
+    int32 (t,). The page of a row of length 0 is -1: what is appended there is not written."""
     return positions_program(page_size).schedule(by_request).build(target)
 
 

@@ -321,8 +321,9 @@ class DeviceArray:
         view.pointer += begin * math.prod(self.shape[1:]) * self.dtype.itemsize
         return view
 
-    def copy_from(self, array: np.ndarray, stream: int | None = None) -> None:
-        """Overwrite with a NumPy array of the same shape and itemsize; done when it returns.
+    def copy_from(self, array: np.ndarray, stream: int | None = None, waits: bool = True) -> None:
+        """Overwrite with a NumPy array of the same shape and itemsize; done when it returns, or
+        else (`waits`) in the order of the stream, until when the caller leaves it as it is.
 
         Raises ArgumentError[A102, A103].
         """
@@ -335,7 +336,8 @@ class DeviceArray:
         source = np.ascontiguousarray(array)
         queue = self._stream(stream)
         driver().call("cuMemcpyHtoDAsync_v2", self.pointer, source.ctypes.data, self.nbytes, queue)
-        driver().call("cuStreamSynchronize", queue)
+        if waits:
+            driver().call("cuStreamSynchronize", queue)
 
     def to_numpy(self, stream: int | None = None) -> np.ndarray:
         """A copy on the host, complete when it returns; bfloat16 and 8-bit floats as their bits."""
@@ -378,17 +380,19 @@ class DeviceArray:
 
 
 class Pinned:
-    """Memory of the host that a GPU reads and writes at the same address, 0 at first. `bytes`: its
-    contents, uint8."""
+    """`words` int32 of the host's memory that a GPU reads and writes at the same address, 0 at
+    first."""
 
-    def __init__(self, nbytes: int, ordinal: int = 0) -> None:
+    __slots__ = ("device", "pointer", "words")
+
+    def __init__(self, words: int, ordinal: int = 0) -> None:
         self.pointer = 0
         self.device = device(ordinal)
         self.device.activate()
         portable_and_mapped = 1 | 2
-        self.pointer = driver().returned("cuMemHostAlloc", nbytes, portable_and_mapped)
-        self.bytes = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(self.pointer), np.uint8)
-        self.bytes[:] = 0
+        self.pointer = driver().returned("cuMemHostAlloc", 4 * words, portable_and_mapped)
+        self.words = np.ctypeslib.as_array((ctypes.c_int32 * words).from_address(self.pointer))
+        self.words[:] = 0
 
     def __del__(self) -> None:
         if getattr(self, "pointer", 0) and not sys.is_finalizing():
@@ -400,66 +404,44 @@ class StatusWord(Pinned):
     """One int32 that a GPU writes and the host reads without waiting."""
 
     def __init__(self, ordinal: int = 0) -> None:
-        super().__init__(64, ordinal)
-        self._word = self.bytes.view(np.int32)
+        super().__init__(1, ordinal)
 
     def take(self) -> int:
         """The value, which becomes 0."""
-        value = int(self._word[0])
+        value = int(self.words[0])
         if value:
-            self._word[0] = 0
+            self.words[0] = 0
         return value
 
 
-class Transfers:
-    """Small copies to and from a GPU that the host does not wait for, in rounds: `turn` begins one.
+class Readback:
+    """Copies of an int32 array of a GPU to the host, each in the order of the stream. The host
+    waits for the latest two where it wants them."""
 
-    What a round copies lies in pinned memory until the second round after it begins. By then the
-    caller has waited for its `read`, and so for all that was launched in front."""
+    def __init__(self, array: DeviceArray) -> None:
+        ordinal, count = array.device.ordinal, math.prod(array.shape)
+        self._array, self._slots = array, [Pinned(count, ordinal), Pinned(count, ordinal)]
+        self._events = [driver().returned("cuEventCreate", 0) for _ in self._slots]
 
-    def __init__(self, nbytes: int, ordinal: int = 0) -> None:
-        self._halves = [Pinned(nbytes, ordinal), Pinned(nbytes, ordinal)]
-        self._events = [driver().returned("cuEventCreate", 0) for _ in self._halves]
-        self._used = 0
-
-    def turn(self) -> None:
-        self._halves.reverse()
+    def begin(self) -> Callable[[], np.ndarray]:
+        """Copy what the array holds when all that is launched now has run; the result waits."""
+        self._slots.reverse()
         self._events.reverse()
-        self._used = 0
-
-    def write(self, array: DeviceArray, values: np.ndarray) -> None:
-        """Overwrite an array on the GPU, in the order of the stream. One that does not fit into
-        the pinned memory is waited for."""
-        begin, half = self._used, self._halves[0]
-        if begin + array.nbytes > len(half.bytes):
-            return array.copy_from(values)
-        self._used += -(-array.nbytes // 64) * 64
-        half.bytes[begin : begin + array.nbytes] = np.ascontiguousarray(values).view(np.uint8).flat
-        to, queue = array.pointer, current_stream(array.device.ordinal)
-        array.device.activate()
-        driver().call("cuMemcpyHtoDAsync_v2", to, half.pointer + begin, array.nbytes, queue)
-        return None
-
-    def read(self, array: DeviceArray) -> Callable[[], np.ndarray]:
-        """Begin a copy to the host, the only one of this round; the result waits for it."""
-        half, event, begin, nbytes = self._halves[0], self._events[0], self._used, array.nbytes
+        array, slot, event = self._array, self._slots[0], self._events[0]
         queue = current_stream(array.device.ordinal)
         array.device.activate()
-        driver().call("cuMemcpyDtoHAsync_v2", half.pointer + begin, array.pointer, nbytes, queue)
+        driver().call("cuMemcpyDtoHAsync_v2", slot.pointer, array.pointer, array.nbytes, queue)
         driver().call("cuEventRecord", event, queue)
-        copied = half.bytes[begin : begin + nbytes].view(array.dtype.numpy).reshape(array.shape)
 
         def wait() -> np.ndarray:
-            array.device.activate()
             driver().call("cuEventSynchronize", event)
-            return copied
+            return slot.words
 
         return wait
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():
-            for event in getattr(self, "_events", ()):
-                driver().functions["cuEventDestroy_v2"](event)
+        for event in getattr(self, "_events", ()) if not sys.is_finalizing() else ():
+            driver().functions["cuEventDestroy_v2"](event)
 
 
 def pointer_device(address: int) -> int:

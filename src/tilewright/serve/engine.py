@@ -80,24 +80,6 @@ class Options:
         return int(context), Limits(pages, *sizes, self.share, self.invariant)
 
 
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """A step that is launched: `wanting` are the requests that want a token, in the order of its
-    logits; `began`: seconds."""
-
-    batch: Batch
-    wanting: list[Request]
-    logits: Logits
-    began: float
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether it has answers alone, each of which goes on with its likeliest token."""
-        chunks = self.batch.chunks
-        greedy = [r.sampling.is_plain_greedy for r in self.wanting]
-        return len(greedy) == len(chunks) and all(greedy) and not any(c.is_prompt for c in chunks)
-
-
 class Engine:
     """A model, its scheduler and its runner. `runs_ahead`: a step may be launched before the tokens
     of the one in front are read."""
@@ -111,8 +93,8 @@ class Engine:
         self.scheduler = Scheduler(limits, cost)
         self.runner = Runner(self.model, limits, self.context)
         self.runs_ahead = self.model.target.is_cuda
-        self._flight: Flight | None = None
-        self._ended = 0.0  # when tokens were read last, seconds
+        self._flight: tuple[Batch, Logits] | None = None  # a step whose tokens are not read
+        self._began = 0.0  # when it was launched, or the tokens in front were read, seconds
         self._ids = itertools.count()
         self.best_effort = 0  # promises that were dropped
 
@@ -159,48 +141,40 @@ class Engine:
     def step(self) -> list[Request]:
         """Runs one step. Returns the requests that got a token or ended.
 
-        On a GPU the step behind it, if it has the same requests, is launched before the tokens of
-        this one are read, which are on the GPU where it needs them. Where one of them ends an
-        answer, that request's next token is computed in vain."""
-        flight, self._flight = self._flight, None
-        if flight is None:
-            batch = self.scheduler.schedule(time.perf_counter())
+        On a GPU the next step, if it has the same requests, is launched before the tokens of this
+        one are read: they are where it needs them. The token behind one that ends an answer is then
+        computed in vain."""
+        if self._flight is None:
+            self._began = time.perf_counter()
+            batch = self.scheduler.schedule(self._began)
             if not batch.chunks:
                 return []
-            flight = self._launch(batch)
-        leads = self.runs_ahead and flight.is_greedy
+            self._flight = batch, self.runner.run(batch.chunks)
+        (batch, logits), self._flight = self._flight, None
+        leads = self.runs_ahead and all(c.is_greedy_answer for c in batch.chunks)
         if not leads:
-            flight.logits.likeliest  # noqa: B018 - waits
-        ready = self.scheduler.commit(flight.batch, time.perf_counter())
-        for request in ready:
-            request.tokens.append(PENDING)
+            logits.wait()
+        ready = self.scheduler.commit(batch, time.perf_counter())
         try:
+            for request in ready:
+                request.tokens.append(PENDING)
             if leads and not any(self._is_full(r) for r in ready):
                 behind = self.scheduler.schedule(time.perf_counter())
-                if [c.request for c in behind.chunks] == flight.wanting:
-                    self._flight = self._launch(behind)
-            self._read(flight)
+                if [c.request for c in behind.chunks] == logits.requests:
+                    self._flight = behind, self.runner.run(behind.chunks)
+            logits.wait()
+            began, self._began = self._began, time.perf_counter()
+            work, seconds = work_of(batch.chunks), self._began - began
+            self.scheduler.model = self.scheduler.model.corrected(work, seconds)
+            for i, request in enumerate(logits.requests):
+                if not request.finish:  # not cancelled since
+                    request.tokens.pop()  # PENDING
+                    self._answer(request, logits, i, self._began)
         finally:
             for request in ready:  # an exception: the last token is read again
                 if request.tokens[-1] == PENDING:
                     request.tokens.pop()
         return ready
-
-    def _launch(self, batch: Batch) -> Flight:
-        began, wanting = time.perf_counter(), [c.request for c in batch.chunks if c.wants_token]
-        return Flight(batch, wanting, self.runner.run(batch.chunks), began)
-
-    def _read(self, flight: Flight) -> None:
-        """Answers the requests of a step with its tokens, when it has ended."""
-        logits = flight.logits
-        logits.likeliest  # noqa: B018 - waits
-        now, began = time.perf_counter(), max(flight.began, self._ended)
-        work, self._ended = work_of(flight.batch.chunks), now
-        self.scheduler.model = self.scheduler.model.corrected(work, now - began)
-        for i, request in enumerate(flight.wanting):
-            if not request.finish:  # not cancelled since
-                request.tokens.pop()  # PENDING
-                self._answer(request, logits, i, now)
 
     def counts(self) -> dict[str, int]:
         """What `/metrics` shows of the scheduler."""

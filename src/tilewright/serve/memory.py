@@ -11,18 +11,11 @@ from tilewright import dtypes
 from tilewright.target import Target
 
 
-IN_FLIGHT_BYTES = 4 << 20  # of the copies of a step that nobody waits for
-
-
 class Memory:
     """Allocates, writes and reads arrays of one target."""
 
     def __init__(self, target: Target) -> None:
-        self.on_cuda, self._transfers = target.is_cuda, None
-        if self.on_cuda:
-            from tilewright.runtime.cuda import Transfers
-
-            self._transfers = Transfers(IN_FLIGHT_BYTES)
+        self.on_cuda = target.is_cuda
 
     def empty(self, *shape: int, dtype: str = "float32") -> Any:
         """A new array, not initialised."""
@@ -40,32 +33,33 @@ class Memory:
 
         return DeviceArray.from_numpy(np.ascontiguousarray(array), dtype)
 
-    def turn(self) -> None:
-        """Begins a step: what the one before the last has copied may be forgotten."""
-        if self._transfers is not None:
-            self._transfers.turn()
-
-    def write(self, array: Any, values: Any) -> None:
-        """Overwrites an array of the target; on a GPU in the order of what is launched."""
-        if self._transfers is None:
+    def write(self, array: Any, values: Any, waits: bool = True) -> None:
+        """Overwrites an array of the target. `waits`: as in `DeviceArray.copy_from`."""
+        if isinstance(array, np.ndarray):
             array[...] = values
             return
         if array.dtype.name == "bfloat16":
             values = dtypes.bfloat16_bits(np.asarray(values, np.float32))
-        whole = np.broadcast_to(np.asarray(values, array.dtype.numpy), array.shape)
-        self._transfers.write(array, whole)
+        values = np.broadcast_to(np.asarray(values, array.dtype.numpy), array.shape)
+        array.copy_from(values, waits=waits)
 
     def read(self, array: Any) -> np.ndarray:
         """The contents on the host."""
         return array if isinstance(array, np.ndarray) else array.to_numpy()
 
-    def read_later(self, array: Any) -> Callable[[], np.ndarray]:
-        """What the array holds when all that is launched now has run: a function that waits for
-        it. Once a step."""
-        if self._transfers is None:
+    def readback(self, array: Any) -> Callable[[], Callable[[], np.ndarray]]:
+        """A function that begins to read an int32 array, and returns one that waits for the values.
+        Two may be waited for."""
+        if self.on_cuda:
+            from tilewright.runtime.cuda import Readback
+
+            return Readback(array).begin
+
+        def begin() -> Callable[[], np.ndarray]:
             copy = array.copy()
             return lambda: copy
-        return self._transfers.read(array)
+
+        return begin
 
     def rows(self, array: Any, begin: int, end: int) -> Any:
         """Rows begin … end-1 of the first dimension, in place."""

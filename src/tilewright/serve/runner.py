@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,31 +30,31 @@ from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.positions import lengthen_kernel, positions_kernel
 from tilewright.runtime.step import Step
 from tilewright.serve.kv_pool import PAGE_SIZE
-from tilewright.serve.models.llama import Llama, Rows
+from tilewright.serve.models.llama import Do, Llama, Rows
 from tilewright.serve.request import PENDING
 from tilewright.serve.scheduler import Chunk, Limits
 
 FEW = 8  # rows from which the kernel of many rows is the faster one
 PIECES = 16  # of the longest keys of an answer, on a GPU; even
 
+Part = tuple[int, int, list[KV], dict[Attention, Plan]]
+"""Rows of a step, first and behind the last, with the KV of each layer and the plans of their
+requests."""
+
 
 class Logits:
-    """What a step computes for the requests that want a token, in the order of the chunks. On a GPU
-    it may still be under way: `likeliest` waits for it."""
+    """What a step computes for `requests`, those that want a token. On a GPU it may still be under
+    way: `wait` before anything is read."""
 
-    def __init__(self, runner: Runner, rows: list[int]) -> None:
+    def __init__(self, runner: Runner, chunks: Sequence[Chunk], rows: list[int]) -> None:
         self._runner, self._rows = runner, rows
         self._cap = np.float32(runner.model.config.logit_cap)  # which the order does not depend on
-        self._tokens = runner.model.memory.read_later(runner.last["token"])
-        runner.latest, runner.tokens[:] = self, PENDING
+        self.requests = [c.request for c in chunks if c.wants_token]
+        self._tokens = runner.read_tokens()
 
-    @cached_property
-    def likeliest(self) -> list[int]:
-        """The token of the largest logit of each request."""
-        tokens = self._tokens()
-        if self._runner.latest is self:
-            self._runner.tokens[:] = tokens
-        return [int(tokens[n]) for n in self._rows]
+    def wait(self) -> None:
+        """Returns when the step has ended; `likeliest` are the tokens of the largest logits."""
+        self.likeliest: list[int] = self._tokens()[self._rows].tolist()
 
     def row(self, i: int) -> np.ndarray:
         """The logits of request i, float32 (vocab,); valid until the next step."""
@@ -76,8 +75,7 @@ class Runner:
         self.model, self.invariant = model, limits.invariant
         new, config = model.memory.empty, model.config
         self.rows = most = self._bucket(limits.running)
-        # One page more than requests have: of the rows that fill up a recorded step.
-        shape = (limits.pages + 1, PAGE_SIZE, config.kv_heads, config.head_dim)
+        shape = (limits.pages, PAGE_SIZE, config.kv_heads, config.head_dim)
         self.keys, self.values = (
             [new(*shape, dtype=model.kv_dtype) for _ in range(config.layers)] for _ in range(2)
         )
@@ -96,12 +94,12 @@ class Runner:
         longest, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * KEY_TILE
         self.longest = put(np.full(most, longest, np.int32))
         self.short = put(np.full(most, min(short, longest), np.int32))
-        self.table = np.full((most, self.width), limits.pages, np.int32)
+        self.table = np.zeros((most, self.width), np.int32)
         self.block_table = put(self.table.copy())
         self._written: list[list[int]] = [[] for _ in range(most)]
-        # What memory of the target holds: tokens of `last` (PENDING: not known), and `kv_len`.
-        self.tokens, self._lengths = np.full(most, PENDING, np.int32), np.zeros(most, np.int32)
-        self.latest: Logits | None = None
+        self._lengths = np.zeros(most, np.int32)  # what memory of the target holds as `kv_len`
+        self.attentions = {layer.attention for layer in model.layers}
+        self.read_tokens = model.memory.readback(self.last["token"])
         self._views: dict[tuple[int, int], list[KV]] = {}
         self._plans: dict[int, dict[Attention, Plan]] = {}
         self._steps: dict[int, Step] = {}
@@ -111,7 +109,6 @@ class Runner:
         """Reads the tokens of the chunks, those of answers first, and computes the logits of the
         requests that want a token. A step of answers alone may read tokens that the step before
         computes, PENDING on the host, if it has the same requests."""
-        self.model.memory.turn()
         stops = [c.stop + self._needs_row(c) for c in chunks]
         self._write_table(chunks)
         wanting = [i for i, c in enumerate(chunks) if c.wants_token]
@@ -120,17 +117,17 @@ class Runner:
             step = self._steps.get(rows)
             if step is None:
                 step = self._steps[rows] = self._record(rows)
-            self._write_first(self.kv_len, self._lengths, stops + [0] * (rows - len(chunks)))
+            self._write_lengths(stops + [0] * (rows - len(chunks)))
             tokens = [c.request.tokens[c.start] for c in chunks]
             if PENDING not in tokens:
-                self._write_first(self.last["token"], self.tokens, tokens)
+                self._write_ints(self.last["token"], tokens)
             step()
             self._lengths[: len(chunks)] += 1
-            return Logits(self, wanting)
-        self._write_first(self.kv_len, self._lengths, stops)
+            return Logits(self, chunks, wanting)
+        self._write_lengths(stops)
         self._write(chunks, stops)
         self._mixed(chunks, stops, wanting)
-        return Logits(self, list(range(len(wanting))))
+        return Logits(self, chunks, list(range(len(wanting))))
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -146,24 +143,28 @@ class Runner:
 
     def _write_table(self, chunks: Sequence[Chunk]) -> None:
         """The rows of the page table that have changed, to memory of the target."""
-        memory, spare = self.model.memory, [self.keys[0].shape[0] - 1]
-        unused = range(len(chunks), self._bucket(len(chunks)))
-        for i, pages in enumerate([*(c.request.pages for c in chunks), *(spare for _ in unused)]):
+        memory = self.model.memory
+        for i, chunk in enumerate(chunks):
+            pages = chunk.request.pages
             if self._written[i] != pages:
                 self._written[i] = list(pages)
                 self.table[i, : len(pages)] = pages
-                memory.write(memory.rows(self.block_table, i, i + 1), self.table[i : i + 1])
+                row = memory.rows(self.block_table, i, i + 1)
+                # Until it is copied pages are added at most: other requests wait for the tokens.
+                memory.write(row, self.table[i : i + 1], waits=False)
 
-    def _write_first(self, array: Any, held: np.ndarray, values: list[int]) -> None:
-        """The first values of an array in memory of the target, where it holds other ones."""
-        if held[: len(values)].tolist() != values:
-            held[: len(values)] = values
-            memory = self.model.memory
-            memory.write(memory.rows(array, 0, len(values)), held[: len(values)])
+    def _write_lengths(self, lengths: list[int]) -> None:
+        if self._lengths[: len(lengths)].tolist() != lengths:
+            self._lengths[: len(lengths)] = lengths
+            self._write_ints(self.kv_len, lengths)
+
+    def _write_ints(self, array: Any, values: Sequence[int] | np.ndarray) -> None:
+        """The first values of an int32 array in memory of the target."""
+        memory = self.model.memory
+        memory.write(memory.rows(array, 0, len(values)), np.asarray(values, np.int32))
 
     def _write(self, chunks: Sequence[Chunk], stops: list[int]) -> None:
         """Tokens up to `stops`, their positions, pages and slots, to memory of the target."""
-        memory = self.model.memory
         ids: list[int] = []
         position: list[int] = []
         page: list[int] = []
@@ -174,7 +175,7 @@ class Runner:
             page += [pages[n // PAGE_SIZE] for n in range(chunk.start, stop)]
         packed = np.zeros((4, _aligned(len(ids))), np.int32)
         packed[:, : len(ids)] = ids, position, page, [n % PAGE_SIZE for n in position]
-        memory.write(memory.rows(self.ints, 0, packed.size), packed.reshape(-1))
+        self._write_ints(self.ints, packed.reshape(-1))
 
     def _rows(self, tokens: int, single: int) -> Rows:
         rows = self.model.memory.rows
@@ -207,7 +208,7 @@ class Runner:
             workers = requests * config.kv_heads * PIECES // CTAS_PER_SM if on_cuda else None
             self._plans[requests] = {
                 x: x.plan(np.arange(requests + 1), to_plan, workers=workers)
-                for x in {layer.attention for layer in self.model.layers}
+                for x in self.attentions
             }
         return self._plans[requests]
 
@@ -218,29 +219,18 @@ class Runner:
         indptr = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int32)
         answers, tokens = sum(not c.is_prompt for c in chunks), int(indptr[-1])
         to_plan = KV(self._table(self.short, answers, count), self.pools[0])
-        prompts = indptr[answers:] - answers
-        parts = [(answers, tokens, self._kv(answers, count), {
-            x: x.plan(prompts, to_plan) for x in {layer.attention for layer in model.layers}
-        })]  # fmt: skip
+        plans = {x: x.plan(indptr[answers:] - answers, to_plan) for x in self.attentions}
+        parts: list[Part] = [(answers, tokens, self._kv(answers, count), plans)]
         if answers:
             parts.append((0, answers, self._kv(0, answers), self._answer_plans(answers)))
-
-        def do(kernel: Any, *args: Any, out: Any = None) -> None:
-            kernel(*args, out=out)
-
-        def attend(layer: int, q: Any, out: Any) -> None:
-            attention = model.layers[layer].attention
-            for begin, end, views, plans in parts:
-                plan, result = plans[attention], rows(out, begin, end)
-                attention.run(rows(q, begin, end), views[layer], plan, out=result)
-
+        do, attend = self._calls(parts)
         b = self._rows(tokens, self._single(answers))
         model.forward(b, (self.keys, self.values), attend, do)
         if wanting:
             last = {name: rows(a, 0, len(wanting)) for name, a in self.last.items()}
             picked = rows(self.picked, 0, len(wanting))
-            ends = [indptr[i] + chunks[i].stop - starts[i] for i in wanting]
-            model.memory.write(picked, np.array(ends, np.int32) - 1)
+            ends = [indptr[i] + chunks[i].stop - starts[i] - 1 for i in wanting]
+            self._write_ints(picked, ends)
             do(embedding_kernel("f32", model.name), picked, b.a["x"], out=last["x"])
             model.finish(last, self._single(len(wanting)), do)
 
@@ -248,15 +238,9 @@ class Runner:
         """The step of one row of each of some answers."""
         bounds: list[Any] = []
         model, rows = self.model, self.model.memory.rows
-        views, plans = self._kv(0, requests), self._answer_plans(requests)
-
-        def do(kernel: Any, *args: Any, out: Any = None) -> None:
-            bounds.append(kernel.bind(*args, out=out))
-
-        def attend(layer: int, q: Any, out: Any) -> None:
-            attention = model.layers[layer].attention
-            bounds.append(attention.bind(q, views[layer], out, plan=plans[attention]))
-
+        do, attend = self._calls(
+            [(0, requests, self._kv(0, requests), self._answer_plans(requests))], bounds
+        )
         b = self._rows(requests, self._single(requests))
         last = {name: rows(self.last[name], 0, requests) for name in ("logits", "token")}
         lengths, table = (rows(x, 0, requests) for x in (self.kv_len, self.block_table))
@@ -267,6 +251,29 @@ class Runner:
         model.finish({**b.a, **last}, b.single, do)
         do(lengthen_kernel(model.name), lengths)
         return Step(bounds)
+
+    def _calls(self, parts: list[Part], bounds: list[Any] | None = None) -> tuple[Do, Do]:
+        """`do` and `attend` of a forward pass, whose calls run at once, or are bound to memory.
+        Attention of each part of the rows is a call of its own."""
+        rows, layers = self.model.memory.rows, self.model.layers
+
+        def do(kernel: Any, *args: Any, out: Any = None) -> None:
+            if bounds is None:
+                kernel(*args, out=out)
+            else:
+                bounds.append(kernel.bind(*args, out=out))
+
+        def attend(layer: int, q: Any, out: Any) -> None:
+            attention = layers[layer].attention
+            for begin, end, views, plans in parts:
+                results, plan = rows(out, begin, end), plans[attention]
+                queries = rows(q, begin, end)
+                if bounds is None:
+                    attention.run(queries, views[layer], plan, out=results)
+                else:
+                    bounds.append(attention.bind(queries, views[layer], results, plan=plan))
+
+        return do, attend
 
 
 def _aligned(tokens: int) -> int:

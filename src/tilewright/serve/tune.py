@@ -80,11 +80,11 @@ def measure(
         if passed >= seconds and len(samples) >= FEWEST:
             break
         chunks = _chunks(engine, rng)
-        engine.runner.run(chunks)  # builds and records what steps of this kind need
+        engine.runner.run(chunks).wait()  # builds and records what steps of this kind need
         times = []
         for _ in range(3):
             began = time.perf_counter()
-            engine.runner.run(chunks).likeliest  # noqa: B018 - waits for the step
+            engine.runner.run(chunks).wait()
             times.append(time.perf_counter() - began)
         samples.append((work_of(chunks), min(times)))
         if progress is not None:
