@@ -24,13 +24,13 @@ _SLOTS = {"page": dense("t", "int32"), "slot": dense("t", "int32")}
 
 
 def _program(halves: bool, append: bool, dtype: str = "float32") -> Definition:
-    """Pair (x0, x1) → (x0 cos − x1 sin, x0 sin + x1 cos) in `dtype`; with `append` into the
-    pages K."""
+    """Pair (x0, x1) → (x0 cos − x1 sin, x0 sin + x1 cos), of `dtype`; with `append` into the pages
+    K."""
     head = "2 p" if halves else "p 2"
     table, positions = dense("s p", kind="weight"), dense("t", "int32")
     parameters = {"X": dense(f"t h {head}"), "C": table, "S": table, "P": positions}
     if append:
-        parameters = {"K": dense(f"g f h {head}", dtype, kind="kv"), **parameters, **_SLOTS}
+        parameters = {"K": dense(f"g f h {head}", kind="kv"), **parameters, **_SLOTS}
 
     def rotated(X, C, S, P, K: Any = None, page: Any = None, slot: Any = None):
         t, h, *pair = indices("t:t h:h e:2 p:p" if halves else "t:t h:h p:p e:2")
@@ -72,21 +72,18 @@ ROPE_PAIRS, ROPE_HALVES, APPEND_PAIRS, APPEND_HALVES = (
 APPEND = append_plain.schedule(by_token)
 
 
-def _rotation(interleaved: bool, append: bool, dtype: str) -> Definition:
-    return _program(not interleaved, append, dtype).schedule(by_token)
-
-
 @cache
 def rope_kernel(interleaved: bool, target: str = "cpp", dtype: str = "float32") -> Kernel:
     """X (t, h, p, 2) or (t, h, 2, p), C and S (positions, p), P (t,) → X rotated, in `dtype`."""
-    return _rotation(interleaved, False, dtype).build(target)
+    return _program(not interleaved, False, dtype).schedule(by_token).build(target)
 
 
 @cache
 def rope_append_kernel(interleaved: bool, target: str = "cpp", dtype: str = "float32") -> Kernel:
     """Builds the kernel that rotates keys and writes the key of token t to K[page[t], slot[t]],
     pages of `dtype`."""
-    return _rotation(interleaved, True, dtype).build(target)
+    definition = APPEND_PAIRS if interleaved else APPEND_HALVES
+    return definition.typed(K=dtype).build(target)
 
 
 @cache

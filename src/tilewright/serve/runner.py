@@ -30,16 +30,12 @@ from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.positions import lengthen_kernel, positions_kernel
 from tilewright.runtime.step import Step
 from tilewright.serve.kv_pool import PAGE_SIZE
-from tilewright.serve.models.llama import Do, Llama, Rows
+from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.request import PENDING
 from tilewright.serve.scheduler import Chunk, Limits
 
 FEW = 8  # rows from which the kernel of many rows is the faster one
 PIECES = 16  # of the longest keys of an answer, on a GPU; even
-
-Part = tuple[int, int, list[KV], dict[Attention, Plan]]
-"""Rows of a step, first and behind the last, with the KV of each layer and the plans of their
-requests."""
 
 
 class Logits:
@@ -74,7 +70,7 @@ class Runner:
     def __init__(self, model: Llama, limits: Limits, context: int) -> None:
         self.model, self.invariant = model, limits.invariant
         new, config = model.memory.empty, model.config
-        self.rows = most = self._bucket(limits.running)
+        most = self._bucket(limits.running) + 8 * model.memory.on_cuda  # rows that fill a step up
         shape = (limits.pages, PAGE_SIZE, config.kv_heads, config.head_dim)
         self.keys, self.values = (
             [new(*shape, dtype=model.kv_dtype) for _ in range(config.layers)] for _ in range(2)
@@ -101,7 +97,6 @@ class Runner:
         self.attentions = {layer.attention for layer in model.layers}
         self.read_tokens = model.memory.readback(self.last["token"])
         self._views: dict[tuple[int, int], list[KV]] = {}
-        self._plans: dict[int, dict[Attention, Plan]] = {}
         self._steps: dict[int, Step] = {}
         self._qo_tile = self._answer_plans(1)[model.layers[0].attention].qo_tile  # of every layer
 
@@ -109,25 +104,23 @@ class Runner:
         """Reads the tokens of the chunks, those of answers first, and computes the logits of the
         requests that want a token. A step of answers alone may read tokens that the step before
         computes, PENDING on the host, if it has the same requests."""
-        stops = [c.stop + self._needs_row(c) for c in chunks]
-        self._write_table(chunks)
-        wanting = [i for i, c in enumerate(chunks) if c.wants_token]
-        if not any(c.is_prompt for c in chunks):
-            rows = self._bucket(len(chunks))
-            step = self._steps.get(rows)
-            if step is None:
-                step = self._steps[rows] = self._record(rows)
-            self._write_lengths(stops + [0] * (rows - len(chunks)))
-            tokens = [c.request.tokens[c.start] for c in chunks]
+        answers = [c for c in chunks if not c.is_prompt]
+        prompts, rows = chunks[len(answers) :], self._bucket(len(answers))
+        stops = [c.stop + self._needs_row(c) for c in prompts]
+        self._write_lengths([c.stop for c in answers] + [0] * (rows - len(answers)) + stops)
+        self._write_table([*range(len(answers)), *range(rows, rows + len(prompts))], chunks)
+        if answers:
+            if rows not in self._steps:
+                self._steps[rows] = self._record(rows)
+            tokens = [c.request.tokens[c.start] for c in answers]
             if PENDING not in tokens:
                 self._write_ints(self.last["token"], tokens)
-            step()
-            self._lengths[: len(chunks)] += 1
-            return Logits(self, chunks, wanting)
-        self._write_lengths(stops)
-        self._write(chunks, stops)
-        self._mixed(chunks, stops, wanting)
-        return Logits(self, chunks, list(range(len(wanting))))
+            self._steps[rows]()
+            self._lengths[: len(answers)] += 1
+        wanting = [i for i, c in enumerate(answers) if c.wants_token]
+        if prompts:
+            wanting += self._read_prompts(prompts, stops, rows)
+        return Logits(self, chunks, wanting)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -141,10 +134,10 @@ class Runner:
         is read as token 0; nobody sees its result, and its key is overwritten by the next token."""
         return chunk.is_prompt and (chunk.stop - chunk.start) % self._qo_tile == 1
 
-    def _write_table(self, chunks: Sequence[Chunk]) -> None:
+    def _write_table(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> None:
         """The rows of the page table that have changed, to memory of the target."""
         memory = self.model.memory
-        for i, chunk in enumerate(chunks):
+        for i, chunk in zip(rows, chunks, strict=True):
             pages = chunk.request.pages
             if self._written[i] != pages:
                 self._written[i] = list(pages)
@@ -177,16 +170,16 @@ class Runner:
         packed[:, : len(ids)] = ids, position, page, [n % PAGE_SIZE for n in position]
         self._write_ints(self.ints, packed.reshape(-1))
 
-    def _rows(self, tokens: int, single: int) -> Rows:
+    def _rows(self, tokens: int, few: bool) -> Rows:
         rows = self.model.memory.rows
         begins = [i * _aligned(tokens) for i in range(4)]
         ids, position, page, slot = (rows(self.ints, n, n + tokens) for n in begins)
         activations = {k: rows(a, 0, tokens) for k, a in self.activations.items()}
-        return Rows(tokens, single, ids, position, page, slot, activations)
+        return Rows(tokens, few, ids, position, page, slot, activations)
 
-    def _single(self, rows: int) -> int:
-        """How many of `rows` rows of answers take the kernel of one row."""
-        return rows if self.invariant or rows < FEW else 0
+    def _few(self, rows: int) -> bool:
+        """Whether `rows` rows take the kernel of one row where a token is wanted of each."""
+        return self.invariant or rows < FEW
 
     def _kv(self, begin: int, end: int) -> list[KV]:
         """The KV of each layer for requests begin … end-1."""
@@ -202,78 +195,64 @@ class Runner:
     def _answer_plans(self, requests: int) -> dict[Attention, Plan]:
         """The plan of each attention for the first requests, which have one query each. A GPU cuts
         the keys of each of them at equal places for any number of requests."""
-        if requests not in self._plans:
-            to_plan = KV(self._table(self.longest, 0, requests), self.pools[0])
-            config, on_cuda = self.model.config, self.model.memory.on_cuda
-            workers = requests * config.kv_heads * PIECES // CTAS_PER_SM if on_cuda else None
-            self._plans[requests] = {
-                x: x.plan(np.arange(requests + 1), to_plan, workers=workers)
-                for x in self.attentions
-            }
-        return self._plans[requests]
+        to_plan = KV(self._table(self.longest, 0, requests), self.pools[0])
+        ctas = requests * self.model.config.kv_heads * PIECES
+        workers = ctas // CTAS_PER_SM if self.model.memory.on_cuda else None
+        indptr = np.arange(requests + 1)
+        return {x: x.plan(indptr, to_plan, workers=workers) for x in self.attentions}
 
-    def _mixed(self, chunks: Sequence[Chunk], stops: list[int], wanting: list[int]) -> None:
-        """Any chunks, call by call. Attention of answers and of prompts are two calls."""
-        model, rows, count = self.model, self.model.memory.rows, len(chunks)
-        starts = np.array([c.start for c in chunks], np.int32)
-        indptr = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int32)
-        answers, tokens = sum(not c.is_prompt for c in chunks), int(indptr[-1])
-        to_plan = KV(self._table(self.short, answers, count), self.pools[0])
-        plans = {x: x.plan(indptr[answers:] - answers, to_plan) for x in self.attentions}
-        parts: list[Part] = [(answers, tokens, self._kv(answers, count), plans)]
-        if answers:
-            parts.append((0, answers, self._kv(0, answers), self._answer_plans(answers)))
-        do, attend = self._calls(parts)
-        b = self._rows(tokens, self._single(answers))
+    def _read_prompts(self, chunks: Sequence[Chunk], stops: list[int], first: int) -> list[int]:
+        """Reads prompts, whose page tables are in rows from `first` on, call by call. The rows of
+        the logits of those that want a token, from `first` on too."""
+        model, rows = self.model, self.model.memory.rows
+        sizes = [stop - c.start for c, stop in zip(chunks, stops, strict=True)]
+        indptr = np.cumsum([0, *sizes], dtype=np.int32)
+        views = self._kv(first, first + len(chunks))
+        to_plan = KV(self._table(self.short, first, first + len(chunks)), self.pools[0])
+        plans = {x: x.plan(indptr, to_plan) for x in self.attentions}
+
+        def do(kernel: Any, *args: Any, out: Any = None) -> None:
+            kernel(*args, out=out)
+
+        def attend(layer: int, q: Any, out: Any) -> None:
+            attention = model.layers[layer].attention
+            attention.run(q, views[layer], plans[attention], out=out)
+
+        self._write(chunks, stops)
+        b = self._rows(int(indptr[-1]), few=False)
         model.forward(b, (self.keys, self.values), attend, do)
-        if wanting:
-            last = {name: rows(a, 0, len(wanting)) for name, a in self.last.items()}
-            picked = rows(self.picked, 0, len(wanting))
-            ends = [indptr[i] + chunks[i].stop - starts[i] - 1 for i in wanting]
-            self._write_ints(picked, ends)
+        ends = [indptr[i] + c.stop - c.start - 1 for i, c in enumerate(chunks) if c.wants_token]
+        if ends:
+            last = {name: rows(a, first, first + len(ends)) for name, a in self.last.items()}
+            self._write_ints(self.picked, ends)
+            picked = rows(self.picked, 0, len(ends))
             do(embedding_kernel("f32", model.name), picked, b.a["x"], out=last["x"])
-            model.finish(last, self._single(len(wanting)), do)
+            model.finish(last, self._few(len(ends)), do)
+        return list(range(first, first + len(ends)))
 
     def _record(self, requests: int) -> Step:
         """The step of one row of each of some answers."""
         bounds: list[Any] = []
         model, rows = self.model, self.model.memory.rows
-        do, attend = self._calls(
-            [(0, requests, self._kv(0, requests), self._answer_plans(requests))], bounds
-        )
-        b = self._rows(requests, self._single(requests))
+        views, plans = self._kv(0, requests), self._answer_plans(requests)
+
+        def do(kernel: Any, *args: Any, out: Any = None) -> None:
+            bounds.append(kernel.bind(*args, out=out))
+
+        def attend(layer: int, q: Any, out: Any) -> None:
+            attention = model.layers[layer].attention
+            bounds.append(attention.bind(q, views[layer], out, plan=plans[attention]))
+
+        b = self._rows(requests, self._few(requests))
         last = {name: rows(self.last[name], 0, requests) for name in ("logits", "token")}
         lengths, table = (rows(x, 0, requests) for x in (self.kv_len, self.block_table))
         positions = positions_kernel(PAGE_SIZE, model.name)
         do(positions, lengths, table, out=(b.position, b.page, b.slot))
         b = replace(b, ids=last["token"])
         model.forward(b, (self.keys, self.values), attend, do)
-        model.finish({**b.a, **last}, b.single, do)
+        model.finish({**b.a, **last}, b.few, do)
         do(lengthen_kernel(model.name), lengths)
         return Step(bounds)
-
-    def _calls(self, parts: list[Part], bounds: list[Any] | None = None) -> tuple[Do, Do]:
-        """`do` and `attend` of a forward pass, whose calls run at once, or are bound to memory.
-        Attention of each part of the rows is a call of its own."""
-        rows, layers = self.model.memory.rows, self.model.layers
-
-        def do(kernel: Any, *args: Any, out: Any = None) -> None:
-            if bounds is None:
-                kernel(*args, out=out)
-            else:
-                bounds.append(kernel.bind(*args, out=out))
-
-        def attend(layer: int, q: Any, out: Any) -> None:
-            attention = layers[layer].attention
-            for begin, end, views, plans in parts:
-                results, plan = rows(out, begin, end), plans[attention]
-                queries = rows(q, begin, end)
-                if bounds is None:
-                    attention.run(queries, views[layer], plan, out=results)
-                else:
-                    bounds.append(attention.bind(queries, views[layer], results, plan=plan))
-
-        return do, attend
 
 
 def _aligned(tokens: int) -> int:
