@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from tilewright.serve.engine import Engine, Options
-from tilewright.serve.request import PENDING, Request, Sampling
-from tilewright.serve.scheduler import Chunk
+from tilewright.serve.request import Request, Sampling
+from tilewright.serve.scheduler import PENDING, Chunk
 from tilewright.serve.weights import ModelFile, open_model
 
 

@@ -380,18 +380,15 @@ class DeviceArray:
 
 
 class Pinned:
-    """`words` int32 of the host's memory that a GPU reads and writes at the same address, 0 at
-    first."""
+    """`words`: int32 of the host that a GPU reads and writes at the same address, 0 at first."""
 
-    __slots__ = ("device", "pointer", "words")
-
-    def __init__(self, words: int, ordinal: int = 0) -> None:
+    def __init__(self, count: int, ordinal: int = 0) -> None:
         self.pointer = 0
         self.device = device(ordinal)
         self.device.activate()
         portable_and_mapped = 1 | 2
-        self.pointer = driver().returned("cuMemHostAlloc", 4 * words, portable_and_mapped)
-        self.words = np.ctypeslib.as_array((ctypes.c_int32 * words).from_address(self.pointer))
+        self.pointer = driver().returned("cuMemHostAlloc", 4 * count, portable_and_mapped)
+        self.words = np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(self.pointer))
         self.words[:] = 0
 
     def __del__(self) -> None:
@@ -415,32 +412,25 @@ class StatusWord(Pinned):
 
 
 class Readback:
-    """Copies of an int32 array of a GPU to the host, each in the order of the stream. The host
-    waits for the latest two where it wants them."""
+    """Copies of an int32 array of a GPU to the host; the latest two can be waited for."""
 
     def __init__(self, array: DeviceArray) -> None:
-        ordinal, count = array.device.ordinal, math.prod(array.shape)
-        self._array, self._slots = array, [Pinned(count, ordinal), Pinned(count, ordinal)]
-        self._events = [driver().returned("cuEventCreate", 0) for _ in self._slots]
+        count, ordinal = math.prod(array.shape), array.device.ordinal
+        self._array, self._copies = array, [Pinned(count, ordinal), Pinned(count, ordinal)]
+        self._events = [driver().returned("cuEventCreate", 0) for _ in self._copies]
 
     def begin(self) -> Callable[[], np.ndarray]:
-        """Copy what the array holds when all that is launched now has run; the result waits."""
-        self._slots.reverse()
+        """Copy the array in the order of the stream; the result waits for the copy."""
+        self._copies.reverse()
         self._events.reverse()
-        array, slot, event = self._array, self._slots[0], self._events[0]
-        queue = current_stream(array.device.ordinal)
-        array.device.activate()
-        driver().call("cuMemcpyDtoHAsync_v2", slot.pointer, array.pointer, array.nbytes, queue)
-        driver().call("cuEventRecord", event, queue)
-
-        def wait() -> np.ndarray:
-            driver().call("cuEventSynchronize", event)
-            return slot.words
-
-        return wait
+        array, copy, event = self._array, self._copies[0], self._events[0]
+        queue, call = array._stream(None), driver().call
+        call("cuMemcpyDtoHAsync_v2", copy.pointer, array.pointer, array.nbytes, queue)
+        call("cuEventRecord", event, queue)
+        return lambda: call("cuEventSynchronize", event) or copy.words
 
     def __del__(self) -> None:
-        for event in getattr(self, "_events", ()) if not sys.is_finalizing() else ():
+        for event in () if sys.is_finalizing() else getattr(self, "_events", ()):
             driver().functions["cuEventDestroy_v2"](event)
 
 

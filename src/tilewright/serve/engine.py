@@ -26,17 +26,10 @@ from tilewright.serve.cost import HOW_TO_TUNE, CostModel, Work, cost_key
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama
 from tilewright.serve.policy import SAFETY
-from tilewright.serve.request import (
-    PENDING,
-    Request,
-    Sampling,
-    check_fields,
-    check_tokens,
-    is_count,
-)
+from tilewright.serve.request import Request, Sampling, check_fields, check_tokens, is_count
 from tilewright.serve.runner import Logits, Runner
 from tilewright.serve.sampler import sample
-from tilewright.serve.scheduler import Batch, Limits, Scheduler, work_of
+from tilewright.serve.scheduler import PENDING, Batch, Limits, Scheduler, work_of
 from tilewright.serve.text import AnswerText
 from tilewright.serve.tokenizer import load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
@@ -142,7 +135,7 @@ class Engine:
         """Runs one step. Returns the requests that got a token or ended.
 
         On a GPU the next step, if it has the same requests, is launched before the tokens of this
-        one are read: they are where it needs them. The token behind one that ends an answer is then
+        one are read: they are where it needs them. Behind one that ends an answer a token is then
         computed in vain."""
         if self._flight is None:
             self._began = time.perf_counter()
@@ -164,8 +157,8 @@ class Engine:
                     self._flight = behind, self.runner.run(behind.chunks)
             logits.wait()
             began, self._began = self._began, time.perf_counter()
-            work, seconds = work_of(batch.chunks), self._began - began
-            self.scheduler.model = self.scheduler.model.corrected(work, seconds)
+            work, model = work_of(batch.chunks), self.scheduler.model
+            self.scheduler.model = model.corrected(work, self._began - began)
             for i, request in enumerate(logits.requests):
                 if not request.finish:  # not cancelled since
                     request.tokens.pop()  # PENDING

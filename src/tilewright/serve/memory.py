@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from tilewright import dtypes
+from tilewright.runtime.cuda import DeviceArray, Readback
 from tilewright.target import Target
 
 
@@ -19,29 +21,21 @@ class Memory:
 
     def empty(self, *shape: int, dtype: str = "float32") -> Any:
         """A new array, not initialised."""
-        if not self.on_cuda:
-            return np.empty(shape, dtypes.dtype(dtype).numpy)
-        from tilewright.runtime.cuda import DeviceArray
-
-        return DeviceArray(shape, dtype)
+        kind = dtypes.dtype(dtype)
+        return DeviceArray(shape, kind) if self.on_cuda else np.empty(shape, kind.numpy)
 
     def put(self, array: np.ndarray, dtype: str | None = None) -> Any:
         """The array in memory of the target: itself on the CPU, a copy on a GPU."""
-        if not self.on_cuda:
-            return array
-        from tilewright.runtime.cuda import DeviceArray
-
-        return DeviceArray.from_numpy(np.ascontiguousarray(array), dtype)
+        copy = DeviceArray.from_numpy
+        return copy(np.ascontiguousarray(array), dtype) if self.on_cuda else array
 
     def write(self, array: Any, values: Any, waits: bool = True) -> None:
         """Overwrites an array of the target. `waits`: as in `DeviceArray.copy_from`."""
         if isinstance(array, np.ndarray):
             array[...] = values
-            return
-        if array.dtype.name == "bfloat16":
-            values = dtypes.bfloat16_bits(np.asarray(values, np.float32))
-        values = np.broadcast_to(np.asarray(values, array.dtype.numpy), array.shape)
-        array.copy_from(values, waits=waits)
+        else:
+            values = np.asarray(values, array.dtype.numpy)
+            array.copy_from(np.broadcast_to(values, array.shape), waits=waits)
 
     def read(self, array: Any) -> np.ndarray:
         """The contents on the host."""
@@ -50,16 +44,8 @@ class Memory:
     def readback(self, array: Any) -> Callable[[], Callable[[], np.ndarray]]:
         """A function that begins to read an int32 array, and returns one that waits for the values.
         Two may be waited for."""
-        if self.on_cuda:
-            from tilewright.runtime.cuda import Readback
-
-            return Readback(array).begin
-
-        def begin() -> Callable[[], np.ndarray]:
-            copy = array.copy()
-            return lambda: copy
-
-        return begin
+        at_once = lambda: partial(np.array, array.copy())  # noqa: E731
+        return Readback(array).begin if self.on_cuda else at_once
 
     def rows(self, array: Any, begin: int, end: int) -> Any:
         """Rows begin … end-1 of the first dimension, in place."""

@@ -22,7 +22,6 @@ RANGES = {
     "ttft_ms": (0.001, 1e9), "itl_ms": (0.001, 1e9),
 }  # fmt: skip
 LARGEST = 1000  # of priorities
-PENDING = -1  # in place of a token that a GPU has chosen and the host has not read
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import call
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,7 @@ from tilewright.ops.positions import lengthen_kernel, positions_kernel
 from tilewright.runtime.step import Step
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows
-from tilewright.serve.request import PENDING
-from tilewright.serve.scheduler import Chunk, Limits
+from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
 FEW = 8  # rows from which the kernel of many rows is the faster one
 PIECES = 16  # of the longest keys of an answer, on a GPU; even
@@ -79,8 +79,8 @@ class Runner:
         tokens = limits.step_tokens + most  # a row more for each chunk
         self.width = context // PAGE_SIZE + 1
         self.activations = {k: new(tokens, w, dtype=t) for k, (w, t) in model.widths.items()}
-        self.last = {"x": new(most, config.dim), "normed": new(most, config.dim)}
-        self.last["logits"] = new(most, config.vocab)
+        widths = {"x": config.dim, "normed": config.dim, "logits": config.vocab}
+        self.last = {name: new(most, width) for name, width in widths.items()}
         self.last["token"] = new(most, dtype="int32")
         self.ints = new(4 * _aligned(tokens), dtype="int32")
         self.picked = new(most, dtype="int32")
@@ -92,7 +92,6 @@ class Runner:
         self.short = put(np.full(most, min(short, longest), np.int32))
         self.table = np.zeros((most, self.width), np.int32)
         self.block_table = put(self.table.copy())
-        self._written: list[list[int]] = [[] for _ in range(most)]
         self._lengths = np.zeros(most, np.int32)  # what memory of the target holds as `kv_len`
         self.attentions = {layer.attention for layer in model.layers}
         self.read_tokens = model.memory.readback(self.last["token"])
@@ -138,10 +137,9 @@ class Runner:
         """The rows of the page table that have changed, to memory of the target."""
         memory = self.model.memory
         for i, chunk in zip(rows, chunks, strict=True):
-            pages = chunk.request.pages
-            if self._written[i] != pages:
-                self._written[i] = list(pages)
-                self.table[i, : len(pages)] = pages
+            held = self.table[i, : len(chunk.request.pages)]
+            if held.tolist() != chunk.request.pages:
+                held[:] = chunk.request.pages
                 row = memory.rows(self.block_table, i, i + 1)
                 # Until it is copied pages are added at most: other requests wait for the tokens.
                 memory.write(row, self.table[i : i + 1], waits=False)
@@ -158,16 +156,13 @@ class Runner:
 
     def _write(self, chunks: Sequence[Chunk], stops: list[int]) -> None:
         """Tokens up to `stops`, their positions, pages and slots, to memory of the target."""
-        ids: list[int] = []
-        position: list[int] = []
-        page: list[int] = []
+        rows: list[tuple[int, ...]] = []
         for chunk, stop in zip(chunks, stops, strict=True):
-            pages = chunk.request.pages
-            ids += chunk.request.tokens[chunk.start : chunk.stop] + [0] * (stop - chunk.stop)
-            position += range(chunk.start, stop)
-            page += [pages[n // PAGE_SIZE] for n in range(chunk.start, stop)]
-        packed = np.zeros((4, _aligned(len(ids))), np.int32)
-        packed[:, : len(ids)] = ids, position, page, [n % PAGE_SIZE for n in position]
+            tokens, pages = [*chunk.request.tokens[: chunk.stop], 0], chunk.request.pages
+            at = range(chunk.start, stop)
+            rows += [(tokens[n], n, pages[n // PAGE_SIZE], n % PAGE_SIZE) for n in at]
+        packed = np.zeros((4, _aligned(len(rows))), np.int32)
+        packed[:, : len(rows)] = np.transpose(rows)
         self._write_ints(self.ints, packed.reshape(-1))
 
     def _rows(self, tokens: int, few: bool) -> Rows:
@@ -211,23 +206,20 @@ class Runner:
         to_plan = KV(self._table(self.short, first, first + len(chunks)), self.pools[0])
         plans = {x: x.plan(indptr, to_plan) for x in self.attentions}
 
-        def do(kernel: Any, *args: Any, out: Any = None) -> None:
-            kernel(*args, out=out)
-
         def attend(layer: int, q: Any, out: Any) -> None:
             attention = model.layers[layer].attention
             attention.run(q, views[layer], plans[attention], out=out)
 
         self._write(chunks, stops)
         b = self._rows(int(indptr[-1]), few=False)
-        model.forward(b, (self.keys, self.values), attend, do)
+        model.forward(b, (self.keys, self.values), attend, do=call)
         ends = [indptr[i] + c.stop - c.start - 1 for i, c in enumerate(chunks) if c.wants_token]
         if ends:
             last = {name: rows(a, first, first + len(ends)) for name, a in self.last.items()}
             self._write_ints(self.picked, ends)
             picked = rows(self.picked, 0, len(ends))
-            do(embedding_kernel("f32", model.name), picked, b.a["x"], out=last["x"])
-            model.finish(last, self._few(len(ends)), do)
+            embedding_kernel("f32", model.name)(picked, b.a["x"], out=last["x"])
+            model.finish(last, self._few(len(ends)), do=call)
         return list(range(first, first + len(ends)))
 
     def _record(self, requests: int) -> Step:

@@ -29,6 +29,7 @@ from tilewright.serve.prefix import PrefixTree
 from tilewright.serve.request import Request
 
 PATIENCE = 256  # steps
+PENDING = -1  # in place of a token that a GPU has chosen and the host has not read
 WINDOW = 64  # waiting requests that the policy sees, the best by rank and arrival
 
 

@@ -206,13 +206,8 @@ class Llama:
         rotations = rope_kernel, rope_append_kernel
         rope, rope_append = (f(c.rope_interleaved, name, self.kv_dtype) for f in rotations)
         append = append_kernel(name, self.kv_dtype)
-        embedded = y if c.scaled_embedding else x
-        do(
-            embedding_kernel(self.table_kind, name),
-            b.ids,
-            *self.table,
-            out=self._embedded(embedded),
-        )
+        embed, first = embedding_kernel(self.table_kind, name), y if c.scaled_embedding else x
+        do(embed, b.ids, *self.table, out=self._embedded(first))
         if c.scaled_embedding:
             do(scaled_kernel(name), y, c.dim**0.5, out=x)
         for i, layer in enumerate(self.layers):
@@ -289,9 +284,8 @@ class Llama:
         do(kernel, x.x, *w.arrays, *x.norm, *more, out=w.as_written(out))
 
     def _embedded(self, x: Any) -> Any:
-        blocks = self.config.dim // 32
-        quantised = {"q8_0": (blocks, 32), "q4_0": (blocks, 2, 16), "q4_1": (blocks, 2, 16)}
-        return x.reshape(x.shape[0], *quantised.get(self.table_kind, (self.config.dim,)))
+        """An array of rows as the kernel of the embedding writes it."""
+        return x.reshape(x.shape[0], -1, 2, 16) if self.table_kind.startswith("q") else x
 
     def finish(self, a: dict[str, Any], few: bool, do: Do) -> None:
         """The `logits` of the rows of `x`, and the `token` of the largest of each."""
