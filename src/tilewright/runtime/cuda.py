@@ -275,7 +275,7 @@ class Graph:
 class DeviceArray:
     """A dense array on a GPU, for use without torch or CuPy. Freed with its last reference.
 
-    Copies are ordered on the stream that they are given (default: `current_stream`).
+    Copies are ordered on `current_stream`.
     """
 
     __slots__ = ("__weakref__", "device", "dtype", "owner", "pointer", "shape")
@@ -321,7 +321,7 @@ class DeviceArray:
         view.pointer += begin * math.prod(self.shape[1:]) * self.dtype.itemsize
         return view
 
-    def copy_from(self, array: np.ndarray, stream: int | None = None, waits: bool = True) -> None:
+    def copy_from(self, array: np.ndarray, waits: bool = True) -> None:
         """Overwrite with a NumPy array of the same shape and itemsize; done when it returns, or
         else (`waits`) in the order of the stream, until when the caller leaves it as it is.
 
@@ -334,24 +334,24 @@ class DeviceArray:
         if not self.nbytes:
             return
         source = np.ascontiguousarray(array)
-        queue = self._stream(stream)
+        queue = self._queue()
         driver().call("cuMemcpyHtoDAsync_v2", self.pointer, source.ctypes.data, self.nbytes, queue)
         if waits:
             driver().call("cuStreamSynchronize", queue)
 
-    def to_numpy(self, stream: int | None = None) -> np.ndarray:
+    def to_numpy(self) -> np.ndarray:
         """A copy on the host, complete when it returns; bfloat16 and 8-bit floats as their bits."""
         out = np.empty(self.shape, self.dtype.numpy)
         if self.nbytes:
-            queue = self._stream(stream)
+            queue = self._queue()
             driver().call("cuMemcpyDtoHAsync_v2", out.ctypes.data, self.pointer, out.nbytes, queue)
             driver().call("cuStreamSynchronize", queue)
         return out
 
-    def zero(self, stream: int | None = None) -> None:
+    def zero(self) -> None:
         """Set every byte to 0, in the order of the stream."""
         if self.nbytes:
-            queue = self._stream(stream)
+            queue = self._queue()
             driver().call("cuMemsetD8Async", self.pointer, 0, self.nbytes, queue)
 
     @property
@@ -365,9 +365,9 @@ class DeviceArray:
             "strides": None, "version": 3,
         }  # fmt: skip
 
-    def _stream(self, stream: int | None) -> int:
+    def _queue(self) -> int:
         self.device.activate()
-        return current_stream(self.device.ordinal) if stream is None else stream
+        return current_stream(self.device.ordinal)
 
     def __repr__(self) -> str:
         return f"DeviceArray({self.shape}, {self.dtype}, cuda:{self.device.ordinal})"
@@ -379,10 +379,10 @@ class DeviceArray:
             driver().functions["cuMemFree_v2"](self.pointer)
 
 
-class Pinned:
+class HostWords:
     """`words`: int32 of the host that a GPU reads and writes at the same address, 0 at first."""
 
-    def __init__(self, count: int, ordinal: int = 0) -> None:
+    def __init__(self, ordinal: int = 0, count: int = 1) -> None:
         self.pointer = 0
         self.device = device(ordinal)
         self.device.activate()
@@ -391,32 +391,25 @@ class Pinned:
         self.words = np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(self.pointer))
         self.words[:] = 0
 
+    def take(self) -> int:
+        """The first word, which becomes 0."""
+        value = int(self.words[0])
+        if value:
+            self.words[0] = 0
+        return value
+
     def __del__(self) -> None:
         if getattr(self, "pointer", 0) and not sys.is_finalizing():
             self.device.activate()
             driver().functions["cuMemFreeHost"](self.pointer)
 
 
-class StatusWord(Pinned):
-    """One int32 that a GPU writes and the host reads without waiting."""
-
-    def __init__(self, ordinal: int = 0) -> None:
-        super().__init__(1, ordinal)
-
-    def take(self) -> int:
-        """The value, which becomes 0."""
-        value = int(self.words[0])
-        if value:
-            self.words[0] = 0
-        return value
-
-
 class Readback:
     """Copies of an int32 array of a GPU to the host; the latest two can be waited for."""
 
     def __init__(self, array: DeviceArray) -> None:
-        count, ordinal = math.prod(array.shape), array.device.ordinal
-        self._array, self._copies = array, [Pinned(count, ordinal), Pinned(count, ordinal)]
+        size = array.device.ordinal, math.prod(array.shape)
+        self._array, self._copies = array, [HostWords(*size), HostWords(*size)]
         self._events = [driver().returned("cuEventCreate", 0) for _ in self._copies]
 
     def begin(self) -> Callable[[], np.ndarray]:
@@ -424,7 +417,7 @@ class Readback:
         self._copies.reverse()
         self._events.reverse()
         array, copy, event = self._array, self._copies[0], self._events[0]
-        queue, call = array._stream(None), driver().call
+        queue, call = array._queue(), driver().call
         call("cuMemcpyDtoHAsync_v2", copy.pointer, array.pointer, array.nbytes, queue)
         call("cuEventRecord", event, queue)
         return lambda: call("cuEventSynchronize", event) or copy.words

@@ -144,14 +144,16 @@ class Engine:
                 return []
             self._flight = batch, self.runner.run(batch.chunks)
         (batch, logits), self._flight = self._flight, None
-        leads = self.runs_ahead and all(c.is_greedy_answer for c in batch.chunks)
+        chunks = [c for c in batch.chunks if not c.is_prompt and c.wants_token]
+        leads = self.runs_ahead and len(chunks) == len(batch.chunks)
+        leads = leads and all(c.request.sampling.is_plain_greedy for c in chunks)
         if not leads:
             logits.wait()
         ready = self.scheduler.commit(batch, time.perf_counter())
         try:
             for request in ready:
                 request.tokens.append(PENDING)
-            if leads and not any(self._is_full(r) for r in ready):
+            if leads:
                 behind = self.scheduler.schedule(time.perf_counter())
                 if [c.request for c in behind.chunks] == logits.requests:
                     self._flight = behind, self.runner.run(behind.chunks)
@@ -203,14 +205,9 @@ class Engine:
         request.pieces.append(request.text.push(token))
         if request.text.stopped:
             self._end(request, "stop")
-        elif self._is_full(request):
+        elif request.answered == request.sampling.max_tokens or len(request.tokens) > self.context:
             self._end(request, "length")
         return None
-
-    def _is_full(self, request: Request) -> bool:
-        """Whether the answer has all the tokens that it may have."""
-        most = request.sampling.max_tokens
-        return request.answered == most or len(request.tokens) > self.context
 
     def _end(self, request: Request, reason: str) -> None:
         request.pieces.append(request.text.finish())

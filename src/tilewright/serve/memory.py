@@ -37,10 +37,6 @@ class Memory:
             values = np.asarray(values, array.dtype.numpy)
             array.copy_from(np.broadcast_to(values, array.shape), waits=waits)
 
-    def read(self, array: Any) -> np.ndarray:
-        """The contents on the host."""
-        return array if isinstance(array, np.ndarray) else array.to_numpy()
-
     def readback(self, array: Any) -> Callable[[], Callable[[], np.ndarray]]:
         """A function that begins to read an int32 array, and returns one that waits for the values.
         Two may be waited for."""

@@ -30,6 +30,7 @@ from tilewright.attention.table import Table
 from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.positions import lengthen_kernel, positions_kernel
 from tilewright.runtime.step import Step
+from tilewright.runtime.transfer import to_host
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.scheduler import PENDING, Chunk, Limits
@@ -55,7 +56,7 @@ class Logits:
     def row(self, i: int) -> np.ndarray:
         """The logits of request i, float32 (vocab,); valid until the next step."""
         n, memory = self._rows[i], self._runner.model.memory
-        row = memory.read(memory.rows(self._runner.last["logits"], n, n + 1))[0]
+        row = to_host(memory.rows(self._runner.last["logits"], n, n + 1))[0]
         return self._cap * np.tanh(row / self._cap) if self._cap else row
 
 
@@ -82,7 +83,7 @@ class Runner:
         widths = {"x": config.dim, "normed": config.dim, "logits": config.vocab}
         self.last = {name: new(most, width) for name, width in widths.items()}
         self.last["token"] = new(most, dtype="int32")
-        self.ints = new(4 * _aligned(tokens), dtype="int32")
+        self.ints = [new(tokens, dtype="int32") for _ in range(4)]  # of `Rows`
         self.picked = new(most, dtype="int32")
         put = model.memory.put
         self.kv_len = put(np.zeros(most, np.int32))
@@ -149,7 +150,7 @@ class Runner:
             self._lengths[: len(lengths)] = lengths
             self._write_ints(self.kv_len, lengths)
 
-    def _write_ints(self, array: Any, values: Sequence[int] | np.ndarray) -> None:
+    def _write_ints(self, array: Any, values: Sequence[int]) -> None:
         """The first values of an int32 array in memory of the target."""
         memory = self.model.memory
         memory.write(memory.rows(array, 0, len(values)), np.asarray(values, np.int32))
@@ -161,20 +162,14 @@ class Runner:
             tokens, pages = [*chunk.request.tokens[: chunk.stop], 0], chunk.request.pages
             at = range(chunk.start, stop)
             rows += [(tokens[n], n, pages[n // PAGE_SIZE], n % PAGE_SIZE) for n in at]
-        packed = np.zeros((4, _aligned(len(rows))), np.int32)
-        packed[:, : len(rows)] = np.transpose(rows)
-        self._write_ints(self.ints, packed.reshape(-1))
+        for array, column in zip(self.ints, zip(*rows, strict=True), strict=True):
+            self._write_ints(array, column)
 
     def _rows(self, tokens: int, few: bool) -> Rows:
         rows = self.model.memory.rows
-        begins = [i * _aligned(tokens) for i in range(4)]
-        ids, position, page, slot = (rows(self.ints, n, n + tokens) for n in begins)
+        ints = [rows(array, 0, tokens) for array in self.ints]
         activations = {k: rows(a, 0, tokens) for k, a in self.activations.items()}
-        return Rows(tokens, few, ids, position, page, slot, activations)
-
-    def _few(self, rows: int) -> bool:
-        """Whether `rows` rows take the kernel of one row where a token is wanted of each."""
-        return self.invariant or rows < FEW
+        return Rows(tokens, few, *ints, activations)
 
     def _kv(self, begin: int, end: int) -> list[KV]:
         """The KV of each layer for requests begin … end-1."""
@@ -219,7 +214,7 @@ class Runner:
             self._write_ints(self.picked, ends)
             picked = rows(self.picked, 0, len(ends))
             embedding_kernel("f32", model.name)(picked, b.a["x"], out=last["x"])
-            model.finish(last, self._few(len(ends)), do=call)
+            model.finish(last, self.invariant or len(ends) < FEW, do=call)
         return list(range(first, first + len(ends)))
 
     def _record(self, requests: int) -> Step:
@@ -235,7 +230,7 @@ class Runner:
             attention = model.layers[layer].attention
             bounds.append(attention.bind(q, views[layer], out, plan=plans[attention]))
 
-        b = self._rows(requests, self._few(requests))
+        b = self._rows(requests, few=self.invariant or requests < FEW)
         last = {name: rows(self.last[name], 0, requests) for name in ("logits", "token")}
         lengths, table = (rows(x, 0, requests) for x in (self.kv_len, self.block_table))
         positions = positions_kernel(PAGE_SIZE, model.name)
@@ -245,8 +240,3 @@ class Runner:
         model.finish({**b.a, **last}, b.few, do)
         do(lengthen_kernel(model.name), lengths)
         return Step(bounds)
-
-
-def _aligned(tokens: int) -> int:
-    """A number of int32 values that keeps what follows them aligned to 64 bytes."""
-    return -(-tokens // 16) * 16

@@ -63,12 +63,6 @@ class Chunk:
         return self.start < self.request.in_chunks
 
     @property
-    def is_greedy_answer(self) -> bool:
-        """Whether it goes on with the likeliest token, which the model itself chooses."""
-        is_plain = self.request.sampling.is_plain_greedy
-        return not self.is_prompt and self.wants_token and is_plain
-
-    @property
     def wants_token(self) -> bool:
         """Whether its last token is the last of the request."""
         return self.stop == len(self.request.tokens)
