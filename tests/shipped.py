@@ -22,7 +22,7 @@ from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
 from tilewright.ops.embedding import by_token
 from tilewright.ops.gemm import gemm_definition
 from tilewright.ops.linear import linear_definition
-from tilewright.ops.positions import by_request, lengthen, positions_program
+from tilewright.ops.positions import by_request, positions_program
 from tilewright.ops.rmsnorm import RMSNORM
 from tilewright.ops.rope import APPEND, APPEND_HALVES, APPEND_PAIRS, ROPE_HALVES, ROPE_PAIRS
 from tilewright.ops.sampling import ARGMAX
@@ -141,7 +141,6 @@ SHIPPED: dict[str, Shipped] = {
         linear_definition("q4_1", False, 1536, 576, after="norm_gate"), CUDA
     ),
     "positions": Shipped(positions_program(16).schedule(by_request)),
-    "lengthen": Shipped(lengthen.schedule(by_request)),
     "linear f32 172x64": _linear("f32", n=172, k=64),
     "linear f32 odd": _linear("f32", n=13, k=37),
     "linear q4_1 odd": _linear("q4_1", n=13, k=96),

@@ -1,5 +1,5 @@
 """The rows of a decode step, computed where the lengths are: position, page and slot of each
-request's last token, and the lengths of the next step."""
+request's next token, and the length with it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,11 @@ def positions_program(page_size: int) -> Definition:
 
     def positions(L=dense("t", "int32"), T=dense("t w", "int32")):
         t = indices("t:t")
-        last = L[t] - 1
-        page = where(L[t] > 0, T[t, last // page_size], -1)
-        return out[t](last), out[t](page), out[t](last % page_size)
+        page = where(L[t] >= 0, T[t, L[t] // page_size], -1)
+        rows = out[t](where(L[t] >= 0, L[t], 0)), out[t](page), out[t](L[t] % page_size)
+        return *rows, update(L)[t](where(L[t] >= 0, L[t] + 1, L[t]))  # last: the others read L
 
     return program(positions)
-
-
-@program
-def lengthen(L=dense("t", "int32")):
-    t = indices("t:t")
-    return update(L)[t](where(L[t] > 0, L[t] + 1, 0))
 
 
 @named_recipe
@@ -36,10 +30,7 @@ def by_request(s: Schedule) -> Schedule:
 
 @cache
 def positions_kernel(page_size: int, target: str = "cpp") -> Kernel:
-    """Lengths L (t,) and page table T (t, w), int32 → position L − 1, its page and its slot, each
-    int32 (t,). The page of a row of length 0 is -1: what is appended there is not written."""
+    """Lengths L (t,) and page table T (t, w), int32 → the position L of the next token, its page
+    and its slot, each int32 (t,), and L + 1 in L. A row of a negative length, which fills a batch
+    up, keeps it; its page is -1: what is appended there is not written."""
     return positions_program(page_size).schedule(by_request).build(target)
-
-
-# Adds 1 to lengths (t,), int32, in place, where they are not 0.
-lengthen_kernel = cache(lengthen.schedule(by_request).build)

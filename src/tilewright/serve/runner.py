@@ -1,15 +1,16 @@
 """The runner: one step of a batch through the model.
 
-The rows of all chunks are packed one after the other, answers first. A step of answers alone, one
-row each, is recorded once for each number of requests and then replayed as one native call. It
-computes positions, pages and slots from the lengths in memory of the target, reads the tokens that
-the step before has put there, and adds 1 to the lengths: the host writes what it wants otherwise.
+Answers, one row each, are a step that is recorded once for each number of requests and then
+replayed as one native call. It computes positions, pages and slots from the lengths in memory of
+the target, adds 1 to these, and reads the tokens that the step before has put there: the host
+writes what it wants otherwise. Prompts follow, the rows of all chunks packed one after the other.
 
 The bits of a row depend on its own request only, and not on how its prompt is cut into chunks:
 linear layers read rows of answers and of prompts by different kernels, each of which computes a row
 alone; attention has a kernel for one query and one for several, and a prompt never takes the first:
 its chunk is read with a row more where a work item would have one query. Keys are divided as if
-every answer were as long as the context, and every prompt short.
+every answer were as long as the context, and every prompt short. (On GPUs this holds for answers;
+rows of a prompt may differ in last bits where it is cut otherwise.)
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tilewright.attention.plan import CHUNK_TILES, KEY_TILE, Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
 from tilewright.ops.embedding import embedding_kernel
-from tilewright.ops.positions import lengthen_kernel, positions_kernel
+from tilewright.ops.positions import positions_kernel
 from tilewright.runtime.step import Step
 from tilewright.runtime.transfer import to_host
 from tilewright.serve.kv_pool import PAGE_SIZE
@@ -107,7 +108,7 @@ class Runner:
         answers = [c for c in chunks if not c.is_prompt]
         prompts, rows = chunks[len(answers) :], self._bucket(len(answers))
         stops = [c.stop + self._needs_row(c) for c in prompts]
-        self._write_lengths([c.stop for c in answers] + [0] * (rows - len(answers)) + stops)
+        self._write_lengths([c.start for c in answers] + [-1] * (rows - len(answers)) + stops)
         self._write_table([*range(len(answers)), *range(rows, rows + len(prompts))], chunks)
         if answers:
             if rows not in self._steps:
@@ -126,7 +127,7 @@ class Runner:
 
     def _bucket(self, requests: int) -> int:
         """The rows of the recorded step for a number of answers: on a GPU a multiple of eight where
-        there are more, filled up with rows of length 0."""
+        there are more, filled up with rows of a negative length."""
         return requests if requests <= 8 or not self.model.memory.on_cuda else -(-requests // 8) * 8
 
     def _needs_row(self, chunk: Chunk) -> bool:
@@ -238,5 +239,4 @@ class Runner:
         b = replace(b, ids=last["token"])
         model.forward(b, (self.keys, self.values), attend, do)
         model.finish({**b.a, **last}, b.few, do)
-        do(lengthen_kernel(model.name), lengths)
         return Step(bounds)
