@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from tilewright.attention.batch import Attention
-from tilewright.attention.families.decode import CTAS_PER_SM
 from tilewright.attention.kv import KV
 from tilewright.attention.plan import CHUNK_TILES, KEY_TILE, Plan
 from tilewright.attention.pool import Pool
@@ -37,7 +36,7 @@ from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
 FEW = 8  # rows from which the kernel of many rows is the faster one
-PIECES = 16  # of the longest keys of an answer, on a GPU; even
+SMS_A_HEAD = 8  # among which a GPU divides the longest keys of a KV head of an answer
 
 
 class Logits:
@@ -46,7 +45,6 @@ class Logits:
 
     def __init__(self, runner: Runner, chunks: Sequence[Chunk], rows: list[int]) -> None:
         self._runner, self._rows = runner, rows
-        self._cap = np.float32(runner.model.config.logit_cap)  # which the order does not depend on
         self.requests = [c.request for c in chunks if c.wants_token]
         self._tokens = runner.read_tokens()
 
@@ -56,9 +54,10 @@ class Logits:
 
     def row(self, i: int) -> np.ndarray:
         """The logits of request i, float32 (vocab,); valid until the next step."""
-        n, memory = self._rows[i], self._runner.model.memory
-        row = to_host(memory.rows(self._runner.last["logits"], n, n + 1))[0]
-        return self._cap * np.tanh(row / self._cap) if self._cap else row
+        n, model = self._rows[i], self._runner.model
+        row = to_host(model.memory.rows(self._runner.last["logits"], n, n + 1))[0]
+        cap = np.float32(model.config.logit_cap)  # which the order does not depend on
+        return cap * np.tanh(row / cap) if cap else row
 
 
 class Runner:
@@ -71,7 +70,7 @@ class Runner:
 
     def __init__(self, model: Llama, limits: Limits, context: int) -> None:
         self.model, self.invariant = model, limits.invariant
-        new, config = model.memory.empty, model.config
+        new, put, config = model.memory.empty, model.memory.put, model.config
         most = self._bucket(limits.running) + 8 * model.memory.on_cuda  # rows that fill a step up
         shape = (limits.pages, PAGE_SIZE, config.kv_heads, config.head_dim)
         self.keys, self.values = (
@@ -80,13 +79,12 @@ class Runner:
         self.pools = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
         tokens = limits.step_tokens + most  # a row more for each chunk
         self.width = context // PAGE_SIZE + 1
-        self.activations = {k: new(tokens, w, dtype=t) for k, (w, t) in model.widths.items()}
+        kinds, widths = {"rotated": model.kv_dtype}, model.widths.items()
+        self.activations = {k: new(tokens, w, dtype=kinds.get(k, "float32")) for k, w in widths}
         widths = {"x": config.dim, "normed": config.dim, "logits": config.vocab}
         self.last = {name: new(most, width) for name, width in widths.items()}
         self.last["token"] = new(most, dtype="int32")
         self.ints = [new(tokens, dtype="int32") for _ in range(4)]  # of `Rows`
-        self.picked = new(most, dtype="int32")
-        put = model.memory.put
         self.kv_len = put(np.zeros(most, np.int32))
         # Keys are divided as if every answer were as long as the context, and every prompt short.
         longest, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * KEY_TILE
@@ -108,7 +106,10 @@ class Runner:
         answers = [c for c in chunks if not c.is_prompt]
         prompts, rows = chunks[len(answers) :], self._bucket(len(answers))
         stops = [c.stop + self._needs_row(c) for c in prompts]
-        self._write_lengths([c.start for c in answers] + [-1] * (rows - len(answers)) + stops)
+        lengths = [c.start for c in answers] + [-1] * (rows - len(answers)) + stops
+        if self._lengths[: len(lengths)].tolist() != lengths:
+            self._lengths[: len(lengths)] = lengths
+            self._write_ints(self.kv_len, lengths)
         self._write_table([*range(len(answers)), *range(rows, rows + len(prompts))], chunks)
         if answers:
             if rows not in self._steps:
@@ -146,11 +147,6 @@ class Runner:
                 # Until it is copied pages are added at most: other requests wait for the tokens.
                 memory.write(row, self.table[i : i + 1], waits=False)
 
-    def _write_lengths(self, lengths: list[int]) -> None:
-        if self._lengths[: len(lengths)].tolist() != lengths:
-            self._lengths[: len(lengths)] = lengths
-            self._write_ints(self.kv_len, lengths)
-
     def _write_ints(self, array: Any, values: Sequence[int]) -> None:
         """The first values of an int32 array in memory of the target."""
         memory = self.model.memory
@@ -187,8 +183,8 @@ class Runner:
         """The plan of each attention for the first requests, which have one query each. A GPU cuts
         the keys of each of them at equal places for any number of requests."""
         to_plan = KV(self._table(self.longest, 0, requests), self.pools[0])
-        ctas = requests * self.model.config.kv_heads * PIECES
-        workers = ctas // CTAS_PER_SM if self.model.memory.on_cuda else None
+        sms = requests * self.model.config.kv_heads * SMS_A_HEAD
+        workers = sms if self.model.memory.on_cuda else None
         indptr = np.arange(requests + 1)
         return {x: x.plan(indptr, to_plan, workers=workers) for x in self.attentions}
 
@@ -212,8 +208,8 @@ class Runner:
         ends = [indptr[i] + c.stop - c.start - 1 for i, c in enumerate(chunks) if c.wants_token]
         if ends:
             last = {name: rows(a, first, first + len(ends)) for name, a in self.last.items()}
-            self._write_ints(self.picked, ends)
-            picked = rows(self.picked, 0, len(ends))
+            self._write_ints(self.ints[0], ends)
+            picked = rows(self.ints[0], 0, len(ends))
             embedding_kernel("f32", model.name)(picked, b.a["x"], out=last["x"])
             model.finish(last, self.invariant or len(ends) < FEW, do=call)
         return list(range(first, first + len(ends)))

@@ -153,17 +153,16 @@ class Scheduler:
     def commit(self, batch: Batch, now: float = 0.0) -> list[Request]:
         """Notes that a step was run, until `now` seconds. Returns the requests that want their next
         token, in the order of the chunks."""
-        for chunk in batch.chunks:
+        chunks = [c for c in batch.chunks if not c.request.finish]  # not cancelled meanwhile
+        for chunk in chunks:
             request = chunk.request
-            if request.finish:  # cancelled while the step ran
-                continue
             request.computed, request.since = chunk.stop, batch.step
             if self.limits.share:
                 self._keep(request)
             if chunk.wants_token:
                 self.late += now > request.due
                 request.due = now + request.gap
-        return [c.request for c in batch.chunks if c.wants_token and not c.request.finish]
+        return [c.request for c in chunks if c.wants_token]
 
     def state(self, now: float) -> State:
         """What the policy sees. Of those that wait the best, by rank and arrival."""

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from tilewright import dtypes
 from tilewright.errors import ArgumentError
 from tilewright.serve.cost import CONSTANTS, CostModel, Work
 from tilewright.serve.engine import Engine
@@ -69,10 +68,8 @@ def measure(
     called after each step with the part that is done, 0 to 1, and the number of steps. Raises
     ArgumentError[A109] for a context of one token."""
     rng = np.random.default_rng(seed)
-    memory = engine.model.memory
     for array in (*engine.runner.keys, *engine.runner.values):
-        values = rng.standard_normal(array.shape[-1], np.float32)
-        memory.write(array, dtypes.bfloat16_bits(values) if memory.on_cuda else values)
+        engine.model.memory.write(array, 0)
     samples: list[Sample] = []
     started = time.perf_counter()
     if engine.context < 2:

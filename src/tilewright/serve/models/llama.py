@@ -180,15 +180,13 @@ class Llama:
     # -- the layers ------------------------------------------------------------------------------
 
     @property
-    def widths(self) -> dict[str, tuple[int, str]]:
-        """Elements of each activation of a token, and their dtype."""
+    def widths(self) -> dict[str, int]:
+        """Elements of each activation of a token."""
         c = self.config
         q, kv = c.qo_heads * c.head_dim, c.kv_heads * c.head_dim
         widths = dict.fromkeys(("x", "y", "normed"), c.dim) | {"q": q, "k": kv, "v": kv}
         widths |= {"rotated": q, "attended": q} | ({"k_normed": kv} if c.qk_norm else {})
-        widths |= dict.fromkeys(("gate", "up", "mixed"), c.ffn_dim)
-        dtypes = {"rotated": self.kv_dtype}
-        return {name: (width, dtypes.get(name, "float32")) for name, width in widths.items()}
+        return widths | dict.fromkeys(("gate", "up", "mixed"), c.ffn_dim)
 
     def pairs(self, array: Any, *outer: int) -> Any:
         """A projection, or pages of keys, as pairs that are rotated: (*outer, half, 2) or
