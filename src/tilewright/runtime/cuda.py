@@ -390,6 +390,7 @@ class HostWords:
         self.pointer = driver().returned("cuMemHostAlloc", 4 * count, portable_and_mapped)
         self.words = np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(self.pointer))
         self.words[:] = 0
+        self._copied = driver().returned("cuEventCreate", 0)
 
     def take(self) -> int:
         """The first word, which becomes 0."""
@@ -398,33 +399,18 @@ class HostWords:
             self.words[0] = 0
         return value
 
+    def copy(self, array: DeviceArray) -> Callable[[], np.ndarray]:
+        """Begin to copy an array in the order of the stream; the result waits for the words."""
+        queue, call = array._queue(), driver().call
+        call("cuMemcpyDtoHAsync_v2", self.pointer, array.pointer, array.nbytes, queue)
+        call("cuEventRecord", self._copied, queue)
+        return lambda: call("cuEventSynchronize", self._copied) or self.words
+
     def __del__(self) -> None:
         if getattr(self, "pointer", 0) and not sys.is_finalizing():
             self.device.activate()
+            driver().functions["cuEventDestroy_v2"](self._copied)
             driver().functions["cuMemFreeHost"](self.pointer)
-
-
-class Readback:
-    """Copies of an int32 array of a GPU to the host; the latest two can be waited for."""
-
-    def __init__(self, array: DeviceArray) -> None:
-        size = array.device.ordinal, math.prod(array.shape)
-        self._array, self._copies = array, [HostWords(*size), HostWords(*size)]
-        self._events = [driver().returned("cuEventCreate", 0) for _ in self._copies]
-
-    def begin(self) -> Callable[[], np.ndarray]:
-        """Copy the array in the order of the stream; the result waits for the copy."""
-        self._copies.reverse()
-        self._events.reverse()
-        array, copy, event = self._array, self._copies[0], self._events[0]
-        queue, call = array._queue(), driver().call
-        call("cuMemcpyDtoHAsync_v2", copy.pointer, array.pointer, array.nbytes, queue)
-        call("cuEventRecord", event, queue)
-        return lambda: call("cuEventSynchronize", event) or copy.words
-
-    def __del__(self) -> None:
-        for event in () if sys.is_finalizing() else getattr(self, "_events", ()):
-            driver().functions["cuEventDestroy_v2"](event)
 
 
 def pointer_device(address: int) -> int:
