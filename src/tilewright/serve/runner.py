@@ -36,7 +36,8 @@ from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
 FEW = 8  # rows from which the kernel of many rows is the faster one
-SMS_A_HEAD = 8  # among which a GPU divides the longest keys of a KV head of an answer
+SMS_A_HEAD = 8  # among which a GPU divides the longest keys of a KV head of an answer, at most
+MOST_SMS = 1024  # of all answers: partial results of more take much memory
 
 
 class Logits:
@@ -183,8 +184,9 @@ class Runner:
         """The plan of each attention for the first requests, which have one query each. A GPU cuts
         the keys of each of them at equal places for any number of requests."""
         to_plan = KV(self._table(self.longest, 0, requests), self.pools[0])
-        sms = requests * self.model.config.kv_heads * SMS_A_HEAD
-        workers = sms if self.model.memory.on_cuda else None
+        heads, most = self.model.config.kv_heads, len(self.table)
+        share = max(1, min(SMS_A_HEAD, MOST_SMS // (heads * most)))
+        workers = requests * heads * share if self.model.memory.on_cuda else None
         indptr = np.arange(requests + 1)
         return {x: x.plan(indptr, to_plan, workers=workers) for x in self.attentions}
 

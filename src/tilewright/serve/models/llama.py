@@ -51,10 +51,6 @@ class Linear:
     def kernel(self, many: bool, where: str, after: After = "") -> Any:
         return linear_kernel(where, self.kind, many, self.rows, self.cols, self.interleaved, after)
 
-    def is_stored_like(self, other: Linear) -> bool:
-        """Whether one kernel can take both weights."""
-        return (self.kind, self.rows, self.cols) == (other.kind, other.rows, other.cols)
-
     def as_written(self, out: Any) -> Any:
         """Views an array (t, rows) in the shape of the kernel's output."""
         return out.reshape(out.shape[0], -1, TOGETHER) if self.interleaved else out
@@ -257,7 +253,7 @@ class Llama:
 
     def _gated(self, layer: Layer, x: LayerInput, a: dict[str, Any], few: bool, do: Do) -> None:
         """mixed = SiLU(x Gᵀ) · (x Uᵀ): one kernel where both weights are stored alike; or GELU."""
-        if layer.gate.is_stored_like(layer.up) and not self.config.gelu:
+        if layer.gate.kind == layer.up.kind and not self.config.gelu:
             self.linear(layer.gate, x, a["mixed"], few, do, up=layer.up)
             return
         self.linear(layer.gate, x, a["gate"], few, do)
