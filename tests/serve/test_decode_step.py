@@ -16,9 +16,9 @@ from tests.serve.sequence import Sequence
 
 from tilewright.ops.rope import Rope
 from tilewright.runtime.step import Step
-from tilewright.serve import runner
+from tilewright.serve import engine, runner
 from tilewright.serve.models.llama import Llama
-from tilewright.serve.request import Request
+from tilewright.serve.request import Request, Sampling
 from tilewright.serve.scheduler import Chunk, Limits
 from tilewright.serve.weights import ModelConfig, ModelFile, Weight
 from tilewright.toolchain import nvrtc
@@ -132,6 +132,46 @@ def test_bits_of_answers_on_a_gpu():
         assert one.request.tokens == other.request.tokens
         np.testing.assert_array_equal(one.logits, other.logits)
     assert set(together._steps) == {1, 2, 3, 4, 5, 6, 7, 8, 16}
+
+
+@pytest.mark.gpu
+def test_an_engine_that_runs_ahead_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """Ten requests that come one by one, with end tokens: the tokens of steps that are waited for."""
+    monkeypatch.setattr(engine, "load_tokenizer", lambda file: Spelled())
+    monkeypatch.setattr(engine, "cost_key", lambda *_: "")
+    file, rng = model_file(replace(CONFIG, context=256)), np.random.default_rng(2)
+    prompts = [
+        rng.integers(0, CONFIG.vocab, n).tolist() for n in (3, 40, 1, 17, 90, 16, 2, 31, 8, 5)
+    ]
+    said: list[list[list[int]]] = []
+    for ahead in (False, True):
+        one = engine.Engine(file, "cuda", engine.Options(context=256, running=12))
+        assert one.runs_ahead
+        one.runs_ahead, requests = ahead, []
+        while len(requests) < len(prompts) or one.scheduler.has_work:
+            if len(requests) < len(prompts):
+                how = Sampling(max_tokens=50 + 10 * (len(requests) % 3))
+                requests.append(one.submit(prompts[len(requests)], how))
+            for _ in range(3):
+                one.step()
+        said.append([r.answer for r in requests])
+        assert {r.finish for r in requests} == {"stop", "length"}
+    assert said[0] == said[1]
+
+
+class Spelled:
+    """A tokenizer of numbers; some tokens end an answer."""
+
+    ends = frozenset({7, 19, 64})
+
+    def stream(self) -> Spelled:
+        return self
+
+    def push(self, token: int) -> str:
+        return f"{token} "
+
+    def finish(self) -> str:
+        return ""
 
 
 class Answer:

@@ -165,9 +165,9 @@ class Runner:
 
     def _rows(self, tokens: int, few: bool) -> Rows:
         rows = self.model.memory.rows
-        ints = [rows(array, 0, tokens) for array in self.ints]
+        ids, position, page, slot = (rows(array, 0, tokens) for array in self.ints)
         activations = {k: rows(a, 0, tokens) for k, a in self.activations.items()}
-        return Rows(tokens, few, *ints, activations)
+        return Rows(tokens, few, ids, position, page, slot, activations)
 
     def _kv(self, begin: int, end: int) -> list[KV]:
         """The KV of each layer for requests begin … end-1."""

@@ -33,7 +33,7 @@ from tilewright.serve.memory import Memory
 from tilewright.serve.weights import ModelFile, Weight, dequantize
 from tilewright.target import Target, target
 
-Do = Callable[..., None]
+Do = Callable[..., Any]
 """`do(kernel, *args, out=…)` runs one call, or binds it for a recorded step."""
 
 
