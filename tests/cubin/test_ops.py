@@ -9,6 +9,7 @@ from tests.shipped import CUDA, SHIPPED
 
 from tilewright.ops.activation import gelu_mul_kernel, scaled_kernel
 from tilewright.ops.rmsnorm import rmsnorm_add_kernel
+from tilewright.ops.rope import append_kernel, rope_append_kernel, rope_kernel
 from tilewright.target import target
 from tilewright.toolchain import nvrtc
 
@@ -29,6 +30,15 @@ def test_cubin_without_spills(name: str, arch: str):
 def test_kernels_of_the_model_families(build: Any, arch: str):
     """Element-wise kernels, whose texts are like those of `silu_mul` and `rmsnorm`."""
     check(build(f"cuda:{arch}"), arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_kernels_of_a_bfloat16_cache(interleaved: bool, arch: str):
+    of = f"cuda:{arch}", "bfloat16"
+    check(rope_kernel(interleaved, *of), arch)
+    check(rope_append_kernel(interleaved, *of), arch)
+    check(append_kernel(*of), arch)
 
 
 def check(kernel: Any, arch: str) -> None:

@@ -105,8 +105,9 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("apart", [1, 7])
+@pytest.mark.parametrize(
+    ("name", "apart"), [("plain", 1), ("shared pages", 7), ("preempted", 1), ("few seats", 7)]
+)
 def test_tokens_are_those_of_steps_in_turn(tiny: ModelFile, name: str, apart: int):
     """End tokens, lengths, stop texts, sampling on the host, a cancel and preemption."""
     sizes: dict[str, Any] = {"context": 128, "share": False} | SIZES[name]

@@ -136,7 +136,7 @@ def test_bits_of_answers_on_a_gpu():
 
 @pytest.mark.gpu
 def test_an_engine_that_runs_ahead_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    """Ten requests that come one by one, with end tokens: the tokens of steps that are waited for."""
+    """Ten requests that come one by one, with end tokens: as where each step is waited for."""
     monkeypatch.setattr(engine, "load_tokenizer", lambda file: Spelled())
     monkeypatch.setattr(engine, "cost_key", lambda *_: "")
     file, rng = model_file(replace(CONFIG, context=256)), np.random.default_rng(2)
