@@ -303,6 +303,10 @@ def test_device_array(axpy: cuda.Function, rng: np.random.Generator) -> None:
     assert view(bits).dtype == dtypes.bfloat16
     empty = cuda.DeviceArray.from_numpy(np.zeros((0, 3)))
     assert empty.to_numpy().shape == (0, 3)
+    assert held.reshape(-1, 3).shape == (5, 3) and held.reshape(5, 1, -1).shape == (5, 1, 3)
+    for wrong in ((-1, 4), (-1, -1), (0, -1), (3, 4)):
+        with pytest.raises(ArgumentError, match="A103"):
+            held.reshape(*wrong)
     with pytest.raises(ArgumentError, match="A103"):
         held.copy_from(x.T)
     with pytest.raises(ArgumentError, match="A102"):

@@ -60,6 +60,25 @@ def test_launches_of_a_step(fake: ctypes.CDLL):  # noqa: F811
     gc.collect()
 
 
+@pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
+def test_steps_of_other_models_are_bound_and_recorded(fake: ctypes.CDLL):  # noqa: F811
+    """Norms of heads and a quantised embedding: arrays of a GPU in every shape that kernels take;
+    a prompt on the fake driver, then answers of a number that is filled up."""
+    file = model_file(replace(CONFIG, qk_norm=True))
+    blocks = np.zeros((CONFIG.vocab, CONFIG.dim // 32 * 34), np.uint8)
+    embed = Weight("embed", "q8_0", (CONFIG.vocab, CONFIG.dim), blocks)
+    file = replace(file, tensors={**file.tensors, "embed": embed, "lm_head": embed})
+    of = runner.Runner(Llama(file, "cuda:sm_90a", 97), Limits(64, 12, 64), 96)
+    answers = [Answer([n], n) for n in range(9)]
+    for answer in answers:
+        answer.request.pages = [answer.request.id]
+    advance(of, answers)
+    advance(of, answers)
+    assert set(of._steps) == {16} and of._lengths.tolist()[:17] == [2] * 9 + [-1] * 7 + [0]
+    del of
+    gc.collect()
+
+
 def test_the_host_writes_what_it_wants_otherwise():
     """Tokens that are not the likeliest, a jump back, and the likeliest again: logits as from
     reading the same tokens as a prompt."""

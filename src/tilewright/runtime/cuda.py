@@ -303,7 +303,10 @@ class DeviceArray:
         return copy
 
     def reshape(self, *shape: int) -> DeviceArray:
-        """The same memory under another shape of as many elements. Raises ArgumentError[A103]."""
+        """The same memory under another shape of as many elements; -1 once for what the others
+        leave. Raises ArgumentError[A103]."""
+        rest = math.prod(self.shape) // max(1, math.prod([n for n in shape if n != -1]))
+        shape = tuple(rest if n == -1 else n for n in shape)
         if math.prod(shape) != math.prod(self.shape):
             raise ArgumentError("A103", f"{self.shape} cannot be seen as {shape}")
         view = DeviceArray.__new__(DeviceArray)
