@@ -178,6 +178,33 @@ def test_an_interrupt_in_flight_leaves_no_trace(tiny: ModelFile):
     assert failed == 2 and [r.answer for r in requests] == wanted
 
 
+def test_an_exception_behind_a_launch(tiny: ModelFile):
+    """The text of one answer fails while the next step is under way: that token is read again, and
+    so are those of the requests behind it."""
+    options = Options(context=128, share=False)
+    engine, how = Engine(tiny, "cpp", options), Sampling(max_tokens=30, ignore_eos=True)
+    prompts = [p for p, _ in jobs(3)[1:4]]
+    wanted = answers_of(Engine(tiny, "cpp", options), prompts, how)
+    engine.runs_ahead = True
+    requests = [engine.submit(p, how) for p in prompts]
+    push, calls, failed = requests[1].text.push, iter(range(1000)), 0
+
+    def failing(token: int) -> str:
+        if next(calls) in (5, 6, 20):
+            requests[1].tokens.pop()  # the engine appends it in front of its text
+            requests[1].counts[token] -= 1
+            raise KeyboardInterrupt
+        return push(token)
+
+    requests[1].text.push = failing
+    while not all(r.finish for r in requests):
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            failed += 1
+    assert failed == 3 and [r.answer for r in requests] == wanted
+
+
 def answers_of(engine: Engine, prompts: list[list[int]], how: Sampling) -> list[list[int]]:
     requests = [engine.submit(p, how) for p in prompts]
     while not all(r.finish for r in requests):

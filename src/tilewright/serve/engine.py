@@ -159,8 +159,9 @@ class Engine:
                     self._flight = behind, self.runner.run(behind.chunks)
             logits.wait()
             began, self._began = self._began, time.perf_counter()
-            work, model = work_of(batch.chunks), self.scheduler.model
-            self.scheduler.model = model.corrected(work, self._began - began)
+            if ready or not leads:  # else all were cancelled, perhaps long ago
+                work, model = work_of(batch.chunks), self.scheduler.model
+                self.scheduler.model = model.corrected(work, self._began - began)
             for i, request in enumerate(logits.requests):
                 if not request.finish:  # not cancelled since
                     request.tokens.pop()  # PENDING
@@ -169,6 +170,7 @@ class Engine:
             for request in ready:  # an exception: the last token is read again
                 if request.tokens[-1] == PENDING:
                     request.tokens.pop()
+                    self._flight = None
         return ready
 
     def counts(self) -> dict[str, int]:
