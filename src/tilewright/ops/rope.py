@@ -24,8 +24,7 @@ _SLOTS = {"page": dense("t", "int32"), "slot": dense("t", "int32")}
 
 
 def _program(halves: bool, append: bool, dtype: str = "float32") -> Definition:
-    """Pair (x0, x1) → (x0 cos − x1 sin, x0 sin + x1 cos), of `dtype`; with `append` into the pages
-    K."""
+    """Pair (x0, x1) → (x0 cos − x1 sin, x0 sin + x1 cos); with `append` into the pages K."""
     head = "2 p" if halves else "p 2"
     table, positions = dense("s p", kind="weight"), dense("t", "int32")
     parameters = {"X": dense(f"t h {head}"), "C": table, "S": table, "P": positions}
@@ -80,8 +79,7 @@ def rope_kernel(interleaved: bool, target: str = "cpp", dtype: str = "float32") 
 
 @cache
 def rope_append_kernel(interleaved: bool, target: str = "cpp", dtype: str = "float32") -> Kernel:
-    """Builds the kernel that rotates keys and writes the key of token t to K[page[t], slot[t]],
-    pages of `dtype`."""
+    """Builds the kernel that rotates keys and writes that of token t to K[page[t], slot[t]]."""
     definition = APPEND_PAIRS if interleaved else APPEND_HALVES
     return definition.typed(K=dtype).build(target)
 

@@ -36,8 +36,6 @@ from tilewright.serve.models.llama import Llama, Rows
 from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
 FEW = 8  # rows from which the kernel of many rows is the faster one
-SMS_A_HEAD = 8  # among which a GPU divides the longest keys of a KV head of an answer, at most
-MOST_SMS = 1024  # of all answers: partial results of more take much memory
 
 
 class Logits:
@@ -72,7 +70,7 @@ class Runner:
     def __init__(self, model: Llama, limits: Limits, context: int) -> None:
         self.model, self.invariant = model, limits.invariant
         new, put, config = model.memory.empty, model.memory.put, model.config
-        most = self._bucket(limits.running) + 8 * model.memory.on_cuda  # rows that fill a step up
+        most = limits.running + 8  # rows may fill a step up
         shape = (limits.pages, PAGE_SIZE, config.kv_heads, config.head_dim)
         self.keys, self.values = (
             [new(*shape, dtype=model.kv_dtype) for _ in range(config.layers)] for _ in range(2)
@@ -105,7 +103,9 @@ class Runner:
         requests that want a token. A step of answers alone may read tokens that the step before
         computes, PENDING on the host, if it has the same requests."""
         answers = [c for c in chunks if not c.is_prompt]
-        prompts, rows = chunks[len(answers) :], self._bucket(len(answers))
+        prompts, rows = chunks[len(answers) :], len(answers)
+        if rows > 8 and self.model.memory.on_cuda:  # filled up with rows of a negative length
+            rows = -(-rows // 8) * 8
         stops = [c.stop + self._needs_row(c) for c in prompts]
         lengths = [c.start for c in answers] + [-1] * (rows - len(answers)) + stops
         if self._lengths[: len(lengths)].tolist() != lengths:
@@ -126,11 +126,6 @@ class Runner:
         return Logits(self, chunks, wanting)
 
     # -- inside ----------------------------------------------------------------------------------
-
-    def _bucket(self, requests: int) -> int:
-        """The rows of the recorded step for a number of answers: on a GPU a multiple of eight where
-        there are more, filled up with rows of a negative length."""
-        return requests if requests <= 8 or not self.model.memory.on_cuda else -(-requests // 8) * 8
 
     def _needs_row(self, chunk: Chunk) -> bool:
         """Whether the last work item of a chunk of a prompt would have one query. The row behind it
@@ -181,11 +176,11 @@ class Runner:
         return Table(rows(lengths, begin, end), rows(self.block_table, begin, end))
 
     def _answer_plans(self, requests: int) -> dict[Attention, Plan]:
-        """The plan of each attention for the first requests, which have one query each. A GPU cuts
-        the keys of each of them at equal places for any number of requests."""
+        """The plan of each attention for the first requests, which have one query each. On a GPU
+        `share` SMs for each KV head cut the keys at equal places for any number of requests."""
         to_plan = KV(self._table(self.longest, 0, requests), self.pools[0])
         heads, most = self.model.config.kv_heads, len(self.table)
-        share = max(1, min(SMS_A_HEAD, MOST_SMS // (heads * most)))
+        share = max(1, min(8, 1024 // (heads * most)))  # partial results of more take much memory
         workers = requests * heads * share if self.model.memory.on_cuda else None
         indptr = np.arange(requests + 1)
         return {x: x.plan(indptr, to_plan, workers=workers) for x in self.attentions}

@@ -278,8 +278,9 @@ class Llama:
         do(kernel, x.x, *w.arrays, *x.norm, *more, out=w.as_written(out))
 
     def _embedded(self, x: Any) -> Any:
-        """An array of rows as the kernel of the embedding writes it."""
-        return x.reshape(x.shape[0], -1, 2, 16) if self.table_kind.startswith("q") else x
+        blocks = self.config.dim // 32
+        quantised = {"q8_0": (blocks, 32), "q4_0": (blocks, 2, 16), "q4_1": (blocks, 2, 16)}
+        return x.reshape(x.shape[0], *quantised.get(self.table_kind, (self.config.dim,)))
 
     def finish(self, a: dict[str, Any], few: bool, do: Do) -> None:
         """The `logits` of the rows of `x`, and the `token` of the largest of each."""
