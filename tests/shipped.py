@@ -28,7 +28,6 @@ from tilewright.ops.rope import (
     ROPE_HALVES,
     ROPE_PAIRS,
     by_request,
-    lengthen,
     positions_program,
 )
 from tilewright.ops.rowwise import ARGMAX, RMSNORM, SILU_MUL
@@ -147,7 +146,6 @@ SHIPPED: dict[str, Shipped] = {
         linear_definition("q4_1", False, 1536, 576, after="norm_gate"), CUDA
     ),
     "positions": Shipped(positions_program(16).schedule(by_request)),
-    "lengthen": Shipped(lengthen.schedule(by_request)),
     "linear f32 172x64": _linear("f32", n=172, k=64),
     "linear f32 odd": _linear("f32", n=13, k=37),
     "linear q4_1 odd": _linear("q4_1", n=13, k=96),

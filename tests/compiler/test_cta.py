@@ -71,7 +71,7 @@ def arguments(name: str, program: ir.Program, rng: np.random.Generator) -> Array
                 out[t.name] = widened(out[t.name])
         elif t.name in BELOW and t.dtype.name == "int32":
             out[t.name] = rng.permutation(sizes[BELOW[t.name]])[: shape[0]].astype(np.int32)
-        elif t.dtype.is_int and (t.role == "input" or name == "lengthen"):
+        elif t.dtype.is_int and (t.role == "input" or name == "positions"):
             out[t.name] = rng.integers(t.dtype.least, t.dtype.most + 1, shape, t.dtype.numpy)
         elif t.role == "input" or name.startswith("append"):
             out[t.name] = stored(rng.uniform(0.25, 1, shape), t.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tests.shipped import CUDA, SHIPPED
 
+from tilewright.ops.rope import append_kernel, rope_append_kernel, rope_kernel
 from tilewright.ops.rowwise import gelu_mul_kernel, rmsnorm_add_kernel, scaled_kernel
 from tilewright.target import target
 from tilewright.toolchain import nvrtc
@@ -28,6 +29,15 @@ def test_cubin_without_spills(name: str, arch: str):
 def test_kernels_of_the_model_families(build: Any, arch: str):
     """Element-wise kernels, whose texts are like those of `silu_mul` and `rmsnorm`."""
     check(build(f"cuda:{arch}"), arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_kernels_of_a_bfloat16_cache(interleaved: bool, arch: str):
+    of = f"cuda:{arch}", "bfloat16"
+    check(rope_kernel(interleaved, *of), arch)
+    check(rope_append_kernel(interleaved, *of), arch)
+    check(append_kernel(*of), arch)
 
 
 def check(kernel: Any, arch: str) -> None:

@@ -21,7 +21,7 @@ GROUPS = (  # as a decode step has them, and bodies of unlike threads and header
     ("embedding q8_0", "positions"),
     ("linear q4_1 norm_gate",),
     ("gemm f16", "append", "bsr_spmm 16 f16 64"),
-    ("argmax", "spmm by_length f32 128", "lengthen"),
+    ("argmax", "spmm by_length f32 128", "positions"),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tilewright.ops.rope import lengthen_kernel, positions_kernel
+from tilewright.ops.rope import positions_kernel
 
 
 @pytest.mark.parametrize("requests", [0, 1, 3, 17])
@@ -13,21 +13,20 @@ from tilewright.ops.rope import lengthen_kernel, positions_kernel
 def test_positions(rng, requests: int, page_size: int):
     """Lengths at and around the borders of pages too."""
     width = 7
-    lengths = rng.integers(1, width * page_size + 1, requests).astype(np.int32)
-    borders = [1, page_size, page_size + (page_size * width > page_size), width * page_size]
+    lengths = rng.integers(0, width * page_size, requests).astype(np.int32)
+    borders = [0, page_size - 1, page_size, width * page_size - 1]
     lengths[:4] = borders[:requests]
     table = rng.integers(0, 99, (requests, width)).astype(np.int32)
-    kernel, before = positions_kernel(page_size), lengths.copy()
-    position, page, slot = kernel(lengths, table)
-    last = [int(n) - 1 for n in before]
-    assert position.tolist() == last and lengths.tolist() == before.tolist()
-    assert page.tolist() == [int(table[r, n // page_size]) for r, n in enumerate(last)]
-    assert slot.tolist() == [n % page_size for n in last]
-    assert lengthen_kernel()(lengths) is lengths
-    assert lengths.tolist() == [n + 2 for n in last]
+    kernel, before = positions_kernel(page_size), lengths.tolist()
+    position, page, slot, longer = kernel(lengths, table)
+    assert position.tolist() == before
+    assert page.tolist() == [int(table[r, n // page_size]) for r, n in enumerate(before)]
+    assert slot.tolist() == [n % page_size for n in before]
+    assert longer is lengths and lengths.tolist() == [n + 1 for n in before]
 
 
-def test_a_length_beyond_the_table_reads_nothing():
-    lengths, table = np.array([0, 33], np.int32), np.full((2, 2), 5, np.int32)
-    position, page, _ = positions_kernel(16)(lengths, table)
-    assert position.tolist() == [-1, 32] and page.tolist() == [0, 0]
+def test_rows_that_fill_up_and_a_length_beyond_the_table():
+    lengths, table = np.array([-1, 32], np.int32), np.full((2, 2), 5, np.int32)
+    position, page, _, longer = positions_kernel(16)(lengths, table)
+    assert position.tolist() == [0, 32] and page.tolist() == [-1, 0]
+    assert longer.tolist() == [-1, 33]

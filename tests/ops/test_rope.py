@@ -97,6 +97,24 @@ def test_values_go_to_their_slots(rng, h, d):
         assert np.isnan(pages).sum() == (35 - t) * h * d
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_bfloat16_pages_and_queries_round_once(rng, interleaved):
+    torch = pytest.importorskip("torch")
+    x, at = normal(rng, 9, 3, 16), rng.integers(0, POSITIONS, 9).astype(np.int32)
+    page, slot = places(rng, 9, 7, 5)
+    tables, wide = Rope(BASE).tables(POSITIONS, 16), heads_of(x, interleaved)
+    arrays = [torch.from_numpy(a) for a in (wide, *tables, at, page, slot)]
+    exact = torch.from_numpy(rope_kernel(interleaved)(wide, *tables, at)).bfloat16()
+    assert torch.equal(rope_kernel(interleaved, "cpp", "bfloat16")(*arrays[:4]), exact)
+    keys = torch.full((7, 5, *wide.shape[1:]), torch.nan, dtype=torch.bfloat16)
+    rope_append_kernel(interleaved, "cpp", "bfloat16")(keys, *arrays)
+    values = torch.full((7, 5, 3, 16), torch.nan, dtype=torch.bfloat16)
+    append_kernel("cpp", "bfloat16")(values, torch.from_numpy(x), *arrays[4:])
+    assert torch.equal(keys[page, slot], exact)
+    assert torch.equal(values[page, slot], torch.from_numpy(x).bfloat16())
+    assert int(keys.isnan().sum()) == int(values.isnan().sum()) == (35 - 9) * 3 * 16
+
+
 def test_wrong_arguments(rng):
     x, pages = normal(rng, 2, 3, 4), poisoned(7, 5, 3, 4)
     page = slot = np.zeros(2, np.int32)

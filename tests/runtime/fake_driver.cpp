@@ -169,6 +169,18 @@ CUresult cuStreamCreate(CUstream* stream, unsigned) {
   return CUDA_SUCCESS;
 }
 CUresult cuStreamDestroy(CUstream) { --live; return CUDA_SUCCESS; }
+CUresult cuEventCreate(CUevent* event, unsigned flags) {
+  *event = reinterpret_cast<CUevent>(0x44);
+  ++live;
+  return flags ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
+CUresult cuEventRecord(CUevent event, CUstream) {
+  return event ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+CUresult cuEventSynchronize(CUevent event) {
+  return event && !capturing ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+CUresult cuEventDestroy(CUevent) { --live; return CUDA_SUCCESS; }
 CUresult cuStreamSynchronize(CUstream) {
   return capturing ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }

@@ -218,6 +218,22 @@ def test_large_shared_memory(axpy: cuda.Function) -> None:
         axpy.prepare((1, 1, 1), (32, 1, 1), 10**7, _params(y, x, 1.0))
 
 
+def test_copies_that_nobody_waits_for(axpy: cuda.Function) -> None:
+    """Two are under way while the array changes again; each has what it was begun with."""
+    values = [np.arange(1000, dtype=np.int32) + n for n in range(3)]
+    array = cuda.DeviceArray((1000,), "int32")
+    words = [cuda.HostWords(0, 1000) for _ in range(2)]
+    waits = []
+    for n in range(2):
+        array.copy_from(values[n], waits=False)
+        waits.append(words[n].copy(array))
+    array.copy_from(values[2])
+    assert all(np.array_equal(wait(), values[n]) for n, wait in enumerate(waits))
+    assert np.array_equal(array.to_numpy(), values[2])
+    assert (words[1].take(), words[1].take(), words[1].words[1]) == (1, 0, 2)
+    del array, words, waits
+
+
 def test_graph_replays(axpy: cuda.Function, rng: np.random.Generator) -> None:
     x = rng.standard_normal(100).astype(np.float32)
     xd, yd = cuda.DeviceArray.from_numpy(x), cuda.DeviceArray((100,), "float32")
@@ -289,6 +305,10 @@ def test_device_array(axpy: cuda.Function, rng: np.random.Generator) -> None:
     assert view(bits).dtype == dtypes.bfloat16
     empty = cuda.DeviceArray.from_numpy(np.zeros((0, 3)))
     assert empty.to_numpy().shape == (0, 3)
+    assert held.reshape(-1, 3).shape == (5, 3) and held.reshape(5, 1, -1).shape == (5, 1, 3)
+    for wrong in ((-1, 4), (-1, -1), (0, -1), (3, 4)):
+        with pytest.raises(ArgumentError, match="A103"):
+            held.reshape(*wrong)
     with pytest.raises(ArgumentError, match="A103"):
         held.copy_from(x.T)
     with pytest.raises(ArgumentError, match="A102"):

@@ -61,4 +61,5 @@ class Sequence:
     def _run(self, count: int) -> None:
         start = self.request.computed
         self.last = self.runner.run([Chunk(self.request, start, start + count)])
+        self.last.wait()
         self.request.computed += count

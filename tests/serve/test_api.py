@@ -471,7 +471,8 @@ def test_metrics(served: tuple[str, Any], client: openai.OpenAI):
     answer = client.completions.create(model="tiny", prompt=HELLO, max_tokens=5, n=2)
     assert answer.usage is not None and answer.usage.completion_tokens > 1
     now = value("requests_total"), value("tokens_total")
-    assert now == (before[0] + 2, before[1] + answer.usage.completion_tokens)
+    ends = sum(c.finish_reason == "stop" for c in answer.choices)  # end tokens, no part of answers
+    assert now == (before[0] + 2, before[1] + answer.usage.completion_tokens + ends)
     assert value("requests_running") == value("pages_held") == 0 < value("pages")
 
 

@@ -80,7 +80,7 @@ class Workspace:
         self._partials = words("float32", decode.partial_floats(heads[2], blocks, self.ctas))
         self._counters = words("int32", self.ctas)
         self._indptr = words("int32", max_requests + 1 if max_tokens else 0)
-        self._status = cuda.StatusWord(self.ordinal)
+        self._status = cuda.HostWords(self.ordinal)
         for array in (self._cuts, self._counters):
             cuda.clear(view(array))
         cuda.synchronize(cuda.current_stream(self.ordinal), self.ordinal)

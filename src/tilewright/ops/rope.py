@@ -1,5 +1,5 @@
 """Rotary position embedding, writing keys and values into the pages of a KV cache, and the rows of
-a decode step: position, page and slot of each request's last token, and the next step's lengths.
+a decode step: position, page and slot of each request's next token, and the length with it.
 
 The elements of a head are pairs; pair p of the token at position s rotates by s · base^(-2p/d). The
 elements of a pair are neighbours (`interleaved`), or half a head from each other. Tables of cosines
@@ -24,7 +24,7 @@ from tilewright.sparse.trace import dense, indices, out, update, where
 _SLOTS = {"page": dense("t", "int32"), "slot": dense("t", "int32")}
 
 
-def _program(halves: bool, append: bool) -> Definition:
+def _program(halves: bool, append: bool, dtype: str = "float32") -> Definition:
     """Pair (x0, x1) → (x0 cos − x1 sin, x0 sin + x1 cos); with `append` into the pages K."""
     head = "2 p" if halves else "p 2"
     table, positions = dense("s p", kind="weight"), dense("t", "int32")
@@ -39,7 +39,7 @@ def _program(halves: bool, append: bool) -> Definition:
         sign = where(equal(e, 0), -1.0, 1.0)
         x = X[t, h, *pair] * C[P[t], p] + sign * X[t, h, *partner] * S[P[t], p]
         if not append:
-            return out[t, h, *pair](x)
+            return out.typed(dtype)[t, h, *pair](x)
         return update(K)[page[t], slot[t], h, *pair](x)
 
     name = f"{'append' if append else 'rope'}_{'halves' if halves else 'pairs'}"
@@ -73,19 +73,22 @@ APPEND = append_plain.schedule(by_token)
 
 
 @cache
-def rope_kernel(interleaved: bool, target: str = "cpp") -> Kernel:
-    """X (t, h, p, 2) or (t, h, 2, p), C and S (positions, p), P (t,) → X rotated."""
-    return (ROPE_PAIRS if interleaved else ROPE_HALVES).build(target)
+def rope_kernel(interleaved: bool, target: str = "cpp", dtype: str = "float32") -> Kernel:
+    """X (t, h, p, 2) or (t, h, 2, p), C and S (positions, p), P (t,) → X rotated, in `dtype`."""
+    return _program(not interleaved, False, dtype).schedule(by_token).build(target)
 
 
 @cache
-def rope_append_kernel(interleaved: bool, target: str = "cpp") -> Kernel:
-    """Builds the kernel that rotates keys and writes the key of token t to K[page[t], slot[t]]."""
-    return (APPEND_PAIRS if interleaved else APPEND_HALVES).build(target)
+def rope_append_kernel(interleaved: bool, target: str = "cpp", dtype: str = "float32") -> Kernel:
+    """Builds the kernel that rotates keys and writes that of token t to K[page[t], slot[t]]."""
+    definition = APPEND_PAIRS if interleaved else APPEND_HALVES
+    return definition.typed(K=dtype).build(target)
 
 
-# Writes values to `page[t], slot[t]` of the pages (g, f, h, d).
-append_kernel = cache(APPEND.build)
+@cache
+def append_kernel(target: str = "cpp", dtype: str = "float32") -> Kernel:
+    """Builds the kernel that writes values to `page[t], slot[t]` of the pages (g, f, h, d)."""
+    return APPEND.typed(V=dtype).build(target)
 
 
 def positions_program(page_size: int) -> Definition:
@@ -93,16 +96,11 @@ def positions_program(page_size: int) -> Definition:
 
     def positions(L=dense("t", "int32"), T=dense("t w", "int32")):
         t = indices("t:t")
-        last = L[t] - 1
-        return out[t](last), out[t](T[t, last // page_size]), out[t](last % page_size)
+        page = where(L[t] >= 0, T[t, L[t] // page_size], -1)
+        rows = out[t](where(L[t] >= 0, L[t], 0)), out[t](page), out[t](L[t] % page_size)
+        return *rows, update(L)[t](where(L[t] >= 0, L[t] + 1, L[t]))  # last: the others read L
 
     return program(positions)
-
-
-@program
-def lengthen(L=dense("t", "int32")):
-    t = indices("t:t")
-    return update(L)[t](L[t] + 1)
 
 
 @named_recipe
@@ -112,13 +110,10 @@ def by_request(s: Schedule) -> Schedule:
 
 @cache
 def positions_kernel(page_size: int, target: str = "cpp") -> Kernel:
-    """Lengths L (t,) and page table T (t, w), int32 → position L − 1, its page and its slot, each
-    int32 (t,)."""
+    """Lengths L (t,) and page table T (t, w), int32 → the position L of the next token, its page
+    and its slot, each int32 (t,), and L + 1 in L. A row of a negative length, which fills a batch
+    up, keeps it; its page is -1: what is appended there is not written."""
     return positions_program(page_size).schedule(by_request).build(target)
-
-
-# Adds 1 to lengths (t,), int32, in place.
-lengthen_kernel = cache(lengthen.schedule(by_request).build)
 
 
 @dataclass(frozen=True, slots=True)

@@ -277,7 +277,10 @@ class DeviceArray:
         return copy
 
     def reshape(self, *shape: int) -> DeviceArray:
-        """The same memory under another shape of as many elements. Raises ArgumentError[A103]."""
+        """The same memory under another shape of as many elements; -1 once for what the others
+        leave. Raises ArgumentError[A103]."""
+        rest = math.prod(self.shape) // max(1, math.prod([n for n in shape if n != -1]))
+        shape = tuple(rest if n == -1 else n for n in shape)
         if math.prod(shape) != math.prod(self.shape):
             raise ArgumentError("A103", f"{self.shape} cannot be seen as {shape}")
         view = DeviceArray.__new__(DeviceArray)
@@ -295,8 +298,9 @@ class DeviceArray:
         view.pointer += begin * math.prod(self.shape[1:]) * self.dtype.itemsize
         return view
 
-    def copy_from(self, array: np.ndarray) -> None:
-        """Overwrite with a NumPy array of the same shape and itemsize; done when it returns.
+    def copy_from(self, array: np.ndarray, waits: bool = True) -> None:
+        """Overwrite with a NumPy array of the same shape and itemsize; done when it returns, or
+        else (`waits`) in the order of the stream, until when the caller leaves it as it is.
 
         Raises ArgumentError[A102, A103].
         """
@@ -307,7 +311,7 @@ class DeviceArray:
         if not self.nbytes:
             return
         source = np.ascontiguousarray(array)
-        self._copied("cuMemcpyHtoDAsync_v2", self.pointer, source.ctypes.data)
+        self._copied("cuMemcpyHtoDAsync_v2", self.pointer, source.ctypes.data, waits)
 
     def to_numpy(self) -> np.ndarray:
         """A copy on the host, complete when it returns; bfloat16 and 8-bit floats as their bits."""
@@ -316,11 +320,18 @@ class DeviceArray:
             self._copied("cuMemcpyDtoHAsync_v2", out.ctypes.data, self.pointer)
         return out
 
-    def _copied(self, function: str, to: int, source: int) -> None:
-        """Copy all bytes, in the order of the current stream, and wait for them."""
+    def zero(self) -> None:
+        """Set every byte to 0, in the order of the stream."""
+        if self.nbytes:
+            stream = _active_stream(self.device.ordinal)
+            driver().call("cuMemsetD8Async", self.pointer, 0, self.nbytes, stream)
+
+    def _copied(self, function: str, to: int, source: int, waits: bool = True) -> None:
+        """Copy all bytes, in the order of the current stream, and wait for them (`waits`)."""
         stream = _active_stream(self.device.ordinal)
         driver().call(function, to, source, self.nbytes, stream)
-        driver().call("cuStreamSynchronize", stream)
+        if waits:
+            driver().call("cuStreamSynchronize", stream)
 
     @property
     def nbytes(self) -> int:
@@ -343,31 +354,37 @@ class DeviceArray:
             driver().functions["cuMemFree_v2"](self.pointer)
 
 
-class StatusWord:
-    """One int32 that a GPU writes and the host reads without waiting: pinned, mapped memory, 0 at
-    first. `pointer` is its address on both sides."""
+class HostWords:
+    """`words`: int32 of the host that a GPU reads and writes at the same address, 0 at first."""
 
-    __slots__ = ("_word", "device", "pointer")
-
-    def __init__(self, ordinal: int = 0) -> None:
+    def __init__(self, ordinal: int = 0, count: int = 1) -> None:
         self.pointer = 0
         self.device = device(ordinal)
         self.device.activate()
         portable_and_mapped = 1 | 2
-        self.pointer = driver().returned("cuMemHostAlloc", 64, portable_and_mapped)
-        self._word = ctypes.c_int32.from_address(self.pointer)
-        self._word.value = 0
+        self.pointer = driver().returned("cuMemHostAlloc", 4 * count, portable_and_mapped)
+        self.words = np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(self.pointer))
+        self.words[:] = 0
+        self._copied = driver().returned("cuEventCreate", 0)
 
     def take(self) -> int:
-        """The value, which becomes 0."""
-        value = self._word.value
+        """The first word, which becomes 0."""
+        value = int(self.words[0])
         if value:
-            self._word.value = 0
+            self.words[0] = 0
         return value
+
+    def copy(self, array: DeviceArray) -> Callable[[], np.ndarray]:
+        """Begin to copy an array in the order of the stream; the result waits for the words."""
+        queue, call = _active_stream(array.device.ordinal), driver().call
+        call("cuMemcpyDtoHAsync_v2", self.pointer, array.pointer, array.nbytes, queue)
+        call("cuEventRecord", self._copied, queue)
+        return lambda: call("cuEventSynchronize", self._copied) or self.words
 
     def __del__(self) -> None:
         if getattr(self, "pointer", 0) and not sys.is_finalizing():
             self.device.activate()
+            driver().functions["cuEventDestroy_v2"](self._copied)
             driver().functions["cuMemFreeHost"](self.pointer)
 
 

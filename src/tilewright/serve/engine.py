@@ -29,7 +29,7 @@ from tilewright.serve.policy import SAFETY
 from tilewright.serve.request import Request, Sampling, check_fields, check_tokens, is_count
 from tilewright.serve.runner import Logits, Runner
 from tilewright.serve.sampler import sample
-from tilewright.serve.scheduler import Limits, Scheduler, work_of
+from tilewright.serve.scheduler import PENDING, Batch, Limits, Scheduler, work_of
 from tilewright.serve.tokenizer import AnswerText, load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
 from tilewright.target import Target
@@ -73,7 +73,8 @@ class Options:
 
 
 class Engine:
-    """A model, its scheduler and its runner."""
+    """A model, its scheduler and its runner. `runs_ahead`: a step may be launched before the tokens
+    of the one in front are read."""
 
     def __init__(self, file: ModelFile, target: Target | str, options: Options) -> None:
         self.context, limits = options.resolved(file.config.context)
@@ -83,6 +84,9 @@ class Engine:
         cost = CostModel.load(options.cost, key) if options.cost else CostModel(key=key)
         self.scheduler = Scheduler(limits, cost)
         self.runner = Runner(self.model, limits, self.context)
+        self.runs_ahead = self.model.target.is_cuda
+        self._flight: tuple[Batch, Logits] | None = None  # a step whose tokens are not read
+        self._began = 0.0  # when it was launched, or the tokens in front were read, seconds
         self._ids = itertools.count()
         self.best_effort = 0  # promises that were dropped
 
@@ -127,17 +131,45 @@ class Engine:
         self.scheduler.finish(request, "cancel")
 
     def step(self) -> list[Request]:
-        """Runs one step. Returns the requests that got a token or ended."""
-        batch = self.scheduler.schedule(time.perf_counter())
-        if not batch.chunks:
-            return []
-        began = time.perf_counter()
-        logits = self.runner.run(batch.chunks)
-        now = time.perf_counter()
-        ready = self.scheduler.commit(batch, now)
-        self.scheduler.model = self.scheduler.model.corrected(work_of(batch.chunks), now - began)
-        for i, request in enumerate(ready):
-            self._answer(request, logits, i, now)
+        """Runs one step. Returns the requests that got a token or ended.
+
+        On a GPU the next step, if it has the same requests, is launched before the tokens of this
+        one are read: they are where it needs them. Behind one that ends an answer a token is then
+        computed in vain."""
+        if self._flight is None:
+            self._began = time.perf_counter()
+            batch = self.scheduler.schedule(self._began)
+            if not batch.chunks:
+                return []
+            self._flight = batch, self.runner.run(batch.chunks)
+        (batch, logits), self._flight = self._flight, None
+        chunks = [c for c in batch.chunks if not c.is_prompt and c.wants_token]
+        leads = self.runs_ahead and len(chunks) == len(batch.chunks)
+        leads = leads and all(c.request.sampling.is_plain_greedy for c in chunks)
+        if not leads:
+            logits.wait()
+        ready = self.scheduler.commit(batch, time.perf_counter())
+        try:
+            for request in ready:
+                request.tokens.append(PENDING)
+            if leads:
+                behind = self.scheduler.schedule(time.perf_counter())
+                if [c.request for c in behind.chunks] == logits.requests:
+                    self._flight = behind, self.runner.run(behind.chunks)
+            logits.wait()
+            began, self._began = self._began, time.perf_counter()
+            if ready or not leads:  # else all were cancelled, perhaps long ago
+                work, model = work_of(batch.chunks), self.scheduler.model
+                self.scheduler.model = model.corrected(work, self._began - began)
+            for i, request in enumerate(logits.requests):
+                if not request.finish:  # not cancelled since
+                    request.tokens.pop()  # PENDING
+                    self._answer(request, logits, i, self._began)
+        finally:
+            for request in ready:  # an exception: the last token is read again
+                if request.tokens[-1] == PENDING:
+                    request.tokens.pop()
+                    self._flight = None
         return ready
 
     def counts(self) -> dict[str, int]:

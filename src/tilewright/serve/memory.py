@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 
 from tilewright import dtypes
+from tilewright.runtime.cuda import DeviceArray, HostWords
 from tilewright.target import Target
 
 
@@ -18,30 +23,29 @@ class Memory:
 
     def empty(self, *shape: int, dtype: str = "float32") -> Any:
         """A new array, not initialised."""
-        if not self.on_cuda:
-            return np.empty(shape, dtypes.dtype(dtype).numpy)
-        from tilewright.runtime.cuda import DeviceArray
-
-        return DeviceArray(shape, dtype)
+        kind = dtypes.dtype(dtype)
+        return DeviceArray(shape, kind) if self.on_cuda else np.empty(shape, kind.numpy)
 
     def put(self, array: np.ndarray, dtype: str | None = None) -> Any:
         """The array in memory of the target: itself on the CPU, a copy on a GPU."""
-        if not self.on_cuda:
-            return array
-        from tilewright.runtime.cuda import DeviceArray
+        copy = DeviceArray.from_numpy
+        return copy(np.ascontiguousarray(array), dtype) if self.on_cuda else array
 
-        return DeviceArray.from_numpy(np.ascontiguousarray(array), dtype)
-
-    def write(self, array: Any, values: Any) -> None:
-        """Overwrites an array of the target."""
+    def write(self, array: Any, values: Any, waits: bool = True) -> None:
+        """Overwrites an array of the target. `waits`: as in `DeviceArray.copy_from`."""
         if isinstance(array, np.ndarray):
             array[...] = values
         else:
-            array.copy_from(np.broadcast_to(np.asarray(values, array.dtype.numpy), array.shape))
+            values = np.asarray(values, array.dtype.numpy)
+            array.copy_from(np.broadcast_to(values, array.shape), waits=waits)
 
-    def read(self, array: Any) -> np.ndarray:
-        """The contents on the host."""
-        return array if isinstance(array, np.ndarray) else array.to_numpy()
+    def readback(self, array: Any) -> Callable[[], Callable[[], np.ndarray]]:
+        """A function that begins to read an int32 array, and returns one that waits for the values.
+        Two may be waited for."""
+        if not self.on_cuda:
+            return lambda: partial(np.array, array.copy())
+        copies = cycle([HostWords(0, math.prod(array.shape)) for _ in range(2)])
+        return lambda: next(copies).copy(array)
 
     def rows(self, array: Any, begin: int, end: int) -> Any:
         """Rows begin … end-1 of the first dimension, in place."""

@@ -1,57 +1,67 @@
 """The runner: one step of a batch through the model.
 
-The rows of all chunks are packed one after the other, answers first. A step of answers alone, one
-row each, is recorded once for each number of requests and then replayed as one native call. It
-computes positions, pages and slots from the lengths in memory of the target, reads the tokens that
-the step before has put there, and adds 1 to the lengths: the host writes what it wants otherwise.
+Answers, one row each, are a step that is recorded once for each number of requests and then
+replayed as one native call. It computes positions, pages and slots from the lengths in memory of
+the target, adds 1 to these, and reads the tokens that the step before has put there: the host
+writes what it wants otherwise. Prompts follow, the rows of all chunks packed one after the other.
 
 The bits of a row depend on its own request only, and not on how its prompt is cut into chunks:
 linear layers read rows of answers and of prompts by different kernels, each of which computes a row
 alone; attention has a kernel for one query and one for several, and a prompt never takes the first:
 its chunk is read with a row more where a work item would have one query. Keys are divided as if
-every answer were as long as the context, and every prompt short.
+every answer were as long as the context, and every prompt short. (On GPUs this holds for answers;
+rows of a prompt may differ in last bits where it is cut otherwise.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import call
 from typing import Any
 
 import numpy as np
 
+from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
-from tilewright.attention.plan import CHUNK_TILES, KEY_TILE
+from tilewright.attention.plan import CHUNK_TILES, KEY_TILE, Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
 from tilewright.ops.embedding import embedding_kernel
-from tilewright.ops.rope import lengthen_kernel, positions_kernel
+from tilewright.ops.rope import positions_kernel
 from tilewright.runtime.step import Step
+from tilewright.runtime.transfer import to_host
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows
-from tilewright.serve.scheduler import Chunk, Limits
+from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
 FEW = 8  # rows from which the kernel of many rows is the faster one
 
 
 class Logits:
-    """What a step computed for the requests that want a token, in the order of the chunks."""
+    """What a step computes for `requests`, those that want a token. On a GPU it may still be under
+    way: `wait` before anything is read."""
 
-    def __init__(self, runner: Runner, rows: list[int]) -> None:
-        self._memory, self._logits, self._rows = runner.model.memory, runner.last["logits"], rows
-        self._cap = np.float32(runner.model.config.logit_cap)  # which the order does not depend on
-        runner.tokens[:] = self._memory.read(runner.last["token"])
-        self.likeliest = [int(runner.tokens[n]) for n in rows]
+    def __init__(self, runner: Runner, chunks: Sequence[Chunk], rows: list[int]) -> None:
+        self._runner, self._rows = runner, rows
+        self.requests = [c.request for c in chunks if c.wants_token]
+        self._tokens = runner.read_tokens()
+
+    def wait(self) -> None:
+        """Returns when the step has ended; `likeliest` are the tokens of the largest logits."""
+        self.likeliest: list[int] = self._tokens()[self._rows].tolist()
 
     def row(self, i: int) -> np.ndarray:
         """The logits of request i, float32 (vocab,); valid until the next step."""
-        n = self._rows[i]
-        row = self._memory.read(self._memory.rows(self._logits, n, n + 1))[0]
-        return self._cap * np.tanh(row / self._cap) if self._cap else row
+        n, model = self._rows[i], self._runner.model
+        row = to_host(model.memory.rows(self._runner.last["logits"], n, n + 1))[0]
+        cap = np.float32(model.config.logit_cap)  # which the order does not depend on
+        return cap * np.tanh(row / cap) if cap else row
 
 
 class Runner:
-    """A model with the memory of its batches: activations, page tables and the KV cache.
+    """A model with the memory of its batches: activations, page tables and the KV cache, which is
+    float32 on CPUs and bfloat16 on GPUs.
 
     `context`: the longest sequence. With `limits.invariant` a batch of many answers takes the
     kernel of one row too, which is slower and keeps the bits of each.
@@ -59,49 +69,61 @@ class Runner:
 
     def __init__(self, model: Llama, limits: Limits, context: int) -> None:
         self.model, self.invariant = model, limits.invariant
-        new, most, config = model.memory.empty, limits.running, model.config
+        new, put, config = model.memory.empty, model.memory.put, model.config
+        most = limits.running + 8  # rows may fill a step up
         shape = (limits.pages, PAGE_SIZE, config.kv_heads, config.head_dim)
-        self.keys, self.values = ([new(*shape) for _ in range(config.layers)] for _ in range(2))
+        self.keys, self.values = (
+            [new(*shape, dtype=model.kv_dtype) for _ in range(config.layers)] for _ in range(2)
+        )
+        self.pools = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
         tokens = limits.step_tokens + most  # a row more for each chunk
         self.width = context // PAGE_SIZE + 1
-        self.activations = {k: new(tokens, w) for k, w in model.widths.items()}
-        self.last = {"x": new(most, config.dim), "normed": new(most, config.dim)}
-        self.last["logits"] = new(most, config.vocab)
+        kinds, widths = {"rotated": model.kv_dtype}, model.widths.items()
+        self.activations = {k: new(tokens, w, dtype=kinds.get(k, "float32")) for k, w in widths}
+        widths = {"x": config.dim, "normed": config.dim, "logits": config.vocab}
+        self.last = {name: new(most, width) for name, width in widths.items()}
         self.last["token"] = new(most, dtype="int32")
-        self.ints = new(4 * _aligned(tokens), dtype="int32")
-        self.picked = new(most, dtype="int32")
-        self.kv_len = model.memory.put(np.zeros(most, np.int32))
-        self.plan_len = model.memory.put(np.zeros(most, np.int32))
+        self.ints = [new(tokens, dtype="int32") for _ in range(4)]  # of `Rows`
+        self.kv_len = put(np.zeros(most, np.int32))
+        # Keys are divided as if every answer were as long as the context, and every prompt short.
+        longest, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * KEY_TILE
+        self.longest = put(np.full(most, longest, np.int32))
+        self.short = put(np.full(most, min(short, longest), np.int32))
         self.table = np.zeros((most, self.width), np.int32)
-        self.block_table = model.memory.put(self.table.copy())
-        self._written: list[list[int]] = [[] for _ in range(most)]
-        # What memory of the target holds: tokens of `last`, and `kv_len`.
-        self.tokens, self._lengths = np.zeros(most, np.int32), np.zeros(most, np.int32)
-        model.memory.write(self.last["token"], self.tokens)
-        self._views: dict[int, tuple[list[KV], KV]] = {}
+        self.block_table = put(self.table.copy())
+        self._lengths = np.zeros(most, np.int32)  # what memory of the target holds as `kv_len`
+        self.attentions = {layer.attention for layer in model.layers}
+        self.read_tokens = model.memory.readback(self.last["token"])
+        self._views: dict[tuple[int, int], list[KV]] = {}
         self._steps: dict[int, Step] = {}
-        one = model.layers[0].attention.plan(np.array([0, 1], np.int32), self._kv(1)[1])
-        self._qo_tile = one.qo_tile  # of every layer
+        self._qo_tile = self._answer_plans(1)[model.layers[0].attention].qo_tile  # of every layer
 
     def run(self, chunks: Sequence[Chunk]) -> Logits:
         """Reads the tokens of the chunks, those of answers first, and computes the logits of the
-        requests that want a token."""
-        stops = [c.stop + self._needs_row(c) for c in chunks]
-        self._write_table(chunks)
-        self._write_first(self.kv_len, self._lengths, stops)
-        wanting = [i for i, c in enumerate(chunks) if c.wants_token]
-        if not any(c.is_prompt for c in chunks):
-            step = self._steps.get(len(chunks))
-            if step is None:
-                step = self._steps[len(chunks)] = self._record(len(chunks))
-            tokens = [c.request.tokens[c.start] for c in chunks]
-            self._write_first(self.last["token"], self.tokens, tokens)
-            step()
-            self._lengths[: len(chunks)] += 1
-            return Logits(self, wanting)
-        self._write(chunks, stops)
-        self._mixed(chunks, stops, wanting)
-        return Logits(self, list(range(len(wanting))))
+        requests that want a token. A step of answers alone may read tokens that the step before
+        computes, PENDING on the host, if it has the same requests."""
+        answers = [c for c in chunks if not c.is_prompt]
+        prompts, rows = chunks[len(answers) :], len(answers)
+        if rows > 8 and self.model.memory.on_cuda:  # filled up with rows of a negative length
+            rows = -(-rows // 8) * 8
+        stops = [c.stop + self._needs_row(c) for c in prompts]
+        lengths = [c.start for c in answers] + [-1] * (rows - len(answers)) + stops
+        if self._lengths[: len(lengths)].tolist() != lengths:
+            self._lengths[: len(lengths)] = lengths
+            self._write_ints(self.kv_len, lengths)
+        self._write_table([*range(len(answers)), *range(rows, rows + len(prompts))], chunks)
+        if answers:
+            if rows not in self._steps:
+                self._steps[rows] = self._record(rows)
+            tokens = [c.request.tokens[c.start] for c in answers]
+            if PENDING not in tokens:
+                self._write_ints(self.last["token"], tokens)
+            self._steps[rows]()
+            self._lengths[: len(answers)] += 1
+        wanting = [i for i, c in enumerate(answers) if c.wants_token]
+        if prompts:
+            wanting += self._read_prompts(prompts, stops, rows)
+        return Logits(self, chunks, wanting)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -110,113 +132,104 @@ class Runner:
         is read as token 0; nobody sees its result, and its key is overwritten by the next token."""
         return chunk.is_prompt and (chunk.stop - chunk.start) % self._qo_tile == 1
 
-    def _write_table(self, chunks: Sequence[Chunk]) -> None:
+    def _write_table(self, rows: Sequence[int], chunks: Sequence[Chunk]) -> None:
         """The rows of the page table that have changed, to memory of the target."""
         memory = self.model.memory
-        for i, chunk in enumerate(chunks):
-            pages = chunk.request.pages
-            if self._written[i] != pages:
-                self._written[i] = list(pages)
-                self.table[i, : len(pages)] = pages
-                memory.write(memory.rows(self.block_table, i, i + 1), self.table[i : i + 1])
+        for i, chunk in zip(rows, chunks, strict=True):
+            held = self.table[i, : len(chunk.request.pages)]
+            if held.tolist() != chunk.request.pages:
+                held[:] = chunk.request.pages
+                row = memory.rows(self.block_table, i, i + 1)
+                # Until it is copied pages are added at most: other requests wait for the tokens.
+                memory.write(row, self.table[i : i + 1], waits=False)
 
-    def _write_first(self, array: Any, held: np.ndarray, values: list[int]) -> None:
-        """The first values of an array in memory of the target, where it holds other ones."""
-        if held[: len(values)].tolist() != values:
-            held[: len(values)] = values
-            memory = self.model.memory
-            memory.write(memory.rows(array, 0, len(values)), held[: len(values)])
+    def _write_ints(self, array: Any, values: Sequence[int]) -> None:
+        """The first values of an int32 array in memory of the target."""
+        memory = self.model.memory
+        memory.write(memory.rows(array, 0, len(values)), np.asarray(values, np.int32))
 
     def _write(self, chunks: Sequence[Chunk], stops: list[int]) -> None:
         """Tokens up to `stops`, their positions, pages and slots, to memory of the target."""
-        memory = self.model.memory
-        ids: list[int] = []
-        position: list[int] = []
-        page: list[int] = []
+        rows: list[tuple[int, ...]] = []
         for chunk, stop in zip(chunks, stops, strict=True):
-            pages = chunk.request.pages
-            ids += chunk.request.tokens[chunk.start : chunk.stop] + [0] * (stop - chunk.stop)
-            position += range(chunk.start, stop)
-            page += [pages[n // PAGE_SIZE] for n in range(chunk.start, stop)]
-        packed = np.zeros((4, _aligned(len(ids))), np.int32)
-        packed[:, : len(ids)] = ids, position, page, [n % PAGE_SIZE for n in position]
-        memory.write(memory.rows(self.ints, 0, packed.size), packed.reshape(-1))
+            tokens, pages = [*chunk.request.tokens[: chunk.stop], 0], chunk.request.pages
+            at = range(chunk.start, stop)
+            rows += [(tokens[n], n, pages[n // PAGE_SIZE], n % PAGE_SIZE) for n in at]
+        for array, column in zip(self.ints, zip(*rows, strict=True), strict=True):
+            self._write_ints(array, column)
 
-    def _rows(self, tokens: int, single: int) -> Rows:
+    def _rows(self, tokens: int, few: bool) -> Rows:
         rows = self.model.memory.rows
-        begins = [i * _aligned(tokens) for i in range(4)]
-        ids, position, page, slot = (rows(self.ints, n, n + tokens) for n in begins)
+        ids, position, page, slot = (rows(array, 0, tokens) for array in self.ints)
         activations = {k: rows(a, 0, tokens) for k, a in self.activations.items()}
-        return Rows(tokens, single, ids, position, page, slot, activations)
+        return Rows(tokens, few, ids, position, page, slot, activations)
 
-    def _single(self, rows: int) -> int:
-        """How many of `rows` rows of answers take the kernel of one row."""
-        return rows if self.invariant or rows < FEW else 0
+    def _kv(self, begin: int, end: int) -> list[KV]:
+        """The KV of each layer for requests begin … end-1."""
+        if (begin, end) not in self._views:
+            table = self._table(self.kv_len, begin, end)
+            self._views[begin, end] = [KV(table, pool) for pool in self.pools]
+        return self._views[begin, end]
 
-    def _kv(self, requests: int) -> tuple[list[KV], KV]:
-        """The KV of each layer for a number of requests, and the one to plan with."""
-        if requests not in self._views:
-            rows = self.model.memory.rows
-            pages = rows(self.block_table, 0, requests)
-            table = Table(rows(self.kv_len, 0, requests), pages)
-            plan = Table(rows(self.plan_len, 0, requests), pages)
-            pools = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
-            self._views[requests] = [KV(table, pool) for pool in pools], KV(plan, pools[0])
-        return self._views[requests]
+    def _table(self, lengths: Any, begin: int, end: int) -> Table:
+        rows = self.model.memory.rows
+        return Table(rows(lengths, begin, end), rows(self.block_table, begin, end))
 
-    def _mixed(self, chunks: Sequence[Chunk], stops: list[int], wanting: list[int]) -> None:
-        """Any chunks, call by call."""
-        model, memory = self.model, self.model.memory
-        starts = np.array([c.start for c in chunks], np.int32)
-        indptr = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int32)
-        views, to_plan = self._kv(len(chunks))
-        capacity, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * KEY_TILE
-        lengths = [min(c.stop, short) if c.is_prompt else capacity for c in chunks]
-        memory.write(memory.rows(self.plan_len, 0, len(chunks)), np.array(lengths, np.int32))
-        plans = {x: x.plan(indptr, to_plan) for x in {layer.attention for layer in model.layers}}
+    def _answer_plans(self, requests: int) -> dict[Attention, Plan]:
+        """The plan of each attention for the first requests, which have one query each. On a GPU
+        `share` SMs for each KV head cut the keys at equal places for any number of requests."""
+        to_plan = KV(self._table(self.longest, 0, requests), self.pools[0])
+        heads, most = self.model.config.kv_heads, len(self.table)
+        share = max(1, min(8, 1024 // (heads * most)))  # partial results of more take much memory
+        workers = requests * heads * share if self.model.memory.on_cuda else None
+        indptr = np.arange(requests + 1)
+        return {x: x.plan(indptr, to_plan, workers=workers) for x in self.attentions}
 
-        def do(kernel: Any, *args: Any, out: Any = None) -> None:
-            kernel(*args, out=out)
+    def _read_prompts(self, chunks: Sequence[Chunk], stops: list[int], first: int) -> list[int]:
+        """Reads prompts, whose page tables are in rows from `first` on, call by call. The rows of
+        the logits of those that want a token, from `first` on too."""
+        model, rows = self.model, self.model.memory.rows
+        sizes = [stop - c.start for c, stop in zip(chunks, stops, strict=True)]
+        indptr = np.cumsum([0, *sizes], dtype=np.int32)
+        views = self._kv(first, first + len(chunks))
+        to_plan = KV(self._table(self.short, first, first + len(chunks)), self.pools[0])
+        plans = {x: x.plan(indptr, to_plan) for x in self.attentions}
 
         def attend(layer: int, q: Any, out: Any) -> None:
             attention = model.layers[layer].attention
             attention.run(q, views[layer], plans[attention], out=out)
 
-        b = self._rows(int(indptr[-1]), self._single(sum(not c.is_prompt for c in chunks)))
-        model.forward(b, (self.keys, self.values), attend, do)
-        if wanting:
-            count = len(wanting)
-            last = {name: memory.rows(a, 0, count) for name, a in self.last.items()}
-            picked = memory.rows(self.picked, 0, count)
-            ends = [indptr[i] + chunks[i].stop - starts[i] for i in wanting]
-            memory.write(picked, np.array(ends, np.int32) - 1)
-            do(embedding_kernel("f32", model.name), picked, b.a["x"], out=last["x"])
-            model.finish(last, self._single(count), do)
+        self._write(chunks, stops)
+        b = self._rows(int(indptr[-1]), few=False)
+        model.forward(b, (self.keys, self.values), attend, do=call)
+        ends = [indptr[i] + c.stop - c.start - 1 for i, c in enumerate(chunks) if c.wants_token]
+        if ends:
+            last = {name: rows(a, first, first + len(ends)) for name, a in self.last.items()}
+            self._write_ints(self.ints[0], ends)
+            picked = rows(self.ints[0], 0, len(ends))
+            embedding_kernel("f32", model.name)(picked, b.a["x"], out=last["x"])
+            model.finish(last, self.invariant or len(ends) < FEW, do=call)
+        return list(range(first, first + len(ends)))
 
     def _record(self, requests: int) -> Step:
         """The step of one row of each of some answers."""
         bounds: list[Any] = []
         model, rows = self.model, self.model.memory.rows
-        views, _ = self._kv(requests)
+        views, plans = self._kv(0, requests), self._answer_plans(requests)
 
         def do(kernel: Any, *args: Any, out: Any = None) -> None:
             bounds.append(kernel.bind(*args, out=out))
 
         def attend(layer: int, q: Any, out: Any) -> None:
-            bounds.append(model.layers[layer].attention.bind(q, views[layer], out))
+            attention = model.layers[layer].attention
+            bounds.append(attention.bind(q, views[layer], out, plan=plans[attention]))
 
-        b = self._rows(requests, self._single(requests))
+        b = self._rows(requests, few=self.invariant or requests < FEW)
         last = {name: rows(self.last[name], 0, requests) for name in ("logits", "token")}
         lengths, table = (rows(x, 0, requests) for x in (self.kv_len, self.block_table))
         positions = positions_kernel(PAGE_SIZE, model.name)
         do(positions, lengths, table, out=(b.position, b.page, b.slot))
         b = replace(b, ids=last["token"])
         model.forward(b, (self.keys, self.values), attend, do)
-        model.finish({**b.a, **last}, b.single, do)
-        do(lengthen_kernel(model.name), lengths)
+        model.finish({**b.a, **last}, b.few, do)
         return Step(bounds)
-
-
-def _aligned(tokens: int) -> int:
-    """A number of int32 values that keeps what follows them aligned to 64 bytes."""
-    return -(-tokens // 16) * 16

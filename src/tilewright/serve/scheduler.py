@@ -29,6 +29,7 @@ from tilewright.serve.prefix import PrefixTree
 from tilewright.serve.request import Request
 
 PATIENCE = 256  # steps
+PENDING = -1  # in place of a token that a GPU has chosen and the host has not read
 WINDOW = 64  # waiting requests that the policy sees, the best by rank and arrival
 
 
@@ -152,7 +153,8 @@ class Scheduler:
     def commit(self, batch: Batch, now: float = 0.0) -> list[Request]:
         """Notes that a step was run, until `now` seconds. Returns the requests that want their next
         token, in the order of the chunks."""
-        for chunk in batch.chunks:
+        chunks = [c for c in batch.chunks if not c.request.finish]  # not cancelled meanwhile
+        for chunk in chunks:
             request = chunk.request
             request.computed, request.since = chunk.stop, batch.step
             if self.limits.share:
@@ -160,7 +162,7 @@ class Scheduler:
             if chunk.wants_token:
                 self.late += now > request.due
                 request.due = now + request.gap
-        return [c.request for c in batch.chunks if c.wants_token]
+        return [c.request for c in chunks if c.wants_token]
 
     def state(self, now: float) -> State:
         """What the policy sees. Of those that wait the best, by rank and arrival."""

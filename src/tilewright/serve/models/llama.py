@@ -39,7 +39,7 @@ from tilewright.serve.memory import Memory
 from tilewright.serve.weights import ModelFile, Weight, dequantize
 from tilewright.target import Target, target
 
-Do = Callable[..., None]
+Do = Callable[..., Any]
 """`do(kernel, *args, out=…)` runs one call, or binds it for a recorded step."""
 
 
@@ -53,10 +53,6 @@ class Linear:
     cols: int
     interleaved: bool
     bias: tuple[Any, ...] = ()
-
-    def is_stored_like(self, other: Linear) -> bool:
-        """Whether one kernel can take both weights."""
-        return (self.kind, self.rows, self.cols) == (other.kind, other.rows, other.cols)
 
     def as_written(self, out: Any) -> Any:
         """Views an array (t, rows) in the shape of the kernel's output."""
@@ -83,13 +79,13 @@ class Layer:
 class Rows:
     """The packed rows of a step: where the model reads tokens and writes activations.
 
-    `single`: the first rows, whose linear layers take the kernel of one row; the others take that
-    of many rows. Each of the two kernels gives a row the same bits for any number of rows.
+    `few`: linear layers take the kernel of one row, not that of many rows. Each of the two gives a
+    row the same bits for any number of rows.
     `ids`, `position`, `page`, `slot`: int32 (tokens,). `a`: the arrays of `Llama.widths`.
     """
 
     tokens: int
-    single: int
+    few: bool
     ids: Any
     position: Any
     page: Any
@@ -98,12 +94,10 @@ class Rows:
 
 
 class LayerInput(NamedTuple):
-    """The input of linear layers: `x`, whose first `raw_rows` rows are not filled. For these the
-    layers read `raw`, and compute its RMSNorm themselves, with `norm` (weight, epsilon)."""
+    """The rows that linear layers read: `x`, or its RMSNorm, which the layers compute themselves,
+    where there is a `norm` (weight, epsilon)."""
 
     x: Any
-    raw: Any = None
-    raw_rows: int = 0
     norm: tuple[Any, ...] = ()
 
 
@@ -116,6 +110,7 @@ class Llama:
     def __init__(self, file: ModelFile, where: Target | str, positions: int) -> None:
         self.target = target(where)
         self.name = str(self.target)
+        self.kv_dtype = "bfloat16" if self.target.is_cuda else "float32"
         self.file, self.config = file, file.config
         self.memory = Memory(self.target)
         tied = self.config.tied_embedding
@@ -205,8 +200,9 @@ class Llama:
         out)` is the attention of a layer."""
         c, name, t, a = self.config, self.name, b.tokens, b.a
         x, y = a["x"], a["y"]
-        rope, rope_append = (f(c.rope_interleaved, name) for f in (rope_kernel, rope_append_kernel))
-        append = append_kernel(name)
+        rotations = rope_kernel, rope_append_kernel
+        rope, rope_append = (f(c.rope_interleaved, name, self.kv_dtype) for f in rotations)
+        append = append_kernel(name, self.kv_dtype)
         embedded = y if c.scaled_embedding else x
         if self.table_kind not in STORED:
             embedded = embedded.reshape(t, c.dim // 32, 2, 16)  # as the kernel writes it
@@ -215,9 +211,9 @@ class Llama:
             do(scaled_kernel(name), y, c.dim**0.5, out=x)
         for i, layer in enumerate(self.layers):
             angles = (*layer.angles, b.position)
-            normed = self._normed(x, layer.norms["attn_norm"], a, b.single, do)
+            normed = self._normed(x, layer.norms["attn_norm"], a, b.few, do)
             for w, out in ((layer.q, a["q"]), (layer.k, a["k"]), (layer.v, a["v"])):
-                self.linear(w, normed, out, b.single, do)
+                self.linear(w, normed, out, b.few, do)
             q, k = a["q"], a["k"]
             if c.qk_norm:
                 q, k = self._heads_normed(layer, a, do)
@@ -229,8 +225,8 @@ class Llama:
             heads = (t, c.qo_heads, c.head_dim)
             attend(i, a["rotated"].reshape(*heads), a["attended"].reshape(*heads))
             self._added(layer, "attn", a["attended"], (y, x), b, do)
-            normed = self._normed(y, layer.norms["ffn_norm"], a, b.single, do)
-            self._gated(layer, normed, a, b.single, do)
+            normed = self._normed(y, layer.norms["ffn_norm"], a, b.few, do)
+            self._gated(layer, normed, a, b.few, do)
             self._added(layer, "ffn", a["mixed"], (x, y), b, do)
 
     def _heads_normed(self, layer: Layer, a: dict[str, Any], do: Do) -> tuple[Any, Any]:
@@ -246,58 +242,49 @@ class Llama:
         is normalised first where the model has such norms."""
         w, (out, residual) = layer.o if part == "attn" else layer.down, y
         if not self.config.post_norms:
-            return self.linear(w, LayerInput(x), out, b.single, do, residual=residual)
-        self.linear(w, LayerInput(x), b.a["normed"], b.single, do)
+            return self.linear(w, LayerInput(x), out, b.few, do, residual=residual)
+        self.linear(w, LayerInput(x), b.a["normed"], b.few, do)
         norm, eps = layer.norms[f"{part}_post_norm"], self.config.rms_eps
         return do(rmsnorm_add_kernel(self.name), b.a["normed"], norm, eps, residual, out=out)
 
-    def _normed(self, x: Any, norm: Any, a: dict[str, Any], single: int, do: Do) -> LayerInput:
-        """The RMSNorm of x. On GPUs the layers compute that of the first `single` rows themselves:
-        no launch for it, and more arithmetic, which shows where there are many rows."""
-        fused = self.target.is_cuda and not self.config.qkv_bias
-        raw_rows, rows = single if fused else 0, self.memory.rows
-        count, eps = x.shape[0], self.config.rms_eps
-        if raw_rows < count:
-            out = rows(a["normed"], raw_rows, count)
-            do(rmsnorm_kernel(self.name), rows(x, raw_rows, count), norm, eps, out=out)
-        return LayerInput(a["normed"], x, raw_rows, (norm, eps))
+    def _normed(self, x: Any, norm: Any, a: dict[str, Any], few: bool, do: Do) -> LayerInput:
+        """The RMSNorm of x. On GPUs the layers compute that of few rows themselves: no launch for
+        it, and more arithmetic, which shows where there are many rows."""
+        weight = norm, self.config.rms_eps
+        if few and self.target.is_cuda and not self.config.qkv_bias:
+            return LayerInput(x, weight)
+        do(rmsnorm_kernel(self.name), x, *weight, out=a["normed"])
+        return LayerInput(a["normed"])
 
-    def _gated(self, layer: Layer, x: LayerInput, a: dict[str, Any], single: int, do: Do) -> None:
+    def _gated(self, layer: Layer, x: LayerInput, a: dict[str, Any], few: bool, do: Do) -> None:
         """mixed = SiLU(x Gᵀ) · (x Uᵀ): one kernel where both weights are stored alike; or GELU."""
-        if layer.gate.is_stored_like(layer.up) and not self.config.gelu:
-            self.linear(layer.gate, x, a["mixed"], single, do, up=layer.up)
+        if layer.gate.kind == layer.up.kind and not self.config.gelu:
+            self.linear(layer.gate, x, a["mixed"], few, do, up=layer.up)
             return
-        self.linear(layer.gate, x, a["gate"], single, do)
-        self.linear(layer.up, x, a["up"], single, do)
+        self.linear(layer.gate, x, a["gate"], few, do)
+        self.linear(layer.up, x, a["up"], few, do)
         activation = gelu_mul_kernel if self.config.gelu else silu_mul_kernel
         do(activation(self.name), a["gate"], a["up"], out=a["mixed"])
 
     def linear(
-        self, w: Linear, x: LayerInput, out: Any, single: int, do: Do, *,
+        self, w: Linear, x: LayerInput, out: Any, few: bool, do: Do, *,
         residual: Any = None, up: Linear | None = None,
     ) -> None:  # fmt: skip
-        """out = x Wᵀ, or residual + x Wᵀ, or SiLU(x Wᵀ) · (x Uᵀ): the first `single` rows by the
-        kernel of one row, the rest by the other. GPUs have the same kernel for both but for
-        rows whose norm is computed here."""
-        rows, count = self.memory.rows, x.x.shape[0]
-        single = x.raw_rows if self.target.is_cuda else single
-        for begin, end, many in ((0, single, False), (single, count, True)):
-            if begin < end:
-                array, norm = (x.raw, x.norm) if begin < x.raw_rows else (x.x, ())
-                plain: After = "bias" if w.bias else ""
-                after: After = "gate" if up else plain if residual is None else "residual"
-                if norm:
-                    after = "norm_gate" if up else "norm"
-                more = up.arrays if up else w.bias
-                if residual is not None:
-                    more = (w.as_written(rows(residual, begin, end)),)
-                shape = w.rows, w.cols
-                kernel = linear_kernel(self.name, w.kind, many, *shape, w.interleaved, after)
-                piece = w.as_written(rows(out, begin, end))
-                do(kernel, rows(array, begin, end), *w.arrays, *norm, *more, out=piece)
+        """out = x Wᵀ, or residual + x Wᵀ, or SiLU(x Wᵀ) · (x Uᵀ). GPUs have one kernel for few rows
+        and many."""
+        plain: After = "bias" if w.bias else ""
+        after: After = "gate" if up else plain if residual is None else "residual"
+        if x.norm:
+            after = "norm_gate" if up else "norm"
+        more = up.arrays if up else w.bias
+        if residual is not None:
+            more = (w.as_written(residual),)
+        many, shape = self.target.is_cuda or not few, (w.rows, w.cols)
+        kernel = linear_kernel(self.name, w.kind, many, *shape, w.interleaved, after)
+        do(kernel, x.x, *w.arrays, *x.norm, *more, out=w.as_written(out))
 
-    def finish(self, a: dict[str, Any], single: int, do: Do) -> None:
+    def finish(self, a: dict[str, Any], few: bool, do: Do) -> None:
         """The `logits` of the rows of `x`, and the `token` of the largest of each."""
-        normed = self._normed(a["x"], self.norm, a, single, do)
-        self.linear(self.head, normed, a["logits"], single, do)
+        normed = self._normed(a["x"], self.norm, a, few, do)
+        self.linear(self.head, normed, a["logits"], few, do)
         do(argmax_kernel(self.name), a["logits"], out=a["token"])

@@ -1,0 +1,212 @@
+"""Steps that are launched before the tokens of the step in front are read.
+
+The runner of the CPU runs a step at once; `Late` keeps its tokens back until they are asked for,
+as a GPU does, and checks that the engine asks in order and never reads a token it has not got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tilewright.serve.engine import Engine, Options
+from tilewright.serve.request import Request, Sampling
+from tilewright.serve.scheduler import PENDING, Chunk
+from tilewright.serve.weights import ModelFile, open_model
+
+
+@pytest.fixture(scope="module")
+def tiny(runnable_path: Path) -> ModelFile:
+    return open_model(runnable_path)
+
+
+class Late:
+    """Runs steps, and counts those that were launched while one in front had not been read."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.run_now, self.unread, self.ahead, self.launched = engine.runner.run, 0, 0, 0
+        self.rows: list[list[Request]] = []
+        engine.runner.run = self.run
+        engine.runs_ahead = True
+
+    def run(self, chunks: Sequence[Chunk]) -> Any:
+        pending = [c.request.tokens[c.start] == PENDING for c in chunks]
+        assert all(pending) or not any(pending)
+        if any(pending):
+            assert [c.request for c in chunks] == self.rows[-1] and self.unread == 1
+        else:
+            assert self.unread == 0
+            for c in chunks:
+                assert PENDING not in c.request.tokens
+        self.rows.append([c.request for c in chunks])
+        logits = self.run_now(chunks)
+        self.launched, self.unread, self.ahead = (
+            self.launched + 1, self.unread + 1, self.ahead + any(pending),
+        )  # fmt: skip
+        return LateLogits(self, logits)
+
+
+class LateLogits:
+    """Logits that know whether the engine has waited for them."""
+
+    def __init__(self, runner: Late, logits: Any) -> None:
+        self.runner, self.logits, self.is_read = runner, logits, False
+        self.requests = logits.requests
+
+    def wait(self) -> None:
+        self.runner.unread -= not self.is_read
+        self.is_read = True
+        self.logits.wait()
+        self.likeliest = self.logits.likeliest
+
+    def row(self, i: int) -> np.ndarray:
+        assert self.is_read and self.runner.unread == 0, "another step has overwritten the logits"
+        return self.logits.row(i)
+
+
+def jobs(end: int) -> list[tuple[list[int], Sampling]]:
+    rng = np.random.default_rng(end)
+    made = []
+    for i, count in enumerate((1, 30, 17, 48, 5, 64, 33, 16)):
+        options: dict[str, Any] = {"max_tokens": 12 + 9 * (i % 4)}
+        if i == 5:
+            options |= {"temperature": 1.0, "seed": 3}
+        if i == 6:
+            options |= {"stop": ["a"]}
+        made.append((rng.integers(3, 260, count).tolist(), Sampling(**options)))
+    return made
+
+
+def answers(engine: Engine, made: list[tuple[list[int], Sampling]], apart: int) -> list[Request]:
+    """One comes every `apart` steps; the fourth is left after five tokens."""
+    requests: list[Request] = []
+    for step in range(2000):
+        if step % apart == 0 and len(requests) < len(made):
+            requests.append(engine.submit(*made[len(requests)]))
+        engine.step()
+        if len(requests) > 3 and requests[3].answered >= 5:
+            engine.cancel(requests[3])
+        if len(requests) == len(made) and all(r.finish for r in requests):
+            engine.step()
+            assert engine.scheduler.pages.held == 0 and not engine.scheduler.has_work
+            return requests
+    raise AssertionError("not done")
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "shared pages": {"share": True},
+    "preempted": {"kv_tokens": 176, "share": True},
+    "few seats": {"running": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "apart"), [("plain", 1), ("shared pages", 7), ("preempted", 1), ("few seats", 7)]
+)
+def test_tokens_are_those_of_steps_in_turn(tiny: ModelFile, name: str, apart: int):
+    """End tokens, lengths, stop texts, sampling on the host, a cancel and preemption."""
+    sizes: dict[str, Any] = {"context": 128, "share": False} | SIZES[name]
+    options = Options(**sizes)
+    engine, plain = Engine(tiny, "cpp", options), Engine(tiny, "cpp", options)
+    made = jobs(1)
+    wanted = answers(plain, made, apart)
+    said = [r.answer for r in wanted if r.answered > 15]
+    late = [a[n] for a in said for n in range(9, 15) if a[n] not in a[:n]]
+    ends = {late[0], late[-1]}  # end tokens in the middle of answers
+    for one in (engine, plain):
+        one.tokenizer.ends = ends
+    wanted, runner = answers(plain, made, apart), Late(engine)
+    for one, other in zip(wanted, answers(engine, made, apart), strict=True):
+        if one.finish != "cancel":
+            assert (other.answer, other.finish) == (one.answer, one.finish)
+            assert "".join(other.pieces) == "".join(one.pieces) and other.counts == one.counts
+        else:
+            assert other.answer[:5] == one.answer[:5] and other.finish == "cancel"
+    assert {r.finish for r in wanted} == {"stop", "length", "cancel"}
+    assert runner.unread == 0 and runner.ahead > 6
+
+
+def test_a_late_stop_costs_one_token(tiny: ModelFile):
+    """A request alone: as many steps as tokens, and one more, whose token nobody gets."""
+    engine, made = Engine(tiny, "cpp", Options(context=128, share=False)), jobs(2)[:1]
+    long = engine.submit(made[0][0], Sampling(max_tokens=40, ignore_eos=True))
+    while not long.finish:
+        engine.step()
+    runner, counts = Late(engine), []
+    for end in (None, next(n for n in range(9, 40) if long.answer[n] not in long.answer[:n])):
+        engine.tokenizer.ends = set() if end is None else {long.answer[end]}
+        runner.launched = 0
+        request = engine.submit(made[0][0], Sampling(max_tokens=40))
+        while not request.finish:
+            engine.step()
+        assert request.answer == long.answer[:end]
+        engine.step()
+        counts.append((runner.launched, len(request.answer)))
+    (of_length, length), (of_stop, stop) = counts
+    assert of_length == length + 1 == 41  # the one behind the last
+    assert of_stop == stop + 2  # the end token itself, and the one behind it
+
+
+def test_an_interrupt_in_flight_leaves_no_trace(tiny: ModelFile):
+    """A launch that fails while a step is under way: both requests go on with the right tokens."""
+    options = Options(context=128, share=False)
+    engine, how = Engine(tiny, "cpp", options), Sampling(max_tokens=30, ignore_eos=True)
+    prompts = [p for p, _ in jobs(3)[1:3]]
+    wanted = answers_of(Engine(tiny, "cpp", options), prompts, how)
+    late = Late(engine)
+    requests = [engine.submit(p, how) for p in prompts]
+    run, failures = late.run, iter([False] * 9 + [True] + [False] * 7 + [True] + [False] * 200)
+
+    def failing(chunks: Sequence[Chunk]) -> Any:
+        if next(failures):
+            late.unread = 0
+            raise KeyboardInterrupt
+        return run(chunks)
+
+    engine.runner.run = failing
+    failed = 0
+    while not all(r.finish for r in requests):
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            failed += 1
+    assert failed == 2 and [r.answer for r in requests] == wanted
+
+
+def test_an_exception_behind_a_launch(tiny: ModelFile):
+    """The text of one answer fails while the next step is under way: that token is read again, and
+    so are those of the requests behind it."""
+    options = Options(context=128, share=False)
+    engine, how = Engine(tiny, "cpp", options), Sampling(max_tokens=30, ignore_eos=True)
+    prompts = [p for p, _ in jobs(3)[1:4]]
+    wanted = answers_of(Engine(tiny, "cpp", options), prompts, how)
+    engine.runs_ahead = True
+    requests = [engine.submit(p, how) for p in prompts]
+    push, calls, failed = requests[1].text.push, iter(range(1000)), 0
+
+    def failing(token: int) -> str:
+        if next(calls) in (5, 6, 20):
+            requests[1].tokens.pop()  # the engine appends it in front of its text
+            requests[1].counts[token] -= 1
+            raise KeyboardInterrupt
+        return push(token)
+
+    requests[1].text.push = failing
+    while not all(r.finish for r in requests):
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            failed += 1
+    assert failed == 3 and [r.answer for r in requests] == wanted
+
+
+def answers_of(engine: Engine, prompts: list[list[int]], how: Sampling) -> list[list[int]]:
+    requests = [engine.submit(p, how) for p in prompts]
+    while not all(r.finish for r in requests):
+        engine.step()
+    return [r.answer for r in requests]
