@@ -6,7 +6,7 @@ dimension. Where control flow diverges, `mask` holds the lanes that run. An acce
 is masked off does not happen. Lockstep hides no race: `races.History` judges each access by the
 order that barriers give, not by the order in which it happens here.
 
-InternalError[I102] is raised for
+Refused is raised for
 * two accesses to one element, one of them a write, that no barrier orders (also of equal values);
 * a barrier, a reduction over threads or a tile operation that some of its threads do not reach;
 * a read of shared memory that was not written since its allocation;
@@ -75,6 +75,10 @@ def execute(
                 units += launch.units
 
 
+class Refused(Exception):
+    """What no kernel may do, and the statement that did it."""
+
+
 class Launch:
     """One nest under one part: `do` runs a statement, `value` evaluates an expression."""
 
@@ -124,8 +128,8 @@ class Launch:
         except KeyError as error:
             raise InternalError("I101", f"{error.args[0]} is not bound") from None
 
-    def refuse(self, why: str) -> InternalError:
-        return InternalError("I102", f"{self.nest.name}: {why}, in\n{self.statement}")
+    def refuse(self, why: str) -> Refused:
+        return Refused(f"{self.nest.name}: {why}, in\n{self.statement}")
 
     # -- statements ------------------------------------------------------------------------------
 

@@ -88,7 +88,7 @@ def wrong(name: str, program: ir.Program, args: Arrays, wanted: Arrays, machine:
     buffers, variables, parts = memory_of(program, given)
     try:
         cta.execute(program, buffers, variables, parts, machine)
-    except InternalError as error:
+    except (InternalError, cta.Refused) as error:
         return str(error)
     for t in definition.program.outputs:
         got = flat(t, given[t.name] if t.is_sparse else buffers[t.name])
