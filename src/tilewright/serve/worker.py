@@ -73,7 +73,7 @@ def run(engine: Engine, connection: Connection) -> None:
     closed. An exception of a step ends the running requests, any other one the process."""
     requests: dict[int, Request] = {}  # by the server's numbers
     counts = {"requests_total": 0, "tokens_total": 0}
-    connection.send(({}, counts))
+    connection.send(({}, counts | engine.counts()))
     with contextlib.suppress(EOFError, OSError), connection:  # until the server has gone
         while True:
             pieces: dict[int, Piece] = {}
@@ -149,6 +149,7 @@ class Worker:
         first = self._receive()
         if isinstance(first, Exception):
             raise first
+        _, self.counts = first
 
     @classmethod
     def process(cls, path: str, target: str, options: Options) -> Worker:
