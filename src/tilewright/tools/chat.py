@@ -37,11 +37,16 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--name": {"help": "the model's name in the API (default: the file's)"},
     "--host": {"default": "127.0.0.1"},
     "--port": {"type": int, "default": 8000},
-    "--api-key": {"default": "", "help": "what clients must send (default: anything)"},
+    "--api-key": {"action": "append", "default": [], "help": "a client must send one of these"},
+    "--of-client": {
+        "type": int,
+        "default": 64,
+        "help": "requests of a client (its key or address)",
+    },
     "--cost": {"help": "measured costs of a step, which ttft_ms and itl_ms need"},
 }
 ANSWER = ("--max-tokens", "--temperature", "--seed", "--target", "--context")
-SERVER = ("--name", "--host", "--port", "--api-key")
+SERVER = ("--name", "--host", "--port", "--api-key", "--of-client")
 ENGINE = ("--running", "--step-tokens", "--kv-tokens", "--fast", "--cost", "--target", "--context")
 
 
@@ -134,7 +139,7 @@ def serve(args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from tilewright.serve.api import Limits, build_app
+        from tilewright.serve.api import ServerLimits, build_app
         from tilewright.serve.worker import Worker
     except ModuleNotFoundError as missing:
         rule, hint = f"the server needs {missing.name}", "pip install 'tilewright[models,serve]'"
@@ -147,7 +152,8 @@ def serve(args: argparse.Namespace) -> int:
     file, name = open_model(path), args.name or path.stem
     worker = Worker.process(str(path), args.target, options)
     prompts = Prompts(file, options.resolved(file.config.context)[0])
-    app = build_app(prompts, worker, name, Limits(api_key=args.api_key))
+    limits = ServerLimits(of_client=args.of_client, api_keys=args.api_key)
+    app = build_app(prompts, worker, name, limits)
     print(f"{name} at http://{args.host}:{args.port}/v1", flush=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
