@@ -360,6 +360,8 @@ BAD: list[tuple[str, Any, int]] = [
     (TEXT, {"prompt": "x", "stop": "\ud800" * 300}, 400),
     (TEXT, {"prompt": "x", "logit_bias": {"268": 1}}, 400),
     (TEXT, {"prompt": "x", "logit_bias": {"a": 1}}, 400),
+    (TEXT, {"prompt": [[False]]}, 400), (TEXT, {"prompt": "x", "n": True}, 400),
+    (TEXT, {"prompt": "x", "max_tokens": "5"}, 400), (TEXT, {"prompt": [2.0]}, 400),
     (TEXT, {"prompt": "x", "logprobs": 99}, 400), (TEXT, [], 400), (TEXT, 5, 400),
     ("/v1/nothing", {}, 404), ("/health", {}, 405),
 ]  # fmt: skip

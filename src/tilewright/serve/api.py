@@ -27,6 +27,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Str
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from tilewright.errors import ModelError, TilewrightError
+from tilewright.serve import protocol
 from tilewright.serve.chat import Prompts
 from tilewright.serve.protocol import Body, Chat, Completion, Shape, Tokenize, event, failure, usage
 from tilewright.serve.request import Sampling, check_tokens
@@ -282,21 +283,23 @@ def build_app(
     server = Server(prompts, worker, name, limits or ServerLimits())
 
     async def failed(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(*failure(error))
+        return JSONResponse(*failure(error), getattr(error, "headers", None))
 
     app = FastAPI(
-        title="Tilewright", lifespan=lambda _: worker.running(), docs_url=None, redoc_url=None
-    )
+        title="Tilewright", lifespan=lambda _: worker.running(), docs_url=None, redoc_url=None,
+        responses={"default": {"model": protocol.Failure, "description": "An error"}},
+    )  # fmt: skip
     app.state.server = server
     app.add_middleware(Gate, server=server)
     for kind in (AnyHTTPException, RequestValidationError, TilewrightError, Exception):
         app.add_exception_handler(kind, failed)
     app.get("/", include_in_schema=False)(server.page)
     app.get("/health")(server.health)
-    app.get("/metrics")(server.metrics)
+    app.get("/metrics", response_class=PlainTextResponse)(server.metrics)
     app.get("/v1/models")(server.models)
     app.get("/v1/models/{wanted:path}")(server.model)
-    app.post("/v1/completions")(server.completions)
-    app.post("/v1/chat/completions")(server.chat)
+    streamed: Any = {200: {"content": {"text/event-stream": {}}}}
+    app.post("/v1/completions", responses=streamed)(server.completions)
+    app.post("/v1/chat/completions", responses=streamed)(server.chat)
     app.post("/tokenize")(server.tokenize)
     return app
