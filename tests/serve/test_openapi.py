@@ -7,40 +7,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-pytest.importorskip("jinja2", reason="chat templates need the models extra")
-pytest.importorskip("fastapi", reason="the server needs the serve extra")
-pytest.importorskip("uvicorn", reason="the server needs the serve extra")
-pytest.importorskip("httpx", reason="clients of the tests")
-pytest.importorskip("openai", reason="clients of the tests")
-pytest.importorskip("schemathesis", reason="schemathesis makes requests of the OpenAPI document")
-
 import hypothesis
-import schemathesis
+import pytest
 from hypothesis import HealthCheck
-from schemathesis.checks import not_a_server_error
-from schemathesis.generation import GenerationMode
-from schemathesis.specs.openapi.checks import (
-    content_type_conformance,
-    negative_data_rejection,
-    response_schema_conformance,
-    status_code_conformance,
-    unsupported_method,
-)
-from tests.serve.test_api import PATIENCE_S, serving
+from tests.serve.test_api import PATIENCE_S, serving  # skips without the extras of the server
 
 from tilewright.serve.engine import LLM
+
+schemathesis: Any = pytest.importorskip(
+    "schemathesis", reason="schemathesis makes requests of the OpenAPI document"
+)
+checks: Any = pytest.importorskip("schemathesis.specs.openapi.checks")
 
 OPERATIONS = {
     ("GET", "/health"), ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/v1/models/{wanted}"),
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/tokenize"),
 }  # fmt: skip
-CASES = [(method, path, GenerationMode.POSITIVE) for method, path in sorted(OPERATIONS)]
-CASES += [(m, path, GenerationMode.NEGATIVE) for m, path in sorted(OPERATIONS) if m == "POST"]
+CASES = [(method, path, "POSITIVE") for method, path in sorted(OPERATIONS)]
+CASES += [(method, path, "NEGATIVE") for method, path in sorted(OPERATIONS) if method == "POST"]
 CHECKS = (
-    not_a_server_error, status_code_conformance, content_type_conformance,
-    response_schema_conformance, negative_data_rejection, unsupported_method,
+    schemathesis.checks.not_a_server_error, checks.status_code_conformance,
+    checks.content_type_conformance, checks.response_schema_conformance,
+    checks.negative_data_rejection, checks.unsupported_method,
 )  # fmt: skip
 
 
@@ -56,12 +44,12 @@ def test_the_document_is_complete(document: Any):
 
 
 @pytest.mark.parametrize(("method", "path", "mode"), CASES)
-def test_requests_of_the_document(document: Any, method: str, path: str, mode: GenerationMode):
+def test_requests_of_the_document(document: Any, method: str, path: str, mode: str):
     """No answer is a server's error; each has a documented status, type and shape, an error that of
     OpenAI; what the document does not allow is refused."""
     operation = document[path][method]
 
-    @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+    @hypothesis.given(case=operation.as_strategy(schemathesis.GenerationMode[mode]))
     @hypothesis.settings(
         max_examples=300 if os.environ.get("TILEWRIGHT_LONG_TESTS") else 6,
         deadline=None, derandomize=True,
