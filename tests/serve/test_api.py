@@ -613,9 +613,9 @@ def test_the_command_finishes_answers_before_it_ends(runnable_path: Path):
         assert process.wait(PATIENCE_S) in (0, -signal.SIGTERM)
 
 
-@pytest.mark.parametrize("port", ["-1", "65536"])
-def test_ports_that_are_none(port: str, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["serve", "no such file", f"--port={port}"]) == 2
+@pytest.mark.parametrize("option", ["--port=-1", "--port=65536", "--of-client=0"])
+def test_numbers_out_of_range(option: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["serve", "no such file", option]) == 2
     assert capsys.readouterr().err.startswith("ArgumentError[A109]")
 
 

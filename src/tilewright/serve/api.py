@@ -36,7 +36,7 @@ from tilewright.serve.worker import LOG, Piece, Worker
 LOOK_S = 1.0  # between looks whether a client has left
 MAX_PROMPTS = 64
 
-Pieces = AsyncGenerator[tuple[int, Piece]]
+Item = tuple[int, Piece]  # of the answer with this number
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,22 +152,22 @@ class Server:
         if self.worker.pending + len(jobs) > self.limits.waiting:
             raise HTTPException(429, f"{self.limits.waiting} requests wait or run: try again later")
         shape = Shape(body, self.name, self.prompts.tokenizer)
-        pieces = self._pieces(http, body, jobs, how)
-        # Until the first piece nothing is awaited: the limit above holds.
-        pieces, prompt_tokens = _resumed(await anext(pieces), pieces), sum(map(len, prompts))
+        pieces, prompt_tokens = self._pieces(http, body, jobs, how), sum(map(len, prompts))
+        item = await anext(pieces)  # until this one nothing is awaited: the limit above holds
         if body.stream:
-            stream = _stream(body, shape, pieces, prompt_tokens)
+            stream = _stream(body, shape, item, pieces, prompt_tokens)
             return StreamingResponse(stream, media_type="text/event-stream")
         joined = [Piece()] * len(jobs)
-        async for index, piece in pieces:
-            joined[index] += piece
+        while item:
+            joined[item[0]] += item[1]
+            item = await anext(pieces, None)
         return JSONResponse(shape.answer(prompt_tokens, joined))
 
     async def _pieces(
         self, http: Request, body: Body, jobs: list[list[int]], how: Sampling
-    ) -> Pieces:
+    ) -> AsyncGenerator[Item]:
         """The pieces of all answers as they come. Leaving ends the answers."""
-        queue = asyncio.Queue[tuple[int, Piece]]()
+        queue = asyncio.Queue[Item]()
         looked = began = time.monotonic()
         more = len(jobs) - 1  # the gate has counted one
         with self.under_way(http.scope["asker"], more), contextlib.ExitStack() as at_end:
@@ -194,25 +194,19 @@ class Server:
                 yield index, piece
 
 
-async def _resumed(first: tuple[int, Piece], rest: Pieces) -> Pieces:
-    """All pieces, where the first has been waited for."""
-    async with contextlib.aclosing(rest):
-        yield first
-        async for item in rest:
-            yield item
-
-
 async def _stream(
-    body: Body, shape: Shape, pieces: Pieces, prompt_tokens: int
+    body: Body, shape: Shape, item: Item | None, pieces: AsyncGenerator[Item], prompt_tokens: int
 ) -> AsyncIterator[str]:  # fmt: skip
-    """Server-sent events."""
+    """Server-sent events of an item and the pieces behind it."""
     last: dict[int, Piece] = {}
     try:
         async with contextlib.aclosing(pieces):
-            async for index, piece in pieces:
+            while item:
+                index, piece = item
                 if piece.text or piece.logprobs or piece.finish:
                     yield shape.chunk([shape.part(index, piece, index not in last)])
                     last[index] = piece
+                item = await anext(pieces, None)
         if body.stream_options and body.stream_options.include_usage:
             yield shape.chunk([], usage=usage(prompt_tokens, [*last.values()]))
     except Exception as error:  # the status line has been sent

@@ -126,11 +126,8 @@ def device_name(target: Target) -> str:
     if target.is_cuda:
         return cuda.device(cuda.current_device()).name if cuda.available() else str(target)
     info = Path("/proc/cpuinfo")  # of Linux
-    model = (
-        re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8"))
-        if info.exists()
-        else None
-    )
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    model = re.search(r"model name\s*: (.+)", text)
     name = model[1] if model else platform.processor() or platform.machine()
     return f"{name}, {pool.wanted_threads()} threads"
 

@@ -8,7 +8,7 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.exceptions import HTTPException
 
 from tilewright.errors import TilewrightError
@@ -112,15 +112,10 @@ class Tokenize(Strict):
     messages: list[dict[str, Any]] | None = None
 
 
-class Error(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Failure(BaseModel):
-    error: Error
+_TEXT: Any = (str, ...)
+_OPTIONAL: Any = (str | None, ...)
+Error = create_model("Error", message=_TEXT, type=_TEXT, param=_OPTIONAL, code=_OPTIONAL)
+Failure = create_model("Failure", error=(Error, ...))  # the shape of what `failure` returns
 
 
 class Shape:

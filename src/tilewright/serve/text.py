@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilewright.serve.tokenizer import Tokenizer
+from tilewright.serve.tokenizer import Stream, Tokenizer
 
 
 class AnswerText:
@@ -12,7 +12,7 @@ class AnswerText:
     until the next tokens decide; a stop text may begin and end anywhere in a token."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._stream, self._stop = tokenizer.stream(), tuple(stop)
+        self._stream, self._stop = Stream(tokenizer), tuple(stop)
         self._held = ""
         self.stopped = False
 
@@ -41,7 +41,5 @@ class AnswerText:
 
 def _overlap(text: str, stop: str) -> int:
     """The length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)

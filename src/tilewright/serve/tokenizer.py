@@ -2,7 +2,7 @@
 
     tokenizer = load_tokenizer(open_model(path))
     ids = tokenizer.encode("What is the capital of France?")
-    stream = tokenizer.stream()
+    stream = Stream(tokenizer)
     for token in generated: print(stream.push(token), end="")
     print(stream.finish())
 
@@ -64,7 +64,6 @@ class Tokenizer:
         self.library, self.pieces, self.special = library, tuple(pieces), dict(special)
         self.control = frozenset(control)
         self.bos: int | None = None
-        self.eos: int | None = None
         self.named: dict[str, int] = {}  # "bos", "eos", "unk", ... as chat templates call them
         self.ends = {self.special[text] for text in END_SPELLINGS if text in self.special}
         self.add_bos = False
@@ -117,9 +116,6 @@ class Tokenizer:
         kept = (self.piece(i) for i in ids if i not in hidden)
         return b"".join(kept).decode("utf-8", "replace")
 
-    def stream(self, special: bool = False) -> Stream:
-        return Stream(self, special)
-
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
     """A pattern that matches any of these texts, the longest first; none if there are no texts."""
@@ -128,23 +124,22 @@ def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
 
 
 class Stream:
-    """Decodes token by token; keeps the bytes of an incomplete character back."""
+    """Decodes token by token, without control tokens; keeps the bytes of an incomplete character
+    back."""
 
-    def __init__(self, tokenizer: Tokenizer, special: bool = False) -> None:
-        self._tokenizer, self._special = tokenizer, special
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """The characters that this token completes."""
-        if not self._special and token in self._tokenizer.control:
+        if token in self._tokenizer.control:
             return ""
         return self._decoder.decode(self._tokenizer.piece(token))
 
     def finish(self) -> str:
-        """The rest: U+FFFD for an incomplete character. Resets the stream."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+        """The rest: U+FFFD for an incomplete character."""
+        return self._decoder.decode(b"", final=True)
 
 
 def load_tokenizer(model: ModelFile) -> Tokenizer:
@@ -187,7 +182,7 @@ def from_metadata(metadata: Mapping[str, Value]) -> Tokenizer:
             if not 0 <= out.named[name] < len(tokens):
                 raise _unusable(f"{out.named[name]} is outside the vocabulary", key)
     out.ends |= {i for name, i in out.named.items() if name in ("eos", "eot", "eom")}
-    out.bos, out.eos = out.named.get("bos"), out.named.get("eos")
+    out.bos = out.named.get("bos")
     adds = keys.get("tokenizer.ggml.add_bos_token", bool, kind == "llama")
     out.add_bos = adds and out.bos is not None
     return out
@@ -339,7 +334,7 @@ def from_folder(folder: Path, vocab: int) -> Tokenizer:
     guesses = {"bos": first, "eos": min(out.ends, default=None)}
     out.named = {k: i for k, i in (guesses | out.named).items() if i is not None}
     out.bos = out.named.get("bos") if first is None else first  # what comes before a text
-    out.eos, out.add_bos = out.named.get("eos"), first is not None
+    out.add_bos = first is not None
     return out
 
 

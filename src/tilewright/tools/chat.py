@@ -8,6 +8,8 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--host": {"default": "127.0.0.1"},
     "--port": {"type": int, "default": 8000},
     "--api-key": {"action": "append", "default": [], "help": "a client must send one of these"},
-    "--of-client": {
-        "type": int,
-        "default": 64,
-        "help": "requests of a client (its key or address)",
-    },
+    "--of-client": {"type": int, "default": 64, "help": "requests of one key or address at once"},
     "--cost": {"help": "measured costs of a step, which ttft_ms and itl_ms need"},
 }
 ANSWER = ("--max-tokens", "--temperature", "--seed", "--target", "--context")
@@ -50,22 +48,15 @@ SERVER = ("--name", "--host", "--port", "--api-key", "--of-client")
 ENGINE = ("--running", "--step-tokens", "--kv-tokens", "--fast", "--cost", "--target", "--context")
 
 
-def add_arguments(parser: argparse.ArgumentParser, *names: str) -> None:
+def add_arguments(names: Iterable[str], parser: argparse.ArgumentParser) -> None:
     """Adds these of `ARGUMENTS` to a parser."""
     for name in names:
         parser.add_argument(name, **ARGUMENTS[name])
 
 
-def demo_arguments(parser: argparse.ArgumentParser) -> None:
-    add_arguments(parser, "question", "--model", *ANSWER)
-
-
-def chat_arguments(parser: argparse.ArgumentParser) -> None:
-    add_arguments(parser, "model", *ANSWER)
-
-
-def serve_arguments(parser: argparse.ArgumentParser) -> None:
-    add_arguments(parser, "model", *SERVER, *ENGINE)
+demo_arguments = partial(add_arguments, ("question", "--model", *ANSWER))
+chat_arguments = partial(add_arguments, ("model", *ANSWER))
+serve_arguments = partial(add_arguments, ("model", *SERVER, *ENGINE))
 
 
 def _open(args: argparse.Namespace) -> tuple[LLM, float]:
@@ -136,6 +127,8 @@ def serve(args: argparse.Namespace) -> int:
     MissingExtra[E101], ArgumentError[A109]."""
     if not 0 <= args.port <= 65535:
         raise ArgumentError("A109", f"--port {args.port} is outside 0…65535")
+    if args.of_client < 1:
+        raise ArgumentError("A109", f"--of-client {args.of_client} is below 1")
     try:
         import uvicorn
 

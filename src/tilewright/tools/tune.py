@@ -21,7 +21,8 @@ _BAR = 40  # characters
 
 def tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("serve",))
-    add_arguments(parser, "model", "--running", "--step-tokens", "--fast", "--target", "--context")
+    names = "model", "--running", "--step-tokens", "--fast", "--target", "--context"
+    add_arguments(names, parser)
     parser.add_argument("--out", type=Path, default=Path("cost.json"), help="default: cost.json")
     parser.add_argument("--seconds", type=float, default=150.0, help="how long to measure")
 

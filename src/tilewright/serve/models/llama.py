@@ -204,13 +204,8 @@ class Llama:
         x, y = a["x"], a["y"]
         rope, rope_append = (f(c.rope_interleaved, name) for f in (rope_kernel, rope_append_kernel))
         append = append_kernel(name)
-        embedded = y if c.scaled_embedding else x
-        do(
-            embedding_kernel(self.table_kind, name),
-            b.ids,
-            *self.table,
-            out=self._embedded(embedded),
-        )
+        embedded = self._embedded(y if c.scaled_embedding else x)
+        do(embedding_kernel(self.table_kind, name), b.ids, *self.table, out=embedded)
         if c.scaled_embedding:
             do(scaled_kernel(name), y, c.dim**0.5, out=x)
         for i, layer in enumerate(self.layers):
