@@ -25,6 +25,7 @@ from typing import Any
 import httpx
 
 TEXT = "/v1/completions"
+HUNG = 400  # connections kept open by the client that hangs
 QUESTIONS = ("the", "and the thing", "in the land of all", "what is it", "a", "tell me more")
 
 
@@ -114,17 +115,22 @@ class Soak:
                     self.wrong.append(f"{type(error).__name__}: {error}")
 
     def hang(self) -> None:
-        """A client that begins requests and streams, and reads and sends nothing more."""
-        address, kept = httpx.URL(self.url), []
+        """A client at another address that begins more requests and streams than it may, and reads
+        and sends nothing more."""
+        address, kept = httpx.URL(self.url), collections.deque[socket.socket]()
         body = json.dumps({"prompt": "the", "max_tokens": 100, "stream": True}).encode()
         head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         while time.monotonic() < self.ends:
-            one = socket.create_connection((address.host, address.port or 80), 10)
-            one.sendall(
-                f"{head}Content-Length: {len(body) + len(kept) % 2}\r\n\r\n".encode() + body
+            one = socket.create_connection(
+                (address.host, address.port or 80), 10, source_address=("127.0.0.2", 0)
             )
+            length = len(body) + self.counts["hung"] % 2
+            one.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode() + body)
+            self.counts["hung"] += 1
             kept.append(one)
-            time.sleep(0.5)
+            if len(kept) > HUNG:
+                kept.popleft().close()
+            time.sleep(0.2)
         for one in kept:
             one.close()
 

@@ -62,7 +62,7 @@ def test_interleaved_rows(rng, kind, n, k, many):
     w = weight(rng, kind, n, k)
     assert can_interleave(kind, n) and not can_interleave(kind, n + 8)
     kernel = linear_kernel("cpp", kind, many, n, k, interleaved=True)
-    for t in TOKENS if many else (1, 2):
+    for t in TOKENS if many else (1, 2, 6):
         x, y = normal(rng, t, k), poisoned(t, n)
         kernel(x, *interleave(w.kind, w.data), out=y.reshape(t, -1, 16))
         close(y, x @ values(w).T, np.abs(x) @ np.abs(values(w)).T + 1)
@@ -137,11 +137,16 @@ def test_a_residual_and_a_gate_of_interleaved_rows(rng, kind, many, after):
     n, k = 48, 96
     w, other = weight(rng, kind, n, k), weight(rng, kind, n, k)
     kernel = linear_kernel("cpp", kind, many, n, k, interleaved=True, after=after)
-    for t in TOKENS if many else (1, 2):
+    w_arrays, other_arrays = interleave(kind, w.data), interleave(kind, other.data)
+    for t in TOKENS if many else (1, 2, 6):
         x, r, y = normal(rng, t, k), normal(rng, t, n), poisoned(t, n)
-        more = last(after, r.reshape(t, -1, 16), interleave(kind, other.data), k)
-        kernel(x, *interleave(kind, w.data), *more, out=y.reshape(t, -1, 16))
+        more = last(after, r.reshape(t, -1, 16), other_arrays, k)
+        kernel(x, *w_arrays, *more, out=y.reshape(t, -1, 16))
         close(y, *fused(after, x, w, other, r))
+        for i in range(t):  # a row has the same bits alone
+            residual = r[:1] if after == "bias" else r[i : i + 1]
+            more = last(after, residual.reshape(1, -1, 16), other_arrays, k)
+            assert np.array_equal(kernel(x[i : i + 1], *w_arrays, *more).reshape(-1), y[i])
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])

@@ -34,7 +34,7 @@ from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from tests.serve.threaded import threaded
 
-from tilewright.serve.api import Limits, build_app
+from tilewright.serve.api import ServerLimits, build_app
 from tilewright.serve.engine import LLM
 from tilewright.serve.protocol import Chat, Completion
 from tilewright.serve.weights import ModelFile
@@ -47,7 +47,7 @@ PATIENCE_S = 60
 
 
 @contextmanager
-def serving(llm: LLM, limits: Limits | None = None) -> Iterator[tuple[str, Any]]:
+def serving(llm: LLM, limits: ServerLimits | None = None) -> Iterator[tuple[str, Any]]:
     """The address of a server in a thread, and its `Server`."""
     worker = threaded(llm.engine)
     app = build_app(llm, worker, "tiny", limits)
@@ -360,6 +360,8 @@ BAD: list[tuple[str, Any, int]] = [
     (TEXT, {"prompt": "x", "stop": "\ud800" * 300}, 400),
     (TEXT, {"prompt": "x", "logit_bias": {"268": 1}}, 400),
     (TEXT, {"prompt": "x", "logit_bias": {"a": 1}}, 400),
+    (TEXT, {"prompt": [[False]]}, 400), (TEXT, {"prompt": "x", "n": True}, 400),
+    (TEXT, {"prompt": "x", "max_tokens": "5"}, 400), (TEXT, {"prompt": [2.0]}, 400),
     (TEXT, {"prompt": "x", "logprobs": 99}, 400), (TEXT, [], 400), (TEXT, 5, 400),
     ("/v1/nothing", {}, 404), ("/health", {}, 405),
 ]  # fmt: skip
@@ -431,7 +433,7 @@ def test_a_step_that_fails(served: tuple[str, Any], monkeypatch: pytest.MonkeyPa
 
 
 def test_limits(runnable_path: Path, monkeypatch: pytest.MonkeyPatch):
-    limits = Limits(waiting=3, body_bytes=2000, api_key="key")
+    limits = ServerLimits(waiting=3, body_bytes=2000, api_keys=["key"])
     with serving(LLM(runnable_path), limits) as (url, server):
         check_error(httpx.get(url + "/v1/models"), 401)
         check_error(httpx.get(url + "/v1/models", headers={"authorization": "Bearer k"}), 401)
@@ -457,6 +459,46 @@ def test_limits(runnable_path: Path, monkeypatch: pytest.MonkeyPatch):
             == 200
         )
         until(lambda: is_idle(server))
+
+
+def test_one_client_cannot_take_all_seats(runnable_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its further requests are refused, those of another key answered; when its own have ended, or
+    it has left them, all is as before."""
+    keys, limits = ({"authorization": f"Bearer {k}"} for k in "ab"), ServerLimits(
+        of_client=3, api_keys=["a", "b"])  # fmt: skip
+    greedy, other = keys
+    body = {"prompt": HELLO, "max_tokens": 90, "ignore_eos": True, "stream": True}
+    one = {"prompt": HELLO, "max_tokens": 2}
+    with serving(LLM(runnable_path), limits) as (url, server):
+        slow, run = threading.Event(), server.engine.runner.run
+        monkeypatch.setattr(
+            server.engine.runner, "run", lambda chunks: (slow.wait(0.05), run(chunks))[1]
+        )
+        check_error(httpx.post(url + TEXT, json=one | {"n": 4}, headers=greedy), 400)
+        with httpx.stream("POST", url + TEXT, json=body | {"n": 2}, headers=greedy) as answer:
+            assert answer.status_code == 200
+            check_error(httpx.post(url + TEXT, json=one | {"n": 2}, headers=greedy), 429)
+            assert httpx.get(url + "/v1/models", headers=greedy).status_code == 200
+            with httpx.stream("POST", url + TEXT, json=body, headers=greedy) as second:
+                assert second.status_code == 200
+                refused = httpx.get(url + "/v1/models", headers=greedy)
+                check_error(refused, 429)
+                assert refused.headers["x-request-id"]
+                assert httpx.get(url + "/health", headers=greedy).status_code == 200
+                slow.set()
+                assert httpx.post(url + TEXT, json=one, headers=other).status_code == 200
+        until(lambda: is_idle(server) and not server.busy)
+        answer = httpx.post(url + TEXT, json=one | {"n": 3}, headers=greedy)
+        assert answer.status_code == 200
+
+
+def test_an_address_is_a_client(runnable_path: Path):
+    """Where there are no keys; a header of the client's own invention makes no other one."""
+    with serving(LLM(runnable_path), ServerLimits(of_client=1)) as (url, server):
+        with server.under_way("127.0.0.1", 1):
+            for headers in ({}, {"authorization": "Bearer x"}):
+                check_error(httpx.get(url + "/v1/models", headers=headers), 429)
+        assert httpx.get(url + "/v1/models").status_code == 200
 
 
 def test_metrics(served: tuple[str, Any], client: openai.OpenAI):
@@ -572,9 +614,9 @@ def test_the_command_finishes_answers_before_it_ends(runnable_path: Path):
         assert process.wait(PATIENCE_S) in (0, -signal.SIGTERM)
 
 
-@pytest.mark.parametrize("port", ["-1", "65536"])
-def test_ports_that_are_none(port: str, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["serve", "no such file", f"--port={port}"]) == 2
+@pytest.mark.parametrize("option", ["--port=-1", "--port=65536", "--of-client=0"])
+def test_numbers_out_of_range(option: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["serve", "no such file", option]) == 2
     assert capsys.readouterr().err.startswith("ArgumentError[A109]")
 
 

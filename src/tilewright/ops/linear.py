@@ -140,7 +140,7 @@ def linear_program(kind: str, interleaved: bool = False, after: After = "") -> D
 ROWS = 4  # rows of W in registers together
 TOKENS = 4  # rows of X in registers, when there are many
 WIDE_TOKENS = 8  # of an interleaved W, whose sixteen rows are one register
-SUMS = 4  # of each half of a block, for independent multiply-adds
+SUMS = 2  # of each half of a block, for independent multiply-adds; beside a gate 1 a product
 TOGETHER = 16  # interleaved rows
 
 
@@ -165,18 +165,20 @@ def cpu_recipe(s: Schedule, many: bool) -> Schedule:
 
 
 def _interleaved_recipe(s: Schedule, many: bool) -> Schedule:
-    """Sixteen rows of W are the lanes of a vector. One token is bound by memory: several sums, and
-    a prefetch of the next rows' weights. Four share each dequantised weight, with the same sums;
-    not beside a gate, whose two products leave no registers for it. So do many tokens, with one
-    sum each."""
+    """Sixteen rows of W are the lanes of a vector. A few tokens: four, then two, share each
+    dequantised weight, each with several sums, in the order of one token alone; the next rows'
+    weights are prefetched. Many tokens: eight share it, then four, then two, with one sum each."""
     s = s.reorder("g", "t", "b", "l", "h", "r").parallel("g").vectorize("r").unroll("h")
+    depth = ("b", "l") if many else ("b", "l_o", "l_i")
+    if not many:
+        s = s.split("l", SUMS // 2 if _is_gate(s) else SUMS, into=("l_o", "l_i"))
+    t = "t"
+    for tokens in (WIDE_TOKENS, 4, 2) if many else (TOKENS, 2):
+        s = s.split(t, tokens, tail="cut", into=(f"{t}_o", f"{t}_i"))
+        s = s.reorder(f"{t}_o", *depth, "h", f"{t}_i", "r").unroll(f"{t}_i")
+        t += "_t"
     if many:
-        s = s.split("t", WIDE_TOKENS, tail="cut", into=("t_o", "t_i"))
-        return s.reorder("t_o", "b", "l", "h", "t_i", "r").unroll("t_i")
-    s = s.split("l", SUMS, into=("l_o", "l_i"))
-    if not _is_gate(s):
-        s = s.split("t", TOKENS, tail="cut", into=("t_o", "t_i"))
-        s = s.reorder("t_o", "b", "l_o", "l_i", "h", "t_i", "r").unroll("t_i")
+        return s
     s = s.unroll("l_i").rfactor("l_i").rfactor("h").prefetch("Q", "g", 1)
     return s.prefetch("Q2", "g", 1) if _is_gate(s) else s
 

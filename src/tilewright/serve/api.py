@@ -15,7 +15,8 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Str
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from tilewright.errors import ModelError, TilewrightError
+from tilewright.serve import protocol
 from tilewright.serve.chat import Prompts
 from tilewright.serve.protocol import Body, Chat, Completion, Shape, Tokenize, event, failure, usage
 from tilewright.serve.request import Sampling, check_tokens
@@ -34,28 +36,43 @@ from tilewright.serve.worker import LOG, Piece, Worker
 LOOK_S = 1.0  # between looks whether a client has left
 MAX_PROMPTS = 64
 
-Pieces = AsyncGenerator[tuple[int, Piece]]
+Item = tuple[int, Piece]  # of the answer with this number
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """`waiting`: requests that wait or run; `body_bytes`, `body_s`: of a request, and the time to
-    send it; `answer_s`: of an answer; `api_key`: "" for none."""
+class ServerLimits:
+    """`waiting`: requests that wait or run, of all clients, `of_client`: of one; `body_bytes`,
+    `body_s`: of a request, and the time to send it; `answer_s`: of an answer. `api_keys`: one of
+    them must be sent, and each is a client. Without keys an address is one."""
 
     waiting: int = 256
+    of_client: int = 64
     body_bytes: int = 1 << 20
     body_s: float = 30.0
     answer_s: float = 600.0
-    api_key: str = ""
+    api_keys: Sequence[str] = ()
 
 
 class Server:
     """The endpoints, and their way from checked prompts to answers."""
 
-    def __init__(self, prompts: Prompts, worker: Worker, name: str, limits: Limits) -> None:
+    def __init__(self, prompts: Prompts, worker: Worker, name: str, limits: ServerLimits) -> None:
         self.prompts, self.worker, self.name, self.limits = prompts, worker, name, limits
+        self.busy: Counter[Any] = Counter()  # requests under way, by client
         self.card = {"id": name, "object": "model", "created": int(time.time())}
         self.card["owned_by"] = "tilewright"
+
+    @contextlib.contextmanager
+    def under_way(self, asker: Any, requests: int) -> Iterator[None]:
+        """Counts requests of a client while they are under way. Raises HTTPException, 429."""
+        if self.busy[asker] + requests > self.limits.of_client:
+            rule = f"a client has at most {self.limits.of_client} requests under way"
+            raise HTTPException(429, f"{rule}: wait for an answer")
+        self.busy[asker] += requests
+        try:
+            yield
+        finally:
+            self.busy -= Counter({asker: requests})  # keeps those above zero
 
     async def page(self) -> FileResponse:
         return FileResponse(Path(__file__).with_name("page.html"))
@@ -128,34 +145,36 @@ class Server:
         for tokens in prompts:
             check_tokens(tokens, how, self.prompts.vocab, self.prompts.context)
         jobs = [tokens for tokens in prompts for _ in range(body.n)]
-        if len(jobs) > self.limits.waiting:
-            rule = f"{len(jobs)} answers, at most {self.limits.waiting} are given at once"
+        most = min(self.limits.waiting, self.limits.of_client)
+        if len(jobs) > most:
+            rule = f"{len(jobs)} answers, at most {most} are given at once"
             raise ModelError("M106", rule, where="n")
         if self.worker.pending + len(jobs) > self.limits.waiting:
             raise HTTPException(429, f"{self.limits.waiting} requests wait or run: try again later")
         shape = Shape(body, self.name, self.prompts.tokenizer)
-        pieces = self._pieces(http, body, jobs, how)
-        # Until the first piece nothing is awaited: the limit above holds.
-        pieces, prompt_tokens = _resumed(await anext(pieces), pieces), sum(map(len, prompts))
+        pieces, prompt_tokens = self._pieces(http, body, jobs, how), sum(map(len, prompts))
+        item = await anext(pieces)  # until this one nothing is awaited: the limit above holds
         if body.stream:
-            stream = _stream(body, shape, pieces, prompt_tokens)
+            stream = _stream(body, shape, item, pieces, prompt_tokens)
             return StreamingResponse(stream, media_type="text/event-stream")
         joined = [Piece()] * len(jobs)
-        async for index, piece in pieces:
-            joined[index] += piece
+        while item:
+            joined[item[0]] += item[1]
+            item = await anext(pieces, None)
         return JSONResponse(shape.answer(prompt_tokens, joined))
 
     async def _pieces(
         self, http: Request, body: Body, jobs: list[list[int]], how: Sampling
-    ) -> Pieces:
+    ) -> AsyncGenerator[Item]:
         """The pieces of all answers as they come. Leaving ends the answers."""
-        queue, numbers = asyncio.Queue[tuple[int, Piece]](), []
+        queue = asyncio.Queue[Item]()
         looked = began = time.monotonic()
-        try:
+        more = len(jobs) - 1  # the gate has counted one
+        with self.under_way(http.scope["asker"], more), contextlib.ExitStack() as at_end:
             for i, tokens in enumerate(jobs):
                 own = how if how.seed is None else replace(how, seed=how.seed + i % body.n)
                 put = functools.partial(lambda i, piece: queue.put_nowait((i, piece)), i)
-                numbers.append(self.worker.submit(tokens, own, put))
+                at_end.callback(self.worker.cancel, self.worker.submit(tokens, own, put))
             left = len(jobs)
             while left:
                 now = time.monotonic()
@@ -173,30 +192,21 @@ class Server:
                     raise piece.error
                 left -= bool(piece.finish)
                 yield index, piece
-        finally:
-            for number in numbers:
-                self.worker.cancel(number)
-
-
-async def _resumed(first: tuple[int, Piece], rest: Pieces) -> Pieces:
-    """All pieces, where the first has been waited for."""
-    async with contextlib.aclosing(rest):
-        yield first
-        async for item in rest:
-            yield item
 
 
 async def _stream(
-    body: Body, shape: Shape, pieces: Pieces, prompt_tokens: int
+    body: Body, shape: Shape, item: Item | None, pieces: AsyncGenerator[Item], prompt_tokens: int
 ) -> AsyncIterator[str]:  # fmt: skip
-    """Server-sent events."""
+    """Server-sent events of an item and the pieces behind it."""
     last: dict[int, Piece] = {}
     try:
         async with contextlib.aclosing(pieces):
-            async for index, piece in pieces:
+            while item:
+                index, piece = item
                 if piece.text or piece.logprobs or piece.finish:
                     yield shape.chunk([shape.part(index, piece, index not in last)])
                     last[index] = piece
+                item = await anext(pieces, None)
         if body.stream_options and body.stream_options.include_usage:
             yield shape.chunk([], usage=usage(prompt_tokens, [*last.values()]))
     except Exception as error:  # the status line has been sent
@@ -205,20 +215,21 @@ async def _stream(
 
 
 class Gate:
-    """ASGI middleware: refuses requests without the key and bodies that are too large or too slow;
-    gives each request an id, in a header and a line of the log."""
+    """ASGI middleware: refuses requests without a key, those of a client that has too many under
+    way, and bodies that are too large or too slow; gives each request an id, in a header and a line
+    of the log."""
 
-    def __init__(self, app: Any, limits: Limits) -> None:
-        self.app, self.limits = app, limits
+    def __init__(self, app: Any, server: Server) -> None:
+        self.app, self.server, self.limits = app, server, server.limits
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        key, sent_key = self.limits.api_key, dict(scope["headers"]).get(b"authorization", b"")
-        is_open = not key or scope["path"] in ("/", "/health")  # the page asks for the key
-        if not is_open and not hmac.compare_digest(sent_key, f"Bearer {key}".encode()):
-            refused = JSONResponse(*failure(HTTPException(401, "the API key is wrong or missing")))
-            return await refused(scope, receive, send)
+        sent_key = dict(scope["headers"]).get(b"authorization", b"")
+        keys = [f"Bearer {key}".encode() for key in self.limits.api_keys]
+        is_known = any(hmac.compare_digest(sent_key, key) for key in keys)
+        is_open = scope["path"] in ("/", "/health")  # the page asks for the key
+        scope["asker"] = asker = sent_key if is_known else (scope["client"] or [""])[0]
         number, began, sent = f"req-{secrets.token_hex(8)}", time.monotonic(), {}
 
         async def named(message: Any) -> None:
@@ -228,7 +239,12 @@ class Gate:
             await send(message)
 
         try:
-            await self.app(scope, self._limited(receive), named)
+            if keys and not (is_known or is_open):
+                raise HTTPException(401, "the API key is wrong or missing")
+            with self.server.under_way(asker, 0 if is_open else 1):
+                await self.app(scope, self._limited(receive), named)
+        except HTTPException as error:  # of this gate: the application answers its own
+            await JSONResponse(*failure(error))(scope, receive, named)
         finally:
             ms = round(1e3 * (time.monotonic() - began), 1)
             line = {"id": number, "method": scope["method"], "path": scope["path"][:200], "ms": ms}
@@ -255,27 +271,29 @@ class Gate:
 
 
 def build_app(
-    prompts: Prompts, worker: Worker, name: str, limits: Limits | None = None
+    prompts: Prompts, worker: Worker, name: str, limits: ServerLimits | None = None
 ) -> FastAPI:  # fmt: skip
     """The application that serves a model under a name. Its engine stops when it shuts down."""
-    server = Server(prompts, worker, name, limits or Limits())
+    server = Server(prompts, worker, name, limits or ServerLimits())
 
     async def failed(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(*failure(error))
+        return JSONResponse(*failure(error), getattr(error, "headers", None))
 
     app = FastAPI(
-        title="Tilewright", lifespan=lambda _: worker.running(), docs_url=None, redoc_url=None
-    )
+        title="Tilewright", lifespan=lambda _: worker.running(), docs_url=None, redoc_url=None,
+        responses={"default": {"model": protocol.Failure, "description": "An error"}},
+    )  # fmt: skip
     app.state.server = server
-    app.add_middleware(Gate, limits=server.limits)
+    app.add_middleware(Gate, server=server)
     for kind in (AnyHTTPException, RequestValidationError, TilewrightError, Exception):
         app.add_exception_handler(kind, failed)
     app.get("/", include_in_schema=False)(server.page)
     app.get("/health")(server.health)
-    app.get("/metrics")(server.metrics)
+    app.get("/metrics", response_class=PlainTextResponse)(server.metrics)
     app.get("/v1/models")(server.models)
     app.get("/v1/models/{wanted:path}")(server.model)
-    app.post("/v1/completions")(server.completions)
-    app.post("/v1/chat/completions")(server.chat)
+    streamed: Any = {200: {"content": {"text/event-stream": {}}}}
+    app.post("/v1/completions", responses=streamed)(server.completions)
+    app.post("/v1/chat/completions", responses=streamed)(server.chat)
     app.post("/tokenize")(server.tokenize)
     return app

@@ -66,11 +66,9 @@ def dequantize(weight: Weight) -> np.ndarray:
 
     A scale that is infinite or NaN gives such values, without a warning.
     """
+    kind = GGMLQuantizationType[weight.kind.upper()]
     with np.errstate(invalid="ignore", over="ignore"):
-        numbers = quants.dequantize(
-            weight.data.view(np.uint8), GGMLQuantizationType[weight.kind.upper()]
-        )
-    return numbers.reshape(weight.shape)
+        return quants.dequantize(weight.data.view(np.uint8), kind).reshape(weight.shape)
 
 
 class Header(GGUFReader):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.exceptions import HTTPException
 
 from tilewright.errors import TilewrightError
@@ -22,9 +22,9 @@ BAD_REQUEST = ("E101", "M105", "M106", "M107", "M110")
 
 
 class Strict(BaseModel):
-    """Unknown fields are refused, at every depth."""
+    """Unknown fields are refused, at every depth, and no value is converted to another type."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Strict):
@@ -63,7 +63,7 @@ class Body(Strict):
     stop: str | list[str] | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None  # keys are texts
     seed: int | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -110,6 +110,12 @@ class Tokenize(Strict):
     model: str = ""
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
+
+
+_TEXT: Any = (str, ...)
+_OPTIONAL: Any = (str | None, ...)
+Error = create_model("Error", message=_TEXT, type=_TEXT, param=_OPTIONAL, code=_OPTIONAL)
+Failure = create_model("Failure", error=(Error, ...))  # the shape of what `failure` returns
 
 
 class Shape:
@@ -188,7 +194,7 @@ def failure(error: Exception) -> tuple[dict[str, Any], int]:
         status, message = error.status_code, str(error.detail)
     elif isinstance(error, RequestValidationError):
         first = error.errors()[0]
-        param = ".".join(ascii(part).strip("'")[:80] for part in first["loc"][1:])
+        param = ".".join(ascii(part).strip("'")[:80] for part in first["loc"][1:]) or "body"
         status, message = 400, f"{param}: {first['msg']}"
     elif isinstance(error, TilewrightError) and (code == "M109" or code in BAD_REQUEST):
         status, param = 503 if code == "M109" else 400, error.where or None

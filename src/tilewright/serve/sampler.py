@@ -36,10 +36,8 @@ def penalized(request: Request, logits: np.ndarray) -> np.ndarray:
         x = scores[seen]
         scores[seen] = np.where(x > 0, x / s.repetition_penalty, x * s.repetition_penalty)
     if request.counts and (s.presence_penalty or s.frequency_penalty):
-        tokens = np.fromiter(request.counts.keys(), np.int64)
-        scores[tokens] -= s.presence_penalty + s.frequency_penalty * np.fromiter(
-            request.counts.values(), np.int64
-        )
+        tokens, counts = np.array([*request.counts.items()]).T
+        scores[tokens] -= s.presence_penalty + s.frequency_penalty * counts
     for token, bias in s.logit_bias.items():
         scores[token] += bias
     if request.grammar is not None:
@@ -77,10 +75,7 @@ def candidates(weights: np.ndarray, s: Sampling) -> np.ndarray | None:
 
 def _largest(weights: np.ndarray, count: int) -> np.ndarray:
     """Indices of the `count` largest values, descending; ties go to the smaller index."""
-    if count < len(weights):
-        part = np.argpartition(-weights, count - 1)[:count]
-    else:
-        part = np.arange(len(weights))
+    part = np.argpartition(-weights, min(count, len(weights)) - 1)[:count]
     return part[np.lexsort((part, -weights[part]))]
 
 

@@ -136,10 +136,8 @@ class Scheduler:
         for request in self.running:  # a failure after commit: the last token is read again
             request.computed = min(request.computed, len(request.tokens) - 1)
         preempted: list[int] = []
-        decision = self.policy(self.state(now), self.model)
-        while decision.preempt >= 0:
+        while (decision := self.policy(self.state(now), self.model)).preempt >= 0:
             preempted.append(self._preempt(decision.preempt))
-            decision = self.policy(self.state(now), self.model)
         self._admit([r for r in self.waiting if r.id in decision.admit])
         rows = [(r, 1) for r in self._answers() if decision.kind != "prefill"]
         for request, _ in rows:

@@ -123,14 +123,12 @@ def _told(error: Exception) -> Exception:
     return RuntimeError(repr(error)[:200])
 
 
-def _piece(request: Request) -> Piece:
+def _piece(r: Request) -> Piece:
     """What nobody has read yet."""
-    text, logprobs = "".join(request.pieces), tuple(request.logprobs)
-    request.pieces.clear()
-    request.logprobs.clear()
-    return Piece(
-        text, logprobs, request.finish, request.answered, request.cached, request.error
-    )  # fmt: skip
+    text, logprobs = "".join(r.pieces), tuple(r.logprobs)
+    r.pieces.clear()
+    r.logprobs.clear()
+    return Piece(text, logprobs, r.finish, r.answered, r.cached, r.error)
 
 
 class Worker:

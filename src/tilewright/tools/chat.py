@@ -39,11 +39,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--name": {"help": "the model's name in the API (default: the file's)"},
     "--host": {"default": "127.0.0.1"},
     "--port": {"type": int, "default": 8000},
-    "--api-key": {"default": "", "help": "what clients must send (default: anything)"},
+    "--api-key": {"action": "append", "default": [], "help": "a client must send one of these"},
+    "--of-client": {"type": int, "default": 64, "help": "requests of one key or address at once"},
     "--cost": {"help": "measured costs of a step, which ttft_ms and itl_ms need"},
 }
 ANSWER = ("--max-tokens", "--temperature", "--seed", "--target", "--context")
-SERVER = ("--name", "--host", "--port", "--api-key")
+SERVER = ("--name", "--host", "--port", "--api-key", "--of-client")
 ENGINE = ("--running", "--step-tokens", "--kv-tokens", "--fast", "--cost", "--target", "--context")
 
 
@@ -126,10 +127,12 @@ def serve(args: argparse.Namespace) -> int:
     MissingExtra[E101], ArgumentError[A109]."""
     if not 0 <= args.port <= 65535:
         raise ArgumentError("A109", f"--port {args.port} is outside 0…65535")
+    if args.of_client < 1:
+        raise ArgumentError("A109", f"--of-client {args.of_client} is below 1")
     with needed_for("the server", "models,serve"):
         import uvicorn
 
-        from tilewright.serve.api import Limits, build_app
+        from tilewright.serve.api import ServerLimits, build_app
         from tilewright.serve.worker import Worker
 
     path = Path(args.model or packaged_model())
@@ -140,7 +143,8 @@ def serve(args: argparse.Namespace) -> int:
     file, name = open_model(path), args.name or path.stem
     worker = Worker.process(str(path), args.target, options)
     prompts = Prompts(file, options.resolved(file.config.context)[0])
-    app = build_app(prompts, worker, name, Limits(api_key=args.api_key))
+    limits = ServerLimits(of_client=args.of_client, api_keys=args.api_key)
+    app = build_app(prompts, worker, name, limits)
     print(f"{name} at http://{args.host}:{args.port}/v1", flush=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
