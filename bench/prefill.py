@@ -175,10 +175,10 @@ def measured(case: Case, flush: Any, peer_names: list[str]) -> Row:
     for name, call in list(calls.items()):
         try:
             error[name] = batch.error(call)
-        except RuntimeError as refusal:  # a peer that takes the call and then not this shape
+        except Exception as refusal:  # a peer that takes the call and then not this shape
             if name == "tilewright":
                 raise
-            note(f"{name} does not run {case.name}: {str(refusal).splitlines()[0]}")
+            note(f"{name} does not run {case.name}: {reason(refusal)}")
             del calls[name]
     parts = batch.parts() if case.name.startswith("mixed") else {}
     rounds = _rounds(calls | parts, flush)
@@ -197,6 +197,12 @@ def measured(case: Case, flush: Any, peer_names: list[str]) -> Row:
     note(f"{case.name:32} {case.head_dim:4} {ms:8.4f} ms {row['value']:7.1f} TFLOP/s{beside}")
     wrong = not error["tilewright"] < 8e-3
     return row | ({"wrong": f"relative error {error['tilewright']:.2g}"} if wrong else {})
+
+
+def reason(refusal: Exception) -> str:
+    """The first line of what a peer says. Libraries refuse by errors of every kind: assertions, the
+    errors of their own compilers."""
+    return f"{type(refusal).__name__} {refusal}".splitlines()[0].strip()
 
 
 class Batch:
@@ -260,9 +266,8 @@ class Batch:
         """The calls of a peer; none, and a note, where it refuses to set the batch up."""
         try:
             yield from PEERS[name](self)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as refusal:
-            reason = (str(refusal) or type(refusal).__name__).splitlines()[0]
-            note(f"{name} does not take {self.case.name}: {reason}")
+        except Exception as refusal:
+            note(f"{name} does not take {self.case.name}: {reason(refusal)}")
 
     # -- the batch as peers want it --------------------------------------------------------------
 
