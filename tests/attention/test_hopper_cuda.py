@@ -171,6 +171,24 @@ def test_the_order_holds_every_item_once(rng, group):
     assert len(hopper.order(items[:0], np.zeros(4, np.int32), 5)) == 0
 
 
+@pytest.mark.parametrize(("new", "requests"), [(64, 16), (128, 16), (256, 16), (512, 5)])
+def test_short_requests_read_a_long_cache_once(new, requests):
+    """All items of a request and head are among those that the SMs work on at the same time."""
+    kv_heads, tokens, workers = 8, 32, 132
+    indptr = np.arange(requests + 1) * new
+    rows = [
+        (r, h, at, at + tokens)
+        for r in range(requests)
+        for at in range(indptr[r], indptr[r + 1], tokens)
+        for h in range(kv_heads)
+    ]
+    items = np.array([(*row, 0, 1, 0, 0) for row in rows], np.int32).view(ITEM.numpy).reshape(-1)
+    ordered = items[hopper.order(items, indptr, workers)]
+    unit = ordered["request"] * kv_heads + ordered["kv_head"]
+    first, last = (np.unique(u, return_index=True)[1] for u in (unit, unit[::-1]))
+    assert ((len(unit) - 1 - last) - first == new // tokens - 1).all()
+
+
 # ---------------------------------------------------------------------------- on a GPU
 
 

@@ -29,6 +29,7 @@ MAX_TILES = 512  # of a segment: what the scheduler sorts at once
 MAX_GROUP = 64
 IN_PAGES, IN_ROWS, IN_ONE = 0, 1, 2  # where the keys of a request lie
 _TAIL = 4  # items of a CTA that are drawn in the order of their keys
+_SHORT = 512  # queries of a request up to which its items follow each other always
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,8 @@ def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
     Requests with many queries come first. Within one, the items of a KV head follow each other, so
     that CTAs read the same keys at the same time; the last queries first: under a causal mask they
     see the most keys. The last few items of each CTA are sorted by that number over requests and
-    heads, so that none of them ends long after the others.
+    heads, so that none of them ends long after the others; not those of short requests, which would
+    read a long cache once for each of their items.
     """
     indptr = np.asarray(qo_indptr, np.int64)
     rank = np.empty(len(indptr) - 1, np.int64)
@@ -112,7 +114,8 @@ def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
     unit = (rank[request] * (int(head.max(initial=0)) + 1) + head)[by]
     tail = max(0, len(by) - _TAIL * workers)
     tail = int(np.searchsorted(unit, unit[tail])) if tail else 0  # whole units
-    by[tail:] = by[tail:][np.argsort(-begin[by[tail:]], kind="stable")]
+    key = np.where(np.diff(indptr)[request] > _SHORT, -begin, 1)
+    by[tail:] = by[tail:][np.argsort(key[by[tail:]], kind="stable")]
     return by
 
 
