@@ -17,14 +17,16 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import tilewright as tw
+from bench import prefill_trace
 from bench.harness import Row, base_row, note, require_torch
 from bench.prefill_peers import PEERS
-from tilewright.attention.batch import Attention
+from tilewright.attention.batch import Attention, BoundAttention
 from tilewright.attention.kv import KV
 from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
@@ -100,6 +102,11 @@ def prefill_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers", nargs="*", choices=("all", *PEERS), default=["all"],
         help="default: all that can be imported",
     )  # fmt: skip
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE.json",
+        help="instead of rows: what each warp of a CTA does in the first row (Perfetto), and a "
+        "picture of it beside the file",
+    )  # fmt: skip
 
 
 def even(variant: str, head_dim: int, length: int, page_size: int = 0, dim_vo: int = 0) -> Case:
@@ -161,6 +168,10 @@ def prefill(args: argparse.Namespace) -> Iterator[Row]:
             continue
         if args.only and not case.name.startswith(args.only):
             continue
+        if args.trace:
+            torch.manual_seed(0)
+            prefill_trace.trace(Batch(case), args.trace)
+            return
         wanted = [name for name in PEERS if {name, "all"} & set(args.peers)]
         yield measured(case, flush, wanted) | base_row("prefill", "attention.prefill", "cuda")
 
@@ -237,13 +248,17 @@ class Batch:
     def ours(self) -> Callable[[], Any]:
         return self._call(range(len(self.case.queries)))
 
+    def _call(self, requests: Sequence[int]) -> Callable[[], Any]:
+        bound = self.bound(requests)
+        return lambda: bound().o
+
     def parts(self) -> dict[str, Callable[[], Any]]:
         """Our calls of a mixed batch's prompts alone and of its single tokens alone."""
         single = [r for r, n in enumerate(self.case.queries) if n == 1]
         longer = [r for r, n in enumerate(self.case.queries) if n > 1]
         return {"prompts alone": self._call(longer), "singles alone": self._call(single)}
 
-    def _call(self, requests: Sequence[int]) -> Callable[[], Any]:
+    def bound(self, requests: Sequence[int]) -> BoundAttention:
         """Our call for consecutive requests of the batch."""
         torch, case = require_torch(), self.case
         first, last = requests[0], requests[-1] + 1
@@ -259,8 +274,7 @@ class Batch:
         out = torch.full((*q.shape[:2], case.dims[1]), torch.nan, device=DEVICE).bfloat16()
         plan = attn.plan(self.qo_indptr[first : last + 1] - self.qo_indptr[first], kv)
         tensors = {"alibi": {"slopes": self.slopes}, "document": {"document": self.documents}}
-        bound = attn.bind(q, kv, out, plan=plan, **tensors.get(case.variant, {}))
-        return lambda: bound().o
+        return attn.bind(q, kv, out, plan=plan, **tensors.get(case.variant, {}))
 
     def peer(self, name: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         """The calls of a peer; none, and a note, where it refuses to set the batch up."""

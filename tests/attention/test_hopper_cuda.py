@@ -104,6 +104,18 @@ def test_what_ptxas_makes_of_it(case, tmp_path):
     assert loop[:end].count("MUFU.EX2") + rest[:packed].count("MUFU.EX2") >= weights
 
 
+@needs_nvrtc
+def test_a_traced_kernel_does_the_same():
+    """Clocks neither make ptxas spill nor serialise."""
+    spec, box, chunked = kernel_of(KERNELS[0])
+    text = "#define TW_TRACE 64\n#define TW_TRACE_AT 0\n" + hopper.source(spec, box, chunked)
+    options = (f"--gpu-architecture={hopper.ARCH}", *nvrtc.FLAGS)
+    status, log, image = nvrtc._compile(text, cuda_headers(), options)
+    assert status == 0, log
+    assert image and "C75" not in log
+    assert nvrtc.parse_resources(log)["stage0"].spill_bytes == 0
+
+
 def nvdisasm() -> str:
     try:
         for f in importlib.metadata.files("nvidia-cuda-nvdisasm") or ():
