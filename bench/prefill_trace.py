@@ -19,7 +19,7 @@ from bench.harness import note, require_torch
 from tilewright.attention.spec import loaded, template
 from tilewright.errors import MissingExtra
 
-MARKS = 4096  # the most of a warp
+MARKS = 1024  # the most of a warp
 STEPS_BEFORE, STEPS_AFTER = 3, 5  # of the picture, around the end of an item
 COLOURS = {  # of states that work; a warp that waits is pale
     "ISSUE": "#4477aa", "MASK": "#ccbb44", "MAXIMA": "#66ccee", "WEIGHTS": "#228833",
@@ -66,9 +66,8 @@ def warp_names(warps: int, consumers: int) -> list[str]:
     """What each warp does: a scheduler, loaders of K, as many of V, one of Q, the consumers."""
     each = (warps - 4 * consumers - 2) // 2
     loaders = [f"loader {x}" + (f".{i}" if i else "") for x in "KV" for i in range(each)]
-    return ["scheduler", *loaders, "loader Q"] + [
-        f"consumer {i // 4}.{i % 4}" for i in range(4 * consumers)
-    ]
+    lines = (f"consumer {group}.{warp}" for group in range(consumers) for warp in range(4))
+    return ["scheduler", *loaders, "loader Q", *lines]
 
 
 def spans(marks: Sequence[Sequence[Sequence[int]]], names: Sequence[str]) -> list[Span]:
