@@ -104,7 +104,14 @@ def _dense_and_ragged(name: str, batch: Any, fa: Any, how: dict[str, Any]) -> Ca
         f"{name} varlen",
         lambda: first(
             fa.flash_attn_varlen_func(
-                batch.q, batch.k, batch.v, indptr, indptr, longest, longest, **how
+                batch.q,
+                batch.k,
+                batch.v,
+                cu_seqlens_q=indptr,
+                cu_seqlens_k=indptr,
+                max_seqlen_q=longest,
+                max_seqlen_k=longest,
+                **how,
             )
         ),
     )
