@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import re
 import subprocess
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -105,6 +106,18 @@ def test_what_ptxas_makes_of_it(case, tmp_path):
     rest = loop[end + 1 :]
     packed = [i for i, op in enumerate(rest) if op == "F2FP"][weights // 2 - 1]
     assert loop[:end].count("MUFU.EX2") + rest[:packed].count("MUFU.EX2") >= weights
+
+
+def test_the_page_tells_the_shared_memory_of_each_kernel():
+    page = (Path(__file__).parents[2] / "docs/attention/hopper.md").read_text(encoding="utf-8")
+    for (dim, dim_vo), tiles in hopper.TILES.items():
+        spec = spec_of(4, dim, "float16", "float16", ALL_VARIANTS["causal"], "float16")
+        size = f"{hopper.smem_bytes(dataclasses.replace(spec, head_dim_vo=dim_vo)):,}"
+        name = str(dim) if dim == dim_vo else f"{dim} / {dim_vo}"
+        (row,) = (x for x in page.splitlines() if re.match(rf"\| ([\d, ]+, )?{name} \|", x))
+        stages = f"{tiles.q}, {tiles.k}, {tiles.v}"
+        assert [tiles.groups, tiles.keys] == [int(x.split()[0]) for x in row.split("|")[2:4]]
+        assert [x.strip() for x in row.split("|")[4:6]] == [stages, size.replace(",", " ")]
 
 
 @needs_nvrtc
