@@ -65,20 +65,6 @@ def widened(e: Expr, lanes: int) -> Expr:
     return wide(transform(e, visit))
 
 
-def approximate(e: Expr) -> Expr:
-    """`e` with tanh and quotients by the GPU's special function unit, without branches: right for
-    scores of 16-bit queries and keys, which are no more exact."""
-
-    def visit(x: Any) -> Any:
-        if isinstance(x, Unary) and x.op == "tanh":
-            return replace(x, op="tanh_approximate")
-        if isinstance(x, Binary) and x.op == "/":
-            return replace(x, op="*", b=Unary("reciprocal_approximate", x.b, x.dtype))
-        return x
-
-    return transform(e, visit)
-
-
 class _OnVectors(CppRenderer):
     """Adds what programs lack: conditions as vectors and a fast tanh of vectors."""
 

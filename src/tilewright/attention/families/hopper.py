@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention import render
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
@@ -56,16 +55,18 @@ TILES = {  # by head_dim and head_dim_vo
 
 
 def tiles_of(spec: Spec) -> Tiles:
-    return TILES.get((spec.head_dim, spec.head_dim_vo), Tiles())
+    return TILES[spec.head_dim, spec.head_dim_vo]
 
 
 def rows_of(spec: Spec) -> int:
     """The most packed rows of an item: BM of prefill_hopper.cuh."""
-    return tiles_of(spec).groups * 64
+    tiles = TILES.get((spec.head_dim, spec.head_dim_vo), Tiles())
+    return tiles.groups * 64
 
 
-def refuses(spec: Spec, _rows: int, pool: Pool | None) -> str:
+def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
     """Why the kernel cannot run a call, or "" where it can."""
+    del rows
     if spec.q != spec.kv or spec.kv not in (dtypes.float16, dtypes.bfloat16):
         return "q, k and v are not all float16 or all bfloat16"
     if (spec.head_dim, spec.head_dim_vo) not in TILES:
@@ -105,13 +106,15 @@ def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
     read a long cache once for each of their items.
     """
     indptr = np.asarray(qo_indptr, np.int64)
-    request, head = items["request"], items["kv_head"]
-    begin, queries = items["qo_begin"] - indptr[request], np.diff(indptr)[request]
-    by = np.lexsort((-begin, head, request, -queries))
-    unit = items[["request", "kv_head"]][by]
+    rank = np.empty(len(indptr) - 1, np.int64)
+    rank[np.argsort(-np.diff(indptr), kind="stable")] = np.arange(len(rank))
+    request, head = items["request"].astype(np.int64), items["kv_head"].astype(np.int64)
+    begin = items["qo_begin"] - indptr[request]
+    by = np.lexsort((-begin, head, rank[request]))
+    unit = (rank[request] * (int(head.max(initial=0)) + 1) + head)[by]
     tail = max(0, len(by) - _TAIL * workers)
-    tail = int(np.argmax(unit == unit[tail])) if tail else 0  # whole units
-    key = np.where(queries > _SHORT, -begin, 1)
+    tail = int(np.searchsorted(unit, unit[tail])) if tail else 0  # whole units
+    key = np.where(np.diff(indptr)[request] > _SHORT, -begin, 1)
     by[tail:] = by[tail:][np.argsort(key[by[tail:]], kind="stable")]
     return by
 
@@ -119,11 +122,14 @@ def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
 # ---------------------------------------------------------------------------- the kernel
 
 
+def loaders(spec: Spec, box: int) -> int:
+    """Warps that load K, and as many V: LOADERS of prefill_hopper.cuh."""
+    return 3 if box < 8 and tiles_of(spec).groups == 2 and spec.head_dim_vo <= 128 else 1
+
+
 def threads(spec: Spec, box: int) -> int:
     """Threads of a CTA: THREADS of prefill_hopper.cuh."""
-    groups = tiles_of(spec).groups
-    loaders = 3 if box < 8 and groups == 2 and spec.head_dim_vo <= 128 else 1  # of K, and of V
-    return ((2 * loaders + 2) // 4 + groups) * 128
+    return ((2 * loaders(spec, box) + 2) // 4 + tiles_of(spec).groups) * 128
 
 
 def smem_bytes(spec: Spec) -> int:
@@ -164,14 +170,13 @@ def box_keys(spec: Spec, page_size: int) -> int:
 @functools.lru_cache(256)
 def source(spec: Spec, box: int, chunked: bool = False) -> str:
     """The CUDA C++ of one kernel; `box`: keys of a TMA box; `chunked`: items may be chunks."""
-    tiles, logits = tiles_of(spec), render.approximate(spec.traced.logits)
-    spec = replace(spec, traced=replace(spec.traced, logits=logits))
+    tiles = tiles_of(spec)
     numbers = {
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BN": tiles.keys, "BOX": box,
         "CONSUMERS": tiles.groups,
         "IN_PAGES": IN_PAGES, "IN_ROWS": IN_ROWS, "KEYS_LIE": keys_lie(spec), "Q_TILES": tiles.q,
         "K_STAGES": tiles.k, "V_STAGES": tiles.v, "MAX_TILES": MAX_TILES, "MAX_KEYS": MAX_KEYS,
-        "TRIVIAL_LOGITS": int(isinstance(logits, Var)), "CHUNKED": int(chunked),
+        "TRIVIAL_LOGITS": int(isinstance(spec.traced.logits, Var)), "CHUNKED": int(chunked),
     }  # fmt: skip
     kinds = f"using Kind = tw::{spec.kv.name}_bits;"
     out = f"using Out = {'uint16_t' if spec.o.itemsize == 2 else 'float'};"
@@ -229,8 +234,10 @@ def _prepare(call: Call) -> Prepared:
     )  # fmt: skip
     grid, chunked = (min(len(plan.items), cuda.device(ordinal).sms), 1, 1), plan.slots > 0
     text = source(spec, box, chunked)
-    cta = threads(spec, box), 1, 1
-    launch = loaded(text, ordinal).prepare(grid, cta, smem_bytes(spec), block)
+    launch = loaded(text, ordinal).prepare(
+        grid, (threads(spec, box), 1, 1), smem_bytes(spec), block
+    )
+
     keep = (indptr, items, counters, partials, block)
     return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
 

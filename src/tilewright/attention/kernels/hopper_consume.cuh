@@ -35,8 +35,7 @@ struct Consumer {
     tw::wgmma_commit();
   }
 
-  // Scores as the variant has them; with `Masks` −inf where the mask refuses.
-  template <bool Masks>
+  // Scores as the variant has them, times log2 e; −inf where the mask refuses.
   TW_INLINE void apply(const Slot& item, int tile, float (&s)[BN / 2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -49,8 +48,8 @@ struct Consumer {
           float& x = s[j * 4 + half * 2 + i];
           at.key = tile * BN + j * 8 + lane % 4 * 2 + i;
           at.kv = item.position(at.key);
-          if (!TRIVIAL_LOGITS) x = variant.logits(x * p.sm_scale, at);
-          if (Masks) x = at.key < item.length && variant.mask(at) ? x : lowest();
+          if (!TRIVIAL_LOGITS) x = variant.logits(x * p.sm_scale, at) * LOG2E;
+          x = at.key < item.length && variant.mask(at) ? x : lowest();
         }
     }
   }
@@ -106,10 +105,10 @@ struct Consumer {
     tw::barrier_wait(shared.barrier(V_FULL + done % V_STAGES), done / V_STAGES & 1);
   }
 
-  // A tile that is not the first: its scores and weights, and the outputs of the tile before. `Masks`: with
-  // the variant's mask, which may have branches, so nothing is under way meanwhile.
+  // A tile that is not the first: its scores and weights, and the outputs of the tile before. `Applies`:
+  // with the variant's logits and mask; they may have branches, so nothing is under way meanwhile.
   // `last` of the item: its queries are not read any more. Some exponentials come behind the wait for P·V: they hide what the registers of the weights must wait for.
-  template <bool Masks>
+  template <bool Applies>
   TW_INLINE void step(const Slot& item, int tile, int done, int buffer, bool last, bool& arrived, float (&o)[DV / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
     constexpr int EARLY = BN / 16;
     float s[BN / 2], sum[2] = {};
@@ -123,12 +122,10 @@ struct Consumer {
     issue_scores(s, buffer, done % K_STAGES);
     issue_outputs(o, weights, done % V_STAGES);
     shared.trace(WAIT_SCORES);
-    tw::wgmma_wait<Masks ? 0 : 1>();
+    tw::wgmma_wait<Applies ? 0 : 1>();
     tw::tie(s);
-    if (Masks || !TRIVIAL_LOGITS) {
-      shared.trace(MASK);
-      apply<Masks>(item, tile, s);
-    }
+    if (Applies) shared.trace(MASK);
+    if (Applies) apply(item, tile, s);
     shared.trace(MAXIMA);
     const bool grew = raise(s, rows);
     shared.trace(WEIGHTS);
@@ -309,7 +306,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   Consumer consumer{p, variant, shared, group, warp, lane,
                     tw::wgmma_descriptor(shared.base + Q_AT + group * 64 * 128, 0, 1024),
                     tw::wgmma_descriptor(shared.base + K_AT, 0, 1024),
-                    tw::wgmma_descriptor(shared.base + V_AT, KV_BLOCK, 1024), (TRIVIAL_LOGITS ? p.sm_scale : 1.0f) * LOG2E};
+                    tw::wgmma_descriptor(shared.base + V_AT, KV_BLOCK, 1024), TRIVIAL_LOGITS ? p.sm_scale * LOG2E : 1.0f};
   int done = 0, items = 0;  // tiles, and the item: 0 is an empty one
   float o[DV / 2] = {};
   uint32_t weights[BN / 4] = {};  // of the tile of zeros
@@ -319,7 +316,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   for (int n = 0;; ++n) {
     const Slot& item = next_item(shared, n);
     if (item.tokens < 0) break;
-    const int tiles = item.partial + item.full, partial = item.partial;
+    const int tiles = item.partial + item.full, applied = TRIVIAL_LOGITS ? item.partial : tiles;  // tiles that the variant is applied to
     float s[BN / 2], sum[2] = {};
     if (item.begins) {
       tw::barrier_wait(shared.barrier(Q_FULL + (items + 1) % Q_TILES), items / Q_TILES & 1);
@@ -340,7 +337,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     tw::tie(s);
     release(shared.barrier(K_EMPTY + done % K_STAGES), lane);
     shared.trace(MASK);
-    if (!TRIVIAL_LOGITS || partial) consumer.apply<true>(item, tile_at(item, 0), s);
+    if (applied) consumer.apply(item, tile_at(item, 0), s);
     if (STAGED && item.begins) consumer.free_queries(previous);
     const Rows old = rows;
     shared.trace(MAXIMA);
@@ -355,8 +352,8 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     ++done;
     bool arrived = false;
     int i = 1;
-    for (; i < partial; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
-    for (; i < tiles; ++i, ++done) consumer.step<false>(item, TRIVIAL_LOGITS ? 0 : tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
+    for (; i < applied; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
+    for (; TRIVIAL_LOGITS && i < tiles; ++i, ++done) consumer.step<false>(item, 0, done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
   shared.trace(WAIT_OUTPUTS);

@@ -80,55 +80,41 @@ TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& s
 
 // -- loaders -------------------------------------------------------------------------------------
 
-// Where an array of keys or values lies: strides in elements.
-struct Source {
-  const void* map;
-  const uint16_t* rows;
-  int64_t page, slot, head;
-};
-
-// Of the next tile the pages of boxes lane, lane + 32, …; or, where rows are gathered, the offsets of keys lane,
-// lane + 32, … Less than 0 outside the cache.
-template <bool Gathers> struct Entries { int of[ENTRIES]; };
-template <> struct Entries<true> { int64_t of[ENTRIES]; };
-
-// Copies tiles whose rows have D elements: boxes by TMA, or (GATHERS) rows by cp.async.
-template <int D>
+// Issues the boxes of tiles, of each LOADERS · 8 those of `part`. `entry`: the pages of boxes lane, lane + 32, … of the next tile.
+template <int BLOCKS>
 struct Loader {
-  static constexpr int BLOCKS = (D + 63) / 64;
-  Source source;
+  const void* map;
   tw::Pages pages;
-  int head;
-  Entries<GATHERS> entry;
+  int head, part;
+  int entry[ENTRIES];
 
-  TW_INLINE void start(const Params& p, const Slot& s, const Source& from) {
-    source = from;
-    source.rows += s.head * from.head;
+  TW_INLINE void start(const Params& p, const Slot& s, const void* tensor_map, int number) {
+    map = tensor_map;
     pages = tw::pages_of(p, s.request, MAX_KEYS);
     head = s.head;
+    part = number;
   }
   TW_INLINE void look_up(const Params& p, int tile, int lane) {
     if constexpr (KEYS_LIE == IN_PAGES)
 #pragma unroll
       for (int i = 0; i < ENTRIES; ++i) {
-        const int box = i * 32 + lane, key = tile * BN + box * (GATHERS ? 1 : BOX), page = key >> p.page_shift;
-        const bool exists = box * (GATHERS ? 1 : BOX) < BN && page < pages.count;
-        entry.of[i] = exists ? tw::page_at(p, pages, page) : -1;  // a box outside the cache arrives as zeros
-        if (GATHERS && exists) entry.of[i] = entry.of[i] * source.page + (key & (1 << p.page_shift) - 1) * source.slot;
+        const int box = i * 32 + lane, page = (tile * BN + box * BOX) >> p.page_shift;
+        // A box outside the cache arrives as zeros.
+        entry[i] = box < BOXES && page < pages.count ? static_cast<int>(tw::page_at(p, pages, page)) : -1;
       }
   }
   TW_INLINE void issue(const Params& p, int tile, uint32_t to, uint32_t barrier) {
-    if (tw::elect()) tw::barrier_expect(barrier, BLOCKS * KV_BLOCK);
+    if (part == 0 && tw::elect()) tw::barrier_expect(barrier, BLOCKS * KV_BLOCK);
     if constexpr (KEYS_LIE == IN_PAGES) {
       const int mask = (1 << p.page_shift) - 1;
       constexpr int EACH = BOXES < 32 ? BOXES : 32, AT_ONCE = EACH < 8 ? EACH : 8;
 #pragma unroll
       for (int i = 0; i < ENTRIES; ++i)
 #pragma unroll 1
-        for (int first = 0; first < EACH; first += AT_ONCE) {
+        for (int first = part * AT_ONCE; first < EACH; first += LOADERS * AT_ONCE) {
           int page[AT_ONCE];
 #pragma unroll
-          for (int j = 0; j < AT_ONCE; ++j) page[j] = __shfl_sync(0xffffffffu, entry.of[i], first + j);
+          for (int j = 0; j < AT_ONCE; ++j) page[j] = __shfl_sync(0xffffffffu, entry[i], first + j);
           if (tw::elect())
 #pragma unroll
             for (int j = 0; j < AT_ONCE; ++j) {
@@ -144,30 +130,7 @@ struct Loader {
   }
   TW_INLINE void copy(uint32_t to, uint32_t barrier, int row, int page) const {
 #pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) tw::copy_box(to + block * KV_BLOCK, source.map, barrier, block * 64, row, head, page);
-  }
-  // The rows of keys lane, lane + 32, … of which `unseen` has the bit become zeros.
-  TW_INLINE void hide(int unseen) {
-#pragma unroll
-    for (int i = 0; i < ENTRIES; ++i)
-      if (unseen >> i & 1) entry.of[i] = -1;
-  }
-  // Copies number `part` of LOADERS shares of a tile, and arrives when it is there.
-  TW_INLINE void gather(char* to, uint32_t barrier, int part, int lane) const {
-    constexpr int PIECES = D / 8;  // of 16 bytes, of a row
-#pragma unroll
-    for (int i = 0; i < ENTRIES; ++i)
-#pragma unroll 6
-      for (int n = part; n < PIECES; n += LOADERS) {
-        const int r = (n * 32 + lane) / PIECES, c = (n * 32 + lane) % PIECES;
-        const int64_t offset = __shfl_sync(0xffffffffu, entry.of[i], r);
-        const int at = c / 8 * KV_BLOCK + (i * 32 + r) * 128 + ((c % 8 ^ r % 8) << 4);
-        tw::copy_async_16(to + at, source.rows + (offset < 0 ? 0 : offset) + c * 8, offset < 0 ? 0 : 16);
-      }
-    tw::copy_async_commit();
-    tw::copy_async_wait<0>();
-    tw::fence_async();
-    release(barrier, lane);
+    for (int block = 0; block < BLOCKS; ++block) tw::copy_box(to + block * KV_BLOCK, map, barrier, block * 64, row, head, page);
   }
 };
 
@@ -199,17 +162,15 @@ TW_INLINE void load_keys(const Params& p, const Shared& shared, int part, int la
     const Slot& s = next_item(shared, n);
     if (s.tokens < 0) return;
     const int tiles = s.partial + s.full;
-    Loader<DK> loader;
-    loader.start(p, s, Source{&p.k_map, p.k, p.k_page, p.k_slot, p.k_head});
+    Loader<K_BLOCKS> loader;
+    loader.start(p, s, &p.k_map, part);
     loader.look_up(p, tile_at(s, 0), lane);
     for (int i = 0; i < tiles; ++i, ++done) {
       const int stage = done % K_STAGES;
       shared.trace(WAIT_STAGE);
       tw::barrier_wait(shared.barrier(K_EMPTY + stage), (done / K_STAGES & 1) ^ 1);
       shared.trace(LOAD);
-      const int at = K_AT + stage * K_BYTES;
-      if constexpr (GATHERS) loader.gather(shared.memory + at, shared.barrier(K_FULL + stage), part, lane);
-      else loader.issue(p, tile_at(s, i), shared.base + at, shared.barrier(K_FULL + stage));
+      loader.issue(p, tile_at(s, i), shared.base + K_AT + stage * K_BYTES, shared.barrier(K_FULL + stage));
       if (i + 1 < tiles) loader.look_up(p, tile_at(s, i + 1), lane);
     }
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
@@ -232,39 +193,39 @@ TW_INLINE bool is_unseen(const Variant& variant, const Slot& s, int key) {
 
 TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared& shared, int part, int lane) {
   // The first tile of the ring is zeros: the consumers' first step has a tile before it.
-  const int4 zero = make_int4(0, 0, 0, 0);
-  for (int i = part * 32 + lane; i < V_BYTES / 16; i += LOADERS * 32) reinterpret_cast<int4*>(shared.memory + V_AT)[i] = zero;
-  tw::fence_async();
-  release(shared.barrier(V_FULL), lane);
+  if (part == 0) {
+    const int4 zero = make_int4(0, 0, 0, 0);
+    for (int i = lane; i < V_BYTES / 16; i += 32) reinterpret_cast<int4*>(shared.memory + V_AT)[i] = zero;
+    tw::fence_async();
+    release(shared.barrier(V_FULL), lane);
+  }
   int done = 1;
   uint32_t patched = 0;  // a bit for each stage: the parity of its tiles that were patched
   for (int n = 0;; ++n) {
     const Slot& s = next_item(shared, n);
     if (s.tokens < 0) return;
     const int tiles = s.partial + s.full;
-    Loader<DV> loader;
-    loader.start(p, s, Source{&p.v_map, p.v, p.v_page, p.v_slot, p.v_head});
+    Loader<V_BLOCKS> loader;
+    loader.start(p, s, &p.v_map, part);
     loader.look_up(p, tile_at(s, 0), lane);
     for (int i = 0; i < tiles; ++i, ++done) {
       const int stage = done % V_STAGES, tile = tile_at(s, i);
+      const uint32_t to = shared.base + V_AT + stage * V_BYTES;
       int unseen = 0;  // of keys lane, lane + 32, …, a bit each
       if (i < s.partial) {
 #pragma unroll 1
         for (int j = 0; j < BN / 32; ++j) unseen |= is_unseen(variant, s, tile * BN + j * 32 + lane) << j;
       }
-      const bool patches = !GATHERS && __any_sync(0xffffffffu, unseen != 0);
+      const bool patches = __any_sync(0xffffffffu, unseen != 0);
       shared.trace(WAIT_STAGE);
       tw::barrier_wait(shared.barrier(V_EMPTY + stage), (done / V_STAGES & 1) ^ 1);
       shared.trace(LOAD);
-      char* rows = shared.memory + V_AT + stage * V_BYTES;
-      if constexpr (GATHERS) {
-        loader.hide(unseen);
-        loader.gather(rows, shared.barrier(V_FULL + stage), part, lane);
-      } else loader.issue(p, tile, shared.base + V_AT + stage * V_BYTES, shared.barrier((patches ? V_LOADED : V_FULL) + stage));
+      loader.issue(p, tile, to, shared.barrier((patches ? V_LOADED : V_FULL) + stage));
       if (i + 1 < tiles) loader.look_up(p, tile_at(s, i + 1), lane);
-      if (patches) {
+      if (patches && part == 0) {
         tw::barrier_wait(shared.barrier(V_LOADED + stage), patched >> stage & 1);
         patched ^= 1u << stage;
+        char* rows = shared.memory + V_AT + stage * V_BYTES;
 #pragma unroll 1
         for (int j = 0; j < BN / 32; ++j)
           if (unseen >> j & 1)

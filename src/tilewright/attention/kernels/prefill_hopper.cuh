@@ -33,15 +33,14 @@ namespace attention {
 constexpr int BM = CONSUMERS * 64;    // rows of an item
 constexpr int TOKENS = BM / G;        // queries of an item
 constexpr int LOADERS = BOX < 8 && CONSUMERS == 2 && DV <= 128 ? 3 : 1;  // warps that load K; as many load V
-constexpr bool GATHERS = LOADERS > 1;  // rows by cp.async: TMA takes 13 cycles for each box, however small
 constexpr int LOADER_GROUPS = (2 * LOADERS + 2) / 4;  // warpgroups of the scheduler and the loaders
 constexpr int WARPGROUPS = LOADER_GROUPS + CONSUMERS, THREADS = WARPGROUPS * 128;
-constexpr int LOADER_REGISTERS = GATHERS ? 64 : 56;  // of the 504 or 512 that the warpgroups share
+constexpr int LOADER_REGISTERS = 56;  // of the 504 or 512 that the warpgroups share
 constexpr int CONSUMER_REGISTERS = (65536 / THREADS / 8 * 8 * WARPGROUPS - LOADER_GROUPS * LOADER_REGISTERS) / CONSUMERS / 8 * 8;
 constexpr int K_BLOCKS = (DK + 63) / 64, V_BLOCKS = (DV + 63) / 64;  // blocks of 64 columns
 constexpr int Q_BLOCK = BM * 128, KV_BLOCK = BN * 128;         // bytes of a block
 constexpr int Q_BYTES = K_BLOCKS * Q_BLOCK, K_BYTES = K_BLOCKS * KV_BLOCK, V_BYTES = V_BLOCKS * KV_BLOCK;
-constexpr int BOXES = BN / BOX, ENTRIES = GATHERS ? BN / 32 : (BOXES + 31) / 32;  // of a tile; what each lane looks up of one
+constexpr int BOXES = BN / BOX, ENTRIES = (BOXES + 31) / 32;  // of a tile; entries of the table for each lane
 constexpr bool STAGED = sizeof(Out) == 2 && Q_TILES > 1;      // outputs pass through the item's tile of Q
 constexpr float LOG2E = 1.4426950408889634f, SLACK = 8.0f;
 static_assert(DK % 16 == 0 && DV <= DK && BN % BOX == 0 && BN % 32 == 0 && G <= 64, "");
@@ -138,9 +137,9 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32, group = warp / 4;
   const Shared shared{smem + (base - start), base, Trace(warp, lane)};
   if (thread == 0) {
-    for (int i = 0; i < BARRIERS; ++i) {  // who arrives: the loaders or the scheduler, the consumer warps, all who read an item
+    for (int i = 0; i < BARRIERS; ++i) {  // who arrives: the loader or the scheduler, the consumer warps, all who read an item
       const bool frees = (i >= K_EMPTY && i < V_FULL) || (i >= V_EMPTY && i < V_LOADED) || (i >= Q_EMPTY && i < ITEM_FULL);
-      tw::barrier_init(shared.barrier(i), i >= ITEM_EMPTY ? 4 * CONSUMERS + 2 * LOADERS + 1 : frees ? 4 * CONSUMERS : i < Q_FULL ? LOADERS : 1);
+      tw::barrier_init(shared.barrier(i), i >= ITEM_EMPTY ? 4 * CONSUMERS + 2 * LOADERS + 1 : frees ? 4 * CONSUMERS : 1);
     }
     tw::barrier_init_done();
   }

@@ -234,17 +234,6 @@ TW_INLINE float rsqrt(float x) { return 1.0f / ::sqrtf(x); }
 TW_INLINE double rsqrt(double x) { return 1.0 / ::sqrt(x); }
 TW_INLINE float tanh(float x) { return ::tanhf(x); }
 TW_INLINE double tanh(double x) { return ::tanh(x); }
-// By the special function unit: relative errors of 2^-11 and of 1 ulp.
-TW_INLINE float tanh_approximate(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-TW_INLINE float reciprocal_approximate(float x) {
-  float y;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 TW_INLINE float sin(float x) { return ::sinf(x); }
 TW_INLINE double sin(double x) { return ::sin(x); }
 TW_INLINE float cos(float x) { return ::cosf(x); }
