@@ -23,7 +23,7 @@ _COLOURS = (
 def check(path: Path) -> None:
     """That `draw` can make a picture of this name. Raises MissingExtra[E101] without matplotlib,
     ArgumentError[A109] for a format that it does not know."""
-    known = _pyplot().FigureCanvasBase.get_supported_filetypes()
+    known = pyplot_module().FigureCanvasBase.get_supported_filetypes()
     if path.suffix and path.suffix[1:].lower() not in known:
         raise ArgumentError(
             "A109",
@@ -33,7 +33,7 @@ def check(path: Path) -> None:
         )
 
 
-def _pyplot() -> Any:
+def pyplot_module() -> Any:
     try:
         import matplotlib
 
@@ -51,7 +51,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     Raises MissingExtra[E101] without matplotlib, ArgumentError[A109] without a ratio to draw.
     """
-    pyplot = _pyplot()
+    pyplot = pyplot_module()
     ours = [r for r in rows if r.get("ratio")]
     if not ours:
         raise ArgumentError(

@@ -17,14 +17,16 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import tilewright as tw
+from bench import prefill_trace
 from bench.harness import Row, base_row, note, require_torch
 from bench.prefill_peers import PEERS
-from tilewright.attention.batch import Attention
+from tilewright.attention.batch import Attention, BoundAttention
 from tilewright.attention.kv import KV
 from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
@@ -100,6 +102,11 @@ def prefill_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers", nargs="*", choices=("all", *PEERS), default=["all"],
         help="default: all that can be imported",
     )  # fmt: skip
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE.json",
+        help="instead of rows: what each warp of a CTA does in the first row (Perfetto), and a "
+        "picture of it beside the file",
+    )  # fmt: skip
 
 
 def even(variant: str, head_dim: int, length: int, page_size: int = 0, dim_vo: int = 0) -> Case:
@@ -161,6 +168,10 @@ def prefill(args: argparse.Namespace) -> Iterator[Row]:
             continue
         if args.only and not case.name.startswith(args.only):
             continue
+        if args.trace:
+            torch.manual_seed(0)
+            prefill_trace.trace(Batch(case), args.trace)
+            return
         wanted = [name for name in PEERS if {name, "all"} & set(args.peers)]
         yield measured(case, flush, wanted) | base_row("prefill", "attention.prefill", "cuda")
 
@@ -175,10 +186,10 @@ def measured(case: Case, flush: Any, peer_names: list[str]) -> Row:
     for name, call in list(calls.items()):
         try:
             error[name] = batch.error(call)
-        except RuntimeError as refusal:  # a peer that takes the call and then not this shape
+        except Exception as refusal:  # a peer that takes the call and then not this shape
             if name == "tilewright":
                 raise
-            note(f"{name} does not run {case.name}: {str(refusal).splitlines()[0]}")
+            note(f"{name} does not run {case.name}: {reason(refusal)}")
             del calls[name]
     parts = batch.parts() if case.name.startswith("mixed") else {}
     rounds = _rounds(calls | parts, flush)
@@ -197,6 +208,12 @@ def measured(case: Case, flush: Any, peer_names: list[str]) -> Row:
     note(f"{case.name:32} {case.head_dim:4} {ms:8.4f} ms {row['value']:7.1f} TFLOP/s{beside}")
     wrong = not error["tilewright"] < 8e-3
     return row | ({"wrong": f"relative error {error['tilewright']:.2g}"} if wrong else {})
+
+
+def reason(refusal: Exception) -> str:
+    """The first line of what a peer says. Libraries refuse by errors of every kind: assertions, the
+    errors of their own compilers."""
+    return f"{type(refusal).__name__} {refusal}".splitlines()[0].strip()
 
 
 class Batch:
@@ -231,13 +248,17 @@ class Batch:
     def ours(self) -> Callable[[], Any]:
         return self._call(range(len(self.case.queries)))
 
+    def _call(self, requests: Sequence[int]) -> Callable[[], Any]:
+        bound = self.bound(requests)
+        return lambda: bound().o
+
     def parts(self) -> dict[str, Callable[[], Any]]:
         """Our calls of a mixed batch's prompts alone and of its single tokens alone."""
         single = [r for r, n in enumerate(self.case.queries) if n == 1]
         longer = [r for r, n in enumerate(self.case.queries) if n > 1]
         return {"prompts alone": self._call(longer), "singles alone": self._call(single)}
 
-    def _call(self, requests: Sequence[int]) -> Callable[[], Any]:
+    def bound(self, requests: Sequence[int]) -> BoundAttention:
         """Our call for consecutive requests of the batch."""
         torch, case = require_torch(), self.case
         first, last = requests[0], requests[-1] + 1
@@ -253,16 +274,14 @@ class Batch:
         out = torch.full((*q.shape[:2], case.dims[1]), torch.nan, device=DEVICE).bfloat16()
         plan = attn.plan(self.qo_indptr[first : last + 1] - self.qo_indptr[first], kv)
         tensors = {"alibi": {"slopes": self.slopes}, "document": {"document": self.documents}}
-        bound = attn.bind(q, kv, out, plan=plan, **tensors.get(case.variant, {}))
-        return lambda: bound().o
+        return attn.bind(q, kv, out, plan=plan, **tensors.get(case.variant, {}))
 
     def peer(self, name: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         """The calls of a peer; none, and a note, where it refuses to set the batch up."""
         try:
             yield from PEERS[name](self)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as refusal:
-            reason = (str(refusal) or type(refusal).__name__).splitlines()[0]
-            note(f"{name} does not take {self.case.name}: {reason}")
+        except Exception as refusal:
+            note(f"{name} does not take {self.case.name}: {reason(refusal)}")
 
     # -- the batch as peers want it --------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import re
 import subprocess
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -104,6 +105,31 @@ def test_what_ptxas_makes_of_it(case, tmp_path):
     assert loop[:end].count("MUFU.EX2") + rest[:packed].count("MUFU.EX2") >= weights
 
 
+def test_the_page_tells_the_shared_memory_of_each_kernel():
+    page = (Path(__file__).parents[2] / "docs/attention/hopper.md").read_text(encoding="utf-8")
+    for (dim, dim_vo), tiles in hopper.TILES.items():
+        spec = spec_of(4, dim, "float16", "float16", ALL_VARIANTS["causal"], "float16")
+        size = f"{hopper.smem_bytes(dataclasses.replace(spec, head_dim_vo=dim_vo)):,}"
+        name = str(dim) if dim == dim_vo else f"{dim} / {dim_vo}"
+        rows = ([cell.strip() for cell in x.split("|")] for x in page.splitlines() if "|" in x)
+        (row,) = (x for x in rows if len(x) == 7 and name in x[1].split(", "))
+        stages = f"{tiles.q}, {tiles.k}, {tiles.v}"
+        assert [tiles.groups, tiles.keys] == [int(x.split()[0]) for x in row[2:4]]
+        assert row[4:6] == [stages, size.replace(",", " ")]
+
+
+@needs_nvrtc
+def test_a_traced_kernel_does_the_same():
+    """Clocks neither make ptxas spill nor serialise."""
+    spec, box, chunked = kernel_of(KERNELS[0])
+    text = "#define TW_TRACE 64\n#define TW_TRACE_AT 0\n" + hopper.source(spec, box, chunked)
+    options = (f"--gpu-architecture={hopper.ARCH}", *nvrtc.FLAGS)
+    status, log, image = nvrtc._compile(text, cuda_headers(), options)
+    assert status == 0, log
+    assert image and "C75" not in log
+    assert nvrtc.parse_resources(log)["stage0"].spill_bytes == 0
+
+
 def nvdisasm() -> str:
     try:
         for f in importlib.metadata.files("nvidia-cuda-nvdisasm") or ():
@@ -169,6 +195,24 @@ def test_the_order_holds_every_item_once(rng, group):
     sizes = [int(lengths[r]) for r, _ in changes]
     assert sizes == sorted(sizes, reverse=True)
     assert len(hopper.order(items[:0], np.zeros(4, np.int32), 5)) == 0
+
+
+@pytest.mark.parametrize(("new", "requests"), [(64, 16), (128, 16), (256, 16), (512, 5)])
+def test_short_requests_read_a_long_cache_once(new, requests):
+    """All items of a request and head are among those that the SMs work on at the same time."""
+    kv_heads, tokens, workers = 8, 32, 132
+    indptr = np.arange(requests + 1) * new
+    rows = [
+        (r, h, at, at + tokens)
+        for r in range(requests)
+        for at in range(indptr[r], indptr[r + 1], tokens)
+        for h in range(kv_heads)
+    ]
+    items = np.array([(*row, 0, 1, 0, 0) for row in rows], np.int32).view(ITEM.numpy).reshape(-1)
+    ordered = items[hopper.order(items, indptr, workers)]
+    unit = ordered["request"] * kv_heads + ordered["kv_head"]
+    first, last = (np.unique(u, return_index=True)[1] for u in (unit, unit[::-1]))
+    assert ((len(unit) - 1 - last) - first == new // tokens - 1).all()
 
 
 # ---------------------------------------------------------------------------- on a GPU

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from bench.prefill import Batch, Case
 
-from bench import prefill
+from bench import prefill, prefill_trace
 from tilewright.attention.variant import SlidingWindow
 from tilewright.toolchain import compilers
 
@@ -60,3 +60,46 @@ def test_pairs_are_those_that_the_mask_keeps():
             if case.variant == "document":
                 keep &= i // 16 == j // 16
             assert case.pairs(n, m) == int(keep.sum())
+
+
+def _marks(steps: int) -> list[list[tuple[int, int]]]:
+    """What a CTA leaves whose consumers do two items of `steps` steps."""
+    state = {name: n for n, name in enumerate(prefill_trace.states())}
+    step = ("WAIT_TILE", "ISSUE", "WAIT_SCORES", "MAXIMA", "WEIGHTS", "WAIT_OUTPUTS")
+    item = ["WAIT_ITEM", "ISSUE", "WRITE", *step * steps]
+    lines = [["SORT_TILES", "WAIT_STAGE", "END"]] + [["WAIT_STAGE", "LOAD", "END"]] * 3
+    lines += [[*item, *item, "END"]] * 8
+    start = 2**31 - 40  # the counter of cycles turns negative on the way
+    return [
+        [((start + 10 * i + warp + 2**31) % 2**32 - 2**31, state[name]) for i, name in enumerate(x)]
+        + [(0, 0)] * 5
+        for warp, x in enumerate(lines)
+    ]
+
+
+def test_a_trace_is_written_read_and_drawn(tmp_path):
+    marks = _marks(9)
+    found = prefill_trace.spans(marks, prefill_trace.warp_names(12, 2))
+    assert {s.warp for s in found} == {"scheduler", "loader K", "loader V", "loader Q"} | {
+        f"consumer {group}.{warp}" for group in range(2) for warp in range(4)
+    }
+    assert {s.end - s.begin for s in found} == {10}
+    assert min(s.begin for s in found) == 0
+    line = [s.state for s in found if s.warp == "consumer 1.3"]
+    assert line[:5] == ["WAIT_ITEM", "ISSUE", "WRITE", "WAIT_TILE", "ISSUE"]
+    assert len(line) == 2 * (3 + 6 * 9)
+    file = tmp_path / "trace.json"
+    prefill_trace.write(file, found)
+    assert prefill_trace.read(file) == found
+    begin, end = prefill_trace.window(found)
+    second = [s.begin for s in found if s.warp == "consumer 0.0" and s.state == "WRITE"][1]
+    assert begin < second < end
+    prefill_trace.draw(found, tmp_path / "trace.svg")
+    text = (tmp_path / "trace.svg").read_text()
+    assert all(word in text for word in ("loader K", "consumer 1", "cycles", "weights"))
+    assert len(text) < 60_000
+
+
+def test_each_state_is_drawn_in_a_colour_or_is_a_wait():
+    for name in prefill_trace.states():
+        assert name in prefill_trace.COLOURS or name.startswith("WAIT") or name == "END"

@@ -29,6 +29,7 @@ MAX_TILES = 512  # of a segment: what the scheduler sorts at once
 MAX_GROUP = 64
 IN_PAGES, IN_ROWS, IN_ONE = 0, 1, 2  # where the keys of a request lie
 _TAIL = 4  # items of a CTA that are drawn in the order of their keys
+_SHORT = 512  # queries of a request up to which its items follow each other always
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +55,16 @@ TILES = {  # by head_dim and head_dim_vo
 
 
 def tiles_of(spec: Spec) -> Tiles:
-    return TILES[spec.head_dim, spec.head_dim_vo]
+    return TILES.get((spec.head_dim, spec.head_dim_vo), Tiles())
 
 
 def rows_of(spec: Spec) -> int:
     """The most packed rows of an item: BM of prefill_hopper.cuh."""
-    tiles = TILES.get((spec.head_dim, spec.head_dim_vo), Tiles())
-    return tiles.groups * 64
+    return tiles_of(spec).groups * 64
 
 
-def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
+def refuses(spec: Spec, _rows: int, pool: Pool | None) -> str:
     """Why the kernel cannot run a call, or "" where it can."""
-    del rows
     if spec.q != spec.kv or spec.kv not in (dtypes.float16, dtypes.bfloat16):
         return "q, k and v are not all float16 or all bfloat16"
     if (spec.head_dim, spec.head_dim_vo) not in TILES:
@@ -101,32 +100,29 @@ def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
     Requests with many queries come first. Within one, the items of a KV head follow each other, so
     that CTAs read the same keys at the same time; the last queries first: under a causal mask they
     see the most keys. The last few items of each CTA are sorted by that number over requests and
-    heads, so that none of them ends long after the others.
+    heads, so that none of them ends long after the others; not those of short requests, which would
+    read a long cache once for each of their items.
     """
     indptr = np.asarray(qo_indptr, np.int64)
-    rank = np.empty(len(indptr) - 1, np.int64)
-    rank[np.argsort(-np.diff(indptr), kind="stable")] = np.arange(len(rank))
-    request, head = items["request"].astype(np.int64), items["kv_head"].astype(np.int64)
-    begin = items["qo_begin"] - indptr[request]
-    by = np.lexsort((-begin, head, rank[request]))
-    unit = (rank[request] * (int(head.max(initial=0)) + 1) + head)[by]
+    request, head = items["request"], items["kv_head"]
+    begin, queries = items["qo_begin"] - indptr[request], np.diff(indptr)[request]
+    by = np.lexsort((-begin, head, request, -queries))
+    unit = items[["request", "kv_head"]][by]
     tail = max(0, len(by) - _TAIL * workers)
-    tail = int(np.searchsorted(unit, unit[tail])) if tail else 0  # whole units
-    by[tail:] = by[tail:][np.argsort(-begin[by[tail:]], kind="stable")]
+    tail = int(np.argmax(unit == unit[tail])) if tail else 0  # whole units
+    key = np.where(queries > _SHORT, -begin, 1)
+    by[tail:] = by[tail:][np.argsort(key[by[tail:]], kind="stable")]
     return by
 
 
 # ---------------------------------------------------------------------------- the kernel
 
 
-def loaders(spec: Spec, box: int) -> int:
-    """Warps that load K, and as many V: LOADERS of prefill_hopper.cuh."""
-    return 3 if box < 8 and tiles_of(spec).groups == 2 and spec.head_dim_vo <= 128 else 1
-
-
 def threads(spec: Spec, box: int) -> int:
     """Threads of a CTA: THREADS of prefill_hopper.cuh."""
-    return ((2 * loaders(spec, box) + 2) // 4 + tiles_of(spec).groups) * 128
+    groups = tiles_of(spec).groups
+    loaders = 3 if box < 8 and groups == 2 and spec.head_dim_vo <= 128 else 1  # of K, and of V
+    return ((2 * loaders + 2) // 4 + groups) * 128
 
 
 def smem_bytes(spec: Spec) -> int:
@@ -231,10 +227,8 @@ def _prepare(call: Call) -> Prepared:
     )  # fmt: skip
     grid, chunked = (min(len(plan.items), cuda.device(ordinal).sms), 1, 1), plan.slots > 0
     text = source(spec, box, chunked)
-    launch = loaded(text, ordinal).prepare(
-        grid, (threads(spec, box), 1, 1), smem_bytes(spec), block
-    )
-
+    cta = threads(spec, box), 1, 1
+    launch = loaded(text, ordinal).prepare(grid, cta, smem_bytes(spec), block)
     keep = (indptr, items, counters, partials, block)
     return Prepared(launch, lambda: launch.run(cuda.current_stream(ordinal)), text, keep)
 

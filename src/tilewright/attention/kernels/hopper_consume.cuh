@@ -113,21 +113,29 @@ struct Consumer {
     constexpr int EARLY = BN / 16;
     float s[BN / 2], sum[2] = {};
     const Rows old = rows;
+    shared.trace(WAIT_TILE);
     if (!arrived) arrive(done);
+    shared.trace(ISSUE);
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
     issue_scores(s, buffer, done % K_STAGES);
     issue_outputs(o, weights, done % V_STAGES);
+    shared.trace(WAIT_SCORES);
     tw::wgmma_wait<Applies ? 0 : 1>();
     tw::tie(s);
+    if (Applies) shared.trace(MASK);
     if (Applies) apply(item, tile, s);
+    shared.trace(MAXIMA);
     const bool grew = raise(s, rows);
+    shared.trace(WEIGHTS);
     weigh<0, EARLY>(s, rows, sum);
     tw::barrier_arrive_after(shared.barrier(K_EMPTY + done % K_STAGES), lane == 0, sum[0] + sum[1]);
     if (!STAGED) tw::barrier_arrive_after(shared.barrier(Q_EMPTY + buffer), lane == 0 && last, sum[0] + sum[1]);
+    shared.trace(WAIT_OUTPUTS);
     tw::wgmma_wait<0>();
     tw::tie(o);
+    shared.trace(WEIGHTS_AND_PACK);
     release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
     arrived = has_arrived(done + 1);
     weigh<EARLY, BN / 8>(s, rows, sum);
@@ -140,12 +148,15 @@ struct Consumer {
   // The first tile of a segment: starts its scores, behind the outputs of the tile before, maybe of another
   // item, which are there when this returns. Those of the scores are not.
   TW_INLINE void join(int done, int buffer, float (&s)[BN / 2], float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
+    shared.trace(WAIT_TILE);
     arrive(done);
+    shared.trace(ISSUE);
     tw::tie(weights);
     tw::tie(o);
     tw::wgmma_fence();
     issue_outputs(o, weights, done % V_STAGES);
     issue_scores(s, buffer, done % K_STAGES);
+    shared.trace(WAIT_OUTPUTS);
     tw::wgmma_wait<1>();
     tw::tie(o);
     release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
@@ -314,19 +325,24 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     const int buffer = items % Q_TILES, previous = (items + Q_TILES - 1) % Q_TILES;
     consumer.join(done, buffer, s, o, weights);
     if (item.begins) {
+      shared.trace(WRITE);
       consumer.write(current, previous, o, rows);
       current = item;
       rows = Rows{{lowest(), lowest()}, {0.0f, 0.0f}};
 #pragma unroll
       for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
     }
+    shared.trace(WAIT_SCORES);
     tw::wgmma_wait<0>();
     tw::tie(s);
     release(shared.barrier(K_EMPTY + done % K_STAGES), lane);
+    shared.trace(MASK);
     if (applied) consumer.apply(item, tile_at(item, 0), s);
     if (STAGED && item.begins) consumer.free_queries(previous);
     const Rows old = rows;
+    shared.trace(MAXIMA);
     const bool grew = consumer.raise(s, rows);
+    shared.trace(WEIGHTS_AND_PACK);
     consumer.weigh<0, BN / 8>(s, rows, sum);
     consumer.pack(weights, s);
     if (grew && !item.begins) consumer.rescale(o, rows, old);
@@ -340,7 +356,9 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     for (; TRIVIAL_LOGITS && i < tiles; ++i, ++done) consumer.step<false>(item, 0, done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
+  shared.trace(WAIT_OUTPUTS);
   consumer.drain(done, o, weights);
+  shared.trace(WRITE);
   consumer.write(current, items % Q_TILES, o, rows);
   if (STAGED) consumer.free_queries(items % Q_TILES);
 }

@@ -49,6 +49,7 @@ TW_INLINE Work work_of(const Params& p, const Item& item, const tw::Pages& pages
 TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& shared, int lane) {
   int segments = 0;
   for (int n = 0;; ++n) {
+    shared.trace(SORT_TILES);
     const int number = draw(p, n, lane);
     const bool ends = number >= p.item_count;
     const Item item = p.items[ends ? 0 : number];
@@ -61,7 +62,9 @@ TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& s
     if (ends) work.tokens = -1;
     for (int first = 1; first || top >= bottom; top -= MAX_TILES, first = 0, ++segments) {
       Slot& s = shared.slot(segments);
+      shared.trace(WAIT_STAGE);
       tw::barrier_wait(shared.barrier(ITEM_EMPTY + (segments & 1)), (segments >> 1 & 1) ^ 1);
+      shared.trace(SORT_TILES);
       if (lane == 0) {
         static_cast<Work&>(s) = work;
         s.begins = first;
@@ -139,7 +142,9 @@ TW_INLINE void load_queries(const Params& p, const Shared& shared, int lane) {
     if (s.begins) {
       const int buffer = items % Q_TILES;
       const uint32_t full = shared.barrier(Q_FULL + buffer);
+      shared.trace(WAIT_STAGE);
       tw::barrier_wait(shared.barrier(Q_EMPTY + buffer), (items++ / Q_TILES & 1) ^ 1);
+      shared.trace(LOAD);
       if (tw::elect()) {
         tw::barrier_expect(full, K_BLOCKS * TOKENS * G * 128);
 #pragma unroll
@@ -162,7 +167,9 @@ TW_INLINE void load_keys(const Params& p, const Shared& shared, int part, int la
     loader.look_up(p, tile_at(s, 0), lane);
     for (int i = 0; i < tiles; ++i, ++done) {
       const int stage = done % K_STAGES;
+      shared.trace(WAIT_STAGE);
       tw::barrier_wait(shared.barrier(K_EMPTY + stage), (done / K_STAGES & 1) ^ 1);
+      shared.trace(LOAD);
       loader.issue(p, tile_at(s, i), shared.base + K_AT + stage * K_BYTES, shared.barrier(K_FULL + stage));
       if (i + 1 < tiles) loader.look_up(p, tile_at(s, i + 1), lane);
     }
@@ -210,7 +217,9 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
         for (int j = 0; j < BN / 32; ++j) unseen |= is_unseen(variant, s, tile * BN + j * 32 + lane) << j;
       }
       const bool patches = __any_sync(0xffffffffu, unseen != 0);
+      shared.trace(WAIT_STAGE);
       tw::barrier_wait(shared.barrier(V_EMPTY + stage), (done / V_STAGES & 1) ^ 1);
+      shared.trace(LOAD);
       loader.issue(p, tile, to, shared.barrier((patches ? V_LOADED : V_FULL) + stage));
       if (i + 1 < tiles) loader.look_up(p, tile_at(s, i + 1), lane);
       if (patches && part == 0) {

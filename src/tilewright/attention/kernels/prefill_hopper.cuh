@@ -70,9 +70,36 @@ enum Barrier { K_FULL, K_EMPTY = K_FULL + K_STAGES, V_FULL = K_EMPTY + K_STAGES,
 constexpr int SMEM_BYTES = BARRIERS_AT + BARRIERS * 8 + 1024;  // the base is aligned to 1024 by hand
 static_assert(SMEM_BYTES <= 232448 && sizeof(Slot) % 8 == 0, "");
 
-struct Shared {  // of a CTA
+// What a warp does from here on, as its line of a trace shows it. `bench prefill --trace` compiles with TW_TRACE;
+// otherwise this is nothing. A trace is of CTA 0: TW_TRACE pairs (cycle, state) for each warp, the warps one after
+// the other, at the address TW_TRACE_AT.
+enum State { WAIT_ITEM, SORT_TILES, WAIT_STAGE, LOAD, WAIT_TILE, ISSUE, WAIT_SCORES, MASK, MAXIMA, WEIGHTS, WAIT_OUTPUTS, WEIGHTS_AND_PACK, WRITE, END };
+#ifdef TW_TRACE
+struct Trace {
+  mutable int2* next = nullptr;
+  int2* end = nullptr;
+  TW_INLINE Trace(int warp, int lane) {
+    if (blockIdx.x != 0 || lane != 0) return;
+    next = reinterpret_cast<int2*>(TW_TRACE_AT) + warp * TW_TRACE;
+    end = next + TW_TRACE;
+  }
+  TW_INLINE void operator()(State state) const {
+    asm volatile("{ .reg .pred p; .reg .b32 t; setp.lt.u64 p, %0, %1; mov.u32 t, %%clock; @p st.global.v2.b32 [%0], {t, %2}; }"
+                 ::"l"(next), "l"(end), "r"(static_cast<int>(state)) : "memory");
+    ++next;
+  }
+};
+#else
+struct Trace {
+  TW_INLINE Trace(int, int) {}
+  TW_INLINE void operator()(State) const {}
+};
+#endif
+
+struct Shared {  // of a CTA, as one of its warps has it
   char* memory;
   uint32_t base;
+  Trace trace;
   TW_INLINE uint32_t barrier(int n) const { return base + BARRIERS_AT + n * 8; }
   TW_INLINE Slot& slot(int n) const { return reinterpret_cast<Slot*>(memory + SLOTS_AT)[n & 1]; }
 };
@@ -89,6 +116,7 @@ TW_INLINE At at_of(const Work& w, int row, int key) {
 
 // Waits for item n and gives it; `release` when this warp has read what it needs.
 TW_INLINE const Slot& next_item(const Shared& shared, int n) {
+  shared.trace(WAIT_ITEM);
   tw::barrier_wait(shared.barrier(ITEM_FULL + (n & 1)), n >> 1 & 1);
   return shared.slot(n);
 }
@@ -106,8 +134,8 @@ namespace attention {
 
 TW_INLINE void body(const Params& p, int thread, char* smem) {
   const uint32_t start = tw::shared_address(smem), base = (start + 1023) & ~1023u;
-  const Shared shared{smem + (base - start), base};
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32, group = warp / 4;
+  const Shared shared{smem + (base - start), base, Trace(warp, lane)};
   if (thread == 0) {
     for (int i = 0; i < BARRIERS; ++i) {  // who arrives: the loader or the scheduler, the consumer warps, all who read an item
       const bool frees = (i >= K_EMPTY && i < V_FULL) || (i >= V_EMPTY && i < V_LOADED) || (i >= Q_EMPTY && i < ITEM_FULL);
@@ -127,6 +155,7 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
     tw::more_registers<CONSUMER_REGISTERS>();
     consume(p, variant, shared, group - LOADER_GROUPS, warp % 4, lane);
   }
+  shared.trace(END);
 }
 
 }  // namespace attention
