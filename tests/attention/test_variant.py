@@ -421,3 +421,10 @@ int classify(int n, int64_t a, int64_t b, int64_t c, int64_t d) {{
             b, d = a + int(rng.integers(0, 30)), c + int(rng.integers(0, 30))
             places = {"at.qo": bounds.Interval.of(a, b), "at.kv": bounds.Interval.of(c, d)}
             assert classify(n, a, b, c, d) == tile_class(mask, places, known), mask
+
+
+@pytest.mark.parametrize("cap", [10**400, -(10**60), 1e300])
+def test_numbers_beyond_float32_are_refused(cap):
+    with pytest.raises(ArgumentError, match="A109"):
+        Softcap(soft_cap=cap)
+    assert dict(Softcap(soft_cap=float("inf")).fixed)["soft_cap"] == float("inf")

@@ -196,7 +196,7 @@ class Text:
     members `v_NAME` of the variant's struct."""
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: _call(name, ", ".join(arguments))
+        return lambda *arguments: f"tw::{name}({', '.join(arguments)})"
 
     def constant(self, value: int) -> str:
         return f"tw::bound({value}ll)"
@@ -214,10 +214,3 @@ class Text:
         if isinstance(first, VarNode) and first.name == "at.request" and not rest:
             return f"tw::bound({name}.at(static_cast<int32_t>(tile.request.lo), 0))"
         return everything
-
-
-def _call(name: str, arguments: str) -> str:
-    """A call. Those that join conditions have no spaces: so is the text that GPUs were tested with,
-    and caches of kernels go by their text."""
-    text = f"tw::{name}({arguments})"
-    return text.replace(" ", "") if name in ("bound_and", "bound_or", "bound_xor") else text

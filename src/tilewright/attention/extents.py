@@ -90,9 +90,13 @@ def _line(e: Any, ops: Any) -> Any:
 
 
 class Text(bounds.Text):
-    """Writes ranges as C expressions over `tile` and the line `kv` of the keys' positions."""
+    """Writes ranges as C expressions over `tile` and the lines `kv` and `key`: the positions and
+    the numbers of keys."""
 
     key, kv = "tile.key", "kv"
+
+    def line_key(self) -> str:
+        return "key"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import check_view, named_view
+from tilewright.attention.checks import check_count, check_view, named_view, ordinal_of
 from tilewright.attention.spec import loaded
 from tilewright.codegen.params import C_TYPES
 from tilewright.dtypes import DType
@@ -43,7 +43,12 @@ class State:
         tokens: int, qo_heads: int, head_dim: int, *, dtype: Any = "float32", like: Any = None
     ) -> State:
         """The state over no keys: merging with it changes nothing. `like`: an array whose framework
-        and device it is of (None: NumPy)."""
+        and device it is of (None: NumPy). Raises ArgumentError[A102, A103, A107]."""
+        sizes = {"tokens": tokens, "qo_heads": qo_heads, "head_dim": head_dim}
+        for name, size in sizes.items():
+            check_count(name, size, least=0)
+        if dtypes.dtype(dtype) not in _FLOATS:
+            raise ArgumentError("A102", f"a state of {dtype}", where="dtype", hint="any float")
         source = np.empty(0, np.float32) if like is None else like
         o = allocate(source, (tokens, qo_heads, head_dim), dtypes.dtype(dtype))
         lse = allocate(source, (tokens, qo_heads), dtypes.float32)
@@ -225,7 +230,7 @@ def _on_gpu(
         raise ArgumentError("A102", "float64 states on a GPU", where="states", hint="float32")
     spare, last = outs
     o, lse = last
-    ordinal = int(o.device.partition(":")[2] or 0)
+    ordinal = ordinal_of(o.device)
     rows, dim = lse.size, o.shape[-1]
     function = loaded(cuda_source(o.dtype, dim), ordinal, "merge_states", "merge")
     stream = cuda.current_stream(ordinal)

@@ -14,16 +14,18 @@ import io
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any, NoReturn
 
 import numpy as np
 
 from tilewright.attention import extents, planner, ranges
+from tilewright.attention import report as reports
 from tilewright.attention.bounds import Interval
-from tilewright.attention.checks import rises
+from tilewright.attention.checks import ordinal_of, rises
 from tilewright.attention.ranges import CUT
-from tilewright.attention.table import MAX_KEYS
+from tilewright.attention.report import Batch, Report
+from tilewright.attention.table import MAX_KEYS, NODE, of_requests
 from tilewright.errors import ArgumentError
 from tilewright.ir.nodes import Expr
 from tilewright.runtime.layout import Struct
@@ -40,8 +42,9 @@ ITEM = Struct(
         )
     ],
 )  # fmt: skip
-"""One work item. `qo_begin` … `qo_end` are rows of q; `slot` is the first partial result of its
-chunks, `counter` the word in which they count their arrival."""
+"""One work item; `request` is a node of the table where requests share keys. `qo_begin` … `qo_end`
+are rows of q; `slot` is the first partial result of its chunks, `counter` the word in which they
+count their arrival."""
 ITEMS = (("items", "ptr", "const Item*"),)
 """The field of a kernel's parameters that has the items."""
 
@@ -49,9 +52,11 @@ MAX_WORKERS = 1 << 16
 CHUNK_TILES = 8
 """The fewest tiles of keys in a chunk: merging its result then costs less than 2 % of making it."""
 
-_NUMBERS = ("kv_heads", "qo_tile", "workers", "slots", "counters")
-_ARRAYS = {"items": ITEM.numpy, "qo_indptr": np.dtype(np.int32), "cuts": CUT.numpy}
-_LAYOUT = ITEM.version + CUT.version
+_NUMBERS = ("kv_heads", "qo_tile", "workers", "slots", "counters", "group")
+_ARRAYS = {
+    "items": ITEM.numpy, "qo_indptr": np.dtype(np.int32), "cuts": CUT.numpy, "nodes": NODE.numpy,
+}  # fmt: skip
+_LAYOUT = ITEM.version + CUT.version + NODE.version
 _BAD_FILES = (zipfile.BadZipFile, zlib.error, NotImplementedError)  # of a damaged archive
 _BATCH_CHUNK_TILES = 16  # the fewest where the batch decides: a GPU's item starts anew in a CTA
 _ITEMS_PER_REQUEST = 64  # to aim at, where a request has keys enough: work for many threads
@@ -64,8 +69,9 @@ class Plan:
 
     `qo_tile` is the most queries an item has; `slots` and `counters` size the work space; `workers`
     are threads or SMs; `imbalance` is the longest worker's estimated work over the mean. `longest`:
-    the most queries of a request; `tensors`: copies of `qo_indptr` and of the work on the GPU that
-    it was planned for.
+    the most queries of a request; `nodes`: an array of `NODE` where requests share keys, `group`:
+    query heads of a KV head, which packs their rows; `tensors`: copies of `qo_indptr`, of the work
+    and of `nodes` on the GPU that it was planned for; `batch`: what `report` needs.
 
     Kernels trust a plan, so one that was not planned here is checked when it is constructed (see
     `check`): by `load`, `dataclasses.replace`, `pickle` and the constructor. It keeps arrays of its
@@ -82,6 +88,9 @@ class Plan:
     counters: int
     imbalance: float
     cuts: np.ndarray = field(default_factory=lambda: np.zeros(0, CUT.numpy))
+    nodes: np.ndarray = field(default_factory=lambda: np.zeros(0, NODE.numpy))
+    group: int = 1
+    batch: Batch | None = field(default=None, repr=False)
     tensors: Any = field(default=None, repr=False)
     longest: int = field(default=0, init=False, repr=False)
     planned: InitVar[bool] = False
@@ -107,24 +116,35 @@ class Plan:
     def tokens(self) -> int:
         return int(self.qo_indptr[-1])
 
-    def with_tensors(self, device: str) -> Plan:
-        """This plan; where it is for a GPU with its copies there."""
-        if device != "cpu" and self.tensors is None:
-            tensors = self.on_device(int(device.partition(":")[2] or 0))
-            object.__setattr__(self, "tensors", tensors)
-        return self
+    @property
+    def tree(self) -> tuple[int, int, int]:
+        """Levels of shared keys, rows of the table, and the query heads of a KV head."""
+        return int(self.nodes["level"].max(initial=0)), len(self.nodes), self.group
 
-    def on_device(self, ordinal: int) -> tuple[Any, Any]:
-        """`qo_indptr` and the work (`items` or `cuts`) as int32 arrays on GPU `ordinal`: the copies
-        that the plan keeps, if they are on that GPU, and new copies otherwise."""
+    def with_batch(self, device: str, batch: Batch) -> Plan:
+        """This plan with what its report needs and, where it is for a GPU, its copies there."""
+        tensors = None if device == "cpu" else self.on_device(ordinal_of(device))
+        return replace(self, tensors=tensors, batch=batch, planned=True)
+
+    def report(self) -> Report:
+        """Balance, padding, bytes, predicted time, and why other families were refused. Raises
+        ArgumentError[A103] for a plan that was loaded: it holds no lengths."""
+        if self.batch is None:
+            raise ArgumentError("A103", "a plan that was loaded holds no lengths", where="plan")
+        return reports.report(self)
+
+    def on_device(self, ordinal: int) -> tuple[Any, ...]:
+        """`qo_indptr`, the work (items or cuts) and the nodes as int32 arrays on a GPU: those made
+        when it was planned for that GPU, else new ones."""
         if self.tensors is not None and self.tensors[0].device.ordinal == ordinal:
             return self.tensors
         from tilewright.runtime.cuda import DeviceArray
 
         work = (self.cuts if len(self.cuts) else self.items).view(np.int32)
-        both = DeviceArray.from_numpy(np.concatenate([self.qo_indptr, work]), ordinal=ordinal)
-        split = len(self.qo_indptr)
-        return both.rows(0, split), both.rows(split, both.shape[0])
+        parts = (self.qo_indptr, work, self.nodes.view(np.int32))
+        both = DeviceArray.from_numpy(np.concatenate(parts), ordinal=ordinal)
+        ends = np.cumsum([0, *map(len, parts)]).tolist()
+        return tuple(both.rows(*ends[i : i + 2]) for i in range(3))
 
     def _key(self) -> tuple[Any, ...]:
         numbers = (getattr(self, name) for name in _NUMBERS)
@@ -209,30 +229,60 @@ class Shape:
     order: Callable[[np.ndarray, np.ndarray, int], np.ndarray] | None = None
 
 
-def make(qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int) -> Plan:
-    """Divide a batch among `workers`; `qo_indptr` (requests + 1), `kv_lengths` (requests).
+def make(
+    qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int,
+    nodes: np.ndarray | None = None,
+) -> Plan:  # fmt: skip
+    """Divide a batch among `workers`; `qo_indptr` (requests + 1), `kv_lengths` (nodes of the
+    table), `nodes`: the tree where requests share keys.
 
     How a request is cut into items depends on nothing but the request: so do the bits of its
     results. Where cuts divide it, or chunks that fill the workers ("batch"), it depends on the
     batch and the workers.
     """
     indptr = _frozen(np.array(qo_indptr, np.int32))
-    if shape.ctas_per_worker:
-        first = kv_lengths - np.diff(indptr)
-        seen = visible_tiles(first, kv_lengths - 1, kv_lengths, shape) * KEY_TILE
-        cuts = planner.cut(seen, shape.kv_heads, shape.ctas_per_worker * workers)
-        sizes = (shape.kv_heads, shape.qo_tile, workers, shape.family, 0, 0)
-        balance = ranges.imbalance(cuts, seen, shape.kv_heads)
-        none = np.zeros(0, ITEM.numpy)
-        return Plan(none, indptr, *sizes, balance, _frozen(cuts), planned=True)
-    lengths = np.diff(indptr).astype(np.int64)
-    tiles = -(-lengths // shape.qo_tile)
-    request = np.repeat(np.arange(len(lengths)), tiles)
+    nodes = _frozen(of_requests(len(indptr) - 1) if nodes is None else nodes)
+    divide = _cuts if shape.ctas_per_worker else _items
+    return Plan(
+        **divide(indptr, nodes, kv_lengths, shape, workers), qo_indptr=indptr, nodes=nodes,
+        kv_heads=shape.kv_heads, qo_tile=shape.qo_tile, workers=workers, family=shape.family,
+        group=shape.group, planned=True,
+    )  # fmt: skip
+
+
+def _cuts(
+    indptr: np.ndarray, nodes: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int
+) -> dict[str, Any]:
+    """The fields of a plan of contiguous ranges."""
+    begin, end = _rows_of_nodes(indptr, nodes)
+    if nodes["level"].any():  # what masks hide of shared keys is not counted
+        args = (kv_lengths, shape.kv_heads)
+        rows = ranges.row_blocks(end - begin, shape.group)
+    else:
+        seen = visible_tiles(kv_lengths - (end - begin), kv_lengths - 1, kv_lengths, shape)
+        args, rows = (seen * KEY_TILE, shape.kv_heads), (1, False)
+    cuts = planner.cut(*args, shape.ctas_per_worker * workers, *rows)
+    work = ranges.work(cuts, *args, *rows)
+    balance = float(work.max() * len(work) / work.sum()) if work.size and work.sum() else 1.0
+    none = {"items": np.zeros(0, ITEM.numpy), "slots": 0, "counters": 0}
+    return none | {"cuts": _frozen(cuts), "imbalance": balance}
+
+
+def _items(
+    indptr: np.ndarray, nodes: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int
+) -> dict[str, Any]:
+    """The fields of a plan of items."""
+    first_row, last_row = _rows_of_nodes(indptr, nodes)
+    tiles = -(-(last_row - first_row) // shape.qo_tile)
+    request = np.repeat(np.arange(len(tiles)), tiles)
     number = np.arange(len(request)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
-    begin = indptr[:-1][request] + number * shape.qo_tile
-    end = np.minimum(begin + shape.qo_tile, indptr[1:][request])
-    first = kv_lengths[request] - (indptr[1:][request] - begin)
-    visible = visible_tiles(first, first + (end - begin) - 1, kv_lengths[request], shape)
+    begin = first_row[request] + number * shape.qo_tile
+    end = np.minimum(begin + shape.qo_tile, last_row[request])
+    if nodes["level"].any():  # what masks hide of shared keys is not counted
+        visible = -(-kv_lengths[request] // KEY_TILE)
+    else:
+        first = kv_lengths[request] - (last_row[request] - begin)
+        visible = visible_tiles(first, first + (end - begin) - 1, kv_lengths[request], shape)
     cost = visible * ((end - begin) * shape.group + 4) + 4
     chunks = np.ones(len(request), np.int64)
     if shape.splits == "batch":
@@ -245,7 +295,15 @@ def make(qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: i
     return _listed(indptr, (request, begin, end, cost, chunks), shape, workers)
 
 
-def _listed(indptr: np.ndarray, parts: tuple[np.ndarray, ...], shape: Shape, workers: int) -> Plan:
+def _rows_of_nodes(indptr: np.ndarray, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first row of q of each node and the one behind its last, int64."""
+    rows = indptr.astype(np.int64)
+    return rows[nodes["begin"]], rows[nodes["end"]]
+
+
+def _listed(
+    indptr: np.ndarray, parts: tuple[np.ndarray, ...], shape: Shape, workers: int
+) -> dict[str, Any]:
     """Items of every KV head and chunk, longest first."""
     request, begin, end, cost, chunks = (np.repeat(x, shape.kv_heads) for x in parts)
     kv_head = np.tile(np.arange(shape.kv_heads), len(parts[0]))
@@ -265,10 +323,11 @@ def _listed(indptr: np.ndarray, parts: tuple[np.ndarray, ...], shape: Shape, wor
     order = np.argsort(-work, kind="stable")
     if shape.order is not None:
         order = shape.order(items, indptr, workers)
-    sizes = (shape.kv_heads, shape.qo_tile, workers, shape.family)
-    space = int(chunks[cut].sum()), int(cut.sum())
-    balance = _imbalance(work[order], workers)
-    return Plan(_frozen(items[order]), indptr, *sizes, *space, balance, planned=True)
+    return {
+        "items": _frozen(items[order]), "cuts": np.zeros(0, CUT.numpy),
+        "slots": int(chunks[cut].sum()), "counters": int(cut.sum()),
+        "imbalance": _imbalance(work[order], workers),
+    }  # fmt: skip
 
 
 def visible_tiles(
@@ -329,33 +388,58 @@ def check(plan: Plan) -> None:
     indptr, items = plan.qo_indptr, plan.items
     if not len(indptr) or indptr[0] != 0 or not rises(indptr):
         _refuse("qo_indptr does not rise from 0")
-    limits = (plan.kv_heads, plan.qo_tile, plan.workers)
+    limits = (plan.kv_heads, plan.qo_tile, plan.workers, plan.group)
     if min(limits) < 1 or max(limits) >= 2**31:
         _refuse("its numbers are out of range")
     if min(plan.slots, plan.counters) < 0 or max(plan.slots, plan.counters) > len(items):
         _refuse("its work space is of another size than its items need")
-    if not ranges.is_sound(plan.cuts, plan.requests, plan.kv_heads):
+    nodes = plan.nodes
+    if not _is_tree(nodes, plan.requests):
+        _refuse("its nodes are no tree of the requests")
+    first, last = _rows_of_nodes(indptr, nodes)
+    units = np.full(len(first), plan.kv_heads // ranges.head_block(plan.kv_heads))
+    if nodes["level"].any():
+        units *= ranges.row_blocks(last - first, plan.group)[0]
+    if not ranges.is_sound(plan.cuts, units):
         _refuse("its cuts do not cover the batch")
     if not len(items):
         if plan.tokens and not len(plan.cuts):
             _refuse("it has no work")
         return
     f = {name: items[name].astype(np.int64) for name in ITEM.numpy.names or ()}
-    inside = (f["request"] >= 0) & (f["request"] < plan.requests)
+    inside = (f["request"] >= 0) & (f["request"] < len(first))
     inside &= (f["kv_head"] >= 0) & (f["kv_head"] < plan.kv_heads)
     inside &= (f["chunk"] >= 0) & (f["chunk"] < f["chunks"])
     if not inside.all():
         _refuse("an item lies outside the batch")
     size = f["qo_end"] - f["qo_begin"]
-    inside = (f["qo_begin"] >= indptr[f["request"]]) & (f["qo_end"] <= indptr[f["request"] + 1])
+    inside = (f["qo_begin"] >= first[f["request"]]) & (f["qo_end"] <= last[f["request"]])
     if not (inside & (size > 0) & (size <= plan.qo_tile)).all():
         _refuse("an item has queries of another request, or too many")
     leads = f["chunk"] == 0
-    if int((size * leads).sum()) != plan.tokens * plan.kv_heads:
+    f["level"] = nodes["level"].astype(np.int64)[f["request"]]
+    if int((size * leads).sum()) != plan.tokens * plan.kv_heads * (plan.tree[0] + 1):
         _refuse("its items do not cover the queries")
-    order = np.lexsort((f["chunk"], f["qo_begin"], f["kv_head"]))
+    order = np.lexsort((f["chunk"], f["qo_begin"], f["kv_head"], f["level"]))
     s = {name: column[order] for name, column in f.items()}
     _check_sequence(s, plan)
+
+
+def _is_tree(nodes: np.ndarray, requests: int) -> bool:
+    """Whether each level divides the requests, and the last has one node for each of them."""
+    if not len(nodes):
+        return not requests
+    begin, end, level = (nodes[n].astype(np.int64) for n in ("begin", "end", "level"))
+    starts = np.flatnonzero(np.diff(level, prepend=-1))
+    ends = np.append(starts[1:], len(nodes)) - 1
+    same = (level[1:] == level[:-1]) & (begin[1:] == end[:-1])
+    return bool(
+        (level[starts] == np.arange(len(starts))).all()
+        and (begin[starts] == 0).all() and (end[ends] == requests).all()
+        and (begin <= end).all() and (same | (np.diff(level) == 1)).all()
+        and (nodes["base"] >= 0).all() and len(nodes) - starts[-1] == requests
+        and (end - begin)[starts[-1] :].all()
+    )  # fmt: skip
 
 
 def _check_sequence(s: dict[str, np.ndarray], plan: Plan) -> None:
@@ -373,7 +457,7 @@ def _check_sequence(s: dict[str, np.ndarray], plan: Plan) -> None:
     if (s["chunk"] + 1 != s["chunks"])[ends].any():
         _refuse("a chunk is missing")
     begin, end = s["qo_begin"][lead], s["qo_end"][lead]
-    head = s["kv_head"][lead]
+    head = s["kv_head"][lead] + s["level"][lead] * plan.kv_heads
     follows = head[1:] == head[:-1]
     if (begin[1:] < end[:-1])[follows].any():
         _refuse("two items share a query")

@@ -167,8 +167,9 @@ def _struct(
             ),
             "  TW_METHOD int tile_class(const tw::Tile& tile) const "
             f"{{ return tw::tile_class({bound(traced.mask, text)}); }}",
-            "  TW_METHOD tw::Ranges<RANGES> ranges(const tw::Tile& tile, const tw::Line& kv) const "
-            f"{{ (void)kv; return {{{{{', '.join(ranges)}}}}}; }}",
+            "  TW_METHOD tw::Ranges<RANGES> ranges(const tw::Tile& tile, const tw::Line& kv, "
+            "const tw::Line& key) const "
+            f"{{ (void)kv, (void)key; return {{{{{', '.join(ranges)}}}}}; }}",
             "};",
         )
     )

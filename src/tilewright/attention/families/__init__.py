@@ -12,7 +12,7 @@ from tilewright.attention.families import cpu, decode, hopper, portable
 from tilewright.attention.families.family import Call, Family, Prepared
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec
-from tilewright.errors import ArgumentError, InternalError
+from tilewright.errors import ArgumentError
 
 FAMILIES: tuple[Family, ...] = (decode.FAMILY, hopper.FAMILY, portable.FAMILY, cpu.FAMILY)
 """In the order of preference."""
@@ -36,12 +36,16 @@ def reasons(spec: Spec, rows: int, device: str, pool: Pool | None) -> Iterator[t
     kind = device.partition(":")[0]
     for family in FAMILIES:
         if family.device == kind:
-            yield family, family.refuses(spec, rows, pool)
+            yield family, family.reason(spec, rows, pool)
 
 
 def choose(spec: Spec, rows: int, device: str, pool: Pool | None) -> Family:
-    """The family that runs a call."""
+    """The family that runs a call. Raises ArgumentError[A103] where none does."""
+    against = []
     for family, reason in reasons(spec, rows, device, pool):
         if not reason:
             return family
-    raise InternalError("I101", f"no family of attention kernels runs {spec} on {device}")
+        against.append(f"{family.name}: {reason}")
+    text = f"no kernels run this ({'; '.join(against)})"
+    hint = "without shared keys each family runs more: a table of whole requests"
+    raise ArgumentError("A103", text, where="kv", hint=hint)

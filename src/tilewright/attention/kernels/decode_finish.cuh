@@ -1,0 +1,210 @@
+// Where a unit of the decode kernel ends: its parts become a state, states of levels become the result.
+// Part of decode.cuh.
+
+namespace attention {
+
+TW_INLINE void store_four(float* to, float a, float b, float c, float d) { *reinterpret_cast<float4*>(to) = make_float4(a, b, c, d); }
+TW_INLINE void store_four(uint16_t* to, float a, float b, float c, float d) { *reinterpret_cast<uint2*>(to) = make_uint2(tw::pack<Kind>(a, b), tw::pack<Kind>(c, d)); }
+
+// Four outputs of a row, divided by its sum; a row that sees nothing has o = 0 and lse = −inf.
+TW_INLINE void write_result(const Params& p, const Walk& w, const tw::Row* whose, int row, int column, const float (&o)[4], float row_max, float row_sum) {
+  float largest = row_max / LOG2E, keep = 1.0f;
+  if constexpr (Variant::SINK) keep = tw::add_sink(Variant(p).sink(at_of(w, whose, row, 0)), largest, row_sum);
+  const bool none = row_sum == 0.0f;
+  const float scale = none ? 0.0f : keep / row_sum;
+  const int64_t at = static_cast<int64_t>(w.token + row / G) * p.qo_heads + w.head * G + row % G;
+  if (column < D) store_four(p.o + at * D + column, o[0] * scale, o[1] * scale, o[2] * scale, o[3] * scale);
+  if (column == 0) p.lse[at] = none ? lowest() : largest + log2f(row_sum) / LOG2E;
+}
+
+// The state of a row at a level: outputs not yet divided, maximum, sum.
+TW_INLINE float* state_of(const Params& p, const Walk& w, int level, int row) {
+  const int64_t at = static_cast<int64_t>(w.token + row / G) * p.qo_heads + w.head * G + row % G;
+  return p.states + (level * p.state_rows + at) * STATE;
+}
+// Four outputs of a row that all keys of the unit have reached.
+TW_INLINE void write(const Params& p, const Walk& w, const tw::Row* whose, int row, int column, const float (&o)[4], float row_max, float row_sum) {
+  if constexpr (LEVELS > 1) {
+    float* to = state_of(p, w, tw::node_at(p, w.node).level, row);
+    store_four(to + column, o[0], o[1], o[2], o[3]);
+    if (column == 0) *reinterpret_cast<float2*>(to + DP) = make_float2(row_max, row_sum);
+  } else {
+    write_result(p, w, whose, row, column, o, row_max, row_sum);
+  }
+}
+
+struct Sum { float o[4], row_max, row_sum; };  // of partial states: four outputs of a row
+
+// Adds partial states to a sum, all at once: one latency.
+template <int PARTS>
+TW_INLINE void add(Sum& sum, const float2 (&sums)[PARTS], const float4 (&x)[PARTS]) {
+  float largest = sum.row_max;
+#pragma unroll
+  for (int j = 0; j < PARTS; ++j) largest = fmaxf(largest, sums[j].x);
+  const float base = largest == lowest() ? 0.0f : largest, keep = tw::exp2(sum.row_max - base);
+  sum.row_max = largest;
+  sum.row_sum *= keep;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) sum.o[c] *= keep;
+#pragma unroll
+  for (int j = 0; j < PARTS; ++j) {
+    const float factor = tw::exp2(sums[j].x - base);
+    sum.row_sum += sums[j].y * factor;
+    sum.o[0] += x[j].x * factor;
+    sum.o[1] += x[j].y * factor;
+    sum.o[2] += x[j].z * factor;
+    sum.o[3] += x[j].w * factor;
+  }
+}
+
+TW_INLINE float* slot_of(const Params& p, int cta, bool head_part) { return p.partials + (2 * static_cast<int64_t>(cta) + (head_part ? 0 : 1)) * PARTIAL; }
+
+// Partial states `first` … `last` of a unit, in the order of their CTAs. PARTS of each of ROWS rows are read
+// at once.
+template <int PARTS, int ROWS>
+TW_INLINE void merge(const Params& p, const Walk& w, const tw::Row* whose, int first, int last, int member, int thread) {
+  const int count = w.rows * (DP / 4);
+  for (int i0 = thread; i0 < count; i0 += ROWS * THREADS) {
+    Sum all[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) all[r] = Sum{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
+    for (int k0 = first; k0 <= last; k0 += PARTS) {
+      float2 sums[ROWS][PARTS];
+      float4 x[ROWS][PARTS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+        for (int j = 0; j < PARTS; ++j) {
+          const int i = i0 + r * THREADS < count ? i0 + r * THREADS : i0, row = i / (DP / 4), column = i % (DP / 4) * 4;
+          const int k = k0 + j <= last ? k0 + j : last;
+          const float* part = slot_of(p, k * HEAD_BLOCK + member, k != first);
+          sums[r][j] = __ldcg(reinterpret_cast<const float2*>(part + MOST_ROWS * DP + row * 2));
+          x[r][j] = __ldcg(reinterpret_cast<const float4*>(part + row * DP + column));
+          if (k0 + j > last) sums[r][j].x = lowest();
+        }
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) add(all[r], sums[r], x[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const int i = i0 + r * THREADS;
+      if (i < count) write(p, w, whose, i / (DP / 4), i % (DP / 4) * 4, all[r].o, all[r].row_max, all[r].row_sum);
+    }
+  }
+}
+
+// The last level of a row of q to arrive merges the states of all.
+TW_INLINE void join_levels(const Params& p, const Walk& w, const tw::Row* whose, int* joins, int thread) {
+  tw::bar_sync(1, THREADS);
+  for (int t = thread; t < w.rows / G; t += THREADS) {
+    int* arrivals = p.arrivals + static_cast<int64_t>(w.token + t) * p.kv_heads + w.head;
+    joins[t] = tw::arrive(arrivals) == LEVELS - 1;
+    if (joins[t]) *arrivals = 0;
+  }
+  tw::bar_sync(1, THREADS);
+  constexpr int ROWS = LEVELS < 8 ? 8 / LEVELS : 1;  // read at once
+  const int count = w.rows * (DP / 4);
+  for (int i0 = thread; i0 < count; i0 += ROWS * THREADS) {
+    float2 sums[ROWS][LEVELS];
+    float4 x[ROWS][LEVELS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+      for (int level = 0; level < LEVELS; ++level) {
+        const int i = i0 + r * THREADS < count ? i0 + r * THREADS : i0;
+        const float* state = state_of(p, w, level, i / (DP / 4));
+        sums[r][level] = __ldcg(reinterpret_cast<const float2*>(state + DP));
+        x[r][level] = __ldcg(reinterpret_cast<const float4*>(state + i % (DP / 4) * 4));
+      }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const int i = i0 + r * THREADS, row = i / (DP / 4);
+      if (i >= count || !joins[row / G]) continue;
+      Sum all{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
+      add(all, sums[r], x[r]);
+      write_result(p, w, whose, row, i % (DP / 4) * 4, all.o, all.row_max, all.row_sum);
+    }
+  }
+}
+
+// The state of a unit is the sum of its parts: of its warps where it is narrow, and of the CTAs that share
+// it, of which the last to arrive merges them.
+template <bool WIDE, int BLOCKS>
+TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* smem, int stage, const Range& range, int cta, int thread) {
+
+  const int warp = thread / 32, lane = thread % 32, row0 = WIDE ? warp * BLOCKS * 8 : 0;
+  float2* sums = reinterpret_cast<float2*>(smem + RING_BYTES);
+  int* arrived = reinterpret_cast<int*>(sums + WARPS * NARROW_ROWS);
+  const tw::Row* whose = rows_of_warp(smem, warp);
+  Element* ring = reinterpret_cast<Element*>(smem);
+  float* mine = reinterpret_cast<float*>(ring + (warp * STAGES + stage) * STAGE);
+  const bool head_part = range.begin.tile > 0 && w.node == range.begin.node && w.unit == range.begin.unit;
+  const bool tail_part = w.node == range.end.node && w.unit == range.end.unit;
+  const bool part = head_part || tail_part;
+#pragma unroll
+  for (int n = 0; n < BLOCKS; ++n)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = row0 + n * 8 + (lane & 3) * 2 + i, column = lane >> 2;
+      const float sum = sum_over_keys(rows.row_sum[n][i]);
+      if (row < w.rows) {
+        float* to = mine + row * PITCH;
+        float2* sum_to = sums + warp * NARROW_ROWS + row;
+        if constexpr (WIDE) {
+          float* slot = slot_of(p, cta, head_part);
+          to = part ? slot + row * DP : state_of(p, w, tw::node_at(p, w.node).level, row);
+          sum_to = reinterpret_cast<float2*>(part ? slot + MOST_ROWS * DP + row * 2 : to + DP);
+        }
+        if (column == 0) *sum_to = make_float2(rows.row_max[n][i], sum);
+#pragma unroll
+        for (int j = 0; j < DP / 16; ++j) {
+          to[j * 16 + column] = rows.o[n][j][i];
+          to[j * 16 + column + 8] = rows.o[n][j][2 + i];
+        }
+      }
+    }
+  if constexpr (!WIDE) {
+    tw::bar_sync(1, THREADS);
+    for (int i = thread; i < w.rows * (DP / 4); i += THREADS) {
+      const int row = i / (DP / 4), column = i % (DP / 4) * 4;
+      float2 weight[WARPS];
+      float4 x[WARPS];
+#pragma unroll
+      for (int k = 0; k < WARPS; ++k) {
+        weight[k] = sums[k * NARROW_ROWS + row];
+        x[k] = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(ring + (k * STAGES + stage) * STAGE) + row * PITCH + column);
+      }
+      Sum all{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
+      add(all, weight, x);
+      if (!part) {
+        write(p, w, whose, row, column, all.o, all.row_max, all.row_sum);
+      } else {
+        float* slot = slot_of(p, cta, head_part);
+        store_four(slot + row * DP + column, all.o[0], all.o[1], all.o[2], all.o[3]);
+        if (column == 0) *reinterpret_cast<float2*>(slot + MOST_ROWS * DP + row * 2) = make_float2(all.row_max, all.row_sum);
+      }
+    }
+  }
+  bool complete = true;
+  if (part) {
+    const int first = head_part ? range.begin.first : cta / HEAD_BLOCK, last = tail_part ? range.end.last : cta / HEAD_BLOCK;
+    int* counter = p.counters + first * HEAD_BLOCK + cta % HEAD_BLOCK;
+    tw::bar_sync(1, THREADS);
+    if (thread == 0) *arrived = tw::arrive(counter) == last - first;
+    tw::bar_sync(1, THREADS);
+    complete = *arrived;
+    if (complete) {
+      if (thread == 0) *counter = 0;
+      if (last - first < 4) {
+        merge<4, WIDE ? 4 : 1>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
+      } else {
+        merge<16, 1>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
+      }
+    }
+  }
+  if constexpr (LEVELS > 1)
+    if (complete) join_levels(p, w, whose, reinterpret_cast<int*>(rows_of_warp(smem, WARPS)), thread);
+  tw::bar_sync(1, THREADS);
+}
+
+}  // namespace attention
