@@ -6,6 +6,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from tests.attention.twin import Bounds, Interval
 
 import tilewright.attention.variant as variants
 from tilewright import dtypes
@@ -136,7 +137,7 @@ ALL_VARIANTS = {
 EMPTY, PARTIAL, FULL = 0, 1, 2  # the classes of tiles of kernels/bounds.h
 
 
-def tile_class(mask: Any, positions: dict[str, bounds.Interval], values: dict[str, int]) -> int:
+def tile_class(mask: Any, positions: dict[str, Interval], values: dict[str, int]) -> int:
     """The class of a tile by the bounds of its mask over NumPy arrays."""
-    seen = bounds.bound(mask, bounds.Numbers(positions, values))
+    seen = bounds.bound(mask, Bounds(positions, values))
     return EMPTY if seen.hi == 0 else FULL if seen.lo == 1 else PARTIAL

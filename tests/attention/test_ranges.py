@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.attention.oracle import draw_levels
 
 from tilewright.attention import planner, ranges
 from tilewright.attention.merge import State, merge
 from tilewright.attention.ranges import TILE
-from tilewright.attention.table import MAX_KEYS
+from tilewright.attention.table import MAX_KEYS, Table
+from tilewright.attention.variant import Full
 from tilewright.toolchain import compilers
 
 LENGTHS = [
@@ -68,17 +70,27 @@ def test_every_tile_is_in_one_range(lengths, kv_heads, ctas):
 
 @pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 @pytest.mark.parametrize("kv_heads", HEADS)
-def test_the_planner_in_cpp_agrees_exactly(rng, kv_heads):
-    drawn = [rng.integers(0, most, n) for most in (3, 900, 1 << 20, MAX_KEYS) for n in (1, 40, 700)]
-    for lengths in [*map(np.array, LENGTHS[1:]), *drawn]:
-        blocks, wide = ranges.row_blocks(rng.integers(0, 400, len(lengths)), 3)
-        for ctas in (1, 7, 132, 264):
-            for more in ((), (blocks, wide), (0 * blocks, wide)):
-                twin = ranges.cut(lengths, kv_heads, ctas, *more)
-                cuts = planner.cut(lengths, kv_heads, ctas, *more)
-                np.testing.assert_array_equal(cuts, twin)
-                of = more[0] if more else 1
-                assert ranges.is_sound(cuts, units(lengths, kv_heads) * of)
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_the_planner_in_cpp_agrees_exactly(rng, monkeypatch, kv_heads, depth):
+    """With NumPy: the cuts, and the balance; of requests that share keys, too."""
+    mask, native = Full().traced.mask, planner.native()
+    shape = planner.Shape("decode", kv_heads, 3, mask, {}, 5, "", 1)
+    for requests in (0, 1, 9, 40, 700):
+        for most in (1, 3, 900, 1 << 20, MAX_KEYS // 4):
+            shared = draw_levels(rng, requests, depth)
+            count = requests + sum(len(x) - 1 for x in shared)
+            keys = rng.integers(0, most, count)
+            tree = Table.dense(keys, shared=shared).tree(keys)
+            indptr = np.cumsum([0, *rng.integers(0, 6, requests)]).astype(np.int32)
+            for workers in (1, 7, 132, 264):
+                made = []
+                for library in (native, None):
+                    monkeypatch.setattr(planner, "native", lambda library=library: library)
+                    made.append(planner.cut(indptr, tree, keys, shape, workers))
+                np.testing.assert_array_equal(made[0][0], made[1][0])
+                assert made[0][1] == pytest.approx(made[1][1], rel=1e-12)
+                blocks = ranges.row_blocks(indptr[tree["end"]] - indptr[tree["begin"]], 3)[0]
+                assert ranges.is_sound(made[0][0], units(keys, kv_heads) * (blocks if depth else 1))
 
 
 def test_ranges_cost_alike():

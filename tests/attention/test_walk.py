@@ -9,10 +9,10 @@ import pytest
 from tests.attention.cases import spec_of
 from tests.attention.oracle import draw_levels
 from tests.attention.test_extents import FirstAndLast, Three
+from tests.attention.twin import Interval, Numbers
 
 import tilewright as tw
-from tilewright.attention import extents, plan, planner, ranges, render
-from tilewright.attention.bounds import Interval
+from tilewright.attention import extents, plan, ranges, render
 from tilewright.attention.families import decode
 from tilewright.attention.spec import template
 from tilewright.attention.table import MAX_KEYS
@@ -85,7 +85,7 @@ int steps(const Params* at, int cta, int* out) {
 def visible(variant, values, length, queries):
     """The tiles that the queries at the end of a request can see."""
     positions = {"at.qo": Interval.of(length - queries, length - 1)}
-    ops = extents.Numbers(Interval.of(0, length - 1), positions, values)
+    ops = Numbers(Interval.of(0, length - 1), positions, values)
     found = set()
     for r in extents.ranges(variant.traced.mask, ops):
         found |= set(range(max(int(r.lo), 0) // TILE, min(int(r.hi), length - 1) // TILE + 1))
@@ -130,7 +130,7 @@ def test_every_visible_tile_is_visited_once(rng, name):
         indptr = np.append(0, np.cumsum(counts)).astype(np.int32)
         for planned in (lengths, lengths // 3, lengths * 2 + 900):
             made = plan.make(indptr, planned.astype(np.int64), shape, 20).cuts
-            for cuts in (made, planner.cut(planned, KV_HEADS, 40)):
+            for cuts in (made, ranges.cut(planned, KV_HEADS, 40)):
                 seen, ended = walked(walk, lengths, indptr if queries else None, cuts, kept)
                 for r in range(7):
                     wanted = sorted(visible(variant, values, int(lengths[r]), int(counts[r])))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention import families, plan, reference, render
+from tilewright.attention import families, plan, planner, reference, render
 from tilewright.attention.arguments import check_kv, check_names, check_q, outputs, values_of
 from tilewright.attention.checks import (
     FLOATS,
@@ -172,7 +172,7 @@ class Attention:
         heads = (self.kv_heads, self.group, self.head_dim)
         room = Workspace(heads, max_requests, max_tokens, device, workers, shared)
         shape = self._shape(families.by_name(room.family), room.qo_tile, {})
-        room.most_tiles = plan.most_visible_tiles(shape, room.longest)
+        room.most_tiles = planner.most_visible_tiles(shape, room.longest)
         if kv is not None:
             room.load(_spec_of(self, (kv.dtype, kv.dtype, kv.dtype), kv.table.form))
         return room

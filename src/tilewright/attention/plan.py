@@ -13,21 +13,19 @@ import heapq
 import io
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, replace
 from typing import Any, NoReturn
 
 import numpy as np
 
-from tilewright.attention import extents, planner, ranges
+from tilewright.attention import planner, ranges
 from tilewright.attention import report as reports
-from tilewright.attention.bounds import Interval
 from tilewright.attention.checks import ordinal_of, rises
+from tilewright.attention.planner import Shape
 from tilewright.attention.ranges import CUT
 from tilewright.attention.report import Batch, Report
-from tilewright.attention.table import MAX_KEYS, NODE, of_requests
+from tilewright.attention.table import NODE, of_requests
 from tilewright.errors import ArgumentError
-from tilewright.ir.nodes import Expr
 from tilewright.runtime.layout import Struct
 
 KEY_TILE = ranges.TILE
@@ -62,6 +60,14 @@ _BATCH_CHUNK_TILES = 16  # the fewest where the batch decides: a GPU's item star
 _ITEMS_PER_REQUEST = 64  # to aim at, where a request has keys enough: work for many threads
 
 
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+_NO_ITEMS, _NO_CUTS, _NO_NODES = (_frozen(np.zeros(0, s.numpy)) for s in (ITEM, CUT, NODE))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """A frozen plan for `family`. `qo_indptr` (requests + 1); `items`: an array of `ITEM`, longest
@@ -78,7 +84,6 @@ class Plan:
     own. `planned`: it comes from `make`, whose plans are right.
     """
 
-    items: np.ndarray
     qo_indptr: np.ndarray
     kv_heads: int
     qo_tile: int
@@ -87,8 +92,9 @@ class Plan:
     slots: int
     counters: int
     imbalance: float
-    cuts: np.ndarray = field(default_factory=lambda: np.zeros(0, CUT.numpy))
-    nodes: np.ndarray = field(default_factory=lambda: np.zeros(0, NODE.numpy))
+    items: np.ndarray = field(default_factory=lambda: _NO_ITEMS)
+    cuts: np.ndarray = field(default_factory=lambda: _NO_CUTS)
+    nodes: np.ndarray = field(default_factory=lambda: _NO_NODES)
     group: int = 1
     batch: Batch | None = field(default=None, repr=False)
     tensors: Any = field(default=None, repr=False)
@@ -203,30 +209,7 @@ class Plan:
             raise ArgumentError("A107", f"these bytes are no plan: {error}", where="data") from None
 
 
-def _frozen(array: np.ndarray) -> np.ndarray:
-    array.flags.writeable = False
-    return array
-
-
 # ---------------------------------------------------------------------------- planning
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a planner must know of the attention and of the family that runs it: the heads, the mask
-    with its known values, the most queries of an item, what decides how items are cut along the
-    keys ("" where they are not; see `Family`), the CTAs of a worker where the plan is cuts (else
-    0), and the order of items (None: longest first)."""
-
-    family: str
-    kv_heads: int
-    group: int
-    mask: Expr
-    values: Mapping[str, Any]
-    qo_tile: int
-    splits: str
-    ctas_per_worker: int
-    order: Callable[[np.ndarray, np.ndarray, int], np.ndarray] | None = None
 
 
 def make(
@@ -242,57 +225,47 @@ def make(
     """
     indptr = _frozen(np.array(qo_indptr, np.int32))
     nodes = _frozen(of_requests(len(indptr) - 1) if nodes is None else nodes)
-    divide = _cuts if shape.ctas_per_worker else _items
+    if shape.ctas_per_worker:
+        cuts, balance = planner.cut(indptr, nodes, kv_lengths, shape, workers)
+        work = {"cuts": _frozen(cuts), "imbalance": balance, "slots": 0, "counters": 0}
+    else:
+        work = _items(indptr, nodes, kv_lengths, shape, workers)
     return Plan(
-        **divide(indptr, nodes, kv_lengths, shape, workers), qo_indptr=indptr, nodes=nodes,
+        **work, qo_indptr=indptr, nodes=nodes,
         kv_heads=shape.kv_heads, qo_tile=shape.qo_tile, workers=workers, family=shape.family,
         group=shape.group, planned=True,
     )  # fmt: skip
 
 
-def _cuts(
-    indptr: np.ndarray, nodes: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int
-) -> dict[str, Any]:
-    """The fields of a plan of contiguous ranges."""
-    begin, end = _rows_of_nodes(indptr, nodes)
-    if nodes["level"].any():  # what masks hide of shared keys is not counted
-        args = (kv_lengths, shape.kv_heads)
-        rows = ranges.row_blocks(end - begin, shape.group)
-    else:
-        seen = visible_tiles(kv_lengths - (end - begin), kv_lengths - 1, kv_lengths, shape)
-        args, rows = (seen * KEY_TILE, shape.kv_heads), (1, False)
-    cuts = planner.cut(*args, shape.ctas_per_worker * workers, *rows)
-    work = ranges.work(cuts, *args, *rows)
-    balance = float(work.max() * len(work) / work.sum()) if work.size and work.sum() else 1.0
-    none = {"items": np.zeros(0, ITEM.numpy), "slots": 0, "counters": 0}
-    return none | {"cuts": _frozen(cuts), "imbalance": balance}
-
-
 def _items(
-    indptr: np.ndarray, nodes: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int
+    indptr: np.ndarray, nodes: np.ndarray, keys: np.ndarray, shape: Shape, workers: int
 ) -> dict[str, Any]:
-    """The fields of a plan of items."""
+    """The fields of a plan of items, longest first."""
     first_row, last_row = _rows_of_nodes(indptr, nodes)
-    tiles = -(-(last_row - first_row) // shape.qo_tile)
-    request = np.repeat(np.arange(len(tiles)), tiles)
-    number = np.arange(len(request)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
-    begin = first_row[request] + number * shape.qo_tile
-    end = np.minimum(begin + shape.qo_tile, last_row[request])
-    if nodes["level"].any():  # what masks hide of shared keys is not counted
-        visible = -(-kv_lengths[request] // KEY_TILE)
+    parts = node, begin, end = _row_tiles(first_row, last_row, shape.qo_tile)
+    if len(keys) >= len(indptr):  # what masks hide of shared keys is not counted
+        visible = -(-keys[node] // KEY_TILE)
     else:
-        first = kv_lengths[request] - (last_row[request] - begin)
-        visible = visible_tiles(first, first + (end - begin) - 1, kv_lengths[request], shape)
+        first = keys[node] - (last_row[node] - begin)
+        visible = planner.visible_tiles(first, first + (end - begin) - 1, keys[node], shape)
     cost = visible * ((end - begin) * shape.group + 4) + 4
-    chunks = np.ones(len(request), np.int64)
+    chunks = np.ones(len(node), np.int64)
     if shape.splits == "batch":
         share = visible.sum() * shape.kv_heads / workers
         chunks = np.clip(visible / max(share, 1), 1, np.maximum(visible // _BATCH_CHUNK_TILES, 1))
         chunks = chunks.astype(np.int64)
     elif shape.splits:
-        wanted = -(-_ITEMS_PER_REQUEST // (tiles[request] * shape.kv_heads))
+        wanted = -(-_ITEMS_PER_REQUEST // (np.bincount(node)[node] * shape.kv_heads))
         chunks = np.clip(visible // CHUNK_TILES, 1, wanted)
-    return _listed(indptr, (request, begin, end, cost, chunks), shape, workers)
+    items, slots, counters = _chunked(parts, chunks, shape.kv_heads)
+    work = np.repeat(cost / chunks, chunks * shape.kv_heads)
+    order = np.argsort(-work, kind="stable")
+    if shape.order is not None:
+        order = shape.order(items, indptr, workers)
+    return {
+        "items": _frozen(items[order]), "slots": slots, "counters": counters,
+        "imbalance": _imbalance(work[order], workers),
+    }  # fmt: skip
 
 
 def _rows_of_nodes(indptr: np.ndarray, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -301,56 +274,36 @@ def _rows_of_nodes(indptr: np.ndarray, nodes: np.ndarray) -> tuple[np.ndarray, n
     return rows[nodes["begin"]], rows[nodes["end"]]
 
 
-def _listed(
-    indptr: np.ndarray, parts: tuple[np.ndarray, ...], shape: Shape, workers: int
-) -> dict[str, Any]:
-    """Items of every KV head and chunk, longest first."""
-    request, begin, end, cost, chunks = (np.repeat(x, shape.kv_heads) for x in parts)
-    kv_head = np.tile(np.arange(shape.kv_heads), len(parts[0]))
-    cut = chunks > 1
-    slot = np.where(cut, np.cumsum(np.where(cut, chunks, 0)) - np.where(cut, chunks, 0), 0)
-    counter = np.where(cut, np.cumsum(cut) - 1, 0)
-    of = np.repeat(np.arange(len(request)), chunks)
-    items = np.zeros(len(of), ITEM.numpy)
-    items["chunk"] = np.arange(len(of)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+def _counted(counts: np.ndarray) -> np.ndarray:
+    """0 … n − 1 for each n of `counts`, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _row_tiles(first: np.ndarray, last: np.ndarray, qo_tile: int) -> tuple[np.ndarray, ...]:
+    """The rows of each node cut into tiles: node, first row and the row behind the last."""
+    tiles = -(-(last - first) // qo_tile)
+    node = np.repeat(np.arange(len(tiles)), tiles)
+    begin = first[node] + _counted(tiles) * qo_tile
+    return node, begin, np.minimum(begin + qo_tile, last[node])
+
+
+def _chunked(
+    parts: tuple[np.ndarray, ...], chunks: np.ndarray, kv_heads: int
+) -> tuple[np.ndarray, int, int]:
+    """The items of tiles of rows, by tile, KV head and chunk, with the partial results and the
+    counters that they need; `chunks` of each tile."""
+    node, begin, end, chunks = (np.repeat(x, kv_heads) for x in (*parts, chunks))
+    kv_head, cut = np.tile(np.arange(kv_heads), len(parts[0])), chunks > 1
+    slots, counters = np.cumsum(chunks * cut), np.cumsum(cut)
     columns = {
-        "request": request, "kv_head": kv_head, "qo_begin": begin, "qo_end": end,
-        "chunks": chunks, "slot": slot, "counter": counter,
+        "request": node, "kv_head": kv_head, "qo_begin": begin, "qo_end": end, "chunks": chunks,
+        "slot": (slots - chunks) * cut, "counter": (counters - 1) * cut,
     }  # fmt: skip
+    items = np.zeros(chunks.sum(), ITEM.numpy)
+    items["chunk"] = _counted(chunks)
     for name, column in columns.items():
-        items[name] = column[of]
-    work = (cost / chunks)[of]
-    order = np.argsort(-work, kind="stable")
-    if shape.order is not None:
-        order = shape.order(items, indptr, workers)
-    return {
-        "items": _frozen(items[order]), "cuts": np.zeros(0, CUT.numpy),
-        "slots": int(chunks[cut].sum()), "counters": int(cut.sum()),
-        "imbalance": _imbalance(work[order], workers),
-    }  # fmt: skip
-
-
-def visible_tiles(
-    first: np.ndarray, last: np.ndarray, kv_lengths: np.ndarray, shape: Shape
-) -> np.ndarray:
-    """How many tiles of keys are in the mask's extents for queries at positions first … last."""
-    positions = {
-        "at.qo": Interval.of(first, last),
-        "at.qo_head": Interval.of(0, shape.kv_heads * shape.group - 1),
-        "at.kv_head": Interval.of(0, shape.kv_heads - 1),
-        "at.kv_len": Interval.of(kv_lengths),
-    }
-    key = Interval.of(0, kv_lengths - 1)
-    visible = extents.ranges(shape.mask, extents.Numbers(key, positions, shape.values))
-    return extents.visible_tiles(visible, key, KEY_TILE)
-
-
-def most_visible_tiles(shape: Shape, queries: int) -> int:
-    """An estimate of the number of tiles that the last `queries` of a request see at any length:
-    exact for windows, the maximum over a sample of lengths for other masks; at least 1."""
-    spread = np.geomspace(1, MAX_KEYS, 4096).astype(np.int64)
-    lengths = np.concatenate([spread, MAX_KEYS - np.arange(KEY_TILE)])
-    return max(1, int(visible_tiles(lengths - queries, lengths - 1, lengths, shape).max()))
+        items[name] = np.repeat(column, chunks)
+    return items, int(chunks[cut].sum()), int(cut.sum())
 
 
 def _imbalance(work: np.ndarray, workers: int) -> float:
@@ -391,14 +344,11 @@ def check(plan: Plan) -> None:
     limits = (plan.kv_heads, plan.qo_tile, plan.workers, plan.group)
     if min(limits) < 1 or max(limits) >= 2**31:
         _refuse("its numbers are out of range")
-    if min(plan.slots, plan.counters) < 0 or max(plan.slots, plan.counters) > len(items):
-        _refuse("its work space is of another size than its items need")
-    nodes = plan.nodes
-    if not _is_tree(nodes, plan.requests):
+    if not _is_tree(plan.nodes, plan.requests):
         _refuse("its nodes are no tree of the requests")
-    first, last = _rows_of_nodes(indptr, nodes)
+    first, last = _rows_of_nodes(indptr, plan.nodes)
     units = np.full(len(first), plan.kv_heads // ranges.head_block(plan.kv_heads))
-    if nodes["level"].any():
+    if plan.tree[0]:
         units *= ranges.row_blocks(last - first, plan.group)[0]
     if not ranges.is_sound(plan.cuts, units):
         _refuse("its cuts do not cover the batch")
@@ -406,23 +356,17 @@ def check(plan: Plan) -> None:
         if plan.tokens and not len(plan.cuts):
             _refuse("it has no work")
         return
-    f = {name: items[name].astype(np.int64) for name in ITEM.numpy.names or ()}
-    inside = (f["request"] >= 0) & (f["request"] < len(first))
-    inside &= (f["kv_head"] >= 0) & (f["kv_head"] < plan.kv_heads)
-    inside &= (f["chunk"] >= 0) & (f["chunk"] < f["chunks"])
-    if not inside.all():
-        _refuse("an item lies outside the batch")
-    size = f["qo_end"] - f["qo_begin"]
-    inside = (f["qo_begin"] >= first[f["request"]]) & (f["qo_end"] <= last[f["request"]])
-    if not (inside & (size > 0) & (size <= plan.qo_tile)).all():
-        _refuse("an item has queries of another request, or too many")
-    leads = f["chunk"] == 0
-    f["level"] = nodes["level"].astype(np.int64)[f["request"]]
-    if int((size * leads).sum()) != plan.tokens * plan.kv_heads * (plan.tree[0] + 1):
-        _refuse("its items do not cover the queries")
-    order = np.lexsort((f["chunk"], f["qo_begin"], f["kv_head"], f["level"]))
-    s = {name: column[order] for name, column in f.items()}
-    _check_sequence(s, plan)
+    if int((-(-(last - first) // plan.qo_tile)).sum()) * plan.kv_heads > len(items):
+        _refuse("some queries are of no item")
+    parts = _row_tiles(first, last, plan.qo_tile)
+    given = items[np.lexsort([items[n] for n in ("chunk", "kv_head", "qo_begin", "request")])]
+    chunks = given["chunks"][given["chunk"] == 0][:: plan.kv_heads].astype(np.int64)
+    fits = len(chunks) == len(parts[0]) and chunks.min() > 0
+    if not fits or chunks.sum() * plan.kv_heads != len(items):
+        _refuse("its items do not have all chunks of all queries")
+    wanted, *sizes = _chunked(parts, chunks, plan.kv_heads)
+    if (wanted != given).any() or sizes != [plan.slots, plan.counters]:
+        _refuse("its items do not do each query once, with partial results of their own")
 
 
 def _is_tree(nodes: np.ndarray, requests: int) -> bool:
@@ -440,35 +384,3 @@ def _is_tree(nodes: np.ndarray, requests: int) -> bool:
         and (nodes["base"] >= 0).all() and len(nodes) - starts[-1] == requests
         and (end - begin)[starts[-1] :].all()
     )  # fmt: skip
-
-
-def _check_sequence(s: dict[str, np.ndarray], plan: Plan) -> None:
-    """Items sorted by head, query and chunk follow each other without gaps or overlaps."""
-    lead = s["chunk"] == 0
-    if not lead[0]:
-        _refuse("a chunk is missing")
-    same = ~lead[1:]
-    for name in ("kv_head", "qo_begin", "qo_end", "request", "chunks", "slot", "counter"):
-        if (s[name][1:] != s[name][:-1])[same].any():
-            _refuse("the chunks of an item differ")
-    if (s["chunk"][1:] != s["chunk"][:-1] + 1)[same].any():
-        _refuse("a chunk is missing or occurs twice")
-    ends = np.append(lead[1:], True)
-    if (s["chunk"] + 1 != s["chunks"])[ends].any():
-        _refuse("a chunk is missing")
-    begin, end = s["qo_begin"][lead], s["qo_end"][lead]
-    head = s["kv_head"][lead] + s["level"][lead] * plan.kv_heads
-    follows = head[1:] == head[:-1]
-    if (begin[1:] < end[:-1])[follows].any():
-        _refuse("two items share a query")
-    cut = lead & (s["chunks"] > 1)
-    slot, count, counter = s["slot"][cut], s["chunks"][cut], s["counter"][cut]
-    if len(slot) and (slot.min() < 0 or (slot + count).max() > plan.slots):
-        _refuse("a partial result lies outside the work space")
-    by = np.argsort(slot)
-    if (slot[by][1:] < (slot + count)[by][:-1]).any():
-        _refuse("two items share a partial result")
-    if len(np.unique(counter)) != len(counter) or (
-        len(counter) and (counter.min() < 0 or counter.max() >= plan.counters)
-    ):
-        _refuse("two items share a counter")

@@ -22,6 +22,7 @@ Arrays are not copied: kernels read the caller's memory, so the next run uses wh
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -363,10 +364,12 @@ class Table:
         return f"Table({self.kind}, {self.requests} requests, {levels}{self.device})"
 
 
+@functools.lru_cache(64)
 def of_requests(count: int) -> np.ndarray:
     """The nodes of a table whose rows are requests."""
     nodes = np.zeros(count, NODE.numpy)
     nodes["begin"], nodes["end"] = np.arange(count), np.arange(1, count + 1)
+    nodes.flags.writeable = False
     return nodes
 
 

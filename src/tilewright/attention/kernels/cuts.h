@@ -3,8 +3,8 @@
 //
 // A unit is (node of the table, block of packed rows, block of KV heads that CTAs work on together), in that
 // order; all units of a node cost alike. In front of this file: the constants of `cuts` (TILE keys, TILE_COST
-// and UNIT_COST, WIDE_COST of a tile of a wide unit, which is cut at multiples of SNAP tiles) and the struct
-// `Cut`; TW_INLINE comes from either prelude.
+// and UNIT_COST, WIDE_COST of a tile of a wide unit, which is cut at multiples of SNAP tiles; NARROW_ROWS and
+// WIDE_ROWS of a unit) and the struct `Cut`; TW_INLINE comes from either prelude.
 
 namespace cuts {
 
@@ -14,6 +14,13 @@ TW_INLINE int64_t tiles_of(int64_t keys) {  // a node without keys costs a tile:
 }
 TW_INLINE int64_t tile_cost(bool wide) { return wide ? WIDE_COST : TILE_COST; }
 TW_INLINE int64_t cost_of(int64_t tiles, bool wide) { return tile_cost(wide) * tiles + UNIT_COST; }
+
+// Blocks of packed rows of a node that so many queries read, where nodes are shared; whether these are wide.
+TW_INLINE int64_t row_blocks(int64_t queries, int64_t group, bool& wide) {
+  wide = queries * group > NARROW_ROWS;
+  const int64_t tokens = WIDE_ROWS / group;
+  return wide ? (queries + tokens - 1) / tokens : queries > 0;
+}
 
 // How many ranges a batch of so many tiles is cut into: at most `limit`.
 TW_INLINE int64_t count_of(int64_t tiles, int64_t limit) {

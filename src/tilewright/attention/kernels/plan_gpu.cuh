@@ -1,8 +1,7 @@
 // Cuts of a decode batch on a GPU, as a node of a CUDA graph in front of the attention of all layers.
 //
 // In front of this file: gpu.cuh, async.cuh, the form of the table (namespace `table`), table.h, cuts.h, the
-// struct `PlanParams`, the constants of `cuts` (THREADS, GROUP query heads of a KV head, MAX_ROWS,
-// NARROW_ROWS, WIDE_ROWS, MAX_KEYS).
+// struct `PlanParams`, the constants of `cuts` (THREADS, GROUP query heads of a KV head, MAX_KEYS).
 // Launch: one CTA of THREADS threads; shared memory: ends [nodes + 1], keys [limit + 1], int64 each.
 // A node counts as its tiles, but at most `most_tiles`: what a window can see of any context.
 // It copies qo_indptr into the workspace, writes the tree of nodes where requests share keys, and sets the
@@ -22,12 +21,12 @@ TW_INLINE int64_t length_of(const PlanParams& p, int node) {
 }
 
 // Rows of q of each request, copied; whether none is below the one before or beyond max_tokens, and no
-// request has more than MAX_ROWS.
+// request has more than NARROW_ROWS.
 TW_INLINE bool copy_rows(const PlanParams& p, int thread) {
   bool good = true;
   for (int r = thread; r <= p.requests; r += THREADS) {
     const int at = p.qo_from[r], before = r ? p.qo_from[r - 1] : 0;
-    good &= r ? at >= before && (at - before) * static_cast<int64_t>(GROUP) <= MAX_ROWS : at == 0;
+    good &= r ? at >= before && (at - before) * static_cast<int64_t>(GROUP) <= NARROW_ROWS : at == 0;
     good &= at >= 0 && at <= p.max_tokens;
     p.qo_indptr[r] = at;
   }
@@ -63,9 +62,7 @@ TW_INLINE int64_t units_of(const PlanParams& p, int n, bool& wide) {
   if constexpr (table::LEVELS == 1) return p.head_blocks;
   const tw::Node node = p.nodes[n];
   const int64_t queries = p.qo_from ? p.qo_indptr[node.end] - p.qo_indptr[node.begin] : node.end - node.begin;
-  wide = queries * GROUP > NARROW_ROWS;
-  constexpr int TOKENS = WIDE_ROWS / GROUP;
-  return (wide ? (queries + TOKENS - 1) / TOKENS : queries > 0) * p.head_blocks;
+  return row_blocks(queries, GROUP, wide) * p.head_blocks;
 }
 
 }  // namespace cuts
