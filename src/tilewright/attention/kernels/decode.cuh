@@ -9,10 +9,10 @@
 //   narrow units: a warp works on its own 16 keys, for all rows; warps synchronise where a unit ends.
 //   wide units (keys that many requests share): a warp works on rows of its own, for the keys of all
 //   warps, which synchronise at each tile.
-// Units that several ranges share leave partial states; the last CTA to arrive merges them in the
-// order of the ranges. Where requests share keys, the state of a unit is one of LEVELS states of each of its
-// rows; the last to arrive merges these in the order of the levels. So the bits of a result do not depend
-// on the order of arrival.
+// Units that several ranges share leave partial states; the last CTA to arrive merges them in the order of
+// the ranges. Where requests share keys, rows are merged one by one by the last to arrive of all that have a
+// part of them, of any level, in the order of levels and ranges: so that the CTAs share this work. So the bits of
+// a result do not depend on the order of arrival.
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, table.h, variant.h, the constants of
 // `attention` (D head_dim, G query heads of a KV head, BLOCKS of 8 packed rows of a narrow unit and
@@ -22,7 +22,7 @@
 // Launch: grid = ranges × HEAD_BLOCK, THREADS threads, SMEM_BYTES of dynamic shared memory:
 //   [warp][stage][16 rows of K, 16 rows of V][ROW elements]   a row ends in 16 bytes against conflicts
 //   [warp][packed row] (row maximum, row sum); one word: whether this CTA arrived last
-//   where LEVELS > 1: [warp][row of q] whose it is; [row of q] whether its last state has arrived
+//   where LEVELS > 1: [warp][row of q] whose it is; [row of q] those whose last state has arrived
 // Where a narrow unit ends, the stage that was read last holds the outputs of each warp.
 // Assumes: D a multiple of 8, rows of K and V 16-byte aligned, q rows × G at most 8 · BLOCKS for a request.
 
@@ -45,7 +45,7 @@ constexpr int SUMS_BYTES = WARPS * NARROW_ROWS * 8 + 16;
 constexpr int SMEM_BYTES = RING_BYTES + SUMS_BYTES + (LEVELS > 1 ? (WARPS * 16 + 4) * WIDE_ROWS : 0);
 constexpr int PITCH = DP + 4;        // floats of a row of outputs in shared memory: no bank conflicts
 constexpr int PARTIAL = MOST_ROWS * (DP + 2);  // floats of a partial state: outputs, then (maximum, sum) a row
-constexpr int STATE = DP + 4;        // floats of the state of a row at one level: outputs, maximum, sum
+constexpr int STATE = DP + 4;        // floats of the state of a row at one level (see decode_finish.cuh)
 constexpr float LOG2E = 1.4426950408889634f;
 static_assert(STAGE * 2 >= NARROW_ROWS * PITCH * 4, "a stage holds the outputs of a warp");
 static_assert(BLOCKS <= WIDE_BLOCKS || LEVELS == 1, "a wide CTA has room for a narrow one's rows");

@@ -3,6 +3,9 @@
 
 namespace attention {
 
+constexpr int ALL = 1 << 24;  // what the states of a level count when they arrive
+static_assert(LEVELS <= 64, "counts fit");
+
 TW_INLINE void store_four(float* to, float a, float b, float c, float d) { *reinterpret_cast<float4*>(to) = make_float4(a, b, c, d); }
 TW_INLINE void store_four(uint16_t* to, float a, float b, float c, float d) { *reinterpret_cast<uint2*>(to) = make_uint2(tw::pack<Kind>(a, b), tw::pack<Kind>(c, d)); }
 
@@ -17,17 +20,21 @@ TW_INLINE void write_result(const Params& p, const Walk& w, const tw::Row* whose
   if (column == 0) p.lse[at] = none ? lowest() : largest + log2f(row_sum) / LOG2E;
 }
 
-// The state of a row at a level: outputs not yet divided, maximum, sum.
+// Where a row of a unit has its state at a level: outputs not yet divided, maximum, sum, and the ranges that
+// share the unit. Where there are such, the state is in their slots, and the maximum is the number of the row there.
 TW_INLINE float* state_of(const Params& p, const Walk& w, int level, int row) {
   const int64_t at = static_cast<int64_t>(w.token + row / G) * p.qo_heads + w.head * G + row % G;
   return p.states + (level * p.state_rows + at) * STATE;
+}
+TW_INLINE void store_sums(float* state, float row_max, float row_sum) {
+  store_four(state + DP, row_max, row_sum, __int_as_float(-1), 0.0f);
 }
 // Four outputs of a row that all keys of the unit have reached.
 TW_INLINE void write(const Params& p, const Walk& w, const tw::Row* whose, int row, int column, const float (&o)[4], float row_max, float row_sum) {
   if constexpr (LEVELS > 1) {
     float* to = state_of(p, w, tw::node_at(p, w.node).level, row);
     store_four(to + column, o[0], o[1], o[2], o[3]);
-    if (column == 0) *reinterpret_cast<float2*>(to + DP) = make_float2(row_max, row_sum);
+    if (column == 0) store_sums(to, row_max, row_sum);
   } else {
     write_result(p, w, whose, row, column, o, row_max, row_sum);
   }
@@ -59,79 +66,87 @@ TW_INLINE void add(Sum& sum, const float2 (&sums)[PARTS], const float4 (&x)[PART
 
 TW_INLINE float* slot_of(const Params& p, int cta, bool head_part) { return p.partials + (2 * static_cast<int64_t>(cta) + (head_part ? 0 : 1)) * PARTIAL; }
 
-// Partial states `first` … `last` of a unit, in the order of their CTAs. PARTS of each of ROWS rows are read
-// at once.
-template <int PARTS, int ROWS>
+// Partial states `first` … `last` of a unit, in the order of their CTAs; PARTS are read at once.
+template <int PARTS>
 TW_INLINE void merge(const Params& p, const Walk& w, const tw::Row* whose, int first, int last, int member, int thread) {
-  const int count = w.rows * (DP / 4);
-  for (int i0 = thread; i0 < count; i0 += ROWS * THREADS) {
-    Sum all[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) all[r] = Sum{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
+  for (int i = thread; i < w.rows * (DP / 4); i += THREADS) {
+    const int row = i / (DP / 4), column = i % (DP / 4) * 4;
+    Sum all{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
     for (int k0 = first; k0 <= last; k0 += PARTS) {
-      float2 sums[ROWS][PARTS];
-      float4 x[ROWS][PARTS];
+      float2 sums[PARTS];
+      float4 x[PARTS];
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-        for (int j = 0; j < PARTS; ++j) {
-          const int i = i0 + r * THREADS < count ? i0 + r * THREADS : i0, row = i / (DP / 4), column = i % (DP / 4) * 4;
-          const int k = k0 + j <= last ? k0 + j : last;
-          const float* part = slot_of(p, k * HEAD_BLOCK + member, k != first);
-          sums[r][j] = __ldcg(reinterpret_cast<const float2*>(part + MOST_ROWS * DP + row * 2));
-          x[r][j] = __ldcg(reinterpret_cast<const float4*>(part + row * DP + column));
-          if (k0 + j > last) sums[r][j].x = lowest();
-        }
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) add(all[r], sums[r], x[r]);
+      for (int j = 0; j < PARTS; ++j) {
+        const int k = k0 + j <= last ? k0 + j : last;
+        const float* part = slot_of(p, k * HEAD_BLOCK + member, k != first);
+        sums[j] = __ldcg(reinterpret_cast<const float2*>(part + MOST_ROWS * DP + row * 2));
+        x[j] = __ldcg(reinterpret_cast<const float4*>(part + row * DP + column));
+        if (k0 + j > last) sums[j].x = lowest();
+      }
+      add(all, sums, x);
     }
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const int i = i0 + r * THREADS;
-      if (i < count) write(p, w, whose, i / (DP / 4), i % (DP / 4) * 4, all[r].o, all[r].row_max, all[r].row_sum);
-    }
+    write(p, w, whose, row, column, all.o, all.row_max, all.row_sum);
   }
 }
 
-// The last level of a row of q to arrive merges the states of all.
-TW_INLINE void join_levels(const Params& p, const Walk& w, const tw::Row* whose, int* joins, int thread) {
+// The states of a row at all levels, as one list: that of a unit, or the slots of the ranges that share it.
+struct Parts {
+  int4 of[LEVELS];  // behind the outputs of `state_of`
+  TW_INLINE int count(int level) const { return of[level].z < 0 ? 1 : of[level].w - of[level].z + 1; }
+};
+
+// Rows whose last state of all has now arrived are merged, in the order of levels and ranges; PARTS states are
+// read at once. The states of a level count ALL in all, however many they are; `share`: those of this CTA.
+template <int PARTS>
+TW_INLINE void join(const Params& p, const Walk& w, const tw::Row* whose, int* joins, int* joined, int share, int member, int thread) {
+  if (thread == 0) *joined = 0;
   tw::bar_sync(1, THREADS);
   for (int t = thread; t < w.rows / G; t += THREADS) {
     int* arrivals = p.arrivals + static_cast<int64_t>(w.token + t) * p.kv_heads + w.head;
-    joins[t] = tw::arrive(arrivals) == LEVELS - 1;
-    if (joins[t]) *arrivals = 0;
+    if (tw::arrive(arrivals, share) != LEVELS * ALL - share) continue;
+    *arrivals = 0;
+    joins[atomicAdd(joined, 1)] = t;
   }
   tw::bar_sync(1, THREADS);
-  constexpr int ROWS = LEVELS < 8 ? 8 / LEVELS : 1;  // read at once
-  const int count = w.rows * (DP / 4);
-  for (int i0 = thread; i0 < count; i0 += ROWS * THREADS) {
-    float2 sums[ROWS][LEVELS];
-    float4 x[ROWS][LEVELS];
+  for (int i = thread; i < *joined * G * (DP / 4); i += THREADS) {
+    const int row = joins[i / (G * (DP / 4))] * G + i / (DP / 4) % G, column = i % (DP / 4) * 4;
+    Parts parts;
+    int count = 0;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r)
+    for (int level = 0; level < LEVELS; ++level) parts.of[level] = __ldcg(reinterpret_cast<const int4*>(state_of(p, w, level, row) + DP));
+    for (int level = 0; level < LEVELS; ++level) count += parts.count(level);
+    Sum all{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
+    for (int k0 = 0; k0 < count; k0 += PARTS) {
+      float2 sums[PARTS];
+      float4 x[PARTS];
 #pragma unroll
-      for (int level = 0; level < LEVELS; ++level) {
-        const int i = i0 + r * THREADS < count ? i0 + r * THREADS : i0;
-        const float* state = state_of(p, w, level, i / (DP / 4));
-        sums[r][level] = __ldcg(reinterpret_cast<const float2*>(state + DP));
-        x[r][level] = __ldcg(reinterpret_cast<const float4*>(state + i % (DP / 4) * 4));
+      for (int j = 0; j < PARTS; ++j) {
+        const float *outputs = nullptr, *sum = nullptr;
+        int k = k0 + j;  // among those of the level
+#pragma unroll
+        for (int level = 0; level < LEVELS; ++level) {
+          const int4 of = parts.of[level];
+          if (k >= 0 && k < parts.count(level)) {
+            const float* state = state_of(p, w, level, row);
+            const float* slot = slot_of(p, (of.z + k) * HEAD_BLOCK + member, k > 0);
+            outputs = of.z < 0 ? state : slot + of.x * DP;
+            sum = of.z < 0 ? state + DP : slot + MOST_ROWS * DP + of.x * 2;
+          }
+          k -= parts.count(level);
+        }
+        sums[j] = outputs ? __ldcg(reinterpret_cast<const float2*>(sum)) : make_float2(lowest(), 0.0f);
+        x[j] = outputs ? __ldcg(reinterpret_cast<const float4*>(outputs + column)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       }
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const int i = i0 + r * THREADS, row = i / (DP / 4);
-      if (i >= count || !joins[row / G]) continue;
-      Sum all{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
-      add(all, sums[r], x[r]);
-      write_result(p, w, whose, row, i % (DP / 4) * 4, all.o, all.row_max, all.row_sum);
+      add(all, sums, x);
     }
+    write_result(p, w, whose, row, column, all.o, all.row_max, all.row_sum);
   }
 }
 
 // The state of a unit is the sum of its parts: of its warps where it is narrow, and of the CTAs that share
-// it, of which the last to arrive merges them.
+// it, of which the last to arrive merges them, with those of other levels where there are such.
 template <bool WIDE, int BLOCKS>
 TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* smem, int stage, const Range& range, int cta, int thread) {
-
   const int warp = thread / 32, lane = thread % 32, row0 = WIDE ? warp * BLOCKS * 8 : 0;
   float2* sums = reinterpret_cast<float2*>(smem + RING_BYTES);
   int* arrived = reinterpret_cast<int*>(sums + WARPS * NARROW_ROWS);
@@ -141,6 +156,13 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
   const bool head_part = range.begin.tile > 0 && w.node == range.begin.node && w.unit == range.begin.unit;
   const bool tail_part = w.node == range.end.node && w.unit == range.end.unit;
   const bool part = head_part || tail_part;
+  const int first = head_part ? range.begin.first : cta / HEAD_BLOCK, last = tail_part ? range.end.last : cta / HEAD_BLOCK;
+  float* slot = slot_of(p, cta, head_part);
+  // Of a row whose state is in the slots of `first` … `last`.
+  auto share = [&](int row) {
+    if constexpr (LEVELS > 1) *reinterpret_cast<int4*>(state_of(p, w, tw::node_at(p, w.node).level, row) + DP) = make_int4(row, 0, first, last);
+  };
+  __syncwarp();  // all lanes have read the stage that outputs are written to
 #pragma unroll
   for (int n = 0; n < BLOCKS; ++n)
 #pragma unroll
@@ -151,11 +173,12 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
         float* to = mine + row * PITCH;
         float2* sum_to = sums + warp * NARROW_ROWS + row;
         if constexpr (WIDE) {
-          float* slot = slot_of(p, cta, head_part);
           to = part ? slot + row * DP : state_of(p, w, tw::node_at(p, w.node).level, row);
-          sum_to = reinterpret_cast<float2*>(part ? slot + MOST_ROWS * DP + row * 2 : to + DP);
+          sum_to = reinterpret_cast<float2*>(slot + MOST_ROWS * DP + row * 2);
+          if (column == 0 && part) share(row);
+          if (column == 0 && !part) store_sums(to, rows.row_max[n][i], sum);
         }
-        if (column == 0) *sum_to = make_float2(rows.row_max[n][i], sum);
+        if (column == 0 && !(WIDE && !part)) *sum_to = make_float2(rows.row_max[n][i], sum);
 #pragma unroll
         for (int j = 0; j < DP / 16; ++j) {
           to[j * 16 + column] = rows.o[n][j][i];
@@ -179,31 +202,31 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
       if (!part) {
         write(p, w, whose, row, column, all.o, all.row_max, all.row_sum);
       } else {
-        float* slot = slot_of(p, cta, head_part);
         store_four(slot + row * DP + column, all.o[0], all.o[1], all.o[2], all.o[3]);
-        if (column == 0) *reinterpret_cast<float2*>(slot + MOST_ROWS * DP + row * 2) = make_float2(all.row_max, all.row_sum);
+        if (column == 0) {
+          *reinterpret_cast<float2*>(slot + MOST_ROWS * DP + row * 2) = make_float2(all.row_max, all.row_sum);
+          share(row);
+        }
       }
     }
   }
-  bool complete = true;
-  if (part) {
-    const int first = head_part ? range.begin.first : cta / HEAD_BLOCK, last = tail_part ? range.end.last : cta / HEAD_BLOCK;
+  if constexpr (LEVELS > 1) {
+    int* joins = reinterpret_cast<int*>(rows_of_warp(smem, WARPS));
+    join<12>(p, w, whose, joins, arrived, !part ? ALL : cta / HEAD_BLOCK == first ? ALL - (last - first) : 1, cta % HEAD_BLOCK, thread);
+  } else if (part) {
     int* counter = p.counters + first * HEAD_BLOCK + cta % HEAD_BLOCK;
     tw::bar_sync(1, THREADS);
     if (thread == 0) *arrived = tw::arrive(counter) == last - first;
     tw::bar_sync(1, THREADS);
-    complete = *arrived;
-    if (complete) {
+    if (*arrived) {
       if (thread == 0) *counter = 0;
       if (last - first < 4) {
-        merge<4, WIDE ? 4 : 1>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
+        merge<4>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
       } else {
-        merge<16, 1>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
+        merge<16>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
       }
     }
   }
-  if constexpr (LEVELS > 1)
-    if (complete) join_levels(p, w, whose, reinterpret_cast<int*>(rows_of_warp(smem, WARPS)), thread);
   tw::bar_sync(1, THREADS);
 }
 
