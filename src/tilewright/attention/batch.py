@@ -119,40 +119,27 @@ class Attention:
         return self._plan(indptr, kv.lengths(), over, q_dtype, workers, values)
 
     def _plan(
-        self,
-        indptr: np.ndarray,
-        lengths: np.ndarray,
-        over: tuple[Table, Pool | None],
-        q_dtype: Any,
-        workers: int | None,
-        values: dict[str, Any],
-    ) -> Plan:
+        self, indptr: np.ndarray, lengths: np.ndarray, over: tuple[Table, Pool | None],
+        q_dtype: Any, workers: int | None, values: dict[str, Any],
+    ) -> Plan:  # fmt: skip
         table, pool = over
         kind = dtypes.bfloat16 if pool is None else pool.dtype
         q = _query_dtype(q_dtype, kind)
         spec = _spec_of(self, (q, kind, q), table.form)
-        longest = int(np.diff(indptr).max(initial=0))
-        rows = longest * self.group
-        family = families.choose(spec, rows, table.device, pool)
-        shape = self._shape(family, family.qo_tile(spec), values)
+        rows = int((indptr[1:] - indptr[:-1]).max(initial=0)) * self.group
+        family, reasons = families.choose(spec, rows, table.device, pool)
+        gpu = None if family.device == "cpu" else _gpu(table.device)
         if workers is None:
-            on_gpu = family.device == "cuda"
-            workers = int(_gpu(table.device).sms) if on_gpu else pools.wanted_threads()
+            workers = gpu.sms if gpu else pools.wanted_threads()
         workers = check_count("workers", workers, plan.MAX_WORKERS)
-        reasons = families.reasons(spec, rows, table.device, pool)
-        names = tuple((other.name, reason) for other, reason in reasons)
         size = (spec.head_dim + spec.head_dim_vo) * spec.kv.itemsize
-        gpu = _gpu(table.device).name if family.device == "cuda" else ""
-        made = plan.make(indptr, lengths, shape, workers, table.tree(lengths))
-        return made.with_batch(table.device, Batch(lengths, size, names, gpu))
-
-    def _shape(self, family: Family, qo_tile: int, values: dict[str, Any]) -> plan.Shape:
-        """What a planner must know, with the scalars that are fixed or among `values`."""
-        known = {n: v for n, v in (dict(self.variant.fixed) | values).items() if is_number(v)}
-        return plan.Shape(
-            family.name, self.kv_heads, self.group, traced_of(self.variant).mask, known,
-            qo_tile, family.splits, family.ctas_per_sm, family.order,
-        )  # fmt: skip
+        batch = Batch(lengths, size, reasons, gpu.name if gpu else "")
+        numbers = tuple((n, v) for n, v in values.items() if is_number(v))
+        shape = _shape_of(self, family, family.qo_tile(spec), numbers)
+        made = plan.make(indptr, lengths, shape, workers, table.tree(lengths), batch)
+        if gpu is not None:
+            made.on_device(ordinal_of(table.device))
+        return made
 
     def reserve(
         self, max_requests: int, *, max_tokens: int | None = None, device: str = "cuda",
@@ -171,7 +158,7 @@ class Attention:
             check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         heads = (self.kv_heads, self.group, self.head_dim)
         room = Workspace(heads, max_requests, max_tokens, device, workers, shared)
-        shape = self._shape(families.by_name(room.family), room.qo_tile, {})
+        shape = _shape_of(self, families.by_name(room.family), room.qo_tile, ())
         room.most_tiles = planner.most_visible_tiles(shape, room.longest)
         if kv is not None:
             room.load(_spec_of(self, (kv.dtype, kv.dtype, kv.dtype), kv.table.form))
@@ -185,8 +172,7 @@ class Attention:
         qo_len = check_count("qo_len", qo_len, least=0)
         q = _query_dtype(q_dtype, kv.dtype)
         spec = _spec_of(self, (q, kv.dtype, q), kv.table.form)
-        entries = families.reasons(spec, qo_len * self.group, kv.device, kv.pool)
-        return Resolution(tuple((family.name, reason) for family, reason in entries))
+        return Resolution(families.reasons(spec, qo_len * self.group, kv.device, kv.pool))
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -345,6 +331,18 @@ def _spec_of(attn: Attention, kinds: tuple[DType, DType, DType], table: TableFor
     traced, ascending = traced_of(attn.variant), attn.scale > 0
     dims = (attn.head_dim, attn._vo)
     return Spec(attn.group, *dims, *kinds, traced, table, ascending)
+
+
+@functools.lru_cache(512)
+def _shape_of(
+    attn: Attention, family: Family, qo_tile: int, values: tuple[tuple[str, Any], ...]
+) -> plan.Shape:
+    """What a planner must know, with the scalars that are fixed or among `values`."""
+    known = {n: v for n, v in (*attn.variant.fixed, *values) if is_number(v)}
+    return plan.Shape(
+        family.name, attn.kv_heads, attn.group, traced_of(attn.variant).mask, known, qo_tile,
+        family.splits, family.ctas_per_sm, family.order,
+    )  # fmt: skip
 
 
 def _query_dtype(q_dtype: Any, kv: DType) -> DType:

@@ -53,8 +53,14 @@ def bound(e: Any, ops: Any) -> Any:
 
 
 class Text:
-    """Writes C expressions of type `tw::Bound` over the positions of `tw::Tile`. Scalars are the
-    members `v_NAME` of the variant's struct."""
+    """Writes C expressions of type `tw::Bound` over the positions of `tw::Tile`, and ranges over
+    the lines `kv` and `key`: the positions and the numbers of keys. Scalars are the members
+    `v_NAME` of the variant's struct."""
+
+    key, kv = "tile.key", "kv"
+
+    def line_key(self) -> str:
+        return "key"
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: f"tw::{name}({', '.join(arguments)})"

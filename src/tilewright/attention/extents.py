@@ -16,8 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.attention import bounds
-from tilewright.attention.bounds import bound
+from tilewright.attention.bounds import NAMES, bound
 from tilewright.ir.nodes import (
     COMPARISON,
     Binary,
@@ -100,20 +99,10 @@ def _line(e: Any, ops: Any) -> Any:
     return ops.line_unknown()
 
 
-class Text(bounds.Text):
-    """Writes ranges as C expressions over `tile` and the lines `kv` and `key`: the positions and
-    the numbers of keys."""
-
-    key, kv = "tile.key", "kv"
-
-    def line_key(self) -> str:
-        return "key"
-
-
 OPERATIONS = (
     "constant", "position", "line", "line_key", "line_unknown", *_LINES.values(), "keys_none",
     "keys_both", "keys_if", "keys_up_to", "keys_below", "bound_int", "bound_bool", "bound_truth",
-    "bound_select", *(f"bound_{name}" for name in bounds.NAMES),
+    "bound_select", *(f"bound_{name}" for name in NAMES),
 )  # fmt: skip
 """What a program may do, by its number: the functions of kernels/mask.h."""
 

@@ -13,14 +13,14 @@ import heapq
 import io
 import zipfile
 import zlib
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import InitVar, dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
 
 from tilewright.attention import planner, ranges
 from tilewright.attention import report as reports
-from tilewright.attention.checks import ordinal_of, rises
+from tilewright.attention.checks import rises
 from tilewright.attention.planner import Shape
 from tilewright.attention.ranges import CUT
 from tilewright.attention.report import Batch, Report
@@ -76,8 +76,8 @@ class Plan:
     `qo_tile` is the most queries an item has; `slots` and `counters` size the work space; `workers`
     are threads or SMs; `imbalance` is the longest worker's estimated work over the mean. `longest`:
     the most queries of a request; `nodes`: an array of `NODE` where requests share keys, `group`:
-    query heads of a KV head, which packs their rows; `tensors`: copies of `qo_indptr`, of the work
-    and of `nodes` on the GPU that it was planned for; `batch`: what `report` needs.
+    query heads of a KV head, which packs their rows; `tensors`: what `on_device`
+    has copied to GPUs; `batch`: what `report` needs.
 
     Kernels trust a plan, so one that was not planned here is checked when it is constructed (see
     `check`): by `load`, `dataclasses.replace`, `pickle` and the constructor. It keeps arrays of its
@@ -97,7 +97,7 @@ class Plan:
     nodes: np.ndarray = field(default_factory=lambda: _NO_NODES)
     group: int = 1
     batch: Batch | None = field(default=None, repr=False)
-    tensors: Any = field(default=None, repr=False)
+    tensors: dict[int, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
     longest: int = field(default=0, init=False, repr=False)
     planned: InitVar[bool] = False
 
@@ -107,9 +107,8 @@ class Plan:
             for name in _ARRAYS:
                 object.__setattr__(self, name, _frozen(np.array(getattr(self, name))))
             check(self)
-            object.__setattr__(self, "tensors", None)  # they may be of another plan
-        longest = int(np.diff(self.qo_indptr).max(initial=0))
-        object.__setattr__(self, "longest", longest)
+        queries = self.qo_indptr[1:] - self.qo_indptr[:-1]
+        object.__setattr__(self, "longest", int(queries.max(initial=0)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Plan.load, (self.save(),)
@@ -127,11 +126,6 @@ class Plan:
         """Levels of shared keys, rows of the table, and the query heads of a KV head."""
         return int(self.nodes["level"].max(initial=0)), len(self.nodes), self.group
 
-    def with_batch(self, device: str, batch: Batch) -> Plan:
-        """This plan with what its report needs and, where it is for a GPU, its copies there."""
-        tensors = None if device == "cpu" else self.on_device(ordinal_of(device))
-        return replace(self, tensors=tensors, batch=batch, planned=True)
-
     def report(self) -> Report:
         """Balance, padding, bytes, predicted time, and why other families were refused. Raises
         ArgumentError[A103] for a plan that was loaded: it holds no lengths."""
@@ -140,17 +134,16 @@ class Plan:
         return reports.report(self)
 
     def on_device(self, ordinal: int) -> tuple[Any, ...]:
-        """`qo_indptr`, the work (items or cuts) and the nodes as int32 arrays on a GPU: those made
-        when it was planned for that GPU, else new ones."""
-        if self.tensors is not None and self.tensors[0].device.ordinal == ordinal:
-            return self.tensors
-        from tilewright.runtime.cuda import DeviceArray
+        """`qo_indptr`, the work (items or cuts) and the nodes as int32 arrays on a GPU."""
+        if ordinal not in self.tensors:
+            from tilewright.runtime.cuda import DeviceArray
 
-        work = (self.cuts if len(self.cuts) else self.items).view(np.int32)
-        parts = (self.qo_indptr, work, self.nodes.view(np.int32))
-        both = DeviceArray.from_numpy(np.concatenate(parts), ordinal=ordinal)
-        ends = np.cumsum([0, *map(len, parts)]).tolist()
-        return tuple(both.rows(*ends[i : i + 2]) for i in range(3))
+            work = (self.cuts if len(self.cuts) else self.items).view(np.int32)
+            parts = (self.qo_indptr, work, self.nodes.view(np.int32))
+            both = DeviceArray.from_numpy(np.concatenate(parts), ordinal=ordinal)
+            ends = np.cumsum([0, *map(len, parts)]).tolist()
+            self.tensors[ordinal] = tuple(both.rows(*ends[i : i + 2]) for i in range(3))
+        return self.tensors[ordinal]
 
     def _key(self) -> tuple[Any, ...]:
         numbers = (getattr(self, name) for name in _NUMBERS)
@@ -214,10 +207,10 @@ class Plan:
 
 def make(
     qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int,
-    nodes: np.ndarray | None = None,
+    nodes: np.ndarray | None = None, batch: Batch | None = None,
 ) -> Plan:  # fmt: skip
     """Divide a batch among `workers`; `qo_indptr` (requests + 1), `kv_lengths` (nodes of the
-    table), `nodes`: the tree where requests share keys.
+    table), `nodes`: the tree where requests share keys; `batch`: for the plan's report.
 
     How a request is cut into items depends on nothing but the request: so do the bits of its
     results. Where cuts divide it, or chunks that fill the workers ("batch"), it depends on the
@@ -225,15 +218,15 @@ def make(
     """
     indptr = _frozen(np.array(qo_indptr, np.int32))
     nodes = _frozen(of_requests(len(indptr) - 1) if nodes is None else nodes)
+    args = indptr, nodes, kv_lengths, shape, workers
     if shape.ctas_per_worker:
-        cuts, balance = planner.cut(indptr, nodes, kv_lengths, shape, workers)
+        cuts, balance = planner.cut(*args)
         work = {"cuts": _frozen(cuts), "imbalance": balance, "slots": 0, "counters": 0}
     else:
-        work = _items(indptr, nodes, kv_lengths, shape, workers)
+        work = _items(*args)
     return Plan(
-        **work, qo_indptr=indptr, nodes=nodes,
-        kv_heads=shape.kv_heads, qo_tile=shape.qo_tile, workers=workers, family=shape.family,
-        group=shape.group, planned=True,
+        **work, qo_indptr=indptr, nodes=nodes, kv_heads=shape.kv_heads, qo_tile=shape.qo_tile,
+        workers=workers, family=shape.family, group=shape.group, batch=batch, planned=True,
     )  # fmt: skip
 
 

@@ -167,10 +167,6 @@ def loaded(text: str, ordinal: int, function: str = "stage0", name: str = "atten
 
 
 def cuda_headers() -> dict[str, str]:
-    """Every file that CUDA kernels include, by name."""
-    files = (
-        "bounds.h", "table.h", "variant.h", "cuts.h", "plan_gpu.cuh", "flash_portable.cuh",
-        "decode.cuh", "decode_walk.cuh", "decode_finish.cuh", "merge.cuh",
-        "prefill_hopper.cuh", "hopper_load.cuh", "hopper_consume.cuh",
-    )  # fmt: skip
-    return prelude_files.headers() | {name: template(name) for name in files}
+    """Every file that kernels may include, by name."""
+    names = sorted(path.name for path in KERNELS.glob("*.*h"))
+    return prelude_files.headers() | {name: template(name) for name in names}

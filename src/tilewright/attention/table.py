@@ -46,16 +46,6 @@ NODE = Struct("Node", [(name, "int32") for name in ("begin", "end", "base", "lev
 MAX_KEYS = 2**31 - 128
 """The most keys of a request: positions are int32, and so is the end of the last tile."""
 
-_NAMES = (
-    "kv_len",
-    "table_indptr",
-    "table_rows",
-    "table_entries",
-    "qo_base",
-    "kv_base",
-    "kv_stride",
-)
-
 
 @dataclass(frozen=True, slots=True)
 class TableForm:
@@ -91,6 +81,9 @@ class TableForm:
         lines = (f"constexpr bool {n} = {str(bool(v)).lower()};" for n, v in flags.items())
         levels = f"constexpr int LEVELS = {self.shared + 1};"
         return "\n".join(("namespace table {", *lines, levels, "}  // namespace table"))
+
+
+_NAMES = tuple(TableForm.__dataclass_fields__)[:-1]  # of the arrays of a table
 
 
 @dataclass(frozen=True, init=False, eq=False)

@@ -58,11 +58,6 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
 # ---------------------------------------------------------------------------- the kernel
 
 
-def _row(spec: Spec) -> int:
-    """Elements of a row of K or V in shared memory, a multiple of 16 and 16 bytes more."""
-    return -(-spec.head_dim // 16) * 16 + 8
-
-
 def blocks_of(rows: int, shared: int = 0) -> int:
     """Blocks of 8 packed rows of a narrow unit, for at most `rows` of a request; where requests
     share keys their rows fill two."""
@@ -70,12 +65,15 @@ def blocks_of(rows: int, shared: int = 0) -> int:
 
 
 def _columns(head_dim: int) -> int:
+    """Elements of a row that the kernel computes with; in shared memory it has 8 more."""
     return -(-head_dim // 16) * 16
 
 
 def smem_bytes(spec: Spec, blocks: int) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of decode.cuh."""
-    ring = WARPS * STAGES * 2 * KEYS * _row(spec) * 2 + WARPS * blocks * 8 * 8 + 16
+    ring = (
+        WARPS * STAGES * 2 * KEYS * (_columns(spec.head_dim) + 8) * 2 + WARPS * blocks * 8 * 8 + 16
+    )
     return ring + ((WARPS * 16 + 4) * WIDE_ROWS if spec.table.shared else 0)
 
 

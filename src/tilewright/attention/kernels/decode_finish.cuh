@@ -89,15 +89,10 @@ TW_INLINE void merge(const Params& p, const Walk& w, const tw::Row* whose, int f
   }
 }
 
-// The states of a row at all levels, as one list: that of a unit, or the slots of the ranges that share it.
-struct Parts {
-  int4 of[LEVELS];  // behind the outputs of `state_of`
-  TW_INLINE int count(int level) const { return of[level].z < 0 ? 1 : of[level].w - of[level].z + 1; }
-};
-
-// Rows whose last state of all has now arrived are merged, in the order of levels and ranges; PARTS states are
-// read at once. The states of a level count ALL in all, however many they are; `share`: those of this CTA.
-template <int PARTS>
+// Rows whose last state of all has now arrived are merged, in the order of levels and ranges: PARTS states of each
+// of ROWS rows are read at once. The states of a level count ALL in all, however many they are; `share`: those of
+// this CTA.
+template <int ROWS, int PARTS>
 TW_INLINE void join(const Params& p, const Walk& w, const tw::Row* whose, int* joins, int* joined, int share, int member, int thread) {
   if (thread == 0) *joined = 0;
   tw::bar_sync(1, THREADS);
@@ -108,38 +103,48 @@ TW_INLINE void join(const Params& p, const Walk& w, const tw::Row* whose, int* j
     joins[atomicAdd(joined, 1)] = t;
   }
   tw::bar_sync(1, THREADS);
-  for (int i = thread; i < *joined * G * (DP / 4); i += THREADS) {
-    const int row = joins[i / (G * (DP / 4))] * G + i / (DP / 4) % G, column = i % (DP / 4) * 4;
-    Parts parts;
-    int count = 0;
+  constexpr int EACH = G * (DP / 4);  // threads for a row of q
+  for (int i0 = thread; i0 < *joined * EACH; i0 += ROWS * THREADS) {
+    int row[ROWS], column[ROWS];
+    Sum all[ROWS];
 #pragma unroll
-    for (int level = 0; level < LEVELS; ++level) parts.of[level] = __ldcg(reinterpret_cast<const int4*>(state_of(p, w, level, row) + DP));
-    for (int level = 0; level < LEVELS; ++level) count += parts.count(level);
-    Sum all{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
-    for (int k0 = 0; k0 < count; k0 += PARTS) {
-      float2 sums[PARTS];
-      float4 x[PARTS];
-#pragma unroll
-      for (int j = 0; j < PARTS; ++j) {
-        const float *outputs = nullptr, *sum = nullptr;
-        int k = k0 + j;  // among those of the level
-#pragma unroll
-        for (int level = 0; level < LEVELS; ++level) {
-          const int4 of = parts.of[level];
-          if (k >= 0 && k < parts.count(level)) {
-            const float* state = state_of(p, w, level, row);
-            const float* slot = slot_of(p, (of.z + k) * HEAD_BLOCK + member, k > 0);
-            outputs = of.z < 0 ? state : slot + of.x * DP;
-            sum = of.z < 0 ? state + DP : slot + MOST_ROWS * DP + of.x * 2;
-          }
-          k -= parts.count(level);
-        }
-        sums[j] = outputs ? __ldcg(reinterpret_cast<const float2*>(sum)) : make_float2(lowest(), 0.0f);
-        x[j] = outputs ? __ldcg(reinterpret_cast<const float4*>(outputs + column)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      }
-      add(all, sums, x);
+    for (int r = 0; r < ROWS; ++r) {
+      const int i = i0 + r * THREADS < *joined * EACH ? i0 + r * THREADS : i0;
+      row[r] = joins[i / EACH] * G + i / (DP / 4) % G;
+      column[r] = i % (DP / 4) * 4;
+      all[r] = Sum{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
     }
-    write_result(p, w, whose, row, column, all.o, all.row_max, all.row_sum);
+#pragma unroll
+    for (int level = 0; level < LEVELS; ++level) {
+      int4 of[ROWS];
+      int most = 0;
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        of[r] = __ldcg(reinterpret_cast<const int4*>(state_of(p, w, level, row[r]) + DP));
+        const int count = of[r].z < 0 ? 1 : of[r].w - of[r].z + 1;
+        most = count > most ? count : most;
+      }
+      for (int k0 = 0; k0 < most; k0 += PARTS) {
+        float2 sums[ROWS][PARTS];
+        float4 x[ROWS][PARTS];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+          for (int j = 0; j < PARTS; ++j) {
+            const bool own = of[r].z < 0;  // the unit was of one CTA
+            const int last = own ? 0 : of[r].w - of[r].z, k = k0 + j < last ? k0 + j : last;
+            const float* from = own ? state_of(p, w, level, row[r]) : slot_of(p, (of[r].z + k) * HEAD_BLOCK + member, k > 0);
+            sums[r][j] = __ldcg(reinterpret_cast<const float2*>(from + (own ? DP : MOST_ROWS * DP + of[r].x * 2)));
+            x[r][j] = __ldcg(reinterpret_cast<const float4*>(from + (own ? 0 : of[r].x * DP) + column[r]));
+            if (k0 + j > last) sums[r][j].x = lowest();
+          }
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) add(all[r], sums[r], x[r]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+      if (i0 + r * THREADS < *joined * EACH) write_result(p, w, whose, row[r], column[r], all[r].o, all[r].row_max, all[r].row_sum);
   }
 }
 
@@ -212,7 +217,7 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
   }
   if constexpr (LEVELS > 1) {
     int* joins = reinterpret_cast<int*>(rows_of_warp(smem, WARPS));
-    join<12>(p, w, whose, joins, arrived, !part ? ALL : cta / HEAD_BLOCK == first ? ALL - (last - first) : 1, cta % HEAD_BLOCK, thread);
+    join<2, 8>(p, w, whose, joins, arrived, !part ? ALL : cta / HEAD_BLOCK == first ? ALL - (last - first) : 1, cta % HEAD_BLOCK, thread);
   } else if (part) {
     int* counter = p.counters + first * HEAD_BLOCK + cta % HEAD_BLOCK;
     tw::bar_sync(1, THREADS);
