@@ -12,9 +12,9 @@ from tilewright.attention import ranges
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Of the decode kernel on one GPU: microseconds of a launch, bytes/µs of the memory and of one
-    CTA, microseconds of a unit and of each packed row of it, of writing a partial state and of
-    merging one row of one; `sharpness`: how far the longer of memory and CTA hides the other."""
+    """Of the decode kernel on one GPU: microseconds of a launch; bytes/µs of the memory, and of one
+    CTA beside it; microseconds of a unit and of each packed row of it, of writing a partial state,
+    and of a round of merging: four rows of up to 16 states."""
 
     launch: float
     memory: float
@@ -22,12 +22,11 @@ class Costs:
     unit: float
     row: float
     part: float
-    merged_row: float
-    sharpness: float
+    merge: float
 
 
-COSTS = {"NVIDIA H200": Costs(4.04, 7.67e6, 23.8e3, 0.461, 0.161, 0.393, 0.012, 1.315)}
-"""Fitted to 90 random batches (docs/design/decode-attention.md). By a GPU's name."""
+COSTS = {"NVIDIA H200": Costs(3.25, 4.41e6, 311e3, 0.491, 0.0636, 1.171, 0.872)}
+"""Fitted to 200 random batches (docs/design/decode-attention.md). By a GPU's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +74,17 @@ def report(plan: Any) -> Report:
 
 
 def _microseconds(plan: Any, batch: Batch, costs: Costs, nbytes: int) -> float:
-    """The time of the memory and of the longest CTA, of which the longer hides most of the other;
+    """The memory, then what the CTA with the most units, tiles and partial states does beside it,
     then the merge of the unit with the most parts."""
     cuts = plan.cuts
     head_blocks = plan.kv_heads // ranges.head_block(plan.kv_heads)
     order = cuts["node"].astype(np.int64) * head_blocks + cuts["unit"]
-    partial = cuts["tile"] > 0
+    partial, rows = cuts["tile"] > 0, plan.longest * plan.group
     units, parts = np.diff(order) + partial[1:], partial[1:].astype(int) + partial[:-1]
     tiles = ranges.work(cuts, batch.keys, plan.kv_heads) / ranges.TILE_COST
-    rows = plan.longest * plan.group
     ctas = tiles * ranges.TILE * batch.key_bytes / costs.cta
     ctas += units * (costs.unit + costs.row * rows) + parts * costs.part
-    longest, memory = float(ctas.max(initial=0)), nbytes / costs.memory
-    power = costs.sharpness
-    most_parts = int((cuts["last"] - cuts["first"])[partial].max(initial=0))
-    both = (memory**power + longest**power) ** (1 / power)
-    return costs.launch + both + costs.merged_row * rows * most_parts
+    merged = 1 + int((cuts["last"] - cuts["first"])[partial].max(initial=-1))
+    rounds = -(-rows // 4) * (-(-merged // 16) if merged > 4 else min(merged, 1))
+    longest = float(ctas.max(initial=0))
+    return costs.launch + nbytes / costs.memory + longest + costs.merge * rounds
