@@ -36,6 +36,7 @@ SUITES = {
     "graph_attention": ("graph_attention", "attention along the edges of a graph"),
     "graph_softmax": ("graph_attention", "the softmax of the entries of each row"),
     "gemm": ("gemm", "dense times dense on tensor cores, beside cuBLAS"),
+    "flash": ("flash", "lesson 9's flash attention on tensor cores, beside torch"),
     "attention": ("attention", "attention on the CPU beside torch"),
     "decode": ("decode", "decode attention over a paged cache, beside the time to read it"),
     "cascade": ("cascade", "decode attention of requests that share a prefix, beside a flat table"),

@@ -43,17 +43,18 @@ def plain(s: tw.Schedule, *sizes: int) -> tw.Schedule:
     return online(s, *sizes).vectorize("c").parallel("h")
 
 
-def tiles(s: tw.Schedule, *sizes: int, rows=128, warps=4, keys=32, stages=2) -> tw.Schedule:
-    """`rows` of a CTA, shared out among its warps, and `keys` at a time, in `stages` buffers."""
+def tiles(s: tw.Schedule, *sizes: int, rows=128, warps=4, keys=48, stages=2) -> tw.Schedule:
+    """`rows` of a CTA, shared out among its warps, and `keys` at a time, in `stages` buffers. The
+    last rows, which see most keys, come first."""
     s = online(s, *sizes).split("i", rows, into=("i_cta", "i_r"))
     s = s.split("i_r", rows // warps, into=("i_y", "i_w")).split("j", keys, into=("j_o", "j_r"))
     for loop, inner in (("i_w", "i"), ("j_r", "j"), ("k", "k"), ("c", "c")):
         s = s.split(loop, 16, into=(f"{inner}_u", f"{inner}_v"))
-    s = s.reorder("h", "i_cta", "j_o", "i_y", "i_u", "i_v", "j_u", "j_v")
+    s = s.reverse("i_cta").reorder("i_cta_back", "h", "j_o", "i_y", "i_u", "i_v", "j_u", "j_v")
     s = s.unroll("i_u").unroll("j_u").unroll("c_u").unroll("k_u", 8)
     s = s.mma("i_v", "j_v", "k_v").mma("i_v", "c_v", "j_v")  # scores; weights times V
-    s = s.bind("h", "cta.x").bind("i_cta", "cta.x").bind("i_y", "thread.y")
-    s = s.cache("Q", "i_cta", "shared").cache("K", "j_o", "shared").cache("V", "j_o", "shared")
+    s = s.bind("i_cta_back", "cta.x").bind("h", "cta.x").bind("i_y", "thread.y")
+    s = s.cache("Q", "h", "shared").cache("K", "j_o", "shared").cache("V", "j_o", "shared")
     return s.pipeline("j_o", stages)
 
 

@@ -320,3 +320,19 @@ def test_bench_on_a_gpu(brief, suite, folder, capsys):
     assert any(r["impl"].startswith("cusparse") for r in rows)
     ours = next(r for r in rows if r["impl"] == "tilewright")
     assert ours["ratio"] > 0 and ours["graph_ratio"] > 0
+
+
+def test_the_oracle_of_flash_attention():
+    torch = pytest.importorskip("torch")
+    from bench.flash import check
+
+    q, k, v = (torch.randn(n, h, 16).half() for n, h in ((70, 4), (90, 2), (90, 2)))
+    seen = torch.arange(90) - 90 <= torch.arange(70)[:, None] - 70
+    attend = torch.nn.functional.scaled_dot_product_attention
+    rows = (x.transpose(0, 1)[None].float() for x in (q, k, v))
+    right = attend(*rows, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1)
+    wrong = check(q, k, v, True)
+    assert wrong(right.half()) == ""
+    assert "wrong" in wrong(right.roll(1, 0))
+    right[3, 2, 1] = torch.nan
+    assert wrong(right).startswith("1 of")

@@ -35,8 +35,8 @@ PROGRAMS = (spmm, spmm_t, row_max, sddmm, softmax, rgcn, gemm, rmsnorm)
 FEW = ("csr", "coo", "csc", "dcsr", "ell", "bsr", "hyb", "hyb 3 split")
 
 
-VERBS = ("split", "reorder", "vectorize", "unroll", "rfactor", "fuse", "parallel", "cache",
-         "privatize")  # fmt: skip
+VERBS = ("split", "reorder", "reverse", "vectorize", "unroll", "rfactor", "fuse", "parallel",
+         "cache", "privatize")  # fmt: skip
 # Of 250 schedules of one to seven verbs, at least: accepted calls of a verb, of all others, and
 # schedules that lowered. A third of the fewest of a dozen runs; verbs that refuse everything, and
 # schedules that never lower, would pass every other check here.

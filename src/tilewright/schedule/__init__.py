@@ -248,6 +248,15 @@ class Schedule:
         branches between the loops."""
         return self._loops(loops.reorder, *order)
 
+    @takes(loop=A_NAME, into=A_NAME)
+    def reverse(self, loop: str, into: str = "") -> Schedule:
+        """Run a loop from its last iteration to its first. Units of a launch start in the order
+        of their loops: where the last ones have most work, starting them first balances the end.
+
+        before: for i in 0:n                after:  for i_back in 0:n
+                  S(i)                                S(n - 1 - i_back)"""
+        return self._loops(loops.reverse, loop, into=into, new_names=True)
+
     @takes(loop=A_NAME, kind=KIND)
     def mark(self, loop: str, kind: LoopKind) -> Schedule:
         """Set how a loop runs.

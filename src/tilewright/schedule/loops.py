@@ -147,6 +147,22 @@ def _reordered(top: ir.For, order: tuple[str, ...]) -> ir.Stmt:
     return tree.build_chain(replace(chain, loops=loops))
 
 
+def reverse(body: ir.Stmt, loop: str, into: str = "") -> Rewritten:
+    """The loop rewrite behind `Schedule.reverse`."""
+
+    def one(f: ir.For) -> ir.Stmt:
+        if f.kind in ("vector", "pipeline"):
+            raise illegal(f"loop {f.name} is marked {f.kind}", "reverse it first, then mark it")
+        back = ir.Var(into or f"{loop.rpartition('.')[2]}_back", f.var.dtype)
+        last = ir.binary("-", f.end, ir.Const(1, f.var.dtype))
+        index = ir.simplify(ir.binary("-", last, back))
+        count = ir.simplify(ir.binary("-", f.end, f.begin))
+        body = ir.seq(ir.Let(f.var, index), f.body)
+        return replace(f, var=back, begin=ir.Const(0, f.var.dtype), end=count, body=body)
+
+    return tree.rewrite_loops(body, loop, one)
+
+
 def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Rewritten:
     """The loop rewrite behind `Schedule.mark`."""
 
