@@ -12,16 +12,27 @@ from tests.attention import oracle
 from tests.attention.cases import spec_of
 from tests.attention.oracle import Case
 from tests.attention.test_flash_cuda import _bits
+from tests.runtime.test_pool_process import _build
 
 import tilewright as tw
+from tilewright import knobs
 from tilewright.attention import plan as plans
 from tilewright.attention import ranges
 from tilewright.attention import report as reports
-from tilewright.attention.families import decode
-from tilewright.attention.spec import compile_cuda, cuda_headers, template
+from tilewright.attention.families import cpu, decode
+from tilewright.attention.plan import ITEMS
+from tilewright.attention.spec import (
+    PARTIALS,
+    compile_cuda,
+    cuda_headers,
+    param_values,
+    params_struct,
+    template,
+)
 from tilewright.attention.table import NODE
 from tilewright.errors import ArgumentError
-from tilewright.toolchain import nvrtc
+from tilewright.runtime.view import view
+from tilewright.toolchain import compilers, nvrtc
 
 needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 SHAPES = [  # group, kv_heads, head_dim, dtype, mask, logits, sink
@@ -156,6 +167,97 @@ def test_predicted_times_grow_with_the_work():
         times.append(found.microseconds)
         assert found.refused == (("hopper", "no"),)
     assert times == sorted(times) and times[3] > 1.05 * 16 * 100_000 * 4096 / 4.8e6
+
+
+needs_cxx = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
+
+
+@needs_cxx
+def test_the_order_of_items_changes_no_bit(rng):
+    """Of chunks and levels that different threads finish: any order, any number of threads."""
+    shape = (2, 2, 16, np.float32, "causal", "scores", "")
+    case = cascade(rng, shape, [1, 3, 1, 1, 2, 1], [[0, 4, 6], [0, 2, 4, 6]],
+                   [3000, 70, 900, 0, 5, 700, 1, 65, 0, 3, 130])  # fmt: skip
+    attn, kv = oracle.attention_of(case), tw.KV(oracle.table_of(case), tw.Pool(case.k, case.v))
+    plan = attn.plan(case.qo_indptr, kv, workers=8)
+    assert plan.items["chunks"].max() > 2
+    first = attn.run(case.q, kv, plan)
+    wanted, wanted_lse, _ = oracle.oracle(case)
+    np.testing.assert_allclose(first.o, wanted, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(first.lse, wanted_lse, rtol=2e-5, atol=2e-5)
+    for threads in (1, 2, 3, 8) * 3:
+        other = replace(plan, items=plan.items[rng.permutation(len(plan.items))])
+        with knobs.scope(threads=threads):
+            found = attn.run(case.q, kv, other)
+        assert found.o.tobytes() == first.o.tobytes()
+        assert found.lse.tobytes() == first.lse.tobytes()
+
+
+TRIAL = '#include <stdio.h>\nint main() { puts("right"); }\n'
+THREADS = """
+#include <pthread.h>
+static int next_item, wrong;
+static void* work(void*) {
+  for (int n; (n = __atomic_fetch_add(&next_item, 1, __ATOMIC_RELAXED)) < ITEMS;)
+    stage0(&p, n, n + 1);
+  return nullptr;
+}
+int main() {
+  for (int n = 0; n < KEYS; ++n) k[n] = v[n] = (n * 7919 % 1009) / 500.0f - 1;
+  for (int n = 0; n < QUERIES; ++n) q[n] = (n * 104729 % 997) / 500.0f - 1;
+  set(p);
+  for (int round = 0; round < 12; ++round) {
+    pthread_t threads[4];
+    next_item = 0;
+    for (pthread_t& t : threads) pthread_create(&t, nullptr, work, nullptr);
+    for (pthread_t t : threads) pthread_join(t, nullptr);
+    for (int n = 0; n < QUERIES; ++n) wrong += round && o[n] != first[n];
+    for (int n = 0; n < QUERIES; ++n) first[n] = o[n];
+  }
+  puts(wrong ? "wrong" : "right");
+}
+"""
+
+
+@needs_cxx
+def test_thread_sanitizer_finds_nothing(tmp_path):
+    """The CPU kernel over chunks and levels, its items taken by four threads."""
+    if _build(tmp_path, TRIAL, "-fsanitize=thread") != "right\n":
+        pytest.skip("the thread sanitizer does not work on this machine")
+    lengths, shared = np.array([1400, 70, 0, 3, 65], np.int32), levels([0, 4])
+    attn, kv_heads, dim = tw.Attention(4, 2, 8), 2, 8
+    pages = np.zeros((5, 1400, kv_heads, dim), np.float32)
+    kv = tw.KV(tw.Table.dense(lengths, shared=shared), tw.Pool(pages, pages))
+    plan, q = attn.plan([0, 1, 2, 3, 4], kv), np.zeros((4, 4, dim), np.float32)
+    assert plan.items["chunks"].max() > 1
+    spec = spec_of(
+        2, dim, "float32", "float32", attn.variant, table_indptr="", table_entries="", shared=1
+    )
+    views = view(q), view(np.zeros(q.shape[:2], np.float32))
+    numbers = param_values(view(q), kv.pool, kv.table, views, attn.scale)
+    fields = {f.name: f for f in params_struct(spec, (*ITEMS, *PARTIALS)).fields}
+    numbers = {n: x for n, x in numbers.items() if fields[n].type != "ptr"}
+    row = plan.qo_tile * attn.group * 80
+    floats = plan.slots * row + 16 * 80 * 2
+    arrays = {"kv_len": lengths, "qo_indptr": plan.qo_indptr, "nodes": plan.nodes.view(np.int32),
+              "items": plan.items.view(np.int32)}  # fmt: skip
+    sizes = {"q": q.size, "o": q.size, "first": q.size, "lse": 16, "k": pages.size,
+             "v": pages.size, "partials": floats}  # fmt: skip
+    lines = [f"static float {n}[{size}];" for n, size in sizes.items()]
+    lines += [f"static int32_t {n}[] = {{{', '.join(map(str, x))}}};" for n, x in arrays.items()]
+    counts = plan.counters + 4 * kv_heads
+    lines += [
+        f"constexpr int ITEMS = {len(plan.items)}, KEYS = {pages.size}, QUERIES = {q.size};",
+        f"static int32_t counters[{counts}];", "static Params p;", "static void set(Params& p) {",
+        *(f"  p.{n} = {x};" for n, x in numbers.items()),
+        *(f"  p.{n} = {n};" for n in ("q", "k", "v", "o", "lse", "partials", "counters")),
+        *(f"  p.{n} = {n};" for n in ("kv_len", "qo_indptr", "nodes")),
+        "  p.items = reinterpret_cast<const Item*>(items);",
+        f"  p.states = partials + {plan.slots * row}; p.arrivals = counters + {plan.counters};",
+        "  p.state_rows = 16;", "}",
+    ]  # fmt: skip
+    text = "\n".join(("#include <stdio.h>", cpu.source(spec, 256), *lines, THREADS))
+    assert _build(tmp_path, text, "-fsanitize=thread", "-mavx2", "-mfma", "-mf16c") == "right\n"
 
 
 @needs_nvrtc

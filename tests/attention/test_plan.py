@@ -17,7 +17,7 @@ from tests.attention.cases import paged
 from tilewright.attention import families, planner, ranges
 from tilewright.attention import plan as plans
 from tilewright.attention.batch import Attention
-from tilewright.attention.plan import KEY_TILE, Plan, Shape
+from tilewright.attention.plan import Plan, Shape
 from tilewright.attention.variant import Causal, Full, SlidingWindow
 from tilewright.errors import ArgumentError
 
@@ -91,7 +91,7 @@ def test_visible_tiles_are_those_with_a_score(qo_len, kv_len, window):
     ):
         found = int(planner.visible_tiles(first, last, length, shape_of(variant))[0])
         columns = np.logical_or.reduce(seen, axis=0)
-        wanted = sum(columns[t : t + KEY_TILE].any() for t in range(0, kv_len, KEY_TILE))
+        wanted = sum(columns[t : t + ranges.TILE].any() for t in range(0, kv_len, ranges.TILE))
         assert found == wanted
 
 

@@ -28,9 +28,6 @@ from tilewright.attention.table import NODE, of_requests
 from tilewright.errors import ArgumentError
 from tilewright.runtime.layout import Struct
 
-KEY_TILE = ranges.TILE
-"""Keys of a tile, on every target."""
-
 ITEM = Struct(
     "Item",
     [
@@ -237,7 +234,7 @@ def _items(
     first_row, last_row = _rows_of_nodes(indptr, nodes)
     parts = node, begin, end = _row_tiles(first_row, last_row, shape.qo_tile)
     if len(keys) >= len(indptr):  # what masks hide of shared keys is not counted
-        visible = -(-keys[node] // KEY_TILE)
+        visible = -(-keys[node] // ranges.TILE)
     else:
         first = keys[node] - (last_row[node] - begin)
         visible = planner.visible_tiles(first, first + (end - begin) - 1, keys[node], shape)

@@ -12,7 +12,8 @@ import numpy as np
 
 from tilewright.attention import render
 from tilewright.attention.families.family import Call, Family, Prepared
-from tilewright.attention.plan import CHUNK_TILES, ITEM, ITEMS, KEY_TILE, Plan
+from tilewright.attention.plan import CHUNK_TILES, ITEM, ITEMS, Plan
+from tilewright.attention.ranges import TILE
 from tilewright.attention.spec import (
     PARTIALS,
     Spec,
@@ -45,7 +46,7 @@ def source(spec: Spec, vector_bits: int) -> str:
     """The C++ of one kernel for vectors of this width."""
     lanes = vector_bits // 32
     wide = vector_bits >= 512  # 32 vector registers instead of 16
-    blocks = {"N": lanes, "T": KEY_TILE, "RB": 6 if wide else 4, "CB": 4 if wide else 2}
+    blocks = {"N": lanes, "T": TILE, "RB": 6 if wide else 4, "CB": 4 if wide else 2}
     blocks |= {"CHUNK_TILES": CHUNK_TILES, "MAX_TOKENS": FAMILY.qo_tile(spec)}
     return "\n".join(
         (
