@@ -217,7 +217,7 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
   }
   if constexpr (LEVELS > 1) {
     int* joins = reinterpret_cast<int*>(rows_of_warp(smem, WARPS));
-    join<2, 8>(p, w, whose, joins, arrived, !part ? ALL : cta / HEAD_BLOCK == first ? ALL - (last - first) : 1, cta % HEAD_BLOCK, thread);
+    join<2, 4>(p, w, whose, joins, arrived, !part ? ALL : cta / HEAD_BLOCK == first ? ALL - (last - first) : 1, cta % HEAD_BLOCK, thread);
   } else if (part) {
     int* counter = p.counters + first * HEAD_BLOCK + cta % HEAD_BLOCK;
     tw::bar_sync(1, THREADS);
