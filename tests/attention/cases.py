@@ -59,7 +59,8 @@ def spec_of(
 ) -> Spec:
     """The spec of a kernel; `form`: of its table (default: CSR of int32)."""
     q_type, kv_type, o_type = (dtypes.ALL[n] for n in (q, kv, o or q))
-    table = TableForm(**({"table_indptr": "int32"} | form))
+    named: dict[str, Any] = {"table_indptr": "int32"} | form
+    table = TableForm(**named)
     return Spec(group, head_dim, head_dim, q_type, kv_type, o_type, variant.traced, table)
 
 

@@ -157,7 +157,7 @@ def test_reports():
 
 
 def test_predicted_times_grow_with_the_work():
-    shape = plans.Shape("decode", 8, 4, tw.Causal().traced.mask, {}, 4, True, 2)
+    shape = plans.Shape("decode", 8, 4, tw.Causal().traced.mask, {}, 4, "", 2)
     times = []
     for length in (100, 1000, 10_000, 100_000):
         keys = np.full(16, length)

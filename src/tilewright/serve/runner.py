@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from tilewright.attention.kv import KV
-from tilewright.attention.plan import CHUNK_TILES, KEY_TILE
+from tilewright.attention.plan import CHUNK_TILES
 from tilewright.attention.pool import Pool
+from tilewright.attention.ranges import TILE
 from tilewright.attention.table import Table
 from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.positions import lengthen_kernel, positions_kernel
@@ -170,7 +171,7 @@ class Runner:
         starts = np.array([c.start for c in chunks], np.int32)
         indptr = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int32)
         views, to_plan = self._kv(len(chunks))
-        capacity, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * KEY_TILE
+        capacity, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * TILE
         lengths = [min(c.stop, short) if c.is_prompt else capacity for c in chunks]
         memory.write(memory.rows(self.plan_len, 0, len(chunks)), np.array(lengths, np.int32))
         plans = {x: x.plan(indptr, to_plan) for x in {layer.attention for layer in model.layers}}
