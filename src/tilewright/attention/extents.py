@@ -17,18 +17,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.attention.bounds import NAMES, bound
-from tilewright.ir.nodes import (
-    COMPARISON,
-    Binary,
-    Const,
-    Expr,
-    Load,
-    Select,
-    Unary,
-    Var,
-    binary,
-    unary,
-)
+from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import walk
 
 MAX_RANGES = 3
@@ -37,29 +26,29 @@ TILE = ("qo", "kv", "qo_head", "kv_head", "request", "key", "qo_len", "kv_len")
 _NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
 _LINES = {"+": "line_add", "-": "line_sub", "*": "line_mul", "//": "line_div"}
 
-Case = tuple[Expr, ...]
+Case = tuple[ir.Expr, ...]
 """Conditions that all hold."""
 
 
 def cases(e: Any, wanted: bool = True) -> list[Case]:
     """Conjunctions of which one holds where the mask does, or where it does not."""
-    if isinstance(e, Const):
+    if isinstance(e, ir.Const):
         return [()] if bool(e.value) == wanted else []
-    if isinstance(e, Unary) and e.op == "not":
+    if isinstance(e, ir.Unary) and e.op == "not":
         return cases(e.a, not wanted)
-    if isinstance(e, Select):
-        then, other = binary("&", e.cond, e.a), binary("&", unary("not", e.cond), e.b)
-        return cases(binary("|", then, other), wanted)
-    if isinstance(e, Binary) and e.op in ("&", "|"):
+    if isinstance(e, ir.Select):
+        then, other = ir.binary("&", e.cond, e.a), ir.binary("&", ir.unary("not", e.cond), e.b)
+        return cases(ir.binary("|", then, other), wanted)
+    if isinstance(e, ir.Binary) and e.op in ("&", "|"):
         a, b = cases(e.a, wanted), cases(e.b, wanted)
         both = [x + y for x in a for y in b] if (e.op == "&") == wanted else [*a, *b]
         return both if len(both) <= MAX_RANGES else [()]
-    if isinstance(e, Binary) and e.op in COMPARISON and e.a.dtype == dtypes.int32:
-        return [(e if wanted else binary(_NEGATED[e.op], e.a, e.b),)]
-    return [(e if wanted else unary("not", e),)]
+    if isinstance(e, ir.Binary) and e.op in ir.COMPARISON and e.a.dtype == dtypes.int32:
+        return [(e if wanted else ir.binary(_NEGATED[e.op], e.a, e.b),)]
+    return [(e if wanted else ir.unary("not", e),)]
 
 
-def ranges(mask: Expr, ops: Any) -> list[Any]:
+def ranges(mask: ir.Expr, ops: Any) -> list[Any]:
     """The range of keys of each case, as `ops` (Text or Program) writes it; at least one."""
     ranges = []
     for case in cases(mask):
@@ -67,17 +56,17 @@ def ranges(mask: Expr, ops: Any) -> list[Any]:
         for condition in case:
             if not _reads_key(condition):
                 keys = ops.keys_both(keys, ops.keys_if(bound(condition, ops), ops.key))
-            elif isinstance(condition, Binary) and condition.op in ("<", "<=", ">", ">=", "=="):
+            elif isinstance(condition, ir.Binary) and condition.op in ("<", "<=", ">", ">=", "=="):
                 keys = ops.keys_both(keys, _compared(condition, ops))
         ranges.append(keys)
     return ranges or [ops.keys_none()]
 
 
-def _reads_key(e: Expr) -> bool:
-    return any(isinstance(x, Var) and x.name in ("at.kv", "at.key") for x in walk(e))
+def _reads_key(e: ir.Expr) -> bool:
+    return any(isinstance(x, ir.Var) and x.name in ("at.kv", "at.key") for x in walk(e))
 
 
-def _compared(e: Binary, ops: Any) -> Any:
+def _compared(e: ir.Binary, ops: Any) -> Any:
     a, b = _line(e.a, ops), _line(e.b, ops)
     if e.op in (">", ">="):
         a, b = b, a
@@ -90,11 +79,11 @@ def _line(e: Any, ops: Any) -> Any:
     """An integer as a linear function of the key."""
     if not _reads_key(e):
         return ops.line(bound(e, ops))
-    if isinstance(e, Var):
+    if isinstance(e, ir.Var):
         return ops.line_key() if e.name == "at.key" else ops.kv
-    if isinstance(e, Binary) and e.op in _LINES:
+    if isinstance(e, ir.Binary) and e.op in _LINES:
         return getattr(ops, _LINES[e.op])(_line(e.a, ops), _line(e.b, ops), ops.key)
-    if isinstance(e, Unary) and e.op == "-":
+    if isinstance(e, ir.Unary) and e.op == "-":
         return ops.line_sub(ops.line(ops.constant(0)), _line(e.a, ops), ops.key)
     return ops.line_unknown()
 
@@ -126,10 +115,10 @@ class Program:
     def constant(self, value: int) -> Steps:
         return self.step("constant", value)
 
-    def position(self, e: Var, everything: Steps) -> Steps:
+    def position(self, e: ir.Var, everything: Steps) -> Steps:
         name = e.name.removeprefix("at.")
         return self.step("position", TILE.index(name)) if name in TILE else everything
 
-    def value(self, e: Load, everything: Steps) -> Steps:
+    def value(self, e: ir.Load, everything: Steps) -> Steps:
         known = not e.index and e.buffer.name in self.values
         return self.constant(int(self.values[e.buffer.name])) if known else everything
