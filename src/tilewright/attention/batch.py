@@ -136,10 +136,10 @@ class Attention:
         batch = Batch(lengths, size, reasons, gpu.name if gpu else "")
         numbers = tuple((n, v) for n, v in values.items() if is_number(v))
         shape = _shape_of(self, family, family.qo_tile(spec), numbers)
-        made = plan.make(indptr, lengths, shape, workers, table.tree(lengths), batch)
+        result = plan.make(indptr, lengths, shape, workers, table.tree(lengths), batch)
         if gpu is not None:
-            made.on_device(ordinal_of(table.device))
-        return made
+            result.on_device(ordinal_of(table.device))
+        return result
 
     def reserve(
         self, max_requests: int, *, max_tokens: int | None = None, device: str = "cuda",

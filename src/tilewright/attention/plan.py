@@ -349,13 +349,13 @@ def check(plan: Plan) -> None:
     if int((-(-(last - first) // plan.qo_tile)).sum()) * plan.kv_heads > len(items):
         _refuse("some queries are of no item")
     parts = _row_tiles(first, last, plan.qo_tile)
-    given = items[np.lexsort([items[n] for n in ("chunk", "kv_head", "qo_begin", "request")])]
-    chunks = given["chunks"][given["chunk"] == 0][:: plan.kv_heads].astype(np.int64)
+    ordered = items[np.lexsort([items[n] for n in ("chunk", "kv_head", "qo_begin", "request")])]
+    chunks = ordered["chunks"][ordered["chunk"] == 0][:: plan.kv_heads].astype(np.int64)
     fits = len(chunks) == len(parts[0]) and chunks.min() > 0
     if not fits or chunks.sum() * plan.kv_heads != len(items):
         _refuse("its items do not have all chunks of all queries")
     wanted, *sizes = _chunked(parts, chunks, plan.kv_heads)
-    if (wanted != given).any() or sizes != [plan.slots, plan.counters]:
+    if (wanted != ordered).any() or sizes != [plan.slots, plan.counters]:
         _refuse("its items do not do each query once, with partial results of their own")
 
 

@@ -127,12 +127,12 @@ def cut(
     limit = max(ctas // ranges.head_block(kv_heads), 1)
     scratch, cuts = np.empty(5 * count + limit + 4, np.int64), np.empty(limit + 1, CUT.numpy)
     at = scratch.ctypes.data
-    made = library.plan_cuts(
+    pieces = library.plan_cuts(
         shape.packed.ctypes.data, indptr.ctypes.data, nodes.ctypes.data, keys.ctypes.data, count,
         shared, limit, at + 16, cuts.ctypes.data, at,
     )  # fmt: skip
     most, work = scratch[:2].tolist()
-    return cuts[: made + 1], most * made / work if work else 1.0
+    return cuts[: pieces + 1], most * pieces / work if work else 1.0
 
 
 # ---------------------------------------------------------------------------- GPU
