@@ -84,7 +84,7 @@ def host(args: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         yield from _builds("cpp", Path(folder))
         if nvrtc.available():
-            arch = args.arch or (cuda.device_arch() if cuda.available() else "sm_90a")
+            arch = args.arch or (cuda.device().arch if cuda.available() else "sm_90a")
             yield from _builds(f"cuda:{arch}", Path(folder))
         else:
             note("CUDA builds left out: NVRTC is not installed (pip install 'tilewright[cuda]')")

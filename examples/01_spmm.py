@@ -47,7 +47,7 @@ if __name__ == "__main__":
     X = rng.standard_normal((2000, 100), np.float32)
     Y = kernel(A, X)
 
-    print("the program:", spmm, "the matrix:", A, "the kernel:", kernel.report(), sep="\n")
+    print("the program:", spmm, "the matrix:", A, "the kernel:", kernel.report(A, X), sep="\n")
     print(f"farthest from NumPy: {np.abs(Y - dense @ X).max():.1e}")
 
     # 5. Another matrix of the same format needs no other kernel; new values need no new packing.

@@ -15,17 +15,23 @@ from tilewright.attention.spec import Spec
 from tilewright.attention.table import TableForm
 from tilewright.build import Definition
 from tilewright.ops import row_lists
-from tilewright.ops.activation import SILU_MUL
 from tilewright.ops.bsr_spmm import bsr_spmm_definition
 from tilewright.ops.elementwise import add_count, add_fill, multiply_count, multiply_fill
 from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
 from tilewright.ops.embedding import by_token
 from tilewright.ops.gemm import gemm_definition
 from tilewright.ops.linear import linear_definition
-from tilewright.ops.positions import by_request, lengthen, positions_program
-from tilewright.ops.rmsnorm import RMSNORM
-from tilewright.ops.rope import APPEND, APPEND_HALVES, APPEND_PAIRS, ROPE_HALVES, ROPE_PAIRS
-from tilewright.ops.sampling import ARGMAX
+from tilewright.ops.rope import (
+    APPEND,
+    APPEND_HALVES,
+    APPEND_PAIRS,
+    ROPE_HALVES,
+    ROPE_PAIRS,
+    by_request,
+    lengthen,
+    positions_program,
+)
+from tilewright.ops.rowwise import ARGMAX, RMSNORM, SILU_MUL
 from tilewright.ops.sddmm import sddmm_definition
 from tilewright.ops.spgemm import spgemm_count, spgemm_fill
 from tilewright.ops.spmm import by_length, powers, spmm_definition

@@ -91,26 +91,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ON_DEMAND = {
-    "ops": "ops",
-    "recipes": "ops.schedules",
-    "Schedule": "schedule",
-    "LLM": "serve.engine",
-    "Attention": "attention.batch",
-    "KV": "attention.kv",
-    "Pool": "attention.pool",
-    "Table": "attention.table",
-    "Workspace": "attention.workspace",
-    "State": "attention.merge",
-    "merge": "attention.merge",
-    "Plan": "attention.plan",
-    **dict.fromkeys(
-        ("Alibi", "Causal", "Full", "SlidingWindow", "Softcap", "variant"), "attention.variant"
-    ),
-    **dict.fromkeys(
-        ("bit_mask", "per_head", "per_key", "per_request", "per_token"), "attention.tracing"
-    ),
-}
-"""Names that are imported when they are first used: whoever needs none of them waits for none."""
+    name: module
+    for module, names in {
+        "ops": "ops", "ops.schedules": "recipes", "schedule": "Schedule", "serve.engine": "LLM",
+        "attention.batch": "Attention", "attention.kv": "KV", "attention.merge": "State merge",
+        "attention.plan": "Plan", "attention.pool": "Pool", "attention.table": "Table",
+        "attention.tracing": "bit_mask per_head per_key per_request per_token",
+        "attention.variant": "Alibi Causal Full SlidingWindow Softcap variant",
+        "attention.workspace": "Workspace",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
+"""The module of each name that is imported when it is first used, to keep the import short."""
 
 
 def __getattr__(name: str) -> Any:

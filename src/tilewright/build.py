@@ -26,8 +26,8 @@ from tilewright.ir.digest import digest
 from tilewright.ir.nodes import Program
 from tilewright.reference.launcher import InterpLauncher
 from tilewright.runtime import launch, transfer
-from tilewright.runtime.built import Built
 from tilewright.runtime.kernel import Kernel
+from tilewright.runtime.manifest import Built
 from tilewright.sparse import entries, formats, trace
 from tilewright.target import Target
 from tilewright.target import target as parse_target
@@ -196,7 +196,7 @@ def _build(d: Definition, target: Target) -> Kernel:
     if target.is_cuda and not target.arch:
         from tilewright.runtime import cuda
 
-        target = Target("cuda", cuda.device_arch())  # its limits count when the program is lowered
+        target = Target("cuda", cuda.device().arch)  # its limits count when the program is lowered
     program, scheduled = d.program, None
     if d.recipe is None or isinstance(d.recipe, NamedRecipe):
         key = _key(program, d.recipe, target)
@@ -212,7 +212,7 @@ def _build(d: Definition, target: Target) -> Kernel:
         from tilewright import compiler
 
         scheduled = scheduled or compiler.scheduled(program, d.recipe, target)
-        built = compiler.rendered(compiler.lowered(scheduled), target)
+        built = compiler.built(scheduled)
         if key:
             with contextlib.suppress(BuildError):  # the next process lowers again
                 program_cache.save(key, built.to_bytes())

@@ -11,15 +11,15 @@ from typing import Any
 
 from tilewright import knobs
 from tilewright.codegen import cpp, cuda, shell
-from tilewright.codegen.params import Params, collect_params, host_count
+from tilewright.codegen.params import Params, collect_params, count_of, host_count
 from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir.names import stride_name
-from tilewright.ir.nodes import Nest, Program, Tensor
-from tilewright.ir.rewrite import is_ordered, searches
+from tilewright.ir.nodes import Program, Tensor
+from tilewright.ir.rewrite import is_ordered
 from tilewright.ir.verify import verify
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
-from tilewright.runtime.built import Built
-from tilewright.runtime.manifest import Manifest, StageSpec, TensorSpec, declarations
+from tilewright.lower.cost import costs
+from tilewright.runtime.manifest import Built, Manifest, StageSpec, TensorSpec, declarations
 from tilewright.schedule import Schedule, Step
 from tilewright.target import Target
 
@@ -81,6 +81,13 @@ class _Positions:
         return self.result
 
 
+def built(s: Schedule) -> Built:
+    """The text and the manifest of a scheduled program, with what its loops cost."""
+    result = rendered(lowered(s), s.target)
+    tables = costs(s.lowered.program, count_of)
+    return replace(result, manifest=replace(result.manifest, costs=tables))
+
+
 def rendered(program: Program, target: Target) -> Built:
     """Render a program at the loop level; the text with its manifest."""
     params = collect_params(program)
@@ -113,7 +120,6 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
             stage[0].structure,
             any(is_ordered(n) for n in stage),
             (cuda.stage_threads(stage), 1),
-            searches=_searches(stage),
         )
         for number, stage in enumerate(program.stages)
     )
@@ -125,15 +131,6 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
         sizes=program.sizes, index=program.index.name,
         packed=tuple(t.name for t in program.tensors if _strides_known(t, params)),
     )  # fmt: skip
-
-
-def _searches(stage: tuple[Nest, ...]) -> tuple[tuple[str, int], ...]:
-    """The arrays that a unit searches inside loops, and the most loops around a search of each."""
-    depths: dict[str, int] = {}
-    for nest in stage:
-        for x, depth in searches(nest.body):
-            depths[x.keys.name] = max(depth, depths.get(x.keys.name, 0))
-    return tuple((name, depth) for name, depth in depths.items() if depth)
 
 
 def _rows(fmt: Any) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ from tilewright.errors import ArgumentError
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """`kind` is one of `f` float, `i` signed, `u` unsigned, `b` bool; `bits` the width of one
-    lane."""
+    """A data type. `kind`: `f` float, `i` signed, `u` unsigned or `b` bool; `bits`: the width of a
+    lane; `lanes`: above 1 in a vector register."""
 
     name: str
     kind: str
@@ -50,7 +50,12 @@ class DType:
     @property
     def numpy(self) -> np.dtype:
         """The NumPy type that stores it; bfloat16 and the 8-bit floats are stored as their bits."""
-        return np.dtype(_NUMPY[self.name])
+        return np.dtype(_EXTENSIONS.get(self.name, (self.name,))[0])
+
+    @property
+    def ml_dtypes(self) -> str:
+        """The name in ml_dtypes of a dtype that NumPy lacks, else empty."""
+        return _EXTENSIONS.get(self.name, ("", ""))[1]
 
     @property
     def least(self) -> int:
@@ -63,7 +68,8 @@ class DType:
         return 1 if self.kind == "b" else (1 << (self.bits - (self.kind == "i"))) - 1
 
     def wrapped(self, value: int) -> int:
-        """A whole number as it is kept: what does not fit wraps around. A bool is 0 or 1."""
+        """The integer that a variable of this type holds once `value` is assigned to it: one that
+        does not fit wraps around. A bool holds 0 or 1."""
         if self.kind == "b":
             return int(bool(value))
         return (value - self.least) % (1 << self.bits) + self.least
@@ -91,12 +97,14 @@ ALL: dict[str, DType] = {
         float16, bfloat16, float32, float64, float8_e4m3, float8_e5m2,
     )
 }  # fmt: skip
-_NUMPY = {n: n for n in ALL} | {
-    "bfloat16": "uint16",
-    "float8_e4m3": "uint8",
-    "float8_e5m2": "uint8",
-}
-_FROM_NUMPY = {np.dtype(t.numpy): t for n, t in ALL.items() if _NUMPY[n] == n}
+# What NumPy lacks: the integer that stores the bits, and the name in ml_dtypes, whose IEEE-like
+# float8_e4m3 is another format.
+_EXTENSIONS = {
+    "bfloat16": ("uint16", "bfloat16"), "float8_e4m3": ("uint8", "float8_e4m3fn"),
+    "float8_e5m2": ("uint8", "float8_e5m2"),
+}  # fmt: skip
+_FROM_NUMPY = {t.numpy: t for t in ALL.values() if not t.ml_dtypes}
+_FROM_ML_DTYPES = {t.ml_dtypes: t for t in ALL.values() if t.ml_dtypes}
 
 
 def dtype(of: Any) -> DType:
@@ -108,14 +116,22 @@ def dtype(of: Any) -> DType:
     if name in ALL:
         return ALL[name]
     try:
-        numpy_dtype = np.dtype(of)
-        if numpy_dtype in _FROM_NUMPY:
-            return _FROM_NUMPY[numpy_dtype]
-        if numpy_dtype.name in ALL:  # ml_dtypes' bfloat16 and friends
-            return ALL[numpy_dtype.name]
-    except TypeError:
-        pass
-    raise ArgumentError("A102", f"{of!r} is not a dtype", hint=f"one of {', '.join(ALL)}")
+        return from_numpy(np.dtype(of))
+    except (TypeError, ArgumentError):
+        hint = f"one of {', '.join(ALL)}"
+        raise ArgumentError("A102", f"{of!r} is not a dtype", hint=hint) from None
+
+
+def from_numpy(kind: np.dtype) -> DType:
+    """The DType of a dtype of NumPy or ml_dtypes. Raises ArgumentError[A102]."""
+    known = _FROM_NUMPY.get(kind) or _FROM_ML_DTYPES.get(kind.name)
+    if not kind.isnative:
+        hint = "x.astype(x.dtype.newbyteorder('='))"
+        raise ArgumentError("A102", f"byte order of {kind.str} is not this machine's", hint=hint)
+    if known is None:
+        hint = f"one of {', '.join(ALL)}"
+        raise ArgumentError("A102", f"arrays of {kind} cannot be used", hint=hint)
+    return known
 
 
 def promote(a: DType, b: DType) -> DType:

@@ -14,6 +14,8 @@ Public functions check their arguments once and raise from here; inside, asserti
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -74,6 +76,17 @@ class KnobError(TilewrightError, ValueError):
 
 class MissingExtra(TilewrightError, ImportError):
     """A part of Tilewright needs an extra that is not installed (E codes)."""
+
+
+@contextmanager
+def needed_for(what: str, extra: str) -> Iterator[None]:
+    """Imports of optional packages: one that fails in the block raises MissingExtra[E101], which
+    names the package, what it is needed for, and the extra that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        rule = f"{error.name} is needed for {what}"
+        raise MissingExtra("E101", rule, hint=f"pip install 'tilewright[{extra}]'") from None
 
 
 class ModelError(TilewrightError, ValueError):

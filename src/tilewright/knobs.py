@@ -7,7 +7,6 @@ names the variable, the value and the expected form.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,11 +41,6 @@ class Knob:
 
 def folder(path: str | Path) -> Path:
     """A path with its `~` resolved. Raises KnobError[K101] where no such user has a home."""
-    return _resolved(str(path), os.environ.get("HOME"))
-
-
-@functools.lru_cache(maxsize=16)  # each look at the cache asks
-def _resolved(path: str, _home: str | None) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -99,9 +93,8 @@ def scope(**values: Any) -> Iterator[None]:
     global _overrides
     unknown = values.keys() - KNOBS.keys()
     if unknown:
-        raise KnobError(
-            "K101", f"no knob named {sorted(unknown)}", hint=f"knobs: {', '.join(KNOBS)}"
-        )
+        hint = f"knobs: {', '.join(KNOBS)}"
+        raise KnobError("K101", f"no knob named {sorted(unknown)}", hint=hint)
     saved, _overrides = _overrides, _overrides | values
     try:
         yield

@@ -10,13 +10,9 @@ from tilewright.errors import BuildError
 CTA_THREADS = 1024
 WARP = 32  # threads that execute together
 SHARED_BYTES = {
-    "sm_80": 163 << 10,
-    "sm_86": 99 << 10,
-    "sm_89": 99 << 10,
-    "sm_90a": 227 << 10,
-    "sm_100a": 227 << 10,
-    "sm_120a": 99 << 10,
-}
+    "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10,
+    "sm_90a": 227 << 10, "sm_100a": 227 << 10, "sm_120a": 99 << 10,
+}  # fmt: skip
 CUDA_ARCHS = tuple(SHARED_BYTES)
 
 # The noun for `arch` in messages, and its values, for each kind of target.
@@ -29,10 +25,8 @@ ARCHS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`kind` is interp, cpp or cuda; `arch` the CUDA architecture, or the instruction set of the
-    CPU.
-
-    An empty `arch` means the machine's own; it is resolved when something is compiled.
+    """What kernels are compiled for. `kind`: interp, cpp or cuda; `arch`: the CUDA architecture, or
+    the instruction set of the CPU. Empty: the machine's own, resolved when something is compiled.
     """
 
     kind: str
@@ -41,16 +35,12 @@ class Target:
     def __post_init__(self) -> None:
         """Raises BuildError[B103]."""
         if not isinstance(self.kind, str) or self.kind not in ARCHS:
-            raise BuildError(
-                "B103", f"unknown target {self.kind!r}", hint="cpp, cuda, cuda:sm_90a or interp"
-            )
+            hint = "cpp, cuda, cuda:sm_90a or interp"
+            raise BuildError("B103", f"unknown target {self.kind!r}", hint=hint)
         noun, known = ARCHS[self.kind]
         if self.arch not in ("", *known):
-            raise BuildError(
-                "B103",
-                f"unknown {noun} {self.arch!r}",
-                hint=", ".join(known) or f"{self.kind} has none",
-            )
+            hint = ", ".join(known) or f"{self.kind} has none"
+            raise BuildError("B103", f"unknown {noun} {self.arch!r}", hint=hint)
 
     @property
     def is_cuda(self) -> bool:
@@ -70,7 +60,5 @@ def target(of: Target | str) -> Target:
     BuildError[B103]."""
     if isinstance(of, Target):
         return of
-    if not isinstance(of, str):
-        raise BuildError("B103", f"{of!r} is no target", hint="cpp, cuda, cuda:sm_90a or interp")
-    kind, _, arch = of.partition(":")
-    return Target({"cpu": "cpp"}.get(kind, kind), arch)
+    kind, _, arch = of.partition(":") if isinstance(of, str) else (of, "", "")
+    return Target("cpp" if kind == "cpu" else kind, arch)

@@ -177,7 +177,7 @@ def test_the_order_holds_every_item_once(rng, group):
 def is_hopper() -> bool:
     from tilewright.runtime import cuda
 
-    return cuda.available() and cuda.device_arch(0) == hopper.ARCH
+    return cuda.available() and cuda.device(0).arch == hopper.ARCH
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from tests.compiler import cta
 from tests.compiler.interpreter import execute
+from tests.compiler.memory import Part, poisoned
 
 import tilewright as tw
 from tilewright import dtypes
@@ -15,9 +17,7 @@ from tilewright.ir.levels import Diagonals, NofM, Paged, coordinates
 from tilewright.ir.names import GeneratedName, count_name, size_name, values_name
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
-from tilewright.reference import cta
 from tilewright.reference.evaluate import evaluate
-from tilewright.reference.memory import Part, poisoned
 from tilewright.sparse.pack import Packed
 
 Arrays = dict[str, Any]
@@ -405,11 +405,13 @@ def close(got: np.ndarray, wanted: np.ndarray, dtype: str, what: str = "") -> No
 
 
 def after_every_pass(
-    definition: Any, args: Arrays, recipe: Callable[[Any], Any] | None = None, target: str = "cpp"
-) -> list[str]:
+    definition: Any, args: Arrays, recipe: Callable[[Any], Any] | None = None, target: str = "cpp",
+    only_last: bool = False,
+) -> list[str]:  # fmt: skip
     """Runs the program after each pass that changed it and compares with its meaning: after the
     passes for C++, and those for CUDA too where that is the target of the schedule. Returns the
-    names of those passes."""
+    names of those passes. `only_last`: runs the lowered programs alone; a pass that is wrong shows
+    there too, but not which one it is."""
     wanted = evaluate(definition.program, args)
     seen: list[str] = []
     last: list[Program] = [definition.program]
@@ -419,6 +421,10 @@ def after_every_pass(
             return
         last[0] = program
         seen.append(name)
+        if not only_last:
+            compare(name, program, machine, args)
+
+    def compare(name: str, program: Program, machine: Any = execute, args: Arrays = args) -> None:
         got = executed(definition, program, args, machine)
         for t in definition.program.outputs:
             close(got[t.name], wanted[t.name], t.dtype.name, f"{t.name} after {name}\n{program}")
@@ -429,6 +435,8 @@ def after_every_pass(
         lowered = recipe(definition.scheduled(target)).lowered.program
         watch("schedule", lowered)
     run_passes(lowered, AFTER_SCHEDULE, "cpp", watch)
+    if only_last:
+        compare("the last pass", last[0])
     if target.startswith("cuda"):  # registers belong to threads as soon as these are bound
         bound = [p.name for p in AFTER_SCHEDULE].index("bind_threads")
         binding, rest = AFTER_SCHEDULE[: bound + 1], AFTER_SCHEDULE[bound + 1 :]
@@ -440,6 +448,8 @@ def after_every_pass(
         program = run_passes(lowered, binding, "cuda")
         with_threads("bind_threads", program)
         run_passes(program, rest, "cuda", with_threads)
+        if only_last:
+            compare("the last pass", last[0], cta.execute, filled)
     return seen
 
 

@@ -3,7 +3,7 @@
 `execute` runs the position and the loop level. A value is a NumPy scalar of its dtype, or an array
 of its lanes (bfloat16: float32). Memory that was never written is NaN, and an access outside of a
 buffer raises InternalError[I101]. One thread runs: loops over threads are serial, barriers do
-nothing; `reference.cta` runs what is lowered for CUDA. `reference.evaluate` has the coordinate
+nothing; `tests.compiler.cta` runs what is lowered for CUDA. `reference.evaluate` has the coordinate
 level.
 """
 
@@ -15,22 +15,14 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from tests.compiler.memory import Array, Part, as_operand, lane_dimensions, launches, poisoned
 
 from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import free_vars, statements, walk
-from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
-from tilewright.reference.ops_table import (
-    UFUNCS,
-    as_operand,
-    cast,
-    constant,
-    decode,
-    encode,
-    operation,
-)
+from tilewright.reference.ops_table import UFUNCS, cast, constant, decode, encode, operation
 
 
 def execute(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.compiler import cta
 from tests.compiler.cases import executed
 from tests.compiler.interpreter import execute
 
@@ -18,7 +19,6 @@ from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import map_bodies, rebuild, walk
 from tilewright.ops.gemm import gemm_program
-from tilewright.reference import cta
 from tilewright.target import target
 from tilewright.toolchain import nvrtc
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.compiler import cta
 from tests.compiler.cases import (
     TOLERANCE,
     Arrays,
@@ -28,7 +29,6 @@ from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import free_vars, map_bodies, rebuild, walk
 from tilewright.lower import AFTER_SCHEDULE, run_passes
-from tilewright.reference import cta
 from tilewright.reference.evaluate import evaluate
 
 KERNELS = [name for name, shipped in SHIPPED.items() if CUDA[0] in shipped.targets]

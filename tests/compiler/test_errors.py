@@ -11,8 +11,8 @@ from tests.compiler.cases import (
     arguments,
     matrix,
     rgcn,
+    row_pairs,
     sddmm,
-    softmax,
     spmm,
     triangles,
     two_sparse,
@@ -196,12 +196,12 @@ def test_p101_unknown_parameters():
 P107 = [
     ("csr", lambda: spmm.decompose(A="csr")),
     ("1 dimensions", lambda: spmm.decompose(A=tw.Format("v", (Compressed(0),))).program),
-    ("shares its rows", lambda: softmax.decompose(A=tw.coo()).lower()),
-    ("shares its rows", lambda: softmax.decompose(A=tw.hyb(2, (1, 2))).lower()),
-    ("shares its rows", lambda: softmax.decompose(A=tw.hyb(1, (1, 2), long_rows="split")).lower()),
-    ("cannot be searched", lambda: two_sparse.decompose(B=tw.bucket(2, split=True)).lower()),
-    ("cannot be searched", lambda: two_sparse.decompose(B=tw.hyb()).lower()),
-    ("cannot be searched", lambda: triangles.decompose(B=tw.hyb()).lower()),
+    ("sum of A[i, k] * A[i, j] over k", lambda: row_pairs.decompose(A=tw.coo()).lower()),
+    ("keeps rows in pieces", lambda: row_pairs.decompose(A=tw.hyb(2, (1, 2))).lower()),
+    ("B[j, k]", lambda: triangles.decompose(A=tw.hyb(1, (1, 2), long_rows="split")).lower()),
+    ("B[i, j] is read", lambda: two_sparse.decompose(B=tw.bucket(2, split=True)).lower()),
+    ("B[i, j] is read", lambda: two_sparse.decompose(B=tw.hyb()).lower()),
+    ("B[j, k]", lambda: triangles.decompose(B=tw.hyb()).lower()),
     ("float16", lambda: spmm.decompose(A=tw.coo()).typed(A="float16", X="float16").lower()),
 ]
 
@@ -231,9 +231,9 @@ def read_only(x):
 ROW = np.zeros((6, 3), np.float32)
 CALLS = [
     ("A101", "X", lambda k: k(args()["A"])),
-    ("A101", "too many", lambda k: k(*args().values(), 1)),
+    ("A101", "too many positional", lambda k: k(*args().values(), 1)),
     ("A101", "Q", lambda k: k(**args(), Q=1)),
-    ("A101", "twice", lambda k: k(args()["A"], A=args()["A"], X=ROW)),
+    ("A101", "multiple values for argument 'A'", lambda k: k(args()["A"], A=args()["A"], X=ROW)),
     ("A101", "2 outputs", lambda k: k(**args(), out=(ROW, ROW))),
     ("A102", "X is float64", lambda k: k(**args(X=ROW.astype(np.float64)))),
     ("A102", "A is float64", lambda k: k(**args(A=tw.csr().pack(np.eye(5, 6))))),

@@ -28,7 +28,7 @@ VECTOR_BITS = 512  # of the CPU's vectors, on every machine
 
 @pytest.fixture(autouse=True)
 def one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compilers, "vector_bits", lambda isa=None: VECTOR_BITS)
+    monkeypatch.setattr(compilers, "cpu_lanes", lambda: VECTOR_BITS // 32)
 
 
 def file_of(name: str) -> str:

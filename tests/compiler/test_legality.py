@@ -12,7 +12,7 @@ def test_programs_and_formats_have_their_outcomes(golden):
 
 def test_most_programs_take_most_formats():
     """What the tests of passes and kernels run is these cells."""
-    assert len(accepted(PROGRAMS)) >= 0.7 * len(PROGRAMS) * len(FORMATS)
+    assert len(PROGRAMS) * len(FORMATS) - len(accepted(PROGRAMS)) < 25  # docs/design/compiler.md
     assert len(accepted(PROGRAMS, formats=STRUCTURED)) == len(PROGRAMS) * len(STRUCTURED)
     for program in PROGRAMS:
         assert "csr" in {f for _, f in accepted([program])}, program.name

@@ -8,7 +8,7 @@ from tests.compiler.cases import spmm
 from tilewright import compiler
 from tilewright.errors import ScheduleError
 from tilewright.ops.gemm import gemm_kernel
-from tilewright.runtime.built import Built
+from tilewright.runtime.manifest import Built
 from tilewright.target import CUDA_ARCHS, Target, target
 from tilewright.toolchain import nvrtc
 

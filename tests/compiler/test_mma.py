@@ -17,6 +17,7 @@ from tests.compiler.cases import (
     pack,
     stored,
 )  # fmt: skip
+from tests.compiler.memory import poisoned
 
 import tilewright as tw
 from tilewright import dtypes
@@ -28,7 +29,6 @@ from tilewright.ops.bsr_spmm import bsr_spmm_kernel, bsr_spmm_program
 from tilewright.ops.bsr_spmm import recipe as bsr_recipe
 from tilewright.ops.gemm import gemm_kernel, gemm_program
 from tilewright.ops.gemm import recipe as gemm_recipe
-from tilewright.reference.memory import poisoned
 from tilewright.runtime.launch import CudaLauncher
 from tilewright.toolchain import nvrtc
 

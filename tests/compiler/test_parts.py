@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.compiler.cases import matrix, pack
+from tests.compiler.cases import matrix, pack, softmax
 
 import tilewright as tw
 from tilewright.errors import FormatError
-from tilewright.ir.levels import Compressed, Dense
+from tilewright.ir.levels import Compressed, Dense, coordinates
 
 
 @tw.program
@@ -161,3 +161,120 @@ def test_a_choice_that_is_no_pair(given):
     with pytest.raises(FormatError) as caught:
         tw.Composed("odd", ((Odd(), tw.dcsr()),)).pack(DENSE)
     assert caught.value.code == "F106"
+
+
+# ---------------------------------------------------------------------------- blocks
+
+BY_ROWS = ((tw.Where(3), tw.csr()), (tw.Where(1, 2), tw.dbsr(2)), (tw.Where(0, 0), tw.bsr(3)))
+BY_COLUMNS = tuple((tw.Where(0, None, c, 3), f) for c, f in enumerate([tw.dbsr(2), tw.csc(),
+                                                                       tw.bsr(3)]))  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (1, 1), (7, 11), (40, 33)])
+@pytest.mark.parametrize("parts", [BY_ROWS, BY_COLUMNS], ids=["rows", "columns"])
+def test_no_coordinate_is_stored_by_two_parts(parts, shape, rng):
+    fmt = tw.Composed("blocks", parts, disjoint_rows=parts is BY_ROWS)
+    dense = np.where(rng.random(shape) < rng.choice([0, 0.1, 0.6], (shape[0], 1)), 2, 0)
+    packed = fmt.pack(dense.astype(np.float32))
+    np.testing.assert_array_equal(packed.dense(), dense)
+    stored = np.zeros(shape, int)
+    for part in packed.structure.parts:
+        (i, j), _ = coordinates(part.format.levels, part.arrays, part.counts, shape)
+        np.add.at(stored, (i, j), 1)
+    assert stored.max(initial=0) <= 1 and (stored[dense != 0] == 1).all()
+    assert not fmt.repeats
+
+
+@pytest.mark.parametrize("disjoint", [False, True])
+def test_a_choice_that_cuts_a_block_is_refused(disjoint):
+    """Entries 0 and 1 are in row 0, 2 in row 1: one block of 2×2."""
+    parts = ((Says(FIRST, [0, 1]), tw.dcsr()), (Says(SECOND, [2]), tw.bsr(2)))
+    fmt = tw.Composed("cut", parts, disjoint_rows=disjoint)
+    with pytest.raises(FormatError, match=r"row 0 is in 2 parts|in parts 0 and 1") as caught:
+        fmt.pack(DENSE)
+    assert caught.value.code == "F106" and caught.value.hint
+
+
+@pytest.mark.parametrize("fmt", [tw.hyb(2, (1, 4)), tw.Composed("blocks", BY_COLUMNS)], ids=str)
+def test_a_softmax_over_rows_in_pieces(fmt, rng):
+    """Maximum and sum of a row are arrays, each in a launch of its own."""
+    dense = matrix("random", 300, 211, rng)
+    dense[7] = 0
+    if isinstance(fmt, tw.Composed) and fmt.blocks != (1, 1):
+        dense[dense == 0] = 1  # blocks store zeros, which have a weight
+    program = softmax.decompose(A=fmt)
+    assert [nest.name for stage in program.lower().stages for nest in stage[:1]] == [
+        "out.0.init", "out.0", "out.1.init", "out.1", "out"
+    ]  # fmt: skip
+    e = np.where(dense != 0, np.exp(dense.astype(np.float64)), 0)
+    wanted = np.divide(e, e.sum(1, keepdims=True), where=e != 0, out=np.zeros_like(e))
+    got = program.build("cpp")(fmt.pack(dense)).dense()
+    np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-7)
+
+
+@tw.program
+def argmax(A=tw.sparse("m n")):
+    i, j = tw.indices("m n")
+    is_top = tw.equal(A[i, j], tw.max(A[i, j], over=j))
+    return tw.out[i](tw.min(j, over=j, where=tw.stored(A[i, j]) & is_top))
+
+
+@tw.program
+def mean(A=tw.sparse("m n")):
+    i, j = tw.indices("m n")
+    return tw.out[i](tw.sum(A[i, j], over=j) / tw.sum(1.0, over=j, where=tw.stored(A[i, j])))
+
+
+@tw.program
+def above_mean(A=tw.sparse("m n")):
+    i, j = tw.indices("m n")
+    row = tw.sum(A[i, j], over=j)
+    return tw.out[i, j](tw.where(tw.stored(A[i, j]), A[i, j] - row / tw.size("n"), row))
+
+
+@pytest.mark.parametrize("fmt", [tw.csr(), tw.coo(), tw.csc(), tw.hyb(buckets=(1, 2)),
+                                 tw.hyb(2, (1, 2), long_rows="split")], ids=str)  # fmt: skip
+def test_reductions_that_read_reductions(fmt, rng):
+    """Argmax, mean, and a dense output that takes entries and the rest of a row differently."""
+    dense = matrix("random", 13, 9, rng)
+    dense[3] = 0
+    rows, total, entries = dense != 0, dense.sum(1), fmt.pack(dense)
+    number = rows.sum(1)
+    got = argmax.decompose(A=fmt).build("interp")(entries)
+    assert got[3] == np.iinfo(np.int32).max
+    wanted = np.where(rows, dense, -np.inf).argmax(1)
+    np.testing.assert_array_equal(got[number > 0], wanted[number > 0])
+    got = mean.decompose(A=fmt).build("interp")(entries)
+    np.testing.assert_allclose(got[number > 0], (total / np.maximum(number, 1))[number > 0], 1e-5)
+    got = above_mean.decompose(A=fmt).build("interp")(entries)
+    wanted = np.where(rows, dense - total[:, None] / 9, total[:, None])
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@tw.program
+def weighted_lists(
+    B=tw.sparse("m n"),
+    C=tw.sparse("m k"),
+    start=tw.dense("s", dtype="int32"),
+    columns=tw.dense("z", dtype="int32"),
+    values=tw.dense("z"),
+):
+    i, j, k = tw.indices("m n k")
+    is_stored = tw.stored(B[i, j])
+    weight = tw.sum(C[i, k], over=k)
+    filled = tw.update(columns).append[start[i]](j, over=j, where=is_stored)
+    return filled, tw.update(values).append[start[i]](B[i, j] * weight, over=j, where=is_stored)
+
+
+@pytest.mark.parametrize("fmt", [tw.csr(), tw.coo(), tw.hyb(2, (1, 2))], ids=str)
+def test_lists_that_read_a_sum_over_rows_in_pieces(fmt, rng):
+    """Both lists are filled in one loop, also where an array of the sums comes first."""
+    b, c = matrix("random", 9, 7, rng), matrix("random", 9, 5, rng)
+    start = np.append(0, np.cumsum((b != 0).sum(1))).astype(np.int32)
+    columns, values = np.full(start[-1], -1, np.int32), np.full(start[-1], np.nan, np.float32)
+    kernel = weighted_lists.decompose(C=fmt).build("interp")
+    kernel(tw.csr().pack(b), fmt.pack(c), start, columns, values)
+    rows, wanted = np.nonzero(b)
+    np.testing.assert_array_equal(columns, wanted)
+    weights = c.astype(np.float64).sum(1)
+    np.testing.assert_allclose(values, b[rows, wanted] * weights[rows], rtol=1e-5, atol=1e-6)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.compiler import cases
+from tests.compiler import cases, cta
 
 import tilewright as tw
 from tilewright import knobs
@@ -18,7 +18,6 @@ from tilewright.errors import InternalError, ScheduleError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import map_bodies, rebuild, walk
 from tilewright.lower import AFTER_SCHEDULE, run_passes
-from tilewright.reference import cta
 
 LESSON = runpy.run_path(
     str(Path(__file__).resolve().parents[2] / "examples" / "06_graph_attention.py"),
@@ -295,8 +294,13 @@ def searched(A=tw.sparse("n n")):
             ("loop c is around loop h",),
         ),
         (attend, lambda s: at("h")(s).compute_at("score", "j"), ("score", "reads it first")),
-        (attend.decompose(A=tw.coo()), at("h"), ("coo shares its rows",)),
-        (attend.decompose(A=tw.hyb(2, (1, 2))), at("h"), ("shares its rows",)),
+        (attend.decompose(A=tw.coo()), at("h"), ("coo keeps rows in pieces",)),
+        (attend.decompose(A=tw.hyb(2, (1, 2))), at("h"), ("keeps rows in pieces",)),
+        (
+            kept.decompose(A=cases.FORMATS["csr + bsr"]),
+            lambda s: s.compute_at("top", "i"),
+            ("max of A[i, j] over j", "keeps rows in pieces"),
+        ),
     ],
 )  # fmt: skip
 def test_a_refusal_names_the_statement(definition, schedule, names):

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.compiler import cta
 
 from tilewright import dtypes
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
-from tilewright.reference import cta
 
 i32, f32 = dtypes.int32, dtypes.float32
 X, Y = (ir.Buffer(name, f32, (ir.as_expr(64),), "global") for name in "XY")

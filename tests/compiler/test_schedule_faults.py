@@ -7,7 +7,7 @@ import operator
 
 import numpy as np
 import pytest
-from tests.compiler.cases import spmm
+from tests.compiler.cases import column_norm, spmm
 
 import tilewright as tw
 from tilewright.errors import InternalError, ProgramError, ScheduleError
@@ -335,6 +335,14 @@ def test_adding_in_parallel_is_refused_without_atomics():
             lambda s: s.atomic("Y").split("t", 32).bind("t_o", "cta.x").bind("t_i", "thread.x")
         )
     )
+
+
+def test_threads_that_would_update_one_element_in_memory_are_refused():
+    """Columns of blocks: the reduction over the rows of a block comes back to them."""
+    columns = column_norm.decompose(A=tw.dbsr(2)).schedule(lambda s: s.bind("i_i", "thread.x"))
+    with pytest.raises(ScheduleError, match=r"threads of loop i_i update out\.0") as refused:
+        columns.lower("cuda:sm_90a")
+    assert refused.value.code == "S102" and "atomic()" in refused.value.hint
 
 
 def test_adding_halves_of_coordinates_shares_elements(rng):

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from tests.shipped import CUDA, SHIPPED
 
-from tilewright.ops.activation import gelu_mul_kernel, scaled_kernel
-from tilewright.ops.rmsnorm import rmsnorm_add_kernel
+from tilewright.ops.rowwise import gelu_mul_kernel, rmsnorm_add_kernel, scaled_kernel
 from tilewright.target import target
 from tilewright.toolchain import nvrtc
 

@@ -7,8 +7,13 @@ import pytest
 from tests.ops.cases import TOKENS, close, normal, poisoned
 
 from tilewright.errors import ArgumentError
-from tilewright.ops.activation import gelu_mul_kernel, scaled_kernel, silu_mul_kernel
-from tilewright.ops.rmsnorm import rmsnorm_add_kernel, rmsnorm_kernel
+from tilewright.ops.rowwise import (
+    gelu_mul_kernel,
+    rmsnorm_add_kernel,
+    rmsnorm_kernel,
+    scaled_kernel,
+    silu_mul_kernel,
+)
 
 WIDTHS = (1, 7, 16, 33, 100)
 

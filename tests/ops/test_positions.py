@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tilewright.ops.positions import lengthen_kernel, positions_kernel
+from tilewright.ops.rope import lengthen_kernel, positions_kernel
 
 
 @pytest.mark.parametrize("requests", [0, 1, 3, 17])

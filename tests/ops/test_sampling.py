@@ -7,7 +7,7 @@ import pytest
 from tests.ops.cases import TOKENS, normal, poisoned
 
 from tilewright.errors import ArgumentError
-from tilewright.ops.sampling import argmax_kernel
+from tilewright.ops.rowwise import argmax_kernel
 
 
 @pytest.mark.parametrize("v", [1, 2, 15, 16, 33, 1000])

@@ -166,7 +166,7 @@ def test_parameters_stand_one_after_the_other(record):
     data = bytes(launch.params)
     assert (data[:24].strip(), data[24:48].strip()) == (b"a", b"b")
     assert np.frombuffer(data[48:], np.int64).tolist() == [0, 3]
-    assert launch._grid == ((8, 1, 1), (32, 1, 1), 0)
+    assert (launch.grid, launch.block, launch.smem_bytes) == ((8, 1, 1), (32, 1, 1), 0)
 
 
 def test_launches_without_boxes_keep_their_order(fake: ctypes.CDLL):  # noqa: F811

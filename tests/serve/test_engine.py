@@ -14,6 +14,7 @@ pytest.importorskip("jinja2", reason="chat templates need the models extra")
 from tilewright.errors import BuildError, ModelError
 from tilewright.serve.engine import LLM
 from tilewright.serve.kv_pool import PAGE_SIZE
+from tilewright.serve.tokenizer import AnswerText
 from tilewright.serve.weights import ModelFile
 
 HELLO = "and the thing is in the land"
@@ -57,7 +58,7 @@ def greedy(llm: LLM, ids: list[int], count: int) -> list[int]:
 
 def spoken(llm: LLM, tokens: list[int]) -> str:
     """The text of tokens as an answer shows it: special ones are left out."""
-    stream = llm.tokenizer.stream()
+    stream = AnswerText(llm.tokenizer)
     return "".join(stream.push(token) for token in tokens) + stream.finish()
 
 

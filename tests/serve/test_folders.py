@@ -21,7 +21,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from tilewright.errors import ModelError  # noqa: E402
 from tilewright.serve.engine import LLM  # noqa: E402
-from tilewright.serve.tokenizer import from_folder  # noqa: E402
+from tilewright.serve.tokenizer import AnswerText, from_folder  # noqa: E402
 from tilewright.serve.weights import open_model  # noqa: E402
 
 WORDS = ["the", " the", "an", " an", "123", "é", "中", "'s", "hello", " hello world"]
@@ -88,7 +88,7 @@ def test_tokenizer_json(library: tokenizers.Tokenizer, tmp_path: Path, rng: np.r
         if "<think>" not in text:
             prefix = "" if library.normalizer is None or not text else " "
             assert ours.decode(plain, special=False) == prefix + text
-        stream = ours.stream()
+        stream = AnswerText(ours)
         assert "".join(map(stream.push, plain)) + stream.finish() == ours.decode(plain, False)
 
 
@@ -105,7 +105,7 @@ def test_the_names_of_tokenizer_config(library: tokenizers.Tokenizer, tmp_path: 
     write(tmp_path / "tokenizer_config.json", names)
     ours = from_folder(tmp_path, 400)
     assert ours.named == {"bos": im_end, "eos": end} and ours.ends == {end, im_end}
-    assert (ours.bos, ours.eos, ours.add_bos) == (written, end, True)
+    assert (ours.bos, ours.named["eos"], ours.add_bos) == (written, end, True)
     write(tmp_path / "tokenizer_config.json", {"bos_token": None, "eos_token": "<absent>"})
     assert from_folder(tmp_path, 400).named == guessed.named
     for wrong in (["</s>"], {"text": "</s>"}):

@@ -15,7 +15,7 @@ pytest.importorskip("jinja2", reason="chat templates need the models extra")
 from tilewright.serve.engine import LLM, Engine, Options
 from tilewright.serve.request import Request, Sampling
 from tilewright.serve.sampler import draw, logprobs, penalized, sample
-from tilewright.serve.text import AnswerText
+from tilewright.serve.tokenizer import AnswerText
 from tilewright.serve.weights import open_model
 
 HELLO = "and the thing is in the land"
@@ -168,20 +168,13 @@ def test_several_end_tokens(runnable_path: Path):
 class Letters:
     """A tokenizer whose tokens are the pieces of a text."""
 
+    control: frozenset[int] = frozenset()
+
     def __init__(self, pieces: list[str]) -> None:
         self.pieces = pieces
 
-    def stream(self) -> Any:
-        outer = self
-
-        class Stream:
-            def push(self, token: int) -> str:
-                return outer.pieces[token]
-
-            def finish(self) -> str:
-                return ""
-
-        return Stream()
+    def piece(self, token: int) -> bytes:
+        return self.pieces[token].encode()
 
 
 def pieces_of(text: str, rng: np.random.Generator) -> list[str]:

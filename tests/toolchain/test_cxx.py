@@ -18,7 +18,7 @@ import tilewright as tw
 from tilewright import compiler, knobs
 from tilewright.errors import BuildError
 from tilewright.ir.nodes import Program
-from tilewright.runtime.built import Built
+from tilewright.runtime.manifest import Built
 from tilewright.target import Target
 from tilewright.toolchain import compilers, cxx, disk_cache, nvrtc
 

@@ -12,7 +12,7 @@ import pytest
 
 from tilewright import knobs
 from tilewright.errors import BuildError
-from tilewright.runtime.built import Built
+from tilewright.runtime.manifest import Built
 from tilewright.toolchain import compilers, disk_cache, program_cache
 
 

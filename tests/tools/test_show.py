@@ -11,7 +11,7 @@ import pytest
 from tilewright.errors import ProgramError
 from tilewright.target import target
 from tilewright.toolchain import nvrtc
-from tilewright.tools import cli, page, show
+from tilewright.tools import cli, show
 
 SOURCE = """
 import tilewright as tw
@@ -143,7 +143,7 @@ def test_the_page_is_whole_and_fetches_nothing(file, tmp_path):
 def test_the_page_escapes_what_it_shows():
     first = show.Stage("one", "loops", "a < b && c\nsame")
     second = show.Stage("</pre><script>", "loops", "a > b\nsame\nmore")
-    text = page.html("<x>", {"p": [first, second]})
+    text = show.html("<x>", {"p": [first, second]})
     assert "</pre><script>" not in text and "<x>" not in text
     assert '<td class="old">a &lt; b &amp;&amp; c</td><td class="new">a &gt; b</td>' in text
     assert "<td>same</td><td>same</td>" in text

@@ -13,8 +13,9 @@ from tilewright.attention.kv import KV
 from tilewright.attention.variant import Value, check_number, traced_of
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
+from tilewright.runtime.arguments import check_overlaps
 from tilewright.runtime.transfer import to_device
-from tilewright.runtime.view import View, allocate, overlaps
+from tilewright.runtime.view import View, allocate, byte_span
 
 
 def check_kv(kv: Any, kv_heads: int, head_dim: int, head_dim_vo: int) -> None:
@@ -58,9 +59,8 @@ def outputs(q: Any, queries: View, kv: KV, out: Any) -> tuple[Any, Any]:
     check_view("out", seen, device=kv.device)
     if seen.readonly:
         raise ArgumentError("A105", "out is read-only", where="out")
-    for name, other in (("q", queries), ("k", kv.pool.k), ("v", kv.pool.v)):
-        if overlaps(seen, other):
-            raise ArgumentError("A108", f"out overlaps {name}", where="out")
+    read = ("q", queries), ("k", kv.pool.k), ("v", kv.pool.v)
+    check_overlaps([("out", *byte_span(seen))], [(name, *byte_span(v)) for name, v in read])
     return out, lse
 
 

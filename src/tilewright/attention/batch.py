@@ -165,9 +165,9 @@ class Attention:
         return room
 
     def resolve(self, kv: KV, *, qo_len: int = 1, q_dtype: Any = None) -> Resolution:
-        """The families of kernels of `kv`'s device with what each has against calls of at most
-        `qo_len` queries a request; `q_dtype`: of q and o (None: kv's). Touches no array. Raises
-        ArgumentError[A102, A103, A107]."""
+        """Lists the kernel families of `kv`'s device, each with what keeps it from running calls of
+        at most `qo_len` queries a request. `q_dtype`: of q and o (None: kv's). Touches no array.
+        Raises ArgumentError[A102, A103, A107]."""
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         qo_len = check_count("qo_len", qo_len, least=0)
         q = _query_dtype(q_dtype, kv.dtype)

@@ -15,7 +15,8 @@ from tilewright.errors import ArgumentError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KV:
-    """`table` over `pool`: key t of a request is slot t % page_size of its page t // page_size.
+    """Keys and values: `table` names the pages of `pool` that a request has. Its key t is slot
+    t % page_size of its page t // page_size.
 
     Raises ArgumentError (A103, A105, A107); on a CPU A109 for a page that the pool does not have
     and for a length beyond a request's pages. On a GPU kernels clamp both.

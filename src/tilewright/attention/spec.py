@@ -162,7 +162,7 @@ def loaded(text: str, ordinal: int, function: str = "stage0", name: str = "atten
     """A function of CUDA C++, loaded on one GPU. Raises BuildError[B101, B102, B104]."""
     from tilewright.runtime import cuda
 
-    cubin = compile_cuda(text, cuda.device_arch(ordinal), name=name)
+    cubin = compile_cuda(text, cuda.device(ordinal).arch, name=name)
     return cuda.Module(cubin.image, ordinal).function(function)
 
 

@@ -22,7 +22,7 @@ from tilewright.attention.ranges import CUT
 from tilewright.attention.spec import Spec, loaded, partial_params
 from tilewright.attention.table import MAX_KEYS, Table
 from tilewright.errors import ArgumentError
-from tilewright.runtime.view import View
+from tilewright.runtime.view import View, view
 
 MAX_LEVELS = 16
 _SMEM_OF_A_CTA = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
@@ -86,7 +86,7 @@ class Workspace:
         self._nodes = words("int32", 4 * self.max_nodes if shared else 0)
         self._status = cuda.StatusWord(self.ordinal)
         for array in (self._cuts, self._counters):
-            array.zero()
+            cuda.clear(view(array))
         cuda.synchronize(cuda.current_stream(self.ordinal), self.ordinal)
 
     @property

@@ -108,18 +108,19 @@ def packed_strides(tensor: ir.Tensor, sizes: Mapping[str, int]) -> tuple[int | N
 
 
 def host_count(grid: tuple[ir.Expr, ...]) -> Any:
-    """The number of units of a nest as data (`runtime.manifest.Count`)."""
-    counts = [_count(e) for e in grid]
+    """The number of units of a nest as data."""
+    counts = [count_of(e) for e in grid]
     return reduce(lambda a, b: ("*", a, b), counts) if counts else 1
 
 
-def _count(e: Any) -> Any:
+def count_of(e: Any) -> Any:
+    """A whole number that the host computes, as data (`runtime.manifest.Count`)."""
     if isinstance(e, ir.Const):
         return int(e.value)
     if isinstance(e, ir.Var):
         return e.name
     if isinstance(e, ir.Cast):
-        return _count(e.a)
+        return count_of(e.a)
     if isinstance(e, ir.Binary):
-        return (e.op, _count(e.a), _count(e.b))
+        return (e.op, count_of(e.a), count_of(e.b))
     raise InternalError("I101", f"the host cannot compute {e}")

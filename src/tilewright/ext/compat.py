@@ -252,7 +252,7 @@ class _Wrapper:
         attn, tensors = _attention(planned | changed, self.device)
         out = options.get("out")
         if out is None and planned["o_data_type"] is not None:
-            kind = planned["o_data_type"]
+            kind: Any = planned["o_data_type"]
             kind = getattr(torch, kind, kind) if isinstance(kind, str) else kind
             out = torch.empty(*g.q.shape[:2], kv.head_dim_vo, dtype=kind, device=self.device)
         if self._planned is None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from tilewright.attention.batch import Attention
-from tilewright.errors import ArgumentError
-from tilewright.ext import needed
+from tilewright.errors import ArgumentError, needed_for
 from tilewright.ext.torch_ops import Tensor, operator, torch
 from tilewright.ext.variants import composed, words
 
@@ -19,9 +18,12 @@ _REFUSED = ("position_bias", "output_attentions", "cache", "block_table")
 
 def register(name: str = "tilewright") -> None:
     """Make `name` an attn_implementation of transformers. Raises MissingExtra[E101]."""
-    masking = needed("transformers.masking_utils", "hf")
-    needed("transformers", "hf").AttentionInterface.register(name, attend)
-    masking.AttentionMaskInterface.register(name, masking.sdpa_mask)
+    with needed_for("attention of transformers", "hf"):
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def attend(

@@ -25,10 +25,11 @@ from tilewright.attention.merge import merge as merge_all
 from tilewright.attention.pool import Pool
 from tilewright.attention.table import Table
 from tilewright.attention.workspace import Workspace
-from tilewright.errors import ArgumentError
-from tilewright.ext import needed
+from tilewright.errors import ArgumentError, needed_for
 
-torch: Any = needed("torch", "torch")
+with needed_for("operators of torch", "torch"):
+    import torch
+
 Tensor = Any
 _OPERATORS: dict[str, Operator] = {}  # by the key that compiled graphs of this process hold
 

@@ -30,7 +30,7 @@ class Bits:
 
 @variant
 class RowAlibi:
-    """ALiBi as FlashInfer counts: rows of q from 0. Weights are the same, the lse is another."""
+    """ALiBi with FlashInfer's positions: queries count from 0. Only the lse is another one."""
 
     slopes = per_head("float32")
 
@@ -50,8 +50,8 @@ class Sinks:
 
 @functools.lru_cache(256)
 def composed(causal: bool, window_left: int, soft_cap: float, tensors: frozenset[str]) -> Any:
-    """The variant of these options; `window_left` below 0 and `soft_cap` 0: none. `tensors`: those
-    it has of `bits`, `slopes`, `sinks`."""
+    """The variant with these options. `window_left` < 0: no window; `soft_cap` 0: no cap;
+    `tensors`: which of `bits`, `slopes`, `sinks` it takes."""
     result = Causal() if causal else Full()
     result = result & Window(window_left=window_left) if window_left >= 0 else result
     result = result & Bits() if "bits" in tensors else result
@@ -61,7 +61,7 @@ def composed(causal: bool, window_left: int, soft_cap: float, tensors: frozenset
 
 
 def words(rows: Any) -> Any:
-    """Conditions (rows, n), a bool tensor, as int32 words (rows, ⌈n/32⌉), the first lowest."""
+    """Packs a bool tensor (rows, n) into int32 words (rows, ⌈n/32⌉), the lowest bit first."""
     packed = rows[:, ::32].int()
     for bit in range(1, 32):
         part = rows[:, bit::32]

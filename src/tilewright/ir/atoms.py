@@ -25,12 +25,13 @@ SHAPES = ", ".join(" × ".join(map(str, shape)) for shape in ATOMS)
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """A tile operation of a user's, for `Schedule.mma`: `name(acc, a, b)` adds a · b to `acc`.
+    """A user's tile operation for `Schedule.mma`: `name(acc, a, b)` adds a · b to `acc`.
 
-    `shape`, `operands`: those of a built-in one, whose fragments it takes, and dtypes. `cuda`: the
-    function of a `tw::fragment<columns>&`, a `tw::fragment_a` and a `tw::fragment_b<columns>`;
-    `cpp`: of a pointer to rows × columns floats and two `tw::window`s; `numpy(a, b)`: what is
-    added, from float32 arrays (…, rows, depth) and (…, depth, columns). Not cached by its steps."""
+    `shape` is that of a built-in operation, whose fragments it takes; `operands`: their dtypes.
+    `cuda`: the source of the function on a `tw::fragment<columns>&`, a `tw::fragment_a` and a
+    `tw::fragment_b<columns>`; `cpp`: that on a pointer to rows × columns floats and two
+    `tw::window`s. `numpy(a, b)` returns the product of float32 arrays (…, rows, depth) and
+    (…, depth, columns). Kernels that use it are lowered anew at each build."""
 
     name: str
     shape: tuple[int, int, int]

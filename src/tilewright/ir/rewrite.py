@@ -423,14 +423,6 @@ def loads(n: Any) -> Iterator[ir.Load]:
             yield ir.Load(x.keys, (x.lo,), x.keys.dtype)
 
 
-def searches(n: Any, depth: int = 0) -> Iterator[tuple[ir.Search, int]]:
-    """Every binary search below `n`, with the number of loops around it."""
-    if isinstance(n, ir.Search):
-        yield n, depth
-    for child in ir.children(n):
-        yield from searches(child, depth + (isinstance(n, ir.For) and child is n.body))
-
-
 def indices_of(n: Any) -> list[ir.Index]:
     """The program indices below `n`, once each."""
     return list({x.name: x for x in walk(n) if isinstance(x, ir.Index)}.values())

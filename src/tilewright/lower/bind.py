@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import core as ir
 from tilewright.ir.names import COUNT, SIZE, is_generated
+from tilewright.lower.reductions import framed
 from tilewright.target import CTA_THREADS, WARP
 
 UNROLLED = 8  # rounds of a copy to shared memory that are written out
@@ -96,18 +96,16 @@ def serialize_threads(program: ir.Program) -> ir.Program:
 
 
 def _grid(nest: ir.Nest) -> ir.Nest:
-    extents: list[ir.Expr] = []
-    variables: list[ir.Var] = []
-    rewrap: list[Callable[[ir.Stmt], ir.Stmt]] = []
+    units: list[ir.For] = []
+    frame: list[ir.Stmt] = []
     body = nest.body
     while True:
         if isinstance(body, ir.For) and body.kind in ir.GRID:
             _check_host(body)
-            extents.append(body.end)
-            variables.append(body.var)
+            units.append(body)
             body = body.body
         elif isinstance(body, ir.If) and _has_grid(body.body):
-            rewrap.append(lambda b, c=body.cond: ir.If(c, b))
+            frame.append(body)
             body = body.body
         elif (
             isinstance(body, ir.Seq)
@@ -115,7 +113,7 @@ def _grid(nest: ir.Nest) -> ir.Nest:
             and _has_grid(body.body[-1])
             and all(isinstance(b, ir.Let) for b in body.body[:-1])
         ):
-            rewrap.append(lambda b, lets=body.body[:-1]: ir.seq(*lets, b))
+            frame += body.body[:-1]
             body = body.body[-1]
         else:
             break
@@ -127,9 +125,8 @@ def _grid(nest: ir.Nest) -> ir.Nest:
             f"in {nest.name} the parallel loop {below.name} is inside {outer}",
             "reorder so that parallel loops come first: they are the units of the launch",
         )
-    for wrap in reversed(rewrap):
-        body = wrap(body)
-    return replace(nest, body=body, grid=tuple(extents), grid_vars=tuple(variables))
+    grid, variables = tuple(f.end for f in units), tuple(f.var for f in units)
+    return replace(nest, body=framed(body, frame), grid=grid, grid_vars=variables)
 
 
 def _has_grid(s: ir.Stmt) -> bool:
@@ -167,25 +164,19 @@ def _extent(body: ir.Stmt, kind: str) -> int:
 def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
     """Raises ScheduleError[S102] for a barrier that a guard keeps some threads from. Reductions
     over thread.y and copies to shared memory have barriers."""
-    if isinstance(s, ir.If):
-        divergent = bool(ir.free_vars(s.cond) & {THREAD_X.name, THREAD_Y.name})
-        _check_barriers(s.body, guarded=guarded or divergent)
-    elif isinstance(s, ir.For):
-        _check_barriers(s.body, guarded=guarded)
-    elif isinstance(s, ir.Seq):
-        for b in s.body:
-            _check_barriers(b, guarded=guarded)
-    elif guarded and (isinstance(s, ir.Sync) or _reduces_over_y(s)):
+    over_y = isinstance(s, ir.Store) and any(
+        isinstance(x, ir.ReduceThreads) and x.axis == "thread.y" for x in ir.walk(s.value)
+    )
+    if guarded and (over_y or isinstance(s, ir.Sync)):
         raise illegal(
             "a guard keeps some threads from a barrier",
             "specialize() the dimension and split it by a factor that divides it",
         )
-
-
-def _reduces_over_y(s: ir.Stmt) -> bool:
-    return isinstance(s, ir.Store) and any(
-        isinstance(x, ir.ReduceThreads) and x.axis == "thread.y" for x in ir.walk(s.value)
-    )
+    if isinstance(s, ir.If):
+        guarded |= bool(ir.free_vars(s.cond) & {THREAD_X.name, THREAD_Y.name})
+    for child in ir.children(s):
+        if isinstance(child, ir.Stmt):
+            _check_barriers(child, guarded=guarded)
 
 
 def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.Stmt:

@@ -16,8 +16,9 @@ from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import is_list_of_pairs
+from tilewright.ir.rewrite import walk
 from tilewright.lower.constants import constant
-from tilewright.lower.tables import Driver, Statement, drivers
+from tilewright.lower.tables import Driver, Statement, drivers, indices_in, names_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,20 @@ def outer_driver(t: Statement) -> Driver | None:
     return Driver(driver.structure, tuple("" if n in reduced else n for n in driver.indices))
 
 
+def drivers_read(st: Statement) -> list[Driver]:
+    """The composed structures that an element of a dense output is computed from at its own
+    indices. The loops follow their parts, which cannot be searched; where nothing is stored an
+    earlier nest has computed the value."""
+    name, own = st.out.tensor.name, {x.name for x in indices_in(st.out.coords)}
+    if st.op or st.out.tensor.is_sparse or name in names_read(st.value):
+        return []
+    return [
+        Driver.of(x) for x in walk(st.value)
+        if isinstance(x, ir.Access) and hasattr(x.tensor.format, "parts")
+        and not x.tensor.format.repeats and set(Driver.of(x).indices) <= own
+    ]  # fmt: skip
+
+
 def iteration(st: Statement) -> Iteration | None:
     """What a statement iterates over beside whole dimensions. Raises ProgramError[P107] where its
     value would depend on the order of operands."""
@@ -58,11 +73,11 @@ def iteration(st: Statement) -> Iteration | None:
         return Iteration(tuple(shared))
     reduced = {a.name for a in st.axes}
     ranked = sorted(shared, key=lambda d: (*_rank(d, shared[d].format, reduced), d))
-    zero = [d for d in ranked if _is_identity(st, {d})]
+    zero = [d for d in ranked if is_identity(st, {d})]
     if zero:
         op = "intersection" if len(zero) > 1 or st.op == "append" else ""
         return Iteration(tuple(zero), op, _holds(st, zero))
-    if _is_identity(st, set(ranked)):
+    if is_identity(st, set(ranked)):
         return Iteration(tuple(ranked), "union", all(_holds(st, [d]) for d in ranked))
     names = " and ".join(shared[d].name for d in ranked)
     first = f"{shared[ranked[0]].name}[{', '.join(ranked[0].indices)}]"
@@ -91,7 +106,7 @@ def check_reduction(st: Statement, tensors: dict[str, ir.Tensor]) -> None:
             hint="the condition is stored(…) of tensors with that index, joined by | or by &",
         )  # fmt: skip
     fmt = tensors[it.drivers[0].structure].format
-    if fmt.repeats and not _is_identity(st, {it.drivers[0]}):
+    if fmt.repeats and not is_identity(st, {it.drivers[0]}):
         raise ProgramError(
             "P107",
             f"{fmt} stores zeros beside its entries more than once, and they change {st.op} of "
@@ -116,7 +131,7 @@ def _condition(body: ir.Expr) -> ir.Expr:
     return body.cond if isinstance(body, ir.Select) else ir.Var("", dtypes.bool_)
 
 
-def _is_identity(st: Statement, missing: Container[Driver]) -> bool:
+def is_identity(st: Statement, missing: Container[Driver]) -> bool:
     """Whether the body changes nothing where these structures store no entry."""
 
     def read(x: ir.Access | ir.Stored) -> Any:

@@ -21,7 +21,7 @@ from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import substitute, transform, walk
-from tilewright.lower.constants import constant
+from tilewright.lower.drivers import is_identity
 from tilewright.lower.reads import PartRows, Reader, appended
 from tilewright.lower.scope import Scope, has_list
 from tilewright.lower.tables import Driver, Statement, Tables, indices_in, unmergeable  # fmt: skip
@@ -130,17 +130,8 @@ class _Builder:
         if len(total.axes) != 1:
             return False
         body = substitute(total.body, {total.axes[0].name: self.join.over})
-
-        def missing(driver: Driver) -> Any:
-            def read(x: Any) -> Any:
-                access = x.access if isinstance(x, ir.Stored) else x
-                if Driver.of(access) != driver:
-                    return None
-                return False if isinstance(x, ir.Stored) else access.tensor.fill
-
-            return constant(body, read)
-
-        return missing(self.join.first) == 0 and missing(self.join.second) == 0
+        st = Statement(self.statements[0].out, "sum", (self.join.over,), body)
+        return all(is_identity(st, {d}) for d in (self.join.first, self.join.second))
 
     def _walk(self, scope: Scope, driver: Driver, axis: ir.Index) -> Any:
         """Opens the loop over the list of a structure; returns its wrapper of bodies."""

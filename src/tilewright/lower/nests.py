@@ -16,7 +16,7 @@ from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Compressed, Level, may_miss
 from tilewright.ir.rewrite import add, mul, transform, walk
-from tilewright.lower.drivers import Iteration, driver_of, iteration, outer_driver
+from tilewright.lower.drivers import Iteration, driver_of, drivers_read, iteration, outer_driver
 from tilewright.lower.epilogues import Fused, fused, values_of
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
 from tilewright.lower.placed import Row, check, online, refuse
@@ -27,7 +27,6 @@ from tilewright.lower.tables import (
     Statement,
     Tables,
     indices_in,
-    shares_rows,
     unmergeable,
     unsearchable,
 )  # fmt: skip
@@ -132,8 +131,6 @@ class NestBuilder:
         tensor, loop = t.out.tensor, self.placed.get(t.out.tensor.name, "")
         driver, root, inside = driver_of(t), driver_of(self.root), scope.copy()
         check(t, self.placed, self.emitted, set(scope.coordinates))
-        if driver:
-            self._check_complete_rows(t, driver)
         own = tuple(a for a in t.axes if a.name != loop)
         if own == t.axes:
             specs = self._follow(t, driver, inside)
@@ -144,7 +141,7 @@ class NestBuilder:
         if revisits_outputs(t, specs):
             raise ProgramError(
                 "P107",
-                f"a reduction inside {self.root.out.tensor.name} runs over rows stored in pieces",
+                f"{t.out}, a reduction inside {self.root.out}, runs over rows stored in pieces",
             )
         around = (self.root, *(x for x in self.temps if x is not t))
         names = {name for x in around for name in self._names_of(x)}
@@ -206,7 +203,7 @@ class NestBuilder:
         where no level of theirs is below one that only the reduction walks."""
         own = self._names_of(self.root, axes=False)
         levels = self.tables.levels(self.structure)
-        for driver in map(outer_driver, self.temps):
+        for driver in (*drivers_read(self.root), *map(outer_driver, self.temps)):
             if driver is None or driver.structure != self.structure:
                 continue
             walked = [driver.indices[level.dim] in own for level in levels]
@@ -220,18 +217,6 @@ class NestBuilder:
         if self.tables.is_composed(self.structure):
             raise unsearchable(self.structure, self.tables.tensors[self.structure].format)
         return None
-
-    def _check_complete_rows(self, st: Statement, driver: Driver) -> None:
-        """Raises ProgramError[P107] where a reduction inside another statement sees only a piece of
-        a row: its value is read before other pieces are added."""
-        structure, names = driver
-        reduced = {a.name for a in st.axes}
-        levels = self.tables.levels(structure)
-        pieces = any(not x.unique and names[x.dim] not in reduced for x in levels)
-        if pieces or (self.rows.is_part(structure) and (self.shared or names[0] in reduced)):
-            fmt = self.tables.tensors[structure].format
-            raise shares_rows(self.root.out.tensor.name, fmt)
-        self.rows.check(driver)
 
     def _loops(self, target: _Target, specs: list[LoopSpec], scope: Scope) -> ir.Stmt:
         before: list[ir.Stmt] = []
@@ -259,16 +244,13 @@ class NestBuilder:
         if s.merged is not None:
             return self._open_merge(s, s.merged, target, scope)
         if s.level is None:
-            return self._open_dimension(s, target, scope)
+            var, end = self._variable(s.axis.name), self.tables.size(s.axis.dim)
+            scope.coordinates[s.axis.name] = var
+            axes = (target.tag(s.axis.name),)
+            return lambda body: ir.For(var, ir.Const(0, var.dtype), end, body, axes=axes)
         if s.fused is not None:
             return self._open_fused(s, s.fused, target, scope)
         return self._open_level(s, s.level, target, scope)
-
-    def _open_dimension(self, s: LoopSpec, target: _Target, scope: Scope) -> Wrap:
-        var, end = self._variable(s.axis.name), self.tables.size(s.axis.dim)
-        scope.coordinates[s.axis.name] = var
-        axes = (target.tag(s.axis.name),)
-        return lambda body: ir.For(var, ir.Const(0, var.dtype), end, body, axes=axes)
 
     def _open_merge(self, s: LoopSpec, it: Iteration, target: _Target, scope: Scope) -> Wrap:
         before: list[ir.Stmt] = []
@@ -367,10 +349,11 @@ class NestBuilder:
     def _leaf(self, target: _Target, scope: Scope) -> ir.Stmt:
         st, in_place = target.statement, target.in_place
         lets: list[ir.Stmt] = []
-        if st.op == "append":
-            return self._appended(scope, lets)
-        guards = self._stored_guard(st, scope, lets)
         reader = Reader(self.tables, self.rows, scope, lets)
+        if st.op == "append":
+            lists = (self.root, *self.also)
+            return appended(reader, lists, [reader.expr(x.value.a) for x in lists])  # type: ignore[attr-defined]
+        guards = self._stored_guard(st, scope, lets)
         it = iteration(st)
         merged = it is not None and it.exact and scope.rank is not None
         body = st.value.a if merged and isinstance(st.value, ir.Select) else st.value
@@ -428,12 +411,6 @@ class NestBuilder:
             return ir.Load(totals[x.buffer.name], (), x.dtype) if is_total else x
 
         return reductions, transform(reader.expr(st.epilogue), scalar)
-
-    def _appended(self, scope: Scope, lets: list[ir.Stmt]) -> ir.Stmt:
-        """The statements that append to the lists `root` and `also`; `lets`: what they read."""
-        reader = Reader(self.tables, self.rows, scope, lets)
-        values = [reader.expr(st.value.a) for st in (self.root, *self.also)]  # type: ignore[attr-defined]
-        return appended(reader, (self.root, *self.also), values)
 
     def _stored_guard(self, st: Statement, scope: Scope, lets: list[ir.Stmt]) -> list[ir.Expr]:
         """The test that an entry is stored, for a reduction whose last level is searched, not

@@ -4,27 +4,26 @@ for each format of a decomposition; outputs that no nest covers get their initia
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import rebuild, simplify, walk
-from tilewright.lower.drivers import check_reduction, driver_of, list_key, outer_driver
+from tilewright.ir.rewrite import loads, rebuild, simplify, walk
+from tilewright.lower.drivers import (
+    check_reduction,
+    driver_of,
+    drivers_read,
+    list_key,
+    outer_driver,
+)
 from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.joins import join_nest, join_of
 from tilewright.lower.nests import BuiltNest, NestBuilder
 from tilewright.lower.placed import with_roles
-from tilewright.lower.tables import (  # fmt: skip
-    Driver,
-    Statement,
-    Tables,
-    indices_in,
-    names_read,
-    shares_rows,
-)
+from tilewright.lower.tables import Driver, Statement, Tables, indices_in, names_read
 
 
 def coordinates_to_positions(program: ir.Program) -> ir.Program:
@@ -42,7 +41,8 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
     stages: list[tuple[ir.Nest, ...]] = []
     for root, inline, also in _roots(program, builder.placed):
         stages += builder.stages(root, inline, also)
-    buffers = {b.name: b for stage in stages for nest in stage for b in _buffers(nest.body)}
+    read = (x.buffer for stage in stages for nest in stage for x in loads(nest.body))
+    buffers = {b.name: b for b in read if b.scope in ("global", "part")}
     return replace(
         builder.program, level="positions", stages=tuple(stages), buffers=tuple(buffers.values())
     )
@@ -76,14 +76,6 @@ def _read_by(root: Any, temps: list[Any]) -> list[Any]:
     return [t for t in temps if t.out.tensor.name in read]
 
 
-def _buffers(n: Any) -> Iterable[ir.Buffer]:
-    for x in walk(n):
-        if isinstance(x, ir.Load) and x.buffer.scope in ("global", "part"):
-            yield x.buffer
-        elif isinstance(x, ir.Search):
-            yield x.keys
-
-
 class _Builder:
     """Statements to stages of nests."""
 
@@ -99,94 +91,106 @@ class _Builder:
         if join := join_of(root.value):
             return [(join_nest(Tables(self.program), [statement, *also], join),)]
         temps = [Statement.of(a) for a in inline]
-        structure, names = _root_driver(statement, temps)
-        composition: Any = self.tensors[structure].format if structure else None
-        formats = composition.formats if composition is not None else (None,)
-        composed = composition if getattr(composition, "parts", ()) else None
-        own_rows = bool(names) and names[0] in {x.name for x in indices_in(root.out.coords)}
-        shared = composed is not None and not (composed.unique_rows and own_rows)
+        around = _root_driver(statement, temps)
+        structure = around.structure
+        fmt: Any = self.tensors[structure].format if structure else None
+        parts = [{structure: f} for f in fmt.formats] if structure else [{}]
+        composed = fmt if hasattr(fmt, "parts") else None
         for st in (statement, *also, *temps):
             check_reduction(st, self.tensors)
-        overlaps = composed is not None and composed.repeats
-        if (shared or overlaps) and any(t.out.tensor.name in self.placed for t in temps):
-            raise shares_rows(statement.out.tensor.name, composition)
-        built: list[BuiltNest] = []
-        merged = root.out.tensor.name in self.program.merged
-        joined, rest = fused(statement, temps, structure, merged)
-        if isinstance(joined, Fused):
-            if not (shared or overlaps):
-                built = self._built((joined, also), rest, structure, formats, shared=False)
-            if not built or any(nest.in_place for nest in built):
-                if _is_separable(joined, temps):
-                    return self._separate(root, inline, joined)
-                built = []
-        if overlaps:
-            self._check_overlap(statement, temps, composition)
-        built = built or self._built((statement, also), temps, structure, formats, shared=shared)
-        nests: list[ir.Nest] = []
-        empty: list[ir.Nest] = []
-        in_place, covers, driver = False, True, None
-        parts: dict[str, Any] = {}
-        for number, fmt in enumerate(formats):
-            parts = {structure: fmt} if structure else {}
-            part = number if composed else -1
-            nest = built[number]
-            in_place |= nest.in_place
-            covers &= nest.covers
-            driver, follows = nest.driver, structure if composed else ""
-            is_shared = shared and nest.in_place
-            name, body = statement.out.tensor.name, simplify(nest.body)
-            nests.append(ir.Nest(name, body, part, structure=follows, shared=is_shared))
-            if statement.out.tensor.is_sparse and nest.in_place:
-                empty.append(self._init(statement, temps, driver, part, parts))
-        if in_place and temps:
-            raise shares_rows(statement.out.tensor.name, composition)
-        if covers and not in_place:
-            return [tuple(nests)]
-        return [tuple(empty or [self._init(statement, temps, driver, -1, parts)]), tuple(nests)]
+        placed = [t for t in temps if t.out.tensor.name in self.placed]
+        is_like = root.out.tensor.structure == structure and not placed
+        shared = composed is not None and not _keeps_rows(composed, root.out, around, is_like)
+        in_parts = shared or bool(drivers_read(statement))
+        pieces = [t for t in temps if self._is_in_pieces(t, around, in_parts)]
+        if pieces or (placed and shared):
+            if placed or not all(self._is_separable(t, statement, temps) for t in pieces):
+                t = (pieces or placed)[0]
+                structure = (driver_of(t) or around).structure
+                raise _shares_rows(statement, t, self.tensors[structure].format)
+            return self._separate(root, inline, pieces, also)
 
-    def _built(
-        self,
-        roots: tuple[Statement, tuple[Statement, ...]],
-        temps: list[Statement],
-        structure: str,
-        formats: tuple[Any, ...],
-        *,
-        shared: bool,
-    ) -> list[BuiltNest]:
-        """The nest of a statement, with the lists that are appended to beside it, for each
-        format."""
-        st, also = roots
-        tables = (Tables(self.program, {structure: f} if structure else {}) for f in formats)
-        return [
-            NestBuilder(t, st, temps, structure, shared=shared, also=also).build() for t in tables
-        ]
+        def build(st: Statement, temps: list[Statement]) -> list[BuiltNest]:
+            """The nest of a statement for each format."""
+            tables = (Tables(self.program, p) for p in parts)
+            builders = (NestBuilder(t, st, temps, structure, shared=shared, also=also)
+                        for t in tables)  # fmt: skip
+            return [builder.build() for builder in builders]
+
+        is_sparse, merged = root.out.tensor.is_sparse, root.out.tensor.name in self.program.merged
+        joined, rest = fused(statement, temps, structure, merged)
+        built: list[BuiltNest] = []
+        if isinstance(joined, Fused):
+            built = [] if shared else build(joined, rest)
+            if not built or any(nest.in_place for nest in built):
+                if not is_sparse:
+                    return self._separate(root, inline, joined.totals)
+                built = []
+        built = built or build(statement, temps)
+        numbers, follows = (range(len(built)), structure) if composed else ((-1,), "")
+        nests = tuple(
+            ir.Nest(
+                statement.out.tensor.name, simplify(nest.body), part, structure=follows,
+                shared=shared and nest.in_place,
+            )
+            for part, nest in zip(numbers, built, strict=True)
+        )  # fmt: skip
+        if all(nest.covers and not nest.in_place for nest in built):
+            return [nests]
+        own = [n for n in numbers if is_sparse and built[n].in_place] or [-1]
+        driver = built[-1].driver
+        return [tuple(self._init(statement, temps, driver, n, parts[n]) for n in own), nests]
+
+    def _is_in_pieces(self, t: Statement, around: Driver, shared: bool) -> bool:
+        """Whether a reduction inside loops that follow `around` would see a piece of a row only:
+        the loops, or other parts of its format, come to the row again. `shared`: other parts have
+        entries of the rows of `around`."""
+        driver, reduced = driver_of(t), {a.name for a in t.axes}
+        if driver is None:
+            return False
+        fmt = self.tensors[driver.structure].format
+        row = driver.indices[0]
+        is_whole = driver.structure == around.structure and row == around.indices[0] and not shared
+        return (hasattr(fmt, "parts") and (row in reduced or not is_whole)) or any(
+            not level.unique and driver.indices[level.dim] not in reduced
+            for f in fmt.formats for level in f.levels
+        )  # fmt: skip
+
+    def _is_separable(self, t: Statement, root: Statement, temps: list[Statement]) -> bool:
+        """Whether a reduction inside `root` can be an array: no larger than the output, or along
+        one of the axes of structures."""
+        own = {x.name for x in indices_in(t.out.coords)}
+        first = len(root.out.stored_coords) if root.out.tensor.is_sparse else 0
+        dense = {x.name for x in indices_in(root.out.coords[first:])}
+        values = (root.out, *(st.value for st in (root, *temps)))
+        read = (x for e in values for x in walk(e) if isinstance(x, ir.Access))
+        sparse = {n for x in read if x.tensor.is_sparse for n in Driver.of(x).indices}
+        return own <= dense or len(own & sparse) <= 1
 
     def _separate(
-        self, root: ir.Assign, inline: list[ir.Assign], joined: Fused
+        self,
+        root: ir.Assign,
+        inline: list[ir.Assign],
+        totals: Sequence[Statement],
+        also: tuple[Statement, ...] = (),
     ) -> list[tuple[ir.Nest, ...]]:
-        """Stages for the totals of a statement, as arrays, and then for the statement. Loops come
-        back to an element of the output: no accumulator could hold its totals."""
-        names = {t.out.tensor.name for t in joined.totals}
+        """Stages for totals of a statement, as arrays, and then for the statement. Loops come back
+        to an element of them: no accumulator could hold it."""
+        names = {t.out.tensor.name for t in totals}
         self.tensors |= {n: replace(self.tensors[n], role="temp") for n in names}
         self.program = replace(self.program, tensors=tuple(self.tensors.values()))
+
+        def inside(*readers: ir.Assign | Statement) -> list[ir.Assign]:
+            """What these statements read that is no array."""
+            left = [a for a in inline if self.tensors[a.out.tensor.name].role == "inline"]
+            read = [t for x in readers for t in _read_by(x, left)]
+            return [t for t in left if t in read]
+
         stages: list[tuple[ir.Nest, ...]] = []
         for a in (a for a in inline if a.out.tensor.name in names):
             out = replace(a.out, tensor=self.tensors[a.out.tensor.name])
-            stages += self.stages(replace(a, out=out), [])
-        rest = [a for a in inline if a.out.tensor.name not in names]
-        return [*stages, *self.stages(root, _read_by(root, rest))]
-
-    def _check_overlap(self, st: Statement, temps: list[Statement], fmt: Any) -> None:
-        """A part with blocks may store zeros where another has an entry: only reductions that they
-        do not change are computed on it."""
-        if st.out.tensor.is_sparse or temps or not st.op:
-            raise ProgramError(
-                "P107",
-                f"{st.out.tensor.name} is no plain reduction, and parts of {fmt} store "
-                "coordinates more than once",
-                hint="compose formats without blocks, or use one format for all",
-            )
+            stages += self.stages(replace(a, out=out), inside(a))
+        return [*stages, *self.stages(root, inside(root, *also), also)]
 
     def _init(
         self,
@@ -211,6 +215,8 @@ class _Builder:
         def visit(e: Any) -> Any:
             if isinstance(e, ir.Access) and e.tensor.name in followers:
                 return followers[e.tensor.name]
+            if isinstance(e, ir.Stored) and composed and e.access.tensor.structure == structure:
+                return ir.Const(False, e.dtype)
             if isinstance(e, ir.Access) and composed and e.tensor.structure == structure:
                 return ir.cast(ir.Const(e.tensor.fill, dtypes.float64), e.dtype)
             return rebuild(e, visit)
@@ -227,10 +233,19 @@ class _Builder:
         return ir.Nest(f"{st.out.tensor.name}.init", body, part, structure=follows)
 
 
-def _is_separable(joined: Fused, temps: list[Statement]) -> bool:
-    """Whether the totals can be arrays: dense ones, computed from no other reduction."""
-    read = names_read(*(t.value for t in joined.totals))
-    return not joined.out.tensor.is_sparse and not any(t.out.tensor.name in read for t in temps)
+def _shares_rows(root: Statement, t: Statement, fmt: Any) -> ProgramError:
+    value = f"{t.op} of {t.value} over {', '.join(a.name for a in t.axes)}" if t.op else t.out
+    return ProgramError(
+        "P107", f"{root.out} reads {value} in its loops, and {fmt} keeps rows in pieces",
+        hint="use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'",
+    )  # fmt: skip
+
+
+def _keeps_rows(fmt: Any, out: ir.Access, around: Driver, is_like: bool) -> bool:
+    """Whether no two parts of a composed format store elements of one row of the output. `is_like`:
+    all that loops store is stored like it; they come to elements of their part only."""
+    has_row = around.indices[0] in {x.name for x in indices_in(out.coords)}
+    return has_row and (fmt.unique_rows or (is_like and fmt.disjoint_rows and not fmt.repeats))
 
 
 def _root_driver(st: Statement, temps: list[Statement]) -> Driver:
@@ -239,7 +254,7 @@ def _root_driver(st: Statement, temps: list[Statement]) -> Driver:
     if own:
         return own
     axes = {x.name for x in indices_in(st.out.coords)}
-    for driver in map(outer_driver, temps):
+    for driver in (*drivers_read(st), *map(outer_driver, temps)):
         if driver and axes & set(driver.indices):
             return driver
     return Driver("", ())

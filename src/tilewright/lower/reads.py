@@ -9,7 +9,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.ir import nodes as ir
-from tilewright.ir.levels import is_list_of_pairs, load_value, locate_pair, may_miss
+from tilewright.ir.levels import Level, is_list_of_pairs, load_value, locate_pair, may_miss
 from tilewright.ir.names import parse_name
 from tilewright.ir.ranges import interval
 from tilewright.ir.rewrite import add
@@ -34,8 +34,7 @@ class PartRows:
         """Raises ProgramError[P107] for a part that is read at two row indices."""
         own = self.row_index.setdefault(access.structure, access.indices[0])
         if self.is_part(access.structure) and (own != access.indices[0] or self.shared):
-            fmt = self.tables.tensors[access.structure].format
-            raise unsearchable(access.structure, fmt)
+            raise unsearchable(access, self.tables.tensors[access.structure].format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,25 +105,23 @@ class Reader:
 
     def _position(self, tensor: ir.Tensor, e: ir.Access) -> ir.Expr:
         """The position of an access in the values of a sparse tensor; negative if not stored."""
-        levels = self.tables.levels(tensor.structure, tensor.name)
+        levels = self.tables.levels(tensor.structure, e)
         access = Driver.of(e)
         if access.is_plain and self.scope.is_read_at(access):
             return self.scope.position(tensor.structure, len(levels) - 1)
         if access.is_plain and access in self.scope.known_positions:
             return self.scope.known_positions[access]
         self.rows.check(access)
-        coords = tuple(self.expr(c) for c in e.coords)
-        return self._search(tensor, coords, self.bounds(tensor, e, coords))
+        return self._search(tensor, e, levels)
 
-    def _search(
-        self, tensor: ir.Tensor, coords: tuple[ir.Expr, ...], conditions: list[ir.Expr]
-    ) -> ir.Expr:
-        """The position of an entry, searched level by level where the conditions hold; -1 (or less,
-        on dense levels) from the first level on that does not store it."""
-        levels = self.tables.levels(tensor.structure)
+    def _search(self, tensor: ir.Tensor, e: ir.Access, levels: tuple[Level, ...]) -> ir.Expr:
+        """The position of an entry, searched level by level inside of the tensor's shape; -1 (or
+        less, on dense levels) from the first level on that does not store it."""
+        coords = tuple(self.expr(c) for c in e.coords)
+        conditions = self.bounds(tensor, e, coords)
         is_pairs = is_list_of_pairs(levels)
         if not is_pairs and not all(level.unique for level in levels):
-            raise unsearchable(tensor.name, self.tables.formats[tensor.structure])
+            raise unsearchable(e, self.tables.formats[tensor.structure])
         missing = ir.as_expr(-1, self.tables.index)
         wanted = [part_of(level, coords[level.dim]) for level in levels]
         storages = [

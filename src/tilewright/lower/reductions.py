@@ -134,6 +134,11 @@ class _Materializer:
         added to `accumulators` where they are new."""
         c = chain.compute
         if chain.escapes:
+            if chain.threads and not c.atomic:
+                raise illegal(
+                    f"threads of loop {chain.threads[0].name} update {c.out} in memory at once",
+                    "atomic(), or bind a loop of the output",
+                )
             return _store(c, c.value)
         shape = chain.split
         if shape not in accumulators:

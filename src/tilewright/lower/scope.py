@@ -164,7 +164,8 @@ class Scope:
     def _located(self, structure: str, depth: int) -> ir.Expr:
         level, storage = self.storage(structure, depth)
         if not level.unique:
-            raise unsearchable(structure, self.tables.formats[structure])
+            driver = Driver(structure, self.walks[structure].indices)
+            raise unsearchable(driver, self.tables.formats[structure])
         parent = self.position(structure, depth - 1)
         position = level.locate(storage, parent, self._coordinate(structure, level))
         if may_miss(parent) and not level.is_dense:  # without a parent nothing is stored below it

@@ -30,6 +30,9 @@ class Driver(NamedTuple):
     def is_plain(self) -> bool:
         return "" not in self.indices
 
+    def __str__(self) -> str:
+        return f"{self.structure}[{', '.join(name or '…' for name in self.indices)}]"
+
 
 @dataclass(frozen=True, slots=True)
 class Statement:
@@ -89,12 +92,12 @@ class Tables:
     def is_composed(self, structure: str) -> bool:
         return hasattr(self.tensors[structure].format, "parts")
 
-    def levels(self, structure: str, tensor: str = "") -> tuple[Level, ...]:
-        """The levels of a structure, in this nest. Raises ProgramError[P107] that names `tensor`
+    def levels(self, structure: str, access: ir.Access | None = None) -> tuple[Level, ...]:
+        """The levels of a structure, in this nest. Raises ProgramError[P107] that names `access`
         for a composed format of which the nest follows no part."""
         fmt = self.formats[structure]
         if not hasattr(fmt, "levels"):
-            raise unsearchable(tensor or structure, fmt)
+            raise unsearchable(structure if access is None else access, fmt)
         return fmt.levels
 
     # -- buffers -----------------------------------------------------------------------------
@@ -143,14 +146,6 @@ class Tables:
         return ir.Buffer(tensor.name, tensor.dtype, shape, "global", tuple(strides), kind)
 
 
-def shares_rows(name: str, fmt: Any) -> ProgramError:
-    return ProgramError(
-        "P107",
-        f"{name} is more than one sum (or max, min) and {fmt} shares its rows",
-        hint="use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'",
-    )
-
-
 def unmergeable(st: Statement, formats: list[Any]) -> ProgramError:
     return ProgramError(
         "P107",
@@ -160,9 +155,10 @@ def unmergeable(st: Statement, formats: list[Any]) -> ProgramError:
     )
 
 
-def unsearchable(name: str, fmt: Any) -> ProgramError:
+def unsearchable(access: Any, fmt: Any) -> ProgramError:
     return ProgramError(
-        "P107", f"{name} is read where its entries are not followed, and {fmt} cannot be searched",
+        "P107",
+        f"{access} is read where no loop follows its entries, and {fmt} cannot be searched",
         hint="store it as csr, or let the loops follow it",
     )  # fmt: skip
 

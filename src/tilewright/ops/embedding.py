@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from tilewright.build import Definition, named_recipe, program, program_of
+from tilewright.build import Definition, named_recipe, program_of
 from tilewright.errors import ModelError
-from tilewright.ops.linear import LAYOUTS, Layout
+from tilewright.ops.linear import KINDS, LAYOUTS, STORED, Layout
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse.trace import dense, indices, out
@@ -24,38 +24,23 @@ def _embedding(name: str, layout: Layout) -> Definition:
     return program_of(f"embed_{name}", {"ids": dense("t", "int32"), **layout.arrays}, embed)
 
 
-@program
-def embed_q8_0(
-    ids=dense("t", "int32"),
-    D=dense("n b", "float16", kind="weight", strided=True),
-    Q=dense("n b 32", "int8", kind="weight"),
-):
-    t, b, e = indices("t:t b:b e:32")
-    return out.typed("float32")[t, b, e](Q[ids[t], b, e].cast("float32") * D[ids[t], b])
-
-
 _DENSE = _embedding("dense", LAYOUTS["dense"])
-PROGRAMS: dict[str, Definition] = {
-    "f32": _DENSE,
-    "bf16": _DENSE.typed(W="bfloat16"),
-    "f16": _DENSE.typed(W="float16"),
-    "q8_0": embed_q8_0,
-    "q4_0": _embedding("q4_0", LAYOUTS["q4_0"]),
-    "q4_1": _embedding("q4_1", LAYOUTS["q4_1"]),
-}
+PROGRAMS = {kind: _DENSE.typed(W=dtype) for kind, dtype in STORED.items()}
+PROGRAMS |= {kind: _embedding(kind, LAYOUTS[kind]) for kind in KINDS if kind not in STORED}
 
 
 @named_recipe
 def by_token(s: Schedule) -> Schedule:
     if not s.target.is_cuda:
         return s.parallel("t")
-    inner = next(x for x in ("e", "l", "k") if s.has(x))
-    return s.bind("t", "cta.x").split(inner, 32, into=("x_o", "x_i")).bind("x_i", "thread.x")
+    s = s.fuse("h", "l", into="k") if s.has("h") else s  # the 32 numbers of a block
+    return s.bind("t", "cta.x").split("k", 32, into=("x_o", "x_i")).bind("x_i", "thread.x")
 
 
 @cache
 def embedding_kernel(kind: str, target: str = "cpp") -> Kernel:
-    """ids (t,), the arrays of `weight_views` → (t, k), or (t, blocks, …) for quantised tables."""
+    """Builds a kernel of ids (t,) and the arrays of `weight_views` that returns rows of the table,
+    (t, k), or (t, k / 32, 2, 16) for quantised weights. Raises ModelError[M104]."""
     if kind not in PROGRAMS:
         hint = f"kinds: {', '.join(PROGRAMS)}"
         raise ModelError("M104", f"no embedding for weights of kind {kind}", hint=hint)

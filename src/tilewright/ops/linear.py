@@ -1,6 +1,6 @@
-"""Linear layers: Y = X Wᵀ, for weights in float32, bfloat16, float16, Q8_0, Q4_0 and Q4_1; in the
-same kernel X Wᵀ + B (a bias), R + X Wᵀ (a residual), or SiLU(X Wᵀ) · (X W2ᵀ) (a gate), and of any
-of these with the RMSNorm of X in place of X.
+"""Linear layers: Y = X Wᵀ, for weights in float32, bfloat16, float16, Q8_0, Q4_0 and Q4_1. One
+kernel also computes X Wᵀ + B (a bias), R + X Wᵀ (a residual) or SiLU(X Wᵀ) · (X W2ᵀ) (a gate); the
+product and the gate may take the RMSNorm of X in place of X.
 
 Quantised weights keep the layout of the model file, blocks of 32 along a row. The programs
 dequantise them by shifts and scales, in registers.
@@ -35,8 +35,8 @@ Rows = tuple[Any, ...]  # the indices of a row of W
 
 
 class Layout(NamedTuple):
-    """How a kind of weight is stored: its arrays, the indices of its rows and of a sum over its
-    columns, and, at these, (column, value of the weight)."""
+    """How a kind of weight is stored. `arrays`: its parameters; `rows`, `depth`: the indices of a
+    row, and those of a sum over its columns; `weight(arrays, rows, *depth)`: (column, value)."""
 
     arrays: dict[str, Any]
     rows: str
@@ -85,11 +85,17 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def _linear(layout: str, after: After) -> Definition:
-    """The program of a layer, with what is done to its result: `"bias"` and `"residual"` add B and
-    R, `"gate"` multiplies SiLU of it by the product with a second weight, whose arrays come last.
-    `"norm"` takes N and eps in front of these, and the RMSNorm of X in place of X: the sum of its
-    squares is taken beside the product, and scales the result."""
+STORED = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}  # of the layout "dense"
+KINDS = (*STORED, *(kind for kind, _, _ in _BLOCKS))
+
+
+@cache
+def linear_program(kind: str, interleaved: bool = False, after: After = "") -> Definition:
+    """The program of a layer for a kind of weight. `after` is done to its result: `"bias"` and
+    `"residual"` add B and R, `"gate"` multiplies SiLU of it by the product with a second weight,
+    whose arrays come last. `"norm"` takes N and eps in front of these, and the RMSNorm of X in
+    place of X: the sum of its squares is taken beside the product, and scales the result."""
+    layout = "dense" if kind in STORED else kind + ("_interleaved" if interleaved else "")
     arrays, rows, depth, weight = LAYOUTS[layout]
     parameters = {"X": dense("t k"), **arrays}
     dims = " ".join(x.partition(":")[2] for x in rows.split())
@@ -127,21 +133,8 @@ def _linear(layout: str, after: After) -> Definition:
             y = y * trace.sigmoid(y) * product("2")
         return out[t, *coordinates](y)
 
-    return program_of("_".join(filter(None, ("linear", layout, after))), parameters, linear)
-
-
-KINDS = ("f32", "bf16", "f16", "q8_0", "q4_0", "q4_1")
-
-
-@cache
-def linear_program(kind: str, interleaved: bool = False, after: After = "") -> Definition:
-    """The program of a layer for a kind of weight; `after` as in `linear_definition`."""
-    stored = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}.get(kind)
-    if stored is None:
-        return _linear(kind + ("_interleaved" if interleaved else ""), after)
-    names = ("W", "W2") if after.endswith("gate") else ("W",)
-    definition = _linear("dense", after)
-    return definition if kind == "f32" else definition.typed(**dict.fromkeys(names, stored))
+    definition = program_of("_".join(filter(None, ("linear", layout, after))), parameters, linear)
+    return definition.typed(**{w: STORED[kind] for w in ("W", "W2") if w in parameters})
 
 
 ROWS = 4  # rows of W in registers together
@@ -155,7 +148,7 @@ def cpu_recipe(s: Schedule, many: bool) -> Schedule:
     """Rows of W in parallel; a few rows and tokens in registers; vectors along k."""
     if s.has("r"):
         return _interleaved_recipe(s, many)
-    lanes = compilers.vector_bits() // 32
+    lanes = compilers.cpu_lanes()
     rows = ROWS // 2 if many and _is_gate(s) else ROWS  # as many registers for two products
     s = s.split("n", 16 if many else 8, into=("n_unit", "n_rows"))
     s = s.split("n_rows", rows, into=("n_o", "n_i"))

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tilewright.build import named_recipe
 from tilewright.schedule import Schedule
 from tilewright.toolchain import compilers
 
 THREADS_X, THREADS_Y = 32, 8  # of a CTA that works on one row
-
-
-def cpu_lanes() -> int:
-    """float32 lanes of this CPU's vectors."""
-    return compilers.vector_bits() // 32
 
 
 @named_recipe
@@ -34,9 +27,9 @@ def rows(s: Schedule, row: str, elements: tuple[str, ...], threads_y: int = THRE
 
 
 def vectors(s: Schedule, loop: str, name: str = "") -> Schedule:
-    """A loop in vectors, the remainder in scalars; `name`: of the new loops, that of the loop."""
+    """Vectorizes a loop, its remainder in scalars. `name` begins the new names (default: loop)."""
     name = name or loop
-    s = s.split(loop, cpu_lanes(), tail="cut", into=(f"{name}_o", f"{name}_v"))
+    s = s.split(loop, compilers.cpu_lanes(), tail="cut", into=(f"{name}_o", f"{name}_v"))
     return s.vectorize(f"{name}_v")
 
 
@@ -45,7 +38,7 @@ def register_tiles(
 ) -> Schedule:
     """A loop in tiles that fit in registers, each around the loop `inside`, from the widest to the
     narrowest. `width`: its extent, 0 where that is known at run time only."""
-    rest, lanes = loop, cpu_lanes()
+    rest, lanes = loop, compilers.cpu_lanes()
     for size in tiles:
         if size < lanes or (width and width < size):
             continue
@@ -65,8 +58,3 @@ def fixed_width(width: int, device: str) -> int:
     if device != "cpu":
         return width
     return width if width % 16 == 0 and 0 < width <= 1024 else 0
-
-
-def dtype_name(array: Any) -> str:
-    """The name of an array's dtype in any framework; float32 for other objects."""
-    return str(getattr(array, "dtype", "float32")).rpartition(".")[2]

@@ -1,4 +1,5 @@
-"""Rotary position embedding, and writing keys and values into the pages of a KV cache.
+"""Rotary position embedding, writing keys and values into the pages of a KV cache, and the rows of
+a decode step: position, page and slot of each request's last token, and the next step's lengths.
 
 The elements of a head are pairs; pair p of the token at position s rotates by s · base^(-2p/d). The
 elements of a pair are neighbours (`interleaved`), or half a head from each other. Tables of cosines
@@ -87,16 +88,49 @@ def rope_append_kernel(interleaved: bool, target: str = "cpp") -> Kernel:
 append_kernel = cache(APPEND.build)
 
 
+def positions_program(page_size: int) -> Definition:
+    """The program of `positions_kernel`."""
+
+    def positions(L=dense("t", "int32"), T=dense("t w", "int32")):
+        t = indices("t:t")
+        last = L[t] - 1
+        return out[t](last), out[t](T[t, last // page_size]), out[t](last % page_size)
+
+    return program(positions)
+
+
+@program
+def lengthen(L=dense("t", "int32")):
+    t = indices("t:t")
+    return update(L)[t](L[t] + 1)
+
+
+@named_recipe
+def by_request(s: Schedule) -> Schedule:
+    return s.bind("t", "cta.x") if s.target.is_cuda else s.parallel("t")
+
+
+@cache
+def positions_kernel(page_size: int, target: str = "cpp") -> Kernel:
+    """Lengths L (t,) and page table T (t, w), int32 → position L − 1, its page and its slot, each
+    int32 (t,)."""
+    return positions_program(page_size).schedule(by_request).build(target)
+
+
+# Adds 1 to lengths (t,), int32, in place.
+lengthen_kernel = cache(lengthen.schedule(by_request).build)
+
+
 @dataclass(frozen=True, slots=True)
 class Rope:
     """The angles of a rotary embedding: position · base^(-2i/d) for pair i of a head of d.
 
     `kind`: frequencies may be scaled for contexts longer than the `original` one, in tokens.
     `linear` divides each by `factor`. `llama3` keeps those that turn more than `high` times in the
-    original context, divides those that turn less than `low` times, and interpolates between in the
-    number of turns. `yarn` does so with `high` and `low` in the index of a pair, and multiplies
-    cosines and sines by `gain` (0: 1 + ln(factor) / 10). Sources: Peng et al., YaRN (2023), §3;
-    the Llama 3.1 models.
+    original context, divides those that turn less than `low` times, and interpolates between them
+    in the number of turns. `yarn` has the same two limits, but interpolates in the index of the
+    pair; it multiplies cosines and sines by `gain` (0: 1 + ln(factor) / 10). Sources: Peng et al.,
+    YaRN (2023), §3; the Llama 3.1 models.
     """
 
     base: float = 10000.0

@@ -96,17 +96,11 @@ def _kernels(
     return tuple(d.build("cpp") for d in phases(count, fill, operands, index, values))
 
 
-def _empty(n: int, dtype: np.dtype) -> np.ndarray:
-    is_large = n * dtype.itemsize >= host_allocator.SMALLEST
-    return host_allocator.empty((n,), dtype) if is_large else np.empty(n, dtype)
-
-
 def assembled(
     count: Definition, fill: Definition, operands: dict[str, Packed], shape: tuple[int, int]
 ) -> Packed:
-    """Runs both phases. `count(*operands)` gives the entries of each row; `fill(*operands, start,
-    columns, values)` writes them. The dtype of the result is the wider one of A and B, as of dense
-    arrays."""
+    """Runs both phases: `count(*operands)` counts the entries of each row, `fill(*operands, start,
+    columns, values)` writes them. The dtype of the result is the wider one of A and B."""
     A, B = operands["A"], operands["B"]
     index, dtype = A.structure.index_dtype, dtypes.promote(A.dtype, B.dtype)
     described = tuple((name, x.format, x.dtype) for name, x in operands.items())
@@ -114,7 +108,8 @@ def assembled(
     indptr = np.zeros(shape[0] + 1, np.int64)
     counted(*operands.values(), out=indptr[1:])
     np.cumsum(indptr, out=indptr)
-    columns, values = (_empty(int(indptr[-1]), t.numpy) for t in (index, dtype))
+    entries = (int(indptr[-1]),)
+    columns, values = (host_allocator.empty(entries, t.numpy) for t in (index, dtype))
     if len(columns):
         filled(*operands.values(), indptr[:-1], columns, values)
     return of_rows(indptr, columns, values, shape, dtype)

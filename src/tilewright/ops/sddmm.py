@@ -42,7 +42,7 @@ FORMATS = ("csr", "dcsr", "coo")
 
 def cpu_recipe(s: Schedule) -> Schedule:
     """k in `SUMS` vectors, in one vector, in scalars; rows (entries of COO) in parallel."""
-    lanes = compilers.vector_bits() // 32
+    lanes = compilers.cpu_lanes()
     rest = "k"
     for width in (SUMS * lanes, lanes):
         tile = f"k{width}"

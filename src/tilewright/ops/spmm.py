@@ -19,7 +19,7 @@ from tilewright.build import Definition, kernels, named_recipe, program
 from tilewright.errors import ArgumentError, ProgramError, ScheduleError
 from tilewright.ir.nodes import Access, Index
 from tilewright.ir.rewrite import indices_of, walk
-from tilewright.ops.recipes import dtype_name, fixed_width, register_tiles
+from tilewright.ops.recipes import fixed_width, register_tiles
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
 from tilewright.sparse import entries, formats, trace
@@ -86,7 +86,7 @@ def cpu_recipe(s: Schedule, gathers_far: bool = True) -> Schedule:
     `gathers_far`: X is larger than the nearest caches, so its rows are prefetched."""
     at = _names(s)
     s = s.atomic(at.out) if s.shares_rows else s
-    lanes = compilers.vector_bits() // 32
+    lanes = compilers.cpu_lanes()
     fixed = at.width(s)
     if s.in_place and not s.shares_rows:
         return _cpu_pieces(s, at, lanes)
@@ -208,7 +208,7 @@ def check_packed(A: Any, takes: Callable[[Any], bool], hint: str) -> None:
 def operand_dtype(X: Any, name: str) -> str:
     """The dtype of a dense operand of multiplications and additions; float32 if it is no array,
     which the call refuses. Raises ArgumentError[A102]."""
-    dtype = dtype_name(X)
+    dtype = str(getattr(X, "dtype", "float32")).rpartition(".")[2]
     if dtype == "bool" or dtype not in dtypes.ALL or dtype.startswith("float8"):
         hint = "float16, bfloat16, float32, float64 or an integer type"
         raise ArgumentError("A102", f"{name} is {dtype}", where=f"argument {name}", hint=hint)
@@ -225,8 +225,9 @@ def last_size(X: Any) -> int:
 
 
 def by_length(widths: tuple[int, ...], giant: int = 1024) -> Composed:
-    """Rows by length: padded buckets of these widths, a CTA for each longer row, and several CTAs
-    for a row beyond `giant`, a few features each. Every row is in one part: no atomics."""
+    """A format that groups rows by length: padded buckets of these widths, a CTA for each longer
+    row, several CTAs, a few features each, for a row of more than `giant` entries. Every row is in
+    one part, so sums need no atomics."""
     lows = [1, *(w + 1 for w in widths[:-1])]
     giant = max(giant, widths[-1])
     parts: list[tuple[Where, Format]] = [(Where(giant + 1), formats.dcsr(GIANT))]

@@ -17,6 +17,7 @@ from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
 from tilewright.ir import nodes as ir
+from tilewright.ir.rewrite import FOLD
 
 UFUNCS: dict[str, np.ufunc] = {
     "sum": np.add,
@@ -25,12 +26,8 @@ UFUNCS: dict[str, np.ufunc] = {
     "min": np.minimum,
 }
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
-    "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
-    "//": operator.floordiv, "%": operator.mod, "min": np.minimum, "max": np.maximum,
-    "&": operator.and_, "|": operator.or_, "^": operator.xor,
-    "<<": operator.lshift, ">>": operator.rshift,
-    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
-    "==": operator.eq, "!=": operator.ne,
+    **FOLD, "/": operator.truediv, "min": np.minimum, "max": np.maximum, "&": operator.and_,
+    "|": operator.or_, "^": operator.xor, "<<": operator.lshift, ">>": operator.rshift,
 }  # fmt: skip
 UNARY: dict[str, Callable[[Any], Any]] = {
     "-": np.negative, "not": np.logical_not, "exp": np.exp, "exp2": np.exp2, "log": np.log,
@@ -94,16 +91,6 @@ def decode(raw: Any, dtype: DType) -> Any:
     if dtype.name != "bfloat16":
         return raw
     return dtypes.bfloat16_values(raw) if raw.dtype == np.uint16 else raw.astype(np.float32)
-
-
-def as_operand(x: np.ndarray, dtype: DType) -> np.ndarray:
-    """Elements of an operand of a tile operation as it multiplies them: float32 is rounded to tf32,
-    to the nearest, ties away from zero."""
-    if dtype.name != "float32":
-        return x.astype(np.float32, copy=False)
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
-    return np.where(np.isnan(x), x, rounded)
 
 
 def encode(values: Any, dtype: DType, to: np.dtype) -> Any:

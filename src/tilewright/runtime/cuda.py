@@ -10,17 +10,19 @@ import ctypes
 import math
 import sys
 from collections.abc import Callable, Sequence
-from ctypes import c_void_p
+from ctypes import c_uint, c_void_p
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from tilewright import dtypes
 from tilewright.dtypes import DType
 from tilewright.dtypes import dtype as to_dtype
-from tilewright.errors import ArgumentError, BuildError
+from tilewright.errors import ArgumentError, BuildError, InternalError
 from tilewright.runtime.driver import ATTRIBUTE_MAJOR, device, driver
 from tilewright.runtime.view import View
-from tilewright.toolchain import nvrtc
 
 Dim3 = tuple[int, int, int]
 
@@ -73,47 +75,30 @@ def _torch_streams() -> Callable[[int], int] | None:
     return _stream_getters[0]
 
 
+def _active_stream(ordinal: int) -> int:
+    """The current stream of a GPU, whose context becomes current in this thread."""
+    device(ordinal).activate()
+    return current_stream(ordinal)
+
+
 def is_capturing(ordinal: int) -> bool:
     """Whether the current stream records a CUDA graph."""
-    device(ordinal).activate()
     status = ctypes.c_int()
-    driver().call("cuStreamIsCapturing", current_stream(ordinal), ctypes.byref(status))
+    driver().call("cuStreamIsCapturing", _active_stream(ordinal), ctypes.byref(status))
     return status.value != 0
 
 
 def clear(array: View) -> None:
     """Set every byte of an array on a GPU to 0, in the order of its current stream."""
-    ordinal = int(array.device.partition(":")[2])
-    device(ordinal).activate()
+    stream = _active_stream(int(array.device.partition(":")[2]))
     nbytes = array.size * array.dtype.itemsize
-    driver().call("cuMemsetD8Async", array.pointer, 0, nbytes, current_stream(ordinal))
-
-
-def device_arch(ordinal: int = 0) -> str:
-    """The architecture of a GPU, as `sm_90a`."""
-    return device(ordinal).arch
+    driver().call("cuMemsetD8Async", array.pointer, 0, nbytes, stream)
 
 
 def synchronize(stream: int = 0, ordinal: int = 0) -> None:
     """Wait until everything on a stream is done; failures of earlier kernels show here (B104)."""
     device(ordinal).activate()
     driver().call("cuStreamSynchronize", stream)
-
-
-def describe() -> list[tuple[str, str]]:
-    """What `tilewright env` prints of CUDA: the compiler, the driver, each GPU."""
-    lines = [("NVRTC", nvrtc.toolkit_version() if nvrtc.available() else "not installed")]
-    try:
-        version = driver().returned("cuDriverGetVersion")
-        count = driver().returned("cuDeviceGetCount")
-    except BuildError as error:
-        return [*lines, ("CUDA driver", error.message)]
-    lines.append(("CUDA driver", f"CUDA {version // 1000}.{version % 1000 // 10}"))
-    for i in range(count):
-        gpu = device(i)
-        memory = f"{gpu.memory_bytes / 2**30:.0f} GiB"
-        lines.append((f"GPU {i}", f"{gpu.name}, {gpu.arch}, {gpu.sms} SMs, {memory}"))
-    return lines
 
 
 class Module:
@@ -132,14 +117,14 @@ class Module:
         return Function(name, handle, self)
 
 
+@dataclass(slots=True, eq=False)
 class Function:
     """A kernel ready to launch."""
 
-    __slots__ = ("_smem", "handle", "module", "name")
-
-    def __init__(self, name: str, handle: int, module: Module) -> None:
-        self.name, self.handle, self.module = name, handle, module
-        self._smem = _SMEM_WITHOUT_ASKING
+    name: str
+    handle: int
+    module: Module
+    _smem: int = _SMEM_WITHOUT_ASKING
 
     def prepare(
         self,
@@ -158,6 +143,7 @@ class Function:
             self.module.device.activate()
             driver().call("cuFuncSetAttribute", self.handle, _FUNCTION_MAX_DYNAMIC_SMEM, smem_bytes)
             self._smem = smem_bytes
+        overlaps = overlaps and self.module.device.attribute(ATTRIBUTE_MAJOR) >= 9
         return Launch(self, grid, block, smem_bytes, params, overlaps)
 
 
@@ -165,13 +151,9 @@ class _Config(ctypes.Structure):
     """CUlaunchConfig of the driver's API."""
 
     _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("smem_bytes", ctypes.c_uint),
-        ("stream", c_void_p),
-        ("attributes", c_void_p),
-        ("attribute_count", ctypes.c_uint),
-    )
+        ("grid", c_uint * 3), ("block", c_uint * 3), ("smem_bytes", c_uint), ("stream", c_void_p),
+        ("attributes", c_void_p), ("attribute_count", c_uint),
+    )  # fmt: skip
 
 
 class _Attribute(ctypes.Structure):
@@ -184,6 +166,7 @@ _PROGRAMMATIC_SERIALIZATION = 6
 _OVERLAPS = _Attribute(_PROGRAMMATIC_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
 
 
+@dataclass(slots=True, eq=False)
 class Launch:
     """A kernel with its grid and parameters: `run(stream)` launches it on a stream.
 
@@ -191,24 +174,14 @@ class Launch:
     A grid with a zero launches nothing.
     """
 
-    __slots__ = ("_configs", "_grid", "_launch", "_pointers", "function", "overlaps", "params")
-
-    def __init__(
-        self,
-        function: Function,
-        grid: Dim3,
-        block: Dim3,
-        smem_bytes: int,
-        params: ctypes.Array[Any],
-        overlaps: bool = False,
-    ) -> None:
-        self.function, self.params = function, params
-        self.overlaps = overlaps and function.module.device.attribute(ATTRIBUTE_MAJOR) >= 9
-        self._grid = grid, block, smem_bytes
-        self._pointers = (c_void_p * 1)(ctypes.addressof(params))
-        # One configuration a stream, never rewritten: two threads may launch on two streams.
-        self._configs: dict[int, tuple[Any, ...]] = {}
-        self._launch = driver().functions["cuLaunchKernelEx"]
+    function: Function
+    grid: Dim3
+    block: Dim3
+    smem_bytes: int
+    params: ctypes.Array[Any]
+    overlaps: bool
+    # The native call by stream, never rewritten: two threads may launch on two streams.
+    _calls: dict[int, Callable[[], int]] = field(default_factory=dict, init=False)
 
     def run(self, stream: int) -> None:
         """Launch on a stream. Raises BuildError[B104]."""
@@ -217,19 +190,22 @@ class Launch:
 
     def run_active(self, stream: int) -> None:
         """`run` where the GPU's context is current in this thread."""
-        arguments = self._configs.get(stream)
-        if arguments is None:
-            grid, block, smem_bytes = self._grid
-            if 0 in grid:
+        call = self._calls.get(stream)
+        if call is None:
+            if 0 in self.grid:
                 return
-            attributes = ctypes.addressof(_OVERLAPS) if self.overlaps else None
-            config = _Config(grid, block, smem_bytes, stream, attributes, int(self.overlaps))
-            handle = c_void_p(self.function.handle)
-            arguments = ctypes.byref(config), handle, self._pointers, None
-            self._configs[stream] = arguments
-        code = self._launch(*arguments)
+            call = self._calls[stream] = self._native_call(stream)
+        code = call()
         if code:
             driver().fail(f"launching {self.function.name}", code)
+
+    def _native_call(self, stream: int) -> Callable[[], int]:
+        attributes = ctypes.addressof(_OVERLAPS) if self.overlaps else None
+        size = self.grid, self.block, self.smem_bytes
+        config = ctypes.byref(_Config(*size, stream, attributes, int(self.overlaps)))
+        pointers = (c_void_p * 1)(ctypes.addressof(self.params))
+        launch = driver().functions["cuLaunchKernelEx"]
+        return partial(launch, config, c_void_p(self.function.handle), pointers, None)
 
 
 class Graph:
@@ -273,10 +249,8 @@ class Graph:
 
 
 class DeviceArray:
-    """A dense array on a GPU, for use without torch or CuPy. Freed with its last reference.
-
-    Copies are ordered on the stream that they are given (default: `current_stream`).
-    """
+    """A dense array on a GPU, for use without torch or CuPy. Freed with its last reference. Copies
+    are ordered on `current_stream`."""
 
     __slots__ = ("__weakref__", "device", "dtype", "owner", "pointer", "shape")
 
@@ -321,7 +295,7 @@ class DeviceArray:
         view.pointer += begin * math.prod(self.shape[1:]) * self.dtype.itemsize
         return view
 
-    def copy_from(self, array: np.ndarray, stream: int | None = None) -> None:
+    def copy_from(self, array: np.ndarray) -> None:
         """Overwrite with a NumPy array of the same shape and itemsize; done when it returns.
 
         Raises ArgumentError[A102, A103].
@@ -333,24 +307,20 @@ class DeviceArray:
         if not self.nbytes:
             return
         source = np.ascontiguousarray(array)
-        queue = self._stream(stream)
-        driver().call("cuMemcpyHtoDAsync_v2", self.pointer, source.ctypes.data, self.nbytes, queue)
-        driver().call("cuStreamSynchronize", queue)
+        self._copied("cuMemcpyHtoDAsync_v2", self.pointer, source.ctypes.data)
 
-    def to_numpy(self, stream: int | None = None) -> np.ndarray:
+    def to_numpy(self) -> np.ndarray:
         """A copy on the host, complete when it returns; bfloat16 and 8-bit floats as their bits."""
         out = np.empty(self.shape, self.dtype.numpy)
         if self.nbytes:
-            queue = self._stream(stream)
-            driver().call("cuMemcpyDtoHAsync_v2", out.ctypes.data, self.pointer, out.nbytes, queue)
-            driver().call("cuStreamSynchronize", queue)
+            self._copied("cuMemcpyDtoHAsync_v2", out.ctypes.data, self.pointer)
         return out
 
-    def zero(self, stream: int | None = None) -> None:
-        """Set every byte to 0, in the order of the stream."""
-        if self.nbytes:
-            queue = self._stream(stream)
-            driver().call("cuMemsetD8Async", self.pointer, 0, self.nbytes, queue)
+    def _copied(self, function: str, to: int, source: int) -> None:
+        """Copy all bytes, in the order of the current stream, and wait for them."""
+        stream = _active_stream(self.device.ordinal)
+        driver().call(function, to, source, self.nbytes, stream)
+        driver().call("cuStreamSynchronize", stream)
 
     @property
     def nbytes(self) -> int:
@@ -362,10 +332,6 @@ class DeviceArray:
             "shape": self.shape, "typestr": self.dtype.numpy.str, "data": (self.pointer, False),
             "strides": None, "version": 3,
         }  # fmt: skip
-
-    def _stream(self, stream: int | None) -> int:
-        self.device.activate()
-        return current_stream(self.device.ordinal) if stream is None else stream
 
     def __repr__(self) -> str:
         return f"DeviceArray({self.shape}, {self.dtype}, cuda:{self.device.ordinal})"
@@ -411,3 +377,31 @@ def pointer_device(address: int) -> int:
     ordinal = ctypes.c_int()
     driver().call("cuPointerGetAttribute", ctypes.byref(ordinal), _POINTER_DEVICE_ORDINAL, address)
     return ordinal.value
+
+
+_MAP_TYPES = {dtypes.float16: 6, dtypes.bfloat16: 9}  # CUtensorMapDataType
+_SWIZZLE_128, _PROMOTE_256, _WORDS = 3, 3, 16
+
+
+def tensor_map(
+    pointer: int, dtype: DType, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]
+) -> list[int]:
+    """What TMA knows of an array in global memory: a CUtensorMap as 16 words of 64 bits, for boxes
+    in the 128-byte swizzle (sm_90 and newer).
+
+    Dimensions with the fastest first, which is contiguous; `strides` of the others, in elements.
+    What lies outside `shape` reads as 0. Raises InternalError[I101] where the driver refuses.
+    """
+    rank, size = len(shape), dtype.itemsize
+    buffer = (ctypes.c_uint64 * (2 * _WORDS))()  # a map lies at a multiple of 64 bytes
+    address = ctypes.addressof(buffer) + -ctypes.addressof(buffer) % 64
+    code = driver().functions["cuTensorMapEncodeTiled"](
+        address, _MAP_TYPES[dtype], rank, pointer,
+        (ctypes.c_uint64 * rank)(*shape), (ctypes.c_uint64 * rank)(*(n * size for n in strides)),
+        (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank),
+        0, _SWIZZLE_128, _PROMOTE_256, 0,
+    )  # fmt: skip
+    if code:
+        geometry = f"shape {tuple(shape)}, strides {tuple(strides)}, box {tuple(box)}"
+        raise InternalError("I101", f"no tensor map: {driver().error_name(code)} of {geometry}")
+    return list((ctypes.c_uint64 * _WORDS).from_address(address))

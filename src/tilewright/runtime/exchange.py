@@ -6,6 +6,7 @@ Loaded when the first of them enters; NumPy's and torch's are known to `runtime.
 from __future__ import annotations
 
 import ctypes
+from ctypes import POINTER, c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,12 @@ from tilewright.runtime.view import (
     check_memory,
     element_strides,
     make_view,
-    numpy_dtype,
     row_major_strides,
 )
 
 
 def view_cupy(x: Any) -> View:
-    known = numpy_dtype(x.dtype)
+    known = dtypes.from_numpy(x.dtype)
     strides = element_strides(x.strides, x.shape, x.dtype.itemsize)
     return make_view(x.data.ptr, known, x.shape, strides, f"cuda:{x.device.id}", x, False)
 
@@ -39,7 +39,8 @@ def view_cuda_interface(x: Any) -> View:
     described = x.__cuda_array_interface__
     if described.get("mask") is not None:
         raise ArgumentError("A107", "a masked array is not a dense array")
-    known, shape = numpy_dtype(np.dtype(described["typestr"])), tuple(described["shape"])
+    known = dtypes.from_numpy(np.dtype(described["typestr"]))
+    shape = tuple(described["shape"])
     strides = row_major_strides(shape)
     if described.get("strides") is not None:
         strides = element_strides(tuple(described["strides"]), shape, known.itemsize)
@@ -56,28 +57,17 @@ def view_cuda_interface(x: Any) -> View:
 
 class _DLTensor(ctypes.Structure):
     _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
+        ("data", c_void_p), ("device_type", c_int32), ("device_id", c_int32), ("ndim", c_int32),
+        ("code", c_uint8), ("bits", c_uint8), ("lanes", c_uint16),
+        ("shape", POINTER(c_int64)), ("strides", POINTER(c_int64)), ("byte_offset", c_uint64),
+    )  # fmt: skip
 
 
 class _DLVersioned(ctypes.Structure):
     _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-        ("tensor", _DLTensor),
-    )
+        ("major", c_uint32), ("minor", c_uint32), ("context", c_void_p), ("deleter", c_void_p),
+        ("flags", c_uint64), ("tensor", _DLTensor),
+    )  # fmt: skip
 
 
 _DL_READONLY = 1
@@ -92,7 +82,7 @@ _DL_TYPES = {
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.restype = c_void_p
 _capsule_is = ctypes.pythonapi.PyCapsule_IsValid
 _capsule_is.argtypes, _capsule_is.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_int
 

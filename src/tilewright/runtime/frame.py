@@ -16,7 +16,14 @@ from tilewright.errors import ArgumentError
 from tilewright.ir import names
 from tilewright.runtime.arguments import Arguments
 from tilewright.runtime.layout import Struct
-from tilewright.runtime.manifest import ROW_HEAD, Manifest, TensorSpec, max_rows, unit_count
+from tilewright.runtime.manifest import (
+    ROW_HEAD,
+    Manifest,
+    StageSpec,
+    TensorSpec,
+    max_rows,
+    unit_count,
+)
 from tilewright.runtime.view import View, address, allocate, allocator, byte_range
 
 Slot = tuple[Any, int]
@@ -75,11 +82,8 @@ def build_frame(
     """The frame of a layout: counts the units of each stage and fills in all that is not an
     argument. `args` are the inputs, `structs` the row of the work table and the block."""
     row, params = structs
-    blocks, units = [], []
-    for n in range(len(manifest.stages)):
-        block, total = _block(manifest, arguments, n, row, params)
-        blocks.append(block)
-        units.append(total)
+    stages = [_block(manifest, arguments, s, row, params) for s in manifest.stages]
+    blocks = [block for block, _ in stages]
     slots = _slots(manifest, blocks, row, params)
     inputs = [t for t in manifest.tensors if t.role in ("input", "update")]
     outputs = [
@@ -95,7 +99,7 @@ def build_frame(
     filled = [(t, n, slot) for n, t in enumerate(inputs) for slot in slots.get(t.name, ())]
     return Frame(
         blocks=blocks,
-        units=units,
+        units=[units for _, units in stages],
         device=arguments.device,
         variants=_variants(manifest, arguments),
         slots=slots,
@@ -116,11 +120,10 @@ def build_frame(
 
 
 def _block(
-    manifest: Manifest, arguments: Arguments, n: int, row: Struct, params: Struct
+    manifest: Manifest, arguments: Arguments, stage: StageSpec, row: Struct, params: Struct
 ) -> tuple[Any, int]:
-    """The parameter block of stage n without addresses, and its units. The work table follows the
+    """The parameter block of a stage without addresses, and its units. The work table follows the
     parameters: a row for each part of the structure that the stage follows."""
-    stage = manifest.stages[n]
     block = ctypes.create_string_buffer(params.size + max_rows(manifest) * row.size)
     values = [_parameter(name, arguments) for name in manifest.param_names]
     fields = (f.name for f in params.fields)

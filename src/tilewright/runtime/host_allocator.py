@@ -36,9 +36,12 @@ class _Lease:
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array of at least `SMALLEST` bytes, in a cached block if there is one."""
+    """An uninitialised array; one of at least `SMALLEST` bytes is in a cached block if there is one
+    of its size."""
     global _idle_bytes
     nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < SMALLEST:
+        return np.empty(shape, dtype)
     try:
         block = _idle[nbytes].pop()  # one step, so that two threads cannot take the same block
         _idle_bytes -= nbytes

@@ -4,10 +4,11 @@ every call writes addresses and numbers into a frame of its layout and launches 
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
@@ -15,7 +16,10 @@ from tilewright.runtime.arguments import Arguments, Span, check_overlaps, scalar
 from tilewright.runtime.frame import Frame, build_frame
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.manifest import Manifest, structs
-from tilewright.runtime.view import address, byte_range, layout, view
+from tilewright.runtime.view import address, byte_span, layout, view
+
+if TYPE_CHECKING:
+    from tilewright.runtime.report import Report
 
 DENSE, SPARSE, NUMBER = "dense", "sparse", "number"
 FRAMES_KEPT = 64  # layouts that one kernel remembers
@@ -30,12 +34,12 @@ class Launcher:
 
 
 class Kernel:
-    """A built program. Call it with its parameters in order, or by name; outputs are allocated by
-    the framework of the first dense argument, or given as `out=` (a tuple for several).
+    """A built program. Call it with its parameters in order, or by name. The framework of the first
+    dense argument allocates the outputs, unless `out=` names arrays for them (a tuple for several).
 
     Raises ArgumentError (A codes) before anything is written. `source` is the generated text,
-    `report()` what the compiler said of it. Copies and pickles hold the source: it is compiled,
-    through the cache, where they are loaded.
+    `report()` what it does when it runs. Copies and pickles hold the source, which is compiled,
+    through the cache, when they are loaded.
     """
 
     rebuilt: tuple[Callable[..., Kernel], tuple[Any, ...]]
@@ -78,8 +82,8 @@ class Kernel:
         return self._returned(outputs, args)
 
     def bind(self, *args: Any, out: Any = None, **named: Any) -> Bound:
-        """A call with everything fixed: running it again costs one native call. The arrays must
-        stay where they are; their contents may change."""
+        """Checks and prepares a call with fixed arguments, which then runs as one native call. The
+        arrays must stay at their addresses; their contents may change."""
         if named or len(args) != len(self.inputs):
             args = self._ordered(args, named)
         outs = () if out is None else out if isinstance(out, tuple) else (out,)
@@ -89,22 +93,18 @@ class Kernel:
         frame.keep += [*args, *outputs, *owners]
         return Bound(self, frame, self._returned(outputs, args))
 
-    def report(self) -> str:
-        """Entries, threads, binary searches inside loops, and registers, shared memory and spills
-        where the compiler tells them."""
-        lines = [f"{self.manifest.name} for {self.manifest.target}"]
-        for s in self.manifest.stages:
-            used = (self.resources or {}).get(s.entry)
-            threads = s.threads[0] * s.threads[1]
-            lines.append(
-                f"  {s.entry}: {len(s.units)} bodies, {threads} threads"
-                + (f", {used}" if used else "")
-            )
-            lines += [
-                f"    binary search in {array} for each iteration of {depth} nested loops"
-                for array, depth in s.searches
-            ]
-        return "\n".join(lines)
+    def report(self, *args: Any, **named: Any) -> Report:
+        """The launches, binary searches inside loops, work that is done again, bytes and padding:
+        in numbers for the arguments of a call, else as amounts in their sizes. Raises
+        ArgumentError."""
+        from tilewright.runtime.report import report
+
+        arguments = None
+        if args or named:
+            arguments = Arguments(self.manifest, self._dtypes)
+            for spec, arg in zip(self.inputs, self._ordered(args, named), strict=True):
+                arguments.add_input(spec, arg)
+        return report(self.manifest, self.resources, arguments)
 
     def __reduce__(self) -> tuple[Callable[..., Kernel], tuple[Any, ...]]:
         return self.rebuilt
@@ -223,20 +223,16 @@ class Kernel:
 
     def _ordered(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments in the order of the program's parameters. Raises ArgumentError[A101]."""
-        names = [t.name for t in self.inputs]
-        hint = f"arguments: {', '.join(names)}"
-        for name in named:
-            if name not in names:
-                text = f"{self.manifest.name} has no argument {name!r}"
-                raise ArgumentError("A101", text, where=name, hint=hint)
-        by_name = dict(zip(names, args, strict=False))
-        missing = [n for n in names if n not in by_name and n not in named]
-        if len(args) > len(names) or missing or by_name.keys() & named.keys():
-            fault = f"missing: {', '.join(missing)}" if missing else "too many, or one given twice"
-            text = f"{self.manifest.name}: {fault}"
-            raise ArgumentError("A101", text, where="arguments", hint=hint)
-        by_name |= named
-        return tuple(by_name[n] for n in names)
+        try:
+            return self._signature.bind(*args, **named).args
+        except TypeError as error:
+            text = f"{self.manifest.name}{self._signature}: {error}"
+            raise ArgumentError("A101", text, where="arguments") from None
+
+    @cached_property
+    def _signature(self) -> inspect.Signature:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return inspect.Signature([inspect.Parameter(t.name, kind) for t in self.inputs])
 
     @cached_property
     def _structs(self) -> tuple[Struct, Struct]:
@@ -245,7 +241,7 @@ class Kernel:
 
 
 class Bound:
-    """A call with its arguments fixed. `outputs` is what it writes; calling it returns that."""
+    """A prepared call with fixed arguments. Calling it returns `outputs`, the arrays it writes."""
 
     __slots__ = ("_run", "frame", "kernel", "outputs")
 
@@ -258,8 +254,8 @@ class Bound:
         return self.outputs
 
     def boxes(self) -> dict[str, tuple[tuple[int, int], ...]]:
-        """The first address of each array, and the one behind its last, by the name of its tensor;
-        under "" those of the coordinate arrays of all structures."""
+        """The address ranges (first, end) of each tensor, by its name. The name "" has those of the
+        coordinate arrays of all structures."""
         frame = self.frame
         boxes: dict[str, tuple[tuple[int, int], ...]] = {"": ()}
         for t in self.kernel.manifest.tensors:
@@ -269,7 +265,7 @@ class Bound:
                 size = dtypes.ALL[t.dtype].itemsize
                 spans = [(0, parts[n].size * size) for _, n in slots]
                 views = [view(a) for p in parts for of in p.arrays for a in of.values()]
-                boxes[""] += tuple((v.pointer, v.pointer + byte_range(v)[1]) for v in views)
+                boxes[""] += tuple(map(byte_span, views))
             else:
                 spans = [frame.spans[t.name] for _ in slots[:1] if t.name in frame.spans]
             boxes[t.name] = tuple(

@@ -19,8 +19,8 @@ CHUNKS_PER_THREAD = 8  # enough for units of uneven size to even out, few enough
 
 
 class CpuLauncher(Launcher):
-    """Entries of a shared library, run by the thread pool. `load` compiles and loads the library
-    of a variant; the one without macros is loaded at once."""
+    """Runs entries of a shared library on the thread pool. `load(macros)` compiles and loads the
+    library; the one without macros is loaded by the constructor."""
 
     def __init__(
         self, load: Callable[[tuple[str, ...]], ctypes.CDLL], entries: tuple[str, ...]
@@ -41,23 +41,16 @@ class CpuLauncher(Launcher):
     def launches(self, kernel: Kernel, frame: Frame) -> list[pools.Launch]:
         """The launches of a call: one for each stage that has units."""
         chunks = pools.pool().threads * CHUNKS_PER_THREAD  # a build alone needs no pool
-        return [
-            (
-                body,
-                ctypes.addressof(block),
-                units,
-                units if stage.ordered else max(1, units // chunks),
-                not kernel.manifest.formats,  # rows of a sparse matrix are of unequal length
-            )
-            for body, block, units, stage in zip(
-                self.bodies(frame.variants),
-                frame.blocks,
-                frame.units,
-                kernel.manifest.stages,
-                strict=True,
-            )
-            if units
-        ]
+        guided = not kernel.manifest.formats  # rows of a sparse matrix are of unequal length
+        bodies, stages = self.bodies(frame.variants), kernel.manifest.stages
+        launches: list[pools.Launch] = []
+        for body, block, units, stage in zip(
+            bodies, frame.blocks, frame.units, stages, strict=True
+        ):
+            if units:
+                grain = units if stage.ordered else max(1, units // chunks)
+                launches.append((body, ctypes.addressof(block), units, grain, guided))
+        return launches
 
     def prepare(self, kernel: Kernel, frame: Frame) -> Callable[[], None]:
         return pools.pool().prepare(self.launches(kernel, frame))
@@ -68,10 +61,10 @@ CompileStep = Callable[[tuple[Body, ...], tuple[str, ...]], bytes]
 
 
 class CudaLauncher(Launcher):
-    """Functions of a cubin, loaded on the device of the call at its first launch there. `image`
-    compiles the cubin of a variant when it is first needed: without wide loads for arrays that are
-    not aligned to 16 bytes, with strides read at run time for arrays with gaps. `bodies` are those
-    of its stages, which `compile_step` puts beside others."""
+    """Launches the functions of a cubin, which is loaded on a GPU at the first launch there.
+    `image(macros)` compiles it when it is first needed: macros turn off wide loads for arrays that
+    are not aligned to 16 bytes, and constant strides for arrays with gaps. `bodies` are the bodies
+    of its stages; `compile_step` compiles bodies of several kernels into one launch."""
 
     def __init__(
         self,

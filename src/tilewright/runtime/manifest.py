@@ -1,13 +1,16 @@
-"""The manifest of a built program: plain data for its calls, and the C structs of their blocks."""
+"""The result of building a program: its manifest, plain data for its calls, with the C structs of
+their blocks, and its source text, in memory and on disk."""
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tilewright.errors import InternalError
+from tilewright.ir.body import Body
 from tilewright.runtime.layout import Struct
 
 
@@ -30,10 +33,9 @@ Count = int | str | tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """One launch. `entry`: its function; `units`: how many each of its bodies has; `rows`: which
-    body runs each row of its work table. `structure`: the sparse operand that it follows, or "";
-    its parts are the rows. Units of an `ordered` launch run one after the other. `searches`: each
-    array that a unit searches inside loops, and the largest number of loops around the search."""
+    """One launch. `entry`: the name of its function; `units`: the number of units of each body;
+    `rows`: the body that runs each row of its work table. `structure`: the sparse operand whose
+    parts are these rows, or "". Units of an `ordered` launch run one after the other."""
 
     entry: str
     units: tuple[Count, ...]
@@ -42,14 +44,14 @@ class StageSpec:
     ordered: bool = False
     threads: tuple[int, int] = (1, 1)
     smem_bytes: int = 0
-    searches: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """The tensors, stages and parameters of a built program. `param_names` and `row_names` are the
     names in the IR of the fields of the two structs; `formats` are the texts of the formats by
-    structure. `packed` names the arrays that the code assumes to have no gaps."""
+    structure. `packed` names the arrays that the code assumes to have no gaps; `costs` are the
+    rows of the tables of a `Report`, in order."""
 
     name: str
     target: str
@@ -63,6 +65,7 @@ class Manifest:
     sizes: tuple[tuple[str, int], ...] = ()
     index: str = "int32"
     packed: tuple[str, ...] = ()
+    costs: tuple[tuple[Any, ...], ...] = ((), (), (), ())
 
 
 ROW_HEAD = (("first", "int64"), ("units", "int64"), ("body", "int64"))
@@ -96,6 +99,42 @@ def max_rows(manifest: Manifest) -> int:
 # ---------------------------------------------------------------------------- on disk
 
 
+@dataclass(frozen=True, slots=True)
+class Built:
+    """The result of lowering and rendering: enough to compile, load and call a kernel. `bodies`:
+    of each launch on a GPU, all with one text, which is part of `source`."""
+
+    manifest: Manifest
+    source: str
+    entries: tuple[str, ...]
+    bodies: tuple[Body, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        """One line of JSON, then the source as it is (escaping it in JSON took 0.1 ms to undo)."""
+        text = self.bodies[0].text if self.bodies else ""
+        begin = self.source.index(text)
+        head = {
+            "entries": self.entries, "manifest": asdict(self.manifest),
+            "bodies": [asdict(replace(b, text="")) for b in self.bodies],
+            "text": (begin, begin + len(text)),
+        }  # fmt: skip
+        return f"{json.dumps(head)}\n{self.source}".encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Built | None:
+        """The value that `to_bytes` wrote; None for bytes of any other form."""
+        try:
+            head, _, rest = data.partition(b"\n")
+            fields, source = json.loads(head), rest.decode()
+            entries, (begin, end) = tuple(fields["entries"]), fields["text"]
+            if not all(isinstance(text, str) for text in entries):
+                return None
+            bodies = [Body(**tuples(b) | {"text": source[begin:end]}) for b in fields["bodies"]]
+            return cls(manifest_from(fields["manifest"]), source, entries, tuple(bodies))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+
+
 def manifest_from(fields: dict[str, Any]) -> Manifest:
     """The manifest whose `dataclasses.asdict` JSON holds, equal to it."""
     tensors = tuple(TensorSpec(**tuples(t)) for t in fields["tensors"])
@@ -104,7 +143,7 @@ def manifest_from(fields: dict[str, Any]) -> Manifest:
 
 
 def tuples(x: Any) -> Any:
-    """JSON's lists as tuples, but for the fields of the dictionary at the top."""
+    """A value read from JSON, with tuples in place of lists at every depth."""
     if isinstance(x, dict):
         return {name: tuples(v) for name, v in x.items()}
     return tuple(tuples(v) for v in x) if isinstance(x, list) else x

@@ -20,15 +20,15 @@ LAUNCH = Struct(
         ("units", "int64"), ("grain", "int64"), ("guided", "int64"),
     ],
 )  # fmt: skip
-"""One launch: `body(params, begin, end)` over `units` parallel units, `grain` of them at a time; of
-a `guided` one many at first and fewer towards the end, for units of about equal work."""
+"""One launch: `body(params, begin, end)` over `units` parallel units, `grain` of them at a time. A
+`guided` launch, for units of about equal work, takes more at first and fewer towards the end."""
 
 Launch = tuple[int, int, int, int, bool]
 """The address of a body, that of its parameters, units, grain, and whether it is guided."""
 
 SPIN_US = 100
-"""How long an idle thread spins before it sleeps: longer than the gap between two decode steps
-of a small model is not worth the electricity, shorter costs a wake-up (5–50 µs) each time."""
+"""How long an idle thread spins before it sleeps: as long as the gap between two decode steps of a
+small model. A shorter time would cost a wake-up (5–50 µs) in each gap, a longer one electricity."""
 
 _MAX_THREADS = 4096
 _lock = threading.Lock()

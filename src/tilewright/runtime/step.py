@@ -56,8 +56,8 @@ class Node:
 
 
 def hazards(nodes: Sequence[Node]) -> np.ndarray:
-    """bool (n, n): whether node j comes after node i in the list and touches memory that i does,
-    which at least one of them writes."""
+    """bool (n, n), true at (i, j) where node j follows node i in the list and both touch the same
+    memory, which at least one of them writes."""
     ordered = np.zeros((len(nodes), len(nodes)), bool)
     reads, writes = _boxes([n.reads for n in nodes]), _boxes([n.writes for n in nodes])
     for a, b in ((writes, writes), (writes, reads), (reads, writes)):
@@ -74,7 +74,7 @@ def _boxes(of_nodes: Sequence[tuple[Box, ...]]) -> np.ndarray:
 
 
 def dependencies(nodes: Sequence[Node]) -> tuple[Edge, ...]:
-    """The fewest edges (i, j), j after i, that keep every hazard of the nodes in order."""
+    """The fewest edges (i, j), meaning that j waits for i, that order every hazard of the nodes."""
     ordered, before, edges = hazards(nodes), [0] * len(nodes), []
     for j in range(len(nodes)):
         for i in ordered[:, j].nonzero()[0].tolist()[::-1]:
@@ -93,11 +93,12 @@ def levels(count: int, edges: Iterable[Edge]) -> list[int]:
 
 
 class Step:
-    """A recorded step. `bounds` are `Bound`s, launches (a `runtime.pool.Launch` on the CPU, a
-    `runtime.cuda.Launch` on a GPU), or anything with one as `.launch`, and the memory it touches
-    as `.boxes` (reads, writes). All of one device. Where there is no C++ compiler they are called
-    one after the other. `overlaps`: whether launches on a GPU may start before the one in front
-    has ended. `count`: of the launches of a run.
+    """A recorded step: calling it runs all of `bounds`, which belong to one device.
+
+    Each of `bounds` is a `Bound`, a launch (`runtime.pool.Launch` or `runtime.cuda.Launch`), or an
+    object with a launch as `.launch` and the memory it reads and writes as `.boxes`. Without a C++
+    compiler they are called one after the other. `overlaps`: a launch on a GPU may start before
+    the one in front has ended. `count`: the number of launches of a run.
     """
 
     def __init__(self, bounds: Iterable[Any], overlaps: bool = True) -> None:
@@ -175,8 +176,8 @@ def _nodes(bound: Bound, launcher: CudaLauncher) -> list[Node]:
 
 
 def _cuts(parts: Sequence[Part]) -> list[int]:
-    """Where to divide launches so that the parameters of each range fit a kernel, and that no body
-    has fewer registers than alone, because another one has more threads."""
+    """Divides launches into ranges that can become one launch: the parameters of a range fit a
+    kernel, and no body gets fewer registers because another one has more threads."""
     cuts, used, threads, resident = [0], 0, 0, 2**31
     for i, part in enumerate(parts):
         size, b = len(part.params) + 8, part.body

@@ -14,7 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,10 +66,7 @@ def view(x: object) -> View:
     order) that Tilewright does not support, A104 for elements that are not aligned, A105 for an
     unknown device.
     """
-    adapter = _ADAPTERS.get(type(x))
-    if adapter is None:
-        adapter = _ADAPTERS[type(x)] = _find_adapter(type(x))
-    return adapter(x)
+    return _adapter(type(x)).view(x)
 
 
 def check_memory(pointer: int | None, shape: Sequence[int]) -> None:
@@ -81,33 +78,22 @@ def check_memory(pointer: int | None, shape: Sequence[int]) -> None:
 
 
 def layout(x: object) -> tuple[Any, int, object]:
-    """A key of the array's layout; its address; and an object that must live as long as the
-    address is used (None: the array itself does).
+    """(key, address, owner): a key of the array's layout, its address, and an object that must live
+    as long as the address is used (None: the array itself).
 
     Arrays with equal keys whose addresses agree in the low four bits have equal Views except for
     the address. Raises ArgumentError.
     """
-    adapter = _LAYOUTS.get(type(x))
-    if adapter is None:
-        plain = _ADAPTERS.get(type(x)) or _find_adapter(type(x))
-        adapter = _FAST.get(plain, _layout_any)
-        _LAYOUTS[type(x)] = adapter
-        if plain is _view_torch:
-            _ADDRESSES[type(x)] = type(x).data_ptr  # pyright: ignore[reportAttributeAccessIssue]
-    described = adapter(x)
+    described = _adapter(type(x)).layout(x)
     if not described[1]:
         view(x)  # refuses elements at a null address
     return described
 
 
 def address(x: object) -> int:
-    """The address of an array of a type that `layout` has described before. Raises ArgumentError
-    for elements at a null address."""
-    read = _ADDRESSES.get(type(x))
-    if read is None:
-        return layout(x)[1]
+    """The address of an array. Raises ArgumentError for elements at a null address."""
     try:
-        return read(x) or view(x).pointer
+        return _adapter(type(x)).address(x) or view(x).pointer
     except RuntimeError:  # torch, for a tensor without memory
         return view(x).pointer
 
@@ -117,15 +103,10 @@ def _layout_any(x: object) -> tuple[Any, int, object]:
     return (type(x), v.dtype, v.shape, v.strides, v.device, v.readonly), v.pointer, v
 
 
-def overlaps(a: View, b: View) -> bool:
-    """Whether the byte ranges of two views overlap; those of interleaved views do."""
-    if a.device != b.device:
-        return False
-    a_low, a_high = byte_range(a)
-    b_low, b_high = byte_range(b)
-    if a_low == a_high or b_low == b_high:  # no elements
-        return False
-    return a.pointer + a_low < b.pointer + b_high and b.pointer + b_low < a.pointer + a_high
+def byte_span(v: View) -> tuple[int, int]:
+    """The address of the first byte, and that behind the last."""
+    low, high = byte_range(v)
+    return v.pointer + low, v.pointer + high
 
 
 def allocate(like: object, shape: tuple[int, ...], dtype: DType) -> Any:
@@ -140,11 +121,8 @@ def allocator(like: object, shape: tuple[int, ...], dtype: DType) -> Callable[[A
     """A function that allocates an array of this shape and dtype; its argument is an array with the
     layout of `like`."""
     if isinstance(like, np.ndarray):
-        large = (
-            math.prod(shape) * dtype.itemsize >= host_allocator.SMALLEST and dtype.name in _PLAIN
-        )
-        kind = dtype.numpy if large else _numpy_type(dtype)
-        empty = host_allocator.empty if large else np.empty
+        kind = _numpy_type(dtype)
+        empty = host_allocator.empty if kind.isbuiltin == 1 else np.empty
         return lambda _: empty(shape, kind)
     module = _root_module(type(like))
     if module == "torch":
@@ -176,13 +154,9 @@ def _empty_cupy(like: Any, shape: tuple[int, ...], dtype: DType) -> Any:
 
 # ---- NumPy ------------------------------------------------------------------------------------
 
-_NUMPY_TYPES: dict[np.dtype, DType] = {
-    t.numpy: t for t in dtypes.ALL.values() if t.numpy.name == t.name
-}
-
 
 def _view_numpy(x: np.ndarray) -> View:
-    dtype = numpy_dtype(x.dtype)
+    dtype = dtypes.from_numpy(x.dtype)
     strides = element_strides(x.strides, x.shape, x.itemsize)
     return make_view(_address(x), dtype, x.shape, strides, "cpu", x, not x.flags.writeable)
 
@@ -237,43 +211,9 @@ def _choose_address() -> Callable[[np.ndarray], int]:
 _address = _choose_address()
 
 
-def numpy_dtype(kind: np.dtype) -> DType:
-    """The DType of a NumPy dtype. Raises ArgumentError[A102]."""
-    if kind not in _NUMPY_TYPES:
-        _NUMPY_TYPES[kind] = _extension_dtype(kind)
-    return _NUMPY_TYPES[kind]
-
-
-def _extension_dtype(kind: np.dtype) -> DType:
-    if not kind.isnative:
-        hint = "x.astype(x.dtype.newbyteorder('='))"
-        raise ArgumentError("A102", f"byte order of {kind.str} is not this machine's", hint=hint)
-    if kind.name not in _EXTENSION_TYPES:
-        names = ", ".join(dtypes.ALL)
-        raise ArgumentError("A102", f"arrays of {kind} cannot be used", hint=f"one of {names}")
-    return _EXTENSION_TYPES[kind.name]
-
-
-# ml_dtypes has an IEEE-like float8_e4m3 too: another format, refused.
-_EXTENSION_TYPES = {
-    "bfloat16": dtypes.bfloat16,
-    "float8_e4m3fn": dtypes.float8_e4m3,
-    "float8_e5m2": dtypes.float8_e5m2,
-}
-
-
-_PLAIN = {t.name: t.numpy for t in _NUMPY_TYPES.values()}
-_EXTENSION_NAMES = {t.name: name for name, t in _EXTENSION_TYPES.items()}
-
-
 def _numpy_type(dtype: DType) -> np.dtype:
-    plain = _PLAIN.get(dtype.name)
-    if plain is not None:
-        return plain
-    extensions = sys.modules.get("ml_dtypes")
-    if extensions is None:
-        return dtype.numpy
-    return np.dtype(getattr(extensions, _EXTENSION_NAMES[dtype.name]))
+    extensions = sys.modules.get("ml_dtypes") if dtype.ml_dtypes else None
+    return np.dtype(getattr(extensions, dtype.ml_dtypes)) if extensions else dtype.numpy
 
 
 # ---- torch ------------------------------------------------------------------------------------
@@ -348,6 +288,24 @@ def _torch_device(device: Any) -> str:
 # ---- finding the adapter ------------------------------------------------------------------------
 
 
+class Adapter(NamedTuple):
+    """How arrays of one type become a View, a layout (see `layout`), and an address."""
+
+    view: Callable[[Any], View]
+    layout: Callable[[Any], tuple[Any, int, object]] = _layout_any
+    address: Callable[[Any], int] = lambda x: view(x).pointer
+
+
+_ADAPTERS = {np.ndarray: Adapter(_view_numpy, _layout_numpy, _address)}
+
+
+def _adapter(kind: type) -> Adapter:
+    known = _ADAPTERS.get(kind)
+    if known is None:
+        known = _ADAPTERS[kind] = _find_adapter(kind)
+    return known
+
+
 def _refuse(x: object) -> View:
     kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
     hint = "a NumPy, torch or CuPy array, or any object with __dlpack__"
@@ -358,32 +316,28 @@ def _refuse(x: object) -> View:
     raise ArgumentError("A107", f"{kind} is not a dense array", hint=hint)
 
 
-def _find_adapter(kind: type) -> Callable[[Any], View]:
+def _find_adapter(kind: Any) -> Adapter:
     if issubclass(kind, np.ma.MaskedArray):
-        return _refuse  # its mask would be ignored
+        return Adapter(_refuse)  # its mask would be ignored
     if issubclass(kind, np.ndarray):
-        return _view_numpy
+        return _ADAPTERS[np.ndarray]
     module = _root_module(kind)
     if module == "torch":
-        fake = any(base.__name__ == "FakeTensor" for base in kind.__mro__)
-        return _refuse_fake if fake else _view_torch
+        is_fake = any(base.__name__ == "FakeTensor" for base in kind.__mro__)
+        if is_fake:
+            return Adapter(_refuse_fake)
+        return Adapter(_view_torch, _layout_torch, kind.data_ptr)
     from tilewright.runtime import exchange
 
     if module == "cupy":
-        return exchange.view_cupy
+        return Adapter(exchange.view_cupy)
     if kind.__module__ == "tilewright.runtime.cuda":
-        return exchange.view_device_array
+        return Adapter(exchange.view_device_array)
     if hasattr(kind, "__cuda_array_interface__"):
-        return exchange.view_cuda_interface
+        return Adapter(exchange.view_cuda_interface)
     if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
-        return exchange.view_dlpack
-    return _refuse
-
-
-_ADAPTERS: dict[type, Callable[[Any], View]] = {np.ndarray: _view_numpy}
-_LAYOUTS: dict[type, Callable[[Any], tuple[Any, int, object]]] = {np.ndarray: _layout_numpy}
-_ADDRESSES: dict[type, Callable[[Any], int]] = {np.ndarray: _address}
-_FAST = {_view_numpy: _layout_numpy, _view_torch: _layout_torch}
+        return Adapter(exchange.view_dlpack)
+    return Adapter(_refuse)
 
 
 def _root_module(kind: type) -> str:

@@ -181,8 +181,8 @@ class Schedule:
 
     @takes(output=A_NAME)
     def merge_sums(self, output: str) -> Schedule:
-        """Compute all sums over the same axes that one statement reads in one loop, also those that
-        many of its elements share and that would be computed once for all of these.
+        """Compute all sums over the same axes that one statement reads in one loop; also a sum that
+        several elements share, which each of them then computes for itself.
 
         before: for i in 0:m                after:  for i in 0:m
                   s = sum(f(X[i, k]))                 for j in 0:n

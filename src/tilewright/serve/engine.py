@@ -30,8 +30,7 @@ from tilewright.serve.request import Request, Sampling, check_fields, check_toke
 from tilewright.serve.runner import Logits, Runner
 from tilewright.serve.sampler import sample
 from tilewright.serve.scheduler import Limits, Scheduler, work_of
-from tilewright.serve.text import AnswerText
-from tilewright.serve.tokenizer import load_tokenizer
+from tilewright.serve.tokenizer import AnswerText, load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
 from tilewright.target import Target
 
@@ -220,8 +219,8 @@ class LLM(Prompts):
     ) -> list[str]: ...
 
     def generate(self, prompt: Any, *, progress: bool = False, **sampling: Any) -> str | list[str]:
-        """The answer as one text; for several prompts, a list of texts or of chats, theirs, which
-        are computed together. `progress`: a line on the standard error counts the answers.
+        """The answer as one text; for a list of prompts (texts or chats), a list of their answers,
+        computed together. `progress`: a line on the standard error counts the answers.
         `sampling`, errors: see `stream`."""
         several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], dict)
         if not several:

@@ -16,14 +16,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tilewright.errors import MissingExtra, ModelError
+from tilewright.errors import ModelError, needed_for
 from tilewright.serve.models.config import Value
 
-try:
+with needed_for("model files", "models"):
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, quants
-except ImportError as missing:
-    rule, hint = f"model files need {missing.name}", "pip install 'tilewright[models]'"
-    raise MissingExtra("E101", rule, hint=hint) from None
 
 VERSIONS = (2, 3)
 MAX_ITEMS = 1 << 16  # metadata keys, and tensors

@@ -5,22 +5,19 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tilewright.errors import MissingExtra, ModelError
+from tilewright.errors import ModelError, needed_for
 from tilewright.serve.tokenizer import Tokenizer
 
-try:
+with needed_for("response_format", "grammar"):
     from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-except ImportError:
-    hint = "pip install 'tilewright[grammar]'"
-    raise MissingExtra("E101", "response_format needs llguidance", hint=hint) from None
 
 MAX_SCHEMA_CHARS = 1 << 16
 
 
 def matcher(tokenizer: Tokenizer, schema: str) -> LLMatcher:
-    """What follows an answer token by token, and has a mask of those that may come next (an end
-    token where the text is done). Raises ModelError[M106] for a JSON schema that no answer can be
-    held to."""
+    """Returns the matcher of an answer. It takes each token, and masks those that may come next (an
+    end token once the text is complete). Raises ModelError[M106] for a JSON schema that cannot be
+    used."""
     try:
         grammar = LLMatcher.grammar_from_json_schema(schema)
         wrong = LLMatcher.validate_grammar(grammar)

@@ -26,7 +26,7 @@ from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import TILE
 from tilewright.attention.table import Table
 from tilewright.ops.embedding import embedding_kernel
-from tilewright.ops.positions import lengthen_kernel, positions_kernel
+from tilewright.ops.rope import lengthen_kernel, positions_kernel
 from tilewright.runtime.step import Step
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows

@@ -2,9 +2,7 @@
 
     tokenizer = load_tokenizer(open_model(path))
     ids = tokenizer.encode("What is the capital of France?")
-    stream = tokenizer.stream()
-    for token in generated: print(stream.push(token), end="")
-    print(stream.finish())
+    text = tokenizer.decode(ids)
 
 The library encodes plain text only: it does not know the control tokens: this module finds those.
 Bytes that a byte-level vocabulary does not have are dropped. Source: the GGUF keys
@@ -23,16 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.errors import MissingExtra, ModelError
+from tilewright.errors import ModelError, needed_for
 from tilewright.serve.models.config import Metadata, Value, short
 from tilewright.serve.weights import ModelFile, read_json
 
-try:
+with needed_for("tokens of text", "models"):
     import tokenizers
     from tokenizers import models, normalizers, pre_tokenizers
-except ImportError as missing:
-    rule, hint = f"tokenizers need {missing.name}", "pip install 'tilewright[models]'"
-    raise MissingExtra("E101", rule, hint=hint) from None
 
 MAX_TOKEN_CHARS = 1024
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
@@ -64,7 +59,6 @@ class Tokenizer:
         self.library, self.pieces, self.special = library, tuple(pieces), dict(special)
         self.control = frozenset(control)
         self.bos: int | None = None
-        self.eos: int | None = None
         self.named: dict[str, int] = {}  # "bos", "eos", "unk", ... as chat templates call them
         self.ends = {self.special[text] for text in END_SPELLINGS if text in self.special}
         self.add_bos = False
@@ -117,9 +111,6 @@ class Tokenizer:
         kept = (self.piece(i) for i in ids if i not in hidden)
         return b"".join(kept).decode("utf-8", "replace")
 
-    def stream(self, special: bool = False) -> Stream:
-        return Stream(self, special)
-
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
     """A pattern that matches any of these texts, the longest first; none if there are no texts."""
@@ -127,24 +118,46 @@ def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
-class Stream:
-    """Decodes token by token; keeps the bytes of an incomplete character back."""
+class AnswerText:
+    """Decodes the tokens of an answer, without control tokens. The bytes of an incomplete character
+    and text that may be the beginning of a stop text are kept back until the next tokens decide; a
+    stop text may begin and end anywhere in a token."""
 
-    def __init__(self, tokenizer: Tokenizer, special: bool = False) -> None:
-        self._tokenizer, self._special = tokenizer, special
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held, self.stopped = "", False
 
     def push(self, token: int) -> str:
-        """The characters that this token completes."""
-        if not self._special and token in self._tokenizer.control:
-            return ""
-        return self._decoder.decode(self._tokenizer.piece(token))
+        """The text that is certain after one more token. Sets `stopped` behind a stop text."""
+        is_control = token in self._tokenizer.control
+        return self._certain(b"" if is_control else self._tokenizer.piece(token))
 
     def finish(self) -> str:
-        """The rest: U+FFFD for an incomplete character. Resets the stream."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+        """The rest of an answer that ends now, with U+FFFD for an incomplete character."""
+        if self.stopped:
+            return ""
+        text = self._certain(b"", final=True)
+        text, self._held = text + self._held, ""
+        return text
+
+    def _certain(self, piece: bytes, final: bool = False) -> str:
+        text = self._held + self._decoder.decode(piece, final)
+        starts = [at for at in map(text.find, self._stop) if at >= 0]
+        if starts:
+            self.stopped, self._held = True, ""
+            return text[: min(starts)]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest suffix of `text` that is a proper prefix of `stop`."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
 
 
 def load_tokenizer(model: ModelFile) -> Tokenizer:
@@ -163,7 +176,7 @@ def _unusable(rule: str, where: str = "", hint: str = "") -> ModelError:
 
 
 def from_metadata(metadata: Mapping[str, Value]) -> Tokenizer:
-    """From the keys `tokenizer.ggml.*` of a GGUF file. Raises ModelError[M107]."""
+    """The tokenizer in the keys `tokenizer.ggml.*` of a GGUF file. Raises ModelError[M107]."""
     keys = Metadata(metadata, code="M107")
     kind, tokens = keys.get("tokenizer.ggml.model", str), keys.get("tokenizer.ggml.tokens", list)
     longest = max(map(len, tokens), default=0)
@@ -187,7 +200,7 @@ def from_metadata(metadata: Mapping[str, Value]) -> Tokenizer:
             if not 0 <= out.named[name] < len(tokens):
                 raise _unusable(f"{out.named[name]} is outside the vocabulary", key)
     out.ends |= {i for name, i in out.named.items() if name in ("eos", "eot", "eom")}
-    out.bos, out.eos = out.named.get("bos"), out.named.get("eos")
+    out.bos = out.named.get("bos")
     adds = keys.get("tokenizer.ggml.add_bos_token", bool, kind == "llama")
     out.add_bos = adds and out.bos is not None
     return out
@@ -269,7 +282,7 @@ def _from_bytes(token: str) -> bytes:
 def scored(
     tokens: Sequence[str], types: Sequence[int], scores: Sequence[float], prefix: bool
 ) -> Tokenizer:
-    """Merges of the best score first; characters that are no token become tokens of their bytes.
+    """BPE that merges by the best score; a character that is no token becomes tokens of its bytes.
 
     `tokens` with ▁ for a space; `prefix`: a space comes before a text. Each cut of a token into two
     tokens is a merge, ranked by the score of the token. Raises ModelError[M107].
@@ -301,8 +314,9 @@ _CONFIGS = "config.json", "generation_config.json"
 
 
 def from_folder(folder: Path, vocab: int) -> Tokenizer:
-    """From the tokenizer.json of a folder, and what its other files name: all end tokens, `bos` and
-    `eos`, if the vocabulary has them. Ids are below `vocab`. Raises ModelError[M107]."""
+    """The tokenizer in a folder's tokenizer.json. Its other files name the end tokens, `bos` and
+    `eos`; names beyond the vocabulary are left out. Raises ModelError[M107], also
+    for ids from `vocab` on."""
     path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     data = read_json(path, "M107")
     try:
@@ -339,7 +353,7 @@ def from_folder(folder: Path, vocab: int) -> Tokenizer:
     guesses = {"bos": first, "eos": min(out.ends, default=None)}
     out.named = {k: i for k, i in (guesses | out.named).items() if i is not None}
     out.bos = out.named.get("bos") if first is None else first  # what comes before a text
-    out.eos, out.add_bos = out.named.get("eos"), first is not None
+    out.add_bos = first is not None
     return out
 
 

@@ -23,9 +23,9 @@ Sample = tuple[Work, float]
 
 
 def fit(samples: Sequence[Sample], key: str = "") -> CostModel:
-    """The constants of the least mean square of the relative error over measured steps. The time is
-    linear in them: a model with one constant alone, 1, says what that is multiplied with. Raises
-    ArgumentError[A109] for fewer samples than constants."""
+    """Fits the constants to measured steps, by least squares of the relative error. The time is
+    linear in them: a constant's factor is the time by a model where it is 1 and all others 0.
+    Raises ArgumentError[A109] for fewer samples than constants."""
     if len(samples) < len(CONSTANTS):
         rule = f"{len(samples)} measured steps for {len(CONSTANTS)} constants"
         raise ArgumentError("A109", rule, where="samples")
@@ -42,7 +42,7 @@ def fit(samples: Sequence[Sample], key: str = "") -> CostModel:
 
 
 def errors(model: CostModel, samples: Sequence[Sample]) -> list[float]:
-    """Of each measured step, how far the prediction is from the time, as a part of it."""
+    """The relative error of the predicted time of each measured step."""
     return [abs(model.seconds(work) / seconds - 1) for work, seconds in samples]
 
 

@@ -28,25 +28,22 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.errors import MissingExtra, ModelError
+from tilewright.errors import MissingExtra, ModelError, needed_for
 from tilewright.serve.gguf import Header, Weight, dequantize, view
 from tilewright.serve.models.config import Metadata, ModelConfig, Value, read_config
 
-try:
+with needed_for("model folders", "models"):
     from gguf import MODEL_ARCH, get_tensor_name_map
     from safetensors import SafetensorError, safe_open
-except ImportError as missing:
-    rule, hint = f"model folders need {missing.name}", "pip install 'tilewright[models]'"
-    raise MissingExtra("E101", rule, hint=hint) from None
 
 __all__ = ["ModelConfig", "ModelFile", "Weight", "dequantize", "open_model", "packaged_model"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelFile:
-    """A model file, mapped as long as one of its weights is alive; do not truncate it then.
+    """A model file. It stays mapped, and must not be truncated, while one of its weights is alive.
 
-    `metadata`: the keys of a GGUF file; of a folder the chat template, under the key it has there.
+    `metadata`: the keys of a GGUF file; of a folder only the chat template, under GGUF's key.
     """
 
     path: Path

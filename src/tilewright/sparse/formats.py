@@ -12,6 +12,7 @@ Reference: hyb(c, k) of SparseTIR (ASPLOS 2023, §4.2.1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -29,8 +30,8 @@ Chosen = tuple["Format", np.ndarray | None, np.ndarray | None]  # format, entrie
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Format:
-    """A list of levels, outermost first. Formats of other names are other formats, though their
-    levels be the same: so two parts of one matrix can have schedules of their own.
+    """A list of levels, outermost first. Formats with different names are different formats, also
+    where their levels are equal: two parts of one matrix can then have their own schedules.
 
     Raises FormatError[F101]."""
 
@@ -57,9 +58,20 @@ class Format:
     @property
     def is_exact(self) -> bool:
         """Whether only entries are stored, no explicit zeros around them."""
-        stored = [level.is_dense for level in self.levels]
+        return self.is_tight and max(self.blocks) == 1
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether only entries are stored, and what their blocks hold beside."""
+        stored = [level.is_dense for level in self.levels if not level.inner]
         first = stored.index(False) if False in stored else 0
         return all(level.exact for level in self.levels) and not any(stored[first:])
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The size of its blocks along each dimension; 1 where it has none."""
+        sizes = {level.dim: level.block for level in self.levels}
+        return tuple(sizes[dim] or 1 for dim in range(self.ndim))
 
     @property
     def repeats(self) -> bool:
@@ -102,8 +114,10 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """The entries a part takes: rows by length (inclusive; `longest` None = no limit), columns by
-    range `col_part` of `col_parts` equal ones. Lengths count entries inside the column range.
+    """Selects the entries of a part: columns in range `col_part` of `col_parts` equal ranges, and
+    rows with `shortest` to `longest` entries in it (inclusive; `longest` None: no limit). Beside
+    parts that store blocks it takes whole ones: ranges of columns end where blocks do, and the
+    rows of a block all count as long as the longest of them.
 
     Raises FormatError[F101]."""
 
@@ -128,9 +142,10 @@ class Where:
     def choose(self, entries: ByRow) -> tuple[np.ndarray, np.ndarray]:
         """The mask of the rows it takes, and the numbers of the entries."""
         numbers, length = entries.of_columns(self.col_part, self.col_parts)
-        rows = length >= self.shortest
+        longest = entries.over_blocks(np.maximum, length)
+        rows = longest >= self.shortest
         if self.longest is not None:
-            rows &= length <= self.longest
+            rows &= longest <= self.longest
         mine = _ranges(np.cumsum(length) - length, np.where(rows, length, 0))
         return rows, mine if numbers is None else numbers[mine]
 
@@ -138,18 +153,29 @@ class Where:
 class ByRow:
     """Entries in the order of their rows, as the parts of a composed format choose from them.
 
-    A part costs what it takes: rows are ranges, found once for each range of columns."""
+    A part costs what it takes: rows are ranges, found once for each range of columns. `blocks`: the
+    size, along each dimension, of the blocks that parts take whole."""
 
-    def __init__(self, coords: Sequence[np.ndarray], shape: tuple[int, ...]) -> None:
-        self.coords, self.shape = coords, shape
+    def __init__(
+        self, coords: Sequence[np.ndarray], shape: tuple[int, ...], blocks: tuple[int, ...] = (1, 1)
+    ) -> None:
+        self.coords, self.shape, self.blocks = coords, shape, blocks
         self.of_columns = cache(self._of_columns)
+
+    def over_blocks(self, op: np.ufunc, rows: np.ndarray) -> np.ndarray:
+        """For each row, `op` of the values that all rows of its block have."""
+        block = self.blocks[0]
+        if block == 1 or not len(rows):
+            return rows
+        return np.repeat(op.reduceat(rows, np.arange(0, len(rows), block)), block)[: len(rows)]
 
     def _of_columns(self, part: int, parts: int) -> tuple[np.ndarray | None, np.ndarray]:
         """Selects the entries in range `part` of `parts` equal ranges of columns. Returns their
         numbers (None for all entries, if `parts` is 1), and how many of them each row has."""
         rows, numbers = self.coords[0], None
         if parts > 1:
-            width = max(-(-self.shape[1] // parts), 1)
+            block = self.blocks[1]
+            width = max(-(-self.shape[1] // (parts * block)), 1) * block
             numbers = np.flatnonzero(self.coords[1] // width == part)
             rows = rows[numbers]
         return numbers, np.bincount(rows, minlength=self.shape[0])
@@ -166,9 +192,10 @@ class Composed:
     """A = Σ parts. Each part is a `Where` (or any object with its `choose`) and a `Format`.
 
     `disjoint_rows`: no row is in two parts; `covers_rows`: every row is in one, and stored there
-    without entries too. Both are promises that packing checks; programs that are not sums need the
-    first. Raises FormatError[F101], also for `covers_rows` with a part that cannot store an empty
-    row: one that stores columns first, or a row for each entry.
+    without entries too. Both are promises that packing checks, and so is that no block (of the
+    common multiple of the parts' sizes) lies in two parts: each coordinate is stored once. Raises
+    FormatError[F101], also for `covers_rows` with a part that cannot store an empty row: one that
+    stores columns first, or a row for each entry.
     """
 
     name: str
@@ -205,6 +232,11 @@ class Composed:
         return tuple(dict.fromkeys(f for _, f in self.parts))
 
     @property
+    def blocks(self) -> tuple[int, ...]:
+        """The size along each dimension of the blocks that its parts take whole."""
+        return tuple(map(math.lcm, *(f.blocks for f in self.formats)))
+
+    @property
     def unique_rows(self) -> bool:
         """Whether each row of the result is written by only one part: parts share no rows, and list
         those they have. A dense or blocked level of rows also visits rows of other parts."""
@@ -213,7 +245,7 @@ class Composed:
     @property
     def repeats(self) -> bool:
         """Whether a coordinate that is no entry of a part may be stored there and in others."""
-        return not all(f.is_exact for f in self.formats)
+        return any(f.repeats or not f.is_tight for f in self.formats)
 
     pack = Format.pack
 
@@ -224,12 +256,12 @@ class Composed:
         counter = np.min_scalar_type(len(self.parts))  # an entry in all of them must not wrap it
         of_entry, of_row = np.zeros(len(coords[0]), counter), np.zeros(shape[0], counter)
         chosen: list[Chosen] = []
-        entries, taken = ByRow(coords, shape), 0
+        entries, taken = ByRow(coords, shape, self.blocks), 0
         for at, (where, part) in enumerate(self.parts):
             rows, numbers = self._checked(at, where.choose(entries), coords[0], shape[0])
             of_entry[numbers] += 1
             taken += len(numbers)
-            of_row += rows
+            of_row += entries.over_blocks(np.logical_or, rows)
             chosen.append((part, numbers, np.flatnonzero(rows) if self.covers_rows else None))
         if (of_entry != 1).any():
             at = int((of_entry != 1).argmax())
@@ -244,7 +276,27 @@ class Composed:
             at = int(wrong.argmax())
             wrong = f"row {at} is in {of_row[at]} parts of {self.name}"
             raise FormatError("F106", wrong, hint="its promise says one")
+        self._check_blocks(coords, shape, chosen)
         yield from chosen
+
+    def _check_blocks(
+        self, coords: Sequence[np.ndarray], shape: tuple[int, ...], chosen: list[Chosen]
+    ) -> None:
+        """Raises FormatError[F106] where two parts have entries of one block."""
+        if max(self.blocks) == 1 or not len(coords[0]):
+            return
+        part, of_block, block = np.zeros((3, len(coords[0])), np.int64)
+        for at, (_, numbers, _) in enumerate(chosen):
+            part[numbers] = at
+        for c, extent, size in zip(coords, shape, self.blocks, strict=True):
+            block = np.unique(block * extent + c // size, return_inverse=True)[1]
+        of_block[block] = part
+        wrong = part != of_block[block]
+        if wrong.any():
+            parts = sorted((part[wrong][0], of_block[block][wrong][0]))
+            rule = f"a block has entries in parts {parts[0]} and {parts[1]} of {self.name}"
+            hint = f"choose blocks of {'×'.join(map(str, self.blocks))} whole"
+            raise FormatError("F106", rule, hint=hint)
 
     def _checked(self, at: int, chosen: Any, row_of: np.ndarray, rows: int) -> Any:
         """What part number `at` chose: a mask of the rows, and entries of these rows."""
@@ -331,7 +383,7 @@ def csr() -> Format:
 
 
 def csf(ndim: int) -> Format:
-    """Compressed fibres: each dimension lists the coordinates that something is stored below."""
+    """Compressed sparse fibres: each dimension lists the coordinates that have entries."""
     if not isinstance(ndim, int) or ndim < 1:
         raise FormatError("F101", f"csf({ndim!r})", hint="a number of dimensions, at least 1")
     return Format(f"csf({ndim})", tuple(Compressed(d) for d in range(ndim)))
@@ -348,7 +400,7 @@ def csc() -> Format:
 
 
 def dcsr(name: str = "dcsr") -> Format:
-    """Compressed rows of which the empty ones are left out."""
+    """CSR without its empty rows."""
     return Format(name, (Compressed(0), Compressed(1)))
 
 

@@ -99,9 +99,9 @@ def resolve_isa(isa: str | None = None) -> Isa:
     return ISAS[asked]
 
 
-def vector_bits(isa: str | None = None) -> int:
-    """Bits of a vector register of the resolved instruction set: 512, 256 or 128."""
-    return resolve_isa(isa).vector_bits
+def cpu_lanes() -> int:
+    """float32 lanes of a vector register of the resolved instruction set: 16, 8 or 4."""
+    return resolve_isa().vector_bits // 32
 
 
 @functools.cache
@@ -192,28 +192,23 @@ def _search(knob: str, cxx: str, path: str) -> Compiler | None:
 
 
 def _configured(variable: str, text: str, path: str) -> Compiler:
+    import shlex
+
     setting = f"{variable}={text!r}"
     try:
-        words = [text] if _which(text, path) else _split(text)  # a path may contain blanks
+        words = [text] if _which(text, path) else shlex.split(text)  # a path may contain blanks
         program = _which(words[0], path)
         if program is None:
             raise _Unusable(_why_not(words[0]))
         command = (program, *words[1:])
         return Compiler(command, _version(command, path), setting)
-    except _Unusable as error:
+    except KnobError:  # of the cache's folder
+        raise
+    except (_Unusable, ValueError) as error:  # ValueError: a quote that is not closed
         text = f"{setting} is no working C++ compiler: {error}"
         hint = "a command, as g++ or 'ccache g++'; unset, another compiler is looked for"
         where = f"environment variable {variable}"
         raise BuildError("B102", text, where=where, hint=hint) from None
-
-
-def _split(text: str) -> list[str]:
-    import shlex
-
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise _Unusable(f"it cannot be split into words: {error}") from None
 
 
 def _which(name: str, path: str) -> str | None:

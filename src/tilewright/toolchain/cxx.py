@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -129,7 +130,9 @@ class _Job:
         """Whether the machine, the compiler or the generated code is to blame."""
         # A signal ends the compiler, or a program that it runs.
         if status < 0 or any(text in log for text in _SHORTAGES):
-            how = f"was ended by {_signal(status)}" if status < 0 else "ran out of something"
+            how = "ran out of something"
+            if status < 0:
+                how = f"was ended by signal {-status} ({signal.strsignal(-status)})"
             text = f"{self.compiler} {how}: {log or 'no message'}"
             hint = "free memory, or space in TMPDIR; the source is kept in that file"
             return BuildError("B101", text, where=keep(self.source, self.key), hint=hint)
@@ -147,12 +150,6 @@ def _job(source: str, name: str, isa: str | None, flags: Sequence[str], full_lin
     parts = (compiler.command, (compiler.version,), all_flags, link)
     key = disk_cache.key_of("cpp", source, *("\0".join(words) for words in parts))
     return _Job(compiler, source, name, all_flags, link, key)
-
-
-def _signal(status: int) -> str:
-    import signal
-
-    return f"signal {-status} ({signal.strsignal(-status)})"
 
 
 def _is_library(data: bytes) -> bool:

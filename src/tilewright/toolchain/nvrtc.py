@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import glob
 import json
@@ -22,6 +23,12 @@ from tilewright.errors import BuildError, MissingExtra
 from tilewright.toolchain import disk_cache
 from tilewright.toolchain.refusal import refusal
 
+_REPORT = re.compile(
+    r"Compiling entry function '(?P<entry>[^']+)'|Function properties for (?P<function>\S+)"
+    r"|(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, "
+    r"(?P<spill_loads>\d+) bytes spill loads"
+    r"|Used (?P<registers>\d+) registers(?:.* (?P<smem>\d+) bytes smem)?"
+)
 FLAGS: tuple[str, ...] = ("--std=c++17", "--ptxas-options=-v", "-default-device")
 _LENGTH_BYTES = 8
 
@@ -116,24 +123,11 @@ def parse_resources(log: str) -> dict[str, Resources]:
     """Resources by function from the report of `--ptxas-options=-v`."""
     values: dict[str, dict[str, int]] = {}
     entry = function = ""
-    for line in log.splitlines():
-        if match := re.search(r"Compiling entry function '([^']+)'", line):
-            entry = match[1]
-            values.setdefault(entry, {})
-        elif match := re.search(r"Function properties for (\S+)", line):
-            function = match[1]
-            values.setdefault(function, {})
-        elif match := re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
-        ):
-            names = ("stack", "spill_stores", "spill_loads")
-            values.setdefault(function, {}).update(
-                zip(names, map(int, match.groups()), strict=True)
-            )
-        elif match := re.search(r"Used (\d+) registers", line):
-            smem = re.search(r"(\d+) bytes smem", line)
-            used = {"registers": int(match[1]), "smem": int(smem[1]) if smem else 0}
-            values.setdefault(entry, {}).update(used)
+    for match in _REPORT.finditer(log):
+        entry, function = match["entry"] or entry, match["function"] or function
+        fields = {f.name: int(match[f.name] or 0) for f in dataclasses.fields(Resources)}
+        name = entry if match["entry"] or match["registers"] else function
+        values.setdefault(name, {}).update({n: x for n, x in fields.items() if x})
     return {name: Resources(**fields) for name, fields in values.items() if name}
 
 

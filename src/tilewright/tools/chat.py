@@ -8,10 +8,12 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tilewright.errors import ArgumentError, MissingExtra, TilewrightError
+from tilewright.errors import ArgumentError, TilewrightError, needed_for
 from tilewright.serve.chat import Prompts
 from tilewright.serve.engine import LLM, Options
 from tilewright.serve.request import Sampling
@@ -45,22 +47,15 @@ SERVER = ("--name", "--host", "--port", "--api-key")
 ENGINE = ("--running", "--step-tokens", "--kv-tokens", "--fast", "--cost", "--target", "--context")
 
 
-def add_arguments(parser: argparse.ArgumentParser, *names: str) -> None:
+def add_arguments(names: Sequence[str], parser: argparse.ArgumentParser) -> None:
     """Adds these of `ARGUMENTS` to a parser."""
     for name in names:
         parser.add_argument(name, **ARGUMENTS[name])
 
 
-def demo_arguments(parser: argparse.ArgumentParser) -> None:
-    add_arguments(parser, "question", "--model", *ANSWER)
-
-
-def chat_arguments(parser: argparse.ArgumentParser) -> None:
-    add_arguments(parser, "model", *ANSWER)
-
-
-def serve_arguments(parser: argparse.ArgumentParser) -> None:
-    add_arguments(parser, "model", *SERVER, *ENGINE)
+demo_arguments = partial(add_arguments, ("question", "--model", *ANSWER))
+chat_arguments = partial(add_arguments, ("model", *ANSWER))
+serve_arguments = partial(add_arguments, ("model", *SERVER, *ENGINE))
 
 
 def _open(args: argparse.Namespace) -> tuple[LLM, float]:
@@ -131,14 +126,12 @@ def serve(args: argparse.Namespace) -> int:
     MissingExtra[E101], ArgumentError[A109]."""
     if not 0 <= args.port <= 65535:
         raise ArgumentError("A109", f"--port {args.port} is outside 0…65535")
-    try:
+    with needed_for("the server", "models,serve"):
         import uvicorn
 
         from tilewright.serve.api import Limits, build_app
         from tilewright.serve.worker import Worker
-    except ModuleNotFoundError as missing:
-        rule, hint = f"the server needs {missing.name}", "pip install 'tilewright[models,serve]'"
-        raise MissingExtra("E101", rule, hint=hint) from None
+
     path = Path(args.model or packaged_model())
     options = Options(
         context=args.context, running=args.running, step_tokens=args.step_tokens,

@@ -78,8 +78,7 @@ def report() -> list[Finding]:
         try:
             findings += [Finding(section, *line) for line in probe()]
         except Exception as error:  # the other probes still run
-            text, hint = f"{type(error).__name__}: {error}", getattr(error, "hint", "")
-            findings.append(Finding(section, "probe failed", text, "bad", hint))
+            findings.append(Finding(section, *_failure("probe failed", error)))
     return findings
 
 
@@ -102,11 +101,15 @@ def _python() -> Iterable[Line]:
 def _try(name: str, probe: Callable[[], str], hint: str = "") -> Line:
     """A line from a probe, with its error as the value if it fails."""
     try:
-        return (name, probe())
-    except TilewrightError as error:
-        return (name, error.message, "bad", error.hint or hint)
+        return name, probe()
     except Exception as error:
-        return (name, f"{type(error).__name__}: {error}", "bad", hint)
+        return _failure(name, error, hint)
+
+
+def _failure(name: str, error: Exception, hint: str = "") -> Line:
+    if isinstance(error, TilewrightError):
+        return name, error.message, "bad", error.hint or hint
+    return name, f"{type(error).__name__}: {error}", "bad", hint
 
 
 def _cpu() -> Iterable[Line]:
@@ -162,12 +165,21 @@ def _exists(module: str) -> bool:
 
 
 def _cuda() -> Iterable[Line]:
-    from tilewright.runtime import cuda
+    from tilewright.runtime.driver import device, driver
+    from tilewright.toolchain import nvrtc
 
-    hints = {
-        "NVRTC": "pip install 'tilewright[cuda]'",
-        "CUDA driver": "kernels for GPUs compile here but do not run: install NVIDIA's driver",
-    }
-    for name, value in cuda.describe():
-        works = value.startswith(("nvidia", "nvrtc", "CUDA ")) or name.startswith("GPU")
-        yield (name, value) if works else (name, value, "missing", hints.get(name, ""))
+    if nvrtc.available():
+        yield "NVRTC", nvrtc.toolkit_version()
+    else:
+        yield "NVRTC", "not installed", "missing", "pip install 'tilewright[cuda]'"
+    try:
+        version = driver().returned("cuDriverGetVersion")
+        gpus = [device(i) for i in range(driver().returned("cuDeviceGetCount"))]
+    except TilewrightError as error:
+        hint = "kernels for GPUs compile here but do not run: install NVIDIA's driver"
+        yield "CUDA driver", error.message, "missing", hint
+        return
+    yield "CUDA driver", f"CUDA {version // 1000}.{version % 1000 // 10}"
+    for gpu in gpus:
+        memory = f"{gpu.memory_bytes / 2**30:.0f} GiB"
+        yield f"GPU {gpu.ordinal}", f"{gpu.name}, {gpu.arch}, {gpu.sms} SMs, {memory}"

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import runpy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from traceback import extract_tb
 
 from tilewright import compiler
 from tilewright.build import Definition
@@ -26,6 +29,7 @@ from tilewright.target import target as parse_target
 from tilewright.tools.cli import check_output
 
 DEFAULT_TARGETS = ("cpp", "cuda:sm_90a")
+GENERATED = ("C++", "CUDA", "refused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +73,7 @@ def show(args: argparse.Namespace) -> int:
     if not args.stages and not args.html:
         shown = {name: _ends(stages) for name, stages in shown.items()}
     if args.html:
-        from tilewright.tools import page
-
-        args.html.write_text(page.html(args.file.name, shown), encoding="utf-8")
+        args.html.write_text(html(args.file.name, shown), encoding="utf-8")
         print(f"wrote {args.html}")
         return 0
     for name, stages in shown.items():
@@ -94,7 +96,9 @@ def load(path: Path) -> dict[str, Definition]:
             raise
         except (Exception, SystemExit) as error:
             rule = f"running it failed: {type(error).__name__}: {error}"
-            raise ProgramError("P101", rule, where=f"{path}{_line_in(path, error)}") from error
+            lines = [f.lineno for f in extract_tb(error.__traceback__) if f.filename == str(path)]
+            where = f"{path}:{lines[-1]}" if lines else str(path)
+            raise ProgramError("P101", rule, where=where) from error
     definitions: dict[str, Definition] = {}
     for name, value in names.items():
         if isinstance(value, Definition) and not any(value is d for d in definitions.values()):
@@ -103,15 +107,6 @@ def load(path: Path) -> dict[str, Definition]:
         hint = "@tw.program above a function"
         raise ProgramError("P101", "the file defines no program", where=str(path), hint=hint)
     return definitions
-
-
-def _line_in(path: Path, error: BaseException) -> str:
-    trace, line = error.__traceback__, ""
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = f":{trace.tb_lineno}"
-        trace = trace.tb_next
-    return line
 
 
 def stages_of(definition: Definition, targets: list[Target]) -> list[Stage]:
@@ -130,25 +125,20 @@ def stages_of(definition: Definition, targets: list[Target]) -> list[Stage]:
 
 
 def _stages(definition: Definition, target: Target) -> Iterator[Stage]:
-    last = definition.program
-    for last, title in _programs(definition, target):
-        yield Stage(title, last.level, str(last))
+    """The program as written, after each verb, after each pass with effect; the generated text."""
+    last, previous = definition.program, ""
+    for last, title in _steps(definition, target):
+        if str(last) != previous or title.startswith("schedule "):
+            yield Stage(title, last.level, str(last))
+        previous = str(last)
     if target.kind == "interp":
         return
     language = "CUDA" if target.is_cuda else "C++"
     yield Stage(f"{language} for {target}", language, source_text(last, target))
 
 
-def _programs(definition: Definition, target: Target) -> Iterator[tuple[Program, str]]:
-    """Yields the program and a title: as written, after each verb, after each pass with effect."""
-    previous = ""
-    for program, title in _steps(definition, target):
-        if str(program) != previous or title.startswith("schedule "):
-            yield program, title
-        previous = str(program)
-
-
 def _steps(definition: Definition, target: Target) -> Iterator[tuple[Program, str]]:
+    """Yields the program and a title, for the program as written, each verb and each pass."""
     states: list[Schedule] = []
     schedule: Schedule | None = definition.scheduled(target)
     while schedule is not None:
@@ -162,9 +152,10 @@ def _steps(definition: Definition, target: Target) -> Iterator[tuple[Program, st
                 program = state.program
                 yield program, f"schedule {state.history[-1]}"
         results: list[tuple[Program, str]] = []
-        run_passes(program, passes, target.kind, lambda name, p, r=results: r.append((p, name)))
-        for program, name in results:
-            yield program, name
+        program = run_passes(
+            program, passes, target.kind, lambda name, p, r=results: r.append((p, name))
+        )
+        yield from results
 
 
 def source_text(program: Program, target: Target) -> str:
@@ -178,4 +169,49 @@ def source_text(program: Program, target: Target) -> str:
 
 def _ends(stages: list[Stage]) -> list[Stage]:
     """The program as written, and the generated texts."""
-    return [s for s in stages if s.title == "as written" or s.level in ("C++", "CUDA", "refused")]
+    return [s for s in stages if s.title == "as written" or s.level in GENERATED]
+
+
+def html(title: str, programs: dict[str, list[Stage]]) -> str:
+    """The page for the stages of each program: one file with its style and script. Every stage
+    stands beside the one before it; lines that a pass changed are marked on both sides."""
+    files = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
+    style, script = (file.read_text(encoding="utf-8") for file in files)
+    menu, body, number = [], [], 0
+    for name, stages in programs.items():
+        menu.append(f"<h2>{escape(name)}</h2>")
+        body.append(f"<h2>{escape(name)}</h2>")
+        before = None
+        for stage in stages:
+            number += 1
+            head = f"{escape(stage.title)} <small>{escape(stage.level)}</small>"
+            menu.append(f'<a href="#s{number}">{head}</a>')
+            if before is None or stage.level in GENERATED:
+                inner = f"<pre>{escape(stage.text)}</pre>"
+            else:
+                rows = "".join(_rows(before.splitlines(), stage.text.splitlines()))
+                inner = f'<div class="scroll"><table>{rows}</table></div>'
+            body.append(f'<details id="s{number}" open><summary>{head}</summary>{inner}</details>')
+            if stage.level not in GENERATED:
+                before = stage.text
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}: stages</title><style>{style}</style></head>\n"
+        f'<body><nav aria-label="stages">{"".join(menu)}</nav>\n<main><h1>{escape(title)}</h1>'
+        "<p>Each stage on the right, the one before it on the left; changed lines are marked.</p>"
+        '<p><button onclick="all(true)">open all</button>'
+        '<button onclick="all(false)">close all</button></p>\n'
+        f"{chr(10).join(body)}\n</main><script>{script}</script></body></html>\n"
+    )
+
+
+def _rows(old: list[str], new: list[str]) -> Iterator[str]:
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        for k in range(max(b - a, d - c)):
+            left = old[a + k] if a + k < b else ""
+            right = new[c + k] if c + k < d else ""
+            old_class = ' class="old"' if kind != "equal" and a + k < b else ""
+            new_class = ' class="new"' if kind != "equal" and c + k < d else ""
+            cells = f"<td{old_class}>{escape(left)}</td><td{new_class}>{escape(right)}</td>"
+            yield f"<tr>{cells}</tr>"

@@ -17,11 +17,12 @@ from tilewright.tools.chat import add_arguments
 from tilewright.tools.cli import check_output
 
 _BAR = 40  # characters
+_ENGINE = ("model", "--running", "--step-tokens", "--fast", "--target", "--context")
 
 
 def tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("serve",))
-    add_arguments(parser, "model", "--running", "--step-tokens", "--fast", "--target", "--context")
+    add_arguments(_ENGINE, parser)
     parser.add_argument("--out", type=Path, default=Path("cost.json"), help="default: cost.json")
     parser.add_argument("--seconds", type=float, default=150.0, help="how long to measure")
 

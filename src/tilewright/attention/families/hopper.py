@@ -92,7 +92,7 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
 def _arch(device: str) -> str:
     from tilewright.runtime import cuda
 
-    return cuda.device_arch(int(device.partition(":")[2] or 0))
+    return cuda.device(int(device.partition(":")[2] or 0)).arch
 
 
 def order(items: np.ndarray, qo_indptr: np.ndarray, workers: int) -> np.ndarray:
@@ -185,7 +185,7 @@ def source(spec: Spec, box: int, chunked: bool = False) -> str:
 
 def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]]:
     """The tensor maps of q, k, v and o as the parameters hold them."""
-    from tilewright.runtime.tensor_map import tensor_map
+    from tilewright.runtime.cuda import tensor_map
 
     words = {f"{name}_map": [0] * 16 for name in "qkvo"}
     if not tokens:  # nothing is launched, and there are no maps of empty arrays

@@ -82,7 +82,7 @@ class ModelConfig:
     head_dim / 2). `context` is the longest sequence in tokens. Layers of `windowed` see the last
     `window` keys, and rotate by `local_rope` if there is one. `norm_offset` is added to the scales
     of normalisations; `post_norms`: also the results of attention and FFN are normalised;
-    `scaled_embedding`: by the root of `dim`. Scores and logits are bent into (-cap, cap), 0: not.
+    `scaled_embedding`: by the root of `dim`. `score_cap`, `logit_cap`: soft caps (0: none).
     """
 
     architecture: str
@@ -149,8 +149,8 @@ class ModelConfig:
 
 
 def read_config(keys: Metadata, has_head: bool, interleaved: bool = False) -> ModelConfig:
-    """From the keys of a config.json. `has_head`: the file has an output matrix;
-    `interleaved`: as `rope_interleaved` of `ModelConfig`.
+    """Reads the keys of a config.json. `has_head`: the file has an output matrix;
+    `interleaved`: `rope_interleaved` of the result.
 
     Raises ModelError: M101 for a value that is missing or of a wrong type, M102 for a model that is
     not supported.

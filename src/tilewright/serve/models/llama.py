@@ -15,10 +15,10 @@ import numpy as np
 
 from tilewright.attention.batch import Attention
 from tilewright.attention.variant import Causal, SlidingWindow, Softcap
-from tilewright.ops.activation import gelu_mul_kernel, scaled_kernel, silu_mul_kernel
 from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.linear import (
     KINDS,
+    STORED,
     TOGETHER,
     After,
     can_interleave,
@@ -26,9 +26,15 @@ from tilewright.ops.linear import (
     linear_kernel,
     weight_views,
 )
-from tilewright.ops.rmsnorm import rmsnorm_add_kernel, rmsnorm_kernel
 from tilewright.ops.rope import append_kernel, rope_append_kernel, rope_kernel
-from tilewright.ops.sampling import argmax_kernel
+from tilewright.ops.rowwise import (
+    argmax_kernel,
+    gelu_mul_kernel,
+    rmsnorm_add_kernel,
+    rmsnorm_kernel,
+    scaled_kernel,
+    silu_mul_kernel,
+)
 from tilewright.serve.memory import Memory
 from tilewright.serve.weights import ModelFile, Weight, dequantize
 from tilewright.target import Target, target
@@ -47,9 +53,6 @@ class Linear:
     cols: int
     interleaved: bool
     bias: tuple[Any, ...] = ()
-
-    def kernel(self, many: bool, where: str, after: After = "") -> Any:
-        return linear_kernel(where, self.kind, many, self.rows, self.cols, self.interleaved, after)
 
     def is_stored_like(self, other: Linear) -> bool:
         """Whether one kernel can take both weights."""
@@ -95,8 +98,8 @@ class Rows:
 
 
 class LayerInput(NamedTuple):
-    """The rows that linear layers read: `x`, but of the first `raw_rows` of `raw` the RMSNorm,
-    which the layers compute themselves from `norm` (weight, epsilon)."""
+    """The input of linear layers: `x`, whose first `raw_rows` rows are not filled. For these the
+    layers read `raw`, and compute its RMSNorm themselves, with `norm` (weight, epsilon)."""
 
     x: Any
     raw: Any = None
@@ -205,12 +208,9 @@ class Llama:
         rope, rope_append = (f(c.rope_interleaved, name) for f in (rope_kernel, rope_append_kernel))
         append = append_kernel(name)
         embedded = y if c.scaled_embedding else x
-        do(
-            embedding_kernel(self.table_kind, name),
-            b.ids,
-            *self.table,
-            out=self._embedded(embedded),
-        )
+        if self.table_kind not in STORED:
+            embedded = embedded.reshape(t, c.dim // 32, 2, 16)  # as the kernel writes it
+        do(embedding_kernel(self.table_kind, name), b.ids, *self.table, out=embedded)
         if c.scaled_embedding:
             do(scaled_kernel(name), y, c.dim**0.5, out=x)
         for i, layer in enumerate(self.layers):
@@ -291,14 +291,10 @@ class Llama:
                 more = up.arrays if up else w.bias
                 if residual is not None:
                     more = (w.as_written(rows(residual, begin, end)),)
-                kernel = w.kernel(many, self.name, after)
+                shape = w.rows, w.cols
+                kernel = linear_kernel(self.name, w.kind, many, *shape, w.interleaved, after)
                 piece = w.as_written(rows(out, begin, end))
                 do(kernel, rows(array, begin, end), *w.arrays, *norm, *more, out=piece)
-
-    def _embedded(self, x: Any) -> Any:
-        blocks = self.config.dim // 32
-        quantised = {"q8_0": (blocks, 32), "q4_0": (blocks, 2, 16), "q4_1": (blocks, 2, 16)}
-        return x.reshape(x.shape[0], *quantised.get(self.table_kind, (self.config.dim,)))
 
     def finish(self, a: dict[str, Any], single: int, do: Do) -> None:
         """The `logits` of the rows of `x`, and the `token` of the largest of each."""

@@ -76,6 +76,16 @@ def poisoned(shape: tuple[int, ...], dtype: DType) -> np.ndarray:
     return np.full(shape, value, kind)
 
 
+def as_operand(x: np.ndarray, dtype: DType) -> np.ndarray:
+    """Elements of an operand of a tile operation as it multiplies them: float32 is rounded to tf32,
+    to the nearest, ties away from zero."""
+    if dtype.name != "float32":
+        return x.astype(np.float32, copy=False)
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isnan(x), x, rounded)
+
+
 @dataclass(slots=True)
 class Array:
     """An array, and its memory as one row of elements, from the first to the last."""

@@ -27,6 +27,8 @@ from math import gcd, prod
 from typing import Any
 
 import numpy as np
+from tests.compiler.memory import Array, Part, as_operand, lane_dimensions, launches, poisoned
+from tests.compiler.races import Flights, History
 
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError
@@ -34,8 +36,6 @@ from tilewright.ir import nodes as ir
 from tilewright.ir.atoms import QUAD, element
 from tilewright.ir.rewrite import walk
 from tilewright.reference import ops_table as ops
-from tilewright.reference.memory import Array, Part, lane_dimensions, launches, poisoned
-from tilewright.reference.races import Flights, History
 from tilewright.target import WARP
 
 Machine = Callable[..., "Launch"]
@@ -366,7 +366,7 @@ class Launch:
         The reader is the warp: no lane of it, so that lanes of the same warp need a barrier too."""
         if t.buffer.scope == "fragment":
             values = self.registers[t.buffer.name][self.warps(), self.of_warps(t.offset)]
-            return ops.as_operand(ops.cast(values, dtype), dtype)
+            return as_operand(ops.cast(values, dtype), dtype)
         at, inside = self.window(t, rows, cols)
         elements = np.zeros(at.shape, np.float32)
         if t.buffer.name in self.histories and inside.any():
@@ -376,7 +376,7 @@ class Launch:
             self.access(t.buffer.name, "read", at[inside], who)
         if inside.any():
             read = self.memory[t.buffer.name].read(at[inside], t.buffer.dtype)
-            elements[inside] = ops.as_operand(read, t.buffer.dtype)
+            elements[inside] = as_operand(read, t.buffer.dtype)
         return elements
 
     # -- expressions -----------------------------------------------------------------------------

@@ -1,0 +1,92 @@
+"""Operators of the rows of a matrix: RMSNorm (Zhang and Sennrich, 2019), SiLU or GELU times a
+factor, a scaled array, and the likeliest next token."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+from tilewright.build import named_recipe, program
+from tilewright.ops import recipes
+from tilewright.schedule import Schedule
+from tilewright.sparse import trace
+from tilewright.sparse.trace import dense, indices, out, rsqrt, scalar, sigmoid, size, tanh, where
+
+NO_INDEX = 2**31 - 1
+BY_ROW = recipes.rows.of(row="t", elements=("k",))
+WITH_SUM = recipes.rows.of(row="t", elements=("k", "k2"))  # a sum over the row, then its elements
+
+
+def _normalised(X: Any, W: Any, eps: Any, t: Any, k: Any) -> Any:
+    mean = trace.sum_(X[t, k] * X[t, k], over=k) / size("k").cast("float32")
+    return X[t, k] * rsqrt(mean + eps[()]) * W[k]
+
+
+@program
+def rmsnorm(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar()):
+    t, k = indices("t:t k:k")
+    return out[t, k](_normalised(X, W, eps, t, k))
+
+
+@program
+def rmsnorm_add(X=dense("t k"), W=dense("k", kind="weight"), eps=scalar(), R=dense("t k")):
+    t, k = indices("t:t k:k")
+    return out[t, k](R[t, k] + _normalised(X, W, eps, t, k))
+
+
+RMSNORM = rmsnorm.schedule(WITH_SUM)
+# X / sqrt(mean(X²) + ε) · W. X: (t, k), W: (k,), eps: a number → (t, k); the second adds a
+# residual, R: (t, k).
+rmsnorm_kernel = cache(RMSNORM.build)
+rmsnorm_add_kernel = cache(rmsnorm_add.schedule(WITH_SUM).build)
+
+
+@program
+def silu_mul(G=dense("t k"), U=dense("t k")):
+    t, k = indices("t:t k:k")
+    return out[t, k](G[t, k] * sigmoid(G[t, k]) * U[t, k])
+
+
+@program
+def gelu_mul(G=dense("t k"), U=dense("t k")):
+    t, k = indices("t:t k:k")
+    g = G[t, k]
+    bent = tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g * g * g))
+    return out[t, k](0.5 * g * (1.0 + bent) * U[t, k])
+
+
+@program
+def scaled(X=dense("t k"), factor=scalar()):
+    t, k = indices("t:t k:k")
+    return out[t, k](X[t, k] * factor[()])
+
+
+SILU_MUL = silu_mul.schedule(BY_ROW)
+# silu(G) · U, and gelu(G) · U with the tanh form of GELU (Hendrycks and Gimpel, 2016): both (t, k).
+silu_mul_kernel = cache(SILU_MUL.build)
+gelu_mul_kernel = cache(gelu_mul.schedule(BY_ROW).build)
+# X (t, k) times a number.
+scaled_kernel = cache(scaled.schedule(BY_ROW).build)
+
+
+@program
+def argmax(X=dense("t v")):
+    t, v = indices("t:t v:v")
+    peak = trace.max_(X[t, v], over=v)
+    # `<`, not `>=`: at least one element is not below the peak, also if a logit is NaN.
+    return out[t](trace.min_(where(X[t, v] < peak, NO_INDEX, v), over=v))
+
+
+@named_recipe
+def argmax_by_row(s: Schedule) -> Schedule:
+    """A row is read by one CTA of a GPU: as many threads as it can have, each with several loads
+    under way."""
+    s = recipes.rows.of(row="t", elements=("v", "v2"), threads_y=32)(s)
+    return s.unroll("v_o", 8).unroll("v2_o", 8) if s.target.is_cuda else s
+
+
+ARGMAX = argmax.schedule(argmax_by_row)
+# X (t, v) → the smallest index of the largest value of each row, int32 (t,). A row with NaN gives
+# some index of it.
+argmax_kernel = cache(ARGMAX.build)
