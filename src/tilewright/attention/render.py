@@ -169,7 +169,7 @@ def _struct(
             f"{{ return tw::tile_class({bound(traced.mask, text)}); }}",
             "  TW_METHOD tw::Ranges<RANGES> ranges(const tw::Tile& tile, const tw::Line& kv, "
             "const tw::Line& key) const "
-            f"{{ (void)kv, (void)key; return {{{{{', '.join(ranges)}}}}}; }}",
+            f"{{ return {{{{{', '.join(ranges)}}}}}; }}",
             "};",
         )
     )
