@@ -53,6 +53,7 @@ class Case:
 def decode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gib", type=float, default=24.0, help="GiB of keys and values in all")
     parser.add_argument("--rows", type=int, nargs="*", help="numbers of rows (default: all)")
+    parser.add_argument("--random", type=int, default=0, help="random batches, beside predictions")
 
 
 def decode(args: argparse.Namespace) -> Iterator[Row]:
@@ -62,6 +63,9 @@ def decode(args: argparse.Namespace) -> Iterator[Row]:
     memory = torch.empty(int(args.gib * 2**29), dtype=torch.bfloat16, device="cuda")
     for part in memory.split(1 << 28):
         part.normal_()
+    if args.random:
+        yield predicted(args.random, memory) | base_row("decode", "attention.decode", "cuda")
+        return
     for number, case in enumerate(cases()):
         if args.rows and number not in args.rows:
             continue
@@ -77,6 +81,53 @@ def cases() -> Iterator[Case]:
                 continue
             lengths = _lengths(kind, requests, average, rng)
             yield Case(qo_heads, kv_heads, f"{requests} x {average} {kind}", lengths)
+
+
+def random_case(rng: np.random.Generator) -> Case:
+    """A batch of 1 … 256 requests of 128 … 32768 keys on average, at most 8 GiB."""
+    qo_heads, kv_heads = ((32, 8), (64, 8), (32, 32), (16, 2), (8, 4))[rng.integers(5)]
+    requests, average = int(2 ** rng.uniform(0, 8)), int(2 ** rng.uniform(7, 15))
+    while requests * average * kv_heads > 256 * 2048 * 8:
+        average //= 2
+    kind = ("const", "uniform", "skew")[rng.integers(3)]
+    lengths = _lengths(kind, requests, max(average, 16), rng)
+    return Case(qo_heads, kv_heads, f"{requests} x {average} {kind}", lengths)
+
+
+def predicted(count: int, memory: Any) -> Row:
+    """The error of `plan.report()` over random batches; the value is its 90th percentile."""
+    torch = require_torch()
+    rng, errors = np.random.default_rng(7), []
+    while len(errors) < count:
+        case = random_case(rng)
+        pages = -(-case.lengths // PAGE)
+        total = int(pages.sum())
+        size = total * 2 * PAGE * case.kv_heads * HEAD_DIM
+        calls = max(2, min(_CALLS // 2, memory.numel() // size))
+        if size * calls > memory.numel():
+            continue
+        shape = (total, 2, PAGE, case.kv_heads, HEAD_DIM)
+        caches = [memory[i * size : (i + 1) * size].view(shape) for i in range(calls)]
+        indptr = np.concatenate([[0], np.cumsum(pages)])
+        arrays = (case.lengths, indptr, np.random.default_rng(1).permutation(total))
+        table = Table.csr(*(torch.from_numpy(x.astype(np.int32)).cuda() for x in arrays))
+        attn = Attention(case.qo_heads, case.kv_heads, HEAD_DIM)
+        requests = len(pages)
+        q = torch.randn(calls, requests, case.qo_heads, HEAD_DIM, device="cuda").bfloat16()
+        plan = attn.plan(np.arange(requests + 1), KV(table, Pool(caches[0])))
+        bound = [attn.bind(q[i], KV(table, Pool(c)), plan=plan) for i, c in enumerate(caches)]
+        graph = graph_of([lambda b=b: b() for b in bound])
+        us, guess = replayed({"": (graph, calls)})[""], plan.report().microseconds
+        if guess is None:
+            raise SystemExit(f"no costs are known of {torch.cuda.get_device_name()}")
+        errors.append(guess / us - 1)
+        note(f"{case.qo_heads}/{case.kv_heads} {case.name:20} {us:8.1f} us, predicted {guess:8.1f}")
+    size = np.abs(errors)
+    return {
+        "input": f"{count} random batches", "width": 0, "dtype": "bfloat16", "impl": "tilewright",
+        "ms": None, "metric": "p90 error of the predicted time", "ratio": None,
+        "value": float(np.quantile(size, 0.9)), "mean": float(size.mean()),
+    }  # fmt: skip
 
 
 def _lengths(kind: str, requests: int, average: int, rng: np.random.Generator) -> np.ndarray:
@@ -117,25 +168,25 @@ def measured(case: Case, memory: Any) -> Row:
     room = attn.reserve(len(pages))
     room.plan(table_of)
     bound = [attn.bind(q[i], kvs[i], plan=room) for i in range(calls)]
-    graphs = {"tilewright": _graph([lambda b=b: b() for b in bound])}
+    graphs = {"tilewright": graph_of([lambda b=b: b() for b in bound])}
     outputs = {"tilewright": bound[0].state.o}
-    calls_of_peers = list(_flash_attention_3(case, q, caches, table))  # graphs use their memory
+    calls_of_peers = list(flash_attention_3(case, q, caches, table))  # graphs use their memory
     for name, call in calls_of_peers:
         outputs[name] = call(0)
-        graphs[name] = _graph([lambda i=i, call=call: call(i) for i in range(calls)])
-    times = _replayed({n: (g, calls) for n, g in graphs.items()})
-    error = {n: _error(case, q[0], caches[0], o, [t.cpu().numpy() for t in table])
+        graphs[name] = graph_of([lambda i=i, call=call: call(i) for i in range(calls)])
+    times = replayed({n: (g, calls) for n, g in graphs.items()})
+    error = {n: error_of(case, q[0], caches[0], o, [t.cpu().numpy() for t in table])
              for n, o in outputs.items()}  # fmt: skip
     right = {n: us for n, us in times.items() if error[n] <= 8e-3}
     peers = {n: us for n, us in right.items() if n != "tilewright"}
     best = min(peers, key=peers.__getitem__) if peers else ""
     us = times["tilewright"]
-    plan = _replayed({"plan": (_graph([lambda: room.plan(table_of)] * 32), 32)})["plan"]
+    plan = replayed({"plan": (graph_of([lambda: room.plan(table_of)] * 32), 32)})["plan"]
     row: Row = {
         "input": case.name, "width": case.qo_heads, "dtype": "bfloat16", "impl": "tilewright",
         "heads": f"{case.qo_heads}/{case.kv_heads}", "ms": us / 1e3, "metric": "us", "value": us,
         "ratio": peers[best] / us if best else None, "bytes": case.nbytes,
-        "read_us": _read_us(caches), "plan_us": plan, "error": error["tilewright"],
+        "read_us": read_us(caches), "plan_us": plan, "error": error["tilewright"],
         "peer": best, "peer_us": peers.get(best), "peers_us": peers,
     }  # fmt: skip
     beside = f", {best} {peers[best]:8.2f} us" if best else ""
@@ -147,7 +198,7 @@ def measured(case: Case, memory: Any) -> Row:
     return row | ({"wrong": f"relative error {error['tilewright']:.2g}"} if wrong else {})
 
 
-def _flash_attention_3(
+def flash_attention_3(
     case: Case, q: Any, caches: list[Any], table: list[Any]
 ) -> Iterator[tuple[str, Callable[[int], Any]]]:
     """Calls of FlashAttention-3 by number, with each bound of its splits; none where it is not
@@ -179,7 +230,7 @@ def _flash_attention_3(
         yield f"fa3, splits {splits or 'auto'}", call
 
 
-def _graph(calls: list[Callable[[], Any]]) -> Any:
+def graph_of(calls: list[Callable[[], Any]]) -> Any:
     """The calls as a CUDA graph; each ran once before."""
     torch = require_torch()
     for call in calls:
@@ -192,7 +243,7 @@ def _graph(calls: list[Callable[[], Any]]) -> Any:
     return graph
 
 
-def _replayed(graphs: dict[str, tuple[Any, int]]) -> dict[str, float]:
+def replayed(graphs: dict[str, tuple[Any, int]]) -> dict[str, float]:
     """Microseconds a call of each graph (with how many it holds), the median of rounds in turns."""
     torch = require_torch()
     times: dict[str, list[float]] = {name: [] for name in graphs}
@@ -209,7 +260,7 @@ def _replayed(graphs: dict[str, tuple[Any, int]]) -> dict[str, float]:
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def _read_us(caches: list[Any]) -> float:
+def read_us(caches: list[Any]) -> float:
     """Microseconds to read the bytes of a cache once: the fastest of a few block sizes."""
     torch = require_torch()
     from bench.read_kernel import launcher
@@ -222,11 +273,11 @@ def _read_us(caches: list[Any]) -> float:
             continue
         run = [launcher(w, out, block, warps) for w in words]
         calls = [lambda r=r: r(torch.cuda.current_stream().cuda_stream) for r in run]
-        best = min(best, _replayed({"read": (_graph(calls), len(calls))})["read"])
+        best = min(best, replayed({"read": (graph_of(calls), len(calls))})["read"])
     return best
 
 
-def _error(case: Case, q: Any, cache: Any, o: Any, table: list[np.ndarray]) -> float:
+def error_of(case: Case, q: Any, cache: Any, o: Any, table: list[np.ndarray]) -> float:
     """The largest relative error of three requests, against float64."""
     torch = require_torch()
     indptr, indices, _ = table

@@ -6,6 +6,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from tests.attention.twin import Bounds, Interval
 
 import tilewright.attention.variant as variants
 from tilewright import dtypes
@@ -58,7 +59,8 @@ def spec_of(
 ) -> Spec:
     """The spec of a kernel; `form`: of its table (default: CSR of int32)."""
     q_type, kv_type, o_type = (dtypes.ALL[n] for n in (q, kv, o or q))
-    table = TableForm(**({"table_indptr": "int32"} | form))
+    named: dict[str, Any] = {"table_indptr": "int32"} | form
+    table = TableForm(**named)
     return Spec(group, head_dim, head_dim, q_type, kv_type, o_type, variant.traced, table)
 
 
@@ -136,7 +138,7 @@ ALL_VARIANTS = {
 EMPTY, PARTIAL, FULL = 0, 1, 2  # the classes of tiles of kernels/bounds.h
 
 
-def tile_class(mask: Any, positions: dict[str, bounds.Interval], values: dict[str, int]) -> int:
+def tile_class(mask: Any, positions: dict[str, Interval], values: dict[str, int]) -> int:
     """The class of a tile by the bounds of its mask over NumPy arrays."""
-    seen = bounds.bound(mask, bounds.Numbers(positions, values))
+    seen = bounds.bound(mask, Bounds(positions, values))
     return EMPTY if seen.hi == 0 else FULL if seen.lo == 1 else PARTIAL

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import operator
 import sys
 import zlib
@@ -37,8 +38,8 @@ CASES_OF_A_KERNEL = 8  # cases that share a compiled kernel; all else differs
 @dataclass(frozen=True)
 class Case:
     """One call. `k` and `v` are (pages, page_size, kv_heads, head_dim) with any strides; `form`
-    says
-    how the table is told (`table_of`), `positions` where keys and queries are."""
+    says how the table is told (`table_of`), `positions` where keys and queries are, `shared` which
+    requests share the first rows of the table, level by level."""
 
     number: str
     mask: str
@@ -56,6 +57,7 @@ class Case:
     workers: int
     form: str
     positions: dict[str, np.ndarray]
+    shared: tuple[np.ndarray, ...] = ()
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -73,17 +75,25 @@ class Case:
             f"{self.values}, q {self.q.shape} {self.q.dtype}, "
             f"k {self.k.shape} {self.k.dtype} strides {self.k.strides}, "
             f"qo {np.diff(self.qo_indptr).tolist()}, kv {lengths}, {self.form}, "
-            f"{self.positions}, v {self.v.shape}, workers {self.workers}"
+            f"{self.positions}, v {self.v.shape}, workers {self.workers}, "
+            f"shared {[x.tolist() for x in self.shared]}, nodes {self.kv_len.tolist()}"
         )
 
 
 def slots_of(case: Case) -> list[list[tuple[int, int]]]:
     """The page and the slot of each key of each request."""
-    page_size, found = case.k.shape[1], []
-    for r in range(len(case.kv_indptr) - 1):
+    page_size, nodes, at = case.k.shape[1], [], 0
+    for r in range(len(case.kv_len)):
         length, first = int(case.kv_len[r]), int(case.kv_indptr[r])
         pages = case.kv_indices[first : first + -(-length // page_size)].tolist()
-        found.append([(page, slot) for page in pages for slot in range(page_size)][:length])
+        nodes.append([(page, slot) for page in pages for slot in range(page_size)][:length])
+    requests = len(case.qo_indptr) - 1
+    found: list[list[tuple[int, int]]] = [[] for _ in range(requests)]
+    for indptr in (*case.shared, range(requests + 1)):
+        for begin, end in itertools.pairwise(indptr):
+            for request in range(begin, end):
+                found[request] += nodes[at]
+            at += 1
     return found
 
 
@@ -205,13 +215,14 @@ def table_of(case: Case, to: Callable[[np.ndarray], Any] = lambda x: x) -> tw.Ta
     rng = np.random.default_rng(zlib.crc32(case.number.encode()))
     kind = np.int64 if case.form.endswith("int64") else np.int32
     kv_len, indptr = case.kv_len.astype(kind), case.kv_indptr.astype(kind)
-    positions = {name: to(x) for name, x in case.positions.items()}
+    more: dict[str, Any] = {name: to(x) for name, x in case.positions.items()}
+    more["shared"] = [to(x) for x in case.shared]
     if case.form.startswith("csr"):
-        return tw.Table.csr(to(kv_len), to(indptr), to(case.kv_indices.astype(kind)), **positions)
+        return tw.Table.csr(to(kv_len), to(indptr), to(case.kv_indices.astype(kind)), **more)
     if case.form == "ragged":
-        return tw.Table.ragged(to(indptr), **positions)
+        return tw.Table.ragged(to(indptr), **more)
     if case.form == "dense":
-        return tw.Table.dense(to(kv_len), **positions)
+        return tw.Table.dense(to(kv_len), **more)
     requests, counts = len(kv_len), np.diff(case.kv_indptr)
     rows = rng.permutation(requests + 3)[:requests] if case.form == "rows" else np.arange(requests)
     height, width = requests + 3 * (case.form == "rows"), int(counts.max(initial=0)) + 2
@@ -220,7 +231,19 @@ def table_of(case: Case, to: Callable[[np.ndarray], Any] = lambda x: x) -> tw.Ta
     for r, row in enumerate(rows):
         block_table[row, : counts[r]] = case.kv_indices[indptr[r] : indptr[r] + counts[r]]
     named = {"rows": to(rows.astype(kind))} if case.form == "rows" else {}
-    return tw.Table(to(kv_len), to(block_table), **named, **positions)
+    return tw.Table(to(kv_len), to(block_table), **named, **more)
+
+
+def draw_levels(rng: np.random.Generator, requests: int, depth: int) -> tuple[np.ndarray, ...]:
+    """The indptr of each level of shared keys, the outermost first; some nodes are empty."""
+    levels, finer = [], np.arange(requests + 1)
+    for _ in range(depth):
+        kept = finer[rng.random(len(finer)) < rng.choice([0.2, 0.6, 1.0])]
+        twice = kept[: rng.integers(0, 2)]
+        finer = np.sort(np.concatenate([[0], np.unique(kept), twice, [requests]]))
+        finer = np.delete(finer, 1) if len(finer) > 2 and rng.random() < 0.5 else finer
+        levels.append(finer.astype(np.int32))
+    return tuple(levels[::-1])
 
 
 def draw_positions(rng: np.random.Generator, lengths: list[int], kind: str) -> dict[str, Any]:
@@ -247,7 +270,11 @@ def draw(seed: int, number: int) -> Case:
     q_type, kv_type = (DTYPES[kernel.integers(0, 3)] for _ in "qk")
     requests, kv_heads = int(rng.integers(0, 5)), int(rng.integers(1, 4 if group < 6 else 2))
     page_size = int(rng.choice([1, 2, 7, 16, 64]))
-    lengths = [int(rng.integers(0, rng.choice([6, 100, 500, 3001]))) for _ in range(requests)]
+    depth = int(np.random.default_rng([seed, n, 2]).choice([0, 0, 1, 2, 3]))
+    requests += 3 * (depth > 0)
+    shared = draw_levels(rng, requests, depth)
+    nodes = requests + sum(len(x) - 1 for x in shared)
+    lengths = [int(rng.integers(0, rng.choice([6, 100, 500, 3001]))) for _ in range(nodes)]
     qo_lengths = [int(rng.integers(0, rng.choice([2, 8, 71]))) for _ in range(requests)]
     if rng.random() < 0.2:
         qo_lengths = [1] * requests
@@ -258,8 +285,8 @@ def draw(seed: int, number: int) -> Case:
         kv_indices, pages = np.arange(sum(lengths), dtype=np.int32), sum(lengths) + 2
     elif form == "dense":
         page_size = max(lengths, default=0) + int(rng.integers(1, 9))
-        kv_indices, pages = np.arange(requests, dtype=np.int32), requests + 1
-        kv_indptr = np.arange(requests + 1, dtype=np.int32)
+        kv_indices, pages = np.arange(nodes, dtype=np.int32), nodes + 1
+        kv_indptr = np.arange(nodes + 1, dtype=np.int32)
     else:
         kv_indptr, kv_indices, pages = pages_of(rng, lengths, page_size)
     k, v = strided(rng, (pages, page_size, kv_heads), (dim, dim_vo), kv_type)
@@ -277,8 +304,11 @@ def draw(seed: int, number: int) -> Case:
     case = Case(
         f"{seed}:{number}", mask, logits, sink, scale, values, q, qo_indptr,
         k, v, np.array(lengths, np.int32), kv_indptr, kv_indices, workers, form,
-        draw_positions(rng, lengths, str(kernel.choice(["", "", "", "qo", "kv"]))),
+        {}, shared,
     )  # fmt: skip
+    kinds = ["", "", "", "qo", "qo" if depth else "kv"]
+    own = [len(x) for x in slots_of(case)]
+    case = replace(case, positions=draw_positions(rng, own, str(kernel.choice(kinds))))
     fill(rng, case)
     return case
 
@@ -369,6 +399,10 @@ def check_on_gpu(case: Case) -> str:
     k, v = (x[:, 0] if case.form == "ragged" else x for x in (case.k, case.v))
     kv = tw.KV(table_of(case, on_gpu), tw.Pool(on_gpu(k), on_gpu(v)))
     q_dtype = case.q.dtype.name
+    longest = int(np.diff(case.qo_indptr).max(initial=0))
+    reasons = dict(attn.resolve(kv, qo_len=longest, q_dtype=q_dtype).families)
+    if case.shared and reasons["decode"]:  # no other family runs it
+        return "refused"
     plan = attn.plan(case.qo_indptr, kv, q_dtype=q_dtype, workers=case.workers)
     arrays = {name: on_gpu(x) for name, x in arrays_of(case).items()}
     state = attn.run(on_gpu(case.q), kv, plan, **arrays)

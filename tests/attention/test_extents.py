@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tests.attention.cases import ALL_VARIANTS, TYPES, paged, queries, spec_of
 from tests.attention.test_flash_cuda import _bits, on_device
 from tests.attention.test_variant import condition
+from tests.attention.twin import Interval, Line, Numbers, visible_tiles
 
 import tilewright as tw
 from tilewright import dtypes
-from tilewright.attention import extents, plan, reference, render
-from tilewright.attention.bounds import Interval
+from tilewright.attention import extents, plan, planner, ranges, reference, render
 from tilewright.attention.families import decode, portable
 from tilewright.attention.spec import compile_cuda, template
 from tilewright.attention.table import TableForm
@@ -72,7 +72,7 @@ def numbers(qo, keys, request=0):
         "at.qo_head": Interval.of(0, 3), "at.kv_head": Interval.of(0),
         "at.kv_len": Interval.of(keys), "at.qo_len": Interval.of(qo[1] - qo[0] + 1),
     }  # fmt: skip
-    return extents.Numbers(Interval.of(0, keys - 1), positions, SCALARS)
+    return Numbers(Interval.of(0, keys - 1), positions, SCALARS)
 
 
 def seen_by_one(expr, qo, keys, request=0):
@@ -148,7 +148,26 @@ def test_tiles_are_counted_once():
             ends[0] = ends[0][::-1]
         tiles = {k // TILE for lo, hi in ends for k in range(max(lo, 0), min(hi, keys - 1) + 1)}
         found = [Interval.of(lo, hi) for lo, hi in ends]
-        assert extents.visible_tiles(found, Interval.of(0, keys - 1), TILE) == len(tiles)
+        assert visible_tiles(found, Interval.of(0, keys - 1), TILE) == len(tiles)
+
+
+@pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
+def test_the_planner_counts_what_the_twin_counts(rng):
+    """Programs of masks, run in C++, against the same ranges over NumPy arrays."""
+    last = rng.integers(-300, 900, 200)
+    first, keys = last - rng.integers(0, 300, 200), rng.integers(0, 1000, 200)
+    drawn = [condition(rng, 3) for _ in range(60)]
+    for expr in [*(mask(hook) for hook, _ in MASKS.values()), *drawn]:
+        for scalars in (SCALARS, {}):
+            shape = planner.Shape("cpu", 2, 3, expr, scalars, 8, "", 0)
+            positions = {
+                "at.qo": Interval.of(first, last), "at.qo_head": Interval.of(0, 5),
+                "at.kv_head": Interval.of(0, 1), "at.kv_len": Interval.of(keys),
+            }  # fmt: skip
+            key = Interval.of(0, keys - 1)
+            found = extents.ranges(expr, Numbers(key, positions, scalars))
+            wanted = visible_tiles(found, key, ranges.TILE)
+            np.testing.assert_array_equal(planner.visible_tiles(first, last, keys, shape), wanted)
 
 
 def test_the_planner_counts_what_is_visible():
@@ -156,7 +175,7 @@ def test_the_planner_counts_what_is_visible():
         "cpu", 2, 2, traced_of(tw.SlidingWindow()).mask, {"window": 1024}, 8, "request", False
     )
     length = np.array([2**31 - 200, 131_072, 100, 0])
-    count = plan.visible_tiles(length - 1, length - 1, length, shape)
+    count = planner.visible_tiles(length - 1, length - 1, length, shape)
     np.testing.assert_array_equal(count <= [17, 17, 2, 0], True)
     np.testing.assert_array_equal(count >= [16, 16, 2, 0], True)
     long = np.array([131_072])
@@ -170,7 +189,7 @@ def test_the_planner_counts_what_is_visible():
 def test_the_most_that_is_visible_at_any_length():
     def most(hook, queries, **values):
         shape = plan.Shape("decode", 2, 2, mask(hook), values, 8, "", True)
-        return plan.most_visible_tiles(shape, queries)
+        return planner.most_visible_tiles(shape, queries)
 
     window, chunks = MASKS["window"][0], MASKS["chunks"][0]
     assert most(window, 1, w=64) == 2 and most(window, 1, w=65) == 2 and most(window, 1, w=66) == 3
@@ -237,7 +256,7 @@ int tiles(int n, const Params* at, int64_t a, int64_t b, int length, int base, i
             )
             count = tiles(n, params.ctypes.data, a, b, length, base, stride, out.ctypes.data)
             ops = numbers((a, b), length)
-            ops.kv = extents.Line(stride, Interval.of(base), 1, True)
+            ops.kv = Line(stride, Interval.of(base), 1, True)
             wanted = set()
             for r in extents.ranges(expr, ops):
                 wanted |= {k // TILE for k in range(max(r.lo, 0), min(r.hi, length - 1) + 1)}

@@ -234,3 +234,16 @@ def test_errors():
         with pytest.raises(ArgumentError) as e:
             merge.merge(states)  # pyright: ignore[reportArgumentType]
         assert e.value.code == "A107"
+
+
+@pytest.mark.parametrize(
+    ("code", "sizes", "more"),
+    [
+        ("A103", (-1, 2, 3), {}), ("A103", (1, 2.5, 3), {}), ("A103", (1, 2, True), {}),
+        ("A102", (1, 2, 3), {"dtype": "int32"}), ("A102", (1, 2, 3), {"dtype": "nope"}),
+        ("A107", (1, 2, 3), {"like": 7}),
+    ],
+)  # fmt: skip
+def test_empty_states_are_checked(code, sizes, more):
+    with pytest.raises(ArgumentError, match=code):
+        State.empty(*sizes, **more)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.attention.oracle import draw_levels
 
 from tilewright.attention import planner, ranges
 from tilewright.attention.merge import State, merge
 from tilewright.attention.ranges import TILE
-from tilewright.attention.table import MAX_KEYS
+from tilewright.attention.table import MAX_KEYS, Table
+from tilewright.attention.variant import Full
 from tilewright.toolchain import compilers
 
 LENGTHS = [
@@ -20,15 +22,23 @@ HEADS = (1, 3, 8, 12, 32)
 def walk(cuts: np.ndarray, lengths: list[int], kv_heads: int):
     """The pieces of each range as the kernel walks them: (range, request, group, begin, end, tiles
     of the unit as its keys are now)."""
-    groups = kv_heads // ranges.heads_at_once(kv_heads)
+    groups = kv_heads // ranges.head_block(kv_heads)
     for n in range(len(cuts) - 1):
-        unit, tile, last = cuts[n]["unit"], cuts[n]["tile"], cuts[n + 1]
-        while unit < last["unit"] or (unit == last["unit"] and last["tile"] > 0):
-            request, group = divmod(int(unit), groups)
+        unit, tile, last = order(cuts[n], groups), cuts[n]["tile"], cuts[n + 1]
+        while unit < order(last, groups) or (unit == order(last, groups) and last["tile"] > 0):
+            request, group = divmod(unit, groups)
             tiles = -(-lengths[request] // TILE)
-            end = int(last["tile"]) if unit == last["unit"] else tiles
+            end = int(last["tile"]) if unit == order(last, groups) else tiles
             yield n, request, group, int(tile), max(end, int(tile)), tiles
             unit, tile = unit + 1, 0
+
+
+def order(cut, groups: int) -> int:
+    return int(cut["node"]) * groups + int(cut["unit"])
+
+
+def units(lengths, kv_heads: int) -> np.ndarray:
+    return np.full(len(lengths), kv_heads // ranges.head_block(kv_heads))
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda x: str(len(x)) + "_" + str(sum(x)))
@@ -38,8 +48,8 @@ def test_every_tile_is_in_one_range(lengths, kv_heads, ctas):
     if not lengths:
         return
     cuts = ranges.cut(np.array(lengths), kv_heads, ctas)
-    assert ranges.is_sound(cuts, len(lengths), kv_heads)
-    together = ranges.heads_at_once(kv_heads)
+    assert ranges.is_sound(cuts, units(lengths, kv_heads))
+    together = ranges.head_block(kv_heads)
     assert 1 <= len(cuts) - 1 <= max(ctas // together, 1)
     tiles = [-(-n // TILE) for n in lengths]
     seen = {
@@ -60,13 +70,27 @@ def test_every_tile_is_in_one_range(lengths, kv_heads, ctas):
 
 @pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
 @pytest.mark.parametrize("kv_heads", HEADS)
-def test_the_planner_in_cpp_agrees_exactly(rng, kv_heads):
-    drawn = [rng.integers(0, most, n) for most in (3, 900, 1 << 20, MAX_KEYS) for n in (1, 40, 700)]
-    for lengths in [*map(np.array, LENGTHS[1:]), *drawn]:
-        for ctas in (1, 7, 132, 264):
-            twin = ranges.cut(lengths, kv_heads, ctas)
-            cuts = planner.cut(lengths, kv_heads, ctas)
-            np.testing.assert_array_equal(cuts, twin)
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_the_planner_in_cpp_agrees_exactly(rng, monkeypatch, kv_heads, depth):
+    """With NumPy: the cuts, and the balance; of requests that share keys, too."""
+    mask, native = Full().traced.mask, planner.native()
+    shape = planner.Shape("decode", kv_heads, 3, mask, {}, 5, "", 1)
+    for requests in (0, 1, 9, 40, 700):
+        for most in (1, 3, 900, 1 << 20, MAX_KEYS // 4):
+            shared = draw_levels(rng, requests, depth)
+            count = requests + sum(len(x) - 1 for x in shared)
+            keys = rng.integers(0, most, count)
+            tree = Table.dense(keys, shared=shared).tree(keys)
+            indptr = np.cumsum([0, *rng.integers(0, 6, requests)]).astype(np.int32)
+            for workers in (1, 7, 132, 264):
+                made = []
+                for library in (native, None):
+                    monkeypatch.setattr(planner, "native", lambda library=library: library)
+                    made.append(planner.cut(indptr, tree, keys, shape, workers))
+                np.testing.assert_array_equal(made[0][0], made[1][0])
+                assert made[0][1] == pytest.approx(made[1][1], rel=1e-12)
+                blocks = ranges.row_blocks(indptr[tree["end"]] - indptr[tree["begin"]], 3)[0]
+                assert ranges.is_sound(made[0][0], units(keys, kv_heads) * (blocks if depth else 1))
 
 
 def test_ranges_cost_alike():
@@ -90,17 +114,18 @@ def test_growing_lengths_stay_covered(kv_heads):
 
 
 def test_cuts_from_outside_are_checked():
-    cuts = ranges.cut(np.array([300, 5000]), 4, 30)
-    assert ranges.is_sound(cuts, 2, 4) and ranges.is_sound(cuts[:0], 2, 4)
-    assert not ranges.is_sound(cuts, 3, 4) and not ranges.is_sound(cuts[:-1], 2, 4)
-    for name in ("unit", "request", "group", "first", "last"):
+    cuts, two = ranges.cut(np.array([300, 5000]), 4, 30), np.array([1, 1])
+    assert ranges.is_sound(cuts, two) and ranges.is_sound(cuts[:0], two)
+    assert not ranges.is_sound(cuts, np.array([1, 1, 1])) and not ranges.is_sound(cuts[:-1], two)
+    for name in ("node", "unit", "first", "last"):
         for at in (0, 3, len(cuts) - 1):
             for change in (-1, 1, 1 << 20):
                 damaged = cuts.copy()
                 damaged[name][at] += change
-                assert not ranges.is_sound(damaged, 2, 4), (name, at, change)
-    cuts["tile"][3] = -1
-    assert not ranges.is_sound(cuts, 2, 4)
+                assert not ranges.is_sound(damaged, two), (name, at, change)
+    for tile in (-1, 1 << 28):
+        cuts["tile"][3] = tile
+        assert not ranges.is_sound(cuts, two)
 
 
 @pytest.mark.parametrize("ctas", [1, 5, 64])
@@ -108,7 +133,7 @@ def test_partial_states_merge_to_attention(rng, ctas):
     """The kernel's algorithm on NumPy: partial states of the pieces, merged in order of ranges."""
     lengths, kv_heads, group, d = [130, 0, 1, 700, 64], 6, 2, 16
     cuts = ranges.cut(np.array(lengths), kv_heads, ctas)
-    together = ranges.heads_at_once(kv_heads)
+    together = ranges.head_block(kv_heads)
     q = rng.standard_normal((len(lengths), kv_heads, group, d))
     k = [rng.standard_normal((n, kv_heads, d)) for n in lengths]
     v = [rng.standard_normal((n, kv_heads, d)) for n in lengths]

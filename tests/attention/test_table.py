@@ -300,6 +300,27 @@ def test_a_reservation_is_for_gpus():
     refused("A103", "qo_heads", tw.Attention(34, 2, 8).reserve, 3)
 
 
+class OnlyDLPack:
+    """An array that has nothing but the DLPack protocol."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_arrays_of_dlpack_alone():
+    arrays = (np.array(x, np.int32) for x in ([3, 5], [0, 1, 3], [2, 0, 1]))
+    table = tw.Table.csr(*map(OnlyDLPack, arrays))
+    assert table.lengths().tolist() == [3, 5]
+    with pytest.raises(ArgumentError, match="A109"):
+        tw.Table.dense(OnlyDLPack(np.array([-1], np.int32)))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_tensors_of_each_dtype_without_a_compiler(rng, monkeypatch, dtype):
     """Attention then runs in NumPy, which has no bfloat16; o is written in place all the same."""

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from tests.attention.cases import TYPES, paged, queries, tile_class
 from tests.attention.test_flash_cuda import _bits, on_device
+from tests.attention.twin import Interval
 
 import tilewright as tw
 from tilewright import dtypes
-from tilewright.attention import bounds, reference
+from tilewright.attention import reference
 from tilewright.attention.families import decode, portable
 from tilewright.attention.spec import Spec, compile_cuda
 from tilewright.attention.table import TableForm
@@ -160,11 +161,11 @@ def test_cubins_without_spills(name):
 
 
 def test_tiles_of_what_is_loaded_are_partial():
-    tile = {"at.qo": bounds.Interval.of(90, 99), "at.kv": bounds.Interval.of(0, 63)}
+    tile = {"at.qo": Interval.of(90, 99), "at.kv": Interval.of(0, 63)}
     for name, kind in {"documents": 1, "prefix": 2, "images": 2, "tree": 1}.items():
         found = tile_class(traced_of(VARIANTS[name]).mask, tile, {})
         assert int(found) == kind, name
-    tile["at.kv"] = bounds.Interval.of(128, 191)
+    tile["at.kv"] = Interval.of(128, 191)
     for name, kind in {"documents": 0, "prefix": 1, "images": 1, "tree": 1}.items():
         found = tile_class(traced_of(VARIANTS[name]).mask, tile, {})
         assert int(found) == kind, name

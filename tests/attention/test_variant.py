@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.attention.cases import ALL_VARIANTS, EMPTY, FULL, PARTIAL, Strange, tile_class
+from tests.attention.twin import Interval
 
 from tilewright import dtypes
 from tilewright.attention import bounds, reference
@@ -365,8 +366,8 @@ def test_a_class_is_never_wrong(seed, where):
         shape = (len(rows), len(columns))
         seen = np.broadcast_to(reference.evaluate(mask, places, {}), shape)
         intervals = {
-            "at.qo": bounds.Interval.of(rows[0], rows[-1]),
-            "at.kv": bounds.Interval.of(columns[0], columns[-1]),
+            "at.qo": Interval.of(rows[0], rows[-1]),
+            "at.kv": Interval.of(columns[0], columns[-1]),
         }
         kind = tile_class(mask, intervals, {})
         if kind == EMPTY:
@@ -377,7 +378,7 @@ def test_a_class_is_never_wrong(seed, where):
 
 def test_usual_masks_are_classified_sharply():
     def kind(what, qo, kv, **values):
-        places = {"at.qo": bounds.Interval.of(*qo), "at.kv": bounds.Interval.of(*kv)}
+        places = {"at.qo": Interval.of(*qo), "at.kv": Interval.of(*kv)}
         return tile_class(what.traced.mask, places, values)
 
     assert kind(Causal, (10, 20), (0, 10)) == FULL
@@ -419,5 +420,12 @@ int classify(int n, int64_t a, int64_t b, int64_t c, int64_t d) {{
         for _ in range(40):
             a, c = rng.integers(-40, 80, 2).tolist()
             b, d = a + int(rng.integers(0, 30)), c + int(rng.integers(0, 30))
-            places = {"at.qo": bounds.Interval.of(a, b), "at.kv": bounds.Interval.of(c, d)}
+            places = {"at.qo": Interval.of(a, b), "at.kv": Interval.of(c, d)}
             assert classify(n, a, b, c, d) == tile_class(mask, places, known), mask
+
+
+@pytest.mark.parametrize("cap", [10**400, -(10**60), 1e300])
+def test_numbers_beyond_float32_are_refused(cap):
+    with pytest.raises(ArgumentError, match="A109"):
+        Softcap(soft_cap=cap)
+    assert dict(Softcap(soft_cap=float("inf")).fixed)["soft_cap"] == float("inf")

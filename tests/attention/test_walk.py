@@ -7,11 +7,12 @@ import ctypes
 import numpy as np
 import pytest
 from tests.attention.cases import spec_of
+from tests.attention.oracle import draw_levels
 from tests.attention.test_extents import FirstAndLast, Three
+from tests.attention.twin import Interval, Numbers
 
 import tilewright as tw
-from tilewright.attention import extents, plan, planner, ranges, render
-from tilewright.attention.bounds import Interval
+from tilewright.attention import extents, plan, ranges, render
 from tilewright.attention.families import decode
 from tilewright.attention.spec import template
 from tilewright.attention.table import MAX_KEYS
@@ -28,13 +29,16 @@ SCALARS = {"window": {"window": 1000}, "two ranges": {"window": 700, "first": 4}
            "three ranges": {"window": 150, "first": 4}, "causal": {}}  # fmt: skip
 
 
-def compiled(variant):
-    """A function that writes (request, head, tile) of each step of a CTA, -1 where a unit ends."""
-    spec = spec_of(GROUP, 64, "float16", "float16", variant, table_indptr="")
-    text = template("decode.cuh")
-    walk = text[text.index("// Walks the tiles") : text.index("// Issues the copies")]
-    together = ranges.heads_at_once(KV_HEADS)
-    numbers = {"G": GROUP, "GANG": together, "TILE": TILE, "MAX_KEYS": MAX_KEYS}
+def compiled(variant, shared=0):
+    """A function that writes (node, first row of q, rows, head, tile) of each step of a CTA, -1 as
+    the tile where a unit ends."""
+    spec = spec_of(GROUP, 64, "float16", "float16", variant, table_indptr="", shared=shared)
+    together = ranges.head_block(KV_HEADS)
+    numbers = {
+        "G": GROUP, "HEAD_BLOCK": together, "TILE": TILE, "MAX_KEYS": MAX_KEYS,
+        "LEVELS": shared + 1, "NARROW_ROWS": ranges.NARROW_ROWS,
+        "WIDE_TOKENS": ranges.WIDE_ROWS // GROUP, "MOST_ROWS": ranges.WIDE_ROWS,
+    }  # fmt: skip
     source = "\n".join(
         (
             prelude_files.prelude("cpu.h"),
@@ -47,28 +51,27 @@ def compiled(variant):
             render.cpp_variant(spec.traced, 8),
             "namespace attention {",
             *(f"constexpr int {name} = {value};" for name, value in numbers.items()),
-            walk,
             "}",
+            template("decode_walk.cuh"),
             """
 extern "C" __attribute__((visibility("default")))
 int steps(const Params* at, int cta, int* out) {
   using namespace attention;
   const Params& p = *at;
   const Variant variant(p);
-  const Range range{p.cuts[cta / GANG], p.cuts[cta / GANG + 1]};
-  const int head = range.begin.group * GANG + cta % GANG;
-  Walk w{range.begin.unit, range.begin.request, head, range.begin.tile, 0, {}, {}};
-  if (!has_unit(w, range)) return 0;
-  w.keys = tw::pages_of(p, w.request, MAX_KEYS);
-  attention::bound(w, p, variant, range);
+  const Range range = range_of(p, cta);
+  Walk w = start(p, variant, range, cta % HEAD_BLOCK);
   int n = 0;
-  while (has_unit(w, range)) {
-    for (; w.tile < w.end; ++w.tile, ++n) {
-      out[3 * n] = w.request, out[3 * n + 1] = w.head, out[3 * n + 2] = w.seen.at(w.tile);
-    }
-    out[3 * n] = w.request, out[3 * n + 1] = w.head, out[3 * n + 2] = -1;
+  auto step = [&](int tile) {
+    const int now[5] = {w.node, w.token, w.rows, w.head, tile};
+    for (int i = 0; i < 5; ++i) out[5 * n + i] = now[i];
     ++n;
-    next_unit(w, p, variant, range);
+  };
+  while (in_range(w, range)) {
+    if (has_unit<true>(w, range) == has_unit<false>(w, range) && LEVELS > 1) return -1;
+    for (; w.tile < w.end; ++w.tile) step(w.seen.at(w.tile));
+    step(-1);
+    next_unit(w, p, variant, range, cta % HEAD_BLOCK);
   }
   return n;
 }""",
@@ -82,21 +85,44 @@ int steps(const Params* at, int cta, int* out) {
 def visible(variant, values, length, queries):
     """The tiles that the queries at the end of a request can see."""
     positions = {"at.qo": Interval.of(length - queries, length - 1)}
-    ops = extents.Numbers(Interval.of(0, length - 1), positions, values)
+    ops = Numbers(Interval.of(0, length - 1), positions, values)
     found = set()
     for r in extents.ranges(variant.traced.mask, ops):
         found |= set(range(max(int(r.lo), 0) // TILE, min(int(r.hi), length - 1) // TILE + 1))
     return found if length else set()
 
 
+def walked(compiled, lengths, indptr, cuts, kept, **more):
+    """The tiles of each (node, first row, rows, head), and how often each ended."""
+    struct, steps = compiled
+    fields = dict.fromkeys((f.name for f in struct.fields), 0)
+    fields |= {n: x.ctypes.data for n, x in kept.items()}
+    fields |= {
+        "kv_len": lengths.ctypes.data, "cuts": cuts.ctypes.data, "pages": 1 << 20,
+        "table_limit": len(lengths), "table_width": 2000, "table_stride": 2000, "page_size": 16,
+        "kv_heads": KV_HEADS, "qo_heads": KV_HEADS * GROUP, "sm_scale": 1.0,
+        "qo_indptr": 0 if indptr is None else indptr.ctypes.data,
+    }  # fmt: skip
+    block = struct.pack(**fields | more)
+    out = np.empty(5 * 400_000, np.int32)
+    seen, ended = {}, {}
+    for cta in range((len(cuts) - 1) * ranges.head_block(KV_HEADS)):
+        count = steps(ctypes.addressof(block), cta, out.ctypes.data)
+        assert count >= 0
+        for *unit, tile in out[: 5 * count].reshape(-1, 5).tolist():
+            if tile < 0:
+                ended[tuple(unit)] = ended.get(tuple(unit), 0) + 1
+            else:
+                seen.setdefault(tuple(unit), []).append(tile)
+    return seen, ended
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_visible_tile_is_visited_once(rng, name):
     """By cuts of the lengths as they are, as they were, and of a planner that counts too much."""
     variant, values = VARIANTS[name], SCALARS[name]
-    struct, steps = compiled(variant)
-    together = ranges.heads_at_once(KV_HEADS)
+    walk = compiled(variant)
     shape = plan.Shape("decode", KV_HEADS, GROUP, variant.traced.mask, values, 8, "", True)
-    out = np.empty(3 * 200_000, np.int32)
     kept = {f"v_{n}": np.array([x], np.int32) for n, x in values.items()}
     for queries in (None, [1, 3, 0, 2, 1, 1, 1]):
         lengths = np.array([5000, 64, 0, 20_000, 1, 700, 129], np.int32)
@@ -104,26 +130,43 @@ def test_every_visible_tile_is_visited_once(rng, name):
         indptr = np.append(0, np.cumsum(counts)).astype(np.int32)
         for planned in (lengths, lengths // 3, lengths * 2 + 900):
             made = plan.make(indptr, planned.astype(np.int64), shape, 20).cuts
-            for cuts in (made, planner.cut(planned, KV_HEADS, 40)):
-                fields = dict.fromkeys((f.name for f in struct.fields), 0)
-                fields |= {n: x.ctypes.data for n, x in kept.items()}
-                fields |= {
-                    "kv_len": lengths.ctypes.data, "cuts": cuts.ctypes.data, "pages": 1 << 20,
-                    "table_limit": 7, "table_width": 2000, "table_stride": 2000, "page_size": 16,
-                    "kv_heads": KV_HEADS, "qo_heads": KV_HEADS * GROUP, "sm_scale": 1.0,
-                    "qo_indptr": indptr.ctypes.data if queries else 0,
-                }  # fmt: skip
-                block = struct.pack(**fields)
-                seen = {(r, h): [] for r in range(7) for h in range(KV_HEADS)}
-                ended = dict.fromkeys(seen, 0)
-                for cta in range((len(cuts) - 1) * together):
-                    count = steps(ctypes.addressof(block), cta, out.ctypes.data)
-                    for r, h, tile in out[: 3 * count].reshape(-1, 3).tolist():
-                        if tile < 0:
-                            ended[r, h] += 1
-                        else:
-                            seen[r, h].append(tile)
-                for (r, h), tiles in seen.items():
-                    wanted = visible(variant, values, int(lengths[r]), int(counts[r]))
-                    assert tiles == sorted(wanted), (r, h)
-                    assert ended[r, h] >= 1
+            for cuts in (made, ranges.cut(planned, KV_HEADS, 40)):
+                seen, ended = walked(walk, lengths, indptr if queries else None, cuts, kept)
+                for r in range(7):
+                    wanted = sorted(visible(variant, values, int(lengths[r]), int(counts[r])))
+                    for h in range(KV_HEADS):
+                        unit = (r, int(indptr[r]), int(counts[r]) * GROUP, h)
+                        assert seen.get(unit, []) == wanted, unit
+                        assert ended[unit] >= 1
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_units_of_shared_keys_are_walked_once(rng, depth):
+    """Every row of q meets every tile of each of its nodes once, and ends once at each level."""
+    walk = compiled(tw.Causal(), depth)
+    shape = plan.Shape("decode", KV_HEADS, GROUP, tw.Causal().traced.mask, {}, 8, "", 1)
+    for _ in range(8):
+        requests = int(rng.integers(0, 90))
+        counts = rng.integers(0, 9, requests) if rng.random() < 0.5 else np.ones(requests, int)
+        shared = draw_levels(rng, requests, depth)
+        nodes = requests + sum(len(x) - 1 for x in shared)
+        lengths = (rng.integers(0, 900, nodes) * rng.integers(0, 2, nodes)).astype(np.int32)
+        table = tw.Table.dense(lengths, shared=shared)
+        tree, indptr = table.tree(lengths), np.append(0, np.cumsum(counts)).astype(np.int32)
+        for workers in (1, 20, 132):
+            made = plan.make(indptr, lengths.astype(np.int64), shape, workers, tree)
+            again = plan.Plan.load(made.save())
+            assert again == made
+            one_each = bool((counts == 1).all())
+            seen, ended = walked(
+                walk, lengths, None if one_each else indptr, made.cuts, {},
+                nodes=made.nodes.ctypes.data, shared_nodes=nodes - requests,
+            )  # fmt: skip
+            met = np.zeros((depth + 1, int(indptr[-1]), KV_HEADS), int)
+            for (node, token, rows, head), count in ended.items():
+                assert rows > 0 and count >= 1
+                tiles = seen.get((node, token, rows, head), [])
+                assert tiles == list(range(-(-int(lengths[node]) // TILE)))
+                assert tree["begin"][node] <= np.searchsorted(indptr, token, "right") - 1
+                met[tree["level"][node], token : token + rows // GROUP, head] += 1
+            assert (met == 1).all()

@@ -26,7 +26,7 @@ FORMS = [TableForm(), TableForm("int64"), TableForm("", "int32"), TableForm("", 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_cubin_without_spills(arch, form):
-    text = planner.cuda_source(form.for_planner(), 4, 16)
+    text = planner.cuda_source(form.for_planner(), 4)
     used = compile_cuda(text, arch).resources["plan_cuts"]
     assert used.spill_bytes == 0 and 0 < used.registers <= 64
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention import families, plan, reference, render
+from tilewright.attention import families, plan, planner, reference, render
 from tilewright.attention.arguments import check_kv, check_names, check_q, outputs, values_of
 from tilewright.attention.checks import (
     FLOATS,
@@ -25,12 +25,14 @@ from tilewright.attention.checks import (
     host_indptr,
     is_number,
     named_view,
+    ordinal_of,
 )
 from tilewright.attention.families import Call, Family
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
 from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
+from tilewright.attention.report import Batch
 from tilewright.attention.spec import Spec, param_values
 from tilewright.attention.table import Table, TableForm
 from tilewright.attention.variant import Causal, traced_of
@@ -117,61 +119,60 @@ class Attention:
         return self._plan(indptr, kv.lengths(), over, q_dtype, workers, values)
 
     def _plan(
-        self,
-        indptr: np.ndarray,
-        lengths: np.ndarray,
-        over: tuple[Table, Pool | None],
-        q_dtype: Any,
-        workers: int | None,
-        values: dict[str, Any],
-    ) -> Plan:
+        self, indptr: np.ndarray, lengths: np.ndarray, over: tuple[Table, Pool | None],
+        q_dtype: Any, workers: int | None, values: dict[str, Any],
+    ) -> Plan:  # fmt: skip
         table, pool = over
         kind = dtypes.bfloat16 if pool is None else pool.dtype
         q = _query_dtype(q_dtype, kind)
         spec = _spec_of(self, (q, kind, q), table.form)
-        longest = int(np.diff(indptr).max(initial=0))
-        family = families.choose(spec, longest * self.group, table.device, pool)
-        shape = self._shape(family, family.qo_tile(spec), values)
+        rows = int((indptr[1:] - indptr[:-1]).max(initial=0)) * self.group
+        family, reasons = families.choose(spec, rows, table.device, pool)
+        gpu = None if family.device == "cpu" else _gpu(table.device)
         if workers is None:
-            workers = _sms(table.device) if family.device == "cuda" else pools.wanted_threads()
+            workers = gpu.sms if gpu else pools.wanted_threads()
         workers = check_count("workers", workers, plan.MAX_WORKERS)
-        return plan.make(indptr, lengths, shape, workers).with_tensors(table.device)
-
-    def _shape(self, family: Family, qo_tile: int, values: dict[str, Any]) -> plan.Shape:
-        """What a planner must know, with the scalars that are fixed or among `values`."""
-        known = {n: v for n, v in (dict(self.variant.fixed) | values).items() if is_number(v)}
-        return plan.Shape(
-            family.name, self.kv_heads, self.group, traced_of(self.variant).mask, known,
-            qo_tile, family.splits, family.ctas_per_sm, family.order,
-        )  # fmt: skip
+        size = (spec.head_dim + spec.head_dim_vo) * spec.kv.itemsize
+        batch = Batch(lengths, size, reasons, gpu.name if gpu else "")
+        numbers = tuple((n, v) for n, v in values.items() if is_number(v))
+        shape = _shape_of(self, family, family.qo_tile(spec), numbers)
+        result = plan.make(indptr, lengths, shape, workers, table.tree(lengths), batch)
+        if gpu is not None:
+            result.on_device(ordinal_of(table.device))
+        return result
 
     def reserve(
         self, max_requests: int, *, max_tokens: int | None = None, device: str = "cuda",
-        workers: int | None = None,
+        workers: int | None = None, shared: int = 0, kv: KV | None = None,
     ) -> Workspace:  # fmt: skip
         """Memory and a planner on a GPU for decode steps whose addresses never change: what a CUDA
         graph records.
 
         `max_requests`: of a batch; `max_tokens`: rows of q, None where each request has one query.
-        `workers`: SMs to use (None: all). Raises ArgumentError[A103, A105], BuildError.
+        `workers`: SMs to use (None: all). `shared`: the levels of shared keys that its tables have.
+        `kv`: a cache like those of the steps, with q of its dtype: its kernels are loaded now
+        instead of at the first call, which a capture would not survive.
+        Raises ArgumentError[A103, A105, A107], BuildError.
         """
-        room = Workspace(
-            (self.kv_heads, self.group, self.head_dim), max_requests, max_tokens, device, workers
-        )
-        shape = self._shape(families.by_name(room.family), room.qo_tile, {})
-        room.most_tiles = plan.most_visible_tiles(shape, room.longest)
+        if kv is not None:
+            check_kv(kv, self.kv_heads, self.head_dim, self._vo)
+        heads = (self.kv_heads, self.group, self.head_dim)
+        room = Workspace(heads, max_requests, max_tokens, device, workers, shared)
+        shape = _shape_of(self, families.by_name(room.family), room.qo_tile, ())
+        room.most_tiles = planner.most_visible_tiles(shape, room.longest)
+        if kv is not None:
+            room.load(_spec_of(self, (kv.dtype, kv.dtype, kv.dtype), kv.table.form))
         return room
 
     def resolve(self, kv: KV, *, qo_len: int = 1, q_dtype: Any = None) -> Resolution:
         """Lists the kernel families of `kv`'s device, each with what keeps it from running calls of
         at most `qo_len` queries a request. `q_dtype`: of q and o (None: kv's). Touches no array.
-        Raises ArgumentError[A102, A103]."""
+        Raises ArgumentError[A102, A103, A107]."""
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         qo_len = check_count("qo_len", qo_len, least=0)
         q = _query_dtype(q_dtype, kv.dtype)
         spec = _spec_of(self, (q, kv.dtype, q), kv.table.form)
-        entries = families.reasons(spec, qo_len * self.group, kv.device, kv.pool)
-        return Resolution(tuple((family.name, reason) for family, reason in entries))
+        return Resolution(families.reasons(spec, qo_len * self.group, kv.device, kv.pool))
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -211,7 +212,8 @@ class Attention:
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         if plan is None:
             indptr, kind = np.arange(kv.requests + 1, dtype=np.int32), float_view("q", q).dtype
-            plan = self._plan(indptr, kv.capacity(), (kv.table, kv.pool), kind, None, values)
+            lengths = kv.lengths() if kv.table.form.shared else kv.capacity()
+            plan = self._plan(indptr, lengths, (kv.table, kv.pool), kind, None, values)
         _check_is_plan(plan)
         queries = check_q(q, kv, (plan.tokens, self.qo_heads, self.head_dim))
         o, lse = outputs(q, queries, kv, out)
@@ -237,10 +239,12 @@ class Attention:
     def _family(self, plan: Plan | Workspace, kv: KV, spec: Spec) -> Family:
         """The family that a plan is for, if it can run this call. Raises ArgumentError."""
         family = families.by_name(plan.family)
-        wanted = (plan.requests, plan.kv_heads, plan.qo_tile, family.device)
-        actual = (kv.requests, self.kv_heads, family.qo_tile(spec), kv.device.partition(":")[0])
+        wanted = (plan.requests, plan.kv_heads, plan.qo_tile, family.device, plan.tree)
+        tree = (spec.table.shared, kv.table.nodes, self.group)
+        device = kv.device.partition(":")[0]
+        actual = (kv.requests, self.kv_heads, family.qo_tile(spec), device, tree)
         if wanted != actual:
-            words = "requests, kv_heads, queries of an item, device"
+            words = "requests, kv_heads, queries of an item, device, shared levels, nodes and group"
             raise ArgumentError(
                 "A103", f"the plan is for {wanted}, not {actual} ({words})", where="plan"
             )
@@ -248,7 +252,7 @@ class Attention:
             raise ArgumentError(
                 "A109", f"the plan is damaged: its work is not for {family.name}", where="plan"
             )
-        reason = family.refuses(spec, plan.longest * self.group, kv.pool)
+        reason = family.reason(spec, plan.longest * self.group, kv.pool)
         if reason:
             text = f"the plan is for the {family.name} kernels, which cannot run this: {reason}"
             hint = "plan with the cache and the queries: attn.plan(qo_indptr, kv, q_dtype=q.dtype)"
@@ -329,6 +333,18 @@ def _spec_of(attn: Attention, kinds: tuple[DType, DType, DType], table: TableFor
     return Spec(attn.group, *dims, *kinds, traced, table, ascending)
 
 
+@functools.lru_cache(512)
+def _shape_of(
+    attn: Attention, family: Family, qo_tile: int, values: tuple[tuple[str, Any], ...]
+) -> plan.Shape:
+    """What a planner must know, with the scalars that are fixed or among `values`."""
+    known = {n: v for n, v in (*attn.variant.fixed, *values) if is_number(v)}
+    return plan.Shape(
+        family.name, attn.kv_heads, attn.group, traced_of(attn.variant).mask, known, qo_tile,
+        family.splits, family.ctas_per_sm, family.order,
+    )  # fmt: skip
+
+
 def _query_dtype(q_dtype: Any, kv: DType) -> DType:
     """The dtype of q and o, by default that of the cache. Raises ArgumentError[A102]."""
     kind = kv if q_dtype is None else dtypes.dtype(q_dtype)
@@ -355,13 +371,13 @@ def _check_not_capturing(plan: Plan | Workspace, device: str) -> None:
         return
     from tilewright.runtime import cuda
 
-    if cuda.is_capturing(int(device.partition(":")[2] or 0)):
+    if cuda.is_capturing(ordinal_of(device)):
         text = "a CUDA graph is being captured: the memory of this call would not outlive it"
         hint = "room = attn.reserve(…); in the graph room.plan(table), attn.run(q, kv, room)"
         raise ArgumentError("A110", text, where="plan", hint=hint)
 
 
-def _sms(device: str) -> int:
+def _gpu(device: str) -> Any:
     from tilewright.runtime.cuda import device as device_of
 
-    return device_of(int(device.partition(":")[2] or 0)).sms
+    return device_of(ordinal_of(device))

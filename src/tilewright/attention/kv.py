@@ -47,9 +47,9 @@ class KV:
             text = f"a ragged table over pages of {pool.page_size}"
             hint = "rows without pages: k and v of shape (tokens, kv_heads, head_dim)"
             raise ArgumentError("A103", text, where="pool", hint=hint)
-        if table.kind == "dense" and pool.pages < table.requests:
+        if table.kind == "dense" and pool.pages < table.nodes:
             raise ArgumentError(
-                "A103", f"{table.requests} requests, k has {pool.pages} of them", where="pool"
+                "A103", f"{table.nodes} requests, k has {pool.pages} of them", where="pool"
             )
         object.__setattr__(self, "requests", table.requests)
         for name in ("dtype", "device", "page_size", "kv_heads", "head_dim", "head_dim_vo"):
@@ -66,19 +66,19 @@ class KV:
             hint = f"pages of {pool.page_size} keys; a request has at most {MAX_KEYS}"
             raise ArgumentError("A109", text, where="kv_len", hint=hint)
         used = -(-lengths // pool.page_size)
-        request = np.repeat(np.arange(table.requests), used)
+        request = np.repeat(np.arange(table.nodes), used)
         entry = np.arange(len(request)) - np.repeat(np.cumsum(used) - used, used)
         names = {"csr": "kv_indices", "ragged": "kv_indptr"}
         name = names.get(table.kind, "block_table")
         check_range(name, table.pages(request, entry), 0, pool.pages - 1)
 
     def lengths(self) -> np.ndarray:
-        """Keys of each request (requests,), int64, as the arrays now say, clamped as kernels clamp
+        """Keys of each node (nodes,), int64, as the arrays now say, clamped as kernels clamp
         them (`pages_of` in table.h); copies from a device."""
         return np.minimum(self.table.lengths(), self.capacity())
 
     def capacity(self) -> np.ndarray:
-        """Keys that the pages of each request can hold (requests,), int64."""
+        """Keys that the pages of each node can hold (nodes,), int64."""
         count = self.table.ranges()[1] * (self.pool.pages > 0)
         return np.minimum(count * self.pool.page_size, MAX_KEYS)
 

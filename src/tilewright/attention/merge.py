@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention.checks import check_view, named_view
+from tilewright.attention.checks import check_count, check_view, named_view, ordinal_of
 from tilewright.attention.spec import loaded
 from tilewright.codegen.params import C_TYPES
 from tilewright.dtypes import DType
@@ -43,7 +43,12 @@ class State:
         tokens: int, qo_heads: int, head_dim: int, *, dtype: Any = "float32", like: Any = None
     ) -> State:
         """The state over no keys: merging with it changes nothing. `like`: an array whose framework
-        and device it is of (None: NumPy)."""
+        and device it is of (None: NumPy). Raises ArgumentError[A102, A103, A107]."""
+        sizes = {"tokens": tokens, "qo_heads": qo_heads, "head_dim": head_dim}
+        for name, size in sizes.items():
+            check_count(name, size, least=0)
+        if dtypes.dtype(dtype) not in _FLOATS:
+            raise ArgumentError("A102", f"a state of {dtype}", where="dtype", hint="any float")
         source = np.empty(0, np.float32) if like is None else like
         o = allocate(source, (tokens, qo_heads, head_dim), dtypes.dtype(dtype))
         lse = allocate(source, (tokens, qo_heads), dtypes.float32)
@@ -94,11 +99,10 @@ def merge(states: Sequence[State], *, mask: Any = None, out: State | None = None
     if checked[0][0].device == "cpu":
         _on_host(states, mask, out)
         return out
-    spare = written
-    if len(states) > MAX_STATES:  # `out` may be a state that is read later
-        scratch = [allocate(first.o, x.shape, x.dtype) for x in checked[0]]
-        spare = _views(State(*scratch), "scratch")
-    _on_gpu(checked, (spare, written), mask)
+    if len(states) > MAX_STATES:
+        some = merge(states[:MAX_STATES], mask=mask)
+        return merge((some, *states[MAX_STATES:]), mask=mask, out=out)
+    _on_gpu(checked, written, mask)
     return out
 
 
@@ -214,34 +218,21 @@ def cuda_source(o: DType, dim: int) -> str:
     )
 
 
-def _on_gpu(
-    states: list[tuple[View, View]], outs: tuple[tuple[View, View], tuple[View, View]], mask: Any
-) -> None:
-    """Up to MAX_STATES states a launch. `outs`: where the first of several launches write, and the
-    last one."""
+def _on_gpu(states: list[tuple[View, View]], out: tuple[View, View], mask: Any) -> None:
     from tilewright.runtime import cuda
 
-    if states[0][0].dtype == dtypes.float64 or states[0][1].dtype != dtypes.float32:
+    o, lse = out
+    if o.dtype == dtypes.float64 or lse.dtype != dtypes.float32:
         raise ArgumentError("A102", "float64 states on a GPU", where="states", hint="float32")
-    spare, last = outs
-    o, lse = last
-    ordinal = int(o.device.partition(":")[2] or 0)
-    rows, dim = lse.size, o.shape[-1]
-    function = loaded(cuda_source(o.dtype, dim), ordinal, "merge_states", "merge")
-    stream = cuda.current_stream(ordinal)
-    pending = list(states)
-    while pending:
-        now, pending = pending[:MAX_STATES], pending[MAX_STATES:]
-        o, lse = spare if pending else last
-        parts = (now + now[:1] * MAX_STATES)[:MAX_STATES]
-        addresses = {f"o{i}": x.pointer for i, (x, _) in enumerate(parts)}
-        addresses |= {f"lse{i}": x.pointer for i, (_, x) in enumerate(parts)}
-        block = _params_struct(o.dtype).pack(
-            **addresses, out_o=o.pointer, out_lse=lse.pointer,
-            mask=0 if mask is None else named_view("mask", mask).pointer,
-            rows=rows, heads=max(rows // max(o.shape[0], 1), 1), states=len(now),
-        )  # fmt: skip
-        grid = (-(-rows // _WARPS), 1, 1)
-        function.prepare(grid, (_WARPS * 32, 1, 1), 0, block).run(stream)
-        if pending:
-            pending.insert(0, spare)
+    ordinal, rows = ordinal_of(o.device), lse.size
+    function = loaded(cuda_source(o.dtype, o.shape[-1]), ordinal, "merge_states", "merge")
+    parts = (states + states[:1] * MAX_STATES)[:MAX_STATES]
+    addresses = {f"o{i}": x.pointer for i, (x, _) in enumerate(parts)}
+    addresses |= {f"lse{i}": x.pointer for i, (_, x) in enumerate(parts)}
+    block = _params_struct(o.dtype).pack(
+        **addresses, out_o=o.pointer, out_lse=lse.pointer,
+        mask=0 if mask is None else named_view("mask", mask).pointer,
+        rows=rows, heads=max(rows // max(o.shape[0], 1), 1), states=len(states),
+    )  # fmt: skip
+    grid, cta = (-(-rows // _WARPS), 1, 1), (_WARPS * 32, 1, 1)
+    function.prepare(grid, cta, 0, block).run(cuda.current_stream(ordinal))

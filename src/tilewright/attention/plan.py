@@ -13,23 +13,20 @@ import heapq
 import io
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
 
-from tilewright.attention import extents, planner, ranges
-from tilewright.attention.bounds import Interval
+from tilewright.attention import planner, ranges
+from tilewright.attention import report as reports
 from tilewright.attention.checks import rises
+from tilewright.attention.planner import Shape
 from tilewright.attention.ranges import CUT
-from tilewright.attention.table import MAX_KEYS
+from tilewright.attention.report import Batch, Report
+from tilewright.attention.table import NODE, of_requests
 from tilewright.errors import ArgumentError
-from tilewright.ir.nodes import Expr
 from tilewright.runtime.layout import Struct
-
-KEY_TILE = ranges.TILE
-"""Keys of a tile, on every target."""
 
 ITEM = Struct(
     "Item",
@@ -40,8 +37,9 @@ ITEM = Struct(
         )
     ],
 )  # fmt: skip
-"""One work item. `qo_begin` … `qo_end` are rows of q; `slot` is the first partial result of its
-chunks, `counter` the word in which they count their arrival."""
+"""One work item; `request` is a node of the table where requests share keys. `qo_begin` … `qo_end`
+are rows of q; `slot` is the first partial result of its chunks, `counter` the word in which they
+count their arrival."""
 ITEMS = (("items", "ptr", "const Item*"),)
 """The field of a kernel's parameters that has the items."""
 
@@ -49,12 +47,22 @@ MAX_WORKERS = 1 << 16
 CHUNK_TILES = 8
 """The fewest tiles of keys in a chunk: merging its result then costs less than 2 % of making it."""
 
-_NUMBERS = ("kv_heads", "qo_tile", "workers", "slots", "counters")
-_ARRAYS = {"items": ITEM.numpy, "qo_indptr": np.dtype(np.int32), "cuts": CUT.numpy}
-_LAYOUT = ITEM.version + CUT.version
+_NUMBERS = ("kv_heads", "qo_tile", "workers", "slots", "counters", "group")
+_ARRAYS = {
+    "items": ITEM.numpy, "qo_indptr": np.dtype(np.int32), "cuts": CUT.numpy, "nodes": NODE.numpy,
+}  # fmt: skip
+_LAYOUT = ITEM.version + CUT.version + NODE.version
 _BAD_FILES = (zipfile.BadZipFile, zlib.error, NotImplementedError)  # of a damaged archive
 _BATCH_CHUNK_TILES = 16  # the fewest where the batch decides: a GPU's item starts anew in a CTA
 _ITEMS_PER_REQUEST = 64  # to aim at, where a request has keys enough: work for many threads
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+_NO_ITEMS, _NO_CUTS, _NO_NODES = (_frozen(np.zeros(0, s.numpy)) for s in (ITEM, CUT, NODE))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,15 +72,15 @@ class Plan:
 
     `qo_tile` is the most queries an item has; `slots` and `counters` size the work space; `workers`
     are threads or SMs; `imbalance` is the longest worker's estimated work over the mean. `longest`:
-    the most queries of a request; `tensors`: copies of `qo_indptr` and of the work on the GPU that
-    it was planned for.
+    the most queries of a request; `nodes`: an array of `NODE` where requests share keys, `group`:
+    query heads of a KV head, which packs their rows; `tensors`: what `on_device`
+    has copied to GPUs; `batch`: what `report` needs.
 
     Kernels trust a plan, so one that was not planned here is checked when it is constructed (see
     `check`): by `load`, `dataclasses.replace`, `pickle` and the constructor. It keeps arrays of its
     own. `planned`: it comes from `make`, whose plans are right.
     """
 
-    items: np.ndarray
     qo_indptr: np.ndarray
     kv_heads: int
     qo_tile: int
@@ -81,8 +89,12 @@ class Plan:
     slots: int
     counters: int
     imbalance: float
-    cuts: np.ndarray = field(default_factory=lambda: np.zeros(0, CUT.numpy))
-    tensors: Any = field(default=None, repr=False)
+    items: np.ndarray = field(default_factory=lambda: _NO_ITEMS)
+    cuts: np.ndarray = field(default_factory=lambda: _NO_CUTS)
+    nodes: np.ndarray = field(default_factory=lambda: _NO_NODES)
+    group: int = 1
+    batch: Batch | None = field(default=None, repr=False)
+    tensors: dict[int, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
     longest: int = field(default=0, init=False, repr=False)
     planned: InitVar[bool] = False
 
@@ -92,9 +104,8 @@ class Plan:
             for name in _ARRAYS:
                 object.__setattr__(self, name, _frozen(np.array(getattr(self, name))))
             check(self)
-            object.__setattr__(self, "tensors", None)  # they may be of another plan
-        longest = int(np.diff(self.qo_indptr).max(initial=0))
-        object.__setattr__(self, "longest", longest)
+        queries = self.qo_indptr[1:] - self.qo_indptr[:-1]
+        object.__setattr__(self, "longest", int(queries.max(initial=0)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Plan.load, (self.save(),)
@@ -107,24 +118,29 @@ class Plan:
     def tokens(self) -> int:
         return int(self.qo_indptr[-1])
 
-    def with_tensors(self, device: str) -> Plan:
-        """This plan; where it is for a GPU with its copies there."""
-        if device != "cpu" and self.tensors is None:
-            tensors = self.on_device(int(device.partition(":")[2] or 0))
-            object.__setattr__(self, "tensors", tensors)
-        return self
+    @property
+    def tree(self) -> tuple[int, int, int]:
+        """Levels of shared keys, rows of the table, and the query heads of a KV head."""
+        return int(self.nodes["level"].max(initial=0)), len(self.nodes), self.group
 
-    def on_device(self, ordinal: int) -> tuple[Any, Any]:
-        """`qo_indptr` and the work (`items` or `cuts`) as int32 arrays on GPU `ordinal`: the copies
-        that the plan keeps, if they are on that GPU, and new copies otherwise."""
-        if self.tensors is not None and self.tensors[0].device.ordinal == ordinal:
-            return self.tensors
-        from tilewright.runtime.cuda import DeviceArray
+    def report(self) -> Report:
+        """Balance, padding, bytes, predicted time, and why other families were refused. Raises
+        ArgumentError[A103] for a plan that was loaded: it holds no lengths."""
+        if self.batch is None:
+            raise ArgumentError("A103", "a plan that was loaded holds no lengths", where="plan")
+        return reports.report(self)
 
-        work = (self.cuts if len(self.cuts) else self.items).view(np.int32)
-        both = DeviceArray.from_numpy(np.concatenate([self.qo_indptr, work]), ordinal=ordinal)
-        split = len(self.qo_indptr)
-        return both.rows(0, split), both.rows(split, both.shape[0])
+    def on_device(self, ordinal: int) -> tuple[Any, ...]:
+        """`qo_indptr`, the work (items or cuts) and the nodes as int32 arrays on a GPU."""
+        if ordinal not in self.tensors:
+            from tilewright.runtime.cuda import DeviceArray
+
+            work = (self.cuts if len(self.cuts) else self.items).view(np.int32)
+            parts = (self.qo_indptr, work, self.nodes.view(np.int32))
+            both = DeviceArray.from_numpy(np.concatenate(parts), ordinal=ordinal)
+            ends = np.cumsum([0, *map(len, parts)]).tolist()
+            self.tensors[ordinal] = tuple(both.rows(*ends[i : i + 2]) for i in range(3))
+        return self.tensors[ordinal]
 
     def _key(self) -> tuple[Any, ...]:
         numbers = (getattr(self, name) for name in _NUMBERS)
@@ -183,115 +199,101 @@ class Plan:
             raise ArgumentError("A107", f"these bytes are no plan: {error}", where="data") from None
 
 
-def _frozen(array: np.ndarray) -> np.ndarray:
-    array.flags.writeable = False
-    return array
-
-
 # ---------------------------------------------------------------------------- planning
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a planner must know of the attention and of the family that runs it: the heads, the mask
-    with its known values, the most queries of an item, what decides how items are cut along the
-    keys ("" where they are not; see `Family`), the CTAs of a worker where the plan is cuts (else
-    0), and the order of items (None: longest first)."""
-
-    family: str
-    kv_heads: int
-    group: int
-    mask: Expr
-    values: Mapping[str, Any]
-    qo_tile: int
-    splits: str
-    ctas_per_worker: int
-    order: Callable[[np.ndarray, np.ndarray, int], np.ndarray] | None = None
-
-
-def make(qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int) -> Plan:
-    """Divide a batch among `workers`; `qo_indptr` (requests + 1), `kv_lengths` (requests).
+def make(
+    qo_indptr: np.ndarray, kv_lengths: np.ndarray, shape: Shape, workers: int,
+    nodes: np.ndarray | None = None, batch: Batch | None = None,
+) -> Plan:  # fmt: skip
+    """Divide a batch among `workers`; `qo_indptr` (requests + 1), `kv_lengths` (nodes of the
+    table), `nodes`: the tree where requests share keys; `batch`: for the plan's report.
 
     How a request is cut into items depends on nothing but the request: so do the bits of its
     results. Where cuts divide it, or chunks that fill the workers ("batch"), it depends on the
     batch and the workers.
     """
     indptr = _frozen(np.array(qo_indptr, np.int32))
+    nodes = _frozen(of_requests(len(indptr) - 1) if nodes is None else nodes)
+    args = indptr, nodes, kv_lengths, shape, workers
     if shape.ctas_per_worker:
-        first = kv_lengths - np.diff(indptr)
-        seen = visible_tiles(first, kv_lengths - 1, kv_lengths, shape) * KEY_TILE
-        cuts = planner.cut(seen, shape.kv_heads, shape.ctas_per_worker * workers)
-        sizes = (shape.kv_heads, shape.qo_tile, workers, shape.family, 0, 0)
-        balance = ranges.imbalance(cuts, seen, shape.kv_heads)
-        none = np.zeros(0, ITEM.numpy)
-        return Plan(none, indptr, *sizes, balance, _frozen(cuts), planned=True)
-    lengths = np.diff(indptr).astype(np.int64)
-    tiles = -(-lengths // shape.qo_tile)
-    request = np.repeat(np.arange(len(lengths)), tiles)
-    number = np.arange(len(request)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
-    begin = indptr[:-1][request] + number * shape.qo_tile
-    end = np.minimum(begin + shape.qo_tile, indptr[1:][request])
-    first = kv_lengths[request] - (indptr[1:][request] - begin)
-    visible = visible_tiles(first, first + (end - begin) - 1, kv_lengths[request], shape)
+        cuts, balance = planner.cut(*args)
+        work = {"cuts": _frozen(cuts), "imbalance": balance, "slots": 0, "counters": 0}
+    else:
+        work = _items(*args)
+    return Plan(
+        **work, qo_indptr=indptr, nodes=nodes, kv_heads=shape.kv_heads, qo_tile=shape.qo_tile,
+        workers=workers, family=shape.family, group=shape.group, batch=batch, planned=True,
+    )  # fmt: skip
+
+
+def _items(
+    indptr: np.ndarray, nodes: np.ndarray, keys: np.ndarray, shape: Shape, workers: int
+) -> dict[str, Any]:
+    """The fields of a plan of items, longest first."""
+    first_row, last_row = _rows_of_nodes(indptr, nodes)
+    parts = node, begin, end = _row_tiles(first_row, last_row, shape.qo_tile)
+    if len(keys) >= len(indptr):  # what masks hide of shared keys is not counted
+        visible = -(-keys[node] // ranges.TILE)
+    else:
+        first = keys[node] - (last_row[node] - begin)
+        visible = planner.visible_tiles(first, first + (end - begin) - 1, keys[node], shape)
     cost = visible * ((end - begin) * shape.group + 4) + 4
-    chunks = np.ones(len(request), np.int64)
+    chunks = np.ones(len(node), np.int64)
     if shape.splits == "batch":
         share = visible.sum() * shape.kv_heads / workers
         chunks = np.clip(visible / max(share, 1), 1, np.maximum(visible // _BATCH_CHUNK_TILES, 1))
         chunks = chunks.astype(np.int64)
     elif shape.splits:
-        wanted = -(-_ITEMS_PER_REQUEST // (tiles[request] * shape.kv_heads))
+        wanted = -(-_ITEMS_PER_REQUEST // (np.bincount(node)[node] * shape.kv_heads))
         chunks = np.clip(visible // CHUNK_TILES, 1, wanted)
-    return _listed(indptr, (request, begin, end, cost, chunks), shape, workers)
-
-
-def _listed(indptr: np.ndarray, parts: tuple[np.ndarray, ...], shape: Shape, workers: int) -> Plan:
-    """Items of every KV head and chunk, longest first."""
-    request, begin, end, cost, chunks = (np.repeat(x, shape.kv_heads) for x in parts)
-    kv_head = np.tile(np.arange(shape.kv_heads), len(parts[0]))
-    cut = chunks > 1
-    slot = np.where(cut, np.cumsum(np.where(cut, chunks, 0)) - np.where(cut, chunks, 0), 0)
-    counter = np.where(cut, np.cumsum(cut) - 1, 0)
-    of = np.repeat(np.arange(len(request)), chunks)
-    items = np.zeros(len(of), ITEM.numpy)
-    items["chunk"] = np.arange(len(of)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-    columns = {
-        "request": request, "kv_head": kv_head, "qo_begin": begin, "qo_end": end,
-        "chunks": chunks, "slot": slot, "counter": counter,
-    }  # fmt: skip
-    for name, column in columns.items():
-        items[name] = column[of]
-    work = (cost / chunks)[of]
+    items, slots, counters = _chunked(parts, chunks, shape.kv_heads)
+    work = np.repeat(cost / chunks, chunks * shape.kv_heads)
     order = np.argsort(-work, kind="stable")
     if shape.order is not None:
         order = shape.order(items, indptr, workers)
-    sizes = (shape.kv_heads, shape.qo_tile, workers, shape.family)
-    space = int(chunks[cut].sum()), int(cut.sum())
-    balance = _imbalance(work[order], workers)
-    return Plan(_frozen(items[order]), indptr, *sizes, *space, balance, planned=True)
+    return {
+        "items": _frozen(items[order]), "slots": slots, "counters": counters,
+        "imbalance": _imbalance(work[order], workers),
+    }  # fmt: skip
 
 
-def visible_tiles(
-    first: np.ndarray, last: np.ndarray, kv_lengths: np.ndarray, shape: Shape
-) -> np.ndarray:
-    """How many tiles of keys are in the mask's extents for queries at positions first … last."""
-    positions = {
-        "at.qo": Interval.of(first, last),
-        "at.qo_head": Interval.of(0, shape.kv_heads * shape.group - 1),
-        "at.kv_head": Interval.of(0, shape.kv_heads - 1),
-        "at.kv_len": Interval.of(kv_lengths),
-    }
-    key = Interval.of(0, kv_lengths - 1)
-    visible = extents.ranges(shape.mask, extents.Numbers(key, positions, shape.values))
-    return extents.visible_tiles(visible, key, KEY_TILE)
+def _rows_of_nodes(indptr: np.ndarray, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first row of q of each node and the one behind its last, int64."""
+    rows = indptr.astype(np.int64)
+    return rows[nodes["begin"]], rows[nodes["end"]]
 
 
-def most_visible_tiles(shape: Shape, queries: int) -> int:
-    """An estimate of the number of tiles that the last `queries` of a request see at any length:
-    exact for windows, the maximum over a sample of lengths for other masks; at least 1."""
-    spread = np.geomspace(1, MAX_KEYS, 4096).astype(np.int64)
-    lengths = np.concatenate([spread, MAX_KEYS - np.arange(KEY_TILE)])
-    return max(1, int(visible_tiles(lengths - queries, lengths - 1, lengths, shape).max()))
+def _counted(counts: np.ndarray) -> np.ndarray:
+    """0 … n − 1 for each n of `counts`, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _row_tiles(first: np.ndarray, last: np.ndarray, qo_tile: int) -> tuple[np.ndarray, ...]:
+    """The rows of each node cut into tiles: node, first row and the row behind the last."""
+    tiles = -(-(last - first) // qo_tile)
+    node = np.repeat(np.arange(len(tiles)), tiles)
+    begin = first[node] + _counted(tiles) * qo_tile
+    return node, begin, np.minimum(begin + qo_tile, last[node])
+
+
+def _chunked(
+    parts: tuple[np.ndarray, ...], chunks: np.ndarray, kv_heads: int
+) -> tuple[np.ndarray, int, int]:
+    """The items of tiles of rows, by tile, KV head and chunk, with the partial results and the
+    counters that they need; `chunks` of each tile."""
+    node, begin, end, chunks = (np.repeat(x, kv_heads) for x in (*parts, chunks))
+    kv_head, cut = np.tile(np.arange(kv_heads), len(parts[0])), chunks > 1
+    slots, counters = np.cumsum(chunks * cut), np.cumsum(cut)
+    columns = {
+        "request": node, "kv_head": kv_head, "qo_begin": begin, "qo_end": end, "chunks": chunks,
+        "slot": (slots - chunks) * cut, "counter": (counters - 1) * cut,
+    }  # fmt: skip
+    items = np.zeros(chunks.sum(), ITEM.numpy)
+    items["chunk"] = _counted(chunks)
+    for name, column in columns.items():
+        items[name] = np.repeat(column, chunks)
+    return items, int(chunks[cut].sum()), int(cut.sum())
 
 
 def _imbalance(work: np.ndarray, workers: int) -> float:
@@ -329,62 +331,46 @@ def check(plan: Plan) -> None:
     indptr, items = plan.qo_indptr, plan.items
     if not len(indptr) or indptr[0] != 0 or not rises(indptr):
         _refuse("qo_indptr does not rise from 0")
-    limits = (plan.kv_heads, plan.qo_tile, plan.workers)
+    limits = (plan.kv_heads, plan.qo_tile, plan.workers, plan.group)
     if min(limits) < 1 or max(limits) >= 2**31:
         _refuse("its numbers are out of range")
-    if min(plan.slots, plan.counters) < 0 or max(plan.slots, plan.counters) > len(items):
-        _refuse("its work space is of another size than its items need")
-    if not ranges.is_sound(plan.cuts, plan.requests, plan.kv_heads):
+    if not _is_tree(plan.nodes, plan.requests):
+        _refuse("its nodes are no tree of the requests")
+    first, last = _rows_of_nodes(indptr, plan.nodes)
+    units = np.full(len(first), plan.kv_heads // ranges.head_block(plan.kv_heads))
+    if plan.tree[0]:
+        units *= ranges.row_blocks(last - first, plan.group)[0]
+    if not ranges.is_sound(plan.cuts, units):
         _refuse("its cuts do not cover the batch")
     if not len(items):
         if plan.tokens and not len(plan.cuts):
             _refuse("it has no work")
         return
-    f = {name: items[name].astype(np.int64) for name in ITEM.numpy.names or ()}
-    inside = (f["request"] >= 0) & (f["request"] < plan.requests)
-    inside &= (f["kv_head"] >= 0) & (f["kv_head"] < plan.kv_heads)
-    inside &= (f["chunk"] >= 0) & (f["chunk"] < f["chunks"])
-    if not inside.all():
-        _refuse("an item lies outside the batch")
-    size = f["qo_end"] - f["qo_begin"]
-    inside = (f["qo_begin"] >= indptr[f["request"]]) & (f["qo_end"] <= indptr[f["request"] + 1])
-    if not (inside & (size > 0) & (size <= plan.qo_tile)).all():
-        _refuse("an item has queries of another request, or too many")
-    leads = f["chunk"] == 0
-    if int((size * leads).sum()) != plan.tokens * plan.kv_heads:
-        _refuse("its items do not cover the queries")
-    order = np.lexsort((f["chunk"], f["qo_begin"], f["kv_head"]))
-    s = {name: column[order] for name, column in f.items()}
-    _check_sequence(s, plan)
+    if int((-(-(last - first) // plan.qo_tile)).sum()) * plan.kv_heads > len(items):
+        _refuse("some queries are of no item")
+    parts = _row_tiles(first, last, plan.qo_tile)
+    ordered = items[np.lexsort([items[n] for n in ("chunk", "kv_head", "qo_begin", "request")])]
+    chunks = ordered["chunks"][ordered["chunk"] == 0][:: plan.kv_heads].astype(np.int64)
+    fits = len(chunks) == len(parts[0]) and chunks.min() > 0
+    if not fits or chunks.sum() * plan.kv_heads != len(items):
+        _refuse("its items do not have all chunks of all queries")
+    wanted, *sizes = _chunked(parts, chunks, plan.kv_heads)
+    if (wanted != ordered).any() or sizes != [plan.slots, plan.counters]:
+        _refuse("its items do not do each query once, with partial results of their own")
 
 
-def _check_sequence(s: dict[str, np.ndarray], plan: Plan) -> None:
-    """Items sorted by head, query and chunk follow each other without gaps or overlaps."""
-    lead = s["chunk"] == 0
-    if not lead[0]:
-        _refuse("a chunk is missing")
-    same = ~lead[1:]
-    for name in ("kv_head", "qo_begin", "qo_end", "request", "chunks", "slot", "counter"):
-        if (s[name][1:] != s[name][:-1])[same].any():
-            _refuse("the chunks of an item differ")
-    if (s["chunk"][1:] != s["chunk"][:-1] + 1)[same].any():
-        _refuse("a chunk is missing or occurs twice")
-    ends = np.append(lead[1:], True)
-    if (s["chunk"] + 1 != s["chunks"])[ends].any():
-        _refuse("a chunk is missing")
-    begin, end = s["qo_begin"][lead], s["qo_end"][lead]
-    head = s["kv_head"][lead]
-    follows = head[1:] == head[:-1]
-    if (begin[1:] < end[:-1])[follows].any():
-        _refuse("two items share a query")
-    cut = lead & (s["chunks"] > 1)
-    slot, count, counter = s["slot"][cut], s["chunks"][cut], s["counter"][cut]
-    if len(slot) and (slot.min() < 0 or (slot + count).max() > plan.slots):
-        _refuse("a partial result lies outside the work space")
-    by = np.argsort(slot)
-    if (slot[by][1:] < (slot + count)[by][:-1]).any():
-        _refuse("two items share a partial result")
-    if len(np.unique(counter)) != len(counter) or (
-        len(counter) and (counter.min() < 0 or counter.max() >= plan.counters)
-    ):
-        _refuse("two items share a counter")
+def _is_tree(nodes: np.ndarray, requests: int) -> bool:
+    """Whether each level divides the requests, and the last has one node for each of them."""
+    if not len(nodes):
+        return not requests
+    begin, end, level = (nodes[n].astype(np.int64) for n in ("begin", "end", "level"))
+    starts = np.flatnonzero(np.diff(level, prepend=-1))
+    ends = np.append(starts[1:], len(nodes)) - 1
+    same = (level[1:] == level[:-1]) & (begin[1:] == end[:-1])
+    return bool(
+        (level[starts] == np.arange(len(starts))).all()
+        and (begin[starts] == 0).all() and (end[ends] == requests).all()
+        and (begin <= end).all() and (same | (np.diff(level) == 1)).all()
+        and (nodes["base"] >= 0).all() and len(nodes) - starts[-1] == requests
+        and (end - begin)[starts[-1] :].all()
+    )  # fmt: skip

@@ -1,87 +1,119 @@
 """Ranges: the tiles of a decode batch cut into contiguous pieces of equal cost, one for each team.
 
-A unit is (request, group of KV heads), in that order; a range goes from one cut to the next. No
-range lists its tiles: lengths are read when the kernel runs, and the last range of a unit works to
-its end.
+A unit is (node of the table, block of packed rows, block of KV heads), in that order; a range goes
+from one cut to the next. No range lists its tiles: lengths are read when the kernel runs, and the
+last range of a unit works to its end.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from tilewright.runtime.layout import Struct
 
 TILE = 64  # keys of a tile
-HEADS_AT_ONCE = 8  # CTAs of one range, at most: their reads of the same pages coincide
+HEAD_BLOCK = 8  # KV heads of a range, at most: its CTAs read the same pages at the same time
 TILE_COST, UNIT_COST = 4, 2  # of a tile, and of starting and finishing a unit
+WIDE_COST, SNAP = 6, 2  # of a tile of a wide unit; its parts are multiples of so many tiles
 
-CUT = Struct(
-    "Cut", [(name, "int32") for name in ("unit", "request", "group", "tile", "first", "last")]
-)
-"""Where a range begins: a unit (request, group of heads) and a tile of it. `first` and `last` are
-the ranges that hold the first and the last tile of that unit."""
+CUT = Struct("Cut", [(name, "int32") for name in ("node", "unit", "tile", "first", "last")])
+"""Where a range begins: a unit of a node and a tile of it. `first` and `last` are the ranges that
+hold the first and the last tile of that unit."""
+
+NARROW_ROWS, WIDE_ROWS = 16, 64  # packed rows of a unit, at most, where nodes are shared
+
+_NODE, _UNIT = 43, 26  # the bits of a cut's key: NODE_SHIFT and UNIT_SHIFT of cuts.h
+MAX_NODES, MAX_UNITS = 1 << 20, 1 << 17
 
 
-def heads_at_once(kv_heads: int) -> int:
+def head_block(kv_heads: int) -> int:
     """CTAs that work on one range, each on a head of its own."""
-    return max(n for n in range(1, HEADS_AT_ONCE + 1) if kv_heads % n == 0)
+    return max(n for n in range(1, HEAD_BLOCK + 1) if kv_heads % n == 0)
 
 
-def cut(lengths: np.ndarray, kv_heads: int, ctas: int) -> np.ndarray:
+def row_blocks(queries: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of nodes that so many queries read: the blocks of packed rows, and whether these are wide. A
+    node that nobody reads has none."""
+    wide = queries * group > NARROW_ROWS
+    return np.where(wide, -(-queries // (WIDE_ROWS // group)), queries > 0), wide
+
+
+def _sizes(lengths: np.ndarray, kv_heads: int, blocks: Any, wide: Any) -> tuple[np.ndarray, ...]:
+    """Tiles of a unit, units, and the cost of a tile, of each node."""
+    tiles = np.maximum(-(-np.asarray(lengths, np.int64) // TILE), 1)
+    units = np.full(len(tiles), kv_heads // head_block(kv_heads)) * blocks
+    return tiles, units, np.where(wide, WIDE_COST, np.full(len(tiles), TILE_COST))
+
+
+def cut(
+    lengths: np.ndarray, kv_heads: int, ctas: int, blocks: Any = 1, wide: Any = False
+) -> np.ndarray:
     """The cuts of a batch, an array of `CUT` (ranges + 1), for at most `ctas` CTAs.
 
-    `lengths` (requests,): keys of each. A request without keys costs a tile: its result is written
-    too. The last range of a unit works to the end of its keys as they are when the kernel runs.
+    Of each node: `lengths`, its keys; `blocks` of packed rows and whether they are `wide`, arrays
+    or one value for all. A node without keys costs a tile: its result is written too. The last
+    range of a unit works to the end of its keys as they are when the kernel runs.
     """
-    together = heads_at_once(kv_heads)
-    groups = kv_heads // together
     if not len(lengths):
         return np.zeros(1, CUT.numpy)
-    tiles = np.maximum(-(-np.asarray(lengths, np.int64) // TILE), 1)
-    cost = TILE_COST * tiles + UNIT_COST
-    ends = np.concatenate([[0], np.cumsum(cost * groups)])
-    count = int(max(1, min(ctas // together, tiles.sum() * groups)))
+    tiles, units, tile_cost = _sizes(lengths, kv_heads, blocks, wide)
+    cost = tile_cost * tiles + UNIT_COST
+    ends = np.concatenate([[0], np.cumsum(cost * units)])
+    count = int(max(1, min(ctas // head_block(kv_heads), (tiles * units).sum())))
     at = int(ends[-1]) * np.arange(count) // count
-    request = np.searchsorted(ends, at, "right") - 1
-    unit_cost, unit_tiles = cost[request], tiles[request]
-    group, rest = np.divmod(at - ends[request], unit_cost)
-    tile = np.maximum((rest - UNIT_COST + TILE_COST // 2) // TILE_COST, 0)
-    full = tile >= unit_tiles
-    unit = np.append(request * groups + group + full, len(tiles) * groups)
-    tile = np.append(np.where(full, 0, tile), 0)
-    return _array(unit, tile, groups)
+    node = np.searchsorted(ends, at, "right") - 1
+    if not ends[-1]:  # no unit at all
+        node, unit, tile = np.full(count, len(tiles)), np.zeros(count, int), np.zeros(count, int)
+    else:
+        step = np.where(tile_cost == WIDE_COST, SNAP, 1)[node]
+        unit, rest = np.divmod(at - ends[node], cost[node])
+        by = tile_cost[node] * step
+        tile = np.maximum((rest - UNIT_COST + by // 2) // by, 0) * step
+        full = tile >= tiles[node]
+        over = full & (unit + 1 >= units[node])
+        node, unit = node + over, np.where(over, 0, unit + full)
+        tile = np.where(full, 0, tile)
+    return _array(np.append(node, len(tiles)), np.append(unit, 0), np.append(tile, 0))
 
 
-def _array(unit: np.ndarray, tile: np.ndarray, groups: int) -> np.ndarray:
-    """Cuts by unit and tile, which decide the rest."""
-    key, begin = (unit << 32) + tile, unit << 32
-    cuts = np.zeros(len(unit), CUT.numpy)
-    cuts["unit"], cuts["tile"] = unit, tile
-    cuts["request"], cuts["group"] = np.divmod(unit, groups)
-    own = np.arange(len(unit))
+def _key(node: np.ndarray, unit: np.ndarray, tile: np.ndarray) -> np.ndarray:
+    return (node << _NODE) + (unit << _UNIT) + tile
+
+
+def _array(node: np.ndarray, unit: np.ndarray, tile: np.ndarray) -> np.ndarray:
+    """Cuts by node, unit and tile, which decide the rest."""
+    key, begin = _key(node, unit, tile), _key(node, unit, 0 * tile)
+    cuts = np.zeros(len(node), CUT.numpy)
+    cuts["node"], cuts["unit"], cuts["tile"] = node, unit, tile
+    own = np.arange(len(node))
     cuts["first"] = np.where(tile == 0, own, np.searchsorted(key, begin, "right") - 1)
-    cuts["last"] = np.searchsorted(key, begin + (1 << 32), "left") - 1
+    cuts["last"] = np.searchsorted(key, begin + (1 << _UNIT), "left") - 1
     return cuts
 
 
-def imbalance(cuts: np.ndarray, lengths: np.ndarray, kv_heads: int) -> float:
-    """The tiles of the longest range over the mean, 1.0 for an empty batch."""
-    groups = kv_heads // heads_at_once(kv_heads)
-    tiles = np.maximum(-(-np.asarray(lengths, np.int64) // TILE), 1)
-    before = np.append(0, np.cumsum(np.repeat(tiles, groups)))  # tiles before each unit
-    at = before[cuts["unit"].astype(np.int64)] + cuts["tile"]
-    work = np.diff(at)
-    return float(work.max() * len(work) / work.sum()) if len(work) and work.sum() else 1.0
+def work(
+    cuts: np.ndarray, lengths: np.ndarray, kv_heads: int, blocks: Any = 1, wide: Any = False
+) -> np.ndarray:
+    """The cost of the tiles of each range; arguments as for `cut`."""
+    tiles, units, tile_cost = _sizes(lengths, kv_heads, blocks, wide)
+    ends = np.append(0, np.cumsum(units * tiles * tile_cost))
+    node = cuts["node"].astype(np.int64)
+    tiles, tile_cost = np.append(tiles, 0), np.append(tile_cost, 0)
+    return np.diff(ends[node] + (cuts["unit"] * tiles[node] + cuts["tile"]) * tile_cost[node])
 
 
-def is_sound(cuts: np.ndarray, requests: int, kv_heads: int) -> bool:
-    """Whether cuts from outside cover a batch once and in order: then a kernel can trust them."""
+def is_sound(cuts: np.ndarray, units: np.ndarray) -> bool:
+    """Whether cuts from outside cover the `units` of each node once and in order: then a kernel can
+    trust them."""
     if not len(cuts):
         return True
-    groups = kv_heads // heads_at_once(kv_heads)
-    unit, tile = cuts["unit"].astype(np.int64), cuts["tile"].astype(np.int64)
-    key = (unit << 32) + tile
-    inside = key[0] == 0 and key[-1] == (requests * groups) << 32 and tile.min() >= 0
-    if not inside or (key[1:] < key[:-1]).any():
+    node, unit, tile = (cuts[n].astype(np.int64) for n in ("node", "unit", "tile"))
+    key, last = _key(node, unit, tile), len(units)
+    if min(node.min(), unit.min(), tile.min()) < 0 or node.max() > last or tile.max() >> _UNIT:
         return False
-    return bool((_array(unit, tile, groups) == cuts).all())
+    from_first = not (unit[0] or tile[0] or units[: node[0]].any())
+    exists = (unit < np.append(units, 1)[node]) | ((unit == 0) & (tile == 0))
+    rising = key[-1] == last << _NODE and (key[1:] >= key[:-1]).all()
+    return bool(from_first and rising and exists.all() and (_array(node, unit, tile) == cuts).all())

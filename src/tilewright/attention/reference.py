@@ -117,8 +117,12 @@ def gather(kv: KV, request: int) -> tuple[np.ndarray, np.ndarray]:
 
     What is read of the arrays is clamped as the kernels clamp it: a page that does not exist is
     page 0."""
-    key = np.arange(int(kv.lengths()[request]))
-    pages = kv.table.pages(np.full(key.shape, request), key // kv.page_size)
+    lengths = kv.lengths()
+    tree = kv.table.tree(lengths)
+    path = np.flatnonzero((tree["begin"] <= request) & (request < tree["end"]))
+    node = np.repeat(path, lengths[path])
+    key = np.concatenate([np.arange(n) for n in lengths[path]])
+    pages = kv.table.pages(node, key // kv.page_size)
     pages = np.where((pages >= 0) & (pages < kv.pool.pages), pages, 0)
     parts = (kv.pool.index(part, pages, key % kv.page_size) for part in (0, 1))
     keys, values = (as_float64(array, at) for array, at in parts)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.attention import extents
-from tilewright.attention.bounds import bound
+from tilewright.attention.bounds import Text, bound
 from tilewright.attention.tracing import NO_SINK, Traced, Value
 from tilewright.codegen.cpp import CppRenderer
 from tilewright.codegen.cuda import CudaRenderer
@@ -143,7 +143,7 @@ def _struct(
     methods: dict[str, Expr],
     read: Callable[[Value], str],
 ) -> str:
-    text = extents.Text()
+    text = Text()
     ranges = extents.ranges(traced.mask, text)
     members, starts = [], []
     for v in traced.values:
@@ -167,8 +167,9 @@ def _struct(
             ),
             "  TW_METHOD int tile_class(const tw::Tile& tile) const "
             f"{{ return tw::tile_class({bound(traced.mask, text)}); }}",
-            "  TW_METHOD tw::Ranges<RANGES> ranges(const tw::Tile& tile, const tw::Line& kv) const "
-            f"{{ (void)kv; return {{{{{', '.join(ranges)}}}}}; }}",
+            "  TW_METHOD tw::Ranges<RANGES> ranges(const tw::Tile& tile, const tw::Line& kv, "
+            "const tw::Line& key) const "
+            f"{{ return {{{{{', '.join(ranges)}}}}}; }}",
             "};",
         )
     )

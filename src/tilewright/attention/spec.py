@@ -21,6 +21,14 @@ from tilewright.toolchain import nvrtc
 
 KERNELS = Path(__file__).parent / "kernels"
 
+PARTIALS: tuple[tuple[str, ...], ...] = (
+    ("partials", "ptr", "float*"), ("counters", "ptr", "int32_t*"),
+    ("states", "ptr", "float*"), ("arrivals", "ptr", "int32_t*"), ("state_rows", "int64"),
+)  # fmt: skip
+"""Fields of families that cut work along the keys: partial results and who has written them; of
+nodes that share keys the states of each level, `state_rows` rows each, and the levels that have
+arrived."""
+
 _ELEMENTS = """struct float32 { using type = float; };
 struct float16 { using type = uint16_t; };
 struct bfloat16 { using type = uint16_t; };"""
@@ -62,7 +70,6 @@ def params_struct(
         *first,
         ("q", "ptr", f"const {q}*"), ("k", "ptr", f"const {kv}*"), ("v", "ptr", f"const {kv}*"),
         ("o", "ptr", f"{o}*"), ("lse", "ptr", "float*"), ("qo_indptr", "ptr", "const int32_t*"),
-        ("partials", "ptr", "float*"), ("counters", "ptr", "int32_t*"),
         *spec.table.param_fields(), *work,
         *((n, "int64") for n in ("q_token", "q_head", "k_page", "k_slot", "k_head")),
         *((n, "int64") for n in ("v_page", "v_slot", "v_head", "pages")),
@@ -82,6 +89,17 @@ def param_values(
         "o": o.pointer, "lse": lse.pointer, "kv_heads": pool.kv_heads, "sm_scale": sm_scale,
     }  # fmt: skip
     return numbers | pool.params() | table.params()
+
+
+def partial_params(
+    partials: int, floats: int, counters: int, counts: int, rows: int
+) -> dict[str, int]:
+    """The values of `PARTIALS`: `floats` of partial results stand in front of the states, `counts`
+    of their counters in front of the arrivals."""
+    return {
+        "partials": partials, "counters": counters, "states": partials + 4 * floats,
+        "arrivals": counters + 4 * counts, "state_rows": rows,
+    }  # fmt: skip
 
 
 @functools.cache
@@ -149,9 +167,6 @@ def loaded(text: str, ordinal: int, function: str = "stage0", name: str = "atten
 
 
 def cuda_headers() -> dict[str, str]:
-    """Every file that CUDA kernels include, by name."""
-    files = (
-        "bounds.h", "table.h", "variant.h", "cuts.h", "plan_gpu.cuh", "flash_portable.cuh",
-        "decode.cuh", "prefill_hopper.cuh", "hopper_load.cuh", "hopper_consume.cuh", "merge.cuh",
-    )  # fmt: skip
-    return prelude_files.headers() | {name: template(name) for name in files}
+    """Every file that kernels may include, by name."""
+    names = sorted(path.name for path in KERNELS.glob("*.*h"))
+    return prelude_files.headers() | {name: template(name) for name in names}

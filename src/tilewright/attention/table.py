@@ -11,11 +11,18 @@ read.
     Table.ragged(kv_indptr)                        no pages: rows of k and v one after the other
     Table.dense(kv_len)                            no table: request r has page r
 
+Requests that share keys (a cascade): with `shared=[indptr, …]` the rows of the table are nodes of a
+tree. Those of the outermost level come first, then those of each further level, then one row for
+each request, with the keys that are its own. Node i of a level has keys that requests indptr[i] …
+indptr[i + 1] − 1 share; each level divides the nodes of the one before. The keys of a request are
+those of its nodes, one behind the other, as if they stood in one row.
+
 Arrays are not copied: kernels read the caller's memory, so the next run uses what it then holds.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +32,7 @@ from tilewright import dtypes
 from tilewright.attention.checks import check_range, check_view, integer_view, named_view, rises
 from tilewright.errors import ArgumentError
 from tilewright.ir.levels import integer
+from tilewright.runtime.layout import Struct
 from tilewright.runtime.transfer import to_host
 from tilewright.runtime.view import View
 from tilewright.sparse import entries
@@ -32,18 +40,11 @@ from tilewright.sparse.formats import Format
 from tilewright.sparse.pack import Packed, Part, Structure
 from tilewright.sparse.structured import paged
 
+NODE = Struct("Node", [(name, "int32") for name in ("begin", "end", "base", "level")])
+"""A row of a table: requests begin … end − 1 have its keys behind `base` others (see table.h)."""
+
 MAX_KEYS = 2**31 - 128
 """The most keys of a request: positions are int32, and so is the end of the last tile."""
-
-_NAMES = (
-    "kv_len",
-    "table_indptr",
-    "table_rows",
-    "table_entries",
-    "qo_base",
-    "kv_base",
-    "kv_stride",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +58,18 @@ class TableForm:
     qo_base: str = ""
     kv_base: str = ""
     kv_stride: str = ""
+    shared: int = 0  # levels of shared keys
 
     def for_planner(self) -> TableForm:
         """The form with nothing but what decides lengths."""
-        return TableForm(self.kv_len, self.table_indptr, table_entries="")
+        return TableForm(self.kv_len, self.table_indptr, table_entries="", shared=self.shared)
 
     def param_fields(self) -> list[tuple[str, ...]]:
         """The fields of a kernel's parameters: one pointer for each array, and the sizes."""
         pointers = [(n, "ptr", f"const {getattr(self, n) or 'int32'}_t*") for n in _NAMES]
         sizes = [(n, "int64") for n in ("table_limit", "table_width", "table_stride")]
-        return [*pointers, *sizes]
+        tree = [("nodes", "ptr", "const void*"), ("shared_nodes", "int64")] if self.shared else []
+        return [*pointers, *tree, *sizes]
 
     def c_text(self) -> str:
         """The constants that kernels/table.h reads."""
@@ -76,7 +79,11 @@ class TableForm:
             "KEY_POSITIONS": self.kv_base,
         }  # fmt: skip
         lines = (f"constexpr bool {n} = {str(bool(v)).lower()};" for n, v in flags.items())
-        return "\n".join(("namespace table {", *lines, "}  // namespace table"))
+        levels = f"constexpr int LEVELS = {self.shared + 1};"
+        return "\n".join(("namespace table {", *lines, levels, "}  // namespace table"))
+
+
+_NAMES = tuple(TableForm.__dataclass_fields__)[:-1]  # of the arrays of a table
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -85,8 +92,10 @@ class Table:
 
     `limit`: the number of entries of a CSR table, else of rows; `width`: entries in a row;
     `stride`: distance between the starts of two rows, in entries. `form` selects the kernels.
+    `nodes`: rows of the table, more than `requests` where these share keys.
     """
 
+    nodes: int
     requests: int
     device: str
     form: TableForm
@@ -105,7 +114,9 @@ class Table:
         number of rows of which request r has row rows[r]; int32 or int64, the rows of `block_table`
         any stride apart. `positions`: `qo_base` (requests,), the position of each request's first
         query (None: its last query has the position of its last key); with it `kv_base` and
-        `kv_stride` (requests,): key t has position kv_base + kv_stride · t; int32.
+        `kv_stride` (requests,): key t has position kv_base + kv_stride · t; int32. Or `shared`: for
+        each level of shared keys an indptr over requests, int32; then `kv_len` and the rows of the
+        table are those of nodes (see above).
         Raises ArgumentError (A101 … A109). Contents of device arrays are not looked at: kernels
         clamp them.
         """
@@ -123,7 +134,7 @@ class Table:
             views["table_rows"] = integer_view("rows", rows, device=device, size=requests)
             arrays["table_rows"] = rows
             if device == "cpu":
-                check_range("rows", np.asarray(rows), 0, height - 1)
+                check_range("rows", to_host(rows), 0, height - 1)
         stride = entries.strides[0] if height > 1 else width
         self._set(requests, views, arrays, (height, width, stride), positions)
 
@@ -140,7 +151,7 @@ class Table:
         indices = integer_view("kv_indices", kv_indices, device=lengths.device)
         check_view("kv_len", lengths, shape=(_requests(indptr),), hint="one a request")
         if lengths.device == "cpu":
-            _check_indptr(np.asarray(kv_indptr), indices.size, "kv_indices")
+            _check_indptr(to_host(kv_indptr), indices.size, "kv_indices")
         table = object.__new__(cls)
         views = {"kv_len": lengths, "table_indptr": indptr, "table_entries": indices}
         arrays = {"kv_len": kv_len, "table_indptr": kv_indptr, "table_entries": kv_indices}
@@ -161,7 +172,7 @@ class Table:
             views["kv_len"] = integer_view("kv_len", kv_len, device=indptr.device, size=requests)
             arrays["kv_len"] = kv_len
         if indptr.device == "cpu":
-            _check_indptr(np.asarray(kv_indptr), 2**63 - 1, "k")
+            _check_indptr(to_host(kv_indptr), 2**63 - 1, "k")
         table = object.__new__(cls)
         table._set(requests, views, arrays, (2**62, 0, 0), positions)
         return table
@@ -180,35 +191,44 @@ class Table:
 
     def _set(
         self,
-        requests: int,
+        nodes: int,
         views: dict[str, View],
         arrays: dict[str, Any],
         sizes: tuple[int, int, int],
         positions: dict[str, Any],
     ) -> None:
-        """The fields of a new table, with its positions checked and added."""
+        """The fields of a new table, with its positions and levels checked and added."""
         device = next(iter(views.values())).device
+        shared, requests = positions.pop("shared", None) or (), nodes
+        for level, indptr in enumerate(shared):
+            name = f"shared_{level}"
+            views[name] = integer_view(name, indptr, kinds=(dtypes.int32,), device=device)
+            arrays[name] = indptr
+            requests -= _requests(views[name])
+        if device == "cpu":
+            _check_levels([to_host(x) for x in shared], requests)
         for name, array in positions.items():
             if name not in ("qo_base", "kv_base", "kv_stride"):
-                hint = "positions: qo_base, kv_base, kv_stride"
+                hint = "positions: qo_base, kv_base, kv_stride; shared"
                 raise ArgumentError("A101", f"a table has no {name!r}", where=name, hint=hint)
             if array is not None:
                 kinds = (dtypes.int32,)
                 views[name] = integer_view(name, array, 1, kinds, device, requests)
                 arrays[name] = array
         if len({"kv_base", "kv_stride"} & views.keys()) == 1 or (
-            "kv_base" in views and "qo_base" not in views
+            "kv_base" in views and ("qo_base" not in views or shared)
         ):
-            text = "positions of keys need kv_base, kv_stride and qo_base"
+            text = "positions of keys need kv_base, kv_stride and qo_base, and no shared keys"
             hint = "without kv_base and kv_stride key t has position t"
             raise ArgumentError("A101", text, where="kv_base", hint=hint)
         lengths = arrays.get("kv_len")
         if device == "cpu" and lengths is not None:
-            check_range("kv_len", np.asarray(lengths), 0, MAX_KEYS)
+            check_range("kv_len", to_host(lengths), 0, MAX_KEYS)
         if device == "cpu" and "kv_stride" in views:
-            check_range("kv_stride", np.asarray(arrays["kv_stride"]), 1, 2**31 - 1)
-        form = TableForm(**{n: views[n].dtype.name if n in views else "" for n in _NAMES})
-        values = (requests, device, form, *sizes, views, arrays)
+            check_range("kv_stride", to_host(arrays["kv_stride"]), 1, 2**31 - 1)
+        kinds = {n: views[n].dtype.name if n in views else "" for n in _NAMES}
+        form = TableForm(**kinds, shared=len(shared))
+        values = (nodes, requests, device, form, *sizes, views, arrays)
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
 
@@ -248,15 +268,15 @@ class Table:
         longest = integer("Table.tensor", "longest", longest)
         indptr = self.arrays.get("table_indptr")
         if indptr is None:
-            host = np.arange(self.requests + 1, dtype=length.dtype.numpy) * self.stride
+            host = np.arange(self.nodes + 1, dtype=length.dtype.numpy) * self.stride
             indptr = entries.to_device(host, self.device)
         named = self.arrays["table_entries"].reshape(-1)
         level = {"indptr": indptr, "pages": named, "length": self.arrays["kv_len"]}
-        shape, none = (self.requests, longest, *values.shape[2:]), np.zeros(0, np.int64)
+        shape, none = (self.nodes, longest, *values.shape[2:]), np.zeros(0, np.int64)
         fmt = self.format(values.shape[1], len(shape))
         counts = np.cumprod((values.shape[0] * values.shape[1], *values.shape[2:])).tolist()
         arrays = ({}, level, *({} for _ in shape[2:]))
-        part = Part(fmt, arrays, (self.requests, *counts), none, none)  # without a list of entries
+        part = Part(fmt, arrays, (self.nodes, *counts), none, none)  # without a list of entries
         structure = Structure(fmt, shape, (part,), 0, length.dtype, self.device)
         return Packed(structure, (pages.reshape(-1),), values.dtype)
 
@@ -264,44 +284,64 @@ class Table:
 
     def host(self, name: str) -> np.ndarray:
         """An array on the host as int64; copied from a device."""
-        return np.asarray(to_host(self.arrays[name])).astype(np.int64)
+        return to_host(self.arrays[name]).astype(np.int64)
 
     def ranges(self) -> tuple[np.ndarray, np.ndarray]:
-        """First entry and number of entries of each request (requests,), clamped as kernels do."""
+        """First entry and number of entries of each node (nodes,), clamped as kernels do."""
         if "table_indptr" in self.views:
             indptr = self.host("table_indptr")
             first = np.maximum(indptr[:-1], 0)
             return first, np.maximum(np.minimum(indptr[1:], self.limit) - first, 0)
-        row = np.arange(self.requests)
+        row = np.arange(self.nodes)
         if "table_rows" in self.views:
             row = self.host("table_rows")
         exists = (row >= 0) & (row < self.limit)
         return np.where(exists, row * self.stride, 0), np.where(exists, self.width, 0)
 
-    def pages(self, request: np.ndarray, entry: np.ndarray) -> np.ndarray:
-        """The pages that entries of requests name, int64, not clamped; both arrays of one shape."""
+    def pages(self, node: np.ndarray, entry: np.ndarray) -> np.ndarray:
+        """The pages that entries of nodes name, int64, not clamped; both arrays of one shape."""
         if "table_indptr" in self.views:
-            at: Any = self.ranges()[0][request] + entry
+            at: Any = self.ranges()[0][node] + entry
             if "table_entries" not in self.views:
                 return at
         else:
-            row = self.host("table_rows")[request] if "table_rows" in self.views else request
+            row = self.host("table_rows")[node] if "table_rows" in self.views else node
             if "table_entries" not in self.views:
                 return np.asarray(row, np.int64) + entry
             at = row, entry
-        return np.asarray(to_host(self.arrays["table_entries"]))[at].astype(np.int64)
+        return to_host(self.arrays["table_entries"])[at].astype(np.int64)
 
     def lengths(self) -> np.ndarray:
-        """Keys of each request (requests,), int64, as the arrays now say; without a pool nothing
-        but 0 … MAX_KEYS limits them."""
+        """Keys of each node (nodes,), int64, as the arrays now say; without a pool nothing but 0 …
+        MAX_KEYS limits them."""
         lengths = self.host("kv_len") if "kv_len" in self.views else self.ranges()[1]
         return lengths.clip(0, MAX_KEYS)
 
+    def tree(self, lengths: np.ndarray) -> np.ndarray:
+        """The rows of the table as `NODE`, with keys of each as in `lengths`. Raises
+        ArgumentError[A109]."""
+        if not self.form.shared:
+            return of_requests(self.requests)
+        levels = [self.host(f"shared_{n}") for n in range(self.form.shared)]
+        if self.device != "cpu":
+            _check_levels(levels, self.requests)
+        tree = np.zeros(self.nodes, NODE.numpy)
+        keys, at = np.zeros(self.requests + 1, np.int64), 0  # of each request, so far
+        for level, indptr in enumerate([*levels, np.arange(self.requests + 1)]):
+            part = tree[at : at + len(indptr) - 1]
+            part["begin"], part["end"], part["level"] = indptr[:-1], indptr[1:], level
+            part["base"] = keys[indptr[:-1]]
+            keys[:-1] += np.repeat(lengths[at : at + len(part)], np.diff(indptr))
+            check_range("kv_len, over all levels,", keys, 0, MAX_KEYS)
+            at += len(part)
+        return tree
+
     def params(self) -> dict[str, int]:
-        """The values of `TableForm.param_fields`."""
+        """The values of `TableForm.param_fields` but `nodes`, which plans have."""
         pointers = {n: self.views[n].pointer if n in self.views else 0 for n in _NAMES}
         sizes = {"table_limit": self.limit, "table_width": self.width, "table_stride": self.stride}
-        return pointers | sizes
+        tree = {"shared_nodes": self.nodes - self.requests} if self.form.shared else {}
+        return pointers | sizes | tree
 
     @property
     def kind(self) -> str:
@@ -313,7 +353,31 @@ class Table:
         return "padded" if "table_entries" in self.views else "dense"
 
     def __repr__(self) -> str:
-        return f"Table({self.kind}, {self.requests} requests, {self.device})"
+        levels = f"{self.form.shared} levels of shared keys, " if self.form.shared else ""
+        return f"Table({self.kind}, {self.requests} requests, {levels}{self.device})"
+
+
+@functools.lru_cache(64)
+def of_requests(count: int) -> np.ndarray:
+    """The nodes of a table whose rows are requests."""
+    nodes = np.zeros(count, NODE.numpy)
+    nodes["begin"], nodes["end"] = np.arange(count), np.arange(1, count + 1)
+    nodes.flags.writeable = False
+    return nodes
+
+
+def _check_levels(levels: list[np.ndarray], requests: int) -> None:
+    """Levels of shared keys, the outermost first: each divides the nodes of the one before."""
+    if requests < 0:
+        raise ArgumentError("A103", "shared has more nodes than the table", where="shared")
+    finer = np.arange(requests + 1)
+    for level, indptr in reversed(list(enumerate(levels))):
+        rises_to = indptr[0] == 0 and indptr[-1] == requests and rises(indptr)
+        if not rises_to or not np.isin(indptr, finer).all():
+            text = f"shared[{level}] = {indptr.tolist()[:20]} does not divide {requests} requests"
+            hint = "rises from 0 to the requests; all its numbers are in the next level"
+            raise ArgumentError("A109", text, where="shared", hint=hint)
+        finer = indptr
 
 
 def _requests(indptr: View) -> int:

@@ -23,6 +23,7 @@ sees what a sees: of b it takes every hook but the mask. `&` binds tighter than 
 from __future__ import annotations
 
 import numbers
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,8 @@ from tilewright.errors import ArgumentError, ProgramError
 from tilewright.ir.nodes import Binary, Const, Expr, Load, binary
 from tilewright.ir.rewrite import substitute, walk
 from tilewright.sparse.trace import scalar, tanh
+
+_MAX_FLOAT32 = 2**128 - 2**104
 
 
 def variant(cls: type) -> Any:
@@ -76,14 +79,16 @@ def variant(cls: type) -> Any:
 
 
 def check_number(value: Value, number: Any) -> None:
-    """A Python or NumPy number fits a scalar. Raises ArgumentError[A102]."""
+    """A Python or NumPy number fits a scalar. Raises ArgumentError[A102, A109]."""
     kind: Any = numbers.Integral if value.dtype.is_int else numbers.Real
     if isinstance(number, bool) or not isinstance(number, kind):
         raise ArgumentError(
             "A102", f"{value.name}={number!r} is not a number of {value.dtype}", where=value.name
         )
-    if value.dtype.is_int and not -(2**31) <= int(number) < 2**31:
-        raise ArgumentError("A109", f"{value.name}={number!r} does not fit int32", where=value.name)
+    least, most = (-(2**31), 2**31 - 1) if value.dtype.is_int else (-_MAX_FLOAT32, _MAX_FLOAT32)
+    if not (least <= number <= most or number != number or abs(number) == float("inf")):
+        text = f"{value.name} = {reprlib.repr(number)} does not fit {value.dtype}"
+        raise ArgumentError("A109", text, where=value.name)
 
 
 def traced_of(variant: Any) -> Traced:

@@ -19,12 +19,15 @@ from tilewright.attention.checks import check_count, integer_view
 from tilewright.attention.families import decode
 from tilewright.attention.plan import MAX_WORKERS
 from tilewright.attention.ranges import CUT
-from tilewright.attention.spec import loaded
-from tilewright.attention.table import Table
+from tilewright.attention.spec import Spec, loaded, partial_params
+from tilewright.attention.table import MAX_KEYS, Table
 from tilewright.errors import ArgumentError
 from tilewright.runtime.view import View, view
 
-MAX_REQUESTS = 16_384  # the planner keeps 8 bytes of each in shared memory
+MAX_LEVELS = 16
+_SMEM_OF_A_CTA = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+_STATIC_SMEM = 1024  # more than the planner has
+MAX_REQUESTS = 16_384
 
 
 class Workspace:
@@ -44,51 +47,78 @@ class Workspace:
         max_tokens: int | None,
         device: str,
         workers: int | None,
+        shared: int,
     ) -> None:
         """`heads`: KV heads, group, head_dim. Raises ArgumentError[A103, A105], BuildError."""
-        kind, _, number = str(device).partition(":")
-        if kind != "cuda" or (number and not number.isdecimal()):
-            hint = "cuda or cuda:N; on a CPU plan each batch with attn.plan"
-            raise ArgumentError("A105", f"a workspace on {device!r}", where="device", hint=hint)
-        check_count("max_requests", max_requests, MAX_REQUESTS)
-        if max_tokens is not None:
-            check_count("max_tokens", max_tokens)
-        if workers is not None:
-            check_count("workers", workers, MAX_WORKERS)
-        if heads[1] > decode.ROWS:
-            text = f"{heads[1]} query heads share a KV head, more than {decode.ROWS}"
-            hint = "plan each batch with attn.plan"
-            raise ArgumentError("A103", text, where="qo_heads", hint=hint)
+        self.ordinal = _checked(heads[1], max_requests, max_tokens, device, workers, shared)
         from tilewright.runtime import cuda
 
-        self.ordinal, self.kv_heads, self.group = int(number or 0), heads[0], heads[1]
+        self.kv_heads, self.group = heads[:2]
         self.max_requests, self.max_tokens = max_requests, max_tokens
         self.longest = decode.ROWS // self.group if max_tokens else 1
         self.qo_tile = max(1, decode.ROWS // self.group)
-        together = ranges.heads_at_once(self.kv_heads)
-        sms = cuda.device(self.ordinal).sms if workers is None else workers
-        blocks = decode.blocks_of(self.longest * self.group)
-        self.limit = max(decode.CTAS_PER_SM * sms // together, 1)
-        self.ctas = self.limit * together
-        self.requests, self.tokens = 0, 0
+        self.shared, self.max_nodes = shared, max_requests * (shared + 1)
+        self._block = ranges.head_block(self.kv_heads)
+        gpu = cuda.device(self.ordinal)
+        sms = gpu.sms if workers is None else workers
+        blocks = decode.blocks_of(self.longest * self.group, shared)
+        self.limit = max(decode.CTAS_PER_SM * sms // self._block, 1)
+        most = gpu.attribute(_SMEM_OF_A_CTA) - _STATIC_SMEM
+        if planner.smem_bytes(self.max_nodes, self.limit) > most:
+            text = f"a planner of {self.max_nodes} nodes has {most} bytes of shared memory"
+            hint = f"at most {(most // 8 - self.limit - 2) // (shared + 1)} requests"
+            raise ArgumentError("A103", f"{text} on {gpu.name}", where="max_requests", hint=hint)
+        self.ctas = self.limit * self._block
+        self.requests, self.tokens, self.nodes = 0, 0, 0
         self.most_tiles = 2**31  # of a request that its variant can see; for balance alone
 
         def words(kind: str, count: int) -> Any:
             return cuda.DeviceArray((count,), kind, self.ordinal)
 
+        tokens = max_tokens or max_requests
+        self._state_rows = tokens * heads[0] * heads[1]
+        self._slots = decode.partial_floats(heads[2], blocks, self.ctas, shared)
+        states = decode.state_floats(heads[2], self._state_rows, shared)
         self._cuts = words("int32", (self.limit + 1) * (CUT.size // 4))
-        self._partials = words("float32", decode.partial_floats(heads[2], blocks, self.ctas))
-        self._counters = words("int32", self.ctas)
+        self._partials = words("float32", self._slots + states)
+        self._counters = words("int32", self.ctas + (tokens * heads[0] if shared else 0))
         self._indptr = words("int32", max_requests + 1 if max_tokens else 0)
+        self._nodes = words("int32", 4 * self.max_nodes if shared else 0)
         self._status = cuda.HostWords(self.ordinal)
         for array in (self._cuts, self._counters):
             cuda.clear(view(array))
         cuda.synchronize(cuda.current_stream(self.ordinal), self.ordinal)
 
     @property
+    def tree(self) -> tuple[int, int, int]:
+        """As of a Plan: what was planned last."""
+        return self.shared, self.nodes, self.group
+
+    @property
     def nbytes(self) -> int:
-        arrays = (self._cuts, self._partials, self._counters, self._indptr)
+        arrays = (self._cuts, self._partials, self._counters, self._indptr, self._nodes)
         return sum(a.nbytes for a in arrays)
+
+    def load(self, spec: Spec) -> None:
+        """Load the kernels of a spec, so that no capture has to. Raises BuildError."""
+        text = planner.cuda_source(spec.table.for_planner(), self.group)
+        loaded(text, self.ordinal, "plan_cuts", "planner")
+        blocks = decode.blocks_of(self.longest * self.group, self.shared)
+        loaded(decode.source(spec, self._block, blocks), self.ordinal)
+
+    def check(self) -> None:
+        """Refuse what a plan on the GPU has found wrong since the last look, also one that a graph
+        replayed: that batch was attended to by no query. It does not wait for the GPU: synchronise
+        first to be sure of a replay. Raises ArgumentError[A109]."""
+        wrong = self._status.take()
+        if wrong == 1:
+            text = f"to at most {self.max_tokens}, with at most {self.qo_tile} queries a request"
+            text = f"the qo_indptr of an earlier plan did not rise from 0 {text}"
+            raise ArgumentError("A109", text, where="qo_indptr")
+        if wrong:
+            text = "the shared levels of an earlier plan did not each divide the level before"
+            text = f"{text}, or a request had more than {MAX_KEYS} keys in all"
+            raise ArgumentError("A109", text, where="shared")
 
     def plan(self, table: Table, qo_indptr: Any = None, *, tokens: int | None = None) -> None:
         """Plan a batch on the GPU, in the order of its current stream: from the lengths that are in
@@ -97,37 +127,33 @@ class Workspace:
         `qo_indptr` (requests + 1) int32 on the GPU: the rows of q of each request, at most 16 with
         the query heads of a KV head; None where the workspace is of one query each. `tokens`: the
         rows that q will have, at most `max_tokens` (None: as many). Raises ArgumentError (A101 …
-        A109); A109 also where an earlier batch had an invalid `qo_indptr`: its rows were not
-        written.
+        A109), and what `check` raises of an earlier plan.
         """
         from tilewright.runtime import cuda
 
-        if self._status.take():
-            raise ArgumentError(
-                "A109",
-                "the qo_indptr of an earlier plan did not rise from 0 to at most "
-                f"{self.max_tokens} with at most {decode.ROWS // self.group} queries a request",
-                where="qo_indptr",
-            )
+        self.check()
         queries = self._check(table, qo_indptr)
         most = self.max_tokens or table.requests
         rows = most if tokens is None else check_count("tokens", tokens, most, 0)
-        form = table.form
-        params = planner.params_struct(form.kv_len, form.table_indptr).pack(
-            kv_len=table.params()["kv_len"], table_indptr=table.params()["table_indptr"],
+        form, of_table = table.form, table.params()
+        levels = {f"shared_{n}": 0 for n in range(max(form.shared, 1))} | {"count_0": 0}
+        for n in range(form.shared):
+            seen = table.views[f"shared_{n}"]
+            levels |= {f"shared_{n}": seen.pointer, f"count_{n}": seen.size - 1}
+        params = planner.params_struct(form.for_planner()).pack(
+            kv_len=of_table["kv_len"], table_indptr=of_table["table_indptr"], **levels,
             qo_from=queries.pointer if queries else 0, qo_indptr=self._indptr.pointer,
-            cuts=self._cuts.pointer, status=self._status.pointer, limit=self.limit,
-            most_tiles=self.most_tiles,
-            requests=table.requests, groups=self.kv_heads // ranges.heads_at_once(self.kv_heads),
-            max_tokens=rows,
+            cuts=self._cuts.pointer, nodes=self._nodes.pointer, status=self._status.pointer,
+            limit=self.limit, most_tiles=self.most_tiles, requests=table.requests,
+            node_count=table.nodes, head_blocks=self.kv_heads // self._block, max_tokens=rows,
         )  # fmt: skip
-        text = planner.cuda_source(form.for_planner(), self.group, decode.ROWS)
+        text = planner.cuda_source(form.for_planner(), self.group)
         function = loaded(text, self.ordinal, "plan_cuts", "planner")
-        smem = planner.smem_bytes(table.requests, self.limit)
+        smem = planner.smem_bytes(table.nodes, self.limit)
         stream = cuda.current_stream(self.ordinal)
         block = (planner.THREADS, 1, 1)
         function.prepare((1, 1, 1), block, smem, params, overlaps=True).run(stream)
-        self.requests, self.tokens = table.requests, rows
+        self.requests, self.tokens, self.nodes = table.requests, rows, table.nodes
 
     def _check(self, table: Table, qo_indptr: Any) -> View | None:
         if not isinstance(table, Table):
@@ -138,6 +164,11 @@ class Workspace:
         if table.requests > self.max_requests:
             text = f"{table.requests} requests, reserved for {self.max_requests}"
             raise ArgumentError("A103", text, where="table", hint="attn.reserve(max_requests=…)")
+        wanted, own = (table.form.shared, table.nodes), (self.shared, self.max_nodes)
+        if wanted[0] != own[0] or wanted[1] > own[1]:
+            text = f"(levels of shared keys, nodes) are {wanted}, reserved for {own}"
+            hint = "attn.reserve(…, shared=levels)"
+            raise ArgumentError("A103", text, where="table", hint=hint)
         if (qo_indptr is None) != (self.max_tokens is None):
             text = "qo_indptr goes with max_tokens"
             hint = "attn.reserve(…, max_tokens=…) for more than one query a request"
@@ -149,13 +180,35 @@ class Workspace:
 
     def params(self) -> dict[str, int]:
         """The parameters of an attention kernel that a plan decides."""
-        return {
-            "qo_indptr": self._indptr.pointer, "cuts": self._cuts.pointer,
-            "partials": self._partials.pointer, "counters": self._counters.pointer,
-        }  # fmt: skip
+        memory = (self._partials.pointer, self._slots, self._counters.pointer, self.ctas)
+        indptr = self._indptr.pointer if self.max_tokens else 0
+        nodes = {"nodes": self._nodes.pointer} if self.shared else {}
+        plan = {"qo_indptr": indptr, "cuts": self._cuts.pointer}
+        return plan | nodes | partial_params(*memory, self._state_rows)
 
     def __repr__(self) -> str:
         return (
             f"Workspace(cuda:{self.ordinal}, {self.max_requests} requests, {self.ctas} CTAs, "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
+
+
+def _checked(
+    group: int, max_requests: int, max_tokens: int | None, device: str, workers: int | None,
+    shared: int,
+) -> int:  # fmt: skip
+    """The number of the GPU. Raises ArgumentError[A103, A105]."""
+    kind, _, number = str(device).partition(":")
+    if kind != "cuda" or (number and not number.isdecimal()):
+        hint = "cuda or cuda:N; on a CPU plan each batch with attn.plan"
+        raise ArgumentError("A105", f"a workspace on {device!r}", where="device", hint=hint)
+    check_count("max_requests", max_requests, MAX_REQUESTS)
+    if max_tokens is not None:
+        check_count("max_tokens", max_tokens)
+    if workers is not None:
+        check_count("workers", workers, MAX_WORKERS)
+    check_count("shared", shared, MAX_LEVELS, 0)
+    if group > decode.ROWS:
+        text = f"{group} query heads share a KV head, more than {decode.ROWS}"
+        raise ArgumentError("A103", text, where="qo_heads", hint="plan each batch with attn.plan")
+    return int(number or 0)

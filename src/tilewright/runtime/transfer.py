@@ -57,6 +57,8 @@ def to_host(array: Any) -> np.ndarray:
         return array.to_numpy()
     if hasattr(array, "get") and hasattr(array, "dtype"):  # CuPy; a dict has `get` but no dtype
         return array.get()
+    if hasattr(array, "__dlpack__") and not hasattr(array, "__array__"):
+        return np.from_dlpack(array)
     return np.asarray(array)
 
 

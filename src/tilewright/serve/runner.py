@@ -24,8 +24,9 @@ import numpy as np
 
 from tilewright.attention.batch import Attention
 from tilewright.attention.kv import KV
-from tilewright.attention.plan import CHUNK_TILES, KEY_TILE, Plan
+from tilewright.attention.plan import CHUNK_TILES, Plan
 from tilewright.attention.pool import Pool
+from tilewright.attention.ranges import TILE
 from tilewright.attention.table import Table
 from tilewright.ops.embedding import embedding_kernel
 from tilewright.ops.rope import positions_kernel
@@ -86,7 +87,7 @@ class Runner:
         self.ints = [new(tokens, dtype="int32") for _ in range(4)]  # of `Rows`
         self.kv_len = put(np.zeros(most, np.int32))
         # Keys are divided as if every answer were as long as the context, and every prompt short.
-        longest, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * KEY_TILE
+        longest, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * TILE
         self.longest = put(np.full(most, longest, np.int32))
         self.short = put(np.full(most, min(short, longest), np.int32))
         self.table = np.zeros((most, self.width), np.int32)

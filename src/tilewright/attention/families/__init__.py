@@ -6,13 +6,11 @@ first of a device's families that has no reason against a call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from tilewright.attention.families import cpu, decode, hopper, portable
 from tilewright.attention.families.family import Call, Family, Prepared
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec
-from tilewright.errors import ArgumentError, InternalError
+from tilewright.errors import ArgumentError
 
 FAMILIES: tuple[Family, ...] = (decode.FAMILY, hopper.FAMILY, portable.FAMILY, cpu.FAMILY)
 """In the order of preference."""
@@ -28,20 +26,25 @@ def by_name(name: str) -> Family:
     raise ArgumentError("A109", f"the plan is damaged: no family {name!r}", where="plan")
 
 
-def reasons(spec: Spec, rows: int, device: str, pool: Pool | None) -> Iterator[tuple[Family, str]]:
-    """Each family of a device with the reason why it cannot run a call, "" where it can.
+def reasons(spec: Spec, rows: int, device: str, pool: Pool | None) -> tuple[tuple[str, str], ...]:
+    """The families of a device by name, each with the reason why it cannot run a call, "" where it
+    can.
 
     `rows`: the most packed rows (queries × group) of a request; without a pool its strides are
     taken to be aligned."""
     kind = device.partition(":")[0]
-    for family in FAMILIES:
-        if family.device == kind:
-            yield family, family.refuses(spec, rows, pool)
+    own = (family for family in FAMILIES if family.device == kind)
+    return tuple((family.name, family.reason(spec, rows, pool)) for family in own)
 
 
-def choose(spec: Spec, rows: int, device: str, pool: Pool | None) -> Family:
-    """The family that runs a call."""
-    for family, reason in reasons(spec, rows, device, pool):
+def choose(
+    spec: Spec, rows: int, device: str, pool: Pool | None
+) -> tuple[Family, tuple[tuple[str, str], ...]]:
+    """The family that runs a call, and `reasons`. Raises ArgumentError[A103] where none does."""
+    against = reasons(spec, rows, device, pool)
+    for name, reason in against:
         if not reason:
-            return family
-    raise InternalError("I101", f"no family of attention kernels runs {spec} on {device}")
+            return by_name(name), against
+    text = f"no kernels run this ({'; '.join(map(': '.join, against))})"
+    hint = "without shared keys each family runs more: a table of whole requests"
+    raise ArgumentError("A103", text, where="kv", hint=hint)

@@ -12,8 +12,16 @@ import numpy as np
 
 from tilewright.attention import render
 from tilewright.attention.families.family import Call, Family, Prepared
-from tilewright.attention.plan import CHUNK_TILES, ITEM, ITEMS, KEY_TILE, Plan
-from tilewright.attention.spec import Spec, flash_constants, params_struct, template
+from tilewright.attention.plan import CHUNK_TILES, ITEM, ITEMS, Plan
+from tilewright.attention.ranges import TILE
+from tilewright.attention.spec import (
+    PARTIALS,
+    Spec,
+    flash_constants,
+    params_struct,
+    partial_params,
+    template,
+)
 from tilewright.codegen import prelude_files
 from tilewright.runtime import pool
 from tilewright.toolchain import compilers, cxx
@@ -38,7 +46,7 @@ def source(spec: Spec, vector_bits: int) -> str:
     """The C++ of one kernel for vectors of this width."""
     lanes = vector_bits // 32
     wide = vector_bits >= 512  # 32 vector registers instead of 16
-    blocks = {"N": lanes, "T": KEY_TILE, "RB": 6 if wide else 4, "CB": 4 if wide else 2}
+    blocks = {"N": lanes, "T": TILE, "RB": 6 if wide else 4, "CB": 4 if wide else 2}
     blocks |= {"CHUNK_TILES": CHUNK_TILES, "MAX_TOKENS": FAMILY.qo_tile(spec)}
     return "\n".join(
         (
@@ -50,7 +58,7 @@ def source(spec: Spec, vector_bits: int) -> str:
             spec.table.c_text(),
             *(template(name) for name in ("bounds.h", "table.h", "variant.h")),
             ITEM.c_decl,
-            params_struct(spec, ITEMS).c_decl,
+            params_struct(spec, (*ITEMS, *PARTIALS)).c_decl,
             _DECLARATIONS,
             render.cpp_variant(spec.traced, lanes),
             template("vectors_cpu.h"),
@@ -72,16 +80,15 @@ def _prepare(call: Call) -> Prepared:
     text = source(spec, isa.vector_bits)
     body, library = kernel(text, isa.name)
     lanes = isa.vector_bits // 32
-    padded = -(-spec.head_dim_vo // lanes) * lanes
-    partials = np.empty(max(plan.slots * spec.group * plan.qo_tile * (padded + 2), 1), np.float32)
-    counters = np.zeros(max(plan.counters, 1), np.int32)
-    block = params_struct(spec, ITEMS).pack(
-        **call.values,
-        qo_indptr=plan.qo_indptr.ctypes.data,
-        items=plan.items.ctypes.data,
-        partials=partials.ctypes.data,
-        counters=counters.ctypes.data,
-    )
+    row = -(-spec.head_dim_vo // lanes) * lanes + 2  # floats of a partial result
+    slots, heads = plan.slots * spec.group * plan.qo_tile * row, call.values["kv_heads"]
+    rows = plan.tokens * heads * spec.group if spec.table.shared else 0
+    partials = np.empty(max(slots + rows * row * (spec.table.shared + 1), 1), np.float32)
+    counters = np.zeros(max(plan.counters + rows // spec.group, 1), np.int32)
+    work = partial_params(partials.ctypes.data, slots, counters.ctypes.data, plan.counters, rows)
+    work |= {"nodes": plan.nodes.ctypes.data} if spec.table.shared else {}
+    work |= {"qo_indptr": plan.qo_indptr.ctypes.data, "items": plan.items.ctypes.data}
+    block = params_struct(spec, (*ITEMS, *PARTIALS)).pack(**call.values, **work)
     launch = (body, ctypes.addressof(block), len(plan.items), 1, False)
     array = pool.launch_array([launch])
     run, address = pool.pool().run, ctypes.addressof(array)
@@ -89,4 +96,4 @@ def _prepare(call: Call) -> Prepared:
     return Prepared(launch, lambda: run(address, 1), text, keep)
 
 
-FAMILY = Family("cpu", "cpu", rows, "request", 0, lambda spec, n, pool: "", _prepare)
+FAMILY = Family("cpu", "cpu", rows, "request", 0, lambda spec, n, pool: "", _prepare, shares=True)

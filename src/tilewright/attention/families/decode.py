@@ -13,21 +13,31 @@ from tilewright import dtypes
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
 from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
-from tilewright.attention.ranges import CUT, TILE, heads_at_once
-from tilewright.attention.spec import Spec, constants, cuda_text, loaded, namespace
+from tilewright.attention.ranges import CUT, NARROW_ROWS, TILE, WIDE_ROWS, head_block
+from tilewright.attention.spec import (
+    PARTIALS,
+    Spec,
+    constants,
+    cuda_text,
+    loaded,
+    namespace,
+    partial_params,
+)
 from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
 from tilewright.errors import ArgumentError
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import allocate, view
 
-KEYS, ROWS = 16, 16  # keys of a tile for each warp; the most packed rows of a request
+KEYS, ROWS = 16, NARROW_ROWS  # keys of a tile for each warp; the most packed rows of a request
 WARPS = TILE // KEYS
 # Stages of a warp's ring: more bytes in flight lengthen the queue at the memory and gain nothing.
 STAGES = 2
 THREADS = WARPS * 32
 # Resident at once: what the registers of a CTA are limited to. Three are no faster.
 CTAS_PER_SM = 2
+WIDE_BLOCKS = WIDE_ROWS // WARPS // 8  # of 8 packed rows, for a warp where many requests share keys
+WIDE_GROUPS = 4  # of 16 keys that such a warp works on at once
 
 
 def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
@@ -48,37 +58,49 @@ def refuses(spec: Spec, rows: int, pool: Pool | None) -> str:
 # ---------------------------------------------------------------------------- the kernel
 
 
-def _row(spec: Spec) -> int:
-    """Elements of a row of K or V in shared memory, a multiple of 16 and 16 bytes more."""
-    return -(-spec.head_dim // 16) * 16 + 8
+def blocks_of(rows: int, shared: int = 0) -> int:
+    """Blocks of 8 packed rows of a narrow unit, for at most `rows` of a request; where requests
+    share keys their rows fill two."""
+    return 1 if rows <= 8 and not shared else 2
 
 
-def blocks_of(rows: int) -> int:
-    """How many blocks of 8 rows a kernel needs if each request has at most `rows` packed rows."""
-    return 1 if rows <= 8 else 2
+def _columns(head_dim: int) -> int:
+    """Elements of a row that the kernel computes with; in shared memory it has 8 more."""
+    return -(-head_dim // 16) * 16
 
 
 def smem_bytes(spec: Spec, blocks: int) -> int:
     """Dynamic shared memory of a CTA: SMEM_BYTES of decode.cuh."""
-    return WARPS * STAGES * 2 * KEYS * _row(spec) * 2 + WARPS * blocks * 8 * 8 + 16
+    ring = (
+        WARPS * STAGES * 2 * KEYS * (_columns(spec.head_dim) + 8) * 2 + WARPS * blocks * 8 * 8 + 16
+    )
+    return ring + ((WARPS * 16 + 4) * WIDE_ROWS if spec.table.shared else 0)
 
 
-def partial_floats(head_dim: int, blocks: int, ctas: int) -> int:
+def partial_floats(head_dim: int, blocks: int, ctas: int, shared: int = 0) -> int:
     """float32 words of the partial states: two of each CTA."""
-    return 2 * ctas * blocks * 8 * (-(-head_dim // 16) * 16 + 2)
+    rows = WIDE_ROWS if shared else blocks * 8
+    return 2 * ctas * rows * (_columns(head_dim) + 2)
+
+
+def state_floats(head_dim: int, rows: int, shared: int) -> int:
+    """float32 words of the states of all levels; `rows` of o and levels of `shared` keys."""
+    return (shared + 1) * rows * (_columns(head_dim) + 4) if shared else 0
 
 
 def params_struct(spec: Spec) -> Struct:
     """The parameters of the kernel."""
-    return common_params(spec, (("cuts", "ptr", "const Cut*"),))
+    return common_params(spec, (("cuts", "ptr", "const Cut*"), *PARTIALS))
 
 
 @functools.lru_cache(256)
 def source(spec: Spec, together: int, blocks: int) -> str:
-    """The CUDA C++ of one kernel; `together`: CTAs of one range; `blocks` of 8 packed rows."""
+    """The CUDA C++ of one kernel; `together`: KV heads of one range; `blocks` of 8 packed rows."""
     numbers = {
-        "D": spec.head_dim, "G": spec.group, "BLOCKS": blocks, "GANG": together, "WARPS": WARPS,
-        "STAGES": STAGES, "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS,
+        "D": spec.head_dim, "G": spec.group, "BLOCKS": blocks, "WIDE_BLOCKS": WIDE_BLOCKS,
+        "WIDE_GROUPS": WIDE_GROUPS,
+        "HEAD_BLOCK": together, "WARPS": WARPS, "STAGES": STAGES, "CTAS": CTAS_PER_SM,
+        "MAX_KEYS": MAX_KEYS,
     }  # fmt: skip
     types = f"using Element = uint16_t;\nusing Kind = tw::{spec.kv.name}_bits;"
     text = namespace("attention", *constants(numbers), types)
@@ -91,20 +113,23 @@ def _prepare(call: Call) -> Prepared:
 
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     check_alignment(values, 4)
-    together = heads_at_once(values["kv_heads"])
-    blocks = blocks_of(plan.longest * spec.group)
+    together, shared = head_block(values["kv_heads"]), spec.table.shared
+    blocks = blocks_of(plan.longest * spec.group, shared)
     if isinstance(plan, Plan):
-        ctas = (len(plan.cuts) - 1) * together
-        indptr, cuts = plan.on_device(ordinal)
+        ctas, rows = (len(plan.cuts) - 1) * together, plan.tokens * values["qo_heads"]
+        indptr, cuts, nodes = plan.on_device(ordinal)
+        floats = partial_floats(spec.head_dim, blocks, ctas, shared)
+        counts = max(ctas, 1) + (plan.tokens * values["kv_heads"] if shared else 0)
         partials = allocate(
-            call.like, (partial_floats(spec.head_dim, blocks, ctas),), dtypes.float32
+            call.like, (floats + state_floats(spec.head_dim, rows, shared),), dtypes.float32
         )
-        counters = allocate(call.like, (max(ctas, 1),), dtypes.int32)
+        counters = allocate(call.like, (counts,), dtypes.int32)
         cuda.clear(view(counters))
         one_each = bool((np.diff(plan.qo_indptr) == 1).all())
         work = {"qo_indptr": 0 if one_each else indptr.pointer, "cuts": cuts.pointer}
-        work |= {"partials": view(partials).pointer, "counters": view(counters).pointer}
-        keep: tuple[Any, ...] = (indptr, cuts, partials, counters)
+        memory = (view(partials).pointer, floats, view(counters).pointer, max(ctas, 1))
+        work |= partial_params(*memory, rows) | ({"nodes": nodes.pointer} if shared else {})
+        keep: tuple[Any, ...] = (indptr, cuts, nodes, partials, counters)
     else:
         ctas, work, keep = plan.ctas, plan.params(), (plan,)
     text = source(spec, together, blocks)
@@ -129,4 +154,6 @@ def _prepare(call: Call) -> Prepared:
     return Prepared(launch, run, text, (*keep, block))
 
 
-FAMILY = Family("decode", "cuda", lambda spec: ROWS, "", CTAS_PER_SM, refuses, _prepare)
+FAMILY = Family(
+    "decode", "cuda", lambda spec: ROWS, "", CTAS_PER_SM, refuses, _prepare, shares=True
+)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tilewright.attention.checks import ordinal_of
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec
 from tilewright.errors import ArgumentError
@@ -34,7 +35,7 @@ class Call:
     @property
     def ordinal(self) -> int:
         """The number of the GPU."""
-        return int(self.pool.device.partition(":")[2] or 0)
+        return ordinal_of(self.pool.device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +58,7 @@ class Family:
     of an SM where its plans are cuts of contiguous ranges (`ranges.py`), 0 where they are items.
     `refuses(spec, rows, pool)`: the reason why it cannot run a call, or "".
     `order(items, qo_indptr, workers)`: the order of a plan's items, as indices (None: longest
-    first).
+    first). `shares`: whether requests may share keys.
     """
 
     name: str
@@ -68,6 +69,13 @@ class Family:
     refuses: Callable[[Spec, int, Pool | None], str]
     prepare: Callable[[Call], Prepared]
     order: Order | None = None
+    shares: bool = False
+
+    def reason(self, spec: Spec, rows: int, pool: Pool | None) -> str:
+        """Why it cannot run a call, or ""."""
+        if spec.table.shared and not self.shares:
+            return "requests share keys"
+        return self.refuses(spec, rows, pool)
 
     def qo_tile(self, spec: Spec) -> int:
         """The most queries of an item."""

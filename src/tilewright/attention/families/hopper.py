@@ -16,7 +16,7 @@ from tilewright import dtypes
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
-from tilewright.attention.spec import Spec, constants, cuda_text, loaded, namespace
+from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, loaded, namespace
 from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
 from tilewright.errors import ArgumentError
@@ -141,6 +141,7 @@ def params_struct(spec: Spec) -> Struct:
     work: tuple[tuple[str, ...], ...] = (
         ("items", "ptr", "const Item*"), ("counter", "ptr", "int32_t*"),
         ("cycles", "ptr", "int64_t*"), ("item_count", "int32"), ("page_shift", "int32"),
+        *PARTIALS[:2],
     )  # fmt: skip
     rest = -common_params(spec, work, maps).size % 64
     padding = (("padding", f"uint64[{rest // 8}]"),) if rest else ()
@@ -212,7 +213,7 @@ def _prepare(call: Call) -> Prepared:
     check_alignment(values, 16)
     if min(values["q_token"], values["q_head"]) < 0:
         raise ArgumentError("A104", "q has a negative stride", where="q", hint="a contiguous copy")
-    indptr, items = plan.on_device(ordinal)
+    indptr, items, _ = plan.on_device(ordinal)
     counters = allocate(call.like, (1 + 4 * tiles_of(spec).groups * plan.counters,), dtypes.int32)
     cuda.clear(view(counters))
     floats = plan.slots * rows_of(spec) * (spec.head_dim_vo + 8)

@@ -34,13 +34,11 @@ def _prepare(call: Call) -> Prepared:
 
     spec, plan, ordinal, values = call.spec, call.plan, call.ordinal, call.values
     assert isinstance(plan, Plan)  # a workspace is of the decode family
-    indptr, items = plan.on_device(ordinal)
+    indptr, items, _ = plan.on_device(ordinal)
     strides = [values[n] for n in ("k_page", "k_slot", "k_head")]
     addresses = [values["k"], *(s * call.pool.dtype.itemsize for s in strides)]
     text = source(spec, all(a % 16 == 0 for a in addresses))
-    block = params_struct(spec, ITEMS).pack(
-        **values, qo_indptr=indptr.pointer, items=items.pointer, partials=0, counters=0
-    )
+    block = params_struct(spec, ITEMS).pack(**values, qo_indptr=indptr.pointer, items=items.pointer)
     grid, cta = (len(plan.items), 1, 1), (THREADS, 1, 1)
     launch = loaded(text, ordinal).prepare(grid, cta, smem_bytes(spec), block, overlaps=True)
     keep = (indptr, items, block)

@@ -1,21 +1,30 @@
 // The planner of decode batches: the tiles of all units in one order, cut into ranges of equal cost.
 // One source for the host and for GPUs; attention/ranges.py is its twin in NumPy.
 //
-// A unit is (request, group of KV heads that CTAs work on together), requests first. In front of this
-// file: the constants of `cuts` (TILE keys, TILE_COST and UNIT_COST) and the struct `Cut`; TW_INLINE
-// comes from either prelude.
+// A unit is (node of the table, block of packed rows, block of KV heads that CTAs work on together), in that
+// order; all units of a node cost alike. In front of this file: the constants of `cuts` (TILE keys, TILE_COST
+// and UNIT_COST, WIDE_COST of a tile of a wide unit, which is cut at multiples of SNAP tiles; NARROW_ROWS and
+// WIDE_ROWS of a unit) and the struct `Cut`; TW_INLINE comes from either prelude.
 
 namespace cuts {
 
-TW_INLINE int64_t tiles_of(int64_t keys) {  // a request without keys costs a tile: its result is written
+TW_INLINE int64_t tiles_of(int64_t keys) {  // a node without keys costs a tile: its result is written
   const int64_t tiles = (keys + TILE - 1) / TILE;
   return tiles < 1 ? 1 : tiles;
 }
-TW_INLINE int64_t cost_of(int64_t tiles) { return TILE_COST * tiles + UNIT_COST; }
+TW_INLINE int64_t tile_cost(bool wide) { return wide ? WIDE_COST : TILE_COST; }
+TW_INLINE int64_t cost_of(int64_t tiles, bool wide) { return tile_cost(wide) * tiles + UNIT_COST; }
 
-// How many ranges a batch of `total` cost is cut into: at most `limit`, and at most its tiles.
-TW_INLINE int64_t count_of(int64_t total, int64_t units, int64_t limit) {
-  const int64_t tiles = (total - units * UNIT_COST) / TILE_COST, most = tiles < limit ? tiles : limit;
+// Blocks of packed rows of a node that so many queries read, where nodes are shared; whether these are wide.
+TW_INLINE int64_t row_blocks(int64_t queries, int64_t group, bool& wide) {
+  wide = queries * group > NARROW_ROWS;
+  const int64_t tokens = WIDE_ROWS / group;
+  return wide ? (queries + tokens - 1) / tokens : queries > 0;
+}
+
+// How many ranges a batch of so many tiles is cut into: at most `limit`.
+TW_INLINE int64_t count_of(int64_t tiles, int64_t limit) {
+  const int64_t most = tiles < limit ? tiles : limit;
   return most < 1 ? 1 : most;
 }
 
@@ -30,23 +39,29 @@ TW_INLINE int64_t bound_in(const int64_t* sorted, int64_t n, int64_t x) {
   return low;
 }
 
-// Cut k of `count` as unit << 32 | tile. `ends` [requests + 1]: the cost of the requests before each;
-// `request`: the one that the cut lies in.
-TW_INLINE int64_t key_of(const int64_t* ends, int64_t requests, int64_t groups, int64_t request, int64_t at) {
-  const int64_t cost = (ends[request + 1] - ends[request]) / groups, tiles = (cost - UNIT_COST) / TILE_COST;
-  const int64_t within = at - ends[request], group = within / cost;
-  const int64_t rest = within % cost - UNIT_COST + TILE_COST / 2;
-  const int64_t tile = rest > 0 ? rest / TILE_COST : 0, unit = request * groups + group;
-  return tile >= tiles ? (unit + 1) << 32 : unit << 32 | tile;
+// A cut as one number that sorts like it: node, unit of the node, tile.
+constexpr int NODE_SHIFT = 43, UNIT_SHIFT = 26;
+TW_INLINE int64_t key(int64_t node, int64_t unit, int64_t tile) { return node << NODE_SHIFT | unit << UNIT_SHIFT | tile; }
+
+// The cut at cost `at`. `ends` [nodes + 1]: the cost of the nodes before each; `node`: the one that the cut
+// lies in, of so many units.
+TW_INLINE int64_t key_of(const int64_t* ends, int64_t node, int64_t units, bool wide, int64_t at) {
+  const int64_t cost = (ends[node + 1] - ends[node]) / units, tiles = (cost - UNIT_COST) / tile_cost(wide);
+  const int64_t within = at - ends[node], unit = within / cost, step = wide ? SNAP : 1, by = tile_cost(wide) * step;
+  const int64_t rest = within % cost - UNIT_COST + by / 2;
+  const int64_t tile = rest > 0 ? rest / by * step : 0;
+  if (tile < tiles) return key(node, unit, tile);
+  return unit + 1 < units ? key(node, unit + 1, 0) : key(node + 1, 0, 0);
 }
 
 // Cut k with the first and the last range of its unit. `keys` [count + 1], sorted.
-TW_INLINE Cut cut_of(const int64_t* keys, int64_t count, int64_t groups, int64_t k) {
-  const int64_t unit = keys[k] >> 32, tile = keys[k] & 0xffffffff;
-  const int64_t first = tile == 0 ? k : bound_in<true>(keys, count + 1, unit << 32) - 1;
-  const int64_t last = bound_in<false>(keys, count + 1, (unit + 1) << 32) - 1;
-  return Cut{static_cast<int32_t>(unit), static_cast<int32_t>(unit / groups), static_cast<int32_t>(unit % groups),
-             static_cast<int32_t>(tile), static_cast<int32_t>(first), static_cast<int32_t>(last)};
+TW_INLINE Cut cut_of(const int64_t* keys, int64_t count, int64_t k) {
+  const int64_t tile = keys[k] & ((int64_t{1} << UNIT_SHIFT) - 1), begin = keys[k] - tile;
+  const int64_t unit = begin >> UNIT_SHIFT & ((int64_t{1} << (NODE_SHIFT - UNIT_SHIFT)) - 1);
+  const int64_t first = tile == 0 ? k : bound_in<true>(keys, count + 1, begin) - 1;
+  const int64_t last = bound_in<false>(keys, count + 1, begin + (int64_t{1} << UNIT_SHIFT)) - 1;
+  return Cut{static_cast<int32_t>(begin >> NODE_SHIFT), static_cast<int32_t>(unit), static_cast<int32_t>(tile),
+             static_cast<int32_t>(first), static_cast<int32_t>(last)};
 }
 
 }  // namespace cuts

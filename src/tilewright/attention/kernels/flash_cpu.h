@@ -57,7 +57,7 @@ TW_INLINE void find_rows(const Params& p, const tw::Pages& pages, int kv_head, i
 
 // Positions of a vector of keys.
 TW_INLINE I position(const tw::Pages& pages, I key) {
-  if constexpr (!table::KEY_POSITIONS) return key;
+  if constexpr (!table::KEY_POSITIONS && table::LEVELS == 1) return key;
   using U = vec<uint32_t, N>;  // wraps around like int32
   return __builtin_convertvector(__builtin_convertvector(key, U) * static_cast<uint32_t>(pages.stride) + static_cast<uint32_t>(pages.base), I);
 }
@@ -73,9 +73,9 @@ TW_INLINE float online_softmax(const Variant& variant, const At& at, const tw::P
   F top = tw::splat<float, N>(LOWEST);
   I key = tw::ramp<int32_t, N>(kv0);
   for (int c = 0; c < TV; ++c, key += N) {
-    const I kv = position(pages, key);
-    F x = variant.logits(tw::load<float, N>(s + c * N), at, kv, key);
-    if (MASKED) x = (variant.mask(at, kv, key) & (key < pages.length)) ? x : tw::splat<float, N>(LOWEST);
+    const I kv = position(pages, key), number = table::LEVELS == 1 ? key : kv;
+    F x = variant.logits(tw::load<float, N>(s + c * N), at, kv, number);
+    if (MASKED) x = (variant.mask(at, kv, number) & (key < pages.length)) ? x : tw::splat<float, N>(LOWEST);
     tw::store<float, N>(s + c * N, x);
     top = tw::vmax<float, N>(top, x);
   }
@@ -151,20 +151,33 @@ struct Work {  // an item with the lengths read from memory
   const Item& item;
   Variant variant;
   tw::Pages pages;
-  int32_t first;         // position of the first query
-  int tokens, rows, qo_len;
+  const tw::Row* whose;  // its rows of q
+  int tokens, rows;
   int begin, end;        // its tiles, as numbers in `seen`
   int chunk, chunks;
   tw::Tiles<Variant::RANGES> seen;
   At at(int row) const {
-    return At{first + row / G, item.kv_head * G + row % G, item.kv_head, item.request,
-              item.qo_begin + row / G, qo_len, pages.length};
+    const tw::Row& own = whose[row / G];
+    return At{own.position, item.kv_head * G + row % G, item.kv_head, own.request,
+              item.qo_begin + row / G, own.qo_len, own.kv_len};
   }
   tw::Tile tile(int row0, int row1, int kv0, int kv1) const {  // both ends included
-    return tw::Tile{tw::Bound{first + row0 / G, first + row1 / G}, tw::Bound{pages.position(kv0), pages.position(kv1)},
-                    tw::Bound{item.kv_head * G, item.kv_head * G + G - 1},
-                    tw::bound(item.kv_head), tw::bound(item.request), tw::Bound{kv0, kv1},
-                    tw::bound(qo_len), tw::bound(pages.length)};
+    tw::Tile tile{{}, tw::Bound{pages.position(kv0), pages.position(kv1)},
+                  tw::Bound{item.kv_head * G, item.kv_head * G + G - 1}, tw::bound(item.kv_head), {},
+                  tw::Bound{pages.number(kv0), pages.number(kv1)}, {}, {}};
+    const tw::Row &first = whose[row0 / G], &last = whose[row1 / G];
+    tile.qo = tw::Bound{first.position, last.position};
+    tile.request = tw::Bound{first.request, last.request};
+    tile.qo_len = tw::bound(first.qo_len);
+    tile.kv_len = tw::bound(first.kv_len);
+    if constexpr (table::LEVELS > 1)
+      for (int t = row0 / G; t <= row1 / G; ++t) {
+        auto reach = [](tw::Bound& all, int64_t x) { all = tw::Bound{tw::least(all.lo, x), tw::most(all.hi, x)}; };
+        reach(tile.qo, whose[t].position);
+        reach(tile.qo_len, whose[t].qo_len);
+        reach(tile.kv_len, whose[t].kv_len);
+      }
+    return tile;
   }
   int tile_class(int row0, int row1, int t) const {
     int kv1 = (t + 1) * T;
@@ -342,7 +355,7 @@ TW_INLINE void attend_many(const Work& w, float* sums, Softmax* rows) {
 
 // -- results -----------------------------------------------------------------------------------------
 
-TW_INLINE void write_row(const Work& w, int row, const float* sums, Softmax softmax) {
+TW_INLINE void write_result(const Work& w, int row, const float* sums, Softmax softmax) {
   int64_t at = static_cast<int64_t>(w.item.qo_begin + row / G) * w.p.qo_heads + w.item.kv_head * G + row % G;
   float keep = 1.0f;
   if constexpr (Variant::SINK) keep = tw::add_sink(w.variant.sink(w.at(row)), softmax.largest, softmax.weight);
@@ -352,40 +365,79 @@ TW_INLINE void write_row(const Work& w, int row, const float* sums, Softmax soft
   if (w.p.lse) w.p.lse[at] = softmax.largest == LOWEST ? LOWEST : softmax.largest + __builtin_logf(softmax.weight);
 }
 
-// The partial results of an item's chunks, merged in their order by whoever comes last.
-TW_INLINE void write_partial(const Work& w, const float* sums, const Softmax* rows) {
+TW_INLINE void store_partial(float* to, const float* sums, Softmax softmax) {
+  __builtin_memcpy(to, sums, DVP * sizeof(float));
+  to[DVP] = softmax.largest;
+  to[DVP + 1] = softmax.weight;
+}
+
+// Partial results of a row, `step` floats apart, as one, in their order.
+TW_INLINE Softmax merged(const float* parts, int64_t step, int count, float* total) {
+  Softmax all;
+  for (int d = 0; d < DVP; ++d) total[d] = 0.0f;
+  for (int c = 0; c < count; ++c) all.largest = tw::max<float>(all.largest, parts[c * step + DVP]);
+  for (int c = 0; c < count; ++c) {
+    const float* part = parts + c * step;
+    if (part[DVP] == LOWEST) continue;
+    float factor = tw::exp(part[DVP] - all.largest);
+    all.weight += part[DVP + 1] * factor;
+    for (int d = 0; d < DVP; ++d) total[d] += part[d] * factor;
+  }
+  return all;
+}
+
+// Whether `count` others have arrived at a counter, which is then ready for the next replay.
+TW_INLINE bool arrives_last(int32_t* counter, int count) {
+  if (__atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL) != count) return false;
+  __atomic_store_n(counter, 0, __ATOMIC_RELAXED);
+  return true;
+}
+
+// A row that all keys of its item have reached: the result, or the state of a level of shared keys.
+TW_INLINE float* state_of(const Work& w, int level, int row) {
+  int64_t at = static_cast<int64_t>(w.item.qo_begin + row / G) * w.p.qo_heads + w.item.kv_head * G + row % G;
+  return w.p.states + (level * w.p.state_rows + at) * PARTIAL_ROW;
+}
+TW_INLINE void write_row(const Work& w, int row, const float* sums, Softmax softmax) {
+  if constexpr (table::LEVELS == 1) {
+    write_result(w, row, sums, softmax);
+  } else {
+    store_partial(state_of(w, tw::node_at(w.p, w.item.request).level, row), sums, softmax);
+  }
+}
+// The last level of a row of q to arrive merges the states of all, in the order of the levels.
+TW_INLINE void join_levels(const Work& w) {
+  for (int t = 0; t < w.tokens; ++t) {
+    int64_t counter = static_cast<int64_t>(w.item.qo_begin + t) * w.p.kv_heads + w.item.kv_head;
+    if (!arrives_last(w.p.arrivals + counter, table::LEVELS - 1)) continue;
+    for (int row = t * G; row < t * G + G; ++row) {
+      alignas(64) float total[DVP];
+      Softmax all = merged(state_of(w, 0, row), w.p.state_rows * PARTIAL_ROW, table::LEVELS, total);
+      write_result(w, row, total, all);
+    }
+  }
+}
+
+// The partial results of an item's chunks; whoever comes last merges them in their order.
+TW_INLINE bool write_partial(const Work& w, const float* sums, const Softmax* rows) {
   int64_t size = static_cast<int64_t>(w.rows) * PARTIAL_ROW;
   float* all = w.p.partials + w.item.slot * static_cast<int64_t>(MAX_TOKENS * G) * PARTIAL_ROW;
-  float* mine = all + w.chunk * size;
-  for (int r = 0; r < w.rows; ++r, mine += PARTIAL_ROW) {
-    __builtin_memcpy(mine, sums + r * DVP, DVP * sizeof(float));
-    mine[DVP] = rows[r].largest;
-    mine[DVP + 1] = rows[r].weight;
-  }
-  int32_t* counter = w.p.counters + w.item.counter;
-  if (__atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL) != w.chunks - 1) return;
-  __atomic_store_n(counter, 0, __ATOMIC_RELAXED);  // ready for the next replay
+  for (int r = 0; r < w.rows; ++r) store_partial(all + w.chunk * size + r * PARTIAL_ROW, sums + r * DVP, rows[r]);
+  if (!arrives_last(w.p.counters + w.item.counter, w.chunks - 1)) return false;
   for (int r = 0; r < w.rows; ++r) {
-    alignas(64) float total[DVP] = {};
-    Softmax merged;
-    for (int c = 0; c < w.chunks; ++c) merged.largest = tw::max<float>(merged.largest, all[c * size + r * PARTIAL_ROW + DVP]);
-    for (int c = 0; c < w.chunks; ++c) {
-      const float* part = all + c * size + r * PARTIAL_ROW;
-      if (part[DVP] == LOWEST) continue;
-      float factor = tw::exp(part[DVP] - merged.largest);
-      merged.weight += part[DVP + 1] * factor;
-      for (int d = 0; d < DVP; ++d) total[d] += part[d] * factor;
-    }
-    write_row(w, r, total, merged);
+    alignas(64) float total[DVP];
+    Softmax row = merged(all + r * PARTIAL_ROW, size, w.chunks, total);
+    write_row(w, r, total, row);
   }
+  return true;
 }
 
 static void run_item(const Params& p, const Item& item) {
   tw::Pages pages = tw::pages_of(p, item.request, MAX_KEYS);
-  int32_t qo_begin = p.qo_indptr[item.request], qo_end = p.qo_indptr[item.request + 1];
   int tokens = item.qo_end - item.qo_begin;
-  int first = tw::first_query(p, pages, item.request, qo_end - qo_begin) + (item.qo_begin - qo_begin);
-  Work w{p, item, Variant(p), pages, first, tokens, tokens * G, qo_end - qo_begin, 0, 0, item.chunk, item.chunks, {}};
+  tw::Row whose[MAX_TOKENS];
+  for (int t = 0; t < tokens; ++t) whose[t] = tw::row_of(p, item.request, item.qo_begin + t, MAX_KEYS);
+  Work w{p, item, Variant(p), pages, whose, tokens, tokens * G, 0, 0, item.chunk, item.chunks, {}};
   w.seen = tw::tiles_seen<T>(w.variant, w.tile(0, w.rows - 1, 0, 0), pages);
   const int tiles = w.seen.count();
   if (w.chunks > 1 && tiles / CHUNK_TILES < w.chunks) w.chunks = tiles < 2 * CHUNK_TILES ? 1 : tiles / CHUNK_TILES;
@@ -402,10 +454,11 @@ static void run_item(const Params& p, const Item& item) {
       attend_many(w, sums, rows);
     }
     if (w.chunks > 1) {
-      write_partial(w, sums, rows);
+      if (!write_partial(w, sums, rows)) return;
     } else {
       for (int r = 0; r < w.rows; ++r) write_row(w, r, sums + r * DVP, rows[r]);
     }
+    if constexpr (table::LEVELS > 1) join_levels(w);
   }
 }
 

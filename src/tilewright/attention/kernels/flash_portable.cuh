@@ -21,7 +21,7 @@ constexpr int Q_FLOATS = ROWS * DKP;
 constexpr int SMEM_BYTES = (Q_FLOATS + WARPS * ROWS * (DVP + 2)) * 4;
 constexpr unsigned ALL = 0xffffffffu;
 
-TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
+using tw::lowest;
 
 TW_INLINE float as_float(float x, float32) { return x; }
 TW_INLINE float as_float(uint16_t x, float16) { return tw::from_float16(x); }

@@ -7,7 +7,7 @@
 
 namespace merge {
 
-TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
+using tw::lowest;
 // The states' arrays are fields o0 … and lse0 … of the parameters, one after the other.
 TW_INLINE const Element* o_of(const MergeParams& p, int i) { return (&p.o0)[i]; }
 TW_INLINE const float* lse_of(const MergeParams& p, int i) { return (&p.lse0)[i]; }

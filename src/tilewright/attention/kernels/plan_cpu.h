@@ -1,20 +1,60 @@
-// Cuts of a decode batch on the host. In front of this file: cpu.h and cuts.h.
+// The planner of decode batches on the host. In front of this file: cpu.h, table.h, cuts.h, mask.h.
 
-// Writes the cuts of `requests` requests with `lengths` keys each; returns the number of ranges. `ends`
-// [requests + 1] and `keys` [limit + 1] are scratch; `out` holds limit + 1 cuts.
-// `requests` is at least 1.
-extern "C" __attribute__((visibility("default"))) int64_t plan_cuts(
-    const int64_t* lengths, int64_t requests, int64_t groups, int64_t limit, int64_t* ends, int64_t* keys, Cut* out) {
+#define TW_EXPORT extern "C" __attribute__((visibility("default")))
+
+using extents::Shape;
+#define TW_STACK(shape) static_cast<extents::Value*>(__builtin_alloca(shape.steps * sizeof(extents::Value)))
+
+// The tiles that each of `count` rows of queries can see.
+TW_EXPORT void visible_tiles(const Shape& shape, const int64_t* first, const int64_t* last, const int64_t* keys, int64_t count, int64_t* tiles) {
+  extents::Value* stack = TW_STACK(shape);
+  for (int64_t n = 0; n < count; ++n) tiles[n] = extents::visible_tiles(shape, stack, first[n], last[n], keys[n]);
+}
+
+struct Load { int64_t tiles, units; bool wide; };  // of a node
+
+// Writes the cuts of `count` nodes, at least 1, whose `keys` are read by the rows `qo_indptr` of their requests;
+// `shared`: whether any has more than one. `ends` [count + 1], `loads` [count] and `sorted` [limit + 1] are scratch,
+// `out` holds limit + 1 cuts. Returns the number of ranges; `balance`: the most work of one, and that of all.
+TW_EXPORT int64_t plan_cuts(const Shape& shape, const int32_t* qo_indptr, const tw::Node* nodes, const int64_t* keys, int64_t count,
+                            bool shared, int64_t limit, int64_t* scratch, Cut* out, int64_t* balance) {
+  int64_t* ends = scratch;
+  int64_t* sorted = ends + count + 1;
+  Load* loads = reinterpret_cast<Load*>(sorted + limit + 1);
+  extents::Value* stack = TW_STACK(shape);
   ends[0] = 0;
-  for (int64_t r = 0; r < requests; ++r) ends[r + 1] = ends[r] + groups * cuts::cost_of(cuts::tiles_of(lengths[r]));
-  const int64_t count = cuts::count_of(ends[requests], requests * groups, limit);
-  int64_t request = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t at = ends[requests] * k / count;
-    while (ends[request + 1] <= at) ++request;
-    keys[k] = cuts::key_of(ends, requests, groups, request, at);
+  int64_t all = 0;
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t queries = qo_indptr[nodes[n].end] - qo_indptr[nodes[n].begin];
+    Load load{keys[n], shape.head_blocks, false};
+    if (shared) {  // what masks hide of shared keys is not counted
+      load.tiles = cuts::tiles_of(keys[n]);
+      load.units *= cuts::row_blocks(queries, shape.group, load.wide);
+    } else {
+      load.tiles = tw::most(extents::visible_tiles(shape, stack, keys[n] - queries, keys[n] - 1, keys[n]), 1);
+    }
+    ends[n + 1] = ends[n] + load.units * cuts::cost_of(load.tiles, load.wide);
+    all += load.units * load.tiles;
+    loads[n] = load;
   }
-  keys[count] = (requests * groups) << 32;
-  for (int64_t k = 0; k <= count; ++k) out[k] = cuts::cut_of(keys, count, groups, k);
-  return count;
+  const int64_t ranges = cuts::count_of(all, limit);
+  int64_t node = 0;
+  for (int64_t k = 0; k < ranges; ++k) {
+    const int64_t at = ends[count] * k / ranges;
+    while (node < count && ends[node + 1] <= at) ++node;
+    sorted[k] = node < count ? cuts::key_of(ends, node, loads[node].units, loads[node].wide, at) : cuts::key(count, 0, 0);
+  }
+  sorted[ranges] = cuts::key(count, 0, 0);
+  int64_t before = 0, begin = 0;  // work of the nodes in front of a cut, and of all in front of the one before it
+  balance[0] = balance[1] = node = 0;
+  for (int64_t k = 0; k <= ranges; ++k) {
+    const Cut cut = out[k] = cuts::cut_of(sorted, ranges, k);
+    for (; node < cut.node; ++node) before += loads[node].units * loads[node].tiles * cuts::tile_cost(loads[node].wide);
+    int64_t end = before;
+    if (node < count) end += (cut.unit * loads[node].tiles + cut.tile) * cuts::tile_cost(loads[node].wide);
+    balance[0] = tw::most(balance[0], end - begin);
+    begin = end;
+  }
+  balance[1] = begin;
+  return ranges;
 }

@@ -1,84 +1,141 @@
 // Cuts of a decode batch on a GPU, as a node of a CUDA graph in front of the attention of all layers.
 //
-// In front of this file: gpu.cuh, the form of the table (namespace `table`), cuts.h, the struct
-// `PlanParams`, the constants of `cuts` (THREADS, GROUP query heads of a KV head, MAX_ROWS, MAX_KEYS).
-// Launch: one CTA of THREADS threads; shared memory: ends [requests + 1], keys [limit + 1], int64 each.
-// A request counts as its tiles, but at most `most_tiles`: what a window can see of any context.
-// It copies qo_indptr into the workspace and sets the status word where a request has too many rows.
+// In front of this file: gpu.cuh, async.cuh, the form of the table (namespace `table`), table.h, cuts.h, the
+// struct `PlanParams`, the constants of `cuts` (THREADS, GROUP query heads of a KV head, MAX_KEYS).
+// Launch: one CTA of THREADS threads; shared memory: ends [nodes + 1], keys [limit + 1], int64 each.
+// A node counts as its tiles, but at most `most_tiles`: what a window can see of any context.
+// It copies qo_indptr into the workspace, writes the tree of nodes where requests share keys, and sets the
+// status word where either is wrong: then no unit is planned.
 
 namespace cuts {
 
-TW_INLINE int64_t length_of(const PlanParams& p, int request) {
+TW_INLINE int64_t length_of(const PlanParams& p, int node) {
   int64_t length;
   if constexpr (table::LENGTHS) {
-    length = p.kv_len[request];
+    length = p.kv_len[node];
   } else {
-    const int64_t begin = p.table_indptr[request], end = p.table_indptr[request + 1];
+    const int64_t begin = p.table_indptr[node], end = p.table_indptr[node + 1];
     length = end - (begin < 0 ? 0 : begin);
   }
   return length < 0 ? 0 : length > MAX_KEYS ? MAX_KEYS : length;
 }
 
-// Rows of q of each request, copied with what a kernel relies on: none below the one before, none
-// beyond max_tokens, at most MAX_ROWS rows of a request.
-TW_INLINE void copy_rows(const PlanParams& p, int thread) {
+// Rows of q of each request, copied; whether none is below the one before or beyond max_tokens, and no
+// request has more than NARROW_ROWS.
+TW_INLINE bool copy_rows(const PlanParams& p, int thread) {
   bool good = true;
   for (int r = thread; r <= p.requests; r += THREADS) {
     const int at = p.qo_from[r], before = r ? p.qo_from[r - 1] : 0;
-    good &= r ? at >= before && (at - before) * GROUP <= MAX_ROWS : at == 0;
+    good &= r ? at >= before && (at - before) * static_cast<int64_t>(GROUP) <= NARROW_ROWS : at == 0;
     good &= at >= 0 && at <= p.max_tokens;
     p.qo_indptr[r] = at;
   }
-  if (!__syncthreads_and(good)) {  // no query then: nothing is read or written out of bounds
-    for (int r = thread; r <= p.requests; r += THREADS) p.qo_indptr[r] = 0;
-    if (thread == 0) *p.status = 1;
+  return good;
+}
+
+// The nodes of one level, `first` the first of them; whether they divide the requests and the nodes of the
+// level before, whose indptr is `outer` [outer_count + 1].
+TW_INLINE bool write_level(const PlanParams& p, const int32_t* indptr, int count, int first, int level, const int32_t* outer, int outer_count, int thread) {
+  bool good = true;
+  for (int i = thread; i < count; i += THREADS) {
+    tw::Node node{indptr ? indptr[i] : i, indptr ? indptr[i + 1] : i + 1, 0, level};
+    good &= node.begin <= node.end && (i > 0 || node.begin == 0) && (i + 1 < count || node.end == p.requests);
+    if (outer && node.begin < node.end) {
+      int low = 0;  // the last outer node that begins at or before this one
+      for (int high = outer_count - 1; low < high;) {
+        const int middle = low + (high - low + 1) / 2;
+        if (outer[middle] <= node.begin) low = middle; else high = middle - 1;
+      }
+      good &= outer_count > 0 && node.end <= outer[low + 1];
+      const int64_t base = p.nodes[first - outer_count + low].base + length_of(p, first - outer_count + low);
+      good &= base + length_of(p, first + i) <= MAX_KEYS;
+      node.base = static_cast<int32_t>(base <= MAX_KEYS ? base : MAX_KEYS);
+    }
+    p.nodes[first + i] = node;
   }
+  return good;
+}
+
+// Units of a node, and whether they are wide.
+TW_INLINE int64_t units_of(const PlanParams& p, int n, bool& wide) {
+  wide = false;
+  if constexpr (table::LEVELS == 1) return p.head_blocks;
+  const tw::Node node = p.nodes[n];
+  const int64_t queries = p.qo_from ? p.qo_indptr[node.end] - p.qo_indptr[node.begin] : node.end - node.begin;
+  return row_blocks(queries, GROUP, wide) * p.head_blocks;
 }
 
 }  // namespace cuts
 
 extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const __grid_constant__ PlanParams p) {
   extern __shared__ __align__(16) int64_t ends[];
-  __shared__ int64_t sums[cuts::THREADS / 32];
+  __shared__ int64_t sums[cuts::THREADS / 32], tile_sums[cuts::THREADS / 32];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  int64_t* keys = ends + p.requests + 1;
+  int64_t* keys = ends + p.node_count + 1;
   tw::start_next_launch();
   tw::wait_for_previous_launch();
-  if (p.qo_from) cuts::copy_rows(p, thread);
-  const int share = (p.requests + cuts::THREADS - 1) / cuts::THREADS;
-  const int begin = thread * share < p.requests ? thread * share : p.requests;
-  const int end = begin + share < p.requests ? begin + share : p.requests;
-  int64_t own = 0;  // the cost of this thread's requests
-  for (int r = begin; r < end; ++r) {
-    const int64_t tiles = cuts::tiles_of(cuts::length_of(p, r));
-    ends[r + 1] = p.groups * cuts::cost_of(tiles < p.most_tiles ? tiles : p.most_tiles);
-    own += ends[r + 1];
+  int wrong = p.qo_from && !cuts::copy_rows(p, thread) ? 1 : 0;
+  if constexpr (table::LEVELS > 1) {
+    const int32_t* outer = nullptr;
+    int first = 0, outer_count = 0;
+    for (int level = 0; level < table::LEVELS; ++level) {
+      const bool own = level == table::LEVELS - 1;
+      const int32_t* indptr = own ? nullptr : (&p.shared_0)[level];
+      const int count = own ? p.requests : static_cast<int>((&p.count_0)[level]);
+      if (!cuts::write_level(p, indptr, count, first, level, outer, outer_count, thread)) wrong = 2;
+      first += count;
+      outer = indptr;
+      outer_count = count;
+      __syncthreads();
+    }
+  }
+  const bool none = __syncthreads_or(wrong);
+  if (wrong) *p.status = wrong;
+  const int share = (p.node_count + cuts::THREADS - 1) / cuts::THREADS;
+  const int begin = thread * share < p.node_count ? thread * share : p.node_count;
+  const int end = begin + share < p.node_count ? begin + share : p.node_count;
+  int64_t own = 0, own_tiles = 0;  // the cost of this thread's nodes, and their tiles
+  for (int n = begin; n < end; ++n) {
+    int64_t tiles = cuts::tiles_of(cuts::length_of(p, n));
+    tiles = tiles < p.most_tiles ? tiles : p.most_tiles;
+    bool wide;
+    const int64_t units = none ? 0 : cuts::units_of(p, n, wide);
+    ends[n + 1] = units * cuts::cost_of(tiles, wide);
+    own += ends[n + 1];
+    own_tiles += units * tiles;
   }
   int64_t before = own;  // an inclusive scan over the warp, then over the warps
   for (int step = 1; step < 32; step *= 2) {
     const int64_t other = __shfl_up_sync(0xffffffffu, before, step);
     if (lane >= step) before += other;
+    own_tiles += __shfl_xor_sync(0xffffffffu, own_tiles, step);
   }
-  if (lane == 31) sums[warp] = before;
+  if (lane == 31) {
+    sums[warp] = before;
+    tile_sums[warp] = own_tiles;
+  }
   __syncthreads();
   before -= own;
   for (int w = 0; w < warp; ++w) before += sums[w];
+  int64_t all_tiles = 0;
+  for (int w = 0; w < cuts::THREADS / 32; ++w) all_tiles += tile_sums[w];
   if (thread == 0) ends[0] = 0;
-  for (int r = begin; r < end; ++r) {
-    before += ends[r + 1];
-    ends[r + 1] = before;
+  for (int n = begin; n < end; ++n) {
+    before += ends[n + 1];
+    ends[n + 1] = before;
   }
   __syncthreads();
-  const int64_t total = ends[p.requests];
-  const int64_t count = cuts::count_of(total, static_cast<int64_t>(p.requests) * p.groups, p.limit);
+  const int64_t total = ends[p.node_count], count = cuts::count_of(all_tiles, p.limit);
   for (int k = thread; k <= p.limit; k += cuts::THREADS) {
-    int64_t key = static_cast<int64_t>(p.requests) * p.groups << 32;
-    if (k < count && p.requests > 0) {
-      const int64_t at = total * k / count, request = cuts::bound_in<true>(ends, p.requests + 1, at) - 1;
-      key = cuts::key_of(ends, p.requests, p.groups, request, at);
+    int64_t key = cuts::key(p.node_count, 0, 0);
+    if (k < count && total > 0) {
+      const int64_t at = total * k / count, node = cuts::bound_in<true>(ends, p.node_count + 1, at) - 1;
+      bool wide;
+      const int64_t units = cuts::units_of(p, static_cast<int>(node), wide);
+      key = cuts::key_of(ends, node, units, wide, at);
     }
     keys[k] = key;
   }
   __syncthreads();
-  for (int k = thread; k <= p.limit; k += cuts::THREADS) p.cuts[k] = cuts::cut_of(keys, k < count ? count : k, p.groups, k);
+  for (int k = thread; k <= p.limit; k += cuts::THREADS) p.cuts[k] = cuts::cut_of(keys, k < count ? count : k, k);
 }

@@ -113,9 +113,10 @@ TW_INLINE Tiles<Variant::RANGES> tiles_seen(const Variant& variant, Tile tile, c
   constexpr int N = Variant::RANGES;
   Tiles<N> tiles;
   tile.key = Bound{0, pages.length - 1};
-  Line kv = line_key();
-  if constexpr (table::KEY_POSITIONS) kv = line_fit(pages.stride, bound(pages.base), true, tile.key);
-  const Ranges<N> ranges = variant.ranges(tile, kv);
+  Line kv = line_key(), number = line_key();
+  if constexpr (table::KEY_POSITIONS || table::LEVELS > 1) kv = line_fit(pages.stride, bound(pages.base), true, tile.key);
+  if constexpr (table::LEVELS > 1) number = kv;
+  const Ranges<N> ranges = variant.ranges(tile, kv, number);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     const Bound keys = keys_both(ranges.of[n], tile.key);

@@ -42,11 +42,11 @@ TW_INLINE void start_next_launch() {
 #endif
 }
 
-// Adds 1 to a counter and returns its old value. What this CTA wrote before (other threads: before a
+// Adds to a counter and returns its old value. What this CTA wrote before (other threads: before a
 // barrier of the CTA) is visible to whoever sees the count, and the other way round.
-TW_INLINE int arrive(int* counter) {
+TW_INLINE int arrive(int* counter, int count = 1) {
   int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(count) : "memory");
   return before;
 }
 

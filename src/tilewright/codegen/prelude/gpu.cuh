@@ -218,6 +218,7 @@ TW_LANEWISE(to_float16, uint16_t, float)
 
 // -- arithmetic ----------------------------------------------------------------------------------
 
+TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }  // −inf
 TW_INLINE float exp(float x) { return ::expf(x); }
 TW_INLINE double exp(double x) { return ::exp(x); }
 // 2^x by the special function unit: error below 2 ulp, subnormal results are 0.
