@@ -40,6 +40,7 @@ SUITES = {
     "attention": ("attention", "attention on the CPU beside torch"),
     "decode": ("decode", "decode attention over a paged cache, beside the time to read it"),
     "cascade": ("cascade", "decode attention of requests that share a prefix, beside a flat table"),
+    "quest": ("quest", "pages chosen by Quest and attention over them, beside all pages"),
     "prefill": ("prefill", "prefill attention, ragged and paged, causal and full"),
     "model": ("model", "tokens a second of a model, for prompts and for answers"),
     "serve": ("serve", "a trace of requests on the engine: tokens a second, first token, gaps"),

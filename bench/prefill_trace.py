@@ -104,12 +104,13 @@ def write(path: Path, found: Sequence[Span]) -> None:
         }
         for span in found
     ]  # fmt: skip
-    path.write_text(json.dumps({"displayTimeUnit": "ns", "traceEvents": events}))
+    text = json.dumps({"displayTimeUnit": "ns", "traceEvents": events})
+    path.write_text(text, encoding="utf-8")
 
 
 def read(path: Path) -> list[Span]:
     """The spans that `write` wrote."""
-    events = json.loads(path.read_text())["traceEvents"]
+    events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
     return [
         Span(

@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from tilewright.attention.merge import State, merge
     from tilewright.attention.plan import Plan
     from tilewright.attention.pool import Pool
+    from tilewright.attention.select import select
     from tilewright.attention.table import Table
     from tilewright.attention.tracing import bit_mask, per_head, per_key, per_request, per_token
     from tilewright.attention.variant import Alibi, Causal, Full, SlidingWindow, Softcap, variant
@@ -95,7 +96,8 @@ _ON_DEMAND = {
     for module, names in {
         "ops": "ops", "ops.schedules": "recipes", "schedule": "Schedule", "serve.engine": "LLM",
         "attention.batch": "Attention", "attention.kv": "KV", "attention.merge": "State merge",
-        "attention.plan": "Plan", "attention.pool": "Pool", "attention.table": "Table",
+        "attention.plan": "Plan", "attention.pool": "Pool", "attention.select": "select",
+        "attention.table": "Table",
         "attention.tracing": "bit_mask per_head per_key per_request per_token",
         "attention.variant": "Alibi Causal Full SlidingWindow Softcap variant",
         "attention.workspace": "Workspace",
@@ -120,6 +122,6 @@ __all__ = [
     "dcsr", "dense", "dia", "ell", "equal", "exp", "floor", "hyb", "indices", "log", "max",
     "maximum", "merge", "min", "minimum", "n_m", "ops", "out", "paged", "per_head", "per_key",
     "per_request", "per_token", "prod", "program", "ragged", "recipes", "rsqrt", "scalar",
-    "sigmoid", "sin", "size", "sparse", "sqrt", "stored", "sum", "tanh", "target", "temp", "update",
-    "variant", "where",
+    "select", "sigmoid", "sin", "size", "sparse", "sqrt", "stored", "sum", "tanh", "target", "temp",
+    "update", "variant", "where",
 ]  # fmt: skip

@@ -129,6 +129,31 @@ def test_every_pass_and_the_threads_of_a_gpu(rng):
         assert definition.schedule(recipe).build("cuda:sm_90a").resources
 
 
+def test_units_of_a_launch_up_to_the_length_of_each_request(rng):
+    """The grid has all positions that a request may have; units behind its last key do nothing."""
+
+    def recipe(s):
+        s = s.bind("r", "cta.y").bind("h", "cta.y") if s.target.is_cuda else s
+        for n in range(len(s.nests)):
+            s = s.on(n).split("t", 8, into=("t_cta", "t_x")).reorder("r", "t_cta", "h")
+            s = s.bind("t_cta", "cta.x").bind("t_x", "thread.x") if s.target.is_cuda else s
+        return (
+            s.everywhere() if s.target.is_cuda else s.everywhere().parallel("r").parallel("t_cta")
+        )
+
+    pool, table, keys = batch(rng, "padded")
+    K, Q = table.tensor(pool), rng.normal(size=(5, HEADS, DIM)).astype(np.float32)
+    definition = scores.decompose(K=K.format).schedule(recipe)
+    for target in TARGETS:
+        out = definition.build(target)(K, Q)
+        for r, own in enumerate(keys):
+            wanted = np.einsum("hd,thd->ht", Q[r], own)
+            np.testing.assert_allclose(out[r, :, : len(own)], wanted, 1e-4, 1e-5)
+            assert (out[r, :, len(own) :] == 0).all()
+    pool[np.isnan(pool)] = 0
+    after_every_pass(scores.decompose(K=K.format), {"K": K, "Q": Q}, recipe, "cuda")
+
+
 def test_unpacking_gives_each_request_its_keys(rng):
     pool, table, keys = batch(rng, "csr", index=np.int64)
     K = table.tensor(pool)

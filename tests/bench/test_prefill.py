@@ -95,7 +95,7 @@ def test_a_trace_is_written_read_and_drawn(tmp_path):
     second = [s.begin for s in found if s.warp == "consumer 0.0" and s.state == "WRITE"][1]
     assert begin < second < end
     prefill_trace.draw(found, tmp_path / "trace.svg")
-    text = (tmp_path / "trace.svg").read_text()
+    text = (tmp_path / "trace.svg").read_text(encoding="utf-8")
     assert all(word in text for word in ("loader K", "consumer 1", "cycles", "weights"))
     assert len(text) < 60_000
 

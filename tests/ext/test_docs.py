@@ -18,7 +18,7 @@ def test_there_is_a_page():
     """One for each noun of the attention engine, and the one for those who come from FlashInfer."""
     names = {page.stem for page in PAGES}
     assert names >= {"coming-from-flashinfer", "variant", "table", "pool", "plan"}
-    assert names >= {"workspace", "state"}
+    assert names >= {"workspace", "state", "select"}
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -21,19 +21,15 @@ from tilewright.runtime.view import View, allocate, byte_span
 def check_kv(kv: Any, kv_heads: int, head_dim: int, head_dim_vo: int) -> None:
     """`kv` is a KV of these heads. Raises ArgumentError[A103, A107]."""
     if not isinstance(kv, KV):
-        raise ArgumentError(
-            "A107", f"{type(kv).__name__} is no KV", where="kv", hint="tw.KV(table, pool)"
-        )
+        text = f"{type(kv).__name__} is no KV"
+        raise ArgumentError("A107", text, where="kv", hint="tw.KV(table, pool)")
     shape = (kv.kv_heads, kv.head_dim, kv.head_dim_vo)
     if shape != (kv_heads, head_dim, head_dim_vo):
         swapped = (kv.page_size, kv.head_dim) == (kv_heads, head_dim)
-        raise ArgumentError(
-            "A103",
-            f"kv has {shape[0]} heads × {shape[1]} (v: {shape[2]}), "
-            f"the attention {kv_heads} × {head_dim} (v: {head_dim_vo})",
-            where="kv",
-            hint='tw.Pool(k, v, layout="HND") where heads come before slots' if swapped else "",
-        )
+        text = f"kv has {shape[0]} heads × {shape[1]} (v: {shape[2]})"
+        text = f"{text}, the attention {kv_heads} × {head_dim} (v: {head_dim_vo})"
+        hint = 'tw.Pool(k, v, layout="HND") where heads come before slots' if swapped else ""
+        raise ArgumentError("A103", text, where="kv", hint=hint)
 
 
 def check_q(q: Any, kv: KV, shape: tuple[int, int, int]) -> View:
@@ -92,9 +88,8 @@ def values_of(
     arrays = {}
     for v in traced.values:
         if v.name not in arguments and v.name not in fixed:
-            raise ArgumentError(
-                "A101", f"{traced.name} needs {v.name}", where=v.name, hint=f"{v.name}=…"
-            )
+            text = f"{traced.name} needs {v.name}"
+            raise ArgumentError("A101", text, where=v.name, hint=f"{v.name}=…")
         argument = arguments.get(v.name, fixed.get(v.name))
         if v.name not in arguments and device != "cpu":
             argument = _constant(v.dtype, fixed[v.name], device)

@@ -75,9 +75,8 @@ class Attention:
             raise ArgumentError("A103", text, where="qo_heads", hint=hint)
         sm_scale = self.sm_scale
         if sm_scale is not None and not (is_number(sm_scale) and abs(sm_scale) <= MAX_SCALE):
-            raise ArgumentError(
-                "A102", f"sm_scale={sm_scale!r} is no number that float32 holds", where="sm_scale"
-            )
+            text = f"sm_scale={sm_scale!r} is no number that float32 holds"
+            raise ArgumentError("A102", text, where="sm_scale")
         traced_of(self.variant)
 
     @property
@@ -195,14 +194,9 @@ class Attention:
         return bound.state
 
     def bind(
-        self,
-        q: Any,
-        kv: KV,
-        out: Any = None,
-        *,
-        plan: Plan | Workspace | None = None,
+        self, q: Any, kv: KV, out: Any = None, *, plan: Plan | Workspace | None = None,
         **values: Any,
-    ) -> BoundAttention:
+    ) -> BoundAttention:  # fmt: skip
         """A run with its memory fixed, for a recorded step: `.launch` is its one launch.
 
         Without a plan: one query for each request (q has `requests` rows), divided for the longest
@@ -245,13 +239,11 @@ class Attention:
         actual = (kv.requests, self.kv_heads, family.qo_tile(spec), device, tree)
         if wanted != actual:
             words = "requests, kv_heads, queries of an item, device, shared levels, nodes and group"
-            raise ArgumentError(
-                "A103", f"the plan is for {wanted}, not {actual} ({words})", where="plan"
-            )
+            text = f"the plan is for {wanted}, not {actual} ({words})"
+            raise ArgumentError("A103", text, where="plan")
         if isinstance(plan, Plan) and bool(len(plan.cuts)) != bool(family.ctas_per_sm):
-            raise ArgumentError(
-                "A109", f"the plan is damaged: its work is not for {family.name}", where="plan"
-            )
+            text = f"the plan is damaged: its work is not for {family.name}"
+            raise ArgumentError("A109", text, where="plan")
         reason = family.reason(spec, plan.longest * self.group, kv.pool)
         if reason:
             text = f"the plan is for the {family.name} kernels, which cannot run this: {reason}"

@@ -79,12 +79,8 @@ def host_indptr(name: str, array: Any, requests: int) -> np.ndarray:
     except ValueError as error:  # lists of different lengths
         raise ArgumentError("A107", f"no array: {error}", where=name) from None
     if indptr.dtype.kind not in "iu" or indptr.shape != (requests + 1,):
-        raise ArgumentError(
-            "A103",
-            f"{name} is {indptr.dtype} of shape {indptr.shape}, the table has {requests} requests",
-            where=name,
-            hint="int32 of shape (requests + 1,)",
-        )
+        text = f"{name} is {indptr.dtype} of shape {indptr.shape}, of {requests} requests"
+        raise ArgumentError("A103", text, where=name, hint="int32 of shape (requests + 1,)")
     if indptr[0] != 0 or not rises(indptr) or int(indptr[-1]) >= 2**31:
         raise ArgumentError("A109", f"{name} must rise from 0", where=name)
     return indptr.astype(np.int32)

@@ -36,21 +36,21 @@ class KV:
         table, pool = self.table, self.pool
         for name, value, kind in (("table", table, Table), ("pool", pool, Pool)):
             if not isinstance(value, kind):
-                raise ArgumentError(
-                    "A107", f"{type(value).__name__} is no {kind.__name__}", where=name
-                )
+                text = f"{type(value).__name__} is no {kind.__name__}"
+                raise ArgumentError("A107", text, where=name)
         if table.device != pool.device:
-            raise ArgumentError(
-                "A105", f"the table is on {table.device}, the pool on {pool.device}", where="table"
-            )
+            text = f"the table is on {table.device}, the pool on {pool.device}"
+            raise ArgumentError("A105", text, where="table")
         if table.kind == "ragged" and pool.page_size != 1:
             text = f"a ragged table over pages of {pool.page_size}"
             hint = "rows without pages: k and v of shape (tokens, kv_heads, head_dim)"
             raise ArgumentError("A103", text, where="pool", hint=hint)
         if table.kind == "dense" and pool.pages < table.nodes:
-            raise ArgumentError(
-                "A103", f"{table.nodes} requests, k has {pool.pages} of them", where="pool"
-            )
+            text = f"{table.nodes} requests, k has {pool.pages} of them"
+            raise ArgumentError("A103", text, where="pool")
+        if table.heads not in (0, pool.kv_heads):
+            text = f"the table has pages for {table.heads} KV heads, the pool {pool.kv_heads} heads"
+            raise ArgumentError("A103", text, where="block_table")
         object.__setattr__(self, "requests", table.requests)
         for name in ("dtype", "device", "page_size", "kv_heads", "head_dim", "head_dim_vo"):
             object.__setattr__(self, name, getattr(pool, name))

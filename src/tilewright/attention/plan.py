@@ -14,7 +14,7 @@ import io
 import zipfile
 import zlib
 from dataclasses import InitVar, dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -28,15 +28,9 @@ from tilewright.attention.table import NODE, of_requests
 from tilewright.errors import ArgumentError
 from tilewright.runtime.layout import Struct
 
-ITEM = Struct(
-    "Item",
-    [
-        (name, "int32")
-        for name in (
-            "request", "kv_head", "qo_begin", "qo_end", "chunk", "chunks", "slot", "counter",
-        )
-    ],
-)  # fmt: skip
+ITEM = Struct("Item", [(name, "int32") for name in (
+    "request", "kv_head", "qo_begin", "qo_end", "chunk", "chunks", "slot", "counter",
+)])  # fmt: skip
 """One work item; `request` is a node of the table where requests share keys. `qo_begin` … `qo_end`
 are rows of q; `slot` is the first partial result of its chunks, `counter` the word in which they
 count their arrival."""
@@ -309,54 +303,51 @@ def _imbalance(work: np.ndarray, workers: int) -> float:
 # ---------------------------------------------------------------------------- checking
 
 
-def _refuse(reason: str) -> NoReturn:
-    raise ArgumentError("A109", f"the plan is damaged: {reason}", where="plan")
+def _require(holds: Any, reason: str) -> None:
+    """Refuse a plan of which something does not hold. Raises A109."""
+    if not holds:
+        raise ArgumentError("A109", f"the plan is damaged: {reason}", where="plan")
 
 
 def _check_types(plan: Plan) -> None:
     """The fields are what they are annotated as. Raises A109."""
     for name, dtype in _ARRAYS.items():
         array = getattr(plan, name)
-        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
-            _refuse(f"{name} is no array of {dtype}")
+        is_array = isinstance(array, np.ndarray) and array.dtype == dtype and array.ndim == 1
+        _require(is_array, f"{name} is no array of {dtype}")
     for name in _NUMBERS:
-        if type(getattr(plan, name)) is not int:
-            _refuse(f"{name} is a {type(getattr(plan, name)).__name__}, not an int")
-    if type(plan.family) is not str or not isinstance(plan.imbalance, float):
-        _refuse(f"family={plan.family!r}, imbalance={plan.imbalance!r}")
+        kind = type(getattr(plan, name))
+        _require(kind is int, f"{name} is a {kind.__name__}, not an int")
+    named = type(plan.family) is str and isinstance(plan.imbalance, float)
+    _require(named, f"family={plan.family!r}, imbalance={plan.imbalance!r}")
 
 
 def check(plan: Plan) -> None:
     """Every query of every KV head is done exactly once, within bounds. Raises A109."""
     indptr, items = plan.qo_indptr, plan.items
-    if not len(indptr) or indptr[0] != 0 or not rises(indptr):
-        _refuse("qo_indptr does not rise from 0")
+    from_zero = len(indptr) and indptr[0] == 0 and rises(indptr)
+    _require(from_zero, "qo_indptr does not rise from 0")
     limits = (plan.kv_heads, plan.qo_tile, plan.workers, plan.group)
-    if min(limits) < 1 or max(limits) >= 2**31:
-        _refuse("its numbers are out of range")
-    if not _is_tree(plan.nodes, plan.requests):
-        _refuse("its nodes are no tree of the requests")
+    _require(min(limits) >= 1 and max(limits) < 2**31, "its numbers are out of range")
+    _require(_is_tree(plan.nodes, plan.requests), "its nodes are no tree of the requests")
     first, last = _rows_of_nodes(indptr, plan.nodes)
     units = np.full(len(first), plan.kv_heads // ranges.head_block(plan.kv_heads))
     if plan.tree[0]:
         units *= ranges.row_blocks(last - first, plan.group)[0]
-    if not ranges.is_sound(plan.cuts, units):
-        _refuse("its cuts do not cover the batch")
+    _require(ranges.is_sound(plan.cuts, units), "its cuts do not cover the batch")
     if not len(items):
-        if plan.tokens and not len(plan.cuts):
-            _refuse("it has no work")
-        return
-    if int((-(-(last - first) // plan.qo_tile)).sum()) * plan.kv_heads > len(items):
-        _refuse("some queries are of no item")
+        return _require(not plan.tokens or len(plan.cuts), "it has no work")
+    tiles = int((-(-(last - first) // plan.qo_tile)).sum())
+    _require(tiles * plan.kv_heads <= len(items), "some queries are of no item")
     parts = _row_tiles(first, last, plan.qo_tile)
     ordered = items[np.lexsort([items[n] for n in ("chunk", "kv_head", "qo_begin", "request")])]
     chunks = ordered["chunks"][ordered["chunk"] == 0][:: plan.kv_heads].astype(np.int64)
     fits = len(chunks) == len(parts[0]) and chunks.min() > 0
-    if not fits or chunks.sum() * plan.kv_heads != len(items):
-        _refuse("its items do not have all chunks of all queries")
+    fits = fits and chunks.sum() * plan.kv_heads == len(items)
+    _require(fits, "its items do not have all chunks of all queries")
     wanted, *sizes = _chunked(parts, chunks, plan.kv_heads)
-    if (wanted != ordered).any() or sizes != [plan.slots, plan.counters]:
-        _refuse("its items do not do each query once, with partial results of their own")
+    fits = (wanted == ordered).all() and sizes == [plan.slots, plan.counters]
+    _require(fits, "its items do not do each query once, with partial results of their own")
 
 
 def _is_tree(nodes: np.ndarray, requests: int) -> bool:

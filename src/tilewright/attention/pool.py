@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tilewright.attention.checks import check_view, float_view
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
@@ -41,22 +43,17 @@ class Pool:
         bfloat16, any strides but head_dim contiguous. Raises ArgumentError (A102 … A107).
         """
         if layout not in LAYOUTS:
-            raise ArgumentError(
-                "A107", f"layout={layout!r}", where="layout", hint=f"one of {', '.join(LAYOUTS)}"
-            )
+            text = f"layout={layout!r}"
+            raise ArgumentError("A107", text, where="layout", hint=f"one of {', '.join(LAYOUTS)}")
         keys = float_view("k", k)
         if v is None:
             keys, values = _halves(keys)
         else:
             values = float_view("v", v)
         if keys.ndim not in (3, 4) or (keys.ndim == 3 and layout == "HND"):
-            raise ArgumentError(
-                "A103",
-                f"k has shape {float_view('k', k).shape}",
-                where="k",
-                hint="(pages, page_size, kv_heads, head_dim), or (tokens, kv_heads, head_dim) "
-                "for rows without pages",
-            )
+            text = f"k has shape {float_view('k', k).shape}"
+            hint = "(pages, page_size, kv_heads, head_dim); rows: (tokens, kv_heads, head_dim)"
+            raise ArgumentError("A103", text, where="k", hint=hint)
         views = [_as_pages(name, x, keys.ndim, layout) for name, x in (("k", keys), ("v", values))]
         shape = views[0].shape[:3] + views[1].shape[3:]
         check_view("v", views[1], (views[0].dtype,), shape, views[0].device, hint="as k is")
@@ -67,11 +64,15 @@ class Pool:
 
     def index(self, part: int, page: Any, slot: Any) -> tuple[Any, tuple[Any, ...]]:
         """The array that holds K (part 0) or V (1), and the index of rows by page and slot in it:
-        it selects (rows, kv_heads, head_dim)."""
+        it selects (rows, kv_heads, head_dim). `page` (rows,), or (rows, kv_heads) where each head
+        has pages of its own; `slot` (rows,)."""
         k, v = self.arrays
+        head: Any = slice(None)
+        if page.ndim == 2:
+            head, slot = np.arange(self.kv_heads), slot[:, None]
         if self.rows:
-            return (k, v)[part], (page,)
-        rest = (slot,) if self.layout == "NHD" else (slice(None), slot)
+            return (k, v)[part], (page, head)
+        rest = (slot, head) if self.layout == "NHD" else (head, slot)
         return (k, (page, part, *rest)) if v is None else ((k, v)[part], (page, *rest))
 
     def params(self) -> dict[str, int]:
@@ -109,9 +110,8 @@ def _view(of: View, shape: tuple[int, ...], strides: tuple[int, ...], offset: in
 def _as_pages(name: str, seen: View, ndim: int, layout: str) -> View:
     """The view (pages, page_size, kv_heads, head_dim) of an argument, checked."""
     if seen.ndim != ndim:
-        raise ArgumentError(
-            "A103", f"{name} has shape {seen.shape}, k has {ndim} dimensions", where=name
-        )
+        text = f"{name} has shape {seen.shape}, k has {ndim} dimensions"
+        raise ArgumentError("A103", text, where=name)
     shape, strides = seen.shape, seen.strides
     if ndim == 3:
         shape, strides = (shape[0], 1, *shape[1:]), (strides[0], strides[0], *strides[1:])

@@ -138,11 +138,9 @@ def cuda_variant(traced: Traced) -> str:
 
 
 def _struct(
-    traced: Traced,
-    renderer: CppRenderer | CudaRenderer,
-    methods: dict[str, Expr],
+    traced: Traced, renderer: CppRenderer | CudaRenderer, methods: dict[str, Expr],
     read: Callable[[Value], str],
-) -> str:
+) -> str:  # fmt: skip
     text = Text()
     ranges = extents.ranges(traced.mask, text)
     members, starts = [], []

@@ -7,6 +7,7 @@ read.
 
     Table(kv_len, block_table)                     padded: one row of entries a request
     Table(kv_len, block_table, rows=rows)          request r has row rows[r] of a larger table
+    Table(kv_len, block_table)                     of three dimensions: entries for each KV head
     Table.csr(kv_len, kv_indptr, kv_indices)       entries one request after the other
     Table.ragged(kv_indptr)                        no pages: rows of k and v one after the other
     Table.dense(kv_len)                            no table: request r has page r
@@ -59,6 +60,7 @@ class TableForm:
     kv_base: str = ""
     kv_stride: str = ""
     shared: int = 0  # levels of shared keys
+    by_head: bool = False  # whether each KV head has entries of its own
 
     def for_planner(self) -> TableForm:
         """The form with nothing but what decides lengths."""
@@ -68,6 +70,7 @@ class TableForm:
         """The fields of a kernel's parameters: one pointer for each array, and the sizes."""
         pointers = [(n, "ptr", f"const {getattr(self, n) or 'int32'}_t*") for n in _NAMES]
         sizes = [(n, "int64") for n in ("table_limit", "table_width", "table_stride")]
+        sizes += [("table_head", "int64")] if self.by_head else []
         tree = [("nodes", "ptr", "const void*"), ("shared_nodes", "int64")] if self.shared else []
         return [*pointers, *tree, *sizes]
 
@@ -76,14 +79,14 @@ class TableForm:
         flags = {
             "LENGTHS": self.kv_len, "INDPTR": self.table_indptr, "ROWS": self.table_rows,
             "ENTRIES": self.table_entries, "QUERY_POSITIONS": self.qo_base,
-            "KEY_POSITIONS": self.kv_base,
+            "KEY_POSITIONS": self.kv_base, "BY_HEAD": self.by_head,
         }  # fmt: skip
-        lines = (f"constexpr bool {n} = {str(bool(v)).lower()};" for n, v in flags.items())
-        levels = f"constexpr int LEVELS = {self.shared + 1};"
-        return "\n".join(("namespace table {", *lines, levels, "}  // namespace table"))
+        values = ", ".join(f"{n} = {str(bool(v)).lower()}" for n, v in flags.items())
+        lines = (f"constexpr bool {values};", f"constexpr int LEVELS = {self.shared + 1};")
+        return "\n".join(("namespace table {", *lines, "}  // namespace table"))
 
 
-_NAMES = tuple(TableForm.__dataclass_fields__)[:-1]  # of the arrays of a table
+_NAMES = tuple(TableForm.__dataclass_fields__)[:-2]  # of the arrays of a table
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -91,7 +94,8 @@ class Table:
     """The page table of a batch. `arrays` holds the caller's arrays by name, `views` their views.
 
     `limit`: the number of entries of a CSR table, else of rows; `width`: entries in a row;
-    `stride`: distance between the starts of two rows, in entries. `form` selects the kernels.
+    `stride`: distance between the starts of two rows, in entries; `heads`: KV heads with entries of
+    their own, `head_stride` apart, 0 where all have the same. `form` selects the kernels.
     `nodes`: rows of the table, more than `requests` where these share keys.
     """
 
@@ -102,6 +106,8 @@ class Table:
     limit: int
     width: int
     stride: int
+    heads: int
+    head_stride: int
     views: dict[str, View]
     arrays: dict[str, Any]
 
@@ -110,7 +116,8 @@ class Table:
     ) -> None:
         """A padded table.
 
-        `kv_len` (requests,), `block_table` (requests, width) or, with `rows` (requests,), any
+        `kv_len` (requests,), `block_table` (requests, width), or (requests, kv_heads, width) where
+        each KV head has pages of its own (of the same lengths), or, with `rows` (requests,), any
         number of rows of which request r has row rows[r]; int32 or int64, the rows of `block_table`
         any stride apart. `positions`: `qo_base` (requests,), the position of each request's first
         query (None: its last query has the position of its last key); with it `kv_base` and
@@ -122,8 +129,9 @@ class Table:
         """
         lengths = integer_view("kv_len", kv_len)
         device, requests = lengths.device, lengths.size
-        entries = integer_view("block_table", block_table, 2, device=device)
-        height, width = entries.shape
+        ndim = 3 if named_view("block_table", block_table).ndim == 3 else 2
+        entries = integer_view("block_table", block_table, ndim, device=device)
+        height, *heads, width = entries.shape
         if rows is None and height != requests:
             text = f"block_table has {height} rows, kv_len {requests} requests"
             hint = "rows=… names the row of each request"
@@ -136,7 +144,8 @@ class Table:
             if device == "cpu":
                 check_range("rows", to_host(rows), 0, height - 1)
         stride = entries.strides[0] if height > 1 else width
-        self._set(requests, views, arrays, (height, width, stride), positions)
+        by_head = (heads[0], entries.strides[1]) if heads else (0, 0)
+        self._set(requests, views, arrays, (height, width, stride, *by_head), positions)
 
     @classmethod
     def csr(cls, kv_len: Any, kv_indptr: Any, kv_indices: Any, **positions: Any) -> Table:
@@ -155,7 +164,7 @@ class Table:
         table = object.__new__(cls)
         views = {"kv_len": lengths, "table_indptr": indptr, "table_entries": indices}
         arrays = {"kv_len": kv_len, "table_indptr": kv_indptr, "table_entries": kv_indices}
-        table._set(lengths.size, views, arrays, (indices.size, 0, 0), positions)
+        table._set(lengths.size, views, arrays, (indices.size, 0, 0, 0, 0), positions)
         return table
 
     @classmethod
@@ -174,7 +183,7 @@ class Table:
         if indptr.device == "cpu":
             _check_indptr(to_host(kv_indptr), 2**63 - 1, "k")
         table = object.__new__(cls)
-        table._set(requests, views, arrays, (2**62, 0, 0), positions)
+        table._set(requests, views, arrays, (2**62, 0, 0, 0, 0), positions)
         return table
 
     @classmethod
@@ -185,18 +194,14 @@ class Table:
         """
         lengths = integer_view("kv_len", kv_len)
         table = object.__new__(cls)
-        sizes = (lengths.size, 1, 1)
+        sizes = (lengths.size, 1, 1, 0, 0)
         table._set(lengths.size, {"kv_len": lengths}, {"kv_len": kv_len}, sizes, positions)
         return table
 
     def _set(
-        self,
-        nodes: int,
-        views: dict[str, View],
-        arrays: dict[str, Any],
-        sizes: tuple[int, int, int],
-        positions: dict[str, Any],
-    ) -> None:
+        self, nodes: int, views: dict[str, View], arrays: dict[str, Any],
+        sizes: tuple[int, ...], positions: dict[str, Any],
+    ) -> None:  # fmt: skip
         """The fields of a new table, with its positions and levels checked and added."""
         device = next(iter(views.values())).device
         shared, requests = positions.pop("shared", None) or (), nodes
@@ -227,7 +232,7 @@ class Table:
         if device == "cpu" and "kv_stride" in views:
             check_range("kv_stride", to_host(arrays["kv_stride"]), 1, 2**31 - 1)
         kinds = {n: views[n].dtype.name if n in views else "" for n in _NAMES}
-        form = TableForm(**kinds, shared=len(shared))
+        form = TableForm(**kinds, shared=len(shared), by_head=bool(sizes[3]))
         values = (nodes, requests, device, form, *sizes, views, arrays)
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
@@ -250,10 +255,9 @@ class Table:
         The table has kv_len and entries, padded or CSR, all of one dtype. Raises ArgumentError.
         """
         values, length = named_view("pages", pages), self.views.get("kv_len")
-        if self.kind not in ("padded", "csr") or length is None:
-            raise ArgumentError(
-                "A107", f"a {self.kind} table", where="table", hint="Table(…) or Table.csr(…)"
-            )
+        if self.kind not in ("padded", "csr") or length is None or self.heads:
+            kind = f"a {self.kind} table{' by KV head' if self.heads else ''}"
+            raise ArgumentError("A107", kind, where="table", hint="Table(…) or Table.csr(…)")
         own = [v for n, v in self.views.items() if n.startswith(("kv_len", "table"))]
         if {v.dtype for v in own} != {length.dtype}:
             raise ArgumentError("A102", "arrays of two dtypes", where="table", hint="int32 for all")
@@ -299,16 +303,17 @@ class Table:
         return np.where(exists, row * self.stride, 0), np.where(exists, self.width, 0)
 
     def pages(self, node: np.ndarray, entry: np.ndarray) -> np.ndarray:
-        """The pages that entries of nodes name, int64, not clamped; both arrays of one shape."""
+        """The pages that entries of nodes name, int64, not clamped; both arrays (n,). Where each KV
+        head has its own: (n, heads)."""
         if "table_indptr" in self.views:
-            at: Any = self.ranges()[0][node] + entry
+            at: tuple[Any, ...] = (self.ranges()[0][node] + entry,)
             if "table_entries" not in self.views:
-                return at
+                return at[0]
         else:
             row = self.host("table_rows")[node] if "table_rows" in self.views else node
             if "table_entries" not in self.views:
                 return np.asarray(row, np.int64) + entry
-            at = row, entry
+            at = (row, slice(None), entry) if self.heads else (row, entry)
         return to_host(self.arrays["table_entries"])[at].astype(np.int64)
 
     def lengths(self) -> np.ndarray:
@@ -340,6 +345,7 @@ class Table:
         """The values of `TableForm.param_fields` but `nodes`, which plans have."""
         pointers = {n: self.views[n].pointer if n in self.views else 0 for n in _NAMES}
         sizes = {"table_limit": self.limit, "table_width": self.width, "table_stride": self.stride}
+        sizes |= {"table_head": self.head_stride} if self.heads else {}
         tree = {"shared_nodes": self.nodes - self.requests} if self.form.shared else {}
         return pointers | sizes | tree
 

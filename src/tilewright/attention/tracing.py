@@ -131,9 +131,8 @@ class _Reads:
         by = index.name.removeprefix("at.") if isinstance(index, ir.Var) else ""
         if by not in self.declared.by:
             accesses = [f"{self.name}[at.{by}]" for by in self.declared.by]
-            raise ProgramError(
-                "P101", f"{self.name}[{index}]: it is read as {' or '.join(accesses)}"
-            )
+            text = f"{self.name}[{index}]: it is read as {' or '.join(accesses)}"
+            raise ProgramError("P101", text)
         if self.used.setdefault(self.name, by) != by:
             text = f"{self.name} is read by query head and by KV head"
             raise ProgramError("P102", text, hint="declare two values")
@@ -231,12 +230,9 @@ def _declared(cls: type) -> dict[str, Any]:
             if isinstance(value, Tensor) or (isinstance(value, Declared) and not value.dims):
                 declared[name] = value
             elif isinstance(value, Declared):
-                raise ProgramError(
-                    "P101",
-                    f"{name} of variant {cls.__name__} is a tensor",
-                    hint="a variant has scalar(), per_head(), per_request(), per_token(), "
-                    "per_key() and bit_mask() values",
-                )
+                text = f"{name} of variant {cls.__name__} is a tensor"
+                hint = "values: scalar, per_head, per_request, per_token, per_key, bit_mask"
+                raise ProgramError("P101", text, hint=hint)
             else:
                 declared.pop(name, None)  # a subclass made it a constant
     return declared
@@ -252,9 +248,8 @@ def _check_functions(cls: type) -> None:
             isinstance(function, FunctionType)
             and len(inspect.signature(function).parameters) == parameters
         ):
-            raise ProgramError(
-                "P101", f"{name} of variant {cls.__name__} is not {wanted}", hint=f"write {wanted}"
-            )
+            text = f"{name} of variant {cls.__name__} is not {wanted}"
+            raise ProgramError("P101", text, hint=f"write {wanted}")
     functions = [
         (name, f)
         for base in cls.__mro__
@@ -291,12 +286,11 @@ def _call(cls: type, me: Any, name: str, arguments: tuple[Any, ...]) -> ir.Expr:
     except TilewrightError:
         raise
     except Exception as error:
-        raise ProgramError(
-            "P101",
-            f"{name} of variant {cls.__name__} cannot be traced: {type(error).__name__}: {error}",
-            hint="s, at.qo, at.kv … are symbols: compute with operators, tw.where, tw.tanh …; "
-            "arrays come in as tw.per_head, tw.per_token … values",
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        text = f"{name} of variant {cls.__name__} cannot be traced: {reason}"
+        hint = "s, at.qo, at.kv … are symbols: compute with operators, tw.where, tw.tanh …; "
+        hint += "arrays come in as tw.per_head, tw.per_token … values"
+        raise ProgramError("P101", text, hint=hint) from error
     if result is None:
         raise ProgramError("P101", f"{name} of variant {cls.__name__} returns nothing")
     if isinstance(result, (bool, np.bool_)):
@@ -314,23 +308,20 @@ def _check(cls: type, hook: ir.Expr) -> None:
             hint = "a variant computes with s, at and its own values"
             raise ProgramError("P101", text, where=str(hook), hint=hint)
         if isinstance(x, ir.Var) and x.name != "s" and not x.name.startswith("at."):
-            raise ProgramError(
-                "P104", f"{x.name} means nothing in variant {cls.__name__}", where=str(hook)
-            )
+            text = f"{x.name} means nothing in variant {cls.__name__}"
+            raise ProgramError("P104", text, where=str(hook))
         if x.dtype not in (*VALUE_TYPES, dtypes.bool_):
             text = f"{x} of variant {cls.__name__} is {x.dtype}"
             hint = "variants compute in float32, int32 and bool"
             raise ProgramError("P106", text, where=str(hook), hint=hint)
         if isinstance(x, ir.Binary) and x.op in ("//", "%") and x.dtype.is_float:
-            raise ProgramError(
-                "P106", f"{x.op} needs integers", where=str(x), hint="tw.floor(a / b)"
-            )
+            text = f"{x.op} needs integers"
+            raise ProgramError("P106", text, where=str(x), hint="tw.floor(a / b)")
         if isinstance(x, ir.Binary) and x.a.dtype == dtypes.bool_:
             allowed = {*(ir.BITWISE - {"<<", ">>"}), *ir.COMPARISON}
             if x.op not in allowed:
-                raise ProgramError(
-                    "P106", f"{x.op} of two conditions", where=str(x), hint="use & | or where()"
-                )
+                text = f"{x.op} of two conditions"
+                raise ProgramError("P106", text, where=str(x), hint="use & | or where()")
     if hook.dtype == dtypes.bool_ and any(
         isinstance(x, ir.Var) and x.name == "s" for x in walk(hook)
     ):

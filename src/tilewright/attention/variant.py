@@ -82,9 +82,8 @@ def check_number(value: Value, number: Any) -> None:
     """A Python or NumPy number fits a scalar. Raises ArgumentError[A102, A109]."""
     kind: Any = numbers.Integral if value.dtype.is_int else numbers.Real
     if isinstance(number, bool) or not isinstance(number, kind):
-        raise ArgumentError(
-            "A102", f"{value.name}={number!r} is not a number of {value.dtype}", where=value.name
-        )
+        text = f"{value.name}={number!r} is not a number of {value.dtype}"
+        raise ArgumentError("A102", text, where=value.name)
     least, most = (-(2**31), 2**31 - 1) if value.dtype.is_int else (-_MAX_FLOAT32, _MAX_FLOAT32)
     if not (least <= number <= most or number != number or abs(number) == float("inf")):
         text = f"{value.name} = {reprlib.repr(number)} does not fit {value.dtype}"
@@ -129,9 +128,8 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
     if by == "&":
         mask = _all_of([*_conditions(left.mask), *_conditions(right.mask)])
     elif getattr(b, "by", "") == "&":
-        raise ProgramError(
-            "P101", f"{b} on the right of | would lose its masks", hint="(a | b) & c: masks by &"
-        )
+        text = f"{b} on the right of | would lose its masks"
+        raise ProgramError("P101", text, hint="(a | b) & c: masks by &")
     elif right.logits == SCORE and right.sink is None:
         hint = "a | b adds b's hooks; a & b counts scores that both masks count"
         raise ProgramError("P101", f"{b} has no logits and no sink to add to {a}", hint=hint)
@@ -149,13 +147,9 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
             values[v.name] = v
             fixed |= {v.name: number} if number is not None else {}
         elif v.name in read and (values[v.name] != v or fixed.get(v.name) != number):
-            raise ProgramError(
-                "P101",
-                f"{a} and {b} have different values named {v.name}",
-                where=v.name,
-                hint="variants share a value where both declare it alike and fix it alike; "
-                "rename one in a class of its own",
-            )
+            text = f"{a} and {b} have different values named {v.name}"
+            hint = "they share a value that both declare and fix alike; rename one in a class"
+            raise ProgramError("P101", text, where=v.name, hint=hint)
     outer = {"&": "|", "|": ""}[by], "&|"  # operators that need parentheses: left, right
     name, text = (
         f" {by} ".join(

@@ -41,14 +41,9 @@ class Workspace:
     family = "decode"
 
     def __init__(
-        self,
-        heads: tuple[int, int, int],
-        max_requests: int,
-        max_tokens: int | None,
-        device: str,
-        workers: int | None,
-        shared: int,
-    ) -> None:
+        self, heads: tuple[int, int, int], max_requests: int, max_tokens: int | None, device: str,
+        workers: int | None, shared: int,
+    ) -> None:  # fmt: skip
         """`heads`: KV heads, group, head_dim. Raises ArgumentError[A103, A105], BuildError."""
         self.ordinal = _checked(heads[1], max_requests, max_tokens, device, workers, shared)
         from tilewright.runtime import cuda

@@ -101,8 +101,16 @@ def _grid(nest: ir.Nest) -> ir.Nest:
     body = nest.body
     while True:
         if isinstance(body, ir.For) and body.kind in ir.GRID:
-            _check_host(body)
-            units.append(body)
+            most = _host_bound(body.end) if ir.is_const(body.begin, 0) else None
+            if most is None:
+                raise illegal(
+                    f"loop {body.name} cannot be parallel: its range {body.begin}:{body.end} is "
+                    "not known before the launch",
+                    "units of work: loops over a dimension, or the outermost level of a format",
+                )
+            if most is not body.end:  # units behind the end do nothing
+                frame.append(ir.If(ir.binary("<", body.var, body.end), body.body))
+            units.append(replace(body, end=most))
             body = body.body
         elif isinstance(body, ir.If) and _has_grid(body.body):
             frame.append(body)
@@ -133,19 +141,21 @@ def _has_grid(s: ir.Stmt) -> bool:
     return any(isinstance(x, ir.For) and x.kind in ir.GRID for x in ir.statements(s))
 
 
-def _check_host(loop: ir.For) -> None:
-    # Before a launch the host knows sizes and counts.
+def _host_bound(e: ir.Expr) -> ir.Expr | None:
+    """The most that an extent can be, of what the host knows before a launch (sizes and counts);
+    None where nothing says. Of min(length[r], size) it is the size."""
     unknown = any(
         isinstance(x, (ir.Load, ir.Search))
         or (isinstance(x, ir.Var) and not is_generated(x.name, SIZE, COUNT))
-        for x in ir.walk(loop.end)
+        for x in ir.walk(e)
     )
-    if unknown or not ir.is_const(loop.begin, 0):
-        raise illegal(
-            f"loop {loop.name} cannot be parallel: its range {loop.begin}:{loop.end} is not known "
-            "before the launch",
-            "units of work: loops over a dimension, or over the outermost level of a format",
-        )
+    if not unknown or not isinstance(e, ir.Binary):
+        return None if unknown else e
+    a, b = _host_bound(e.a), _host_bound(e.b)
+    if e.op == "min":
+        return b if a is None else a
+    rises = e.op in ("+", "//") and isinstance(e.b, ir.Const) and e.b.value > 0
+    return ir.binary(e.op, a, e.b) if rises and a is not None else None
 
 
 def _extent(body: ir.Stmt, kind: str) -> int:
@@ -182,17 +192,13 @@ def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
 def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.Stmt:
     if isinstance(s, ir.Sync) or (isinstance(s, ir.For) and s.kind == "threads"):
         if inside:
-            raise illegal(
-                "shared memory is filled inside a loop bound to threads",
-                "cache at a loop around those bound to threads",
-            )
+            hint = "cache at a loop around those bound to threads"
+            raise illegal("shared memory is filled inside a loop bound to threads", hint)
         return s if isinstance(s, ir.Sync) else _distributed(s, extents)
     if isinstance(s, ir.For) and s.kind in ir.THREADS:
         if s.kind in inside:
-            raise illegal(
-                f"loop {s.name} is bound to {s.kind} inside a loop that already is",
-                "bind one of them to the other kind of thread",
-            )
+            hint = "bind one of them to the other kind of thread"
+            raise illegal(f"loop {s.name} is bound to {s.kind} inside a loop that already is", hint)
         var = THREAD_X if s.kind == "thread.x" else THREAD_Y
         body = ir.substitute(
             _threads(s.body, extents, inside | {s.kind}), {s.name: replace(var, dtype=s.var.dtype)}
@@ -220,10 +226,8 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
 
 def _check_tile(inside: frozenset[str]) -> None:
     if "thread.x" in inside:
-        raise illegal(
-            "a tile operation is inside a loop bound to thread.x",
-            "its own 32 threads are those of thread.x: bind the loop to thread.y",
-        )
+        hint = "its own 32 threads are those of thread.x: bind the loop to thread.y"
+        raise illegal("a tile operation is inside a loop bound to thread.x", hint)
 
 
 def _distributed(s: ir.For, extents: dict[str, int]) -> ir.Stmt:

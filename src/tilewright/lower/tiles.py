@@ -132,9 +132,8 @@ class Product:
         if any(ir.reduces(f, c) for f in loops[:2]) or not ir.reduces(loops[2], c):
             raise illegal(f"a tile operation sums over its last loop only, {c.mma[2]}")
         if c.atomic:
-            raise illegal(
-                "a tile operation has no atomic updates", "a format that keeps rows whole"
-            )
+            hint = "a format that keeps rows whole"
+            raise illegal("a tile operation has no atomic updates", hint)
         at = next(n for n, s in enumerate(path) if s is loops[0])
         outer, region = tuple(path[:at]), path[at:]
         inner, known, limits = _region(region, frozenset(c.mma))
@@ -328,10 +327,8 @@ def _check_serial(outer: tuple[Any, ...], c: ir.Compute) -> None:
     for s in (s for s in outer if isinstance(s, ir.For) and ir.reduces(s, c)):
         if s.kind in ("vector", *ir.THREADS) or s.private:
             kind = "private" if s.private else s.kind
-            raise illegal(
-                f"loop {s.name} reduces outside a tile and is {kind}",
-                "loops around a tile that reduce are serial",
-            )
+            hint = "loops around a tile that reduce are serial"
+            raise illegal(f"loop {s.name} reduces outside a tile and is {kind}", hint)
 
 
 # ---------------------------------------------------------------------------- affine addresses

@@ -192,10 +192,8 @@ class _Vectorizer:
             return ir.Alloc(replace(s.buffer, dtype=s.buffer.dtype.vector(self.lanes)))
         if isinstance(s, ir.If):
             if self.varies(s.cond):
-                raise self.refuse(
-                    f"the guard {s.cond} differs from lane to lane",
-                    'split with tail="cut", or specialize() the dimension to a multiple',
-                )
+                hint = 'split with tail="cut", or specialize() the dimension to a multiple'
+                raise self.refuse(f"the guard {s.cond} differs from lane to lane", hint)
             return replace(s, body=self.stmt(s.body))
         if isinstance(s, ir.For):
             if self.varies(s.begin) or self.varies(s.end):

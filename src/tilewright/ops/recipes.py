@@ -7,6 +7,8 @@ from tilewright.schedule import Schedule
 from tilewright.toolchain import compilers
 
 THREADS_X, THREADS_Y = 32, 8  # of a CTA that works on one row
+CTA, WARP = 256, 32  # threads
+LINE = 128  # bytes of a row that adjacent threads load at once
 
 
 @named_recipe
@@ -31,6 +33,20 @@ def vectors(s: Schedule, loop: str, name: str = "") -> Schedule:
     name = name or loop
     s = s.split(loop, compilers.cpu_lanes(), tail="cut", into=(f"{name}_o", f"{name}_v"))
     return s.vectorize(f"{name}_v")
+
+
+def dot_products(s: Schedule, each: str, k: str, d: int, size: int, loads: int = 4) -> Schedule:
+    """On a GPU: CTAs and threads in y take products of rows, those of the loop `each`; threads in x
+    vectors of the loop `k`, of `d` elements of `size` bytes; sums by shuffles. `loads` of a row are
+    under way in a thread."""
+    lanes = next(v for v in (16 // size, 4, 2, 1) if d % v == 0)
+    across = min(WARP, LINE // (lanes * size), 1 << (d // lanes - 1).bit_length())
+    rows, steps = CTA // across, -(-d // (lanes * across))
+    s = s.split(each, rows * max(1, loads // steps), into=("e_cta", "e_r"))
+    s = s.split("e_r", rows, into=("e_u", "e_y")).bind("e_cta", "cta.x").bind("e_y", "thread.y")
+    s = s.split(k, lanes, into=("k_c", "k_v")).split("k_c", across, into=("k_o", "k_x"))
+    s = s.bind("k_x", "thread.x").vectorize("k_v")
+    return s.unroll("e_u").unroll("k_o", 0 if steps <= loads else loads)
 
 
 def register_tiles(

@@ -19,7 +19,7 @@ from tilewright.build import Definition, named_recipe, program, program_of
 from tilewright.ir.nodes import equal
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
-from tilewright.sparse.trace import dense, indices, out, update, where
+from tilewright.sparse.trace import dense, indices, out, scalar, update, where
 
 _SLOTS = {"page": dense("t", "int32"), "slot": dense("t", "int32")}
 
@@ -106,6 +106,16 @@ def positions_program(page_size: int) -> Definition:
 @named_recipe
 def by_request(s: Schedule) -> Schedule:
     return s.bind("t", "cta.x") if s.target.is_cuda else s.parallel("t")
+
+
+@program
+def pages_before(L=dense("t", "int32"), page_size=scalar("int32")):
+    t = indices("t:t")
+    return out[t]((L[t] - 1) // page_size[()])
+
+
+# Lengths L (t,), a page size → the pages in front of the last one, −1 where L is 0; int32 (t,).
+pages_before_kernel = cache(pages_before.schedule(by_request).build)
 
 
 @cache

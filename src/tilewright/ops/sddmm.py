@@ -34,9 +34,6 @@ def sddmm_program(A=sparse("m n"), P=dense("m d"), Q=dense("n d")):
 
 ROWS_PER_UNIT, ENTRIES_PER_UNIT = 16, 256  # of one unit on the CPU
 SUMS = 4  # vector accumulators: enough to hide the latency of an addition
-CTA, WARP = 256, 32  # threads
-LINE = 128  # bytes of a row that adjacent threads load at once
-IN_FLIGHT = 4  # outstanding loads of Q of a thread
 FORMATS = ("csr", "dcsr", "coo")
 
 
@@ -59,32 +56,16 @@ def cpu_recipe(s: Schedule) -> Schedule:
 
 def gpu_recipe(s: Schedule) -> Schedule:
     """CTAs and threads in y take entries, threads in x vectors of k; sums by shuffles."""
-    d = dict(s.program.sizes).get("d")
-    if d is None:
-        raise AssertionError("the GPU recipe needs a constant width: specialize d")
     entries = "i"
     if not _is_coo(s):
         s, entries = s.fuse_axes("A"), "ij"
     itemsize = next(t.dtype.itemsize for t in s.program.tensors if t.name == "Q")
-    lanes = next(v for v in (16 // itemsize, 4, 2, 1) if d % v == 0)
-    across = min(WARP, LINE // (lanes * itemsize), _power_above(d // lanes))
-    rows, steps = CTA // across, -(-d // (lanes * across))
-    together = max(1, IN_FLIGHT // steps)
-    s = s.split(entries, rows * together, into=("e_cta", "e_r"))
-    s = s.split("e_r", rows, into=("e_u", "e_y"))
-    s = s.split("k", lanes, into=("k_c", "k_v")).split("k_c", across, into=("k_o", "k_x"))
-    s = s.reorder("e_cta", "e_y", "k_x", "e_u", "k_o", "k_v")
-    s = s.bind("e_cta", "cta.x").bind("e_y", "thread.y").bind("k_x", "thread.x").vectorize("k_v")
-    return s.unroll("e_u").unroll("k_o", 0 if steps <= IN_FLIGHT else IN_FLIGHT)
+    s = recipes.dot_products(s, entries, "k", dict(s.program.sizes)["d"], itemsize)
+    return s.reorder("e_cta", "e_y", "k_x", "e_u", "k_o", "k_v")
 
 
 def _is_coo(s: Schedule) -> bool:
     return next(t for t in s.program.tensors if t.name == "A").format.name == "coo"
-
-
-def _power_above(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
 
 
 @named_recipe

@@ -421,13 +421,9 @@ class Schedule:
         return self._recorded(verb(self.program, *args), Step(verb.__name__, args))
 
     def _loops(
-        self,
-        verb: Callable[..., tuple[Stmt, int]],
-        *args: Any,
-        missing: tuple[str, str] | None = None,
-        new_names: bool = False,
-        **options: Any,
-    ) -> Schedule:
+        self, verb: Callable[..., tuple[Stmt, int]], *args: Any,
+        missing: tuple[str, str] | None = None, new_names: bool = False, **options: Any,
+    ) -> Schedule:  # fmt: skip
         """Apply a verb to the selected nests. `missing`: the name that no nest has and the message
         that says so (by default, of a loop: the first argument). `new_names`: the verb introduces
         names of loops, which are checked."""
@@ -463,10 +459,8 @@ class Schedule:
         taken = frozenset(t.name for t in self.program.tensors)
         name = clash(body, taken)
         if name is not None:
-            raise illegal(
-                f"{verb}: {name!r} is no new name for a loop",
-                "letters, digits and single underscores; a name that nothing around it has",
-            )
+            hint = "letters, digits and single underscores; a name that nothing around it has"
+            raise illegal(f"{verb}: {name!r} is no new name for a loop", hint)
 
     def _recorded(self, program: Program, step: Step) -> Schedule:
         self.calls.append(step)

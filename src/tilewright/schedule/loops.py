@@ -34,19 +34,16 @@ def split(
         own = loop.rpartition(".")[2]
         outer_name, inner_name = into or (f"{own}_o", f"{own}_i")
         if f.name in (outer_name, inner_name):
-            raise illegal(
-                f"split {loop} into {outer_name}, {inner_name}: the name is taken", "new names"
-            )
+            hint = "new names"
+            raise illegal(f"split {loop} into {outer_name}, {inner_name}: the name is taken", hint)
         t = f.var.dtype
         zero = ir.Const(0, t)
         outer, inner = ir.Var(outer_name, t), ir.Var(inner_name, t)
         extent = ir.simplify(ir.binary("-", f.end, f.begin))
         exact = isinstance(extent, ir.Const) and int(extent.value) % factor == 0
         if tail == "exact" and not exact and not is_multiple(extent, factor):
-            raise illegal(
-                f"{extent} is not known to be a multiple of {factor}",
-                "specialize the dimension first, or use tail='cut'",
-            )
+            hint = "specialize the dimension first, or use tail='cut'"
+            raise illegal(f"{extent} is not known to be a multiple of {factor}", hint)
         index = ir.add(f.begin, ir.add(ir.mul(outer, factor), inner))
         inside: ir.Stmt = ir.seq(ir.Let(f.var, index), f.body)
         if tail == "guard" and not exact:
@@ -95,10 +92,8 @@ def fuse(body: ir.Stmt, outer: str, inner: str, into: str = "") -> Rewritten:
             why = f"the range of {b.name} depends on {a.name}"
             raise illegal(why, "only rectangular loops fuse")
         if any(ir.reduces(a, c) != ir.reduces(b, c) for c in tree.computes(chain.body)):
-            raise illegal(
-                f"one of {a.name}, {b.name} reduces and the other does not",
-                "fuse loops of the output, or loops of the sum",
-            )
+            hint = "fuse loops of the output, or loops of the sum"
+            raise illegal(f"one of {a.name}, {b.name} reduces and the other does not", hint)
         width = ir.simplify(ir.binary("-", b.end, b.begin))
         both = ir.Var(into or a.name + b.name, a.var.dtype)
         height = ir.simplify(ir.binary("-", a.end, a.begin))
@@ -226,9 +221,8 @@ def unroll(body: ir.Stmt, loop: str, factor: int = 0) -> Rewritten:
 
     def one(f: ir.For) -> ir.Stmt:
         if f.extent is None and factor < 2:
-            raise illegal(
-                f"loop {f.name} has no constant extent", "unroll(loop, 4) hints the compiler"
-            )
+            hint = "unroll(loop, 4) hints the compiler"
+            raise illegal(f"loop {f.name} has no constant extent", hint)
         if not factor and f.extent is not None and f.extent > 256:
             raise illegal(f"loop {f.name} would be written out {f.extent} times", "split it first")
         return replace(f, kind="unroll") if not factor else replace(f, unroll_hint=factor)
@@ -292,10 +286,8 @@ def mma(body: ir.Stmt, rows: str, cols: str, depth: str, atom: Atom | None = Non
             raise illegal(f"no tile operation is {extents}", f"split the loops into {shapes}")
         products = (op == "sum" and isinstance(x, ir.Binary) and x.op == "*" for op, x in c.sums)
         if not all(products) or not ir.reduces(loops[-1], c):
-            raise illegal(
-                f"{c.out.buffer.name} is no sum of products over {depth}",
-                "only sum(A[i, k] * B[k, j], over=k), and functions of it, become tiles",
-            )
+            hint = "only sum(A[i, k] * B[k, j], over=k), and functions of it, become tiles"
+            raise illegal(f"{c.out.buffer.name} is no sum of products over {depth}", hint)
         tiled = replace(c, mma=tuple(x.name for x in loops if x), atom=atom)
         return ir.transform(f, lambda x: tiled if x is c else x)
 

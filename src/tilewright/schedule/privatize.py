@@ -31,10 +31,8 @@ def privatize(program: ir.Program, output: str, loop: str, copies: int) -> ir.Pr
             "atomic(), or one unit",
         )
     if not any(c.in_place for c in updates):
-        raise illegal(
-            f"{output} is not updated in place: its units share no rows",
-            "parallel() or bind() its loops",
-        )
+        hint = "parallel() or bind() its loops"
+        raise illegal(f"{output} is not updated in place: its units share no rows", hint)
     return _Copies(tensor, updates[0].out.buffer, loop, copies).applied(program)
 
 

@@ -108,10 +108,8 @@ class _Staging:
         self.access, self.path = accesses[0]
         scopes = [[s for s in path if not isinstance(s, ir.If)] for _, path in accesses]
         if any(x != self.access for x, _ in accesses) or any(s != scopes[0] for s in scopes):
-            raise self.refuse(
-                f"loop {at.name} reads it in more than one way",
-                "choose a loop further in, or cache before a cut",
-            )
+            hint = "choose a loop further in, or cache before a cut"
+            raise self.refuse(f"loop {at.name} reads it in more than one way", hint)
         if any(c.out.buffer.name == self.access.buffer.name for c in computes(at.body)):
             raise self.refuse("it is written in the same loop", "only operands are cached")
         self.inner = {s.name: s for s in self.path if isinstance(s, ir.For)}
@@ -126,9 +124,8 @@ class _Staging:
         selects = (y for e in self._computed(c) for y in ir.walk(e) if isinstance(y, ir.Select))
         arms = (arm for y in selects for arm in (y.a, y.b))
         if any(y == x for arm in arms for y in ir.walk(arm)):
-            raise self.refuse(
-                "whether it is read depends on a condition", "cache what is always read"
-            )
+            hint = "cache what is always read"
+            raise self.refuse("whether it is read depends on a condition", hint)
         path = ir.path_to(self.at.body, c)
         assert path is not None
         return x, path
@@ -203,10 +200,8 @@ class _Staging:
     def _dimensions(self) -> list[ir.For]:
         """The loops inside `at` that the access depends on, in index order; also fills `groups`."""
         if any(s.kind in ir.GRID for s in self.inner.values()):
-            raise self.refuse(
-                f"loop {self.at.name} contains loops over units of the launch",
-                "choose a loop further in",
-            )
+            hint = "choose a loop further in"
+            raise self.refuse(f"loop {self.at.name} contains loops over units of the launch", hint)
         loops: dict[str, ir.For] = {}
         for index in self.access.index:
             needed = self.reads(index)
@@ -257,10 +252,8 @@ class _Staging:
         if self.scope == "register" and total > REGISTERS:
             raise self.refuse(f"{total} registers", f"at most {REGISTERS}: a smaller tile")
         if self.scope == "shared" and total * dtype.itemsize > SHARED_LIMIT:
-            raise self.refuse(
-                f"{total * dtype.itemsize} bytes of shared memory",
-                f"at most {SHARED_LIMIT}: a smaller tile",
-            )
+            hint = f"at most {SHARED_LIMIT}: a smaller tile"
+            raise self.refuse(f"{total * dtype.itemsize} bytes of shared memory", hint)
         shape = tuple(map(ir.as_expr, extents))
         return ir.Buffer(name, dtype, shape, self.scope, swizzled=swizzled)
 
@@ -344,12 +337,9 @@ class _Staging:
         return e
 
     def _element(
-        self,
-        scratch: ir.Buffer,
-        fresh: dict[str, ir.Var],
-        to: tuple[ir.Expr, ...],
+        self, scratch: ir.Buffer, fresh: dict[str, ir.Var], to: tuple[ir.Expr, ...],
         starts: dict[str, ir.Expr],
-    ) -> ir.Stmt:
+    ) -> ir.Stmt:  # fmt: skip
         """Scratch element = operand element. `starts`: for a loop whose iterations are copied
         together the first of them, for which guards are tested."""
         guards = self._guards(set(fresh))

@@ -108,12 +108,9 @@ def build_chain(chain: Chain) -> ir.Stmt:
 
 
 def _below(
-    loops: tuple[ir.For, ...],
-    waiting: tuple[Any, ...],
-    body: ir.Stmt,
-    own: set[str],
+    loops: tuple[ir.For, ...], waiting: tuple[Any, ...], body: ir.Stmt, own: set[str],
     bound: frozenset[str],
-) -> ir.Stmt:
+) -> ir.Stmt:  # fmt: skip
     def ready(*parts: Any) -> bool:
         return all(name in bound or name not in own for e in parts for name in free_vars(e))
 

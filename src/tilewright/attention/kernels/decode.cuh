@@ -73,7 +73,7 @@ struct Copier {
   }
   TW_INLINE int64_t load_entry(const Params& p, int tile, int warp, int lane) const {
     const uint32_t key = key_of(tile, warp, lane);
-    return key < static_cast<uint32_t>(w.keys.length) ? tw::page_at(p, w.keys, key / p.page_size) : 0;
+    return key < static_cast<uint32_t>(w.keys.length) ? tw::page_at(p, w.keys, w.head, key / p.page_size) : 0;
   }
   TW_INLINE void start_unit(const Params& p, int warp, int lane) {
     first = w.tile;

@@ -43,7 +43,7 @@ TW_INLINE void find_rows(const Params& p, const tw::Pages& pages, int kv_head, i
   const K_t* k_head = p.k + kv_head * p.k_head;
   const K_t* v_head = p.v + kv_head * p.v_head;
   for (int j = 0; j < n; ++page_number, slot = 0) {
-    const int64_t page = tw::page_at(p, pages, page_number);
+    const int64_t page = tw::page_at(p, pages, kv_head, page_number);
     const K_t* k_row = k_head + page * p.k_page + slot * p.k_slot;
     const K_t* v_row = v_head + page * p.v_page + slot * p.v_slot;
     for (; j < n && slot < p.page_size; ++slot, ++j, k_row += p.k_slot, v_row += p.v_slot) {

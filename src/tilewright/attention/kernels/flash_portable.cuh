@@ -78,7 +78,7 @@ TW_INLINE void attend_tile(const Params& p, const Variant& variant, const Work& 
   int n = pages.length - kv0 < T ? pages.length - kv0 : T;
   bool inside = lane < n;
   int kv = inside ? kv0 + lane : kv0;
-  const int64_t page = tw::page_at(p, pages, kv / p.page_size), slot = kv % p.page_size;
+  const int64_t page = tw::page_at(p, pages, w.kv_head, kv / p.page_size), slot = kv % p.page_size;
   float s[ROWS], rescale[ROWS], sums[ROWS][COLUMNS];
   dot_rows(p.k + w.kv_head * p.k_head + page * p.k_page + slot * p.k_slot, q, s);
 #pragma unroll

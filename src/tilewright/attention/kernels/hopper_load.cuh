@@ -100,7 +100,7 @@ struct Loader {
       for (int i = 0; i < ENTRIES; ++i) {
         const int box = i * 32 + lane, page = (tile * BN + box * BOX) >> p.page_shift;
         // A box outside the cache arrives as zeros.
-        entry[i] = box < BOXES && page < pages.count ? static_cast<int>(tw::page_at(p, pages, page)) : -1;
+        entry[i] = box < BOXES && page < pages.count ? static_cast<int>(tw::page_at(p, pages, head, page)) : -1;
       }
   }
   TW_INLINE void issue(const Params& p, int tile, uint32_t to, uint32_t barrier) {

@@ -68,10 +68,11 @@ TW_INLINE Pages pages_of(const P& p, int node, int max_keys) {
   return pages;
 }
 
-// The page of the cache that entry `n` of a request names.
+// The page of the cache that entry `n` of a request names, for one KV head.
 template <class P>
-TW_INLINE int64_t page_at(const P& p, const Pages& pages, int64_t n) {
+TW_INLINE int64_t page_at(const P& p, const Pages& pages, int head, int64_t n) {
   int64_t page = pages.first + n;
+  if constexpr (table::BY_HEAD) page += head * p.table_head;
   if constexpr (table::ENTRIES) page = p.table_entries[page];
   return page < 0 || page >= p.pages ? 0 : page;
 }
