@@ -119,6 +119,20 @@ def test_random_schedules_keep_the_meaning():
     assert all(tally[what] >= least for what, least in FLOOR.items()), tally
 
 
+@pytest.mark.parametrize("fmt", ["csr", "dcsr", "bsr", "hyb", "ell"])
+def test_one_schedule_fits_formats_by_the_roles_of_axes(rng, fmt):
+    def rows_and_entries(s: tw.Schedule) -> tw.Schedule:
+        s = s.split(s.rows, 2, into=("unit", "row")).parallel("unit")
+        return s.unroll(s.stored("j"), 2)
+
+    program = spmm.decompose(A=FORMATS[fmt])
+    args = arguments(program, rng, "random", m=7, n=6, d=5, k=5)
+    after_every_pass(program, args, rows_and_entries)
+    with pytest.raises(ScheduleError, match="no loop walks the axis q") as error:
+        program.scheduled().stored("q")
+    assert error.value.code == "S101" and "loops: " in str(error.value)
+
+
 def test_copies_of_a_name_that_nothing_reads(rng):
     """Rows without entries leave only the name of their coordinate behind."""
     program = spmm_t.decompose(A=FORMATS["hyb"])

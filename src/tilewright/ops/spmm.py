@@ -118,8 +118,7 @@ def _cpu_pieces(s: Schedule, at: _Names, lanes: int) -> Schedule:
 
 
 def _rows(s: Schedule, at: _Names, n: int) -> Schedule:
-    rows = at.i if s.has(at.i) else f"{at.i}_o"  # of a blocked format: rows of blocks
-    return s.split(rows, n, into=(f"{at.i}_unit", f"{at.i}_row")).parallel(f"{at.i}_unit")
+    return s.split(s.stored(at.i), n, into=(f"{at.i}_unit", f"{at.i}_row")).parallel(f"{at.i}_unit")
 
 
 def gpu_recipe(s: Schedule, tile: int = 128) -> Schedule:

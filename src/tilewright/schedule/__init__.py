@@ -20,8 +20,8 @@ from typing import Any
 
 from tilewright.errors import ScheduleError, illegal
 from tilewright.ir.atoms import Atom
-from tilewright.ir.nodes import For, LoopKind, Nest, Program, Stmt
-from tilewright.ir.rewrite import statements
+from tilewright.ir.nodes import Access, For, LoopKind, Nest, Program, Stmt
+from tilewright.ir.rewrite import statements, walk
 from tilewright.schedule import arguments as rule
 from tilewright.schedule import coords, loops, privatize, staging
 from tilewright.schedule.arguments import A_NAME, AN_ATOM, FAR, NAMES, NEAR, TWO_NAMES, takes
@@ -83,6 +83,23 @@ class Schedule:
     def loops(self) -> list[str]:
         """The names of all loops, outermost first."""
         return loop_names(self.lowered.program)
+
+    @property
+    def rows(self) -> str:
+        """The loop over the rows of the first sparse operand, or of its blocks, as a name for
+        verbs: one schedule fits csr (`i`), hyb (`i_p`) and bsr (`i_o`). Raises
+        ScheduleError[S101]."""
+        start = self.undo(len(self.history)).program
+        reads = (x for a in start.body for x in walk(a.value) if isinstance(x, Access))
+        rows = next((x.coords[0] for x in reads if x.tensor.is_sparse), None)
+        return self.stored(str(rows))
+
+    def stored(self, axis: str) -> str:
+        """The loop over the stored coordinates of an axis, or of its blocks, as a name for verbs,
+        whatever the format calls it (`j_p`, `j_o_p`). Raises ScheduleError[S101]."""
+        if not self.has(f"outer({axis})"):
+            raise self._unknown("stored", axis, f"no loop walks the axis {axis}")
+        return f"outer({axis})"
 
     @property
     def in_place(self) -> bool:

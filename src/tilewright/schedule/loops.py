@@ -31,7 +31,7 @@ def split(
     def one(f: ir.For) -> ir.Stmt:
         if f.kind in ("vector", "unroll", "pipeline", "thread.x", "thread.y"):
             raise illegal(f"loop {f.name} is marked {f.kind}", "split it first, then mark a part")
-        own = loop.rpartition(".")[2]
+        own = tree.axis_name(loop)
         outer_name, inner_name = into or (f"{own}_o", f"{own}_i")
         if f.name in (outer_name, inner_name):
             hint = "new names"
@@ -148,7 +148,7 @@ def reverse(body: ir.Stmt, loop: str, into: str = "") -> Rewritten:
     def one(f: ir.For) -> ir.Stmt:
         if f.kind in ("vector", "pipeline"):
             raise illegal(f"loop {f.name} is marked {f.kind}", "reverse it first, then mark it")
-        back = ir.Var(into or f"{loop.rpartition('.')[2]}_back", f.var.dtype)
+        back = ir.Var(into or f"{tree.axis_name(loop)}_back", f.var.dtype)
         last = ir.binary("-", f.end, ir.Const(1, f.var.dtype))
         index = ir.simplify(ir.binary("-", last, back))
         count = ir.simplify(ir.binary("-", f.end, f.begin))

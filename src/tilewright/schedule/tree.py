@@ -164,11 +164,20 @@ def clash(s: Any, taken: frozenset[str]) -> str | None:
     return None
 
 
+def axis_name(loop: str) -> str:
+    """The name of a loop without its statement and role: `j` of `out.j` and of `outer(j)`."""
+    return loop.rpartition(".")[2].removeprefix("outer(").removesuffix(")")
+
+
 def matches(loop: ir.For, name: str) -> bool:
     """Whether `name` is that of the loop, or of the axis that it walks (`j` for `j_p`). `out.j` is
-    the loop j around the statement of `out`, whatever number the name of the loop ends in."""
+    the loop j around the statement of `out`, whatever number the name of the loop ends in;
+    `outer(j)` the loop over the axis j, or over its blocks (`j_o`, `j_o_p`), in any format."""
     statement, _, own = name.rpartition(".")
+    axis = axis_name(own)
     names = own, f"{own}_p"
+    if axis != own:
+        names = axis, f"{axis}_p", f"{axis}_o", f"{axis}_o_p"
     if not statement:
         return loop.name in names
     of = (c.out.buffer.name.removesuffix(".values") for c in computes(loop))
