@@ -139,7 +139,7 @@ def report(name: str, program: ir.Program) -> str:
     buffers, variables, parts = test_cta.memory_of(program, args | {"out": got})
     try:
         test_cta.cta.execute(program, buffers, variables, parts)
-    except InternalError as error:
+    except (InternalError, test_cta.cta.Refused) as error:
         return str(error)
     close = np.allclose(got, wanted, rtol=1e-3, atol=1e-3)
     return "" if close else f"wrong values of {definition.name}: {got} for {wanted}"
