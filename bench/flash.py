@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.harness import Contender, Row, base_row, compare, line, require_torch
+from bench.harness import Contender, Row, base_row, compare, elements_beyond, require_torch
 
 LESSON = Path(__file__).resolve().parents[1] / "examples" / "09_flash_attention.py"
 SIZES = 4096, 512, 1024, 2048, 8192
@@ -50,9 +50,7 @@ def flash(args: argparse.Namespace) -> Iterator[Row]:
             }  # fmt: skip
             contenders = [*_peers(q, k, v, causal), *_ours(q, k, v, causal, args.tile)]
             work = 4.0 * n * n * heads * args.dim / (2 if causal else 1)
-            for row in compare(base, contenders, check(q, k, v, causal), work):
-                print(line(row), flush=True)
-                yield row
+            yield from compare(base, contenders, check(q, k, v, causal), work)
 
 
 def _ours(q: Any, k: Any, v: Any, causal: bool, tiles: list[list[int]]) -> Iterator[Contender]:
@@ -105,9 +103,4 @@ def check(q: Any, k: Any, v: Any, causal: bool) -> Callable[[Any], str]:
             scores.masked_fill_(later, float("-inf"))
         expected[:, h] = torch.softmax(scores, 1) @ v[:, h // group].double()
 
-    def wrong(got: Any) -> str:
-        bound = _TOLERANCE * (1 + expected.abs())
-        beyond = ~((got.double() - expected).abs() <= bound)  # NaN is beyond too
-        return f"{int(beyond.sum())} of {beyond.numel()} elements are wrong" if beyond.any() else ""
-
-    return wrong
+    return lambda got: elements_beyond(got, expected, _TOLERANCE * (1 + expected.abs()))

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bench.harness import Contender, Row, base_row, compare, line, require_torch
+from bench.harness import Contender, Row, base_row, compare, elements_beyond, require_torch
 from tilewright.ops import gemm as ours
 
 SIZES = (
@@ -41,9 +41,7 @@ def gemm(args: argparse.Namespace) -> Iterator[Row]:
             "input": f"{m} x {n} x {k}", "width": n, "dtype": args.dtype,
         }  # fmt: skip
         contenders = [*_peers(a, b), _ours(a, b)]
-        for row in compare(base, contenders, check(a, b), 2.0 * m * n * k):
-            print(line(row), flush=True)
-            yield row
+        yield from compare(base, contenders, check(a, b), 2.0 * m * n * k)
 
 
 def _ours(a: Any, b: Any) -> Contender:
@@ -73,7 +71,6 @@ def check(a: Any, b: Any) -> Callable[[Any], str]:
 
     def wrong(got: Any) -> str:
         bound = _SUM_ERROR * magnitudes + torch.finfo(got.dtype).eps * expected.abs()
-        beyond = ~((got.double() - expected).abs() <= bound)  # NaN is beyond too
-        return f"{int(beyond.sum())} of {beyond.numel()} elements are wrong" if beyond.any() else ""
+        return elements_beyond(got, expected, bound)
 
     return wrong

@@ -121,7 +121,7 @@ def bench(args: argparse.Namespace) -> int:
         rows.append(row)
         if args.json:
             print(json.dumps(row), flush=True)
-        elif args.suite in ("spmm", "sddmm"):
+        elif args.suite in ("spmm", "sddmm", "gemm", "flash"):
             print(line(row), flush=True)
         else:
             head = f"{row['input']:18} {row['width']:5} {row['target']:12} {row['impl']:34}"
@@ -301,6 +301,12 @@ def _measure_graphs(
 
 
 # ---------------------------------------------------------------------------- rows
+
+
+def elements_beyond(got: Any, expected: Any, bound: Any) -> str:
+    """How many elements of a tensor are further than `bound` from float64, or nothing."""
+    beyond = ~((got.double() - expected).abs() <= bound)  # NaN is beyond too
+    return f"{int(beyond.sum())} of {beyond.numel()} elements are wrong" if beyond.any() else ""
 
 
 def compare(

@@ -21,15 +21,8 @@ from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
 from tilewright.ops.embedding import by_token
 from tilewright.ops.gemm import gemm_definition
 from tilewright.ops.linear import linear_definition
-from tilewright.ops.rope import (
-    APPEND,
-    APPEND_HALVES,
-    APPEND_PAIRS,
-    ROPE_HALVES,
-    ROPE_PAIRS,
-    by_request,
-    positions_program,
-)
+from tilewright.ops.paging import by_request, positions_program
+from tilewright.ops.rope import APPEND, APPEND_HALVES, APPEND_PAIRS, ROPE_HALVES, ROPE_PAIRS
 from tilewright.ops.rowwise import ARGMAX, RMSNORM, SILU_MUL
 from tilewright.ops.sddmm import sddmm_definition
 from tilewright.ops.spgemm import spgemm_count, spgemm_fill

@@ -53,7 +53,7 @@ class Batch:
         self.index[self._without_score()] = np.nan
 
     def _without_score(self) -> np.ndarray:
-        """Pages that are nobody's, or the last one of a request."""
+        """Pages without a request, or the last one of a request."""
         rivals = [row[: max(c - 1, 0)] for row, c in zip(self.table, self.counts, strict=True)]
         rivals.append(np.zeros(0, np.int32))
         total = len(self.table) * WIDTH + 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tilewright.ops.rope import positions_kernel
+from tilewright.ops.paging import positions_kernel
 
 
 @pytest.mark.parametrize("requests", [0, 1, 3, 17])

@@ -81,11 +81,11 @@ def jobs(end: int) -> list[tuple[list[int], Sampling]]:
     return made
 
 
-def answers(engine: Engine, made: list[tuple[list[int], Sampling]], apart: int) -> list[Request]:
-    """One comes every `apart` steps; the fourth is left after five tokens."""
+def answers(engine: Engine, made: list[tuple[list[int], Sampling]], interval: int) -> list[Request]:
+    """One comes every `interval` steps; the fourth is left after five tokens."""
     requests: list[Request] = []
     for step in range(2000):
-        if step % apart == 0 and len(requests) < len(made):
+        if step % interval == 0 and len(requests) < len(made):
             requests.append(engine.submit(*made[len(requests)]))
         engine.step()
         if len(requests) > 3 and requests[3].answered >= 5:
@@ -106,22 +106,22 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "apart"), [("plain", 1), ("shared pages", 7), ("preempted", 1), ("few seats", 7)]
+    ("name", "interval"), [("plain", 1), ("shared pages", 7), ("preempted", 1), ("few seats", 7)]
 )
-def test_tokens_are_those_of_steps_in_turn(tiny: ModelFile, name: str, apart: int):
+def test_tokens_are_those_of_steps_in_turn(tiny: ModelFile, name: str, interval: int):
     """End tokens, lengths, stop texts, sampling on the host, a cancel and preemption."""
     sizes: dict[str, Any] = {"context": 128, "share": False} | SIZES[name]
     options = Options(**sizes)
     engine, plain = Engine(tiny, "cpp", options), Engine(tiny, "cpp", options)
     made = jobs(1)
-    wanted = answers(plain, made, apart)
+    wanted = answers(plain, made, interval)
     said = [r.answer for r in wanted if r.answered > 15]
     late = [a[n] for a in said for n in range(9, 15) if a[n] not in a[:n]]
     ends = {late[0], late[-1]}  # end tokens in the middle of answers
     for one in (engine, plain):
         one.tokenizer.ends = ends
-    wanted, runner = answers(plain, made, apart), Late(engine)
-    for one, other in zip(wanted, answers(engine, made, apart), strict=True):
+    wanted, runner = answers(plain, made, interval), Late(engine)
+    for one, other in zip(wanted, answers(engine, made, interval), strict=True):
         if one.finish != "cancel":
             assert (other.answer, other.finish) == (one.answer, one.finish)
             assert "".join(other.pieces) == "".join(one.pieces) and other.counts == one.counts
@@ -132,7 +132,7 @@ def test_tokens_are_those_of_steps_in_turn(tiny: ModelFile, name: str, apart: in
 
 
 def test_a_late_stop_costs_one_token(tiny: ModelFile):
-    """A request alone: as many steps as tokens, and one more, whose token nobody gets."""
+    """A request alone: as many steps as tokens, and one more, whose token is dropped."""
     engine, made = Engine(tiny, "cpp", Options(context=128, share=False)), jobs(2)[:1]
     long = engine.submit(made[0][0], Sampling(max_tokens=40, ignore_eos=True))
     while not long.finish:
@@ -169,13 +169,8 @@ def test_an_interrupt_in_flight_leaves_no_trace(tiny: ModelFile):
         return run(chunks)
 
     engine.runner.run = failing
-    failed = 0
-    while not all(r.finish for r in requests):
-        try:
-            engine.step()
-        except KeyboardInterrupt:
-            failed += 1
-    assert failed == 2 and [r.answer for r in requests] == wanted
+    assert interrupts(engine, requests) == 2
+    assert [r.answer for r in requests] == wanted
 
 
 def test_an_exception_behind_a_launch(tiny: ModelFile):
@@ -187,7 +182,7 @@ def test_an_exception_behind_a_launch(tiny: ModelFile):
     wanted = answers_of(Engine(tiny, "cpp", options), prompts, how)
     engine.runs_ahead = True
     requests = [engine.submit(p, how) for p in prompts]
-    push, calls, failed = requests[1].text.push, iter(range(1000)), 0
+    push, calls = requests[1].text.push, iter(range(1000))
 
     def failing(token: int) -> str:
         if next(calls) in (5, 6, 20):
@@ -197,12 +192,19 @@ def test_an_exception_behind_a_launch(tiny: ModelFile):
         return push(token)
 
     requests[1].text.push = failing
+    assert interrupts(engine, requests) == 3
+    assert [r.answer for r in requests] == wanted
+
+
+def interrupts(engine: Engine, requests: list[Any]) -> int:
+    """Steps until all requests have ended; how many of the steps were interrupted."""
+    count = 0
     while not all(r.finish for r in requests):
         try:
             engine.step()
         except KeyboardInterrupt:
-            failed += 1
-    assert failed == 3 and [r.answer for r in requests] == wanted
+            count += 1
+    return count
 
 
 def answers_of(engine: Engine, prompts: list[list[int]], how: Sampling) -> list[list[int]]:

@@ -35,7 +35,7 @@ def head_block(kv_heads: int) -> int:
 
 def row_blocks(queries: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     """Of nodes that so many queries read: the blocks of packed rows, and whether these are wide. A
-    node that nobody reads has none."""
+    node without readers has none."""
     wide = queries * group > NARROW_ROWS
     return np.where(wide, -(-queries // (WIDE_ROWS // group)), queries > 0), wide
 

@@ -25,7 +25,7 @@ from tilewright.errors import ArgumentError, ProgramError
 from tilewright.ir.nodes import Index
 from tilewright.ir.rewrite import free_vars
 from tilewright.ops import recipes
-from tilewright.ops.rope import pages_before_kernel
+from tilewright.ops.paging import pages_before_kernel
 from tilewright.runtime.kernel import Kernel
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.transfer import to_device, to_host

@@ -94,7 +94,7 @@ def param_values(
 def partial_params(
     partials: int, floats: int, counters: int, counts: int, rows: int
 ) -> dict[str, int]:
-    """The values of `PARTIALS`: `floats` of partial results stand in front of the states, `counts`
+    """The values of `PARTIALS`: `floats` of partial results come before the states, `counts`
     of their counters in front of the arrivals."""
     return {
         "partials": partials, "counters": counters, "states": partials + 4 * floats,

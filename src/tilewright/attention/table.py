@@ -95,7 +95,8 @@ class Table:
 
     `limit`: the number of entries of a CSR table, else of rows; `width`: entries in a row;
     `stride`: distance between the starts of two rows, in entries; `heads`: KV heads with entries of
-    their own, `head_stride` apart, 0 where all have the same. `form` selects the kernels.
+    their own, `head_stride` entries from one to the next; 0 where all have the same. `form` selects
+    the kernels.
     `nodes`: rows of the table, more than `requests` where these share keys.
     """
 

@@ -1,5 +1,4 @@
-"""Rotary position embedding, writing keys and values into the pages of a KV cache, and the rows of
-a decode step: position, page and slot of each request's next token, and the length with it.
+"""Rotary position embedding, and writing keys and values into the pages of a KV cache.
 
 The elements of a head are pairs; pair p of the token at position s rotates by s · base^(-2p/d). The
 elements of a pair are neighbours (`interleaved`), or half a head from each other. Tables of cosines
@@ -19,7 +18,7 @@ from tilewright.build import Definition, named_recipe, program, program_of
 from tilewright.ir.nodes import equal
 from tilewright.runtime.kernel import Kernel
 from tilewright.schedule import Schedule
-from tilewright.sparse.trace import dense, indices, out, scalar, update, where
+from tilewright.sparse.trace import dense, indices, out, update, where
 
 _SLOTS = {"page": dense("t", "int32"), "slot": dense("t", "int32")}
 
@@ -89,41 +88,6 @@ def rope_append_kernel(interleaved: bool, target: str = "cpp", dtype: str = "flo
 def append_kernel(target: str = "cpp", dtype: str = "float32") -> Kernel:
     """Builds the kernel that writes values to `page[t], slot[t]` of the pages (g, f, h, d)."""
     return APPEND.typed(V=dtype).build(target)
-
-
-def positions_program(page_size: int) -> Definition:
-    """The program of `positions_kernel`."""
-
-    def positions(L=dense("t", "int32"), T=dense("t w", "int32")):
-        t = indices("t:t")
-        page = where(L[t] >= 0, T[t, L[t] // page_size], -1)
-        rows = out[t](where(L[t] >= 0, L[t], 0)), out[t](page), out[t](L[t] % page_size)
-        return *rows, update(L)[t](where(L[t] >= 0, L[t] + 1, L[t]))  # last: the others read L
-
-    return program(positions)
-
-
-@named_recipe
-def by_request(s: Schedule) -> Schedule:
-    return s.bind("t", "cta.x") if s.target.is_cuda else s.parallel("t")
-
-
-@program
-def pages_before(L=dense("t", "int32"), page_size=scalar("int32")):
-    t = indices("t:t")
-    return out[t]((L[t] - 1) // page_size[()])
-
-
-# Lengths L (t,), a page size → the pages in front of the last one, −1 where L is 0; int32 (t,).
-pages_before_kernel = cache(pages_before.schedule(by_request).build)
-
-
-@cache
-def positions_kernel(page_size: int, target: str = "cpp") -> Kernel:
-    """Lengths L (t,) and page table T (t, w), int32 → the position L of the next token, its page
-    and its slot, each int32 (t,), and L + 1 in L. A row of a negative length, which fills a batch
-    up, keeps it; its page is -1: what is appended there is not written."""
-    return positions_program(page_size).schedule(by_request).build(target)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import TILE
 from tilewright.attention.table import Table
 from tilewright.ops.embedding import embedding_kernel
-from tilewright.ops.rope import positions_kernel
+from tilewright.ops.paging import positions_kernel
 from tilewright.runtime.step import Step
 from tilewright.runtime.transfer import to_host
 from tilewright.serve.kv_pool import PAGE_SIZE

@@ -185,7 +185,7 @@ def _check_bound(coords: tuple[Expr, ...], value: Expr) -> None:
             continue
         for c, dim in zip(x.coords, x.tensor.dims, strict=True):
             if isinstance(c, Index) and c.dim != dim:
-                rule = f"{c.name} runs over {c.dim} but stands for {dim} in {x}"
+                rule = f"{c.name} runs over {c.dim} but means {dim} in {x}"
                 hint = "give the index and the tensor the same dimension name"
                 raise refusal("P102", rule, hint=hint)
         if not all(isinstance(c, Index) for c in x.coords[len(x.stored_coords) :]):

@@ -174,7 +174,7 @@ def _ends(stages: list[Stage]) -> list[Stage]:
 
 def html(title: str, programs: dict[str, list[Stage]]) -> str:
     """The page for the stages of each program: one file with its style and script. Every stage
-    stands beside the one before it; lines that a pass changed are marked on both sides."""
+    is beside the one before it; lines that a pass changed are marked on both sides."""
     files = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
     style, script = (file.read_text(encoding="utf-8") for file in files)
     menu, body, number = [], [], 0
