@@ -219,6 +219,18 @@ int main() {
 """
 
 
+@pytest.mark.parametrize("requests", [0, 2])
+def test_shared_keys_that_no_query_reads(rng, requests):
+    attn, q = tw.Attention(4, 2, 8), np.zeros((0, 4, 8), np.float32)
+    pages = rng.standard_normal((1 + requests, 5, 2, 8)).astype(np.float32)
+    lengths = np.array([5] + [3] * requests, np.int32)
+    table = tw.Table.dense(lengths, shared=levels([0, requests]))
+    kv = tw.KV(table, tw.Pool(pages, pages))
+    plan = attn.plan([0] * (requests + 1), kv)
+    assert tw.Plan.load(plan.save()) == plan
+    assert attn.run(q, kv, plan).o.shape == q.shape
+
+
 @needs_cxx
 def test_thread_sanitizer_finds_nothing(tmp_path):
     """The CPU kernel over chunks and levels, its items taken by four threads."""

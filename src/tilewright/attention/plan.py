@@ -115,7 +115,8 @@ class Plan:
     @property
     def tree(self) -> tuple[int, int, int]:
         """Levels of shared keys, rows of the table, and the query heads of a KV head."""
-        return int(self.nodes["level"].max(initial=0)), len(self.nodes), self.group
+        levels = int(self.nodes["level"].max(initial=-1)) + 1  # with that of the requests, if any
+        return levels - bool(self.requests), len(self.nodes), self.group
 
     def report(self) -> Report:
         """Balance, padding, bytes, predicted time, and why other families were refused. Raises
@@ -352,9 +353,13 @@ def check(plan: Plan) -> None:
 
 def _is_tree(nodes: np.ndarray, requests: int) -> bool:
     """Whether each level divides the requests, and the last has one node for each of them."""
-    if not len(nodes):
-        return not requests
     begin, end, level = (nodes[n].astype(np.int64) for n in ("begin", "end", "level"))
+    if not requests:  # levels above none
+        return not (
+            begin.any() or end.any() or (np.diff(level) < 0).any() or (nodes["base"] < 0).any()
+        )
+    if not len(nodes):
+        return False
     starts = np.flatnonzero(np.diff(level, prepend=-1))
     ends = np.append(starts[1:], len(nodes)) - 1
     same = (level[1:] == level[:-1]) & (begin[1:] == end[:-1])
