@@ -15,7 +15,8 @@ Refused is raised for
   barrier. Until then memory holds no number.
 An access out of bounds raises InternalError[I101].
 
-Barriers are those that `codegen.cuda` renders: `Sync`, for all threads of the nest, and the two
+Barriers are those that `codegen.cuda` renders: `Sync`, for all threads of the nest or for groups of
+lanes, and the two
 inside of a reduction over thread.y (`across_rows` of gpu.cuh). Shuffles and matrix instructions
 order no accesses to memory.
 """
@@ -107,7 +108,7 @@ class Launch:
     def _start(self, lanes: int) -> None:
         self.lane = np.arange(lanes)
         self.unit = self.lane // self.threads
-        self.epoch = np.zeros(lanes, np.int64)
+        self.epoch, self.step = np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)
         self.mask = np.ones(lanes, bool)
         self.flights = Flights(lanes)  # asynchronous copies
 
@@ -155,11 +156,13 @@ class Launch:
             self.flights.commit(self.mask)
         elif isinstance(s, ir.Wait):
             for name, at, value, lane in self.flights.landed(self.mask, s.pending):
-                who = np.stack((lane, self.unit[lane] + self.first_unit, self.epoch[lane]))
-                self.access(name, "write", at, who)
+                self.access(name, "write", at, self.who(lane))
                 self.memory[name].flat[at] = value
         elif isinstance(s, ir.Alloc):
             self.allocate(s)
+        elif isinstance(s, ir.Sync) and s.lanes:
+            self.running(s.lanes, "lanes of a group do not reach a barrier")
+            self.step[self.mask] += 1
         elif isinstance(s, ir.Sync):
             self.barrier(s)
         elif isinstance(s, ir.Mma):
@@ -229,7 +232,8 @@ class Launch:
             cells, at = self.memory[s.buffer.name].flat, self.offset(s.buffer, s.index)
             shape = (len(self.lane), *at.shape[1:])
             where = (np.broadcast_to(at, shape)[self.mask],)
-            self.access(s.buffer.name, "update" if s.atomic else "write", where[0], self.who())
+            kind = "update" if s.atomic else "write"
+            self.access(s.buffer.name, kind, where[0], self.who(self.mask))
         old = cells[where]
         value = np.broadcast_to(value, (len(self.lane), *old.shape[1:]))[self.mask]
         if s.atomic:  # lanes may update one element
@@ -245,7 +249,7 @@ class Launch:
         value = value if value.ndim > 1 else value[:, None]
         at = np.broadcast_to(at, (len(self.lane), at.shape[1]))[self.mask]
         value = np.broadcast_to(value, (len(self.lane), at.shape[1]))[self.mask]
-        self.access(name, "write", at, self.who())
+        self.access(name, "write", at, self.who(self.mask))
         array.flat[at] = poisoned((), s.buffer.dtype)
         value = ops.encode(value, dtype, array.flat.dtype)
         self.flights.start(name, len(array.flat), (at, value, self.lane[self.mask]))
@@ -269,9 +273,11 @@ class Launch:
 
     # -- memory ----------------------------------------------------------------------------------
 
-    def who(self) -> np.ndarray:
-        """(lane, unit, epoch) of the lanes that run."""
-        return np.stack((self.lane, self.unit + self.first_unit, self.epoch))[:, self.mask]
+    def who(self, lanes: np.ndarray) -> np.ndarray:
+        """(lane, unit, epoch, group, step) of some lanes, by number or mask."""
+        group = self.lane // self.nest.threads[0]
+        rows = (self.lane, self.unit + self.first_unit, self.epoch, group, self.step)
+        return np.stack([x[lanes] for x in rows])
 
     def access(self, name: str, kind: str, at: np.ndarray, who: np.ndarray) -> None:
         """Checks accesses and records them: of each of `who` to one element or a vector of them."""
@@ -375,8 +381,8 @@ class Launch:
         elements = np.zeros(at.shape, np.float32)
         if t.buffer.name in self.histories and inside.any():
             first = np.broadcast_to(self.warps()[:, None, None] * WARP, at.shape)[inside]
-            reader = len(self.lane) + first
-            who = np.stack((reader, self.unit[first] + self.first_unit, self.epoch[first]))
+            who = self.who(first)
+            who[0] += len(self.lane)
             self.access(t.buffer.name, "read", at[inside], who)
         if inside.any():
             read = self.memory[t.buffer.name].read(at[inside], t.buffer.dtype)
@@ -432,7 +438,7 @@ class Launch:
         at = self.offset(b, e.index)
         if name in self.histories:
             seen = np.broadcast_to(at, (len(self.lane), *at.shape[1:]))[self.mask]
-            self.access(name, "read", seen, self.who())
+            self.access(name, "read", seen, self.who(self.mask))
         return self.memory[name].read(at, dtype)
 
     def register(self, e: ir.Load) -> np.ndarray:
@@ -499,5 +505,5 @@ class Launch:
         self.scratch = self.scratch or History(self.units * unit_size)
         at = slots[..., None] * size + np.arange(size) + self.unit[:, None, None] * unit_size
         at = at.reshape(len(self.lane), -1)[self.mask]
-        who = np.repeat(self.who(), at.shape[1], axis=1)
+        who = np.repeat(self.who(self.mask), at.shape[1], axis=1)
         self.record(self.scratch, "the scratch of reductions over rows", kind, at.reshape(-1), who)

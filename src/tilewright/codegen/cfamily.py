@@ -107,7 +107,7 @@ class Renderer:
             raise ScheduleError("S103", rule, hint='build for "cpp", or an output that is dense')
         if b.scope == "row":
             rule = f"{b.name} has a run-time length, and a GPU has no such arrays"
-            raise ScheduleError("S103", rule, hint='compute_at(…, scope="global")')
+            raise ScheduleError("S103", rule, hint='compute_at(…, "shared")')
         if b.shape:
             total = math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
             self.line(f"{kind} {name}[{total}];")

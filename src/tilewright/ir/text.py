@@ -111,6 +111,11 @@ def _store(s: Any) -> str:
     return line + (" atomic" if s.atomic else "")
 
 
+def _alloc(s: Any) -> str:
+    most = f" up to {s.most}, then {expr_text(s.rest[0])}" if s.rest else ""
+    return f"alloc {replace(s.buffer, shape=s.extents or s.buffer.shape)}{most}"
+
+
 _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "Assign": lambda s: f"{expr_text(s.out)} {'+=' if s.op else '='} {expr_text(s.value)}",
     "For": _for,
@@ -121,12 +126,12 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "If": lambda s: f"if {expr_text(s.cond)}",
     "Compute": _compute,
     "Store": _store,
-    "Alloc": lambda s: f"alloc {replace(s.buffer, shape=s.extents or s.buffer.shape)}",
+    "Alloc": _alloc,
     "Prefetch": lambda s: f"prefetch {expr_text(s.element)}",
     "CopyAsync": lambda s: f"async {_store(s)}",
     "Commit": lambda s: "commit",
     "Wait": lambda s: f"wait {s.pending}",
-    "Sync": lambda s: "sync",
+    "Sync": lambda s: f"sync {s.lanes} lanes" if s.lanes else "sync",
     "Mma": lambda s: (
         f"mma {s.acc.name}[{expr_text(s.slot)}] += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}"
     ),

@@ -80,7 +80,7 @@ class NestBuilder:
         self.structure, self.shared = structure, shared
         self.rows = PartRows(tables, structure, shared)
         self.emitted: set[str] = set()  # temporaries that are computed already
-        self.placed = {name: loop for name, loop, _ in tables.program.placed}
+        self.placed = {name: loop for name, loop, *_ in tables.program.placed}
         for t in [t for t in temps if t.out.tensor.name in self.placed]:
             before, after = temps[: temps.index(t)], temps[temps.index(t) + 1 :]
             t, before = fused(t, before, "")
@@ -146,11 +146,16 @@ class NestBuilder:
         around = (self.root, *(x for x in self.temps if x is not t))
         names = {name for x in around for name in self._names_of(x)}
         target = _Target(t, False, frozenset(a.name for a in own if a.name in names))
-        if self.tables.tensors[tensor.name].role != "inline":
+        memory = {name: memory for name, _, *memory in self.tables.program.placed}
+        scratch, most = memory.get(tensor.name, ("row", 0))
+        if scratch == "global":
             return ir.seq(self._loops(target, specs, inside), ir.Sync())
         row = self.tables.rows[tensor.name] = Row.of(self.tables, t.out, scope)
         body = self._loops(target, specs, inside)
-        return ir.seq(ir.Alloc(row.buffer, row.extents), body) if row.extents else body
+        if not row.extents:
+            return body
+        barrier = [ir.Sync()] if scratch == "shared" else []
+        return ir.seq(row.alloc(t.out, scope, scratch, most), body, *barrier)
 
     def _follow(self, st: Statement, driver: Driver | None, scope: Scope) -> list[LoopSpec]:
         if driver:

@@ -23,20 +23,21 @@ def refuse(name: str, why: str, hint: str) -> ScheduleError:
 def with_roles(program: ir.Program) -> ir.Program:
     """The program with temporaries in memory of a unit marked as inline. Raises ScheduleError[S102]
     for one that several statements with loops of their own read."""
-    scopes = {name: scope for name, _, scope in program.placed}
-    for name, loop, _ in program.placed:
+    placed = {name: scope for name, _, scope, _ in program.placed}
+    for name, loop, *_ in program.placed:
         readers = {  # a reduction of out is out.0
             a.out.tensor.name.partition(".")[0] for a in program.body
             if name in names_read(a.value)
         }  # fmt: skip
-        roots = sorted(readers - scopes.keys())
+        roots = sorted(readers - placed.keys())
         if len(roots) > 1 or not readers:
             raise refuse(
                 name, f"{' and '.join(roots) or 'nothing'} read it",
                 f"compute_at(…, {loop!r}) all readers but one",
             )  # fmt: skip
     tensors = (
-        replace(t, role="inline") if scopes.get(t.name) == "row" else t for t in program.tensors
+        replace(t, role="inline") if placed.get(t.name, "global") != "global" else t
+        for t in program.tensors
     )
     return replace(program, tensors=tuple(tensors))
 
@@ -88,6 +89,37 @@ class Row:
         shape = (ir.as_expr(0), *extents[1:])[: len(extents)]  # `Alloc` has the first one
         scope = "row" if extents else "register"
         return ir.Buffer(self.tensor.name, self.tensor.dtype, shape, scope)
+
+    def alloc(self, out: ir.Access, scope: Scope, memory: str, most: int) -> ir.Alloc:
+        """What declares it in the scope around its loops. Raises ScheduleError[S102] for a row that
+        a GPU cannot keep."""
+        first, *others = self.extents
+        kept = (ir.as_expr(most) if most else first, *others)
+        if memory != "row" and not all(isinstance(e, ir.Const) for e in kept):
+            raise refuse(
+                self.tensor.name,
+                f"a row has {' · '.join(map(str, self.extents))} elements, no constant number",
+                'specialize() its dimensions, and compute_at(…, "shared", most) of stored entries',
+            )  # fmt: skip
+        if most and len(self.levels) > 1:
+            raise refuse(self.tensor.name, "its rows lie in blocks", 'scope="global"')
+        rest = self._rest(out, scope) if most else ()
+        before = len(out.stored_coords) - 1 if self.tensor.is_sparse else 0
+        along = (*range(len(self.levels)), *(n - before for n in self.dims))
+        return ir.Alloc(self.buffer, self.extents, memory, most, rest, along)
+
+    def _rest(self, out: ir.Access, scope: Scope) -> tuple[ir.Load]:
+        """The first element of the row in the array of the temporary."""
+        tables, tensor, zero = scope.tables, self.tensor, ir.Const(0, scope.tables.index)
+        at = [scope.coordinates.get(x.name, zero) for x in indices_in(out.coords)]
+        if not tensor.is_sparse:
+            return (ir.Load(tables.buffer(tensor), tuple(at), tensor.dtype),)
+        start = scope.copy()
+        for depth, begin, _ in self.levels:
+            start.walks[tensor.structure].variables[depth] = begin
+        position = start.position(tensor.structure, len(tables.levels(tensor.structure)) - 1)
+        at[: len(out.stored_coords)] = [position]
+        return (ir.Load(tables.values(tensor), tuple(at), tensor.dtype),)
 
     def element(self, scope: Scope, e: ir.Access, coords: Sequence[ir.Expr]) -> ir.Load:
         """The element at coordinates. Raises ScheduleError[S102] where no loop follows them."""

@@ -11,6 +11,7 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
+from tilewright.ir.names import values_name
 from tilewright.ir.rewrite import loads, rebuild, simplify, walk
 from tilewright.lower.drivers import (
     check_reduction,
@@ -43,9 +44,15 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
         stages += builder.stages(root, inline, also)
     read = (x.buffer for stage in stages for nest in stage for x in loads(nest.body))
     buffers = {b.name: b for b in read if b.scope in ("global", "part")}
+    program = builder.program
+    tensors = tuple(  # rows of which there is more than a GPU keeps near its threads have an array
+        replace(t, role="temp") if {t.name, values_name(t.name)} & buffers.keys()
+        and t.role == "inline" else t for t in program.tensors
+    )  # fmt: skip
     return replace(
-        builder.program, level="positions", stages=tuple(stages), buffers=tuple(buffers.values())
-    )
+        program, level="positions", tensors=tensors, stages=tuple(stages),
+        buffers=tuple(buffers.values()),
+    )  # fmt: skip
 
 
 def _roots(
@@ -82,7 +89,7 @@ class _Builder:
     def __init__(self, program: ir.Program) -> None:
         self.program = program
         self.tensors = {t.name: t for t in program.tensors}
-        self.placed = {name for name, _, _ in program.placed}
+        self.placed = {name for name, *_ in program.placed}
 
     def stages(
         self, root: ir.Assign, inline: list[ir.Assign], also: tuple[Statement, ...] = ()
