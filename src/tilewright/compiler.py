@@ -13,7 +13,7 @@ from tilewright import knobs
 from tilewright.codegen import cpp, cuda, shell
 from tilewright.codegen.params import Params, collect_params, count_of, host_count
 from tilewright.errors import InternalError, ScheduleError
-from tilewright.ir.names import stride_name
+from tilewright.ir.names import stride_name, values_name
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.ir.rewrite import is_ordered
 from tilewright.ir.verify import verify
@@ -123,7 +123,11 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
         )
         for number, stage in enumerate(program.stages)
     )
-    tensors = tuple(_spec(t) for t in program.tensors if t.role != "inline")
+    arrays = {b.name for b in program.buffers}
+    tensors = tuple(
+        _spec(t) for t in program.tensors
+        if t.role != "inline" or {t.name, values_name(t.name)} & arrays
+    )  # fmt: skip
     return Manifest(
         program.name, str(target), tensors, params.params, params.row,
         params.param_names, params.row_names, stages,
@@ -144,5 +148,6 @@ def _strides_known(t: Tensor, params: Params) -> bool:
 
 
 def _spec(t: Tensor) -> TensorSpec:
-    role = "update" if t.role == "output" and t.kind == "state" else t.role
+    role = "temp" if t.role == "inline" else t.role
+    role = "update" if role == "output" and t.kind == "state" else role
     return TensorSpec(t.name, t.dims, t.dtype.name, role, t.structure, t.strided, t.fill)

@@ -207,14 +207,13 @@ class Alloc(Stmt):
     """Loop level: declares a register, shared, fragment or row buffer until the end of its `Seq`.
     A fragment buffer is an array of float32 fragments, (slots, rows, columns), and starts at 0.
 
-    `extents`: the shape of a row buffer, which is known at run time only. `memory`: what a GPU
-    keeps a row in, `most` elements of its first dimension (0: all). Those behind are elements of an
-    array, in which a row starts at `rest` and its dimension n runs along dimension `along[n]`."""
+    `extents`: the shape of a row buffer, which is known at run time only. `kept`: that of the part
+    which a GPU keeps. The elements behind its first dimension are in an array: a row starts at
+    `rest`, and its dimension n runs along dimension `along[n]`."""
 
     buffer: Buffer
     extents: tuple[Expr, ...] = ()
-    memory: str = "row"
-    most: int = 0
+    kept: tuple[Expr, ...] = ()
     rest: tuple[Load, ...] = ()
     along: tuple[int, ...] = ()
 

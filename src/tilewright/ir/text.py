@@ -112,8 +112,8 @@ def _store(s: Any) -> str:
 
 
 def _alloc(s: Any) -> str:
-    most = f" up to {s.most}, then {expr_text(s.rest[0])}" if s.rest else ""
-    return f"alloc {replace(s.buffer, shape=s.extents or s.buffer.shape)}{most}"
+    kept = f" up to [{_commas(s.kept)}], then {_commas(s.rest)}" if s.rest else ""
+    return f"alloc {replace(s.buffer, shape=s.extents or s.buffer.shape)}{kept}"
 
 
 _STATEMENTS: dict[str, Callable[[Any], str]] = {

@@ -50,6 +50,7 @@ def _bound(nest: ir.Nest) -> ir.Nest:
                 "a tile operation takes all of thread.x: bind other loops to thread.y",
             )
         extents["thread.x"] = WARP
+    _check_cta(nest, extents["thread.x"] * extents["thread.y"])
     if ir.is_ordered(nest):
         raise illegal(
             f"parts of {nest.structure} update the same rows of {nest.name}, and a GPU runs them "
@@ -57,10 +58,8 @@ def _bound(nest: ir.Nest) -> ir.Nest:
             "atomic(), or a format that keeps rows whole",
         )
     body = ir.simplify(_threads(nest.body, extents, frozenset()))
-    _check_barriers(body, frozenset())
-    bound = replace(nest, body=body, threads=(extents["thread.x"], extents["thread.y"]))
-    _check_cta(bound, extents["thread.x"] * extents["thread.y"])
-    return bound
+    _check_barriers(body, guarded=False)
+    return replace(nest, body=body, threads=(extents["thread.x"], extents["thread.y"]))
 
 
 def _check_cta(nest: ir.Nest, threads: int) -> None:
@@ -69,7 +68,7 @@ def _check_cta(nest: ir.Nest, threads: int) -> None:
             "S103", f"{nest.name} has {threads} threads in a CTA",
             hint=f"at most {CTA_THREADS}: bind smaller loops",
         )  # fmt: skip
-    has_barrier = any(x == ir.Sync() for x in ir.statements(nest.body))
+    has_barrier = any(isinstance(x, ir.Sync) for x in ir.statements(nest.body))
     if has_barrier and threads % WARP:
         raise illegal(
             f"{nest.name} has a barrier and {threads} threads: a barrier takes complete warps",
@@ -89,8 +88,8 @@ def serialize_threads(program: ir.Program) -> ir.Program:
     def visit(s: Any) -> Any:
         if isinstance(s, barriers):
             return ir.seq()
-        if isinstance(s, ir.Alloc) and s.rest:
-            return replace(s, most=0, rest=(), along=())  # a CPU keeps all of a row
+        if isinstance(s, ir.Alloc):
+            return replace(s, rest=(), along=())  # a CPU keeps all of a row
         if isinstance(s, ir.For) and s.kind in (*ir.THREADS, "threads"):
             s = replace(s, kind="serial")
         return ir.rebuild(s, visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
@@ -174,29 +173,27 @@ def _extent(body: ir.Stmt, kind: str) -> int:
     return largest
 
 
-def _check_barriers(s: ir.Stmt, guards: frozenset[str]) -> None:
-    """Raises ScheduleError[S102] for a barrier that one of the `guards`, by the threads that they
-    read, keeps some threads from. Reductions over thread.y and copies to shared memory have
-    barriers."""
+def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
+    """Raises ScheduleError[S102] for a barrier that a guard keeps some threads from. Reductions
+    over thread.y and copies to shared memory have barriers."""
     over_y = isinstance(s, ir.Store) and any(
         isinstance(x, ir.ReduceThreads) and x.axis == "thread.y" for x in ir.walk(s.value)
     )
-    apart = guards - {THREAD_Y.name} if isinstance(s, ir.Sync) and s.lanes else guards
-    if apart and (over_y or isinstance(s, ir.Sync)):
+    if guarded and (over_y or s == ir.Sync()):
         raise illegal(
             "a guard keeps some threads from a barrier",
             "specialize() the dimension and split it by a factor that divides it",
         )
     if isinstance(s, ir.If):
-        guards |= ir.free_vars(s.cond) & {THREAD_X.name, THREAD_Y.name}
+        guarded |= bool(ir.free_vars(s.cond) & {THREAD_X.name, THREAD_Y.name})
     for child in ir.children(s):
         if isinstance(child, ir.Stmt):
-            _check_barriers(child, guards)
+            _check_barriers(child, guarded=guarded)
 
 
 def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.Stmt:
     if isinstance(s, ir.Sync):
-        return _barrier(extents, inside)
+        return _barrier(extents["thread.x"], inside)
     if isinstance(s, ir.For) and s.kind == "threads":
         if inside:
             hint = "cache at a loop around those bound to threads"
@@ -231,20 +228,14 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
     return s
 
 
-def _barrier(extents: dict[str, int], inside: frozenset[str]) -> ir.Stmt:
-    """A barrier of the threads that share an iteration of the loops around, `inside` of which it
-    is: all threads, lanes of a warp, or one alone."""
-    apart = {kind for kind, extent in extents.items() if extent > 1} - inside
-    x = extents["thread.x"]
-    if not inside or not apart:
-        return ir.Sync() if apart else ir.seq()
-    if "thread.y" in apart or WARP % x:
+def _barrier(x: int, inside: frozenset[str]) -> ir.Sync:
+    """A barrier of all threads of a CTA, or of the `x` lanes with an iteration of thread.y."""
+    if "thread.x" in inside or (inside and WARP % x):
         raise illegal(
-            f"threads of {' and '.join(sorted(apart))} share memory in an iteration of a loop bound "
-            f"to {' and '.join(sorted(inside))}, and are no lanes of a warp",
-            "bind a loop of 2, 4, 8, 16 or 32 inside to thread.x, that around to thread.y",
+            "threads share memory inside a loop bound to threads",
+            "bind that loop to thread.y, and loops of 2, 4, 8, 16 or 32 inside to thread.x",
         )
-    return ir.Sync(x)
+    return ir.Sync(x if inside else 0)
 
 
 def _check_tile(inside: frozenset[str]) -> None:

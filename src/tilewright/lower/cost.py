@@ -19,7 +19,7 @@ from tilewright.ir import core as ir
 from tilewright.ir.affine import affine
 from tilewright.ir.names import COUNT, GeneratedName, parse_name
 
-MEMORY = ("global", "part")
+MEMORY = ("global", "part", "row")
 LANES = ("vector", "thread.x", "unroll")  # iterations that share what none of them changes
 NONE: frozenset[str] = frozenset()
 Rows = tuple[tuple[Any, ...], ...]
@@ -135,6 +135,7 @@ class _Nest:
         self.computed: dict[str, list[Computed]] = {}
         self._depends: dict[str, frozenset[str]] = {}  # on loops, of a variable or register
         self._done: set[Any] = set()
+        self._rows: dict[str, tuple[ir.Expr, ...]] = {}  # shapes of rows of temporaries
 
     def statement(self, s: ir.Stmt, loops: tuple[Loop, ...]) -> None:
         if isinstance(s, ir.Seq):
@@ -147,6 +148,8 @@ class _Nest:
             self.statement(s.body, loops)
         elif isinstance(s, ir.Compute):
             self._compute(s, loops)
+        elif isinstance(s, ir.Alloc):
+            self._rows[s.buffer.name] = s.kept
         elif isinstance(s, (ir.Let, ir.Store, ir.Scatter)):
             to = s.var if isinstance(s, ir.Let) else s.buffer if isinstance(s, ir.Store) else s.key
             self._evaluate(s.value, loops, str(to))
@@ -249,12 +252,14 @@ class _Nest:
 
     def _move(self, b: ir.Buffer, way: str, loops: Sequence[Loop], *factors: ir.Expr) -> None:
         """One element, or a product of elements, moved in each iteration of `loops`."""
-        shape, parsed = [self._amount(e) for e in b.shape], parse_name(b.name)
+        parsed, is_row = parse_name(b.name), b.scope == "row"
+        name = f"{b.name} (row)" if is_row else b.name
+        shape = [self._amount(e) for e in (self._rows[b.name] if is_row else b.shape)]
         if parsed and parsed.kind == "indptr":
             shape = [ir.add(self._count(parsed.owner, parsed.number - 1), 1)]
         part, size = self.nest.part if b.scope == "part" else -1, _number(b.dtype.itemsize)
-        self.unique[b.name, part] = _product(*shape, size)
-        self.moved.append((b.name, way, _times(loops, *factors, size)))
+        self.unique[name, part] = _product(*shape, size)
+        self.moved.append((name, way, _times(loops, *factors, size)))
 
     # -- amounts -------------------------------------------------------------------------------
 

@@ -146,16 +146,11 @@ class NestBuilder:
         around = (self.root, *(x for x in self.temps if x is not t))
         names = {name for x in around for name in self._names_of(x)}
         target = _Target(t, False, frozenset(a.name for a in own if a.name in names))
-        memory = {name: memory for name, _, *memory in self.tables.program.placed}
-        scratch, most = memory.get(tensor.name, ("row", 0))
-        if scratch == "global":
+        if self.tables.tensors[tensor.name].role != "inline":
             return ir.seq(self._loops(target, specs, inside), ir.Sync())
         row = self.tables.rows[tensor.name] = Row.of(self.tables, t.out, scope)
         body = self._loops(target, specs, inside)
-        if not row.extents:
-            return body
-        barrier = [ir.Sync()] if scratch == "shared" else []
-        return ir.seq(row.alloc(t.out, scope, scratch, most), body, *barrier)
+        return ir.seq(row.alloc(t.out, scope), body) if row.extents else body
 
     def _follow(self, st: Statement, driver: Driver | None, scope: Scope) -> list[LoopSpec]:
         if driver:

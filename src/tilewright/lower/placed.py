@@ -90,36 +90,27 @@ class Row:
         scope = "row" if extents else "register"
         return ir.Buffer(self.tensor.name, self.tensor.dtype, shape, scope)
 
-    def alloc(self, out: ir.Access, scope: Scope, memory: str, most: int) -> ir.Alloc:
-        """What declares it in the scope around its loops. Raises ScheduleError[S102] for a row that
-        a GPU cannot keep."""
-        first, *others = self.extents
-        kept = (ir.as_expr(most) if most else first, *others)
-        if memory != "row" and not all(isinstance(e, ir.Const) for e in kept):
-            raise refuse(
-                self.tensor.name,
-                f"a row has {' · '.join(map(str, self.extents))} elements, no constant number",
-                'specialize() its dimensions, and compute_at(…, "shared", most) of stored entries',
-            )  # fmt: skip
-        if most and len(self.levels) > 1:
-            raise refuse(self.tensor.name, "its rows lie in blocks", 'scope="global"')
-        rest = self._rest(out, scope) if most else ()
-        before = len(out.stored_coords) - 1 if self.tensor.is_sparse else 0
-        along = (*range(len(self.levels)), *(n - before for n in self.dims))
-        return ir.Alloc(self.buffer, self.extents, memory, most, rest, along)
-
-    def _rest(self, out: ir.Access, scope: Scope) -> tuple[ir.Load]:
-        """The first element of the row in the array of the temporary."""
-        tables, tensor, zero = scope.tables, self.tensor, ir.Const(0, scope.tables.index)
-        at = [scope.coordinates.get(x.name, zero) for x in indices_in(out.coords)]
-        if not tensor.is_sparse:
-            return (ir.Load(tables.buffer(tensor), tuple(at), tensor.dtype),)
-        start = scope.copy()
-        for depth, begin, _ in self.levels:
-            start.walks[tensor.structure].variables[depth] = begin
-        position = start.position(tensor.structure, len(tables.levels(tensor.structure)) - 1)
-        at[: len(out.stored_coords)] = [position]
-        return (ir.Load(tables.values(tensor), tuple(at), tensor.dtype),)
+    def alloc(self, out: ir.Access, scope: Scope) -> ir.Alloc:
+        """Its declaration, in the scope around its loops; with the array of the temporary where its
+        length is not constant, and a GPU keeps a part of it."""
+        tables, tensor = scope.tables, self.tensor
+        most = {name: most for name, *_, most in tables.program.placed}.get(tensor.name, 0)
+        if not most or all(isinstance(e, ir.Const) for e in self.extents):
+            return ir.Alloc(self.buffer, self.extents, self.extents)
+        if len(self.levels) > 1:
+            raise refuse(tensor.name, "its rows lie in blocks", 'scope="global"')
+        first = len(out.stored_coords) if tensor.is_sparse else 0
+        own = indices_in(out.coords)[first:]
+        at = [scope.coordinates.get(x.name, ir.Const(0, tables.index)) for x in own]
+        array, along = tables.buffer(tensor), self.dims
+        if tensor.is_sparse:
+            start, last = scope.copy(), len(tables.levels(tensor.structure)) - 1
+            start.walks[tensor.structure].variables |= {d: begin for d, begin, _ in self.levels}
+            at.insert(0, start.position(tensor.structure, last))
+            array, along = tables.values(tensor), (0, *(n - first + 1 for n in self.dims))
+        kept = (ir.as_expr(most), *self.extents[1:])
+        rest = (ir.Load(array, tuple(at), tensor.dtype),)
+        return ir.Alloc(self.buffer, self.extents, kept, rest, along[-len(kept) :])
 
     def element(self, scope: Scope, e: ir.Access, coords: Sequence[ir.Expr]) -> ir.Load:
         """The element at coordinates. Raises ScheduleError[S102] where no loop follows them."""

@@ -11,7 +11,6 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
-from tilewright.ir.names import values_name
 from tilewright.ir.rewrite import loads, rebuild, simplify, walk
 from tilewright.lower.drivers import (
     check_reduction,
@@ -44,15 +43,9 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
         stages += builder.stages(root, inline, also)
     read = (x.buffer for stage in stages for nest in stage for x in loads(nest.body))
     buffers = {b.name: b for b in read if b.scope in ("global", "part")}
-    program = builder.program
-    tensors = tuple(  # rows of which there is more than a GPU keeps near its threads have an array
-        replace(t, role="temp") if {t.name, values_name(t.name)} & buffers.keys()
-        and t.role == "inline" else t for t in program.tensors
-    )  # fmt: skip
     return replace(
-        program, level="positions", tensors=tensors, stages=tuple(stages),
-        buffers=tuple(buffers.values()),
-    )  # fmt: skip
+        builder.program, level="positions", stages=tuple(stages), buffers=tuple(buffers.values())
+    )
 
 
 def _roots(

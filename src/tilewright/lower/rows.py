@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from itertools import count
 from typing import Any
 
 from tilewright.errors import illegal
@@ -11,53 +11,57 @@ from tilewright.ir import core as ir
 
 
 def keep_rows(program: ir.Program) -> ir.Program:
-    """Rows become shared memory or registers; what is behind the end of these is in an array.
+    """Rows become shared memory, or registers where all loops over them are written out.
 
     before: alloc w: row[end - begin]      after: alloc w.row: shared[256]
             w[p - begin] = exp(…)                 let v = exp(…)
-            sync                                  if p - begin < 256: w.row[p - begin] = v
-            … w[p - begin] …                      if p - begin >= 256: w.values[p] = v
+            … w[p - begin] …                      if p - begin < 256: w.row[p - begin] = v
+                                                  if p - begin >= 256: w.values[p] = v
                                                   sync
                                                   … where(p - begin < 256, w.row[…], w.values[p]) …
 
-    In loops bound to threads each has a row. Where a serial loop comes to the memory again, a
-    barrier after its readers separates it from the next row.
+    In loops bound to threads there is one for each. A barrier separates shared memory from its
+    readers, and these from the next iteration of a serial loop.
     """
     return ir.map_bodies(program, lambda body: _Rows().visit(body, ()))
 
 
 class _Rows:
+    """`rows`: by name the declaration of each, and the buffer in the place of its own."""
+
     def __init__(self) -> None:
-        # By name: the declaration, what is in the place of its buffer, and the first indices in it.
-        self.rows: dict[str, tuple[ir.Alloc, ir.Buffer, tuple[ir.Expr, ...]]] = {}
-        self.values = 0
+        self.rows: dict[str, tuple[ir.Alloc, ir.Buffer]] = {}
+        self.numbers = count(1)
 
     def visit(self, s: Any, around: tuple[ir.For, ...]) -> Any:
-        if isinstance(s, ir.Alloc) and s.memory != "row":
-            return self.declared(s, around)
+        if isinstance(s, ir.Seq):
+            return self.seq(s, around)
         inside = (*around, s) if isinstance(s, ir.For) else around
-        s = ir.rebuild(s, partial(self.visit, around=inside))
-        if isinstance(s, ir.Seq) and any(f.kind not in ir.THREADS for f in around):
-            shared = any(isinstance(x, ir.Alloc) and x.buffer.scope == "shared" for x in s.body)
-            return ir.seq(*s.body, ir.Sync()) if shared and s.body[-1] != ir.Sync() else s
+        s = ir.rebuild(s, lambda x: self.visit(x, inside))
         is_access = isinstance(s, (ir.Load, ir.Store)) and s.buffer.scope == "row"
-        return self.access(s, around) if is_access and s.buffer.name in self.rows else s
+        return self.access(s, around) if is_access else s
 
-    def declared(self, s: ir.Alloc, around: tuple[ir.For, ...]) -> ir.Alloc:
-        threads = [f for f in around if f.kind in ir.THREADS and s.memory == "shared"]
-        first = ir.as_expr(s.most) if s.most else s.extents[0]
-        shape = (*(f.end for f in threads), first, *s.extents[1:])
-        b = replace(s.buffer, name=f"{s.buffer.name}.row", shape=shape, scope=s.memory)
-        self.rows[s.buffer.name] = s, b, tuple(f.var for f in threads)
-        return ir.Alloc(b)
+    def seq(self, s: ir.Seq, around: tuple[ir.For, ...]) -> ir.Stmt:
+        out: list[ir.Stmt] = []
+        shared: set[str] = set()
+        for n, b in enumerate(s.body):
+            if isinstance(b, ir.Alloc) and b.extents:
+                kept = _kept(b, s, around)
+                self.rows[b.buffer.name] = b, kept
+                shared |= {b.buffer.name} if kept.scope == "shared" else set()
+                b = ir.Alloc(kept)
+            out.append(self.visit(b, around))
+            if shared & _stored(b) - _stored(*s.body[n + 1 :]):
+                out.append(ir.Sync())
+        if shared and any(f.kind not in ir.THREADS for f in around):
+            out.append(ir.Sync())
+        return ir.seq(*out)
 
     def access(self, x: Any, around: tuple[ir.For, ...]) -> Any:
-        """A load or store of an element, or of one in the array."""
-        alloc, buffer, first = self.rows[x.buffer.name]
-        names = {f.name for f in around if f.kind in ir.THREADS}
-        if buffer.scope == "register" and any(ir.free_vars(i) & names for i in x.index):
-            why = f"threads share a row of {alloc.buffer.name}, and a register belongs to one"
-            raise illegal(why, f'compute_at({alloc.buffer.name!r}, …, "shared")')
+        """A load or store of an element of a row, or of the one in the array."""
+        alloc, buffer = self.rows[x.buffer.name]
+        threads = [f.var for f in around if f.kind in ir.THREADS]
+        first = threads[: len(buffer.shape) - len(x.index)]
         kept = replace(x, buffer=buffer, index=(*first, *x.index))
         if not alloc.rest:
             return kept
@@ -65,13 +69,32 @@ class _Rows:
         for n, i in zip(alloc.along, x.index, strict=True):
             at[n] = ir.add(at[n], i)
         behind = replace(x, buffer=alloc.rest[0].buffer, index=tuple(at))
-        is_kept = ir.binary("<", x.index[0], alloc.most)
+        is_kept, is_behind = (ir.binary(op, x.index[0], alloc.kept[0]) for op in ("<", ">="))
         if isinstance(x, ir.Load):
             return ir.select(is_kept, kept, behind)
-        self.values += 1
-        value = ir.Var(f"{buffer.name}.value{self.values}", x.value.dtype)
-        return ir.seq(
-            ir.Let(value, x.value),
-            ir.If(is_kept, replace(kept, value=value)),
-            ir.If(ir.binary(">=", x.index[0], alloc.most), replace(behind, value=value)),
+        value = ir.Var(f"{buffer.name}.value{next(self.numbers)}", x.value.dtype)
+        stores = (replace(s, value=value) for s in (kept, behind))
+        return ir.seq(ir.Let(value, x.value), *map(ir.If, (is_kept, is_behind), stores))
+
+
+def _stored(*statements: ir.Stmt) -> set[str]:
+    stores = (x for s in statements for x in ir.statements(s) if isinstance(x, ir.Store))
+    return {x.buffer.name for x in stores if x.buffer.scope == "row"}
+
+
+def _kept(alloc: ir.Alloc, body: ir.Seq, around: tuple[ir.For, ...]) -> ir.Buffer:
+    """The buffer in the place of a row. Raises ScheduleError[S102] where its size is not known."""
+    row, shape = alloc.buffer, alloc.kept
+    if not all(isinstance(e, ir.Const) for e in shape):
+        raise illegal(
+            f"a GPU keeps a constant number of elements of {row.name}, and there are "
+            f"{' · '.join(map(str, alloc.extents))}",
+            f'specialize(), compute_at({row.name!r}, …, most=1024) or scope="global"',
         )
+    accesses = [x for x in ir.walk(body) if isinstance(x, (ir.Load, ir.Store)) and x.buffer == row]
+    loops = {f.name: f.kind for f in ir.statements(body) if isinstance(f, ir.For)}
+    used = {name for x in accesses for i in x.index for name in ir.free_vars(i)}
+    if all(loops.get(name) in ("unroll", "vector") for name in used):
+        return replace(row, name=f"{row.name}.row", shape=shape, scope="register")
+    threads = (f.end for f in around if f.kind in ir.THREADS)
+    return replace(row, name=f"{row.name}.row", shape=(*threads, *shape), scope="shared")

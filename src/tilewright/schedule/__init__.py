@@ -177,10 +177,8 @@ class Schedule:
         A level stays inside the levels above it, whatever order is asked for."""
         return self._coords(coords.order_axes, output, *axes)
 
-    @takes(temporary=A_NAME, loop=A_NAME, scope=rule.one_of(*coords.SCOPES), most=NUMBER)
-    def compute_at(
-        self, temporary: str, loop: str, scope: str = "row", most: int = 0
-    ) -> Schedule:
+    @takes(temporary=A_NAME, loop=A_NAME, scope=rule.one_of("row", "global"), most=NUMBER)
+    def compute_at(self, temporary: str, loop: str, scope: str = "row", most: int = 0) -> Schedule:
         """Compute a temporary inside the loop of an index of the statement that reads it: one
         launch, nothing is computed twice, and of the temporary exists what one iteration needs.
 
@@ -194,11 +192,11 @@ class Schedule:
         A reduction at the index that it reduces over is updated in the loop of its reader. A
         maximum so placed is read before it is complete (the online softmax): readers inside take
         exp(x - maximum) of its own terms x, and sums of that are rescaled whenever it grows.
-        Values of one element are in a register, more in a `scope`. On a CPU it is memory of a unit
-        but for `"global"`. On a GPU, with barriers between a temporary and its readers:
-        `"shared"`, memory of the CTA, where a row has a constant size, or `most` elements (entries)
-        of it: what a longer row has behind them is in an array; `"register"`, of each thread, which
-        reads what it computed; `"global"`, all of it in an array."""
+        `scope`: where a temporary of several elements is; one is in a register. `"row"`: in memory
+        of a unit, on a GPU in shared memory, or in registers where the loops over it are unrolled.
+        A GPU keeps a constant number: `most` elements (entries) of rows whose length is none, the
+        rest in the array of the temporary. `"global"`: in its array. A GPU has barriers between a
+        temporary and its readers."""
         return self._coords(coords.compute_at, temporary, loop, scope, most)
 
     @takes(output=A_NAME)

@@ -10,8 +10,6 @@ from tilewright.ir.nodes import Assign, Program
 from tilewright.ir.rewrite import indices_of
 from tilewright.schedule.tree import unknown
 
-SCOPES = ("row", "shared", "register", "global")  # of temporaries that are computed in a loop
-
 
 def order_axes(program: Program, output: str, *axes: str) -> Program:
     """The program rewrite behind `Schedule.order_axes`."""
@@ -30,8 +28,8 @@ def compute_at(program: Program, temporary: str, loop: str, scope: str, most: in
     known = [t.name for t in program.tensors if t.role == "temp"]
     if temporary not in known:
         raise unknown(f"no temporary {temporary!r}", f"temporaries: {', '.join(known) or 'none'}")
-    if most and scope != "shared":
-        raise illegal(f"compute_at({temporary!r}, {loop!r}, {scope!r}, {most})", 'most: of "shared"')
+    if most and scope != "row":
+        raise illegal(f"most is {most}, and scope {scope!r}", 'scope="row" has a most')
     rest = (p for p in program.placed if p[0] != temporary)
     return replace(program, placed=(*rest, (temporary, loop, scope, most)))
 
