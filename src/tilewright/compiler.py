@@ -13,7 +13,7 @@ from tilewright import knobs
 from tilewright.codegen import cpp, cuda, shell
 from tilewright.codegen.params import Params, collect_params, count_of, host_count
 from tilewright.errors import InternalError, ScheduleError
-from tilewright.ir.names import stride_name, values_name
+from tilewright.ir.names import stride_name
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.ir.rewrite import is_ordered
 from tilewright.ir.verify import verify
@@ -123,11 +123,8 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
         )
         for number, stage in enumerate(program.stages)
     )
-    arrays = {b.name for b in program.buffers}
-    tensors = tuple(
-        _spec(t) for t in program.tensors
-        if t.role != "inline" or {t.name, values_name(t.name)} & arrays
-    )  # fmt: skip
+    arrays = {b.name.removesuffix(".values") for b in program.buffers}
+    tensors = tuple(_spec(t) for t in program.tensors if t.role != "inline" or t.name in arrays)
     return Manifest(
         program.name, str(target), tensors, params.params, params.row,
         params.param_names, params.row_names, stages,

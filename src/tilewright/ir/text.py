@@ -111,11 +111,6 @@ def _store(s: Any) -> str:
     return line + (" atomic" if s.atomic else "")
 
 
-def _alloc(s: Any) -> str:
-    kept = f" up to [{_commas(s.kept)}], then {_commas(s.rest)}" if s.rest else ""
-    return f"alloc {replace(s.buffer, shape=s.extents or s.buffer.shape)}{kept}"
-
-
 _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "Assign": lambda s: f"{expr_text(s.out)} {'+=' if s.op else '='} {expr_text(s.value)}",
     "For": _for,
@@ -126,7 +121,10 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "If": lambda s: f"if {expr_text(s.cond)}",
     "Compute": _compute,
     "Store": _store,
-    "Alloc": _alloc,
+    "Alloc": lambda s: (
+        f"alloc {replace(s.buffer, shape=s.extents or s.buffer.shape)}"
+        + (f", behind {_commas(s.kept)} at {_commas(s.rest)}" if s.rest else "")
+    ),
     "Prefetch": lambda s: f"prefetch {expr_text(s.element)}",
     "CopyAsync": lambda s: f"async {_store(s)}",
     "Commit": lambda s: "commit",

@@ -161,7 +161,8 @@ def _host_bound(e: ir.Expr) -> ir.Expr | None:
 
 
 def _extent(body: ir.Stmt, kind: str) -> int:
-    largest = 1
+    sums = (x for x in ir.walk(body) if isinstance(x, ir.ReduceThreads) and x.axis == kind)
+    largest = max((x.extent for x in sums), default=1)  # also where no iteration is left
     for x in ir.statements(body):
         if isinstance(x, ir.For) and x.kind == kind:
             if x.extent is None:
