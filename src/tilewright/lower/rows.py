@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
 from tilewright.errors import illegal
 from tilewright.ir import core as ir
+
+Rows = dict[str, tuple[ir.Alloc, ir.Buffer]]  # declarations, and what is in the place of the rows
 
 
 def keep_rows(program: ir.Program) -> ir.Program:
@@ -23,58 +24,33 @@ def keep_rows(program: ir.Program) -> ir.Program:
     In loops bound to threads there is one for each. A barrier separates shared memory from its
     readers, and these from the next iteration of a serial loop.
     """
-    return ir.map_bodies(program, lambda body: _Rows().visit(body, ()))
+    return ir.map_bodies(program, lambda body: _visit(body, (), {}))
 
 
-class _Rows:
-    """`rows`: by name the declaration of each, and the buffer in the place of its own."""
+def _visit(s: Any, around: tuple[ir.For, ...], rows: Rows) -> Any:
+    if isinstance(s, ir.Seq):
+        return _seq(s, around, rows)
+    inside = (*around, s) if isinstance(s, ir.For) else around
+    s = ir.rebuild(s, lambda x: _visit(x, inside, rows))
+    is_access = isinstance(s, (ir.Load, ir.Store)) and s.buffer.scope == "row"
+    return _access(s, around, *rows[s.buffer.name]) if is_access else s
 
-    def __init__(self) -> None:
-        self.rows: dict[str, tuple[ir.Alloc, ir.Buffer]] = {}
-        self.numbers = count(1)
 
-    def visit(self, s: Any, around: tuple[ir.For, ...]) -> Any:
-        if isinstance(s, ir.Seq):
-            return self.seq(s, around)
-        inside = (*around, s) if isinstance(s, ir.For) else around
-        s = ir.rebuild(s, lambda x: self.visit(x, inside))
-        is_access = isinstance(s, (ir.Load, ir.Store)) and s.buffer.scope == "row"
-        return self.access(s, around) if is_access else s
-
-    def seq(self, s: ir.Seq, around: tuple[ir.For, ...]) -> ir.Stmt:
-        out: list[ir.Stmt] = []
-        shared: set[str] = set()
-        for n, b in enumerate(s.body):
-            if isinstance(b, ir.Alloc) and b.extents:
-                kept = _kept(b, s, around)
-                self.rows[b.buffer.name] = b, kept
-                shared |= {b.buffer.name} if kept.scope == "shared" else set()
-                b = ir.Alloc(kept)
-            out.append(self.visit(b, around))
-            if shared & _stored(b) - _stored(*s.body[n + 1 :]):
-                out.append(ir.Sync())
-        if shared and any(f.kind not in ir.THREADS for f in around):
+def _seq(s: ir.Seq, around: tuple[ir.For, ...], rows: Rows) -> ir.Stmt:
+    out: list[ir.Stmt] = []
+    shared: set[str] = set()
+    for n, b in enumerate(s.body):
+        if isinstance(b, ir.Alloc) and b.extents:
+            kept = _kept(b, s, around)
+            rows = rows | {b.buffer.name: (b, kept)}
+            shared |= {b.buffer.name} if kept.scope == "shared" else set()
+            b = ir.Alloc(kept)
+        out.append(_visit(b, around, rows))
+        if shared & _stored(b) - _stored(*s.body[n + 1 :]):
             out.append(ir.Sync())
-        return ir.seq(*out)
-
-    def access(self, x: Any, around: tuple[ir.For, ...]) -> Any:
-        """A load or store of an element of a row, or of the one in the array."""
-        alloc, buffer = self.rows[x.buffer.name]
-        threads = [f.var for f in around if f.kind in ir.THREADS]
-        first = threads[: len(buffer.shape) - len(x.index)]
-        kept = replace(x, buffer=buffer, index=(*first, *x.index))
-        if not alloc.rest:
-            return kept
-        at = list(alloc.rest[0].index)
-        for n, i in zip(alloc.along, x.index, strict=True):
-            at[n] = ir.add(at[n], i)
-        behind = replace(x, buffer=alloc.rest[0].buffer, index=tuple(at))
-        is_kept, is_behind = (ir.binary(op, x.index[0], alloc.kept[0]) for op in ("<", ">="))
-        if isinstance(x, ir.Load):
-            return ir.select(is_kept, kept, behind)
-        value = ir.Var(f"{buffer.name}.value{next(self.numbers)}", x.value.dtype)
-        stores = (replace(s, value=value) for s in (kept, behind))
-        return ir.seq(ir.Let(value, x.value), *map(ir.If, (is_kept, is_behind), stores))
+    if shared and any(f.kind not in ir.THREADS for f in around):
+        out.append(ir.Sync())
+    return ir.seq(*out)
 
 
 def _stored(*statements: ir.Stmt) -> set[str]:
@@ -84,17 +60,35 @@ def _stored(*statements: ir.Stmt) -> set[str]:
 
 def _kept(alloc: ir.Alloc, body: ir.Seq, around: tuple[ir.For, ...]) -> ir.Buffer:
     """The buffer in the place of a row. Raises ScheduleError[S102] where its size is not known."""
-    row, shape = alloc.buffer, alloc.kept
-    if not all(isinstance(e, ir.Const) for e in shape):
-        raise illegal(
-            f"a GPU keeps a constant number of elements of {row.name}, and there are "
-            f"{' · '.join(map(str, alloc.extents))}",
-            f'specialize(), compute_at({row.name!r}, …, most=1024) or scope="global"',
-        )
-    accesses = [x for x in ir.walk(body) if isinstance(x, (ir.Load, ir.Store)) and x.buffer == row]
-    loops = {f.name: f.kind for f in ir.statements(body) if isinstance(f, ir.For)}
+    row, threads = alloc.buffer, [f.end for f in around if f.kind in ir.THREADS]
+    if not all(isinstance(e, ir.Const) for e in alloc.kept):
+        sizes = " · ".join(map(str, alloc.extents))
+        hint = f'specialize(), compute_at({row.name!r}, …, most=1024) or scope="global"'
+        raise illegal(f"a GPU keeps a constant number of {row.name}, and there are {sizes}", hint)
+    accesses = (x for x in ir.walk(body) if isinstance(x, (ir.Load, ir.Store)) and x.buffer == row)
     used = {name for x in accesses for i in x.index for name in ir.free_vars(i)}
-    if all(loops.get(name) in ("unroll", "vector") for name in used):
-        return replace(row, name=f"{row.name}.row", shape=shape, scope="register")
-    threads = (f.end for f in around if f.kind in ir.THREADS)
-    return replace(row, name=f"{row.name}.row", shape=(*threads, *shape), scope="shared")
+    kinds = {f.kind for f in ir.statements(body) if isinstance(f, ir.For) and f.name in used}
+    if kinds <= {"unroll", "vector"}:
+        return replace(row, name=f"{row.name}.row", shape=alloc.kept, scope="register")
+    return replace(row, name=f"{row.name}.row", shape=(*threads, *alloc.kept), scope="shared")
+
+
+def _access(x: Any, around: tuple[ir.For, ...], alloc: ir.Alloc, buffer: ir.Buffer) -> Any:
+    """A load or store of an element of a row, or of the one in the array."""
+    threads = [f.var for f in around if f.kind in ir.THREADS]
+    first = threads[: len(buffer.shape) - len(x.index)]
+    kept = replace(x, buffer=buffer, index=(*first, *x.index))
+    if not alloc.rest:
+        return kept
+    at = list(alloc.rest[0].index)
+    for n, i in zip(alloc.along, x.index, strict=True):
+        at[n] = ir.add(at[n], i)
+    behind = replace(x, buffer=alloc.rest[0].buffer, index=tuple(at))
+    is_kept, is_behind = (ir.binary(op, x.index[0], alloc.kept[0]) for op in ("<", ">="))
+    if isinstance(x, ir.Load):
+        return ir.select(is_kept, kept, behind)
+    value = ir.Var(f"{buffer.name}.value", x.value.dtype)
+    stores = (
+        ir.If(cond, replace(s, value=value)) for cond, s in ((is_kept, kept), (is_behind, behind))
+    )
+    return ir.seq(ir.Let(value, x.value), *stores)

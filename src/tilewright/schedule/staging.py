@@ -32,7 +32,9 @@ def cache(
     reads = (x for c in computes(body) for e in _values(c) for x in ir.walk(e) if _is_memory(x))
     if not any(_is_of(x.buffer.name, buffer) for x in reads):
         return body, 0
-    return rewrite_loops(body, loop, lambda f: _Staging(body, f, buffer, scope, padding).result())
+    return rewrite_loops(
+        body, (loop,), lambda f: _Staging(body, f, buffer, scope, padding).result()
+    )
 
 
 def _values(c: ir.Compute) -> tuple[ir.Expr, ...]:
@@ -63,7 +65,7 @@ def pipeline(body: ir.Stmt, loop: str, stages: int) -> tuple[ir.Stmt, int]:
             _check_asynchronous(copy)
         return replace(f, kind="pipeline", stages=stages)
 
-    return rewrite_loops(body, loop, one)
+    return rewrite_loops(body, (loop,), one)
 
 
 def _check_asynchronous(copy: ir.For) -> None:

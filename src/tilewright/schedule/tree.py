@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 from tilewright.errors import ScheduleError, illegal
@@ -184,13 +185,16 @@ def matches(loop: ir.For, name: str) -> bool:
     return statement in of and (loop.name in names or loop.name.rstrip("0123456789") in names)
 
 
-def rewrite_loops(s: ir.Stmt, name: str, f: Callable[[ir.For], ir.Stmt]) -> tuple[ir.Stmt, int]:
-    """Every loop of that name below `s` replaced by `f(loop)`; how many there were."""
+def rewrite_loops(
+    s: ir.Stmt, names: tuple[str, ...], f: Callable[[ir.For], ir.Stmt]
+) -> tuple[ir.Stmt, int]:
+    """Every outermost loop of one of the names below `s` replaced by `f(loop)`; how many there
+    were."""
     count = 0
 
     def visit(x: Any) -> Any:
         nonlocal count
-        if isinstance(x, ir.For) and matches(x, name):
+        if isinstance(x, ir.For) and any(matches(x, n) for n in names):
             if isinstance(x, (ir.Merge, ir.Drain)):
                 raise illegal(
                     f"loop {x.name} merges lists of coordinates, one after the other",
@@ -201,6 +205,16 @@ def rewrite_loops(s: ir.Stmt, name: str, f: Callable[[ir.For], ir.Stmt]) -> tupl
         return rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
 
     return visit(s), count
+
+
+def on_loops(f: Callable[..., ir.Stmt]) -> Callable[..., tuple[ir.Stmt, int]]:
+    """The verb on nests whose first argument is the name of the loops that `f` rewrites. `f` takes
+    a loop, and then the arguments of the verb."""
+
+    def verb(body: ir.Stmt, loop: str, *args: Any, **options: Any) -> tuple[ir.Stmt, int]:
+        return rewrite_loops(body, (loop,), lambda x: f(x, loop, *args, **options))
+
+    return wraps(f)(verb)
 
 
 def computes(s: ir.Stmt) -> list[ir.Compute]:
