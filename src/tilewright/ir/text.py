@@ -26,10 +26,6 @@ def expr_text(e: Any, outer: int = 0) -> str:
     return f"({text})" if level < outer else text
 
 
-def _unary(e: Any) -> str:
-    return f"-{expr_text(e.a, 8)}" if e.op == "-" else f"{e.op}({expr_text(e.a)})"
-
-
 def _search(e: Any) -> str:
     verb = "find_last" if e.last else "find"
     return f"{verb}({expr_text(e.key)} in {e.keys.name}[{expr_text(e.lo)}:{expr_text(e.hi)}])"
@@ -41,7 +37,7 @@ _EXPRESSIONS: dict[str, Callable[[Any], str]] = {
     "Index": lambda e: e.name,
     "Access": lambda e: f"{e.tensor.name}[{_commas(e.coords)}]",
     "Load": lambda e: f"{e.buffer.name}[{_commas(e.index)}]",
-    "Unary": _unary,
+    "Unary": lambda e: f"-{expr_text(e.a, 8)}" if e.op == "-" else f"{e.op}({expr_text(e.a)})",
     "Select": lambda e: f"where({_commas((e.cond, e.a, e.b))})",
     "Cast": lambda e: f"{e.dtype}({expr_text(e.a)})",
     "Reduce": lambda e: f"{e.op}({expr_text(e.body)} over {' '.join(a.name for a in e.axes)})",

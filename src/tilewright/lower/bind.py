@@ -232,10 +232,8 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
 def _barrier(x: int, inside: frozenset[str]) -> ir.Sync:
     """A barrier of all threads of a CTA, or of the `x` lanes with an iteration of thread.y."""
     if "thread.x" in inside or (inside and WARP % x):
-        raise illegal(
-            "threads share memory inside a loop bound to threads",
-            "bind that loop to thread.y, and loops of 2, 4, 8, 16 or 32 inside to thread.x",
-        )
+        hint = "bind that loop to thread.y, and loops of 2, 4, 8, 16 or 32 inside to thread.x"
+        raise illegal("threads share memory inside a loop bound to threads", hint)
     return ir.Sync(x if inside else 0)
 
 

@@ -31,10 +31,8 @@ def with_roles(program: ir.Program) -> ir.Program:
         }  # fmt: skip
         roots = sorted(readers - placed.keys())
         if len(roots) > 1 or not readers:
-            raise refuse(
-                name, f"{' and '.join(roots) or 'nothing'} read it",
-                f"compute_at(…, {loop!r}) all readers but one",
-            )  # fmt: skip
+            hint = f"compute_at(…, {loop!r}) all readers but one"
+            raise refuse(name, f"{' and '.join(roots) or 'nothing'} read it", hint)
     tensors = (
         replace(t, role="inline") if placed.get(t.name, "global") != "global" else t
         for t in program.tensors
@@ -51,10 +49,8 @@ def check(t: Statement, placed: dict[str, str], emitted: set[str], around: set[s
         raise refuse(late, f"{name} reads it first", f"compute_at {name} further in")
     own = {loop, *(x.name for x in indices_in(t.out.coords))}
     for again in sorted(around - own) if loop else ():
-        raise refuse(
-            name, f"loop {again} is around loop {loop}, and would repeat it",
-            f"order_axes the statement that reads it, {loop} before {again}",
-        )  # fmt: skip
+        hint = f"order_axes the statement that reads it, {loop} before {again}"
+        raise refuse(name, f"loop {again} is around loop {loop}, and would repeat it", hint)
 
 
 @dataclass(slots=True)
@@ -119,10 +115,8 @@ class Row:
             driver = Driver.of(e)
             walked = scope.walks[driver.structure].variables
             if not (scope.is_read_at(driver) and all(d in walked for d, *_ in self.levels)):
-                raise refuse(
-                    e.tensor.name, f"{e} is read where no loop follows it",
-                    "read it at the indices of a loop over its stored coordinates",
-                )  # fmt: skip
+                hint = "read it at the indices of a loop over its stored coordinates"
+                raise refuse(e.tensor.name, f"{e} is read where no loop follows it", hint)
             index += (ir.binary("-", walked[d], begin) for d, begin, _ in self.levels)
         return ir.Load(self.buffer, (*index, *(coords[n] for n in self.dims)), e.dtype)
 
@@ -213,10 +207,8 @@ class _Online:
         e = visit(e)
         for x in walk(e):
             if isinstance(x, ir.Load) and x.buffer.name in inside and x.buffer.name != name:
-                raise refuse(
-                    x.buffer.name, f"{name} reads it before it is complete",
-                    f"only exp(x - {x.buffer.name}) of the terms x is read in its own loop",
-                )  # fmt: skip
+                hint = f"only exp(x - {x.buffer.name}) of the terms x is read in its own loop"
+                raise refuse(x.buffer.name, f"{name} reads it before it is complete", hint)
         return e
 
     def not_linear(self, name: str) -> ScheduleError:

@@ -20,7 +20,7 @@ from tilewright.lower.drivers import (
     outer_driver,
 )
 from tilewright.lower.epilogues import Fused, fused
-from tilewright.lower.joins import join_nest, join_of
+from tilewright.lower.joins import JoinBuilder, join_of
 from tilewright.lower.nests import BuiltNest, NestBuilder
 from tilewright.lower.placed import with_roles
 from tilewright.lower.tables import Driver, Statement, Tables, indices_in, names_read
@@ -89,7 +89,7 @@ class _Builder:
     ) -> list[tuple[ir.Nest, ...]]:
         statement = Statement.of(root)
         if join := join_of(root.value):
-            return [(join_nest(Tables(self.program), [statement, *also], join),)]
+            return [(JoinBuilder(Tables(self.program), [statement, *also], join).build(),)]
         temps = [Statement.of(a) for a in inline]
         around = _root_driver(statement, temps)
         structure = around.structure

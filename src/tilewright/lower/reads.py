@@ -140,7 +140,7 @@ class Reader:
                 located = level.locate(storages[depth], position, wanted[depth])
             if conditions:
                 located = ir.select(_all(conditions), located, missing)
-            position = ir.Var(self.tables.unused_name(f"{tensor.name}_q{depth}"), self.tables.index)
+            position = self.tables.variable(f"{tensor.name}_q{depth}")
             self.lets.append(ir.Let(position, located))
             if conditions or not level.is_dense:
                 conditions = [ir.binary(">=", position, 0)]

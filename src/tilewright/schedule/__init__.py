@@ -192,10 +192,8 @@ class Schedule:
         A reduction at the index that it reduces over is updated in the loop of its reader. A
         maximum so placed is read before it is complete (the online softmax): readers inside take
         exp(x - maximum) of its own terms x, and sums of that are rescaled whenever it grows.
-        Several values are a row in memory of a unit: on a GPU shared memory, or registers where
-        loops over them are unrolled. It keeps a constant number of them there, `most` elements or
-        entries of a row of other length, and the rest in the array of the temporary. `scope`
-        `"global"` keeps all in the array. Barriers separate both from their readers."""
+        Several values are a row, on a GPU in shared memory, or in registers where loops over it are
+        unrolled: a constant number, or `most`. The rest, with scope `"global"` all, has an array."""
         return self._coords(coords.compute_at, temporary, loop, scope, most)
 
     @takes(output=A_NAME)

@@ -72,10 +72,8 @@ def specialize(program: Program, dim: str, size: int) -> Program:
         raise unknown(f"no dimension {dim!r}", f"dimensions: {', '.join(known)}")
     most = (1 << (8 * program.index.itemsize - 1)) - 1
     if size > most:
-        raise illegal(
-            f"specialize({dim!r}, {size}): coordinates are {program.index}",
-            f"at most {most}, or typed(index='int64')", where="size",
-        )  # fmt: skip
+        why = f"specialize({dim!r}, {size}): coordinates are {program.index}"
+        raise illegal(why, f"at most {most}, or typed(index='int64')", where="size")
     known_size = dict(program.sizes).get(dim, size)
     if known_size != size:
         raise illegal(f"{dim} is {known_size} already", "one size a dimension")

@@ -27,7 +27,7 @@ def split(
     f: ir.For, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
 ) -> ir.Stmt:
     """The loop rewrite behind `Schedule.split`."""
-    if f.kind in ("vector", "unroll", "pipeline", "thread.x", "thread.y"):
+    if f.kind in ("vector", "unroll", "pipeline", *ir.THREADS):
         raise illegal(f"loop {f.name} is marked {f.kind}", "split it first, then mark a part")
     own = tree.axis_name(loop)
     outer_name, inner_name = into or (f"{own}_o", f"{own}_i")
@@ -139,36 +139,27 @@ def reverse(f: ir.For, loop: str, into: str = "") -> ir.Stmt:
 def mark(f: ir.For, loop: str, kind: ir.LoopKind) -> ir.Stmt:
     """The loop rewrite behind `Schedule.mark`."""
     reducing = [c for c in tree.computes(f.body) if ir.reduces(f, c)]
-    if kind in ("parallel", "cta.x", "cta.y"):
+    if kind in ir.GRID:
         for c in reducing:
             if not (c.in_place and c.atomic):
-                raise illegal(
-                    f"loop {f.name} sums into {c.out.buffer.name}: its iterations cannot be "
-                    "separate units",
-                    "make the updates atomic, or parallelise a loop of the output",
-                )
+                why = f"loop {f.name} sums into {c.out.buffer.name}: it has no separate units"
+                raise illegal(why, "make the updates atomic, or parallelise a loop of the output")
     if kind not in ("serial", "unroll", "vector"):
         for c in tree.computes(f.body):
             scatters = c.in_place and not c.reduce
             if kind.startswith("thread") and not scatters:
                 continue
             if c.in_place and not c.atomic and (c.shared or not _owns_rows(f, c)):
-                raise illegal(
-                    f"units of loop {f.name} update the same elements of {c.out.buffer.name}",
-                    "atomic(), or a format that keeps rows whole",
-                )
-    if kind in ("vector", "thread.x", "thread.y") and f.extent is None:
+                why = f"units of loop {f.name} update the same elements of {c.out.buffer.name}"
+                raise illegal(why, "atomic(), or a format that keeps rows whole")
+    if kind in ("vector", *ir.THREADS) and f.extent is None:
         raise illegal(f"loop {f.name} has no constant extent", "split it first")
     if kind == "vector" and f.extent is not None and f.extent & (f.extent - 1):
-        raise illegal(
-            f"loop {f.name} has {f.extent} iterations: no register has as many lanes",
-            "split it by a power of two first",
-        )
+        why = f"loop {f.name} has {f.extent} iterations: no register has as many lanes"
+        raise illegal(why, "split it by a power of two first")
     if kind == "thread.x" and reducing and f.extent not in (1, 2, 4, 8, 16, 32):
-        raise illegal(
-            f"loop {f.name} reduces over {f.extent} threads: they come in powers of two, to 32",
-            "split it by a power of two first",
-        )
+        why = f"loop {f.name} reduces over {f.extent} threads: they come in powers of two, to 32"
+        raise illegal(why, "split it by a power of two first")
     return replace(f, kind=kind, stages=0)
 
 
@@ -216,11 +207,9 @@ def atomic(body: ir.Stmt, output: str) -> Rewritten:
     updates = [c for c in tree.computes(body) if c.out.buffer.name == output and c.in_place]
     for c in updates:
         if c.out.dtype not in ir.ATOMIC.get(c.op, ()):
-            raise illegal(
-                f"no atomic {c.op} of {c.out.dtype} into {output}",
-                f"there are {', '.join(ir.ATOMIC)} of float32, float64 and int32; "
-                "privatize() does without",
-            )
+            known = f"{', '.join(ir.ATOMIC)} of float32, float64 and int32"
+            hint = f"there are {known}; privatize() does without"
+            raise illegal(f"no atomic {c.op} of {c.out.dtype} into {output}", hint)
     atomic = {id(c): replace(c, atomic=True) for c in updates}
     return ir.transform(body, lambda x: atomic.get(id(x), x)), len(updates)
 
@@ -271,10 +260,8 @@ def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
             at, moving = lines.index(let) + 1, let.var
         rest, count = _prefetched(ir.seq(*lines[at:]), buffer, {moving.name: ahead_of.var})
         if not count:
-            raise tree.unknown(
-                f"loop {f.name} reads nothing of {buffer!r} by way of {moving.name}",
-                "name an operand, and a loop that its address depends on",
-            )
+            why = f"loop {f.name} reads nothing of {buffer!r} by way of {moving.name}"
+            raise tree.unknown(why, "name an operand, and a loop that its address depends on")
         known = ahead_of in lines  # by an earlier prefetch
         return replace(f, body=ir.seq(*lines[:at], *(() if known else (ahead_of,)), rest))
 

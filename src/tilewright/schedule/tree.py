@@ -132,10 +132,8 @@ def _below(
         return body
     head = loops[0]
     if not ready(head.begin, head.end):
-        raise illegal(
-            f"the range of loop {head.name} depends on loops that would be inside it",
-            "a level stays inside the levels above it",
-        )
+        why = f"the range of loop {head.name} depends on loops that would be inside it"
+        raise illegal(why, "a level stays inside the levels above it")
     return replace(head, body=_below(loops[1:], waiting, body, own, bound | {head.name}))
 
 
@@ -196,10 +194,8 @@ def rewrite_loops(
         nonlocal count
         if isinstance(x, ir.For) and any(matches(x, n) for n in names):
             if isinstance(x, (ir.Merge, ir.Drain)):
-                raise illegal(
-                    f"loop {x.name} merges lists of coordinates, one after the other",
-                    "schedule the loops around it",
-                )
+                why = f"loop {x.name} merges lists of coordinates, one after the other"
+                raise illegal(why, "schedule the loops around it")
             count += 1
             return f(x)
         return rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
