@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 from math import prod
@@ -135,7 +136,7 @@ class _Nest:
         self.computed: dict[str, list[Computed]] = {}
         self._depends: dict[str, frozenset[str]] = {}  # on loops, of a variable or register
         self._done: set[Any] = set()
-        self._rows: dict[str, tuple[ir.Expr, ...]] = {}  # shapes of rows of temporaries
+        self._rows: dict[str, ir.Buffer] = {}  # rows of temporaries, as tables show them
 
     def statement(self, s: ir.Stmt, loops: tuple[Loop, ...]) -> None:
         if isinstance(s, ir.Seq):
@@ -149,7 +150,8 @@ class _Nest:
         elif isinstance(s, ir.Compute):
             self._compute(s, loops)
         elif isinstance(s, ir.Alloc):
-            self._rows[s.buffer.name] = s.kept
+            shown = replace(s.buffer, name=f"{s.buffer.name} (row)", shape=s.kept)
+            self._rows[s.buffer.name] = shown
         elif isinstance(s, (ir.Let, ir.Store, ir.Scatter)):
             to = s.var if isinstance(s, ir.Let) else s.buffer if isinstance(s, ir.Store) else s.key
             self._evaluate(s.value, loops, str(to))
@@ -252,14 +254,13 @@ class _Nest:
 
     def _move(self, b: ir.Buffer, way: str, loops: Sequence[Loop], *factors: ir.Expr) -> None:
         """One element, or a product of elements, moved in each iteration of `loops`."""
-        parsed, is_row = parse_name(b.name), b.scope == "row"
-        name = f"{b.name} (row)" if is_row else b.name
-        shape = [self._amount(e) for e in (self._rows[b.name] if is_row else b.shape)]
+        b = self._rows.get(b.name, b)
+        shape, parsed = [self._amount(e) for e in b.shape], parse_name(b.name)
         if parsed and parsed.kind == "indptr":
             shape = [ir.add(self._count(parsed.owner, parsed.number - 1), 1)]
         part, size = self.nest.part if b.scope == "part" else -1, _number(b.dtype.itemsize)
-        self.unique[name, part] = _product(*shape, size)
-        self.moved.append((name, way, _times(loops, *factors, size)))
+        self.unique[b.name, part] = _product(*shape, size)
+        self.moved.append((b.name, way, _times(loops, *factors, size)))
 
     # -- amounts -------------------------------------------------------------------------------
 

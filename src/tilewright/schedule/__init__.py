@@ -192,8 +192,9 @@ class Schedule:
         A reduction at the index that it reduces over is updated in the loop of its reader. A
         maximum so placed is read before it is complete (the online softmax): readers inside take
         exp(x - maximum) of its own terms x, and sums of that are rescaled whenever it grows.
-        Several values are a row, on a GPU in shared memory, or in registers where loops over it are
-        unrolled: a constant number, or `most`. The rest, with scope `"global"` all, has an array."""
+        Several values are a row. A GPU keeps one of constant length in shared memory, or registers
+        if its loops are unrolled; of others `most` values, and the rest in the array of the
+        temporary, where scope `"global"` keeps all."""
         return self._coords(coords.compute_at, temporary, loop, scope, most)
 
     @takes(output=A_NAME)
@@ -426,9 +427,8 @@ class Schedule:
                                                        Y[i, k] = Y.copies[0, i, k] + …"""
         if self.selected is not None:
             raise illegal("privatize changes all nests of an output", "everywhere() first")
-        args = output, loop, copies
-        program = privatize.privatize(self.lowered.program, *args)
-        return self._recorded(program, Step("privatize", args))
+        program = privatize.privatize(self.lowered.program, output, loop, copies)
+        return self._recorded(program, Step("privatize", (output, loop, copies)))
 
     # -- applying and recording --------------------------------------------------------------------
 
