@@ -67,8 +67,8 @@ def _kept(alloc: ir.Alloc, body: ir.Seq, around: tuple[ir.For, ...]) -> ir.Buffe
         raise illegal(f"a GPU keeps a constant number of {row.name}, and there are {sizes}", hint)
     accesses = (x for x in ir.walk(body) if isinstance(x, (ir.Load, ir.Store)) and x.buffer == row)
     used = {name for x in accesses for i in x.index for name in ir.free_vars(i)}
-    kinds = {f.kind for f in ir.statements(body) if isinstance(f, ir.For) and f.name in used}
-    if kinds <= {"unroll", "vector"}:
+    loops = (f for f in ir.statements(body) if isinstance(f, ir.For))
+    if used - ir.free_vars(body) <= {f.name for f in loops if f.kind in ("unroll", "vector")}:
         return replace(row, name=f"{row.name}.row", shape=alloc.kept, scope="register")
     return replace(row, name=f"{row.name}.row", shape=(*threads, *alloc.kept), scope="shared")
 
