@@ -224,3 +224,30 @@ def test_searches_of_each_thread(last):
         at = low + int(np.searchsorted(sorted_keys[low:], t, "right" if last else "left"))
         wanted = at - 1 if last else at if at < 9 and sorted_keys[at] == t else -1
         assert y[t] == wanted, t
+
+
+# ---- barriers of groups of lanes ---------------------------------------------------------------
+
+LANES = ir.Sync(8)  # of each group of 8 threads
+ME = TY * 8 + TX  # of 8 × 4 threads
+NEXT, FAR = (ir.binary("^", ME, n) for n in (1, 8))  # of the same group, and of another
+
+
+def test_a_barrier_of_lanes_orders_those_of_its_group():
+    fill = (ALLOC, store(S, ME, load(X, ME)))
+    y = ran(*fill, LANES, store(Y, ME, load(S, NEXT)), threads=(8, 4))
+    assert y[0] == 1
+    refused("race", *fill, store(Y, ME, load(S, NEXT)), threads=(8, 4))
+    refused("race", *fill, LANES, store(Y, ME, load(S, FAR)), threads=(8, 4))
+    ran(*fill, LANES, SYNC, store(Y, ME, load(S, FAR)), threads=(8, 4))
+
+
+def test_groups_of_lanes_pass_their_barriers_at_different_times():
+    """In loops of different lengths; a group that is not complete is refused."""
+    own = ir.binary("<", I, TY)
+    turn = (store(S, ME, load(X, ME)), LANES, store(Y, ME, load(S, NEXT)), LANES)
+    ran(ALLOC, store(S, ME, load(X, ME)), loop(4, guard(own, *turn)), threads=(8, 4))
+    once = (store(S, ME, load(X, ME)), LANES, store(Y, ME, load(S, NEXT)))
+    refused("race", ALLOC, loop(4, guard(own, *once)), threads=(8, 4))
+    half = guard(ir.binary("<", TX, 4), LANES)
+    refused("some lanes of a group do not reach a barrier", half, threads=(8, 4))

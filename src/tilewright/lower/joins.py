@@ -59,9 +59,8 @@ def join_of(value: ir.Expr) -> Join | None:
         return None
     if not isinstance(both.a, ir.Stored) or not isinstance(both.b, ir.Stored):
         return None
-    drivers = [Driver.of(x.access) for x in (both.a, both.b)]
-    drivers.sort(key=lambda d: axis.name in d.indices)
-    first, second = drivers
+    drivers = (Driver.of(x.access) for x in (both.a, both.b))
+    first, second = sorted(drivers, key=lambda d: axis.name in d.indices)
     if axis.name in first.indices or not {axis.name, over[0].name} <= set(second.indices):
         return None
     return Join(axis, over[0], first, second, mask)  # type: ignore[arg-type]

@@ -39,6 +39,7 @@ def _visit(s: Any, around: tuple[ir.For, ...], rows: Rows) -> Any:
 def _seq(s: ir.Seq, around: tuple[ir.For, ...], rows: Rows) -> ir.Stmt:
     out: list[ir.Stmt] = []
     shared: set[str] = set()
+    ends: list[int] = []  # the lines before a barrier
     for n, b in enumerate(s.body):
         if isinstance(b, ir.Alloc) and b.extents:
             kept = _kept(b, s, around)
@@ -46,16 +47,19 @@ def _seq(s: ir.Seq, around: tuple[ir.For, ...], rows: Rows) -> ir.Stmt:
             shared |= {b.buffer.name} if kept.scope == "shared" else set()
             b = ir.Alloc(kept)
         out.append(_visit(b, around, rows))
-        if shared & _stored(b) - _stored(*s.body[n + 1 :]):
+        if shared & _used(ir.Store, s.body[n : n + 1]) - _used(ir.Store, s.body[n + 1 :]):
             out.append(ir.Sync())
-    if shared and any(f.kind not in ir.THREADS for f in around):
-        out.append(ir.Sync())
+            ends.append(n + 1)
+    if ends and any(f.kind not in ir.THREADS for f in around):
+        again = _used(ir.Store, s.body[: ends[0]]) & _used(ir.Load, s.body[ends[-1] :])
+        out += [ir.Sync()] if again & shared else []
     return ir.seq(*out)
 
 
-def _stored(*statements: ir.Stmt) -> set[str]:
-    stores = (x for s in statements for x in ir.statements(s) if isinstance(x, ir.Store))
-    return {x.buffer.name for x in stores if x.buffer.scope == "row"}
+def _used(kind: type, statements: tuple[ir.Stmt, ...]) -> set[str]:
+    """The rows that statements store to, or load from."""
+    nodes = (x for s in statements for x in ir.walk(s) if isinstance(x, kind))
+    return {x.buffer.name for x in nodes if x.buffer.scope == "row"}
 
 
 def _kept(alloc: ir.Alloc, body: ir.Seq, around: tuple[ir.For, ...]) -> ir.Buffer:

@@ -128,8 +128,7 @@ def reverse(f: ir.For, loop: str, into: str = "") -> ir.Stmt:
     if f.kind in ("vector", "pipeline"):
         raise illegal(f"loop {f.name} is marked {f.kind}", "reverse it first, then mark it")
     back = ir.Var(into or f"{tree.axis_name(loop)}_back", f.var.dtype)
-    last = ir.binary("-", f.end, ir.Const(1, f.var.dtype))
-    index = ir.simplify(ir.binary("-", last, back))
+    index = ir.simplify(ir.binary("-", ir.binary("-", f.end, 1), back))
     count = ir.simplify(ir.binary("-", f.end, f.begin))
     body = ir.seq(ir.Let(f.var, index), f.body)
     return replace(f, var=back, begin=ir.Const(0, f.var.dtype), end=count, body=body)
