@@ -28,6 +28,7 @@ from math import gcd, prod
 from typing import Any
 
 import numpy as np
+from tests.compiler.interpreter import cursor
 from tests.compiler.memory import Array, Part, as_operand, lane_dimensions, launches, poisoned
 from tests.compiler.races import Flights, History
 
@@ -187,12 +188,60 @@ class Launch:
         if s.kind == "fragment":
             self.elements(s)
             return
+        if isinstance(s, ir.Merge):
+            self.merge(s)
+            return
+        if isinstance(s, ir.Drain):
+            raise InternalError("I101", "a GPU has no row workspaces")
         at, end = np.broadcast_arrays(self.value(s.begin), self.value(s.end))
         at = at.astype(s.var.dtype.numpy)
         while ((at < end) & self.mask).any():
             self.env[s.name] = at
             self.within(at < end, lambda: self.do(s.body))
             at = at + at.dtype.type(1)
+
+    def merge(self, s: ir.Merge) -> None:
+        """Each lane walks its lists, in lockstep with the others: in a turn those lanes run the
+        body whose coordinate is in any of their lists, or in all of them."""
+        shape, number = (len(s.runs), len(self.lane)), s.var.dtype.numpy
+        at, end = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        for n, (run, last) in enumerate(zip(s.runs, s.ends, strict=True)):
+            at[n], end[n] = self.value(run.index[0]), self.value(last)
+        rank, union = np.zeros(shape[1], number), s.op == "union"
+        while True:
+            left = at < end
+            running = self.mask & (left.any(0) if union else left.all(0))
+            if not running.any():
+                return
+            keys = self.current_keys(s, at, end, running)
+            key = keys.min(0) if union else keys.max(0)
+            has = left & (keys == key)
+            visits = running & (has.any(0) if union else has.all(0))
+            self.env[s.name], self.env[cursor(s.name, ir.KEY)] = rank, key.astype(number)
+            for n in range(shape[0]):
+                self.env[cursor(s.name, n)] = np.where(has[n], at[n], -1).astype(number)
+            self.within(visits, lambda: self.do(s.body))
+            rank = rank + visits.astype(number)
+            at = at + (running & np.where(visits, has, keys < key))
+
+    def current_keys(
+        self, s: ir.Merge, at: np.ndarray, end: np.ndarray, running: np.ndarray
+    ) -> np.ndarray:
+        """The coordinate that each list is at, for the lanes that run; behind its end the greatest
+        number."""
+        keys = np.full(at.shape, np.iinfo(np.int64).max)
+        for n, run in enumerate(s.runs):
+            name, lanes = run.buffer.name, running & (at[n] < end[n])
+            if lanes.any():
+                here, array = at[n][lanes], self.memory[name]
+                if name in self.histories:
+                    self.access(name, "read", here, self.who(lanes))
+                keys[n][lanes] = array.read(here, run.buffer.dtype)
+                follows = here + 1 < end[n][lanes]
+                after = array.read(here[follows] + 1, run.buffer.dtype) if follows.any() else []
+                if (after <= keys[n][lanes][follows]).any():
+                    raise InternalError("I101", f"{name} does not ascend")
+        return keys
 
     def elements(self, rows: ir.For) -> None:
         """The loops over a fragment: each lane runs the elements, pairs or rows that it holds."""
@@ -397,6 +446,8 @@ class Launch:
             return np.full(1, ops.constant(e.value, e.dtype.scalar))
         if isinstance(e, ir.Var):
             return self.env[e.name].astype(ops.computed(e.dtype), copy=False)
+        if isinstance(e, ir.Cursor):
+            return self.env[cursor(e.loop.name, e.operand)]
         if isinstance(e, ir.Load):
             return self.load(e)
         if isinstance(e, ir.Select) and e.cond.dtype.lanes == 1:
