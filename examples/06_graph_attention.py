@@ -48,7 +48,7 @@ TALL_LANES = 8  # threads of an entry of a long row
 IN_FLIGHT = 4  # entries of a row that a group of threads loads at once
 TALL, SHORT = "tall", "short"  # rows of a CTA, and of a few threads
 LONG = 256  # entries from which a row has a CTA
-KEPT = 256  # scores, and weights, of a row and head in shared memory
+KEPT = 272  # scores of a row in shared memory: two rows of 16 threads use different banks
 
 
 def cpu_recipe(s):
