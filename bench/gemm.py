@@ -15,7 +15,9 @@ from itertools import cycle
 from typing import Any
 
 import tilewright as tw
-from bench.harness import Contender, Row, base_row, compare, elements_beyond, require_torch
+from bench.harness import (
+    Contender, Row, base_row, compare, elements_beyond, measure, require_torch,
+)  # fmt: skip
 from tilewright.ops import gemm as ours
 from tilewright.ops.gemm import recipe, tile_of
 
@@ -57,15 +59,16 @@ def gemm(args: argparse.Namespace) -> Iterator[Row]:
             "input": f"{m} x {n} x {k}", "width": n, "dtype": args.dtype,
         }  # fmt: skip
         work = 2.0 * m * n * k
-        plain = compare(base, [*_peers(a, bs), _ours(a, bs)], check(a, bs[0]), work)
-        yield from plain
+        yield from compare(base, [*_peers(a, bs), _ours(a, bs)], check(a, bs[0]), work)
         if args.relu:
             base |= {"op": "gemm.relu", "input": f"{base['input']} relu"}
-            contenders = [_relu_peer(a, bs, bias), _relu_ours(a, bs, bias)]
-            *peers, mine = compare(base, contenders, check(a, bs[0], bias), work)
-            before, after = (x.get("graph_ms") for x in (plain[-1], mine))
-            yield from peers
-            yield mine | {"longer": after / before - 1} if before and after else mine
+            mine = _relu_ours(a, bs, bias)
+            *peers, row = compare(
+                base, [_relu_peer(a, bs, bias), mine], check(a, bs[0], bias), work
+            )
+            times = measure([_ours(a, bs), mine], on_gpu=True)  # in turns
+            before, after = (t.graph_ms or t.ms for t in times.values())
+            yield from (*peers, row | {"longer": after / before - 1})
 
 
 def _ours(a: Any, bs: list[Any]) -> Contender:
