@@ -16,7 +16,13 @@ from typing import Any
 
 import tilewright as tw
 from bench.harness import (
-    Contender, Row, base_row, compare, elements_beyond, measure, require_torch,
+    Contender,
+    Row,
+    base_row,
+    compare,
+    elements_beyond,
+    measure,
+    require_torch,
 )  # fmt: skip
 from tilewright.ops import gemm as ours
 from tilewright.ops.gemm import recipe, tile_of
