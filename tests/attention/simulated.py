@@ -18,7 +18,8 @@ REPLACED = {"gpu.cuh", "mma.cuh", "async.cuh"}  # by warps.h
 RUN = """
 extern "C" __attribute__((visibility("default")))
 void run(const {params}* p, int threads, const int32_t* order, int ctas, uint64_t seed) {{
-  simulated::run([](const void* p) {{ {entry}(*static_cast<const {params}*>(p)); }}, p, threads, order, ctas, seed);
+  auto kernel = [](const void* p) {{ {entry}(*static_cast<const {params}*>(p)); }};
+  simulated::run(kernel, p, threads, order, ctas, seed);
 }}
 """
 
@@ -39,8 +40,12 @@ def expanded(text: str) -> str:
 def kernel(text: str, entry: str = "stage0", params: str = "Params") -> Any:
     """`run(params, threads, order, ctas, seed)` of a kernel's CUDA C++."""
     shim = (Path(__file__).parent / "warps.h").read_text()
-    parts = (prelude_files.prelude("cpu.h"), shim, expanded(text).replace(
-        "#define TW_METHOD __device__ __forceinline__", ""), RUN.format(entry=entry, params=params))
+    parts = (
+        prelude_files.prelude("cpu.h"),
+        shim,
+        expanded(text).replace("#define TW_METHOD __device__ __forceinline__", ""),
+        RUN.format(entry=entry, params=params),
+    )
     library = cxx.load(cxx.compile_cpp("\n".join(parts), isa=compilers.resolve_isa().name))
     library.run.argtypes = (*(ctypes.c_void_p, ctypes.c_int) * 2, ctypes.c_uint64)
     library.run.restype = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import itertools
 from typing import Any
 
 import ml_dtypes
@@ -15,11 +15,10 @@ from tests.attention.test_cascade import cascade, close, drawn
 import tilewright as tw
 from tilewright import dtypes
 from tilewright.attention import plan as plans
-from tilewright.attention import planner, ranges, render
+from tilewright.attention import ranges, render
 from tilewright.attention.arguments import values_of
 from tilewright.attention.families import decode
 from tilewright.attention.spec import Spec, param_values, partial_params
-from tilewright.attention.table import NODE
 from tilewright.runtime.view import view
 from tilewright.toolchain import compilers
 
@@ -76,18 +75,22 @@ def check(case: Case, workers: int) -> tw.Plan:
     return plan
 
 
-@pytest.mark.parametrize("workers", [1, 5, 40])
-def test_flat(rng, workers):
-    for counts, lengths in (([1] * 5, [700, 0, 65, 3, 200]), ([3, 0, 1], [130, 5, 900])):
-        check(cascade(rng, SHAPES[0], counts, [], lengths), workers)
+def test_flat(rng):
+    check(cascade(rng, SHAPES[0], [3, 0, 1], [], [130, 5, 400]), 40)
 
 
-@pytest.mark.parametrize("workers", [1, 5, 40])
-@pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES, ids=["bf16", "f16"])
-def test_shared_keys(rng, shape, depth, workers):
-    check(drawn(rng, shape, depth), workers)
+@pytest.mark.parametrize("workers", [5, 40])
+def test_shared_keys(rng, workers):
+    check(drawn(rng, SHAPES[1], 1), workers)
 
 
 def test_wide_units_of_many_parts(rng):
-    check(cascade(rng, SHAPES[0], [1] * 20, [[0, 20]], [1000, *[30] * 20]), 40)
+    check(cascade(rng, SHAPES[1], [1] * 20, [[0, 20]], [700, *[30] * 20]), 40)
+
+
+if __name__ == "__main__":  # more of them: python -m tests.attention.test_decode_simulated
+    for seed in itertools.count():
+        numbers = np.random.default_rng(seed)
+        shape, depth = SHAPES[seed % 2], int(numbers.integers(1, 4))
+        plan = check(drawn(numbers, shape, depth), int(numbers.choice([1, 5, 40])))
+        print(seed, plan, flush=True)
