@@ -39,7 +39,7 @@ def expanded(text: str) -> str:
 @functools.lru_cache(32)
 def kernel(text: str, entry: str = "stage0", params: str = "Params") -> Any:
     """`run(params, threads, order, ctas, seed)` of a kernel's CUDA C++."""
-    shim = (Path(__file__).parent / "warps.h").read_text()
+    shim = (Path(__file__).parent / "warps.h").read_text(encoding="utf-8")
     parts = (
         prelude_files.prelude("cpu.h"),
         shim,
