@@ -121,7 +121,8 @@ def test_odd_strides_of_pages(card, rng, page_size):
         strides = [n // 2 for n in wide.strides]
         arrays.append(Strided(there(wide), x.shape, tuple(strides), strides[1] + strides[2] + 8))
     kv_len, table, names = (there(x) for x in arrays_of(kv)[2:])
-    check(attn, q, indptr, csr(*arrays, table, names, kv_len), wanted)
+    k, v = arrays
+    check(attn, q, indptr, csr(k, v, table, names, kv_len), wanted)
 
 
 @pytest.mark.gpu
@@ -158,6 +159,7 @@ def test_masks_that_read_tensors(card, rng, kind, page_size):
         else ragged(rng, keys, 2, 128, np.float16)
     )
     q, indptr = queries(rng, tokens, 8, 128, np.float16)
+    values: dict[str, Any]
     if kind == "tree":
         values = {"tree": rng.integers(0, 2**32, (len(q), 4), np.uint32)}
     else:
