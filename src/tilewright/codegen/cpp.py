@@ -34,14 +34,14 @@ class CppRenderer(MergeRenderer):
     def body_pointers(self, nest: ir.Nest) -> list[str]:
         rows = dict.fromkeys(  # once, though the body of a loop may be there twice
             f"tw::row_memory<{self.type(x.buffer.dtype)}> {c_name(x.buffer.name)}__row;"
-            for x in statements(nest.body)
-            if isinstance(x, ir.Alloc) and x.extents
+            for x in statements(nest.body, ir.Alloc)
+            if x.extents
         )
         rows |= dict.fromkeys(
             f"tw::row_workspace<{self.type(self.program.index)}, {self.type(x.buffer.dtype)}> "
             f"{c_name(x.buffer.name)}({self.expr(x.buffer.shape[0])});"
-            for x in statements(nest.body)
-            if isinstance(x, ir.Alloc) and x.buffer.scope == "workspace"
+            for x in statements(nest.body, ir.Alloc)
+            if x.buffer.scope == "workspace"
         )
         return [*super().body_pointers(nest), *rows]
 
@@ -71,7 +71,7 @@ def render(program: ir.Program, declarations: str, params: Params) -> str:
         text.append(prelude("mma_cpu.h"))
     if has(nests, ir.Merge, ir.Drain):
         text.append(prelude("lists.h"))
-    if any(isinstance(x, ir.Alloc) and x.extents for n in nests for x in statements(n.body)):
+    if any(x.extents for n in nests for x in statements(n.body, ir.Alloc)):
         text.append(prelude("rows.h"))
     text += [declarations, *atom_texts(program, "cpp")]
     for number, stage in enumerate(program.stages):

@@ -288,7 +288,7 @@ def render(program: ir.Program, declarations: str, params: Params) -> tuple[Body
 
 
 def _headers(stage: tuple[ir.Nest, ...]) -> tuple[str, ...]:
-    stores = (x.buffer.scope for n in stage for x in walk(n.body) if isinstance(x, ir.Store))
+    stores = (x.buffer.scope for n in stage for x in walk(n.body, ir.Store))
     needs = {"mma.cuh": has(stage, ir.Mma), "fragments.cuh": "fragment" in stores}
     needs["async.cuh"] = has(stage, ir.Wait)
     return ("gpu.cuh", *(file for file, is_needed in needs.items() if is_needed))
@@ -328,7 +328,7 @@ def _body(program: ir.Program, params: Params, nest: ir.Nest, name: str) -> tupl
 
 def _reduction_bytes(nest: ir.Nest) -> int:
     """Bytes at the start of shared memory for the reductions over thread.y."""
-    sums = (x for x in walk(nest.body) if isinstance(x, ir.ReduceThreads) and x.axis == "thread.y")
+    sums = (x for x in walk(nest.body, ir.ReduceThreads) if x.axis == "thread.y")
     sizes = (nest.threads[0] * x.extent * x.dtype.itemsize * x.dtype.lanes for x in sums)
     return max(sizes, default=0)
 
@@ -340,7 +340,7 @@ def stage_threads(stage: tuple[ir.Nest, ...]) -> int:
 
 def _registers(nest: ir.Nest) -> int:
     """Registers of a thread that a nest is compiled for. More of them cost CTAs of an SM."""
-    allocs = (x.buffer for x in walk(nest.body) if isinstance(x, ir.Alloc))
+    allocs = (x.buffer for x in walk(nest.body, ir.Alloc))
     shapes = [b.shape for b in allocs if b.scope == "fragment"]
     held = sum(math.prod(int(e.value) for e in shape) // WARP for shape in shapes)  # type: ignore[attr-defined]
     return max(LEAST_MMA, held + OPERANDS) if held else REGISTERS // RESIDENT

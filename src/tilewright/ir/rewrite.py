@@ -55,12 +55,13 @@ def transform(n: N, f: Callable[[Any], Any]) -> N:
     return visit(n)
 
 
-def walk(n: Any) -> Iterator[Any]:
-    """Every node below and including `n`, parents first."""
+def walk(n: Any, *kinds: type) -> Iterator[Any]:
+    """Every node below and including `n`, parents first; only those of `kinds` if there are any."""
     stack = [n]
     while stack:
         top = stack.pop()
-        yield top
+        if not kinds or isinstance(top, kinds):
+            yield top
         for name, many in reversed(ir.child_fields(type(top))):
             if many:
                 stack.extend(reversed(getattr(top, name)))
@@ -68,12 +69,18 @@ def walk(n: Any) -> Iterator[Any]:
                 stack.append(getattr(top, name))
 
 
-def statements(s: Any) -> Iterator[ir.Stmt]:
-    """Every statement below and including `s`, outermost first; expressions are left out."""
+def contains(n: Any, *kinds: type) -> bool:
+    """Whether a node below `n`, or `n` itself, is of one of these kinds."""
+    return next(walk(n, *kinds), None) is not None
+
+
+def statements(s: Any, *kinds: type) -> Iterator[Any]:
+    """As `walk`, but expressions are left out: statements only, outermost first."""
     stack = [s]
     while stack:
         top = stack.pop()
-        yield top
+        if not kinds or isinstance(top, kinds):
+            yield top
         if isinstance(top, (ir.For, ir.If)):
             stack.append(top.body)
         elif isinstance(top, ir.Seq):
@@ -110,7 +117,7 @@ def name_repeated(
     lets: list[ir.Let] = []
     while True:
         computed = [*(x.value for x in lets), *values]
-        times = Counter(x for e in computed for x in walk(e) if isinstance(x, ir.Expr))
+        times = Counter(x for e in computed for x in walk(e, ir.Expr))
         always = (x for e in computed for x in _always_computed(e))
         repeated = next((x for x in always if times[x] > 1), None)
         if repeated is None:
@@ -154,9 +161,9 @@ def map_bodies(program: ir.Program, f: Callable[[ir.Stmt], ir.Stmt]) -> ir.Progr
 
 def is_ordered(nest: ir.Nest) -> bool:
     """Loop level: whether its units must run one after the other, with those of its stage."""
-    stores = (s for s in statements(nest.body) if isinstance(s, ir.Store))
     return nest.shared and any(
-        s.op and not s.atomic and s.buffer.scope in ("global", "part") for s in stores
+        s.op and not s.atomic and s.buffer.scope in ("global", "part")
+        for s in statements(nest.body, ir.Store)
     )
 
 
@@ -277,8 +284,8 @@ def _computed_coordinates(e: ir.Expr) -> set[str]:
     """The indices of coordinates of dense tensors that are not the indices of their dimensions."""
     return {
         name
-        for x in walk(e)
-        if isinstance(x, ir.Access) and not x.tensor.is_sparse
+        for x in walk(e, ir.Access)
+        if not x.tensor.is_sparse
         for c, dim in zip(x.coords, x.tensor.dims, strict=True)
         if not (isinstance(c, ir.Index) and c.dim == dim)
         for name in free_indices(c)
@@ -308,7 +315,7 @@ def _simplify_node(x: Any) -> Any:
         return x.body if x.cond.value else ir.Seq(())
     if isinstance(x, ir.For) and x.extent is not None and x.extent <= 0:
         # A reduction over nothing still gives its identity: the loop stays until it has its store.
-        return x if any(isinstance(y, ir.Compute) for y in statements(x.body)) else ir.Seq(())
+        return x if contains(x.body, ir.Compute) else ir.Seq(())
     if isinstance(x, ir.Seq):
         return ir.seq(*x.body) if x.body else x
     return x
@@ -416,13 +423,10 @@ def broadcast(e: ir.Expr, lanes: int) -> ir.Expr:
 
 
 def loads(n: Any) -> Iterator[ir.Load]:
-    for x in walk(n):
-        if isinstance(x, ir.Load):
-            yield x
-        elif isinstance(x, ir.Search):
-            yield ir.Load(x.keys, (x.lo,), x.keys.dtype)
+    for x in walk(n, ir.Load, ir.Search):
+        yield x if isinstance(x, ir.Load) else ir.Load(x.keys, (x.lo,), x.keys.dtype)
 
 
 def indices_of(n: Any) -> list[ir.Index]:
     """The program indices below `n`, once each."""
-    return list({x.name: x for x in walk(n) if isinstance(x, ir.Index)}.values())
+    return list({x.name: x for x in walk(n, ir.Index)}.values())

@@ -56,11 +56,10 @@ class _Checker:
 
     def covered(self, program: ir.Program, t: ir.Tensor) -> None:
         """The first stage that stores a dense output stores every element of it."""
-        stores = [
-            [(n, c) for n in stage for c in statements(n.body)
-             if isinstance(c, ir.Compute) and c.out.buffer.name == t.name]
-            for stage in program.stages
-        ]  # fmt: skip
+        computed = (
+            [(n, c) for n in st for c in statements(n.body, ir.Compute)] for st in program.stages
+        )
+        stores = ([(n, c) for n, c in stage if c.out.buffer.name == t.name] for stage in computed)
         for nest, compute in next(filter(None, stores), []):
             listed = nest.part >= 0 and program.tensor(nest.structure).format.covers_rows
             if not listed and not _visits_all(nest.body, compute):

@@ -43,7 +43,7 @@ def bind_threads(program: ir.Program) -> ir.Program:
 
 def _bound(nest: ir.Nest) -> ir.Nest:
     extents = {kind: _extent(nest.body, kind) for kind in ir.THREADS}
-    if any(isinstance(x, ir.Mma) for x in ir.walk(nest.body)):
+    if ir.contains(nest.body, ir.Mma):
         if extents["thread.x"] > WARP:
             raise illegal(
                 f"{extents['thread.x']} threads along thread.x beside tile operations",
@@ -68,8 +68,7 @@ def _check_cta(nest: ir.Nest, threads: int) -> None:
             "S103", f"{nest.name} has {threads} threads in a CTA",
             hint=f"at most {CTA_THREADS}: bind smaller loops",
         )  # fmt: skip
-    has_barrier = any(isinstance(x, ir.Sync) for x in ir.statements(nest.body))
-    if has_barrier and threads % WARP:
+    if threads % WARP and ir.contains(nest.body, ir.Sync):
         raise illegal(
             f"{nest.name} has a barrier and {threads} threads: a barrier takes complete warps",
             "bind loops to threads so that their product is a multiple of 32",
@@ -126,8 +125,8 @@ def _grid(nest: ir.Nest) -> ir.Nest:
         else:
             break
     if _has_grid(body):
-        below = next(x for x in ir.statements(body) if isinstance(x, ir.For) and x.kind in ir.GRID)
-        above = next((x for x in ir.statements(body) if isinstance(x, ir.For)), below)
+        below = next(x for x in ir.statements(body, ir.For) if x.kind in ir.GRID)
+        above = next((x for x in ir.statements(body, ir.For)), below)
         outer = f"serial loop {above.name}" if above is not below else "a branch"
         raise illegal(
             f"in {nest.name} the parallel loop {below.name} is inside {outer}",
@@ -138,7 +137,7 @@ def _grid(nest: ir.Nest) -> ir.Nest:
 
 
 def _has_grid(s: ir.Stmt) -> bool:
-    return any(isinstance(x, ir.For) and x.kind in ir.GRID for x in ir.statements(s))
+    return any(x.kind in ir.GRID for x in ir.statements(s, ir.For))
 
 
 def _host_bound(e: ir.Expr) -> ir.Expr | None:
@@ -159,23 +158,19 @@ def _host_bound(e: ir.Expr) -> ir.Expr | None:
 
 
 def _extent(body: ir.Stmt, kind: str) -> int:
-    largest = 1
-    for x in ir.statements(body):
-        if isinstance(x, ir.For) and x.kind == kind:
-            if x.extent is None:
-                raise illegal(
-                    f"loop {x.name} is bound to {kind} but its extent is not a constant",
-                    "split it first",
-                )
-            largest = max(largest, x.extent)
-    return largest
+    loops = [x for x in ir.statements(body, ir.For) if x.kind == kind]
+    for x in loops:
+        if x.extent is None:
+            rule = f"loop {x.name} is bound to {kind} but its extent is not a constant"
+            raise illegal(rule, "split it first")
+    return max((1, *(x.extent for x in loops)))
 
 
 def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
     """Raises ScheduleError[S102] for a barrier that a guard keeps some threads from. Reductions
     over thread.y and copies to shared memory have barriers."""
     over_y = isinstance(s, ir.Store) and any(
-        isinstance(x, ir.ReduceThreads) and x.axis == "thread.y" for x in ir.walk(s.value)
+        x.axis == "thread.y" for x in ir.walk(s.value, ir.ReduceThreads)
     )
     if guarded and (over_y or isinstance(s, ir.Sync)):
         raise illegal(

@@ -226,8 +226,8 @@ class _Nest:
 
     def _depends_on(self, e: ir.Expr) -> frozenset[str]:
         """The names of the loops that a value depends on."""
-        names = {x.name for x in ir.walk(e) if isinstance(x, ir.Var)}
-        names |= {x.buffer.name for x in ir.walk(e) if isinstance(x, ir.Load)}
+        names = {x.name for x in ir.walk(e, ir.Var)}
+        names |= {x.buffer.name for x in ir.walk(e, ir.Load)}
         return NONE.union(*(self._depends[x] for x in names if x in self._depends))
 
     def _around(self, depends: frozenset[str], loops: Sequence[Loop]) -> list[Loop]:
@@ -238,7 +238,7 @@ class _Nest:
 
     def _general(self, e: ir.Expr) -> str:
         """The text of an expression with its loop variables and lets numbered."""
-        variables = (x.name for x in ir.walk(e) if isinstance(x, ir.Var))
+        variables = (x.name for x in ir.walk(e, ir.Var))
         names = dict.fromkeys(x for x in variables if x in self._depends)
         return str(ir.substitute(e, {v: ir.Var(f"${n}") for n, v in enumerate(names)}))
 

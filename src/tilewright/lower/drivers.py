@@ -55,8 +55,7 @@ def drivers_read(st: Statement) -> list[Driver]:
     if st.op or st.out.tensor.is_sparse or name in names_read(st.value):
         return []
     return [
-        Driver.of(x) for x in walk(st.value)
-        if isinstance(x, ir.Access) and hasattr(x.tensor.format, "parts")
+        Driver.of(x) for x in walk(st.value, ir.Access) if hasattr(x.tensor.format, "parts")
         and not x.tensor.format.repeats and set(Driver.of(x).indices) <= own
     ]  # fmt: skip
 

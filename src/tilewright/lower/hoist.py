@@ -49,10 +49,8 @@ def _reads_other_coordinates(statement: ir.Assign, e: ir.Reduce) -> bool:
     tensor and the reduction those of another."""
     own = {a.name for a in e.axes}
     return statement.out.tensor.is_sparse and any(
-        isinstance(x, ir.Access)
-        and x.tensor.is_sparse
-        and any(isinstance(c, ir.Index) and c.name in own for c in x.coords)
-        for x in walk(e.body)
+        x.tensor.is_sparse and any(isinstance(c, ir.Index) and c.name in own for c in x.coords)
+        for x in walk(e.body, ir.Access)
     )
 
 
@@ -83,7 +81,7 @@ class _Hoister:
         return self.known[key]
 
     def _rank(self, x: ir.Index, binders: tuple[ir.Reduce, ...]) -> int:
-        order = [n.name for c in self.out.coords for n in walk(c) if isinstance(n, ir.Index)]
+        order = [n.name for c in self.out.coords for n in walk(c, ir.Index)]
         order += [a.name for b in binders for a in b.axes]
         return order.index(x.name)
 

@@ -115,7 +115,7 @@ class _Builder:
     def _product(self) -> ir.Reduce | None:
         """The sum over the join that the statements read. Raises ProgramError[P107] for several, or
         for one with terms outside of the join."""
-        sums = {x: 0 for st in self.statements for x in walk(_body(st)) if isinstance(x, ir.Reduce)}
+        sums = {x: 0 for st in self.statements for x in walk(_body(st), ir.Reduce)}
         for total in sums:
             if len(sums) > 1 or total.op != "sum" or not self._is_zero_outside(total):
                 raise ProgramError(

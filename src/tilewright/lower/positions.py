@@ -163,7 +163,7 @@ class _Builder:
         first = len(root.out.stored_coords) if root.out.tensor.is_sparse else 0
         dense = {x.name for x in indices_in(root.out.coords[first:])}
         values = (root.out, *(st.value for st in (root, *temps)))
-        read = (x for e in values for x in walk(e) if isinstance(x, ir.Access))
+        read = (x for e in values for x in walk(e, ir.Access))
         sparse = {n for x in read if x.tensor.is_sparse for n in Driver.of(x).indices}
         return own <= dense or len(own & sparse) <= 1
 

@@ -228,7 +228,7 @@ def _reductions(s: ir.Stmt) -> list[_Chain]:
     """The reductions for which the loop `s` is the outermost one that reduces."""
     if not isinstance(s, ir.For):
         return []
-    computes = [x for x in ir.statements(s) if isinstance(x, ir.Compute) and ir.reduces(s, x)]
+    computes = [x for x in ir.statements(s, ir.Compute) if ir.reduces(s, x)]
     return [_chain(c, ir.path_to(s, c) or []) for c in computes]
 
 

@@ -56,8 +56,8 @@ def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
     reduced."""
     reduced = {a.name for a in st.axes}
     tensors: dict[Driver, ir.Tensor] = {}
-    for x in walk(st.value):
-        if isinstance(x, ir.Access) and x.tensor.is_sparse:
+    for x in walk(st.value, ir.Access):
+        if x.tensor.is_sparse:
             driver = Driver.of(x)
             names = set(driver.indices)
             if driver.is_plain and len(names) == len(driver.indices) and reduced & names:
@@ -165,9 +165,9 @@ def unsearchable(access: Any, fmt: Any) -> ProgramError:
 
 def names_read(*values: ir.Expr) -> set[str]:
     """The tensors that expressions read."""
-    return {x.tensor.name for e in values for x in walk(e) if isinstance(x, ir.Access)}
+    return {x.tensor.name for e in values for x in walk(e, ir.Access)}
 
 
 def indices_in(coords: tuple[ir.Expr, ...]) -> list[ir.Index]:
     """The indices in output coordinates, in order, once each."""
-    return list({x.name: x for c in coords for x in walk(c) if isinstance(x, ir.Index)}.values())
+    return list({x.name: x for c in coords for x in walk(c, ir.Index)}.values())

@@ -34,7 +34,7 @@ def pair_fragments(program: ir.Program) -> ir.Program:
     def visit(s: Any) -> Any:
         if not isinstance(s, ir.For) or s.kind != "fragment" or isinstance(s.body, ir.For):
             return s
-        if any(isinstance(x, ir.Store) and x.buffer.scope == "fragment" for x in ir.walk(s)):
+        if any(x.buffer.scope == "fragment" for x in ir.walk(s, ir.Store)):
             return s  # in registers neighbours are not together
         pair, lane = (ir.Var(f"{s.name}.{part}", s.var.dtype) for part in ("pair", "lane"))
         body = ir.substitute(s.body, {s.name: ir.add(ir.mul(pair, 2), lane)})
@@ -169,12 +169,11 @@ class _Vectorizer:
         return illegal(f"loop {self.loop.name} cannot be a vector: {why}", hint)
 
     def varies(self, e: ir.Expr) -> bool:
-        for x in ir.walk(e):
-            if isinstance(x, ir.Var) and (x.name == self.loop.name or x.name in self.varying):
-                return True
-            if isinstance(x, ir.Load) and x.buffer.name in self.registers:
-                return True
-        return False
+        varying = {self.loop.name, *self.varying}
+        return self.reads_register(e) or any(x.name in varying for x in ir.walk(e, ir.Var))
+
+    def reads_register(self, e: ir.Expr) -> bool:
+        return any(x.buffer.name in self.registers for x in ir.walk(e, ir.Load))
 
     def stmt(self, s: ir.Stmt) -> ir.Stmt:
         if isinstance(s, ir.Seq):
@@ -230,7 +229,7 @@ class _Vectorizer:
         return tuple(ir.Const(0, i.dtype) if n == dims[0] else i for n, i in enumerate(index))
 
     def reads_memory(self, *arms: ir.Expr) -> bool:
-        loads = (x for e in arms for x in ir.walk(e) if isinstance(x, ir.Load))
+        loads = (x for e in arms for x in ir.walk(e, ir.Load))
         return any(x.buffer.scope != "register" for x in loads)
 
     def vector(self, e: ir.Expr) -> ir.Expr:
@@ -272,7 +271,7 @@ class _Vectorizer:
 
     def linear(self, e: ir.Expr) -> tuple[ir.Expr, int] | None:
         """(base, step) when e = base + step * lane."""
-        if any(isinstance(x, ir.Load) and x.buffer.name in self.registers for x in ir.walk(e)):
+        if self.reads_register(e):
             return None
         e = ir.simplify(ir.substitute(e, self.lets))
         form = affine(e, frozenset((self.loop.name, *self.varying)))
@@ -317,15 +316,11 @@ def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:
 def _split(body: ir.Stmt) -> ir.Stmt:
     arrays = {
         x.buffer.name: x.buffer
-        for x in ir.walk(body)
-        if isinstance(x, ir.Alloc) and x.buffer.scope == "register" and x.buffer.shape
+        for x in ir.walk(body, ir.Alloc)
+        if x.buffer.scope == "register" and x.buffer.shape
     }
-    for x in ir.walk(body):
-        if (
-            isinstance(x, (ir.Load, ir.Store))
-            and x.buffer.name in arrays
-            and ir.free_vars(ir.Seq((ir.Store(x.buffer, x.index, ir.Const(0, x.buffer.dtype)),)))
-        ):
+    for x in ir.walk(body, ir.Load, ir.Store):
+        if x.buffer.name in arrays and any(ir.contains(i, ir.Var) for i in x.index):
             arrays.pop(x.buffer.name)
 
     def one(b: ir.Buffer, index: tuple[ir.Expr, ...]) -> ir.Buffer:

@@ -105,10 +105,8 @@ def _check_reads_of_updated(to: Access, value: Expr, op: str) -> None:
     """Refuses reads of an updated tensor at other coordinates than those of the update: updates
     run in no fixed order, so such a read could see either value."""
     plain = all(isinstance(c, Index) for c in to.coords)
-    for x in walk(value):
-        if not isinstance(x, Access) or x.tensor.name != to.tensor.name:
-            continue
-        if x.coords != to.coords or not plain or op:
+    for x in walk(value, Access):
+        if x.tensor.name == to.tensor.name and (x.coords != to.coords or not plain or op):
             raise refusal(
                 "P103", f"{to} is updated from {x}, which another update may have changed",
                 hint=f"tw.update({to.tensor.name}).add[…](value) adds; else read from another "
@@ -167,9 +165,8 @@ def _output_dtype(value: Expr) -> DType:
         return value.dtype
     floats = [
         x.dtype
-        for x in walk(value)
-        if isinstance(x, Access)
-        and x.dtype.is_float
+        for x in walk(value, Access)
+        if x.dtype.is_float
         and x.tensor.kind == "activation"
         and x.tensor.role != "temp"
         and not x.tensor.is_sparse
@@ -180,9 +177,7 @@ def _output_dtype(value: Expr) -> DType:
 
 def _check_bound(coords: tuple[Expr, ...], value: Expr) -> None:
     """Every index is in the coordinates or under a reduction, and runs over one dimension."""
-    for x in walk(value):
-        if not isinstance(x, Access):
-            continue
+    for x in walk(value, Access):
         for c, dim in zip(x.coords, x.tensor.dims, strict=True):
             if isinstance(c, Index) and c.dim != dim:
                 rule = f"{c.name} runs over {c.dim} but means {dim} in {x}"

@@ -125,7 +125,7 @@ def _in_order(t: Trace, results: tuple[Any, ...], line: str) -> tuple[Tensor, ..
 
 def _check_dtypes(program: Program, line: str) -> None:
     """float8 arrays can be viewed and handed on; no target computes with them yet."""
-    casts = (x.dtype for s in program.body for x in walk(s.value) if isinstance(x, Cast))
+    casts = (x.dtype for s in program.body for x in walk(s.value, Cast))
     for kind in (*(t.dtype for t in program.tensors), *casts):
         if kind.is_float and kind.bits < 16:
             rule = f"{program.name} computes with {kind}"
