@@ -36,10 +36,9 @@ def scheduled(program: Program, recipe: Recipe | None, target: Target) -> Schedu
         raise ScheduleError("S102", text, hint="return the schedule")
     dropped = replace(result, calls=start.calls).dropped()
     if dropped:
-        raise ScheduleError(
-            "S102", f"the recipe of {program.name} does not use the result of s{dropped[0]}",
-            hint="a verb returns a new schedule: s = s.split(…), and return s; s.undo() to discard",
-        )  # fmt: skip
+        rule = f"the recipe of {program.name} does not use the result of s{dropped[0]}"
+        hint = "a verb returns a new schedule: s = s.split(…), and return s; s.undo() to discard"
+        raise ScheduleError("S102", rule, hint=hint)
     return result
 
 

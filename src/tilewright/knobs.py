@@ -81,10 +81,9 @@ def get(name: str) -> Any:
     except KnobError:
         raise
     except (ValueError, KeyError):
-        raise KnobError(
-            "K101", f"{knob.env}={text!r} is not {knob.form}",
-            where=f"environment variable {knob.env}", hint=knob.doc,
-        ) from None  # fmt: skip
+        rule = f"{knob.env}={text!r} is not {knob.form}"
+        where = f"environment variable {knob.env}"
+        raise KnobError("K101", rule, where=where, hint=knob.doc) from None
 
 
 @contextlib.contextmanager

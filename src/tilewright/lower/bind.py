@@ -45,10 +45,9 @@ def _bound(nest: ir.Nest) -> ir.Nest:
     extents = {kind: _extent(nest.body, kind) for kind in ir.THREADS}
     if ir.contains(nest.body, ir.Mma):
         if extents["thread.x"] > WARP:
-            raise illegal(
-                f"{extents['thread.x']} threads along thread.x beside tile operations",
-                "a tile operation takes all of thread.x: bind other loops to thread.y",
-            )
+            rule = f"{extents['thread.x']} threads along thread.x beside tile operations"
+            hint = "a tile operation takes all of thread.x: bind other loops to thread.y"
+            raise illegal(rule, hint)
         extents["thread.x"] = WARP
     _check_cta(nest, extents["thread.x"] * extents["thread.y"])
     if ir.is_ordered(nest):
@@ -64,15 +63,11 @@ def _bound(nest: ir.Nest) -> ir.Nest:
 
 def _check_cta(nest: ir.Nest, threads: int) -> None:
     if threads > CTA_THREADS:
-        raise ScheduleError(
-            "S103", f"{nest.name} has {threads} threads in a CTA",
-            hint=f"at most {CTA_THREADS}: bind smaller loops",
-        )  # fmt: skip
+        rule = f"{nest.name} has {threads} threads in a CTA"
+        raise ScheduleError("S103", rule, hint=f"at most {CTA_THREADS}: bind smaller loops")
     if threads % WARP and ir.contains(nest.body, ir.Sync):
-        raise illegal(
-            f"{nest.name} has a barrier and {threads} threads: a barrier takes complete warps",
-            "bind loops to threads so that their product is a multiple of 32",
-        )
+        rule = f"{nest.name} has a barrier and {threads} threads: a barrier takes complete warps"
+        raise illegal(rule, "bind loops to threads so that their product is a multiple of 32")
 
 
 def serialize_threads(program: ir.Program) -> ir.Program:
@@ -128,10 +123,9 @@ def _grid(nest: ir.Nest) -> ir.Nest:
         below = next(x for x in ir.statements(body, ir.For) if x.kind in ir.GRID)
         above = next((x for x in ir.statements(body, ir.For)), below)
         outer = f"serial loop {above.name}" if above is not below else "a branch"
-        raise illegal(
-            f"in {nest.name} the parallel loop {below.name} is inside {outer}",
-            "reorder so that parallel loops come first: they are the units of the launch",
-        )
+        rule = f"in {nest.name} the parallel loop {below.name} is inside {outer}"
+        hint = "reorder so that parallel loops come first: they are the units of the launch"
+        raise illegal(rule, hint)
     grid, variables = tuple(f.end for f in units), tuple(f.var for f in units)
     return replace(nest, body=framed(body, frame), grid=grid, grid_vars=variables)
 
@@ -173,10 +167,8 @@ def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
         x.axis == "thread.y" for x in ir.walk(s.value, ir.ReduceThreads)
     )
     if guarded and (over_y or isinstance(s, ir.Sync)):
-        raise illegal(
-            "a guard keeps some threads from a barrier",
-            "specialize() the dimension and split it by a factor that divides it",
-        )
+        rule = "a guard keeps some threads from a barrier"
+        raise illegal(rule, "specialize() the dimension and split it by a factor that divides it")
     if isinstance(s, ir.If):
         guarded |= bool(ir.free_vars(s.cond) & {THREAD_X.name, THREAD_Y.name})
     for child in ir.children(s):

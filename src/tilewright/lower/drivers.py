@@ -93,17 +93,15 @@ def check_reduction(st: Statement, tensors: dict[str, ir.Tensor]) -> None:
     """Raises ProgramError[P107] where the value of a statement is not well defined."""
     it, structure = iteration(st), st.out.tensor.structure
     if structure and any(x.shared for f in tensors[structure].format.formats for x in f.levels):
-        raise ProgramError(
-            "P107", f"{st.out} is stored like {structure}, whose rows may have pages in common",
-            hint="store it in a dense output, or in a format of its own",
-        )  # fmt: skip
+        rule = f"{st.out} is stored like {structure}, whose rows may have pages in common"
+        hint = "store it in a dense output, or in a format of its own"
+        raise ProgramError("P107", rule, hint=hint)
     if not it or not st.op or structure:
         return
     if st.op == "append" and not it.exact:
-        raise ProgramError(
-            "P107", f"{st.out} is a list of the coordinates at which {_condition(st.value)}",
-            hint="the condition is stored(…) of tensors with that index, joined by | or by &",
-        )  # fmt: skip
+        rule = f"{st.out} is a list of the coordinates at which {_condition(st.value)}"
+        hint = "the condition is stored(…) of tensors with that index, joined by | or by &"
+        raise ProgramError("P107", rule, hint=hint)
     fmt = tensors[it.drivers[0].structure].format
     if fmt.repeats and not is_identity(st, {it.drivers[0]}):
         raise ProgramError(

@@ -139,10 +139,8 @@ class NestBuilder:
                 raise refuse(tensor.name, f"loop {loop} has other coordinates", "another index")
             specs = self._follow(replace(t, axes=own), None, inside)
         if revisits_outputs(t, specs):
-            raise ProgramError(
-                "P107",
-                f"{t.out}, a reduction inside {self.root.out}, runs over rows stored in pieces",
-            )
+            rule = f"{t.out}, a reduction inside {self.root.out}, runs over rows stored in pieces"
+            raise ProgramError("P107", rule)
         around = (self.root, *(x for x in self.temps if x is not t))
         names = {name for x in around for name in self._names_of(x)}
         target = _Target(t, False, frozenset(a.name for a in own if a.name in names))

@@ -135,10 +135,8 @@ class _Materializer:
         c = chain.compute
         if chain.escapes:
             if chain.threads and not c.atomic:
-                raise illegal(
-                    f"threads of loop {chain.threads[0].name} update {c.out} in memory at once",
-                    "atomic(), or bind a loop of the output",
-                )
+                rule = f"threads of loop {chain.threads[0].name} update {c.out} in memory at once"
+                raise illegal(rule, "atomic(), or bind a loop of the output")
             return _store(c, c.value)
         shape = chain.split
         if shape not in accumulators:
@@ -215,10 +213,8 @@ class _Materializer:
         name = factor.name.removesuffix(".factor")
         own = self.maxima.get((name, chain.split))
         if own is None or chain.lanes:
-            raise illegal(
-                f"{chain.compute.out.buffer.name} and {name} are split in different loops",
-                "split the loop around both by threads",
-            )
+            rule = f"{chain.compute.out.buffer.name} and {name} are split in different loops"
+            raise illegal(rule, "split the loop around both by threads")
         total = ir.Load(ir.Buffer(name, own.dtype, (), "register"), (), own.dtype)
         by = ir.unary("exp", _finite(ir.Load(own, (), own.dtype)) - _finite(total))
         return ir.binary("*", value, ir.cast(by, value.dtype))

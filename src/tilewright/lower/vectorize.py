@@ -143,10 +143,8 @@ def _vectorize(body: ir.Stmt) -> ir.Stmt:
     def visit(s: Any) -> Any:
         if isinstance(s, ir.For) and s.kind == "vector":
             if s.extent is None or not ir.is_const(s.begin, 0):
-                raise illegal(
-                    f"loop {s.name} is to be a vector but its extent is not a constant",
-                    "split it by the number of lanes first, with tail='cut'",
-                )
+                rule = f"loop {s.name} is to be a vector but its extent is not a constant"
+                raise illegal(rule, "split it by the number of lanes first, with tail='cut'")
             if s.extent == 1:
                 return ir.substitute(s.body, {s.name: s.begin})
             return _Vectorizer(s, wide).stmt(s.body)
@@ -300,10 +298,9 @@ def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:
         ):
             dim, lanes = wide[x.buffer.name]
             if (x.value if isinstance(x, ir.Store) else x).dtype.lanes != lanes:
-                raise illegal(
-                    f"{x.buffer.name} holds {lanes} lanes in one loop and not in another",
-                    "vectorize the loop before cache(), and every loop over it alike",
-                )
+                rule = f"{x.buffer.name} holds {lanes} lanes in one loop and not in another"
+                hint = "vectorize the loop before cache(), and every loop over it alike"
+                raise illegal(rule, hint)
             return replace(x, buffer=buffer(x.buffer), index=x.index[:dim] + x.index[dim + 1 :])
         return x
 
