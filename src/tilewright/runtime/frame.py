@@ -30,8 +30,6 @@ Slot = tuple[Any, int]
 """A field of a parameter block that takes an address or a number, and the part of the format whose
 values it points to (0 for dense arrays and numbers)."""
 
-_C_FLOATS = {"float32": ctypes.c_float, "float64": ctypes.c_double}
-
 
 @dataclass(slots=True)
 class Output:
@@ -183,17 +181,14 @@ def _slots(
     for block, stage in zip(blocks, manifest.stages, strict=True):
         for f, name in zip(params.fields, manifest.param_names, strict=False):
             if name in structure_of:
-                kind = "uint64" if f.type == "ptr" else f.type
-                c_type = _C_FLOATS.get(kind) or getattr(ctypes, f"c_{kind}")
-                slots.setdefault(name, []).append((c_type.from_buffer(block, f.offset), 0))
+                slots.setdefault(name, []).append((f.in_buffer(block), 0))
         for i in range(len(stage.rows)):
             start = params.size + i * row.size
             for f, name in zip(row.fields[len(ROW_HEAD) :], manifest.row_names, strict=True):
                 parsed = names.parse_name(name)
                 if parsed is not None and parsed.kind == names.VALUES:
                     part = i if structure_of[parsed.owner] == stage.structure else 0
-                    slot = ctypes.c_uint64.from_buffer(block, start + f.offset)
-                    slots.setdefault(parsed.owner, []).append((slot, part))
+                    slots.setdefault(parsed.owner, []).append((f.in_buffer(block, start), part))
     return slots
 
 
