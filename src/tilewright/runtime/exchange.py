@@ -13,24 +13,18 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
-from tilewright.runtime.view import (
-    View,
-    check_memory,
-    element_strides,
-    make_view,
-    row_major_strides,
-)
+from tilewright.runtime.view import View, check_memory, checked, element_strides, row_major_strides
 
 
 def view_cupy(x: Any) -> View:
     known = dtypes.from_numpy(x.dtype)
     strides = element_strides(x.strides, x.shape, x.dtype.itemsize)
-    return make_view(x.data.ptr, known, x.shape, strides, f"cuda:{x.device.id}", x, False)
+    return checked(View(x.data.ptr, known, x.shape, strides, f"cuda:{x.device.id}", x, False))
 
 
 def view_device_array(x: Any) -> View:
-    strides = row_major_strides(x.shape)
-    return make_view(x.pointer, x.dtype, x.shape, strides, f"cuda:{x.device.ordinal}", x, False)
+    strides, device = row_major_strides(x.shape), f"cuda:{x.device.ordinal}"
+    return checked(View(x.pointer, x.dtype, x.shape, strides, device, x, False))
 
 
 def view_cuda_interface(x: Any) -> View:
@@ -49,7 +43,8 @@ def view_cuda_interface(x: Any) -> View:
     stream = described.get("stream")
     if stream is not None and stream != (cuda.current_stream(ordinal) or 1):
         cuda.synchronize(stream, ordinal)  # the producer may still be writing there
-    return make_view(pointer or 0, known, shape, strides, f"cuda:{ordinal}", x, bool(readonly))
+    device, readonly = f"cuda:{ordinal}", bool(readonly)
+    return checked(View(pointer or 0, known, shape, strides, device, x, readonly))
 
 
 # ---- DLPack -----------------------------------------------------------------------------------
@@ -116,7 +111,7 @@ def view_dlpack(x: Any) -> View:
     strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else row_major_strides(shape)
     check_memory(tensor.data, shape)  # an offset may hide that it is null
     pointer = (tensor.data or 0) + tensor.byte_offset
-    return make_view(pointer, known, shape, strides, device, (x, capsule), readonly)
+    return checked(View(pointer, known, shape, strides, device, (x, capsule), readonly))
 
 
 def _export(x: Any) -> Any:

@@ -158,26 +158,17 @@ def _empty_cupy(like: Any, shape: tuple[int, ...], dtype: DType) -> Any:
 def _view_numpy(x: np.ndarray) -> View:
     dtype = dtypes.from_numpy(x.dtype)
     strides = element_strides(x.strides, x.shape, x.itemsize)
-    return make_view(_address(x), dtype, x.shape, strides, "cpu", x, not x.flags.writeable)
+    return checked(View(_address(x), dtype, x.shape, strides, "cpu", x, not x.flags.writeable))
 
 
-def make_view(
-    pointer: int,
-    dtype: DType,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    device: str,
-    owner: object,
-    readonly: bool,
-) -> View:
-    """A View. Raises ArgumentError: A107 for elements at a null address, A104 for an address that
-    is not aligned to the element."""
-    if not pointer:
-        check_memory(pointer, shape)
-    if pointer % dtype.itemsize:
-        text = f"the data at {pointer:#x} is not aligned to {dtype.itemsize} bytes of {dtype}"
+def checked(v: View) -> View:
+    """The view itself. Raises ArgumentError: A107 for elements at a null address, A104 for an
+    address that is not aligned to the element."""
+    check_memory(v.pointer, v.shape)
+    if v.pointer % v.dtype.itemsize:
+        text = f"the data at {v.pointer:#x} is not aligned to {v.dtype.itemsize} bytes of {v.dtype}"
         raise ArgumentError("A104", text, hint="copy the array")
-    return View(pointer, dtype, shape, strides, device, owner, readonly)
+    return v
 
 
 def _layout_numpy(x: np.ndarray) -> tuple[Any, int, object]:
@@ -258,7 +249,7 @@ def describe_torch(x: Any) -> View:
         text = f"this {type(x).__name__} is not a dense array: {error}"
         hint = "x.to_dense(), or pack it with a format"
         raise ArgumentError("A107", text, hint=hint) from None
-    return make_view(pointer, known, tuple(x.shape), strides, device, x, False)
+    return checked(View(pointer, known, tuple(x.shape), strides, device, x, False))
 
 
 def _refuse_fake(x: Any) -> View:
