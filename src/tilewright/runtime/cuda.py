@@ -320,12 +320,6 @@ class DeviceArray:
             self._copied("cuMemcpyDtoHAsync_v2", out.ctypes.data, self.pointer)
         return out
 
-    def zero(self) -> None:
-        """Set every byte to 0, in the order of the stream."""
-        if self.nbytes:
-            stream = _active_stream(self.device.ordinal)
-            driver().call("cuMemsetD8Async", self.pointer, 0, self.nbytes, stream)
-
     def _copied(self, function: str, to: int, source: int, waits: bool = True) -> None:
         """Copy all bytes, in the order of the current stream, and wait for them (`waits`)."""
         stream = _active_stream(self.device.ordinal)
