@@ -427,6 +427,6 @@ def loads(n: Any) -> Iterator[ir.Load]:
         yield x if isinstance(x, ir.Load) else ir.Load(x.keys, (x.lo,), x.keys.dtype)
 
 
-def indices_of(n: Any) -> list[ir.Index]:
-    """The program indices below `n`, once each."""
-    return list({x.name: x for x in walk(n, ir.Index)}.values())
+def indices_of(*nodes: Any) -> list[ir.Index]:
+    """The program indices below some nodes, once each, in order of occurrence."""
+    return list({x.name: x for n in nodes for x in walk(n, ir.Index)}.values())

@@ -16,9 +16,9 @@ from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import is_list_of_pairs
-from tilewright.ir.rewrite import walk
+from tilewright.ir.rewrite import indices_of, walk
 from tilewright.lower.constants import constant
-from tilewright.lower.tables import Driver, Statement, drivers, indices_in, names_read
+from tilewright.lower.tables import Driver, Statement, drivers, names_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def drivers_read(st: Statement) -> list[Driver]:
     """The composed structures that an element of a dense output is computed from at its own
     indices. The loops follow their parts, which cannot be searched; where nothing is stored an
     earlier nest has computed the value."""
-    name, own = st.out.tensor.name, {x.name for x in indices_in(st.out.coords)}
+    name, own = st.out.tensor.name, {x.name for x in indices_of(st.out)}
     if st.op or st.out.tensor.is_sparse or name in names_read(st.value):
         return []
     return [

@@ -20,11 +20,11 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import substitute, transform, walk
+from tilewright.ir.rewrite import indices_of, substitute, transform, walk
 from tilewright.lower.drivers import is_identity
 from tilewright.lower.reads import PartRows, Reader, appended
 from tilewright.lower.scope import Scope, has_list
-from tilewright.lower.tables import Driver, Statement, Tables, indices_in, unmergeable  # fmt: skip
+from tilewright.lower.tables import Driver, Statement, Tables, unmergeable  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class _Builder:
 
     def build(self) -> ir.Nest:
         st, tables = self.statements[0], self.tables
-        scope, outer = Scope(tables), indices_in(st.out.coords)
+        scope, outer = Scope(tables), indices_of(st.out)
         for x in outer:
             scope.coordinates[x.name] = self._variable(x.name)
         self._check_lists({x.name for x in outer})

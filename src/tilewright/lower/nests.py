@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Compressed, Level, may_miss
-from tilewright.ir.rewrite import add, mul, transform, walk
+from tilewright.ir.rewrite import add, indices_of, mul, transform, walk
 from tilewright.lower.drivers import Iteration, driver_of, drivers_read, iteration, outer_driver
 from tilewright.lower.epilogues import Fused, fused, values_of
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
@@ -26,7 +26,6 @@ from tilewright.lower.tables import (
     Driver,
     Statement,
     Tables,
-    indices_in,
     unmergeable,
     unsearchable,
 )  # fmt: skip
@@ -123,7 +122,7 @@ class NestBuilder:
         raise AssertionError(f"nobody reads {t.out}")
 
     def _names_of(self, st: Statement, *, axes: bool = True) -> set[str]:
-        return {x.name for x in (*indices_in(st.out.coords), *(st.axes if axes else ()))}
+        return {x.name for x in (*indices_of(st.out), *(st.axes if axes else ()))}
 
     def _temporary(self, t: Statement, scope: Scope) -> ir.Stmt:
         """The loops of a temporary inside those of another statement; none over an axis in whose

@@ -11,7 +11,7 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import loads, rebuild, simplify, walk
+from tilewright.ir.rewrite import indices_of, loads, rebuild, simplify, walk
 from tilewright.lower.drivers import (
     check_reduction,
     driver_of,
@@ -23,7 +23,7 @@ from tilewright.lower.epilogues import Fused, fused
 from tilewright.lower.joins import join_nest, join_of
 from tilewright.lower.nests import BuiltNest, NestBuilder
 from tilewright.lower.placed import with_roles
-from tilewright.lower.tables import Driver, Statement, Tables, indices_in, names_read
+from tilewright.lower.tables import Driver, Statement, Tables, names_read
 
 
 def coordinates_to_positions(program: ir.Program) -> ir.Program:
@@ -159,9 +159,9 @@ class _Builder:
     def _is_separable(self, t: Statement, root: Statement, temps: list[Statement]) -> bool:
         """Whether a reduction inside `root` can be an array: no larger than the output, or along
         one of the axes of structures."""
-        own = {x.name for x in indices_in(t.out.coords)}
+        own = {x.name for x in indices_of(t.out)}
         first = len(root.out.stored_coords) if root.out.tensor.is_sparse else 0
-        dense = {x.name for x in indices_in(root.out.coords[first:])}
+        dense = {x.name for x in indices_of(*root.out.coords[first:])}
         values = (root.out, *(st.value for st in (root, *temps)))
         read = (x for e in values for x in walk(e, ir.Access))
         sparse = {n for x in read if x.tensor.is_sparse for n in Driver.of(x).indices}
@@ -244,7 +244,7 @@ def _shares_rows(root: Statement, t: Statement, fmt: Any) -> ProgramError:
 def _keeps_rows(fmt: Any, out: ir.Access, around: Driver, is_like: bool) -> bool:
     """Whether no two parts of a composed format store elements of one row of the output. `is_like`:
     all that loops store is stored like it; they come to elements of their part only."""
-    has_row = around.indices[0] in {x.name for x in indices_in(out.coords)}
+    has_row = around.indices[0] in {x.name for x in indices_of(out)}
     return has_row and (fmt.unique_rows or (is_like and fmt.disjoint_rows and not fmt.repeats))
 
 
@@ -253,7 +253,7 @@ def _root_driver(st: Statement, temps: list[Statement]) -> Driver:
     own = driver_of(st)
     if own:
         return own
-    axes = {x.name for x in indices_in(st.out.coords)}
+    axes = {x.name for x in indices_of(st.out)}
     for driver in (*drivers_read(st), *map(outer_driver, temps)):
         if driver and axes & set(driver.indices):
             return driver

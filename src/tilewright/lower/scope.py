@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Level, Storage, may_miss
-from tilewright.ir.rewrite import add, simplify
-from tilewright.lower.tables import Driver, Statement, Tables, indices_in, unsearchable
+from tilewright.ir.rewrite import add, indices_of, simplify
+from tilewright.lower.tables import Driver, Statement, Tables, unsearchable
 
 
 class BlockPart(NamedTuple):
@@ -85,7 +85,7 @@ class Scope:
             self.known_positions[Driver(driver.structure, old)] = last
         walk.indices = driver.indices
         reduced = {a.name for a in st.axes}
-        own = reduced | {x.name for x in indices_in(st.out.coords)}
+        own = reduced | {x.name for x in indices_of(st.out)}
         opened = reduced | (own - self.coordinates.keys())
         for part in [p for p in self.block_parts if p.axis in opened]:
             del self.block_parts[part]

@@ -166,8 +166,3 @@ def unsearchable(access: Any, fmt: Any) -> ProgramError:
 def names_read(*values: ir.Expr) -> set[str]:
     """The tensors that expressions read."""
     return {x.tensor.name for e in values for x in walk(e, ir.Access)}
-
-
-def indices_in(coords: tuple[ir.Expr, ...]) -> list[ir.Index]:
-    """The indices in output coordinates, in order, once each."""
-    return list({x.name: x for c in coords for x in walk(c, ir.Index)}.values())

@@ -112,9 +112,7 @@ class Arguments:
         for dim, n in zip(spec.dims, shape, strict=True):
             expected = dim if isinstance(dim, int) else self.sizes.setdefault(dim, n)
             if expected != n:
-                text = (
-                    f"{spec.name} has {n} where {dim!r} is {expected}; its shape is {tuple(shape)}"
-                )
+                text = f"{spec.name} has {n} where {dim!r} is {expected}: its shape is {shape}"
                 raise _error("A103", text, spec.name, f"expected {_dims(spec)}")
 
     def _add_device(self, device: str, name: str) -> None:
