@@ -29,6 +29,7 @@ class Arguments:
 
     def __init__(self, manifest: Manifest, dtypes_by_name: dict[str, DType]) -> None:
         self.manifest, self.dtypes = manifest, dtypes_by_name
+        self.inputs: list[tuple[TensorSpec, Any]] = []
         self.sizes: dict[Any, int] = dict(manifest.sizes)
         self.views: dict[str, View] = {}
         self.structures: dict[str, Any] = {}
@@ -36,6 +37,7 @@ class Arguments:
 
     def add_input(self, spec: TensorSpec, arg: Any) -> None:
         """Check an input. Scalars are converted, and checked, at each call."""
+        self.inputs.append((spec, arg))
         if spec.structure:
             self._add_sparse(spec, arg)
             _check_fill(spec, arg)

@@ -158,7 +158,7 @@ class Kernel:
             arguments.add_output(spec, array)
         for spec in self.temps:
             arguments.add_output(spec, None)
-        frame = build_frame(self.manifest, arguments, args, self._structs)
+        frame = build_frame(arguments, self._structs)
         frame.run = self.launcher.prepare(self, frame)
         return frame
 

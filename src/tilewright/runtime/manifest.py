@@ -67,6 +67,11 @@ class Manifest:
     packed: tuple[str, ...] = ()
     costs: tuple[tuple[Any, ...], ...] = ((), (), (), ())
 
+    @property
+    def max_rows(self) -> int:
+        """Rows of the largest work table. The parameter block of every stage has so many."""
+        return max(len(s.rows) for s in self.stages)
+
 
 ROW_HEAD = (("first", "int64"), ("units", "int64"), ("body", "int64"))
 
@@ -83,17 +88,12 @@ def declarations(manifest: Manifest) -> str:
     """The C text of both structs, and of `Params`: the block with its rows behind it."""
     row, params = structs(manifest)
     fields = "\n".join(f"  {f.c_type} {f.name};" for f in params.fields)
-    n = max_rows(manifest)
+    n = manifest.max_rows
     return (
         f"{row.c_decl}\n{params.c_decl}\n"
         f"struct Params {{\n{fields}\n  Row rows[{n}];\n}};\n"
         f'static_assert(sizeof(Params) == {params.size + n * row.size}, "Params: size");\n'
     )
-
-
-def max_rows(manifest: Manifest) -> int:
-    """The number of rows of the largest work table. Every stage's parameter block has so many."""
-    return max(len(s.rows) for s in manifest.stages)
 
 
 # ---------------------------------------------------------------------------- on disk
