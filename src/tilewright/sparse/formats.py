@@ -384,8 +384,7 @@ def csr() -> Format:
 
 def csf(ndim: int) -> Format:
     """Compressed sparse fibres: each dimension lists the coordinates that have entries."""
-    if not isinstance(ndim, int) or ndim < 1:
-        raise FormatError("F101", f"csf({ndim!r})", hint="a number of dimensions, at least 1")
+    ndim = integer(f"csf({ndim!r})", "ndim", ndim, 1)
     return Format(f"csf({ndim})", tuple(Compressed(d) for d in range(ndim)))
 
 
@@ -429,10 +428,7 @@ def ragged() -> Format:
 def bsr(block: int) -> Format:
     """Dense `block × block` tiles under compressed rows of tiles. Raises FormatError[F101].
 
-    What a tile holds beside its entries are explicit zeros, and explicit zeros are stored
-    coordinates: a reduction over a row ranges over them too, so `min`, `max` and `prod` see the 0,
-    or the fill of the tensor: with `fill=inf`, in the program and in `pack`, a `min` is that of the
-    entries.
+    What a tile holds beside its entries are explicit zeros, which reductions see: as in `ragged`.
     """
     block = integer(f"bsr({block!r})", "block", block, 1)
     inside = (Dense(dim, block=block, inner=True) for dim in (0, 1))

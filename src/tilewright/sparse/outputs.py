@@ -137,15 +137,10 @@ def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
         rule = f"{name} has the structure of {like.name} but other dimensions"
         hint = "those of the structure, then dense ones: tw.temp.like(A)[i, j, head]"
         raise refusal("P103", rule, hint=hint)
-    tensor = Tensor(
-        name,
-        tuple(c.dim for c in coords),
-        dtype,
-        output.role,
-        structure=like.structure if like else "",
-        format=like.format if like else None,
-        inner=len(coords) - own if like else 0,
-    )
+    tensor = Tensor(name, tuple(c.dim for c in coords), dtype, output.role)
+    if like is not None:
+        inner = len(coords) - own
+        tensor = replace(tensor, structure=like.structure, format=like.format, inner=inner)
     trace.tensors[name] = tensor
     trace.body.append(_statement(Access(tensor, coords, dtype), value))
     return tensor
@@ -163,15 +158,9 @@ def _output_dtype(value: Expr) -> DType:
     does."""
     if not value.dtype.is_float:
         return value.dtype
-    floats = [
-        x.dtype
-        for x in walk(value, Access)
-        if x.dtype.is_float
-        and x.tensor.kind == "activation"
-        and x.tensor.role != "temp"
-        and not x.tensor.is_sparse
-        and x.tensor.dims
-    ]
+    read = [x.tensor for x in walk(value, Access) if x.tensor.dims and not x.tensor.is_sparse]
+    own = [t.dtype for t in read if t.kind == "activation" and t.role != "temp"]
+    floats = [t for t in own if t.is_float]
     return floats[-1] if floats and floats[-1].bits <= value.dtype.bits else value.dtype
 
 
