@@ -68,12 +68,9 @@ class _DLVersioned(ctypes.Structure):
 _DL_READONLY = 1
 _DL_CPU = (1, 3)  # host memory; host memory pinned for CUDA
 _DL_CUDA = (2, 13)  # device memory; managed memory
-_DL_TYPES = {
-    (code, t.bits): t
-    for code, kind in ((0, "i"), (1, "u"), (2, "f"), (6, "b"))
-    for t in dtypes.ALL.values()
-    if t.kind == kind and (t.name.startswith(("int", "uint", "bool")) or t.name[5:].isdigit())
-} | {(4, 16): dtypes.bfloat16, (10, 8): dtypes.float8_e4m3, (12, 8): dtypes.float8_e5m2}
+_DL_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
+_DL_TYPES = {(_DL_CODES[t.kind], t.bits): t for t in dtypes.ALL.values() if not t.ml_dtypes}
+_DL_TYPES |= {(4, 16): dtypes.bfloat16, (10, 8): dtypes.float8_e4m3, (12, 8): dtypes.float8_e5m2}
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
