@@ -254,7 +254,7 @@ def _variant_source(variants: tuple[str, ...], source: str) -> str:
 def _cpp_kernel(built: Built, target: Target) -> Kernel:
     def load(variants: tuple[str, ...]) -> ctypes.CDLL:
         source = _variant_source(variants, built.source)
-        return cxx.load_cpp(source, name=built.manifest.name, isa=target.arch or None)
+        return cxx.load_cpp(source, name=built.manifest.name, isa=target.arch)
 
     return Kernel(built.manifest, launch.CpuLauncher(load, built.entries), built.source)
 

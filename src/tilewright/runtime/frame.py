@@ -107,17 +107,15 @@ def build_frame(arguments: Arguments, structs: tuple[Struct, Struct]) -> Frame:
 def _block(arguments: Arguments, stage: StageSpec, row: Struct, params: Struct) -> tuple[Any, int]:
     """The parameter block of a stage without addresses, and its units. The work table follows the
     parameters: a row for each part of the structure that the stage follows."""
-    manifest = arguments.manifest
+    manifest, structures = arguments.manifest, arguments.structures
     block = ctypes.create_string_buffer(params.size + manifest.max_rows * row.size)
     values = [_parameter(name, arguments) for name in manifest.param_names]
     fields = (f.name for f in params.fields)
     params.pack_into(block, **dict(zip(fields, [*values, len(stage.rows)], strict=True)))
     total = 0
     for i, body in enumerate(stage.rows):
-        parts = {
-            name: s.parts[i if name == stage.structure else 0]
-            for name, s in arguments.structures.items()
-        }
+        numbers = {name: i if name == stage.structure else 0 for name in structures}
+        parts = {name: s.parts[numbers[name]] for name, s in structures.items()}
         counts = {names.size_name(d): k for d, k in arguments.sizes.items() if isinstance(d, str)}
         for name, part in parts.items():
             for level, count in enumerate(part.counts):

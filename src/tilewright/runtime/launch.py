@@ -84,11 +84,10 @@ class CudaLauncher(Launcher):
 
     def launches(self, kernel: Kernel, frame: Frame) -> list[cuda.Launch]:
         stages = kernel.manifest.stages
+        rows = zip(self.functions(kernel, frame), stages, frame.blocks, frame.units, strict=True)
         return [
             f.prepare((units, 1, 1), (*s.threads, 1), s.smem_bytes, block)
-            for f, s, block, units in zip(
-                self.functions(kernel, frame), stages, frame.blocks, frame.units, strict=True
-            )
+            for f, s, block, units in rows
             if units
         ]
 

@@ -76,7 +76,7 @@ def runnable(isa: str) -> bool:
     return cpu_features().issuperset(ISAS[isa].needs)
 
 
-def resolve_isa(isa: str | None = None) -> Isa:
+def resolve_isa(isa: str = "") -> Isa:
     """The instruction set to compile for: the argument, else the `isa` knob, else this CPU's best.
 
     Raises KnobError[K101] for a bad knob, BuildError[B103] for an unknown name, or one that this
