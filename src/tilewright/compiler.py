@@ -17,13 +17,12 @@ from tilewright.ir.names import stride_name
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.ir.rewrite import is_ordered
 from tilewright.ir.verify import verify
-from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
+from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, Watch, run_passes
 from tilewright.lower.cost import costs
 from tilewright.runtime.manifest import Built, Manifest, StageSpec, TensorSpec, declarations
 from tilewright.schedule import Schedule, Step
 from tilewright.target import Target
 
-Watch = Callable[[str, Program], None]
 Recipe = Callable[[Schedule], Schedule]
 
 

@@ -98,11 +98,8 @@ def _entry(stage: tuple[ir.Nest, ...], number: int) -> str:
     if stage[0].part < 0:
         if len(stage) != 1:
             raise InternalError("I101", "several nests in one launch need a work table")
-        return (
-            head
-            + "  for (int64_t unit = begin; unit < end; ++unit) "
-            + f"body{number}_0(p, p.rows[0], unit);\n}}"
-        )
+        call = f"body{number}_0(p, p.rows[0], unit);"
+        return f"{head}  for (int64_t unit = begin; unit < end; ++unit) {call}\n}}"
     cases = "\n".join(
         f"      case {n.part}: body{number}_{c}(p, r, unit - r.first); break;"
         for c, n in enumerate(stage)

@@ -342,7 +342,7 @@ def _registers(nest: ir.Nest) -> int:
     """Registers of a thread that a nest is compiled for. More of them cost CTAs of an SM."""
     allocs = (x.buffer for x in walk(nest.body, ir.Alloc))
     shapes = [b.shape for b in allocs if b.scope == "fragment"]
-    held = sum(math.prod(int(e.value) for e in shape) // WARP for shape in shapes)  # type: ignore[attr-defined]
+    held = sum(math.prod(int(e.value) for e in shape) // WARP for shape in shapes)
     return max(LEAST_MMA, held + OPERANDS) if held else REGISTERS // RESIDENT
 
 

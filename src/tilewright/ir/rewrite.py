@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import cache
+from functools import cache, reduce
 from typing import Any, TypeVar
 
 from tilewright import dtypes
@@ -161,10 +161,8 @@ def map_bodies(program: ir.Program, f: Callable[[ir.Stmt], ir.Stmt]) -> ir.Progr
 
 def is_ordered(nest: ir.Nest) -> bool:
     """Loop level: whether its units must run one after the other, with those of its stage."""
-    return nest.shared and any(
-        s.op and not s.atomic and s.buffer.scope in ("global", "part")
-        for s in statements(nest.body, ir.Store)
-    )
+    stores = (s for s in statements(nest.body, ir.Store) if s.buffer.scope in ("global", "part"))
+    return nest.shared and any(s.op and not s.atomic for s in stores)
 
 
 def substitute(n: N, values: Mapping[str, ir.Expr]) -> N:
@@ -227,6 +225,11 @@ def conjuncts(cond: ir.Expr) -> list[ir.Expr]:
     return [cond]
 
 
+def all_of(conditions: Iterable[ir.Expr]) -> ir.Expr:
+    """One or more conditions, joined by `&`."""
+    return reduce(lambda a, b: ir.binary("&", a, b), conditions)
+
+
 def zero_unless(cond: ir.Expr | None, value: ir.Expr) -> ir.Expr:
     """`value` where `cond` holds, else 0; `value` where there is no condition."""
     if cond is None:
@@ -282,14 +285,10 @@ def conditioned(e: Any, held: tuple[ir.Expr, ...] = ()) -> Any:
 
 def _computed_coordinates(e: ir.Expr) -> set[str]:
     """The indices of coordinates of dense tensors that are not the indices of their dimensions."""
-    return {
-        name
-        for x in walk(e, ir.Access)
-        if not x.tensor.is_sparse
-        for c, dim in zip(x.coords, x.tensor.dims, strict=True)
-        if not (isinstance(c, ir.Index) and c.dim == dim)
-        for name in free_indices(c)
-    }
+    dense = [x for x in walk(e, ir.Access) if not x.tensor.is_sparse]
+    coords = [pair for x in dense for pair in zip(x.coords, x.tensor.dims, strict=True)]
+    computed = (c for c, dim in coords if not (isinstance(c, ir.Index) and c.dim == dim))
+    return {name for c in computed for name in free_indices(c)}
 
 
 def is_const(e: ir.Expr, value: Any = None) -> bool:

@@ -206,11 +206,8 @@ class _Builder:
         at their own rows only."""
         structure = driver.structure if driver else ""
         composed = bool(structure) and hasattr(self.tensors[structure].format, "parts")
-        followers = {
-            t.out.tensor.name: ir.identity_of(t.op, t.out.dtype)
-            for t in temps
-            if driver and t.op and driver in (driver_of(t), outer_driver(t))
-        }
+        own = [t for t in temps if driver and t.op and driver in (driver_of(t), outer_driver(t))]
+        followers = {t.out.tensor.name: ir.identity_of(t.op, t.out.dtype) for t in own}
 
         def visit(e: Any) -> Any:
             if isinstance(e, ir.Access) and e.tensor.name in followers:

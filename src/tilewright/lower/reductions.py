@@ -315,14 +315,8 @@ def _joined(acc: ir.Buffer, chain: _Chain, op: str) -> ir.Expr:
     vector = next((f for f in chain.lanes if f.kind == "vector" and f.extent != 1), None)
     lanes = acc.dtype.vector(vector.extent or 1) if vector else acc.dtype
     ranges = [range(1) if f is vector else range(f.extent or 0) for f in chain.lanes]
-    loads = (
-        ir.Load(
-            acc,
-            (*spatial, *(ir.Const(i, f.var.dtype) for i, f in zip(at, chain.lanes, strict=True))),
-            lanes,
-        )
-        for at in product(*ranges)
-    )
+    kinds = [f.var.dtype for f in chain.lanes]
+    loads = (ir.Load(acc, (*spatial, *map(ir.Const, at, kinds)), lanes) for at in product(*ranges))
     total = reduce(lambda a, b: ir.Binary(ir.REDUCTIONS[op], a, b, a.dtype), loads)
     return ir.ReduceLanes(op, total, acc.dtype) if vector else total
 
@@ -351,7 +345,7 @@ def frame_of(path: Iterable[Any], reduced: frozenset[str]) -> tuple[Any, ...]:
         if isinstance(s, ir.If):
             kept = [x for x in ir.conjuncts(s.cond) if not ir.free_vars(x) & reduced]
             if kept:
-                cond = reduce(lambda a, b: ir.binary("&", a, b), kept)
+                cond = ir.all_of(kept)
                 frame.append(s if cond == s.cond else ir.If(cond, s.body))
         elif (s.name if isinstance(s, ir.For) else s.var.name) not in reduced:
             frame.append(s)
@@ -371,10 +365,8 @@ def framed(body: ir.Stmt, frame: Sequence[Any]) -> ir.Stmt:
 def with_totals(c: ir.Compute, totals: Sequence[ir.Expr]) -> tuple[Sequence[ir.Stmt], ir.Expr]:
     """The value of a statement with an epilogue, with these expressions for its totals; names for
     what it would compute more than once."""
-    known = {
-        r.total.name: ir.cast(value, r.total.dtype)
-        for r, value in zip(c.reductions, totals, strict=True)
-    }
+    pairs = zip((r.total for r in c.reductions), totals, strict=True)
+    known = {total.name: ir.cast(value, total.dtype) for total, value in pairs}
 
     def visit(x: Any) -> Any:
         return known.get(x.buffer.name, x) if isinstance(x, ir.Load) else x

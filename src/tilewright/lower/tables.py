@@ -118,15 +118,10 @@ class Tables:
         elif level.block:
             size = ceil_div(size, level.block)
         count = ir.Var(count_name(structure, depth), self.index)
-        arrays = {
-            name: ir.Buffer(
-                GeneratedName(structure, name, depth).name,
-                dtype or self.index,
-                (level.elements(name, count),),
-                "part",
-            )
-            for name, dtype in level.arrays.items()
-        }
+        arrays: dict[str, ir.Buffer] = {}
+        for name, dtype in level.arrays.items():
+            own, shape = GeneratedName(structure, name, depth).name, (level.elements(name, count),)
+            arrays[name] = ir.Buffer(own, dtype or self.index, shape, "part")
         return level, Storage(size, count, arrays, above)
 
     def values(self, tensor: ir.Tensor) -> ir.Buffer:
@@ -137,9 +132,8 @@ class Tables:
 
     def buffer(self, tensor: ir.Tensor) -> ir.Buffer:
         shape = tuple(self.size(d) for d in tensor.dims)
-        strides: list[ir.Expr] = [
-            ir.Var(stride_name(tensor.name, d), dtypes.int64) for d in range(len(shape))
-        ]
+        names = (stride_name(tensor.name, d) for d in range(len(shape)))
+        strides: list[ir.Expr] = [ir.Var(name, dtypes.int64) for name in names]
         if strides and not tensor.strided:
             strides[-1] = ir.Const(1, dtypes.int64)
         kind = "state" if tensor.role == "temp" else tensor.kind

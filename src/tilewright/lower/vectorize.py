@@ -238,18 +238,14 @@ class _Vectorizer:
             if e.name == self.loop.name:
                 return ir.Ramp(ir.Const(0, e.dtype), e.dtype.vector(self.lanes))
             return ir.Var(e.name, self.varying[e.name])
-        if isinstance(e, ir.Binary):
-            return ir.Binary(e.op, self.vector(e.a), self.vector(e.b), e.dtype.vector(self.lanes))
-        if isinstance(e, (ir.Unary, ir.Cast)):
-            return replace(e, a=self.vector(e.a), dtype=e.dtype.vector(self.lanes))
+        if isinstance(e, (ir.Binary, ir.Unary, ir.Cast, ir.ReduceThreads)):
+            return replace(ir.rebuild(e, self.vector), dtype=e.dtype.vector(self.lanes))
         if isinstance(e, ir.Select):
             dtype = e.dtype.vector(self.lanes)
             if self.varies(e.cond) and self.reads_memory(e.a, e.b):
                 raise self.refuse(f"whether it reads {e.a} differs from lane to lane")
             cond = self.vector(e.cond) if self.varies(e.cond) else e.cond
             return ir.Select(cond, self.vector(e.a), self.vector(e.b), dtype)
-        if isinstance(e, ir.ReduceThreads):
-            return replace(e, a=self.vector(e.a), dtype=e.dtype.vector(self.lanes))
         if isinstance(e, ir.Load):
             return self.load(e)
         raise self.refuse(f"{e} has no vector form")
@@ -311,11 +307,8 @@ def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:
 
 
 def _split(body: ir.Stmt) -> ir.Stmt:
-    arrays = {
-        x.buffer.name: x.buffer
-        for x in ir.walk(body, ir.Alloc)
-        if x.buffer.scope == "register" and x.buffer.shape
-    }
+    buffers = (x.buffer for x in ir.walk(body, ir.Alloc))
+    arrays = {b.name: b for b in buffers if b.scope == "register" and b.shape}
     for x in ir.walk(body, ir.Load, ir.Store):
         if x.buffer.name in arrays and any(ir.contains(i, ir.Var) for i in x.index):
             arrays.pop(x.buffer.name)

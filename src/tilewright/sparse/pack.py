@@ -245,10 +245,8 @@ def _pack(
     coords = [c if order is None else c[order] for c in matrix.coords]
     if isinstance(fmt, Composed):  # which counts the entries of each row
         _check_positions(fmt, shape[0])
-    parts = [
-        _pack_part(f, coords, shape, mine, roots, order)
-        for f, mine, roots in fmt.split(coords, shape)
-    ]
+    takes = fmt.split(coords, shape)
+    parts = [_pack_part(f, coords, shape, mine, roots, order) for f, mine, roots in takes]
     chosen = _index_type(index, max([matrix.nnz, *shape, *(n for p in parts for n in p.counts)]))
     parts = tuple(
         replace(p, arrays=tuple(
