@@ -16,7 +16,14 @@ from tilewright.errors import ArgumentError
 from tilewright.ir import names
 from tilewright.runtime.arguments import Arguments
 from tilewright.runtime.layout import Struct
-from tilewright.runtime.manifest import ROW_HEAD, Manifest, StageSpec, TensorSpec, unit_count
+from tilewright.runtime.manifest import (
+    ROW_HEAD,
+    Manifest,
+    StageSpec,
+    TensorSpec,
+    structs,
+    unit_count,
+)
 from tilewright.runtime.view import View, address, allocate, allocator, byte_range
 
 Slot = tuple[Any, int]
@@ -67,10 +74,11 @@ class Frame:
     run: Callable[[], None] = dataclasses.field(init=False)  # set by the launcher
 
 
-def build_frame(arguments: Arguments, structs: tuple[Struct, Struct]) -> Frame:
+def build_frame(arguments: Arguments) -> Frame:
     """The frame of a layout: counts the units of each stage and fills in all that is not an
-    argument. `structs` are the row of the work table and the parameter block."""
-    (row, params), manifest, inputs = structs, arguments.manifest, arguments.inputs
+    argument."""
+    manifest, inputs = arguments.manifest, arguments.inputs
+    row, params = structs(manifest)
     stages = [_block(arguments, stage, row, params) for stage in manifest.stages]
     blocks = [block for block, _ in stages]
     slots = _slots(manifest, blocks, row, params)

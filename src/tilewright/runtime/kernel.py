@@ -14,8 +14,7 @@ from tilewright import dtypes
 from tilewright.errors import ArgumentError
 from tilewright.runtime.arguments import Arguments, Span, check_overlaps, scalar_value, value_spans
 from tilewright.runtime.frame import Frame, build_frame
-from tilewright.runtime.layout import Struct
-from tilewright.runtime.manifest import Manifest, structs
+from tilewright.runtime.manifest import Manifest
 from tilewright.runtime.view import address, byte_span, layout, view
 
 if TYPE_CHECKING:
@@ -158,7 +157,7 @@ class Kernel:
             arguments.add_output(spec, array)
         for spec in self.temps:
             arguments.add_output(spec, None)
-        frame = build_frame(arguments, self._structs)
+        frame = build_frame(arguments)
         frame.run = self.launcher.prepare(self, frame)
         return frame
 
@@ -233,11 +232,6 @@ class Kernel:
     def _signature(self) -> inspect.Signature:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         return inspect.Signature([inspect.Parameter(t.name, kind) for t in self.inputs])
-
-    @cached_property
-    def _structs(self) -> tuple[Struct, Struct]:
-        """The row of the work table, and the parameter block; made by the first call."""
-        return structs(self.manifest)
 
 
 class Bound:

@@ -7,6 +7,7 @@ import json
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 from tilewright.errors import InternalError
@@ -76,6 +77,7 @@ class Manifest:
 ROW_HEAD = (("first", "int64"), ("units", "int64"), ("body", "int64"))
 
 
+@cache
 def structs(manifest: Manifest) -> tuple[Struct, Struct]:
     """The row of the work table, and the parameter block that precedes the table in memory; both
     have 64-bit fields, so that the table begins at the block's end."""
