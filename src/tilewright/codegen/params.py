@@ -114,7 +114,7 @@ def host_count(grid: tuple[ir.Expr, ...]) -> Any:
 
 
 def count_of(e: Any) -> Any:
-    """A whole number that the host computes, as data (`runtime.manifest.Count`)."""
+    """An integer expression that the host evaluates, as data (`runtime.manifest.Count`)."""
     if isinstance(e, ir.Const):
         return int(e.value)
     if isinstance(e, ir.Var):

@@ -52,7 +52,7 @@ def _combined(op: str, a: Affine, b: Affine) -> Affine | None:
 
 
 def slack_of(cond: Expr) -> Expr | None:
-    """b - a where `cond` says that a <= b of whole numbers: it holds where that is not negative."""
+    """b - a for a condition a <= b of integers, which holds where that is not negative."""
     if not (isinstance(cond, Binary) and cond.op in ("<", "<=", ">", ">=") and cond.a.dtype.is_int):
         return None
     a, b = (cond.a, cond.b) if cond.op in ("<", "<=") else (cond.b, cond.a)

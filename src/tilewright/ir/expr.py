@@ -309,7 +309,7 @@ class Tensor(Operators):
         indices = tuple(as_expr(c, dtypes.int32) for c in coords)
         for c in indices:
             if not c.dtype.is_int:
-                rule = f"{c} is {c.dtype}: coordinates of {self.name} are whole numbers"
+                rule = f"{c} is {c.dtype}: coordinates of {self.name} are integers"
                 raise ProgramError("P106", rule, hint='convert it: tw.floor(x).cast("int32")')
         return Access(self, indices, self.dtype)
 
@@ -426,12 +426,13 @@ def _literal_type(x: Any, other: DType) -> DType | None:
 
 
 def power(a: Any, exponent: Any) -> Expr:
-    """`a ** exponent` for a whole exponent, as products."""
+    """`a ** exponent` for an integer exponent from -64 to 64, as products. Raises
+    ProgramError[P106] for another one, or a negative one of an integer."""
     a, n = as_expr(a), _operand(exponent)
     if isinstance(n, float) and n.is_integer():
         n = int(n)
     if not isinstance(n, int) or isinstance(n, bool) or abs(n) > 64 or (n < 0 and a.dtype.is_int):
-        rule = f"{a} ** {exponent}: the exponent is a whole number of at most 64"
+        rule = f"{a} ** {exponent}: the exponent is an integer of at most 64"
         hint = "write tw.sqrt(x), or tw.exp(y * tw.log(x)) for x > 0"
         raise ProgramError("P106", rule, hint=hint)
     if n < 1:

@@ -22,13 +22,7 @@ from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_output
 from tilewright.lower.placed import Row, check, online, refuse
 from tilewright.lower.reads import PartRows, Reader, appended
 from tilewright.lower.scope import BlockPart, Scope, has_list, merge_of
-from tilewright.lower.tables import (
-    Driver,
-    Statement,
-    Tables,
-    unmergeable,
-    unsearchable,
-)  # fmt: skip
+from tilewright.lower.tables import Driver, Statement, Tables, unmergeable, unsearchable
 
 Wrap = Callable[[ir.Stmt], ir.Stmt]
 

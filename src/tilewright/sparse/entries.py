@@ -173,14 +173,14 @@ def row_major_order(coords: Sequence[np.ndarray]) -> np.ndarray | None:
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
-    """A shape as whole numbers that an int64 coordinate can count."""
+    """A shape as Python integers, each within an int64. Raises FormatError[F102]."""
     try:
         sizes = tuple(operator.index(n) for n in shape)
     except TypeError:
         sizes = (-1,)
     if not all(0 <= n < 2**63 for n in sizes):
         rule = f"{shape!r} is not the shape of a matrix"
-        hint = "one whole number for each dimension, below 2**63"
+        hint = "one integer for each dimension, below 2**63"
         raise FormatError("F102", rule, where="shape", hint=hint)
     return sizes
 

@@ -146,7 +146,7 @@ class Packed:
         wanted = kind if dtype is None else dtypes.dtype(dtype)
         array = entries.converted(array, kind, wanted)
         arrays = tuple(_scatter(p, array, wanted, self.fill) for p in self.structure.parts)
-        return Packed(self.structure, _placed(arrays, self.device), wanted, self.fill)
+        return Packed(self.structure, _on_device(arrays, self.device), wanted, self.fill)
 
     repack_values = with_values
 
@@ -185,7 +185,7 @@ class Packed:
             for p in s.parts
         )
         moved = Structure(s.format, s.shape, parts, s.nnz, s.index_dtype, device)
-        return replace(self, structure=moved, values=_placed(values, device))
+        return replace(self, structure=moved, values=_on_device(values, device))
 
     def __str__(self) -> str:
         lines = [self.structure._text(f" {self.dtype}")]
@@ -333,7 +333,7 @@ def _read_only(array: Any) -> Any:
     return array
 
 
-def _placed(arrays: tuple[np.ndarray, ...], device: str) -> tuple[Any, ...]:
+def _on_device(arrays: tuple[np.ndarray, ...], device: str) -> tuple[Any, ...]:
     return arrays if device == "cpu" else tuple(entries.to_device(a, device) for a in arrays)
 
 
