@@ -295,23 +295,16 @@ def _headers(stage: tuple[ir.Nest, ...]) -> tuple[str, ...]:
 
 
 def _accesses(stage: tuple[ir.Nest, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the buffers that a stage reads, and of those that it writes."""
-    reads, writes = {}, {}
-    for x in (x for nest in stage for x in walk(nest.body)):
-        if isinstance(x, ir.Store):
-            writes[x.buffer.name] = x.buffer
-            if x.op:
-                reads[x.buffer.name] = x.buffer
-        elif isinstance(x, ir.Load):
-            reads[x.buffer.name] = x.buffer
-        elif isinstance(x, ir.Mma):
-            reads |= {t.buffer.name: t.buffer for t in (x.a, x.b)}
-        elif isinstance(x, ir.Search):
-            reads[x.keys.name] = x.keys
-    outside = ("global", "part")
-    return tuple(
-        tuple(n for n, b in buffers.items() if b.scope in outside) for buffers in (reads, writes)
-    )  # type: ignore[return-value]
+    """The names of the buffers in global memory that a stage reads, and of those that it writes."""
+    nodes = [x for n in stage for x in walk(n.body, ir.Load, ir.Tile, ir.Store, ir.Search)]
+    writes = [x.buffer for x in nodes if isinstance(x, ir.Store)]
+    read = (x for x in nodes if not isinstance(x, ir.Store) or x.op)
+    reads = [x.keys if isinstance(x, ir.Search) else x.buffer for x in read]
+
+    def names(buffers: list[ir.Buffer]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(b.name for b in buffers if b.scope in ("global", "part")))
+
+    return names(reads), names(writes)
 
 
 def _body(program: ir.Program, params: Params, nest: ir.Nest, name: str) -> tuple[str, int]:
