@@ -16,8 +16,7 @@ from tilewright import dtypes
 from tilewright.codegen.params import C_TYPES, STORED_AS_BITS, Params, c_name
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError, ScheduleError
-from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import contains, walk
+from tilewright.ir import core as ir
 
 # The method of a renderer that gives the text of a node.
 _METHODS: dict[type, str] = {
@@ -355,8 +354,8 @@ class Renderer:
 
     def body_pointers(self, nest: ir.Nest) -> list[str]:
         """Local names for the pointers that a body reads from `params`."""
-        used = {x.buffer.name: x.buffer for x in walk(nest.body, ir.Load, ir.Store, ir.Tile)}
-        used |= {x.keys.name: x.keys for x in walk(nest.body, ir.Search)}
+        used = {x.buffer.name: x.buffer for x in ir.walk(nest.body, ir.Load, ir.Store, ir.Tile)}
+        used |= {x.keys.name: x.keys for x in ir.walk(nest.body, ir.Search)}
         names = {f[0]: f for f in self.params.params if f[1] == "ptr"}
         return [
             f"{names[c_name(b)][2]} {self.restrict} {c_name(b)} = p.{c_name(b)};"
@@ -383,13 +382,13 @@ class Renderer:
 
 def has(stage: Iterable[ir.Nest], *kinds: type) -> bool:
     """Whether a nest of the stage has statements of these kinds."""
-    return any(contains(n.body, *kinds) for n in stage)
+    return any(ir.contains(n.body, *kinds) for n in stage)
 
 
 def atom_texts(program: ir.Program, target: str) -> list[str]:
     """The functions of the atoms of a program, each once."""
     nests = (n for stage in program.stages for n in stage)
-    atoms = [x.atom for n in nests for x in walk(n.body, ir.Mma) if x.atom]
+    atoms = [x.atom for n in nests for x in ir.walk(n.body, ir.Mma) if x.atom]
     return list(dict.fromkeys(getattr(atom, target) for atom in atoms))
 
 

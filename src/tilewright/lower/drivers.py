@@ -14,9 +14,8 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.levels import is_list_of_pairs
-from tilewright.ir.rewrite import indices_of, walk
 from tilewright.lower.constants import constant
 from tilewright.lower.tables import Driver, Statement, drivers, names_read
 
@@ -51,11 +50,11 @@ def drivers_read(st: Statement) -> list[Driver]:
     """The composed structures that an element of a dense output is computed from at its own
     indices. The loops follow their parts, which cannot be searched; where nothing is stored an
     earlier nest has computed the value."""
-    name, own = st.out.tensor.name, {x.name for x in indices_of(st.out)}
+    name, own = st.out.tensor.name, {x.name for x in ir.indices_of(st.out)}
     if st.op or st.out.tensor.is_sparse or name in names_read(st.value):
         return []
     return [
-        Driver.of(x) for x in walk(st.value, ir.Access) if hasattr(x.tensor.format, "parts")
+        Driver.of(x) for x in ir.walk(st.value, ir.Access) if hasattr(x.tensor.format, "parts")
         and not x.tensor.format.repeats and set(Driver.of(x).indices) <= own
     ]  # fmt: skip
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import indices_of
+from tilewright.ir import core as ir
 from tilewright.lower.drivers import driver_of, iteration, outer_driver
 from tilewright.lower.tables import Statement, names_read
 
@@ -38,10 +37,10 @@ def fused(
     if root.op:
         return root, temps
     read = names_read(root.value) - names_read(*(t.value for t in temps))
-    own = set(indices_of(root.out))
+    own = set(ir.indices_of(root.out))
 
     def is_candidate(t: Statement) -> bool:
-        needs, it = set(indices_of(t.out)), iteration(t)
+        needs, it = set(ir.indices_of(t.out)), iteration(t)
         walks_one = not (it and it.op) and not (root.out.tensor.is_sparse and it)
         return (
             t.out.tensor.name in read and walks_one and (needs == own or (merged and needs < own))

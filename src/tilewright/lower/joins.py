@@ -19,8 +19,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import indices_of, substitute, transform, walk
+from tilewright.ir import core as ir
 from tilewright.lower.drivers import is_identity
 from tilewright.lower.reads import PartRows, Reader, appended
 from tilewright.lower.scope import Scope, has_list
@@ -84,7 +83,7 @@ class _Builder:
 
     def build(self) -> ir.Nest:
         st, tables = self.statements[0], self.tables
-        scope, outer = Scope(tables), indices_of(st.out)
+        scope, outer = Scope(tables), ir.indices_of(st.out)
         for x in outer:
             scope.coordinates[x.name] = self._variable(x.name)
         self._check_lists({x.name for x in outer})
@@ -115,7 +114,7 @@ class _Builder:
     def _product(self) -> ir.Reduce | None:
         """The sum over the join that the statements read. Raises ProgramError[P107] for several, or
         for one with terms outside of the join."""
-        sums = {x: 0 for st in self.statements for x in walk(_body(st), ir.Reduce)}
+        sums = {x: 0 for st in self.statements for x in ir.walk(_body(st), ir.Reduce)}
         for total in sums:
             if len(sums) > 1 or total.op != "sum" or not self._is_zero_outside(total):
                 raise ProgramError(
@@ -129,7 +128,7 @@ class _Builder:
     def _is_zero_outside(self, total: ir.Reduce) -> bool:
         if len(total.axes) != 1:
             return False
-        body = substitute(total.body, {total.axes[0].name: self.join.over})
+        body = ir.substitute(total.body, {total.axes[0].name: self.join.over})
         st = Statement(self.statements[0].out, "sum", (self.join.over,), body)
         return all(is_identity(st, {d}) for d in (self.join.first, self.join.second))
 
@@ -153,7 +152,7 @@ class _Builder:
         lets: list[ir.Stmt] = []
         value: ir.Expr = ir.cast(ir.Const(0, dtypes.int32), self.row.dtype)
         if self.product is not None:
-            term = substitute(self.product.body, {self.product.axes[0].name: join.over})
+            term = ir.substitute(self.product.body, {self.product.axes[0].name: join.over})
             value = ir.cast(self._reader(scope, lets).expr(term), self.row.dtype)
         key = scope.coordinates[join.axis.name]
         leaf = ir.seq(*lets, ir.Scatter(self.row, key, value))
@@ -176,9 +175,11 @@ class _Builder:
         scope.coordinates[axis.name], scope.rank = key, var
         lets: list[ir.Stmt] = [ir.Let(key, ir.Cursor(var, ir.KEY, key.dtype))]
         st, reader = self.statements[0], self._reader(scope, lets)
-        values = [
-            reader.expr(transform(_body(x), lambda e: self._total(e, var))) for x in self.statements
-        ]
+
+        def total(x: Any) -> Any:
+            return ir.Cursor(var, ir.VALUE, self.row.dtype) if isinstance(x, ir.Reduce) else x
+
+        values = [reader.expr(ir.transform(_body(x), total)) for x in self.statements]
         if st.op == "append":
             body = appended(reader, self.statements, values)
         else:
@@ -187,9 +188,6 @@ class _Builder:
             body = ir.seq(*lets, ir.Compute(out, values[0], st.op, (axis.name,)))
         zero, end = ir.Const(0, tables.index), tables.size(axis.dim)
         return ir.Drain(var, zero, end, body, axes=(axis.name,), workspace=self.row)
-
-    def _total(self, x: Any, loop: ir.Var) -> Any:
-        return ir.Cursor(loop, ir.VALUE, self.row.dtype) if isinstance(x, ir.Reduce) else x
 
     def _reader(self, scope: Scope, lets: list[ir.Stmt]) -> Reader:
         return Reader(self.tables, self.rows, scope, lets)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.levels import Level, lists_rows
-from tilewright.ir.rewrite import indices_of
 from tilewright.lower.drivers import Iteration, driver_of
 from tilewright.lower.tables import Driver, Statement, Tables
 
@@ -32,7 +31,7 @@ def ordered_loops(
     """The loops of a statement, outermost first. Loops over output indices come before loops over
     reduced ones unless `Schedule.order_axes` chose another order; in each case a sparse level
     comes after the levels above it. Indices in `bound` have loops already and get none here."""
-    axes = [x for x in indices_of(st.out) if x.name not in bound] + list(st.axes)
+    axes = [x for x in ir.indices_of(st.out) if x.name not in bound] + list(st.axes)
     for order in tables.program.orders:
         if order[0] == st.out.tensor.name:
             rank = {name: r for r, name in enumerate(order[1:])}

@@ -10,8 +10,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import indices_of, loads, rebuild, simplify, walk
+from tilewright.ir import core as ir
 from tilewright.lower.drivers import (
     check_reduction,
     driver_of,
@@ -41,7 +40,7 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
     stages: list[tuple[ir.Nest, ...]] = []
     for root, inline, also in _roots(program, builder.placed):
         stages += builder.stages(root, inline, also)
-    read = (x.buffer for stage in stages for nest in stage for x in loads(nest.body))
+    read = (x.buffer for stage in stages for nest in stage for x in ir.loads(nest.body))
     buffers = {b.name: b for b in read if b.scope in ("global", "part")}
     return replace(
         builder.program, level="positions", stages=tuple(stages), buffers=tuple(buffers.values())
@@ -130,7 +129,7 @@ class _Builder:
         numbers, follows = (range(len(built)), structure) if composed else ((-1,), "")
         nests = tuple(
             ir.Nest(
-                statement.out.tensor.name, simplify(nest.body), part, structure=follows,
+                statement.out.tensor.name, ir.simplify(nest.body), part, structure=follows,
                 shared=shared and nest.in_place,
             )
             for part, nest in zip(numbers, built, strict=True)
@@ -159,11 +158,11 @@ class _Builder:
     def _is_separable(self, t: Statement, root: Statement, temps: list[Statement]) -> bool:
         """Whether a reduction inside `root` can be an array: no larger than the output, or along
         one of the axes of structures."""
-        own = {x.name for x in indices_of(t.out)}
+        own = {x.name for x in ir.indices_of(t.out)}
         first = len(root.out.stored_coords) if root.out.tensor.is_sparse else 0
-        dense = {x.name for x in indices_of(*root.out.coords[first:])}
+        dense = {x.name for x in ir.indices_of(*root.out.coords[first:])}
         values = (root.out, *(st.value for st in (root, *temps)))
-        read = (x for e in values for x in walk(e, ir.Access))
+        read = (x for e in values for x in ir.walk(e, ir.Access))
         sparse = {n for x in read if x.tensor.is_sparse for n in Driver.of(x).indices}
         return own <= dense or len(own & sparse) <= 1
 
@@ -216,7 +215,7 @@ class _Builder:
                 return ir.Const(False, e.dtype)
             if isinstance(e, ir.Access) and composed and e.tensor.structure == structure:
                 return ir.cast(ir.Const(e.tensor.fill, dtypes.float64), e.dtype)
-            return rebuild(e, visit)
+            return ir.rebuild(e, visit)
 
         if st.op and driver_of(st):
             value = ir.cast(ir.identity_of(st.op, st.value.dtype), st.out.dtype)
@@ -225,7 +224,7 @@ class _Builder:
             plain = replace(st, value=visit(st.value))
             rest = _read_by(plain, [replace(t, value=visit(t.value)) for t in temps])
         tables = Tables(self.program, parts)
-        body = simplify(NestBuilder(tables, plain, rest, "", shared=False).build().body)
+        body = ir.simplify(NestBuilder(tables, plain, rest, "", shared=False).build().body)
         follows = structure if part >= 0 else ""
         return ir.Nest(f"{st.out.tensor.name}.init", body, part, structure=follows)
 
@@ -241,7 +240,7 @@ def _shares_rows(root: Statement, t: Statement, fmt: Any) -> ProgramError:
 def _keeps_rows(fmt: Any, out: ir.Access, around: Driver, is_like: bool) -> bool:
     """Whether no two parts of a composed format store elements of one row of the output. `is_like`:
     all that loops store is stored like it; they come to elements of their part only."""
-    has_row = around.indices[0] in {x.name for x in indices_of(out)}
+    has_row = around.indices[0] in {x.name for x in ir.indices_of(out)}
     return has_row and (fmt.unique_rows or (is_like and fmt.disjoint_rows and not fmt.repeats))
 
 
@@ -250,7 +249,7 @@ def _root_driver(st: Statement, temps: list[Statement]) -> Driver:
     own = driver_of(st)
     if own:
         return own
-    axes = {x.name for x in indices_of(st.out)}
+    axes = {x.name for x in ir.indices_of(st.out)}
     for driver in (*drivers_read(st), *map(outer_driver, temps)):
         if driver and axes & set(driver.indices):
             return driver

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.levels import Level, Storage
 from tilewright.ir.names import PRIME, GeneratedName, count_name, stride_name, values_name
-from tilewright.ir.rewrite import ceil_div, walk
 
 
 class Driver(NamedTuple):
@@ -56,7 +55,7 @@ def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
     reduced."""
     reduced = {a.name for a in st.axes}
     tensors: dict[Driver, ir.Tensor] = {}
-    for x in walk(st.value, ir.Access):
+    for x in ir.walk(st.value, ir.Access):
         if x.tensor.is_sparse:
             driver = Driver.of(x)
             names = set(driver.indices)
@@ -116,7 +115,7 @@ class Tables:
         if level.inner:
             size = ir.Const(level.block, self.index)
         elif level.block:
-            size = ceil_div(size, level.block)
+            size = ir.ceil_div(size, level.block)
         count = ir.Var(count_name(structure, depth), self.index)
         arrays: dict[str, ir.Buffer] = {}
         for name, dtype in level.arrays.items():
@@ -159,4 +158,4 @@ def unsearchable(access: Any, fmt: Any) -> ProgramError:
 
 def names_read(*values: ir.Expr) -> set[str]:
     """The tensors that expressions read."""
-    return {x.tensor.name for e in values for x in walk(e, ir.Access)}
+    return {x.tensor.name for e in values for x in ir.walk(e, ir.Access)}
