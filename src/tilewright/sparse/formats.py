@@ -428,8 +428,8 @@ def ragged() -> Format:
 def bsr(block: int) -> Format:
     """Dense `block × block` tiles under compressed rows of tiles. Raises FormatError[F101].
 
-    What a tile holds beside its entries are explicit zeros, which reductions see: as in `ragged`.
-    """
+    What a tile holds beside its entries are explicit zeros, and explicit zeros are stored
+    coordinates, which reductions see: as `ragged` says."""
     block = integer(f"bsr({block!r})", "block", block, 1)
     inside = (Dense(dim, block=block, inner=True) for dim in (0, 1))
     return Format(f"bsr({block})", (Dense(0, block=block), Compressed(1, block=block), *inside))
