@@ -62,15 +62,15 @@ class Renderer:
         self.depth -= 1
         self.line("}")
 
-    def text(self, node: Any) -> Any:
-        """Runs the method of a node; what other targets alone have, this one has no method for."""
-        method = getattr(self, _METHODS.get(type(node), ""), None)
+    def text(self, e: Any) -> Any:
+        """Returns the text of an expression; adds the lines of a statement. Raises
+        InternalError[I101] for a node that only other targets have."""
+        method = getattr(self, _METHODS.get(type(e), ""), None)
         if method is None:
-            raise InternalError("I101", f"{type(self).__name__}: no text for {type(node).__name__}")
-        return method(node)
+            raise InternalError("I101", f"{type(self).__name__}: no text for {type(e).__name__}")
+        return method(e)
 
-    def stmt(self, s: ir.Stmt) -> None:
-        self.text(s)
+    stmt = expr = text
 
     def seq(self, s: ir.Seq) -> None:
         for b in s.body:
@@ -205,9 +205,6 @@ class Renderer:
         if e.name in self.params.packed:
             return f"TW_STRIDE(p.{name}, {self.params.packed[e.name]})"
         return f"p.{name}" if name in self.param_fields else name
-
-    def expr(self, e: Any) -> str:
-        return self.text(e)
 
     def search(self, e: ir.Search) -> str:
         verb = "find_last" if e.last else "find"
