@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime.manifest import Manifest, TensorSpec
 from tilewright.runtime.view import View, address, row_major_strides, view
@@ -27,7 +26,7 @@ class Arguments:
     """The checked arguments of one call: views of dense arrays, structures of sparse ones, sizes.
     Every method raises ArgumentError."""
 
-    def __init__(self, manifest: Manifest, dtypes_by_name: dict[str, DType]) -> None:
+    def __init__(self, manifest: Manifest, dtypes_by_name: dict[str, dtypes.DType]) -> None:
         self.manifest, self.dtypes = manifest, dtypes_by_name
         self.inputs: list[tuple[TensorSpec, Any]] = []
         self.sizes: dict[Any, int] = dict(manifest.sizes)
@@ -132,7 +131,7 @@ def _error(code: str, message: str, name: str, hint: str = "") -> ArgumentError:
     return ArgumentError(code, message, where=f"argument {name}", hint=hint)
 
 
-def _wrong_dtype(spec: TensorSpec, expected: DType, actual: DType) -> ArgumentError:
+def _wrong_dtype(spec: TensorSpec, expected: dtypes.DType, actual: dtypes.DType) -> ArgumentError:
     hint = f'convert it, or build with .typed({spec.name}="{actual}")'
     if spec.role == "output":  # which has the dtype of its expression
         hint = f'make it {expected}, or write tw.out.typed("{actual}")[…](…) in the program'
@@ -140,7 +139,7 @@ def _wrong_dtype(spec: TensorSpec, expected: DType, actual: DType) -> ArgumentEr
     return _error("A102", text, spec.name, hint)
 
 
-def scalar_value(spec: TensorSpec, dtype: DType, arg: Any) -> float | int:
+def scalar_value(spec: TensorSpec, dtype: dtypes.DType, arg: Any) -> float | int:
     """The number, or the bits of a 16-bit float, that a scalar parameter holds."""
     value: float | int | None = None
     if not isinstance(arg, (str, bytes)):
@@ -199,7 +198,7 @@ def _may_alias_itself(v: View) -> bool:
     return False
 
 
-def _same_bits(v: View, dtype: DType) -> bool:
+def _same_bits(v: View, dtype: dtypes.DType) -> bool:
     """Whether unsigned integers pass as a dtype that NumPy lacks: bfloat16 as uint16."""
     return v.dtype.kind == "u" and v.dtype.bits == dtype.bits and dtype.numpy.kind == "u"
 

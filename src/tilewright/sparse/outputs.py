@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.ir import nodes as ir
 from tilewright.ir.nodes import Access, Expr, Index, Tensor, as_expr
 from tilewright.ir.rewrite import free_indices, free_vars, rename_reductions, walk, zero_unless
@@ -25,7 +24,7 @@ class Output:
 
     role: ir.Role
     name: str = ""
-    dtype: DType | None = None
+    dtype: dtypes.DType | None = None
     structure_of: Tensor | None = None
 
     def like(self, tensor: Tensor) -> Output:
@@ -153,7 +152,7 @@ def _statement(to: Access, value: Expr, op: str = "") -> ir.Assign:
     return ir.Assign(to, ir.cast(rename_reductions(value, bound), to.dtype), op)
 
 
-def _output_dtype(value: Expr) -> DType:
+def _output_dtype(value: Expr) -> dtypes.DType:
     """A float result takes the dtype of the last dense float activation, as a matrix product
     does."""
     if not value.dtype.is_float:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.errors import ProgramError
 from tilewright.ir.nodes import Cast, Kind, Program, Tensor
 from tilewright.ir.rewrite import walk
@@ -34,7 +33,7 @@ class Declared:
     """What a parameter's default value says of it; `trace` turns it into a `Tensor`."""
 
     dims: tuple[str | int, ...]
-    dtype: DType | None = None
+    dtype: dtypes.DType | None = None
     is_sparse: bool = False
     like: str = ""
     fill: float = 0.0
@@ -79,7 +78,7 @@ def scalar(dtype: Any = "float32", default: float | None = None) -> Any:
 
 def trace(
     function: Callable[..., Any],
-    dtypes_by_name: dict[str, DType],
+    dtypes_by_name: dict[str, dtypes.DType],
     formats: dict[str, Any],
     default: Callable[[int], Any],
 ) -> Program:
@@ -134,7 +133,7 @@ def _check_dtypes(program: Program, line: str) -> None:
 
 
 def _parameter(
-    name: str, d: Declared, declared: dict[str, Any], dtypes_by_name: dict[str, DType],
+    name: str, d: Declared, declared: dict[str, Any], dtypes_by_name: dict[str, dtypes.DType],
     formats: dict[str, Any], default: Callable[[int], Any], line: str,
 ) -> Tensor:  # fmt: skip
     dtype = dtypes_by_name.get(name) or d.dtype or dtypes.float32

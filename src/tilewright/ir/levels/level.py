@@ -10,13 +10,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.errors import FormatError
 from tilewright.ir.nodes import Buffer, Const, Expr, binary, select
 from tilewright.ir.rewrite import add, is_const, mul
 
 Arrays = dict[str, np.ndarray]
-Types = Mapping[str, DType | None]
+Types = Mapping[str, dtypes.DType | None]
 Built = tuple[Arrays, np.ndarray, int]
 INT32_MAX = 2**31 - 1  # the IR counts blocks, widths and chunks in int32
 
