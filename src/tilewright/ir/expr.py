@@ -442,7 +442,7 @@ def power(a: Any, exponent: Any) -> Expr:
 
 
 def equal(a: Any, b: Any) -> Expr:
-    """The node `a == b`."""
+    """The condition that two values are equal; `a == b` itself compares the expressions."""
     return binary("==", a, b)
 
 

@@ -93,8 +93,8 @@ class Kernel:
         return Bound(self, frame, self._returned(outputs, args))
 
     def report(self, *args: Any, **named: Any) -> Report:
-        """The launches, binary searches inside loops, work that is done again, bytes and padding:
-        in numbers for the arguments of a call, else as amounts in their sizes. Raises
+        """What a call costs: launches, binary searches in loops, recomputed expressions, bytes and
+        padding; numbers for these arguments, formulas in sizes without any. Raises
         ArgumentError."""
         from tilewright.runtime.report import report
 

@@ -73,7 +73,7 @@ class Structure:
 
     @property
     def padding(self) -> float:
-        """The share of stored slots that hold no entry."""
+        """The share of positions without an entry, from 0 to 1."""
         stored = sum(p.size for p in self.parts)
         return 1 - self.nnz / stored if stored else 0.0
 
@@ -103,9 +103,9 @@ class Structure:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """A sparse tensor: a structure and one array of values for each part. Slots without an entry
-    (the rest of a block, a gap of a ragged row, padding) hold `fill`. Each slot
-    of a result may hold an array, of shape `inner`."""
+    """A sparse tensor: its structure, and an array of values for each part of the format, of shape
+    (positions, *inner): results may hold an array of shape `inner` at each position. Positions
+    without an entry (the rest of a block, a gap of a ragged row, padding) hold `fill`."""
 
     structure: Structure
     values: tuple[Any, ...]
@@ -131,7 +131,7 @@ class Packed:
 
     @property
     def padding(self) -> float:
-        """The share of stored slots that hold no entry."""
+        """The share of positions without an entry, from 0 to 1."""
         return self.structure.padding
 
     def with_values(self, values: Any, *, dtype: Any = None) -> Packed:
@@ -158,13 +158,13 @@ class Packed:
         return out
 
     def unpack(self) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-        """Coordinates (one array a dimension) and values of what is stored, in row-major order;
-        padding is left out, explicit zeros inside dense levels are not."""
+        """The stored coordinates, an int64 array (stored,) a dimension, and their values
+        (stored, *inner), in row-major order; with explicit zeros, without padding."""
         coords, at = self.structure.stored()
         return coords, np.concatenate([entries.stored(v, self.dtype) for v in self.values])[at]
 
     def dense(self) -> np.ndarray:
-        """The dense array, with `fill` where nothing is stored."""
+        """The tensor as a NumPy array (*shape, *inner), with `fill` where nothing is stored."""
         coords, values = self.unpack()
         out = np.full(
             (*self.shape, *self.inner), entries.filling(self.fill, self.dtype), self.dtype.numpy
