@@ -117,28 +117,23 @@ class CudaRenderer(MergeRenderer):
     def select(self, e: ir.Select) -> str:
         """Render a guarded load as a predicated load. A branch would serialise the latencies of
         neighbouring loads."""
-        if (
-            isinstance(e.a, ir.Load)
-            and e.cond.dtype.lanes == 1
-            and e.a.buffer.name not in self.written
-            and ir.is_const(e.b.a if isinstance(e.b, ir.Broadcast) else e.b, 0)
-        ):
-            index = e.a.index[0].base if isinstance(e.a.index[0], ir.Ramp) else e.a.index[0]
-            if e.dtype.lanes == 1 or isinstance(e.a.index[0], ir.Ramp):
-                kind = _vector_of(e.a.buffer, index, e.dtype.lanes)
-                lanes = "" if e.dtype.lanes > 1 else "[0]"
-                address = self.address(e.a.buffer, index)
-                verb = self.load_verb(e.a.buffer)
-                return f"tw::{verb}_if<{kind}>({self.expr(e.cond)}, {address}){lanes}"
-        return super().select(e)
+        is_zero = ir.is_const(e.b.a if isinstance(e.b, ir.Broadcast) else e.b, 0)
+        if not (isinstance(e.a, ir.Load) and e.cond.dtype.lanes == 1 and is_zero):
+            return super().select(e)
+        buffer, index = e.a.buffer, e.a.index[0]
+        if buffer.name in self.written or not (e.dtype.lanes == 1 or isinstance(index, ir.Ramp)):
+            return super().select(e)
+        index = index.base if isinstance(index, ir.Ramp) else index
+        kind, verb = _vector_of(buffer, index, e.dtype.lanes), self.load_verb(buffer)
+        lanes = "" if e.dtype.lanes > 1 else "[0]"
+        return f"tw::{verb}_if<{kind}>({self.expr(e.cond)}, {self.address(buffer, index)}){lanes}"
 
     def reduce_threads(self, e: ir.ReduceThreads) -> str:
         value, op = self.expr(e.a), f"tw::op_{e.op}<{self.type(e.dtype)}>"
         if e.axis == "thread.x":
             return f"tw::across_lanes<{op}, {e.extent}>({value})"
-        return (
-            f"tw::across_rows<{op}, {e.extent}>({value}, smem, BARRIER, {self.threads[0]}, tx, ty)"
-        )
+        args = f"{value}, smem, BARRIER, {self.threads[0]}, tx, ty"
+        return f"tw::across_rows<{op}, {e.extent}>({args})"
 
     def alloc(self, s: ir.Alloc) -> None:
         b = s.buffer

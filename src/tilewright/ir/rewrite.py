@@ -372,13 +372,12 @@ def _keeps(mask: int, e: ir.Expr) -> bool:
 def _simplify_sum(x: ir.Binary) -> ir.Expr:
     """(i + 1) + 2"""
     a, b = x.a, x.b
-    if (
-        isinstance(a, ir.Binary) and a.op == "+"
-        and isinstance(a.b, ir.Const) and isinstance(b, ir.Const)
-    ):  # fmt: skip
-        both = ir.Const(b.dtype.wrapped(int(a.b.value + b.value)), b.dtype)
-        return _simplify_binary(ir.Binary("+", a.a, both, x.dtype))
-    return x
+    if not (isinstance(a, ir.Binary) and a.op == "+"):
+        return x
+    if not (isinstance(a.b, ir.Const) and isinstance(b, ir.Const)):
+        return x
+    both = ir.Const(b.dtype.wrapped(int(a.b.value + b.value)), b.dtype)
+    return _simplify_binary(ir.Binary("+", a.a, both, x.dtype))
 
 
 def add(*terms: Any) -> ir.Expr:

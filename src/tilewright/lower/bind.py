@@ -109,14 +109,11 @@ def _grid(nest: ir.Nest) -> ir.Nest:
         elif isinstance(body, ir.If) and _has_grid(body.body):
             frame.append(body)
             body = body.body
-        elif (
-            isinstance(body, ir.Seq)
-            and body.body
-            and _has_grid(body.body[-1])
-            and all(isinstance(b, ir.Let) for b in body.body[:-1])
-        ):
-            frame += body.body[:-1]
-            body = body.body[-1]
+        elif isinstance(body, ir.Seq) and body.body and _has_grid(body.body[-1]):
+            *lets, last = body.body
+            if not all(isinstance(b, ir.Let) for b in lets):
+                break
+            frame, body = [*frame, *lets], last
         else:
             break
     if _has_grid(body):
@@ -137,11 +134,8 @@ def _has_grid(s: ir.Stmt) -> bool:
 def _host_bound(e: ir.Expr) -> ir.Expr | None:
     """The most that an extent can be, of what the host knows before a launch (sizes and counts);
     None where nothing says. Of min(length[r], size) it is the size."""
-    unknown = any(
-        isinstance(x, (ir.Load, ir.Search))
-        or (isinstance(x, ir.Var) and not is_generated(x.name, SIZE, COUNT))
-        for x in ir.walk(e)
-    )
+    local = [x for x in ir.walk(e, ir.Var) if not is_generated(x.name, SIZE, COUNT)]
+    unknown = bool(local) or ir.contains(e, ir.Load, ir.Search)
     if not unknown or not isinstance(e, ir.Binary):
         return None if unknown else e
     a, b = _host_bound(e.a), _host_bound(e.b)

@@ -42,9 +42,8 @@ def fused(
     def is_candidate(t: Statement) -> bool:
         needs, it = set(ir.indices_of(t.out)), iteration(t)
         walks_one = not (it and it.op) and not (root.out.tensor.is_sparse and it)
-        return (
-            t.out.tensor.name in read and walks_one and (needs == own or (merged and needs < own))
-        )
+        depends = needs == own or (merged and needs < own)
+        return t.out.tensor.name in read and walks_one and depends
 
     def is_elsewhere(t: Statement) -> bool:
         driver = outer_driver(t)

@@ -28,13 +28,9 @@ def hoist_reductions(program: ir.Program) -> ir.Program:
         hoister = _Hoister(statement)
         value = ir.conditioned(statement.value)
         inner = value.a if isinstance(value, ir.Cast) else value
-        if (
-            isinstance(inner, ir.Reduce)
-            and not statement.op
-            and not _reads_other_coordinates(statement, inner)
-        ):
-            # The statement itself reduces.
-            new = ir.Reduce(inner.op, inner.axes, hoister.visit(inner.body, (inner,)), inner.dtype)
+        own = inner if isinstance(inner, ir.Reduce) and not statement.op else None
+        if own is not None and not _reads_other_coordinates(statement, own):  # it reduces itself
+            new = ir.Reduce(own.op, own.axes, hoister.visit(own.body, (own,)), own.dtype)
             value = ir.cast(new, value.dtype)
         else:
             value = hoister.visit(value, ())

@@ -85,15 +85,13 @@ def revisits_outputs(st: Statement, specs: list[LoopSpec]) -> bool:
             is_below_reduction = True
             if s.fused is not None:
                 return True
-        elif s.merged is not None or (
-            s.level is not None
-            and (
-                (s.fused is not None and s.fused.name in reduced)
-                or (not s.level.unique and not is_sparse)
-                or (not s.level.is_dense and is_below_reduction)
-            )
-        ):
+        elif s.merged is not None:
             return True
+        elif s.level is not None:
+            reduces = s.fused is not None and s.fused.name in reduced
+            repeats = not s.level.unique and not is_sparse
+            if reduces or repeats or (is_below_reduction and not s.level.is_dense):
+                return True
     return False
 
 

@@ -198,12 +198,8 @@ class NestBuilder:
             if driver is None or driver.structure != self.structure:
                 continue
             walked = [driver.indices[level.dim] in own for level in levels]
-            reachable = (
-                level.is_dense or all(walked[:depth])
-                for depth, level in enumerate(levels)
-                if walked[depth]
-            )
-            if any(walked) and all(reachable):
+            own_levels = [(n, level) for n, level in enumerate(levels) if walked[n]]
+            if own_levels and all(x.is_dense or all(walked[:n]) for n, x in own_levels):
                 return driver
         if self.tables.is_composed(self.structure):
             raise unsearchable(self.structure, self.tables.tensors[self.structure].format)

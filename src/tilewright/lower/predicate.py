@@ -54,14 +54,10 @@ def _rewrite(s: ir.Stmt, cond: ir.Expr, guarded: Any) -> ir.Stmt | None:
             return s
         is_load = isinstance(s.value, ir.Load)
         return ir.Let(s.var, ir.zero_unless(cond, s.value)) if is_load else None
-    if (
-        isinstance(s, ir.Store)
-        and s.buffer.scope == "register"
-        and s.op == "sum"
-        and _is_product(s.value, guarded)
-    ):
-        return replace(s, value=_guard_loads(s.value, cond, guarded))
-    return None
+    if not isinstance(s, ir.Store) or s.buffer.scope != "register" or s.op != "sum":
+        return None
+    is_product = _is_product(s.value, guarded)
+    return replace(s, value=_guard_loads(s.value, cond, guarded)) if is_product else None
 
 
 def _is_product(e: ir.Expr, guarded: Any) -> bool:

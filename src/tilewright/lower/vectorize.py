@@ -287,11 +287,8 @@ def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:
     def visit(x: Any) -> Any:
         if isinstance(x, ir.Alloc) and x.buffer.name in wide:
             return ir.Alloc(buffer(x.buffer))
-        if (
-            isinstance(x, (ir.Load, ir.Store))
-            and x.buffer.name in wide
-            and x.buffer.dtype.lanes == 1
-        ):
+        is_access = isinstance(x, (ir.Load, ir.Store))
+        if is_access and x.buffer.name in wide and x.buffer.dtype.lanes == 1:
             dim, lanes = wide[x.buffer.name]
             if (x.value if isinstance(x, ir.Store) else x).dtype.lanes != lanes:
                 rule = f"{x.buffer.name} holds {lanes} lanes in one loop and not in another"

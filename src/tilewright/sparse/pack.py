@@ -235,9 +235,9 @@ def _pack(
     if len(shape) != fmt.ndim:
         rule = f"{fmt} stores {fmt.ndim} dimensions, the matrix has {len(shape)}"
         raise FormatError("F102", rule, where="matrix")
-    array, kind = (
-        (matrix.values, matrix.dtype) if values is None else entries.values_of(values, "values")
-    )
+    array, kind = matrix.values, matrix.dtype
+    if values is not None:
+        array, kind = entries.values_of(values, "values")
     entries.check_count(array, matrix.nnz)
     wanted = kind if dtype is None else dtypes.dtype(dtype)
     array = entries.converted(array, kind, wanted)

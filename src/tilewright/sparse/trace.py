@@ -108,11 +108,8 @@ def _in_order(t: Trace, results: tuple[Any, ...], line: str) -> tuple[Tensor, ..
     outputs = {n: x for n, x in t.tensors.items() if x.role == "output"}
     computed = [n for n, x in outputs.items() if x.kind != "state"]
     updated = set(outputs) - set(computed)
-    if (
-        not t.body
-        or sorted(set(names) - updated) != sorted(computed)
-        or len(set(names)) != len(names)
-    ):
+    is_complete = sorted(set(names) - updated) == sorted(computed)
+    if not t.body or not is_complete or len(set(names)) != len(names):
         raise ProgramError(
             "P101", f"{t.name} must return what it computes, each output once: it returns "
             f"{', '.join(names)} and computes {', '.join(outputs) or 'nothing'}", where=line,
