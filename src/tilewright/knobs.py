@@ -44,10 +44,11 @@ def folder(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise KnobError(
-            "K101", f"no folder {str(path)!r}: {error}",
-            where="environment variable TILEWRIGHT_CACHE_DIR", hint="write the folder without ~",
-        ) from None  # fmt: skip
+        rule, where = (
+            f"no folder {str(path)!r}: {error}",
+            "environment variable TILEWRIGHT_CACHE_DIR",
+        )
+        raise KnobError("K101", rule, where=where, hint="write the folder without ~") from None
 
 
 def _default_cache() -> Path:

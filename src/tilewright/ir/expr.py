@@ -302,10 +302,9 @@ class Tensor(Operators):
     def __getitem__(self, coords: Any) -> Access:
         coords = coords if isinstance(coords, tuple) else (coords,)
         if len(coords) != len(self.dims):
-            raise ProgramError(
-                "P103", f"{self.name} has dimensions {self.dims} but was read with {len(coords)} "
-                "coordinates", hint=f"write {self.name}[{', '.join('ijklmn'[: len(self.dims)])}]",
-            )  # fmt: skip
+            rule = f"{self.name} has dimensions {self.dims} but {len(coords)} coordinates"
+            hint = f"write {self.name}[{', '.join('ijklmn'[: len(self.dims)])}]"
+            raise ProgramError("P103", rule, hint=hint)
         indices = tuple(as_expr(c, dtypes.int32) for c in coords)
         for c in indices:
             if not c.dtype.is_int:

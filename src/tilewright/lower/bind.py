@@ -51,11 +51,8 @@ def _bound(nest: ir.Nest) -> ir.Nest:
         extents["thread.x"] = WARP
     _check_cta(nest, extents["thread.x"] * extents["thread.y"])
     if ir.is_ordered(nest):
-        raise illegal(
-            f"parts of {nest.structure} update the same rows of {nest.name}, and a GPU runs them "
-            "at once",
-            "atomic(), or a format that keeps rows whole",
-        )
+        rule = f"parts of {nest.structure}, which run at once, update the same rows of {nest.name}"
+        raise illegal(rule, "atomic(), or a format that keeps rows whole")
     body = ir.simplify(_threads(nest.body, extents, frozenset()))
     _check_barriers(body, guarded=False)
     return replace(nest, body=body, threads=(extents["thread.x"], extents["thread.y"]))
@@ -97,11 +94,9 @@ def _grid(nest: ir.Nest) -> ir.Nest:
         if isinstance(body, ir.For) and body.kind in ir.GRID:
             most = _host_bound(body.end) if ir.is_const(body.begin, 0) else None
             if most is None:
-                raise illegal(
-                    f"loop {body.name} cannot be parallel: its range {body.begin}:{body.end} is "
-                    "not known before the launch",
-                    "units of work: loops over a dimension, or the outermost level of a format",
-                )
+                rule = f"loop {body.name} cannot be parallel: the host cannot compute its range"
+                hint = "units of work: loops over a dimension, or the outermost level of a format"
+                raise illegal(f"{rule} {body.begin}:{body.end}", hint)
             if most is not body.end:  # units behind the end do nothing
                 frame.append(ir.If(ir.binary("<", body.var, body.end), body.body))
             units.append(replace(body, end=most))

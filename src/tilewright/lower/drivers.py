@@ -79,13 +79,10 @@ def iteration(st: Statement) -> Iteration | None:
         return Iteration(tuple(ranked), "union", all(_holds(st, [d]) for d in ranked))
     names = " and ".join(shared[d].name for d in ranked)
     first = f"{shared[ranked[0]].name}[{', '.join(ranked[0].indices)}]"
-    raise ProgramError(
-        "P107",
-        f"the structures of {names} share an axis of {st.op} over "
-        f"{', '.join(a.name for a in st.axes)}, and {st.value} is not the {st.op} of nothing where "
-        "they are missing",
-        hint=f"name the coordinates: where=tw.stored({first}), or | and & of several",
-    )
+    over = f"{st.op} over {', '.join(a.name for a in st.axes)}"
+    rule = f"the structures of {names} share an axis of {over}; where they are missing"
+    hint = f"name the coordinates: where=tw.stored({first}), or | and & of several"
+    raise ProgramError("P107", f"{rule} {st.value} is not its identity", hint=hint)
 
 
 def check_reduction(st: Statement, tensors: dict[str, ir.Tensor]) -> None:
@@ -103,13 +100,9 @@ def check_reduction(st: Statement, tensors: dict[str, ir.Tensor]) -> None:
         raise ProgramError("P107", rule, hint=hint)
     fmt = tensors[it.drivers[0].structure].format
     if fmt.repeats and not is_identity(st, {it.drivers[0]}):
-        raise ProgramError(
-            "P107",
-            f"{fmt} stores zeros beside its entries more than once, and they change {st.op} of "
-            f"{st.value}",
-            hint="an expression that changes nothing where nothing is stored, or a format of "
-            "entries only: csr, dcsr, hyb",
-        )
+        rule = f"{fmt} stores explicit zeros more than once, and they change {st.op} of {st.value}"
+        hint = "a body that is the identity for zeros, or a format of entries only: csr, dcsr, hyb"
+        raise ProgramError("P107", rule, hint=hint)
 
 
 def _rank(driver: Driver, fmt: Any, reduced: set[str]) -> tuple[int, bool]:

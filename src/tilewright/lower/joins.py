@@ -117,12 +117,9 @@ class _Builder:
         sums = {x: 0 for st in self.statements for x in ir.walk(_body(st), ir.Reduce)}
         for total in sums:
             if len(sums) > 1 or total.op != "sum" or not self._is_zero_outside(total):
-                raise ProgramError(
-                    "P107",
-                    f"{' and '.join(map(str, sums))}: a row of a product holds one sum, which is 0 "
-                    f"where {self.join.first.structure} or {self.join.second.structure} is missing",
-                    hint="sum(A[i, k] * B[k, j], over=k)",
-                )  # fmt: skip
+                rule = f"{' and '.join(map(str, sums))}: a row of a product holds one sum, of terms"
+                rule += f" that are 0 outside of {self.join.first} and {self.join.second}"
+                raise ProgramError("P107", rule, hint="sum(A[i, k] * B[k, j], over=k)")
         return next(iter(sums), None)
 
     def _is_zero_outside(self, total: ir.Reduce) -> bool:

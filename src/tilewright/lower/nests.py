@@ -358,13 +358,9 @@ class NestBuilder:
             guards += reader.bounds(tensor, st.out, coords)
             out = ir.Load(self.tables.buffer(tensor), coords, tensor.dtype)
         if in_place and out.dtype != value.dtype and not reductions:
-            raise ProgramError(
-                "P107",
-                f"{tensor.name} is added to in memory, in {out.dtype}, where {value.dtype} is "
-                "needed",
-                hint=f'make it {value.dtype}, tw.out.typed("{value.dtype}")[…], or choose a format '
-                "that keeps rows whole",
-            )
+            rule = f"{tensor.name} is {out.dtype}, and its sums in memory need {value.dtype}"
+            hint = f'tw.out.typed("{value.dtype}")[…], or a format that keeps rows whole'
+            raise ProgramError("P107", rule, hint=hint)
         op = "" if reductions else st.op
         if not op:
             value = ir.cast(value, out.dtype)

@@ -231,10 +231,9 @@ class _Builder:
 
 def _shares_rows(root: Statement, t: Statement, fmt: Any) -> ProgramError:
     value = f"{t.op} of {t.value} over {', '.join(a.name for a in t.axes)}" if t.op else t.out
-    return ProgramError(
-        "P107", f"{root.out} reads {value} in its loops, and {fmt} keeps rows in pieces",
-        hint="use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'",
-    )  # fmt: skip
+    rule = f"{root.out} reads {value} in its loops, and {fmt} keeps rows in pieces"
+    hint = "use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'"
+    return ProgramError("P107", rule, hint=hint)
 
 
 def _keeps_rows(fmt: Any, out: ir.Access, around: Driver, is_like: bool) -> bool:

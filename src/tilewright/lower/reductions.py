@@ -169,12 +169,11 @@ class _Materializer:
         self.count += 1
         for loop in chain.cells:
             if loop.extent is None or not ir.is_const(loop.begin, 0):
-                raise illegal(
-                    f"loop {loop.name} lies inside the reduction of {out.name} and has a run-time "
-                    "extent",
-                    "an accumulator has a constant size: split the loop, keep its inner "
-                    "part inside",
+                rule = f"loop {loop.name} inside the reduction of {out.name} has a run-time extent"
+                hint = (
+                    "an accumulator has a constant size: split the loop, keep its inner part inside"
                 )
+                raise illegal(rule, hint)
         shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in chain.cells)
         name = GeneratedName(out.name, ACCUMULATOR, self.count).name
         return ir.Buffer(name, dtype, shape, "register")

@@ -140,20 +140,15 @@ class Tables:
 
 
 def unmergeable(st: Statement, formats: list[Any]) -> ProgramError:
-    return ProgramError(
-        "P107",
-        f"{st.out} takes the coordinates of several structures together, stored as "
-        f"{', '.join(map(str, formats))}: their lists cannot be merged",
-        hint="store them as csr or dcsr; of a sum, write sum(A[i, j]) + sum(B[i, j])",
-    )
+    stored = ", ".join(map(str, formats))
+    rule = f"the loops of {st.out} merge several structures, and {stored} cannot be merged"
+    hint = "store them as csr or dcsr; of a sum, write sum(A[i, j]) + sum(B[i, j])"
+    return ProgramError("P107", rule, hint=hint)
 
 
 def unsearchable(access: Any, fmt: Any) -> ProgramError:
-    return ProgramError(
-        "P107",
-        f"{access} is read where no loop follows its entries, and {fmt} cannot be searched",
-        hint="store it as csr, or let the loops follow it",
-    )  # fmt: skip
+    rule = f"{access} is read where no loop follows its entries, and {fmt} cannot be searched"
+    return ProgramError("P107", rule, hint="store it as csr, or let the loops follow it")
 
 
 def names_read(*values: ir.Expr) -> set[str]:

@@ -74,10 +74,9 @@ class Update:
 
     def _append(self, to: Access, value: Expr, over: Index, where: Expr) -> Tensor:
         if len(to.coords) != 1 or not isinstance(over, Index):
-            raise refusal(
-                "P104", f"append to {to} over {over!r}: a list has one dimension, and one index "
-                "runs along it", hint="tw.update(C).append[start[i]](value, over=j, where=…)",
-            )  # fmt: skip
+            rule = f"append to {to} over {over!r}: a list has one dimension, and `over` one index"
+            hint = "tw.update(C).append[start[i]](value, over=j, where=…)"
+            raise refusal("P104", rule, hint=hint)
         body = zero_unless(condition_of("append", where), ir.cast(value, self.tensor.dtype))
         return replace(self, op="")._assign(to, ir.Reduce("append", (over,), body, body.dtype))
 
@@ -106,11 +105,9 @@ def _check_reads_of_updated(to: Access, value: Expr, op: str) -> None:
     plain = all(isinstance(c, Index) for c in to.coords)
     for x in walk(value, Access):
         if x.tensor.name == to.tensor.name and (x.coords != to.coords or not plain or op):
-            raise refusal(
-                "P103", f"{to} is updated from {x}, which another update may have changed",
-                hint=f"tw.update({to.tensor.name}).add[…](value) adds; else read from another "
-                "parameter, or write to an output",
-            )  # fmt: skip
+            rule = f"{to} is updated from {x}, which another update may have changed"
+            hint = f"tw.update({to.tensor.name}).add[…](value) to add; else write to an output"
+            raise refusal("P103", rule, hint=hint)
 
 
 def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:

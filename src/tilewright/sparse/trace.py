@@ -110,11 +110,9 @@ def _in_order(t: Trace, results: tuple[Any, ...], line: str) -> tuple[Tensor, ..
     updated = set(outputs) - set(computed)
     is_complete = sorted(set(names) - updated) == sorted(computed)
     if not t.body or not is_complete or len(set(names)) != len(names):
-        raise ProgramError(
-            "P101", f"{t.name} must return what it computes, each output once: it returns "
-            f"{', '.join(names)} and computes {', '.join(outputs) or 'nothing'}", where=line,
-            hint="return tw.out[i](…)",
-        )  # fmt: skip
+        pair = f"it returns {', '.join(names)} and computes {', '.join(outputs) or 'nothing'}"
+        rule = f"{t.name} must return what it computes, each output once: {pair}"
+        raise ProgramError("P101", rule, where=line, hint="return tw.out[i](…)")
     returned = [outputs[n] for n in names if n in computed]
     return (*(x for n, x in t.tensors.items() if n not in computed), *returned)
 
