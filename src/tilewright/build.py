@@ -100,7 +100,7 @@ class Definition:
     @property
     def program(self) -> Program:
         """The program at the coordinate level."""
-        traced = trace.trace(self.function, dict(self.dtypes), dict(self.formats), formats.plain)
+        traced = trace.trace(self.function, dict(self.dtypes), dict(self.formats))
         return replace(traced, index=self.index)
 
     def typed(self, index: Any = None, **of: Any) -> Definition:

@@ -24,6 +24,7 @@ from tilewright.errors import ProgramError
 from tilewright.ir.nodes import Cast, Kind, Program, Tensor
 from tilewright.ir.rewrite import walk
 from tilewright.sparse.expressions import *  # noqa: F403 - the language is imported from here
+from tilewright.sparse.formats import plain
 from tilewright.sparse.outputs import out, temp, update  # noqa: F401
 from tilewright.sparse.tracing import Trace, checked_name, refusal, tracing
 
@@ -77,14 +78,11 @@ def scalar(dtype: Any = "float32", default: float | None = None) -> Any:
 
 
 def trace(
-    function: Callable[..., Any],
-    dtypes_by_name: dict[str, dtypes.DType],
-    formats: dict[str, Any],
-    default: Callable[[int], Any],
+    function: Callable[..., Any], dtypes_by_name: dict[str, dtypes.DType], formats: dict[str, Any]
 ) -> Program:
     """Run `function` on symbols. `dtypes_by_name` overrides the dtypes of parameters. `formats` has
-    the formats of sparse parameters; the others have `default` of their number of dimensions.
-    Raises ProgramError."""
+    the formats of sparse parameters; the others are stored as `formats.plain` says. Raises
+    ProgramError."""
     declared = {n: p.default for n, p in inspect.signature(function).parameters.items()}
     line = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
     with tracing(function.__name__) as t:
@@ -94,7 +92,7 @@ def trace(
                 hint = f'give it a default: {name}=tw.dense("m n")'
                 raise ProgramError("P101", rule, where=line, hint=hint)
             checked_name(name, "a parameter")
-            t.tensors[name] = _parameter(name, d, declared, dtypes_by_name, formats, default, line)
+            t.tensors[name] = _parameter(name, d, declared, dtypes_by_name, formats, line)
         returned = function(**t.tensors)
         results = returned if isinstance(returned, tuple) else (returned,)
         program = Program(t.name, "coordinates", _in_order(t, results, line), tuple(t.body))
@@ -129,7 +127,7 @@ def _check_dtypes(program: Program, line: str) -> None:
 
 def _parameter(
     name: str, d: Declared, declared: dict[str, Any], dtypes_by_name: dict[str, dtypes.DType],
-    formats: dict[str, Any], default: Callable[[int], Any], line: str,
+    formats: dict[str, Any], line: str,
 ) -> Tensor:  # fmt: skip
     dtype = dtypes_by_name.get(name) or d.dtype or dtypes.float32
     if d.default is not None:
@@ -142,7 +140,7 @@ def _parameter(
     if not isinstance(other, Declared) or not other.is_sparse or other.dims != d.dims:
         rule = f"{name} is like {owner!r}, which is no sparse parameter of its dimensions"
         raise ProgramError("P101", rule, where=line)
-    fmt = formats.get(owner) or default(len(d.dims))
+    fmt = formats.get(owner) or plain(len(d.dims))
     if fmt.ndim != len(d.dims):
         rule = f"{fmt} stores {fmt.ndim} dimensions, {name} has {len(d.dims)}"
         raise ProgramError("P107", rule, where=line)
