@@ -67,7 +67,7 @@ class NestBuilder:
         structure: str,
         *,
         shared: bool,
-        also: tuple[Statement, ...] = (),
+        also: Sequence[Statement] = (),
     ) -> None:
         self.tables, self.root, self.also = tables, root, also
         self.structure, self.shared = structure, shared

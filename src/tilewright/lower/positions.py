@@ -24,6 +24,10 @@ from tilewright.lower.nests import BuiltNest, NestBuilder
 from tilewright.lower.placed import with_roles
 from tilewright.lower.tables import Driver, Statement, Tables, names_read
 
+Parts = dict[str, Any]  # the format of a part, by its structure
+Stages = list[tuple[ir.Nest, ...]]
+Statements = Sequence[Statement]
+
 
 def coordinates_to_positions(program: ir.Program) -> ir.Program:
     """Loops over positions, one nest for each statement and each format of a decomposition.
@@ -37,7 +41,7 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
     """
     program = with_roles(program)
     builder = _Builder(program)
-    stages: list[tuple[ir.Nest, ...]] = []
+    stages: Stages = []
     for root, inline, also in _roots(program, builder.placed):
         stages += builder.stages(root, inline, also)
     read = (x.buffer for stage in stages for nest in stage for x in ir.loads(nest.body))
@@ -49,7 +53,7 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
 
 def _roots(
     program: ir.Program, placed: set[str]
-) -> Iterable[tuple[ir.Assign, list[ir.Assign], tuple[Statement, ...]]]:
+) -> Iterable[tuple[ir.Assign, list[ir.Assign], Statements]]:
     """Each statement that is stored, with the inline ones that it reads and the lists behind it
     that are appended to in the same loops."""
     inside = placed | {t.name for t in program.tensors if t.role == "inline"}
@@ -83,9 +87,7 @@ class _Builder:
         self.tensors = {t.name: t for t in program.tensors}
         self.placed = {name for name, _, _ in program.placed}
 
-    def stages(
-        self, root: ir.Assign, inline: list[ir.Assign], also: tuple[Statement, ...] = ()
-    ) -> list[tuple[ir.Nest, ...]]:
+    def stages(self, root: ir.Assign, inline: list[ir.Assign], also: Statements = ()) -> Stages:
         statement = Statement.of(root)
         if join := join_of(root.value):
             return [(join_nest(Tables(self.program), [statement, *also], join),)]
@@ -167,12 +169,8 @@ class _Builder:
         return own <= dense or len(own & sparse) <= 1
 
     def _separate(
-        self,
-        root: ir.Assign,
-        inline: list[ir.Assign],
-        totals: Sequence[Statement],
-        also: tuple[Statement, ...] = (),
-    ) -> list[tuple[ir.Nest, ...]]:
+        self, root: ir.Assign, inline: list[ir.Assign], totals: Statements, also: Statements = ()
+    ) -> Stages:
         """Stages for totals of a statement, as arrays, and then for the statement. Loops come back
         to an element of them: no accumulator could hold it."""
         names = {t.out.tensor.name for t in totals}
@@ -185,19 +183,14 @@ class _Builder:
             read = [t for x in readers for t in _read_by(x, left)]
             return [t for t in left if t in read]
 
-        stages: list[tuple[ir.Nest, ...]] = []
+        stages: Stages = []
         for a in (a for a in inline if a.out.tensor.name in names):
             out = replace(a.out, tensor=self.tensors[a.out.tensor.name])
             stages += self.stages(replace(a, out=out), inside(a))
         return [*stages, *self.stages(root, inside(root, *also), also)]
 
     def _init(
-        self,
-        st: Statement,
-        temps: list[Statement],
-        driver: Driver | None,
-        part: int,
-        parts: dict[str, Any],
+        self, st: Statement, temps: list[Statement], driver: Driver | None, part: int, parts: Parts
     ) -> ir.Nest:
         """The nest that stores the initial value of all elements of the output (of a part of it, if
         sparse): the value of the statement where `driver` stores no entry. Reductions over its
