@@ -20,6 +20,7 @@ from tilewright.runtime.view import address, byte_span, layout, view
 if TYPE_CHECKING:
     from tilewright.runtime.report import Report
 
+Args = tuple[Any, ...]  # of a call, by position
 DENSE, SPARSE, NUMBER = "dense", "sparse", "number"
 FRAMES_KEPT = 64  # layouts that one kernel remembers
 
@@ -41,7 +42,7 @@ class Kernel:
     through the cache, when they are loaded.
     """
 
-    rebuilt: tuple[Callable[..., Kernel], tuple[Any, ...]]
+    rebuilt: tuple[Callable[..., Kernel], Args]
     """The function, and its arguments, that makes the kernel again; `build` sets it."""
 
     def __init__(
@@ -105,7 +106,7 @@ class Kernel:
                 arguments.add_input(spec, arg)
         return report(self.manifest, self.resources, arguments)
 
-    def __reduce__(self) -> tuple[Callable[..., Kernel], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., Kernel], Args]:
         return self.rebuilt
 
     def __repr__(self) -> str:
@@ -114,9 +115,7 @@ class Kernel:
 
     # -- steps of a call -------------------------------------------------------------------------
 
-    def _layout(
-        self, args: tuple[Any, ...], outs: tuple[Any, ...]
-    ) -> tuple[Any, list[int], list[Any]]:
+    def _layout(self, args: Args, outs: Args) -> tuple[Any, list[int], list[Any]]:
         """A key that calls with equal frames share; the address of each argument (0 for sparse ones
         and numbers); what owns memory for the time of the call."""
         key: list[Any] = []
@@ -144,7 +143,7 @@ class Kernel:
             raise
         return tuple(key), addresses, owners
 
-    def _build_frame(self, args: tuple[Any, ...], outs: tuple[Any, ...]) -> Frame:
+    def _build_frame(self, args: Args, outs: Args) -> Frame:
         """Check the arguments and prepare a frame of their layout."""
         arguments = Arguments(self.manifest, self._dtypes)
         for spec, arg in zip(self.inputs, args, strict=True):
@@ -161,9 +160,7 @@ class Kernel:
         frame.run = self.launcher.prepare(self, frame)
         return frame
 
-    def _fill(
-        self, frame: Frame, addresses: list[int], args: tuple[Any, ...], outs: tuple[Any, ...]
-    ) -> list[Any]:
+    def _fill(self, frame: Frame, addresses: list[int], args: Args, outs: Args) -> list[Any]:
         """Write the addresses and numbers of a call into its frame; the outputs."""
         for slot, n in frame.addresses:
             slot.value = addresses[n]
@@ -185,9 +182,7 @@ class Kernel:
             output.write(array, addresses[len(args) + n] if outs else 0)
         return outputs
 
-    def _check_hazards(
-        self, frame: Frame, addresses: list[int], args: tuple[Any, ...], outs: tuple[Any, ...]
-    ) -> None:
+    def _check_hazards(self, frame: Frame, addresses: list[int], args: Args, outs: Args) -> None:
         """Refuse outputs that cannot be written, or that overlap another argument."""
         written: list[Span] = []
         read: list[Span] = []
@@ -215,12 +210,12 @@ class Kernel:
                 weakref.finalize(structure, self._frames.pop, key, None).atexit = False
         return self._frames.setdefault(key, [])
 
-    def _returned(self, outputs: list[Any], args: tuple[Any, ...]) -> Any:
+    def _returned(self, outputs: list[Any], args: Args) -> Any:
         if self.updates:
             outputs = [*outputs, *(args[n] for n in self.updates)]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _ordered(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+    def _ordered(self, args: Args, named: dict[str, Any]) -> Args:
         """All arguments in the order of the program's parameters. Raises ArgumentError[A101]."""
         try:
             return self._signature.bind(*args, **named).args
