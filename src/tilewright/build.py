@@ -62,8 +62,7 @@ class NamedRecipe:
         for name in arguments:
             if name not in known:
                 text = f"{self.name} takes no argument {name!r}"
-                hint = f"arguments: {', '.join(known) or 'none'}"
-                raise ScheduleError("S102", text, hint=hint)
+                raise ScheduleError("S102", text, hint=f"arguments: {', '.join(known) or 'none'}")
         return replace(self, arguments=tuple(sorted((dict(self.arguments) | arguments).items())))
 
     def __call__(self, s: Schedule) -> Schedule:

@@ -115,9 +115,8 @@ def _grid(nest: ir.Nest) -> ir.Nest:
         below = next(x for x in ir.statements(body, ir.For) if x.kind in ir.GRID)
         above = next((x for x in ir.statements(body, ir.For)), below)
         outer = f"serial loop {above.name}" if above is not below else "a branch"
-        rule = f"in {nest.name} the parallel loop {below.name} is inside {outer}"
         hint = "reorder so that parallel loops come first: they are the units of the launch"
-        raise illegal(rule, hint)
+        raise illegal(f"in {nest.name} the parallel loop {below.name} is inside {outer}", hint)
     grid, variables = tuple(f.end for f in units), tuple(f.var for f in units)
     return replace(nest, body=framed(body, frame), grid=grid, grid_vars=variables)
 

@@ -73,9 +73,8 @@ class Arguments:
         if written and v.readonly:
             raise _error("A104", f"{name} is written to but is read-only", name)
         if written and _may_alias_itself(v):
-            hint = "written arrays are not broadcast views: make a copy"
             text = f"elements of {name} share memory: strides {v.strides}"
-            raise _error("A104", text, name, hint)
+            raise _error("A104", text, name, "written arrays are not broadcast views: make a copy")
         self._add_device(v.device, name)
         self.views[name] = v
 

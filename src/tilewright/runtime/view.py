@@ -240,8 +240,7 @@ def describe_torch(x: Any) -> View:
         pointer, strides = x.data_ptr(), x.stride()
     except RuntimeError as error:  # sparse tensors have no strides
         text = f"this {type(x).__name__} is not a dense array: {error}"
-        hint = "x.to_dense(), or pack it with a format"
-        raise ArgumentError("A107", text, hint=hint) from None
+        raise ArgumentError("A107", text, hint="x.to_dense(), or pack it with a format") from None
     return checked(View(pointer, known, tuple(x.shape), strides, device, x, False))
 
 

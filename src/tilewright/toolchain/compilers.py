@@ -93,9 +93,8 @@ def resolve_isa(isa: str = "") -> Isa:
         raise BuildError("B103", f"unknown instruction set {asked!r}", hint=known)
     if not runnable(asked):
         missing = ", ".join(sorted({*ISAS[asked].needs} - cpu_features()))
-        text = f"this CPU cannot run {asked} code: it lacks {missing}"
         hint = "without a name, the best instruction set of this CPU is used"
-        raise BuildError("B103", text, hint=hint)
+        raise BuildError("B103", f"this CPU cannot run {asked} code: it lacks {missing}", hint=hint)
     return ISAS[asked]
 
 
