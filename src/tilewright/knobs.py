@@ -93,8 +93,7 @@ def scope(**values: Any) -> Iterator[None]:
     global _overrides
     unknown = values.keys() - KNOBS.keys()
     if unknown:
-        hint = f"knobs: {', '.join(KNOBS)}"
-        raise KnobError("K101", f"no knob named {sorted(unknown)}", hint=hint)
+        raise KnobError("K101", f"no knob {sorted(unknown)}", hint=f"knobs: {', '.join(KNOBS)}")
     saved, _overrides = _overrides, _overrides | values
     try:
         yield

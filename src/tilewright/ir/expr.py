@@ -432,8 +432,7 @@ def power(a: Any, exponent: Any) -> Expr:
         n = int(n)
     if not isinstance(n, int) or isinstance(n, bool) or abs(n) > 64 or (n < 0 and a.dtype.is_int):
         rule = f"{a} ** {exponent}: the exponent is an integer of at most 64"
-        hint = "write tw.sqrt(x), or tw.exp(y * tw.log(x)) for x > 0"
-        raise ProgramError("P106", rule, hint=hint)
+        raise ProgramError("P106", rule, hint="write tw.sqrt(x), or tw.exp(y * tw.log(x)) if x > 0")
     if n < 1:
         return as_expr(1, a.dtype.accumulator) if n == 0 else binary("/", 1, power(a, -n))
     half = power(a, n // 2) if n > 1 else a

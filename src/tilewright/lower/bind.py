@@ -46,8 +46,7 @@ def _bound(nest: ir.Nest) -> ir.Nest:
     if ir.contains(nest.body, ir.Mma):
         if extents["thread.x"] > WARP:
             rule = f"{extents['thread.x']} threads along thread.x beside tile operations"
-            hint = "a tile operation takes all of thread.x: bind other loops to thread.y"
-            raise illegal(rule, hint)
+            raise illegal(rule, "a tile operation takes all of thread.x: bind loops to thread.y")
         extents["thread.x"] = WARP
     _check_cta(nest, extents["thread.x"] * extents["thread.y"])
     if ir.is_ordered(nest):

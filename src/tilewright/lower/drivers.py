@@ -90,8 +90,7 @@ def check_reduction(st: Statement, tensors: dict[str, ir.Tensor]) -> None:
     it, structure = iteration(st), st.out.tensor.structure
     if structure and any(x.shared for f in tensors[structure].format.formats for x in f.levels):
         rule = f"{st.out} is stored like {structure}, whose rows may have pages in common"
-        hint = "store it in a dense output, or in a format of its own"
-        raise ProgramError("P107", rule, hint=hint)
+        raise ProgramError("P107", rule, hint="store it in a dense output, or in its own format")
     if not it or not st.op or structure:
         return
     if st.op == "append" and not it.exact:

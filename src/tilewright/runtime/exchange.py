@@ -124,5 +124,4 @@ def _export(x: Any) -> Any:
         except TypeError:  # an exporter older than versions
             return x.__dlpack__(**options)
     except (BufferError, TypeError, ValueError, RuntimeError) as error:
-        text = f"{type(x).__name__} cannot be shared by DLPack: {error}"
-        raise ArgumentError("A107", text) from None
+        raise ArgumentError("A107", f"{type(x).__name__} gives no DLPack array: {error}") from None

@@ -191,8 +191,7 @@ class Kernel:
             spans = read if spec.role == "input" else written
             if spec.structure and arg is not None:
                 if spec.role == "output" and any(view(v).readonly for v in arg.values):
-                    text = f"the values of {spec.name} are read-only"
-                    raise ArgumentError("A104", text, where="out")
+                    raise ArgumentError("A104", f"values of {spec.name} are read-only", where="out")
                 spans += value_spans(spec.name, arg)
             elif arg is not None and (spec.dims or spec.role == "output"):
                 low, high = frame.spans[spec.name]

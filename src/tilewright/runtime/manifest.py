@@ -169,5 +169,4 @@ def unit_count(count: Count, values: Mapping[str, int]) -> int:
     if type(count) is tuple and len(count) == 3 and str(count[0]) in _OPERATORS:
         name, a, b = count
         return _OPERATORS[name](unit_count(a, values), unit_count(b, values))
-    text = f"{count!r} is no number of units"
-    raise InternalError("I101", text, hint="run tilewright cache clear")
+    raise InternalError("I101", f"{count!r} is no unit count", hint="run tilewright cache clear")

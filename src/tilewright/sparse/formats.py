@@ -465,8 +465,7 @@ def hyb(
     buckets = _widths(call, buckets)
     col_parts = integer(call, "col_parts", col_parts, 1, MOST_PARTS // (len(buckets) + 1))
     if long_rows not in ("csr", "split"):
-        hint = "csr or split"
-        raise FormatError("F101", f"long_rows={long_rows!r}", where="long_rows", hint=hint)
+        raise FormatError("F101", f"long_rows={long_rows!r}", where="long_rows", hint="csr, split")
     cuts_rows = long_rows == "split"
     disjoint = col_parts == 1 and not cuts_rows
     lows = (1, *(w + 1 for w in buckets[:-1]))

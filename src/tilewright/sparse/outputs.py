@@ -75,8 +75,7 @@ class Update:
     def _append(self, to: Access, value: Expr, over: Index, where: Expr) -> Tensor:
         if len(to.coords) != 1 or not isinstance(over, Index):
             rule = f"append to {to} over {over!r}: a list has one dimension, and `over` one index"
-            hint = "tw.update(C).append[start[i]](value, over=j, where=…)"
-            raise refusal("P104", rule, hint=hint)
+            raise refusal("P104", rule, hint="tw.update(C).append[at[i]](value, over=j, where=…)")
         body = zero_unless(condition_of("append", where), ir.cast(value, self.tensor.dtype))
         return replace(self, op="")._assign(to, ir.Reduce("append", (over,), body, body.dtype))
 

@@ -120,9 +120,8 @@ def _check_dtypes(program: Program, line: str) -> None:
     casts = (x.dtype for s in program.body for x in walk(s.value, Cast))
     for kind in (*(t.dtype for t in program.tensors), *casts):
         if kind.is_float and kind.bits < 16:
-            rule = f"{program.name} computes with {kind}"
             hint = "convert to float16 or bfloat16 before the call"
-            raise ProgramError("P106", rule, where=line, hint=hint)
+            raise ProgramError("P106", f"{program.name} computes in {kind}", where=line, hint=hint)
 
 
 def _parameter(
