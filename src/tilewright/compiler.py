@@ -17,13 +17,12 @@ from tilewright.ir.names import stride_name
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.ir.rewrite import is_ordered
 from tilewright.ir.verify import verify
-from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
+from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, Watch, run_passes
 from tilewright.lower.cost import costs
 from tilewright.runtime.manifest import Built, Manifest, StageSpec, TensorSpec, declarations
 from tilewright.schedule import Schedule, Step
 from tilewright.target import Target
 
-Watch = Callable[[str, Program], None]
 Recipe = Callable[[Schedule], Schedule]
 
 
@@ -36,10 +35,9 @@ def scheduled(program: Program, recipe: Recipe | None, target: Target) -> Schedu
         raise ScheduleError("S102", text, hint="return the schedule")
     dropped = replace(result, calls=start.calls).dropped()
     if dropped:
-        raise ScheduleError(
-            "S102", f"the recipe of {program.name} does not use the result of s{dropped[0]}",
-            hint="a verb returns a new schedule: s = s.split(…), and return s; s.undo() to discard",
-        )  # fmt: skip
+        rule = f"the recipe of {program.name} does not use the result of s{dropped[0]}"
+        hint = "a verb returns a new schedule: s = s.split(…), and return s; s.undo() to discard"
+        raise ScheduleError("S102", rule, hint=hint)
     return result
 
 

@@ -81,10 +81,8 @@ def _for(s: Any) -> str:
 
 
 def _merge(s: Any) -> str:
-    lists = (
-        f"{r.buffer.name}[{expr_text(r.index[0])}:{expr_text(e)}]"
-        for r, e in zip(s.runs, s.ends, strict=True)
-    )
+    ranges = zip(s.runs, map(expr_text, s.ends), strict=True)
+    lists = (f"{r.buffer.name}[{expr_text(r.index[0])}:{end}]" for r, end in ranges)
     return f"for {s.name} in {s.op}({', '.join(lists)})"
 
 
@@ -133,11 +131,8 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
 
 
 def _tile(t: Any) -> str:
-    limits = [
-        f"{name} < {expr_text(e)}"
-        for name, e in (("r", t.row_limit), ("c", t.col_limit))
-        if type(e).__name__ != "Const"
-    ]
+    ends = ("r", t.row_limit), ("c", t.col_limit)
+    limits = [f"{name} < {expr_text(e)}" for name, e in ends if type(e).__name__ != "Const"]
     where = f" where {', '.join(limits)}" if limits else ""
     at = (expr_text(t.offset), f"r*{expr_text(t.row_stride, 7)}", f"c*{expr_text(t.col_stride, 7)}")
     return f"{t.buffer.name}[{' + '.join(at)}{where}]"

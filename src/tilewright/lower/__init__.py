@@ -65,14 +65,14 @@ AFTER_SCHEDULE = (
 )
 
 
+Watch = Callable[[str, ir.Program], None]
+"""Sees the name of each pass and the program that it returned."""
+
+
 def run_passes(
-    program: ir.Program,
-    passes: tuple[Pass, ...],
-    kind: str = "cpp",
-    watch: Callable[[str, ir.Program], None] | None = None,
+    program: ir.Program, passes: tuple[Pass, ...], kind: str = "cpp", watch: Watch | None = None
 ) -> ir.Program:
-    """The passes that apply to a kind of target, in order. `watch(name, program)` sees each
-    result."""
+    """The program after the passes that apply to a kind of target, in order."""
     verifying, debug = knobs.get("verify"), knobs.get("debug")
     for p in passes:
         if p.only and kind not in p.only:

@@ -207,8 +207,8 @@ class _Nest:
             runs = around and not any(ir.is_const(x.trips, 0) for x in around)
             if runs and self._is_new((statement, e, *(id(x.node) for x in around))):
                 own = [x for x in around if x.name in depends]
-                found = Computed(e, statement, around, own, within)
-                self.computed.setdefault(key, []).append(found)
+                computed = Computed(e, statement, around, own, within)
+                self.computed.setdefault(key, []).append(computed)
             within |= {key}
         for child in () if isinstance(e, ir.Load) else ir.children(e):
             self._operations(child, loops, statement, within)
@@ -218,21 +218,21 @@ class _Nest:
         several statements: text, loops, statements, terms of the elements and evaluations."""
         rows: dict[str, tuple[Any, ...]] = {}
         for key in sorted(self.computed, key=len, reverse=True):
-            found = self.computed[key]
-            again = dict.fromkeys(x.name for f in found for x in f.loops if x not in f.own)
-            statements = dict.fromkeys(f.statement for f in found)
-            if (again or len(statements) > 1) and not all(f.within & rows.keys() for f in found):
-                own = (f.own for f in found if f.statement == found[0].statement)
+            uses = self.computed[key]
+            again = dict.fromkeys(x.name for f in uses for x in f.loops if x not in f.own)
+            statements = dict.fromkeys(f.statement for f in uses)
+            if (again or len(statements) > 1) and not all(f.within & rows.keys() for f in uses):
+                own = (f.own for f in uses if f.statement == uses[0].statement)
                 elements = {tuple(x.name for x in loops): _times(loops) for loops in own}
-                evaluated = [_times(f.loops) for f in found]
-                texts = str(found[0].expr), tuple(again), tuple(statements)
+                evaluated = [_times(f.loops) for f in uses]
+                texts = str(uses[0].expr), tuple(again), tuple(statements)
                 rows[key] = (*texts, list(elements.values()), evaluated)
         return list(rows.values())
 
     def _depends_on(self, e: ir.Expr) -> frozenset[str]:
         """The names of the loops that a value depends on."""
-        names = {x.name for x in ir.walk(e) if isinstance(x, ir.Var)}
-        names |= {x.buffer.name for x in ir.walk(e) if isinstance(x, ir.Load)}
+        names = {x.name for x in ir.walk(e, ir.Var)}
+        names |= {x.buffer.name for x in ir.walk(e, ir.Load)}
         return NONE.union(*(self._depends[x] for x in names if x in self._depends))
 
     def _around(self, depends: frozenset[str], loops: Sequence[Loop]) -> list[Loop]:
@@ -243,7 +243,7 @@ class _Nest:
 
     def _general(self, e: ir.Expr) -> str:
         """The text of an expression with its loop variables and lets numbered."""
-        variables = (x.name for x in ir.walk(e) if isinstance(x, ir.Var))
+        variables = (x.name for x in ir.walk(e, ir.Var))
         names = dict.fromkeys(x for x in variables if x in self._depends)
         return str(ir.substitute(e, {v: ir.Var(f"${n}") for n, v in enumerate(names)}))
 

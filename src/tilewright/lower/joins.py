@@ -19,12 +19,11 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import substitute, transform, walk
+from tilewright.ir import core as ir
 from tilewright.lower.drivers import is_identity
 from tilewright.lower.reads import PartRows, Reader, appended
 from tilewright.lower.scope import Scope, has_list
-from tilewright.lower.tables import Driver, Statement, Tables, indices_in, unmergeable  # fmt: skip
+from tilewright.lower.tables import Driver, Statement, Tables, unmergeable  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ class JoinBuilder:
 
     def build(self) -> ir.Nest:
         st, tables = self.statements[0], self.tables
-        scope, outer = Scope(tables), indices_in(st.out.coords)
+        scope, outer = Scope(tables), ir.indices_of(st.out)
         for x in outer:
             scope.coordinates[x.name] = self.tables.variable(x.name)
         self._check_lists({x.name for x in outer})
@@ -108,21 +107,18 @@ class JoinBuilder:
     def _product(self) -> ir.Reduce | None:
         """The sum over the join that the statements read. Raises ProgramError[P107] for several, or
         for one with terms outside of the join."""
-        sums = {x: 0 for st in self.statements for x in walk(_body(st)) if isinstance(x, ir.Reduce)}
+        sums = {x: 0 for st in self.statements for x in ir.walk(_body(st), ir.Reduce)}
         for total in sums:
             if len(sums) > 1 or total.op != "sum" or not self._is_zero_outside(total):
-                raise ProgramError(
-                    "P107",
-                    f"{' and '.join(map(str, sums))}: a row of a product holds one sum, which is 0 "
-                    f"where {self.join.first.structure} or {self.join.second.structure} is missing",
-                    hint="sum(A[i, k] * B[k, j], over=k)",
-                )  # fmt: skip
+                rule = f"{' and '.join(map(str, sums))}: a row of a product holds one sum, of terms"
+                rule += f" that are 0 outside of {self.join.first} and {self.join.second}"
+                raise ProgramError("P107", rule, hint="sum(A[i, k] * B[k, j], over=k)")
         return next(iter(sums), None)
 
     def _is_zero_outside(self, total: ir.Reduce) -> bool:
         if len(total.axes) != 1:
             return False
-        body = substitute(total.body, {total.axes[0].name: self.join.over})
+        body = ir.substitute(total.body, {total.axes[0].name: self.join.over})
         st = Statement(self.statements[0].out, "sum", (self.join.over,), body)
         return all(is_identity(st, {d}) for d in (self.join.first, self.join.second))
 
@@ -146,7 +142,7 @@ class JoinBuilder:
         lets: list[ir.Stmt] = []
         value: ir.Expr = ir.cast(ir.Const(0, dtypes.int32), self.row.dtype)
         if self.product is not None:
-            term = substitute(self.product.body, {self.product.axes[0].name: join.over})
+            term = ir.substitute(self.product.body, {self.product.axes[0].name: join.over})
             value = ir.cast(self._reader(scope, lets).expr(term), self.row.dtype)
         key = scope.coordinates[join.axis.name]
         leaf = ir.seq(*lets, ir.Scatter(self.row, key, value))
@@ -169,10 +165,11 @@ class JoinBuilder:
         scope.coordinates[axis.name], scope.rank = key, var
         lets: list[ir.Stmt] = [ir.Let(key, ir.Cursor(var, ir.KEY, key.dtype))]
         st, reader = self.statements[0], self._reader(scope, lets)
-        total = ir.Cursor(var, ir.VALUE, self.row.dtype)
-        bodies = (transform(_body(st), lambda e: total if isinstance(e, ir.Reduce) else e)
-                  for st in self.statements)  # fmt: skip
-        values = [*map(reader.expr, bodies)]
+
+        def total(x: Any) -> Any:
+            return ir.Cursor(var, ir.VALUE, self.row.dtype) if isinstance(x, ir.Reduce) else x
+
+        values = [reader.expr(ir.transform(_body(x), total)) for x in self.statements]
         if st.op == "append":
             body = appended(reader, self.statements, values)
         else:

@@ -15,21 +15,14 @@ from typing import Any, NamedTuple
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Compressed, Level, may_miss
-from tilewright.ir.rewrite import add, mul, transform, walk
+from tilewright.ir.rewrite import add, indices_of, mul, transform, walk
 from tilewright.lower.drivers import Iteration, driver_of, drivers_read, iteration, outer_driver
 from tilewright.lower.epilogues import Fused, fused, values_of
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
 from tilewright.lower.placed import Row, check, online, refuse
 from tilewright.lower.reads import PartRows, Reader, appended
 from tilewright.lower.scope import BlockPart, Scope, has_list, merge_of
-from tilewright.lower.tables import (
-    Driver,
-    Statement,
-    Tables,
-    indices_in,
-    unmergeable,
-    unsearchable,
-)  # fmt: skip
+from tilewright.lower.tables import Driver, Statement, Tables, unmergeable, unsearchable
 
 Wrap = Callable[[ir.Stmt], ir.Stmt]
 
@@ -74,7 +67,7 @@ class NestBuilder:
         structure: str,
         *,
         shared: bool,
-        also: tuple[Statement, ...] = (),
+        also: Sequence[Statement] = (),
     ) -> None:
         self.tables, self.root, self.also = tables, root, also
         self.structure, self.shared = structure, shared
@@ -123,7 +116,7 @@ class NestBuilder:
         raise AssertionError(f"nobody reads {t.out}")
 
     def _names_of(self, st: Statement, *, axes: bool = True) -> set[str]:
-        return {x.name for x in (*indices_in(st.out.coords), *(st.axes if axes else ()))}
+        return {x.name for x in (*indices_of(st.out), *(st.axes if axes else ()))}
 
     def _temporary(self, t: Statement, scope: Scope) -> ir.Stmt:
         """The loops of a temporary inside those of another statement; none over an axis in whose
@@ -139,8 +132,8 @@ class NestBuilder:
                 raise refuse(tensor.name, f"loop {loop} has other coordinates", "another index")
             specs = self._follow(replace(t, axes=own), None, inside)
         if revisits_outputs(t, specs):
-            why = f"{t.out}, a reduction inside {self.root.out}, runs over rows stored in pieces"
-            raise ProgramError("P107", why)
+            rule = f"{t.out}, a reduction inside {self.root.out}, runs over rows stored in pieces"
+            raise ProgramError("P107", rule)
         around = (self.root, *(x for x in self.temps if x is not t))
         names = {name for x in around for name in self._names_of(x)}
         target = _Target(t, False, frozenset(a.name for a in own if a.name in names))
@@ -205,12 +198,8 @@ class NestBuilder:
             if driver is None or driver.structure != self.structure:
                 continue
             walked = [driver.indices[level.dim] in own for level in levels]
-            reachable = (
-                level.is_dense or all(walked[:depth])
-                for depth, level in enumerate(levels)
-                if walked[depth]
-            )
-            if any(walked) and all(reachable):
+            own_levels = [(n, level) for n, level in enumerate(levels) if walked[n]]
+            if own_levels and all(x.is_dense or all(walked[:n]) for n, x in own_levels):
                 return driver
         if self.tables.is_composed(self.structure):
             raise unsearchable(self.structure, self.tables.tensors[self.structure].format)
@@ -370,9 +359,9 @@ class NestBuilder:
             guards += reader.bounds(tensor, st.out, coords)
             out = ir.Load(self.tables.buffer(tensor), coords, tensor.dtype)
         if in_place and out.dtype != value.dtype and not reductions:
-            why = f"{tensor.name} is added to in memory, in {out.dtype}, and needs {value.dtype}"
-            hint = f'tw.out.typed("{value.dtype}")[…], or choose a format that keeps rows whole'
-            raise ProgramError("P107", why, hint=hint)
+            rule = f"{tensor.name} is {out.dtype}, and its sums in memory need {value.dtype}"
+            hint = f'tw.out.typed("{value.dtype}")[…], or a format that keeps rows whole'
+            raise ProgramError("P107", rule, hint=hint)
         op = "" if reductions else st.op
         if not op:
             value = ir.cast(value, out.dtype)

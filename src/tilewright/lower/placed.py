@@ -10,10 +10,10 @@ from typing import Any
 
 from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import rebuild, simplify, transform, walk
+from tilewright.ir.rewrite import indices_of, rebuild, simplify, transform, walk
 from tilewright.lower.epilogues import values_of
 from tilewright.lower.scope import Scope
-from tilewright.lower.tables import Driver, Statement, Tables, indices_in, names_read
+from tilewright.lower.tables import Driver, Statement, Tables, names_read
 
 
 def refuse(name: str, why: str, hint: str) -> ScheduleError:
@@ -47,7 +47,7 @@ def check(t: Statement, placed: dict[str, str], emitted: set[str], around: set[s
     read = names_read(*values_of(t)) & placed.keys()
     for late in sorted(read - emitted - {name}):
         raise refuse(late, f"{name} reads it first", f"compute_at {name} further in")
-    own = {loop, *(x.name for x in indices_in(t.out.coords))}
+    own = {loop, *(x.name for x in indices_of(t.out))}
     for again in sorted(around - own) if loop else ():
         hint = f"order_axes the statement that reads it, {loop} before {again}"
         raise refuse(name, f"loop {again} is around loop {loop}, and would repeat it", hint)
@@ -69,7 +69,7 @@ class Row:
     def of(cls, tables: Tables, out: ir.Access, scope: Scope) -> Row:
         """That of a temporary whose loops are inside those of a scope."""
         first = len(out.stored_coords) if out.tensor.is_sparse else 0
-        own = list(enumerate(indices_in(out.coords)))[first:]
+        own = list(enumerate(indices_of(out)))[first:]
         free = [(n, tables.size(x.dim)) for n, x in own if x.name not in scope.coordinates]
         tensor = tables.tensors[out.tensor.name]
         return cls(tensor, tuple(n for n, _ in free), tuple(size for _, size in free))
@@ -96,7 +96,7 @@ class Row:
         if len(self.levels) > 1:
             raise refuse(tensor.name, "its rows lie in blocks", 'scope="global"')
         first = len(out.stored_coords) if tensor.is_sparse else 0
-        own = indices_in(out.coords)[first:]
+        own = indices_of(*out.coords)[first:]
         at = [scope.coordinates.get(x.name, ir.Const(0, tables.index)) for x in own]
         array, along = tables.buffer(tensor), self.dims
         if tensor.is_sparse:

@@ -58,7 +58,7 @@ def _seq(s: ir.Seq, around: tuple[ir.For, ...], rows: Rows) -> ir.Stmt:
 
 def _used(kind: type, statements: tuple[ir.Stmt, ...]) -> set[str]:
     """The rows that statements store to, or load from."""
-    nodes = (x for s in statements for x in ir.walk(s) if isinstance(x, kind))
+    nodes = (x for s in statements for x in ir.walk(s, kind))
     return {x.buffer.name for x in nodes if x.buffer.scope == "row"}
 
 
@@ -69,9 +69,9 @@ def _kept(alloc: ir.Alloc, body: ir.Seq, around: tuple[ir.For, ...]) -> ir.Buffe
         sizes = " · ".join(map(str, alloc.extents))
         hint = f'specialize(), compute_at({row.name!r}, …, most=1024) or scope="global"'
         raise illegal(f"a GPU keeps a constant number of {row.name}, and there are {sizes}", hint)
-    accesses = (x for x in ir.walk(body) if isinstance(x, (ir.Load, ir.Store)) and x.buffer == row)
+    accesses = (x for x in ir.walk(body, ir.Load, ir.Store) if x.buffer == row)
     used = {name for x in accesses for i in x.index for name in ir.free_vars(i)}
-    loops = (f for f in ir.statements(body) if isinstance(f, ir.For))
+    loops = ir.statements(body, ir.For)
     if used - ir.free_vars(body) <= {f.name for f in loops if f.kind in ("unroll", "vector")}:
         return replace(row, name=f"{row.name}.row", shape=alloc.kept, scope="register")
     return replace(row, name=f"{row.name}.row", shape=(*threads, *alloc.kept), scope="shared")
