@@ -9,6 +9,7 @@ What an earlier prompt or answer has in common with a new prompt is not read aga
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import secrets
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from tilewright.serve.models.llama import Llama
 from tilewright.serve.policy import SAFETY
 from tilewright.serve.request import Request, Sampling, check_fields, check_tokens, is_count
 from tilewright.serve.runner import Logits, Runner
-from tilewright.serve.sampler import sample
+from tilewright.serve.sampler import Sampler, native
 from tilewright.serve.scheduler import PENDING, Batch, Limits, Scheduler, work_of
 from tilewright.serve.tokenizer import AnswerText, load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
@@ -72,6 +73,13 @@ class Options:
         return int(context), Limits(pages, *sizes, self.share, self.invariant)
 
 
+class Flight(NamedTuple):
+    """A step that is launched: what was decided, and what it computes."""
+
+    batch: Batch
+    logits: Logits
+
+
 class Engine:
     """A model, its scheduler and its runner. `runs_ahead`: a step may be launched before the tokens
     of the one in front are read."""
@@ -85,7 +93,8 @@ class Engine:
         self.scheduler = Scheduler(limits, cost)
         self.runner = Runner(self.model, limits, self.context)
         self.runs_ahead = self.model.target.is_cuda
-        self._flight: tuple[Batch, Logits] | None = None  # a step whose tokens are not read
+        self.sampler = Sampler(self.model.config.vocab)
+        self._flight: Flight | None = None  # a step whose tokens are not read
         self._began = 0.0  # when it was launched, or the tokens in front were read, seconds
         self._ids = itertools.count()
         self.best_effort = 0  # promises that were dropped
@@ -93,8 +102,10 @@ class Engine:
     def submit(self, tokens: Any, sampling: Sampling, arrived: float = 0.0) -> Request:
         """A new request, which later steps answer. `arrived`: when it came, of `time.perf_counter`
         (0: now). Raises ModelError: M105, M106, M110 for a promise that no step can keep, or where
-        no cost of a step is fitted."""
+        no cost of a step is fitted; BuildError[B102] for sampling without a C++ compiler."""
         tokens = check_tokens(tokens, sampling, self.model.config.vocab, self.context)
+        if not sampling.is_plain_greedy:
+            native()  # compiled here, not in a step
         how = self._promised(sampling, len(tokens))
         request = Request(next(self._ids), tokens, how, arrived or time.perf_counter())
         request.seed = secrets.randbits(63) if how.seed is None else int(how.seed)
@@ -136,41 +147,72 @@ class Engine:
         On a GPU the next step, if it has the same requests, is launched before the tokens of this
         one are read: they are where it needs them. Behind one that ends an answer a token is then
         computed in vain."""
-        if self._flight is None:
-            self._began = time.perf_counter()
-            batch = self.scheduler.schedule(self._began)
-            if not batch.chunks:
-                return []
-            self._flight = batch, self.runner.run(batch.chunks)
-        (batch, logits), self._flight = self._flight, None
-        chunks = [c for c in batch.chunks if not c.is_prompt and c.wants_token]
-        leads = self.runs_ahead and len(chunks) == len(batch.chunks)
-        leads = leads and all(c.request.sampling.is_plain_greedy for c in chunks)
-        if not leads:
-            logits.wait()
-        ready = self.scheduler.commit(batch, time.perf_counter())
+        flight, self._flight = self._flight or self._launch(), None
+        if flight is None:
+            return []
+        if not (leads := self._leads(flight)):
+            flight.logits.wait()
+        ready = self.scheduler.commit(flight.batch, time.perf_counter())
+        with self._pending(ready):
+            self._flight = self._launch(behind=flight) if leads else None
+            for request, token in self._tokens(flight):
+                self._answer(request, token)
+        return ready
+
+    def _launch(self, behind: Flight | None = None) -> Flight | None:
+        """Launches the next step; None where there is none, or, behind one whose tokens are not
+        read, where the two have not the same requests."""
+        now = time.perf_counter()
+        batch = self.scheduler.schedule(now)
+        requests = [c.request for c in batch.chunks]
+        if behind is None:
+            self._began = now
+        if not requests or (behind is not None and requests != behind.logits.requests):
+            return None
+        return Flight(batch, self.runner.run(batch.chunks))
+
+    def _leads(self, flight: Flight) -> bool:
+        """Whether a step may be launched behind this one before its tokens are read."""
+        chunks = flight.batch.chunks
+        return self.runs_ahead and all(
+            not c.is_prompt and c.wants_token and c.request.sampling.is_plain_greedy for c in chunks
+        )
+
+    @contextlib.contextmanager
+    def _pending(self, requests: list[Request]) -> Generator[None]:
+        """The next token of each request is PENDING. After an exception those that are not read yet
+        are computed again, and what was launched behind them is forgotten."""
+        for request in requests:
+            request.tokens.append(PENDING)
         try:
-            for request in ready:
-                request.tokens.append(PENDING)
-            if leads:
-                behind = self.scheduler.schedule(time.perf_counter())
-                if [c.request for c in behind.chunks] == logits.requests:
-                    self._flight = behind, self.runner.run(behind.chunks)
-            logits.wait()
-            began, self._began = self._began, time.perf_counter()
-            if ready or not leads:  # else all were cancelled, perhaps long ago
-                work, model = work_of(batch.chunks), self.scheduler.model
-                self.scheduler.model = model.corrected(work, self._began - began)
-            for i, request in enumerate(logits.requests):
-                if not request.finish:  # not cancelled since
-                    request.tokens.pop()  # PENDING
-                    self._answer(request, logits, i, self._began)
-        finally:
-            for request in ready:  # an exception: the last token is read again
+            yield
+        except BaseException:
+            self._flight = None
+            for request in requests:
                 if request.tokens[-1] == PENDING:
                     request.tokens.pop()
-                    self._flight = None
-        return ready
+            raise
+
+    def _tokens(self, flight: Flight) -> list[tuple[Request, int]]:
+        """Waits for a step. The requests that go on, with their next tokens, -1 where the model
+        computes no numbers."""
+        batch, logits = flight
+        logits.wait()
+        began, self._began = self._began, time.perf_counter()
+        if not all(c.request.finish for c in batch.chunks):  # else cancelled, perhaps long ago
+            model = self.scheduler.model
+            self.scheduler.model = model.corrected(work_of(batch.chunks), self._began - began)
+        going = [(i, r) for i, r in enumerate(logits.requests) if not r.finish]
+        tokens = dict(enumerate(logits.likeliest))
+        for i, request in going:
+            request.tokens.pop()  # PENDING
+            if request.answered == 0 and not np.isfinite(logits.row(i)).all():
+                tokens[i] = -1  # looked for once: not to slow each token
+        drawn = [(i, r) for i, r in going if tokens[i] >= 0 and not r.sampling.is_plain_greedy]
+        if drawn:
+            sampled = self.sampler([r for _, r in drawn], [logits.row(i) for i, _ in drawn])
+            tokens |= zip([i for i, _ in drawn], sampled, strict=True)
+        return [(r, tokens[i]) for i, r in going]
 
     def counts(self) -> dict[str, int]:
         """What `/metrics` shows of the scheduler."""
@@ -181,18 +223,16 @@ class Engine:
             "requests_waiting": len(s.waiting), "pages_held": s.pages.held, "pages": s.pages.count,
         }  # fmt: skip
 
-    def _answer(self, request: Request, logits: Logits, i: int, now: float) -> None:
-        """Adds the next token, by row i of the logits, and ends the request where it ends."""
-        is_first = request.answered == 0  # checked once: not to slow each token
-        if is_first and not np.isfinite(logits.row(i)).all():
+    def _answer(self, request: Request, token: int) -> None:
+        """Adds the next token, and ends the request where it ends."""
+        if token < 0:
             rule = "the model computes no numbers: its logits are NaN or infinite"
             hint = "fetch the file again and compare its checksum"
             where = str(self.model.file.path)
             request.error = ModelError("M101", rule, where=where, hint=hint)
             return self.scheduler.finish(request, "error")
-        request.first, request.last = now if is_first else request.first, now
-        plain = request.sampling.is_plain_greedy
-        token = logits.likeliest[i] if plain else sample(request, logits.row(i))
+        now = self._began
+        request.first, request.last = request.first if request.answered else now, now
         if request.grammar is not None and (wrong := request.grammar.get_error()):
             rule = f"no answer can follow the JSON schema: {wrong.splitlines()[0][:200]}"
             request.error = ModelError("M106", rule, where="response_format")

@@ -1,88 +1,118 @@
-"""The sampler: the next token of a request from its logits.
+"""The sampler: the next tokens of requests from their logits, in one native call.
 
 A token depends on the logits, the request's seed and its position in the answer, not on the batch.
+`kernels/sample.h` has the arithmetic.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
-from tilewright.serve.request import Request, Sampling, TokenLogprob
+from tilewright.runtime import pool
+from tilewright.runtime.layout import Struct
+from tilewright.serve.request import MAX_LOGPROBS, Request, TokenLogprob
+from tilewright.toolchain import compilers, cxx
 
+KERNELS = Path(__file__).parent / "kernels"
 COLDEST = 1e-6  # a lower temperature samples as this one does, and overflows nothing
-FIRST = 1024  # candidates of top_p that are sorted before all others
+ONE = 1 << 30  # the weight of the likeliest token
+EDIT = Struct("SampleEdit", [
+    ("token", "int32"), ("count", "int32"), ("is_seen", "int32"), ("bias", "float32"),
+])  # fmt: skip
+ROW = Struct("SampleRow", [
+    ("logits", "ptr", "const float*"), ("edit", "ptr", "const SampleEdit*"),
+    ("mask", "ptr", "const uint32_t*"), ("keys", "ptr", "int32_t*"),
+    ("weights", "ptr", "uint32_t*"), ("seed", "uint64"), ("position", "uint64"),
+    ("top_p", "float64"), ("sum", "float64"), ("largest", "float32"), ("scale", "float32"),
+    ("repetition", "float32"), ("presence", "float32"), ("frequency", "float32"),
+    *((name, "int32") for name in ("lightest", "top_k", "size", "edits", "top", "token")),
+    ("likeliest", f"int32[{MAX_LOGPROBS}]"),
+])  # fmt: skip
 
 
-def sample(request: Request, logits: np.ndarray) -> int:
-    """The next token of a request by its logits (vocab,)."""
-    sampling = request.sampling
-    scores = penalized(request, logits)
-    token = int(scores.argmax())
-    if sampling.temperature:
-        uniform = np.random.default_rng((request.seed, request.answered)).random()
-        token = draw(scores, sampling, uniform)
-    if request.grammar is not None:
-        request.grammar.consume_token(token)
-    if sampling.logprobs is not None:
-        request.logprobs.append(logprobs(logits, token, sampling.logprobs))
-    return token
+@functools.cache
+def native() -> tuple[int, Any]:
+    """The address of the native sampler, and its library. Raises BuildError[B102]."""
+    files = ((KERNELS / name).read_text(encoding="utf-8") for name in ("sample.h", "sample_cpu.h"))
+    source = "\n".join(("#include <stdint.h>", EDIT.c_decl, ROW.c_decl, *files))
+    library = cxx.load_cpp(source, name="sampler", isa=compilers.resolve_isa().name)
+    return pool.address_of(library.stage0), library
 
 
-def penalized(request: Request, logits: np.ndarray) -> np.ndarray:
-    """The logits after penalties and biases, float64 (vocab,)."""
-    s, scores = request.sampling, logits.astype(np.float64)
-    if s.repetition_penalty != 1:
-        seen = np.unique(request.tokens)
-        x = scores[seen]
-        scores[seen] = np.where(x > 0, x / s.repetition_penalty, x * s.repetition_penalty)
-    if request.counts and (s.presence_penalty or s.frequency_penalty):
-        tokens, counts = np.array([*request.counts.items()]).T
-        scores[tokens] -= s.presence_penalty + s.frequency_penalty * counts
-    for token, bias in s.logit_bias.items():
-        scores[token] += bias
-    if request.grammar is not None:
-        mask = np.frombuffer(request.grammar.compute_bitmask(), np.uint8)
-        scores[np.unpackbits(mask, bitorder="little", count=len(scores)) == 0] = -np.inf
-    return scores
+class Sampler:
+    """Draws tokens of a vocabulary; has the memory for that."""
+
+    def __init__(self, vocab: int) -> None:
+        self._vocab, self._scratch = vocab, np.empty((0, 2, vocab), np.int32)
+
+    def __call__(self, requests: Sequence[Request], logits: Sequence[np.ndarray]) -> list[int]:
+        """The next token of each request by its logits, float32 (vocab,); -1 where one of these is
+        NaN, or the largest infinite. Raises BuildError[B102]."""
+        count = len(requests)
+        if len(self._scratch) < count:
+            self._scratch = np.empty((count, 2, self._vocab), np.int32)
+        buffer = ctypes.create_string_buffer(ROW.size * count)
+        keep = [self._pack(buffer, i, r, logits[i]) for i, r in enumerate(requests)]
+        at, grain = ctypes.addressof(buffer), -(-count // pool.wanted_threads())
+        launch = pool.launch_array([(native()[0], at, count, grain, False)])
+        pool.pool().run(ctypes.addressof(launch), 1)
+        del keep
+        rows = np.frombuffer(buffer, ROW.numpy)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        for request, row, x in zip(requests, rows, logits, strict=True):
+            if row["token"] >= 0 and request.grammar is not None:
+                request.grammar.consume_token(int(row["token"]))
+            if row["token"] >= 0 and request.sampling.logprobs is not None:
+                request.logprobs.append(_logprob(row, x))
+        return rows["token"].tolist()
+
+    def _pack(self, buffer: Any, i: int, request: Request, logits: np.ndarray) -> tuple[Any, ...]:
+        """Writes the row of a request; the arrays that it points to."""
+        s, mask, edits = (
+            request.sampling,
+            np.zeros(-(-self._vocab // 32), np.uint32),
+            _edits(request),
+        )
+        logits = np.ascontiguousarray(logits, np.float32)
+        if request.grammar is not None:
+            allowed = np.frombuffer(request.grammar.compute_bitmask(), np.uint8)[: mask.nbytes]
+            mask.view(np.uint8)[: len(allowed)] = allowed
+        keys, weights = self._scratch[i]
+        ROW.pack_into(
+            buffer, i * ROW.size, logits=logits.ctypes.data, size=self._vocab,
+            edit=edits.ctypes.data, edits=len(edits),
+            mask=0 if request.grammar is None else mask.ctypes.data,
+            keys=keys.ctypes.data, weights=weights.ctypes.data,
+            seed=request.seed % 2**64, position=request.answered,
+            scale=math.log2(math.e) * 2**24 / max(s.temperature, COLDEST) if s.temperature else 0,
+            top_k=min(s.top_k, self._vocab), top_p=s.top_p, lightest=round(s.min_p * ONE),
+            repetition=s.repetition_penalty, presence=s.presence_penalty,
+            frequency=s.frequency_penalty, top=-1 if s.logprobs is None else min(s.logprobs, self._vocab),
+            token=0, sum=0, largest=0, likeliest=(0,) * MAX_LOGPROBS,
+        )  # fmt: skip
+        return logits, mask, edits
 
 
-def draw(scores: np.ndarray, sampling: Sampling, uniform: float) -> int:
-    """A token by the inverse of the cumulative distribution, at a number of [0, 1)."""
-    with np.errstate(under="ignore", over="ignore"):
-        weights = np.exp((scores - scores.max()) / max(sampling.temperature, COLDEST))
-    tokens = candidates(weights, sampling)
-    sums = np.cumsum(weights if tokens is None else weights[tokens])
-    choice = min(int(np.searchsorted(sums, uniform * sums[-1], side="right")), len(sums) - 1)
-    return choice if tokens is None else int(tokens[choice])
+def _edits(request: Request) -> np.ndarray:
+    """What is done to the logits of tokens: each token once."""
+    s = request.sampling
+    counts = request.counts if s.presence_penalty or s.frequency_penalty else {}
+    seen = set(request.tokens) if s.repetition_penalty != 1 else set[int]()
+    tokens = {*counts, *seen, *s.logit_bias}
+    edits = [(t, counts.get(t, 0), t in seen, s.logit_bias.get(t, 0)) for t in tokens]
+    return np.array(edits, EDIT.numpy)
 
 
-def candidates(weights: np.ndarray, s: Sampling) -> np.ndarray | None:
-    """The tokens that top_k, top_p and min_p leave; None for all. `weights`: probabilities over
-    that of the likeliest."""
-    tokens = _largest(weights, s.top_k) if 0 < s.top_k < len(weights) else None
-    if s.top_p < 1:
-        wanted = s.top_p * (weights if tokens is None else weights[tokens]).sum()
-        first = _largest(weights, FIRST) if tokens is None else tokens
-        sums = np.cumsum(weights[first])
-        if sums[-1] < wanted and tokens is None:
-            first = _largest(weights, len(weights))
-            sums = np.cumsum(weights[first])
-        tokens = first[: int(np.searchsorted(sums, wanted)) + 1]
-    if s.min_p and tokens is None:
-        return np.flatnonzero(weights >= s.min_p)
-    return tokens if tokens is None else tokens[weights[tokens] >= s.min_p]
-
-
-def _largest(weights: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` largest values, descending; ties go to the smaller index."""
-    part = np.argpartition(-weights, min(count, len(weights)) - 1)[:count]
-    return part[np.lexsort((part, -weights[part]))]
-
-
-def logprobs(logits: np.ndarray, token: int, count: int) -> TokenLogprob:
-    """The log-probabilities of a token and of the `count` likeliest, by the model's own logits."""
-    x = logits.astype(np.float64)
-    x -= x.max()
-    x -= np.log(np.exp(x).sum())
-    top = _largest(x, count) if count else np.empty(0, int)
-    return TokenLogprob(token, float(x[token]), tuple((int(i), float(x[i])) for i in top))
+def _logprob(row: Any, logits: np.ndarray) -> TokenLogprob:
+    """The log-probabilities of the token of a row and of the likeliest, by the model's own logits;
+    exact to 4e-5."""
+    shift = float(row["largest"]) + math.log(row["sum"])
+    tokens = (int(row["token"]), *row["likeliest"][: max(row["top"], 0)].tolist())
+    token, *top = [(t, float(logits[t]) - shift) for t in tokens]
+    return TokenLogprob(*token, tuple(sorted(top, key=lambda one: (-one[1], one[0]))))
