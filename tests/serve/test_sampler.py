@@ -19,7 +19,7 @@ from tilewright.serve import engine as engine_module
 from tilewright.serve import sampler
 from tilewright.serve.engine import LLM, Engine, Options
 from tilewright.serve.request import Request, Sampling
-from tilewright.serve.sampler import Sampler
+from tilewright.serve.sampler import sample
 from tilewright.serve.tokenizer import AnswerText
 from tilewright.serve.weights import open_model
 
@@ -65,7 +65,7 @@ def requests_of(count: int, seed: int = 0, **options: Any) -> list[Request]:
 def drawn(logits: np.ndarray, count: int, seed: int = 0, **options: Any) -> list[int]:
     """Tokens of one row of logits for consecutive seeds."""
     x = logits.astype(np.float32)
-    return Sampler(len(x))(requests_of(count, seed, **options), [x] * count)
+    return sample(requests_of(count, seed, **options), [x] * count)
 
 
 CUTS = (
@@ -171,7 +171,7 @@ def test_penalties_and_biases():
         request.tokens = [1, 2, 2, 3, 3, 4]
         request.prompt_tokens = 3
         request.counts.update([3, 3, 4])
-    share = np.bincount(Sampler(8)(requests, [x] * 4000), minlength=8) / 4000
+    share = np.bincount(sample(requests, [x] * 4000), minlength=8) / 4000
     np.testing.assert_allclose(share, softmax(np.array(wanted)), atol=0.03)
     assert share[5] == 0
     assert drawn(x, 1, temperature=0.0, logit_bias={6: 100, 5: -100}) == [3]
@@ -180,11 +180,11 @@ def test_penalties_and_biases():
 def test_a_seed_and_a_position_decide():
     """Not the engine's state: a request sampled again from any position gets the same tokens."""
     logits = np.random.default_rng(3).normal(0, 1, (30, 100)).astype(np.float32)
-    draw, tokens = Sampler(100), []
+    tokens: list[list[int]] = []
     for seed in (1, 1, 2, 2**70 + 3):
         request = Request(0, [5], Sampling(temperature=1.0), seed=seed)
         for row in logits:
-            request.tokens += draw([request], [row])
+            request.tokens += sample([request], [row])
         tokens.append(request.answer)
     assert tokens[0] == tokens[1] and len({tuple(t) for t in tokens}) == 3
 
@@ -198,11 +198,11 @@ def test_the_batch_changes_nothing(vocab: int):
     logits, before = list(around[:, 20:-20]), around.copy()
     options = [dict(c) | {"logprobs": i % 3} for i, c in enumerate(CUTS)]
     requests = [requests_of(1, 90 + i, **options[i % len(options)])[0] for i in range(17)]
-    wanted = [Sampler(vocab)([r], [x])[0] for r, x in zip(requests, logits, strict=True)]
+    wanted = [sample([r], [x])[0] for r, x in zip(requests, logits, strict=True)]
     for settings in ({"threads": 1}, {"threads": 3}, {"isa": "baseline"}):
         with knobs.scope(**settings):  # pyright: ignore[reportArgumentType]
             sampler.native.cache_clear()
-            assert Sampler(vocab)(requests, logits) == wanted
+            assert sample(requests, logits) == wanted
     sampler.native.cache_clear()
     assert all(len(r.logprobs) == 4 and len(set(r.logprobs)) == 1 for r in requests)
     np.testing.assert_array_equal(around, before)
@@ -215,13 +215,13 @@ def test_logprobs():
     order = np.argsort(-wanted, kind="stable")
     for count, options in ((5, {}), (20, {"top_k": 3}), (0, {"logit_bias": {7: 100}})):
         (request,) = requests_of(1, logprobs=count, **options)
-        (token,) = Sampler(100)([request], [x])
+        (token,) = sample([request], [x])
         (found,) = request.logprobs
         assert found.token == token and found.logprob == pytest.approx(wanted[token], abs=1e-5)
         assert [t for t, _ in found.top] == order[:count].tolist()
         np.testing.assert_allclose([y for _, y in found.top], wanted[order[:count]], atol=1e-5)
     (request,) = requests_of(1, logprobs=20)
-    Sampler(3)([request], [x[:3].copy()])
+    sample([request], [x[:3].copy()])
     assert len(request.logprobs[0].top) == 3
 
 
@@ -230,7 +230,7 @@ def test_logprobs_of_a_long_tail():
     x = np.full(150_000, -21.0, np.float32)
     x[7] = 0
     (request,) = requests_of(1, logprobs=1)
-    Sampler(len(x))([request], [x])
+    sample([request], [x])
     wanted = -np.log1p((len(x) - 1) * np.exp(-21.0))
     assert request.logprobs[0].top == ((7, pytest.approx(wanted, abs=4e-5)),)
 

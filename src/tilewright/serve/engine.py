@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -29,13 +29,16 @@ from tilewright.serve.models.llama import Llama
 from tilewright.serve.policy import SAFETY
 from tilewright.serve.request import Request, Sampling, check_fields, check_tokens, is_count
 from tilewright.serve.runner import Logits, Runner
-from tilewright.serve.sampler import Sampler, native
+from tilewright.serve.sampler import native, sample
 from tilewright.serve.scheduler import PENDING, Batch, Limits, Scheduler, work_of
 from tilewright.serve.tokenizer import AnswerText, load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
 from tilewright.target import Target
 
 LONGEST = 2048  # tokens of a sequence, where the caller names no context
+
+Flight = tuple[Batch, Logits]
+"""A step that is launched: what was decided, and what it computes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +76,6 @@ class Options:
         return int(context), Limits(pages, *sizes, self.share, self.invariant)
 
 
-class Flight(NamedTuple):
-    """A step that is launched: what was decided, and what it computes."""
-
-    batch: Batch
-    logits: Logits
-
-
 class Engine:
     """A model, its scheduler and its runner. `runs_ahead`: a step may be launched before the tokens
     of the one in front are read."""
@@ -93,7 +89,6 @@ class Engine:
         self.scheduler = Scheduler(limits, cost)
         self.runner = Runner(self.model, limits, self.context)
         self.runs_ahead = self.model.target.is_cuda
-        self.sampler = Sampler(self.model.config.vocab)
         self._flight: Flight | None = None  # a step whose tokens are not read
         self._began = 0.0  # when it was launched, or the tokens in front were read, seconds
         self._ids = itertools.count()
@@ -150,33 +145,32 @@ class Engine:
         flight, self._flight = self._flight or self._launch(), None
         if flight is None:
             return []
-        if not (leads := self._leads(flight)):
-            flight.logits.wait()
-        ready = self.scheduler.commit(flight.batch, time.perf_counter())
+        batch, logits = flight
+        if not (leads := self._leads(batch)):
+            logits.wait()
+        ready = self.scheduler.commit(batch, time.perf_counter())
         with self._pending(ready):
-            self._flight = self._launch(behind=flight) if leads else None
-            for request, token in self._tokens(flight):
+            self._flight = self._launch(behind=logits.requests) if leads else None
+            for request, token in self._tokens(batch, logits):
                 self._answer(request, token)
         return ready
 
-    def _launch(self, behind: Flight | None = None) -> Flight | None:
-        """Launches the next step; None where there is none, or, behind one whose tokens are not
-        read, where the two have not the same requests."""
+    def _launch(self, behind: list[Request] | None = None) -> Flight | None:
+        """Launches the next step; None where there is none, or where it has other requests than
+        those `behind` which, their tokens not yet read, it is launched."""
         now = time.perf_counter()
         batch = self.scheduler.schedule(now)
         requests = [c.request for c in batch.chunks]
         if behind is None:
             self._began = now
-        if not requests or (behind is not None and requests != behind.logits.requests):
-            return None
-        return Flight(batch, self.runner.run(batch.chunks))
+        is_next = bool(requests) and behind in (None, requests)
+        return (batch, self.runner.run(batch.chunks)) if is_next else None
 
-    def _leads(self, flight: Flight) -> bool:
+    def _leads(self, batch: Batch) -> bool:
         """Whether a step may be launched behind this one before its tokens are read."""
-        chunks = flight.batch.chunks
-        return self.runs_ahead and all(
-            not c.is_prompt and c.wants_token and c.request.sampling.is_plain_greedy for c in chunks
-        )
+        rows = [c for c in batch.chunks if not c.is_prompt and c.wants_token]
+        greedy = [c for c in rows if c.request.sampling.is_plain_greedy]
+        return self.runs_ahead and len(greedy) == len(batch.chunks)
 
     @contextlib.contextmanager
     def _pending(self, requests: list[Request]) -> Generator[None]:
@@ -193,26 +187,24 @@ class Engine:
                     request.tokens.pop()
             raise
 
-    def _tokens(self, flight: Flight) -> list[tuple[Request, int]]:
+    def _tokens(self, batch: Batch, logits: Logits) -> list[tuple[Request, int]]:
         """Waits for a step. The requests that go on, with their next tokens, -1 where the model
         computes no numbers."""
-        batch, logits = flight
         logits.wait()
         began, self._began = self._began, time.perf_counter()
         if not all(c.request.finish for c in batch.chunks):  # else cancelled, perhaps long ago
             model = self.scheduler.model
             self.scheduler.model = model.corrected(work_of(batch.chunks), self._began - began)
         going = [(i, r) for i, r in enumerate(logits.requests) if not r.finish]
-        tokens = dict(enumerate(logits.likeliest))
+        tokens = {r: logits.likeliest[i] for i, r in going}
         for i, request in going:
             request.tokens.pop()  # PENDING
             if request.answered == 0 and not np.isfinite(logits.row(i)).all():
-                tokens[i] = -1  # looked for once: not to slow each token
-        drawn = [(i, r) for i, r in going if tokens[i] >= 0 and not r.sampling.is_plain_greedy]
-        if drawn:
-            sampled = self.sampler([r for _, r in drawn], [logits.row(i) for i, _ in drawn])
-            tokens |= zip([i for i, _ in drawn], sampled, strict=True)
-        return [(r, tokens[i]) for i, r in going]
+                tokens[request] = -1  # looked for once: not to slow each token
+        rows = {r: i for i, r in going if tokens[r] >= 0 and not r.sampling.is_plain_greedy}
+        if rows:
+            tokens |= zip(rows, sample([*rows], [*map(logits.row, rows.values())]), strict=True)
+        return [*tokens.items()]
 
     def counts(self) -> dict[str, int]:
         """What `/metrics` shows of the scheduler."""

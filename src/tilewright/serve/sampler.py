@@ -28,75 +28,59 @@ EDIT = Struct("SampleEdit", [
 ])  # fmt: skip
 ROW = Struct("SampleRow", [
     ("logits", "ptr", "const float*"), ("edit", "ptr", "const SampleEdit*"),
-    ("mask", "ptr", "const uint32_t*"), ("keys", "ptr", "int32_t*"),
-    ("weights", "ptr", "uint32_t*"), ("seed", "uint64"), ("position", "uint64"),
-    ("top_p", "float64"), ("sum", "float64"), ("largest", "float32"), ("scale", "float32"),
-    ("repetition", "float32"), ("presence", "float32"), ("frequency", "float32"),
-    *((name, "int32") for name in ("lightest", "top_k", "size", "edits", "top", "token")),
+    ("mask", "ptr", "const uint32_t*"), ("seed", "uint64"), ("position", "uint64"),
+    ("top_p", "float64"), ("sum", "float64"),
+    *((n, "float32") for n in ("largest", "scale", "repetition", "presence", "frequency")),
+    *((n, "int32") for n in ("lightest", "top_k", "size", "edits", "top", "token")),
     ("likeliest", f"int32[{MAX_LOGPROBS}]"),
 ])  # fmt: skip
 
 
 @functools.cache
-def native() -> tuple[int, Any]:
-    """The address of the native sampler, and its library. Raises BuildError[B102]."""
+def native() -> ctypes.CDLL:
+    """The library of the sampler. Raises BuildError[B102]."""
     files = ((KERNELS / name).read_text(encoding="utf-8") for name in ("sample.h", "sample_cpu.h"))
     source = "\n".join(("#include <stdint.h>", EDIT.c_decl, ROW.c_decl, *files))
-    library = cxx.load_cpp(source, name="sampler", isa=compilers.resolve_isa().name)
-    return pool.address_of(library.stage0), library
+    return cxx.load_cpp(source, name="sampler", isa=compilers.resolve_isa().name)
 
 
-class Sampler:
-    """Draws tokens of a vocabulary; has the memory for that."""
+def sample(requests: Sequence[Request], logits: Sequence[np.ndarray]) -> list[int]:
+    """The next token of each request by its logits, float32 (vocab,); -1 where one of these is NaN,
+    or the largest infinite. Raises BuildError[B102]."""
+    count = len(requests)
+    buffer = ctypes.create_string_buffer(ROW.size * count)
+    arrays = [_pack(buffer, i, r, logits[i]) for i, r in enumerate(requests)]
+    body, grain = pool.address_of(native().stage0), -(-count // pool.wanted_threads())
+    pool.pool().prepare([(body, ctypes.addressof(buffer), count, grain, False)])()
+    rows = np.frombuffer(memoryview(buffer), ROW.numpy)
+    for request, row, (x, *_) in zip(requests, rows, arrays, strict=True):
+        if row["token"] >= 0 and request.grammar is not None:
+            request.grammar.consume_token(int(row["token"]))
+        if row["token"] >= 0 and request.sampling.logprobs is not None:
+            request.logprobs.append(_logprob(row, x))
+    return rows["token"].tolist()
 
-    def __init__(self, vocab: int) -> None:
-        self._vocab, self._scratch = vocab, np.empty((0, 2, vocab), np.int32)
 
-    def __call__(self, requests: Sequence[Request], logits: Sequence[np.ndarray]) -> list[int]:
-        """The next token of each request by its logits, float32 (vocab,); -1 where one of these is
-        NaN, or the largest infinite. Raises BuildError[B102]."""
-        count = len(requests)
-        if len(self._scratch) < count:
-            self._scratch = np.empty((count, 2, self._vocab), np.int32)
-        buffer = ctypes.create_string_buffer(ROW.size * count)
-        keep = [self._pack(buffer, i, r, logits[i]) for i, r in enumerate(requests)]
-        at, grain = ctypes.addressof(buffer), -(-count // pool.wanted_threads())
-        launch = pool.launch_array([(native()[0], at, count, grain, False)])
-        pool.pool().run(ctypes.addressof(launch), 1)
-        del keep
-        rows = np.frombuffer(buffer, ROW.numpy)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        for request, row, x in zip(requests, rows, logits, strict=True):
-            if row["token"] >= 0 and request.grammar is not None:
-                request.grammar.consume_token(int(row["token"]))
-            if row["token"] >= 0 and request.sampling.logprobs is not None:
-                request.logprobs.append(_logprob(row, x))
-        return rows["token"].tolist()
-
-    def _pack(self, buffer: Any, i: int, request: Request, logits: np.ndarray) -> tuple[Any, ...]:
-        """Writes the row of a request; the arrays that it points to."""
-        s, mask, edits = (
-            request.sampling,
-            np.zeros(-(-self._vocab // 32), np.uint32),
-            _edits(request),
-        )
-        logits = np.ascontiguousarray(logits, np.float32)
-        if request.grammar is not None:
-            allowed = np.frombuffer(request.grammar.compute_bitmask(), np.uint8)[: mask.nbytes]
-            mask.view(np.uint8)[: len(allowed)] = allowed
-        keys, weights = self._scratch[i]
-        ROW.pack_into(
-            buffer, i * ROW.size, logits=logits.ctypes.data, size=self._vocab,
-            edit=edits.ctypes.data, edits=len(edits),
-            mask=0 if request.grammar is None else mask.ctypes.data,
-            keys=keys.ctypes.data, weights=weights.ctypes.data,
-            seed=request.seed % 2**64, position=request.answered,
-            scale=math.log2(math.e) * 2**24 / max(s.temperature, COLDEST) if s.temperature else 0,
-            top_k=min(s.top_k, self._vocab), top_p=s.top_p, lightest=round(s.min_p * ONE),
-            repetition=s.repetition_penalty, presence=s.presence_penalty,
-            frequency=s.frequency_penalty, top=-1 if s.logprobs is None else min(s.logprobs, self._vocab),
-            token=0, sum=0, largest=0, likeliest=(0,) * MAX_LOGPROBS,
-        )  # fmt: skip
-        return logits, mask, edits
+def _pack(buffer: Any, i: int, request: Request, logits: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Writes row i, of a request; the arrays that it points to."""
+    s, edits, mask = request.sampling, _edits(request), np.zeros(-(-len(logits) // 32), np.uint32)
+    logits = np.ascontiguousarray(logits, np.float32)
+    if request.grammar is not None:
+        allowed = np.frombuffer(request.grammar.compute_bitmask(), np.uint8)[: mask.nbytes]
+        mask.view(np.uint8)[: len(allowed)] = allowed
+    ROW.pack_into(
+        buffer, i * ROW.size, logits=logits.ctypes.data, size=len(logits),
+        edit=edits.ctypes.data, edits=len(edits),
+        mask=0 if request.grammar is None else mask.ctypes.data,
+        seed=request.seed % 2**64, position=request.answered,
+        scale=math.log2(math.e) * 2**24 / max(s.temperature, COLDEST) if s.temperature else 0,
+        top_k=min(s.top_k, len(logits)), top_p=s.top_p, lightest=round(s.min_p * ONE),
+        repetition=s.repetition_penalty, presence=s.presence_penalty,
+        frequency=s.frequency_penalty,
+        top=-1 if s.logprobs is None else min(s.logprobs, len(logits)),
+        token=0, sum=0, largest=0, likeliest=(0,) * MAX_LOGPROBS,
+    )  # fmt: skip
+    return logits, mask, edits
 
 
 def _edits(request: Request) -> np.ndarray:

@@ -254,11 +254,10 @@ SAMPLE_FN void likeliest(const Team& team, const Scores& s, Key most, int32_t co
   }
 }
 
-// Samples a row: `token`, -1 where a logit is NaN or the largest is infinite; and where `top` is not below
+// Samples a row, whose keys and weights are written to `s`: `token`, -1 where a logit is NaN or the largest is infinite; and where `top` is not below
 // 0 the `top` likeliest tokens of the logits, the largest logit, and the sum of exp(logit - largest).
 template <class Team>
-SAMPLE_FN void sample(const Team& team, SampleRow& row) {
-  const Scores s = {row.keys, row.weights, row.size};
+SAMPLE_FN void sample(const Team& team, const Scores& s, SampleRow& row) {
   for (int32_t i = team.lane; i < s.size; i += team.lanes) s.keys[i] = key_of(row.logits[i]);
   team.sync();
   Key most = largest(team, s);

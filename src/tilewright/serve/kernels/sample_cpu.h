@@ -16,13 +16,14 @@ struct Thread {
 
 }  // namespace sample
 
-// Rows begin … end-1; they use the memory of the first of them for their keys and weights.
 extern "C" __attribute__((visibility("default"))) void stage0(const void* params, int64_t begin, int64_t end) {
   SampleRow* rows = static_cast<SampleRow*>(const_cast<void*>(params));
   sample::Measure of_parts[sample::PARTS];
   for (int64_t i = begin; i < end; ++i) {
-    rows[i].keys = rows[begin].keys;
-    rows[i].weights = rows[begin].weights;
-    sample::sample(sample::Thread{of_parts}, rows[i]);
+    const int32_t size = rows[i].size;
+    sample::Key* keys = static_cast<sample::Key*>(__builtin_malloc(size * (sizeof(sample::Key) + sizeof(uint32_t))));
+    if (!keys) __builtin_trap();
+    sample::sample(sample::Thread{of_parts}, {keys, reinterpret_cast<uint32_t*>(keys + size), size}, rows[i]);
+    __builtin_free(keys);
   }
 }
