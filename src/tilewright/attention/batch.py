@@ -27,7 +27,7 @@ from tilewright.attention.checks import (
     named_view,
     ordinal_of,
 )
-from tilewright.attention.families import Call, Family
+from tilewright.attention.families import Call, Family, Scratch
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
 from tilewright.attention.plan import Plan
@@ -176,12 +176,14 @@ class Attention:
     # -- running ---------------------------------------------------------------------------------
 
     def run(
-        self, q: Any, kv: KV, plan: Plan | Workspace, *, out: Any = None, **values: Any
-    ) -> State:
+        self, q: Any, kv: KV, plan: Plan | Workspace, *, out: Any = None,
+        scratch: Scratch | None = None, **values: Any,
+    ) -> State:  # fmt: skip
         """The state of queries `q` (tokens, qo_heads, head_dim), float32, float16 or bfloat16.
 
         `out`: an array to write o to, of q's dtype or float32 (None: a new one of q's dtype);
-        `values`: the variant's scalars and tensors.
+        `scratch`: memory that calls share (None: its own); `values`: the variant's scalars and
+        tensors.
         Keys and values that no query of a work item sees never matter, NaN and Inf included: those
         behind a length, outside a window, of a freed page. The kernels of float32 and of CPUs keep
         this for each query, the decode family for the rows of a request together.
@@ -189,19 +191,20 @@ class Attention:
         captured, and the plan is not a workspace.
         """
         _check_is_plan(plan)
-        bound = self.bind(q, kv, out, plan=plan, **values)
+        bound = self.bind(q, kv, out, plan=plan, scratch=scratch, **values)
         bound()
         return bound.state
 
     def bind(
         self, q: Any, kv: KV, out: Any = None, *, plan: Plan | Workspace | None = None,
-        **values: Any,
+        scratch: Scratch | None = None, **values: Any,
     ) -> BoundAttention:  # fmt: skip
         """A run with its memory fixed, for a recorded step: `.launch` is its one launch.
 
         Without a plan: one query for each request (q has `requests` rows), divided for the longest
         keys that the pages can hold. The arrays of the table are read at every run, so lengths may
-        grow in place.
+        grow in place. `scratch`: memory of partial results that it shares with others of a step,
+        or of steps that do not run at once (None: its own).
         """
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         if plan is None:
@@ -220,15 +223,16 @@ class Attention:
         arrays = values_of(self.variant, values, sizes, kv.device)
         numbers = param_values(queries, kv.pool, kv.table, written, self.scale)
         numbers |= render.param_values(spec.traced, {n: seen for n, (_, seen) in arrays.items()})
-        call = Call(spec, kv.pool, numbers, plan, q)
+        call = Call(spec, kv.pool, numbers, plan, q, scratch or Scratch())
         keep = (queries, kv, plan, arrays)
         if kv.device == "cpu" and not compilers.has_compiler():
             return self._interpreted(q, kv, plan, State(o, lse), arrays)
         reads = (queries, kv.pool.k, kv.pool.v, *kv.table.views.values())
-        boxes = _boxes(*reads, *(seen for _, seen in arrays.values())), _boxes(*written)
-        if isinstance(plan, Workspace):  # its scratch memory is one for all its calls
-            boxes = boxes[0], (*boxes[1], *((a, a + 1) for a in plan.params().values() if a))
-        return BoundAttention(State(o, lse), family.prepare(call), keep, boxes)
+        prepared = family.prepare(call)
+        shared = plan.params().values() if isinstance(plan, Workspace) else call.scratch.params()
+        writes = *_boxes(*written), *((a, a + 1) for a in shared if a)
+        boxes = _boxes(*reads, *(seen for _, seen in arrays.values())), writes
+        return BoundAttention(State(o, lse), prepared, keep, boxes)
 
     def _family(self, plan: Plan | Workspace, kv: KV, spec: Spec) -> Family:
         """The family that a plan is for, if it can run this call. Raises ArgumentError."""

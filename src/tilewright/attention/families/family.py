@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tilewright import dtypes
 from tilewright.attention.checks import ordinal_of
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec
 from tilewright.errors import ArgumentError
+from tilewright.runtime import cuda
+from tilewright.runtime.view import allocate, view
 
 if TYPE_CHECKING:
     from tilewright.attention.plan import Plan
@@ -19,6 +22,32 @@ if TYPE_CHECKING:
 
 
 Order = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+
+
+class Scratch:
+    """Memory for partial results and counters of calls on one device that run one after the other:
+    the layers of a step, and other steps. It grows; a bound call keeps what it was bound with."""
+
+    def __init__(self) -> None:
+        self._sizes, self._arrays = (0, 0), ()
+
+    def arrays(self, like: Any, floats: int, counts: int) -> tuple[Any, ...]:
+        """float32 for partial results, and int32 counters, which are 0 between calls."""
+        sizes = max(floats, self._sizes[0], 1), max(counts, self._sizes[1], 1)
+        if sizes != self._sizes:
+            kinds = zip(sizes, (dtypes.float32, dtypes.int32), strict=True)
+            self._sizes = sizes
+            self._arrays = tuple([allocate(like, (size,), kind) for size, kind in kinds])
+            counters = view(self._arrays[1])
+            if counters.device == "cpu":
+                self._arrays[1][:] = 0
+            else:
+                cuda.clear(counters)
+        return self._arrays
+
+    def params(self) -> tuple[int, ...]:
+        """The addresses."""
+        return tuple([view(array).pointer for array in self._arrays])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +60,7 @@ class Call:
     values: dict[str, Any]
     plan: Plan | Workspace
     like: Any  # the queries: work space is allocated by their framework
+    scratch: Scratch
 
     @property
     def ordinal(self) -> int:
