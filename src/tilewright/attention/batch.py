@@ -40,7 +40,7 @@ from tilewright.attention.workspace import Workspace
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime import pool as pools
-from tilewright.runtime.view import View, byte_range
+from tilewright.runtime.view import byte_span
 from tilewright.toolchain import compilers
 
 MAX_HEAD_DIM = 256
@@ -230,8 +230,8 @@ class Attention:
         reads = (queries, kv.pool.k, kv.pool.v, *kv.table.views.values())
         prepared = family.prepare(call)
         shared = plan.params().values() if isinstance(plan, Workspace) else call.scratch.params()
-        writes = *_boxes(*written), *((a, a + 1) for a in shared if a)
-        boxes = _boxes(*reads, *(seen for _, seen in arrays.values())), writes
+        writes = *map(byte_span, written), *((a, a + 1) for a in shared if a)
+        boxes = (*map(byte_span, (*reads, *(seen for _, seen in arrays.values()))),), writes
         return BoundAttention(State(o, lse), prepared, keep, boxes)
 
     def _family(self, plan: Plan | Workspace, kv: KV, spec: Spec) -> Family:
@@ -353,12 +353,6 @@ def _check_is_plan(plan: Any) -> None:
     if not isinstance(plan, (Plan, Workspace)):
         hint = "attn.plan(qo_indptr, kv); only bind can do without"
         raise ArgumentError("A107", f"{type(plan).__name__} is no Plan", where="plan", hint=hint)
-
-
-def _boxes(*views: View) -> tuple[tuple[int, int], ...]:
-    """The ranges of addresses of arrays."""
-    seen = [(v.pointer, byte_range(v)) for v in views]
-    return tuple((pointer + low, pointer + high) for pointer, (low, high) in seen)
 
 
 def _check_not_capturing(plan: Plan | Workspace, device: str) -> None:

@@ -9,7 +9,6 @@ What an earlier prompt or answer has in common with a new prompt is not read aga
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import secrets
@@ -142,50 +141,43 @@ class Engine:
         On a GPU the next step, if it has the same requests, is launched before the tokens of this
         one are read: they are where it needs them. Behind one that ends an answer a token is then
         computed in vain."""
-        flight, self._flight = self._flight or self._launch(), None
+        flight, self._flight = self._flight or self._launch([]), None
         if flight is None:
             return []
         batch, logits = flight
-        if not (leads := self._leads(batch)):
-            logits.wait()
-        ready = self.scheduler.commit(batch, time.perf_counter())
-        with self._pending(ready):
-            self._flight = self._launch(behind=logits.requests) if leads else None
-            for request, token in self._tokens(batch, logits):
-                self._answer(request, token)
+        ready, behind = self._commit(batch, logits)
+        for request, token in self._tokens(batch, logits):
+            self._answer(request, token)
+        self._flight = behind  # forgotten after an exception: the tokens are computed again
         return ready
 
-    def _launch(self, behind: list[Request] | None = None) -> Flight | None:
-        """Launches the next step; None where there is none, or where it has other requests than
-        those `behind` which, their tokens not yet read, it is launched."""
-        now = time.perf_counter()
-        batch = self.scheduler.schedule(now)
-        requests = [c.request for c in batch.chunks]
-        if behind is None:
-            self._began = now
-        is_next = bool(requests) and behind in (None, requests)
-        return (batch, self.runner.run(batch.chunks)) if is_next else None
-
-    def _leads(self, batch: Batch) -> bool:
-        """Whether a step may be launched behind this one before its tokens are read."""
-        rows = [c for c in batch.chunks if not c.is_prompt and c.wants_token]
-        greedy = [c for c in rows if c.request.sampling.is_plain_greedy]
-        return self.runs_ahead and len(greedy) == len(batch.chunks)
-
-    @contextlib.contextmanager
-    def _pending(self, requests: list[Request]) -> Generator[None]:
-        """The next token of each request is PENDING. After an exception those that are not read yet
-        are computed again, and what was launched behind them is forgotten."""
-        for request in requests:
+    def _launch(self, behind: list[Request]) -> Flight | None:
+        """Launches the next step, if there is one. Behind a step whose tokens are not read: if it
+        has the same requests, whose next tokens are PENDING meanwhile."""
+        for request in behind:
             request.tokens.append(PENDING)
         try:
-            yield
-        except BaseException:
-            self._flight = None
-            for request in requests:
-                if request.tokens[-1] == PENDING:
-                    request.tokens.pop()
-            raise
+            now = time.perf_counter()
+            batch = self.scheduler.schedule(now)
+            requests = [c.request for c in batch.chunks]
+            if not requests or (behind and requests != behind):
+                return None
+            self._began = self._began if behind else now
+            return batch, self.runner.run(batch.chunks)
+        finally:
+            for request in behind:
+                request.tokens.pop()
+
+    def _commit(self, batch: Batch, logits: Logits) -> tuple[list[Request], Flight | None]:
+        """Notes that a step was run. The requests that get a token, and the step that was launched
+        before these are read: where all go on greedily. Else waits for them first."""
+        rows = [c for c in batch.chunks if not c.is_prompt and c.wants_token]
+        greedy = [c for c in rows if c.request.sampling.is_plain_greedy]
+        leads = self.runs_ahead and len(greedy) == len(batch.chunks)
+        if not leads:
+            logits.wait()
+        ready = self.scheduler.commit(batch, time.perf_counter())
+        return ready, self._launch(ready) if leads and ready == logits.requests else None
 
     def _tokens(self, batch: Batch, logits: Logits) -> list[tuple[Request, int]]:
         """Waits for a step. The requests that go on, with their next tokens, -1 where the model
@@ -195,15 +187,15 @@ class Engine:
         if not all(c.request.finish for c in batch.chunks):  # else cancelled, perhaps long ago
             model = self.scheduler.model
             self.scheduler.model = model.corrected(work_of(batch.chunks), self._began - began)
-        going = [(i, r) for i, r in enumerate(logits.requests) if not r.finish]
-        tokens = {r: logits.likeliest[i] for i, r in going}
-        for i, request in going:
-            request.tokens.pop()  # PENDING
+        rows = {r: i for i, r in enumerate(logits.requests) if not r.finish}
+        tokens = {r: logits.likeliest[i] for r, i in rows.items()}
+        for request, i in rows.items():
             if request.answered == 0 and not np.isfinite(logits.row(i)).all():
                 tokens[request] = -1  # looked for once: not to slow each token
-        rows = {r: i for i, r in going if tokens[r] >= 0 and not r.sampling.is_plain_greedy}
-        if rows:
-            tokens |= zip(rows, sample([*rows], [*map(logits.row, rows.values())]), strict=True)
+        drawn = [r for r in rows if tokens[r] >= 0 and not r.sampling.is_plain_greedy]
+        if drawn:
+            sampled = sample(drawn, [logits.row(rows[r]) for r in drawn])
+            tokens |= zip(drawn, sampled, strict=True)
         return [*tokens.items()]
 
     def counts(self) -> dict[str, int]:

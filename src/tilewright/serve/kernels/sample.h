@@ -25,6 +25,7 @@ SAMPLE_FN uint64_t high_product(uint64_t a, uint64_t b) { return __umul64hi(a, b
 #else
 SAMPLE_FN int32_t float_bits(float x) { return __builtin_bit_cast(int32_t, x); }
 SAMPLE_FN float bits_float(int32_t x) { return __builtin_bit_cast(float, x); }
+SAMPLE_FN double log(double x) { return __builtin_log(x); }
 SAMPLE_FN uint64_t high_product(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
@@ -33,6 +34,8 @@ SAMPLE_FN uint64_t high_product(uint64_t a, uint64_t b) {
 using Key = int32_t;
 constexpr Key NO_KEY = INT32_MIN, INFINITE = 0x7f800000, EXCLUDED = ~INFINITE;  // of +inf and -inf
 constexpr uint32_t ONE = 1u << 30;  // the weight of the likeliest token
+constexpr float SCALE = 0x1.715476p24f;  // log2(e) * 2^24
+constexpr double COLDEST = 1e-6;  // a lower temperature samples as this one does
 constexpr int PARTS = 32;
 
 SAMPLE_FN Key key_of(float x) {  // NaN is above all others, the zeros are equal
@@ -41,7 +44,7 @@ SAMPLE_FN Key key_of(float x) {  // NaN is above all others, the zeros are equal
 }
 SAMPLE_FN float score_of(Key key) { return bits_float(key ^ ((key >> 31) & INT32_MAX)); }
 
-// 2^30 * 2^y with y = (score - largest) * scale / 2^24; `scale` is log2(e) / temperature * 2^24.
+// 2^30 * 2^y with y = (score - largest) * scale / 2^24; `scale` is SCALE / temperature.
 SAMPLE_FN uint32_t weight_of(float difference, float scale) {
   float y = difference * scale;
   y = y > -0x1p29f ? y : -0x1p29f;
@@ -107,8 +110,8 @@ SAMPLE_FN void penalize(const Team& team, const Scores& s, const SampleRow& row)
   for (int32_t e = team.lane; e < row.edits; e += team.lanes) {
     const SampleEdit edit = row.edit[e];
     double x = score_of(s.keys[edit.token]);  // products are exact: a fused sum is no other one
-    if (edit.is_seen) x = x > 0 ? x / row.repetition : x * row.repetition;
-    if (edit.count) x -= row.presence + static_cast<double>(row.frequency) * edit.count;
+    if (edit.is_seen) x = x > 0 ? x / row.repetition_penalty : x * row.repetition_penalty;
+    if (edit.count) x -= row.presence_penalty + row.frequency_penalty * edit.count;
     s.keys[edit.token] = key_of(static_cast<float>(x + edit.bias));
   }
   team.sync();
@@ -167,11 +170,11 @@ struct Cut {
 // What top_k, then top_p, then min_p leave. `total`: the sum of all weights.
 template <class Team>
 SAMPLE_FN Cut cut(const Team& team, const Scores& s, Key most, uint64_t total, const SampleRow& row) {
-  Cut c = {NO_KEY, NO_KEY, 0, 0, row.lightest};
+  Cut c = {NO_KEY, NO_KEY, 0, 0, static_cast<uint32_t>(row.min_p * ONE + 0.5)};
   if (row.top_k > 0 && row.top_k < s.size) {
     const uint64_t wanted = static_cast<uint64_t>(row.top_k);
     const Bound b = search(team, s, NO_KEY, most, false, wanted);
-    c = {b.at.least, b.above.least, wanted - b.above.count, b.each(), row.lightest};
+    c = {b.at.least, b.above.least, wanted - b.above.count, b.each(), c.lightest};
     total = b.above.weight + c.ties * c.each;
   }
   if (row.top_p < 1) {
@@ -181,7 +184,7 @@ SAMPLE_FN Cut cut(const Team& team, const Scores& s, Key most, uint64_t total, c
     const Bound b = search(team, s, c.at, most, true, wanted);
     const uint64_t needed = (wanted - b.above.weight + b.each() - 1) / b.each();
     const bool is_same = b.at.least == c.at && c.ties;  // the ties that top_k has cut
-    c = {b.at.least, b.above.least, is_same && c.ties < needed ? c.ties : needed, b.each(), row.lightest};
+    c = {b.at.least, b.above.least, is_same && c.ties < needed ? c.ties : needed, b.each(), c.lightest};
   }
   if (c.each < c.lightest) c.each = 0;
   return c;
@@ -236,7 +239,7 @@ SAMPLE_FN int32_t draw(const Team& team, const Scores& s, const Cut& c, uint64_t
   }
 }
 
-// The `count` tokens of the largest keys, by index.
+// The `count` tokens of the largest keys, the largest first; of equal ones the smaller index.
 template <class Team>
 SAMPLE_FN void likeliest(const Team& team, const Scores& s, Key most, int32_t count, int32_t* tokens) {
   const Bound b = search(team, s, NO_KEY, most, false, static_cast<uint64_t>(count));
@@ -252,38 +255,52 @@ SAMPLE_FN void likeliest(const Team& team, const Scores& s, Key most, int32_t co
     stored = team.last(at);
     ties -= team.last(rank) < ties ? team.last(rank) : ties;
   }
+  team.sync();
+  for (int32_t i = 1; team.lane == 0 && i < count; ++i)
+    for (int32_t j = i; j > 0 && s.keys[tokens[j]] > s.keys[tokens[j - 1]]; --j) {
+      const int32_t token = tokens[j];
+      tokens[j] = tokens[j - 1];
+      tokens[j - 1] = token;
+    }
 }
 
-// Samples a row, whose keys and weights are written to `s`: `token`, -1 where a logit is NaN or the largest is infinite; and where `top` is not below
-// 0 the `top` likeliest tokens of the logits, the largest logit, and the sum of exp(logit - largest).
+// Samples a row, whose keys and weights are written to `s`. Reads of it `logits`; `edit`, of `edits`
+// tokens; `mask`, a bit a token (null: all are allowed); `seed` and `position`; the numbers of a
+// Sampling; `top`, how many likeliest tokens are wanted, -1: no log-probabilities at all. Writes
+// `token`, -1 where a logit is NaN or the largest is infinite, and by the logits without edits its
+// `logprob`, and the `likeliest` tokens with their `logprobs`.
 template <class Team>
 SAMPLE_FN void sample(const Team& team, const Scores& s, SampleRow& row) {
   for (int32_t i = team.lane; i < s.size; i += team.lanes) s.keys[i] = key_of(row.logits[i]);
   team.sync();
   Key most = largest(team, s);
+  double shift = 0;  // a log-probability is the logit minus this
   const bool is_finite = EXCLUDED < most && most < INFINITE;
   if (is_finite && row.top >= 0) {
-    row.sum = static_cast<double>(weigh(team, s, most, 0x1.715476p24f)) / ONE;
-    row.largest = score_of(most);
+    const double sum = static_cast<double>(weigh(team, s, most, SCALE)) / ONE;
+    shift = score_of(most) + log(sum);
     team.sync();
     if (row.top) likeliest(team, s, most, row.top, row.likeliest);
+    for (int32_t i = 0; i < row.top; ++i) row.logprobs[i] = row.logits[row.likeliest[i]] - shift;
   }
   if (is_finite && (row.edits || row.mask)) {
     penalize(team, s, row);
     most = largest(team, s);
   }
-  if (!is_finite || most >= INFINITE) {
-    row.token = -1;
-  } else if (row.scale == 0 || most == EXCLUDED) {  // the first of the largest
+  int32_t token = -1;
+  if (is_finite && most < INFINITE && (row.temperature == 0 || most == EXCLUDED)) {
     int32_t first = s.size;
     for (int32_t i = team.lane; i < s.size; i += team.lanes)
       first = s.keys[i] == most && i < first ? i : first;
-    row.token = -team.max(-first);
-  } else {
-    const uint64_t total = weigh(team, s, most, row.scale);
+    token = -team.max(-first);  // the first of the largest
+  } else if (is_finite && most < INFINITE) {
+    const double temperature = row.temperature > COLDEST ? row.temperature : COLDEST;
+    const uint64_t total = weigh(team, s, most, static_cast<float>(SCALE / temperature));
     team.sync();
-    row.token = draw(team, s, cut(team, s, most, total, row), philox(row.seed, row.position));
+    token = draw(team, s, cut(team, s, most, total, row), philox(row.seed, row.position));
   }
+  row.token = token;
+  if (token >= 0 && row.top >= 0) row.logprob = row.logits[token] - shift;
 }
 
 }  // namespace sample
