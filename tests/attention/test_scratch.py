@@ -10,7 +10,6 @@ from tilewright.attention.batch import Attention
 from tilewright.attention.families import Scratch
 from tilewright.attention.kv import KV
 from tilewright.runtime.step import Node, Step, dependencies
-from tilewright.runtime.view import view
 
 ATTN = Attention(8, 2, 64)
 
@@ -66,9 +65,9 @@ def test_calls_that_share_it_are_ordered(rng: np.random.Generator):
 
 def test_it_grows_and_never_shrinks():
     scratch, like = Scratch(), np.empty(1, np.float32)
-    first = scratch.arrays(like, 100, 3)
-    assert scratch.arrays(like, 7, 3) is first is scratch.arrays(like, 100, 1)
-    more = scratch.arrays(like, 50, 9)
+    first = scratch.grown(like, 100, 3)
+    assert scratch.grown(like, 7, 3) is first is scratch.grown(like, 100, 1)
+    more = scratch.grown(like, 50, 9)
     assert [len(a) for a in more] == [100, 9] and not more[1].any()
     assert [len(a) for a in first] == [100, 3]
-    assert scratch.params() == tuple(view(a).pointer for a in more)
+    assert scratch.arrays is more

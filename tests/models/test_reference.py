@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tests.models.reference import ReferenceLlama
 from tests.models.stories import write
+from tests.serve.texts import decoded, rendered
 
 from tilewright.errors import MissingExtra
 from tilewright.serve.chat import ChatTemplate, template_of
@@ -30,7 +31,7 @@ def test_stories_golden_text(stories: ModelFile):
     tokenizer, model = load_tokenizer(stories), ReferenceLlama(stories)
     prompt = tokenizer.encode("Zoo")
     ids = prompt + model.generate(prompt, 60 - 3)
-    assert tokenizer.decode(ids, special=False) == f" {GOLDEN}"
+    assert decoded(tokenizer, ids, special=False) == f" {GOLDEN}"
 
 
 def test_token_by_token_is_all_at_once(stories: ModelFile):
@@ -78,8 +79,10 @@ def test_smollm_answers():
         "Name three fruits.": "1.",
     }
     for question, expected in answers.items():
-        prompt = tokenizer.encode(chat.render([{"role": "user", "content": question}]))
-        answer = tokenizer.decode(model.generate(prompt, 64, stop=(tokenizer.named.get("eos", 0),)))
+        prompt = tokenizer.encode(rendered(chat, [{"role": "user", "content": question}]))
+        answer = decoded(
+            tokenizer, model.generate(prompt, 64, stop=(tokenizer.named.get("eos", 0),))
+        )
         assert expected in answer, f"{question} -> {answer}"
         if expected.startswith("The capital"):
             assert answer == expected

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tilewright.attention.batch import BoundAttention
+from tilewright.runtime.view import view
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.request import Request, Sampling
 from tilewright.serve.scheduler import PENDING, Chunk
@@ -208,7 +209,8 @@ def test_all_steps_share_partial_results_of_attention(tiny: ModelFile):
     }
     assert len(steps) > 1 and len({len(s.keep) for s in steps.values()}) == 1
     assert all(len(boxes) == 1 for boxes in shared.values())
-    assert shared[max(steps)] == {tuple((a, a + 1) for a in engine.runner.scratch.params())}
+    addresses = [view(array).pointer for array in engine.runner.scratch.arrays]
+    assert shared[max(steps)] == {tuple((a, a + 1) for a in addresses)}
 
 
 def interrupts(engine: Engine, requests: list[Any]) -> int:

@@ -32,6 +32,7 @@ import openai
 import uvicorn
 from hypothesis import HealthCheck
 from hypothesis import strategies as st
+from tests.serve.texts import decoded
 from tests.serve.threaded import threaded
 
 from tilewright.serve.api import ServerLimits, build_app
@@ -162,7 +163,7 @@ def test_stop_and_bias(client: openai.OpenAI, alone: LLM):
     biased = client.completions.create(
         model="tiny", prompt=HELLO, max_tokens=3, logit_bias={"77": 100}, extra_body={"top_k": 5}
     )
-    assert biased.choices[0].text == alone.tokenizer.decode([77] * 3)
+    assert biased.choices[0].text == decoded(alone.tokenizer, [77] * 3)
 
 
 def test_logprobs(client: openai.OpenAI, alone: LLM):

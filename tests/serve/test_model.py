@@ -14,6 +14,7 @@ import pytest
 from tests.models.reference import ReferenceLlama
 from tests.models.test_reference import GOLDEN
 from tests.serve.sequence import Sequence
+from tests.serve.texts import decoded, rendered
 
 from tilewright.errors import ModelError
 from tilewright.ops.rope import Rope
@@ -81,7 +82,7 @@ def check_smollm(file: ModelFile, target: str) -> None:
     chat = ChatTemplate(template_of(file.metadata), tokenizer)
     model, reference = Sequence(file, target, context=256), ReferenceLlama(file)
     for question in QUESTIONS:
-        prompt = tokenizer.encode(chat.render([{"role": "user", "content": question}]))
+        prompt = tokenizer.encode(rendered(chat, [{"role": "user", "content": question}]))
         check_greedy(model, reference, prompt, STEPS, atol=1e-3)
 
 
@@ -94,7 +95,7 @@ def check_stories(file: ModelFile, target: str) -> None:
         return  # one rounding may change the whole story
     prompt = tokenizer.encode("Zoo")
     tokens, _ = greedy(model, prompt, 60 - 3)
-    assert tokenizer.decode([*prompt, *tokens], special=False) == f" {GOLDEN}"
+    assert decoded(tokenizer, [*prompt, *tokens], special=False) == f" {GOLDEN}"
 
 
 def check_tiny(file: ModelFile, target: str) -> None:

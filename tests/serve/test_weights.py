@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.serve.texts import decoded
 
 from tilewright.errors import MissingExtra, ModelError
 from tilewright.serve.chat import ChatTemplate, template_of
@@ -332,7 +333,7 @@ def read_all(path: Path) -> None:
     messages = [{"role": "user", "content": "the hills"}]
     ids = [] if chat.source == TEMPLATE else chat.tokens(messages)
     assert all(0 <= i < model.config.vocab for i in ids)
-    tokenizer.decode(ids)
+    decoded(tokenizer, ids)
 
 
 def test_random_damage(tiny_path: Path, tmp_path: Path, rng: np.random.Generator):

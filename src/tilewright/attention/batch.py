@@ -39,8 +39,9 @@ from tilewright.attention.variant import Causal, traced_of
 from tilewright.attention.workspace import Workspace
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
+from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
-from tilewright.runtime.view import byte_span
+from tilewright.runtime.view import byte_span, view
 from tilewright.toolchain import compilers
 
 MAX_HEAD_DIM = 256
@@ -127,7 +128,7 @@ class Attention:
         spec = _spec_of(self, (q, kind, q), table.form)
         rows = int((indptr[1:] - indptr[:-1]).max(initial=0)) * self.group
         family, reasons = families.choose(spec, rows, table.device, pool)
-        gpu = None if family.device == "cpu" else _gpu(table.device)
+        gpu = None if family.device == "cpu" else cuda.device(ordinal_of(table.device))
         if workers is None:
             workers = gpu.sms if gpu else pools.wanted_threads()
         workers = check_count("workers", workers, plan.MAX_WORKERS)
@@ -176,14 +177,12 @@ class Attention:
     # -- running ---------------------------------------------------------------------------------
 
     def run(
-        self, q: Any, kv: KV, plan: Plan | Workspace, *, out: Any = None,
-        scratch: Scratch | None = None, **values: Any,
-    ) -> State:  # fmt: skip
+        self, q: Any, kv: KV, plan: Plan | Workspace, *, out: Any = None, **values: Any
+    ) -> State:
         """The state of queries `q` (tokens, qo_heads, head_dim), float32, float16 or bfloat16.
 
         `out`: an array to write o to, of q's dtype or float32 (None: a new one of q's dtype);
-        `scratch`: memory that calls share (None: its own); `values`: the variant's scalars and
-        tensors.
+        `values`: the variant's scalars and tensors.
         Keys and values that no query of a work item sees never matter, NaN and Inf included: those
         behind a length, outside a window, of a freed page. The kernels of float32 and of CPUs keep
         this for each query, the decode family for the rows of a request together.
@@ -191,7 +190,7 @@ class Attention:
         captured, and the plan is not a workspace.
         """
         _check_is_plan(plan)
-        bound = self.bind(q, kv, out, plan=plan, scratch=scratch, **values)
+        bound = self.bind(q, kv, out, plan=plan, **values)
         bound()
         return bound.state
 
@@ -229,7 +228,9 @@ class Attention:
             return self._interpreted(q, kv, plan, State(o, lse), arrays)
         reads = (queries, kv.pool.k, kv.pool.v, *kv.table.views.values())
         prepared = family.prepare(call)
-        shared = plan.params().values() if isinstance(plan, Workspace) else call.scratch.params()
+        shared = [view(array).pointer for array in call.scratch.arrays]
+        if isinstance(plan, Workspace):
+            shared = plan.params().values()
         writes = *map(byte_span, written), *((a, a + 1) for a in shared if a)
         boxes = (*map(byte_span, (*reads, *(seen for _, seen in arrays.values()))),), writes
         return BoundAttention(State(o, lse), prepared, keep, boxes)
@@ -365,9 +366,3 @@ def _check_not_capturing(plan: Plan | Workspace, device: str) -> None:
         text = "a CUDA graph is being captured: the memory of this call would not outlive it"
         hint = "room = attn.reserve(…); in the graph room.plan(table), attn.run(q, kv, room)"
         raise ArgumentError("A110", text, where="plan", hint=hint)
-
-
-def _gpu(device: str) -> Any:
-    from tilewright.runtime.cuda import device as device_of
-
-    return device_of(ordinal_of(device))

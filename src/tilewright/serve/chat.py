@@ -119,7 +119,7 @@ class Prompts:
 
     def prompt(self, prompt: str | Messages, tools: Any = None) -> list[int]:
         """The tokens of a question, of a chat, or of a text to continue; no text of a user becomes
-        a control token. Raises the errors of `ChatTemplate.render`."""
+        a control token. Raises the errors of `ChatTemplate.tokens`."""
         template = self.template
         if isinstance(prompt, str) and (template is None or not template.compiles()):
             return self.tokenizer.encode(prompt, special=False)
@@ -182,20 +182,14 @@ class ChatTemplate:
             return False
         return True
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str:
-        """Returns the prompt of a conversation, up to the answer of the assistant. `tools`:
-        functions that the template shows to the model.
-
-        Raises ModelError: M106 for messages that are not well formed or that the template refuses,
-        M107 for a template that fails or takes too much time or memory.
-        """
-        return self._rendered(messages, tools).translate(self._originals)
-
     def tokens(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
-        """Returns the ids of the prompt's tokens. Text of a message never becomes a control token.
+        """Returns the tokens of a conversation, up to the answer of the assistant. `tools`:
+        functions that the template shows to the model. Text of a message never becomes a control
+        token.
 
         The beginning-of-sequence token comes exactly once, also where both the template and the
-        model's file ask for it. Raises the errors of `render`.
+        model's file ask for it. Raises ModelError: M106 for messages that are not well formed or
+        that the template refuses, M107 for a template that fails or takes too much time or memory.
         """
         tokenizer = self.tokenizer
         text = self._rendered(messages, tools)

@@ -200,7 +200,7 @@ class Runner:
 
         def attend(layer: int, q: Any, out: Any) -> None:
             attention = model.layers[layer].attention
-            attention.run(q, views[layer], plans[attention], out=out, scratch=self.scratch)
+            attention.run(q, views[layer], plans[attention], out=out)
 
         self._write(chunks, stops)
         b = self._rows(int(indptr[-1]), few=False)

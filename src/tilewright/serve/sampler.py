@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,14 @@ from tilewright.runtime.layout import Struct
 from tilewright.serve.request import MAX_LOGPROBS, Request, TokenLogprob
 from tilewright.toolchain import compilers, cxx
 
-NUMBERS = (
-    "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
-)  # fmt: skip
+PENALTIES = "presence_penalty", "frequency_penalty", "repetition_penalty"
+NUMBERS = "temperature", "top_p", "min_p", *PENALTIES
 EDIT = Struct("SampleEdit", [
     ("token", "int32"), ("count", "int32"), ("is_seen", "int32"), ("bias", "float32"),
 ])  # fmt: skip
 ROW = Struct("SampleRow", [
     ("logits", "ptr", "const float*"), ("edit", "ptr", "const SampleEdit*"),
-    ("mask", "ptr", "const uint32_t*"), ("seed", "uint64"), ("position", "uint64"),
+    ("mask", "ptr", "const uint8_t*"), ("seed", "uint64"), ("position", "uint64"),
     *((name, "float64") for name in (*NUMBERS, "logprob")),
     ("logprobs", f"float64[{MAX_LOGPROBS}]"), ("likeliest", f"int32[{MAX_LOGPROBS}]"),
     *((name, "int32") for name in ("top_k", "size", "edits", "top", "token")),
@@ -53,43 +51,37 @@ def sample(requests: Sequence[Request], logits: Sequence[np.ndarray]) -> list[in
     keep = [_pack(buffer, i, r, logits[i]) for i, r in enumerate(requests)]
     body, grain = pool.address_of(native().stage0), -(-count // pool.wanted_threads())
     pool.pool().prepare([(body, ctypes.addressof(buffer), count, grain, False)])()
-    del keep
     rows = np.frombuffer(memoryview(buffer), ROW.numpy)
-    for request, row in zip(requests, rows, strict=True):
+    for request, row, _ in zip(requests, rows, keep, strict=True):
         token, asked = int(row["token"]), request.sampling.logprobs
         if token >= 0 and request.grammar is not None:
             request.grammar.consume_token(token)
         if token >= 0 and asked is not None:
-            top = zip(row["likeliest"].tolist(), row["logprobs"].tolist(), strict=True)
-            top = tuple(itertools.islice(top, int(row["top"])))
+            likeliest, logprobs = (row[n][: row["top"]].tolist() for n in ("likeliest", "logprobs"))
+            top = tuple(zip(likeliest, logprobs, strict=True))
             request.logprobs.append(TokenLogprob(token, float(row["logprob"]), top))
     return rows["token"].tolist()
 
 
 def _pack(buffer: Any, i: int, request: Request, logits: np.ndarray) -> tuple[np.ndarray, ...]:
     """Writes row i, of a request; the arrays that it points to."""
-    s, edits, mask = request.sampling, _edits(request), np.zeros(-(-len(logits) // 32), np.uint32)
+    s, mask = request.sampling, b""
+    counts = request.counts if s.presence_penalty or s.frequency_penalty else {}
+    seen = set(request.tokens) if s.repetition_penalty != 1 else set[int]()
+    tokens = {*counts, *seen, *s.logit_bias}
+    edits = [(t, counts.get(t, 0), t in seen, s.logit_bias.get(t, 0)) for t in tokens]
+    edits = np.array(edits, EDIT.numpy)
     logits = np.ascontiguousarray(logits, np.float32)
     if request.grammar is not None:
-        allowed = np.frombuffer(request.grammar.compute_bitmask(), np.uint8)[: mask.nbytes]
-        mask.view(np.uint8)[: len(allowed)] = allowed
+        mask = request.grammar.compute_bitmask().ljust(len(logits) // 8 + 4, b"\0")
+    allowed = np.frombuffer(mask, np.uint8)
     ROW.pack_into(
         buffer, i * ROW.size, logits=logits.ctypes.data, size=len(logits),
         edit=edits.ctypes.data, edits=len(edits),
-        mask=0 if request.grammar is None else mask.ctypes.data,
+        mask=allowed.ctypes.data if mask else 0,
         seed=request.seed % 2**64, position=request.answered, top_k=min(s.top_k, len(logits)),
         top=-1 if s.logprobs is None else min(s.logprobs, len(logits)),
         token=-1, logprob=0, logprobs=(0,) * MAX_LOGPROBS, likeliest=(0,) * MAX_LOGPROBS,
         **{name: getattr(s, name) for name in NUMBERS},
     )  # fmt: skip
-    return logits, mask, edits
-
-
-def _edits(request: Request) -> np.ndarray:
-    """What is done to the logits of tokens: each token once."""
-    s = request.sampling
-    counts = request.counts if s.presence_penalty or s.frequency_penalty else {}
-    seen = set(request.tokens) if s.repetition_penalty != 1 else set[int]()
-    tokens = {*counts, *seen, *s.logit_bias}
-    edits = [(t, counts.get(t, 0), t in seen, s.logit_bias.get(t, 0)) for t in tokens]
-    return np.array(edits, EDIT.numpy)
+    return logits, allowed, edits

@@ -2,7 +2,7 @@
 
     tokenizer = load_tokenizer(open_model(path))
     ids = tokenizer.encode("What is the capital of France?")
-    text = tokenizer.decode(ids)
+    text = "".join(map(AnswerText(tokenizer).push, ids))
 
 The library encodes plain text only: it does not know the control tokens: this module finds those.
 Bytes that a byte-level vocabulary does not have are dropped. Source: the GGUF keys
@@ -104,12 +104,6 @@ class Tokenizer:
     def piece(self, token: int) -> bytes:
         """The bytes of one token; none for an id beyond the vocabulary (padding)."""
         return self.pieces[token] if 0 <= token < len(self.pieces) else b""
-
-    def decode(self, ids: Iterable[int], special: bool = True) -> str:
-        """The text of `ids`, U+FFFD for invalid UTF-8; without `special`, no control tokens."""
-        hidden = () if special else self.control
-        kept = (self.piece(i) for i in ids if i not in hidden)
-        return b"".join(kept).decode("utf-8", "replace")
 
 
 def _any_of(spellings: Iterable[str]) -> re.Pattern[str]:

@@ -86,10 +86,9 @@ def _prepare(call: Call) -> Prepared:
         slots + rows * row * (spec.table.shared + 1),
         plan.counters + rows // spec.group,
     )
-    partials, counters = call.scratch.arrays(call.like, floats, counts)
-    work = partial_params(
-        view(partials).pointer, slots, view(counters).pointer, plan.counters, rows
-    )
+    partials, counters = call.scratch.grown(call.like, floats, counts)
+    memory = view(partials).pointer, slots, view(counters).pointer, plan.counters
+    work = partial_params(*memory, rows)
     work |= {"nodes": plan.nodes.ctypes.data} if spec.table.shared else {}
     work |= {"qo_indptr": plan.qo_indptr.ctypes.data, "items": plan.items.ctypes.data}
     block = params_struct(spec, (*ITEMS, *PARTIALS)).pack(**call.values, **work)

@@ -121,7 +121,7 @@ def _prepare(call: Call) -> Prepared:
         floats = partial_floats(spec.head_dim, blocks, ctas, shared)
         counts = max(ctas, 1) + (plan.tokens * values["kv_heads"] if shared else 0)
         states = state_floats(spec.head_dim, rows, shared)
-        partials, counters = call.scratch.arrays(call.like, floats + states, counts)
+        partials, counters = call.scratch.grown(call.like, floats + states, counts)
         one_each = bool((np.diff(plan.qo_indptr) == 1).all())
         work = {"qo_indptr": 0 if one_each else indptr.pointer, "cuts": cuts.pointer}
         memory = (view(partials).pointer, floats, view(counters).pointer, max(ctas, 1))

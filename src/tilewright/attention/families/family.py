@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import gt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,25 +30,17 @@ class Scratch:
     the layers of a step, and other steps. It grows; a bound call keeps what it was bound with."""
 
     def __init__(self) -> None:
-        self._sizes, self._arrays = (0, 0), ()
+        self.arrays: tuple[Any, ...] = ()
 
-    def arrays(self, like: Any, floats: int, counts: int) -> tuple[Any, ...]:
-        """float32 for partial results, and int32 counters, which are 0 between calls."""
-        sizes = max(floats, self._sizes[0], 1), max(counts, self._sizes[1], 1)
-        if sizes != self._sizes:
-            kinds = zip(sizes, (dtypes.float32, dtypes.int32), strict=True)
-            self._sizes = sizes
-            self._arrays = tuple([allocate(like, (size,), kind) for size, kind in kinds])
-            counters = view(self._arrays[1])
-            if counters.device == "cpu":
-                self._arrays[1][:] = 0
-            else:
-                cuda.clear(counters)
-        return self._arrays
-
-    def params(self) -> tuple[int, ...]:
-        """The addresses."""
-        return tuple([view(array).pointer for array in self._arrays])
+    def grown(self, like: Any, *sizes: int) -> tuple[Any, ...]:
+        """float32 for partial results, and int32 counters, which are 0 between calls; at least of
+        these sizes."""
+        held = [view(array).size for array in self.arrays] or [0, 0]
+        if not self.arrays or any(map(gt, sizes, held)):
+            kinds = zip(map(max, sizes, held, (1, 1)), (dtypes.float32, dtypes.int32), strict=True)
+            self.arrays = tuple([allocate(like, (size,), kind) for size, kind in kinds])
+            cuda.clear(view(self.arrays[1]))
+        return self.arrays
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -216,7 +216,7 @@ def _prepare(call: Call) -> Prepared:
     indptr, items, _ = plan.on_device(ordinal)
     floats = plan.slots * rows_of(spec) * (spec.head_dim_vo + 8)
     counts = 1 + 4 * tiles_of(spec).groups * plan.counters
-    partials, counters = call.scratch.arrays(call.like, floats, counts)
+    partials, counters = call.scratch.grown(call.like, floats, counts)
     box, struct = box_keys(spec, values["page_size"]), params_struct(spec)
     padding = {f.name: [0] * f.count for f in struct.fields if f.name == "padding"}
     first = view(counters).pointer

@@ -117,7 +117,7 @@ SAMPLE_FN void penalize(const Team& team, const Scores& s, const SampleRow& row)
   team.sync();
   if (row.mask)
     for (int32_t i = team.lane; i < s.size; i += team.lanes)
-      if (!(row.mask[i >> 5] >> (i & 31) & 1)) s.keys[i] = EXCLUDED;
+      if (!(row.mask[i >> 3] >> (i & 7) & 1)) s.keys[i] = EXCLUDED;
   team.sync();
 }
 
