@@ -7,6 +7,7 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -278,7 +279,7 @@ def test_the_oldest_messages_are_left_out(tiny_path: Path):
     tokenizer = load_tokenizer(model)
     prompts = Prompts(model, 64, tokenizer)
     assert prompts.template is not None
-    render = prompts.template.render
+    render = partial(rendered, prompts.template)
     system = {"role": "system", "content": "be brief"}
     talk = [{"role": ("user", "assistant")[i % 2], "content": f"message {i}"} for i in range(9)]
     for first in ([], [system]):

@@ -65,12 +65,8 @@ def plain_template(source: str) -> Any:
 
 def unprotected(source: str, tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
     """The tokens that everybody's way gives: right as long as no message spells a special token."""
-    text = rendered(
-        plain_template(source),
-        messages=messages,
-        tools=None,
-        documents=None,
-        add_generation_prompt=True,
+    text = plain_template(source).render(
+        messages=messages, tools=None, documents=None, add_generation_prompt=True
     )
     return tokenizer.encode(text)
 

@@ -58,7 +58,8 @@ def philox(seed: int, position: int) -> int:
 
 
 def requests_of(count: int, seed: int = 0, **options: Any) -> list[Request]:
-    how = Sampling(**{"temperature": 1.0} | options)
+    chosen: dict[str, Any] = {"temperature": 1.0, **options}
+    how = Sampling(**chosen)
     return [Request(i, [0], how, seed=seed + i) for i in range(count)]
 
 
@@ -160,7 +161,7 @@ def test_no_token_of_logits_that_are_no_numbers(value: float, options: dict[str,
 
 def test_penalties_and_biases():
     """Against fp64: of 4 000 tokens the shares, and the token of the largest."""
-    how = {
+    how: dict[str, Any] = {
         "presence_penalty": 0.5, "frequency_penalty": 0.25, "repetition_penalty": 2.0,
         "logit_bias": {0: 3.0, 5: -100.0, 6: 100.0},
     }  # fmt: skip
@@ -200,7 +201,7 @@ def test_the_batch_changes_nothing(vocab: int):
     requests = [requests_of(1, 90 + i, **options[i % len(options)])[0] for i in range(17)]
     wanted = [sample([r], [x])[0] for r, x in zip(requests, logits, strict=True)]
     for settings in ({"threads": 1}, {"threads": 3}, {"isa": "baseline"}):
-        with knobs.scope(**settings):  # pyright: ignore[reportArgumentType]
+        with knobs.scope(**settings):
             sampler.native.cache_clear()
             assert sample(requests, logits) == wanted
     sampler.native.cache_clear()
@@ -213,7 +214,10 @@ def test_logprobs():
     x[10] = x[20] = x.max()
     wanted = np.log(softmax(x.astype(np.float64)))
     order = np.argsort(-wanted, kind="stable")
-    for count, options in ((5, {}), (20, {"top_k": 3}), (0, {"logit_bias": {7: 100}})):
+    cases: list[tuple[int, dict[str, Any]]] = [
+        (5, {}), (20, {"top_k": 3}), (0, {"logit_bias": {7: 100}}),
+    ]  # fmt: skip
+    for count, options in cases:
         (request,) = requests_of(1, logprobs=count, **options)
         (token,) = sample([request], [x])
         (found,) = request.logprobs

@@ -67,8 +67,7 @@ class PrefixTree:
         """Frees at least `count` pages that no request holds, as far as there are any; the least
         recently used first, children before parents."""
         holders = self.pages.holders
-        leaves = [n for n in self.nodes() if not n.children and not holders[n.page]]
-        unused = [(n.used, n.page, n) for n in leaves]
+        unused = [(n.used, n.page, n) for n in self.nodes() if not (n.children or holders[n.page])]
         heapq.heapify(unused)
         while unused and count > 0:
             *_, node = heapq.heappop(unused)

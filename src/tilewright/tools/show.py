@@ -174,10 +174,8 @@ def source_text(program: Program, target: Target) -> str:
 def html(title: str, programs: dict[str, list[Stage]]) -> str:
     """The page for the stages of each program: one file with its style and script. Every stage
     is beside the one before it; lines that a pass changed are marked on both sides."""
-    page, *files = (
-        Path(__file__).with_name(name).read_text(encoding="utf-8")
-        for name in ("page.html", "page.css", "page.js")
-    )
+    names = "page.html", "page.css", "page.js"
+    page, style, script = (Path(__file__).with_name(n).read_text(encoding="utf-8") for n in names)
     menu, body, number = [], [], 0
     for name, stages in programs.items():
         menu.append(f"<h2>{escape(name)}</h2>")
@@ -195,7 +193,7 @@ def html(title: str, programs: dict[str, list[Stage]]) -> str:
             body.append(f'<details id="s{number}" open><summary>{head}</summary>{inner}</details>')
             if stage.level not in GENERATED:
                 before = stage.text
-    texts = dict(zip(("style", "script"), files, strict=True), title=escape(title))
+    texts = {"title": escape(title), "style": style, "script": script}
     return Template(page).substitute(texts, menu="".join(menu), body="\n".join(body))
 
 

@@ -33,8 +33,7 @@ def tune(args: argparse.Namespace) -> int:
     check_output("--out", args.out)
     if not 0 < args.seconds < math.inf:
         raise ArgumentError("A109", f"--seconds {args.seconds}", where="--seconds", hint="150")
-    file = open_model(args.model or packaged_model())
-    engine = Engine(file, args.target, engine_options(args))
+    engine = Engine(open_model(args.model or packaged_model()), args.target, engine_options(args))
     samples = measure(engine, args.seconds, progress=_show)
     _show(1.0, len(samples))
     print(file=sys.stderr)
