@@ -17,7 +17,7 @@ import tokenizers  # noqa: E402
 from tests.serve.sequence import Sequence  # noqa: E402
 from tests.serve.test_families import made  # noqa: E402
 from tests.serve.test_tokenizer import TEXTS, random_text  # noqa: E402
-from tests.serve.texts import decoded
+from tests.serve.texts import decoded  # noqa: E402
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors  # noqa: E402
 
 from tilewright.errors import ModelError  # noqa: E402
