@@ -21,6 +21,7 @@ namespace sample {
 #ifdef __CUDACC__
 SAMPLE_FN int32_t float_bits(float x) { return __float_as_int(x); }
 SAMPLE_FN float bits_float(int32_t x) { return __int_as_float(x); }
+SAMPLE_FN double log(double x) { return ::log(x); }
 SAMPLE_FN uint64_t high_product(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
 #else
 SAMPLE_FN int32_t float_bits(float x) { return __builtin_bit_cast(int32_t, x); }
@@ -32,7 +33,8 @@ SAMPLE_FN uint64_t high_product(uint64_t a, uint64_t b) {
 #endif
 
 using Key = int32_t;
-constexpr Key NO_KEY = INT32_MIN, INFINITE = 0x7f800000, EXCLUDED = ~INFINITE;  // of +inf and -inf
+constexpr Key NAN_KEY = 0x7fffffff, INFINITE = 0x7f800000;  // of NaN, of +inf
+constexpr Key EXCLUDED = ~INFINITE, NO_KEY = ~NAN_KEY;  // of -inf, below all
 constexpr uint32_t ONE = 1u << 30;  // the weight of the likeliest token
 constexpr float SCALE = 0x1.715476p24f;  // log2(e) * 2^24
 constexpr double COLDEST = 1e-6;  // a lower temperature samples as this one does
@@ -40,9 +42,9 @@ constexpr int PARTS = 32;
 
 SAMPLE_FN Key key_of(float x) {  // NaN is above all others, the zeros are equal
   const int32_t bits = float_bits(x + 0.0f);
-  return x != x ? INT32_MAX : bits ^ ((bits >> 31) & INT32_MAX);
+  return x != x ? NAN_KEY : bits ^ ((bits >> 31) & NAN_KEY);
 }
-SAMPLE_FN float score_of(Key key) { return bits_float(key ^ ((key >> 31) & INT32_MAX)); }
+SAMPLE_FN float score_of(Key key) { return bits_float(key ^ ((key >> 31) & NAN_KEY)); }
 
 // 2^30 * 2^y with y = (score - largest) * scale / 2^24; `scale` is SCALE / temperature.
 SAMPLE_FN uint32_t weight_of(float difference, float scale) {
@@ -109,9 +111,12 @@ template <class Team>
 SAMPLE_FN void penalize(const Team& team, const Scores& s, const SampleRow& row) {
   for (int32_t e = team.lane; e < row.edits; e += team.lanes) {
     const SampleEdit edit = row.edit[e];
-    double x = score_of(s.keys[edit.token]);  // products are exact: a fused sum is no other one
-    if (edit.is_seen) x = x > 0 ? x / row.repetition_penalty : x * row.repetition_penalty;
-    if (edit.count) x -= row.presence_penalty + row.frequency_penalty * edit.count;
+    // Numbers of float32, whose products are exact in float64: a fused sum is no other one.
+    const double repetition = static_cast<float>(row.repetition_penalty), count = edit.count;
+    const double presence = static_cast<float>(row.presence_penalty);
+    double x = score_of(s.keys[edit.token]);
+    if (edit.is_seen) x = x > 0 ? x / repetition : x * repetition;
+    if (edit.count) x -= presence + static_cast<float>(row.frequency_penalty) * count;
     s.keys[edit.token] = key_of(static_cast<float>(x + edit.bias));
   }
   team.sync();
@@ -262,6 +267,7 @@ SAMPLE_FN void likeliest(const Team& team, const Scores& s, Key most, int32_t co
       tokens[j] = tokens[j - 1];
       tokens[j - 1] = token;
     }
+  team.sync();
 }
 
 // Samples a row, whose keys and weights are written to `s`. Reads of it `logits`; `edit`, of `edits`
