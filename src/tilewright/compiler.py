@@ -123,7 +123,8 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
         )
         for number, stage in enumerate(program.stages)
     )
-    tensors = tuple(_spec(t) for t in program.tensors if t.role != "inline")
+    arrays = {b.name.removesuffix(".values") for b in program.buffers}
+    tensors = tuple(_spec(t) for t in program.tensors if t.role != "inline" or t.name in arrays)
     return Manifest(
         program.name, str(target), tensors, params.params, params.row,
         params.param_names, params.row_names, stages,
@@ -144,5 +145,6 @@ def _strides_known(t: Tensor, params: Params) -> bool:
 
 
 def _spec(t: Tensor) -> TensorSpec:
-    role = "update" if t.role == "output" and t.kind == "state" else t.role
+    role = "temp" if t.role == "inline" else t.role
+    role = "update" if role == "output" and t.kind == "state" else role
     return TensorSpec(t.name, t.dims, t.dtype.name, role, t.structure, t.strided, t.fill)

@@ -105,9 +105,6 @@ class Renderer:
         if b.scope == "workspace":
             rule = "a row of a sparse product is gathered in memory of a CPU"
             raise ScheduleError("S103", rule, hint='build for "cpp", or an output that is dense')
-        if b.scope == "row":
-            rule = f"{b.name} has a run-time length, and a GPU has no such arrays"
-            raise ScheduleError("S103", rule, hint='compute_at(…, scope="global")')
         if b.shape:
             total = math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
             self.line(f"{kind} {name}[{total}];")
@@ -358,7 +355,7 @@ class Renderer:
         used = {
             x.buffer.name: x.buffer
             for x in walk(nest.body)
-            if isinstance(x, (ir.Load, ir.Store, ir.Tile))
+            if isinstance(x, (ir.Load, ir.Store, ir.Tile)) and x.buffer.scope != "row"
         }
         used |= {x.keys.name: x.keys for x in walk(nest.body) if isinstance(x, ir.Search)}
         names = {f[0]: f for f in self.params.params if f[1] == "ptr"}

@@ -50,7 +50,8 @@ class CudaRenderer(MergeRenderer):
 
     def sync(self, s: ir.Sync) -> None:
         self.fragments.clear()
-        self.line(f"tw::bar_sync(BARRIER, {self.threads[0] * self.threads[1]});")
+        barrier = f"tw::bar_sync(BARRIER, {self.threads[0] * self.threads[1]})"
+        self.line(f"{f'__syncwarp(tw::group_mask<{s.lanes}>())' if s.lanes else barrier};")
 
     def copy_async(self, s: ir.CopyAsync) -> None:
         cond, load = "", s.value

@@ -58,7 +58,8 @@ class _Checker:
         """The first stage that stores a dense output stores every element of it."""
         stores = [
             [(n, c) for n in stage for c in statements(n.body)
-             if isinstance(c, ir.Compute) and c.out.buffer.name == t.name]
+             if isinstance(c, ir.Compute) and c.out.buffer.name == t.name
+             and c.out.buffer.scope == "global"]
             for stage in program.stages
         ]  # fmt: skip
         for nest, compute in next(filter(None, stores), []):

@@ -22,6 +22,7 @@ from tilewright.lower.pipelines import pipeline_loops
 from tilewright.lower.positions import coordinates_to_positions
 from tilewright.lower.predicate import predicate_loads
 from tilewright.lower.reductions import materialize_reductions
+from tilewright.lower.rows import keep_rows
 from tilewright.lower.tiles import materialize_tiles
 from tilewright.lower.vectorize import (
     pair_fragments,
@@ -53,6 +54,7 @@ AFTER_SCHEDULE = (
     Pass(materialize_reductions),
     Pass(inline_lets),
     Pass(bind_grid),
+    Pass(keep_rows, only=("cuda",)),
     Pass(bind_threads, only=("cuda",)),
     Pass(predicate_loads, only=("cuda",)),
     Pass(flatten_addresses),

@@ -88,6 +88,8 @@ def serialize_threads(program: ir.Program) -> ir.Program:
     def visit(s: Any) -> Any:
         if isinstance(s, barriers):
             return ir.seq()
+        if isinstance(s, ir.Alloc):
+            return replace(s, rest=(), along=())  # a CPU keeps all of a row
         if isinstance(s, ir.For) and s.kind in (*ir.THREADS, "threads"):
             s = replace(s, kind="serial")
         return ir.rebuild(s, visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
@@ -159,7 +161,8 @@ def _host_bound(e: ir.Expr) -> ir.Expr | None:
 
 
 def _extent(body: ir.Stmt, kind: str) -> int:
-    largest = 1
+    sums = (x for x in ir.walk(body) if isinstance(x, ir.ReduceThreads) and x.axis == kind)
+    largest = max((x.extent for x in sums), default=1)  # also where no iteration is left
     for x in ir.statements(body):
         if isinstance(x, ir.For) and x.kind == kind:
             if x.extent is None:
@@ -177,7 +180,7 @@ def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
     over_y = isinstance(s, ir.Store) and any(
         isinstance(x, ir.ReduceThreads) and x.axis == "thread.y" for x in ir.walk(s.value)
     )
-    if guarded and (over_y or isinstance(s, ir.Sync)):
+    if guarded and (over_y or s == ir.Sync()):
         raise illegal(
             "a guard keeps some threads from a barrier",
             "specialize() the dimension and split it by a factor that divides it",
@@ -190,11 +193,13 @@ def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
 
 
 def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.Stmt:
-    if isinstance(s, ir.Sync) or (isinstance(s, ir.For) and s.kind == "threads"):
+    if isinstance(s, ir.Sync):
+        return _barrier(extents["thread.x"], inside)
+    if isinstance(s, ir.For) and s.kind == "threads":
         if inside:
             hint = "cache at a loop around those bound to threads"
             raise illegal("shared memory is filled inside a loop bound to threads", hint)
-        return s if isinstance(s, ir.Sync) else _distributed(s, extents)
+        return _distributed(s, extents)
     if isinstance(s, ir.For) and s.kind in ir.THREADS:
         if s.kind in inside:
             hint = "bind one of them to the other kind of thread"
@@ -214,7 +219,7 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
         return replace(s, body=_threads(s.body, extents, inside))
     if isinstance(s, ir.Seq):
         return ir.seq(*(_threads(b, extents, inside) for b in s.body))
-    if isinstance(s, ir.Store) and s.buffer.scope in ("global", "part"):
+    if isinstance(s, ir.Store) and s.buffer.scope in ("global", "part", "shared"):
         for kind, var in (("thread.x", THREAD_X), ("thread.y", THREAD_Y)):
             if extents[kind] > 1 and kind not in inside:
                 s = ir.If(ir.binary("==", var, 0), s)
@@ -222,6 +227,14 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
     if isinstance(s, ir.Mma):
         _check_tile(inside)
     return s
+
+
+def _barrier(x: int, inside: frozenset[str]) -> ir.Sync:
+    """A barrier of all threads of a CTA, or of the `x` lanes with an iteration of thread.y."""
+    if "thread.x" in inside or (inside and WARP % x):
+        hint = "bind that loop to thread.y, and loops of 2, 4, 8, 16 or 32 inside to thread.x"
+        raise illegal("threads share memory inside a loop bound to threads", hint)
+    return ir.Sync(x if inside else 0)
 
 
 def _check_tile(inside: frozenset[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 from math import prod
@@ -19,7 +20,7 @@ from tilewright.ir import core as ir
 from tilewright.ir.affine import affine
 from tilewright.ir.names import COUNT, GeneratedName, parse_name
 
-MEMORY = ("global", "part")
+MEMORY = ("global", "part", "row")
 LANES = ("vector", "thread.x", "unroll")  # iterations that share what none of them changes
 NONE: frozenset[str] = frozenset()
 Rows = tuple[tuple[Any, ...], ...]
@@ -135,6 +136,7 @@ class _Nest:
         self.computed: dict[str, list[Computed]] = {}
         self._depends: dict[str, frozenset[str]] = {}  # on loops, of a variable or register
         self._done: set[Any] = set()
+        self._rows: dict[str, ir.Buffer] = {}  # rows of temporaries, as tables show them
 
     def statement(self, s: ir.Stmt, loops: tuple[Loop, ...]) -> None:
         if isinstance(s, ir.Seq):
@@ -147,6 +149,9 @@ class _Nest:
             self.statement(s.body, loops)
         elif isinstance(s, ir.Compute):
             self._compute(s, loops)
+        elif isinstance(s, ir.Alloc):
+            shown = replace(s.buffer, name=f"{s.buffer.name} (row)", shape=s.kept)
+            self._rows[s.buffer.name] = shown
         elif isinstance(s, (ir.Let, ir.Store, ir.Scatter)):
             to = s.var if isinstance(s, ir.Let) else s.buffer if isinstance(s, ir.Store) else s.key
             self._evaluate(s.value, loops, str(to))
@@ -249,6 +254,7 @@ class _Nest:
 
     def _move(self, b: ir.Buffer, way: str, loops: Sequence[Loop], *factors: ir.Expr) -> None:
         """One element, or a product of elements, moved in each iteration of `loops`."""
+        b = self._rows.get(b.name, b)
         shape, parsed = [self._amount(e) for e in b.shape], parse_name(b.name)
         if parsed and parsed.kind == "indptr":
             shape = [ir.add(self._count(parsed.owner, parsed.number - 1), 1)]

@@ -59,20 +59,16 @@ def join_of(value: ir.Expr) -> Join | None:
         return None
     if not isinstance(both.a, ir.Stored) or not isinstance(both.b, ir.Stored):
         return None
-    drivers = [Driver.of(x.access) for x in (both.a, both.b)]
-    drivers.sort(key=lambda d: axis.name in d.indices)
-    first, second = drivers
+    drivers = (Driver.of(x.access) for x in (both.a, both.b))
+    first, second = sorted(drivers, key=lambda d: axis.name in d.indices)
     if axis.name in first.indices or not {axis.name, over[0].name} <= set(second.indices):
         return None
     return Join(axis, over[0], first, second, mask)  # type: ignore[arg-type]
 
 
-def join_nest(tables: Tables, statements: list[Statement], join: Join) -> ir.Nest:
-    """The nest of statements over the same join. Raises ProgramError[P107]."""
-    return _Builder(tables, statements, join).build()
+class JoinBuilder:
+    """Builds the nest of statements over the same join. Raises ProgramError[P107]."""
 
-
-class _Builder:
     def __init__(self, tables: Tables, statements: list[Statement], join: Join) -> None:
         self.tables, self.statements, self.join = tables, statements, join
         self.rows = PartRows(tables, "", False)
@@ -86,7 +82,7 @@ class _Builder:
         st, tables = self.statements[0], self.tables
         scope, outer = Scope(tables), indices_in(st.out.coords)
         for x in outer:
-            scope.coordinates[x.name] = self._variable(x.name)
+            scope.coordinates[x.name] = self.tables.variable(x.name)
         self._check_lists({x.name for x in outer})
         body = ir.seq(ir.Alloc(self.row), self._scatter(scope), self._drain(scope))
         if self.join.mask is not None:
@@ -96,9 +92,6 @@ class _Builder:
             zero = ir.Const(0, tables.index)
             body = ir.For(var, zero, tables.size(x.dim), body, axes=(x.name,))
         return ir.Nest(st.out.tensor.name, body)
-
-    def _variable(self, name: str) -> ir.Var:
-        return ir.Var(self.tables.unused_name(name), self.tables.index)
 
     def _check_lists(self, outer: set[str]) -> None:
         join, k = self.join, self.join.over.name
@@ -137,7 +130,7 @@ class _Builder:
         """Opens the loop over the list of a structure; returns its wrapper of bodies."""
         lets: list[ir.Stmt] = []
         entries = scope.list_of(driver, lets)
-        position, var = self._variable(f"{axis.name}_p"), self._variable(axis.name)
+        position, var = self.tables.variable(f"{axis.name}_p"), self.tables.variable(axis.name)
         scope.coordinates[axis.name] = var
         scope.known_positions[driver] = position
         key = ir.Let(var, ir.Load(entries.keys, (position,), var.dtype))
@@ -164,7 +157,7 @@ class _Builder:
         scope = scope.copy()
         around = self._walk(scope, mask, self.join.axis)
         key, empty = scope.coordinates[self.join.axis.name], ir.Const(False, dtypes.bool_)
-        var, zero = self._variable("mask_n"), ir.Const(0, self.tables.index)
+        var, zero = self.tables.variable("mask_n"), ir.Const(0, self.tables.index)
         fill = around(ir.Scatter(self.mask, key, empty))
         clear = ir.Drain(var, zero, self.mask.shape[0], ir.Seq(()), workspace=self.mask)
         return ir.seq(ir.Alloc(self.mask), fill, body, clear)
@@ -172,13 +165,14 @@ class _Builder:
     def _drain(self, scope: Scope) -> ir.Stmt:
         """The loop over the coordinates of a row, ascending where lists are made of it."""
         scope, axis, tables = scope.copy(), self.join.axis, self.tables
-        var, key = self._variable(f"{axis.name}_n"), self._variable(axis.name)
+        var, key = self.tables.variable(f"{axis.name}_n"), self.tables.variable(axis.name)
         scope.coordinates[axis.name], scope.rank = key, var
         lets: list[ir.Stmt] = [ir.Let(key, ir.Cursor(var, ir.KEY, key.dtype))]
         st, reader = self.statements[0], self._reader(scope, lets)
-        values = [
-            reader.expr(transform(_body(x), lambda e: self._total(e, var))) for x in self.statements
-        ]
+        total = ir.Cursor(var, ir.VALUE, self.row.dtype)
+        bodies = (transform(_body(st), lambda e: total if isinstance(e, ir.Reduce) else e)
+                  for st in self.statements)  # fmt: skip
+        values = [*map(reader.expr, bodies)]
         if st.op == "append":
             body = appended(reader, self.statements, values)
         else:
@@ -187,9 +181,6 @@ class _Builder:
             body = ir.seq(*lets, ir.Compute(out, values[0], st.op, (axis.name,)))
         zero, end = ir.Const(0, tables.index), tables.size(axis.dim)
         return ir.Drain(var, zero, end, body, axes=(axis.name,), workspace=self.row)
-
-    def _total(self, x: Any, loop: ir.Var) -> Any:
-        return ir.Cursor(loop, ir.VALUE, self.row.dtype) if isinstance(x, ir.Reduce) else x
 
     def _reader(self, scope: Scope, lets: list[ir.Stmt]) -> Reader:
         return Reader(self.tables, self.rows, scope, lets)

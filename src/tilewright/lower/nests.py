@@ -80,7 +80,7 @@ class NestBuilder:
         self.structure, self.shared = structure, shared
         self.rows = PartRows(tables, structure, shared)
         self.emitted: set[str] = set()  # temporaries that are computed already
-        self.placed = {name: loop for name, loop, _ in tables.program.placed}
+        self.placed = {name: loop for name, loop, *_ in tables.program.placed}
         for t in [t for t in temps if t.out.tensor.name in self.placed]:
             before, after = temps[: temps.index(t)], temps[temps.index(t) + 1 :]
             t, before = fused(t, before, "")
@@ -139,10 +139,8 @@ class NestBuilder:
                 raise refuse(tensor.name, f"loop {loop} has other coordinates", "another index")
             specs = self._follow(replace(t, axes=own), None, inside)
         if revisits_outputs(t, specs):
-            raise ProgramError(
-                "P107",
-                f"{t.out}, a reduction inside {self.root.out}, runs over rows stored in pieces",
-            )
+            why = f"{t.out}, a reduction inside {self.root.out}, runs over rows stored in pieces"
+            raise ProgramError("P107", why)
         around = (self.root, *(x for x in self.temps if x is not t))
         names = {name for x in around for name in self._names_of(x)}
         target = _Target(t, False, frozenset(a.name for a in own if a.name in names))
@@ -150,7 +148,7 @@ class NestBuilder:
             return ir.seq(self._loops(target, specs, inside), ir.Sync())
         row = self.tables.rows[tensor.name] = Row.of(self.tables, t.out, scope)
         body = self._loops(target, specs, inside)
-        return ir.seq(ir.Alloc(row.buffer, row.extents), body) if row.extents else body
+        return ir.seq(row.alloc(t.out, scope), body) if row.extents else body
 
     def _follow(self, st: Statement, driver: Driver | None, scope: Scope) -> list[LoopSpec]:
         if driver:
@@ -236,15 +234,12 @@ class NestBuilder:
 
     # -- opening a loop ------------------------------------------------------------------------
 
-    def _variable(self, name: str) -> ir.Var:
-        return ir.Var(self.tables.unused_name(name), self.tables.index)
-
     def _open(self, s: LoopSpec, target: _Target, scope: Scope) -> Wrap:
         """Enters a loop: adds its variable to `scope`, returns its wrapper of bodies."""
         if s.merged is not None:
             return self._open_merge(s, s.merged, target, scope)
         if s.level is None:
-            var, end = self._variable(s.axis.name), self.tables.size(s.axis.dim)
+            var, end = self.tables.variable(s.axis.name), self.tables.size(s.axis.dim)
             scope.coordinates[s.axis.name] = var
             axes = (target.tag(s.axis.name),)
             return lambda body: ir.For(var, ir.Const(0, var.dtype), end, body, axes=axes)
@@ -254,7 +249,7 @@ class NestBuilder:
 
     def _open_merge(self, s: LoopSpec, it: Iteration, target: _Target, scope: Scope) -> Wrap:
         before: list[ir.Stmt] = []
-        var, axis = self._variable(f"{s.axis.name}_p"), self._variable(s.axis.name)
+        var, axis = self.tables.variable(f"{s.axis.name}_p"), self.tables.variable(s.axis.name)
         lists = [scope.list_of(d, before) for d in it.drivers]
         loop = merge_of(var, lists, it.op, (target.tag(s.axis.name),))
         for n, d in enumerate(it.drivers):
@@ -282,7 +277,7 @@ class NestBuilder:
             row.levels.append((s.depth, begin, end))
         suffix = ("_i" if level.inner else "_o") if level.block else ""
         suffix += "" if type(level).coord is Level.coord else "_p"
-        var = self._variable(s.axis.name + suffix)
+        var = self.tables.variable(s.axis.name + suffix)
         variable: ir.Expr = parent if level.single else var
         scope.walks[s.structure].variables[s.depth] = variable
         coordinate = level.coord(storage, parent, variable)
@@ -306,7 +301,7 @@ class NestBuilder:
         lets: list[ir.Let] = []
         guards: list[ir.Expr] = []
         if not isinstance(coordinate, ir.Var):
-            var = self._variable(name + (("_i" if level.inner else "_o") if block else ""))
+            var = self.tables.variable(name + (("_i" if level.inner else "_o") if block else ""))
             lets.append(ir.Let(var, coordinate))
             coordinate = var
         if not block:
@@ -315,7 +310,7 @@ class NestBuilder:
         scope.block_parts[BlockPart(name, block, level.inner)] = coordinate
         outer, inner = (scope.block_parts.get(BlockPart(name, block, x)) for x in (False, True))
         if outer is not None and inner is not None:
-            joined = self._variable(name)
+            joined = self.tables.variable(name)
             lets.append(ir.Let(joined, add(mul(outer, block), inner)))
             size = self.tables.size(s.axis.dim)
             if not (isinstance(size, ir.Const) and size.value % block == 0):
@@ -330,10 +325,14 @@ class NestBuilder:
         lower, storage = scope.storage(s.structure, 1)
         assert isinstance(lower, Compressed), "checked by the verb"
         row, col = s.axis.name, column.name
-        var, i, j = self._variable(f"{row}{col}"), self._variable(row), self._variable(col)
+        var, i, j = (
+            self.tables.variable(f"{row}{col}"),
+            self.tables.variable(row),
+            self.tables.variable(col),
+        )
         rows = upper_storage.size if upper.is_dense else upper_storage.count
         zero = ir.Const(0, self.tables.index)
-        parent = self._variable(f"{row}_q")
+        parent = self.tables.variable(f"{row}_q")
         lets: list[ir.Stmt] = [
             ir.Let(parent, lower.parent(storage, rows, var)),
             ir.Let(i, upper.coord(upper_storage, parent, parent)),
@@ -371,13 +370,9 @@ class NestBuilder:
             guards += reader.bounds(tensor, st.out, coords)
             out = ir.Load(self.tables.buffer(tensor), coords, tensor.dtype)
         if in_place and out.dtype != value.dtype and not reductions:
-            raise ProgramError(
-                "P107",
-                f"{tensor.name} is added to in memory, in {out.dtype}, where {value.dtype} is "
-                "needed",
-                hint=f'make it {value.dtype}, tw.out.typed("{value.dtype}")[…], or choose a format '
-                "that keeps rows whole",
-            )
+            why = f"{tensor.name} is added to in memory, in {out.dtype}, and needs {value.dtype}"
+            hint = f'tw.out.typed("{value.dtype}")[…], or choose a format that keeps rows whole'
+            raise ProgramError("P107", why, hint=hint)
         op = "" if reductions else st.op
         if not op:
             value = ir.cast(value, out.dtype)

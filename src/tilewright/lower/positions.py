@@ -20,7 +20,7 @@ from tilewright.lower.drivers import (
     outer_driver,
 )
 from tilewright.lower.epilogues import Fused, fused
-from tilewright.lower.joins import join_nest, join_of
+from tilewright.lower.joins import JoinBuilder, join_of
 from tilewright.lower.nests import BuiltNest, NestBuilder
 from tilewright.lower.placed import with_roles
 from tilewright.lower.tables import Driver, Statement, Tables, indices_in, names_read
@@ -82,14 +82,14 @@ class _Builder:
     def __init__(self, program: ir.Program) -> None:
         self.program = program
         self.tensors = {t.name: t for t in program.tensors}
-        self.placed = {name for name, _, _ in program.placed}
+        self.placed = {name for name, *_ in program.placed}
 
     def stages(
         self, root: ir.Assign, inline: list[ir.Assign], also: tuple[Statement, ...] = ()
     ) -> list[tuple[ir.Nest, ...]]:
         statement = Statement.of(root)
         if join := join_of(root.value):
-            return [(join_nest(Tables(self.program), [statement, *also], join),)]
+            return [(JoinBuilder(Tables(self.program), [statement, *also], join).build(),)]
         temps = [Statement.of(a) for a in inline]
         around = _root_driver(statement, temps)
         structure = around.structure
@@ -235,10 +235,9 @@ class _Builder:
 
 def _shares_rows(root: Statement, t: Statement, fmt: Any) -> ProgramError:
     value = f"{t.op} of {t.value} over {', '.join(a.name for a in t.axes)}" if t.op else t.out
-    return ProgramError(
-        "P107", f"{root.out} reads {value} in its loops, and {fmt} keeps rows in pieces",
-        hint="use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'",
-    )  # fmt: skip
+    why = f"{root.out} reads {value} in its loops, and {fmt} keeps rows in pieces"
+    hint = "use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'"
+    return ProgramError("P107", why, hint=hint)
 
 
 def _keeps_rows(fmt: Any, out: ir.Access, around: Driver, is_like: bool) -> bool:

@@ -27,13 +27,11 @@ class PartRows:
     shared: bool
     row_index: dict[str, str] = field(default_factory=dict)  # by structure, of the first access
 
-    def is_part(self, structure: str) -> bool:
-        return structure == self.structure and self.tables.is_composed(structure)
-
     def check(self, access: Driver) -> None:
         """Raises ProgramError[P107] for a part that is read at two row indices."""
         own = self.row_index.setdefault(access.structure, access.indices[0])
-        if self.is_part(access.structure) and (own != access.indices[0] or self.shared):
+        is_part = access.structure == self.structure and self.tables.is_composed(self.structure)
+        if is_part and (own != access.indices[0] or self.shared):
             raise unsearchable(access, self.tables.tensors[access.structure].format)
 
 
@@ -140,7 +138,7 @@ class Reader:
                 located = level.locate(storages[depth], position, wanted[depth])
             if conditions:
                 located = ir.select(_all(conditions), located, missing)
-            position = ir.Var(self.tables.unused_name(f"{tensor.name}_q{depth}"), self.tables.index)
+            position = self.tables.variable(f"{tensor.name}_q{depth}")
             self.lets.append(ir.Let(position, located))
             if conditions or not level.is_dense:
                 conditions = [ir.binary(">=", position, 0)]

@@ -135,10 +135,8 @@ class _Materializer:
         c = chain.compute
         if chain.escapes:
             if chain.threads and not c.atomic:
-                raise illegal(
-                    f"threads of loop {chain.threads[0].name} update {c.out} in memory at once",
-                    "atomic(), or bind a loop of the output",
-                )
+                why = f"threads of loop {chain.threads[0].name} update {c.out} in memory at once"
+                raise illegal(why, "atomic(), or bind a loop of the output")
             return _store(c, c.value)
         shape = chain.split
         if shape not in accumulators:
@@ -171,12 +169,11 @@ class _Materializer:
         self.count += 1
         for loop in chain.cells:
             if loop.extent is None or not ir.is_const(loop.begin, 0):
-                raise illegal(
-                    f"loop {loop.name} lies inside the reduction of {out.name} and has a run-time "
-                    "extent",
-                    "an accumulator has a constant size: split the loop, keep its inner "
-                    "part inside",
+                hint = (
+                    "an accumulator has a constant size: split the loop, keep its inner part inside"
                 )
+                why = f"loop {loop.name} lies inside the reduction of {out.name}"
+                raise illegal(f"{why} and has a run-time extent", hint)
         shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in chain.cells)
         name = GeneratedName(out.name, ACCUMULATOR, self.count).name
         return ir.Buffer(name, dtype, shape, "register")
@@ -215,10 +212,8 @@ class _Materializer:
         name = factor.name.removesuffix(".factor")
         own = self.maxima.get((name, chain.split))
         if own is None or chain.lanes:
-            raise illegal(
-                f"{chain.compute.out.buffer.name} and {name} are split in different loops",
-                "split the loop around both by threads",
-            )
+            why = f"{chain.compute.out.buffer.name} and {name} are split in different loops"
+            raise illegal(why, "split the loop around both by threads")
         total = ir.Load(ir.Buffer(name, own.dtype, (), "register"), (), own.dtype)
         by = ir.unary("exp", _finite(ir.Load(own, (), own.dtype)) - _finite(total))
         return ir.binary("*", value, ir.cast(by, value.dtype))

@@ -89,6 +89,10 @@ class Tables:
         self.names.add(chosen)
         return chosen
 
+    def variable(self, name: str) -> ir.Var:
+        """A coordinate or position of an unused name."""
+        return ir.Var(self.unused_name(name), self.index)
+
     def is_composed(self, structure: str) -> bool:
         return hasattr(self.tensors[structure].format, "parts")
 

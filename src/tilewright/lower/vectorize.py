@@ -111,7 +111,7 @@ def _renamed_lets(s: ir.Stmt, suffix: str) -> ir.Stmt:
             b = ir.Let(fresh, b.value)
         elif isinstance(b, ir.Alloc):
             buffers[b.buffer.name] = replace(b.buffer, name=b.buffer.name + suffix)
-            b = ir.Alloc(buffers[b.buffer.name])
+            b = replace(b, buffer=buffers[b.buffer.name])
         elif isinstance(b, ir.If):
             b = _renamed_lets(b, suffix)
         out.append(b)
