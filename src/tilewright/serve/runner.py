@@ -83,7 +83,7 @@ class Runner:
         self.activations = {k: new(tokens, w, dtype=kinds.get(k, "float32")) for k, w in widths}
         widths = {"x": config.dim, "normed": config.dim, "logits": config.vocab}
         self.last = {name: new(most, width) for name, width in widths.items()}
-        self.last["token"] = new(most, dtype="int32")
+        self.last["token"] = put(np.zeros(most, np.int32))  # also of rows that fill up
         self.ints = [new(tokens, dtype="int32") for _ in range(4)]  # of `Rows`
         self.ends = new(most, dtype="int32")  # the rows of prompts that want a token
         self.kv_len = put(np.zeros(most, np.int32))
