@@ -3,7 +3,7 @@
 Answers, one row each, are a step that is recorded once for each number of requests and then
 replayed as one native call. It computes positions, pages and slots from the lengths in memory of
 the target, adds 1 to these, and reads the tokens that the step before has put there: the host
-writes what it wants otherwise. Prompts follow, the rows of all chunks packed one after the other.
+writes what it wants otherwise. Prompts precede it, their chunks packed one after the other.
 
 The bits of a row depend on its own request only, and not on how its prompt is cut into chunks:
 linear layers read rows of answers and of prompts by different kernels, each of which computes a row
@@ -84,8 +84,9 @@ class Runner:
         self.activations = {k: new(tokens, w, dtype=kinds.get(k, "float32")) for k, w in widths}
         widths = {"x": config.dim, "normed": config.dim, "logits": config.vocab}
         self.last = {name: new(most, width) for name, width in widths.items()}
-        self.last["token"] = new(most, dtype="int32")
+        self.last["token"] = put(np.zeros(most, np.int32))  # also of rows that fill up
         self.ints = [new(tokens, dtype="int32") for _ in range(4)]  # of `Rows`
+        self.ends = new(most, dtype="int32")  # the rows of prompts that want a token
         self.kv_len = put(np.zeros(most, np.int32))
         # Keys are divided as if every answer were as long as the context, and every prompt short.
         longest, short = self.width * PAGE_SIZE, (2 * CHUNK_TILES - 1) * TILE
@@ -115,18 +116,17 @@ class Runner:
             self._lengths[: len(lengths)] = lengths
             self._write_ints(self.kv_len, lengths)
         self._write_table([*range(len(answers)), *range(rows, rows + len(prompts))], chunks)
+        tokens = [c.request.tokens[c.start] for c in answers]
+        if answers and PENDING not in tokens:
+            self._write_ints(self.last["token"], tokens)
+        # Prompts first: what is copied for them would wait for the step of the answers.
+        read = self._read_prompts(prompts, stops, rows) if prompts else []
         if answers:
             if rows not in self._steps:
                 self._steps[rows] = self._record(rows)
-            tokens = [c.request.tokens[c.start] for c in answers]
-            if PENDING not in tokens:
-                self._write_ints(self.last["token"], tokens)
             self._steps[rows]()
             self._lengths[: len(answers)] += 1
-        wanting = [i for i, c in enumerate(answers) if c.wants_token]
-        if prompts:
-            wanting += self._read_prompts(prompts, stops, rows)
-        return Logits(self, chunks, wanting)
+        return Logits(self, chunks, [i for i, c in enumerate(answers) if c.wants_token] + read)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -203,13 +203,13 @@ class Runner:
             attention.run(q, views[layer], plans[attention], out=out)
 
         self._write(chunks, stops)
+        ends = [indptr[i] + c.stop - c.start - 1 for i, c in enumerate(chunks) if c.wants_token]
+        self._write_ints(self.ends, ends)
         b = self._rows(int(indptr[-1]), few=False)
         model.forward(b, (self.keys, self.values), attend, do=call)
-        ends = [indptr[i] + c.stop - c.start - 1 for i, c in enumerate(chunks) if c.wants_token]
         if ends:
             last = {name: rows(a, first, first + len(ends)) for name, a in self.last.items()}
-            self._write_ints(self.ints[0], ends)
-            picked = rows(self.ints[0], 0, len(ends))
+            picked = rows(self.ends, 0, len(ends))
             embedding_kernel("f32", model.name)(picked, b.a["x"], out=last["x"])
             model.finish(last, self.invariant or len(ends) < FEW, do=call)
         return list(range(first, first + len(ends)))
