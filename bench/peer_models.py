@@ -31,6 +31,12 @@ _8B = {
 # Keys of a config.json.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _LLAMA | _TINY | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "smollm2-135m": _LLAMA | {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
+        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+    },
     "llama-3.1-8b": _LLAMA | _8B | {
         "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256,
         "rope_parameters": {
@@ -73,6 +79,7 @@ class PeerModel:
         if self.path is not None:
             return open_model(self.path)
         weights = {name: _weight(name, tensor) for name, tensor in self.weights.items()}
+        weights.setdefault("lm_head", weights["embed"])
         return ModelFile(_folder_with_a_tokenizer(), self.config, weights, {})
 
     def of_transformers(self, attention: str) -> Any:
@@ -86,6 +93,7 @@ class PeerModel:
             dtype = self.weights["embed"].dtype
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         state = {_name_there(name): tensor for name, tensor in self.weights.items()}
+        state.setdefault("lm_head.weight", self.weights["embed"])
         model.load_state_dict(state, strict=True, assign=True)
         return model
 
@@ -102,6 +110,8 @@ def random_model(shape: str, device: str) -> PeerModel:
     for name, size in config.shapes().items():
         if len(size) == 1:
             weights[name] = torch.ones(size, dtype=dtype, device=device)
+        elif name == "lm_head" and config.tied_embedding:
+            continue
         else:
             values = torch.randn(size, dtype=dtype, device=device, generator=random)
             weights[name] = values.mul_(size[1] ** -0.5)
@@ -128,6 +138,8 @@ def read_model(path: Path, device: str) -> PeerModel:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     weights = {}
     for name, weight in file.tensors.items():
+        if name == "lm_head" and c.tied_embedding:
+            continue
         values = torch.from_numpy(dequantize(weight).copy())
         if c.rope_interleaved and name.endswith((".q", ".k")):  # pairs of a head become halves
             pairs = values.view(-1, c.head_dim // 2, 2, c.dim)

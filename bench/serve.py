@@ -88,10 +88,13 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=8192, help="of the simulated model")
     parser.add_argument("--kv-tokens", type=int, default=400_000, help="of the simulated cache")
     parser.add_argument("--timeline", type=Path, help="writes the steps for Perfetto (JSON)")
+    parser.add_argument("--seconds", type=float, default=180.0, help="--predict: to fit a cost")
+    parser.add_argument("--cost-out", type=Path, help="--predict: writes the fitted cost")
     parser.add_argument("--predict", type=int, help="compares so many random steps with --cost")
+    peers = ("transformers", "generate", "loop", "llama.cpp", "ours")
     parser.add_argument(
-        "--peers", nargs="*", choices=("transformers", "loop", "llama.cpp", "ours"), metavar="PEER",
-        help="transformers, loop, llama.cpp, ours (default: all) serve the same requests",
+        "--peers", nargs="*", choices=peers, metavar="PEER",
+        help=f"serve the same requests (default: all): {', '.join(peers)}",
     )  # fmt: skip
     parser.add_argument("--shape", help="--peers: a model of random weights instead of --model")
     parser.add_argument("--attention", default="", help="--peers: of transformers")
@@ -133,22 +136,33 @@ def serve(args: argparse.Namespace) -> Iterator[Row]:
 
 def predicted(args: argparse.Namespace) -> Iterator[Row]:
     """The error of a fitted cost over random steps that it has not seen: of --cost, or of one
-    fitted on as many others."""
+    fitted on others. Beside it what no model can say: how far two measurements of the same step
+    are apart."""
     options = Options(
         context=2048, running=args.running, step_tokens=args.step_tokens, cost=args.cost,
         invariant=not args.fast,
     )  # fmt: skip
-    engine = Engine(open_model(args.model or packaged_model()), args.target, options)
+    if args.shape:
+        from bench.peer_models import random_model
+
+        file = random_model(args.shape, "cpu" if args.target == "cpp" else "cuda").ours()
+    else:
+        file = open_model(args.model or packaged_model())
+    engine = Engine(file, args.target, options)
     model = engine.scheduler.model
     if args.cost is None:
-        model = fit(measure(engine, 180, args.predict, seed=1))
-    found = errors(model, measure(engine, 1e9, args.predict, seed=2))
-    for p in (50, 90, 99):
-        yield base_row("serve", "serve.predict", args.target) | {
-            "input": "random steps", "width": len(found), "dtype": "float32",
-            "impl": "tilewright", "ms": None, "metric": f"% error p{p}",
-            "value": 100 * float(np.percentile(found, p)), "ratio": None,
-        }  # fmt: skip
+        model = fit(measure(engine, args.seconds, args.predict, seed=1), model.key)
+    if args.cost_out:
+        model.save(args.cost_out)
+    samples, again = (measure(engine, 1e9, args.predict, seed=2) for _ in range(2))
+    apart = [abs(b / a - 1) for (_, a), (_, b) in zip(samples, again, strict=True)]
+    for name, found in (("error", errors(model, samples)), ("between two", apart)):
+        for p in (50, 90, 99):
+            yield base_row("serve", "serve.predict", args.target) | {
+                "input": "random steps", "width": len(found), "dtype": "float32",
+                "impl": "tilewright", "ms": None, "metric": f"% {name} p{p}",
+                "value": 100 * float(np.percentile(found, p)), "ratio": None,
+            }  # fmt: skip
 
 
 def read_trace(path: Path, count: int, factor: float, sizes: tuple[int, int]) -> list[Job]:

@@ -190,7 +190,16 @@ def llama_cpp(setting: Setting) -> Iterator[Served]:
 
 
 def transformers(setting: Setting) -> Iterator[Served]:
-    """transformers: continuous batching, and plain `generate` of one batch after the other."""
+    """Continuous batching of transformers."""
+    yield from _with_transformers(_continuous, setting)
+
+
+def generate(setting: Setting) -> Iterator[Served]:
+    """Plain `generate` of transformers."""
+    yield from _with_transformers(_generate, setting)
+
+
+def _with_transformers(serve: Callable[[Setting], Served], setting: Setting) -> Iterator[Served]:
     if importlib.util.find_spec("transformers") is None:
         return note("without transformers: it is not installed")
     import torch
@@ -198,8 +207,7 @@ def transformers(setting: Setting) -> Iterator[Served]:
     if importlib.util.find_spec("flash_attn_interface"):
         _call_it_flash_attn_3()
     with torch.no_grad():
-        yield _continuous(setting)
-        yield _generate(setting)
+        yield serve(setting)
 
 
 def _attention(setting: Setting) -> str:
@@ -336,7 +344,8 @@ class _Notes:
 
 
 PEERS: dict[str, Peer] = {
-    "transformers": transformers, "loop": loop, "llama.cpp": llama_cpp, "ours": ours,
+    "transformers": transformers, "generate": generate, "loop": loop, "llama.cpp": llama_cpp,
+    "ours": ours,
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.serve.test_scheduler import span
 
 from bench import harness, simulate
 from bench import serve as bench_serve
@@ -205,6 +206,28 @@ def test_goodput_of_a_served_trace(data_dir: Path):
     ours = goodput(decide, 2048)
     others = [goodput(simulate.fixed, c) for c in simulate.CHUNKS]
     assert ours >= max(*others, goodput(simulate.prefill_first, 2048))
+
+
+COSTS = Path(bench_serve.__file__).with_name("costs")
+
+
+def test_a_long_prompt_among_answers():
+    """32k tokens come while 64 answers are promised 30 ms: no gap beyond, and the prompt's first
+    token comes within 1.5 times what it takes alone."""
+    model = CostModel.load(COSTS / "h200-llama-8b-derived.json", None)
+    answers = [simulate.Arrival(0.01 * n, span(500, 1000 * n), 400) for n in range(64)]
+    long = simulate.Arrival(0.8, span(32768, 10**6), 20)
+
+    def served(arrivals: list[simulate.Arrival]) -> simulate.Replay:
+        promise = Sampling(ttft_ms=1000, itl_ms=30)
+        return simulate.simulate(arrivals, Limits(60_000, 128, 2048), model, decide, promise)
+
+    beside, alone = served([*answers, long]), served([long])
+    assert min(beside.times_s[n][-1] for n in range(64)) > beside.times_s[64][0], "all beside it"
+    gaps = np.concatenate([np.diff(times) for times in beside.times_s.values()])
+    assert gaps.max() <= 0.030
+    first = beside.times_s[64][0] - 0.8, alone.times_s[0][0] - 0.8
+    assert 1.0 < first[0] / first[1] <= 1.5
 
 
 def test_the_verb_that_measures(runnable_path: Path, tmp_path: Path, capsys):

@@ -116,7 +116,9 @@ def test_peers_give_equal_tokens():
             for n, (size, answer) in enumerate(((30, 6), (9, 8), (1, 3), (41, 2)))]  # fmt: skip
     given = setting(jobs)
     served = [
-        x for name in ("loop", "transformers", "ours") for x in serve_peers.PEERS[name](given)
+        x
+        for name in ("loop", "transformers", "generate", "ours")
+        for x in serve_peers.PEERS[name](given)
     ]
     assert len(served) == 1 + 2 + 3
     for one in served:
