@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,16 @@ import numpy as np
 from bench.serve_loop import Row
 
 
+@llama_cpp.llama_log_callback
+def _quietly(level: int, text: bytes, data: Any) -> None:
+    """Takes what llama.cpp logs."""
+
+
 class LlamaCpp:
     """A model file over `seats` requests of at most `context` tokens, `chunk` tokens a step."""
 
     def __init__(self, path: Path, seats: int, context: int, chunk: int, threads: int) -> None:
+        llama_cpp.llama_log_set(_quietly, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(
             str(path).encode(), llama_cpp.llama_model_default_params()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,12 +85,12 @@ def small(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(serve_peers, "FIT_S", 0.0)
 
 
-def setting(jobs: list[bench_serve.Job], **sizes: int) -> serve_peers.Setting:
-    model = serve_peers.random_model("tiny", "cpu")
-    pace = bench_serve.Pace(1e6)
-    given = {"seats": 2, "chunk": 20, "context": 64} | sizes
-    return serve_peers.Setting(model, tuple(jobs), pace, **given, ttft_ms=1e6, itl_ms=(1e6,),
-                               cost=None)  # fmt: skip
+def setting(jobs: list[bench_serve.Job]) -> serve_peers.Setting:
+    """Two seats of 64 tokens, and 20 tokens a step."""
+    return serve_peers.Setting(
+        serve_peers.random_model("tiny", "cpu"), tuple(jobs), bench_serve.Pace(1e6),
+        seats=2, chunk=20, context=64, ttft_ms=1e6, itl_ms=(1e6,), cost=None,
+    )  # fmt: skip
 
 
 def test_fixed_chunks_worked_by_hand():
@@ -99,7 +100,7 @@ def test_fixed_chunks_worked_by_hand():
             bench_serve.Job(2e-9, [3] * 4, 1)]  # fmt: skip
     steps = []
 
-    def step(rows: list[serve_loop.Row]) -> list[int]:
+    def step(rows: Sequence[serve_loop.Row]) -> list[int]:
         steps.append([(row.seat, row.start, len(row.tokens)) for row in rows])
         return [10 * row.tokens[-1] for row in rows]
 
