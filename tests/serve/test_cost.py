@@ -26,7 +26,7 @@ from tilewright.serve.weights import open_model
 from tilewright.tools import cli
 
 TRUE = CostModel(
-    step=6e-3, mixed=1e-3, answer=2e-5, context=4e-8, prompt=1e-6, reads=2e-9, span=1e-8,
+    step=6e-3, mixed=1e-3, answer=2e-5, context=4e-8, prompt=1e-6, reads=2e-9, tail=2e-4,
     beside=5e-4, over=3e-5, knee=192,
 )  # fmt: skip
 
@@ -46,9 +46,11 @@ def random_works(count: int, seed: int) -> list[Work]:
 def written_out(work: Work) -> float:
     """The formula of the module's docstring, for `TRUE`."""
     answers, context, prompt, reads, span = work
-    total = 6e-3 + 2e-5 * answers + 4e-8 * context + 3e-5 * max(0, answers + prompt - 192)
+    total = 6e-3 + 2e-5 * answers + 4e-8 * (context + span)
+    total += 3e-5 * max(0, answers + prompt - 192)
+    total += 2e-4 * (f"{answers % 4:b}".count("1") + f"{prompt % 8:b}".count("1"))
     if prompt:
-        total += 1e-3 + 1e-6 * prompt + 2e-9 * reads + 1e-8 * span + (5e-4 if answers else 0)
+        total += 1e-3 + 1e-6 * prompt + 2e-9 * reads + (5e-4 if answers else 0)
     return total
 
 
@@ -99,7 +101,8 @@ def test_files(tmp_path: Path):
         {}, [], 5, good | {"step": -1}, good | {"step": "x"}, good | {"more": 1},
         good | {"factors": [1]}, good | {"factors": [0, 1]}, good | {"answer": float("nan")},
         {k: v for k, v in good.items() if k != "factors"}, good | {"key": 5},
-        good | {"step": 0, "answer": 0, "context": 0}, good | {"factors": [10**400, 1]},
+        good | dict.fromkeys(("step", "answer", "context", "tail"), 0),
+        good | {"factors": [10**400, 1]},
     ]  # fmt: skip
     for text in [*map(json.dumps, bad), "[" * 100_000]:
         path.write_text(text, encoding="utf-8")
