@@ -78,6 +78,14 @@ def test_a_fit_of_noisy_times():
     assert np.percentile(np.abs(np.array(ratios) - 1), 90) < 0.05
 
 
+@pytest.mark.parametrize("name", tune.CONSTANTS)
+def test_each_constant_of_an_answer_makes_a_fit(name: str):
+    """Noise may leave one constant alone above zero; those of prompts alone are no cost."""
+    alone = {"mixed", "prompt", "reads", "beside"}
+    assert CostModel(**{name: 1e-3}).is_fitted == (name not in alone)
+    assert not CostModel().is_fitted
+
+
 def test_corrections_are_slow_and_apart():
     """Where steps of answers take 1.5 times as long, their factor gets there in hundreds of steps,
     and that of steps with prompts stays; one step that takes a second changes little."""

@@ -82,7 +82,7 @@ def small(monkeypatch: pytest.MonkeyPatch):
     """The sizes of other tests, whose kernels are built already."""
     keys = {k: v for k, v in SIZES.items() if not k.endswith("token_id")}
     monkeypatch.setitem(peer_models.SHAPES, "tiny", peer_models.SHAPES["tiny"] | keys)
-    monkeypatch.setattr(serve_peers, "FIT_S", 0.0)
+    monkeypatch.setattr(serve_peers, "FIT_S", 1e-3)
 
 
 def setting(jobs: list[bench_serve.Job]) -> serve_peers.Setting:

@@ -80,7 +80,7 @@ class CostModel:
 
     @property
     def is_fitted(self) -> bool:
-        return self.step + self.answer + self.prompt > 0
+        return self.seconds(Work(1, 1)) > 0
 
     def corrected(self, work: Work, seconds: float) -> CostModel:
         """The model after a step that took `seconds`: one factor follows by 1 / `SLOWNESS` of the
