@@ -36,6 +36,7 @@ SUITES = {
     "graph_attention": ("graph_attention", "attention along the edges of a graph"),
     "graph_softmax": ("graph_attention", "the softmax of the entries of each row"),
     "gemm": ("gemm", "dense times dense on tensor cores, beside cuBLAS"),
+    "blocks": ("blocks", "a matrix in blocks times dense, beside the dense product of cuBLAS"),
     "flash": ("flash", "lesson 9's flash attention on tensor cores, beside torch"),
     "attention": ("attention", "attention on the CPU beside torch"),
     "decode": ("decode", "decode attention over a paged cache, beside the time to read it"),
@@ -121,7 +122,7 @@ def bench(args: argparse.Namespace) -> int:
         rows.append(row)
         if args.json:
             print(json.dumps(row), flush=True)
-        elif args.suite in ("spmm", "sddmm", "gemm", "flash"):
+        elif args.suite in ("spmm", "sddmm", "gemm", "blocks", "flash"):
             print(line(row), flush=True)
         else:
             head = f"{row['input']:18} {row['width']:5} {row['target']:12} {row['impl']:34}"
@@ -170,6 +171,7 @@ def line(row: Row) -> str:
     if row.get("graph_ratio"):
         ratio += f" ({row['graph_ratio']:.2f} replayed)"
     costs = "".join(f"  {k[:-3]} {row[k]:.0f} ms" for k in ("pack_ms", "build_ms") if k in row)
+    costs += f"  {100 * row['longer']:+.1f} % of A B" if "longer" in row else ""
     wrong = f"  {row['wrong']}" if row.get("wrong") else ""
     value = f"{row['value']:9.1f} {row['metric']}" if row.get("value") is not None else ""
     head = f"{row['input']:16} {row['width']:5} {row['impl']:34}"

@@ -31,6 +31,9 @@ _CALLS, _REPEATS, _IMPORTS, _BUILDS = 2000, 7, 5, 3
 _WIDTH = 32
 
 _SIZES = {"csr": ("csr", _WIDTH), "hyb": ("hyb", _WIDTH), "hyb.any": ("hyb", 0)}  # 0: any width
+_TILES = {"flash": ("flash", 128)}  # tile programs, built for a GPU; the width is head_dim
+_LESSON = Path(__file__).resolve().parents[1] / "examples" / "09_flash_attention.py"
+_PARTS = ("import", "call", "build")
 
 _IMPORT = """
 import json, time
@@ -47,17 +50,22 @@ from tilewright.toolchain import compilers, program_cache
 print(json.dumps([program_cache.version(), compilers.has_compiler()]))
 """
 
-# The operator's own program and recipe, built, and built again.
+# The operator's own program and recipe, or lesson 9's, built, and built again.
 _BUILD = """
-import json, sys, time
+import json, runpy, sys, time
 import tilewright as tw
 from tilewright.ops.spmm import recipe, spmm_program
 from tilewright.toolchain import disk_cache
-target, fmt, width = sys.argv[1], sys.argv[2], int(sys.argv[3])
+target, fmt, width, lesson = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 times = []
 for _ in range(2):
-    scheduled = spmm_program.decompose(A=getattr(tw, fmt)())
-    scheduled = scheduled.schedule(recipe.of(width=width))
+    if fmt == "flash":
+        flash = runpy.run_path(lesson, run_name="lesson")
+        scheduled = flash["attention"](4, True).typed(Q="bfloat16", K="bfloat16", V="bfloat16")
+        scheduled = scheduled.schedule(lambda s: flash["tiles"](s, 32, 4, width))
+    else:
+        scheduled = spmm_program.decompose(A=getattr(tw, fmt)())
+        scheduled = scheduled.schedule(recipe.of(width=width))
     began = time.perf_counter()
     scheduled.build(target)
     times.append(time.perf_counter() - began)
@@ -72,17 +80,25 @@ def host_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SM",
         help="CUDA architecture to build for (default: this GPU's, else sm_90a)",
     )
+    parser.add_argument("--only", nargs="+", choices=_PARTS, default=_PARTS, help="what to measure")
+    parser.add_argument("--target", choices=("cpp", "cuda"), help="calls and builds of one target")
 
 
 def host(args: argparse.Namespace) -> Iterator[Row]:
     """Rows in µs (calls) and ms (import, builds)."""
+    targets = ("cpp", "cuda") if args.target is None else (args.target,)
     with tempfile.TemporaryDirectory() as folder:
-        yield from _imports(Path(folder))
-    yield from _calls("cpp")
-    if cuda.available():
+        if "import" in args.only:
+            yield from _imports(Path(folder))
+    if "call" in args.only and "cpp" in targets:
+        yield from _calls("cpp")
+    if "call" in args.only and "cuda" in targets and cuda.available():
         yield from _calls("cuda")
     with tempfile.TemporaryDirectory() as folder:
-        yield from _builds("cpp", Path(folder))
+        if "build" in args.only and "cpp" in targets:
+            yield from _builds("cpp", Path(folder))
+        if "build" not in args.only or "cuda" not in targets:
+            return
         if nvrtc.available():
             arch = args.arch or (cuda.device().arch if cuda.available() else "sm_90a")
             yield from _builds(f"cuda:{arch}", Path(folder))
@@ -198,18 +214,22 @@ def _per_call(run: Callable[[], Any], target: str) -> float:
 
 
 def _builds(target: str, folder: Path) -> Iterator[Row]:
-    """SpMM in processes of their own: compiled (cold, with the time to load the compiler), taken
-    from the cache by the next process (cached), and once more there (again)."""
+    """SpMM, and on a GPU flash attention, in processes of their own: compiled (cold, with the time
+    to load the compiler), taken from the cache by the next process (cached), and once more there
+    (again)."""
     kind = target.partition(":")[0]
     _child(_ONCE, folder, f"{kind}-once")
-    _child(_BUILD, folder, f"{kind}-first", target, "csr", "0")  # byte code; NVRTC in memory
-    for name, (fmt, width) in _SIZES.items():
+    lesson = str(_LESSON)
+    _child(
+        _BUILD, folder, f"{kind}-first", target, "csr", "0", lesson
+    )  # byte code; NVRTC in memory
+    for name, (fmt, width) in (_SIZES | (_TILES if kind == "cuda" else {})).items():
         results: dict[str, list[float]] = {"cold": [], "cached": [], "again": []}
         for turn in range(_BUILDS):
             cache_dir = f"{kind}-{name}-{turn}"
             shutil.copytree(folder / f"{kind}-once", folder / cache_dir)
             cold, cached = (
-                _child(_BUILD, folder, cache_dir, target, fmt, str(width)) for _ in range(2)
+                _child(_BUILD, folder, cache_dir, target, fmt, str(width), lesson) for _ in range(2)
             )
             if cold["compiled"] != 1 or cached["compiled"] != 0:
                 note(f"builds of {name} for {target} had another kind of cache")

@@ -69,6 +69,11 @@ def model(args: argparse.Namespace) -> Iterator[Row]:
             "input": f"{path.stem} {op}", "width": length, "dtype": "float32", "impl": impl,
             "ms": 1e3 / rate, "metric": "tokens/s", "value": rate, "ratio": ratio,
         }  # fmt: skip
+    step = ours.runner._steps[1]  # of one request
+    yield base_row("model", "model.launches", args.target) | {
+        "input": f"{path.stem} decode", "width": 1, "dtype": "float32", "impl": _OURS, "ms": None,
+        "metric": "launches a step", "value": step.count, "ratio": None,
+    }  # fmt: skip
 
 
 def _timed(runner: Runner, prompt: list[int], tokens: int) -> tuple[float, float]:

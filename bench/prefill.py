@@ -48,10 +48,23 @@ class Document(Causal):
         return super().mask(at) & tw.equal(self.document[at.key], self.document[at.qo])
 
 
+@tw.variant
+class Tree:
+    """Drafts see all keys before them and their ancestors, by the bits of their row."""
+
+    tree = tw.bit_mask()
+
+    def mask(self, at: Any) -> Any:
+        first = at.kv_len - at.qo_len
+        return (at.key < first) | self.tree[at.key - first]
+
+
 VARIANTS = {
     "causal": Causal(), "full": Full(), "window": SlidingWindow(window=WINDOW),
     "softcap": Softcap(soft_cap=SOFT_CAP), "alibi": Alibi(), "document": Document(),
+    "tree": Tree(),
 }  # fmt: skip
+DRAFTS = 64  # of a request with a tree; two of each earlier draft
 _ROUNDS, _TURNS, _FLUSH_BYTES = 3, 7, 256 << 20
 
 
@@ -89,10 +102,20 @@ class Case:
         """Pairs that the mask keeps in a request."""
         if self.variant == "full":
             return queries * keys
+        if self.variant == "tree":
+            return queries * (keys - queries) + int(ancestors(queries).sum())
         last = np.arange(keys - queries + 1, keys + 1)  # keys up to each query's own
         if self.variant == "document":
             last = (last - 1) % DOCUMENT + 1
         return int((np.minimum(last, WINDOW) if self.variant == "window" else last).sum())
+
+
+def ancestors(drafts: int) -> np.ndarray:
+    """Which drafts each sees of a binary tree: itself, and (n - 1) // 2 upwards."""
+    seen = np.eye(drafts, dtype=bool)
+    for n in range(1, drafts):
+        seen[n] |= seen[(n - 1) // 2]
+    return seen
 
 
 def prefill_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,6 +180,8 @@ def cases() -> Iterator[Case]:
     for new, keys, singles, of in ((8192, 8192, 64, 8192), (2048, 16384, 64, 4096)):
         name = f"mixed {new} on {keys} + {singles} x 1 on {of}"
         yield Case(name, "causal", 128, (new, *(1,) * singles), (keys, *(of,) * singles), 16)
+    for keys in (4096, 32768):
+        yield Case(f"tree {DRAFTS} on {keys}", "tree", 128, (DRAFTS,) * 16, (keys,) * 16, 16)
 
 
 def prefill(args: argparse.Namespace) -> Iterator[Row]:
@@ -235,6 +260,8 @@ class Batch:
         self.slopes = torch.logspace(-1, -8, QO_HEADS, 2.0, device=DEVICE)
         self.documents = torch.arange(max(case.keys), dtype=torch.int32, device=DEVICE) // DOCUMENT
         self.documents = self.documents.expand(len(case.keys), -1).contiguous()
+        bits = np.packbits(ancestors(DRAFTS), axis=1, bitorder="little").view(np.int32)
+        self.tree = torch.from_numpy(np.tile(bits, (len(case.keys), 1))).to(DEVICE)
         if case.page_size:  # lengths are multiples of it
             self.names = torch.randperm(keys // case.page_size, device=DEVICE).int()
             self.pages = []
@@ -273,7 +300,10 @@ class Batch:
         q = self.q[self.qo_indptr[first] : self.qo_indptr[last]]
         out = torch.full((*q.shape[:2], case.dims[1]), torch.nan, device=DEVICE).bfloat16()
         plan = attn.plan(self.qo_indptr[first : last + 1] - self.qo_indptr[first], kv)
-        tensors = {"alibi": {"slopes": self.slopes}, "document": {"document": self.documents}}
+        tensors = {
+            "alibi": {"slopes": self.slopes}, "document": {"document": self.documents},
+            "tree": {"tree": self.tree},
+        }  # fmt: skip
         return attn.bind(q, kv, out, plan=plan, **tensors.get(case.variant, {}))
 
     def peer(self, name: str) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -331,7 +361,11 @@ class Batch:
                     s = s + self.slopes[head].double() * (key - last[:, None])
                 if case.variant == "document":
                     s = s.masked_fill(key // DOCUMENT != last[:, None] // DOCUMENT, -torch.inf)
-                if case.variant != "full":
+                if case.variant == "tree":
+                    seen = torch.from_numpy(ancestors(n)).to(DEVICE)[at]
+                    seen = torch.nn.functional.pad(seen, (m - n, 0), value=True)
+                    s = s.masked_fill(~seen, -torch.inf)
+                elif case.variant != "full":
                     s = s.masked_fill(key > last[:, None], -torch.inf)
                 if case.variant == "window":
                     s = s.masked_fill(key <= last[:, None] - WINDOW, -torch.inf)

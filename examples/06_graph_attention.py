@@ -8,7 +8,7 @@
 The operator of lesson 3 as one would ship it. One launch; each score and each exponential is
 computed once, and nothing of the size of A is stored. On a CPU: a row of scores in scratch memory,
 exponentials in vectors, features in registers. On a GPU: the online softmax, a few threads for each
-row and head, a CTA for long rows.
+row and head, a CTA for long rows; or a row of scores in shared memory, as on a CPU (`gpu_rows`).
 Reference: FeatGraph (SC 2020); FlashAttention (NeurIPS 2022) for the online form.
 """
 
@@ -48,6 +48,7 @@ TALL_LANES = 8  # threads of an entry of a long row
 IN_FLIGHT = 4  # entries of a row that a group of threads loads at once
 TALL, SHORT = "tall", "short"  # rows of a CTA, and of a few threads
 LONG = 256  # entries from which a row has a CTA
+KEPT = 272  # scores of a row in shared memory: two rows of 16 threads use different banks
 
 
 def cpu_recipe(s):
@@ -66,25 +67,35 @@ def cpu_recipe(s):
     return s.split("i", ROWS_PER_UNIT, into=("i_unit", "i_row")).parallel("i_unit")
 
 
-def gpu_recipe(s):
-    """A few threads for each row and head, each with vectors of the features; of a long row many
-    such groups share the entries."""
+def features(s):
+    """The lanes of a vector of features, and a power of two of them that all features fit in."""
     sizes = dict(s.program.sizes)
     d, v = sizes["d"], sizes["v"]
     itemsize = next(t.dtype.itemsize for t in s.program.tensors if t.name == "K")
     lanes = next(n for n in (16 // itemsize, 4, 2, 1) if d % n == 0 and v % n == 0)
-    power = 1 << (max(d, v) // lanes - 1).bit_length()
+    return lanes, 1 << (max(d, v) // lanes - 1).bit_length()
+
+
+def bind_features(s, lanes, across):
+    """Vectors of features, on `across` threads."""
+    for loop in "k", "c":
+        s = s.split(loop, lanes, into=(f"{loop}_q", f"{loop}_v")).vectorize(f"{loop}_v")
+        s = s.split(f"{loop}_q", across, into=(f"{loop}_o", f"{loop}_x"))
+        s = s.bind(f"{loop}_x", "thread.x").unroll(f"{loop}_o")
+    return s
+
+
+def gpu_recipe(s):
+    """A few threads for each row and head, each with vectors of the features; of a long row many
+    such groups share the entries."""
+    lanes, power = features(s)
     for t in TEMPORARIES:
         s = s.compute_at(t, "j")
     s = s.order_axes("out", "i", "h", "j", "c").fuse("i", "h", into="row")
     for n in range(len(s.nests)):
         fmt, s = s.format_of(n), s.on(n)
         across = min(power, TALL_LANES if fmt.name == TALL else WARP)  # threads of an entry
-        for loop in "k", "c":
-            s = s.split(loop, lanes, into=(f"{loop}_q", f"{loop}_v")).vectorize(f"{loop}_v")
-            s = s.split(f"{loop}_q", across, into=(f"{loop}_o", f"{loop}_x"))
-            s = s.bind(f"{loop}_x", "thread.x").unroll(f"{loop}_o")
-        groups = CTA // across
+        s, groups = bind_features(s, lanes, across), CTA // across
         entries = IN_FLIGHT * (groups if fmt.name == TALL else 1)
         if fmt.name != "bucket(0)":
             s = s.split("j", entries, tail="cut", into=("j_o", "j_r"))
@@ -99,11 +110,48 @@ def gpu_recipe(s):
     return s.everywhere()
 
 
-def recipe(s, heads=0, d=0, v=0):
+def gpu_rows(s, kept=KEPT, entries=IN_FLIGHT):
+    """The threads of `gpu_recipe`, and the statements of a row one after the other: its scores, in
+    shared memory, their maximum, weights, their sum, features. No entry waits for the one before it
+    but in the last sum; a barrier follows scores and weights."""
+    lanes, power = features(s)
+    for t in TEMPORARIES:
+        s = s.compute_at(t, "h", most=kept)
+    s = s.order_axes("out", "i", "h", "j", "c").fuse("i", "h", into="row")
+    for n in range(len(s.nests)):
+        fmt, s = s.format_of(n), s.on(n)
+        across = min(power, WARP)
+        s, groups = bind_features(s, lanes, across), CTA // across
+        if fmt.name == TALL:
+            s = tall_rows(s, across, groups, entries).bind("row", "cta.x")
+            continue
+        for t in TEMPORARIES[1:] if fmt.name != "bucket(0)" else ():
+            s = s.split(f"{t}.j", across, into=(f"{t}_o", f"{t}_x")).bind(f"{t}_x", "thread.x")
+        for t in ("score", "out") if fmt.name != "bucket(0)" else ():
+            s = s.split(f"{t}.j", entries, tail="cut", into=(f"{t}_o", f"{t}_u")).unroll(f"{t}_u")
+        s = s.split("row", groups, into=("row_cta", "row_y"))
+        s = s.bind("row_cta", "cta.x").bind("row_y", "thread.y")
+    return s.everywhere()
+
+
+def tall_rows(s, across, groups, entries):
+    """The entries of a row on all threads of a CTA, those of scores and features by groups."""
+    for t in TEMPORARIES[1:]:
+        s = s.split(f"{t}.j", CTA, into=(f"{t}_o", f"{t}_r"))
+        s = s.split(f"{t}_r", across, into=(f"{t}_y", f"{t}_x"))
+        s = s.bind(f"{t}_y", "thread.y").bind(f"{t}_x", "thread.x")
+    for t in "score", "out":
+        s = s.split(f"{t}.j", entries * groups, tail="cut", into=(f"{t}_o", f"{t}_r"))
+        s = s.split(f"{t}_r", groups, into=(f"{t}_u", f"{t}_y")).unroll(f"{t}_u")
+        s = s.split(f"{t}.j_t", groups, into=(f"{t}_w", f"{t}_y")).bind(f"{t}_y", "thread.y")
+    return s
+
+
+def recipe(s, heads=0, d=0, v=0, on_gpu=gpu_recipe):
     """The schedule of graph attention; `heads`, `d` and `v`: sizes of Q and V, 0 for any."""
     for dim, size in (("h", heads), ("d", d), ("v", v)):
         s = s.specialize(dim, size) if size else s
-    return gpu_recipe(s) if s.target.is_cuda else cpu_recipe(s)
+    return on_gpu(s) if s.target.is_cuda else cpu_recipe(s)
 
 
 def pack_for_graph_attention(matrix, target="cpp", dtype=None):
@@ -168,11 +216,12 @@ def graph_attention_kernel(fmt, types, sizes, index, target):
     return graph_attention_definition(fmt, types, sizes, index).build(target)
 
 
-def graph_attention_definition(fmt, types, sizes, index="int32"):
-    """The program of `graph_attention_kernel` with its schedule."""
+def graph_attention_definition(fmt, types, sizes, index="int32", on_gpu=gpu_recipe):
+    """The program of `graph_attention_kernel` with its schedule, on a GPU that of `on_gpu`."""
     of = dict(zip("AQKV", types, strict=True))
     typed = attend.typed(**of, index=index).decompose(A=fmt)
-    return typed.schedule(partial(recipe, **dict(zip(("heads", "d", "v"), sizes, strict=True))))
+    fixed = dict(zip(("heads", "d", "v"), sizes, strict=True))
+    return typed.schedule(partial(recipe, **fixed, on_gpu=on_gpu))
 
 
 if __name__ == "__main__":

@@ -62,8 +62,7 @@ class NamedRecipe:
         for name in arguments:
             if name not in known:
                 text = f"{self.name} takes no argument {name!r}"
-                hint = f"arguments: {', '.join(known) or 'none'}"
-                raise ScheduleError("S102", text, hint=hint)
+                raise ScheduleError("S102", text, hint=f"arguments: {', '.join(known) or 'none'}")
         return replace(self, arguments=tuple(sorted((dict(self.arguments) | arguments).items())))
 
     def __call__(self, s: Schedule) -> Schedule:
@@ -100,12 +99,12 @@ class Definition:
     @property
     def program(self) -> Program:
         """The program at the coordinate level."""
-        traced = trace.trace(self.function, dict(self.dtypes), dict(self.formats), formats.plain)
+        traced = trace.trace(self.function, dict(self.dtypes), dict(self.formats))
         return replace(traced, index=self.index)
 
     def typed(self, index: Any = None, **of: Any) -> Definition:
-        """Other dtypes for parameters: `spmm.typed(A="float16", X="float16")`; `index="int64"` for
-        coordinates beyond 2³¹."""
+        """Chooses the dtypes of parameters: `spmm.typed(A="float16", X="float16")`. `index`: that
+        of coordinates and sizes, int32 or int64. Raises ProgramError[P101, P106]."""
         self._known(of)
         chosen = dict(self.dtypes) | {name: dtypes.dtype(t) for name, t in of.items()}
         coordinate = self.index if index is None else dtypes.dtype(index)
@@ -115,7 +114,8 @@ class Definition:
         return replace(self, dtypes=tuple(chosen.items()), index=coordinate)
 
     def decompose(self, **of: Any) -> Definition:
-        """Formats for sparse parameters: `spmm.decompose(A=tw.hyb())`."""
+        """Chooses the formats of sparse parameters: `spmm.decompose(A=tw.hyb())`. Raises
+        ProgramError[P107]."""
         self._known(of)
         for name, fmt in of.items():
             if not isinstance(fmt, (formats.Format, formats.Composed)):
@@ -128,20 +128,21 @@ class Definition:
         return replace(self, formats=tuple((dict(self.formats) | of).items()))
 
     def schedule(self, recipe: Recipe) -> Definition:
-        """A function from Schedule to Schedule. It runs at each build; the cache knows it by the
-        verbs it calls; a recipe of the package does not run where its kernel is in the cache."""
+        """Chooses the schedule: `recipe` takes a Schedule and returns one. A user's function
+        runs at each build, and the verbs that it calls are part of the key of the kernel cache; a
+        recipe of the package runs only where its kernel is not in the cache."""
         if not callable(recipe):
             raise ProgramError("P101", f"{recipe!r} is no recipe", hint="a function of a Schedule")
         return replace(self, recipe=recipe)
 
     def scheduled(self, target: Target | str = "cpp") -> Schedule:
-        """The schedule before or after its recipe ran, to look at and to try verbs on."""
+        """The schedule after its recipe, if there is one: to print it and to try verbs."""
         from tilewright import compiler
 
         return compiler.scheduled(self.program, self.recipe, parse_target(target))
 
     def lower(self, target: Target | str = "cpp", watch: Watch | None = None) -> Program:
-        """The program at the loop level for a target."""
+        """The program at the loop level for a target. `watch(name, program)` sees each pass."""
         from tilewright import compiler
 
         return compiler.lowered(self.scheduled(target), watch)
@@ -254,7 +255,7 @@ def _variant_source(variants: tuple[str, ...], source: str) -> str:
 def _cpp_kernel(built: Built, target: Target) -> Kernel:
     def load(variants: tuple[str, ...]) -> ctypes.CDLL:
         source = _variant_source(variants, built.source)
-        return cxx.load_cpp(source, name=built.manifest.name, isa=target.arch or None)
+        return cxx.load_cpp(source, name=built.manifest.name, isa=target.arch)
 
     return Kernel(built.manifest, launch.CpuLauncher(load, built.entries), built.source)
 

@@ -17,13 +17,12 @@ from tilewright.ir.names import stride_name
 from tilewright.ir.nodes import Program, Tensor
 from tilewright.ir.rewrite import is_ordered
 from tilewright.ir.verify import verify
-from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, run_passes
+from tilewright.lower import AFTER_SCHEDULE, BEFORE_SCHEDULE, Watch, run_passes
 from tilewright.lower.cost import costs
 from tilewright.runtime.manifest import Built, Manifest, StageSpec, TensorSpec, declarations
 from tilewright.schedule import Schedule, Step
 from tilewright.target import Target
 
-Watch = Callable[[str, Program], None]
 Recipe = Callable[[Schedule], Schedule]
 
 
@@ -36,10 +35,9 @@ def scheduled(program: Program, recipe: Recipe | None, target: Target) -> Schedu
         raise ScheduleError("S102", text, hint="return the schedule")
     dropped = replace(result, calls=start.calls).dropped()
     if dropped:
-        raise ScheduleError(
-            "S102", f"the recipe of {program.name} does not use the result of s{dropped[0]}",
-            hint="a verb returns a new schedule: s = s.split(…), and return s; s.undo() to discard",
-        )  # fmt: skip
+        rule = f"the recipe of {program.name} does not use the result of s{dropped[0]}"
+        hint = "a verb returns a new schedule: s = s.split(…), and return s; s.undo() to discard"
+        raise ScheduleError("S102", rule, hint=hint)
     return result
 
 
@@ -123,7 +121,8 @@ def _manifest(program: Program, params: Params, target: Target) -> Manifest:
         )
         for number, stage in enumerate(program.stages)
     )
-    tensors = tuple(_spec(t) for t in program.tensors if t.role != "inline")
+    arrays = {b.name.removesuffix(".values") for b in program.buffers}
+    tensors = tuple(_spec(t) for t in program.tensors if t.role != "inline" or t.name in arrays)
     return Manifest(
         program.name, str(target), tensors, params.params, params.row,
         params.param_names, params.row_names, stages,
@@ -144,5 +143,6 @@ def _strides_known(t: Tensor, params: Params) -> bool:
 
 
 def _spec(t: Tensor) -> TensorSpec:
-    role = "update" if t.role == "output" and t.kind == "state" else t.role
+    role = "temp" if t.role == "inline" else t.role
+    role = "update" if role == "output" and t.kind == "state" else role
     return TensorSpec(t.name, t.dims, t.dtype.name, role, t.structure, t.strided, t.fill)

@@ -59,12 +59,12 @@ class DType:
 
     @property
     def least(self) -> int:
-        """The least whole number that it holds."""
+        """The smallest integer of an integer type; 0 for other types."""
         return -(1 << (self.bits - 1)) if self.kind == "i" else 0
 
     @property
     def most(self) -> int:
-        """The greatest whole number that it holds."""
+        """The largest integer of an integer type; 1 for bool."""
         return 1 if self.kind == "b" else (1 << (self.bits - (self.kind == "i"))) - 1
 
     def wrapped(self, value: int) -> int:

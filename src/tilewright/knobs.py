@@ -44,10 +44,11 @@ def folder(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise KnobError(
-            "K101", f"no folder {str(path)!r}: {error}",
-            where="environment variable TILEWRIGHT_CACHE_DIR", hint="write the folder without ~",
-        ) from None  # fmt: skip
+        rule, where = (
+            f"no folder {str(path)!r}: {error}",
+            "environment variable TILEWRIGHT_CACHE_DIR",
+        )
+        raise KnobError("K101", rule, where=where, hint="write the folder without ~") from None
 
 
 def _default_cache() -> Path:
@@ -81,10 +82,9 @@ def get(name: str) -> Any:
     except KnobError:
         raise
     except (ValueError, KeyError):
-        raise KnobError(
-            "K101", f"{knob.env}={text!r} is not {knob.form}",
-            where=f"environment variable {knob.env}", hint=knob.doc,
-        ) from None  # fmt: skip
+        rule = f"{knob.env}={text!r} is not {knob.form}"
+        where = f"environment variable {knob.env}"
+        raise KnobError("K101", rule, where=where, hint=knob.doc) from None
 
 
 @contextlib.contextmanager
@@ -93,8 +93,7 @@ def scope(**values: Any) -> Iterator[None]:
     global _overrides
     unknown = values.keys() - KNOBS.keys()
     if unknown:
-        hint = f"knobs: {', '.join(KNOBS)}"
-        raise KnobError("K101", f"no knob named {sorted(unknown)}", hint=hint)
+        raise KnobError("K101", f"no knob {sorted(unknown)}", hint=f"knobs: {', '.join(KNOBS)}")
     saved, _overrides = _overrides, _overrides | values
     try:
         yield

@@ -18,6 +18,12 @@ def test_random_cases(first):
         oracle.check(oracle.draw(1, number))
 
 
+@pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
+def test_values_by_request_where_rows_of_several_share_keys():
+    """A mask is bounded by the value of a request only in tiles of one request."""
+    oracle.check(oracle.draw(7003, 528))
+
+
 def test_the_cases_cover_what_they_should():
     cases = [oracle.draw(1, n) for n in range(120)]
     assert {c.mask for c in cases} >= set(oracle.MASKS) - {"nothing"}

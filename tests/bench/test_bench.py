@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 from bench.harness import Contender
 
-from bench import graphs, harness, host, model, peers, plot, sparse
+import tilewright as tw
+from bench import blocks, gemm, graphs, harness, host, model, peers, plot, sparse
+from tilewright import ops
 from tilewright.errors import ArgumentError
+from tilewright.toolchain import compilers
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ("suite", "op", "input", "width", "dtype", "target", "impl", "ms", "metric", "value")
@@ -263,6 +266,7 @@ def test_bench_host_measures_calls_and_builds(capsys, monkeypatch):
     monkeypatch.setattr(host, "_REPEATS", 1)
     monkeypatch.setattr(host, "_IMPORTS", 1)
     monkeypatch.setattr(host, "_BUILDS", 1)
+    monkeypatch.setattr(host, "_TILES", {})  # a second a build
     assert harness.main(["host", "--json"]) == 0
     printed = capsys.readouterr()
     rows = rows_of(printed.out)
@@ -283,8 +287,11 @@ def test_bench_model_times_prompts_and_answers(tmp_path, capsys, monkeypatch):
     assert harness.main(args) == 0
     found = rows_of(capsys.readouterr().out)
     ours = {(r["op"], r["width"]) for r in found if r["impl"] == "tilewright"}
-    assert ours == {(f"model.{op}", n) for op in ("prompt", "decode") for n in (20, 30)}
-    assert all(r["value"] > 0 and r["metric"] == "tokens/s" for r in found)
+    rates = {(f"model.{op}", n) for op in ("prompt", "decode") for n in (20, 30)}
+    assert ours == rates | {("model.launches", 1)}
+    metrics = {"model.launches": "launches a step"}
+    assert all(r["value"] > 0 for r in found)
+    assert all(r["metric"] == metrics.get(r["op"], "tokens/s") for r in found)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +327,44 @@ def test_bench_on_a_gpu(brief, suite, folder, capsys):
     assert any(r["impl"].startswith("cusparse") for r in rows)
     ours = next(r for r in rows if r["impl"] == "tilewright")
     assert ours["ratio"] > 0 and ours["graph_ratio"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "command",
+    ["gemm --relu --size 256 512 256", "gemm --weights 3 --size 16 512 256", "blocks --size 512"],
+)
+def test_benches_of_tile_operations(brief, command, capsys):
+    pytest.importorskip("torch")
+    assert harness.main([*command.split(), "--json"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert not any(r.get("wrong") for r in rows)
+    assert all(r["ratio"] > 0 for r in rows if r["impl"].startswith("tilewright"))
+    assert ("longer" in rows[-1]) == ("--relu" in command)
+
+
+def test_the_oracle_of_products(rng, monkeypatch):
+    """That of GEMM with bias and ReLU, and of a matrix in blocks, by kernels of the CPU."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(gemm, "require_torch", lambda: torch)
+    a, b, bias = (torch.from_numpy(rng.standard_normal(s)).half() for s in ((9, 32), (32, 24), 24))
+    exact = a.double() @ b.double()
+    assert gemm.check(a, b)(exact.half()) == ""
+    right = (exact + bias.double()).relu()
+    wrong = gemm.check(a, b, bias)
+    assert wrong(right.half()) == "" and "wrong" in wrong(exact.half())
+    right[3, 2] = torch.nan
+    assert wrong(right).startswith("1 of 216")
+    x = torch.from_numpy(rng.standard_normal((128, 16))).half()
+    matrix = blocks.random_blocks(128, 32, 0.75)
+    assert 0.25 - (matrix != 0).mean() < 1e-3
+    assert (matrix.reshape(4, 32, 4, 32).any((1, 3))).sum() == 4
+    if compilers.has_compiler():
+        arrays = (y.numpy() for y in (a, b, bias))
+        got = gemm.relu_definition("float16", 9, 24, 32).build()(*arrays)
+        assert wrong(torch.from_numpy(got)) == ""
+        y = ops.bsr_spmm(tw.bsr(32).pack(matrix, dtype="float16"), x.numpy())
+        assert gemm.check(torch.from_numpy(matrix).half(), x)(torch.from_numpy(y)) == ""
 
 
 def test_the_oracle_of_flash_attention():

@@ -459,7 +459,7 @@ def executed(
     """The outputs of a program at the position or loop level, from an interpreter."""
     given = dict(args)
     for t in program.tensors:
-        if t.role in ("output", "temp") and t.name not in given:
+        if t.role in ("output", "temp", "inline") and t.name not in given:
             given[t.name] = poisoned_output(t, args, definition)
     buffers, variables, parts = memory_of(program, given)
     machine(program, buffers, variables, parts)
@@ -490,7 +490,7 @@ def memory_of(
         else:
             buffers[t.name] = np.asarray(x)
     for t in program.tensors:
-        if t.role in ("output", "temp") and not t.is_sparse and t.name not in buffers:
+        if t.role in ("output", "temp", "inline") and not t.is_sparse and t.name not in buffers:
             shape = tuple(d if isinstance(d, int) else sizes[d] for d in t.dims)
             buffers[t.name] = poisoned(shape, t.dtype)
     return buffers, {size_name(d): n for d, n in sizes.items() if isinstance(d, str)}, parts

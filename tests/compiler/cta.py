@@ -15,7 +15,8 @@ Refused is raised for
   barrier. Until then memory holds no number.
 An access out of bounds raises InternalError[I101].
 
-Barriers are those that `codegen.cuda` renders: `Sync`, for all threads of the nest, and the two
+Barriers are those that `codegen.cuda` renders: `Sync`, for all threads of the nest or for groups of
+lanes, and the two
 inside of a reduction over thread.y (`across_rows` of gpu.cuh). Shuffles and matrix instructions
 order no accesses to memory.
 """
@@ -27,6 +28,7 @@ from math import gcd, prod
 from typing import Any
 
 import numpy as np
+from tests.compiler.interpreter import cursor
 from tests.compiler.memory import Array, Part, as_operand, lane_dimensions, launches, poisoned
 from tests.compiler.races import Flights, History
 
@@ -107,7 +109,7 @@ class Launch:
     def _start(self, lanes: int) -> None:
         self.lane = np.arange(lanes)
         self.unit = self.lane // self.threads
-        self.epoch = np.zeros(lanes, np.int64)
+        self.epoch, self.step = np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)
         self.mask = np.ones(lanes, bool)
         self.flights = Flights(lanes)  # asynchronous copies
 
@@ -155,11 +157,13 @@ class Launch:
             self.flights.commit(self.mask)
         elif isinstance(s, ir.Wait):
             for name, at, value, lane in self.flights.landed(self.mask, s.pending):
-                who = np.stack((lane, self.unit[lane] + self.first_unit, self.epoch[lane]))
-                self.access(name, "write", at, who)
+                self.access(name, "write", at, self.who(lane))
                 self.memory[name].flat[at] = value
         elif isinstance(s, ir.Alloc):
             self.allocate(s)
+        elif isinstance(s, ir.Sync) and s.lanes:
+            self.running(s.lanes, "lanes of a group do not reach a barrier")
+            self.step[self.mask] += 1
         elif isinstance(s, ir.Sync):
             self.barrier(s)
         elif isinstance(s, ir.Mma):
@@ -184,12 +188,60 @@ class Launch:
         if s.kind == "fragment":
             self.elements(s)
             return
+        if isinstance(s, ir.Merge):
+            self.merge(s)
+            return
+        if isinstance(s, ir.Drain):
+            raise InternalError("I101", "a GPU has no row workspaces")
         at, end = np.broadcast_arrays(self.value(s.begin), self.value(s.end))
         at = at.astype(s.var.dtype.numpy)
         while ((at < end) & self.mask).any():
             self.env[s.name] = at
             self.within(at < end, lambda: self.do(s.body))
             at = at + at.dtype.type(1)
+
+    def merge(self, s: ir.Merge) -> None:
+        """Each lane walks its lists, in lockstep with the others: in a turn those lanes run the
+        body whose coordinate is in any of their lists, or in all of them."""
+        shape, number = (len(s.runs), len(self.lane)), s.var.dtype.numpy
+        at, end = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        for n, (run, last) in enumerate(zip(s.runs, s.ends, strict=True)):
+            at[n], end[n] = self.value(run.index[0]), self.value(last)
+        rank, union = np.zeros(shape[1], number), s.op == "union"
+        while True:
+            left = at < end
+            running = self.mask & (left.any(0) if union else left.all(0))
+            if not running.any():
+                return
+            keys = self.current_keys(s, at, end, running)
+            key = keys.min(0) if union else keys.max(0)
+            has = left & (keys == key)
+            visits = running & (has.any(0) if union else has.all(0))
+            self.env[s.name], self.env[cursor(s.name, ir.KEY)] = rank, key.astype(number)
+            for n in range(shape[0]):
+                self.env[cursor(s.name, n)] = np.where(has[n], at[n], -1).astype(number)
+            self.within(visits, lambda: self.do(s.body))
+            rank = rank + visits.astype(number)
+            at = at + (running & np.where(visits, has, keys < key))
+
+    def current_keys(
+        self, s: ir.Merge, at: np.ndarray, end: np.ndarray, running: np.ndarray
+    ) -> np.ndarray:
+        """The coordinate that each list is at, for the lanes that run; behind its end the greatest
+        number."""
+        keys = np.full(at.shape, np.iinfo(np.int64).max)
+        for n, run in enumerate(s.runs):
+            name, lanes = run.buffer.name, running & (at[n] < end[n])
+            if lanes.any():
+                here, array = at[n][lanes], self.memory[name]
+                if name in self.histories:
+                    self.access(name, "read", here, self.who(lanes))
+                keys[n][lanes] = array.read(here, run.buffer.dtype)
+                follows = here + 1 < end[n][lanes]
+                after = array.read(here[follows] + 1, run.buffer.dtype) if follows.any() else []
+                if (after <= keys[n][lanes][follows]).any():
+                    raise InternalError("I101", f"{name} does not ascend")
+        return keys
 
     def elements(self, rows: ir.For) -> None:
         """The loops over a fragment: each lane runs the elements, pairs or rows that it holds."""
@@ -229,7 +281,8 @@ class Launch:
             cells, at = self.memory[s.buffer.name].flat, self.offset(s.buffer, s.index)
             shape = (len(self.lane), *at.shape[1:])
             where = (np.broadcast_to(at, shape)[self.mask],)
-            self.access(s.buffer.name, "update" if s.atomic else "write", where[0], self.who())
+            kind = "update" if s.atomic else "write"
+            self.access(s.buffer.name, kind, where[0], self.who(self.mask))
         old = cells[where]
         value = np.broadcast_to(value, (len(self.lane), *old.shape[1:]))[self.mask]
         if s.atomic:  # lanes may update one element
@@ -245,7 +298,7 @@ class Launch:
         value = value if value.ndim > 1 else value[:, None]
         at = np.broadcast_to(at, (len(self.lane), at.shape[1]))[self.mask]
         value = np.broadcast_to(value, (len(self.lane), at.shape[1]))[self.mask]
-        self.access(name, "write", at, self.who())
+        self.access(name, "write", at, self.who(self.mask))
         array.flat[at] = poisoned((), s.buffer.dtype)
         value = ops.encode(value, dtype, array.flat.dtype)
         self.flights.start(name, len(array.flat), (at, value, self.lane[self.mask]))
@@ -269,9 +322,11 @@ class Launch:
 
     # -- memory ----------------------------------------------------------------------------------
 
-    def who(self) -> np.ndarray:
-        """(lane, unit, epoch) of the lanes that run."""
-        return np.stack((self.lane, self.unit + self.first_unit, self.epoch))[:, self.mask]
+    def who(self, lanes: np.ndarray) -> np.ndarray:
+        """(lane, unit, epoch, group, step) of some lanes, by number or mask."""
+        group = self.lane // self.nest.threads[0]
+        rows = (self.lane, self.unit + self.first_unit, self.epoch, group, self.step)
+        return np.stack([x[lanes] for x in rows])
 
     def access(self, name: str, kind: str, at: np.ndarray, who: np.ndarray) -> None:
         """Checks accesses and records them: of each of `who` to one element or a vector of them."""
@@ -375,8 +430,8 @@ class Launch:
         elements = np.zeros(at.shape, np.float32)
         if t.buffer.name in self.histories and inside.any():
             first = np.broadcast_to(self.warps()[:, None, None] * WARP, at.shape)[inside]
-            reader = len(self.lane) + first
-            who = np.stack((reader, self.unit[first] + self.first_unit, self.epoch[first]))
+            who = self.who(first)
+            who[0] += len(self.lane)
             self.access(t.buffer.name, "read", at[inside], who)
         if inside.any():
             read = self.memory[t.buffer.name].read(at[inside], t.buffer.dtype)
@@ -391,6 +446,8 @@ class Launch:
             return np.full(1, ops.constant(e.value, e.dtype.scalar))
         if isinstance(e, ir.Var):
             return self.env[e.name].astype(ops.computed(e.dtype), copy=False)
+        if isinstance(e, ir.Cursor):
+            return self.env[cursor(e.loop.name, e.operand)]
         if isinstance(e, ir.Load):
             return self.load(e)
         if isinstance(e, ir.Select) and e.cond.dtype.lanes == 1:
@@ -432,7 +489,7 @@ class Launch:
         at = self.offset(b, e.index)
         if name in self.histories:
             seen = np.broadcast_to(at, (len(self.lane), *at.shape[1:]))[self.mask]
-            self.access(name, "read", seen, self.who())
+            self.access(name, "read", seen, self.who(self.mask))
         return self.memory[name].read(at, dtype)
 
     def register(self, e: ir.Load) -> np.ndarray:
@@ -499,5 +556,5 @@ class Launch:
         self.scratch = self.scratch or History(self.units * unit_size)
         at = slots[..., None] * size + np.arange(size) + self.unit[:, None, None] * unit_size
         at = at.reshape(len(self.lane), -1)[self.mask]
-        who = np.repeat(self.who(), at.shape[1], axis=1)
+        who = np.repeat(self.who(self.mask), at.shape[1], axis=1)
         self.record(self.scratch, "the scratch of reductions over rows", kind, at.reshape(-1), who)

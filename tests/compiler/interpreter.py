@@ -162,9 +162,9 @@ class _Nest:
         joined = set.union if s.op == "union" else set.intersection
         number = s.var.dtype.numpy.type
         for rank, key in enumerate(sorted(joined(*map(set, lists)))):
-            self.env[s.name], self.env[_cursor(s.name, ir.KEY)] = number(rank), number(key)
+            self.env[s.name], self.env[cursor(s.name, ir.KEY)] = number(rank), number(key)
             for n, known in enumerate(lists):
-                self.env[_cursor(s.name, n)] = number(known.get(key, -1))
+                self.env[cursor(s.name, n)] = number(known.get(key, -1))
             self.do(s.body)
 
     def drain(self, s: ir.Drain) -> None:
@@ -173,8 +173,8 @@ class _Nest:
         row = self.rows[s.workspace.name]
         for rank, key in enumerate(sorted(row)):
             self.env[s.name] = s.var.dtype.numpy.type(rank)
-            self.env[_cursor(s.name, ir.KEY)] = key
-            self.env[_cursor(s.name, ir.VALUE)] = row[key]
+            self.env[cursor(s.name, ir.KEY)] = key
+            self.env[cursor(s.name, ir.VALUE)] = row[key]
             self.do(s.body)
         row.clear()
 
@@ -359,7 +359,7 @@ class _Nest:
             value = constant(e.value, e.dtype.scalar)
             return lambda: value
         if isinstance(e, ir.Cursor):
-            name = _cursor(e.loop.name, e.operand)
+            name = cursor(e.loop.name, e.operand)
             return lambda: env[name]
         if isinstance(e, ir.Load):
             return self.load(e)
@@ -414,7 +414,7 @@ class _Nest:
         return e.dtype.numpy.type(at - e.last)
 
 
-def _cursor(loop: str, operand: int) -> str:
+def cursor(loop: str, operand: int) -> str:
     """The name of a cursor of a loop."""
     return f"{loop}.{operand}"
 

@@ -1,9 +1,11 @@
 """Happens-before order of memory accesses: who read, wrote and updated each element of an array,
 and which asynchronous copies are under way.
 
-Two accesses are ordered when one thread makes both, or when a barrier of their CTA is between them.
-Threads of different CTAs of a launch are never ordered. A CTA has an *epoch*, the number of its
-barriers so far: accesses of two threads of a CTA are ordered exactly when their epochs differ.
+Two accesses are ordered when one thread makes both, or when a barrier of their CTA is between them,
+or one of their group of lanes. Threads of different CTAs of a launch are never ordered. A CTA has
+an *epoch*, the number of its barriers so far, and a group of lanes a *step*, the number of its own:
+accesses of two threads of a CTA are ordered exactly when their epochs differ, or when the threads
+are of one group and their steps differ.
 """
 
 from __future__ import annotations
@@ -23,32 +25,41 @@ _CONFLICTS = {
 
 class History:
     """The latest access of each kind to each element of a buffer: its lane (the thread's number in
-    the launch), its unit (the CTA) and its epoch (how many barriers the thread had passed).
+    the launch), its unit (the CTA), its epoch (how many barriers of the CTA the thread had passed),
+    its group of lanes and its step (how many barriers of the group).
 
     One access of a kind is enough: what a barrier orders after the latest is after the others."""
 
     def __init__(self, size: int) -> None:
-        self.latest = {kind: np.full((3, size), NONE, np.int32) for kind in _CONFLICTS}
+        self.latest = {kind: np.full((5, size), NONE, np.int32) for kind in _CONFLICTS}
 
     def record(self, kind: str, at: np.ndarray, who: np.ndarray) -> tuple[int, str] | None:
-        """Records accesses to the elements `at` by `who` (lane, unit, epoch of each). Returns the
-        number of an access that conflicts with an unordered one, and the kind of that one."""
-        lane, unit, epoch = who
+        """Records accesses to the elements `at` by `who` (lane, unit, epoch, group, step of each).
+        Returns the number of an access that conflicts with an unordered one, and the kind of that
+        one."""
+        lane, unit, epoch, group, step = who
+
+        def unordered(seen: np.ndarray) -> np.ndarray:
+            """Whether another lane of the unit made the accesses seen, and nothing is between."""
+            l, u, e, g, s = seen
+            return (u == unit) & (e == epoch) & (l != lane) & ((g != group) | (s == step))
+
         for other in _CONFLICTS[kind]:
-            l, u, e = self.latest[other].take(at, 1)
-            clash = (u != NONE) & ((u != unit) | ((e == epoch) & (l != lane)))
+            seen = self.latest[other].take(at, 1)
+            clash = (seen[1] != NONE) & (seen[1] != unit) | unordered(seen)
             if clash.any():
                 return int(clash.argmax()), other
         latest = self.latest[kind]
-        l, u, e = latest.take(at, 1)
-        lanes, units = (u == unit) & (e == epoch) & (l != lane), (u != NONE) & (u != unit)
+        before = latest.take(at, 1)
+        lanes, units = unordered(before), (before[1] != NONE) & (before[1] != unit)
         latest[:, at] = who
-        l, u, _ = latest.take(at, 1)  # of an element that `at` lists twice: the last access
-        lanes, units = lanes | (l != lane), units | (u != unit)
+        last = latest.take(at, 1)  # of an element that `at` lists twice: the last access
+        groups = (lanes & (before[3] != group)) | (last[3] != group)
+        lanes, units = lanes | (last[0] != lane), units | (last[1] != unit)
         if kind == "write" and (lanes | units).any():
             return int((lanes | units).argmax()), "write"
-        latest[0, at[lanes]] = MANY
-        latest[1, at[units]] = MANY
+        for row, several in (0, lanes), (1, units), (3, groups):
+            latest[row, at[several]] = MANY
         return None
 
 

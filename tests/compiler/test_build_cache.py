@@ -496,5 +496,5 @@ def test_a_file_with_other_units_is_refused() -> None:
     held["manifest"]["stages"][0]["units"] = ["__import__('os').abort()"]
     disk_cache.put(program_cache.KIND, entry.key, json.dumps(held).encode() + b"\n" + source)
     kernel = spmm.build("interp")
-    with pytest.raises(InternalError, match=r"I101.*no number of units"):
+    with pytest.raises(InternalError, match=r"I101.*no unit count"):
         multiply(kernel, tw.csr(), 0)

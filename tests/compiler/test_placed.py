@@ -219,12 +219,6 @@ def test_a_barrier_separates_an_array_from_its_readers(rng):
         cases.executed(attend, map_bodies(program, without_barriers), args, cta.execute)
 
 
-def test_a_gpu_has_no_rows_of_run_time_length():
-    with pytest.raises(ScheduleError) as error:
-        attend.schedule(at("h")).build("cuda:sm_90a")
-    assert error.value.code == "S103" and 'scope="global"' in error.value.hint
-
-
 # ---- names of loops ----------------------------------------------------------------------------
 
 

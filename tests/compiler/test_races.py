@@ -224,3 +224,72 @@ def test_searches_of_each_thread(last):
         at = low + int(np.searchsorted(sorted_keys[low:], t, "right" if last else "left"))
         wanted = at - 1 if last else at if at < 9 and sorted_keys[at] == t else -1
         assert y[t] == wanted, t
+
+
+# ---- barriers of groups of lanes ---------------------------------------------------------------
+
+LANES = ir.Sync(8)  # of each group of 8 threads
+ME = TY * 8 + TX  # of 8 × 4 threads
+NEXT, FAR = (ir.binary("^", ME, n) for n in (1, 8))  # of the same group, and of another
+
+
+def test_a_barrier_of_lanes_orders_those_of_its_group():
+    fill = (ALLOC, store(S, ME, load(X, ME)))
+    y = ran(*fill, LANES, store(Y, ME, load(S, NEXT)), threads=(8, 4))
+    assert y[0] == 1
+    refused("race", *fill, store(Y, ME, load(S, NEXT)), threads=(8, 4))
+    refused("race", *fill, LANES, store(Y, ME, load(S, FAR)), threads=(8, 4))
+    ran(*fill, LANES, SYNC, store(Y, ME, load(S, FAR)), threads=(8, 4))
+
+
+def test_groups_of_lanes_pass_their_barriers_at_different_times():
+    """In loops of different lengths; a group that is not complete is refused."""
+    own = ir.binary("<", I, TY)
+    turn = (store(S, ME, load(X, ME)), LANES, store(Y, ME, load(S, NEXT)), LANES)
+    ran(ALLOC, store(S, ME, load(X, ME)), loop(4, guard(own, *turn)), threads=(8, 4))
+    once = (store(S, ME, load(X, ME)), LANES, store(Y, ME, load(S, NEXT)))
+    refused("race", ALLOC, loop(4, guard(own, *once)), threads=(8, 4))
+    half = guard(ir.binary("<", TX, 4), LANES)
+    refused("some lanes of a group do not reach a barrier", half, threads=(8, 4))
+
+
+# ---- loops over merged lists -------------------------------------------------------------------
+
+
+def merged(op: str, lists: list[list[int]], threads: tuple[int, int] = (4, 1)) -> np.ndarray:
+    """Y[32 · t + coordinate] of thread t: 1 + rank, and 100 · the positions in both lists, of
+    thread t in lists that are t entries shorter."""
+    keys = [ir.Buffer(f"K{n}", i32, (ir.as_expr(len(x)),), "global") for n, x in enumerate(lists)]
+    ends = tuple(ir.as_expr(len(x)) - TX for x in lists)
+    key = ir.Var("key")
+    at = [ir.Cursor(I, n, i32, optional=True) for n in range(len(lists))]
+    seen = I + 1 + 100 * (at[0] + 1) + 10_000 * (at[1] + 1)
+    body = ir.seq(
+        ir.Let(key, ir.Cursor(I, ir.KEY, i32)), store(Y, TX * 16 + key, ir.cast(seen, f32))
+    )
+    runs = tuple(ir.Load(k, (ir.as_expr(0),), i32) for k in keys)
+    zero = ir.as_expr(0)
+    loop = ir.Merge(I, zero, ir.as_expr(99), body, runs=runs, ends=ends, op=op)
+    nest = ir.Nest("n", loop, -1, (ir.as_expr(1),), (U,), threads)
+    y = np.full(64, np.nan, np.float32)
+    arrays = {k.name: np.array(x, np.int32) for k, x in zip(keys, lists, strict=True)}
+    cta.execute(ir.Program("p", "loops", (), stages=((nest,),)), {"Y": y, **arrays}, {})
+    return y.reshape(4, 16)
+
+
+@pytest.mark.parametrize("op", ["union", "intersection"])
+def test_lanes_merge_lists_of_their_own(op):
+    lists = [[0, 3, 5, 6, 9], [3, 4, 6, 9, 11]]
+    got, wanted = merged(op, lists), np.full((4, 16), np.nan)
+    for t in range(4):
+        a, b = (x[: len(x) - t] for x in lists)
+        both = sorted(set(a) | set(b) if op == "union" else set(a) & set(b))
+        for rank, key in enumerate(both):
+            at = [x.index(key) + 1 if key in x else 0 for x in (a, b)]
+            wanted[t, key] = rank + 1 + 100 * at[0] + 10_000 * at[1]
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_list_that_does_not_ascend_is_reported():
+    with pytest.raises(InternalError, match="K1 does not ascend"):
+        merged("union", [[0, 1, 2, 3], [5, 2, 7, 8]])

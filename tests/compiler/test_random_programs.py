@@ -20,8 +20,6 @@ from tests.compiler.cases import FORMATS, STRUCTURED, executed, filled_padding, 
 import tilewright as tw
 from tilewright.errors import ProgramError, ScheduleError
 from tilewright.ir.levels import Band, Bitmap, Compressed, Dense, Fixed, NofM, Paged
-from tilewright.ir.nodes import Merge
-from tilewright.ir.rewrite import statements
 from tilewright.lower import AFTER_SCHEDULE, run_passes
 from tilewright.reference.evaluate import evaluate
 from tilewright.schedule.tree import computes
@@ -306,8 +304,6 @@ def runs(rng: np.random.Generator, of_a: str, fmt: Any, ran: int) -> dict[str, i
     except ProgramError as refused:
         assert refused.code == "P107" and refused.hint
         return {}
-    if target == "cuda" and any(isinstance(x, Merge) for n in s.nests for x in statements(n.body)):
-        s = program.scheduled("cpp").lowered  # the CTA interpreter has no loops over merged lists
     fused = any(c.reductions for x in s.program.stages for n in x for c in computes(n.body))
     s = with_verbs(s, rng)
     shape = tuple(SIZES[x] for x in of_a)

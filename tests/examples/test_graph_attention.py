@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.compiler import cases
+from tests.compiler import cases, cta
 from tests.shipped import lesson
 
 import tilewright as tw
 from tilewright import knobs
+from tilewright.lower import AFTER_SCHEDULE, run_passes
 from tilewright.toolchain import nvrtc
 
 module = lesson("06_graph_attention.py")
@@ -105,12 +107,55 @@ def test_the_gpu_schedule_on_threads_of_the_interpreter(rng, fmt, sizes):
         cases.after_every_pass(definition, args, recipe, "cuda:sm_90a")
 
 
+@pytest.mark.parametrize(
+    ("fmt", "sizes", "kept"),
+    [
+        (module.by_row(8), (2, 8, 8), 4),
+        (module.by_row(8), (1, 3, 5), 64),
+        (tw.csr(), (1, 12, 4), 3),
+    ],
+    ids=str,
+)
+def test_rows_in_shared_memory_on_threads_of_the_interpreter(rng, fmt, sizes, kept):
+    """Against float64, without a race: rows that are empty, that fit, and that are longer."""
+    definition = module.graph_attention_definition(
+        fmt, ("float32",) * 4, sizes, on_gpu=partial(module.gpu_rows, kept=kept)
+    )
+    matrix, (q, k, v) = graph(rng, 8, 23), operands(rng, 8, 23, *sizes)
+    args = {"A": fmt.pack(matrix), "Q": q, "K": k, "V": v, "scale": 0.5}
+    with knobs.scope(verify=True):
+        scheduled = definition.scheduled("cuda:sm_90a").lowered.program
+        program = run_passes(scheduled, AFTER_SCHEDULE, "cuda")
+    got = cases.executed(definition, program, args, cta.execute)["out"]
+    wanted = expected(matrix, q, k, v, 0.5)
+    np.testing.assert_allclose(got.reshape(wanted.shape), wanted, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 def test_the_gpu_kernel_has_one_launch_and_no_spills():
-    definition = module.graph_attention_definition(module.by_row(), ("float32",) * 4, (1, 64, 64))
-    kernel = definition.build("cuda:sm_90a")
-    assert [s.entry for s in kernel.manifest.stages] == ["stage0"]
-    assert kernel.resources["stage0"].spill_bytes == 0
+    for recipe in module.gpu_recipe, module.gpu_rows:
+        definition = module.graph_attention_definition(
+            module.by_row(), ("float32",) * 4, (1, 64, 64), on_gpu=recipe
+        )
+        kernel = definition.build("cuda:sm_90a")
+        assert [s.entry for s in kernel.manifest.stages] == ["stage0"]
+        assert kernel.resources["stage0"].spill_bytes == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("h", "d", "v"), [(1, 64, 64), (8, 32, 48), (3, 20, 8)])
+def test_rows_in_shared_memory_on_a_gpu(rng, h, d, v):
+    import torch
+
+    matrix, (q, k, w) = graph(rng, 700, 900), operands(rng, 700, 900, h, d, v)
+    types = ("float32",) * 4
+    definition = module.graph_attention_definition(
+        module.by_row(), types, (h, d, v), on_gpu=module.gpu_rows
+    )
+    given = (torch.from_numpy(x).cuda() for x in (q, k, w))
+    got = definition.build("cuda")(module.by_row().pack(matrix).to("cuda"), *given, d**-0.5)
+    wanted = expected(matrix, q, k, w, d**-0.5)
+    np.testing.assert_allclose(got.cpu().numpy(), wanted, rtol=2e-5, atol=5e-6)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 import threading
@@ -141,15 +142,27 @@ def _described() -> dict[str, str]:
     return {f.name: f.value for f in env.report() if f.section == "CUDA target"}
 
 
-def test_no_driver_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "LIBRARIES", ("libtilewright-absent.so",))
-    monkeypatch.setattr(driver, "_driver", [])
-    monkeypatch.setattr(driver, "_devices", {})
-    assert not cuda.available()
-    assert "no CUDA driver" in _described()["CUDA driver"]
-    for call in (cuda.device, lambda: cuda.Module(b""), lambda: cuda.DeviceArray((1,), "int8")):
-        with pytest.raises(BuildError, match="B102"):
-            call()
+@contextlib.contextmanager
+def driver_of(library: str) -> Iterator[None]:
+    """Inside, another library is the CUDA driver."""
+    caches = (driver.driver, driver.device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "LIBRARIES", (library,))
+        patch.setattr(driver, "_active", threading.local())
+        for function in caches:
+            function.cache_clear()
+        yield
+    for function in caches:
+        function.cache_clear()
+
+
+def test_no_driver_says_so() -> None:
+    with driver_of("libtilewright-absent.so"):
+        assert not cuda.available()
+        assert "no CUDA driver" in _described()["CUDA driver"]
+        for call in (cuda.device, lambda: cuda.Module(b""), lambda: cuda.DeviceArray((1,), "int8")):
+            with pytest.raises(BuildError, match="B102"):
+                call()
 
 
 # ---- running: the same tests on the fake driver and on a GPU ------------------------------------
@@ -169,17 +182,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     source = Path(__file__).with_name("fake_driver.cpp").read_text(encoding="utf-8")
     flags = (f"-I{folder}", "-Wall", "-Wextra", "-Werror")
     path = cxx.compile_cpp(source, flags=flags, full_link=True)
-    monkeypatch.setattr(driver, "LIBRARIES", (str(path),))
-    monkeypatch.setattr(driver, "_driver", [])
-    monkeypatch.setattr(driver, "_devices", {})
-    monkeypatch.setattr(driver, "_active", threading.local())
     monkeypatch.setattr(cuda, "current_stream", lambda ordinal=None: 0)
     monkeypatch.setattr(cuda, "current_device", lambda: 0)
     library = ctypes.CDLL(str(path))
     library.fake_live.restype = ctypes.c_int64
-    before = library.fake_live()
-    yield library
-    assert library.fake_live() == before
+    with driver_of(str(path)):
+        before = library.fake_live()
+        yield library
+        assert library.fake_live() == before
 
 
 @pytest.fixture(params=["fake", pytest.param("gpu", marks=pytest.mark.gpu)])

@@ -164,9 +164,14 @@ LAYOUTS = {
 }
 
 
+def _nothing(*arguments: object) -> bytes:
+    """The cubin of a step that no test loads."""
+    return b""
+
+
 @pytest.mark.parametrize("first", LAYOUTS)
 def test_the_variant_follows_the_arrays_of_each_call(first, launched, rng):
-    launcher = CudaLauncher(lambda variants: variants)  # pyright: ignore[reportArgumentType]
+    launcher = CudaLauncher(lambda variants: variants, (), _nothing)  # pyright: ignore[reportArgumentType]
     kernel = built(scaled, "cuda:sm_80", launcher)
     order = [first, *rng.permutation(list(LAYOUTS)), first, *rng.permutation(list(LAYOUTS))]
     for name in order:
@@ -235,7 +240,8 @@ def test_calls_of_many_threads(rng):
 
 
 def test_an_address_on_a_gpu_that_is_no_multiple_of_the_element(launched):
-    kernel = built(scaled, "cuda:sm_80", CudaLauncher(lambda variants: b""))
+    launcher = CudaLauncher(lambda variants: b"", (), _nothing)
+    kernel = built(scaled, "cuda:sm_80", launcher)
     arrays = [OnGpu(shape, base) for (shape, *_), base in zip(PLAIN, BASES, strict=True)]
     for past in (1, 2, 3):
         arrays[1].base = BASES[1] + past

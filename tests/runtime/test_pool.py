@@ -63,8 +63,7 @@ class Bench:
 
 
 def run(launches: list[pools.Launch]) -> None:
-    array = pools.launch_array(launches)
-    pools.pool().run(ctypes.addressof(array), len(launches))
+    pools.pool().prepare(launches)()
 
 
 @pytest.fixture(params=[1, 2, 5], autouse=True)

@@ -73,11 +73,12 @@ class Text:
         return everything if name == "q_token" else f"tile.{name}"
 
     def value(self, e: Load, everything: str) -> str:
-        """Scalars and values of the tile's request, which is one, are known; others are not."""
+        """Scalars are known, and so are values of the tile's request if it is of one; no others."""
         name = f"v_{e.buffer.name}"
         if not e.index:
             return f"tw::bound({name})"
         first, *rest = e.index
         if isinstance(first, VarNode) and first.name == "at.request" and not rest:
-            return f"tw::bound({name}.at(static_cast<int32_t>(tile.request.lo), 0))"
+            known = f"tw::bound({name}.at(static_cast<int32_t>(tile.request.lo), 0))"
+            return f"(tile.request.lo == tile.request.hi ? {known} : {everything})"
         return everything

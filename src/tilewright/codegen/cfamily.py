@@ -16,8 +16,7 @@ from tilewright import dtypes
 from tilewright.codegen.params import C_TYPES, STORED_AS_BITS, Params, c_name
 from tilewright.dtypes import DType
 from tilewright.errors import InternalError, ScheduleError
-from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import statements, walk
+from tilewright.ir import core as ir
 
 # The method of a renderer that gives the text of a node.
 _METHODS: dict[type, str] = {
@@ -63,15 +62,15 @@ class Renderer:
         self.depth -= 1
         self.line("}")
 
-    def text(self, node: Any) -> Any:
-        """Runs the method of a node; what other targets alone have, this one has no method for."""
-        method = getattr(self, _METHODS.get(type(node), ""), None)
+    def text(self, e: Any) -> Any:
+        """Returns the text of an expression; adds the lines of a statement. Raises
+        InternalError[I101] for a node that only other targets have."""
+        method = getattr(self, _METHODS.get(type(e), ""), None)
         if method is None:
-            raise InternalError("I101", f"{type(self).__name__}: no text for {type(node).__name__}")
-        return method(node)
+            raise InternalError("I101", f"{type(self).__name__}: no text for {type(e).__name__}")
+        return method(e)
 
-    def stmt(self, s: ir.Stmt) -> None:
-        self.text(s)
+    stmt = expr = text
 
     def seq(self, s: ir.Seq) -> None:
         for b in s.body:
@@ -105,9 +104,6 @@ class Renderer:
         if b.scope == "workspace":
             rule = "a row of a sparse product is gathered in memory of a CPU"
             raise ScheduleError("S103", rule, hint='build for "cpp", or an output that is dense')
-        if b.scope == "row":
-            rule = f"{b.name} has a run-time length, and a GPU has no such arrays"
-            raise ScheduleError("S103", rule, hint='compute_at(…, scope="global")')
         if b.shape:
             total = math.prod(int(e.value) for e in b.shape)  # type: ignore[attr-defined]
             self.line(f"{kind} {name}[{total}];")
@@ -206,9 +202,6 @@ class Renderer:
         if e.name in self.params.packed:
             return f"TW_STRIDE(p.{name}, {self.params.packed[e.name]})"
         return f"p.{name}" if name in self.param_fields else name
-
-    def expr(self, e: Any) -> str:
-        return self.text(e)
 
     def search(self, e: ir.Search) -> str:
         verb = "find_last" if e.last else "find"
@@ -357,10 +350,10 @@ class Renderer:
         """Local names for the pointers that a body reads from `params`."""
         used = {
             x.buffer.name: x.buffer
-            for x in walk(nest.body)
-            if isinstance(x, (ir.Load, ir.Store, ir.Tile))
+            for x in ir.walk(nest.body, ir.Load, ir.Store, ir.Tile)
+            if x.buffer.scope != "row"
         }
-        used |= {x.keys.name: x.keys for x in walk(nest.body) if isinstance(x, ir.Search)}
+        used |= {x.keys.name: x.keys for x in ir.walk(nest.body, ir.Search)}
         names = {f[0]: f for f in self.params.params if f[1] == "ptr"}
         return [
             f"{names[c_name(b)][2]} {self.restrict} {c_name(b)} = p.{c_name(b)};"
@@ -387,13 +380,13 @@ class Renderer:
 
 def has(stage: Iterable[ir.Nest], *kinds: type) -> bool:
     """Whether a nest of the stage has statements of these kinds."""
-    return any(isinstance(x, kinds) for n in stage for x in statements(n.body))
+    return any(ir.contains(n.body, *kinds) for n in stage)
 
 
 def atom_texts(program: ir.Program, target: str) -> list[str]:
     """The functions of the atoms of a program, each once."""
     nests = (n for stage in program.stages for n in stage)
-    atoms = [x.atom for n in nests for x in walk(n.body) if isinstance(x, ir.Mma) and x.atom]
+    atoms = [x.atom for n in nests for x in ir.walk(n.body, ir.Mma) if x.atom]
     return list(dict.fromkeys(getattr(atom, target) for atom in atoms))
 
 

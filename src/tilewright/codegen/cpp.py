@@ -11,8 +11,7 @@ from tilewright.codegen.merge import MergeRenderer
 from tilewright.codegen.params import Params, c_name
 from tilewright.codegen.prelude_files import prelude
 from tilewright.errors import InternalError
-from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import mul, statements
+from tilewright.ir import core as ir
 
 
 class CppRenderer(MergeRenderer):
@@ -34,14 +33,14 @@ class CppRenderer(MergeRenderer):
     def body_pointers(self, nest: ir.Nest) -> list[str]:
         rows = dict.fromkeys(  # once, though the body of a loop may be there twice
             f"tw::row_memory<{self.type(x.buffer.dtype)}> {c_name(x.buffer.name)}__row;"
-            for x in statements(nest.body)
-            if isinstance(x, ir.Alloc) and x.extents
+            for x in ir.statements(nest.body, ir.Alloc)
+            if x.extents
         )
         rows |= dict.fromkeys(
             f"tw::row_workspace<{self.type(self.program.index)}, {self.type(x.buffer.dtype)}> "
             f"{c_name(x.buffer.name)}({self.expr(x.buffer.shape[0])});"
-            for x in statements(nest.body)
-            if isinstance(x, ir.Alloc) and x.buffer.scope == "workspace"
+            for x in ir.statements(nest.body, ir.Alloc)
+            if x.buffer.scope == "workspace"
         )
         return [*super().body_pointers(nest), *rows]
 
@@ -59,7 +58,7 @@ class CppRenderer(MergeRenderer):
         fields = (t.row_stride, t.col_stride, t.row_limit, t.col_limit)
         rest = ", ".join(self.expr(f) for f in fields)
         is_slot = t.buffer.scope == "fragment"
-        offset = mul(t.offset, mul(t.row_stride, t.row_limit)) if is_slot else t.offset
+        offset = ir.mul(t.offset, ir.mul(t.row_stride, t.row_limit)) if is_slot else t.offset
         return f"tw::tile({self.pointer(t.buffer)} + {self.expr(offset)}, {rest})"
 
 
@@ -71,7 +70,7 @@ def render(program: ir.Program, declarations: str, params: Params) -> str:
         text.append(prelude("mma_cpu.h"))
     if has(nests, ir.Merge, ir.Drain):
         text.append(prelude("lists.h"))
-    if any(isinstance(x, ir.Alloc) and x.extents for n in nests for x in statements(n.body)):
+    if any(x.extents for n in nests for x in ir.statements(n.body, ir.Alloc)):
         text.append(prelude("rows.h"))
     text += [declarations, *atom_texts(program, "cpp")]
     for number, stage in enumerate(program.stages):
@@ -98,11 +97,8 @@ def _entry(stage: tuple[ir.Nest, ...], number: int) -> str:
     if stage[0].part < 0:
         if len(stage) != 1:
             raise InternalError("I101", "several nests in one launch need a work table")
-        return (
-            head
-            + "  for (int64_t unit = begin; unit < end; ++unit) "
-            + f"body{number}_0(p, p.rows[0], unit);\n}}"
-        )
+        call = f"body{number}_0(p, p.rows[0], unit);"
+        return f"{head}  for (int64_t unit = begin; unit < end; ++unit) {call}\n}}"
     cases = "\n".join(
         f"      case {n.part}: body{number}_{c}(p, r, unit - r.first); break;"
         for c, n in enumerate(stage)

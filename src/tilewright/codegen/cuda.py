@@ -14,11 +14,10 @@ from dataclasses import dataclass, field, replace
 from tilewright.codegen.cfamily import atom_texts, has, operand_kind
 from tilewright.codegen.merge import MergeRenderer
 from tilewright.codegen.params import C_TYPES, Params, c_name
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.affine import is_multiple, terms
 from tilewright.ir.body import Body
 from tilewright.ir.names import STRIDE, is_generated
-from tilewright.ir.rewrite import add, is_const, walk
 from tilewright.target import WARP
 
 RESIDENT = 1024  # threads of an SM that share its registers: 64 for each
@@ -50,7 +49,8 @@ class CudaRenderer(MergeRenderer):
 
     def sync(self, s: ir.Sync) -> None:
         self.fragments.clear()
-        self.line(f"tw::bar_sync(BARRIER, {self.threads[0] * self.threads[1]});")
+        barrier = f"tw::bar_sync(BARRIER, {self.threads[0] * self.threads[1]})"
+        self.line(f"{f'__syncwarp(tw::group_mask<{s.lanes}>())' if s.lanes else barrier};")
 
     def copy_async(self, s: ir.CopyAsync) -> None:
         cond, load = "", s.value
@@ -86,7 +86,8 @@ class CudaRenderer(MergeRenderer):
         parts = terms(offset)  # what a layout leaves alone is outside, and often known early
         rows = [t for t in parts if _is_multiple(t, LINES * _row(b))]
         rest = [t for t in parts if t not in rows]
-        return f"{self.expr(add(0, *rows))} + {_layout(b)}::at({self.expr(add(0, *rest))})"
+        outside, inside = (self.expr(ir.add(0, *x)) for x in (rows, rest))
+        return f"{outside} + {_layout(b)}::at({inside})"
 
     def load_scalar(self, b: ir.Buffer, element: str) -> str:
         verb = self.load_verb(b)
@@ -117,28 +118,23 @@ class CudaRenderer(MergeRenderer):
     def select(self, e: ir.Select) -> str:
         """Render a guarded load as a predicated load. A branch would serialise the latencies of
         neighbouring loads."""
-        if (
-            isinstance(e.a, ir.Load)
-            and e.cond.dtype.lanes == 1
-            and e.a.buffer.name not in self.written
-            and is_const(e.b.a if isinstance(e.b, ir.Broadcast) else e.b, 0)
-        ):
-            index = e.a.index[0].base if isinstance(e.a.index[0], ir.Ramp) else e.a.index[0]
-            if e.dtype.lanes == 1 or isinstance(e.a.index[0], ir.Ramp):
-                kind = _vector_of(e.a.buffer, index, e.dtype.lanes)
-                lanes = "" if e.dtype.lanes > 1 else "[0]"
-                address = self.address(e.a.buffer, index)
-                verb = self.load_verb(e.a.buffer)
-                return f"tw::{verb}_if<{kind}>({self.expr(e.cond)}, {address}){lanes}"
-        return super().select(e)
+        is_zero = ir.is_const(e.b.a if isinstance(e.b, ir.Broadcast) else e.b, 0)
+        if not (isinstance(e.a, ir.Load) and e.cond.dtype.lanes == 1 and is_zero):
+            return super().select(e)
+        buffer, index = e.a.buffer, e.a.index[0]
+        if buffer.name in self.written or not (e.dtype.lanes == 1 or isinstance(index, ir.Ramp)):
+            return super().select(e)
+        index = index.base if isinstance(index, ir.Ramp) else index
+        kind, verb = _vector_of(buffer, index, e.dtype.lanes), self.load_verb(buffer)
+        lanes = "" if e.dtype.lanes > 1 else "[0]"
+        return f"tw::{verb}_if<{kind}>({self.expr(e.cond)}, {self.address(buffer, index)}){lanes}"
 
     def reduce_threads(self, e: ir.ReduceThreads) -> str:
         value, op = self.expr(e.a), f"tw::op_{e.op}<{self.type(e.dtype)}>"
         if e.axis == "thread.x":
             return f"tw::across_lanes<{op}, {e.extent}>({value})"
-        return (
-            f"tw::across_rows<{op}, {e.extent}>({value}, smem, BARRIER, {self.threads[0]}, tx, ty)"
-        )
+        args = f"{value}, smem, BARRIER, {self.threads[0]}, tx, ty"
+        return f"tw::across_rows<{op}, {e.extent}>({args})"
 
     def alloc(self, s: ir.Alloc) -> None:
         b = s.buffer
@@ -217,7 +213,7 @@ class CudaRenderer(MergeRenderer):
         strides = ("rows", t.row_stride, t.col_stride), ("cols", t.col_stride, t.row_stride)
         for lines, across, along in strides:
             parts = _line_start(t.buffer, t.offset)
-            if is_const(along, 1) and _is_multiple(across, chunk) and parts is not None:
+            if ir.is_const(along, 1) and _is_multiple(across, chunk) and parts is not None:
                 start, first = (self.expr(x) for x in parts)
                 fields = f"{pointer}, {start}, {first}, {self.expr(across)}"
                 return f"tw::shared_{lines}<{kind}>{{{{{fields}}}}}"
@@ -247,9 +243,9 @@ def _line_start(b: ir.Buffer, offset: ir.Expr) -> tuple[ir.Expr, ir.Expr] | None
         if not _is_multiple(term, LINES * row if _is_multiple(term, row) else chunk):
             return None
         if _is_multiple(term, LINES * chunk):
-            start = add(start, term)
+            start = ir.add(start, term)
         else:
-            first = add(first, term)
+            first = ir.add(first, term)
     return start, first
 
 
@@ -288,30 +284,23 @@ def render(program: ir.Program, declarations: str, params: Params) -> tuple[Body
 
 
 def _headers(stage: tuple[ir.Nest, ...]) -> tuple[str, ...]:
-    stores = (x.buffer.scope for n in stage for x in walk(n.body) if isinstance(x, ir.Store))
+    stores = (x.buffer.scope for n in stage for x in ir.walk(n.body, ir.Store))
     needs = {"mma.cuh": has(stage, ir.Mma), "fragments.cuh": "fragment" in stores}
     needs["async.cuh"] = has(stage, ir.Wait)
     return ("gpu.cuh", *(file for file, is_needed in needs.items() if is_needed))
 
 
 def _accesses(stage: tuple[ir.Nest, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the buffers that a stage reads, and of those that it writes."""
-    reads, writes = {}, {}
-    for x in (x for nest in stage for x in walk(nest.body)):
-        if isinstance(x, ir.Store):
-            writes[x.buffer.name] = x.buffer
-            if x.op:
-                reads[x.buffer.name] = x.buffer
-        elif isinstance(x, ir.Load):
-            reads[x.buffer.name] = x.buffer
-        elif isinstance(x, ir.Mma):
-            reads |= {t.buffer.name: t.buffer for t in (x.a, x.b)}
-        elif isinstance(x, ir.Search):
-            reads[x.keys.name] = x.keys
-    outside = ("global", "part")
-    return tuple(
-        tuple(n for n, b in buffers.items() if b.scope in outside) for buffers in (reads, writes)
-    )  # type: ignore[return-value]
+    """The names of the buffers in global memory that a stage reads, and of those that it writes."""
+    nodes = [x for n in stage for x in ir.walk(n.body, ir.Load, ir.Tile, ir.Store, ir.Search)]
+    writes = [x.buffer for x in nodes if isinstance(x, ir.Store)]
+    read = (x for x in nodes if not isinstance(x, ir.Store) or x.op)
+    reads = [x.keys if isinstance(x, ir.Search) else x.buffer for x in read]
+
+    def names(buffers: list[ir.Buffer]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(b.name for b in buffers if b.scope in ("global", "part")))
+
+    return names(reads), names(writes)
 
 
 def _body(program: ir.Program, params: Params, nest: ir.Nest, name: str) -> tuple[str, int]:
@@ -328,7 +317,7 @@ def _body(program: ir.Program, params: Params, nest: ir.Nest, name: str) -> tupl
 
 def _reduction_bytes(nest: ir.Nest) -> int:
     """Bytes at the start of shared memory for the reductions over thread.y."""
-    sums = (x for x in walk(nest.body) if isinstance(x, ir.ReduceThreads) and x.axis == "thread.y")
+    sums = (x for x in ir.walk(nest.body, ir.ReduceThreads) if x.axis == "thread.y")
     sizes = (nest.threads[0] * x.extent * x.dtype.itemsize * x.dtype.lanes for x in sums)
     return max(sizes, default=0)
 
@@ -340,9 +329,9 @@ def stage_threads(stage: tuple[ir.Nest, ...]) -> int:
 
 def _registers(nest: ir.Nest) -> int:
     """Registers of a thread that a nest is compiled for. More of them cost CTAs of an SM."""
-    allocs = (x.buffer for x in walk(nest.body) if isinstance(x, ir.Alloc))
+    allocs = (x.buffer for x in ir.walk(nest.body, ir.Alloc))
     shapes = [b.shape for b in allocs if b.scope == "fragment"]
-    held = sum(math.prod(int(e.value) for e in shape) // WARP for shape in shapes)  # type: ignore[attr-defined]
+    held = sum(math.prod(int(e.value) for e in shape) // WARP for shape in shapes)
     return max(LEAST_MMA, held + OPERANDS) if held else REGISTERS // RESIDENT
 
 

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from tilewright.codegen.cfamily import Renderer
 from tilewright.codegen.params import C_TYPES, c_name
-from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import walk
+from tilewright.ir import core as ir
 
 
 class MergeRenderer(Renderer):
@@ -95,7 +94,7 @@ class MergeRenderer(Renderer):
         """The loop over a row workspace, which is sorted unless it is only counted."""
         assert s.workspace is not None
         row, name, kind = c_name(s.workspace.name), c_name(s.name), C_TYPES[s.var.dtype.name]
-        is_read = any(isinstance(x, ir.Cursor) for x in walk(s.body))
+        is_read = ir.contains(s.body, ir.Cursor)
         if is_read:
             self.line(f"{row}.gather();")
         self.line(f"for ({kind} {name} = 0; {name} < {row}.count; ++{name}) {{")

@@ -9,9 +9,8 @@ from functools import reduce
 from typing import Any
 
 from tilewright.errors import InternalError
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.names import COUNT, SIZE, STRIDE, is_generated, stride_name
-from tilewright.ir.rewrite import walk
 
 C_TYPES = {
     "bool": "bool", "int8": "int8_t", "int16": "int16_t", "int32": "int32_t", "int64": "int64_t",
@@ -61,7 +60,7 @@ def collect_params(program: ir.Program) -> Params:
     params: dict[str, tuple[str, ...]] = {}
     row: dict[str, tuple[str, ...]] = {}
     nests = (n for stage in program.stages for n in stage)
-    nodes = [x for n in nests for root in (n.body, *n.grid) for x in walk(root)]
+    nodes = [x for n in nests for root in (n.body, *n.grid) for x in ir.walk(root)]
     written = frozenset(x.buffer.name for x in nodes if isinstance(x, ir.Store))
     inputs = {t.name for t in program.inputs}
     for b in program.buffers:
@@ -114,7 +113,7 @@ def host_count(grid: tuple[ir.Expr, ...]) -> Any:
 
 
 def count_of(e: Any) -> Any:
-    """A whole number that the host computes, as data (`runtime.manifest.Count`)."""
+    """An integer expression that the host evaluates, as data (`runtime.manifest.Count`)."""
     if isinstance(e, ir.Const):
         return int(e.value)
     if isinstance(e, ir.Var):

@@ -45,17 +45,14 @@ def _combined(op: str, a: Affine, b: Affine) -> Affine | None:
             return None
         a, b = (b, a) if b.steps else (a, b)
         return Affine(mul(a.base, b.base), {n: mul(s, b.base) for n, s in a.steps.items()})
-    zero = Const(0, a.base.dtype)
-    steps = {
-        n: simplify(binary(op, a.steps.get(n, zero), b.steps.get(n, zero)))
-        for n in a.steps | b.steps
-    }
+    x, y, zero = a.steps, b.steps, Const(0, a.base.dtype)
+    steps = {n: simplify(binary(op, x.get(n, zero), y.get(n, zero))) for n in x | y}
     base = add(a.base, b.base) if op == "+" else simplify(binary("-", a.base, b.base))
     return Affine(base, steps)
 
 
 def slack_of(cond: Expr) -> Expr | None:
-    """b - a where `cond` says that a <= b of whole numbers: it holds where that is not negative."""
+    """b - a for a condition a <= b of integers, which holds where that is not negative."""
     if not (isinstance(cond, Binary) and cond.op in ("<", "<=", ">", ">=") and cond.a.dtype.is_int):
         return None
     a, b = (cond.a, cond.b) if cond.op in ("<", "<=") else (cond.b, cond.a)

@@ -302,14 +302,13 @@ class Tensor(Operators):
     def __getitem__(self, coords: Any) -> Access:
         coords = coords if isinstance(coords, tuple) else (coords,)
         if len(coords) != len(self.dims):
-            raise ProgramError(
-                "P103", f"{self.name} has dimensions {self.dims} but was read with {len(coords)} "
-                "coordinates", hint=f"write {self.name}[{', '.join('ijklmn'[: len(self.dims)])}]",
-            )  # fmt: skip
+            rule = f"{self.name} has dimensions {self.dims} but {len(coords)} coordinates"
+            hint = f"write {self.name}[{', '.join('ijklmn'[: len(self.dims)])}]"
+            raise ProgramError("P103", rule, hint=hint)
         indices = tuple(as_expr(c, dtypes.int32) for c in coords)
         for c in indices:
             if not c.dtype.is_int:
-                rule = f"{c} is {c.dtype}: coordinates of {self.name} are whole numbers"
+                rule = f"{c} is {c.dtype}: coordinates of {self.name} are integers"
                 raise ProgramError("P106", rule, hint='convert it: tw.floor(x).cast("int32")')
         return Access(self, indices, self.dtype)
 
@@ -426,14 +425,14 @@ def _literal_type(x: Any, other: DType) -> DType | None:
 
 
 def power(a: Any, exponent: Any) -> Expr:
-    """`a ** exponent` for a whole exponent, as products."""
+    """`a ** exponent` for an integer exponent from -64 to 64, as products. Raises
+    ProgramError[P106] for another one, or a negative one of an integer."""
     a, n = as_expr(a), _operand(exponent)
     if isinstance(n, float) and n.is_integer():
         n = int(n)
     if not isinstance(n, int) or isinstance(n, bool) or abs(n) > 64 or (n < 0 and a.dtype.is_int):
-        rule = f"{a} ** {exponent}: the exponent is a whole number of at most 64"
-        hint = "write tw.sqrt(x), or tw.exp(y * tw.log(x)) for x > 0"
-        raise ProgramError("P106", rule, hint=hint)
+        rule = f"{a} ** {exponent}: the exponent is an integer of at most 64"
+        raise ProgramError("P106", rule, hint="write tw.sqrt(x), or tw.exp(y * tw.log(x)) if x > 0")
     if n < 1:
         return as_expr(1, a.dtype.accumulator) if n == 0 else binary("/", 1, power(a, -n))
     half = power(a, n // 2) if n > 1 else a
@@ -441,7 +440,7 @@ def power(a: Any, exponent: Any) -> Expr:
 
 
 def equal(a: Any, b: Any) -> Expr:
-    """The node `a == b`."""
+    """The condition that two values are equal; `a == b` itself compares the expressions."""
     return binary("==", a, b)
 
 

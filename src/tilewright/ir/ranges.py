@@ -1,7 +1,7 @@
-"""The least and the greatest value that a whole number can have, by what it is made of.
+"""Interval analysis: the smallest and the largest value of an integer expression.
 
-Arithmetic wraps around in its type, so every step whose result may not fit knows no more than the
-type does. What a guard may leave out, and which masks do nothing, follow from this alone.
+Arithmetic wraps around, so an operation whose result may overflow has the range of its type. Guards
+that always hold, and masks that change no bit, are left out by this analysis alone.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Range(NamedTuple):
 
 
 def interval(e: Expr, size: Size | None = None) -> Range:
-    """The values that a whole number `e` can have, of each lane of a vector. `size` gives the
-    extent of a dimension, a constant where it is known; without it an index is not negative."""
+    """The range of an integer expression, of each lane of a vector. `size` returns the extent of a
+    dimension, a constant where it is known; without it an index is known to be 0 or more."""
     full = Range(e.dtype.least, e.dtype.most)
     result = _interval(e, size, full)
     return result if full.low <= result.low and result.high <= full.high else full

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import cache
+from functools import cache, reduce
 from typing import Any, TypeVar
 
 from tilewright import dtypes
@@ -55,12 +55,13 @@ def transform(n: N, f: Callable[[Any], Any]) -> N:
     return visit(n)
 
 
-def walk(n: Any) -> Iterator[Any]:
-    """Every node below and including `n`, parents first."""
+def walk(n: Any, *kinds: type) -> Iterator[Any]:
+    """Every node below and including `n`, parents first; only those of `kinds` if there are any."""
     stack = [n]
     while stack:
         top = stack.pop()
-        yield top
+        if not kinds or isinstance(top, kinds):
+            yield top
         for name, many in reversed(ir.child_fields(type(top))):
             if many:
                 stack.extend(reversed(getattr(top, name)))
@@ -68,12 +69,18 @@ def walk(n: Any) -> Iterator[Any]:
                 stack.append(getattr(top, name))
 
 
-def statements(s: Any) -> Iterator[ir.Stmt]:
-    """Every statement below and including `s`, outermost first; expressions are left out."""
+def contains(n: Any, *kinds: type) -> bool:
+    """Whether a node below `n`, or `n` itself, is of one of these kinds."""
+    return next(walk(n, *kinds), None) is not None
+
+
+def statements(s: Any, *kinds: type) -> Iterator[Any]:
+    """As `walk`, but expressions are left out: statements only, outermost first."""
     stack = [s]
     while stack:
         top = stack.pop()
-        yield top
+        if not kinds or isinstance(top, kinds):
+            yield top
         if isinstance(top, (ir.For, ir.If)):
             stack.append(top.body)
         elif isinstance(top, ir.Seq):
@@ -110,7 +117,7 @@ def name_repeated(
     lets: list[ir.Let] = []
     while True:
         computed = [*(x.value for x in lets), *values]
-        times = Counter(x for e in computed for x in walk(e) if isinstance(x, ir.Expr))
+        times = Counter(x for e in computed for x in walk(e, ir.Expr))
         always = (x for e in computed for x in _always_computed(e))
         repeated = next((x for x in always if times[x] > 1), None)
         if repeated is None:
@@ -154,10 +161,8 @@ def map_bodies(program: ir.Program, f: Callable[[ir.Stmt], ir.Stmt]) -> ir.Progr
 
 def is_ordered(nest: ir.Nest) -> bool:
     """Loop level: whether its units must run one after the other, with those of its stage."""
-    stores = (s for s in statements(nest.body) if isinstance(s, ir.Store))
-    return nest.shared and any(
-        s.op and not s.atomic and s.buffer.scope in ("global", "part") for s in stores
-    )
+    stores = (s for s in statements(nest.body, ir.Store) if s.buffer.scope in ("global", "part"))
+    return nest.shared and any(s.op and not s.atomic for s in stores)
 
 
 def substitute(n: N, values: Mapping[str, ir.Expr]) -> N:
@@ -220,6 +225,11 @@ def conjuncts(cond: ir.Expr) -> list[ir.Expr]:
     return [cond]
 
 
+def all_of(conditions: Iterable[ir.Expr]) -> ir.Expr:
+    """One or more conditions, joined by `&`."""
+    return reduce(lambda a, b: ir.binary("&", a, b), conditions)
+
+
 def zero_unless(cond: ir.Expr | None, value: ir.Expr) -> ir.Expr:
     """`value` where `cond` holds, else 0; `value` where there is no condition."""
     if cond is None:
@@ -275,14 +285,10 @@ def conditioned(e: Any, held: tuple[ir.Expr, ...] = ()) -> Any:
 
 def _computed_coordinates(e: ir.Expr) -> set[str]:
     """The indices of coordinates of dense tensors that are not the indices of their dimensions."""
-    return {
-        name
-        for x in walk(e)
-        if isinstance(x, ir.Access) and not x.tensor.is_sparse
-        for c, dim in zip(x.coords, x.tensor.dims, strict=True)
-        if not (isinstance(c, ir.Index) and c.dim == dim)
-        for name in free_indices(c)
-    }
+    dense = [x for x in walk(e, ir.Access) if not x.tensor.is_sparse]
+    coords = [pair for x in dense for pair in zip(x.coords, x.tensor.dims, strict=True)]
+    computed = (c for c, dim in coords if not (isinstance(c, ir.Index) and c.dim == dim))
+    return {name for c in computed for name in free_indices(c)}
 
 
 def is_const(e: ir.Expr, value: Any = None) -> bool:
@@ -308,7 +314,7 @@ def _simplify_node(x: Any) -> Any:
         return x.body if x.cond.value else ir.Seq(())
     if isinstance(x, ir.For) and x.extent is not None and x.extent <= 0:
         # A reduction over nothing still gives its identity: the loop stays until it has its store.
-        return x if any(isinstance(y, ir.Compute) for y in statements(x.body)) else ir.Seq(())
+        return x if contains(x.body, ir.Compute) else ir.Seq(())
     if isinstance(x, ir.Seq):
         return ir.seq(*x.body) if x.body else x
     return x
@@ -366,13 +372,12 @@ def _keeps(mask: int, e: ir.Expr) -> bool:
 def _simplify_sum(x: ir.Binary) -> ir.Expr:
     """(i + 1) + 2"""
     a, b = x.a, x.b
-    if (
-        isinstance(a, ir.Binary) and a.op == "+"
-        and isinstance(a.b, ir.Const) and isinstance(b, ir.Const)
-    ):  # fmt: skip
-        both = ir.Const(b.dtype.wrapped(int(a.b.value + b.value)), b.dtype)
-        return _simplify_binary(ir.Binary("+", a.a, both, x.dtype))
-    return x
+    if not (isinstance(a, ir.Binary) and a.op == "+"):
+        return x
+    if not (isinstance(a.b, ir.Const) and isinstance(b, ir.Const)):
+        return x
+    both = ir.Const(b.dtype.wrapped(int(a.b.value + b.value)), b.dtype)
+    return _simplify_binary(ir.Binary("+", a.a, both, x.dtype))
 
 
 def add(*terms: Any) -> ir.Expr:
@@ -416,13 +421,10 @@ def broadcast(e: ir.Expr, lanes: int) -> ir.Expr:
 
 
 def loads(n: Any) -> Iterator[ir.Load]:
-    for x in walk(n):
-        if isinstance(x, ir.Load):
-            yield x
-        elif isinstance(x, ir.Search):
-            yield ir.Load(x.keys, (x.lo,), x.keys.dtype)
+    for x in walk(n, ir.Load, ir.Search):
+        yield x if isinstance(x, ir.Load) else ir.Load(x.keys, (x.lo,), x.keys.dtype)
 
 
-def indices_of(n: Any) -> list[ir.Index]:
-    """The program indices below `n`, once each."""
-    return list({x.name: x for x in walk(n) if isinstance(x, ir.Index)}.values())
+def indices_of(*nodes: Any) -> list[ir.Index]:
+    """The program indices below some nodes, once each, in order of occurrence."""
+    return list({x.name: x for n in nodes for x in walk(n, ir.Index)}.values())

@@ -206,10 +206,16 @@ class Wait(Stmt):
 class Alloc(Stmt):
     """Loop level: declares a register, shared, fragment or row buffer until the end of its `Seq`.
     A fragment buffer is an array of float32 fragments, (slots, rows, columns), and starts at 0.
-    `extents`: the shape of a row buffer, which is known at run time only."""
+
+    `extents`: the shape of a row buffer, which is known at run time only. `kept`: that of the part
+    which a GPU keeps. The elements behind its first dimension are in an array: a row starts at
+    `rest`, and its dimension n runs along dimension `along[n]`."""
 
     buffer: Buffer
     extents: tuple[Expr, ...] = ()
+    kept: tuple[Expr, ...] = ()
+    rest: tuple[Load, ...] = ()
+    along: tuple[int, ...] = ()
 
 
 @node
@@ -221,7 +227,9 @@ class Prefetch(Stmt):
 
 @node
 class Sync(Stmt):
-    """A barrier of all threads of the CTA."""
+    """A barrier of all threads of the CTA, or of each group of `lanes` neighbours in a warp."""
+
+    lanes: int = 0
 
 
 @node
@@ -278,8 +286,9 @@ class Program:
     `stages` groups the nests that run in one launch: nests of a stage are independent of each
     other. `orders` holds loop orders asked for (output name, then axes); `fused` the structures
     whose two axes are walked as one; `merged` the outputs all of whose reductions run in one loop;
-    `placed` temporaries, each with the index in whose loop it is computed and the scope of its
-    memory; `sizes` dimensions that are fixed; `index` the type of coordinates.
+    `placed` temporaries, each with the index in whose loop it is computed, the scope of its memory,
+    and the most elements of a row in it; `sizes` dimensions that are fixed; `index` the type of
+    coordinates.
     """
 
     name: str
@@ -291,7 +300,7 @@ class Program:
     orders: tuple[tuple[str, ...], ...] = ()
     fused: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
-    placed: tuple[tuple[str, str, str], ...] = ()
+    placed: tuple[tuple[str, str, str, int], ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
     index: DType = dtypes.int32
 

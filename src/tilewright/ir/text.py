@@ -26,10 +26,6 @@ def expr_text(e: Any, outer: int = 0) -> str:
     return f"({text})" if level < outer else text
 
 
-def _unary(e: Any) -> str:
-    return f"-{expr_text(e.a, 8)}" if e.op == "-" else f"{e.op}({expr_text(e.a)})"
-
-
 def _search(e: Any) -> str:
     verb = "find_last" if e.last else "find"
     return f"{verb}({expr_text(e.key)} in {e.keys.name}[{expr_text(e.lo)}:{expr_text(e.hi)}])"
@@ -41,7 +37,7 @@ _EXPRESSIONS: dict[str, Callable[[Any], str]] = {
     "Index": lambda e: e.name,
     "Access": lambda e: f"{e.tensor.name}[{_commas(e.coords)}]",
     "Load": lambda e: f"{e.buffer.name}[{_commas(e.index)}]",
-    "Unary": _unary,
+    "Unary": lambda e: f"-{expr_text(e.a, 8)}" if e.op == "-" else f"{e.op}({expr_text(e.a)})",
     "Select": lambda e: f"where({_commas((e.cond, e.a, e.b))})",
     "Cast": lambda e: f"{e.dtype}({expr_text(e.a)})",
     "Reduce": lambda e: f"{e.op}({expr_text(e.body)} over {' '.join(a.name for a in e.axes)})",
@@ -85,10 +81,8 @@ def _for(s: Any) -> str:
 
 
 def _merge(s: Any) -> str:
-    lists = (
-        f"{r.buffer.name}[{expr_text(r.index[0])}:{expr_text(e)}]"
-        for r, e in zip(s.runs, s.ends, strict=True)
-    )
+    ranges = zip(s.runs, map(expr_text, s.ends), strict=True)
+    lists = (f"{r.buffer.name}[{expr_text(r.index[0])}:{end}]" for r, end in ranges)
     return f"for {s.name} in {s.op}({', '.join(lists)})"
 
 
@@ -121,12 +115,15 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "If": lambda s: f"if {expr_text(s.cond)}",
     "Compute": _compute,
     "Store": _store,
-    "Alloc": lambda s: f"alloc {replace(s.buffer, shape=s.extents or s.buffer.shape)}",
+    "Alloc": lambda s: (
+        f"alloc {replace(s.buffer, shape=s.extents or s.buffer.shape)}"
+        + (f", behind {_commas(s.kept)} at {_commas(s.rest)}" if s.rest else "")
+    ),
     "Prefetch": lambda s: f"prefetch {expr_text(s.element)}",
     "CopyAsync": lambda s: f"async {_store(s)}",
     "Commit": lambda s: "commit",
     "Wait": lambda s: f"wait {s.pending}",
-    "Sync": lambda s: "sync",
+    "Sync": lambda s: f"sync {s.lanes} lanes" if s.lanes else "sync",
     "Mma": lambda s: (
         f"mma {s.acc.name}[{expr_text(s.slot)}] += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}"
     ),
@@ -134,11 +131,8 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
 
 
 def _tile(t: Any) -> str:
-    limits = [
-        f"{name} < {expr_text(e)}"
-        for name, e in (("r", t.row_limit), ("c", t.col_limit))
-        if type(e).__name__ != "Const"
-    ]
+    ends = ("r", t.row_limit), ("c", t.col_limit)
+    limits = [f"{name} < {expr_text(e)}" for name, e in ends if type(e).__name__ != "Const"]
     where = f" where {', '.join(limits)}" if limits else ""
     at = (expr_text(t.offset), f"r*{expr_text(t.row_stride, 7)}", f"c*{expr_text(t.col_stride, 7)}")
     return f"{t.buffer.name}[{' + '.join(at)}{where}]"

@@ -8,9 +8,8 @@ from functools import cache
 from typing import Any
 
 from tilewright.errors import InternalError
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.names import COUNT, SIZE, STRIDE, is_generated
-from tilewright.ir.rewrite import free_vars, is_const, path_to, statements, walk
 
 # fmt: off
 _STATEMENTS = (
@@ -33,7 +32,7 @@ def verify(program: ir.Program, after: str = "") -> None:
     read. Raises InternalError[I101] that names the pass `after` which it ran."""
     check = _Checker(program, after)
     for statement in program.body if program.level == "coordinates" else ():
-        check.node(statement, set().union(*map(free_vars, statement.out.coords)), {})
+        check.node(statement, set().union(*map(ir.free_vars, statement.out.coords)), {})
     for nest in (nest for stage in program.stages for nest in stage):
         check.node(nest.body, {v.name for v in nest.grid_vars} | {"thread_x", "thread_y"}, {})
     if after == "coordinates_to_positions":
@@ -56,11 +55,14 @@ class _Checker:
 
     def covered(self, program: ir.Program, t: ir.Tensor) -> None:
         """The first stage that stores a dense output stores every element of it."""
-        stores = [
-            [(n, c) for n in stage for c in statements(n.body)
-             if isinstance(c, ir.Compute) and c.out.buffer.name == t.name]
-            for stage in program.stages
-        ]  # fmt: skip
+        computed = (
+            [(n, c) for n in st for c in ir.statements(n.body, ir.Compute)] for st in program.stages
+        )
+        stores = (
+            [(n, c) for n, c in stage
+             if c.out.buffer.name == t.name and c.out.buffer.scope == "global"]
+            for stage in computed
+        )  # fmt: skip
         for nest, compute in next(filter(None, stores), []):
             listed = nest.part >= 0 and program.tensor(nest.structure).format.covers_rows
             if not listed and not _visits_all(nest.body, compute):
@@ -160,10 +162,10 @@ def _visits_all(body: ir.Stmt, compute: ir.Compute) -> bool:
     """Whether loops and guards around `compute` leave out no element of its output: those that do
     not reduce go from 0 to a size, and only the end of a block is cut off."""
     reducing = False
-    for s in path_to(body, compute) or ():
+    for s in ir.path_to(body, compute) or ():
         if isinstance(s, ir.For):
             reducing |= ir.reduces(s, compute)
-            covers = is_const(s.begin, 0) and not any(map(_is_read, walk(s.end)))
+            covers = ir.is_const(s.begin, 0) and not any(map(_is_read, ir.walk(s.end)))
             if not (ir.reduces(s, compute) or covers):
                 return False
         elif isinstance(s, ir.If) and not reducing and not _is_tail(s.cond):
@@ -178,4 +180,6 @@ def _is_read(e: Any) -> bool:
 
 
 def _is_tail(cond: ir.Expr) -> bool:
-    return isinstance(cond, ir.Binary) and cond.op == "<" and not any(map(_is_read, walk(cond.b)))
+    if not isinstance(cond, ir.Binary) or cond.op != "<":
+        return False
+    return not any(map(_is_read, ir.walk(cond.b)))

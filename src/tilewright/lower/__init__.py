@@ -22,6 +22,7 @@ from tilewright.lower.pipelines import pipeline_loops
 from tilewright.lower.positions import coordinates_to_positions
 from tilewright.lower.predicate import predicate_loads
 from tilewright.lower.reductions import materialize_reductions
+from tilewright.lower.rows import keep_rows
 from tilewright.lower.tiles import materialize_tiles
 from tilewright.lower.vectorize import (
     pair_fragments,
@@ -53,6 +54,7 @@ AFTER_SCHEDULE = (
     Pass(materialize_reductions),
     Pass(inline_lets),
     Pass(bind_grid),
+    Pass(keep_rows, only=("cuda",)),
     Pass(bind_threads, only=("cuda",)),
     Pass(predicate_loads, only=("cuda",)),
     Pass(flatten_addresses),
@@ -63,14 +65,14 @@ AFTER_SCHEDULE = (
 )
 
 
+Watch = Callable[[str, ir.Program], None]
+"""Sees the name of each pass and the program that it returned."""
+
+
 def run_passes(
-    program: ir.Program,
-    passes: tuple[Pass, ...],
-    kind: str = "cpp",
-    watch: Callable[[str, ir.Program], None] | None = None,
+    program: ir.Program, passes: tuple[Pass, ...], kind: str = "cpp", watch: Watch | None = None
 ) -> ir.Program:
-    """The passes that apply to a kind of target, in order. `watch(name, program)` sees each
-    result."""
+    """The program after the passes that apply to a kind of target, in order."""
     verifying, debug = knobs.get("verify"), knobs.get("debug")
     for p in passes:
         if p.only and kind not in p.only:

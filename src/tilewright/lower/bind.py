@@ -43,20 +43,15 @@ def bind_threads(program: ir.Program) -> ir.Program:
 
 def _bound(nest: ir.Nest) -> ir.Nest:
     extents = {kind: _extent(nest.body, kind) for kind in ir.THREADS}
-    if any(isinstance(x, ir.Mma) for x in ir.walk(nest.body)):
+    if ir.contains(nest.body, ir.Mma):
         if extents["thread.x"] > WARP:
-            raise illegal(
-                f"{extents['thread.x']} threads along thread.x beside tile operations",
-                "a tile operation takes all of thread.x: bind other loops to thread.y",
-            )
+            rule = f"{extents['thread.x']} threads along thread.x beside tile operations"
+            raise illegal(rule, "a tile operation takes all of thread.x: bind loops to thread.y")
         extents["thread.x"] = WARP
     _check_cta(nest, extents["thread.x"] * extents["thread.y"])
     if ir.is_ordered(nest):
-        raise illegal(
-            f"parts of {nest.structure} update the same rows of {nest.name}, and a GPU runs them "
-            "at once",
-            "atomic(), or a format that keeps rows whole",
-        )
+        rule = f"parts of {nest.structure}, which run at once, update the same rows of {nest.name}"
+        raise illegal(rule, "atomic(), or a format that keeps rows whole")
     body = ir.simplify(_threads(nest.body, extents, frozenset()))
     _check_barriers(body, guarded=False)
     return replace(nest, body=body, threads=(extents["thread.x"], extents["thread.y"]))
@@ -64,16 +59,11 @@ def _bound(nest: ir.Nest) -> ir.Nest:
 
 def _check_cta(nest: ir.Nest, threads: int) -> None:
     if threads > CTA_THREADS:
-        raise ScheduleError(
-            "S103", f"{nest.name} has {threads} threads in a CTA",
-            hint=f"at most {CTA_THREADS}: bind smaller loops",
-        )  # fmt: skip
-    has_barrier = any(isinstance(x, ir.Sync) for x in ir.statements(nest.body))
-    if has_barrier and threads % WARP:
-        raise illegal(
-            f"{nest.name} has a barrier and {threads} threads: a barrier takes complete warps",
-            "bind loops to threads so that their product is a multiple of 32",
-        )
+        rule = f"{nest.name} has {threads} threads in a CTA"
+        raise ScheduleError("S103", rule, hint=f"at most {CTA_THREADS}: bind smaller loops")
+    if threads % WARP and ir.contains(nest.body, ir.Sync):
+        rule = f"{nest.name} has a barrier and {threads} threads: a barrier takes complete warps"
+        raise illegal(rule, "bind loops to threads so that their product is a multiple of 32")
 
 
 def serialize_threads(program: ir.Program) -> ir.Program:
@@ -88,6 +78,8 @@ def serialize_threads(program: ir.Program) -> ir.Program:
     def visit(s: Any) -> Any:
         if isinstance(s, barriers):
             return ir.seq()
+        if isinstance(s, ir.Alloc):
+            return replace(s, rest=(), along=())  # a CPU keeps all of a row
         if isinstance(s, ir.For) and s.kind in (*ir.THREADS, "threads"):
             s = replace(s, kind="serial")
         return ir.rebuild(s, visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
@@ -103,11 +95,9 @@ def _grid(nest: ir.Nest) -> ir.Nest:
         if isinstance(body, ir.For) and body.kind in ir.GRID:
             most = _host_bound(body.end) if ir.is_const(body.begin, 0) else None
             if most is None:
-                raise illegal(
-                    f"loop {body.name} cannot be parallel: its range {body.begin}:{body.end} is "
-                    "not known before the launch",
-                    "units of work: loops over a dimension, or the outermost level of a format",
-                )
+                rule = f"loop {body.name} cannot be parallel: the host cannot compute its range"
+                hint = "units of work: loops over a dimension, or the outermost level of a format"
+                raise illegal(f"{rule} {body.begin}:{body.end}", hint)
             if most is not body.end:  # units behind the end do nothing
                 frame.append(ir.If(ir.binary("<", body.var, body.end), body.body))
             units.append(replace(body, end=most))
@@ -115,40 +105,32 @@ def _grid(nest: ir.Nest) -> ir.Nest:
         elif isinstance(body, ir.If) and _has_grid(body.body):
             frame.append(body)
             body = body.body
-        elif (
-            isinstance(body, ir.Seq)
-            and body.body
-            and _has_grid(body.body[-1])
-            and all(isinstance(b, ir.Let) for b in body.body[:-1])
-        ):
-            frame += body.body[:-1]
-            body = body.body[-1]
+        elif isinstance(body, ir.Seq) and body.body and _has_grid(body.body[-1]):
+            *lets, last = body.body
+            if not all(isinstance(b, ir.Let) for b in lets):
+                break
+            frame, body = [*frame, *lets], last
         else:
             break
     if _has_grid(body):
-        below = next(x for x in ir.statements(body) if isinstance(x, ir.For) and x.kind in ir.GRID)
-        above = next((x for x in ir.statements(body) if isinstance(x, ir.For)), below)
+        below = next(x for x in ir.statements(body, ir.For) if x.kind in ir.GRID)
+        above = next((x for x in ir.statements(body, ir.For)), below)
         outer = f"serial loop {above.name}" if above is not below else "a branch"
-        raise illegal(
-            f"in {nest.name} the parallel loop {below.name} is inside {outer}",
-            "reorder so that parallel loops come first: they are the units of the launch",
-        )
+        hint = "reorder so that parallel loops come first: they are the units of the launch"
+        raise illegal(f"in {nest.name} the parallel loop {below.name} is inside {outer}", hint)
     grid, variables = tuple(f.end for f in units), tuple(f.var for f in units)
     return replace(nest, body=framed(body, frame), grid=grid, grid_vars=variables)
 
 
 def _has_grid(s: ir.Stmt) -> bool:
-    return any(isinstance(x, ir.For) and x.kind in ir.GRID for x in ir.statements(s))
+    return any(x.kind in ir.GRID for x in ir.statements(s, ir.For))
 
 
 def _host_bound(e: ir.Expr) -> ir.Expr | None:
     """The most that an extent can be, of what the host knows before a launch (sizes and counts);
     None where nothing says. Of min(length[r], size) it is the size."""
-    unknown = any(
-        isinstance(x, (ir.Load, ir.Search))
-        or (isinstance(x, ir.Var) and not is_generated(x.name, SIZE, COUNT))
-        for x in ir.walk(e)
-    )
+    local = [x for x in ir.walk(e, ir.Var) if not is_generated(x.name, SIZE, COUNT)]
+    unknown = bool(local) or ir.contains(e, ir.Load, ir.Search)
     if not unknown or not isinstance(e, ir.Binary):
         return None if unknown else e
     a, b = _host_bound(e.a), _host_bound(e.b)
@@ -159,29 +141,25 @@ def _host_bound(e: ir.Expr) -> ir.Expr | None:
 
 
 def _extent(body: ir.Stmt, kind: str) -> int:
-    largest = 1
-    for x in ir.statements(body):
-        if isinstance(x, ir.For) and x.kind == kind:
-            if x.extent is None:
-                raise illegal(
-                    f"loop {x.name} is bound to {kind} but its extent is not a constant",
-                    "split it first",
-                )
-            largest = max(largest, x.extent)
-    return largest
+    sums = (x for x in ir.walk(body, ir.ReduceThreads) if x.axis == kind)
+    loops = [x for x in ir.statements(body, ir.For) if x.kind == kind]
+    for x in loops:
+        if x.extent is None:
+            rule = f"loop {x.name} is bound to {kind} but its extent is not a constant"
+            raise illegal(rule, "split it first")
+    # The sums count also where no iteration is left.
+    return max((1, *(x.extent for x in (*sums, *loops))))
 
 
 def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
     """Raises ScheduleError[S102] for a barrier that a guard keeps some threads from. Reductions
     over thread.y and copies to shared memory have barriers."""
     over_y = isinstance(s, ir.Store) and any(
-        isinstance(x, ir.ReduceThreads) and x.axis == "thread.y" for x in ir.walk(s.value)
+        x.axis == "thread.y" for x in ir.walk(s.value, ir.ReduceThreads)
     )
-    if guarded and (over_y or isinstance(s, ir.Sync)):
-        raise illegal(
-            "a guard keeps some threads from a barrier",
-            "specialize() the dimension and split it by a factor that divides it",
-        )
+    if guarded and (over_y or s == ir.Sync()):
+        rule = "a guard keeps some threads from a barrier"
+        raise illegal(rule, "specialize() the dimension and split it by a factor that divides it")
     if isinstance(s, ir.If):
         guarded |= bool(ir.free_vars(s.cond) & {THREAD_X.name, THREAD_Y.name})
     for child in ir.children(s):
@@ -190,11 +168,13 @@ def _check_barriers(s: ir.Stmt, *, guarded: bool) -> None:
 
 
 def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.Stmt:
-    if isinstance(s, ir.Sync) or (isinstance(s, ir.For) and s.kind == "threads"):
+    if isinstance(s, ir.Sync):
+        return _barrier(extents["thread.x"], inside)
+    if isinstance(s, ir.For) and s.kind == "threads":
         if inside:
             hint = "cache at a loop around those bound to threads"
             raise illegal("shared memory is filled inside a loop bound to threads", hint)
-        return s if isinstance(s, ir.Sync) else _distributed(s, extents)
+        return _distributed(s, extents)
     if isinstance(s, ir.For) and s.kind in ir.THREADS:
         if s.kind in inside:
             hint = "bind one of them to the other kind of thread"
@@ -214,7 +194,7 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
         return replace(s, body=_threads(s.body, extents, inside))
     if isinstance(s, ir.Seq):
         return ir.seq(*(_threads(b, extents, inside) for b in s.body))
-    if isinstance(s, ir.Store) and s.buffer.scope in ("global", "part"):
+    if isinstance(s, ir.Store) and s.buffer.scope in ("global", "part", "shared"):
         for kind, var in (("thread.x", THREAD_X), ("thread.y", THREAD_Y)):
             if extents[kind] > 1 and kind not in inside:
                 s = ir.If(ir.binary("==", var, 0), s)
@@ -222,6 +202,14 @@ def _threads(s: ir.Stmt, extents: dict[str, int], inside: frozenset[str]) -> ir.
     if isinstance(s, ir.Mma):
         _check_tile(inside)
     return s
+
+
+def _barrier(x: int, inside: frozenset[str]) -> ir.Sync:
+    """A barrier of all threads of a CTA, or of the `x` lanes with an iteration of thread.y."""
+    if "thread.x" in inside or (inside and WARP % x):
+        hint = "bind that loop to thread.y, and loops of 2, 4, 8, 16 or 32 inside to thread.x"
+        raise illegal("threads share memory inside a loop bound to threads", hint)
+    return ir.Sync(x if inside else 0)
 
 
 def _check_tile(inside: frozenset[str]) -> None:

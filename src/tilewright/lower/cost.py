@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 from math import prod
@@ -19,7 +20,7 @@ from tilewright.ir import core as ir
 from tilewright.ir.affine import affine
 from tilewright.ir.names import COUNT, GeneratedName, parse_name
 
-MEMORY = ("global", "part")
+MEMORY = ("global", "part", "row")
 LANES = ("vector", "thread.x", "unroll")  # iterations that share what none of them changes
 NONE: frozenset[str] = frozenset()
 Rows = tuple[tuple[Any, ...], ...]
@@ -135,6 +136,7 @@ class _Nest:
         self.computed: dict[str, list[Computed]] = {}
         self._depends: dict[str, frozenset[str]] = {}  # on loops, of a variable or register
         self._done: set[Any] = set()
+        self._rows: dict[str, ir.Buffer] = {}  # rows of temporaries, as tables show them
 
     def statement(self, s: ir.Stmt, loops: tuple[Loop, ...]) -> None:
         if isinstance(s, ir.Seq):
@@ -147,6 +149,9 @@ class _Nest:
             self.statement(s.body, loops)
         elif isinstance(s, ir.Compute):
             self._compute(s, loops)
+        elif isinstance(s, ir.Alloc):
+            shown = replace(s.buffer, name=f"{s.buffer.name} (row)", shape=s.kept)
+            self._rows[s.buffer.name] = shown
         elif isinstance(s, (ir.Let, ir.Store, ir.Scatter)):
             to = s.var if isinstance(s, ir.Let) else s.buffer if isinstance(s, ir.Store) else s.key
             self._evaluate(s.value, loops, str(to))
@@ -202,8 +207,8 @@ class _Nest:
             runs = around and not any(ir.is_const(x.trips, 0) for x in around)
             if runs and self._is_new((statement, e, *(id(x.node) for x in around))):
                 own = [x for x in around if x.name in depends]
-                found = Computed(e, statement, around, own, within)
-                self.computed.setdefault(key, []).append(found)
+                computed = Computed(e, statement, around, own, within)
+                self.computed.setdefault(key, []).append(computed)
             within |= {key}
         for child in () if isinstance(e, ir.Load) else ir.children(e):
             self._operations(child, loops, statement, within)
@@ -213,21 +218,21 @@ class _Nest:
         several statements: text, loops, statements, terms of the elements and evaluations."""
         rows: dict[str, tuple[Any, ...]] = {}
         for key in sorted(self.computed, key=len, reverse=True):
-            found = self.computed[key]
-            again = dict.fromkeys(x.name for f in found for x in f.loops if x not in f.own)
-            statements = dict.fromkeys(f.statement for f in found)
-            if (again or len(statements) > 1) and not all(f.within & rows.keys() for f in found):
-                own = (f.own for f in found if f.statement == found[0].statement)
+            uses = self.computed[key]
+            again = dict.fromkeys(x.name for f in uses for x in f.loops if x not in f.own)
+            statements = dict.fromkeys(f.statement for f in uses)
+            if (again or len(statements) > 1) and not all(f.within & rows.keys() for f in uses):
+                own = (f.own for f in uses if f.statement == uses[0].statement)
                 elements = {tuple(x.name for x in loops): _times(loops) for loops in own}
-                evaluated = [_times(f.loops) for f in found]
-                texts = str(found[0].expr), tuple(again), tuple(statements)
+                evaluated = [_times(f.loops) for f in uses]
+                texts = str(uses[0].expr), tuple(again), tuple(statements)
                 rows[key] = (*texts, list(elements.values()), evaluated)
         return list(rows.values())
 
     def _depends_on(self, e: ir.Expr) -> frozenset[str]:
         """The names of the loops that a value depends on."""
-        names = {x.name for x in ir.walk(e) if isinstance(x, ir.Var)}
-        names |= {x.buffer.name for x in ir.walk(e) if isinstance(x, ir.Load)}
+        names = {x.name for x in ir.walk(e, ir.Var)}
+        names |= {x.buffer.name for x in ir.walk(e, ir.Load)}
         return NONE.union(*(self._depends[x] for x in names if x in self._depends))
 
     def _around(self, depends: frozenset[str], loops: Sequence[Loop]) -> list[Loop]:
@@ -238,7 +243,7 @@ class _Nest:
 
     def _general(self, e: ir.Expr) -> str:
         """The text of an expression with its loop variables and lets numbered."""
-        variables = (x.name for x in ir.walk(e) if isinstance(x, ir.Var))
+        variables = (x.name for x in ir.walk(e, ir.Var))
         names = dict.fromkeys(x for x in variables if x in self._depends)
         return str(ir.substitute(e, {v: ir.Var(f"${n}") for n, v in enumerate(names)}))
 
@@ -249,6 +254,7 @@ class _Nest:
 
     def _move(self, b: ir.Buffer, way: str, loops: Sequence[Loop], *factors: ir.Expr) -> None:
         """One element, or a product of elements, moved in each iteration of `loops`."""
+        b = self._rows.get(b.name, b)
         shape, parsed = [self._amount(e) for e in b.shape], parse_name(b.name)
         if parsed and parsed.kind == "indptr":
             shape = [ir.add(self._count(parsed.owner, parsed.number - 1), 1)]

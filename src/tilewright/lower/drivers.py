@@ -14,11 +14,10 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.levels import is_list_of_pairs
-from tilewright.ir.rewrite import walk
 from tilewright.lower.constants import constant
-from tilewright.lower.tables import Driver, Statement, drivers, indices_in, names_read
+from tilewright.lower.tables import Driver, Statement, drivers, names_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +50,11 @@ def drivers_read(st: Statement) -> list[Driver]:
     """The composed structures that an element of a dense output is computed from at its own
     indices. The loops follow their parts, which cannot be searched; where nothing is stored an
     earlier nest has computed the value."""
-    name, own = st.out.tensor.name, {x.name for x in indices_in(st.out.coords)}
+    name, own = st.out.tensor.name, {x.name for x in ir.indices_of(st.out)}
     if st.op or st.out.tensor.is_sparse or name in names_read(st.value):
         return []
     return [
-        Driver.of(x) for x in walk(st.value)
-        if isinstance(x, ir.Access) and hasattr(x.tensor.format, "parts")
+        Driver.of(x) for x in ir.walk(st.value, ir.Access) if hasattr(x.tensor.format, "parts")
         and not x.tensor.format.repeats and set(Driver.of(x).indices) <= own
     ]  # fmt: skip
 
@@ -81,39 +79,29 @@ def iteration(st: Statement) -> Iteration | None:
         return Iteration(tuple(ranked), "union", all(_holds(st, [d]) for d in ranked))
     names = " and ".join(shared[d].name for d in ranked)
     first = f"{shared[ranked[0]].name}[{', '.join(ranked[0].indices)}]"
-    raise ProgramError(
-        "P107",
-        f"the structures of {names} share an axis of {st.op} over "
-        f"{', '.join(a.name for a in st.axes)}, and {st.value} is not the {st.op} of nothing where "
-        "they are missing",
-        hint=f"name the coordinates: where=tw.stored({first}), or | and & of several",
-    )
+    over = f"{st.op} over {', '.join(a.name for a in st.axes)}"
+    rule = f"the structures of {names} share an axis of {over}; where they are missing"
+    hint = f"name the coordinates: where=tw.stored({first}), or | and & of several"
+    raise ProgramError("P107", f"{rule} {st.value} is not its identity", hint=hint)
 
 
 def check_reduction(st: Statement, tensors: dict[str, ir.Tensor]) -> None:
     """Raises ProgramError[P107] where the value of a statement is not well defined."""
     it, structure = iteration(st), st.out.tensor.structure
     if structure and any(x.shared for f in tensors[structure].format.formats for x in f.levels):
-        raise ProgramError(
-            "P107", f"{st.out} is stored like {structure}, whose rows may have pages in common",
-            hint="store it in a dense output, or in a format of its own",
-        )  # fmt: skip
+        rule = f"{st.out} is stored like {structure}, whose rows may have pages in common"
+        raise ProgramError("P107", rule, hint="store it in a dense output, or in its own format")
     if not it or not st.op or structure:
         return
     if st.op == "append" and not it.exact:
-        raise ProgramError(
-            "P107", f"{st.out} is a list of the coordinates at which {_condition(st.value)}",
-            hint="the condition is stored(…) of tensors with that index, joined by | or by &",
-        )  # fmt: skip
+        rule = f"{st.out} is a list of the coordinates at which {_condition(st.value)}"
+        hint = "the condition is stored(…) of tensors with that index, joined by | or by &"
+        raise ProgramError("P107", rule, hint=hint)
     fmt = tensors[it.drivers[0].structure].format
     if fmt.repeats and not is_identity(st, {it.drivers[0]}):
-        raise ProgramError(
-            "P107",
-            f"{fmt} stores zeros beside its entries more than once, and they change {st.op} of "
-            f"{st.value}",
-            hint="an expression that changes nothing where nothing is stored, or a format of "
-            "entries only: csr, dcsr, hyb",
-        )
+        rule = f"{fmt} stores explicit zeros more than once, and they change {st.op} of {st.value}"
+        hint = "a body that is the identity for zeros, or a format of entries only: csr, dcsr, hyb"
+        raise ProgramError("P107", rule, hint=hint)
 
 
 def _rank(driver: Driver, fmt: Any, reduced: set[str]) -> tuple[int, bool]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.lower.drivers import driver_of, iteration, outer_driver
-from tilewright.lower.tables import Statement, indices_in, names_read
+from tilewright.lower.tables import Statement, names_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,13 @@ def fused(
     if root.op:
         return root, temps
     read = names_read(root.value) - names_read(*(t.value for t in temps))
-    own = set(indices_in(root.out.coords))
+    own = set(ir.indices_of(root.out))
 
     def is_candidate(t: Statement) -> bool:
-        needs, it = set(indices_in(t.out.coords)), iteration(t)
+        needs, it = set(ir.indices_of(t.out)), iteration(t)
         walks_one = not (it and it.op) and not (root.out.tensor.is_sparse and it)
-        return (
-            t.out.tensor.name in read and walks_one and (needs == own or (merged and needs < own))
-        )
+        depends = needs == own or (merged and needs < own)
+        return t.out.tensor.name in read and walks_one and depends
 
     def is_elsewhere(t: Statement) -> bool:
         driver = outer_driver(t)

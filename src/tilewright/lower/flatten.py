@@ -8,8 +8,6 @@ from typing import Any
 from tilewright import dtypes
 from tilewright.ir import core as ir
 
-HEAVY = (ir.Load, ir.Search)
-
 
 def inline_lets(program: ir.Program) -> ir.Program:
     """Lets of plain arithmetic are replaced by their values; lets that load or search stay.
@@ -26,7 +24,7 @@ def _inline(s: Any, known: dict[str, ir.Expr]) -> Any:
         for b in s.body:
             if isinstance(b, ir.Let):
                 value = ir.substitute(b.value, known)
-                if any(isinstance(x, HEAVY) for x in ir.walk(value)):
+                if ir.contains(value, ir.Load, ir.Search):
                     out.append(ir.Let(b.var, value))
                 else:
                     known = {**known, b.var.name: value}

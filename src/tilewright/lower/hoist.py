@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import conditioned, free_indices, rebuild, substitute, walk
+from tilewright.ir import core as ir
 from tilewright.lower.joins import join_of
 
 
@@ -27,15 +26,11 @@ def hoist_reductions(program: ir.Program) -> ir.Program:
             body.append(statement)
             continue
         hoister = _Hoister(statement)
-        value = conditioned(statement.value)
+        value = ir.conditioned(statement.value)
         inner = value.a if isinstance(value, ir.Cast) else value
-        if (
-            isinstance(inner, ir.Reduce)
-            and not statement.op
-            and not _reads_other_coordinates(statement, inner)
-        ):
-            # The statement itself reduces.
-            new = ir.Reduce(inner.op, inner.axes, hoister.visit(inner.body, (inner,)), inner.dtype)
+        own = inner if isinstance(inner, ir.Reduce) and not statement.op else None
+        if own is not None and not _reads_other_coordinates(statement, own):  # it reduces itself
+            new = ir.Reduce(own.op, own.axes, hoister.visit(own.body, (own,)), own.dtype)
             value = ir.cast(new, value.dtype)
         else:
             value = hoister.visit(value, ())
@@ -49,10 +44,8 @@ def _reads_other_coordinates(statement: ir.Assign, e: ir.Reduce) -> bool:
     tensor and the reduction those of another."""
     own = {a.name for a in e.axes}
     return statement.out.tensor.is_sparse and any(
-        isinstance(x, ir.Access)
-        and x.tensor.is_sparse
-        and any(isinstance(c, ir.Index) and c.name in own for c in x.coords)
-        for x in walk(e.body)
+        x.tensor.is_sparse and any(isinstance(c, ir.Index) and c.name in own for c in x.coords)
+        for x in ir.walk(e.body, ir.Access)
     )
 
 
@@ -64,9 +57,9 @@ class _Hoister:
 
     def visit(self, e: Any, binders: tuple[ir.Reduce, ...]) -> Any:
         if not isinstance(e, ir.Reduce):
-            return rebuild(e, lambda child: self.visit(child, binders))
+            return ir.rebuild(e, lambda child: self.visit(child, binders))
         own = {a.name for a in e.axes}
-        free = free_indices(e)
+        free = ir.free_indices(e)
         # The same text under another binder is another value: its indices mean other loops.
         binding = tuple(id(b) for b in binders if {a.name for a in b.axes} & free.keys())
         key = (_numbered(e), binding)
@@ -83,7 +76,7 @@ class _Hoister:
         return self.known[key]
 
     def _rank(self, x: ir.Index, binders: tuple[ir.Reduce, ...]) -> int:
-        order = [n.name for c in self.out.coords for n in walk(c) if isinstance(n, ir.Index)]
+        order = [n.name for c in self.out.coords for n in ir.walk(c, ir.Index)]
         order += [a.name for b in binders for a in b.axes]
         return order.index(x.name)
 
@@ -92,7 +85,7 @@ def _numbered(e: Any, depth: int = 0) -> Any:
     """`e` with numbers for the indices it binds: equal for expressions that differ in their names
     only."""
     if not isinstance(e, ir.Reduce):
-        return rebuild(e, lambda child: _numbered(child, depth))
+        return ir.rebuild(e, lambda child: _numbered(child, depth))
     fresh = {a.name: replace(a, name=str(depth + n)) for n, a in enumerate(e.axes)}
-    body = _numbered(substitute(e.body, fresh), depth + len(fresh))
+    body = _numbered(ir.substitute(e.body, fresh), depth + len(fresh))
     return replace(e, axes=tuple(fresh.values()), body=body)

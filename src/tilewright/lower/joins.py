@@ -19,12 +19,11 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import substitute, transform, walk
+from tilewright.ir import core as ir
 from tilewright.lower.drivers import is_identity
 from tilewright.lower.reads import PartRows, Reader, appended
 from tilewright.lower.scope import Scope, has_list
-from tilewright.lower.tables import Driver, Statement, Tables, indices_in, unmergeable  # fmt: skip
+from tilewright.lower.tables import Driver, Statement, Tables, unmergeable  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +58,16 @@ def join_of(value: ir.Expr) -> Join | None:
         return None
     if not isinstance(both.a, ir.Stored) or not isinstance(both.b, ir.Stored):
         return None
-    drivers = [Driver.of(x.access) for x in (both.a, both.b)]
-    drivers.sort(key=lambda d: axis.name in d.indices)
-    first, second = drivers
+    drivers = (Driver.of(x.access) for x in (both.a, both.b))
+    first, second = sorted(drivers, key=lambda d: axis.name in d.indices)
     if axis.name in first.indices or not {axis.name, over[0].name} <= set(second.indices):
         return None
     return Join(axis, over[0], first, second, mask)  # type: ignore[arg-type]
 
 
-def join_nest(tables: Tables, statements: list[Statement], join: Join) -> ir.Nest:
-    """The nest of statements over the same join. Raises ProgramError[P107]."""
-    return _Builder(tables, statements, join).build()
+class JoinBuilder:
+    """Builds the nest of statements over the same join. Raises ProgramError[P107]."""
 
-
-class _Builder:
     def __init__(self, tables: Tables, statements: list[Statement], join: Join) -> None:
         self.tables, self.statements, self.join = tables, statements, join
         self.rows = PartRows(tables, "", False)
@@ -84,9 +79,9 @@ class _Builder:
 
     def build(self) -> ir.Nest:
         st, tables = self.statements[0], self.tables
-        scope, outer = Scope(tables), indices_in(st.out.coords)
+        scope, outer = Scope(tables), ir.indices_of(st.out)
         for x in outer:
-            scope.coordinates[x.name] = self._variable(x.name)
+            scope.coordinates[x.name] = self.tables.variable(x.name)
         self._check_lists({x.name for x in outer})
         body = ir.seq(ir.Alloc(self.row), self._scatter(scope), self._drain(scope))
         if self.join.mask is not None:
@@ -96,9 +91,6 @@ class _Builder:
             zero = ir.Const(0, tables.index)
             body = ir.For(var, zero, tables.size(x.dim), body, axes=(x.name,))
         return ir.Nest(st.out.tensor.name, body)
-
-    def _variable(self, name: str) -> ir.Var:
-        return ir.Var(self.tables.unused_name(name), self.tables.index)
 
     def _check_lists(self, outer: set[str]) -> None:
         join, k = self.join, self.join.over.name
@@ -115,21 +107,18 @@ class _Builder:
     def _product(self) -> ir.Reduce | None:
         """The sum over the join that the statements read. Raises ProgramError[P107] for several, or
         for one with terms outside of the join."""
-        sums = {x: 0 for st in self.statements for x in walk(_body(st)) if isinstance(x, ir.Reduce)}
+        sums = {x: 0 for st in self.statements for x in ir.walk(_body(st), ir.Reduce)}
         for total in sums:
             if len(sums) > 1 or total.op != "sum" or not self._is_zero_outside(total):
-                raise ProgramError(
-                    "P107",
-                    f"{' and '.join(map(str, sums))}: a row of a product holds one sum, which is 0 "
-                    f"where {self.join.first.structure} or {self.join.second.structure} is missing",
-                    hint="sum(A[i, k] * B[k, j], over=k)",
-                )  # fmt: skip
+                rule = f"{' and '.join(map(str, sums))}: a row of a product holds one sum, of terms"
+                rule += f" that are 0 outside of {self.join.first} and {self.join.second}"
+                raise ProgramError("P107", rule, hint="sum(A[i, k] * B[k, j], over=k)")
         return next(iter(sums), None)
 
     def _is_zero_outside(self, total: ir.Reduce) -> bool:
         if len(total.axes) != 1:
             return False
-        body = substitute(total.body, {total.axes[0].name: self.join.over})
+        body = ir.substitute(total.body, {total.axes[0].name: self.join.over})
         st = Statement(self.statements[0].out, "sum", (self.join.over,), body)
         return all(is_identity(st, {d}) for d in (self.join.first, self.join.second))
 
@@ -137,7 +126,7 @@ class _Builder:
         """Opens the loop over the list of a structure; returns its wrapper of bodies."""
         lets: list[ir.Stmt] = []
         entries = scope.list_of(driver, lets)
-        position, var = self._variable(f"{axis.name}_p"), self._variable(axis.name)
+        position, var = self.tables.variable(f"{axis.name}_p"), self.tables.variable(axis.name)
         scope.coordinates[axis.name] = var
         scope.known_positions[driver] = position
         key = ir.Let(var, ir.Load(entries.keys, (position,), var.dtype))
@@ -153,7 +142,7 @@ class _Builder:
         lets: list[ir.Stmt] = []
         value: ir.Expr = ir.cast(ir.Const(0, dtypes.int32), self.row.dtype)
         if self.product is not None:
-            term = substitute(self.product.body, {self.product.axes[0].name: join.over})
+            term = ir.substitute(self.product.body, {self.product.axes[0].name: join.over})
             value = ir.cast(self._reader(scope, lets).expr(term), self.row.dtype)
         key = scope.coordinates[join.axis.name]
         leaf = ir.seq(*lets, ir.Scatter(self.row, key, value))
@@ -164,7 +153,7 @@ class _Builder:
         scope = scope.copy()
         around = self._walk(scope, mask, self.join.axis)
         key, empty = scope.coordinates[self.join.axis.name], ir.Const(False, dtypes.bool_)
-        var, zero = self._variable("mask_n"), ir.Const(0, self.tables.index)
+        var, zero = self.tables.variable("mask_n"), ir.Const(0, self.tables.index)
         fill = around(ir.Scatter(self.mask, key, empty))
         clear = ir.Drain(var, zero, self.mask.shape[0], ir.Seq(()), workspace=self.mask)
         return ir.seq(ir.Alloc(self.mask), fill, body, clear)
@@ -172,13 +161,15 @@ class _Builder:
     def _drain(self, scope: Scope) -> ir.Stmt:
         """The loop over the coordinates of a row, ascending where lists are made of it."""
         scope, axis, tables = scope.copy(), self.join.axis, self.tables
-        var, key = self._variable(f"{axis.name}_n"), self._variable(axis.name)
+        var, key = self.tables.variable(f"{axis.name}_n"), self.tables.variable(axis.name)
         scope.coordinates[axis.name], scope.rank = key, var
         lets: list[ir.Stmt] = [ir.Let(key, ir.Cursor(var, ir.KEY, key.dtype))]
         st, reader = self.statements[0], self._reader(scope, lets)
-        values = [
-            reader.expr(transform(_body(x), lambda e: self._total(e, var))) for x in self.statements
-        ]
+
+        def total(x: Any) -> Any:
+            return ir.Cursor(var, ir.VALUE, self.row.dtype) if isinstance(x, ir.Reduce) else x
+
+        values = [reader.expr(ir.transform(_body(x), total)) for x in self.statements]
         if st.op == "append":
             body = appended(reader, self.statements, values)
         else:
@@ -187,9 +178,6 @@ class _Builder:
             body = ir.seq(*lets, ir.Compute(out, values[0], st.op, (axis.name,)))
         zero, end = ir.Const(0, tables.index), tables.size(axis.dim)
         return ir.Drain(var, zero, end, body, axes=(axis.name,), workspace=self.row)
-
-    def _total(self, x: Any, loop: ir.Var) -> Any:
-        return ir.Cursor(loop, ir.VALUE, self.row.dtype) if isinstance(x, ir.Reduce) else x
 
     def _reader(self, scope: Scope, lets: list[ir.Stmt]) -> Reader:
         return Reader(self.tables, self.rows, scope, lets)

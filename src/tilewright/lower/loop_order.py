@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.levels import Level, lists_rows
 from tilewright.lower.drivers import Iteration, driver_of
-from tilewright.lower.tables import Driver, Statement, Tables, indices_in
+from tilewright.lower.tables import Driver, Statement, Tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def ordered_loops(
     """The loops of a statement, outermost first. Loops over output indices come before loops over
     reduced ones unless `Schedule.order_axes` chose another order; in each case a sparse level
     comes after the levels above it. Indices in `bound` have loops already and get none here."""
-    axes = [x for x in indices_in(st.out.coords) if x.name not in bound] + list(st.axes)
+    axes = [x for x in ir.indices_of(st.out) if x.name not in bound] + list(st.axes)
     for order in tables.program.orders:
         if order[0] == st.out.tensor.name:
             rank = {name: r for r, name in enumerate(order[1:])}
@@ -85,15 +85,13 @@ def revisits_outputs(st: Statement, specs: list[LoopSpec]) -> bool:
             is_below_reduction = True
             if s.fused is not None:
                 return True
-        elif s.merged is not None or (
-            s.level is not None
-            and (
-                (s.fused is not None and s.fused.name in reduced)
-                or (not s.level.unique and not is_sparse)
-                or (not s.level.is_dense and is_below_reduction)
-            )
-        ):
+        elif s.merged is not None:
             return True
+        elif s.level is not None:
+            reduces = s.fused is not None and s.fused.name in reduced
+            repeats = not s.level.unique and not is_sparse
+            if reduces or repeats or (is_below_reduction and not s.level.is_dense):
+                return True
     return False
 
 

@@ -24,7 +24,7 @@ def narrow_loops(program: ir.Program) -> ir.Program:
 def _visit(s: Any) -> Any:
     if type(s) is not ir.For or s.kind not in ("serial", "pipeline") or s.private:
         return ir.rebuild(s, _visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
-    every = [c for c in ir.walk(s) if isinstance(c, ir.Compute)]
+    every = list(ir.walk(s, ir.Compute))
     sums = [(c, n) for c in every if ir.reduces(s, c) for n in range(len(c.sums))]
     kept = (c for c in every if c.out.buffer.scope != "register" and not ir.reduces(s, c))
     is_tile, narrowed = any(s.name in (c.mma or ()) for c in every), s

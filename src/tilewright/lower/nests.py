@@ -15,21 +15,14 @@ from typing import Any, NamedTuple
 from tilewright.errors import ProgramError
 from tilewright.ir import nodes as ir
 from tilewright.ir.levels import Compressed, Level, may_miss
-from tilewright.ir.rewrite import add, mul, transform, walk
+from tilewright.ir.rewrite import add, indices_of, mul, transform, walk
 from tilewright.lower.drivers import Iteration, driver_of, drivers_read, iteration, outer_driver
 from tilewright.lower.epilogues import Fused, fused, values_of
 from tilewright.lower.loop_order import LoopSpec, ordered_loops, revisits_outputs, visits_all
 from tilewright.lower.placed import Row, check, online, refuse
 from tilewright.lower.reads import PartRows, Reader, appended
 from tilewright.lower.scope import BlockPart, Scope, has_list, merge_of
-from tilewright.lower.tables import (
-    Driver,
-    Statement,
-    Tables,
-    indices_in,
-    unmergeable,
-    unsearchable,
-)  # fmt: skip
+from tilewright.lower.tables import Driver, Statement, Tables, unmergeable, unsearchable
 
 Wrap = Callable[[ir.Stmt], ir.Stmt]
 
@@ -74,13 +67,13 @@ class NestBuilder:
         structure: str,
         *,
         shared: bool,
-        also: tuple[Statement, ...] = (),
+        also: Sequence[Statement] = (),
     ) -> None:
         self.tables, self.root, self.also = tables, root, also
         self.structure, self.shared = structure, shared
         self.rows = PartRows(tables, structure, shared)
         self.emitted: set[str] = set()  # temporaries that are computed already
-        self.placed = {name: loop for name, loop, _ in tables.program.placed}
+        self.placed = {name: loop for name, loop, *_ in tables.program.placed}
         for t in [t for t in temps if t.out.tensor.name in self.placed]:
             before, after = temps[: temps.index(t)], temps[temps.index(t) + 1 :]
             t, before = fused(t, before, "")
@@ -123,7 +116,7 @@ class NestBuilder:
         raise AssertionError(f"nobody reads {t.out}")
 
     def _names_of(self, st: Statement, *, axes: bool = True) -> set[str]:
-        return {x.name for x in (*indices_in(st.out.coords), *(st.axes if axes else ()))}
+        return {x.name for x in (*indices_of(st.out), *(st.axes if axes else ()))}
 
     def _temporary(self, t: Statement, scope: Scope) -> ir.Stmt:
         """The loops of a temporary inside those of another statement; none over an axis in whose
@@ -139,10 +132,8 @@ class NestBuilder:
                 raise refuse(tensor.name, f"loop {loop} has other coordinates", "another index")
             specs = self._follow(replace(t, axes=own), None, inside)
         if revisits_outputs(t, specs):
-            raise ProgramError(
-                "P107",
-                f"{t.out}, a reduction inside {self.root.out}, runs over rows stored in pieces",
-            )
+            rule = f"{t.out}, a reduction inside {self.root.out}, runs over rows stored in pieces"
+            raise ProgramError("P107", rule)
         around = (self.root, *(x for x in self.temps if x is not t))
         names = {name for x in around for name in self._names_of(x)}
         target = _Target(t, False, frozenset(a.name for a in own if a.name in names))
@@ -150,7 +141,7 @@ class NestBuilder:
             return ir.seq(self._loops(target, specs, inside), ir.Sync())
         row = self.tables.rows[tensor.name] = Row.of(self.tables, t.out, scope)
         body = self._loops(target, specs, inside)
-        return ir.seq(ir.Alloc(row.buffer, row.extents), body) if row.extents else body
+        return ir.seq(row.alloc(t.out, scope), body) if row.extents else body
 
     def _follow(self, st: Statement, driver: Driver | None, scope: Scope) -> list[LoopSpec]:
         if driver:
@@ -207,12 +198,8 @@ class NestBuilder:
             if driver is None or driver.structure != self.structure:
                 continue
             walked = [driver.indices[level.dim] in own for level in levels]
-            reachable = (
-                level.is_dense or all(walked[:depth])
-                for depth, level in enumerate(levels)
-                if walked[depth]
-            )
-            if any(walked) and all(reachable):
+            own_levels = [(n, level) for n, level in enumerate(levels) if walked[n]]
+            if own_levels and all(x.is_dense or all(walked[:n]) for n, x in own_levels):
                 return driver
         if self.tables.is_composed(self.structure):
             raise unsearchable(self.structure, self.tables.tensors[self.structure].format)
@@ -236,15 +223,12 @@ class NestBuilder:
 
     # -- opening a loop ------------------------------------------------------------------------
 
-    def _variable(self, name: str) -> ir.Var:
-        return ir.Var(self.tables.unused_name(name), self.tables.index)
-
     def _open(self, s: LoopSpec, target: _Target, scope: Scope) -> Wrap:
         """Enters a loop: adds its variable to `scope`, returns its wrapper of bodies."""
         if s.merged is not None:
             return self._open_merge(s, s.merged, target, scope)
         if s.level is None:
-            var, end = self._variable(s.axis.name), self.tables.size(s.axis.dim)
+            var, end = self.tables.variable(s.axis.name), self.tables.size(s.axis.dim)
             scope.coordinates[s.axis.name] = var
             axes = (target.tag(s.axis.name),)
             return lambda body: ir.For(var, ir.Const(0, var.dtype), end, body, axes=axes)
@@ -254,7 +238,7 @@ class NestBuilder:
 
     def _open_merge(self, s: LoopSpec, it: Iteration, target: _Target, scope: Scope) -> Wrap:
         before: list[ir.Stmt] = []
-        var, axis = self._variable(f"{s.axis.name}_p"), self._variable(s.axis.name)
+        var, axis = self.tables.variable(f"{s.axis.name}_p"), self.tables.variable(s.axis.name)
         lists = [scope.list_of(d, before) for d in it.drivers]
         loop = merge_of(var, lists, it.op, (target.tag(s.axis.name),))
         for n, d in enumerate(it.drivers):
@@ -282,7 +266,7 @@ class NestBuilder:
             row.levels.append((s.depth, begin, end))
         suffix = ("_i" if level.inner else "_o") if level.block else ""
         suffix += "" if type(level).coord is Level.coord else "_p"
-        var = self._variable(s.axis.name + suffix)
+        var = self.tables.variable(s.axis.name + suffix)
         variable: ir.Expr = parent if level.single else var
         scope.walks[s.structure].variables[s.depth] = variable
         coordinate = level.coord(storage, parent, variable)
@@ -306,7 +290,7 @@ class NestBuilder:
         lets: list[ir.Let] = []
         guards: list[ir.Expr] = []
         if not isinstance(coordinate, ir.Var):
-            var = self._variable(name + (("_i" if level.inner else "_o") if block else ""))
+            var = self.tables.variable(name + (("_i" if level.inner else "_o") if block else ""))
             lets.append(ir.Let(var, coordinate))
             coordinate = var
         if not block:
@@ -315,7 +299,7 @@ class NestBuilder:
         scope.block_parts[BlockPart(name, block, level.inner)] = coordinate
         outer, inner = (scope.block_parts.get(BlockPart(name, block, x)) for x in (False, True))
         if outer is not None and inner is not None:
-            joined = self._variable(name)
+            joined = self.tables.variable(name)
             lets.append(ir.Let(joined, add(mul(outer, block), inner)))
             size = self.tables.size(s.axis.dim)
             if not (isinstance(size, ir.Const) and size.value % block == 0):
@@ -330,10 +314,14 @@ class NestBuilder:
         lower, storage = scope.storage(s.structure, 1)
         assert isinstance(lower, Compressed), "checked by the verb"
         row, col = s.axis.name, column.name
-        var, i, j = self._variable(f"{row}{col}"), self._variable(row), self._variable(col)
+        var, i, j = (
+            self.tables.variable(f"{row}{col}"),
+            self.tables.variable(row),
+            self.tables.variable(col),
+        )
         rows = upper_storage.size if upper.is_dense else upper_storage.count
         zero = ir.Const(0, self.tables.index)
-        parent = self._variable(f"{row}_q")
+        parent = self.tables.variable(f"{row}_q")
         lets: list[ir.Stmt] = [
             ir.Let(parent, lower.parent(storage, rows, var)),
             ir.Let(i, upper.coord(upper_storage, parent, parent)),
@@ -371,13 +359,9 @@ class NestBuilder:
             guards += reader.bounds(tensor, st.out, coords)
             out = ir.Load(self.tables.buffer(tensor), coords, tensor.dtype)
         if in_place and out.dtype != value.dtype and not reductions:
-            raise ProgramError(
-                "P107",
-                f"{tensor.name} is added to in memory, in {out.dtype}, where {value.dtype} is "
-                "needed",
-                hint=f'make it {value.dtype}, tw.out.typed("{value.dtype}")[…], or choose a format '
-                "that keeps rows whole",
-            )
+            rule = f"{tensor.name} is {out.dtype}, and its sums in memory need {value.dtype}"
+            hint = f'tw.out.typed("{value.dtype}")[…], or a format that keeps rows whole'
+            raise ProgramError("P107", rule, hint=hint)
         op = "" if reductions else st.op
         if not op:
             value = ir.cast(value, out.dtype)

@@ -10,10 +10,10 @@ from typing import Any
 
 from tilewright.errors import ScheduleError, illegal
 from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import rebuild, simplify, transform, walk
+from tilewright.ir.rewrite import indices_of, rebuild, simplify, transform, walk
 from tilewright.lower.epilogues import values_of
 from tilewright.lower.scope import Scope
-from tilewright.lower.tables import Driver, Statement, Tables, indices_in, names_read
+from tilewright.lower.tables import Driver, Statement, Tables, names_read
 
 
 def refuse(name: str, why: str, hint: str) -> ScheduleError:
@@ -23,20 +23,19 @@ def refuse(name: str, why: str, hint: str) -> ScheduleError:
 def with_roles(program: ir.Program) -> ir.Program:
     """The program with temporaries in memory of a unit marked as inline. Raises ScheduleError[S102]
     for one that several statements with loops of their own read."""
-    scopes = {name: scope for name, _, scope in program.placed}
-    for name, loop, _ in program.placed:
+    placed = {name: scope for name, _, scope, _ in program.placed}
+    for name, loop, *_ in program.placed:
         readers = {  # a reduction of out is out.0
             a.out.tensor.name.partition(".")[0] for a in program.body
             if name in names_read(a.value)
         }  # fmt: skip
-        roots = sorted(readers - scopes.keys())
+        roots = sorted(readers - placed.keys())
         if len(roots) > 1 or not readers:
-            raise refuse(
-                name, f"{' and '.join(roots) or 'nothing'} read it",
-                f"compute_at(…, {loop!r}) all readers but one",
-            )  # fmt: skip
+            hint = f"compute_at(…, {loop!r}) all readers but one"
+            raise refuse(name, f"{' and '.join(roots) or 'nothing'} read it", hint)
     tensors = (
-        replace(t, role="inline") if scopes.get(t.name) == "row" else t for t in program.tensors
+        replace(t, role="inline") if placed.get(t.name, "global") != "global" else t
+        for t in program.tensors
     )
     return replace(program, tensors=tuple(tensors))
 
@@ -48,12 +47,10 @@ def check(t: Statement, placed: dict[str, str], emitted: set[str], around: set[s
     read = names_read(*values_of(t)) & placed.keys()
     for late in sorted(read - emitted - {name}):
         raise refuse(late, f"{name} reads it first", f"compute_at {name} further in")
-    own = {loop, *(x.name for x in indices_in(t.out.coords))}
+    own = {loop, *(x.name for x in indices_of(t.out))}
     for again in sorted(around - own) if loop else ():
-        raise refuse(
-            name, f"loop {again} is around loop {loop}, and would repeat it",
-            f"order_axes the statement that reads it, {loop} before {again}",
-        )  # fmt: skip
+        hint = f"order_axes the statement that reads it, {loop} before {again}"
+        raise refuse(name, f"loop {again} is around loop {loop}, and would repeat it", hint)
 
 
 @dataclass(slots=True)
@@ -72,7 +69,7 @@ class Row:
     def of(cls, tables: Tables, out: ir.Access, scope: Scope) -> Row:
         """That of a temporary whose loops are inside those of a scope."""
         first = len(out.stored_coords) if out.tensor.is_sparse else 0
-        own = list(enumerate(indices_in(out.coords)))[first:]
+        own = list(enumerate(indices_of(out)))[first:]
         free = [(n, tables.size(x.dim)) for n, x in own if x.name not in scope.coordinates]
         tensor = tables.tensors[out.tensor.name]
         return cls(tensor, tuple(n for n, _ in free), tuple(size for _, size in free))
@@ -89,6 +86,28 @@ class Row:
         scope = "row" if extents else "register"
         return ir.Buffer(self.tensor.name, self.tensor.dtype, shape, scope)
 
+    def alloc(self, out: ir.Access, scope: Scope) -> ir.Alloc:
+        """Its declaration, in the scope around its loops; with the array of the temporary where its
+        length is not constant, and a GPU keeps a part of it."""
+        tables, tensor = scope.tables, self.tensor
+        most = {name: most for name, *_, most in tables.program.placed}.get(tensor.name, 0)
+        if not most or all(isinstance(e, ir.Const) for e in self.extents):
+            return ir.Alloc(self.buffer, self.extents, self.extents)
+        if len(self.levels) > 1:
+            raise refuse(tensor.name, "its rows lie in blocks", 'scope="global"')
+        first = len(out.stored_coords) if tensor.is_sparse else 0
+        own = indices_of(*out.coords)[first:]
+        at = [scope.coordinates.get(x.name, ir.Const(0, tables.index)) for x in own]
+        array, along = tables.buffer(tensor), self.dims
+        if tensor.is_sparse:
+            start, last = scope.copy(), len(tables.levels(tensor.structure)) - 1
+            start.walks[tensor.structure].variables |= {d: begin for d, begin, _ in self.levels}
+            at.insert(0, start.position(tensor.structure, last))
+            array, along = tables.values(tensor), (0, *(n - first + 1 for n in self.dims))
+        kept = (ir.as_expr(most), *self.extents[1:])
+        rest = (ir.Load(array, tuple(at), tensor.dtype),)
+        return ir.Alloc(self.buffer, self.extents, kept, rest, along[-len(kept) :])
+
     def element(self, scope: Scope, e: ir.Access, coords: Sequence[ir.Expr]) -> ir.Load:
         """The element at coordinates. Raises ScheduleError[S102] where no loop follows them."""
         index: list[ir.Expr] = []
@@ -96,10 +115,8 @@ class Row:
             driver = Driver.of(e)
             walked = scope.walks[driver.structure].variables
             if not (scope.is_read_at(driver) and all(d in walked for d, *_ in self.levels)):
-                raise refuse(
-                    e.tensor.name, f"{e} is read where no loop follows it",
-                    "read it at the indices of a loop over its stored coordinates",
-                )  # fmt: skip
+                hint = "read it at the indices of a loop over its stored coordinates"
+                raise refuse(e.tensor.name, f"{e} is read where no loop follows it", hint)
             index += (ir.binary("-", walked[d], begin) for d, begin, _ in self.levels)
         return ir.Load(self.buffer, (*index, *(coords[n] for n in self.dims)), e.dtype)
 
@@ -190,10 +207,8 @@ class _Online:
         e = visit(e)
         for x in walk(e):
             if isinstance(x, ir.Load) and x.buffer.name in inside and x.buffer.name != name:
-                raise refuse(
-                    x.buffer.name, f"{name} reads it before it is complete",
-                    f"only exp(x - {x.buffer.name}) of the terms x is read in its own loop",
-                )  # fmt: skip
+                hint = f"only exp(x - {x.buffer.name}) of the terms x is read in its own loop"
+                raise refuse(x.buffer.name, f"{name} reads it before it is complete", hint)
         return e
 
     def not_linear(self, name: str) -> ScheduleError:

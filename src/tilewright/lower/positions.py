@@ -10,8 +10,7 @@ from typing import Any
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir import nodes as ir
-from tilewright.ir.rewrite import loads, rebuild, simplify, walk
+from tilewright.ir import core as ir
 from tilewright.lower.drivers import (
     check_reduction,
     driver_of,
@@ -20,10 +19,14 @@ from tilewright.lower.drivers import (
     outer_driver,
 )
 from tilewright.lower.epilogues import Fused, fused
-from tilewright.lower.joins import join_nest, join_of
+from tilewright.lower.joins import JoinBuilder, join_of
 from tilewright.lower.nests import BuiltNest, NestBuilder
 from tilewright.lower.placed import with_roles
-from tilewright.lower.tables import Driver, Statement, Tables, indices_in, names_read
+from tilewright.lower.tables import Driver, Statement, Tables, names_read
+
+Parts = dict[str, Any]  # the format of a part, by its structure
+Stages = list[tuple[ir.Nest, ...]]
+Statements = Sequence[Statement]
 
 
 def coordinates_to_positions(program: ir.Program) -> ir.Program:
@@ -38,10 +41,10 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
     """
     program = with_roles(program)
     builder = _Builder(program)
-    stages: list[tuple[ir.Nest, ...]] = []
+    stages: Stages = []
     for root, inline, also in _roots(program, builder.placed):
         stages += builder.stages(root, inline, also)
-    read = (x.buffer for stage in stages for nest in stage for x in loads(nest.body))
+    read = (x.buffer for stage in stages for nest in stage for x in ir.loads(nest.body))
     buffers = {b.name: b for b in read if b.scope in ("global", "part")}
     return replace(
         builder.program, level="positions", stages=tuple(stages), buffers=tuple(buffers.values())
@@ -50,7 +53,7 @@ def coordinates_to_positions(program: ir.Program) -> ir.Program:
 
 def _roots(
     program: ir.Program, placed: set[str]
-) -> Iterable[tuple[ir.Assign, list[ir.Assign], tuple[Statement, ...]]]:
+) -> Iterable[tuple[ir.Assign, list[ir.Assign], Statements]]:
     """Each statement that is stored, with the inline ones that it reads and the lists behind it
     that are appended to in the same loops."""
     inside = placed | {t.name for t in program.tensors if t.role == "inline"}
@@ -82,14 +85,12 @@ class _Builder:
     def __init__(self, program: ir.Program) -> None:
         self.program = program
         self.tensors = {t.name: t for t in program.tensors}
-        self.placed = {name for name, _, _ in program.placed}
+        self.placed = {name for name, *_ in program.placed}
 
-    def stages(
-        self, root: ir.Assign, inline: list[ir.Assign], also: tuple[Statement, ...] = ()
-    ) -> list[tuple[ir.Nest, ...]]:
+    def stages(self, root: ir.Assign, inline: list[ir.Assign], also: Statements = ()) -> Stages:
         statement = Statement.of(root)
         if join := join_of(root.value):
-            return [(join_nest(Tables(self.program), [statement, *also], join),)]
+            return [(JoinBuilder(Tables(self.program), [statement, *also], join).build(),)]
         temps = [Statement.of(a) for a in inline]
         around = _root_driver(statement, temps)
         structure = around.structure
@@ -130,7 +131,7 @@ class _Builder:
         numbers, follows = (range(len(built)), structure) if composed else ((-1,), "")
         nests = tuple(
             ir.Nest(
-                statement.out.tensor.name, simplify(nest.body), part, structure=follows,
+                statement.out.tensor.name, ir.simplify(nest.body), part, structure=follows,
                 shared=shared and nest.in_place,
             )
             for part, nest in zip(numbers, built, strict=True)
@@ -159,21 +160,17 @@ class _Builder:
     def _is_separable(self, t: Statement, root: Statement, temps: list[Statement]) -> bool:
         """Whether a reduction inside `root` can be an array: no larger than the output, or along
         one of the axes of structures."""
-        own = {x.name for x in indices_in(t.out.coords)}
+        own = {x.name for x in ir.indices_of(t.out)}
         first = len(root.out.stored_coords) if root.out.tensor.is_sparse else 0
-        dense = {x.name for x in indices_in(root.out.coords[first:])}
+        dense = {x.name for x in ir.indices_of(*root.out.coords[first:])}
         values = (root.out, *(st.value for st in (root, *temps)))
-        read = (x for e in values for x in walk(e) if isinstance(x, ir.Access))
+        read = (x for e in values for x in ir.walk(e, ir.Access))
         sparse = {n for x in read if x.tensor.is_sparse for n in Driver.of(x).indices}
         return own <= dense or len(own & sparse) <= 1
 
     def _separate(
-        self,
-        root: ir.Assign,
-        inline: list[ir.Assign],
-        totals: Sequence[Statement],
-        also: tuple[Statement, ...] = (),
-    ) -> list[tuple[ir.Nest, ...]]:
+        self, root: ir.Assign, inline: list[ir.Assign], totals: Statements, also: Statements = ()
+    ) -> Stages:
         """Stages for totals of a statement, as arrays, and then for the statement. Loops come back
         to an element of them: no accumulator could hold it."""
         names = {t.out.tensor.name for t in totals}
@@ -186,19 +183,14 @@ class _Builder:
             read = [t for x in readers for t in _read_by(x, left)]
             return [t for t in left if t in read]
 
-        stages: list[tuple[ir.Nest, ...]] = []
+        stages: Stages = []
         for a in (a for a in inline if a.out.tensor.name in names):
             out = replace(a.out, tensor=self.tensors[a.out.tensor.name])
             stages += self.stages(replace(a, out=out), inside(a))
         return [*stages, *self.stages(root, inside(root, *also), also)]
 
     def _init(
-        self,
-        st: Statement,
-        temps: list[Statement],
-        driver: Driver | None,
-        part: int,
-        parts: dict[str, Any],
+        self, st: Statement, temps: list[Statement], driver: Driver | None, part: int, parts: Parts
     ) -> ir.Nest:
         """The nest that stores the initial value of all elements of the output (of a part of it, if
         sparse): the value of the statement where `driver` stores no entry. Reductions over its
@@ -206,11 +198,8 @@ class _Builder:
         at their own rows only."""
         structure = driver.structure if driver else ""
         composed = bool(structure) and hasattr(self.tensors[structure].format, "parts")
-        followers = {
-            t.out.tensor.name: ir.identity_of(t.op, t.out.dtype)
-            for t in temps
-            if driver and t.op and driver in (driver_of(t), outer_driver(t))
-        }
+        own = [t for t in temps if driver and t.op and driver in (driver_of(t), outer_driver(t))]
+        followers = {t.out.tensor.name: ir.identity_of(t.op, t.out.dtype) for t in own}
 
         def visit(e: Any) -> Any:
             if isinstance(e, ir.Access) and e.tensor.name in followers:
@@ -219,7 +208,7 @@ class _Builder:
                 return ir.Const(False, e.dtype)
             if isinstance(e, ir.Access) and composed and e.tensor.structure == structure:
                 return ir.cast(ir.Const(e.tensor.fill, dtypes.float64), e.dtype)
-            return rebuild(e, visit)
+            return ir.rebuild(e, visit)
 
         if st.op and driver_of(st):
             value = ir.cast(ir.identity_of(st.op, st.value.dtype), st.out.dtype)
@@ -228,23 +217,22 @@ class _Builder:
             plain = replace(st, value=visit(st.value))
             rest = _read_by(plain, [replace(t, value=visit(t.value)) for t in temps])
         tables = Tables(self.program, parts)
-        body = simplify(NestBuilder(tables, plain, rest, "", shared=False).build().body)
+        body = ir.simplify(NestBuilder(tables, plain, rest, "", shared=False).build().body)
         follows = structure if part >= 0 else ""
         return ir.Nest(f"{st.out.tensor.name}.init", body, part, structure=follows)
 
 
 def _shares_rows(root: Statement, t: Statement, fmt: Any) -> ProgramError:
     value = f"{t.op} of {t.value} over {', '.join(a.name for a in t.axes)}" if t.op else t.out
-    return ProgramError(
-        "P107", f"{root.out} reads {value} in its loops, and {fmt} keeps rows in pieces",
-        hint="use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'",
-    )  # fmt: skip
+    rule = f"{root.out} reads {value} in its loops, and {fmt} keeps rows in pieces"
+    hint = "use a format that keeps rows whole: csr, or hyb with col_parts=1 and long_rows='csr'"
+    return ProgramError("P107", rule, hint=hint)
 
 
 def _keeps_rows(fmt: Any, out: ir.Access, around: Driver, is_like: bool) -> bool:
     """Whether no two parts of a composed format store elements of one row of the output. `is_like`:
     all that loops store is stored like it; they come to elements of their part only."""
-    has_row = around.indices[0] in {x.name for x in indices_in(out.coords)}
+    has_row = around.indices[0] in {x.name for x in ir.indices_of(out)}
     return has_row and (fmt.unique_rows or (is_like and fmt.disjoint_rows and not fmt.repeats))
 
 
@@ -253,7 +241,7 @@ def _root_driver(st: Statement, temps: list[Statement]) -> Driver:
     own = driver_of(st)
     if own:
         return own
-    axes = {x.name for x in indices_in(st.out.coords)}
+    axes = {x.name for x in ir.indices_of(st.out)}
     for driver in (*drivers_read(st), *map(outer_driver, temps)):
         if driver and axes & set(driver.indices):
             return driver

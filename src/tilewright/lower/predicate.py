@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.names import values_name
-from tilewright.ir.rewrite import free_vars, is_const, map_bodies, rebuild, transform, zero_unless
 
 
 def predicate_loads(program: ir.Program) -> ir.Program:
@@ -26,17 +25,17 @@ def predicate_loads(program: ir.Program) -> ir.Program:
     and 0 · ∞ is not 0.
     """
     filled = {values_name(t.name) for t in program.tensors if t.is_sparse and t.fill != 0}
-    return map_bodies(program, lambda body: transform(body, lambda s: _visit(s, filled)))
+    return ir.map_bodies(program, lambda body: ir.transform(body, lambda s: _visit(s, filled)))
 
 
 def _visit(s: Any, filled: set[str]) -> Any:
     if not isinstance(s, ir.If):
         return s
-    cond, names = s.cond, free_vars(s.cond)
-    padding = isinstance(cond, ir.Binary) and cond.op == ">=" and is_const(cond.b, 0)
+    cond, names = s.cond, ir.free_vars(s.cond)
+    padding = isinstance(cond, ir.Binary) and cond.op == ">=" and ir.is_const(cond.b, 0)
 
     def guarded(x: ir.Load) -> bool:
-        return not padding or x.buffer.name in filled or bool(free_vars(x) & names)
+        return not padding or x.buffer.name in filled or bool(ir.free_vars(x) & names)
 
     body = _rewrite(s.body, s.cond, guarded)
     return s if body is None else body
@@ -53,15 +52,12 @@ def _rewrite(s: ir.Stmt, cond: ir.Expr, guarded: Any) -> ir.Stmt | None:
     if isinstance(s, ir.Let):
         if isinstance(s.value, ir.Search):  # stays inside its array, whatever the key
             return s
-        return ir.Let(s.var, zero_unless(cond, s.value)) if isinstance(s.value, ir.Load) else None
-    if (
-        isinstance(s, ir.Store)
-        and s.buffer.scope == "register"
-        and s.op == "sum"
-        and _is_product(s.value, guarded)
-    ):
-        return replace(s, value=_guard_loads(s.value, cond, guarded))
-    return None
+        is_load = isinstance(s.value, ir.Load)
+        return ir.Let(s.var, ir.zero_unless(cond, s.value)) if is_load else None
+    if not isinstance(s, ir.Store) or s.buffer.scope != "register" or s.op != "sum":
+        return None
+    is_product = _is_product(s.value, guarded)
+    return replace(s, value=_guard_loads(s.value, cond, guarded)) if is_product else None
 
 
 def _is_product(e: ir.Expr, guarded: Any) -> bool:
@@ -74,5 +70,5 @@ def _is_product(e: ir.Expr, guarded: Any) -> bool:
 
 def _guard_loads(e: ir.Expr, cond: ir.Expr, guarded: Any) -> ir.Expr:
     if isinstance(e, ir.Load):
-        return zero_unless(cond, e) if guarded(e) else e
-    return rebuild(e, lambda c: _guard_loads(c, cond, guarded))
+        return ir.zero_unless(cond, e) if guarded(e) else e
+    return ir.rebuild(e, lambda c: _guard_loads(c, cond, guarded))

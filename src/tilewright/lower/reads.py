@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.levels import Level, is_list_of_pairs, load_value, locate_pair, may_miss
 from tilewright.ir.names import parse_name
 from tilewright.ir.ranges import interval
-from tilewright.ir.rewrite import add
 from tilewright.lower.scope import Scope, part_of
 from tilewright.lower.tables import Driver, Statement, Tables, unsearchable
 
@@ -27,13 +25,11 @@ class PartRows:
     shared: bool
     row_index: dict[str, str] = field(default_factory=dict)  # by structure, of the first access
 
-    def is_part(self, structure: str) -> bool:
-        return structure == self.structure and self.tables.is_composed(structure)
-
     def check(self, access: Driver) -> None:
         """Raises ProgramError[P107] for a part that is read at two row indices."""
         own = self.row_index.setdefault(access.structure, access.indices[0])
-        if self.is_part(access.structure) and (own != access.indices[0] or self.shared):
+        is_part = access.structure == self.structure and self.tables.is_composed(self.structure)
+        if is_part and (own != access.indices[0] or self.shared):
             raise unsearchable(access, self.tables.tensors[access.structure].format)
 
 
@@ -85,7 +81,7 @@ class Reader:
             return value
         dtype = value.dtype.accumulator if value.dtype.is_float else value.dtype
         outside = ir.cast(ir.Const(0, dtypes.int32), dtype)
-        return ir.select(_all(inside), ir.cast(value, dtype), outside)
+        return ir.select(ir.all_of(inside), ir.cast(value, dtype), outside)
 
     def bounds(self, tensor: ir.Tensor, e: ir.Access, coords: tuple[ir.Expr, ...]) -> list[ir.Expr]:
         """Conditions under which the coordinates of an access lie inside the tensor, without those
@@ -139,12 +135,12 @@ class Reader:
             else:
                 located = level.locate(storages[depth], position, wanted[depth])
             if conditions:
-                located = ir.select(_all(conditions), located, missing)
-            position = ir.Var(self.tables.unused_name(f"{tensor.name}_q{depth}"), self.tables.index)
+                located = ir.select(ir.all_of(conditions), located, missing)
+            position = self.tables.variable(f"{tensor.name}_q{depth}")
             self.lets.append(ir.Let(position, located))
             if conditions or not level.is_dense:
                 conditions = [ir.binary(">=", position, 0)]
-        return ir.select(conditions[0], position, missing) if conditions else add(position, 0)
+        return ir.select(conditions[0], position, missing) if conditions else ir.add(position, 0)
 
 
 def appended(reader: Reader, lists: Sequence[Statement], values: Sequence[ir.Expr]) -> ir.Stmt:
@@ -161,9 +157,5 @@ def appended(reader: Reader, lists: Sequence[Statement], values: Sequence[ir.Exp
         out = ir.Load(tables.buffer(tensor), (at,), tensor.dtype)
         store = ir.Compute(out, ir.cast(value, tensor.dtype))
         leaves.setdefault(tuple(reader.bounds(tensor, st.out, (at,))), []).append(store)
-    bodies = [ir.seq(*b) if not g else ir.If(_all(list(g)), ir.seq(*b)) for g, b in leaves.items()]
+    bodies = [ir.seq(*b) if not g else ir.If(ir.all_of(g), ir.seq(*b)) for g, b in leaves.items()]
     return ir.seq(*reader.lets, *bodies)
-
-
-def _all(conditions: list[ir.Expr]) -> ir.Expr:
-    return reduce(lambda a, b: ir.binary("&", a, b), conditions)

@@ -135,10 +135,8 @@ class _Materializer:
         c = chain.compute
         if chain.escapes:
             if chain.threads and not c.atomic:
-                raise illegal(
-                    f"threads of loop {chain.threads[0].name} update {c.out} in memory at once",
-                    "atomic(), or bind a loop of the output",
-                )
+                rule = f"threads of loop {chain.threads[0].name} update {c.out} in memory at once"
+                raise illegal(rule, "atomic(), or bind a loop of the output")
             return _store(c, c.value)
         shape = chain.split
         if shape not in accumulators:
@@ -171,12 +169,11 @@ class _Materializer:
         self.count += 1
         for loop in chain.cells:
             if loop.extent is None or not ir.is_const(loop.begin, 0):
-                raise illegal(
-                    f"loop {loop.name} lies inside the reduction of {out.name} and has a run-time "
-                    "extent",
-                    "an accumulator has a constant size: split the loop, keep its inner "
-                    "part inside",
+                rule = f"loop {loop.name} inside the reduction of {out.name} has a run-time extent"
+                hint = (
+                    "an accumulator has a constant size: split the loop, keep its inner part inside"
                 )
+                raise illegal(rule, hint)
         shape = tuple(ir.Const(f.extent or 0, f.var.dtype) for f in chain.cells)
         name = GeneratedName(out.name, ACCUMULATOR, self.count).name
         return ir.Buffer(name, dtype, shape, "register")
@@ -215,10 +212,8 @@ class _Materializer:
         name = factor.name.removesuffix(".factor")
         own = self.maxima.get((name, chain.split))
         if own is None or chain.lanes:
-            raise illegal(
-                f"{chain.compute.out.buffer.name} and {name} are split in different loops",
-                "split the loop around both by threads",
-            )
+            rule = f"{chain.compute.out.buffer.name} and {name} are split in different loops"
+            raise illegal(rule, "split the loop around both by threads")
         total = ir.Load(ir.Buffer(name, own.dtype, (), "register"), (), own.dtype)
         by = ir.unary("exp", _finite(ir.Load(own, (), own.dtype)) - _finite(total))
         return ir.binary("*", value, ir.cast(by, value.dtype))
@@ -228,7 +223,7 @@ def _reductions(s: ir.Stmt) -> list[_Chain]:
     """The reductions for which the loop `s` is the outermost one that reduces."""
     if not isinstance(s, ir.For):
         return []
-    computes = [x for x in ir.statements(s) if isinstance(x, ir.Compute) and ir.reduces(s, x)]
+    computes = [x for x in ir.statements(s, ir.Compute) if ir.reduces(s, x)]
     return [_chain(c, ir.path_to(s, c) or []) for c in computes]
 
 
@@ -319,14 +314,8 @@ def _joined(acc: ir.Buffer, chain: _Chain, op: str) -> ir.Expr:
     vector = next((f for f in chain.lanes if f.kind == "vector" and f.extent != 1), None)
     lanes = acc.dtype.vector(vector.extent or 1) if vector else acc.dtype
     ranges = [range(1) if f is vector else range(f.extent or 0) for f in chain.lanes]
-    loads = (
-        ir.Load(
-            acc,
-            (*spatial, *(ir.Const(i, f.var.dtype) for i, f in zip(at, chain.lanes, strict=True))),
-            lanes,
-        )
-        for at in product(*ranges)
-    )
+    kinds = [f.var.dtype for f in chain.lanes]
+    loads = (ir.Load(acc, (*spatial, *map(ir.Const, at, kinds)), lanes) for at in product(*ranges))
     total = reduce(lambda a, b: ir.Binary(ir.REDUCTIONS[op], a, b, a.dtype), loads)
     return ir.ReduceLanes(op, total, acc.dtype) if vector else total
 
@@ -355,7 +344,7 @@ def frame_of(path: Iterable[Any], reduced: frozenset[str]) -> tuple[Any, ...]:
         if isinstance(s, ir.If):
             kept = [x for x in ir.conjuncts(s.cond) if not ir.free_vars(x) & reduced]
             if kept:
-                cond = reduce(lambda a, b: ir.binary("&", a, b), kept)
+                cond = ir.all_of(kept)
                 frame.append(s if cond == s.cond else ir.If(cond, s.body))
         elif (s.name if isinstance(s, ir.For) else s.var.name) not in reduced:
             frame.append(s)
@@ -375,10 +364,8 @@ def framed(body: ir.Stmt, frame: Sequence[Any]) -> ir.Stmt:
 def with_totals(c: ir.Compute, totals: Sequence[ir.Expr]) -> tuple[Sequence[ir.Stmt], ir.Expr]:
     """The value of a statement with an epilogue, with these expressions for its totals; names for
     what it would compute more than once."""
-    known = {
-        r.total.name: ir.cast(value, r.total.dtype)
-        for r, value in zip(c.reductions, totals, strict=True)
-    }
+    pairs = zip((r.total for r in c.reductions), totals, strict=True)
+    known = {total.name: ir.cast(value, total.dtype) for total, value in pairs}
 
     def visit(x: Any) -> Any:
         return known.get(x.buffer.name, x) if isinstance(x, ir.Load) else x

@@ -6,10 +6,9 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.levels import Level, Storage, may_miss
-from tilewright.ir.rewrite import add, simplify
-from tilewright.lower.tables import Driver, Statement, Tables, indices_in, unsearchable
+from tilewright.lower.tables import Driver, Statement, Tables, unsearchable
 
 
 class BlockPart(NamedTuple):
@@ -85,7 +84,7 @@ class Scope:
             self.known_positions[Driver(driver.structure, old)] = last
         walk.indices = driver.indices
         reduced = {a.name for a in st.axes}
-        own = reduced | {x.name for x in indices_in(st.out.coords)}
+        own = reduced | {x.name for x in ir.indices_of(st.out)}
         opened = reduced | (own - self.coordinates.keys())
         for part in [p for p in self.block_parts if p.axis in opened]:
             del self.block_parts[part]
@@ -179,7 +178,7 @@ def part_of(level: Level, coordinate: ir.Expr) -> ir.Expr:
     inside the block."""
     if not level.block:
         return coordinate
-    return simplify(ir.binary("%" if level.inner else "//", coordinate, level.block))
+    return ir.simplify(ir.binary("%" if level.inner else "//", coordinate, level.block))
 
 
 def has_list(tables: Tables, driver: Driver, axis: str, bound: Container[str]) -> bool:
@@ -197,7 +196,7 @@ def has_list(tables: Tables, driver: Driver, axis: str, bound: Container[str]) -
 def merge_of(var: ir.Var, lists: list[List], op: str, axes: tuple[str, ...]) -> ir.Merge:
     """The loop over several lists, without a body."""
     zero = ir.Const(0, var.dtype)
-    longest = add(zero, *(ir.binary("-", x.end, x.begin) for x in lists))
+    longest = ir.add(zero, *(ir.binary("-", x.end, x.begin) for x in lists))
     runs = tuple(ir.Load(x.keys, (x.begin,), x.keys.dtype) for x in lists)
     ends = tuple(x.end for x in lists)
     return ir.Merge(var, zero, longest, ir.Seq(()), axes=axes, runs=runs, ends=ends, op=op)

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 from tilewright import dtypes
 from tilewright.errors import ProgramError
-from tilewright.ir import nodes as ir
+from tilewright.ir import core as ir
 from tilewright.ir.levels import Level, Storage
 from tilewright.ir.names import PRIME, GeneratedName, count_name, stride_name, values_name
-from tilewright.ir.rewrite import ceil_div, walk
 
 
 class Driver(NamedTuple):
@@ -56,8 +55,8 @@ def drivers(st: Statement) -> dict[Driver, ir.Tensor]:
     reduced."""
     reduced = {a.name for a in st.axes}
     tensors: dict[Driver, ir.Tensor] = {}
-    for x in walk(st.value):
-        if isinstance(x, ir.Access) and x.tensor.is_sparse:
+    for x in ir.walk(st.value, ir.Access):
+        if x.tensor.is_sparse:
             driver = Driver.of(x)
             names = set(driver.indices)
             if driver.is_plain and len(names) == len(driver.indices) and reduced & names:
@@ -89,6 +88,10 @@ class Tables:
         self.names.add(chosen)
         return chosen
 
+    def variable(self, name: str) -> ir.Var:
+        """A coordinate or position of an unused name."""
+        return ir.Var(self.unused_name(name), self.index)
+
     def is_composed(self, structure: str) -> bool:
         return hasattr(self.tensors[structure].format, "parts")
 
@@ -116,17 +119,12 @@ class Tables:
         if level.inner:
             size = ir.Const(level.block, self.index)
         elif level.block:
-            size = ceil_div(size, level.block)
+            size = ir.ceil_div(size, level.block)
         count = ir.Var(count_name(structure, depth), self.index)
-        arrays = {
-            name: ir.Buffer(
-                GeneratedName(structure, name, depth).name,
-                dtype or self.index,
-                (level.elements(name, count),),
-                "part",
-            )
-            for name, dtype in level.arrays.items()
-        }
+        arrays: dict[str, ir.Buffer] = {}
+        for name, dtype in level.arrays.items():
+            own, shape = GeneratedName(structure, name, depth).name, (level.elements(name, count),)
+            arrays[name] = ir.Buffer(own, dtype or self.index, shape, "part")
         return level, Storage(size, count, arrays, above)
 
     def values(self, tensor: ir.Tensor) -> ir.Buffer:
@@ -137,9 +135,8 @@ class Tables:
 
     def buffer(self, tensor: ir.Tensor) -> ir.Buffer:
         shape = tuple(self.size(d) for d in tensor.dims)
-        strides: list[ir.Expr] = [
-            ir.Var(stride_name(tensor.name, d), dtypes.int64) for d in range(len(shape))
-        ]
+        names = (stride_name(tensor.name, d) for d in range(len(shape)))
+        strides: list[ir.Expr] = [ir.Var(name, dtypes.int64) for name in names]
         if strides and not tensor.strided:
             strides[-1] = ir.Const(1, dtypes.int64)
         kind = "state" if tensor.role == "temp" else tensor.kind
@@ -147,27 +144,17 @@ class Tables:
 
 
 def unmergeable(st: Statement, formats: list[Any]) -> ProgramError:
-    return ProgramError(
-        "P107",
-        f"{st.out} takes the coordinates of several structures together, stored as "
-        f"{', '.join(map(str, formats))}: their lists cannot be merged",
-        hint="store them as csr or dcsr; of a sum, write sum(A[i, j]) + sum(B[i, j])",
-    )
+    stored = ", ".join(map(str, formats))
+    rule = f"the loops of {st.out} merge several structures, and {stored} cannot be merged"
+    hint = "store them as csr or dcsr; of a sum, write sum(A[i, j]) + sum(B[i, j])"
+    return ProgramError("P107", rule, hint=hint)
 
 
 def unsearchable(access: Any, fmt: Any) -> ProgramError:
-    return ProgramError(
-        "P107",
-        f"{access} is read where no loop follows its entries, and {fmt} cannot be searched",
-        hint="store it as csr, or let the loops follow it",
-    )  # fmt: skip
+    rule = f"{access} is read where no loop follows its entries, and {fmt} cannot be searched"
+    return ProgramError("P107", rule, hint="store it as csr, or let the loops follow it")
 
 
 def names_read(*values: ir.Expr) -> set[str]:
     """The tensors that expressions read."""
-    return {x.tensor.name for e in values for x in walk(e) if isinstance(x, ir.Access)}
-
-
-def indices_in(coords: tuple[ir.Expr, ...]) -> list[ir.Index]:
-    """The indices in output coordinates, in order, once each."""
-    return list({x.name: x for c in coords for x in walk(c) if isinstance(x, ir.Index)}.values())
+    return {x.tensor.name for e in values for x in ir.walk(e, ir.Access)}

@@ -55,10 +55,8 @@ class _Tiler:
         times = Counter((c.out, c.op) for c in computes)
         for c in computes:
             if c.mma and times[c.out, c.op] > 1:
-                raise illegal(
-                    f"{c.out.buffer.name} is summed by a tile operation and by another loop",
-                    "split the reduced loop with tail='guard'",
-                )
+                why = f"{c.out.buffer.name} is summed by a tile operation and by another loop"
+                raise illegal(why, "split the reduced loop with tail='guard'")
 
     def visit(self, s: Any) -> Any:
         if isinstance(s, ir.For):
@@ -125,10 +123,8 @@ class Product:
             f.kind == "serial" and not f.private and ir.is_const(f.begin, 0) for f in loops
         )
         if tuple(f.name for f in loops) != c.mma or not exact:
-            raise illegal(
-                f"the loops {', '.join(c.mma)} are no longer those of a tile operation",
-                "call mma() after every other verb on these loops",
-            )
+            why = f"the loops {', '.join(c.mma)} are no longer those of a tile operation"
+            raise illegal(why, "call mma() after every other verb on these loops")
         if any(ir.reduces(f, c) for f in loops[:2]) or not ir.reduces(loops[2], c):
             raise illegal(f"a tile operation sums over its last loop only, {c.mma[2]}")
         if c.atomic:
@@ -265,11 +261,9 @@ def slots_of(path: Iterable[Any], reduced: frozenset[str], out: str) -> tuple[ir
     )  # fmt: skip
     for f in loops:
         if f.extent is None or not ir.is_const(f.begin, 0):
-            raise illegal(
-                f"loop {f.name} lies inside the reduction of {out} and has a run-time extent",
-                "a warp keeps a constant number of tiles: split the loop, and keep only "
-                "its inner part inside",
-            )
+            why = f"loop {f.name} lies inside the reduction of {out} and has a run-time extent"
+            hint = "a warp keeps a constant number of tiles: split the loop, keep a part inside"
+            raise illegal(why, hint)
     return loops
 
 

@@ -34,7 +34,7 @@ def pair_fragments(program: ir.Program) -> ir.Program:
     def visit(s: Any) -> Any:
         if not isinstance(s, ir.For) or s.kind != "fragment" or isinstance(s.body, ir.For):
             return s
-        if any(isinstance(x, ir.Store) and x.buffer.scope == "fragment" for x in ir.walk(s)):
+        if any(x.buffer.scope == "fragment" for x in ir.walk(s, ir.Store)):
             return s  # in registers neighbours are not together
         pair, lane = (ir.Var(f"{s.name}.{part}", s.var.dtype) for part in ("pair", "lane"))
         body = ir.substitute(s.body, {s.name: ir.add(ir.mul(pair, 2), lane)})
@@ -111,7 +111,7 @@ def _renamed_lets(s: ir.Stmt, suffix: str) -> ir.Stmt:
             b = ir.Let(fresh, b.value)
         elif isinstance(b, ir.Alloc):
             buffers[b.buffer.name] = replace(b.buffer, name=b.buffer.name + suffix)
-            b = ir.Alloc(buffers[b.buffer.name])
+            b = replace(b, buffer=buffers[b.buffer.name])
         elif isinstance(b, ir.If):
             b = _renamed_lets(b, suffix)
         out.append(b)
@@ -143,10 +143,8 @@ def _vectorize(body: ir.Stmt) -> ir.Stmt:
     def visit(s: Any) -> Any:
         if isinstance(s, ir.For) and s.kind == "vector":
             if s.extent is None or not ir.is_const(s.begin, 0):
-                raise illegal(
-                    f"loop {s.name} is to be a vector but its extent is not a constant",
-                    "split it by the number of lanes first, with tail='cut'",
-                )
+                rule = f"loop {s.name} is to be a vector but its extent is not a constant"
+                raise illegal(rule, "split it by the number of lanes first, with tail='cut'")
             if s.extent == 1:
                 return ir.substitute(s.body, {s.name: s.begin})
             return _Vectorizer(s, wide).stmt(s.body)
@@ -169,12 +167,11 @@ class _Vectorizer:
         return illegal(f"loop {self.loop.name} cannot be a vector: {why}", hint)
 
     def varies(self, e: ir.Expr) -> bool:
-        for x in ir.walk(e):
-            if isinstance(x, ir.Var) and (x.name == self.loop.name or x.name in self.varying):
-                return True
-            if isinstance(x, ir.Load) and x.buffer.name in self.registers:
-                return True
-        return False
+        varying = {self.loop.name, *self.varying}
+        return self.reads_register(e) or any(x.name in varying for x in ir.walk(e, ir.Var))
+
+    def reads_register(self, e: ir.Expr) -> bool:
+        return any(x.buffer.name in self.registers for x in ir.walk(e, ir.Load))
 
     def stmt(self, s: ir.Stmt) -> ir.Stmt:
         if isinstance(s, ir.Seq):
@@ -230,7 +227,7 @@ class _Vectorizer:
         return tuple(ir.Const(0, i.dtype) if n == dims[0] else i for n, i in enumerate(index))
 
     def reads_memory(self, *arms: ir.Expr) -> bool:
-        loads = (x for e in arms for x in ir.walk(e) if isinstance(x, ir.Load))
+        loads = (x for e in arms for x in ir.walk(e, ir.Load))
         return any(x.buffer.scope != "register" for x in loads)
 
     def vector(self, e: ir.Expr) -> ir.Expr:
@@ -241,18 +238,14 @@ class _Vectorizer:
             if e.name == self.loop.name:
                 return ir.Ramp(ir.Const(0, e.dtype), e.dtype.vector(self.lanes))
             return ir.Var(e.name, self.varying[e.name])
-        if isinstance(e, ir.Binary):
-            return ir.Binary(e.op, self.vector(e.a), self.vector(e.b), e.dtype.vector(self.lanes))
-        if isinstance(e, (ir.Unary, ir.Cast)):
-            return replace(e, a=self.vector(e.a), dtype=e.dtype.vector(self.lanes))
+        if isinstance(e, (ir.Binary, ir.Unary, ir.Cast, ir.ReduceThreads)):
+            return replace(ir.rebuild(e, self.vector), dtype=e.dtype.vector(self.lanes))
         if isinstance(e, ir.Select):
             dtype = e.dtype.vector(self.lanes)
             if self.varies(e.cond) and self.reads_memory(e.a, e.b):
                 raise self.refuse(f"whether it reads {e.a} differs from lane to lane")
             cond = self.vector(e.cond) if self.varies(e.cond) else e.cond
             return ir.Select(cond, self.vector(e.a), self.vector(e.b), dtype)
-        if isinstance(e, ir.ReduceThreads):
-            return replace(e, a=self.vector(e.a), dtype=e.dtype.vector(self.lanes))
         if isinstance(e, ir.Load):
             return self.load(e)
         raise self.refuse(f"{e} has no vector form")
@@ -272,7 +265,7 @@ class _Vectorizer:
 
     def linear(self, e: ir.Expr) -> tuple[ir.Expr, int] | None:
         """(base, step) when e = base + step * lane."""
-        if any(isinstance(x, ir.Load) and x.buffer.name in self.registers for x in ir.walk(e)):
+        if self.reads_register(e):
             return None
         e = ir.simplify(ir.substitute(e, self.lets))
         form = affine(e, frozenset((self.loop.name, *self.varying)))
@@ -294,17 +287,13 @@ def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:
     def visit(x: Any) -> Any:
         if isinstance(x, ir.Alloc) and x.buffer.name in wide:
             return ir.Alloc(buffer(x.buffer))
-        if (
-            isinstance(x, (ir.Load, ir.Store))
-            and x.buffer.name in wide
-            and x.buffer.dtype.lanes == 1
-        ):
+        is_access = isinstance(x, (ir.Load, ir.Store))
+        if is_access and x.buffer.name in wide and x.buffer.dtype.lanes == 1:
             dim, lanes = wide[x.buffer.name]
             if (x.value if isinstance(x, ir.Store) else x).dtype.lanes != lanes:
-                raise illegal(
-                    f"{x.buffer.name} holds {lanes} lanes in one loop and not in another",
-                    "vectorize the loop before cache(), and every loop over it alike",
-                )
+                rule = f"{x.buffer.name} holds {lanes} lanes in one loop and not in another"
+                hint = "vectorize the loop before cache(), and every loop over it alike"
+                raise illegal(rule, hint)
             return replace(x, buffer=buffer(x.buffer), index=x.index[:dim] + x.index[dim + 1 :])
         return x
 
@@ -315,17 +304,10 @@ def _narrow(body: ir.Stmt, wide: dict[str, tuple[int, int]]) -> ir.Stmt:
 
 
 def _split(body: ir.Stmt) -> ir.Stmt:
-    arrays = {
-        x.buffer.name: x.buffer
-        for x in ir.walk(body)
-        if isinstance(x, ir.Alloc) and x.buffer.scope == "register" and x.buffer.shape
-    }
-    for x in ir.walk(body):
-        if (
-            isinstance(x, (ir.Load, ir.Store))
-            and x.buffer.name in arrays
-            and ir.free_vars(ir.Seq((ir.Store(x.buffer, x.index, ir.Const(0, x.buffer.dtype)),)))
-        ):
+    buffers = (x.buffer for x in ir.walk(body, ir.Alloc))
+    arrays = {b.name: b for b in buffers if b.scope == "register" and b.shape}
+    for x in ir.walk(body, ir.Load, ir.Store):
+        if x.buffer.name in arrays and any(ir.contains(i, ir.Var) for i in x.index):
             arrays.pop(x.buffer.name)
 
     def one(b: ir.Buffer, index: tuple[ir.Expr, ...]) -> ir.Buffer:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
 from tilewright.runtime.manifest import Manifest, TensorSpec
 from tilewright.runtime.view import View, address, row_major_strides, view
@@ -27,8 +26,9 @@ class Arguments:
     """The checked arguments of one call: views of dense arrays, structures of sparse ones, sizes.
     Every method raises ArgumentError."""
 
-    def __init__(self, manifest: Manifest, dtypes_by_name: dict[str, DType]) -> None:
+    def __init__(self, manifest: Manifest, dtypes_by_name: dict[str, dtypes.DType]) -> None:
         self.manifest, self.dtypes = manifest, dtypes_by_name
+        self.inputs: list[tuple[TensorSpec, Any]] = []
         self.sizes: dict[Any, int] = dict(manifest.sizes)
         self.views: dict[str, View] = {}
         self.structures: dict[str, Any] = {}
@@ -36,6 +36,7 @@ class Arguments:
 
     def add_input(self, spec: TensorSpec, arg: Any) -> None:
         """Check an input. Scalars are converted, and checked, at each call."""
+        self.inputs.append((spec, arg))
         if spec.structure:
             self._add_sparse(spec, arg)
             _check_fill(spec, arg)
@@ -72,9 +73,8 @@ class Arguments:
         if written and v.readonly:
             raise _error("A104", f"{name} is written to but is read-only", name)
         if written and _may_alias_itself(v):
-            hint = "written arrays are not broadcast views: make a copy"
             text = f"elements of {name} share memory: strides {v.strides}"
-            raise _error("A104", text, name, hint)
+            raise _error("A104", text, name, "written arrays are not broadcast views: make a copy")
         self._add_device(v.device, name)
         self.views[name] = v
 
@@ -112,9 +112,7 @@ class Arguments:
         for dim, n in zip(spec.dims, shape, strict=True):
             expected = dim if isinstance(dim, int) else self.sizes.setdefault(dim, n)
             if expected != n:
-                text = (
-                    f"{spec.name} has {n} where {dim!r} is {expected}; its shape is {tuple(shape)}"
-                )
+                text = f"{spec.name} has {n} where {dim!r} is {expected}: its shape is {shape}"
                 raise _error("A103", text, spec.name, f"expected {_dims(spec)}")
 
     def _add_device(self, device: str, name: str) -> None:
@@ -132,7 +130,7 @@ def _error(code: str, message: str, name: str, hint: str = "") -> ArgumentError:
     return ArgumentError(code, message, where=f"argument {name}", hint=hint)
 
 
-def _wrong_dtype(spec: TensorSpec, expected: DType, actual: DType) -> ArgumentError:
+def _wrong_dtype(spec: TensorSpec, expected: dtypes.DType, actual: dtypes.DType) -> ArgumentError:
     hint = f'convert it, or build with .typed({spec.name}="{actual}")'
     if spec.role == "output":  # which has the dtype of its expression
         hint = f'make it {expected}, or write tw.out.typed("{actual}")[…](…) in the program'
@@ -140,7 +138,7 @@ def _wrong_dtype(spec: TensorSpec, expected: DType, actual: DType) -> ArgumentEr
     return _error("A102", text, spec.name, hint)
 
 
-def scalar_value(spec: TensorSpec, dtype: DType, arg: Any) -> float | int:
+def scalar_value(spec: TensorSpec, dtype: dtypes.DType, arg: Any) -> float | int:
     """The number, or the bits of a 16-bit float, that a scalar parameter holds."""
     value: float | int | None = None
     if not isinstance(arg, (str, bytes)):
@@ -199,7 +197,7 @@ def _may_alias_itself(v: View) -> bool:
     return False
 
 
-def _same_bits(v: View, dtype: DType) -> bool:
+def _same_bits(v: View, dtype: dtypes.DType) -> bool:
     """Whether unsigned integers pass as a dtype that NumPy lacks: bfloat16 as uint16."""
     return v.dtype.kind == "u" and v.dtype.bits == dtype.bits and dtype.numpy.kind == "u"
 

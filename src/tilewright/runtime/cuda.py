@@ -25,6 +25,8 @@ from tilewright.runtime.driver import ATTRIBUTE_MAJOR, device, driver
 from tilewright.runtime.view import View
 
 Dim3 = tuple[int, int, int]
+Params = ctypes.Array[Any]
+"""The bytes of a kernel's one struct."""
 
 _SMEM_WITHOUT_ASKING = 48 * 1024
 _FUNCTION_MAX_DYNAMIC_SMEM = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -127,14 +129,9 @@ class Function:
     _smem: int = _SMEM_WITHOUT_ASKING
 
     def prepare(
-        self,
-        grid: Dim3,
-        block: Dim3,
-        smem_bytes: int,
-        params: ctypes.Array[Any],
-        overlaps: bool = False,
+        self, grid: Dim3, block: Dim3, smem_bytes: int, params: Params, overlaps: bool = False
     ) -> Launch:
-        """A launch whose arguments are converted once; `params` holds the kernel's one struct.
+        """A launch whose arguments are converted once.
 
         `overlaps`: its CTAs may start before the launch in front has ended, on sm_90 and newer: the
         kernel waits itself (`tw::wait_for_previous_launch`).
@@ -178,7 +175,7 @@ class Launch:
     grid: Dim3
     block: Dim3
     smem_bytes: int
-    params: ctypes.Array[Any]
+    params: Params
     overlaps: bool
     # The native call by stream, never rewritten: two threads may launch on two streams.
     _calls: dict[int, Callable[[], int]] = field(default_factory=dict, init=False)
@@ -319,12 +316,6 @@ class DeviceArray:
         if self.nbytes:
             self._copied("cuMemcpyDtoHAsync_v2", out.ctypes.data, self.pointer)
         return out
-
-    def zero(self) -> None:
-        """Set every byte to 0, in the order of the stream."""
-        if self.nbytes:
-            stream = _active_stream(self.device.ordinal)
-            driver().call("cuMemsetD8Async", self.pointer, 0, self.nbytes, stream)
 
     def _copied(self, function: str, to: int, source: int, waits: bool = True) -> None:
         """Copy all bytes, in the order of the current stream, and wait for them (`waits`)."""

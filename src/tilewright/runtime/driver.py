@@ -119,19 +119,13 @@ def _load() -> ctypes.CDLL:
     raise BuildError("B102", "there is no CUDA driver (libcuda.so.1 is not found)", hint=hint)
 
 
-_lock = threading.RLock()
-_driver: list[Driver] = []
-_devices: dict[int, Device] = {}
 _active = threading.local()
 
 
+@functools.cache
 def driver() -> Driver:
     """The driver, loaded and initialised once. Raises BuildError[B102] where there is none."""
-    if not _driver:
-        with _lock:
-            if not _driver:
-                _driver.append(Driver())
-    return _driver[0]
+    return Driver()
 
 
 class Device:
@@ -181,13 +175,10 @@ class Device:
         return driver().returned("cuDeviceTotalMem_v2", self._id)
 
 
+@functools.cache
 def device(ordinal: int = 0) -> Device:
     """A GPU by its number. Raises BuildError[B102] where there is none."""
-    if ordinal not in _devices:
-        with _lock:
-            if ordinal not in _devices:
-                _devices[ordinal] = Device(ordinal)
-    return _devices[ordinal]
+    return Device(ordinal)
 
 
 def arch_of(major: int, minor: int) -> str:

@@ -13,24 +13,18 @@ import numpy as np
 
 from tilewright import dtypes
 from tilewright.errors import ArgumentError
-from tilewright.runtime.view import (
-    View,
-    check_memory,
-    element_strides,
-    make_view,
-    row_major_strides,
-)
+from tilewright.runtime.view import View, check_memory, checked, element_strides, row_major_strides
 
 
 def view_cupy(x: Any) -> View:
     known = dtypes.from_numpy(x.dtype)
     strides = element_strides(x.strides, x.shape, x.dtype.itemsize)
-    return make_view(x.data.ptr, known, x.shape, strides, f"cuda:{x.device.id}", x, False)
+    return checked(View(x.data.ptr, known, x.shape, strides, f"cuda:{x.device.id}", x, False))
 
 
 def view_device_array(x: Any) -> View:
-    strides = row_major_strides(x.shape)
-    return make_view(x.pointer, x.dtype, x.shape, strides, f"cuda:{x.device.ordinal}", x, False)
+    strides, device = row_major_strides(x.shape), f"cuda:{x.device.ordinal}"
+    return checked(View(x.pointer, x.dtype, x.shape, strides, device, x, False))
 
 
 def view_cuda_interface(x: Any) -> View:
@@ -49,7 +43,8 @@ def view_cuda_interface(x: Any) -> View:
     stream = described.get("stream")
     if stream is not None and stream != (cuda.current_stream(ordinal) or 1):
         cuda.synchronize(stream, ordinal)  # the producer may still be writing there
-    return make_view(pointer or 0, known, shape, strides, f"cuda:{ordinal}", x, bool(readonly))
+    device, readonly = f"cuda:{ordinal}", bool(readonly)
+    return checked(View(pointer or 0, known, shape, strides, device, x, readonly))
 
 
 # ---- DLPack -----------------------------------------------------------------------------------
@@ -73,12 +68,9 @@ class _DLVersioned(ctypes.Structure):
 _DL_READONLY = 1
 _DL_CPU = (1, 3)  # host memory; host memory pinned for CUDA
 _DL_CUDA = (2, 13)  # device memory; managed memory
-_DL_TYPES = {
-    (code, t.bits): t
-    for code, kind in ((0, "i"), (1, "u"), (2, "f"), (6, "b"))
-    for t in dtypes.ALL.values()
-    if t.kind == kind and (t.name.startswith(("int", "uint", "bool")) or t.name[5:].isdigit())
-} | {(4, 16): dtypes.bfloat16, (10, 8): dtypes.float8_e4m3, (12, 8): dtypes.float8_e5m2}
+_DL_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
+_DL_TYPES = {(_DL_CODES[t.kind], t.bits): t for t in dtypes.ALL.values() if not t.ml_dtypes}
+_DL_TYPES |= {(4, 16): dtypes.bfloat16, (10, 8): dtypes.float8_e4m3, (12, 8): dtypes.float8_e5m2}
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
@@ -116,7 +108,7 @@ def view_dlpack(x: Any) -> View:
     strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else row_major_strides(shape)
     check_memory(tensor.data, shape)  # an offset may hide that it is null
     pointer = (tensor.data or 0) + tensor.byte_offset
-    return make_view(pointer, known, shape, strides, device, (x, capsule), readonly)
+    return checked(View(pointer, known, shape, strides, device, (x, capsule), readonly))
 
 
 def _export(x: Any) -> Any:
@@ -132,5 +124,4 @@ def _export(x: Any) -> Any:
         except TypeError:  # an exporter older than versions
             return x.__dlpack__(**options)
     except (BufferError, TypeError, ValueError, RuntimeError) as error:
-        text = f"{type(x).__name__} cannot be shared by DLPack: {error}"
-        raise ArgumentError("A107", text) from None
+        raise ArgumentError("A107", f"{type(x).__name__} gives no DLPack array: {error}") from None

@@ -21,7 +21,7 @@ from tilewright.runtime.manifest import (
     Manifest,
     StageSpec,
     TensorSpec,
-    max_rows,
+    structs,
     unit_count,
 )
 from tilewright.runtime.view import View, address, allocate, allocator, byte_range
@@ -29,8 +29,6 @@ from tilewright.runtime.view import View, address, allocate, allocator, byte_ran
 Slot = tuple[Any, int]
 """A field of a parameter block that takes an address or a number, and the part of the format whose
 values it points to (0 for dense arrays and numbers)."""
-
-_C_FLOATS = {"float32": ctypes.c_float, "float64": ctypes.c_double}
 
 
 @dataclass(slots=True)
@@ -76,32 +74,27 @@ class Frame:
     run: Callable[[], None] = dataclasses.field(init=False)  # set by the launcher
 
 
-def build_frame(
-    manifest: Manifest, arguments: Arguments, args: Sequence[Any], structs: tuple[Struct, Struct]
-) -> Frame:
+def build_frame(arguments: Arguments) -> Frame:
     """The frame of a layout: counts the units of each stage and fills in all that is not an
-    argument. `args` are the inputs, `structs` the row of the work table and the block."""
-    row, params = structs
-    stages = [_block(manifest, arguments, s, row, params) for s in manifest.stages]
+    argument."""
+    manifest, inputs = arguments.manifest, arguments.inputs
+    row, params = structs(manifest)
+    stages = [_block(arguments, stage, row, params) for stage in manifest.stages]
     blocks = [block for block, _ in stages]
     slots = _slots(manifest, blocks, row, params)
-    inputs = [t for t in manifest.tensors if t.role in ("input", "update")]
-    outputs = [
-        _output(t, slots.get(t.name, ()), arguments, inputs, args)
-        for t in manifest.tensors
-        if t.role in ("output", "temp")
-    ]
+    specs = [t for t in manifest.tensors if t.role in ("output", "temp")]
+    outputs = [_output(t, slots.get(t.name, ()), arguments) for t in specs]
     temps = []
     for output in outputs:
         if output.spec.role == "temp":
-            temps.append(output.allocate(args[output.like]))
+            temps.append(output.allocate(inputs[output.like][1]))
             output.write(temps[-1])
-    filled = [(t, n, slot) for n, t in enumerate(inputs) for slot in slots.get(t.name, ())]
+    filled = [(t, n, slot) for n, (t, _) in enumerate(inputs) for slot in slots.get(t.name, ())]
     return Frame(
         blocks=blocks,
         units=[units for _, units in stages],
         device=arguments.device,
-        variants=_variants(manifest, arguments),
+        variants=_variants(arguments),
         slots=slots,
         outputs=[o for o in outputs if o.spec.role == "output"],
         structures={name: weakref.ref(s) for name, s in arguments.structures.items()},
@@ -112,28 +105,25 @@ def build_frame(
         values=[(slot, n, part) for t, n, (slot, part) in filled if t.structure],
         numbers=[  # one without a slot is checked all the same
             (n, [slot for slot, _ in slots.get(t.name, ())])
-            for n, t in enumerate(inputs)
+            for n, (t, _) in enumerate(inputs)
             if not t.dims and not t.structure
         ],
         spans={name: byte_range(v) for name, v in arguments.views.items()},
     )
 
 
-def _block(
-    manifest: Manifest, arguments: Arguments, stage: StageSpec, row: Struct, params: Struct
-) -> tuple[Any, int]:
+def _block(arguments: Arguments, stage: StageSpec, row: Struct, params: Struct) -> tuple[Any, int]:
     """The parameter block of a stage without addresses, and its units. The work table follows the
     parameters: a row for each part of the structure that the stage follows."""
-    block = ctypes.create_string_buffer(params.size + max_rows(manifest) * row.size)
+    manifest, structures = arguments.manifest, arguments.structures
+    block = ctypes.create_string_buffer(params.size + manifest.max_rows * row.size)
     values = [_parameter(name, arguments) for name in manifest.param_names]
     fields = (f.name for f in params.fields)
     params.pack_into(block, **dict(zip(fields, [*values, len(stage.rows)], strict=True)))
     total = 0
     for i, body in enumerate(stage.rows):
-        parts = {
-            name: s.parts[i if name == stage.structure else 0]
-            for name, s in arguments.structures.items()
-        }
+        numbers = {name: i if name == stage.structure else 0 for name in structures}
+        parts = {name: s.parts[numbers[name]] for name, s in structures.items()}
         counts = {names.size_name(d): k for d, k in arguments.sizes.items() if isinstance(d, str)}
         for name, part in parts.items():
             for level, count in enumerate(part.counts):
@@ -183,39 +173,30 @@ def _slots(
     for block, stage in zip(blocks, manifest.stages, strict=True):
         for f, name in zip(params.fields, manifest.param_names, strict=False):
             if name in structure_of:
-                kind = "uint64" if f.type == "ptr" else f.type
-                c_type = _C_FLOATS.get(kind) or getattr(ctypes, f"c_{kind}")
-                slots.setdefault(name, []).append((c_type.from_buffer(block, f.offset), 0))
+                slots.setdefault(name, []).append((f.in_buffer(block), 0))
         for i in range(len(stage.rows)):
             start = params.size + i * row.size
             for f, name in zip(row.fields[len(ROW_HEAD) :], manifest.row_names, strict=True):
                 parsed = names.parse_name(name)
                 if parsed is not None and parsed.kind == names.VALUES:
                     part = i if structure_of[parsed.owner] == stage.structure else 0
-                    slot = ctypes.c_uint64.from_buffer(block, start + f.offset)
-                    slots.setdefault(parsed.owner, []).append((slot, part))
+                    slots.setdefault(parsed.owner, []).append((f.in_buffer(block, start), part))
     return slots
 
 
-def _output(
-    spec: TensorSpec,
-    slots: Sequence[Slot],
-    arguments: Arguments,
-    inputs: list[TensorSpec],
-    args: Sequence[Any],
-) -> Output:
+def _output(spec: TensorSpec, slots: Sequence[Slot], arguments: Arguments) -> Output:
     """An output or a temporary, and how to allocate it."""
-    dtype = arguments.dtypes[spec.name]
-    sparse = [n for n, t in enumerate(inputs) if t.structure]
+    dtype, inputs = arguments.dtypes[spec.name], arguments.inputs
+    sparse = [n for n, (t, _) in enumerate(inputs) if t.structure]
     if spec.structure:
-        like = next((n for n in sparse if inputs[n].structure == spec.structure), 0)
+        like = next((n for n in sparse if inputs[n][0].structure == spec.structure), 0)
         inner = arguments.inner(spec)
         return Output(spec, slots, like, lambda packed: sparse_output(packed, dtype, inner))
     v = arguments.views[spec.name]
     shape = v.shape
-    dense = [n for n, t in enumerate(inputs) if t.dims and not t.structure]
+    dense = [n for n, (t, _) in enumerate(inputs) if t.dims and not t.structure]
     if dense:
-        return Output(spec, slots, dense[0], allocator(args[dense[0]], shape, dtype))
+        return Output(spec, slots, dense[0], allocator(inputs[dense[0]][1], shape, dtype))
     if not sparse and not v.pointer and v.size:
         text = f"{spec.name} cannot be allocated: no argument is an array"
         raise ArgumentError("A101", text, where="out", hint="pass out=")
@@ -234,12 +215,12 @@ def sparse_output(like: Any, dtype: DType, inner: tuple[int, ...] = ()) -> Any:
     return dataclasses.replace(like, values=tuple(values), dtype=dtype, fill=0.0, inner=inner)
 
 
-def _variants(manifest: Manifest, arguments: Arguments) -> tuple[str, ...]:
+def _variants(arguments: Arguments) -> tuple[str, ...]:
     """The macros for arrays that break an assumption of the code: that GPU rows are aligned to 16
     bytes, and that arrays with constant strides have no gaps."""
     views = arguments.views
     unaligned = arguments.device != "cpu" and not all(map(_rows_aligned, views.values()))
-    strided = not all(views[name].is_contiguous for name in manifest.packed)
+    strided = not all(views[name].is_contiguous for name in arguments.manifest.packed)
     return ("TW_UNALIGNED",) * unaligned + ("TW_STRIDED",) * strided
 
 

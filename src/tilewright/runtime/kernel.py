@@ -14,13 +14,13 @@ from tilewright import dtypes
 from tilewright.errors import ArgumentError
 from tilewright.runtime.arguments import Arguments, Span, check_overlaps, scalar_value, value_spans
 from tilewright.runtime.frame import Frame, build_frame
-from tilewright.runtime.layout import Struct
-from tilewright.runtime.manifest import Manifest, structs
+from tilewright.runtime.manifest import Manifest
 from tilewright.runtime.view import address, byte_span, layout, view
 
 if TYPE_CHECKING:
     from tilewright.runtime.report import Report
 
+Args = tuple[Any, ...]  # of a call, by position
 DENSE, SPARSE, NUMBER = "dense", "sparse", "number"
 FRAMES_KEPT = 64  # layouts that one kernel remembers
 
@@ -42,7 +42,7 @@ class Kernel:
     through the cache, when they are loaded.
     """
 
-    rebuilt: tuple[Callable[..., Kernel], tuple[Any, ...]]
+    rebuilt: tuple[Callable[..., Kernel], Args]
     """The function, and its arguments, that makes the kernel again; `build` sets it."""
 
     def __init__(
@@ -94,8 +94,8 @@ class Kernel:
         return Bound(self, frame, self._returned(outputs, args))
 
     def report(self, *args: Any, **named: Any) -> Report:
-        """The launches, binary searches inside loops, work that is done again, bytes and padding:
-        in numbers for the arguments of a call, else as amounts in their sizes. Raises
+        """What a call costs: launches, binary searches in loops, recomputed expressions, bytes and
+        padding; numbers for these arguments, formulas in sizes without any. Raises
         ArgumentError."""
         from tilewright.runtime.report import report
 
@@ -106,7 +106,7 @@ class Kernel:
                 arguments.add_input(spec, arg)
         return report(self.manifest, self.resources, arguments)
 
-    def __reduce__(self) -> tuple[Callable[..., Kernel], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., Kernel], Args]:
         return self.rebuilt
 
     def __repr__(self) -> str:
@@ -115,9 +115,7 @@ class Kernel:
 
     # -- steps of a call -------------------------------------------------------------------------
 
-    def _layout(
-        self, args: tuple[Any, ...], outs: tuple[Any, ...]
-    ) -> tuple[Any, list[int], list[Any]]:
+    def _layout(self, args: Args, outs: Args) -> tuple[Any, list[int], list[Any]]:
         """A key that calls with equal frames share; the address of each argument (0 for sparse ones
         and numbers); what owns memory for the time of the call."""
         key: list[Any] = []
@@ -145,7 +143,7 @@ class Kernel:
             raise
         return tuple(key), addresses, owners
 
-    def _build_frame(self, args: tuple[Any, ...], outs: tuple[Any, ...]) -> Frame:
+    def _build_frame(self, args: Args, outs: Args) -> Frame:
         """Check the arguments and prepare a frame of their layout."""
         arguments = Arguments(self.manifest, self._dtypes)
         for spec, arg in zip(self.inputs, args, strict=True):
@@ -158,13 +156,11 @@ class Kernel:
             arguments.add_output(spec, array)
         for spec in self.temps:
             arguments.add_output(spec, None)
-        frame = build_frame(self.manifest, arguments, args, self._structs)
+        frame = build_frame(arguments)
         frame.run = self.launcher.prepare(self, frame)
         return frame
 
-    def _fill(
-        self, frame: Frame, addresses: list[int], args: tuple[Any, ...], outs: tuple[Any, ...]
-    ) -> list[Any]:
+    def _fill(self, frame: Frame, addresses: list[int], args: Args, outs: Args) -> list[Any]:
         """Write the addresses and numbers of a call into its frame; the outputs."""
         for slot, n in frame.addresses:
             slot.value = addresses[n]
@@ -186,9 +182,7 @@ class Kernel:
             output.write(array, addresses[len(args) + n] if outs else 0)
         return outputs
 
-    def _check_hazards(
-        self, frame: Frame, addresses: list[int], args: tuple[Any, ...], outs: tuple[Any, ...]
-    ) -> None:
+    def _check_hazards(self, frame: Frame, addresses: list[int], args: Args, outs: Args) -> None:
         """Refuse outputs that cannot be written, or that overlap another argument."""
         written: list[Span] = []
         read: list[Span] = []
@@ -197,8 +191,7 @@ class Kernel:
             spans = read if spec.role == "input" else written
             if spec.structure and arg is not None:
                 if spec.role == "output" and any(view(v).readonly for v in arg.values):
-                    text = f"the values of {spec.name} are read-only"
-                    raise ArgumentError("A104", text, where="out")
+                    raise ArgumentError("A104", f"values of {spec.name} are read-only", where="out")
                 spans += value_spans(spec.name, arg)
             elif arg is not None and (spec.dims or spec.role == "output"):
                 low, high = frame.spans[spec.name]
@@ -216,12 +209,12 @@ class Kernel:
                 weakref.finalize(structure, self._frames.pop, key, None).atexit = False
         return self._frames.setdefault(key, [])
 
-    def _returned(self, outputs: list[Any], args: tuple[Any, ...]) -> Any:
+    def _returned(self, outputs: list[Any], args: Args) -> Any:
         if self.updates:
             outputs = [*outputs, *(args[n] for n in self.updates)]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _ordered(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+    def _ordered(self, args: Args, named: dict[str, Any]) -> Args:
         """All arguments in the order of the program's parameters. Raises ArgumentError[A101]."""
         try:
             return self._signature.bind(*args, **named).args
@@ -233,11 +226,6 @@ class Kernel:
     def _signature(self) -> inspect.Signature:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         return inspect.Signature([inspect.Parameter(t.name, kind) for t in self.inputs])
-
-    @cached_property
-    def _structs(self) -> tuple[Struct, Struct]:
-        """The row of the work table, and the parameter block; made by the first call."""
-        return structs(self.manifest)
 
 
 class Bound:

@@ -17,19 +17,20 @@ from tilewright.runtime.kernel import Kernel, Launcher
 
 CHUNKS_PER_THREAD = 8  # enough for units of uneven size to even out, few enough to cost nothing
 
+Macros = tuple[str, ...]
+"""What code is compiled with for the arrays of a call: `Frame.variants`."""
+
 
 class CpuLauncher(Launcher):
     """Runs entries of a shared library on the thread pool. `load(macros)` compiles and loads the
     library; the one without macros is loaded by the constructor."""
 
-    def __init__(
-        self, load: Callable[[tuple[str, ...]], ctypes.CDLL], entries: tuple[str, ...]
-    ) -> None:
+    def __init__(self, load: Callable[[Macros], ctypes.CDLL], entries: tuple[str, ...]) -> None:
         self._load, self._entries = load, entries
-        self._bodies: dict[tuple[str, ...], list[int]] = {}
+        self._bodies: dict[Macros, list[int]] = {}
         self.bodies(())
 
-    def bodies(self, variants: tuple[str, ...]) -> list[int]:
+    def bodies(self, variants: Macros) -> list[int]:
         """The addresses of the entries."""
         if variants not in self._bodies:
             library = self._load(variants)
@@ -56,7 +57,7 @@ class CpuLauncher(Launcher):
         return pools.pool().prepare(self.launches(kernel, frame))
 
 
-CompileStep = Callable[[tuple[Body, ...], tuple[str, ...]], bytes]
+CompileStep = Callable[[tuple[Body, ...], Macros], bytes]
 """From the bodies of one launch of a step and macros to the cubin of their function `step`."""
 
 
@@ -67,13 +68,10 @@ class CudaLauncher(Launcher):
     of its stages; `compile_step` compiles bodies of several kernels into one launch."""
 
     def __init__(
-        self,
-        image: Callable[[tuple[str, ...]], bytes],
-        bodies: tuple[Body, ...] = (),
-        compile_step: CompileStep | None = None,
+        self, image: Callable[[Macros], bytes], bodies: tuple[Body, ...], compile_step: CompileStep
     ) -> None:
         self.image, self.bodies, self.compile_step = image, bodies, compile_step
-        self._functions: dict[tuple[int, tuple[str, ...]], list[cuda.Function]] = {}
+        self._functions: dict[tuple[int, Macros], list[cuda.Function]] = {}
 
     def functions(self, kernel: Kernel, frame: Frame) -> list[cuda.Function]:
         key = ordinal_of(frame), frame.variants
@@ -84,11 +82,10 @@ class CudaLauncher(Launcher):
 
     def launches(self, kernel: Kernel, frame: Frame) -> list[cuda.Launch]:
         stages = kernel.manifest.stages
+        rows = zip(self.functions(kernel, frame), stages, frame.blocks, frame.units, strict=True)
         return [
             f.prepare((units, 1, 1), (*s.threads, 1), s.smem_bytes, block)
-            for f, s, block, units in zip(
-                self.functions(kernel, frame), stages, frame.blocks, frame.units, strict=True
-            )
+            for f, s, block, units in rows
             if units
         ]
 

@@ -18,12 +18,13 @@ import numpy as np
 
 from tilewright.errors import InternalError
 
-# spelling -> (C type, code of `struct`)
-_SCALARS: dict[str, tuple[str, str]] = {
-    "ptr": ("void*", "Q"), "float32": ("float", "f"), "float64": ("double", "d"),
-    "uint8": ("uint8_t", "B"), "uint16": ("uint16_t", "H"), "uint32": ("uint32_t", "I"),
-    "uint64": ("uint64_t", "Q"), "int8": ("int8_t", "b"), "int16": ("int16_t", "h"),
-    "int32": ("int32_t", "i"), "int64": ("int64_t", "q"),
+# spelling -> (C type, type of ctypes)
+_SCALARS: dict[str, tuple[str, Any]] = {
+    "ptr": ("void*", ctypes.c_uint64), "float32": ("float", ctypes.c_float),
+    "float64": ("double", ctypes.c_double),
+} | {
+    f"{kind}{bits}": (f"{kind}{bits}_t", getattr(ctypes, f"c_{kind}{bits}"))
+    for kind in ("int", "uint") for bits in (8, 16, 32, 64)
 }  # fmt: skip
 # NVRTC has no offsetof; its front end's own intrinsic is constant where a null pointer's is not.
 _OFFSET_MACRO = (
@@ -44,8 +45,12 @@ class Field:
     name: str
     type: str
     count: int
-    offset: int
     c_type: str
+    offset: int
+
+    def in_buffer(self, buffer: Any, start: int = 0) -> Any:
+        """The scalar field of the struct at byte `start` of a buffer, to read and to assign."""
+        return _SCALARS[self.type][1].from_buffer(buffer, start + self.offset)
 
 
 class Struct:
@@ -60,19 +65,18 @@ class Struct:
     def __init__(self, name: str, described_fields: Sequence[tuple[str, ...]]) -> None:
         if not (name.isascii() and name.isidentifier()) or not described_fields:
             raise InternalError("I101", f"struct {name!r} needs a C name and at least one field")
-        self.name = name
-        fields: list[Field] = []
-        codes = "@"  # native sizes, aligned as C aligns them
-        for described in described_fields:
-            fields.append(_field(name, described, codes))
-            codes += f"{max(fields[-1].count, 1)}{_SCALARS[fields[-1].type][1]}"
-        self._names = {f.name for f in fields}
-        if len(self._names) != len(fields):
+        described = [_parsed(name, d) for d in described_fields]
+        self.name, self._names = name, {field for field, *_ in described}
+        if len(self._names) != len(described):
             raise InternalError("I101", f"struct {name} names a field twice")
-        self.fields = tuple(fields)
-        widest = max((_SCALARS[f.type][1] for f in fields), key=struct.calcsize)
-        self._packer = struct.Struct(f"{codes}0{widest}")  # padded at its end
-        self.size = self._packer.size
+        columns = [(n, _SCALARS[kind][1], (k,) if k else ()) for n, kind, k, _ in described]
+        self.numpy = np.dtype(columns, align=True)
+        """The layout as a NumPy dtype, which aligns as C does; pointers are `uint64`."""
+        layout: Any = self.numpy.fields
+        self.fields = tuple(Field(*d, layout[d[0]][1]) for d in described)
+        codes = (f"{max(f.count, 1)}{_SCALARS[f.type][1]._type_}" for f in self.fields)
+        self._packer = struct.Struct("".join(codes))
+        self.size = self.numpy.itemsize
 
     @cached_property
     def c_decl(self) -> str:
@@ -87,14 +91,6 @@ class Struct:
         ]
         lines = [*_OFFSET_MACRO, f"struct {self.name} {{", *fields, "};", size, *offsets]
         return "\n".join(lines) + "\n"
-
-    @cached_property
-    def numpy(self) -> np.dtype:
-        """The same layout as a NumPy dtype; pointers are `uint64`."""
-        kinds = ["uint64" if f.type == "ptr" else f.type for f in self.fields]
-        counts = [(f.count,) if f.count else () for f in self.fields]
-        names = [f.name for f in self.fields]
-        return np.dtype(list(zip(names, kinds, counts, strict=True)), align=True)
 
     @cached_property
     def version(self) -> str:
@@ -129,8 +125,8 @@ class Struct:
         return f"Struct({self.name}, {self.size} bytes, {len(self.fields)} fields)"
 
 
-def _field(struct_name: str, description: tuple[str, ...], codes: str) -> Field:
-    """A field behind those whose codes of `struct` are given."""
+def _parsed(struct_name: str, description: tuple[str, ...]) -> tuple[str, str, int, str]:
+    """Name, type, count and C type of a described field."""
     name, spelled, *c_type = description
     kind, _, length = spelled.partition("[")
     count = length.removesuffix("]")
@@ -140,6 +136,4 @@ def _field(struct_name: str, description: tuple[str, ...], codes: str) -> Field:
         raise InternalError("I101", f"struct {struct_name}: bad field {name!r} of type {kind!r}")
     if c_type and kind != "ptr":
         raise InternalError("I101", f"struct {struct_name}.{name}: a {kind} has no other C type")
-    c_name, code = _SCALARS[kind]
-    offset = struct.calcsize(f"{codes}0{code}")
-    return Field(name, kind, int(count or 0), offset, c_type[0] if c_type else c_name)
+    return name, kind, int(count or 0), c_type[0] if c_type else _SCALARS[kind][0]

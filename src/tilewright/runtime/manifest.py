@@ -7,6 +7,7 @@ import json
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 from tilewright.errors import InternalError
@@ -67,10 +68,16 @@ class Manifest:
     packed: tuple[str, ...] = ()
     costs: tuple[tuple[Any, ...], ...] = ((), (), (), ())
 
+    @property
+    def max_rows(self) -> int:
+        """Rows of the largest work table. The parameter block of every stage has so many."""
+        return max(len(s.rows) for s in self.stages)
+
 
 ROW_HEAD = (("first", "int64"), ("units", "int64"), ("body", "int64"))
 
 
+@cache
 def structs(manifest: Manifest) -> tuple[Struct, Struct]:
     """The row of the work table, and the parameter block that precedes the table in memory; both
     have 64-bit fields, so that the table begins at the block's end."""
@@ -83,17 +90,12 @@ def declarations(manifest: Manifest) -> str:
     """The C text of both structs, and of `Params`: the block with its rows behind it."""
     row, params = structs(manifest)
     fields = "\n".join(f"  {f.c_type} {f.name};" for f in params.fields)
-    n = max_rows(manifest)
+    n = manifest.max_rows
     return (
         f"{row.c_decl}\n{params.c_decl}\n"
         f"struct Params {{\n{fields}\n  Row rows[{n}];\n}};\n"
         f'static_assert(sizeof(Params) == {params.size + n * row.size}, "Params: size");\n'
     )
-
-
-def max_rows(manifest: Manifest) -> int:
-    """The number of rows of the largest work table. Every stage's parameter block has so many."""
-    return max(len(s.rows) for s in manifest.stages)
 
 
 # ---------------------------------------------------------------------------- on disk
@@ -167,5 +169,4 @@ def unit_count(count: Count, values: Mapping[str, int]) -> int:
     if type(count) is tuple and len(count) == 3 and str(count[0]) in _OPERATORS:
         name, a, b = count
         return _OPERATORS[name](unit_count(a, values), unit_count(b, values))
-    text = f"{count!r} is no number of units"
-    raise InternalError("I101", text, hint="run tilewright cache clear")
+    raise InternalError("I101", f"{count!r} is no unit count", hint="run tilewright cache clear")

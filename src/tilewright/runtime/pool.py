@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tilewright import knobs
 from tilewright.runtime.layout import Struct
 from tilewright.toolchain import cxx
@@ -71,8 +73,8 @@ class Pool:
 
     def prepare(self, launches: list[Launch]) -> Callable[[], None]:
         """A function that runs the launches in order, with a barrier after each."""
-        array = launch_array(launches)
-        run, address, count = self.run, ctypes.addressof(array), len(launches)
+        array = np.array(launches, LAUNCH.numpy)
+        run, address, count = self.run, array.ctypes.data, len(launches)
         return lambda _owner=array: run(address, count)
 
 
@@ -99,15 +101,6 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def launch_array(launches: list[Launch]) -> ctypes.Array[ctypes.c_char]:
-    """A buffer of `tw_launch`."""
-    buffer = ctypes.create_string_buffer(max(len(launches), 1) * LAUNCH.size)
-    for i, (body, params, units, grain, guided) in enumerate(launches):
-        values = {"body": body, "params": params, "units": units, "grain": grain, "guided": guided}
-        LAUNCH.pack_into(buffer, i * LAUNCH.size, **values)
-    return buffer
 
 
 def address_of(function: Any) -> int:

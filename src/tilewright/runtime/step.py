@@ -164,7 +164,6 @@ def _launches(bound: Any) -> Sequence[Any] | None:
 def _nodes(bound: Bound, launcher: CudaLauncher) -> list[Node]:
     """A node for each launch of a kernel that has units."""
     boxes, frame, nodes = bound.boxes(), bound.frame, []
-    assert launcher.compile_step is not None
     for body, params, units in zip(launcher.bodies, frame.blocks, frame.units, strict=True):
         part = Part(body, params, units, frame.variants, launcher.compile_step)
         reads, writes = (

@@ -127,9 +127,7 @@ def allocator(like: object, shape: tuple[int, ...], dtype: DType) -> Callable[[A
     module = _root_module(type(like))
     if module == "torch":
         torch = sys.modules["torch"]
-        if not _TO_TORCH:
-            _learn_torch()
-        kind = _TO_TORCH[dtype.name]
+        kind = getattr(torch, dtype.ml_dtypes or dtype.name)
         device = like.device  # pyright: ignore[reportAttributeAccessIssue]
         # `empty_like` of a broadcast element costs two thirds of `empty`.
         if math.prod(shape) and shape:
@@ -158,26 +156,17 @@ def _empty_cupy(like: Any, shape: tuple[int, ...], dtype: DType) -> Any:
 def _view_numpy(x: np.ndarray) -> View:
     dtype = dtypes.from_numpy(x.dtype)
     strides = element_strides(x.strides, x.shape, x.itemsize)
-    return make_view(_address(x), dtype, x.shape, strides, "cpu", x, not x.flags.writeable)
+    return checked(View(_address(x), dtype, x.shape, strides, "cpu", x, not x.flags.writeable))
 
 
-def make_view(
-    pointer: int,
-    dtype: DType,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    device: str,
-    owner: object,
-    readonly: bool,
-) -> View:
-    """A View. Raises ArgumentError: A107 for elements at a null address, A104 for an address that
-    is not aligned to the element."""
-    if not pointer:
-        check_memory(pointer, shape)
-    if pointer % dtype.itemsize:
-        text = f"the data at {pointer:#x} is not aligned to {dtype.itemsize} bytes of {dtype}"
+def checked(v: View) -> View:
+    """The view itself. Raises ArgumentError: A107 for elements at a null address, A104 for an
+    address that is not aligned to the element."""
+    check_memory(v.pointer, v.shape)
+    if v.pointer % v.dtype.itemsize:
+        text = f"the data at {v.pointer:#x} is not aligned to {v.dtype.itemsize} bytes of {v.dtype}"
         raise ArgumentError("A104", text, hint="copy the array")
-    return View(pointer, dtype, shape, strides, device, owner, readonly)
+    return v
 
 
 def _layout_numpy(x: np.ndarray) -> tuple[Any, int, object]:
@@ -218,18 +207,14 @@ def _numpy_type(dtype: DType) -> np.dtype:
 
 # ---- torch ------------------------------------------------------------------------------------
 
-_FROM_TORCH: dict[Any, DType] = {}
-_TO_TORCH: dict[str, Any] = {}
-_TORCH_DEVICES: dict[Any, str] = {}
+# Of dtypes that NumPy lacks torch has the names of ml_dtypes.
+_TORCH_NAMES = {f"torch.{t.ml_dtypes or t.name}": t for t in dtypes.ALL.values()}
 
 
-def _learn_torch() -> None:
-    """Fill the tables of torch's dtypes, once torch is there."""
-    torch = sys.modules["torch"]
-    for name, known in dtypes.ALL.items():
-        kind = getattr(torch, "float8_e4m3fn" if name == "float8_e4m3" else name, None)
-        if kind is not None:  # older versions have no uint16 … uint64
-            _FROM_TORCH[kind], _TO_TORCH[name] = known, kind
+@functools.cache
+def _from_torch(kind: Any) -> DType | None:
+    """The DType of a dtype of torch; None for one that Tilewright does not support."""
+    return _TORCH_NAMES.get(str(kind))
 
 
 def _view_torch(x: Any) -> View:
@@ -242,8 +227,7 @@ def _view_torch(x: Any) -> View:
 
 def describe_torch(x: Any) -> View:
     """The View of a tensor's memory, whether or not its values are read as negated."""
-    device = _TORCH_DEVICES.get(x.device) or _torch_device(x.device)
-    known = _FROM_TORCH.get(x.dtype)
+    device, known = _torch_device(x.device), _from_torch(x.dtype)
     if known is None:
         hint = f"one of {', '.join(dtypes.ALL)}"
         if x.is_complex():
@@ -256,9 +240,8 @@ def describe_torch(x: Any) -> View:
         pointer, strides = x.data_ptr(), x.stride()
     except RuntimeError as error:  # sparse tensors have no strides
         text = f"this {type(x).__name__} is not a dense array: {error}"
-        hint = "x.to_dense(), or pack it with a format"
-        raise ArgumentError("A107", text, hint=hint) from None
-    return make_view(pointer, known, tuple(x.shape), strides, device, x, False)
+        raise ArgumentError("A107", text, hint="x.to_dense(), or pack it with a format") from None
+    return checked(View(pointer, known, tuple(x.shape), strides, device, x, False))
 
 
 def _refuse_fake(x: Any) -> View:
@@ -274,15 +257,13 @@ def _layout_torch(x: Any) -> tuple[Any, int, object]:
         return _layout_any(x)
 
 
+@functools.cache
 def _torch_device(device: Any) -> str:
     if device.type == "meta":
         raise ArgumentError("A107", "a tensor on meta has no memory", hint="a tensor with values")
     if device.type not in ("cpu", "cuda"):
         raise ArgumentError("A105", f"tensors on {device} cannot be used", hint="cpu or cuda")
-    if not _FROM_TORCH:
-        _learn_torch()
-    name = "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
-    return _TORCH_DEVICES.setdefault(device, name)
+    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
 
 
 # ---- finding the adapter ------------------------------------------------------------------------

@@ -177,8 +177,8 @@ class Schedule:
         A level stays inside the levels above it, whatever order is asked for."""
         return self._coords(coords.order_axes, output, *axes)
 
-    @takes(temporary=A_NAME, loop=A_NAME, scope=rule.one_of("row", "global"))
-    def compute_at(self, temporary: str, loop: str, scope: str = "row") -> Schedule:
+    @takes(temporary=A_NAME, loop=A_NAME, scope=rule.one_of("row", "global"), most=NUMBER)
+    def compute_at(self, temporary: str, loop: str, scope: str = "row", most: int = 0) -> Schedule:
         """Compute a temporary inside the loop of an index of the statement that reads it: one
         launch, nothing is computed twice, and of the temporary exists what one iteration needs.
 
@@ -192,9 +192,10 @@ class Schedule:
         A reduction at the index that it reduces over is updated in the loop of its reader. A
         maximum so placed is read before it is complete (the online softmax): readers inside take
         exp(x - maximum) of its own terms x, and sums of that are rescaled whenever it grows.
-        `scope`: `"row"`, memory of a unit (CPU); `"global"`: it keeps its array, and a barrier
-        separates it from its readers (GPU). Values of one element are in a register."""
-        return self._coords(coords.compute_at, temporary, loop, scope)
+        Several values are a row. A GPU keeps one of constant length in shared memory, or registers
+        if its loops are unrolled; of others `most` values, and the rest in the array of the
+        temporary, where scope `"global"` keeps all."""
+        return self._coords(coords.compute_at, temporary, loop, scope, most)
 
     @takes(output=A_NAME)
     def merge_sums(self, output: str) -> Schedule:
@@ -426,9 +427,8 @@ class Schedule:
                                                        Y[i, k] = Y.copies[0, i, k] + …"""
         if self.selected is not None:
             raise illegal("privatize changes all nests of an output", "everywhere() first")
-        args = output, loop, copies
-        program = privatize.privatize(self.lowered.program, *args)
-        return self._recorded(program, Step("privatize", args))
+        program = privatize.privatize(self.lowered.program, output, loop, copies)
+        return self._recorded(program, Step("privatize", (output, loop, copies)))
 
     # -- applying and recording --------------------------------------------------------------------
 

@@ -23,13 +23,15 @@ def order_axes(program: Program, output: str, *axes: str) -> Program:
     return replace(program, orders=(*program.orders, (output, *axes)))
 
 
-def compute_at(program: Program, temporary: str, loop: str, scope: str) -> Program:
+def compute_at(program: Program, temporary: str, loop: str, scope: str, most: int) -> Program:
     """The program rewrite behind `Schedule.compute_at`; the lowering checks what it takes."""
     known = [t.name for t in program.tensors if t.role == "temp"]
     if temporary not in known:
         raise unknown(f"no temporary {temporary!r}", f"temporaries: {', '.join(known) or 'none'}")
+    if most and scope != "row":
+        raise illegal(f"most is {most}, and scope {scope!r}", 'scope="row" has a most')
     rest = (p for p in program.placed if p[0] != temporary)
-    return replace(program, placed=(*rest, (temporary, loop, scope)))
+    return replace(program, placed=(*rest, (temporary, loop, scope, most)))
 
 
 def merge_sums(program: Program, output: str) -> Program:
@@ -70,10 +72,8 @@ def specialize(program: Program, dim: str, size: int) -> Program:
         raise unknown(f"no dimension {dim!r}", f"dimensions: {', '.join(known)}")
     most = (1 << (8 * program.index.itemsize - 1)) - 1
     if size > most:
-        raise illegal(
-            f"specialize({dim!r}, {size}): coordinates are {program.index}",
-            f"at most {most}, or typed(index='int64')", where="size",
-        )  # fmt: skip
+        why = f"specialize({dim!r}, {size}): coordinates are {program.index}"
+        raise illegal(why, f"at most {most}, or typed(index='int64')", where="size")
     known_size = dict(program.sizes).get(dim, size)
     if known_size != size:
         raise illegal(f"{dim} is {known_size} already", "one size a dimension")

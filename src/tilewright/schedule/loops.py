@@ -8,7 +8,6 @@ done says why.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from tilewright.errors import illegal
 from tilewright.ir import core as ir
@@ -23,41 +22,38 @@ KINDS = (
 TAILS = ("guard", "cut", "exact")
 
 
+@tree.on_loops
 def split(
-    body: ir.Stmt, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
-) -> Rewritten:
+    f: ir.For, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None
+) -> ir.Stmt:
     """The loop rewrite behind `Schedule.split`."""
-
-    def one(f: ir.For) -> ir.Stmt:
-        if f.kind in ("vector", "unroll", "pipeline", "thread.x", "thread.y"):
-            raise illegal(f"loop {f.name} is marked {f.kind}", "split it first, then mark a part")
-        own = tree.axis_name(loop)
-        outer_name, inner_name = into or (f"{own}_o", f"{own}_i")
-        if f.name in (outer_name, inner_name):
-            hint = "new names"
-            raise illegal(f"split {loop} into {outer_name}, {inner_name}: the name is taken", hint)
-        t = f.var.dtype
-        zero = ir.Const(0, t)
-        outer, inner = ir.Var(outer_name, t), ir.Var(inner_name, t)
-        extent = ir.simplify(ir.binary("-", f.end, f.begin))
-        exact = isinstance(extent, ir.Const) and int(extent.value) % factor == 0
-        if tail == "exact" and not exact and not is_multiple(extent, factor):
-            hint = "specialize the dimension first, or use tail='cut'"
-            raise illegal(f"{extent} is not known to be a multiple of {factor}", hint)
-        index = ir.add(f.begin, ir.add(ir.mul(outer, factor), inner))
-        inside: ir.Stmt = ir.seq(ir.Let(f.var, index), f.body)
-        if tail == "guard" and not exact:
-            inside = ir.seq(ir.Let(f.var, index), ir.If(ir.binary("<", f.var, f.end), f.body))
-        rounded = extent if exact or tail != "guard" else ir.add(extent, factor - 1)
-        count = ir.simplify(ir.binary("//", rounded, factor))
-        inner_loop = ir.For(inner, zero, ir.Const(factor, t), inside, "serial", f.axes, f.private)
-        nest: ir.Stmt = ir.For(outer, zero, count, inner_loop, f.kind, f.axes)
-        if tail != "cut" or exact:
-            return nest
-        start = ir.simplify(ir.add(f.begin, ir.mul(count, factor)))
-        return ir.seq(nest, _tail(f, f"{own}_t", start))
-
-    return tree.rewrite_loops(body, loop, one)
+    if f.kind in ("vector", "unroll", "pipeline", *ir.THREADS):
+        raise illegal(f"loop {f.name} is marked {f.kind}", "split it first, then mark a part")
+    own = tree.axis_name(loop)
+    outer_name, inner_name = into or (f"{own}_o", f"{own}_i")
+    if f.name in (outer_name, inner_name):
+        hint = "new names"
+        raise illegal(f"split {loop} into {outer_name}, {inner_name}: the name is taken", hint)
+    t = f.var.dtype
+    zero = ir.Const(0, t)
+    outer, inner = ir.Var(outer_name, t), ir.Var(inner_name, t)
+    extent = ir.simplify(ir.binary("-", f.end, f.begin))
+    exact = isinstance(extent, ir.Const) and int(extent.value) % factor == 0
+    if tail == "exact" and not exact and not is_multiple(extent, factor):
+        hint = "specialize the dimension first, or use tail='cut'"
+        raise illegal(f"{extent} is not known to be a multiple of {factor}", hint)
+    index = ir.add(f.begin, ir.add(ir.mul(outer, factor), inner))
+    inside: ir.Stmt = ir.seq(ir.Let(f.var, index), f.body)
+    if tail == "guard" and not exact:
+        inside = ir.seq(ir.Let(f.var, index), ir.If(ir.binary("<", f.var, f.end), f.body))
+    rounded = extent if exact or tail != "guard" else ir.add(extent, factor - 1)
+    count = ir.simplify(ir.binary("//", rounded, factor))
+    inner_loop = ir.For(inner, zero, ir.Const(factor, t), inside, "serial", f.axes, f.private)
+    nest: ir.Stmt = ir.For(outer, zero, count, inner_loop, f.kind, f.axes)
+    if tail != "cut" or exact:
+        return nest
+    start = ir.simplify(ir.add(f.begin, ir.mul(count, factor)))
+    return ir.seq(nest, _tail(f, f"{own}_t", start))
 
 
 def _tail(f: ir.For, name: str, begin: ir.Expr) -> ir.For:
@@ -76,54 +72,38 @@ def _tail(f: ir.For, name: str, begin: ir.Expr) -> ir.For:
     return ir.For(var, begin, end, body, "serial", f.axes)
 
 
-def fuse(body: ir.Stmt, outer: str, inner: str, into: str = "") -> Rewritten:
+@tree.on_loops
+def fuse(f: ir.For, outer: str, inner: str, into: str = "") -> ir.Stmt:
     """The loop rewrite behind `Schedule.fuse`."""
-
-    def one(f: ir.For) -> ir.Stmt:
-        chain = tree.chain_from(f)
-        if len(chain.loops) < 2 or not tree.matches(chain.loops[1], inner):
-            why, hint = (
-                tree.in_the_way(chain, inner) if len(chain.loops) < 2 else ("", "reorder first")
-            )
-            raise illegal(f"loop {inner} is not right inside loop {outer}{why}", hint)
-        a, b = chain.loops[:2]
-        own = {a.name} | {x.var.name for x in chain.lets}
-        if ir.free_vars(b.begin) & own or ir.free_vars(b.end) & own:
-            why = f"the range of {b.name} depends on {a.name}"
-            raise illegal(why, "only rectangular loops fuse")
-        if any(ir.reduces(a, c) != ir.reduces(b, c) for c in tree.computes(chain.body)):
-            hint = "fuse loops of the output, or loops of the sum"
-            raise illegal(f"one of {a.name}, {b.name} reduces and the other does not", hint)
-        width = ir.simplify(ir.binary("-", b.end, b.begin))
-        both = ir.Var(into or a.name + b.name, a.var.dtype)
-        height = ir.simplify(ir.binary("-", a.end, a.begin))
-        axes = tuple(dict.fromkeys(a.axes + b.axes))
-        joint = ir.For(
-            both, ir.Const(0, both.dtype), ir.mul(height, width), chain.body, a.kind, axes
-        )
-        lets = (
-            ir.Let(a.var, ir.add(a.begin, ir.simplify(ir.binary("//", both, width)))),
-            ir.Let(b.var, ir.add(b.begin, ir.simplify(ir.binary("%", both, width)))),
-        )
-        return tree.build_chain(
-            replace(chain, loops=(joint, *chain.loops[2:]), lets=(*lets, *chain.lets))
-        )
-
-    return tree.rewrite_loops(body, outer, one)
+    chain = tree.chain_from(f)
+    if len(chain.loops) < 2 or not tree.matches(chain.loops[1], inner):
+        why, hint = tree.in_the_way(chain, inner) if len(chain.loops) < 2 else ("", "reorder first")
+        raise illegal(f"loop {inner} is not right inside loop {outer}{why}", hint)
+    a, b = chain.loops[:2]
+    own = {a.name} | {x.var.name for x in chain.lets}
+    if ir.free_vars(b.begin) & own or ir.free_vars(b.end) & own:
+        why = f"the range of {b.name} depends on {a.name}"
+        raise illegal(why, "only rectangular loops fuse")
+    if any(ir.reduces(a, c) != ir.reduces(b, c) for c in tree.computes(chain.body)):
+        hint = "fuse loops of the output, or loops of the sum"
+        raise illegal(f"one of {a.name}, {b.name} reduces and the other does not", hint)
+    width = ir.simplify(ir.binary("-", b.end, b.begin))
+    both = ir.Var(into or a.name + b.name, a.var.dtype)
+    height = ir.simplify(ir.binary("-", a.end, a.begin))
+    axes = tuple(dict.fromkeys(a.axes + b.axes))
+    joint = ir.For(both, ir.Const(0, both.dtype), ir.mul(height, width), chain.body, a.kind, axes)
+    lets = (
+        ir.Let(a.var, ir.add(a.begin, ir.simplify(ir.binary("//", both, width)))),
+        ir.Let(b.var, ir.add(b.begin, ir.simplify(ir.binary("%", both, width)))),
+    )
+    return tree.build_chain(
+        replace(chain, loops=(joint, *chain.loops[2:]), lets=(*lets, *chain.lets))
+    )
 
 
 def reorder(body: ir.Stmt, *order: str) -> Rewritten:
     """The loop rewrite behind `Schedule.reorder`."""
-    count = 0
-
-    def visit(x: Any) -> Any:
-        nonlocal count
-        if isinstance(x, ir.For) and any(tree.matches(x, n) for n in order):
-            count += 1
-            return _reordered(x, order)
-        return ir.rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
-
-    return visit(body), count
+    return tree.rewrite_loops(body, order, lambda f: _reordered(f, order))
 
 
 def _reordered(top: ir.For, order: tuple[str, ...]) -> ir.Stmt:
@@ -142,60 +122,44 @@ def _reordered(top: ir.For, order: tuple[str, ...]) -> ir.Stmt:
     return tree.build_chain(replace(chain, loops=loops))
 
 
-def reverse(body: ir.Stmt, loop: str, into: str = "") -> Rewritten:
+@tree.on_loops
+def reverse(f: ir.For, loop: str, into: str = "") -> ir.Stmt:
     """The loop rewrite behind `Schedule.reverse`."""
-
-    def one(f: ir.For) -> ir.Stmt:
-        if f.kind in ("vector", "pipeline"):
-            raise illegal(f"loop {f.name} is marked {f.kind}", "reverse it first, then mark it")
-        back = ir.Var(into or f"{tree.axis_name(loop)}_back", f.var.dtype)
-        last = ir.binary("-", f.end, ir.Const(1, f.var.dtype))
-        index = ir.simplify(ir.binary("-", last, back))
-        count = ir.simplify(ir.binary("-", f.end, f.begin))
-        body = ir.seq(ir.Let(f.var, index), f.body)
-        return replace(f, var=back, begin=ir.Const(0, f.var.dtype), end=count, body=body)
-
-    return tree.rewrite_loops(body, loop, one)
+    if f.kind in ("vector", "pipeline"):
+        raise illegal(f"loop {f.name} is marked {f.kind}", "reverse it first, then mark it")
+    back = ir.Var(into or f"{tree.axis_name(loop)}_back", f.var.dtype)
+    index = ir.simplify(ir.binary("-", ir.binary("-", f.end, 1), back))
+    count = ir.simplify(ir.binary("-", f.end, f.begin))
+    body = ir.seq(ir.Let(f.var, index), f.body)
+    return replace(f, var=back, begin=ir.Const(0, f.var.dtype), end=count, body=body)
 
 
-def mark(body: ir.Stmt, loop: str, kind: ir.LoopKind) -> Rewritten:
+@tree.on_loops
+def mark(f: ir.For, loop: str, kind: ir.LoopKind) -> ir.Stmt:
     """The loop rewrite behind `Schedule.mark`."""
-
-    def one(f: ir.For) -> ir.Stmt:
-        reducing = [c for c in tree.computes(f.body) if ir.reduces(f, c)]
-        if kind in ("parallel", "cta.x", "cta.y"):
-            for c in reducing:
-                if not (c.in_place and c.atomic):
-                    raise illegal(
-                        f"loop {f.name} sums into {c.out.buffer.name}: its iterations cannot be "
-                        "separate units",
-                        "make the updates atomic, or parallelise a loop of the output",
-                    )
-        if kind not in ("serial", "unroll", "vector"):
-            for c in tree.computes(f.body):
-                scatters = c.in_place and not c.reduce
-                if kind.startswith("thread") and not scatters:
-                    continue
-                if c.in_place and not c.atomic and (c.shared or not _owns_rows(f, c)):
-                    raise illegal(
-                        f"units of loop {f.name} update the same elements of {c.out.buffer.name}",
-                        "atomic(), or a format that keeps rows whole",
-                    )
-        if kind in ("vector", "thread.x", "thread.y") and f.extent is None:
-            raise illegal(f"loop {f.name} has no constant extent", "split it first")
-        if kind == "vector" and f.extent is not None and f.extent & (f.extent - 1):
-            raise illegal(
-                f"loop {f.name} has {f.extent} iterations: no register has as many lanes",
-                "split it by a power of two first",
-            )
-        if kind == "thread.x" and reducing and f.extent not in (1, 2, 4, 8, 16, 32):
-            raise illegal(
-                f"loop {f.name} reduces over {f.extent} threads: they come in powers of two, to 32",
-                "split it by a power of two first",
-            )
-        return replace(f, kind=kind, stages=0)
-
-    return tree.rewrite_loops(body, loop, one)
+    reducing = [c for c in tree.computes(f.body) if ir.reduces(f, c)]
+    if kind in ir.GRID:
+        for c in reducing:
+            if not (c.in_place and c.atomic):
+                why = f"loop {f.name} sums into {c.out.buffer.name}: it has no separate units"
+                raise illegal(why, "make the updates atomic, or parallelise a loop of the output")
+    if kind not in ("serial", "unroll", "vector"):
+        for c in tree.computes(f.body):
+            scatters = c.in_place and not c.reduce
+            if kind.startswith("thread") and not scatters:
+                continue
+            if c.in_place and not c.atomic and (c.shared or not _owns_rows(f, c)):
+                why = f"units of loop {f.name} update the same elements of {c.out.buffer.name}"
+                raise illegal(why, "atomic(), or a format that keeps rows whole")
+    if kind in ("vector", *ir.THREADS) and f.extent is None:
+        raise illegal(f"loop {f.name} has no constant extent", "split it first")
+    if kind == "vector" and f.extent is not None and f.extent & (f.extent - 1):
+        why = f"loop {f.name} has {f.extent} iterations: no register has as many lanes"
+        raise illegal(why, "split it by a power of two first")
+    if kind == "thread.x" and reducing and f.extent not in (1, 2, 4, 8, 16, 32):
+        why = f"loop {f.name} reduces over {f.extent} threads: they come in powers of two, to 32"
+        raise illegal(why, "split it by a power of two first")
+    return replace(f, kind=kind, stages=0)
 
 
 def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
@@ -216,82 +180,65 @@ def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
     return any(ir.free_vars(i) & derived if c.reduce else distinct(i) for i in c.out.index)
 
 
-def unroll(body: ir.Stmt, loop: str, factor: int = 0) -> Rewritten:
+@tree.on_loops
+def unroll(f: ir.For, loop: str, factor: int = 0) -> ir.Stmt:
     """The loop rewrite behind `Schedule.unroll`."""
-
-    def one(f: ir.For) -> ir.Stmt:
-        if f.extent is None and factor < 2:
-            hint = "unroll(loop, 4) hints the compiler"
-            raise illegal(f"loop {f.name} has no constant extent", hint)
-        if not factor and f.extent is not None and f.extent > 256:
-            raise illegal(f"loop {f.name} would be written out {f.extent} times", "split it first")
-        return replace(f, kind="unroll") if not factor else replace(f, unroll_hint=factor)
-
-    return tree.rewrite_loops(body, loop, one)
+    if f.extent is None and factor < 2:
+        hint = "unroll(loop, 4) hints the compiler"
+        raise illegal(f"loop {f.name} has no constant extent", hint)
+    if not factor and f.extent is not None and f.extent > 256:
+        raise illegal(f"loop {f.name} would be written out {f.extent} times", "split it first")
+    return replace(f, kind="unroll") if not factor else replace(f, unroll_hint=factor)
 
 
-def rfactor(body: ir.Stmt, loop: str) -> Rewritten:
+@tree.on_loops
+def rfactor(f: ir.For, loop: str) -> ir.Stmt:
     """The loop rewrite behind `Schedule.rfactor`."""
-
-    def one(f: ir.For) -> ir.Stmt:
-        if not any(ir.reduces(f, c) for c in tree.computes(f.body)):
-            raise illegal(f"loop {f.name} does not reduce", "rfactor splits a reduction")
-        if f.extent is None:
-            raise illegal(f"loop {f.name} has no constant extent", "split it first")
-        return replace(f, private=True)
-
-    return tree.rewrite_loops(body, loop, one)
+    if not any(ir.reduces(f, c) for c in tree.computes(f.body)):
+        raise illegal(f"loop {f.name} does not reduce", "rfactor splits a reduction")
+    if f.extent is None:
+        raise illegal(f"loop {f.name} has no constant extent", "split it first")
+    return replace(f, private=True)
 
 
 def atomic(body: ir.Stmt, output: str) -> Rewritten:
     """The loop rewrite behind `Schedule.atomic`."""
-    count = 0
-
-    def visit(x: Any) -> Any:
-        nonlocal count
-        if isinstance(x, ir.Compute) and x.out.buffer.name == output and x.in_place:
-            count += 1
-            if x.out.dtype not in ir.ATOMIC.get(x.op, ()):
-                raise illegal(
-                    f"no atomic {x.op} of {x.out.dtype} into {output}",
-                    f"there are {', '.join(ir.ATOMIC)} of float32, float64 and int32; "
-                    "privatize() does without",
-                )
-            return replace(x, atomic=True)
-        return x
-
-    return ir.transform(body, visit), count
+    updates = [c for c in tree.computes(body) if c.out.buffer.name == output and c.in_place]
+    for c in updates:
+        if c.out.dtype not in ir.ATOMIC.get(c.op, ()):
+            known = f"{', '.join(ir.ATOMIC)} of float32, float64 and int32"
+            hint = f"there are {known}; privatize() does without"
+            raise illegal(f"no atomic {c.op} of {c.out.dtype} into {output}", hint)
+    atomic = {id(c): replace(c, atomic=True) for c in updates}
+    return ir.transform(body, lambda x: atomic.get(id(x), x)), len(updates)
 
 
-def mma(body: ir.Stmt, rows: str, cols: str, depth: str, atom: Atom | None = None) -> Rewritten:
+@tree.on_loops
+def mma(f: ir.For, rows: str, cols: str, depth: str, atom: Atom | None = None) -> ir.Stmt:
     """The loop rewrite behind `Schedule.mma`."""
-
-    def one(f: ir.For) -> ir.Stmt:
-        chain, names = tree.chain_from(f), (rows, cols, depth)
-        paths = ((c, ir.path_to(f, c) or ()) for c in tree.computes(f))
-        below = [(c, [x for x in path if isinstance(x, ir.For)]) for c, path in paths]
-        tiles = [(c, [x for n in names for x in path if tree.matches(x, n)]) for c, path in below]
-        tiles = [(c, loops) for c, loops in tiles if len(loops) == 3]
-        c, loops = tiles[0] if len(tiles) == 1 else (None, [])
-        # Statements that share two loops of a tile are computed one tile after the other.
-        shared = len(below) > 1 and sum(x in chain.loops for x in loops) == 2
-        if c is None or not (shared or (chain.body is c and chain.loops[-3:] == tuple(loops))):
-            why, hint = tree.in_the_way(chain, depth)
-            raise illegal(
-                f"{', '.join(names)} are not the three innermost loops of one product{why}", hint
-            )
-        extents = tuple(x.extent for x in loops if x)
-        if extents not in ATOMS or (atom and atom.shape != extents):
-            shapes = atom.shape if atom else SHAPES
-            raise illegal(f"no tile operation is {extents}", f"split the loops into {shapes}")
-        products = (op == "sum" and isinstance(x, ir.Binary) and x.op == "*" for op, x in c.sums)
-        if not all(products) or not ir.reduces(loops[-1], c):
-            hint = "only sum(A[i, k] * B[k, j], over=k), and functions of it, become tiles"
-            raise illegal(f"{c.out.buffer.name} is no sum of products over {depth}", hint)
-        tiled = replace(c, mma=tuple(x.name for x in loops if x), atom=atom)
-        return ir.transform(f, lambda x: tiled if x is c else x)
-
-    return tree.rewrite_loops(body, rows, one)
+    chain, names = tree.chain_from(f), (rows, cols, depth)
+    paths = ((c, ir.path_to(f, c) or ()) for c in tree.computes(f))
+    below = [(c, [x for x in path if isinstance(x, ir.For)]) for c, path in paths]
+    tiles = [(c, [x for n in names for x in path if tree.matches(x, n)]) for c, path in below]
+    tiles = [(c, loops) for c, loops in tiles if len(loops) == 3]
+    c, loops = tiles[0] if len(tiles) == 1 else (None, [])
+    # Statements that share two loops of a tile are computed one tile after the other.
+    shared = len(below) > 1 and sum(x in chain.loops for x in loops) == 2
+    if c is None or not (shared or (chain.body is c and chain.loops[-3:] == tuple(loops))):
+        why, hint = tree.in_the_way(chain, depth)
+        raise illegal(
+            f"{', '.join(names)} are not the three innermost loops of one product{why}", hint
+        )
+    extents = tuple(x.extent for x in loops if x)
+    if extents not in ATOMS or (atom and atom.shape != extents):
+        shapes = atom.shape if atom else SHAPES
+        raise illegal(f"no tile operation is {extents}", f"split the loops into {shapes}")
+    products = (op == "sum" and isinstance(x, ir.Binary) and x.op == "*" for op, x in c.sums)
+    if not all(products) or not ir.reduces(loops[-1], c):
+        hint = "only sum(A[i, k] * B[k, j], over=k), and functions of it, become tiles"
+        raise illegal(f"{c.out.buffer.name} is no sum of products over {depth}", hint)
+    tiled = replace(c, mma=tuple(x.name for x in loops if x), atom=atom)
+    return ir.transform(f, lambda x: tiled if x is c else x)
 
 
 def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
@@ -312,14 +259,12 @@ def prefetch(body: ir.Stmt, buffer: str, loop: str, ahead: int) -> Rewritten:
             at, moving = lines.index(let) + 1, let.var
         rest, count = _prefetched(ir.seq(*lines[at:]), buffer, {moving.name: ahead_of.var})
         if not count:
-            raise tree.unknown(
-                f"loop {f.name} reads nothing of {buffer!r} by way of {moving.name}",
-                "name an operand, and a loop that its address depends on",
-            )
+            why = f"loop {f.name} reads nothing of {buffer!r} by way of {moving.name}"
+            raise tree.unknown(why, "name an operand, and a loop that its address depends on")
         known = ahead_of in lines  # by an earlier prefetch
         return replace(f, body=ir.seq(*lines[:at], *(() if known else (ahead_of,)), rest))
 
-    return tree.rewrite_loops(body, loop, one)
+    return tree.rewrite_loops(body, (loop,), one)
 
 
 def _later(v: ir.Var) -> ir.Var:

@@ -26,10 +26,8 @@ def privatize(program: ir.Program, output: str, loop: str, copies: int) -> ir.Pr
         if c.out.buffer.name == output
     ]  # fmt: skip
     if tensor.kind == "state":
-        raise illegal(
-            f"{output} is a parameter that is updated: its copies would not start from it",
-            "atomic(), or one unit",
-        )
+        why = f"{output} is a parameter that is updated: its copies would not start from it"
+        raise illegal(why, "atomic(), or one unit")
     if not any(c.in_place for c in updates):
         hint = "parallel() or bind() its loops"
         raise illegal(f"{output} is not updated in place: its units share no rows", hint)
@@ -70,10 +68,8 @@ class _Copies:
                 stages.append(tuple(self._start(n) for n in stage))
                 continue
             if len(stage) != 1 or stage[0].part >= 0:
-                raise illegal(
-                    f"{len(stage)} parts of a composed format update {self.output.name}",
-                    "atomic(), or a format that keeps rows whole",
-                )
+                why = f"{len(stage)} parts of a composed format update {self.output.name}"
+                raise illegal(why, "atomic(), or a format that keeps rows whole")
             op = updates[0].op
             stages += [(self._update(stage[0]),), (self._join(op),)]
         return replace(
@@ -97,10 +93,8 @@ class _Copies:
     def _update(self, nest: ir.Nest) -> ir.Nest:
         top = nest.body
         if not (isinstance(top, ir.For) and matches(top, self.loop)):
-            raise unknown(
-                f"{self.loop!r} is not the outermost loop that updates {self.output.name}",
-                f"the outermost is {getattr(top, 'name', 'none')}",
-            )
+            why = f"{self.loop!r} is not the outermost loop that updates {self.output.name}"
+            raise unknown(why, f"the outermost is {getattr(top, 'name', 'none')}")
         if top.kind != "serial":
             raise illegal(f"loop {top.name} is marked {top.kind}", "privatize it first")
         extent = simplify(ir.binary("-", top.end, top.begin))

@@ -32,7 +32,9 @@ def cache(
     reads = (x for c in computes(body) for e in _values(c) for x in ir.walk(e) if _is_memory(x))
     if not any(_is_of(x.buffer.name, buffer) for x in reads):
         return body, 0
-    return rewrite_loops(body, loop, lambda f: _Staging(body, f, buffer, scope, padding).result())
+    return rewrite_loops(
+        body, (loop,), lambda f: _Staging(body, f, buffer, scope, padding).result()
+    )
 
 
 def _values(c: ir.Compute) -> tuple[ir.Expr, ...]:
@@ -55,15 +57,13 @@ def pipeline(body: ir.Stmt, loop: str, stages: int) -> tuple[ir.Stmt, int]:
         lines = f.body.body if isinstance(f.body, ir.Seq) else ()
         copies = [s for s in lines if isinstance(s, ir.For) and s.kind == "threads"]
         if not copies or f.kind != "serial":
-            raise illegal(
-                f"loop {f.name} is {f.kind} and copies {len(copies)} operands to shared memory",
-                'cache(…, "shared") at a serial loop first',
-            )
+            why = f"loop {f.name} is {f.kind} and copies {len(copies)} operands to shared memory"
+            raise illegal(why, 'cache(…, "shared") at a serial loop first')
         for copy in copies:
             _check_asynchronous(copy)
         return replace(f, kind="pipeline", stages=stages)
 
-    return rewrite_loops(body, loop, one)
+    return rewrite_loops(body, (loop,), one)
 
 
 def _check_asynchronous(copy: ir.For) -> None:
@@ -72,10 +72,9 @@ def _check_asynchronous(copy: ir.For) -> None:
     lanes = prod(x.extent or 1 for x in ir.statements(copy.body) if isinstance(x, ir.For))
     nbytes = scratch.dtype.itemsize * lanes
     if nbytes not in (4, 8, 16):
-        raise illegal(
-            f"{scratch.name} is copied {nbytes} bytes at a time; asynchronous are 4, 8 or 16",
-            f"specialize() its last dimension to a multiple of {WIDE // scratch.dtype.itemsize}",
-        )
+        why = f"{scratch.name} is copied {nbytes} bytes at a time; asynchronous are 4, 8 or 16"
+        hint = f"specialize() its last dimension to a multiple of {WIDE // scratch.dtype.itemsize}"
+        raise illegal(why, hint)
     if any(isinstance(x, ir.Load) and x.buffer.scope == "shared" for x in ir.walk(copy)):
         why = f"the copy to {scratch.name} reads shared memory of the same iteration"
         raise illegal(why, "cache fewer operands")
@@ -100,11 +99,10 @@ class _Staging:
             if _is_memory(x) and _is_of(x.buffer.name, operand)
         ]
         if not accesses:
-            raise self.refuse(
-                f"loop {at.name} reads no {operand}",
-                "name the loop around the read; an epilogue is computed outside of the loops that "
-                "reduce",
+            hint = (
+                "name the loop around the read; epilogues are computed outside of loops that reduce"
             )
+            raise self.refuse(f"loop {at.name} reads no {operand}", hint)
         self.access, self.path = accesses[0]
         scopes = [[s for s in path if not isinstance(s, ir.If)] for _, path in accesses]
         if any(x != self.access for x, _ in accesses) or any(s != scopes[0] for s in scopes):
@@ -213,15 +211,11 @@ class _Staging:
         self.groups = [g for g in self.groups if g]
         for f in loops.values():
             if f.extent is None or not isinstance(f.begin, ir.Const) or f.begin.value != 0:
-                raise self.refuse(
-                    f"loop {f.name} inside {self.at.name} has a run-time extent",
-                    "split it: scratch has a constant size",
-                )
+                why = f"loop {f.name} inside {self.at.name} has a run-time extent"
+                raise self.refuse(why, "split it: scratch has a constant size")
             if f.kind in ir.THREADS and self.scope == "register":
-                raise self.refuse(
-                    f"loop {f.name} inside {self.at.name} is bound to threads, and a register "
-                    "belongs to one", 'scope="shared", or a loop inside of it',
-                )  # fmt: skip
+                why = f"loop {f.name} inside {self.at.name} is bound to threads: no registers"
+                raise self.refuse(why, 'scope="shared", or a loop inside of it')
         return list(loops.values())
 
     def _index(self) -> tuple[ir.Expr, ...]:
@@ -376,10 +370,8 @@ class _Staging:
                 if (reads and not reads & own) or self._is_of_coordinates(cond):
                     continue
                 if reads - own:
-                    raise self.refuse(
-                        f"the guard {cond} reads loops that the access does not",
-                        "split with tail='cut', or specialize the dimension",
-                    )
+                    why = f"the guard {cond} reads loops that the access does not"
+                    raise self.refuse(why, "split with tail='cut', or specialize the dimension")
                 guards.append(cond)
         return guards
 

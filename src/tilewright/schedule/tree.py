@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 from tilewright.errors import ScheduleError, illegal
@@ -131,10 +132,8 @@ def _below(
         return body
     head = loops[0]
     if not ready(head.begin, head.end):
-        raise illegal(
-            f"the range of loop {head.name} depends on loops that would be inside it",
-            "a level stays inside the levels above it",
-        )
+        why = f"the range of loop {head.name} depends on loops that would be inside it"
+        raise illegal(why, "a level stays inside the levels above it")
     return replace(head, body=_below(loops[1:], waiting, body, own, bound | {head.name}))
 
 
@@ -184,23 +183,34 @@ def matches(loop: ir.For, name: str) -> bool:
     return statement in of and (loop.name in names or loop.name.rstrip("0123456789") in names)
 
 
-def rewrite_loops(s: ir.Stmt, name: str, f: Callable[[ir.For], ir.Stmt]) -> tuple[ir.Stmt, int]:
-    """Every loop of that name below `s` replaced by `f(loop)`; how many there were."""
+def rewrite_loops(
+    s: ir.Stmt, names: tuple[str, ...], f: Callable[[ir.For], ir.Stmt]
+) -> tuple[ir.Stmt, int]:
+    """Every outermost loop of one of the names below `s` replaced by `f(loop)`; how many there
+    were."""
     count = 0
 
     def visit(x: Any) -> Any:
         nonlocal count
-        if isinstance(x, ir.For) and matches(x, name):
+        if isinstance(x, ir.For) and any(matches(x, n) for n in names):
             if isinstance(x, (ir.Merge, ir.Drain)):
-                raise illegal(
-                    f"loop {x.name} merges lists of coordinates, one after the other",
-                    "schedule the loops around it",
-                )
+                why = f"loop {x.name} merges lists of coordinates, one after the other"
+                raise illegal(why, "schedule the loops around it")
             count += 1
             return f(x)
         return rebuild(x, visit) if isinstance(x, (ir.Seq, ir.For, ir.If)) else x
 
     return visit(s), count
+
+
+def on_loops(f: Callable[..., ir.Stmt]) -> Callable[..., tuple[ir.Stmt, int]]:
+    """The verb on nests whose first argument is the name of the loops that `f` rewrites. `f` takes
+    a loop, and then the arguments of the verb."""
+
+    def verb(body: ir.Stmt, loop: str, *args: Any, **options: Any) -> tuple[ir.Stmt, int]:
+        return rewrite_loops(body, (loop,), lambda x: f(x, loop, *args, **options))
+
+    return wraps(f)(verb)
 
 
 def computes(s: ir.Stmt) -> list[ir.Compute]:

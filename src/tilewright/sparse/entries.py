@@ -43,8 +43,7 @@ class Entries:
 
 
 def _no_device(array: Any, device: str) -> Any:
-    rule = f"no runtime is loaded that copies arrays to {device}"
-    raise FormatError("F102", rule, where="device")
+    raise FormatError("F102", f"no runtime is loaded that copies to {device}", where="device")
 
 
 to_device: Callable[[Any, str], Any] = _no_device
@@ -173,15 +172,14 @@ def row_major_order(coords: Sequence[np.ndarray]) -> np.ndarray | None:
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
-    """A shape as whole numbers that an int64 coordinate can count."""
+    """A shape as Python integers, each within an int64. Raises FormatError[F102]."""
     try:
         sizes = tuple(operator.index(n) for n in shape)
     except TypeError:
         sizes = (-1,)
     if not all(0 <= n < 2**63 for n in sizes):
         rule = f"{shape!r} is not the shape of a matrix"
-        hint = "one whole number for each dimension, below 2**63"
-        raise FormatError("F102", rule, where="shape", hint=hint)
+        raise FormatError("F102", rule, where="shape", hint="an integer below 2**63 a dimension")
     return sizes
 
 
@@ -211,8 +209,7 @@ def _expanded(indptr: Any, stored: int, rows: int, *, spare: bool = False) -> np
         raise FormatError("F103", rule, where="indptr")
     if indptr[0] != 0 or indptr[-1] > stored or (indptr[-1] != stored and not spare):
         rule = f"indptr runs from {indptr[0]} to {indptr[-1]} but indices has {stored} elements"
-        hint = "take both arrays from the same matrix"
-        raise FormatError("F103", rule, where="indptr", hint=hint)
+        raise FormatError("F103", rule, where="indptr", hint="take both arrays from one matrix")
     falls = indptr[1:] < indptr[:-1]  # compared: a difference would wrap
     if falls.any():
         row = int(falls.argmax())
@@ -249,8 +246,7 @@ def _counter(shape: Sequence[int]) -> type:
 
 def check_count(values: np.ndarray, nnz: int) -> None:
     if values.shape != (nnz,):
-        rule = f"{nnz} entries but values of shape {values.shape}"
-        raise FormatError("F102", rule, where="values")
+        raise FormatError("F102", f"{nnz} entries, values of shape {values.shape}", where="values")
 
 
 # ---------------------------------------------------------------------------- values

@@ -100,8 +100,8 @@ def _reduce(op: str) -> Callable[..., Expr]:
 
     reduction.__name__ = reduction.__qualname__ = op
     reduction.__doc__ = (
-        f"The {op} of `value` over an index or a tuple of indices. `where`: a condition on the "
-        f"coordinates that count. Without any, it is the identity of {op}."
+        f"The {op} of `value` over an index or a tuple of indices, where the condition `where` "
+        f"holds; the identity of {op} where it never does."
     )
     return reduction
 

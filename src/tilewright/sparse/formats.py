@@ -62,7 +62,7 @@ class Format:
 
     @property
     def is_tight(self) -> bool:
-        """Whether only entries are stored, and what their blocks hold beside."""
+        """Whether the only explicit zeros are those in blocks that have an entry."""
         stored = [level.is_dense for level in self.levels if not level.inner]
         first = stored.index(False) if False in stored else 0
         return all(level.exact for level in self.levels) and not any(stored[first:])
@@ -114,10 +114,10 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Selects the entries of a part: columns in range `col_part` of `col_parts` equal ranges, and
-    rows with `shortest` to `longest` entries in it (inclusive; `longest` None: no limit). Beside
-    parts that store blocks it takes whole ones: ranges of columns end where blocks do, and the
-    rows of a block all count as long as the longest of them.
+    """Selects the entries of a part: those in range `col_part` of `col_parts` equal ranges of
+    columns, of the rows that have `shortest` to `longest` entries there (both included; `longest`
+    None: no limit). Where a part of the format stores blocks no block is divided: ranges of columns
+    end at multiples of its size, and a row counts as long as the longest of its block.
 
     Raises FormatError[F101]."""
 
@@ -140,7 +140,7 @@ class Where:
         return f"rows of {self.shortest}…{top} entries{cols}"
 
     def choose(self, entries: ByRow) -> tuple[np.ndarray, np.ndarray]:
-        """The mask of the rows it takes, and the numbers of the entries."""
+        """A bool mask of the selected rows, and the numbers of the selected entries."""
         numbers, length = entries.of_columns(self.col_part, self.col_parts)
         longest = entries.over_blocks(np.maximum, length)
         rows = longest >= self.shortest
@@ -151,10 +151,9 @@ class Where:
 
 
 class ByRow:
-    """Entries in the order of their rows, as the parts of a composed format choose from them.
-
-    A part costs what it takes: rows are ranges, found once for each range of columns. `blocks`: the
-    size, along each dimension, of the blocks that parts take whole."""
+    """The entries of a matrix, sorted by row, from which `Where` selects those of a part. `coords`:
+    one array (nnz,) a dimension; `blocks`: the size, along each dimension, of the blocks that no
+    part may divide. The row lengths of a range of columns are counted once."""
 
     def __init__(
         self, coords: Sequence[np.ndarray], shape: tuple[int, ...], blocks: tuple[int, ...] = (1, 1)
@@ -189,13 +188,14 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Composed:
-    """A = Σ parts. Each part is a `Where` (or any object with its `choose`) and a `Format`.
+    """A matrix as the sum of parts. Each is a `Where` (or any object with its `choose`), which
+    selects entries, and the `Format` that stores them.
 
-    `disjoint_rows`: no row is in two parts; `covers_rows`: every row is in one, and stored there
-    without entries too. Both are promises that packing checks, and so is that no block (of the
-    common multiple of the parts' sizes) lies in two parts: each coordinate is stored once. Raises
-    FormatError[F101], also for `covers_rows` with a part that cannot store an empty row: one that
-    stores columns first, or a row for each entry.
+    Packing checks that each entry is in one part, and that no block is divided between parts
+    (FormatError[F106]). It checks two promises too: `disjoint_rows`, no row is in two parts, and
+    `covers_rows`, every row is in a part and stored there, an empty one too. Raises
+    FormatError[F101], also for `covers_rows` with a part that cannot store an empty row: one whose
+    outermost level is of columns, or of single entries.
     """
 
     name: str
@@ -233,25 +233,25 @@ class Composed:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """The size along each dimension of the blocks that its parts take whole."""
+        """The size along each dimension of the blocks that no part may divide."""
         return tuple(map(math.lcm, *(f.blocks for f in self.formats)))
 
     @property
     def unique_rows(self) -> bool:
-        """Whether each row of the result is written by only one part: parts share no rows, and list
-        those they have. A dense or blocked level of rows also visits rows of other parts."""
+        """Whether the loops of only one part visit each row: parts share no rows, and each lists
+        its own. Loops over a dense or blocked level of rows visit those of other parts too."""
         return self.disjoint_rows and all(lists_rows(f.levels[0]) for _, f in self.parts)
 
     @property
     def repeats(self) -> bool:
-        """Whether a coordinate that is no entry of a part may be stored there and in others."""
+        """Whether a coordinate without an entry may be stored at several positions."""
         return any(f.repeats or not f.is_tight for f in self.formats)
 
     pack = Format.pack
 
     def split(self, coords: Sequence[np.ndarray], shape: tuple[int, ...]) -> Iterator[Chosen]:
-        """What each part takes of the entries at `coords`, in the order of their rows: the format,
-        the numbers of the entries, and, where all rows are covered, those of its rows. Raises
+        """Divides entries at `coords`, sorted by row, among the parts: the format of each, the
+        numbers of its entries, and those of its rows where all rows are covered. Raises
         FormatError[F106]."""
         counter = np.min_scalar_type(len(self.parts))  # an entry in all of them must not wrap it
         of_entry, of_row = np.zeros(len(coords[0]), counter), np.zeros(shape[0], counter)
@@ -384,8 +384,7 @@ def csr() -> Format:
 
 def csf(ndim: int) -> Format:
     """Compressed sparse fibres: each dimension lists the coordinates that have entries."""
-    if not isinstance(ndim, int) or ndim < 1:
-        raise FormatError("F101", f"csf({ndim!r})", hint="a number of dimensions, at least 1")
+    ndim = integer(f"csf({ndim!r})", "ndim", ndim, 1)
     return Format(f"csf({ndim})", tuple(Compressed(d) for d in range(ndim)))
 
 
@@ -405,12 +404,13 @@ def dcsr(name: str = "dcsr") -> Format:
 
 
 def coo() -> Format:
-    """One row and one column for each entry."""
+    """Coordinates: a row index and a column index for each entry, sorted by row."""
     return Format("coo", (Compressed(0, chunk=-1), Singleton(1)))
 
 
 def ell(width: int) -> Format:
-    """`width` slots for every row. Raises FormatError[F101]."""
+    """ELLPACK: every row padded to `width` entries. Raises FormatError[F101]; packing a longer row
+    raises F108."""
     width = integer(f"ell({width!r})", "width", width)
     return Format(f"ell({width})", (Dense(0), Fixed(1, width=width)))
 
@@ -430,10 +430,7 @@ def bsr(block: int) -> Format:
     """Dense `block × block` tiles under compressed rows of tiles. Raises FormatError[F101].
 
     What a tile holds beside its entries are explicit zeros, and explicit zeros are stored
-    coordinates: a reduction over a row ranges over them too, so `min`, `max` and `prod` see the 0,
-    or the fill of the tensor: with `fill=inf`, in the program and in `pack`, a `min` is that of the
-    entries.
-    """
+    coordinates, which reductions see: as `ragged` says."""
     block = integer(f"bsr({block!r})", "block", block, 1)
     inside = (Dense(dim, block=block, inner=True) for dim in (0, 1))
     return Format(f"bsr({block})", (Dense(0, block=block), Compressed(1, block=block), *inside))
@@ -447,8 +444,8 @@ def dbsr(block: int) -> Format:
 
 
 def bucket(width: int, *, split: bool = False) -> Format:
-    """A list of rows (pieces of rows, with `split`) of at most `width` entries, padded to
-    `width`. Raises FormatError[F101]."""
+    """A list of rows of at most `width` entries, padded to `width`; with `split` longer rows are
+    cut into pieces. Raises FormatError[F101]."""
     width = integer(f"bucket({width!r})", "width", width)
     rows = Compressed(0, chunk=width if split else 0)
     return Format(f"bucket({width}{', split' if split else ''})", (rows, Fixed(1, width=width)))
@@ -468,8 +465,7 @@ def hyb(
     buckets = _widths(call, buckets)
     col_parts = integer(call, "col_parts", col_parts, 1, MOST_PARTS // (len(buckets) + 1))
     if long_rows not in ("csr", "split"):
-        hint = "csr or split"
-        raise FormatError("F101", f"long_rows={long_rows!r}", where="long_rows", hint=hint)
+        raise FormatError("F101", f"long_rows={long_rows!r}", where="long_rows", hint="csr, split")
     cuts_rows = long_rows == "split"
     disjoint = col_parts == 1 and not cuts_rows
     lows = (1, *(w + 1 for w in buckets[:-1]))

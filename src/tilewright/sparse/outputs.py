@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.ir import nodes as ir
 from tilewright.ir.nodes import Access, Expr, Index, Tensor, as_expr
 from tilewright.ir.rewrite import free_indices, free_vars, rename_reductions, walk, zero_unless
@@ -25,7 +24,7 @@ class Output:
 
     role: ir.Role
     name: str = ""
-    dtype: DType | None = None
+    dtype: dtypes.DType | None = None
     structure_of: Tensor | None = None
 
     def like(self, tensor: Tensor) -> Output:
@@ -75,10 +74,8 @@ class Update:
 
     def _append(self, to: Access, value: Expr, over: Index, where: Expr) -> Tensor:
         if len(to.coords) != 1 or not isinstance(over, Index):
-            raise refusal(
-                "P104", f"append to {to} over {over!r}: a list has one dimension, and one index "
-                "runs along it", hint="tw.update(C).append[start[i]](value, over=j, where=…)",
-            )  # fmt: skip
+            rule = f"append to {to} over {over!r}: a list has one dimension, and `over` one index"
+            raise refusal("P104", rule, hint="tw.update(C).append[at[i]](value, over=j, where=…)")
         body = zero_unless(condition_of("append", where), ir.cast(value, self.tensor.dtype))
         return replace(self, op="")._assign(to, ir.Reduce("append", (over,), body, body.dtype))
 
@@ -105,15 +102,11 @@ def _check_reads_of_updated(to: Access, value: Expr, op: str) -> None:
     """Refuses reads of an updated tensor at other coordinates than those of the update: updates
     run in no fixed order, so such a read could see either value."""
     plain = all(isinstance(c, Index) for c in to.coords)
-    for x in walk(value):
-        if not isinstance(x, Access) or x.tensor.name != to.tensor.name:
-            continue
-        if x.coords != to.coords or not plain or op:
-            raise refusal(
-                "P103", f"{to} is updated from {x}, which another update may have changed",
-                hint=f"tw.update({to.tensor.name}).add[…](value) adds; else read from another "
-                "parameter, or write to an output",
-            )  # fmt: skip
+    for x in walk(value, Access):
+        if x.tensor.name == to.tensor.name and (x.coords != to.coords or not plain or op):
+            rule = f"{to} is updated from {x}, which another update may have changed"
+            hint = f"tw.update({to.tensor.name}).add[…](value) to add; else write to an output"
+            raise refusal("P103", rule, hint=hint)
 
 
 def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
@@ -139,15 +132,10 @@ def _assign(output: Output, coords: tuple[Any, ...], value: Expr) -> Tensor:
         rule = f"{name} has the structure of {like.name} but other dimensions"
         hint = "those of the structure, then dense ones: tw.temp.like(A)[i, j, head]"
         raise refusal("P103", rule, hint=hint)
-    tensor = Tensor(
-        name,
-        tuple(c.dim for c in coords),
-        dtype,
-        output.role,
-        structure=like.structure if like else "",
-        format=like.format if like else None,
-        inner=len(coords) - own if like else 0,
-    )
+    tensor = Tensor(name, tuple(c.dim for c in coords), dtype, output.role)
+    if like is not None:
+        inner = len(coords) - own
+        tensor = replace(tensor, structure=like.structure, format=like.format, inner=inner)
     trace.tensors[name] = tensor
     trace.body.append(_statement(Access(tensor, coords, dtype), value))
     return tensor
@@ -160,29 +148,20 @@ def _statement(to: Access, value: Expr, op: str = "") -> ir.Assign:
     return ir.Assign(to, ir.cast(rename_reductions(value, bound), to.dtype), op)
 
 
-def _output_dtype(value: Expr) -> DType:
+def _output_dtype(value: Expr) -> dtypes.DType:
     """A float result takes the dtype of the last dense float activation, as a matrix product
     does."""
     if not value.dtype.is_float:
         return value.dtype
-    floats = [
-        x.dtype
-        for x in walk(value)
-        if isinstance(x, Access)
-        and x.dtype.is_float
-        and x.tensor.kind == "activation"
-        and x.tensor.role != "temp"
-        and not x.tensor.is_sparse
-        and x.tensor.dims
-    ]
+    read = [x.tensor for x in walk(value, Access) if x.tensor.dims and not x.tensor.is_sparse]
+    own = [t.dtype for t in read if t.kind == "activation" and t.role != "temp"]
+    floats = [t for t in own if t.is_float]
     return floats[-1] if floats and floats[-1].bits <= value.dtype.bits else value.dtype
 
 
 def _check_bound(coords: tuple[Expr, ...], value: Expr) -> None:
     """Every index is in the coordinates or under a reduction, and runs over one dimension."""
-    for x in walk(value):
-        if not isinstance(x, Access):
-            continue
+    for x in walk(value, Access):
         for c, dim in zip(x.coords, x.tensor.dims, strict=True):
             if isinstance(c, Index) and c.dim != dim:
                 rule = f"{c.name} runs over {c.dim} but means {dim} in {x}"

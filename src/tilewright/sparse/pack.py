@@ -73,7 +73,7 @@ class Structure:
 
     @property
     def padding(self) -> float:
-        """The share of stored slots that hold no entry."""
+        """The share of positions without an entry, from 0 to 1."""
         stored = sum(p.size for p in self.parts)
         return 1 - self.nnz / stored if stored else 0.0
 
@@ -103,9 +103,9 @@ class Structure:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """A sparse tensor: a structure and one array of values for each part. Slots without an entry
-    (the rest of a block, a gap of a ragged row, padding) hold `fill`. Each slot
-    of a result may hold an array, of shape `inner`."""
+    """A sparse tensor: its structure, and an array of values for each part of the format, of shape
+    (positions, *inner): results may hold an array of shape `inner` at each position. Positions
+    without an entry (the rest of a block, a gap of a ragged row, padding) hold `fill`."""
 
     structure: Structure
     values: tuple[Any, ...]
@@ -131,7 +131,7 @@ class Packed:
 
     @property
     def padding(self) -> float:
-        """The share of stored slots that hold no entry."""
+        """The share of positions without an entry, from 0 to 1."""
         return self.structure.padding
 
     def with_values(self, values: Any, *, dtype: Any = None) -> Packed:
@@ -146,7 +146,7 @@ class Packed:
         wanted = kind if dtype is None else dtypes.dtype(dtype)
         array = entries.converted(array, kind, wanted)
         arrays = tuple(_scatter(p, array, wanted, self.fill) for p in self.structure.parts)
-        return Packed(self.structure, _placed(arrays, self.device), wanted, self.fill)
+        return Packed(self.structure, _on_device(arrays, self.device), wanted, self.fill)
 
     repack_values = with_values
 
@@ -158,13 +158,13 @@ class Packed:
         return out
 
     def unpack(self) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-        """Coordinates (one array a dimension) and values of what is stored, in row-major order;
-        padding is left out, explicit zeros inside dense levels are not."""
+        """The stored coordinates, an int64 array (stored,) a dimension, and their values
+        (stored, *inner), in row-major order; with explicit zeros, without padding."""
         coords, at = self.structure.stored()
         return coords, np.concatenate([entries.stored(v, self.dtype) for v in self.values])[at]
 
     def dense(self) -> np.ndarray:
-        """The dense array, with `fill` where nothing is stored."""
+        """The tensor as a NumPy array (*shape, *inner), with `fill` where nothing is stored."""
         coords, values = self.unpack()
         out = np.full(
             (*self.shape, *self.inner), entries.filling(self.fill, self.dtype), self.dtype.numpy
@@ -185,7 +185,7 @@ class Packed:
             for p in s.parts
         )
         moved = Structure(s.format, s.shape, parts, s.nnz, s.index_dtype, device)
-        return replace(self, structure=moved, values=_placed(values, device))
+        return replace(self, structure=moved, values=_on_device(values, device))
 
     def __str__(self) -> str:
         lines = [self.structure._text(f" {self.dtype}")]
@@ -235,9 +235,9 @@ def _pack(
     if len(shape) != fmt.ndim:
         rule = f"{fmt} stores {fmt.ndim} dimensions, the matrix has {len(shape)}"
         raise FormatError("F102", rule, where="matrix")
-    array, kind = (
-        (matrix.values, matrix.dtype) if values is None else entries.values_of(values, "values")
-    )
+    array, kind = matrix.values, matrix.dtype
+    if values is not None:
+        array, kind = entries.values_of(values, "values")
     entries.check_count(array, matrix.nnz)
     wanted = kind if dtype is None else dtypes.dtype(dtype)
     array = entries.converted(array, kind, wanted)
@@ -245,10 +245,8 @@ def _pack(
     coords = [c if order is None else c[order] for c in matrix.coords]
     if isinstance(fmt, Composed):  # which counts the entries of each row
         _check_positions(fmt, shape[0])
-    parts = [
-        _pack_part(f, coords, shape, mine, roots, order)
-        for f, mine, roots in fmt.split(coords, shape)
-    ]
+    takes = fmt.split(coords, shape)
+    parts = [_pack_part(f, coords, shape, mine, roots, order) for f, mine, roots in takes]
     chosen = _index_type(index, max([matrix.nnz, *shape, *(n for p in parts for n in p.counts)]))
     parts = tuple(
         replace(p, arrays=tuple(
@@ -335,7 +333,7 @@ def _read_only(array: Any) -> Any:
     return array
 
 
-def _placed(arrays: tuple[np.ndarray, ...], device: str) -> tuple[Any, ...]:
+def _on_device(arrays: tuple[np.ndarray, ...], device: str) -> tuple[Any, ...]:
     return arrays if device == "cpu" else tuple(entries.to_device(a, device) for a in arrays)
 
 

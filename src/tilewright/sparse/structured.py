@@ -6,7 +6,7 @@
     n_m(2, 4)        dense(d0) dense(d1/4) nofm(d1%4, 2)
     paged(16)        dense(d0) paged(d1, page=16)
 
-Bands, diagonals, N:M and pages store explicit zeros beside the entries: see `formats.bsr`.
+Bands, diagonals, N:M and pages store explicit zeros beside the entries: see `formats.ragged`.
 """
 
 from __future__ import annotations

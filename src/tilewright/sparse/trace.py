@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.errors import ProgramError
 from tilewright.ir.nodes import Cast, Kind, Program, Tensor
 from tilewright.ir.rewrite import walk
 from tilewright.sparse.expressions import *  # noqa: F403 - the language is imported from here
+from tilewright.sparse.formats import plain
 from tilewright.sparse.outputs import out, temp, update  # noqa: F401
 from tilewright.sparse.tracing import Trace, checked_name, refusal, tracing
 
@@ -34,7 +34,7 @@ class Declared:
     """What a parameter's default value says of it; `trace` turns it into a `Tensor`."""
 
     dims: tuple[str | int, ...]
-    dtype: DType | None = None
+    dtype: dtypes.DType | None = None
     is_sparse: bool = False
     like: str = ""
     fill: float = 0.0
@@ -78,14 +78,11 @@ def scalar(dtype: Any = "float32", default: float | None = None) -> Any:
 
 
 def trace(
-    function: Callable[..., Any],
-    dtypes_by_name: dict[str, DType],
-    formats: dict[str, Any],
-    default: Callable[[int], Any],
+    function: Callable[..., Any], dtypes_by_name: dict[str, dtypes.DType], formats: dict[str, Any]
 ) -> Program:
     """Run `function` on symbols. `dtypes_by_name` overrides the dtypes of parameters. `formats` has
-    the formats of sparse parameters; the others have `default` of their number of dimensions.
-    Raises ProgramError."""
+    the formats of sparse parameters; the others are stored as `formats.plain` says. Raises
+    ProgramError."""
     declared = {n: p.default for n, p in inspect.signature(function).parameters.items()}
     line = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
     with tracing(function.__name__) as t:
@@ -95,7 +92,7 @@ def trace(
                 hint = f'give it a default: {name}=tw.dense("m n")'
                 raise ProgramError("P101", rule, where=line, hint=hint)
             checked_name(name, "a parameter")
-            t.tensors[name] = _parameter(name, d, declared, dtypes_by_name, formats, default, line)
+            t.tensors[name] = _parameter(name, d, declared, dtypes_by_name, formats, line)
         returned = function(**t.tensors)
         results = returned if isinstance(returned, tuple) else (returned,)
         program = Program(t.name, "coordinates", _in_order(t, results, line), tuple(t.body))
@@ -109,33 +106,27 @@ def _in_order(t: Trace, results: tuple[Any, ...], line: str) -> tuple[Tensor, ..
     outputs = {n: x for n, x in t.tensors.items() if x.role == "output"}
     computed = [n for n, x in outputs.items() if x.kind != "state"]
     updated = set(outputs) - set(computed)
-    if (
-        not t.body
-        or sorted(set(names) - updated) != sorted(computed)
-        or len(set(names)) != len(names)
-    ):
-        raise ProgramError(
-            "P101", f"{t.name} must return what it computes, each output once: it returns "
-            f"{', '.join(names)} and computes {', '.join(outputs) or 'nothing'}", where=line,
-            hint="return tw.out[i](…)",
-        )  # fmt: skip
+    is_complete = sorted(set(names) - updated) == sorted(computed)
+    if not t.body or not is_complete or len(set(names)) != len(names):
+        pair = f"it returns {', '.join(names)} and computes {', '.join(outputs) or 'nothing'}"
+        rule = f"{t.name} must return what it computes, each output once: {pair}"
+        raise ProgramError("P101", rule, where=line, hint="return tw.out[i](…)")
     returned = [outputs[n] for n in names if n in computed]
     return (*(x for n, x in t.tensors.items() if n not in computed), *returned)
 
 
 def _check_dtypes(program: Program, line: str) -> None:
     """float8 arrays can be viewed and handed on; no target computes with them yet."""
-    casts = (x.dtype for s in program.body for x in walk(s.value) if isinstance(x, Cast))
+    casts = (x.dtype for s in program.body for x in walk(s.value, Cast))
     for kind in (*(t.dtype for t in program.tensors), *casts):
         if kind.is_float and kind.bits < 16:
-            rule = f"{program.name} computes with {kind}"
             hint = "convert to float16 or bfloat16 before the call"
-            raise ProgramError("P106", rule, where=line, hint=hint)
+            raise ProgramError("P106", f"{program.name} computes in {kind}", where=line, hint=hint)
 
 
 def _parameter(
-    name: str, d: Declared, declared: dict[str, Any], dtypes_by_name: dict[str, DType],
-    formats: dict[str, Any], default: Callable[[int], Any], line: str,
+    name: str, d: Declared, declared: dict[str, Any], dtypes_by_name: dict[str, dtypes.DType],
+    formats: dict[str, Any], line: str,
 ) -> Tensor:  # fmt: skip
     dtype = dtypes_by_name.get(name) or d.dtype or dtypes.float32
     if d.default is not None:
@@ -148,7 +139,7 @@ def _parameter(
     if not isinstance(other, Declared) or not other.is_sparse or other.dims != d.dims:
         rule = f"{name} is like {owner!r}, which is no sparse parameter of its dimensions"
         raise ProgramError("P101", rule, where=line)
-    fmt = formats.get(owner) or default(len(d.dims))
+    fmt = formats.get(owner) or plain(len(d.dims))
     if fmt.ndim != len(d.dims):
         rule = f"{fmt} stores {fmt.ndim} dimensions, {name} has {len(d.dims)}"
         raise ProgramError("P107", rule, where=line)

@@ -20,28 +20,28 @@ from tilewright.toolchain import disk_cache
 
 @dataclass(frozen=True, slots=True)
 class Isa:
-    """An instruction set: CPU features it needs, compiler flags, width of a vector register."""
+    """An instruction set: CPU features it needs, as Linux names them, and the width of a vector
+    register."""
 
     name: str
-    needs: frozenset[str]
-    flags: tuple[str, ...]
+    needs: tuple[str, ...]
     vector_bits: int
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The compiler's flags."""
+        wide = ("-mprefer-vector-width=512",) * (self.vector_bits == 512)
+        return (*(f"-m{feature.replace('_', '')}" for feature in self.needs), *wide)
 
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
-_AVX2_NEEDS = frozenset({"avx2", "fma", "f16c"})
-_AVX512_NEEDS = _AVX2_NEEDS | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
 # Best first; the last one runs on every CPU of its family (SSE2 on x86-64, NEON on aarch64).
-ISAS: dict[str, Isa] = {
-    "avx512bf16": Isa(
-        "avx512bf16", _AVX512_NEEDS | {"avx512_bf16"}, (*_AVX2, *_AVX512, "-mavx512bf16"), 512
-    ),
-    "avx512": Isa("avx512", _AVX512_NEEDS, _AVX2 + _AVX512, 512),
-    "avx2": Isa("avx2", _AVX2_NEEDS, _AVX2, 256),
-    "baseline": Isa("baseline", frozenset(), (), 128),
-}
+_BY_QUALITY = (
+    Isa("avx512bf16", (*_AVX512, "avx512_bf16"), 512), Isa("avx512", _AVX512, 512),
+    Isa("avx2", _AVX2, 256), Isa("baseline", (), 128),
+)  # fmt: skip
+ISAS: dict[str, Isa] = {isa.name: isa for isa in _BY_QUALITY}
 
 # IEEE results, except that a*b+c may be fused, and that errno and traps are not set. Integers wrap
 # around, so that the compiler keeps guards against coordinates that overflowed.
@@ -73,10 +73,10 @@ def cpu_features() -> frozenset[str]:
 
 def runnable(isa: str) -> bool:
     """Whether this CPU executes an instruction set of `ISAS`."""
-    return ISAS[isa].needs <= cpu_features()
+    return cpu_features().issuperset(ISAS[isa].needs)
 
 
-def resolve_isa(isa: str | None = None) -> Isa:
+def resolve_isa(isa: str = "") -> Isa:
     """The instruction set to compile for: the argument, else the `isa` knob, else this CPU's best.
 
     Raises KnobError[K101] for a bad knob, BuildError[B103] for an unknown name, or one that this
@@ -92,10 +92,9 @@ def resolve_isa(isa: str | None = None) -> Isa:
             raise KnobError("K101", f"TILEWRIGHT_ISA={asked!r} is not one of {known}", where=where)
         raise BuildError("B103", f"unknown instruction set {asked!r}", hint=known)
     if not runnable(asked):
-        missing = ", ".join(sorted(ISAS[asked].needs - cpu_features()))
-        text = f"this CPU cannot run {asked} code: it lacks {missing}"
+        missing = ", ".join(sorted({*ISAS[asked].needs} - cpu_features()))
         hint = "without a name, the best instruction set of this CPU is used"
-        raise BuildError("B103", text, hint=hint)
+        raise BuildError("B103", f"this CPU cannot run {asked} code: it lacks {missing}", hint=hint)
     return ISAS[asked]
 
 

@@ -30,13 +30,13 @@ def compile_cpp(
     source: str,
     *,
     name: str = "",
-    isa: str | None = None,
+    isa: str = "",
     flags: Sequence[str] = (),
     full_link: bool = False,
 ) -> Path:
     """The file of the library of one translation unit, compiled unless it is in the cache.
 
-    `name` is the kernel's, for errors. `isa` is a name of `compilers.ISAS` (None: this CPU's).
+    `name` is the kernel's, for errors. `isa` is a name of `compilers.ISAS` (empty: this CPU's).
     Functions to load are `extern "C"` with default visibility. `flags` are appended; `full_link`
     adds the C++ library, start files and threads, which kernels do without.
     Raises BuildError: B101 with the compiler's message, B102 without a working compiler, B103 for
@@ -46,9 +46,7 @@ def compile_cpp(
     return disk_cache.find("so", job.key) or disk_cache.put("so", job.key, job.run())
 
 
-def load_cpp(
-    source: str, *, name: str = "", isa: str | None = None, full_link: bool = False
-) -> ctypes.CDLL:
+def load_cpp(source: str, *, name: str = "", isa: str = "", full_link: bool = False) -> ctypes.CDLL:
     """`compile_cpp`, then `load`. Works also while other processes empty the cache, and where its
     disk is mounted noexec: the library is then loaded from a temporary folder of this process."""
     job = _job(source, name, isa, (), full_link)
@@ -143,7 +141,7 @@ class _Job:
         return refusal(str(self.compiler), self.name, log, self.source, self.key)
 
 
-def _job(source: str, name: str, isa: str | None, flags: Sequence[str], full_link: bool) -> _Job:
+def _job(source: str, name: str, isa: str, flags: Sequence[str], full_link: bool) -> _Job:
     compiler = compilers.find_compiler()
     all_flags = (*compilers.COMMON_FLAGS, *compilers.resolve_isa(isa).flags, *flags)
     link = compilers.FULL_LINK if full_link else compilers.BARE_LINK

@@ -259,8 +259,7 @@ def _temporary() -> Cache:
             folder = tempfile.mkdtemp(prefix="tilewright-")
         except OSError as error:
             hint = "set TILEWRIGHT_CACHE_DIR or TMPDIR to a folder that can be written"
-            text = f"no temporary folder can be made: {error}"
-            raise BuildError("B105", text, hint=hint) from None
+            raise BuildError("B105", f"no temporary folder: {error}", hint=hint) from None
         _private[:] = [Cache(Path(folder))]
         atexit.register(_remove_temporary, os.getpid(), folder)
     return _private[0]

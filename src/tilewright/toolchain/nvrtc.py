@@ -88,8 +88,7 @@ def compile_cuda(
             compiler = f"NVRTC ({toolkit_version()}, {' '.join(options)})"
             raise refusal(compiler, name, "\n".join(lines), source, key)
         if not image:
-            text = f"NVRTC made no cubin from {options[0]}: not a real architecture?"
-            raise BuildError("B101", text)
+            raise BuildError("B101", f"no cubin for {options[0]}: is it a real architecture?")
         disk_cache.count_compiled(f"{name or 'CUDA C++'} for {arch}", began)
         stored = _pack(image, parse_resources(log))
         disk_cache.put("cubin", key, stored)

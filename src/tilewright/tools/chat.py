@@ -158,7 +158,10 @@ def _turn(llm: LLM, messages: list[dict[str, str]], question: str, options: dict
     answer: list[str] = []
     stopped = False
     try:
-        prompt = _within_context(llm, messages, asked) if llm.template else question
+        if llm.template and (left_out := llm.too_many([*messages, asked])):
+            del messages[:left_out]  # the oldest turns: they leave no room for an answer
+            print(f"[the {left_out} oldest messages no longer fit]")
+        prompt = [*messages, asked] if llm.template else question
         for piece in llm.stream(prompt, **options):
             answer.append(piece)
             print(piece, end="", flush=True)
@@ -175,18 +178,6 @@ def _turn(llm: LLM, messages: list[dict[str, str]], question: str, options: dict
     r = llm.latest
     read = f"{r.prompt_tokens - r.cached} + {r.cached} cached tokens read at {r.rates[0]:.0f}/s"
     print(f"\n[{read}, {r.answered} written at {r.rates[1]:.0f}/s]")
-
-
-def _within_context(
-    llm: LLM, messages: list[dict[str, str]], asked: dict[str, str]
-) -> list[dict[str, str]]:
-    """The conversation with its next question. Removes the oldest turns from the history if they
-    leave no room for an answer."""
-    left_out = llm.too_many([*messages, asked])
-    if left_out:
-        del messages[:left_out]
-        print(f"[the {left_out} oldest messages no longer fit]")
-    return [*messages, asked]
 
 
 def _report(llm: LLM, opened_s: float, first_s: float) -> None:

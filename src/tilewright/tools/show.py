@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from string import Template
 from traceback import extract_tb
 
 from tilewright import compiler
@@ -175,8 +176,8 @@ def _ends(stages: list[Stage]) -> list[Stage]:
 def html(title: str, programs: dict[str, list[Stage]]) -> str:
     """The page for the stages of each program: one file with its style and script. Every stage
     is beside the one before it; lines that a pass changed are marked on both sides."""
-    files = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
-    style, script = (file.read_text(encoding="utf-8") for file in files)
+    files = (Path(__file__).with_name(name) for name in ("page.html", "page.css", "page.js"))
+    page, style, script = (file.read_text(encoding="utf-8") for file in files)
     menu, body, number = [], [], 0
     for name, stages in programs.items():
         menu.append(f"<h2>{escape(name)}</h2>")
@@ -194,16 +195,8 @@ def html(title: str, programs: dict[str, list[Stage]]) -> str:
             body.append(f'<details id="s{number}" open><summary>{head}</summary>{inner}</details>')
             if stage.level not in GENERATED:
                 before = stage.text
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}: stages</title><style>{style}</style></head>\n"
-        f'<body><nav aria-label="stages">{"".join(menu)}</nav>\n<main><h1>{escape(title)}</h1>'
-        "<p>Each stage on the right, the one before it on the left; changed lines are marked.</p>"
-        '<p><button onclick="all(true)">open all</button>'
-        '<button onclick="all(false)">close all</button></p>\n'
-        f"{chr(10).join(body)}\n</main><script>{script}</script></body></html>\n"
-    )
+    parts = {"style": style, "script": script, "menu": "".join(menu), "body": "\n".join(body)}
+    return Template(page).substitute(parts, title=escape(title))
 
 
 def _rows(old: list[str], new: list[str]) -> Iterator[str]:

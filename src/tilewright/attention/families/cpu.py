@@ -90,10 +90,8 @@ def _prepare(call: Call) -> Prepared:
     work |= {"qo_indptr": plan.qo_indptr.ctypes.data, "items": plan.items.ctypes.data}
     block = params_struct(spec, (*ITEMS, *PARTIALS)).pack(**call.values, **work)
     launch = (body, ctypes.addressof(block), len(plan.items), 1, False)
-    array = pool.launch_array([launch])
-    run, address = pool.pool().run, ctypes.addressof(array)
-    keep = (library, partials, counters, block, array)
-    return Prepared(launch, lambda: run(address, 1), text, keep)
+    keep = (library, partials, counters, block)
+    return Prepared(launch, pool.pool().prepare([launch]), text, keep)
 
 
 FAMILY = Family("cpu", "cpu", rows, "request", 0, lambda spec, n, pool: "", _prepare, shares=True)

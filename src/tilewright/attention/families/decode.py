@@ -98,9 +98,8 @@ def source(spec: Spec, together: int, blocks: int) -> str:
     """The CUDA C++ of one kernel; `together`: KV heads of one range; `blocks` of 8 packed rows."""
     numbers = {
         "D": spec.head_dim, "G": spec.group, "BLOCKS": blocks, "WIDE_BLOCKS": WIDE_BLOCKS,
-        "WIDE_GROUPS": WIDE_GROUPS,
-        "HEAD_BLOCK": together, "WARPS": WARPS, "STAGES": STAGES, "CTAS": CTAS_PER_SM,
-        "MAX_KEYS": MAX_KEYS,
+        "WIDE_GROUPS": WIDE_GROUPS, "HEAD_BLOCK": together, "WARPS": WARPS, "STAGES": STAGES,
+        "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS,
     }  # fmt: skip
     types = f"using Element = uint16_t;\nusing Kind = tw::{spec.kv.name}_bits;"
     text = namespace("attention", *constants(numbers), types)
@@ -133,12 +132,9 @@ def _prepare(call: Call) -> Prepared:
     else:
         ctas, work, keep = plan.ctas, plan.params(), (plan,)
     text = source(spec, together, blocks)
-    block = params_struct(spec).pack(**values, **work)
-    shape = (ctas, 1, 1)
-    smem = smem_bytes(spec, blocks)
-    launch = loaded(text, ordinal).prepare(shape, (THREADS, 1, 1), smem, block, overlaps=True)
-
-    planned = plan.requests, plan.tokens
+    block, cta = params_struct(spec).pack(**values, **work), (THREADS, 1, 1)
+    smem, planned = smem_bytes(spec, blocks), (plan.requests, plan.tokens)
+    launch = loaded(text, ordinal).prepare((ctas, 1, 1), cta, smem, block, overlaps=True)
 
     def run() -> None:
         if (plan.requests, plan.tokens) != planned:

@@ -8,7 +8,6 @@ from typing import ClassVar
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.ir.levels.level import Built, Level, Parents, Storage, Types
 from tilewright.ir.nodes import Const, Expr, binary, cast, select
 from tilewright.ir.rewrite import add, ceil_div, mul
@@ -64,7 +63,7 @@ class Bitmap(Level):
         return ", counted" if self.counted else ""
 
 
-def _ones(word: Expr, kind: DType) -> Expr:
+def _ones(word: Expr, kind: dtypes.DType) -> Expr:
     """How many bits of at most 14 are set. Each bit is kept in one of four copies of the word, as a
     digit of a number in base 16; modulo 15 that is the sum of its digits.
 

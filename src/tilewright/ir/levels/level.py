@@ -10,13 +10,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.dtypes import DType
 from tilewright.errors import FormatError
 from tilewright.ir.nodes import Buffer, Const, Expr, binary, select
 from tilewright.ir.rewrite import add, is_const, mul
 
 Arrays = dict[str, np.ndarray]
-Types = Mapping[str, DType | None]
+Types = Mapping[str, dtypes.DType | None]
 Built = tuple[Arrays, np.ndarray, int]
 INT32_MAX = 2**31 - 1  # the IR counts blocks, widths and chunks in int32
 
@@ -28,7 +27,7 @@ def integer(of: str, name: str, value: Any, least: int = 0, most: int = INT32_MA
     except TypeError:
         number = least - 1
     if isinstance(value, bool) or not least <= number <= most:
-        rule = f"{of}: {name} {value!r} is no whole number from {least} to {most}"
+        rule = f"{of}: {name} {value!r} is not an integer from {least} to {most}"
         raise FormatError("F101", rule, where=name)
     return number
 
@@ -79,7 +78,7 @@ class Level:
     shared: ClassVar[bool] = False  # parents may have positions in common: outputs are refused
     single: ClassVar[bool] = False  # one coordinate for each parent, at its position: no loop
     outermost: ClassVar[bool] = False  # it can be the first level of a format
-    least: ClassVar[dict[str, int]] = {"dim": 0, "block": 0}  # of each whole number it is given
+    least: ClassVar[dict[str, int]] = {"dim": 0, "block": 0}  # of each of its integers
     flags: ClassVar[tuple[str, ...]] = ("inner",)
 
     def __post_init__(self) -> None:

@@ -128,12 +128,10 @@ class Fixed(Slots):
         rank = np.arange(len(mine)) - ptr[mine]
         if len(rank) and int(rank.max()) >= self.width:
             worst = int(mine[rank.argmax()])
-            unit = "blocks" if self.block else "entries"
-            raise FormatError(
-                "F108",
-                f"row {worst} has {int(ptr[worst + 1] - ptr[worst])} {unit} but the level holds "
-                f"{self.width}", hint="use a wider ELL, or hyb, which chooses a width for each row",
-            )  # fmt: skip
+            count = f"{int(ptr[worst + 1] - ptr[worst])} {'blocks' if self.block else 'entries'}"
+            rule = f"row {worst} has {count} but the level holds {self.width}"
+            hint = "use a wider ELL, or hyb, which chooses a width for each row"
+            raise FormatError("F108", rule, hint=hint)
         position = mine * self.width + rank
         indices = np.full(p.count * self.width, -1, np.int64)
         indices[position] = coords

@@ -87,11 +87,8 @@ def load_value(
     if isinstance(position, (ir.Var, ir.Const)) or not may_miss(position):
         return value
     kind = values.dtype.accumulator  # a narrow float is only stored, never chosen between
-    return ir.select(
-        ir.binary(">=", position, 0),
-        ir.cast(value, kind),
-        ir.cast(ir.Const(fill, dtypes.float64), kind),
-    )
+    missing = ir.cast(ir.Const(fill, dtypes.float64), kind)
+    return ir.select(ir.binary(">=", position, 0), ir.cast(value, kind), missing)
 
 
 def may_miss(position: Any) -> bool:

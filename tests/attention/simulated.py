@@ -1,0 +1,58 @@
+"""Hand-written CUDA kernels on a CPU: their own text, compiled with warps.h in front of it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tilewright.attention.spec import template
+from tilewright.codegen import prelude_files
+from tilewright.toolchain import compilers, cxx
+
+REPLACED = {"gpu.cuh", "mma.cuh", "async.cuh"}  # by warps.h
+RUN = """
+extern "C" __attribute__((visibility("default")))
+void run(const {params}* p, int threads, const int32_t* order, int ctas, uint64_t seed) {{
+  auto kernel = [](const void* p) {{ {entry}(*static_cast<const {params}*>(p)); }};
+  simulated::run(kernel, p, threads, order, ctas, seed);
+}}
+"""
+
+
+def expanded(text: str) -> str:
+    """The text with the files that it includes, and without those that warps.h replaces."""
+
+    def file(found: re.Match[str]) -> str:
+        return "" if found[1] in REPLACED else expanded(template(found[1]))
+
+    text = re.sub(r'#include "([^"]+)"', file, text)
+    text = re.sub(r"extern __shared__ __align__\(16\) (\w+) (\w+)\[\];",
+                  r"\1* \2 = reinterpret_cast<\1*>(simulated::smem);", text)  # fmt: skip
+    return text.replace("#pragma once", "")
+
+
+@functools.lru_cache(32)
+def kernel(text: str, entry: str = "stage0", params: str = "Params") -> Any:
+    """`run(params, threads, order, ctas, seed)` of a kernel's CUDA C++."""
+    shim = (Path(__file__).parent / "warps.h").read_text(encoding="utf-8")
+    parts = (
+        prelude_files.prelude("cpu.h"),
+        shim,
+        expanded(text).replace("#define TW_METHOD __device__ __forceinline__", ""),
+        RUN.format(entry=entry, params=params),
+    )
+    library = cxx.load(cxx.compile_cpp("\n".join(parts), isa=compilers.resolve_isa().name))
+    library.run.argtypes = (*(ctypes.c_void_p, ctypes.c_int) * 2, ctypes.c_uint64)
+    library.run.restype = None
+    return library.run
+
+
+def launch(run: Any, block: Any, threads: int, ctas: int, seed: int) -> None:
+    """Run a kernel's CTAs in a random order; `block`: its packed parameters."""
+    order = np.random.default_rng(seed).permutation(ctas).astype(np.int32)
+    run(ctypes.addressof(block), threads, order.ctypes.data, ctas, seed)

@@ -1,0 +1,96 @@
+"""The decode kernel's own text on simulated warps, against the oracle, without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from tests.attention import oracle, simulated
+from tests.attention.oracle import Case
+from tests.attention.test_cascade import cascade, close, drawn
+
+import tilewright as tw
+from tilewright import dtypes
+from tilewright.attention import plan as plans
+from tilewright.attention import ranges, render
+from tilewright.attention.arguments import values_of
+from tilewright.attention.families import decode
+from tilewright.attention.spec import Spec, param_values, partial_params
+from tilewright.runtime.view import view
+from tilewright.toolchain import compilers
+
+pytestmark = pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
+SHAPES = [  # group, kv_heads, head_dim, dtype, mask, logits, sink
+    (4, 8, 128, ml_dtypes.bfloat16, "causal", "scores", ""),
+    (7, 2, 80, np.float16, "window", "scores", "per head"),
+]
+
+
+def result(case: Case, workers: int, seed: int) -> tuple[np.ndarray, np.ndarray, tw.Plan]:
+    """o and lse of the kernel, and the plan: of the family of GPUs, made on the host."""
+    attn, table = oracle.attention_of(case), oracle.table_of(case)
+    kv = tw.KV(table, tw.Pool(case.k, case.v))
+    traced = attn.variant.traced
+    kind = dtypes.ALL[case.q.dtype.name]
+    spec = Spec(attn.group, attn.head_dim, attn.head_dim, kind, kind, dtypes.ALL["float32"], traced,
+                table.form)  # fmt: skip
+    known = {n: x for n, x in attn.variant.fixed if np.isscalar(x)}
+    shape = plans.Shape("decode", attn.kv_heads, attn.group, traced.mask, known,
+                        decode.FAMILY.qo_tile(spec), "", decode.CTAS_PER_SM)  # fmt: skip
+    lengths = kv.lengths()
+    plan = plans.make(case.qo_indptr, lengths, shape, workers, table.tree(lengths))
+    o = np.full(case.q.shape, np.nan, np.float32)
+    lse = np.full(case.q.shape[:2], np.nan, np.float32)
+    sizes = {"qo_head": attn.qo_heads, "kv_head": attn.kv_heads, "request": kv.requests,
+             "q_token": plan.tokens}  # fmt: skip
+    arrays = values_of(attn.variant, oracle.arrays_of(case), sizes, "cpu")
+    numbers = param_values(view(case.q), kv.pool, table, (view(o), view(lse)), attn.scale)
+    numbers |= render.param_values(traced, {n: seen for n, (_, seen) in arrays.items()})
+    together, shared = ranges.head_block(attn.kv_heads), table.form.shared
+    blocks = decode.blocks_of(plan.longest * attn.group, shared)
+    ctas, rows = (len(plan.cuts) - 1) * together, plan.tokens * attn.qo_heads
+    floats = decode.partial_floats(attn.head_dim, blocks, ctas, shared)
+    states = decode.state_floats(attn.head_dim, rows, shared)
+    partials = np.full(floats + states, np.nan, np.float32)
+    counters = np.zeros(ctas + plan.tokens * attn.kv_heads * bool(shared) + 1, np.int32)
+    work: dict[str, Any] = {"qo_indptr": plan.qo_indptr.ctypes.data, "cuts": plan.cuts.ctypes.data}
+    work |= partial_params(partials.ctypes.data, floats, counters.ctypes.data, ctas, rows)
+    work |= {"nodes": plan.nodes.ctypes.data} if shared else {}
+    block = decode.params_struct(spec).pack(**numbers, **work)
+    run = simulated.kernel(decode.source(spec, together, blocks))
+    simulated.launch(run, block, decode.THREADS, ctas, seed)
+    assert not counters.any()
+    return o, lse, plan
+
+
+def check(case: Case, workers: int) -> tw.Plan:
+    """Right in every order of the CTAs, and the same bits."""
+    first, lse, plan = result(case, workers, 0)
+    close(case, first, lse, str(plan))
+    again = result(case, workers, 1)[0]
+    assert np.array_equal(first.view(np.uint32), again.view(np.uint32))
+    return plan
+
+
+def test_flat(rng):
+    check(cascade(rng, SHAPES[0], [3, 0, 1], [], [130, 5, 400]), 40)
+
+
+@pytest.mark.parametrize("workers", [5, 40])
+def test_shared_keys(rng, workers):
+    check(drawn(rng, SHAPES[1], 1), workers)
+
+
+def test_wide_units_of_many_parts(rng):
+    check(cascade(rng, SHAPES[1], [1] * 20, [[0, 20]], [700, *[30] * 20]), 40)
+
+
+if __name__ == "__main__":  # more of them: python -m tests.attention.test_decode_simulated
+    for seed in itertools.count():
+        numbers = np.random.default_rng(seed)
+        shape, depth = SHAPES[seed % 2], int(numbers.integers(1, 4))
+        plan = check(drawn(numbers, shape, depth), int(numbers.choice([1, 5, 40])))
+        print(seed, plan, flush=True)
