@@ -6,8 +6,10 @@ device: those of a file, or random ones of a named shape.
 
 from __future__ import annotations
 
+import atexit
 import json
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +167,13 @@ def _weight(name: str, tensor: Any) -> Weight:
     return Weight(name, "bf16", tuple(tensor.shape), bits)
 
 
+def temporary_folder() -> Path:
+    """A folder that is removed when the process ends."""
+    folder = tempfile.mkdtemp(prefix="bench-serve-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def _folder_with_a_tokenizer() -> Path:
     """A folder whose tokenizer.json spells a few bytes: random weights have no text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -172,7 +181,7 @@ def _folder_with_a_tokenizer() -> Path:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:64]
     library = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     library.decoder = decoders.ByteLevel()
-    folder = Path(tempfile.mkdtemp(prefix="bench-serve-"))
+    folder = temporary_folder()
     library.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps({}), encoding="utf-8")
     return folder

@@ -14,7 +14,6 @@ import argparse
 import gc
 import importlib.util
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from bench.harness import Row, base_row, note
-from bench.peer_models import PeerModel, random_model, read_model
+from bench.peer_models import PeerModel, random_model, read_model, temporary_folder
 from bench.serve import Job, Pace, measures, read_trace, replay
 from bench.simulate import in_time, prefill_first
 from tilewright.runtime import pool
@@ -221,7 +220,7 @@ def _attention(setting: Setting) -> str:
 def _call_it_flash_attn_3() -> None:
     """transformers knows FlashAttention-3 by the name of one wheel. Others have the same module: a
     folder on the path says that it is of the wheel that transformers looks for."""
-    folder = Path(tempfile.mkdtemp(prefix="bench-serve-"))
+    folder = temporary_folder()
     info = folder / "flash_attn_3-3.0.0.dist-info"
     info.mkdir()
     head = "Metadata-Version: 2.1\nName: flash-attn-3\nVersion: 3.0.0\n"
