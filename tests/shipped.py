@@ -14,7 +14,7 @@ from tilewright.attention import variant
 from tilewright.attention.spec import Spec
 from tilewright.attention.table import TableForm
 from tilewright.build import Definition
-from tilewright.ops import row_lists
+from tilewright.ops import rope, row_lists
 from tilewright.ops.bsr_spmm import bsr_spmm_definition
 from tilewright.ops.elementwise import add_count, add_fill, multiply_count, multiply_fill
 from tilewright.ops.embedding import PROGRAMS as EMBEDDINGS
@@ -22,7 +22,7 @@ from tilewright.ops.embedding import by_token
 from tilewright.ops.gemm import gemm_definition
 from tilewright.ops.linear import linear_definition
 from tilewright.ops.paging import by_request, positions_program
-from tilewright.ops.rope import APPEND, APPEND_HALVES, APPEND_PAIRS, ROPE_HALVES, ROPE_PAIRS
+from tilewright.ops.rope import APPEND
 from tilewright.ops.rowwise import ARGMAX, RMSNORM, SILU_MUL
 from tilewright.ops.sddmm import sddmm_definition
 from tilewright.ops.spgemm import spgemm_count, spgemm_fill
@@ -145,10 +145,13 @@ SHIPPED: dict[str, Shipped] = {
     **{f"embedding {kind}": Shipped(EMBEDDINGS[kind].schedule(by_token)) for kind in KINDS},
     "rmsnorm": Shipped(RMSNORM),
     "silu_mul": Shipped(SILU_MUL),
-    "rope pairs": Shipped(ROPE_PAIRS),
-    "rope halves": Shipped(ROPE_HALVES),
-    "append pairs": Shipped(APPEND_PAIRS),
-    "append halves": Shipped(APPEND_HALVES),
+    **{
+        f"{name} {kind}": Shipped(
+            rope._program(kind == "halves", name == "append").schedule(rope.by_token)
+        )
+        for name in ("rope", "append")
+        for kind in ("pairs", "halves")
+    },
     "append": Shipped(APPEND),
     "argmax": Shipped(ARGMAX),
     # the lessons

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -48,8 +49,8 @@ WATCHED = 2  # the debug level from which passes and schedules are printed, so t
 class NamedRecipe:
     """A schedule of the package as data: the qualified name of its function and plain arguments.
 
-    Calling it with a Schedule runs the function. The kernel cache holds name and arguments; the
-    version of the package covers the function's code."""
+    Calling it with a Schedule runs the function. The key of a kernel has name, arguments and
+    `constants`; the version of the package covers the function's code."""
 
     name: str
     arguments: tuple[tuple[str, Any], ...] = ()
@@ -67,6 +68,13 @@ class NamedRecipe:
 
     def __call__(self, s: Schedule) -> Schedule:
         return _RECIPES[self.name](s, **dict(self.arguments))
+
+    def constants(self) -> tuple[tuple[str, str | None], ...]:
+        """Digests of the plain data that its module has under names in capitals, by name: its code
+        may read them, and a process may set them."""
+        module = sys.modules[self.name.rpartition(".")[0]]
+        names = [(n, x) for n, x in vars(module).items() if n.isupper()]
+        return tuple((n, digest(tuple(x.items()) if type(x) is dict else x)) for n, x in names)
 
 
 _RECIPES: dict[str, FunctionType] = {}
@@ -234,16 +242,17 @@ def _kernel(built: Built, target: Target, program: Program | None) -> Kernel:
 
 
 def _key(program: Program, recipe: Any, target: Target) -> str | None:
-    """The key of a lowered program: program, recipe (a NamedRecipe, or the steps of a user's),
-    target, instruction set and version. None where these are not plain data, or where passes are
-    to be printed."""
+    """The key of a lowered program: program, recipe (a NamedRecipe and the constants of
+    its module, or the steps of a user's), target, instruction set and version. None where these are
+    not plain data, or where passes are to be printed."""
     if knobs.get("verify") or knobs.get("debug") >= WATCHED:
         return None
     try:
         version, isa = program_cache.version(), compilers.resolve_isa().name
     except TilewrightError:  # raised again by the compilation
         return None
-    content = digest((program, recipe)) if version else None
+    constants = recipe.constants() if isinstance(recipe, NamedRecipe) else ()
+    content = digest((program, recipe, constants)) if version else None
     return content and disk_cache.key_of("kernel", version or "", str(target), isa, content)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from tilewright.errors import BuildError, InternalError, ScheduleError
 from tilewright.ir.digest import digest
 from tilewright.ir.levels import Compressed, Dense
 from tilewright.ir.rewrite import add
-from tilewright.ops import recipes
+from tilewright.ops import linear, recipes
 from tilewright.runtime.kernel import Kernel
 from tilewright.runtime.manifest import Manifest, manifest_from, unit_count
 from tilewright.target import target
@@ -259,6 +260,24 @@ def test_a_recipe_of_the_package_takes_named_arguments() -> None:
     assert key(d) is None
     d.build("interp")
     assert kept() == 0
+
+
+def test_constants_of_a_recipes_module_are_part_of_the_key(
+    lowered: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks for the best value sets them in a process: numbers, and tables of them."""
+    d, sources = linear.linear_definition("q4_1", False, 32, 64, True), []
+    for sums, count in ((2, 1), (1, 2), (2, 2), (1, 2)):
+        monkeypatch.setattr(linear, "SUMS", sums)
+        sources.append(d.build("interp").source)
+        assert len(lowered) == count == kept()
+    assert sources[0] == sources[2] != sources[1] == sources[3]
+    gemm = importlib.import_module("tilewright.ops.gemm")  # `ops.gemm` is the function
+    product = gemm.gemm_definition("float16", 64, 64)
+    before = key(product, "cuda:sm_90a")
+    monkeypatch.setitem(gemm.TILES, "small", gemm.ANY)
+    assert None not in (before, key(product, "cuda:sm_90a"))
+    assert before != key(product, "cuda:sm_90a")
 
 
 def test_only_functions_of_the_package_are_named_recipes() -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tilewright.attention.batch import BoundAttention
+from tilewright.runtime.view import view
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.request import Request, Sampling
 from tilewright.serve.scheduler import PENDING, Chunk
@@ -194,6 +196,21 @@ def test_an_exception_behind_a_launch(tiny: ModelFile):
     requests[1].text.push = failing
     assert interrupts(engine, requests) == 3
     assert [r.answer for r in requests] == wanted
+
+
+def test_all_steps_share_partial_results_of_attention(tiny: ModelFile):
+    """All layers of all batches: one array, and one more for each batch that needs a larger one."""
+    engine = Engine(tiny, "cpp", Options(context=128, share=False))
+    answers(engine, jobs(1), 7)
+    steps = engine.runner._steps
+    shared: dict[int, set[Any]] = {
+        n: {b.boxes[1][-2:] for b in step.keep if isinstance(b, BoundAttention)}
+        for n, step in steps.items()
+    }
+    assert len(steps) > 1 and len({len(s.keep) for s in steps.values()}) == 1
+    assert all(len(boxes) == 1 for boxes in shared.values())
+    addresses = [view(array).pointer for array in engine.runner.scratch.arrays]
+    assert shared[max(steps)] == {tuple((a, a + 1) for a in addresses)}
 
 
 def interrupts(engine: Engine, requests: list[Any]) -> int:

@@ -323,7 +323,7 @@ def test_without_any_folder_to_write_the_error_is_coded(
 def test_the_temporary_folder_may_be_deleted(tmp_path: Path) -> None:
     """As a daemon that cleans /tmp does to a server that has run for weeks."""
     with knobs.scope(cache_dir=tmp_path / "cache"):
-        shutil.rmtree(disk_cache.private_folder())
+        shutil.rmtree(disk_cache.temporary().folder)
         assert cxx.load_cpp(TRIPLE).triple(7) == 21
 
 

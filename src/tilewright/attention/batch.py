@@ -27,7 +27,7 @@ from tilewright.attention.checks import (
     named_view,
     ordinal_of,
 )
-from tilewright.attention.families import Call, Family
+from tilewright.attention.families import Call, Family, Scratch
 from tilewright.attention.kv import KV
 from tilewright.attention.merge import State
 from tilewright.attention.plan import Plan
@@ -39,8 +39,9 @@ from tilewright.attention.variant import Causal, traced_of
 from tilewright.attention.workspace import Workspace
 from tilewright.dtypes import DType
 from tilewright.errors import ArgumentError
+from tilewright.runtime import cuda
 from tilewright.runtime import pool as pools
-from tilewright.runtime.view import View, byte_range
+from tilewright.runtime.view import byte_span, view
 from tilewright.toolchain import compilers
 
 MAX_HEAD_DIM = 256
@@ -127,7 +128,7 @@ class Attention:
         spec = _spec_of(self, (q, kind, q), table.form)
         rows = int((indptr[1:] - indptr[:-1]).max(initial=0)) * self.group
         family, reasons = families.choose(spec, rows, table.device, pool)
-        gpu = None if family.device == "cpu" else _gpu(table.device)
+        gpu = None if family.device == "cpu" else cuda.device(ordinal_of(table.device))
         if workers is None:
             workers = gpu.sms if gpu else pools.wanted_threads()
         workers = check_count("workers", workers, plan.MAX_WORKERS)
@@ -195,13 +196,14 @@ class Attention:
 
     def bind(
         self, q: Any, kv: KV, out: Any = None, *, plan: Plan | Workspace | None = None,
-        **values: Any,
+        scratch: Scratch | None = None, **values: Any,
     ) -> BoundAttention:  # fmt: skip
         """A run with its memory fixed, for a recorded step: `.launch` is its one launch.
 
         Without a plan: one query for each request (q has `requests` rows), divided for the longest
         keys that the pages can hold. The arrays of the table are read at every run, so lengths may
-        grow in place.
+        grow in place. `scratch`: memory of partial results that it shares with others of a step,
+        or of steps that do not run at once (None: its own).
         """
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
         if plan is None:
@@ -220,15 +222,18 @@ class Attention:
         arrays = values_of(self.variant, values, sizes, kv.device)
         numbers = param_values(queries, kv.pool, kv.table, written, self.scale)
         numbers |= render.param_values(spec.traced, {n: seen for n, (_, seen) in arrays.items()})
-        call = Call(spec, kv.pool, numbers, plan, q)
+        call = Call(spec, kv.pool, numbers, plan, q, scratch or Scratch())
         keep = (queries, kv, plan, arrays)
         if kv.device == "cpu" and not compilers.has_compiler():
             return self._interpreted(q, kv, plan, State(o, lse), arrays)
         reads = (queries, kv.pool.k, kv.pool.v, *kv.table.views.values())
-        boxes = _boxes(*reads, *(seen for _, seen in arrays.values())), _boxes(*written)
-        if isinstance(plan, Workspace):  # its scratch memory is one for all its calls
-            boxes = boxes[0], (*boxes[1], *((a, a + 1) for a in plan.params().values() if a))
-        return BoundAttention(State(o, lse), family.prepare(call), keep, boxes)
+        prepared = family.prepare(call)
+        shared = [view(array).pointer for array in call.scratch.arrays]
+        if isinstance(plan, Workspace):
+            shared = plan.params().values()
+        writes = *map(byte_span, written), *((a, a + 1) for a in shared if a)
+        boxes = (*map(byte_span, (*reads, *(seen for _, seen in arrays.values()))),), writes
+        return BoundAttention(State(o, lse), prepared, keep, boxes)
 
     def _family(self, plan: Plan | Workspace, kv: KV, spec: Spec) -> Family:
         """The family that a plan is for, if it can run this call. Raises ArgumentError."""
@@ -351,12 +356,6 @@ def _check_is_plan(plan: Any) -> None:
         raise ArgumentError("A107", f"{type(plan).__name__} is no Plan", where="plan", hint=hint)
 
 
-def _boxes(*views: View) -> tuple[tuple[int, int], ...]:
-    """The ranges of addresses of arrays."""
-    seen = [(v.pointer, byte_range(v)) for v in views]
-    return tuple((pointer + low, pointer + high) for pointer, (low, high) in seen)
-
-
 def _check_not_capturing(plan: Plan | Workspace, device: str) -> None:
     """A plan's work space is allocated by the call, which a recording would replay without."""
     if device == "cpu" or isinstance(plan, Workspace):
@@ -367,9 +366,3 @@ def _check_not_capturing(plan: Plan | Workspace, device: str) -> None:
         text = "a CUDA graph is being captured: the memory of this call would not outlive it"
         hint = "room = attn.reserve(…); in the graph room.plan(table), attn.run(q, kv, room)"
         raise ArgumentError("A110", text, where="plan", hint=hint)
-
-
-def _gpu(device: str) -> Any:
-    from tilewright.runtime.cuda import device as device_of
-
-    return device_of(ordinal_of(device))

@@ -29,8 +29,8 @@ def _text(x: Any, known: dict[int, str]) -> str:
     kind = type(x)
     if kind in PLAIN:
         return repr(x)
-    if kind is tuple:
-        return f"({','.join([_text(item, known) for item in x])})"
+    if isinstance(x, tuple):
+        return f"{kind.__qualname__}({','.join([_text(item, known) for item in x])})"
     text_digest = known.get(id(x))
     if text_digest is None:
         parts = [_text(getattr(x, name), known) for name in _fields(kind)]

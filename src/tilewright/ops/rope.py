@@ -63,11 +63,6 @@ def by_token(s: Schedule) -> Schedule:
     return s.split(inner, 32, into=("x_o", "x_i")).bind("x_i", "thread.x")
 
 
-ROPE_PAIRS, ROPE_HALVES, APPEND_PAIRS, APPEND_HALVES = (
-    _program(halves, append).schedule(by_token)
-    for append in (False, True)
-    for halves in (False, True)
-)
 APPEND = append_plain.schedule(by_token)
 
 
@@ -80,8 +75,7 @@ def rope_kernel(interleaved: bool, target: str = "cpp", dtype: str = "float32") 
 @cache
 def rope_append_kernel(interleaved: bool, target: str = "cpp", dtype: str = "float32") -> Kernel:
     """Builds the kernel that rotates keys and writes that of token t to K[page[t], slot[t]]."""
-    definition = APPEND_PAIRS if interleaved else APPEND_HALVES
-    return definition.typed(K=dtype).build(target)
+    return _program(not interleaved, True).schedule(by_token).typed(K=dtype).build(target)
 
 
 @cache

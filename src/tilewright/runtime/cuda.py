@@ -91,9 +91,12 @@ def is_capturing(ordinal: int) -> bool:
 
 
 def clear(array: View) -> None:
-    """Set every byte of an array on a GPU to 0, in the order of its current stream."""
-    stream = _active_stream(int(array.device.partition(":")[2]))
+    """Set every byte of an array to 0, on a GPU in the order of its current stream."""
     nbytes = array.size * array.dtype.itemsize
+    if array.device == "cpu":
+        ctypes.memset(array.pointer, 0, nbytes)
+        return
+    stream = _active_stream(int(array.device.partition(":")[2]))
     driver().call("cuMemsetD8Async", array.pointer, 0, nbytes, stream)
 
 

@@ -28,13 +28,16 @@ from tilewright.serve.models.llama import Llama
 from tilewright.serve.policy import SAFETY
 from tilewright.serve.request import Request, Sampling, check_fields, check_tokens, is_count
 from tilewright.serve.runner import Logits, Runner
-from tilewright.serve.sampler import sample
+from tilewright.serve.sampler import native, sample
 from tilewright.serve.scheduler import PENDING, Batch, Limits, Scheduler, work_of
 from tilewright.serve.tokenizer import AnswerText, load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
 from tilewright.target import Target
 
 LONGEST = 2048  # tokens of a sequence, where the caller names no context
+
+Flight = tuple[Batch, Logits]
+"""A step that is launched: what was decided, and what it computes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +88,7 @@ class Engine:
         self.scheduler = Scheduler(limits, cost)
         self.runner = Runner(self.model, limits, self.context)
         self.runs_ahead = self.model.target.is_cuda
-        self._flight: tuple[Batch, Logits] | None = None  # a step whose tokens are not read
+        self._flight: Flight | None = None  # a step whose tokens are not read
         self._began = 0.0  # when it was launched, or the tokens in front were read, seconds
         self._ids = itertools.count()
         self.best_effort = 0  # promises that were dropped
@@ -93,8 +96,10 @@ class Engine:
     def submit(self, tokens: Any, sampling: Sampling, arrived: float = 0.0) -> Request:
         """A new request, which later steps answer. `arrived`: when it came, of `time.perf_counter`
         (0: now). Raises ModelError: M105, M106, M110 for a promise that no step can keep, or where
-        no cost of a step is fitted."""
+        no cost of a step is fitted; BuildError[B102] for sampling without a C++ compiler."""
         tokens = check_tokens(tokens, sampling, self.model.config.vocab, self.context)
+        if not sampling.is_plain_greedy:
+            native()  # compiled here, not in a step
         how = self._promised(sampling, len(tokens))
         request = Request(next(self._ids), tokens, how, arrived or time.perf_counter())
         request.seed = secrets.randbits(63) if how.seed is None else int(how.seed)
@@ -136,41 +141,62 @@ class Engine:
         On a GPU the next step, if it has the same requests, is launched before the tokens of this
         one are read: they are where it needs them. Behind one that ends an answer a token is then
         computed in vain."""
-        if self._flight is None:
-            self._began = time.perf_counter()
-            batch = self.scheduler.schedule(self._began)
-            if not batch.chunks:
-                return []
-            self._flight = batch, self.runner.run(batch.chunks)
-        (batch, logits), self._flight = self._flight, None
-        chunks = [c for c in batch.chunks if not c.is_prompt and c.wants_token]
-        leads = self.runs_ahead and len(chunks) == len(batch.chunks)
-        leads = leads and all(c.request.sampling.is_plain_greedy for c in chunks)
+        flight, self._flight = self._flight or self._launch([]), None
+        if flight is None:
+            return []
+        batch, logits = flight
+        ready, behind = self._commit(batch, logits)
+        for request, token in self._tokens(batch, logits):
+            self._answer(request, token)
+        self._flight = behind  # forgotten after an exception: the tokens are computed again
+        return ready
+
+    def _launch(self, behind: list[Request]) -> Flight | None:
+        """Launches the next step, if there is one. Behind a step whose tokens are not read: if it
+        has the same requests, whose next tokens are PENDING meanwhile."""
+        for request in behind:
+            request.tokens.append(PENDING)
+        try:
+            now = time.perf_counter()
+            batch = self.scheduler.schedule(now)
+            requests = [c.request for c in batch.chunks]
+            if not requests or (behind and requests != behind):
+                return None
+            self._began = self._began if behind else now
+            return batch, self.runner.run(batch.chunks)
+        finally:
+            for request in behind:
+                request.tokens.pop()
+
+    def _commit(self, batch: Batch, logits: Logits) -> tuple[list[Request], Flight | None]:
+        """Notes that a step was run. The requests that get a token, and the step that was launched
+        before these are read: where all go on greedily. Else waits for them first."""
+        rows = [c for c in batch.chunks if not c.is_prompt and c.wants_token]
+        greedy = [c for c in rows if c.request.sampling.is_plain_greedy]
+        leads = self.runs_ahead and len(greedy) == len(batch.chunks)
         if not leads:
             logits.wait()
         ready = self.scheduler.commit(batch, time.perf_counter())
-        try:
-            for request in ready:
-                request.tokens.append(PENDING)
-            if leads:
-                behind = self.scheduler.schedule(time.perf_counter())
-                if [c.request for c in behind.chunks] == logits.requests:
-                    self._flight = behind, self.runner.run(behind.chunks)
-            logits.wait()
-            began, self._began = self._began, time.perf_counter()
-            if ready or not leads:  # else all were cancelled, perhaps long ago
-                work, model = work_of(batch.chunks), self.scheduler.model
-                self.scheduler.model = model.corrected(work, self._began - began)
-            for i, request in enumerate(logits.requests):
-                if not request.finish:  # not cancelled since
-                    request.tokens.pop()  # PENDING
-                    self._answer(request, logits, i, self._began)
-        finally:
-            for request in ready:  # an exception: the last token is read again
-                if request.tokens[-1] == PENDING:
-                    request.tokens.pop()
-                    self._flight = None
-        return ready
+        return ready, self._launch(ready) if leads and ready == logits.requests else None
+
+    def _tokens(self, batch: Batch, logits: Logits) -> list[tuple[Request, int]]:
+        """Waits for a step. The requests that go on, with their next tokens, -1 where the model
+        computes no numbers."""
+        logits.wait()
+        began, self._began = self._began, time.perf_counter()
+        if not all(c.request.finish for c in batch.chunks):  # else cancelled, perhaps long ago
+            model = self.scheduler.model
+            self.scheduler.model = model.corrected(work_of(batch.chunks), self._began - began)
+        rows = {r: i for i, r in enumerate(logits.requests) if not r.finish}
+        tokens = {r: logits.likeliest[i] for r, i in rows.items()}
+        for request, i in rows.items():
+            if request.answered == 0 and not np.isfinite(logits.row(i)).all():
+                tokens[request] = -1  # looked for once: not to slow each token
+        drawn = [r for r in rows if tokens[r] >= 0 and not r.sampling.is_plain_greedy]
+        if drawn:
+            sampled = sample(drawn, [logits.row(rows[r]) for r in drawn])
+            tokens |= zip(drawn, sampled, strict=True)
+        return [*tokens.items()]
 
     def counts(self) -> dict[str, int]:
         """What `/metrics` shows of the scheduler."""
@@ -181,18 +207,16 @@ class Engine:
             "requests_waiting": len(s.waiting), "pages_held": s.pages.held, "pages": s.pages.count,
         }  # fmt: skip
 
-    def _answer(self, request: Request, logits: Logits, i: int, now: float) -> None:
-        """Adds the next token, by row i of the logits, and ends the request where it ends."""
-        is_first = request.answered == 0  # checked once: not to slow each token
-        if is_first and not np.isfinite(logits.row(i)).all():
+    def _answer(self, request: Request, token: int) -> None:
+        """Adds the next token, and ends the request where it ends."""
+        if token < 0:
             rule = "the model computes no numbers: its logits are NaN or infinite"
             hint = "fetch the file again and compare its checksum"
             where = str(self.model.file.path)
             request.error = ModelError("M101", rule, where=where, hint=hint)
             return self.scheduler.finish(request, "error")
-        request.first, request.last = now if is_first else request.first, now
-        plain = request.sampling.is_plain_greedy
-        token = logits.likeliest[i] if plain else sample(request, logits.row(i))
+        now = self._began
+        request.first, request.last = request.first if request.answered else now, now
         if request.grammar is not None and (wrong := request.grammar.get_error()):
             rule = f"no answer can follow the JSON schema: {wrong.splitlines()[0][:200]}"
             request.error = ModelError("M106", rule, where="response_format")

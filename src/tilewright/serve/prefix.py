@@ -25,9 +25,6 @@ class Node:
         self.depth = 0 if parent is None else parent.depth + 1
         self.children: dict[Key, Node] = {}
 
-    def __lt__(self, other: Node) -> bool:
-        return self.used < other.used
-
 
 class PrefixTree:
     """Pages by the tokens in them and before them."""
@@ -69,18 +66,18 @@ class PrefixTree:
     def evict(self, count: int) -> None:
         """Frees at least `count` pages that no request holds, as far as there are any; the least
         recently used first, children before parents."""
-        unused = [n for n in self.nodes() if not n.children and not self.pages.holders[n.page]]
+        holders = self.pages.holders
+        unused = [(n.used, n.page, n) for n in self.nodes() if not (n.children or holders[n.page])]
         heapq.heapify(unused)
         while unused and count > 0:
-            node = heapq.heappop(unused)
+            *_, node = heapq.heappop(unused)
             parent = node.parent
             assert parent is not None
             del parent.children[node.key]
             self.pages.evict(node.page)
             count -= 1
-            is_unused = parent is not self.root and not self.pages.holders[parent.page]
-            if is_unused and not parent.children:
-                heapq.heappush(unused, parent)
+            if parent is not self.root and not holders[parent.page] and not parent.children:
+                heapq.heappush(unused, (parent.used, parent.page, parent))
 
     def nodes(self) -> Iterator[Node]:
         """All nodes below the root."""

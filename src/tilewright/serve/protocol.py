@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from typing import Annotated, Any, Literal
+from dataclasses import fields
+from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -50,44 +51,37 @@ class ResponseFormat(Strict):
         return json.dumps({"type": "object"} if self.type == "json_object" else asked)
 
 
-class Body(Strict):
-    """The fields that both endpoints share. Those of accounting are taken and not used."""
+_HINTS, _OTHERS = get_type_hints(Sampling), ("logprobs", "schema", "logit_bias")
+_KINDS = {f.name: (_HINTS[f.name], f.default) for f in fields(Sampling) if f.name not in _OTHERS}
+_OfSampling = create_model("OfSampling", __base__=Strict, **cast("Any", _KINDS))
+
+
+class Body(_OfSampling):
+    """The fields that both endpoints share: those of a Sampling, some of another kind here, and
+    more. Those of accounting are taken and not used."""
 
     model: str = ""
     max_tokens: int | None = None
     temperature: float = 1.0
-    top_p: float = 1.0
     n: int = Field(1, ge=1, le=16)
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
     logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None  # keys are texts
-    seed: int | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
-    # beyond OpenAI's
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    ignore_eos: bool = False
-    priority: int = 0
-    ttft_ms: float | None = None
-    itl_ms: float | None = None
-    best_effort: bool = False
 
     def sampling(self, max_tokens: int, logprobs: int | None, schema: str = "") -> Sampling:
         """How the answer is chosen; `max_tokens` where the client names none. Raises
         ModelError[M106]."""
         names = set(Sampling.__dataclass_fields__) - {"logprobs"}
-        fields: dict[str, Any] = {"max_tokens": max_tokens}
-        fields |= self.model_dump(include=names, exclude_none=True)
+        chosen: dict[str, Any] = {"max_tokens": max_tokens}
+        chosen |= self.model_dump(include=names, exclude_none=True)
         if isinstance(self.stop, str):
-            fields["stop"] = [self.stop]
-        return Sampling(**fields, logprobs=logprobs, schema=schema)
+            chosen["stop"] = [self.stop]
+        return Sampling(**chosen, logprobs=logprobs, schema=schema)
 
 
 class Completion(Body):

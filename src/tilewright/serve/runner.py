@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.attention.batch import Attention
+from tilewright.attention.families import Scratch
 from tilewright.attention.kv import KV
 from tilewright.attention.plan import CHUNK_TILES, Plan
 from tilewright.attention.pool import Pool
@@ -93,6 +94,7 @@ class Runner:
         self.table = np.zeros((most, self.width), np.int32)
         self.block_table = put(self.table.copy())
         self._lengths = np.zeros(most, np.int32)  # what memory of the target holds as `kv_len`
+        self.scratch = Scratch()  # all layers of all steps
         self.attentions = {layer.attention for layer in model.layers}
         self.read_tokens = model.memory.readback(self.last["token"])
         self._views: dict[tuple[int, int], list[KV]] = {}
@@ -223,7 +225,8 @@ class Runner:
 
         def attend(layer: int, q: Any, out: Any) -> None:
             attention = model.layers[layer].attention
-            bounds.append(attention.bind(q, views[layer], out, plan=plans[attention]))
+            how = {"plan": plans[attention], "scratch": self.scratch}
+            bounds.append(attention.bind(q, views[layer], out, **how))
 
         b = self._rows(requests, few=self.invariant or requests < FEW)
         last = {name: rows(self.last[name], 0, requests) for name in ("logits", "token")}

@@ -1,88 +1,87 @@
-"""The sampler: the next token of a request from its logits.
+"""The sampler: the next tokens of requests from their logits, in one native call.
 
 A token depends on the logits, the request's seed and its position in the answer, not on the batch.
+`kernels/sample.h` has the arithmetic.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
-from tilewright.serve.request import Request, Sampling, TokenLogprob
+from tilewright.runtime import pool
+from tilewright.runtime.layout import Struct
+from tilewright.serve.request import MAX_LOGPROBS, Request, TokenLogprob
+from tilewright.toolchain import compilers, cxx
 
-COLDEST = 1e-6  # a lower temperature samples as this one does, and overflows nothing
-FIRST = 1024  # candidates of top_p that are sorted before all others
+PENALTIES = "presence_penalty", "frequency_penalty", "repetition_penalty"
+NUMBERS = "temperature", "top_p", "min_p", *PENALTIES
+EDIT = Struct("SampleEdit", [
+    ("token", "int32"), ("count", "int32"), ("is_seen", "int32"), ("bias", "float32"),
+])  # fmt: skip
+ROW = Struct("SampleRow", [
+    ("logits", "ptr", "const float*"), ("edit", "ptr", "const SampleEdit*"),
+    ("mask", "ptr", "const uint8_t*"), ("seed", "uint64"), ("position", "uint64"),
+    *((name, "float64") for name in (*NUMBERS, "logprob")),
+    ("logprobs", f"float64[{MAX_LOGPROBS}]"), ("likeliest", f"int32[{MAX_LOGPROBS}]"),
+    *((name, "int32") for name in ("top_k", "size", "edits", "top", "token")),
+])  # fmt: skip
+"""A row of logits, how it is sampled, and what comes of it: `sample` of kernels/sample.h."""
 
 
-def sample(request: Request, logits: np.ndarray) -> int:
-    """The next token of a request by its logits (vocab,)."""
-    sampling = request.sampling
-    scores = penalized(request, logits)
-    token = int(scores.argmax())
-    if sampling.temperature:
-        uniform = np.random.default_rng((request.seed, request.answered)).random()
-        token = draw(scores, sampling, uniform)
+@functools.cache
+def native() -> ctypes.CDLL:
+    """The library of the sampler. Raises BuildError[B102]."""
+    kernels = Path(__file__).with_name("kernels")
+    files = [(kernels / n).read_text(encoding="utf-8") for n in ("sample.h", "sample_cpu.h")]
+    source = "\n".join(("#include <stdint.h>", EDIT.c_decl, ROW.c_decl, *files))
+    return cxx.load_cpp(source, name="sampler", isa=compilers.resolve_isa().name)
+
+
+def sample(requests: Sequence[Request], logits: Sequence[np.ndarray]) -> list[int]:
+    """The next token of each request by its logits, float32 (vocab,); -1 where one of these is NaN,
+    or the largest infinite. Raises BuildError[B102]."""
+    count = len(requests)
+    buffer = ctypes.create_string_buffer(ROW.size * count)
+    keep = [_pack(buffer, i, r, logits[i]) for i, r in enumerate(requests)]
+    body, grain = pool.address_of(native().stage0), -(-count // pool.wanted_threads())
+    pool.pool().prepare([(body, ctypes.addressof(buffer), count, grain, False)])()
+    rows = np.frombuffer(memoryview(buffer), ROW.numpy)
+    for request, row, _ in zip(requests, rows, keep, strict=True):
+        token, asked = int(row["token"]), request.sampling.logprobs
+        if token >= 0 and request.grammar is not None:
+            request.grammar.consume_token(token)
+        if token >= 0 and asked is not None:
+            likeliest, logprobs = (row[n][: row["top"]].tolist() for n in ("likeliest", "logprobs"))
+            top = tuple(zip(likeliest, logprobs, strict=True))
+            request.logprobs.append(TokenLogprob(token, float(row["logprob"]), top))
+    return rows["token"].tolist()
+
+
+def _pack(buffer: Any, i: int, request: Request, logits: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Writes row i, of a request; the arrays that it points to."""
+    s, mask = request.sampling, b""
+    counts = request.counts if s.presence_penalty or s.frequency_penalty else {}
+    seen = set(request.tokens) if s.repetition_penalty != 1 else set[int]()
+    tokens = {*counts, *seen, *s.logit_bias}
+    edits = [(t, counts.get(t, 0), t in seen, s.logit_bias.get(t, 0)) for t in tokens]
+    edits = np.array(edits, EDIT.numpy)
+    logits = np.ascontiguousarray(logits, np.float32)
     if request.grammar is not None:
-        request.grammar.consume_token(token)
-    if sampling.logprobs is not None:
-        request.logprobs.append(logprobs(logits, token, sampling.logprobs))
-    return token
-
-
-def penalized(request: Request, logits: np.ndarray) -> np.ndarray:
-    """The logits after penalties and biases, float64 (vocab,)."""
-    s, scores = request.sampling, logits.astype(np.float64)
-    if s.repetition_penalty != 1:
-        seen = np.unique(request.tokens)
-        x = scores[seen]
-        scores[seen] = np.where(x > 0, x / s.repetition_penalty, x * s.repetition_penalty)
-    if request.counts and (s.presence_penalty or s.frequency_penalty):
-        tokens, counts = np.array([*request.counts.items()]).T
-        scores[tokens] -= s.presence_penalty + s.frequency_penalty * counts
-    for token, bias in s.logit_bias.items():
-        scores[token] += bias
-    if request.grammar is not None:
-        mask = np.frombuffer(request.grammar.compute_bitmask(), np.uint8)
-        scores[np.unpackbits(mask, bitorder="little", count=len(scores)) == 0] = -np.inf
-    return scores
-
-
-def draw(scores: np.ndarray, sampling: Sampling, uniform: float) -> int:
-    """A token by the inverse of the cumulative distribution, at a number of [0, 1)."""
-    with np.errstate(under="ignore", over="ignore"):
-        weights = np.exp((scores - scores.max()) / max(sampling.temperature, COLDEST))
-    tokens = candidates(weights, sampling)
-    sums = np.cumsum(weights if tokens is None else weights[tokens])
-    choice = min(int(np.searchsorted(sums, uniform * sums[-1], side="right")), len(sums) - 1)
-    return choice if tokens is None else int(tokens[choice])
-
-
-def candidates(weights: np.ndarray, s: Sampling) -> np.ndarray | None:
-    """The tokens that top_k, top_p and min_p leave; None for all. `weights`: probabilities over
-    that of the likeliest."""
-    tokens = _largest(weights, s.top_k) if 0 < s.top_k < len(weights) else None
-    if s.top_p < 1:
-        wanted = s.top_p * (weights if tokens is None else weights[tokens]).sum()
-        first = _largest(weights, FIRST) if tokens is None else tokens
-        sums = np.cumsum(weights[first])
-        if sums[-1] < wanted and tokens is None:
-            first = _largest(weights, len(weights))
-            sums = np.cumsum(weights[first])
-        tokens = first[: int(np.searchsorted(sums, wanted)) + 1]
-    if s.min_p and tokens is None:
-        return np.flatnonzero(weights >= s.min_p)
-    return tokens if tokens is None else tokens[weights[tokens] >= s.min_p]
-
-
-def _largest(weights: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` largest values, descending; ties go to the smaller index."""
-    part = np.argpartition(-weights, min(count, len(weights)) - 1)[:count]
-    return part[np.lexsort((part, -weights[part]))]
-
-
-def logprobs(logits: np.ndarray, token: int, count: int) -> TokenLogprob:
-    """The log-probabilities of a token and of the `count` likeliest, by the model's own logits."""
-    x = logits.astype(np.float64)
-    x -= x.max()
-    x -= np.log(np.exp(x).sum())
-    top = _largest(x, count) if count else np.empty(0, int)
-    return TokenLogprob(token, float(x[token]), tuple((int(i), float(x[i])) for i in top))
+        mask = request.grammar.compute_bitmask().ljust(len(logits) // 8 + 4, b"\0")
+    allowed = np.frombuffer(mask, np.uint8)
+    ROW.pack_into(
+        buffer, i * ROW.size, logits=logits.ctypes.data, size=len(logits),
+        edit=edits.ctypes.data, edits=len(edits),
+        mask=allowed.ctypes.data if mask else 0,
+        seed=request.seed % 2**64, position=request.answered, top_k=min(s.top_k, len(logits)),
+        top=-1 if s.logprobs is None else min(s.logprobs, len(logits)),
+        token=-1, logprob=0, logprobs=(0,) * MAX_LOGPROBS, likeliest=(0,) * MAX_LOGPROBS,
+        **{name: getattr(s, name) for name in NUMBERS},
+    )  # fmt: skip
+    return logits, allowed, edits

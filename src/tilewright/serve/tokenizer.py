@@ -147,17 +147,10 @@ class AnswerText:
         if starts:
             self.stopped, self._held = True, ""
             return text[: min(starts)]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        begun = (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        keep = max(begun, default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
 
 
 def load_tokenizer(model: ModelFile) -> Tokenizer:

@@ -106,7 +106,7 @@ class _Job:
         import tempfile
 
         try:
-            handle, output = tempfile.mkstemp(prefix="out-", dir=disk_cache.private_folder())
+            handle, output = tempfile.mkstemp(prefix="out-", dir=disk_cache.temporary().folder)
         except OSError as error:
             raise BuildError("B105", f"no temporary file can be made: {error}") from None
         os.close(handle)

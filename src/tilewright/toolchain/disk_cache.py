@@ -91,7 +91,8 @@ class Cache:
     def get(self, kind: str, key: str) -> bytes | None:
         """The data of an intact entry, or None."""
         try:
-            with open(self.path(kind, key), "rb", opener=_nonblocking) as file:
+            # A plain open of a named pipe would wait for a writer.
+            with open(os.open(self.path(kind, key), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     return None
                 contents = file.read()
@@ -141,11 +142,6 @@ class Cache:
         return removed
 
 
-def _nonblocking(path: str, flags: int) -> int:
-    """Open without waiting: a plain open of a named pipe waits for a writer."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def _trailer(kind: str, key: str, data: bytes) -> bytes:
     digest = hashlib.sha256(f"{kind}:{key}:".encode())
     digest.update(data)
@@ -173,7 +169,7 @@ def current() -> Cache:
     """The cache of the `cache_dir` knob; one in a temporary folder if that cannot be written or
     the cache is off."""
     if not knobs.get("cache"):
-        return _temporary()
+        return temporary()
     folder = knobs.folder(knobs.get("cache_dir"))
     cache = _open.get(folder)
     if cache is None:
@@ -219,7 +215,7 @@ def put(kind: str, key: str, data: bytes) -> Path:
 
 def put_private(kind: str, key: str, data: bytes) -> Path:
     """Store an entry in the temporary folder of this process. Raises BuildError[B105]."""
-    cache = _temporary()
+    cache = temporary()
     try:
         return cache.put(kind, key, data)
     except OSError as error:
@@ -228,13 +224,8 @@ def put_private(kind: str, key: str, data: bytes) -> Path:
         raise BuildError("B105", text, hint=hint) from None
 
 
-def private_folder() -> Path:
-    """A temporary folder of this process, removed when it ends. Raises BuildError[B105]."""
-    return _temporary().folder
-
-
 def _fall_back(folder: Path, error: OSError) -> Cache:
-    cache = _temporary()
+    cache = temporary()
     warn(
         f"the kernel cache {folder} cannot be written ({error.strerror or error}); "
         f"kernels of this process are kept in {cache.folder} and lost at its end"
@@ -250,8 +241,9 @@ def warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
-def _temporary() -> Cache:
-    """The cache in a temporary folder of this process; a new one if something deleted it."""
+def temporary() -> Cache:
+    """The cache in a temporary folder of this process, removed when it ends; a new one if something
+    deleted it. Raises BuildError[B105]."""
     import tempfile
 
     if not _private or not _private[0].folder.is_dir():

@@ -54,6 +54,12 @@ def add_arguments(names: Sequence[str], parser: argparse.ArgumentParser) -> None
         parser.add_argument(name, **ARGUMENTS[name])
 
 
+def engine_options(args: argparse.Namespace) -> Options:
+    """The options of an engine, of those that a parser has."""
+    given = {n: x for n, x in vars(args).items() if n in Options.__dataclass_fields__}
+    return Options(invariant=not args.fast, **given)
+
+
 demo_arguments = partial(add_arguments, ("question", "--model", *ANSWER))
 chat_arguments = partial(add_arguments, ("model", *ANSWER))
 serve_arguments = partial(add_arguments, ("model", *SERVER, *ENGINE))
@@ -136,10 +142,7 @@ def serve(args: argparse.Namespace) -> int:
         from tilewright.serve.worker import Worker
 
     path = Path(args.model or packaged_model())
-    options = Options(
-        context=args.context, running=args.running, step_tokens=args.step_tokens,
-        kv_tokens=args.kv_tokens, invariant=not args.fast, cost=args.cost,
-    )  # fmt: skip
+    options = engine_options(args)
     file, name = open_model(path), args.name or path.stem
     worker = Worker.process(str(path), args.target, options)
     prompts = Prompts(file, options.resolved(file.config.context)[0])

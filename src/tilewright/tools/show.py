@@ -72,7 +72,10 @@ def show(args: argparse.Namespace) -> int:
         definitions = {args.name: definitions[args.name]}
     shown = {name: stages_of(d, targets) for name, d in definitions.items()}
     if not args.stages and not args.html:
-        shown = {name: _ends(stages) for name, stages in shown.items()}
+        shown = {  # the program as written, and the generated texts
+            name: [s for s in stages if s.title == "as written" or s.level in GENERATED]
+            for name, stages in shown.items()
+        }
     if args.html:
         args.html.write_text(html(args.file.name, shown), encoding="utf-8")
         print(f"wrote {args.html}")
@@ -166,11 +169,6 @@ def source_text(program: Program, target: Target) -> str:
         prelude = prelude_files.prelude(name)
         text = text.replace(prelude, f"// … prelude/{name}, {len(prelude.splitlines())} lines …\n")
     return text.strip()
-
-
-def _ends(stages: list[Stage]) -> list[Stage]:
-    """The program as written, and the generated texts."""
-    return [s for s in stages if s.title == "as written" or s.level in GENERATED]
 
 
 def html(title: str, programs: dict[str, list[Stage]]) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from tilewright.errors import ArgumentError
-from tilewright.serve.engine import Engine, Options
+from tilewright.serve.engine import Engine
 from tilewright.serve.tune import errors, fit, measure
 from tilewright.serve.weights import open_model, packaged_model
-from tilewright.tools.chat import add_arguments
+from tilewright.tools.chat import add_arguments, engine_options
 from tilewright.tools.cli import check_output
 
 _BAR = 40  # characters
@@ -33,11 +33,7 @@ def tune(args: argparse.Namespace) -> int:
     check_output("--out", args.out)
     if not 0 < args.seconds < math.inf:
         raise ArgumentError("A109", f"--seconds {args.seconds}", where="--seconds", hint="150")
-    options = Options(
-        context=args.context, running=args.running, step_tokens=args.step_tokens,
-        invariant=not args.fast,
-    )  # fmt: skip
-    engine = Engine(open_model(args.model or packaged_model()), args.target, options)
+    engine = Engine(open_model(args.model or packaged_model()), args.target, engine_options(args))
     samples = measure(engine, args.seconds, progress=_show)
     _show(1.0, len(samples))
     print(file=sys.stderr)

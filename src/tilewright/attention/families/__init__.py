@@ -7,7 +7,7 @@ first of a device's families that has no reason against a call.
 from __future__ import annotations
 
 from tilewright.attention.families import cpu, decode, hopper, portable
-from tilewright.attention.families.family import Call, Family, Prepared
+from tilewright.attention.families.family import Call, Family, Prepared, Scratch
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec
 from tilewright.errors import ArgumentError
@@ -15,7 +15,7 @@ from tilewright.errors import ArgumentError
 FAMILIES: tuple[Family, ...] = (decode.FAMILY, hopper.FAMILY, portable.FAMILY, cpu.FAMILY)
 """In the order of preference."""
 
-__all__ = ["FAMILIES", "Call", "Family", "Prepared", "by_name", "choose", "reasons"]
+__all__ = ["FAMILIES", "Call", "Family", "Prepared", "Scratch", "by_name", "choose", "reasons"]
 
 
 def by_name(name: str) -> Family:

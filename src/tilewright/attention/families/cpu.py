@@ -8,8 +8,6 @@ import ctypes
 import functools
 from typing import Any
 
-import numpy as np
-
 from tilewright.attention import render
 from tilewright.attention.families.family import Call, Family, Prepared
 from tilewright.attention.plan import CHUNK_TILES, ITEM, ITEMS, Plan
@@ -24,6 +22,7 @@ from tilewright.attention.spec import (
 )
 from tilewright.codegen import prelude_files
 from tilewright.runtime import pool
+from tilewright.runtime.view import view
 from tilewright.toolchain import compilers, cxx
 
 _ROWS = 96  # of an item: the copied tile pays off, the sums stay in the cache
@@ -83,9 +82,13 @@ def _prepare(call: Call) -> Prepared:
     row = -(-spec.head_dim_vo // lanes) * lanes + 2  # floats of a partial result
     slots, heads = plan.slots * spec.group * plan.qo_tile * row, call.values["kv_heads"]
     rows = plan.tokens * heads * spec.group if spec.table.shared else 0
-    partials = np.empty(max(slots + rows * row * (spec.table.shared + 1), 1), np.float32)
-    counters = np.zeros(max(plan.counters + rows // spec.group, 1), np.int32)
-    work = partial_params(partials.ctypes.data, slots, counters.ctypes.data, plan.counters, rows)
+    floats, counts = (
+        slots + rows * row * (spec.table.shared + 1),
+        plan.counters + rows // spec.group,
+    )
+    partials, counters = call.scratch.grown(call.like, floats, counts)
+    memory = view(partials).pointer, slots, view(counters).pointer, plan.counters
+    work = partial_params(*memory, rows)
     work |= {"nodes": plan.nodes.ctypes.data} if spec.table.shared else {}
     work |= {"qo_indptr": plan.qo_indptr.ctypes.data, "items": plan.items.ctypes.data}
     block = params_struct(spec, (*ITEMS, *PARTIALS)).pack(**call.values, **work)

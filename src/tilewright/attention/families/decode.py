@@ -27,7 +27,7 @@ from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
 from tilewright.errors import ArgumentError
 from tilewright.runtime.layout import Struct
-from tilewright.runtime.view import allocate, view
+from tilewright.runtime.view import view
 
 KEYS, ROWS = 16, NARROW_ROWS  # keys of a tile for each warp; the most packed rows of a request
 WARPS = TILE // KEYS
@@ -119,11 +119,8 @@ def _prepare(call: Call) -> Prepared:
         indptr, cuts, nodes = plan.on_device(ordinal)
         floats = partial_floats(spec.head_dim, blocks, ctas, shared)
         counts = max(ctas, 1) + (plan.tokens * values["kv_heads"] if shared else 0)
-        partials = allocate(
-            call.like, (floats + state_floats(spec.head_dim, rows, shared),), dtypes.float32
-        )
-        counters = allocate(call.like, (counts,), dtypes.int32)
-        cuda.clear(view(counters))
+        states = state_floats(spec.head_dim, rows, shared)
+        partials, counters = call.scratch.grown(call.like, floats + states, counts)
         one_each = bool((np.diff(plan.qo_indptr) == 1).all())
         work = {"qo_indptr": 0 if one_each else indptr.pointer, "cuts": cuts.pointer}
         memory = (view(partials).pointer, floats, view(counters).pointer, max(ctas, 1))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import gt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tilewright import dtypes
 from tilewright.attention.checks import ordinal_of
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import Spec
 from tilewright.errors import ArgumentError
+from tilewright.runtime import cuda
+from tilewright.runtime.view import allocate, view
 
 if TYPE_CHECKING:
     from tilewright.attention.plan import Plan
@@ -19,6 +23,24 @@ if TYPE_CHECKING:
 
 
 Order = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+
+
+class Scratch:
+    """Memory for partial results and counters of calls on one device that run one after the other:
+    the layers of a step, and other steps. It grows; a bound call keeps what it was bound with."""
+
+    def __init__(self) -> None:
+        self.arrays: tuple[Any, ...] = ()
+
+    def grown(self, like: Any, *sizes: int) -> tuple[Any, ...]:
+        """float32 for partial results, and int32 counters, which are 0 between calls; at least of
+        these sizes."""
+        held = [view(array).size for array in self.arrays] or [0, 0]
+        if not self.arrays or any(map(gt, sizes, held)):
+            kinds = zip(map(max, sizes, held, (1, 1)), (dtypes.float32, dtypes.int32), strict=True)
+            self.arrays = tuple([allocate(like, (size,), kind) for size, kind in kinds])
+            cuda.clear(view(self.arrays[1]))
+        return self.arrays
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +53,7 @@ class Call:
     values: dict[str, Any]
     plan: Plan | Workspace
     like: Any  # the queries: work space is allocated by their framework
+    scratch: Scratch
 
     @property
     def ordinal(self) -> int:

@@ -22,7 +22,7 @@ from tilewright.attention.table import MAX_KEYS
 from tilewright.errors import ArgumentError
 from tilewright.ir.nodes import Var
 from tilewright.runtime.layout import Struct
-from tilewright.runtime.view import allocate, view
+from tilewright.runtime.view import view
 
 ARCH = "sm_90a"
 MAX_TILES = 512  # of a segment: what the scheduler sorts at once
@@ -214,10 +214,9 @@ def _prepare(call: Call) -> Prepared:
     if min(values["q_token"], values["q_head"]) < 0:
         raise ArgumentError("A104", "q has a negative stride", where="q", hint="a contiguous copy")
     indptr, items, _ = plan.on_device(ordinal)
-    counters = allocate(call.like, (1 + 4 * tiles_of(spec).groups * plan.counters,), dtypes.int32)
-    cuda.clear(view(counters))
     floats = plan.slots * rows_of(spec) * (spec.head_dim_vo + 8)
-    partials = allocate(call.like, (floats,), dtypes.float32)
+    counts = 1 + 4 * tiles_of(spec).groups * plan.counters
+    partials, counters = call.scratch.grown(call.like, floats, counts)
     box, struct = box_keys(spec, values["page_size"]), params_struct(spec)
     padding = {f.name: [0] * f.count for f in struct.fields if f.name == "padding"}
     first = view(counters).pointer

@@ -58,6 +58,10 @@ _LIMITS = {
     "layers": 1 << 10, "dim": 1 << 16, "ffn_dim": 1 << 20, "qo_heads": 1 << 10,
     "kv_heads": 1 << 10, "head_dim": 1 << 8, "vocab": 1 << 21, "context": 1 << 24,
 }  # fmt: skip
+_SIZES = {  # by the field that has the key of a config.json
+    "layers": "num_hidden_layers", "dim": "hidden_size", "qo_heads": "num_attention_heads",
+    "ffn_dim": "intermediate_size", "vocab": "vocab_size", "context": "max_position_embeddings",
+}  # fmt: skip
 _GEMMA = {"post_norms": True, "norm_offset": 1.0, "gelu": True, "scaled_embedding": True}
 _ABSENT = {"sliding_window": 4096, "query_pre_attn_scalar": 256, "tie_word_embeddings": True}
 # By model_type: fields of `ModelConfig`; `full_every`: each how many-th layer has no window where
@@ -169,20 +173,14 @@ def read_config(keys: Metadata, has_head: bool, interleaved: bool = False) -> Mo
         keys.refuse("use_sliding_window", (False,))
     for key in ("hidden_act", "hidden_activation"):
         keys.refuse(key, ("gelu_pytorch_tanh" if family.get("gelu") else "silu",))
-    layers, dim = keys.get("num_hidden_layers", int), keys.get("hidden_size", int)
-    heads, query = keys.get("num_attention_heads", int), keys.get("query_pre_attn_scalar", float, 0)
-    windowed = _windows(keys, layers, full_every)
+    sizes = {name: keys.get(key, int) for name, key in _SIZES.items()}
+    dim, heads, query = sizes["dim"], sizes["qo_heads"], keys.get("query_pre_attn_scalar", float, 0)
+    windowed = _windows(keys, sizes["layers"], full_every)
     rope, local_rope = _ropes(keys)
     return ModelConfig(
         architecture=architecture,
-        layers=layers,
-        dim=dim,
-        ffn_dim=keys.get("intermediate_size", int),
-        qo_heads=heads,
         kv_heads=keys.get("num_key_value_heads", int, heads),
         head_dim=keys.get("head_dim", int, dim // heads if heads > 0 else 0),
-        vocab=keys.get("vocab_size", int),
-        context=keys.get("max_position_embeddings", int),
         rope=rope,
         rms_eps=keys.get("rms_norm_eps", float),
         tied_embedding=keys.get("tie_word_embeddings", bool, not has_head),
@@ -193,6 +191,7 @@ def read_config(keys: Metadata, has_head: bool, interleaved: bool = False) -> Mo
         sm_scale=query**-0.5 if query > 0 else query or None,
         score_cap=keys.get("attn_logit_softcapping", float, 0.0),
         logit_cap=keys.get("final_logit_softcapping", float, 0.0),
+        **sizes,
         **family,
     ).check(keys.where)
 

@@ -1,0 +1,312 @@
+// The next token of a row of logits: penalties, cuts and a draw. One text for CPUs and GPUs.
+//
+// A score is compared as an integer that is in the same order (`Key`), and the weight of a token,
+// 2^30 exp((score - largest) / temperature), is an integer that integer operations compute. Sums of
+// integers do not depend on their order: CPUs and GPUs, any vectors and any number of threads have
+// the same cuts and draw the same token. Nothing is sorted: a cut is a key, found by bisection over
+// how many tokens, or how much weight, are at or above it, and a number of tokens that equal it,
+// those of the smallest indices. A weight is exact to 2^-31 of that of the likeliest token.
+//
+// A Team has the threads that work on a row: `lane` of `lanes`; as `parts` that take ranges of the
+// vocabulary, `part` is the first of a thread's, `part_lane` of `part_lanes` its threads. A CPU's has
+// one thread. `sum` and `max` are those of a team, `part_sum` and `prefix` (inclusive) of a part.
+#ifdef __CUDACC__
+#define SAMPLE_FN __device__ __forceinline__
+#else
+#define SAMPLE_FN inline __attribute__((always_inline))
+#endif
+
+namespace sample {
+
+#ifdef __CUDACC__
+SAMPLE_FN int32_t float_bits(float x) { return __float_as_int(x); }
+SAMPLE_FN float bits_float(int32_t x) { return __int_as_float(x); }
+SAMPLE_FN double log(double x) { return ::log(x); }
+SAMPLE_FN uint64_t high_product(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+#else
+SAMPLE_FN int32_t float_bits(float x) { return __builtin_bit_cast(int32_t, x); }
+SAMPLE_FN float bits_float(int32_t x) { return __builtin_bit_cast(float, x); }
+SAMPLE_FN double log(double x) { return __builtin_log(x); }
+SAMPLE_FN uint64_t high_product(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+#endif
+
+using Key = int32_t;
+constexpr Key NAN_KEY = 0x7fffffff, INFINITE = 0x7f800000;  // of NaN, of +inf
+constexpr Key EXCLUDED = ~INFINITE, NO_KEY = ~NAN_KEY;  // of -inf, below all
+constexpr uint32_t ONE = 1u << 30;  // the weight of the likeliest token
+constexpr float SCALE = 0x1.715476p24f;  // log2(e) * 2^24
+constexpr double COLDEST = 1e-6;  // a lower temperature samples as this one does
+constexpr int PARTS = 32;
+
+SAMPLE_FN Key key_of(float x) {  // NaN is above all others, the zeros are equal
+  const int32_t bits = float_bits(x + 0.0f);
+  return x != x ? NAN_KEY : bits ^ ((bits >> 31) & NAN_KEY);
+}
+SAMPLE_FN float score_of(Key key) { return bits_float(key ^ ((key >> 31) & NAN_KEY)); }
+
+// 2^30 * 2^y with y = (score - largest) * scale / 2^24; `scale` is SCALE / temperature.
+SAMPLE_FN uint32_t weight_of(float difference, float scale) {
+  float y = difference * scale;
+  y = y > -0x1p29f ? y : -0x1p29f;
+  const int32_t fixed = static_cast<int32_t>(y);
+  const uint64_t f = static_cast<uint32_t>(fixed) << 8;  // the fraction of y, / 2^32
+  // 2^f = 1 + f g(f); g is a polynomial fitted at Chebyshev's points, relative error 6e-9.
+  uint64_t g = 0xda68f;
+  g = 0x532934 + (g * f >> 32);
+  g = 0x2789515 + (g * f >> 32);
+  g = 0xe34fb4f + (g * f >> 32);
+  g = 0x3d7f87e0 + (g * f >> 32);
+  g = 0xb17217cd + (g * f >> 32);
+  const uint32_t power = (1u << 31) + static_cast<uint32_t>(g * f >> 33);
+  return y > -0x1.fp28f ? ((power >> (-(fixed >> 24) & 31)) + 1) >> 1 : 0;
+}
+
+// 64 random bits for a seed and a position: Philox4x32-10 (Salmon et al., Parallel random numbers: as
+// easy as 1, 2, 3, SC 2011).
+SAMPLE_FN uint64_t philox(uint64_t seed, uint64_t position) {
+  uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32), c2 = 0, c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t{0xD2511F53} * c0, b = uint64_t{0xCD9E8D57} * c2;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(b);
+    c3 = static_cast<uint32_t>(a);
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return c0 | uint64_t{c1} << 32;
+}
+
+// -- the scores of a row ---------------------------------------------------------------------------
+
+// A row: `keys` and `weights` of `size` tokens.
+struct Scores {
+  Key* keys;
+  uint32_t* weights;
+  int32_t size;
+};
+
+template <class Team>
+SAMPLE_FN Key largest(const Team& team, const Scores& s) {
+  Key most = NO_KEY;
+  for (int32_t i = team.lane; i < s.size; i += team.lanes) most = s.keys[i] > most ? s.keys[i] : most;
+  return team.max(most);
+}
+
+// Computes the weights; their sum.
+template <class Team>
+SAMPLE_FN uint64_t weigh(const Team& team, const Scores& s, Key most, float scale) {
+  const float top = score_of(most);
+  uint64_t total = 0;
+  for (int32_t i = team.lane; i < s.size; i += team.lanes)
+    total += s.weights[i] = weight_of(score_of(s.keys[i]) - top, scale);
+  return team.sum(total);
+}
+
+// Penalties and biases of the tokens that have any, each named once; tokens that `mask` excludes.
+template <class Team>
+SAMPLE_FN void penalize(const Team& team, const Scores& s, const SampleRow& row) {
+  for (int32_t e = team.lane; e < row.edits; e += team.lanes) {
+    const SampleEdit edit = row.edit[e];
+    // Numbers of float32, whose products are exact in float64: a fused sum is no other one.
+    const double repetition = static_cast<float>(row.repetition_penalty), count = edit.count;
+    const double presence = static_cast<float>(row.presence_penalty);
+    double x = score_of(s.keys[edit.token]);
+    if (edit.is_seen) x = x > 0 ? x / repetition : x * repetition;
+    if (edit.count) x -= presence + static_cast<float>(row.frequency_penalty) * count;
+    s.keys[edit.token] = key_of(static_cast<float>(x + edit.bias));
+  }
+  team.sync();
+  if (row.mask)
+    for (int32_t i = team.lane; i < s.size; i += team.lanes)
+      if (!(row.mask[i >> 3] >> (i & 7) & 1)) s.keys[i] = EXCLUDED;
+  team.sync();
+}
+
+// -- cuts ------------------------------------------------------------------------------------------
+
+// The tokens with a key from `least` on: their number and weight.
+struct Measure {
+  Key least;
+  uint64_t count, weight;
+};
+
+template <class Team>
+SAMPLE_FN Measure from(const Team& team, const Scores& s, Key least) {
+  uint32_t count = 0;
+  uint64_t weight = 0;
+  for (int32_t i = team.lane; i < s.size; i += team.lanes) {
+    const bool is_in = s.keys[i] >= least;
+    count += is_in;
+    weight += is_in ? s.weights[i] : 0;
+  }
+  return {least, team.sum(uint64_t{count}), team.sum(weight)};
+}
+
+// The tokens at and above a bound, and those above. Those between are ties, or a single token.
+struct Bound {
+  Measure at, above;
+  SAMPLE_FN uint64_t each() const { return (at.weight - above.weight) / (at.count - above.count); }
+};
+
+// The highest bound of keys from `low` on with `wanted` tokens, or their weight, at it and above.
+template <class Team>
+SAMPLE_FN Bound search(const Team& team, const Scores& s, Key low, Key most, bool by_weight, uint64_t wanted) {
+  Bound b = {from(team, s, low), {most + 1, 0, 0}};
+  while (static_cast<int64_t>(b.above.least) - b.at.least > 1 && b.at.count > b.above.count + 1) {
+    const Measure m = from(team, s, static_cast<Key>((static_cast<int64_t>(b.at.least) + b.above.least) >> 1));
+    if ((by_weight ? m.weight : m.count) >= wanted) b.at = m;
+    else b.above = m;
+  }
+  return b;
+}
+
+// The tokens that are left: those with a key from `above` on, and the first `ties` of those from `at`
+// on, of the weight `each`. Lighter ones than `lightest` are left out.
+struct Cut {
+  Key at, above;
+  uint64_t ties, each;
+  uint32_t lightest;
+};
+
+// What top_k, then top_p, then min_p leave. `total`: the sum of all weights.
+template <class Team>
+SAMPLE_FN Cut cut(const Team& team, const Scores& s, Key most, uint64_t total, const SampleRow& row) {
+  Cut c = {NO_KEY, NO_KEY, 0, 0, static_cast<uint32_t>(row.min_p * ONE + 0.5)};
+  if (row.top_k > 0 && row.top_k < s.size) {
+    const uint64_t wanted = static_cast<uint64_t>(row.top_k);
+    const Bound b = search(team, s, NO_KEY, most, false, wanted);
+    c = {b.at.least, b.above.least, wanted - b.above.count, b.each(), c.lightest};
+    total = b.above.weight + c.ties * c.each;
+  }
+  if (row.top_p < 1) {
+    const double share = row.top_p * static_cast<double>(total);
+    uint64_t wanted = static_cast<uint64_t>(share);
+    wanted += wanted == 0 || static_cast<double>(wanted) < share;
+    const Bound b = search(team, s, c.at, most, true, wanted);
+    const uint64_t needed = (wanted - b.above.weight + b.each() - 1) / b.each();
+    const bool is_same = b.at.least == c.at && c.ties;  // the ties that top_k has cut
+    c = {b.at.least, b.above.least, is_same && c.ties < needed ? c.ties : needed, b.each(), c.lightest};
+  }
+  if (c.each < c.lightest) c.each = 0;
+  return c;
+}
+
+// -- the draw --------------------------------------------------------------------------------------
+
+// The token at a number of [0, 2^64) by the inverse of the cumulative distribution over what is left.
+template <class Team>
+SAMPLE_FN int32_t draw(const Team& team, const Scores& s, const Cut& c, uint64_t uniform) {
+  const int32_t length = (s.size + PARTS - 1) / PARTS;
+  for (int p = team.part; p < PARTS; p += team.parts) {
+    uint32_t ties = 0;
+    uint64_t weight = 0;
+    const int32_t end = (p + 1) * length < s.size ? (p + 1) * length : s.size;
+    for (int32_t i = p * length + team.part_lane; i < end; i += team.part_lanes) {
+      ties += s.keys[i] >= c.at && s.keys[i] < c.above;
+      weight += s.keys[i] >= c.above && s.weights[i] >= c.lightest ? s.weights[i] : 0;
+    }
+    team.of_parts[p] = {0, team.part_sum(uint64_t{ties}), team.part_sum(weight)};
+  }
+  team.sync();
+  uint64_t total = 0, ties = c.ties;
+  for (int p = 0; p < PARTS; ++p) {  // the weights of what is left of each part
+    Measure m = team.of_parts[p];
+    const uint64_t kept = m.count < ties ? m.count : ties;
+    total += m.weight + kept * c.each;
+    ties -= kept;
+  }
+  const uint64_t goal = high_product(uniform, total);
+  uint64_t before = 0;
+  ties = c.ties;
+  int p = 0;
+  for (;; ++p) {
+    const Measure m = team.of_parts[p];
+    const uint64_t kept = m.count < ties ? m.count : ties, weight = m.weight + kept * c.each;
+    if (goal < before + weight) break;
+    before += weight;
+    ties -= kept;
+  }
+  for (int32_t base = p * length;; base += team.part_lanes) {
+    const int32_t i = base + team.part_lane;
+    const bool is_in = i < s.size, is_above = is_in && s.keys[i] >= c.above;
+    const uint64_t rank = team.prefix(uint64_t{is_in && !is_above && s.keys[i] >= c.at});
+    const bool is_tie = is_in && !is_above && s.keys[i] >= c.at && rank <= ties;
+    const uint32_t weight = is_above && s.weights[i] >= c.lightest ? s.weights[i] : 0;
+    const uint64_t upto = before + team.prefix(is_tie ? c.each : weight);
+    const int found = team.first(upto > goal);
+    if (found >= 0) return base + found;
+    before = team.last(upto);
+    ties -= team.last(rank) < ties ? team.last(rank) : ties;
+  }
+}
+
+// The `count` tokens of the largest keys, the largest first; of equal ones the smaller index.
+template <class Team>
+SAMPLE_FN void likeliest(const Team& team, const Scores& s, Key most, int32_t count, int32_t* tokens) {
+  const Bound b = search(team, s, NO_KEY, most, false, static_cast<uint64_t>(count));
+  uint64_t stored = 0, ties = static_cast<uint64_t>(count) - b.above.count;
+  for (int32_t base = 0; stored < static_cast<uint64_t>(count); base += team.part_lanes) {
+    const int32_t i = base + team.part_lane;
+    const bool is_above = i < s.size && s.keys[i] >= b.above.least;
+    const bool is_tied = i < s.size && !is_above && s.keys[i] >= b.at.least;
+    const uint64_t rank = team.prefix(uint64_t{is_tied});
+    const bool is_one = is_above || (is_tied && rank <= ties);
+    const uint64_t at = stored + team.prefix(uint64_t{is_one});
+    if (is_one) tokens[at - 1] = i;
+    stored = team.last(at);
+    ties -= team.last(rank) < ties ? team.last(rank) : ties;
+  }
+  team.sync();
+  for (int32_t i = 1; team.lane == 0 && i < count; ++i)
+    for (int32_t j = i; j > 0 && s.keys[tokens[j]] > s.keys[tokens[j - 1]]; --j) {
+      const int32_t token = tokens[j];
+      tokens[j] = tokens[j - 1];
+      tokens[j - 1] = token;
+    }
+  team.sync();
+}
+
+// Samples a row, whose keys and weights are written to `s`. Reads of it `logits`; `edit`, of `edits`
+// tokens; `mask`, a bit a token (null: all are allowed); `seed` and `position`; the numbers of a
+// Sampling; `top`, how many likeliest tokens are wanted, -1: no log-probabilities at all. Writes
+// `token`, -1 where a logit is NaN or the largest is infinite, and by the logits without edits its
+// `logprob`, and the `likeliest` tokens with their `logprobs`.
+template <class Team>
+SAMPLE_FN void sample(const Team& team, const Scores& s, SampleRow& row) {
+  for (int32_t i = team.lane; i < s.size; i += team.lanes) s.keys[i] = key_of(row.logits[i]);
+  team.sync();
+  Key most = largest(team, s);
+  double shift = 0;  // a log-probability is the logit minus this
+  const bool is_finite = EXCLUDED < most && most < INFINITE;
+  if (is_finite && row.top >= 0) {
+    const double sum = static_cast<double>(weigh(team, s, most, SCALE)) / ONE;
+    shift = score_of(most) + log(sum);
+    team.sync();
+    if (row.top) likeliest(team, s, most, row.top, row.likeliest);
+    for (int32_t i = 0; i < row.top; ++i) row.logprobs[i] = row.logits[row.likeliest[i]] - shift;
+  }
+  if (is_finite && (row.edits || row.mask)) {
+    penalize(team, s, row);
+    most = largest(team, s);
+  }
+  int32_t token = -1;
+  if (is_finite && most < INFINITE && (row.temperature == 0 || most == EXCLUDED)) {
+    int32_t first = s.size;
+    for (int32_t i = team.lane; i < s.size; i += team.lanes)
+      first = s.keys[i] == most && i < first ? i : first;
+    token = -team.max(-first);  // the first of the largest
+  } else if (is_finite && most < INFINITE) {
+    const double temperature = row.temperature > COLDEST ? row.temperature : COLDEST;
+    const uint64_t total = weigh(team, s, most, static_cast<float>(SCALE / temperature));
+    team.sync();
+    token = draw(team, s, cut(team, s, most, total, row), philox(row.seed, row.position));
+  }
+  row.token = token;
+  if (token >= 0 && row.top >= 0) row.logprob = row.logits[token] - shift;
+}
+
+}  // namespace sample
