@@ -49,9 +49,12 @@ def pyplot_module() -> Any:
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars of `ratio` on a log scale, 1 in the middle; on a GPU dots for the replayed ratio.
 
-    Raises MissingExtra[E101] without matplotlib, ArgumentError[A109] without a ratio to draw.
+    Rows of `bench serve --peers` have `measures`, which are drawn instead. Raises
+    MissingExtra[E101] without matplotlib, ArgumentError[A109] without a ratio to draw.
     """
     pyplot = pyplot_module()
+    if rows and "measures" in rows[0]:
+        return _draw_served(pyplot, rows, path)
     ours = [r for r in rows if r.get("ratio")]
     if not ours:
         raise ArgumentError(
@@ -103,4 +106,36 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_title(f"{first['op']}, {first['dtype']}, {first['device']}{dots}", fontsize=10)
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _draw_served(pyplot: Any, rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of each way to serve, side by side: rate, first token, gaps, goodput."""
+    goodput = [name for name in rows[0]["measures"] if name.startswith("goodput")]
+    panels = {
+        "answer tokens a second": ["answer tokens/s"],
+        "ms to the first token": ["ms first token p50", "ms first token p90"],
+        "ms between tokens": ["ms gap p50", "ms gap p99"],
+        "requests/s in time": goodput,
+    }
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(15, 1.2 + 0.5 * len(rows)), sharey=True, layout="constrained"
+    )
+    for axis, (title, names) in zip(axes, panels.items(), strict=True):
+        bar = 0.8 / len(names)
+        for n, name in enumerate(names):
+            at = [i + (n - (len(names) - 1) / 2) * bar for i in range(len(rows))]
+            values = [row["measures"][name] for row in rows]
+            axis.barh(
+                at, values, bar * 0.92, color=_COLOURS[n], label=name.removeprefix("goodput ")
+            )
+        axis.set_title(title, fontsize=10)
+        axis.set_axisbelow(True)
+        axis.grid(axis="x", alpha=0.3)
+        if len(names) > 1:
+            axis.legend(frameon=False, fontsize=8)
+    axes[0].set_yticks(range(len(rows)), [row["impl"] for row in rows])
+    axes[0].invert_yaxis()
+    figure.suptitle(f"{rows[0]['input']}, {rows[0]['dtype']}, {rows[0]['device']}", fontsize=10)
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)

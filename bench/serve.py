@@ -3,7 +3,8 @@
 Requests come when the trace says, time divided by `--speed`; prompts are random tokens of the
 trace's lengths, times `--lengths`, and answers have the trace's lengths too. Rows: tokens a second
 over the replay, time to the first token, and gaps between tokens. A few answers are computed again
-alone, and have to be equal.
+alone, and have to be equal. With `--peers` other engines serve the same requests
+(`serve_peers.py`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import csv
 import gzip
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from math import inf
 from pathlib import Path
 
 import numpy as np
 
 from bench.harness import Row, base_row, note
-from bench.simulate import simulate_rows
+from bench.simulate import percentiles, simulate_rows
 from tilewright.errors import ArgumentError
 from tilewright.serve.engine import Engine, Options
 from tilewright.serve.request import Request, Sampling
@@ -29,17 +31,36 @@ from tilewright.serve.weights import open_model, packaged_model
 
 TRACE = "shared/data/traces/AzureLLMInferenceTrace_conv.csv.gz"
 _CHECKED = 3  # answers that are computed again
+_PLAINLY = Sampling()
 
 
 @dataclass(slots=True)
 class Job:
-    """A request of the trace: seconds from the first arrival, tokens; then what it was given."""
+    """A request of the trace: seconds from the first arrival, its prompt, and how many tokens it
+    is answered with; then these tokens, and when they came."""
 
     arrival_s: float
     prompt: list[int]
     answer: int
-    request: Request | None = None
+    tokens: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.times_s) == self.answer
+
+    def note(self, token: int, at_s: float) -> None:
+        """Notes a token of the answer, so many seconds after the replay began."""
+        self.tokens.append(token)
+        self.times_s.append(at_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a trace is replayed: its times are divided by `speed`, and it ends after `limit_s`."""
+
+    speed: float = 1.0
+    limit_s: float = inf
 
 
 def serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +88,17 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=8192, help="of the simulated model")
     parser.add_argument("--kv-tokens", type=int, default=400_000, help="of the simulated cache")
     parser.add_argument("--timeline", type=Path, help="writes the steps for Perfetto (JSON)")
+    parser.add_argument("--seconds", type=float, default=180.0, help="--predict: to fit a cost")
+    parser.add_argument("--cost-out", type=Path, help="--predict: writes the fitted cost")
     parser.add_argument("--predict", type=int, help="compares so many random steps with --cost")
+    peers = ("transformers", "generate", "loop", "llama.cpp", "ours")
+    parser.add_argument(
+        "--peers", nargs="*", choices=peers, metavar="PEER",
+        help=f"serve the same requests (default: all): {', '.join(peers)}",
+    )  # fmt: skip
+    parser.add_argument("--shape", help="--peers: a model of random weights instead of --model")
+    parser.add_argument("--attention", default="", help="--peers: of transformers")
+    parser.add_argument("--limit", type=float, default=inf, help="--peers: seconds of each")
     parser.add_argument("--fast", action="store_true", help="faster batches, not equal to the bit")
 
 
@@ -80,17 +111,23 @@ def serve(args: argparse.Namespace) -> Iterator[Row]:
     if args.predict:
         yield from predicted(args)
         return
+    if args.peers is not None:
+        from bench.serve_peers import peer_rows
+
+        yield from peer_rows(args)
+        return
     file = open_model(args.model or packaged_model())
     context = min(file.config.context, 4096)
     sizes = {"running": args.running, "step_tokens": args.step_tokens, "invariant": not args.fast}
     jobs = read_trace(args.trace, args.requests, args.lengths, (context, file.config.vocab))
     engine = Engine(file, args.target, Options(context=context, **sizes))
-    replay(engine, [Job(0.0, job.prompt[:40], 4) for job in jobs[: args.running]], 1.0)  # builds
-    took_s = replay(engine, jobs, args.speed)
+    replay(engine, [Job(0.0, job.prompt[:40], 4) for job in jobs[: args.running]], Pace())  # builds
+    pace = Pace(args.speed)
+    took_s = replay(engine, jobs, pace)
     if not args.fast:
         check(Engine(file, args.target, Options(context=context, share=False)), jobs)
     name = f"{args.trace.name.split('.')[0]} x{args.speed:g} lengths x{args.lengths:g}"
-    for metric, value in measures(jobs, args.speed, took_s).items():
+    for metric, value in measures(jobs, pace, took_s).items():
         yield base_row("serve", "serve.replay", args.target) | {
             "input": name, "width": len(jobs), "dtype": "float32", "impl": "tilewright",
             "ms": 1e3 * took_s, "metric": metric, "value": value, "ratio": None,
@@ -99,22 +136,33 @@ def serve(args: argparse.Namespace) -> Iterator[Row]:
 
 def predicted(args: argparse.Namespace) -> Iterator[Row]:
     """The error of a fitted cost over random steps that it has not seen: of --cost, or of one
-    fitted on as many others."""
+    fitted on others. Beside it what no model can say: how far two measurements of the same step
+    are apart."""
     options = Options(
         context=2048, running=args.running, step_tokens=args.step_tokens, cost=args.cost,
         invariant=not args.fast,
     )  # fmt: skip
-    engine = Engine(open_model(args.model or packaged_model()), args.target, options)
+    if args.shape:
+        from bench.peer_models import random_model
+
+        file = random_model(args.shape, "cpu" if args.target == "cpp" else "cuda").ours()
+    else:
+        file = open_model(args.model or packaged_model())
+    engine = Engine(file, args.target, options)
     model = engine.scheduler.model
     if args.cost is None:
-        model = fit(measure(engine, 180, args.predict, seed=1))
-    found = errors(model, measure(engine, 1e9, args.predict, seed=2))
-    for p in (50, 90, 99):
-        yield base_row("serve", "serve.predict", args.target) | {
-            "input": "random steps", "width": len(found), "dtype": "float32",
-            "impl": "tilewright", "ms": None, "metric": f"% error p{p}",
-            "value": 100 * float(np.percentile(found, p)), "ratio": None,
-        }  # fmt: skip
+        model = fit(measure(engine, args.seconds, args.predict, seed=1), model.key)
+    if args.cost_out:
+        model.save(args.cost_out)
+    samples, again = (measure(engine, 1e9, args.predict, seed=2) for _ in range(2))
+    apart = [abs(b / a - 1) for (_, a), (_, b) in zip(samples, again, strict=True)]
+    for name, found in (("error", errors(model, samples)), ("between two", apart)):
+        for p in (50, 90, 99):
+            yield base_row("serve", "serve.predict", args.target) | {
+                "input": "random steps", "width": len(found), "dtype": "float32",
+                "impl": "tilewright", "ms": None, "metric": f"% {name} p{p}",
+                "value": 100 * float(np.percentile(found, p)), "ratio": None,
+            }  # fmt: skip
 
 
 def read_trace(path: Path, count: int, factor: float, sizes: tuple[int, int]) -> list[Job]:
@@ -139,52 +187,51 @@ def read_trace(path: Path, count: int, factor: float, sizes: tuple[int, int]) ->
     return jobs
 
 
-def replay(engine: Engine, jobs: list[Job], speed: float) -> float:
-    """Runs the jobs in real time and notes when each got its tokens; the seconds it took."""
+def replay(engine: Engine, jobs: list[Job], pace: Pace, how: Sampling = _PLAINLY) -> float:
+    """Runs the jobs in real time and notes when each got its tokens; the seconds it took. What is
+    under way at the end of the time is cancelled."""
     began = time.perf_counter()
     waiting = sorted(jobs, key=lambda job: job.arrival_s)
     running: dict[Request, Job] = {}
-    while waiting or running:
-        now = time.perf_counter() - began
-        while waiting and waiting[0].arrival_s / speed <= now:
+    while (waiting or running) and (now := time.perf_counter() - began) < pace.limit_s:
+        while waiting and waiting[0].arrival_s / pace.speed <= now:
             job = waiting.pop(0)
-            job.request = engine.submit(
-                job.prompt, Sampling(max_tokens=job.answer, ignore_eos=True)
-            )
-            running[job.request] = job
+            sampling = replace(how, max_tokens=job.answer, ignore_eos=True)
+            arrived = began + job.arrival_s / pace.speed
+            running[engine.submit(job.prompt, sampling, arrived)] = job
         if not running:
-            time.sleep(max(0.0, waiting[0].arrival_s / speed - now))
+            time.sleep(max(0.0, waiting[0].arrival_s / pace.speed - now))
             continue
         ready = engine.step()
         now = time.perf_counter() - began
         for request in ready:
-            running[request].times_s.append(now)
+            running[request].note(request.tokens[-1], now)
             if request.finish:
                 del running[request]
-    return time.perf_counter() - began
+    took_s = time.perf_counter() - began
+    for request in running:
+        engine.cancel(request)
+    engine.step()  # the one under way, if any
+    return took_s
 
 
-def measures(jobs: list[Job], speed: float, took_s: float) -> dict[str, float]:
-    """Rates over the replay, and percentiles in milliseconds."""
-    first = 1e3 * np.array([job.times_s[0] - job.arrival_s / speed for job in jobs])
-    gaps = 1e3 * np.concatenate([np.diff(job.times_s) for job in jobs] or [np.zeros(0)])
-    gaps = gaps if len(gaps) else np.zeros(1)
-    values = {
-        "requests/s": len(jobs) / took_s,
-        "answer tokens/s": sum(len(job.times_s) for job in jobs) / took_s,
-        "prompt tokens/s": sum(len(job.prompt) for job in jobs) / took_s,
-    }
-    for name, samples in (("first token", first), ("gap", gaps)):
-        values |= {f"ms {name} p{p}": float(np.percentile(samples, p)) for p in (50, 90, 99)}
-    return values | {"ms gap max": float(gaps.max())}
+def measures(jobs: list[Job], pace: Pace, took_s: float) -> dict[str, float]:
+    """Rates over the replay, and percentiles in milliseconds: of the first tokens that came, and of
+    the gaps between tokens."""
+    done = sum([job.is_done for job in jobs])
+    return {
+        "done": float(done),
+        "requests/s": done / took_s,
+        "answer tokens/s": sum([len(job.times_s) for job in jobs]) / took_s,
+        "prompt tokens/s": sum([len(job.prompt) for job in jobs if job.times_s]) / took_s,
+    } | percentiles([j.arrival_s / pace.speed for j in jobs], [j.times_s for j in jobs])
 
 
 def check(engine: Engine, jobs: list[Job]) -> None:
     """The shortest jobs again, each alone: their tokens have to be equal."""
     for job in sorted(jobs, key=lambda job: len(job.prompt) + 8 * job.answer)[:_CHECKED]:
         again = Job(0.0, job.prompt, job.answer)
-        replay(engine, [again], 1.0)
-        assert again.request is not None and job.request is not None
-        if again.request.answer != job.request.answer:
+        replay(engine, [again], Pace())
+        if again.tokens != job.tokens:
             note("WRONG: an answer in the batch differs from the same one alone")
             raise SystemExit(1)

@@ -13,7 +13,7 @@ import argparse
 import csv
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from math import inf
@@ -141,23 +141,34 @@ def simulate(
 
 def measures(done: Replay, ttft_s: float, gap_s: float) -> dict[str, float]:
     """Goodput, percentiles in milliseconds, rates, and the part of prompt tokens that was known."""
-    took = max(times[-1] for times in done.times_s.values())
-    first, gaps, good = [], [], 0
-    for request in done.requests:
-        times = done.times_s[request.id]
-        own = np.diff(times)
-        first.append(times[0] - request.arrived)
-        gaps.append(own)
-        in_time = own.size == 0 or np.quantile(own, 0.99, method="higher") <= gap_s
-        good += bool(first[-1] <= ttft_s and in_time)
-    every = np.concatenate(gaps)
-    every = every if every.size else np.zeros(1)
-    values = {"goodput requests/s": good / took, "requests/s": len(done.requests) / took}
-    for name, samples in (("first token", np.array(first)), ("gap", every)):
-        for p in (50, 90, 99):
-            values[f"ms {name} p{p}"] = 1e3 * float(np.percentile(samples, p))
-    prompts = sum(r.prompt_tokens for r in done.requests)
-    return values | {"hit rate": done.cached / prompts, "preemptions": float(done.preemptions)}
+    times = [done.times_s[r.id] for r in done.requests]
+    arrived = [r.arrived for r in done.requests]
+    took = max(own[-1] for own in times)
+    good = sum([in_time(a, own, ttft_s, gap_s) for a, own in zip(arrived, times, strict=True)])
+    prompts = sum([r.prompt_tokens for r in done.requests])
+    return {
+        "goodput requests/s": good / took, "requests/s": len(times) / took,
+        **percentiles(arrived, times),
+        "hit rate": done.cached / prompts, "preemptions": float(done.preemptions),
+    }  # fmt: skip
+
+
+def in_time(arrived_s: float, times_s: Sequence[float], ttft_s: float, gap_s: float) -> bool:
+    """Whether the first token came within `ttft_s`, and 99 % of the gaps are within `gap_s`."""
+    gaps = np.diff(times_s)
+    slow = np.quantile(gaps, 0.99, method="higher") if gaps.size else 0.0
+    return bool(times_s[0] - arrived_s <= ttft_s and slow <= gap_s)
+
+
+def percentiles(arrived_s: Sequence[float], times_s: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Milliseconds to the first token of each request that got one, and between tokens."""
+    first = [own[0] - a for a, own in zip(arrived_s, times_s, strict=True) if len(own)]
+    gaps = np.concatenate([np.diff(own) for own in times_s])
+    return {
+        f"ms {name} p{p}": 1e3 * float(np.percentile(samples if len(samples) else [0.0], p))
+        for name, samples in (("first token", first), ("gap", gaps))
+        for p in (50, 90, 99)
+    } | {"ms gap max": 1e3 * float(max(gaps, default=0.0))}
 
 
 def simulate_rows(args: argparse.Namespace) -> Iterator[Row]:

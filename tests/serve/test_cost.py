@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.serve.test_scheduler import span
 
 from bench import harness, simulate
 from bench import serve as bench_serve
@@ -25,7 +26,7 @@ from tilewright.serve.weights import open_model
 from tilewright.tools import cli
 
 TRUE = CostModel(
-    step=6e-3, mixed=1e-3, answer=2e-5, context=4e-8, prompt=1e-6, reads=2e-9, span=1e-8,
+    step=6e-3, mixed=1e-3, answer=2e-5, context=4e-8, prompt=1e-6, reads=2e-9, tail=2e-4,
     beside=5e-4, over=3e-5, knee=192,
 )  # fmt: skip
 
@@ -45,9 +46,11 @@ def random_works(count: int, seed: int) -> list[Work]:
 def written_out(work: Work) -> float:
     """The formula of the module's docstring, for `TRUE`."""
     answers, context, prompt, reads, span = work
-    total = 6e-3 + 2e-5 * answers + 4e-8 * context + 3e-5 * max(0, answers + prompt - 192)
+    total = 6e-3 + 2e-5 * answers + 4e-8 * (context + span)
+    total += 3e-5 * max(0, answers + prompt - 192)
+    total += 2e-4 * (f"{answers % 4:b}".count("1") + f"{prompt % 8:b}".count("1"))
     if prompt:
-        total += 1e-3 + 1e-6 * prompt + 2e-9 * reads + 1e-8 * span + (5e-4 if answers else 0)
+        total += 1e-3 + 1e-6 * prompt + 2e-9 * reads + (5e-4 if answers else 0)
     return total
 
 
@@ -75,6 +78,14 @@ def test_a_fit_of_noisy_times():
     assert np.percentile(np.abs(np.array(ratios) - 1), 90) < 0.05
 
 
+@pytest.mark.parametrize("name", tune.CONSTANTS)
+def test_each_constant_of_an_answer_makes_a_fit(name: str):
+    """Noise may leave one constant alone above zero; those of prompts alone are no cost."""
+    alone = {"mixed", "prompt", "reads", "beside"}
+    assert replace(CostModel(), **{name: 1e-3}).is_fitted == (name not in alone)
+    assert not CostModel().is_fitted
+
+
 def test_corrections_are_slow_and_apart():
     """Where steps of answers take 1.5 times as long, their factor gets there in hundreds of steps,
     and that of steps with prompts stays; one step that takes a second changes little."""
@@ -98,7 +109,8 @@ def test_files(tmp_path: Path):
         {}, [], 5, good | {"step": -1}, good | {"step": "x"}, good | {"more": 1},
         good | {"factors": [1]}, good | {"factors": [0, 1]}, good | {"answer": float("nan")},
         {k: v for k, v in good.items() if k != "factors"}, good | {"key": 5},
-        good | {"step": 0, "answer": 0, "context": 0}, good | {"factors": [10**400, 1]},
+        good | dict.fromkeys(("step", "answer", "context", "tail"), 0),
+        good | {"factors": [10**400, 1]},
     ]  # fmt: skip
     for text in [*map(json.dumps, bad), "[" * 100_000]:
         path.write_text(text, encoding="utf-8")
@@ -205,6 +217,28 @@ def test_goodput_of_a_served_trace(data_dir: Path):
     ours = goodput(decide, 2048)
     others = [goodput(simulate.fixed, c) for c in simulate.CHUNKS]
     assert ours >= max(*others, goodput(simulate.prefill_first, 2048))
+
+
+COSTS = Path(bench_serve.__file__).with_name("costs")
+
+
+def test_a_long_prompt_among_answers():
+    """32k tokens come while 64 answers are promised 30 ms: no gap beyond, and the prompt's first
+    token comes within 1.5 times what it takes alone."""
+    model = CostModel.load(COSTS / "h200-llama-8b-derived.json", None)
+    answers = [simulate.Arrival(0.01 * n, span(500, 1000 * n), 400) for n in range(64)]
+    long = simulate.Arrival(0.8, span(32768, 10**6), 20)
+
+    def served(arrivals: list[simulate.Arrival]) -> simulate.Replay:
+        promise = Sampling(ttft_ms=1000, itl_ms=30)
+        return simulate.simulate(arrivals, Limits(60_000, 128, 2048), model, decide, promise)
+
+    beside, alone = served([*answers, long]), served([long])
+    assert min(beside.times_s[n][-1] for n in range(64)) > beside.times_s[64][0], "all beside it"
+    gaps = np.concatenate([np.diff(times) for times in beside.times_s.values()])
+    assert gaps.max() <= 0.030
+    first = beside.times_s[64][0] - 0.8, alone.times_s[0][0] - 0.8
+    assert 1.0 < first[0] / first[1] <= 1.5
 
 
 def test_the_verb_that_measures(runnable_path: Path, tmp_path: Path, capsys):

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bench import serve as bench_serve
-from tilewright.errors import ArgumentError
+torch = pytest.importorskip("torch", reason="the peers compute with PyTorch")
+pytest.importorskip("transformers", reason="a peer")
+from tests.serve.test_families import SIZES  # noqa: E402
+
+from bench import peer_models, serve_loop, serve_peers  # noqa: E402
+from bench import serve as bench_serve  # noqa: E402
+from tilewright.errors import ArgumentError  # noqa: E402
 
 TRACE = (
     "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -23,7 +30,7 @@ TRACE = (
 def test_measures():
     first = bench_serve.Job(0.0, [1] * 10, 3, times_s=[0.5, 0.6, 0.8])
     second = bench_serve.Job(2.0, [1] * 30, 1, times_s=[1.25])
-    found = bench_serve.measures([first, second], 2.0, 4.0)
+    found = bench_serve.measures([first, second], bench_serve.Pace(2.0), 4.0)
     assert found["requests/s"] == 0.5 and found["prompt tokens/s"] == 10
     assert found["answer tokens/s"] == 1
     assert found["ms first token p50"] == pytest.approx((500 + 250) / 2)
@@ -53,3 +60,74 @@ def test_files_that_are_no_trace(tmp_path: Path, text: str):
         bench_serve.read_trace(path, 5, 1.0, (128, 268))
     with pytest.raises(ArgumentError, match="A109"):
         bench_serve.read_trace(tmp_path / "none.csv", 5, 1.0, (128, 268))
+
+
+def test_measures_of_a_replay_that_ended_early():
+    """Of three requests one has ended, one has begun, one has not."""
+    ended = bench_serve.Job(0.0, [1] * 10, 2, times_s=[0.5, 0.6])
+    begun = bench_serve.Job(0.0, [1] * 20, 2, times_s=[0.7])
+    jobs = [ended, begun, bench_serve.Job(0.0, [1], 9)]
+    found = bench_serve.measures(jobs, bench_serve.Pace(), 2.0)
+    assert found["done"] == 1 and found["requests/s"] == 0.5
+    assert found["answer tokens/s"] == 1.5 and found["prompt tokens/s"] == 15
+    assert found["ms first token p50"] == pytest.approx(600)
+    assert found["ms gap max"] == pytest.approx(100)
+
+
+# ---------------------------------------------------------------------------- peers
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch):
+    """The sizes of other tests, whose kernels are built already."""
+    keys = {k: v for k, v in SIZES.items() if not k.endswith("token_id")}
+    monkeypatch.setitem(peer_models.SHAPES, "tiny", peer_models.SHAPES["tiny"] | keys)
+    monkeypatch.setattr(serve_peers, "FIT_S", 1e-3)
+
+
+def setting(jobs: list[bench_serve.Job]) -> serve_peers.Setting:
+    """Two seats of 64 tokens, and 20 tokens a step."""
+    return serve_peers.Setting(
+        serve_peers.random_model("tiny", "cpu"), tuple(jobs), bench_serve.Pace(1e6),
+        seats=2, chunk=20, context=64, ttft_ms=1e6, itl_ms=(1e6,), cost=None,
+    )  # fmt: skip
+
+
+def test_fixed_chunks_worked_by_hand():
+    """Two seats and 20 tokens a step: answers first, then prompts by arrival; a seat is taken again
+    as soon as its answer has ended."""
+    jobs = [bench_serve.Job(0.0, [1] * 15, 2), bench_serve.Job(1e-9, [2] * 12, 1),
+            bench_serve.Job(2e-9, [3] * 4, 1)]  # fmt: skip
+    steps = []
+
+    def step(rows: Sequence[serve_loop.Row]) -> list[int]:
+        steps.append([(row.seat, row.start, len(row.tokens)) for row in rows])
+        return [10 * row.tokens[-1] for row in rows]
+
+    serve_peers.in_chunks(jobs, step, setting(jobs), bench_serve.Pace())
+    assert steps == [[(1, 0, 15), (0, 0, 5)], [(1, 15, 1), (0, 5, 7)], [(0, 0, 4)]]
+    assert [job.tokens for job in jobs] == [[10, 100], [20], [30]]
+    assert all(job.is_done for job in jobs)
+
+
+def test_peers_give_equal_tokens():
+    """Each peer serves the same requests of the same weights: greedy tokens are equal."""
+    rng = np.random.default_rng(0)
+    jobs = [bench_serve.Job(0.01 * n, rng.integers(3, 112, size).tolist(), answer)
+            for n, (size, answer) in enumerate(((30, 6), (9, 8), (1, 3), (41, 2)))]  # fmt: skip
+    given = setting(jobs)
+    served = [
+        x
+        for name in ("loop", "transformers", "generate", "ours")
+        for x in serve_peers.PEERS[name](given)
+    ]
+    assert len(served) == 1 + 2 + 3
+    for one in served:
+        assert [job.tokens for job in one.jobs] == [job.tokens for job in served[0].jobs], one.impl
+        assert all(job.is_done and np.all(np.diff(job.times_s) >= 0) for job in one.jobs)
+        assert serve_peers.goodput(one, given, 1e6)["goodput 1e+06 ms"] > 0
+
+
+def test_peers_that_are_absent(capsys: pytest.CaptureFixture[str]):
+    assert list(serve_peers.PEERS["llama.cpp"](setting([]))) == []
+    assert "without llama.cpp" in capsys.readouterr().err

@@ -1,13 +1,13 @@
 """The cost of a step: seconds by the tokens it reads, from ten constants that `tune.py` fits.
 
-    seconds = step + answer · answers + context · Σ their keys + over · max(0, rows - knee)
+    seconds = step + answer · answers + context · Σ keys of each answer and chunk
+              + over · max(0, rows - knee) + tail · blocks of rows that are left over
             and with prompts  + mixed + prompt · tokens + reads · Σ keys of each token
-                              + span · Σ keys of each chunk + beside [answers too]
+                              + beside [answers too]
 
-Up to `knee` rows a GPU reads the weights in the time that their products take; on a CPU the knee is
-0. The constants are fitted by least squares of the relative error, none below zero, so that a step
-that reads more never costs less. Two factors, of steps of answers and of steps with prompts, follow
-what steps really take.
+Up to `knee` rows a GPU reads the weights in the time that their products take. A CPU, whose knee is
+0, takes eight rows of prompts or four answers at once; what is left over is blocks of 4, 2 and 1.
+The constants are fitted by least squares of the relative error, none below zero.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tilewright.runtime import cuda, pool
 from tilewright.serve.weights import ModelFile
 from tilewright.target import Target
 
-CONSTANTS = ("step", "mixed", "answer", "context", "prompt", "reads", "span", "beside", "over")
+CONSTANTS = ("step", "mixed", "answer", "context", "prompt", "reads", "tail", "beside", "over")
 HOW_TO_TUNE = "measure them: tilewright tune serve MODEL --out FILE"
 SLOWNESS = 64  # steps in which the factors follow a change
 
@@ -60,7 +60,7 @@ class CostModel:
     context: float = 0.0
     prompt: float = 0.0
     reads: float = 0.0
-    span: float = 0.0
+    tail: float = 0.0
     beside: float = 0.0
     over: float = 0.0
     knee: int = 0
@@ -70,17 +70,17 @@ class CostModel:
     def seconds(self, work: Work) -> float:
         """The time that a step takes."""
         answers, context, prompt, reads, span = work
-        cost = self.step + self.answer * answers + self.context * context
-        if answers + prompt > self.knee:
-            cost += self.over * (answers + prompt - self.knee)
+        cost = self.step + self.answer * answers + self.context * (context + span)
+        cost += self.tail * ((answers % 4).bit_count() + (prompt % 8).bit_count())
+        cost += self.over * max(0, answers + prompt - self.knee)
         if not prompt:
             return cost * self.factors[0]
-        cost += self.mixed + self.prompt * prompt + self.reads * reads + self.span * span
+        cost += self.mixed + self.prompt * prompt + self.reads * reads
         return (cost + self.beside * (answers > 0)) * self.factors[1]
 
     @property
     def is_fitted(self) -> bool:
-        return self.step + self.answer + self.prompt > 0
+        return self.seconds(Work(1, 1)) > 0
 
     def corrected(self, work: Work, seconds: float) -> CostModel:
         """The model after a step that took `seconds`: one factor follows by 1 / `SLOWNESS` of the
