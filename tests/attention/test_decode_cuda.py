@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tests.attention.cases import ALL_VARIANTS, TYPES, arrays_of, paged, queries, values_of
@@ -105,7 +107,7 @@ def test_against_the_reference(rng, shape, page_size, workers):
     q, indptr = queries(rng, counts, group * kv_heads, head_dim, TYPES[kind])
     values = values_of(rng, variant, group * kv_heads, kv_heads)
     there = on_device(kv)
-    on_card = {n: DeviceArray.from_numpy(v) for n, v in values.items()}
+    on_card: dict[str, Any] = {n: DeviceArray.from_numpy(v) for n, v in values.items()}
     plan = attn.plan(indptr, there, workers=workers)
     out = DeviceArray.from_numpy(np.full(q.shape, np.nan, np.float32))
     bound = attn.bind(DeviceArray.from_numpy(_bits(q), kind), there, out, plan=plan, **on_card)
@@ -134,7 +136,7 @@ def test_values_that_nobody_sees(rng):
     pages = arrays_of(kv)[4][: (500 - window) // 16]
     k[pages], v[pages] = np.nan, np.inf
     there = on_device(kv)
-    on_card = {n: DeviceArray.from_numpy(x) for n, x in values.items()}
+    on_card: dict[str, Any] = {n: DeviceArray.from_numpy(x) for n, x in values.items()}
     plan = attn.plan(indptr, there, workers=5)
     close(attn.run(DeviceArray.from_numpy(q), there, plan, **on_card), wanted)
 

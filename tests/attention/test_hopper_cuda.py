@@ -7,6 +7,7 @@ import importlib.metadata
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -323,7 +324,7 @@ def test_against_the_reference(card, rng, case):
     values = values_of(rng, attn.variant, group * kv_heads, kv_heads)
     wanted = reference.attention(q, kv, indptr, attn.variant, **values)
     there = to_card(kv)
-    on_card = {n: DeviceArray.from_numpy(x) for n, x in values.items()}
+    on_card: dict[str, Any] = {n: DeviceArray.from_numpy(x) for n, x in values.items()}
     queries_there = DeviceArray.from_numpy(_bits(q), kind)
     out = DeviceArray.from_numpy(np.full((*q.shape[:2], dim_vo), np.nan, np.float32))
     plan = attn.plan(indptr, there)
@@ -382,7 +383,7 @@ def test_values_that_nobody_sees(card, number):
     k, v = (DeviceArray.from_numpy(_bits(x), kind) for x in (case.k, case.v))
     positions = {n: DeviceArray.from_numpy(x) for n, x in case.positions.items()}
     there = KV(Table.csr(*table, **positions), Pool(k, v))
-    arrays = {
+    arrays: dict[str, Any] = {
         n: DeviceArray.from_numpy(x) for n, x in case.values.items() if isinstance(x, np.ndarray)
     }
     q = DeviceArray.from_numpy(_bits(case.q), kind)

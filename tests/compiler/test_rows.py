@@ -105,8 +105,9 @@ def nodes(program: ir.Program, kind: Any) -> list[Any]:
 def uneven(definition: Any, rng: np.random.Generator, **sizes: int) -> dict[str, Any]:
     """Arguments with an empty row, one of all columns, and others in between."""
     args = cases.arguments(definition, rng, "sparse", **sizes)
-    dense = cases.matrix("sparse", *args["A"].shape, rng)
-    dense[1], dense[2] = 0, rng.uniform(0.5, 1.5, dense.shape[1])
+    m, n = args["A"].shape
+    dense = cases.matrix("sparse", m, n, rng)
+    dense[1], dense[2] = 0, rng.uniform(0.5, 1.5, n)
     return args | {"A": cases.pack(args["A"].format, dense)}
 
 
