@@ -206,6 +206,8 @@ class Attention:
         or of steps that do not run at once (None: its own).
         """
         check_kv(kv, self.kv_heads, self.head_dim, self._vo)
+        if scratch is not None and not isinstance(scratch, Scratch):
+            raise ArgumentError("A107", f"{type(scratch).__name__} is no Scratch", where="scratch")
         if plan is None:
             indptr, kind = np.arange(kv.requests + 1, dtype=np.int32), float_view("q", q).dtype
             lengths = kv.lengths() if kv.table.form.shared else kv.capacity()

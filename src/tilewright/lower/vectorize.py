@@ -150,7 +150,22 @@ def _vectorize(body: ir.Stmt) -> ir.Stmt:
             return _Vectorizer(s, wide).stmt(s.body)
         return s
 
-    return _narrow(ir.transform(body, visit), wide)
+    return _narrow(ir.transform(ir.transform(body, _apart), visit), wide)
+
+
+def _apart(s: Any) -> Any:
+    """A vector loop leaves its lets to the statements around it, so they get names of their own
+    where the statements behind it (the tail of a split loop) bind the same ones."""
+    if not isinstance(s, ir.Seq):
+        return s
+    out: list[ir.Stmt] = []
+    for n, b in enumerate(s.body):
+        if isinstance(b, ir.For) and b.kind == "vector":
+            behind = {x.var.name for later in s.body[n + 1 :] for x in ir.statements(later, ir.Let)}
+            if any(x.var.name in behind for x in ir.statements(b.body, ir.Let)):
+                b = replace(b, body=_renamed_lets(b.body, ".vector"))
+        out.append(b)
+    return ir.seq(*out)
 
 
 class _Vectorizer:

@@ -120,11 +120,17 @@ def _load() -> ctypes.CDLL:
 
 
 _active = threading.local()
+_lock = threading.RLock()  # `functools.cache` alone lets two threads make two
+
+
+def driver() -> Driver:
+    """The driver, loaded and initialised once. Raises BuildError[B102] where there is none."""
+    with _lock:
+        return _driver()
 
 
 @functools.cache
-def driver() -> Driver:
-    """The driver, loaded and initialised once. Raises BuildError[B102] where there is none."""
+def _driver() -> Driver:
     return Driver()
 
 
@@ -175,9 +181,14 @@ class Device:
         return driver().returned("cuDeviceTotalMem_v2", self._id)
 
 
-@functools.cache
 def device(ordinal: int = 0) -> Device:
     """A GPU by its number. Raises BuildError[B102] where there is none."""
+    with _lock:
+        return _device(ordinal)
+
+
+@functools.cache
+def _device(ordinal: int) -> Device:
     return Device(ordinal)
 
 

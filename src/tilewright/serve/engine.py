@@ -26,9 +26,16 @@ from tilewright.serve.cost import HOW_TO_TUNE, CostModel, Work, cost_key
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama
 from tilewright.serve.policy import SAFETY
-from tilewright.serve.request import Request, Sampling, check_fields, check_tokens, is_count
+from tilewright.serve.request import (
+    Request,
+    Sampling,
+    TokenLogprob,
+    check_fields,
+    check_tokens,
+    is_count,
+)  # fmt: skip
 from tilewright.serve.runner import Logits, Runner
-from tilewright.serve.sampler import native, sample
+from tilewright.serve.sampler import Sampled, native, sample
 from tilewright.serve.scheduler import PENDING, Batch, Limits, Scheduler, work_of
 from tilewright.serve.tokenizer import AnswerText, load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
@@ -146,8 +153,8 @@ class Engine:
             return []
         batch, logits = flight
         ready, behind = self._commit(batch, logits)
-        for request, token in self._tokens(batch, logits):
-            self._answer(request, token)
+        for request, (token, logprob) in self._tokens(batch, logits):
+            self._answer(request, token, logprob)
         self._flight = behind  # forgotten after an exception: the tokens are computed again
         return ready
 
@@ -169,8 +176,8 @@ class Engine:
                 request.tokens.pop()
 
     def _commit(self, batch: Batch, logits: Logits) -> tuple[list[Request], Flight | None]:
-        """Notes that a step was run. The requests that get a token, and the step that was launched
-        before these are read: where all go on greedily. Else waits for them first."""
+        """Notes that a step was run. The requests that get a token, and the next step if it was
+        launched already, which is where all requests go on greedily. Else waits for the tokens."""
         rows = [c for c in batch.chunks if not c.is_prompt and c.wants_token]
         greedy = [c for c in rows if c.request.sampling.is_plain_greedy]
         leads = self.runs_ahead and len(greedy) == len(batch.chunks)
@@ -179,20 +186,20 @@ class Engine:
         ready = self.scheduler.commit(batch, time.perf_counter())
         return ready, self._launch(ready) if leads and ready == logits.requests else None
 
-    def _tokens(self, batch: Batch, logits: Logits) -> list[tuple[Request, int]]:
-        """Waits for a step. The requests that go on, with their next tokens, -1 where the model
-        computes no numbers."""
+    def _tokens(self, batch: Batch, logits: Logits) -> list[tuple[Request, Sampled]]:
+        """Waits for a step. The requests that go on, with their next tokens, -1 where the logits
+        are NaN or infinite."""
         logits.wait()
         began, self._began = self._began, time.perf_counter()
         if not all(c.request.finish for c in batch.chunks):  # else cancelled, perhaps long ago
             model = self.scheduler.model
             self.scheduler.model = model.corrected(work_of(batch.chunks), self._began - began)
         rows = {r: i for i, r in enumerate(logits.requests) if not r.finish}
-        tokens = {r: logits.likeliest[i] for r, i in rows.items()}
+        tokens: dict[Request, Sampled] = {r: (logits.likeliest[i], None) for r, i in rows.items()}
         for request, i in rows.items():
             if request.answered == 0 and not np.isfinite(logits.row(i)).all():
-                tokens[request] = -1  # looked for once: not to slow each token
-        drawn = [r for r in rows if tokens[r] >= 0 and not r.sampling.is_plain_greedy]
+                tokens[request] = -1, None  # looked for once: not to slow each token
+        drawn = [r for r in rows if tokens[r][0] >= 0 and not r.sampling.is_plain_greedy]
         if drawn:
             sampled = sample(drawn, [logits.row(rows[r]) for r in drawn])
             tokens |= zip(drawn, sampled, strict=True)
@@ -207,7 +214,7 @@ class Engine:
             "requests_waiting": len(s.waiting), "pages_held": s.pages.held, "pages": s.pages.count,
         }  # fmt: skip
 
-    def _answer(self, request: Request, token: int) -> None:
+    def _answer(self, request: Request, token: int, logprob: TokenLogprob | None) -> None:
         """Adds the next token, and ends the request where it ends."""
         if token < 0:
             rule = "the model computes no numbers: its logits are NaN or infinite"
@@ -217,14 +224,16 @@ class Engine:
             return self.scheduler.finish(request, "error")
         now = self._began
         request.first, request.last = request.first if request.answered else now, now
+        if request.grammar is not None:
+            request.grammar.consume_token(token)
         if request.grammar is not None and (wrong := request.grammar.get_error()):
             rule = f"no answer can follow the JSON schema: {wrong.splitlines()[0][:200]}"
             request.error = ModelError("M106", rule, where="response_format")
             return self.scheduler.finish(request, "error")
         if token in self.tokenizer.ends and not request.sampling.ignore_eos:
-            if request.sampling.logprobs is not None:
-                request.logprobs.pop()  # the end token is not part of the answer
-            return self._end(request, "stop")
+            return self._end(request, "stop")  # the end token is not part of the answer
+        if logprob is not None:
+            request.logprobs.append(logprob)
         request.tokens.append(token)
         request.counts[token] += 1
         request.pieces.append(request.text.push(token))

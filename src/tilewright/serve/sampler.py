@@ -34,6 +34,10 @@ ROW = Struct("SampleRow", [
 """A row of logits, how it is sampled, and what comes of it: `sample` of kernels/sample.h."""
 
 
+Sampled = tuple[int, TokenLogprob | None]
+"""A token, and its log-probability where the request asks for it."""
+
+
 @functools.cache
 def native() -> ctypes.CDLL:
     """The library of the sampler. Raises BuildError[B102]."""
@@ -43,24 +47,24 @@ def native() -> ctypes.CDLL:
     return cxx.load_cpp(source, name="sampler", isa=compilers.resolve_isa().name)
 
 
-def sample(requests: Sequence[Request], logits: Sequence[np.ndarray]) -> list[int]:
+def sample(requests: Sequence[Request], logits: Sequence[np.ndarray]) -> list[Sampled]:
     """The next token of each request by its logits, float32 (vocab,); -1 where one of these is NaN,
-    or the largest infinite. Raises BuildError[B102]."""
+    or the largest infinite. The requests do not change. Raises BuildError[B102]."""
     count = len(requests)
     buffer = ctypes.create_string_buffer(ROW.size * count)
     keep = [_pack(buffer, i, r, logits[i]) for i, r in enumerate(requests)]
     body, grain = pool.address_of(native().stage0), -(-count // pool.wanted_threads())
     pool.pool().prepare([(body, ctypes.addressof(buffer), count, grain, False)])()
     rows = np.frombuffer(memoryview(buffer), ROW.numpy)
+    out: list[Sampled] = []
     for request, row, _ in zip(requests, rows, keep, strict=True):
-        token, asked = int(row["token"]), request.sampling.logprobs
-        if token >= 0 and request.grammar is not None:
-            request.grammar.consume_token(token)
-        if token >= 0 and asked is not None:
+        token, logprob = int(row["token"]), None
+        if token >= 0 and request.sampling.logprobs is not None:
             likeliest, logprobs = (row[n][: row["top"]].tolist() for n in ("likeliest", "logprobs"))
             top = tuple(zip(likeliest, logprobs, strict=True))
-            request.logprobs.append(TokenLogprob(token, float(row["logprob"]), top))
-    return rows["token"].tolist()
+            logprob = TokenLogprob(token, float(row["logprob"]), top)
+        out.append((token, logprob))
+    return out
 
 
 def _pack(buffer: Any, i: int, request: Request, logits: np.ndarray) -> tuple[np.ndarray, ...]:

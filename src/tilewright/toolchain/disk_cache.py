@@ -91,8 +91,7 @@ class Cache:
     def get(self, kind: str, key: str) -> bytes | None:
         """The data of an intact entry, or None."""
         try:
-            # A plain open of a named pipe would wait for a writer.
-            with open(os.open(self.path(kind, key), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            with open(self.path(kind, key), "rb", opener=_nonblocking) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     return None
                 contents = file.read()
@@ -262,3 +261,8 @@ def _remove_temporary(owner: int, folder: str) -> None:
 
     if os.getpid() == owner:  # a forked child must not remove the kernels of its parent
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _nonblocking(path: str, flags: int) -> int:
+    """An opener: a plain open of a named pipe would wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
