@@ -16,6 +16,7 @@ import numpy as np
 import tilewright as tw
 from bench.gemm import check
 from bench.harness import Contender, Row, base_row, compare, require_torch
+from tilewright.errors import ArgumentError
 from tilewright.ops import bsr_spmm
 
 
@@ -28,6 +29,9 @@ def blocks_arguments(parser: argparse.ArgumentParser) -> None:
 
 def blocks(args: argparse.Namespace) -> Iterator[Row]:
     """Rows for each block size and sparsity: the dense product, then ours."""
+    if odd := [b for b in args.block if args.size % b]:
+        rule = f"size {args.size} is no multiple of {odd}"
+        raise ArgumentError("A109", rule, where="--size", hint="choose a multiple of each block")
     torch = require_torch()
     torch.manual_seed(0)
     x = torch.randn(args.size, args.size, device="cuda").to(getattr(torch, args.dtype))

@@ -84,7 +84,9 @@ def serialize_threads(program: ir.Program) -> ir.Program:
             s = replace(s, kind="serial")
         return ir.rebuild(s, visit) if isinstance(s, (ir.Seq, ir.For, ir.If)) else s
 
-    return ir.map_bodies(program, visit)
+    inline = {f"{t.name}.values" for t in program.tensors if t.role == "inline"}
+    kept = tuple(b for b in program.buffers if b.name not in inline)
+    return replace(ir.map_bodies(program, visit), buffers=kept)
 
 
 def _grid(nest: ir.Nest) -> ir.Nest:

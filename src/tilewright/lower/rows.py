@@ -8,11 +8,11 @@ from typing import Any
 from tilewright.errors import illegal
 from tilewright.ir import core as ir
 
-Rows = dict[str, tuple[ir.Alloc, ir.Buffer]]  # declarations, and what is in the place of the rows
+Rows = dict[str, tuple[ir.Alloc, ir.Buffer]]  # declarations, and the buffers that replace them
 
 
 def keep_rows(program: ir.Program) -> ir.Program:
-    """Rows become shared memory, or registers where all loops over them are written out.
+    """Rows become shared memory, or registers where all loops over them are unrolled.
 
     before: alloc w: row[end - begin]      after: alloc w.row: shared[256]
             w[p - begin] = exp(…)                 let v = exp(…)
@@ -21,8 +21,9 @@ def keep_rows(program: ir.Program) -> ir.Program:
                                                   sync
                                                   … where(p - begin < 256, w.row[…], w.values[p]) …
 
-    In loops bound to threads there is one for each. A barrier separates shared memory from its
-    readers, and these from the next iteration of a serial loop.
+    Inside a loop bound to threads each iteration has a row of its own. A barrier follows the last
+    store to a row; a second one ends an iteration of a serial loop if the next one would overwrite
+    a row that is still being read.
     """
     return ir.map_bodies(program, lambda body: _visit(body, (), {}))
 

@@ -192,9 +192,11 @@ class Schedule:
         A reduction at the index that it reduces over is updated in the loop of its reader. A
         maximum so placed is read before it is complete (the online softmax): readers inside take
         exp(x - maximum) of its own terms x, and sums of that are rescaled whenever it grows.
-        Several values are a row. A GPU keeps one of constant length in shared memory, or registers
-        if its loops are unrolled; of others `most` values, and the rest in the array of the
-        temporary, where scope `"global"` keeps all."""
+        What one iteration computes of several elements is a row. A CPU keeps it in memory of the
+        unit; a GPU in shared memory, or in registers if all loops over it are unrolled. Where its
+        length is not constant a GPU needs `most`: the first `most` elements are in shared memory,
+        the others in a global array of the complete temporary. A CPU ignores `most`. Scope
+        `"global"` keeps all of it in that array, and a barrier separates it from its readers."""
         return self._coords(coords.compute_at, temporary, loop, scope, most)
 
     @takes(output=A_NAME)
