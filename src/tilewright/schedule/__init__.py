@@ -192,11 +192,9 @@ class Schedule:
         A reduction at the index that it reduces over is updated in the loop of its reader. A
         maximum so placed is read before it is complete (the online softmax): readers inside take
         exp(x - maximum) of its own terms x, and sums of that are rescaled whenever it grows.
-        What one iteration computes of several elements is a row. A CPU keeps it in memory of the
-        unit; a GPU in shared memory, or in registers if all loops over it are unrolled. Where its
-        length is not constant a GPU needs `most`: the first `most` elements are in shared memory,
-        the others in a global array of the complete temporary. A CPU ignores `most`. Scope
-        `"global"` keeps all of it in that array, and a barrier separates it from its readers."""
+        Several elements are a row: on a CPU memory of the unit, on a GPU shared memory, or
+        registers if all loops over it are unrolled. If its length is not constant, a GPU keeps the
+        first `most` elements there, the others in a global array, as scope `"global"` does all."""
         return self._coords(coords.compute_at, temporary, loop, scope, most)
 
     @takes(output=A_NAME)
