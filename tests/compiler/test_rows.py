@@ -3,6 +3,8 @@ array; against NumPy in float64 after every pass, with every barrier dropped, an
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +20,9 @@ from tilewright.lower import AFTER_SCHEDULE, run_passes
 
 CUDA = "cuda:sm_90a"
 SIZES = {"m": 5, "n": 13, "d": 3, "v": 4, "h": 2}
-
-
-@tw.program
-def softmax(A=tw.sparse("m n")):
-    i, j = tw.indices("i:m j:n")
-    top = tw.temp.named("top")[i](tw.max(A[i, j], over=j))
-    weight = tw.temp.like(A).named("weight")[i, j](tw.exp(A[i, j] - top[i]))
-    total = tw.temp.named("total")[i](tw.sum(weight[i, j], over=j))
-    return tw.out.like(A)[i, j](weight[i, j] / total[i])
+softmax = runpy.run_path(
+    str(Path(__file__).resolve().parents[2] / "examples" / "05_row_softmax.py"), run_name="lesson"
+)["softmax"]
 
 
 def rows_of_lanes(most: int, x: int = 8, y: int = 8) -> Any:

@@ -16,7 +16,7 @@ from tilewright.ir.nodes import For, Load, Var, as_expr, unary
 from tilewright.ir.rewrite import transform
 from tilewright.ir.verify import verify
 from tilewright.target import target
-from tilewright.toolchain import nvrtc
+from tilewright.toolchain import compilers, nvrtc
 
 TARGETS = ("interp", "cpp")
 F, D = np.float32, np.float64
@@ -541,3 +541,23 @@ def test_quotients_and_remainders_of_floats_are_those_of_numpy(dtype):
             np.testing.assert_array_equal(np.signbit(got[signed]), np.signbit(right[signed]))
     compiled_for_cuda(divided)
     compiled_for_cuda(divided.schedule(lanes))
+
+
+@tw.program
+def scaled_entries(B=tw.sparse("m n"), X=tw.dense("m d")):
+    i, j, k = tw.indices("i:m j:n k:d")
+    return tw.out[i, j, k](B[i, j] * X[i, k])
+
+
+@pytest.mark.skipif(not compilers.has_compiler(), reason="no C++ compiler")
+def test_a_vector_loop_of_one_lane_beside_its_tail(rng):
+    """The searches of the vector loop and those of its tail have names of their own."""
+    dense = np.where(rng.random((4, 5)) < 0.5, rng.standard_normal((4, 5)), 0).astype(np.float32)
+    x = rng.standard_normal((4, 3)).astype(np.float32)
+
+    def schedule(s):
+        s = s.split("k", 1, tail="cut", into=("k_o", "k_i"))
+        return s.reorder("k_i", "k_o").vectorize("k_i")
+
+    kernel = scaled_entries.decompose(B=tw.csr()).schedule(schedule).build("cpp")
+    np.testing.assert_array_equal(kernel(tw.csr().pack(dense), x), dense[:, :, None] * x[:, None])
