@@ -9,7 +9,8 @@
 //
 // A Team has the threads that work on a row: `lane` of `lanes`; as `parts` that take ranges of the
 // vocabulary, `part` is the first of a thread's, `part_lane` of `part_lanes` its threads. A CPU's has
-// one thread. `sum` and `max` are those of a team, `part_sum` and `prefix` (inclusive) of a part.
+// one thread. `sum` and `max` are those of a team, and barriers; `part_sum` and `prefix` (inclusive) of a
+// part. `few_keys` and `few_weights` keep FEW tokens; `next` counts from 0 since `begin`, a barrier.
 #ifdef __CUDACC__
 #define SAMPLE_FN __device__ __forceinline__
 #else
@@ -38,7 +39,7 @@ constexpr Key EXCLUDED = ~INFINITE, NO_KEY = ~NAN_KEY;  // of -inf, below all
 constexpr uint32_t ONE = 1u << 30;  // the weight of the likeliest token
 constexpr float SCALE = 0x1.715476p24f;  // log2(e) * 2^24
 constexpr double COLDEST = 1e-6;  // a lower temperature samples as this one does
-constexpr int PARTS = 32;
+constexpr int PARTS = 256, FEW = 2048;
 
 SAMPLE_FN Key key_of(float x) {  // NaN is above all others, the zeros are equal
   const int32_t bits = float_bits(x + 0.0f);
@@ -82,12 +83,51 @@ SAMPLE_FN uint64_t philox(uint64_t seed, uint64_t position) {
 
 // -- the scores of a row ---------------------------------------------------------------------------
 
-// A row: `keys` and `weights` of `size` tokens.
+// The tokens with a key from `least` on: their number and weight, which is below 2^50.
+struct Measure {
+  Key least;
+  uint32_t count;
+  uint64_t weight;
+};
+
+// A row, or some of its tokens: `keys` and `weights` of `size` tokens.
 struct Scores {
   Key* keys;
   uint32_t* weights;
   int32_t size;
 };
+
+// Logits in float32, or (2 `bytes`) bfloat16.
+struct Logits {
+  const float* floats;
+  int32_t bytes;
+  SAMPLE_FN float operator[](int32_t i) const {
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(floats);
+    return bytes == 2 ? bits_float(static_cast<int32_t>(uint32_t{halves[i]} << 16)) : floats[i];
+  }
+};
+
+// store(i, load(i)) of all tokens; a GPU's thread has several loads under way.
+template <class Team, class Load, class Store>
+SAMPLE_FN void each(const Team& team, int32_t size, const Load& load, const Store& store) {
+  constexpr int AT_ONCE = Team::lanes > 1 ? 8 : 1;
+  for (int32_t begin = team.lane; begin < size; begin += AT_ONCE * team.lanes) {
+    decltype(load(0)) values[AT_ONCE];
+    for (int n = 0, i = begin; n < AT_ONCE; ++n, i += team.lanes) values[n] = load(i < size ? i : begin);
+    for (int n = 0, i = begin; n < AT_ONCE && i < size; ++n, i += team.lanes) store(i, values[n]);
+  }
+}
+
+// Computes the keys; the largest.
+template <class Team>
+SAMPLE_FN Key load(const Team& team, const Scores& s, const Logits& logits) {
+  Key most = NO_KEY;
+  each(team, s.size, [&](int32_t i) { return key_of(logits[i]); }, [&](int32_t i, Key key) {
+    s.keys[i] = key;
+    most = key > most ? key : most;
+  });
+  return team.max(most);
+}
 
 template <class Team>
 SAMPLE_FN Key largest(const Team& team, const Scores& s) {
@@ -101,9 +141,10 @@ template <class Team>
 SAMPLE_FN uint64_t weigh(const Team& team, const Scores& s, Key most, float scale) {
   const float top = score_of(most);
   uint64_t total = 0;
-  for (int32_t i = team.lane; i < s.size; i += team.lanes)
-    total += s.weights[i] = weight_of(score_of(s.keys[i]) - top, scale);
-  return team.sum(total);
+  each(team, s.size, [&](int32_t i) { return s.keys[i]; }, [&](int32_t i, Key key) {
+    total += s.weights[i] = weight_of(score_of(key) - top, scale);
+  });
+  return team.sum({NO_KEY, 0, total}).weight;
 }
 
 // Penalties and biases of the tokens that have any, each named once; tokens that `mask` excludes.
@@ -128,12 +169,6 @@ SAMPLE_FN void penalize(const Team& team, const Scores& s, const SampleRow& row)
 
 // -- cuts ------------------------------------------------------------------------------------------
 
-// The tokens with a key from `least` on: their number and weight.
-struct Measure {
-  Key least;
-  uint64_t count, weight;
-};
-
 template <class Team>
 SAMPLE_FN Measure from(const Team& team, const Scores& s, Key least) {
   uint32_t count = 0;
@@ -143,7 +178,7 @@ SAMPLE_FN Measure from(const Team& team, const Scores& s, Key least) {
     count += is_in;
     weight += is_in ? s.weights[i] : 0;
   }
-  return {least, team.sum(uint64_t{count}), team.sum(weight)};
+  return team.sum({least, count, weight});
 }
 
 // The tokens at and above a bound, and those above. Those between are ties, or a single token.
@@ -152,12 +187,37 @@ struct Bound {
   SAMPLE_FN uint64_t each() const { return (at.weight - above.weight) / (at.count - above.count); }
 };
 
-// The highest bound of keys from `low` on with `wanted` tokens, or their weight, at it and above.
+// A key between two others, by the score or by the key: of both in turns the first narrows scores that
+// are spread evenly, the second any.
+SAMPLE_FN Key between(Key low, Key high, bool by_score) {
+  const Key mean = key_of(0.5f * score_of(low) + 0.5f * score_of(high));
+  const Key half = static_cast<Key>((static_cast<int64_t>(low) + high) >> 1);
+  return by_score && low < mean && mean < high ? mean : half;
+}
+
+// The highest bound of keys from `at` on with `wanted` tokens, or their weight, at it and above. Once
+// few tokens are left between the two, they are copied, and only they are counted.
 template <class Team>
-SAMPLE_FN Bound search(const Team& team, const Scores& s, Key low, Key most, bool by_weight, uint64_t wanted) {
-  Bound b = {from(team, s, low), {most + 1, 0, 0}};
-  while (static_cast<int64_t>(b.above.least) - b.at.least > 1 && b.at.count > b.above.count + 1) {
-    const Measure m = from(team, s, static_cast<Key>((static_cast<int64_t>(b.at.least) + b.above.least) >> 1));
+SAMPLE_FN Bound search(const Team& team, const Scores& s, Measure at, Key most, bool by_weight, uint64_t wanted) {
+  Bound b = {at, {most + 1, 0, 0}};
+  Scores near = s;
+  Measure above = b.above;  // the tokens above those of `near`
+  for (bool by_score = false; int64_t{b.above.least} - b.at.least > 1 && b.at.count > b.above.count + 1;) {
+    if (near.size == s.size && b.at.count - b.above.count <= FEW && s.size > FEW) {
+      above = b.above;
+      near = {team.few_keys, team.few_weights, static_cast<int32_t>(b.at.count - b.above.count)};
+      team.begin();
+      for (int32_t i = team.lane; i < s.size; i += team.lanes) {
+        if (s.keys[i] < b.at.least || s.keys[i] >= above.least) continue;
+        const int32_t next = team.next();
+        near.keys[next] = s.keys[i];
+        near.weights[next] = s.weights[i];
+      }
+      team.sync();
+    }
+    Measure m = from(team, near, between(b.at.least, b.above.least, by_score = !by_score));
+    m.count += above.count;
+    m.weight += above.weight;
     if ((by_weight ? m.weight : m.count) >= wanted) b.at = m;
     else b.above = m;
   }
@@ -176,9 +236,11 @@ struct Cut {
 template <class Team>
 SAMPLE_FN Cut cut(const Team& team, const Scores& s, Key most, uint64_t total, const SampleRow& row) {
   Cut c = {NO_KEY, NO_KEY, 0, 0, static_cast<uint32_t>(row.min_p * ONE + 0.5)};
+  Measure at = {NO_KEY, static_cast<uint32_t>(s.size), total};
   if (row.top_k > 0 && row.top_k < s.size) {
     const uint64_t wanted = static_cast<uint64_t>(row.top_k);
-    const Bound b = search(team, s, NO_KEY, most, false, wanted);
+    const Bound b = search(team, s, at, most, false, wanted);
+    at = b.at;
     c = {b.at.least, b.above.least, wanted - b.above.count, b.each(), c.lightest};
     total = b.above.weight + c.ties * c.each;
   }
@@ -186,7 +248,7 @@ SAMPLE_FN Cut cut(const Team& team, const Scores& s, Key most, uint64_t total, c
     const double share = row.top_p * static_cast<double>(total);
     uint64_t wanted = static_cast<uint64_t>(share);
     wanted += wanted == 0 || static_cast<double>(wanted) < share;
-    const Bound b = search(team, s, c.at, most, true, wanted);
+    const Bound b = search(team, s, at, most, true, wanted);
     const uint64_t needed = (wanted - b.above.weight + b.each() - 1) / b.each();
     const bool is_same = b.at.least == c.at && c.ties;  // the ties that top_k has cut
     c = {b.at.least, b.above.least, is_same && c.ties < needed ? c.ties : needed, b.each(), c.lightest};
@@ -209,7 +271,7 @@ SAMPLE_FN int32_t draw(const Team& team, const Scores& s, const Cut& c, uint64_t
       ties += s.keys[i] >= c.at && s.keys[i] < c.above;
       weight += s.keys[i] >= c.above && s.weights[i] >= c.lightest ? s.weights[i] : 0;
     }
-    team.of_parts[p] = {0, team.part_sum(uint64_t{ties}), team.part_sum(weight)};
+    team.of_parts[p] = team.part_sum({NO_KEY, ties, weight});
   }
   team.sync();
   uint64_t total = 0, ties = c.ties;
@@ -247,7 +309,8 @@ SAMPLE_FN int32_t draw(const Team& team, const Scores& s, const Cut& c, uint64_t
 // The `count` tokens of the largest keys, the largest first; of equal ones the smaller index.
 template <class Team>
 SAMPLE_FN void likeliest(const Team& team, const Scores& s, Key most, int32_t count, int32_t* tokens) {
-  const Bound b = search(team, s, NO_KEY, most, false, static_cast<uint64_t>(count));
+  const Measure all = {NO_KEY, static_cast<uint32_t>(s.size), 0};  // weights do not matter
+  const Bound b = search(team, s, all, most, false, static_cast<uint64_t>(count));
   uint64_t stored = 0, ties = static_cast<uint64_t>(count) - b.above.count;
   for (int32_t base = 0; stored < static_cast<uint64_t>(count); base += team.part_lanes) {
     const int32_t i = base + team.part_lane;
@@ -270,16 +333,15 @@ SAMPLE_FN void likeliest(const Team& team, const Scores& s, Key most, int32_t co
   team.sync();
 }
 
-// Samples a row, whose keys and weights are written to `s`. Reads of it `logits`; `edit`, of `edits`
-// tokens; `mask`, a bit a token (null: all are allowed); `seed` and `position`; the numbers of a
+// Samples a row, whose keys and weights are written to `s`. Reads of it `logits`, float32 or bfloat16 by
+// `logit_bytes`; `edit`, of `edits` tokens; `mask`, a bit a token (null: all are allowed); `seed` and `position`; the numbers of a
 // Sampling; `top`, how many likeliest tokens are wanted, -1: no log-probabilities at all. Writes
 // `token`, -1 where a logit is NaN or the largest is infinite, and by the logits without edits its
 // `logprob`, and the `likeliest` tokens with their `logprobs`.
 template <class Team>
 SAMPLE_FN void sample(const Team& team, const Scores& s, SampleRow& row) {
-  for (int32_t i = team.lane; i < s.size; i += team.lanes) s.keys[i] = key_of(row.logits[i]);
-  team.sync();
-  Key most = largest(team, s);
+  const Logits logits = {row.logits, row.logit_bytes};
+  Key most = load(team, s, logits);
   double shift = 0;  // a log-probability is the logit minus this
   const bool is_finite = EXCLUDED < most && most < INFINITE;
   if (is_finite && row.top >= 0) {
@@ -287,7 +349,7 @@ SAMPLE_FN void sample(const Team& team, const Scores& s, SampleRow& row) {
     shift = score_of(most) + log(sum);
     team.sync();
     if (row.top) likeliest(team, s, most, row.top, row.likeliest);
-    for (int32_t i = 0; i < row.top; ++i) row.logprobs[i] = row.logits[row.likeliest[i]] - shift;
+    for (int32_t i = 0; i < row.top; ++i) row.logprobs[i] = logits[row.likeliest[i]] - shift;
   }
   if (is_finite && (row.edits || row.mask)) {
     penalize(team, s, row);
@@ -306,7 +368,24 @@ SAMPLE_FN void sample(const Team& team, const Scores& s, SampleRow& row) {
     token = draw(team, s, cut(team, s, most, total, row), philox(row.seed, row.position));
   }
   row.token = token;
-  if (token >= 0 && row.top >= 0) row.logprob = row.logits[token] - shift;
+  if (token >= 0 && row.top >= 0) row.logprob = logits[token] - shift;
+}
+
+// Makes a row that stays in memory ready for the token behind the one that was drawn: its position, and
+// how often its tokens have occurred, if a penalty asks for that. `edit` has room for one more.
+template <class Team>
+SAMPLE_FN void advance(const Team& team, SampleRow& row) {
+  const bool counts = row.presence_penalty != 0 || row.frequency_penalty != 0 || row.repetition_penalty != 1;
+  int32_t at = row.edits;
+  for (int32_t e = team.lane; counts && e < row.edits; e += team.lanes)
+    if (row.edit[e].token == row.token) at = e;
+  at = -team.max(-at);
+  if (team.lane != 0) return;
+  row.position += 1;
+  if (!counts || row.token < 0) return;
+  if (at == row.edits) row.edit[row.edits++] = {row.token, 0, 0, 0};
+  row.edit[at].count += 1;
+  row.edit[at].is_seen = 1;
 }
 
 }  // namespace sample
