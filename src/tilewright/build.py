@@ -15,7 +15,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from tilewright import dtypes, knobs
@@ -70,14 +70,37 @@ class NamedRecipe:
         return _RECIPES[self.name](s, **dict(self.arguments))
 
     def constants(self) -> tuple[tuple[str, str | None], ...]:
-        """Digests of the plain data that its module has under names in capitals, by name: its code
-        may read them, and a process may set them."""
-        module = sys.modules[self.name.rpartition(".")[0]]
-        names = [(n, x) for n, x in vars(module).items() if n.isupper()]
-        return tuple((n, digest(tuple(x.items()) if type(x) is dict else x)) for n, x in names)
+        """Digests of the data that its module, and the operators' modules that this one uses, have
+        under names in capitals, by name: its code may read them, and a process may set them."""
+        modules = _modules_of(self.name.rpartition(".")[0])
+        names = [(n, x) for m in modules for n, x in vars(m).items() if n.isupper()]
+        return tuple([(n, digest(_as_tuples(x))) for n, x in names])
 
 
 _RECIPES: dict[str, FunctionType] = {}
+
+
+def _as_tuples(x: Any) -> Any:
+    """Data with tuples in place of lists and dicts, and names in place of the package's functions."""
+    f = inspect.unwrap(x) if callable(x) else x
+    if type(f) is FunctionType and f.__module__.startswith("tilewright.") and not f.__closure__:
+        return f.__module__, f.__qualname__
+    if isinstance(x, (tuple, list, dict)):
+        items = x.items() if isinstance(x, dict) else x
+        return (type(x).__qualname__, *map(_as_tuples, items))
+    return x
+
+
+@functools.cache
+def _modules_of(name: str) -> tuple[ModuleType, ...]:
+    """A module, and those of `ops` that it uses, or that these use, in the order of their text."""
+    found = [sys.modules[name]]
+    for module in found:
+        for x in vars(module).values():
+            owner = x.__name__ if isinstance(x, ModuleType) else getattr(x, "__module__", "")
+            one = sys.modules.get(owner)
+            found += [one] if one not in found and owner.startswith("tilewright.ops.") else []
+    return tuple(found)
 
 
 def named_recipe(function: FunctionType) -> NamedRecipe:
