@@ -81,7 +81,7 @@ _RECIPES: dict[str, FunctionType] = {}
 
 
 def _as_tuples(x: Any) -> Any:
-    """Data with tuples in place of lists and dicts, and names in place of the package's functions."""
+    """Data with tuples in place of lists and dicts, names in place of functions of the package."""
     f = inspect.unwrap(x) if callable(x) else x
     if type(f) is FunctionType and f.__module__.startswith("tilewright.") and not f.__closure__:
         return f.__module__, f.__qualname__

@@ -64,13 +64,13 @@ class LateLogits:
 
     def __init__(self, runner: Late, logits: Any) -> None:
         self.runner, self.logits, self.is_read = runner, logits, False
-        self.requests = logits.requests
+        self.requests, self.left = logits.requests, logits.left
 
     def wait(self) -> None:
         self.runner.unread -= not self.is_read
         self.is_read = True
         self.logits.wait()
-        self.tokens, self.drawn = self.logits.tokens, self.logits.drawn
+        self.tokens = self.logits.tokens
 
     def row(self, i: int) -> np.ndarray:
         assert self.is_read and self.runner.unread == 0, "another step has overwritten the logits"
@@ -101,14 +101,13 @@ class HostSeats(Seats):
         text += sampler._text("sample_cpu.h") + STEP
         library = cxx.load_cpp(text, name="seats", isa=compilers.resolve_isa().name)
         tokens = view(self._tokens).pointer
-        self.keep = getattr(self, "keep", []) + [library]
+        self.keep = [*getattr(self, "keep", []), library]
         block = sampler.PARAMS.pack(
             rows=view(self._rows).pointer, scores=0, tokens=tokens,
             drawn=tokens + 4 * self._tokens.shape[1],
         )  # fmt: skip
         self.keep.append(block)
-        launch = (address_of(library.step), ctypes.addressof(block), 1, 1, False)
-        return sampler.BoundSampler(launch, ((), ()))
+        return address_of(library.step), ctypes.addressof(block), 1, 1, False
 
 
 def sampling_in_the_step(engine: Engine) -> None:
@@ -219,7 +218,7 @@ def test_steps_that_sample_are_launched_ahead(tiny: ModelFile):
         while not all(r.finish for r in of):
             one.step()
     assert [r.answer for r in requests] == [r.answer for r in said]
-    assert late.ahead == 29 and set(engine.runner._sampled) == {7}
+    assert late.ahead == 29 and set(engine.runner._steps) == {(7, True)}
 
 
 def test_a_late_stop_costs_one_token(tiny: ModelFile):

@@ -1,5 +1,5 @@
-"""The sampler of a recorded step: its kernel on simulated warps, as cubins, and on a GPU, against the
-native sampler of the CPU, whose tokens are the same to the bit."""
+"""The sampler of a recorded step: its kernel on simulated warps, as cubins, and on a GPU, against
+the native sampler of the CPU, whose tokens are the same to the bit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Rows:
         """What the next step reads, and what is drawn."""
         self.seats.write([r and (r, r.answered) for r in requests])
         count = len(requests)
-        launch = self.launches.setdefault(count, self.seats.bind(count).launch)
+        launch = self.launches.setdefault(count, self.seats.bind(count))
         if self.on_gpu:
             launch.run(cuda.current_stream(0))
         else:
@@ -68,8 +68,10 @@ def random_options(rng: np.random.Generator, vocab: int) -> dict[str, Any]:
     """Any of the parameters, each in half of the requests."""
     biases = {int(t): float(rng.choice([-100, -1.5, 2.0, 30])) for t in rng.integers(0, vocab, 9)}
     options: dict[str, Any] = {
-        "temperature": float(rng.choice([0.0, 0.3, 1.0, 3.0])), "top_k": int(rng.choice([1, 7, 50, vocab])),
-        "top_p": float(rng.choice([1e-9, 0.5, 0.9, 0.999])), "min_p": float(rng.choice([0.01, 0.2, 1.0])),
+        "temperature": float(rng.choice([0.0, 0.3, 1.0, 3.0])),
+        "top_k": int(rng.choice([1, 7, 50, vocab])),
+        "top_p": float(rng.choice([1e-9, 0.5, 0.9, 0.999])),
+        "min_p": float(rng.choice([0.01, 0.2, 1.0])),
         "presence_penalty": 0.5, "frequency_penalty": 0.25, "repetition_penalty": 1.3,
         "logit_bias": biases,
     }  # fmt: skip

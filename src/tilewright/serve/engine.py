@@ -182,8 +182,7 @@ class Engine:
         """Notes that a step was run. The requests that get a token, and the next step if it was
         launched already, which is where it chooses all tokens itself. Else waits for them."""
         rows = [c for c in batch.chunks if not c.is_prompt and c.wants_token]
-        chosen = [c for c in rows if self.runner.chooses(c.request)]
-        leads = self.runs_ahead and len(chosen) == len(batch.chunks)
+        leads = self.runs_ahead and len(rows) == len(batch.chunks) and not logits.left
         if not leads:
             logits.wait()
         ready = self.scheduler.commit(batch, time.perf_counter())
@@ -202,8 +201,7 @@ class Engine:
         for request, i in rows.items():
             if request.answered == 0 and not np.isfinite(logits.row(i)).all():
                 tokens[request] = -1, None  # looked for once: not to slow each token
-        left = [r for r in rows if tokens[r][0] >= 0 and r not in logits.drawn]
-        if left := [r for r in left if not r.sampling.is_plain_greedy]:
+        if left := [r for r in logits.left if r in rows and tokens[r][0] >= 0]:
             sampled = sample(left, [logits.row(rows[r]) for r in left])
             tokens |= zip(left, sampled, strict=True)
         return [*tokens.items()]

@@ -116,12 +116,6 @@ class Sampling:
         is_changed = self.temperature or penalties or self.logit_bias or self.schema
         return not is_changed and self.logprobs is None
 
-    @property
-    def is_drawn(self) -> bool:
-        """Whether the logits and earlier tokens are all that a token depends on, and it is all that
-        is asked for."""
-        return not self.schema and self.logprobs is None
-
 
 def _is_bias(value: Any) -> bool:
     return (

@@ -35,7 +35,6 @@ from tilewright.runtime.step import Step
 from tilewright.runtime.transfer import to_host
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows
-from tilewright.serve.request import Request
 from tilewright.serve.sampler import Seat, Seats
 from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
@@ -44,20 +43,23 @@ FEW = 8  # rows from which the kernel of many rows is the faster one
 
 class Logits:
     """What a step computes for `requests`, those that want a token. On a GPU it may still be under
-    way: `wait` before anything is read. `drawn`: the requests whose tokens the step samples."""
+    way: `wait` before anything is read. `left`: those that the host samples; `drawn`: those that
+    the step does."""
 
     def __init__(
-        self, runner: Runner, chunks: Sequence[Chunk], rows: list[int], drawn: set[Request]
+        self, runner: Runner, chunks: Sequence[Chunk], rows: list[int], drawn: Any
     ) -> None:
-        self._runner, self._rows, self.drawn = runner, rows, drawn
+        self._runner, self._rows = runner, rows
         self.requests = [c.request for c in chunks if c.wants_token]
+        self._drawn = [int(r in drawn) for r in self.requests]
+        host = (r for r in self.requests if r not in drawn)
+        self.left = [r for r in host if not r.sampling.is_plain_greedy]
         self._tokens = runner.read_tokens()
 
     def wait(self) -> None:
         """Returns when the step has ended; `tokens` are those that it has drawn, -1 where no token
         can be, and else those of the largest logits."""
-        is_drawn = [int(r in self.drawn) for r in self.requests]
-        self.tokens: list[int] = self._tokens().reshape(2, -1)[is_drawn, self._rows].tolist()
+        self.tokens: list[int] = self._tokens().reshape(2, -1)[self._drawn, self._rows].tolist()
 
     def row(self, i: int) -> np.ndarray:
         """The logits of request i, float32 (vocab,); valid until the next step."""
@@ -108,14 +110,8 @@ class Runner:
         self.attentions = {layer.attention for layer in model.layers}
         self.read_tokens = model.memory.readback(chosen)
         self._views: dict[tuple[int, int], list[KV]] = {}
-        self._steps: dict[int, Step] = {}
-        self._sampled: dict[int, Step] = {}  # of answers of which some are sampled
+        self._steps: dict[tuple[int, bool], Step] = {}  # by rows, and whether some are sampled
         self._qo_tile = self._answer_plans(1)[model.layers[0].attention].qo_tile  # of every layer
-
-    def chooses(self, request: Request) -> bool:
-        """Whether a step of answers computes the token of a request itself."""
-        how = request.sampling
-        return how.is_plain_greedy or (self.seats is not None and how.is_drawn)
 
     def run(self, chunks: Sequence[Chunk]) -> Logits:
         """Reads the tokens of the chunks, those of answers first, and computes the logits of the
@@ -139,12 +135,11 @@ class Runner:
         seats = [self._seat(c) for c in answers] + [None] * (rows - len(answers))
         drawn = {seat[0] for seat in seats if seat}
         if answers:
-            steps = self._sampled if drawn else self._steps
-            if rows not in steps:
-                steps[rows] = self._record(rows, bool(drawn))
+            if (rows, bool(drawn)) not in self._steps:
+                self._steps[rows, bool(drawn)] = self._record(rows, bool(drawn))
             if drawn and self.seats:
                 self.seats.write(seats)
-            steps[rows]()
+            self._steps[rows, bool(drawn)]()
             self._lengths[: len(answers)] += 1
         read = [i for i, c in enumerate(answers) if c.wants_token] + read
         return Logits(self, chunks, read, drawn)
@@ -152,11 +147,11 @@ class Runner:
     # -- inside ----------------------------------------------------------------------------------
 
     def _seat(self, chunk: Chunk) -> Seat:
-        """What the recorded step draws for an answer: None where it does not sample it."""
-        request = chunk.request
-        is_drawn = chunk.wants_token and self.chooses(request)
-        plain = request.sampling.is_plain_greedy
-        return (request, request.answered) if is_drawn and not plain else None
+        """What the recorded step samples for an answer, if it does: not what needs the host."""
+        request, how = chunk.request, chunk.request.sampling
+        is_left = how.is_plain_greedy or how.schema or how.logprobs is not None
+        is_sampled = self.seats and chunk.wants_token and not is_left
+        return (request, request.answered) if is_sampled else None
 
     def _needs_row(self, chunk: Chunk) -> bool:
         """Whether the last work item of a chunk of a prompt would have one query. The row behind it

@@ -11,14 +11,14 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tilewright.attention.spec import loaded
-from tilewright.runtime import cuda, pool
+from tilewright.runtime import pool
 from tilewright.runtime.layout import Struct
-from tilewright.runtime.view import byte_span, view
+from tilewright.runtime.view import view
 from tilewright.serve.memory import Memory
 from tilewright.serve.request import MAX_LOGPROBS, Request, TokenLogprob
 from tilewright.toolchain import compilers, cxx
@@ -76,17 +76,16 @@ def sample(requests: Sequence[Request], logits: Sequence[np.ndarray]) -> list[Sa
     or the largest infinite, NO_MEMORY where no memory is left. The requests do not change. Raises
     BuildError[B102]."""
     count, keep = len(requests), []
-    buffer = ctypes.create_string_buffer(ROW.size * count)
+    rows = np.zeros(count, ROW.numpy)
     for i, request in enumerate(requests):
-        x, mask, grammar = np.ascontiguousarray(logits[i], np.float32), b"", request.grammar
-        if grammar is not None:
-            mask = grammar.compute_bitmask().ljust(len(x) // 8 + 4, b"\0")
-        edits, allowed = _edits(request), np.frombuffer(mask, np.uint8)
+        x, edits, mask = np.ascontiguousarray(logits[i], np.float32), _edits(request), b""
+        if request.grammar is not None:
+            mask = request.grammar.compute_bitmask().ljust(len(x) // 8 + 4, b"\0")
+        allowed = np.frombuffer(mask, np.uint8)
         keep.append((x, edits, allowed))
-        _pack(buffer, i, request, x, edits, allowed.ctypes.data if mask else 0)
+        _pack(rows[i : i + 1], request, x, edits, allowed.ctypes.data if mask else 0)
     body, grain = pool.address_of(native().stage0), -(-count // pool.wanted_threads())
-    pool.pool().prepare([(body, ctypes.addressof(buffer), count, grain, False)])()
-    rows = np.frombuffer(memoryview(buffer), ROW.numpy)
+    pool.pool().prepare([(body, rows.ctypes.data, count, grain, False)])()
     out: list[Sampled] = []
     for request, row in zip(requests, rows, strict=True):
         token, logprob = int(row["token"]), None
@@ -96,13 +95,6 @@ def sample(requests: Sequence[Request], logits: Sequence[np.ndarray]) -> list[Sa
             logprob = TokenLogprob(token, float(row["logprob"]), top)
         out.append((token, logprob))
     return out
-
-
-class BoundSampler(NamedTuple):
-    """The launch that samples the rows of a recorded step, and the memory that it reads and writes."""
-
-    launch: Any
-    boxes: tuple[Any, Any]
 
 
 class Seats:
@@ -124,33 +116,25 @@ class Seats:
         """Writes the first rows, if the step in front has not left them so. None: not sampled."""
         memory, count = self._memory, len(seats)
         if self._held[:count] != seats:
-            buffer = ctypes.create_string_buffer(ROW.size * count)
+            buffer = np.zeros((count, ROW.size), np.uint8)
             for i, seat in enumerate(seats):
                 if seat:
-                    self._write_row(buffer, i, seat[0])
-            packed = np.frombuffer(buffer, np.uint8).reshape(count, ROW.size)
-            memory.write(memory.rows(self._rows, 0, count), packed)
+                    edits, logits = _edits(seat[0]), memory.rows(self._logits, i, i + 1)
+                    # The step adds the tokens that it draws, for penalties.
+                    room = min(seat[0].sampling.max_tokens, self._logits.shape[1]) + 1
+                    self._edits[i] = memory.put(np.pad(edits.view(np.int32), (0, 4 * room)))
+                    _pack(buffer[i], seat[0], logits, edits, 0, self._edits[i])
+            memory.write(memory.rows(self._rows, 0, count), buffer)
         self._held[:count] = [seat and (seat[0], seat[1] + 1) for seat in seats]
 
-    def _write_row(self, buffer: Any, i: int, request: Request) -> None:
-        """The row of a request; the step adds tokens that it draws to the edits for a penalty."""
-        edits, logits = _edits(request), self._memory.rows(self._logits, i, i + 1)
-        room = min(request.sampling.max_tokens, self._logits.shape[1]) + 1
-        grown = np.concatenate([edits, np.zeros(room, EDIT.numpy)])
-        self._edits[i] = self._memory.put(grown.view(np.int32))
-        _pack(buffer, i, request, logits, edits, 0, self._edits[i])
-
-    def bind(self, count: int) -> BoundSampler:
+    def bind(self, count: int) -> Any:
         """The launch that samples the first rows. Raises BuildError."""
-        count_all, vocab = self._logits.shape
-        self._scores = self._scores or self._memory.empty(count_all, 2 * vocab, dtype="int32")
-        rows, scores, tokens = map(view, (self._rows, self._scores, self._tokens))
-        pointers = {"rows": rows.pointer, "scores": scores.pointer, "tokens": tokens.pointer}
-        block = PARAMS.pack(**pointers, drawn=tokens.pointer + 4 * self._tokens.shape[1])
+        most, vocab = self._logits.shape
+        self._scores = self._scores or self._memory.empty(most, 2 * vocab, dtype="int32")
+        rows, scores, tokens = (view(x).pointer for x in (self._rows, self._scores, self._tokens))
+        block = PARAMS.pack(rows=rows, scores=scores, tokens=tokens, drawn=tokens + 4 * most)
         function = loaded(cuda_source(), self._rows.device.ordinal, "sample_rows", "sampler")
-        launch = function.prepare((count, 1, 1), (THREADS, 1, 1), 0, block, overlaps=True)
-        reads, writes = (view(self._logits),), (rows, scores, tokens)
-        return BoundSampler(launch, (tuple(map(byte_span, reads)), tuple(map(byte_span, writes))))
+        return function.prepare((count, 1, 1), (THREADS, 1, 1), 0, block, overlaps=True)
 
 
 def _edits(request: Request) -> np.ndarray:
@@ -163,14 +147,12 @@ def _edits(request: Request) -> np.ndarray:
     return np.array(edits, EDIT.numpy)
 
 
-def _pack(
-    buffer: Any, i: int, request: Request, logits: Any, edits: np.ndarray, mask: int, at: Any = None
-) -> None:
-    """Writes row i, of a request. `logits`: an array of the vocabulary; `mask`: an address, or 0;
+def _pack(row: Any, request: Request, logits: Any, edits: Any, mask: int, at: Any = None) -> None:
+    """Writes the row of a request. `logits`: an array of the vocabulary; `mask`: an address, or 0;
     `at`: the edits in memory of the sampler, where that is another."""
     s, seen = request.sampling, view(logits)
     ROW.pack_into(
-        buffer, i * ROW.size, logits=seen.pointer, size=seen.size, logit_bytes=seen.dtype.itemsize,
+        row, logits=seen.pointer, size=seen.size, logit_bytes=seen.dtype.itemsize,
         edit=edits.ctypes.data if at is None else view(at).pointer, edits=len(edits), mask=mask,
         seed=request.seed % 2**64, position=request.answered, top_k=min(s.top_k, seen.size),
         top=-1 if s.logprobs is None else min(s.logprobs, seen.size),
