@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -70,25 +71,19 @@ class NamedRecipe:
         return _RECIPES[self.name](s, **dict(self.arguments))
 
     def constants(self) -> tuple[tuple[str, str | None], ...]:
-        """Digests of the data that its module, and the operators' modules that this one uses, have
-        under names in capitals, by name: its code may read them, and a process may set them."""
+        """What its module, and the operators' modules that this one uses, have under names in
+        capitals, by name: its code may read them, and a process may set them. Plain data by its
+        digest; of tables what they print, which has functions by their names."""
         modules = _modules_of(self.name.rpartition(".")[0])
         names = [(n, x) for m in modules for n, x in vars(m).items() if n.isupper()]
-        return tuple([(n, digest(_as_tuples(x))) for n, x in names])
+        return tuple([
+            (n, re.sub(" at 0x[0-9a-f]+", "", repr(x)))
+            if isinstance(x, (tuple, list, dict)) else (n, digest(x))
+            for n, x in names
+        ])  # fmt: skip
 
 
 _RECIPES: dict[str, FunctionType] = {}
-
-
-def _as_tuples(x: Any) -> Any:
-    """Data with tuples in place of lists and dicts, names in place of functions of the package."""
-    f = inspect.unwrap(x) if callable(x) else x
-    if type(f) is FunctionType and f.__module__.startswith("tilewright.") and not f.__closure__:
-        return f.__module__, f.__qualname__
-    if isinstance(x, (tuple, list, dict)):
-        items = x.items() if isinstance(x, dict) else x
-        return (type(x).__qualname__, *map(_as_tuples, items))
-    return x
 
 
 @functools.cache

@@ -285,7 +285,7 @@ def test_constants_of_a_recipes_module_are_part_of_the_key(
     ("value", "other"),
     [
         ([1, 2], [1, 3]), ([1, 2], (1, 2)), ({"a": {"b": [1]}}, {"a": {"b": [2]}}),
-        ({"f": linear.linear_program}, {"f": linear.linear_kernel}), (linear.LAYOUTS, {}),
+        ({"f": linear._dense}, {"f": linear._blocks}), (linear.LAYOUTS, {}),
     ],
 )  # fmt: skip
 def test_constants_that_are_no_plain_data_are_part_of_the_key(

@@ -35,7 +35,7 @@ from tilewright.serve.request import (
     is_count,
 )  # fmt: skip
 from tilewright.serve.runner import Logits, Runner
-from tilewright.serve.sampler import Sampled, native, sample
+from tilewright.serve.sampler import NO_MEMORY, Sampled, native, sample
 from tilewright.serve.scheduler import PENDING, Batch, Limits, Scheduler, work_of
 from tilewright.serve.tokenizer import AnswerText, load_tokenizer
 from tilewright.serve.weights import ModelFile, open_model
@@ -222,6 +222,8 @@ class Engine:
             hint = "fetch the file again and compare its checksum"
             where = str(self.model.file.path)
             request.error = ModelError("M101", rule, where=where, hint=hint)
+            if token == NO_MEMORY:
+                request.error = ModelError("M111", "no memory is left to sample a token")
             return self.scheduler.finish(request, "error")
         now = self._began
         request.first, request.last = request.first if request.answered else now, now

@@ -19,6 +19,7 @@
 
 namespace sample {
 
+SAMPLE_FN uint32_t high_product(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
 #ifdef __CUDACC__
 SAMPLE_FN int32_t float_bits(float x) { return __float_as_int(x); }
 SAMPLE_FN float bits_float(int32_t x) { return __int_as_float(x); }
@@ -52,15 +53,15 @@ SAMPLE_FN uint32_t weight_of(float difference, float scale) {
   float y = difference * scale;
   y = y > -0x1p29f ? y : -0x1p29f;
   const int32_t fixed = static_cast<int32_t>(y);
-  const uint64_t f = static_cast<uint32_t>(fixed) << 8;  // the fraction of y, / 2^32
+  const uint32_t f = static_cast<uint32_t>(fixed) << 8;  // the fraction of y, / 2^32
   // 2^f = 1 + f g(f); g is a polynomial fitted at Chebyshev's points, relative error 6e-9.
-  uint64_t g = 0xda68f;
-  g = 0x532934 + (g * f >> 32);
-  g = 0x2789515 + (g * f >> 32);
-  g = 0xe34fb4f + (g * f >> 32);
-  g = 0x3d7f87e0 + (g * f >> 32);
-  g = 0xb17217cd + (g * f >> 32);
-  const uint32_t power = (1u << 31) + static_cast<uint32_t>(g * f >> 33);
+  uint32_t g = 0xda68f;
+  g = 0x532934 + high_product(g, f);
+  g = 0x2789515 + high_product(g, f);
+  g = 0xe34fb4f + high_product(g, f);
+  g = 0x3d7f87e0 + high_product(g, f);
+  g = 0xb17217cd + high_product(g, f);
+  const uint32_t power = (1u << 31) + (high_product(g, f) >> 1);
   return y > -0x1.fp28f ? ((power >> (-(fixed >> 24) & 31)) + 1) >> 1 : 0;
 }
 
