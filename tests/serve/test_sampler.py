@@ -88,7 +88,7 @@ def test_the_generator_is_philox():
 
 
 @pytest.mark.parametrize("options", CUTS, ids=str)
-@pytest.mark.parametrize("vocab", [1, 2, 31, 33, 257, 5000])
+@pytest.mark.parametrize("vocab", [1, 2, 31, 33, 257, 5000, 20_000])
 def test_the_token_of_a_random_number(vocab: int, options: dict[str, Any]):
     """By the inverse of the cumulative distribution in fp64; temperature 0.7."""
     x = np.random.default_rng(vocab).normal(0, 2, vocab).astype(np.float32)

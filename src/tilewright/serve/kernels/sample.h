@@ -19,12 +19,13 @@
 
 namespace sample {
 
-SAMPLE_FN uint32_t high_product(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
 #ifdef __CUDACC__
 SAMPLE_FN int32_t float_bits(float x) { return __float_as_int(x); }
 SAMPLE_FN float bits_float(int32_t x) { return __int_as_float(x); }
 SAMPLE_FN double log(double x) { return ::log(x); }
 SAMPLE_FN uint64_t high_product(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+using Fraction = uint32_t;  // of 2^32; in vectors of a CPU wider, which saves conversions
+SAMPLE_FN Fraction times(Fraction a, Fraction b) { return __umulhi(a, b); }
 #else
 SAMPLE_FN int32_t float_bits(float x) { return __builtin_bit_cast(int32_t, x); }
 SAMPLE_FN float bits_float(int32_t x) { return __builtin_bit_cast(float, x); }
@@ -32,6 +33,8 @@ SAMPLE_FN double log(double x) { return __builtin_log(x); }
 SAMPLE_FN uint64_t high_product(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
+using Fraction = uint64_t;
+SAMPLE_FN Fraction times(Fraction a, Fraction b) { return a * b >> 32; }
 #endif
 
 using Key = int32_t;
@@ -40,7 +43,7 @@ constexpr Key EXCLUDED = ~INFINITE, NO_KEY = ~NAN_KEY;  // of -inf, below all
 constexpr uint32_t ONE = 1u << 30;  // the weight of the likeliest token
 constexpr float SCALE = 0x1.715476p24f;  // log2(e) * 2^24
 constexpr double COLDEST = 1e-6;  // a lower temperature samples as this one does
-constexpr int PARTS = 256, FEW = 2048;
+constexpr int PARTS = 256, FEW = 4096;
 
 SAMPLE_FN Key key_of(float x) {  // NaN is above all others, the zeros are equal
   const int32_t bits = float_bits(x + 0.0f);
@@ -53,15 +56,15 @@ SAMPLE_FN uint32_t weight_of(float difference, float scale) {
   float y = difference * scale;
   y = y > -0x1p29f ? y : -0x1p29f;
   const int32_t fixed = static_cast<int32_t>(y);
-  const uint32_t f = static_cast<uint32_t>(fixed) << 8;  // the fraction of y, / 2^32
+  const Fraction f = static_cast<uint32_t>(fixed) << 8;  // the fraction of y, / 2^32
   // 2^f = 1 + f g(f); g is a polynomial fitted at Chebyshev's points, relative error 6e-9.
-  uint32_t g = 0xda68f;
-  g = 0x532934 + high_product(g, f);
-  g = 0x2789515 + high_product(g, f);
-  g = 0xe34fb4f + high_product(g, f);
-  g = 0x3d7f87e0 + high_product(g, f);
-  g = 0xb17217cd + high_product(g, f);
-  const uint32_t power = (1u << 31) + (high_product(g, f) >> 1);
+  Fraction g = 0xda68f;
+  g = 0x532934 + times(g, f);
+  g = 0x2789515 + times(g, f);
+  g = 0xe34fb4f + times(g, f);
+  g = 0x3d7f87e0 + times(g, f);
+  g = 0xb17217cd + times(g, f);
+  const uint32_t power = (1u << 31) + static_cast<uint32_t>(times(g, f) >> 1);
   return y > -0x1.fp28f ? ((power >> (-(fixed >> 24) & 31)) + 1) >> 1 : 0;
 }
 
@@ -188,12 +191,13 @@ struct Bound {
   SAMPLE_FN uint64_t each() const { return (at.weight - above.weight) / (at.count - above.count); }
 };
 
-// A key between two others, by the score or by the key: of both in turns the first narrows scores that
-// are spread evenly, the second any.
-SAMPLE_FN Key between(Key low, Key high, bool by_score) {
-  const Key mean = key_of(0.5f * score_of(low) + 0.5f * score_of(high));
-  const Key half = static_cast<Key>((static_cast<int64_t>(low) + high) >> 1);
-  return by_score && low < mean && mean < high ? mean : half;
+// A key between those of a bound: three times by the score, which narrows scores that are spread evenly,
+// then by the key, which narrows any. What is below all scores counts as far below the largest.
+SAMPLE_FN Key between(const Bound& b, Key most, int step) {
+  const Key low = b.at.least, high = b.above.least;
+  const float least = low > EXCLUDED ? score_of(low) : score_of(most) - static_cast<float>(4u << (2 * step & 30));
+  const Key mean = key_of(0.5f * least + 0.5f * score_of(high));
+  return step % 4 && low < mean && mean < high ? mean : static_cast<Key>((int64_t{low} + high) >> 1);
 }
 
 // The highest bound of keys from `at` on with `wanted` tokens, or their weight, at it and above. Once
@@ -203,7 +207,7 @@ SAMPLE_FN Bound search(const Team& team, const Scores& s, Measure at, Key most, 
   Bound b = {at, {most + 1, 0, 0}};
   Scores near = s;
   Measure above = b.above;  // the tokens above those of `near`
-  for (bool by_score = false; int64_t{b.above.least} - b.at.least > 1 && b.at.count > b.above.count + 1;) {
+  for (int step = 1; int64_t{b.above.least} - b.at.least > 1 && b.at.count > b.above.count + 1; ++step) {
     if (near.size == s.size && b.at.count - b.above.count <= FEW && s.size > FEW) {
       above = b.above;
       near = {team.few_keys, team.few_weights, static_cast<int32_t>(b.at.count - b.above.count)};
@@ -216,7 +220,7 @@ SAMPLE_FN Bound search(const Team& team, const Scores& s, Measure at, Key most, 
       }
       team.sync();
     }
-    Measure m = from(team, near, between(b.at.least, b.above.least, by_score = !by_score));
+    Measure m = from(team, near, between(b, most, step));
     m.count += above.count;
     m.weight += above.weight;
     if ((by_weight ? m.weight : m.count) >= wanted) b.at = m;
@@ -260,51 +264,61 @@ SAMPLE_FN Cut cut(const Team& team, const Scores& s, Key most, uint64_t total, c
 
 // -- the draw --------------------------------------------------------------------------------------
 
+SAMPLE_FN uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
+// What is left in front of a token, or of a part: its weight, and the ties that are still to be taken.
+struct Front {
+  uint64_t weight, ties;
+};
+
+// The first element from `begin` on with which the weight passes `goal`, and what is in front of it. of(i):
+// the weight of what is above the cut, and the number of ties.
+template <class Team, class Of>
+SAMPLE_FN int32_t find(const Team& team, int32_t begin, uint64_t goal, uint64_t each, Front& front, const Of& of) {
+  for (int32_t base = begin;; base += team.part_lanes) {
+    const Measure m = of(base + team.part_lane);
+    const uint64_t count = team.prefix(uint64_t{m.count});
+    const uint64_t taken = least(count, front.ties), own = taken - least(count - m.count, front.ties);
+    const uint64_t weight = m.weight + own * each, upto = front.weight + team.prefix(weight);
+    const int found = team.first(upto > goal);
+    const int at = found < 0 ? team.part_lanes - 1 : found;
+    front.weight = team.of(found < 0 ? upto : upto - weight, at);
+    front.ties -= team.of(found < 0 ? taken : taken - own, at);
+    if (found >= 0) return base + found;
+  }
+}
+
 // The token at a number of [0, 2^64) by the inverse of the cumulative distribution over what is left.
 template <class Team>
 SAMPLE_FN int32_t draw(const Team& team, const Scores& s, const Cut& c, uint64_t uniform) {
   const int32_t length = (s.size + PARTS - 1) / PARTS;
+  const auto token = [&](int32_t i) {
+    const bool is_above = s.keys[i] >= c.above, is_tie = !is_above && s.keys[i] >= c.at;
+    return Measure{NO_KEY, is_tie, is_above && s.weights[i] >= c.lightest ? s.weights[i] : 0};
+  };
   for (int p = team.part; p < PARTS; p += team.parts) {
     uint32_t ties = 0;
     uint64_t weight = 0;
     const int32_t end = (p + 1) * length < s.size ? (p + 1) * length : s.size;
     for (int32_t i = p * length + team.part_lane; i < end; i += team.part_lanes) {
-      ties += s.keys[i] >= c.at && s.keys[i] < c.above;
-      weight += s.keys[i] >= c.above && s.weights[i] >= c.lightest ? s.weights[i] : 0;
+      ties += token(i).count;
+      weight += token(i).weight;
     }
     team.of_parts[p] = team.part_sum({NO_KEY, ties, weight});
   }
   team.sync();
-  uint64_t total = 0, ties = c.ties;
-  for (int p = 0; p < PARTS; ++p) {  // the weights of what is left of each part
-    Measure m = team.of_parts[p];
-    const uint64_t kept = m.count < ties ? m.count : ties;
-    total += m.weight + kept * c.each;
-    ties -= kept;
+  Measure all = {NO_KEY, 0, 0};
+  for (int p = team.part_lane; p < PARTS; p += team.part_lanes) {
+    all.count += team.of_parts[p].count;
+    all.weight += team.of_parts[p].weight;
   }
-  const uint64_t goal = high_product(uniform, total);
-  uint64_t before = 0;
-  ties = c.ties;
-  int p = 0;
-  for (;; ++p) {
-    const Measure m = team.of_parts[p];
-    const uint64_t kept = m.count < ties ? m.count : ties, weight = m.weight + kept * c.each;
-    if (goal < before + weight) break;
-    before += weight;
-    ties -= kept;
-  }
-  for (int32_t base = p * length;; base += team.part_lanes) {
-    const int32_t i = base + team.part_lane;
-    const bool is_in = i < s.size, is_above = is_in && s.keys[i] >= c.above;
-    const uint64_t rank = team.prefix(uint64_t{is_in && !is_above && s.keys[i] >= c.at});
-    const bool is_tie = is_in && !is_above && s.keys[i] >= c.at && rank <= ties;
-    const uint32_t weight = is_above && s.weights[i] >= c.lightest ? s.weights[i] : 0;
-    const uint64_t upto = before + team.prefix(is_tie ? c.each : weight);
-    const int found = team.first(upto > goal);
-    if (found >= 0) return base + found;
-    before = team.last(upto);
-    ties -= team.last(rank) < ties ? team.last(rank) : ties;
-  }
+  all = team.part_sum(all);
+  const uint64_t goal = high_product(uniform, all.weight + least(all.count, c.ties) * c.each);
+  Front front = {0, c.ties};
+  const int32_t part = find(team, 0, goal, c.each, front, [&](int32_t p) { return team.of_parts[p]; });
+  return find(team, part * length, goal, c.each, front, [&](int32_t i) {
+    return i < s.size ? token(i) : Measure{NO_KEY, 0, 0};
+  });
 }
 
 // The `count` tokens of the largest keys, the largest first; of equal ones the smaller index.
@@ -321,8 +335,8 @@ SAMPLE_FN void likeliest(const Team& team, const Scores& s, Key most, int32_t co
     const bool is_one = is_above || (is_tied && rank <= ties);
     const uint64_t at = stored + team.prefix(uint64_t{is_one});
     if (is_one) tokens[at - 1] = i;
-    stored = team.last(at);
-    ties -= team.last(rank) < ties ? team.last(rank) : ties;
+    stored = team.of(at, team.part_lanes - 1);
+    ties -= least(team.of(rank, team.part_lanes - 1), ties);
   }
   team.sync();
   for (int32_t i = 1; team.lane == 0 && i < count; ++i)

@@ -15,7 +15,7 @@ struct Thread {
   SAMPLE_FN Measure sum(Measure m) const { return m; }
   SAMPLE_FN Measure part_sum(Measure m) const { return m; }
   SAMPLE_FN uint64_t prefix(uint64_t x) const { return x; }
-  SAMPLE_FN uint64_t last(uint64_t x) const { return x; }
+  SAMPLE_FN uint64_t of(uint64_t x, int) const { return x; }
   SAMPLE_FN int first(bool is_one) const { return is_one ? 0 : -1; }
 };
 

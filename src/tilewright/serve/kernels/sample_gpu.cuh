@@ -44,7 +44,7 @@ struct Cta {
     }
     return x;
   }
-  SAMPLE_FN uint64_t last(uint64_t x) const { return __shfl_sync(ALL, x, 31); }
+  SAMPLE_FN uint64_t of(uint64_t x, int lane_of_part) const { return __shfl_sync(ALL, x, lane_of_part); }
   SAMPLE_FN int first(bool is_one) const { return __ffs(static_cast<int>(__ballot_sync(ALL, is_one))) - 1; }
 };
 
