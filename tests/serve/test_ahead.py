@@ -119,20 +119,17 @@ def sampling_in_the_step(engine: Engine) -> None:
 
 
 SAMPLED: tuple[dict[str, Any], ...] = (
-    {"temperature": 1.0, "seed": 3}, {"temperature": 1.5, "top_p": 0.9, "seed": 4},
-    {"logprobs": 2, "temperature": 1.0, "seed": 7}, {"repetition_penalty": 1.3},
+    {"logprobs": 2, "temperature": 1.0, "seed": 7}, {"temperature": 1.0, "seed": 3},
+    {"temperature": 1.5, "top_p": 0.9, "seed": 4}, {"repetition_penalty": 1.3},
     {"temperature": 2.0, "presence_penalty": 0.5, "frequency_penalty": 0.7, "seed": 5},
     {"temperature": 1.0, "top_k": 9, "logit_bias": {77: 6.0}, "seed": 6}, {}, {"min_p": 0.1},
 )  # fmt: skip
 
 
-def sampled_jobs(end: int, skip: Sequence[int] = ()) -> list[tuple[list[int], Sampling]]:
-    """Those of `jobs` with other ways to choose a token; without log-probabilities (`skip`)."""
+def sampled_jobs(end: int) -> list[tuple[list[int], Sampling]]:
+    """Those of `jobs` with other ways to choose a token."""
     made = [(p, {"max_tokens": how.max_tokens, "stop": how.stop}) for p, how in jobs(end)]
-    return [
-        (prompt, Sampling(**options, **({} if i in skip else SAMPLED[i])))
-        for i, (prompt, options) in enumerate(made)
-    ]
+    return [(p, Sampling(**o, **how)) for (p, o), how in zip(made, SAMPLED, strict=True)]
 
 
 def jobs(end: int) -> list[tuple[list[int], Sampling]]:
