@@ -24,6 +24,7 @@ from tilewright.serve.memory import Memory
 from tilewright.serve.models.config import Metadata, read_config
 from tilewright.serve.request import Request, Sampling
 from tilewright.serve.sampler import Seats
+from tilewright.serve.scheduler import Chunk
 from tilewright.serve.weights import ModelFile, Weight
 from tilewright.target import target
 
@@ -57,7 +58,7 @@ def kernels() -> None:
                 times = []
                 for _ in range(6):
                     seats._held = [None] * 64
-                    seats.write([(r, 0) for r in requests])
+                    seats.take([Chunk(r, 499, 500) for r in requests], count)
                     cuda.synchronize()
                     began = time.perf_counter()
                     graph.launch()

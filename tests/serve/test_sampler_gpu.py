@@ -17,6 +17,7 @@ from tilewright.serve import sampler
 from tilewright.serve.memory import Memory
 from tilewright.serve.request import Request, Sampling
 from tilewright.serve.sampler import Seats, sample
+from tilewright.serve.scheduler import Chunk
 from tilewright.target import target
 from tilewright.toolchain import nvrtc
 
@@ -43,8 +44,12 @@ class Rows:
 
     def draw(self, requests: list[Request | None], seed: int = 0) -> tuple[list[int], list[int]]:
         """What the next step reads, and what is drawn."""
-        self.seats.write([r and (r, r.answered) for r in requests])
-        count = len(requests)
+        plain, count = Request(99, [1]), len(requests)
+        chunks = [Chunk(r or plain, 0, len((r or plain).tokens)) for r in requests]
+        sampled = {r for r in requests if r and not r.sampling.is_plain_greedy}
+        assert self.seats.take(chunks, count) == sampled
+        if not sampled:
+            return [-7] * count, [-7] * count
         launch = self.launches.setdefault(count, self.seats.bind(count))
         if self.on_gpu:
             launch.run(cuda.current_stream(0))
@@ -112,10 +117,13 @@ def check(rng: np.random.Generator, shape: tuple[int, int], dtype: str, steps: i
             if request is None:
                 continue
             token = next(wanted)
+            if request.sampling.is_plain_greedy:
+                continue
             assert drawn[i] == tokens[i] == token, (step, i, request.sampling)
             request.tokens.append(token)
             request.counts[token] += 1
-    assert rows.seats._held == [r and (r, r.answered) for r in requests]
+    kept = [r if r and not r.sampling.is_plain_greedy else None for r in requests]
+    assert rows.seats._held == [r and (r, r.answered) for r in kept]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

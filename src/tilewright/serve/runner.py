@@ -35,7 +35,7 @@ from tilewright.runtime.step import Step
 from tilewright.runtime.transfer import to_host
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows
-from tilewright.serve.sampler import Seat, Seats
+from tilewright.serve.sampler import Seats
 from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
 FEW = 8  # rows from which the kernel of many rows is the faster one
@@ -43,17 +43,13 @@ FEW = 8  # rows from which the kernel of many rows is the faster one
 
 class Logits:
     """What a step computes for `requests`, those that want a token. On a GPU it may still be under
-    way: `wait` before anything is read. `left`: those that the host samples; `drawn`: those that
-    the step does."""
+    way: `wait` before anything is read. `drawn`: those that it samples; `left`: for the host."""
 
-    def __init__(
-        self, runner: Runner, chunks: Sequence[Chunk], rows: list[int], drawn: Any
-    ) -> None:
+    def __init__(self, runner: Runner, chunks: Sequence[Chunk], rows: Any, drawn: Any) -> None:
         self._runner, self._rows = runner, rows
         self.requests = [c.request for c in chunks if c.wants_token]
         self._drawn = [int(r in drawn) for r in self.requests]
-        host = (r for r in self.requests if r not in drawn)
-        self.left = [r for r in host if not r.sampling.is_plain_greedy]
+        self.left = [r for r in self.requests if not (r in drawn or r.sampling.is_plain_greedy)]
         self._tokens = runner.read_tokens()
 
     def wait(self) -> None:
@@ -95,7 +91,7 @@ class Runner:
         chosen = put(np.zeros((2, most), np.int32))  # of `Seats`; also of rows that fill up
         self.last["token"] = model.memory.rows(chosen, 0, 1).reshape(most)
         on_gpu = model.memory.on_cuda and not config.logit_cap  # tanh has other bits there
-        self.seats = Seats(model.memory, self.last["logits"], chosen) if on_gpu else None
+        self.seats: Any = Seats(model.memory, self.last["logits"], chosen) if on_gpu else None
         self.ints = [new(tokens, dtype="int32") for _ in range(4)]  # of `Rows`
         self.ends = new(most, dtype="int32")  # the rows of prompts that want a token
         self.kv_len = put(np.zeros(most, np.int32))
@@ -132,26 +128,17 @@ class Runner:
             self._write_ints(self.last["token"], tokens)
         # Prompts first: what is copied for them would wait for the step of the answers.
         read = self._read_prompts(prompts, stops, rows) if prompts else []
-        seats = [self._seat(c) for c in answers] + [None] * (rows - len(answers))
-        drawn = {seat[0] for seat in seats if seat}
+        drawn = self.seats.take(answers, rows) if self.seats else set()
         if answers:
-            if (rows, bool(drawn)) not in self._steps:
-                self._steps[rows, bool(drawn)] = self._record(rows, bool(drawn))
-            if drawn and self.seats:
-                self.seats.write(seats)
-            self._steps[rows, bool(drawn)]()
+            key = rows, bool(drawn)
+            if key not in self._steps:
+                self._steps[key] = self._record(*key)
+            self._steps[key]()
             self._lengths[: len(answers)] += 1
         read = [i for i, c in enumerate(answers) if c.wants_token] + read
         return Logits(self, chunks, read, drawn)
 
     # -- inside ----------------------------------------------------------------------------------
-
-    def _seat(self, chunk: Chunk) -> Seat:
-        """What the recorded step samples for an answer, if it does: not what needs the host."""
-        request, how = chunk.request, chunk.request.sampling
-        is_left = how.is_plain_greedy or how.schema or how.logprobs is not None
-        is_sampled = self.seats and chunk.wants_token and not is_left
-        return (request, request.answered) if is_sampled else None
 
     def _needs_row(self, chunk: Chunk) -> bool:
         """Whether the last work item of a chunk of a prompt would have one query. The row behind it
@@ -259,6 +246,6 @@ class Runner:
         b = replace(b, ids=last["token"])
         model.forward(b, (self.keys, self.values), attend, do)
         model.finish({**b.a, **last}, b.few, do)
-        if samples and self.seats:
+        if samples:
             bounds.append(self.seats.bind(requests))
         return Step(bounds)

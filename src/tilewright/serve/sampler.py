@@ -112,20 +112,31 @@ class Seats:
         self._edits: list[Any] = [None] * count
         self._held: list[Seat] = [None] * count  # what the memory holds
 
-    def write(self, seats: list[Seat]) -> None:
-        """Writes the first rows, if the step in front has not left them so. None: not sampled."""
-        memory, count = self._memory, len(seats)
-        if self._held[:count] != seats:
-            buffer = np.zeros((count, ROW.size), np.uint8)
-            for i, seat in enumerate(seats):
-                if seat:
-                    edits, logits = _edits(seat[0]), memory.rows(self._logits, i, i + 1)
-                    # The step adds the tokens that it draws, for penalties.
-                    room = min(seat[0].sampling.max_tokens, self._logits.shape[1]) + 1
-                    self._edits[i] = memory.put(np.pad(edits.view(np.int32), (0, 4 * room)))
-                    _pack(buffer[i], seat[0], logits, edits, 0, self._edits[i])
-            memory.write(memory.rows(self._rows, 0, count), buffer)
-        self._held[:count] = [seat and (seat[0], seat[1] + 1) for seat in seats]
+    def take(self, answers: Sequence[Any], count: int) -> set[Request]:
+        """Writes the rows of a step of `count`, if the one in front has not left them so. The
+        requests of `answers` (chunks) that it samples: of those that need nothing of the host."""
+        seats: list[Seat] = [None] * count
+        for i, c in enumerate(answers):
+            how = c.request.sampling
+            is_left = how.is_plain_greedy or how.schema or how.logprobs is not None
+            if c.wants_token and not is_left:
+                seats[i] = c.request, c.request.answered
+        if any(seats):
+            if self._held[:count] != seats:
+                self._write(seats)
+            self._held[:count] = [seat and (seat[0], seat[1] + 1) for seat in seats]
+        return {seat[0] for seat in seats if seat}
+
+    def _write(self, seats: list[Seat]) -> None:
+        memory, buffer = self._memory, np.zeros((len(seats), ROW.size), np.uint8)
+        for i, seat in enumerate(seats):
+            if seat:
+                edits, logits = _edits(seat[0]), memory.rows(self._logits, i, i + 1)
+                # The step adds the tokens that it draws, for penalties.
+                room = min(seat[0].sampling.max_tokens, self._logits.shape[1]) + 1
+                self._edits[i] = memory.put(np.pad(edits.view(np.int32), (0, 4 * room)))
+                _pack(buffer[i], seat[0], logits, edits, 0, self._edits[i])
+        memory.write(memory.rows(self._rows, 0, len(seats)), buffer)
 
     def bind(self, count: int) -> Any:
         """The launch that samples the first rows. Raises BuildError."""
