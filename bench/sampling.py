@@ -153,7 +153,7 @@ def steps(one: engines.Engine, counts: tuple[int, ...] = (1, 16)) -> None:
                 runner.seats = None if name == "host" else seats
                 found[name].append(timed(one, count, options))
         greedy, sampled, host = (statistics.median(x[1:]) for x in found.values())
-        bare, drawn = (alone(runner._steps[count, s]) for s in (False, True))
+        bare, drawn = alone(runner._steps[count]), alone(runner._sampling[count])
         say(f"{count} answers", greedy, bare, greedy - bare, sampled, drawn, sampled - drawn, host)
 
 

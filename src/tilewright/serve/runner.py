@@ -106,7 +106,8 @@ class Runner:
         self.attentions = {layer.attention for layer in model.layers}
         self.read_tokens = model.memory.readback(chosen)
         self._views: dict[tuple[int, int], list[KV]] = {}
-        self._steps: dict[tuple[int, bool], Step] = {}  # by rows, and whether some are sampled
+        self._steps: dict[int, Step] = {}  # by rows, where none is sampled
+        self._sampling: dict[int, Step] = {}
         self._qo_tile = self._answer_plans(1)[model.layers[0].attention].qo_tile  # of every layer
 
     def run(self, chunks: Sequence[Chunk]) -> Logits:
@@ -130,10 +131,10 @@ class Runner:
         read = self._read_prompts(prompts, stops, rows) if prompts else []
         drawn = self.seats.take(answers, rows) if self.seats else set()
         if answers:
-            key = rows, bool(drawn)
-            if key not in self._steps:
-                self._steps[key] = self._record(*key)
-            self._steps[key]()
+            steps = self._sampling if drawn else self._steps
+            if rows not in steps:
+                steps[rows] = self._record(rows, bool(drawn))
+            steps[rows]()
             self._lengths[: len(answers)] += 1
         read = [i for i, c in enumerate(answers) if c.wants_token] + read
         return Logits(self, chunks, read, drawn)
