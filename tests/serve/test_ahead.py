@@ -98,7 +98,7 @@ class HostSeats(Seats):
 
     def bind(self, count: int) -> Any:
         text = f"#include <stdint.h>\nconstexpr int COUNT = {count};\n"
-        text += sampler._text("sample_cpu.h") + STEP
+        text += sampler.source("sample_cpu.h") + STEP
         library = cxx.load_cpp(text, name="seats", isa=compilers.resolve_isa().name)
         tokens = view(self._tokens).pointer
         self.keep = [*getattr(self, "keep", []), library]

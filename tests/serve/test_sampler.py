@@ -274,7 +274,7 @@ def test_the_sampler_is_compiled_with_the_engine(
 
 def test_no_memory_ends_one_request(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     """With a coded error, and no other: not the process."""
-    text = sampler._text("sample_cpu.h").replace("__builtin_malloc(", "none(")
+    text = sampler.source("sample_cpu.h").replace("__builtin_malloc(", "none(")
     text = f"#include <stdint.h>\nstatic void* none(int64_t) {{ return nullptr; }}\n{text}"
     library = cxx.load_cpp(text, name="sampler", isa=compilers.resolve_isa().name)
     monkeypatch.setattr(sampler, "native", lambda: library)

@@ -27,7 +27,7 @@ needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not ins
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ARCHS)
 def test_cubin_without_spills(arch: str):
-    found = compile_cuda(sampler.cuda_source(), arch).resources["sample_rows"]
+    found = compile_cuda(sampler.source("sample_gpu.cuh"), arch).resources["sample_rows"]
     assert found.spill_bytes == found.stack == 0
     assert 0 < found.registers * sampler.THREADS <= 65536
 
@@ -54,7 +54,7 @@ class Rows:
         if self.on_gpu:
             launch.run(cuda.current_stream(0))
         else:
-            run = simulated.kernel(sampler.cuda_source(), "sample_rows", "SampleParams")
+            run = simulated.kernel(sampler.source("sample_gpu.cuh"), "sample_rows", "SampleParams")
             simulated.launch(run, launch.params, sampler.THREADS, count, seed)
         tokens, drawn = self.tokens.to_numpy()[:, :count].tolist()
         return tokens, drawn
