@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+
 import numpy as np
+import pytest
 from tests.attention.cases import paged
+from tests.runtime.test_cuda import fake  # noqa: F401 - a fixture
 
 from tilewright.attention import reference
 from tilewright.attention.batch import Attention
 from tilewright.attention.families import Scratch
 from tilewright.attention.kv import KV
+from tilewright.attention.workspace import Workspace
+from tilewright.errors import ArgumentError
+from tilewright.runtime.cuda import DeviceArray
 from tilewright.runtime.step import Node, Step, dependencies
 
 ATTN = Attention(8, 2, 64)
@@ -71,3 +79,22 @@ def test_it_grows_and_never_shrinks():
     assert [len(a) for a in more] == [100, 9] and not more[1].any()
     assert [len(a) for a in first] == [100, 3]
     assert scratch.arrays is more
+
+
+def test_scratch_beside_a_workspace_is_refused(rng: np.random.Generator):
+    """It would be ignored: a workspace has its own."""
+    ((kv, q),) = layers(rng, [3000], 1)
+    with pytest.raises(ArgumentError, match=r"A101.*a workspace has memory of its own") as caught:
+        ATTN.bind(q, kv, plan=Workspace.__new__(Workspace), scratch=Scratch())
+    assert caught.value.where == "scratch"
+
+
+def test_scratch_of_another_device_is_refused(fake: ctypes.CDLL):  # noqa: F811
+    scratch, on_gpu = Scratch(), [DeviceArray((4,), "float32", n) for n in (0, 1)]
+    arrays = scratch.grown(on_gpu[0], 100, 3)
+    for like in (np.empty(1, np.float32), on_gpu[1]):
+        with pytest.raises(ArgumentError, match=r"A105.*cuda:0"):
+            scratch.grown(like, 10, 3)
+    assert scratch.grown(on_gpu[0], 10, 3) is arrays
+    del scratch, on_gpu, arrays, like
+    gc.collect()

@@ -1,8 +1,5 @@
-"""The sampler: the next tokens of requests from their logits, in one native call.
-
-A token depends on the logits, the request's seed and its position in the answer, not on the batch.
-`kernels/sample.h` has the arithmetic.
-"""
+"""The sampler: the next tokens of requests by their logits, seeds and positions in the answer, not
+by the batch; in one native call, or on a GPU in a recorded step (`kernels/sample.h`)."""
 
 from __future__ import annotations
 
@@ -14,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.attention.spec import loaded
 from tilewright.runtime import pool
 from tilewright.runtime.layout import Struct
+from tilewright.runtime.view import view
+from tilewright.serve.memory import Memory
 from tilewright.serve.request import MAX_LOGPROBS, Request, TokenLogprob
 from tilewright.toolchain import compilers, cxx
 
@@ -25,14 +25,20 @@ EDIT = Struct("SampleEdit", [
     ("token", "int32"), ("count", "int32"), ("is_seen", "int32"), ("bias", "float32"),
 ])  # fmt: skip
 ROW = Struct("SampleRow", [
-    ("logits", "ptr", "const float*"), ("edit", "ptr", "const SampleEdit*"),
+    ("logits", "ptr", "const float*"), ("edit", "ptr", "SampleEdit*"),
     ("mask", "ptr", "const uint8_t*"), ("seed", "uint64"), ("position", "uint64"),
     *((name, "float64") for name in (*NUMBERS, "logprob")),
     ("logprobs", f"float64[{MAX_LOGPROBS}]"), ("likeliest", f"int32[{MAX_LOGPROBS}]"),
-    *((name, "int32") for name in ("top_k", "size", "edits", "top", "token")),
+    *((name, "int32") for name in ("top_k", "size", "edits", "top", "token", "logit_bytes")),
 ])  # fmt: skip
 """A row of logits, how it is sampled, and what comes of it: `sample` of kernels/sample.h."""
-
+PARAMS = Struct("SampleParams", [
+    ("rows", "ptr", "SampleRow*"),
+    *((name, "ptr", "int32_t*") for name in ("scores", "tokens", "drawn")),
+])  # fmt: skip
+THREADS = 1024  # of a CTA, which samples a row
+NO_MEMORY = -2  # in place of a token
+TOP = '#if __CUDACC__\n#include "gpu.cuh"\n#include "async.cuh"\n#else\n#include <stdint.h>\n#endif'
 
 Sampled = tuple[int, TokenLogprob | None]
 """A token, and its log-probability where the request asks for it."""
@@ -41,23 +47,36 @@ Sampled = tuple[int, TokenLogprob | None]
 @functools.cache
 def native() -> ctypes.CDLL:
     """The library of the sampler. Raises BuildError[B102]."""
+    return cxx.load_cpp(source("sample_cpu.h"), name="sampler", isa=compilers.resolve_isa().name)
+
+
+def source(name: str) -> str:
+    """The C++ or CUDA C++ of a file of `kernels/`."""
     kernels = Path(__file__).with_name("kernels")
-    files = [(kernels / n).read_text(encoding="utf-8") for n in ("sample.h", "sample_cpu.h")]
-    source = "\n".join(("#include <stdint.h>", EDIT.c_decl, ROW.c_decl, *files))
-    return cxx.load_cpp(source, name="sampler", isa=compilers.resolve_isa().name)
+    numbers = f"constexpr int NO_MEMORY = {NO_MEMORY}, THREADS = {THREADS};"
+    files = [(kernels / n).read_text(encoding="utf-8") for n in ("sample.h", name)]
+    structs = (struct.c_decl for struct in (EDIT, ROW, PARAMS))
+    return "\n".join((TOP, *structs, f"namespace sample {{ {numbers} }}", *files))
 
 
 def sample(requests: Sequence[Request], logits: Sequence[np.ndarray]) -> list[Sampled]:
     """The next token of each request by its logits, float32 (vocab,); -1 where one of these is NaN,
-    or the largest infinite. The requests do not change. Raises BuildError[B102]."""
-    count = len(requests)
-    buffer = ctypes.create_string_buffer(ROW.size * count)
-    keep = [_pack(buffer, i, r, logits[i]) for i, r in enumerate(requests)]
+    or the largest infinite, NO_MEMORY where no memory is left. The requests do not change. Raises
+    BuildError[B102]."""
+    count, keep = len(requests), []
+    rows = np.zeros(count, ROW.numpy)
+    for i, request in enumerate(requests):
+        x, edits, mask = np.ascontiguousarray(logits[i], np.float32), _edits(request), b""
+        if request.grammar is not None:
+            mask = request.grammar.compute_bitmask().ljust(len(x) // 8 + 4, b"\0")
+        allowed = np.frombuffer(mask, np.uint8)
+        keep.append((x, edits, allowed))
+        pointers = edits.ctypes.data, allowed.ctypes.data if mask else 0
+        _pack(rows[i : i + 1], request, x, len(edits), *pointers)
     body, grain = pool.address_of(native().stage0), -(-count // pool.wanted_threads())
-    pool.pool().prepare([(body, ctypes.addressof(buffer), count, grain, False)])()
-    rows = np.frombuffer(memoryview(buffer), ROW.numpy)
+    pool.pool().prepare([(body, rows.ctypes.data, count, grain, False)])()
     out: list[Sampled] = []
-    for request, row, _ in zip(requests, rows, keep, strict=True):
+    for request, row in zip(requests, rows, strict=True):
         token, logprob = int(row["token"]), None
         if token >= 0 and request.sampling.logprobs is not None:
             likeliest, logprobs = (row[n][: row["top"]].tolist() for n in ("likeliest", "logprobs"))
@@ -67,25 +86,75 @@ def sample(requests: Sequence[Request], logits: Sequence[np.ndarray]) -> list[Sa
     return out
 
 
-def _pack(buffer: Any, i: int, request: Request, logits: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Writes row i, of a request; the arrays that it points to."""
-    s, mask = request.sampling, b""
+class Seats:
+    """The rows of recorded steps that a GPU samples: their parameters, and keys and weights of all
+    tokens, in its memory. The host writes them where requests change, the step advances them.
+
+    `logits`: float32 or bfloat16 (rows, vocab). `tokens`: int32 (2, rows), those that the next step
+    reads, and those that are drawn, -1 where a logit is NaN or the largest infinite."""
+
+    def __init__(self, memory: Memory, logits: Any, tokens: Any) -> None:
+        self._memory, self._logits, self._tokens = memory, logits, tokens
+        count = logits.shape[0]
+        self._rows = memory.put(np.zeros((count, ROW.size), np.uint8))
+        self._scores: Any = None  # until a step samples
+        self._edits: list[Any] = [None] * count
+        self._held: list[Any] = [None] * count  # request and position of each row there, or None
+
+    def take(self, answers: Sequence[Any], count: int) -> set[Request]:
+        """Writes the rows of a step of `count`, if the one in front has not left them so. The
+        requests of `answers` (chunks) that it samples: of those that need nothing of the host."""
+        seats: list[Any] = [None] * count
+        for i, c in enumerate(answers):
+            how = c.request.sampling
+            is_left = how.is_plain_greedy or how.schema or how.logprobs is not None
+            if c.wants_token and not is_left:
+                seats[i] = c.request, c.request.answered
+        if any(seats) and self._held[:count] != seats:
+            self._write(seats)
+        self._held[:count] = [seat and (seat[0], seat[1] + 1) for seat in seats]
+        return {seat[0] for seat in seats if seat}
+
+    def _write(self, seats: list[Any]) -> None:
+        memory, buffer = self._memory, np.zeros((len(seats), ROW.size), np.uint8)
+        for i, seat in enumerate(seats):
+            if seat:
+                edits, logits = _edits(seat[0]), memory.rows(self._logits, i, i + 1)
+                # The step adds the tokens that it draws, for penalties.
+                room = min(seat[0].sampling.max_tokens, self._logits.shape[1]) + 1
+                self._edits[i] = memory.put(np.pad(edits.view(np.int32), (0, 4 * room)))
+                _pack(buffer[i], seat[0], logits, len(edits), view(self._edits[i]).pointer)
+        memory.write(memory.rows(self._rows, 0, len(seats)), buffer)
+
+    def bind(self, count: int) -> Any:
+        """The launch that samples the first rows. Raises BuildError."""
+        most, vocab = self._logits.shape
+        self._scores = self._scores or self._memory.empty(most, 2 * vocab, dtype="int32")
+        rows, scores, tokens = (view(x).pointer for x in (self._rows, self._scores, self._tokens))
+        block = PARAMS.pack(rows=rows, scores=scores, tokens=tokens, drawn=tokens + 4 * most)
+        ordinal, text = self._rows.device.ordinal, source("sample_gpu.cuh")
+        function = loaded(text, ordinal, "sample_rows", "sampler")
+        return function.prepare((count, 1, 1), (THREADS, 1, 1), 0, block, overlaps=True)
+
+
+def _edits(request: Request) -> np.ndarray:
+    """What is added to the logits of tokens, each named once, before one is chosen."""
+    s = request.sampling
     counts = request.counts if s.presence_penalty or s.frequency_penalty else {}
     seen = set(request.tokens) if s.repetition_penalty != 1 else set[int]()
     tokens = {*counts, *seen, *s.logit_bias}
     edits = [(t, counts.get(t, 0), t in seen, s.logit_bias.get(t, 0)) for t in tokens]
-    edits = np.array(edits, EDIT.numpy)
-    logits = np.ascontiguousarray(logits, np.float32)
-    if request.grammar is not None:
-        mask = request.grammar.compute_bitmask().ljust(len(logits) // 8 + 4, b"\0")
-    allowed = np.frombuffer(mask, np.uint8)
+    return np.array(edits, EDIT.numpy)
+
+
+def _pack(row: Any, request: Request, logits: Any, edits: int, edit: int, mask: int = 0) -> None:
+    """Writes the row of a request. `edit`, `mask`: addresses."""
+    s, seen = request.sampling, view(logits)
     ROW.pack_into(
-        buffer, i * ROW.size, logits=logits.ctypes.data, size=len(logits),
-        edit=edits.ctypes.data, edits=len(edits),
-        mask=allowed.ctypes.data if mask else 0,
-        seed=request.seed % 2**64, position=request.answered, top_k=min(s.top_k, len(logits)),
-        top=-1 if s.logprobs is None else min(s.logprobs, len(logits)),
+        row, logits=seen.pointer, size=seen.size, logit_bytes=seen.dtype.itemsize,
+        edit=edit, edits=edits, mask=mask,
+        seed=request.seed % 2**64, position=request.answered, top_k=min(s.top_k, seen.size),
+        top=-1 if s.logprobs is None else min(s.logprobs, seen.size),
         token=-1, logprob=0, logprobs=(0,) * MAX_LOGPROBS, likeliest=(0,) * MAX_LOGPROBS,
         **{name: getattr(s, name) for name in NUMBERS},
     )  # fmt: skip
-    return logits, allowed, edits
