@@ -47,6 +47,8 @@ KERNELS = [  # group, dims, dtype, variant, keys of a box, paged, dtype of o, in
     (4, (96, 96), "bfloat16", "causal", 128, False, "bfloat16", False),
     (1, (192, 128), "float16", "causal", 32, True, "float16", False),
     (4, (256, 256), "bfloat16", "causal", 64, False, "bfloat16", False),
+    (4, (128, 128), "bfloat16", "softcap", 128, False, "bfloat16", False),
+    (8, (64, 64), "float16", "softcap", 16, True, "float16", False),
 ]
 IDS = ["-".join(map(str, k)) for k in KERNELS]
 
@@ -78,8 +80,8 @@ def compiled(case) -> tuple[str, bytes]:
 @pytest.mark.parametrize("case", KERNELS, ids=IDS)
 def test_what_ptxas_makes_of_it(case, tmp_path):
     """No spill, no serialised wgmma; in the loop over full tiles more than half of the weights are
-    computed while P·V is under way, between the wait that leaves one group pending and the one that
-    leaves none, and all others behind it, where they hide the packing."""
+    computed while P·V is under way, and all of a soft-cap's tanh, between the wait that leaves one
+    group pending and the one of none; the others behind it, where they hide the packing."""
     log, image = compiled(case)
     assert "C75" not in log, log
     found = nvrtc.parse_resources(log)["stage0"]
@@ -91,7 +93,7 @@ def test_what_ptxas_makes_of_it(case, tmp_path):
         [nvdisasm(), "-c", file], capture_output=True, encoding="utf-8", check=True
     )
     found = re.finditer(
-        r"WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|HGMMA|F2FP|\bLDL|\bSTL", text.stdout
+        r"WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|MUFU\.TANH|HGMMA|F2FP|\bLDL|\bSTL", text.stdout
     )
     ops = [m[0] for m in found]
     assert "LDL" not in ops and "STL" not in ops
@@ -101,6 +103,7 @@ def test_what_ptxas_makes_of_it(case, tmp_path):
     loop = ops[pending[1] + 1 :]
     end = next(i for i, op in enumerate(loop) if op.startswith("WARP"))
     assert loop[:end].count("MUFU.EX2") >= weights // 2 and "HGMMA" not in loop[:end]
+    assert loop[:end].count("MUFU.TANH") == weights * (case[3] == "softcap")
     rest = loop[end + 1 :]
     packed = [i for i, op in enumerate(rest) if op == "F2FP"][weights // 2 - 1]
     assert loop[:end].count("MUFU.EX2") + rest[:packed].count("MUFU.EX2") >= weights

@@ -5,7 +5,7 @@ On the CPU a vector of scores along the keys is one value; on a GPU each thread 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -127,10 +127,11 @@ def cpp_variant(traced: Traced, lanes: int) -> str:
     return _struct(traced, renderer, methods, lambda v: f"*p.v_{v.name}")
 
 
-def cuda_variant(traced: Traced) -> str:
-    """The struct for a GPU: `logits` and `mask` of one score."""
+def cuda_variant(traced: Traced, more: Mapping[str, Expr]) -> str:
+    """The struct for a GPU: `logits` and `mask` of one score, and `more` methods."""
     renderer = _OnThreads(_NOTHING, Params((), ()))
     methods = {
+        **more,
         "float logits(float s, const At& at)": traced.logits,
         "bool mask(const At& at)": traced.mask,
     }

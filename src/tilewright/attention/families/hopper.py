@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
+from tilewright.attention import forms
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
@@ -20,7 +21,6 @@ from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, load
 from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
 from tilewright.errors import ArgumentError
-from tilewright.ir.nodes import Var
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
@@ -164,19 +164,20 @@ def box_keys(spec: Spec, page_size: int) -> int:
 @functools.lru_cache(256)
 def source(spec: Spec, box: int, chunked: bool = False) -> str:
     """The CUDA C++ of one kernel; `box`: keys of a TMA box; `chunked`: items may be chunks."""
-    tiles = tiles_of(spec)
-    numbers = {
+    tiles, (direct, methods) = tiles_of(spec), forms.logits(spec.traced.logits)
+    numbers = direct | {
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BN": tiles.keys, "BOX": box,
         "CONSUMERS": tiles.groups,
         "IN_PAGES": IN_PAGES, "IN_ROWS": IN_ROWS, "KEYS_LIE": keys_lie(spec), "Q_TILES": tiles.q,
         "K_STAGES": tiles.k, "V_STAGES": tiles.v, "MAX_TILES": MAX_TILES, "MAX_KEYS": MAX_KEYS,
-        "TRIVIAL_LOGITS": int(isinstance(spec.traced.logits, Var)), "CHUNKED": int(chunked),
+        "CHUNKED": int(chunked),
     }  # fmt: skip
     kinds = f"using Kind = tw::{spec.kv.name}_bits;"
     out = f"using Out = {'uint16_t' if spec.o.itemsize == 2 else 'float'};"
     text = namespace("attention", *constants(numbers), kinds, out)
     files = ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh")
-    return cuda_text(spec, files, text, ITEM, params_struct(spec), "prefill_hopper.cuh")
+    params = params_struct(spec)
+    return cuda_text(spec, files, text, ITEM, params, "prefill_hopper.cuh", methods)
 
 
 def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]]:

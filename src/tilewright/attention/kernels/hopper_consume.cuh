@@ -18,7 +18,7 @@ struct Consumer {
   const Shared& shared;
   int group, warp, lane;     // the warpgroup, the warp in it
   uint64_t q, k, v;          // descriptors of the first tile of Q, K and V
-  float factor;              // exp2 of factor · (score − row maximum) is a weight
+  float inner, factor;       // BENDS: of a product, the tanh's argument; exp2 of factor · (score − row maximum) is a weight
 
   TW_INLINE void issue_scores(float (&s)[BN / 2], int buffer, int stage) const {
     const uint64_t queries = q + buffer * (Q_BYTES / 16), keys = k + stage * (K_BYTES / 16);
@@ -35,7 +35,13 @@ struct Consumer {
     tw::wgmma_commit();
   }
 
-  // Scores as the variant has them, times log2 e; −inf where the mask refuses.
+  // Products become what the weights are computed of, beside P·V: no branch, no memory.
+  TW_INLINE void bend(float (&s)[BN / 2]) const {
+    if constexpr (BENDS)
+#pragma unroll
+      for (int i = 0; i < BN / 2; ++i) s[i] = tw::tanh_fast(s[i] * inner);
+  }
+  // −inf where the mask refuses. Logits that are not DIRECT are computed here too, times log2 e.
   TW_INLINE void apply(const Slot& item, int tile, float (&s)[BN / 2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -48,7 +54,7 @@ struct Consumer {
           float& x = s[j * 4 + half * 2 + i];
           at.key = tile * BN + j * 8 + lane % 4 * 2 + i;
           at.kv = item.position(at.key);
-          if (!TRIVIAL_LOGITS) x = variant.logits(x * p.sm_scale, at) * LOG2E;
+          if (!DIRECT) x = variant.logits(x * p.sm_scale, at) * LOG2E;
           x = at.key < item.length && variant.mask(at) ? x : lowest();
         }
     }
@@ -106,7 +112,7 @@ struct Consumer {
   }
 
   // A tile that is not the first: its scores and weights, and the outputs of the tile before. `Applies`:
-  // with the variant's logits and mask; they may have branches, so nothing is under way meanwhile.
+  // with the mask, which may have branches, so nothing is under way meanwhile.
   // `last` of the item: its queries are not read any more. Some exponentials come behind the wait for P·V: they hide what the registers of the weights must wait for.
   template <bool Applies>
   TW_INLINE void step(const Slot& item, int tile, int done, int buffer, bool last, bool& arrived, float (&o)[DV / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
@@ -124,7 +130,8 @@ struct Consumer {
     shared.trace(WAIT_SCORES);
     tw::wgmma_wait<Applies ? 0 : 1>();
     tw::tie(s);
-    if (Applies) shared.trace(MASK);
+    if (Applies || BENDS) shared.trace(MASK);
+    bend(s);
     if (Applies) apply(item, tile, s);
     shared.trace(MAXIMA);
     const bool grew = raise(s, rows);
@@ -306,7 +313,10 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   Consumer consumer{p, variant, shared, group, warp, lane,
                     tw::wgmma_descriptor(shared.base + Q_AT + group * 64 * 128, 0, 1024),
                     tw::wgmma_descriptor(shared.base + K_AT, 0, 1024),
-                    tw::wgmma_descriptor(shared.base + V_AT, KV_BLOCK, 1024), TRIVIAL_LOGITS ? p.sm_scale * LOG2E : 1.0f};
+                    tw::wgmma_descriptor(shared.base + V_AT, KV_BLOCK, 1024),
+                    // outer · tanh(x) = |outer| · tanh(±x): a factor that is not negative lets the largest score stay the largest.
+                    variant.inner() * copysignf(p.sm_scale, variant.outer()),
+                    BENDS ? fmaxf(fabsf(variant.outer()), 1e-20f) * LOG2E : DIRECT ? p.sm_scale * LOG2E : 1.0f};
   int done = 0, items = 0;  // tiles, and the item: 0 is an empty one
   float o[DV / 2] = {};
   uint32_t weights[BN / 4] = {};  // of the tile of zeros
@@ -316,7 +326,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   for (int n = 0;; ++n) {
     const Slot& item = next_item(shared, n);
     if (item.tokens < 0) break;
-    const int tiles = item.partial + item.full, applied = TRIVIAL_LOGITS ? item.partial : tiles;  // tiles that the variant is applied to
+    const int tiles = item.partial + item.full, applied = DIRECT ? item.partial : tiles;  // tiles that the variant is applied to
     float s[BN / 2], sum[2] = {};
     if (item.begins) {
       tw::barrier_wait(shared.barrier(Q_FULL + (items + 1) % Q_TILES), items / Q_TILES & 1);
@@ -337,6 +347,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     tw::tie(s);
     release(shared.barrier(K_EMPTY + done % K_STAGES), lane);
     shared.trace(MASK);
+    consumer.bend(s);
     if (applied) consumer.apply(item, tile_at(item, 0), s);
     if (STAGED && item.begins) consumer.free_queries(previous);
     const Rows old = rows;
@@ -353,7 +364,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     bool arrived = false;
     int i = 1;
     for (; i < applied; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
-    for (; TRIVIAL_LOGITS && i < tiles; ++i, ++done) consumer.step<false>(item, 0, done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
+    for (; DIRECT && i < tiles; ++i, ++done) consumer.step<false>(item, 0, done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
   shared.trace(WAIT_OUTPUTS);
