@@ -11,7 +11,7 @@ from tilewright.attention import forms
 def logits_of(function):
     cls = type("V", (), {"cap": tw.scalar("float32", 20.0), "slopes": tw.per_head("float32")})
     cls.logits = function
-    return forms.logits(tw.variant(cls)().traced.logits)
+    return forms.logits(tw.variant(cls)().traced.logits, True)
 
 
 @pytest.mark.parametrize(
@@ -39,11 +39,35 @@ def test_a_tanh_between_two_factors(function, inner, outer):
         lambda self, s, at: tw.tanh(s) * tw.tanh(s),
         lambda self, s, at: self.cap * tw.tanh(s * at.kv),
         lambda self, s, at: self.cap * tw.tanh(s) + s,
+        lambda self, s, at: s + self.slopes[at.qo_head] * (at.kv + at.qo),
+        lambda self, s, at: s + self.cap * at.kv * (at.kv - at.qo),
+        lambda self, s, at: s + self.cap * (at.kv - at.key),
+        lambda self, s, at: s * 2 + self.cap * (at.kv - at.qo),
     ],
 )
 def test_other_logits_are_computed_as_they_stand(function):
-    assert logits_of(function)[0] == {"DIRECT": 0, "BENDS": 0}
+    assert logits_of(function)[0]["DIRECT"] == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "slope", "distance", "bends"),
+    [
+        (lambda s, at, m: s + m.slopes[at.qo_head] * (at.kv - at.qo), "{}", "at.kv - at.qo", 0),
+        (lambda s, at, m: s + (at.qo - at.key) * m.slopes[at.qo_head], "-{}", "at.key - at.qo", 0),
+        (lambda s, at, m: tw.tanh(s) + m.slopes[at.qo_head] * (at.kv - 3), "{}", "at.kv - 3", 1),
+    ],
+)
+def test_a_slope_times_a_distance(function, slope, distance, bends):
+    numbers, methods = logits_of(lambda self, s, at: function(s, at, self))
+    assert numbers == {"DIRECT": 1, "BENDS": bends, "LEANS": 1}
+    assert str(methods["float slope(const At& at)"]) == slope.format("slopes[at.qo_head]")
+    assert str(methods["int distance(const At& at)"]) == distance
+
+
+def test_a_distance_of_keys_that_lie_elsewhere_is_no_line():
+    assert forms.logits(tw.Alibi().traced.logits, False)[0]["DIRECT"] == 0
 
 
 def test_the_score_itself():
-    assert forms.logits(tw.Causal().traced.logits)[0] == {"DIRECT": 1, "BENDS": 0}
+    numbers, _ = forms.logits(tw.Causal().traced.logits, True)
+    assert numbers == {"DIRECT": 1, "BENDS": 0, "LEANS": 0}

@@ -49,6 +49,8 @@ KERNELS = [  # group, dims, dtype, variant, keys of a box, paged, dtype of o, in
     (4, (256, 256), "bfloat16", "causal", 64, False, "bfloat16", False),
     (4, (128, 128), "bfloat16", "softcap", 128, False, "bfloat16", False),
     (8, (64, 64), "float16", "softcap", 16, True, "float16", False),
+    (4, (256, 256), "bfloat16", "alibi", 64, False, "bfloat16", False),
+    (4, (128, 128), "bfloat16", "softcap_alibi", 128, False, "bfloat16", False),
 ]
 IDS = ["-".join(map(str, k)) for k in KERNELS]
 
@@ -103,7 +105,7 @@ def test_what_ptxas_makes_of_it(case, tmp_path):
     loop = ops[pending[1] + 1 :]
     end = next(i for i, op in enumerate(loop) if op.startswith("WARP"))
     assert loop[:end].count("MUFU.EX2") >= weights // 2 and "HGMMA" not in loop[:end]
-    assert loop[:end].count("MUFU.TANH") == weights * (case[3] == "softcap")
+    assert loop[:end].count("MUFU.TANH") == weights * ("softcap" in case[3])
     rest = loop[end + 1 :]
     packed = [i for i, op in enumerate(rest) if op == "F2FP"][weights // 2 - 1]
     assert loop[:end].count("MUFU.EX2") + rest[:packed].count("MUFU.EX2") >= weights

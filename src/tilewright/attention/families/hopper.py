@@ -164,7 +164,8 @@ def box_keys(spec: Spec, page_size: int) -> int:
 @functools.lru_cache(256)
 def source(spec: Spec, box: int, chunked: bool = False) -> str:
     """The CUDA C++ of one kernel; `box`: keys of a TMA box; `chunked`: items may be chunks."""
-    tiles, (direct, methods) = tiles_of(spec), forms.logits(spec.traced.logits)
+    lies = not spec.table.kv_base
+    tiles, (direct, methods) = tiles_of(spec), forms.logits(spec.traced.logits, lies)
     numbers = direct | {
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BN": tiles.keys, "BOX": box,
         "CONSUMERS": tiles.groups,

@@ -4,6 +4,8 @@ namespace attention {
 
 struct Rows {  // of one thread, two rows: maxima (times `factor`; see raise), sums of this thread's columns
   float base[2], sum[2];
+  float slope[2], shift[2];  // where scores lean, log2: for each key, and of this thread's first key of a tile
+  int start[2];              // the distance of key 0
 };
 // x, of which what depends on it is computed here, not in front of the loops, where it would hold registers.
 TW_INLINE int here(int x) {
@@ -18,7 +20,8 @@ struct Consumer {
   const Shared& shared;
   int group, warp, lane;     // the warpgroup, the warp in it
   uint64_t q, k, v;          // descriptors of the first tile of Q, K and V
-  float inner, factor;       // BENDS: of a product, the tanh's argument; exp2 of factor · (score − row maximum) is a weight
+  float inner;               // BENDS: a product times this is the tanh's argument
+  float factor, inverse;     // exp2 of factor · (score − row maximum) is a weight; 1 / factor
 
   TW_INLINE void issue_scores(float (&s)[BN / 2], int buffer, int stage) const {
     const uint64_t queries = q + buffer * (Q_BYTES / 16), keys = k + stage * (K_BYTES / 16);
@@ -35,11 +38,35 @@ struct Consumer {
     tw::wgmma_commit();
   }
 
-  // Products become what the weights are computed of, beside P·V: no branch, no memory.
-  TW_INLINE void bend(float (&s)[BN / 2]) const {
+  // The rows of an item before its first key.
+  TW_INLINE Rows begin(const Slot& item) const {
+    Rows rows{{lowest(), lowest()}, {0.0f, 0.0f}};
+    if constexpr (LEANS)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const At at = at_of(item, group * 64 + warp * 16 + half * 8 + lane / 4, 0);
+        rows.slope[half] = variant.slope(at) * LOG2E;
+        rows.start[half] = variant.distance(at) + lane % 4 * 2;
+      }
+    return rows;
+  }
+  // Products become what the weights are computed of, beside P·V: no branch, no memory. Where scores lean, `shift` is
+  // what all of a row's share, and each key adds its column times the slope.
+  TW_INLINE void bend(float (&s)[BN / 2], Rows& rows, int tile) const {
     if constexpr (BENDS)
 #pragma unroll
       for (int i = 0; i < BN / 2; ++i) s[i] = tw::tanh_fast(s[i] * inner);
+    if constexpr (LEANS)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        rows.shift[half] = rows.slope[half] * static_cast<float>(rows.start[half] + tile * BN);
+        const float slope = rows.slope[half] * inverse;
+#pragma unroll
+        for (int j = 0; j < BN / 8; ++j) {
+          s[j * 4 + half * 2] = fmaf(slope, j * 8, s[j * 4 + half * 2]);
+          s[j * 4 + half * 2 + 1] = fmaf(slope, j * 8 + 1, s[j * 4 + half * 2 + 1]);
+        }
+      }
   }
   // −inf where the mask refuses. Logits that are not DIRECT are computed here too, times log2 e.
   TW_INLINE void apply(const Slot& item, int tile, float (&s)[BN / 2]) const {
@@ -71,6 +98,7 @@ struct Consumer {
       for (int j = 1; j < BN / 8; ++j) largest = fmaxf(largest, fmaxf(s[j * 4 + half * 2], s[j * 4 + half * 2 + 1]));
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)) * factor;
+      if constexpr (LEANS) largest += rows.shift[half];
       const bool grows = largest > rows.base[half] + SLACK;
       rows.base[half] = grows ? largest : rows.base[half];
       grew |= grows;
@@ -80,7 +108,8 @@ struct Consumer {
   // Scores become weights, those of keys 8 · From … 8 · To; `sum` of them.
   template <int From, int To>
   TW_INLINE void weigh(float (&s)[BN / 2], const Rows& rows, float (&sum)[2]) const {
-    const float base[2] = {finite(rows.base[0]), finite(rows.base[1])};
+    float base[2] = {finite(rows.base[0]), finite(rows.base[1])};
+    if constexpr (LEANS) base[0] -= rows.shift[0], base[1] -= rows.shift[1];
 #pragma unroll
     for (int i = From * 4; i < To * 4; ++i) {
       s[i] = tw::exp2(s[i] * factor - base[i / 2 & 1]);
@@ -130,8 +159,8 @@ struct Consumer {
     shared.trace(WAIT_SCORES);
     tw::wgmma_wait<Applies ? 0 : 1>();
     tw::tie(s);
-    if (Applies || BENDS) shared.trace(MASK);
-    bend(s);
+    if (Applies || BENDS || LEANS) shared.trace(MASK);
+    bend(s, rows, tile);
     if (Applies) apply(item, tile, s);
     shared.trace(MAXIMA);
     const bool grew = raise(s, rows);
@@ -310,13 +339,12 @@ struct Consumer {
 };
 
 TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& shared, int group, int warp, int lane) {
-  Consumer consumer{p, variant, shared, group, warp, lane,
-                    tw::wgmma_descriptor(shared.base + Q_AT + group * 64 * 128, 0, 1024),
-                    tw::wgmma_descriptor(shared.base + K_AT, 0, 1024),
-                    tw::wgmma_descriptor(shared.base + V_AT, KV_BLOCK, 1024),
-                    // outer · tanh(x) = |outer| · tanh(±x): a factor that is not negative lets the largest score stay the largest.
-                    variant.inner() * copysignf(p.sm_scale, variant.outer()),
-                    BENDS ? fmaxf(fabsf(variant.outer()), 1e-20f) * LOG2E : DIRECT ? p.sm_scale * LOG2E : 1.0f};
+  // outer · tanh(x) = |outer| · tanh(±x): with a factor above 0 the largest score stays the largest.
+  const float outer = variant.outer(), factor = BENDS ? fmaxf(fabsf(outer), 1e-20f) * LOG2E : DIRECT ? p.sm_scale * LOG2E : 1.0f;
+  const Consumer consumer{p, variant, shared, group, warp, lane,
+                          tw::wgmma_descriptor(shared.base + Q_AT + group * 64 * 128, 0, 1024),
+                          tw::wgmma_descriptor(shared.base + K_AT, 0, 1024),
+                          tw::wgmma_descriptor(shared.base + V_AT, KV_BLOCK, 1024), variant.inner() * copysignf(p.sm_scale, outer), factor, 1.0f / factor};
   int done = 0, items = 0;  // tiles, and the item: 0 is an empty one
   float o[DV / 2] = {};
   uint32_t weights[BN / 4] = {};  // of the tile of zeros
@@ -338,7 +366,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
       shared.trace(WRITE);
       consumer.write(current, previous, o, rows);
       current = item;
-      rows = Rows{{lowest(), lowest()}, {0.0f, 0.0f}};
+      rows = consumer.begin(item);
 #pragma unroll
       for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
     }
@@ -347,7 +375,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     tw::tie(s);
     release(shared.barrier(K_EMPTY + done % K_STAGES), lane);
     shared.trace(MASK);
-    consumer.bend(s);
+    consumer.bend(s, rows, tile_at(item, 0));
     if (applied) consumer.apply(item, tile_at(item, 0), s);
     if (STAGED && item.begins) consumer.free_queries(previous);
     const Rows old = rows;
@@ -364,7 +392,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     bool arrived = false;
     int i = 1;
     for (; i < applied; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
-    for (; DIRECT && i < tiles; ++i, ++done) consumer.step<false>(item, 0, done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
+    for (; DIRECT && i < tiles; ++i, ++done) consumer.step<false>(item, LEANS ? tile_at(item, i) : 0, done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
   shared.trace(WAIT_OUTPUTS);
