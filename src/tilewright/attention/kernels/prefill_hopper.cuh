@@ -6,9 +6,9 @@
 //   scheduler (a warp)  draws an item and sorts its tiles of BN keys by the mask: those of which only a
 //                       part is seen (partial), and those of which every row sees all (full); an item of
 //                       more than MAX_TILES tiles goes on in several segments
-//   loaders of K, loaders of V (LOADERS warps each), of Q: boxes by TMA into rings of tiles. Rows of V that
-//                       no row of the item sees are overwritten with zeros (0 · NaN would reach the
-//                       outputs), in partial tiles only
+//   loaders of K, loaders of V (LOADERS warps each), of Q: boxes by TMA into rings of tiles, or rows by cp.async
+//                       where pages have fewer than 8. Rows of V that no row of the item sees are zeros
+//                       (0 · NaN would reach the outputs), in partial tiles only
 //   consumers           S = Q·Kᵀ, softmax, O += P·V, with P from registers. In the loop over full tiles
 //                       P·V of the tile before runs behind S of a tile, and the exponentials hide it, as they
 //                       hide the other warpgroup's products. Partial tiles come first, in a loop of their
@@ -35,10 +35,11 @@ namespace attention {
 
 constexpr int BM = CONSUMERS * 64;    // rows of an item
 constexpr int TOKENS = BM / G;        // queries of an item
-constexpr int LOADERS = BOX < 8 && CONSUMERS == 2 && DV <= 128 ? 3 : 1;  // warps that load K; as many load V
+constexpr bool BY_ROWS = BOX < 8;     // K and V come by cp.async, not by TMA
+constexpr int LOADERS = BY_ROWS && CONSUMERS == 2 && DV <= 128 ? 3 : 1;  // warps that load K; as many load V
 constexpr int LOADER_GROUPS = (2 * LOADERS + 2) / 4;  // warpgroups of the scheduler and the loaders
 constexpr int WARPGROUPS = LOADER_GROUPS + CONSUMERS, THREADS = WARPGROUPS * 128;
-constexpr int LOADER_REGISTERS = 56;  // of the 504 or 512 that the warpgroups share
+constexpr int LOADER_REGISTERS = BY_ROWS ? 64 : 56;  // of the 504 or 512 that the warpgroups share
 constexpr int CONSUMER_REGISTERS = (65536 / THREADS / 8 * 8 * WARPGROUPS - LOADER_GROUPS * LOADER_REGISTERS) / CONSUMERS / 8 * 8;
 constexpr int K_BLOCKS = (DK + 63) / 64, V_BLOCKS = (DV + 63) / 64;  // blocks of 64 columns
 constexpr int Q_BLOCK = BM * 128, KV_BLOCK = BN * 128;         // bytes of a block
@@ -140,9 +141,10 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32, group = warp / 4;
   const Shared shared{smem + (base - start), base, Trace(warp, lane)};
   if (thread == 0) {
-    for (int i = 0; i < BARRIERS; ++i) {  // who arrives: the loader or the scheduler, the consumer warps, all who read an item
+    for (int i = 0; i < BARRIERS; ++i) {  // who arrives: the loaders or the scheduler, the consumer warps, all who read an item
       const bool frees = (i >= K_EMPTY && i < V_FULL) || (i >= V_EMPTY && i < V_LOADED) || (i >= Q_EMPTY && i < ITEM_FULL);
-      tw::barrier_init(shared.barrier(i), i >= ITEM_EMPTY ? 4 * CONSUMERS + 2 * LOADERS + 1 : frees ? 4 * CONSUMERS : 1);
+      const bool loaded = i < K_EMPTY || (i >= V_FULL && i < V_EMPTY);
+      tw::barrier_init(shared.barrier(i), i >= ITEM_EMPTY ? 4 * CONSUMERS + 2 * LOADERS + 1 : frees ? 4 * CONSUMERS : loaded ? LOADERS : 1);
     }
     tw::barrier_init_done();
   }
@@ -151,9 +153,11 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
   if (group < LOADER_GROUPS) {
     tw::fewer_registers<LOADER_REGISTERS>();
     if (warp == 0) schedule(p, variant, shared, lane);
-    else if (warp <= LOADERS) load_keys(p, shared, warp - 1, lane);
-    else if (warp <= 2 * LOADERS) load_values(p, variant, shared, warp - 1 - LOADERS, lane);
-    else load_queries(p, shared, lane);
+    else if (warp > 2 * LOADERS) load_queries(p, shared, lane);
+    else if (BY_ROWS && warp <= LOADERS) load_rows<false>(p, variant, shared, warp - 1, lane);
+    else if (BY_ROWS) load_rows<true>(p, variant, shared, warp - 1 - LOADERS, lane);
+    else if (warp <= LOADERS) load_keys(p, shared, lane);
+    else load_values(p, variant, shared, lane);
   } else {
     tw::more_registers<CONSUMER_REGISTERS>();
     consume(p, variant, shared, group - LOADER_GROUPS, warp % 4, lane);
