@@ -71,3 +71,34 @@ def test_a_distance_of_keys_that_lie_elsewhere_is_no_line():
 def test_the_score_itself():
     numbers, _ = forms.logits(tw.Causal().traced.logits, True)
     assert numbers == {"DIRECT": 1, "BENDS": 0, "LEANS": 0}
+
+
+@pytest.mark.parametrize(
+    ("variant", "limit", "rest"),
+    [
+        (tw.Causal(), "at.qo", "true"),
+        (tw.SlidingWindow(window=9), "at.qo", "at.qo - at.kv < window"),
+        (tw.Full(), None, "true"),
+        (tw.Causal() | tw.Softcap(), "at.qo", "true"),
+    ],
+)
+def test_the_last_key_of_a_row(variant, limit, rest):
+    numbers, methods = forms.limit(variant.traced.mask, True)
+    assert numbers["LIMITED"] == (limit is not None)
+    assert limit is None or str(methods["int limit(const At& at)"]) == limit
+    assert str(methods["bool rest(const At& at)"]).replace("[]", "") == rest
+    assert forms.limit(variant.traced.mask, False)[0] == {"LIMITED": 0}
+
+
+def test_the_least_of_two_limits():
+    @tw.variant
+    class Prefix(tw.Causal):
+        ends = tw.per_request()
+
+        def mask(self, at):
+            return super().mask(at) & (self.ends[at.request] >= at.key) & (at.key < at.qo_len)
+
+    numbers, methods = forms.limit(Prefix().traced.mask, True)
+    assert numbers["LIMITED"] == 1
+    assert str(methods["int limit(const At& at)"]) == "min(at.qo, ends[at.request])"
+    assert str(methods["bool rest(const At& at)"]) == "at.key < at.qo_len"

@@ -6,8 +6,11 @@ stands, with nothing under way."""
 
 from __future__ import annotations
 
+import functools
+
 from tilewright import dtypes
 from tilewright.attention.tracing import SCORE
+from tilewright.attention.variant import all_of, conditions
 from tilewright.ir.nodes import Binary, Cast, Const, Expr, Unary, Var, binary, unary
 from tilewright.ir.rewrite import walk
 
@@ -32,6 +35,21 @@ def logits(e: Expr, lies: bool) -> tuple[dict[str, int], dict[str, Expr]]:
     }  # fmt: skip
     direct = bends or e == SCORE
     return {"DIRECT": int(direct), "BENDS": int(bends), "LEANS": int(direct and leans)}, methods
+
+
+def limit(mask: Expr, lies: bool) -> tuple[dict[str, int], dict[str, Expr]]:
+    """Constants and methods of a mask. LIMITED: `rest`, and keys up to `limit`, where they lie at
+    their numbers."""
+    limits, rest = [], []
+    for e in conditions(mask):
+        a, b = (e.b, e.a) if isinstance(e, Binary) and e.op == ">=" else (e.a, e.b)
+        if isinstance(e, Binary) and e.op in ("<=", ">=") and _is_key(a) and not _differs(b):
+            limits.append(b)
+        else:
+            rest.append(e)
+    least = functools.reduce(functools.partial(binary, "min"), limits) if limits else ZERO
+    methods = {"int limit(const At& at)": least, "bool rest(const At& at)": all_of(rest)}
+    return {"LIMITED": int(lies and bool(limits))}, methods
 
 
 def _line(e: Expr) -> tuple[Expr, Expr] | None:

@@ -166,7 +166,8 @@ def source(spec: Spec, box: int, chunked: bool = False) -> str:
     """The CUDA C++ of one kernel; `box`: keys of a TMA box; `chunked`: items may be chunks."""
     lies = not spec.table.kv_base
     tiles, (direct, methods) = tiles_of(spec), forms.logits(spec.traced.logits, lies)
-    numbers = direct | {
+    limited, more = forms.limit(spec.traced.mask, lies)
+    numbers = direct | limited | {
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BN": tiles.keys, "BOX": box,
         "CONSUMERS": tiles.groups,
         "IN_PAGES": IN_PAGES, "IN_ROWS": IN_ROWS, "KEYS_LIE": keys_lie(spec), "Q_TILES": tiles.q,
@@ -178,7 +179,7 @@ def source(spec: Spec, box: int, chunked: bool = False) -> str:
     text = namespace("attention", *constants(numbers), kinds, out)
     files = ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh")
     params = params_struct(spec)
-    return cuda_text(spec, files, text, ITEM, params, "prefill_hopper.cuh", methods)
+    return cuda_text(spec, files, text, ITEM, params, "prefill_hopper.cuh", methods | more)
 
 
 def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]]:

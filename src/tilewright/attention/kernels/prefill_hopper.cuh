@@ -18,11 +18,12 @@
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, hopper.cuh, bounds.h, table.h, variant.h, the constants of
 // `attention` (DK and DV: elements of a row of K and of V; G query heads of a KV head, BN keys of a tile,
-// BOX keys of a TMA box, CONSUMERS, KEYS_LIE, DIRECT, BENDS, LEANS, CHUNKED, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
+// BOX keys of a TMA box, CONSUMERS, KEYS_LIE, DIRECT, BENDS, LEANS, LIMITED, CHUNKED, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
 // the types Kind and Out), the structs `Params`, `Item`, `At` and `Variant`.
 // DIRECT: logits need no branch: the score itself or, where it BENDS, outer · tanh(inner · score); where it LEANS,
 // plus slope · distance, which grows by 1 from key to key (all by methods of `Variant`). Others are computed as
 // the mask is, on every tile, with nothing under way.
+// LIMITED: the mask is key <= limit of a row and `rest`, both methods too.
 // KEYS_LIE: the keys of a request are IN_PAGES of a table, IN_ROWS one after the other, or IN_ONE page.
 //
 // Launch: grid = at most min(items, SMs) CTAs, THREADS threads, SMEM_BYTES of dynamic shared memory:
@@ -39,7 +40,7 @@ constexpr bool BY_ROWS = BOX < 8;     // K and V come by cp.async, not by TMA
 constexpr int LOADERS = BY_ROWS && CONSUMERS == 2 && DV <= 128 ? 3 : 1;  // warps that load K; as many load V
 constexpr int LOADER_GROUPS = (2 * LOADERS + 2) / 4;  // warpgroups of the scheduler and the loaders
 constexpr int WARPGROUPS = LOADER_GROUPS + CONSUMERS, THREADS = WARPGROUPS * 128;
-constexpr int LOADER_REGISTERS = BY_ROWS ? 64 : 56;  // of the 504 or 512 that the warpgroups share
+constexpr int LOADER_REGISTERS = BY_ROWS ? 64 : DV > 128 ? 40 : 56;  // of the 504 or 512 that the warpgroups share
 constexpr int CONSUMER_REGISTERS = (65536 / THREADS / 8 * 8 * WARPGROUPS - LOADER_GROUPS * LOADER_REGISTERS) / CONSUMERS / 8 * 8;
 constexpr int K_BLOCKS = (DK + 63) / 64, V_BLOCKS = (DV + 63) / 64;  // blocks of 64 columns
 constexpr int Q_BLOCK = BM * 128, KV_BLOCK = BN * 128;         // bytes of a block
@@ -152,6 +153,7 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
   const Variant variant(p);
   if (group < LOADER_GROUPS) {
     tw::fewer_registers<LOADER_REGISTERS>();
+    if (lane == 0) tw::prefetch_map(warp == 0 ? &p.o_map : warp > 2 * LOADERS ? &p.q_map : warp <= LOADERS ? &p.k_map : &p.v_map);
     if (warp == 0) schedule(p, variant, shared, lane);
     else if (warp > 2 * LOADERS) load_queries(p, shared, lane);
     else if (BY_ROWS && warp <= LOADERS) load_rows<false>(p, variant, shared, warp - 1, lane);
