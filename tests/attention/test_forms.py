@@ -87,7 +87,7 @@ def test_the_last_key_of_a_row(variant, limit, rest):
     assert numbers["LIMITED"] == (limit is not None)
     assert limit is None or str(methods["int limit(const At& at)"]) == limit
     assert str(methods["bool rest(const At& at)"]).replace("[]", "") == rest
-    assert forms.limit(variant.traced.mask, False)[0] == {"LIMITED": 0}
+    assert forms.limit(variant.traced.mask, False)[0] == {"LIMITED": 0, "READS": 0}
 
 
 def test_the_least_of_two_limits():
@@ -99,6 +99,6 @@ def test_the_least_of_two_limits():
             return super().mask(at) & (self.ends[at.request] >= at.key) & (at.key < at.qo_len)
 
     numbers, methods = forms.limit(Prefix().traced.mask, True)
-    assert numbers["LIMITED"] == 1
+    assert numbers == {"LIMITED": 1, "READS": 1}
     assert str(methods["int limit(const At& at)"]) == "min(at.qo, ends[at.request])"
     assert str(methods["bool rest(const At& at)"]) == "at.key < at.qo_len"

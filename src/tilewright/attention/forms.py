@@ -11,7 +11,7 @@ import functools
 from tilewright import dtypes
 from tilewright.attention.tracing import SCORE
 from tilewright.attention.variant import all_of, conditions
-from tilewright.ir.nodes import Binary, Cast, Const, Expr, Unary, Var, binary, unary
+from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Unary, Var, binary, unary
 from tilewright.ir.rewrite import walk
 
 ONE, ZERO = Const(1.0, dtypes.float32), Const(0, dtypes.int32)
@@ -39,7 +39,7 @@ def logits(e: Expr, lies: bool) -> tuple[dict[str, int], dict[str, Expr]]:
 
 def limit(mask: Expr, lies: bool) -> tuple[dict[str, int], dict[str, Expr]]:
     """Constants and methods of a mask. LIMITED: `rest`, and keys up to `limit`, where they lie at
-    their numbers."""
+    their numbers. READS: it reads tensors."""
     limits, rest = [], []
     for e in conditions(mask):
         a, b = (e.b, e.a) if isinstance(e, Binary) and e.op == ">=" else (e.a, e.b)
@@ -49,7 +49,8 @@ def limit(mask: Expr, lies: bool) -> tuple[dict[str, int], dict[str, Expr]]:
             rest.append(e)
     least = functools.reduce(functools.partial(binary, "min"), limits) if limits else ZERO
     methods = {"int limit(const At& at)": least, "bool rest(const At& at)": all_of(rest)}
-    return {"LIMITED": int(lies and bool(limits))}, methods
+    reads = any(x.index for x in walk(mask, Load))
+    return {"LIMITED": int(lies and bool(limits)), "READS": int(reads)}, methods
 
 
 def _line(e: Expr) -> tuple[Expr, Expr] | None:

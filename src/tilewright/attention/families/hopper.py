@@ -27,6 +27,7 @@ from tilewright.runtime.view import view
 ARCH = "sm_90a"
 MAX_TILES = 512  # of a segment: what the scheduler sorts at once
 MAX_GROUP = 64
+SCAN = 256  # elements of a tensor that are read to learn the class of a tile
 IN_PAGES, IN_ROWS, IN_ONE = 0, 1, 2  # where the keys of a request lie
 _TAIL = 4  # items of a CTA that are drawn in the order of their keys
 _SHORT = 512  # queries of a request up to which its items follow each other always
@@ -175,8 +176,9 @@ def source(spec: Spec, box: int, chunked: bool = False) -> str:
         "CHUNKED": int(chunked),
     }  # fmt: skip
     kinds = f"using Kind = tw::{spec.kv.name}_bits;"
+    scan = f"#define TW_SCAN {SCAN}\n"
     out = f"using Out = {'uint16_t' if spec.o.itemsize == 2 else 'float'};"
-    text = namespace("attention", *constants(numbers), kinds, out)
+    text = scan + namespace("attention", *constants(numbers), kinds, out)
     files = ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh")
     params = params_struct(spec)
     return cuda_text(spec, files, text, ITEM, params, "prefill_hopper.cuh", methods | more)

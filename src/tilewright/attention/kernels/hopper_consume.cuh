@@ -72,6 +72,7 @@ struct Consumer {
         }
       }
   }
+  TW_INLINE bool rest(const At& at) const { return LIMITED ? variant.rest(at) : variant.mask(at); }
   // −inf where the mask refuses. Logits that are not DIRECT are computed here too, times log2 e. Returns how many
   // blocks of 32 keys this warp sees any of; where it `skips`, those behind are left as they are.
   TW_INLINE int apply(const Slot& item, int tile, float (&s)[BN / 2], bool skips) const {
@@ -84,6 +85,16 @@ struct Consumer {
       last[half] = max(min(item.length - 1, LIMITED ? variant.limit(at[half]) : item.length), -1) - tile * BN;
     }
     const int blocks = skips ? min(static_cast<int>(__reduce_max_sync(0xffffffffu, max(max(last[0], last[1]) + 32, 0))) / 32, BN / 32) : BN / 32;
+    uint32_t bits[2] = {};  // of a mask that reads memory, a few keys at a time: all at once would not fit into registers
+    if constexpr (READS)
+#pragma unroll 4
+      for (int i = 0; i < blocks * 8; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          at[half].key = tile * BN + column + i / 2 * 8 + i % 2;
+          at[half].kv = item.position(at[half].key);
+          bits[half] |= static_cast<uint32_t>(rest(at[half])) << i;
+        }
 #pragma unroll
     for (int block = 0; block < BN / 32; ++block)
       if (block < blocks)
@@ -94,8 +105,8 @@ struct Consumer {
           at[half].key = tile * BN + column + c;
           at[half].kv = item.position(at[half].key);
           if (!DIRECT) x = variant.logits(x * p.sm_scale, at[half]) * LOG2E;
-          const bool seen = c <= last[half] - column;
-          x = (LIMITED ? seen && variant.rest(at[half]) : seen && variant.mask(at[half])) ? x : lowest();
+          const bool seen = READS ? bits[half] >> (block * 8 + n / 4 * 2 + (n & 1)) & 1 : rest(at[half]);
+          x = (c <= last[half] - column) & seen ? x : lowest();
         }
     return blocks;
   }

@@ -11,9 +11,32 @@ struct Array {
   int32_t rows, columns;
   TW_METHOD T at(int32_t row, int32_t column) const {
     const bool inside = row >= 0 && row < rows && column >= 0 && column < columns;
+#ifdef TW_SCAN  // of 32 bits, without a branch
+    return __builtin_bit_cast(T, tw::load_word_if(inside, data + static_cast<int64_t>(row) * columns + column));
+#endif
     return inside ? data[static_cast<int64_t>(row) * columns + column] : T(0);
   }
 };
+
+// Between which values the elements of one row lie, if they are at most TW_SCAN; a family that does not define it
+// reads none.
+template <class T>
+TW_INLINE Bound bound_elements(const Array<T>& array, Bound row, Bound column) {
+#ifdef TW_SCAN
+  if (row.lo == row.hi && column.hi - column.lo < TW_SCAN) {
+    const int first = static_cast<int>(column.lo), count = static_cast<int>(column.hi - column.lo);
+    T low = array.at(static_cast<int>(row.lo), first), high = low;
+#pragma unroll 16
+    for (int i = 1; i <= count; ++i) {
+      const T x = array.at(static_cast<int>(row.lo), first + i);
+      low = x < low ? x : low;
+      high = x > high ? x : high;
+    }
+    return Bound{static_cast<int64_t>(low), static_cast<int64_t>(high)};
+  }
+#endif
+  return bound_int();
+}
 
 // A row's sink joins its softmax, once, when all of the row's keys are in `largest` and `weight` (the sum
 // of exp(score - largest)). Returns the factor of the outputs, which the sink has no part in.

@@ -34,6 +34,13 @@ TW_INLINE float tanh_fast(float x) {
   return y;
 }
 
+// A word that no thread writes during the launch, or 0 where the condition fails: a predicated load, no branch.
+TW_INLINE uint32_t load_word_if(bool c, const void* at) {
+  uint32_t x;
+  asm("{ .reg .pred p; setp.ne.b32 p, %1, 0; mov.b32 %0, 0; @p ld.global.nc.b32 %0, [%2]; }" : "=r"(x) : "r"(static_cast<int>(c)), "l"(at));
+  return x;
+}
+
 // -- mbarriers -----------------------------------------------------------------------------------
 
 TW_INLINE void barrier_init(uint32_t barrier, int arrivals) {
