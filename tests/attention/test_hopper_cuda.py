@@ -265,6 +265,9 @@ CASES = [  # group, kv_heads, head_dim (K, V), dtype, variant, page_size (0: rag
     (1, 4, (192, 128), "bfloat16", "causal", 0),
     (16, 1, (192, 128), "float16", "causal", 64),
     (8, 1, 128, "bfloat16", "softcap", 2),
+    (4, 1, 64, "bfloat16", "softcap", 8),
+    (2, 2, (192, 128), "bfloat16", "softcap_alibi", 8),
+    (4, 1, 256, "float16", "softcap_alibi", 1),
 ]
 BATCH = [  # queries and keys of each request
     (128, 128), (1, 0), (0, 7), (300, 300), (17, 1000), (129, 129), (64, 1), (5, 127), (1, 1),

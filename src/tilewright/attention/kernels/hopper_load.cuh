@@ -106,7 +106,8 @@ struct Loader {
     if (tw::elect()) tw::barrier_expect(barrier, BLOCKS * KV_BLOCK);
     if constexpr (KEYS_LIE == IN_PAGES) {
       const int mask = (1 << p.page_shift) - 1;
-      constexpr int EACH = BOXES < 32 ? BOXES : 32, AT_ONCE = EACH < 8 ? EACH : 8;
+      constexpr int EACH = BOXES < 32 ? BOXES : 32, AT_ONCE = EACH % 8 == 0 ? 8 : EACH % 4 == 0 ? 4 : EACH;
+      static_assert(BOXES % AT_ONCE == 0, "");  // a box too many would never let the barrier complete
 #pragma unroll
       for (int i = 0; i < ENTRIES; ++i)
 #pragma unroll 1
