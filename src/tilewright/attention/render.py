@@ -5,7 +5,7 @@ On the CPU a vector of scores along the keys is one value; on a GPU each thread 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -127,7 +127,7 @@ def cpp_variant(traced: Traced, lanes: int) -> str:
     return _struct(traced, renderer, methods, lambda v: f"*p.v_{v.name}")
 
 
-def cuda_variant(traced: Traced, more: Mapping[str, Expr]) -> str:
+def cuda_variant(traced: Traced, more: dict[str, Expr]) -> str:
     """The struct for a GPU: `logits` and `mask` of one score, and `more` methods."""
     renderer = _OnThreads(_NOTHING, Params((), ()))
     methods = {

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from tilewright.attention import render
@@ -16,7 +15,6 @@ from tilewright.attention.variant import Traced
 from tilewright.codegen import prelude_files
 from tilewright.codegen.params import C_TYPES
 from tilewright.dtypes import DType
-from tilewright.ir.nodes import Expr
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import View
 from tilewright.toolchain import nvrtc
@@ -131,14 +129,9 @@ def flash_constants(spec: Spec, more: dict[str, int]) -> str:
 
 
 def cuda_text(
-    spec: Spec,
-    includes: Sequence[str],
-    numbers: str,
-    work: Struct,
-    params: Struct,
-    body: str,
-    methods: Mapping[str, Expr] = MappingProxyType({}),
-) -> str:
+    spec: Spec, includes: Sequence[str], numbers: str, work: Struct, params: Struct, body: str,
+    **methods: Any,
+) -> str:  # fmt: skip
     """The CUDA C++ of a kernel: what varies, then the file `body` of `kernels/`. `includes`: files
     of the prelude; `work`: a piece of work as the plan has it; `methods`: more of the variant."""
     return "\n".join(

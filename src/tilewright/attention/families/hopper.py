@@ -13,21 +13,23 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
-from tilewright.attention import forms
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
 from tilewright.attention.plan import ITEM, Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, loaded, namespace
 from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
+from tilewright.attention.tracing import SCORE
+from tilewright.attention.variant import all_of, conditions
 from tilewright.errors import ArgumentError
+from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Unary, Var, binary
+from tilewright.ir.rewrite import transform, walk
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
 ARCH = "sm_90a"
 MAX_TILES = 512  # of a segment: what the scheduler sorts at once
 MAX_GROUP = 64
-SCAN = 256  # elements of a tensor that are read to learn the class of a tile
 IN_PAGES, IN_ROWS, IN_ONE = 0, 1, 2  # where the keys of a request lie
 _TAIL = 4  # items of a CTA that are drawn in the order of their keys
 _SHORT = 512  # queries of a request up to which its items follow each other always
@@ -162,13 +164,68 @@ def box_keys(spec: Spec, page_size: int) -> int:
     return math.gcd(page_size, keys) if keys_lie(spec) == IN_PAGES else keys
 
 
+ONE, ZERO = Const(1.0, dtypes.float32), Const(0, dtypes.int32)
+
+
+def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
+    """Constants and methods of what a kernel computes beside its products (prefill_hopper.cuh): a
+    score or outer · tanh(inner · score), plus slope · (key − row); keys up to the limit of a row.
+    Other hooks are computed as they stand, with nothing under way."""
+    e, lies, slope, distance = spec.traced.logits, not spec.table.kv_base, ONE, ZERO
+    match e:
+        case Binary("+", x, Binary("*", a, Cast(Binary("-", b, c) as d))) if lies and _is_key(b):
+            if not _differs(a) and not _differs(c):
+                e, slope, distance = x, a, d
+    tanh = next((x for x in walk(e, Unary) if x.op == "tanh"), SCORE)
+    inner = ONE if tanh is SCORE else _factor(tanh.a, SCORE)
+    outer = _factor(e, tanh) if tanh is not SCORE else ONE if e == SCORE else None
+    direct = inner is not None and outer is not None
+    limits, rest = [], []
+    for x in conditions(spec.traced.mask):
+        match x:
+            case Binary("<=", a, b) if lies and _is_key(a) and not _differs(b):
+                limits.append(b)
+            case _:
+                rest.append(x)
+    numbers = {
+        "DIRECT": direct, "BENDS": direct and tanh is not SCORE, "LIMITED": bool(limits),
+        "LEANS": direct and distance is not ZERO,
+        "READS": any(x.index for x in walk(spec.traced.mask, Load)),
+    }  # fmt: skip
+    methods = {
+        "float inner()": inner if direct else ONE, "float outer()": outer if direct else ONE,
+        "float slope(const At& at)": slope, "int distance(const At& at)": distance,
+        "int limit(const At& at)": functools.reduce(_least, limits) if limits else ZERO,
+        "bool rest(const At& at)": all_of(rest),
+    }  # fmt: skip
+    return {name: int(x) for name, x in numbers.items()}, methods
+
+
+_least = functools.partial(binary, "min")
+
+
+def _is_key(e: Expr) -> bool:
+    return isinstance(e, Var) and e.name in ("at.kv", "at.key")
+
+
+def _differs(e: Expr) -> bool:
+    """Whether e differs between the keys of a row."""
+    return any(_is_key(x) or x == SCORE for x in walk(e, Var))
+
+
+def _factor(e: Expr, of: Expr) -> Expr | None:
+    """What `of` is multiplied by in e, where it is the same for all scores."""
+    rest = transform(e, lambda x: ONE if x == of else x)
+    is_product = isinstance(e, Binary) and e.a != e.b and e.op in "*/"
+    first = e == of or (is_product and (e.a == of or (e.b == of and e.op == "*")))
+    return rest if first and not any(True for _ in walk(rest, Var)) else None
+
+
 @functools.lru_cache(256)
 def source(spec: Spec, box: int, chunked: bool = False) -> str:
     """The CUDA C++ of one kernel; `box`: keys of a TMA box; `chunked`: items may be chunks."""
-    lies = not spec.table.kv_base
-    tiles, (direct, methods) = tiles_of(spec), forms.logits(spec.traced.logits, lies)
-    limited, more = forms.limit(spec.traced.mask, lies)
-    numbers = direct | limited | {
+    tiles, (numbers, methods) = tiles_of(spec), forms(spec)
+    numbers |= {
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BN": tiles.keys, "BOX": box,
         "CONSUMERS": tiles.groups,
         "IN_PAGES": IN_PAGES, "IN_ROWS": IN_ROWS, "KEYS_LIE": keys_lie(spec), "Q_TILES": tiles.q,
@@ -176,12 +233,11 @@ def source(spec: Spec, box: int, chunked: bool = False) -> str:
         "CHUNKED": int(chunked),
     }  # fmt: skip
     kinds = f"using Kind = tw::{spec.kv.name}_bits;"
-    scan = f"#define TW_SCAN {SCAN}\n"
     out = f"using Out = {'uint16_t' if spec.o.itemsize == 2 else 'float'};"
-    text = scan + namespace("attention", *constants(numbers), kinds, out)
+    text = namespace("attention", *constants(numbers), kinds, out)
     files = ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh")
     params = params_struct(spec)
-    return cuda_text(spec, files, text, ITEM, params, "prefill_hopper.cuh", methods | more)
+    return cuda_text(spec, files, text, ITEM, params, "prefill_hopper.cuh", **methods)
 
 
 def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]]:

@@ -80,13 +80,13 @@ TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& s
 
 // -- loaders -------------------------------------------------------------------------------------
 
-// Issues the boxes of tiles. `entry`: the pages of boxes lane, lane + 32, … of the next tile.
+// Issues the boxes of tiles. `entry`: the page of box `lane` of the next tile.
 template <int BLOCKS>
 struct Loader {
   const void* map;
   tw::Pages pages;
   int head;
-  int entry[ENTRIES];
+  int entry;
 
   TW_INLINE void start(const Params& p, const Slot& s, const void* tensor_map) {
     map = tensor_map;
@@ -94,34 +94,31 @@ struct Loader {
     head = s.head;
   }
   TW_INLINE void look_up(const Params& p, int tile, int lane) {
-    if constexpr (KEYS_LIE == IN_PAGES)
-#pragma unroll
-      for (int i = 0; i < ENTRIES; ++i) {
-        const int box = i * 32 + lane, page = (tile * BN + box * BOX) >> p.page_shift;
-        // A box outside the cache arrives as zeros.
-        entry[i] = box < BOXES && page < pages.count ? static_cast<int>(tw::page_at(p, pages, head, page)) : -1;
-      }
+    if constexpr (KEYS_LIE == IN_PAGES) {
+      const int page = (tile * BN + lane * BOX) >> p.page_shift;
+      // A box outside the cache arrives as zeros.
+      entry = lane < BOXES && page < pages.count ? static_cast<int>(tw::page_at(p, pages, head, page)) : -1;
+    }
   }
   TW_INLINE void issue(const Params& p, int tile, uint32_t to, uint32_t barrier) {
     if (tw::elect()) tw::barrier_expect(barrier, BLOCKS * KV_BLOCK);
     if constexpr (KEYS_LIE == IN_PAGES) {
       const int mask = (1 << p.page_shift) - 1;
-      constexpr int EACH = BOXES < 32 ? BOXES : 32, AT_ONCE = EACH % 8 == 0 ? 8 : EACH % 4 == 0 ? 4 : EACH;
-      static_assert(BOXES % AT_ONCE == 0, "");  // a box too many would never let the barrier complete
-#pragma unroll
-      for (int i = 0; i < ENTRIES; ++i)
+      // A box too many, and the barrier would never complete.
+      constexpr int AT_ONCE = BOXES % 8 == 0 ? 8 : BOXES % 4 == 0 ? 4 : BOXES;
+      static_assert(BY_ROWS || (BOXES <= 32 && BOXES % AT_ONCE == 0), "");
 #pragma unroll 1
-        for (int first = 0; first < EACH && i * 32 + first < BOXES; first += AT_ONCE) {
-          int page[AT_ONCE];
+      for (int first = 0; first < BOXES; first += AT_ONCE) {
+        int page[AT_ONCE];
 #pragma unroll
-          for (int j = 0; j < AT_ONCE; ++j) page[j] = __shfl_sync(0xffffffffu, entry[i], first + j);
-          if (tw::elect())
+        for (int j = 0; j < AT_ONCE; ++j) page[j] = __shfl_sync(0xffffffffu, entry, first + j);
+        if (tw::elect())
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j) {
-              const int row = (i * 32 + first + j) * BOX;
-              copy(to + row * 128, barrier, tile * BN + row & mask, page[j]);
-            }
-        }
+          for (int j = 0; j < AT_ONCE; ++j) {
+            const int row = (first + j) * BOX;
+            copy(to + row * 128, barrier, tile * BN + row & mask, page[j]);
+          }
+      }
     } else if (tw::elect()) {
       const int first = static_cast<int>(pages.first);
       if (KEYS_LIE == IN_ROWS) copy(to, barrier, first + tile * BN, 0);

@@ -45,7 +45,7 @@ constexpr int CONSUMER_REGISTERS = (65536 / THREADS / 8 * 8 * WARPGROUPS - LOADE
 constexpr int K_BLOCKS = (DK + 63) / 64, V_BLOCKS = (DV + 63) / 64;  // blocks of 64 columns
 constexpr int Q_BLOCK = BM * 128, KV_BLOCK = BN * 128;         // bytes of a block
 constexpr int Q_BYTES = K_BLOCKS * Q_BLOCK, K_BYTES = K_BLOCKS * KV_BLOCK, V_BYTES = V_BLOCKS * KV_BLOCK;
-constexpr int BOXES = BN / BOX, ENTRIES = (BOXES + 31) / 32;  // of a tile; entries of the table for each lane
+constexpr int BOXES = BN / BOX;       // of a tile
 constexpr bool STAGED = sizeof(Out) == 2 && Q_TILES > 1;      // outputs pass through the item's tile of Q
 constexpr float LOG2E = 1.4426950408889634f, SLACK = 8.0f;
 static_assert(DK % 16 == 0 && DV <= DK && BN % BOX == 0 && BN % 32 == 0 && G <= 64, "");
