@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-
-import tilewright as tw
 from tests.attention.cases import spec_of
 
+import tilewright as tw
 from tilewright.attention.families import hopper
 
 
