@@ -173,44 +173,37 @@ def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
     Other hooks are computed as they stand, with nothing under way."""
     e, lies, slope, distance = spec.traced.logits, not spec.table.kv_base, ONE, ZERO
     match e:
-        case Binary("+", x, Binary("*", a, Cast(Binary("-", b, c) as d))) if lies and _is_key(b):
-            if not _differs(a) and not _differs(c):
+        case Binary("+", x, Binary("*", a, Cast(Binary("-", Var("at.kv" | "at.key"), row) as d))):
+            if lies and not _differs(a) and not _differs(row):
                 e, slope, distance = x, a, d
-    tanh = next((x for x in walk(e, Unary) if x.op == "tanh"), SCORE)
-    inner = ONE if tanh is SCORE else _factor(tanh.a, SCORE)
-    outer = _factor(e, tanh) if tanh is not SCORE else ONE if e == SCORE else None
-    direct = inner is not None and outer is not None
+    inner, outer, bends = ONE, ONE, False
+    for tanh in walk(e, Unary):
+        x, y = _factor(tanh.a, SCORE), _factor(e, tanh)
+        if tanh.op == "tanh" and x is not None and y is not None:
+            inner, outer, bends = x, y, True
     limits, rest = [], []
     for x in conditions(spec.traced.mask):
         match x:
-            case Binary("<=", a, b) if lies and _is_key(a) and not _differs(b):
-                limits.append(b)
+            case Binary("<=", Var("at.kv" | "at.key"), row) if lies and not _differs(row):
+                limits.append(row)
             case _:
                 rest.append(x)
+    direct, reads = bends or e == SCORE, any(x.index for x in walk(spec.traced.mask, Load))
     numbers = {
-        "DIRECT": direct, "BENDS": direct and tanh is not SCORE, "LIMITED": bool(limits),
-        "LEANS": direct and distance is not ZERO,
-        "READS": any(x.index for x in walk(spec.traced.mask, Load)),
+        "DIRECT": direct, "BENDS": bends, "LEANS": direct and distance is not ZERO,
+        "LIMITED": bool(limits), "READS": reads,
     }  # fmt: skip
-    methods = {
-        "float inner()": inner if direct else ONE, "float outer()": outer if direct else ONE,
-        "float slope(const At& at)": slope, "int distance(const At& at)": distance,
-        "int limit(const At& at)": functools.reduce(_least, limits) if limits else ZERO,
+    limit = functools.reduce(lambda a, b: binary("min", a, b), limits or [ZERO])
+    return {name: int(x) for name, x in numbers.items()}, {
+        "float inner()": inner, "float outer()": outer, "float slope(const At& at)": slope,
+        "int distance(const At& at)": distance, "int limit(const At& at)": limit,
         "bool rest(const At& at)": all_of(rest),
     }  # fmt: skip
-    return {name: int(x) for name, x in numbers.items()}, methods
-
-
-_least = functools.partial(binary, "min")
-
-
-def _is_key(e: Expr) -> bool:
-    return isinstance(e, Var) and e.name in ("at.kv", "at.key")
 
 
 def _differs(e: Expr) -> bool:
     """Whether e differs between the keys of a row."""
-    return any(_is_key(x) or x == SCORE for x in walk(e, Var))
+    return any(x.name in ("at.kv", "at.key", "s") for x in walk(e, Var))
 
 
 def _factor(e: Expr, of: Expr) -> Expr | None:
