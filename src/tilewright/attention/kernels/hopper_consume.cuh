@@ -123,10 +123,10 @@ struct Consumer {
         for (int i = block * 16; i < block * 16 + 16; i += 2) most[i / 2 & 1] = fmaxf(most[i / 2 & 1], fmaxf(s[i], s[i + 1]));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float largest = most[half];
+      float largest = most[half] * factor;
+      if constexpr (LEANS) largest += rows.shift[half];  // which differs between the threads of a row
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)) * factor;
-      if constexpr (LEANS) largest += rows.shift[half];
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
       const bool grows = largest > rows.base[half] + SLACK;
       rows.base[half] = grows ? largest : rows.base[half];
       grew |= grows;
