@@ -77,7 +77,7 @@ def test_a_distance_of_keys_that_lie_elsewhere_is_no_line():
 
 def test_the_score_itself():
     numbers, _ = forms(tw.Causal())
-    assert numbers == {"DIRECT": 1, "BENDS": 0, "LEANS": 0, "LIMITED": 1, "READS": 0}
+    assert numbers == {"DIRECT": 1, "BENDS": 0, "LEANS": 0, "LIMITED": 1, "READS": 0, "BY_HEAD": 0}
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
     numbers = {
         "DIRECT": direct, "BENDS": bends, "LEANS": direct and distance is not ZERO,
         "LIMITED": bool(limits), "READS": reads,
+        "BY_HEAD": any(x.name == "at.qo_head" for x in walk(spec.traced.mask, Var)),
     }  # fmt: skip
     limit = functools.reduce(lambda a, b: binary("min", a, b), limits or [ZERO])
     return {name: int(x) for name, x in numbers.items()}, {

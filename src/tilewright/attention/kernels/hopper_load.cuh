@@ -179,10 +179,12 @@ TW_INLINE bool is_unseen(const Variant& variant, const Slot& s, int key) {
   if (key >= s.length) return true;
   const int last = s.tokens * G - 1;
   if (variant.mask(at_of(s, last, key)) || variant.mask(at_of(s, 0, key))) return false;  // mostly
-  const int kind = variant.tile_class(rows_and(s, key, key));
+  tw::Tile tile = rows_and(s, key, key);
+  if (READS) tile.request.hi = tile.request.lo + 1;  // no element of a tensor: they are of one request
+  const int kind = variant.tile_class(tile);
   if (kind != tw::PARTIAL) return kind == tw::EMPTY;
 #pragma unroll 1
-  for (int row = 1; row < last; ++row)
+  for (int row = BY_HEAD ? 1 : G; row < last; row += BY_HEAD ? 1 : G)
     if (variant.mask(at_of(s, row, key))) return false;
   return true;
 }
@@ -251,7 +253,13 @@ TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& 
   const uint32_t in_page = (1u << p.page_shift) - 1;
   const int chunk = lane % 8;
   if (VALUES) load_zeros(shared, part, lane);
-  int done = VALUES;
+  int done = VALUES, arrived = VALUES;  // tiles asked for, and said to be there
+  // Waits for a tile, before the rows of the next are asked for or behind that.
+  const auto arrive = [&] {
+    if (arrived + 1 == done) tw::copy_async_wait<0>(); else tw::copy_async_wait<1>();
+    tw::fence_async();
+    release(shared.barrier(FULL + arrived++ % STAGES), lane);
+  };
   for (int n = 0;; ++n) {
     const Slot& s = next_item(shared, n);
     if (s.tokens < 0) return;
@@ -263,7 +271,9 @@ TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& 
       const int stage = done % STAGES;
       if (i >= 0) {
         shared.trace(WAIT_STAGE);
-        tw::barrier_wait(shared.barrier(EMPTY + stage), (done / STAGES & 1) ^ 1);
+        const uint32_t parity = (done / STAGES & 1) ^ 1;
+        if (arrived < done && !__all_sync(0xffffffffu, tw::barrier_test(shared.barrier(EMPTY + stage), parity))) arrive();
+        tw::barrier_wait(shared.barrier(EMPTY + stage), parity);
         shared.trace(LOAD);
         char* to = shared.memory + (VALUES ? V_AT + stage * V_BYTES : K_AT + stage * K_BYTES);
         const int first = tile_at(s, i) * BN;
@@ -280,6 +290,7 @@ TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& 
                   tw::copy_async_16(to + block * KV_BLOCK + row * 128 + ((chunk ^ (row & 7)) << 4), from + at * 16 + block * 128, of < 0 ? 0 : 16);
           }
         tw::copy_async_commit();
+        if (arrived < done++) arrive();
       }
       if (i + 1 < tiles) {  // the pages of the next tile, while the rows come
         const int tile = tile_at(s, i + 1);
@@ -291,13 +302,8 @@ TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& 
           page[j] = loads ? static_cast<int>(tw::page_at(p, pages, head, number)) : -1;
         }
       }
-      if (i >= 0) {
-        tw::copy_async_wait<0>();
-        tw::fence_async();
-        release(shared.barrier(FULL + stage), lane);
-        ++done;
-      }
     }
+    arrive();
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
 }

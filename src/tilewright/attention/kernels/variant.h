@@ -24,15 +24,19 @@ template <class T>
 TW_INLINE Bound bound_elements(const Array<T>& array, Bound row, Bound column) {
 #ifdef TW_SCAN
   if (row.lo == row.hi && column.hi - column.lo < TW_SCAN) {
-    const int first = static_cast<int>(column.lo), count = static_cast<int>(column.hi - column.lo);
-    T low = array.at(static_cast<int>(row.lo), first), high = low;
-#pragma unroll 16
-    for (int i = 1; i <= count; ++i) {
-      const T x = array.at(static_cast<int>(row.lo), first + i);
-      low = x < low ? x : low;
-      high = x > high ? x : high;
+    const bool exists = row.lo >= 0 && row.lo < array.rows, outside = !exists || column.lo < 0 || column.hi >= array.columns;
+    const int32_t* at = array.data + (exists ? row.lo * array.columns + most(column.lo, 0) : 0);
+    const int32_t* end = exists ? array.data + row.lo * array.columns + least(column.hi + 1, array.columns) : at;
+    int32_t low = outside ? 0 : 2147483647, high = outside ? 0 : -2147483648;
+    const auto take = [&](int32_t x) { low = min(low, x), high = max(high, x); };
+    for (; at < end && (reinterpret_cast<uint64_t>(at) & 15); ++at) take(__ldg(at));
+#pragma unroll 8
+    for (; at + 4 <= end; at += 4) {
+      const int4 x = __ldg(reinterpret_cast<const int4*>(at));
+      take(x.x), take(x.y), take(x.z), take(x.w);
     }
-    return Bound{static_cast<int64_t>(low), static_cast<int64_t>(high)};
+    for (; at < end; ++at) take(__ldg(at));
+    return Bound{low, high};
   }
 #endif
   return bound_int();
