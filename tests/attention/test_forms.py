@@ -10,8 +10,8 @@ from tilewright.attention.families import hopper
 
 
 def logits_of(function):
-    cls = type("V", (), {"cap": tw.scalar("float32", 20.0), "slopes": tw.per_head("float32")})
-    cls.logits = function
+    values = {"cap": tw.scalar("float32", 20.0), "slopes": tw.per_head("float32")}
+    cls = type("V", (), values | {"logits": function})
     return forms(tw.variant(cls)())
 
 

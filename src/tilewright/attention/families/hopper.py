@@ -210,8 +210,9 @@ def _differs(e: Expr) -> bool:
 def _factor(e: Expr, of: Expr) -> Expr | None:
     """What `of` is multiplied by in e, where it is the same for all scores."""
     rest = transform(e, lambda x: ONE if x == of else x)
-    is_product = isinstance(e, Binary) and e.a != e.b and e.op in "*/"
-    first = e == of or (is_product and (e.a == of or (e.b == of and e.op == "*")))
+    first = e == of
+    if isinstance(e, Binary) and e.a != e.b:
+        first = (e.a == of and e.op in "*/") or (e.b == of and e.op == "*")
     return rest if first and not any(True for _ in walk(rest, Var)) else None
 
 
