@@ -87,7 +87,7 @@ struct Consumer {
     const int blocks = skips ? min(static_cast<int>(__reduce_max_sync(0xffffffffu, max(max(last[0], last[1]) + 32, 0))) / 32, BN / 32) : BN / 32;
     uint32_t bits[2] = {};  // of a mask that reads memory, a few keys at a time: all at once would not fit into registers
     if constexpr (READS)
-#pragma unroll 4
+#pragma unroll 8
       for (int i = 0; i < blocks * 8; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

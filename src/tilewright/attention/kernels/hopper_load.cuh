@@ -253,13 +253,7 @@ TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& 
   const uint32_t in_page = (1u << p.page_shift) - 1;
   const int chunk = lane % 8;
   if (VALUES) load_zeros(shared, part, lane);
-  int done = VALUES, arrived = VALUES;  // tiles asked for, and said to be there
-  // Waits for a tile, before the rows of the next are asked for or behind that.
-  const auto arrive = [&] {
-    if (arrived + 1 == done) tw::copy_async_wait<0>(); else tw::copy_async_wait<1>();
-    tw::fence_async();
-    release(shared.barrier(FULL + arrived++ % STAGES), lane);
-  };
+  int done = VALUES;
   for (int n = 0;; ++n) {
     const Slot& s = next_item(shared, n);
     if (s.tokens < 0) return;
@@ -271,9 +265,7 @@ TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& 
       const int stage = done % STAGES;
       if (i >= 0) {
         shared.trace(WAIT_STAGE);
-        const uint32_t parity = (done / STAGES & 1) ^ 1;
-        if (arrived < done && !__all_sync(0xffffffffu, tw::barrier_test(shared.barrier(EMPTY + stage), parity))) arrive();
-        tw::barrier_wait(shared.barrier(EMPTY + stage), parity);
+        tw::barrier_wait(shared.barrier(EMPTY + stage), (done / STAGES & 1) ^ 1);
         shared.trace(LOAD);
         char* to = shared.memory + (VALUES ? V_AT + stage * V_BYTES : K_AT + stage * K_BYTES);
         const int first = tile_at(s, i) * BN;
@@ -290,7 +282,6 @@ TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& 
                   tw::copy_async_16(to + block * KV_BLOCK + row * 128 + ((chunk ^ (row & 7)) << 4), from + at * 16 + block * 128, of < 0 ? 0 : 16);
           }
         tw::copy_async_commit();
-        if (arrived < done++) arrive();
       }
       if (i + 1 < tiles) {  // the pages of the next tile, while the rows come
         const int tile = tile_at(s, i + 1);
@@ -302,8 +293,13 @@ TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& 
           page[j] = loads ? static_cast<int>(tw::page_at(p, pages, head, number)) : -1;
         }
       }
+      if (i >= 0) {
+        tw::copy_async_wait<0>();
+        tw::fence_async();
+        release(shared.barrier(FULL + stage), lane);
+        ++done;
+      }
     }
-    arrive();
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
 }
