@@ -164,6 +164,12 @@ def _struct(
                 f"  TW_METHOD {signature} const {{ return {renderer.expr(e)}; }}"
                 for signature, e in methods.items()
             ),
+            *(
+                f"  TW_METHOD int {name}_class(const tw::Tile& tile) const "
+                f"{{ return tw::tile_class({bound(methods[f'bool {name}(const At& at)'], text)}); }}"
+                for name in ("below", "rest")
+                if f"bool {name}(const At& at)" in methods
+            ),
             "  TW_METHOD int tile_class(const tw::Tile& tile) const "
             f"{{ return tw::tile_class({bound(traced.mask, text)}); }}",
             "  TW_METHOD tw::Ranges<RANGES> ranges(const tw::Tile& tile, const tw::Line& kv, "

@@ -181,11 +181,12 @@ def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
         x, y = _factor(tanh.a, SCORE), _factor(e, tanh)
         if tanh.op == "tanh" and x is not None and y is not None:
             inner, outer, bends = x, y, True
-    limits, rest = [], []
+    limits, below, rest = [], [], []
     for x in conditions(spec.traced.mask):
         match x:
             case Binary("<=", Var("at.kv" | "at.key"), row) if lies and not _differs(row):
                 limits.append(row)
+                below.append(x)
             case _:
                 rest.append(x)
     direct, reads = bends or e == SCORE, any(x.index for x in walk(spec.traced.mask, Load))
@@ -198,7 +199,7 @@ def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
     return {name: int(x) for name, x in numbers.items()}, {
         "float inner()": inner, "float outer()": outer, "float slope(const At& at)": slope,
         "int distance(const At& at)": distance, "int limit(const At& at)": limit,
-        "bool rest(const At& at)": all_of(rest),
+        "bool below(const At& at)": all_of(below), "bool rest(const At& at)": all_of(rest),
     }  # fmt: skip
 
 

@@ -75,8 +75,8 @@ struct Consumer {
   TW_INLINE bool rest(const At& at) const { return LIMITED ? variant.rest(at) : variant.mask(at); }
   // −inf where the mask refuses. Logits that are not DIRECT are computed here too, times log2 e. Returns how many
   // blocks of 32 keys this warp sees any of; where it `skips`, those behind are left as they are.
-  TW_INLINE int apply(const Slot& item, int tile, float (&s)[BN / 2], bool skips) const {
-    const int column = lane % 4 * 2;
+  TW_INLINE int apply(const Slot& item, int entry, float (&s)[BN / 2], bool skips) const {
+    const int column = lane % 4 * 2, tile = entry & ~WHOLE;
     At at[2];
     int last[2];  // column that a row sees, by what is one comparison
 #pragma unroll
@@ -86,7 +86,8 @@ struct Consumer {
     }
     const int blocks = skips ? min(static_cast<int>(__reduce_max_sync(0xffffffffu, max(max(last[0], last[1]) + 32, 0))) / 32, BN / 32) : BN / 32;
     uint32_t bits[2] = {};  // of a mask that reads memory, a few keys at a time: all at once would not fit into registers
-    if constexpr (READS)
+    if (READS && entry & WHOLE) bits[0] = bits[1] = ~0u;
+    else if (READS)
 #pragma unroll 8
       for (int i = 0; i < blocks * 8; ++i)
 #pragma unroll
@@ -197,7 +198,7 @@ struct Consumer {
     tw::wgmma_wait<Applies ? 0 : 1>();
     tw::tie(s);
     if (Applies || BENDS || LEANS) shared.trace(MASK);
-    bend(s, rows, tile);
+    bend(s, rows, tile & ~WHOLE);
     if (Applies) apply(item, tile, s, false);
     shared.trace(MAXIMA);
     const bool grew = raise(s, rows);
@@ -431,7 +432,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     shared.trace(MASK);
     consumer.bend(s, rows, tile_at(item, 0));
     int blocks = BN / 32;  // that this warp sees: of a first tile it is often a part
-    if (applied) blocks = consumer.apply(item, tile_at(item, 0), s, DIRECT && LIMITED);
+    if (applied) blocks = consumer.apply(item, item.partial ? item.tiles[0] : tile_at(item, 0), s, DIRECT && LIMITED);
     if (STAGED && item.begins) consumer.free_queries(previous);
     const Rows old = rows;
     shared.trace(MAXIMA);
@@ -446,7 +447,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     ++done;
     arrived = consumer.has_arrived(done);
     int i = 1;
-    for (; i < applied; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
+    for (; i < applied; ++i, ++done) consumer.step<true>(item, DIRECT ? item.tiles[i] : tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
     for (; DIRECT && i < tiles; ++i, ++done) consumer.step<false>(item, LEANS ? tile_at(item, i) : 0, done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }

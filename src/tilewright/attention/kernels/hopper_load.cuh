@@ -11,11 +11,13 @@ TW_INLINE void sort_tiles(const Variant& variant, Slot& s, const Tiles& seen, in
   for (; top >= bottom; top -= 32) {
     const bool exists = top - lane >= bottom;
     const int tile = exists ? seen.at(top - lane) : 0, end = min((tile + 1) * BN, s.length);
-    int kind = exists ? variant.tile_class(rows_and(s, tile * BN, end - 1)) : int(tw::EMPTY);
+    const tw::Tile rows = rows_and(s, tile * BN, end - 1);
+    const int rest = exists ? variant.rest_class(rows) : int(tw::EMPTY);
+    int kind = min(variant.below_class(rows), rest);
     if (kind == tw::FULL && end < (tile + 1) * BN) kind = tw::PARTIAL;
     const uint32_t before = (1u << lane) - 1;
     const uint32_t partials = __ballot_sync(0xffffffffu, kind == tw::PARTIAL), fulls = __ballot_sync(0xffffffffu, kind == tw::FULL);
-    if (kind == tw::PARTIAL) s.tiles[partial + __popc(partials & before)] = tile;
+    if (kind == tw::PARTIAL) s.tiles[partial + __popc(partials & before)] = rest == tw::FULL ? tile | WHOLE : tile;
     if (kind == tw::FULL) s.tiles[MAX_TILES - 1 - full - __popc(fulls & before)] = tile;
     partial += __popc(partials);
     full += __popc(fulls);

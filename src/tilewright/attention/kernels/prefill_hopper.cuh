@@ -23,7 +23,7 @@
 // DIRECT: logits need no branch: the score itself or, where it BENDS, outer · tanh(inner · score); where it LEANS,
 // plus slope · distance, which grows by 1 from key to key (all by methods of `Variant`). Others are computed as
 // the mask is, on every tile, with nothing under way.
-// LIMITED: the mask is key <= limit of a row and `rest`, both methods too. READS: the mask reads tensors; BY_HEAD: the number of a head.
+// LIMITED: the mask is key <= limit of a row (`below`) and `rest`, methods too. READS: the mask reads tensors; BY_HEAD: the number of a head.
 // KEYS_LIE: the keys of a request are IN_PAGES of a table, IN_ROWS one after the other, or IN_ONE page.
 //
 // Launch: grid = at most min(items, SMs) CTAs, THREADS threads, SMEM_BYTES of dynamic shared memory:
@@ -66,6 +66,7 @@ struct Slot : Work {       // a segment of an item, as the scheduler passes it o
   int padding;
   int tiles[MAX_TILES];    // partial tiles from the front, full tiles from the back
 };
+constexpr int WHOLE = 1 << 30;  // on a partial tile of which `rest` holds everywhere
 
 constexpr int Q_AT = 0, K_AT = Q_TILES * Q_BYTES, V_AT = K_AT + K_STAGES * K_BYTES, STAGE_AT = V_AT + V_STAGES * V_BYTES;
 constexpr int SLOTS_AT = STAGE_AT + (Q_TILES == 1 ? BM * 128 : 0);
@@ -110,7 +111,7 @@ struct Shared {  // of a CTA, as one of its warps has it
 };
 
 TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
-TW_INLINE int tile_at(const Slot& s, int i) { return i < s.partial ? s.tiles[i] : s.tiles[MAX_TILES - 1 - (i - s.partial)]; }
+TW_INLINE int tile_at(const Slot& s, int i) { return i < s.partial ? s.tiles[i] & ~WHOLE : s.tiles[MAX_TILES - 1 - (i - s.partial)]; }
 TW_INLINE tw::Tile rows_and(const Work& w, int from, int to) {  // rows of an item and keys from … to
   return tw::Tile{tw::Bound{w.first, w.first + w.tokens - 1}, tw::Bound{w.position(from), w.position(to)}, tw::Bound{w.head * G, w.head * G + G - 1},
                   tw::bound(w.head), tw::bound(w.request), tw::Bound{from, to}, tw::bound(w.queries), tw::bound(w.length)};
