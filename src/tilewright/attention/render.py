@@ -165,10 +165,10 @@ def _struct(
                 for signature, e in methods.items()
             ),
             *(
-                f"  TW_METHOD int {name}_class(const tw::Tile& tile) const "
-                f"{{ return tw::tile_class({bound(methods[f'bool {name}(const At& at)'], text)}); }}"
-                for name in ("below", "rest")
-                if f"bool {name}(const At& at)" in methods
+                f"  TW_METHOD int {name[5:].split('(')[0]}_class(const tw::Tile& tile) const "
+                f"{{ return tw::tile_class({bound(e, text)}); }}"
+                for name, e in methods.items()
+                if name.startswith(("bool below", "bool rest"))
             ),
             "  TW_METHOD int tile_class(const tw::Tile& tile) const "
             f"{{ return tw::tile_class({bound(traced.mask, text)}); }}",

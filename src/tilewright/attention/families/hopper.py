@@ -23,7 +23,7 @@ from tilewright.attention.tracing import SCORE
 from tilewright.attention.variant import all_of, conditions
 from tilewright.errors import ArgumentError
 from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Unary, Var, binary
-from tilewright.ir.rewrite import transform, walk
+from tilewright.ir.rewrite import walk
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
@@ -165,37 +165,36 @@ def box_keys(spec: Spec, page_size: int) -> int:
 
 
 ONE, ZERO = Const(1.0, dtypes.float32), Const(0, dtypes.int32)
+_KEYS = {"at.kv", "at.key", "s"}  # what differs between the keys of a row
 
 
 def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
     """Constants and methods of what a kernel computes beside its products (prefill_hopper.cuh): a
-    score or outer · tanh(inner · score), plus slope · (key − row); keys up to the limit of a row.
+    score or outer · tanh(score / inner), plus slope · (key − row); keys up to the limit of a row.
     Other hooks are computed as they stand, with nothing under way."""
-    e, lies, slope, distance = spec.traced.logits, not spec.table.kv_base, ONE, ZERO
+    e, outer, inner, slope, distance = spec.traced.logits, ONE, ONE, ONE, ZERO
+    lies, below, rest = not spec.table.kv_base, [], []
     match e:
         case Binary("+", x, Binary("*", a, Cast(Binary("-", Var("at.kv" | "at.key"), row) as d))):
-            if lies and not _differs(a) and not _differs(row):
+            if lies and _KEYS.isdisjoint(_names(a) | _names(row)):
                 e, slope, distance = x, a, d
-    inner, outer, bends = ONE, ONE, False
-    for tanh in walk(e, Unary):
-        x, y = _factor(tanh.a, SCORE), _factor(e, tanh)
-        if tanh.op == "tanh" and x is not None and y is not None:
-            inner, outer, bends = x, y, True
-    limits, below, rest = [], [], []
+    match e:
+        case Binary("*", a, Unary("tanh", Binary("/", x, b))):
+            if x == SCORE and not _names(a) | _names(b):
+                e, outer, inner = x, a, b
     for x in conditions(spec.traced.mask):
         match x:
-            case Binary("<=", Var("at.kv" | "at.key"), row) if lies and not _differs(row):
-                limits.append(row)
+            case Binary("<=", Var("at.kv" | "at.key"), b) if lies and _KEYS.isdisjoint(_names(b)):
                 below.append(x)
             case _:
                 rest.append(x)
-    direct, reads = bends or e == SCORE, any(x.index for x in walk(spec.traced.mask, Load))
+    limit = functools.reduce(functools.partial(binary, "min"), [x.b for x in below] or [ZERO])
     numbers = {
-        "DIRECT": direct, "BENDS": bends, "LEANS": direct and distance is not ZERO,
-        "LIMITED": bool(limits), "READS": reads,
-        "BY_HEAD": any(x.name == "at.qo_head" for x in walk(spec.traced.mask, Var)),
+        "DIRECT": e == SCORE, "BENDS": outer is not ONE, "LIMITED": below != [],
+        "LEANS": e == SCORE and distance is not ZERO,
+        "READS": any(x.index for x in walk(spec.traced.mask, Load)),
+        "BY_HEAD": "at.qo_head" in _names(spec.traced.mask),
     }  # fmt: skip
-    limit = functools.reduce(lambda a, b: binary("min", a, b), limits or [ZERO])
     return {name: int(x) for name, x in numbers.items()}, {
         "float inner()": inner, "float outer()": outer, "float slope(const At& at)": slope,
         "int distance(const At& at)": distance, "int limit(const At& at)": limit,
@@ -203,18 +202,8 @@ def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
     }  # fmt: skip
 
 
-def _differs(e: Expr) -> bool:
-    """Whether e differs between the keys of a row."""
-    return any(x.name in ("at.kv", "at.key", "s") for x in walk(e, Var))
-
-
-def _factor(e: Expr, of: Expr) -> Expr | None:
-    """What `of` is multiplied by in e, where it is the same for all scores."""
-    rest = transform(e, lambda x: ONE if x == of else x)
-    first = e == of
-    if isinstance(e, Binary) and e.a != e.b:
-        first = (e.a == of and e.op in "*/") or (e.b == of and e.op == "*")
-    return rest if first and not any(True for _ in walk(rest, Var)) else None
+def _names(e: Expr) -> set[str]:
+    return {x.name for x in walk(e, Var)}
 
 
 @functools.lru_cache(256)

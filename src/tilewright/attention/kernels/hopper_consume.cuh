@@ -397,7 +397,7 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
   const Consumer consumer{p, variant, shared, group, warp, lane,
                           tw::wgmma_descriptor(shared.base + Q_AT + group * 64 * 128, 0, 1024),
                           tw::wgmma_descriptor(shared.base + K_AT, 0, 1024),
-                          tw::wgmma_descriptor(shared.base + V_AT, KV_BLOCK, 1024), variant.inner() * copysignf(p.sm_scale, outer), factor};
+                          tw::wgmma_descriptor(shared.base + V_AT, KV_BLOCK, 1024), copysignf(p.sm_scale, outer) / variant.inner(), factor};
   int done = 0, items = 0;  // tiles, and the item: 0 is an empty one
   float o[DV / 2] = {};
   uint32_t weights[BN / 4] = {};  // of the tile of zeros

@@ -20,7 +20,7 @@
 // `attention` (DK and DV: elements of a row of K and of V; G query heads of a KV head, BN keys of a tile,
 // BOX keys of a TMA box, CONSUMERS, KEYS_LIE, DIRECT, BENDS, LEANS, LIMITED, READS, BY_HEAD, CHUNKED, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
 // the types Kind and Out), the structs `Params`, `Item`, `At` and `Variant`.
-// DIRECT: logits need no branch: the score itself or, where it BENDS, outer · tanh(inner · score); where it LEANS,
+// DIRECT: logits need no branch: the score itself or, where it BENDS, outer · tanh(score / inner); where it LEANS,
 // plus slope · distance, which grows by 1 from key to key (all by methods of `Variant`). Others are computed as
 // the mask is, on every tile, with nothing under way.
 // LIMITED: the mask is key <= limit of a row (`below`) and `rest`, methods too. READS: the mask reads tensors; BY_HEAD: the number of a head.
