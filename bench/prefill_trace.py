@@ -48,7 +48,7 @@ def states() -> list[str]:
 def record(bound: Any) -> list[Span]:
     """The spans of CTA 0 of a bound call of the Hopper family."""
     torch = require_torch()
-    grid, block, smem_bytes = bound.launch._grid
+    grid, block, smem_bytes = bound.launch.grid, bound.launch.block, bound.launch.smem_bytes
     warps = block[0] // 32
     marks = torch.zeros(warps, MARKS, 2, dtype=torch.int32, device="cuda")
     head = f"#define TW_TRACE {MARKS}\n#define TW_TRACE_AT {marks.data_ptr()}ull\n"

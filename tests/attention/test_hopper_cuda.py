@@ -47,6 +47,10 @@ KERNELS = [  # group, dims, dtype, variant, keys of a box, paged, dtype of o, in
     (4, (96, 96), "bfloat16", "causal", 128, False, "bfloat16", False),
     (1, (192, 128), "float16", "causal", 32, True, "float16", False),
     (4, (256, 256), "bfloat16", "causal", 64, False, "bfloat16", False),
+    (4, (128, 128), "bfloat16", "softcap", 128, False, "bfloat16", False),
+    (8, (64, 64), "float16", "softcap", 16, True, "float16", False),
+    (4, (256, 256), "bfloat16", "alibi", 64, False, "bfloat16", False),
+    (4, (128, 128), "bfloat16", "softcap_alibi", 128, False, "bfloat16", False),
 ]
 IDS = ["-".join(map(str, k)) for k in KERNELS]
 
@@ -78,8 +82,8 @@ def compiled(case) -> tuple[str, bytes]:
 @pytest.mark.parametrize("case", KERNELS, ids=IDS)
 def test_what_ptxas_makes_of_it(case, tmp_path):
     """No spill, no serialised wgmma; in the loop over full tiles more than half of the weights are
-    computed while P·V is under way, between the wait that leaves one group pending and the one that
-    leaves none, and all others behind it, where they hide the packing."""
+    computed while P·V is under way, and all of a soft-cap's tanh, between the wait that leaves one
+    group pending and the one of none; the others behind it, where they hide the packing."""
     log, image = compiled(case)
     assert "C75" not in log, log
     found = nvrtc.parse_resources(log)["stage0"]
@@ -91,7 +95,7 @@ def test_what_ptxas_makes_of_it(case, tmp_path):
         [nvdisasm(), "-c", file], capture_output=True, encoding="utf-8", check=True
     )
     found = re.finditer(
-        r"WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|HGMMA|F2FP|\bLDL|\bSTL", text.stdout
+        r"WARPGROUP\.DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|MUFU\.TANH|HGMMA|F2FP|\bLDL|\bSTL", text.stdout
     )
     ops = [m[0] for m in found]
     assert "LDL" not in ops and "STL" not in ops
@@ -101,6 +105,7 @@ def test_what_ptxas_makes_of_it(case, tmp_path):
     loop = ops[pending[1] + 1 :]
     end = next(i for i, op in enumerate(loop) if op.startswith("WARP"))
     assert loop[:end].count("MUFU.EX2") >= weights // 2 and "HGMMA" not in loop[:end]
+    assert loop[:end].count("MUFU.TANH") == weights * ("softcap" in case[3])
     rest = loop[end + 1 :]
     packed = [i for i, op in enumerate(rest) if op == "F2FP"][weights // 2 - 1]
     assert loop[:end].count("MUFU.EX2") + rest[:packed].count("MUFU.EX2") >= weights
@@ -260,6 +265,9 @@ CASES = [  # group, kv_heads, head_dim (K, V), dtype, variant, page_size (0: rag
     (1, 4, (192, 128), "bfloat16", "causal", 0),
     (16, 1, (192, 128), "float16", "causal", 64),
     (8, 1, 128, "bfloat16", "softcap", 2),
+    (4, 1, 64, "bfloat16", "softcap", 8),
+    (2, 2, (192, 128), "bfloat16", "softcap_alibi", 8),
+    (4, 1, 256, "float16", "softcap_alibi", 1),
 ]
 BATCH = [  # queries and keys of each request
     (128, 128), (1, 0), (0, 7), (300, 300), (17, 1000), (129, 129), (64, 1), (5, 127), (1, 1),

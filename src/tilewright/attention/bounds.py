@@ -73,12 +73,15 @@ class Text:
         return everything if name == "q_token" else f"tile.{name}"
 
     def value(self, e: Load, everything: str) -> str:
-        """Scalars are known, and so are values of the tile's request if it is of one; no others."""
+        """Scalars are known, and so are values of the tile's request if it is of one; of its keys
+        a kernel may read a few; no others."""
         name = f"v_{e.buffer.name}"
         if not e.index:
             return f"tw::bound({name})"
         first, *rest = e.index
-        if isinstance(first, VarNode) and first.name == "at.request" and not rest:
-            known = f"tw::bound({name}.at(static_cast<int32_t>(tile.request.lo), 0))"
-            return f"(tile.request.lo == tile.request.hi ? {known} : {everything})"
-        return everything
+        if not isinstance(first, VarNode) or first.name != "at.request":
+            return everything
+        if rest:
+            return f"tw::bound_elements({name}, tile.request, {bound(rest[0], self)})"
+        known = f"tw::bound({name}.at(static_cast<int32_t>(tile.request.lo), 0))"
+        return f"(tile.request.lo == tile.request.hi ? {known} : {everything})"

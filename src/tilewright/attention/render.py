@@ -127,10 +127,11 @@ def cpp_variant(traced: Traced, lanes: int) -> str:
     return _struct(traced, renderer, methods, lambda v: f"*p.v_{v.name}")
 
 
-def cuda_variant(traced: Traced) -> str:
-    """The struct for a GPU: `logits` and `mask` of one score."""
+def cuda_variant(traced: Traced, more: dict[str, Expr]) -> str:
+    """The struct for a GPU: `logits` and `mask` of one score, and `more` methods."""
     renderer = _OnThreads(_NOTHING, Params((), ()))
     methods = {
+        **more,
         "float logits(float s, const At& at)": traced.logits,
         "bool mask(const At& at)": traced.mask,
     }
@@ -162,6 +163,12 @@ def _struct(
             *(
                 f"  TW_METHOD {signature} const {{ return {renderer.expr(e)}; }}"
                 for signature, e in methods.items()
+            ),
+            *(
+                f"  TW_METHOD int {name[5:].split('(')[0]}_class(const tw::Tile& tile) const "
+                f"{{ return tw::tile_class({bound(e, text)}); }}"
+                for name, e in methods.items()
+                if name.startswith(("bool below", "bool rest"))
             ),
             "  TW_METHOD int tile_class(const tw::Tile& tile) const "
             f"{{ return tw::tile_class({bound(traced.mask, text)}); }}",

@@ -126,7 +126,7 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
     left, right = traced_of(a), traced_of(b)
     mask = left.mask
     if by == "&":
-        mask = _all_of([*_conditions(left.mask), *_conditions(right.mask)])
+        mask = all_of([*conditions(left.mask), *conditions(right.mask)])
     elif getattr(b, "by", "") == "&":
         text = f"{b} on the right of | would lose its masks"
         raise ProgramError("P101", text, hint="(a | b) & c: masks by &")
@@ -162,14 +162,14 @@ def _combined(a: Any, b: Any, by: str) -> Combined:
     return Combined(traced, tuple(sorted(fixed.items())), by, text)
 
 
-def _conditions(mask: Expr) -> list[Expr]:
+def conditions(mask: Expr) -> list[Expr]:
     """The conditions that a mask joins by `&`."""
     if isinstance(mask, Binary) and mask.op == "&":
-        return [*_conditions(mask.a), *_conditions(mask.b)]
+        return [*conditions(mask.a), *conditions(mask.b)]
     return [] if isinstance(mask, Const) and mask.value else [mask]
 
 
-def _all_of(conditions: list[Expr]) -> Expr:
+def all_of(conditions: list[Expr]) -> Expr:
     """Conditions joined by `&`, each once."""
     joined, *rest = dict.fromkeys(conditions) or [Const(True, dtypes.bool_)]
     for condition in rest:

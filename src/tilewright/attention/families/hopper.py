@@ -19,8 +19,11 @@ from tilewright.attention.pool import Pool
 from tilewright.attention.spec import PARTIALS, Spec, constants, cuda_text, loaded, namespace
 from tilewright.attention.spec import params_struct as common_params
 from tilewright.attention.table import MAX_KEYS
+from tilewright.attention.tracing import SCORE
+from tilewright.attention.variant import all_of, conditions
 from tilewright.errors import ArgumentError
-from tilewright.ir.nodes import Var
+from tilewright.ir.nodes import Binary, Cast, Const, Expr, Load, Unary, Var, binary
+from tilewright.ir.rewrite import walk
 from tilewright.runtime.layout import Struct
 from tilewright.runtime.view import view
 
@@ -161,22 +164,65 @@ def box_keys(spec: Spec, page_size: int) -> int:
     return math.gcd(page_size, keys) if keys_lie(spec) == IN_PAGES else keys
 
 
+ONE, ZERO = Const(1.0, dtypes.float32), Const(0, dtypes.int32)
+_KEYS = {"at.kv", "at.key", "s"}  # what differs between the keys of a row
+
+
+def forms(spec: Spec) -> tuple[dict[str, int], dict[str, Expr]]:
+    """Constants and methods of what a kernel computes beside its products (prefill_hopper.cuh): a
+    score or outer · tanh(score / inner), plus slope · (key − row); keys up to the limit of a row.
+    Other hooks are computed as they stand, with nothing under way."""
+    e, outer, inner, slope, distance = spec.traced.logits, ONE, ONE, ONE, ZERO
+    lies, below, rest = not spec.table.kv_base, [], []
+    match e:
+        case Binary("+", x, Binary("*", a, Cast(Binary("-", Var("at.kv" | "at.key"), row) as d))):
+            if lies and _KEYS.isdisjoint(_names(a) | _names(row)):
+                e, slope, distance = x, a, d
+    match e:
+        case Binary("*", a, Unary("tanh", Binary("/", x, b))):
+            if x == SCORE and not _names(a) | _names(b):
+                e, outer, inner = x, a, b
+    for x in conditions(spec.traced.mask):
+        match x:
+            case Binary("<=", Var("at.kv" | "at.key"), b) if lies and _KEYS.isdisjoint(_names(b)):
+                below.append(x)
+            case _:
+                rest.append(x)
+    limit = functools.reduce(functools.partial(binary, "min"), [x.b for x in below] or [ZERO])
+    numbers = {
+        "DIRECT": e == SCORE, "BENDS": outer is not ONE, "LIMITED": below != [],
+        "LEANS": e == SCORE and distance is not ZERO,
+        "READS": any(x.index for x in walk(spec.traced.mask, Load)),
+        "BY_HEAD": "at.qo_head" in _names(spec.traced.mask),
+    }  # fmt: skip
+    return {name: int(x) for name, x in numbers.items()}, {
+        "float inner()": inner, "float outer()": outer, "float slope(const At& at)": slope,
+        "int distance(const At& at)": distance, "int limit(const At& at)": limit,
+        "bool below(const At& at)": all_of(below), "bool rest(const At& at)": all_of(rest),
+    }  # fmt: skip
+
+
+def _names(e: Expr) -> set[str]:
+    return {x.name for x in walk(e, Var)}
+
+
 @functools.lru_cache(256)
 def source(spec: Spec, box: int, chunked: bool = False) -> str:
     """The CUDA C++ of one kernel; `box`: keys of a TMA box; `chunked`: items may be chunks."""
-    tiles = tiles_of(spec)
-    numbers = {
+    tiles, (numbers, methods) = tiles_of(spec), forms(spec)
+    numbers |= {
         "DK": spec.head_dim, "DV": spec.head_dim_vo, "G": spec.group, "BN": tiles.keys, "BOX": box,
         "CONSUMERS": tiles.groups,
         "IN_PAGES": IN_PAGES, "IN_ROWS": IN_ROWS, "KEYS_LIE": keys_lie(spec), "Q_TILES": tiles.q,
         "K_STAGES": tiles.k, "V_STAGES": tiles.v, "MAX_TILES": MAX_TILES, "MAX_KEYS": MAX_KEYS,
-        "TRIVIAL_LOGITS": int(isinstance(spec.traced.logits, Var)), "CHUNKED": int(chunked),
+        "CHUNKED": int(chunked),
     }  # fmt: skip
     kinds = f"using Kind = tw::{spec.kv.name}_bits;"
     out = f"using Out = {'uint16_t' if spec.o.itemsize == 2 else 'float'};"
     text = namespace("attention", *constants(numbers), kinds, out)
     files = ("gpu.cuh", "mma.cuh", "async.cuh", "hopper.cuh")
-    return cuda_text(spec, files, text, ITEM, params_struct(spec), "prefill_hopper.cuh")
+    params = params_struct(spec)
+    return cuda_text(spec, files, text, ITEM, params, "prefill_hopper.cuh", **methods)
 
 
 def maps(spec: Spec, values: dict[str, Any], tokens: int) -> dict[str, list[int]]:

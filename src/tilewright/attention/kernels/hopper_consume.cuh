@@ -4,7 +4,13 @@ namespace attention {
 
 struct Rows {  // of one thread, two rows: maxima (times `factor`; see raise), sums of this thread's columns
   float base[2], sum[2];
+  float slope[2], shift[2];  // where scores lean, log2: for each key, and of this thread's first key of a tile
+  int start[2];              // the distance of key 0
 };
+struct Ends {  // of one thread, two rows: the factor of the outputs, lse
+  float scale[2], lse[2];
+};
+constexpr bool EARLY_ENDS = !CHUNKED && !Variant::SINK;  // known before the last P·V, behind which they are computed
 // x, of which what depends on it is computed here, not in front of the loops, where it would hold registers.
 TW_INLINE int here(int x) {
   asm volatile("" : "+r"(x));
@@ -18,6 +24,7 @@ struct Consumer {
   const Shared& shared;
   int group, warp, lane;     // the warpgroup, the warp in it
   uint64_t q, k, v;          // descriptors of the first tile of Q, K and V
+  float inner;               // BENDS: a product times this is the tanh's argument
   float factor;              // exp2 of factor · (score − row maximum) is a weight
 
   TW_INLINE void issue_scores(float (&s)[BN / 2], int buffer, int stage) const {
@@ -35,36 +42,92 @@ struct Consumer {
     tw::wgmma_commit();
   }
 
-  // Scores as the variant has them, times log2 e; −inf where the mask refuses.
-  TW_INLINE void apply(const Slot& item, int tile, float (&s)[BN / 2]) const {
+  // The rows of an item before its first key.
+  TW_INLINE Rows begin(const Slot& item) const {
+    Rows rows{{lowest(), lowest()}, {0.0f, 0.0f}};
+    if constexpr (LEANS)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const At at = at_of(item, group * 64 + warp * 16 + half * 8 + lane / 4, 0);
+        rows.slope[half] = variant.slope(at) * LOG2E;
+        rows.start[half] = variant.distance(at) + lane % 4 * 2;
+      }
+    return rows;
+  }
+  // Products become what the weights are computed of, beside P·V: no branch, no memory. Where scores lean, `shift` is
+  // what all of a row's share, and each key adds its column times the slope.
+  TW_INLINE void bend(float (&s)[BN / 2], Rows& rows, int tile) const {
+    if constexpr (BENDS)
+#pragma unroll
+      for (int i = 0; i < BN / 2; ++i) s[i] = tw::tanh_fast(s[i] * inner);
+    if constexpr (LEANS)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        rows.shift[half] = rows.slope[half] * static_cast<float>(rows.start[half] + tile * BN);
+        const float slope = rows.slope[half] * tw::reciprocal_fast(factor);
+#pragma unroll
+        for (int j = 0; j < BN / 8; ++j) {
+          s[j * 4 + half * 2] = fmaf(slope, j * 8, s[j * 4 + half * 2]);
+          s[j * 4 + half * 2 + 1] = fmaf(slope, j * 8 + 1, s[j * 4 + half * 2 + 1]);
+        }
+      }
+  }
+  TW_INLINE bool rest(const At& at) const { return LIMITED ? variant.rest(at) : variant.mask(at); }
+  // −inf where the mask refuses. Logits that are not DIRECT are computed here too, times log2 e. Returns how many
+  // blocks of 32 keys this warp sees any of; where it `skips`, those behind are left as they are.
+  TW_INLINE int apply(const Slot& item, int entry, float (&s)[BN / 2], bool skips) const {
+    const int column = lane % 4 * 2, tile = entry & ~WHOLE;
+    At at[2];
+    int last[2];  // column that a row sees, by what is one comparison
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = group * 64 + warp * 16 + half * 8 + lane / 4;
-      At at = at_of(item, row, 0);
-#pragma unroll
-      for (int j = 0; j < BN / 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[j * 4 + half * 2 + i];
-          at.key = tile * BN + j * 8 + lane % 4 * 2 + i;
-          at.kv = item.position(at.key);
-          if (!TRIVIAL_LOGITS) x = variant.logits(x * p.sm_scale, at) * LOG2E;
-          x = at.key < item.length && variant.mask(at) ? x : lowest();
-        }
+      at[half] = at_of(item, group * 64 + warp * 16 + half * 8 + lane / 4, 0);
+      last[half] = max(min(item.length - 1, LIMITED ? variant.limit(at[half]) : item.length), -1) - tile * BN;
     }
+    const int blocks = skips ? min(static_cast<int>(__reduce_max_sync(0xffffffffu, max(max(last[0], last[1]) + 32, 0))) / 32, BN / 32) : BN / 32;
+    uint32_t bits[2] = {};  // of a mask that reads memory, a few keys at a time: all at once would not fit into registers
+    if (READS && entry & WHOLE) bits[0] = bits[1] = ~0u;
+    else if (READS)
+#pragma unroll 8
+      for (int i = 0; i < blocks * 8; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          at[half].key = tile * BN + column + i / 2 * 8 + i % 2;
+          at[half].kv = item.position(at[half].key);
+          bits[half] |= static_cast<uint32_t>(rest(at[half])) << i;
+        }
+#pragma unroll
+    for (int block = 0; block < BN / 32; ++block)
+      if (block < blocks)
+#pragma unroll
+        for (int n = 0; n < 16; ++n) {
+          const int half = n / 2 & 1, c = block * 32 + n / 4 * 8 + (n & 1);
+          float& x = s[block * 16 + n];
+          at[half].key = tile * BN + column + c;
+          at[half].kv = item.position(at[half].key);
+          if (!DIRECT) x = variant.logits(x * p.sm_scale, at[half]) * LOG2E;
+          const bool seen = READS ? bits[half] >> (block * 8 + n / 4 * 2 + (n & 1)) & 1 : rest(at[half]);
+          x = (c <= last[half] - column) & seen ? x : lowest();
+        }
+    return blocks;
   }
   // New maxima: each stays as it is until a score exceeds it by SLACK (log2), so most tiles leave the outputs
   // alone; weights up to 2^SLACK are exact enough, and the division at the end takes any maximum out again.
   // Returns whether one of this warp grew.
-  TW_INLINE bool raise(const float (&s)[BN / 2], Rows& rows) const {
+  TW_INLINE bool raise(const float (&s)[BN / 2], Rows& rows, int blocks = BN / 32) const {
     bool grew = false;
+    float most[2] = {lowest(), lowest()};
+#pragma unroll
+    for (int block = 0; block < BN / 32; ++block)
+      if (block < blocks)
+#pragma unroll
+        for (int i = block * 16; i < block * 16 + 16; i += 2) most[i / 2 & 1] = fmaxf(most[i / 2 & 1], fmaxf(s[i], s[i + 1]));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float largest = fmaxf(s[half * 2], s[half * 2 + 1]);
-#pragma unroll
-      for (int j = 1; j < BN / 8; ++j) largest = fmaxf(largest, fmaxf(s[j * 4 + half * 2], s[j * 4 + half * 2 + 1]));
+      float largest = most[half] * factor;
+      if constexpr (LEANS) largest += rows.shift[half];  // which differs between the threads of a row
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)) * factor;
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
       const bool grows = largest > rows.base[half] + SLACK;
       rows.base[half] = grows ? largest : rows.base[half];
       grew |= grows;
@@ -74,12 +137,22 @@ struct Consumer {
   // Scores become weights, those of keys 8 · From … 8 · To; `sum` of them.
   template <int From, int To>
   TW_INLINE void weigh(float (&s)[BN / 2], const Rows& rows, float (&sum)[2]) const {
-    const float base[2] = {finite(rows.base[0]), finite(rows.base[1])};
+    float base[2] = {finite(rows.base[0]), finite(rows.base[1])};
+    if constexpr (LEANS) base[0] -= rows.shift[0], base[1] -= rows.shift[1];
 #pragma unroll
     for (int i = From * 4; i < To * 4; ++i) {
       s[i] = tw::exp2(s[i] * factor - base[i / 2 & 1]);
       sum[i / 2 & 1] += s[i];
     }
+  }
+  // The same of all keys; those behind the first `blocks` blocks have the weight 0.
+  template <int Block = 0>
+  TW_INLINE void weigh_blocks(float (&s)[BN / 2], const Rows& rows, float (&sum)[2], int blocks) const {
+    if (Block < blocks) weigh<Block * 4, Block * 4 + 4>(s, rows, sum);
+    else
+#pragma unroll
+      for (int i = Block * 16; i < Block * 16 + 16; ++i) s[i] = 0.0f;
+    if constexpr (Block + 1 < BN / 32) weigh_blocks<Block + 1>(s, rows, sum, blocks);
   }
   TW_INLINE void pack(uint32_t (&weights)[BN / 4], const float (&s)[BN / 2]) const {
 #pragma unroll
@@ -106,7 +179,7 @@ struct Consumer {
   }
 
   // A tile that is not the first: its scores and weights, and the outputs of the tile before. `Applies`:
-  // with the variant's logits and mask; they may have branches, so nothing is under way meanwhile.
+  // with the mask, which may have branches, so nothing is under way meanwhile.
   // `last` of the item: its queries are not read any more. Some exponentials come behind the wait for P·V: they hide what the registers of the weights must wait for.
   template <bool Applies>
   TW_INLINE void step(const Slot& item, int tile, int done, int buffer, bool last, bool& arrived, float (&o)[DV / 2], uint32_t (&weights)[BN / 4], Rows& rows) const {
@@ -124,8 +197,9 @@ struct Consumer {
     shared.trace(WAIT_SCORES);
     tw::wgmma_wait<Applies ? 0 : 1>();
     tw::tie(s);
-    if (Applies) shared.trace(MASK);
-    if (Applies) apply(item, tile, s);
+    if (Applies || BENDS || LEANS) shared.trace(MASK);
+    bend(s, rows, tile & ~WHOLE);
+    if (Applies) apply(item, tile, s, false);
     shared.trace(MAXIMA);
     const bool grew = raise(s, rows);
     shared.trace(WEIGHTS);
@@ -146,10 +220,10 @@ struct Consumer {
   }
 
   // The first tile of a segment: starts its scores, behind the outputs of the tile before, maybe of another
-  // item, which are there when this returns. Those of the scores are not.
-  TW_INLINE void join(int done, int buffer, float (&s)[BN / 2], float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
+  // item, which are there when this returns, as are its `ends`. Those of the scores are not.
+  TW_INLINE void join(int done, int buffer, bool arrived, const Rows& rows, Ends& ends, float (&s)[BN / 2], float (&o)[DV / 2], uint32_t (&weights)[BN / 4]) const {
     shared.trace(WAIT_TILE);
-    arrive(done);
+    if (!arrived) arrive(done);
     shared.trace(ISSUE);
     tw::tie(weights);
     tw::tie(o);
@@ -157,6 +231,11 @@ struct Consumer {
     issue_outputs(o, weights, done % V_STAGES);
     issue_scores(s, buffer, done % K_STAGES);
     shared.trace(WAIT_OUTPUTS);
+    if constexpr (EARLY_ENDS) {
+      ends = ends_of(Work{}, rows);
+      tw::tie(ends.scale);
+      tw::tie(ends.lse);
+    }
     tw::wgmma_wait<1>();
     tw::tie(o);
     release(shared.barrier(V_EMPTY + done % V_STAGES), lane);
@@ -237,27 +316,37 @@ struct Consumer {
     }
   }
 
-  // Outputs divided by the sums, and lse; a row that sees nothing has o = 0 and lse = −inf.
-  TW_INLINE void write(const Work& item, int buffer, float (&o)[DV / 2], Rows& rows) const {
+  // A row that sees nothing has o = 0 and lse = −inf. Sums are 0 or at least about 1, so no case needs a slow path.
+  TW_INLINE Ends ends_of(const Work& item, const Rows& rows) const {
+    constexpr float LN2 = 0.6931471805599453f;
+    Ends ends;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = rows.sum[half], keep = 1.0f, largest = rows.base[half] * LN2;
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      if constexpr (Variant::SINK) keep = tw::add_sink(variant.sink(at_of(item, group * 64 + warp * 16 + half * 8 + here(lane) / 4, 0)), largest, sum);
+      ends.scale[half] = sum == 0.0f ? 0.0f : keep * tw::reciprocal_fast(sum);
+      ends.lse[half] = sum == 0.0f ? lowest() : largest + tw::log2_fast(sum) * LN2;
+    }
+    return ends;
+  }
+
+  // Outputs divided by the sums, and lse.
+  TW_INLINE void write(const Work& item, int buffer, float (&o)[DV / 2], Rows& rows, Ends& ends) const {
     if (CHUNKED && item.chunks > 1 && !merge(item, o, rows)) return;
+    if constexpr (!EARLY_ENDS) ends = ends_of(item, rows);
     const int first = group * 64 + warp * 16, lane = here(this->lane);  // packed row of this warp
-    float scale[2], lse[2];
     int64_t at[2];  // rows of the outputs
     bool exists[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first + half * 8 + lane / 4;
-      float sum = rows.sum[half], keep = 1.0f, largest = rows.base[half] / LOG2E;
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if constexpr (Variant::SINK) keep = tw::add_sink(variant.sink(at_of(item, row, 0)), largest, sum);
-      scale[half] = sum == 0.0f ? 0.0f : __fdividef(keep, sum);
       exists[half] = row < item.tokens * G;
       at[half] = static_cast<int64_t>(item.token + row / G) * p.qo_heads + item.head * G + row % G;
-      lse[half] = sum == 0.0f ? lowest() : largest + log2f(sum) / LOG2E;
     }
 #pragma unroll
-    for (int i = 0; i < DV / 2; ++i) o[i] *= scale[i / 2 & 1];
+    for (int i = 0; i < DV / 2; ++i) o[i] *= ends.scale[i / 2 & 1];
     if constexpr (STAGED) {
       const int tile = Q_AT + buffer * Q_BYTES + first * 128;
 #pragma unroll
@@ -293,7 +382,7 @@ struct Consumer {
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half)  // behind the fence, which would wait for it
-      if (lane % 4 == 0 && exists[half]) p.lse[at[half]] = lse[half];
+      if (lane % 4 == 0 && exists[half]) p.lse[at[half]] = ends.lse[half];
   }
   // The item's tile of Q is free: its outputs, if they passed through it, have been read.
   TW_INLINE void free_queries(int buffer) const {
@@ -303,32 +392,36 @@ struct Consumer {
 };
 
 TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& shared, int group, int warp, int lane) {
-  Consumer consumer{p, variant, shared, group, warp, lane,
-                    tw::wgmma_descriptor(shared.base + Q_AT + group * 64 * 128, 0, 1024),
-                    tw::wgmma_descriptor(shared.base + K_AT, 0, 1024),
-                    tw::wgmma_descriptor(shared.base + V_AT, KV_BLOCK, 1024), TRIVIAL_LOGITS ? p.sm_scale * LOG2E : 1.0f};
+  // outer · tanh(x) = |outer| · tanh(±x): with a factor above 0 the largest score stays the largest.
+  const float outer = variant.outer(), factor = BENDS ? fmaxf(fabsf(outer), 1e-20f) * LOG2E : DIRECT ? p.sm_scale * LOG2E : 1.0f;
+  const Consumer consumer{p, variant, shared, group, warp, lane,
+                          tw::wgmma_descriptor(shared.base + Q_AT + group * 64 * 128, 0, 1024),
+                          tw::wgmma_descriptor(shared.base + K_AT, 0, 1024),
+                          tw::wgmma_descriptor(shared.base + V_AT, KV_BLOCK, 1024), copysignf(p.sm_scale, outer) / variant.inner(), factor};
   int done = 0, items = 0;  // tiles, and the item: 0 is an empty one
   float o[DV / 2] = {};
   uint32_t weights[BN / 4] = {};  // of the tile of zeros
   Rows rows{};
+  Ends ends{};
   Work current{};
+  bool arrived = false;  // whether the next tile has
   if (!STAGED) consumer.free_queries(0);
   for (int n = 0;; ++n) {
     const Slot& item = next_item(shared, n);
     if (item.tokens < 0) break;
-    const int tiles = item.partial + item.full, applied = TRIVIAL_LOGITS ? item.partial : tiles;  // tiles that the variant is applied to
+    const int tiles = item.partial + item.full, applied = DIRECT ? item.partial : tiles;  // tiles that the variant is applied to
     float s[BN / 2], sum[2] = {};
     if (item.begins) {
       tw::barrier_wait(shared.barrier(Q_FULL + (items + 1) % Q_TILES), items / Q_TILES & 1);
       ++items;
     }
     const int buffer = items % Q_TILES, previous = (items + Q_TILES - 1) % Q_TILES;
-    consumer.join(done, buffer, s, o, weights);
+    consumer.join(done, buffer, arrived, rows, ends, s, o, weights);
     if (item.begins) {
       shared.trace(WRITE);
-      consumer.write(current, previous, o, rows);
+      consumer.write(current, previous, o, rows, ends);
       current = item;
-      rows = Rows{{lowest(), lowest()}, {0.0f, 0.0f}};
+      rows = consumer.begin(item);
 #pragma unroll
       for (int i = 0; i < DV / 2; ++i) o[i] = 0.0f;
     }
@@ -337,29 +430,32 @@ TW_INLINE void consume(const Params& p, const Variant& variant, const Shared& sh
     tw::tie(s);
     release(shared.barrier(K_EMPTY + done % K_STAGES), lane);
     shared.trace(MASK);
-    if (applied) consumer.apply(item, tile_at(item, 0), s);
+    consumer.bend(s, rows, tile_at(item, 0));
+    int blocks = BN / 32;  // that this warp sees: of a first tile it is often a part
+    if (applied) blocks = consumer.apply(item, item.partial ? item.tiles[0] : tile_at(item, 0), s, DIRECT && LIMITED);
     if (STAGED && item.begins) consumer.free_queries(previous);
     const Rows old = rows;
     shared.trace(MAXIMA);
-    const bool grew = consumer.raise(s, rows);
+    const bool grew = consumer.raise(s, rows, blocks);
     shared.trace(WEIGHTS_AND_PACK);
-    consumer.weigh<0, BN / 8>(s, rows, sum);
+    consumer.weigh_blocks(s, rows, sum, blocks);
     consumer.pack(weights, s);
     if (grew && !item.begins) consumer.rescale(o, rows, old);
     rows.sum[0] += sum[0];
     rows.sum[1] += sum[1];
     if (!STAGED && item.ends && tiles == 1) consumer.free_queries(buffer);
     ++done;
-    bool arrived = false;
+    arrived = consumer.has_arrived(done);
     int i = 1;
-    for (; i < applied; ++i, ++done) consumer.step<true>(item, tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
-    for (; TRIVIAL_LOGITS && i < tiles; ++i, ++done) consumer.step<false>(item, 0, done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
+    for (; i < applied; ++i, ++done) consumer.step<true>(item, DIRECT ? item.tiles[i] : tile_at(item, i), done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
+    for (; DIRECT && i < tiles; ++i, ++done) consumer.step<false>(item, LEANS ? tile_at(item, i) : 0, done, buffer, item.ends && i + 1 == tiles, arrived, o, weights, rows);
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
   }
   shared.trace(WAIT_OUTPUTS);
   consumer.drain(done, o, weights);
   shared.trace(WRITE);
-  consumer.write(current, items % Q_TILES, o, rows);
+  if constexpr (EARLY_ENDS) ends = consumer.ends_of(current, rows);
+  consumer.write(current, items % Q_TILES, o, rows, ends);
   if (STAGED) consumer.free_queries(items % Q_TILES);
 }
 

@@ -11,11 +11,13 @@ TW_INLINE void sort_tiles(const Variant& variant, Slot& s, const Tiles& seen, in
   for (; top >= bottom; top -= 32) {
     const bool exists = top - lane >= bottom;
     const int tile = exists ? seen.at(top - lane) : 0, end = min((tile + 1) * BN, s.length);
-    int kind = exists ? variant.tile_class(rows_and(s, tile * BN, end - 1)) : int(tw::EMPTY);
+    const tw::Tile rows = rows_and(s, tile * BN, end - 1);
+    const int rest = exists ? variant.rest_class(rows) : int(tw::EMPTY);
+    int kind = min(variant.below_class(rows), rest);
     if (kind == tw::FULL && end < (tile + 1) * BN) kind = tw::PARTIAL;
     const uint32_t before = (1u << lane) - 1;
     const uint32_t partials = __ballot_sync(0xffffffffu, kind == tw::PARTIAL), fulls = __ballot_sync(0xffffffffu, kind == tw::FULL);
-    if (kind == tw::PARTIAL) s.tiles[partial + __popc(partials & before)] = tile;
+    if (kind == tw::PARTIAL) s.tiles[partial + __popc(partials & before)] = rest == tw::FULL ? tile | WHOLE : tile;
     if (kind == tw::FULL) s.tiles[MAX_TILES - 1 - full - __popc(fulls & before)] = tile;
     partial += __popc(partials);
     full += __popc(fulls);
@@ -80,48 +82,45 @@ TW_INLINE void schedule(const Params& p, const Variant& variant, const Shared& s
 
 // -- loaders -------------------------------------------------------------------------------------
 
-// Issues the boxes of tiles, of each LOADERS · 8 those of `part`. `entry`: the pages of boxes lane, lane + 32, … of the next tile.
+// Issues the boxes of tiles. `entry`: the page of box `lane` of the next tile.
 template <int BLOCKS>
 struct Loader {
   const void* map;
   tw::Pages pages;
-  int head, part;
-  int entry[ENTRIES];
+  int head;
+  int entry;
 
-  TW_INLINE void start(const Params& p, const Slot& s, const void* tensor_map, int number) {
+  TW_INLINE void start(const Params& p, const Slot& s, const void* tensor_map) {
     map = tensor_map;
     pages = tw::pages_of(p, s.request, MAX_KEYS);
     head = s.head;
-    part = number;
   }
   TW_INLINE void look_up(const Params& p, int tile, int lane) {
-    if constexpr (KEYS_LIE == IN_PAGES)
-#pragma unroll
-      for (int i = 0; i < ENTRIES; ++i) {
-        const int box = i * 32 + lane, page = (tile * BN + box * BOX) >> p.page_shift;
-        // A box outside the cache arrives as zeros.
-        entry[i] = box < BOXES && page < pages.count ? static_cast<int>(tw::page_at(p, pages, head, page)) : -1;
-      }
+    if constexpr (KEYS_LIE == IN_PAGES) {
+      const int page = (tile * BN + lane * BOX) >> p.page_shift;
+      // A box outside the cache arrives as zeros.
+      entry = lane < BOXES && page < pages.count ? static_cast<int>(tw::page_at(p, pages, head, page)) : -1;
+    }
   }
   TW_INLINE void issue(const Params& p, int tile, uint32_t to, uint32_t barrier) {
-    if (part == 0 && tw::elect()) tw::barrier_expect(barrier, BLOCKS * KV_BLOCK);
+    if (tw::elect()) tw::barrier_expect(barrier, BLOCKS * KV_BLOCK);
     if constexpr (KEYS_LIE == IN_PAGES) {
       const int mask = (1 << p.page_shift) - 1;
-      constexpr int EACH = BOXES < 32 ? BOXES : 32, AT_ONCE = EACH < 8 ? EACH : 8;
-#pragma unroll
-      for (int i = 0; i < ENTRIES; ++i)
+      // A box too many, and the barrier would never complete.
+      constexpr int AT_ONCE = BOXES % 8 == 0 ? 8 : BOXES % 4 == 0 ? 4 : BOXES;
+      static_assert(BY_ROWS || (BOXES <= 32 && BOXES % AT_ONCE == 0), "");
 #pragma unroll 1
-        for (int first = part * AT_ONCE; first < EACH && i * 32 + first < BOXES; first += LOADERS * AT_ONCE) {
-          int page[AT_ONCE];
+      for (int first = 0; first < BOXES; first += AT_ONCE) {
+        int page[AT_ONCE];
 #pragma unroll
-          for (int j = 0; j < AT_ONCE; ++j) page[j] = __shfl_sync(0xffffffffu, entry[i], first + j);
-          if (tw::elect())
+        for (int j = 0; j < AT_ONCE; ++j) page[j] = __shfl_sync(0xffffffffu, entry, first + j);
+        if (tw::elect())
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j) {
-              const int row = (i * 32 + first + j) * BOX;
-              copy(to + row * 128, barrier, tile * BN + row & mask, page[j]);
-            }
-        }
+          for (int j = 0; j < AT_ONCE; ++j) {
+            const int row = (first + j) * BOX;
+            copy(to + row * 128, barrier, tile * BN + row & mask, page[j]);
+          }
+      }
     } else if (tw::elect()) {
       const int first = static_cast<int>(pages.first);
       if (KEYS_LIE == IN_ROWS) copy(to, barrier, first + tile * BN, 0);
@@ -156,14 +155,14 @@ TW_INLINE void load_queries(const Params& p, const Shared& shared, int lane) {
   }
 }
 
-TW_INLINE void load_keys(const Params& p, const Shared& shared, int part, int lane) {
+TW_INLINE void load_keys(const Params& p, const Shared& shared, int lane) {
   int done = 0;
   for (int n = 0;; ++n) {
     const Slot& s = next_item(shared, n);
     if (s.tokens < 0) return;
     const int tiles = s.partial + s.full;
     Loader<K_BLOCKS> loader;
-    loader.start(p, s, &p.k_map, part);
+    loader.start(p, s, &p.k_map);
     loader.look_up(p, tile_at(s, 0), lane);
     for (int i = 0; i < tiles; ++i, ++done) {
       const int stage = done % K_STAGES;
@@ -180,25 +179,27 @@ TW_INLINE void load_keys(const Params& p, const Shared& shared, int part, int la
 // Whether no row of the item sees a key.
 TW_INLINE bool is_unseen(const Variant& variant, const Slot& s, int key) {
   if (key >= s.length) return true;
-  const int kind = variant.tile_class(rows_and(s, key, key));
+  const int last = s.tokens * G - 1;
+  if (variant.mask(at_of(s, last, key)) || variant.mask(at_of(s, 0, key))) return false;  // mostly
+  tw::Tile tile = rows_and(s, key, key);
+  if (READS) tile.request.hi = tile.request.lo + 1;  // no element of a tensor: they are of one request
+  const int kind = variant.tile_class(tile);
   if (kind != tw::PARTIAL) return kind == tw::EMPTY;
-  const int rows = s.tokens * G;
 #pragma unroll 1
-  for (int i = 0; i < rows; ++i) {  // from both ends: the first or the last row mostly sees it
-    const int row = i & 1 ? rows - 1 - (i >> 1) : i >> 1;
+  for (int row = BY_HEAD ? 1 : G; row < last; row += BY_HEAD ? 1 : G)
     if (variant.mask(at_of(s, row, key))) return false;
-  }
   return true;
 }
 
-TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared& shared, int part, int lane) {
-  // The first tile of the ring is zeros: the consumers' first step has a tile before it.
-  if (part == 0) {
-    const int4 zero = make_int4(0, 0, 0, 0);
-    for (int i = lane; i < V_BYTES / 16; i += 32) reinterpret_cast<int4*>(shared.memory + V_AT)[i] = zero;
-    tw::fence_async();
-    release(shared.barrier(V_FULL), lane);
-  }
+// The first tile of V's ring is zeros: the consumers' first step has a tile before it.
+TW_INLINE void load_zeros(const Shared& shared, int part, int lane) {
+  for (int i = part * 32 + lane; i < V_BYTES / 16; i += LOADERS * 32) reinterpret_cast<int4*>(shared.memory + V_AT)[i] = make_int4(0, 0, 0, 0);
+  tw::fence_async();
+  release(shared.barrier(V_FULL), lane);
+}
+
+TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared& shared, int lane) {
+  load_zeros(shared, 0, lane);
   int done = 1;
   uint32_t patched = 0;  // a bit for each stage: the parity of its tiles that were patched
   for (int n = 0;; ++n) {
@@ -206,7 +207,7 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
     if (s.tokens < 0) return;
     const int tiles = s.partial + s.full;
     Loader<V_BLOCKS> loader;
-    loader.start(p, s, &p.v_map, part);
+    loader.start(p, s, &p.v_map);
     loader.look_up(p, tile_at(s, 0), lane);
     for (int i = 0; i < tiles; ++i, ++done) {
       const int stage = done % V_STAGES, tile = tile_at(s, i);
@@ -222,7 +223,7 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
       shared.trace(LOAD);
       loader.issue(p, tile, to, shared.barrier((patches ? V_LOADED : V_FULL) + stage));
       if (i + 1 < tiles) loader.look_up(p, tile_at(s, i + 1), lane);
-      if (patches && part == 0) {
+      if (patches) {
         tw::barrier_wait(shared.barrier(V_LOADED + stage), patched >> stage & 1);
         patched ^= 1u << stage;
         char* rows = shared.memory + V_AT + stage * V_BYTES;
@@ -236,6 +237,69 @@ TW_INLINE void load_values(const Params& p, const Variant& variant, const Shared
                 *reinterpret_cast<uint4*>(rows + block * KV_BLOCK + (j * 32 + lane) * 128 + ((c + lane) & 7) * 16) = make_uint4(0, 0, 0, 0);
         tw::fence_async();
         release(shared.barrier(V_FULL + stage), lane);
+      }
+    }
+    release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);
+  }
+}
+
+// Pages below 8 rows: TMA takes as long for a box of one row as for one of 64, so LOADERS warps copy rows by cp.async,
+// four at a time, 8 lanes each; of a tile warp `part` copies the fours part, part + LOADERS, … Rows that are no keys of
+// the cache, and values that no row of the item sees, are zeros.
+template <bool VALUES>
+TW_INLINE void load_rows(const Params& p, const Variant& variant, const Shared& shared, int part, int lane) {
+  constexpr int DIM = VALUES ? DV : DK, STAGES = VALUES ? V_STAGES : K_STAGES, FULL = VALUES ? V_FULL : K_FULL, EMPTY = VALUES ? V_EMPTY : K_EMPTY;
+  constexpr int FOURS = (BN / 4 + LOADERS - 1) / LOADERS, HELD = (FOURS + 7) / 8;
+  // Strides in units of 16 bytes: a product of 32 bits each is one instruction.
+  const uint32_t page_stride = static_cast<uint32_t>((VALUES ? p.v_page : p.k_page) / 8), slot_stride = static_cast<uint32_t>((VALUES ? p.v_slot : p.k_slot) / 8);
+  const uint32_t in_page = (1u << p.page_shift) - 1;
+  const int chunk = lane % 8;
+  if (VALUES) load_zeros(shared, part, lane);
+  int done = VALUES;
+  for (int n = 0;; ++n) {
+    const Slot& s = next_item(shared, n);
+    if (s.tokens < 0) return;
+    const int tiles = s.partial + s.full, head = s.head;
+    const tw::Pages pages = tw::pages_of(p, s.request, MAX_KEYS);
+    const char* from = reinterpret_cast<const char*>(VALUES ? p.v + head * p.v_head : p.k + head * p.k_head) + chunk * 16;
+    int page[HELD];  // of row 4 · (part + LOADERS · (8 i + lane / 4)) + lane % 4 of a tile
+    for (int i = -1; i < tiles; ++i) {
+      const int stage = done % STAGES;
+      if (i >= 0) {
+        shared.trace(WAIT_STAGE);
+        tw::barrier_wait(shared.barrier(EMPTY + stage), (done / STAGES & 1) ^ 1);
+        shared.trace(LOAD);
+        char* to = shared.memory + (VALUES ? V_AT + stage * V_BYTES : K_AT + stage * K_BYTES);
+        const int first = tile_at(s, i) * BN;
+#pragma unroll
+        for (int i = 0; i < HELD; ++i)
+#pragma unroll 2
+          for (int j = 0; j < min(8, FOURS - i * 8); ++j) {
+            const int row = 4 * (part + LOADERS * (i * 8 + j)) + lane / 8, of = __shfl_sync(0xffffffffu, page[i], j * 4 + lane / 8);
+            const uint64_t at = static_cast<uint64_t>(static_cast<uint32_t>(max(of, 0))) * page_stride + static_cast<uint64_t>(first + row & in_page) * slot_stride;
+            if (BN / 4 % (8 * LOADERS) == 0 || row < BN)
+#pragma unroll
+              for (int block = 0; block < (DIM + 63) / 64; ++block)
+                if (DIM % 64 == 0 || block * 64 + chunk * 8 < DIM)
+                  tw::copy_async_16(to + block * KV_BLOCK + row * 128 + ((chunk ^ (row & 7)) << 4), from + at * 16 + block * 128, of < 0 ? 0 : 16);
+          }
+        tw::copy_async_commit();
+      }
+      if (i + 1 < tiles) {  // the pages of the next tile, while the rows come
+        const int tile = tile_at(s, i + 1);
+#pragma unroll
+        for (int j = 0; j < HELD; ++j) {
+          const int row = 4 * (part + LOADERS * (8 * j + lane / 4)) + lane % 4, key = tile * BN + row, number = key >> p.page_shift;
+          bool loads = row < BN && number < pages.count;
+          if (VALUES && i + 1 < s.partial) loads = loads && !is_unseen(variant, s, key);
+          page[j] = loads ? static_cast<int>(tw::page_at(p, pages, head, number)) : -1;
+        }
+      }
+      if (i >= 0) {
+        tw::copy_async_wait<0>();
+        tw::fence_async();
+        release(shared.barrier(FULL + stage), lane);
+        ++done;
       }
     }
     release(shared.barrier(ITEM_EMPTY + (n & 1)), lane);

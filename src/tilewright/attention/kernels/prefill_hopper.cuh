@@ -6,9 +6,9 @@
 //   scheduler (a warp)  draws an item and sorts its tiles of BN keys by the mask: those of which only a
 //                       part is seen (partial), and those of which every row sees all (full); an item of
 //                       more than MAX_TILES tiles goes on in several segments
-//   loaders of K, loaders of V (LOADERS warps each), of Q: boxes by TMA into rings of tiles. Rows of V that
-//                       no row of the item sees are overwritten with zeros (0 · NaN would reach the
-//                       outputs), in partial tiles only
+//   loaders of K, loaders of V (LOADERS warps each), of Q: boxes by TMA into rings of tiles, or rows by cp.async
+//                       where pages have fewer than 8. Rows of V that no row of the item sees are zeros
+//                       (0 · NaN would reach the outputs), in partial tiles only
 //   consumers           S = Q·Kᵀ, softmax, O += P·V, with P from registers. In the loop over full tiles
 //                       P·V of the tile before runs behind S of a tile, and the exponentials hide it, as they
 //                       hide the other warpgroup's products. Partial tiles come first, in a loop of their
@@ -18,8 +18,12 @@
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, hopper.cuh, bounds.h, table.h, variant.h, the constants of
 // `attention` (DK and DV: elements of a row of K and of V; G query heads of a KV head, BN keys of a tile,
-// BOX keys of a TMA box, CONSUMERS, KEYS_LIE, TRIVIAL_LOGITS, CHUNKED, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
+// BOX keys of a TMA box, CONSUMERS, KEYS_LIE, DIRECT, BENDS, LEANS, LIMITED, READS, BY_HEAD, CHUNKED, Q_TILES, K_STAGES, V_STAGES, MAX_TILES, MAX_KEYS,
 // the types Kind and Out), the structs `Params`, `Item`, `At` and `Variant`.
+// DIRECT: logits need no branch: the score itself or, where it BENDS, outer · tanh(score / inner); where it LEANS,
+// plus slope · distance, which grows by 1 from key to key (all by methods of `Variant`). Others are computed as
+// the mask is, on every tile, with nothing under way.
+// LIMITED: the mask is key <= limit of a row (`below`) and `rest`, methods too. READS: the mask reads tensors; BY_HEAD: the number of a head.
 // KEYS_LIE: the keys of a request are IN_PAGES of a table, IN_ROWS one after the other, or IN_ONE page.
 //
 // Launch: grid = at most min(items, SMs) CTAs, THREADS threads, SMEM_BYTES of dynamic shared memory:
@@ -32,15 +36,16 @@ namespace attention {
 
 constexpr int BM = CONSUMERS * 64;    // rows of an item
 constexpr int TOKENS = BM / G;        // queries of an item
-constexpr int LOADERS = BOX < 8 && CONSUMERS == 2 && DV <= 128 ? 3 : 1;  // warps that load K; as many load V
+constexpr bool BY_ROWS = BOX < 8;     // K and V come by cp.async, not by TMA
+constexpr int LOADERS = BY_ROWS && CONSUMERS == 2 && DV <= 128 ? 3 : 1;  // warps that load K; as many load V
 constexpr int LOADER_GROUPS = (2 * LOADERS + 2) / 4;  // warpgroups of the scheduler and the loaders
 constexpr int WARPGROUPS = LOADER_GROUPS + CONSUMERS, THREADS = WARPGROUPS * 128;
-constexpr int LOADER_REGISTERS = 56;  // of the 504 or 512 that the warpgroups share
+constexpr int LOADER_REGISTERS = BY_ROWS ? 64 : DV > 128 ? 40 : 56;  // of the 504 or 512 that the warpgroups share
 constexpr int CONSUMER_REGISTERS = (65536 / THREADS / 8 * 8 * WARPGROUPS - LOADER_GROUPS * LOADER_REGISTERS) / CONSUMERS / 8 * 8;
 constexpr int K_BLOCKS = (DK + 63) / 64, V_BLOCKS = (DV + 63) / 64;  // blocks of 64 columns
 constexpr int Q_BLOCK = BM * 128, KV_BLOCK = BN * 128;         // bytes of a block
 constexpr int Q_BYTES = K_BLOCKS * Q_BLOCK, K_BYTES = K_BLOCKS * KV_BLOCK, V_BYTES = V_BLOCKS * KV_BLOCK;
-constexpr int BOXES = BN / BOX, ENTRIES = (BOXES + 31) / 32;  // of a tile; entries of the table for each lane
+constexpr int BOXES = BN / BOX;       // of a tile
 constexpr bool STAGED = sizeof(Out) == 2 && Q_TILES > 1;      // outputs pass through the item's tile of Q
 constexpr float LOG2E = 1.4426950408889634f, SLACK = 8.0f;
 static_assert(DK % 16 == 0 && DV <= DK && BN % BOX == 0 && BN % 32 == 0 && G <= 64, "");
@@ -61,6 +66,7 @@ struct Slot : Work {       // a segment of an item, as the scheduler passes it o
   int padding;
   int tiles[MAX_TILES];    // partial tiles from the front, full tiles from the back
 };
+constexpr int WHOLE = 1 << 30;  // on a partial tile of which `rest` holds everywhere
 
 constexpr int Q_AT = 0, K_AT = Q_TILES * Q_BYTES, V_AT = K_AT + K_STAGES * K_BYTES, STAGE_AT = V_AT + V_STAGES * V_BYTES;
 constexpr int SLOTS_AT = STAGE_AT + (Q_TILES == 1 ? BM * 128 : 0);
@@ -105,7 +111,7 @@ struct Shared {  // of a CTA, as one of its warps has it
 };
 
 TW_INLINE float lowest() { return __uint_as_float(0xff800000u); }
-TW_INLINE int tile_at(const Slot& s, int i) { return i < s.partial ? s.tiles[i] : s.tiles[MAX_TILES - 1 - (i - s.partial)]; }
+TW_INLINE int tile_at(const Slot& s, int i) { return i < s.partial ? s.tiles[i] & ~WHOLE : s.tiles[MAX_TILES - 1 - (i - s.partial)]; }
 TW_INLINE tw::Tile rows_and(const Work& w, int from, int to) {  // rows of an item and keys from … to
   return tw::Tile{tw::Bound{w.first, w.first + w.tokens - 1}, tw::Bound{w.position(from), w.position(to)}, tw::Bound{w.head * G, w.head * G + G - 1},
                   tw::bound(w.head), tw::bound(w.request), tw::Bound{from, to}, tw::bound(w.queries), tw::bound(w.length)};
@@ -137,9 +143,10 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32, group = warp / 4;
   const Shared shared{smem + (base - start), base, Trace(warp, lane)};
   if (thread == 0) {
-    for (int i = 0; i < BARRIERS; ++i) {  // who arrives: the loader or the scheduler, the consumer warps, all who read an item
+    for (int i = 0; i < BARRIERS; ++i) {  // who arrives: the loaders or the scheduler, the consumer warps, all who read an item
       const bool frees = (i >= K_EMPTY && i < V_FULL) || (i >= V_EMPTY && i < V_LOADED) || (i >= Q_EMPTY && i < ITEM_FULL);
-      tw::barrier_init(shared.barrier(i), i >= ITEM_EMPTY ? 4 * CONSUMERS + 2 * LOADERS + 1 : frees ? 4 * CONSUMERS : 1);
+      const bool loaded = i < K_EMPTY || (i >= V_FULL && i < V_EMPTY);
+      tw::barrier_init(shared.barrier(i), i >= ITEM_EMPTY ? 4 * CONSUMERS + 2 * LOADERS + 1 : frees ? 4 * CONSUMERS : loaded ? LOADERS : 1);
     }
     tw::barrier_init_done();
   }
@@ -147,10 +154,13 @@ TW_INLINE void body(const Params& p, int thread, char* smem) {
   const Variant variant(p);
   if (group < LOADER_GROUPS) {
     tw::fewer_registers<LOADER_REGISTERS>();
+    if (lane == 0) tw::prefetch_map(warp == 0 ? &p.o_map : warp > 2 * LOADERS ? &p.q_map : warp <= LOADERS ? &p.k_map : &p.v_map);
     if (warp == 0) schedule(p, variant, shared, lane);
-    else if (warp <= LOADERS) load_keys(p, shared, warp - 1, lane);
-    else if (warp <= 2 * LOADERS) load_values(p, variant, shared, warp - 1 - LOADERS, lane);
-    else load_queries(p, shared, lane);
+    else if (warp > 2 * LOADERS) load_queries(p, shared, lane);
+    else if (BY_ROWS && warp <= LOADERS) load_rows<false>(p, variant, shared, warp - 1, lane);
+    else if (BY_ROWS) load_rows<true>(p, variant, shared, warp - 1 - LOADERS, lane);
+    else if (warp <= LOADERS) load_keys(p, shared, lane);
+    else load_values(p, variant, shared, lane);
   } else {
     tw::more_registers<CONSUMER_REGISTERS>();
     consume(p, variant, shared, group - LOADER_GROUPS, warp % 4, lane);

@@ -11,9 +11,36 @@ struct Array {
   int32_t rows, columns;
   TW_METHOD T at(int32_t row, int32_t column) const {
     const bool inside = row >= 0 && row < rows && column >= 0 && column < columns;
+#ifdef TW_SCAN  // of 32 bits, without a branch
+    return __builtin_bit_cast(T, tw::load_word_if(inside, data + static_cast<int64_t>(row) * columns + column));
+#endif
     return inside ? data[static_cast<int64_t>(row) * columns + column] : T(0);
   }
 };
+
+// Between which values the elements of one row lie, if they are at most TW_SCAN; a family that does not define it
+// reads none.
+template <class T>
+TW_INLINE Bound bound_elements(const Array<T>& array, Bound row, Bound column) {
+#ifdef TW_SCAN
+  if (row.lo == row.hi && column.hi - column.lo < TW_SCAN) {
+    const bool exists = row.lo >= 0 && row.lo < array.rows, outside = !exists || column.lo < 0 || column.hi >= array.columns;
+    const int32_t* at = array.data + (exists ? row.lo * array.columns + most(column.lo, 0) : 0);
+    const int32_t* end = exists ? array.data + row.lo * array.columns + least(column.hi + 1, array.columns) : at;
+    int32_t low = outside ? 0 : 2147483647, high = outside ? 0 : -2147483648;
+    const auto take = [&](int32_t x) { low = min(low, x), high = max(high, x); };
+    for (; at < end && (reinterpret_cast<uint64_t>(at) & 15); ++at) take(__ldg(at));
+#pragma unroll 8
+    for (; at + 4 <= end; at += 4) {
+      const int4 x = __ldg(reinterpret_cast<const int4*>(at));
+      take(x.x), take(x.y), take(x.z), take(x.w);
+    }
+    for (; at < end; ++at) take(__ldg(at));
+    return Bound{low, high};
+  }
+#endif
+  return bound_int();
+}
 
 // A row's sink joins its softmax, once, when all of the row's keys are in `largest` and `weight` (the sum
 // of exp(score - largest)). Returns the factor of the outputs, which the sink has no part in.
