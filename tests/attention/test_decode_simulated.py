@@ -79,18 +79,24 @@ def test_flat(rng):
     check(cascade(rng, SHAPES[0], [3, 0, 1], [], [130, 5, 400]), 40)
 
 
-@pytest.mark.parametrize("workers", [5, 40])
-def test_shared_keys(rng, workers):
-    check(drawn(rng, SHAPES[1], 1), workers)
+@pytest.mark.parametrize("cost", [-(1 << 40), 1, 1 << 40])
+def test_shared_keys(rng, monkeypatch, cost):
+    """As units of their own, as the plan chooses, and walked by their requests."""
+    monkeypatch.setattr(ranges, "JOIN_COST", cost)
+    check(drawn(rng, SHAPES[1], 2 if cost == 1 else 1), int(rng.choice([5, 40])))
 
 
-def test_wide_units_of_many_parts(rng):
-    check(cascade(rng, SHAPES[1], [1] * 20, [[0, 20]], [700, *[30] * 20]), 40)
+def test_wide_units_of_many_parts(rng, monkeypatch):
+    """The states of a row come in several rounds."""
+    monkeypatch.setattr(ranges, "JOIN_COST", 0)
+    plan = check(cascade(rng, SHAPES[1], [1] * 9, [[0, 9]], [4300, *[30] * 9]), 40)
+    assert (plan.cuts["last"] - plan.cuts["first"]).max() > 16
 
 
 if __name__ == "__main__":  # more of them: python -m tests.attention.test_decode_simulated
     for seed in itertools.count():
         numbers = np.random.default_rng(seed)
         shape, depth = SHAPES[seed % 2], int(numbers.integers(1, 4))
+        ranges.JOIN_COST = int(numbers.choice([-(1 << 40), 0, 3, 20]))
         plan = check(drawn(numbers, shape, depth), int(numbers.choice([1, 5, 40])))
         print(seed, plan, flush=True)

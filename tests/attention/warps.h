@@ -166,6 +166,7 @@ inline int __float_as_int(float x) { return static_cast<int>(tw::float_to_bits(x
 template <class T> inline T __ldcg(const T* p) { return *p; }
 template <class T> inline T __ldg(const T* p) { return *p; }
 inline int atomicAdd(int* p, int x) { const int before = *p; *p += x; return before; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __syncwarp() { int all[32]; simulated::collective(0, all); }
 inline void __syncthreads() { simulated::barrier(0, simulated::threads); }
 inline int __syncthreads_or(int x) {

@@ -28,7 +28,8 @@ THREADS = 1024  # of the one CTA that plans on a GPU
 
 def _constants(**more: int) -> str:
     names = (
-        "TILE", "TILE_COST", "UNIT_COST", "WIDE_COST", "SNAP", "NARROW_ROWS", "WIDE_ROWS"
+        "TILE", "TILE_COST", "UNIT_COST", "WIDE_COST", "SNAP", "NARROW_ROWS", "WIDE_ROWS",
+        "JOIN_COST",
     )  # fmt: skip
     return namespace("cuts", *constants({name: getattr(ranges, name) for name in names} | more))
 
@@ -113,18 +114,23 @@ def most_visible_tiles(shape: Shape, queries: int) -> int:
 
 def cut(
     indptr: np.ndarray, nodes: np.ndarray, keys: np.ndarray, shape: Shape, workers: int
-) -> tuple[np.ndarray, float]:
-    """The cuts of a batch, and the most work of a range over the mean. `indptr`: rows of q, int32;
-    `keys` (nodes,) int64. Without a C++ compiler by `ranges.py`, as if no key were hidden."""
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """The cuts of a batch, its nodes with the choice which are units of their own, and the most
+    work of a range over the mean. `indptr`: rows of q, int32; `keys` (nodes,) int64. Without a C++
+    compiler by `ranges.py`, as if no key were hidden."""
     count, library, kv_heads = len(keys), native(), shape.kv_heads
     ctas, shared = shape.ctas_per_worker * workers, count >= len(indptr)
-    if library is None or not count:
+    limit, rows = max(ctas // ranges.head_block(kv_heads), 1), ()
+    if shared:
         queries = indptr[nodes["end"]] - indptr[nodes["begin"]]
-        rows = ranges.row_blocks(queries, shape.group) if shared else ()
+        heads = kv_heads // ranges.head_block(kv_heads), shape.group
+        nodes, keys = ranges.chosen(nodes, keys, queries, heads, limit)
+        blocks, wide = ranges.row_blocks(queries, shape.group)
+        rows = blocks * ranges.splits(nodes), wide
+    if library is None or not count:
         cuts = ranges.cut(keys, kv_heads, ctas, *rows)
         work = ranges.work(cuts, keys, kv_heads, *rows)
-        return cuts, float(work.max() * len(work) / work.sum()) if work.any() else 1.0
-    limit = max(ctas // ranges.head_block(kv_heads), 1)
+        return cuts, nodes, float(work.max() * len(work) / work.sum()) if work.any() else 1.0
     scratch, cuts = np.empty(5 * count + limit + 4, np.int64), np.empty(limit + 1, CUT.numpy)
     at = scratch.ctypes.data
     pieces = library.plan_cuts(
@@ -132,7 +138,7 @@ def cut(
         shared, limit, at + 16, cuts.ctypes.data, at,
     )  # fmt: skip
     most, work = scratch[:2].tolist()
-    return cuts[: pieces + 1], most * pieces / work if work else 1.0
+    return cuts[: pieces + 1], nodes, most * pieces / work if work else 1.0
 
 
 # ---------------------------------------------------------------------------- GPU

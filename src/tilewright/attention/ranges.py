@@ -17,6 +17,7 @@ TILE = 64  # keys of a tile
 HEAD_BLOCK = 8  # KV heads of a range, at most: its CTAs read the same pages at the same time
 TILE_COST, UNIT_COST = 4, 2  # of a tile, and of starting and finishing a unit
 WIDE_COST, SNAP = 6, 2  # of a tile of a wide unit; its parts are multiples of so many tiles
+JOIN_COST = 20  # of joining the states of shared keys with those of their requests, in one CTA
 
 CUT = Struct("Cut", [(name, "int32") for name in ("node", "unit", "tile", "first", "last")])
 """Where a range begins: a unit of a node and a tile of it. `first` and `last` are the ranges that
@@ -33,11 +34,50 @@ def head_block(kv_heads: int) -> int:
     return max(n for n in range(1, HEAD_BLOCK + 1) if kv_heads % n == 0)
 
 
+def splits(nodes: np.ndarray) -> np.ndarray:
+    """Which nodes are units of their own: the plan says it."""
+    return nodes["states"] >> nodes["level"] & 1
+
+
 def row_blocks(queries: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     """Of nodes that so many queries read: the blocks of packed rows, and whether these are wide. A
     node without readers has none."""
     wide = queries * group > NARROW_ROWS
     return np.where(wide, -(-queries // (WIDE_ROWS // group)), queries > 0), wide
+
+
+def linked(nodes: np.ndarray, split: np.ndarray) -> np.ndarray:
+    """`nodes` with their `outer` and `states`; `split`: which of them are units of their own."""
+    nodes, count = nodes.copy(), int(nodes["end"].max(initial=0))
+    outer, states = np.full(count + 1, -1), np.zeros(count + 1, int)  # of each request, so far
+    for level in range(int(nodes["level"].max(initial=-1)) + 1):
+        own = np.flatnonzero(nodes["level"] == level)
+        begin, many = nodes["begin"][own], nodes["end"][own] - nodes["begin"][own]
+        nodes["outer"][own], nodes["states"][own] = (
+            outer[begin],
+            states[begin] | split[own] << level,
+        )
+        next_outer = np.where(split[own], outer[begin], own)
+        outer[:-1], states[:-1] = (np.repeat(x, many) for x in (next_outer, nodes["states"][own]))
+    return nodes
+
+
+def chosen(
+    nodes: np.ndarray, keys: np.ndarray, queries: np.ndarray, heads: tuple[int, int], limit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes with the choice which are units of their own, by predicted time (see cuts.h), and the
+    keys that a unit of each walks, in whole tiles. `heads`: blocks of KV heads, and the group."""
+    tiles, (blocks, wide) = -(-keys // TILE), row_blocks(queries, heads[1])
+    alone = np.minimum(nodes["end"] - nodes["begin"], queries) * tiles * TILE_COST
+    gain = alone - blocks * (np.where(wide, WIDE_COST, TILE_COST) * tiles + UNIT_COST) - JOIN_COST
+    own = np.arange(len(nodes)) >= len(nodes) - nodes["end"].max(initial=0)
+    gain = np.where(own, 0, gain).clip(0)
+    nodes = linked(nodes, own | (gain > 0) & (gain.sum() * heads[0] > JOIN_COST * limit))
+    at, walked = np.where(own, nodes["outer"], -1), tiles.copy()
+    while (at >= 0).any():
+        walked += np.where(at >= 0, tiles[at], 0)
+        at = np.where(at >= 0, nodes["outer"][at], -1)
+    return nodes, walked * TILE
 
 
 def _sizes(lengths: np.ndarray, kv_heads: int, blocks: Any, wide: Any) -> tuple[np.ndarray, ...]:

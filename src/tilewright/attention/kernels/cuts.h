@@ -4,7 +4,7 @@
 // A unit is (node of the table, block of packed rows, block of KV heads that CTAs work on together), in that
 // order; all units of a node cost alike. In front of this file: the constants of `cuts` (TILE keys, TILE_COST
 // and UNIT_COST, WIDE_COST of a tile of a wide unit, which is cut at multiples of SNAP tiles; NARROW_ROWS and
-// WIDE_ROWS of a unit) and the struct `Cut`; TW_INLINE comes from either prelude.
+// WIDE_ROWS of a unit, JOIN_COST) and the struct `Cut`; TW_INLINE comes from either prelude.
 
 namespace cuts {
 
@@ -21,6 +21,16 @@ TW_INLINE int64_t row_blocks(int64_t queries, int64_t group, bool& wide) {
   const int64_t tokens = WIDE_ROWS / group;
   return wide ? (queries + tokens - 1) / tokens : queries > 0;
 }
+
+// What a batch saves where a shared node is a unit of its own instead of being walked by each of its requests,
+// beyond joining its states with theirs, which takes the last CTA to arrive JOIN_COST.
+TW_INLINE int64_t gain_of(int64_t keys, int64_t requests, int64_t queries, int64_t group) {
+  bool wide;
+  const int64_t tiles = (keys + TILE - 1) / TILE, blocks = row_blocks(queries, group, wide);
+  return (requests < queries ? requests : queries) * tiles * TILE_COST - blocks * cost_of(tiles, wide) - JOIN_COST;
+}
+// Whether any node is a unit of its own: all ranges wait for a join. `gains`: the sum of those above 0.
+TW_INLINE bool shares(int64_t gains, int64_t head_blocks, int64_t limit) { return gains * head_blocks > JOIN_COST * limit; }
 
 // How many ranges a batch of so many tiles is cut into: at most `limit`.
 TW_INLINE int64_t count_of(int64_t tiles, int64_t limit) {

@@ -12,7 +12,7 @@
 // Units that several ranges share leave partial states; the last CTA to arrive merges them in the order of
 // the ranges. Where requests share keys, rows are merged one by one by the last to arrive of all that have a
 // part of them, of any level, in the order of levels and ranges: so that the CTAs share this work. So the bits of
-// a result do not depend on the order of arrival.
+// a result do not depend on the order of arrival. The plan decides which shared keys are units of their own.
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, table.h, variant.h, the constants of
 // `attention` (D head_dim, G query heads of a KV head, BLOCKS of 8 packed rows of a narrow unit and
@@ -22,9 +22,11 @@
 // Launch: grid = ranges × HEAD_BLOCK, THREADS threads, SMEM_BYTES of dynamic shared memory:
 //   [warp][stage][16 rows of K, 16 rows of V][ROW elements]   a row ends in 16 bytes against conflicts
 //   [warp][packed row] (row maximum, row sum); one word: whether this CTA arrived last
-//   where LEVELS > 1: [warp][row of q] whose it is; [row of q] those whose last state has arrived
-// Where a narrow unit ends, the stage that was read last holds the outputs of each warp.
-// Assumes: D a multiple of 8, rows of K and V 16-byte aligned, q rows × G at most 8 · BLOCKS for a request.
+//   where LEVELS > 1: [warp][row of q] whose it is; [row of q] those whose last state has arrived; [row][level]
+//   where its states are
+// Where a narrow unit ends, the stage that was read last holds the outputs of each warp, then the states that
+// are joined; those of a wide unit have its ring.
+// Assumes: fewer than 2^32 pages; D a multiple of 8, rows of K and V 16-byte aligned, q rows × G at most 8 · BLOCKS for a request.
 
 namespace attention {
 
@@ -42,7 +44,7 @@ constexpr int ROW = DP + 8;          // elements of a row in shared memory
 constexpr int STAGE = 2 * KEYS * ROW;  // elements
 constexpr int RING_BYTES = WARPS * STAGES * STAGE * 2;
 constexpr int SUMS_BYTES = WARPS * NARROW_ROWS * 8 + 16;
-constexpr int SMEM_BYTES = RING_BYTES + SUMS_BYTES + (LEVELS > 1 ? (WARPS * 16 + 4) * WIDE_ROWS : 0);
+constexpr int SMEM_BYTES = RING_BYTES + SUMS_BYTES + (LEVELS > 1 ? (WARPS * 16 + 4 + LEVELS * 16) * WIDE_ROWS : 0);
 constexpr int PITCH = DP + 4;        // floats of a row of outputs in shared memory: no bank conflicts
 constexpr int PARTIAL = MOST_ROWS * (DP + 2);  // floats of a partial state: outputs, then (maximum, sum) a row
 constexpr int STATE = DP + 4;        // floats of the state of a row at one level (see decode_finish.cuh)
@@ -64,16 +66,26 @@ using tw::lowest;
 template <bool WIDE>
 struct Copier {
   Walk w;
-  int stage, first;      // the tile of the unit that `entry` starts with
-  int64_t entry, ahead;  // of tiles first, first + 1 and of the two after them
+  uint32_t inverse;          // 2^32 / page_size, rounded down
+  int stage = 0, first = 0;  // the tile of the unit that `entry` starts with
+  uint32_t entry = 0, ahead = 0;  // pages, of tiles first, first + 1 and of the two after them
+
+  TW_INLINE Copier(const Params& p, const Walk& from) : w(from), inverse(~0u / static_cast<uint32_t>(p.page_size)) {}
+  // The page of a key and its slot there. The estimate is at most one too small.
+  TW_INLINE uint32_t page_of(const Params& p, uint32_t key, uint32_t& slot) const {
+    const uint32_t size = p.page_size, page = static_cast<uint64_t>(key) * inverse >> 32, rest = key - page * size;
+    slot = rest < size ? rest : rest - size;
+    return rest < size ? page : page + 1;
+  }
 
   // Behind the last tile it is any number above all keys.
   TW_INLINE uint32_t key_of(int tile, int warp, int lane) const {
     return static_cast<uint32_t>(w.seen.at(tile + lane / KEYS)) * TILE + warp * KEYS + lane % KEYS;
   }
-  TW_INLINE int64_t load_entry(const Params& p, int tile, int warp, int lane) const {
+  TW_INLINE uint32_t load_entry(const Params& p, int tile, int warp, int lane) const {
     const uint32_t key = key_of(tile, warp, lane);
-    return key < static_cast<uint32_t>(w.keys.length) ? tw::page_at(p, w.keys, w.head, key / p.page_size) : 0;
+    uint32_t slot;
+    return key < static_cast<uint32_t>(w.keys.length) ? static_cast<uint32_t>(tw::page_at(p, w.keys, w.head, page_of(p, key, slot))) : 0;
   }
   TW_INLINE void start_unit(const Params& p, int warp, int lane) {
     first = w.tile;
@@ -91,22 +103,28 @@ struct Copier {
   // narrow unit it goes on with the next one.
   TW_INLINE void issue(const Params& p, const Variant& variant, const Range& range, Element* ring, int member, int warp, int lane) {
     if (!WIDE && has_unit<WIDE>(w, range) && w.tile >= w.end) {
-      do next_unit(w, p, variant, range, member); while (has_unit<WIDE>(w, range) && w.tile >= w.end);
+#pragma unroll 1
+      do {
+        if (has_piece(w, range)) next_piece(w, p, variant, range);
+        else next_unit(w, p, variant, range, member);
+      } while (has_unit<WIDE>(w, range) && w.tile >= w.end);
       if (has_unit<WIDE>(w, range)) start_unit(p, warp, lane);
     }
     if (WIDE ? w.tile < w.end : has_unit<WIDE>(w, range)) {
       const int valid = w.keys.length - w.seen.at(w.tile) * TILE - warp * KEYS;  // keys of this warp that exist
-      const int slot = key_of(first, warp, lane) % p.page_size;
+      uint32_t slot;
+      page_of(p, key_of(first, warp, lane), slot);
       const int from = (w.tile - first) * KEYS;  // the lane that holds the first key of the tile
       const bool exists = lane % KEYS < valid;
-      const int64_t k_row = exists ? entry * p.k_page + slot * p.k_slot : 0;
-      const int64_t v_row = exists ? entry * p.v_page + slot * p.v_slot : 0;
+      const int64_t k_row = exists ? static_cast<int64_t>(entry) * p.k_page + slot * p.k_slot : 0;
+      const int64_t v_row = exists ? static_cast<int64_t>(entry) * p.v_page + slot * p.v_slot : 0;
       const Element* k = p.k + w.head * p.k_head;
       const Element* v = p.v + w.head * p.v_head;
       Element* to = ring + stage * STAGE;
 #pragma unroll
       for (int i = 0; i < (KEYS * CHUNKS + 31) / 32; ++i) {
-        const int n = i * 32 + lane, row = n / CHUNKS, chunk = n % CHUNKS;
+        constexpr bool WHOLE = 32 % CHUNKS == 0;  // rows: addresses are a constant apart
+        const int n = i * 32 + lane, row = WHOLE ? lane / CHUNKS + i * (32 / CHUNKS) : n / CHUNKS, chunk = WHOLE ? lane % CHUNKS : n % CHUNKS;
         const int64_t k_at = __shfl_sync(0xffffffffu, k_row, from + row % KEYS);
         const int64_t v_at = __shfl_sync(0xffffffffu, v_row, from + row % KEYS);
         if (KEYS * CHUNKS % 32 == 0 || row < KEYS) {
@@ -144,7 +162,7 @@ TW_INLINE void reset(Rows<BLOCKS>& r) {
   }
 }
 
-// Fragments of q: the rows of a warp, from `row0` of the unit on.
+// Fragments of q: the rows of a warp, from `row0` of the unit on; in place of those behind its last any other.
 template <int BLOCKS>
 struct Query { uint32_t b[BLOCKS][DP / 16][2]; };
 
@@ -152,14 +170,16 @@ template <int BLOCKS>
 TW_INLINE void load_query(Query<BLOCKS>& q, const Params& p, const Walk& w, int row0, int lane) {
 #pragma unroll
   for (int n = 0; n < BLOCKS; ++n) {
-    const int row = row0 + n * 8 + (lane >> 2);
-    const Element* from = p.q + (w.token + row / G) * p.q_token + (w.head * G + row % G) * p.q_head;
+    const int own = row0 + n * 8 + (lane >> 2), row = own < w.rows ? own : 0;
+    const int column0 = (lane & 3) * 2;
+    const Element* from = p.q + (w.token + row / G) * p.q_token + (w.head * G + row % G) * p.q_head + column0;
 #pragma unroll
     for (int j = 0; j < DP / 16; ++j)
 #pragma unroll
       for (int low = 0; low < 2; ++low) {
-        const int column = j * 16 + low * 8 + (lane & 3) * 2;
-        q.b[n][j][low] = row < w.rows && column < D ? *reinterpret_cast<const uint32_t*>(from + column) : 0u;
+        constexpr int PADDED = DP != D;  // the last columns of a row do not exist
+        const int column = j * 16 + low * 8;
+        q.b[n][j][low] = !PADDED || column + column0 < D ? *reinterpret_cast<const uint32_t*>(from + column) : 0u;
       }
   }
 }
@@ -303,59 +323,70 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
 namespace attention {
 
 // The narrow units from `w` on, up to the first wide one or the end of the range.
-TW_INLINE void run_narrow(const Params& p, const Variant& variant, Walk& w, const Range& range, char* smem, int cta, int thread) {
+TW_INLINE void run_narrow(const Params& p, const Variant& variant, Walk& w, const Range& range, char* smem, unsigned cta, unsigned thread) {
   const int warp = thread / 32, lane = thread % 32, member = cta % HEAD_BLOCK;
   Element* ring = reinterpret_cast<Element*>(smem) + warp * STAGES * STAGE;
   tw::Row* whose = rows_of_warp(smem, warp);
-  Copier<false> copier{w, 0, 0, 0, 0};
+  Copier<false> copier(p, w);
   copier.start_unit(p, warp, lane);
   Query<BLOCKS> q;
   load_query(q, p, w, 0, lane);
   load_rows(p, w, whose, lane);
-#pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) copier.issue(p, variant, range, ring, member, warp, lane);
-  int stage = 0;
+  int stage = 0, issued = 0;
+#pragma unroll 1
   while (has_unit<false>(w, range)) {
     Rows<BLOCKS> rows;
     reset(rows);
-    for (; w.tile < w.end; ++w.tile) {
-      tw::copy_async_wait<STAGES - 2>();
-      __syncwarp();
-      copier.issue(p, variant, range, ring, member, warp, lane);
-      attend<1>(p, variant, w, q, whose, ring + stage * STAGE, 0, w.seen.at(w.tile) * TILE + warp * KEYS, rows, lane);
-      stage = stage + 1 == STAGES ? 0 : stage + 1;
+#pragma unroll 1
+    for (;; next_piece(w, p, variant, range)) {
+#pragma unroll 1
+      for (; w.tile < w.end; ++w.tile) {
+#pragma unroll 1
+        do {  // one place that issues copies: a few tiles of them in front of the first
+          if (issued >= STAGES - 1) {
+            tw::copy_async_wait<STAGES - 2>();
+            __syncwarp();
+          }
+          copier.issue(p, variant, range, ring, member, warp, lane);
+        } while (++issued < STAGES);
+        attend<1>(p, variant, w, q, whose, ring + stage * STAGE, 0, w.seen.at(w.tile) * TILE + warp * KEYS, rows, lane);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+      }
+      if (!has_piece(w, range)) break;
     }
     // The stage before the next one is free: it was read last, and the next copy goes there.
     finish<false>(p, w, rows, smem, stage == 0 ? STAGES - 1 : stage - 1, range, cta, thread);
     next_unit(w, p, variant, range, member);
-    if (has_unit<false>(w, range)) {
-      load_query(q, p, w, 0, lane);
-      load_rows(p, w, whose, lane);
-    }
+    load_query(q, p, w, 0, lane);  // none where there is no unit
+    load_rows(p, w, whose, lane);
   }
   tw::copy_async_wait<0>();
 }
 
 // The wide units from `w` on, up to the first narrow one or the end of the range.
-TW_INLINE void run_wide(const Params& p, const Variant& variant, Walk& w, const Range& range, char* smem, int cta, int thread) {
+TW_INLINE void run_wide(const Params& p, const Variant& variant, Walk& w, const Range& range, char* smem, unsigned cta, unsigned thread) {
   const int warp = thread / 32, lane = thread % 32, member = cta % HEAD_BLOCK, row0 = warp * WIDE_BLOCKS * 8;
   Element* all = reinterpret_cast<Element*>(smem);
   Element* ring = all + warp * STAGES * STAGE;
   tw::Row* whose = rows_of_warp(smem, warp);
   while (has_unit<true>(w, range)) {
-    Copier<true> copier{w, 0, 0, 0, 0};
+    Copier<true> copier(p, w);
     copier.start_unit(p, warp, lane);
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i) copier.issue(p, variant, range, ring, member, warp, lane);
     Query<WIDE_BLOCKS> q;
     load_query(q, p, w, row0, lane);
     load_rows(p, w, whose, lane);
     Rows<WIDE_BLOCKS> rows;
     reset(rows);
-    for (int stage = 0; w.tile < w.end; ++w.tile) {
-      tw::copy_async_wait<STAGES - 2>();
-      tw::bar_sync(1, THREADS);
-      copier.issue(p, variant, range, ring, member, warp, lane);
+#pragma unroll 1
+    for (int stage = 0, issued = 0; w.tile < w.end; ++w.tile) {
+#pragma unroll 1
+      do {
+        if (issued >= STAGES - 1) {
+          tw::copy_async_wait<STAGES - 2>();
+          tw::bar_sync(1, THREADS);
+        }
+        copier.issue(p, variant, range, ring, member, warp, lane);
+      } while (++issued < STAGES);
       const int key0 = w.seen.at(w.tile) * TILE;
 #pragma unroll 1
       for (int k = 0; k < WARPS; k += WIDE_GROUPS)
@@ -367,13 +398,17 @@ TW_INLINE void run_wide(const Params& p, const Variant& variant, Walk& w, const 
   }
 }
 
-TW_INLINE void body(const Params& p, int cta, int thread, char* smem) {
-  const Range range = range_of(p, cta);
+TW_INLINE void body(const Params& p, unsigned cta, unsigned thread, char* smem) {
   const Variant variant(p);
-  Walk w = start(p, variant, range, cta % HEAD_BLOCK);
   if constexpr (LEVELS == 1) {
+    const Range range = range_of(p, cta);
+    Walk w = start(p, variant, range, cta % HEAD_BLOCK);
     if (in_range(w, range)) run_narrow(p, variant, w, range, smem, cta, thread);
   } else {
+    __shared__ Range range;  // wide tiles take all registers
+    if (thread == 0) range = range_of(p, cta);
+    tw::bar_sync(1, THREADS);
+    Walk w = start(p, variant, range, cta % HEAD_BLOCK);
     while (in_range(w, range)) {
       if (w.wide) run_wide(p, variant, w, range, smem, cta, thread);
       else run_narrow(p, variant, w, range, smem, cta, thread);

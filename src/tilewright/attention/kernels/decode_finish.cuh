@@ -4,7 +4,8 @@
 namespace attention {
 
 constexpr int ALL = 1 << 24;  // what the states of a level count when they arrive
-static_assert(LEVELS <= 64, "counts fit");
+static_assert(LEVELS <= 23, "counts fit, and the bits of levels");
+static_assert(STAGE * 2 >= 2 * 8 * DP * 4, "a stage holds two rounds of 8 states");
 
 TW_INLINE void store_four(float* to, float a, float b, float c, float d) { *reinterpret_cast<float4*>(to) = make_float4(a, b, c, d); }
 TW_INLINE void store_four(uint16_t* to, float a, float b, float c, float d) { *reinterpret_cast<uint2*>(to) = make_uint2(tw::pack<Kind>(a, b), tw::pack<Kind>(c, d)); }
@@ -31,7 +32,7 @@ TW_INLINE void store_sums(float* state, float row_max, float row_sum) {
 }
 // Four outputs of a row that all keys of the unit have reached.
 TW_INLINE void write(const Params& p, const Walk& w, const tw::Row* whose, int row, int column, const float (&o)[4], float row_max, float row_sum) {
-  if constexpr (LEVELS > 1) {
+  if (LEVELS > 1 && !w.alone) {
     float* to = state_of(p, w, tw::node_at(p, w.node).level, row);
     store_four(to + column, o[0], o[1], o[2], o[3]);
     if (column == 0) store_sums(to, row_max, row_sum);
@@ -68,9 +69,9 @@ TW_INLINE float* slot_of(const Params& p, int cta, bool head_part) { return p.pa
 
 // Partial states `first` … `last` of a unit, in the order of their CTAs; PARTS are read at once.
 template <int PARTS>
-TW_INLINE void merge(const Params& p, const Walk& w, const tw::Row* whose, int first, int last, int member, int thread) {
-  for (int i = thread; i < w.rows * (DP / 4); i += THREADS) {
-    const int row = i / (DP / 4), column = i % (DP / 4) * 4;
+TW_INLINE void merge(const Params& p, const Walk& w, const tw::Row* whose, int first, int last, int member, unsigned thread) {
+  for (unsigned i = thread; i < w.rows * (DP / 4u); i += THREADS) {
+    const int row = i / (DP / 4u), column = i % (DP / 4u) * 4;
     Sum all{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
     for (int k0 = first; k0 <= last; k0 += PARTS) {
       float2 sums[PARTS];
@@ -89,69 +90,104 @@ TW_INLINE void merge(const Params& p, const Walk& w, const tw::Row* whose, int f
   }
 }
 
-// Rows whose last state of all has now arrived are merged, in the order of levels and ranges: PARTS states of each
-// of ROWS rows are read at once. The states of a level count ALL in all, however many they are; `share`: those of
-// this CTA.
-template <int ROWS, int PARTS>
-TW_INLINE void join(const Params& p, const Walk& w, const tw::Row* whose, int* joins, int* joined, int share, int member, int thread) {
+// Rows whose last state of all has now arrived are merged, in the order of levels and ranges. `share`: of the
+// states of this level, which count ALL in all, however many they are. A warp has a row; its lanes find the states
+// of the row, up to PARTS at once, and the outputs of the next PARTS are on their way to `ring` meanwhile.
+template <int PARTS>
+TW_INLINE void join(const Params& p, const Walk& w, const tw::Row* whose, char* smem, int* joined, float* ring, int share, int member, unsigned thread) {
+  const int warp = thread / 32, lane = thread % 32;
+  int* joins = reinterpret_cast<int*>(rows_of_warp(smem, WARPS));  // a row of q, and the levels of its states
+  int4* where = reinterpret_cast<int4*>(joins + WIDE_ROWS);
   if (thread == 0) *joined = 0;
   tw::bar_sync(1, THREADS);
   for (int t = thread; t < w.rows / G; t += THREADS) {
+    const int states = tw::node_at(p, tw::own_node(p, whose[t].request)).states;
     int* arrivals = p.arrivals + static_cast<int64_t>(w.token + t) * p.kv_heads + w.head;
-    if (tw::arrive(arrivals, share) != LEVELS * ALL - share) continue;
+    if (tw::arrive(arrivals, share) != __popc(static_cast<unsigned>(states)) * ALL - share) continue;
     *arrivals = 0;
-    joins[atomicAdd(joined, 1)] = t;
+    joins[atomicAdd(joined, 1)] = states << 8 | t;
   }
   tw::bar_sync(1, THREADS);
-  constexpr int EACH = G * (DP / 4);  // threads for a row of q
-  for (int i0 = thread; i0 < *joined * EACH; i0 += ROWS * THREADS) {
-    int row[ROWS], column[ROWS];
-    Sum all[ROWS];
+  const int rows = *joined * G;
+  auto row_of = [&](int i) { return (joins[i / G] & 255) * G + i % G; };
+  for (unsigned i = thread; i < static_cast<unsigned>(rows * LEVELS); i += THREADS) {
+    const bool exists = joins[i / LEVELS / G] >> 8 >> i % LEVELS & 1;
+    where[i] = exists ? __ldcg(reinterpret_cast<const int4*>(state_of(p, w, i % LEVELS, row_of(i / LEVELS)) + DP)) : make_int4(0, 0, 0, -1);
+  }
+  tw::bar_sync(1, THREADS);
+  struct Round { int states; bool last; float2 sums; };  // of a row; `sums`: of the state of this lane
+  int next = warp, first = 0, slot = 0;  // the row that is loaded next, and which of its states
+  auto load = [&]() {
+    Round r{0, false, make_float2(lowest(), 0.0f)};
+    if (next < rows) {
+      int count = 0;
+      const float *o = p.partials, *sums = o;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const int i = i0 + r * THREADS < *joined * EACH ? i0 + r * THREADS : i0;
-      row[r] = joins[i / EACH] * G + i / (DP / 4) % G;
-      column[r] = i % (DP / 4) * 4;
-      all[r] = Sum{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
-    }
-#pragma unroll
-    for (int level = 0; level < LEVELS; ++level) {
-      int4 of[ROWS];
-      int most = 0;
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        of[r] = __ldcg(reinterpret_cast<const int4*>(state_of(p, w, level, row[r]) + DP));
-        const int count = of[r].z < 0 ? 1 : of[r].w - of[r].z + 1;
-        most = count > most ? count : most;
+      for (int level = 0; level < LEVELS; ++level) {
+        const int4 of = where[next * LEVELS + level];
+        const int states = of.z < 0 ? 1 : of.w - of.z + 1, at = first + lane - count;  // -1: the unit was of one CTA
+        if (at >= 0 && at < states) {
+          const float* from = of.z < 0 ? state_of(p, w, level, row_of(next)) : slot_of(p, (of.z + at) * HEAD_BLOCK + member, at > 0);
+          o = from + (of.z < 0 ? 0 : of.x * DP);
+          sums = from + (of.z < 0 ? DP : MOST_ROWS * DP + of.x * 2);
+        }
+        count += states;
       }
-      for (int k0 = 0; k0 < most; k0 += PARTS) {
-        float2 sums[ROWS][PARTS];
-        float4 x[ROWS][PARTS];
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-          for (int j = 0; j < PARTS; ++j) {
-            const bool own = of[r].z < 0;  // the unit was of one CTA
-            const int last = own ? 0 : of[r].w - of[r].z, k = k0 + j < last ? k0 + j : last;
-            const float* from = own ? state_of(p, w, level, row[r]) : slot_of(p, (of[r].z + k) * HEAD_BLOCK + member, k > 0);
-            sums[r][j] = __ldcg(reinterpret_cast<const float2*>(from + (own ? DP : MOST_ROWS * DP + of[r].x * 2)));
-            x[r][j] = __ldcg(reinterpret_cast<const float4*>(from + (own ? 0 : of[r].x * DP) + column[r]));
-            if (k0 + j > last) sums[r][j].x = lowest();
-          }
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) add(all[r], sums[r], x[r]);
+      r.states = count - first < PARTS ? count - first : PARTS;
+      if (lane < r.states) r.sums = __ldcg(reinterpret_cast<const float2*>(sums));
+#pragma unroll 4
+      for (int j = 0; j < r.states; ++j) {
+        const float* from = reinterpret_cast<const float*>(__shfl_sync(0xffffffffu, reinterpret_cast<int64_t>(o), j));
+        if (lane < DP / 4) tw::copy_async_16(ring + (slot * PARTS + j) * DP + lane * 4, from + lane * 4, 16);
       }
+      first += PARTS;
+      r.last = first >= count;
+      if (r.last) next += WARPS, first = 0;
     }
+    slot ^= 1;
+    tw::copy_async_commit();
+    return r;
+  };
+  Sum all{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
+  Round now = load();
+  for (int i = warp; i < rows;) {
+    const Round ahead = load();
+    tw::copy_async_wait<1>();
+    __syncwarp();
+    float largest = fmaxf(all.row_max, now.sums.x), weight = now.sums.y;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r)
-      if (i0 + r * THREADS < *joined * EACH) write_result(p, w, whose, row[r], column[r], all[r].o, all[r].row_max, all[r].row_sum);
+    for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    const float base = largest == lowest() ? 0.0f : largest, keep = tw::exp2(all.row_max - base), factor = tw::exp2(now.sums.x - base);
+    weight *= factor;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) weight += __shfl_xor_sync(0xffffffffu, weight, step);
+    all.row_max = largest;
+    all.row_sum = all.row_sum * keep + weight;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) all.o[c] *= keep;
+#pragma unroll 4
+    for (int j = 0; j < now.states; ++j) {
+      const float times = __shfl_sync(0xffffffffu, factor, j);
+      const float4 x = *reinterpret_cast<const float4*>(ring + (slot * PARTS + j) * DP + lane % (DP / 4) * 4);
+      all.o[0] += x.x * times;
+      all.o[1] += x.y * times;
+      all.o[2] += x.z * times;
+      all.o[3] += x.w * times;
+    }
+    if (now.last) {
+      if (lane < DP / 4) write_result(p, w, whose, row_of(i), lane * 4, all.o, all.row_max, all.row_sum);
+      all = Sum{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
+      i += WARPS;
+    }
+    now = ahead;
+    __syncwarp();  // what was read may be overwritten
   }
 }
 
 // The state of a unit is the sum of its parts: of its warps where it is narrow, and of the CTAs that share
 // it, of which the last to arrive merges them, with those of other levels where there are such.
 template <bool WIDE, int BLOCKS>
-TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* smem, int stage, const Range& range, int cta, int thread) {
+TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* smem, int stage, const Range& range, unsigned cta, unsigned thread) {
   const int warp = thread / 32, lane = thread % 32, row0 = WIDE ? warp * BLOCKS * 8 : 0;
   float2* sums = reinterpret_cast<float2*>(smem + RING_BYTES);
   int* arrived = reinterpret_cast<int*>(sums + WARPS * NARROW_ROWS);
@@ -193,8 +229,8 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
     }
   if constexpr (!WIDE) {
     tw::bar_sync(1, THREADS);
-    for (int i = thread; i < w.rows * (DP / 4); i += THREADS) {
-      const int row = i / (DP / 4), column = i % (DP / 4) * 4;
+    for (unsigned i = thread; i < w.rows * (DP / 4u); i += THREADS) {
+      const int row = i / (DP / 4u), column = i % (DP / 4u) * 4;
       float2 weight[WARPS];
       float4 x[WARPS];
 #pragma unroll
@@ -215,10 +251,13 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
       }
     }
   }
-  if constexpr (LEVELS > 1) {
-    int* joins = reinterpret_cast<int*>(rows_of_warp(smem, WARPS));
-    join<2, 4>(p, w, whose, joins, arrived, !part ? ALL : cta / HEAD_BLOCK == first ? ALL - (last - first) : 1, cta % HEAD_BLOCK, thread);
-  } else if (part) {
+  if (LEVELS > 1 && (WIDE || !w.alone)) {
+    if constexpr (LEVELS > 1) {
+      float* free = reinterpret_cast<float*>(WIDE ? ring + warp * STAGES * STAGE : ring + (warp * STAGES + stage) * STAGE);
+      const int share = !part ? ALL : cta / HEAD_BLOCK == first ? ALL - (last - first) : 1;
+      join<WIDE ? 8 * STAGES : 8>(p, w, whose, smem, arrived, free, share, cta % HEAD_BLOCK, thread);
+    }
+  } else if (!WIDE && part) {
     int* counter = p.counters + first * HEAD_BLOCK + cta % HEAD_BLOCK;
     tw::bar_sync(1, THREADS);
     if (thread == 0) *arrived = tw::arrive(counter) == last - first;
