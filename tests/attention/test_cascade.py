@@ -328,7 +328,7 @@ def test_against_the_oracle(rng, monkeypatch, shape, depth, workers):
     """With shared keys as units of their own, as the plan chooses, and walked by requests."""
     from tilewright.runtime.cuda import DeviceArray
 
-    for cost in (-(1 << 40), 1, 1 << 40):
+    for cost in (-(1 << 30), 1, 1 << 30):
         monkeypatch.setattr(ranges, "JOIN_COST", cost)
         case = drawn(rng, shape, depth, page_size=int(rng.choice([1, 7, 16])))
         kv, q, arrays = on_gpu(case)
@@ -349,7 +349,7 @@ def test_against_the_oracle(rng, monkeypatch, shape, depth, workers):
 def test_plans_of_the_device_agree_exactly(rng, monkeypatch):
     from tilewright.runtime.cuda import DeviceArray
 
-    for cost, depth in itertools.product((-(1 << 40), 1, 20), (1, 2, 3)):
+    for cost, depth in itertools.product((-(1 << 30), 1, 20), (1, 2, 3)):
         monkeypatch.setattr(ranges, "JOIN_COST", cost)
         planner.cuda_source.cache_clear()
         case = drawn(rng, SHAPES[0], depth)

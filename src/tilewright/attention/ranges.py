@@ -101,7 +101,11 @@ def cut(
     tiles, units, tile_cost = _sizes(lengths, kv_heads, blocks, wide)
     cost = tile_cost * tiles + UNIT_COST
     ends = np.concatenate([[0], np.cumsum(cost * units)])
-    count = int(max(1, min(ctas // head_block(kv_heads), (tiles * units).sum())))
+    most = count = int(max(1, min(ctas // head_block(kv_heads), (tiles * units).sum())))
+    if units.any() and np.ptp(cost[units > 0]) == 0:  # no range has parts of two units
+        many, per = int(units.sum()), -(-int(units.sum()) // most)
+        whole = many * (most // many) if many < most else 0 if many % per else many // per
+        count = whole if 8 * whole >= 7 * most else most
     at = int(ends[-1]) * np.arange(count) // count
     node = np.searchsorted(ends, at, "right") - 1
     if not ends[-1]:  # no unit at all

@@ -32,9 +32,15 @@ TW_INLINE int64_t gain_of(int64_t keys, int64_t requests, int64_t queries, int64
 // Whether any node is a unit of its own: all ranges wait for a join. `gains`: the sum of those above 0.
 TW_INLINE bool shares(int64_t gains, int64_t head_blocks, int64_t limit) { return gains * head_blocks > JOIN_COST * limit; }
 
-// How many ranges a batch of so many tiles is cut into: at most `limit`.
-TW_INLINE int64_t count_of(int64_t tiles, int64_t limit) {
+// How many ranges a batch of so many tiles is cut into: at most `limit`. Where all units are alike (else `units` is
+// 0) a few less, if no range then has parts of two: starting and finishing a unit costs more.
+TW_INLINE int64_t count_of(int64_t tiles, int64_t units, int64_t limit) {
   const int64_t most = tiles < limit ? tiles : limit;
+  if (units > 0 && most > 0) {
+    const int64_t each = units < most ? most / units : (units + most - 1) / most;  // ranges of a unit, or units of a range
+    const int64_t count = units < most ? units * each : units % each ? 0 : units / each;
+    if (8 * count >= 7 * most) return count;
+  }
   return most < 1 ? 1 : most;
 }
 
