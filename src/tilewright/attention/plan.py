@@ -337,10 +337,11 @@ def check(plan: Plan) -> None:
     first, last = _rows_of_nodes(indptr, plan.nodes)
     units = np.full(len(first), plan.kv_heads // ranges.head_block(plan.kv_heads))
     if plan.tree[0] and len(plan.cuts):
-        own = ranges.splits(plan.nodes)
-        links = (ranges.linked(plan.nodes, own) == plan.nodes).all()
-        _require(links and own[len(own) - plan.requests :].all(), "its nodes are not linked")
-        units *= ranges.row_blocks(last - first, plan.group)[0] * own
+        own = plan.nodes["states"] >> plan.nodes["level"] & 1
+        links = own[len(own) - plan.requests :].all()
+        links = links and (ranges.linked(plan.nodes, own)[0] == plan.nodes).all()
+        _require(links, "its nodes are not linked")
+        units *= ranges.row_blocks(last - first, plan.group, plan.nodes)[0]
     _require(ranges.is_sound(plan.cuts, units), "its cuts do not cover the batch")
     if not len(items):
         return _require(not plan.tokens or len(plan.cuts), "it has no work")

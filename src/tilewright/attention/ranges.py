@@ -34,50 +34,44 @@ def head_block(kv_heads: int) -> int:
     return max(n for n in range(1, HEAD_BLOCK + 1) if kv_heads % n == 0)
 
 
-def splits(nodes: np.ndarray) -> np.ndarray:
-    """Which nodes are units of their own: the plan says it."""
-    return nodes["states"] >> nodes["level"] & 1
-
-
-def row_blocks(queries: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of nodes that so many queries read: the blocks of packed rows, and whether these are wide. A
-    node without readers has none."""
+def row_blocks(
+    queries: np.ndarray, group: int, nodes: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of nodes that so many queries read: the blocks of packed rows, and whether these are wide.
+    A node has none without readers, or where a plan (`nodes`) says that they walk it themselves."""
     wide = queries * group > NARROW_ROWS
-    return np.where(wide, -(-queries // (WIDE_ROWS // group)), queries > 0), wide
+    blocks = np.where(wide, -(-queries // (WIDE_ROWS // group)), queries > 0)
+    return blocks if nodes is None else blocks * (nodes["states"] >> nodes["level"] & 1), wide
 
 
-def linked(nodes: np.ndarray, split: np.ndarray) -> np.ndarray:
-    """`nodes` with their `outer` and `states`; `split`: which of them are units of their own."""
-    nodes, count = nodes.copy(), int(nodes["end"].max(initial=0))
-    outer, states = np.full(count + 1, -1), np.zeros(count + 1, int)  # of each request, so far
+def linked(nodes: np.ndarray, own: Any, tiles: Any = 0) -> tuple[np.ndarray, np.ndarray]:
+    """`nodes` with `outer` and `states`, where those of `own` are units; the tiles of a unit."""
+    nodes, requests = nodes.copy(), int(nodes["end"].max(initial=0))
+    tiles = np.zeros(len(nodes), int) + tiles
+    so_far = np.array([[-1], [0], [0]]) + np.zeros(requests + 1, int)  # of each request
     for level in range(int(nodes["level"].max(initial=-1)) + 1):
-        own = np.flatnonzero(nodes["level"] == level)
-        begin, many = nodes["begin"][own], nodes["end"][own] - nodes["begin"][own]
-        nodes["outer"][own], nodes["states"][own] = (
-            outer[begin],
-            states[begin] | split[own] << level,
-        )
-        next_outer = np.where(split[own], outer[begin], own)
-        outer[:-1], states[:-1] = (np.repeat(x, many) for x in (next_outer, nodes["states"][own]))
-    return nodes
+        at = np.flatnonzero(nodes["level"] == level)
+        outer, states, walked = so_far[:, nodes["begin"][at]]
+        nodes["outer"][at], nodes["states"][at] = outer, states | own[at] << level
+        more = np.where(own[at], (outer, walked), (at, walked + tiles[at]))
+        many = nodes["end"][at] - nodes["begin"][at]
+        so_far[:, :-1] = np.repeat((more[0], nodes["states"][at], more[1]), many, 1)
+    tiles[len(nodes) - requests :] += so_far[2, :-1]
+    return nodes, tiles
 
 
 def chosen(
     nodes: np.ndarray, keys: np.ndarray, queries: np.ndarray, heads: tuple[int, int], limit: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes with the choice which are units of their own, by predicted time (see cuts.h), and the
-    keys that a unit of each walks, in whole tiles. `heads`: blocks of KV heads, and the group."""
+    """What `linked` returns of the choice by predicted time (see cuts.h). `heads`: blocks of KV
+    heads, and the query heads of a KV head."""
     tiles, (blocks, wide) = -(-keys // TILE), row_blocks(queries, heads[1])
     alone = np.minimum(nodes["end"] - nodes["begin"], queries) * tiles * TILE_COST
     gain = alone - blocks * (np.where(wide, WIDE_COST, TILE_COST) * tiles + UNIT_COST) - JOIN_COST
     own = np.arange(len(nodes)) >= len(nodes) - nodes["end"].max(initial=0)
     gain = np.where(own, 0, gain).clip(0)
-    nodes = linked(nodes, own | (gain > 0) & (gain.sum() * heads[0] > JOIN_COST * limit))
-    at, walked = np.where(own, nodes["outer"], -1), tiles.copy()
-    while (at >= 0).any():
-        walked += np.where(at >= 0, tiles[at], 0)
-        at = np.where(at >= 0, nodes["outer"][at], -1)
-    return nodes, walked * TILE
+    shares = gain.sum() * heads[0] > JOIN_COST * limit
+    return linked(nodes, own | (gain > 0) & shares, tiles)
 
 
 def _sizes(lengths: np.ndarray, kv_heads: int, blocks: Any, wide: Any) -> tuple[np.ndarray, ...]:

@@ -41,9 +41,8 @@ from tilewright.sparse.formats import Format
 from tilewright.sparse.pack import Packed, Part, Structure
 from tilewright.sparse.structured import paged
 
-NODE = Struct("Node", [(name, "int32") for name in (
-    "begin", "end", "base", "level", "outer", "states",
-)])  # fmt: skip
+_FIELDS = ("begin", "end", "base", "level", "outer", "states")
+NODE = Struct("Node", [(name, "int32") for name in _FIELDS])
 """A row of a table: requests begin … end − 1 have its keys behind `base` others; `outer` and
 `states` are a plan's (see table.h)."""
 
