@@ -17,7 +17,7 @@ TILE = 64  # keys of a tile
 HEAD_BLOCK = 8  # KV heads of a range, at most: its CTAs read the same pages at the same time
 TILE_COST, UNIT_COST = 4, 2  # of a tile, and of starting and finishing a unit
 WIDE_COST, SNAP = 6, 2  # of a tile of a wide unit; its parts are multiples of so many tiles
-JOIN_COST = 20  # of joining the states of shared keys with those of their requests, in one CTA
+JOIN_COST = 12  # of joining the states of shared keys with those of their requests, in one CTA
 
 CUT = Struct("Cut", [(name, "int32") for name in ("node", "unit", "tile", "first", "last")])
 """Where a range begins: a unit of a node and a tile of it. `first` and `last` are the ranges that

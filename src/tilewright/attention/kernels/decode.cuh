@@ -24,8 +24,7 @@
 //   [warp][packed row] (row maximum, row sum); one word: whether this CTA arrived last
 //   where LEVELS > 1: [warp][row of q] whose it is; [row of q] those whose last state has arrived; [row][level]
 //   where its states are
-// Where a narrow unit ends, the stage that was read last holds the outputs of each warp, then the states that
-// are joined; those of a wide unit have its ring.
+// Where a narrow unit ends, the stage that was read last holds the outputs of each warp.
 // Assumes: fewer than 2^32 pages; D a multiple of 8, rows of K and V 16-byte aligned, q rows × G at most 8 · BLOCKS for a request.
 
 namespace attention {
@@ -188,7 +187,9 @@ TW_INLINE void load_query(Query<BLOCKS>& q, const Params& p, const Walk& w, int 
 TW_INLINE tw::Row* rows_of_warp(char* smem, int warp) { return reinterpret_cast<tw::Row*>(smem + RING_BYTES + SUMS_BYTES) + warp * WIDE_ROWS; }
 TW_INLINE void load_rows(const Params& p, const Walk& w, tw::Row* rows, int lane) {
   if constexpr (LEVELS > 1) {
-    for (int t = lane; t < w.rows / G; t += 32) rows[t] = tw::row_of(p, w.node, w.token + t, MAX_KEYS);
+    const int request = w.node - tw::own_node(p, 0);
+    for (int t = lane; t < w.rows / G; t += 32)
+      rows[t] = request < 0 ? tw::row_of(p, w.node, w.token + t, MAX_KEYS) : tw::Row{w.first + t, request, w.rows / G, w.kv_len};
     __syncwarp();
   }
 }
@@ -213,10 +214,36 @@ TW_INLINE At at_of(const Walk& w, const tw::Row* rows, int row, int key) {
   return At{w.first + row / G, w.keys.position(key), head, w.head, w.node, w.token + t, key, w.rows / G, w.keys.length};
 }
 
+// Adds the values of 16 keys, each times its weight, to the outputs. MASKED: values of keys that no row sees
+// (`visible`, to rows of this lane) count as 0: a weight of 0 times NaN or Inf would reach the outputs.
+template <bool MASKED, int BLOCKS, int MOST>
+TW_INLINE void add_values(Rows<MOST>& rows, const float (&s)[BLOCKS][4], const bool (&visible)[2], const Element* v) {
+  uint32_t weights[BLOCKS][2], keep[2];  // of keys 2 t and 2 t + 1, and of those 8 later
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int n = 0; n < BLOCKS; ++n) weights[n][half] = tw::transpose_matrix(tw::pack<Kind>(s[n][half * 2], s[n][half * 2 + 1]));
+    if constexpr (MASKED) {
+      const uint32_t lanes = __ballot_sync(0xffffffffu, visible[half]) >> (threadIdx.x & 3) * 8;
+      keep[half] = (lanes & 0xf ? 0xffffu : 0) | (lanes & 0xf0 ? 0xffff0000u : 0);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < DP / 16; ++j) {
+    uint32_t a[4];
+    tw::load_matrices_transposed(a, v + j * 16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if constexpr (MASKED) a[i] &= keep[i >> 1];
+#pragma unroll
+    for (int n = 0; n < BLOCKS; ++n) tw::mma<Kind>(rows.o[n][j], a, weights[n][0], weights[n][1]);
+  }
+}
+
 // GROUPS of 16 keys for one warp, from key0 on, and BLOCKS of 8 rows from `row0` on. `stages`: the keys and
 // values of the first group; those of the others lie a ring further each.
-template <int GROUPS, int BLOCKS>
-TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, const Query<BLOCKS>& q, const tw::Row* whose, const Element* stages, int row0, int key0, Rows<BLOCKS>& rows, int lane) {
+template <int GROUPS, int BLOCKS, int MOST>
+TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, const Query<MOST>& q, const tw::Row* whose, const Element* stages, int row0, int key0, Rows<MOST>& rows, int lane) {
   constexpr int ALL = GROUPS * KEYS, RING = STAGES * STAGE;
   const int last = key0 + ALL < w.keys.length ? key0 + ALL - 1 : w.keys.length - 1;
   const tw::Bound kv{w.keys.position(key0), w.keys.position(last)}, number{w.keys.number(key0), w.keys.number(last)};
@@ -248,16 +275,30 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
         for (int half = 0; half < 2; ++half) {
           float& x = s[g][n][half * 2 + i];
           const int key = key0 + g * KEYS + half * 8 + (lane >> 2);
-          const At at = at_of(w, whose, row, key);
-          x = variant.logits(x * p.sm_scale, at) * LOG2E;
-          if (!full) {
-            const bool seen = row < w.rows && key < w.keys.length && variant.mask(at);
-            visible[g][half] |= seen;
-            if (!seen) x = lowest();
-          }
+          x = variant.logits(x * p.sm_scale, at_of(w, whose, row, key)) * LOG2E;
           largest[n][i] = fmaxf(largest[n][i], x);
         }
     }
+  if (!full) {
+#pragma unroll
+    for (int n = 0; n < BLOCKS; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = row0 + n * 8 + (lane & 3) * 2 + i;
+        largest[n][i] = rows.row_max[n][i];
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float& x = s[g][n][half * 2 + i];
+            const int key = key0 + g * KEYS + half * 8 + (lane >> 2);
+            const bool seen = row < w.rows && key < w.keys.length && variant.mask(at_of(w, whose, row, key));
+            visible[g][half] |= seen;
+            x = seen ? x : lowest();
+            largest[n][i] = fmaxf(largest[n][i], x);
+          }
+      }
+  }
   bool rescales = false;
 #pragma unroll
   for (int n = 0; n < BLOCKS; ++n)
@@ -287,32 +328,12 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
         for (int i = 0; i < 4; ++i) rows.o[n][j][i] *= rescale[n][i & 1];
   }
   const Element* v = stages + (KEYS + (lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 8;
+  if (full) {
 #pragma unroll
-  for (int g = 0; g < GROUPS; ++g) {
-    uint32_t weights[BLOCKS][2];
+    for (int g = 0; g < GROUPS; ++g) add_values<false>(rows, s[g], visible[g], v + g * RING);
+  } else {
 #pragma unroll
-    for (int n = 0; n < BLOCKS; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        weights[n][half] = tw::transpose_matrix(tw::pack<Kind>(s[g][n][half * 2], s[g][n][half * 2 + 1]));
-    // Values of keys that no row sees count as 0: a weight of 0 times NaN or Inf would reach the outputs.
-    uint32_t keep[2] = {~0u, ~0u};  // of keys 2 t and 2 t + 1, and of those 8 later
-    if (!full) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t lanes = __ballot_sync(0xffffffffu, visible[g][half]) >> (lane & 3) * 8;
-        keep[half] = (lanes & 0xf ? 0xffffu : 0) | (lanes & 0xf0 ? 0xffff0000u : 0);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < DP / 16; ++j) {
-      uint32_t a[4];
-      tw::load_matrices_transposed(a, v + g * RING + j * 16);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] &= keep[i >> 1];
-#pragma unroll
-      for (int n = 0; n < BLOCKS; ++n) tw::mma<Kind>(rows.o[n][j], a, weights[n][0], weights[n][1]);
-    }
+    for (int g = 0; g < GROUPS; ++g) add_values<true>(rows, s[g], visible[g], v + g * RING);
   }
 }
 
@@ -349,7 +370,10 @@ TW_INLINE void run_narrow(const Params& p, const Variant& variant, Walk& w, cons
           }
           copier.issue(p, variant, range, ring, member, warp, lane);
         } while (++issued < STAGES);
-        attend<1>(p, variant, w, q, whose, ring + stage * STAGE, 0, w.seen.at(w.tile) * TILE + warp * KEYS, rows, lane);
+        const Element* tile = ring + stage * STAGE;
+        const int key0 = w.seen.at(w.tile) * TILE + warp * KEYS;
+        if (LEVELS > 1 && w.rows <= 8) attend<1, 1>(p, variant, w, q, whose, tile, 0, key0, rows, lane);
+        else attend<1, BLOCKS>(p, variant, w, q, whose, tile, 0, key0, rows, lane);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
       }
       if (!has_piece(w, range)) break;
@@ -390,7 +414,7 @@ TW_INLINE void run_wide(const Params& p, const Variant& variant, Walk& w, const 
       const int key0 = w.seen.at(w.tile) * TILE;
 #pragma unroll 1
       for (int k = 0; k < WARPS; k += WIDE_GROUPS)
-        attend<WIDE_GROUPS>(p, variant, w, q, whose, all + (k * STAGES + stage) * STAGE, row0, key0 + k * KEYS, rows, lane);
+        attend<WIDE_GROUPS, WIDE_BLOCKS>(p, variant, w, q, whose, all + (k * STAGES + stage) * STAGE, row0, key0 + k * KEYS, rows, lane);
       stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
     finish<true>(p, w, rows, smem, 0, range, cta, thread);

@@ -5,20 +5,20 @@ namespace attention {
 
 constexpr int ALL = 1 << 24;  // what the states of a level count when they arrive
 static_assert(LEVELS <= 23, "counts fit, and the bits of levels");
-static_assert(STAGE * 2 >= 2 * 8 * DP * 4, "a stage holds two rounds of 8 states");
+static_assert(STAGE * 2 >= 4 * 32 * 8, "a stage holds where 32 states of 4 rows are");
 
 TW_INLINE void store_four(float* to, float a, float b, float c, float d) { *reinterpret_cast<float4*>(to) = make_float4(a, b, c, d); }
 TW_INLINE void store_four(uint16_t* to, float a, float b, float c, float d) { *reinterpret_cast<uint2*>(to) = make_uint2(tw::pack<Kind>(a, b), tw::pack<Kind>(c, d)); }
 
 // Four outputs of a row, divided by its sum; a row that sees nothing has o = 0 and lse = −inf.
 TW_INLINE void write_result(const Params& p, const Walk& w, const tw::Row* whose, int row, int column, const float (&o)[4], float row_max, float row_sum) {
-  float largest = row_max / LOG2E, keep = 1.0f;
+  float largest = row_max * (1.0f / LOG2E), keep = 1.0f;
   if constexpr (Variant::SINK) keep = tw::add_sink(Variant(p).sink(at_of(w, whose, row, 0)), largest, row_sum);
   const bool none = row_sum == 0.0f;
   const float scale = none ? 0.0f : keep / row_sum;
   const int64_t at = static_cast<int64_t>(w.token + row / G) * p.qo_heads + w.head * G + row % G;
   if (column < D) store_four(p.o + at * D + column, o[0] * scale, o[1] * scale, o[2] * scale, o[3] * scale);
-  if (column == 0) p.lse[at] = none ? lowest() : largest + log2f(row_sum) / LOG2E;
+  if (column == 0) p.lse[at] = none ? lowest() : largest + log2f(row_sum) * (1.0f / LOG2E);
 }
 
 // Where a row of a unit has its state at a level: outputs not yet divided, maximum, sum, and the ranges that
@@ -91,10 +91,10 @@ TW_INLINE void merge(const Params& p, const Walk& w, const tw::Row* whose, int f
 }
 
 // Rows whose last state of all has now arrived are merged, in the order of levels and ranges. `share`: of the
-// states of this level, which count ALL in all, however many they are. A warp has a row; its lanes find the states
-// of the row, up to PARTS at once, and the outputs of the next PARTS are on their way to `ring` meanwhile.
-template <int PARTS>
-TW_INLINE void join(const Params& p, const Walk& w, const tw::Row* whose, char* smem, int* joined, float* ring, int share, int member, unsigned thread) {
+// states of this level, which count ALL in all, however many they are. A warp has ROWS rows at once, for there is
+// nothing else to run meanwhile: each lane finds a state of each row and its weight, then all lanes add the outputs.
+template <int ROWS>
+TW_INLINE void join(const Params& p, const Walk& w, const tw::Row* whose, char* smem, int* joined, int2* table, int share, int member, unsigned thread) {
   const int warp = thread / 32, lane = thread % 32;
   int* joins = reinterpret_cast<int*>(rows_of_warp(smem, WARPS));  // a row of q, and the levels of its states
   int4* where = reinterpret_cast<int4*>(joins + WIDE_ROWS);
@@ -112,75 +112,80 @@ TW_INLINE void join(const Params& p, const Walk& w, const tw::Row* whose, char* 
   auto row_of = [&](int i) { return (joins[i / G] & 255) * G + i % G; };
   for (unsigned i = thread; i < static_cast<unsigned>(rows * LEVELS); i += THREADS) {
     const bool exists = joins[i / LEVELS / G] >> 8 >> i % LEVELS & 1;
-    where[i] = exists ? __ldcg(reinterpret_cast<const int4*>(state_of(p, w, i % LEVELS, row_of(i / LEVELS)) + DP)) : make_int4(0, 0, 0, -1);
+    int4 of = make_int4(0, 0, 0, -1);
+    if (exists) of = __ldcg(reinterpret_cast<const int4*>(state_of(p, w, i % LEVELS, row_of(i / LEVELS)) + DP));
+    where[i] = of.z < 0 ? make_int4(0, -1, 0, 0) : of;  // -1: the unit was of one CTA, whose state it is
   }
   tw::bar_sync(1, THREADS);
-  struct Round { int states; bool last; float2 sums; };  // of a row; `sums`: of the state of this lane
-  int next = warp, first = 0, slot = 0;  // the row that is loaded next, and which of its states
-  auto load = [&]() {
-    Round r{0, false, make_float2(lowest(), 0.0f)};
-    if (next < rows) {
-      int count = 0;
-      const float *o = p.partials, *sums = o;
+  for (int i0 = warp * ROWS; i0 < rows; i0 += WARPS * ROWS) {
+    Sum all[ROWS];
+    int row[ROWS], count[ROWS] = {}, most = 0;
 #pragma unroll
-      for (int level = 0; level < LEVELS; ++level) {
-        const int4 of = where[next * LEVELS + level];
-        const int states = of.z < 0 ? 1 : of.w - of.z + 1, at = first + lane - count;  // -1: the unit was of one CTA
-        if (at >= 0 && at < states) {
-          const float* from = of.z < 0 ? state_of(p, w, level, row_of(next)) : slot_of(p, (of.z + at) * HEAD_BLOCK + member, at > 0);
-          o = from + (of.z < 0 ? 0 : of.x * DP);
-          sums = from + (of.z < 0 ? DP : MOST_ROWS * DP + of.x * 2);
-        }
-        count += states;
+    for (int r = 0; r < ROWS; ++r) {
+      const int i = i0 + r < rows ? i0 + r : rows - 1;
+      all[r] = Sum{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
+      row[r] = row_of(i);
+#pragma unroll
+      for (int level = 0; level < LEVELS; ++level) count[r] += where[i * LEVELS + level].w - where[i * LEVELS + level].z + 1;
+      most = count[r] > most ? count[r] : most;
+    }
+    for (int first = 0; first < most; first += 32) {
+      float2 sums[ROWS];
+      int from[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        int at = first + lane < count[r] ? first + lane : count[r] - 1;
+        const int4* of = where + (i0 + r < rows ? i0 + r : rows - 1) * LEVELS;
+        int level = 0;
+        for (; level < LEVELS - 1 && at > of[level].w - of[level].z; ++level) at -= of[level].w - of[level].z + 1;
+        const bool own = of[level].y < 0;  // the unit was of one CTA
+        const float* base = own ? state_of(p, w, level, row[r]) : slot_of(p, (of[level].z + at) * HEAD_BLOCK + member, at > 0);
+        from[r] = static_cast<int>((base - p.partials) / 2) + (own ? 0 : of[level].x * DP / 2);
+        sums[r] = __ldcg(reinterpret_cast<const float2*>(base + (own ? DP : MOST_ROWS * DP + of[level].x * 2)));
+        if (first + lane >= count[r]) sums[r] = make_float2(lowest(), 0.0f);
       }
-      r.states = count - first < PARTS ? count - first : PARTS;
-      if (lane < r.states) r.sums = __ldcg(reinterpret_cast<const float2*>(sums));
-#pragma unroll 4
-      for (int j = 0; j < r.states; ++j) {
-        const float* from = reinterpret_cast<const float*>(__shfl_sync(0xffffffffu, reinterpret_cast<int64_t>(o), j));
-        if (lane < DP / 4) tw::copy_async_16(ring + (slot * PARTS + j) * DP + lane * 4, from + lane * 4, 16);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        float largest = fmaxf(all[r].row_max, sums[r].x);
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+        const float base = largest == lowest() ? 0.0f : largest, keep = tw::exp2(all[r].row_max - base), factor = tw::exp2(sums[r].x - base);
+        float weight = sums[r].y * factor;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) weight += __shfl_xor_sync(0xffffffffu, weight, step);
+        all[r].row_max = largest;
+        all[r].row_sum = all[r].row_sum * keep + weight;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) all[r].o[c] *= keep;
+        table[r * 32 + lane] = make_int2(from[r], __float_as_int(factor));
       }
-      first += PARTS;
-      r.last = first >= count;
-      if (r.last) next += WARPS, first = 0;
-    }
-    slot ^= 1;
-    tw::copy_async_commit();
-    return r;
-  };
-  Sum all{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
-  Round now = load();
-  for (int i = warp; i < rows;) {
-    const Round ahead = load();
-    tw::copy_async_wait<1>();
-    __syncwarp();
-    float largest = fmaxf(all.row_max, now.sums.x), weight = now.sums.y;
+      __syncwarp();
+      for (int k = 0; k < 32 && first + k < most; k += 4) {
+        float4 x[ROWS][4];
+        float factor[ROWS][4];
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-    const float base = largest == lowest() ? 0.0f : largest, keep = tw::exp2(all.row_max - base), factor = tw::exp2(now.sums.x - base);
-    weight *= factor;
+        for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) weight += __shfl_xor_sync(0xffffffffu, weight, step);
-    all.row_max = largest;
-    all.row_sum = all.row_sum * keep + weight;
+          for (int j = 0; j < 4; ++j) {
+            const int2 state = table[r * 32 + k + j];
+            factor[r][j] = __int_as_float(state.y);
+            x[r][j] = __ldcg(reinterpret_cast<const float4*>(p.partials + static_cast<int64_t>(state.x) * 2 + lane % (DP / 4) * 4));
+          }
 #pragma unroll
-    for (int c = 0; c < 4; ++c) all.o[c] *= keep;
-#pragma unroll 4
-    for (int j = 0; j < now.states; ++j) {
-      const float times = __shfl_sync(0xffffffffu, factor, j);
-      const float4 x = *reinterpret_cast<const float4*>(ring + (slot * PARTS + j) * DP + lane % (DP / 4) * 4);
-      all.o[0] += x.x * times;
-      all.o[1] += x.y * times;
-      all.o[2] += x.z * times;
-      all.o[3] += x.w * times;
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            all[r].o[0] += x[r][j].x * factor[r][j];
+            all[r].o[1] += x[r][j].y * factor[r][j];
+            all[r].o[2] += x[r][j].z * factor[r][j];
+            all[r].o[3] += x[r][j].w * factor[r][j];
+          }
+      }
+      __syncwarp();
     }
-    if (now.last) {
-      if (lane < DP / 4) write_result(p, w, whose, row_of(i), lane * 4, all.o, all.row_max, all.row_sum);
-      all = Sum{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
-      i += WARPS;
-    }
-    now = ahead;
-    __syncwarp();  // what was read may be overwritten
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+      if (i0 + r < rows && lane < DP / 4) write_result(p, w, whose, row[r], lane * 4, all[r].o, all[r].row_max, all[r].row_sum);
   }
 }
 
@@ -253,9 +258,9 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
   }
   if (LEVELS > 1 && (WIDE || !w.alone)) {
     if constexpr (LEVELS > 1) {
-      float* free = reinterpret_cast<float*>(WIDE ? ring + warp * STAGES * STAGE : ring + (warp * STAGES + stage) * STAGE);
+      int2* free = reinterpret_cast<int2*>(ring + (warp * STAGES + (WIDE ? 0 : stage)) * STAGE);
       const int share = !part ? ALL : cta / HEAD_BLOCK == first ? ALL - (last - first) : 1;
-      join<WIDE ? 8 * STAGES : 8>(p, w, whose, smem, arrived, free, share, cta % HEAD_BLOCK, thread);
+      join<4>(p, w, whose, smem, arrived, free, share, cta % HEAD_BLOCK, thread);
     }
   } else if (!WIDE && part) {
     int* counter = p.counters + first * HEAD_BLOCK + cta % HEAD_BLOCK;

@@ -28,6 +28,7 @@ struct Walk {
   tw::Pages keys;            // of the piece
   bool wide, alone;          // whether the unit has all keys of its rows
   int token, rows, first;  // the first row of q; packed rows; at least the lowest position of a query
+  int kv_len;              // of a request: all its keys
   tw::Tiles<Variant::RANGES> seen;
 };
 
@@ -86,6 +87,7 @@ TW_INLINE void bound(Walk& w, const Params& p, int member) {
   if (request >= 0) w.first = tw::first_query(p, w.keys, request, tokens);
   w.rows = tokens * G < MOST_ROWS ? tokens * G : MOST_ROWS;
   w.before = 0;
+  w.kv_len = w.keys.number(w.keys.length);
 }
 
 // The tiles of a piece that this CTA does: to the cut, or to the last as the keys are now.
@@ -100,6 +102,7 @@ TW_INLINE void see(Walk& w, const Params& p, const Variant& variant, const Range
 // node. Where nodes are shared they are read again at each unit: wide tiles take all registers.
 TW_INLINE void settle(Walk& w, const Params& p, const Variant& variant, const Range& range, int member, bool entered) {
   while (in_range(w, range)) {
+    if (!entered) w.keys = tw::pages_of(p, w.node, MAX_KEYS);
     if (w.unit < units_of(p, w)) break;
     ++w.node;
     w.unit = 0;
@@ -107,7 +110,6 @@ TW_INLINE void settle(Walk& w, const Params& p, const Variant& variant, const Ra
   }
   w.rows = 0;
   if (!in_range(w, range)) return;
-  if (!entered) w.keys = tw::pages_of(p, w.node, MAX_KEYS);
   bound(w, p, member);
   see(w, p, variant, range);
 }
@@ -134,6 +136,7 @@ TW_INLINE Walk start(const Params& p, const Variant& variant, const Range& range
   w.unit = range.begin.unit;
   w.tile = range.begin.tile;
   settle(w, p, variant, range, member, false);
+  while (in_range(w, range) && w.tile >= w.seen.count() && has_piece(w, range)) next_piece(w, p, variant, range);
   return w;
 }
 
