@@ -160,14 +160,10 @@ class Plan:
     def save(self) -> bytes:
         """The plan as the bytes of an `.npz` file."""
         file = io.BytesIO()
-        np.savez(
-            file,
-            layout=np.array(_LAYOUT),
-            numbers=np.array([getattr(self, name) for name in _NUMBERS], np.int64),
-            family=np.array(self.family),
-            imbalance=np.array(self.imbalance),
-            **{name: getattr(self, name).view(np.int32) for name in _ARRAYS},
-        )
+        numbers = np.array([getattr(self, name) for name in _NUMBERS], np.int64)
+        texts = {"layout": _LAYOUT, "family": self.family, "imbalance": self.imbalance}
+        arrays = {name: getattr(self, name).view(np.int32) for name in _ARRAYS}
+        np.savez(file, numbers=numbers, **{n: np.array(x) for n, x in texts.items()}, **arrays)
         return file.getvalue()
 
     @staticmethod
@@ -338,9 +334,8 @@ def check(plan: Plan) -> None:
     units = np.full(len(first), plan.kv_heads // ranges.head_block(plan.kv_heads))
     if plan.tree[0] and len(plan.cuts):
         own = plan.nodes["states"] >> plan.nodes["level"] & 1
-        links = own[len(own) - plan.requests :].all()
-        links = links and (ranges.linked(plan.nodes, own)[0] == plan.nodes).all()
-        _require(links, "its nodes are not linked")
+        links = (ranges.linked(plan.nodes, own)[0] == plan.nodes).all()
+        _require(links and own[len(own) - plan.requests :].all(), "its nodes are not linked")
         units *= ranges.row_blocks(last - first, plan.group, plan.nodes)[0]
     _require(ranges.is_sound(plan.cuts, units), "its cuts do not cover the batch")
     if not len(items):

@@ -263,41 +263,29 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
     }
   bool visible[GROUPS][2] = {};  // keys lane / 4 and 8 later, to any row of this lane
   float largest[BLOCKS][2], rescale[BLOCKS][2];
-#pragma unroll
-  for (int n = 0; n < BLOCKS; ++n)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = row0 + n * 8 + (lane & 3) * 2 + i;
-      largest[n][i] = rows.row_max[n][i];
-#pragma unroll
-      for (int g = 0; g < GROUPS; ++g)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& x = s[g][n][half * 2 + i];
-          const int key = key0 + g * KEYS + half * 8 + (lane >> 2);
-          x = variant.logits(x * p.sm_scale, at_of(w, whose, row, key)) * LOG2E;
-          largest[n][i] = fmaxf(largest[n][i], x);
-        }
-    }
-  if (!full) {
+  auto each_score = [&](auto value) {  // x = value(x, where it is)
 #pragma unroll
     for (int n = 0; n < BLOCKS; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = row0 + n * 8 + (lane & 3) * 2 + i;
         largest[n][i] = rows.row_max[n][i];
 #pragma unroll
         for (int g = 0; g < GROUPS; ++g)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float& x = s[g][n][half * 2 + i];
-            const int key = key0 + g * KEYS + half * 8 + (lane >> 2);
-            const bool seen = row < w.rows && key < w.keys.length && variant.mask(at_of(w, whose, row, key));
-            visible[g][half] |= seen;
-            x = seen ? x : lowest();
+            x = value(x, row0 + n * 8 + (lane & 3) * 2 + i, key0 + g * KEYS + half * 8 + (lane >> 2), visible[g][half]);
             largest[n][i] = fmaxf(largest[n][i], x);
           }
       }
+  };
+  each_score([&](float x, int row, int key, bool&) { return variant.logits(x * p.sm_scale, at_of(w, whose, row, key)) * LOG2E; });
+  if (!full) {
+    each_score([&](float x, int row, int key, bool& visible) {
+      const bool seen = row < w.rows && key < w.keys.length && variant.mask(at_of(w, whose, row, key));
+      visible |= seen;
+      return seen ? x : lowest();
+    });
   }
   bool rescales = false;
 #pragma unroll
