@@ -11,8 +11,8 @@
 //   warps, which synchronise at each tile.
 // Units that several ranges share leave partial states; the last CTA to arrive merges them in the order of
 // the ranges. Where requests share keys, rows are merged one by one by the last to arrive of all that have a
-// part of them, of any level, in the order of levels and ranges: so that the CTAs share this work. So the bits of
-// a result do not depend on the order of arrival. The plan decides which shared keys are units of their own.
+// part of them, of any level, in the order of levels and ranges: so the bits of a result do not depend on the
+// order of arrival. The plan decides which shared keys are units of their own.
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, table.h, variant.h, the constants of
 // `attention` (D head_dim, G query heads of a KV head, BLOCKS of 8 packed rows of a narrow unit and
@@ -358,10 +358,9 @@ TW_INLINE void run_narrow(const Params& p, const Variant& variant, Walk& w, cons
           }
           copier.issue(p, variant, range, ring, member, warp, lane);
         } while (++issued < STAGES);
-        const Element* tile = ring + stage * STAGE;
         const int key0 = w.seen.at(w.tile) * TILE + warp * KEYS;
-        if (LEVELS > 1 && w.rows <= 8) attend<1, 1>(p, variant, w, q, whose, tile, 0, key0, rows, lane);
-        else attend<1, BLOCKS>(p, variant, w, q, whose, tile, 0, key0, rows, lane);
+        if (LEVELS > 1 && w.rows <= 8) attend<1, 1>(p, variant, w, q, whose, ring + stage * STAGE, 0, key0, rows, lane);
+        else attend<1, BLOCKS>(p, variant, w, q, whose, ring + stage * STAGE, 0, key0, rows, lane);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
       }
       if (!has_piece(w, range)) break;

@@ -90,9 +90,9 @@ TW_INLINE void merge(const Params& p, const Walk& w, const tw::Row* whose, int f
   }
 }
 
-// Rows whose last state of all has now arrived are merged, in the order of levels and ranges. `share`: of the
-// states of this level, which count ALL in all, however many they are. A warp has ROWS rows at once, for there is
-// nothing else to run meanwhile: each lane finds a state of each row and its weight, then all lanes add the outputs.
+// Rows whose last state of all has now arrived are merged, in the order of levels and ranges. `share`: of the states
+// of this level, which count ALL however many they are. A warp has ROWS rows at once: each lane finds a state of each
+// and its weight, then all lanes add the outputs.
 template <int ROWS>
 TW_INLINE void join(const Params& p, const Walk& w, const tw::Row* whose, char* smem, int* joined, int2* table, int share, int member, unsigned thread) {
   const int warp = thread / 32, lane = thread % 32;
@@ -125,7 +125,6 @@ TW_INLINE void join(const Params& p, const Walk& w, const tw::Row* whose, char* 
       const int i = i0 + r < rows ? i0 + r : rows - 1;
       all[r] = Sum{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
       row[r] = row_of(i);
-#pragma unroll
       for (int level = 0; level < LEVELS; ++level) count[r] += where[i * LEVELS + level].w - where[i * LEVELS + level].z + 1;
       most = count[r] > most ? count[r] : most;
     }
@@ -175,10 +174,9 @@ TW_INLINE void join(const Params& p, const Walk& w, const tw::Row* whose, char* 
         for (int r = 0; r < ROWS; ++r)
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            all[r].o[0] += x[r][j].x * factor[r][j];
-            all[r].o[1] += x[r][j].y * factor[r][j];
-            all[r].o[2] += x[r][j].z * factor[r][j];
-            all[r].o[3] += x[r][j].w * factor[r][j];
+            const float values[4] = {x[r][j].x, x[r][j].y, x[r][j].z, x[r][j].w};
+#pragma unroll
+            for (int c = 0; c < 4; ++c) all[r].o[c] += values[c] * factor[r][j];
           }
       }
       __syncwarp();
@@ -200,8 +198,7 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
   Element* ring = reinterpret_cast<Element*>(smem);
   float* mine = reinterpret_cast<float*>(ring + (warp * STAGES + stage) * STAGE);
   const bool head_part = range.begin.tile > 0 && w.node == range.begin.node && w.unit == range.begin.unit;
-  const bool tail_part = w.node == range.end.node && w.unit == range.end.unit;
-  const bool part = head_part || tail_part;
+  const bool tail_part = is_last(w, range), part = head_part || tail_part;
   const int first = head_part ? range.begin.first : cta / HEAD_BLOCK, last = tail_part ? range.end.last : cta / HEAD_BLOCK;
   float* slot = slot_of(p, cta, head_part);
   // Of a row whose state is in the slots of `first` … `last`.
@@ -269,11 +266,8 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
     tw::bar_sync(1, THREADS);
     if (*arrived) {
       if (thread == 0) *counter = 0;
-      if (last - first < 4) {
-        merge<4>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
-      } else {
-        merge<16>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
-      }
+      if (last - first < 4) merge<4>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
+      else merge<16>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
     }
   }
   tw::bar_sync(1, THREADS);

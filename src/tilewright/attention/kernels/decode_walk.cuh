@@ -98,8 +98,7 @@ TW_INLINE void see(Walk& w, const Params& p, const Variant& variant, const Range
   w.end = is_last(w, range) && left < all ? left : all;
 }
 
-// To the first unit from here on that has rows, whichever its class; `entered`: whether the keys are those of its
-// node. Where nodes are shared they are read again at each unit: wide tiles take all registers.
+// To the first unit from here on that has rows, whichever its class; `entered`: whether the keys are its node's.
 TW_INLINE void settle(Walk& w, const Params& p, const Variant& variant, const Range& range, int member, bool entered) {
   while (in_range(w, range)) {
     if (!entered) w.keys = tw::pages_of(p, w.node, MAX_KEYS);

@@ -4,8 +4,8 @@
 // struct `PlanParams`, the constants of `cuts` (THREADS, GROUP query heads of a KV head, MAX_KEYS).
 // Launch: one CTA of THREADS threads; shared memory: ends [nodes + 1], keys [limit + 1], int64 each.
 // A node counts as its tiles, but at most `most_tiles`: what a window can see of any context.
-// It copies qo_indptr into the workspace, writes the tree of nodes where requests share keys, decides which are
-// units of their own, and sets the status word where either is wrong: then no unit is planned.
+// It copies qo_indptr into the workspace, writes the tree of shared nodes, decides which are units of their own, and
+// sets the status word where either is wrong: then no unit is planned.
 
 namespace cuts {
 
@@ -67,9 +67,9 @@ TW_INLINE void choose(const PlanParams& p, int64_t* sums, int thread) {
   int64_t gains = 0;
   for (int n = thread; n < shared; n += THREADS) {
     tw::Node& node = p.nodes[n];
-    const int64_t gain = node.begin < node.end ? gain_of(length_of(p, n), node.end - node.begin, queries_of(p, node), GROUP) : 0;
+    const int64_t gain = gain_of(length_of(p, n), node.end - node.begin, queries_of(p, node), GROUP);
     node.states = gain > 0;
-    if (gain > 0) gains += gain;
+    gains += gain > 0 ? gain : 0;
   }
   for (int step = 1; step < 32; step *= 2) gains += __shfl_xor_sync(0xffffffffu, gains, step);
   if (thread % 32 == 0) sums[thread / 32] = gains;
