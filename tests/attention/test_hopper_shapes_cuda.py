@@ -52,11 +52,19 @@ class Strided:
     """float16 in GPU memory under any strides, `at` elements behind the array's start."""
 
     def __init__(self, array: Any, shape: tuple[int, ...], strides: tuple[int, ...], at: int):
-        self.array = array
-        self.__cuda_array_interface__ = {
-            "shape": shape, "strides": tuple(2 * n for n in strides), "typestr": "<f2",
-            "data": (array.pointer + 2 * at, False), "version": 3,
-        }  # fmt: skip
+        self.array, self.shape, self.at = array, shape, 2 * at
+        self.strides = tuple(2 * n for n in strides)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        data = (self.array.pointer + self.at, False)
+        return {
+            "shape": self.shape,
+            "strides": self.strides,
+            "typestr": "<f2",
+            "data": data,
+            "version": 3,
+        }
 
 
 def there(x: np.ndarray) -> Any:

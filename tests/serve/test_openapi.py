@@ -10,9 +10,14 @@ from typing import Any
 import hypothesis
 import pytest
 from hypothesis import HealthCheck
-from tests.serve.test_api import PATIENCE_S, serving  # skips without the extras of the server
 
 from tilewright.serve.engine import LLM
+
+pytest.importorskip("fastapi", reason="the server needs the serve extra")
+pytest.importorskip("uvicorn", reason="the server needs the serve extra")
+pytest.importorskip("openai", reason="clients of the tests")
+
+from tests.serve.test_api import PATIENCE_S, serving
 
 schemathesis: Any = pytest.importorskip(
     "schemathesis", reason="schemathesis makes requests of the OpenAPI document"

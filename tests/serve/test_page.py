@@ -15,10 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.serve.test_api import PATIENCE_S, serving, until  # skips without the server's extras
 
 from tilewright.serve.api import ServerLimits
 from tilewright.serve.engine import LLM
+
+pytest.importorskip("fastapi", reason="the server needs the serve extra")
+pytest.importorskip("uvicorn", reason="the server needs the serve extra")
+pytest.importorskip("openai", reason="clients of the tests")
+
+from tests.serve.test_api import PATIENCE_S, serving, until
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 BINARY = next(filter(None, map(shutil.which, NAMES)), None)

@@ -111,7 +111,7 @@ struct Loader {
 #pragma unroll
       for (int i = 0; i < ENTRIES; ++i)
 #pragma unroll 1
-        for (int first = part * AT_ONCE; first < EACH; first += LOADERS * AT_ONCE) {
+        for (int first = part * AT_ONCE; first < EACH && i * 32 + first < BOXES; first += LOADERS * AT_ONCE) {
           int page[AT_ONCE];
 #pragma unroll
           for (int j = 0; j < AT_ONCE; ++j) page[j] = __shfl_sync(0xffffffffu, entry[i], first + j);
