@@ -29,7 +29,7 @@ THREADS = 1024  # of the one CTA that plans on a GPU
 def _constants(**more: int) -> str:
     names = (
         "TILE", "TILE_COST", "UNIT_COST", "WIDE_COST", "SNAP", "NARROW_ROWS", "WIDE_ROWS",
-        "JOIN_COST",
+        "JOIN_COST", "SHORT",
     )  # fmt: skip
     return namespace("cuts", *constants({name: getattr(ranges, name) for name in names} | more))
 
@@ -84,9 +84,7 @@ def native() -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.visible_tiles.argtypes = (*(pointer,) * 4, number, pointer)
     library.visible_tiles.restype = None
-    library.plan_cuts.argtypes = (
-        *(pointer,) * 4, number, ctypes.c_bool, number, *(pointer,) * 3
-    )  # fmt: skip
+    library.plan_cuts.argtypes = (*(pointer,) * 4, number, ctypes.c_bool, number, *(pointer,) * 3)
     library.plan_cuts.restype = number
     return library
 

@@ -17,12 +17,13 @@ TILE = 64  # keys of a tile
 HEAD_BLOCK = 8  # KV heads of a range, at most: its CTAs read the same pages at the same time
 TILE_COST, UNIT_COST = 4, 2  # of a tile, and of starting and finishing a unit
 WIDE_COST, SNAP = 6, 2  # of a tile of a wide unit; its parts are multiples of so many tiles
-JOIN_COST = 12  # of joining the states of shared keys with those of their requests, in one CTA
+JOIN_COST = 28  # of joining the states of shared keys with those of their requests, in one CTA
 
 CUT = Struct("Cut", [(name, "int32") for name in ("node", "unit", "tile", "first", "last")])
 """Where a range begins: a unit of a node and a tile of it. `first` and `last` are the ranges that
 hold the first and the last tile of that unit."""
 
+SHORT = 48  # tiles of a range whose time depends on how many units it starts and finishes
 NARROW_ROWS, WIDE_ROWS = 16, 64  # packed rows of a unit, at most, where nodes are shared
 
 _NODE, _UNIT = 43, 26  # the bits of a cut's key: NODE_SHIFT and UNIT_SHIFT of cuts.h
@@ -96,7 +97,8 @@ def cut(
     cost = tile_cost * tiles + UNIT_COST
     ends = np.concatenate([[0], np.cumsum(cost * units)])
     most = count = int(max(1, min(ctas // head_block(kv_heads), (tiles * units).sum())))
-    if units.any() and np.ptp(cost[units > 0]) == 0:  # no range has parts of two units
+    alike = (cost[units > 0] == cost[-1]).all() and (tiles * units).sum() <= SHORT * most
+    if alike and units.any():  # no range has parts of two units
         many, per = int(units.sum()), -(-int(units.sum()) // most)
         whole = many * (most // many) if many < most else 0 if many % per else many // per
         count = whole if 8 * whole >= 7 * most else most

@@ -4,7 +4,7 @@
 // A unit is (node of the table, block of packed rows, block of KV heads that CTAs work on together), in that
 // order; all units of a node cost alike. In front of this file: the constants of `cuts` (TILE keys, TILE_COST
 // and UNIT_COST, WIDE_COST of a tile of a wide unit, which is cut at multiples of SNAP tiles; NARROW_ROWS and
-// WIDE_ROWS of a unit, JOIN_COST) and the struct `Cut`; TW_INLINE comes from either prelude.
+// WIDE_ROWS of a unit, JOIN_COST, SHORT) and the struct `Cut`; TW_INLINE comes from either prelude.
 
 namespace cuts {
 
@@ -33,10 +33,10 @@ TW_INLINE int64_t gain_of(int64_t keys, int64_t requests, int64_t queries, int64
 TW_INLINE bool shares(int64_t gains, int64_t head_blocks, int64_t limit) { return gains * head_blocks > JOIN_COST * limit; }
 
 // How many ranges a batch of so many tiles is cut into: at most `limit`. Where all units are alike (else `units` is
-// 0) a few less, if no range then has parts of two: starting and finishing a unit costs more.
+// 0) and ranges short, a few less if no range then has parts of two: starting and finishing a unit costs more.
 TW_INLINE int64_t count_of(int64_t tiles, int64_t units, int64_t limit) {
   const int64_t most = tiles < limit ? tiles : limit;
-  if (units > 0 && most > 0) {
+  if (units > 0 && most > 0 && tiles <= SHORT * most) {
     const int64_t each = units < most ? most / units : (units + most - 1) / most;  // ranges of a unit, or units of a range
     const int64_t count = units < most ? units * each : units % each ? 0 : units / each;
     if (8 * count >= 7 * most) return count;

@@ -23,7 +23,7 @@ TW_EXPORT int64_t plan_cuts(const Shape& shape, const int32_t* qo_indptr, const 
   Load* loads = reinterpret_cast<Load*>(sorted + limit + 1);
   extents::Value* stack = TW_STACK(shape);
   ends[0] = 0;
-  int64_t all = 0, alike = 0;  // the cost of a unit; -1 where they differ
+  int64_t all = 0;
   for (int64_t n = 0; n < count; ++n) {
     const int64_t queries = qo_indptr[nodes[n].end] - qo_indptr[nodes[n].begin];
     Load load{keys[n], shape.head_blocks, false};
@@ -35,11 +35,12 @@ TW_EXPORT int64_t plan_cuts(const Shape& shape, const int32_t* qo_indptr, const 
     }
     ends[n + 1] = ends[n] + load.units * cuts::cost_of(load.tiles, load.wide);
     all += load.units * load.tiles;
-    const int64_t cost = cuts::cost_of(load.tiles, load.wide);
-    if (load.units > 0) alike = alike == 0 || alike == cost ? cost : -1;
     loads[n] = load;
   }
-  const int64_t ranges = cuts::count_of(all, alike > 0 ? ends[count] / alike : 0, limit);
+  const int64_t unit = cuts::cost_of(loads[count - 1].tiles, loads[count - 1].wide);
+  bool alike = true;
+  for (int64_t n = 0; n < count; ++n) alike &= loads[n].units == 0 || cuts::cost_of(loads[n].tiles, loads[n].wide) == unit;
+  const int64_t ranges = cuts::count_of(all, alike ? ends[count] / unit : 0, limit);
   int64_t node = 0;
   for (int64_t k = 0; k < ranges; ++k) {
     const int64_t at = ends[count] * k / ranges;

@@ -109,7 +109,7 @@ TW_INLINE int64_t units_of(const PlanParams& p, int n, bool& wide) {
 
 extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const __grid_constant__ PlanParams p) {
   extern __shared__ __align__(16) int64_t ends[];
-  __shared__ int64_t sums[cuts::THREADS / 32], tile_sums[cuts::THREADS / 32], some_cost;
+  __shared__ int64_t sums[cuts::THREADS / 32], tile_sums[cuts::THREADS / 32];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   int64_t* keys = ends + p.node_count + 1;
   tw::start_next_launch();
@@ -135,14 +135,21 @@ extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const _
   const int share = (p.node_count + cuts::THREADS - 1) / cuts::THREADS;
   const int begin = thread * share < p.node_count ? thread * share : p.node_count;
   const int end = begin + share < p.node_count ? begin + share : p.node_count;
-  int64_t own = 0, own_tiles = 0, alike = 0;  // the cost of this thread's nodes, their tiles; the cost of a unit
+  int64_t own = 0, own_tiles = 0, unit = 0;  // the cost of this thread's nodes, their tiles; that of the last unit
+  bool differ = false;
+  if (!none && p.node_count > 0) {
+    bool wide;
+    cuts::units_of(p, p.node_count - 1, wide);
+    unit = cuts::unit_tiles(p, p.node_count - 1);
+    unit = cuts::cost_of(unit < p.most_tiles ? unit : p.most_tiles, wide);
+  }
   for (int n = begin; n < end; ++n) {
     int64_t tiles = cuts::unit_tiles(p, n);
     tiles = tiles < p.most_tiles ? tiles : p.most_tiles;
     bool wide;
     const int64_t units = none ? 0 : cuts::units_of(p, n, wide);
     ends[n + 1] = units * cuts::cost_of(tiles, wide);
-    if (units > 0) alike = alike == 0 || alike == cuts::cost_of(tiles, wide) ? cuts::cost_of(tiles, wide) : -1;
+    differ |= units > 0 && cuts::cost_of(tiles, wide) != unit;
     own += ends[n + 1];
     own_tiles += units * tiles;
   }
@@ -166,11 +173,8 @@ extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const _
     before += ends[n + 1];
     ends[n + 1] = before;
   }
-  __syncthreads();
-  if (alike != 0) some_cost = alike;  // of any thread
-  __syncthreads();
-  const bool differ = __syncthreads_or(alike != 0 && alike != some_cost) || some_cost <= 0;
-  const int64_t total = ends[p.node_count], count = cuts::count_of(all_tiles, differ || total == 0 ? 0 : total / some_cost, p.limit);
+  differ = __syncthreads_or(differ);
+  const int64_t total = ends[p.node_count], count = cuts::count_of(all_tiles, differ || total == 0 ? 0 : total / unit, p.limit);
   for (int k = thread; k <= p.limit; k += cuts::THREADS) {
     int64_t key = cuts::key(p.node_count, 0, 0);
     if (k < count && total > 0) {
