@@ -103,7 +103,13 @@ def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost):
     form = TableForm("int32", table_entries="", shared=depth)
     run = simulated.kernel(planner.cuda_source(form, 4), "plan_cuts", "PlanParams")
     mask = tw.Causal().traced.mask
-    for requests, most, workers in ((1, 900, 20), (16, 1, 132), (4, 1, 132), (33, 3000, 40), (70, 200, 132)):
+    for requests, most, workers in (
+        (1, 900, 20),
+        (16, 1, 132),
+        (4, 1, 132),
+        (33, 3000, 40),
+        (70, 200, 132),
+    ):
         shared = oracle.draw_levels(rng, requests, depth)
         count = requests + sum(len(x) - 1 for x in shared)
         keys = (rng.integers(0, most, count) if most > 1 else np.full(count, 1024)).astype(np.int32)

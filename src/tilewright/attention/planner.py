@@ -113,9 +113,8 @@ def most_visible_tiles(shape: Shape, queries: int) -> int:
 def cut(
     indptr: np.ndarray, nodes: np.ndarray, keys: np.ndarray, shape: Shape, workers: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """The cuts of a batch, its nodes with the choice which are units of their own, and the most
-    work of a range over the mean. `indptr`: rows of q, int32; `keys` (nodes,) int64. Without a C++
-    compiler by `ranges.py`, as if no key were hidden."""
+    """The cuts of a batch, its nodes with the choice of `ranges.chosen`, the most work of a range
+    over the mean. `indptr`: rows of q, int32. Without a C++ compiler as if no key were hidden."""
     count, library, kv_heads = len(keys), native(), shape.kv_heads
     ctas, shared = shape.ctas_per_worker * workers, count >= len(indptr)
     limit, rows = max(ctas // ranges.head_block(kv_heads), 1), ()

@@ -17,13 +17,13 @@ TILE = 64  # keys of a tile
 HEAD_BLOCK = 8  # KV heads of a range, at most: its CTAs read the same pages at the same time
 TILE_COST, UNIT_COST = 4, 2  # of a tile, and of starting and finishing a unit
 WIDE_COST, SNAP = 6, 2  # of a tile of a wide unit; its parts are multiples of so many tiles
-JOIN_COST = 28  # of joining the states of shared keys with those of their requests, in one CTA
+JOIN_COST = 28  # of joining states of shared keys with those of their requests, in one CTA
 
 CUT = Struct("Cut", [(name, "int32") for name in ("node", "unit", "tile", "first", "last")])
 """Where a range begins: a unit of a node and a tile of it. `first` and `last` are the ranges that
 hold the first and the last tile of that unit."""
 
-SHORT = 48  # tiles of a range whose time depends on how many units it starts and finishes
+SHORT = 48  # tiles of a range whose units are worth counting
 NARROW_ROWS, WIDE_ROWS = 16, 64  # packed rows of a unit, at most, where nodes are shared
 
 _NODE, _UNIT = 43, 26  # the bits of a cut's key: NODE_SHIFT and UNIT_SHIFT of cuts.h

@@ -66,8 +66,7 @@ def smem_bytes(spec: Spec, blocks: int) -> int:
     ring = (
         WARPS * STAGES * 2 * KEYS * (_columns(spec.head_dim) + 8) * 2 + WARPS * blocks * 8 * 8 + 16
     )
-    shared = spec.table.shared
-    return ring + ((WARPS * 16 + 4 + (shared + 1) * 16) * WIDE_ROWS if shared else 0)
+    return ring + bool(spec.table.shared) * (WARPS * 16 + 20 + 16 * spec.table.shared) * WIDE_ROWS
 
 
 def partial_floats(head_dim: int, blocks: int, ctas: int, shared: int = 0) -> int:

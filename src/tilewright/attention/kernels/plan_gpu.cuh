@@ -135,14 +135,10 @@ extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const _
   const int share = (p.node_count + cuts::THREADS - 1) / cuts::THREADS;
   const int begin = thread * share < p.node_count ? thread * share : p.node_count;
   const int end = begin + share < p.node_count ? begin + share : p.node_count;
-  int64_t own = 0, own_tiles = 0, unit = 0;  // the cost of this thread's nodes, their tiles; that of the last unit
+  int64_t own = 0, own_tiles = 0;  // the cost of this thread's nodes, and their tiles
+  int64_t unit = none || p.node_count == 0 ? 0 : cuts::unit_tiles(p, p.node_count - 1);
+  unit = cuts::cost_of(unit < p.most_tiles ? unit : p.most_tiles, false);  // of the last request; those of others may differ
   bool differ = false;
-  if (!none && p.node_count > 0) {
-    bool wide;
-    cuts::units_of(p, p.node_count - 1, wide);
-    unit = cuts::unit_tiles(p, p.node_count - 1);
-    unit = cuts::cost_of(unit < p.most_tiles ? unit : p.most_tiles, wide);
-  }
   for (int n = begin; n < end; ++n) {
     int64_t tiles = cuts::unit_tiles(p, n);
     tiles = tiles < p.most_tiles ? tiles : p.most_tiles;

@@ -262,9 +262,6 @@ TW_INLINE vec<T, N> abs(const vec<T, N>& x) {
 TW_INLINE float remainder_of(float a, float b) { return ::fmodf(a, b); }
 TW_INLINE double remainder_of(double a, double b) { return ::fmod(a, b); }
 #include "common.h"
-// One instruction for what `max` and `min` of common.h do: NaN where either is.
-TW_INLINE float max(float a, float b) { float r; asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b)); return r; }
-TW_INLINE float min(float a, float b) { float r; asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b)); return r; }
 
 template <class T, int N>
 TW_INLINE vec<T, N> vmax(const vec<T, N>& a, const vec<T, N>& b) {
