@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.runtime.test_pool_process import _build
 import tilewright as tw
 from tilewright import knobs
 from tilewright.attention import plan as plans
-from tilewright.attention import ranges
+from tilewright.attention import planner, ranges
 from tilewright.attention import report as reports
 from tilewright.attention.families import cpu, decode
 from tilewright.attention.plan import ITEMS
@@ -97,7 +98,7 @@ def test_nodes_of_a_table():
     paths = [np.flatnonzero((tree["begin"] <= r) & (r < tree["end"])).tolist() for r in range(4)]
     assert paths == [[0, 1, 5], [0, 3, 6], [0, 3, 7], [0, 4, 8]]
     fields = ", ".join(f.name for f in NODE.fields)
-    assert f"struct Node {{ int32_t {fields}; }};" in template("table.h")
+    assert f"struct Node {{\n  int32_t {fields};\n" in template("table.h")
 
 
 def levels(*indptrs: list[int]) -> list[np.ndarray]:
@@ -323,10 +324,12 @@ def close(case: Case, o: np.ndarray, lse: np.ndarray, text: str = "") -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("workers", [1, 5, None])
-def test_against_the_oracle(rng, shape, depth, workers):
+def test_against_the_oracle(rng, monkeypatch, shape, depth, workers):
+    """With shared keys as units of their own, as the plan chooses, and walked by requests."""
     from tilewright.runtime.cuda import DeviceArray
 
-    for _ in range(3):
+    for cost in (-(1 << 30), 1, 1 << 30):
+        monkeypatch.setattr(ranges, "JOIN_COST", cost)
         case = drawn(rng, shape, depth, page_size=int(rng.choice([1, 7, 16])))
         kv, q, arrays = on_gpu(case)
         attn = oracle.attention_of(case)
@@ -343,10 +346,12 @@ def test_against_the_oracle(rng, shape, depth, workers):
 
 
 @pytest.mark.gpu
-def test_plans_of_the_device_agree_exactly(rng):
+def test_plans_of_the_device_agree_exactly(rng, monkeypatch):
     from tilewright.runtime.cuda import DeviceArray
 
-    for depth in (1, 2, 3):
+    for cost, depth in itertools.product((-(1 << 30), 1, 20), (1, 2, 3)):
+        monkeypatch.setattr(ranges, "JOIN_COST", cost)
+        planner.cuda_source.cache_clear()
         case = drawn(rng, SHAPES[0], depth)
         kv, _, _ = on_gpu(case)
         attn = oracle.attention_of(case)
@@ -359,7 +364,9 @@ def test_plans_of_the_device_agree_exactly(rng):
         for name in ("begin", "end", "level"):
             np.testing.assert_array_equal(nodes[name], plan.nodes[name])
         read = plan.nodes["begin"] < plan.nodes["end"]
-        np.testing.assert_array_equal(nodes["base"][read], plan.nodes["base"][read])
+        for name in ("base", "outer", "states"):
+            np.testing.assert_array_equal(nodes[name][read], plan.nodes[name][read])
+    planner.cuda_source.cache_clear()
 
 
 @pytest.mark.gpu

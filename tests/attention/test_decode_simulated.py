@@ -15,10 +15,11 @@ from tests.attention.test_cascade import cascade, close, drawn
 import tilewright as tw
 from tilewright import dtypes
 from tilewright.attention import plan as plans
-from tilewright.attention import ranges, render
+from tilewright.attention import planner, ranges, render
 from tilewright.attention.arguments import values_of
 from tilewright.attention.families import decode
 from tilewright.attention.spec import Spec, param_values, partial_params
+from tilewright.attention.table import NODE, TableForm
 from tilewright.runtime.view import view
 from tilewright.toolchain import compilers
 
@@ -79,18 +80,67 @@ def test_flat(rng):
     check(cascade(rng, SHAPES[0], [3, 0, 1], [], [130, 5, 400]), 40)
 
 
-@pytest.mark.parametrize("workers", [5, 40])
-def test_shared_keys(rng, workers):
-    check(drawn(rng, SHAPES[1], 1), workers)
+@pytest.mark.parametrize("cost", [-(1 << 30), 1, 1 << 30])
+def test_shared_keys(rng, monkeypatch, cost):
+    """As units of their own, as the plan chooses, and walked by their requests."""
+    monkeypatch.setattr(ranges, "JOIN_COST", cost)
+    check(drawn(rng, SHAPES[1], 2 if cost == 1 else 1), int(rng.choice([5, 40])))
 
 
-def test_wide_units_of_many_parts(rng):
-    check(cascade(rng, SHAPES[1], [1] * 20, [[0, 20]], [700, *[30] * 20]), 40)
+def test_wide_units_of_many_parts(rng, monkeypatch):
+    """The states of a row come in several rounds."""
+    monkeypatch.setattr(ranges, "JOIN_COST", 0)
+    plan = check(cascade(rng, SHAPES[1], [1] * 9, [[0, 9]], [4300, *[30] * 9]), 40)
+    assert (plan.cuts["last"] - plan.cuts["first"]).max() > 16
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("cost", [-(1 << 30), 3])
+def test_the_planner_of_gpus_agrees(rng, monkeypatch, depth, cost):
+    """With the one of the host, exactly: cuts and nodes; of units that cost alike, too."""
+    monkeypatch.setattr(ranges, "JOIN_COST", cost)
+    planner.cuda_source.cache_clear()
+    form = TableForm("int32", table_entries="", shared=depth)
+    run = simulated.kernel(planner.cuda_source(form, 4), "plan_cuts", "PlanParams")
+    mask = tw.Causal().traced.mask
+    for requests, most, workers in (
+        (1, 900, 20),
+        (16, 1, 132),
+        (4, 1, 132),
+        (33, 3000, 40),
+        (70, 200, 132),
+    ):
+        shared = oracle.draw_levels(rng, requests, depth)
+        count = requests + sum(len(x) - 1 for x in shared)
+        keys = (rng.integers(0, most, count) if most > 1 else np.full(count, 1024)).astype(np.int32)
+        tree = tw.Table.dense(keys, shared=shared).tree(keys.astype(np.int64))
+        indptr = np.cumsum([0, *rng.integers(0, 4, requests)]).astype(np.int32)
+        shape = plans.Shape("decode", 8, 4, mask, {}, 4, "", decode.CTAS_PER_SM)
+        plan = plans.make(indptr, keys.astype(np.int64), shape, workers, tree)
+        limit = decode.CTAS_PER_SM * workers // 8
+        cuts, nodes = np.zeros(limit + 1, ranges.CUT.numpy), np.zeros(count, NODE.numpy)
+        copied, status = np.zeros(requests + 1, np.int32), np.zeros(1, np.int32)
+        levels = {f"shared_{n}": x.ctypes.data for n, x in enumerate(shared)} or {"shared_0": 0}
+        levels |= {f"count_{n}": len(x) - 1 for n, x in enumerate(shared)} or {"count_0": 0}
+        block = planner.params_struct(form).pack(
+            kv_len=keys.ctypes.data, table_indptr=0, qo_from=indptr.ctypes.data, **levels,
+            qo_indptr=copied.ctypes.data, cuts=cuts.ctypes.data, nodes=nodes.ctypes.data,
+            status=status.ctypes.data, limit=limit, most_tiles=2**31, requests=requests,
+            node_count=count, head_blocks=1, max_tokens=int(indptr[-1]),
+        )  # fmt: skip
+        simulated.launch(run, block, planner.THREADS, 1, 0)
+        assert not status[0]
+        np.testing.assert_array_equal(cuts[: len(plan.cuts)], plan.cuts)
+        if depth:
+            read = plan.nodes["begin"] < plan.nodes["end"]
+            np.testing.assert_array_equal(nodes[read], plan.nodes[read])
+    planner.cuda_source.cache_clear()
 
 
 if __name__ == "__main__":  # more of them: python -m tests.attention.test_decode_simulated
     for seed in itertools.count():
         numbers = np.random.default_rng(seed)
         shape, depth = SHAPES[seed % 2], int(numbers.integers(1, 4))
+        ranges.JOIN_COST = int(numbers.choice([-(1 << 30), 0, 3, 20]))
         plan = check(drawn(numbers, shape, depth), int(numbers.choice([1, 5, 40])))
         print(seed, plan, flush=True)

@@ -30,8 +30,8 @@ SCALARS = {"window": {"window": 1000}, "two ranges": {"window": 700, "first": 4}
 
 
 def compiled(variant, shared=0):
-    """A function that writes (node, first row of q, rows, head, tile) of each step of a CTA, -1 as
-    the tile where a unit ends."""
+    """A function that writes (node, first row of q, rows, head, tile) of each step of a CTA, the
+    node that has the tile; -1 as the tile where a unit ends, with the node of the unit."""
     spec = spec_of(GROUP, 64, "float16", "float16", variant, table_indptr="", shared=shared)
     together = ranges.head_block(KV_HEADS)
     numbers = {
@@ -62,15 +62,19 @@ int steps(const Params* at, int cta, int* out) {
   const Range range = range_of(p, cta);
   Walk w = start(p, variant, range, cta % HEAD_BLOCK);
   int n = 0;
-  auto step = [&](int tile) {
-    const int now[5] = {w.node, w.token, w.rows, w.head, tile};
+  auto step = [&](int node, int tile) {
+    const int now[5] = {node, w.token, w.rows, w.head, tile};
     for (int i = 0; i < 5; ++i) out[5 * n + i] = now[i];
     ++n;
   };
   while (in_range(w, range)) {
     if (has_unit<true>(w, range) == has_unit<false>(w, range) && LEVELS > 1) return -1;
-    for (; w.tile < w.end; ++w.tile) step(w.seen.at(w.tile));
-    step(-1);
+    for (; w.tile < w.end; ++w.tile) step(w.piece, w.seen.at(w.tile));
+    if (has_piece(w, range)) {
+      next_piece(w, p, variant, range);
+      continue;
+    }
+    step(w.node, -1);
     next_unit(w, p, variant, range, cta % HEAD_BLOCK);
   }
   return n;
@@ -141,11 +145,13 @@ def test_every_visible_tile_is_visited_once(rng, name):
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_units_of_shared_keys_are_walked_once(rng, depth):
-    """Every row of q meets every tile of each of its nodes once, and ends once at each level."""
-    walk = compiled(tw.Causal(), depth)
+def test_units_of_shared_keys_are_walked_once(rng, monkeypatch, depth):
+    """Every row of q meets every tile of each of its nodes once, and ends once at each level that
+    has units of its own; all, none and those that the plan chooses."""
+    walk, seen_flat = compiled(tw.Causal(), depth), 0
     shape = plan.Shape("decode", KV_HEADS, GROUP, tw.Causal().traced.mask, {}, 8, "", 1)
-    for case in range(9):
+    for case in range(12):
+        monkeypatch.setattr(ranges, "JOIN_COST", (20, -(1 << 30), 1 << 30)[case % 3])
         requests = int(rng.integers(0, 90)) if case else 0
         counts = rng.integers(0, 9, requests) if rng.random() < 0.5 else np.ones(requests, int)
         shared = draw_levels(rng, requests, depth)
@@ -165,8 +171,13 @@ def test_units_of_shared_keys_are_walked_once(rng, depth):
             met = np.zeros((depth + 1, int(indptr[-1]), KV_HEADS), int)
             for (node, token, rows, head), count in ended.items():
                 assert rows > 0 and count >= 1
-                tiles = seen.get((node, token, rows, head), [])
-                assert tiles == list(range(-(-int(lengths[node]) // TILE)))
-                assert tree["begin"][node] <= np.searchsorted(indptr, token, "right") - 1
-                met[tree["level"][node], token : token + rows // GROUP, head] += 1
+                at = node
+                while at >= 0:
+                    tiles = seen.get((at, token, rows, head), [])
+                    assert tiles == list(range(-(-int(lengths[at]) // TILE)))
+                    assert tree["begin"][at] <= np.searchsorted(indptr, token, "right") - 1
+                    met[tree["level"][at], token : token + rows // GROUP, head] += 1
+                    seen_flat += at != node
+                    at = made.nodes["outer"][at] if node >= nodes - requests else -1
             assert (met == 1).all()
+    assert seen_flat

@@ -154,10 +154,12 @@ struct Thread { operator Dim() const; };
 
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) int2 { int x, y; };
 struct alignas(8) uint2 { uint32_t x, y; };
 struct alignas(16) int4 { int x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float __int_as_float(int x) { return tw::bits_to_float(static_cast<uint32_t>(x)); }
@@ -166,6 +168,7 @@ inline int __float_as_int(float x) { return static_cast<int>(tw::float_to_bits(x
 template <class T> inline T __ldcg(const T* p) { return *p; }
 template <class T> inline T __ldg(const T* p) { return *p; }
 inline int atomicAdd(int* p, int x) { const int before = *p; *p += x; return before; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __syncwarp() { int all[32]; simulated::collective(0, all); }
 inline void __syncthreads() { simulated::barrier(0, simulated::threads); }
 inline int __syncthreads_or(int x) {

@@ -160,14 +160,10 @@ class Plan:
     def save(self) -> bytes:
         """The plan as the bytes of an `.npz` file."""
         file = io.BytesIO()
-        np.savez(
-            file,
-            layout=np.array(_LAYOUT),
-            numbers=np.array([getattr(self, name) for name in _NUMBERS], np.int64),
-            family=np.array(self.family),
-            imbalance=np.array(self.imbalance),
-            **{name: getattr(self, name).view(np.int32) for name in _ARRAYS},
-        )
+        numbers = np.array([getattr(self, name) for name in _NUMBERS], np.int64)
+        texts = {"layout": _LAYOUT, "family": self.family, "imbalance": self.imbalance}
+        arrays = {name: getattr(self, name).view(np.int32) for name in _ARRAYS}
+        np.savez(file, numbers=numbers, **{n: np.array(x) for n, x in texts.items()}, **arrays)
         return file.getvalue()
 
     @staticmethod
@@ -212,8 +208,11 @@ def make(
     nodes = _frozen(of_requests(len(indptr) - 1) if nodes is None else nodes)
     args = indptr, nodes, kv_lengths, shape, workers
     if shape.ctas_per_worker:
-        cuts, balance = planner.cut(*args)
-        work = {"cuts": _frozen(cuts), "imbalance": balance, "slots": 0, "counters": 0}
+        cuts, nodes, balance = planner.cut(*args)
+        nodes, work = (
+            _frozen(nodes),
+            {"cuts": _frozen(cuts), "imbalance": balance, "slots": 0, "counters": 0},
+        )
     else:
         work = _items(*args)
     return Plan(
@@ -333,8 +332,11 @@ def check(plan: Plan) -> None:
     _require(_is_tree(plan.nodes, plan.requests), "its nodes are no tree of the requests")
     first, last = _rows_of_nodes(indptr, plan.nodes)
     units = np.full(len(first), plan.kv_heads // ranges.head_block(plan.kv_heads))
-    if plan.tree[0]:
-        units *= ranges.row_blocks(last - first, plan.group)[0]
+    if plan.tree[0] and len(plan.cuts):
+        own = plan.nodes["states"] >> plan.nodes["level"] & 1
+        links = (ranges.linked(plan.nodes, own)[0] == plan.nodes).all()
+        _require(links and own[len(own) - plan.requests :].all(), "its nodes are not linked")
+        units *= ranges.row_blocks(last - first, plan.group, plan.nodes)[0]
     _require(ranges.is_sound(plan.cuts, units), "its cuts do not cover the batch")
     if not len(items):
         return _require(not plan.tokens or len(plan.cuts), "it has no work")

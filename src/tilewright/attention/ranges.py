@@ -17,11 +17,13 @@ TILE = 64  # keys of a tile
 HEAD_BLOCK = 8  # KV heads of a range, at most: its CTAs read the same pages at the same time
 TILE_COST, UNIT_COST = 4, 2  # of a tile, and of starting and finishing a unit
 WIDE_COST, SNAP = 6, 2  # of a tile of a wide unit; its parts are multiples of so many tiles
+JOIN_COST = 28  # of joining states of shared keys with those of their requests, in one CTA
 
 CUT = Struct("Cut", [(name, "int32") for name in ("node", "unit", "tile", "first", "last")])
 """Where a range begins: a unit of a node and a tile of it. `first` and `last` are the ranges that
 hold the first and the last tile of that unit."""
 
+SHORT = 48  # tiles of a range whose units are worth counting
 NARROW_ROWS, WIDE_ROWS = 16, 64  # packed rows of a unit, at most, where nodes are shared
 
 _NODE, _UNIT = 43, 26  # the bits of a cut's key: NODE_SHIFT and UNIT_SHIFT of cuts.h
@@ -33,11 +35,44 @@ def head_block(kv_heads: int) -> int:
     return max(n for n in range(1, HEAD_BLOCK + 1) if kv_heads % n == 0)
 
 
-def row_blocks(queries: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of nodes that so many queries read: the blocks of packed rows, and whether these are wide. A
-    node without readers has none."""
+def row_blocks(
+    queries: np.ndarray, group: int, nodes: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of nodes that so many queries read: the blocks of packed rows, and whether these are wide.
+    A node has none without readers, or where a plan (`nodes`) says that they walk it themselves."""
     wide = queries * group > NARROW_ROWS
-    return np.where(wide, -(-queries // (WIDE_ROWS // group)), queries > 0), wide
+    blocks = np.where(wide, -(-queries // (WIDE_ROWS // group)), queries > 0)
+    return blocks if nodes is None else blocks * (nodes["states"] >> nodes["level"] & 1), wide
+
+
+def linked(nodes: np.ndarray, own: Any, tiles: Any = 0) -> tuple[np.ndarray, np.ndarray]:
+    """`nodes` with `outer` and `states`, where those of `own` are units; the tiles of a unit."""
+    nodes, requests = nodes.copy(), int(nodes["end"].max(initial=0))
+    tiles = np.zeros(len(nodes), int) + tiles
+    so_far = np.array([[-1], [0], [0]]) + np.zeros(requests + 1, int)  # of each request
+    for level in range(int(nodes["level"].max(initial=-1)) + 1):
+        at = np.flatnonzero(nodes["level"] == level)
+        outer, states, walked = so_far[:, nodes["begin"][at]]
+        nodes["outer"][at], nodes["states"][at] = outer, states | own[at] << level
+        more = np.where(own[at], (outer, walked), (at, walked + tiles[at]))
+        many = nodes["end"][at] - nodes["begin"][at]
+        so_far[:, :-1] = np.repeat((more[0], nodes["states"][at], more[1]), many, 1)
+    tiles[len(nodes) - requests :] += so_far[2, :-1]
+    return nodes, tiles
+
+
+def chosen(
+    nodes: np.ndarray, keys: np.ndarray, queries: np.ndarray, heads: tuple[int, int], limit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `linked` returns of the choice by predicted time (see cuts.h). `heads`: blocks of KV
+    heads, and the query heads of a KV head."""
+    tiles, (blocks, wide) = -(-keys // TILE), row_blocks(queries, heads[1])
+    alone = np.minimum(nodes["end"] - nodes["begin"], queries) * tiles * TILE_COST
+    gain = alone - blocks * (np.where(wide, WIDE_COST, TILE_COST) * tiles + UNIT_COST) - JOIN_COST
+    own = np.arange(len(nodes)) >= len(nodes) - nodes["end"].max(initial=0)
+    gain = np.where(own, 0, gain).clip(0)
+    shares = gain.sum() * heads[0] > JOIN_COST * limit
+    return linked(nodes, own | (gain > 0) & shares, tiles)
 
 
 def _sizes(lengths: np.ndarray, kv_heads: int, blocks: Any, wide: Any) -> tuple[np.ndarray, ...]:
@@ -61,7 +96,12 @@ def cut(
     tiles, units, tile_cost = _sizes(lengths, kv_heads, blocks, wide)
     cost = tile_cost * tiles + UNIT_COST
     ends = np.concatenate([[0], np.cumsum(cost * units)])
-    count = int(max(1, min(ctas // head_block(kv_heads), (tiles * units).sum())))
+    most = count = int(max(1, min(ctas // head_block(kv_heads), (tiles * units).sum())))
+    alike = (cost[units > 0] == cost[-1]).all() and (tiles * units).sum() <= SHORT * most
+    if alike and units.any():  # no range has parts of two units
+        many, per = int(units.sum()), -(-int(units.sum()) // most)
+        whole = many * (most // many) if many < most else 0 if many % per else many // per
+        count = whole if 8 * whole >= 7 * most else most
     at = int(ends[-1]) * np.arange(count) // count
     node = np.searchsorted(ends, at, "right") - 1
     if not ends[-1]:  # no unit at all

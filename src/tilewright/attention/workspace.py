@@ -20,7 +20,7 @@ from tilewright.attention.families import decode
 from tilewright.attention.plan import MAX_WORKERS
 from tilewright.attention.ranges import CUT
 from tilewright.attention.spec import Spec, loaded, partial_params
-from tilewright.attention.table import MAX_KEYS, Table
+from tilewright.attention.table import MAX_KEYS, NODE, Table
 from tilewright.errors import ArgumentError
 from tilewright.runtime.view import View, view
 
@@ -78,7 +78,7 @@ class Workspace:
         self._partials = words("float32", self._slots + states)
         self._counters = words("int32", self.ctas + (tokens * heads[0] if shared else 0))
         self._indptr = words("int32", max_requests + 1 if max_tokens else 0)
-        self._nodes = words("int32", 4 * self.max_nodes if shared else 0)
+        self._nodes = words("int32", NODE.size // 4 * self.max_nodes if shared else 0)
         self._status = cuda.HostWords(self.ordinal)
         for array in (self._cuts, self._counters):
             cuda.clear(view(array))

@@ -9,17 +9,11 @@ import functools
 from typing import Any
 
 from tilewright.attention import render
+from tilewright.attention import spec as specs
 from tilewright.attention.families.family import Call, Family, Prepared
 from tilewright.attention.plan import CHUNK_TILES, ITEM, ITEMS, Plan
 from tilewright.attention.ranges import TILE
-from tilewright.attention.spec import (
-    PARTIALS,
-    Spec,
-    flash_constants,
-    params_struct,
-    partial_params,
-    template,
-)
+from tilewright.attention.spec import Spec
 from tilewright.codegen import prelude_files
 from tilewright.runtime import pool
 from tilewright.runtime.view import view
@@ -53,15 +47,15 @@ def source(spec: Spec, vector_bits: int) -> str:
             prelude_files.prelude("cpu.h"),
             "#define TW_METHOD inline __attribute__((always_inline))",
             "struct At { int32_t qo, qo_head, kv_head, request, q_token, qo_len, kv_len; };",
-            flash_constants(spec, blocks),
+            specs.flash_constants(spec, blocks),
             spec.table.c_text(),
-            *(template(name) for name in ("bounds.h", "table.h", "variant.h")),
+            *(specs.template(name) for name in ("bounds.h", "table.h", "variant.h")),
             ITEM.c_decl,
-            params_struct(spec, (*ITEMS, *PARTIALS)).c_decl,
+            specs.params_struct(spec, (*ITEMS, *specs.PARTIALS)).c_decl,
             _DECLARATIONS,
             render.cpp_variant(spec.traced, lanes),
-            template("vectors_cpu.h"),
-            template("flash_cpu.h"),
+            specs.template("vectors_cpu.h"),
+            specs.template("flash_cpu.h"),
         )
     )
 
@@ -88,10 +82,10 @@ def _prepare(call: Call) -> Prepared:
     )
     partials, counters = call.scratch.grown(call.like, floats, counts)
     memory = view(partials).pointer, slots, view(counters).pointer, plan.counters
-    work = partial_params(*memory, rows)
+    work = specs.partial_params(*memory, rows)
     work |= {"nodes": plan.nodes.ctypes.data} if spec.table.shared else {}
     work |= {"qo_indptr": plan.qo_indptr.ctypes.data, "items": plan.items.ctypes.data}
-    block = params_struct(spec, (*ITEMS, *PARTIALS)).pack(**call.values, **work)
+    block = specs.params_struct(spec, (*ITEMS, *specs.PARTIALS)).pack(**call.values, **work)
     launch = (body, ctypes.addressof(block), len(plan.items), 1, False)
     keep = (library, partials, counters, block)
     return Prepared(launch, pool.pool().prepare([launch]), text, keep)

@@ -10,20 +10,12 @@ from typing import Any
 import numpy as np
 
 from tilewright import dtypes
+from tilewright.attention import spec as specs
 from tilewright.attention.families.family import Call, Family, Prepared, check_alignment
 from tilewright.attention.plan import Plan
 from tilewright.attention.pool import Pool
 from tilewright.attention.ranges import CUT, NARROW_ROWS, TILE, WIDE_ROWS, head_block
-from tilewright.attention.spec import (
-    PARTIALS,
-    Spec,
-    constants,
-    cuda_text,
-    loaded,
-    namespace,
-    partial_params,
-)
-from tilewright.attention.spec import params_struct as common_params
+from tilewright.attention.spec import Spec
 from tilewright.attention.table import MAX_KEYS
 from tilewright.errors import ArgumentError
 from tilewright.runtime.layout import Struct
@@ -74,7 +66,7 @@ def smem_bytes(spec: Spec, blocks: int) -> int:
     ring = (
         WARPS * STAGES * 2 * KEYS * (_columns(spec.head_dim) + 8) * 2 + WARPS * blocks * 8 * 8 + 16
     )
-    return ring + ((WARPS * 16 + 4) * WIDE_ROWS if spec.table.shared else 0)
+    return ring + bool(spec.table.shared) * (WARPS * 16 + 20 + 16 * spec.table.shared) * WIDE_ROWS
 
 
 def partial_floats(head_dim: int, blocks: int, ctas: int, shared: int = 0) -> int:
@@ -90,7 +82,7 @@ def state_floats(head_dim: int, rows: int, shared: int) -> int:
 
 def params_struct(spec: Spec) -> Struct:
     """The parameters of the kernel."""
-    return common_params(spec, (("cuts", "ptr", "const Cut*"), *PARTIALS))
+    return specs.params_struct(spec, (("cuts", "ptr", "const Cut*"), *specs.PARTIALS))
 
 
 @functools.lru_cache(256)
@@ -102,9 +94,9 @@ def source(spec: Spec, together: int, blocks: int) -> str:
         "CTAS": CTAS_PER_SM, "MAX_KEYS": MAX_KEYS,
     }  # fmt: skip
     types = f"using Element = uint16_t;\nusing Kind = tw::{spec.kv.name}_bits;"
-    text = namespace("attention", *constants(numbers), types)
+    text = specs.namespace("attention", *specs.constants(numbers), types)
     files = ("gpu.cuh", "mma.cuh", "async.cuh")
-    return cuda_text(spec, files, text, CUT, params_struct(spec), "decode.cuh")
+    return specs.cuda_text(spec, files, text, CUT, params_struct(spec), "decode.cuh")
 
 
 def _prepare(call: Call) -> Prepared:
@@ -124,24 +116,21 @@ def _prepare(call: Call) -> Prepared:
         one_each = bool((np.diff(plan.qo_indptr) == 1).all())
         work = {"qo_indptr": 0 if one_each else indptr.pointer, "cuts": cuts.pointer}
         memory = (view(partials).pointer, floats, view(counters).pointer, max(ctas, 1))
-        work |= partial_params(*memory, rows) | ({"nodes": nodes.pointer} if shared else {})
+        work |= specs.partial_params(*memory, rows) | ({"nodes": nodes.pointer} if shared else {})
         keep: tuple[Any, ...] = (indptr, cuts, nodes, partials, counters)
     else:
         ctas, work, keep = plan.ctas, plan.params(), (plan,)
     text = source(spec, together, blocks)
     block, cta = params_struct(spec).pack(**values, **work), (THREADS, 1, 1)
     smem, planned = smem_bytes(spec, blocks), (plan.requests, plan.tokens)
-    launch = loaded(text, ordinal).prepare((ctas, 1, 1), cta, smem, block, overlaps=True)
+    launch = specs.loaded(text, ordinal).prepare((ctas, 1, 1), cta, smem, block, overlaps=True)
 
     def run() -> None:
         if (plan.requests, plan.tokens) != planned:
-            raise ArgumentError(
-                "A103",
-                f"the workspace is planned for {plan.requests} requests and {plan.tokens} rows of "
-                f"q, this call is bound for {planned}",
-                where="plan",
-                hint="bind again, or plan the same numbers",
-            )
+            now = f"{plan.requests} requests and {plan.tokens} rows of q"
+            text = f"the workspace is planned for {now}, this call is bound for {planned}"
+            hint = "bind again, or plan the same numbers"
+            raise ArgumentError("A103", text, where="plan", hint=hint)
         launch.run(cuda.current_stream(ordinal))
 
     return Prepared(launch, run, text, (*keep, block))

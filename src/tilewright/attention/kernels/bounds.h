@@ -34,7 +34,7 @@ TW_INLINE Bound bound_abs(Bound a) {
 }
 TW_INLINE Bound bound_lower(Bound a, Bound b) { return Bound{least(a.lo, b.lo), least(a.hi, b.hi)}; }
 TW_INLINE Bound bound_upper(Bound a, Bound b) { return Bound{most(a.lo, b.lo), most(a.hi, b.hi)}; }
-TW_INLINE int64_t bound_floor(int64_t a, int64_t by) { return a >= 0 ? a / by : -((by - 1 - a) / by); }
+TW_INLINE int64_t bound_floor(int64_t a, int64_t by) { return by == 1 ? a : a >= 0 ? a / by : -((by - 1 - a) / by); }
 TW_INLINE Bound bound_div(Bound a, Bound b) {
   if (b.lo != b.hi || b.lo <= 0) return bound_int();
   return Bound{bound_floor(a.lo, b.lo), bound_floor(a.hi, b.lo)};

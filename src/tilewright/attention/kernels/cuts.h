@@ -4,7 +4,7 @@
 // A unit is (node of the table, block of packed rows, block of KV heads that CTAs work on together), in that
 // order; all units of a node cost alike. In front of this file: the constants of `cuts` (TILE keys, TILE_COST
 // and UNIT_COST, WIDE_COST of a tile of a wide unit, which is cut at multiples of SNAP tiles; NARROW_ROWS and
-// WIDE_ROWS of a unit) and the struct `Cut`; TW_INLINE comes from either prelude.
+// WIDE_ROWS of a unit, JOIN_COST, SHORT) and the struct `Cut`; TW_INLINE comes from either prelude.
 
 namespace cuts {
 
@@ -22,9 +22,25 @@ TW_INLINE int64_t row_blocks(int64_t queries, int64_t group, bool& wide) {
   return wide ? (queries + tokens - 1) / tokens : queries > 0;
 }
 
-// How many ranges a batch of so many tiles is cut into: at most `limit`.
-TW_INLINE int64_t count_of(int64_t tiles, int64_t limit) {
+// What a batch saves where a shared node is a unit of its own instead of being walked by each of its requests,
+// beyond joining its states with theirs, which takes the last CTA to arrive JOIN_COST.
+TW_INLINE int64_t gain_of(int64_t keys, int64_t requests, int64_t queries, int64_t group) {
+  bool wide;
+  const int64_t tiles = (keys + TILE - 1) / TILE, blocks = row_blocks(queries, group, wide);
+  return (requests < queries ? requests : queries) * tiles * TILE_COST - blocks * cost_of(tiles, wide) - JOIN_COST;
+}
+// Whether any node is a unit of its own: all ranges wait for a join. `gains`: the sum of those above 0.
+TW_INLINE bool shares(int64_t gains, int64_t head_blocks, int64_t limit) { return gains * head_blocks > JOIN_COST * limit; }
+
+// How many ranges a batch of so many tiles is cut into: at most `limit`. Where all units are alike (else `units` is
+// 0) and ranges short, a few less if no range then has parts of two: starting and finishing a unit costs more.
+TW_INLINE int64_t count_of(int64_t tiles, int64_t units, int64_t limit) {
   const int64_t most = tiles < limit ? tiles : limit;
+  if (units > 0 && most > 0 && tiles <= SHORT * most) {
+    const int64_t each = units < most ? most / units : (units + most - 1) / most;  // ranges of a unit, or units of a range
+    const int64_t count = units < most ? units * each : units % each ? 0 : units / each;
+    if (8 * count >= 7 * most) return count;
+  }
   return most < 1 ? 1 : most;
 }
 

@@ -11,8 +11,8 @@
 //   warps, which synchronise at each tile.
 // Units that several ranges share leave partial states; the last CTA to arrive merges them in the order of
 // the ranges. Where requests share keys, rows are merged one by one by the last to arrive of all that have a
-// part of them, of any level, in the order of levels and ranges: so that the CTAs share this work. So the bits of
-// a result do not depend on the order of arrival.
+// part of them, of any level, in the order of levels and ranges: so the bits of a result do not depend on the
+// order of arrival. The plan decides which shared keys are units of their own.
 //
 // In front of this file: gpu.cuh, mma.cuh, async.cuh, bounds.h, table.h, variant.h, the constants of
 // `attention` (D head_dim, G query heads of a KV head, BLOCKS of 8 packed rows of a narrow unit and
@@ -22,9 +22,10 @@
 // Launch: grid = ranges × HEAD_BLOCK, THREADS threads, SMEM_BYTES of dynamic shared memory:
 //   [warp][stage][16 rows of K, 16 rows of V][ROW elements]   a row ends in 16 bytes against conflicts
 //   [warp][packed row] (row maximum, row sum); one word: whether this CTA arrived last
-//   where LEVELS > 1: [warp][row of q] whose it is; [row of q] those whose last state has arrived
+//   where LEVELS > 1: [warp][row of q] whose it is; [row of q] those whose last state has arrived; [row][level]
+//   where its states are
 // Where a narrow unit ends, the stage that was read last holds the outputs of each warp.
-// Assumes: D a multiple of 8, rows of K and V 16-byte aligned, q rows × G at most 8 · BLOCKS for a request.
+// Assumes: fewer than 2^32 pages; D a multiple of 8, rows of K and V 16-byte aligned, q rows × G at most 8 · BLOCKS for a request.
 
 namespace attention {
 
@@ -42,7 +43,7 @@ constexpr int ROW = DP + 8;          // elements of a row in shared memory
 constexpr int STAGE = 2 * KEYS * ROW;  // elements
 constexpr int RING_BYTES = WARPS * STAGES * STAGE * 2;
 constexpr int SUMS_BYTES = WARPS * NARROW_ROWS * 8 + 16;
-constexpr int SMEM_BYTES = RING_BYTES + SUMS_BYTES + (LEVELS > 1 ? (WARPS * 16 + 4) * WIDE_ROWS : 0);
+constexpr int SMEM_BYTES = RING_BYTES + SUMS_BYTES + (LEVELS > 1 ? (WARPS * 16 + 4 + LEVELS * 16) * WIDE_ROWS : 0);
 constexpr int PITCH = DP + 4;        // floats of a row of outputs in shared memory: no bank conflicts
 constexpr int PARTIAL = MOST_ROWS * (DP + 2);  // floats of a partial state: outputs, then (maximum, sum) a row
 constexpr int STATE = DP + 4;        // floats of the state of a row at one level (see decode_finish.cuh)
@@ -64,16 +65,26 @@ using tw::lowest;
 template <bool WIDE>
 struct Copier {
   Walk w;
-  int stage, first;      // the tile of the unit that `entry` starts with
-  int64_t entry, ahead;  // of tiles first, first + 1 and of the two after them
+  uint32_t inverse;          // 2^32 / page_size, rounded down
+  int stage = 0, first = 0;  // the tile of the unit that `entry` starts with
+  uint32_t entry = 0, ahead = 0;  // pages, of tiles first, first + 1 and of the two after them
+
+  TW_INLINE Copier(const Params& p, const Walk& from) : w(from), inverse(~0u / static_cast<uint32_t>(p.page_size)) {}
+  // The page of a key and its slot there. The estimate is at most one too small.
+  TW_INLINE uint32_t page_of(const Params& p, uint32_t key, uint32_t& slot) const {
+    const uint32_t size = p.page_size, page = static_cast<uint64_t>(key) * inverse >> 32, rest = key - page * size;
+    slot = rest < size ? rest : rest - size;
+    return rest < size ? page : page + 1;
+  }
 
   // Behind the last tile it is any number above all keys.
   TW_INLINE uint32_t key_of(int tile, int warp, int lane) const {
     return static_cast<uint32_t>(w.seen.at(tile + lane / KEYS)) * TILE + warp * KEYS + lane % KEYS;
   }
-  TW_INLINE int64_t load_entry(const Params& p, int tile, int warp, int lane) const {
+  TW_INLINE uint32_t load_entry(const Params& p, int tile, int warp, int lane) const {
     const uint32_t key = key_of(tile, warp, lane);
-    return key < static_cast<uint32_t>(w.keys.length) ? tw::page_at(p, w.keys, w.head, key / p.page_size) : 0;
+    uint32_t slot;
+    return key < static_cast<uint32_t>(w.keys.length) ? static_cast<uint32_t>(tw::page_at(p, w.keys, w.head, page_of(p, key, slot))) : 0;
   }
   TW_INLINE void start_unit(const Params& p, int warp, int lane) {
     first = w.tile;
@@ -91,22 +102,28 @@ struct Copier {
   // narrow unit it goes on with the next one.
   TW_INLINE void issue(const Params& p, const Variant& variant, const Range& range, Element* ring, int member, int warp, int lane) {
     if (!WIDE && has_unit<WIDE>(w, range) && w.tile >= w.end) {
-      do next_unit(w, p, variant, range, member); while (has_unit<WIDE>(w, range) && w.tile >= w.end);
+#pragma unroll 1
+      do {
+        if (has_piece(w, range)) next_piece(w, p, variant, range);
+        else next_unit(w, p, variant, range, member);
+      } while (has_unit<WIDE>(w, range) && w.tile >= w.end);
       if (has_unit<WIDE>(w, range)) start_unit(p, warp, lane);
     }
     if (WIDE ? w.tile < w.end : has_unit<WIDE>(w, range)) {
       const int valid = w.keys.length - w.seen.at(w.tile) * TILE - warp * KEYS;  // keys of this warp that exist
-      const int slot = key_of(first, warp, lane) % p.page_size;
+      uint32_t slot;
+      page_of(p, key_of(first, warp, lane), slot);
       const int from = (w.tile - first) * KEYS;  // the lane that holds the first key of the tile
       const bool exists = lane % KEYS < valid;
-      const int64_t k_row = exists ? entry * p.k_page + slot * p.k_slot : 0;
-      const int64_t v_row = exists ? entry * p.v_page + slot * p.v_slot : 0;
+      const int64_t k_row = exists ? static_cast<int64_t>(entry) * p.k_page + slot * p.k_slot : 0;
+      const int64_t v_row = exists ? static_cast<int64_t>(entry) * p.v_page + slot * p.v_slot : 0;
       const Element* k = p.k + w.head * p.k_head;
       const Element* v = p.v + w.head * p.v_head;
       Element* to = ring + stage * STAGE;
 #pragma unroll
       for (int i = 0; i < (KEYS * CHUNKS + 31) / 32; ++i) {
-        const int n = i * 32 + lane, row = n / CHUNKS, chunk = n % CHUNKS;
+        constexpr bool WHOLE = 32 % CHUNKS == 0;  // rows: addresses are a constant apart
+        const int n = i * 32 + lane, row = WHOLE ? lane / CHUNKS + i * (32 / CHUNKS) : n / CHUNKS, chunk = WHOLE ? lane % CHUNKS : n % CHUNKS;
         const int64_t k_at = __shfl_sync(0xffffffffu, k_row, from + row % KEYS);
         const int64_t v_at = __shfl_sync(0xffffffffu, v_row, from + row % KEYS);
         if (KEYS * CHUNKS % 32 == 0 || row < KEYS) {
@@ -144,7 +161,7 @@ TW_INLINE void reset(Rows<BLOCKS>& r) {
   }
 }
 
-// Fragments of q: the rows of a warp, from `row0` of the unit on.
+// Fragments of q: the rows of a warp, from `row0` of the unit on; in place of those behind its last any other.
 template <int BLOCKS>
 struct Query { uint32_t b[BLOCKS][DP / 16][2]; };
 
@@ -152,14 +169,16 @@ template <int BLOCKS>
 TW_INLINE void load_query(Query<BLOCKS>& q, const Params& p, const Walk& w, int row0, int lane) {
 #pragma unroll
   for (int n = 0; n < BLOCKS; ++n) {
-    const int row = row0 + n * 8 + (lane >> 2);
-    const Element* from = p.q + (w.token + row / G) * p.q_token + (w.head * G + row % G) * p.q_head;
+    const int own = row0 + n * 8 + (lane >> 2), row = own < w.rows ? own : 0;
+    const int column0 = (lane & 3) * 2;
+    const Element* from = p.q + (w.token + row / G) * p.q_token + (w.head * G + row % G) * p.q_head + column0;
 #pragma unroll
     for (int j = 0; j < DP / 16; ++j)
 #pragma unroll
       for (int low = 0; low < 2; ++low) {
-        const int column = j * 16 + low * 8 + (lane & 3) * 2;
-        q.b[n][j][low] = row < w.rows && column < D ? *reinterpret_cast<const uint32_t*>(from + column) : 0u;
+        constexpr int PADDED = DP != D;  // the last columns of a row do not exist
+        const int column = j * 16 + low * 8;
+        q.b[n][j][low] = !PADDED || column + column0 < D ? *reinterpret_cast<const uint32_t*>(from + column) : 0u;
       }
   }
 }
@@ -168,7 +187,9 @@ TW_INLINE void load_query(Query<BLOCKS>& q, const Params& p, const Walk& w, int 
 TW_INLINE tw::Row* rows_of_warp(char* smem, int warp) { return reinterpret_cast<tw::Row*>(smem + RING_BYTES + SUMS_BYTES) + warp * WIDE_ROWS; }
 TW_INLINE void load_rows(const Params& p, const Walk& w, tw::Row* rows, int lane) {
   if constexpr (LEVELS > 1) {
-    for (int t = lane; t < w.rows / G; t += 32) rows[t] = tw::row_of(p, w.node, w.token + t, MAX_KEYS);
+    const int request = w.node - tw::own_node(p, 0);
+    for (int t = lane; t < w.rows / G; t += 32)
+      rows[t] = request < 0 ? tw::row_of(p, w.node, w.token + t, MAX_KEYS) : tw::Row{w.first + t, request, w.rows / G, w.kv_len};
     __syncwarp();
   }
 }
@@ -193,10 +214,36 @@ TW_INLINE At at_of(const Walk& w, const tw::Row* rows, int row, int key) {
   return At{w.first + row / G, w.keys.position(key), head, w.head, w.node, w.token + t, key, w.rows / G, w.keys.length};
 }
 
+// Adds the values of 16 keys, each times its weight, to the outputs. MASKED: values of keys that no row sees
+// (`visible`, to rows of this lane) count as 0: a weight of 0 times NaN or Inf would reach the outputs.
+template <bool MASKED, int BLOCKS, int MOST>
+TW_INLINE void add_values(Rows<MOST>& rows, const float (&s)[BLOCKS][4], const bool (&visible)[2], const Element* v) {
+  uint32_t weights[BLOCKS][2], keep[2];  // of keys 2 t and 2 t + 1, and of those 8 later
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int n = 0; n < BLOCKS; ++n) weights[n][half] = tw::transpose_matrix(tw::pack<Kind>(s[n][half * 2], s[n][half * 2 + 1]));
+    if constexpr (MASKED) {
+      const uint32_t lanes = __ballot_sync(0xffffffffu, visible[half]) >> (threadIdx.x & 3) * 8;
+      keep[half] = (lanes & 0xf ? 0xffffu : 0) | (lanes & 0xf0 ? 0xffff0000u : 0);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < DP / 16; ++j) {
+    uint32_t a[4];
+    tw::load_matrices_transposed(a, v + j * 16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if constexpr (MASKED) a[i] &= keep[i >> 1];
+#pragma unroll
+    for (int n = 0; n < BLOCKS; ++n) tw::mma<Kind>(rows.o[n][j], a, weights[n][0], weights[n][1]);
+  }
+}
+
 // GROUPS of 16 keys for one warp, from key0 on, and BLOCKS of 8 rows from `row0` on. `stages`: the keys and
 // values of the first group; those of the others lie a ring further each.
-template <int GROUPS, int BLOCKS>
-TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, const Query<BLOCKS>& q, const tw::Row* whose, const Element* stages, int row0, int key0, Rows<BLOCKS>& rows, int lane) {
+template <int GROUPS, int BLOCKS, int MOST>
+TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, const Query<MOST>& q, const tw::Row* whose, const Element* stages, int row0, int key0, Rows<MOST>& rows, int lane) {
   constexpr int ALL = GROUPS * KEYS, RING = STAGES * STAGE;
   const int last = key0 + ALL < w.keys.length ? key0 + ALL - 1 : w.keys.length - 1;
   const tw::Bound kv{w.keys.position(key0), w.keys.position(last)}, number{w.keys.number(key0), w.keys.number(last)};
@@ -216,28 +263,30 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
     }
   bool visible[GROUPS][2] = {};  // keys lane / 4 and 8 later, to any row of this lane
   float largest[BLOCKS][2], rescale[BLOCKS][2];
+  auto each_score = [&](auto value) {  // x = value(x, where it is)
 #pragma unroll
-  for (int n = 0; n < BLOCKS; ++n)
+    for (int n = 0; n < BLOCKS; ++n)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = row0 + n * 8 + (lane & 3) * 2 + i;
-      largest[n][i] = rows.row_max[n][i];
+      for (int i = 0; i < 2; ++i) {
+        largest[n][i] = rows.row_max[n][i];
 #pragma unroll
-      for (int g = 0; g < GROUPS; ++g)
+        for (int g = 0; g < GROUPS; ++g)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& x = s[g][n][half * 2 + i];
-          const int key = key0 + g * KEYS + half * 8 + (lane >> 2);
-          const At at = at_of(w, whose, row, key);
-          x = variant.logits(x * p.sm_scale, at) * LOG2E;
-          if (!full) {
-            const bool seen = row < w.rows && key < w.keys.length && variant.mask(at);
-            visible[g][half] |= seen;
-            if (!seen) x = lowest();
+          for (int half = 0; half < 2; ++half) {
+            float& x = s[g][n][half * 2 + i];
+            x = value(x, row0 + n * 8 + (lane & 3) * 2 + i, key0 + g * KEYS + half * 8 + (lane >> 2), visible[g][half]);
+            largest[n][i] = fmaxf(largest[n][i], x);
           }
-          largest[n][i] = fmaxf(largest[n][i], x);
-        }
-    }
+      }
+  };
+  each_score([&](float x, int row, int key, bool&) { return variant.logits(x * p.sm_scale, at_of(w, whose, row, key)) * LOG2E; });
+  if (!full) {
+    each_score([&](float x, int row, int key, bool& visible) {
+      const bool seen = row < w.rows && key < w.keys.length && variant.mask(at_of(w, whose, row, key));
+      visible |= seen;
+      return seen ? x : lowest();
+    });
+  }
   bool rescales = false;
 #pragma unroll
   for (int n = 0; n < BLOCKS; ++n)
@@ -267,32 +316,12 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
         for (int i = 0; i < 4; ++i) rows.o[n][j][i] *= rescale[n][i & 1];
   }
   const Element* v = stages + (KEYS + (lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 8;
+  if (full) {
 #pragma unroll
-  for (int g = 0; g < GROUPS; ++g) {
-    uint32_t weights[BLOCKS][2];
+    for (int g = 0; g < GROUPS; ++g) add_values<false>(rows, s[g], visible[g], v + g * RING);
+  } else {
 #pragma unroll
-    for (int n = 0; n < BLOCKS; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        weights[n][half] = tw::transpose_matrix(tw::pack<Kind>(s[g][n][half * 2], s[g][n][half * 2 + 1]));
-    // Values of keys that no row sees count as 0: a weight of 0 times NaN or Inf would reach the outputs.
-    uint32_t keep[2] = {~0u, ~0u};  // of keys 2 t and 2 t + 1, and of those 8 later
-    if (!full) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t lanes = __ballot_sync(0xffffffffu, visible[g][half]) >> (lane & 3) * 8;
-        keep[half] = (lanes & 0xf ? 0xffffu : 0) | (lanes & 0xf0 ? 0xffff0000u : 0);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < DP / 16; ++j) {
-      uint32_t a[4];
-      tw::load_matrices_transposed(a, v + g * RING + j * 16);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] &= keep[i >> 1];
-#pragma unroll
-      for (int n = 0; n < BLOCKS; ++n) tw::mma<Kind>(rows.o[n][j], a, weights[n][0], weights[n][1]);
-    }
+    for (int g = 0; g < GROUPS; ++g) add_values<true>(rows, s[g], visible[g], v + g * RING);
   }
 }
 
@@ -303,63 +332,76 @@ TW_INLINE void attend(const Params& p, const Variant& variant, const Walk& w, co
 namespace attention {
 
 // The narrow units from `w` on, up to the first wide one or the end of the range.
-TW_INLINE void run_narrow(const Params& p, const Variant& variant, Walk& w, const Range& range, char* smem, int cta, int thread) {
+TW_INLINE void run_narrow(const Params& p, const Variant& variant, Walk& w, const Range& range, char* smem, unsigned cta, unsigned thread) {
   const int warp = thread / 32, lane = thread % 32, member = cta % HEAD_BLOCK;
   Element* ring = reinterpret_cast<Element*>(smem) + warp * STAGES * STAGE;
   tw::Row* whose = rows_of_warp(smem, warp);
-  Copier<false> copier{w, 0, 0, 0, 0};
+  Copier<false> copier(p, w);
   copier.start_unit(p, warp, lane);
   Query<BLOCKS> q;
   load_query(q, p, w, 0, lane);
   load_rows(p, w, whose, lane);
-#pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) copier.issue(p, variant, range, ring, member, warp, lane);
-  int stage = 0;
+  int stage = 0, issued = 0;
+#pragma unroll 1
   while (has_unit<false>(w, range)) {
     Rows<BLOCKS> rows;
     reset(rows);
-    for (; w.tile < w.end; ++w.tile) {
-      tw::copy_async_wait<STAGES - 2>();
-      __syncwarp();
-      copier.issue(p, variant, range, ring, member, warp, lane);
-      attend<1>(p, variant, w, q, whose, ring + stage * STAGE, 0, w.seen.at(w.tile) * TILE + warp * KEYS, rows, lane);
-      stage = stage + 1 == STAGES ? 0 : stage + 1;
+#pragma unroll 1
+    for (;; next_piece(w, p, variant, range)) {
+#pragma unroll 1
+      for (; w.tile < w.end; ++w.tile) {
+#pragma unroll 1
+        do {  // one place that issues copies: a few tiles of them in front of the first
+          if (issued >= STAGES - 1) {
+            tw::copy_async_wait<STAGES - 2>();
+            __syncwarp();
+          }
+          copier.issue(p, variant, range, ring, member, warp, lane);
+        } while (++issued < STAGES);
+        const int key0 = w.seen.at(w.tile) * TILE + warp * KEYS;
+        if (LEVELS > 1 && w.rows <= 8) attend<1, 1>(p, variant, w, q, whose, ring + stage * STAGE, 0, key0, rows, lane);
+        else attend<1, BLOCKS>(p, variant, w, q, whose, ring + stage * STAGE, 0, key0, rows, lane);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+      }
+      if (!has_piece(w, range)) break;
     }
     // The stage before the next one is free: it was read last, and the next copy goes there.
     finish<false>(p, w, rows, smem, stage == 0 ? STAGES - 1 : stage - 1, range, cta, thread);
     next_unit(w, p, variant, range, member);
-    if (has_unit<false>(w, range)) {
-      load_query(q, p, w, 0, lane);
-      load_rows(p, w, whose, lane);
-    }
+    load_query(q, p, w, 0, lane);  // none where there is no unit
+    load_rows(p, w, whose, lane);
   }
   tw::copy_async_wait<0>();
 }
 
 // The wide units from `w` on, up to the first narrow one or the end of the range.
-TW_INLINE void run_wide(const Params& p, const Variant& variant, Walk& w, const Range& range, char* smem, int cta, int thread) {
+TW_INLINE void run_wide(const Params& p, const Variant& variant, Walk& w, const Range& range, char* smem, unsigned cta, unsigned thread) {
   const int warp = thread / 32, lane = thread % 32, member = cta % HEAD_BLOCK, row0 = warp * WIDE_BLOCKS * 8;
   Element* all = reinterpret_cast<Element*>(smem);
   Element* ring = all + warp * STAGES * STAGE;
   tw::Row* whose = rows_of_warp(smem, warp);
   while (has_unit<true>(w, range)) {
-    Copier<true> copier{w, 0, 0, 0, 0};
+    Copier<true> copier(p, w);
     copier.start_unit(p, warp, lane);
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i) copier.issue(p, variant, range, ring, member, warp, lane);
     Query<WIDE_BLOCKS> q;
     load_query(q, p, w, row0, lane);
     load_rows(p, w, whose, lane);
     Rows<WIDE_BLOCKS> rows;
     reset(rows);
-    for (int stage = 0; w.tile < w.end; ++w.tile) {
-      tw::copy_async_wait<STAGES - 2>();
-      tw::bar_sync(1, THREADS);
-      copier.issue(p, variant, range, ring, member, warp, lane);
+#pragma unroll 1
+    for (int stage = 0, issued = 0; w.tile < w.end; ++w.tile) {
+#pragma unroll 1
+      do {
+        if (issued >= STAGES - 1) {
+          tw::copy_async_wait<STAGES - 2>();
+          tw::bar_sync(1, THREADS);
+        }
+        copier.issue(p, variant, range, ring, member, warp, lane);
+      } while (++issued < STAGES);
       const int key0 = w.seen.at(w.tile) * TILE;
 #pragma unroll 1
       for (int k = 0; k < WARPS; k += WIDE_GROUPS)
-        attend<WIDE_GROUPS>(p, variant, w, q, whose, all + (k * STAGES + stage) * STAGE, row0, key0 + k * KEYS, rows, lane);
+        attend<WIDE_GROUPS, WIDE_BLOCKS>(p, variant, w, q, whose, all + (k * STAGES + stage) * STAGE, row0, key0 + k * KEYS, rows, lane);
       stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
     finish<true>(p, w, rows, smem, 0, range, cta, thread);
@@ -367,13 +409,17 @@ TW_INLINE void run_wide(const Params& p, const Variant& variant, Walk& w, const 
   }
 }
 
-TW_INLINE void body(const Params& p, int cta, int thread, char* smem) {
-  const Range range = range_of(p, cta);
+TW_INLINE void body(const Params& p, unsigned cta, unsigned thread, char* smem) {
   const Variant variant(p);
-  Walk w = start(p, variant, range, cta % HEAD_BLOCK);
   if constexpr (LEVELS == 1) {
+    const Range range = range_of(p, cta);
+    Walk w = start(p, variant, range, cta % HEAD_BLOCK);
     if (in_range(w, range)) run_narrow(p, variant, w, range, smem, cta, thread);
   } else {
+    __shared__ Range range;  // wide tiles take all registers
+    if (thread == 0) range = range_of(p, cta);
+    tw::bar_sync(1, THREADS);
+    Walk w = start(p, variant, range, cta % HEAD_BLOCK);
     while (in_range(w, range)) {
       if (w.wide) run_wide(p, variant, w, range, smem, cta, thread);
       else run_narrow(p, variant, w, range, smem, cta, thread);

@@ -4,20 +4,21 @@
 namespace attention {
 
 constexpr int ALL = 1 << 24;  // what the states of a level count when they arrive
-static_assert(LEVELS <= 64, "counts fit");
+static_assert(LEVELS <= 23, "counts fit, and the bits of levels");
+static_assert(STAGE * 2 >= 4 * 32 * 8, "a stage holds where 32 states of 4 rows are");
 
 TW_INLINE void store_four(float* to, float a, float b, float c, float d) { *reinterpret_cast<float4*>(to) = make_float4(a, b, c, d); }
 TW_INLINE void store_four(uint16_t* to, float a, float b, float c, float d) { *reinterpret_cast<uint2*>(to) = make_uint2(tw::pack<Kind>(a, b), tw::pack<Kind>(c, d)); }
 
 // Four outputs of a row, divided by its sum; a row that sees nothing has o = 0 and lse = −inf.
 TW_INLINE void write_result(const Params& p, const Walk& w, const tw::Row* whose, int row, int column, const float (&o)[4], float row_max, float row_sum) {
-  float largest = row_max / LOG2E, keep = 1.0f;
+  float largest = row_max * (1.0f / LOG2E), keep = 1.0f;
   if constexpr (Variant::SINK) keep = tw::add_sink(Variant(p).sink(at_of(w, whose, row, 0)), largest, row_sum);
   const bool none = row_sum == 0.0f;
   const float scale = none ? 0.0f : keep / row_sum;
   const int64_t at = static_cast<int64_t>(w.token + row / G) * p.qo_heads + w.head * G + row % G;
   if (column < D) store_four(p.o + at * D + column, o[0] * scale, o[1] * scale, o[2] * scale, o[3] * scale);
-  if (column == 0) p.lse[at] = none ? lowest() : largest + log2f(row_sum) / LOG2E;
+  if (column == 0) p.lse[at] = none ? lowest() : largest + log2f(row_sum) * (1.0f / LOG2E);
 }
 
 // Where a row of a unit has its state at a level: outputs not yet divided, maximum, sum, and the ranges that
@@ -31,7 +32,7 @@ TW_INLINE void store_sums(float* state, float row_max, float row_sum) {
 }
 // Four outputs of a row that all keys of the unit have reached.
 TW_INLINE void write(const Params& p, const Walk& w, const tw::Row* whose, int row, int column, const float (&o)[4], float row_max, float row_sum) {
-  if constexpr (LEVELS > 1) {
+  if (LEVELS > 1 && !w.alone) {
     float* to = state_of(p, w, tw::node_at(p, w.node).level, row);
     store_four(to + column, o[0], o[1], o[2], o[3]);
     if (column == 0) store_sums(to, row_max, row_sum);
@@ -68,9 +69,9 @@ TW_INLINE float* slot_of(const Params& p, int cta, bool head_part) { return p.pa
 
 // Partial states `first` … `last` of a unit, in the order of their CTAs; PARTS are read at once.
 template <int PARTS>
-TW_INLINE void merge(const Params& p, const Walk& w, const tw::Row* whose, int first, int last, int member, int thread) {
-  for (int i = thread; i < w.rows * (DP / 4); i += THREADS) {
-    const int row = i / (DP / 4), column = i % (DP / 4) * 4;
+TW_INLINE void merge(const Params& p, const Walk& w, const tw::Row* whose, int first, int last, int member, unsigned thread) {
+  for (unsigned i = thread; i < w.rows * (DP / 4u); i += THREADS) {
+    const int row = i / (DP / 4u), column = i % (DP / 4u) * 4;
     Sum all{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
     for (int k0 = first; k0 <= last; k0 += PARTS) {
       float2 sums[PARTS];
@@ -89,69 +90,107 @@ TW_INLINE void merge(const Params& p, const Walk& w, const tw::Row* whose, int f
   }
 }
 
-// Rows whose last state of all has now arrived are merged, in the order of levels and ranges: PARTS states of each
-// of ROWS rows are read at once. The states of a level count ALL in all, however many they are; `share`: those of
-// this CTA.
-template <int ROWS, int PARTS>
-TW_INLINE void join(const Params& p, const Walk& w, const tw::Row* whose, int* joins, int* joined, int share, int member, int thread) {
+// Rows whose last state of all has now arrived are merged, in the order of levels and ranges. `share`: of the states
+// of this level, which count ALL however many they are. A warp has ROWS rows at once: each lane finds a state of each
+// and its weight, then all lanes add the outputs.
+template <int ROWS>
+TW_INLINE void join(const Params& p, const Walk& w, const tw::Row* whose, char* smem, int* joined, int2* table, int share, int member, unsigned thread) {
+  const int warp = thread / 32, lane = thread % 32;
+  int* joins = reinterpret_cast<int*>(rows_of_warp(smem, WARPS));  // a row of q, and the levels of its states
+  int4* where = reinterpret_cast<int4*>(joins + WIDE_ROWS);
   if (thread == 0) *joined = 0;
   tw::bar_sync(1, THREADS);
   for (int t = thread; t < w.rows / G; t += THREADS) {
+    const int states = tw::node_at(p, tw::own_node(p, whose[t].request)).states;
     int* arrivals = p.arrivals + static_cast<int64_t>(w.token + t) * p.kv_heads + w.head;
-    if (tw::arrive(arrivals, share) != LEVELS * ALL - share) continue;
+    if (tw::arrive(arrivals, share) != __popc(static_cast<unsigned>(states)) * ALL - share) continue;
     *arrivals = 0;
-    joins[atomicAdd(joined, 1)] = t;
+    joins[atomicAdd(joined, 1)] = states << 8 | t;
   }
   tw::bar_sync(1, THREADS);
-  constexpr int EACH = G * (DP / 4);  // threads for a row of q
-  for (int i0 = thread; i0 < *joined * EACH; i0 += ROWS * THREADS) {
-    int row[ROWS], column[ROWS];
+  const int rows = *joined * G;
+  auto row_of = [&](int i) { return (joins[i / G] & 255) * G + i % G; };
+  for (unsigned i = thread; i < static_cast<unsigned>(rows * LEVELS); i += THREADS) {
+    const bool exists = joins[i / LEVELS / G] >> 8 >> i % LEVELS & 1;
+    int4 of = make_int4(0, 0, 0, -1);
+    if (exists) of = __ldcg(reinterpret_cast<const int4*>(state_of(p, w, i % LEVELS, row_of(i / LEVELS)) + DP));
+    where[i] = of.z < 0 ? make_int4(0, -1, 0, 0) : of;  // -1: the unit was of one CTA, whose state it is
+  }
+  tw::bar_sync(1, THREADS);
+  for (int i0 = warp * ROWS; i0 < rows; i0 += WARPS * ROWS) {
     Sum all[ROWS];
+    int row[ROWS], count[ROWS] = {}, most = 0;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const int i = i0 + r * THREADS < *joined * EACH ? i0 + r * THREADS : i0;
-      row[r] = joins[i / EACH] * G + i / (DP / 4) % G;
-      column[r] = i % (DP / 4) * 4;
+      const int i = i0 + r < rows ? i0 + r : rows - 1;
       all[r] = Sum{{0.0f, 0.0f, 0.0f, 0.0f}, lowest(), 0.0f};
+      row[r] = row_of(i);
+      for (int level = 0; level < LEVELS; ++level) count[r] += where[i * LEVELS + level].w - where[i * LEVELS + level].z + 1;
+      most = count[r] > most ? count[r] : most;
     }
-#pragma unroll
-    for (int level = 0; level < LEVELS; ++level) {
-      int4 of[ROWS];
-      int most = 0;
+    for (int first = 0; first < most; first += 32) {
+      float2 sums[ROWS];
+      int from[ROWS];
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
-        of[r] = __ldcg(reinterpret_cast<const int4*>(state_of(p, w, level, row[r]) + DP));
-        const int count = of[r].z < 0 ? 1 : of[r].w - of[r].z + 1;
-        most = count > most ? count : most;
+        int at = first + lane < count[r] ? first + lane : count[r] - 1;
+        const int4* of = where + (i0 + r < rows ? i0 + r : rows - 1) * LEVELS;
+        int level = 0;
+        for (; level < LEVELS - 1 && at > of[level].w - of[level].z; ++level) at -= of[level].w - of[level].z + 1;
+        const bool own = of[level].y < 0;  // the unit was of one CTA
+        const float* base = own ? state_of(p, w, level, row[r]) : slot_of(p, (of[level].z + at) * HEAD_BLOCK + member, at > 0);
+        from[r] = static_cast<int>((base - p.partials) / 2) + (own ? 0 : of[level].x * DP / 2);
+        sums[r] = __ldcg(reinterpret_cast<const float2*>(base + (own ? DP : MOST_ROWS * DP + of[level].x * 2)));
+        if (first + lane >= count[r]) sums[r] = make_float2(lowest(), 0.0f);
       }
-      for (int k0 = 0; k0 < most; k0 += PARTS) {
-        float2 sums[ROWS][PARTS];
-        float4 x[ROWS][PARTS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        float largest = fmaxf(all[r].row_max, sums[r].x);
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+        const float base = largest == lowest() ? 0.0f : largest, keep = tw::exp2(all[r].row_max - base), factor = tw::exp2(sums[r].x - base);
+        float weight = sums[r].y * factor;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) weight += __shfl_xor_sync(0xffffffffu, weight, step);
+        all[r].row_max = largest;
+        all[r].row_sum = all[r].row_sum * keep + weight;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) all[r].o[c] *= keep;
+        table[r * 32 + lane] = make_int2(from[r], __float_as_int(factor));
+      }
+      __syncwarp();
+      for (int k = 0; k < 32 && first + k < most; k += 4) {
+        float4 x[ROWS][4];
+        float factor[ROWS][4];
 #pragma unroll
         for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-          for (int j = 0; j < PARTS; ++j) {
-            const bool own = of[r].z < 0;  // the unit was of one CTA
-            const int last = own ? 0 : of[r].w - of[r].z, k = k0 + j < last ? k0 + j : last;
-            const float* from = own ? state_of(p, w, level, row[r]) : slot_of(p, (of[r].z + k) * HEAD_BLOCK + member, k > 0);
-            sums[r][j] = __ldcg(reinterpret_cast<const float2*>(from + (own ? DP : MOST_ROWS * DP + of[r].x * 2)));
-            x[r][j] = __ldcg(reinterpret_cast<const float4*>(from + (own ? 0 : of[r].x * DP) + column[r]));
-            if (k0 + j > last) sums[r][j].x = lowest();
+          for (int j = 0; j < 4; ++j) {
+            const int2 state = table[r * 32 + k + j];
+            factor[r][j] = __int_as_float(state.y);
+            x[r][j] = __ldcg(reinterpret_cast<const float4*>(p.partials + static_cast<int64_t>(state.x) * 2 + lane % (DP / 4) * 4));
           }
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) add(all[r], sums[r], x[r]);
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float values[4] = {x[r][j].x, x[r][j].y, x[r][j].z, x[r][j].w};
+#pragma unroll
+            for (int c = 0; c < 4; ++c) all[r].o[c] += values[c] * factor[r][j];
+          }
       }
+      __syncwarp();
     }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)
-      if (i0 + r * THREADS < *joined * EACH) write_result(p, w, whose, row[r], column[r], all[r].o, all[r].row_max, all[r].row_sum);
+      if (i0 + r < rows && lane < DP / 4) write_result(p, w, whose, row[r], lane * 4, all[r].o, all[r].row_max, all[r].row_sum);
   }
 }
 
 // The state of a unit is the sum of its parts: of its warps where it is narrow, and of the CTAs that share
 // it, of which the last to arrive merges them, with those of other levels where there are such.
 template <bool WIDE, int BLOCKS>
-TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* smem, int stage, const Range& range, int cta, int thread) {
+TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* smem, int stage, const Range& range, unsigned cta, unsigned thread) {
   const int warp = thread / 32, lane = thread % 32, row0 = WIDE ? warp * BLOCKS * 8 : 0;
   float2* sums = reinterpret_cast<float2*>(smem + RING_BYTES);
   int* arrived = reinterpret_cast<int*>(sums + WARPS * NARROW_ROWS);
@@ -159,8 +198,7 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
   Element* ring = reinterpret_cast<Element*>(smem);
   float* mine = reinterpret_cast<float*>(ring + (warp * STAGES + stage) * STAGE);
   const bool head_part = range.begin.tile > 0 && w.node == range.begin.node && w.unit == range.begin.unit;
-  const bool tail_part = w.node == range.end.node && w.unit == range.end.unit;
-  const bool part = head_part || tail_part;
+  const bool tail_part = is_last(w, range), part = head_part || tail_part;
   const int first = head_part ? range.begin.first : cta / HEAD_BLOCK, last = tail_part ? range.end.last : cta / HEAD_BLOCK;
   float* slot = slot_of(p, cta, head_part);
   // Of a row whose state is in the slots of `first` … `last`.
@@ -193,8 +231,8 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
     }
   if constexpr (!WIDE) {
     tw::bar_sync(1, THREADS);
-    for (int i = thread; i < w.rows * (DP / 4); i += THREADS) {
-      const int row = i / (DP / 4), column = i % (DP / 4) * 4;
+    for (unsigned i = thread; i < w.rows * (DP / 4u); i += THREADS) {
+      const int row = i / (DP / 4u), column = i % (DP / 4u) * 4;
       float2 weight[WARPS];
       float4 x[WARPS];
 #pragma unroll
@@ -215,21 +253,21 @@ TW_INLINE void finish(const Params& p, const Walk& w, Rows<BLOCKS>& rows, char* 
       }
     }
   }
-  if constexpr (LEVELS > 1) {
-    int* joins = reinterpret_cast<int*>(rows_of_warp(smem, WARPS));
-    join<2, 4>(p, w, whose, joins, arrived, !part ? ALL : cta / HEAD_BLOCK == first ? ALL - (last - first) : 1, cta % HEAD_BLOCK, thread);
-  } else if (part) {
+  if (LEVELS > 1 && (WIDE || !w.alone)) {
+    if constexpr (LEVELS > 1) {
+      int2* free = reinterpret_cast<int2*>(ring + (warp * STAGES + (WIDE ? 0 : stage)) * STAGE);
+      const int share = !part ? ALL : cta / HEAD_BLOCK == first ? ALL - (last - first) : 1;
+      join<4>(p, w, whose, smem, arrived, free, share, cta % HEAD_BLOCK, thread);
+    }
+  } else if (!WIDE && part) {
     int* counter = p.counters + first * HEAD_BLOCK + cta % HEAD_BLOCK;
     tw::bar_sync(1, THREADS);
     if (thread == 0) *arrived = tw::arrive(counter) == last - first;
     tw::bar_sync(1, THREADS);
     if (*arrived) {
       if (thread == 0) *counter = 0;
-      if (last - first < 4) {
-        merge<4>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
-      } else {
-        merge<16>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
-      }
+      if (last - first < 4) merge<4>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
+      else merge<16>(p, w, whose, first, last, cta % HEAD_BLOCK, thread);
     }
   }
   tw::bar_sync(1, THREADS);

@@ -3,47 +3,59 @@
 //
 // A node is a row of the table: a request, or keys that several requests share. A unit is (node, block of
 // packed rows, block of KV heads), in that order; a CTA does one head of the block. A node of more than
-// NARROW_ROWS packed rows is *wide*: its rows go WIDE_ROWS at a time.
+// NARROW_ROWS packed rows is *wide*: its rows go WIDE_ROWS at a time. A unit of a request has the keys of its
+// node and of the shared nodes that are no units of their own, one *piece* after the other, from the inside out.
 //
 // In front of this file: table.h, variant.h, the constants of `attention` (see decode.cuh).
 
 namespace attention {
 
+// A unit of a node as one number, in their order.
+TW_INLINE int64_t place(int node, int unit) { return static_cast<int64_t>(node) << 32 | static_cast<uint32_t>(unit); }
 struct Range {  // of this CTA; `first` and `last` name the ranges that share its first and last unit
   Cut begin, end;
+  int64_t limit;  // the place of the first unit that it has no part of
 };
-TW_INLINE Range range_of(const Params& p, int cta) { return Range{p.cuts[cta / HEAD_BLOCK], p.cuts[cta / HEAD_BLOCK + 1]}; }
+TW_INLINE Range range_of(const Params& p, int cta) {
+  const Cut begin = p.cuts[cta / HEAD_BLOCK], end = p.cuts[cta / HEAD_BLOCK + 1];
+  return Range{begin, end, place(end.node, end.unit + (end.tile > 0))};
+}
 
-// The tiles of a unit from `tile` to `end` are numbers in `seen`, those that its rows can see.
+// The tiles of a piece from `tile` to `end` are numbers in `seen`, those that the rows of the unit can see.
 struct Walk {
   int node, unit, head, tile, end;
-  tw::Pages keys;
-  int units;               // of the node, where nodes are shared
-  bool wide;
+  int piece, outer, before;  // the node whose keys they are, the next one, the tiles of the pieces before
+  tw::Pages keys;            // of the piece
+  bool wide, alone;          // whether the unit has all keys of its rows
   int token, rows, first;  // the first row of q; packed rows; at least the lowest position of a query
+  int kv_len;              // of a request: all its keys
   tw::Tiles<Variant::RANGES> seen;
 };
 
 TW_INLINE bool in_range(const Walk& w, const Range& range) {
-  const Cut& end = range.end;
-  return w.node < end.node || (w.node == end.node && (w.unit < end.unit || (w.unit == end.unit && end.tile > 0)));
+  return place(w.node, w.unit) < range.limit;
 }
 template <bool WIDE>
 TW_INLINE bool has_unit(const Walk& w, const Range& range) {
   return in_range(w, range) && (LEVELS == 1 || w.wide == WIDE);
 }
 
-// Begins a node: its keys and its units.
-TW_INLINE void enter(Walk& w, const Params& p) {
-  w.keys = tw::pages_of(p, w.node, MAX_KEYS);
-  if constexpr (LEVELS > 1) {
+// The units of a node, and which pieces they have.
+TW_INLINE int units_of(const Params& p, Walk& w) {
+  w.piece = w.node;
+  if constexpr (LEVELS == 1) {
+    return p.kv_heads / HEAD_BLOCK;
+  } else {
     const tw::Node node = tw::node_at(p, w.node);
     const int tokens = tw::first_row(p, node.end) - tw::first_row(p, node.begin);
+    const bool own = w.node >= tw::own_node(p, 0);
+    w.outer = own ? node.outer : -1;
+    w.alone = own && node.states == 1 << node.level;
     w.wide = tokens * G > NARROW_ROWS;
-    w.units = p.kv_heads / HEAD_BLOCK * (w.wide ? (tokens + WIDE_TOKENS - 1) / WIDE_TOKENS : tokens > 0);
+    const int blocks = w.wide ? (tokens + WIDE_TOKENS - 1) / WIDE_TOKENS : tokens > 0;
+    return node.splits() ? p.kv_heads / HEAD_BLOCK * blocks : 0;
   }
 }
-TW_INLINE int units_of(const Params& p, const Walk& w) { return LEVELS == 1 ? p.kv_heads / HEAD_BLOCK : w.units; }
 
 TW_INLINE tw::Tile tile_of(const Params& p, const Walk& w, tw::Bound kv, tw::Bound key) {
   tw::Tile tile{tw::Bound{w.first, w.first + w.rows / G - 1}, kv, tw::Bound{w.head * G, w.head * G + G - 1}, tw::bound(w.head),
@@ -57,8 +69,8 @@ TW_INLINE tw::Tile tile_of(const Params& p, const Walk& w, tw::Bound kv, tw::Bou
   return tile;
 }
 
-// The rows of a unit, and the tiles that this CTA does: to the cut, or to the last as the keys are now.
-TW_INLINE void bound(Walk& w, const Params& p, const Variant& variant, const Range& range, int member) {
+// The rows of a unit.
+TW_INLINE void bound(Walk& w, const Params& p, int member) {
   const tw::Node node = tw::node_at(p, w.node);
   w.token = tw::first_row(p, node.begin);
   w.head = w.unit * HEAD_BLOCK + member;
@@ -74,32 +86,56 @@ TW_INLINE void bound(Walk& w, const Params& p, const Variant& variant, const Ran
   const int request = w.node - tw::own_node(p, 0);
   if (request >= 0) w.first = tw::first_query(p, w.keys, request, tokens);
   w.rows = tokens * G < MOST_ROWS ? tokens * G : MOST_ROWS;
-  w.seen = tw::tiles_seen<TILE>(variant, tile_of(p, w, {}, {}), w.keys);
-  const int all = w.seen.count();
-  w.end = w.node == range.end.node && w.unit == range.end.unit && range.end.tile < all ? range.end.tile : all;
+  w.before = 0;
+  w.kv_len = w.keys.number(w.keys.length);
 }
 
-// To the next unit that has rows, from one that may have none, whichever its class.
-TW_INLINE void settle(Walk& w, const Params& p, const Variant& variant, const Range& range, int member) {
-  while (in_range(w, range) && w.unit >= units_of(p, w)) {
+// The tiles of a piece that this CTA does: to the cut, or to the last as the keys are now.
+TW_INLINE bool is_last(const Walk& w, const Range& range) { return place(w.node, w.unit) == place(range.end.node, range.end.unit); }
+TW_INLINE void see(Walk& w, const Params& p, const Variant& variant, const Range& range) {
+  w.seen = tw::tiles_seen<TILE>(variant, tile_of(p, w, {}, {}), w.keys);
+  const int all = w.seen.count(), left = range.end.tile - w.before;
+  w.end = is_last(w, range) && left < all ? left : all;
+}
+
+// To the first unit from here on that has rows, whichever its class; `entered`: whether the keys are its node's.
+TW_INLINE void settle(Walk& w, const Params& p, const Variant& variant, const Range& range, int member, bool entered) {
+  while (in_range(w, range)) {
+    if (!entered) w.keys = tw::pages_of(p, w.node, MAX_KEYS);
+    if (w.unit < units_of(p, w)) break;
     ++w.node;
     w.unit = 0;
-    if (in_range(w, range)) enter(w, p);
+    entered = false;
   }
-  if (in_range(w, range)) bound(w, p, variant, range, member);
+  w.rows = 0;
+  if (!in_range(w, range)) return;
+  bound(w, p, member);
+  see(w, p, variant, range);
+}
+// Whether this CTA has another piece of the unit.
+TW_INLINE bool has_piece(const Walk& w, const Range& range) {
+  return LEVELS > 1 && w.outer >= 0 && !(is_last(w, range) && range.end.tile <= w.before + w.seen.count());
+}
+TW_INLINE void next_piece(Walk& w, const Params& p, const Variant& variant, const Range& range) {
+  w.before += w.seen.count();
+  w.tile -= w.seen.count();
+  w.piece = w.outer;
+  w.outer = tw::node_at(p, w.piece).outer;
+  w.keys = tw::pages_of(p, w.piece, MAX_KEYS);
+  see(w, p, variant, range);
 }
 TW_INLINE void next_unit(Walk& w, const Params& p, const Variant& variant, const Range& range, int member) {
   ++w.unit;
   w.tile = 0;
-  settle(w, p, variant, range, member);
+  settle(w, p, variant, range, member, LEVELS == 1);
 }
 TW_INLINE Walk start(const Params& p, const Variant& variant, const Range& range, int member) {
   Walk w{};
   w.node = range.begin.node;
   w.unit = range.begin.unit;
   w.tile = range.begin.tile;
-  if (in_range(w, range)) enter(w, p);
-  settle(w, p, variant, range, member);
+  settle(w, p, variant, range, member, false);
+  while (in_range(w, range) && w.tile >= w.seen.count() && has_piece(w, range)) next_piece(w, p, variant, range);
   return w;
 }
 

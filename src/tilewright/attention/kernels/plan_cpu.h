@@ -14,7 +14,7 @@ TW_EXPORT void visible_tiles(const Shape& shape, const int64_t* first, const int
 struct Load { int64_t tiles, units; bool wide; };  // of a node
 
 // Writes the cuts of `count` nodes, at least 1, whose `keys` are read by the rows `qo_indptr` of their requests;
-// `shared`: whether any has more than one. `ends` [count + 1], `loads` [count] and `sorted` [limit + 1] are scratch,
+// `shared`: whether any has more than one; then `keys` are those that a unit walks. `ends` [count + 1], `loads` [count] and `sorted` [limit + 1] are scratch,
 // `out` holds limit + 1 cuts. Returns the number of ranges; `balance`: the most work of one, and that of all.
 TW_EXPORT int64_t plan_cuts(const Shape& shape, const int32_t* qo_indptr, const tw::Node* nodes, const int64_t* keys, int64_t count,
                             bool shared, int64_t limit, int64_t* scratch, Cut* out, int64_t* balance) {
@@ -29,7 +29,7 @@ TW_EXPORT int64_t plan_cuts(const Shape& shape, const int32_t* qo_indptr, const 
     Load load{keys[n], shape.head_blocks, false};
     if (shared) {  // what masks hide of shared keys is not counted
       load.tiles = cuts::tiles_of(keys[n]);
-      load.units *= cuts::row_blocks(queries, shape.group, load.wide);
+      load.units *= nodes[n].splits() * cuts::row_blocks(queries, shape.group, load.wide);
     } else {
       load.tiles = tw::most(extents::visible_tiles(shape, stack, keys[n] - queries, keys[n] - 1, keys[n]), 1);
     }
@@ -37,7 +37,10 @@ TW_EXPORT int64_t plan_cuts(const Shape& shape, const int32_t* qo_indptr, const 
     all += load.units * load.tiles;
     loads[n] = load;
   }
-  const int64_t ranges = cuts::count_of(all, limit);
+  const int64_t unit = cuts::cost_of(loads[count - 1].tiles, loads[count - 1].wide);
+  bool alike = true;
+  for (int64_t n = 0; n < count; ++n) alike &= loads[n].units == 0 || cuts::cost_of(loads[n].tiles, loads[n].wide) == unit;
+  const int64_t ranges = cuts::count_of(all, alike ? ends[count] / unit : 0, limit);
   int64_t node = 0;
   for (int64_t k = 0; k < ranges; ++k) {
     const int64_t at = ends[count] * k / ranges;

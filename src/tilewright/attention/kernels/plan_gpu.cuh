@@ -4,8 +4,8 @@
 // struct `PlanParams`, the constants of `cuts` (THREADS, GROUP query heads of a KV head, MAX_KEYS).
 // Launch: one CTA of THREADS threads; shared memory: ends [nodes + 1], keys [limit + 1], int64 each.
 // A node counts as its tiles, but at most `most_tiles`: what a window can see of any context.
-// It copies qo_indptr into the workspace, writes the tree of nodes where requests share keys, and sets the
-// status word where either is wrong: then no unit is planned.
+// It copies qo_indptr into the workspace, writes the tree of shared nodes, decides which are units of their own, and
+// sets the status word where either is wrong: then no unit is planned.
 
 namespace cuts {
 
@@ -38,7 +38,7 @@ TW_INLINE bool copy_rows(const PlanParams& p, int thread) {
 TW_INLINE bool write_level(const PlanParams& p, const int32_t* indptr, int count, int first, int level, const int32_t* outer, int outer_count, int thread) {
   bool good = true;
   for (int i = thread; i < count; i += THREADS) {
-    tw::Node node{indptr ? indptr[i] : i, indptr ? indptr[i + 1] : i + 1, 0, level};
+    tw::Node node{indptr ? indptr[i] : i, indptr ? indptr[i + 1] : i + 1, 0, level, -1, 0};
     good &= node.begin <= node.end && (i > 0 || node.begin == 0) && (i + 1 < count || node.end == p.requests);
     if (outer && node.begin < node.end) {
       int low = 0;  // the last outer node that begins at or before this one
@@ -50,10 +50,51 @@ TW_INLINE bool write_level(const PlanParams& p, const int32_t* indptr, int count
       const int64_t base = p.nodes[first - outer_count + low].base + length_of(p, first - outer_count + low);
       good &= base + length_of(p, first + i) <= MAX_KEYS;
       node.base = static_cast<int32_t>(base <= MAX_KEYS ? base : MAX_KEYS);
+      node.outer = first - outer_count + low;  // until it is linked
     }
     p.nodes[first + i] = node;
   }
   return good;
+}
+
+TW_INLINE int64_t queries_of(const PlanParams& p, const tw::Node& node) {
+  return p.qo_from ? p.qo_indptr[node.end] - p.qo_indptr[node.begin] : node.end - node.begin;
+}
+
+// Which of the shared nodes are units of their own, and the links of all. `sums`: a word for each warp.
+TW_INLINE void choose(const PlanParams& p, int64_t* sums, int thread) {
+  const int shared = p.node_count - p.requests;
+  int64_t gains = 0;
+  for (int n = thread; n < shared; n += THREADS) {
+    tw::Node& node = p.nodes[n];
+    const int64_t gain = gain_of(length_of(p, n), node.end - node.begin, queries_of(p, node), GROUP);
+    node.states = gain > 0;
+    gains += gain > 0 ? gain : 0;
+  }
+  for (int step = 1; step < 32; step *= 2) gains += __shfl_xor_sync(0xffffffffu, gains, step);
+  if (thread % 32 == 0) sums[thread / 32] = gains;
+  __syncthreads();
+  for (int w = 1; w < THREADS / 32; ++w) gains += sums[(thread / 32 + w) % (THREADS / 32)];
+  const bool any = shares(gains, p.head_blocks, p.limit);
+  for (int level = 0; level < table::LEVELS; ++level) {
+    for (int n = thread; n < p.node_count; n += THREADS) {
+      tw::Node& node = p.nodes[n];
+      if (node.level != level) continue;
+      const tw::Node* outer = node.outer < 0 ? nullptr : p.nodes + node.outer;
+      node.states = (outer ? outer->states : 0) | (n >= shared || (any && node.states)) << level;
+      if (outer && outer->splits()) node.outer = outer->outer;
+    }
+    __syncthreads();
+  }
+}
+
+// The tiles of a unit of a node. A node without keys costs a tile: its result is written.
+TW_INLINE int64_t unit_tiles(const PlanParams& p, int n) {
+  if constexpr (table::LEVELS == 1) return tiles_of(length_of(p, n));
+  int64_t tiles = (length_of(p, n) + TILE - 1) / TILE;
+  for (int at = n < p.node_count - p.requests ? -1 : p.nodes[n].outer; at >= 0; at = p.nodes[at].outer)
+    tiles += (length_of(p, at) + TILE - 1) / TILE;
+  return tiles < 1 ? 1 : tiles;
 }
 
 // Units of a node, and whether they are wide.
@@ -61,8 +102,7 @@ TW_INLINE int64_t units_of(const PlanParams& p, int n, bool& wide) {
   wide = false;
   if constexpr (table::LEVELS == 1) return p.head_blocks;
   const tw::Node node = p.nodes[n];
-  const int64_t queries = p.qo_from ? p.qo_indptr[node.end] - p.qo_indptr[node.begin] : node.end - node.begin;
-  return row_blocks(queries, GROUP, wide) * p.head_blocks;
+  return node.splits() * row_blocks(queries_of(p, node), GROUP, wide) * p.head_blocks;
 }
 
 }  // namespace cuts
@@ -88,6 +128,7 @@ extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const _
       outer_count = count;
       __syncthreads();
     }
+    if (!__syncthreads_or(wrong)) cuts::choose(p, sums, thread);
   }
   const bool none = __syncthreads_or(wrong);
   if (wrong) *p.status = wrong;
@@ -95,12 +136,16 @@ extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const _
   const int begin = thread * share < p.node_count ? thread * share : p.node_count;
   const int end = begin + share < p.node_count ? begin + share : p.node_count;
   int64_t own = 0, own_tiles = 0;  // the cost of this thread's nodes, and their tiles
+  int64_t unit = none || p.node_count == 0 ? 0 : cuts::unit_tiles(p, p.node_count - 1);
+  unit = cuts::cost_of(unit < p.most_tiles ? unit : p.most_tiles, false);  // of the last request; those of others may differ
+  bool differ = false;
   for (int n = begin; n < end; ++n) {
-    int64_t tiles = cuts::tiles_of(cuts::length_of(p, n));
+    int64_t tiles = cuts::unit_tiles(p, n);
     tiles = tiles < p.most_tiles ? tiles : p.most_tiles;
     bool wide;
     const int64_t units = none ? 0 : cuts::units_of(p, n, wide);
     ends[n + 1] = units * cuts::cost_of(tiles, wide);
+    differ |= units > 0 && cuts::cost_of(tiles, wide) != unit;
     own += ends[n + 1];
     own_tiles += units * tiles;
   }
@@ -124,8 +169,8 @@ extern "C" __global__ void __launch_bounds__(cuts::THREADS, 1) plan_cuts(const _
     before += ends[n + 1];
     ends[n + 1] = before;
   }
-  __syncthreads();
-  const int64_t total = ends[p.node_count], count = cuts::count_of(all_tiles, p.limit);
+  differ = __syncthreads_or(differ);
+  const int64_t total = ends[p.node_count], count = cuts::count_of(all_tiles, differ || total == 0 ? 0 : total / unit, p.limit);
   for (int k = thread; k <= p.limit; k += cuts::THREADS) {
     int64_t key = cuts::key(p.node_count, 0, 0);
     if (k < count && total > 0) {

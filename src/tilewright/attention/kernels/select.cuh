@@ -70,8 +70,7 @@ extern "C" __global__ void __launch_bounds__(32 * select::MOST_WARPS) choose_pag
       const int n = first + thread;
       const uint32_t key = n < rest ? key_of(scores[n]) : 0, digit = key >> shift & (BINS - 1);
       const bool counts = n < rest && static_cast<uint64_t>(key ^ bound) >> (shift + DIGIT) == 0;
-      const uint32_t same = __match_any_sync(ALL, counts ? digit : BINS);  // one addition for equal digits
-      if (counts && lane == __ffs(same) - 1) atomicAdd(&shared.bins[digit], __popc(same));
+      if (counts) atomicAdd(&shared.bins[digit], 1);  // of equal digits of a warp at once: ATOMS.POPC.INC
     }
     __syncthreads();
     if (warp == 0) find_digit(shared, equals, lane);
