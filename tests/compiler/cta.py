@@ -172,6 +172,10 @@ class Launch:
             dtype = s.b.buffer.dtype
             a, b = self.operand(s.a, m, k, dtype), self.operand(s.b, k, n, dtype)
             self.registers[s.acc.name][where] += s.atom.numpy(a, b) if s.atom else a @ b
+        elif isinstance(s, ir.LoadTile):
+            _, rows, cols = (int(self.value(e)[0]) for e in s.buffer.shape)
+            tile = self.operand(s.tile, rows, cols, s.tile.buffer.dtype)
+            self.registers[s.buffer.name][self.warps(), self.of_warps(s.slot)] = tile
         elif not isinstance(s, ir.Prefetch):
             raise InternalError("I101", f"{type(s).__name__} cannot be executed")
 
@@ -316,6 +320,8 @@ class Launch:
             warps, (slots, rows, *cols) = len(self.lane) // WARP, extents
             shape = (warps, slots, rows, *cols) if cols else (len(self.lane), slots, rows // LINES)
             self.registers[b.name] = np.zeros(shape, np.float32)
+        elif b.scope in ir.OPERANDS:
+            self.registers[b.name] = np.full((len(self.lane) // WARP, *extents), np.nan, np.float32)
         else:
             shape = (len(self.lane), prod(extents), b.dtype.lanes)[: 2 + (b.dtype.lanes > 1)]
             self.registers[b.name] = poisoned(shape, b.dtype.scalar)
@@ -423,7 +429,7 @@ class Launch:
     def operand(self, t: ir.Tile, rows: int, cols: int, dtype: DType) -> np.ndarray:
         """The elements of a tile in float32, of a fragment rounded to `dtype`; 0 beyond its limits.
         The reader is the warp: no lane of it, so that lanes of the same warp need a barrier too."""
-        if t.buffer.scope == "fragment":
+        if t.buffer.scope in ("fragment", *ir.OPERANDS):
             values = self.registers[t.buffer.name][self.warps(), self.of_warps(t.offset)]
             return as_operand(ops.cast(values, dtype), dtype)
         at, inside = self.window(t, rows, cols)

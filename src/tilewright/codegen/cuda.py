@@ -142,6 +142,10 @@ class CudaRenderer(MergeRenderer):
             slots, _, *cols = map(self.expr, b.shape)
             kind = f"tw::fragment<{cols[0]}>" if cols else "tw::fragment_rows"
             self.line(f"{kind} {c_name(b.name)}[{slots}] = {{}};")
+        elif b.scope in ir.OPERANDS:
+            slots, _, cols = map(self.expr, b.shape)
+            kind = "a" if b.scope == "operand_a" else f"b<{cols}>"
+            self.line(f"tw::fragment_{kind} {c_name(b.name)}[{slots}];")
         elif b.scope == "shared":
             aligned = ALIGNED if b.swizzled else WIDE
             kind, first = self.type(b.dtype), -(-self.smem_bytes // aligned) * aligned
@@ -190,8 +194,14 @@ class CudaRenderer(MergeRenderer):
         function = s.atom.name if s.atom else f"tw::mma<{kind}>"
         self.line(f"{function}({acc}, {a}, {b});")
 
+    def load_tile(self, s: ir.LoadTile) -> None:
+        to = f"{c_name(s.buffer.name)}[{self.expr(s.slot)}]"
+        self.line(f"tw::load_fragment({to}, {self.tile(s.tile)}, tx);")
+
     def fragment(self, t: ir.Tile, side: str, kind: str) -> str:
         """The fragment of an operand tile, made once for all products of a block that read it."""
+        if t.buffer.scope in ir.OPERANDS:
+            return f"{c_name(t.buffer.name)}[{self.expr(t.offset)}]"
         if (t, side) not in self.fragments:
             name = self.fragments[t, side] = f"{side[0]}__{self.fragment_count}"
             self.fragment_count += 1

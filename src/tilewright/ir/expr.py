@@ -319,7 +319,11 @@ class Tensor(Operators):
     __repr__ = __str__
 
 
-Scope = Literal["global", "part", "register", "shared", "fragment", "workspace", "row"]
+Scope = Literal[
+    "global", "part", "register", "shared", "fragment", "operand_a", "operand_b", "workspace", "row"
+]
+
+OPERANDS: tuple[Scope, ...] = ("operand_a", "operand_b")  # registers of a warp for products
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,7 +205,8 @@ class Wait(Stmt):
 @node
 class Alloc(Stmt):
     """Loop level: declares a register, shared, fragment or row buffer until the end of its `Seq`.
-    A fragment buffer is an array of float32 fragments, (slots, rows, columns), and starts at 0.
+    A fragment buffer is an array of float32 fragments, (slots, rows, columns), and starts at 0;
+    buffers of operands are such arrays of the left or right operands of products.
 
     `extents`: the shape of a row buffer, which is known at run time only. `kept`: that of the part
     which a GPU keeps. The elements behind its first dimension are in an array: a row starts at
@@ -256,6 +257,16 @@ class Mma(Stmt):
     b: Tile
     shape: tuple[int, int, int]
     atom: Atom | None = None
+
+
+@node
+class LoadTile(Stmt):
+    """Loads an operand into the registers `buffer[slot]` of a warp. A product reads it from there
+    by a tile of that buffer at the offset `slot`."""
+
+    buffer: Buffer
+    slot: Expr
+    tile: Tile
 
 
 # ---------------------------------------------------------------------------- programs

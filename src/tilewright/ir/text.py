@@ -124,6 +124,7 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "Commit": lambda s: "commit",
     "Wait": lambda s: f"wait {s.pending}",
     "Sync": lambda s: f"sync {s.lanes} lanes" if s.lanes else "sync",
+    "LoadTile": lambda s: f"load {s.buffer.name}[{expr_text(s.slot)}] = {_tile(s.tile)}",
     "Mma": lambda s: (
         f"mma {s.acc.name}[{expr_text(s.slot)}] += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}"
     ),

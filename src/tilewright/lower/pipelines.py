@@ -1,4 +1,5 @@
-"""Pass: loops of kind `pipeline` copy to shared memory for later iterations while they work."""
+"""Passes: loops of kind `pipeline` copy to shared memory for later iterations while they work, and
+load operands of products from it for the next step."""
 
 from __future__ import annotations
 
@@ -87,3 +88,66 @@ def _pipelined(f: ir.For, repeated: bool) -> ir.Stmt:
         replace(f, begin=first, end=last, body=body, kind="serial", stages=0, unroll_hint=1),
         *([ir.Sync()] if repeated else []),
     )  # fmt: skip
+
+
+def load_operands_ahead(program: ir.Program) -> ir.Program:
+    """A pipeline that only multiplies loads the operands of a step from shared memory before the
+    products of the step before it. Those of the next iteration, too: its wait, its barrier and its
+    copies come before the last step of this one.
+
+    before: for k in a:b                  after: if a < b
+              wait 1; sync; copies k + 2           wait 1; sync; copies a + 2
+              acc += S[k, 0] @ T[k, 0]             x[0] = S[a, 0]; y[0] = T[a, 0]
+              acc += S[k, 1] @ T[k, 1]             for k in a:b
+                                                     x[1] = S[k, 1]; y[1] = T[k, 1]
+                                                     acc += x[0] @ y[0]
+                                                     wait 1; sync; copies k + 3
+                                                     x[0] = S[min(k + 1, b - 1), 0]; …
+                                                     acc += x[1] @ y[1]
+
+    A step is a run of products into different sums. The last iteration loads its own operands again,
+    because a branch would part loads from products.
+    """
+    return ir.map_bodies(program, lambda body: ir.transform(body, _ahead))
+
+
+def _ahead(f: Any) -> Any:
+    body = f.body.body if isinstance(f, ir.For) and isinstance(f.body, ir.Seq) else ()
+    start = next((n + 1 for n, s in enumerate(body) if isinstance(s, ir.Commit)), len(body))
+    head, work = ir.seq(*body[:start]), body[start:]
+    steps: list[dict[tuple[str, ir.Expr], Any]] = []
+    for s in work:
+        if not isinstance(s, ir.Mma):
+            return f
+        if not steps or (s.acc.name, s.slot) in steps[-1]:
+            steps.append({})
+        steps[-1][s.acc.name, s.slot] = s
+    used = [dict.fromkeys((x, getattr(s, x)) for s in y.values() for x in "ab") for y in steps]
+    if len({s.shape for s in work}) != 1 or len(used) < 2 or used[0].keys() & used[-1].keys():
+        return f
+    tiles = {x: list(dict.fromkeys(getattr(s, x) for s in work)) for x in "ab"}
+    rows, cols, depth = work[0].shape
+    buffers: dict[str, ir.Buffer] = {}
+    for x, *shape in (("a", rows, depth), ("b", depth, cols)):
+        extents = tuple(map(ir.as_expr, (len(tiles[x]), *shape)))
+        buffers[x] = ir.Buffer(f"{f.name}.{x}", tiles[x][0].buffer.dtype, extents, f"operand_{x}")
+
+    def held(x: str, t: ir.Tile) -> ir.Tile:
+        _, high, wide = buffers[x].shape
+        return ir.Tile(buffers[x], ir.as_expr(tiles[x].index(t)), wide, ir.as_expr(1), high, wide)
+
+    def loads(step: int, iteration: ir.Expr) -> ir.Stmt:
+        every = (ir.LoadTile(buffers[x], held(x, t).offset, t) for x, t in used[step])
+        return ir.simplify(ir.substitute(ir.seq(*every), {f.name: iteration}))
+
+    after, last = ir.add(f.var, 1), ir.add(f.end, -1)
+    new: list[ir.Stmt] = []
+    for n, step in enumerate(steps):
+        if n + 1 < len(steps):
+            new.append(loads(n + 1, f.var))
+        else:
+            new += [ir.substitute(head, {f.name: after}), loads(0, ir.binary("min", after, last))]
+        new += [replace(s, a=held("a", s.a), b=held("b", s.b)) for s in step.values()]
+    first = ir.seq(ir.substitute(head, {f.name: f.begin}), loads(0, f.begin))
+    loop = ir.If(ir.binary("<", f.begin, f.end), ir.seq(first, replace(f, body=ir.seq(*new))))
+    return ir.seq(*map(ir.Alloc, buffers.values()), loop)
