@@ -114,7 +114,7 @@ def load_operands_ahead(program: ir.Program) -> ir.Program:
 def _ahead(f: Any) -> Any:
     body = f.body.body if isinstance(f, ir.For) and isinstance(f.body, ir.Seq) else ()
     start = next((n + 1 for n, s in enumerate(body) if isinstance(s, ir.Commit)), len(body))
-    head, work = ir.seq(*body[:start]), body[start:]
+    head, work = body[:start], body[start:]
     steps: list[dict[tuple[str, ir.Expr], Any]] = []
     for s in work:
         if not isinstance(s, ir.Mma):
@@ -146,8 +146,11 @@ def _ahead(f: Any) -> Any:
         if n + 1 < len(steps):
             new.append(loads(n + 1, f.var))
         else:
-            new += [ir.substitute(head, {f.name: after}), loads(0, ir.binary("min", after, last))]
+            ready, copies = (
+                ir.substitute(ir.seq(*x), {f.name: after}) for x in (head[:2], head[2:])
+            )
+            new += [ready, loads(0, ir.binary("min", after, last)), copies]
         new += [replace(s, a=held("a", s.a), b=held("b", s.b)) for s in step.values()]
-    first = ir.seq(ir.substitute(head, {f.name: f.begin}), loads(0, f.begin))
+    first = ir.seq(ir.substitute(ir.seq(*head), {f.name: f.begin}), loads(0, f.begin))
     loop = ir.If(ir.binary("<", f.begin, f.end), ir.seq(first, replace(f, body=ir.seq(*new))))
     return ir.seq(*map(ir.Alloc, buffers.values()), loop)
