@@ -166,16 +166,8 @@ class Launch:
             self.step[self.mask] += 1
         elif isinstance(s, ir.Sync):
             self.barrier(s)
-        elif isinstance(s, ir.Mma):
-            m, n, k = s.shape
-            where = self.warps(), self.of_warps(s.slot)
-            dtype = s.b.buffer.dtype
-            a, b = self.operand(s.a, m, k, dtype), self.operand(s.b, k, n, dtype)
-            self.registers[s.acc.name][where] += s.atom.numpy(a, b) if s.atom else a @ b
-        elif isinstance(s, ir.LoadTile):
-            _, rows, cols = (int(self.value(e)[0]) for e in s.buffer.shape)
-            tile = self.operand(s.tile, rows, cols, s.tile.buffer.dtype)
-            self.registers[s.buffer.name][self.warps(), self.of_warps(s.slot)] = tile
+        elif isinstance(s, (ir.Mma, ir.LoadTile)):
+            self.tile_operation(s)
         elif not isinstance(s, ir.Prefetch):
             raise InternalError("I101", f"{type(s).__name__} cannot be executed")
 
@@ -389,6 +381,18 @@ class Launch:
         return self.registers[b.name], at if len(at) == 1 else np.where(self.mask, at, 0)
 
     # -- tiles: every warp is 32 neighbouring lanes ------------------------------------------------
+
+    def tile_operation(self, s: ir.Mma | ir.LoadTile) -> None:
+        where = self.warps(), self.of_warps(s.slot)
+        if isinstance(s, ir.LoadTile):
+            _, rows, cols = (int(self.value(e)[0]) for e in s.buffer.shape)
+            tile = self.operand(s.tile, rows, cols, s.tile.buffer.dtype)
+            self.registers[s.buffer.name][where] = tile
+            return
+        m, n, k = s.shape
+        dtype = s.b.buffer.dtype
+        a, b = self.operand(s.a, m, k, dtype), self.operand(s.b, k, n, dtype)
+        self.registers[s.acc.name][where] += s.atom.numpy(a, b) if s.atom else a @ b
 
     def held(self, x: ir.Load | ir.Store) -> tuple[np.ndarray, ...]:
         """The indices of an element of a fragment for each lane, which holds that element."""

@@ -101,12 +101,13 @@ def load_operands_ahead(program: ir.Program) -> ir.Program:
               acc += S[k, 1] @ T[k, 1]             for k in a:b
                                                      x[1] = S[k, 1]; y[1] = T[k, 1]
                                                      acc += x[0] @ y[0]
-                                                     wait 1; sync; copies k + 3
+                                                     wait 1; sync
                                                      x[0] = S[min(k + 1, b - 1), 0]; …
+                                                     copies k + 3
                                                      acc += x[1] @ y[1]
 
-    A step is a run of products into different sums. The last iteration loads its own operands again,
-    because a branch would part loads from products.
+    A step is a run of products into different sums. The last iteration loads its own operands
+    again, because a branch would part loads from products.
     """
     return ir.map_bodies(program, lambda body: ir.transform(body, _ahead))
 
