@@ -24,6 +24,7 @@ order no accesses to memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import gcd, prod
 from typing import Any
 
@@ -312,8 +313,6 @@ class Launch:
             warps, (slots, rows, *cols) = len(self.lane) // WARP, extents
             shape = (warps, slots, rows, *cols) if cols else (len(self.lane), slots, rows // LINES)
             self.registers[b.name] = np.zeros(shape, np.float32)
-        elif b.scope in ir.OPERANDS:
-            self.registers[b.name] = np.full((len(self.lane) // WARP, *extents), np.nan, np.float32)
         else:
             shape = (len(self.lane), prod(extents), b.dtype.lanes)[: 2 + (b.dtype.lanes > 1)]
             self.registers[b.name] = poisoned(shape, b.dtype.scalar)
@@ -383,14 +382,14 @@ class Launch:
     # -- tiles: every warp is 32 neighbouring lanes ------------------------------------------------
 
     def tile_operation(self, s: ir.Mma | ir.LoadTile) -> None:
-        where = self.warps(), self.of_warps(s.slot)
-        if isinstance(s, ir.LoadTile):
-            _, rows, cols = (int(self.value(e)[0]) for e in s.buffer.shape)
-            tile = self.operand(s.tile, rows, cols, s.tile.buffer.dtype)
-            self.registers[s.buffer.name][where] = tile
-            return
         m, n, k = s.shape
-        dtype = s.b.buffer.dtype
+        if isinstance(s, ir.LoadTile):
+            shape = (m, k) if s.side == "a" else (k, n)
+            tile = self.operand(replace(s.tile, held=""), *shape, s.tile.buffer.dtype)
+            new = np.full((len(self.lane) // WARP, *shape), np.nan, np.float32)
+            self.registers.setdefault(s.tile.held, new)[self.warps()] = tile
+            return
+        where, dtype = (self.warps(), self.of_warps(s.slot)), s.b.buffer.dtype
         a, b = self.operand(s.a, m, k, dtype), self.operand(s.b, k, n, dtype)
         self.registers[s.acc.name][where] += s.atom.numpy(a, b) if s.atom else a @ b
 
@@ -433,7 +432,9 @@ class Launch:
     def operand(self, t: ir.Tile, rows: int, cols: int, dtype: DType) -> np.ndarray:
         """The elements of a tile in float32, of a fragment rounded to `dtype`; 0 beyond its limits.
         The reader is the warp: no lane of it, so that lanes of the same warp need a barrier too."""
-        if t.buffer.scope in ("fragment", *ir.OPERANDS):
+        if t.held:
+            return self.registers[t.held][self.warps()]
+        if t.buffer.scope == "fragment":
             values = self.registers[t.buffer.name][self.warps(), self.of_warps(t.offset)]
             return as_operand(ops.cast(values, dtype), dtype)
         at, inside = self.window(t, rows, cols)

@@ -233,11 +233,10 @@ def test_operands_are_loaded_a_step_ahead():
     kinds = [type(x).__name__ for x in loop.body.body]
     steps = "".join({"LoadTile": "l", "Mma": "m", "Sync": "s"}.get(k, "") for k in kinds)
     assert steps == "l" * 8 + "m" * 16 + "s" + "l" * 8 + "m" * 16
-    held = {(x.buffer.name, x.slot): n for n, x in enumerate(loop.body.body)
-            if isinstance(x, ir.LoadTile)}  # fmt: skip
+    held = {x.tile.held: n for n, x in enumerate(loop.body.body) if isinstance(x, ir.LoadTile)}
     for n, x in enumerate(loop.body.body):
         for t in (x.a, x.b) if isinstance(x, ir.Mma) else ():
-            at = held[t.buffer.name, t.offset]
+            at = held[t.held]
             ahead = kinds[at:n] if at < n else kinds[at:] + kinds[:n]
             assert ahead.count("Mma") >= 16
 

@@ -37,15 +37,18 @@ class CudaRenderer(MergeRenderer):
     smem_bytes: int = 0  # of shared memory, used by the body so far
     fragments: dict[tuple[ir.Tile, str], str] = field(default_factory=dict)  # loaded operand tiles
     fragment_count: int = 0
+    held: frozenset[str] = frozenset()  # registers of operands that are declared here
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.written = self.params.written
 
     def block(self, head: str, body: ir.Stmt) -> None:
+        held = self.held
         self.fragments.clear()
         super().block(head, body)
         self.fragments.clear()
+        self.held = held
 
     def sync(self, s: ir.Sync) -> None:
         self.fragments.clear()
@@ -142,10 +145,6 @@ class CudaRenderer(MergeRenderer):
             slots, _, *cols = map(self.expr, b.shape)
             kind = f"tw::fragment<{cols[0]}>" if cols else "tw::fragment_rows"
             self.line(f"{kind} {c_name(b.name)}[{slots}] = {{}};")
-        elif b.scope in ir.OPERANDS:
-            slots, _, cols = map(self.expr, b.shape)
-            kind = "a" if b.scope == "operand_a" else f"b<{cols}>"
-            self.line(f"tw::fragment_{kind} {c_name(b.name)}[{slots}];")
         elif b.scope == "shared":
             aligned = ALIGNED if b.swizzled else WIDE
             kind, first = self.type(b.dtype), -(-self.smem_bytes // aligned) * aligned
@@ -195,13 +194,17 @@ class CudaRenderer(MergeRenderer):
         self.line(f"{function}({acc}, {a}, {b});")
 
     def load_tile(self, s: ir.LoadTile) -> None:
-        to = f"{c_name(s.buffer.name)}[{self.expr(s.slot)}]"
-        self.line(f"tw::load_fragment({to}, {self.tile(s.tile)}, tx);")
+        name = c_name(s.tile.held)
+        if name not in self.held:
+            kind = "fragment_a" if s.side == "a" else f"fragment_b<{s.shape[1]}>"
+            self.line(f"tw::{kind} {name};")
+            self.held |= {name}
+        self.line(f"tw::load_fragment({name}, {self.tile(s.tile)}, tx);")
 
     def fragment(self, t: ir.Tile, side: str, kind: str) -> str:
         """The fragment of an operand tile, made once for all products of a block that read it."""
-        if t.buffer.scope in ir.OPERANDS:
-            return f"{c_name(t.buffer.name)}[{self.expr(t.offset)}]"
+        if t.held:
+            return c_name(t.held)
         if (t, side) not in self.fragments:
             name = self.fragments[t, side] = f"{side[0]}__{self.fragment_count}"
             self.fragment_count += 1

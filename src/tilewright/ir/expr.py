@@ -319,11 +319,7 @@ class Tensor(Operators):
     __repr__ = __str__
 
 
-Scope = Literal[
-    "global", "part", "register", "shared", "fragment", "operand_a", "operand_b", "workspace", "row"
-]
-
-OPERANDS: tuple[Scope, ...] = ("operand_a", "operand_b")  # registers of a warp for products
+Scope = Literal["global", "part", "register", "shared", "fragment", "workspace", "row"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,8 +205,7 @@ class Wait(Stmt):
 @node
 class Alloc(Stmt):
     """Loop level: declares a register, shared, fragment or row buffer until the end of its `Seq`.
-    A fragment buffer is an array of float32 fragments, (slots, rows, columns), and starts at 0;
-    buffers of operands are such arrays of the left or right operands of products.
+    A fragment buffer is an array of float32 fragments, (slots, rows, columns), and starts at 0.
 
     `extents`: the shape of a row buffer, which is known at run time only. `kept`: that of the part
     which a GPU keeps. The elements behind its first dimension are in an array: a row starts at
@@ -237,7 +236,7 @@ class Sync(Stmt):
 class Tile:
     """A `rows × cols` window of a buffer for `Mma`: element (r, c) lies at
     `offset + r*row_stride + c*col_stride`; rows beyond `row_limit` (cols: `col_limit`) read as
-    0."""
+    0. `held`: the registers that a `LoadTile` loaded it into, from which products take it."""
 
     buffer: Buffer
     offset: Expr
@@ -245,6 +244,7 @@ class Tile:
     col_stride: Expr
     row_limit: Expr
     col_limit: Expr
+    held: str = ""
 
 
 @node
@@ -261,12 +261,11 @@ class Mma(Stmt):
 
 @node
 class LoadTile(Stmt):
-    """Loads an operand into the registers `buffer[slot]` of a warp. A product reads it from there
-    by a tile of that buffer at the offset `slot`."""
+    """Loads the left ("a") or the right operand of products of a shape into `tile.held`."""
 
-    buffer: Buffer
-    slot: Expr
     tile: Tile
+    side: str
+    shape: tuple[int, int, int]
 
 
 # ---------------------------------------------------------------------------- programs

@@ -1,8 +1,8 @@
-"""Passes: loops of kind `pipeline` copy to shared memory for later iterations while they work, and
-load operands of products from it for the next step."""
+"""Passes: loops of kind `pipeline` copy to shared memory for later iterations while they work."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -91,23 +91,16 @@ def _pipelined(f: ir.For, repeated: bool) -> ir.Stmt:
 
 
 def load_operands_ahead(program: ir.Program) -> ir.Program:
-    """A pipeline that only multiplies loads the operands of a step from shared memory before the
-    products of the step before it. Those of the next iteration, too: its wait, its barrier and its
-    copies come before the last step of this one.
+    """A pipeline that only multiplies loads the operands of a step (products into different sums)
+    before the products of the step before it, those of the next iteration behind its barrier.
 
-    before: for k in a:b                  after: if a < b
-              wait 1; sync; copies k + 2           wait 1; sync; copies a + 2
-              acc += S[k, 0] @ T[k, 0]             x[0] = S[a, 0]; y[0] = T[a, 0]
-              acc += S[k, 1] @ T[k, 1]             for k in a:b
-                                                     x[1] = S[k, 1]; y[1] = T[k, 1]
-                                                     acc += x[0] @ y[0]
-                                                     wait 1; sync
-                                                     x[0] = S[min(k + 1, b - 1), 0]; …
-                                                     copies k + 3
-                                                     acc += x[1] @ y[1]
+    before: for k in a:b                          after: wait 1; sync; copies a + 2; x = S[a, 0]
+              wait 1; sync; copies k + 2                 for k in a:b
+              acc += S[k, 0]; acc += S[k, 1]               y = S[k, 1]; acc += x; wait 1; sync
+                                                           x = S[min(k + 1, b - 1), 0]
+                                                           copies k + 3; acc += y
 
-    A step is a run of products into different sums. The last iteration loads its own operands
-    again, because a branch would part loads from products.
+    The last iteration loads its own operands again: a branch would part loads from products.
     """
     return ir.map_bodies(program, lambda body: ir.transform(body, _ahead))
 
@@ -115,43 +108,30 @@ def load_operands_ahead(program: ir.Program) -> ir.Program:
 def _ahead(f: Any) -> Any:
     body = f.body.body if isinstance(f, ir.For) and isinstance(f.body, ir.Seq) else ()
     start = next((n + 1 for n, s in enumerate(body) if isinstance(s, ir.Commit)), len(body))
-    head, work = body[:start], body[start:]
-    steps: list[dict[tuple[str, ir.Expr], Any]] = []
-    for s in work:
+    numbers: dict[tuple[str, ir.Tile], int] = {}
+    steps: list[list[ir.Mma]] = []
+
+    def held(t: ir.Tile, side: str) -> ir.Tile:
+        number = numbers.setdefault((side, t), len(numbers))
+        return replace(t, held=f"{f.name}.{side}{number}")
+
+    def at(statements: Sequence[ir.Stmt], iteration: ir.Expr) -> ir.Stmt:
+        return ir.substitute(ir.seq(*statements), {f.name: iteration})
+
+    for s in body[start:]:
         if not isinstance(s, ir.Mma):
             return f
-        if not steps or (s.acc.name, s.slot) in steps[-1]:
-            steps.append({})
-        steps[-1][s.acc.name, s.slot] = s
-    used = [dict.fromkeys((x, getattr(s, x)) for s in y.values() for x in "ab") for y in steps]
-    if len({s.shape for s in work}) != 1 or len(used) < 2 or used[0].keys() & used[-1].keys():
+        if not steps or any((s.acc, s.slot) == (x.acc, x.slot) for x in steps[-1]):
+            steps.append([])
+        steps[-1].append(replace(s, a=held(s.a, "a"), b=held(s.b, "b")))
+    used = [dict.fromkeys((getattr(s, x), x, s.shape) for s in y for x in "ab") for y in steps]
+    loads = [[ir.LoadTile(*u) for u in step] for step in used]
+    if len(steps) < 2 or used[0].keys() & used[-1].keys():
         return f
-    tiles = {x: list(dict.fromkeys(getattr(s, x) for s in work)) for x in "ab"}
-    rows, cols, depth = work[0].shape
-    buffers: dict[str, ir.Buffer] = {}
-    for x, *shape in (("a", rows, depth), ("b", depth, cols)):
-        extents = tuple(map(ir.as_expr, (len(tiles[x]), *shape)))
-        buffers[x] = ir.Buffer(f"{f.name}.{x}", tiles[x][0].buffer.dtype, extents, f"operand_{x}")
-
-    def held(x: str, t: ir.Tile) -> ir.Tile:
-        _, high, wide = buffers[x].shape
-        return ir.Tile(buffers[x], ir.as_expr(tiles[x].index(t)), wide, ir.as_expr(1), high, wide)
-
-    def loads(step: int, iteration: ir.Expr) -> ir.Stmt:
-        every = (ir.LoadTile(buffers[x], held(x, t).offset, t) for x, t in used[step])
-        return ir.simplify(ir.substitute(ir.seq(*every), {f.name: iteration}))
-
     after, last = ir.add(f.var, 1), ir.add(f.end, -1)
-    new: list[ir.Stmt] = []
-    for n, step in enumerate(steps):
-        if n + 1 < len(steps):
-            new.append(loads(n + 1, f.var))
-        else:
-            ready, copies = (
-                ir.substitute(ir.seq(*x), {f.name: after}) for x in (head[:2], head[2:])
-            )
-            new += [ready, loads(0, ir.binary("min", after, last)), copies]
-        new += [replace(s, a=held("a", s.a), b=held("b", s.b)) for s in step.values()]
-    first = ir.seq(ir.substitute(ir.seq(*head), {f.name: f.begin}), loads(0, f.begin))
-    loop = ir.If(ir.binary("<", f.begin, f.end), ir.seq(first, replace(f, body=ir.seq(*new))))
-    return ir.seq(*map(ir.Alloc, buffers.values()), loop)
+    new = [x for n, step in enumerate(steps[:-1]) for x in (at(loads[n + 1], f.var), *step)]
+    new += [at(body[:2], after), at(loads[0], ir.binary("min", after, last))]
+    new += [at(body[2:start], after), *steps[-1]]
+    first = at((*body[:start], *loads[0]), f.begin)
+    loop = ir.seq(first, replace(f, body=ir.seq(*new)))
+    return ir.If(ir.binary("<", f.begin, f.end), loop)
