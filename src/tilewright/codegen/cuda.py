@@ -44,11 +44,9 @@ class CudaRenderer(MergeRenderer):
         self.written = self.params.written
 
     def block(self, head: str, body: ir.Stmt) -> None:
-        held = self.held
-        self.fragments.clear()
+        held, self.fragments = self.held, {}
         super().block(head, body)
-        self.fragments.clear()
-        self.held = held
+        self.held, self.fragments = held, {}
 
     def sync(self, s: ir.Sync) -> None:
         self.fragments.clear()

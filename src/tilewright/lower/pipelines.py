@@ -108,30 +108,26 @@ def load_operands_ahead(program: ir.Program) -> ir.Program:
 def _ahead(f: Any) -> Any:
     body = f.body.body if isinstance(f, ir.For) and isinstance(f.body, ir.Seq) else ()
     start = next((n + 1 for n, s in enumerate(body) if isinstance(s, ir.Commit)), len(body))
-    numbers: dict[tuple[str, ir.Tile], int] = {}
-    steps: list[list[ir.Mma]] = []
+    work, numbers = list(body[start:]), dict[tuple[str, ir.Tile], int]()
+    if not (work and all(isinstance(s, ir.Mma) for s in work)):
+        return f
 
     def held(t: ir.Tile, side: str) -> ir.Tile:
-        number = numbers.setdefault((side, t), len(numbers))
-        return replace(t, held=f"{f.name}.{side}{number}")
+        return replace(t, held=f"{f.name}.{side}{numbers.setdefault((side, t), len(numbers))}")
 
     def at(statements: Sequence[ir.Stmt], iteration: ir.Expr) -> ir.Stmt:
         return ir.substitute(ir.seq(*statements), {f.name: iteration})
 
-    for s in body[start:]:
-        if not isinstance(s, ir.Mma):
-            return f
-        if not steps or any((s.acc, s.slot) == (x.acc, x.slot) for x in steps[-1]):
-            steps.append([])
-        steps[-1].append(replace(s, a=held(s.a, "a"), b=held(s.b, "b")))
-    used = [dict.fromkeys((getattr(s, x), x, s.shape) for s in y for x in "ab") for y in steps]
-    loads = [[ir.LoadTile(*u) for u in step] for step in used]
-    if len(steps) < 2 or used[0].keys() & used[-1].keys():
+    size = len({(s.acc, s.slot) for s in work})
+    work = [replace(s, a=held(s.a, "a"), b=held(s.b, "b")) for s in work]
+    steps = [work[n : n + size] for n in range(0, len(work), size)]
+    sides = [dict.fromkeys((getattr(s, x), x, s.shape) for s in y for x in "ab") for y in steps]
+    if sides[0].keys() & sides[-1].keys():  # there is one step, or one that loads the first's again
         return f
+    loads = [[ir.LoadTile(*x) for x in step] for step in sides]
     after, last = ir.add(f.var, 1), ir.add(f.end, -1)
-    new = [x for n, step in enumerate(steps[:-1]) for x in (at(loads[n + 1], f.var), *step)]
+    new = [x for n, step in enumerate(steps[:-1]) for x in (*loads[n + 1], *step)]
     new += [at(body[:2], after), at(loads[0], ir.binary("min", after, last))]
     new += [at(body[2:start], after), *steps[-1]]
     first = at((*body[:start], *loads[0]), f.begin)
-    loop = ir.seq(first, replace(f, body=ir.seq(*new)))
-    return ir.If(ir.binary("<", f.begin, f.end), loop)
+    return ir.If(ir.binary("<", f.begin, f.end), ir.seq(first, replace(f, body=ir.seq(*new))))
