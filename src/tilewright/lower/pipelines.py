@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 from tilewright.ir import core as ir
@@ -92,7 +93,7 @@ def _pipelined(f: ir.For, repeated: bool) -> ir.Stmt:
 
 def load_operands_ahead(program: ir.Program) -> ir.Program:
     """A pipeline that only multiplies loads the operands of a step (products into different sums)
-    before the products of the step before it, those of the next iteration behind its barrier.
+    among the products of the step before it, those of the next iteration behind its barrier.
 
     before: for k in a:b                          after: wait 1; sync; copies a + 2; x = S[a, 0]
               wait 1; sync; copies k + 2                 for k in a:b
@@ -126,7 +127,8 @@ def _ahead(f: Any) -> Any:
         return f
     loads = [[ir.LoadTile(*x) for x in step] for step in sides]
     after, last = ir.add(f.var, 1), ir.add(f.end, -1)
-    new = [x for n, step in enumerate(steps[:-1]) for x in (*loads[n + 1], *step)]
+    pairs = [pair for n, step in enumerate(steps[:-1]) for pair in zip_longest(loads[n + 1], step)]
+    new = [x for pair in pairs for x in pair if x]
     new += [at(body[:2], after), at(loads[0], ir.binary("min", after, last))]
     new += [at(body[2:start], after), *steps[-1]]
     first = at((*body[:start], *loads[0]), f.begin)

@@ -27,7 +27,7 @@ HALVES = ("float16", "bfloat16")
 class Tile(NamedTuple):
     """A tile of C: of a CTA, of each of its warps, of a tile operation. `step`: elements of the sum
     between two barriers; `stages`: buffers of A and B; 1: copies wait. `neighbours`: rows of tiles
-    that CTAs take before the next column of tiles."""
+    that CTAs take before the next column of tiles. `cost`: measured time of an element of C."""
 
     rows: int
     cols: int
@@ -37,18 +37,21 @@ class Tile(NamedTuple):
     step: int
     stages: int
     neighbours: int = 8
+    cost: float = 1.0
 
 
-TileName = Literal["large", "small", "low", "few"]
+TileName = Literal["large", "square", "narrow", "small", "low", "few"]
 TILES = {
-    "large": Tile(128, 128, 64, 64, 16, 32, 4),
-    "small": Tile(64, 64, 32, 32, 16, 64, 3),
+    "large": Tile(256, 128, 64, 64, 16, 32, 4),
+    "square": Tile(128, 128, 64, 64, 16, 32, 4, cost=1.07),
+    "narrow": Tile(128, 64, 64, 32, 16, 32, 4, cost=1.18),
+    "small": Tile(64, 64, 32, 32, 16, 64, 3, cost=1.45),
     "low": Tile(32, 64, 32, 16, 16, 128, 4, 4),  # many bytes under way: B is what is read
     "few": Tile(16, 32, 16, 8, 8, 128, 8, 1),
 }
 ANY = Tile(64, 64, 32, 32, 8, 64, 1)  # sizes that are no multiples of 16 bytes
 FEW, LOW = 16, 128  # rows of C
-CTAS = 132  # large tiles that keep a GPU busy
+SMS = 132  # of an H100
 
 
 @program
@@ -111,11 +114,18 @@ gemm_kernel = kernels(gemm_definition)
 
 
 def tile_of(m: int, n: int) -> TileName:
-    """The tile for m × n elements of C on a GPU."""
+    """The tile for m × n elements of C on a GPU: of many rows the one that takes least time, where
+    SMs compute equal numbers of tiles."""
     if m <= LOW:
         return "few" if m <= FEW else "low"
-    large = TILES["large"]
-    return "large" if -(-m // large.rows) * -(-n // large.cols) >= CTAS else "small"
+    names: tuple[TileName, ...] = ("large", "square", "narrow", "small")
+
+    def time(name: TileName) -> float:
+        t = TILES[name]
+        ctas = -(-m // t.rows) * -(-n // t.cols)
+        return -(-ctas // SMS) * t.rows * t.cols * t.cost
+
+    return min(names, key=time)
 
 
 def gemm(A: Any, B: Any, out: Any = None, *, dtype: Any = None) -> Any:
