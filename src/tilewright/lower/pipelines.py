@@ -109,7 +109,8 @@ def load_operands_ahead(program: ir.Program) -> ir.Program:
 def _ahead(f: Any) -> Any:
     body = f.body.body if isinstance(f, ir.For) and isinstance(f.body, ir.Seq) else ()
     start = next((n + 1 for n, s in enumerate(body) if isinstance(s, ir.Commit)), len(body))
-    work, numbers = list(body[start:]), dict[tuple[str, ir.Tile], int]()
+    work: list[Any] = list(body[start:])
+    numbers: dict[tuple[str, ir.Tile], int] = {}
     if not (work and all(isinstance(s, ir.Mma) for s in work)):
         return f
 

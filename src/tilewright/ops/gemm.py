@@ -27,7 +27,8 @@ HALVES = ("float16", "bfloat16")
 class Tile(NamedTuple):
     """A tile of C: of a CTA, of each of its warps, of a tile operation. `step`: elements of the sum
     between two barriers; `stages`: buffers of A and B; 1: copies wait. `neighbours`: rows of tiles
-    that CTAs take before the next column of tiles. `cost`: measured time of an element of C."""
+    that CTAs take before the next column of tiles. `cost`: measured time of an element
+    of C; 0: of few rows, which choose the tile."""
 
     rows: int
     cols: int
@@ -37,12 +38,12 @@ class Tile(NamedTuple):
     step: int
     stages: int
     neighbours: int = 8
-    cost: float = 1.0
+    cost: float = 0.0
 
 
 TileName = Literal["large", "square", "narrow", "small", "low", "few"]
-TILES = {
-    "large": Tile(256, 128, 64, 64, 16, 32, 4),
+TILES: dict[TileName, Tile] = {
+    "large": Tile(256, 128, 64, 64, 16, 32, 4, cost=1.0),
     "square": Tile(128, 128, 64, 64, 16, 32, 4, cost=1.07),
     "narrow": Tile(128, 64, 64, 32, 16, 32, 4, cost=1.18),
     "small": Tile(64, 64, 32, 32, 16, 64, 3, cost=1.45),
@@ -118,14 +119,12 @@ def tile_of(m: int, n: int) -> TileName:
     SMs compute equal numbers of tiles."""
     if m <= LOW:
         return "few" if m <= FEW else "low"
-    names: tuple[TileName, ...] = ("large", "square", "narrow", "small")
 
-    def time(name: TileName) -> float:
-        t = TILES[name]
+    def time(t: Tile) -> float:
         ctas = -(-m // t.rows) * -(-n // t.cols)
         return -(-ctas // SMS) * t.rows * t.cols * t.cost
 
-    return min(names, key=time)
+    return min((x for x, t in TILES.items() if t.cost), key=lambda x: time(TILES[x]))
 
 
 def gemm(A: Any, B: Any, out: Any = None, *, dtype: Any = None) -> Any:

@@ -200,14 +200,9 @@ class Packed:
 
 
 def pack(
-    fmt: Format | Composed,
-    matrix: Any,
-    *,
-    dtype: Any = None,
-    values: Any = None,
-    index: Any = None,
-    fill: float = 0.0,
-) -> Packed:
+    fmt: Format | Composed, matrix: Any, *, dtype: Any = None, values: Any = None,
+    index: Any = None, fill: float = 0.0,
+) -> Packed:  # fmt: skip
     """Pack `matrix` into `fmt`.
 
     `matrix`: a SciPy sparse matrix or array, a torch tensor (dense, COO, CSR or CSC), a dense array
