@@ -8,6 +8,7 @@ memory. References: CUTLASS (multistage main loop, threadblock swizzle).
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 from tilewright import dtypes
@@ -28,7 +29,7 @@ class Tile(NamedTuple):
     """A tile of C: of a CTA, of each of its warps, of a tile operation. `step`: elements of the sum
     between two barriers; `stages`: buffers of A and B; 1: copies wait. `neighbours`: rows of tiles
     that CTAs take before the next column of tiles. `cost`: measured time of an element
-    of C; 0: of few rows, which choose the tile."""
+    of C, where there are `least` CTAs; 0: of few rows, which choose the tile."""
 
     rows: int
     cols: int
@@ -39,13 +40,13 @@ class Tile(NamedTuple):
     stages: int
     neighbours: int = 8
     cost: float = 0.0
+    least: int = 0
 
 
-TileName = Literal["large", "square", "narrow", "small", "low", "few"]
+TileName = Literal["large", "square", "small", "low", "few"]
 TILES: dict[TileName, Tile] = {
-    "large": Tile(256, 128, 64, 64, 16, 32, 4, cost=1.0),
-    "square": Tile(128, 128, 64, 64, 16, 32, 4, cost=1.07),
-    "narrow": Tile(128, 64, 64, 32, 16, 32, 4, cost=1.18),
+    "large": Tile(256, 128, 64, 64, 16, 32, 4, cost=1.0, least=120),
+    "square": Tile(128, 128, 64, 64, 16, 32, 4, cost=1.07, least=264),
     "small": Tile(64, 64, 32, 32, 16, 64, 3, cost=1.45),
     "low": Tile(32, 64, 32, 16, 16, 128, 4, 4),  # many bytes under way: B is what is read
     "few": Tile(16, 32, 16, 8, 8, 128, 8, 1),
@@ -122,7 +123,7 @@ def tile_of(m: int, n: int) -> TileName:
 
     def time(t: Tile) -> float:
         ctas = -(-m // t.rows) * -(-n // t.cols)
-        return -(-ctas // SMS) * t.rows * t.cols * t.cost
+        return -(-ctas // SMS) * t.rows * t.cols * t.cost if ctas >= t.least else math.inf
 
     return min((x for x, t in TILES.items() if t.cost), key=lambda x: time(TILES[x]))
 
