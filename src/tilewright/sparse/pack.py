@@ -341,12 +341,9 @@ def _numbers() -> np.ndarray:
 
 
 def of_rows(
-    indptr: np.ndarray,
-    indices: np.ndarray,
-    values: np.ndarray,
-    shape: tuple[int, int],
+    indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, shape: tuple[int, int],
     dtype: DType,
-) -> Packed:
+) -> Packed:  # fmt: skip
     """The CSR tensor of arrays that an operator computed. They are not checked: the columns of each
     row ascend."""
     index = _index_type(None, max(len(indices), *shape)).numpy
