@@ -6,8 +6,6 @@
 its own, and a schedule names them by the statement.
 """
 
-from functools import partial
-
 import numpy as np
 
 import tilewright as tw
@@ -41,12 +39,11 @@ def softmax_on_gpu(A=tw.sparse("m n")):
     return tw.out.like(A)[i, j](weight / total[i])
 
 
-def softmax_by_threads(s, kept=0):
-    """Eight threads for each row; all of a CTA in a part of the format that is called tall. `kept`:
-    exponentials of a row in shared memory, for the program that names them as a temporary."""
+def softmax_by_threads(s):
+    """Eight threads for each row; all of a CTA in a part of the format that is called tall."""
     temporaries = [t.name for t in s.program.tensors if t.role == "temp"]
     for t in temporaries:
-        s = s.compute_at(t, "i", most=kept)
+        s = s.compute_at(t, "i")
     for nest in range(len(s.nests)):
         is_tall, s = s.format_of(nest).name == "tall", s.on(nest)
         for n in (*temporaries, "out"):
@@ -71,5 +68,3 @@ if __name__ == "__main__":
     error = np.abs(softmax.schedule(softmax_by_row).build()(A).dense() - expected).max()
     print(f"farthest from NumPy: {error:.1e}")
     print(softmax_on_gpu.schedule(softmax_by_threads).scheduled("cuda:sm_90a"))
-    keep = partial(softmax_by_threads, kept=72)  # four rows of a warp use different banks
-    print(softmax.schedule(keep).scheduled("cuda:sm_90a"))

@@ -8,7 +8,7 @@
 The operator of lesson 3 as one would ship it. One launch; each score and each exponential is
 computed once, and nothing of the size of A is stored. On a CPU: a row of scores in scratch memory,
 exponentials in vectors, features in registers. On a GPU: the online softmax, a few threads for each
-row and head, a CTA for long rows; or a row of scores in shared memory, as on a CPU (`gpu_rows`).
+row and head, a CTA for long rows.
 Reference: FeatGraph (SC 2020); FlashAttention (NeurIPS 2022) for the online form.
 """
 
@@ -48,7 +48,6 @@ TALL_LANES = 8  # threads of an entry of a long row
 IN_FLIGHT = 4  # entries of a row that a group of threads loads at once
 TALL, SHORT = "tall", "short"  # rows of a CTA, and of a few threads
 LONG = 256  # entries from which a row has a CTA
-KEPT = 272  # scores of a row in shared memory: two rows of 16 threads use different banks
 
 
 def cpu_recipe(s):
@@ -108,43 +107,6 @@ def gpu_recipe(s):
         s = s.split("row", groups, into=("row_cta", "row_y"))
         s = s.bind("row_cta", "cta.x").bind("row_y", "thread.y")
     return s.everywhere()
-
-
-def gpu_rows(s, kept=KEPT, entries=IN_FLIGHT):
-    """The threads of `gpu_recipe`, and the statements of a row one after the other: its scores, in
-    shared memory, their maximum, weights, their sum, features. No entry waits for the one before it
-    but in the last sum; a barrier follows scores and weights."""
-    lanes, power = features(s)
-    for t in TEMPORARIES:
-        s = s.compute_at(t, "h", most=kept)
-    s = s.order_axes("out", "i", "h", "j", "c").fuse("i", "h", into="row")
-    for n in range(len(s.nests)):
-        fmt, s = s.format_of(n), s.on(n)
-        across = min(power, WARP)
-        s, groups = bind_features(s, lanes, across), CTA // across
-        if fmt.name == TALL:
-            s = tall_rows(s, across, groups, entries).bind("row", "cta.x")
-            continue
-        for t in TEMPORARIES[1:] if fmt.name != "bucket(0)" else ():
-            s = s.split(f"{t}.j", across, into=(f"{t}_o", f"{t}_x")).bind(f"{t}_x", "thread.x")
-        for t in ("score", "out") if fmt.name != "bucket(0)" else ():
-            s = s.split(f"{t}.j", entries, tail="cut", into=(f"{t}_o", f"{t}_u")).unroll(f"{t}_u")
-        s = s.split("row", groups, into=("row_cta", "row_y"))
-        s = s.bind("row_cta", "cta.x").bind("row_y", "thread.y")
-    return s.everywhere()
-
-
-def tall_rows(s, across, groups, entries):
-    """The entries of a row on all threads of a CTA, those of scores and features by groups."""
-    for t in TEMPORARIES[1:]:
-        s = s.split(f"{t}.j", CTA, into=(f"{t}_o", f"{t}_r"))
-        s = s.split(f"{t}_r", across, into=(f"{t}_y", f"{t}_x"))
-        s = s.bind(f"{t}_y", "thread.y").bind(f"{t}_x", "thread.x")
-    for t in "score", "out":
-        s = s.split(f"{t}.j", entries * groups, tail="cut", into=(f"{t}_o", f"{t}_r"))
-        s = s.split(f"{t}_r", groups, into=(f"{t}_u", f"{t}_y")).unroll(f"{t}_u")
-        s = s.split(f"{t}.j_t", groups, into=(f"{t}_w", f"{t}_y")).bind(f"{t}_y", "thread.y")
-    return s
 
 
 def recipe(s, heads=0, d=0, v=0, on_gpu=gpu_recipe):

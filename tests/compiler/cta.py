@@ -24,6 +24,7 @@ order no accesses to memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import gcd, prod
 from typing import Any
 
@@ -166,12 +167,8 @@ class Launch:
             self.step[self.mask] += 1
         elif isinstance(s, ir.Sync):
             self.barrier(s)
-        elif isinstance(s, ir.Mma):
-            m, n, k = s.shape
-            where = self.warps(), self.of_warps(s.slot)
-            dtype = s.b.buffer.dtype
-            a, b = self.operand(s.a, m, k, dtype), self.operand(s.b, k, n, dtype)
-            self.registers[s.acc.name][where] += s.atom.numpy(a, b) if s.atom else a @ b
+        elif isinstance(s, (ir.Mma, ir.LoadTile)):
+            self.tile_operation(s)
         elif not isinstance(s, ir.Prefetch):
             raise InternalError("I101", f"{type(s).__name__} cannot be executed")
 
@@ -384,6 +381,18 @@ class Launch:
 
     # -- tiles: every warp is 32 neighbouring lanes ------------------------------------------------
 
+    def tile_operation(self, s: ir.Mma | ir.LoadTile) -> None:
+        m, n, k = s.shape
+        if isinstance(s, ir.LoadTile):
+            shape = (m, k) if s.side == "a" else (k, n)
+            tile = self.operand(replace(s.tile, held=""), *shape, s.tile.buffer.dtype)
+            new = np.full((len(self.lane) // WARP, *shape), np.nan, np.float32)
+            self.registers.setdefault(s.tile.held, new)[self.warps()] = tile
+            return
+        where, dtype = (self.warps(), self.of_warps(s.slot)), s.b.buffer.dtype
+        a, b = self.operand(s.a, m, k, dtype), self.operand(s.b, k, n, dtype)
+        self.registers[s.acc.name][where] += s.atom.numpy(a, b) if s.atom else a @ b
+
     def held(self, x: ir.Load | ir.Store) -> tuple[np.ndarray, ...]:
         """The indices of an element of a fragment for each lane, which holds that element."""
         slot, row, *col = map(self.value, x.index)
@@ -423,6 +432,8 @@ class Launch:
     def operand(self, t: ir.Tile, rows: int, cols: int, dtype: DType) -> np.ndarray:
         """The elements of a tile in float32, of a fragment rounded to `dtype`; 0 beyond its limits.
         The reader is the warp: no lane of it, so that lanes of the same warp need a barrier too."""
+        if t.held:
+            return self.registers[t.held][self.warps()]
         if t.buffer.scope == "fragment":
             values = self.registers[t.buffer.name][self.warps(), self.of_warps(t.offset)]
             return as_operand(ops.cast(values, dtype), dtype)

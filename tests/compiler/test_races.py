@@ -165,7 +165,8 @@ SHAPE = (16, 8, 16)
 
 
 def tile(b: ir.Buffer, offset: Any, down: int, rows: int, cols: int) -> ir.Tile:
-    return ir.Tile(b, *map(ir.as_expr, (offset, down, 1, rows, cols)))
+    first, across, right, high, wide = map(ir.as_expr, (offset, down, 1, rows, cols))
+    return ir.Tile(b, first, across, right, high, wide)
 
 
 def product(*between: ir.Stmt, limit: int = 4, apart: int = 32) -> tuple[ir.Stmt, ...]:

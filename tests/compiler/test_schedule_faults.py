@@ -7,7 +7,8 @@ import operator
 
 import numpy as np
 import pytest
-from tests.compiler.cases import column_norm, spmm
+from tests.compiler import cta
+from tests.compiler.cases import column_norm, executed, spmm
 
 import tilewright as tw
 from tilewright.errors import InternalError, ProgramError, ScheduleError
@@ -561,3 +562,57 @@ def test_a_vector_loop_of_one_lane_beside_its_tail(rng):
 
     kernel = scaled_entries.decompose(B=tw.csr()).schedule(schedule).build("cpp")
     np.testing.assert_array_equal(kernel(tw.csr().pack(dense), x), dense[:, :, None] * x[:, None])
+
+
+# ---------------------------------------------------------------------------- threads
+
+
+@tw.program
+def least_of_columns(A=tw.sparse("m n")):
+    i, j = tw.indices("i:m j:n")
+    return tw.out[j](tw.min(A[i, j], over=i))
+
+
+@pytest.mark.parametrize(("fmt", "order"), [
+    (tw.dcsr(), ()), (tw.csr(), ()), (tw.ell(4), ()), (tw.ell(4), ("j_p", "i")),
+], ids=str)  # fmt: skip
+def test_threads_share_no_element_between_two_rows(rng, fmt, order):
+    """A thread's entries of the next row may lie in a column that another thread had in this one,
+    and no barrier is in between: refused, but for atomic updates."""
+
+    def threads(s, atomic):
+        s = s.reorder(*order) if order else s.split("j_p", 2)
+        s = s.bind("j_p" if order else "j_p_i", "thread.y")
+        return s.atomic("out") if atomic else s
+
+    definition = least_of_columns.decompose(A=fmt)
+    with pytest.raises(ScheduleError, match="in memory at once") as caught:
+        definition.schedule(lambda s: threads(s, False)).lower("cuda:sm_90a")
+    assert caught.value.code == "S102" and "atomic()" in caught.value.hint
+    dense = np.where(rng.random((5, 6)) < 0.5, rng.integers(1, 9, (5, 6)), 0).astype(F)
+    dense[:, 4:] *= dense[:, :2] == 0  # at most four of a row
+    args = {"A": fmt.pack(dense)}
+    program = definition.schedule(lambda s: threads(s, True)).lower("cuda:sm_90a")
+    got = executed(definition, program, args, cta.execute)["out"]
+    np.testing.assert_array_equal(got, np.where(dense, dense, np.inf).min(0))
+
+
+@tw.program
+def diagonals(X=tw.dense("m n"), Y=tw.dense("p")):
+    i, j = tw.indices("i:m j:n")
+    return tw.update(Y).add[i + j](X[i, j])
+
+
+@pytest.mark.parametrize(("target", "verb"), [
+    ("cpp", lambda s: s.parallel("i")),
+    ("cpp", lambda s: s.reorder("j", "i").parallel("j")),
+    ("cuda:sm_90a", lambda s: s.bind("i", "cta.x")),
+    ("cuda:sm_90a", lambda s: s.split("j", 2).bind("j_i", "thread.x")),
+])  # fmt: skip
+def test_units_of_a_coordinate_of_two_indices_share_elements(target, verb):
+    """i + j is the same for many pairs: a unit of i has no elements of its own."""
+    with pytest.raises(ScheduleError, match="update the same elements of Y") as caught:
+        diagonals.schedule(verb).lower(target)
+    assert caught.value.code == "S102" and "atomic()" in caught.value.hint
+    atomic = diagonals.schedule(lambda s: verb(s.atomic("Y"))) if target != "cpp" else None
+    assert atomic is None or atomic.lower(target)

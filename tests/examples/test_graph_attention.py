@@ -107,6 +107,45 @@ def test_the_gpu_schedule_on_threads_of_the_interpreter(rng, fmt, sizes):
         cases.after_every_pass(definition, args, recipe, "cuda:sm_90a")
 
 
+def gpu_rows(s: Any, kept: int = 272) -> Any:
+    """Graph attention with rows in shared memory: the threads of the lesson's `gpu_recipe`, and the
+    statements of a row one after the other: scores, maximum, weights, their sum, features.
+    Slower than the lesson's on an H200 (docs/design/compiler.md)."""
+    lanes, power = module.features(s)
+    for t in module.TEMPORARIES:
+        s = s.compute_at(t, "h", most=kept)
+    s = s.order_axes("out", "i", "h", "j", "c").fuse("i", "h", into="row")
+    for n in range(len(s.nests)):
+        fmt, s = s.format_of(n), s.on(n)
+        across = min(power, module.WARP)
+        s, groups = module.bind_features(s, lanes, across), module.CTA // across
+        if fmt.name == module.TALL:
+            s = tall_rows(s, across, groups).bind("row", "cta.x")
+            continue
+        for t in module.TEMPORARIES[1:] if fmt.name != "bucket(0)" else ():
+            s = s.split(f"{t}.j", across, into=(f"{t}_o", f"{t}_x")).bind(f"{t}_x", "thread.x")
+        for t in ("score", "out") if fmt.name != "bucket(0)" else ():
+            s = s.split(f"{t}.j", module.IN_FLIGHT, tail="cut", into=(f"{t}_o", f"{t}_u")).unroll(
+                f"{t}_u"
+            )
+        s = s.split("row", groups, into=("row_cta", "row_y"))
+        s = s.bind("row_cta", "cta.x").bind("row_y", "thread.y")
+    return s.everywhere()
+
+
+def tall_rows(s: Any, across: int, groups: int) -> Any:
+    """The entries of a row on all threads of a CTA, those of scores and features by groups."""
+    for t in module.TEMPORARIES[1:]:
+        s = s.split(f"{t}.j", module.CTA, into=(f"{t}_o", f"{t}_r"))
+        s = s.split(f"{t}_r", across, into=(f"{t}_y", f"{t}_x"))
+        s = s.bind(f"{t}_y", "thread.y").bind(f"{t}_x", "thread.x")
+    for t in "score", "out":
+        s = s.split(f"{t}.j", module.IN_FLIGHT * groups, tail="cut", into=(f"{t}_o", f"{t}_r"))
+        s = s.split(f"{t}_r", groups, into=(f"{t}_u", f"{t}_y")).unroll(f"{t}_u")
+        s = s.split(f"{t}.j_t", groups, into=(f"{t}_w", f"{t}_y")).bind(f"{t}_y", "thread.y")
+    return s
+
+
 @pytest.mark.parametrize(
     ("fmt", "sizes", "kept"),
     [
@@ -119,7 +158,7 @@ def test_the_gpu_schedule_on_threads_of_the_interpreter(rng, fmt, sizes):
 def test_rows_in_shared_memory_on_threads_of_the_interpreter(rng, fmt, sizes, kept):
     """Against float64, without a race: rows that are empty, that fit, and that are longer."""
     definition = module.graph_attention_definition(
-        fmt, ("float32",) * 4, sizes, on_gpu=partial(module.gpu_rows, kept=kept)
+        fmt, ("float32",) * 4, sizes, on_gpu=partial(gpu_rows, kept=kept)
     )
     matrix, (q, k, v) = graph(rng, 8, 23), operands(rng, 8, 23, *sizes)
     args = {"A": fmt.pack(matrix), "Q": q, "K": k, "V": v, "scale": 0.5}
@@ -133,7 +172,7 @@ def test_rows_in_shared_memory_on_threads_of_the_interpreter(rng, fmt, sizes, ke
 
 @pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
 def test_the_gpu_kernel_has_one_launch_and_no_spills():
-    for recipe in module.gpu_recipe, module.gpu_rows:
+    for recipe in module.gpu_recipe, gpu_rows:
         definition = module.graph_attention_definition(
             module.by_row(), ("float32",) * 4, (1, 64, 64), on_gpu=recipe
         )
@@ -150,7 +189,7 @@ def test_rows_in_shared_memory_on_a_gpu(rng, h, d, v):
     matrix, (q, k, w) = graph(rng, 700, 900), operands(rng, 700, 900, h, d, v)
     types = ("float32",) * 4
     definition = module.graph_attention_definition(
-        module.by_row(), types, (h, d, v), on_gpu=module.gpu_rows
+        module.by_row(), types, (h, d, v), on_gpu=gpu_rows
     )
     given = (torch.from_numpy(x).cuda() for x in (q, k, w))
     got = definition.build("cuda")(module.by_row().pack(matrix).to("cuda"), *given, d**-0.5)

@@ -23,10 +23,11 @@ _METHODS: dict[type, str] = {
     ir.Seq: "seq", ir.For: "loop", ir.Merge: "merge", ir.Drain: "drain", ir.If: "guard",
     ir.Let: "let", ir.Alloc: "alloc", ir.Store: "store", ir.CopyAsync: "copy_async",
     ir.Commit: "commit", ir.Wait: "wait", ir.Sync: "sync", ir.Prefetch: "prefetch", ir.Mma: "mma",
-    ir.Scatter: "scatter", ir.Const: "const", ir.Var: "var", ir.Index: "var", ir.Load: "load",
-    ir.Binary: "binary", ir.Unary: "unary", ir.Select: "select", ir.Cast: "cast",
-    ir.Search: "search", ir.Cursor: "cursor", ir.Holds: "holds", ir.Ramp: "ramp",
-    ir.Broadcast: "broadcast", ir.ReduceLanes: "reduce_lanes", ir.ReduceThreads: "reduce_threads",
+    ir.LoadTile: "load_tile", ir.Scatter: "scatter", ir.Const: "const", ir.Var: "var",
+    ir.Index: "var", ir.Load: "load", ir.Binary: "binary", ir.Unary: "unary", ir.Cast: "cast",
+    ir.Select: "select", ir.Search: "search", ir.Cursor: "cursor", ir.Holds: "holds",
+    ir.Ramp: "ramp", ir.Broadcast: "broadcast", ir.ReduceLanes: "reduce_lanes",
+    ir.ReduceThreads: "reduce_threads",
 }  # fmt: skip
 
 

@@ -37,15 +37,16 @@ class CudaRenderer(MergeRenderer):
     smem_bytes: int = 0  # of shared memory, used by the body so far
     fragments: dict[tuple[ir.Tile, str], str] = field(default_factory=dict)  # loaded operand tiles
     fragment_count: int = 0
+    held: frozenset[str] = frozenset()  # registers of operands that are declared here
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.written = self.params.written
 
     def block(self, head: str, body: ir.Stmt) -> None:
-        self.fragments.clear()
+        held, self.fragments = self.held, {}
         super().block(head, body)
-        self.fragments.clear()
+        self.held, self.fragments = held, {}
 
     def sync(self, s: ir.Sync) -> None:
         self.fragments.clear()
@@ -190,8 +191,18 @@ class CudaRenderer(MergeRenderer):
         function = s.atom.name if s.atom else f"tw::mma<{kind}>"
         self.line(f"{function}({acc}, {a}, {b});")
 
+    def load_tile(self, s: ir.LoadTile) -> None:
+        name = c_name(s.tile.held)
+        if name not in self.held:
+            kind = "fragment_a" if s.side == "a" else f"fragment_b<{s.shape[1]}>"
+            self.line(f"tw::{kind} {name};")
+            self.held |= {name}
+        self.line(f"tw::load_fragment({name}, {self.tile(s.tile)}, tx);")
+
     def fragment(self, t: ir.Tile, side: str, kind: str) -> str:
         """The fragment of an operand tile, made once for all products of a block that read it."""
+        if t.held:
+            return c_name(t.held)
         if (t, side) not in self.fragments:
             name = self.fragments[t, side] = f"{side[0]}__{self.fragment_count}"
             self.fragment_count += 1

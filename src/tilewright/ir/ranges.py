@@ -89,14 +89,8 @@ def _shifted(by: Callable[[int, int], int]) -> Callable[[Range, Range, Range], R
 _RULES: dict[str, Callable[[Range, Range, Range], Range]] = {
     "+": lambda a, b, _: Range(a.low + b.low, a.high + b.high),
     "-": lambda a, b, _: Range(a.low - b.high, a.high - b.low),
-    "*": _product,
-    "//": _quotient,
-    "%": _remainder,
-    "&": _both,
-    "|": _either,
-    "^": _either,
-    "<<": _shifted(lambda x, n: x << n),
-    ">>": _shifted(lambda x, n: x >> n),
+    "*": _product, "//": _quotient, "%": _remainder, "&": _both, "|": _either, "^": _either,
+    "<<": _shifted(lambda x, n: x << n), ">>": _shifted(lambda x, n: x >> n),
     "min": lambda a, b, _: Range(min(a.low, b.low), min(a.high, b.high)),
     "max": lambda a, b, _: Range(max(a.low, b.low), max(a.high, b.high)),
-}
+}  # fmt: skip

@@ -236,7 +236,7 @@ class Sync(Stmt):
 class Tile:
     """A `rows × cols` window of a buffer for `Mma`: element (r, c) lies at
     `offset + r*row_stride + c*col_stride`; rows beyond `row_limit` (cols: `col_limit`) read as
-    0."""
+    0. `held`: the registers that a `LoadTile` loaded it into, from which products take it."""
 
     buffer: Buffer
     offset: Expr
@@ -244,6 +244,7 @@ class Tile:
     col_stride: Expr
     row_limit: Expr
     col_limit: Expr
+    held: str = ""
 
 
 @node
@@ -256,6 +257,15 @@ class Mma(Stmt):
     b: Tile
     shape: tuple[int, int, int]
     atom: Atom | None = None
+
+
+@node
+class LoadTile(Stmt):
+    """Loads the left ("a") or the right operand of products of a shape into `tile.held`."""
+
+    tile: Tile
+    side: str
+    shape: tuple[int, int, int]
 
 
 # ---------------------------------------------------------------------------- programs

@@ -124,6 +124,7 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
     "Commit": lambda s: "commit",
     "Wait": lambda s: f"wait {s.pending}",
     "Sync": lambda s: f"sync {s.lanes} lanes" if s.lanes else "sync",
+    "LoadTile": lambda s: f"load {s.tile.held} = {_tile(replace(s.tile, held=''))}",
     "Mma": lambda s: (
         f"mma {s.acc.name}[{expr_text(s.slot)}] += {_tile(s.a)} @ {_tile(s.b)}   # {s.shape}"
     ),
@@ -131,6 +132,8 @@ _STATEMENTS: dict[str, Callable[[Any], str]] = {
 
 
 def _tile(t: Any) -> str:
+    if t.held:
+        return t.held
     ends = ("r", t.row_limit), ("c", t.col_limit)
     limits = [f"{name} < {expr_text(e)}" for name, e in ends if type(e).__name__ != "Const"]
     where = f" where {', '.join(limits)}" if limits else ""

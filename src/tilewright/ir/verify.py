@@ -14,7 +14,7 @@ from tilewright.ir.names import COUNT, SIZE, STRIDE, is_generated
 # fmt: off
 _STATEMENTS = (
     ir.Seq, ir.For, ir.Let, ir.If, ir.Store, ir.Alloc, ir.Prefetch, ir.Sync, ir.Commit, ir.Wait,
-    ir.Mma, ir.Scatter,
+    ir.Mma, ir.LoadTile, ir.Scatter,
 )
 _READS = (ir.Load, ir.Search, ir.Cursor, ir.Holds)
 _VECTORS = (ir.Ramp, ir.Broadcast, ir.ReduceLanes, ir.ReduceThreads)

@@ -18,10 +18,10 @@ from tilewright.lower.blocks import materialize_blocks
 from tilewright.lower.flatten import flatten_addresses, inline_lets
 from tilewright.lower.hoist import hoist_reductions
 from tilewright.lower.narrow import narrow_loops
-from tilewright.lower.pipelines import pipeline_loops
+from tilewright.lower.pipelines import load_operands_ahead, pipeline_loops
 from tilewright.lower.positions import coordinates_to_positions
 from tilewright.lower.predicate import predicate_loads
-from tilewright.lower.reductions import materialize_reductions
+from tilewright.lower.reductions import check_threads, materialize_reductions
 from tilewright.lower.rows import keep_rows
 from tilewright.lower.tiles import materialize_tiles
 from tilewright.lower.vectorize import (
@@ -47,6 +47,7 @@ class Pass:
 BEFORE_SCHEDULE = (Pass(hoist_reductions), Pass(coordinates_to_positions))
 AFTER_SCHEDULE = (
     Pass(narrow_loops),
+    Pass(check_threads, only=("cuda",)),
     Pass(pipeline_loops),
     Pass(serialize_threads, only=("cpp", "interp")),
     Pass(materialize_blocks),
@@ -62,6 +63,7 @@ AFTER_SCHEDULE = (
     Pass(vectorize_loops),
     Pass(unroll_loops),
     Pass(split_registers),
+    Pass(load_operands_ahead, only=("cuda",)),
 )
 
 

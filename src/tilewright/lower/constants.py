@@ -32,14 +32,11 @@ def constant(e: ir.Expr, read: Callable[[ir.Access | ir.Stored], Any]) -> Any:
 
 
 _UNARY: dict[str, Callable[[Any], Any]] = {
-    "-": lambda a: -a,
-    "abs": abs,
-    "not": lambda a: not a,
+    "-": lambda a: -a, "abs": abs, "not": lambda a: not a, "tanh": math.tanh,
     "exp": lambda a: math.exp(a) if a < 700 else math.inf,
     "sqrt": lambda a: math.sqrt(a) if a >= 0 else None,
-    "tanh": math.tanh,
     "sin": lambda a: math.sin(a) if math.isfinite(a) else None,
-}
+}  # fmt: skip
 
 
 def _binary(op: str, a: Any, b: Any) -> Any:

@@ -60,15 +60,9 @@ class NestBuilder:
     loops of the root."""
 
     def __init__(
-        self,
-        tables: Tables,
-        root: Statement,
-        temps: list[Statement],
-        structure: str,
-        *,
-        shared: bool,
-        also: Sequence[Statement] = (),
-    ) -> None:
+        self, tables: Tables, root: Statement, temps: list[Statement], structure: str, *,
+        shared: bool, also: Sequence[Statement] = (),
+    ) -> None:  # fmt: skip
         self.tables, self.root, self.also = tables, root, also
         self.structure, self.shared = structure, shared
         self.rows = PartRows(tables, structure, shared)

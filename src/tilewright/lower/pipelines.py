@@ -1,8 +1,10 @@
-"""Pass: loops of kind `pipeline` copy to shared memory for later iterations while they work."""
+"""Passes: loops of kind `pipeline` copy to shared memory for later iterations while they work."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 from tilewright.ir import core as ir
@@ -87,3 +89,48 @@ def _pipelined(f: ir.For, repeated: bool) -> ir.Stmt:
         replace(f, begin=first, end=last, body=body, kind="serial", stages=0, unroll_hint=1),
         *([ir.Sync()] if repeated else []),
     )  # fmt: skip
+
+
+def load_operands_ahead(program: ir.Program) -> ir.Program:
+    """A pipeline that only multiplies loads the operands of a step (products into different sums)
+    among the products of the step before it, those of the next iteration behind its barrier.
+
+    before: for k in a:b                          after: wait 1; sync; copies a + 2; x = S[a, 0]
+              wait 1; sync; copies k + 2                 for k in a:b
+              acc += S[k, 0]; acc += S[k, 1]               y = S[k, 1]; acc += x; wait 1; sync
+                                                           x = S[min(k + 1, b - 1), 0]
+                                                           copies k + 3; acc += y
+
+    The last iteration loads its own operands again: a branch would part loads from products.
+    """
+    return ir.map_bodies(program, lambda body: ir.transform(body, _ahead))
+
+
+def _ahead(f: Any) -> Any:
+    body = f.body.body if isinstance(f, ir.For) and isinstance(f.body, ir.Seq) else ()
+    start = next((n + 1 for n, s in enumerate(body) if isinstance(s, ir.Commit)), len(body))
+    work: list[Any] = list(body[start:])
+    numbers: dict[tuple[str, ir.Tile], int] = {}
+    if not (work and all(isinstance(s, ir.Mma) for s in work)):
+        return f
+
+    def held(t: ir.Tile, side: str) -> ir.Tile:
+        return replace(t, held=f"{f.name}.{side}{numbers.setdefault((side, t), len(numbers))}")
+
+    def at(statements: Sequence[ir.Stmt], iteration: ir.Expr) -> ir.Stmt:
+        return ir.substitute(ir.seq(*statements), {f.name: iteration})
+
+    size = len({(s.acc, s.slot) for s in work})
+    work = [replace(s, a=held(s.a, "a"), b=held(s.b, "b")) for s in work]
+    steps = [work[n : n + size] for n in range(0, len(work), size)]
+    sides = [dict.fromkeys((getattr(s, x), x, s.shape) for s in y for x in "ab") for y in steps]
+    if sides[0].keys() & sides[-1].keys():  # there is one step, or one that loads the first's again
+        return f
+    loads = [[ir.LoadTile(*x) for x in step] for step in sides]
+    after, last = ir.add(f.var, 1), ir.add(f.end, -1)
+    pairs = [pair for n, step in enumerate(steps[:-1]) for pair in zip_longest(loads[n + 1], step)]
+    new = [x for pair in pairs for x in pair if x]
+    new += [at(body[:2], after), at(loads[0], ir.binary("min", after, last))]
+    new += [at(body[2:start], after), *steps[-1]]
+    first = at((*body[:start], *loads[0]), f.begin)
+    return ir.If(ir.binary("<", f.begin, f.end), ir.seq(first, replace(f, body=ir.seq(*new))))

@@ -336,6 +336,25 @@ def reduced_names(path: Iterable[Any], c: ir.Compute) -> frozenset[str]:
     return frozenset(reduced)
 
 
+def check_threads(program: ir.Program) -> ir.Program:
+    """Raises ScheduleError[S102] where threads update elements of an output in memory, and the next
+    reduced iteration gives an element to another thread, without a barrier in between: no
+    coordinate says by itself which thread it belongs to."""
+    nests = (n for stage in program.stages for n in stage)
+    for body, c in ((n.body, c) for n in nests for c in ir.statements(n.body, ir.Compute)):
+        path = ir.path_to(body, c) or []
+        reduced, used = reduced_names(path, c), [ir.free_vars(i) for i in c.out.index]
+        in_memory = c.in_place and not c.atomic and any(names & reduced for names in used)
+        for f in (s for s in path if in_memory and isinstance(s, ir.For) and s.kind in ir.THREADS):
+            own = {f.name}
+            for x in path:
+                own |= {x.name} if isinstance(x, ir.Let) and ir.free_vars(x.value) & own else set()
+            if f.extent != 1 and not any(names & own and not names & reduced for names in used):
+                rule = f"threads of loop {f.name} update {c.out} in memory at once"
+                raise illegal(rule, "atomic(), or bind a loop of the output")
+    return program
+
+
 def frame_of(path: Iterable[Any], reduced: frozenset[str]) -> tuple[Any, ...]:
     """The loops, lets and guards of a path that depend on nothing reduced: a total is stored under
     them. Of a guard that depends on it in part the rest remains."""

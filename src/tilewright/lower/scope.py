@@ -57,14 +57,9 @@ class Scope:
     rank: ir.Expr | None = None
 
     def copy(self) -> Scope:
-        return Scope(
-            self.tables,
-            dict(self.coordinates),
-            dict(self.block_parts),
-            {structure: walk.copy() for structure, walk in self.walks.items()},
-            dict(self.known_positions),
-            self.rank,
-        )
+        walks = {structure: walk.copy() for structure, walk in self.walks.items()}
+        known, parts = dict(self.known_positions), dict(self.block_parts)
+        return Scope(self.tables, dict(self.coordinates), parts, walks, known, self.rank)
 
     def is_read_at(self, driver: Driver) -> bool:
         """Whether the loops walk a structure at these indices."""

@@ -236,7 +236,8 @@ class Product:
             slot, *at = x.index
             if [getattr(i, "name", "") for i in at] != [rows, cols]:
                 raise _not_affine(f"{x} is no tile of rows {rows} and columns {cols}")
-            return ir.Tile(x.buffer, slot, *map(ir.as_expr, (n, 1, m, n)))
+            high, wide = ir.as_expr(m), ir.as_expr(n)
+            return ir.Tile(x.buffer, slot, wide, ir.as_expr(1), high, wide)
         x = replace(x, index=tuple(ir.substitute(i, self.known) for i in x.index))
         names = frozenset(self.names)
         offset = flat_offset(x)
@@ -244,10 +245,10 @@ class Product:
         if set(step) - {rows, cols}:
             raise _not_affine(f"{x} depends on {', '.join(sorted(set(step) - {rows, cols}))} too")
         zero = ir.Const(0, offset.dtype)
-        strides = (ir.simplify(step.get(n, zero)) for n in (rows, cols))
+        down, right = (ir.simplify(step.get(n, zero)) for n in (rows, cols))
         ends = ((rows, m), (cols, n))
-        limits = (self.limits.get(name, ir.Const(end, dtypes.int32)) for name, end in ends)
-        return ir.Tile(x.buffer, ir.simplify(base), *strides, *limits)
+        high, wide = (self.limits.get(name, ir.Const(end, dtypes.int32)) for name, end in ends)
+        return ir.Tile(x.buffer, ir.simplify(base), down, right, high, wide)
 
 
 # ---------------------------------------------------------------------------- around a tile

@@ -8,6 +8,7 @@ memory. References: CUTLASS (multistage main loop, threadblock swizzle).
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 from tilewright import dtypes
@@ -27,7 +28,8 @@ HALVES = ("float16", "bfloat16")
 class Tile(NamedTuple):
     """A tile of C: of a CTA, of each of its warps, of a tile operation. `step`: elements of the sum
     between two barriers; `stages`: buffers of A and B; 1: copies wait. `neighbours`: rows of tiles
-    that CTAs take before the next column of tiles."""
+    that CTAs take before the next column of tiles. `cost`: measured time of an element
+    of C, where there are `least` CTAs; 0: of few rows, which choose the tile."""
 
     rows: int
     cols: int
@@ -37,18 +39,21 @@ class Tile(NamedTuple):
     step: int
     stages: int
     neighbours: int = 8
+    cost: float = 0.0
+    least: int = 0
 
 
-TileName = Literal["large", "small", "low", "few"]
-TILES = {
-    "large": Tile(128, 128, 64, 64, 16, 32, 4),
-    "small": Tile(64, 64, 32, 32, 16, 64, 3),
+TileName = Literal["large", "square", "small", "low", "few"]
+TILES: dict[TileName, Tile] = {
+    "large": Tile(256, 128, 64, 64, 16, 32, 4, cost=1.0, least=120),
+    "square": Tile(128, 128, 64, 64, 16, 32, 4, cost=1.07, least=264),
+    "small": Tile(64, 64, 32, 32, 16, 64, 3, cost=1.45),
     "low": Tile(32, 64, 32, 16, 16, 128, 4, 4),  # many bytes under way: B is what is read
     "few": Tile(16, 32, 16, 8, 8, 128, 8, 1),
 }
 ANY = Tile(64, 64, 32, 32, 8, 64, 1)  # sizes that are no multiples of 16 bytes
 FEW, LOW = 16, 128  # rows of C
-CTAS = 132  # large tiles that keep a GPU busy
+SMS = 132  # of an H100
 
 
 @program
@@ -111,11 +116,16 @@ gemm_kernel = kernels(gemm_definition)
 
 
 def tile_of(m: int, n: int) -> TileName:
-    """The tile for m × n elements of C on a GPU."""
+    """The tile for m × n elements of C on a GPU: of many rows the one that takes least time, where
+    SMs compute equal numbers of tiles."""
     if m <= LOW:
         return "few" if m <= FEW else "low"
-    large = TILES["large"]
-    return "large" if -(-m // large.rows) * -(-n // large.cols) >= CTAS else "small"
+
+    def time(t: Tile) -> float:
+        ctas = -(-m // t.rows) * -(-n // t.cols)
+        return -(-ctas // SMS) * t.rows * t.cols * t.cost if ctas >= t.least else math.inf
+
+    return min((x for x, t in TILES.items() if t.cost), key=lambda x: time(TILES[x]))
 
 
 def gemm(A: Any, B: Any, out: Any = None, *, dtype: Any = None) -> Any:

@@ -298,14 +298,10 @@ def _chosen(A: Packed, X: Any, width: int) -> Kernel:
     x_dtype = operand_dtype(X, "X")
     try:
         return spmm_kernel(
-            "cuda" if on_cuda else "cpp",
-            A.format,
-            str(A.dtype),
-            x_dtype,
-            fixed_width(width, A.device),
-            A.structure.index_dtype.name,
+            "cuda" if on_cuda else "cpp", A.format, str(A.dtype), x_dtype,
+            fixed_width(width, A.device), A.structure.index_dtype.name,
             x_bytes > (L2_BYTES if on_cuda else compilers.l2_bytes() // 2),
-        )
+        )  # fmt: skip
     except (ScheduleError, ProgramError) as e:
         rule = f"A is packed as {A.format}, X is {x_dtype}: {e.message}"
         hint = "use a format that does not split rows, as pack_for_spmm chooses"

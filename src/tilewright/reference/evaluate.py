@@ -40,12 +40,9 @@ LIMIT_BYTES = 64 << 20  # of one array of intermediate values, where cutting the
 
 
 def evaluate(
-    program: ir.Program,
-    arrays: Mapping[str, Any],
-    sizes: Mapping[str, int] | None = None,
-    *,
+    program: ir.Program, arrays: Mapping[str, Any], sizes: Mapping[str, int] | None = None, *,
     exact: bool = True,
-) -> dict[str, np.ndarray]:
+) -> dict[str, np.ndarray]:  # fmt: skip
     """The outputs of a program at the coordinate level, by name.
 
     `arrays` holds the inputs: dense arrays; for sparse tensors anything with `shape` and
@@ -69,13 +66,9 @@ def evaluate(
 
 
 def run(
-    program: ir.Program,
-    data: dict[str, np.ndarray],
-    stored: Mapping[str, Stored],
-    sizes: Mapping[str, int],
-    *,
-    exact: bool = False,
-) -> None:
+    program: ir.Program, data: dict[str, np.ndarray], stored: Mapping[str, Stored],
+    sizes: Mapping[str, int], *, exact: bool = False,
+) -> None:  # fmt: skip
     """Run every statement in order, in place. `data` holds the array of each tensor (of a sparse
     one the values of its stored coordinates); missing outputs and temporaries are allocated."""
     evaluator = _Evaluator(data, stored, sizes, program.index.numpy, exact)

@@ -20,11 +20,8 @@ from tilewright.ir import nodes as ir
 from tilewright.ir.rewrite import FOLD
 
 UFUNCS: dict[str, np.ufunc] = {
-    "sum": np.add,
-    "prod": np.multiply,
-    "max": np.maximum,
-    "min": np.minimum,
-}
+    "sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum,
+}  # fmt: skip
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
     **FOLD, "/": operator.truediv, "min": np.minimum, "max": np.maximum, "&": operator.and_,
     "|": operator.or_, "^": operator.xor, "<<": operator.lshift, ">>": operator.rshift,

@@ -164,7 +164,7 @@ def mark(f: ir.For, loop: str, kind: ir.LoopKind) -> ir.Stmt:
 
 def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
     """Whether no two iterations of `f` update the same element. They do not if an index of the
-    output is the loop's variable, or computed from it by + - * alone; other values may repeat."""
+    output is the loop's variable, or computed from it alone by + - *; other values may repeat."""
     derived = {f.name}
 
     def distinct(e: ir.Expr) -> bool:
@@ -177,7 +177,8 @@ def _owns_rows(f: ir.For, c: ir.Compute) -> bool:
             continue
         if ir.free_vars(x.value) & derived and (c.reduce or distinct(x.value)):
             derived.add(x.var.name)
-    return any(ir.free_vars(i) & derived if c.reduce else distinct(i) for i in c.out.index)
+    used = [(i, ir.free_vars(i)) for i in c.out.index]
+    return any(n & derived if c.reduce else len(n) == 1 and distinct(i) for i, n in used)
 
 
 @tree.on_loops

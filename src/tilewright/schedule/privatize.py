@@ -72,12 +72,8 @@ class _Copies:
                 raise illegal(why, "atomic(), or a format that keeps rows whole")
             op = updates[0].op
             stages += [(self._update(stage[0]),), (self._join(op),)]
-        return replace(
-            program,
-            tensors=(*program.tensors, self.tensor),
-            buffers=(*program.buffers, self.buffer),
-            stages=tuple(stages),
-        )
+        tensors, buffers = (*program.tensors, self.tensor), (*program.buffers, self.buffer)
+        return replace(program, tensors=tensors, buffers=buffers, stages=tuple(stages))
 
     def _start(self, nest: ir.Nest) -> ir.Nest:
         """All copies start where the output did."""

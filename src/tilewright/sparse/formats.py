@@ -84,14 +84,9 @@ class Format:
         return self.levels[0].is_dense and self.levels[0].dim == 0
 
     def pack(
-        self,
-        matrix: Any,
-        *,
-        dtype: Any = None,
-        values: Any = None,
-        index: Any = None,
+        self, matrix: Any, *, dtype: Any = None, values: Any = None, index: Any = None,
         fill: float = 0.0,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Pack a SciPy sparse matrix, a torch tensor, a dense array or (indptr, indices, values,
         shape). `index`: the type of its coordinates, `"int32"` or `"int64"`; None: by size. `fill`:
         the value of missing coordinates, as the program declares it.

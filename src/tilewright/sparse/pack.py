@@ -200,14 +200,9 @@ class Packed:
 
 
 def pack(
-    fmt: Format | Composed,
-    matrix: Any,
-    *,
-    dtype: Any = None,
-    values: Any = None,
-    index: Any = None,
-    fill: float = 0.0,
-) -> Packed:
+    fmt: Format | Composed, matrix: Any, *, dtype: Any = None, values: Any = None,
+    index: Any = None, fill: float = 0.0,
+) -> Packed:  # fmt: skip
     """Pack `matrix` into `fmt`.
 
     `matrix`: a SciPy sparse matrix or array, a torch tensor (dense, COO, CSR or CSC), a dense array
@@ -346,12 +341,9 @@ def _numbers() -> np.ndarray:
 
 
 def of_rows(
-    indptr: np.ndarray,
-    indices: np.ndarray,
-    values: np.ndarray,
-    shape: tuple[int, int],
+    indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, shape: tuple[int, int],
     dtype: DType,
-) -> Packed:
+) -> Packed:  # fmt: skip
     """The CSR tensor of arrays that an operator computed. They are not checked: the columns of each
     row ascend."""
     index = _index_type(None, max(len(indices), *shape)).numpy

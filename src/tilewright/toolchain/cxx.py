@@ -27,13 +27,9 @@ _loaded: dict[Path, ctypes.CDLL] = {}
 
 
 def compile_cpp(
-    source: str,
-    *,
-    name: str = "",
-    isa: str = "",
-    flags: Sequence[str] = (),
+    source: str, *, name: str = "", isa: str = "", flags: Sequence[str] = (),
     full_link: bool = False,
-) -> Path:
+) -> Path:  # fmt: skip
     """The file of the library of one translation unit, compiled unless it is in the cache.
 
     `name` is the kernel's, for errors. `isa` is a name of `compilers.ISAS` (empty: this CPU's).

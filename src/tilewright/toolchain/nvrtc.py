@@ -61,13 +61,9 @@ class Cubin:
 
 
 def compile_cuda(
-    source: str,
-    *,
-    arch: str,
-    name: str = "",
-    headers: Mapping[str, str] | None = None,
+    source: str, *, arch: str, name: str = "", headers: Mapping[str, str] | None = None,
     flags: Sequence[str] = (),
-) -> Cubin:
+) -> Cubin:  # fmt: skip
     """Compile CUDA C++ to a cubin for `arch` (as `sm_90a`), through the cache.
 
     `name` is the kernel's, for errors. `headers` are texts that `#include "name"` finds; CUDA's own

@@ -9,13 +9,10 @@ import time
 from tilewright.toolchain import disk_cache
 
 _KINDS = {
-    "so": "shared library (C++)",
-    "cubin": "module (CUDA)",
-    "kernel": "source and manifest of a program",
-    "version": "hash of the compiler's sources",
-    "cxx": "version of a compiler",
-    "failed": "source that a compiler refused",
-}
+    "so": "shared library (C++)", "cubin": "module (CUDA)",
+    "kernel": "source and manifest of a program", "version": "hash of the compiler's sources",
+    "cxx": "version of a compiler", "failed": "source that a compiler refused",
+}  # fmt: skip
 
 
 def cache_arguments(parser: argparse.ArgumentParser) -> None:

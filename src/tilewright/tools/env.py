@@ -69,12 +69,9 @@ def report() -> list[Finding]:
     """All findings, in the order they are printed."""
     findings: list[Finding] = []
     for section, probe in (
-        ("Python", _python),
-        ("CPU target", _cpu),
-        ("Kernel cache", _cache),
-        ("Packages", _packages),
-        ("CUDA target", _cuda),
-    ):
+        ("Python", _python), ("CPU target", _cpu), ("Kernel cache", _cache),
+        ("Packages", _packages), ("CUDA target", _cuda),
+    ):  # fmt: skip
         try:
             findings += [Finding(section, *line) for line in probe()]
         except Exception as error:  # the other probes still run
