@@ -23,11 +23,14 @@ from tilewright.sparse.trace import dense, indices, out, update, where
 _SLOTS = {"page": dense("t", "int32"), "slot": dense("t", "int32")}
 
 
-def _program(halves: bool, append: bool, dtype: str = "float32") -> Definition:
-    """Pair (x0, x1) → (x0 cos − x1 sin, x0 sin + x1 cos); with `append` into the pages K."""
+def _program(
+    halves: bool, append: bool, dtype: str = "float32", given: str = "float32"
+) -> Definition:
+    """Pair (x0, x1) → (x0 cos − x1 sin, x0 sin + x1 cos), from `given` to `dtype`; with `append`
+    into the pages K."""
     head = "2 p" if halves else "p 2"
     table, positions = dense("s p", kind="weight"), dense("t", "int32")
-    parameters = {"X": dense(f"t h {head}"), "C": table, "S": table, "P": positions}
+    parameters = {"X": dense(f"t h {head}", given), "C": table, "S": table, "P": positions}
     if append:
         parameters = {"K": dense(f"g f h {head}", kind="kv"), **parameters, **_SLOTS}
 
@@ -67,21 +70,27 @@ APPEND = append_plain.schedule(by_token)
 
 
 @cache
-def rope_kernel(interleaved: bool, target: str = "cpp", dtype: str = "float32") -> Kernel:
-    """X (t, h, p, 2) or (t, h, 2, p), C and S (positions, p), P (t,) → X rotated, in `dtype`."""
-    return _program(not interleaved, False, dtype).schedule(by_token).build(target)
+def rope_kernel(
+    interleaved: bool, target: str = "cpp", dtype: str = "float32", given: str = "float32"
+) -> Kernel:
+    """X (t, h, p, 2) or (t, h, 2, p) in `given`, C and S (positions, p), P (t,) → X rotated, in
+    `dtype`."""
+    return _program(not interleaved, False, dtype, given).schedule(by_token).build(target)
 
 
 @cache
-def rope_append_kernel(interleaved: bool, target: str = "cpp", dtype: str = "float32") -> Kernel:
+def rope_append_kernel(
+    interleaved: bool, target: str = "cpp", dtype: str = "float32", given: str = "float32"
+) -> Kernel:
     """Builds the kernel that rotates keys and writes that of token t to K[page[t], slot[t]]."""
-    return _program(not interleaved, True).schedule(by_token).typed(K=dtype).build(target)
+    definition = _program(not interleaved, True, dtype, given).typed(K=dtype)
+    return definition.schedule(by_token).build(target)
 
 
 @cache
-def append_kernel(target: str = "cpp", dtype: str = "float32") -> Kernel:
+def append_kernel(target: str = "cpp", dtype: str = "float32", given: str = "float32") -> Kernel:
     """Builds the kernel that writes values to `page[t], slot[t]` of the pages (g, f, h, d)."""
-    return APPEND.typed(V=dtype).build(target)
+    return APPEND.typed(V=dtype, X=given).build(target)
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,17 +211,20 @@ class Launch:
 class Graph:
     """A recorded step: launches captured once, replayed by one call.
 
-    All launches are on one GPU. Addresses and parameters are those of the recording; the graph
-    keeps the recorded launches alive, but not the arrays that they point to.
+    All launches are on one GPU. A library's, beside ours, have a `run` too, and the one `stream` on
+    which it can be captured. Addresses and parameters are those of the recording; the graph keeps
+    the recorded launches alive, but not the arrays that they point to.
     """
 
-    def __init__(self, launches: Sequence[Launch]) -> None:
+    def __init__(self, launches: Sequence[Any]) -> None:
         """Raises BuildError[B104]."""
         api, self.launches = driver(), tuple(launches)
-        self.device = launches[0].function.module.device
+        own = next(one for one in launches if isinstance(one, Launch))
+        self.device = own.function.module.device
         self._handle = 0
         self.device.activate()
-        stream = api.returned("cuStreamCreate", _STREAM_NON_BLOCKING)
+        lent = next((stream for x in launches if (stream := getattr(x, "stream", 0))), 0)
+        stream = lent or api.returned("cuStreamCreate", _STREAM_NON_BLOCKING)
         graph = c_void_p()
         try:
             api.call("cuStreamBeginCapture_v2", stream, _CAPTURE_THREAD_LOCAL)
@@ -236,7 +239,8 @@ class Graph:
         finally:
             if graph.value:
                 api.functions["cuGraphDestroy"](graph)
-            api.functions["cuStreamDestroy_v2"](stream)
+            if not lent:
+                api.functions["cuStreamDestroy_v2"](stream)
 
     def launch(self, stream: int = 0) -> None:
         """Replay on a stream. Raises BuildError[B104]."""

@@ -35,9 +35,11 @@ from tilewright.runtime.step import Step
 from tilewright.runtime.transfer import to_host
 from tilewright.serve.kv_pool import PAGE_SIZE
 from tilewright.serve.models.llama import Llama, Rows
+from tilewright.serve.products import OWN_ROWS
 from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
 FEW = 8  # rows from which the kernel of many rows is the faster one
+BUCKET = 64  # steps with prompts are recorded for multiples of so many rows, where a library helps
 
 
 class Logits:
@@ -78,10 +80,12 @@ class Runner:
             [new(*shape, dtype=model.kv_dtype) for _ in range(config.layers)] for _ in range(2)
         )
         self.pools = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
-        tokens = limits.step_tokens + most  # a row more for each chunk
+        tokens = -(-(limits.step_tokens + most) // BUCKET) * BUCKET  # a row more for each chunk
         self.width = context // PAGE_SIZE + 1
-        kinds, widths = {"rotated": model.kv_dtype}, model.widths.items()
-        self.activations = {k: new(tokens, w, dtype=kinds.get(k, "float32")) for k, w in widths}
+        # Of our own linear layers, and of the products of a library.
+        self.activations = model.activations(OWN_ROWS if model.products else tokens)
+        self.wide = model.activations(tokens, wide=True) if model.products else {}
+        self.joins = bool(model.products) and not limits.invariant  # answers and prompts
         widths = {"x": config.dim, "normed": config.dim, "logits": config.vocab}
         self.last = {name: new(most, width) for name, width in widths.items()}
         self.last["token"] = put(np.zeros(most, np.int32))  # also of rows that fill up
@@ -100,6 +104,8 @@ class Runner:
         self.read_tokens = model.memory.readback(self.last["token"])
         self._views: dict[tuple[int, int], list[KV]] = {}
         self._steps: dict[int, Step] = {}
+        self._parts: dict[int, list[Any]] = {}
+        self._beside: dict[int, list[Any]] = {}
         self._qo_tile = self._answer_plans(1)[model.layers[0].attention].qo_tile  # of every layer
 
     def run(self, chunks: Sequence[Chunk]) -> Logits:
@@ -111,17 +117,18 @@ class Runner:
         if rows > 8 and self.model.memory.on_cuda:  # filled up with rows of a negative length
             rows = -(-rows // 8) * 8
         stops = [c.stop + self._needs_row(c) for c in prompts]
-        lengths = [c.start for c in answers] + [-1] * (rows - len(answers)) + stops
+        joined = answers if prompts and self.joins else []  # read in one pass with the prompts
+        lengths = [c.start + bool(joined) for c in answers] + [-1] * (rows - len(answers)) + stops
         if self._lengths[: len(lengths)].tolist() != lengths:
             self._lengths[: len(lengths)] = lengths
             self._write_ints(self.kv_len, lengths)
         self._write_table([*range(len(answers)), *range(rows, rows + len(prompts))], chunks)
         tokens = [c.request.tokens[c.start] for c in answers]
-        if answers and PENDING not in tokens:
+        if answers and not joined and PENDING not in tokens:
             self._write_ints(self.last["token"], tokens)
         # Prompts first: what is copied for them would wait for the step of the answers.
-        read = self._read_prompts(prompts, stops, rows) if prompts else []
-        if answers:
+        read = self._read_prompts(prompts, stops, rows, joined) if prompts else []
+        if answers and not joined:
             if rows not in self._steps:
                 self._steps[rows] = self._record(rows)
             self._steps[rows]()
@@ -151,20 +158,45 @@ class Runner:
         memory = self.model.memory
         memory.write(memory.rows(array, 0, len(values)), np.asarray(values, np.int32))
 
-    def _write(self, chunks: Sequence[Chunk], stops: list[int]) -> None:
-        """Tokens up to `stops`, their positions, pages and slots, to memory of the target."""
-        rows: list[tuple[int, ...]] = []
-        for chunk, stop in zip(chunks, stops, strict=True):
-            tokens, pages = [*chunk.request.tokens[: chunk.stop], 0], chunk.request.pages
-            at = range(chunk.start, stop)
-            rows += [(tokens[n], n, pages[n // PAGE_SIZE], n % PAGE_SIZE) for n in at]
-        for array, column in zip(self.ints, zip(*rows, strict=True), strict=True):
+    def _write(
+        self,
+        answers: Sequence[Chunk],
+        prompts: Sequence[Chunk],
+        indptr: np.ndarray,
+        sizes: tuple[int, int],
+    ) -> None:
+        """The tokens of answers, and those of prompts in rows of `indptr`, their positions, pages
+        and slots, to memory of the target. `sizes`: the first row of the page table that is of a
+        prompt, and the rows in all; those of no request have no page."""
+        first, rows = sizes
+        columns = np.zeros((4, rows), np.int32)
+        ids, position, page, slot = columns
+        page[:] = -1
+        for i, c in enumerate(answers):
+            ids[i], position[i] = c.request.tokens[c.start], c.start
+        n = len(answers)
+        page[:n] = self.table[np.arange(n), position[:n] // PAGE_SIZE]
+        for i, c in enumerate(prompts):
+            tokens, at = c.request.tokens[c.start : c.stop], indptr[i]
+            own = slice(at, indptr[i + 1])
+            ids[at : at + len(tokens)] = tokens
+            position[own] = np.arange(c.start, c.start + indptr[i + 1] - at)
+            page[own] = self.table[first + i, position[own] // PAGE_SIZE]
+        slot[:] = position % PAGE_SIZE
+        for array, column in zip(self.ints, columns, strict=True):
             self._write_ints(array, column)
 
+    def _few(self, rows: int, prompts: bool = False) -> bool:
+        """Whether our own linear layers read so many rows, by the kernel of one row."""
+        if self.model.products:
+            return rows <= (OWN_ROWS if self.invariant else 1)
+        return not prompts and (self.invariant or rows < FEW)
+
     def _rows(self, tokens: int, few: bool) -> Rows:
-        rows = self.model.memory.rows
+        rows, of = self.model.memory.rows, self.activations
         ids, position, page, slot = (rows(array, 0, tokens) for array in self.ints)
-        activations = {k: rows(a, 0, tokens) for k, a in self.activations.items()}
+        of = self.wide if self.model.is_wide(few) else of
+        activations = {k: rows(a, 0, tokens) for k, a in of.items()}
         return Rows(tokens, few, ids, position, page, slot, activations)
 
     def _kv(self, begin: int, end: int) -> list[KV]:
@@ -188,31 +220,95 @@ class Runner:
         indptr = np.arange(requests + 1)
         return {x: x.plan(indptr, to_plan, workers=workers) for x in self.attentions}
 
-    def _read_prompts(self, chunks: Sequence[Chunk], stops: list[int], first: int) -> list[int]:
-        """Reads prompts, whose page tables are in rows from `first` on, call by call. The rows of
-        the logits of those that want a token, from `first` on too."""
+    def _read_prompts(
+        self, chunks: Sequence[Chunk], stops: list[int], first: int, answers: Sequence[Chunk]
+    ) -> list[int]:
+        """Reads prompts, whose page tables are in rows from `first` on, behind the rows of answers,
+        if any. The rows of the logits of prompts that want a token, from `first` on."""
         model, rows = self.model, self.model.memory.rows
+        front = first if answers else 0  # rows of answers, and those that fill them up
         sizes = [stop - c.start for c, stop in zip(chunks, stops, strict=True)]
         indptr = np.cumsum([0, *sizes], dtype=np.int32)
         views = self._kv(first, first + len(chunks))
-        to_plan = KV(self._table(self.short, first, first + len(chunks)), self.pools[0])
+        lengths = self.kv_len if self.joins else self.short
+        to_plan = KV(self._table(lengths, first, first + len(chunks)), self.pools[0])
         plans = {x: x.plan(indptr, to_plan) for x in self.attentions}
+        total = count = front + int(indptr[-1])
+        few = self._few(total, prompts=True)
+        beside = self._answers_beside(front) if front else []
 
         def attend(layer: int, q: Any, out: Any) -> None:
             attention = model.layers[layer].attention
-            attention.run(q, views[layer], plans[attention], out=out)
+            if beside:
+                beside[layer]()
+            q, out = rows(q, front, total), rows(out, front, total)
+            how = {"plan": plans[attention], "scratch": self.scratch}
+            attention.bind(q, views[layer], out, **how)()
 
-        self._write(chunks, stops)
-        ends = [indptr[i] + c.stop - c.start - 1 for i, c in enumerate(chunks) if c.wants_token]
-        self._write_ints(self.ends, ends)
-        b = self._rows(int(indptr[-1]), few=False)
-        model.forward(b, (self.keys, self.values), attend, do=call)
-        if ends:
-            last = {name: rows(a, first, first + len(ends)) for name, a in self.last.items()}
-            picked = rows(self.ends, 0, len(ends))
-            embedding_kernel("f32", model.name)(picked, b.a["x"], out=last["x"])
-            model.finish(last, self.invariant or len(ends) < FEW, do=call)
+        if model.is_wide(few):
+            count = -(-total // BUCKET) * BUCKET
+        self._write(answers, chunks, front + indptr, (first, count))
+        b = self._rows(count, few)
+        if not model.is_wide(few):
+            model.forward(b, (self.keys, self.values), attend, do=call)
+        else:
+            for part in self._parts_of(b):
+                part() if isinstance(part, Step) else attend(*part)
+        ends = [
+            front + indptr[i] + c.stop - c.start - 1 for i, c in enumerate(chunks) if c.wants_token
+        ]
+        if picked := [*range(front), *ends]:
+            self._write_ints(self.ends, picked)
+            self._finish(b, first - front, len(picked))
         return list(range(first, first + len(ends)))
+
+    def _finish(self, b: Rows, first: int, count: int) -> None:
+        """The logits of the rows of `ends`, in rows from `first` on."""
+        model, rows = self.model, self.model.memory.rows
+        few = self._few(count)
+        last = {name: rows(a, first, first + count) for name, a in self.last.items()}
+        if model.is_wide(few):
+            last["normed"] = rows(self.wide["added"], 0, count)
+        ends = rows(self.ends, 0, count)
+        embedding_kernel("f32", model.name)(ends, b.a["x"], out=last["x"])
+        model.finish(last, few, do=call)
+
+    def _parts_of(self, b: Rows) -> list[Any]:
+        """A step with prompts of so many rows: recorded steps, and in between what the attention of
+        a layer is called with."""
+        if b.tokens not in self._parts:
+            parts, bounds = list[Any](), list[Any]()
+
+            def do(kernel: Any, *args: Any, out: Any = None) -> None:
+                bounds.append(kernel.bind(*args, out=out))
+
+            def attend(layer: int, q: Any, out: Any) -> None:
+                parts.extend((Step(bounds), (layer, q, out)))
+                bounds.clear()
+
+            self.model.forward(b, (self.keys, self.values), attend, do)
+            self._parts[b.tokens] = [*parts, Step(bounds)]
+        return self._parts[b.tokens]
+
+    def _answers_beside(self, requests: int) -> list[Any]:
+        """The attention of each layer for the answers in front of prompts."""
+        if requests not in self._beside:
+            c, rows = self.model.config, self.model.memory.rows
+            views, plans, shape = (
+                self._kv(0, requests),
+                self._answer_plans(requests),
+                (requests, c.qo_heads, c.head_dim),
+            )
+            q, out = (
+                rows(self.wide[n], 0, requests).reshape(*shape) for n in ("rotated", "attended")
+            )
+            self._beside[requests] = [
+                layer.attention.bind(
+                    q, views[i], out, plan=plans[layer.attention], scratch=self.scratch
+                )
+                for i, layer in enumerate(self.model.layers)
+            ]
+        return self._beside[requests]
 
     def _record(self, requests: int) -> Step:
         """The step of one row of each of some answers."""
@@ -228,12 +324,12 @@ class Runner:
             how = {"plan": plans[attention], "scratch": self.scratch}
             bounds.append(attention.bind(q, views[layer], out, **how))
 
-        b = self._rows(requests, few=self.invariant or requests < FEW)
+        b = self._rows(requests, self._few(requests))
         last = {name: rows(self.last[name], 0, requests) for name in ("logits", "token")}
         lengths, table = (rows(x, 0, requests) for x in (self.kv_len, self.block_table))
         positions = positions_kernel(PAGE_SIZE, model.name)
         do(positions, lengths, table, out=(b.position, b.page, b.slot))
         b = replace(b, ids=last["token"])
-        model.forward(b, (self.keys, self.values), attend, do)
-        model.finish({**b.a, **last}, b.few, do)
+        normed = model.forward(b, (self.keys, self.values), attend, do)
+        model.finish({**b.a, **last}, b.few, do, normed)
         return Step(bounds)

@@ -8,7 +8,7 @@ and the batch belong to `runner.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,14 +28,19 @@ from tilewright.ops.linear import (
 )
 from tilewright.ops.rope import append_kernel, rope_append_kernel, rope_kernel
 from tilewright.ops.rowwise import (
+    added_norm_kernel,
     argmax_kernel,
     gelu_mul_kernel,
+    heads_norm_kernel,
     rmsnorm_add_kernel,
     rmsnorm_kernel,
     scaled_kernel,
     silu_mul_kernel,
+    silu_mul_to_kernel,
 )
+from tilewright.runtime.view import view
 from tilewright.serve.memory import Memory
+from tilewright.serve.products import products_of
 from tilewright.serve.weights import ModelFile, Weight, dequantize
 from tilewright.target import Target, target
 
@@ -61,7 +66,8 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The weights of a layer, its attention and its angles. Norms by canonical name."""
+    """The weights of a layer, its attention and its angles. Norms by canonical name. `qkv` and
+    `gate_up`: layers of one input as one, where a library computes products."""
 
     norms: dict[str, Any]
     q: Linear
@@ -73,15 +79,17 @@ class Layer:
     down: Linear
     attention: Attention
     angles: tuple[Any, ...]
+    qkv: Linear
+    gate_up: Linear
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The packed rows of a step: where the model reads tokens and writes activations.
 
-    `few`: linear layers take the kernel of one row, not that of many rows. Each of the two gives a
-    row the same bits for any number of rows.
-    `ids`, `position`, `page`, `slot`: int32 (tokens,). `a`: the arrays of `Llama.widths`.
+    `few`: linear layers take the kernel of one row, not that of many rows or the products of a
+    library. Each of the two kernels gives a row the same bits for any number of rows.
+    `ids`, `position`, `page`, `slot`: int32 (tokens,). `a`: arrays of `Llama.activations`.
     """
 
     tokens: int
@@ -113,6 +121,7 @@ class Llama:
         self.kv_dtype = "bfloat16" if self.target.is_cuda else "float32"
         self.file, self.config = file, file.config
         self.memory = Memory(self.target)
+        self.products = products_of(file, self.target)
         tied = self.config.tied_embedding
         self.head = self._linear("embed" if tied else "lm_head")
         embed = self._tensor("embed")
@@ -147,7 +156,19 @@ class Llama:
         gate, up, down = (self._linear(f"{prefix}ffn.{name}") for name in ("gate", "up", "down"))
         names = [n for n in self.file.tensors if n.startswith(prefix) and n.endswith("norm")]
         norms = {name.removeprefix(prefix): self._vector(name) for name in names}
-        return Layer(norms, q, k, v, o, gate, up, down, attention, angles)
+        q, k, v, qkv = self._joined(q, k, v)
+        gate, up, gate_up = self._joined(gate, up)
+        return Layer(norms, q, k, v, o, gate, up, down, attention, angles, qkv, gate_up)
+
+    def _joined(self, *parts: Linear) -> list[Linear]:
+        """Layers of one input as parts of one layer, which comes last: for a library's products;
+        else the layers, and the first again."""
+        if self.products is None:
+            return [*parts, parts[0]]
+        whole, arrays = self.products.joined([p.arrays[0] for p in parts])
+        bias = tuple(self.products.joined([p.bias[0] for p in parts])[:1]) if parts[0].bias else ()
+        made = [replace(p, arrays=(a,)) for p, a in zip(parts, arrays, strict=True)]
+        return [*made, replace(parts[0], arrays=(whole,), bias=bias, rows=whole.shape[0])]
 
     def _tensor(self, name: str) -> Weight:
         """A weight; those of kinds that there are no products for become float16."""
@@ -178,14 +199,30 @@ class Llama:
 
     # -- the layers ------------------------------------------------------------------------------
 
-    @property
-    def widths(self) -> dict[str, int]:
-        """Elements of each activation of a token."""
-        c = self.config
+    def activations(self, rows: int, wide: bool = False) -> dict[str, Any]:
+        """Arrays for the activations of so many rows; `wide`: where a library computes products,
+        whose inputs are of the weights' dtype."""
+        c, new = self.config, self.memory.empty
         q, kv = c.qo_heads * c.head_dim, c.kv_heads * c.head_dim
-        widths = dict.fromkeys(("x", "y", "normed"), c.dim) | {"q": q, "k": kv, "v": kv}
-        widths |= {"rotated": q, "attended": q} | ({"k_normed": kv} if c.qk_norm else {})
-        return widths | dict.fromkeys(("gate", "up", "mixed"), c.ffn_dim)
+        widths = dict.fromkeys(("x", "y", "normed"), c.dim) | {"rotated": q, "attended": q}
+        widths |= {"mixed": c.ffn_dim} | ({"k_normed": kv} if c.qk_norm else {})
+        parts = {"q": q, "k": kv, "v": kv}, {"gate": c.ffn_dim, "up": c.ffn_dim}
+        if self.products is None or not wide:
+            kinds = {"rotated": self.kv_dtype}
+            widths |= parts[0] | parts[1]
+            return {n: new(rows, w, dtype=kinds.get(n, "float32")) for n, w in widths.items()}
+        empty, kind = self.products.empty, self.products.dtype
+        kinds = {"x": "float32", "y": "float32", "rotated": self.kv_dtype}
+        a = {n: empty(rows, w, kinds.get(n, kind)) for n, w in widths.items()}
+        a["added"] = empty(rows, c.dim, kind)
+        for name, sizes in zip(("qkv", "gate_up"), parts, strict=True):
+            a[name] = empty(rows, sum(sizes.values()), kind)
+            a |= zip(sizes, a[name].split([*sizes.values()], 1), strict=True)
+        return a
+
+    def is_wide(self, few: bool) -> bool:
+        """Whether a library computes the products of such rows."""
+        return self.products is not None and not few
 
     def pairs(self, array: Any, *outer: int) -> Any:
         """A projection, or pages of keys, as pairs that are rotated: (*outer, half, 2) or
@@ -193,30 +230,36 @@ class Llama:
         half = self.config.head_dim // 2
         return array.reshape(*outer, *((half, 2) if self.config.rope_interleaved else (2, half)))
 
-    def forward(self, b: Rows, cache: tuple[list[Any], list[Any]], attend: Do, do: Do) -> None:
-        """All layers over the rows of a step; the last activations are in `x`.
+    def forward(
+        self, b: Rows, cache: tuple[list[Any], list[Any]], attend: Do, do: Do
+    ) -> LayerInput:
+        """All layers over the rows of a step; the last activations are in `x`, and what the head
+        reads of them is returned.
 
         `cache`: keys and values, (pages, page_size, kv_heads, head_dim) a layer; `attend(layer, q,
         out)` is the attention of a layer."""
         c, name, t, a = self.config, self.name, b.tokens, b.a
         x, y = a["x"], a["y"]
         rotations = rope_kernel, rope_append_kernel
-        rope, rope_append = (f(c.rope_interleaved, name, self.kv_dtype) for f in rotations)
-        append = append_kernel(name, self.kv_dtype)
+        kinds = self.kv_dtype, self.products.dtype if self.is_wide(b.few) else "float32"
+        rope, rope_append = (f(c.rope_interleaved, name, *kinds) for f in rotations)
+        append = append_kernel(name, *kinds)
         embedded = y if c.scaled_embedding else x
         if self.table_kind not in STORED:
             embedded = embedded.reshape(t, c.dim // 32, 2, 16)  # as the kernel writes it
         do(embedding_kernel(self.table_kind, name), b.ids, *self.table, out=embedded)
         if c.scaled_embedding:
             do(scaled_kernel(name), y, c.dim**0.5, out=x)
-        for i, layer in enumerate(self.layers):
+        norms = [layer.norms["attn_norm"] for layer in self.layers]
+        normed = self._normed(x, norms[0], a, b.few, do)
+        for i, (layer, then) in enumerate(zip(self.layers, [*norms[1:], self.norm], strict=True)):
             angles = (*layer.angles, b.position)
-            normed = self._normed(x, layer.norms["attn_norm"], a, b.few, do)
-            for w, out in ((layer.q, a["q"]), (layer.k, a["k"]), (layer.v, a["v"])):
+            parts = (layer.q, a["q"]), (layer.k, a["k"]), (layer.v, a["v"])
+            for w, out in [(layer.qkv, a["qkv"])] if self.is_wide(b.few) else parts:
                 self.linear(w, normed, out, b.few, do)
             q, k = a["q"], a["k"]
             if c.qk_norm:
-                q, k = self._heads_normed(layer, a, do)
+                q, k = self._heads_normed(layer, a, b.few, do)
             rotated = self.pairs(a["rotated"], t, c.qo_heads)
             do(rope, self.pairs(q, t, c.qo_heads), *angles, out=rotated)
             keys, pages = self.pairs(k, t, c.kv_heads), cache[0][i]
@@ -224,28 +267,47 @@ class Llama:
             do(append, cache[1][i], a["v"].reshape(t, c.kv_heads, c.head_dim), b.page, b.slot)
             heads = (t, c.qo_heads, c.head_dim)
             attend(i, a["rotated"].reshape(*heads), a["attended"].reshape(*heads))
-            self._added(layer, "attn", a["attended"], (y, x), b, do)
-            normed = self._normed(y, layer.norms["ffn_norm"], a, b.few, do)
+            normed = self._added(layer, "attn", (y, x), layer.norms["ffn_norm"], b, do)
             self._gated(layer, normed, a, b.few, do)
-            self._added(layer, "ffn", a["mixed"], (x, y), b, do)
+            normed = self._added(layer, "ffn", (x, y), then, b, do)
+        return normed
 
-    def _heads_normed(self, layer: Layer, a: dict[str, Any], do: Do) -> tuple[Any, Any]:
+    def _heads_normed(self, layer: Layer, a: dict[str, Any], few: bool, do: Do) -> tuple[Any, Any]:
         """The queries and keys, each head divided by its root mean square."""
-        for name, source, out in (("q", "q", "attended"), ("k", "k", "k_normed")):
-            heads, into = (a[n].reshape(-1, self.config.head_dim) for n in (source, out))
+        for name, out in (("q", "attended"), ("k", "k_normed")):
             norm = layer.norms[f"attn.{name}_norm"]
-            do(rmsnorm_kernel(self.name), heads, norm, self.config.rms_eps, out=into)
+            self._rmsnorm(a[name], norm, a[out], self.config.head_dim, few, do)
         return a["attended"], a["k_normed"]
 
-    def _added(self, layer: Layer, part: str, x: Any, y: tuple[Any, Any], b: Rows, do: Do) -> None:
+    def _rmsnorm(self, x: Any, norm: Any, out: Any, width: int, few: bool, do: Do) -> None:
+        """The RMSNorm of every `width` elements of rows."""
+        kernel, shape = rmsnorm_kernel(self.name), (-1, width)
+        if self.is_wide(few):
+            kinds = view(x).dtype.name, self.products.dtype
+            kernel, shape = heads_norm_kernel(width, *kinds, self.name), (x.shape[0], *shape)
+        do(kernel, x.reshape(*shape), norm, self.config.rms_eps, out=out.reshape(*shape))
+
+    def _added(
+        self, layer: Layer, part: str, y: tuple[Any, Any], then: Any, b: Rows, do: Do
+    ) -> LayerInput:  # fmt: skip
         """out = residual + x Wᵀ with (out, residual) = y, of the last linear layer of a part; x Wᵀ
-        is normalised first where the model has such norms."""
-        w, (out, residual) = layer.o if part == "attn" else layer.down, y
-        if not self.config.post_norms:
-            return self.linear(w, LayerInput(x), out, b.few, do, residual=residual)
-        self.linear(w, LayerInput(x), b.a["normed"], b.few, do)
-        norm, eps = layer.norms[f"{part}_post_norm"], self.config.rms_eps
-        return do(rmsnorm_add_kernel(self.name), b.a["normed"], norm, eps, residual, out=out)
+        is normalised first where the model has such norms. The RMSNorm of `out` by `then`."""
+        w, (out, residual), a, eps = layer.o, y, b.a, self.config.rms_eps
+        x = LayerInput(a["attended"])
+        if part == "ffn":
+            w, x = layer.down, LayerInput(a["mixed"])
+        if self.is_wide(b.few):
+            self.linear(w, x, a["added"], b.few, do)
+            kernel = added_norm_kernel(self.config.dim, self.products.dtype, self.name)
+            do(kernel, residual, a["added"], then, eps, out=(out, a["normed"]))
+            return LayerInput(a["normed"])
+        if self.config.post_norms:
+            self.linear(w, x, a["normed"], b.few, do)
+            norm = layer.norms[f"{part}_post_norm"]
+            do(rmsnorm_add_kernel(self.name), a["normed"], norm, eps, residual, out=out)
+        else:
+            self.linear(w, x, out, b.few, do, residual=residual)
+        return self._normed(out, then, a, b.few, do)
 
     def _normed(self, x: Any, norm: Any, a: dict[str, Any], few: bool, do: Do) -> LayerInput:
         """The RMSNorm of x. On GPUs the layers compute that of few rows themselves: no launch for
@@ -253,11 +315,16 @@ class Llama:
         weight = norm, self.config.rms_eps
         if few and self.target.is_cuda and not self.config.qkv_bias:
             return LayerInput(x, weight)
-        do(rmsnorm_kernel(self.name), x, *weight, out=a["normed"])
+        self._rmsnorm(x, norm, a["normed"], self.config.dim, few, do)
         return LayerInput(a["normed"])
 
     def _gated(self, layer: Layer, x: LayerInput, a: dict[str, Any], few: bool, do: Do) -> None:
         """mixed = SiLU(x Gᵀ) · (x Uᵀ): one kernel where both weights are stored alike; or GELU."""
+        if self.is_wide(few):
+            self.linear(layer.gate_up, x, a["gate_up"], few, do)
+            kernel = silu_mul_to_kernel(self.config.ffn_dim, self.products.dtype, self.name)
+            do(kernel, a["gate"], a["up"], out=a["mixed"])
+            return
         if layer.gate.kind == layer.up.kind and not self.config.gelu:
             self.linear(layer.gate, x, a["mixed"], few, do, up=layer.up)
             return
@@ -271,7 +338,9 @@ class Llama:
         residual: Any = None, up: Linear | None = None,
     ) -> None:  # fmt: skip
         """out = x Wᵀ, or residual + x Wᵀ, or SiLU(x Wᵀ) · (x Uᵀ). GPUs have one kernel for few rows
-        and many."""
+        and many, and a library for the first."""
+        if self.is_wide(few):
+            return do(self.products, x.x, *w.arrays, *w.bias, out=out)
         plain: After = "bias" if w.bias else ""
         after: After = "gate" if up else plain if residual is None else "residual"
         if x.norm:
@@ -283,8 +352,11 @@ class Llama:
         kernel = linear_kernel(self.name, w.kind, many, *shape, w.interleaved, after)
         do(kernel, x.x, *w.arrays, *x.norm, *more, out=w.as_written(out))
 
-    def finish(self, a: dict[str, Any], few: bool, do: Do) -> None:
-        """The `logits` of the rows of `x`, and the `token` of the largest of each."""
-        normed = self._normed(a["x"], self.norm, a, few, do)
+    def finish(
+        self, a: dict[str, Any], few: bool, do: Do, normed: LayerInput | None = None
+    ) -> None:
+        """The `logits` of the rows of `x`, or of `normed`, and the `token` of the largest of
+        each."""
+        normed = normed or self._normed(a["x"], self.norm, a, few, do)
         self.linear(self.head, normed, a["logits"], few, do)
         do(argmax_kernel(self.name), a["logits"], out=a["token"])

@@ -1,0 +1,67 @@
+"""Products of a library: torch on the CPU in place of a GPU's, against our own linear layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tests.serve.test_decode_step import CONFIG, Answer, advance, model_file
+
+from tilewright.serve import runner
+from tilewright.serve.models import llama
+from tilewright.serve.products import Products
+from tilewright.serve.scheduler import Limits
+from tilewright.serve.weights import ModelFile
+
+pytest.importorskip("torch", reason="the products are torch's")
+
+MODELS = {
+    "plain": CONFIG,
+    "norms of heads": replace(CONFIG, qk_norm=True),
+    "biases": replace(CONFIG, qkv_bias=True),
+    "halves, a head of its own": replace(CONFIG, rope_interleaved=False, kv_heads=2),
+}
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "products_of", lambda file, where: Products("cpu", "float32"))
+
+
+def file_of(name: str) -> ModelFile:
+    return model_file(MODELS[name])
+
+
+def logits_of(of: runner.Runner, prompts: list[list[int]], steps: int) -> list[Answer]:
+    """Prompts that join one by one, and then answers of all."""
+    made = [Answer(p, n) for n, p in enumerate(prompts)]
+    for count in range(1, len(made) + 1):
+        advance(of, made[:count])
+    for _ in range(steps):
+        advance(of, made)
+    return made
+
+
+def runner_of(file: ModelFile, invariant: bool = True, seats: int = 20) -> runner.Runner:
+    limits = Limits(76 * seats, seats, 160, False, invariant)
+    return runner.Runner(llama.Llama(file, "cpp", 1201), limits, 1200)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("invariant", [True, False])
+def test_logits_are_those_of_our_layers(
+    monkeypatch: pytest.MonkeyPatch, name: str, invariant: bool
+):
+    """Prompts of 1 to 60 tokens, alone and beside answers, and up to 19 answers at once."""
+    file, rng = file_of(name), np.random.default_rng(5)
+    prompts = [rng.integers(0, CONFIG.vocab, n).tolist() for n in (40, 1, 17, 60, 16, *[9] * 14)]
+    wanted = logits_of(runner_of(file), prompts, 3)
+    monkeypatch.setattr(llama, "products_of", lambda file, where: Products("cpu", "float32"))
+    of = runner_of(file, invariant)
+    found = logits_of(of, prompts, 3)
+    assert of.joins == (not invariant) and (of._parts != {}) and max(of._steps) == 19
+    for one, other in zip(wanted, found, strict=True):
+        assert one.request.tokens == other.request.tokens
+        for a, b in zip(one.logits, other.logits, strict=True):
+            np.testing.assert_allclose(b, a, rtol=0, atol=2.4e-6 * np.abs(a).max() * 8)
