@@ -30,7 +30,7 @@ Params = ctypes.Array[Any]
 
 _SMEM_WITHOUT_ASKING = 48 * 1024
 _FUNCTION_MAX_DYNAMIC_SMEM = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_CAPTURE_THREAD_LOCAL = 1
+_CAPTURE_RELAXED = 2  # memory may be freed meanwhile, as by Python's collector
 _STREAM_NON_BLOCKING = 1
 _POINTER_DEVICE_ORDINAL = 9
 
@@ -227,7 +227,7 @@ class Graph:
         stream = lent or api.returned("cuStreamCreate", _STREAM_NON_BLOCKING)
         graph = c_void_p()
         try:
-            api.call("cuStreamBeginCapture_v2", stream, _CAPTURE_THREAD_LOCAL)
+            api.call("cuStreamBeginCapture_v2", stream, _CAPTURE_RELAXED)
             try:
                 for launch in self.launches:
                     launch.run(stream)
