@@ -49,7 +49,7 @@ def model_file(config: ModelConfig = CONFIG) -> ModelFile:
 def test_launches_of_a_step(fake: ctypes.CDLL):  # noqa: F811
     """On the fake driver, whose graph counts them: 183 for the 30 layers of SmolLM2."""
     sequence = Sequence(model_file(), "cuda:sm_90a", 32)
-    step = sequence.runner._record(1)
+    [step] = sequence.runner._record(1, 1)
     wanted = CONFIG.layers * A_LAYER + AROUND
     assert step.count == fake.fake_nodes() == fake.fake_overlapping() == wanted
     assert A_LAYER * 30 + AROUND == 183

@@ -23,14 +23,11 @@ from tilewright.sparse.trace import dense, indices, out, update, where
 _SLOTS = {"page": dense("t", "int32"), "slot": dense("t", "int32")}
 
 
-def _program(
-    halves: bool, append: bool, dtype: str = "float32", given: str = "float32"
-) -> Definition:
-    """Pair (x0, x1) → (x0 cos − x1 sin, x0 sin + x1 cos), from `given` to `dtype`; with `append`
-    into the pages K."""
+def _program(halves: bool, append: bool, dtype: str = "float32") -> Definition:
+    """Pair (x0, x1) → (x0 cos − x1 sin, x0 sin + x1 cos); with `append` into the pages K."""
     head = "2 p" if halves else "p 2"
     table, positions = dense("s p", kind="weight"), dense("t", "int32")
-    parameters = {"X": dense(f"t h {head}", given), "C": table, "S": table, "P": positions}
+    parameters = {"X": dense(f"t h {head}"), "C": table, "S": table, "P": positions}
     if append:
         parameters = {"K": dense(f"g f h {head}", kind="kv"), **parameters, **_SLOTS}
 
@@ -75,7 +72,8 @@ def rope_kernel(
 ) -> Kernel:
     """X (t, h, p, 2) or (t, h, 2, p) in `given`, C and S (positions, p), P (t,) → X rotated, in
     `dtype`."""
-    return _program(not interleaved, False, dtype, given).schedule(by_token).build(target)
+    rotated = _program(not interleaved, False, dtype).typed(X=given)
+    return rotated.schedule(by_token).build(target)
 
 
 @cache
@@ -83,8 +81,8 @@ def rope_append_kernel(
     interleaved: bool, target: str = "cpp", dtype: str = "float32", given: str = "float32"
 ) -> Kernel:
     """Builds the kernel that rotates keys and writes that of token t to K[page[t], slot[t]]."""
-    definition = _program(not interleaved, True, dtype, given).typed(K=dtype)
-    return definition.schedule(by_token).build(target)
+    appended = _program(not interleaved, True).typed(K=dtype, X=given)
+    return appended.schedule(by_token).build(target)
 
 
 @cache

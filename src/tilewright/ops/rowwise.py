@@ -16,7 +16,8 @@ from tilewright.sparse.trace import dense, indices, out, rsqrt, scalar, sigmoid,
 
 NO_INDEX = 2**31 - 1
 BY_ROW = recipes.rows.of(row="t", elements=("k",))
-WITH_SUM = recipes.rows.of(row="t", elements=("k", "k2"))  # a sum over the row, then its elements
+SUM = "k", "k2"  # a sum over the row, then its elements
+WITH_SUM = recipes.rows.of(row="t", elements=SUM)
 
 
 @named_recipe
@@ -68,24 +69,21 @@ def heads_norm_kernel(width: int, given: str, dtype: str, target: str) -> Kernel
         t, h, k = indices("t:t h:h k:k")
         return out.typed(dtype)[t, h, k](_normalised(X[t, h, k], W, eps, k))
 
-    of = wide_rows.of(elements=("k", "k2"), width=width)
-    return program(heads_norm).schedule(of).build(target)
+    return program(heads_norm).schedule(wide_rows.of(elements=SUM, width=width)).build(target)
 
 
 @cache
 def added_norm_kernel(width: int, dtype: str, target: str) -> Kernel:
-    """X (t, k) float32 and B (t, k) in `dtype` → X + B in float32, and its RMSNorm in `dtype`;
-    `width`: k, a multiple of 4."""
+    """X (t, k) and B (t, k) in `dtype` → X + B, and its RMSNorm in `dtype`; `width`: as above."""
 
     def added_norm(
         X=dense("t k"), B=dense("t k", dtype), W=dense("k", kind="weight"), eps=scalar()
-    ):  # fmt: skip
+    ):
         t, k = indices("t:t k:k")
         y = X[t, k] + B[t, k]
-        return out[t, k](y), out.typed(dtype)[t, k](_normalised(y, W, eps, k))
+        return out.typed("float32")[t, k](y), out.typed(dtype)[t, k](_normalised(y, W, eps, k))
 
-    of = wide_rows.of(elements=("k", "k2"), width=width)
-    return program(added_norm).schedule(of).build(target)
+    return program(added_norm).schedule(wide_rows.of(elements=SUM, width=width)).build(target)
 
 
 @program
@@ -117,13 +115,8 @@ gelu_mul_kernel = cache(gelu_mul.schedule(BY_ROW).build)
 @cache
 def silu_mul_to_kernel(width: int, dtype: str, target: str) -> Kernel:
     """`silu_mul_kernel` of rows of `width` numbers of `dtype`, a multiple of 4, to the same."""
-
-    def silu_mul_to(G=dense("t k", dtype), U=dense("t k", dtype)):
-        t, k = indices("t:t k:k")
-        return out.typed(dtype)[t, k](G[t, k] * sigmoid(G[t, k]) * U[t, k])
-
     of = wide_rows.of(elements=("k",), width=width)
-    return program(silu_mul_to).schedule(of).build(target)
+    return silu_mul.typed(G=dtype, U=dtype).schedule(of).build(target)
 
 
 # X (t, k) times a number.

@@ -3,7 +3,9 @@
 Answers, one row each, are a step that is recorded once for each number of requests and then
 replayed as one native call. It computes positions, pages and slots from the lengths in memory of
 the target, adds 1 to these, and reads the tokens that the step before has put there: the host
-writes what it wants otherwise. Prompts precede it, their chunks packed one after the other.
+writes what it wants otherwise. Prompts precede it, their chunks packed one after the other. Where a
+library computes products, what lies between the attentions of prompts is recorded too, and answers
+whose bits may depend on the batch are rows in front of the prompts.
 
 The bits of a row depend on its own request only, and not on how its prompt is cut into chunks:
 linear layers read rows of answers and of prompts by different kernels, each of which computes a row
@@ -39,7 +41,7 @@ from tilewright.serve.products import OWN_ROWS
 from tilewright.serve.scheduler import PENDING, Chunk, Limits
 
 FEW = 8  # rows from which the kernel of many rows is the faster one
-BUCKET = 64  # steps with prompts are recorded for multiples of so many rows, where a library helps
+BUCKET = 64  # rows of recorded parts of a step with prompts are a multiple, and those of answers
 
 
 class Logits:
@@ -74,18 +76,18 @@ class Runner:
     def __init__(self, model: Llama, limits: Limits, context: int) -> None:
         self.model, self.invariant = model, limits.invariant
         new, put, config = model.memory.empty, model.memory.put, model.config
-        most = limits.running + 8  # rows may fill a step up
+        self.joins = bool(model.products) and not limits.invariant  # answers and prompts
+        most = limits.running + (BUCKET if self.joins else 8)  # rows may fill a step up
         shape = (limits.pages, PAGE_SIZE, config.kv_heads, config.head_dim)
         self.keys, self.values = (
             [new(*shape, dtype=model.kv_dtype) for _ in range(config.layers)] for _ in range(2)
         )
         self.pools = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
-        tokens = -(-(limits.step_tokens + most) // BUCKET) * BUCKET  # a row more for each chunk
+        tokens = limits.step_tokens + most  # a row more for each chunk
         self.width = context // PAGE_SIZE + 1
-        # Of our own linear layers, and of the products of a library.
+        tokens = -(-tokens // BUCKET) * BUCKET if model.products else tokens
         self.activations = model.activations(OWN_ROWS if model.products else tokens)
         self.wide = model.activations(tokens, wide=True) if model.products else {}
-        self.joins = bool(model.products) and not limits.invariant  # answers and prompts
         widths = {"x": config.dim, "normed": config.dim, "logits": config.vocab}
         self.last = {name: new(most, width) for name, width in widths.items()}
         self.last["token"] = put(np.zeros(most, np.int32))  # also of rows that fill up
@@ -104,8 +106,7 @@ class Runner:
         self.read_tokens = model.memory.readback(self.last["token"])
         self._views: dict[tuple[int, int], list[KV]] = {}
         self._steps: dict[int, Step] = {}
-        self._parts: dict[int, list[Any]] = {}
-        self._beside: dict[int, list[Any]] = {}
+        self._parts: dict[tuple[int, int], list[Any]] = {}
         self._qo_tile = self._answer_plans(1)[model.layers[0].attention].qo_tile  # of every layer
 
     def run(self, chunks: Sequence[Chunk]) -> Logits:
@@ -114,23 +115,29 @@ class Runner:
         computes, PENDING on the host, if it has the same requests."""
         answers = [c for c in chunks if not c.is_prompt]
         prompts, rows = chunks[len(answers) :], len(answers)
-        if rows > 8 and self.model.memory.on_cuda:  # filled up with rows of a negative length
-            rows = -(-rows // 8) * 8
+        joined = bool(prompts and answers and self.joins)  # one pass
+        fill = BUCKET if joined else 8
+        if joined or (rows > 8 and self.model.memory.on_cuda):  # with rows of a negative length
+            rows = -(-rows // fill) * fill
         stops = [c.stop + self._needs_row(c) for c in prompts]
-        joined = answers if prompts and self.joins else []  # read in one pass with the prompts
-        lengths = [c.start + bool(joined) for c in answers] + [-1] * (rows - len(answers)) + stops
+        unused = [0 if joined else -1] * (rows - len(answers))
+        lengths = [c.start + joined for c in answers] + unused + stops
         if self._lengths[: len(lengths)].tolist() != lengths:
             self._lengths[: len(lengths)] = lengths
             self._write_ints(self.kv_len, lengths)
-        self._write_table([*range(len(answers)), *range(rows, rows + len(prompts))], chunks)
+        of_requests = [*range(len(answers)), *range(rows, rows + len(prompts))]
+        self._write_table(of_requests, chunks)
         tokens = [c.request.tokens[c.start] for c in answers]
         if answers and not joined and PENDING not in tokens:
             self._write_ints(self.last["token"], tokens)
         # Prompts first: what is copied for them would wait for the step of the answers.
-        read = self._read_prompts(prompts, stops, rows, joined) if prompts else []
+        first = 0 if joined else len(answers)
+        read = (
+            self._read_prompts(chunks[first:], stops, rows, of_requests[first:]) if prompts else []
+        )
         if answers and not joined:
             if rows not in self._steps:
-                self._steps[rows] = self._record(rows)
+                [self._steps[rows]] = self._record(rows, rows)
             self._steps[rows]()
             self._lengths[: len(answers)] += 1
         return Logits(self, chunks, [i for i, c in enumerate(answers) if c.wants_token] + read)
@@ -159,43 +166,34 @@ class Runner:
         memory.write(memory.rows(array, 0, len(values)), np.asarray(values, np.int32))
 
     def _write(
-        self,
-        answers: Sequence[Chunk],
-        prompts: Sequence[Chunk],
-        indptr: np.ndarray,
-        sizes: tuple[int, int],
+        self, chunks: Sequence[Chunk], ends: Sequence[int], at: list[int], of: list[int], rows: int
     ) -> None:
-        """The tokens of answers, and those of prompts in rows of `indptr`, their positions, pages
-        and slots, to memory of the target. `sizes`: the first row of the page table that is of a
-        prompt, and the rows in all; those of no request have no page."""
-        first, rows = sizes
+        """Tokens of chunks in rows from `at` on up to `stops`, their positions, pages and slots, to
+        memory of the target. `of`: their rows of the page table; other rows have no page."""
         columns = np.zeros((4, rows), np.int32)
-        ids, position, page, slot = columns
-        page[:] = -1
-        for i, c in enumerate(answers):
-            ids[i], position[i] = c.request.tokens[c.start], c.start
-        n = len(answers)
-        page[:n] = self.table[np.arange(n), position[:n] // PAGE_SIZE]
-        for i, c in enumerate(prompts):
-            tokens, at = c.request.tokens[c.start : c.stop], indptr[i]
-            own = slice(at, indptr[i + 1])
-            ids[at : at + len(tokens)] = tokens
-            position[own] = np.arange(c.start, c.start + indptr[i + 1] - at)
-            page[own] = self.table[first + i, position[own] // PAGE_SIZE]
-        slot[:] = position % PAGE_SIZE
+        columns[2] = -1
+        for chunk, end, begin, row in zip(chunks, ends, at, of, strict=True):
+            ids, position, page, _ = columns[:, begin:end]
+            tokens = chunk.request.tokens[chunk.start : chunk.stop]
+            ids[: len(tokens)] = tokens
+            position[:] = np.arange(chunk.start, chunk.start + end - begin)
+            page[:] = self.table[row, position // PAGE_SIZE]
+        columns[3] = columns[1] % PAGE_SIZE
         for array, column in zip(self.ints, columns, strict=True):
             self._write_ints(array, column)
 
     def _few(self, rows: int, prompts: bool = False) -> bool:
-        """Whether our own linear layers read so many rows, by the kernel of one row."""
+        """Whether linear layers read so many rows by our kernel of one row."""
         if self.model.products:
             return rows <= (OWN_ROWS if self.invariant else 1)
         return not prompts and (self.invariant or rows < FEW)
 
     def _rows(self, tokens: int, few: bool) -> Rows:
-        rows, of = self.model.memory.rows, self.activations
+        rows, of = (
+            self.model.memory.rows,
+            self.wide if self.model.is_wide(few) else self.activations,
+        )
         ids, position, page, slot = (rows(array, 0, tokens) for array in self.ints)
-        of = self.wide if self.model.is_wide(few) else of
         activations = {k: rows(a, 0, tokens) for k, a in of.items()}
         return Rows(tokens, few, ids, position, page, slot, activations)
 
@@ -221,115 +219,86 @@ class Runner:
         return {x: x.plan(indptr, to_plan, workers=workers) for x in self.attentions}
 
     def _read_prompts(
-        self, chunks: Sequence[Chunk], stops: list[int], first: int, answers: Sequence[Chunk]
+        self, chunks: Sequence[Chunk], stops: list[int], first: int, of: list[int]
     ) -> list[int]:
-        """Reads prompts, whose page tables are in rows from `first` on, behind the rows of answers,
-        if any. The rows of the logits of prompts that want a token, from `first` on."""
+        """Reads prompts, whose rows of the page table begin at `first`, behind answers, if any;
+        `of`: the rows of all. The rows of the logits of prompts that want a token, from `first`."""
         model, rows = self.model, self.model.memory.rows
+        answers = len(chunks) - len(stops)
         front = first if answers else 0  # rows of answers, and those that fill them up
-        sizes = [stop - c.start for c, stop in zip(chunks, stops, strict=True)]
+        sizes = [stop - c.start for c, stop in zip(chunks[answers:], stops, strict=True)]
         indptr = np.cumsum([0, *sizes], dtype=np.int32)
-        views = self._kv(first, first + len(chunks))
+        at = [*range(answers), *(front + indptr[:-1]).tolist()]
+        ends = [*range(1, answers + 1), *(front + indptr[1:]).tolist()]
+        views, total = self._kv(first, first + len(stops)), ends[-1]
         lengths = self.kv_len if self.joins else self.short
-        to_plan = KV(self._table(lengths, first, first + len(chunks)), self.pools[0])
+        to_plan = KV(self._table(lengths, first, first + len(stops)), self.pools[0])
         plans = {x: x.plan(indptr, to_plan) for x in self.attentions}
-        total = count = front + int(indptr[-1])
-        few = self._few(total, prompts=True)
-        beside = self._answers_beside(front) if front else []
 
         def attend(layer: int, q: Any, out: Any) -> None:
-            attention = model.layers[layer].attention
-            if beside:
-                beside[layer]()
-            q, out = rows(q, front, total), rows(out, front, total)
+            attention, mine = (
+                model.layers[layer].attention,
+                (rows(x, front, total) for x in (q, out)),
+            )
             how = {"plan": plans[attention], "scratch": self.scratch}
-            attention.bind(q, views[layer], out, **how)()
+            attention.bind(next(mine), views[layer], next(mine), **how)()
 
-        if model.is_wide(few):
-            count = -(-total // BUCKET) * BUCKET
-        self._write(answers, chunks, front + indptr, (first, count))
+        few = self._few(total, prompts=True)
+        count = -(-total // BUCKET) * BUCKET if model.is_wide(few) else total
+        self._write(chunks, ends, at, of, count)
         b = self._rows(count, few)
         if not model.is_wide(few):
             model.forward(b, (self.keys, self.values), attend, do=call)
         else:
-            for part in self._parts_of(b):
+            if (front, count) not in self._parts:
+                self._parts[front, count] = self._record(front, count)
+            for part in self._parts[front, count]:
                 part() if isinstance(part, Step) else attend(*part)
-        ends = [
-            front + indptr[i] + c.stop - c.start - 1 for i, c in enumerate(chunks) if c.wants_token
+        wanted = [
+            begin + c.stop - c.start - 1
+            for c, begin in zip(chunks, at, strict=True)
+            if c.wants_token and begin >= front
         ]
-        if picked := [*range(front), *ends]:
+        if picked := [*range(front), *wanted]:
             self._write_ints(self.ends, picked)
-            self._finish(b, first - front, len(picked))
-        return list(range(first, first + len(ends)))
+            count, begin, few = len(picked), first - front, self._few(len(picked))
+            last = {name: rows(a, begin, begin + count) for name, a in self.last.items()}
+            if model.is_wide(few):
+                last["normed"] = rows(self.wide["added"], 0, count)
+            picks = rows(self.ends, 0, count)
+            embedding_kernel("f32", model.name)(picks, b.a["x"], out=last["x"])
+            model.finish(last, few, do=call)
+        return list(range(first, first + len(wanted)))
 
-    def _finish(self, b: Rows, first: int, count: int) -> None:
-        """The logits of the rows of `ends`, in rows from `first` on."""
+    def _record(self, answers: int, count: int) -> list[Any]:
+        """The step of one row of each of some answers; or of a `count` of rows, of which those of
+        answers are the first: parts, and between them the arguments of the prompts' attention."""
+        parts, bounds = list[Any](), list[Any]()
         model, rows = self.model, self.model.memory.rows
-        few = self._few(count)
-        last = {name: rows(a, first, first + count) for name, a in self.last.items()}
-        if model.is_wide(few):
-            last["normed"] = rows(self.wide["added"], 0, count)
-        ends = rows(self.ends, 0, count)
-        embedding_kernel("f32", model.name)(ends, b.a["x"], out=last["x"])
-        model.finish(last, few, do=call)
-
-    def _parts_of(self, b: Rows) -> list[Any]:
-        """A step with prompts of so many rows: recorded steps, and in between what the attention of
-        a layer is called with."""
-        if b.tokens not in self._parts:
-            parts, bounds = list[Any](), list[Any]()
-
-            def do(kernel: Any, *args: Any, out: Any = None) -> None:
-                bounds.append(kernel.bind(*args, out=out))
-
-            def attend(layer: int, q: Any, out: Any) -> None:
-                parts.extend((Step(bounds), (layer, q, out)))
-                bounds.clear()
-
-            self.model.forward(b, (self.keys, self.values), attend, do)
-            self._parts[b.tokens] = [*parts, Step(bounds)]
-        return self._parts[b.tokens]
-
-    def _answers_beside(self, requests: int) -> list[Any]:
-        """The attention of each layer for the answers in front of prompts."""
-        if requests not in self._beside:
-            c, rows = self.model.config, self.model.memory.rows
-            views, plans, shape = (
-                self._kv(0, requests),
-                self._answer_plans(requests),
-                (requests, c.qo_heads, c.head_dim),
-            )
-            q, out = (
-                rows(self.wide[n], 0, requests).reshape(*shape) for n in ("rotated", "attended")
-            )
-            self._beside[requests] = [
-                layer.attention.bind(
-                    q, views[i], out, plan=plans[layer.attention], scratch=self.scratch
-                )
-                for i, layer in enumerate(self.model.layers)
-            ]
-        return self._beside[requests]
-
-    def _record(self, requests: int) -> Step:
-        """The step of one row of each of some answers."""
-        bounds: list[Any] = []
-        model, rows = self.model, self.model.memory.rows
-        views, plans = self._kv(0, requests), self._answer_plans(requests)
+        alone = count == answers
+        views, plans = (self._kv(0, answers), self._answer_plans(answers)) if answers else ([], {})
 
         def do(kernel: Any, *args: Any, out: Any = None) -> None:
             bounds.append(kernel.bind(*args, out=out))
 
         def attend(layer: int, q: Any, out: Any) -> None:
             attention = model.layers[layer].attention
-            how = {"plan": plans[attention], "scratch": self.scratch}
-            bounds.append(attention.bind(q, views[layer], out, **how))
+            if answers:
+                how = {"plan": plans[attention], "scratch": self.scratch}
+                own, into = rows(q, 0, answers), rows(out, 0, answers)
+                bounds.append(attention.bind(own, views[layer], into, **how))
+            if not alone:
+                parts.extend((Step(bounds), (layer, q, out)))
+                bounds.clear()
 
-        b = self._rows(requests, self._few(requests))
-        last = {name: rows(self.last[name], 0, requests) for name in ("logits", "token")}
-        lengths, table = (rows(x, 0, requests) for x in (self.kv_len, self.block_table))
-        positions = positions_kernel(PAGE_SIZE, model.name)
-        do(positions, lengths, table, out=(b.position, b.page, b.slot))
-        b = replace(b, ids=last["token"])
+        b = self._rows(count, self._few(count))
+        if alone:
+            lengths, table = (rows(x, 0, count) for x in (self.kv_len, self.block_table))
+            positions = positions_kernel(PAGE_SIZE, model.name)
+            do(positions, lengths, table, out=(b.position, b.page, b.slot))
+            b = replace(b, ids=rows(self.last["token"], 0, count))
         normed = model.forward(b, (self.keys, self.values), attend, do)
-        model.finish({**b.a, **last}, b.few, do, normed)
-        return Step(bounds)
+        if alone:
+            last = {name: rows(self.last[name], 0, count) for name in ("logits", "token")}
+            model.finish({**b.a, **last}, b.few, do, normed)
+        return [*parts, Step(bounds)]

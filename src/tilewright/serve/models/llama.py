@@ -161,14 +161,16 @@ class Llama:
         return Layer(norms, q, k, v, o, gate, up, down, attention, angles, qkv, gate_up)
 
     def _joined(self, *parts: Linear) -> list[Linear]:
-        """Layers of one input as parts of one layer, which comes last: for a library's products;
-        else the layers, and the first again."""
+        """Layers of one input, and behind them one of all their rows, in whose memory they are,
+        where a library computes products; else the first again."""
         if self.products is None:
             return [*parts, parts[0]]
-        whole, arrays = self.products.joined([p.arrays[0] for p in parts])
-        bias = tuple(self.products.joined([p.bias[0] for p in parts])[:1]) if parts[0].bias else ()
-        made = [replace(p, arrays=(a,)) for p, a in zip(parts, arrays, strict=True)]
-        return [*made, replace(parts[0], arrays=(whole,), bias=bias, rows=whole.shape[0])]
+        tensor, cat = self.products.tensor, self.products.torch.cat
+        whole = cat([tensor(p.arrays[0]) for p in parts])
+        bias = (cat([tensor(p.bias[0]) for p in parts]),) if parts[0].bias else ()
+        rows = whole.split([p.rows for p in parts])
+        made = [replace(p, arrays=(r,)) for p, r in zip(parts, rows, strict=True)]
+        return [*made, replace(parts[0], arrays=(whole,), bias=bias)]
 
     def _tensor(self, name: str) -> Weight:
         """A weight; those of kinds that there are no products for become float16."""
@@ -201,23 +203,23 @@ class Llama:
 
     def activations(self, rows: int, wide: bool = False) -> dict[str, Any]:
         """Arrays for the activations of so many rows; `wide`: where a library computes products,
-        whose inputs are of the weights' dtype."""
-        c, new = self.config, self.memory.empty
+        whose inputs and most results are of the weights' dtype."""
+        c, of = self.config, self.products
         q, kv = c.qo_heads * c.head_dim, c.kv_heads * c.head_dim
-        widths = dict.fromkeys(("x", "y", "normed"), c.dim) | {"rotated": q, "attended": q}
+        widths = {"x": c.dim, "y": c.dim, "rotated": q, "attended": q, "normed": c.dim}
         widths |= {"mixed": c.ffn_dim} | ({"k_normed": kv} if c.qk_norm else {})
-        parts = {"q": q, "k": kv, "v": kv}, {"gate": c.ffn_dim, "up": c.ffn_dim}
-        if self.products is None or not wide:
-            kinds = {"rotated": self.kv_dtype}
-            widths |= parts[0] | parts[1]
-            return {n: new(rows, w, dtype=kinds.get(n, "float32")) for n, w in widths.items()}
-        empty, kind = self.products.empty, self.products.dtype
+        parts = {"qkv": {"q": q, "k": kv, "v": kv}, "gate_up": {"gate": c.ffn_dim, "up": c.ffn_dim}}
         kinds = {"x": "float32", "y": "float32", "rotated": self.kv_dtype}
-        a = {n: empty(rows, w, kinds.get(n, kind)) for n, w in widths.items()}
-        a["added"] = empty(rows, c.dim, kind)
-        for name, sizes in zip(("qkv", "gate_up"), parts, strict=True):
-            a[name] = empty(rows, sum(sizes.values()), kind)
-            a |= zip(sizes, a[name].split([*sizes.values()], 1), strict=True)
+        if of is None or not wide:
+            widths |= parts["qkv"] | parts["gate_up"]
+            new = self.memory.empty
+            return {n: new(rows, w, dtype=kinds.get(n, "float32")) for n, w in widths.items()}
+        widths |= {name: sum(part.values()) for name, part in parts.items()} | {"added": c.dim}
+        named = {n: getattr(of.torch, kinds.get(n, of.dtype)) for n in widths}
+        zeros = of.torch.zeros
+        a = {n: zeros(rows, w, dtype=named[n], device=of.device) for n, w in widths.items()}
+        for name, part in parts.items():
+            a |= zip(part, a[name].split([*part.values()], 1), strict=True)
         return a
 
     def is_wide(self, few: bool) -> bool:
