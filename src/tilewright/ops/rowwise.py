@@ -22,16 +22,17 @@ WITH_SUM = recipes.rows.of(row="t", elements=SUM)
 
 @named_recipe
 def wide_rows(s: Schedule, elements: tuple[str, ...], width: int) -> Schedule:
-    """Rows of a fixed width, a multiple of 4: on a GPU a thread takes four neighbours at once, all
-    loads of a row are under way together, and one without a sum is of several CTAs."""
+    """Rows of a fixed width: on a GPU a thread takes four neighbours at once, all loads of a row
+    are under way together, and a row without a sum is of several CTAs."""
     s, threads = s.specialize("k", width), min(256, -(-width // 128) * 32)
-    if not s.target.is_cuda:
+    if not s.target.is_cuda or width % 4:
         return recipes.rows.of(row="t", elements=elements)(s)
     s = s.bind("t", "cta.y").bind("h", "cta.x") if s.has("h") else s.bind("t", "cta.y")
     for e in elements:
         s = s.split(e, 4, into=(f"{e}_4", f"{e}_v")).vectorize(f"{e}_v")
-        s = s.split(f"{e}_4", threads, into=(f"{e}_o", f"{e}_r"))
-        s = s.split(f"{e}_r", 32, into=(f"{e}_y", f"{e}_x"))
+        s = s.split(f"{e}_4", threads, into=(f"{e}_o", "r")).split(
+            "r", 32, into=(f"{e}_y", f"{e}_x")
+        )
         s = s.bind(f"{e}_y", "thread.y").bind(f"{e}_x", "thread.x")
         s = s.bind(f"{e}_o", "cta.x") if len(elements) == 1 else s.unroll(f"{e}_o", 8)
     return s

@@ -7,7 +7,7 @@ torch is optional: without it our own linear layers take any number of rows.
 from __future__ import annotations
 
 import importlib.util
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from tilewright.ops.linear import STORED
@@ -19,13 +19,11 @@ OWN_ROWS = 16  # up to so many rows our own layers keep the bits of each
 
 
 def products_of(file: ModelFile, target: Target) -> Products | None:
-    """What computes the products of many rows: None for our own linear layers, where torch has no
-    GPU, weights are quantised, or results are normalised before they are added."""
+    """What computes products of many rows: None for our own layers, where torch has no GPU, weights
+    are quantised, or results are normalised before they are added."""
     kinds = {w.kind for w in file.tensors.values() if len(w.shape) == 2}
-    c = file.config
-    fours = not any(n % 4 for n in (c.dim, c.ffn_dim, c.head_dim))  # what our kernels beside need
-    usable = len(kinds) == 1 and kinds <= {"f32", "bf16"} and not c.post_norms
-    if not (usable and fours and target.is_cuda and importlib.util.find_spec("torch")):
+    usable = target.is_cuda and kinds in ({"f32"}, {"bf16"}) and not file.config.post_norms
+    if not usable or importlib.util.find_spec("torch") is None:
         return None
     import torch
 
@@ -40,15 +38,16 @@ class Products:
         import torch
 
         self.torch, self.device, self.dtype = torch, device, dtype
-        self._known: set[Any] = set()  # products that torch was asked for before
-
-    def __repr__(self) -> str:
-        return f"torch {self.torch.__version__} above {OWN_ROWS} rows"
+        self.name = f"torch {torch.__version__} above {OWN_ROWS} rows"
+        self._known: set[Any] = set()  # shapes of products that torch was asked for before
 
     @cached_property
     def stream(self) -> Any:
         """On which steps are captured: torch keeps the memory that cuBLAS needs for each stream."""
         return self.torch.cuda.Stream()
+
+    def empty(self, rows: int, width: int, dtype: str) -> Any:
+        return self.torch.zeros(rows, width, dtype=getattr(self.torch, dtype), device=self.device)
 
     def tensor(self, array: Any) -> Any:
         """An array as a tensor, the same memory; integers of 16 bits are bfloat16."""
@@ -61,7 +60,7 @@ class Products:
     def bind(self, *args: Any, out: Any) -> Product:
         """A product for a recorded step. What torch makes at the first of a shape is made now,
         which writes `out`."""
-        made, shape = Product(self, args, out), (*(x.shape for x in args), out.dtype)
+        made, shape = Product(self, args, out), (args[0].shape, args[1].shape, out.dtype)
         if self.device != "cpu" and shape not in self._known:
             self._known.add(shape)
             self.torch.cuda.synchronize()  # a step under way reads what this writes
@@ -75,23 +74,21 @@ class Product:
     captured on `stream`."""
 
     def __init__(self, of: Products, args: tuple[Any, ...], out: Any) -> None:
-        torch, (x, w, *bias), y = of.torch, map(of.tensor, args), of.tensor(out)
+        (x, w, *bias), y = map(of.tensor, args), of.tensor(out)
+        kind = {} if y.dtype == x.dtype else {"out_dtype": y.dtype}
+        self._call = partial(of.torch.mm, x, w.T, out=y, **kind)
         if bias:
-            added = bias[0].to(x.dtype)
-            self._call = lambda: torch.addmm(added, x, w.T, out=y)
-        else:
-            kind = {} if y.dtype == x.dtype else {"out_dtype": y.dtype}
-            self._call = lambda: torch.mm(x, w.T, out=y, **kind)
+            self._call = partial(of.torch.addmm, bias[0].to(x.dtype), x, w.T, out=y)
         self.boxes = tuple(byte_span(view(a)) for a in args), (byte_span(view(out)),)
-        self.launch, self._of = None if of.device == "cpu" else self, of
+        self.of, self.launch = of, None if of.device == "cpu" else self
 
     @property
     def stream(self) -> int:
-        return self._of.stream.cuda_stream
+        return self.of.stream.cuda_stream
 
     def __call__(self) -> None:
         self._call()
 
     def run(self, _: int) -> None:
-        with self._of.torch.cuda.stream(self._of.stream):
+        with self.of.torch.cuda.stream(self.of.stream):
             self._call()

@@ -253,7 +253,7 @@ class Runner:
             if (front, count) not in self._parts:
                 self._parts[front, count] = self._record(front, count)
             for part in self._parts[front, count]:
-                part() if isinstance(part, Step) else attend(*part)
+                attend(*part) if isinstance(part, tuple) else part()
         wanted = [
             begin + c.stop - c.start - 1
             for c, begin in zip(chunks, at, strict=True)

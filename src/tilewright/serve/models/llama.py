@@ -33,7 +33,6 @@ from tilewright.ops.rowwise import (
     gelu_mul_kernel,
     heads_norm_kernel,
     rmsnorm_add_kernel,
-    rmsnorm_kernel,
     scaled_kernel,
     silu_mul_kernel,
     silu_mul_to_kernel,
@@ -202,25 +201,17 @@ class Llama:
     # -- the layers ------------------------------------------------------------------------------
 
     def activations(self, rows: int, wide: bool = False) -> dict[str, Any]:
-        """Arrays for the activations of so many rows; `wide`: where a library computes products,
-        whose inputs and most results are of the weights' dtype."""
-        c, of = self.config, self.products
+        """Arrays for the activations of rows; `wide`: where a library computes products, whose
+        inputs and most results are of the weights' dtype."""
+        c, of, ffn = self.config, self.products if wide else None, self.config.ffn_dim
         q, kv = c.qo_heads * c.head_dim, c.kv_heads * c.head_dim
-        widths = {"x": c.dim, "y": c.dim, "rotated": q, "attended": q, "normed": c.dim}
-        widths |= {"mixed": c.ffn_dim} | ({"k_normed": kv} if c.qk_norm else {})
-        parts = {"qkv": {"q": q, "k": kv, "v": kv}, "gate_up": {"gate": c.ffn_dim, "up": c.ffn_dim}}
+        widths = dict.fromkeys(("x", "y", "normed"), c.dim) | {"rotated": q, "attended": q}
+        widths |= {"mixed": ffn} | ({"k_normed": kv} if c.qk_norm else {})
+        joined = {"qkv": q + 2 * kv, "gate_up": 2 * ffn, "added": c.dim}
+        widths |= joined if of else {"q": q, "k": kv, "v": kv, "gate": ffn, "up": ffn}
         kinds = {"x": "float32", "y": "float32", "rotated": self.kv_dtype}
-        if of is None or not wide:
-            widths |= parts["qkv"] | parts["gate_up"]
-            new = self.memory.empty
-            return {n: new(rows, w, dtype=kinds.get(n, "float32")) for n, w in widths.items()}
-        widths |= {name: sum(part.values()) for name, part in parts.items()} | {"added": c.dim}
-        named = {n: getattr(of.torch, kinds.get(n, of.dtype)) for n in widths}
-        zeros = of.torch.zeros
-        a = {n: zeros(rows, w, dtype=named[n], device=of.device) for n, w in widths.items()}
-        for name, part in parts.items():
-            a |= zip(part, a[name].split([*part.values()], 1), strict=True)
-        return a
+        new, kind = (of.empty, of.dtype) if of else (self.memory.empty, "float32")
+        return {n: new(rows, w, dtype=kinds.get(n, kind)) for n, w in widths.items()}
 
     def is_wide(self, few: bool) -> bool:
         """Whether a library computes the products of such rows."""
@@ -256,17 +247,20 @@ class Llama:
         normed = self._normed(x, norms[0], a, b.few, do)
         for i, (layer, then) in enumerate(zip(self.layers, [*norms[1:], self.norm], strict=True)):
             angles = (*layer.angles, b.position)
-            parts = (layer.q, a["q"]), (layer.k, a["k"]), (layer.v, a["v"])
-            for w, out in [(layer.qkv, a["qkv"])] if self.is_wide(b.few) else parts:
-                self.linear(w, normed, out, b.few, do)
-            q, k = a["q"], a["k"]
+            if self.is_wide(b.few):
+                self.linear(layer.qkv, normed, a["qkv"], b.few, do)
+                q, k, v = a["qkv"].split([layer.q.rows, layer.k.rows, layer.v.rows], 1)
+            else:
+                q, k, v = a["q"], a["k"], a["v"]
+                for w, out in ((layer.q, q), (layer.k, k), (layer.v, v)):
+                    self.linear(w, normed, out, b.few, do)
             if c.qk_norm:
-                q, k = self._heads_normed(layer, a, b.few, do)
+                q, k = self._heads_normed(layer, q, k, b, do)
             rotated = self.pairs(a["rotated"], t, c.qo_heads)
             do(rope, self.pairs(q, t, c.qo_heads), *angles, out=rotated)
             keys, pages = self.pairs(k, t, c.kv_heads), cache[0][i]
             do(rope_append, self.pairs(pages, *pages.shape[:3]), keys, *angles, b.page, b.slot)
-            do(append, cache[1][i], a["v"].reshape(t, c.kv_heads, c.head_dim), b.page, b.slot)
+            do(append, cache[1][i], v.reshape(t, c.kv_heads, c.head_dim), b.page, b.slot)
             heads = (t, c.qo_heads, c.head_dim)
             attend(i, a["rotated"].reshape(*heads), a["attended"].reshape(*heads))
             normed = self._added(layer, "attn", (y, x), layer.norms["ffn_norm"], b, do)
@@ -274,41 +268,37 @@ class Llama:
             normed = self._added(layer, "ffn", (x, y), then, b, do)
         return normed
 
-    def _heads_normed(self, layer: Layer, a: dict[str, Any], few: bool, do: Do) -> tuple[Any, Any]:
+    def _heads_normed(self, layer: Layer, q: Any, k: Any, b: Rows, do: Do) -> tuple[Any, Any]:
         """The queries and keys, each head divided by its root mean square."""
-        for name, out in (("q", "attended"), ("k", "k_normed")):
-            norm = layer.norms[f"attn.{name}_norm"]
-            self._rmsnorm(a[name], norm, a[out], self.config.head_dim, few, do)
-        return a["attended"], a["k_normed"]
+        results = b.a["attended"], b.a["k_normed"]
+        for name, x, out in zip("qk", (q, k), results, strict=True):
+            self._rmsnorm(x, layer.norms[f"attn.{name}_norm"], out, self.config.head_dim, do)
+        return results
 
-    def _rmsnorm(self, x: Any, norm: Any, out: Any, width: int, few: bool, do: Do) -> None:
+    def _rmsnorm(self, x: Any, norm: Any, out: Any, width: int, do: Do) -> None:
         """The RMSNorm of every `width` elements of rows."""
-        kernel, shape = rmsnorm_kernel(self.name), (-1, width)
-        if self.is_wide(few):
-            kinds = view(x).dtype.name, self.products.dtype
-            kernel, shape = heads_norm_kernel(width, *kinds, self.name), (x.shape[0], *shape)
+        kinds, shape = (view(a).dtype.name for a in (x, out)), (x.shape[0], -1, width)
+        kernel = heads_norm_kernel(width, *kinds, self.name)
         do(kernel, x.reshape(*shape), norm, self.config.rms_eps, out=out.reshape(*shape))
 
     def _added(
         self, layer: Layer, part: str, y: tuple[Any, Any], then: Any, b: Rows, do: Do
-    ) -> LayerInput:  # fmt: skip
+    ) -> LayerInput:
         """out = residual + x Wᵀ with (out, residual) = y, of the last linear layer of a part; x Wᵀ
         is normalised first where the model has such norms. The RMSNorm of `out` by `then`."""
-        w, (out, residual), a, eps = layer.o, y, b.a, self.config.rms_eps
-        x = LayerInput(a["attended"])
-        if part == "ffn":
-            w, x = layer.down, LayerInput(a["mixed"])
+        a, (out, residual), eps = b.a, y, self.config.rms_eps
+        w, x = (layer.o, a["attended"]) if part == "attn" else (layer.down, a["mixed"])
         if self.is_wide(b.few):
-            self.linear(w, x, a["added"], b.few, do)
+            self.linear(w, LayerInput(x), a["added"], b.few, do)
             kernel = added_norm_kernel(self.config.dim, self.products.dtype, self.name)
             do(kernel, residual, a["added"], then, eps, out=(out, a["normed"]))
             return LayerInput(a["normed"])
-        if self.config.post_norms:
-            self.linear(w, x, a["normed"], b.few, do)
+        if not self.config.post_norms:
+            self.linear(w, LayerInput(x), out, b.few, do, residual=residual)
+        else:
+            self.linear(w, LayerInput(x), a["normed"], b.few, do)
             norm = layer.norms[f"{part}_post_norm"]
             do(rmsnorm_add_kernel(self.name), a["normed"], norm, eps, residual, out=out)
-        else:
-            self.linear(w, x, out, b.few, do, residual=residual)
         return self._normed(out, then, a, b.few, do)
 
     def _normed(self, x: Any, norm: Any, a: dict[str, Any], few: bool, do: Do) -> LayerInput:
@@ -317,7 +307,7 @@ class Llama:
         weight = norm, self.config.rms_eps
         if few and self.target.is_cuda and not self.config.qkv_bias:
             return LayerInput(x, weight)
-        self._rmsnorm(x, norm, a["normed"], self.config.dim, few, do)
+        self._rmsnorm(x, norm, a["normed"], self.config.dim, do)
         return LayerInput(a["normed"])
 
     def _gated(self, layer: Layer, x: LayerInput, a: dict[str, Any], few: bool, do: Do) -> None:
@@ -325,8 +315,7 @@ class Llama:
         if self.is_wide(few):
             self.linear(layer.gate_up, x, a["gate_up"], few, do)
             kernel = silu_mul_to_kernel(self.config.ffn_dim, self.products.dtype, self.name)
-            do(kernel, a["gate"], a["up"], out=a["mixed"])
-            return
+            return do(kernel, *a["gate_up"].chunk(2, 1), out=a["mixed"])
         if layer.gate.kind == layer.up.kind and not self.config.gelu:
             self.linear(layer.gate, x, a["mixed"], few, do, up=layer.up)
             return
