@@ -109,14 +109,13 @@ def scaled(X=dense("t k"), factor=scalar()):
 
 SILU_MUL = silu_mul.schedule(BY_ROW)
 # silu(G) · U, and gelu(G) · U with the tanh form of GELU (Hendrycks and Gimpel, 2016): both (t, k).
-silu_mul_kernel = cache(SILU_MUL.build)
+# The first in a dtype, and for a fixed width (0: any).
 gelu_mul_kernel = cache(gelu_mul.schedule(BY_ROW).build)
 
 
 @cache
-def silu_mul_to_kernel(width: int, dtype: str, target: str) -> Kernel:
-    """`silu_mul_kernel` of rows of `width` numbers of `dtype`, a multiple of 4, to the same."""
-    of = wide_rows.of(elements=("k",), width=width)
+def silu_mul_kernel(target: str = "cpp", dtype: str = "float32", width: int = 0) -> Kernel:
+    of = wide_rows.of(elements=("k",), width=width) if width else BY_ROW
     return silu_mul.typed(G=dtype, U=dtype).schedule(of).build(target)
 
 

@@ -7,7 +7,7 @@ torch is optional: without it our own linear layers take any number of rows.
 from __future__ import annotations
 
 import importlib.util
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from tilewright.ops.linear import STORED
@@ -38,13 +38,10 @@ class Products:
         import torch
 
         self.torch, self.device, self.dtype = torch, device, dtype
-        self.name = f"torch {torch.__version__} above {OWN_ROWS} rows"
+        self.name = f"torch {torch.__version__}"
+        # On which steps are captured: torch keeps the memory that cuBLAS needs for each stream.
+        self.stream = None if device == "cpu" else torch.cuda.Stream()
         self._known: set[Any] = set()  # shapes of products that torch was asked for before
-
-    @cached_property
-    def stream(self) -> Any:
-        """On which steps are captured: torch keeps the memory that cuBLAS needs for each stream."""
-        return self.torch.cuda.Stream()
 
     def empty(self, rows: int, width: int, dtype: str) -> Any:
         return self.torch.zeros(rows, width, dtype=getattr(self.torch, dtype), device=self.device)
@@ -61,7 +58,7 @@ class Products:
         """A product for a recorded step. What torch makes at the first of a shape is made now,
         which writes `out`."""
         made, shape = Product(self, args, out), (args[0].shape, args[1].shape, out.dtype)
-        if self.device != "cpu" and shape not in self._known:
+        if self.stream and shape not in self._known:
             self._known.add(shape)
             self.torch.cuda.synchronize()  # a step under way reads what this writes
             made.run(0)
@@ -80,11 +77,8 @@ class Product:
         if bias:
             self._call = partial(of.torch.addmm, bias[0].to(x.dtype), x, w.T, out=y)
         self.boxes = tuple(byte_span(view(a)) for a in args), (byte_span(view(out)),)
-        self.of, self.launch = of, None if of.device == "cpu" else self
-
-    @property
-    def stream(self) -> int:
-        return self.of.stream.cuda_stream
+        self.of, self.launch = of, self if of.stream else None
+        self.stream = of.stream.cuda_stream if of.stream else 0
 
     def __call__(self) -> None:
         self._call()

@@ -83,9 +83,12 @@ class Runner:
             [new(*shape, dtype=model.kv_dtype) for _ in range(config.layers)] for _ in range(2)
         )
         self.pools = [Pool(k, v) for k, v in zip(self.keys, self.values, strict=True)]
-        tokens = limits.step_tokens + most  # a row more for each chunk
+        tokens = -(-(limits.step_tokens + most) // BUCKET) * BUCKET  # a row more for each chunk
         self.width = context // PAGE_SIZE + 1
-        tokens = -(-tokens // BUCKET) * BUCKET if model.products else tokens
+        # The most answers that our kernel of one row reads; more, and prompts, a library if any.
+        self.few = OWN_ROWS if model.products else 2**31
+        if not self.invariant:
+            self.few = 1 if model.products else FEW - 1
         self.activations = model.activations(OWN_ROWS if model.products else tokens)
         self.wide = model.activations(tokens, wide=True) if model.products else {}
         widths = {"x": config.dim, "normed": config.dim, "logits": config.vocab}
@@ -116,25 +119,19 @@ class Runner:
         answers = [c for c in chunks if not c.is_prompt]
         prompts, rows = chunks[len(answers) :], len(answers)
         joined = bool(prompts and answers and self.joins)  # one pass
-        fill = BUCKET if joined else 8
-        if joined or (rows > 8 and self.model.memory.on_cuda):  # with rows of a negative length
-            rows = -(-rows // fill) * fill
+        if joined or (rows > 8 and self.model.memory.on_cuda):
+            rows += -rows % (BUCKET if joined else 8)  # filled up with rows of a length below 1
         stops = [c.stop + self._needs_row(c) for c in prompts]
-        unused = [0 if joined else -1] * (rows - len(answers))
-        lengths = [c.start + joined for c in answers] + unused + stops
+        lengths = [c.start + joined for c in answers] + [joined - 1] * (rows - len(answers)) + stops
         if self._lengths[: len(lengths)].tolist() != lengths:
             self._lengths[: len(lengths)] = lengths
             self._write_ints(self.kv_len, lengths)
-        of_requests = [*range(len(answers)), *range(rows, rows + len(prompts))]
-        self._write_table(of_requests, chunks)
+        self._write_table([*range(len(answers)), *range(rows, rows + len(prompts))], chunks)
         tokens = [c.request.tokens[c.start] for c in answers]
         if answers and not joined and PENDING not in tokens:
             self._write_ints(self.last["token"], tokens)
         # Prompts first: what is copied for them would wait for the step of the answers.
-        first = 0 if joined else len(answers)
-        read = (
-            self._read_prompts(chunks[first:], stops, rows, of_requests[first:]) if prompts else []
-        )
+        read = self._read_prompts(chunks if joined else prompts, stops, rows) if prompts else []
         if answers and not joined:
             if rows not in self._steps:
                 [self._steps[rows]] = self._record(rows, rows)
@@ -165,34 +162,23 @@ class Runner:
         memory = self.model.memory
         memory.write(memory.rows(array, 0, len(values)), np.asarray(values, np.int32))
 
-    def _write(
-        self, chunks: Sequence[Chunk], ends: Sequence[int], at: list[int], of: list[int], rows: int
-    ) -> None:
-        """Tokens of chunks in rows from `at` on up to `stops`, their positions, pages and slots, to
-        memory of the target. `of`: their rows of the page table; other rows have no page."""
+    def _write(self, placed: Sequence[tuple[Chunk, int, int, int]], rows: int) -> None:
+        """Tokens, their positions, pages and slots, to memory of the target. `placed`: chunks, the
+        first row of each, its rows, and its row of the page table; other rows have no page."""
         columns = np.zeros((4, rows), np.int32)
         columns[2] = -1
-        for chunk, end, begin, row in zip(chunks, ends, at, of, strict=True):
-            ids, position, page, _ = columns[:, begin:end]
-            tokens = chunk.request.tokens[chunk.start : chunk.stop]
-            ids[: len(tokens)] = tokens
-            position[:] = np.arange(chunk.start, chunk.start + end - begin)
+        for chunk, at, size, row in placed:
+            ids, position, page, _ = columns[:, at : at + size]
+            ids[: chunk.stop - chunk.start] = chunk.request.tokens[chunk.start : chunk.stop]
+            position[:] = np.arange(chunk.start, chunk.start + size)
             page[:] = self.table[row, position // PAGE_SIZE]
         columns[3] = columns[1] % PAGE_SIZE
         for array, column in zip(self.ints, columns, strict=True):
             self._write_ints(array, column)
 
-    def _few(self, rows: int, prompts: bool = False) -> bool:
-        """Whether linear layers read so many rows by our kernel of one row."""
-        if self.model.products:
-            return rows <= (OWN_ROWS if self.invariant else 1)
-        return not prompts and (self.invariant or rows < FEW)
-
     def _rows(self, tokens: int, few: bool) -> Rows:
-        rows, of = (
-            self.model.memory.rows,
-            self.wide if self.model.is_wide(few) else self.activations,
-        )
+        of = self.wide if self.model.is_wide(few) else self.activations
+        rows = self.model.memory.rows
         ids, position, page, slot = (rows(array, 0, tokens) for array in self.ints)
         activations = {k: rows(a, 0, tokens) for k, a in of.items()}
         return Rows(tokens, few, ids, position, page, slot, activations)
@@ -218,64 +204,55 @@ class Runner:
         indptr = np.arange(requests + 1)
         return {x: x.plan(indptr, to_plan, workers=workers) for x in self.attentions}
 
-    def _read_prompts(
-        self, chunks: Sequence[Chunk], stops: list[int], first: int, of: list[int]
-    ) -> list[int]:
-        """Reads prompts, whose rows of the page table begin at `first`, behind answers, if any;
-        `of`: the rows of all. The rows of the logits of prompts that want a token, from `first`."""
-        model, rows = self.model, self.model.memory.rows
-        answers = len(chunks) - len(stops)
+    def _read_prompts(self, chunks: Sequence[Chunk], stops: list[int], first: int) -> list[int]:
+        """Reads prompts up to `stops`, whose rows of the page table begin at `first`, behind the
+        answers in front of them, if any. The rows of the logits of prompts that want a token."""
+        model, rows, answers = self.model, self.model.memory.rows, len(chunks) - len(stops)
         front = first if answers else 0  # rows of answers, and those that fill them up
         sizes = [stop - c.start for c, stop in zip(chunks[answers:], stops, strict=True)]
         indptr = np.cumsum([0, *sizes], dtype=np.int32)
         at = [*range(answers), *(front + indptr[:-1]).tolist()]
-        ends = [*range(1, answers + 1), *(front + indptr[1:]).tolist()]
-        views, total = self._kv(first, first + len(stops)), ends[-1]
+        of = [*range(answers), *range(first, first + len(stops))]
+        placed = [*zip(chunks, at, [1] * answers + sizes, of, strict=True)]
+        views, total = self._kv(first, first + len(stops)), front + int(indptr[-1])
         lengths = self.kv_len if self.joins else self.short
         to_plan = KV(self._table(lengths, first, first + len(stops)), self.pools[0])
         plans = {x: x.plan(indptr, to_plan) for x in self.attentions}
 
         def attend(layer: int, q: Any, out: Any) -> None:
-            attention, mine = (
+            attention, (q, out) = (
                 model.layers[layer].attention,
                 (rows(x, front, total) for x in (q, out)),
             )
-            how = {"plan": plans[attention], "scratch": self.scratch}
-            attention.bind(next(mine), views[layer], next(mine), **how)()
+            attention.bind(q, views[layer], out, plan=plans[attention], scratch=self.scratch)()
 
-        few = self._few(total, prompts=True)
-        count = -(-total // BUCKET) * BUCKET if model.is_wide(few) else total
-        self._write(chunks, ends, at, of, count)
-        b = self._rows(count, few)
-        if not model.is_wide(few):
-            model.forward(b, (self.keys, self.values), attend, do=call)
-        else:
+        count = total + (-total % BUCKET if model.products else 0)
+        self._write(placed, count)
+        b = self._rows(count, few=False)
+        if model.products:
             if (front, count) not in self._parts:
                 self._parts[front, count] = self._record(front, count)
             for part in self._parts[front, count]:
                 attend(*part) if isinstance(part, tuple) else part()
-        wanted = [
-            begin + c.stop - c.start - 1
-            for c, begin in zip(chunks, at, strict=True)
-            if c.wants_token and begin >= front
-        ]
-        if picked := [*range(front), *wanted]:
+        else:
+            model.forward(b, (self.keys, self.values), attend, do=call)
+        ends = [n + c.stop - c.start - 1 for c, n, *_ in placed[answers:] if c.wants_token]
+        if picked := [*range(front), *ends]:
             self._write_ints(self.ends, picked)
-            count, begin, few = len(picked), first - front, self._few(len(picked))
+            count, begin, few = len(picked), first - front, len(picked) <= self.few
             last = {name: rows(a, begin, begin + count) for name, a in self.last.items()}
             if model.is_wide(few):
                 last["normed"] = rows(self.wide["added"], 0, count)
             picks = rows(self.ends, 0, count)
             embedding_kernel("f32", model.name)(picks, b.a["x"], out=last["x"])
             model.finish(last, few, do=call)
-        return list(range(first, first + len(wanted)))
+        return list(range(first, first + len(ends)))
 
     def _record(self, answers: int, count: int) -> list[Any]:
         """The step of one row of each of some answers; or of a `count` of rows, of which those of
         answers are the first: parts, and between them the arguments of the prompts' attention."""
-        parts, bounds = list[Any](), list[Any]()
+        parts, bounds, alone = list[Any](), list[Any](), count == answers
         model, rows = self.model, self.model.memory.rows
-        alone = count == answers
         views, plans = (self._kv(0, answers), self._answer_plans(answers)) if answers else ([], {})
 
         def do(kernel: Any, *args: Any, out: Any = None) -> None:
@@ -285,20 +262,21 @@ class Runner:
             attention = model.layers[layer].attention
             if answers:
                 how = {"plan": plans[attention], "scratch": self.scratch}
-                own, into = rows(q, 0, answers), rows(out, 0, answers)
-                bounds.append(attention.bind(own, views[layer], into, **how))
+                mine = rows(q, 0, answers), views[layer], rows(out, 0, answers)
+                bounds.append(attention.bind(*mine, **how))
             if not alone:
                 parts.extend((Step(bounds), (layer, q, out)))
                 bounds.clear()
 
-        b = self._rows(count, self._few(count))
-        if alone:
-            lengths, table = (rows(x, 0, count) for x in (self.kv_len, self.block_table))
-            positions = positions_kernel(PAGE_SIZE, model.name)
-            do(positions, lengths, table, out=(b.position, b.page, b.slot))
-            b = replace(b, ids=rows(self.last["token"], 0, count))
+        b = self._rows(count, alone and count <= self.few)
+        if not alone:
+            model.forward(b, (self.keys, self.values), attend, do)
+            return [*parts, Step(bounds)]
+        lengths, table = (rows(x, 0, count) for x in (self.kv_len, self.block_table))
+        positions = positions_kernel(PAGE_SIZE, model.name)
+        do(positions, lengths, table, out=(b.position, b.page, b.slot))
+        last = {name: rows(self.last[name], 0, count) for name in ("logits", "token")}
+        b = replace(b, ids=last["token"])
         normed = model.forward(b, (self.keys, self.values), attend, do)
-        if alone:
-            last = {name: rows(self.last[name], 0, count) for name in ("logits", "token")}
-            model.finish({**b.a, **last}, b.few, do, normed)
-        return [*parts, Step(bounds)]
+        model.finish({**b.a, **last}, b.few, do, normed)
+        return [Step(bounds)]

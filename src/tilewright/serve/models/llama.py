@@ -35,7 +35,6 @@ from tilewright.ops.rowwise import (
     rmsnorm_add_kernel,
     scaled_kernel,
     silu_mul_kernel,
-    silu_mul_to_kernel,
 )
 from tilewright.runtime.view import view
 from tilewright.serve.memory import Memory
@@ -121,6 +120,7 @@ class Llama:
         self.file, self.config = file, file.config
         self.memory = Memory(self.target)
         self.products = products_of(file, self.target)
+        self.products_by = self.products.name if self.products else "our own layers"
         tied = self.config.tied_embedding
         self.head = self._linear("embed" if tied else "lm_head")
         embed = self._tensor("embed")
@@ -223,14 +223,11 @@ class Llama:
         half = self.config.head_dim // 2
         return array.reshape(*outer, *((half, 2) if self.config.rope_interleaved else (2, half)))
 
-    def forward(
-        self, b: Rows, cache: tuple[list[Any], list[Any]], attend: Do, do: Do
-    ) -> LayerInput:
-        """All layers over the rows of a step; the last activations are in `x`, and what the head
-        reads of them is returned.
+    def forward(self, b: Rows, cache: Any, attend: Do, do: Do) -> LayerInput:
+        """All layers over the rows of a step, up to `x`; what the head reads of it.
 
-        `cache`: keys and values, (pages, page_size, kv_heads, head_dim) a layer; `attend(layer, q,
-        out)` is the attention of a layer."""
+        `cache`: lists of keys and of values, (pages, page_size, kv_heads, head_dim) a layer;
+        `attend(layer, q, out)` is the attention of a layer."""
         c, name, t, a = self.config, self.name, b.tokens, b.a
         x, y = a["x"], a["y"]
         rotations = rope_kernel, rope_append_kernel
@@ -281,9 +278,7 @@ class Llama:
         kernel = heads_norm_kernel(width, *kinds, self.name)
         do(kernel, x.reshape(*shape), norm, self.config.rms_eps, out=out.reshape(*shape))
 
-    def _added(
-        self, layer: Layer, part: str, y: tuple[Any, Any], then: Any, b: Rows, do: Do
-    ) -> LayerInput:
+    def _added(self, layer: Layer, part: str, y: Any, then: Any, b: Rows, do: Do) -> LayerInput:
         """out = residual + x Wᵀ with (out, residual) = y, of the last linear layer of a part; x Wᵀ
         is normalised first where the model has such norms. The RMSNorm of `out` by `then`."""
         a, (out, residual), eps = b.a, y, self.config.rms_eps
@@ -314,7 +309,7 @@ class Llama:
         """mixed = SiLU(x Gᵀ) · (x Uᵀ): one kernel where both weights are stored alike; or GELU."""
         if self.is_wide(few):
             self.linear(layer.gate_up, x, a["gate_up"], few, do)
-            kernel = silu_mul_to_kernel(self.config.ffn_dim, self.products.dtype, self.name)
+            kernel = silu_mul_kernel(self.name, self.products.dtype, self.config.ffn_dim)
             return do(kernel, *a["gate_up"].chunk(2, 1), out=a["mixed"])
         if layer.gate.kind == layer.up.kind and not self.config.gelu:
             self.linear(layer.gate, x, a["mixed"], few, do, up=layer.up)
@@ -343,11 +338,8 @@ class Llama:
         kernel = linear_kernel(self.name, w.kind, many, *shape, w.interleaved, after)
         do(kernel, x.x, *w.arrays, *x.norm, *more, out=w.as_written(out))
 
-    def finish(
-        self, a: dict[str, Any], few: bool, do: Do, normed: LayerInput | None = None
-    ) -> None:
-        """The `logits` of the rows of `x`, or of `normed`, and the `token` of the largest of
-        each."""
+    def finish(self, a: dict[str, Any], few: bool, do: Do, normed: Any = None) -> None:
+        """The `logits` of the rows of `x`, or of `normed`, and the `token` of each's largest."""
         normed = normed or self._normed(a["x"], self.norm, a, few, do)
         self.linear(self.head, normed, a["logits"], few, do)
         do(argmax_kernel(self.name), a["logits"], out=a["token"])
