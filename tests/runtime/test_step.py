@@ -232,12 +232,12 @@ def test_a_library_s_launch_among_ours(fake: ctypes.CDLL):  # noqa: F811
         theirs.run(at)
 
     library = SimpleNamespace(stream=stream, boxes=((spans[1],), (spans[2],)), run=run)
-    library.launch = library
+    theirs_too = SimpleNamespace(launch=library, boxes=library.boxes)
     ours = [
         SimpleNamespace(launch=launch(y, x, 1.0), boxes=((spans[0],), (spans[1],))),
         SimpleNamespace(launch=launch(z, y, 1.0), boxes=((spans[1],), (spans[2],))),
     ]
-    made = Step([ours[0], library, ours[1]])
+    made = Step([ours[0], theirs_too, ours[1]])
     assert made.count == 3 and made.edges == ((0, 1), (1, 2)) and seen == [stream]
     assert [node.name for node in made.nodes] == ["axpy", "SimpleNamespace", "axpy"]
     made()
@@ -245,5 +245,3 @@ def test_a_library_s_launch_among_ours(fake: ctypes.CDLL):  # noqa: F811
     again = launch(z, y, 1.0)
     again.run(stream)  # still there
     driver().call("cuStreamDestroy_v2", stream)
-    del made, library, run, theirs, ours, again, x, y, z
-    gc.collect()
