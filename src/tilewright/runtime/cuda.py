@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from ctypes import c_uint, c_void_p
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -398,6 +398,7 @@ _MAP_TYPES = {dtypes.float16: 6, dtypes.bfloat16: 9}  # CUtensorMapDataType
 _SWIZZLE_128, _PROMOTE_256, _WORDS = 3, 3, 16
 
 
+@lru_cache(4096)
 def tensor_map(
     pointer: int, dtype: DType, shape: Sequence[int], strides: Sequence[int], box: Sequence[int]
 ) -> list[int]:
