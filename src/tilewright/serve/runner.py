@@ -273,12 +273,16 @@ class Runner:
                 bounds.clear()
 
         b = self._rows(count, alone and count <= self.few)
+        if alone:
+            lengths, table = (rows(x, 0, count) for x in (self.kv_len, self.block_table))
+            positions = positions_kernel(PAGE_SIZE, model.name)
+            do(positions, lengths, table, out=(b.position, b.page, b.slot))
+        if answers and self.joins and model.memory.on_cuda:  # bits may depend on the lengths of all
+            plans = {x: x.reserve(answers, kv=views[0]) for x in self.attentions}
+            bounds.extend(room.bind(views[0].table) for room in plans.values())
         if not alone:
             model.forward(b, (self.keys, self.values), attend, do)
             return [*parts, Step(bounds)]
-        lengths, table = (rows(x, 0, count) for x in (self.kv_len, self.block_table))
-        positions = positions_kernel(PAGE_SIZE, model.name)
-        do(positions, lengths, table, out=(b.position, b.page, b.slot))
         last = {name: rows(self.last[name], 0, count) for name in ("logits", "token")}
         b = replace(b, ids=last["token"])
         normed = model.forward(b, (self.keys, self.values), attend, do)
