@@ -53,13 +53,17 @@ def append_plain(
     return update(V)[page[t], slot[t], h, d](X[t, h, d])
 
 
+HEADS = 4  # of one CTA
+
+
 @named_recipe
 def by_token(s: Schedule) -> Schedule:
     if not s.target.is_cuda:
         return s.parallel("t")
     inner = "d" if s.has("d") else "p"
     s = s.reorder("t", "h", "e", inner) if s.has("e") else s
-    s = s.bind("t", "cta.y").bind("h", "cta.x")
+    s = s.bind("t", "cta.y").split("h", HEADS, into=("h_o", "h_y"))
+    s = s.bind("h_o", "cta.x").bind("h_y", "thread.y")
     return s.split(inner, 32, into=("x_o", "x_i")).bind("x_i", "thread.x")
 
 
